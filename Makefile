@@ -1,0 +1,107 @@
+# make demo    the whole pipeline on real digits, from nothing: about five minutes on two cores after the install
+# make test    the tests                      make test PYTEST='-x tests/unit'
+# make ui      MLflow's page on what was run  make ui PORT=5001
+# make check   lint, format, types, tests
+# make docs    docs/configuration.md from the code
+# make clean   remove what the demo, the tests and the install made
+#
+# The interpreter is the first of python3, python3.13, python3.12 and python3.11 that is 3.11 or newer;
+# make demo PYTHON=python3.12 chooses another.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+MAKEFLAGS += --no-print-directory
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help demo test ui check docs clean interpreter
+
+VENV := .venv
+BIN := $(VENV)/bin
+PORT := 5000
+PYTEST :=
+NEEDS := pyproject.toml constraints.txt $(VENV)/.made
+# ninja, accelerate and torchrun must be found as in an activated environment.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+help:
+	@sed -n '/^#/!q; s/^# \?//p' Makefile
+
+demo: $(VENV)/.installed
+	@foveal data pack digits --out data/digits
+	@$(BIN)/python slurm/submit.py configs/pipelines/demo.yaml --cluster local
+	@$(BIN)/python -m foveal.summary runs/demo
+
+test: $(VENV)/.installed-test
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q --durations=10 $(PYTEST)
+
+ui: $(VENV)/.installed
+	@[ -f runs/mlflow.db ] || { echo "make ui: nothing was run yet (no runs/mlflow.db); run make demo first" >&2; exit 2; }
+	@$(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --host 127.0.0.1 --port $(PORT)
+
+check: $(VENV)/.installed-dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright
+	@$(MAKE) test
+
+docs: $(VENV)/.installed
+	@$(BIN)/python -m foveal.reference > docs/.configuration.md
+	@mv docs/.configuration.md docs/configuration.md
+
+# What other runs left in runs/ is kept, and with it the store that they share.
+clean:
+	@rm -rf $(VENV) data/digits runs/demo build *.egg-info .pytest_cache .hypothesis .ruff_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	@rmdir data 2>/dev/null || true
+	@[ -d runs ] || exit 0; \
+	kept=$$(find runs -mindepth 1 -maxdepth 1 ! -name 'mlflow.db*' ! -name mlartifacts); \
+	if [ -z "$$kept" ]; then rm -rf runs; else printf 'kept, with their MLflow store:\n%s\n' "$$kept"; fi
+
+# --- the environment ---
+
+# $(call install,EXTRAS): one call of pip; the large downloads show that it moves, errors go to stderr as they are.
+define install
+	@echo "installing foveal and what it needs into $(VENV): minutes and about 6 GB the first time"
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.$(1)' \
+		| sed -u -n -E 's/^ *((Downloading|Using cached) [^ ]+ \([0-9]{2,}\.[0-9] [MG]B\)).*/  \1/p; s/^(Installing) collected packages.*/  \1/p'
+endef
+
+$(VENV)/.installed: $(NEEDS)
+	$(call install)
+	@touch $@
+
+$(VENV)/.installed-test: $(NEEDS)
+	$(call install,[s3$(,)test])
+	@touch $(VENV)/.installed $@
+
+$(VENV)/.installed-dev: $(NEEDS)
+	$(call install,[s3$(,)test$(,)dev])
+	@touch $(VENV)/.installed $(VENV)/.installed-test $@
+
+, := ,
+
+$(VENV)/.made: | interpreter
+	@$(find-python); \
+	"$$python" -c 'import ensurepip, venv' 2>/dev/null || { \
+		version=$$("$$python" -c 'import sys; print("python%d.%d" % sys.version_info[:2])'); \
+		echo "make: $$python cannot make a virtual environment; install its venv module (Debian, Ubuntu: apt-get install $$version-venv)" >&2; \
+		exit 2; }; \
+	"$$python" -m venv $(VENV)
+	@touch $@
+
+# An environment that stands was made with one interpreter; asking for another must not be overheard.
+interpreter:
+ifneq ($(PYTHON),)
+	@[ ! -e $(VENV)/.made ] || [ "$$($(BIN)/python -V)" = "$$($(PYTHON) -V)" ] || { \
+		echo "make: $(VENV) was made with $$($(BIN)/python -V), not with $(PYTHON); run make clean first" >&2; exit 2; }
+endif
+
+define find-python
+	python=; \
+	for candidate in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
+		if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$candidate; break; fi; \
+	done; \
+	[ -n "$$python" ] || { \
+		echo "make: foveal needs Python 3.11 or newer, and none of $(or $(PYTHON),python3 python3.13 python3.12 python3.11) is; install one or name it: make PYTHON=/path/to/python3" >&2; \
+		exit 2; }
+endef

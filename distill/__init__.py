@@ -1,0 +1,1 @@
+"""The second stage: a frozen teacher's features are the lesson of a smaller student."""

@@ -1,0 +1,50 @@
+"""Distillation: ``python -m distill.run CONFIG [key=value ...]``, alone, under torchrun, or under srun."""
+
+from pathlib import Path
+
+import torch
+
+from distill.config import DistillConfig, DistillPlan, plan
+from distill.objective import Imitate
+from distill.teacher import Teacher
+from foveal.distributed.engine import build_engine
+from foveal.door import Stage, main
+from foveal.loop import due, steps
+from foveal.models.heads import Student
+from foveal.models.vit import build_encoder, encoder_card
+from foveal.optim import parameter_groups
+from foveal.runtime import Run
+from foveal.seeding import key
+from foveal.stage import training_batches
+
+
+def train(plan: DistillPlan, run: Run) -> None:
+    """From the first step, or the newest checkpoint, to the export of the student's encoder."""
+    cfg = plan.cfg
+    torch.manual_seed(key(cfg.seed, "weights"))
+    encoder = build_encoder(cfg.model, image_size=cfg.data.image_size, channels=cfg.data.channels)
+    model = Student(encoder, plan.teacher_width)
+    groups = parameter_groups(model, cfg.optim)
+    engine = build_engine(model, groups, cfg.optim, cfg.engine, run.world, at_once=plan.at_once, accumulate=plan.micros)
+    teacher = Teacher(Path(cfg.teacher), engine.device, cfg.engine.precision)
+    objective = Imitate(teacher, cfg.distance, cfg.cls_weight, cfg.patch_weight, plan.mean, plan.std)
+    start = run.resume(engine)
+    with training_batches(plan, run.world.rank, start) as batches:
+        for step in steps(engine, batches, objective, run.course(start)):
+            if due(step.index, cfg.log.every, plan.stop):
+                run.report()
+            leaving = run.asked_to_leave(step.index)
+            if leaving or due(step.index, cfg.checkpoint.every, plan.stop):
+                run.save(engine, step.index)
+            if leaving:
+                return run.leave(step.index)
+    if plan.stop == plan.steps:
+        run.export(engine, encoder_card(cfg.model, cfg.data.image_size, cfg.data.channels), prefix="encoder.")
+        run.finish()
+    return None
+
+
+STAGE = Stage("distill", DistillConfig, plan, train)
+
+if __name__ == "__main__":
+    main(STAGE)

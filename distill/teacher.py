@@ -1,0 +1,29 @@
+"""A frozen teacher. It is no module, so that nothing that trains a model can reach into it."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from foveal.checkpoint.export import load_strictly, read_export
+from foveal.distributed.engine import Precision, autocast
+from foveal.models.heads import features
+from foveal.models.vit import encoder_from_card
+
+
+class Teacher:
+    """An encoder from an export, on a device, in evaluation mode for ever."""
+
+    def __init__(self, folder: Path, device: torch.device, precision: Precision) -> None:
+        weights, card = read_export(folder)
+        self._encoder = encoder_from_card(card.encoder, str(folder / "card.json"))
+        load_strictly(self._encoder, weights, folder)
+        self._encoder.to(device).eval().requires_grad_(False)
+        self._device, self._precision = device, precision
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The lesson: class token [B, T] and patches [B, L, T], fp32, of normalised images [B, C, H, W]."""
+        with autocast(self._device, self._precision):
+            cls_BT, patches_BLT = features(self._encoder, images)
+        return cls_BT.float(), patches_BLT.float()

@@ -1,0 +1,1 @@
+"""The third stage: an encoder learns classes from labels."""

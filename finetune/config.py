@@ -1,0 +1,115 @@
+"""The settings of fine-tuning, and the plan they come to."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from foveal.checkpoint.export import Card, read_card
+from foveal.config import Config, machine, science
+from foveal.data import Dataset
+from foveal.distributed.engine import EngineConfig
+from foveal.errors import ConfigError, DataError, ExportError
+from foveal.models.vit import EncoderCard, Pooling, VitConfig, encoder_card
+from foveal.stage import Plan, StageConfig, planned
+
+
+class FinetuneEngine(EngineConfig):
+    """Accelerate, or one process."""
+
+    kind: Literal["accelerate", "plain"] = machine("accelerate", "The library behind the update; plain is one process.")
+
+
+class TrialsConfig(Config):
+    """A fair comparison of ways to start: every arm gets the same labels, steps, augmentation and learning rates."""
+
+    arms: dict[str, str | None] = machine(about="Name of each way to start: its export folder, or null for from scratch.", min_length=1)
+    lr_per_256: tuple[float, ...] = science(about="Learning rates; each arm keeps its own best on the held-out part of train.", min_length=1)
+    repeats: int = science(3, "Seeds: each draws other labels, another order and another head.", ge=1)
+
+
+class FinetuneConfig(StageConfig):
+    """A classifier, from an export or from scratch."""
+
+    engine: FinetuneEngine = FinetuneEngine()
+    init: str | None = machine(None, "The export folder to start from; none: from scratch. What is in it is science.")
+    model: VitConfig | None = science(None, "The encoder from scratch; with init its card decides, and this must agree.")
+    pooling: Pooling = science("avg", "What the head reads: the mean of the patches, or the class token.")
+    drop_path: float = science(0.0, "Stochastic depth at the last block, growing linearly from 0.", ge=0, lt=1)
+    label_smoothing: float = science(0.0, "Share of the target spread over all classes.", ge=0, lt=1)
+    evaluate_every: int = machine(0, "Steps between evaluations on data.val; 0: only at the end.", ge=0)
+    trials: TrialsConfig | None = science(None, "Compare ways to start instead of one run.")
+
+
+@dataclass(frozen=True)
+class FinetunePlan(Plan):
+    """A plan with the encoder it will build and the names of its classes."""
+
+    cfg: FinetuneConfig
+    encoder: dict[str, Any] = None  # type: ignore[assignment]
+    classes: tuple[str, ...] = ()
+
+
+def plan(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
+    """Everything that can be refused before a run begins; with trials, for every arm.
+
+    Errors: ConfigError, DataError, ExportError.
+    """
+    if cfg.trials is None:
+        return _plan_one(cfg, ranks)
+    if cfg.init is not None:
+        raise ConfigError("init and trials exclude each other: trials.arms says what each arm starts from")
+    if len(cfg.trials.lr_per_256) > 1 and not cfg.data.holdout_per_class:
+        raise ConfigError("trials.lr_per_256 has several rates, but data.holdout_per_class=0 leaves nothing to choose by; set it")
+    arms = {arm: _plan_one(trial(cfg, arm, 0, cfg.trials.lr_per_256[0]), ranks) for arm in cfg.trials.arms}
+    first = next(iter(arms.values()))
+    origin = {f"arm.{name}": arm.inherited.get("inherited.init", "scratch") for name, arm in arms.items()}
+    return planned(FinetunePlan, cfg, ranks, origin=origin, encoder=first.encoder, classes=first.classes)
+
+
+def trial(cfg: FinetuneConfig, arm: str, repeat: int, lr_per_256: float) -> FinetuneConfig:
+    """The settings of one trial, an ordinary run inside the run directory of the comparison."""
+    assert cfg.trials is not None
+    name = f"{arm}-seed{cfg.seed + repeat}-lr{lr_per_256:g}"
+    init = cfg.trials.arms[arm]
+    tree = cfg.model_dump()
+    tree |= {"trials": None, "init": init, "seed": cfg.seed + repeat, "model": None if init else tree["model"]}
+    tree["optim"]["lr_per_256"] = lr_per_256
+    tree["run"] |= {"dir": f"{cfg.run.dir}/trials/{name}", "fresh": False}
+    tree["tracking"]["uri"] = None
+    return FinetuneConfig.checked(tree, f"trial {name}")
+
+
+def _plan_one(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
+    card = None if cfg.init is None else read_card(Path(cfg.init))
+    encoder = _encoder(cfg, card)
+    origin = {} if card is None else {"init": card.sha256}
+    plan = planned(FinetunePlan, cfg, ranks, card=card, origin=origin, encoder=encoder)
+    classes = _classes(plan.dataset, cfg)
+    encoder["classes"] = len(classes)
+    return planned(FinetunePlan, cfg, ranks, card=card, origin=origin, encoder=encoder, classes=classes)
+
+
+def _encoder(cfg: FinetuneConfig, card: Card | None) -> dict[str, Any]:
+    """The card of the classifier's encoder: the export's, or that of the model from scratch."""
+    if card is None:
+        if cfg.model is None:
+            raise ConfigError("model is missing: without init, the encoder from scratch must be stated")
+        return encoder_card(cfg.model, cfg.data.image_size, cfg.data.channels, pooling=cfg.pooling)
+    hers = EncoderCard.checked(card.encoder, f"{cfg.init}/card.json")
+    stated: dict[str, Any] = {"image_size": cfg.data.image_size, "channels": cfg.data.channels}
+    if cfg.model is not None:
+        stated |= {name: value for name, value in cfg.model.resolved().tree().items() if name != "name"}
+    for name, value in stated.items():
+        if getattr(hers, name) != value:
+            raise ExportError(f"the export {cfg.init} has {name} {getattr(hers, name)}, the config says {value}; they must be equal")
+    return card.encoder | {"pooling": cfg.pooling}
+
+
+def _classes(dataset: Dataset, cfg: FinetuneConfig) -> tuple[str, ...]:
+    if dataset.classes is None:
+        raise DataError(f"{dataset.folder}: its samples have no classes to learn; index shards that hold .cls members")
+    for split in (cfg.data.train, cfg.data.val):
+        highest = int(dataset.labels(split).max())
+        if highest >= len(dataset.classes):
+            raise DataError(f"{dataset.folder}: split '{split}' has label {highest}, but there are {len(dataset.classes)} classes")
+    return dataset.classes

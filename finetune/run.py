@@ -1,0 +1,110 @@
+"""Fine-tuning: ``accelerate launch finetune/run.py [CONFIG] [key=value ...]``, also under torchrun and srun.
+
+Without CONFIG it is the demo's: it packs the digits if they are missing, and starts from the demo's pretrained encoder
+if there is one, else from scratch, and says which.
+"""
+
+import logging
+from pathlib import Path
+
+import torch
+
+from finetune.accuracy import accuracy
+from finetune.config import FinetuneConfig, FinetunePlan, plan
+from finetune.objective import Classify
+from finetune.trials import compare
+from foveal.checkpoint.export import load_strictly, read_export
+from foveal.data.pack import pack_digits
+from foveal.distributed.engine import build_engine
+from foveal.distributed.world import seat
+from foveal.door import Stage, main
+from foveal.loop import due, steps
+from foveal.models.droppath import drop_path_sites
+from foveal.models.heads import Classifier
+from foveal.models.vit import encoder_from_card
+from foveal.optim import parameter_groups
+from foveal.runtime import Run
+from foveal.seeding import key
+from foveal.stage import training_batches
+
+_log = logging.getLogger("foveal.finetune")
+
+
+def train(plan: FinetunePlan, run: Run) -> None:
+    """One run, or a comparison of many."""
+    if plan.cfg.trials is None:
+        fit(plan, run)
+    else:
+        compare(plan, run, fit)
+
+
+def fit(plan: FinetunePlan, run: Run) -> None:
+    """From the first step, or the newest checkpoint, to the export of the classifier."""
+    cfg = plan.cfg
+    model = classifier(plan)
+    groups = parameter_groups(model, cfg.optim, _depth_of(plan.encoder["depth"]), plan.encoder["depth"] + 1)
+    engine = build_engine(model, groups, cfg.optim, cfg.engine, run.world, at_once=plan.at_once, accumulate=plan.micros)
+    objective = Classify(cfg.seed, cfg.label_smoothing, drop_path_sites(model), plan.mean, plan.std)
+    start = run.resume(engine)
+    with training_batches(plan, run.world.rank, start) as batches:
+        for step in steps(engine, batches, objective, run.course(start)):
+            if due(step.index, cfg.log.every, plan.stop):
+                run.report()
+            if cfg.evaluate_every and due(step.index, cfg.evaluate_every, plan.stop):
+                run.evaluated(step.index, accuracy(engine, plan, run.world, split=cfg.data.val, part="all"))
+            leaving = run.asked_to_leave(step.index)
+            if leaving or due(step.index, cfg.checkpoint.every, plan.stop):
+                run.save(engine, step.index)
+            if leaving:
+                return run.leave(step.index)
+    if plan.stop == plan.steps:
+        results = {f"val_{name}": value for name, value in accuracy(engine, plan, run.world, split=cfg.data.val, part="all").items()}
+        if cfg.data.holdout_per_class:
+            held_out = accuracy(engine, plan, run.world, split=cfg.data.train, part="holdout")
+            results |= {f"holdout_{name}": value for name, value in held_out.items()}
+        run.export(engine, plan.encoder, prefix="encoder.", classes=plan.classes)
+        run.finish(results)
+    return None
+
+
+def classifier(plan: FinetunePlan) -> Classifier:
+    """The plan's encoder with a fresh head, its weights from the export where there is one."""
+    cfg = plan.cfg
+    torch.manual_seed(key(cfg.seed, "weights"))
+    encoder = encoder_from_card(plan.encoder, cfg.init or "model", drop_path=cfg.drop_path)
+    if cfg.init is not None:
+        weights, _ = read_export(Path(cfg.init))
+        # The mean of the patches has a norm of its own behind it, and does without the norm before it.
+        averaged = cfg.pooling == "avg"
+        new, unused = (("head.", "fc_norm."), ("head.", "norm.")) if averaged else (("head.",), ("head.", "fc_norm."))
+        load_strictly(encoder, weights, Path(cfg.init), new=new, unused=unused)
+    return Classifier(encoder)
+
+
+def _depth_of(depth: int):  # noqa: ANN202
+    """A parameter's layer, for layer-wise decay: 0 the embedding, 1.. the blocks, depth + 1 what follows (BEiT, 2021)."""
+
+    def layer(name: str) -> int:
+        part = name.removeprefix("encoder.").split(".")
+        if part[0] in {"cls_token", "pos_embed", "patch_embed"}:
+            return 0
+        return int(part[1]) + 1 if part[0] == "blocks" else depth + 1
+
+    return layer
+
+
+def demo() -> list[str]:
+    """The command line of a start without CONFIG: the digits, packed if missing, from the demo's encoder if it is there."""
+    root = Path(__file__).resolve().parents[1]
+    digits, encoder = Path("data/digits"), Path("runs/demo/pretrain/export")
+    if seat().rank == 0:
+        pack_digits(digits)
+    found = (encoder / "card.json").exists()
+    _log.info("no CONFIG: fine-tuning the digits %s", f"from {encoder}" if found else f"from scratch ({encoder} is not there)")
+    return [str(root / "configs" / "finetune" / "digits.yaml"), *([f"init={encoder}", "model=null"] if found else [])]
+
+
+STAGE = Stage("finetune", FinetuneConfig, plan, train, demo)
+
+if __name__ == "__main__":
+    main(STAGE)

@@ -1,0 +1,105 @@
+"""An export: ``model.safetensors`` under timm's names and ``card.json``, all that a stage hands to the next.
+
+The card holds what the weights cannot say: the architecture, grid and position type, the pixels' mean and standard
+deviation, the pooling, the class names, and where it all came from. No pickle is read from an export.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from foveal.errors import ExportError
+from foveal.files import drafted, sha256
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What travels with the weights.
+
+    ``encoder`` is what builds the module again (sizes, grid, position type, pooling, channels); ``mean`` and ``std`` are
+    of pixels in [0, 1]; ``classes`` are the names in the order of the head's outputs, none for an encoder.
+    """
+
+    stage: str
+    encoder: dict[str, Any]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: tuple[str, ...] = ()
+    step: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    science: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    sha256: str = ""
+    format: int = FORMAT
+
+
+def write_export(folder: Path, weights: dict[str, Tensor], card: Card) -> None:
+    """Write an export, whole or not at all."""
+    with drafted(folder) as draft:
+        save_file({name: value.contiguous() for name, value in weights.items()}, draft / "model.safetensors")
+        tree = asdict(card) | {"sha256": sha256(draft / "model.safetensors")}
+        (draft / "card.json").write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_card(folder: Path) -> Card:
+    """The card of an export.
+
+    Errors: ExportError where there is no export, or one of another format.
+    """
+    try:
+        tree = json.loads((folder / "card.json").read_text())
+    except FileNotFoundError:
+        raise ExportError(f"{folder} is no export: it has no card.json; give the export folder of a finished run") from None
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{folder / 'card.json'} cannot be read ({error})") from None
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+        found = tree.get("format") if isinstance(tree, dict) else None
+        raise ExportError(f"{folder} has export format {found}; this foveal reads format {FORMAT}")
+    tuples = {name: tuple(tree[name]) for name in ("mean", "std", "classes")}
+    return Card(**(tree | tuples))
+
+
+def read_export(folder: Path) -> tuple[dict[str, Tensor], Card]:
+    """The weights (fp32, CPU) and card of an export, its digest checked.
+
+    Errors: ExportError where it is not whole.
+    """
+    card = read_card(folder)
+    file = folder / "model.safetensors"
+    try:
+        if sha256(file) != card.sha256:
+            raise ExportError(f"{file} is not the file that its card describes (sha256 differs); export it again")
+        return load_file(file), card
+    except FileNotFoundError:
+        raise ExportError(f"{folder} is no whole export: model.safetensors is missing") from None
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"{file} cannot be read ({error})") from None
+
+
+def load_strictly(module: nn.Module, weights: dict[str, Tensor], where: Path, *, new: Sequence[str] = (), unused: Sequence[str] = ()) -> None:
+    """Load weights into a module, with no difference in names or shapes but the stated ones.
+
+    ``new`` and ``unused`` are prefixes of names that may be fresh in the module, or left over in the weights.
+    Errors: ExportError that lists what does not fit.
+    """
+    own = module.state_dict()
+    missing = [name for name in own if name not in weights and not name.startswith(tuple(new))]
+    extra = [name for name in weights if name not in own and not name.startswith(tuple(unused))]
+    shapes = [
+        f"{name} {list(weights[name].shape)} for {list(own[name].shape)}"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape and not name.startswith(tuple(new))
+    ]
+    for what, names in (("lacks", missing), ("has names that are not the model's:", extra), ("has other shapes:", shapes)):
+        if names:
+            raise ExportError(f"{where} {what} {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}")
+    fitting = {name: value for name, value in weights.items() if name in own and not name.startswith(tuple(new))}
+    module.load_state_dict(own | fitting)

@@ -1,0 +1,193 @@
+"""One typed, frozen, strict model per stage: YAML for values, Python for types, ``dotted.key=value`` for overrides.
+
+A setting is science (it can change a result) unless its field says ``machine(...)`` (it cannot, beyond rounding).
+Only science guards a resume; see ``Config.science``.
+"""
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from foveal.errors import ConfigError
+
+
+def science(default: Any = PydanticUndefined, about: str = "", **limits: Any) -> Any:
+    """A field whose value can change a result."""
+    return Field(default, description=about, json_schema_extra={"half": "science"}, **limits)
+
+
+def machine(default: Any = PydanticUndefined, about: str = "", **limits: Any) -> Any:
+    """A field that changes where, how fast or how visibly a result is obtained, not the result."""
+    return Field(default, description=about, json_schema_extra={"half": "machine"}, **limits)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key given twice is an error and 1e-3 is a number (YAML 1.1 wants 1.0e-3)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        twice = {key for key in keys if keys.count(key) > 1}
+        if twice:
+            raise ConfigError(f"line {node.start_mark.line + 1}: '{min(twice)}' is given twice")
+        return super().construct_mapping(node, deep)
+
+
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+class Config(BaseModel):
+    """The base of every section: frozen, no unknown keys, no silent conversions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @classmethod
+    def load(cls, file: Path, overrides: Sequence[str] = ()) -> Self:
+        """Read a YAML file, apply ``dotted.key=value`` overrides, validate.
+
+        Errors: ConfigError, one sentence that names the file and the key and, for a typo, the nearest setting.
+        """
+        tree = read_yaml(file)
+        for override in overrides:
+            _apply(tree, override)
+        return cls.checked(tree, str(file))
+
+    @classmethod
+    def checked(cls, tree: dict[str, Any], where: str) -> Self:
+        """Validate a tree; ``where`` names its origin in the sentence of a mistake."""
+        try:
+            return cls.model_validate(_tuples(tree))
+        except ValidationError as error:
+            raise ConfigError(f"{where}: {_explain(cls, error)}") from None
+
+    def tree(self) -> dict[str, Any]:
+        """Plain data, ready for YAML or JSON."""
+        return self.model_dump(mode="json")
+
+    def dump(self, file: Path) -> None:
+        """Write the resolved settings; the file can be given back to the same command."""
+        file.write_text(yaml.safe_dump(self.tree(), sort_keys=False, allow_unicode=True, width=120))
+
+    def science(self) -> dict[str, Any]:
+        """The flat settings that can change a result, ``dotted.key`` to value."""
+        return {name: value for name, value, half in self._leaves() if half == "science"}
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting, ``dotted.key`` to value."""
+        return {name: value for name, value, _ in self._leaves()}
+
+    def _leaves(self, prefix: str = "", inherited: str | None = None) -> Iterator[tuple[str, Any, str]]:
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            half = inherited or half_of(field)
+            if isinstance(value, Config):
+                yield from value._leaves(f"{prefix}{name}.", "machine" if half == "machine" else None)
+            else:
+                yield f"{prefix}{name}", self.model_dump(mode="json", include={name})[name], half
+
+
+def half_of(field: FieldInfo) -> str:
+    """'science' or 'machine'; a field that does not say is science, the careful default."""
+    extra = field.json_schema_extra
+    return str(extra.get("half", "science")) if isinstance(extra, dict) else "science"
+
+
+def section_of(field: FieldInfo) -> type[Config] | None:
+    """The Config class of a field that is a section (also of ``Section | None``), else nothing."""
+    for candidate in (field.annotation, *typing.get_args(field.annotation)):
+        if isinstance(candidate, type) and not isinstance(candidate, types.GenericAlias) and issubclass(candidate, Config):
+            return candidate
+    return None
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A YAML mapping from a file, or a sentence."""
+    try:
+        tree = yaml.load(file.read_text(), _StrictLoader)  # noqa: S506 - a SafeLoader, made stricter
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file{_nearest_file(file)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read ({error})") from None
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file}: a mapping of settings is expected, this is {type(tree).__name__}")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"'{override}' is not an override; write dotted.key=value")
+    try:
+        value = yaml.load(text, _StrictLoader)  # noqa: S506
+    except yaml.YAMLError:
+        value = text
+    set_dotted(tree, name, value)
+
+
+def set_dotted(tree: dict[str, Any], name: str, value: Any) -> None:
+    """Set ``a.b.c`` in a tree of mappings, making the sections on the way."""
+    *path, last = name.split(".")
+    for part in path:
+        if tree.get(part) is None:
+            tree[part] = {}
+        tree = tree[part]
+        if not isinstance(tree, dict):
+            raise ConfigError(f"'{name}': '{part}' is a value, not a section")
+    tree[last] = value
+
+
+def _tuples(value: Any) -> Any:
+    """YAML has lists only; the models have tuples only, because a frozen config must be frozen to the leaf."""
+    if isinstance(value, dict):
+        return {key: _tuples(inner) for key, inner in value.items()}
+    return tuple(_tuples(inner) for inner in value) if isinstance(value, list) else value
+
+
+def _explain(model: type[Config], error: ValidationError) -> str:
+    """Every mistake as `key: what is wrong`, joined; a typo gets the nearest name."""
+    return "; ".join(_explain_one(model, dict(problem)) for problem in error.errors())
+
+
+def _explain_one(model: type[Config], problem: dict[str, Any]) -> str:
+    place = [str(part) for part in problem["loc"]]
+    name = ".".join(place) or "the file"
+    if problem["type"] == "extra_forbidden":
+        siblings = _names_at(model, place[:-1])
+        close = difflib.get_close_matches(place[-1], siblings, n=1, cutoff=0.5)
+        return f"{name} is not a setting. " + (f"Did you mean '{close[0]}'?" if close else f"There are: {', '.join(siblings)}")
+    if problem["type"] == "missing":
+        return f"{name} is missing and has no default"
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    return message if problem["type"] == "value_error" and not place else f"{name}: {message} (given: {problem['input']!r})"
+
+
+def _names_at(model: type[Config], path: list[str]) -> list[str]:
+    for part in path:
+        section = section_of(model.model_fields[part]) if part in model.model_fields else None
+        if section is None:
+            return []
+        model = section
+    return list(model.model_fields)
+
+
+def _nearest_file(file: Path) -> str:
+    names = [found.name for found in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
+    close = difflib.get_close_matches(file.name, names, n=1)
+    return f". Did you mean '{file.parent / close[0]}'?" if close else ""

@@ -1,0 +1,76 @@
+"""The settings of the data: what is read, how an epoch is ordered, how an image becomes pixels."""
+
+import os
+import re
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from foveal.config import Config, machine, science
+from foveal.errors import ConfigError
+
+
+class AugmentConfig(Config):
+    """Random resized crop and flip of training images (Szegedy et al., "Going deeper with convolutions", 2015)."""
+
+    scale: tuple[float, float] = science((0.2, 1.0), "share of the image's area that a crop covers, lowest and highest")
+    ratio: tuple[float, float] = science((3 / 4, 4 / 3), "width over height of a crop, lowest and highest")
+    flip: float = science(0.5, "probability of a horizontal flip", ge=0, le=1)
+    interpolation: Literal["bicubic", "bilinear"] = science("bicubic", "how pixels are resampled, evaluation included")
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Self:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"augment.scale={list(self.scale)} must be [lowest, highest] within (0, 1]")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"augment.ratio={list(self.ratio)} must be [lowest, highest], above 0")
+        return self
+
+
+class DataConfig(Config):
+    """One set of shards and how it is read. Environment variables in ``path`` and ``index`` are expanded."""
+
+    path: str = machine(about="folder (or URL) of the shards")
+    index: str | None = machine(None, "folder of manifest.json and the *.index files; default: path")
+    train: str = science("train", "the split that is trained on")
+    val: str = science("val", "the split that is evaluated on")
+    image_size: int = science(about="side of the square image that the model sees, in pixels", ge=1)
+    channels: Literal[1, 3] = science(3, "1: images are converted to grey, 3: to RGB")
+    lanes: int = science(32, "streams an epoch is dealt into; part of the order, independent of the cluster", ge=1)
+    window: int = science(4, "shards that a lane shuffles over", ge=1)
+    per_class: int | None = science(None, "train on this many samples of every class", ge=1)
+    holdout_per_class: int = science(0, "samples of every class kept out of training, as the part 'holdout'", ge=0)
+    augment: AugmentConfig = science(AugmentConfig())
+    crop_ratio: float = science(0.875, "evaluation: side of the centre crop over the image's shorter side", gt=0, le=1)
+    mean: tuple[float, ...] | None = science(None, "per channel, pixels in [0, 1]; default: the manifest's")
+    std: tuple[float, ...] | None = science(None, "per channel, pixels in [0, 1]; default: the manifest's")
+    threads: int = machine(2, "threads that decode", ge=1)
+    ahead: int = machine(4, "micro-batches prepared ahead", ge=1)
+
+    @model_validator(mode="after")
+    def _statistics(self) -> Self:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and len(values) != self.channels:
+                raise ValueError(f"{name} has {len(values)} values for channels={self.channels}")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std are given together or not at all")
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"std={list(self.std)} must be above 0")
+        return self
+
+
+def expanded(text: str, setting: str) -> str:
+    """A folder or URL with ``~`` and environment variables replaced.
+
+    Errors: ConfigError for a variable that is not set; ``setting`` names the key, such as ``data.path``.
+    """
+    place = os.path.expanduser(os.path.expandvars(text))
+    unset = re.search(r"\$\{?(\w+)\}?", place)
+    if unset:
+        raise ConfigError(f"{setting}: '{text}' needs the environment variable {unset[1]}, which is not set")
+    return place
+
+
+def is_remote(place: str) -> bool:
+    """Whether a place is a URL, read through fsspec, and not a folder."""
+    return "://" in place

@@ -1,0 +1,106 @@
+"""From the bytes of an image file to uint8 pixels on the host, and from those to normalised floats on the device.
+
+Every random choice is an argument: one row of uniform numbers per sample, with a fixed column for each purpose.
+"""
+
+import functools
+import io
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from foveal.data.config import AugmentConfig
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
+
+_ATTEMPTS = 10  # as in torchvision's RandomResizedCrop, so that crops have its distribution
+_FLIP, _LEFT, _TOP, _SHAPES = 0, 1, 2, 3
+COLUMNS = _SHAPES + 2 * _ATTEMPTS  # uniform numbers that one training image takes
+
+_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_EIGHT_BIT = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
+
+
+def decode(data: bytes, channels: int) -> Image.Image:
+    """An image in mode L (1 channel) or RGB (3). Transparency is dropped; EXIF orientation is not applied.
+
+    Errors: ValueError with the reason if the bytes are no whole image of 8 bits per channel and of a sane size.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        if image.mode not in _EIGHT_BIT:
+            raise ValueError(f"pixels of mode {image.mode} are not supported, 8 bits per channel are")
+        if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels are more than Pillow's limit")
+        image.load()
+        if image.mode in ("P", "PA"):
+            image = image.convert("RGBA")  # Pillow wants palettes with transparency to go this way
+        return image.convert("L" if channels == 1 else "RGB")
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - Pillow's readers raise OSError, SyntaxError, struct.error, EOFError, ...
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+
+
+def training_view(width: int, height: int, numbers: np.ndarray, augment: AugmentConfig) -> tuple[Box, bool]:
+    """The crop, and whether it is flipped, for an image of width x height pixels; ``numbers`` is float32 [COLUMNS].
+
+    The first of ten drawn shapes that fits is placed uniformly; if none does, the largest centre crop whose ratio is
+    allowed is taken. scale = ratio = (1, 1) is the square centre crop, a plain resize for square images.
+    """
+    flipped = bool(numbers[_FLIP] < augment.flip)
+    low, high = (math.log(bound) for bound in augment.ratio)
+    for attempt in range(_ATTEMPTS):
+        scale, ratio = (float(number) for number in numbers[_SHAPES + 2 * attempt : _SHAPES + 2 * attempt + 2])
+        area = width * height * (augment.scale[0] + scale * (augment.scale[1] - augment.scale[0]))
+        aspect = math.exp(low + ratio * (high - low))
+        across, down = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < across <= width and 0 < down <= height:
+            left = int(float(numbers[_LEFT]) * (width - across + 1))
+            top = int(float(numbers[_TOP]) * (height - down + 1))
+            return (left, top, left + across, top + down), flipped
+    aspect = min(max(width / height, augment.ratio[0]), augment.ratio[1])
+    across = min(width, max(1, round(height * aspect)))
+    down = min(height, max(1, round(width / aspect)))
+    left, top = (width - across) // 2, (height - down) // 2
+    return (left, top, left + across, top + down), flipped
+
+
+def evaluation_view(width: int, height: int, crop_ratio: float) -> Box:
+    """The centre square whose side is crop_ratio times the shorter side.
+
+    Resizing it to image_size is what resizing the shorter side to image_size / crop_ratio and cropping the centre
+    does, without rounding the size in between.
+    """
+    side = min(width, height) * crop_ratio
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+def pixels(image: Image.Image, box: Box, flipped: bool, image_size: int, interpolation: str) -> np.ndarray:
+    """The box of an image resized to image_size x image_size: uint8 [C, H, W]."""
+    square = image.resize((image_size, image_size), _FILTERS[interpolation], box=box)
+    if flipped:
+        square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    array = np.asarray(square)
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 [B, C, H, W] to float32 with mean 0 and deviation 1 where ``mean`` and ``std`` (pixels in [0, 1]) hold.
+
+    Runs where the images are: a quarter of the bytes cross the bus. One value serves all channels.
+    """
+    factor, offset = _affine(tuple(mean), tuple(std), images.device)
+    return images.float() * factor + offset
+
+
+@functools.lru_cache(maxsize=8)
+def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """255 and the statistics as one multiplication and one addition, kept on the device: no copy in every step."""
+    average, deviation = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (mean, std))
+    return (1 / (255 * deviation)).float().to(device), (-average / deviation).float().to(device)

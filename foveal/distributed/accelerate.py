@@ -1,0 +1,71 @@
+"""Accelerate behind the engine's verbs, for fine-tuning: one process, or DDP. It is never given the loader."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from foveal.distributed.engine import EngineConfig, Outcome, apply_lr, evaluating
+from foveal.distributed.world import World
+from foveal.errors import LaunchError
+from foveal.optim import GuardedAdamW, OptimConfig
+
+
+class Accelerate:
+    """The adapter. Accelerate divides the loss by the accumulation count; DDP averages gradients over ranks."""
+
+    def __init__(self, model: nn.Module, groups: list[dict[str, Any]], optim: OptimConfig, cfg: EngineConfig, world: World, accumulate: int) -> None:
+        # Without cpu=True on a machine without a GPU, each of two launched processes believes that it is alone.
+        self._accelerator = Accelerator(
+            cpu=world.device.type == "cpu",
+            mixed_precision="bf16" if cfg.precision == "bf16" else "no",
+            gradient_accumulation_steps=accumulate,
+        )
+        if self._accelerator.num_processes != world.size:
+            raise LaunchError(
+                f"Accelerate counts {self._accelerator.num_processes} processes where the launcher started {world.size}; "
+                f"start with --num_processes {world.size} and, on CPUs, --config_file configs/accelerate/cpu2.yaml"
+            )
+        self._guard = GuardedAdamW(groups, optim)
+        self.model = self._accelerator.prepare_model(model)
+        self._optimizer = self._accelerator.prepare_optimizer(self._guard)
+        self.device = world.device
+        self._world = world
+
+    def set_lr(self, lr: float) -> None:
+        apply_lr(self._guard, lr)
+
+    @contextmanager
+    def micro(self, *, last: bool) -> Iterator[None]:
+        with self._accelerator.accumulate(self.model):
+            assert self._accelerator.sync_gradients == last, "Accelerate counts the micros of a step as the loop does"
+            yield
+
+    def looking(self) -> AbstractContextManager[None]:
+        return evaluating(self.model)
+
+    def backward(self, loss: Tensor) -> None:
+        self._accelerator.backward(loss)
+
+    def step(self) -> Outcome:
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return Outcome(self._guard.applied, self._guard.norm)
+
+    def save(self, folder: Path) -> None:
+        if self._world.rank == 0:
+            module = self._accelerator.unwrap_model(self.model)
+            torch.save({"model": module.state_dict(), "optimizer": self._guard.state_dict()}, folder / "accelerate.pt")
+
+    def load(self, folder: Path) -> None:
+        state = torch.load(folder / "accelerate.pt", map_location=self.device, weights_only=True)
+        self._accelerator.unwrap_model(self.model).load_state_dict(state["model"])
+        self._guard.load_state_dict(state["optimizer"])
+
+    def weights(self) -> dict[str, Tensor]:
+        module = self._accelerator.unwrap_model(self.model)
+        return {name: value.detach().float().cpu() for name, value in module.state_dict().items()}

@@ -1,0 +1,158 @@
+"""What turns a loss into an update: the verbs that three engines share, their settings, and the reference engine."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from foveal.config import Config, machine
+from foveal.distributed.world import World
+from foveal.errors import ConfigError
+from foveal.optim import GuardedAdamW, OptimConfig
+
+Precision = Literal["fp32", "bf16"]
+
+
+class EngineConfig(Config):
+    """How the update is computed; nothing here changes it beyond rounding."""
+
+    kind: Literal["deepspeed", "accelerate", "plain"] = machine("deepspeed", "The library behind the update; plain is one process.")
+    zero: Literal[0, 1, 2, 3] = machine(1, "DeepSpeed's ZeRO stage: what is partitioned over ranks.")
+    precision: Precision = machine("fp32", "Arithmetic of forward and backward; weights are kept in fp32 either way.")
+    matmul: Literal["highest", "high", "medium"] = machine(
+        "highest", "torch's float32 matmul precision; 'medium' may mean bf16 products on some processors."
+    )
+    compile: bool = machine(False, "Compile the model in place with torch.compile.")
+    timeout_minutes: float = machine(30.0, "How long a collective may take before the rank gives up.", gt=0)
+    deepspeed: dict[str, Any] = machine({}, "Further keys for DeepSpeed's settings; those that foveal derives are refused.")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of an update: whether it was applied, and the gradient norm over all ranks before clipping."""
+
+    applied: bool
+    grad_norm: float
+
+
+class Engine(Protocol):
+    """The verbs. ``model`` is called by objectives and never reached into."""
+
+    model: nn.Module
+    device: torch.device
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of the next update; each group multiplies it by its ``lr_scale``."""
+
+    def micro(self, *, last: bool) -> AbstractContextManager[None]:
+        """Around one forward and backward; gradients are reduced over ranks in the last one of a step."""
+
+    def looking(self) -> AbstractContextManager[None]:
+        """Around forwards without a backward: evaluation mode, no gradients, the engine's precision."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the mean over the micros of a step: the engine divides by their number, nobody else does."""
+
+    def step(self) -> Outcome:
+        """Clip, update, clear; on every rank, whatever the gradients are."""
+
+    def save(self, folder: Path) -> None:
+        """Write weights, moments and group settings into a folder; every rank calls it."""
+
+    def load(self, folder: Path) -> None:
+        """The reverse of ``save``; every rank calls it."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """All weights by the module's own names, fp32 on the CPU, whole on rank 0; every rank calls it."""
+
+
+def apply_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give each group its share of the learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+    """bf16 products where asked for, fp32 elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients, and back to training."""
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train()
+
+
+class Plain:
+    """One process and nothing else: the reference that the other engines must equal."""
+
+    def __init__(self, model: nn.Module, groups: list[dict[str, Any]], optim: OptimConfig, cfg: EngineConfig, world: World, accumulate: int) -> None:
+        if world.size > 1:
+            raise ConfigError(f"engine.kind=plain runs in one process, this run has {world.size}; use deepspeed or accelerate")
+        self.device = world.device
+        self.model = model.to(self.device)
+        self._optimizer = GuardedAdamW(groups, optim)
+        self._precision: Precision = cfg.precision
+        self._accumulate = accumulate
+
+    def set_lr(self, lr: float) -> None:
+        apply_lr(self._optimizer, lr)
+
+    @contextmanager
+    def micro(self, *, last: bool) -> Iterator[None]:
+        with autocast(self.device, self._precision):
+            yield
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        with evaluating(self.model), autocast(self.device, self._precision):
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        (loss / self._accumulate).backward()
+
+    def step(self) -> Outcome:
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return Outcome(self._optimizer.applied, self._optimizer.norm)
+
+    def save(self, folder: Path) -> None:
+        torch.save({"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}, folder / "plain.pt")
+
+    def load(self, folder: Path) -> None:
+        state = torch.load(folder / "plain.pt", map_location=self.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: value.detach().float().cpu() for name, value in self.model.state_dict().items()}
+
+
+def build_engine(
+    model: nn.Module, groups: list[dict[str, Any]], optim: OptimConfig, cfg: EngineConfig, world: World, *, at_once: int, accumulate: int
+) -> Engine:
+    """The engine that ``cfg.kind`` names, holding the model on the device.
+
+    Its library is imported only here: DeepSpeed alone takes longer to import than torch.
+    """
+    torch.set_float32_matmul_precision(cfg.matmul)
+    if cfg.compile:
+        model.compile()  # in place, so that no `_orig_mod.` prefix reaches a file
+    if cfg.kind == "deepspeed":
+        from foveal.distributed.deepspeed import DeepSpeed
+
+        return DeepSpeed(model, groups, optim, cfg, world, at_once, accumulate)
+    if cfg.kind == "accelerate":
+        from foveal.distributed.accelerate import Accelerate
+
+        return Accelerate(model, groups, optim, cfg, world, accumulate)
+    return Plain(model, groups, optim, cfg, world, accumulate)

@@ -1,0 +1,164 @@
+"""Who else is there: rank, size and device, from whichever launcher started this process."""
+
+import os
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from foveal.errors import LaunchError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """One process among ``size``: its rank in all, its rank on its node, and its device."""
+
+    rank: int
+    size: int
+    local: int
+    launcher: str
+    device: torch.device
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.size > 1:
+            dist.barrier()
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if the flag is set on any."""
+        if self.size == 1:
+            return flag
+        word = torch.tensor([int(flag)], device=self.device)
+        dist.all_reduce(word, op=dist.ReduceOp.MAX)
+        return bool(word.item())
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over ranks of a tensor of any shape, on every rank; the argument is left alone."""
+        if self.size == 1:
+            return values
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value (anything that pickles), on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[T] = [value] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """What the launcher says, before anything is started."""
+
+    rank: int
+    size: int
+    local: int
+    launcher: str
+
+
+def seat() -> Seat:
+    """Rank and size from torchrun or accelerate, else from a Slurm step, else alone.
+
+    A batch script outside ``srun`` sees SLURM_PROCID and SLURM_NTASKS too, but no SLURM_STEP_ID: it is alone.
+    Errors: LaunchError where a launcher's variables contradict one another.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return Seat(_number("RANK"), _number("WORLD_SIZE"), _number("LOCAL_RANK", "0"), "torchrun")
+    if "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ:
+        size = _number("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))
+        return Seat(_number("SLURM_PROCID"), size, _number("SLURM_LOCALID", "0"), "srun")
+    return Seat(0, 1, 0, "none")
+
+
+def _number(name: str, default: str | None = None) -> int:
+    text = os.environ.get(name, default)
+    try:
+        return int(text or "")
+    except ValueError:
+        raise LaunchError(f"the launcher's {name} is {text!r}, which is not a number") from None
+
+
+@contextmanager
+def joined(timeout_seconds: float) -> Iterator[World]:
+    """Join the other ranks, and leave them properly on every way out.
+
+    The variables that libraries read (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) are set for them, so that
+    a Slurm step looks to DeepSpeed and Accelerate like torchrun. Alone, the group is this process, in memory.
+    """
+    here = seat()
+    device = _device(here)
+    world = World(here.rank, here.size, here.local, here.launcher, device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    settings: dict[str, object] = {"timeout": timedelta(seconds=timeout_seconds)}
+    if here.size == 1:
+        settings |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29500")
+    elif here.launcher == "srun":
+        os.environ.setdefault("MASTER_ADDR", first_host(os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]))
+        os.environ.setdefault("MASTER_PORT", str(_port(os.environ["SLURM_JOB_ID"])))
+    os.environ |= {"RANK": str(here.rank), "WORLD_SIZE": str(here.size), "LOCAL_RANK": str(here.local)}
+    dist.init_process_group(backend, **settings)  # type: ignore[arg-type]
+    try:
+        yield world
+    finally:
+        dist.destroy_process_group()  # without it a clean exit under gloo sometimes aborted
+
+
+def _device(here: Seat) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    seen = torch.cuda.device_count()
+    # One visible GPU for each task (--gpus-per-task) or all of the node's for every task: both are common.
+    index = here.local if seen > 1 else 0
+    if index >= seen:
+        raise LaunchError(f"local rank {here.local} has no GPU: this process sees {seen}; start as many tasks per node as GPUs")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a Slurm node list: ``a[01-03,7]b,c`` gives ``a01b``; scontrol is not in every container."""
+    found = re.match(r"([^,\[]*)(?:\[(\w+)[^\]]*\])?([^,\[]*)", nodes)
+    assert found is not None, "the pattern matches every string"
+    return "".join(part or "" for part in found.groups())
+
+
+def _port(job: str) -> int:
+    """A port that two jobs on one node seldom share, and every rank of one job does."""
+    return 20000 + int(re.sub(r"\D", "", job) or 0) % 20000
+
+
+def describe(world: World) -> str:
+    """One line for the head of each rank's log."""
+    slurm = ", ".join(f"{name}={os.environ[name]}" for name in ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_RESTART_COUNT") if name in os.environ)
+    return (
+        f"rank {world.rank} of {world.size} on {socket.gethostname()}, local rank {world.local}, {world.device}, "
+        f"launcher {world.launcher}{', ' + slurm if slurm else ''}"
+    )
+
+
+def slurm_job() -> dict[str, str]:
+    """What Slurm says of this job, for the tracker's tags; empty outside Slurm."""
+    names = ("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT", "SLURM_NTASKS")
+    return {name.lower(): os.environ[name] for name in names if name in os.environ}

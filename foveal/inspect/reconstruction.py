@@ -1,0 +1,74 @@
+"""A sheet of reconstructions: for every image a row of original, masked, reconstructed.
+
+B images, C channels, L patches, M masked, P numbers per patch.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from foveal.models.patches import patch_statistics, patchify, take, unpatchify
+
+GREY = 128  # a masked patch
+GAP = 2  # pixels between pictures
+WHITE = 255
+SMALLEST = 64  # pixels; smaller images are enlarged by a whole factor, without smoothing
+
+
+def reconstruction_sheet(
+    images: Tensor,
+    pred: Tensor,
+    masked: Tensor,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    normalise: bool,
+) -> Image.Image:
+    """One row per image: the original, what the encoder saw, and the guess with the visible patches pasted in.
+
+    ``images`` uint8 [B, C, H, W]; ``pred`` [B, M, P] in the units of ``patches.targets`` of the images normalised by
+    ``mean`` and ``std`` (C numbers each, of pixels in [0, 1]); ``masked`` [B, M] int64. With ``normalise`` the guess has
+    no brightness and contrast of its own, so each patch is given those of the original.
+    """
+    images, pred, masked = images.detach().cpu(), pred.detach().float().cpu(), masked.detach().cpu()
+    guess = _guess_in_pixels(images, pred, masked, mean, std, normalise)
+    patch = math.isqrt(pred.shape[2] // images.shape[1])
+    grey = torch.full_like(guess, GREY)
+    columns = [images, _pasted(images, grey, masked, patch), _pasted(images, guess, masked, patch)]
+    return _sheet(columns)
+
+
+def _guess_in_pixels(
+    images: Tensor, pred: Tensor, masked: Tensor, mean: Sequence[float], std: Sequence[float], normalise: bool
+) -> Tensor:
+    channels = images.shape[1]
+    patch = math.isqrt(pred.shape[2] // channels)
+    mean_C11, std_C11 = (torch.tensor(tuple(told)).view(channels, 1, 1) for told in (mean, std))
+    if normalise:
+        original_BMP = take(patchify((images.float() / 255 - mean_C11) / std_C11, patch), masked)
+        brightness, contrast = patch_statistics(original_BMP)
+        pred = pred * contrast + brightness
+    pixels = pred.unflatten(2, (channels, patch * patch)) * std_C11.view(channels, 1) + mean_C11.view(channels, 1)
+    return (pixels * 255).round().clamp(0, 255).to(torch.uint8).flatten(2)
+
+
+def _pasted(images: Tensor, patches: Tensor, masked: Tensor, patch: int) -> Tensor:
+    """The images with other patches [B, M, P] at the masked places."""
+    whole = patchify(images, patch).scatter(1, masked[:, :, None].expand_as(patches), patches)
+    return unpatchify(whole, patch, images.shape[2] // patch, images.shape[3] // patch)
+
+
+def _sheet(columns: list[Tensor]) -> Image.Image:
+    batch, _, height, width = columns[0].shape
+    scale = max(1, math.ceil(SMALLEST / max(height, width)))
+    height, width = height * scale, width * scale
+    sheet = Image.new("RGB", (3 * (width + GAP) - GAP, batch * (height + GAP) - GAP), (WHITE, WHITE, WHITE))
+    for across, column in enumerate(columns):
+        for down, image in enumerate(column):
+            picture = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).numpy())
+            enlarged = picture.resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (across * (width + GAP), down * (height + GAP)))
+    return sheet

@@ -1,0 +1,93 @@
+"""One optimizer step, said once. A stage writes its own timetable around it."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from foveal.data import Batch
+from foveal.distributed.engine import Engine
+from foveal.distributed.world import World
+from foveal.telemetry.pace import Pace
+from foveal.telemetry.totals import Totals
+
+
+class Objective(Protocol):
+    """What a stage learns from a batch.
+
+    The loss of a step is the sum over all images of all ranks and micros, divided by their weight, so that ignored
+    labels, class weights and uneven masks keep many ranks equal to one. The weight is asked for before the forward:
+    the first backward of an accumulated step already needs the whole denominator, and a sharded optimizer's gradients
+    cannot be rescaled afterwards.
+    """
+
+    def weight(self, batch: Batch) -> float | Tensor:
+        """The batch's weight. A float says that every batch of this size has the same: no collective is spent on it."""
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The summed loss, and further numbers, each a mean over the batch's images."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A finished optimizer step: ``index`` counts from 1; ``batch`` is this rank's last micro, for pictures."""
+
+    index: int
+    batch: Batch
+    applied: bool
+
+
+@dataclass(frozen=True)
+class Course:
+    """The steps of one attempt, from ``start`` to ``stop``, each of ``accumulate`` micros, and where their numbers go."""
+
+    start: int
+    stop: int
+    accumulate: int
+    lr: Callable[[int], float]
+    world: World
+    totals: Totals
+    pace: Pace
+
+
+def steps(engine: Engine, batches: Iterator[Batch], objective: Objective, course: Course) -> Iterator[Step]:
+    """Yield after every optimizer step. What happens when is the caller's business.
+
+    ``batches`` begins at step ``course.start``. Nothing here reads a number from the device, except what an engine's
+    clipping reads.
+    """
+    ranks, accumulate = course.world.size, course.accumulate
+    for index in range(course.start, course.stop):
+        rate = course.lr(index)
+        engine.set_lr(rate)
+        with course.pace.waiting():
+            micros = [next(batches) for _ in range(accumulate)]
+        share = _mean_weight([objective.weight(batch) for batch in micros], course.world)
+        sums: dict[str, Tensor] = {}
+        for number, host_batch in enumerate(micros):
+            batch = host_batch.to(engine.device)
+            with engine.micro(last=number == accumulate - 1):
+                total, numbers = objective(engine.model, batch)
+                loss = total / share
+                engine.backward(loss)
+            for name, value in ({"loss": loss} | numbers).items():
+                sums[name] = sums.get(name, 0.0) + value.detach().double() / (accumulate * ranks)
+        outcome = engine.step()
+        course.totals.add(sums, {"step": index + 1, "lr": rate, "grad_norm": outcome.grad_norm, "applied": float(outcome.applied)})
+        course.pace.count(len(batch.ids) * accumulate * ranks)
+        yield Step(index + 1, batch, outcome.applied)
+
+
+def _mean_weight(weights: list[float | Tensor], world: World) -> float | Tensor:
+    """The mean weight of a micro over all ranks: with it, the engine's mean over micros and ranks is sum over weight."""
+    if not isinstance(weights[0], Tensor):
+        return weights[0]
+    whole = world.sum(torch.stack([torch.as_tensor(weight) for weight in weights]).sum().double().to(world.device))
+    return whole / (len(weights) * world.size)
+
+
+def due(step: int, every: int, stop: int) -> bool:
+    """Whether something that happens every so many steps, and at the end, happens after this step."""
+    return step == stop or (every > 0 and step % every == 0)

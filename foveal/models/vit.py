@@ -1,0 +1,218 @@
+"""Encoders: timm's plain vision transformers, sized by a config and initialised as in the MAE paper.
+
+The module is timm's own, so its parameter names are the format in which stages hand weights to each other.
+"""
+
+import difflib
+import math
+from typing import Any, Literal
+
+import timm
+import torch
+from timm.layers import Attention, Mlp, PatchEmbed
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+
+from foveal.config import Config, science
+from foveal.errors import ConfigError, ExportError
+from foveal.models.droppath import sample_drops
+from foveal.models.positions import sincos_positions
+
+Pooling = Literal["token", "avg"]
+HEAD_SCALE = 2e-5  # a new classifier starts nearly indifferent, as in the reference fine-tuning of MAE
+TOKEN_SCALE = 0.02
+
+
+class VitConfig(Config):
+    """A plain vision transformer of timm, by name; what is given beside the name overrides it."""
+
+    name: str = science("vit_base_patch16_224", "timm name of a plain vision transformer")
+    patch: int | None = science(None, "patch side in pixels", ge=1)
+    width: int | None = science(None, "numbers per token", ge=1)
+    depth: int | None = science(None, "blocks", ge=1)
+    heads: int | None = science(None, "attention heads", ge=1)
+    mlp_ratio: float | None = science(None, "hidden width of a block's MLP over the token width", gt=0)
+    positions: Literal["sincos", "learned"] = science("sincos", "fixed sine-cosine positions, or learned ones")
+
+    def resolved(self) -> "VitConfig":
+        """The same encoder with every size spelled out. Errors: ConfigError when timm has no such plain transformer."""
+        told = {name: value for name, value in self if value is not None}
+        return VitConfig(**(_sizes(_outline(self.name)) | told))
+
+
+class EncoderCard(VitConfig):
+    """What it takes to build an encoder again: its sizes, the images it reads, and its head."""
+
+    image_size: int = science(about="side of its square images, in pixels", ge=1)
+    channels: int = science(about="channels of its images", ge=1)
+    pooling: Pooling = science("token", "what its head reads: the class token, or the mean of the patches")
+    classes: int = science(0, "outputs of its head; 0: it has none", ge=0)
+
+
+def build_encoder(
+    cfg: VitConfig,
+    *,
+    image_size: int,
+    channels: int,
+    drop_path: float = 0.0,
+    pooling: Pooling = "token",
+    classes: int = 0,
+) -> VisionTransformer:
+    """A timm vision transformer on the CPU in float32, initialised as in He et al., 2022 (appendix A.1).
+
+    Its forward takes images [B, channels, image_size, image_size] to logits [B, classes], or without classes to the
+    pooled features [B, width]. Drop path grows linearly over the blocks up to ``drop_path`` and takes its draws from
+    ``foveal.models.droppath.set_drops``. The weights are drawn from torch's global generator, in an order that is
+    foveal's own: ``torch.manual_seed`` before this call makes them a function of the seed.
+
+    Errors: ConfigError for a name that timm does not have or that is not a plain vision transformer, and for sizes that
+    do not fit each other.
+    """
+    sizes = cfg.resolved()
+    _check_sizes(sizes, image_size)
+    # timm draws too, and how much may change with its version: the generator is put back before foveal draws.
+    with torch.random.fork_rng(devices=[]):
+        encoder = timm.create_model(
+            sizes.name,
+            pretrained=False,
+            img_size=image_size,
+            in_chans=channels,
+            num_classes=classes,
+            global_pool=pooling,
+            drop_path_rate=drop_path,
+            patch_size=sizes.patch,
+            embed_dim=sizes.width,
+            depth=sizes.depth,
+            num_heads=sizes.heads,
+            mlp_ratio=sizes.mlp_ratio,
+        )
+    _initialise(encoder, sizes.positions)
+    sample_drops(encoder)
+    return encoder
+
+
+def encoder_card(
+    cfg: VitConfig, image_size: int, channels: int, *, pooling: Pooling = "token", classes: int = 0
+) -> dict[str, Any]:
+    """Plain data, ready for JSON, from which ``encoder_from_card`` builds the same encoder in any later version."""
+    sizes = cfg.resolved().tree()
+    card = EncoderCard(**sizes, image_size=image_size, channels=channels, pooling=pooling, classes=classes)
+    return card.tree()
+
+
+def encoder_from_card(
+    card: dict[str, Any],
+    where: str,
+    *,
+    drop_path: float = 0.0,
+    pooling: Pooling | None = None,
+    classes: int | None = None,
+) -> VisionTransformer:
+    """An encoder like the one a card was made for, freshly initialised; pooling and classes may be others.
+
+    ``where`` names the card's file in the sentence of a mistake. Errors: ExportError.
+    """
+    try:
+        told = EncoderCard.checked(card, where)
+        return build_encoder(
+            VitConfig(**{name: getattr(told, name) for name in VitConfig.model_fields}),
+            image_size=told.image_size,
+            channels=told.channels,
+            drop_path=drop_path,
+            pooling=told.pooling if pooling is None else pooling,
+            classes=told.classes if classes is None else classes,
+        )
+    except ConfigError as error:
+        sentence = str(error)
+        raise ExportError(sentence if sentence.startswith(where) else f"{where}: {sentence}") from None
+
+
+def initialise_linear(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases for every linear layer inside a module."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def _outline(name: str) -> VisionTransformer:
+    """The encoder that timm has under a name, without memory for its weights; refused unless it is plain."""
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models("vit_*"), n=3)
+        hint = (
+            f"Did you mean {' or '.join(repr(found) for found in close)}?"
+            if close
+            else "See timm.list_models('vit_*')."
+        )
+        raise ConfigError(f"'{name}' is not a model of timm {timm.__version__}. {hint}")
+    with torch.device("meta"):
+        encoder = timm.create_model(name, pretrained=False)
+    oddity = _oddity(encoder)
+    if oddity:
+        raise ConfigError(
+            f"'{name}' is not a plain vision transformer ({oddity}); take one such as 'vit_base_patch16_224' and size it "
+            "with patch, width, depth and heads"
+        )
+    return encoder
+
+
+def _oddity(encoder: nn.Module) -> str | None:
+    """What makes a model other than patches, a class token, positions for both, and equal blocks; None if nothing."""
+    if type(encoder) is not VisionTransformer:
+        return f"timm builds it as {type(encoder).__name__}"
+    block, embed = encoder.blocks[0], encoder.patch_embed
+    oddities = {
+        "it has no class token": not encoder.has_class_token,
+        "it has register tokens": encoder.num_reg_tokens > 0,
+        "its positions leave out the class token": encoder.no_embed_class or encoder.pos_embed is None,
+        "its patches are not embedded by one linear map": type(embed) is not PatchEmbed
+        or not isinstance(embed.norm, nn.Identity),
+        "its blocks are of another kind": (type(block), type(block.attn), type(block.mlp)) != (Block, Attention, Mlp),
+    }
+    return next((sentence for sentence, found in oddities.items() if found), None)
+
+
+def _sizes(encoder: VisionTransformer) -> dict[str, Any]:
+    block = encoder.blocks[0]
+    hidden, width = block.mlp.fc1.out_features, encoder.embed_dim
+    ratio = hidden / width
+    if int(width * ratio) < hidden:  # timm takes the whole part
+        ratio = math.nextafter(ratio, math.inf)
+    return {
+        "patch": encoder.patch_embed.patch_size[0],
+        "width": width,
+        "depth": len(encoder.blocks),
+        "heads": block.attn.num_heads,
+        "mlp_ratio": ratio,
+    }
+
+
+def _check_sizes(sizes: VitConfig, image_size: int) -> None:
+    if image_size % sizes.patch:
+        raise ConfigError(
+            f"image_size={image_size} is not a whole number of patches of {sizes.patch} pixels; the nearest that is: "
+            f"{sizes.patch * max(1, round(image_size / sizes.patch))}"
+        )
+    if sizes.width % sizes.heads:
+        fitting = [heads for heads in range(1, sizes.width + 1) if sizes.width % heads == 0]
+        nearest = min(fitting, key=lambda heads: abs(heads - sizes.heads))
+        raise ConfigError(f"width={sizes.width} cannot be divided among heads={sizes.heads}; heads={nearest} fits")
+
+
+def _initialise(encoder: VisionTransformer, positions: Literal["sincos", "learned"]) -> None:
+    initialise_linear(encoder)
+    nn.init.xavier_uniform_(encoder.patch_embed.proj.weight.flatten(1))
+    if encoder.patch_embed.proj.bias is not None:
+        nn.init.zeros_(encoder.patch_embed.proj.bias)
+    nn.init.normal_(encoder.cls_token, std=TOKEN_SCALE)
+    if isinstance(encoder.head, nn.Linear):
+        nn.init.trunc_normal_(encoder.head.weight, std=HEAD_SCALE)
+    if positions == "learned":
+        nn.init.trunc_normal_(encoder.pos_embed, std=TOKEN_SCALE)
+        return
+    rows, columns = encoder.patch_embed.grid_size
+    with torch.no_grad():
+        encoder.pos_embed[0, 0] = 0
+        encoder.pos_embed[0, 1:] = sincos_positions(rows, columns, encoder.embed_dim)
+    encoder.pos_embed.requires_grad_(False)

@@ -1,0 +1,94 @@
+"""AdamW, its parameter groups, and the rule for a step whose gradient is not finite."""
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from foveal.config import Config, machine, science
+
+Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
+
+
+class OptimConfig(Config):
+    """AdamW (Loshchilov & Hutter, 2019) under a warm-up and half a cosine."""
+
+    lr_per_256: float = science(1.5e-4, "Peak learning rate for a step of 256 images; scaled by batch.images / 256.", gt=0)
+    floor_lr: float = science(0.0, "Learning rate at the last step.", ge=0)
+    warmup_epochs: float = science(0.0, "Epochs of linear warm-up.", ge=0)
+    weight_decay: float = science(0.05, "Decoupled weight decay; vectors, tokens and positions are not decayed.", ge=0)
+    betas: Betas = science((0.9, 0.95), "AdamW's decay rates of the two moments.")
+    eps: float = science(1e-8, "AdamW's epsilon.", gt=0)
+    layer_decay: float = science(1.0, "Factor on the learning rate per block below the head (BEiT, 2021).", gt=0, le=1)
+    clip: float | None = science(None, "Largest global gradient norm; none: no clipping.", gt=0)
+    fused: bool = machine(True, "One fused kernel for the update where there is no ZeRO partition.")
+
+    def peak(self, images: int) -> float:
+        """The peak learning rate of a step of ``images`` images."""
+        return self.lr_per_256 * images / 256
+
+
+def parameter_groups(
+    model: nn.Module, cfg: OptimConfig, depth_of: Callable[[str], int] | None = None, deepest: int = 0
+) -> list[dict[str, Any]]:
+    """Groups for AdamW: weight decay on matrices only, the learning rate scaled by depth.
+
+    ``depth_of`` maps a parameter's name to its layer, 0 (embedding) to ``deepest`` (head); without it there is one
+    depth. Each group carries ``lr_scale`` and a readable ``name``; the order is the order of first appearance.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        plain = parameter.ndim <= 1 or name.rsplit(".", 1)[-1] in {"cls_token", "pos_embed", "mask_token", "reg_token"}
+        depth = depth_of(name) if depth_of else deepest
+        title = f"layer {depth}, {'no decay' if plain else 'decay'}"
+        group = groups.setdefault(
+            title,
+            {
+                "name": title,
+                "params": [],
+                "weight_decay": 0.0 if plain else cfg.weight_decay,
+                "lr_scale": cfg.layer_decay ** (deepest - depth),
+            },
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+class GuardedAdamW(torch.optim.AdamW):
+    """AdamW that clips, remembers the gradient norm, and does nothing on a gradient that is not finite.
+
+    For the engines that have no such guard of their own (Plain, Accelerate, DeepSpeed's ZeRO 0, which in fp32 would
+    write NaN into the weights). A skipped step leaves weights and moments bit for bit as they were.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], cfg: OptimConfig) -> None:
+        super().__init__(groups, lr=cfg.lr_per_256, betas=cfg.betas, eps=cfg.eps, fused=cfg.fused)
+        self.clip = cfg.clip
+        self.norm = 0.0
+        self.applied = True
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Clip, then update; or skip, and say so in ``applied``."""
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = global_norm(gradients)
+        self.norm = float(norm)
+        self.applied = bool(norm.isfinite())
+        if not self.applied:
+            return
+        if self.clip is not None:
+            torch._foreach_mul_(gradients, torch.clamp(self.clip / (norm + 1e-6), max=1.0))
+        super().step(closure)
+
+
+def global_norm(tensors: list[Tensor]) -> Tensor:
+    """The 2-norm of all tensors as one vector: a scalar on their device."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+
+
+def plain_adamw(groups: list[dict[str, Any]], cfg: OptimConfig) -> torch.optim.AdamW:
+    """AdamW as torch has it, for an engine (DeepSpeed's ZeRO 1 to 3) that clips and guards by itself."""
+    return torch.optim.AdamW(groups, lr=cfg.lr_per_256, betas=cfg.betas, eps=cfg.eps, fused=cfg.fused)

@@ -1,0 +1,46 @@
+"""What a person sees while a run goes on: a bar on a terminal, a line now and then in a log."""
+
+import logging
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeRemainingColumn
+
+from foveal.telemetry.totals import Row
+
+_LINE_EVERY = 30.0  # seconds between lines in a log
+_log = logging.getLogger(__name__)
+
+
+class Progress:
+    """Rank 0's; without a name it is nobody's and shows nothing."""
+
+    def __init__(self, name: str = "", total: int = 0, done: int = 0) -> None:
+        self._name, self._total = name, total
+        self._spoke = 0.0
+        self._bar: Bar | None = None
+        if name and sys.stderr.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[row]}"))
+            self._bar = Bar(*columns, console=Console(stderr=True))
+            self._task = self._bar.add_task(name, total=total, completed=done, row="")
+            self._bar.start()
+
+    def show(self, row: Row) -> None:
+        """The newest row of a run."""
+        self.tell(int(row["step"]), f"loss {row['loss']:.4f}, lr {row['lr']:.2e}, {row['images_per_second']:,.0f} images/s")
+
+    def tell(self, done: int, text: str) -> None:
+        """How far it is, and one line about it."""
+        if not self._name:
+            return
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, row=text)
+        elif done == self._total or time.monotonic() - self._spoke > _LINE_EVERY:
+            self._spoke = time.monotonic()
+            _log.info("%s: %d of %d, %s", self._name, done, self._total, text)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,158 @@
+"""The reference of all settings, written from the models themselves: ``python -m foveal.reference > docs/configuration.md``.
+
+The one module of the shared package that looks into the stages, and only at their settings.
+"""
+
+import argparse
+import json
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import annotated_types
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined, to_jsonable_python
+
+from foveal.config import Config, half_of, section_of
+
+_INTRODUCTION = """\
+# Configuration
+
+Written by `make docs` from the settings' own definitions; a test compares the two.
+
+A stage reads one YAML file and overrides of the form `dotted.key=value`. Every setting is **science** (it can change a \
+result; a run is only continued under the same science) or **machine** (it changes where, how fast and how visibly a \
+result is obtained; it may be another one at every restart). A setting that is not listed here is refused."""
+
+_HEADER = "| setting | type | default | range | half | what it is |\n|---|---|---|---|---|---|"
+_SIGNS = (
+    (annotated_types.Gt, "gt", ">"),
+    (annotated_types.Ge, "ge", "≥"),
+    (annotated_types.Lt, "lt", "<"),
+    (annotated_types.Le, "le", "≤"),
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of the reference. ``default`` is PydanticUndefined where a value must be given."""
+
+    name: str
+    type: str
+    default: Any
+    range: str
+    half: str
+    about: str
+
+
+def settings(model: type[Config]) -> Iterator[Setting]:
+    """Every setting of a model, depth first, in the order of the code."""
+    return _settings(model, "", PydanticUndefined, "science")
+
+
+def _settings(model: type[Config], prefix: str, given: Any, half: str) -> Iterator[Setting]:
+    """``given`` is what the section around has for this section: its values take the place of the fields' defaults."""
+    for name, field in model.model_fields.items():
+        default = getattr(given, name) if isinstance(given, Config) else field.get_default(call_default_factory=True)
+        mine = "machine" if half == "machine" else half_of(field)
+        section = section_of(field)
+        if section is None or default is None:
+            yield Setting(f"{prefix}{name}", type_in_words(field), default, range_in_words(field), mine, field.description or "")
+        if section is not None:
+            yield from _settings(section, f"{prefix}{name}.", default, mine)
+
+
+def type_in_words(field: FieldInfo) -> str:
+    """The type as somebody says it who writes YAML."""
+    return _type_in_words(field.annotation)
+
+
+def _type_in_words(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is types.NoneType:
+        return "none"
+    if annotation is Any:
+        return "anything"
+    if origin is typing.Annotated:
+        return _type_in_words(arguments[0])
+    if origin is Literal:
+        return " or ".join(f"`{_value_in_words(argument)}`" for argument in arguments)
+    if origin in {typing.Union, types.UnionType}:
+        return " or ".join(_type_in_words(argument) for argument in arguments)
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return f"list of {_type_in_words(arguments[0])}"
+    if origin is tuple:
+        return f"[{', '.join(_type_in_words(argument) for argument in arguments)}]"
+    if origin is dict:
+        return "mapping"
+    if issubclass(annotation, Config):
+        return "section"
+    return {bool: "true or false", int: "integer", float: "number", str: "text"}.get(annotation, annotation.__name__)
+
+
+def range_in_words(field: FieldInfo) -> str:
+    """The limits that the field itself states, such as ``> 0, ≤ 1``."""
+    words = []
+    for limit in field.metadata:
+        words += [f"{sign} {getattr(limit, name):g}" for kind, name, sign in _SIGNS if isinstance(limit, kind)]
+        if isinstance(limit, annotated_types.MinLen):
+            words.append(f"at least {limit.min_length} long")
+        if isinstance(limit, annotated_types.MaxLen):
+            words.append(f"at most {limit.max_length} long")
+    return ", ".join(words)
+
+
+def _value_in_words(value: Any) -> str:
+    """A value as YAML writes it on one line."""
+    if value is None:
+        return "none"
+    plain = to_jsonable_python(value)
+    return plain if isinstance(plain, str) and plain else json.dumps(plain, ensure_ascii=False)
+
+
+def reference(stages: Mapping[str, type[Config]]) -> str:
+    """The whole document, Markdown, with a chapter per stage."""
+    return "\n\n".join([_INTRODUCTION, *(_chapter(stage, model) for stage, model in stages.items())]) + "\n"
+
+
+def _chapter(stage: str, model: type[Config]) -> str:
+    about = (model.__doc__ or "").strip().split("\n\n", 1)[0]
+    return f"## {stage}\n\n{about}\n\n{_HEADER}\n" + "\n".join(_row(setting) for setting in settings(model))
+
+
+def _row(setting: Setting) -> str:
+    default = "required" if setting.default is PydanticUndefined else f"`{_value_in_words(setting.default)}`"
+    cells = (f"`{setting.name}`", setting.type, default, setting.range, setting.half, setting.about)
+    return f"| {' | '.join(' '.join(cell.split()).replace('|', '\\|') for cell in cells)} |"
+
+
+def stage_configs() -> dict[str, type[Config]]:
+    """The stages and their settings, in the order of a pipeline."""
+    from distill.config import DistillConfig
+    from finetune.config import FinetuneConfig
+    from pretrain.config import PretrainConfig
+
+    return {"pretrain": PretrainConfig, "distill": DistillConfig, "finetune": FinetuneConfig}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the reference to stdout, or say whether a file still is the reference; the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m foveal.reference", description="The reference of all settings.")
+    parser.add_argument("--check", metavar="FILE", type=Path, help="compare with this file, write nothing")
+    options = parser.parse_args(argv)
+    text = reference(stage_configs())
+    if options.check is None:
+        sys.stdout.write(text)
+        return 0
+    if options.check.is_file() and options.check.read_text() == text:
+        return 0
+    sys.stderr.write(f"foveal: {options.check} is not what the settings say; run make docs\n")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

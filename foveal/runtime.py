@@ -1,0 +1,290 @@
+"""A run: a directory, a tracker, checkpoints and a pace, opened in order and closed in reverse."""
+
+import importlib.metadata
+import json
+import logging
+import math
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from foveal import __version__
+from foveal.checkpoint.export import Card, write_export
+from foveal.checkpoint.store import Store, TrainState, check_same_science
+from foveal.distributed.engine import Engine
+from foveal.distributed.preemption import Preemption
+from foveal.distributed.world import World, describe, slurm_job
+from foveal.errors import CheckpointError, Diverged
+from foveal.files import write_json
+from foveal.loop import Course
+from foveal.progress import Progress
+from foveal.stage import Plan, StageConfig
+from foveal.telemetry.pace import Pace
+from foveal.telemetry.totals import Row, Totals
+from foveal.tracking.jsonl import Jsonl
+from foveal.tracking.tracker import Both, Silent, Status, Tracker, TrackingConfig
+
+_AGREE_EVERY = 10  # steps between two collectives that ask whether anybody was told to leave
+_TOLERATED = 3  # skipped steps in a row before a run counts as diverged
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """One attempt at a run, as a stage's timetable sees it."""
+
+    stage: str
+    path: Path
+    plan: Plan
+    world: World
+    preemption: Preemption
+    store: Store
+    quiet: bool = False
+    totals: Totals = field(default_factory=Totals)
+    pace: Pace = field(default_factory=Pace)
+    tracker: Tracker = field(default_factory=Silent)
+    progress: Progress = field(default_factory=Progress)
+    left: bool = False
+    _skipped: int = 0
+    _last: Row = field(default_factory=dict)
+
+    def resume(self, engine: Engine) -> int:
+        """Load the newest whole checkpoint, open the tracker at its step, and return that step: 0 for a new run.
+
+        Errors: CheckpointError where the checkpoint is of other science, or of ranks or an engine it cannot go on with.
+        """
+        found = self.store.newest()
+        step = 0
+        if found is not None:
+            folder, state = found
+            check_same_science(state.science, self.plan.science(), folder)
+            _check_same_shape(folder, state, self._state(state.step))
+            engine.load(folder)
+            step = state.step
+            self.pace = Pace(state.seconds)
+            _warn_of_versions(state.versions)
+            _log.info("resumed from %s", folder)
+        self.begin(step)
+        return step
+
+    def begin(self, step: int = 0, total: int | None = None) -> None:
+        """Open the tracker at a step, on rank 0; the progress counts to ``total``, or to the plan's steps."""
+        if self.world.rank == 0:
+            self.tracker = _tracker(self.path, self.plan.cfg, step)
+            self.tracker.settings(self.plan.cfg.flat() | self.plan.inherited, _facts(self.world))
+            self.tracker.file(self.path / "config.yaml")
+            self.progress = Progress("" if self.quiet else self.path.name, total or self.plan.steps, step)
+
+    def report(self) -> Row:
+        """Reduce and deliver the rows of the steps since the last report; the last of them, with rates.
+
+        Errors: Diverged, on every rank, when the last steps in a row were all skipped.
+        """
+        rows = self.totals.read(self.world.sum)
+        if rows:
+            rows[-1] |= self.pace.read()
+            with self.pace.paused():
+                self.tracker.rows(rows)
+                self.progress.show(rows[-1])
+            self._last = rows[-1]
+        for row in rows:
+            self._skipped = 0 if row["applied"] and math.isfinite(row["loss"]) else self._skipped + 1
+        if self._skipped >= _TOLERATED:
+            raise Diverged(
+                f"loss or gradients were not finite in the last {self._skipped} steps up to step {int(self._last['step'])}; "
+                f"the weights are those before, the newest checkpoint is whole: lower optim.lr_per_256 or lengthen optim.warmup_epochs"
+            )
+        return self._last
+
+    def evaluated(self, step: int, numbers: dict[str, float]) -> None:
+        """Numbers on data.val after a step; they have rows of their own."""
+        self.tracker.results({f"val_{name}": value for name, value in numbers.items()}, step)
+
+    def picture(self, name: str, step: int, draw: Any) -> None:
+        """Save what ``draw()`` returns (a PIL image) under pictures/, on rank 0."""
+        if self.world.rank == 0:
+            file = self.path / "pictures" / f"{name}-{step:08d}.png"
+            file.parent.mkdir(exist_ok=True)
+            draw().save(file)
+            self.tracker.file(file)
+
+    def save(self, engine: Engine, step: int) -> None:
+        """Write a checkpoint; what is reported is on disk first, so that no row is newer than the checkpoint's loss."""
+        self.report()
+        with self.pace.paused():
+            self.store.save(engine, self._state(step))
+
+    def asked_to_leave(self, step: int) -> bool:
+        """Whether any rank was asked to; all ranks hear the same answer."""
+        return step % _AGREE_EVERY == 0 and self.preemption.agreed()
+
+    def leave(self, step: int) -> None:
+        """The end of an attempt that was asked to leave and has saved."""
+        self.left = True
+        _log.info("asked to leave (%s): saved at step %d of %d", self.preemption.heard or "another rank", step, self.plan.steps)
+
+    def finish(self, results: dict[str, Any] | None = None) -> None:
+        """Write down that the run is finished, and what came of it besides its last numbers."""
+        if self.world.rank == 0:
+            summary = self._last | (results or {})
+            facts = {"seconds": round(self.pace.seconds, 3), "science": self.plan.science(), "summary": summary}
+            write_json(self.path / "finished.json", facts)
+            self.tracker.results(results or {}, self.plan.steps)
+            self.tracker.file(self.path / "finished.json")
+        self.world.barrier()
+
+    def course(self, start: int) -> Course:
+        """The steps that are left of this attempt."""
+        plan = self.plan
+        return Course(start, plan.stop, plan.micros, plan.lr, self.world, self.totals, self.pace)
+
+    def export(self, engine: Engine, encoder: dict[str, Any], *, prefix: str, classes: tuple[str, ...] = ()) -> None:
+        """Leave the weights whose names begin with ``prefix``, without it, and their card for the next stage."""
+        weights = engine.weights()
+        if self.world.rank == 0:
+            card = Card(
+                stage=self.stage,
+                encoder=encoder,
+                mean=self.plan.mean,
+                std=self.plan.std,
+                classes=classes,
+                step=self.plan.steps,
+                metrics=self._last,
+                science=self.plan.science(),
+                versions=versions(),
+            )
+            mine = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+            write_export(self.path / "export", mine, card)
+            self.tracker.file(self.path / "export" / "card.json")
+        self.world.barrier()
+
+    def _state(self, step: int) -> TrainState:
+        cfg = self.plan.cfg.engine
+        kind = f"deepspeed ZeRO {cfg.zero}, {cfg.precision}" if cfg.kind == "deepspeed" else f"{cfg.kind}, {cfg.precision}"
+        return TrainState(step, self.pace.seconds, self.world.size, kind, self.plan.science(), versions())
+
+
+def _check_same_shape(folder: Path, was: TrainState, now: TrainState) -> None:
+    if (was.ranks, was.engine) != (now.ranks, now.engine) and "deepspeed" in was.engine + now.engine:
+        raise CheckpointError(
+            f"{folder} was saved by {was.ranks} ranks under {was.engine}; going on with {now.ranks} ranks under {now.engine} "
+            f"is not possible yet: start as many ranks with the same engine, or begin anew with run.fresh=true"
+        )
+    if was.engine != now.engine:
+        raise CheckpointError(f"{folder} was saved under {was.engine}; this run has {now.engine}: set engine back, or run.fresh=true")
+
+
+@contextmanager
+def opened(stage: str, plan: Plan, world: World, preemption: Preemption, *, quiet: bool = False) -> Iterator[Run | None]:
+    """Open the run directory and all that belongs to it; nothing if the run is finished already.
+
+    ``quiet`` is for a run inside a run: it shows no progress of its own.
+    Errors: CheckpointError where the directory holds a run of other science.
+    """
+    path = Path(world.broadcast(str(_directory(plan.cfg)) if world.rank == 0 else ""))
+    if _is_finished(path, plan):
+        if world.rank == 0 and not quiet:
+            _log.info("%s is finished already; run.fresh=true starts another beside it", path)
+        yield None
+        return
+    world.barrier()  # every rank has looked before rank 0 writes
+    if world.rank == 0:
+        path.mkdir(parents=True, exist_ok=True)
+        plan.cfg.dump(path / "config.yaml")
+        write_json(path / "science.json", plan.science())
+    world.barrier()
+    with _logging_to(path / "logs" / f"rank-{world.rank:03d}.log"):
+        _log.log(logging.DEBUG if quiet else logging.INFO, "foveal %s, %s", __version__, describe(world))
+        run = Run(stage, path, plan, world, preemption, Store(path / "checkpoints", plan.cfg.checkpoint, world), quiet)
+        status: Status = "FAILED"
+        try:
+            yield run
+            status = "KILLED" if run.left else "FINISHED"
+        except BaseException as error:
+            _log.error("rank %d stops: %s: %s", world.rank, type(error).__name__, error)
+            raise
+        finally:
+            run.progress.close()
+            run.tracker.close(status)
+
+
+def _directory(cfg: StageConfig) -> Path:
+    """The run directory; with run.fresh the first numbered sibling that does not exist."""
+    assert cfg.run.dir is not None, "the command line fills it in"
+    path = Path(cfg.run.dir)
+    if not cfg.run.fresh or not path.exists():
+        return path
+    number = 2
+    while (sibling := path.with_name(f"{path.name}-{number}")).exists():
+        number += 1
+    return sibling
+
+
+def _is_finished(path: Path, plan: Plan) -> bool:
+    """Whether the directory's run is done; every rank looks for itself and sees the same."""
+    for name in ("science.json", "finished.json"):
+        file = path / name
+        if file.exists():
+            tree = json.loads(file.read_text())
+            check_same_science(tree.get("science", tree), plan.science(), path)
+            if name == "finished.json":
+                return True
+    return False
+
+
+def versions() -> dict[str, str]:
+    """The libraries that can move a number."""
+    names = ("torch", "timm", "deepspeed", "accelerate", "Pillow", "numpy")
+    return {"foveal": __version__, **{name: importlib.metadata.version(name) for name in names}}
+
+
+def _warn_of_versions(was: dict[str, str]) -> None:
+    changed = [f"{name} {was.get(name)} -> {now}" for name, now in versions().items() if was.get(name) != now]
+    if changed:
+        _log.warning("the checkpoint was written by other versions (%s); numbers may move in their last digits", ", ".join(changed))
+
+
+def _tracker(path: Path, cfg: StageConfig, start: int) -> Tracker:
+    jsonl = Jsonl(path / "metrics.jsonl", start)
+    mlflow = connected(cfg.tracking, path, cfg.run.pipeline)
+    return jsonl if mlflow is None else Both(jsonl, mlflow)
+
+
+def connected(cfg: TrackingConfig, path: Path, pipeline: str | None) -> Tracker | None:
+    """MLflow for this run, or a warning: a store that cannot be reached stops no training."""
+    if cfg.uri is None:
+        return None
+    try:
+        from foveal.tracking.mlflow import MLflow
+
+        return MLflow(cfg, path, Path(pipeline) if pipeline else None)
+    except Exception as error:  # noqa: BLE001 - whatever a tracking server does, it is not worth a run
+        _log.warning("tracking: no MLflow at %s (%s: %s); metrics.jsonl has every number", cfg.uri, type(error).__name__, error)
+        return None
+
+
+def _facts(world: World) -> dict[str, str]:
+    """Tags of this attempt."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)  # noqa: S607
+    facts = {"attempt.started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "ranks": str(world.size), **slurm_job()}
+    facts |= {f"version.{name}": value for name, value in versions().items()}
+    return facts | ({"git.commit": commit.stdout.strip()} if commit.returncode == 0 else {})
+
+
+@contextmanager
+def _logging_to(file: Path) -> Iterator[None]:
+    """One log per rank."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(file)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,15 @@
+"""Learning-rate curves as pure functions of the step: no scheduler object, nothing to save."""
+
+import math
+
+
+def warmup_cosine(step: int, *, peak: float, floor: float, warmup: int, total: int) -> float:
+    """The learning rate of the update that follows ``step`` finished ones.
+
+    Linear from ``peak / warmup`` to ``peak`` over ``warmup`` steps, then half a cosine to ``floor`` at ``total``
+    (Loshchilov & Hutter, SGDR, 2017, eq. 5 without restarts).
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))

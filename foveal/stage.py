@@ -1,0 +1,182 @@
+"""What the three stages share: the sections of their configs, and the plan that a config becomes on so many ranks."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from foveal.checkpoint.export import Card
+from foveal.checkpoint.store import CheckpointConfig
+from foveal.config import Config, machine, science
+from foveal.data import Batch, DataConfig, Dataset, order_of, train_batches
+from foveal.data.order import rank_slots
+from foveal.distributed.engine import EngineConfig
+from foveal.errors import ExportError
+from foveal.optim import OptimConfig
+from foveal.schedule import warmup_cosine
+from foveal.tracking.tracker import TrackingConfig
+
+
+class BatchConfig(Config):
+    """A batch is a number of images, whatever the cluster; accumulation is derived."""
+
+    images: int = science(about="Images per optimizer step, over all ranks.", gt=0)
+    at_once: int = machine(64, "The most images that a rank holds in one forward and backward.", gt=0)
+
+    def micros(self, ranks: int) -> tuple[int, int]:
+        """(images at once, micros per step) on so many ranks, which divide the batch."""
+        mine = self.images // ranks
+        at_once = max(n for n in range(1, min(self.at_once, mine) + 1) if mine % n == 0)
+        return at_once, mine // at_once
+
+
+class LogConfig(Config):
+    """How often a run speaks."""
+
+    every: int = machine(20, "Steps between two deliveries of numbers; every step has its row.", ge=1)
+    pictures_every: int = machine(0, "Steps between pictures; 0: only at the end.", ge=0)
+
+
+class RunConfig(Config):
+    """The run directory and how the run is started."""
+
+    dir: str | None = machine(None, "The run directory; none: runs/<name of the config>.")
+    fresh: bool = machine(False, "Start anew in a numbered sibling of an existing run directory.")
+    stop_at: int | None = machine(None, "Stop after this step, ready to be continued; none: run to the end.", ge=1)
+    pipeline: str | None = machine(None, "The folder of the pipeline: its stages share one parent run in MLflow.")
+    processes: int | None = machine(None, "Processes for --cluster local; none: one per GPU, or one.", ge=1)
+
+
+class StageConfig(Config):
+    """The sections that every stage has."""
+
+    seed: int = science(0, "Of everything that is drawn.", ge=0)
+    epochs: int = science(about="How often each image is seen.", ge=1)
+    data: DataConfig
+    batch: BatchConfig
+    optim: OptimConfig
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    run: RunConfig = RunConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a config comes to on so many ranks: everything that can be known, and refused, before a run begins.
+
+    ``inherited`` is science that no setting states: the digests of the data and of the export that the stage starts
+    from, and what that export's card decides.
+    """
+
+    cfg: StageConfig
+    ranks: int
+    dataset: Dataset
+    steps_per_epoch: int
+    dropped: int
+    at_once: int
+    micros: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    inherited: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps from first to last."""
+        return self.steps_per_epoch * self.cfg.epochs
+
+    @property
+    def stop(self) -> int:
+        """The step after which this attempt ends."""
+        return min(self.steps, self.cfg.run.stop_at or self.steps)
+
+    def lr(self, step: int) -> float:
+        """The learning rate of the update that follows ``step`` finished ones."""
+        optim = self.cfg.optim
+        return warmup_cosine(
+            step,
+            peak=optim.peak(self.cfg.batch.images),
+            floor=optim.floor_lr,
+            warmup=round(optim.warmup_epochs * self.steps_per_epoch),
+            total=self.steps,
+        )
+
+    def science(self) -> dict[str, Any]:
+        """What guards a resume."""
+        return self.cfg.science() | self.inherited
+
+    def lines(self) -> list[str]:
+        """The plan in words."""
+        cfg = self.cfg
+        return [
+            f"data      {self.dataset.folder}, {self.dataset.samples(cfg.data.train):,} images in {cfg.data.train}",
+            f"batch     {cfg.batch.images} images = {self.ranks} ranks x {self.micros} micros x {self.at_once} at once",
+            f"steps     {self.steps} = {cfg.epochs} epochs x {self.steps_per_epoch} (each epoch drops another {self.dropped} images)",
+            f"lr        {cfg.optim.peak(cfg.batch.images):.3g} at its peak, after {cfg.optim.warmup_epochs:g} epochs",
+            f"engine    {cfg.engine.kind}{f' ZeRO {cfg.engine.zero}' if cfg.engine.kind == 'deepspeed' else ''}, {cfg.engine.precision}",
+            f"run       {cfg.run.dir}",
+            *self.notes,
+        ]
+
+
+P = TypeVar("P", bound=Plan)
+
+
+def planned(
+    kind: type[P], cfg: StageConfig, ranks: int, *, card: Card | None = None, origin: dict[str, str] | None = None, **further: Any
+) -> P:
+    """Open the data, do the arithmetic, and refuse what cannot be.
+
+    ``card`` is that of the export the stage starts from: its pixel statistics are the model's. ``origin`` names the
+    digests of such exports, which are science. ``further`` are the fields that a stage's own plan adds.
+    Errors: DataError, ConfigError, ExportError.
+    """
+    dataset = Dataset.open(cfg.data)
+    rank_slots(cfg.batch.images, cfg.data.lanes, 0, ranks)
+    order = order_of(dataset, cfg.data, split=cfg.data.train, part="train", seed=cfg.seed, batch=cfg.batch.images)
+    at_once, micros = cfg.batch.micros(ranks)
+    mean, std = _statistics(cfg, dataset, card)
+    facts = {"data": dataset.digest(cfg.data.train), "mean": list(mean), "std": list(std)} | (origin or {})
+    return kind(
+        cfg=cfg,
+        ranks=ranks,
+        dataset=dataset,
+        steps_per_epoch=order.steps_per_epoch,
+        dropped=order.dropped,
+        at_once=at_once,
+        micros=micros,
+        mean=mean,
+        std=std,
+        inherited={f"inherited.{name}": value for name, value in facts.items()},
+        **further,
+    )
+
+
+def _statistics(cfg: StageConfig, dataset: Dataset, card: Card | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The pixels' mean and deviation that the model was or will be trained with."""
+    if card is None:
+        return dataset.mean, dataset.std
+    for name, stated, hers in (("mean", cfg.data.mean, card.mean), ("std", cfg.data.std, card.std)):
+        if stated is not None and stated != hers:
+            raise ExportError(f"data.{name} is {list(stated)}, the export was trained with {list(hers)}; leave data.{name} out")
+    return card.mean, card.std
+
+
+def training_batches(plan: Plan, rank: int, start: int) -> AbstractContextManager[Iterator[Batch]]:
+    """This rank's training batches from step ``start`` to the plan's stop."""
+    cfg = plan.cfg
+    return train_batches(
+        plan.dataset,
+        cfg.data,
+        split=cfg.data.train,
+        part="train",
+        seed=cfg.seed,
+        batch=cfg.batch.images,
+        rank=rank,
+        size=plan.ranks,
+        at_once=plan.at_once,
+        start=start,
+        stop=plan.stop,
+    )

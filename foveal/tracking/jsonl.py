@@ -1,0 +1,51 @@
+"""``metrics.jsonl``: one JSON object a step, in the run directory, before anything else hears of it."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from foveal.files import force
+from foveal.tracking.tracker import Row, Status
+
+
+class Jsonl:
+    """Appends rows. On opening, rows past the step that the run resumes from are void and are dropped."""
+
+    def __init__(self, file: Path, start: int) -> None:
+        if file.exists():
+            kept = [row for row in read_rows(file) if row["step"] <= start]
+            draft = file.with_name(f".{file.name}.draft")
+            draft.write_text("".join(_line(row) for row in kept))
+            force(draft)
+            draft.replace(file)
+        self._stream = file.open("a")
+
+    def settings(self, flat: dict[str, Any], tags: dict[str, str]) -> None:
+        """Nothing: the run directory holds config.yaml."""
+
+    def rows(self, rows: Sequence[Row]) -> None:
+        self._stream.writelines(_line(row) for row in rows)
+        self._stream.flush()
+
+    def results(self, results: Row, step: int) -> None:
+        self.rows([{"step": step, **results}])
+
+    def file(self, path: Path) -> None:
+        """Nothing: the file is in the run directory."""
+
+    def close(self, status: Status) -> None:
+        self._stream.close()
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row) + "\n"
+
+
+def read_rows(file: Path) -> list[Row]:
+    """The rows of a metrics.jsonl; a last line that a kill cut short is left out."""
+    rows = []
+    for line in file.read_text().splitlines(keepends=True):
+        if line.endswith("\n"):
+            rows.append(json.loads(line))
+    return rows

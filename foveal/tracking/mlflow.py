@@ -1,0 +1,92 @@
+"""MLflow. One parent run for a pipeline, one child for each of its stages; a restarted stage goes on in its child."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
+
+from foveal.files import write_json
+from foveal.tracking.tracker import Row, Status, TrackingConfig
+
+_BATCH = 900  # MLflow takes at most 1,000 metrics and 100 params a request
+_PARAMS = 90
+
+
+class MLflow:
+    """A run in an MLflow store, through the client alone: the fluent interface keeps global state."""
+
+    def __init__(self, cfg: TrackingConfig, run: Path, pipeline: Path | None) -> None:
+        assert cfg.uri is not None
+        uri, artifacts = _store(cfg.uri)
+        self._client = MlflowClient(tracking_uri=uri)
+        experiment = _experiment(self._client, cfg.experiment, artifacts)
+        self._parent = None if pipeline is None else _continued(self._client, experiment, pipeline, {})
+        tags = {} if self._parent is None else {MLFLOW_PARENT_RUN_ID: self._parent}
+        self._run = _continued(self._client, experiment, run, tags)
+        for each in filter(None, (self._parent, self._run)):
+            self._client.update_run(each, status="RUNNING")
+        logged = self._client.get_metric_history(self._run, "loss")
+        self._delivered = max((metric.step for metric in logged), default=0)
+
+    def settings(self, flat: dict[str, Any], tags: dict[str, str]) -> None:
+        known = self._client.get_run(self._run).data.params
+        new = [Param(name, str(value)) for name, value in flat.items() if name not in known]
+        for at in range(0, len(new), _PARAMS):
+            self._client.log_batch(self._run, params=new[at : at + _PARAMS])
+        changed = {name: value for name, value in flat.items() if name in known and known[name] != str(value)}
+        tags = tags | {f"changed.{name}": str(value) for name, value in changed.items()}  # a param is written once
+        self._client.log_batch(self._run, tags=[RunTag(name, value) for name, value in tags.items()])
+
+    def rows(self, rows: Sequence[Row]) -> None:
+        """Rows at steps that an earlier attempt delivered are the same numbers, and are not counted twice."""
+        new = [row for row in rows if row["step"] > self._delivered]
+        self._deliver([(name, value, int(row["step"])) for row in new for name, value in row.items() if name != "step"])
+        self._delivered = max([self._delivered, *(int(row["step"]) for row in rows)])
+
+    def results(self, results: Row, step: int) -> None:
+        """As for rows: what an earlier attempt delivered is not counted twice."""
+        known = {name: {m.step for m in self._client.get_metric_history(self._run, name)} for name in results}
+        self._deliver([(name, value, step) for name, value in results.items() if step not in known[name]])
+
+    def _deliver(self, numbers: list[tuple[str, float, int]]) -> None:
+        now = int(time.time() * 1000)
+        metrics = [Metric(name, value, now, step) for name, value, step in numbers]
+        for at in range(0, len(metrics), _BATCH):
+            self._client.log_batch(self._run, metrics=metrics[at : at + _BATCH])
+
+    def file(self, path: Path) -> None:
+        self._client.log_artifact(self._run, str(path), path.parent.name if path.parent.name == "pictures" else None)
+
+    def close(self, status: Status) -> None:
+        for each in filter(None, (self._run, self._parent)):
+            self._client.set_terminated(each, status)
+
+
+def _store(uri: str) -> tuple[str, str | None]:
+    """An SQLite store's absolute URI, and the folder of its artifacts beside it; a server decides for itself."""
+    if not uri.startswith("sqlite:///"):
+        return uri, None
+    file = Path(uri.removeprefix("sqlite:///")).absolute()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{file}", (file.parent / "mlartifacts").as_uri()
+
+
+def _experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
+    known = client.get_experiment_by_name(name)
+    return str(known.experiment_id) if known else str(client.create_experiment(name, artifact_location=artifacts))
+
+
+def _continued(client: MlflowClient, experiment: str, folder: Path, tags: dict[str, str]) -> str:
+    """The id of the MLflow run that belongs to a folder: noted there, made where there is none."""
+    note = folder / "mlflow.json"
+    if note.exists():
+        return str(json.loads(note.read_text())["run_id"])
+    run = client.create_run(experiment, tags=tags | {MLFLOW_RUN_NAME: folder.name, "foveal.folder": str(folder)})
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(note, {"run_id": run.info.run_id})
+    return str(run.info.run_id)

@@ -1,0 +1,42 @@
+"""The masked autoencoder's objective: reconstruct what was not shown (He et al., 2022, section 3)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from foveal.data import Batch, normalise
+from foveal.models.patches import count_kept, reconstruction_loss, targets
+from foveal.seeding import key, uniforms
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    """Mean squared error on masked patches. Which are masked depends on (seed, epoch, sample id), on no rank."""
+
+    seed: int
+    mask_ratio: float
+    norm_pix: bool
+    patch: int
+    length: int
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def noise(self, batch: Batch) -> Tensor:
+        """Uniform noise [B, L]; the patches with the lowest are shown."""
+        return uniforms(key(self.seed, batch.epoch, "mask"), batch.ids, self.length)
+
+    def weight(self, batch: Batch) -> float:
+        """The number of masked patches, the same in every batch."""
+        return float(len(batch.ids) * (self.length - count_kept(self.length, self.mask_ratio)))
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        images, pred, masked = self.predict(model, batch)
+        total, _ = reconstruction_loss(pred, targets(images, masked, self.patch, self.norm_pix))
+        return total, {}
+
+    def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised images [B, C, H, W], predicted patches [B, M, P] and their places [B, M]."""
+        images = normalise(batch.images, self.mean, self.std)
+        pred, masked = model(images, self.noise(batch), self.mask_ratio)
+        return images, pred, masked

@@ -1,0 +1,71 @@
+"""Pretraining: ``python -m pretrain.run CONFIG [key=value ...]``, alone, under torchrun, or under srun."""
+
+import torch
+
+from foveal.distributed.engine import Engine, build_engine
+from foveal.door import Stage, main
+from foveal.inspect.reconstruction import reconstruction_sheet
+from foveal.loop import Step, due, steps
+from foveal.models.mae import MaskedAutoencoder
+from foveal.models.vit import build_encoder, encoder_card
+from foveal.optim import parameter_groups
+from foveal.runtime import Run
+from foveal.seeding import key
+from foveal.stage import training_batches
+from pretrain.config import PretrainConfig, PretrainPlan, plan
+from pretrain.objective import Reconstruct
+
+_SHOWN = 8  # images on a reconstruction sheet
+
+
+def train(plan: PretrainPlan, run: Run) -> None:
+    """From the first step, or the newest checkpoint, to the export of the encoder."""
+    cfg = plan.cfg
+    torch.manual_seed(key(cfg.seed, "weights"))
+    encoder = build_encoder(cfg.model, image_size=cfg.data.image_size, channels=cfg.data.channels)
+    patch, length = encoder.patch_embed.patch_size[0], encoder.patch_embed.num_patches
+    model = MaskedAutoencoder(encoder, cfg.decoder)
+    groups = parameter_groups(model, cfg.optim)
+    engine = build_engine(model, groups, cfg.optim, cfg.engine, run.world, at_once=plan.at_once, accumulate=plan.micros)
+    objective = Reconstruct(cfg.seed, cfg.mask_ratio, cfg.norm_pix, patch, length, plan.mean, plan.std)
+    start = run.resume(engine)
+    with training_batches(plan, run.world.rank, start) as batches:
+        for step in steps(engine, batches, objective, run.course(start)):
+            if due(step.index, cfg.log.every, plan.stop):
+                run.report()
+            if due(step.index, cfg.log.pictures_every, plan.stop):
+                show(step, engine, objective, run)
+            leaving = run.asked_to_leave(step.index)
+            if leaving or due(step.index, cfg.checkpoint.every, plan.stop):
+                run.save(engine, step.index)
+            if leaving:
+                return run.leave(step.index)
+    if plan.stop == plan.steps:
+        run.export(engine, encoder_card(cfg.model, cfg.data.image_size, cfg.data.channels), prefix="encoder.")
+        run.finish()
+    return None
+
+
+def show(step: Step, engine: Engine, objective: Reconstruct, run: Run) -> None:
+    """A sheet of originals, what was shown of them, and what was made of it; every rank takes part in the forward."""
+    with run.pace.paused(), engine.looking():
+        _, pred, masked = objective.predict(engine.model, step.batch)
+        some = slice(_SHOWN)
+        run.picture(
+            "reconstruction",
+            step.index,
+            lambda: reconstruction_sheet(
+                step.batch.images[some],
+                pred[some],
+                masked[some],
+                mean=objective.mean,
+                std=objective.std,
+                normalise=objective.norm_pix,
+            ),
+        )
+
+
+STAGE = Stage("pretrain", PretrainConfig, plan, train)
+
+if __name__ == "__main__":
+    main(STAGE)

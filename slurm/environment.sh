@@ -1,0 +1,33 @@
+# shellcheck shell=bash disable=SC2034
+# What is particular to a cluster. The only file under slurm/ that a new cluster edits; the three job scripts source it
+# in the batch shell, in the folder where sbatch was called, and srun hands what is exported here to every rank.
+# Tested: a virtual environment on a shared filesystem (Slurm 22.05). Written from the manuals, not tested: modules,
+# Apptainer, pyxis.
+
+# --- 1. Where Python is. A virtual environment on a filesystem that every node sees; without one, the PATH of sbatch.
+venv=${FOVEAL_VENV:-.venv}
+if [ -f "$venv/bin/activate" ]; then
+    source "$venv/bin/activate"
+fi
+
+#     Modules (not tested): load them before the virtual environment is activated.
+# module purge; module load python/3.12 cuda/12.8
+
+# --- 2. How a Python command runs: `check` once, in the batch shell, before srun; `ranks` as every task of srun.
+check=(python)
+ranks=(python)
+srun_options=()
+
+#     Apptainer (not tested): the image has foveal and its dependencies, this folder is mounted over it.
+# check=(apptainer exec --bind "$PWD" foveal.sif python)
+# ranks=(apptainer exec --nv --bind "$PWD" foveal.sif python)
+
+#     pyxis (not tested): containers exist only inside srun, so the check is a task of its own.
+# srun_options=(--container-image="$PWD/foveal.sqsh" --container-mounts="$PWD:$PWD" --container-workdir="$PWD")
+# check=(srun --nodes=1 --ntasks=1 "${srun_options[@]}" python)
+
+# --- 3. The shared filesystem: the configs say `data.path: ${FOVEAL_DATA}/imagenet` and the like.
+# export FOVEAL_DATA=/path/that/every/node/sees
+
+# --- 4. The network between nodes (not tested): only where NCCL or gloo choose the wrong interface.
+# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0

@@ -1,0 +1,89 @@
+"""Patches, targets and loss against loops in float64, and the proof that what is masked cannot be seen."""
+
+import numpy as np
+import pytest
+import torch
+
+from foveal.models.mae import DecoderConfig, MaskedAutoencoder
+from foveal.models.patches import patchify, reconstruction_loss, split_by_noise, targets, unpatchify
+from foveal.models.vit import VitConfig, build_encoder
+
+PATCH = 4
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(3, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+
+
+def patches_by_loops(images: np.ndarray, patch: int) -> np.ndarray:
+    batch, channels, height, width = images.shape
+    across = width // patch
+    out = np.zeros((batch, (height // patch) * across, channels * patch * patch))
+    for image in range(batch):
+        for y in range(height):
+            for x in range(width):
+                for channel in range(channels):
+                    place = y // patch * across + x // patch
+                    number = (channel * patch + y % patch) * patch + x % patch
+                    out[image, place, number] = images[image, channel, y, x]
+    return out
+
+
+def targets_by_loops(images: np.ndarray, masked: np.ndarray, normalise: bool) -> np.ndarray:
+    patches = patches_by_loops(images, PATCH)
+    out = np.zeros((*masked.shape, patches.shape[2]))
+    for image in range(masked.shape[0]):
+        for slot in range(masked.shape[1]):
+            patch = patches[image, masked[image, slot]]
+            if normalise:
+                mean = sum(patch) / len(patch)
+                variance = sum((number - mean) ** 2 for number in patch) / (len(patch) - 1)
+                patch = (patch - mean) / (variance + 1e-6) ** 0.5
+            out[image, slot] = patch
+    return out
+
+
+def test_patches(images: torch.Tensor) -> None:
+    expected = patches_by_loops(images.double().numpy(), PATCH)
+    assert np.array_equal(patchify(images.double(), PATCH).numpy(), expected)
+    assert torch.equal(unpatchify(torch.from_numpy(expected), PATCH, 4, 6), images.double())
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_targets_and_loss(images: torch.Tensor, normalise: bool) -> None:
+    torch.manual_seed(0)
+    _, masked = split_by_noise(torch.rand(3, 24), 0.75)
+    expected = targets_by_loops(images.double().numpy(), masked.numpy(), normalise)
+    found = targets(images, masked, PATCH, normalise)
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=2e-6)
+
+    pred = torch.randn_like(found)
+    total, weight = reconstruction_loss(pred, found)
+    by_loops = 0.0
+    for image in range(3):
+        for slot in range(masked.shape[1]):
+            errors = [(float(p) - t) ** 2 for p, t in zip(pred[image, slot], expected[image, slot], strict=True)]
+            by_loops += sum(errors) / len(errors)
+    assert weight == 3 * masked.shape[1]
+    assert total.item() == pytest.approx(by_loops, rel=1e-6)
+
+
+def test_a_flat_patch_has_a_finite_target() -> None:
+    flat = torch.full((1, 3, 16, 24), 0.7)
+    assert targets(flat, torch.arange(24)[None], PATCH, normalise=True).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("positions", ["sincos", "learned"])
+def test_what_is_masked_cannot_be_seen(positions: str) -> None:
+    torch.manual_seed(0)
+    cfg = VitConfig(patch=PATCH, width=32, depth=2, heads=2, positions=positions)
+    model = MaskedAutoencoder(build_encoder(cfg, image_size=16, channels=3), DecoderConfig(width=16, depth=1, heads=2))
+    images, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16)
+    kept, masked = split_by_noise(noise, 0.75)
+    hidden = torch.zeros(2, 16, 3 * PATCH * PATCH).scatter(1, masked[:, :, None].expand(-1, -1, 3 * PATCH * PATCH), 1.0)
+    vandalised = torch.where(unpatchify(hidden, PATCH, 4, 4) > 0, torch.nan, images)
+    assert vandalised.isnan().sum() == 2 * 12 * 3 * PATCH * PATCH
+    torch.testing.assert_close(model.encode(vandalised, kept), model.encode(images, kept), rtol=0, atol=0)
+    torch.testing.assert_close(model(vandalised, noise, 0.75)[0], model(images, noise, 0.75)[0], rtol=0, atol=0)

@@ -1,0 +1,61 @@
+"""Real shards for the tests of data: the packed digits, and tars written by hand to be wrong in one way."""
+
+import io
+import tarfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from foveal.data import DataConfig, Dataset
+from foveal.data.pack import pack_digits
+
+WriteTar = Callable[[Path, Sequence[tuple[str, bytes]]], Path]
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packed") / "digits"
+    assert pack_digits(folder)
+    return folder
+
+
+@pytest.fixture
+def configure(digits: Path) -> Callable[..., DataConfig]:
+    """A config of the digits with other settings."""
+
+    def make(**settings: Any) -> DataConfig:
+        tree = {"path": str(digits), "image_size": 8, "channels": 1, "lanes": 8, **settings}
+        return DataConfig.checked(tree, "the test")
+
+    return make
+
+
+@pytest.fixture
+def dataset(configure: Callable[..., DataConfig]) -> Dataset:
+    return Dataset.open(configure())
+
+
+@pytest.fixture
+def png() -> bytes:
+    """A grey picture of 4 x 4."""
+    stream = io.BytesIO()
+    Image.new("L", (4, 4), 100).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.fixture
+def write_tar() -> WriteTar:
+    """Write a tar of (member name, bytes)."""
+
+    def write(file: Path, members: Sequence[tuple[str, bytes]]) -> Path:
+        with tarfile.open(file, "w") as tar:
+            for name, data in members:
+                header = tarfile.TarInfo(name)
+                header.size = len(data)
+                tar.addfile(header, io.BytesIO(data))
+        return file
+
+    return write

@@ -1,0 +1,229 @@
+"""Batches: the same on any number of ranks, micro-batches and threads, from any step on; evaluation exactly once."""
+
+import io
+import shutil
+import tarfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from foveal.data import Batch, DataConfig, Dataset, eval_batches, order_of, train_batches
+from foveal.data.index import index_folder
+from foveal.data.transforms import decode
+from foveal.errors import ConfigError, DataError
+
+BATCH = 64
+Configure = Callable[..., DataConfig]
+
+
+def train(cfg: DataConfig, start: int, stop: int, rank: int = 0, size: int = 1, at_once: int = 16) -> list[Batch]:
+    dataset = Dataset.open(cfg)
+    place = {"start": start, "stop": stop, "rank": rank, "size": size}
+    with train_batches(dataset, cfg, split="train", part="train", seed=3, batch=BATCH, at_once=at_once, **place) as got:
+        return list(got)
+
+
+def joined(batches: list[Batch], name: str) -> torch.Tensor:
+    return torch.cat([getattr(batch, name) for batch in batches])
+
+
+def same(one: list[Batch], other: list[Batch]) -> bool:
+    return all(torch.equal(joined(one, name), joined(other, name)) for name in ("images", "labels", "ids", "valid"))
+
+
+def test_a_batch_is_what_its_ids_say(configure: Configure, dataset: Dataset) -> None:
+    cfg = configure(augment={"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "flip": 0.0})
+    batches = train(cfg, 0, 2)
+    assert [(batch.step, batch.epoch, batch.micro) for batch in batches[3:6]] == [(0, 0, 3), (1, 0, 0), (1, 0, 1)]
+    labels = dataset.labels("train")
+    starts = np.cumsum(dataset.counts("train")) - dataset.counts("train")
+    batch = batches[5]
+    assert batch.images.shape == (16, 1, 8, 8)
+    assert batch.images.dtype == torch.uint8
+    assert batch.valid.all()
+    for row, sample in enumerate(batch.ids.tolist()):
+        shard = int(np.searchsorted(starts, sample, side="right")) - 1
+        index = dataset.index("train", shard)
+        data = dataset.read(index.shard, *index.image(sample - starts[shard]))
+        assert np.array_equal(batch.images[row, 0].numpy(), np.asarray(decode(data, 1)))
+        assert batch.labels[row] == labels[sample]
+
+
+@pytest.mark.parametrize(
+    ("size", "at_once", "threads", "ahead"), [(2, 16, 1, 1), (4, 8, 3, 7), (1, 64, 2, 1), (8, 1, 2, 4)]
+)
+def test_ranks_micros_and_threads_do_not_change_a_step(
+    configure: Configure, size: int, at_once: int, threads: int, ahead: int
+) -> None:
+    whole = train(configure(), 20, 24)  # over the end of epoch 0, which has 22 steps
+    ranks = [train(configure(threads=threads, ahead=ahead), 20, 24, rank, size, at_once) for rank in range(size)]
+    micros = BATCH // size // at_once
+    dealt = [batch for turn in range(4) for one in ranks for batch in one[turn * micros : (turn + 1) * micros]]
+    assert same(whole, dealt)
+    assert [batch.epoch for batch in ranks[0]][::micros] == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("start", [1, 13, 22, 43])
+def test_resuming_is_starting(configure: Configure, start: int) -> None:
+    assert same(train(configure(), 0, 46)[4 * start : 4 * start + 8], train(configure(), start, start + 2))
+
+
+def test_augmentation_changes_with_the_epoch_and_not_with_the_place_in_the_batch(configure: Configure) -> None:
+    first, second = ({}, {})
+    for batch in train(configure(), 0, 44):
+        seen = second if batch.epoch else first
+        seen.update(zip(batch.ids.tolist(), batch.images, strict=True))
+    both = set(first) & set(second)
+    assert len(both) > 1300
+    assert sum(torch.equal(first[sample], second[sample]) for sample in both) < 100
+    lanes = {
+        sample: image
+        for batch in train(configure(lanes=4), 0, 22)
+        for sample, image in zip(batch.ids.tolist(), batch.images, strict=True)
+    }
+    assert all(torch.equal(lanes[sample], first[sample]) for sample in set(lanes) & set(first))
+
+
+def test_the_order_tells_the_plan(configure: Configure, dataset: Dataset) -> None:
+    order = order_of(dataset, configure(), split="train", part="train", seed=3, batch=BATCH)
+    assert (order.samples, order.steps_per_epoch, order.dropped) == (1437, 22, 29)
+
+
+@pytest.mark.parametrize(("size", "at_once"), [(1, 64), (1, 7), (3, 50), (4, 100)])
+def test_evaluation_sees_every_sample_once(configure: Configure, dataset: Dataset, size: int, at_once: int) -> None:
+    cfg = configure(crop_ratio=1.0)
+    ranks = [
+        list(eval_batches(dataset, cfg, split="val", part="all", seed=0, rank=rank, size=size, at_once=at_once))
+        for rank in range(size)
+    ]
+    assert len({len(one) for one in ranks}) == 1
+    batches = [batch for one in ranks for batch in one]
+    assert all(len(batch.ids) == at_once for batch in batches)
+    ids, valid, labels = (joined(batches, name) for name in ("ids", "valid", "labels"))
+    assert sorted(ids[valid].tolist()) == list(range(360))
+    assert (ids[~valid] == -1).all()
+    assert (labels[~valid] == -1).all()
+    assert joined(batches, "images")[~valid].eq(0).all()
+    assert torch.equal(labels[valid], torch.from_numpy(dataset.labels("val"))[ids[valid]])
+
+
+def test_few_labels_are_nested_and_apart_from_the_holdout(configure: Configure, dataset: Dataset) -> None:
+    def ids(part: str, **settings: int) -> list[int]:
+        cfg = configure(**settings)
+        batches = list(eval_batches(dataset, cfg, split="train", part=part, seed=3, rank=0, size=1, at_once=64))
+        return joined(batches, "ids")[joined(batches, "valid")].tolist()
+
+    two, five = ids("train", per_class=2), ids("train", per_class=5, holdout_per_class=3)
+    held = ids("holdout", per_class=5, holdout_per_class=3)
+    assert np.bincount(dataset.labels("train")[two]).tolist() == [2] * 10
+    assert np.bincount(dataset.labels("train")[held]).tolist() == [3] * 10
+    assert set(two) < set(five)
+    assert not set(five) & set(held)
+    rest, kept = ids("train", holdout_per_class=4), ids("holdout", holdout_per_class=4)
+    assert sorted(rest + kept) == list(range(1437))
+    assert len(kept) == 40
+    assert ids("all", per_class=2, holdout_per_class=4) == list(range(1437))
+
+
+def test_another_seed_draws_other_labels(configure: Configure, dataset: Dataset) -> None:
+    chosen = []
+    for seed in (0, 1):
+        rows = eval_batches(
+            dataset, configure(per_class=2), split="train", part="train", seed=seed, rank=0, size=1, at_once=20
+        )
+        chosen.append(next(rows).ids.tolist())
+        rows.close()
+    assert chosen[0] != chosen[1]
+
+
+def test_training_on_few_labels_takes_each_once_per_epoch(configure: Configure) -> None:
+    dataset, cfg = Dataset.open(configure(per_class=2, lanes=5)), configure(per_class=2, lanes=5)
+    place = {"rank": 0, "size": 1, "at_once": 20, "start": 0, "stop": 3}
+    with train_batches(dataset, cfg, split="train", part="train", seed=0, batch=20, **place) as batches:
+        seen = [sorted(batch.ids.tolist()) for batch in batches]
+    assert seen[0] == seen[1] == seen[2]
+    assert len(set(seen[0])) == 20
+
+
+def decoders() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("foveal-decode")]
+
+
+def test_leaving_stops_the_threads(configure: Configure, dataset: Dataset) -> None:
+    cfg = configure()
+    place = {"rank": 0, "size": 1, "at_once": 16, "start": 0, "stop": 10**9}
+    with train_batches(dataset, cfg, split="train", part="train", seed=0, batch=BATCH, **place) as batches:
+        next(batches)
+        assert decoders()
+    assert not decoders()
+    rows = eval_batches(dataset, cfg, split="val", part="all", seed=0, rank=0, size=1, at_once=16)
+    next(rows)
+    rows.close()
+    assert not decoders()
+
+
+@pytest.fixture
+def one_bad(digits: Path, tmp_path: Path) -> Path:
+    """The digits, the image of one training sample cut in half."""
+    folder = tmp_path / "bad"
+    shutil.copytree(digits, folder)
+    shard = folder / "train-000002.tar"
+    with tarfile.open(shard) as tar:
+        member = next(member for member in tar if member.name.endswith(".png"))
+    data = bytearray(shard.read_bytes())
+    data[member.offset_data + 40 : member.offset_data + member.size] = bytes(member.size - 40)
+    shard.write_bytes(data)
+    return folder
+
+
+def test_a_sample_that_does_not_decode_is_named(configure: Configure, one_bad: Path) -> None:
+    with pytest.raises(DataError, match=r"train-000002.tar: sample 'digit_\d{4}' does not decode \(.+\): repair"):
+        train(configure(path=str(one_bad)), 0, 44)
+    assert not decoders()
+
+
+def test_a_shard_that_is_cut_while_training_is_named(configure: Configure, digits: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cut"
+    shutil.copytree(digits, folder)
+    cfg = configure(path=str(folder))
+    dataset = Dataset.open(cfg)
+    (folder / "val-000001.tar").write_bytes(b"")
+    rows = eval_batches(dataset, cfg, split="val", part="all", seed=0, rank=0, size=1, at_once=32)
+    with pytest.raises(DataError, match=r"val-000001.tar is cut short: \d+ bytes at \d+ are asked for, 0 left"):
+        list(rows)
+
+
+def test_colour_and_size_are_what_the_config_says(tmp_path: Path, write_tar: Callable, configure: Configure) -> None:
+    red = io.BytesIO()
+    Image.new("RGB", (31, 17), (200, 10, 30)).save(red, "PNG")
+    write_tar(tmp_path / "train-0.tar", [("a.png", red.getvalue())])
+    index_folder(str(tmp_path))
+    cfg = configure(path=str(tmp_path), image_size=12, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3, val="train")
+    dataset = Dataset.open(cfg)
+    (batch,) = eval_batches(dataset, cfg, split="train", part="all", seed=0, rank=0, size=1, at_once=1)
+    assert batch.images.shape == (1, 3, 12, 12)
+    assert batch.images[0, :, 5, 5].tolist() == [200, 10, 30]
+    assert batch.labels.tolist() == [-1]
+    assert dataset.classes is None
+
+
+def test_ranks_and_micros_that_do_not_fit_are_sentences(configure: Configure) -> None:
+    with pytest.raises(ConfigError, match="cannot be dealt to 3 ranks"):
+        train(configure(), 0, 1, size=3)
+    with pytest.raises(ConfigError, match="batch.at_once=24 does not divide the 64 images"):
+        train(configure(), 0, 1, at_once=24)
+    with pytest.raises(ConfigError, match="data.lanes=48 does not fit"):
+        train(configure(lanes=48), 0, 1)
+
+
+def test_moving_a_batch_keeps_everything(configure: Configure) -> None:
+    batch = train(configure(), 5, 6)[1]
+    moved = batch.to("cpu", non_blocking=True)
+    assert same([batch], [moved])
+    assert (moved.step, moved.epoch, moved.micro) == (5, 0, 1)
+    assert batch.to("meta").images.device.type == "meta"

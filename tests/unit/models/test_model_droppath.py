@@ -1,0 +1,87 @@
+"""Drop path: what is dropped depends on the sample's own numbers."""
+
+import pytest
+import torch
+from timm.layers import DropPath
+
+from foveal.models.droppath import SampledDropPath, drop_path_sites, set_drops
+from foveal.models.heads import Classifier
+from foveal.models.vit import VitConfig, build_encoder
+
+TINY = VitConfig(patch=4, width=32, depth=4, heads=2)
+
+
+@pytest.fixture
+def classifier() -> Classifier:
+    torch.manual_seed(0)
+    encoder = build_encoder(TINY, image_size=16, channels=3, drop_path=0.5, classes=5)
+    torch.nn.init.normal_(encoder.head.weight)  # a fresh head is almost silent
+    return Classifier(encoder).train()
+
+
+def test_one_branch_against_a_loop() -> None:
+    site = SampledDropPath(0.25).train()
+    branch = torch.rand(4, 3, 2)
+    site.noise = torch.tensor([0.0, 0.2499, 0.25, 0.9])
+    out = site(branch)
+    for sample, noise in enumerate(site.noise.tolist()):
+        torch.testing.assert_close(out[sample], branch[sample] * (0 if noise < 0.25 else 1 / 0.75), rtol=1e-6, atol=0)
+
+
+def test_every_drop_of_the_encoder_is_a_given_one(classifier: Classifier) -> None:
+    encoder = classifier.encoder
+    assert not any(isinstance(module, DropPath) for module in encoder.modules())
+    rates = [module.rate for module in encoder.modules() if isinstance(module, SampledDropPath)]
+    assert rates == pytest.approx([0.5 / 3, 0.5 / 3, 1 / 3, 1 / 3, 0.5, 0.5])  # two per block; the first never drops
+    assert drop_path_sites(encoder) == len(rates)
+
+
+def test_the_same_rows_give_the_same_outputs_whatever_the_split(classifier: Classifier) -> None:
+    images, noise = torch.rand(6, 3, 16, 16), torch.rand(6, drop_path_sites(classifier.encoder))
+    whole = classifier(images, noise)
+    for size in (1, 2, 3):
+        parts = [classifier(*part) for part in zip(images.split(size), noise.split(size), strict=True)]
+        torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-6)
+    order = torch.tensor([3, 1, 5, 0, 4, 2])
+    torch.testing.assert_close(classifier(images[order], noise[order]), whole[order], rtol=1e-5, atol=1e-6)
+
+
+def test_a_sample_whose_branches_all_drop_leaves_only_the_first_block(classifier: Classifier) -> None:
+    images = torch.rand(2, 3, 16, 16)
+    noise = torch.stack([torch.zeros(6), torch.ones(6)])
+    logits = classifier(images, noise)
+    encoder = classifier.eval().encoder
+    encoder.blocks = encoder.blocks[:1]
+    shallow = classifier(images)
+    torch.testing.assert_close(logits[0], shallow[0], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(logits[1], shallow[1], rtol=1e-2, atol=1e-2)
+
+
+def test_evaluation_drops_nothing_and_needs_no_numbers(classifier: Classifier) -> None:
+    images = torch.rand(2, 3, 16, 16)
+    classifier.eval()
+    assert torch.equal(classifier(images), classifier(images, torch.zeros(2, 6)))
+
+
+def test_training_without_numbers_or_with_another_batch_is_a_mistake(classifier: Classifier) -> None:
+    images = torch.rand(2, 3, 16, 16)
+    with pytest.raises(AssertionError, match="set_drops"):
+        classifier(images)
+    with pytest.raises(AssertionError, match="set_drops"):
+        classifier(images, torch.rand(3, 6))
+    with pytest.raises(AssertionError, match="6 sites"):
+        set_drops(classifier.encoder, torch.rand(2, 5))
+
+
+def test_recomputed_activations_see_the_same_drops(classifier: Classifier) -> None:
+    images, noise = torch.rand(3, 3, 16, 16), torch.rand(3, 6)
+
+    def gradients() -> list[torch.Tensor]:
+        classifier.zero_grad()
+        classifier(images, noise).square().sum().backward()
+        return [parameter.grad.clone() for parameter in classifier.parameters() if parameter.grad is not None]
+
+    plain = gradients()
+    classifier.encoder.set_grad_checkpointing(True)
+    for again, once in zip(gradients(), plain, strict=True):
+        torch.testing.assert_close(again, once, rtol=0, atol=0)

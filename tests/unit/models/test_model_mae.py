@@ -1,0 +1,106 @@
+"""The masked autoencoder as a module: shapes, gradients, what it refuses, how it compiles."""
+
+import pytest
+import torch
+
+from foveal.errors import ConfigError
+from foveal.models.heads import Classifier, Student, features
+from foveal.models.mae import DecoderConfig, MaskedAutoencoder
+from foveal.models.patches import reconstruction_loss, targets
+from foveal.models.vit import VitConfig, build_encoder
+
+TINY = VitConfig(patch=4, width=32, depth=2, heads=2)
+SMALL = DecoderConfig(width=16, depth=2, heads=2)
+
+
+def autoencoder(positions: str = "sincos") -> MaskedAutoencoder:
+    torch.manual_seed(0)
+    encoder = build_encoder(TINY.model_copy(update={"positions": positions}), image_size=16, channels=3)
+    return MaskedAutoencoder(encoder, SMALL)
+
+
+def loss_of(model: MaskedAutoencoder, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    pred, masked = model(images, noise, 0.75)
+    total, weight = reconstruction_loss(pred, targets(images, masked, 4, normalise=True))
+    return total / weight
+
+
+def gradients(model: torch.nn.Module, images: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss_of(model, images, noise).backward()
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+@pytest.mark.parametrize("positions", ["sincos", "learned"])
+def test_everything_that_can_learn_does(positions: str) -> None:
+    model = autoencoder(positions)
+    found = gradients(model, torch.rand(3, 3, 16, 16), torch.rand(3, 16))
+    assert {name for name, gradient in found.items() if not gradient.any()} == set()
+    assert ("encoder.pos_embed" in found) == (positions == "learned")
+
+
+def test_recomputing_the_blocks_changes_nothing() -> None:
+    model, images, noise = autoencoder(), torch.rand(3, 3, 16, 16), torch.rand(3, 16)
+    plain = gradients(model, images, noise)
+    model.set_grad_checkpointing(True)
+    for name, gradient in gradients(model, images, noise).items():
+        torch.testing.assert_close(gradient, plain[name], rtol=0, atol=0, msg=name)
+
+
+def test_lower_precision_weights_take_float_images() -> None:
+    model, images, noise = autoencoder(), torch.rand(2, 3, 16, 16), torch.rand(2, 16)
+    exact = loss_of(model, images, noise)
+    assert loss_of(model.bfloat16(), images, noise).item() == pytest.approx(exact.item(), rel=0.02)
+
+
+def test_the_state_is_the_encoder_and_what_the_decoder_learns() -> None:
+    names = set(autoencoder().state_dict())
+    assert {name for name in names if name.startswith("encoder.")} == {
+        f"encoder.{name}" for name in build_encoder(TINY, image_size=16, channels=3).state_dict()
+    }
+    assert "decoder.mask_token" in names
+    assert not any("positions" in name for name in names)
+
+
+@pytest.mark.parametrize("sizes", [{"width": 30, "heads": 2}, {"width": 16, "heads": 3}])
+def test_a_decoder_whose_sizes_do_not_fit_is_one_sentence(sizes: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=r"run.yaml: width=\d+ is not a multiple of 4 and of heads=\d; width=\d+ is"):
+        DecoderConfig.checked(sizes, "run.yaml")
+
+
+def test_each_model_is_one_graph() -> None:
+    images, noise = torch.rand(2, 3, 16, 16), torch.rand(2, 16)
+    model = autoencoder()
+    plain = model(images, noise, 0.75)[0]
+    model.compile(backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(model(images, noise, 0.75)[0], plain, rtol=1e-5, atol=1e-6)
+    assert not any("_orig_mod" in name for name in model.state_dict())
+
+
+def test_a_compiled_classifier_takes_new_drops_every_step() -> None:
+    torch.manual_seed(0)
+    encoder = build_encoder(TINY, image_size=16, channels=3, drop_path=0.5, classes=5)
+    torch.nn.init.normal_(encoder.head.weight)
+    model, images = Classifier(encoder).train(), torch.rand(2, 3, 16, 16)
+    draws = [torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.ones(2, 2), torch.zeros(2, 2)]
+    plain = [model(images, noise) for noise in draws]
+    model.compile(backend="aot_eager", fullgraph=True)
+    for noise, expected in zip(draws, plain, strict=True):
+        torch.testing.assert_close(model(images, noise), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_student_answers_in_the_width_of_its_teacher() -> None:
+    torch.manual_seed(0)
+    encoder, images = build_encoder(TINY, image_size=16, channels=3), torch.rand(2, 3, 16, 16)
+    student = Student(encoder, 48)
+    cls, patches = student(images)
+    assert (cls.shape, patches.shape) == ((2, 48), (2, 16, 48))
+    own_cls, own_patches = features(encoder, images)
+    assert (own_cls.shape, own_patches.shape) == ((2, 32), (2, 16, 32))
+    torch.testing.assert_close(cls, own_cls @ student.project_cls.weight.T, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(patches, own_patches @ student.project_patches.weight.T, rtol=1e-5, atol=1e-6)
+
+
+def test_features_are_taken_after_a_norm() -> None:
+    with pytest.raises(AssertionError, match="avg"):
+        features(build_encoder(TINY, image_size=16, channels=3, pooling="avg"), torch.rand(1, 3, 16, 16))

@@ -1,0 +1,139 @@
+"""Encoders: what is built, how it starts, what is refused, and how a card brings it back."""
+
+import math
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from foveal.errors import ConfigError, ExportError
+from foveal.models.vit import EncoderCard, VitConfig, build_encoder, encoder_card, encoder_from_card
+
+TINY = VitConfig(patch=4, width=32, depth=2, heads=2)
+
+
+def built(cfg: VitConfig = TINY, seed: int = 0, **told: Any) -> VisionTransformer:
+    torch.manual_seed(seed)
+    return build_encoder(cfg, **{"image_size": 16, "channels": 3} | told)
+
+
+def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
+    return all(name == twin and torch.equal(tensor, copy) for (name, tensor), (twin, copy) in pairs)
+
+
+def test_sizes_are_the_names_where_nothing_is_told() -> None:
+    resolved = VitConfig(name="vit_small_patch16_224", depth=3).resolved()
+    assert resolved == VitConfig(
+        name="vit_small_patch16_224", patch=16, width=384, depth=3, heads=6, mlp_ratio=4.0, positions="sincos"
+    )
+    assert resolved.resolved() == resolved
+
+
+@pytest.mark.parametrize("name", ["vit_large_patch16_224", "vit_giant_patch14_224", "vit_small_patch14_dinov2"])
+def test_resolved_sizes_build_what_the_name_builds(name: str) -> None:
+    with torch.device("meta"):
+        ours = build_encoder(VitConfig(name=name).resolved(), image_size=224, channels=3)
+        theirs = timm.create_model(name, img_size=224, num_classes=0)
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+
+
+def test_the_seed_decides_and_timm_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = built(classes=3)
+    assert same(first, built(classes=3))
+    assert not same(first, built(classes=3, seed=1))
+
+    create = timm.create_model
+
+    def restless(*args: Any, **kwargs: Any) -> torch.nn.Module:
+        torch.rand(7)
+        return create(*args, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", restless)
+    assert same(first, built(classes=3))
+
+
+def test_it_starts_as_in_the_paper() -> None:
+    encoder = built(VitConfig(patch=4, width=64, depth=2, heads=2), classes=5)
+    for name, layer in encoder.named_modules():
+        if isinstance(layer, torch.nn.Linear) and name != "head":
+            bound = math.sqrt(6 / (layer.in_features + layer.out_features))
+            assert 0.95 * bound < layer.weight.abs().max() <= bound
+            assert not layer.bias.any()
+    bound = math.sqrt(6 / (3 * 4 * 4 + 64))
+    assert 0.95 * bound < encoder.patch_embed.proj.weight.abs().max() <= bound
+    assert not encoder.patch_embed.proj.bias.any()
+    assert 0.01 < encoder.cls_token.std() < 0.03
+    assert 0 < encoder.head.weight.abs().max() < 2e-4
+
+
+def test_fixed_positions_are_not_learned_and_learned_ones_are() -> None:
+    fixed, learned = built(), built(TINY.model_copy(update={"positions": "learned"}))
+    assert not fixed.pos_embed.requires_grad
+    assert not fixed.pos_embed[0, 0].any()
+    assert learned.pos_embed.requires_grad
+    assert 0.01 < learned.pos_embed.std() < 0.03
+
+
+def test_mean_pooling_ignores_the_class_token_after_the_blocks() -> None:
+    encoder = built(pooling="avg", classes=4).eval()
+    assert isinstance(encoder.norm, torch.nn.Identity)
+    images = torch.rand(2, 3, 16, 16)
+    patches = encoder.forward_features(images)[:, 1:]
+    torch.testing.assert_close(encoder(images), encoder.head(encoder.fc_norm(patches.mean(1))), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("told", "sentence"),
+    [
+        ({"name": "vit_bse_patch16_224"}, "not a model of timm .* Did you mean 'vit_base_patch16_224'"),
+        ({"name": "hf-hub:timm/vit_base_patch16_224"}, "not a model of timm"),
+        ({"name": "resnet50"}, "not a plain vision transformer .*ResNet"),
+        ({"name": "vit_base_patch16_rope_224"}, "not a plain vision transformer .*Eva"),
+        ({"name": "deit_base_distilled_patch16_224"}, "VisionTransformerDistilled"),
+        ({"name": "vit_base_patch16_gap_224"}, "no class token"),
+        ({"name": "vit_small_patch14_reg4_dinov2"}, "register tokens"),
+        ({"name": "deit3_small_patch16_224"}, "positions leave out the class token"),
+        ({"name": "vit_base_r50_s16_224"}, "not embedded by one linear map"),
+        ({"name": "vit_giant_patch14_dinov2"}, "blocks are of another kind"),
+        ({"heads": 5}, "width=32 cannot be divided among heads=5; heads=4"),
+        ({"patch": 5}, "image_size=16 is not a whole number of patches of 5 pixels; .*: 15"),
+        ({"patch": 32}, "image_size=16 .* 32"),
+        ({"width": 30, "heads": 3}, "width=30: .* the nearest is 32"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(told: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        built(TINY.model_copy(update=told))
+
+
+def test_a_card_brings_the_encoder_back() -> None:
+    first = built(VitConfig(patch=8, depth=2, width=32, heads=4, positions="learned"), pooling="avg", classes=3)
+    card = encoder_card(
+        VitConfig(patch=8, depth=2, width=32, heads=4, positions="learned"), 16, 3, pooling="avg", classes=3
+    )
+    assert None not in card.values()
+    torch.manual_seed(0)
+    assert same(first, encoder_from_card(card, "card.json"))
+    assert encoder_from_card(card, "card.json", classes=0, pooling="token").num_classes == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"width": "wide"}, "export/card.json: width"),
+        ({"colour": 1}, "export/card.json: colour is not a setting"),
+        ({"image_size": 17}, "export/card.json: image_size=17"),
+        ({"name": "vit_of_tomorrow"}, "export/card.json: 'vit_of_tomorrow' is not a model of timm"),
+    ],
+)
+def test_a_card_that_does_not_fit_is_one_sentence(change: dict[str, Any], sentence: str) -> None:
+    card = encoder_card(TINY, 16, 3) | change
+    with pytest.raises(ExportError, match=sentence):
+        encoder_from_card(card, "export/card.json")
+
+
+def test_a_card_says_everything_the_config_says() -> None:
+    assert set(encoder_card(TINY, 16, 1)) == set(EncoderCard.model_fields) >= set(VitConfig.model_fields)
