@@ -63,7 +63,7 @@ clean:
 define install
 	@echo "installing foveal and what it needs into $(VENV): minutes and about 6 GB the first time"
 	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.$(1)' \
-		| sed -u -n -E 's/^ *((Downloading|Using cached) [^ ]+ \([0-9]{2,}\.[0-9] [MG]B\)).*/  \1/p; s/^(Installing) collected packages.*/  \1/p'
+		| sed -u -n -E 's/^ *((Downloading|Using cached) [^ ]+ \([0-9]{2,}\.[0-9] [MG]B\)).*/  \1/p; s/^Installing collected packages.*/  unpacking/p'
 endef
 
 $(VENV)/.installed: $(NEEDS)

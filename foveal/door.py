@@ -61,7 +61,9 @@ def main(stage: Stage[Any, Any], argv: Sequence[str] | None = None) -> NoReturn:
             sys.exit(0)
         with joined(cfg.engine.timeout_minutes * 60) as world:
             world.barrier()  # rank 0 may still prepare what a default needs
-            _run(stage, cfg, world)
+            if world.rank:
+                logging.getLogger().handlers[0].setLevel(logging.ERROR)  # the others speak in their own logs
+            enter(stage, cfg, world)
     except FovealError as error:
         _say(error)
         sys.exit(error.exit_code)
@@ -75,9 +77,8 @@ def _default(stage: Stage[Any, Any], overrides: list[str]) -> tuple[str, list[st
     return config, prepared + overrides
 
 
-def _run(stage: Stage[Any, Any], cfg: StageConfig, world: World) -> None:
-    if world.rank:
-        logging.getLogger().handlers[0].setLevel(logging.ERROR)  # the others speak in their own logs
+def enter(stage: Stage[Any, Any], cfg: StageConfig, world: World) -> None:
+    """Run a stage among the ranks of a world, and ask Slurm for another start if it was told to leave."""
     plan = stage.plan(cfg, world.size)
     with listening(world) as preemption:
         with opened(stage.name, plan, world, preemption) as run:

@@ -11,9 +11,8 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import annotated_types
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
@@ -29,12 +28,15 @@ result; a run is only continued under the same science) or **machine** (it chang
 result is obtained; it may be another one at every restart). A setting that is not listed here is refused."""
 
 _HEADER = "| setting | type | default | range | half | what it is |\n|---|---|---|---|---|---|"
-_SIGNS = (
-    (annotated_types.Gt, "gt", ">"),
-    (annotated_types.Ge, "ge", "≥"),
-    (annotated_types.Lt, "lt", "<"),
-    (annotated_types.Le, "le", "≤"),
-)
+_WORDS = {types.NoneType: "none", Any: "anything", bool: "true or false", int: "integer", float: "number", str: "text"}
+_SIGNS = {
+    "gt": "> {:g}",
+    "ge": "≥ {:g}",
+    "lt": "< {:g}",
+    "le": "≤ {:g}",
+    "min_length": "at least {} long",
+    "max_length": "at most {} long",
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,9 @@ def _settings(model: type[Config], prefix: str, given: Any, half: str) -> Iterat
         mine = "machine" if half == "machine" else half_of(field)
         section = section_of(field)
         if section is None or default is None:
-            yield Setting(f"{prefix}{name}", type_in_words(field), default, range_in_words(field), mine, field.description or "")
+            yield Setting(
+                f"{prefix}{name}", type_in_words(field), default, range_in_words(field), mine, field.description or ""
+            )
         if section is not None:
             yield from _settings(section, f"{prefix}{name}.", default, mine)
 
@@ -73,37 +77,35 @@ def type_in_words(field: FieldInfo) -> str:
 
 def _type_in_words(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation is types.NoneType:
-        return "none"
-    if annotation is Any:
-        return "anything"
-    if origin is typing.Annotated:
-        return _type_in_words(arguments[0])
+    if origin is None:
+        return _WORDS.get(annotation, "section")
     if origin is Literal:
         return " or ".join(f"`{_value_in_words(argument)}`" for argument in arguments)
-    if origin in {typing.Union, types.UnionType}:
-        return " or ".join(_type_in_words(argument) for argument in arguments)
-    if origin is tuple and arguments[-1] is Ellipsis:
-        return f"list of {_type_in_words(arguments[0])}"
-    if origin is tuple:
-        return f"[{', '.join(_type_in_words(argument) for argument in arguments)}]"
     if origin is dict:
         return "mapping"
-    if issubclass(annotation, Config):
-        return "section"
-    return {bool: "true or false", int: "integer", float: "number", str: "text"}.get(annotation, annotation.__name__)
+    if origin is Annotated:
+        return _type_in_words(arguments[0])
+    inner = [_type_in_words(argument) for argument in arguments if argument is not Ellipsis]
+    if origin is tuple:
+        return f"list of {inner[0]}" if Ellipsis in arguments else f"[{', '.join(inner)}]"
+    assert origin in {typing.Union, types.UnionType}, f"the reference has no words for {annotation}"
+    return " or ".join(inner)
 
 
 def range_in_words(field: FieldInfo) -> str:
     """The limits that the field itself states, such as ``> 0, ≤ 1``."""
-    words = []
-    for limit in field.metadata:
-        words += [f"{sign} {getattr(limit, name):g}" for kind, name, sign in _SIGNS if isinstance(limit, kind)]
-        if isinstance(limit, annotated_types.MinLen):
-            words.append(f"at least {limit.min_length} long")
-        if isinstance(limit, annotated_types.MaxLen):
-            words.append(f"at most {limit.max_length} long")
-    return ", ".join(words)
+    return "; ".join(dict.fromkeys(_ranges(field.annotation, field.metadata)))
+
+
+def _ranges(annotation: Any, limits: Sequence[Any]) -> Iterator[str]:
+    """The limits of a value, then those of the values in it."""
+    bounds = ((getattr(limit, name, None), sign) for limit in limits for name, sign in _SIGNS.items())
+    if words := [sign.format(bound) for bound, sign in bounds if bound is not None]:
+        yield ", ".join(words)
+    inner = [part for part in typing.get_args(annotation) if typing.get_origin(part) is Annotated]
+    for part in inner:
+        value, field = typing.get_args(part)
+        yield from (f"each {words}" for words in _ranges(value, field.metadata))
 
 
 def _value_in_words(value: Any) -> str:
@@ -115,19 +117,36 @@ def _value_in_words(value: Any) -> str:
 
 
 def reference(stages: Mapping[str, type[Config]]) -> str:
-    """The whole document, Markdown, with a chapter per stage."""
-    return "\n\n".join([_INTRODUCTION, *(_chapter(stage, model) for stage, model in stages.items())]) + "\n"
+    """The whole document, Markdown: a chapter of the sections that all stages share word for word, then each stage's own."""
+    listed = {stage: _by_section(model) for stage, model in stages.items()}
+    first, *others = listed.values()
+    shared = {name for name, lines in first.items() if all(other.get(name) == lines for other in others)}
+    chapters = [
+        _chapter("All stages", "What is the same in every stage.", [first[name] for name in first if name in shared])
+    ]
+    for stage, model in stages.items():
+        about = (model.__doc__ or "").strip().split("\n\n", 1)[0]
+        own = [lines for name, lines in listed[stage].items() if name not in shared]
+        chapters.append(_chapter(stage, about, own))
+    return "\n\n".join([_INTRODUCTION, *chapters]) + "\n"
 
 
-def _chapter(stage: str, model: type[Config]) -> str:
-    about = (model.__doc__ or "").strip().split("\n\n", 1)[0]
-    return f"## {stage}\n\n{about}\n\n{_HEADER}\n" + "\n".join(_row(setting) for setting in settings(model))
+def _by_section(model: type[Config]) -> dict[str, list[Setting]]:
+    sections: dict[str, list[Setting]] = {}
+    for setting in settings(model):
+        sections.setdefault(setting.name.partition(".")[0], []).append(setting)
+    return sections
+
+
+def _chapter(title: str, about: str, sections: Sequence[Sequence[Setting]]) -> str:
+    rows = [_row(setting) for section in sections for setting in section]
+    return f"## {title}\n\n{about}\n\n{_HEADER}\n" + "\n".join(rows)
 
 
 def _row(setting: Setting) -> str:
     default = "required" if setting.default is PydanticUndefined else f"`{_value_in_words(setting.default)}`"
     cells = (f"`{setting.name}`", setting.type, default, setting.range, setting.half, setting.about)
-    return f"| {' | '.join(' '.join(cell.split()).replace('|', '\\|') for cell in cells)} |"
+    return "| " + " | ".join(" ".join(cell.split()).replace("|", r"\|") for cell in cells) + " |"
 
 
 def stage_configs() -> dict[str, type[Config]]:

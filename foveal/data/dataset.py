@@ -62,7 +62,12 @@ class Dataset:
     @property
     def std(self) -> tuple[float, ...]:
         """Standard deviation of training pixels in [0, 1], as ``mean``."""
-        return self._known("std", self._statistics[1] or self.manifest.std)
+        values = self._known("std", self._statistics[1] or self.manifest.std)
+        if min(values) <= 0:
+            raise DataError(
+                f"{self.folder}: the std in {NAME} is {list(values)}, not above 0; set data.mean and data.std"
+            )
+        return values
 
     def samples(self, split: str) -> int:
         """Samples in a split."""

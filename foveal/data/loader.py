@@ -96,7 +96,7 @@ def eval_batches(
     chosen = choose(dataset, cfg, split=split, part=part, seed=seed)
     rounds = -(-len(chosen) // (size * at_once))
 
-    def view(image: Image.Image, row: int) -> tuple[Box, bool]:
+    def view(image: Image.Image, _row: int) -> tuple[Box, bool]:
         return evaluation_view(image.width, image.height, cfg.crop_ratio), False
 
     def plan() -> Iterator[_Micro]:

@@ -49,7 +49,7 @@ def pack_digits(folder: Path) -> bool:
     digits: Any = load_digits()
     labels = digits.target.astype(np.int64)
     grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # they come as 0..16
-    train, val = _stratified(labels, {label: _DIGITS_VAL // 10 for label in range(10)})
+    train, val = _stratified(labels, dict.fromkeys(range(10), _DIGITS_VAL // 10))
 
     def source(number: int) -> _Source:
         return _Source(f"digit_{number:04d}", "png", int(labels[number]), lambda: _png(grey[number]))
@@ -97,10 +97,11 @@ def pack_folder(source: Path, folder: Path, *, val_fraction: float = 0.1, sample
 
 def _is_packed(folder: Path) -> bool:
     """Whether a folder is a whole data set already; DataError if it is something that must not be overwritten."""
+    occupied = folder.is_dir() and any(folder.iterdir())  # asked first: another process may finish in between
     try:
         read_manifest(folder)
     except FileNotFoundError:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if occupied:
             raise DataError(f"{folder} holds other files and no {NAME}: choose another folder") from None
         return False
     except NotADirectoryError:
@@ -152,7 +153,7 @@ def _statistics(files: Iterable[Path]) -> tuple[tuple[float, ...], tuple[float, 
         first.append(pixels.mean(axis=(0, 1)))
         second.append((pixels**2).mean(axis=(0, 1)))
     mean = np.mean(first, axis=0)
-    std = np.sqrt(np.mean(second, axis=0) - mean**2)
+    std = np.sqrt(np.maximum(np.mean(second, axis=0) - mean**2, 0))
     return tuple(map(float, mean)), tuple(map(float, std))
 
 
@@ -193,7 +194,7 @@ def _write(
         draft.rename(folder)
     except OSError as error:
         if not _is_packed(folder):
-            raise DataError(f"{folder} cannot be written ({error})") from None
+            raise DataError(f"{folder} cannot be packed ({error})") from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

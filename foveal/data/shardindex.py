@@ -1,7 +1,8 @@
 """The index of one shard: where each sample's members lie in the tar, and its label.
 
 A file `<shard>.index` is a safetensors file of offsets and sizes int64 [n, F] (size -1: the sample has no such member),
-labels int64 [n] (-1: none), key_ends int64 [n] and keys uint8, with format, shard, bytes, fields and digest as metadata.
+labels int64 [n] (-1: none), key_ends int64 [n] and keys uint8. Its metadata is one JSON text of format, shard, bytes, fields and digest:
+safetensors writes several entries in an order that changes from run to run, and the same shard must give the same file.
 It is mapped, not read: safetensors' own reader copies on every access, too slow for a look-up per sample.
 """
 
@@ -19,7 +20,7 @@ import safetensors.numpy
 
 from foveal.errors import DataError
 
-FORMAT = "1"
+FORMAT = 1
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff")  # members that are the image, by preference
 
 _TENSORS = ("offsets", "sizes", "labels", "key_ends", "keys")
@@ -88,13 +89,8 @@ def make_index(
 def write_index(index: ShardIndex, file: Path) -> None:
     """Write an index; the file appears whole or not at all."""
     tensors = {name: getattr(index, name) for name in _TENSORS}
-    metadata = {
-        "format": FORMAT,
-        "shard": index.shard,
-        "bytes": str(index.bytes),
-        "fields": json.dumps(index.fields),
-        "digest": index.digest(),
-    }
+    about = {"format": FORMAT, "shard": index.shard, "bytes": index.bytes, "fields": index.fields}
+    metadata = {"index": json.dumps({**about, "digest": index.digest()})}
     draft = file.with_name(f".{file.name}.{os.getpid()}")
     draft.write_bytes(safetensors.numpy.save(tensors, metadata))
     draft.replace(file)
@@ -108,13 +104,13 @@ def open_index(file: Path, digest: str, samples: int) -> ShardIndex:
     again = f"run `foveal data index {file.parent}` again"
     try:
         header, mapped, start = _header(file)
-        metadata = header["__metadata__"]
-        if metadata["format"] != FORMAT:
-            raise DataError(f"{file} has format {metadata['format']}, this foveal reads {FORMAT}: {again}")
-        if metadata["digest"] != digest or header["labels"]["shape"] != [samples]:
+        about = json.loads(header["__metadata__"]["index"])
+        if about["format"] != FORMAT:
+            raise DataError(f"{file} has format {about['format']}, this foveal reads {FORMAT}: {again}")
+        if about["digest"] != digest or header["labels"]["shape"] != [samples]:
             raise DataError(f"{file} is not the index that manifest.json was written with: {again}")
         arrays = {name: _array(mapped, start, header[name]) for name in _TENSORS}
-        return ShardIndex(metadata["shard"], int(metadata["bytes"]), tuple(json.loads(metadata["fields"])), **arrays)
+        return ShardIndex(about["shard"], about["bytes"], tuple(about["fields"]), **arrays)
     except FileNotFoundError:
         raise DataError(f"{file} is missing: {again}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -123,9 +119,9 @@ def open_index(file: Path, digest: str, samples: int) -> ShardIndex:
 
 def _header(file: Path) -> tuple[dict, mmap.mmap, int]:
     with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-        return (header, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), 8 + length)
+        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    start = 8 + int.from_bytes(mapped[:8], "little")
+    return json.loads(mapped[8:start]), mapped, start
 
 
 def _array(mapped: mmap.mmap, start: int, entry: dict) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Stochastic depth (Huang et al., 2016) whose draws are given, so that a sample's fate depends on the sample alone."""
 
-from timm.layers import DropPath
+from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 

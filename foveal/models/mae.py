@@ -4,7 +4,8 @@ B images, L patches, K kept, M masked, D encoder width, P numbers per patch.
 """
 
 import math
-from typing import Self
+from functools import partial
+from typing import Any, Self
 
 import torch
 from pydantic import model_validator
@@ -41,16 +42,19 @@ class DecoderConfig(Config):
 class Decoder(nn.Module):
     """From the features of visible patches to the pixels of masked ones."""
 
+    positions: Tensor
+
     def __init__(self, cfg: DecoderConfig, encoder: VisionTransformer) -> None:
         super().__init__()
-        rows, columns = encoder.patch_embed.grid_size
+        patch_embed: Any = encoder.patch_embed
+        rows, columns = patch_embed.grid_size
         self.embed = nn.Linear(encoder.embed_dim, cfg.width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, cfg.width))
         # Not a parameter and not in the state: it is a formula, and ZeRO shards only what is learned.
         self.register_buffer("positions", sincos_positions(rows, columns, cfg.width), persistent=False)
         self.blocks = nn.Sequential(*(_decoder_block(cfg) for _ in range(cfg.depth)))
         self.norm = nn.LayerNorm(cfg.width, eps=NORM_FLOOR)
-        self.predict = nn.Linear(cfg.width, encoder.patch_embed.proj.weight[0].numel())
+        self.predict = nn.Linear(cfg.width, patch_embed.proj.weight[0].numel())
         self.grad_checkpointing = False
         initialise_linear(self)
         nn.init.normal_(self.mask_token, std=TOKEN_SCALE)
@@ -61,8 +65,9 @@ class Decoder(nn.Module):
         The tokens stay in the order class, kept, masked: attention has no order, and the positions say where they are.
         """
         tokens = self.embed(features)
-        visible = tokens[:, 1:] + self.positions[kept]
-        hidden = self.mask_token + self.positions[masked]
+        positions = self.positions.to(self.mask_token.dtype)  # engines that lower the weights may leave buffers alone
+        visible = tokens[:, 1:] + positions[kept]
+        hidden = self.mask_token + positions[masked]
         tokens = torch.cat([tokens[:, :1], visible, hidden], dim=1)
         tokens = run_blocks(self.blocks, tokens, self.grad_checkpointing)
         return self.predict(self.norm(tokens[:, 1 + kept.shape[1] :]))
@@ -90,13 +95,15 @@ class MaskedAutoencoder(nn.Module):
         """Features [B, 1 + K, D] of the class token and the kept patches [B, K], in their order; None keeps them all."""
         encoder = self.encoder
         patches = patchify(images, encoder.patch_embed.patch_size[0])
-        first_position, positions = encoder.pos_embed[:, :1], encoder.pos_embed[:, 1:]
+        token, place = encoder.cls_token, encoder.pos_embed
+        assert token is not None and place is not None, "build_encoder makes encoders that have both"
+        positions = place[:, 1:]
         if kept is not None:
             # Before the embedding: what is masked costs nothing and cannot leak.
             patches, positions = take(patches, kept), positions[0, kept]
         weight = encoder.patch_embed.proj.weight.flatten(1)
         tokens = F.linear(patches.to(weight.dtype), weight, encoder.patch_embed.proj.bias) + positions
-        first = (encoder.cls_token + first_position).expand(len(tokens), -1, -1)
+        first = (token + place[:, :1]).expand(len(tokens), -1, -1)
         tokens = encoder.norm_pre(torch.cat([first, tokens], dim=1))
         return encoder.norm(run_blocks(encoder.blocks, tokens, encoder.grad_checkpointing))
 
@@ -116,7 +123,6 @@ def run_blocks(blocks: nn.Sequential, tokens: Tensor, checkpointing: bool) -> Te
 
 
 def _decoder_block(cfg: DecoderConfig) -> Block:
-    def norm(width: int, **placement: object) -> nn.LayerNorm:
-        return nn.LayerNorm(width, eps=NORM_FLOOR, **placement)
-
-    return Block(cfg.width, cfg.heads, mlp_ratio=cfg.mlp_ratio, qkv_bias=True, norm_layer=norm)
+    norm = partial(nn.LayerNorm, eps=NORM_FLOOR)
+    # timm declares a class and calls it: anything that makes a norm from a width will do.
+    return Block(cfg.width, cfg.heads, mlp_ratio=cfg.mlp_ratio, qkv_bias=True, norm_layer=norm)  # pyright: ignore[reportArgumentType]

@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 import timm
 import torch
-from timm.layers import Attention, Mlp, PatchEmbed
+from timm.layers.attention import Attention
+from timm.layers.mlp import Mlp
+from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
@@ -34,13 +36,23 @@ class VitConfig(Config):
     mlp_ratio: float | None = science(None, "hidden width of a block's MLP over the token width", gt=0)
     positions: Literal["sincos", "learned"] = science("sincos", "fixed sine-cosine positions, or learned ones")
 
-    def resolved(self) -> "VitConfig":
+    def resolved(self) -> "SizedVit":
         """The same encoder with every size spelled out. Errors: ConfigError when timm has no such plain transformer."""
-        told = {name: value for name, value in self if value is not None}
-        return VitConfig(**(_sizes(_outline(self.name)) | told))
+        told = {name: getattr(self, name) for name in VitConfig.model_fields}
+        return SizedVit(**(_sizes(_outline(self.name)) | {name: v for name, v in told.items() if v is not None}))
 
 
-class EncoderCard(VitConfig):
+class SizedVit(VitConfig):
+    """A ``VitConfig`` that leaves nothing to timm's name."""
+
+    patch: int = science(about="patch side in pixels", ge=1)
+    width: int = science(about="numbers per token", ge=1)
+    depth: int = science(about="blocks", ge=1)
+    heads: int = science(about="attention heads", ge=1)
+    mlp_ratio: float = science(about="hidden width of a block's MLP over the token width", gt=0)
+
+
+class EncoderCard(SizedVit):
     """What it takes to build an encoder again: its sizes, the images it reads, and its head."""
 
     image_size: int = science(about="side of its square images, in pixels", ge=1)
@@ -72,7 +84,7 @@ def build_encoder(
     _check_sizes(sizes, image_size)
     # timm draws too, and how much may change with its version: the generator is put back before foveal draws.
     with torch.random.fork_rng(devices=[]):
-        encoder = timm.create_model(
+        encoder: Any = timm.create_model(
             sizes.name,
             pretrained=False,
             img_size=image_size,
@@ -115,7 +127,7 @@ def encoder_from_card(
     try:
         told = EncoderCard.checked(card, where)
         return build_encoder(
-            VitConfig(**{name: getattr(told, name) for name in VitConfig.model_fields}),
+            told,
             image_size=told.image_size,
             channels=told.channels,
             drop_path=drop_path,
@@ -136,7 +148,7 @@ def initialise_linear(module: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
 
 
-def _outline(name: str) -> VisionTransformer:
+def _outline(name: str) -> Any:
     """The encoder that timm has under a name, without memory for its weights; refused unless it is plain."""
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models("vit_*"), n=3)
@@ -157,7 +169,7 @@ def _outline(name: str) -> VisionTransformer:
     return encoder
 
 
-def _oddity(encoder: nn.Module) -> str | None:
+def _oddity(encoder: Any) -> str | None:
     """What makes a model other than patches, a class token, positions for both, and equal blocks; None if nothing."""
     if type(encoder) is not VisionTransformer:
         return f"timm builds it as {type(encoder).__name__}"
@@ -173,7 +185,7 @@ def _oddity(encoder: nn.Module) -> str | None:
     return next((sentence for sentence, found in oddities.items() if found), None)
 
 
-def _sizes(encoder: VisionTransformer) -> dict[str, Any]:
+def _sizes(encoder: Any) -> dict[str, Any]:
     block = encoder.blocks[0]
     hidden, width = block.mlp.fc1.out_features, encoder.embed_dim
     ratio = hidden / width
@@ -188,7 +200,7 @@ def _sizes(encoder: VisionTransformer) -> dict[str, Any]:
     }
 
 
-def _check_sizes(sizes: VitConfig, image_size: int) -> None:
+def _check_sizes(sizes: SizedVit, image_size: int) -> None:
     if image_size % sizes.patch:
         raise ConfigError(
             f"image_size={image_size} is not a whole number of patches of {sizes.patch} pixels; the nearest that is: "
@@ -200,7 +212,7 @@ def _check_sizes(sizes: VitConfig, image_size: int) -> None:
         raise ConfigError(f"width={sizes.width} cannot be divided among heads={sizes.heads}; heads={nearest} fits")
 
 
-def _initialise(encoder: VisionTransformer, positions: Literal["sincos", "learned"]) -> None:
+def _initialise(encoder: Any, positions: Literal["sincos", "learned"]) -> None:
     initialise_linear(encoder)
     nn.init.xavier_uniform_(encoder.patch_embed.proj.weight.flatten(1))
     if encoder.patch_embed.proj.bias is not None:

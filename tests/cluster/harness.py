@@ -7,7 +7,7 @@
 Every daemon runs in the foreground as a child of this process, is addressed on loopback, and keeps all of its files in
 ``folder``. A node is a UTS, mount and PID namespace with its own host name (node1, node2) where ``unshare`` is allowed;
 elsewhere it is a plain process, and is named by its loopback address, which needs no entry in /etc/hosts. No root is
-needed for that. Requests without this cluster's munge key are refused.
+needed for that.
 """
 
 import os
@@ -57,7 +57,8 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SwitchType=switch/none
 MpiDefault=none
-CommunicationParameters={bind}
+# slurmd and srun stay on every address (NoInAddrAny breaks srun inside a job): only munge's key guards them
+CommunicationParameters=NoCtldInAddrAny
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 # more CPUs than the machine has
@@ -222,10 +223,8 @@ class Cluster:
             f"NodeName={node} NodeHostname={node if self.namespaces else host} NodeAddr={address} Port={port} CPUs={CPUS}"
             for node, address, port in zip(self.nodes, addresses, ports, strict=True)
         )
-        # "NoInAddrAny" binds slurmd to what its host name means: its own address in a namespace, anything elsewhere.
-        bind = "NoCtldInAddrAny,NoInAddrAny" if self.namespaces else "NoCtldInAddrAny"
         values = {
-            "folder": self.folder, "host": host, "user": _user(), "nodes": nodes, "bind": bind,
+            "folder": self.folder, "host": host, "user": _user(), "nodes": nodes,
             "controller_port": controller, "accounting_port": accounting,
         }  # fmt: skip
         names = [("127.0.0.1", "localhost"), ("127.0.0.1", host), *zip(addresses, self.nodes, strict=True)]
@@ -309,7 +308,7 @@ class Cluster:
     def _is_ours(self, process: Path) -> bool:
         if f"SLURM_CONF={self._environment['SLURM_CONF']}".encode() in (process / "environ").read_bytes().split(b"\0"):
             return True
-        return any(os.readlink(file).startswith(f"{self.folder}/log/") for file in (process / "fd").iterdir())
+        return any(str(file.readlink()).startswith(f"{self.folder}/log/") for file in (process / "fd").iterdir())
 
 
 def _user() -> str:

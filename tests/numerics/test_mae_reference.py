@@ -131,8 +131,10 @@ def test_same_weights_and_noise_give_the_same_loss_and_gradients(
     their_masks = [row.nonzero().flatten().tolist() for row in expected.mask]
     assert [sorted(row) for row in masked.tolist()] == their_masks
     assert abs(loss.item() - expected.loss.item()) < 1e-6
-    found = to_hugging_face({n: p.grad for n, p in model.named_parameters() if p.requires_grad}, NEW)
-    wanted = {name: p.grad for name, p in reference.named_parameters() if p.requires_grad}
+    found = to_hugging_face({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, NEW)
+    wanted = {
+        n: p.grad for n, p in reference.named_parameters() if not n.endswith(("position_embeddings", "pos_embed"))
+    }
     assert found.keys() == wanted.keys()
     for name, gradient in wanted.items():
         torch.testing.assert_close(

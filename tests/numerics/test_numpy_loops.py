@@ -1,5 +1,7 @@
 """Patches, targets and loss against loops in float64, and the proof that what is masked cannot be seen."""
 
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
@@ -76,7 +78,7 @@ def test_a_flat_patch_has_a_finite_target() -> None:
 
 
 @pytest.mark.parametrize("positions", ["sincos", "learned"])
-def test_what_is_masked_cannot_be_seen(positions: str) -> None:
+def test_what_is_masked_cannot_be_seen(positions: Literal["sincos", "learned"]) -> None:
     torch.manual_seed(0)
     cfg = VitConfig(patch=PATCH, width=32, depth=2, heads=2, positions=positions)
     model = MaskedAutoencoder(build_encoder(cfg, image_size=16, channels=3), DecoderConfig(width=16, depth=1, heads=2))

@@ -1,6 +1,6 @@
 """Our encoder is timm's: the same names, and the same features when nothing is masked."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import timm
@@ -9,10 +9,11 @@ import torch
 from foveal.models.mae import DecoderConfig, MaskedAutoencoder
 from foveal.models.vit import VitConfig, build_encoder
 
+Positions = Literal["sincos", "learned"]
 NAMES = ["vit_tiny_patch16_224", "vit_base_patch16_clip_224", "vit_small_patch14_dinov2"]
 
 
-def autoencoder(name: str, positions: str) -> MaskedAutoencoder:
+def autoencoder(name: str, positions: Positions) -> MaskedAutoencoder:
     torch.manual_seed(0)
     cfg = VitConfig(name=name, patch=4, width=48, depth=2, heads=3, positions=positions)
     encoder = build_encoder(cfg, image_size=24, channels=3)
@@ -21,7 +22,7 @@ def autoencoder(name: str, positions: str) -> MaskedAutoencoder:
 
 @pytest.mark.parametrize("positions", ["sincos", "learned"])
 @pytest.mark.parametrize("name", NAMES)
-def test_masking_nothing_is_timm(name: str, positions: str) -> None:
+def test_masking_nothing_is_timm(name: str, positions: Positions) -> None:
     model, images = autoencoder(name, positions).double(), torch.randn(2, 3, 24, 24, dtype=torch.float64)
     expected = model.encoder.forward_features(images)
     torch.testing.assert_close(model.encode(images), expected, rtol=0, atol=1e-12)
@@ -36,7 +37,7 @@ def test_masking_nothing_is_timm(name: str, positions: str) -> None:
 @pytest.mark.parametrize("pooling", ["token", "avg"])
 @pytest.mark.parametrize("name", NAMES)
 def test_names_and_shapes_are_timms(name: str, pooling: Literal["token", "avg"], classes: int) -> None:
-    sizes = {"embed_dim": 48, "depth": 2, "num_heads": 3, "patch_size": 4}
+    sizes: dict[str, Any] = {"embed_dim": 48, "depth": 2, "num_heads": 3, "patch_size": 4}
     theirs = timm.create_model(name, img_size=24, num_classes=classes, global_pool=pooling, **sizes)
     cfg = VitConfig(name=name, patch=4, width=48, depth=2, heads=3)
     ours = build_encoder(cfg, image_size=24, channels=3, drop_path=0.1, pooling=pooling, classes=classes)

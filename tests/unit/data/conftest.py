@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from foveal.data import DataConfig, Dataset
 from foveal.data.pack import pack_digits
 
+ReadTar = Callable[[Path], list[dict[str, Any]]]
 WriteTar = Callable[[Path, Sequence[tuple[str, bytes]]], Path]
 
 
@@ -59,3 +61,14 @@ def write_tar() -> WriteTar:
         return file
 
     return write
+
+
+@pytest.fixture
+def read_tar() -> ReadTar:
+    """The samples of a shard as webdataset groups them (its WebDataset class would leave the file open)."""
+
+    def read(file: Path) -> list[dict[str, Any]]:
+        with file.open("rb") as stream:
+            return list(group_by_keys(tar_file_expander([{"url": str(file), "stream": stream}])))
+
+    return read

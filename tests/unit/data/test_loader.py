@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from foveal.data import Batch, DataConfig, Dataset, eval_batches, order_of, train_batches
+from foveal.data import Batch, DataConfig, Dataset, eval_batches, normalise, order_of, train_batches
 from foveal.data.index import index_folder
 from foveal.data.transforms import decode
 from foveal.errors import ConfigError, DataError
@@ -94,7 +94,7 @@ def test_the_order_tells_the_plan(configure: Configure, dataset: Dataset) -> Non
     assert (order.samples, order.steps_per_epoch, order.dropped) == (1437, 22, 29)
 
 
-@pytest.mark.parametrize(("size", "at_once"), [(1, 64), (1, 7), (3, 50), (4, 100)])
+@pytest.mark.parametrize(("size", "at_once"), [(1, 64), (1, 7), (3, 50), (4, 100), (4, 120)])
 def test_evaluation_sees_every_sample_once(configure: Configure, dataset: Dataset, size: int, at_once: int) -> None:
     cfg = configure(crop_ratio=1.0)
     ranks = [
@@ -213,11 +213,11 @@ def test_colour_and_size_are_what_the_config_says(tmp_path: Path, write_tar: Cal
 
 
 def test_ranks_and_micros_that_do_not_fit_are_sentences(configure: Configure) -> None:
-    with pytest.raises(ConfigError, match="cannot be dealt to 3 ranks"):
+    with pytest.raises(ConfigError, match=r"cannot be dealt to 3 ranks"):
         train(configure(), 0, 1, size=3)
-    with pytest.raises(ConfigError, match="batch.at_once=24 does not divide the 64 images"):
+    with pytest.raises(ConfigError, match=r"batch.at_once=24 does not divide the 64 images"):
         train(configure(), 0, 1, at_once=24)
-    with pytest.raises(ConfigError, match="data.lanes=48 does not fit"):
+    with pytest.raises(ConfigError, match=r"data.lanes=48 does not fit"):
         train(configure(lanes=48), 0, 1)
 
 
@@ -227,3 +227,14 @@ def test_moving_a_batch_keeps_everything(configure: Configure) -> None:
     assert same([batch], [moved])
     assert (moved.step, moved.epoch, moved.micro) == (5, 0, 1)
     assert batch.to("meta").images.device.type == "meta"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_come_pinned_and_normalise_on_the_device(configure: Configure, dataset: Dataset) -> None:
+    batch = train(configure(), 5, 6)[1]
+    assert all(getattr(batch, name).is_pinned() for name in ("images", "labels", "ids", "valid"))
+    moved = batch.to("cuda", non_blocking=True)
+    assert same([moved.to("cpu")], [batch])
+    on_device = normalise(moved.images, dataset.mean, dataset.std).cpu()
+    torch.testing.assert_close(on_device, normalise(batch.images, dataset.mean, dataset.std), rtol=0, atol=1e-6)

@@ -131,13 +131,13 @@ def test_lanes_that_do_not_fit_name_the_nearest_that_do(batch: int, lanes: int, 
 
 def test_a_set_smaller_than_a_batch_is_refused() -> None:
     with pytest.raises(
-        DataError, match="a batch of 64 images cannot be filled from 50 samples: lower batch.images to 50"
+        DataError, match=r"a batch of 64 images cannot be filled from 50 samples: lower batch.images to 50"
     ):
         Order(np.array([20, 30]), batch=64, lanes=8, window=4, seed=0)
 
 
 def test_ranks_that_do_not_divide_the_batch_name_what_would() -> None:
-    with pytest.raises(ConfigError, match="4096 images .* 24 ranks .* is 4128 .* numbers of ranks are 16 or 32$"):
+    with pytest.raises(ConfigError, match=r"4096 images .* 24 ranks .* is 4128 .* numbers of ranks are 16 or 32$"):
         rank_slots(4096, 32, 0, 24)
 
 

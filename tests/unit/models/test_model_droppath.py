@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from timm.layers import DropPath
+from timm.layers.drop import DropPath
 
 from foveal.models.droppath import SampledDropPath, drop_path_sites, set_drops
 from foveal.models.heads import Classifier
@@ -15,7 +15,7 @@ TINY = VitConfig(patch=4, width=32, depth=4, heads=2)
 def classifier() -> Classifier:
     torch.manual_seed(0)
     encoder = build_encoder(TINY, image_size=16, channels=3, drop_path=0.5, classes=5)
-    torch.nn.init.normal_(encoder.head.weight)  # a fresh head is almost silent
+    torch.nn.init.normal_(encoder.get_parameter("head.weight"))  # a fresh head is almost silent
     return Classifier(encoder).train()
 
 

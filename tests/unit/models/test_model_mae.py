@@ -25,10 +25,10 @@ def loss_of(model: MaskedAutoencoder, images: torch.Tensor, noise: torch.Tensor)
     return total / weight
 
 
-def gradients(model: torch.nn.Module, images: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
+def gradients(model: MaskedAutoencoder, images: torch.Tensor, noise: torch.Tensor) -> dict[str, torch.Tensor]:
     model.zero_grad()
     loss_of(model, images, noise).backward()
-    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad}
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
 
 
 @pytest.mark.parametrize("positions", ["sincos", "learned"])
@@ -36,6 +36,7 @@ def test_everything_that_can_learn_does(positions: str) -> None:
     model = autoencoder(positions)
     found = gradients(model, torch.rand(3, 3, 16, 16), torch.rand(3, 16))
     assert {name for name, gradient in found.items() if not gradient.any()} == set()
+    assert "decoder.mask_token" in found
     assert ("encoder.pos_embed" in found) == (positions == "learned")
 
 
@@ -80,7 +81,7 @@ def test_each_model_is_one_graph() -> None:
 def test_a_compiled_classifier_takes_new_drops_every_step() -> None:
     torch.manual_seed(0)
     encoder = build_encoder(TINY, image_size=16, channels=3, drop_path=0.5, classes=5)
-    torch.nn.init.normal_(encoder.head.weight)
+    torch.nn.init.normal_(encoder.get_parameter("head.weight"))
     model, images = Classifier(encoder).train(), torch.rand(2, 3, 16, 16)
     draws = [torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.ones(2, 2), torch.zeros(2, 2)]
     plain = [model(images, noise) for noise in draws]

@@ -6,17 +6,17 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
 from foveal.errors import ConfigError, ExportError
-from foveal.models.vit import EncoderCard, VitConfig, build_encoder, encoder_card, encoder_from_card
+from foveal.models.vit import EncoderCard, SizedVit, VitConfig, build_encoder, encoder_card, encoder_from_card
 
 TINY = VitConfig(patch=4, width=32, depth=2, heads=2)
 
 
-def built(cfg: VitConfig = TINY, seed: int = 0, **told: Any) -> VisionTransformer:
+def built(cfg: VitConfig = TINY, seed: int = 0, **told: Any) -> Any:
     torch.manual_seed(seed)
-    return build_encoder(cfg, **{"image_size": 16, "channels": 3} | told)
+    settings: dict[str, Any] = {"image_size": 16, "channels": 3} | told
+    return build_encoder(cfg, **settings)
 
 
 def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
@@ -26,7 +26,7 @@ def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 def test_sizes_are_the_names_where_nothing_is_told() -> None:
     resolved = VitConfig(name="vit_small_patch16_224", depth=3).resolved()
-    assert resolved == VitConfig(
+    assert resolved == SizedVit(
         name="vit_small_patch16_224", patch=16, width=384, depth=3, heads=6, mlp_ratio=4.0, positions="sincos"
     )
     assert resolved.resolved() == resolved

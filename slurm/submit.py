@@ -1,0 +1,376 @@
+"""Chain stages: ``python slurm/submit.py PIPELINE [--cluster slurm|local] [key=value ...]``.
+
+A pipeline is a YAML list of ``{name, stage, config, set: {dotted: value}, from: {dotted: name}}``; ``from`` gives a
+setting the export folder of another stage of the list, and makes this stage wait for that one. Every config is
+validated here before anything is started. Overrides are ``<name>.<dotted>=value`` for one stage, and
+``slurm.<option of sbatch>=value`` for every job.
+"""
+
+import argparse
+import difflib
+import json
+import logging
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import yaml
+
+from distill.config import DistillConfig
+from finetune.config import FinetuneConfig
+from foveal.config import _StrictLoader
+from foveal.errors import ConfigError, FovealError, LaunchError
+from foveal.stage import StageConfig
+from pretrain.config import PretrainConfig
+
+_STAGES: dict[str, tuple[type[StageConfig], str]] = {
+    "pretrain": (PretrainConfig, "slurm/pretrain_mae.sh"),
+    "distill": (DistillConfig, "slurm/distill.sh"),
+    "finetune": (FinetuneConfig, "slurm/finetune.sh"),
+}
+_KEYS = ("name", "stage", "config", "set", "from")
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+_log = logging.getLogger("foveal.submit")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One element of a pipeline file, as it stands there."""
+
+    name: str
+    stage: str
+    config: str
+    set: Mapping[str, Any]
+    takes: Mapping[str, str]  # setting -> name of the stage whose export it is
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage, ready to be started: ``python -m <stage>.run CONFIG OVERRIDES`` after the jobs it waits for."""
+
+    name: str
+    stage: str
+    config: Path
+    overrides: tuple[str, ...]
+    after: tuple[str, ...]
+    run: Path
+    processes: int | None
+
+    @property
+    def line(self) -> list[str]:
+        """What follows ``python``."""
+        return ["-m", f"{self.stage}.run", str(self.config), *self.overrides]
+
+
+# --- from a file to jobs ---
+
+
+def read_pipeline(file: Path) -> list[Entry]:
+    """The stages of a pipeline file. Errors: ConfigError, naming the file and the element."""
+    try:
+        listed = yaml.load(file.read_text(), _StrictLoader)  # noqa: S506 - a SafeLoader, made stricter
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+        raise ConfigError(f"{file}: {reason}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
+    if not isinstance(listed, list) or not listed:
+        raise ConfigError(f"{file}: a list of stages is expected, each with {', '.join(_KEYS)}")
+    entries = [_entry(element, f"{file}: element {number}") for number, element in enumerate(listed, 1)]
+    names = [entry.name for entry in entries]
+    for entry in entries:
+        if names.count(entry.name) > 1:
+            raise ConfigError(f"{file}: '{entry.name}' names two stages; give each its own name")
+        for key, name in entry.takes.items():
+            if name not in names:
+                raise ConfigError(
+                    f"{file}: {entry.name}: from.{key}: there is no stage '{name}'{_nearest(name, names)}"
+                )
+    return _in_order(entries, file)
+
+
+def _entry(element: Any, where: str) -> Entry:
+    if not isinstance(element, dict):
+        raise ConfigError(f"{where}: a mapping with {', '.join(_KEYS)} is expected, this is {type(element).__name__}")
+    for key in element:
+        if key not in _KEYS:
+            raise ConfigError(f"{where}: '{key}' is not a key of a stage; there are {', '.join(_KEYS)}")
+    for key in ("name", "stage", "config"):
+        if not isinstance(element.get(key), str):
+            raise ConfigError(f"{where}: {key} is missing or not text")
+    name, stage = element["name"], element["stage"]
+    if not name.replace("-", "").replace("_", "").isalnum() or name == "slurm":
+        raise ConfigError(f"{where}: '{name}' cannot be a stage's name; use letters, digits, - and _, and not 'slurm'")
+    if stage not in _STAGES:
+        raise ConfigError(f"{where}: there is no stage '{stage}'{_nearest(stage, list(_STAGES))}")
+    settings, takes = element.get("set") or {}, element.get("from") or {}
+    if not isinstance(settings, dict) or not isinstance(takes, dict):
+        raise ConfigError(
+            f"{where}: set and from are mappings, of settings to values and of settings to names of stages"
+        )
+    return Entry(name, stage, element["config"], settings, {str(key): str(value) for key, value in takes.items()})
+
+
+def _in_order(entries: list[Entry], file: Path) -> list[Entry]:
+    """Each stage after those it takes from, otherwise as listed."""
+    ordered: list[Entry] = []
+    waiting = list(entries)
+    while waiting:
+        known = {entry.name for entry in ordered}
+        ready = next((entry for entry in waiting if known.issuperset(entry.takes.values())), None)
+        if ready is None:
+            raise ConfigError(
+                f"{file}: {', '.join(entry.name for entry in waiting)} wait for one another; break the circle of 'from'"
+            )
+        ordered.append(ready)
+        waiting.remove(ready)
+    return ordered
+
+
+def jobs_of(file: Path, overrides: Sequence[str]) -> list[Job]:
+    """A pipeline's jobs, each validated with the very strings it will be started with.
+
+    ``run.dir`` is runs/<pipeline>/<name> unless ``set`` or an override says otherwise, whatever the stage's config says.
+    Errors: ConfigError, naming the pipeline, the stage and the setting.
+    """
+    jobs: dict[str, Job] = {}
+    entries = read_pipeline(file)
+    given = _by_name(overrides, [entry.name for entry in entries])
+    for entry in entries:
+        settings = {"run.dir": f"runs/{file.stem}/{entry.name}", "run.pipeline": f"runs/{file.stem}", **entry.set}
+        settings |= {key: f"{jobs[name].run}/export" for key, name in entry.takes.items()}
+        texts = (*(f"{key}={_as_text(value)}" for key, value in settings.items()), *given[entry.name])
+        config = config_file(entry.stage, entry.config)
+        try:
+            cfg = _STAGES[entry.stage][0].load(config, texts)
+            if cfg.run.fresh or cfg.run.dir is None:
+                raise ConfigError("run.fresh=true and run.dir=null leave the name of the export open; set run.dir")
+        except ConfigError as error:
+            raise ConfigError(f"{file}: stage '{entry.name}': {error}") from None
+        after = tuple(dict.fromkeys(entry.takes.values()))
+        job = Job(entry.name, entry.stage, config, texts, after, Path(cfg.run.dir), cfg.run.processes)
+        if same := [other.name for other in jobs.values() if other.run == job.run]:
+            raise ConfigError(
+                f"{file}: '{same[0]}' and '{job.name}' have the same run.dir {job.run}; give each its own"
+            )
+        jobs[job.name] = job
+    return list(jobs.values())
+
+
+def config_file(stage: str, given: str) -> Path:
+    """A YAML file, or the one in configs/<stage>/ that a name means."""
+    return Path(given) if given.endswith(".yaml") or "/" in given else Path("configs", stage, f"{given}.yaml")
+
+
+def _by_name(overrides: Sequence[str], names: list[str]) -> dict[str, list[str]]:
+    given: dict[str, list[str]] = {name: [] for name in names}
+    for override in overrides:
+        name, dot, rest = override.partition(".")
+        if not dot or "=" in name or "=" not in rest:
+            raise ConfigError(
+                f"'{override}' is not an override of a pipeline; write <name of a stage>.<dotted key>=value"
+            )
+        if name not in given:
+            raise ConfigError(f"'{override}': there is no stage '{name}'{_nearest(name, names)}")
+        given[name].append(rest)
+    return given
+
+
+def _as_text(value: Any) -> str:
+    """A value as the right-hand side of an override, which the stage reads as YAML."""
+    try:
+        if isinstance(value, str) and yaml.load(value, _StrictLoader) == value:  # noqa: S506
+            return value
+    except (yaml.YAMLError, ConfigError):
+        pass
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _nearest(word: str, words: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, words, n=1)
+    return f". Did you mean '{close[0]}'?" if close else f"; there are {', '.join(words)}"
+
+
+# --- on Slurm ---
+
+
+def submit(jobs: Sequence[Job], folder: Path, options: Mapping[str, str]) -> dict[str, str]:
+    """Submit all jobs, each after those it waits for; their ids by name. All of them or none.
+
+    Errors: LaunchError where sbatch is missing or refuses a job.
+    """
+    if not shutil.which("sbatch") or not shutil.which("srun"):
+        raise LaunchError(
+            "there is no sbatch and srun here; submit from a login node, or run the chain here with --cluster local"
+        )
+    ids: dict[str, str] = {}
+    for job in jobs:
+        script = Path(_STAGES[job.stage][1])
+        if not script.exists():
+            raise LaunchError(f"{Path.cwd()} has no {script}; call submit.py in the root of the repository")
+        resources = header(script) | _underscored(options)
+        conditions = [f"afterok:{':'.join(ids[name] for name in job.after)}"] if job.after else []
+        if "dependency" in resources:
+            conditions.append(str(resources["dependency"]))
+        if conditions:
+            resources |= {"dependency": ",".join(conditions), "kill_on_invalid_dep": "yes"}
+        try:
+            ids[job.name] = _sbatch(folder, resources, ["bash", str(script), str(job.config), *job.overrides])
+        except LaunchError as error:
+            if ids:
+                subprocess.run(["scancel", *ids.values()], check=False)
+            raise LaunchError(f"{job.name}: {error}{'; the jobs before it are cancelled' if ids else ''}") from None
+        wait = f" after {', '.join(f'{ids[name]} ({name})' for name in job.after)}" if job.after else ""
+        sys.stdout.write(f"{ids[job.name]} {job.name}{wait} -> {job.run}\n")
+    return ids
+
+
+def header(script: Path) -> dict[str, str | bool]:
+    """The options of a script's #SBATCH lines, the one place where a stage's resources stand."""
+    lines = [line.removeprefix("#SBATCH") for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
+    words = [word for line in lines for word in shlex.split(line, comments=True)]
+    if wrong := [word for word in words if not word.startswith("--")]:
+        raise LaunchError(f"{script}: '{wrong[0]}' in an #SBATCH line: write options as --name=value")
+    pairs = [word.removeprefix("--").partition("=") for word in words]
+    return {name.replace("-", "_"): value if equals else True for name, equals, value in pairs}
+
+
+def _underscored(options: Mapping[str, str]) -> dict[str, str | bool]:
+    """As submitit names options; ``slurm.exclusive=true`` is an option without a value."""
+    return {name.replace("-", "_"): True if value == "true" else value for name, value in options.items()}
+
+
+def _sbatch(folder: Path, resources: Mapping[str, str | bool], command: Sequence[str]) -> str:
+    """Submit a command line with submitit, and return the job's id.
+
+    The batch script runs the stage's own job script, so that a chained job and an ``sbatch slurm/<stage>.sh`` are the
+    same: submitit's pickled function, srun line and signal handler (USR2) are left out. What submitit has no word for
+    goes through its ``additional_parameters``.
+    """
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+    from submitit.slurm.slurm import SlurmExecutor
+
+    folder.mkdir(parents=True, exist_ok=True)
+    executor = SlurmExecutor(folder)
+    options = {name: value for name, value in resources.items() if value != "false"}
+    executor.update_parameters(use_srun=False, stderr_to_stdout=True, wckey=None, additional_parameters=options)
+    try:
+        return executor._submit_command(f"exec {shlex.join(command)}").job_id  # noqa: SLF001 - the public one pickles
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise LaunchError(f"sbatch refused the job: {' '.join(str(error).split())}") from None
+
+
+# --- here ---
+
+
+def run_here(jobs: Sequence[Job]) -> int:
+    """Run the jobs one after another on this machine; 0, or the exit code of the first that did not finish.
+
+    A job of several processes is checked in one process first: torchrun turns every exit code into 1.
+    """
+    for number, job in enumerate(jobs, 1):
+        processes = job.processes or _devices()
+        _log.info("[%d/%d] %s -> %s (processes: %d)", number, len(jobs), job.name, job.run, processes)
+        python = [sys.executable]
+        if processes > 1:
+            check = subprocess.run(
+                [*python, *job.line, "--check", f"--ranks={processes}"], stdout=subprocess.DEVNULL, check=False
+            )
+            if check.returncode:
+                return _stopped(job, check.returncode)
+            python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        code, heard = _passing_signals([*python, *job.line], _environment(processes))
+        if heard is not None:
+            return _stopped(job, 128 + heard)
+        if code:
+            return _stopped(job, code if code > 0 else 128 - code)
+        if not (job.run / "finished.json").exists():
+            _log.error("%s left before its end; the same command goes on from its checkpoint in %s", job.name, job.run)
+            return LaunchError.exit_code
+    return 0
+
+
+def _devices() -> int:
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def _environment(processes: int) -> dict[str, str]:
+    """Without a word from the user the processes share the cores; torchrun gives each one, and warns of it."""
+    share = max(1, len(os.sched_getaffinity(0)) // processes)
+    return {"OMP_NUM_THREADS": str(share), **os.environ}
+
+
+def _passing_signals(command: list[str], environment: Mapping[str, str]) -> tuple[int, signal.Signals | None]:
+    """Run a command to its end; its exit code, and the last signal that came meanwhile.
+
+    The command has a process group of its own, so that Ctrl-C reaches it once, by us, however many processes it has;
+    it saves and leaves, and we wait for it.
+    """
+    heard: list[signal.Signals] = []
+    child = subprocess.Popen(command, env=dict(environment), process_group=0)
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        heard.append(signal.Signals(number))
+        child.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
+    try:
+        code = child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code, heard[-1] if heard else None
+
+
+def _stopped(job: Job, code: int) -> int:
+    _log.error("%s stopped with exit code %d; what comes after it was not started", job.name, code)
+    return code
+
+
+# --- the command ---
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Validate, then submit or run; a user's mistake is one sentence and exit code 2."""
+    logging.basicConfig(format="%(message)s")
+    _log.setLevel(logging.INFO)
+    parser = argparse.ArgumentParser(prog="submit.py", description="Chain the stages of a pipeline.")
+    parser.add_argument("pipeline", type=Path, help="a YAML list of stages, such as configs/pipelines/demo.yaml")
+    parser.add_argument(
+        "--cluster", choices=("slurm", "local"), default="slurm", help="where the jobs run (default: slurm)"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="<stage>.<dotted key>=value, or slurm.<option>=value"
+    )
+    options = parser.parse_intermixed_args(argv)
+    sbatch = [text.removeprefix("slurm.") for text in options.overrides if text.startswith("slurm.")]
+    try:
+        if malformed := [text for text in sbatch if "=" not in text]:
+            raise ConfigError(f"'slurm.{malformed[0]}' has no value; write slurm.<option of sbatch>=value")
+        jobs = jobs_of(options.pipeline, [text for text in options.overrides if not text.startswith("slurm.")])
+        if options.cluster == "local":
+            if sbatch:
+                _log.warning("--cluster local asks nothing of Slurm: slurm.%s is ignored", ", slurm.".join(sbatch))
+            sys.exit(run_here(jobs))
+        pairs = {name: value for name, _, value in (text.partition("=") for text in sbatch)}
+        submit(jobs, Path("runs", options.pipeline.stem, "slurm"), pairs)
+    except FovealError as error:
+        sys.stderr.write(f"foveal: {error}\n")
+        sys.exit(error.exit_code)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Whether a command that a document shows could be typed: its files, modules, settings, targets and subcommands exist."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import typer
+from house import ROOT, STAGES, is_first_party_module
+
+from foveal.cli import app
+from foveal.reference import settings, stage_configs
+
+# Programs that a document may show without their arguments being looked at.
+FOREIGN = {"apt-get", "cd", "cp", "export", "git", "ls", "pip", "pytest", "scancel", "scontrol", "squeue", "ssh", "sudo"}
+OURS = ("accelerate", "foveal", "make", "python", "sbatch", "torchrun", ".ci/run", "tests/cluster/install_slurm.sh")
+FILE = re.compile(r"[\w./-]+\.(py|sh|yaml|toml|txt|md)")
+OVERRIDE = re.compile(r"([a-z_]\w*(?:\.\w+)*)=.*")
+# What a command makes, or what stands for the reader's own.
+MADE = ("data/", "runs/", "docs/configuration.md", "/")
+_SETTINGS = {stage: {line.name for line in settings(model)} for stage, model in stage_configs().items()}
+_TARGETS = set(re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split())
+
+
+def commands(text: str) -> Iterator[str]:
+    """The shell lines of a Markdown text's fenced blocks, and its inline code that starts with a program of ours."""
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        if language in {"bash", "sh", "console", "shell"}:
+            lines = (line.strip().removeprefix("$ ") for line in block.replace("\\\n", " ").splitlines())
+            yield from (line for line in lines if line and not line.startswith("#"))
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    yield from (code for code in re.findall(r"`([^`\n]+)`", prose) if code.split()[0] in OURS and " " in code)
+
+
+def complaints(command: str) -> list[str]:
+    """What in a command does not exist, in words; nothing if it could be typed."""
+    words = shlex.split(command, comments=True)
+    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words.pop(0)  # VARIABLE=value before a program
+    separators = [place for place, word in enumerate(words) if word in {"&&", ";", "|"}]
+    if separators:
+        first = separators[0]
+        return complaints(shlex.join(words[:first])) + complaints(shlex.join(words[first + 1 :]))
+    if not words:
+        return []
+    program = words[0].removeprefix("./").removeprefix(".venv/bin/")
+    arguments = [word.strip("[]") for word in words[1:] if not _is_placeholder(word)]
+    if program == "make":
+        return [f"no target {word}" for word in arguments if "=" not in word and word not in _TARGETS]
+    if program == "foveal":
+        return _foveal(arguments)
+    if program in FOREIGN:
+        return []
+    if program not in OURS:
+        return [f"no program {program} here"]
+    if program not in {"accelerate", "make", "python", "sbatch", "torchrun"} and not (ROOT / program).is_file():
+        return [f"no file {program}"]
+    return _files(arguments) + _modules(arguments) + _stage(arguments)
+
+
+def _is_placeholder(word: str) -> bool:
+    """CONFIG, [CONFIG], N, key=value, ..., <name>: they stand for what the reader gives."""
+    return word.strip("[]").isupper() or word.strip("[]") in {"key=value", "dotted.key=value", "..."} or "<" in word
+
+
+def _files(arguments: list[str]) -> list[str]:
+    files = [word for word in arguments if FILE.fullmatch(word) and not word.startswith(MADE)]
+    return [f"no file {word}" for word in files if not (ROOT / word).is_file()]
+
+
+def _modules(arguments: list[str]) -> list[str]:
+    named = [after for word, after in zip(arguments, arguments[1:], strict=False) if word == "-m"]
+    return [f"no module {name}" for name in named if not (is_first_party_module(name) or name in {"pip", "pytest", "venv"})]
+
+
+def _stage(arguments: list[str]) -> list[str]:
+    """The config and the overrides of a stage's command."""
+    doors = {f"{stage}.run": stage for stage in STAGES} | {f"{stage}/run.py": stage for stage in STAGES}
+    doors |= {"slurm/pretrain_mae.sh": "pretrain", "slurm/distill.sh": "distill", "slurm/finetune.sh": "finetune"}
+    place = next((place for place, word in enumerate(arguments) if word in doors), None)
+    if place is None:
+        return []
+    stage, rest = doors[arguments[place]], arguments[place + 1 :]
+    overrides = [match[1] for word in rest if (match := OVERRIDE.fullmatch(word))]
+    unknown = [name for name in overrides if not any(name == known or name.startswith(f"{known}.") for known in _SETTINGS[stage])]
+    names = [word for word in rest[:1] if re.fullmatch(r"[a-z]\w*", word)]
+    absent = [name for name in names if not (ROOT / "configs" / stage / f"{name}.yaml").is_file()]
+    return [f"{stage} has no setting {name}" for name in unknown] + [f"no configs/{stage}/{name}.yaml" for name in absent]
+
+
+def _foveal(arguments: list[str]) -> list[str]:
+    """A path of subcommands; what follows the last one is its own business, but for its options."""
+    command: click.Command = typer.main.get_command(app)
+    for place, word in enumerate(arguments):
+        if not isinstance(command, click.Group):
+            options = {name for parameter in command.params for name in parameter.opts}
+            return [f"foveal: no option {word}" for word in arguments[place:] if word.startswith("--") and word not in options]
+        if word.startswith("-"):
+            continue
+        if word not in command.commands:
+            return [f"foveal: no command {' '.join(arguments[: place + 1])}"]
+        command = command.commands[word]
+    return []
+
+
+def documents() -> list[Path]:
+    """The Markdown of the repository."""
+    places = [*ROOT.glob("*.md"), *(ROOT / ".github").glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "configs").rglob("*.md")]
+    return sorted(places)

@@ -1,0 +1,197 @@
+"""Who may import whom. The table is the architecture; a module that has no row may import nothing of ours."""
+
+import ast
+import graphlib
+import importlib.util
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from house import PRODUCT, ROOT, STAGES, Import, imports, is_first_party_module, module_of, python_files, syntax
+
+_CONFIGURED = ("foveal.config", "foveal.errors")
+_STAGE_CONFIGS = ("pretrain.config", "distill.config", "finetune.config")
+
+# room: (rooms it may enter, libraries it may bring). The longest name that fits a module is its room.
+ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "foveal": ((), ()),
+    "foveal.errors": ((), ()),
+    "foveal.files": (("foveal.errors",), ()),
+    "foveal.config": (("foveal.errors",), ("pydantic", "pydantic_core", "yaml")),
+    "foveal.seeding": ((), ("numpy", "torch")),
+    "foveal.schedule": ((), ()),
+    "foveal.optim": (_CONFIGURED, ("pydantic", "torch")),
+    "foveal.data": (
+        (*_CONFIGURED, "foveal.files", "foveal.seeding"),
+        ("numpy", "torch", "PIL", "webdataset", "fsspec", "pydantic", "safetensors", "sklearn"),
+    ),
+    "foveal.data.cli": ((*_CONFIGURED, "foveal.data"), ("typer",)),
+    "foveal.models": (_CONFIGURED, ("torch", "timm", "numpy", "pydantic")),
+    "foveal.inspect": (("foveal.models.patches",), ("numpy", "torch", "PIL")),
+    "foveal.telemetry": ((), ("torch",)),
+    "foveal.distributed": (
+        (*_CONFIGURED, "foveal.files", "foveal.optim"),
+        ("torch", "torch.distributed", "deepspeed", "accelerate"),
+    ),
+    "foveal.checkpoint": ((*_CONFIGURED, "foveal.files"), ("torch", "safetensors")),
+    "foveal.tracking": ((*_CONFIGURED, "foveal.files"), ("pydantic",)),
+    "foveal.tracking.mlflow": ((*_CONFIGURED, "foveal.files", "foveal.tracking"), ("mlflow",)),
+    "foveal.loop": (("foveal.errors", "foveal.data", "foveal.distributed", "foveal.telemetry"), ("torch",)),
+    "foveal.progress": (("foveal.telemetry",), ("rich",)),
+    "foveal.stage": (
+        (
+            *_CONFIGURED,
+            "foveal.checkpoint",
+            "foveal.data",
+            "foveal.distributed",
+            "foveal.optim",
+            "foveal.schedule",
+            "foveal.tracking",
+        ),
+        (),
+    ),
+    "foveal.runtime": (
+        (
+            *_CONFIGURED,
+            "foveal.checkpoint",
+            "foveal.distributed",
+            "foveal.files",
+            "foveal.loop",
+            "foveal.progress",
+            "foveal.stage",
+            "foveal.telemetry",
+            "foveal.tracking",
+        ),
+        ("torch",),
+    ),
+    "foveal.door": (("foveal.errors", "foveal.distributed", "foveal.runtime", "foveal.stage"), ()),
+    "foveal.cli": (("foveal.errors", "foveal.data.cli", "foveal.tracking"), ("typer",)),
+    "foveal.summary": (("foveal.errors", "foveal.files"), ("rich",)),
+    "foveal.reference": (("foveal.config", *_STAGE_CONFIGS), ("pydantic", "pydantic_core")),
+    **{stage: (("foveal",), ("torch",)) for stage in STAGES},
+    "slurm": ((*_CONFIGURED, "foveal.stage", "foveal.door", *_STAGE_CONFIGS), ("submitit", "typer")),
+}
+
+# A model knows neither the machine nor the process that it runs in.
+MODELS_DO_WITHOUT = {"os", "socket", "subprocess", "multiprocessing", "pathlib"}
+DISTRIBUTION_OF = {"PIL": "pillow", "pydantic_core": "pydantic", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+
+
+def _within(name: str, room: str) -> bool:
+    return name == room or name.startswith(f"{room}.")
+
+
+def _room_of(module: str) -> str:
+    return max((room for room in ROOMS if _within(module, room)), key=len)
+
+
+def _is_ours(name: str) -> bool:
+    return name.split(".")[0] in PRODUCT
+
+
+def _may(module: str, name: str) -> bool:
+    room = _room_of(module)
+    rooms, libraries = ROOMS[room]
+    if _within(name, "torch.distributed"):
+        return "torch.distributed" in libraries
+    if not _is_ours(name):
+        return name.split(".")[0] in {*libraries, *sys.stdlib_module_names}
+    inside = room != "foveal" and _room_of(name) == room
+    return name == "foveal" or inside or any(_within(name, other) for other in rooms)  # the root is the version only
+
+
+def _lines() -> Iterator[tuple[Path, Import]]:
+    return ((file, imported) for file in python_files(*PRODUCT) for imported in imports(syntax(file)))
+
+
+def _problems(module: str, lines: list[Import]) -> list[str]:
+    return [f"line {line.line}: {module} may not import {line.name}" for line in lines if not _may(module, line.name)]
+
+
+@pytest.mark.parametrize("file", python_files(*PRODUCT), ids=module_of)
+def test_doors_open_one_way(file: Path) -> None:
+    assert not _problems(module_of(file), list(imports(syntax(file))))
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("foveal.data.loader", "import torch.distributed as dist"),
+        ("foveal.data.loader", "from torch import distributed"),
+        ("foveal.data.loader", "import torch\ntorch.distributed.barrier()"),
+        ("foveal.data.loader", "from foveal.models import vit"),
+        ("foveal.models.vit", "def late():\n    import deepspeed"),
+        ("foveal.loop", "from accelerate import Accelerator"),
+        ("foveal.runtime", "import mlflow.tracking"),
+        ("pretrain.run", "from distill.config import DistillConfig"),
+        ("pretrain.run", "import submitit"),
+        ("foveal.stage", "import pretrain.config"),
+        ("foveal.brand_new", "from foveal.config import Config"),
+        ("foveal.errors", "import torch"),
+        ("foveal.data.loader", "from . import order"),
+    ],
+)
+def test_a_wrong_door_is_seen(module: str, line: str) -> None:
+    assert _problems(module, list(imports(ast.parse(line))))
+
+
+def test_every_row_has_a_room() -> None:
+    empty = [room for room in ROOMS if not (ROOT / room.replace(".", "/")).is_dir() and not is_first_party_module(room)]
+    assert not empty, f"rows of the table without a module: {empty}"
+
+
+def test_rooms_form_no_circle() -> None:
+    graph: dict[str, set[str]] = {}
+    for file, imported in _lines():
+        if _is_ours(imported.name):
+            here, there = _room_of(module_of(file)), _room_of(imported.name)
+            if here != there:
+                graph.setdefault(here, set()).add(there)
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the circle
+
+
+def test_every_library_is_a_dependency() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {requirement.split(">")[0].lower() for requirement in project["dependencies"]}
+    brought = {library.split(".")[0] for _, libraries in ROOMS.values() for library in libraries}
+    missing = {name for name in brought if DISTRIBUTION_OF.get(name, name).lower() not in declared}
+    assert not missing, f"imported, but not among the dependencies of pyproject.toml: {missing}"
+
+
+def test_models_know_no_machine() -> None:
+    files = python_files("foveal/models")
+    assert not [
+        f"{module_of(file)}: {imported.name}"
+        for file in files
+        for imported in imports(syntax(file))
+        if imported.name.split(".")[0] in MODELS_DO_WITHOUT
+    ]
+
+
+def test_the_environment_is_read_by_few() -> None:
+    """Which launcher and which job is the business of foveal/distributed; a path may name variables."""
+    readers = {
+        module_of(file)
+        for file in python_files("foveal", *STAGES)
+        for node in ast.walk(syntax(file))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in {"os.environ", "os.getenv", "os.putenv"}
+    }
+    assert not {module for module in readers if not _within(module, "foveal.distributed")}
+
+
+def test_scripts_shadow_nothing() -> None:
+    """``accelerate launch finetune/run.py`` puts finetune/ first on the path of every library in the process."""
+    names = {file.stem for file in python_files(*STAGES, "slurm")} - {"__init__"}
+    assert {"run", "config", "objective"} <= names
+    assert not names & sys.stdlib_module_names
+    assert not [name for name in names if importlib.util.find_spec(name) is not None]
+
+
+def test_settings_are_read_without_the_heavy_libraries() -> None:
+    """--check and --help answer before deepspeed, accelerate or mlflow, a second each, are needed."""
+    code = f"import sys, {', '.join(_STAGE_CONFIGS)}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert not {"deepspeed", "accelerate", "mlflow", "submitit", "transformers"} & set(loaded.split())

@@ -1,0 +1,96 @@
+"""Every setting is read, says what it is, and is one of a number that somebody decided; every shipped YAML is valid."""
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from house import PRODUCT, ROOT, STAGES, python_files, syntax
+
+from foveal.config import Config, read_yaml, set_dotted
+from foveal.reference import settings, stage_configs
+
+CONFIGS = stage_configs()
+
+# Raising one of these is a decision of its own: say in the change who needs the setting that is new.
+MOST_SETTINGS = {"pretrain": 66, "distill": 66, "finetune": 70}
+
+
+def shipped(folder: str) -> list[Path]:
+    return sorted((ROOT / "configs" / folder).glob("*.yaml"))
+
+
+def name_of(file: Any) -> str | None:
+    return str(file.relative_to(ROOT / "configs")) if isinstance(file, Path) else None
+
+
+@pytest.fixture(scope="module")
+def attributes() -> set[str]:
+    """Every name that the product's code reads behind a dot; a field's own declaration is not among them."""
+    nodes = (node for file in python_files(*PRODUCT) for node in ast.walk(syntax(file)))
+    return {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_setting_is_read(stage: str, attributes: set[str]) -> None:
+    unread = [line.name for line in settings(CONFIGS[stage]) if line.name.rpartition(".")[2] not in attributes]
+    assert not unread, f"settings that no line reads: {unread}"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_setting_says_what_it_is(stage: str) -> None:
+    mute = [line.name for line in settings(CONFIGS[stage]) if not line.about]
+    assert not mute, f"settings without a description: {mute}"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_settings_are_few(stage: str) -> None:
+    names = [line.name for line in settings(CONFIGS[stage])]
+    assert len(names) <= MOST_SETTINGS[stage], f"{stage} has {len(names)} settings: {names}"
+
+
+def test_every_stage_ships_a_config() -> None:
+    assert not [stage for stage in STAGES if not shipped(stage)]
+
+
+@pytest.mark.parametrize(("stage", "file"), [(stage, file) for stage in STAGES for file in shipped(stage)], ids=name_of)
+def test_configs_are_valid(stage: str, file: Path) -> None:
+    CONFIGS[stage].load(file)
+
+
+@pytest.mark.parametrize(("stage", "file"), [(stage, file) for stage in STAGES for file in shipped(stage)], ids=name_of)
+def test_configs_say_how_to_run_them_and_what_to_expect(stage: str, file: Path) -> None:
+    header = [line for line in file.read_text().splitlines() if line.startswith("#")]
+    assert [line for line in header if line.startswith("# Command:")], f"{file.name} of {stage} has no '# Command:' line"
+    assert [line for line in header if line.startswith("# Expected:")], f"{file.name} of {stage} has no '# Expected:' line"
+
+
+@pytest.mark.parametrize("file", shipped("pipelines"), ids=name_of)
+def test_pipelines_chain_valid_stages(file: Path) -> None:
+    earlier: list[str] = []
+    for entry in yaml.safe_load(file.read_text()):
+        assert set(entry) <= {"name", "stage", "config", "set", "from"}
+        tree = read_yaml(ROOT / entry["config"])
+        for name, value in entry.get("set", {}).items():
+            set_dotted(tree, name, value)
+        for name, source in entry.get("from", {}).items():
+            assert source in earlier, f"{entry['name']} takes the export of {source}, which does not come before it"
+            set_dotted(tree, name, f"runs/{source}/export")
+        CONFIGS[entry["stage"]].checked(tree, f"{file.name}: {entry['name']}")
+        earlier.append(entry["name"])
+    assert len(earlier) == len(set(earlier))
+
+
+@pytest.mark.parametrize("file", shipped("accelerate"), ids=name_of)
+def test_accelerate_takes_its_configs(file: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    load_config_from_file(str(file))
+
+
+def test_an_unread_setting_would_be_seen(attributes: set[str]) -> None:
+    class Idle(Config):
+        nobody_reads_this: int = 0
+
+    assert [line.name for line in settings(Idle) if line.name not in attributes] == ["nobody_reads_this"]

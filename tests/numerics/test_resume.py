@@ -1,0 +1,62 @@
+"""Stopped and continued is never stopped: bit for bit on the same machine, in rows and in exported weights."""
+
+import pytest
+from ranks import Ranks, stage_named
+from safetensors.torch import load_file
+
+from foveal.errors import CheckpointError
+
+CASES = [
+    ("pretrain", "one", "engine.kind=plain"),
+    ("pretrain", "two", "engine.zero=0"),
+    ("pretrain", "two", "engine.zero=1"),
+    ("pretrain", "two", "engine.zero=2"),
+    ("pretrain", "two", "engine.zero=3"),
+    ("distill", "two", "engine.zero=2"),
+    ("finetune", "one", "engine.kind=accelerate"),
+    ("finetune", "two", "engine.kind=accelerate"),
+]
+
+
+@pytest.mark.parametrize(("name", "ranks", "engine"), CASES)
+def test_stopping_changes_nothing(name, ranks, engine, configs, one_rank, two_ranks, tmp_path) -> None:
+    world: Ranks = {"one": one_rank, "two": two_ranks}[ranks]
+    stage = stage_named(name)
+    whole = world.train(stage, configs[name], tmp_path / "whole", engine)
+    world.train(stage, configs[name], tmp_path / "parts", engine, "run.stop_at=7")
+    world.train(stage, configs[name], tmp_path / "parts", engine, "run.stop_at=13")
+    parts = world.train(stage, configs[name], tmp_path / "parts", engine)
+    for key in ("step", "loss", "grad_norm", "lr"):
+        assert [row[key] for row in parts if key in row] == [row[key] for row in whole if key in row], key
+    ours, theirs = (load_file(tmp_path / each / "export" / "model.safetensors") for each in ("parts", "whole"))
+    assert ours.keys() == theirs.keys()
+    assert all(ours[each].equal(theirs[each]) for each in ours)
+
+
+def test_rows_after_the_checkpoint_are_void(configs, one_rank, tmp_path) -> None:
+    """A kill after step 15 with the newest checkpoint at 10: steps 11 to 15 are in the file once, not twice."""
+    stage, run = stage_named("pretrain"), tmp_path / "run"
+    overrides = ("engine.kind=plain", "checkpoint.every=10", "checkpoint.keep=9")
+    one_rank.train(stage, configs["pretrain"], run, *overrides, "run.stop_at=15")
+    newest = run / "checkpoints" / "step-00000015"
+    (newest / "plain.pt").write_bytes(b"torn")
+    rows = one_rank.train(stage, configs["pretrain"], run, *overrides, "run.stop_at=20")
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    whole = one_rank.train(stage, configs["pretrain"], tmp_path / "whole", "engine.kind=plain", "run.stop_at=20")
+    assert [row["loss"] for row in rows] == [row["loss"] for row in whole]
+
+
+def test_other_ranks_are_refused_by_name(configs, one_rank, two_ranks, tmp_path) -> None:
+    stage, run = stage_named("pretrain"), tmp_path / "run"
+    two_ranks.train(stage, configs["pretrain"], run, "run.stop_at=4")
+    with pytest.raises(CheckpointError, match=r"saved by 2 ranks under deepspeed ZeRO 1.*going on with 1 ranks"):
+        one_rank.train(stage, configs["pretrain"], run)
+
+
+def test_other_science_is_refused_by_name_and_nothing_is_lost(configs, one_rank, tmp_path) -> None:
+    stage, run = stage_named("pretrain"), tmp_path / "run"
+    one_rank.train(stage, configs["pretrain"], run, "engine.kind=plain", "run.stop_at=4")
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    with pytest.raises(CheckpointError, match=r"optim\.lr_per_256 \(was 0\.004, is 0\.008\)"):
+        one_rank.train(stage, configs["pretrain"], run, "engine.kind=plain", "optim.lr_per_256=8e-3")
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before

@@ -1,0 +1,94 @@
+"""Processes that are ranks of one world and live as long as the test session: starting DeepSpeed takes seconds, once."""
+
+import contextlib
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from foveal.distributed.world import World, joined
+from foveal.door import Stage, enter, load
+from foveal.errors import FovealError
+from foveal.tracking.jsonl import read_rows
+
+_PATIENCE = 240  # seconds for one call
+_COLLECTIVE = 120  # seconds for one collective: a rank that waits for another that failed gives up
+
+
+class Ranks:
+    """``size`` processes joined over gloo; ``call`` runs a function of (world, ...) in all of them."""
+
+    def __init__(self, size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        with contextlib.closing(socket.socket()) as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(size):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there, rank, size, port), daemon=True)
+            process.start()
+            self._pipes.append(here)
+            self._processes.append(process)
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What each rank returned, by rank. An exception on any rank is raised here with its traceback."""
+        for pipe in self._pipes:
+            pipe.send((function, arguments))
+        answers = []
+        for rank, pipe in enumerate(self._pipes):
+            assert pipe.poll(_PATIENCE), f"rank {rank} did not answer within {_PATIENCE} s"
+            answers.append(pipe.recv())
+        for rank, (failed, answer) in enumerate(answers):
+            if isinstance(failed, FovealError):
+                raise failed
+            assert failed is None, f"rank {rank}:\n{answer}"
+        return [answer for _, answer in answers]
+
+    def train(self, stage: Stage[Any, Any], config: Path, run: Path, *overrides: str) -> list[dict[str, float]]:
+        """Run a stage in all ranks; the rows of its metrics.jsonl."""
+        self.call(_enter, stage.name, str(config), [f"run.dir={run}", "tracking.uri=null", *overrides])
+        return read_rows(run / "metrics.jsonl")
+
+    def close(self) -> None:
+        """End the processes."""
+        for pipe in self._pipes:
+            pipe.send(None)
+        for process in self._processes:
+            process.join(20)
+            if process.is_alive():
+                process.kill()
+
+
+def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    import torch
+
+    torch.set_num_threads(1)
+    with joined(_COLLECTIVE) as world:
+        while (order := pipe.recv()) is not None:
+            function, arguments = order
+            try:
+                pipe.send((None, function(world, *arguments)))
+            except FovealError as error:
+                pipe.send((error, None))
+            except BaseException:  # noqa: BLE001 - whatever it was, the test wants to see it
+                pipe.send((RuntimeError(), traceback.format_exc()))
+
+
+def stage_named(name: str) -> Stage[Any, Any]:
+    """pretrain, distill or finetune: a Stage holds functions, and travels by name."""
+    import importlib
+
+    return importlib.import_module(f"{name}.run").STAGE
+
+
+def _enter(world: World, stage: str, config: str, overrides: Sequence[str]) -> None:
+    found = stage_named(stage)
+    enter(found, load(found.config, stage, config, overrides), world)

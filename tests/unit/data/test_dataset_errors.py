@@ -1,0 +1,245 @@
+"""Every bad input to a data set is one sentence: what, where, what to do."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from foveal.data import DataConfig, Dataset, eval_batches, order_of
+from foveal.data.cli import app
+from foveal.errors import ConfigError, DataError, FovealError
+
+
+@pytest.fixture
+def folder(digits: Path, tmp_path: Path) -> Path:
+    """A copy of the digits to be damaged."""
+    shutil.copytree(digits, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def open_with(folder: Path | str, **settings: Any) -> Dataset:
+    tree = {"path": str(folder), "image_size": 8, "channels": 1, **settings}
+    return Dataset.open(DataConfig.checked(tree, "the test"))
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    file = folder / "manifest.json"
+    tree = json.loads(file.read_text())
+    change(tree)
+    file.write_text(json.dumps(tree))
+
+
+def sentence(caught: pytest.ExceptionInfo[FovealError]) -> str:
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data.path: no such folder: .*/nowhere$"):
+        open_with(tmp_path / "nowhere")
+
+
+def test_no_shards(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"no manifest.json and no shards .*; run `foveal data pack` or correct data.path"
+    ):
+        open_with(tmp_path)
+
+
+def test_no_index(folder: Path, tmp_path: Path) -> None:
+    (folder / "manifest.json").unlink()
+    with pytest.raises(DataError, match=rf"these shards have no index; run `foveal data index {folder}`$"):
+        open_with(folder)
+    with pytest.raises(DataError, match=rf"no index; run `foveal data index {folder} --index {tmp_path}/elsewhere`$"):
+        open_with(folder, index=str(tmp_path / "elsewhere"))
+
+
+def test_a_variable_that_is_not_set(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.delenv("FOVEAL_NOWHERE", raising=False)
+    with pytest.raises(
+        ConfigError, match=r"data.path: '\$\{FOVEAL_NOWHERE\}/x' needs .* FOVEAL_NOWHERE, which is not set"
+    ):
+        open_with("${FOVEAL_NOWHERE}/x")
+    with pytest.raises(ConfigError, match=r"data.index: .* FOVEAL_NOWHERE"):
+        open_with(folder, index="$FOVEAL_NOWHERE")
+    monkeypatch.setenv("FOVEAL_NOWHERE", str(folder.parent))
+    assert open_with("${FOVEAL_NOWHERE}/copy").samples("val") == 360
+
+
+def test_an_index_behind_a_url() -> None:
+    with pytest.raises(
+        ConfigError, match=r"data.index: memory://x is a URL, .* run `foveal data index memory://x --index"
+    ):
+        open_with("memory://x")
+
+
+def test_a_url_of_an_unknown_kind(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"nonsense://x cannot be opened \(Protocol not known: nonsense"):
+        open_with("nonsense://x", index=str(folder))
+
+
+def test_no_such_split(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"split 'trian' does not exist; splits with samples: 'train', 'val'$"):
+        open_with(folder, train="trian")
+
+
+def test_a_split_for_evaluation_is_asked_for_when_used(folder: Path) -> None:
+    dataset = open_with(folder, val="test")
+    cfg = DataConfig.checked({"path": str(folder), "image_size": 8, "channels": 1}, "the test")
+    with pytest.raises(DataError, match=r"split 'test' does not exist"):
+        eval_batches(dataset, cfg, split="test", part="all", seed=0, rank=0, size=1, at_once=8)
+
+
+def test_an_empty_split(folder: Path) -> None:
+    edit(folder, lambda tree: tree["splits"].update(train={"samples": 0, "shards": []}))
+    with pytest.raises(DataError, match=r"split 'train' is empty; splits with samples: 'val'$"):
+        open_with(folder)
+
+
+def test_a_missing_shard(folder: Path) -> None:
+    (folder / "val-000001.tar").unlink()
+    with pytest.raises(DataError, match=r"val-000001.tar is missing, and manifest.json lists it: restore it, or index"):
+        open_with(folder)
+
+
+def test_a_missing_index(folder: Path) -> None:
+    (folder / "train-000003.tar.index").unlink()
+    with pytest.raises(DataError, match=r"train-000003.tar has no index in .*: run `foveal data index"):
+        open_with(folder)
+
+
+@pytest.mark.parametrize("size", [0, 1024])
+def test_a_stale_shard(folder: Path, size: int) -> None:
+    shard = folder / "train-000001.tar"
+    shard.write_bytes(shard.read_bytes()[:size])
+    with pytest.raises(
+        DataError, match=rf"train-000001.tar has {size} bytes and manifest.json says \d+: restore it, or run"
+    ):
+        open_with(folder)
+
+
+def test_an_index_of_other_samples(folder: Path) -> None:
+    shutil.copy(folder / "train-000000.tar.index", folder / "train-000001.tar.index")
+    dataset = open_with(folder)
+    with pytest.raises(DataError, match=r"train-000001.tar.index is not the index that manifest.json was written with"):
+        dataset.labels("train")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda tree: tree.update(format=2), r"manifest.json has format 2, this foveal reads format 1$"),
+        (lambda tree: tree.pop("format"), r"manifest.json has format None, this foveal reads format 1$"),
+        (lambda tree: tree.pop("splits"), r"manifest.json: splits is missing"),
+        (lambda tree: tree.update(colour=1), r"manifest.json: colour is not a setting"),
+        (
+            lambda tree: tree["splits"]["val"].update(samples=3),
+            r"split 'val' says 3 samples, its shards have another sum",
+        ),
+        (
+            lambda tree: tree["splits"]["val"]["shards"][0].update(file="../../etc/passwd"),
+            r"a shard is a plain file name in the data folder",
+        ),
+    ],
+)
+def test_a_manifest_that_is_wrong(folder: Path, change: Callable[[dict[str, Any]], Any], expected: str) -> None:
+    edit(folder, change)
+    with pytest.raises(DataError, match=expected) as caught:
+        open_with(folder)
+    sentence(caught)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\x00\xff"])
+def test_a_manifest_that_is_damaged(folder: Path, text: str) -> None:
+    (folder / "manifest.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError, match=r"manifest.json is damaged \(.*\): run `foveal data index`") as caught:
+        open_with(folder)
+    sentence(caught)
+
+
+def test_statistics_that_are_not_known_or_do_not_fit(folder: Path) -> None:
+    edit(folder, lambda tree: tree.update(mean=None, std=None))
+    with pytest.raises(DataError, match=r"manifest.json has no pixel statistics; set data.mean and data.std"):
+        _ = open_with(folder).mean
+    given = open_with(folder, mean=(0.5,), std=(0.25,))
+    assert (given.mean, given.std) == ((0.5,), (0.25,))
+    edit(folder, lambda tree: tree.update(mean=[0.1, 0.2, 0.3], std=[0.1, 0.2, 0.3]))
+    with pytest.raises(DataError, match=r"the std in manifest.json has 3 values for data.channels=1; set data.mean"):
+        _ = open_with(folder).std
+    edit(folder, lambda tree: tree.update(std=[0.1, 0.0, 0.3]))
+    with pytest.raises(DataError, match=r"the std in manifest.json is \[0.1, 0.0, 0.3\], not above 0; set data.mean"):
+        _ = open_with(folder, channels=3).std
+    assert open_with(folder, channels=3).mean == (0.1, 0.2, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"mean": (0.5,)}, "the test: data: mean and std are given together or not at all"),
+        ({"mean": (0.5,), "std": (0.0,)}, r"std=\[0.0\] must be above 0"),
+        ({"channels": 3, "mean": (0.5,), "std": (0.5,)}, "mean has 1 values for channels=3"),
+        ({"channels": 2}, r"channels: input should be 1 or 3 \(given: 2\)"),
+        ({"image_size": 0}, "image_size: "),
+        ({"lanes": 0}, "lanes: "),
+        ({"crop_ratio": 1.5}, "crop_ratio: "),
+        ({"augment": {"scale": (0.5, 1.5)}}, r"augment.scale=\[0.5, 1.5\] must be \[lowest, highest\] within \(0, 1\]"),
+        ({"augment": {"ratio": (2.0, 1.0)}}, r"augment.ratio=\[2.0, 1.0\] must be \[lowest, highest\]"),
+        ({"windows": 4}, "windows is not a setting. Did you mean 'window'"),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict[str, Any], expected: str) -> None:
+    tree = {"path": "x", "image_size": 8, "channels": 1, **settings}
+    with pytest.raises(ConfigError, match=expected.removeprefix("the test: data: ")):
+        DataConfig.checked(tree, "the test")
+
+
+def test_what_is_science_and_what_is_not() -> None:
+    cfg = DataConfig.checked({"path": "x", "image_size": 8}, "the test")
+    assert set(cfg.flat()) - set(cfg.science()) == {"path", "index", "threads", "ahead"}
+
+
+def test_parts_that_cannot_be_chosen(folder: Path) -> None:
+    dataset = open_with(folder)
+
+    def order(**settings: Any) -> None:
+        part = settings.pop("part", "train")
+        tree = {"path": str(folder), "image_size": 8, "channels": 1, "lanes": 2, **settings}
+        cfg = DataConfig.checked(tree, "the test")
+        order_of(dataset, cfg, split="train", part=part, seed=0, batch=8)
+
+    with pytest.raises(ConfigError, match=r"data.holdout_per_class=0 leaves no holdout"):
+        order(part="holdout")
+    with pytest.raises(DataError, match=r"class \d has \d+ samples, too few for data.per_class=500 and data.holdout"):
+        order(per_class=500)
+    with pytest.raises(DataError, match=r"too few for data.per_class=100 and data.holdout_per_class=100"):
+        order(per_class=100, holdout_per_class=100)
+    with pytest.raises(DataError, match=r"too few for data.per_class=0 and data.holdout_per_class=150"):
+        order(holdout_per_class=150)
+
+
+def test_samples_without_labels_cannot_be_chosen_by_class(
+    tmp_path: Path, write_tar: Callable[..., Path], png: bytes
+) -> None:
+    write_tar(tmp_path / "train-0.tar", [("a.png", png), ("b.png", png), ("b.cls", b"0")])
+    assert CliRunner().invoke(app, ["index", str(tmp_path)]).exit_code == 0
+    cfg = DataConfig.checked({"path": str(tmp_path), "image_size": 8, "channels": 1, "per_class": 1}, "the test")
+    with pytest.raises(DataError, match=r"1 samples of split 'train' have no label; data.per_class and"):
+        order_of(Dataset.open(cfg), cfg, split="train", part="train", seed=0, batch=1)
+
+
+def test_the_command_line_packs_indexes_and_shows(tmp_path: Path) -> None:
+    run = CliRunner()
+    target = str(tmp_path / "digits")
+    assert "digits: written" in run.invoke(app, ["pack", "digits", "--out", target]).output
+    assert "already there, nothing to do" in run.invoke(app, ["pack", "digits", "--out", target]).output
+    again = run.invoke(app, ["index", target, "--index", str(tmp_path / "index"), "--name", "numerals"])
+    assert again.output.splitlines()[0] == "numerals: members cls, png; 10 classes"
+    shown = run.invoke(app, ["show", target]).output.splitlines()
+    assert shown[1].split()[:5] == ["train", "1,437", "samples", "6", "shards"]
+    assert shown[-1].split() == ["9", "144", "36"]
+    assert isinstance(run.invoke(app, ["show", str(tmp_path / "nowhere")]).exception, DataError)
