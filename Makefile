@@ -27,9 +27,10 @@ help:
 	@sed -n '/^#/!q; s/^# \?//p' Makefile
 
 demo: $(VENV)/.installed
-	@foveal data pack digits --out data/digits
-	@$(BIN)/python slurm/submit.py configs/pipelines/demo.yaml --cluster local
-	@$(BIN)/python -m foveal.summary runs/demo
+	@since=$$(date +%s); \
+	$(BIN)/foveal data pack digits --out data/digits; \
+	$(BIN)/python slurm/submit.py configs/pipelines/demo.yaml --cluster local; \
+	$(BIN)/python -m foveal.summary runs/demo --since $$since
 
 test: $(VENV)/.installed-test
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q --durations=10 $(PYTEST)

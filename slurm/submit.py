@@ -1,13 +1,15 @@
 """Chain stages: ``python slurm/submit.py PIPELINE [--cluster slurm|local] [key=value ...]``.
 
 A pipeline is a YAML list of ``{name, stage, config, set: {dotted: value}, from: {dotted: name}}``; ``from`` gives a
-setting the export folder of another stage of the list, and makes this stage wait for that one. Every config is
+setting the export folder of a stage before it in the list, and makes this stage wait for that one. Every config is
 validated here before anything is started. Overrides are ``<name>.<dotted>=value`` for one stage, and
 ``slurm.<option of sbatch>=value`` for every job.
 """
 
 import argparse
+import contextlib
 import difflib
+import io
 import json
 import logging
 import os
@@ -77,26 +79,24 @@ def read_pipeline(file: Path) -> list[Entry]:
     """The stages of a pipeline file. Errors: ConfigError, naming the file and the element."""
     try:
         listed = yaml.load(file.read_text(), _StrictLoader)  # noqa: S506 - a SafeLoader, made stricter
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
-        raise ConfigError(f"{file}: {reason}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ConfigError) as error:
+        raise ConfigError(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
     if not isinstance(listed, list) or not listed:
         raise ConfigError(f"{file}: a list of stages is expected, each with {', '.join(_KEYS)}")
     entries = [_entry(element, f"{file}: element {number}") for number, element in enumerate(listed, 1)]
     names = [entry.name for entry in entries]
-    for entry in entries:
-        if names.count(entry.name) > 1:
+    for number, entry in enumerate(entries):
+        if entry.name in names[:number]:
             raise ConfigError(f"{file}: '{entry.name}' names two stages; give each its own name")
         for key, name in entry.takes.items():
-            if name not in names:
-                raise ConfigError(
-                    f"{file}: {entry.name}: from.{key}: there is no stage '{name}'{_nearest(name, names)}"
+            if name not in names[:number]:
+                hint = (
+                    "it comes later: list it first"
+                    if name in names
+                    else f"there is no such stage{_nearest(name, names)}"
                 )
-    return _in_order(entries, file)
+                raise ConfigError(f"{file}: stage '{entry.name}': from.{key} wants '{name}', but {hint}")
+    return entries
 
 
 def _entry(element: Any, where: str) -> Entry:
@@ -121,31 +121,15 @@ def _entry(element: Any, where: str) -> Entry:
     return Entry(name, stage, element["config"], settings, {str(key): str(value) for key, value in takes.items()})
 
 
-def _in_order(entries: list[Entry], file: Path) -> list[Entry]:
-    """Each stage after those it takes from, otherwise as listed."""
-    ordered: list[Entry] = []
-    waiting = list(entries)
-    while waiting:
-        known = {entry.name for entry in ordered}
-        ready = next((entry for entry in waiting if known.issuperset(entry.takes.values())), None)
-        if ready is None:
-            raise ConfigError(
-                f"{file}: {', '.join(entry.name for entry in waiting)} wait for one another; break the circle of 'from'"
-            )
-        ordered.append(ready)
-        waiting.remove(ready)
-    return ordered
-
-
-def jobs_of(file: Path, overrides: Sequence[str]) -> list[Job]:
-    """A pipeline's jobs, each validated with the very strings it will be started with.
+def jobs_of(file: Path, overrides: Sequence[str]) -> tuple[list[Job], dict[str, str]]:
+    """A pipeline's jobs, each validated with the very strings it will be started with, and the options of sbatch.
 
     ``run.dir`` is runs/<pipeline>/<name> unless ``set`` or an override says otherwise, whatever the stage's config says.
     Errors: ConfigError, naming the pipeline, the stage and the setting.
     """
     jobs: dict[str, Job] = {}
     entries = read_pipeline(file)
-    given = _by_name(overrides, [entry.name for entry in entries])
+    given = _by_name(overrides, [*(entry.name for entry in entries), "slurm"])
     for entry in entries:
         settings = {"run.dir": f"runs/{file.stem}/{entry.name}", "run.pipeline": f"runs/{file.stem}", **entry.set}
         settings |= {key: f"{jobs[name].run}/export" for key, name in entry.takes.items()}
@@ -164,7 +148,7 @@ def jobs_of(file: Path, overrides: Sequence[str]) -> list[Job]:
                 f"{file}: '{same[0]}' and '{job.name}' have the same run.dir {job.run}; give each its own"
             )
         jobs[job.name] = job
-    return list(jobs.values())
+    return list(jobs.values()), {name: value for name, _, value in (text.partition("=") for text in given["slurm"])}
 
 
 def config_file(stage: str, given: str) -> Path:
@@ -218,10 +202,10 @@ def submit(jobs: Sequence[Job], folder: Path, options: Mapping[str, str]) -> dic
         script = Path(_STAGES[job.stage][1])
         if not script.exists():
             raise LaunchError(f"{Path.cwd()} has no {script}; call submit.py in the root of the repository")
-        resources = header(script) | _underscored(options)
+        resources = header(script) | {name.replace("-", "_"): value for name, value in options.items()}
         conditions = [f"afterok:{':'.join(ids[name] for name in job.after)}"] if job.after else []
         if "dependency" in resources:
-            conditions.append(str(resources["dependency"]))
+            conditions.append(resources["dependency"])
         if conditions:
             resources |= {"dependency": ",".join(conditions), "kill_on_invalid_dep": "yes"}
         try:
@@ -235,22 +219,17 @@ def submit(jobs: Sequence[Job], folder: Path, options: Mapping[str, str]) -> dic
     return ids
 
 
-def header(script: Path) -> dict[str, str | bool]:
-    """The options of a script's #SBATCH lines, the one place where a stage's resources stand."""
+def header(script: Path) -> dict[str, str]:
+    """The options of a script's #SBATCH lines, the one place where a stage's resources stand; a bare one is 'true'."""
     lines = [line.removeprefix("#SBATCH") for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
     words = [word for line in lines for word in shlex.split(line, comments=True)]
     if wrong := [word for word in words if not word.startswith("--")]:
         raise LaunchError(f"{script}: '{wrong[0]}' in an #SBATCH line: write options as --name=value")
     pairs = [word.removeprefix("--").partition("=") for word in words]
-    return {name.replace("-", "_"): value if equals else True for name, equals, value in pairs}
+    return {name.replace("-", "_"): value if equals else "true" for name, equals, value in pairs}
 
 
-def _underscored(options: Mapping[str, str]) -> dict[str, str | bool]:
-    """As submitit names options; ``slurm.exclusive=true`` is an option without a value."""
-    return {name.replace("-", "_"): True if value == "true" else value for name, value in options.items()}
-
-
-def _sbatch(folder: Path, resources: Mapping[str, str | bool], command: Sequence[str]) -> str:
+def _sbatch(folder: Path, resources: Mapping[str, str], command: Sequence[str]) -> str:
     """Submit a command line with submitit, and return the job's id.
 
     The batch script runs the stage's own job script, so that a chained job and an ``sbatch slurm/<stage>.sh`` are the
@@ -262,10 +241,11 @@ def _sbatch(folder: Path, resources: Mapping[str, str | bool], command: Sequence
 
     folder.mkdir(parents=True, exist_ok=True)
     executor = SlurmExecutor(folder)
-    options = {name: value for name, value in resources.items() if value != "false"}
+    options = {name: True if value == "true" else value for name, value in resources.items() if value != "false"}
     executor.update_parameters(use_srun=False, stderr_to_stdout=True, wckey=None, additional_parameters=options)
     try:
-        return executor._submit_command(f"exec {shlex.join(command)}").job_id  # noqa: SLF001 - the public one pickles
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it also raises
+            return executor._submit_command(f"exec {shlex.join(command)}").job_id  # noqa: SLF001 - the public one pickles
     except (FailedJobError, FailedSubmissionError) as error:
         raise LaunchError(f"sbatch refused the job: {' '.join(str(error).split())}") from None
 
@@ -281,19 +261,17 @@ def run_here(jobs: Sequence[Job]) -> int:
     for number, job in enumerate(jobs, 1):
         processes = job.processes or _devices()
         _log.info("[%d/%d] %s -> %s (processes: %d)", number, len(jobs), job.name, job.run, processes)
-        python = [sys.executable]
+        alone, launcher = (
+            [sys.executable],
+            ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"],
+        )
+        commands = [[*alone, *job.line]]
         if processes > 1:
-            check = subprocess.run(
-                [*python, *job.line, "--check", f"--ranks={processes}"], stdout=subprocess.DEVNULL, check=False
-            )
-            if check.returncode:
-                return _stopped(job, check.returncode)
-            python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        code, heard = _passing_signals([*python, *job.line], _environment(processes))
-        if heard is not None:
-            return _stopped(job, 128 + heard)
-        if code:
-            return _stopped(job, code if code > 0 else 128 - code)
+            commands = [[*alone, *job.line, "--check", f"--ranks={processes}"], [*alone, *launcher, *job.line]]
+        for command in commands:
+            if code := _run(command, _environment(processes), quiet="--check" in command):
+                _log.error("%s stopped with exit code %d; nothing after it was started", job.name, code)
+                return code
         if not (job.run / "finished.json").exists():
             _log.error("%s left before its end; the same command goes on from its checkpoint in %s", job.name, job.run)
             return LaunchError.exit_code
@@ -312,31 +290,29 @@ def _environment(processes: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(share), **os.environ}
 
 
-def _passing_signals(command: list[str], environment: Mapping[str, str]) -> tuple[int, signal.Signals | None]:
-    """Run a command to its end; its exit code, and the last signal that came meanwhile.
+def _run(command: list[str], environment: Mapping[str, str], *, quiet: bool) -> int:
+    """Run a command to its end; its exit code as a shell has it, or 128 + the signal that came meanwhile.
 
     The command has a process group of its own, so that Ctrl-C reaches it once, by us, however many processes it has;
     it saves and leaves, and we wait for it.
     """
-    heard: list[signal.Signals] = []
-    child = subprocess.Popen(command, env=dict(environment), process_group=0)
+    heard: list[int] = []
+    child: list[subprocess.Popen[bytes]] = []
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
-        heard.append(signal.Signals(number))
-        child.send_signal(number)
+        heard.append(number)
+        for each in child:
+            each.send_signal(number)
 
     before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
     try:
-        code = child.wait()
+        out = subprocess.DEVNULL if quiet else None
+        child.append(subprocess.Popen(command, env=dict(environment), stdout=out, process_group=0))
+        code = child[0].wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return code, heard[-1] if heard else None
-
-
-def _stopped(job: Job, code: int) -> int:
-    _log.error("%s stopped with exit code %d; what comes after it was not started", job.name, code)
-    return code
+    return 128 + heard[-1] if heard else code if code >= 0 else 128 - code
 
 
 # --- the command ---
@@ -355,21 +331,17 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         "overrides", nargs="*", metavar="key=value", help="<stage>.<dotted key>=value, or slurm.<option>=value"
     )
     options = parser.parse_intermixed_args(argv)
-    sbatch = [text.removeprefix("slurm.") for text in options.overrides if text.startswith("slurm.")]
     try:
-        if malformed := [text for text in sbatch if "=" not in text]:
-            raise ConfigError(f"'slurm.{malformed[0]}' has no value; write slurm.<option of sbatch>=value")
-        jobs = jobs_of(options.pipeline, [text for text in options.overrides if not text.startswith("slurm.")])
-        if options.cluster == "local":
-            if sbatch:
-                _log.warning("--cluster local asks nothing of Slurm: slurm.%s is ignored", ", slurm.".join(sbatch))
-            sys.exit(run_here(jobs))
-        pairs = {name: value for name, _, value in (text.partition("=") for text in sbatch)}
-        submit(jobs, Path("runs", options.pipeline.stem, "slurm"), pairs)
+        jobs, sbatch = jobs_of(options.pipeline, options.overrides)
+        if options.cluster == "slurm":
+            submit(jobs, Path("runs", options.pipeline.stem, "slurm"), sbatch)
+            sys.exit(0)
+        if sbatch:
+            _log.warning("--cluster local asks nothing of Slurm: slurm.%s is ignored", ", slurm.".join(sbatch))
+        sys.exit(run_here(jobs))
     except FovealError as error:
         sys.stderr.write(f"foveal: {error}\n")
         sys.exit(error.exit_code)
-    sys.exit(0)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,11 @@ class Student(nn.Module):
         cls_BD, patches_BLD = features(self.encoder, images)
         return self.project_cls(cls_BD), self.project_patches(patches_BLD)
 
+    def borrowed_parameters(self) -> list[nn.Parameter]:
+        """The parameters that a forward reads outside the module that owns them (see ``MaskedAutoencoder``)."""
+        read = (self.encoder.cls_token, self.encoder.pos_embed)
+        return [parameter for parameter in read if parameter is not None]
+
 
 def features(encoder: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
     """What an encoder makes of normalised images [B, C, H, W] after its last norm: (class token [B, D], patches [B, L, D])."""

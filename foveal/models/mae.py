@@ -107,6 +107,16 @@ class MaskedAutoencoder(nn.Module):
         tokens = encoder.norm_pre(torch.cat([first, tokens], dim=1))
         return encoder.norm(run_blocks(encoder.blocks, tokens, encoder.grad_checkpointing))
 
+    def borrowed_parameters(self) -> list[nn.Parameter]:
+        """The parameters that a forward reads outside the module that owns them.
+
+        ZeRO 3 gathers a module's parameters when that module is called; a compiled forward must be told of the others
+        (``deepspeed.zero.register_external_parameter``), an eager one finds them.
+        """
+        embed = self.encoder.patch_embed.proj
+        read = (self.encoder.cls_token, self.encoder.pos_embed, embed.weight, embed.bias)
+        return [parameter for parameter in read if isinstance(parameter, nn.Parameter)]
+
     def set_grad_checkpointing(self, enable: bool) -> None:
         """Keep only the inputs of the blocks for the backward pass and compute the rest again (less memory, same loss)."""
         self.encoder.set_grad_checkpointing(enable)

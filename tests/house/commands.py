@@ -1,11 +1,12 @@
 """Whether a command that a document shows could be typed: its files, modules, settings, targets and subcommands exist."""
 
+import itertools
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import click
 import typer
 from house import ROOT, STAGES, is_first_party_module
 
@@ -13,14 +14,28 @@ from foveal.cli import app
 from foveal.reference import settings, stage_configs
 
 # Programs that a document may show without their arguments being looked at.
-FOREIGN = {"apt-get", "cd", "cp", "export", "git", "ls", "pip", "pytest", "scancel", "scontrol", "squeue", "ssh", "sudo"}
+FOREIGN = {
+    "apt-get",
+    "cd",
+    "cp",
+    "export",
+    "git",
+    "ls",
+    "pip",
+    "pytest",
+    "scancel",
+    "scontrol",
+    "squeue",
+    "ssh",
+    "sudo",
+}
 OURS = ("accelerate", "foveal", "make", "python", "sbatch", "torchrun", ".ci/run", "tests/cluster/install_slurm.sh")
 FILE = re.compile(r"[\w./-]+\.(py|sh|yaml|toml|txt|md)")
 OVERRIDE = re.compile(r"([a-z_]\w*(?:\.\w+)*)=.*")
 # What a command makes, or what stands for the reader's own.
 MADE = ("data/", "runs/", "docs/configuration.md", "/")
 _SETTINGS = {stage: {line.name for line in settings(model)} for stage, model in stage_configs().items()}
-_TARGETS = set(re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split())
+_TARGETS = set(" ".join(re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)).split())
 
 
 def commands(text: str) -> Iterator[str]:
@@ -34,29 +49,28 @@ def commands(text: str) -> Iterator[str]:
 
 
 def complaints(command: str) -> list[str]:
-    """What in a command does not exist, in words; nothing if it could be typed."""
+    """What in a shell line does not exist, in words; nothing if it could be typed."""
     words = shlex.split(command, comments=True)
-    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
-        words.pop(0)  # VARIABLE=value before a program
-    separators = [place for place, word in enumerate(words) if word in {"&&", ";", "|"}]
-    if separators:
-        first = separators[0]
-        return complaints(shlex.join(words[:first])) + complaints(shlex.join(words[first + 1 :]))
-    if not words:
-        return []
-    program = words[0].removeprefix("./").removeprefix(".venv/bin/")
-    arguments = [word.strip("[]") for word in words[1:] if not _is_placeholder(word)]
-    if program == "make":
-        return [f"no target {word}" for word in arguments if "=" not in word and word not in _TARGETS]
-    if program == "foveal":
-        return _foveal(arguments)
-    if program in FOREIGN:
-        return []
-    if program not in OURS:
-        return [f"no program {program} here"]
-    if program not in {"accelerate", "make", "python", "sbatch", "torchrun"} and not (ROOT / program).is_file():
-        return [f"no file {program}"]
-    return _files(arguments) + _modules(arguments) + _stage(arguments)
+    joints = [-1, *(place for place, word in enumerate(words) if word in {"&&", ";", "|"}), len(words)]
+    parts = [words[start + 1 : stop] for start, stop in itertools.pairwise(joints)]
+    return [problem for part in parts for problem in _of_one(part)]
+
+
+def _of_one(words: list[str]) -> list[str]:
+    """One program and its arguments, after any VARIABLE=value."""
+    program, *arguments = itertools.dropwhile(lambda word: re.fullmatch(r"[A-Z_]+=.*", word), words)
+    arguments = [word.strip("[]") for word in arguments if not _is_placeholder(word)]
+    match program.removeprefix("./").removeprefix(".venv/bin/"):
+        case "make":
+            return [f"no target {word}" for word in arguments if "=" not in word and word not in _TARGETS]
+        case "foveal":
+            return _foveal(arguments)
+        case "accelerate" | "python" | "sbatch" | "torchrun":
+            return _files(arguments) + _modules(arguments) + _stage(arguments)
+        case file if "/" in file:
+            return _files([file, *arguments]) if (ROOT / file).is_file() else [f"no file {file}"]
+        case other:
+            return [] if other in FOREIGN else [f"no program {other} here"]
 
 
 def _is_placeholder(word: str) -> bool:
@@ -70,8 +84,10 @@ def _files(arguments: list[str]) -> list[str]:
 
 
 def _modules(arguments: list[str]) -> list[str]:
-    named = [after for word, after in zip(arguments, arguments[1:], strict=False) if word == "-m"]
-    return [f"no module {name}" for name in named if not (is_first_party_module(name) or name in {"pip", "pytest", "venv"})]
+    named = [after for word, after in itertools.pairwise(arguments) if word == "-m"]
+    return [
+        f"no module {name}" for name in named if not (is_first_party_module(name) or name in {"pip", "pytest", "venv"})
+    ]
 
 
 def _stage(arguments: list[str]) -> list[str]:
@@ -83,28 +99,40 @@ def _stage(arguments: list[str]) -> list[str]:
         return []
     stage, rest = doors[arguments[place]], arguments[place + 1 :]
     overrides = [match[1] for word in rest if (match := OVERRIDE.fullmatch(word))]
-    unknown = [name for name in overrides if not any(name == known or name.startswith(f"{known}.") for known in _SETTINGS[stage])]
+    unknown = [
+        name
+        for name in overrides
+        if not any(name == known or name.startswith(f"{known}.") for known in _SETTINGS[stage])
+    ]
     names = [word for word in rest[:1] if re.fullmatch(r"[a-z]\w*", word)]
     absent = [name for name in names if not (ROOT / "configs" / stage / f"{name}.yaml").is_file()]
-    return [f"{stage} has no setting {name}" for name in unknown] + [f"no configs/{stage}/{name}.yaml" for name in absent]
+    return [f"{stage} has no setting {name}" for name in unknown] + [
+        f"no configs/{stage}/{name}.yaml" for name in absent
+    ]
 
 
 def _foveal(arguments: list[str]) -> list[str]:
-    """A path of subcommands; what follows the last one is its own business, but for its options."""
-    command: click.Command = typer.main.get_command(app)
-    for place, word in enumerate(arguments):
-        if not isinstance(command, click.Group):
-            options = {name for parameter in command.params for name in parameter.opts}
-            return [f"foveal: no option {word}" for word in arguments[place:] if word.startswith("--") and word not in options]
+    """A path of subcommands and their options; other words are the last command's own business."""
+    command: Any = typer.main.get_command(app)
+    wrong = []
+    for word in arguments:
+        inner = getattr(command, "commands", None)
         if word.startswith("-"):
-            continue
-        if word not in command.commands:
-            return [f"foveal: no command {' '.join(arguments[: place + 1])}"]
-        command = command.commands[word]
-    return []
+            options = {name for parameter in command.params for name in parameter.opts} | {"--help"}
+            wrong += [] if word.partition("=")[0] in options else [f"foveal: {command.name} has no option {word}"]
+        elif inner is not None:
+            if word not in inner:
+                return [*wrong, f"foveal: no command {word}"]
+            command = inner[word]
+    return wrong
 
 
 def documents() -> list[Path]:
     """The Markdown of the repository."""
-    places = [*ROOT.glob("*.md"), *(ROOT / ".github").glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "configs").rglob("*.md")]
+    places = [
+        *ROOT.glob("*.md"),
+        *(ROOT / ".github").glob("*.md"),
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "configs").rglob("*.md"),
+    ]
     return sorted(places)

@@ -5,6 +5,7 @@ import shutil
 import tarfile
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from foveal.data import Batch, DataConfig, Dataset, eval_batches, normalise, order_of, train_batches
+from foveal.data import Batch, DataConfig, Dataset, eval_batches, loader, normalise, order_of, train_batches
 from foveal.data.index import index_folder
+from foveal.data.subset import PartName
 from foveal.data.transforms import decode
 from foveal.errors import ConfigError, DataError
 
@@ -113,7 +115,7 @@ def test_evaluation_sees_every_sample_once(configure: Configure, dataset: Datase
 
 
 def test_few_labels_are_nested_and_apart_from_the_holdout(configure: Configure, dataset: Dataset) -> None:
-    def ids(part: str, **settings: int) -> list[int]:
+    def ids(part: PartName, **settings: int) -> list[int]:
         cfg = configure(**settings)
         batches = list(eval_batches(dataset, cfg, split="train", part=part, seed=3, rank=0, size=1, at_once=64))
         return joined(batches, "ids")[joined(batches, "valid")].tolist()
@@ -165,6 +167,34 @@ def test_leaving_stops_the_threads(configure: Configure, dataset: Dataset) -> No
     next(rows)
     rows.close()
     assert not decoders()
+
+
+def test_leaving_does_not_wait_for_images_still_to_decode(
+    configure: Configure, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One thread stands in the first image of the second micro-batch when the caller leaves: it does no other."""
+    decoded, entered, release = [], threading.Event(), threading.Event()
+
+    def slow(data: bytes, channels: int) -> Image.Image:
+        decoded.append(data)
+        if len(decoded) == 17:
+            entered.set()
+            assert release.wait(30)
+        return decode(data, channels)
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+            release.set()
+            super().shutdown(wait, cancel_futures=cancel_futures)
+
+    monkeypatch.setattr(loader, "decode", slow)
+    monkeypatch.setattr(loader, "ThreadPoolExecutor", Pool)
+    cfg = configure(threads=1, ahead=1)
+    rows = eval_batches(dataset, cfg, split="val", part="all", seed=0, rank=0, size=1, at_once=16)
+    next(rows)
+    assert entered.wait(30)
+    rows.close()
+    assert len(decoded) == 17
 
 
 @pytest.fixture

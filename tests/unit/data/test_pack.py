@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 
 from foveal.data import DataConfig, Dataset
 from foveal.data import pack as packing
-from foveal.data.manifest import read_manifest
+from foveal.data.manifest import Manifest, read_manifest
 from foveal.data.pack import pack_digits, pack_folder
 from foveal.errors import DataError
 
@@ -103,7 +103,7 @@ def test_of_two_that_pack_at_once_one_wins_and_both_are_right(tmp_path: Path, mo
     target = tmp_path / "digits"
     write_manifest = packing.write_manifest
 
-    def late(manifest: object, draft: Path) -> None:
+    def late(manifest: Manifest, draft: Path) -> None:
         monkeypatch.undo()
         monkeypatch.setattr(os, "getpid", lambda: 1)
         assert pack_digits(target)

@@ -100,6 +100,16 @@ def shapes(boxes: np.ndarray) -> np.ndarray:
     return np.stack([across * down / 150, across, down, 60 * across / down], axis=1)
 
 
+def test_place_shape_and_flip_are_independent() -> None:
+    numbers = uniforms_numpy(key(4), np.arange(4000), COLUMNS)
+    views = [training_view(100, 100, row, AugmentConfig(scale=(0.2, 0.3))) for row in numbers]
+    boxes = np.array([box for box, _ in views])
+    across, down = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    left, top = boxes[:, 0] / (100 - across), boxes[:, 1] / (100 - down)
+    between = np.corrcoef([left, top, across * down, across / down, [flipped for _, flipped in views]])
+    assert np.abs(between - np.eye(5)).max() < 0.08  # five standard errors
+
+
 def test_flips_have_their_probability() -> None:
     numbers = uniforms_numpy(key(1, "flip"), np.arange(2000), COLUMNS)
     for flip, low, high in ((0.0, 0, 0), (1.0, 2000, 2000), (0.5, 930, 1070)):

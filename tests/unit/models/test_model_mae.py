@@ -90,6 +90,43 @@ def test_a_compiled_classifier_takes_new_drops_every_step() -> None:
         torch.testing.assert_close(model(images, noise), expected, rtol=1e-5, atol=1e-6)
 
 
+def reads_outside_its_module(model: torch.nn.Module, *inputs: object) -> set[str]:
+    """Run a forward in which a parameter is there only while the module that owns it is being called."""
+    owners = [(name, module) for name, module in model.named_modules() if list(module.parameters(recurse=False))]
+    open_now: set[str] = set()
+    read: set[str] = set()
+
+    class Watched(dict):
+        def __init__(self, owner: str, parameters: dict) -> None:
+            super().__init__(parameters)
+            self.owner = owner
+
+        def __getitem__(self, key: str) -> torch.nn.Parameter:
+            if self.owner not in open_now:
+                read.add(f"{self.owner}.{key}")
+            return super().__getitem__(key)
+
+    for name, module in owners:
+        module._parameters = Watched(name, module._parameters)
+        module.register_forward_pre_hook(lambda *_, name=name: open_now.add(name))
+        module.register_forward_hook(lambda *_, name=name: open_now.discard(name))
+    model(*inputs)
+    return read
+
+
+def test_what_is_read_outside_its_module_is_declared() -> None:
+    images, noise = torch.rand(2, 3, 16, 16), torch.rand(2, 16)
+    model = autoencoder()
+    student = Student(build_encoder(TINY, image_size=16, channels=3), 48)
+    classifier = Classifier(build_encoder(TINY, image_size=16, channels=3, classes=2))
+    for reader in (model, student):
+        borrowed = {id(parameter) for parameter in reader.borrowed_parameters()}
+        declared = {name for name, parameter in reader.named_parameters() if id(parameter) in borrowed}
+        inputs = (images, noise, 0.75) if reader is model else (images,)
+        assert reads_outside_its_module(reader, *inputs) == declared
+    assert reads_outside_its_module(classifier, images) == set()
+
+
 def test_a_student_answers_in_the_width_of_its_teacher() -> None:
     torch.manual_seed(0)
     encoder, images = build_encoder(TINY, image_size=16, channels=3), torch.rand(2, 3, 16, 16)

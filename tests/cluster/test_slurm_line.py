@@ -1,0 +1,126 @@
+"""The three job scripts and submit.py on a real two-node Slurm, two ranks a node, under gloo."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from harness import Cluster
+
+from foveal.data.pack import pack_digits
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).resolve().parents[2]
+FOUR_RANKS = {"nodes": "2", "ntasks-per-node": "2", "cpus-per-task": "1", "gpus-per-node": "0"}
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+SHORT = "epochs: 1, batch.at_once: 16, tracking.uri: null, checkpoint.every: 0"
+PIPELINE = f"""\
+- name: first
+  stage: pretrain
+  config: digits
+  set: {{{SHORT}}}
+- name: second
+  stage: distill
+  config: configs/distill/digits.yaml
+  set: {{{SHORT}}}
+  from: {{teacher: first}}
+- name: third
+  stage: finetune
+  config: digits
+  set: {{{SHORT}}}
+  from: {{init: first}}
+"""
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that a user could call sbatch in: the repository's scripts and configs, packed digits, no runs."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("slurm", "configs"):
+        (folder / name).symlink_to(ROOT / name)
+    pack_digits(folder / "data/digits")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(cluster: Cluster, checkout: Path) -> Path:
+    """The same pipeline in one process a stage, on this machine; the folder of its runs."""
+    (checkout / "alone.yaml").write_text(PIPELINE)
+    processes = [f"{name}.run.processes=1" for name in ("first", "second", "third")]
+    submit = (sys.executable, "slurm/submit.py", "alone.yaml", "--cluster=local", *processes)
+    cluster.run(*submit, cwd=checkout, env=ONE_THREAD, timeout=600)
+    return checkout / "runs/alone"
+
+
+def curve(run: Path) -> list[list[float]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [[row[name] for name in ("step", "loss", "lr", "grad_norm")] for row in rows if "loss" in row]
+
+
+def assert_same_curve(run: Path, reference: Path) -> None:
+    assert len(curve(run)) == len(curve(reference)) > 3
+    for ours, theirs in zip(curve(run), curve(reference), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def assert_four_ranks_on_two_nodes(run: Path, cluster: Cluster) -> None:
+    """Each rank's log begins by naming its rank, host and Slurm's number of the task."""
+    heads = [file.read_text().splitlines()[0] for file in sorted((run / "logs").glob("rank-*.log"))]
+    found = [re.search(r"rank (\d) of 4 on (\S+), .*launcher srun.*SLURM_PROCID=(\d)", head) for head in heads]
+    seats = [match.groups() if match else head for match, head in zip(found, heads, strict=True)]
+    hosts = [node if cluster.namespaces else seats[0][1] for node in cluster.nodes for _ in range(2)]
+    assert seats == [(str(rank), host, str(rank)) for rank, host in enumerate(hosts)]
+
+
+def jobs_of(said: str) -> dict[str, str]:
+    """Ids by name, from what submit.py prints."""
+    return {name: job for job, name in re.findall(r"^(\d+) (\w+)", said, re.MULTILINE)}
+
+
+def test_sbatch_runs_pretraining_like_one_process(cluster: Cluster, checkout: Path, alone: Path) -> None:
+    settings = [setting.replace(": ", "=") for setting in SHORT.split(", ")]
+    options = [f"--{name}={value}" for name, value in FOUR_RANKS.items()]
+    job = cluster.submit("slurm/pretrain_mae.sh", "digits", *settings, options=options, cwd=checkout, env=ONE_THREAD)
+    assert cluster.wait(job, timeout=600)["JobState"] == "COMPLETED", cluster.output(job)
+    assert_four_ranks_on_two_nodes(checkout / "runs/digits", cluster)
+    assert_same_curve(checkout / "runs/digits", alone / "first")
+
+
+def test_submit_chains_three_jobs_like_one_process(cluster: Cluster, checkout: Path, alone: Path) -> None:
+    (checkout / "four.yaml").write_text(PIPELINE)
+    resources = [f"slurm.{name}={value}" for name, value in FOUR_RANKS.items()]
+    submit = (sys.executable, "slurm/submit.py", "four.yaml", *resources)
+    jobs = jobs_of(cluster.run(*submit, cwd=checkout, env=ONE_THREAD).stdout)
+    assert list(jobs) == ["first", "second", "third"]
+    for name, job in jobs.items():
+        ended = cluster.wait(job, timeout=600)
+        assert ended["JobState"] == "COMPLETED", cluster.output(job)
+        assert (ended["Requeue"], ended["NumNodes"]) == ("1", "2")
+        assert_four_ranks_on_two_nodes(checkout / "runs/four" / name, cluster)
+        assert_same_curve(checkout / "runs/four" / name, alone / name)
+    started = {name: cluster.job(job)["StartTime"] for name, job in jobs.items()}
+    assert min(started["second"], started["third"]) >= cluster.job(jobs["first"])["EndTime"]
+
+
+def test_missing_shards_are_one_sentence_and_cancel_what_waits(cluster: Cluster, checkout: Path) -> None:
+    (checkout / "missing.yaml").write_text(PIPELINE)
+    resources = [f"slurm.{name}={value}" for name, value in FOUR_RANKS.items()]
+    submit = (sys.executable, "slurm/submit.py", "missing.yaml", "first.data.path=nowhere", *resources)
+    jobs = jobs_of(cluster.run(*submit, cwd=checkout, env=ONE_THREAD).stdout)
+    ended = {name: cluster.wait(job, timeout=120) for name, job in jobs.items()}
+    assert [job["JobState"] for job in ended.values()] == ["FAILED", "CANCELLED", "CANCELLED"]
+    assert ended["first"]["ExitCode"] == "2:0"
+    lines = cluster.output(jobs["first"]).splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("foveal: ")
+    assert "nowhere" in lines[0]
+    assert not (checkout / "runs/missing/first").exists()
+
+
+def test_a_wrong_folder_is_one_sentence(cluster: Cluster, tmp_path: Path) -> None:
+    script = str(ROOT / "slurm/pretrain_mae.sh")
+    job = cluster.submit(script, options=[f"--{name}={value}" for name, value in FOUR_RANKS.items()], cwd=tmp_path)
+    assert cluster.wait(job, timeout=60)["ExitCode"] == "2:0"
+    assert cluster.output(job) == f"{tmp_path} is not the root of the repository: call sbatch there\n"
