@@ -40,7 +40,9 @@ def plan(cfg: DistillConfig, ranks: int) -> DistillPlan:
         ("model.patch", teacher.patch, student.patch),
     ):
         if hers != his:
-            raise ExportError(f"the teacher {cfg.teacher} has {name.split('.')[1]} {hers}, the student's {name} is {his}; they must be equal")
+            raise ExportError(
+                f"the teacher {cfg.teacher} has {name.split('.')[1]} {hers}, the student's {name} is {his}; they must be equal"
+            )
     width = teacher.resolved().width
     assert width is not None
     return planned(DistillPlan, cfg, ranks, card=card, origin={"teacher": card.sha256}, teacher_width=width)

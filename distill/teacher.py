@@ -19,7 +19,8 @@ class Teacher:
         self._encoder = encoder_from_card(card.encoder, str(folder / "card.json"))
         load_strictly(self._encoder, weights, folder)
         self._encoder.to(device).eval().requires_grad_(False)
-        self._device, self._precision = device, precision
+        self._device = device
+        self._precision: Precision = precision
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,8 +22,12 @@ class FinetuneEngine(EngineConfig):
 class TrialsConfig(Config):
     """A fair comparison of ways to start: every arm gets the same labels, steps, augmentation and learning rates."""
 
-    arms: dict[str, str | None] = machine(about="Name of each way to start: its export folder, or null for from scratch.", min_length=1)
-    lr_per_256: tuple[float, ...] = science(about="Learning rates; each arm keeps its own best on the held-out part of train.", min_length=1)
+    arms: dict[str, str | None] = machine(
+        about="Name of each way to start: its export folder, or null for from scratch.", min_length=1
+    )
+    lr_per_256: tuple[float, ...] = science(
+        about="Learning rates; each arm keeps its own best on the held-out part of train.", min_length=1
+    )
     repeats: int = science(3, "Seeds: each draws other labels, another order and another head.", ge=1)
 
 
@@ -32,7 +36,9 @@ class FinetuneConfig(StageConfig):
 
     engine: FinetuneEngine = FinetuneEngine()
     init: str | None = machine(None, "The export folder to start from; none: from scratch. What is in it is science.")
-    model: VitConfig | None = science(None, "The encoder from scratch; with init its card decides, and this must agree.")
+    model: VitConfig | None = science(
+        None, "The encoder from scratch; with init its card decides, and this must agree."
+    )
     pooling: Pooling = science("avg", "What the head reads: the mean of the patches, or the class token.")
     drop_path: float = science(0.0, "Stochastic depth at the last block, growing linearly from 0.", ge=0, lt=1)
     label_smoothing: float = science(0.0, "Share of the target spread over all classes.", ge=0, lt=1)
@@ -58,9 +64,12 @@ def plan(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
         return _plan_one(cfg, ranks)
     if cfg.init is not None:
         raise ConfigError("init and trials exclude each other: trials.arms says what each arm starts from")
-    if len(cfg.trials.lr_per_256) > 1 and not cfg.data.holdout_per_class:
-        raise ConfigError("trials.lr_per_256 has several rates, but data.holdout_per_class=0 leaves nothing to choose by; set it")
-    arms = {arm: _plan_one(trial(cfg, arm, 0, cfg.trials.lr_per_256[0]), ranks) for arm in cfg.trials.arms}
+    rate, *others = cfg.trials.lr_per_256
+    if others and not cfg.data.holdout_per_class:
+        raise ConfigError(
+            "trials.lr_per_256 has several rates, but data.holdout_per_class=0 leaves nothing to choose by; set it"
+        )
+    arms = {arm: _plan_one(trial(cfg, arm, 0, rate), ranks) for arm in cfg.trials.arms}
     first = next(iter(arms.values()))
     origin = {f"arm.{name}": arm.inherited.get("inherited.init", "scratch") for name, arm in arms.items()}
     return planned(FinetunePlan, cfg, ranks, origin=origin, encoder=first.encoder, classes=first.classes)
@@ -101,7 +110,9 @@ def _encoder(cfg: FinetuneConfig, card: Card | None) -> dict[str, Any]:
         stated |= {name: value for name, value in cfg.model.resolved().tree().items() if name != "name"}
     for name, value in stated.items():
         if getattr(hers, name) != value:
-            raise ExportError(f"the export {cfg.init} has {name} {getattr(hers, name)}, the config says {value}; they must be equal")
+            raise ExportError(
+                f"the export {cfg.init} has {name} {getattr(hers, name)}, the config says {value}; they must be equal"
+            )
     return card.encoder | {"pooling": cfg.pooling}
 
 
@@ -111,5 +122,7 @@ def _classes(dataset: Dataset, cfg: FinetuneConfig) -> tuple[str, ...]:
     for split in (cfg.data.train, cfg.data.val):
         highest = int(dataset.labels(split).max())
         if highest >= len(dataset.classes):
-            raise DataError(f"{dataset.folder}: split '{split}' has label {highest}, but there are {len(dataset.classes)} classes")
+            raise DataError(
+                f"{dataset.folder}: split '{split}' has label {highest}, but there are {len(dataset.classes)} classes"
+            )
     return dataset.classes

@@ -58,7 +58,10 @@ def fit(plan: FinetunePlan, run: Run) -> None:
             if leaving:
                 return run.leave(step.index)
     if plan.stop == plan.steps:
-        results = {f"val_{name}": value for name, value in accuracy(engine, plan, run.world, split=cfg.data.val, part="all").items()}
+        results = {
+            f"val_{name}": value
+            for name, value in accuracy(engine, plan, run.world, split=cfg.data.val, part="all").items()
+        }
         if cfg.data.holdout_per_class:
             held_out = accuracy(engine, plan, run.world, split=cfg.data.train, part="holdout")
             results |= {f"holdout_{name}": value for name, value in held_out.items()}
@@ -100,7 +103,9 @@ def demo() -> list[str]:
     if seat().rank == 0:
         pack_digits(digits)
     found = (encoder / "card.json").exists()
-    _log.info("no CONFIG: fine-tuning the digits %s", f"from {encoder}" if found else f"from scratch ({encoder} is not there)")
+    _log.info(
+        "no CONFIG: fine-tuning the digits %s", f"from {encoder}" if found else f"from scratch ({encoder} is not there)"
+    )
     return [str(root / "configs" / "finetune" / "digits.yaml"), *([f"init={encoder}", "model=null"] if found else [])]
 
 

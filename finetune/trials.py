@@ -10,7 +10,8 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from finetune.config import FinetunePlan, plan as plan_of, trial
+from finetune.config import FinetunePlan, trial
+from finetune.config import plan as plan_of
 from foveal.runtime import Run, opened
 
 Fit = Callable[[FinetunePlan, Run], None]
@@ -20,7 +21,12 @@ def compare(plan: FinetunePlan, run: Run, fit: Fit) -> None:
     """Run every trial that is not finished, then write down each arm's own best."""
     cfg = plan.cfg
     assert cfg.trials is not None
-    names = [(arm, repeat, lr) for arm in cfg.trials.arms for lr in cfg.trials.lr_per_256 for repeat in range(cfg.trials.repeats)]
+    names = [
+        (arm, repeat, lr)
+        for arm in cfg.trials.arms
+        for lr in cfg.trials.lr_per_256
+        for repeat in range(cfg.trials.repeats)
+    ]
     run.begin(total=len(names))
     found: dict[tuple[str, float], list[dict[str, float]]] = {}
     for done, (arm, repeat, lr) in enumerate(names, start=1):

@@ -60,6 +60,8 @@ class Config(BaseModel):
         Errors: ConfigError, one sentence that names the file and the key and, for a typo, the nearest setting.
         """
         tree = read_yaml(file)
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{file}: a mapping of settings is expected, this is {type(tree).__name__}")
         for override in overrides:
             _apply(tree, override)
         return cls.checked(tree, str(file))
@@ -82,18 +84,19 @@ class Config(BaseModel):
 
     def science(self) -> dict[str, Any]:
         """The flat settings that can change a result, ``dotted.key`` to value."""
-        return {name: value for name, value, half in self._leaves() if half == "science"}
+        return {name: value for name, value, half in self.leaves() if half == "science"}
 
     def flat(self) -> dict[str, Any]:
         """Every setting, ``dotted.key`` to value."""
-        return {name: value for name, value, _ in self._leaves()}
+        return {name: value for name, value, _ in self.leaves()}
 
-    def _leaves(self, prefix: str = "", inherited: str | None = None) -> Iterator[tuple[str, Any, str]]:
+    def leaves(self, prefix: str = "", inherited: str | None = None) -> Iterator[tuple[str, Any, str]]:
+        """Every setting as (dotted name, plain value, 'science' or 'machine')."""
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
             half = inherited or half_of(field)
             if isinstance(value, Config):
-                yield from value._leaves(f"{prefix}{name}.", "machine" if half == "machine" else None)
+                yield from value.leaves(f"{prefix}{name}.", "machine" if half == "machine" else None)
             else:
                 yield f"{prefix}{name}", self.model_dump(mode="json", include={name})[name], half
 
@@ -107,15 +110,24 @@ def half_of(field: FieldInfo) -> str:
 def section_of(field: FieldInfo) -> type[Config] | None:
     """The Config class of a field that is a section (also of ``Section | None``), else nothing."""
     for candidate in (field.annotation, *typing.get_args(field.annotation)):
-        if isinstance(candidate, type) and not isinstance(candidate, types.GenericAlias) and issubclass(candidate, Config):
+        if (
+            isinstance(candidate, type)
+            and not isinstance(candidate, types.GenericAlias)
+            and issubclass(candidate, Config)
+        ):
             return candidate
     return None
 
 
-def read_yaml(file: Path) -> dict[str, Any]:
-    """A YAML mapping from a file, or a sentence."""
+def parse_yaml(text: str) -> Any:
+    """Plain data from YAML. Errors: ConfigError for a key given twice, yaml.YAMLError for what is no YAML."""
+    return yaml.load(text, _StrictLoader)  # noqa: S506 - a SafeLoader, made stricter
+
+
+def read_yaml(file: Path) -> Any:
+    """Plain data from a YAML file. Errors: ConfigError, one sentence that names the file."""
     try:
-        tree = yaml.load(file.read_text(), _StrictLoader)  # noqa: S506 - a SafeLoader, made stricter
+        return parse_yaml(file.read_text())
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such file{_nearest_file(file)}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -124,9 +136,6 @@ def read_yaml(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file}: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{file}: a mapping of settings is expected, this is {type(tree).__name__}")
-    return tree
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -134,7 +143,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not name:
         raise ConfigError(f"'{override}' is not an override; write dotted.key=value")
     try:
-        value = yaml.load(text, _StrictLoader)  # noqa: S506
+        value = parse_yaml(text)
     except yaml.YAMLError:
         value = text
     set_dotted(tree, name, value)
@@ -170,12 +179,18 @@ def _explain_one(model: type[Config], problem: dict[str, Any]) -> str:
     if problem["type"] == "extra_forbidden":
         siblings = _names_at(model, place[:-1])
         close = difflib.get_close_matches(place[-1], siblings, n=1, cutoff=0.5)
-        return f"{name} is not a setting. " + (f"Did you mean '{close[0]}'?" if close else f"There are: {', '.join(siblings)}")
+        return f"{name} is not a setting. " + (
+            f"Did you mean '{close[0]}'?" if close else f"There are: {', '.join(siblings)}"
+        )
     if problem["type"] == "missing":
         return f"{name} is missing and has no default"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    return message if problem["type"] == "value_error" and not place else f"{name}: {message} (given: {problem['input']!r})"
+    return (
+        message
+        if problem["type"] == "value_error" and not place
+        else f"{name}: {message} (given: {problem['input']!r})"
+    )
 
 
 def _names_at(model: type[Config], path: list[str]) -> list[str]:

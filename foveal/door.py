@@ -6,14 +6,13 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
 from foveal.distributed.preemption import listening, requeue
 from foveal.distributed.world import World, joined, seat
 from foveal.errors import ConfigError, FovealError
 from foveal.runtime import Run, opened
-from foveal.stage import Plan, StageConfig
+from foveal.stage import Plan, StageConfig, config_file
 
 C = TypeVar("C", bound=StageConfig)
 P = TypeVar("P", bound=Plan)
@@ -39,8 +38,7 @@ def load(config: type[C], stage: str, given: str, overrides: Sequence[str]) -> C
 
     ``run.dir`` defaults to runs/<name of the file>. Errors: ConfigError.
     """
-    named = Path("configs", stage, f"{given}.yaml")
-    file = named if not given.endswith(".yaml") and named.exists() else Path(given)
+    file = config_file(stage, given)
     cfg = config.load(file, overrides)
     if cfg.run.dir is not None:
         return cfg
@@ -103,7 +101,9 @@ def _parse(stage: Stage[Any, Any], argv: Sequence[str] | None) -> argparse.Names
     parser = argparse.ArgumentParser(
         prog=f"{stage.name}.run", description=f"foveal's {stage.name} stage. Settings: docs/configuration.md."
     )
-    parser.add_argument("config", nargs="?", default=None, help=f"a YAML file, or the name of one in configs/{stage.name}/")
+    parser.add_argument(
+        "config", nargs="?", default=None, help=f"a YAML file, or the name of one in configs/{stage.name}/"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted.key=value")
     parser.add_argument("--check", action="store_true", help="validate, print the plan, exit")
     parser.add_argument("--ranks", type=int, help="with --check: plan for so many ranks")

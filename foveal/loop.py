@@ -25,9 +25,11 @@ class Objective(Protocol):
 
     def weight(self, batch: Batch) -> float | Tensor:
         """The batch's weight. A float says that every batch of this size has the same: no collective is spent on it."""
+        ...
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The summed loss, and further numbers, each a mean over the batch's images."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,9 @@ def steps(engine: Engine, batches: Iterator[Batch], objective: Objective, course
             for name, value in ({"loss": loss} | numbers).items():
                 sums[name] = sums.get(name, 0.0) + value.detach().double() / (accumulate * ranks)
         outcome = engine.step()
-        course.totals.add(sums, {"step": index + 1, "lr": rate, "grad_norm": outcome.grad_norm, "applied": float(outcome.applied)})
+        course.totals.add(
+            sums, {"step": index + 1, "lr": rate, "grad_norm": outcome.grad_norm, "applied": float(outcome.applied)}
+        )
         course.pace.count(len(batch.ids) * accumulate * ranks)
         yield Step(index + 1, batch, outcome.applied)
 

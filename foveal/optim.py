@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from foveal.config import Config, machine, science
 
@@ -15,7 +16,9 @@ Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, 
 class OptimConfig(Config):
     """AdamW (Loshchilov & Hutter, 2019) under a warm-up and half a cosine."""
 
-    lr_per_256: float = science(1.5e-4, "Peak learning rate for a step of 256 images; scaled by batch.images / 256.", gt=0)
+    lr_per_256: float = science(
+        1.5e-4, "Peak learning rate for a step of 256 images; scaled by batch.images / 256.", gt=0
+    )
     floor_lr: float = science(0.0, "Learning rate at the last step.", ge=0)
     warmup_epochs: float = science(0.0, "Epochs of linear warm-up.", ge=0)
     weight_decay: float = science(0.05, "Decoupled weight decay; vectors, tokens and positions are not decayed.", ge=0)
@@ -73,20 +76,15 @@ class GuardedAdamW(torch.optim.AdamW):
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Clip, then update; or skip, and say so in ``applied``."""
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = global_norm(gradients)
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = get_total_norm([p.grad for p in parameters])
         self.norm = float(norm)
         self.applied = bool(norm.isfinite())
         if not self.applied:
             return
         if self.clip is not None:
-            torch._foreach_mul_(gradients, torch.clamp(self.clip / (norm + 1e-6), max=1.0))
+            clip_grads_with_norm_(parameters, self.clip, norm)
         super().step(closure)
-
-
-def global_norm(tensors: list[Tensor]) -> Tensor:
-    """The 2-norm of all tensors as one vector: a scalar on their device."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
 
 
 def plain_adamw(groups: list[dict[str, Any]], cfg: OptimConfig) -> torch.optim.AdamW:

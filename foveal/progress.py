@@ -5,7 +5,8 @@ import sys
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
 from foveal.telemetry.totals import Row
 
@@ -21,14 +22,22 @@ class Progress:
         self._spoke = 0.0
         self._bar: Bar | None = None
         if name and sys.stderr.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[row]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[row]}"),
+            )
             self._bar = Bar(*columns, console=Console(stderr=True))
             self._task = self._bar.add_task(name, total=total, completed=done, row="")
             self._bar.start()
 
     def show(self, row: Row) -> None:
         """The newest row of a run."""
-        self.tell(int(row["step"]), f"loss {row['loss']:.4f}, lr {row['lr']:.2e}, {row['images_per_second']:,.0f} images/s")
+        self.tell(
+            int(row["step"]), f"loss {row['loss']:.4f}, lr {row['lr']:.2e}, {row['images_per_second']:,.0f} images/s"
+        )
 
     def tell(self, done: int, text: str) -> None:
         """How far it is, and one line about it."""

@@ -125,7 +125,12 @@ class Run:
     def leave(self, step: int) -> None:
         """The end of an attempt that was asked to leave and has saved."""
         self.left = True
-        _log.info("asked to leave (%s): saved at step %d of %d", self.preemption.heard or "another rank", step, self.plan.steps)
+        _log.info(
+            "asked to leave (%s): saved at step %d of %d",
+            self.preemption.heard or "another rank",
+            step,
+            self.plan.steps,
+        )
 
     def finish(self, results: dict[str, Any] | None = None) -> None:
         """Write down that the run is finished, and what came of it besides its last numbers."""
@@ -164,7 +169,9 @@ class Run:
 
     def _state(self, step: int) -> TrainState:
         cfg = self.plan.cfg.engine
-        kind = f"deepspeed ZeRO {cfg.zero}, {cfg.precision}" if cfg.kind == "deepspeed" else f"{cfg.kind}, {cfg.precision}"
+        kind = (
+            f"deepspeed ZeRO {cfg.zero}, {cfg.precision}" if cfg.kind == "deepspeed" else f"{cfg.kind}, {cfg.precision}"
+        )
         return TrainState(step, self.pace.seconds, self.world.size, kind, self.plan.science(), versions())
 
 
@@ -175,11 +182,15 @@ def _check_same_shape(folder: Path, was: TrainState, now: TrainState) -> None:
             f"is not possible yet: start as many ranks with the same engine, or begin anew with run.fresh=true"
         )
     if was.engine != now.engine:
-        raise CheckpointError(f"{folder} was saved under {was.engine}; this run has {now.engine}: set engine back, or run.fresh=true")
+        raise CheckpointError(
+            f"{folder} was saved under {was.engine}; this run has {now.engine}: set engine back, or run.fresh=true"
+        )
 
 
 @contextmanager
-def opened(stage: str, plan: Plan, world: World, preemption: Preemption, *, quiet: bool = False) -> Iterator[Run | None]:
+def opened(
+    stage: str, plan: Plan, world: World, preemption: Preemption, *, quiet: bool = False
+) -> Iterator[Run | None]:
     """Open the run directory and all that belongs to it; nothing if the run is finished already.
 
     ``quiet`` is for a run inside a run: it shows no progress of its own.
@@ -245,7 +256,10 @@ def versions() -> dict[str, str]:
 def _warn_of_versions(was: dict[str, str]) -> None:
     changed = [f"{name} {was.get(name)} -> {now}" for name, now in versions().items() if was.get(name) != now]
     if changed:
-        _log.warning("the checkpoint was written by other versions (%s); numbers may move in their last digits", ", ".join(changed))
+        _log.warning(
+            "the checkpoint was written by other versions (%s); numbers may move in their last digits",
+            ", ".join(changed),
+        )
 
 
 def _tracker(path: Path, cfg: StageConfig, start: int) -> Tracker:
@@ -263,13 +277,15 @@ def connected(cfg: TrackingConfig, path: Path, pipeline: str | None) -> Tracker 
 
         return MLflow(cfg, path, Path(pipeline) if pipeline else None)
     except Exception as error:  # noqa: BLE001 - whatever a tracking server does, it is not worth a run
-        _log.warning("tracking: no MLflow at %s (%s: %s); metrics.jsonl has every number", cfg.uri, type(error).__name__, error)
+        _log.warning(
+            "tracking: no MLflow at %s (%s: %s); metrics.jsonl has every number", cfg.uri, type(error).__name__, error
+        )
         return None
 
 
 def _facts(world: World) -> dict[str, str]:
     """Tags of this attempt."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)  # noqa: S607
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     facts = {"attempt.started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "ranks": str(world.size), **slurm_job()}
     facts |= {f"version.{name}": value for name, value in versions().items()}
     return facts | ({"git.commit": commit.stdout.strip()} if commit.returncode == 0 else {})

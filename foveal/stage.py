@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from foveal.checkpoint.export import Card
@@ -124,8 +125,19 @@ class Plan:
 P = TypeVar("P", bound=Plan)
 
 
+def config_file(stage: str, given: str) -> Path:
+    """The YAML file that a command line means: a path, or NAME for configs/<stage>/NAME.yaml."""
+    return Path(given) if given.endswith(".yaml") or "/" in given else Path("configs", stage, f"{given}.yaml")
+
+
 def planned(
-    kind: type[P], cfg: StageConfig, ranks: int, *, card: Card | None = None, origin: dict[str, str] | None = None, **further: Any
+    kind: type[P],
+    cfg: StageConfig,
+    ranks: int,
+    *,
+    card: Card | None = None,
+    origin: dict[str, str] | None = None,
+    **further: Any,
 ) -> P:
     """Open the data, do the arithmetic, and refuse what cannot be.
 
@@ -160,7 +172,9 @@ def _statistics(cfg: StageConfig, dataset: Dataset, card: Card | None) -> tuple[
         return dataset.mean, dataset.std
     for name, stated, hers in (("mean", cfg.data.mean, card.mean), ("std", cfg.data.std, card.std)):
         if stated is not None and stated != hers:
-            raise ExportError(f"data.{name} is {list(stated)}, the export was trained with {list(hers)}; leave data.{name} out")
+            raise ExportError(
+                f"data.{name} is {list(stated)}, the export was trained with {list(hers)}; leave data.{name} out"
+            )
     return card.mean, card.std
 
 

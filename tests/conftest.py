@@ -11,7 +11,9 @@ from foveal.data.pack import pack_digits
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--regolden", action="store_true", help="rewrite tests/numerics/golden/*.json; review the diff like code")
+    parser.addoption(
+        "--regolden", action="store_true", help="rewrite tests/numerics/golden/*.json; review the diff like code"
+    )
 
 
 @pytest.fixture(scope="session")

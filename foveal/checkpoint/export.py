@@ -57,14 +57,16 @@ def read_card(folder: Path) -> Card:
     try:
         tree = json.loads((folder / "card.json").read_text())
     except FileNotFoundError:
-        raise ExportError(f"{folder} is no export: it has no card.json; give the export folder of a finished run") from None
+        raise ExportError(
+            f"{folder} is no export: it has no card.json; give the export folder of a finished run"
+        ) from None
     except (OSError, ValueError) as error:
         raise ExportError(f"{folder / 'card.json'} cannot be read ({error})") from None
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         found = tree.get("format") if isinstance(tree, dict) else None
         raise ExportError(f"{folder} has export format {found}; this foveal reads format {FORMAT}")
-    tuples = {name: tuple(tree[name]) for name in ("mean", "std", "classes")}
-    return Card(**(tree | tuples))
+    tree |= {name: tuple(tree[name]) for name in ("mean", "std", "classes")}
+    return Card(**tree)
 
 
 def read_export(folder: Path) -> tuple[dict[str, Tensor], Card]:
@@ -84,7 +86,9 @@ def read_export(folder: Path) -> tuple[dict[str, Tensor], Card]:
         raise ExportError(f"{file} cannot be read ({error})") from None
 
 
-def load_strictly(module: nn.Module, weights: dict[str, Tensor], where: Path, *, new: Sequence[str] = (), unused: Sequence[str] = ()) -> None:
+def load_strictly(
+    module: nn.Module, weights: dict[str, Tensor], where: Path, *, new: Sequence[str] = (), unused: Sequence[str] = ()
+) -> None:
     """Load weights into a module, with no difference in names or shapes but the stated ones.
 
     ``new`` and ``unused`` are prefixes of names that may be fresh in the module, or left over in the weights.
@@ -98,8 +102,14 @@ def load_strictly(module: nn.Module, weights: dict[str, Tensor], where: Path, *,
         for name in own
         if name in weights and weights[name].shape != own[name].shape and not name.startswith(tuple(new))
     ]
-    for what, names in (("lacks", missing), ("has names that are not the model's:", extra), ("has other shapes:", shapes)):
+    for what, names in (
+        ("lacks", missing),
+        ("has names that are not the model's:", extra),
+        ("has other shapes:", shapes),
+    ):
         if names:
-            raise ExportError(f"{where} {what} {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}")
+            raise ExportError(
+                f"{where} {what} {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
+            )
     fitting = {name: value for name, value in weights.items() if name in own and not name.startswith(tuple(new))}
     module.load_state_dict(own | fitting)

@@ -45,9 +45,10 @@ class TrainState:
 class Ranks(Protocol):
     """What the store needs of the world."""
 
-    rank: int
-    size: int
-
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
     def barrier(self) -> None: ...
     def any(self, flag: bool) -> bool: ...
     def broadcast(self, value: Any) -> Any: ...
@@ -96,7 +97,9 @@ class Store:
 
         Errors: CheckpointError for a checkpoint of another format.
         """
-        folders = self._ranks.broadcast(sorted(self._root.glob("step-*"), reverse=True) if self._ranks.rank == 0 else None)
+        folders = self._ranks.broadcast(
+            sorted(self._root.glob("step-*"), reverse=True) if self._ranks.rank == 0 else None
+        )
         for folder in folders:
             if not self._ranks.any(not self._whole(folder)):
                 return folder, _read_state(folder)

@@ -18,7 +18,15 @@ from foveal.optim import GuardedAdamW, OptimConfig
 class Accelerate:
     """The adapter. Accelerate divides the loss by the accumulation count; DDP averages gradients over ranks."""
 
-    def __init__(self, model: nn.Module, groups: list[dict[str, Any]], optim: OptimConfig, cfg: EngineConfig, world: World, accumulate: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: list[dict[str, Any]],
+        optim: OptimConfig,
+        cfg: EngineConfig,
+        world: World,
+        accumulate: int,
+    ) -> None:
         # Without cpu=True on a machine without a GPU, each of two launched processes believes that it is alone.
         self._accelerator = Accelerator(
             cpu=world.device.type == "cpu",
@@ -31,6 +39,7 @@ class Accelerate:
                 f"start with --num_processes {world.size} and, on CPUs, --config_file configs/accelerate/cpu2.yaml"
             )
         self._guard = GuardedAdamW(groups, optim)
+        self._module = model
         self.model = self._accelerator.prepare_model(model)
         self._optimizer = self._accelerator.prepare_optimizer(self._guard)
         self.device = world.device
@@ -58,14 +67,14 @@ class Accelerate:
 
     def save(self, folder: Path) -> None:
         if self._world.rank == 0:
-            module = self._accelerator.unwrap_model(self.model)
-            torch.save({"model": module.state_dict(), "optimizer": self._guard.state_dict()}, folder / "accelerate.pt")
+            torch.save(
+                {"model": self._module.state_dict(), "optimizer": self._guard.state_dict()}, folder / "accelerate.pt"
+            )
 
     def load(self, folder: Path) -> None:
         state = torch.load(folder / "accelerate.pt", map_location=self.device, weights_only=True)
-        self._accelerator.unwrap_model(self.model).load_state_dict(state["model"])
+        self._module.load_state_dict(state["model"])
         self._guard.load_state_dict(state["optimizer"])
 
     def weights(self) -> dict[str, Tensor]:
-        module = self._accelerator.unwrap_model(self.model)
-        return {name: value.detach().float().cpu() for name, value in module.state_dict().items()}
+        return {name: value.detach().float().cpu() for name, value in self._module.state_dict().items()}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,6 @@ _TAG = "engine"
 
 def _library() -> ModuleType:
     """Import DeepSpeed the way this machine needs it."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
     import deepspeed
 
@@ -41,7 +39,9 @@ def settings(optim: OptimConfig, cfg: EngineConfig, world: World, at_once: int, 
     another curve.
     """
     if cfg.precision == "bf16" and cfg.zero == 0:
-        raise ConfigError("engine.zero=0 with engine.precision=bf16 is another optimizer with another curve; use engine.zero=1")
+        raise ConfigError(
+            "engine.zero=0 with engine.precision=bf16 is another optimizer with another curve; use engine.zero=1"
+        )
     derived: dict[str, Any] = {
         "train_batch_size": at_once * accumulate * world.size,
         "train_micro_batch_size_per_gpu": at_once,
@@ -52,7 +52,9 @@ def settings(optim: OptimConfig, cfg: EngineConfig, world: World, at_once: int, 
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
-    clash = sorted(set(cfg.deepspeed) & (set(derived) - {"zero_optimization"}) | ({"optimizer", "scheduler"} & set(cfg.deepspeed)))
+    clash = sorted(
+        set(cfg.deepspeed) & (set(derived) - {"zero_optimization"}) | ({"optimizer", "scheduler"} & set(cfg.deepspeed))
+    )
     if clash:
         raise ConfigError(f"engine.deepspeed.{clash[0]} is derived by foveal from its own settings; remove it")
     extra = dict(cfg.deepspeed)
@@ -66,9 +68,20 @@ class DeepSpeed:
     """The adapter. DeepSpeed divides the loss by the accumulation count and averages gradients over ranks."""
 
     def __init__(
-        self, model: nn.Module, groups: list[dict[str, Any]], optim: OptimConfig, cfg: EngineConfig, world: World, at_once: int, accumulate: int
+        self,
+        model: nn.Module,
+        groups: list[dict[str, Any]],
+        optim: OptimConfig,
+        cfg: EngineConfig,
+        world: World,
+        at_once: int,
+        accumulate: int,
     ) -> None:
         deepspeed = _library()
+        if cfg.compile and cfg.zero == 3:
+            # A parameter that a module reads from its child is gathered by a hook that compiled code does not pass.
+            for parameter in cast(Any, model).borrowed_parameters():
+                deepspeed.zero.register_external_parameter(model, parameter)
         self._zero = cfg.zero
         self._guard = GuardedAdamW(groups, optim) if cfg.zero == 0 else None
         optimizer = self._guard or plain_adamw(groups, optim)

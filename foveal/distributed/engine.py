@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +20,22 @@ Precision = Literal["fp32", "bf16"]
 class EngineConfig(Config):
     """How the update is computed; nothing here changes it beyond rounding."""
 
-    kind: Literal["deepspeed", "accelerate", "plain"] = machine("deepspeed", "The library behind the update; plain is one process.")
+    kind: Literal["deepspeed", "accelerate", "plain"] = machine(
+        "deepspeed", "The library behind the update; plain is one process."
+    )
     zero: Literal[0, 1, 2, 3] = machine(1, "DeepSpeed's ZeRO stage: what is partitioned over ranks.")
     precision: Precision = machine("fp32", "Arithmetic of forward and backward; weights are kept in fp32 either way.")
     matmul: Literal["highest", "high", "medium"] = machine(
         "highest", "torch's float32 matmul precision; 'medium' may mean bf16 products on some processors."
     )
     compile: bool = machine(False, "Compile the model in place with torch.compile.")
+    recompute: bool = machine(
+        False, "Recompute each block's activations in the backward pass: less memory, same result."
+    )
     timeout_minutes: float = machine(30.0, "How long a collective may take before the rank gives up.", gt=0)
-    deepspeed: dict[str, Any] = machine({}, "Further keys for DeepSpeed's settings; those that foveal derives are refused.")
+    deepspeed: dict[str, Any] = machine(
+        {}, "Further keys for DeepSpeed's settings; those that foveal derives are refused."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,27 +54,35 @@ class Engine(Protocol):
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the next update; each group multiplies it by its ``lr_scale``."""
+        ...
 
     def micro(self, *, last: bool) -> AbstractContextManager[None]:
         """Around one forward and backward; gradients are reduced over ranks in the last one of a step."""
+        ...
 
     def looking(self) -> AbstractContextManager[None]:
         """Around forwards without a backward: evaluation mode, no gradients, the engine's precision."""
+        ...
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the mean over the micros of a step: the engine divides by their number, nobody else does."""
+        ...
 
     def step(self) -> Outcome:
         """Clip, update, clear; on every rank, whatever the gradients are."""
+        ...
 
     def save(self, folder: Path) -> None:
         """Write weights, moments and group settings into a folder; every rank calls it."""
+        ...
 
     def load(self, folder: Path) -> None:
         """The reverse of ``save``; every rank calls it."""
+        ...
 
     def weights(self) -> dict[str, Tensor]:
         """All weights by the module's own names, fp32 on the CPU, whole on rank 0; every rank calls it."""
+        ...
 
 
 def apply_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -95,9 +110,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 class Plain:
     """One process and nothing else: the reference that the other engines must equal."""
 
-    def __init__(self, model: nn.Module, groups: list[dict[str, Any]], optim: OptimConfig, cfg: EngineConfig, world: World, accumulate: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: list[dict[str, Any]],
+        optim: OptimConfig,
+        cfg: EngineConfig,
+        world: World,
+        accumulate: int,
+    ) -> None:
         if world.size > 1:
-            raise ConfigError(f"engine.kind=plain runs in one process, this run has {world.size}; use deepspeed or accelerate")
+            raise ConfigError(
+                f"engine.kind=plain runs in one process, this run has {world.size}; use deepspeed or accelerate"
+            )
         self.device = world.device
         self.model = model.to(self.device)
         self._optimizer = GuardedAdamW(groups, optim)
@@ -138,13 +163,22 @@ class Plain:
 
 
 def build_engine(
-    model: nn.Module, groups: list[dict[str, Any]], optim: OptimConfig, cfg: EngineConfig, world: World, *, at_once: int, accumulate: int
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    optim: OptimConfig,
+    cfg: EngineConfig,
+    world: World,
+    *,
+    at_once: int,
+    accumulate: int,
 ) -> Engine:
     """The engine that ``cfg.kind`` names, holding the model on the device.
 
     Its library is imported only here: DeepSpeed alone takes longer to import than torch.
     """
     torch.set_float32_matmul_precision(cfg.matmul)
+    if cfg.recompute:
+        cast(Any, model).set_grad_checkpointing(enable=True)
     if cfg.compile:
         model.compile()  # in place, so that no `_orig_mod.` prefix reaches a file
     if cfg.kind == "deepspeed":

@@ -51,5 +51,5 @@ def requeue() -> str | None:
     job = os.environ.get("SLURM_JOB_ID")
     if job is None or "SLURM_STEP_ID" not in os.environ:
         return None
-    answer = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)  # noqa: S603, S607
+    answer = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
     return answer.stderr.strip() or None if answer.returncode else None

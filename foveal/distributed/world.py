@@ -115,9 +115,15 @@ def joined(timeout_seconds: float) -> Iterator[World]:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29500")
     elif here.launcher == "srun":
-        os.environ.setdefault("MASTER_ADDR", first_host(os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]))
+        os.environ.setdefault(
+            "MASTER_ADDR", first_host(os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"])
+        )
         os.environ.setdefault("MASTER_PORT", str(_port(os.environ["SLURM_JOB_ID"])))
     os.environ |= {"RANK": str(here.rank), "WORLD_SIZE": str(here.size), "LOCAL_RANK": str(here.local)}
+    if device.type == "cpu":
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # else DeepSpeed, and Accelerate with it, looks for GPUs and warns
     dist.init_process_group(backend, **settings)  # type: ignore[arg-type]
     try:
         yield world
@@ -132,7 +138,9 @@ def _device(here: Seat) -> torch.device:
     # One visible GPU for each task (--gpus-per-task) or all of the node's for every task: both are common.
     index = here.local if seen > 1 else 0
     if index >= seen:
-        raise LaunchError(f"local rank {here.local} has no GPU: this process sees {seen}; start as many tasks per node as GPUs")
+        raise LaunchError(
+            f"local rank {here.local} has no GPU: this process sees {seen}; start as many tasks per node as GPUs"
+        )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
@@ -151,7 +159,11 @@ def _port(job: str) -> int:
 
 def describe(world: World) -> str:
     """One line for the head of each rank's log."""
-    slurm = ", ".join(f"{name}={os.environ[name]}" for name in ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_RESTART_COUNT") if name in os.environ)
+    slurm = ", ".join(
+        f"{name}={os.environ[name]}"
+        for name in ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_RESTART_COUNT")
+        if name in os.environ
+    )
     return (
         f"rank {world.rank} of {world.size} on {socket.gethostname()}, local rank {world.local}, {world.device}, "
         f"launcher {world.launcher}{', ' + slurm if slurm else ''}"

@@ -24,6 +24,10 @@ class Classifier(nn.Module):
         set_drops(self.encoder, noise)
         return self.encoder(_as_weights(self.encoder, images))
 
+    def set_grad_checkpointing(self, enable: bool) -> None:
+        """Recompute the blocks in the backward pass, as ``MaskedAutoencoder`` does."""
+        self.encoder.set_grad_checkpointing(enable)
+
 
 class Student(nn.Module):
     """An encoder with linear maps from its width to a teacher's."""
@@ -41,6 +45,10 @@ class Student(nn.Module):
         """Guesses of the teacher's ``features``, (class token [B, T], patches [B, L, T]), of images [B, C, H, W]."""
         cls_BD, patches_BLD = features(self.encoder, images)
         return self.project_cls(cls_BD), self.project_patches(patches_BLD)
+
+    def set_grad_checkpointing(self, enable: bool) -> None:
+        """Recompute the blocks in the backward pass, as ``MaskedAutoencoder`` does."""
+        self.encoder.set_grad_checkpointing(enable)
 
     def borrowed_parameters(self) -> list[nn.Parameter]:
         """The parameters that a forward reads outside the module that owns them (see ``MaskedAutoencoder``)."""

@@ -33,6 +33,8 @@ class Totals:
         if not self._shares:
             return []
         whole = reduce(torch.stack(self._shares)).tolist()
-        rows = [dict(zip(self._names, values, strict=True)) | host for values, host in zip(whole, self._host, strict=True)]
+        rows = [
+            dict(zip(self._names, values, strict=True)) | host for values, host in zip(whole, self._host, strict=True)
+        ]
         self._shares, self._host = [], []
         return [{"step": row.pop("step"), **row} for row in rows]

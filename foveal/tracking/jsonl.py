@@ -44,8 +44,4 @@ def _line(row: Row) -> str:
 
 def read_rows(file: Path) -> list[Row]:
     """The rows of a metrics.jsonl; a last line that a kill cut short is left out."""
-    rows = []
-    for line in file.read_text().splitlines(keepends=True):
-        if line.endswith("\n"):
-            rows.append(json.loads(line))
-    return rows
+    return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]

@@ -15,7 +15,9 @@ _log = logging.getLogger(__name__)
 class TrackingConfig(Config):
     """Where MLflow's store is. The run directory's metrics.jsonl is written whatever stands here."""
 
-    uri: str | None = machine("sqlite:///runs/mlflow.db", "MLflow's tracking URI; a relative SQLite path starts here; none: no MLflow.")
+    uri: str | None = machine(
+        "sqlite:///runs/mlflow.db", "MLflow's tracking URI; a relative SQLite path starts here; none: no MLflow."
+    )
     experiment: str = machine("foveal", "MLflow's experiment.")
 
 
@@ -24,18 +26,23 @@ class Tracker(Protocol):
 
     def settings(self, flat: dict[str, Any], tags: dict[str, str]) -> None:
         """The resolved settings, and facts about this attempt."""
+        ...
 
     def rows(self, rows: Sequence[Row]) -> None:
         """Finished steps, in order; each row has its ``step``."""
+        ...
 
     def results(self, results: Row, step: int) -> None:
         """Numbers that only some steps have: an evaluation, or what came of the whole run."""
+        ...
 
     def file(self, path: Path) -> None:
         """A file of the run directory worth keeping: a picture, a config, a card."""
+        ...
 
     def close(self, status: Status) -> None:
         """The end of this attempt."""
+        ...
 
 
 class Silent:
@@ -78,4 +85,9 @@ class Both:
         try:
             getattr(self._unsure, verb)(*arguments)
         except Exception as error:  # noqa: BLE001 - whatever a tracking server does, it is not worth a run
-            _log.warning("tracking: %s was not delivered (%s: %s); metrics.jsonl has every number", verb, type(error).__name__, error)
+            _log.warning(
+                "tracking: %s was not delivered (%s: %s); metrics.jsonl has every number",
+                verb,
+                type(error).__name__,
+                error,
+            )

@@ -179,10 +179,14 @@ class Cluster:
         """What ``scontrol show job`` knows: JobState, ExitCode, Reason, Restarts, NodeList, StdOut and more."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "job", "--oneliner", job).stdout))
 
+    def until(self, holds: Callable[[], bool], what: str, timeout: float = 60) -> None:
+        """Wait until something holds; a ClusterError that says what did not."""
+        if not _wait(holds, timeout):
+            raise ClusterError(f"{what}: not after {timeout} s\n{self.run('squeue', '--long').stdout}")
+
     def wait(self, job: str, timeout: float = 240) -> dict[str, str]:
         """Wait until a job is over, and tell what became of it."""
-        if not _wait(lambda: self.job(job)["JobState"] not in STILL_GOING, timeout):
-            raise ClusterError(f"job {job} is not over after {timeout} s: {self.job(job)}\n{self.output(job)}")
+        self.until(lambda: self.job(job)["JobState"] not in STILL_GOING, f"job {job} is over", timeout)
         return self.job(job)
 
     def output(self, job: str) -> str:

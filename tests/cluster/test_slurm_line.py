@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[2]
 FOUR_RANKS = {"nodes": "2", "ntasks-per-node": "2", "cpus-per-task": "1", "gpus-per-node": "0"}
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-SHORT = "epochs: 1, batch.at_once: 16, tracking.uri: null, checkpoint.every: 0"
+SHORT = "epochs: 4, batch.images: 128, batch.at_once: 16, tracking.uri: null, checkpoint.every: 0"
 PIPELINE = f"""\
 - name: first
   stage: pretrain
@@ -29,7 +29,7 @@ PIPELINE = f"""\
 - name: third
   stage: finetune
   config: digits
-  set: {{{SHORT}}}
+  set: {{epochs: 8, batch.images: 20, tracking.uri: null}}
   from: {{init: first}}
 """
 
@@ -55,7 +55,8 @@ def alone(cluster: Cluster, checkout: Path) -> Path:
 
 
 def curve(run: Path) -> list[list[float]]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    file = run / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
     return [[row[name] for name in ("step", "loss", "lr", "grad_norm")] for row in rows if "loss" in row]
 
 
@@ -79,13 +80,20 @@ def jobs_of(said: str) -> dict[str, str]:
     return {name: job for job, name in re.findall(r"^(\d+) (\w+)", said, re.MULTILINE)}
 
 
-def test_sbatch_runs_pretraining_like_one_process(cluster: Cluster, checkout: Path, alone: Path) -> None:
+def test_an_interrupted_sbatch_goes_on_and_ends_like_one_process(cluster: Cluster, checkout: Path, alone: Path) -> None:
+    """USR1 is what Slurm sends before the time limit: every rank saves, the job requeues itself and resumes."""
     settings = [setting.replace(": ", "=") for setting in SHORT.split(", ")]
     options = [f"--{name}={value}" for name, value in FOUR_RANKS.items()]
-    job = cluster.submit("slurm/pretrain_mae.sh", "digits", *settings, options=options, cwd=checkout, env=ONE_THREAD)
-    assert cluster.wait(job, timeout=600)["JobState"] == "COMPLETED", cluster.output(job)
-    assert_four_ranks_on_two_nodes(checkout / "runs/digits", cluster)
-    assert_same_curve(checkout / "runs/digits", alone / "first")
+    line = ("slurm/pretrain_mae.sh", "digits", *settings, "log.every=1")
+    job = cluster.submit(*line, options=options, cwd=checkout, env=ONE_THREAD)
+    run = checkout / "runs/digits"
+    cluster.until(lambda: len(curve(run)) > 3, f"job {job} reports steps", timeout=240)
+    cluster.run("scancel", "--signal=USR1", job)
+    ended = cluster.wait(job, timeout=600)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), cluster.output(job)
+    assert re.search(r"resumed from \S+step-\d+", cluster.output(job))
+    assert_four_ranks_on_two_nodes(run, cluster)
+    assert_same_curve(run, alone / "first")
 
 
 def test_submit_chains_three_jobs_like_one_process(cluster: Cluster, checkout: Path, alone: Path) -> None:

@@ -1,5 +1,7 @@
 """One curve on any machine: engines, ZeRO stages, ranks and accumulation are rounding, and rounding is small."""
 
+from collections.abc import Callable
+
 import pytest
 from ranks import Ranks, stage_named
 
@@ -27,7 +29,9 @@ MACHINES = {
 
 
 @pytest.fixture(scope="module")
-def reference(one_rank: Ranks, configs, tmp_path_factory: pytest.TempPathFactory):
+def reference(
+    one_rank: Ranks, configs, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], list[dict[str, float]]]:
     """The curve of each stage under Plain, without accumulation."""
     curves = {}
 
@@ -41,7 +45,9 @@ def reference(one_rank: Ranks, configs, tmp_path_factory: pytest.TempPathFactory
     return curve
 
 
-@pytest.mark.parametrize(("name", "machine"), [(name, machine) for name, machines in MACHINES.items() for machine in machines])
+@pytest.mark.parametrize(
+    ("name", "machine"), [(name, machine) for name, machines in MACHINES.items() for machine in machines]
+)
 def test_one_curve(name, machine, reference, configs, one_rank, two_ranks, tmp_path) -> None:
     ranks, *overrides = machine
     rows = {"one": one_rank, "two": two_ranks}[ranks].train(

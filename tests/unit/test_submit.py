@@ -1,0 +1,186 @@
+"""Pipelines: what is refused, what becomes of the rest, and the lines that are run here or handed to sbatch."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from foveal.errors import ConfigError, LaunchError
+from slurm import submit
+from slurm.submit import Job, header, jobs_of, run_here
+
+ROOT = Path(__file__).resolve().parents[2]
+DIGITS = ROOT / "configs/pretrain/digits.yaml"
+TWO = f"""\
+- {{name: one, stage: pretrain, config: {DIGITS}, set: {{optim.lr_per_256: 1e-3, data.path: "a: b"}}}}
+- {{name: two, stage: distill, config: {ROOT}/configs/distill/digits.yaml, from: {{teacher: one}}}}
+"""
+# A stage that writes down how it was started, and then does as it is told.
+STAGE = """\
+import os, pathlib, signal, sys
+with open("started", "a") as file:
+    file.write(" ".join([os.environ.get("RANK", "-"), *sys.argv[1:]]) + "\\n")
+folder = next(word for word in sys.argv if word.startswith("run.dir=")).removeprefix("run.dir=")
+what = pathlib.Path(sys.argv[1]).name
+if what == "finish" and "--check" not in sys.argv:
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    pathlib.Path(folder, "finished.json").touch()
+if what == "interrupt":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    os.kill(os.getppid(), signal.SIGINT)
+    signal.sigwait({signal.SIGINT})
+    open("heard", "w").close()
+sys.exit(int(what) if what.isdigit() else 0)
+"""
+
+
+def pipeline(folder: Path, text: str) -> Path:
+    file = folder / "pair.yaml"
+    file.write_text(text)
+    return file
+
+
+def job(what: str, *, processes: int = 1) -> Job:
+    return Job(f"to-{what}", "pretrain", Path(what), (f"run.dir=runs/{what}",), (), Path("runs", what), processes)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder in which ``python -m pretrain.run`` is the stage above."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain/__init__.py").touch()
+    (tmp_path / "pretrain/run.py").write_text(STAGE)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "sentence"),
+    [
+        ("name: one", [], "a list of stages is expected"),
+        ("[]", [], "a list of stages is expected"),
+        ("- one", [], "element 1: a mapping"),
+        ("- {name: a, stage: pretrain, config: x, form: {}}", [], "element 1: 'form' is not a key"),
+        ("- {name: a, name: b}", [], "'name' is given twice"),
+        ("- {name: a, stage: pretrain}", [], "element 1: config is missing"),
+        ("- {name: a.b, stage: pretrain, config: x}", [], "'a.b' cannot be a stage's name"),
+        ("- {name: slurm, stage: pretrain, config: x}", [], "'slurm' cannot be a stage's name"),
+        ("- {name: a, stage: pretain, config: x}", [], "no stage 'pretain'. Did you mean 'pretrain'?"),
+        (
+            "- {name: a, stage: distill, config: x, from: {teacher: a}}",
+            [],
+            "from.teacher wants 'a', but it comes later",
+        ),
+        ("- {name: a, stage: distill, config: x, from: {teacher: b}}", [], "wants 'b', but there is no such stage"),
+        ("- {name: a, stage: distill, config: x, from: [b]}", [], "set and from are mappings"),
+        (f"{TWO}- {{name: one, stage: pretrain, config: x}}", [], "'one' names two stages"),
+        ("- {name: a, stage: pretrain, config: nowhere.yaml}", [], "stage 'a': nowhere.yaml: no such file"),
+        (TWO, ["one.optim.lr=1"], "stage 'one': .*optim.lr is not a setting"),
+        (TWO, ["two.run.dir=runs/pair/one"], "'one' and 'two' have the same run.dir"),
+        (TWO, ["one.run.fresh=true"], "stage 'one': run.fresh=true"),
+        (TWO, ["tow.epochs=1"], "no stage 'tow'. Did you mean 'two'?"),
+        (TWO, ["epochs=1"], "'epochs=1' is not an override of a pipeline"),
+        (TWO, ["slurm.nodes"], "'slurm.nodes' is not an override of a pipeline"),
+    ],
+)
+def test_a_mistake_is_one_sentence(tmp_path: Path, text: str, overrides: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence) as error:
+        jobs_of(pipeline(tmp_path, text), overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_pipeline_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read"):
+        jobs_of(tmp_path / "nowhere.yaml", [])
+
+
+def test_settings_reach_the_stage_as_they_were_meant(tmp_path: Path) -> None:
+    jobs, options = jobs_of(pipeline(tmp_path, TWO), ["two.run.dir=elsewhere", "two.epochs=3", "slurm.mem=1=2"])
+    one, two = jobs
+    assert (one.run, one.after, two.run, two.after) == (Path("runs/pair/one"), (), Path("elsewhere"), ("one",))
+    assert "teacher=runs/pair/one/export" in two.overrides
+    assert "run.pipeline=runs/pair" in two.overrides
+    assert two.overrides[-2:] == ("run.dir=elsewhere", "epochs=3")
+    loaded = submit.PretrainConfig.load(one.config, one.overrides)
+    assert (loaded.optim.lr_per_256, loaded.data.path) == (1e-3, "a: b")
+    assert options == {"mem": "1=2"}
+
+
+def test_a_moved_run_is_found_by_the_next_stage(tmp_path: Path) -> None:
+    _, two = jobs_of(pipeline(tmp_path, TWO), ["one.run.dir=elsewhere"])[0]
+    assert "teacher=elsewhere/export" in two.overrides
+
+
+def test_stages_run_here_one_after_another(here: Path) -> None:
+    assert run_here([job("finish"), job("0")]) == LaunchError.exit_code  # the second leaves without having finished
+    assert (here / "started").read_text() == "- finish run.dir=runs/finish\n- 0 run.dir=runs/0\n"
+
+
+def test_the_first_failure_stops_the_chain_with_its_code(here: Path) -> None:
+    assert run_here([job("7"), job("finish")]) == 7
+    assert (here / "started").read_text() == "- 7 run.dir=runs/7\n"
+
+
+def test_several_processes_are_checked_then_launched(here: Path) -> None:
+    assert run_here([job("finish", processes=2)]) == 0
+    check, *ranks = (here / "started").read_text().splitlines()
+    assert check == "- finish run.dir=runs/finish --check --ranks=2"
+    assert sorted(ranks) == ["0 finish run.dir=runs/finish", "1 finish run.dir=runs/finish"]
+
+
+def test_ctrl_c_reaches_the_stage_and_ends_the_chain(here: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    assert run_here([job("interrupt"), job("finish")]) == 130
+    assert (here / "heard").exists()
+    assert len((here / "started").read_text().splitlines()) == 1
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.fixture
+def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An sbatch that keeps what it is given as 1.sh, 2.sh, ..., and refuses a third job; the folder of those files."""
+    programs = {
+        "srun": "exit 1",
+        "sbatch": f'cd {tmp_path}; n=$(($(ls | grep -c "^[0-9].sh") + 1)); [ $n = 3 ] && {{ echo "no more" >&2; exit 1; }}\n'
+        'cp "$1" $n.sh; echo "Submitted batch job $n"',
+        "scancel": f'echo "$@" > {tmp_path}/cancelled',
+    }
+    (tmp_path / "bin").mkdir()
+    for name, body in programs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.chdir(ROOT)
+    return tmp_path
+
+
+def test_a_job_is_the_script_with_its_own_resources(sbatch: Path) -> None:
+    jobs, _ = jobs_of(pipeline(sbatch, TWO), [])
+    options = {"nodes": "1", "gpus-per-node": "0", "dependency": "afterok:99", "requeue": "true"}
+    assert submit.submit(jobs, sbatch / "submitted", options) == {"one": "1", "two": "2"}
+    first, second = ((sbatch / f"{n}.sh").read_text().splitlines() for n in (1, 2))
+    directives = {line.removeprefix("#SBATCH --") for line in first if line.startswith("#SBATCH")}
+    ours = {f"{name.replace('_', '-')}={value}" for name, value in header(ROOT / "slurm/pretrain_mae.sh").items()}
+    changed = {"nodes=4", "gpus-per-node=8", "requeue=true"}
+    assert changed < ours
+    added = {"nodes=1", "gpus-per-node=0", "requeue", "dependency=afterok:99", "kill-on-invalid-dep=yes"}
+    assert directives == (ours - changed) | added
+    assert "signal=USR1@180" in directives
+    assert "#SBATCH --dependency=afterok:1,afterok:99" in second
+    commands = [line for line in first if line and not line.startswith("#")]
+    assert commands[-1].startswith(f"exec bash slurm/pretrain_mae.sh {DIGITS} run.dir=runs/pair/one")
+    assert commands[:-1] == ["export SUBMITIT_EXECUTOR=slurm"]
+
+
+def test_a_refused_job_cancels_those_before_it(sbatch: Path) -> None:
+    jobs, _ = jobs_of(pipeline(sbatch, f"{TWO}- {{name: three, stage: pretrain, config: {DIGITS}}}"), [])
+    with pytest.raises(LaunchError, match="three: sbatch refused the job: no more; the jobs before it are cancelled"):
+        submit.submit(jobs, sbatch / "submitted", {})
+    assert (sbatch / "cancelled").read_text() == "1 2\n"
+
+
+def test_without_slurm_submitting_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(LaunchError, match="no sbatch and srun here"):
+        submit.submit([job("finish")], tmp_path, {})
