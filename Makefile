@@ -27,7 +27,7 @@ help:
 	@sed -n '/^#/!q; s/^# \?//p' Makefile
 
 demo: $(VENV)/.installed
-	@since=$$(date +%s); \
+	@since=$$(date +%s); export OMP_NUM_THREADS=1; \
 	$(BIN)/foveal data pack digits --out data/digits; \
 	$(BIN)/python slurm/submit.py configs/pipelines/demo.yaml --cluster local; \
 	$(BIN)/python -m foveal.summary runs/demo --since $$since
@@ -37,7 +37,8 @@ test: $(VENV)/.installed-test
 
 ui: $(VENV)/.installed
 	@[ -f runs/mlflow.db ] || { echo "make ui: nothing was run yet (no runs/mlflow.db); run make demo first" >&2; exit 2; }
-	@$(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --host 127.0.0.1 --port $(PORT)
+	@echo "http://127.0.0.1:$(PORT) in a few seconds; Ctrl-C ends it"
+	@$(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --host 127.0.0.1 --port $(PORT) --workers 1
 
 check: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .

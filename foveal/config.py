@@ -41,11 +41,16 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+class _StrictDumper(yaml.SafeDumper):
+    """Puts quotes round the text 1e3, which the loader above would read as a number."""
+
+
+for _twin in (_StrictLoader, _StrictDumper):
+    _twin.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )
 
 
 class Config(BaseModel):
@@ -80,7 +85,7 @@ class Config(BaseModel):
 
     def dump(self, file: Path) -> None:
         """Write the resolved settings; the file can be given back to the same command."""
-        file.write_text(yaml.safe_dump(self.tree(), sort_keys=False, allow_unicode=True, width=120))
+        file.write_text(yaml.dump(self.tree(), Dumper=_StrictDumper, sort_keys=False, allow_unicode=True, width=120))
 
     def science(self) -> dict[str, Any]:
         """The flat settings that can change a result, ``dotted.key`` to value."""
@@ -186,11 +191,9 @@ def _explain_one(model: type[Config], problem: dict[str, Any]) -> str:
         return f"{name} is missing and has no default"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    return (
-        message
-        if problem["type"] == "value_error" and not place
-        else f"{name}: {message} (given: {problem['input']!r})"
-    )
+    if isinstance(problem["input"], dict) and problem["type"] == "value_error":  # a section's check names its values
+        return f"{name}: {message}" if place else message
+    return f"{name}: {message} (given: {problem['input']!r})"
 
 
 def _names_at(model: type[Config], path: list[str]) -> list[str]:

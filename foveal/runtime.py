@@ -138,7 +138,8 @@ class Run:
             summary = self._last | (results or {})
             facts = {"seconds": round(self.pace.seconds, 3), "science": self.plan.science(), "summary": summary}
             write_json(self.path / "finished.json", facts)
-            self.tracker.results(results or {}, self.plan.steps)
+            if results:
+                self.tracker.results(results, self.plan.steps)
             self.tracker.file(self.path / "finished.json")
         self.world.barrier()
 

@@ -28,9 +28,9 @@ import yaml
 
 from distill.config import DistillConfig
 from finetune.config import FinetuneConfig
-from foveal.config import _StrictLoader
+from foveal.config import parse_yaml, read_yaml
 from foveal.errors import ConfigError, FovealError, LaunchError
-from foveal.stage import StageConfig
+from foveal.stage import StageConfig, config_file
 from pretrain.config import PretrainConfig
 
 _STAGES: dict[str, tuple[type[StageConfig], str]] = {
@@ -77,10 +77,7 @@ class Job:
 
 def read_pipeline(file: Path) -> list[Entry]:
     """The stages of a pipeline file. Errors: ConfigError, naming the file and the element."""
-    try:
-        listed = yaml.load(file.read_text(), _StrictLoader)  # noqa: S506 - a SafeLoader, made stricter
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ConfigError) as error:
-        raise ConfigError(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
+    listed = read_yaml(file)
     if not isinstance(listed, list) or not listed:
         raise ConfigError(f"{file}: a list of stages is expected, each with {', '.join(_KEYS)}")
     entries = [_entry(element, f"{file}: element {number}") for number, element in enumerate(listed, 1)]
@@ -151,11 +148,6 @@ def jobs_of(file: Path, overrides: Sequence[str]) -> tuple[list[Job], dict[str, 
     return list(jobs.values()), {name: value for name, _, value in (text.partition("=") for text in given["slurm"])}
 
 
-def config_file(stage: str, given: str) -> Path:
-    """A YAML file, or the one in configs/<stage>/ that a name means."""
-    return Path(given) if given.endswith(".yaml") or "/" in given else Path("configs", stage, f"{given}.yaml")
-
-
 def _by_name(overrides: Sequence[str], names: list[str]) -> dict[str, list[str]]:
     given: dict[str, list[str]] = {name: [] for name in names}
     for override in overrides:
@@ -173,7 +165,7 @@ def _by_name(overrides: Sequence[str], names: list[str]) -> dict[str, list[str]]
 def _as_text(value: Any) -> str:
     """A value as the right-hand side of an override, which the stage reads as YAML."""
     try:
-        if isinstance(value, str) and yaml.load(value, _StrictLoader) == value:  # noqa: S506
+        if isinstance(value, str) and parse_yaml(value) == value:
             return value
     except (yaml.YAMLError, ConfigError):
         pass

@@ -65,8 +65,10 @@ def read_card(folder: Path) -> Card:
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         found = tree.get("format") if isinstance(tree, dict) else None
         raise ExportError(f"{folder} has export format {found}; this foveal reads format {FORMAT}")
-    tree |= {name: tuple(tree[name]) for name in ("mean", "std", "classes")}
-    return Card(**tree)
+    try:
+        return Card(**(tree | {name: tuple(tree[name]) for name in ("mean", "std", "classes")}))
+    except (KeyError, TypeError) as error:
+        raise ExportError(f"{folder / 'card.json'} is not as foveal wrote it ({error}); export it again") from None
 
 
 def read_export(folder: Path) -> tuple[dict[str, Tensor], Card]:

@@ -69,6 +69,10 @@ class Store:
         self._root, self._cfg, self._ranks = root, cfg, ranks
         if ranks.rank == 0:
             root.mkdir(parents=True, exist_ok=True)
+            for old in root.glob(".old-*"):
+                folder = root / old.name.removeprefix(".old-")
+                if not folder.exists():  # killed between the two renames that replace a checkpoint
+                    old.rename(folder)
             for left in [*root.glob(".draft-*"), *root.glob(".old-*")]:
                 shutil.rmtree(left)
         ranks.barrier()
@@ -97,10 +101,8 @@ class Store:
 
         Errors: CheckpointError for a checkpoint of another format.
         """
-        folders = self._ranks.broadcast(
-            sorted(self._root.glob("step-*"), reverse=True) if self._ranks.rank == 0 else None
-        )
-        for folder in folders:
+        folders = self._ranks.broadcast(_checkpoints(self._root) if self._ranks.rank == 0 else None)
+        for folder in reversed(folders):
             if not self._ranks.any(not self._whole(folder)):
                 return folder, _read_state(folder)
             _log.warning("checkpoint %s is torn or corrupt; the one before it is used", folder)
@@ -118,10 +120,8 @@ class Store:
         return names[self._ranks.rank :: self._ranks.size]
 
     def _prune(self) -> None:
-        folders = sorted(self._root.glob("step-*"))
-        for folder in folders[: -self._cfg.keep]:
-            step = int(folder.name.removeprefix("step-"))
-            if not self._cfg.keep_every or step % self._cfg.keep_every:
+        for folder in _checkpoints(self._root)[: -self._cfg.keep]:
+            if not self._cfg.keep_every or _step_of(folder) % self._cfg.keep_every:
                 shutil.rmtree(folder)
 
 
@@ -143,6 +143,15 @@ def _read_state(folder: Path) -> TrainState:
     if tree.get("format") != FORMAT:
         raise CheckpointError(f"{folder} has checkpoint format {tree.get('format')}; this foveal reads format {FORMAT}")
     return TrainState(**tree)
+
+
+def _checkpoints(root: Path) -> list[Path]:
+    """From the first step to the last; a copy under another name (step-00000100.safe) is none of ours."""
+    return sorted((folder for folder in root.glob("step-*") if folder.name[5:].isdecimal()), key=_step_of)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def _files(folder: Path) -> list[str]:

@@ -51,5 +51,8 @@ def requeue() -> str | None:
     job = os.environ.get("SLURM_JOB_ID")
     if job is None or "SLURM_STEP_ID" not in os.environ:
         return None
-    answer = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+    try:
+        answer = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+    except OSError as error:  # a container without Slurm's commands
+        return str(error)
     return answer.stderr.strip() or None if answer.returncode else None

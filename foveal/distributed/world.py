@@ -83,11 +83,18 @@ def seat() -> Seat:
     Errors: LaunchError where a launcher's variables contradict one another.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return Seat(_number("RANK"), _number("WORLD_SIZE"), _number("LOCAL_RANK", "0"), "torchrun")
-    if "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ:
+        found = Seat(_number("RANK"), _number("WORLD_SIZE"), _number("LOCAL_RANK", "0"), "torchrun")
+    elif "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ:
         size = _number("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))
-        return Seat(_number("SLURM_PROCID"), size, _number("SLURM_LOCALID", "0"), "srun")
-    return Seat(0, 1, 0, "none")
+        found = Seat(_number("SLURM_PROCID"), size, _number("SLURM_LOCALID", "0"), "srun")
+    else:
+        return Seat(0, 1, 0, "none")
+    if not 0 <= found.local <= found.rank < found.size:
+        raise LaunchError(
+            f"{found.launcher} says rank {found.rank} (local rank {found.local}) of {found.size}, which cannot be; "
+            f"unset what an earlier launcher left in the environment"
+        )
+    return found
 
 
 def _number(name: str, default: str | None = None) -> int:
@@ -147,9 +154,9 @@ def _device(here: Seat) -> torch.device:
 
 def first_host(nodes: str) -> str:
     """The first host of a Slurm node list: ``a[01-03,7]b,c`` gives ``a01b``; scontrol is not in every container."""
-    found = re.match(r"([^,\[]*)(?:\[(\w+)[^\]]*\])?([^,\[]*)", nodes)
+    found = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
     assert found is not None, "the pattern matches every string"
-    return "".join(part or "" for part in found.groups())
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", found[0])
 
 
 def _port(job: str) -> int:

@@ -12,6 +12,7 @@ import torch
 from timm.layers.attention import Attention
 from timm.layers.mlp import Mlp
 from timm.layers.patch_embed import PatchEmbed
+from timm.layers.weight_init import trunc_normal_  # torch draws another sequence in another version
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
@@ -219,9 +220,9 @@ def _initialise(encoder: Any, positions: Literal["sincos", "learned"]) -> None:
         nn.init.zeros_(encoder.patch_embed.proj.bias)
     nn.init.normal_(encoder.cls_token, std=TOKEN_SCALE)
     if isinstance(encoder.head, nn.Linear):
-        nn.init.trunc_normal_(encoder.head.weight, std=HEAD_SCALE)
+        trunc_normal_(encoder.head.weight, std=HEAD_SCALE)
     if positions == "learned":
-        nn.init.trunc_normal_(encoder.pos_embed, std=TOKEN_SCALE)
+        trunc_normal_(encoder.pos_embed, std=TOKEN_SCALE)
         return
     rows, columns = encoder.patch_embed.grid_size
     with torch.no_grad():

@@ -91,7 +91,7 @@ def test_a_mistake_is_one_sentence(tmp_path: Path, text: str, overrides: list[st
 
 
 def test_a_missing_pipeline_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read"):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such file"):
         jobs_of(tmp_path / "nowhere.yaml", [])
 
 

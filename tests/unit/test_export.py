@@ -1,0 +1,171 @@
+"""Exports: what goes in comes out, and what is not whole or does not fit is one sentence."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from foveal.checkpoint.export import Card, load_strictly, read_card, read_export, write_export
+from foveal.errors import ExportError
+from foveal.files import sha256
+
+CARD = Card(
+    stage="pretrain",
+    encoder={"name": "vit_tiny_patch16_224", "width": 32, "mlp_ratio": 4.0},
+    mean=(0.25, 0.5, 1 / 3),
+    std=(0.1, 0.2, 0.3),
+    classes=("café", "犬"),
+    step=100,
+    metrics={"loss": 0.5},
+    science={"optim.betas": [0.9, 0.95], "clip": None},
+    versions={"torch": "2"},
+)
+
+
+def weights() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "blocks.0.weight": torch.randn(3, 4, generator=generator).t(),  # not contiguous
+        "cls_token": torch.randn(1, 1, 4, generator=generator),
+        "steps": torch.tensor(7),
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_export(tmp_path / "export", weights(), CARD)
+    return tmp_path / "export"
+
+
+def test_what_goes_in_comes_out(folder: Path) -> None:
+    found, card = read_export(folder)
+    assert found.keys() == weights().keys()
+    assert all(found[name].equal(value) for name, value in weights().items())
+    told = json.loads((folder / "card.json").read_text())
+    assert card == read_card(folder)
+    assert card.sha256 == sha256(folder / "model.safetensors")
+    for name in ("stage", "encoder", "mean", "std", "classes", "step", "metrics", "science", "versions", "format"):
+        assert getattr(card, name) == getattr(CARD, name), name
+    assert told["format"] == 1
+    assert sorted(file.name for file in folder.iterdir()) == ["card.json", "model.safetensors"]
+
+
+def test_an_export_that_is_made_again_replaces_the_old_one(folder: Path) -> None:
+    write_export(folder, {"other": torch.ones(2)}, CARD)
+    assert read_export(folder)[0].keys() == {"other"}
+    assert [each.name for each in folder.parent.iterdir()] == ["export"]
+
+
+def test_an_export_that_fails_leaves_the_old_one(folder: Path) -> None:
+    shared = torch.ones(4)
+    with pytest.raises(RuntimeError, match="share memory"):
+        write_export(folder, {"a": shared, "b": shared}, CARD)
+    assert read_export(folder)[0].keys() == weights().keys()
+    assert [each.name for each in folder.parent.iterdir()] == ["export"]
+
+
+def flip(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def swap(folder: Path) -> None:
+    save_file({"blocks.0.weight": torch.zeros(4, 3)}, folder / "model.safetensors")
+
+
+def retell(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        told = json.loads((folder / "card.json").read_text()) | changes
+        told = {name: value for name, value in told.items() if value is not ...}
+        (folder / "card.json").write_text(json.dumps(told))
+
+    return change
+
+
+def no_safetensors(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"no weights at all")
+    retell(sha256=sha256(folder / "model.safetensors"))(folder)
+
+
+HARM: list[tuple[Callable[[Path], Any], str]] = [
+    (flip, r"model\.safetensors is not the file that its card describes \(sha256 differs\)"),
+    (swap, r"model\.safetensors is not the file that its card describes \(sha256 differs\)"),
+    (lambda folder: (folder / "model.safetensors").unlink(), "no whole export: model.safetensors is missing"),
+    (no_safetensors, r"model\.safetensors cannot be read"),
+    (lambda folder: (folder / "card.json").unlink(), "is no export: it has no card.json"),
+    (lambda folder: (folder / "card.json").write_text("{"), r"card\.json cannot be read"),
+    (lambda folder: (folder / "card.json").write_bytes(b"\xff"), r"card\.json cannot be read"),
+    (lambda folder: (folder / "card.json").write_text("[]"), "has export format None; this foveal reads format 1"),
+    (retell(format=2), "has export format 2; this foveal reads format 1"),
+    (retell(format=None), "has export format None"),
+    (retell(colour="red"), r"card\.json is not as foveal wrote it \(.*colour"),
+    (retell(mean=...), r"card\.json is not as foveal wrote it \('mean'"),
+    (retell(encoder=...), r"card\.json is not as foveal wrote it \(.*encoder"),
+    (retell(std=0.5), r"card\.json is not as foveal wrote it"),
+]
+
+
+@pytest.mark.parametrize(("harm", "sentence"), HARM)
+def test_what_is_not_whole_is_one_sentence(harm: Callable[[Path], None], sentence: str, folder: Path) -> None:
+    harm(folder)
+    with pytest.raises(ExportError, match=sentence) as caught:
+        read_export(folder)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_is_not_there_is_no_export(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="nowhere is no export"):
+        read_card(tmp_path / "nowhere")
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 4))
+
+
+def fresh() -> dict[str, Tensor]:
+    return {name: torch.full_like(value, 7) for name, value in model().state_dict().items()}
+
+
+def test_weights_are_loaded_buffers_included() -> None:
+    module = model()
+    load_strictly(module, fresh(), Path("export"))
+    assert all((value == 7).all() for value in module.state_dict().values())
+
+
+def test_a_new_head_keeps_its_start_and_an_old_one_is_left_over() -> None:
+    module, given = model(), fresh()
+    start = module[2].weight.clone()
+    given["2.weight"] = torch.zeros(9, 9)  # a head of other classes
+    given["norm.weight"] = torch.zeros(3)
+    load_strictly(module, given, Path("export"), new=["2."], unused=["norm."])
+    assert module[2].weight.equal(start)
+    assert (module[0].weight == 7).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"0.weight": None}, "export lacks 0.weight"),
+        ({"more": torch.ones(1)}, "export has names that are not the model's: more"),
+        ({"0.weight": torch.ones(2, 3)}, "export has other shapes: 0.weight [2, 3] for [3, 2]"),
+        ({f"x{n}": torch.ones(1) for n in range(7)}, "not the model's: x0, x1, x2, x3, x4 and 2 more"),
+        ({f"x{n}": torch.ones(1) for n in range(5)}, "not the model's: x0, x1, x2, x3, x4"),
+    ],
+)
+def test_what_does_not_fit_is_listed_and_nothing_is_loaded(change: dict[str, Tensor | None], sentence: str) -> None:
+    module = model()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    given = {name: value for name, value in (fresh() | change).items() if value is not None}
+    with pytest.raises(ExportError) as caught:
+        load_strictly(module, given, Path("export"), unused=["2.unknown"])
+    assert str(caught.value).endswith(sentence)
+    assert all(value.equal(before[name]) for name, value in module.state_dict().items())

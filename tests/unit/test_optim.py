@@ -1,0 +1,197 @@
+"""Groups as a table, AdamW and clipping as torch has them, and steps that leave everything as it was."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from finetune.run import _depth_of
+from foveal.models.heads import Classifier
+from foveal.models.mae import DecoderConfig, MaskedAutoencoder
+from foveal.models.vit import VitConfig, build_encoder
+from foveal.optim import GuardedAdamW, OptimConfig, parameter_groups, plain_adamw
+
+TINY = VitConfig(name="vit_tiny_patch16_224", patch=4, width=8, depth=2, heads=2)
+
+
+def table(groups: list[dict[str, Any]], model: nn.Module) -> dict[str, tuple[float, float]]:
+    """Parameter name to (weight decay, factor on the learning rate)."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        names[id(parameter)]: (group["weight_decay"], group["lr_scale"])
+        for group in groups
+        for parameter in group["params"]
+    }
+
+
+def test_matrices_decay_and_vectors_tokens_and_positions_do_not() -> None:
+    learned = TINY.model_copy(update={"positions": "learned"})
+    model = MaskedAutoencoder(build_encoder(learned, image_size=8, channels=1), DecoderConfig(width=8, depth=1, heads=2))
+    found = table(parameter_groups(model, OptimConfig(weight_decay=0.3)), model)
+    assert found.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    plain = {name for name, (decay, _) in found.items() if decay == 0.0}
+    assert {name for name, (decay, _) in found.items() if decay == 0.3} == found.keys() - plain
+    assert plain == {name for name in found if name.endswith((".bias", "_token", "pos_embed"))} | {
+        name for name in found if "norm" in name
+    }
+    assert {"encoder.cls_token", "encoder.pos_embed", "decoder.mask_token", "encoder.blocks.0.norm1.weight"} <= plain
+    assert {"encoder.patch_embed.proj.weight", "decoder.predict.weight"} <= found.keys() - plain
+    assert {scale for _, scale in found.values()} == {1.0}
+
+
+def test_layers_learn_more_slowly_the_deeper_they_lie() -> None:
+    encoder = build_encoder(TINY, image_size=8, channels=1, pooling="avg", classes=3)
+    model = Classifier(encoder)
+    groups = parameter_groups(model, OptimConfig(layer_decay=0.5), _depth_of(2), 3)
+    found = table(groups, model)
+    assert "encoder.pos_embed" not in found  # fixed positions do not learn
+    assert found.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    scales = {
+        "encoder.cls_token": 0.125,
+        "encoder.patch_embed": 0.125,
+        "encoder.blocks.0": 0.25,
+        "encoder.blocks.1": 0.5,
+        "encoder.fc_norm": 1.0,
+        "encoder.head": 1.0,
+    }
+    for name, (decay, scale) in found.items():
+        assert scale == next(wanted for prefix, wanted in scales.items() if name.startswith(prefix)), name
+        assert decay == (0.0 if name.endswith(("bias", "token")) or "norm" in name else 0.05), name
+    assert [group["name"] for group in groups[:3]] == ["layer 0, no decay", "layer 0, decay", "layer 1, no decay"]
+
+
+def test_what_is_frozen_is_in_no_group() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    assert table(parameter_groups(model, OptimConfig()), model).keys() == {"1.weight", "1.bias"}
+
+
+def test_peak_is_per_256_images() -> None:
+    assert OptimConfig(lr_per_256=1.5e-4).peak(4096) == pytest.approx(2.4e-3)
+
+
+def layer() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(5, 3)
+
+
+def gradients(step: int, size: float = 1.0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return [size * torch.randn(3, 5, generator=generator), size * torch.randn(3, generator=generator)]
+
+
+def give(model: nn.Module, grads: list[Tensor]) -> None:
+    for parameter, grad in zip(model.parameters(), grads, strict=True):
+        parameter.grad = grad.clone()
+
+
+def guarded(model: nn.Module, cfg: OptimConfig) -> GuardedAdamW:
+    return GuardedAdamW(parameter_groups(model, cfg), cfg)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_with_finite_gradients_it_is_torchs_adamw_bit_for_bit(fused: bool, clip: float | None) -> None:
+    cfg = OptimConfig(lr_per_256=1e-2, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-6, clip=clip, fused=fused)
+    ours, theirs = layer(), layer()
+    guard = guarded(ours, cfg)
+    adamw = torch.optim.AdamW(
+        [{"params": [theirs.weight], "weight_decay": 0.1}, {"params": [theirs.bias], "weight_decay": 0.0}],
+        lr=1e-2,
+        betas=(0.8, 0.9),
+        eps=1e-6,
+        fused=fused,
+    )
+    for step in range(5):
+        give(ours, gradients(step))
+        give(theirs, gradients(step))
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip or float("inf"))
+        guard.step()
+        adamw.step()
+        assert guard.applied
+        assert guard.norm == float(norm) > 0.5
+        assert ours.weight.equal(theirs.weight)
+        assert ours.bias.equal(theirs.bias)
+
+
+def test_a_small_gradient_is_not_clipped_up() -> None:
+    clipped, free = layer(), layer()
+    for model, clip in ((clipped, 10.0), (free, None)):
+        guard = guarded(model, OptimConfig(clip=clip))
+        give(model, gradients(0, 0.01))
+        guard.step()
+    assert clipped.weight.grad is not None
+    assert clipped.weight.grad.equal(gradients(0, 0.01)[0])
+    assert clipped.weight.equal(free.weight)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", ["weight", "bias"])
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_gradient_that_is_not_finite_changes_nothing(bad: float, place: str, clip: float | None, fused: bool) -> None:
+    """Weights, moments and step counters stay bit for bit, and later steps are as if it had never been."""
+    cfg = OptimConfig(lr_per_256=1e-2, clip=clip, fused=fused)
+    model, never = layer(), layer()
+    guard, untouched = guarded(model, cfg), guarded(never, cfg)
+    for step in range(4):
+        before = copy.deepcopy((model.state_dict(), guard.state_dict()["state"]))
+        give(model, gradients(100 + step))
+        getattr(model, place).grad.view(-1)[0] = bad
+        guard.step()
+        assert not guard.applied
+        assert not torch.isfinite(torch.tensor(guard.norm))
+        same(before, (model.state_dict(), guard.state_dict()["state"]))
+        for each, optimizer in ((model, guard), (never, untouched)):
+            give(each, gradients(step))
+            optimizer.step()
+        assert guard.applied
+        assert model.weight.equal(never.weight)
+        assert model.bias.equal(never.bias)
+
+
+def same(ours: Any, theirs: Any) -> None:
+    """Equal to the bit, tensors inside tuples and dicts included."""
+    if isinstance(ours, Tensor):
+        assert ours.equal(theirs)
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            same(value, theirs[name])
+    elif isinstance(ours, tuple):
+        for one, other in zip(ours, theirs, strict=True):
+            same(one, other)
+    else:
+        assert ours == theirs
+
+
+def test_a_parameter_without_a_gradient_is_left_out() -> None:
+    model = layer()
+    before = model.bias.clone()
+    guard = guarded(model, OptimConfig(clip=1.0))
+    model.weight.grad = gradients(0)[0]
+    guard.step()
+    assert guard.applied
+    assert guard.norm == pytest.approx(float(gradients(0)[0].norm()), rel=1e-6)
+    assert model.bias.equal(before)
+
+
+def test_plain_adamw_has_the_settings_and_the_groups() -> None:
+    model = layer()
+    cfg = OptimConfig(lr_per_256=0.5, betas=(0.1, 0.2), eps=1e-3, weight_decay=0.7, fused=False)
+    optimizer = plain_adamw(parameter_groups(model, cfg), cfg)
+    assert type(optimizer) is torch.optim.AdamW
+    told = [(group["lr"], group["betas"], group["eps"], group["fused"]) for group in optimizer.param_groups]
+    assert told == [(0.5, (0.1, 0.2), 1e-3, False)] * 2
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.7, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("lr_per_256", 0.0), ("betas", (0.9, 1.0)), ("eps", 0.0), ("layer_decay", 1.1), ("clip", 0.0), ("floor_lr", -1.0)],
+)
+def test_settings_have_limits(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=name):
+        OptimConfig(**{name: value})  # pyright: ignore[reportArgumentType]

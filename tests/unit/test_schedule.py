@@ -1,0 +1,51 @@
+"""The learning rate: its corners, and torch's cosine between them."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from foveal.schedule import warmup_cosine
+
+
+def test_the_corners() -> None:
+    def lr(step: int) -> float:
+        return warmup_cosine(step, peak=8.0, floor=2.0, warmup=4, total=12)
+
+    assert [lr(step) for step in range(5)] == [2.0, 4.0, 6.0, 8.0, 8.0]
+    assert lr(8) == pytest.approx((8.0 + 2.0) / 2)
+    assert lr(12) == pytest.approx(2.0)
+    assert lr(100) == pytest.approx(2.0)
+
+
+def test_the_first_step_learns_with_and_without_warmup() -> None:
+    assert warmup_cosine(0, peak=1.0, floor=0.0, warmup=1000, total=2000) == 1e-3
+    assert warmup_cosine(0, peak=1.0, floor=0.0, warmup=0, total=10) == 1.0
+    assert 0 < warmup_cosine(9, peak=1.0, floor=0.0, warmup=0, total=10) < 0.1
+
+
+def test_warmup_as_long_as_the_run_never_divides_by_zero() -> None:
+    assert [warmup_cosine(step, peak=2.0, floor=0.0, warmup=2, total=2) for step in range(3)] == [1.0, 2.0, 2.0]
+
+
+def test_after_the_warmup_it_is_torchs_cosine() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=3e-3)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40, eta_min=1e-5)
+    for step in range(10, 50):
+        ours = warmup_cosine(step, peak=3e-3, floor=1e-5, warmup=10, total=50)
+        assert ours == pytest.approx(theirs.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        theirs.step()
+
+
+@given(st.integers(0, 50), st.integers(1, 100), st.floats(1e-6, 1.0), st.floats(0.0, 1.0))
+def test_it_rises_once_and_falls_once_between_floor_and_peak(
+    warmup: int, further: int, peak: float, share: float
+) -> None:
+    total = warmup + further
+    floor = peak * share
+    rates = [warmup_cosine(step, peak=peak, floor=floor, warmup=warmup, total=total) for step in range(total + 1)]
+    assert all(a < b for a, b in zip(rates[:warmup], rates[1:warmup], strict=False))
+    assert all(a >= b for a, b in zip(rates[warmup:], rates[warmup + 1 :], strict=False))
+    assert max(rates) == pytest.approx(peak)
+    assert min(rates[warmup:]) == pytest.approx(floor, abs=1e-12)

@@ -1,0 +1,130 @@
+"""Numbers that wait on the device, and seconds under a clock that a test moves."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from foveal.telemetry.pace import Pace
+from foveal.telemetry.totals import Row, Totals
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def pass_(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def host(step: int) -> Row:
+    return {"step": step, "lr": step / 10, "applied": 1.0}
+
+
+def test_rows_are_reduced_once_and_host_numbers_never() -> None:
+    totals = Totals()
+    for step in (1, 2, 3):
+        totals.add({"loss": torch.tensor(step / 2), "top1": torch.tensor(0.25)}, host(step))
+    calls: list[Tensor] = []
+
+    def two_equal_ranks(shares: Tensor) -> Tensor:
+        calls.append(shares)
+        return shares * 2
+
+    rows = totals.read(two_equal_ranks)
+    assert rows == [{"step": step, "loss": step, "top1": 0.5, "lr": step / 10, "applied": 1.0} for step in (1, 2, 3)]
+    assert [next(iter(row)) for row in rows] == ["step"] * 3
+    assert len(calls) == 1
+    assert calls[0].shape == (3, 2)
+    assert calls[0].dtype == torch.float64
+
+
+def test_what_was_read_is_gone_and_nothing_costs_no_collective() -> None:
+    def never(_: Tensor) -> Tensor:
+        raise AssertionError("a collective for no rows")
+
+    totals = Totals()
+    assert totals.read(never) == []
+    totals.add({"loss": torch.tensor(1.0)}, host(1))
+    assert len(totals.read(lambda shares: shares)) == 1
+    assert totals.read(never) == []
+    totals.add({"other": torch.tensor(2.0)}, host(2))  # a new reading may have other names
+    assert totals.read(lambda shares: shares) == [{"step": 2, "other": 2.0, "lr": 0.2, "applied": 1.0}]
+
+
+def test_numbers_keep_double_precision() -> None:
+    totals = Totals()
+    totals.add({"loss": torch.tensor(1.0 + 2**-40, dtype=torch.float64)}, host(1))
+    assert totals.read(lambda shares: shares)[0]["loss"] == 1.0 + 2**-40
+
+
+def test_other_numbers_from_one_step_to_the_next_are_a_programmers_mistake() -> None:
+    totals = Totals()
+    totals.add({"loss": torch.tensor(1.0)}, host(1))
+    with pytest.raises(AssertionError, match="same numbers every step"):
+        totals.add({"loss": torch.tensor(1.0), "more": torch.tensor(1.0)}, host(2))
+
+
+def test_a_graph_is_not_kept_alive() -> None:
+    totals = Totals()
+    totals.add({"loss": torch.ones(1, requires_grad=True).sum()}, host(1))
+    graphs: list[bool] = []
+    totals.read(lambda shares: graphs.append(shares.requires_grad) or shares)
+    assert graphs == [False]
+
+
+def test_images_per_second_and_the_share_of_waiting() -> None:
+    clock = Clock()
+    pace = Pace(clock=clock)
+    for _ in range(4):
+        with pace.waiting():
+            clock.pass_(0.5)
+        clock.pass_(1.5)
+        pace.count(32)
+    assert pace.read() == {"images_per_second": 16.0, "data_wait": 0.25}
+    clock.pass_(2.0)
+    pace.count(32)
+    assert pace.read() == {"images_per_second": 16.0, "data_wait": 0.0}, "each reading is of the time since the last"
+    assert pace.seconds == 10.0
+
+
+def test_pauses_are_no_training() -> None:
+    clock = Clock()
+    pace = Pace(clock=clock)
+    clock.pass_(2.0)
+    pace.count(10)
+    with pace.paused():
+        clock.pass_(100.0)
+    clock.pass_(3.0)
+    assert pace.read() == {"images_per_second": 2.0, "data_wait": 0.0}
+    with pace.paused():
+        clock.pass_(7.0)
+    assert pace.seconds == 5.0
+    clock.pass_(1.0)
+    pace.count(8)
+    assert pace.read()["images_per_second"] == 8.0
+
+
+def test_a_restart_goes_on_counting_and_does_not_count_the_time_between() -> None:
+    clock = Clock()
+    first = Pace(clock=clock)
+    clock.pass_(60.0)
+    saved = first.seconds
+    clock.pass_(3600.0)
+    second = Pace(saved, clock)
+    clock.pass_(5.0)
+    second.count(10)
+    assert second.seconds == 65.0
+    assert second.read()["images_per_second"] == 2.0
+
+
+def test_no_time_at_all_is_no_division_by_zero() -> None:
+    pace = Pace(clock=Clock())
+    pace.count(1)
+    rates = pace.read()
+    assert rates["images_per_second"] > 0
+    assert rates["data_wait"] == 0.0

@@ -1,0 +1,175 @@
+"""Who is there, from the variables of every launcher; where they meet, from Slurm's list of nodes."""
+
+import os
+
+import pytest
+import torch
+
+from foveal.distributed.world import Seat, World, describe, first_host, joined, seat, slurm_job
+from foveal.errors import LaunchError
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+STEP = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
+STEP |= {"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "16"}
+BATCH = {"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_LOCALID": "0"}
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No launcher's variables, and everything as it was afterwards."""
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR"):
+        monkeypatch.setenv(name, "")  # so that monkeypatch puts back what joined() sets
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, Seat(0, 1, 0, "none")),
+        (TORCHRUN, Seat(5, 8, 1, "torchrun")),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, Seat(0, 1, 0, "torchrun")),
+        (STEP, Seat(3, 4, 1, "srun")),
+        ({name: value for name, value in STEP.items() if name != "SLURM_STEP_NUM_TASKS"}, Seat(3, 16, 1, "srun")),
+        (BATCH, Seat(0, 1, 0, "none")),
+        (STEP | TORCHRUN, Seat(5, 8, 1, "torchrun")),  # torchrun inside a step: torchrun dealt the ranks
+        (BATCH | TORCHRUN, Seat(5, 8, 1, "torchrun")),
+        ({"RANK": "3"}, Seat(0, 1, 0, "none")),
+    ],
+)
+def test_seat(variables: dict[str, str], expected: Seat, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert seat() == expected
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        (TORCHRUN | {"WORLD_SIZE": "4"}, r"torchrun says rank 5 \(local rank 1\) of 4, which cannot be"),
+        (TORCHRUN | {"RANK": "-1"}, "torchrun says rank -1"),
+        (TORCHRUN | {"WORLD_SIZE": "0", "RANK": "0", "LOCAL_RANK": "0"}, "of 0, which cannot be"),
+        (TORCHRUN | {"LOCAL_RANK": "6"}, r"rank 5 \(local rank 6\)"),
+        (TORCHRUN | {"RANK": "five"}, "the launcher's RANK is 'five', which is not a number"),
+        (TORCHRUN | {"WORLD_SIZE": ""}, "the launcher's WORLD_SIZE is '', which is not a number"),
+        (STEP | {"SLURM_PROCID": "4"}, "srun says rank 4"),
+        (STEP | {"SLURM_STEP_NUM_TASKS": "2(x3)"}, r"SLURM_STEP_NUM_TASKS is '2\(x3\)', which is not a number"),
+    ],
+)
+def test_a_launcher_that_contradicts_itself_is_one_sentence(
+    variables: dict[str, str], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LaunchError, match=sentence):
+        seat()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [
+        ("gpu7", "gpu7"),
+        ("gpu7,gpu9", "gpu7"),
+        ("gpu[3-5]", "gpu3"),
+        ("gpu[003-005,7],cpu1", "gpu003"),
+        ("gpu[12]", "gpu12"),
+        ("a[01-03,7]b,c", "a01b"),
+        ("rack[2-3]-node[04-05]", "rack2-node04"),
+        ("node-a-1.cluster.org,node[2-3]", "node-a-1.cluster.org"),
+    ],
+)
+def test_first_host(nodes: str, expected: str) -> None:
+    assert first_host(nodes) == expected
+
+
+def test_alone_a_world_needs_nobody_and_leaves_nothing() -> None:
+    with joined(5.0) as world:
+        assert (world.rank, world.size, world.local, world.launcher) == (0, 1, 0, "none")
+        assert torch.distributed.is_initialized()
+        assert world.any(True) and not world.any(False)
+        assert world.broadcast("x") == "x"
+        assert world.gather(3) == [3]
+        assert world.sum(torch.tensor([2.0])).item() == 2.0
+        world.barrier()
+        assert os.environ["WORLD_SIZE"] == "1"
+    assert not torch.distributed.is_initialized()
+    with pytest.raises(RuntimeError, match="a mistake"), joined(5.0):
+        raise RuntimeError("a mistake")
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_step_of_slurm_looks_like_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What libraries read is set from Slurm's variables, the same on every rank of a job."""
+    seen: dict[str, str] = {}
+
+    def start(backend: str, **settings: object) -> None:
+        seen.update(os.environ)
+        seen["backend"] = backend
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", start)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name, value in (STEP | {"SLURM_JOB_NODELIST": "gpu[3-5]", "SLURM_STEP_NODELIST": "gpu[4-5]"}).items():
+        monkeypatch.setenv(name, value)
+    with joined(5.0):
+        pass
+    assert {name: seen[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")} == {
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "gpu4",
+        "MASTER_PORT": "20077",
+    }
+    assert seen["backend"] == "gloo"
+
+
+def _verbs(world: World) -> dict[str, object]:
+    values = torch.arange(3.0) * (world.rank + 1)
+    return {
+        "any": (world.any(world.rank == 1), world.any(False)),
+        "sum": world.sum(values).tolist(),
+        "mine": values.tolist(),
+        "broadcast": world.broadcast({"from": world.rank}),
+        "gather": world.gather(f"rank {world.rank}"),
+    }
+
+
+def test_two_ranks_hear_the_same(two_ranks) -> None:
+    first, second = two_ranks.call(_verbs)
+    assert first["any"] == second["any"] == (True, False)
+    assert first["sum"] == second["sum"] == [0.0, 3.0, 6.0]
+    assert (first["mine"], second["mine"]) == ([0.0, 1.0, 2.0], [0.0, 2.0, 4.0]), "the argument is left alone"
+    assert first["broadcast"] == second["broadcast"] == {"from": 0}
+    assert first["gather"] == second["gather"] == ["rank 0", "rank 1"]
+
+
+def test_the_log_and_the_tags_say_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert slurm_job() == {}
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert slurm_job() == {"slurm_job_id": "77", "slurm_restart_count": "2"}
+    said = describe(World(3, 4, 1, "srun", torch.device("cpu")))
+    assert said.startswith("rank 3 of 4 on ")
+    assert said.endswith("local rank 1, cpu, launcher srun, SLURM_JOB_ID=77, SLURM_RESTART_COUNT=2")
+
+
+@pytest.mark.parametrize(("seen", "local", "index"), [(1, 3, 0), (4, 3, 3), (4, 0, 0)])
+def test_one_gpu_for_each_task_or_all_for_every_task(
+    seen: int, local: int, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from foveal.distributed.world import _device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    assert _device(Seat(local, 8, local, "srun")) == torch.device("cuda", index)
+
+
+def test_more_tasks_than_gpus_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    from foveal.distributed.world import _device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(LaunchError, match="local rank 2 has no GPU: this process sees 2; start as many tasks"):
+        _device(Seat(2, 4, 2, "srun"))
