@@ -33,7 +33,7 @@ def train(plan: DistillPlan, run: Run) -> None:
         for step in steps(engine, batches, objective, run.course(start)):
             if due(step.index, cfg.log.every, plan.stop):
                 run.report()
-            leaving = run.asked_to_leave(step.index)
+            leaving = run.asked_to_leave()
             if leaving or due(step.index, cfg.checkpoint.every, plan.stop):
                 run.save(engine, step.index)
             if leaving:

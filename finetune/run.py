@@ -52,7 +52,7 @@ def fit(plan: FinetunePlan, run: Run) -> None:
                 run.report()
             if cfg.evaluate_every and due(step.index, cfg.evaluate_every, plan.stop):
                 run.evaluated(step.index, accuracy(engine, plan, run.world, split=cfg.data.val, part="all"))
-            leaving = run.asked_to_leave(step.index)
+            leaving = run.asked_to_leave()
             if leaving or due(step.index, cfg.checkpoint.every, plan.stop):
                 run.save(engine, step.index)
             if leaving:

@@ -191,7 +191,7 @@ def _explain_one(model: type[Config], problem: dict[str, Any]) -> str:
         return f"{name} is missing and has no default"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    if isinstance(problem["input"], dict) and problem["type"] == "value_error":  # a section's check names its values
+    if problem["type"] == "value_error":  # our own checks name the values, and know which are secrets
         return f"{name}: {message}" if place else message
     return f"{name}: {message} (given: {problem['input']!r})"
 

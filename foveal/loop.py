@@ -69,7 +69,7 @@ def steps(engine: Engine, batches: Iterator[Batch], objective: Objective, course
         share = _mean_weight([objective.weight(batch) for batch in micros], course.world)
         sums: dict[str, Tensor] = {}
         for number, host_batch in enumerate(micros):
-            batch = host_batch.to(engine.device)
+            batch = host_batch.to(engine.device, non_blocking=True)
             with engine.micro(last=number == accumulate - 1):
                 total, numbers = objective(engine.model, batch)
                 loss = total / share

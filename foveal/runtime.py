@@ -23,12 +23,11 @@ from foveal.files import write_json
 from foveal.loop import Course
 from foveal.progress import Progress
 from foveal.stage import Plan, StageConfig
-from foveal.telemetry.pace import Pace
+from foveal.telemetry.pace import Pace, peak_memory
 from foveal.telemetry.totals import Row, Totals
 from foveal.tracking.jsonl import Jsonl
 from foveal.tracking.tracker import Both, Silent, Status, Tracker, TrackingConfig
 
-_AGREE_EVERY = 10  # steps between two collectives that ask whether anybody was told to leave
 _TOLERATED = 3  # skipped steps in a row before a run counts as diverged
 _log = logging.getLogger(__name__)
 
@@ -49,6 +48,7 @@ class Run:
     tracker: Tracker = field(default_factory=Silent)
     progress: Progress = field(default_factory=Progress)
     left: bool = False
+    finished: bool = False
     _skipped: int = 0
     _last: Row = field(default_factory=dict)
 
@@ -74,7 +74,7 @@ class Run:
     def begin(self, step: int = 0, total: int | None = None) -> None:
         """Open the tracker at a step, on rank 0; the progress counts to ``total``, or to the plan's steps."""
         if self.world.rank == 0:
-            self.tracker = _tracker(self.path, self.plan.cfg, step)
+            self.tracker, self._last = _tracker(self.path, self.plan.cfg, step)
             self.tracker.settings(self.plan.cfg.flat() | self.plan.inherited, _facts(self.world))
             self.tracker.file(self.path / "config.yaml")
             self.progress = Progress("" if self.quiet else self.path.name, total or self.plan.steps, step)
@@ -86,7 +86,7 @@ class Run:
         """
         rows = self.totals.read(self.world.sum)
         if rows:
-            rows[-1] |= self.pace.read()
+            rows[-1] |= self.pace.read() | peak_memory(self.world.device)
             with self.pace.paused():
                 self.tracker.rows(rows)
                 self.progress.show(rows[-1])
@@ -118,9 +118,13 @@ class Run:
         with self.pace.paused():
             self.store.save(engine, self._state(step))
 
-    def asked_to_leave(self, step: int) -> bool:
-        """Whether any rank was asked to; all ranks hear the same answer."""
-        return step % _AGREE_EVERY == 0 and self.preemption.agreed()
+    def asked_to_leave(self) -> bool:
+        """Whether any rank was asked to; all ranks hear the same answer.
+
+        One integer over all ranks every step: with long steps, asking less often would outlast the notice that Slurm
+        gives, and an engine reads the gradient norm from the device in every step anyway.
+        """
+        return self.preemption.agreed()
 
     def leave(self, step: int) -> None:
         """The end of an attempt that was asked to leave and has saved."""
@@ -141,6 +145,7 @@ class Run:
             if results:
                 self.tracker.results(results, self.plan.steps)
             self.tracker.file(self.path / "finished.json")
+        self.finished = True
         self.world.barrier()
 
     def course(self, start: int) -> Course:
@@ -215,7 +220,7 @@ def opened(
         status: Status = "FAILED"
         try:
             yield run
-            status = "KILLED" if run.left else "FINISHED"
+            status = "FINISHED" if run.finished else "KILLED"
         except BaseException as error:
             _log.error("rank %d stops: %s: %s", world.rank, type(error).__name__, error)
             raise
@@ -263,10 +268,11 @@ def _warn_of_versions(was: dict[str, str]) -> None:
         )
 
 
-def _tracker(path: Path, cfg: StageConfig, start: int) -> Tracker:
+def _tracker(path: Path, cfg: StageConfig, start: int) -> tuple[Tracker, Row]:
+    """The tracker, and the last row that an earlier attempt left: one that was killed after its last step reports it."""
     jsonl = Jsonl(path / "metrics.jsonl", start)
     mlflow = connected(cfg.tracking, path, cfg.run.pipeline)
-    return jsonl if mlflow is None else Both(jsonl, mlflow)
+    return jsonl if mlflow is None else Both(jsonl, mlflow), jsonl.last
 
 
 def connected(cfg: TrackingConfig, path: Path, pipeline: str | None) -> Tracker | None:

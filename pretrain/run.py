@@ -35,7 +35,7 @@ def train(plan: PretrainPlan, run: Run) -> None:
                 run.report()
             if due(step.index, cfg.log.pictures_every, plan.stop):
                 show(step, engine, objective, run)
-            leaving = run.asked_to_leave(step.index)
+            leaving = run.asked_to_leave()
             if leaving or due(step.index, cfg.checkpoint.every, plan.stop):
                 run.save(engine, step.index)
             if leaving:

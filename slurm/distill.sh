@@ -3,7 +3,7 @@
 #
 #   sbatch [SBATCH OPTIONS] slurm/distill.sh [CONFIG] [key=value ...]
 #
-# from the root of the repository. CONFIG: a file, or NAME for configs/distill/NAME.yaml (default: distill_vit_s16).
+# from the root of the repository. CONFIG: a file, or NAME for configs/distill/NAME.yaml (default: mae_vit_s16).
 # Options of sbatch win over the lines below: --nodes=1 --ntasks-per-node=4 --gpus-per-node=4 on a smaller cluster,
 # --gpus-per-node=0 on one without GPUs (where sbatch says "Invalid generic resource (gres) specification").
 #SBATCH --job-name=distill
@@ -14,7 +14,7 @@ set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?this is a job script: sbatch slurm/distill.sh}"
 [ -f slurm/stage.sh ] || { echo "$PWD is not the root of the repository: call sbatch there" >&2; exit 2; }
 source slurm/stage.sh
-arguments_of distill_vit_s16 "$@"
+arguments_of mae_vit_s16 "$@"
 
 # A mistake (a setting, missing shards, a batch that these ranks do not divide) ends here, with one sentence and code 2.
 "${check[@]}" -m distill.run "${arguments[@]}" --check --ranks "$SLURM_NTASKS"

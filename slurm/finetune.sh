@@ -3,7 +3,7 @@
 #
 #   sbatch [SBATCH OPTIONS] slurm/finetune.sh [CONFIG] [key=value ...]
 #
-# from the root of the repository. CONFIG: a file, or NAME for configs/finetune/NAME.yaml (default: finetune_vit_b16).
+# from the root of the repository. CONFIG: a file, or NAME for configs/finetune/NAME.yaml (default: vit_b16).
 # Options of sbatch win over the lines below: --nodes=1 --ntasks-per-node=4 --gpus-per-node=4 on a smaller cluster,
 # --gpus-per-node=0 on one without GPUs (where sbatch says "Invalid generic resource (gres) specification").
 #SBATCH --job-name=finetune
@@ -14,7 +14,7 @@ set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?this is a job script: sbatch slurm/finetune.sh}"
 [ -f slurm/stage.sh ] || { echo "$PWD is not the root of the repository: call sbatch there" >&2; exit 2; }
 source slurm/stage.sh
-arguments_of finetune_vit_b16 "$@"
+arguments_of vit_b16 "$@"
 
 # A mistake (a setting, missing shards, a batch that these ranks do not divide) ends here, with one sentence and code 2.
 "${check[@]}" -m finetune.run "${arguments[@]}" --check --ranks "$SLURM_NTASKS"

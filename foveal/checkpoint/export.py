@@ -55,7 +55,7 @@ def read_card(folder: Path) -> Card:
     Errors: ExportError where there is no export, or one of another format.
     """
     try:
-        tree = json.loads((folder / "card.json").read_text())
+        tree: dict[str, Any] = json.loads((folder / "card.json").read_text())
     except FileNotFoundError:
         raise ExportError(
             f"{folder} is no export: it has no card.json; give the export folder of a finished run"
@@ -66,7 +66,8 @@ def read_card(folder: Path) -> Card:
         found = tree.get("format") if isinstance(tree, dict) else None
         raise ExportError(f"{folder} has export format {found}; this foveal reads format {FORMAT}")
     try:
-        return Card(**(tree | {name: tuple(tree[name]) for name in ("mean", "std", "classes")}))
+        tree |= {name: tuple(tree[name]) for name in ("mean", "std", "classes")}
+        return Card(**tree)
     except (KeyError, TypeError) as error:
         raise ExportError(f"{folder / 'card.json'} is not as foveal wrote it ({error}); export it again") from None
 

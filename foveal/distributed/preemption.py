@@ -55,4 +55,4 @@ def requeue() -> str | None:
         answer = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
     except OSError as error:  # a container without Slurm's commands
         return str(error)
-    return answer.stderr.strip() or None if answer.returncode else None
+    return answer.stderr.strip() or f"scontrol ended with {answer.returncode}" if answer.returncode else None

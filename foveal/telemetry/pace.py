@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
+
 
 class Pace:
     """Seconds of training, images per second, and the share of time spent waiting for the loader."""
@@ -48,3 +50,10 @@ class Pace:
         rates = {"images_per_second": self._images / span, "data_wait": min(1.0, self._waited / span)}
         self._last, self._waited, self._images = now, 0.0, 0
         return rates
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """``peak_memory_gib``: the most that torch ever held on this rank's GPU; nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    return {"peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}

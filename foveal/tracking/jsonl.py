@@ -13,12 +13,14 @@ class Jsonl:
     """Appends rows. On opening, rows past the step that the run resumes from are void and are dropped."""
 
     def __init__(self, file: Path, start: int) -> None:
+        kept: list[Row] = []
         if file.exists():
             kept = [row for row in read_rows(file) if row["step"] <= start]
             draft = file.with_name(f".{file.name}.draft")
             draft.write_text("".join(_line(row) for row in kept))
             force(draft)
             draft.replace(file)
+        self.last: Row = next((row for row in reversed(kept) if "loss" in row), {})
         self._stream = file.open("a")
 
     def settings(self, flat: dict[str, Any], tags: dict[str, str]) -> None:

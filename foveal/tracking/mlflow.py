@@ -1,12 +1,14 @@
 """MLflow. One parent run for a pipeline, one child for each of its stages; a restarted stage goes on in its child."""
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mlflow.entities import Metric, Param, RunTag
+from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
@@ -22,7 +24,10 @@ class MLflow:
 
     def __init__(self, cfg: TrackingConfig, run: Path, pipeline: Path | None) -> None:
         assert cfg.uri is not None
-        uri, artifacts = _store(cfg.uri)
+        uri, artifacts = _store(os.path.expandvars(cfg.uri))
+        for limit, most in ((MLFLOW_HTTP_REQUEST_TIMEOUT, 10), (MLFLOW_HTTP_REQUEST_MAX_RETRIES, 1)):
+            if not limit.is_set():
+                limit.set(most)  # MLflow's own patience is minutes, and the run would wait with it
         self._client = MlflowClient(tracking_uri=uri)
         experiment = _experiment(self._client, cfg.experiment, artifacts)
         self._parent = None if pipeline is None else _continued(self._client, experiment, pipeline, {})

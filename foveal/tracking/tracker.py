@@ -4,6 +4,9 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
+from urllib.parse import urlsplit
+
+from pydantic import field_validator
 
 from foveal.config import Config, machine
 
@@ -19,6 +22,15 @@ class TrackingConfig(Config):
         "sqlite:///runs/mlflow.db", "MLflow's tracking URI; a relative SQLite path starts here; none: no MLflow."
     )
     experiment: str = machine("foveal", "MLflow's experiment.")
+
+    @field_validator("uri")
+    @classmethod
+    def _no_password(cls, uri: str | None) -> str | None:
+        if uri is not None and urlsplit(uri).password:
+            raise ValueError(
+                "the URI holds a password, which would stand in every config.yaml; write ${A_VARIABLE} for the URI"
+            )
+        return uri
 
 
 class Tracker(Protocol):

@@ -108,7 +108,7 @@ def test_a_mistake_is_one_sentence(text: str, sentence: str, tmp_path: Path) -> 
 
 
 def test_every_mistake_of_a_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="seed: .*; distanse is not a setting"):
+    with pytest.raises(ConfigError, match=r"seed: .*; distanse is not a setting"):
         load(tmp_path, WHOLE + "seed: -1\ndistanse: cosine")
 
 
@@ -141,7 +141,7 @@ def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
         Study.load(tmp_path / "mae_vitb16.yaml")
     there = tmp_path / "mae_vit_b16.yaml"
     assert str(caught.value) == f"{tmp_path / 'mae_vitb16.yaml'}: no such file. Did you mean '{there}'?"
-    with pytest.raises(ConfigError, match="no such file$"):
+    with pytest.raises(ConfigError, match=r"no such file$"):
         Study.load(tmp_path / "nowhere" / "x.yaml")
 
 

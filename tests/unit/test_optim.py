@@ -28,7 +28,9 @@ def table(groups: list[dict[str, Any]], model: nn.Module) -> dict[str, tuple[flo
 
 def test_matrices_decay_and_vectors_tokens_and_positions_do_not() -> None:
     learned = TINY.model_copy(update={"positions": "learned"})
-    model = MaskedAutoencoder(build_encoder(learned, image_size=8, channels=1), DecoderConfig(width=8, depth=1, heads=2))
+    model = MaskedAutoencoder(
+        build_encoder(learned, image_size=8, channels=1), DecoderConfig(width=8, depth=1, heads=2)
+    )
     found = table(parameter_groups(model, OptimConfig(weight_decay=0.3)), model)
     assert found.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     plain = {name for name, (decay, _) in found.items() if decay == 0.0}

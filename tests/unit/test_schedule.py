@@ -1,5 +1,7 @@
 """The learning rate: its corners, and torch's cosine between them."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -45,7 +47,7 @@ def test_it_rises_once_and_falls_once_between_floor_and_peak(
     total = warmup + further
     floor = peak * share
     rates = [warmup_cosine(step, peak=peak, floor=floor, warmup=warmup, total=total) for step in range(total + 1)]
-    assert all(a < b for a, b in zip(rates[:warmup], rates[1:warmup], strict=False))
-    assert all(a >= b for a, b in zip(rates[warmup:], rates[warmup + 1 :], strict=False))
+    assert all(a < b for a, b in pairwise(rates[:warmup]))
+    assert all(a >= b for a, b in pairwise(rates[warmup:]))
     assert max(rates) == pytest.approx(peak)
     assert min(rates[warmup:]) == pytest.approx(floor, abs=1e-12)

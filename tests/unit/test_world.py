@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from foveal.distributed.world import Seat, World, describe, first_host, joined, seat, slurm_job
+from foveal.distributed.world import Seat, World, _device, describe, first_host, joined, seat, slurm_job
 from foveal.errors import LaunchError
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
@@ -158,8 +158,6 @@ def test_the_log_and_the_tags_say_where(monkeypatch: pytest.MonkeyPatch) -> None
 def test_one_gpu_for_each_task_or_all_for_every_task(
     seen: int, local: int, index: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from foveal.distributed.world import _device
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
@@ -167,8 +165,6 @@ def test_one_gpu_for_each_task_or_all_for_every_task(
 
 
 def test_more_tasks_than_gpus_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    from foveal.distributed.world import _device
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(LaunchError, match="local rank 2 has no GPU: this process sees 2; start as many tasks"):

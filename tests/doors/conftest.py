@@ -1,0 +1,113 @@
+"""The runs that several tests look at: each is started once."""
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from processes import PYTHON, ROOT, Ended, Started, ended
+
+# Enough steps that a signal finds the run in its middle: 88 of 64 images.
+_LONG = ("epochs=4", "checkpoint.every=20", "tracking.uri=null")
+
+
+@dataclass(frozen=True)
+class LongRun:
+    """A pretraining run that takes a few seconds after its start."""
+
+    config: Path
+    path: Path
+    steps: int = 88
+
+    @property
+    def settings(self) -> Sequence[str | Path]:
+        return [self.config, f"run.dir={self.path}", *_LONG]
+
+    @property
+    def torchrun(self) -> Sequence[str | Path]:
+        """Its command in two processes."""
+        return ["torchrun", "--standalone", "--nproc-per-node=2", "-m", "pretrain.run", *self.settings]
+
+
+@pytest.fixture(scope="session")
+def long_run(configs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> LongRun:
+    """The long run under torchrun, never interrupted."""
+    run = LongRun(configs["pretrain"], tmp_path_factory.mktemp("long") / "run")
+    done = ended(run.torchrun, run.path.parent)
+    assert done.code == 0, done.err
+    return run
+
+
+@pytest.fixture
+def own_environment() -> Iterator[None]:
+    """Joining a world sets RANK and others for the libraries to read; the next test finds them as they were."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The same command three times in one folder: a Ctrl-C in its first stage, then the rest, then nothing to do."""
+
+    folder: Path
+    interrupted: Ended
+    begun: list[str]
+    finished: Ended
+    again: Ended
+    before_again: dict[Path, int]
+    after_again: dict[Path, int]
+
+    @property
+    def runs(self) -> Path:
+        return self.folder / "runs" / "tiny"
+
+
+_PIPELINE = """\
+- name: pretrain
+  stage: pretrain
+  config: {pretrain}
+  set: {{epochs: 4, run.processes: 2}}
+- name: distill
+  stage: distill
+  config: {distill}
+  from: {{teacher: pretrain}}
+- name: finetune
+  stage: finetune
+  config: {finetune}
+  set:
+    init: null
+    epochs: 2
+    model: {{name: vit_tiny_patch16_224, patch: 4, width: 32, depth: 2, heads: 2}}
+    data.lanes: 10
+    data.per_class: 2
+    data.holdout_per_class: 4
+    batch.images: 20
+    trials.repeats: 2
+    trials.lr_per_256: [1.0e-2, 4.0e-2]
+    trials.arms.scratch: null
+  from: {{trials.arms.pretrained: pretrain}}
+"""
+
+
+@pytest.fixture(scope="session")
+def pipeline(configs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    folder = tmp_path_factory.mktemp("pipeline")
+    (folder / "tiny.yaml").write_text(_PIPELINE.format(**configs))
+    command = [PYTHON, ROOT / "slurm" / "submit.py", "tiny.yaml", "--cluster", "local"]
+    first = Started(command, folder)
+    first.reaches(folder / "runs" / "tiny" / "pretrain", 5)
+    first.process.send_signal(signal.SIGINT)
+    interrupted = first.ended()
+    begun = sorted(run.parent.name for run in (folder / "runs" / "tiny").glob("*/science.json"))
+    finished = ended(command, folder)
+    before = _moments(folder)
+    again = ended(command, folder)
+    return Pipeline(folder, interrupted, begun, finished, again, before, _moments(folder))
+
+
+def _moments(folder: Path) -> dict[Path, int]:
+    return {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}

@@ -1,0 +1,126 @@
+"""Every launcher's line starts the ranks it says, and the ranks make one curve."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from processes import PYTHON, ROOT, Ended, column, ended, rows_of
+from ranks import Ranks, stage_named
+
+from foveal.door import main
+
+_REL = 1e-5
+_STEPS = 20
+
+
+def same_curve(rows: list[dict[str, float]], reference: list[dict[str, float]]) -> None:
+    assert column(rows, "step") == list(range(1, _STEPS + 1)) == column(reference, "step")
+    for name in ("loss", "grad_norm", "lr"):
+        assert column(rows, name) == pytest.approx(column(reference, name), rel=_REL), name
+
+
+def is_world_of(size: int, run: Path) -> None:
+    """Each rank's log says so, and so does the plan."""
+    logs = sorted((run / "logs").iterdir())
+    assert [log.name for log in logs] == [f"rank-{rank:03d}.log" for rank in range(size)]
+    for rank, log in enumerate(logs):
+        text = log.read_text()
+        assert f"rank {rank} of {size} on " in text
+        assert f"batch     64 images = {size} ranks x " in text
+
+
+# --- pretraining ---
+
+
+@pytest.fixture(scope="module")
+def alone(configs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ended, Path]:
+    """One process, by the path of its Python, with nothing on PATH: neither ninja, nor c++, nor git."""
+    folder = tmp_path_factory.mktemp("alone")
+    settings = [configs["pretrain"], "epochs=4", f"run.stop_at={_STEPS}", "tracking.uri=null", "run.dir=run"]
+    return ended([PYTHON, "-m", "pretrain.run", *settings], folder, PATH=""), folder / "run"
+
+
+def test_one_process_needs_nothing_on_path(alone) -> None:
+    done, run = alone
+    assert done.code == 0, done.err
+    is_world_of(1, run)
+    assert "deepspeed ZeRO 1" in done.err
+    assert "Traceback" not in done.err
+
+
+def test_torchrun_makes_the_curve_of_one_process(long_run, alone) -> None:
+    is_world_of(2, long_run.path)
+    same_curve(rows_of(long_run.path)[:_STEPS], rows_of(alone[1]))
+
+
+# --- fine-tuning ---
+
+
+@pytest.fixture(scope="module")
+def reference(one_rank: Ranks, configs, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    """The curve of fine-tuning in one process that no launcher started."""
+    run = tmp_path_factory.mktemp("finetune") / "run"
+    return one_rank.train(
+        stage_named("finetune"), configs["finetune"], run, "engine.kind=plain", f"run.stop_at={_STEPS}"
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--config_file", "configs/accelerate/cpu2.yaml"), ("--multi_gpu", "--num_processes", "2")],
+    ids=["config file", "multi_gpu"],
+)
+def test_accelerate_starts_two_ranks_that_talk(options: Sequence[str], reference, configs, tmp_path) -> None:
+    settings = [configs["finetune"], f"run.stop_at={_STEPS}", f"run.dir={tmp_path / 'run'}", "tracking.uri=null"]
+    done = ended(["accelerate", "launch", *options, "finetune/run.py", *settings], ROOT, HF_HOME=str(tmp_path / "hf"))
+    assert done.code == 0, done.err
+    is_world_of(2, tmp_path / "run")
+    same_curve(rows_of(tmp_path / "run"), reference)
+
+
+# --- a bare start of fine-tuning ---
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
+    """A folder in which nothing of foveal was, and the demo's fine-tuning in it: two epochs without CONFIG."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    return folder, ended(["accelerate", "launch", ROOT / "finetune" / "run.py", "epochs=2"], folder)
+
+
+def test_a_bare_launch_packs_the_digits_and_trains_from_scratch(elsewhere) -> None:
+    folder, done = elsewhere
+    assert done.code == 0, done.err
+    assert (folder / "data" / "digits" / "manifest.json").exists()
+    assert "no CONFIG: fine-tuning the digits from scratch (runs/demo/pretrain/export is not there)" in done.err
+    run = folder / "runs" / "digits"
+    assert (run / "finished.json").exists()
+    assert "rank 0 of 1 on " in (run / "logs" / "rank-000.log").read_text()
+    assert column(rows_of(run), "step") == [1, 2]
+    assert (folder / "runs" / "mlflow.db").exists()
+
+
+def test_a_bare_start_takes_the_demos_encoder(
+    elsewhere,
+    own_environment,
+    one_rank: Ranks,
+    tmp_path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder, _ = elsewhere
+    packed = (folder / "data" / "digits" / "manifest.json").stat().st_mtime_ns
+    settings = (f"data.path={folder / 'data' / 'digits'}", "engine.kind=plain", "epochs=1", "optim.warmup_epochs=0")
+    one_rank.train(stage_named("pretrain"), ROOT / "configs" / "pretrain" / "digits.yaml", tmp_path / "run", *settings)
+    shutil.copytree(tmp_path / "run" / "export", folder / "runs" / "demo" / "pretrain" / "export")
+    monkeypatch.chdir(folder)
+    with caplog.at_level("INFO", "foveal"), pytest.raises(SystemExit) as done:
+        main(stage_named("finetune"), ["epochs=2", "run.dir=runs/again", "tracking.uri=null"])
+    assert done.value.code == 0
+    assert "no CONFIG: fine-tuning the digits from runs/demo/pretrain/export" in caplog.text
+    assert (folder / "data" / "digits" / "manifest.json").stat().st_mtime_ns == packed
+    assert "init: runs/demo/pretrain/export" in (folder / "runs" / "again" / "config.yaml").read_text()
+    scratch, pretrained = rows_of(folder / "runs" / "digits"), rows_of(folder / "runs" / "again")
+    assert column(pretrained, "step") == [1, 2]
+    assert pretrained[1]["grad_norm"] != scratch[1]["grad_norm"]

@@ -1,0 +1,99 @@
+"""A run that was told to leave, and then lost a rank, is bit for bit the run that was left alone."""
+
+import contextlib
+import os
+import signal
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+from processes import Ended, Started, column, rows_of
+from safetensors.torch import load_file
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of the same command, and the run's state when it had ended."""
+
+    ended: Ended
+    steps: list[float]
+    checkpoints: list[str]
+    finished: bool
+
+
+@pytest.fixture(scope="module")
+def attempts(long_run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Attempt]]:
+    """TERM to one of two ranks and USR1 to the other; KILL to one; and then nothing more."""
+    run = replace(long_run, path=tmp_path_factory.mktemp("preempted") / "run")
+    found: list[Attempt] = []
+
+    def attempt(*signals: tuple[int, signal.Signals], after: int = 0) -> None:
+        started = Started(run.torchrun, run.path.parent)
+        if signals:
+            started.reaches(run.path, after)
+            ranks = started.ranks()
+            for rank, number in signals:
+                with contextlib.suppress(ProcessLookupError):  # it may be leaving with its peer already
+                    os.kill(ranks[rank], number)
+        done = started.ended()
+        steps = column(rows_of(run.path), "step")
+        names = sorted(each.name for each in (run.path / "checkpoints").iterdir())
+        found.append(Attempt(done, steps, names, (run.path / "finished.json").exists()))
+
+    attempt((0, signal.SIGTERM), (1, signal.SIGUSR1), after=5)
+    attempt((1, signal.SIGKILL), after=len(found[0].steps) + 10)
+    attempt()
+    return run.path, found
+
+
+def test_a_signal_saves_and_exits_0(attempts, long_run) -> None:
+    run, (attempt, _, _) = attempts
+    assert attempt.ended.code == 0, attempt.ended.err
+    assert not attempt.finished
+    assert "Traceback" not in attempt.ended.err
+    last = int(attempt.steps[-1])
+    assert 0 < last < long_run.steps
+    assert attempt.steps == list(range(1, last + 1))
+    assert attempt.checkpoints == [f"step-{last:08d}"]
+    for rank, name in enumerate(("SIGTERM", "SIGUSR1")):
+        log = (run / "logs" / f"rank-{rank:03d}.log").read_text()
+        assert f"asked to leave ({name}): saved at step {last} of {long_run.steps}" in log
+
+
+def test_a_lost_rank_ends_the_others(attempts) -> None:
+    _, (_, lost, last) = attempts
+    assert lost.ended.code != 0
+    assert not lost.finished
+    assert not [name for name in last.checkpoints if not name.startswith("step-")]
+
+
+def test_the_same_command_goes_on_to_the_same_curve(attempts, long_run) -> None:
+    run, (_, _, last) = attempts
+    assert last.ended.code == 0, last.ended.err
+    assert "resumed from" in last.ended.err
+    ours, theirs = rows_of(run), rows_of(long_run.path)
+    assert column(ours, "step") == list(range(1, long_run.steps + 1))
+    for name in ("loss", "grad_norm", "lr"):
+        assert column(ours, name) == column(theirs, name), name
+
+
+def test_the_same_command_leaves_the_same_weights(attempts, long_run) -> None:
+    ours, theirs = (load_file(each / "export" / "model.safetensors") for each in (attempts[0], long_run.path))
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+
+
+def test_ctrl_c_of_a_local_pipeline(pipeline) -> None:
+    """Its stage of two processes saves and leaves, nothing after it starts, and the same command goes on."""
+    assert pipeline.interrupted.code == 128 + signal.SIGINT
+    assert pipeline.begun == ["pretrain"]
+    assert "pretrain stopped with exit code 130; nothing after it was started" in pipeline.interrupted.err
+    log = (pipeline.runs / "pretrain" / "logs" / "rank-001.log").read_text()
+    assert "asked to leave (SIGINT): saved at step " in log
+    assert "resumed from " in log
+    assert column(rows_of(pipeline.runs / "pretrain"), "step") == list(range(1, 89))
+
+
+def test_a_pipeline_that_was_interrupted_has_the_curve_of_one_that_was_not(pipeline, long_run) -> None:
+    ours, theirs = rows_of(pipeline.runs / "pretrain"), rows_of(long_run.path)
+    assert column(ours, "loss") == column(theirs, "loss")

@@ -1,0 +1,100 @@
+"""Commands as a user types them: each in a session of its own, with a limit, and nothing of it outlives a test."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from foveal.tracking.jsonl import read_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHON = Path(sys.executable)
+_PATIENCE = 150  # seconds that a command, or a wait for a row, may take on a busy machine
+_LOOKS = 0.01  # seconds between two looks at a file
+# What a test process may have from its own launcher or from the worlds it joined.
+_FOREIGN = ("SLURM_", "ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "TORCHELASTIC_")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Started:
+    """A command that is running."""
+
+    def __init__(self, command: Sequence[str | Path], cwd: Path, **environment: str) -> None:
+        lone = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN)}
+        # A user's own configuration of Accelerate lies under HF_HOME, and would change what a bare launch does.
+        lone |= {"OMP_NUM_THREADS": "1", "HF_HOME": str(cwd / "nobody")}
+        lone |= {"PATH": f"{PYTHON.parent}{os.pathsep}{os.environ['PATH']}"} | environment
+        self.process = subprocess.Popen(
+            [str(word) for word in command],
+            cwd=cwd,
+            env=lone,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def ended(self) -> Ended:
+        """Wait for the end."""
+        try:
+            out, err = self.process.communicate(timeout=_PATIENCE)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"still running after {_PATIENCE} s:\n{self._killed()}")
+        return Ended(self.process.returncode, out, err)
+
+    def reaches(self, run: Path, step: int) -> None:
+        """Wait until the run directory has a row of that step."""
+        file, patience = run / "metrics.jsonl", time.monotonic() + _PATIENCE
+        while not (file.exists() and any(row["step"] >= step for row in read_rows(file))):
+            if self.process.poll() is not None or time.monotonic() > patience:
+                pytest.fail(f"{run} has not reached step {step}:\n{self._killed()}")
+            time.sleep(_LOOKS)
+
+    def ranks(self) -> dict[int, int]:
+        """Process ids of the ranks that torchrun started, by rank."""
+        found = {}
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                found[int(child.environ()["RANK"])] = child.pid
+        return found
+
+    def _killed(self) -> str:
+        """End the whole session, torchrun's ranks (which have sessions of their own) first; what it said."""
+        family = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
+        for each in family:
+            with contextlib.suppress(psutil.Error):
+                each.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        out, err = self.process.communicate()
+        return f"{out}\n{err}"
+
+
+def ended(command: Sequence[str | Path], cwd: Path, **environment: str) -> Ended:
+    """Run a command to its end."""
+    return Started(command, cwd, **environment).ended()
+
+
+def rows_of(run: Path) -> list[dict[str, float]]:
+    """The rows of a run's steps; those of evaluations and results are left out."""
+    return [row for row in read_rows(run / "metrics.jsonl") if "loss" in row]
+
+
+def column(rows: list[dict[str, float]], name: str) -> list[float]:
+    return [row[name] for row in rows]

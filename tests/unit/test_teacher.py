@@ -1,0 +1,188 @@
+"""A teacher that nothing changes, and teachers that a student cannot follow."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from distill.config import DistillConfig, plan
+from distill.objective import Imitate
+from distill.teacher import Teacher
+from foveal.checkpoint.export import Card, write_export
+from foveal.data import Batch
+from foveal.errors import ConfigError, ExportError
+from foveal.models.heads import Student
+from foveal.models.vit import Pooling, VitConfig, build_encoder, encoder_card
+
+CPU = torch.device("cpu")
+TINY = VitConfig(name="vit_tiny_patch16_224", patch=4, width=16, depth=2, heads=2)
+MEAN, STD = (0.3,), (0.4,)
+
+
+def export(folder: Path, *, pooling: Pooling = "token", classes: int = 0, **card: Any) -> Path:
+    """An encoder's export, made without training; ``card`` tells something else than the weights."""
+    torch.manual_seed(0)
+    encoder = build_encoder(TINY, image_size=16, channels=1, pooling=pooling, classes=classes)
+    told = encoder_card(TINY, 16, 1, pooling=pooling, classes=classes) | card
+    write_export(folder, encoder.state_dict(), Card("pretrain", told, MEAN, STD))
+    return folder
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Teacher:
+    return Teacher(export(tmp_path / "export"), CPU, "fp32")
+
+
+def images(count: int = 3) -> Tensor:
+    return torch.randn(count, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def test_the_lesson_is_what_timm_makes_of_the_images(teacher: Teacher) -> None:
+    torch.manual_seed(0)
+    encoder = build_encoder(TINY, image_size=16, channels=1).eval()
+    with torch.no_grad():
+        tokens = encoder.forward_features(images())
+    cls, patches = teacher(images())
+    assert (cls.shape, patches.shape) == ((3, 16), (3, 16, 16))
+    torch.testing.assert_close(cls, tokens[:, 0])
+    torch.testing.assert_close(patches, tokens[:, 1:])
+
+
+def test_no_gradient_reaches_a_teacher(teacher: Teacher) -> None:
+    given = images().requires_grad_()
+    with torch.enable_grad():
+        cls, patches = teacher(given)
+    assert not cls.requires_grad
+    assert not patches.requires_grad
+    assert not [name for name, parameter in teacher._encoder.named_parameters() if parameter.requires_grad]
+
+
+def test_a_step_of_its_student_leaves_it_as_it_was(teacher: Teacher, tmp_path: Path) -> None:
+    """Evaluation mode for ever: no train() of a student, or of what holds both, reaches it."""
+    student = Student(build_encoder(TINY, image_size=16, channels=1), 16)
+    student.teacher = teacher  # pyright: ignore[reportArgumentType]
+    objective = Imitate(teacher, "cosine", 1.0, 1.0, MEAN, STD)
+    optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
+    lesson = teacher(images())
+    pixels = torch.randint(0, 256, (4, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    ids = torch.arange(4)
+    batch = Batch(pixels, torch.full((4,), -1), ids, torch.ones(4, dtype=torch.bool), 0, 0, 0)
+    for _ in range(2):
+        student.train()
+        total, _ = objective(student, batch)
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+    assert not any(module.training for module in teacher._encoder.modules())
+    assert not isinstance(teacher, nn.Module)
+    assert not [name for name, _ in student.named_parameters() if "teacher" in name]
+    kept = load_file(tmp_path / "export" / "model.safetensors")
+    assert all(value.equal(kept[name]) for name, value in teacher._encoder.state_dict().items())
+    for again, before in zip(teacher(images()), lesson, strict=True):
+        assert again.equal(before)
+
+
+def test_lower_precision_stays_inside(teacher: Teacher, tmp_path: Path) -> None:
+    lowered = Teacher(tmp_path / "export", CPU, "bf16")
+    for low, full in zip(lowered(images()), teacher(images()), strict=True):
+        assert low.dtype == full.dtype == torch.float32
+        assert not low.equal(full)
+        torch.testing.assert_close(low, full, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("card", "sentence"),
+    [
+        ({"depth": 3}, "export lacks blocks.2."),
+        ({"depth": 1}, "export has names that are not the model's: blocks.1."),
+        ({"width": 32}, "export has other shapes: cls_token"),
+        ({"name": "vit_tiny_patch16_223"}, "card.json: 'vit_tiny_patch16_223' is not a model of timm"),
+        ({"colour": "red"}, "card.json: colour is not a setting"),
+    ],
+)
+def test_a_card_that_tells_of_another_encoder_is_one_sentence(
+    card: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ExportError) as caught:
+        Teacher(export(tmp_path / "export", **card), CPU, "fp32")
+    assert sentence in str(caught.value)
+
+
+def distill(digits: Path, teacher: Path, **settings: Any) -> DistillConfig:
+    tree = {
+        "epochs": 1,
+        "teacher": str(teacher),
+        "data": {"path": str(digits), "image_size": 16, "channels": 1, "lanes": 8} | settings.get("data", {}),
+        "model": TINY.tree() | {"width": 8} | settings.get("model", {}),
+        "batch": {"images": 64},
+        "optim": {},
+        "run": {"dir": "runs/x"},
+    }
+    return DistillConfig.checked(tree, "here")
+
+
+def test_a_student_inherits_its_teachers_pixels_and_digest(digits: Path, tmp_path: Path) -> None:
+    folder = export(tmp_path / "export")
+    found = plan(distill(digits, folder), 1)
+    assert (found.mean, found.std, found.teacher_width) == (MEAN, STD, 16)
+    torch.manual_seed(5)
+    other = build_encoder(TINY, image_size=16, channels=1)
+    write_export(tmp_path / "other", other.state_dict(), Card("pretrain", encoder_card(TINY, 16, 1), MEAN, STD))
+    moved = export(tmp_path / "elsewhere" / "export")
+    assert plan(distill(digits, moved), 1).science() == found.science(), "where a teacher lies is no science"
+    changed = plan(distill(digits, tmp_path / "other"), 1).science()
+    assert {name for name in changed if changed[name] != found.science()[name]} == {"inherited.teacher"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"data": {"image_size": 20}}, "has image_size 16, the student's data.image_size is 20; they must be equal"),
+        ({"data": {"channels": 3}}, "has channels 1, the student's data.channels is 3; they must be equal"),
+        ({"model": {"patch": 8}}, "has patch 4, the student's model.patch is 8; they must be equal"),
+        (
+            {"data": {"mean": [0.5], "std": [0.4]}},
+            "data.mean is [0.5], the export was trained with [0.3]; leave data.mean out",
+        ),
+        (
+            {"data": {"mean": [0.3], "std": [0.5]}},
+            "data.std is [0.5], the export was trained with [0.4]; leave data.std out",
+        ),
+    ],
+)
+def test_a_student_that_cannot_follow_is_one_sentence(
+    settings: dict[str, Any], sentence: str, digits: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ExportError) as caught:
+        plan(distill(digits, export(tmp_path / "export"), **settings), 1)
+    assert str(caught.value).endswith(sentence)
+
+
+def test_a_student_may_state_what_its_teacher_says(digits: Path, tmp_path: Path) -> None:
+    stated = {"data": {"mean": list(MEAN), "std": list(STD)}}
+    assert plan(distill(digits, export(tmp_path / "export"), **stated), 1).mean == MEAN
+
+
+def test_no_teacher_is_one_sentence(digits: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="nobody is no export"):
+        plan(distill(digits, tmp_path / "nobody"), 1)
+    tree = distill(digits, tmp_path).tree()
+    del tree["teacher"]
+    with pytest.raises(ConfigError, match="teacher is missing"):
+        DistillConfig.checked(tree, "here")
+
+
+def test_a_classifier_that_reads_the_class_token_can_teach(digits: Path, tmp_path: Path) -> None:
+    folder = export(tmp_path / "export", classes=10)
+    assert plan(distill(digits, folder), 1).teacher_width == 16
+    assert Teacher(folder, CPU, "fp32")(images())[0].shape == (3, 16)
+
+
+def test_a_classifier_that_reads_the_mean_of_the_patches_is_refused_in_the_plan(digits: Path, tmp_path: Path) -> None:
+    """Its norm comes after the mean: its tokens have none, and there are no features to imitate."""
+    folder = export(tmp_path / "export", pooling="avg", classes=10)
+    with pytest.raises(ExportError, match="pooling"):
+        plan(distill(digits, folder), 1)
