@@ -33,7 +33,12 @@ def plan(cfg: DistillConfig, ranks: int) -> DistillPlan:
     """Everything that can be refused before a run begins. Errors: ConfigError, DataError, ExportError."""
     card = read_card(Path(cfg.teacher))
     teacher = EncoderCard.checked(card.encoder, f"{cfg.teacher}/card.json")
-    student = cfg.model.resolved()
+    if teacher.pooling == "avg":
+        raise ExportError(
+            f"the teacher {cfg.teacher} was fine-tuned with pooling=avg and has no norm behind its tokens; "
+            f"give a pretrained encoder, or one fine-tuned with pooling=token"
+        )
+    student = cfg.model.fitted(cfg.data.image_size)
     for name, hers, his in (
         ("data.image_size", teacher.image_size, cfg.data.image_size),
         ("data.channels", teacher.channels, cfg.data.channels),

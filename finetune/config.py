@@ -62,6 +62,8 @@ def plan(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
     """
     if cfg.trials is None:
         return _plan_one(cfg, ranks)
+    if cfg.run.stop_at is not None:
+        raise ConfigError("run.stop_at and trials exclude each other: a comparison is of whole runs; shorten epochs")
     if cfg.init is not None:
         raise ConfigError("init and trials exclude each other: trials.arms says what each arm starts from")
     rate, *others = cfg.trials.lr_per_256
@@ -121,6 +123,8 @@ def _classes(dataset: Dataset, cfg: FinetuneConfig) -> tuple[str, ...]:
         raise DataError(f"{dataset.folder}: its samples have no classes to learn; index shards that hold .cls members")
     for split in (cfg.data.train, cfg.data.val):
         highest = int(dataset.labels(split).max())
+        if highest < 0:
+            raise DataError(f"{dataset.folder}: no sample of split '{split}' has a label")
         if highest >= len(dataset.classes):
             raise DataError(
                 f"{dataset.folder}: split '{split}' has label {highest}, but there are {len(dataset.classes)} classes"

@@ -34,7 +34,8 @@ class Classify:
         total = F.cross_entropy(
             logits_BK, batch.labels, reduction="sum", ignore_index=_UNLABELLED, label_smoothing=self.label_smoothing
         )
-        return total, {"train_top1": (logits_BK.argmax(dim=1) == batch.labels).double().mean()}
+        right_B = (logits_BK.argmax(dim=1) == batch.labels).double()
+        return total, {"train_top1": right_B.sum() / self.weight(batch).clamp(min=1)}
 
 
 @torch.no_grad()

@@ -57,13 +57,16 @@ def _chosen(found: dict[tuple[str, float], list[dict[str, float]]]) -> dict[str,
     results: dict[str, float] = {}
     for arm in dict.fromkeys(arm for arm, _ in found):
         rates = {lr: seeds for (name, lr), seeds in found.items() if name == arm}
-        best = max(rates, key=lambda lr: statistics.fmean(seed.get("holdout_top1", 0.0) for seed in rates[lr]))
+        held_out = (
+            {lr: statistics.fmean(seed["holdout_top1"] for seed in rates[lr]) for lr in rates} if len(rates) > 1 else {}
+        )
+        best = max(held_out, key=lambda lr: held_out[lr]) if held_out else next(iter(rates))
         top1 = [seed["val_top1"] for seed in rates[best]]
         results |= {
             f"{arm}_lr_per_256": best,
             f"{arm}_top1": statistics.fmean(top1),
             f"{arm}_top1_lowest": min(top1),
             f"{arm}_top1_highest": max(top1),
-            f"{arm}_holdout_top1": statistics.fmean(seed.get("holdout_top1", 0.0) for seed in rates[best]),
         }
+        results |= {f"{arm}_holdout_top1": held_out[best]} if held_out else {}
     return results

@@ -46,7 +46,8 @@ def draft_of(folder: Path) -> Path:
 
 def publish(draft: Path, folder: Path) -> None:
     """Give a finished draft its name; what had the name before is gone only after the new one is whole on disk."""
-    force(draft)
+    for names in [*(each for each in draft.rglob("*") if each.is_dir()), draft]:
+        force(names)
     if folder.exists():
         old = folder.with_name(f".old-{folder.name}")
         shutil.rmtree(old, ignore_errors=True)

@@ -149,8 +149,9 @@ class Run:
         self.world.barrier()
 
     def course(self, start: int) -> Course:
-        """The steps that are left of this attempt."""
+        """The steps that are left of this attempt, which begin now."""
         plan = self.plan
+        self.pace.begin()
         return Course(start, plan.stop, plan.micros, plan.lr, self.world, self.totals, self.pace)
 
     def export(self, engine: Engine, encoder: dict[str, Any], *, prefix: str, classes: tuple[str, ...] = ()) -> None:

@@ -26,4 +26,5 @@ class PretrainPlan(Plan):
 
 def plan(cfg: PretrainConfig, ranks: int) -> PretrainPlan:
     """Everything that can be refused before a run begins. Errors: ConfigError, DataError."""
+    cfg.model.fitted(cfg.data.image_size)
     return planned(PretrainPlan, cfg, ranks)

@@ -81,7 +81,10 @@ class Engine(Protocol):
         ...
 
     def weights(self) -> dict[str, Tensor]:
-        """All weights by the module's own names, fp32 on the CPU, whole on rank 0; every rank calls it."""
+        """All weights by the module's own names, fp32 on the CPU, whole on rank 0; every rank calls it.
+
+        They may share memory with the live weights: write them before the next step.
+        """
         ...
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from foveal.config import Config, science
 from foveal.errors import ConfigError, ExportError
 from foveal.models.droppath import sample_drops
-from foveal.models.positions import sincos_positions
+from foveal.models.positions import check_width, sincos_positions
 
 Pooling = Literal["token", "avg"]
 HEAD_SCALE = 2e-5  # a new classifier starts nearly indifferent, as in the reference fine-tuning of MAE
@@ -41,6 +41,12 @@ class VitConfig(Config):
         """The same encoder with every size spelled out. Errors: ConfigError when timm has no such plain transformer."""
         told = {name: getattr(self, name) for name in VitConfig.model_fields}
         return SizedVit(**(_sizes(_outline(self.name)) | {name: v for name, v in told.items() if v is not None}))
+
+    def fitted(self, image_size: int) -> "SizedVit":
+        """As ``resolved``, and the sizes fit each other and a square image of this side. Errors: ConfigError."""
+        sizes = self.resolved()
+        _check_sizes(sizes, image_size)
+        return sizes
 
 
 class SizedVit(VitConfig):
@@ -81,8 +87,7 @@ def build_encoder(
     Errors: ConfigError for a name that timm does not have or that is not a plain vision transformer, and for sizes that
     do not fit each other.
     """
-    sizes = cfg.resolved()
-    _check_sizes(sizes, image_size)
+    sizes = cfg.fitted(image_size)
     # timm draws too, and how much may change with its version: the generator is put back before foveal draws.
     with torch.random.fork_rng(devices=[]):
         encoder: Any = timm.create_model(
@@ -107,8 +112,11 @@ def build_encoder(
 def encoder_card(
     cfg: VitConfig, image_size: int, channels: int, *, pooling: Pooling = "token", classes: int = 0
 ) -> dict[str, Any]:
-    """Plain data, ready for JSON, from which ``encoder_from_card`` builds the same encoder in any later version."""
-    sizes = cfg.resolved().tree()
+    """Plain data, ready for JSON, from which ``encoder_from_card`` builds the same encoder in any later version.
+
+    Errors: ConfigError, as ``build_encoder``.
+    """
+    sizes = cfg.fitted(image_size).tree()
     card = EncoderCard(**sizes, image_size=image_size, channels=channels, pooling=pooling, classes=classes)
     return card.tree()
 
@@ -211,6 +219,8 @@ def _check_sizes(sizes: SizedVit, image_size: int) -> None:
         fitting = [heads for heads in range(1, sizes.width + 1) if sizes.width % heads == 0]
         nearest = min(fitting, key=lambda heads: abs(heads - sizes.heads))
         raise ConfigError(f"width={sizes.width} cannot be divided among heads={sizes.heads}; heads={nearest} fits")
+    if sizes.positions == "sincos":
+        check_width(sizes.width)
 
 
 def _initialise(encoder: Any, positions: Literal["sincos", "learned"]) -> None:

@@ -18,6 +18,11 @@ class Pace:
         self._waited = 0.0
         self._images = 0
 
+    def begin(self) -> None:
+        """Training begins now: what came before, building models and engines, counts in nothing."""
+        self._start = self._last = self._clock()
+        self._paused = 0.0
+
     @property
     def seconds(self) -> float:
         """Seconds of training over all attempts: saving, showing and evaluating are not training."""

@@ -35,6 +35,7 @@ class MLflow:
         self._run = _continued(self._client, experiment, run, tags)
         for each in filter(None, (self._parent, self._run)):
             self._client.update_run(each, status="RUNNING")
+        self._pending: list[Metric] = []
         logged = self._client.get_metric_history(self._run, "loss")
         self._delivered = max((metric.step for metric in logged), default=0)
 
@@ -50,8 +51,8 @@ class MLflow:
     def rows(self, rows: Sequence[Row]) -> None:
         """Rows at steps that an earlier attempt delivered are the same numbers, and are not counted twice."""
         new = [row for row in rows if row["step"] > self._delivered]
-        self._deliver([(name, value, int(row["step"])) for row in new for name, value in row.items() if name != "step"])
         self._delivered = max([self._delivered, *(int(row["step"]) for row in rows)])
+        self._deliver([(name, value, int(row["step"])) for row in new for name, value in row.items() if name != "step"])
 
     def results(self, results: Row, step: int) -> None:
         """As for rows: what an earlier attempt delivered is not counted twice."""
@@ -59,10 +60,12 @@ class MLflow:
         self._deliver([(name, value, step) for name, value in results.items() if step not in known[name]])
 
     def _deliver(self, numbers: list[tuple[str, float, int]]) -> None:
+        """Send numbers, after those that an earlier call could not send; a store takes the same metric only once."""
         now = int(time.time() * 1000)
-        metrics = [Metric(name, value, now, step) for name, value, step in numbers]
-        for at in range(0, len(metrics), _BATCH):
-            self._client.log_batch(self._run, metrics=metrics[at : at + _BATCH])
+        self._pending += [Metric(name, value, now, step) for name, value, step in numbers]
+        while self._pending:
+            self._client.log_batch(self._run, metrics=self._pending[:_BATCH])
+            del self._pending[:_BATCH]
 
     def file(self, path: Path) -> None:
         self._client.log_artifact(self._run, str(path), path.parent.name if path.parent.name == "pictures" else None)

@@ -10,6 +10,8 @@ from ranks import Ranks, stage_named
 
 from foveal.door import main
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # of real processes, each several seconds
+
 _REL = 1e-5
 _STEPS = 20
 
@@ -89,13 +91,18 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
     return folder, ended(["accelerate", "launch", ROOT / "finetune" / "run.py", "epochs=2"], folder)
 
 
+def run_of(folder: Path) -> Path:
+    """The one finished run, whatever the demo's config calls it."""
+    (file,) = (folder / "runs").glob("*/finished.json")
+    return file.parent
+
+
 def test_a_bare_launch_packs_the_digits_and_trains_from_scratch(elsewhere) -> None:
     folder, done = elsewhere
     assert done.code == 0, done.err
     assert (folder / "data" / "digits" / "manifest.json").exists()
     assert "no CONFIG: fine-tuning the digits from scratch (runs/demo/pretrain/export is not there)" in done.err
-    run = folder / "runs" / "digits"
-    assert (run / "finished.json").exists()
+    run = run_of(folder)
     assert "rank 0 of 1 on " in (run / "logs" / "rank-000.log").read_text()
     assert column(rows_of(run), "step") == [1, 2]
     assert (folder / "runs" / "mlflow.db").exists()
@@ -110,6 +117,7 @@ def test_a_bare_start_takes_the_demos_encoder(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     folder, _ = elsewhere
+    scratch_run = run_of(folder)
     packed = (folder / "data" / "digits" / "manifest.json").stat().st_mtime_ns
     settings = (f"data.path={folder / 'data' / 'digits'}", "engine.kind=plain", "epochs=1", "optim.warmup_epochs=0")
     one_rank.train(stage_named("pretrain"), ROOT / "configs" / "pretrain" / "digits.yaml", tmp_path / "run", *settings)
@@ -121,6 +129,6 @@ def test_a_bare_start_takes_the_demos_encoder(
     assert "no CONFIG: fine-tuning the digits from runs/demo/pretrain/export" in caplog.text
     assert (folder / "data" / "digits" / "manifest.json").stat().st_mtime_ns == packed
     assert "init: runs/demo/pretrain/export" in (folder / "runs" / "again" / "config.yaml").read_text()
-    scratch, pretrained = rows_of(folder / "runs" / "digits"), rows_of(folder / "runs" / "again")
+    scratch, pretrained = rows_of(scratch_run), rows_of(folder / "runs" / "again")
     assert column(pretrained, "step") == [1, 2]
     assert pretrained[1]["grad_norm"] != scratch[1]["grad_norm"]

@@ -10,6 +10,8 @@ import pytest
 from processes import Ended, Started, column, rows_of
 from safetensors.torch import load_file
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # of real processes, each several seconds
+
 
 @dataclass(frozen=True)
 class Attempt:

@@ -161,7 +161,7 @@ def test_nothing_is_taken_after_the_last_step() -> None:
 def test_the_learning_rate_is_set_before_the_update_and_scaled_by_group() -> None:
     engine = plain(1)
     engine._optimizer.param_groups[1]["lr_scale"] = 0.5
-    before = engine.weights()
+    before = {name: value.clone() for name, value in engine.weights().items()}
     course = Course(0, 1, 1, lambda _: 0.0, ALONE, Totals(), Pace())
     next(steps(engine, batches(0, 1, 1), Recorder(), course))
     assert all(value.equal(before[name]) for name, value in engine.weights().items())

@@ -36,12 +36,12 @@ class Given(nn.Module):
 
     def __init__(self, *answers: Tensor) -> None:
         super().__init__()
-        self.answers = answers
+        self.answer: Any = answers[0] if len(answers) == 1 else answers
         self.asked: tuple[Any, ...] = ()
 
     def forward(self, *asked: Any) -> Any:
         self.asked = asked
-        return self.answers if len(self.answers) > 1 else self.answers[0]
+        return self.answer
 
 
 # Pretraining
