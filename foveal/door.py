@@ -120,7 +120,7 @@ def _speak_plainly() -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("foveal").setLevel(logging.INFO)
-    for noisy in ("alembic", "mlflow", "DeepSpeed", "torch.distributed"):
+    for noisy in ("DeepSpeed", "torch.distributed"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -1,6 +1,7 @@
 """MLflow. One parent run for a pipeline, one child for each of its stages; a restarted stage goes on in its child."""
 
 import json
+import logging
 import os
 import time
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ class MLflow:
 
     def __init__(self, cfg: TrackingConfig, run: Path, pipeline: Path | None) -> None:
         assert cfg.uri is not None
+        for chatty in ("mlflow", "alembic"):  # importing MLflow sets its level: quieting it earlier does not last
+            logging.getLogger(chatty).setLevel(logging.WARNING)
         uri, artifacts = _store(os.path.expandvars(cfg.uri))
         for limit, most in ((MLFLOW_HTTP_REQUEST_TIMEOUT, 10), (MLFLOW_HTTP_REQUEST_MAX_RETRIES, 1)):
             if not limit.is_set():

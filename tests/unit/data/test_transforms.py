@@ -106,7 +106,8 @@ def test_place_shape_and_flip_are_independent() -> None:
     boxes = np.array([box for box, _ in views])
     across, down = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     left, top = boxes[:, 0] / (100 - across), boxes[:, 1] / (100 - down)
-    between = np.corrcoef([left, top, across * down, across / down, [flipped for _, flipped in views]])
+    flips = np.array([float(flipped) for _, flipped in views])
+    between = np.corrcoef(np.stack([left, top, across * down, across / down, flips]))
     assert np.abs(between - np.eye(5)).max() < 0.08  # five standard errors
 
 
