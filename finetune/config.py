@@ -74,6 +74,7 @@ def plan(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
     arms = {arm: _plan_one(trial(cfg, arm, 0, rate), ranks) for arm in cfg.trials.arms}
     first = next(iter(arms.values()))
     origin = {f"arm.{name}": arm.inherited.get("inherited.init", "scratch") for name, arm in arms.items()}
+    origin |= _origin(first.dataset, cfg, first.classes)
     return planned(FinetunePlan, cfg, ranks, origin=origin, encoder=first.encoder, classes=first.classes)
 
 
@@ -93,11 +94,16 @@ def trial(cfg: FinetuneConfig, arm: str, repeat: int, lr_per_256: float) -> Fine
 def _plan_one(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
     card = None if cfg.init is None else read_card(Path(cfg.init))
     encoder = _encoder(cfg, card)
-    origin = {} if card is None else {"init": card.sha256}
-    plan = planned(FinetunePlan, cfg, ranks, card=card, origin=origin, encoder=encoder)
+    plan = planned(FinetunePlan, cfg, ranks, card=card, encoder=encoder)
     classes = _classes(plan.dataset, cfg)
     encoder["classes"] = len(classes)
+    origin = _origin(plan.dataset, cfg, classes) | ({} if card is None else {"init": card.sha256})
     return planned(FinetunePlan, cfg, ranks, card=card, origin=origin, encoder=encoder, classes=classes)
+
+
+def _origin(dataset: Dataset, cfg: FinetuneConfig, classes: tuple[str, ...]) -> dict[str, str]:
+    """What a result is measured on is science too."""
+    return {"val": dataset.digest(cfg.data.val), "classes": ", ".join(classes)}
 
 
 def _encoder(cfg: FinetuneConfig, card: Card | None) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def fit(plan: FinetunePlan, run: Run) -> None:
         for step in steps(engine, batches, objective, run.course(start)):
             if due(step.index, cfg.log.every, plan.stop):
                 run.report()
-            if cfg.evaluate_every and due(step.index, cfg.evaluate_every, plan.stop):
+            if cfg.evaluate_every and step.index % cfg.evaluate_every == 0 and step.index < plan.steps:
                 run.evaluated(step.index, accuracy(engine, plan, run.world, split=cfg.data.val, part="all"))
             leaving = run.asked_to_leave()
             if leaving or due(step.index, cfg.checkpoint.every, plan.stop):

@@ -48,8 +48,8 @@ def _one(plan: FinetunePlan, run: Run, fit: Fit) -> dict[str, float] | None:
             if inner.left:
                 return None
     assert plan.cfg.run.dir is not None
-    summary: dict[str, float] = json.loads((Path(plan.cfg.run.dir) / "finished.json").read_text())["summary"]
-    return summary
+    file = Path(plan.cfg.run.dir) / "finished.json"
+    return run.world.broadcast(json.loads(file.read_text())["summary"] if run.world.rank == 0 else None)
 
 
 def _chosen(found: dict[tuple[str, float], list[dict[str, float]]]) -> dict[str, float]:

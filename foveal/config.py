@@ -183,7 +183,8 @@ def _explain_one(model: type[Config], problem: dict[str, Any]) -> str:
     name = ".".join(place) or "the file"
     if problem["type"] == "extra_forbidden":
         siblings = _names_at(model, place[:-1])
-        close = difflib.get_close_matches(place[-1], siblings, n=1, cutoff=0.5)
+        close = [name for name in siblings if name.startswith(place[-1])]
+        close += difflib.get_close_matches(place[-1], siblings, n=1, cutoff=0.5)
         return f"{name} is not a setting. " + (
             f"Did you mean '{close[0]}'?" if close else f"There are: {', '.join(siblings)}"
         )

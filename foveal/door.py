@@ -10,7 +10,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 from foveal.distributed.preemption import listening, requeue
 from foveal.distributed.world import World, joined, seat
-from foveal.errors import ConfigError, FovealError
+from foveal.errors import ConfigError, FovealError, LaunchError
 from foveal.runtime import Run, opened
 from foveal.stage import Plan, StageConfig, config_file
 
@@ -50,6 +50,8 @@ def main(stage: Stage[Any, Any], argv: Sequence[str] | None = None) -> NoReturn:
     options = _parse(stage, argv)
     _speak_plainly()
     try:
+        if options.ranks is not None and options.ranks < 1:
+            raise ConfigError(f"--ranks={options.ranks}: a run has one rank or more")
         if options.config is None:
             options.config, options.overrides = _default(stage, options.overrides)
         cfg = load(stage.config, stage.name, options.config, options.overrides)
@@ -82,17 +84,17 @@ def enter(stage: Stage[Any, Any], cfg: StageConfig, world: World) -> None:
         with opened(stage.name, plan, world, preemption) as run:
             if run is None:
                 return
-            for line in plan.lines():
+            for line in run.plan.lines():
                 _log.info(line)
-            stage.train(plan, run)
-        if run.left and world.rank == 0 and (refusal := requeue()):
-            _log.error("Slurm did not requeue this job: %s", refusal)
+            stage.train(run.plan, run)
+        if run.left and world.rank == 0 and preemption.heard != "SIGINT" and (refusal := requeue()):
+            raise LaunchError(f"the run was saved, but Slurm did not requeue the job ({refusal}); submit it again")
 
 
 def _say(error: FovealError) -> None:
     """One sentence, from one rank of each node: every rank of a node makes the same mistake."""
     here = seat()
-    if here.local == 0:
+    if here.local == 0 or isinstance(error, LaunchError):
         where = f" (rank {here.rank} of {here.size})" if here.rank else ""
         sys.stderr.write(f"foveal: {error}{where}\n")
 

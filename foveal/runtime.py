@@ -4,11 +4,12 @@ import importlib.metadata
 import json
 import logging
 import math
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from foveal.stage import Plan, StageConfig
 from foveal.telemetry.pace import Pace, peak_memory
 from foveal.telemetry.totals import Row, Totals
 from foveal.tracking.jsonl import Jsonl
-from foveal.tracking.tracker import Both, Silent, Status, Tracker, TrackingConfig
+from foveal.tracking.tracker import Both, Silent, Status, Tracker, TrackingConfig, in_words
 
 _TOLERATED = 3  # skipped steps in a row before a run counts as diverged
 _log = logging.getLogger(__name__)
@@ -93,11 +94,12 @@ class Run:
             self._last = rows[-1]
         for row in rows:
             self._skipped = 0 if row["applied"] and math.isfinite(row["loss"]) else self._skipped + 1
-        if self._skipped >= _TOLERATED:
-            raise Diverged(
-                f"loss or gradients were not finite in the last {self._skipped} steps up to step {int(self._last['step'])}; "
-                f"the weights are those before, the newest checkpoint is whole: lower optim.lr_per_256 or lengthen optim.warmup_epochs"
-            )
+            if self._skipped >= _TOLERATED:
+                raise Diverged(
+                    f"loss or gradients were not finite in {self._skipped} steps up to step {int(row['step'])}; none of them "
+                    f"changed a weight, and the newest checkpoint is whole: lower optim.lr_per_256 or lengthen "
+                    f"optim.warmup_epochs"
+                )
         return self._last
 
     def evaluated(self, step: int, numbers: dict[str, float]) -> None:
@@ -141,10 +143,9 @@ class Run:
         if self.world.rank == 0:
             summary = self._last | (results or {})
             facts = {"seconds": round(self.pace.seconds, 3), "science": self.plan.science(), "summary": summary}
-            write_json(self.path / "finished.json", facts)
             if results:
                 self.tracker.results(results, self.plan.steps)
-            self.tracker.file(self.path / "finished.json")
+            write_json(self.path / "finished.json", facts)  # last: who finds it does nothing more
         self.finished = True
         self.world.barrier()
 
@@ -203,17 +204,23 @@ def opened(
     ``quiet`` is for a run inside a run: it shows no progress of its own.
     Errors: CheckpointError where the directory holds a run of other science.
     """
-    path = Path(world.broadcast(str(_directory(plan.cfg)) if world.rank == 0 else ""))
-    if _is_finished(path, plan):
+    found: Any = world.broadcast(_looked_at(plan) if world.rank == 0 else None)  # file systems answer late: one looks
+    if isinstance(found, CheckpointError):
+        raise found
+    path, finished = found
+    if finished:
         if world.rank == 0 and not quiet:
             _log.info("%s is finished already; run.fresh=true starts another beside it", path)
         yield None
         return
-    world.barrier()  # every rank has looked before rank 0 writes
+    # What is written down, and what trials derive their folders from, is where the run really is.
+    where = plan.cfg.run.model_copy(update={"dir": str(path), "fresh": False})
+    plan = replace(plan, cfg=plan.cfg.model_copy(update={"run": where}))
     if world.rank == 0:
         path.mkdir(parents=True, exist_ok=True)
         plan.cfg.dump(path / "config.yaml")
         write_json(path / "science.json", plan.science())
+        write_json(path / "job.json", slurm_job())
     world.barrier()
     with _logging_to(path / "logs" / f"rank-{world.rank:03d}.log"):
         _log.log(logging.DEBUG if quiet else logging.INFO, "foveal %s, %s", __version__, describe(world))
@@ -222,36 +229,42 @@ def opened(
         try:
             yield run
             status = "FINISHED" if run.finished else "KILLED"
-        except BaseException as error:
-            _log.error("rank %d stops: %s: %s", world.rank, type(error).__name__, error)
-            raise
         finally:
             run.progress.close()
             run.tracker.close(status)
 
 
+def _looked_at(plan: Plan) -> tuple[Path, bool] | CheckpointError:
+    """The run's directory and whether it is done, or the mistake that every rank is to make together."""
+    path = _directory(plan.cfg)
+    try:
+        for name in ("science.json", "finished.json"):
+            file = path / name
+            if file.exists():
+                tree = json.loads(file.read_text())
+                check_same_science(tree.get("science", tree), plan.science(), path)
+    except CheckpointError as error:
+        return error
+    return path, (path / "finished.json").exists()
+
+
 def _directory(cfg: StageConfig) -> Path:
-    """The run directory; with run.fresh the first numbered sibling that does not exist."""
+    """The run directory; with run.fresh the first numbered sibling that does not exist, or the one this job made.
+
+    Slurm starts a requeued job with the same command line: its fresh start was the first one.
+    """
     assert cfg.run.dir is not None, "the command line fills it in"
     path = Path(cfg.run.dir)
-    if not cfg.run.fresh or not path.exists():
+    if not cfg.run.fresh:
         return path
-    number = 2
-    while (sibling := path.with_name(f"{path.name}-{number}")).exists():
+    here, number = slurm_job().get("slurm_job_id"), 1
+    while path.exists():
+        note = path / "job.json"
+        if here and note.exists() and json.loads(note.read_text()).get("slurm_job_id") == here:
+            return path
         number += 1
-    return sibling
-
-
-def _is_finished(path: Path, plan: Plan) -> bool:
-    """Whether the directory's run is done; every rank looks for itself and sees the same."""
-    for name in ("science.json", "finished.json"):
-        file = path / name
-        if file.exists():
-            tree = json.loads(file.read_text())
-            check_same_science(tree.get("science", tree), plan.science(), path)
-            if name == "finished.json":
-                return True
-    return False
+        path = Path(f"{cfg.run.dir}-{number}")
+    return path
 
 
 def versions() -> dict[str, str]:
@@ -285,17 +298,17 @@ def connected(cfg: TrackingConfig, path: Path, pipeline: str | None) -> Tracker 
 
         return MLflow(cfg, path, Path(pipeline) if pipeline else None)
     except Exception as error:  # noqa: BLE001 - whatever a tracking server does, it is not worth a run
-        _log.warning(
-            "tracking: no MLflow at %s (%s: %s); metrics.jsonl has every number", cfg.uri, type(error).__name__, error
-        )
+        _log.warning("tracking: no MLflow at %s (%s); metrics.jsonl has every number", cfg.uri, in_words(error))
         return None
 
 
 def _facts(world: World) -> dict[str, str]:
     """Tags of this attempt."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     facts = {"attempt.started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "ranks": str(world.size), **slurm_job()}
     facts |= {f"version.{name}": value for name, value in versions().items()}
+    if shutil.which("git") is None:
+        return facts
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return facts | ({"git.commit": commit.stdout.strip()} if commit.returncode == 0 else {})
 
 
@@ -309,6 +322,10 @@ def _logging_to(file: Path) -> Iterator[None]:
     root.addHandler(handler)
     try:
         yield
+    except BaseException as error:  # here only: who ends the process says it on stderr
+        fact = {"name": __name__, "levelno": logging.ERROR, "levelname": "ERROR"}
+        handler.handle(logging.makeLogRecord(fact | {"msg": f"stopped by {type(error).__name__}: {error}"}))
+        raise
     finally:
         root.removeHandler(handler)
         handler.close()

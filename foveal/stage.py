@@ -11,7 +11,7 @@ from foveal.checkpoint.store import CheckpointConfig
 from foveal.config import Config, machine, science
 from foveal.data import Batch, DataConfig, Dataset, order_of, train_batches
 from foveal.data.order import rank_slots
-from foveal.distributed.engine import EngineConfig
+from foveal.distributed.engine import EngineConfig, check_engine
 from foveal.errors import ExportError
 from foveal.optim import OptimConfig
 from foveal.schedule import warmup_cosine
@@ -149,6 +149,7 @@ def planned(
     rank_slots(cfg.batch.images, cfg.data.lanes, 0, ranks)
     order = order_of(dataset, cfg.data, split=cfg.data.train, part="train", seed=cfg.seed, batch=cfg.batch.images)
     at_once, micros = cfg.batch.micros(ranks)
+    check_engine(cfg.engine, cfg.optim, ranks, at_once=at_once, accumulate=micros)
     mean, std = _statistics(cfg, dataset, card)
     facts = {"data": dataset.digest(cfg.data.train), "mean": list(mean), "std": list(std)} | (origin or {})
     return kind(

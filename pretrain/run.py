@@ -33,13 +33,13 @@ def train(plan: PretrainPlan, run: Run) -> None:
         for step in steps(engine, batches, objective, run.course(start)):
             if due(step.index, cfg.log.every, plan.stop):
                 run.report()
-            if due(step.index, cfg.log.pictures_every, plan.stop):
-                show(step, engine, objective, run)
             leaving = run.asked_to_leave()
             if leaving or due(step.index, cfg.checkpoint.every, plan.stop):
                 run.save(engine, step.index)
             if leaving:
                 return run.leave(step.index)
+            if due(step.index, cfg.log.pictures_every, plan.stop):
+                show(step, engine, objective, run)
     if plan.stop == plan.steps:
         run.export(engine, encoder_card(cfg.model, cfg.data.image_size, cfg.data.channels), prefix="encoder.")
         run.finish()

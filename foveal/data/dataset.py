@@ -67,7 +67,7 @@ class Dataset:
             raise DataError(
                 f"{self.folder}: the std in {NAME} is {list(values)}, not above 0; set data.mean and data.std"
             )
-        return values
+        return values * (self.channels // len(values))
 
     def samples(self, split: str) -> int:
         """Samples in a split."""

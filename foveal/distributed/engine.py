@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from foveal.config import Config, machine
+from foveal.config import Config, machine, science
 from foveal.distributed.world import World
 from foveal.errors import ConfigError
 from foveal.optim import GuardedAdamW, OptimConfig
@@ -24,7 +24,7 @@ class EngineConfig(Config):
         "deepspeed", "The library behind the update; plain is one process."
     )
     zero: Literal[0, 1, 2, 3] = machine(1, "DeepSpeed's ZeRO stage: what is partitioned over ranks.")
-    precision: Precision = machine("fp32", "Arithmetic of forward and backward; weights are kept in fp32 either way.")
+    precision: Precision = machine("fp32", "bf16: products in bf16 under autocast; weights are fp32 either way.")
     matmul: Literal["highest", "high", "medium"] = machine(
         "highest", "torch's float32 matmul precision; 'medium' may mean bf16 products on some processors."
     )
@@ -33,7 +33,7 @@ class EngineConfig(Config):
         False, "Recompute each block's activations in the backward pass: less memory, same result."
     )
     timeout_minutes: float = machine(30.0, "How long a collective may take before the rank gives up.", gt=0)
-    deepspeed: dict[str, Any] = machine(
+    deepspeed: dict[str, Any] = science(
         {}, "Further keys for DeepSpeed's settings; those that foveal derives are refused."
     )
 
@@ -122,10 +122,7 @@ class Plain:
         world: World,
         accumulate: int,
     ) -> None:
-        if world.size > 1:
-            raise ConfigError(
-                f"engine.kind=plain runs in one process, this run has {world.size}; use deepspeed or accelerate"
-            )
+        assert world.size == 1, "check_engine refuses more"
         self.device = world.device
         self.model = model.to(self.device)
         self._optimizer = GuardedAdamW(groups, optim)
@@ -165,6 +162,16 @@ class Plain:
         return {name: value.detach().float().cpu() for name, value in self.model.state_dict().items()}
 
 
+def check_engine(cfg: EngineConfig, optim: OptimConfig, ranks: int, *, at_once: int, accumulate: int) -> None:
+    """Refuse, before a run begins, what its engine would refuse. Errors: ConfigError."""
+    if cfg.kind == "plain" and ranks > 1:
+        raise ConfigError(f"engine.kind=plain runs in one process, this run has {ranks}; use deepspeed or accelerate")
+    if cfg.kind == "deepspeed":
+        from foveal.distributed.deepspeed import settings
+
+        settings(optim, cfg, ranks, at_once, accumulate)
+
+
 def build_engine(
     model: nn.Module,
     groups: list[dict[str, Any]],
@@ -180,6 +187,7 @@ def build_engine(
     Its library is imported only here: DeepSpeed alone takes longer to import than torch.
     """
     torch.set_float32_matmul_precision(cfg.matmul)
+    torch.backends.cudnn.allow_tf32 = cfg.matmul != "highest"  # convolutions have a switch of their own, on by default
     if cfg.recompute:
         cast(Any, model).set_grad_checkpointing(enable=True)
     if cfg.compile:

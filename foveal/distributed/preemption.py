@@ -44,15 +44,23 @@ def listening(world: World) -> Iterator[Preemption]:
 
 
 def requeue() -> str | None:
-    """Ask Slurm to start this job again; what it answered if it refused, nothing where there is no Slurm job.
+    """Ask Slurm to start this job again; what it answered if it refused, nothing where there is no job to start again.
 
-    A job that exits 0 during Slurm's grace time counts as completed and is not requeued by itself.
+    A job that exits 0 during Slurm's grace time counts as completed and is not requeued by itself. A job that somebody
+    cancels gets the same SIGTERM, and Slurm would requeue it too: it is no longer running, and is left to end.
     """
     job = os.environ.get("SLURM_JOB_ID")
     if job is None or "SLURM_STEP_ID" not in os.environ:
         return None
     try:
-        answer = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+        shown = _scontrol("show", "job", "--oneliner", job)
+        if shown.returncode == 0 and " JobState=RUNNING " not in shown.stdout:
+            return None
+        answer = _scontrol("requeue", job)
     except OSError as error:  # a container without Slurm's commands
         return str(error)
     return answer.stderr.strip() or f"scontrol ended with {answer.returncode}" if answer.returncode else None
+
+
+def _scontrol(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=False)

@@ -126,7 +126,9 @@ def joined(timeout_seconds: float) -> Iterator[World]:
             "MASTER_ADDR", first_host(os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"])
         )
         os.environ.setdefault("MASTER_PORT", str(_port(os.environ["SLURM_JOB_ID"])))
-    os.environ |= {"RANK": str(here.rank), "WORLD_SIZE": str(here.size), "LOCAL_RANK": str(here.local)}
+    # Libraries take LOCAL_RANK for the number of the device, which it is not where each task sees one GPU only.
+    local = here.local if device.index is None else device.index
+    os.environ |= {"RANK": str(here.rank), "WORLD_SIZE": str(here.size), "LOCAL_RANK": str(local)}
     if device.type == "cpu":
         os.environ.setdefault(
             "DS_ACCELERATOR", "cpu"

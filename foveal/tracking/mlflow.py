@@ -10,6 +10,8 @@ from typing import Any
 
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
@@ -33,9 +35,9 @@ class MLflow:
                 limit.set(most)  # MLflow's own patience is minutes, and the run would wait with it
         self._client = MlflowClient(tracking_uri=uri)
         experiment = _experiment(self._client, cfg.experiment, artifacts)
-        self._parent = None if pipeline is None else _continued(self._client, experiment, pipeline, {})
+        self._parent = None if pipeline is None else _continued(self._client, cfg.uri, experiment, pipeline, {})
         tags = {} if self._parent is None else {MLFLOW_PARENT_RUN_ID: self._parent}
-        self._run = _continued(self._client, experiment, run, tags)
+        self._run = _continued(self._client, cfg.uri, experiment, run, tags)
         for each in filter(None, (self._parent, self._run)):
             self._client.update_run(each, status="RUNNING")
         self._pending: list[Metric] = []
@@ -92,12 +94,24 @@ def _experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
     return str(known.experiment_id) if known else str(client.create_experiment(name, artifact_location=artifacts))
 
 
-def _continued(client: MlflowClient, experiment: str, folder: Path, tags: dict[str, str]) -> str:
-    """The id of the MLflow run that belongs to a folder: noted there, made where there is none."""
+def _continued(client: MlflowClient, store: str, experiment: str, folder: Path, tags: dict[str, str]) -> str:
+    """The id of the MLflow run that belongs to a folder: noted there, made where this store has none."""
     note = folder / "mlflow.json"
     if note.exists():
-        return str(json.loads(note.read_text())["run_id"])
+        noted = json.loads(note.read_text())
+        if noted.get("store") == store and _is_there(client, noted["run_id"]):
+            return str(noted["run_id"])
     run = client.create_run(experiment, tags=tags | {MLFLOW_RUN_NAME: folder.name, "foveal.folder": str(folder)})
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(note, {"run_id": run.info.run_id})
+    write_json(note, {"run_id": run.info.run_id, "store": store})
     return str(run.info.run_id)
+
+
+def _is_there(client: MlflowClient, run: str) -> bool:
+    try:
+        client.get_run(run)
+    except MlflowException as error:
+        if error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+            return False
+        raise
+    return True

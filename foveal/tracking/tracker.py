@@ -1,6 +1,7 @@
 """The tracker protocol and its twins without a server."""
 
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -12,6 +13,7 @@ from foveal.config import Config, machine
 
 Row = dict[str, float]
 Status = Literal["FINISHED", "FAILED", "KILLED"]
+_CREDENTIALS = re.compile(r"://[^/@\s]+@")
 _log = logging.getLogger(__name__)
 
 
@@ -57,6 +59,11 @@ class Tracker(Protocol):
         ...
 
 
+def in_words(error: Exception) -> str:
+    """A library's error without the user and password of a URL in it."""
+    return f"{type(error).__name__}: {_CREDENTIALS.sub('://', str(error))}"
+
+
 class Silent:
     """For the ranks that do not speak."""
 
@@ -97,9 +104,4 @@ class Both:
         try:
             getattr(self._unsure, verb)(*arguments)
         except Exception as error:  # noqa: BLE001 - whatever a tracking server does, it is not worth a run
-            _log.warning(
-                "tracking: %s was not delivered (%s: %s); metrics.jsonl has every number",
-                verb,
-                type(error).__name__,
-                error,
-            )
+            _log.warning("tracking: %s was not delivered (%s); metrics.jsonl has every number", verb, in_words(error))

@@ -96,6 +96,17 @@ def test_an_interrupted_sbatch_goes_on_and_ends_like_one_process(cluster: Cluste
     assert_same_curve(run, alone / "first")
 
 
+def test_a_cancelled_job_stays_cancelled(cluster: Cluster, checkout: Path) -> None:
+    """scancel sends the SIGTERM that preemption sends too; Slurm would requeue a cancelled job that asks for it."""
+    resources = [f"--{name}={value}" for name, value in (FOUR_RANKS | {"nodes": "1"}).items()]
+    line = ("slurm/pretrain_mae.sh", "digits", "tracking.uri=null", "log.every=1", "run.dir=runs/cancelled")
+    job = cluster.submit(*line, options=resources, cwd=checkout, env=ONE_THREAD)
+    cluster.until(lambda: len(curve(checkout / "runs/cancelled")) > 3, f"job {job} reports steps", timeout=240)
+    cluster.run("scancel", job)
+    ended = cluster.wait(job, timeout=120)
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0"), cluster.output(job)
+
+
 def test_submit_chains_three_jobs_like_one_process(cluster: Cluster, checkout: Path, alone: Path) -> None:
     (checkout / "four.yaml").write_text(PIPELINE)
     resources = [f"slurm.{name}={value}" for name, value in FOUR_RANKS.items()]

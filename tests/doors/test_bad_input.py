@@ -46,7 +46,7 @@ def refused(own_environment, tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: 
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("optim.lr=1", "optim.lr is not a setting. There are: lr_per_256, "),
+        ("optim.lr=1", "optim.lr is not a setting. Did you mean 'lr_per_256'?"),
         ("optim.weight_deca=1", "optim.weight_deca is not a setting. Did you mean 'weight_decay'?"),
         ("decodr.width=64", "decodr is not a setting. Did you mean 'decoder'?"),
         ("epochs=many", "epochs: "),
@@ -81,7 +81,7 @@ def test_a_setting_that_cannot_be(override: str, sentence: str, configs, refused
             ["engine.deepspeed={zero_optimization: {stage: 2}}"],
             "engine.deepspeed.zero_optimization.stage is engine.zero",
         ),
-        (["engine.zero=0", "engine.precision=bf16"], "engine.zero=0 with engine.precision=bf16 is another optimizer"),
+        (["engine.deepspeed={bf16: {enabled: true}}"], "engine.deepspeed.bf16 is derived by foveal"),
         (["engine.kind=plain", "--ranks=2"], "engine.kind=plain runs in one process"),
         (["--ranks=0"], "--ranks"),
         (["--ranks=-2"], "--ranks"),

@@ -7,6 +7,9 @@ from ranks import Ranks, stage_named
 
 _STEPS = 20
 _REL = 1e-5
+_BF16 = (
+    1e-2  # seen: 0.1 % under ZeRO 1 and 2, which keep fp32 weights whole; 0.4 % under ZeRO 3, which sends them in bf16
+)
 
 MACHINES = {
     "pretrain": [
@@ -61,6 +64,7 @@ def test_one_curve(name, machine, reference, configs, one_rank, two_ranks, tmp_p
 
 BF16 = [
     ("pretrain", "one", "engine.zero=1"),
+    ("pretrain", "two", "engine.zero=0"),
     ("pretrain", "two", "engine.zero=2"),
     ("pretrain", "two", "engine.zero=3"),
     ("distill", "two", "engine.zero=1"),
@@ -69,11 +73,15 @@ BF16 = [
 
 
 @pytest.mark.parametrize(("name", "ranks", "engine"), BF16)
-def test_bf16_stays_near_fp32(name, ranks, engine, reference, configs, one_rank, two_ranks, tmp_path) -> None:
-    """The recorded tolerance of 8 bits of mantissa over these 20 steps: 3 % of the loss (seen: at most 1.5 %)."""
-    world = {"one": one_rank, "two": two_ranks}[ranks]
-    overrides = (engine, "engine.precision=bf16", f"run.stop_at={_STEPS}")
-    rows = world.train(stage_named(name), configs[name], tmp_path / "run", *overrides)
-    losses, expected = ([row["loss"] for row in each] for each in (rows, reference(name)))
-    assert losses == pytest.approx(expected, rel=3e-2)
-    assert losses != expected
+def test_bf16_is_the_same_on_any_machine(
+    name, ranks, engine, reference, configs, one_rank, two_ranks, tmp_path
+) -> None:
+    """bf16 means the same everywhere: fp32 weights, products in bf16."""
+    shared = ("engine.precision=bf16", f"run.stop_at={_STEPS}")
+    stage, config = stage_named(name), configs[name]
+    alone = one_rank.train(stage, config, tmp_path / "alone", "engine.kind=plain", "batch.at_once=64", *shared)
+    rows = {"one": one_rank, "two": two_ranks}[ranks].train(stage, config, tmp_path / "run", engine, *shared)
+    losses, plain, fp32 = ([row["loss"] for row in each] for each in (rows, alone, reference(name)))
+    assert losses == pytest.approx(plain, rel=_BF16)
+    assert losses == pytest.approx(fp32, rel=_BF16)
+    assert losses != fp32

@@ -30,11 +30,18 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def scontrol(tmp_path: Path) -> Path:
-    """A folder with a stand-in that writes down its arguments beside itself, a line for each call."""
+    """A folder with a stand-in that shows a running job and writes down what else it is asked, a line for each call."""
     folder = tmp_path / "bin"
     folder.mkdir()
     script = folder / "scontrol"
-    script.write_text('#!/bin/sh\necho "$@" >> "$(dirname "$0")/calls"\n')
+    lines = [
+        "#!/bin/sh",
+        'here=$(dirname "$0")',
+        'if [ "$1" = show ]; then cat "$here/state"; exit 0; fi',
+        'echo "$@" >> "$here/calls"',
+    ]
+    script.write_text("\n".join(lines) + "\n")
+    (folder / "state").write_text("JobId=77 JobName=pretrain JobState=RUNNING Reason=None\n")
     script.chmod(0o755)
     return folder
 
@@ -113,6 +120,18 @@ def test_slurm_is_asked_once_and_its_refusal_is_passed_on(
         monkeypatch.setenv(name, value)
     assert requeue() == answer
     assert calls(scontrol) == ["requeue 77"]
+
+
+@pytest.mark.parametrize(("state", "asked"), [("RUNNING", True), ("COMPLETING", False), ("CANCELLED", False)])
+def test_a_job_that_somebody_cancels_is_left_to_end(
+    state: str, asked: bool, scontrol: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (scontrol / "state").write_text(f"JobId=77 JobName=pretrain JobState={state} Reason=None\n")
+    monkeypatch.setenv("PATH", str(scontrol), prepend=os.pathsep)
+    for name, value in STEP.items():
+        monkeypatch.setenv(name, value)
+    assert requeue() is None
+    assert calls(scontrol) == (["requeue 77"] if asked else [])
 
 
 def test_a_container_without_scontrol_is_a_refusal_and_no_traceback(
