@@ -47,4 +47,4 @@ class Imitate:
         cls_B = apart(cls_answer.float(), cls_lesson)
         patches_B = apart(patches_answer.float(), patches_lesson).mean(dim=1)
         total = (self.cls_weight * cls_B + self.patch_weight * patches_B).sum()
-        return total, {"cls_distance": cls_B.mean(), "patch_distance": patches_B.mean()}
+        return total, {"cls_distance": cls_B.sum(), "patch_distance": patches_B.sum()}

@@ -28,7 +28,7 @@ class Objective(Protocol):
         ...
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The summed loss, and further numbers, each a mean over the batch's images."""
+        """The loss and further numbers, all summed over the batch: each is reported as its sum over the weight."""
         ...
 
 
@@ -72,10 +72,9 @@ def steps(engine: Engine, batches: Iterator[Batch], objective: Objective, course
             batch = host_batch.to(engine.device, non_blocking=True)
             with engine.micro(last=number == accumulate - 1):
                 total, numbers = objective(engine.model, batch)
-                loss = total / share
-                engine.backward(loss)
-            for name, value in ({"loss": loss} | numbers).items():
-                sums[name] = sums.get(name, 0.0) + value.detach().double() / (accumulate * ranks)
+                engine.backward(total / share)
+            for name, value in ({"loss": total} | numbers).items():
+                sums[name] = sums.get(name, 0.0) + (value.detach() / share).double() / (accumulate * ranks)
         outcome = engine.step()
         course.totals.add(
             sums, {"step": index + 1, "lr": rate, "grad_norm": outcome.grad_norm, "applied": float(outcome.applied)}

@@ -1,7 +1,7 @@
 """Accelerate behind the engine's verbs, for fine-tuning: one process, or DDP. It is never given the loader."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from foveal.distributed.engine import EngineConfig, Outcome, apply_lr, evaluating
+from foveal.distributed.engine import EngineConfig, Outcome, Precision, apply_lr, autocast, evaluating
 from foveal.distributed.world import World
 from foveal.errors import LaunchError
 from foveal.optim import GuardedAdamW, OptimConfig
@@ -30,7 +30,7 @@ class Accelerate:
         # Without cpu=True on a machine without a GPU, each of two launched processes believes that it is alone.
         self._accelerator = Accelerator(
             cpu=world.device.type == "cpu",
-            mixed_precision="bf16" if cfg.precision == "bf16" else "no",
+            mixed_precision="no",  # precision is the engine's: Accelerate keeps one for the life of a process
             gradient_accumulation_steps=accumulate,
         )
         if self._accelerator.num_processes != world.size:
@@ -44,6 +44,7 @@ class Accelerate:
         self._optimizer = self._accelerator.prepare_optimizer(self._guard)
         self.device = world.device
         self._world = world
+        self._precision: Precision = cfg.precision
 
     def set_lr(self, lr: float) -> None:
         apply_lr(self._guard, lr)
@@ -52,13 +53,17 @@ class Accelerate:
     def micro(self, *, last: bool) -> Iterator[None]:
         with self._accelerator.accumulate(self.model):
             assert self._accelerator.sync_gradients == last, "Accelerate counts the micros of a step as the loop does"
+            with autocast(self.device, self._precision):
+                yield
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        with evaluating(self.model), autocast(self.device, self._precision):
             yield
 
-    def looking(self) -> AbstractContextManager[None]:
-        return evaluating(self.model)
-
     def backward(self, loss: Tensor) -> None:
-        self._accelerator.backward(loss)
+        with autocast(self.device, "fp32"):
+            self._accelerator.backward(loss)
 
     def step(self) -> Outcome:
         self._optimizer.step()

@@ -1,7 +1,7 @@
 """What turns a loss into an update: the verbs that three engines share, their settings, and the reference engine."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -95,8 +95,8 @@ def apply_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    """bf16 products where asked for, fp32 elsewhere."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+    """bf16 products where asked for; fp32 also inside of it, as for a backward, whose types the forward has chosen."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 @contextmanager
@@ -143,7 +143,8 @@ class Plain:
             yield
 
     def backward(self, loss: Tensor) -> None:
-        (loss / self._accumulate).backward()
+        with autocast(self.device, "fp32"):
+            (loss / self._accumulate).backward()
 
     def step(self) -> Outcome:
         self._optimizer.step()

@@ -146,7 +146,8 @@ def test_a_course_begins_where_it_is_told_and_takes_no_batch_too_many() -> None:
     assert objective.seen == [(1, 0), (1, 1), (2, 0), (2, 1)]
     assert next(stream, None) is None
     rows = course.totals.read(world.sum)
-    assert [(row["step"], row["lr"], row["micro"]) for row in rows] == [(2, 1.0, 0.5), (3, 2.0, 0.5)]
+    # micros 0 and 1, summed, over the weight of both
+    assert [(row["step"], row["lr"], row["micro"]) for row in rows] == [(2, 1.0, 1 / 8), (3, 2.0, 1 / 8)]
 
 
 def test_nothing_is_taken_after_the_last_step() -> None:
