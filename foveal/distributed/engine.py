@@ -110,7 +110,47 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train()
 
 
-class Plain:
+class Whole:
+    """What Plain and Accelerate share: every rank holds all weights and moments, and the optimizer guards itself."""
+
+    def __init__(
+        self, module: nn.Module, groups: list[dict[str, Any]], optim: OptimConfig, cfg: EngineConfig, world: World
+    ) -> None:
+        self.device = world.device
+        self.model = module
+        self._module = module
+        self._guard = GuardedAdamW(groups, optim)
+        self._optimizer: torch.optim.Optimizer = self._guard
+        self._precision: Precision = cfg.precision
+        self._writes = world.rank == 0
+
+    def set_lr(self, lr: float) -> None:
+        apply_lr(self._guard, lr)
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        with evaluating(self.model), autocast(self.device, self._precision):
+            yield
+
+    def step(self) -> Outcome:
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return Outcome(self._guard.applied, self._guard.norm)
+
+    def save(self, folder: Path) -> None:
+        if self._writes:
+            torch.save({"model": self._module.state_dict(), "optimizer": self._guard.state_dict()}, folder / "whole.pt")
+
+    def load(self, folder: Path) -> None:
+        state = torch.load(folder / "whole.pt", map_location=self.device, weights_only=True)
+        self._module.load_state_dict(state["model"])
+        self._guard.load_state_dict(state["optimizer"])
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: value.detach().float().cpu() for name, value in self._module.state_dict().items()}
+
+
+class Plain(Whole):
     """One process and nothing else: the reference that the other engines must equal."""
 
     def __init__(
@@ -123,44 +163,17 @@ class Plain:
         accumulate: int,
     ) -> None:
         assert world.size == 1, "check_engine refuses more"
-        self.device = world.device
-        self.model = model.to(self.device)
-        self._optimizer = GuardedAdamW(groups, optim)
-        self._precision: Precision = cfg.precision
+        super().__init__(model.to(world.device), groups, optim, cfg, world)
         self._accumulate = accumulate
-
-    def set_lr(self, lr: float) -> None:
-        apply_lr(self._optimizer, lr)
 
     @contextmanager
     def micro(self, *, last: bool) -> Iterator[None]:
         with autocast(self.device, self._precision):
             yield
 
-    @contextmanager
-    def looking(self) -> Iterator[None]:
-        with evaluating(self.model), autocast(self.device, self._precision):
-            yield
-
     def backward(self, loss: Tensor) -> None:
         with autocast(self.device, "fp32"):
             (loss / self._accumulate).backward()
-
-    def step(self) -> Outcome:
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        return Outcome(self._optimizer.applied, self._optimizer.norm)
-
-    def save(self, folder: Path) -> None:
-        torch.save({"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}, folder / "plain.pt")
-
-    def load(self, folder: Path) -> None:
-        state = torch.load(folder / "plain.pt", map_location=self.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
-
-    def weights(self) -> dict[str, Tensor]:
-        return {name: value.detach().float().cpu() for name, value in self.model.state_dict().items()}
 
 
 def check_engine(cfg: EngineConfig, optim: OptimConfig, ranks: int, *, at_once: int, accumulate: int) -> None:

@@ -39,7 +39,7 @@ def test_rows_after_the_checkpoint_are_void(configs, one_rank, tmp_path) -> None
     overrides = ("engine.kind=plain", "checkpoint.every=10", "checkpoint.keep=9")
     one_rank.train(stage, configs["pretrain"], run, *overrides, "run.stop_at=15")
     newest = run / "checkpoints" / "step-00000015"
-    (newest / "plain.pt").write_bytes(b"torn")
+    (newest / "whole.pt").write_bytes(b"torn")
     rows = one_rank.train(stage, configs["pretrain"], run, *overrides, "run.stop_at=20")
     assert [row["step"] for row in rows] == list(range(1, 21))
     whole = one_rank.train(stage, configs["pretrain"], tmp_path / "whole", "engine.kind=plain", "run.stop_at=20")
