@@ -145,7 +145,8 @@ class Run:
             facts = {"seconds": round(self.pace.seconds, 3), "science": self.plan.science(), "summary": summary}
             if results:
                 self.tracker.results(results, self.plan.steps)
-            write_json(self.path / "finished.json", facts)  # last: who finds it does nothing more
+            write_json(self.path / "finished.json", facts)  # after the results: who finds it does nothing more
+            self.tracker.file(self.path / "finished.json")
         self.finished = True
         self.world.barrier()
 
