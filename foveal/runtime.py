@@ -258,10 +258,11 @@ def _directory(cfg: StageConfig) -> Path:
     path = Path(cfg.run.dir)
     if not cfg.run.fresh:
         return path
-    here, number = slurm_job().get("slurm_job_id"), 1
+    job, number = slurm_job(), 1
     while path.exists():
         note = path / "job.json"
-        if here and note.exists() and json.loads(note.read_text()).get("slurm_job_id") == here:
+        made_by = json.loads(note.read_text()).get("slurm_job_id") if note.exists() else None
+        if "slurm_restart_count" in job and made_by == job["slurm_job_id"]:
             return path
         number += 1
         path = Path(f"{cfg.run.dir}-{number}")
