@@ -10,17 +10,22 @@ from house import ROOT, repository_files
 DOWNLOADS = re.compile(
     r"https?://\S+\.(whl|tar\.gz|tgz|zip|deb|tar|safetensors|pth|ckpt)\b|(curl|wget)\s+\S*https?:|git\+(https|ssh):"
 )
-REGISTRIES = re.compile(
-    r"(--(extra-)?index-url|--find-links|--trusted-host)\b"
-    r"|\b(pypi\.org|pythonhosted\.org|download\.pytorch\.org|registry\.npmjs\.org|ghcr\.io|docker\.io|proxy\.golang\.org)\b"
-)
+REGISTRIES = re.compile(r"--(extra-)?index-url\b|--find-links\b|--trusted-host\b")
+# Hosts are allowed, not forbidden: a list of what must not stand here would have to stand here.
+HOSTS = re.compile(r"https?://(?!127\.0\.0\.1|localhost|www\.apache\.org|([\w-]+\.)?example\.org)[\w-]+\.[\w.-]+")
 # A home or a workplace; system folders such as /etc/hosts and /dev/shm are the same everywhere.
 MACHINES = re.compile(r"(?<![\w.$}])/(home|root|Users|work|workspace|mnt|scratch|opt)/[\w.-]+")
 SECRETS = re.compile(
     r"AKIA[0-9A-Z]{16}|-----BEGIN [A-Z ]*PRIVATE KEY-----|\bghp_[A-Za-z0-9]{36}\b|://[^/\s:@{}]+:[^/\s:@{}]+@"
 )
 
-SUSPECTS = {"a download": DOWNLOADS, "a registry": REGISTRIES, "a path of one machine": MACHINES, "a secret": SECRETS}
+SUSPECTS = {
+    "a download": DOWNLOADS,
+    "a registry": REGISTRIES,
+    "a host": HOSTS,
+    "a path of one machine": MACHINES,
+    "a secret": SECRETS,
+}
 BINARY = {".png", ".jpg", ".safetensors", ".tar", ".npz"}
 LARGEST = 1_000_000
 
@@ -66,6 +71,7 @@ def test_constraints_are_versions_only() -> None:
         "cd /root/project",
         "pip install --extra-index-url https://example.org torch",
         "wget https://example.org/x",
+        "see https://host.invalid/simple",
         "https://example.org/weights.safetensors",
         "s3://user:password@host/bucket",
     ],
