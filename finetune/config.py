@@ -1,6 +1,6 @@
 """The settings of fine-tuning, and the plan they come to."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ from foveal.data import Dataset
 from foveal.distributed.engine import EngineConfig
 from foveal.errors import ConfigError, DataError, ExportError
 from foveal.models.vit import EncoderCard, Pooling, VitConfig, encoder_card
-from foveal.stage import Plan, StageConfig, planned
+from foveal.stage import Plan, StageConfig, inherited_science, planned
 
 
 class FinetuneEngine(EngineConfig):
@@ -96,9 +96,9 @@ def _plan_one(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
     encoder = _encoder(cfg, card)
     plan = planned(FinetunePlan, cfg, ranks, card=card, encoder=encoder)
     classes = _classes(plan.dataset, cfg)
-    encoder["classes"] = len(classes)
     origin = _origin(plan.dataset, cfg, classes) | ({} if card is None else {"init": card.sha256})
-    return planned(FinetunePlan, cfg, ranks, card=card, origin=origin, encoder=encoder, classes=classes)
+    inherited = plan.inherited | inherited_science(origin)
+    return replace(plan, inherited=inherited, encoder=encoder | {"classes": len(classes)}, classes=classes)
 
 
 def _origin(dataset: Dataset, cfg: FinetuneConfig, classes: tuple[str, ...]) -> dict[str, str]:

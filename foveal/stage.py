@@ -81,7 +81,6 @@ class Plan:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     inherited: dict[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -118,7 +117,6 @@ class Plan:
             f"lr        {cfg.optim.peak(cfg.batch.images):.3g} at its peak, after {cfg.optim.warmup_epochs:g} epochs",
             f"engine    {cfg.engine.kind}{f' ZeRO {cfg.engine.zero}' if cfg.engine.kind == 'deepspeed' else ''}, {cfg.engine.precision}",
             f"run       {cfg.run.dir}",
-            *self.notes,
         ]
 
 
@@ -128,6 +126,11 @@ P = TypeVar("P", bound=Plan)
 def config_file(stage: str, given: str) -> Path:
     """The YAML file that a command line means: a path, or NAME for configs/<stage>/NAME.yaml."""
     return Path(given) if given.endswith(".yaml") or "/" in given else Path("configs", stage, f"{given}.yaml")
+
+
+def inherited_science(facts: dict[str, Any]) -> dict[str, Any]:
+    """Science that no setting states, under names that no setting has."""
+    return {f"inherited.{name}": value for name, value in facts.items()}
 
 
 def planned(
@@ -162,7 +165,7 @@ def planned(
         micros=micros,
         mean=mean,
         std=std,
-        inherited={f"inherited.{name}": value for name, value in facts.items()},
+        inherited=inherited_science(facts),
         **further,
     )
 

@@ -89,7 +89,6 @@ class DeepSpeed:
         )
         self.model: nn.Module = self._engine
         self.device = world.device
-        self._world = world
         self._gathered = deepspeed.zero.GatheredParameters
         self._full_fp32 = deepspeed.utils.safe_get_full_fp32_param
 
