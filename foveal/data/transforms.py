@@ -1,16 +1,14 @@
-"""From the bytes of an image file to uint8 pixels on the host, and from those to normalised floats on the device.
+"""Which part of an image is seen, and how uint8 pixels become normalised floats on the device.
 
 Every random choice is an argument: one row of uniform numbers per sample, with a fixed column for each purpose.
 """
 
 import functools
-import io
 import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from foveal.data.config import AugmentConfig
@@ -20,30 +18,6 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 _ATTEMPTS = 10  # as in torchvision's RandomResizedCrop, so that crops have its distribution
 _FLIP, _LEFT, _TOP, _SHAPES = 0, 1, 2, 3
 COLUMNS = _SHAPES + 2 * _ATTEMPTS  # uniform numbers that one training image takes
-
-_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-_EIGHT_BIT = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
-
-
-def decode(data: bytes, channels: int) -> Image.Image:
-    """An image in mode L (1 channel) or RGB (3). Transparency is dropped; EXIF orientation is not applied.
-
-    Errors: ValueError with the reason if the bytes are no whole image of 8 bits per channel and of a sane size.
-    """
-    try:
-        image = Image.open(io.BytesIO(data))
-        if image.mode not in _EIGHT_BIT:
-            raise ValueError(f"pixels of mode {image.mode} are not supported, 8 bits per channel are")
-        if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"{image.width}x{image.height} pixels are more than Pillow's limit")
-        image.load()
-        if image.mode in ("P", "PA"):
-            image = image.convert("RGBA")  # Pillow wants palettes with transparency to go this way
-        return image.convert("L" if channels == 1 else "RGB")
-    except MemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001 - Pillow's readers raise OSError, SyntaxError, struct.error, EOFError, ...
-        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
 
 
 def training_view(width: int, height: int, numbers: np.ndarray, augment: AugmentConfig) -> tuple[Box, bool]:
@@ -74,20 +48,11 @@ def evaluation_view(width: int, height: int, crop_ratio: float) -> Box:
     """The centre square whose side is crop_ratio times the shorter side.
 
     Resizing it to image_size is what resizing the shorter side to image_size / crop_ratio and cropping the centre
-    does, without rounding the size in between.
+    does, where the box is rounded to whole pixels instead of the size in between (see ``pixels``).
     """
     side = min(width, height) * crop_ratio
     left, top = (width - side) / 2, (height - side) / 2
     return left, top, left + side, top + side
-
-
-def pixels(image: Image.Image, box: Box, flipped: bool, image_size: int, interpolation: str) -> np.ndarray:
-    """The box of an image resized to image_size x image_size: uint8 [C, H, W]."""
-    square = image.resize((image_size, image_size), _FILTERS[interpolation], box=box)
-    if flipped:
-        square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    array = np.asarray(square)
-    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -96,7 +61,8 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     Runs where the images are: a quarter of the bytes cross the bus. One value serves all channels.
     """
     factor, offset = _affine(tuple(mean), tuple(std), images.device)
-    return images.float() * factor + offset
+    # In place, of a copy: fresh memory for every step of it takes longer than the arithmetic.
+    return images.to(torch.float32, copy=True).mul_(factor).add_(offset)
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,75 +1,13 @@
-"""Decoding, cropping and normalising: against Pillow, torchvision and NumPy."""
-
-import io
+"""Views and normalising: against torchvision and NumPy."""
 
 import numpy as np
-import pytest
 import torch
-from PIL import Image
 from torchvision.transforms.v2 import RandomResizedCrop
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from foveal.data import normalise
 from foveal.data.config import AugmentConfig
-from foveal.data.transforms import COLUMNS, decode, evaluation_view, pixels, training_view
+from foveal.data.transforms import COLUMNS, training_view
 from foveal.seeding import key, uniforms_numpy
-
-
-def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind)
-    return stream.getvalue()
-
-
-@pytest.fixture
-def photo() -> Image.Image:
-    noise = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
-    return Image.fromarray(noise).resize((180, 120), Image.Resampling.BICUBIC)
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
-def test_every_mode_of_eight_bits_becomes_grey_or_rgb(photo: Image.Image, mode: str) -> None:
-    data = encoded(photo.convert(mode))
-    assert decode(data, 1).mode == "L"
-    assert decode(data, 3).mode == "RGB"
-    assert decode(data, 3).size == (180, 120)
-
-
-def test_cmyk_jpeg_and_transparent_palette_decode(photo: Image.Image) -> None:
-    assert decode(encoded(photo.convert("CMYK"), "JPEG"), 3).mode == "RGB"
-    palette = photo.convert("P")
-    palette.info["transparency"] = bytes(range(256))
-    assert decode(encoded(palette), 3).mode == "RGB"
-
-
-def test_lossless_pixels_come_back(photo: Image.Image) -> None:
-    assert np.array_equal(np.asarray(decode(encoded(photo), 3)), np.asarray(photo))
-
-
-@pytest.mark.parametrize("data", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
-def test_bytes_that_are_no_image_are_a_value_error(data: bytes) -> None:
-    with pytest.raises(ValueError, match=r"."):
-        decode(data, 3)
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_a_cut_image_is_never_padded_with_grey(photo: Image.Image, kind: str) -> None:
-    data = encoded(photo, kind)
-    with pytest.raises(ValueError, match=r"truncated|cut|broken|incomplete"):
-        decode(data[: len(data) // 2], 3)
-
-
-def test_sixteen_bits_are_refused_not_clipped() -> None:
-    deep = Image.fromarray(np.full((4, 4), 40_000, dtype=np.uint16))
-    with pytest.raises(ValueError, match=r"mode I;16 are not supported"):
-        decode(encoded(deep), 1)
-
-
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_bomb_is_refused(monkeypatch: pytest.MonkeyPatch, photo: Image.Image) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)
-    with pytest.raises(ValueError, match=r"180x120 pixels|decompression bomb"):
-        decode(encoded(photo), 3)
 
 
 def test_crops_are_distributed_as_torchvisions() -> None:
@@ -134,22 +72,6 @@ def test_extreme_shapes_still_give_a_crop() -> None:
             assert 0 <= top < bottom <= height
 
 
-def test_evaluation_is_resize_and_centre_crop(photo: Image.Image) -> None:
-    """64 / 0.8 = 80: the shorter side 120 becomes 80, the longer 180 becomes 120, the centre 64 is cut out."""
-    ours = pixels(photo, evaluation_view(180, 120, 0.8), False, 64, "bicubic")
-    resized = photo.resize((120, 80), Image.Resampling.BICUBIC).crop((28, 8, 92, 72))
-    theirs = pil_to_tensor(resized).numpy()
-    assert np.abs(ours.astype(int) - theirs).max() <= 1
-
-
-def test_pixels_are_channel_first_and_flipped_from_left_to_right(photo: Image.Image) -> None:
-    straight = pixels(photo, (0, 0, 120, 120), False, 120, "bilinear")
-    assert straight.shape == (3, 120, 120)
-    assert np.array_equal(straight, np.asarray(photo)[:, :120].transpose(2, 0, 1))
-    assert np.array_equal(pixels(photo, (0, 0, 120, 120), True, 120, "bilinear"), straight[:, :, ::-1])
-    assert pixels(photo.convert("L"), (0, 0, 9, 9), False, 5, "bicubic").shape == (1, 5, 5)
-
-
 def test_normalise_is_the_formula() -> None:
     images = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 3, 16, 16)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -162,3 +84,10 @@ def test_normalise_is_the_formula() -> None:
 def test_one_statistic_serves_three_channels() -> None:
     images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
     assert torch.equal(normalise(images, (0.5,), (0.25,)), normalise(images, (0.5,) * 3, (0.25,) * 3))
+
+
+def test_normalise_leaves_its_argument_alone() -> None:
+    images = torch.rand(2, 3, 4, 4)
+    before = images.clone()
+    normalise(images, (0.5,), (0.25,))
+    assert torch.equal(images, before)
