@@ -2,17 +2,22 @@
 
 import functools
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from foveal.data.config import DataConfig, expanded, is_remote
-from foveal.data.manifest import NAME, Manifest, Split, read_manifest
-from foveal.data.reader import Read, file_sizes, reader
-from foveal.data.shardindex import ShardIndex, open_index
-from foveal.errors import ConfigError, DataError
+from foveal.data.cache import Cache, cache_of
+from foveal.data.config import CacheConfig, DataConfig, expanded, is_remote
+from foveal.data.folder import Folder
+from foveal.data.manifest import NAME, Manifest, Split, parse_manifest, read_manifest
+from foveal.data.prefetch import Prefetch
+from foveal.data.reader import CachedReader, LocalReader, Reader
+from foveal.data.remote import NotThere, Remote, shown
+from foveal.data.shardindex import SUFFIX, ShardIndex
+from foveal.errors import DataError
 
 Statistics = tuple[tuple[float, ...] | None, tuple[float, ...] | None]  # mean and std
 
@@ -23,16 +28,22 @@ _OPEN_INDICES = 256
 class Dataset:
     """Shards with their manifest. Sample ids are positions in a split, in the order of its shards.
 
-    read: bytes of a shard; index: the mapped index of the n-th shard of a split. Both serve any number of threads.
+    folder, index_folder: where the shards and their indices are, for sentences; index: the mapped index of the n-th
+    shard of a split. Everything serves any number of threads.
     """
 
     folder: str
-    index_folder: Path
+    index_folder: str
     manifest: Manifest
-    read: Read
     index: Callable[[str, int], ShardIndex]
     channels: int
+    _shards: Reader
+    _indices: Reader
+    _cache: Cache | None
+    _prefetch: Prefetch | None
     _statistics: Statistics
+    _vouched: set[str] = field(default_factory=set)
+    _vouching: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
     def open(cls, cfg: DataConfig) -> "Dataset":
@@ -41,13 +52,22 @@ class Dataset:
         Errors: DataError in one sentence if folder, manifest, index, split or a shard is missing, empty or stale;
         ConfigError if an environment variable in a path is not set.
         """
-        dataset = open_folder(cfg.path, cfg.index, channels=cfg.channels, statistics=(cfg.mean, cfg.std))
-        dataset.check(cfg.train)
-        if (
-            cfg.val in dataset.manifest.splits
-        ):  # a set without one can be pretrained on; evaluating on it says what is missing
-            dataset.check(cfg.val)
+        dataset = open_folder(
+            cfg.path,
+            cfg.index,
+            channels=cfg.channels,
+            statistics=(cfg.mean, cfg.std),
+            cache=cfg.cache,
+            patience=cfg.patience_seconds,
+        )
+        # A set without a split for evaluation can be pretrained on; evaluating on it says what is missing.
+        dataset.check(cfg.train, *(name for name in (cfg.val,) if name in dataset.manifest.splits))
         return dataset
+
+    @property
+    def place(self) -> Folder:
+        """The folder of the shards, for those who read more of it than samples."""
+        return self._shards.folder
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -91,25 +111,63 @@ class Dataset:
         labels = self.labels(split)
         return np.bincount(labels[labels >= 0], minlength=len(self.classes or ()))
 
-    def check(self, split: str) -> None:
-        """See that every shard of a split is there with the size that the manifest says, and so is its index."""
-        shards = self._split(split).shards
-        try:
-            found, indices = file_sizes(self.folder), file_sizes(str(self.index_folder))
-        except OSError as error:
-            raise DataError(f"{self.folder} cannot be listed ({error})") from None
-        for shard in shards:
-            where = f"{self.folder}/{shard.file}"
-            size = found.get(shard.file)
-            if size is None:
+    def check(self, *splits: str) -> None:
+        """See that every shard of these splits is there with the size that the manifest says, and so is its index.
+
+        What a server does not list (HTTP) is checked when it arrives.
+        """
+        wanted = [shard for split in splits for shard in self._split(split).shards]
+        names = {shard.file for shard in wanted}
+        found = _listed(self._shards, names)
+        indices = found if self._indices is self._shards else _listed(self._indices, {f"{n}{SUFFIX}" for n in names})
+        again = f"run `foveal data index {self.folder}{_elsewhere(self.folder, self.index_folder)}`"
+        for shard in wanted:
+            where = self._shards.folder.where(shard.file)
+            if self._cache and self._cache.limit < shard.bytes:
+                raise DataError(f"{where} has {shard.bytes / 1e9:.3g} GB, more than data.cache.gigabytes: raise that")
+            if found is not None and shard.file not in found:
                 raise DataError(f"{where} is missing, and {NAME} lists it: restore it, or index the folder again")
-            if size != shard.bytes:
-                raise DataError(
-                    f"{where} has {size} bytes and {NAME} says {shard.bytes}: "
-                    f"restore it, or run `foveal data index {self.folder}` again"
-                )
-            if f"{shard.file}.index" not in indices:
-                raise DataError(f"{where} has no index in {self.index_folder}: run `foveal data index {self.folder}`")
+            size = (found or {}).get(shard.file)
+            if size not in (None, shard.bytes):
+                raise DataError(f"{where} has {size} bytes and {NAME} says {shard.bytes}: restore it, or {again} again")
+            if indices is not None and f"{shard.file}{SUFFIX}" not in indices:
+                raise DataError(f"{where} has no index in {self.index_folder}: {again}")
+
+    def where(self, split: str, number: int) -> str:
+        """The path or URL of the n-th shard of a split, for sentences."""
+        return self._shards.folder.where(self._split(split).shards[number].file)
+
+    def read(self, shard: str, offset: int, size: int) -> bytes:
+        """``size`` bytes at ``offset`` of the shard with this file name. Errors: DataError that names it."""
+        return self._shards.read(shard, offset, size)
+
+    def vouch(self, split: str, number: int) -> None:
+        """See, once, that the bytes of the n-th shard of a split have the sha256 that the manifest knows, if it does.
+
+        Errors: DataError if they have not.
+        """
+        shard = self._split(split).shards[number]
+        with self._vouching:
+            if shard.sha256 is not None and shard.file not in self._vouched:
+                self._shards.vouch(shard)
+                self._vouched.add(shard.file)
+
+    def prefetch(self, split: str, shards: Sequence[int]) -> None:
+        """Let shards that lie behind a URL be copied in the background, in this order; never raises.
+
+        Another call replaces what has not begun. What is named stays in the cache, as far as it holds that much.
+        """
+        if self._prefetch is None:
+            return
+        listed = self._split(split).shards
+        files = [
+            each for n in shards for each in (self._indices.wanted_index(listed[n]), self._shards.wanted(listed[n]))
+        ]
+        self._prefetch.ask([each for each in files if each is not None])
+
+    def pulse(self) -> int:
+        """Grows while bytes arrive from elsewhere; still where all is in folders."""
+        return self._cache.pulse() if self._cache else 0
 
     def _split(self, split: str) -> Split:
         found = self.manifest.splits.get(split)
@@ -130,26 +188,72 @@ class Dataset:
         return values
 
 
-def open_folder(path: str, index: str | None, *, channels: int = 3, statistics: Statistics = (None, None)) -> Dataset:
+def open_folder(
+    path: str,
+    index: str | None,
+    *,
+    channels: int = 3,
+    statistics: Statistics = (None, None),
+    cache: CacheConfig | None = None,
+    patience: float = 600.0,
+) -> Dataset:
     """The data set of a folder or URL, its shards not yet checked; ``statistics`` go before the manifest's.
 
+    cache: where copies of remote files are kept; patience: seconds to wait for data that does not move.
     Errors: as ``Dataset.open``.
     """
     folder = expanded(path, "data.path").rstrip("/") or "/"
-    beside = folder if index is None else expanded(index, "data.index")
-    if is_remote(beside):
-        raise ConfigError(
-            f"data.index: {beside} is a URL, an index is a local folder: "
-            f"run `foveal data index {folder} --index FOLDER` and set data.index to it"
-        )
-    manifest = _manifest_of(folder, Path(beside))
+    beside = folder if index is None else expanded(index, "data.index").rstrip("/") or "/"
+    remotes = {place: Remote(place, patience) for place in {folder, beside} if is_remote(place)}
+    manifest = _remote_manifest(remotes[beside], folder) if beside in remotes else _manifest_of(folder, Path(beside))
+    copies = cache_of(cache or CacheConfig(), patience) if remotes else None
+    shards = {shard.file: shard for split in manifest.splits.values() for shard in split.shards}
+    readers: dict[str, Reader] = {
+        place: CachedReader(remotes[place], copies, shards) if copies and place in remotes else LocalReader(place)
+        for place in {folder, beside}
+    }
 
     @functools.lru_cache(maxsize=_OPEN_INDICES)
     def opened(split: str, number: int) -> ShardIndex:
-        shard = manifest.splits[split].shards[number]
-        return open_index(Path(beside) / f"{shard.file}.index", shard.index, shard.samples)
+        return readers[beside].index(manifest.splits[split].shards[number])
 
-    return Dataset(folder, Path(beside), manifest, reader(folder), opened, channels, statistics)
+    return Dataset(
+        folder=readers[folder].folder.where(),
+        index_folder=readers[beside].folder.where(),
+        manifest=manifest,
+        index=opened,
+        channels=channels,
+        _shards=readers[folder],
+        _indices=readers[beside],
+        _cache=copies,
+        _prefetch=Prefetch(copies) if copies else None,
+        _statistics=statistics,
+    )
+
+
+def _listed(place: Reader, wanted: set[str]) -> dict[str, int | None] | None:
+    """The files of a folder and their sizes; None if it is read but not listed, or what is listed is another thing."""
+    try:
+        found = place.folder.sizes()
+    except NotThere:
+        return None
+    is_a_page = None in found.values()  # of links: those of a site's front page, perhaps
+    return None if is_a_page and wanted.isdisjoint(found) else found
+
+
+def _remote_manifest(remote: Remote, folder: str) -> Manifest:
+    try:
+        return parse_manifest(remote.read(NAME, 0, remote.size(NAME)), remote.where(NAME))
+    except NotThere as error:
+        raise DataError(
+            f"{error}: run `foveal data index {shown(folder)} --index "
+            f"FOLDER` and set data.index to that folder, or correct data.path"
+        ) from None
+
+
+def _elsewhere(folder: str, index: str) -> str:
+    """How `foveal data index` is told where the index of a folder is, if not beside it."""
+    return "" if folder == index else f" --index {index}"
 
 
 def _manifest_of(folder: str, beside: Path) -> Manifest:
@@ -161,8 +265,9 @@ def _manifest_of(folder: str, beside: Path) -> Manifest:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
             raise DataError(f"{beside / NAME} cannot be read ({error})") from None
     if is_remote(folder):
-        raise DataError(f"{folder}: no {NAME} in {beside}; run `foveal data index {folder} --index {beside}`")
-    elsewhere = "" if Path(folder) == beside else f" --index {beside}"
+        url = shown(folder)
+        raise DataError(f"{url}: no {NAME} in {beside}; run `foveal data index {url} --index {beside}`")
+    elsewhere = _elsewhere(folder, str(beside))
     if any(Path(folder).glob("*.tar")):
         raise DataError(f"{folder}: these shards have no index; run `foveal data index {folder}{elsewhere}`")
     if any(Path(folder).glob("*.tar.*")):

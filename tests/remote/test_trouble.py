@@ -1,0 +1,183 @@
+"""Servers that stall, refuse, or are not there: one sentence within the patience, with the shard's name and no secret."""
+
+import logging
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from proxy import Proxy
+
+from foveal.data import DataConfig, Dataset, train_batches, training_set
+from foveal.data.remote import NotThere, Remote
+from foveal.errors import ConfigError, DataError
+
+Configure = Callable[..., DataConfig]
+
+
+@contextmanager
+def within(seconds: float, at_least: float = 0.0) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    assert at_least <= time.monotonic() - start < seconds
+
+
+@pytest.mark.parametrize("server", ["s3", "http"])
+def test_a_read_that_stalls(
+    server: str, request: pytest.FixtureRequest, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy: Proxy = request.getfixturevalue(server)
+    url = (
+        "s3://shards/digits" if server == "s3" else f"http://someone:${{SHARDS_PASSWORD}}@127.0.0.1:{proxy.port}/digits"
+    )
+    monkeypatch.setenv("SHARDS_PASSWORD", "planted")
+    dataset = Dataset.open(configure(url, patience_seconds=4.0))
+    shard = dataset.manifest.splits["train"].shards[1].file
+    proxy.inject("stall", about=f"{shard} HTTP", times=100)
+    with within(6.0, at_least=2.5), pytest.raises(DataError) as caught:
+        dataset.read(shard, 0, 100)
+    shown = url.replace("someone:${SHARDS_PASSWORD}@", "")
+    assert str(caught.value).startswith(
+        f"{shown}/{shard} cannot be read, 5 attempts failed (TimeoutError: no answer within 0.5 s)"
+    )
+    proxy.heal()
+    proxy.inject("stall", about=f"{shard} HTTP", times=2)
+    with within(3.0):
+        assert len(dataset.read(shard, 0, 100)) == 100
+
+
+def test_a_run_whose_server_stalls_ends(s3: Proxy, configure: Configure) -> None:
+    cfg = configure("s3://shards/digits", patience_seconds=3.0)
+    data = training_set(Dataset.open(cfg), cfg, seed=3, batch=64)
+    s3.inject("stall", about=".tar HTTP", times=100)
+    with (
+        train_batches(data, cfg, rank=0, size=1, at_once=64, start=0, stop=2) as batches,
+        within(9.0),  # the patience begins with the last that has come, and a prefetch may fail before
+        pytest.raises(DataError, match=r"s3://shards/digits/train-00000\d.tar"),
+    ):
+        next(batches)
+
+
+@pytest.mark.parametrize("setting", ["path", "index"])
+def test_a_password_in_a_setting_is_refused(configure: Configure, setting: str) -> None:
+    """A config is written into the run directory and into MLflow; a variable's value is not."""
+    secret = "planted"
+    with pytest.raises(ConfigError, match=rf"^data.{setting}: a URL with a password in it") as caught:
+        Dataset.open(configure(**{"path": "s3://shards/digits", setting: f"http://someone:{secret}@127.0.0.1/digits"}))
+    assert secret not in str(caught.value)
+
+
+@pytest.mark.parametrize("about", ["manifest.json", "GET /shards?"])
+def test_a_start_that_stalls(s3: Proxy, configure: Configure, about: str) -> None:
+    s3.inject("stall", about=about, times=100, after=0)
+    with within(5.0), pytest.raises(DataError, match=r"^s3://shards/digits.* cannot be read, 5 attempts failed"):
+        Dataset.open(configure("s3://shards/digits", patience_seconds=2.0))
+
+
+def test_nobody_there(configure: Configure, caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    secret, name = "planted", "a.tar"
+    url = f"http://someone:{secret}@127.0.0.1:{port}/digits"
+    with caplog.at_level(logging.DEBUG, "foveal"), within(2.0), pytest.raises(DataError) as caught:
+        Remote(url, patience=2.0).read(name, 0, 1)
+    assert str(caught.value).startswith(f"http://127.0.0.1:{port}/digits/{name} cannot be read, 5 attempts failed")
+    assert [record.message.count(f"attempt {n} of 5") for n, record in enumerate(caplog.records, 1)] == [1, 1, 1, 1]
+    assert secret not in caplog.text + str(caught.value)
+
+
+def test_what_is_refused_is_not_asked_for_again(s3: Proxy, http: Proxy, configure: Configure) -> None:
+    with within(1.0), pytest.raises(DataError, match=r"s3://shards/nowhere has no manifest.json, or it may not be re"):
+        Dataset.open(configure("s3://shards/nowhere", patience_seconds=60.0))
+    with within(1.0), pytest.raises(NotThere, match=r"s3://nobody/x/a.tar is not there or may not be read \("):
+        Remote("s3://nobody/x", 60.0).size("a.tar")
+    with (
+        within(1.0),
+        pytest.raises(NotThere, match=r"/digits/a.tar is not there or may not be read \(FileNotFoundErro"),
+    ):
+        Remote(f"http://127.0.0.1:{http.port}/digits", 60.0).read("a.tar", 0, 10)
+    http.inject("401")
+    with within(1.0), pytest.raises(NotThere, match="may not be read"):
+        Remote(f"http://127.0.0.1:{http.port}/digits", 60.0).read("manifest.json", 0, 10)
+
+
+def test_an_outage_is_no_refusal(digits: Path, http: Proxy) -> None:
+    """fsspec says of both that there is no such file."""
+    remote = Remote(f"http://127.0.0.1:{http.port}/digits", 8.0)
+    http.inject("503", times=2)  # HEAD, and the GET that fsspec tries then
+    assert remote.size("train-000000.tar") == (digits / "train-000000.tar").stat().st_size
+
+
+def test_less_than_was_asked_for(digits: Path, s3: Proxy) -> None:
+    size = (digits / "manifest.json").stat().st_size
+    with pytest.raises(
+        DataError, match=rf"manifest.json cannot be read, .* \(EOFError: 100 bytes from {size - 10} were"
+    ):
+        Remote("s3://shards/digits", 1.0).read("manifest.json", size - 10, size + 90)
+
+
+def test_a_page_that_lists_something_else(http: Proxy, configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Remote, "sizes", lambda _: {"about.html": None})
+    assert Dataset.open(configure(f"http://127.0.0.1:{http.port}/digits")).samples("train") == 1437
+
+
+def edited(digits: Path, index: Path, old: str, new: str) -> str:
+    """An index of the digits whose manifest says something else."""
+    index.mkdir()
+    for file in digits.glob("*.index"):
+        shutil.copy(file, index)
+    text = (digits / "manifest.json").read_text()
+    assert old in text
+    (index / "manifest.json").write_text(text.replace(old, new))
+    return str(index)
+
+
+def test_a_missing_shard_is_said_at_the_start(
+    digits: Path, http: Proxy, s3: Proxy, configure: Configure, tmp_path: Path
+) -> None:
+    """Unless the server lists nothing: then when it is read."""
+    index = edited(digits, tmp_path / "index", "train-000004.tar", "train-000009.tar")
+    http_url = f"http://127.0.0.1:{http.port}/digits"
+    for url in ("s3://shards/digits", http_url):
+        with pytest.raises(DataError, match=rf"^{url}/train-000009.tar is missing, and manifest.json lists it"):
+            Dataset.open(configure(url, index=index))
+    http.inject("401", about="GET /digits/ ", times=9)
+    http.inject("401", about="GET /digits HTTP", times=9)
+    dataset = Dataset.open(configure(http_url))
+    assert dataset.read("train-000004.tar", 0, 10)
+
+
+def test_a_shard_of_another_size(digits: Path, s3: Proxy, configure: Configure, tmp_path: Path) -> None:
+    size = (digits / "train-000004.tar").stat().st_size
+    index = edited(digits, tmp_path / "index", f'"bytes": {size}', f'"bytes": {size + 512}')
+    with pytest.raises(
+        DataError, match=r"has \d+ bytes and manifest.json says \d+: restore it, or run `foveal data in"
+    ):
+        Dataset.open(configure("s3://shards/digits", index=index))
+
+
+@pytest.mark.parametrize(("url", "package"), [("gs://bucket/x", "gcsfs"), ("s3://bucket/x", "s3fs")])
+def test_a_driver_that_is_not_installed(url: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, url[:2], raising=False)
+    with pytest.raises(DataError, match=rf"{url} needs the package {package}, which is not installed: `pip install "):
+        Remote(url, 1.0)
+
+
+def test_a_file_to_walk_through(digits: Path, s3: Proxy) -> None:
+    remote = Remote("s3://shards/digits", 8.0)
+    file = digits / "train-000000.tar"
+    assert remote.sizes() == {each.name: each.stat().st_size for each in digits.iterdir()}
+    modified = remote.modified(file.name)
+    assert modified is not None and abs(modified - time.time()) < 600
+    with remote.open(file.name) as stream, file.open("rb") as same:
+        for offset, size in ((0, 512), (300_000, 512), (512, 5000), (file.stat().st_size - 10, 100)):
+            assert stream.seek(offset) == same.seek(offset)
+            assert stream.read(size) == same.read(size)
+        assert stream.seek(-20, 2) == same.seek(-20, 2)
+        assert stream.read() == same.read()
+    assert s3.gets("train-000000.tar HTTP") <= 5
