@@ -1,8 +1,8 @@
 """The index of one shard: where each sample's members lie in the tar, and its label.
 
 A file `<shard>.index` is a safetensors file of offsets and sizes int64 [n, F] (size -1: the sample has no such member),
-labels int64 [n] (-1: none), key_ends int64 [n] and keys uint8. Its metadata is one JSON text of format, shard, bytes, fields and digest:
-safetensors writes several entries in an order that changes from run to run, and the same shard must give the same file.
+labels int64 [n] (-1: none), key_ends int64 [n] and keys uint8. Its metadata is one JSON text: safetensors writes
+several entries in an order that changes from run to run, and the same shard must give the same file.
 It is mapped, not read: safetensors' own reader copies on every access, too slow for a look-up per sample.
 """
 
@@ -12,24 +12,59 @@ import math
 import mmap
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
 
 from foveal.errors import DataError
 
-FORMAT = 1
-IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff")  # members that are the image, by preference
+FORMAT = 2
+SUFFIX = ".index"
+IMAGES = (
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+    "bmp",
+    "ppm",
+    "pgm",
+    "tif",
+    "tiff",
+    "gif",
+)  # members that are the image, by preference
 
+_ABOUT = ("shard", "bytes", "rules", "note")
 _TENSORS = ("offsets", "sizes", "labels", "key_ends", "keys")
 _TYPES = {"I64": np.dtype("<i8"), "U8": np.dtype("u1")}
 
 
 @dataclass(frozen=True)
+class Rules:
+    """How members become samples with labels.
+
+    classes: turn names into labels, and bound the numbers; label_key: the entry of `.json` members that is the label,
+    without it `.cls` members are; dotted_keys: a key ends at the last dot of a name and not at the first.
+    """
+
+    classes: tuple[str, ...] | None = None
+    label_key: str | None = None
+    dotted_keys: bool = False
+
+    def noted(self) -> dict[str, str | bool | None]:
+        """What an index remembers of the rules that it was made by: of thousands of class names, a digest."""
+        names = None if self.classes is None else hashlib.sha256(json.dumps(self.classes).encode()).hexdigest()
+        return {"classes": names, "label_key": self.label_key, "dotted_keys": self.dotted_keys}
+
+
+@dataclass(frozen=True)
 class ShardIndex:
-    """n samples of one shard with F kinds of members; arrays as in the file."""
+    """n samples of one shard with F kinds of members; arrays as in the file.
+
+    note: what was not as it should be, such as a shard that is cut short; checksum: of all of this, as the file says.
+    """
 
     shard: str
     bytes: int
@@ -39,6 +74,9 @@ class ShardIndex:
     labels: np.ndarray
     key_ends: np.ndarray
     keys: np.ndarray
+    rules: dict[str, str | bool | None] = field(default_factory=Rules().noted)
+    note: str = ""
+    checksum: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -64,15 +102,34 @@ class ShardIndex:
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
+    def sum(self) -> str:
+        """sha256 of everything in the index, to be compared with ``checksum``."""
+        digest = hashlib.sha256(json.dumps(self.about(), sort_keys=True).encode())
+        for name in _TENSORS:
+            array = getattr(self, name)
+            digest.update(f"{name}{list(array.shape)}".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+    def about(self) -> dict:
+        """What the file says beside the arrays, but for digest and checksum, which are computed."""
+        return {"format": FORMAT, "fields": self.fields, **{name: getattr(self, name) for name in _ABOUT}}
+
 
 def make_index(
-    shard: str, size: int, fields: Sequence[str], members: Sequence[tuple[str, dict[str, tuple[int, int]], int]]
+    shard: str,
+    size: int,
+    fields: Sequence[str],
+    members: Sequence[tuple[str, dict[str, tuple[int, int]], int]],
+    rules: Rules,
+    note: str = "",
 ) -> ShardIndex:
-    """An index from samples given as (key, {field: (offset, size)}, label)."""
+    """An index from samples given as (key, {field: (offset, size)}, label), found by these rules."""
     places = np.full((len(members), len(fields), 2), -1, dtype="<i8")
+    columns = {name: column for column, name in enumerate(fields)}
     for row, (_, found, _) in enumerate(members):
         for name, place in found.items():
-            places[row, fields.index(name)] = place
+            places[row, columns[name]] = place
     names = [key.encode(errors="surrogateescape") for key, _, _ in members]
     return ShardIndex(
         shard=shard,
@@ -83,16 +140,17 @@ def make_index(
         labels=np.array([label for _, _, label in members], dtype="<i8"),
         key_ends=np.cumsum([len(name) for name in names], dtype="<i8"),
         keys=np.frombuffer(b"".join(names), dtype="u1"),
+        rules=rules.noted(),
+        note=note,
     )
 
 
 def write_index(index: ShardIndex, file: Path) -> None:
     """Write an index; the file appears whole or not at all."""
     tensors = {name: getattr(index, name) for name in _TENSORS}
-    about = {"format": FORMAT, "shard": index.shard, "bytes": index.bytes, "fields": index.fields}
-    metadata = {"index": json.dumps({**about, "digest": index.digest()})}
+    about = {**index.about(), "digest": index.digest(), "checksum": index.sum()}
     draft = file.with_name(f".{file.name}.{os.getpid()}")
-    draft.write_bytes(safetensors.numpy.save(tensors, metadata))
+    draft.write_bytes(safetensors.numpy.save(tensors, {"index": json.dumps(about)}))
     draft.replace(file)
 
 
@@ -101,20 +159,43 @@ def open_index(file: Path, digest: str, samples: int) -> ShardIndex:
 
     Errors: DataError if it is missing, of another format, damaged, or not the one that the manifest was written with.
     """
-    again = f"run `foveal data index {file.parent}` again"
+    index, written = map_index(file)
+    if written != digest or len(index) != samples:
+        raise DataError(f"{file} is not the index that manifest.json was written with: {_again(file)}")
+    return index
+
+
+def check_index(file: Path) -> None:
+    """Read an index from end to end, as is due to one that came from elsewhere.
+
+    Errors: DataError if it is missing, of another format, or has a byte that is not as it was written.
+    """
+    index, written = map_index(file)
+    if index.sum() != index.checksum or index.digest() != written:
+        raise DataError(f"{file} is damaged, its checksum is not that of what it holds: {_again(file)}")
+
+
+def map_index(file: Path) -> tuple[ShardIndex, str]:
+    """Map an index that nothing is known of; also the digest that it says it has.
+
+    Errors: DataError if it is missing, of another format or damaged where that shows at a glance.
+    """
     try:
         header, mapped, start = _header(file)
         about = json.loads(header["__metadata__"]["index"])
         if about["format"] != FORMAT:
-            raise DataError(f"{file} has format {about['format']}, this foveal reads {FORMAT}: {again}")
-        if about["digest"] != digest or header["labels"]["shape"] != [samples]:
-            raise DataError(f"{file} is not the index that manifest.json was written with: {again}")
+            raise DataError(f"{file} has format {about['format']}, this foveal reads {FORMAT}: {_again(file)}")
         arrays = {name: _array(mapped, start, header[name]) for name in _TENSORS}
-        return ShardIndex(about["shard"], about["bytes"], tuple(about["fields"]), **arrays)
+        known: dict[str, Any] = {name: about[name] for name in (*_ABOUT, "checksum")} | arrays
+        return ShardIndex(fields=tuple(about["fields"]), **known), about["digest"]
     except FileNotFoundError:
-        raise DataError(f"{file} is missing: {again}") from None
+        raise DataError(f"{file} is missing: {_again(file)}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file} is no index of a shard ({error}): {again}") from None
+        raise DataError(f"{file} is no index of a shard ({error}): {_again(file)}") from None
+
+
+def _again(file: Path) -> str:
+    return f"run `foveal data index {file.parent}` again"
 
 
 def _header(file: Path) -> tuple[dict, mmap.mmap, int]:

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from foveal.data import DataConfig, Dataset, eval_batches, train_batches
+from foveal.data import DataConfig, Dataset, eval_batches, train_batches, training_set
+from foveal.data.dataset import open_folder
 from foveal.data.index import index_folder
+from foveal.data.verify import verify
 from foveal.errors import DataError
 
 ROOT = os.environ.get("FOVEAL_TEST_DATA")
@@ -57,8 +59,8 @@ def test_a_folder_that_is_only_read_is_indexed_elsewhere(shards: Path, tmp_path:
     )
     dataset = Dataset.open(cfg)
     assert dataset.class_counts("train").tolist() == source["splits"]["train"]["per_class"]
-    place = {"rank": 1, "size": 2, "at_once": 16, "start": 30, "stop": 31}
-    with train_batches(dataset, cfg, split="train", part="train", seed=0, batch=64, **place) as batches:
+    dealt = training_set(dataset, cfg, seed=0, batch=64)
+    with train_batches(dealt, cfg, rank=1, size=2, at_once=16, start=30, stop=31) as batches:
         images = next(batches).images
     assert images.shape == (16, 3, 64, 64)
     assert images.float().std() > 30
@@ -99,3 +101,5 @@ def test_members_that_are_masks_are_kept_apart(shards: Path, tmp_path: Path) -> 
     assert manifest.fields == ("jpg", "mask.png")
     assert manifest.classes is None
     assert {name: split.samples for name, split in manifest.splits.items()} == {"train": 367, "val": 101}
+    dataset = open_folder(str(shards / "camvid"), str(tmp_path / "index"))
+    assert verify(dataset, full=True, workers=2) == []
