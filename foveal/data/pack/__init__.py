@@ -1,0 +1,8 @@
+"""From images to shards with manifest and index. A folder appears whole or not at all, with the same bytes each time."""
+
+from foveal.data.pack.digits import pack_digits
+from foveal.data.pack.folder import pack_folder
+from foveal.data.pack.hf import pack_hf
+from foveal.data.pack.table import pack_table
+
+__all__ = ["pack_digits", "pack_folder", "pack_hf", "pack_table"]

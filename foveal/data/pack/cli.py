@@ -1,0 +1,111 @@
+"""`foveal data pack`: write images as shards."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from foveal.data.manifest import read_manifest
+from foveal.data.pack.digits import pack_digits
+from foveal.data.pack.folder import pack_folder
+from foveal.data.pack.hf import pack_hf
+from foveal.data.pack.recipe import Recipe
+from foveal.data.pack.table import pack_table
+from foveal.data.pack.write import SKIPPED
+
+app = typer.Typer(help="Write images as WebDataset shards with manifest and index.", no_args_is_help=True)
+
+Out = Annotated[Path, typer.Option("--out", help="Folder of the shards; made whole or not at all.")]
+LabelColumn = Annotated[str | None, typer.Option(help="Column of labels or class names; empty: no label.")]
+
+_OPTIONS: dict[str, Any] = {  # of Recipe, as a command line types them
+    "name": str,
+    "shard_mb": float,
+    "samples_per_shard": int,
+    "val_fraction": float,
+    "workers": int,
+    "resize": int,
+    "format": str,
+    "quality": int,
+    "skip_bad": bool,
+}
+
+
+def _with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with Recipe's options in the place of its ``**options``; typer asks a signature what there is."""
+    parameters = list(inspect.signature(command).parameters.values())[:-1]
+    for name, kind in _OPTIONS.items():
+        field = Recipe.model_fields[name]
+        default = None if field.default_factory else field.default or None
+        option = typer.Option(f"--{name.replace('_', '-')}", help=field.description)
+        annotation = Annotated[kind if default else kind | None, option]
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter(name, keyword, default=default, annotation=annotation))
+    vars(command)["__signature__"] = inspect.Signature(parameters)
+    return command
+
+
+@app.command("digits")
+def digits(out: Out) -> None:
+    """scikit-learn's 1,797 handwritten digits, 8x8 pixels: the data set of the demo."""
+    _say(out, pack_digits(out))
+
+
+@app.command("folder")
+@_with_options
+def folder(
+    path: Annotated[Path, typer.Argument(help="One folder of images per class, or train/ and val/ with these.")],
+    out: Out,
+    **options: Any,
+) -> None:
+    """Your own images in folders, files as they are unless an option says otherwise."""
+    _say(out, pack_folder(path, out, **_given(options)))
+
+
+@app.command("table")
+@_with_options
+def table(
+    path: Annotated[Path, typer.Argument(help="Table with one row per image, .csv or .parquet.")],
+    out: Out,
+    image_column: Annotated[str, typer.Option(help="Column of image files.")] = "image",
+    label_column: LabelColumn = None,
+    split_column: Annotated[str | None, typer.Option(help="Column of split names, such as train and val.")] = None,
+    root: Annotated[
+        Path | None, typer.Option(help="Where the files are relative to; default: the table's folder.")
+    ] = None,
+    **options: Any,
+) -> None:
+    """Images that a table names."""
+    columns = {"image_column": image_column, "label_column": label_column, "split_column": split_column}
+    _say(out, pack_table(path, out, **columns, root=root, **_given(options)))
+
+
+@app.command("hf")
+@_with_options
+def hf(
+    path: Annotated[Path, typer.Argument(help="Folder of save_to_disk, or one that load_dataset reads.")],
+    out: Out,
+    image_column: Annotated[
+        str | None, typer.Option(help="Column of images; default: the only one of type Image.")
+    ] = None,
+    label_column: LabelColumn = None,
+    **options: Any,
+) -> None:
+    """Images of the Hugging Face `datasets` library, stored bytes as they are unless an option says otherwise."""
+    _say(out, pack_hf(path, out, image_column=image_column, label_column=label_column, **_given(options)))
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _say(out: Path, written: bool) -> None:
+    manifest = read_manifest(out)
+    what = f"{sum(split.samples for split in manifest.splits.values()):,} samples of '{manifest.name}'"
+    typer.echo(f"{out}: {f'written, {what}' if written else f'already there, nothing to do; it holds {what}'}")
+    if written and (out / SKIPPED).is_file():
+        bad = (out / SKIPPED).read_text().splitlines()
+        typer.echo(f"{len(bad):,} images do not decode and were left out; {out / SKIPPED} lists them, the first is:")
+        typer.echo(bad[0].replace("\t", "  "))
