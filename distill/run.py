@@ -15,7 +15,6 @@ from foveal.models.vit import build_encoder, encoder_card
 from foveal.optim import parameter_groups
 from foveal.runtime import Run
 from foveal.seeding import key
-from foveal.stage import training_batches
 
 
 def train(plan: DistillPlan, run: Run) -> None:
@@ -29,7 +28,7 @@ def train(plan: DistillPlan, run: Run) -> None:
     teacher = Teacher(Path(cfg.teacher), engine.device, cfg.engine.precision)
     objective = Imitate(teacher, cfg.distance, cfg.cls_weight, cfg.patch_weight, plan.mean, plan.std)
     start = run.resume(engine)
-    with training_batches(plan, run.world.rank, start) as batches:
+    with run.batches(start) as batches:
         for step in steps(engine, batches, objective, run.course(start)):
             if due(step.index, cfg.log.every, plan.stop):
                 run.report()

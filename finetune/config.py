@@ -96,6 +96,12 @@ def _plan_one(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
     encoder = _encoder(cfg, card)
     plan = planned(FinetunePlan, cfg, ranks, card=card, encoder=encoder)
     classes = _classes(plan.dataset, cfg)
+    for other in plan.training.sources[1:]:
+        if other.dataset.classes not in {None, classes}:
+            raise DataError(
+                f"{other.dataset.folder} (data.mix) has other classes than {plan.dataset.folder}: index it with the same "
+                f"names in the same order, or without labels"
+            )
     origin = _origin(plan.dataset, cfg, classes) | ({} if card is None else {"init": card.sha256})
     inherited = plan.inherited | inherited_science(origin)
     return replace(plan, inherited=inherited, encoder=encoder | {"classes": len(classes)}, classes=classes)

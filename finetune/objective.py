@@ -29,7 +29,7 @@ class Classify:
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         images = normalise(batch.images, self.mean, self.std)
-        drops = uniforms(key(self.seed, batch.epoch, "drop path"), batch.ids, self.drop_sites)
+        drops = uniforms(key(self.seed, "drop path"), batch.draws, self.drop_sites)
         logits_BK = model(images, drops).float()
         total = F.cross_entropy(
             logits_BK, batch.labels, reduction="sum", ignore_index=_UNLABELLED, label_smoothing=self.label_smoothing

@@ -25,7 +25,6 @@ from foveal.models.vit import encoder_from_card
 from foveal.optim import parameter_groups
 from foveal.runtime import Run
 from foveal.seeding import key
-from foveal.stage import training_batches
 
 _log = logging.getLogger("foveal.finetune")
 
@@ -46,12 +45,12 @@ def fit(plan: FinetunePlan, run: Run) -> None:
     engine = build_engine(model, groups, cfg.optim, cfg.engine, run.world, at_once=plan.at_once, accumulate=plan.micros)
     objective = Classify(cfg.seed, cfg.label_smoothing, drop_path_sites(model), plan.mean, plan.std)
     start = run.resume(engine)
-    with training_batches(plan, run.world.rank, start) as batches:
+    with run.batches(start) as batches:
         for step in steps(engine, batches, objective, run.course(start)):
             if due(step.index, cfg.log.every, plan.stop):
                 run.report()
             if cfg.evaluate_every and step.index % cfg.evaluate_every == 0 and step.index < plan.steps:
-                run.evaluated(step.index, accuracy(engine, plan, run.world, split=cfg.data.val, part="all"))
+                run.evaluated(step.index, accuracy(engine, run, step.index, split=cfg.data.val, part="all"))
             leaving = run.asked_to_leave()
             if leaving or due(step.index, cfg.checkpoint.every, plan.stop):
                 run.save(engine, step.index)
@@ -60,10 +59,10 @@ def fit(plan: FinetunePlan, run: Run) -> None:
     if plan.stop == plan.steps:
         results = {
             f"val_{name}": value
-            for name, value in accuracy(engine, plan, run.world, split=cfg.data.val, part="all").items()
+            for name, value in accuracy(engine, run, plan.steps, split=cfg.data.val, part="all").items()
         }
         if cfg.data.holdout_per_class:
-            held_out = accuracy(engine, plan, run.world, split=cfg.data.train, part="holdout")
+            held_out = accuracy(engine, run, plan.steps, split=cfg.data.train, part="holdout")
             results |= {f"holdout_{name}": value for name, value in held_out.items()}
         run.export(engine, plan.encoder, prefix="encoder.", classes=plan.classes)
         run.finish(results)

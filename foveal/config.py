@@ -100,8 +100,12 @@ class Config(BaseModel):
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
             half = inherited or half_of(field)
+            below = "machine" if half == "machine" else None
             if isinstance(value, Config):
-                yield from value.leaves(f"{prefix}{name}.", "machine" if half == "machine" else None)
+                yield from value.leaves(f"{prefix}{name}.", below)
+            elif isinstance(value, tuple) and value and isinstance(value[0], Config):
+                for number, inner in enumerate(value):
+                    yield from inner.leaves(f"{prefix}{name}.{number}.", below)
             else:
                 yield f"{prefix}{name}", self.model_dump(mode="json", include={name})[name], half
 
@@ -190,7 +194,7 @@ def _explain_one(model: type[Config], problem: dict[str, Any]) -> str:
         )
     if problem["type"] == "missing":
         return f"{name} is missing and has no default"
-    message = problem["msg"].removeprefix("Value error, ")
+    message = problem["msg"].removeprefix("Value error, ").replace("valid tuple", "valid list")
     message = message[0].lower() + message[1:]
     if problem["type"] == "value_error":  # our own checks name the values, and know which are secrets
         return f"{name}: {message}" if place else message
@@ -199,6 +203,8 @@ def _explain_one(model: type[Config], problem: dict[str, Any]) -> str:
 
 def _names_at(model: type[Config], path: list[str]) -> list[str]:
     for part in path:
+        if part.isdigit():  # one of a list of sections
+            continue
         section = section_of(model.model_fields[part]) if part in model.model_fields else None
         if section is None:
             return []

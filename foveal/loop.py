@@ -1,6 +1,7 @@
 """One optimizer step, said once. A stage writes its own timetable around it."""
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,7 +44,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Course:
-    """The steps of one attempt, from ``start`` to ``stop``, each of ``accumulate`` micros, and where their numbers go."""
+    """The steps of one attempt, from ``start`` to ``stop``, each of ``accumulate`` micros, and where their numbers go.
+
+    ``consumed`` hears of the micros of every step that has been taken.
+    """
 
     start: int
     stop: int
@@ -52,6 +56,7 @@ class Course:
     world: World
     totals: Totals
     pace: Pace
+    consumed: Callable[[int, Sequence[Batch]], None]
 
 
 def steps(engine: Engine, batches: Iterator[Batch], objective: Objective, course: Course) -> Iterator[Step]:
@@ -65,7 +70,7 @@ def steps(engine: Engine, batches: Iterator[Batch], objective: Objective, course
         rate = course.lr(index)
         engine.set_lr(rate)
         with course.pace.waiting():
-            micros = [next(batches) for _ in range(accumulate)]
+            micros = course.world.together(lambda: list(itertools.islice(batches, accumulate)))
         share = _mean_weight([objective.weight(batch) for batch in micros], course.world)
         sums: dict[str, Tensor] = {}
         for number, host_batch in enumerate(micros):
@@ -79,6 +84,7 @@ def steps(engine: Engine, batches: Iterator[Batch], objective: Objective, course
         course.totals.add(
             sums, {"step": index + 1, "lr": rate, "grad_norm": outcome.grad_norm, "applied": float(outcome.applied)}
         )
+        course.consumed(index + 1, micros)
         course.pace.count(len(batch.ids) * accumulate * ranks)
         yield Step(index + 1, batch, outcome.applied)
 

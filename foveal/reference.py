@@ -28,7 +28,7 @@ result; a run is only continued under the same science) or **machine** (it chang
 result is obtained; it may be another one at every restart). A setting that is not listed here is refused."""
 
 _HEADER = "| setting | type | default | range | half | what it is |\n|---|---|---|---|---|---|"
-_WORDS = {types.NoneType: "none", Any: "anything", bool: "true or false", int: "integer", float: "number", str: "text"}
+_WORDS = {types.NoneType: "null", Any: "anything", bool: "true or false", int: "integer", float: "number", str: "text"}
 _SIGNS = {
     "gt": "> {:g}",
     "ge": "≥ {:g}",
@@ -62,12 +62,13 @@ def _settings(model: type[Config], prefix: str, given: Any, half: str) -> Iterat
         default = getattr(given, name) if isinstance(given, Config) else field.get_default(call_default_factory=True)
         mine = "machine" if half == "machine" else half_of(field)
         section = section_of(field)
-        if section is None or default is None:
+        if section is None or default is None or isinstance(default, tuple):
             yield Setting(
                 f"{prefix}{name}", type_in_words(field), default, range_in_words(field), mine, field.description or ""
             )
         if section is not None:
-            yield from _settings(section, f"{prefix}{name}.", default, mine)
+            many = typing.get_origin(field.annotation) is tuple
+            yield from _settings(section, f"{prefix}{name}.N." if many else f"{prefix}{name}.", default, mine)
 
 
 def type_in_words(field: FieldInfo) -> str:
@@ -111,7 +112,7 @@ def _ranges(annotation: Any, limits: Sequence[Any]) -> Iterator[str]:
 def _value_in_words(value: Any) -> str:
     """A value as YAML writes it on one line."""
     if value is None:
-        return "none"
+        return "null"
     plain = to_jsonable_python(value)
     return plain if isinstance(plain, str) and plain else json.dumps(plain, ensure_ascii=False)
 

@@ -1,21 +1,20 @@
 """A run: a directory, a tracker, checkpoints and a pace, opened in order and closed in reverse."""
 
-import importlib.metadata
 import json
 import logging
 import math
-import shutil
-import subprocess
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from foveal import __version__
+from foveal.accounts import Accounts
 from foveal.checkpoint.export import Card, write_export
 from foveal.checkpoint.store import Store, TrainState, check_same_science
+from foveal.data import Batch, eval_batches, train_batches
+from foveal.data.subset import PartName
 from foveal.distributed.engine import Engine
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.world import World, describe, slurm_job
@@ -23,6 +22,7 @@ from foveal.errors import CheckpointError, Diverged
 from foveal.files import write_json
 from foveal.loop import Course
 from foveal.progress import Progress
+from foveal.provenance import attempt_facts, versions, warn_of_versions
 from foveal.stage import Plan, StageConfig
 from foveal.telemetry.pace import Pace, peak_memory
 from foveal.telemetry.totals import Row, Totals
@@ -48,9 +48,11 @@ class Run:
     pace: Pace = field(default_factory=Pace)
     tracker: Tracker = field(default_factory=Silent)
     progress: Progress = field(default_factory=Progress)
+    accounts: Accounts | None = None
+    skipped: list[int] = field(default_factory=list)
     left: bool = False
     finished: bool = False
-    _skipped: int = 0
+    _diverging: int = 0
     _last: Row = field(default_factory=dict)
 
     def resume(self, engine: Engine) -> int:
@@ -66,37 +68,66 @@ class Run:
             _check_same_shape(folder, state, self._state(state.step))
             engine.load(folder)
             step = state.step
+            self.skipped = state.skipped
             self.pace = Pace(state.seconds)
-            _warn_of_versions(state.versions)
+            warn_of_versions(state.versions)
             _log.info("resumed from %s", folder)
         self.begin(step)
+        self.accounts = Accounts(self.path, self.plan, self.world, step, self.skipped)
         return step
+
+    def batches(self, start: int) -> AbstractContextManager[Iterator[Batch]]:
+        """This rank's training batches from step ``start`` to the plan's stop."""
+        plan, data = self.plan, self.plan.cfg.data
+        place = {"rank": self.world.rank, "size": self.world.size, "at_once": plan.at_once}
+        return train_batches(plan.training, data, **place, start=start, stop=plan.stop, skipped=self.skipped)
+
+    def evaluation(self, step: int, *, split: str, part: PartName) -> Iterator[Batch]:
+        """This rank's share of a part of a split: every sample exactly once over all ranks. Every rank takes part.
+
+        Errors: DataError, on every rank, when one cannot read its data or too many samples do not decode.
+        """
+        plan, world = self.plan, self.world
+        place = {"rank": world.rank, "size": world.size, "at_once": plan.cfg.batch.at_once}
+        batches = eval_batches(plan.dataset, plan.cfg.data, split=split, part=part, seed=plan.cfg.seed, **place)
+        assert self.accounts is not None
+        with closing(batches):
+            while (batch := world.together(lambda: next(batches, None))) is not None:
+                self.accounts.met(step, batch)
+                yield batch
+        self.accounts.report()
+        self.accounts.check()
 
     def begin(self, step: int = 0, total: int | None = None) -> None:
         """Open the tracker at a step, on rank 0; the progress counts to ``total``, or to the plan's steps."""
         if self.world.rank == 0:
             self.tracker, self._last = _tracker(self.path, self.plan.cfg, step)
-            self.tracker.settings(self.plan.cfg.flat() | self.plan.inherited, _facts(self.world))
+            self.tracker.settings(self.plan.cfg.flat() | self.plan.inherited, attempt_facts(self.world))
             self.tracker.file(self.path / "config.yaml")
             self.progress = Progress("" if self.quiet else self.path.name, total or self.plan.steps, step)
 
     def report(self) -> Row:
         """Reduce and deliver the rows of the steps since the last report; the last of them, with rates.
 
-        Errors: Diverged, on every rank, when the last steps in a row were all skipped.
+        Errors, on every rank: Diverged when the last steps in a row were all skipped, DataError when too many samples
+        do not decode.
         """
         rows = self.totals.read(self.world.sum)
         if rows:
-            rows[-1] |= self.pace.read() | peak_memory(self.world.device)
+            assert self.accounts is not None
+            rows[-1] |= (
+                self.pace.read() | peak_memory(self.world.device) | {"bad_samples": float(self.accounts.report())}
+            )
             with self.pace.paused():
                 self.tracker.rows(rows)
                 self.progress.show(rows[-1])
             self._last = rows[-1]
+            self.accounts.check()
         for row in rows:
-            self._skipped = 0 if row["applied"] and math.isfinite(row["loss"]) else self._skipped + 1
-            if self._skipped >= _TOLERATED:
+            self._diverging = 0 if row["applied"] and math.isfinite(row["loss"]) else self._diverging + 1
+            if self._diverging >= _TOLERATED:
                 raise Diverged(
-                    f"loss or gradients were not finite in {self._skipped} steps up to step {int(row['step'])}; none of them "
+                    f"loss or gradients were not finite in {self._diverging} steps up to step {int(row['step'])}; none of them "
                     f"changed a weight, and the newest checkpoint is whole: lower optim.lr_per_256 or lengthen "
                     f"optim.warmup_epochs"
                 )
@@ -153,8 +184,11 @@ class Run:
     def course(self, start: int) -> Course:
         """The steps that are left of this attempt, which begin now."""
         plan = self.plan
+        assert self.accounts is not None
         self.pace.begin()
-        return Course(start, plan.stop, plan.micros, plan.lr, self.world, self.totals, self.pace)
+        return Course(
+            start, plan.stop, plan.micros, plan.lr, self.world, self.totals, self.pace, self.accounts.consumed
+        )
 
     def export(self, engine: Engine, encoder: dict[str, Any], *, prefix: str, classes: tuple[str, ...] = ()) -> None:
         """Leave the weights whose names begin with ``prefix``, without it, and their card for the next stage."""
@@ -181,7 +215,7 @@ class Run:
         kind = (
             f"deepspeed ZeRO {cfg.zero}, {cfg.precision}" if cfg.kind == "deepspeed" else f"{cfg.kind}, {cfg.precision}"
         )
-        return TrainState(step, self.pace.seconds, self.world.size, kind, self.plan.science(), versions())
+        return TrainState(step, self.pace.seconds, self.world.size, kind, self.plan.science(), versions(), self.skipped)
 
 
 def _check_same_shape(folder: Path, was: TrainState, now: TrainState) -> None:
@@ -232,7 +266,11 @@ def opened(
             status = "FINISHED" if run.finished else "KILLED"
         finally:
             run.progress.close()
-            run.tracker.close(status)
+            try:
+                if run.accounts is not None:
+                    run.accounts.close()
+            finally:
+                run.tracker.close(status)
 
 
 def _looked_at(plan: Plan) -> tuple[Path, bool] | CheckpointError:
@@ -269,21 +307,6 @@ def _directory(cfg: StageConfig) -> Path:
     return path
 
 
-def versions() -> dict[str, str]:
-    """The libraries that can move a number."""
-    names = ("torch", "timm", "deepspeed", "accelerate", "Pillow", "numpy")
-    return {"foveal": __version__, **{name: importlib.metadata.version(name) for name in names}}
-
-
-def _warn_of_versions(was: dict[str, str]) -> None:
-    changed = [f"{name} {was.get(name)} -> {now}" for name, now in versions().items() if was.get(name) != now]
-    if changed:
-        _log.warning(
-            "the checkpoint was written by other versions (%s); numbers may move in their last digits",
-            ", ".join(changed),
-        )
-
-
 def _tracker(path: Path, cfg: StageConfig, start: int) -> tuple[Tracker, Row]:
     """The tracker, and the last row that an earlier attempt left: one that was killed after its last step reports it."""
     jsonl = Jsonl(path / "metrics.jsonl", start)
@@ -302,16 +325,6 @@ def connected(cfg: TrackingConfig, path: Path, pipeline: str | None) -> Tracker 
     except Exception as error:  # noqa: BLE001 - whatever a tracking server does, it is not worth a run
         _log.warning("tracking: no MLflow at %s (%s); metrics.jsonl has every number", cfg.uri, in_words(error))
         return None
-
-
-def _facts(world: World) -> dict[str, str]:
-    """Tags of this attempt."""
-    facts = {"attempt.started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "ranks": str(world.size), **slurm_job()}
-    facts |= {f"version.{name}": value for name, value in versions().items()}
-    if shutil.which("git") is None:
-        return facts
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return facts | ({"git.commit": commit.stdout.strip()} if commit.returncode == 0 else {})
 
 
 @contextmanager

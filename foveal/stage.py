@@ -1,7 +1,5 @@
 """What the three stages share: the sections of their configs, and the plan that a config becomes on so many ranks."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,10 +7,11 @@ from typing import Any, TypeVar
 from foveal.checkpoint.export import Card
 from foveal.checkpoint.store import CheckpointConfig
 from foveal.config import Config, machine, science
-from foveal.data import Batch, DataConfig, Dataset, order_of, train_batches
+from foveal.data import DataConfig, Dataset, TrainingSet, described, training_set
+from foveal.data.decode import decoder_name
 from foveal.data.order import rank_slots
 from foveal.distributed.engine import EngineConfig, check_engine
-from foveal.errors import ExportError
+from foveal.errors import ConfigError, ExportError
 from foveal.optim import OptimConfig
 from foveal.schedule import warmup_cosine
 from foveal.tracking.tracker import TrackingConfig
@@ -74,13 +73,17 @@ class Plan:
     cfg: StageConfig
     ranks: int
     dataset: Dataset
-    steps_per_epoch: int
-    dropped: int
+    training: TrainingSet
     at_once: int
     micros: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     inherited: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+        return self.training.order.steps_per_epoch
 
     @property
     def steps(self) -> int:
@@ -111,13 +114,31 @@ class Plan:
         """The plan in words."""
         cfg = self.cfg
         return [
-            f"data      {self.dataset.folder}, {self.dataset.samples(cfg.data.train):,} images in {cfg.data.train}",
+            *self._data_lines(),
             f"batch     {cfg.batch.images} images = {self.ranks} ranks x {self.micros} micros x {self.at_once} at once",
-            f"steps     {self.steps} = {cfg.epochs} epochs x {self.steps_per_epoch} (each epoch drops another {self.dropped} images)",
+            f"steps     {self.steps} = {cfg.epochs} epochs x {self.steps_per_epoch} (each epoch drops another {self.training.order.dropped} images)",
             f"lr        {cfg.optim.peak(cfg.batch.images):.3g} at its peak, after {cfg.optim.warmup_epochs:g} epochs",
             f"engine    {cfg.engine.kind}{f' ZeRO {cfg.engine.zero}' if cfg.engine.kind == 'deepspeed' else ''}, {cfg.engine.precision}",
             f"run       {cfg.run.dir}",
         ]
+
+    def _data_lines(self) -> list[str]:
+        """What is read, in which shares, and what of it a node must hold."""
+        data = self.cfg.data
+        lines = [
+            f"data      {source.dataset.folder}, {source.dataset.samples(source.split):,} images in {source.split}"
+            for source in self.training.sources
+        ]
+        for number, other in enumerate(data.mix, start=1):
+            lines[number] += f", {other.share:.4g} of every epoch"
+        lines.append(f"decoder   {decoder_name()} for JPEG")
+        shards, size = self.training.held(self.cfg.batch.images // self.ranks)
+        if shards:
+            lines.append(
+                f"cache     up to {shards} shards ({size / 1e9:.3g} GB) for a rank's windows, this and the next; "
+                f"data.cache.gigabytes={data.cache.gigabytes:g} for all ranks of a node"
+            )
+        return lines
 
 
 P = TypeVar("P", bound=Plan)
@@ -150,17 +171,22 @@ def planned(
     """
     dataset = Dataset.open(cfg.data)
     rank_slots(cfg.batch.images, cfg.data.lanes, 0, ranks)
-    order = order_of(dataset, cfg.data, split=cfg.data.train, part="train", seed=cfg.seed, batch=cfg.batch.images)
+    if ranks > 1 and cfg.data.patience_seconds >= 60 * cfg.engine.timeout_minutes:
+        raise ConfigError(
+            f"data.patience_seconds={cfg.data.patience_seconds:g} must be below engine.timeout_minutes="
+            f"{cfg.engine.timeout_minutes:g}: the other ranks would give up before a loader that hangs is named"
+        )
+    training = training_set(dataset, cfg.data, seed=cfg.seed, batch=cfg.batch.images)
     at_once, micros = cfg.batch.micros(ranks)
     check_engine(cfg.engine, cfg.optim, ranks, at_once=at_once, accumulate=micros)
     mean, std = _statistics(cfg, dataset, card)
-    facts = {"data": dataset.digest(cfg.data.train), "mean": list(mean), "std": list(std)} | (origin or {})
+    facts = {"data": dataset.digest(cfg.data.train), "mean": list(mean), "std": list(std)}
+    facts |= described(training.sources) | (origin or {})
     return kind(
         cfg=cfg,
         ranks=ranks,
         dataset=dataset,
-        steps_per_epoch=order.steps_per_epoch,
-        dropped=order.dropped,
+        training=training,
         at_once=at_once,
         micros=micros,
         mean=mean,
@@ -180,21 +206,3 @@ def _statistics(cfg: StageConfig, dataset: Dataset, card: Card | None) -> tuple[
                 f"data.{name} is {list(stated)}, the export was trained with {list(hers)}; leave data.{name} out"
             )
     return card.mean, card.std
-
-
-def training_batches(plan: Plan, rank: int, start: int) -> AbstractContextManager[Iterator[Batch]]:
-    """This rank's training batches from step ``start`` to the plan's stop."""
-    cfg = plan.cfg
-    return train_batches(
-        plan.dataset,
-        cfg.data,
-        split=cfg.data.train,
-        part="train",
-        seed=cfg.seed,
-        batch=cfg.batch.images,
-        rank=rank,
-        size=plan.ranks,
-        at_once=plan.at_once,
-        start=start,
-        stop=plan.stop,
-    )

@@ -24,7 +24,7 @@ class Reconstruct:
 
     def noise(self, batch: Batch) -> Tensor:
         """Uniform noise [B, L]; the patches with the lowest are shown."""
-        return uniforms(key(self.seed, batch.epoch, "mask"), batch.ids, self.length)
+        return uniforms(key(self.seed, "mask"), batch.draws, self.length)
 
     def weight(self, batch: Batch) -> float:
         """The number of masked patches, the same in every batch."""

@@ -11,7 +11,6 @@ from foveal.models.vit import build_encoder, encoder_card
 from foveal.optim import parameter_groups
 from foveal.runtime import Run
 from foveal.seeding import key
-from foveal.stage import training_batches
 from pretrain.config import PretrainConfig, PretrainPlan, plan
 from pretrain.objective import Reconstruct
 
@@ -29,7 +28,7 @@ def train(plan: PretrainPlan, run: Run) -> None:
     engine = build_engine(model, groups, cfg.optim, cfg.engine, run.world, at_once=plan.at_once, accumulate=plan.micros)
     objective = Reconstruct(cfg.seed, cfg.mask_ratio, cfg.norm_pix, patch, length, plan.mean, plan.std)
     start = run.resume(engine)
-    with training_batches(plan, run.world.rank, start) as batches:
+    with run.batches(start) as batches:
         for step in steps(engine, batches, objective, run.course(start)):
             if due(step.index, cfg.log.every, plan.stop):
                 run.report()

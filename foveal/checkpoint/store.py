@@ -31,7 +31,7 @@ class CheckpointConfig(Config):
 
 @dataclass(frozen=True, slots=True)
 class TrainState:
-    """The facts beside the engine's files that decide how a run goes on."""
+    """The facts beside the engine's files that decide how a run goes on; skipped: batches that no step takes."""
 
     step: int
     seconds: float
@@ -39,6 +39,7 @@ class TrainState:
     engine: str
     science: dict[str, Any]
     versions: dict[str, str] = field(default_factory=dict)
+    skipped: list[int] = field(default_factory=list)
     format: int = FORMAT
 
 

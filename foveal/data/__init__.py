@@ -3,7 +3,19 @@
 from foveal.data.batch import Batch
 from foveal.data.config import AugmentConfig, DataConfig
 from foveal.data.dataset import Dataset
-from foveal.data.loader import eval_batches, order_of, train_batches
+from foveal.data.loader import eval_batches, train_batches
+from foveal.data.sources import TrainingSet, described, training_set
 from foveal.data.transforms import normalise
 
-__all__ = ["AugmentConfig", "Batch", "DataConfig", "Dataset", "eval_batches", "normalise", "order_of", "train_batches"]
+__all__ = [
+    "AugmentConfig",
+    "Batch",
+    "DataConfig",
+    "Dataset",
+    "TrainingSet",
+    "described",
+    "eval_batches",
+    "normalise",
+    "train_batches",
+    "training_set",
+]

@@ -9,16 +9,35 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Bad:
+    """A sample that does not decode, and the sample that stands in its row instead; by = -1: the row is left empty.
+
+    ``draw`` and ``by`` count as ``Batch.draws``; ``offset`` is where its image begins in the shard, in bytes.
+    """
+
+    row: int
+    draw: int
+    by: int
+    split: str
+    shard: str
+    key: str
+    offset: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class Batch:
     """One micro-batch of B images with C channels, H = W pixels a side, not normalised yet (see ``normalise``)."""
 
     images: Tensor  # uint8 [B, C, H, W]
     labels: Tensor  # int64 [B]; -1: the sample has no label, or the row is padding
-    ids: Tensor  # int64 [B]: positions in the manifest; -1: padding
-    valid: Tensor  # bool [B]; False: a row that only fills up the last batch of an evaluation
+    ids: Tensor  # int64 [B]: positions in the manifest, those of data.mix after them; -1: padding
+    draws: Tensor  # int64 [B]: id + epoch * samples, what a row's randomness is keyed by; -1: padding
+    valid: Tensor  # bool [B]; False: a row that only fills up the last batch of an evaluation, or did not decode there
     step: int
     epoch: int
     micro: int
+    bad: tuple[Bad, ...] = ()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The same batch with its tensors on a device."""
@@ -26,4 +45,4 @@ class Batch:
         return dataclasses.replace(self, **moved)
 
 
-_TENSORS = ("images", "labels", "ids", "valid")
+_TENSORS = ("images", "labels", "ids", "draws", "valid")

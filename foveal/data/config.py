@@ -2,6 +2,7 @@
 
 import os
 import re
+from fractions import Fraction
 from typing import Literal, Self
 
 from pydantic import model_validator
@@ -27,25 +28,47 @@ class AugmentConfig(Config):
         return self
 
 
+class CacheConfig(Config):
+    """The node's own copy of shards that lie behind URLs; all ranks of a node share it, and so may several jobs."""
+
+    dir: str | None = machine(None, "folder on the node's own disk; default: foveal-cache-<user id> in $TMPDIR or /tmp")
+    gigabytes: float = machine(100.0, "the most that the folder holds, in 10^9 bytes; what was used last stays", gt=0)
+
+
+class MixConfig(Config):
+    """A further set of shards that training images are drawn from. Evaluation knows nothing of it."""
+
+    path: str = machine(about="folder (or URL) of its shards")
+    index: str | None = machine(None, "folder (or URL) of its manifest.json and *.index files; default: path")
+    split: str = science("train", "the split that is drawn from")
+    share: float = science(about="share of the training images that come from this set", gt=0, lt=1)
+
+
 class DataConfig(Config):
-    """One set of shards and how it is read. Environment variables in ``path`` and ``index`` are expanded."""
+    """One set of shards and how it is read. Environment variables in paths are expanded."""
 
     path: str = machine(about="folder (or URL) of the shards")
-    index: str | None = machine(None, "folder of manifest.json and the *.index files; default: path")
+    index: str | None = machine(None, "folder (or URL) of manifest.json and the *.index files; default: path")
     train: str = science("train", "the split that is trained on")
     val: str = science("val", "the split that is evaluated on")
     image_size: int = science(about="side of the square image that the model sees, in pixels", ge=1)
     channels: Literal[1, 3] = science(3, "1: images are converted to grey, 3: to RGB")
     lanes: int = science(32, "streams an epoch is dealt into; part of the order, independent of the cluster", ge=1)
-    window: int = science(4, "shards that a lane shuffles over", ge=1)
+    window: int = science(4, "the most shards that a lane shuffles over; it is cut into equal windows", ge=1)
     per_class: int | None = science(None, "train on this many samples of every class", ge=1)
     holdout_per_class: int = science(0, "samples of every class kept out of training, as the part 'holdout'", ge=0)
     augment: AugmentConfig = science(AugmentConfig())
     crop_ratio: float = science(0.875, "evaluation: side of the centre crop over the image's shorter side", gt=0, le=1)
     mean: tuple[float, ...] | None = science(None, "per channel, pixels in [0, 1]; default: the manifest's")
     std: tuple[float, ...] | None = science(None, "per channel, pixels in [0, 1]; default: the manifest's")
-    threads: int = machine(2, "threads that decode", ge=1)
+    jpeg_scaling: bool = science(True, "decode a JPEG at 1/2, 1/4 or 1/8 where the crop still has image_size pixels")
+    mix: tuple[MixConfig, ...] = science((), "further sets, each with its share of the training images")
+    threads: int = machine(2, "threads that read and decode", ge=1)
     ahead: int = machine(4, "micro-batches prepared ahead", ge=1)
+    cache: CacheConfig = CacheConfig()
+    patience_seconds: float = machine(600.0, "longest wait for data that does not move before the run stops", gt=0)
+    max_bad: float = machine(0.001, "share of the training images that may be undecodable; more stop the run", ge=0)
+    ledger: bool = machine(False, "write down which sample every step consumed, for `foveal data audit`")
 
     @model_validator(mode="after")
     def _statistics(self) -> Self:
@@ -58,12 +81,25 @@ class DataConfig(Config):
             raise ValueError(f"std={list(self.std)} must be above 0")
         return self
 
+    @model_validator(mode="after")
+    def _shares(self) -> Self:
+        if self.mix and sum(Fraction(repr(other.share)) for other in self.mix) >= 1:
+            raise ValueError(f"the shares in mix are {[other.share for other in self.mix]}, which leaves path none")
+        return self
+
 
 def expanded(text: str, setting: str) -> str:
     """A folder or URL with ``~`` and environment variables replaced.
 
-    Errors: ConfigError for a variable that is not set; ``setting`` names the key, such as ``data.path``.
+    Errors: ConfigError for a variable that is not set, or a password that is written out; ``setting`` names the key,
+    such as ``data.path``.
     """
+    password = re.search(r"://[^/@]*:([^/@]+)@", text)
+    if password and "$" not in password[1]:
+        raise ConfigError(
+            f"{setting}: a URL with a password in it would be written into the run directory and into MLflow: name an "
+            f"environment variable there, such as https://user:${{PASSWORD}}@host/folder"
+        )
     place = os.path.expanduser(os.path.expandvars(text))  # noqa: PTH111 - a Path would spoil URLs
     unset = re.search(r"\$\{?(\w+)\}?", place)
     if unset:

@@ -1,87 +1,91 @@
 """From the order to batches: a plan of micro-batches, threads that decode ahead of it, nothing that must be saved."""
 
 import collections
-import threading
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from PIL import Image
 
-from foveal.data.batch import Batch
+from foveal.data.batch import Bad, Batch
 from foveal.data.config import DataConfig
 from foveal.data.dataset import Dataset
-from foveal.data.order import Order, micros_per_step, rank_slots
+from foveal.data.decode import Undecodable, View, pixels
+from foveal.data.order import batch_of, micros_per_step, rank_slots
+from foveal.data.sources import Place, Source, TrainingSet
 from foveal.data.subset import PartName, choose
-from foveal.data.transforms import COLUMNS, Box, decode, evaluation_view, pixels, training_view
+from foveal.data.transforms import COLUMNS, evaluation_view, training_view
+from foveal.data.workers import Crew, Worker
 from foveal.errors import DataError
 from foveal.seeding import key, uniforms_numpy
 
 _CHUNK = 16  # images that one thread decodes before it looks whether it is still wanted: a few hundredths of a second
 
-View = Callable[[Image.Image, int], tuple[Box, bool]]  # of an image and its row in the micro-batch
-
 
 @dataclass(frozen=True)
 class _Micro:
-    """A micro-batch still to be read: B sample ids of which the first ``len(ids)`` are real, the rest padding."""
+    """A micro-batch still to be read. Its first ``len(draws)`` rows are samples, the rest is padding.
 
-    ids: np.ndarray
+    samples: ids that there are, a draw's id is the remainder; find: where the sample of a draw lies; view: how a draw is
+    cut in a row; others: the draws that may take a row's place when its own does not decode; none: the row is left empty.
+    """
+
+    draws: np.ndarray
+    samples: int
     rows: int
     step: int
     epoch: int
     micro: int
-    view: View
-
-
-def order_of(dataset: Dataset, cfg: DataConfig, *, split: str, part: PartName, seed: int, batch: int) -> Order:
-    """The order of a part of a split: its samples, steps_per_epoch and dropped are what a plan needs.
-
-    Errors: as ``Order`` and ``choose``.
-    """
-    counts = choose(dataset, cfg, split=split, part=part, seed=seed).counts
-    return Order(counts, batch, cfg.lanes, cfg.window, seed)
+    find: Callable[[int], Place]
+    view: Callable[[int, int], View]
+    others: Callable[[int], Iterator[int]] | None
 
 
 @contextmanager
 def train_batches(
-    dataset: Dataset,
+    training: TrainingSet,
     cfg: DataConfig,
     *,
-    split: str,
-    part: PartName,
-    seed: int,
-    batch: int,
     rank: int,
     size: int,
     at_once: int,
     start: int,
     stop: int,
+    skipped: Sequence[int] = (),
 ) -> Iterator[Iterator[Batch]]:
     """The micro-batches of one rank for the steps start..stop-1, from micro 0 of ``start``; leaving stops the threads.
 
-    batch: images per step over all ranks; at_once: images of a micro-batch.
+    at_once: images of a micro-batch; skipped: numbers of the batches that no step takes, ascending.
     Errors: ConfigError if ranks, lanes or at_once do not divide; ``next`` raises DataError that names shard and sample.
     """
-    chosen = choose(dataset, cfg, split=split, part=part, seed=seed)
-    order = Order(chosen.counts, batch, cfg.lanes, cfg.window, seed)
-    first, last = rank_slots(batch, cfg.lanes, rank, size)
-    micros = micros_per_step(batch, size, at_once)
+    order = training.order
+    first, last = rank_slots(order.batch, order.lanes, rank, size)
+    micros = micros_per_step(order.batch, size, at_once)
     assert last - first == micros * at_once
+    place = key(training.seed, "augment")
+
+    def find(draw: int) -> Place:
+        return training.find(draw % training.ids)
 
     def plan() -> Iterator[_Micro]:
         for step in range(start, stop):
-            epoch = order.epoch_of(step)
-            ids = chosen.sample_ids(order.slots(step, first, last))
+            number = batch_of(step, skipped)
+            training.prefetch(number, first, last)
+            slots = order.slots(number, first, last)
+            draws = training.draws(slots)
             for micro in range(micros):
-                mine = ids[micro * at_once : (micro + 1) * at_once]
-                view = _augmented(cfg, uniforms_numpy(key(seed, epoch, "augment"), mine, COLUMNS))
-                yield _Micro(mine, at_once, step, epoch, micro, view)
+                part = slice(micro * at_once, (micro + 1) * at_once)
+                places = [values[part] for values in (slots.sources, slots.positions, slots.epochs)]
 
-    with closing(_read_ahead(dataset, cfg, split, plan())) as batches:
+                def others(row: int, places: list[np.ndarray] = places) -> Iterator[int]:
+                    return training.others(*(int(values[row]) for values in places))
+
+                view, epoch = _augmented(cfg, place, draws[part]), order.epoch_of(number)
+                yield _Micro(draws[part], training.ids, at_once, step, epoch, micro, find, view, others)
+
+    with closing(_read_ahead(cfg, training.pulse, plan())) as batches:
         yield batches
 
 
@@ -90,64 +94,80 @@ def eval_batches(
 ) -> Generator[Batch, None, None]:
     """Every sample of a part exactly once over all ranks, in batches of ``at_once`` rows, centre-cropped.
 
-    All ranks get the same number of batches; rows that only fill up have valid=False, label and id -1. The micro of a
-    batch counts from 0. Closing the generator stops its threads. ``seed`` is that of training: it decides which samples are held out.
+    All ranks get the same number of batches; rows that only fill up, and samples that do not decode, have valid=False,
+    label and id -1. The micro of a batch counts from 0. Closing the generator stops its threads. ``seed`` is that of
+    training: it decides which samples are held out.
     """
-    chosen = choose(dataset, cfg, split=split, part=part, seed=seed)
-    rounds = -(-len(chosen) // (size * at_once))
+    source = Source(dataset, split, choose(dataset, cfg, split=split, part=part, seed=seed))
+    rounds = -(-len(source.part) // (size * at_once))
 
-    def view(image: Image.Image, _row: int) -> tuple[Box, bool]:
-        return evaluation_view(image.width, image.height, cfg.crop_ratio), False
+    def view(_row: int, _draw: int) -> View:
+        return lambda width, height: (evaluation_view(width, height, cfg.crop_ratio), False)
 
     def plan() -> Iterator[_Micro]:
         for turn in range(rounds):
             begin = (turn * size + rank) * at_once
-            positions = np.arange(begin, max(begin, min(begin + at_once, len(chosen))), dtype=np.int64)
-            yield _Micro(chosen.sample_ids(positions), at_once, 0, 0, turn, view)
+            positions = np.arange(begin, max(begin, min(begin + at_once, len(source.part))), dtype=np.int64)
+            ids = source.part.sample_ids(positions)
+            yield _Micro(ids, source.stop, at_once, 0, 0, turn, source.find, view, None)
 
-    return _read_ahead(dataset, cfg, split, plan())
-
-
-def _augmented(cfg: DataConfig, numbers: np.ndarray) -> View:
-    return lambda image, row: training_view(image.width, image.height, numbers[row], cfg.augment)
+    return _read_ahead(cfg, dataset.pulse, plan())
 
 
-def _read_ahead(dataset: Dataset, cfg: DataConfig, split: str, plan: Iterator[_Micro]) -> Generator[Batch, None, None]:
+def _augmented(cfg: DataConfig, place: int, draws: np.ndarray) -> Callable[[int, int], View]:
+    """How the draws of a micro-batch are cut: their numbers are hashed all at once, those of a stand-in when it comes."""
+    numbers = uniforms_numpy(place, draws, COLUMNS)
+
+    def view(row: int, draw: int) -> View:
+        mine = numbers[row] if draw == draws[row] else uniforms_numpy(place, np.array([draw]), COLUMNS)[0]
+        return lambda width, height: training_view(width, height, mine, cfg.augment)
+
+    return view
+
+
+def _read_ahead(cfg: DataConfig, pulse: Callable[[], int], plan: Iterator[_Micro]) -> Generator[Batch, None, None]:
     """Batches in the order of the plan; cfg.ahead of them are in work while the caller has one."""
-    stopped = threading.Event()
-    starts = np.cumsum(dataset.counts(split)) - dataset.counts(split)
-    pool = ThreadPoolExecutor(cfg.threads, thread_name_prefix="foveal-decode")
-    waiting: collections.deque[tuple[Batch, list[Future[None]]]] = collections.deque()
+    crew = Crew(cfg.threads, cfg.patience_seconds, pulse)
+    waiting: collections.deque[tuple[Batch, list[Bad], list[Future[None]]]] = collections.deque()
 
-    def begin(micro: _Micro) -> tuple[Batch, list[Future[None]]]:
-        batch = _empty(cfg, micro)
-        chunk = max(1, min(_CHUNK, -(-len(micro.ids) // cfg.threads)))
-        rows = [range(at, min(at + chunk, len(micro.ids))) for at in range(0, len(micro.ids), chunk)]
-        return batch, [pool.submit(_fill, dataset, cfg, split, starts, micro, batch, run, stopped) for run in rows]
+    def begin(micro: _Micro) -> tuple[Batch, list[Bad], list[Future[None]]]:
+        batch, bad = _empty(cfg, micro), []
+        chunk = max(1, min(_CHUNK, -(-len(micro.draws) // cfg.threads)))
+        jobs = [
+            crew.submit(_Fill(cfg, micro, batch, bad, range(at, min(at + chunk, len(micro.draws))), crew))
+            for at in range(0, len(micro.draws), chunk)
+        ]
+        return batch, bad, jobs
+
+    def finished() -> Batch:
+        batch, bad, jobs = waiting.popleft()
+        crew.wait(jobs)
+        return replace(batch, bad=tuple(sorted(bad, key=lambda one: one.row))) if bad else batch
 
     try:
         for micro in plan:
             waiting.append(begin(micro))
             if len(waiting) > cfg.ahead:
-                yield _finished(*waiting.popleft())
+                yield finished()
         while waiting:
-            yield _finished(*waiting.popleft())
+            yield finished()
     finally:
-        stopped.set()
-        pool.shutdown(wait=True, cancel_futures=True)
+        crew.close()
 
 
 def _empty(cfg: DataConfig, micro: _Micro) -> Batch:
     """Room for a micro-batch, pinned where there is a GPU (by the caller's thread: a worker's would open GPU 0)."""
     pin = torch.cuda.is_available()
     images = torch.empty((micro.rows, cfg.channels, cfg.image_size, cfg.image_size), dtype=torch.uint8, pin_memory=pin)
-    images[len(micro.ids) :] = 0
-    ids = torch.full((micro.rows,), -1, dtype=torch.int64, pin_memory=pin)
-    ids[: len(micro.ids)] = torch.from_numpy(micro.ids)
+    images[len(micro.draws) :] = 0
+    ids, draws = (torch.full((micro.rows,), -1, dtype=torch.int64, pin_memory=pin) for _ in range(2))
+    ids[: len(micro.draws)] = torch.from_numpy(micro.draws % micro.samples)
+    draws[: len(micro.draws)] = torch.from_numpy(micro.draws)
     return Batch(
         images=images,
         labels=torch.full_like(ids, -1, pin_memory=pin),
         ids=ids,
+        draws=draws,
         valid=torch.empty(micro.rows, dtype=torch.bool, pin_memory=pin).copy_(ids >= 0),
         step=micro.step,
         epoch=micro.epoch,
@@ -155,36 +175,87 @@ def _empty(cfg: DataConfig, micro: _Micro) -> Batch:
     )
 
 
-def _fill(
-    dataset: Dataset,
-    cfg: DataConfig,
-    split: str,
-    starts: np.ndarray,
-    micro: _Micro,
-    batch: Batch,
-    rows: range,
-    stopped: threading.Event,
-) -> None:
-    """Read, decode and cut the samples of some rows of a micro-batch into its tensors."""
-    images, labels = batch.images.numpy(), batch.labels.numpy()
-    for row in rows:
-        if stopped.is_set():
-            return
-        sample = micro.ids[row]
-        shard = int(np.searchsorted(starts, sample, side="right")) - 1
-        index, within = dataset.index(split, shard), int(sample - starts[shard])
-        data = dataset.read(index.shard, *index.image(within))
+@dataclass(frozen=True)
+class _Fill:
+    """A job: read, decode and cut the samples of some rows of a micro-batch into its tensors."""
+
+    cfg: DataConfig
+    micro: _Micro
+    batch: Batch
+    bad: list[Bad]
+    rows: range
+    crew: Crew
+
+    def __call__(self, worker: Worker) -> None:
+        for row in self.rows:
+            if self.crew.stopped.is_set():
+                return
+            self._fill(row, worker)
+            worker.finished += 1
+
+    def _fill(self, row: int, worker: Worker) -> None:
+        draw = int(self.micro.draws[row])
         try:
-            image = decode(data, cfg.channels)
-        except ValueError as error:
-            where = f"{dataset.folder}/{index.shard}: sample '{index.key(within)}'"
-            raise DataError(f"{where} does not decode ({error}): repair or remove it, and index again") from None
-        box, flipped = micro.view(image, row)
-        images[row] = pixels(image, box, flipped, cfg.image_size, cfg.augment.interpolation)
-        labels[row] = index.labels[within]
+            self._take(row, draw, worker)
+        except Undecodable as error:
+            others = self.micro.others
+            taken = self._leave_empty(row) if others is None else self._replace(row, others(row), worker)
+            place = self.micro.find(draw)
+            key, offset = place.index.key(place.row), place.index.image(place.row)[0]
+            shard = place.dataset.where(place.split, place.shard)
+            self.bad.append(Bad(row, draw, taken, place.split, shard, key, offset, str(error)))
+
+    def _take(self, row: int, draw: int, worker: Worker) -> None:
+        """Put the sample of a draw into a row. Errors: Undecodable, DataError."""
+        place = self.micro.find(draw)
+        # What is said of a thread that hangs must not hang itself: reading the index, for the key, can.
+        worker.doing = lambda: place.dataset.where(place.split, place.shard)
+        index, cfg = place.index, self.cfg
+        worker.doing = lambda: f"{place.dataset.where(place.split, place.shard)}: sample '{index.key(place.row)}'"
+        data = place.dataset.read(index.shard, *index.image(place.row))
+        view = self.micro.view(row, draw)
+        try:
+            image = pixels(data, cfg.channels, view, cfg.image_size, cfg.augment.interpolation, cfg.jpeg_scaling)
+        except Undecodable:
+            _believe(place, data)
+            raise
+        self.batch.images.numpy()[row] = image
+        self.batch.labels.numpy()[row] = index.labels[place.row]
+
+    def _replace(self, row: int, others: Iterator[int], worker: Worker) -> int:
+        """Put the first good one of these draws in the row; which one. Errors: DataError if there is none."""
+        tried = 0
+        for other in others:
+            try:
+                self._take(row, other, worker)
+            except Undecodable:
+                tried += 1
+                continue
+            batch = self.batch
+            batch.draws.numpy()[row] = other
+            batch.ids.numpy()[row] = other % self.micro.samples
+            return other
+        place = self.micro.find(int(self.micro.draws[row]))
+        raise DataError(
+            f"{place.where} does not decode, nor does any of the {tried} samples that could stand in for it: "
+            f"run `foveal data verify {place.dataset.folder} --full`"
+        )
+
+    def _leave_empty(self, row: int) -> int:
+        batch = self.batch
+        batch.images.numpy()[row] = 0
+        for name in ("ids", "draws", "labels"):
+            getattr(batch, name).numpy()[row] = -1
+        batch.valid.numpy()[row] = False
+        return -1
 
 
-def _finished(batch: Batch, parts: list[Future[None]]) -> Batch:
-    for part in parts:
-        part.result()
-    return batch
+def _believe(place: Place, data: bytes) -> None:
+    """See that a sample that does not decode is bad for good, and not for a moment or on this node only.
+
+    Errors: DataError if the shard's bytes are not those of the manifest, or change from one read to the next: replacing
+    the sample then would give this run another curve than its twin.
+    """
+    place.dataset.vouch(place.split, place.shard)
+    if place.dataset.read(place.index.shard, *place.index.image(place.row)) != data:
+        raise DataError(f"{place.where} reads differently each time: see whether its storage is sound, and start again")

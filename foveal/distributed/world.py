@@ -3,7 +3,7 @@
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from foveal.errors import LaunchError
+from foveal.errors import FovealError, LaunchError
 
 T = TypeVar("T")
 
@@ -64,6 +64,19 @@ class World:
         values: list[T] = [value] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def together(self, take: Callable[[], T]) -> T:
+        """What ``take`` returns on this rank; a user's mistake on any rank is raised on all of them.
+
+        Otherwise the rank that fails would leave the others waiting in their next collective.
+        """
+        try:
+            taken, mistake = take(), None
+        except FovealError as error:
+            taken, mistake = None, error
+        if not self.any(mistake is not None):
+            return taken  # pyright: ignore[reportReturnType]
+        raise next(each for each in self.gather(mistake) if each is not None)
 
 
 @dataclass(frozen=True, slots=True)

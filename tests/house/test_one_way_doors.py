@@ -26,9 +26,15 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "foveal.optim": (_CONFIGURED, ("pydantic", "torch")),
     "foveal.data": (
         (*_CONFIGURED, "foveal.files", "foveal.seeding"),
-        ("numpy", "torch", "PIL", "webdataset", "fsspec", "pydantic", "safetensors", "sklearn"),
+        ("numpy", "torch", "PIL", "simplejpeg", "fsspec", "pydantic", "safetensors"),
     ),
+    "foveal.data.bar": ((), ("rich",)),
     "foveal.data.cli": ((*_CONFIGURED, "foveal.data"), ("typer",)),
+    "foveal.data.pack": (
+        (*_CONFIGURED, "foveal.data", "foveal.files", "foveal.seeding"),
+        ("numpy", "PIL", "pydantic", "webdataset", "sklearn", "datasets", "pyarrow"),
+    ),
+    "foveal.data.pack.cli": ((*_CONFIGURED, "foveal.data"), ("typer",)),
     "foveal.models": (_CONFIGURED, ("torch", "timm", "numpy", "pydantic")),
     "foveal.inspect": (("foveal.models.patches",), ("numpy", "torch", "PIL")),
     "foveal.telemetry": ((), ("torch",)),
@@ -39,6 +45,8 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "foveal.checkpoint": ((*_CONFIGURED, "foveal.files"), ("torch", "safetensors")),
     "foveal.tracking": ((*_CONFIGURED, "foveal.files"), ("pydantic",)),
     "foveal.tracking.mlflow": ((*_CONFIGURED, "foveal.files", "foveal.tracking"), ("mlflow",)),
+    "foveal.accounts": (("foveal.data", "foveal.distributed", "foveal.stage"), ()),
+    "foveal.provenance": (("foveal.distributed",), ()),
     "foveal.loop": (("foveal.errors", "foveal.data", "foveal.distributed", "foveal.telemetry"), ("torch",)),
     "foveal.progress": (("foveal.telemetry",), ("rich",)),
     "foveal.stage": (
@@ -56,11 +64,14 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "foveal.runtime": (
         (
             *_CONFIGURED,
+            "foveal.accounts",
             "foveal.checkpoint",
+            "foveal.data",
             "foveal.distributed",
             "foveal.files",
             "foveal.loop",
             "foveal.progress",
+            "foveal.provenance",
             "foveal.stage",
             "foveal.telemetry",
             "foveal.tracking",
@@ -123,6 +134,7 @@ def test_doors_open_one_way(file: Path) -> None:
         ("foveal.data.loader", "from torch import distributed"),
         ("foveal.data.loader", "import torch\ntorch.distributed.barrier()"),
         ("foveal.data.loader", "from foveal.models import vit"),
+        ("foveal.data.loader", "from foveal.data.pack import pack_digits"),
         ("foveal.models.vit", "def late():\n    import deepspeed"),
         ("foveal.loop", "from accelerate import Accelerator"),
         ("foveal.runtime", "import mlflow.tracking"),
@@ -155,7 +167,8 @@ def test_rooms_form_no_circle() -> None:
 
 def test_every_library_is_a_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = {requirement.split(">")[0].lower() for requirement in project["dependencies"]}
+    optional = [name for extra in ("fast", "hf") for name in project["optional-dependencies"][extra]]
+    declared = {requirement.split(">")[0].lower() for requirement in [*project["dependencies"], *optional]}
     brought = {library.partition(".")[0] for _, libraries in ROOMS.values() for library in libraries}
     missing = {name for name in brought if DISTRIBUTION_OF.get(name, name).lower() not in declared}
     assert not missing, f"imported, but not among the dependencies of pyproject.toml: {missing}"

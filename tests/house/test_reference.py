@@ -31,11 +31,11 @@ class Breakfast(Config):
 def test_every_setting_has_its_line() -> None:
     assert list(settings(Breakfast)) == [
         Setting("eggs", "integer", PydanticUndefined, "≥ 0", "science", "How many."),
-        Setting("style", "`boiled` or `fried` or none", None, "", "science", "How."),
+        Setting("style", "`boiled` or `fried` or null", None, "", "science", "How."),
         Setting("split", "[number, number]", (0.5, 0.5), "each ≥ 0", "science", "Between two."),
         Setting("kettle.watts", "integer", 1000, "> 0, ≤ 3000", "science", "What it draws."),
         Setting("kettle.colours", "list of text", (), "", "machine", "For show | for sale."),
-        Setting("spare", "section or none", None, "", "machine", "Another one."),
+        Setting("spare", "section or null", None, "", "machine", "Another one."),
         Setting("spare.watts", "integer", 2000, "> 0, ≤ 3000", "machine", "What it draws."),
         Setting("spare.colours", "list of text", (), "", "machine", "For show | for sale."),
         Setting("notes", "mapping", {}, "", "machine", ""),

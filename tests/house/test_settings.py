@@ -14,7 +14,9 @@ from foveal.reference import settings, stage_configs
 CONFIGS = stage_configs()
 
 # Raising one of these is a decision of its own: say in the change who needs the setting that is new.
-MOST_SETTINGS = {"pretrain": 66, "distill": 66, "finetune": 70}
+# The data plane brought twelve: jpeg_scaling, max_bad, ledger, patience_seconds, two of the cache, and five of mix (most
+# runs leave all of them alone).
+MOST_SETTINGS = {"pretrain": 77, "distill": 77, "finetune": 81}
 
 
 def shipped(folder: str) -> list[Path]:

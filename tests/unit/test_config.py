@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from distill.config import DistillConfig
 from finetune.config import FinetuneConfig
 from foveal.config import Config, machine, parse_yaml, science, set_dotted
+from foveal.data import DataConfig
 from foveal.errors import ConfigError
 from pretrain.config import PretrainConfig
 
@@ -274,3 +275,11 @@ def test_what_is_dumped_is_loaded_again(text: str, number: float, rates: list[fl
     cfg = Study.checked(tree | {"trials": {"arms": {text: text}, "rates": rates}}, "here")
     cfg.dump(tmp_path / "dump.yaml")
     assert Study.load(tmp_path / "dump.yaml") == cfg
+
+
+def test_a_typo_in_a_list_of_sections_gets_the_nearest_name() -> None:
+    tree = {"path": "x", "image_size": 8, "mix": [{"path": "y", "indx": "z", "share": 0.5}]}
+    with pytest.raises(ConfigError, match=r"mix.0.indx is not a setting. Did you mean 'index'\?"):
+        DataConfig.checked(tree, "x.yaml")
+    with pytest.raises(ConfigError, match=r"mix: input should be a valid list"):
+        DataConfig.checked(tree | {"mix": "y"}, "x.yaml")

@@ -1,6 +1,6 @@
 """One step, however it is cut: micros and ranks with unequal weights are one big batch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,10 @@ LABELS = [[0, 1, 2, -1, -1, -1, 1, 1], [-1, -1, -1, -1, -1, -1, -1, 2], [0, 0, 0
 OPTIM = OptimConfig(lr_per_256=1e-2, clip=0.05)
 
 
+def nobody(_step: int, _micros: Sequence[Batch]) -> None:
+    """Nobody asks what was consumed."""
+
+
 class Tiny(nn.Module):
     """Logits of flat images; it takes drops as a classifier does."""
 
@@ -47,7 +51,7 @@ def batches(rank: int, ranks: int, micros: int) -> Iterator[Batch]:
         for micro in range(micros):
             part = slice(start := (rank * micros + micro) * size, start + size)
             valid = torch.ones(size, dtype=torch.bool)
-            yield Batch(images[part], labels[part], ids[part], valid, step, 0, micro)
+            yield Batch(images[part], labels[part], ids[part], ids[part], valid, step, 0, micro)
 
 
 def trained(world: World, kind: str, micros: int) -> tuple[list[Row], dict[str, Tensor]]:
@@ -58,7 +62,7 @@ def trained(world: World, kind: str, micros: int) -> tuple[list[Row], dict[str, 
     groups = parameter_groups(model, OPTIM)
     engine = build_engine(model, groups, OPTIM, cfg, world, at_once=at_once, accumulate=micros)
     objective = Classify(0, 0.1, 0, (0.5,), (0.25,))
-    course = Course(0, STEPS, micros, lambda step: 1e-2 / (step + 1), world, Totals(), Pace())
+    course = Course(0, STEPS, micros, lambda step: 1e-2 / (step + 1), world, Totals(), Pace(), nobody)
     for _ in steps(engine, batches(world.rank, world.size, micros), objective, course):
         pass
     return course.totals.read(world.sum), engine.weights()
@@ -136,7 +140,7 @@ def plain(micros: int, optim: OptimConfig = OPTIM) -> Plain:
 
 def test_a_course_begins_where_it_is_told_and_takes_no_batch_too_many() -> None:
     engine, objective, world = plain(2), Recorder(4.0), ALONE
-    course = Course(1, 3, 2, float, world, Totals(), Pace())
+    course = Course(1, 3, 2, float, world, Totals(), Pace(), nobody)
     stream = batches(0, 1, 2)
     for _ in range(2):
         next(stream)  # the loader begins at step 1 too
@@ -155,7 +159,7 @@ def test_nothing_is_taken_after_the_last_step() -> None:
         raise AssertionError("a batch was asked for")
         yield
 
-    course = Course(3, 3, 1, lambda _: 0.0, ALONE, Totals(), Pace())
+    course = Course(3, 3, 1, lambda _: 0.0, ALONE, Totals(), Pace(), nobody)
     assert list(steps(plain(1), empty(), Recorder(), course)) == []
 
 
@@ -163,7 +167,7 @@ def test_the_learning_rate_is_set_before_the_update_and_scaled_by_group() -> Non
     engine = plain(1)
     engine._optimizer.param_groups[1]["lr_scale"] = 0.5
     before = {name: value.clone() for name, value in engine.weights().items()}
-    course = Course(0, 1, 1, lambda _: 0.0, ALONE, Totals(), Pace())
+    course = Course(0, 1, 1, lambda _: 0.0, ALONE, Totals(), Pace(), nobody)
     next(steps(engine, batches(0, 1, 1), Recorder(), course))
     assert all(value.equal(before[name]) for name, value in engine.weights().items())
     engine.set_lr(0.2)
@@ -175,22 +179,24 @@ def test_a_weight_that_never_changes_costs_no_collective(monkeypatch: pytest.Mon
         raise AssertionError("a collective for a weight that is known")
 
     monkeypatch.setattr(World, "sum", never)
+    monkeypatch.setattr(World, "any", lambda _world, flag: flag)
     world = World(0, 2, 0, "none", torch.device("cpu"))
-    course = Course(0, 1, 1, lambda _: 0.0, world, Totals(), Pace())
+    course = Course(0, 1, 1, lambda _: 0.0, world, Totals(), Pace(), nobody)
     next(steps(plain(1), batches(0, 1, 1), Recorder(8.0), course))
     with pytest.raises(AssertionError, match="a collective"):
         next(steps(plain(1), batches(0, 1, 1), Recorder(torch.tensor(8.0)), course))
 
 
-def test_pace_counts_the_images_of_all_ranks() -> None:
+def test_pace_counts_the_images_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     class Told(Pace):
         images = 0
 
         def count(self, images: int) -> None:
             self.images += images
 
+    monkeypatch.setattr(World, "any", lambda _world, flag: flag)
     pace = Told()
-    course = Course(0, STEPS, 2, lambda _: 0.0, World(0, 4, 0, "none", torch.device("cpu")), Totals(), pace)
+    course = Course(0, STEPS, 2, lambda _: 0.0, World(0, 4, 0, "none", torch.device("cpu")), Totals(), pace, nobody)
     for _ in steps(plain(2), batches(0, 1, 2), Recorder(), course):
         pass
     assert pace.images == STEPS * IMAGES * 4
@@ -203,7 +209,7 @@ def test_a_step_that_is_not_finite_is_said_and_not_applied() -> None:
             return total * (float("nan") if batch.step == 1 else 1.0), numbers
 
     engine = plain(1)
-    course = Course(0, STEPS, 1, lambda _: 1e-2, ALONE, Totals(), Pace())
+    course = Course(0, STEPS, 1, lambda _: 1e-2, ALONE, Totals(), Pace(), nobody)
     stages = [
         (step.applied, engine.weights()["head.weight"].clone())
         for step in steps(engine, batches(0, 1, 1), Bad(), course)

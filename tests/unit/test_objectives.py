@@ -24,7 +24,7 @@ def batch(labels: Sequence[int] = (2, -1, 0), epoch: int = 4) -> Batch:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (B, 1, SIZE, SIZE), generator=generator, dtype=torch.uint8)
     ids = torch.tensor([11, 3, 500])
-    return Batch(images, torch.tensor(labels), ids, torch.ones(B, dtype=torch.bool), 7, epoch, 0)
+    return Batch(images, torch.tensor(labels), ids, ids + 1000 * epoch, torch.ones(B, dtype=torch.bool), 7, epoch, 0)
 
 
 def pixels(images: Tensor) -> np.ndarray:
@@ -81,7 +81,7 @@ def test_reconstruct_against_a_loop(norm_pix: bool) -> None:
     images, noise, ratio = model.asked
     np.testing.assert_allclose(images.numpy(), pixels(given.images), rtol=1e-5, atol=1e-6)
     assert ratio == 0.5
-    assert np.array_equal(noise.numpy(), uniforms_numpy(key(9, 4, "mask"), np.array([11, 3, 500]), L))
+    assert np.array_equal(noise.numpy(), uniforms_numpy(key(9, "mask"), np.array([4011, 4003, 4500]), L))
 
 
 def test_the_weight_is_the_number_of_masked_patches() -> None:
@@ -94,7 +94,8 @@ def test_another_epoch_masks_other_patches_and_another_neighbour_does_not() -> N
     noise = reconstruct().noise(batch())
     assert not noise.equal(reconstruct().noise(batch(epoch=5)))
     given = batch()
-    alone = Batch(given.images[1:2], given.labels[1:2], given.ids[1:2], given.valid[1:2], 7, 4, 1)
+    row = slice(1, 2)
+    alone = Batch(given.images[row], given.labels[row], given.ids[row], given.draws[row], given.valid[row], 7, 4, 1)
     assert reconstruct().noise(alone).equal(noise[1:2])
 
 
@@ -198,7 +199,7 @@ def test_classify_against_a_loop_and_torch(smoothing: float) -> None:
     torch.testing.assert_close(logits.grad[labelled].double(), (soft - target)[labelled], rtol=1e-5, atol=1e-6)
 
     _, drops = model.asked
-    assert np.array_equal(drops.numpy(), uniforms_numpy(key(9, 4, "drop path"), np.array([11, 3, 500]), 2))
+    assert np.array_equal(drops.numpy(), uniforms_numpy(key(9, "drop path"), np.array([4011, 4003, 4500]), 2))
     assert set(numbers) == {"train_top1"}
 
 

@@ -69,7 +69,7 @@ def test_a_step_of_its_student_leaves_it_as_it_was(teacher: Teacher, tmp_path: P
     lesson = teacher(images())
     pixels = torch.randint(0, 256, (4, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
     ids = torch.arange(4)
-    batch = Batch(pixels, torch.full((4,), -1), ids, torch.ones(4, dtype=torch.bool), 0, 0, 0)
+    batch = Batch(pixels, torch.full((4,), -1), ids, ids, torch.ones(4, dtype=torch.bool), 0, 0, 0)
     for _ in range(2):
         student.train()
         total, _ = objective(student, batch)

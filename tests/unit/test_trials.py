@@ -13,7 +13,6 @@ import torch
 from finetune.config import FinetuneConfig, FinetunePlan, _classes, plan, trial
 from finetune.trials import _chosen, compare
 from foveal.checkpoint.export import Card, write_export
-from foveal.data import order_of
 from foveal.data.subset import choose
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.world import World
@@ -126,8 +125,8 @@ def labels_of(found: FinetunePlan) -> dict[str, list[int]]:
         chosen = choose(found.dataset, cfg.data, split="train", part=part, seed=cfg.seed)
         assert chosen.ids is not None
         drawn[part] = chosen.ids.tolist()
-    order = order_of(found.dataset, cfg.data, split="train", part="train", seed=cfg.seed, batch=cfg.batch.images)
-    return drawn | {"order": np.concatenate([order.slots(step, 0, 8) for step in range(4)]).tolist()}
+    order = found.training.order
+    return drawn | {"order": np.concatenate([order.slots(step, 0, 8).samples for step in range(4)]).tolist()}
 
 
 def test_arms_share_their_labels_and_seeds_draw_others(digits: Path, encoder: Path, tmp_path: Path) -> None:

@@ -2,21 +2,20 @@
 
 import io
 import shutil
-import tarfile
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from foveal.data import Batch, DataConfig, Dataset, eval_batches, loader, normalise, order_of, train_batches
+from foveal.data import Batch, DataConfig, Dataset, eval_batches, normalise, train_batches, training_set
+from foveal.data.decode import decode
 from foveal.data.index import index_folder
 from foveal.data.subset import PartName
-from foveal.data.transforms import decode
 from foveal.errors import ConfigError, DataError
 
 BATCH = 64
@@ -25,8 +24,8 @@ Configure = Callable[..., DataConfig]
 
 def train(cfg: DataConfig, start: int, stop: int, rank: int = 0, size: int = 1, at_once: int = 16) -> list[Batch]:
     dataset = Dataset.open(cfg)
-    place = {"start": start, "stop": stop, "rank": rank, "size": size}
-    with train_batches(dataset, cfg, split="train", part="train", seed=3, batch=BATCH, at_once=at_once, **place) as got:
+    place: dict[str, Any] = {"start": start, "stop": stop, "rank": rank, "size": size}
+    with train_batches(training_set(dataset, cfg, seed=3, batch=BATCH), cfg, at_once=at_once, **place) as got:
         return list(got)
 
 
@@ -35,7 +34,9 @@ def joined(batches: list[Batch], name: str) -> torch.Tensor:
 
 
 def same(one: list[Batch], other: list[Batch]) -> bool:
-    return all(torch.equal(joined(one, name), joined(other, name)) for name in ("images", "labels", "ids", "valid"))
+    return all(
+        torch.equal(joined(one, name), joined(other, name)) for name in ("images", "labels", "ids", "draws", "valid")
+    )
 
 
 def test_a_batch_is_what_its_ids_say(configure: Configure, dataset: Dataset) -> None:
@@ -92,7 +93,7 @@ def test_augmentation_changes_with_the_epoch_and_not_with_the_place_in_the_batch
 
 
 def test_the_order_tells_the_plan(configure: Configure, dataset: Dataset) -> None:
-    order = order_of(dataset, configure(), split="train", part="train", seed=3, batch=BATCH)
+    order = training_set(dataset, configure(), seed=3, batch=BATCH).order
     assert (order.samples, order.steps_per_epoch, order.dropped) == (1437, 22, 29)
 
 
@@ -145,8 +146,8 @@ def test_another_seed_draws_other_labels(configure: Configure, dataset: Dataset)
 
 def test_training_on_few_labels_takes_each_once_per_epoch(configure: Configure) -> None:
     dataset, cfg = Dataset.open(configure(per_class=2, lanes=5)), configure(per_class=2, lanes=5)
-    place = {"rank": 0, "size": 1, "at_once": 20, "start": 0, "stop": 3}
-    with train_batches(dataset, cfg, split="train", part="train", seed=0, batch=20, **place) as batches:
+    place: dict[str, Any] = {"rank": 0, "size": 1, "at_once": 20, "start": 0, "stop": 3}
+    with train_batches(training_set(dataset, cfg, seed=0, batch=20), cfg, **place) as batches:
         seen = [sorted(batch.ids.tolist()) for batch in batches]
     assert seen[0] == seen[1] == seen[2]
     assert len(set(seen[0])) == 20
@@ -158,62 +159,14 @@ def decoders() -> list[threading.Thread]:
 
 def test_leaving_stops_the_threads(configure: Configure, dataset: Dataset) -> None:
     cfg = configure()
-    place = {"rank": 0, "size": 1, "at_once": 16, "start": 0, "stop": 10**9}
-    with train_batches(dataset, cfg, split="train", part="train", seed=0, batch=BATCH, **place) as batches:
+    place: dict[str, Any] = {"rank": 0, "size": 1, "at_once": 16, "start": 0, "stop": 10**9}
+    with train_batches(training_set(dataset, cfg, seed=0, batch=BATCH), cfg, **place) as batches:
         next(batches)
         assert decoders()
     assert not decoders()
     rows = eval_batches(dataset, cfg, split="val", part="all", seed=0, rank=0, size=1, at_once=16)
     next(rows)
     rows.close()
-    assert not decoders()
-
-
-def test_leaving_does_not_wait_for_images_still_to_decode(
-    configure: Configure, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One thread stands in the first image of the second micro-batch when the caller leaves: it does no other."""
-    decoded, entered, release = [], threading.Event(), threading.Event()
-
-    def slow(data: bytes, channels: int) -> Image.Image:
-        decoded.append(data)
-        if len(decoded) == 17:
-            entered.set()
-            assert release.wait(30)
-        return decode(data, channels)
-
-    class Pool(ThreadPoolExecutor):
-        def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-            release.set()
-            super().shutdown(wait, cancel_futures=cancel_futures)
-
-    monkeypatch.setattr(loader, "decode", slow)
-    monkeypatch.setattr(loader, "ThreadPoolExecutor", Pool)
-    cfg = configure(threads=1, ahead=1)
-    rows = eval_batches(dataset, cfg, split="val", part="all", seed=0, rank=0, size=1, at_once=16)
-    next(rows)
-    assert entered.wait(30)
-    rows.close()
-    assert len(decoded) == 17
-
-
-@pytest.fixture
-def one_bad(digits: Path, tmp_path: Path) -> Path:
-    """The digits, the image of one training sample cut in half."""
-    folder = tmp_path / "bad"
-    shutil.copytree(digits, folder)
-    shard = folder / "train-000002.tar"
-    with tarfile.open(shard) as tar:
-        member = next(member for member in tar if member.name.endswith(".png"))
-    data = bytearray(shard.read_bytes())
-    data[member.offset_data + 40 : member.offset_data + member.size] = bytes(member.size - 40)
-    shard.write_bytes(data)
-    return folder
-
-
-def test_a_sample_that_does_not_decode_is_named(configure: Configure, one_bad: Path) -> None:
-    with pytest.raises(DataError, match=r"train-000002.tar: sample 'digit_\d{4}' does not decode \(.+\): repair"):
-        train(configure(path=str(one_bad)), 0, 44)
     assert not decoders()
 
 
@@ -263,7 +216,7 @@ def test_moving_a_batch_keeps_everything(configure: Configure) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_batches_come_pinned_and_normalise_on_the_device(configure: Configure, dataset: Dataset) -> None:
     batch = train(configure(), 5, 6)[1]
-    assert all(getattr(batch, name).is_pinned() for name in ("images", "labels", "ids", "valid"))
+    assert all(getattr(batch, name).is_pinned() for name in ("images", "labels", "ids", "draws", "valid"))
     moved = batch.to("cuda", non_blocking=True)
     assert same([moved.to("cpu")], [batch])
     on_device = normalise(moved.images, dataset.mean, dataset.std).cpu()

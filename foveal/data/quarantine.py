@@ -1,0 +1,74 @@
+"""The list of samples that do not decode: ``quarantine.jsonl`` in the run directory, one line a sample, and its limit."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from foveal.data.batch import Bad
+from foveal.errors import DataError
+
+Entry = dict[str, Any]  # step, split, shard, key, offset, reason
+
+
+class Quarantine:
+    """Every bad sample that any rank met, each once; all ranks hold the same list, rank 0 writes it down.
+
+    limits: how many a split may have. On opening, entries of steps after the one that the run resumes from are void.
+    """
+
+    def __init__(self, file: Path, limits: Mapping[str, float], entries: Sequence[Entry]) -> None:
+        self._file, self._limits = file, limits
+        self._known = {_place(entry): entry for entry in entries}
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def add(self, entries: Sequence[Entry], *, writes: bool) -> None:
+        """Take in what the ranks met since the last call, in the same order on every rank; one of them writes."""
+        new = {}
+        for entry in entries:
+            if _place(entry) not in self._known:
+                new.setdefault(_place(entry), entry)
+        self._known |= new
+        if writes and new:
+            with self._file.open("a") as stream:
+                stream.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in new.values())
+                stream.flush()
+                os.fsync(stream.fileno())
+
+    def check(self) -> None:
+        """Raise DataError when a split has more bad samples than it may have."""
+        for split, limit in self._limits.items():
+            bad = [entry for entry in self._known.values() if entry["split"] == split]
+            if len(bad) > limit:
+                raise DataError(
+                    f"{len(bad)} samples of split '{split}' do not decode, and data.max_bad allows {limit:.4g}; the last "
+                    f"is {bad[-1]['shard']}: sample '{bad[-1]['key']}' ({bad[-1]['reason']}); all are in {self._file}: "
+                    f"mend the shards, or raise data.max_bad"
+                )
+
+
+def entry_of(bad: Bad, step: int) -> Entry:
+    """A line of the list."""
+    return {"step": step, "split": bad.split, "shard": bad.shard, "key": bad.key, "offset": bad.offset} | {
+        "reason": bad.reason
+    }
+
+
+def read_entries(file: Path, step: int) -> list[Entry]:
+    """The entries of the steps up to ``step``; the file keeps only these. A line that a kill cut short is left out."""
+    if not file.exists():
+        return []
+    whole = file.read_text().split("\n")[:-1]  # not splitlines: a key may have other characters that end lines
+    kept = [entry for entry in map(json.loads, whole) if entry["step"] <= step]
+    draft = file.with_name(f".{file.name}.draft")
+    draft.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept))
+    draft.replace(file)
+    return kept
+
+
+def _place(entry: Entry) -> tuple[str, str, str]:
+    """What a sample is known by: its shard without the folder, which may be another one after every restart."""
+    return entry["split"], entry["shard"].rpartition("/")[2], entry["key"]

@@ -1,0 +1,111 @@
+"""CIFAR-10 on 1, 2 and 4 ranks, each run killed three times at random moments: the ledgers say the same, slot by slot.
+
+What is compared is what the loop consumed, read from the files that every rank wrote, by the command a user types.
+"""
+
+import contextlib
+import gzip
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from processes import PYTHON, Started, ended
+
+from foveal.data.audit import audit, read_record
+from foveal.tracking.jsonl import read_rows
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+_STEPS, _BATCH = 110, 512  # an epoch has 97 steps: the last kill finds some runs in the second
+_KILLS = ((12, 40), (45, 70), (75, 105))  # steps between which a run is killed
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = os.environ.get("FOVEAL_TEST_DATA")
+    if not place:
+        pytest.skip("FOVEAL_TEST_DATA is not set: there is no CIFAR-10 here")
+    folder = tmp_path_factory.mktemp("cifar10")
+    for packed in sorted(Path(place, "cifar10").glob("train*.tar.gz")):
+        with gzip.open(packed) as source, (folder / packed.stem).open("wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+    assert ended([PYTHON.parent / "foveal", "data", "index", folder], folder).code == 0
+    tree = {
+        "epochs": 2,
+        "data": {"path": str(folder), "image_size": 32, "ledger": True, "mean": [0.5] * 3, "std": [0.25] * 3},
+        "batch": {"images": _BATCH, "at_once": 512},
+        "model": {"name": "vit_tiny_patch16_224", "patch": 8, "width": 32, "depth": 1, "heads": 2},
+        "decoder": {"width": 16, "depth": 1, "heads": 2},
+        "optim": {"lr_per_256": 1.0e-3, "warmup_epochs": 0.1},
+        "log": {"every": 1},
+        "checkpoint": {"every": 10},
+        "run": {"stop_at": _STEPS},
+        "tracking": {"uri": None},
+    }
+    file = folder / "cifar10.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    return file
+
+
+def killed_thrice(config: Path, run: Path, ranks: int, at_once: int, threads: int) -> Path:
+    """Train on so many ranks, and SIGKILL all of them three times on the way."""
+    settings = [config, f"run.dir={run}", f"batch.at_once={at_once}", f"data.threads={threads}"]
+    launch = [PYTHON] if ranks == 1 else ["torchrun", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [*launch, "-m", "pretrain.run", *settings, f"data.ahead={threads + 1}"]
+    moment = random.Random(ranks)
+    for earliest, latest in _KILLS:
+        started = Started(command, run.parent)
+        started.reaches(run, moment.randint(earliest, latest))
+        time.sleep(moment.uniform(0, 0.2))
+        kill(started)
+        assert read_rows(run / "metrics.jsonl")[-1]["step"] < _STEPS
+    last = ended(command, run.parent)
+    assert last.code == 0, last.err
+    return run
+
+
+def kill(started: Started) -> None:
+    """SIGKILL to the command and everything it started, ranks first: torchrun would ask those that are left to leave."""
+    me = psutil.Process(started.process.pid)
+    for process in [*me.children(recursive=True), me]:
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(signal.SIGKILL)
+    started.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def runs(config: Path) -> list[Path]:
+    shapes = ((1, 512, 1), (2, 128, 2), (4, 32, 3))
+    return [killed_thrice(config, config.parent / f"ranks-{shape[0]}", *shape) for shape in shapes]
+
+
+def test_ledgers_are_identical(runs: list[Path]) -> None:
+    for other in runs[1:]:
+        audited = ended([PYTHON.parent / "foveal", "data", "audit", runs[0], "--against", other], runs[0].parent)
+        assert audited.code == 0, audited.out + audited.err
+        assert f"identical to {other}, slot by slot, in the steps 1 to {_STEPS} that both have" in audited.out
+
+
+def test_every_run_was_four_attempts_and_saw_no_sample_twice(runs: list[Path]) -> None:
+    for run in runs:
+        record = read_record(run)
+        assert len(list((run / "ledger").glob("attempt-*.json"))) == 4
+        first, second = audit(record)
+        dropped = 50_000 % _BATCH
+        assert first.seen == (dropped, 50_000 - dropped, 0, 0)
+        assert second.seen == (50_000 - 13 * _BATCH, 13 * _BATCH, 0, 0)
+
+
+def test_a_run_with_another_seed_is_not_identical(runs: list[Path], config: Path) -> None:
+    other = config.parent / "other"
+    command = [PYTHON, "-m", "pretrain.run", config, f"run.dir={other}", "seed=1", "run.stop_at=2"]
+    assert ended(command, config.parent).code == 0
+    audited = ended([PYTHON.parent / "foveal", "data", "audit", runs[0], "--against", other], config.parent)
+    assert audited.code == 1
+    assert "step 1 is the first that consumed other samples" in audited.out
