@@ -50,8 +50,9 @@ def index_folder(
     index: where to write, default beside the shards; classes: their names, by label (default: the labels as digits);
     label_key, dotted_keys: as in ``Rules``. Shards whose index is newer and was made in the same way keep it, unless
     ``again``. tell: hears of shards that are cut short or hold nothing, and of samples without a label; done: hears
-    how many of all shards are. In a manifest that is there already, pixel statistics and class names stay if the
-    samples are the same, and the sha256 of a shard if it was not written since (``again`` forgets it).
+    how many of all shards are. Of a manifest that is there already, name, pixel statistics and class names stay
+    (``tell`` hears of it if the samples are others), and the sha256 of a shard if it was not written since (``again``
+    forgets it).
     Errors: DataError in one sentence for shards that are missing, compressed, empty, damaged, or hold a key twice.
     """
     if index is None and is_remote(folder):

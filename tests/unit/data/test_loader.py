@@ -76,6 +76,20 @@ def test_resuming_is_starting(configure: Configure, start: int) -> None:
     assert same(train(configure(), 0, 46)[4 * start : 4 * start + 8], train(configure(), start, start + 2))
 
 
+def test_skipped_batches_are_passed_over(configure: Configure) -> None:
+    cfg = configure()
+    training = training_set(Dataset.open(cfg), cfg, seed=3, batch=BATCH)
+    place: dict[str, Any] = {"rank": 0, "size": 1, "at_once": BATCH}
+    with train_batches(training, cfg, **place, start=0, stop=26) as got:
+        whole = list(got)
+    with train_batches(training, cfg, **place, start=1, stop=23, skipped=(2, 3, 22)) as got:
+        passed = list(got)
+    kept = [1, *range(4, 22), 23, 24, 25]
+    assert same(passed, [whole[number] for number in kept])
+    assert [batch.step for batch in passed] == list(range(1, 23))
+    assert [batch.epoch for batch in passed] == [whole[number].epoch for number in kept]
+
+
 def test_augmentation_changes_with_the_epoch_and_not_with_the_place_in_the_batch(configure: Configure) -> None:
     first, second = ({}, {})
     for batch in train(configure(), 0, 44):
