@@ -91,7 +91,10 @@ def test_nobody_there(configure: Configure, caplog: pytest.LogCaptureFixture) ->
 
 
 def test_what_is_refused_is_not_asked_for_again(s3: Proxy, http: Proxy, configure: Configure) -> None:
-    with within(1.0), pytest.raises(DataError, match=r"s3://shards/nowhere has no manifest.json, or it may not be re"):
+    with (
+        within(1.0),
+        pytest.raises(DataError, match=r"s3://shards/nowhere/manifest.json is not there or .*: run `foveal"),
+    ):
         Dataset.open(configure("s3://shards/nowhere", patience_seconds=60.0))
     with within(1.0), pytest.raises(NotThere, match=r"s3://nobody/x/a.tar is not there or may not be read \("):
         Remote("s3://nobody/x", 60.0).size("a.tar")
