@@ -38,7 +38,7 @@ def test_a_read_that_stalls(
     dataset = Dataset.open(configure(url, patience_seconds=4.0))
     shard = dataset.manifest.splits["train"].shards[1].file
     proxy.inject("stall", about=f"{shard} HTTP", times=100)
-    with within(6.0, at_least=2.5), pytest.raises(DataError) as caught:
+    with within(12.0, at_least=2.5), pytest.raises(DataError) as caught:
         dataset.read(shard, 0, 100)
     shown = url.replace("someone:${SHARDS_PASSWORD}@", "")
     assert str(caught.value).startswith(
@@ -46,7 +46,7 @@ def test_a_read_that_stalls(
     )
     proxy.heal()
     proxy.inject("stall", about=f"{shard} HTTP", times=2)
-    with within(3.0):
+    with within(8.0):
         assert len(dataset.read(shard, 0, 100)) == 100
 
 
@@ -56,7 +56,7 @@ def test_a_run_whose_server_stalls_ends(s3: Proxy, configure: Configure) -> None
     s3.inject("stall", about=".tar HTTP", times=100)
     with (
         train_batches(data, cfg, rank=0, size=1, at_once=64, start=0, stop=2) as batches,
-        within(9.0),  # the patience begins with the last that has come, and a prefetch may fail before
+        within(30.0),  # the patience begins with the last that has come, and a prefetch may fail before
         pytest.raises(DataError, match=r"s3://shards/digits/train-00000\d.tar"),
     ):
         next(batches)
@@ -74,7 +74,7 @@ def test_a_password_in_a_setting_is_refused(configure: Configure, setting: str) 
 @pytest.mark.parametrize("about", ["manifest.json", "GET /shards?"])
 def test_a_start_that_stalls(s3: Proxy, configure: Configure, about: str) -> None:
     s3.inject("stall", about=about, times=100, after=0)
-    with within(5.0), pytest.raises(DataError, match=r"^s3://shards/digits.* cannot be read, 5 attempts failed"):
+    with within(10.0), pytest.raises(DataError, match=r"^s3://shards/digits.* cannot be read, 5 attempts failed"):
         Dataset.open(configure("s3://shards/digits", patience_seconds=2.0))
 
 
@@ -83,7 +83,7 @@ def test_nobody_there(configure: Configure, caplog: pytest.LogCaptureFixture) ->
         port = taken.getsockname()[1]
     secret, name = "planted", "a.tar"
     url = f"http://someone:{secret}@127.0.0.1:{port}/digits"
-    with caplog.at_level(logging.DEBUG, "foveal"), within(2.0), pytest.raises(DataError) as caught:
+    with caplog.at_level(logging.DEBUG, "foveal"), within(6.0), pytest.raises(DataError) as caught:
         Remote(url, patience=2.0).read(name, 0, 1)
     assert str(caught.value).startswith(f"http://127.0.0.1:{port}/digits/{name} cannot be read, 5 attempts failed")
     assert [record.message.count(f"attempt {n} of 5") for n, record in enumerate(caplog.records, 1)] == [1, 1, 1, 1]
@@ -92,19 +92,19 @@ def test_nobody_there(configure: Configure, caplog: pytest.LogCaptureFixture) ->
 
 def test_what_is_refused_is_not_asked_for_again(s3: Proxy, http: Proxy, configure: Configure) -> None:
     with (
-        within(1.0),
+        within(5.0),
         pytest.raises(DataError, match=r"s3://shards/nowhere/manifest.json is not there or .*: run `foveal"),
     ):
         Dataset.open(configure("s3://shards/nowhere", patience_seconds=60.0))
-    with within(1.0), pytest.raises(NotThere, match=r"s3://nobody/x/a.tar is not there or may not be read \("):
+    with within(5.0), pytest.raises(NotThere, match=r"s3://nobody/x/a.tar is not there or may not be read \("):
         Remote("s3://nobody/x", 60.0).size("a.tar")
     with (
-        within(1.0),
+        within(5.0),
         pytest.raises(NotThere, match=r"/digits/a.tar is not there or may not be read \(FileNotFoundErro"),
     ):
         Remote(f"http://127.0.0.1:{http.port}/digits", 60.0).read("a.tar", 0, 10)
     http.inject("401")
-    with within(1.0), pytest.raises(NotThere, match="may not be read"):
+    with within(5.0), pytest.raises(NotThere, match="may not be read"):
         Remote(f"http://127.0.0.1:{http.port}/digits", 60.0).read("manifest.json", 0, 10)
 
 

@@ -211,7 +211,7 @@ def test_another_process_that_copies(cache: Cache, want: Callable[[int], Wanted]
         start = time.monotonic()
         with pytest.raises(DataError, match=r"0.tar is being copied by another process .* not moved for 1 s: end that"):
             cache.open(want(0))
-        assert 1 < time.monotonic() - start < 3
+        assert 1 < time.monotonic() - start < 10
         os.close(descriptor)
         return
     before = cache.pulse()

@@ -50,11 +50,11 @@ def test_a_thread_that_hangs_is_named_with_its_sample_and_its_stack(
     start = time.monotonic()
     with pytest.raises(DataError, match=r"no data for 0.2 s .* stuck at s3://bucket/train-000007.tar: sample 'n01440"):
         workers.wait([workers.submit(hang_in_a_read)])
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20
     assert "hang_in_a_read" in caplog.text
     assert "MainThread" in caplog.text
     workers.close()
-    assert time.monotonic() - start < 15, "closing waits for a thread that hangs"
+    assert time.monotonic() - start < 25, "closing waits for a thread that hangs"
 
 
 def test_closing_takes_no_longer_with_many_threads_that_hang(release: threading.Event) -> None:
@@ -69,7 +69,7 @@ def test_closing_takes_no_longer_with_many_threads_that_hang(release: threading.
     begun.wait(10)
     start = time.monotonic()
     workers.close()
-    assert time.monotonic() - start < 8
+    assert time.monotonic() - start < 20
 
 
 def test_what_moves_does_not_hang(release: threading.Event) -> None:
