@@ -21,7 +21,7 @@ _META = re.compile(r"(^|/)__[^/]*__($|/)")  # WebDataset's own notes
 _COMPRESSED = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "bzip2": b"BZh", "xz": b"\xfd7zXZ\x00"}
 _LONGEST_LABEL = 256  # bytes of a .cls member
 _LONGEST_JSON = 1 << 24
-_MOST_CLASSES = 1_000_000  # where labels are numbers without names; a larger one is no class but an id of something
+MOST_CLASSES = 1_000_000  # where labels are numbers without names; a larger one is no class but an id of something
 _MOST_FIELDS = 64  # kinds of members in a shard; more mean that names are split in the wrong place
 _END = 1 << 20  # bytes looked at after the last member; tar pads with zeros to its block size
 _BLOCK = tarfile.BLOCKSIZE
@@ -174,7 +174,7 @@ class _Walk:
         except ValueError:
             remedy = "it is not one of --classes" if self._labels else "give the names with --classes"
             raise DataError(f"{self._where}: the label of '{key}' is {text[:40]!r}, not a number: {remedy}") from None
-        limit = len(self._labels) or _MOST_CLASSES
+        limit = len(self._labels) or MOST_CLASSES
         if not 0 <= label < limit:
             raise DataError(f"{self._where}: the label of '{key}' is {text[:40]}, and labels are 0 to {limit - 1}")
         return label

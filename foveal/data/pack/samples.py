@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from foveal.data.tarheaders import MOST_CLASSES
 from foveal.errors import DataError
 from foveal.seeding import key, ranks_of
 
 PLACE = key(0, "split")  # one division into training and validation for everybody, whatever the run's seed
 _LONGEST_STEM = 80  # a tar's plain header holds names of 100 bytes
 _LONGEST_SPLIT = 40
-_MOST_CLASSES = 1_000_000
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std per channel, pixels in [0, 1]
 
@@ -112,9 +112,9 @@ def labels_of(values: Sequence[Any], what: str) -> tuple[np.ndarray, tuple[str, 
     if all(re.fullmatch(r"-?\d{1,18}", value) for value in known):
         labels = np.array([-1 if value is None else int(value) for value in plain], dtype=np.int64)
         lowest, highest = int(labels.min()), int(labels.max())
-        if lowest < -1 or highest >= _MOST_CLASSES:
+        if lowest < -1 or highest >= MOST_CLASSES:
             raise DataError(
-                f"{what}: labels from {lowest} to {highest}, and labels are 0 to {_MOST_CLASSES - 1}, or -1 for none: "
+                f"{what}: labels from {lowest} to {highest}, and labels are 0 to {MOST_CLASSES - 1}, or -1 for none: "
                 f"number the classes from 0, or give their names"
             )
         return labels, tuple(str(label) for label in range(highest + 1)) or None
