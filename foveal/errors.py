@@ -1,14 +1,21 @@
-"""What can go wrong that a user can mend.
+"""What can go wrong, what a user reads about it, and the exit code that tells a job script what to do.
 
-    FovealError            one sentence, exit code 2, no traceback
-    ├── ConfigError        a setting: wrong key, type, range or combination
-    ├── DataError          shards, manifest, index, or a batch that they cannot fill
-    ├── CheckpointError    a run directory that cannot be continued
-    ├── ExportError        an export that does not fit what is asked of it
-    ├── LaunchError        ranks, launcher, devices
-    └── Diverged           training became non-finite and could not be saved from it
+    FovealError            one sentence, no traceback                             exit code  requeued
+    ├── ConfigError        a setting: wrong key, type, range or combination               2  no
+    ├── DataError          shards, manifest, index, or a batch that they cannot fill      2  no
+    │   └── Unreachable    storage or network that did not answer, after several attempts      5  yes
+    ├── CheckpointError    a run directory that cannot be continued                       2  no
+    ├── ExportError        an export that does not fit what is asked of it                2  no
+    ├── LaunchError        ranks, launcher, devices                                       2  no
+    │   └── NotRequeued    a run that has saved and left, and Slurm would not have it back    1  asked again
+    ├── Diverged           training became non-finite, and going back did not help        3  no
+    ├── Superseded         another attempt at the same run has taken over                 4  no
+    ├── Hung               a rank was lost, or nothing moved any more                     5  yes
+    ├── BadNode            a node that should not train                                   6  yes
+    └── Restarting         a run that is started again and again and gets no further      7  no
 
-A programmer's mistake is an ``assert`` or an ordinary exception, and keeps its traceback.
+Exit code 0: finished, or saved and left as asked. 1: anything else, with its traceback; requeued. A programmer's mistake
+is an ``assert`` or an ordinary exception.
 """
 
 
@@ -26,6 +33,12 @@ class DataError(FovealError):
     """Shards, a manifest or an index that cannot be used as asked."""
 
 
+class Unreachable(DataError):
+    """Storage or network that did not give what it has, after several attempts; another node may fare better."""
+
+    exit_code = 5
+
+
 class CheckpointError(FovealError):
     """A run directory or checkpoint that cannot be continued."""
 
@@ -38,5 +51,37 @@ class LaunchError(FovealError):
     """Ranks or devices that are not what the run needs."""
 
 
+class NotRequeued(LaunchError):
+    """The run was saved, and Slurm refused to start its job again: the job script may ask once more."""
+
+    exit_code = 1
+
+
 class Diverged(FovealError):
-    """Loss or gradients became non-finite, and every rank agrees on it."""
+    """Loss or gradients became non-finite, going back did not help, and every rank agrees on it."""
+
+    exit_code = 3
+
+
+class Superseded(FovealError):
+    """Another attempt at the same run has begun: this one writes nothing more."""
+
+    exit_code = 4
+
+
+class Hung(FovealError):
+    """A rank was lost, or nothing moved for so long that waiting on would be in vain."""
+
+    exit_code = 5
+
+
+class BadNode(FovealError):
+    """A node that the preflight found unfit."""
+
+    exit_code = 6
+
+
+class Restarting(FovealError):
+    """Attempt after attempt ended without a new checkpoint: another would too."""
+
+    exit_code = 7

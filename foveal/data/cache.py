@@ -25,7 +25,7 @@ from pathlib import Path
 from foveal.data.config import CacheConfig, expanded, is_remote
 from foveal.data.manifest import NAME
 from foveal.data.remote import ATTEMPTS, Remote
-from foveal.errors import ConfigError, DataError
+from foveal.errors import ConfigError, DataError, Unreachable
 
 _log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ class Cache:
                 moved, since = about.st_mtime_ns, time.monotonic()
                 self._count(1)
             elif time.monotonic() - since > self.patience:
-                raise DataError(
+                raise Unreachable(
                     f"{doing} by another process of this node that has not moved for {self.patience:g} s: end that "
                     f"process, or set data.cache.dir to another folder"
                 )

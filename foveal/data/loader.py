@@ -18,7 +18,7 @@ from foveal.data.sources import Place, Source, TrainingSet
 from foveal.data.subset import PartName, choose
 from foveal.data.transforms import COLUMNS, evaluation_view, training_view
 from foveal.data.workers import Crew, Worker
-from foveal.errors import DataError
+from foveal.errors import DataError, Unreachable
 from foveal.seeding import key, uniforms_numpy
 
 _CHUNK = 16  # images that one thread decodes before it looks whether it is still wanted: a few hundredths of a second
@@ -258,4 +258,6 @@ def _believe(place: Place, data: bytes) -> None:
     """
     place.dataset.vouch(place.split, place.shard)
     if place.dataset.read(place.index.shard, *place.index.image(place.row)) != data:
-        raise DataError(f"{place.where} reads differently each time: see whether its storage is sound, and start again")
+        raise Unreachable(
+            f"{place.where} reads differently each time: see whether its storage is sound, and start again"
+        )

@@ -1,7 +1,5 @@
 """manifest.json: what a data set is. Its shards with their counts and sizes, its classes, its pixel statistics."""
 
-import json
-import os
 from pathlib import Path
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator
@@ -9,6 +7,7 @@ from pydantic.dataclasses import dataclass
 
 from foveal.config import Config
 from foveal.errors import DataError
+from foveal.files import write_json
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -94,6 +93,4 @@ def _complaint(where: str, error: ValidationError) -> DataError:
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
     """Write a manifest; the file appears whole or not at all."""
-    draft = folder / f".{NAME}.{os.getpid()}"
-    draft.write_text(json.dumps(manifest.tree(), indent=1, ensure_ascii=False) + "\n")
-    draft.replace(folder / NAME)
+    write_json(folder / NAME, manifest.tree())

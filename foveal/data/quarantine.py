@@ -1,13 +1,13 @@
 """The list of samples that do not decode: ``quarantine.jsonl`` in the run directory, one line a sample, and its limit."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from foveal.data.batch import Bad
 from foveal.errors import DataError
+from foveal.files import append_lines, write_whole
 
 Entry = dict[str, Any]  # step, split, shard, key, offset, reason
 
@@ -33,10 +33,7 @@ class Quarantine:
                 new.setdefault(_place(entry), entry)
         self._known |= new
         if writes and new:
-            with self._file.open("a") as stream:
-                stream.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in new.values())
-                stream.flush()
-                os.fsync(stream.fileno())
+            append_lines(self._file, [_line(entry) for entry in new.values()])
 
     def check(self) -> None:
         """Raise DataError when a split has more bad samples than it may have."""
@@ -63,10 +60,12 @@ def read_entries(file: Path, step: int) -> list[Entry]:
         return []
     whole = file.read_text().split("\n")[:-1]  # not splitlines: a key may have other characters that end lines
     kept = [entry for entry in map(json.loads, whole) if entry["step"] <= step]
-    draft = file.with_name(f".{file.name}.draft")
-    draft.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in kept))
-    draft.replace(file)
+    write_whole(file, "".join(f"{_line(entry)}\n" for entry in kept).encode())
     return kept
+
+
+def _line(entry: Entry) -> str:
+    return json.dumps(entry, ensure_ascii=False)
 
 
 def _place(entry: Entry) -> tuple[str, str, str]:

@@ -14,7 +14,7 @@ from foveal.data.folder import Local as LocalFolder
 from foveal.data.manifest import NAME, Shard
 from foveal.data.remote import Remote
 from foveal.data.shardindex import SUFFIX, ShardIndex, check_index, open_index
-from foveal.errors import DataError
+from foveal.errors import DataError, Unreachable
 from foveal.files import sha256
 
 _OPEN_SHARDS = 256
@@ -69,7 +69,7 @@ class LocalReader:
             except OSError as error:
                 self._open.forget(shard)  # a file server that was away may want it opened again
                 if wait is None or isinstance(error, _FINAL):
-                    raise DataError(f"{self.folder.where(shard)} cannot be read ({error})") from None
+                    raise Unreachable(f"{self.folder.where(shard)} cannot be read ({error})") from None
             time.sleep(wait)
         raise AssertionError
 
@@ -77,7 +77,7 @@ class LocalReader:
         try:
             found = sha256(self._path / shard.file)
         except OSError as error:
-            raise DataError(f"{self.folder.where(shard.file)} cannot be read ({error})") from None
+            raise Unreachable(f"{self.folder.where(shard.file)} cannot be read ({error})") from None
         if found != shard.sha256:
             raise DataError(
                 f"{self.folder.where(shard.file)} is damaged, its sha256 is not the one in {NAME}: restore it, or run "
@@ -111,7 +111,7 @@ class CachedReader:
             except OSError as error:  # the disk of this node, not the server
                 self._drop(wanted)
                 if last:
-                    raise DataError(f"the copy of {self.folder.where(shard)} cannot be read ({error})") from None
+                    raise Unreachable(f"the copy of {self.folder.where(shard)} cannot be read ({error})") from None
         raise AssertionError
 
     def vouch(self, shard: Shard) -> None:
@@ -119,7 +119,7 @@ class CachedReader:
         held = self._copy(wanted)
         if sha256(Path(f"/dev/fd/{held.number}")) != shard.sha256:
             self._drop(wanted)
-            raise DataError(
+            raise Unreachable(
                 f"the copy of {self.folder.where(shard.file)} in {self._cache.folder} was damaged after it came, and is "
                 f"removed: look at this node's disk, and start again"
             )
@@ -133,7 +133,7 @@ class CachedReader:
             except DataError:
                 self._cache.drop(wanted)  # it was right when it came
                 if last:
-                    raise DataError(f"the copy of {self.folder.where(wanted.name)} cannot be read again") from None
+                    raise Unreachable(f"the copy of {self.folder.where(wanted.name)} cannot be read again") from None
             finally:
                 os.close(descriptor)
         raise AssertionError

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import IO, Any
 
-from foveal.errors import DataError
+from foveal.errors import DataError, Unreachable
 
 _log = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class Remote:
                 if _is_final(error):
                     raise NotThere(f"{self.where(name)} is not there or may not be read ({_reason(error)})") from None
                 if attempt == ATTEMPTS:
-                    raise DataError(
+                    raise Unreachable(
                         f"{self.where(name)} cannot be read, {ATTEMPTS} attempts failed ({_reason(error)}): "
                         f"see that the server answers (all of it within {self.patience:g} s, in training data.patience_seconds)"
                     ) from None

@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import mmap
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 import safetensors.numpy
 
 from foveal.errors import DataError
+from foveal.files import write_whole
 
 FORMAT = 2
 SUFFIX = ".index"
@@ -149,9 +149,7 @@ def write_index(index: ShardIndex, file: Path) -> None:
     """Write an index; the file appears whole or not at all."""
     tensors = {name: getattr(index, name) for name in _TENSORS}
     about = {**index.about(), "digest": index.digest(), "checksum": index.sum()}
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    draft.write_bytes(safetensors.numpy.save(tensors, {"index": json.dumps(about)}))
-    draft.replace(file)
+    write_whole(file, safetensors.numpy.save(tensors, {"index": json.dumps(about)}))
 
 
 def open_index(file: Path, digest: str, samples: int) -> ShardIndex:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 
-from foveal.errors import DataError
+from foveal.errors import Unreachable
 
 _LOOK = 1.0  # seconds between two looks at jobs that are not done
 _LEAVE = 2.0  # seconds that all threads together have to finish the samples in their hands
@@ -67,7 +67,7 @@ class Crew:
                 moved, since = now, time.monotonic()
             elif waiting and time.monotonic() - since > self._patience:
                 self.stopped.set()
-                raise DataError(self._accusation())
+                raise Unreachable(self._accusation())
 
     def close(self) -> None:
         """Let the threads go; those that hang are left behind."""

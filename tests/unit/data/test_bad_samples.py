@@ -260,4 +260,4 @@ def test_a_rank_whose_loader_hangs_fails_all_together(
     assert max(soon, late) < 60
     assert "hanging" in (run / "logs" / "rank-001.log").read_text(), "the stack of the thread that hangs"
     assert read_rows(run / "metrics.jsonl") is not None
-    assert "DataError" in (run / "logs" / "rank-000.log").read_text()
+    assert "Unreachable" in (run / "logs" / "rank-000.log").read_text()
