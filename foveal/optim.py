@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from foveal.config import Config, machine, science
@@ -77,7 +77,7 @@ class GuardedAdamW(torch.optim.AdamW):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Clip, then update; or skip, and say so in ``applied``."""
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = get_total_norm([p.grad for p in parameters])
+        norm = self.total_norm([p.grad for p in parameters])
         self.norm = float(norm)
         self.applied = bool(norm.isfinite())
         if not self.applied:
@@ -86,7 +86,33 @@ class GuardedAdamW(torch.optim.AdamW):
             clip_grads_with_norm_(parameters, self.clip, norm)
         super().step(closure)
 
+    def total_norm(self, gradients: list[Tensor]) -> Tensor:
+        """The norm of all gradients together; every rank holds them whole."""
+        return get_total_norm(gradients)
+
 
 def plain_adamw(groups: list[dict[str, Any]], cfg: OptimConfig) -> torch.optim.AdamW:
     """AdamW as torch has it, for an engine (DeepSpeed's ZeRO 1 to 3) that clips and guards by itself."""
     return torch.optim.AdamW(groups, lr=cfg.lr_per_256, betas=cfg.betas, eps=cfg.eps, fused=cfg.fused)
+
+
+def moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """AdamW's moments of a parameter; before its first update the zeros that AdamW itself would begin with."""
+    state = optimizer.state[parameter]
+    if not state:
+        # Where AdamW keeps its counter: on the device for the fused kernel, else on the CPU.
+        state["step"] = torch.zeros((), device=parameter.device if optimizer.defaults["fused"] else "cpu")
+        state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
+        state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
+    return {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
+
+
+def updates_of(optimizer: torch.optim.Optimizer) -> int:
+    """How many updates AdamW has applied: its bias correction counts them."""
+    return max((int(state["step"]) for state in optimizer.state.values()), default=0)
+
+
+def count_from(optimizer: torch.optim.Optimizer, updates: int) -> None:
+    """Go on counting updates from here."""
+    for state in optimizer.state.values():
+        state["step"].fill_(updates)

@@ -1,20 +1,63 @@
-"""Accelerate behind the engine's verbs, for fine-tuning: one process, or DDP. It is never given the loader."""
+"""Accelerate behind the engine's verbs, for fine-tuning: DDP, FSDP2 or its DeepSpeed plugin. It is never given the loader."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
-from accelerate import Accelerator
+import torch
+from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from foveal.distributed.engine import EngineConfig, Whole, autocast
+from foveal.checkpoint.pieces import Piece
+from foveal.distributed import fsdp
+from foveal.distributed.deepspeed import DeepSpeed
+from foveal.distributed.engine import EngineConfig, Outcome, Whole, autocast, buffers
 from foveal.distributed.world import World
 from foveal.errors import LaunchError
-from foveal.optim import OptimConfig
+from foveal.optim import GuardedAdamW, OptimConfig
+
+# What accelerate launch tells its processes, and the setting that says the same.
+_LAUNCHED = {"ACCELERATE_USE_DEEPSPEED": "deepspeed", "ACCELERATE_USE_FSDP": "fsdp2"}
+
+
+def _accelerator(
+    cfg: EngineConfig, world: World, accumulate: int, plugin: DeepSpeedPlugin | None = None
+) -> Accelerator:
+    """Accelerate as the settings say, whatever an earlier engine of this process told it.
+
+    Errors: LaunchError where accelerate launch says otherwise, or where it does not see the launcher's ranks.
+    """
+    for name, sharding in _LAUNCHED.items():
+        if os.environ.pop(name, "").lower() == "true" and cfg.sharding != sharding:
+            raise LaunchError(
+                f"accelerate launch says {name}=true, and engine.sharding is {cfg.sharding}; set engine.sharding={sharding}, "
+                f"or launch without it"
+            )
+    AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001 - it keeps one for the life of a process
+    on_cpu = world.device.type == "cpu"
+    accelerator = Accelerator(
+        # Without cpu=True on a machine without a GPU, each of two launched processes believes that it is alone; with it,
+        # there is no DeepSpeed, which has to be told of gloo instead.
+        cpu=on_cpu and plugin is None,
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and plugin is not None else None,
+        deepspeed_plugin=plugin,
+        mixed_precision="no",  # precision is the engine's
+        gradient_accumulation_steps=accumulate,
+    )
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # set by the plugin, for this one
+    if accelerator.num_processes != world.size:
+        raise LaunchError(
+            f"Accelerate counts {accelerator.num_processes} processes where the launcher started {world.size}; "
+            f"start with --num_processes {world.size} and, on CPUs, --config_file configs/accelerate/cpu2.yaml"
+        )
+    return accelerator
 
 
 class Accelerate(Whole):
-    """The adapter. Accelerate divides the loss by the accumulation count; DDP averages gradients over ranks."""
+    """The adapter of DDP. Accelerate divides the loss by the accumulation count; DDP averages gradients over ranks."""
 
     def __init__(
         self,
@@ -25,18 +68,8 @@ class Accelerate(Whole):
         world: World,
         accumulate: int,
     ) -> None:
-        # Without cpu=True on a machine without a GPU, each of two launched processes believes that it is alone.
-        self._accelerator = Accelerator(
-            cpu=world.device.type == "cpu",
-            mixed_precision="no",  # precision is the engine's: Accelerate keeps one for the life of a process
-            gradient_accumulation_steps=accumulate,
-        )
-        if self._accelerator.num_processes != world.size:
-            raise LaunchError(
-                f"Accelerate counts {self._accelerator.num_processes} processes where the launcher started {world.size}; "
-                f"start with --num_processes {world.size} and, on CPUs, --config_file configs/accelerate/cpu2.yaml"
-            )
-        super().__init__(model, groups, optim, cfg, world)
+        self._accelerator = _accelerator(cfg, world, accumulate)
+        super().__init__(model, GuardedAdamW(groups, optim), cfg, world)
         self.model = self._accelerator.prepare_model(model)
         self._optimizer = self._accelerator.prepare_optimizer(self._guard)
 
@@ -50,3 +83,69 @@ class Accelerate(Whole):
     def backward(self, loss: Tensor) -> None:
         with autocast(self.device, "fp32"):
             self._accelerator.backward(loss)
+
+
+class FullySharded(Accelerate):
+    """The adapter of FSDP2: blocks are sharded by torch itself, since Accelerate's plugin does so on GPUs only."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: list[dict[str, Any]],
+        optim: OptimConfig,
+        cfg: EngineConfig,
+        world: World,
+        accumulate: int,
+    ) -> None:
+        self._accelerator = _accelerator(cfg, world, accumulate)
+        groups = fsdp.shard(model.to(world.device), groups, world)
+        Whole.__init__(self, model, fsdp.ShardedAdamW(groups, optim), cfg, world)
+
+    @contextmanager
+    def micro(self, *, last: bool) -> Iterator[None]:
+        cast(Any, self.model).set_requires_gradient_sync(last)
+        with self._accelerator.accumulate(), autocast(self.device, self._precision):
+            yield
+
+    def pieces(self) -> list[Piece]:
+        return fsdp.sharded_parameters(self._module, self._guard) + buffers(self._module, self._world)
+
+    def weights(self) -> dict[str, Tensor]:
+        return fsdp.whole_weights(self._module)
+
+
+class AcceleratedDeepSpeed(DeepSpeed):
+    """The adapter of Accelerate's DeepSpeed plugin, which takes DeepSpeed's step inside the last backward."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: list[dict[str, Any]],
+        optim: OptimConfig,
+        cfg: EngineConfig,
+        world: World,
+        at_once: int,
+        accumulate: int,
+    ) -> None:
+        self._cfg = cfg
+        super().__init__(model, groups, optim, cfg, world, at_once, accumulate)
+
+    def _begun(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], world: World
+    ) -> tuple[Any, Any]:
+        plugin = DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
+        self._accelerator = _accelerator(self._cfg, world, config["gradient_accumulation_steps"], plugin)
+        engine, wrapped = self._accelerator.prepare(model, optimizer)
+        return engine, wrapped.optimizer
+
+    @contextmanager
+    def micro(self, *, last: bool) -> Iterator[None]:
+        with self._accelerator.accumulate(self.model):
+            assert self._accelerator.sync_gradients == last, "Accelerate counts the micros of a step as the loop does"
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        self._accelerator.backward(loss)
+
+    def step(self) -> Outcome:
+        return self._outcome()

@@ -4,23 +4,24 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from foveal.distributed.engine import EngineConfig, Outcome, apply_lr, evaluating
+from foveal.checkpoint.pieces import Piece
+from foveal.distributed.engine import EngineConfig, Outcome, apply_lr, buffers, evaluating, whole_parameters
 from foveal.distributed.world import World
+from foveal.distributed.zero import refresh, sharded_parameters
 from foveal.errors import ConfigError
-from foveal.optim import GuardedAdamW, OptimConfig, plain_adamw
+from foveal.optim import GuardedAdamW, OptimConfig, count_from, plain_adamw, updates_of
 
-_TAG = "engine"
+_OFFLOAD = ("offload_optimizer", "offload_param")
 _OURS = {"amp", "bf16", "fp16", "optimizer", "scheduler"}
 
 
-def _library() -> ModuleType:
+def library() -> ModuleType:
     """Import DeepSpeed the way this machine needs it."""
     os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
     import deepspeed
@@ -47,6 +48,7 @@ def settings(optim: OptimConfig, cfg: EngineConfig, ranks: int, at_once: int, ac
         # fp32 weights under autocast, as in the other engines. DeepSpeed's own bf16 section trains bf16 weights: an
         # update below half a unit in the last place does not reach the forward, and the curve is another (17 % off seen).
         "torch_autocast": {"enabled": cfg.precision == "bf16", "dtype": "bfloat16"},
+        "zero_force_ds_cpu_optimizer": False,  # AdamW is foveal's, also where updates are offloaded to the host
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
@@ -57,7 +59,24 @@ def settings(optim: OptimConfig, cfg: EngineConfig, ranks: int, at_once: int, ac
     zero = extra.pop("zero_optimization", {})
     if "stage" in zero:
         raise ConfigError("engine.deepspeed.zero_optimization.stage is engine.zero; set that")
+    _refuse_hidden_states(zero)
     return derived | extra | {"zero_optimization": {"stage": cfg.zero, **zero}}
+
+
+def _refuse_hidden_states(zero: dict[str, Any]) -> None:
+    """What keeps weights or moments where a checkpoint does not find them, or lets NaN pass. Errors: ConfigError."""
+    where = "engine.deepspeed.zero_optimization"
+    offload = {name: zero[name] for name in _OFFLOAD if isinstance(zero.get(name), dict)}
+    for name, each in offload.items():
+        if each.get("device") == "nvme":
+            raise ConfigError(
+                f"{where}.{name}.device=nvme: foveal's checkpoints do not reach what lies on a drive; use cpu"
+            )
+    for name, there in (("zenflow", zero), ("super_offload", offload.get("offload_optimizer", {}))):
+        if there.get(name):
+            raise ConfigError(f"{where}: {name} keeps states that foveal's checkpoints do not reach; remove it")
+    if zero.get("compute_grad_norm", True) is not True:
+        raise ConfigError(f"{where}.compute_grad_norm=false: DeepSpeed skips a step by its norm alone; remove it")
 
 
 class DeepSpeed:
@@ -73,24 +92,27 @@ class DeepSpeed:
         at_once: int,
         accumulate: int,
     ) -> None:
-        deepspeed = _library()
+        deepspeed = library()
         if cfg.compile and cfg.zero == 3:
             # A parameter that a module reads from its child is gathered by a hook that compiled code does not pass.
             for parameter in cast(Any, model).borrowed_parameters():
                 deepspeed.zero.register_external_parameter(model, parameter)
-        self._zero = cfg.zero
+        self._zero, self._world = cfg.zero, world
         self._guard = GuardedAdamW(groups, optim) if cfg.zero == 0 else None
         optimizer = self._guard or plain_adamw(groups, optim)
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=settings(optim, cfg, world.size, at_once, accumulate),
-            dist_init_required=False,
+        self._engine, self._optimizer = self._begun(
+            model, optimizer, settings(optim, cfg, world.size, at_once, accumulate), world
         )
         self.model: nn.Module = self._engine
         self.device = world.device
         self._gathered = deepspeed.zero.GatheredParameters
         self._full_fp32 = deepspeed.utils.safe_get_full_fp32_param
+
+    def _begun(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], world: World
+    ) -> tuple[Any, Any]:
+        """DeepSpeed's engine and its optimizer."""
+        return library().initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[:2]
 
     def set_lr(self, lr: float) -> None:
         apply_lr(self._optimizer, lr)
@@ -108,15 +130,32 @@ class DeepSpeed:
 
     def step(self) -> Outcome:
         self._engine.step()
+        return self._outcome()
+
+    def _outcome(self) -> Outcome:
         if self._guard is not None:
             return Outcome(self._guard.applied, self._guard.norm)
         return Outcome(self._engine.was_step_applied(), float(self._engine.get_global_grad_norm()))
 
-    def save(self, folder: Path) -> None:
-        self._engine.save_checkpoint(str(folder), tag=_TAG)
+    @property
+    def _adamw(self) -> torch.optim.Optimizer:
+        """AdamW itself, on flat partitions where there are any."""
+        return self._guard or cast(Any, self._optimizer).optimizer
 
-    def load(self, folder: Path) -> None:
-        self._engine.load_checkpoint(str(folder), tag=_TAG)
+    def pieces(self) -> list[Piece]:
+        module = self._engine.module
+        if self._guard is not None:
+            return whole_parameters(module, self._guard, self._world) + buffers(module, self._world)
+        return sharded_parameters(module, self._optimizer, self._zero, self._world) + buffers(module, self._world)
+
+    @property
+    def updates(self) -> int:
+        return updates_of(self._adamw)
+
+    def restored(self, updates: int) -> None:
+        count_from(self._adamw, updates)
+        if self._zero:
+            refresh(self._optimizer, self._zero)
 
     def weights(self) -> dict[str, Tensor]:
         whole = {}

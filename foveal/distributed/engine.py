@@ -2,17 +2,17 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from foveal.checkpoint.pieces import Piece, whole
 from foveal.config import Config, machine, science
 from foveal.distributed.world import World
 from foveal.errors import ConfigError
-from foveal.optim import GuardedAdamW, OptimConfig
+from foveal.optim import GuardedAdamW, OptimConfig, count_from, moments, updates_of
 
 Precision = Literal["fp32", "bf16"]
 
@@ -22,6 +22,9 @@ class EngineConfig(Config):
 
     kind: Literal["deepspeed", "accelerate", "plain"] = machine(
         "deepspeed", "The library behind the update; plain is one process."
+    )
+    sharding: Literal["ddp", "fsdp2", "deepspeed"] = machine(
+        "ddp", "What engine.kind=accelerate leaves on each rank: everything, shards of FSDP2, or what engine.zero says."
     )
     zero: Literal[0, 1, 2, 3] = machine(1, "DeepSpeed's ZeRO stage: what is partitioned over ranks.")
     precision: Precision = machine("fp32", "bf16: products in bf16 under autocast; weights are fp32 either way.")
@@ -72,12 +75,20 @@ class Engine(Protocol):
         """Clip, update, clear; on every rank, whatever the gradients are."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write weights, moments and group settings into a folder; every rank calls it."""
+    def pieces(self) -> list[Piece]:
+        """What this rank holds of every tensor, as live views: fp32 weights, moments (zeros before the first update), buffers."""
         ...
 
-    def load(self, folder: Path) -> None:
-        """The reverse of ``save``; every rank calls it."""
+    @property
+    def updates(self) -> int:
+        """Updates applied so far; a skipped step is none."""
+        ...
+
+    def restored(self, updates: int) -> None:
+        """After the pieces were filled: hand them to whatever was computed from them, count updates from here.
+
+        Every rank calls it. Groups keep their own settings: a checkpoint has none.
+        """
         ...
 
     def weights(self) -> dict[str, Tensor]:
@@ -110,19 +121,37 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train()
 
 
+def whole_parameters(module: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> list[Piece]:
+    """The pieces of all parameters, where every rank holds them whole."""
+    return [
+        whole(
+            name, {"weight": value} | (moments(optimizer, value) if value.requires_grad else {}), world.rank, world.size
+        )
+        for name, value in module.named_parameters()
+    ]
+
+
+def buffers(module: nn.Module, world: World) -> list[Piece]:
+    """The pieces of what a module keeps beside its parameters: rank 0's, which no other rank need have equal."""
+    kept = module.state_dict().keys()
+    return [
+        replace(whole(name, {"weight": value}, 0, 1), **({} if world.rank == 0 else {"writes": (0, 0)}))
+        for name, value in module.named_buffers()
+        if name in kept
+    ]
+
+
 class Whole:
     """What Plain and Accelerate share: every rank holds all weights and moments, and the optimizer guards itself."""
 
-    def __init__(
-        self, module: nn.Module, groups: list[dict[str, Any]], optim: OptimConfig, cfg: EngineConfig, world: World
-    ) -> None:
+    def __init__(self, module: nn.Module, guard: GuardedAdamW, cfg: EngineConfig, world: World) -> None:
         self.device = world.device
         self.model = module
         self._module = module
-        self._guard = GuardedAdamW(groups, optim)
-        self._optimizer: torch.optim.Optimizer = self._guard
+        self._guard = guard
+        self._optimizer: torch.optim.Optimizer = guard
         self._precision: Precision = cfg.precision
-        self._writes = world.rank == 0
+        self._world = world
 
     def set_lr(self, lr: float) -> None:
         apply_lr(self._guard, lr)
@@ -137,14 +166,15 @@ class Whole:
         self._optimizer.zero_grad()
         return Outcome(self._guard.applied, self._guard.norm)
 
-    def save(self, folder: Path) -> None:
-        if self._writes:
-            torch.save({"model": self._module.state_dict(), "optimizer": self._guard.state_dict()}, folder / "whole.pt")
+    def pieces(self) -> list[Piece]:
+        return whole_parameters(self._module, self._guard, self._world) + buffers(self._module, self._world)
 
-    def load(self, folder: Path) -> None:
-        state = torch.load(folder / "whole.pt", map_location=self.device, weights_only=True)
-        self._module.load_state_dict(state["model"])
-        self._guard.load_state_dict(state["optimizer"])
+    @property
+    def updates(self) -> int:
+        return updates_of(self._guard)
+
+    def restored(self, updates: int) -> None:
+        count_from(self._guard, updates)
 
     def weights(self) -> dict[str, Tensor]:
         return {name: value.detach().float().cpu() for name, value in self._module.state_dict().items()}
@@ -163,7 +193,7 @@ class Plain(Whole):
         accumulate: int,
     ) -> None:
         assert world.size == 1, "check_engine refuses more"
-        super().__init__(model.to(world.device), groups, optim, cfg, world)
+        super().__init__(model.to(world.device), GuardedAdamW(groups, optim), cfg, world)
         self._accumulate = accumulate
 
     @contextmanager
@@ -180,7 +210,11 @@ def check_engine(cfg: EngineConfig, optim: OptimConfig, ranks: int, *, at_once: 
     """Refuse, before a run begins, what its engine would refuse. Errors: ConfigError."""
     if cfg.kind == "plain" and ranks > 1:
         raise ConfigError(f"engine.kind=plain runs in one process, this run has {ranks}; use deepspeed or accelerate")
-    if cfg.kind == "deepspeed":
+    if cfg.sharding != "ddp" and cfg.kind != "accelerate":
+        raise ConfigError(
+            f"engine.sharding={cfg.sharding} is Accelerate's, and engine.kind is {cfg.kind}; remove one of them"
+        )
+    if "deepspeed" in (cfg.kind, cfg.sharding):
         from foveal.distributed.deepspeed import settings
 
         settings(optim, cfg, ranks, at_once, accumulate)
@@ -211,7 +245,10 @@ def build_engine(
 
         return DeepSpeed(model, groups, optim, cfg, world, at_once, accumulate)
     if cfg.kind == "accelerate":
-        from foveal.distributed.accelerate import Accelerate
+        from foveal.distributed.accelerate import Accelerate, AcceleratedDeepSpeed, FullySharded
 
-        return Accelerate(model, groups, optim, cfg, world, accumulate)
+        if cfg.sharding == "deepspeed":
+            return AcceleratedDeepSpeed(model, groups, optim, cfg, world, at_once, accumulate)
+        engine = FullySharded if cfg.sharding == "fsdp2" else Accelerate
+        return engine(model, groups, optim, cfg, world, accumulate)
     return Plain(model, groups, optim, cfg, world, accumulate)

@@ -1,0 +1,73 @@
+"""FSDP2: torch's fully_shard around each block, and where its shards lie."""
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from foveal.checkpoint.pieces import Piece
+from foveal.distributed.world import World
+from foveal.optim import GuardedAdamW, moments
+
+
+class ShardedAdamW(GuardedAdamW):
+    """The guard over shards: its norm is that of all ranks together, so that they clip and skip alike."""
+
+    def total_norm(self, gradients: list[Tensor]) -> Tensor:
+        return cast(DTensor, super().total_norm(gradients)).full_tensor()
+
+
+def shard(model: nn.Module, groups: list[dict[str, Any]], world: World) -> list[dict[str, Any]]:
+    """Shard a model in place, block by block; the same groups, of the parameters that it has now.
+
+    A block is a child of a list of modules of one type. What lies outside of blocks is one unit, gathered for the whole
+    of a forward, so that a module may read what its child holds.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for block in reversed(_blocks(model)):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    now = dict(model.named_parameters())
+    return [group | {"params": [now[names[id(old)]] for old in group["params"]]} for group in groups]
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
+    return [
+        child
+        for each in lists
+        if len(each) > 1 and len({type(child) for child in each}) == 1
+        for child in each
+        if any(True for _ in child.parameters())
+    ]
+
+
+def sharded_parameters(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[Piece]:
+    """The pieces of all parameters: consecutive rows of each."""
+    for each in module.modules():
+        if isinstance(each, FSDPModule):
+            each.reshard()  # what a forward without a backward has gathered is put away
+    found = []
+    for name, parameter in module.named_parameters():
+        shards = {"weight": parameter} | (moments(optimizer, parameter) if parameter.requires_grad else {})
+        parts = {part: cast(DTensor, value.detach()).to_local().view(-1) for part, value in shards.items()}
+        whole = cast(DTensor, parameter)
+        _, offset = compute_local_shape_and_global_offset(whole.shape, whole.device_mesh, whole.placements)
+        row = math.prod(whole.shape[1:])
+        found.append(Piece(name, tuple(whole.shape), offset[0] * row, parts, (0, len(parts["weight"]))))
+    return found
+
+
+def whole_weights(module: nn.Module) -> dict[str, Tensor]:
+    """All weights, whole, fp32 on the CPU; every rank calls it."""
+    whole = {}
+    for name, value in module.state_dict().items():
+        tensor = value.full_tensor() if isinstance(value, DTensor) else value
+        whole[name] = tensor.detach().float().cpu()
+    return whole

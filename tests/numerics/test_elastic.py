@@ -1,0 +1,156 @@
+"""A checkpoint knows no engine and no number of ranks: what any shape saved, any other goes on from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import OPTIM, OTHERS, SHAPES, Shape, Trainer, gathered
+from ranks import Ranks
+
+from foveal.distributed.world import World
+
+_SAVED, _MORE = 3, 20
+_REL = 1e-5
+
+# The others' checkpoints hold the same bits, which is looked at for every pair; steps are taken from these and from its own.
+_FOLLOWED = ("plain", "zero 3, 2 ranks")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint after a few steps, and the losses of the run that made it and was not interrupted."""
+
+    folder: Path
+    losses: list[float]
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What became of a checkpoint: written anew before the next step, and the losses that followed."""
+
+    folder: Path
+    losses: list[float]
+    groups: list[tuple[Any, ...]]
+    updates: tuple[int, int]
+
+
+def run_and_save(world: World, shape: Shape, folder: Path) -> Saved:
+    trainer = Trainer(world, shape)
+    trainer.steps(0, _SAVED)
+    trainer.look(_SAVED)
+    trainer.save(folder)
+    return Saved(folder, trainer.steps(_SAVED, _SAVED + _MORE))
+
+
+def resume_all(world: World, shape: Shape, folders: dict[str, tuple[Path, int]], to: Path) -> dict[str, Resumed]:
+    """One engine goes on from each checkpoint in turn: the first time as it was built, then in the midst of another run."""
+    trainer, found = Trainer(world, shape), {}
+    for name, (folder, more) in folders.items():
+        trainer.look(_SAVED)
+        trainer.load(folder, _SAVED)
+        before = trainer.engine.updates
+        trainer.save(to / name)
+        losses = trainer.steps(_SAVED, _SAVED + more)
+        found[name] = Resumed(to / name, losses, trainer.groups(), (before, trainer.engine.updates))
+    return found
+
+
+@pytest.fixture(scope="module")
+def pools(one_rank: Ranks, two_ranks: Ranks) -> dict[int, Ranks]:
+    return {1: one_rank, 2: two_ranks}
+
+
+@pytest.fixture(scope="module")
+def saved(pools: dict[int, Ranks], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Saved]:
+    """The checkpoint of a shape, made once."""
+    made: dict[str, Saved] = {}
+
+    def of(name: str) -> Saved:
+        if name not in made:
+            shape = (SHAPES | OTHERS)[name]
+            made[name] = pools[shape.ranks].call(run_and_save, shape, tmp_path_factory.mktemp("saved"))[0]
+        return made[name]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def resumed(pools, saved, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Resumed]]:
+    """What a shape makes of every shape's checkpoint; its own comes first, into an engine that has taken no step."""
+    made: dict[str, dict[str, Resumed]] = {}
+
+    def of(name: str) -> dict[str, Resumed]:
+        if name not in made:
+            folders = {
+                other: (saved(other).folder, _MORE if other in (name, *_FOLLOWED) else 1)
+                for other in sorted(SHAPES, key=lambda other: other != name)
+            }
+            shape = SHAPES[name]
+            made[name] = pools[shape.ranks].call(resume_all, shape, folders, tmp_path_factory.mktemp("resumed"))[0]
+        return made[name]
+
+    return of
+
+
+def check_same(one: Path, other: Path) -> None:
+    """Two checkpoints hold the same bits."""
+    ours, theirs = gathered(one), gathered(other)
+    assert ours.keys() == theirs.keys()
+    assert [key for key in ours if not ours[key].equal(theirs[key])] == []
+
+
+@pytest.mark.parametrize("now", SHAPES)
+@pytest.mark.parametrize("was", SHAPES)
+def test_any_shape_goes_on_from_any_other(was: str, now: str, saved, resumed) -> None:
+    before, after = saved(was), resumed(now)[was]
+    check_same(after.folder, before.folder)
+    more = len(after.losses)
+    assert after.updates == (_SAVED, _SAVED + more)
+    if was == now:
+        assert after.losses == before.losses
+    else:
+        assert after.losses == pytest.approx(before.losses[:more], rel=_REL)
+
+
+@pytest.mark.parametrize("now", SHAPES)
+def test_groups_keep_their_settings(now: str, resumed) -> None:
+    """A checkpoint brings none: learning rate factors, weight decay and AdamW's constants are those of the settings."""
+    expected = [
+        ("layer 0, no decay", 0.125, 0.0),
+        ("layer 1, no decay", 0.25, 0.0),
+        ("layer 1, decay", 0.25, 0.3),
+        ("layer 2, no decay", 0.5, 0.0),
+        ("layer 2, decay", 0.5, 0.3),
+        ("layer 3, decay", 1.0, 0.3),
+        ("layer 3, no decay", 1.0, 0.0),
+    ]
+    for after in resumed(now).values():
+        assert after.groups == [(*each, OPTIM.betas, OPTIM.eps) for each in expected]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_itself_bit_for_bit(name: str, pools, saved, tmp_path: Path) -> None:
+    """bf16 products, and updates in the host's memory: on the same machine nothing changes."""
+    before, shape = saved(name), OTHERS[name]
+    after = pools[shape.ranks].call(resume_all, shape, {"it": (before.folder, _MORE)}, tmp_path)[0]["it"]
+    check_same(after.folder, before.folder)
+    assert after.losses == before.losses
+
+
+@pytest.mark.slow
+def test_four_ranks(pools, saved, tmp_path: Path) -> None:
+    """From two ranks to four, and from four to one."""
+    four = Ranks(4)
+    try:
+        for zero in (1, 3):
+            before, to = saved("zero 3, 2 ranks"), tmp_path / str(zero)
+            shape = Shape(4, "deepspeed", zero)
+            after = four.call(resume_all, shape, {"four": (before.folder, _MORE)}, to)[0]["four"]
+            back = pools[1].call(resume_all, SHAPES["plain"], {"one": (after.folder, _MORE)}, to)[0]["one"]
+            check_same(back.folder, before.folder)
+            for losses in (after.losses, back.losses):
+                assert losses == pytest.approx(before.losses, rel=_REL)
+    finally:
+        four.close()

@@ -1,0 +1,77 @@
+"""What an engine would refuse, or what would pass it by, is refused before a run begins."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from foveal.distributed.accelerate import _accelerator
+from foveal.distributed.deepspeed import settings
+from foveal.distributed.engine import EngineConfig, check_engine
+from foveal.distributed.world import World
+from foveal.errors import ConfigError, LaunchError
+from foveal.optim import OptimConfig
+
+
+def check(ranks: int = 2, **chosen: Any) -> None:
+    check_engine(EngineConfig(**chosen), OptimConfig(), ranks, at_once=1, accumulate=1)
+
+
+def zero(**keys: Any) -> dict[str, Any]:
+    return {"deepspeed": {"zero_optimization": keys}}
+
+
+REFUSED = {
+    "plain on many": ({"kind": "plain"}, r"engine\.kind=plain runs in one process, this run has 2"),
+    "sharding without accelerate": ({"sharding": "fsdp2"}, r"engine\.sharding=fsdp2 is Accelerate's, and .* deepspeed"),
+    "offload to a drive": (zero(offload_optimizer={"device": "nvme"}), r"offload_optimizer\.device=nvme: .* use cpu"),
+    "weights on a drive": (zero(offload_param={"device": "nvme"}), r"offload_param\.device=nvme: .* use cpu"),
+    "a second optimizer": (zero(zenflow={"topk_ratio": 0.1}), r"zenflow keeps states .* remove it"),
+    "another second": (zero(offload_optimizer={"device": "cpu", "super_offload": True}), r"super_offload keeps states"),
+    "no norm": (zero(compute_grad_norm=False), r"compute_grad_norm=false: DeepSpeed skips a step by its norm alone"),
+    "a stage": (zero(stage=2), r"zero_optimization\.stage is engine\.zero; set that"),
+    "another optimizer": ({"deepspeed": {"zero_force_ds_cpu_optimizer": True}}, r"is derived by foveal"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_is_refused_in_a_sentence(case: str) -> None:
+    chosen, sentence = REFUSED[case]
+    with pytest.raises(ConfigError, match=sentence):
+        check(**chosen)
+    if "deepspeed" in chosen:
+        with pytest.raises(ConfigError, match=sentence):
+            check(kind="accelerate", sharding="deepspeed", **chosen)
+
+
+def test_what_can_be_is_let_through() -> None:
+    check(1, kind="plain")
+    for sharding in ("ddp", "fsdp2", "deepspeed"):
+        check(kind="accelerate", sharding=sharding)
+    check(**zero(offload_optimizer={"device": "cpu"}, reduce_bucket_size=1000))
+
+
+def test_further_keys_reach_deepspeed() -> None:
+    cfg = EngineConfig(zero=3, **zero(sub_group_size=10))
+    assert settings(OptimConfig(clip=0.5), cfg, 2, 4, 3) | {"zero_optimization": {}} == {
+        "train_batch_size": 24,
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 3,
+        "gradient_clipping": 0.5,
+        "zero_optimization": {},
+        "zero_force_ds_cpu_optimizer": False,
+        "torch_autocast": {"enabled": False, "dtype": "bfloat16"},
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+    assert settings(OptimConfig(), cfg, 2, 4, 3)["zero_optimization"] == {"stage": 3, "sub_group_size": 10}
+
+
+@pytest.mark.parametrize(("variable", "sharding"), [("DEEPSPEED", "deepspeed"), ("FSDP", "fsdp2")])
+def test_a_launcher_that_says_otherwise_is_refused(
+    variable: str, sharding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
+    world = World(0, 1, 0, "torchrun", torch.device("cpu"))
+    with pytest.raises(LaunchError, match=rf"engine\.sharding is ddp; set engine\.sharding={sharding}, or launch"):
+        _accelerator(EngineConfig(kind="accelerate"), world, 1)
