@@ -1,169 +1,331 @@
 """Checkpoints of a run: whole or not at all, checked before they are believed, found by looking.
 
-A checkpoint is a folder ``step-00000100`` with the engine's own files, ``state.json`` and ``checksums.json``. It is
-written as a draft by every rank and gets its name by one rename; the newest whole one is found by looking, not by a
-pointer that can lie. An engine's files may be pickles: they are loaded from the run's own directory only, and only
-after their checksums agree.
+A checkpoint is a folder ``step-00000100-attempt-0003`` with a file of pieces from each rank, ``state.json`` and
+``checksums.json``. Each rank copies its pieces to the host and a thread of it writes them into a draft while training
+goes on; between two later steps the ranks compare notes, and the draft gets its name by one rename. The newest whole
+one is found by looking, not by a pointer that can lie. Each attempt at a run publishes under its own number: one that
+was superseded and does not know it yet spoils nothing, because what it publishes is void to readers.
 """
 
+import errno
 import json
 import logging
-import shutil
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from foveal.config import Config, machine
-from foveal.errors import CheckpointError
-from foveal.files import draft_of, force, publish, sha256, write_json
+from foveal.checkpoint.needs import Ranks, Saves
+from foveal.checkpoint.pieces import Piece, file_of, fill_pieces, write_pieces
+from foveal.checkpoint.shelf import CheckpointConfig, Shelf
+from foveal.checkpoint.state import FORMAT, TrainState, check_same_science, read_state
+from foveal.checkpoint.writer import Work, Writer, bytes_of
+from foveal.errors import CheckpointError, FovealError, Superseded, Unreachable
+from foveal.files import (
+    draft_of,
+    free_bytes,
+    in_gigabytes,
+    publish,
+    room,
+    sha256,
+    write_json,
+)
 
-FORMAT = 1
+__all__ = ["CheckpointConfig", "Saved", "Store", "TrainState", "check_same_science"]
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _log = logging.getLogger(__name__)
 
 
-class CheckpointConfig(Config):
-    """When a checkpoint is written and which are kept."""
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint that has its name. All times are of the slowest rank.
 
-    every: int = machine(1000, "Steps between checkpoints; 0: only at the end and when asked to leave.", ge=0)
-    keep: int = machine(2, "How many of the newest are kept.", ge=1)
-    keep_every: int = machine(0, "Keep also those whose step is a multiple of this; 0: none.", ge=0)
+    stall_seconds: how long training stood still for it; write_seconds: how long the threads wrote; seconds: what it
+    would take at once, when nothing else is left to do.
+    """
+
+    step: int
+    stall_seconds: float
+    write_seconds: float
+    seconds: float
+    bytes: int
+
+
+@dataclass
+class _Begun:
+    """A checkpoint that was begun and is not settled; the seconds are this rank's."""
+
+    folder: Path
+    state: TrainState
+    bytes: int
+    copied: float
+    waited: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
-class TrainState:
-    """The facts beside the engine's files that decide how a run goes on; skipped: batches that no step takes."""
+class _Note:
+    """What a rank tells the others of its part; a fault is not the disk's but the program's."""
 
-    step: int
-    seconds: float
-    ranks: int
-    engine: str
-    science: dict[str, Any]
-    versions: dict[str, str] = field(default_factory=dict)
-    skipped: list[int] = field(default_factory=list)
-    format: int = FORMAT
-
-
-class Ranks(Protocol):
-    """What the store needs of the world."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def size(self) -> int: ...
-    def barrier(self) -> None: ...
-    def any(self, flag: bool) -> bool: ...
-    def broadcast(self, value: Any) -> Any: ...
-    def gather(self, value: Any) -> list[Any]: ...
-
-
-class Saves(Protocol):
-    """What the store needs of an engine."""
-
-    def save(self, folder: Path) -> None: ...
-    def load(self, folder: Path) -> None: ...
+    sums: dict[str, str]
+    bytes: int
+    copied: float
+    waited: float
+    written: float
+    mistake: str | None
+    fault: bool
 
 
 class Store:
-    """The checkpoints under one folder. Every method is called by every rank."""
+    """The checkpoints under one folder, as one attempt writes them. Every method is called by every rank.
 
-    def __init__(self, root: Path, cfg: CheckpointConfig, ranks: Ranks) -> None:
+    starts: the step that each earlier attempt began at, by its number; superseded: asked by rank 0 before it publishes;
+    patience: seconds that a rank waits for its own thread, to be well below the time limit of a collective.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        cfg: CheckpointConfig,
+        ranks: Ranks,
+        attempt: int,
+        starts: Mapping[int, int],
+        *,
+        superseded: Callable[[], bool] = lambda: False,
+        patience: float = 600.0,
+    ) -> None:
         self._root, self._cfg, self._ranks = root, cfg, ranks
-        if ranks.rank == 0:
-            root.mkdir(parents=True, exist_ok=True)
-            for old in root.glob(".old-*"):
-                folder = root / old.name.removeprefix(".old-")
-                if not folder.exists():  # killed between the two renames that replace a checkpoint
-                    old.rename(folder)
-            for left in [*root.glob(".draft-*"), *root.glob(".old-*")]:
-                shutil.rmtree(left)
-        ranks.barrier()
+        self._superseded, self._patience = superseded, patience
+        self._shelf = Shelf(root, attempt, starts)
+        self._writer = Writer()
+        self._begun: _Begun | None = None
+        self._torn: set[Path] = set()
+        self.latest: int | None = None  # the step of the checkpoint that was saved or looked up last
+        self._by_rank_0(self._tidy)
 
-    def save(self, engine: Saves, state: TrainState) -> None:
-        """Write one checkpoint; ranks write, force and digest their share of the files at the same time."""
-        folder = self._root / f"step-{state.step:08d}"
-        draft = draft_of(folder)
+    def _by_rank_0(self, task: Callable[[], Any]) -> Any:
+        """What rank 0 makes of a task, on every rank: file systems answer late, so one looks. A mistake is everybody's."""
+        answer = None
         if self._ranks.rank == 0:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir()
-        self._ranks.barrier()
-        engine.save(draft)
-        self._ranks.barrier()
-        sums = _merged(self._ranks.gather(_digest(draft, self._share(_files(draft)))))
-        if self._ranks.rank == 0:
-            write_json(draft / "state.json", asdict(state))
-            sums["state.json"] = sha256(draft / "state.json")
-            write_json(draft / "checksums.json", sums)
-            publish(draft, folder)
-            self._prune()
-        self._ranks.barrier()
+            try:
+                answer = task()
+            except FovealError as error:
+                answer = error
+            except OSError as error:
+                answer = Unreachable(f"{self._root} does not answer as it should ({error})")
+        answer = self._ranks.broadcast(answer)
+        if isinstance(answer, FovealError):
+            raise answer
+        return answer
+
+    def _tidy(self) -> None:
+        try:
+            self._shelf.tidy()
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._root} cannot be written ({error}); set run.dir to a place that can"
+            ) from None
+
+    # --- looking ---
 
     def newest(self) -> tuple[Path, TrainState] | None:
         """The newest whole checkpoint, the same on every rank; torn and corrupt ones are passed over with a warning.
 
-        Errors: CheckpointError for a checkpoint of another format.
+        What a later attempt went back behind is passed over too. The step found, or 0, is where this attempt begins.
+        Errors: CheckpointError for a checkpoint of another format, or where there are some and none is whole.
         """
-        folders = self._ranks.broadcast(_checkpoints(self._root) if self._ranks.rank == 0 else None)
-        for folder in reversed(folders):
+        found = None
+        for folder in reversed(self._by_rank_0(self._looked)):
             if not self._ranks.any(not self._whole(folder)):
-                return folder, _read_state(folder)
+                found = folder, self._by_rank_0(lambda folder=folder: read_state(folder))
+                break
+            self._torn.add(folder)
             _log.warning("checkpoint %s is torn or corrupt; the one before it is used", folder)
-        return None
+        if found is None and self._torn:
+            raise CheckpointError(
+                f"no checkpoint in {self._root} is whole: restore one, or begin anew with run.fresh=true"
+            )
+        self.latest = found[1].step if found else None
+        self._shelf.began(self.latest or 0)
+        return found
+
+    def load(self, folder: Path, engine: Saves, state: TrainState) -> None:
+        """Put a checkpoint into an engine, whichever engine and however many ranks wrote it.
+
+        Errors, on every rank: CheckpointError that names the parameter which does not fit.
+        """
+        pieces = engine.pieces()
+        self._ranks.together(lambda: fill_pieces(folder, pieces))
+        engine.restored(state.updates)
+
+    def _looked(self) -> list[Path]:
+        """What may be used, from the first step to the last."""
+        named = self._shelf.checkpoints()
+        if not named and (old := self._shelf.of_format_1()):
+            raise CheckpointError(
+                f"{old[-1]} has checkpoint format 1, and this foveal reads format {FORMAT}: finish the run with the foveal "
+                f"that began it, or begin anew with run.fresh=true"
+            )
+        void = [folder for folder in named if self._shelf.is_void(folder)]
+        if void:
+            _log.info("passed over, because a later attempt went back behind them: %s", ", ".join(map(str, void)))
+        return [folder for folder in named if folder not in void]
 
     def _whole(self, folder: Path) -> bool:
         try:
             sums = json.loads((folder / "checksums.json").read_text())
             names = set(sums) | set(_files(folder)) - {"checksums.json"}
-            return all(sha256(folder / name) == sums.get(name) for name in self._share(sorted(names)))
+            share = sorted(names)[self._ranks.rank :: self._ranks.size]
+            return all(sha256(folder / name) == sums.get(name) for name in share)
         except (OSError, ValueError):
             return False
 
-    def _share(self, names: list[str]) -> list[str]:
-        return names[self._ranks.rank :: self._ranks.size]
+    # --- saving ---
 
-    def _prune(self) -> None:
-        for folder in _checkpoints(self._root)[: -self._cfg.keep]:
-            if not self._cfg.keep_every or _step_of(folder) % self._cfg.keep_every:
-                shutil.rmtree(folder)
+    @property
+    def pending(self) -> bool:
+        """Whether a save was begun and is not settled: the same on every rank."""
+        return self._begun is not None
 
+    @property
+    def busy(self) -> bool:
+        """Whether this rank's thread still writes."""
+        return self._writer.busy
 
-def check_same_science(was: dict[str, Any], now: dict[str, Any], where: Path) -> None:
-    """Refuse to go on under other science, and name what differs.
+    def save(self, engine: Saves, state: TrainState) -> Saved | None:
+        """Begin a checkpoint: copy this rank's pieces to the host, and let the thread write them.
 
-    Errors: CheckpointError with every differing setting, old and new value.
-    """
-    names = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
-    if names:
-        changes = ", ".join(f"{name} (was {was.get(name)!r}, is {now.get(name)!r})" for name in names)
-        raise CheckpointError(
-            f"{where} was made with other science: {changes}; set it back, or start anew with another run.dir or run.fresh=true"
+        One that is unfinished is finished first; should that outlast the patience, there is no checkpoint this time, and
+        a warning says so. With ``overlap`` off it waits until this one has its name. Returns what was settled in here.
+        """
+        settled = self.finish()
+        if self.pending:
+            self._warn(state.step, "the one before is still being written")
+            return settled
+        began = time.monotonic()
+        folder = self._shelf.folder(state.step)
+        pieces = engine.pieces()
+        share = bytes_of(pieces)
+        if mistake := self._by_rank_0(lambda: self._drafted(folder, share * self._ranks.size)):
+            self._warn(state.step, mistake)
+            return settled
+        state = replace(state, updates=engine.updates)
+        copies = self._writer.snapshot(pieces)
+        self._writer.begin(lambda: self._write(draft_of(folder), copies, state))
+        self._begun = _Begun(folder, state, share, time.monotonic() - began)
+        return settled if self._cfg.overlap else self.finish()
+
+    def finish(self) -> Saved | None:
+        """Wait for what was begun, and settle it. Should that outlast the patience it stays pending, with a warning."""
+        saved = None
+        if self._begun is not None:
+            began = time.monotonic()
+            self._writer.wait(self._patience)
+            self._begun.waited += time.monotonic() - began
+            if self._ranks.any(self.busy):
+                step = self._begun.state.step
+                _log.warning("the checkpoint of step %d is still being written after %.0f s", step, self._patience)
+                return None
+            saved = self.settle()
+        self._shelf.removed(self._patience)
+        return saved
+
+    def settle(self) -> Saved | None:
+        """Compare notes when no rank is busy, and publish what was begun; the same answer on every rank.
+
+        Where a rank failed (its disk is full, its quota spent) the draft goes, a warning says why, and nothing is
+        returned: training goes on, and the checkpoint before is as it was.
+        Errors: Superseded where another attempt has taken the run; what ended a thread, if that was not the disk.
+        """
+        began, begun = time.monotonic(), self._begun
+        assert begun is not None, "nothing was begun"
+        work = self._writer.done()
+        self._begun = None
+        notes: list[_Note] = self._ranks.gather(_noted(self._ranks.rank, begun, work))
+        answer = self._by_rank_0(lambda: self._settled(begun, notes, began))
+        if any(note.fault for note in notes):
+            raise work.error or RuntimeError(answer)
+        if isinstance(answer, str):
+            self._warn(begun.state.step, answer)
+            return None
+        self.latest = begun.state.step
+        self._torn.discard(begun.folder)
+        return answer
+
+    def _drafted(self, folder: Path, need: int) -> str | None:
+        """Make the folder of a draft, or say what is in the way."""
+        if shortage := room(self._root, need):
+            _log.warning("%s", shortage)
+        draft = draft_of(folder)
+        if draft.exists():  # what could not be removed when an earlier save failed
+            self._shelf.remove([draft])
+        try:
+            draft.mkdir()
+        except OSError as error:
+            return _in_words(error, self._root, need)
+        return None
+
+    def _write(self, draft: Path, copies: Sequence[Piece], state: TrainState) -> dict[str, str]:
+        """The thread's work: this rank's files, forced to disk, and their digests."""
+        rank = self._ranks.rank
+        sums = {file_of(rank): write_pieces(draft, rank, copies)}
+        if rank == 0:
+            write_json(draft / "state.json", asdict(state))
+            sums["state.json"] = sha256(draft / "state.json")
+        return sums
+
+    def _settled(self, begun: _Begun, notes: list[_Note], began: float) -> Saved | str:
+        """Publish a draft that every rank has written its part of, and remove what is not to be kept; else say why not."""
+        mistakes = [note.mistake for note in notes if note.mistake]
+        draft, folder = draft_of(begun.folder), begun.folder
+        try:
+            if not mistakes:
+                write_json(draft / "checksums.json", {name: each for note in notes for name, each in note.sums.items()})
+                if self._superseded():
+                    self._shelf.remove([draft])
+                    raise Superseded(f"{folder} was not published: another attempt has taken over the run")
+                publish(draft, folder)
+        except OSError as error:
+            mistakes = [f"rank 0: {_in_words(error, self._root, begun.bytes)}"]
+        if mistakes:
+            self._shelf.remove([draft])
+            return "; ".join(mistakes[:3]) + (f"; and {len(mistakes) - 3} ranks more" if len(mistakes) > 3 else "")
+        try:
+            if not self._superseded():
+                self._shelf.prune(folder, self._torn, self._cfg)
+        except OSError as error:
+            _log.warning("old checkpoints in %s cannot be removed (%s)", self._root, error)
+        written, settling = max(note.written for note in notes), time.monotonic() - began
+        return Saved(
+            step=begun.state.step,
+            stall_seconds=max(note.copied + note.waited for note in notes) + settling,
+            write_seconds=written,
+            seconds=max(note.copied for note in notes) + written + settling,
+            bytes=sum(note.bytes for note in notes),
         )
 
-
-def _read_state(folder: Path) -> TrainState:
-    tree = json.loads((folder / "state.json").read_text())
-    if tree.get("format") != FORMAT:
-        raise CheckpointError(f"{folder} has checkpoint format {tree.get('format')}; this foveal reads format {FORMAT}")
-    return TrainState(**tree)
-
-
-def _checkpoints(root: Path) -> list[Path]:
-    """From the first step to the last; a copy under another name (step-00000100.safe) is none of ours."""
-    return sorted((folder for folder in root.glob("step-*") if folder.name[5:].isdecimal()), key=_step_of)
-
-
-def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
+    def _warn(self, step: int, reason: str) -> None:
+        before = "there is none before it" if self.latest is None else f"the newest is of step {self.latest}"
+        _log.warning("NO CHECKPOINT AT STEP %d: %s; training goes on, %s", step, reason, before)
 
 
 def _files(folder: Path) -> list[str]:
     return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
 
 
-def _digest(folder: Path, names: list[str]) -> dict[str, str]:
-    for name in names:
-        force(folder / name)
-    return {name: sha256(folder / name) for name in names}
+def _noted(rank: int, begun: _Begun, work: Work) -> _Note:
+    error, fault = work.error, work.error is not None and not isinstance(work.error, OSError)
+    words = None
+    if error is not None:
+        words = _in_words(error, begun.folder.parent, begun.bytes) if isinstance(error, OSError) else repr(error)
+    mistake = f"rank {rank}: {words}" if words else None
+    return _Note(work.sums, begun.bytes, begun.copied, begun.waited, work.seconds, mistake, fault)
 
 
-def _merged(parts: list[dict[str, str]]) -> dict[str, str]:
-    return {name: value for part in parts for name, value in part.items()}
+def _in_words(error: OSError, root: Path, need: int) -> str:
+    """What a file system refused; where it is full, how full."""
+    if error.errno not in _FULL:
+        return str(error)
+    free, mount = free_bytes(root)
+    return f"{error.strerror} ({mount} has {in_gigabytes(free)} left, and {in_gigabytes(need)} were to be written)"

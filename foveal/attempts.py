@@ -1,0 +1,350 @@
+"""Whose a run directory is: attempts at a run have numbers, one at a time holds the directory, a later one supersedes.
+
+``attempts/0003.json`` says who attempt 3 is, ``0003.start.json`` the step it began at, ``0003.end.json`` why it ended;
+``0003.beat`` is counted up while it lives. A number is taken by link(2), which is exclusive on every file system that
+has it (O_EXCL is not on old NFS), and nothing with a number is ever overwritten, so that a kill between any two lines
+leaves nothing to repair. Clocks of different hosts are never compared.
+"""
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+import re
+import secrets
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from foveal.errors import CheckpointError, Restarting
+from foveal.files import force, json_bytes, write_json
+
+_ATTEMPT = re.compile(r"(\d{4,})\.json")
+_START = re.compile(r"(\d{4,})\.start\.json")
+_DRAFT, _BEATS = ".take-", ".beat"
+_TURNS = 1000
+_SCONTROL = 20.0  # seconds for an answer
+_HUMAN = {0, 2, 3, 7, 130}  # ends after which no script starts the run again: who does has looked at it
+# A job in one of these states may still have processes; in every other it has none (sacct's words, of scontrol).
+_ALIVE = {"RUNNING", "COMPLETING", "CONFIGURING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED"}
+_SILENT = "it ended without a word: killed, or its node was lost"
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who makes an attempt: the process of rank 0, and its Slurm job if it has one."""
+
+    host: str
+    pid: int
+    born: str  # tells this process from another that gets the same number later, or has it in another container
+    ranks: int
+    job: str | None = None
+    restart: int = 0
+    cluster: str | None = None
+    nodes: str | None = None
+
+    def __str__(self) -> str:
+        job = f"job {self.job} " if self.job else ""
+        return f"{job}on {self.host}, rank 0 pid {self.pid}"
+
+
+@dataclass
+class Attempt:
+    """An attempt as every rank knows it; ``starts``: the step that each earlier one began at, where it matters still."""
+
+    number: int
+    starts: dict[int, int] = field(default_factory=dict)
+    lost: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A line of the table of attempts. No ``why``: it runs, or it ended without a word."""
+
+    number: int
+    holder: Holder | None
+    time: float
+    start: int | None
+    end: int | None
+    code: int | None
+    why: str | None
+    seconds: float | None
+
+
+def this_process(ranks: int, job: Mapping[str, str]) -> Holder:
+    """This process as a holder; ``job`` is what Slurm says of it (``slurm_job``), empty outside Slurm."""
+    return Holder(
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        born=_born(os.getpid()) or "",
+        ranks=ranks,
+        job=job.get("slurm_job_id"),
+        restart=int(job.get("slurm_restart_count", 0)),
+        cluster=job.get("slurm_cluster_name"),
+        nodes=job.get("slurm_job_nodelist"),
+    )
+
+
+class Lease(Attempt):
+    """The attempt as rank 0 holds it. ``lost`` becomes True when a later attempt is seen."""
+
+    def __init__(self, run: Path, number: int, starts: dict[int, int], restarts: int, beat: float) -> None:
+        super().__init__(number, starts)
+        self._run, self._folder, self._restarts = run, run / "attempts", restarts
+        self._began = time.monotonic()
+        self._over = threading.Event()
+        self._beats = self._folder / f"{number:04d}{_BEATS}"
+        self._thread = threading.Thread(target=self._keep_beating, args=(beat,), name="lease", daemon=True)
+        self._thread.start()
+
+    def started(self, step: int) -> None:
+        """Write down the step that this attempt begins at, once it is known.
+
+        Errors: Restarting when as many attempts as are allowed began there in a row and came to nothing.
+        """
+        self._check_progress(step)
+        # Only starts that no later and no lower one makes superfluous are handed on: the list stays short.
+        starts = {number: start for number, start in self.starts.items() if start < step} | {self.number: step}
+        write_json(self._file("start"), {"step": step, "starts": starts})
+
+    def superseded(self) -> bool:
+        """Look whether there is a later attempt."""
+        if not self.lost:
+            with contextlib.suppress(OSError):  # a file system that does not answer says nothing about the lease
+                self.lost = (self._folder / f"{self.number + 1:04d}.json").exists()
+        return self.lost
+
+    def ended(self, why: str, code: int, step: int | None = None) -> None:
+        """Write down why and where the attempt ended, and let go of the directory; what is said first holds."""
+        if self._over.is_set():
+            return
+        self._over.set()
+        self._thread.join(1.0)
+        end = {"why": why, "code": code, "step": step, "seconds": round(time.monotonic() - self._began, 3)}
+        try:
+            write_json(self._file("end"), end | {"time": time.time()})
+            self._beats.unlink(missing_ok=True)
+        except OSError as error:
+            _log.warning("the end of attempt %d cannot be written down (%s)", self.number, error)
+
+    def check_first(self) -> None:
+        """Refuse where attempt after attempt came to nothing before it even knew its step. Errors: Restarting."""
+        self._check_progress(None)
+
+    def _check_progress(self, step: int | None) -> None:
+        reasons = list(itertools.islice(self._in_vain(step), self._restarts))
+        if len(reasons) == self._restarts:
+            where = "before its first step" if step is None else f"without a checkpoint newer than step {step}"
+            sentence = (
+                f"{self._run}: each of the last {self._restarts} attempts ended {where}, the last because: {reasons[0]}; "
+                f"remove the cause and start again, or allow more with run.restarts={2 * self._restarts}"
+            )
+            self.ended(sentence, Restarting.exit_code, step)
+            raise Restarting(sentence)
+
+    def _in_vain(self, step: int | None) -> Iterator[str]:
+        """Why the attempts before this one ended, from the last back to the first that came to something."""
+        for number in range(self.number - 1, 0, -1):
+            end, start = (_read(self._folder / f"{number:04d}.{part}.json") for part in ("end", "start"))
+            if end.get("code") in _HUMAN or start.get("step", step) != step:
+                return
+            yield end.get("why") or _SILENT
+
+    def _keep_beating(self, beat: float) -> None:
+        count = 0
+        while not self._over.is_set():
+            count += 1
+            with contextlib.suppress(OSError):  # the disk may be full or away for a while; training may go on
+                _write_in_place(self._beats, f"{count:020d}\n".encode(), new=count == 1)
+            self.superseded()
+            self._over.wait(beat)
+
+    def _file(self, part: str) -> Path:
+        return self._folder / f"{self.number:04d}.{part}.json"
+
+
+def take(run: Path, who: Holder, *, restarts: int, beat: float = 5.0, patience: float = 60.0) -> Lease:
+    """The next attempt at a run, for its rank 0: the one before has ended, or cannot go on, or we are refused.
+
+    restarts: how many attempts in a row may begin at the same step; beat: seconds between signs of life; patience:
+    seconds without one after which an attempt elsewhere counts as dead.
+    Errors: CheckpointError where another attempt holds the directory, Restarting as ``Lease.started``.
+    """
+    folder = run / "attempts"
+    names, number = [], 0
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for _ in range(_TURNS):  # another turn where somebody else was faster, or NFS showed an old list
+            names = _names(folder)
+            number = max(_numbers(names, _ATTEMPT), default=0) + 1
+            if number > 1:
+                _refuse_if_held(run, number - 1, who, patience)
+            if _linked(folder, number, who):
+                break
+            time.sleep(0.1)
+        else:
+            raise CheckpointError(f"{folder}: others are faster to take attempt {number}; stop them first")
+        for name in names:
+            if name.startswith(_DRAFT) or name.endswith(_BEATS):  # of those that were killed, or came too late
+                (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written ({error}); set run.dir to a place that can") from None
+    lease = Lease(run, number, _starts(folder, names), restarts, beat)
+    lease.check_first()
+    return lease
+
+
+def attempts_of(run: Path) -> list[Told]:
+    """Every attempt at a run, from the first."""
+    told = []
+    for number in sorted(_numbers(_names(run / "attempts"), _ATTEMPT)):
+        facts, start, end = (_read(run / "attempts" / f"{number:04d}{part}.json") for part in ("", ".start", ".end"))
+        rest = {name: end.get(name) for name in ("code", "why", "seconds")}
+        holder, began = _holder(facts), facts.get("time", 0.0)
+        told.append(Told(number, holder, began, start=start.get("step"), end=end.get("step"), **rest))
+    return told
+
+
+def starts_of(run: Path) -> dict[int, int]:
+    """The step that each attempt began at, where it matters still: for who reads checkpoints and writes none."""
+    return _starts(run / "attempts", _names(run / "attempts"))
+
+
+def _starts(folder: Path, names: list[str]) -> dict[int, int]:
+    last = max(_numbers(names, _START), default=0)  # one file, however many attempts there were
+    return {int(number): step for number, step in _read(folder / f"{last:04d}.start.json").get("starts", {}).items()}
+
+
+def _linked(folder: Path, number: int, who: Holder) -> bool:
+    """Take a number; whether it was still free."""
+    draft = folder / f"{_DRAFT}{secrets.token_hex(8)}"
+    try:
+        draft.write_bytes(json_bytes(asdict(who) | {"time": time.time()}))
+        force(draft)
+        with contextlib.suppress(FileExistsError):
+            os.link(draft, folder / f"{number:04d}.json")
+        won = draft.stat().st_nlink == 2  # NFS may say that the name exists because our own first request made it
+    except FileNotFoundError:  # who took the number removed our draft
+        return False
+    finally:
+        draft.unlink(missing_ok=True)
+    force(folder)
+    return won
+
+
+def _refuse_if_held(run: Path, number: int, who: Holder, patience: float) -> None:
+    """Come back if the last attempt is over, or is to be taken over. Errors: CheckpointError."""
+    folder = run / "attempts"
+    if (folder / f"{number:04d}.end.json").exists():
+        return
+    was = _holder(_read(folder / f"{number:04d}.json"))
+    lives, why = _judged(was, who) if was else (None, "")
+    if lives is None:
+        _log.info("looking for up to %.0f s whether attempt %d at %s (%s) lives", patience, number, run, was)
+        lives, why = _beats(folder, number, patience), f"no sign of life in {patience:.0f} s"
+    if lives:
+        raise CheckpointError(
+            f"{run} is being written by attempt {number} ({was}); stop it first or use another run.dir"
+        )
+    _log.info("taking over from attempt %d (%s): %s", number, was, why)
+
+
+def _judged(was: Holder, who: Holder) -> tuple[bool | None, str]:
+    """Whether a holder lives, as far as this host can know; and if not, why not."""
+    job = f"job {was.job}"
+    if was.job is not None and (was.job, was.cluster) == (who.job, who.cluster) and was.restart < who.restart:
+        return False, f"Slurm has started {job} again"
+    if was.host == who.host and was.born.split()[:-1] == who.born.split()[:-1]:  # the same kernel and process numbers
+        lives = _born(was.pid) == was.born
+        return lives, "" if lives else f"process {was.pid} is gone"
+    if was.job is not None and was.cluster == who.cluster and (state := _job_state(was.job)) not in {None, *_ALIVE}:
+        return False, f"{job} is {state}"
+    return None, ""
+
+
+def _beats(folder: Path, number: int, patience: float) -> bool:
+    """Whether an attempt gives signs of life; one that ends meanwhile does not, nor one that somebody else took over."""
+    beats, given_up = folder / f"{number:04d}{_BEATS}", time.monotonic() + patience
+    before = _content(beats)
+    while time.monotonic() < given_up:
+        time.sleep(min(1.0, patience / 10))
+        now = _content(beats)
+        if (folder / f"{number:04d}.end.json").exists() or (folder / f"{number + 1:04d}.json").exists():
+            return False
+        if now != before:
+            return True
+    return False
+
+
+def _job_state(job: str) -> str | None:
+    """What Slurm says of a job; nothing where it cannot be asked."""
+    command = ["scontrol", "show", "job", "--oneliner", job]
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SCONTROL)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if shown.returncode:
+        return "forgotten by Slurm" if "Invalid job id" in shown.stderr else None
+    found = re.search(r"\bJobState=(\w+)", shown.stdout)
+    return found[1] if found else None
+
+
+def _born(pid: int) -> str | None:
+    """A process among all that ever were: the kernel's start, the container, the ticks at which it began.
+
+    Nothing for one that is gone, or dead and not yet buried by its parent.
+    """
+    try:
+        # After the name, which may hold anything, in parentheses: state, and as the 20th field the start.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return None if fields[0] in "XZ" else f"{boot} {Path('/proc/self/ns/pid').readlink()} {fields[19]}"
+    except OSError:
+        return None
+
+
+def _holder(facts: dict[str, Any]) -> Holder | None:
+    try:
+        return Holder(**{name: value for name, value in facts.items() if name != "time"})
+    except TypeError:
+        return None
+
+
+def _names(folder: Path) -> list[str]:
+    return [entry.name for entry in os.scandir(folder)] if folder.is_dir() else []
+
+
+def _numbers(names: list[str], pattern: re.Pattern[str]) -> list[int]:
+    return [int(found[1]) for name in names if (found := pattern.fullmatch(name))]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A file of ours; empty where there is none."""
+    text = _content(file)
+    try:
+        return json.loads(text) if text else {}
+    except ValueError:
+        return {}
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError:
+        return b""
+
+
+def _write_in_place(file: Path, content: bytes, *, new: bool) -> None:
+    """Overwrite, so that it works on a full disk too; opened anew each time, which makes NFS carry it to the others."""
+    descriptor = os.open(file, os.O_WRONLY | (os.O_CREAT if new else 0), 0o666)
+    try:
+        os.pwrite(descriptor, content, 0)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,136 @@
+"""The folder that holds a run's checkpoints: their names, which of them count, and which of them go.
+
+A checkpoint is ``step-00000100-attempt-0003``; a name that begins with a dot is on its way in (``.draft-``) or out
+(``.old-``, ``.gone-``). Only names of this form are ever touched.
+"""
+
+import logging
+import re
+import secrets
+import shutil
+import threading
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from foveal.config import Config, machine
+
+_NAME = re.compile(r"step-(\d{8,})-attempt-(\d{4,})")
+_ON_ITS_WAY = re.compile(r"\.(?:draft|old)-step-\d{8,}-attempt-\d{4,}")
+_FORMAT_1 = re.compile(r"step-\d+")
+_log = logging.getLogger(__name__)
+
+
+class CheckpointConfig(Config):
+    """When a checkpoint is written and which are kept."""
+
+    every: int = machine(1000, "Steps between checkpoints; 0: only at the end and when asked to leave.", ge=0)
+    keep: int = machine(2, "How many of the newest are kept.", ge=1)
+    keep_every: int = machine(0, "Keep also those whose step is a multiple of this; 0: none.", ge=0)
+    gigabytes: float = machine(
+        200.0,
+        "The most that a run's checkpoints may take together; the oldest go, never the newest. 0: no limit.",
+        ge=0,
+    )
+    overlap: bool = machine(True, "Write while training goes on; false: training waits for the disk.")
+
+
+class Shelf:
+    """One attempt's view of the folder. ``starts``: the step that each attempt began at, as far as it is known."""
+
+    def __init__(self, root: Path, attempt: int, starts: Mapping[int, int]) -> None:
+        self.root, self._attempt = root, attempt
+        self._starts = dict(starts)
+        self._removal = threading.Thread()
+
+    def began(self, step: int) -> None:
+        """Say where this attempt begins; said again, as after a roll-back, it changes nothing."""
+        self._starts.setdefault(self._attempt, step)
+
+    def folder(self, step: int) -> Path:
+        """Where this attempt publishes a step."""
+        return self.root / f"step-{step:08d}-attempt-{self._attempt:04d}"
+
+    def checkpoints(self) -> list[Path]:
+        """From the first step to the last, and by attempt; a copy under another name is none of ours."""
+        return sorted((each for each in self.root.iterdir() if _NAME.fullmatch(each.name)), key=_step_and_attempt)
+
+    def of_format_1(self) -> list[Path]:
+        """Checkpoints of a foveal before attempts had numbers."""
+        return sorted(each for each in self.root.iterdir() if _FORMAT_1.fullmatch(each.name))
+
+    def is_void(self, folder: Path) -> bool:
+        """Whether a later attempt began at an earlier step: it has made, or will make, this step anew."""
+        step, attempt = _step_and_attempt(folder)
+        return any(later > attempt and start < step for later, start in self._starts.items())
+
+    def tidy(self) -> None:
+        """Make the folder, and undo what earlier attempts that were killed left half done; later ones are let alone.
+
+        Errors: OSError.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        passing = [each for each in self.root.iterdir() if _ON_ITS_WAY.fullmatch(each.name)]
+        left = []
+        for each in passing:
+            folder = self.root / each.name[each.name.index("step-") :]
+            if not self._is_ours(folder):
+                continue
+            if each.name.startswith(".old-") and not folder.exists():  # killed between two renames of a replacement
+                each.rename(folder)
+            else:
+                left.append(each)
+        self.remove(left)
+
+    def prune(self, newest: Path, torn: Collection[Path], cfg: CheckpointConfig) -> None:
+        """Remove what is not to be kept: never ``newest``, and nothing of a later attempt.
+
+        Torn and void ones do not count among those that are kept, and go when enough newer ones are there.
+        """
+        kept: list[Path] = []
+        gone: list[Path] = []
+        sound = 0
+        for folder in reversed([each for each in self.checkpoints() if self._is_ours(each)]):
+            is_sound = folder == newest or not (folder in torn or self.is_void(folder))
+            step = _step_and_attempt(folder)[0]
+            stays = sound < cfg.keep or (is_sound and cfg.keep_every > 0 and step > 0 and step % cfg.keep_every == 0)
+            sound += is_sound
+            (kept if stays else gone).append(folder)
+        total = 0
+        for folder in kept if cfg.gigabytes else []:
+            total += sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+            if total > cfg.gigabytes * 1e9 and folder != newest:
+                _log.info("checkpoint.gigabytes=%g: %s goes", cfg.gigabytes, folder)
+                gone.append(folder)
+        self.remove(gone)
+
+    def remove(self, folders: Sequence[Path]) -> None:
+        """Take the names away at once, so that nothing half deleted is ever met, and the bytes in the background."""
+        for folder in folders:
+            try:
+                folder.rename(self.root / f".gone-{secrets.token_hex(8)}")
+            except OSError as error:  # the next attempt tidies up
+                _log.warning("%s cannot be removed (%s)", folder, error)
+        gone = list(self.root.glob(".gone-*"))
+        if gone:
+            self._removal = threading.Thread(target=_delete, args=(gone,), name="checkpoint-removal", daemon=True)
+            self._removal.start()
+
+    def removed(self, seconds: float) -> None:
+        """Wait until the bytes are gone, at most so long."""
+        if self._removal.is_alive():
+            self._removal.join(seconds)
+
+    def _is_ours(self, folder: Path) -> bool:
+        """Whether a folder is of this attempt or of an earlier one."""
+        return _step_and_attempt(folder)[1] <= self._attempt
+
+
+def _step_and_attempt(folder: Path) -> tuple[int, int]:
+    found = _NAME.fullmatch(folder.name)
+    assert found is not None, "only names of ours are asked for"
+    return int(found[1]), int(found[2])
+
+
+def _delete(folders: list[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,54 @@
+"""The facts beside the weights that decide how a run goes on, and whether it may."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from foveal.errors import CheckpointError
+
+FORMAT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class TrainState:
+    """The facts beside the pieces that decide how a run goes on.
+
+    updates: how many were applied, which AdamW's bias correction counts; skipped: batches that no step takes.
+    """
+
+    step: int
+    seconds: float
+    ranks: int
+    engine: str
+    science: dict[str, Any]
+    versions: dict[str, str] = field(default_factory=dict)
+    skipped: list[int] = field(default_factory=list)
+    updates: int = 0
+    format: int = FORMAT
+
+    @property
+    def shape(self) -> str:
+        """By what it was written, in words."""
+        return f"{self.ranks} rank{'s' if self.ranks > 1 else ''} under {self.engine}"
+
+
+def read_state(folder: Path) -> TrainState:
+    """The state of a checkpoint. Errors: OSError, CheckpointError for one of another format."""
+    tree = json.loads((folder / "state.json").read_text())
+    if tree.get("format") != FORMAT:
+        raise CheckpointError(f"{folder} has checkpoint format {tree.get('format')}; this foveal reads format {FORMAT}")
+    return TrainState(**tree)
+
+
+def check_same_science(was: dict[str, Any], now: dict[str, Any], where: Path) -> None:
+    """Refuse to go on under other science, and name what differs.
+
+    Errors: CheckpointError with every differing setting, old and new value.
+    """
+    names = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
+    if names:
+        changes = ", ".join(f"{name} (was {was.get(name)!r}, is {now.get(name)!r})" for name in names)
+        raise CheckpointError(
+            f"{where} was made with other science: {changes}; set it back, or start anew with another run.dir or run.fresh=true"
+        )

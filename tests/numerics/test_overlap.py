@@ -1,0 +1,50 @@
+"""A checkpoint that is written while training goes on holds the state it was begun with, under real engines."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import SHAPES, Shape, Trainer
+from ranks import Ranks
+
+from foveal.checkpoint.store import CheckpointConfig, Store, TrainState
+from foveal.distributed.world import World
+
+STEPS = range(4, 9)
+
+
+def _saved_in_passing(world: World, shape: Shape, root: Path) -> tuple[list[float], Any]:
+    """Three steps, a save, and five steps more while and after it is written; their losses."""
+    trainer = Trainer(world, shape)
+    trainer.steps(1, 4)
+    weights = {name: value.clone() for name, value in trainer.engine.weights().items()}
+    store = Store(root, CheckpointConfig(), world, 1, {})
+    store.save(trainer.engine, TrainState(3, 0.0, world.size, "", {}))
+    losses = [trainer.step(STEPS[0]).loss]
+    store.finish()
+    return losses + [trainer.step(number).loss for number in STEPS[1:]], weights
+
+
+def _gone_back(world: World, shape: Shape, root: Path) -> tuple[list[float], Any]:
+    """Weights of the checkpoint in an engine that had gone elsewhere, and the losses of the same five steps."""
+    trainer = Trainer(world, shape)
+    trainer.steps(1, 3)
+    store = Store(root, CheckpointConfig(), world, 2, {1: 0})
+    found = store.newest()
+    assert found is not None
+    store.load(found[0], trainer.engine, found[1])
+    assert found[1].updates == trainer.engine.updates == 3
+    weights = {name: value.clone() for name, value in trainer.engine.weights().items()}
+    return [trainer.step(number).loss for number in STEPS], weights
+
+
+@pytest.mark.parametrize("name", ["zero 2, 2 ranks", "zero 3, 2 ranks", "ddp, 2 ranks", "fsdp2, 2 ranks"])
+def test_steps_that_are_taken_meanwhile_are_not_in_it(name: str, two_ranks: Ranks, tmp_path: Path) -> None:
+    saved = two_ranks.call(_saved_in_passing, SHAPES[name], tmp_path)
+    restored = two_ranks.call(_gone_back, SHAPES[name], tmp_path)
+    for (losses, weights), (again, loaded) in zip(saved, restored, strict=True):
+        assert again == losses
+        assert weights.keys() == loaded.keys()
+        for each in weights:
+            assert torch.equal(weights[each], loaded[each]), each

@@ -1,0 +1,102 @@
+"""Killed while it saves, at every file operation and at random moments: what was published is never lost, or torn."""
+
+import itertools
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from stores import Tensors, name, saved, state, store
+
+# Children of a clean process that has imported torch once; a fork of this one would inherit its threads' locks.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch", "foveal.checkpoint.store", "stores"])
+WAIT = 120  # seconds for a child
+# What Python tells its audit hooks of: every call that can change a folder or begins to read or write a file.
+_CALLS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.truncate", "os.link"}
+MOMENTS = 30
+
+
+def _die_at(moment: int, root: Path) -> None:
+    """Replace step 10 and publish 20, and be gone before the file operation of this number."""
+    made, calls = store(root, keep=1), itertools.count()
+    made.newest()
+
+    def hook(event: str, _arguments: tuple[object, ...]) -> None:
+        if event in _CALLS and next(calls) == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    for step in (10, 20):
+        saved(made, step)
+
+
+def _save_for_ever(root: Path, notes: Path, attempt: int) -> None:
+    """Steps of training, a save at each; what has been published is noted."""
+    made = store(root, attempt)
+    found = made.newest()
+    engine = Tensors(0)
+    if found is not None:
+        made.load(found[0], engine, found[1])
+    for step in itertools.count(found[1].step + 1 if found else 1):
+        engine.fill(step)
+        if published := made.save(engine, state(step)):
+            with notes.open("a") as stream:
+                stream.write(f"{published.step}\n")
+
+
+def _content(root: Path, attempt: int) -> tuple[int, set[float]]:
+    """The newest step and what it puts into an engine."""
+    made, engine = store(root, attempt), Tensors(0)
+    found = made.newest()
+    assert found is not None
+    made.load(found[0], engine, found[1])
+    made.finish()
+    return found[1].step, engine.values()
+
+
+@pytest.mark.slow
+def test_killed_before_any_file_operation_of_a_save(tmp_path: Path) -> None:
+    survived, last = set(), tmp_path
+    for moment in itertools.count():
+        last = tmp_path / str(moment)
+        saved(store(last), 10)
+        child = _CONTEXT.Process(target=_die_at, args=(moment, last))
+        child.start()
+        child.join(WAIT)
+        step, values = _content(last, attempt=2)
+        assert values == {float(step)}, f"killed before operation {moment}"
+        assert all(each.name.startswith("step-") for each in last.iterdir())
+        survived.add(step)
+        if child.exitcode == 0:
+            break
+        assert child.exitcode == -signal.SIGKILL
+    assert survived == {10, 20}
+    assert moment > 20, "a save has more operations than that"
+    assert [each.name for each in last.iterdir()] == [name(20)]
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_of_a_loop_of_saves(tmp_path: Path) -> None:
+    root, notes, moments = tmp_path / "checkpoints", tmp_path / "published", random.Random(7)
+    furthest = 0
+    for attempt in range(1, MOMENTS + 1):
+        child = _CONTEXT.Process(target=_save_for_ever, args=(root, notes, attempt))
+        before = notes.stat().st_size if notes.exists() else 0
+        child.start()
+        given_up = time.monotonic() + WAIT
+        while not (notes.exists() and notes.stat().st_size > before) and time.monotonic() < given_up:
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.05))
+        child.kill()
+        child.join(WAIT)
+        assert child.exitcode == -signal.SIGKILL
+        published = [int(line) for line in notes.read_text().splitlines()]
+        step, values = _content(root, attempt + 1)
+        assert step >= max(published) > furthest
+        assert values == {float(step)}
+        furthest = max(published)
