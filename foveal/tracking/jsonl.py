@@ -1,60 +1,138 @@
-"""``metrics.jsonl``: one JSON object a step, in the run directory, before anything else hears of it."""
+"""What a run says of itself in its own directory, before anything else hears of it.
 
+``metrics.jsonl``  one JSON object a step or evaluation, each with ``time``, the unix seconds at which it was written
+``settings.json``  every setting, ``dotted.key`` to value
+``tags.json``      facts about the newest attempt, its ``state`` and, once it has ended, ``why_stopped``
+"""
+
+import errno
 import json
+import logging
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from foveal.files import force
-from foveal.tracking.tracker import Row, Status
+from foveal.files import force, write_json
+from foveal.tracking.tail import Tail, is_named, milliseconds, read_lines
+from foveal.tracking.tracker import Row, State
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_log = logging.getLogger(__name__)
 
 
 class Jsonl:
-    """Appends rows. On opening, rows past the step that the run resumes from are void and are dropped."""
+    """Writes for one attempt. Rows past the step that it begins at are void, and are dropped when it is opened.
 
-    def __init__(self, file: Path, start: int) -> None:
-        kept: list[Row] = []
-        if file.exists():
-            kept = [row for row in read_rows(file) if row["step"] <= start]
-            draft = file.with_name(f".{file.name}.draft")
-            draft.write_text("".join(_line(row) for row in kept))
-            force(draft)
-            draft.replace(file)
-        self.last: Row = next((row for row in reversed(kept) if "loss" in row), {})
-        self._results = {_place(row) for row in kept if "loss" not in row}
-        self._stream = file.open("a")
+    The file is replaced when it is opened, always: an earlier attempt that still runs somewhere writes on into a file
+    that has no name any more, and finds out that it is superseded.
+    """
+
+    def __init__(self, run: Path, start: int) -> None:
+        self._run, self._file = run, run / "metrics.jsonl"
+        self.last: Row = {}
+        self._results: set[tuple[float, frozenset[str]]] = set()
+        self._owed = b""  # what a full disk has no room for yet
+        went_back = (milliseconds(entry["time"]) for entry in read_lines(run / "rollbacks.jsonl"))
+        self._latest = max(went_back, default=0) + 1
+        run.mkdir(parents=True, exist_ok=True)
+        draft = run / ".metrics.jsonl.draft"
+        with draft.open("wb") as stream:
+            for row in read_lines(self._file):
+                if row["step"] <= start:
+                    stream.write(_line(row))
+                    self._remember(row)
+        self._stream = draft.open("a+b", buffering=0)
+        os.fsync(self._stream.fileno())
+        draft.replace(self._file)
+        force(run)
+
+    def tail(self) -> Tail:
+        """For the courier: the rows of this attempt's own file, whatever has its name later."""
+        return Tail(os.dup(self._stream.fileno()), self._file)
 
     def settings(self, flat: dict[str, Any], tags: dict[str, str]) -> None:
-        """Nothing: the run directory holds config.yaml."""
+        write_json(self._run / "settings.json", flat)
+        write_json(self._run / "tags.json", {**tags, "state": "running"})
 
     def rows(self, rows: Sequence[Row]) -> None:
-        self._stream.writelines(_line(row) for row in rows)
-        self._stream.flush()
-        os.fsync(self._stream.fileno())  # a checkpoint that follows is on disk, and so must be the rows before it
+        """On disk when this returns: a checkpoint may follow. Where the disk is full, with the next ones that find room.
+
+        Errors: OSError where the file cannot be written for another reason.
+        """
+        now = self._now()
+        self._write(b"".join(_line({**row, "time": now}) for row in rows))
 
     def results(self, results: Row, step: int) -> None:
         """A row of their own, unless an attempt that was killed right after has left the same."""
         row = {"step": step, **results}
         if _place(row) not in self._results:
+            self._results.add(_place(row))
             self.rows([row])
 
     def file(self, path: Path) -> None:
         """Nothing: the file is in the run directory."""
 
-    def close(self, status: Status) -> None:
-        self._stream.close()
+    def rewind(self, to: int) -> None:
+        """The open file is cut, not replaced: a superseded attempt that goes back must not touch the run's rows."""
+        kept, self.last, self._results = 0, {}, set()
+        for row in read_lines(self._stream.fileno()):
+            if row["step"] <= to:
+                self._remember(row)
+                kept += len(_line(row))
+        os.ftruncate(self._stream.fileno(), kept)
+        owed = [row for row in map(json.loads, self._owed.splitlines()) if row["step"] <= to]
+        self._owed = b"".join(map(_line, owed))
+        self._write(b"")
+        self._latest = max(self._latest, milliseconds(time.time())) + 1  # tells what follows from what is void
+
+    def close(self, state: State, why: str = "") -> None:
+        tags = self._run / "tags.json"
+        with self._stream:
+            self._write(b"")
+            if is_named(self._stream.fileno(), self._file) and tags.exists():
+                write_json(tags, json.loads(tags.read_text()) | {"state": state, "why_stopped": why or state})
+
+    def _write(self, lines: bytes) -> None:
+        """Append all lines that are owed or none, and force them to disk."""
+        self._owed += lines
+        size = os.fstat(self._stream.fileno()).st_size
+        try:
+            rest = memoryview(self._owed)
+            while rest:
+                rest = rest[os.write(self._stream.fileno(), rest) :]
+            os.fsync(self._stream.fileno())
+        except OSError as error:
+            os.ftruncate(self._stream.fileno(), size)
+            if error.errno not in _FULL:
+                raise
+            if len(self._owed) == len(lines):
+                _log.warning("%s: no room (%s); its rows are kept in memory until there is some", self._file, error)
+        else:
+            self._owed = b""
+
+    def _remember(self, row: Row) -> None:
+        if "loss" in row:
+            self.last = {name: value for name, value in row.items() if name != "time"}
+        else:
+            self._results.add(_place(row))
+
+    def _now(self) -> float:
+        """Unix seconds to the millisecond, which is what a store keeps; never earlier than before."""
+        self._latest = max(self._latest, milliseconds(time.time()))
+        return self._latest / 1000
+
+
+def read_rows(file: Path) -> list[Row]:
+    """The rows of a metrics.jsonl without ``time``, which is when they were written and no part of what was trained."""
+    return [{name: value for name, value in row.items() if name != "time"} for row in read_lines(file)]
 
 
 def _place(row: Row) -> tuple[float, frozenset[str]]:
     """What a row of results is about: its step and its names."""
-    return row["step"], frozenset(row)
+    return row["step"], frozenset(row.keys() - {"time"})
 
 
-def _line(row: Row) -> str:
-    return json.dumps(row) + "\n"
-
-
-def read_rows(file: Path) -> list[Row]:
-    """The rows of a metrics.jsonl; a last line that a kill cut short is left out."""
-    return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+def _line(row: Row) -> bytes:
+    return f"{json.dumps(row)}\n".encode()

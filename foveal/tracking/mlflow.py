@@ -1,86 +1,107 @@
 """MLflow. One parent run for a pipeline, one child for each of its stages; a restarted stage goes on in its child."""
 
+import contextlib
 import json
 import logging
 import os
-import time
-from collections.abc import Sequence
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlflow.entities import Metric, Param, RunTag
-from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_TIMEOUT
+from mlflow.entities import LifecycleStage, Metric, Param, RunTag
+from mlflow.environment_variables import (
+    MLFLOW_HTTP_REQUEST_MAX_RETRIES,
+    MLFLOW_HTTP_REQUEST_TIMEOUT,
+    MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT,
+)
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
-from foveal.files import write_json
-from foveal.tracking.tracker import Row, Status, TrackingConfig
+from foveal.tracking.tracker import Point, TrackingConfig
 
-_BATCH = 900  # MLflow takes at most 1,000 metrics and 100 params a request
-_PARAMS = 90
+_PARAMS = 90  # in a request: MLflow takes at most 100 params and as many tags
+_LONGEST = 6000  # letters of a param; settings.json, among the run's files, has them all
+_OPENED = "foveal.opened"
+# Seconds for a request; who tries again, how often and with which words is the courier's business.
+_OURS = {
+    MLFLOW_HTTP_REQUEST_TIMEOUT: 10,
+    MLFLOW_HTTP_REQUEST_MAX_RETRIES: 0,
+    MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT: True,
+}
+_STATUS = {"running": "RUNNING", "finished": "FINISHED", "saved-and-left": "KILLED"}  # any other state: FAILED
 
 
 class MLflow:
-    """A run in an MLflow store, through the client alone: the fluent interface keeps global state."""
+    """A run in an MLflow store, through the client alone: the fluent interface keeps global state.
 
-    def __init__(self, cfg: TrackingConfig, run: Path, pipeline: Path | None) -> None:
+    ``opened`` marks a run that is made here: a request to make one that seemed to fail may have made it.
+    """
+
+    def __init__(self, cfg: TrackingConfig, run: Path, pipeline: Path | None, opened: str) -> None:
         assert cfg.uri is not None
         for chatty in ("mlflow", "alembic"):  # importing MLflow sets its level: quieting it earlier does not last
             logging.getLogger(chatty).setLevel(logging.WARNING)
-        uri, artifacts = _store(os.path.expandvars(cfg.uri))
-        for limit, most in ((MLFLOW_HTTP_REQUEST_TIMEOUT, 10), (MLFLOW_HTTP_REQUEST_MAX_RETRIES, 1)):
-            if not limit.is_set():
-                limit.set(most)  # MLflow's own patience is minutes, and the run would wait with it
+        uri, artifacts = located(os.path.expandvars(cfg.uri))
+        for name, value in _OURS.items():
+            if not name.is_set():
+                name.set(value)
         self._client = MlflowClient(tracking_uri=uri)
         experiment = _experiment(self._client, cfg.experiment, artifacts)
-        self._parent = None if pipeline is None else _continued(self._client, cfg.uri, experiment, pipeline, {})
-        tags = {} if self._parent is None else {MLFLOW_PARENT_RUN_ID: self._parent}
-        self._run = _continued(self._client, cfg.uri, experiment, run, tags)
-        for each in filter(None, (self._parent, self._run)):
-            self._client.update_run(each, status="RUNNING")
-        self._pending: list[Metric] = []
-        logged = self._client.get_metric_history(self._run, "loss")
-        self._delivered = max((metric.step for metric in logged), default=0)
+        place = _Place(self._client, cfg.uri, experiment)
+        self._parent = None if pipeline is None else place.continued(pipeline, {_OPENED: f"{opened}.pipeline"})
+        above = {} if self._parent is None else {MLFLOW_PARENT_RUN_ID: self._parent}
+        self.run = place.continued(run, {_OPENED: opened, **above})
 
-    def settings(self, flat: dict[str, Any], tags: dict[str, str]) -> None:
-        known = self._client.get_run(self._run).data.params
-        new = [Param(name, str(value)) for name, value in flat.items() if name not in known]
+    def newest(self) -> dict[str, int]:
+        data = self._client.get_run(self.run).data
+        return {metric.key: metric.step for metric in data.to_proto().metrics}  # data.metrics knows no steps
+
+    def held(self, name: str) -> dict[int, int]:
+        made: dict[int, int] = {}
+        for metric in self._client.get_metric_history(self.run, name):
+            made[metric.step] = max(metric.timestamp, made.get(metric.step, 0))
+        return made
+
+    def send(self, points: Sequence[Point]) -> None:
+        metrics = [Metric(name, value, made, step) for name, value, made, step in points]
+        self._client.log_batch(self.run, metrics=metrics, synchronous=True)
+
+    def facts(self, settings: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+        """A param is written once: where a setting was changed since, a tag has its value."""
+        found = self._client.get_run(self.run)
+        known, wanted = found.data.params, {name: str(value)[:_LONGEST] for name, value in settings.items()}
+        new = [Param(name, value) for name, value in wanted.items() if name not in known]
         for at in range(0, len(new), _PARAMS):
-            self._client.log_batch(self._run, params=new[at : at + _PARAMS])
-        changed = {name: value for name, value in flat.items() if name in known and known[name] != str(value)}
-        tags = tags | {f"changed.{name}": str(value) for name, value in changed.items()}  # a param is written once
-        self._client.log_batch(self._run, tags=[RunTag(name, value) for name, value in tags.items()])
+            self._client.log_batch(self.run, params=new[at : at + _PARAMS], synchronous=True)
+        told = found.data.tags
+        changed = {f"changed.{name}": value for name, value in wanted.items() if known.get(name, value) != value}
+        back = {tag: value for name, value in wanted.items() if (tag := f"changed.{name}") in told}
+        fresh = [RunTag(name, value) for name, value in {**back, **changed, **tags}.items() if told.get(name) != value]
+        for at in range(0, len(fresh), _PARAMS):
+            self._client.log_batch(self.run, tags=fresh[at : at + _PARAMS], synchronous=True)
+        for each in filter(None, (self._parent, self.run)):
+            self._turn(each, _STATUS.get(tags["state"], "FAILED"))
 
-    def rows(self, rows: Sequence[Row]) -> None:
-        """Rows at steps that an earlier attempt delivered are the same numbers, and are not counted twice."""
-        new = [row for row in rows if row["step"] > self._delivered]
-        self._delivered = max([self._delivered, *(int(row["step"]) for row in rows)])
-        self._deliver([(name, value, int(row["step"])) for row in new for name, value in row.items() if name != "step"])
+    def _turn(self, run: str, status: str) -> None:
+        if self._client.get_run(run).info.status != status:
+            if status == "RUNNING":
+                self._client.update_run(run, status=status)
+            else:
+                self._client.set_terminated(run, status)
 
-    def results(self, results: Row, step: int) -> None:
-        """As for rows: what an earlier attempt delivered is not counted twice."""
-        known = {name: {m.step for m in self._client.get_metric_history(self._run, name)} for name in results}
-        self._deliver([(name, value, step) for name, value in results.items() if step not in known[name]])
+    def files(self) -> dict[str, int]:
+        names = [each for folder in (None, "pictures") for each in self._client.list_artifacts(self.run, folder)]
+        return {each.path: each.file_size or 0 for each in names if not each.is_dir}
 
-    def _deliver(self, numbers: list[tuple[str, float, int]]) -> None:
-        """Send numbers, after those that an earlier call could not send; a store takes the same metric only once."""
-        now = int(time.time() * 1000)
-        self._pending += [Metric(name, value, now, step) for name, value, step in numbers]
-        while self._pending:
-            self._client.log_batch(self._run, metrics=self._pending[:_BATCH])
-            del self._pending[:_BATCH]
-
-    def file(self, path: Path) -> None:
-        self._client.log_artifact(self._run, str(path), path.parent.name if path.parent.name == "pictures" else None)
-
-    def close(self, status: Status) -> None:
-        for each in filter(None, (self._run, self._parent)):
-            self._client.set_terminated(each, status)
+    def file(self, path: Path, folder: str) -> None:
+        self._client.log_artifact(self.run, str(path), folder or None)
 
 
-def _store(uri: str) -> tuple[str, str | None]:
+def located(uri: str) -> tuple[str, str | None]:
     """An SQLite store's absolute URI, and the folder of its artifacts beside it; a server decides for itself."""
     if not uri.startswith("sqlite:///"):
         return uri, None
@@ -91,27 +112,76 @@ def _store(uri: str) -> tuple[str, str | None]:
 
 def _experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
     known = client.get_experiment_by_name(name)
-    return str(known.experiment_id) if known else str(client.create_experiment(name, artifact_location=artifacts))
+    if known is None:
+        try:
+            return str(client.create_experiment(name, artifact_location=artifacts))
+        except MlflowException as error:
+            if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
+                raise
+        known = client.get_experiment_by_name(name)  # another run was quicker
+        assert known is not None
+    return str(known.experiment_id)
 
 
-def _continued(client: MlflowClient, store: str, experiment: str, folder: Path, tags: dict[str, str]) -> str:
-    """The id of the MLflow run that belongs to a folder: noted there, made where this store has none."""
-    note = folder / "mlflow.json"
-    if note.exists():
-        noted = json.loads(note.read_text())
-        if noted.get("store") == store and _is_there(client, noted["run_id"]):
-            return str(noted["run_id"])
-    run = client.create_run(experiment, tags=tags | {MLFLOW_RUN_NAME: folder.name, "foveal.folder": str(folder)})
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(note, {"run_id": run.info.run_id, "store": store})
-    return str(run.info.run_id)
+@dataclass(frozen=True)
+class _Place:
+    """An experiment of a store, and the runs in it that belong to folders."""
 
+    client: MlflowClient
+    store: str
+    experiment: str
 
-def _is_there(client: MlflowClient, run: str) -> bool:
-    try:
-        client.get_run(run)
-    except MlflowException as error:
-        if error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+    def continued(self, folder: Path, tags: dict[str, str]) -> str:
+        """The id of the run that belongs to a folder: noted there, made where this store has none.
+
+        Two that find no note at once both make a run. The note is the first's; the other deletes its own and goes on
+        with the first's. A note about a run that this store does not have is succeeded in the same way: under a name
+        that holds the old run's, so that it has one successor.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        folder = folder.resolve()  # "." has no name
+        note = folder / "mlflow.json"
+        place, made = note, None
+        while (noted := _read(place)) is None or not self._has(noted):
+            if noted is not None:
+                place = folder / f".mlflow.json.after-{noted['run_id']}"
+                continue
+            made = made or self._made(folder, tags)
+            draft = _draft(note, {"run_id": made, "store": self.store})
+            with contextlib.suppress(FileExistsError):
+                place.hardlink_to(draft)
+            draft.unlink()
+        if place is not note:
+            _draft(note, noted).replace(note)
+        if made not in (None, noted["run_id"]):
+            self.client.delete_run(made)
+        return noted["run_id"]
+
+    def _has(self, noted: dict[str, str]) -> bool:
+        if noted["store"] != self.store:
             return False
-        raise
-    return True
+        try:
+            found = self.client.get_run(noted["run_id"])
+        except MlflowException as error:
+            if error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+                return False
+            raise
+        return found.info.lifecycle_stage == LifecycleStage.ACTIVE
+
+    def _made(self, folder: Path, tags: dict[str, str]) -> str:
+        mine = f"tags.`{_OPENED}` = '{tags[_OPENED]}'"
+        if found := self.client.search_runs([self.experiment], mine, max_results=1):
+            return str(found[0].info.run_id)
+        tags = tags | {MLFLOW_RUN_NAME: folder.name, "foveal.folder": str(folder)}
+        return str(self.client.create_run(self.experiment, tags=tags).info.run_id)
+
+
+def _read(note: Path) -> dict[str, str] | None:
+    return json.loads(note.read_text()) if note.exists() else None
+
+
+def _draft(note: Path, value: dict[str, str]) -> Path:
+    """A note under a name that nobody else has."""
+    draft = note.with_name(f".{note.name}.{uuid.uuid4().hex}")
+    draft.write_text(json.dumps(value) + "\n")
+    return draft

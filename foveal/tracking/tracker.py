@@ -1,6 +1,5 @@
-"""The tracker protocol and its twins without a server."""
+"""What a tracker can do, and its twin that does nothing."""
 
-import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +11,10 @@ from pydantic import field_validator
 from foveal.config import Config, machine
 
 Row = dict[str, float]
-Status = Literal["FINISHED", "FAILED", "KILLED"]
+Point = tuple[str, float, int, int]  # of a row: name, value, milliseconds since 1970, step
+State = Literal["running", "finished", "saved-and-left", "failed", "diverged", "superseded"]
 _CREDENTIALS = re.compile(r"://[^/@\s]+@")
-_log = logging.getLogger(__name__)
+_LONGEST = 300  # letters of a library's error; a server's page about a 500 is longer
 
 
 class TrackingConfig(Config):
@@ -24,6 +24,9 @@ class TrackingConfig(Config):
         "sqlite:///runs/mlflow.db", "MLflow's tracking URI; a relative SQLite path starts here; none: no MLflow."
     )
     experiment: str = machine("foveal", "MLflow's experiment.")
+    patience_seconds: float = machine(
+        20.0, "How long a run that ends waits for MLflow; foveal track sync delivers what is left.", ge=0
+    )
 
     @field_validator("uri")
     @classmethod
@@ -39,7 +42,7 @@ class Tracker(Protocol):
     """What every tracker can do. Only rank 0 has one that does anything."""
 
     def settings(self, flat: dict[str, Any], tags: dict[str, str]) -> None:
-        """The resolved settings, and facts about this attempt."""
+        """The resolved settings, and facts about this attempt, which has begun."""
         ...
 
     def rows(self, rows: Sequence[Row]) -> None:
@@ -51,17 +54,27 @@ class Tracker(Protocol):
         ...
 
     def file(self, path: Path) -> None:
-        """A file of the run directory worth keeping: a picture, a config, a card."""
+        """A file of the run directory worth keeping, and finished: a picture, a config, a card."""
         ...
 
-    def close(self, status: Status) -> None:
-        """The end of this attempt."""
+    def rewind(self, to: int) -> None:
+        """The run went back to a step: rows past it are void, and come again."""
+        ...
+
+    def close(self, state: State, why: str = "") -> None:
+        """The end of this attempt, and in a sentence why it ended."""
         ...
 
 
 def in_words(error: Exception) -> str:
-    """A library's error without the user and password of a URL in it."""
-    return f"{type(error).__name__}: {_CREDENTIALS.sub('://', str(error))}"
+    """A library's error in one line, without the user and password of a URL in it."""
+    said = " ".join(_CREDENTIALS.sub("://", f"{type(error).__name__}: {error}").split())
+    return said if len(said) <= _LONGEST else f"{said[:_LONGEST]} ..."
+
+
+def as_shown(uri: str) -> str:
+    """A store's URI without the user in it."""
+    return _CREDENTIALS.sub("://", uri)
 
 
 class Silent:
@@ -71,37 +84,5 @@ class Silent:
     def rows(self, rows: Sequence[Row]) -> None: ...
     def results(self, results: Row, step: int) -> None: ...
     def file(self, path: Path) -> None: ...
-    def close(self, status: Status) -> None: ...
-
-
-class Both:
-    """One tracker that must not fail, and one that may: training neither waits for nor dies of the second."""
-
-    def __init__(self, sure: Tracker, unsure: Tracker) -> None:
-        self._sure, self._unsure = sure, unsure
-
-    def settings(self, flat: dict[str, Any], tags: dict[str, str]) -> None:
-        self._sure.settings(flat, tags)
-        self._try("settings", flat, tags)
-
-    def rows(self, rows: Sequence[Row]) -> None:
-        self._sure.rows(rows)
-        self._try("rows", rows)
-
-    def results(self, results: Row, step: int) -> None:
-        self._sure.results(results, step)
-        self._try("results", results, step)
-
-    def file(self, path: Path) -> None:
-        self._sure.file(path)
-        self._try("file", path)
-
-    def close(self, status: Status) -> None:
-        self._sure.close(status)
-        self._try("close", status)
-
-    def _try(self, verb: str, *arguments: Any) -> None:
-        try:
-            getattr(self._unsure, verb)(*arguments)
-        except Exception as error:  # noqa: BLE001 - whatever a tracking server does, it is not worth a run
-            _log.warning("tracking: %s was not delivered (%s); metrics.jsonl has every number", verb, in_words(error))
+    def rewind(self, to: int) -> None: ...
+    def close(self, state: State, why: str = "") -> None: ...

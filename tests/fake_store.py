@@ -1,0 +1,66 @@
+"""A store in memory that a test can break before and after it carries out what it is asked."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from points import Numbers
+
+from foveal.tracking.jsonl import Jsonl
+from foveal.tracking.tracker import Point
+
+
+class Kept:
+    """What a store keeps of one run, and what happens to a request before and after it is carried out."""
+
+    def __init__(self) -> None:
+        self.run = "1"
+        self.points: list[Point] = []
+        self.settings: dict[str, Any] = {}
+        self.tags: dict[str, str] = {}
+        self.artifacts: dict[str, bytes] = {}
+        self.asked: list[str] = []
+        self.written: list[Jsonl] = []
+        self.requests: list[int] = []
+        self.before: Callable[[str], object] = lambda _: None
+        self.after: Callable[[str], object] = lambda _: None
+
+    def connected(self) -> "Kept":
+        self._carried_out("connect", lambda: None)
+        return self
+
+    def newest(self) -> dict[str, int]:
+        return {name: max(step for other, _, _, step in self.points if other == name) for name, *_ in self.points}
+
+    def held(self, name: str) -> dict[int, int]:
+        self.asked.append(name)
+        made: dict[int, int] = {}
+        for other, _, when, step in self.points:
+            if other == name:
+                made[step] = max(when, made.get(step, 0))
+        return made
+
+    def send(self, points: Sequence[Point]) -> None:
+        self.requests.append(len(points))
+        self._carried_out("send", lambda: self.points.extend(points))
+
+    def facts(self, settings: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+        self._carried_out("facts", lambda: (self.settings.update(settings), self.tags.update(tags)))
+
+    def files(self) -> dict[str, int]:
+        return {name: len(data) for name, data in self.artifacts.items()}
+
+    def file(self, path: Path, folder: str) -> None:
+        name = f"{folder}/{path.name}" if folder else path.name
+        self._carried_out("file", lambda: self.artifacts.update({name: path.read_bytes()}))
+
+    def numbers(self) -> Numbers:
+        found: Numbers = {}
+        for name, value, _, step in self.points:
+            found.setdefault((name, step), []).append(value)
+        return found
+
+    def _carried_out(self, verb: str, act: Callable[[], object]) -> None:
+        self.before(verb)
+        act()
+        self.after(verb)

@@ -1,0 +1,300 @@
+"""The courier against a store that a test can break: what arrives, what is asked, what is said, and that nobody waits."""
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from fake_store import Kept
+from points import in_jsonl, row
+
+from foveal.files import append_lines
+from foveal.tracking import courier, delivery
+from foveal.tracking.courier import Courier, Outage, Posted
+from foveal.tracking.delivery import Delivery
+from foveal.tracking.jsonl import Jsonl
+from foveal.tracking.tracker import in_words
+
+_USER = "me:secret"
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delivery, "_NUMBERS", 12)
+    for name, seconds in {"_PAUSE": 0.0, "_SHORTEST": 0.002, "_LONGEST": 0.01}.items():
+        monkeypatch.setattr(courier, name, seconds)
+    logging.getLogger("foveal").setLevel(logging.INFO)
+
+
+@pytest.fixture
+def store() -> Iterator[Kept]:
+    store = Kept()
+    yield store
+    for kept in store.written:  # an attempt that ended without a word
+        kept._stream.close()
+
+
+def opened(run: Path, store: Kept, start: int = 0, patience: float = 20.0) -> Posted:
+    kept = Jsonl(run, start)
+    store.written.append(kept)
+    return Posted(kept, Courier(Delivery(run, kept.tail(), store.connected), run, "here", patience))
+
+
+def train(tracker: Posted, first: int, last: int, report: int = 5) -> None:
+    tracker.settings({"seed": 3}, {"ranks": "1"})
+    for step in range(first, last + 1):
+        tracker.rows([row(step) | ({"images_per_second": 7.0} if step % report == 0 else {})])
+    tracker.results({"val_top1": 0.5}, last)
+
+
+def fails(draw: random.Random, share: float) -> Callable[[str], None]:
+    def now_and_then(verb: str) -> None:
+        if draw.random() < share:
+            raise ConnectionError(f"{verb}: gone")
+
+    return now_and_then
+
+
+def said(caplog: pytest.LogCaptureFixture, level: int) -> list[str]:
+    return [each.getMessage() for each in caplog.records if each.levelno == level]
+
+
+def until(what: Callable[[], object]) -> None:
+    end = time.monotonic() + 20
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_each_number_once_whatever_fails(seed: int, store: Kept, tmp_path: Path) -> None:
+    """Requests fail before and after they were carried out, and attempts end anywhere: with all delivered, or without a word."""
+    draw = random.Random(seed)
+    store.before, store.after = fails(draw, 0.3), fails(draw, 0.3)
+    checkpoint = 0
+    for _ in range(5):
+        tracker = opened(tmp_path, store, checkpoint)
+        last = checkpoint + draw.randrange(5, 40)
+        train(tracker, checkpoint + 1, last, report=draw.choice([3, 5]))
+        if draw.random() < 0.5:
+            tracker.close("saved-and-left")
+        checkpoint = draw.randrange(checkpoint, last + 1)
+    tracker = opened(tmp_path, store, checkpoint)
+    train(tracker, checkpoint + 1, checkpoint + 20)
+    tracker.close("finished")
+    ours, theirs = in_jsonl(tmp_path), store.numbers()
+    assert {place: theirs.get(place) for place in ours} == ours
+    assert store.tags == {"ranks": "1", "state": "finished", "why_stopped": "finished"}
+    assert (store.settings, store.artifacts.keys()) == ({"seed": 3}, {"settings.json"})
+
+
+def test_one_of_the_names_that_come_together_is_asked_for(store: Kept, tmp_path: Path) -> None:
+    first = opened(tmp_path, store)
+    train(first, 1, 30)
+    first.close("failed")
+    assert store.asked == []
+    second = opened(tmp_path, store, 20)
+    train(second, 21, 40)
+    second.rows([row(step) for step in range(41, 81)])
+    second.close("finished")
+    assert sorted(store.asked) == ["images_per_second", "loss"]
+    assert all(len(values) == 1 for values in store.numbers().values())
+    assert max(store.requests) == 12
+
+
+def test_a_report_at_another_step_arrives_too(store: Kept, tmp_path: Path) -> None:
+    """The rows are there, without the numbers that only the repetition had."""
+    first = opened(tmp_path, store)
+    train(first, 1, 9, report=4)
+    first.close("failed")
+    second = opened(tmp_path, store, 2)
+    train(second, 3, 9, report=3)
+    second.close("finished")
+    found = store.numbers()
+    assert {step for name, step in found if name == "images_per_second"} == {3, 4, 6, 8, 9}
+    assert all(len(values) == 1 for values in found.values())
+
+
+def test_what_was_delivered_before_the_run_went_back_comes_again(store: Kept, tmp_path: Path) -> None:
+    tracker = opened(tmp_path, store)
+    train(tracker, 1, 30)
+    until(lambda: store.tags and ("val_top1", 30) in store.numbers())
+    append_lines(tmp_path / "rollbacks.jsonl", [f'{{"time": {time.time()}, "to": 20}}'])
+    tracker.rewind(20)
+    tracker.rows([{"step": step, "loss": 9.0} for step in range(21, 26)])
+    until(lambda: store.numbers()[("loss", 25)] == [1 / 25, 9.0])
+    store.before = fails(random.Random(0), 0.5)
+    again = opened(tmp_path, store, 22)
+    again.rows([{"step": step, "loss": 9.0} for step in range(23, 41)])
+    again.close("finished")
+    losses = {step: values for (name, step), values in store.numbers().items() if name == "loss"}
+    assert losses == {
+        step: [1 / step] if step <= 20 else [1 / step, 9.0] if step <= 30 else [9.0] for step in range(1, 41)
+    }
+
+
+def test_a_row_that_is_cut_while_it_waits_is_never_sent(store: Kept, tmp_path: Path) -> None:
+    away = threading.Event()
+    store.before = lambda _: away.wait(20)
+    tracker = opened(tmp_path, store)
+    tracker.rows([row(step) for step in range(1, 31)])
+    tracker.rewind(10)
+    tracker.rows([{"step": step, "loss": 9.0} for step in range(11, 21)])
+    away.set()
+    tracker.close("finished")
+    assert store.numbers() == in_jsonl(tmp_path)
+
+
+def test_a_file_that_is_cut_while_rows_are_on_their_way(store: Kept, tmp_path: Path) -> None:
+    """Those rows arrive in vain, and what has their place in the file is delivered all the same."""
+    under_way, away = threading.Event(), threading.Event()
+
+    def hold(verb: str) -> None:
+        if verb == "send":
+            under_way.set()
+            away.wait(20)
+
+    store.before = hold
+    tracker = opened(tmp_path, store)
+    tracker.rows([row(step) for step in range(1, 31)])
+    under_way.wait(20)
+    append_lines(tmp_path / "rollbacks.jsonl", [f'{{"time": {time.time()}, "to": 2}}'])
+    tracker.rewind(2)
+    tracker.rows([{"step": step, "loss": 9.0} for step in range(3, 11)])
+    away.set()
+    tracker.close("finished")
+    losses = {step: values for (name, step), values in store.numbers().items() if name == "loss"}
+    assert losses == {
+        step: [1 / step] if step <= 2 else [1 / step, 9.0] if step <= 6 else [9.0] for step in range(1, 11)
+    }
+
+
+def test_training_does_not_wait_for_a_store_that_hangs(store: Kept, tmp_path: Path, caplog) -> None:
+    away = threading.Event()
+    store.before = lambda _: away.wait(60)
+    tracker = opened(tmp_path, store, patience=0.05)
+    train(tracker, 1, 200)
+    tracker.file(tmp_path / "settings.json")
+    tracker.close("finished")
+    (warning,) = said(caplog, logging.WARNING)
+    assert warning.startswith(
+        f"tracking: 201 rows of {tmp_path}, or its files, are not delivered; foveal track sync {tmp_path} "
+    )
+    assert store.points == []
+    away.set()
+
+
+def test_an_outage_is_one_warning_and_one_line(store: Kept, tmp_path: Path, caplog) -> None:
+    tracker = opened(tmp_path, store)
+    train(tracker, 1, 10)
+    until(lambda: ("val_top1", 10) in store.numbers())
+    attempts: list[str] = []
+
+    def away(verb: str) -> None:
+        attempts.append(verb)
+        raise ConnectionError(f"http://{_USER}@there/ is gone " + "x" * 500)
+
+    store.before = away
+    tracker.rows([row(11)])
+    until(lambda: len(attempts) > 10)
+    tracker.rows([row(12)])
+    store.before = lambda _: None
+    until(lambda: ("loss", 12) in store.numbers())
+    tracker.close("finished")
+    (warning,), (back,) = said(caplog, logging.WARNING), said(caplog, logging.INFO)
+    assert warning.startswith("tracking: MLflow at here does not answer (ConnectionError: http://there/ is gone xxx")
+    assert len(warning) < 500
+    assert back == "tracking: MLflow at here answers again; 2 rows were behind"
+
+
+def test_a_store_that_goes_away_between_rows_is_not_taken_for_its_files(store: Kept, tmp_path: Path, caplog) -> None:
+    tracker = opened(tmp_path, store)
+    train(tracker, 1, 10)
+    until(lambda: "settings.json" in store.artifacts and store.tags)
+    store.before = fails(random.Random(0), 1.0)
+    tracker.file(tmp_path / "settings.json")
+    until(lambda: said(caplog, logging.WARNING))
+    store.before = lambda _: None
+    tracker.close("finished")
+    (warning,) = said(caplog, logging.WARNING)
+    assert warning.startswith("tracking: MLflow at here does not answer (ConnectionError: connect: gone)")
+
+
+def test_a_store_of_files_that_fails_holds_up_no_number(store: Kept, tmp_path: Path, caplog, monkeypatch) -> None:
+    tries: list[str] = []
+
+    def refuse(verb: str) -> None:
+        if verb == "file":
+            tries.append(verb)
+            raise PermissionError("no bucket")
+
+    monkeypatch.setattr(courier, "_SHORTEST", 0.3)
+    monkeypatch.setattr(courier, "_LONGEST", 60.0)
+    store.before = refuse
+    tracker = opened(tmp_path, store, patience=0.05)
+    train(tracker, 1, 30)
+    for step in range(31, 61):
+        tracker.rows([row(step)])
+        until(lambda step=step: ("loss", step) in store.numbers())
+    assert len(tries) < 10  # of 30 rounds and more
+    until(lambda: said(caplog, logging.WARNING))
+    tracker.close("finished")
+    assert store.numbers() == in_jsonl(tmp_path)
+    first, last = said(caplog, logging.WARNING)
+    assert first.startswith(
+        "tracking: the store of MLflow's files at here does not answer (PermissionError: no bucket)"
+    )
+    assert last.startswith(f"tracking: 0 rows of {tmp_path}, or its files, are not delivered; foveal track sync")
+
+
+def test_a_superseded_attempt_delivers_nothing_more(store: Kept, tmp_path: Path, caplog) -> None:
+    old = opened(tmp_path, store)
+    train(old, 1, 10)
+    until(lambda: ("val_top1", 10) in store.numbers())
+    new = opened(tmp_path, store, 5)
+    old.rows([row(step) for step in range(11, 20)])
+    old.close("superseded", "attempt 2 has begun")
+    train(new, 6, 12)
+    new.close("finished")
+    assert store.numbers() == in_jsonl(tmp_path) | {("val_top1", 10): [0.5]}
+    assert store.tags["state"] == "finished"
+    assert said(caplog, logging.WARNING) == []
+    assert [line for line in said(caplog, logging.INFO) if "taken" in line] == [
+        f"tracking: another attempt has taken {tmp_path} over; this one delivers nothing more"
+    ]
+
+
+def test_a_store_that_lost_the_run_gets_all_of_it(store: Kept, tmp_path: Path) -> None:
+    tracker = opened(tmp_path, store)
+    train(tracker, 1, 10)
+    until(lambda: "settings.json" in store.artifacts and ("val_top1", 10) in store.numbers())
+    store.run, store.points, store.artifacts = "2", [], {}
+    store.before = fails(random.Random(1), 0.5)
+    until(lambda: tracker.rows([row(11)]) or store.points)
+    store.before = lambda _: None
+    tracker.close("finished")
+    assert {name for name, _, _, step in store.points if step == 3} == {"loss", "lr"}
+    assert "settings.json" in store.artifacts
+
+
+def test_waits_grow_to_a_limit_and_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(courier, "_SHORTEST", 1.0)
+    monkeypatch.setattr(courier, "_LONGEST", 60.0)
+    outage, waits = Outage("it"), []
+    for _ in range(9):
+        outage.met(ConnectionError(), time.monotonic())
+        waits.append(outage.wait)
+    for wait, longest in zip(waits, (1, 2, 4, 8, 16, 32, 60, 60, 60), strict=True):
+        assert longest / 2 - 0.5 < wait <= longest
+    outage.over("nothing")
+    assert (outage.wait, outage.lasts) == (0.0, 0.0)
+    outage.met(ConnectionError(), time.monotonic())
+    assert outage.wait <= 1
+
+
+def test_no_password_is_said() -> None:
+    error = ConnectionError(f"cannot reach https://{_USER}@mlflow.example.org/api\n  or http://{_USER}@x")
+    assert in_words(error) == "ConnectionError: cannot reach https://mlflow.example.org/api or http://x"
