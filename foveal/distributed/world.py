@@ -3,7 +3,7 @@
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,10 +12,14 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
-from foveal.errors import FovealError, LaunchError
+from foveal.distributed.lost import break_away, dump_recorder, lost_peer, prepare_recorder
+from foveal.distributed.rendezvous import meet
+from foveal.errors import FovealError, Hung, LaunchError
 
 T = TypeVar("T")
+_JOINING = 600.0  # seconds that the ranks have to come together: imports from a cold disk take minutes
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +39,18 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """True on every rank if the flag is set on any."""
+        return bool(self.most([int(flag)])[0])
+
+    def most(self, numbers: Sequence[int]) -> list[int]:
+        """The largest over ranks of each number, on every rank: what ranks agree on in one collective of a few bytes.
+
+        The loop spends two of these a step: one before it takes a batch (``together``), one after the update.
+        """
         if self.size == 1:
-            return flag
-        word = torch.tensor([int(flag)], device=self.device)
-        dist.all_reduce(word, op=dist.ReduceOp.MAX)
-        return bool(word.item())
+            return list(numbers)
+        words = torch.tensor(list(numbers), device=self.device)
+        dist.all_reduce(words, op=dist.ReduceOp.MAX)
+        return words.tolist()
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over ranks of a tensor of any shape, on every rank; the argument is left alone."""
@@ -64,6 +75,10 @@ class World:
         values: list[T] = [value] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def once(self, take: Callable[[], T]) -> T:
+        """What ``take`` returns on rank 0, which alone calls it, on every rank; its mistake is everybody's."""
+        return self.broadcast(self.together(lambda: take() if self.rank == 0 else None))  # pyright: ignore[reportReturnType]
 
     def together(self, take: Callable[[], T]) -> T:
         """What ``take`` returns on this rank; a user's mistake on any rank is raised on all of them.
@@ -119,19 +134,49 @@ def _number(name: str, default: str | None = None) -> int:
 
 
 @contextmanager
-def joined(timeout_seconds: float) -> Iterator[World]:
+def joined(timeout_seconds: float, joining_seconds: float = _JOINING) -> Iterator[World]:
     """Join the other ranks, and leave them properly on every way out.
 
-    The variables that libraries read (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) are set for them, so that
-    a Slurm step looks to DeepSpeed and Accelerate like torchrun. Alone, the group is this process, in memory.
+    No collective of any group waits longer than ``timeout_seconds``, nor anybody longer than ``joining_seconds`` for a
+    rank that does not come. The variables that libraries read (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) are set for them, so
+    that a Slurm step looks to DeepSpeed and Accelerate like torchrun. Alone, the group is this process, in memory.
+    Errors: LaunchError where the ranks do not come together; Hung instead in a job that was started before.
     """
     here = seat()
-    device = _device(here)
+    device = device_of(here)
     world = World(here.rank, here.size, here.local, here.launcher, device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    settings: dict[str, object] = {"timeout": timedelta(seconds=timeout_seconds)}
+    tell_libraries(here, device)
+    prepare_recorder()
     if here.size == 1:
-        settings |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        store: dist.Store = dist.HashStore()
+    else:
+        with _of_a_restart():
+            store = meet(here.rank, here.size, joining_seconds)
+    with _default_timeout(timedelta(seconds=timeout_seconds)):
+        _start("nccl" if device.type == "cuda" else "gloo", here, store)
+        try:
+            yield world
+        except BaseException as error:
+            if lost_peer(error):
+                dump_recorder(here.rank)
+            break_away()
+            raise
+        dist.destroy_process_group()  # without it a clean exit under gloo sometimes aborted
+
+
+@contextmanager
+def _of_a_restart() -> Iterator[None]:
+    """In a job that Slurm has started before, ranks that do not come are a node's fault, and another start may help."""
+    try:
+        yield
+    except LaunchError as error:
+        if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+            raise Hung(str(error)) from None
+        raise
+
+
+def tell_libraries(here: Seat, device: torch.device) -> None:
+    if here.size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29500")
     elif here.launcher == "srun":
@@ -146,14 +191,39 @@ def joined(timeout_seconds: float) -> Iterator[World]:
         os.environ.setdefault(
             "DS_ACCELERATOR", "cpu"
         )  # else DeepSpeed, and Accelerate with it, looks for GPUs and warns
-    dist.init_process_group(backend, **settings)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _default_timeout(timeout: timedelta) -> Iterator[None]:
+    """torch's timeout for every group, also for those that libraries make for themselves without naming one.
+
+    DeepSpeed reduces gradients in such a group: it would wait 30 minutes under gloo and 10 under NCCL, whatever was set.
+    """
+    names = ("default_pg_timeout", "default_pg_nccl_timeout")
+    before = {name: getattr(distributed_c10d, name) for name in names}
+    for name in names:
+        setattr(distributed_c10d, name, timeout)
     try:
-        yield world
+        yield
     finally:
-        dist.destroy_process_group()  # without it a clean exit under gloo sometimes aborted
+        for name, value in before.items():
+            setattr(distributed_c10d, name, value)
 
 
-def _device(here: Seat) -> torch.device:
+def _start(backend: str, here: Seat, store: dist.Store) -> None:
+    try:
+        dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.size)
+    except RuntimeError as error:
+        if here.size == 1:
+            raise
+        raise LaunchError(
+            f"rank {here.rank} of {here.size} could not connect to the others over {backend} ({str(error).splitlines()[0]}); "
+            f"if another rank stopped, its log says why, else choose the network interface "
+            f"(slurm/environment.sh: NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
+        ) from error
+
+
+def device_of(here: Seat) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     seen = torch.cuda.device_count()
@@ -194,5 +264,12 @@ def describe(world: World) -> str:
 
 def slurm_job() -> dict[str, str]:
     """What Slurm says of this job, for the tracker's tags; empty outside Slurm."""
-    names = ("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT", "SLURM_NTASKS")
+    names = (
+        "SLURM_JOB_ID",
+        "SLURM_JOB_NAME",
+        "SLURM_JOB_NODELIST",
+        "SLURM_RESTART_COUNT",
+        "SLURM_NTASKS",
+        "SLURM_CLUSTER_NAME",
+    )
     return {name.lower(): os.environ[name] for name in names if name in os.environ}

@@ -2,23 +2,11 @@
 
 import pytest
 import torch
+from clock import Clock
 from torch import Tensor
 
 from foveal.telemetry.pace import Pace
 from foveal.telemetry.totals import Row, Totals
-
-
-class Clock:
-    """Seconds that pass when a test says so."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def pass_(self, seconds: float) -> None:
-        self.now += seconds
 
 
 def host(step: int) -> Row:

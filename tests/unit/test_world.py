@@ -5,8 +5,9 @@ import os
 import pytest
 import torch
 
-from foveal.distributed.world import Seat, World, _device, describe, first_host, joined, seat, slurm_job
-from foveal.errors import LaunchError
+from foveal.distributed import world
+from foveal.distributed.world import Seat, World, describe, device_of, first_host, joined, seat, slurm_job
+from foveal.errors import FovealError, Hung, LaunchError
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 STEP = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
@@ -88,6 +89,7 @@ def test_alone_a_world_needs_nobody_and_leaves_nothing() -> None:
         assert (world.rank, world.size, world.local, world.launcher) == (0, 1, 0, "none")
         assert torch.distributed.is_initialized()
         assert world.any(True) and not world.any(False)
+        assert world.most((3, 0, 5)) == [3, 0, 5]
         assert world.broadcast("x") == "x"
         assert world.gather(3) == [3]
         assert world.sum(torch.tensor([2.0])).item() == 2.0
@@ -107,6 +109,7 @@ def test_a_step_of_slurm_looks_like_torchrun(monkeypatch: pytest.MonkeyPatch) ->
         seen.update(os.environ)
         seen["backend"] = backend
 
+    monkeypatch.setattr(world, "meet", lambda rank, size, seconds: seen.update(met=f"{rank} of {size}, {seconds:g} s"))
     monkeypatch.setattr(torch.distributed, "init_process_group", start)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -114,6 +117,7 @@ def test_a_step_of_slurm_looks_like_torchrun(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setenv(name, value)
     with joined(5.0):
         pass
+    assert seen["met"] == "3 of 4, 600 s", "coming together has a limit of its own"
     assert {name: seen[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")} == {
         "RANK": "3",
         "WORLD_SIZE": "4",
@@ -128,6 +132,7 @@ def _verbs(world: World) -> dict[str, object]:
     values = torch.arange(3.0) * (world.rank + 1)
     return {
         "any": (world.any(world.rank == 1), world.any(False)),
+        "most": world.most([world.rank, 7 - world.rank, 0]),
         "sum": world.sum(values).tolist(),
         "mine": values.tolist(),
         "broadcast": world.broadcast({"from": world.rank}),
@@ -138,6 +143,7 @@ def _verbs(world: World) -> dict[str, object]:
 def test_two_ranks_hear_the_same(two_ranks) -> None:
     first, second = two_ranks.call(_verbs)
     assert first["any"] == second["any"] == (True, False)
+    assert first["most"] == second["most"] == [1, 7, 0]
     assert first["sum"] == second["sum"] == [0.0, 3.0, 6.0]
     assert (first["mine"], second["mine"]) == ([0.0, 1.0, 2.0], [0.0, 2.0, 4.0]), "the argument is left alone"
     assert first["broadcast"] == second["broadcast"] == {"from": 0}
@@ -161,11 +167,23 @@ def test_one_gpu_for_each_task_or_all_for_every_task(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
-    assert _device(Seat(local, 8, local, "srun")) == torch.device("cuda", index)
+    assert device_of(Seat(local, 8, local, "srun")) == torch.device("cuda", index)
 
 
 def test_more_tasks_than_gpus_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(LaunchError, match="local rank 2 has no GPU: this process sees 2; start as many tasks"):
-        _device(Seat(2, 4, 2, "srun"))
+        device_of(Seat(2, 4, 2, "srun"))
+
+
+@pytest.mark.parametrize(("restarts", "kind"), [(None, LaunchError), ("0", LaunchError), ("2", Hung)])
+def test_ranks_that_do_not_come_are_worth_another_start_only_in_a_job_that_was_started_before(
+    restarts: str | None, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    if restarts is not None:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+    with pytest.raises(FovealError) as caught, world._of_a_restart():
+        raise LaunchError("1 of 2 ranks came")
+    assert (type(caught.value), str(caught.value)) == (kind, "1 of 2 ranks came")

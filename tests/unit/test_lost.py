@@ -1,0 +1,117 @@
+"""How a lost peer is recognised, and what torch is told to record."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from foveal.distributed import lost
+from foveal.distributed.lost import dump_recorder, lost_peer, prepare_recorder, record_into
+from foveal.distributed.world import joined
+
+GLOO = "[/src/third_party/gloo/gloo/transport/tcp/"
+NAMES = (*lost._EVENTS, *lost._DUMPS, *lost._FILES)
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting of the recorder; whatever a test sets is put back."""
+    for name in (*NAMES, "RANK"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (
+            RuntimeError(f"{GLOO}pair.cc:561] Connection closed by peer [10.0.0.1]:1. This is typically caused by x."),
+            "Connection closed by peer [10.0.0.1]:1",
+        ),
+        (RuntimeError(f"{GLOO}unbound_buffer.cc:78] Timed out waiting 4000ms for recv operation to complete"), None),
+        (RuntimeError("[Rank 0]: Rank 1 failed to pass monitoredBarrier in 4000 ms\n Original exception:"), None),
+        (dist.DistBackendError("NCCL error in: x.cpp:1, remote process exited"), None),
+        (dist.DistNetworkError("Broken pipe"), "Broken pipe"),
+        (dist.DistStoreError(""), "DistStoreError"),
+    ],
+)
+def test_a_lost_peer_is_a_sentence(error: BaseException, what: str | None) -> None:
+    said = lost_peer(error)
+    assert said is not None
+    assert said.startswith(f"rank 0 lost a peer in a collective: {what or ''}")
+    assert "\n" not in said and "/src/" not in said
+    assert said.endswith("; the logs of the other ranks say which one stopped, and where")
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes do not match"), ValueError("Connection closed by peer"), OSError("gloo/x.cc:1")]
+)
+def test_other_errors_are_not(error: BaseException) -> None:
+    assert lost_peer(error) is None
+
+
+def test_what_led_to_an_error_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    cause = RuntimeError(f"{GLOO}pair.cc:1] Connection reset by peer")
+    for error in (_raised_while(cause), _raised_from(cause)):
+        assert (lost_peer(error) or "").startswith("rank 3 lost a peer")
+    hidden = _raised_from(None, while_=cause)
+    assert lost_peer(hidden) is None
+    loop = RuntimeError("a")
+    loop.__cause__ = RuntimeError("b")
+    loop.__cause__.__cause__ = loop
+    assert lost_peer(loop) is None
+
+
+def _raised_while(handled: BaseException) -> BaseException:
+    try:
+        try:
+            raise handled
+        except RuntimeError:
+            raise KeyError("in the cleaning up")  # noqa: B904 - that is what is tested
+    except KeyError as error:
+        return error
+
+
+def _raised_from(cause: BaseException | None, while_: BaseException | None = None) -> BaseException:
+    try:
+        try:
+            raise while_ or RuntimeError("x")
+        except RuntimeError:
+            raise KeyError("y") from cause
+    except KeyError as error:
+        return error
+
+
+def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_NCCL_TRACE_BUFFER_SIZE", "17")  # the older name counts too
+    monkeypatch.setenv("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", "/elsewhere/")
+    prepare_recorder()
+    record_into(tmp_path)
+    found = {name: os.environ[name] for name in NAMES if name in os.environ}
+    assert found == {
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": "17",
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "/elsewhere/",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    }
+
+
+def test_without_a_place_nothing_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    dump_recorder(0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_group_gets_the_timeout_that_was_set() -> None:
+    """Also the groups that a library makes without naming one: DeepSpeed reduces gradients in its own."""
+
+    def seconds(group: dist.ProcessGroup | None) -> float:
+        assert group is not None
+        return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+
+    before = torch.distributed.distributed_c10d.default_pg_timeout
+    with joined(7.0):
+        assert (seconds(dist.group.WORLD), seconds(dist.new_group([0]))) == (7.0, 7.0)  # type: ignore[arg-type]
+    assert torch.distributed.distributed_c10d.default_pg_timeout == before
