@@ -16,15 +16,14 @@ class Teacher:
 
     def __init__(self, folder: Path, device: torch.device, precision: Precision) -> None:
         weights, card = read_export(folder)
-        self._encoder = encoder_from_card(card.encoder, str(folder / "card.json"))
-        load_strictly(self._encoder, weights, folder)
-        self._encoder.to(device).eval().requires_grad_(False)
-        self._device = device
+        self.encoder = encoder_from_card(card.encoder, str(folder / "card.json"))
+        load_strictly(self.encoder, weights, folder)
+        self.encoder.to(device).eval().requires_grad_(False)
         self._precision: Precision = precision
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The lesson: class token [B, T] and patches [B, L, T], fp32, of normalised images [B, C, H, W]."""
-        with autocast(self._device, self._precision):
-            cls_BT, patches_BLT = features(self._encoder, images)
+        with autocast(images.device, self._precision):
+            cls_BT, patches_BLT = features(self.encoder, images)
         return cls_BT.float(), patches_BLT.float()

@@ -7,10 +7,18 @@ import typer
 
 from foveal import __version__
 from foveal.data.cli import app as data
+from foveal.doctor.cli import doctor_command
 from foveal.errors import FovealError
+from foveal.history import attempts
+from foveal.plan.cli import plan_command
+from foveal.tracking.cli import app as track
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command()(attempts)
 app.add_typer(data, name="data", help="Build, index and look at shards.")
+app.add_typer(track, name="track", help="Deliver to MLflow what it has not heard of a run.")
+app.command("plan")(plan_command)
+app.command("doctor")(doctor_command)
 
 
 def _version(wanted: bool) -> None:
@@ -36,3 +44,7 @@ def main() -> NoReturn:
         typer.echo(f"foveal: {error}", err=True)
         sys.exit(error.exit_code)
     sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

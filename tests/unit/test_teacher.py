@@ -57,7 +57,7 @@ def test_no_gradient_reaches_a_teacher(teacher: Teacher) -> None:
         cls, patches = teacher(given)
     assert not cls.requires_grad
     assert not patches.requires_grad
-    assert not [name for name, parameter in teacher._encoder.named_parameters() if parameter.requires_grad]
+    assert not [name for name, parameter in teacher.encoder.named_parameters() if parameter.requires_grad]
 
 
 def test_a_step_of_its_student_leaves_it_as_it_was(teacher: Teacher, tmp_path: Path) -> None:
@@ -76,11 +76,11 @@ def test_a_step_of_its_student_leaves_it_as_it_was(teacher: Teacher, tmp_path: P
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
-    assert not any(module.training for module in teacher._encoder.modules())
+    assert not any(module.training for module in teacher.encoder.modules())
     assert not isinstance(teacher, nn.Module)
     assert not [name for name, _ in student.named_parameters() if "teacher" in name]
     kept = load_file(tmp_path / "export" / "model.safetensors")
-    assert all(value.equal(kept[name]) for name, value in teacher._encoder.state_dict().items())
+    assert all(value.equal(kept[name]) for name, value in teacher.encoder.state_dict().items())
     for again, before in zip(teacher(images()), lesson, strict=True):
         assert again.equal(before)
 

@@ -1,0 +1,342 @@
+"""Does `foveal plan` foresee the memory of a training step?
+
+    python benchmarks/memory.py --out benchmarks/results/memory.md
+
+Every case is trained for a few steps by its real engine, on images without content, in processes of its own; the most
+that was allocated at once is compared with what was foreseen. On a CPU the C library's own high-water mark is read
+(glibc, every allocation above 16 KiB is a mapping of its own there), on a GPU torch.cuda.max_memory_allocated.
+"""
+
+import argparse
+import ctypes
+import gc
+import importlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import described
+
+from foveal.checkpoint.export import Card, write_export
+from foveal.data import Batch
+from foveal.data.pack import pack_digits
+from foveal.distributed.engine import autocast, build_engine
+from foveal.distributed.world import World, joined
+from foveal.models.vit import VitConfig, build_encoder, encoder_card
+from foveal.plan.forecast import Forecast, Machine
+
+STEPS = 3
+_SMALLEST = "16384"  # bytes from which glibc gives an allocation a mapping of its own
+_PATIENCE = 300  # seconds for one case
+_BUCKET = {"zero_optimization": {"reduce_bucket_size": 4_000_000}}
+_SMALL_BUCKET = {"zero_optimization": {"reduce_bucket_size": 500_000, "stage3_param_persistence_threshold": 1000}}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained. ``seen``: it was looked at while the model of memory was written."""
+
+    name: str
+    ranks: int
+    engine: dict[str, Any]
+    stage: str = "pretrain"
+    change: dict[str, Any] = field(default_factory=dict)
+    seen: bool = False
+
+
+WIDE = {
+    "model": {"name": "vit_tiny_patch16_224", "patch": 8, "width": 256, "depth": 4, "heads": 4},
+    "decoder": {"width": 128, "depth": 3, "heads": 4},
+}
+DEEP = {"model": {"name": "vit_tiny_patch16_224", "patch": 16, "width": 160, "depth": 14, "heads": 5}}
+LARGE = {"batch": {"images": 64, "at_once": 32}}
+EIGHT = {"batch": {"images": 32, "at_once": 8}}
+FEW = {"batch": {"images": 16, "at_once": 4}}
+PLAIN = {"kind": "plain"}
+DEEPSPEED = {"kind": "deepspeed", "deepspeed": _BUCKET}
+TIGHT = {"kind": "deepspeed", "deepspeed": _SMALL_BUCKET}
+
+CASES = [
+    Case("small, 4 micros", 1, PLAIN, seen=True),
+    Case("small, 4 micros", 1, PLAIN | {"precision": "bf16"}, seen=True),
+    Case("small, 2 micros", 2, {"kind": "deepspeed", "zero": 0}, seen=True),
+    Case("small, 2 micros", 2, DEEPSPEED | {"zero": 1}, seen=True),
+    Case("small, 2 micros", 2, DEEPSPEED | {"zero": 2}, seen=True),
+    Case("small, 2 micros", 2, DEEPSPEED | {"zero": 3}, seen=True),
+    Case("small, 2 micros", 2, DEEPSPEED | {"zero": 1, "precision": "bf16"}, seen=True),
+    Case("wide, 1 micro of 64", 1, PLAIN, change=WIDE | {"batch": {"images": 64}}),
+    Case(
+        "wide, 16 micros of 4", 1, PLAIN | {"precision": "bf16"}, change=WIDE | {"batch": {"images": 64, "at_once": 4}}
+    ),
+    Case("deep, 2 micros of 32", 1, PLAIN | {"recompute": True}, change=DEEP | LARGE),
+    Case("deep, 2 micros of 32", 1, PLAIN | {"recompute": True, "precision": "bf16"}, change=DEEP | LARGE),
+    Case("wide, 2 micros of 4", 2, {"kind": "deepspeed", "zero": 0}, change=WIDE | FEW),
+    Case("wide, 1 micro of 32", 2, DEEPSPEED | {"zero": 1}, change=WIDE | LARGE),
+    Case("wide, 2 micros of 4", 2, TIGHT | {"zero": 1, "precision": "bf16"}, change=WIDE | FEW),
+    Case("wide, 1 micro of 32", 2, TIGHT | {"zero": 2}, change=WIDE | LARGE),
+    Case("deep, 2 micros of 4", 2, DEEPSPEED | {"zero": 2, "precision": "bf16"}, change=DEEP | FEW),
+    Case("wide, 1 micro of 32", 2, DEEPSPEED | {"zero": 3}, change=WIDE | LARGE),
+    Case("deep, 2 micros of 4", 2, TIGHT | {"zero": 3, "recompute": True}, change=DEEP | FEW, seen=True),
+    Case("wide, 2 micros of 4", 2, TIGHT | {"zero": 3, "precision": "bf16"}, change=WIDE | FEW, seen=True),
+    Case("wide, 2 micros of 8", 2, TIGHT | {"zero": 3, "recompute": True}, change=WIDE | EIGHT),
+    Case("deep, 2 micros of 8", 2, DEEPSPEED | {"zero": 3, "precision": "bf16"}, change=DEEP | EIGHT),
+    Case(
+        "small, 1 micro of 8",
+        2,
+        TIGHT | {"zero": 3, "precision": "bf16"},
+        change={"batch": {"images": 16, "at_once": 8}},
+    ),
+    Case("small, DeepSpeed's own buckets", 2, {"kind": "deepspeed", "zero": 1}, change=LARGE),
+    Case("distillation, wide", 2, DEEPSPEED | {"zero": 2}, "distill", WIDE | LARGE),
+    Case("fine-tuning, wide", 1, PLAIN | {"precision": "bf16"}, "finetune", WIDE | LARGE),
+    Case("fine-tuning, wide, DDP", 2, {"kind": "accelerate"}, "finetune", WIDE | LARGE),
+    Case("fine-tuning, deep, FSDP2", 2, {"kind": "accelerate", "sharding": "fsdp2"}, "finetune", DEEP | LARGE),
+]
+
+
+def tree_of(case: Case, folder: Path) -> dict[str, Any]:
+    """The settings of a case."""
+    tree: dict[str, Any] = {
+        "epochs": 1,
+        "data": {"path": str(folder / "digits"), "image_size": 64, "channels": 3, "lanes": 8},
+        "batch": {"images": 64, "at_once": 16},
+        "optim": {},
+        "model": {"name": "vit_tiny_patch16_224", "patch": 8, "width": 192, "depth": 6, "heads": 3},
+        "decoder": {"width": 96, "depth": 2, "heads": 3},
+        "engine": case.engine,
+    }
+    tree |= case.change
+    if case.stage != "pretrain":
+        del tree["decoder"]
+    if case.stage == "distill":
+        tree |= {"teacher": str(folder / "teacher"), "model": tree["model"] | {"width": 128}}
+    return tree
+
+
+def forecast_of(case: Case, folder: Path) -> Forecast:
+    """What foveal plan says of a case."""
+    stage = importlib.import_module(f"{case.stage}.run").STAGE
+    cfg = stage.config.checked(tree_of(case, folder), case.name)
+    return Forecast(stage, stage.plan(cfg, case.ranks), Machine(1, case.ranks, 1.0, 1e9))
+
+
+class CpuMeter:
+    """Bytes in mappings of the C library, since the meter was made."""
+
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL("libc.so.6")
+        self._library.mallinfo2.restype = _MallInfo
+        self._before, self._most_before = self._now(), self._most()
+
+    def peak(self) -> int:
+        """The most since; it must have grown beyond what was there before."""
+        most = self._most()
+        assert most > self._most_before, "what came before was larger: the high-water mark says nothing"
+        return most - self._before
+
+    def _now(self) -> int:
+        return self._library.mallinfo2().hblkhd
+
+    def _most(self) -> int:
+        """Of malloc_stats, which writes to stderr."""
+        kept = os.dup(2)
+        with tempfile.TemporaryFile() as said:
+            os.dup2(said.fileno(), 2)
+            self._library.malloc_stats()
+            os.dup2(kept, 2)
+            os.close(kept)
+            said.seek(0)
+            lines = said.read().decode().splitlines()
+        return next(int(line.split("=")[1]) for line in lines if line.startswith("max mmap bytes"))
+
+
+class _MallInfo(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        )
+    ]
+
+
+class GpuMeter:
+    """torch's own high-water mark."""
+
+    def __init__(self) -> None:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        self._before = torch.cuda.memory_allocated()
+
+    def peak(self) -> int:
+        """The most since."""
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - self._before
+
+
+def train(forecast: Forecast, world: World) -> int:
+    """Bytes that a few steps allocated at once, on this rank."""
+    plan, stage = forecast.plan, forecast.stage
+    cfg = plan.cfg
+    _warm_up(forecast, world)
+    meter = GpuMeter() if world.device.type == "cuda" else CpuMeter()
+    parts = stage.parts(plan, world.device)
+    sizes = {"at_once": plan.at_once, "accumulate": plan.micros}
+    engine = build_engine(parts.model, parts.groups, cfg.optim, cfg.engine, world, **sizes)
+    for step in range(STEPS):
+        engine.set_lr(1e-4)
+        for micro in range(plan.micros):
+            with engine.micro(last=micro == plan.micros - 1):
+                total, _ = parts.objective(engine.model, _batch(forecast, step).to(world.device))
+                engine.backward(total / plan.at_once)
+        del total
+        engine.step()
+    return meter.peak()
+
+
+def _warm_up(forecast: Forecast, world: World) -> None:
+    """A forward and backward before anything is measured: libraries keep kernels and scratch pads for themselves."""
+    parts = forecast.stage.parts(forecast.plan, world.device)
+    importlib.import_module(forecast.plan.cfg.engine.kind.replace("plain", "torch"))
+    model = parts.model.to(world.device)
+    with autocast(world.device, forecast.plan.cfg.engine.precision):
+        total, _ = parts.objective(model, _batch(forecast, 0).to(world.device))
+        total.backward()
+    del parts, model, total
+    gc.collect()
+
+
+def _batch(forecast: Forecast, step: int) -> Batch:
+    data, rows = forecast.plan.cfg.data, torch.arange(forecast.plan.at_once)
+    images = torch.zeros(len(rows), data.channels, data.image_size, data.image_size, dtype=torch.uint8)
+    return Batch(images, rows % 10, rows, rows, rows >= 0, step, 0, 0)
+
+
+def measured(case: Case, folder: Path) -> int:
+    """The highest peak of a case's ranks, each a process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": str(case.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"MALLOC_MMAP_THRESHOLD_": _SMALLEST, "MALLOC_MMAP_MAX_": "1000000", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, "--rank-of", str(CASES.index(case)), "--folder", str(folder)]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(case.ranks)
+    ]
+    said = [rank.communicate(timeout=_PATIENCE) for rank in ranks]
+    for rank, (_, complaint) in zip(ranks, said, strict=True):
+        assert rank.returncode == 0, f"{case}:\n{complaint[-3000:]}"
+    return max(json.loads(out.splitlines()[-1])["peak"] for out, _ in said)
+
+
+def prepare(folder: Path) -> None:
+    """Digits to plan with, and a teacher."""
+    pack_digits(folder / "digits")
+    teacher = VitConfig(name="vit_tiny_patch16_224", patch=8, width=192, depth=3, heads=3)
+    encoder = build_encoder(teacher, image_size=64, channels=3)
+    card = Card("pretrain", encoder_card(teacher, 64, 3), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    write_export(folder / "teacher", dict(encoder.state_dict()), card)
+
+
+def table(rows: list[tuple[Case, float, float]]) -> list[str]:
+    """The cases, and how far the foreseen is off."""
+    lines = ["| case | ranks | engine | foreseen, MB | measured, MB | ratio |", "|---|--:|---|--:|--:|--:|"]
+    for case, foreseen, peak in rows:
+        engine = case.engine["kind"] + (f" ZeRO {case.engine['zero']}" if "zero" in case.engine else "")
+        further = [str(case.engine[name]) for name in ("sharding", "precision") if name in case.engine]
+        further += ["recompute"] if case.engine.get("recompute") else []
+        lines.append(
+            f"| {case.name} | {case.ranks} | {', '.join([engine, *further])} | {foreseen / 1e6:.1f} | {peak / 1e6:.1f} | "
+            f"{foreseen / peak:.3f} |"
+        )
+    return lines
+
+
+def report(rows: list[tuple[Case, float, float]]) -> str:
+    """The whole file."""
+    new = [row for row in rows if not row[0].seen]
+    off = [abs(foreseen / peak - 1) for _, foreseen, peak in new]
+    where = (
+        "on a GPU"
+        if torch.cuda.is_available()
+        else "on a CPU; the same command measures a GPU where there is one, not run yet"
+    )
+    return "\n".join(
+        [
+            "# Memory: foreseen and measured",
+            "",
+            "`python benchmarks/memory.py --out benchmarks/results/memory.md`",
+            "",
+            f"{described(['torch', 'deepspeed', 'accelerate', 'timm'])}; {where}.",
+            "",
+            (
+                f"Foreseen is `foveal plan`'s peak of a rank. In the {len(new)} cases below that were not looked at while the model "
+                f"of memory was written it is off by {max(off):.1%} at most, {sum(off) / len(off):.1%} on average."
+            ),
+            "",
+            *table(new),
+            "",
+            "Cases that were looked at while it was written:",
+            "",
+            *table([row for row in rows if row[0].seen]),
+            "",
+            (
+                "Not in it: what libraries keep for themselves (oneDNN's kernels and scratch pads here, warmed up before; CUDA's "
+                "context, cuBLAS's workspaces and NCCL's channels on a GPU), and what the allocator loses to fragmentation. "
+                "`foveal plan` adds constants for both, which are assumed."
+            ),
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    """Measure all cases, or be one rank of one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", default="", help="cases whose engine and name contain this; nothing is written")
+    parser.add_argument("--rank-of", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rank_of is not None:
+        torch.set_num_threads(1)
+        with joined(_PATIENCE / 2) as world:
+            print(json.dumps({"peak": train(forecast_of(CASES[options.rank_of], options.folder), world)}), flush=True)
+            os._exit(0)  # gloo's threads sometimes abort an interpreter that ends in order
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        prepare(folder)
+        rows = []
+        for case in CASES:
+            if options.only not in f"{case.name} {case.engine}":
+                continue
+            rows.append((case, forecast_of(case, folder).memory.peak, measured(case, folder)))
+            print(*table(rows[-1:])[2:], flush=True)
+    if options.out and not options.only:
+        options.out.write_text(report(rows))
+
+
+if __name__ == "__main__":
+    main()

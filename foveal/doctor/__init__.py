@@ -1,0 +1,1 @@
+"""`foveal doctor`: are these nodes fit to train, before they do?"""

@@ -1,0 +1,21 @@
+"""`foveal doctor`: the command line."""
+
+from typing import Annotated
+
+import typer
+
+from foveal.plan.cli import stage_of
+
+
+def doctor_command(
+    config: Annotated[str | None, typer.Argument(help="The run that is to come: a YAML file, or its name.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    stage: Annotated[str | None, typer.Option(help="pretrain, distill or finetune; default: CONFIG's folder.")] = None,
+    slowest: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of its peers' median rate that will do.")
+    ] = 0.8,
+) -> None:
+    """Are these nodes fit to train? At most a minute. Exit code 6 and `bad nodes: ...` if one is not, 2 if CONFIG is wrong."""
+    from foveal.doctor.examination import examine
+
+    examine(None if config is None else stage_of(config, stage), config or "", overrides or [], slowest)

@@ -1,0 +1,194 @@
+"""What will not do on a cluster, each in one sentence: what, why, and what to do."""
+
+import math
+from dataclasses import dataclass
+
+from foveal.plan.cluster import Partition, Request
+from foveal.plan.forecast import Forecast
+from foveal.plan.memory import zero_stage
+
+STARTING = 180.0  # seconds from the start of a job to its first step: containers, imports, index, checkpoint; assumed
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A sentence, and whether the run cannot be."""
+
+    fatal: bool
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Seconds of a job, and of the notice before its end; nothing where it is not known. ``whose`` says who set them."""
+
+    time: float | None
+    notice: float | None
+    whose: str
+
+
+def problems_of(
+    forecast: Forecast, limits: Limits, partition: Partition | None, request: Request | None
+) -> list[Problem]:
+    """All that will not do, the worst first."""
+    found = [
+        *_memory(forecast),
+        *_cluster(forecast, partition, request),
+        *_time(forecast, limits),
+        *_disk(forecast),
+        *_timeouts(forecast),
+        *_pace(forecast),
+    ]
+    return sorted(found, key=lambda problem: not problem.fatal)
+
+
+def attempts_of(forecast: Forecast, limits: Limits) -> int | None:
+    """How many jobs of that length it takes; nothing where it is not known, or where none gets anywhere."""
+    seconds, limit = forecast.seconds, limits.time
+    if seconds is None or limit is None:
+        return None
+    useful = limit - STARTING - (limits.notice or 0.0)
+    return math.ceil(seconds / useful) if useful > 0 else None
+
+
+def _memory(forecast: Forecast) -> list[Problem]:
+    limit, needed = forecast.machine.memory, forecast.memory.needed
+    if limit is None or needed <= limit:
+        return []
+    way_out = _fitting(forecast, limit)
+    return [
+        Problem(
+            True,
+            f"memory: a GPU needs {needed / 1e9:.1f} GB and has {limit / 1e9:.0f}; "
+            + (f"set {way_out}" if way_out else "no sharing, recomputation or smaller batch.at_once makes it fit"),
+        )
+    ]
+
+
+def _fitting(forecast: Forecast, limit: float) -> str | None:
+    """The settings that change least and fit: sharing first, which costs traffic, then fewer at once, then recomputation."""
+    cfg, at_once = forecast.plan.cfg.engine, forecast.plan.at_once
+    stages = range(zero_stage(cfg), 4) if cfg.kind == "deepspeed" else [cfg.zero]
+    for recompute in dict.fromkeys((cfg.recompute, True)):
+        for samples in (at_once, *(n for n in range(at_once - 1, 0, -1) if at_once % n == 0)):
+            for stage in stages:
+                other = cfg.model_copy(update={"zero": stage, "recompute": recompute})
+                if forecast.memory_under(other, samples).needed <= limit:
+                    changes = {
+                        f"engine.zero={stage}": stage != cfg.zero,
+                        f"batch.at_once={samples}": samples != at_once,
+                        "engine.recompute=true": recompute != cfg.recompute,
+                    }
+                    return " ".join(change for change, made in changes.items() if made)
+    return None
+
+
+def _cluster(forecast: Forecast, partition: Partition | None, request: Request | None) -> list[Problem]:
+    if partition is None:
+        return []
+    found = []
+    if forecast.machine.nodes > partition.nodes:
+        found.append(
+            Problem(
+                True,
+                f"nodes: partition {partition.name} gives a job {partition.nodes}, --nodes asks for "
+                f"{forecast.machine.nodes}; take fewer, or another --partition",
+            )
+        )
+    if request and request.time and partition.longest and request.time > partition.longest:
+        found.append(
+            Problem(
+                False,
+                f"time: {request.script} asks for {_hours(request.time)}, partition {partition.name} allows "
+                f"{_hours(partition.longest)} and would let the job wait for ever; give sbatch "
+                f"--time={round(partition.longest // 60)}",
+            )
+        )
+    if 0 < partition.grace < forecast.save_seconds:
+        found.append(
+            Problem(
+                False,
+                f"preemption: partition {partition.name} gives {partition.grace:.0f} s of grace, a checkpoint of "
+                f"{forecast.checkpoint_bytes / 1e9:.2f} GB takes {forecast.save_seconds:.0f} s: what was done since the last "
+                f"checkpoint is lost; lower checkpoint.every",
+            )
+        )
+    return found
+
+
+def _time(forecast: Forecast, limits: Limits) -> list[Problem]:
+    found = []
+    save = forecast.save_seconds
+    if limits.notice is not None and limits.notice < save:
+        found.append(
+            Problem(
+                True,
+                f"notice: {limits.whose} asks to be told {limits.notice:.0f} s before the end, a checkpoint takes "
+                f"{save:.0f} s at {forecast.machine.write_bytes / 1e9:.3g} GB/s; ask with --signal=USR1@{math.ceil(2 * save)}",
+            )
+        )
+    step, every = forecast.step_seconds, forecast.plan.cfg.checkpoint.every
+    if limits.time is None or step is None:
+        return found
+    useful = limits.time - STARTING - (limits.notice or 0.0)
+    interval = step * every
+    if useful < step:
+        found.append(
+            Problem(True, f"time: of {_hours(limits.time)} nothing is left for a step of {step:.0f} s; ask for more")
+        )
+    elif every and interval > useful and forecast.plan.steps > every:
+        found.append(
+            Problem(
+                True,
+                f"time: a job of {_hours(limits.time)} ends before its first checkpoint, which comes after "
+                f"{_hours(interval)}: a node lost before that costs everything; set checkpoint.every="
+                f"{max(1, int(useful / step / 4))}",
+            )
+        )
+    return found
+
+
+def _disk(forecast: Forecast) -> list[Problem]:
+    cfg, size = forecast.plan.cfg.checkpoint, forecast.checkpoint_bytes
+    if cfg.gigabytes and 2 * size > cfg.gigabytes * 1e9:
+        return [
+            Problem(
+                False,
+                f"checkpoints: checkpoint.gigabytes={cfg.gigabytes:g} holds less than two of {size / 1e9:.2f} GB: the one "
+                f"before the newest is gone when it is needed; raise it",
+            )
+        ]
+    return []
+
+
+def _timeouts(forecast: Forecast) -> list[Problem]:
+    limit, step = 60 * forecast.plan.cfg.engine.timeout_minutes, forecast.step_seconds
+    if step is not None and step > limit / 2:
+        return [
+            Problem(
+                step > limit,
+                f"timeout: a step takes {step:.0f} s and a collective gives up after engine.timeout_minutes="
+                f"{limit / 60:g}; raise it above {math.ceil(step / 30)}",
+            )
+        ]
+    return []
+
+
+def _pace(forecast: Forecast) -> list[Problem]:
+    step, every = forecast.step_seconds, forecast.plan.cfg.checkpoint.every
+    if step is not None and every and step * every < forecast.save_seconds:
+        return [
+            Problem(
+                False,
+                f"checkpoints: {every} steps take {step * every:.0f} s and writing a checkpoint {forecast.save_seconds:.0f} s: "
+                f"training would wait for the disk; raise checkpoint.every",
+            )
+        ]
+    return []
+
+
+def _hours(seconds: float) -> str:
+    """2:30:00, as Slurm writes it."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -1,0 +1,195 @@
+"""A step without memory: a stage's own model and objective on fake tensors, which have sizes and no bytes.
+
+Every operator of a micro is run in its order, so that what autograd saves, what is computed again and what lives at the
+same time are counted, not estimated.
+"""
+
+import functools
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from foveal.data import Batch
+from foveal.distributed.engine import Precision, autocast
+from foveal.loop import Parts
+
+# A processor's fused attention saves what a GPU's does: queries, keys, values, the output and its logarithmic sums.
+_DEVICE = torch.device("cpu")
+_META = torch.device("meta")
+
+Build = Callable[[torch.device], Parts]
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """How many numbers are trained (``products``: those of linear layers), and the bytes of what is not trained.
+
+    ``sizes`` are those of every trained parameter, ``blocks`` those of every repeated block; ``kept_bytes`` are the
+    untrained tensors of the model that a checkpoint holds.
+    """
+
+    trained: int
+    products: int
+    sizes: tuple[int, ...]
+    blocks: tuple[int, ...]
+    frozen_bytes: int
+    kept_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """The bytes of a micro besides weights and finished gradients.
+
+    ``moments``: for so many bytes of finished gradients, the most that lived meanwhile.
+    """
+
+    moments: dict[int, int]
+
+    def peak(self, kept: Callable[[int], float]) -> float:
+        """The most at once, if ``kept(done)`` bytes are what an engine keeps while ``done`` bytes of gradients are done."""
+        return max(alive + kept(done) for done, alive in self.moments.items())
+
+
+@dataclass(frozen=True, slots=True)
+class Flops:
+    """Floating-point operations of a sample, two for a multiplication and an addition, without recomputation."""
+
+    forward: float
+    both: float
+
+
+def weights_of(build: Build) -> Weights:
+    """Count a stage's model and its frozen companions."""
+    parts = _outline(build)
+    trained = [each for each in parts.model.parameters() if each.requires_grad]
+    linear = [module for module in parts.model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    still = [each for each in parts.model.parameters() if not each.requires_grad]
+    buffers = dict(parts.model.named_buffers())
+    saved = [buffers[name] for name in parts.model.state_dict() if name in buffers]
+    companions = [each for module in parts.frozen for each in (*module.parameters(), *module.buffers())]
+    return Weights(
+        trained=sum(each.numel() for each in trained),
+        products=sum(each.numel() for module in linear for each in module.parameters(recurse=False)),
+        sizes=tuple(each.numel() for each in trained),
+        blocks=tuple(sum(each.numel() for each in block.parameters()) for block in _blocks(parts.model)),
+        frozen_bytes=sum(each.nbytes for each in (*still, *buffers.values(), *companions)),
+        kept_bytes=sum(each.nbytes for each in (*still, *saved)),
+    )
+
+
+def flops_of(build: Build, channels: int, side: int) -> Flops:
+    """Count one sample's forward and backward.
+
+    Attention is counted as plain matrix products: what a fused kernel computes twice in its backward is not work done.
+    """
+    parts = _outline(build)
+    with _without_memory(parts) as model, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        total, _ = parts.objective(model, _batch(1, channels, side))
+        forward = counter.get_total_flops()
+        total.backward()
+    return Flops(forward, counter.get_total_flops())
+
+
+def trace_of(build: Build, samples: int, channels: int, side: int, *, precision: Precision, recompute: bool) -> Trace:
+    """Follow one micro of so many samples."""
+    parts = _outline(build)
+    with _without_memory(parts) as model:
+        if recompute:
+            cast(Any, model).set_grad_checkpointing(enable=True)
+        known = [*model.parameters(), *model.buffers()]
+        known += [each for module in parts.frozen for each in (*module.parameters(), *module.buffers())]
+        watch = _Watch(known)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(watch.finished)
+        with watch, autocast(_DEVICE, precision):
+            total, _ = parts.objective(model, _batch(samples, channels, side))
+            with autocast(_DEVICE, "fp32"):
+                total.backward()
+    return Trace(watch.moments)
+
+
+class _Watch(TorchDispatchMode):
+    """Counts the bytes of storages that were made since, while they live."""
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self.moments: dict[int, int] = {}
+        self._alive = self._done = 0
+        self._storages: dict[int, weakref.ref] = {}
+        self._known = {_place(each) for each in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._meet(leaf)
+        return out
+
+    def finished(self, parameter: Tensor) -> None:
+        """A gradient is whole, and no longer the micro's."""
+        assert parameter.grad is not None
+        self._done += parameter.grad.untyped_storage().nbytes()
+        parameter.grad = None
+        self._note()
+
+    def _meet(self, tensor: Tensor) -> None:
+        storage, place = tensor.untyped_storage(), _place(tensor)
+        if place in self._storages or place in self._known:
+            return
+        size = storage.nbytes()
+        self._alive += size
+        self._storages[place] = weakref.ref(storage, functools.partial(self._gone, place, size))
+        self._note()
+
+    def _note(self) -> None:
+        self.moments[self._done] = max(self.moments.get(self._done, 0), self._alive)
+
+    def _gone(self, place: int, size: int, _reference: Any) -> None:
+        self._alive -= size
+        del self._storages[place]
+
+
+def _place(tensor: Tensor) -> int:
+    """What distinguishes a living storage from all others."""
+    return tensor.untyped_storage()._cdata  # noqa: SLF001 - a fake storage has no address
+
+
+def _outline(build: Build) -> Parts:
+    """The parts of a stage on the meta device, where weights cost nothing and reading them into it does nothing."""
+    with torch.random.fork_rng(devices=[]), _META, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return build(_META)
+
+
+@contextmanager
+def _without_memory(parts: Parts) -> Iterator[nn.Module]:
+    """The parts' model, training, among fake tensors that behave as on a processor."""
+    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for module in parts.frozen:
+            module.to_empty(device=_DEVICE)
+        yield parts.model.to_empty(device=_DEVICE).train()
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The children of lists of modules of one type: what FSDP2 shards one by one."""
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
+    return [child for each in lists if len(each) > 1 and len({type(child) for child in each}) == 1 for child in each]
+
+
+def _batch(samples: int, channels: int, side: int) -> Batch:
+    numbers = torch.zeros(samples, dtype=torch.int64)
+    images = torch.zeros(samples, channels, side, side, dtype=torch.uint8)
+    return Batch(images, numbers, numbers, numbers, numbers == 0, step=0, epoch=0, micro=0)

@@ -1,0 +1,181 @@
+"""`foveal plan` and `foveal doctor` as users start them: real ranks, one of them slow, stopped, absent or without room."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from processes import PYTHON, Ended, Started, ended
+
+from foveal.doctor.examination import CHECKING, ENDING
+
+_PATIENCE = 60  # seconds until a rank has come
+_STOPPED, _RUNNING = 0.3, 0.02  # seconds: a rank that gets little of its time, whatever else the machine does
+
+
+@pytest.fixture
+def digits_config(configs: dict[str, Path], tmp_path: Path) -> list[str | Path]:
+    return ["doctor", configs["pretrain"], f"run.dir={tmp_path / 'run'}", "--stage", "pretrain"]
+
+
+class Job:
+    """Ranks that a test starts one by one, each on a node of its own name."""
+
+    def __init__(self, size: int, folder: Path) -> None:
+        with contextlib.closing(socket.socket()) as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self._size, self._folder = size, folder
+        self.ranks: dict[int, Started] = {}
+
+    def start(self, rank: int, *words: str | Path, before: tuple[str, ...] = ()) -> Started:
+        """Start a rank; ``before`` are the words before its command."""
+        place = {"RANK": str(rank), "WORLD_SIZE": str(self._size), "LOCAL_RANK": "0", "SLURMD_NODENAME": f"node{rank}"}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.port)}
+        self.ranks[rank] = Started([*before, PYTHON, "-m", "foveal.cli", *words], self._folder, **place)
+        return self.ranks[rank]
+
+    def has_come(self, rank: int) -> int:
+        """Wait until a rank is connected to the others; its process."""
+        limit = time.monotonic() + _PATIENCE
+        process = psutil.Process(self.ranks[rank].process.pid)
+        while time.monotonic() < limit:
+            family = [process, *process.children(recursive=True)]
+            for each in family:
+                if any(link.raddr and link.raddr.port == self.port for link in each.net_connections("tcp")):
+                    return each.pid
+            time.sleep(0.002)
+        pytest.fail(f"rank {rank} has not come")
+
+    def ended(self) -> dict[int, Ended]:
+        return {rank: started.ended() for rank, started in self.ranks.items()}
+
+
+@contextlib.contextmanager
+def throttled(pid: int) -> Iterator[None]:
+    """A process that stands still most of the time, as one on a node that is throttled."""
+    over = threading.Event()
+
+    def throttle() -> None:
+        while not over.is_set():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+                time.sleep(_STOPPED)
+                os.kill(pid, signal.SIGCONT)
+            time.sleep(_RUNNING)
+
+    thread = threading.Thread(target=throttle)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def last_line(done: Ended) -> str:
+    return done.out.strip().splitlines()[-1] if done.out.strip() else ""
+
+
+def test_a_plan_for_a_cluster(configs: dict[str, Path], tmp_path: Path) -> None:
+    command = [PYTHON, "-m", "foveal.cli", "plan", configs["pretrain"], "--stage", "pretrain", "--gpus-per-node", "4"]
+    done = ended([*command, "--gpu", "h100", "--json"], tmp_path)
+    assert done.code == 0, done.err
+    tree = json.loads(done.out)
+    assert tree["ranks"] == 4
+    assert tree["problems"] == []
+    refused = ended([*command, "--nodes", "15"], tmp_path)
+    assert refused.code == 2
+    assert refused.err.startswith("foveal: ") and len(refused.err.strip().splitlines()) == 1
+
+
+def test_a_node_by_itself_is_fine(digits_config, tmp_path: Path) -> None:
+    done = ended([PYTHON, "-m", "foveal.cli", *digits_config], tmp_path)
+    assert done.code == 0, done.out + done.err
+    head, line = done.out.splitlines()[:2]
+    assert head.startswith("node") and line.endswith("fine")
+    assert not list(tmp_path.glob(".foveal-doctor*"))
+
+
+def test_settings_that_are_wrong_everywhere(digits_config, tmp_path: Path) -> None:
+    job = Job(2, tmp_path)
+    for rank in range(2):
+        job.start(rank, *digits_config, "data.path=/nowhere", "--slowest", "0.05")
+    done = job.ended()
+    assert [done[rank].code for rank in range(2)] == [2, 2], done[0].out + done[0].err
+    assert "data.path: no such folder: /nowhere" in done[0].out
+    assert "bad nodes" not in done[0].out
+
+
+def test_torchrun_finds_two_ranks_fine(digits_config, tmp_path: Path) -> None:
+    launcher = ["torchrun", "--standalone", "--nproc-per-node=2", "-m", "foveal.cli"]
+    done = ended([*launcher, *digits_config, "--slowest", "0.05"], tmp_path)
+    assert done.code == 0, done.out + done.err
+    assert "all-reduce among 2 ranks: right, " in done.out
+    assert len(done.out.splitlines()) == 3  # rank 0 alone speaks
+
+
+def test_a_slow_rank_is_named(tmp_path: Path) -> None:
+    job = Job(2, tmp_path)
+    job.start(0, "doctor", before=("nice", "-n", "-5"))  # where it may be: other work must not slow it down as well
+    job.start(1, "doctor")
+    with throttled(job.has_come(1)):
+        done = job.ended()
+    assert [done[rank].code for rank in range(2)] == [6, 6], done[0].out + done[0].err
+    assert last_line(done[0]) == "bad nodes: node1"
+    assert "node1: rank 1 multiplies fp32 matrices at " in done[0].out
+    assert "foveal: suspect node node1: " in done[0].err
+
+
+def test_a_disk_that_takes_nothing_on_one_node(digits_config, tmp_path: Path) -> None:
+    job = Job(2, tmp_path)
+    job.start(0, *digits_config, "--slowest", "0.05")
+    job.start(1, *digits_config, "--slowest", "0.05", before=("prlimit", "--fsize=1000000"))
+    if shutil.which("prlimit") is None:
+        pytest.skip("prlimit is not installed")
+    done = job.ended()
+    assert [done[rank].code for rank in range(2)] == [6, 6], done[0].out + done[0].err
+    assert last_line(done[0]) == "bad nodes: node1"
+    assert f"node1: {tmp_path} is full, or over a quota or limit" in done[0].out
+
+
+def test_a_small_shared_memory(tmp_path: Path) -> None:
+    private = ["unshare", "--mount", "sh", "-c"]
+    if subprocess.run([*private, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("mount namespaces need root")
+    command = f"mount -t tmpfs -o size=8m none /dev/shm && exec {PYTHON} -m foveal.cli doctor"
+    done = ended([*private, command], tmp_path)
+    assert done.code == 6, done.out + done.err
+    assert "shm has 8 MB free of 8: NCCL would fail" in done.out
+    assert last_line(done) == f"bad nodes: {socket.gethostname()}"
+
+
+@pytest.mark.slow
+def test_ranks_that_stop_or_never_come_are_named(tmp_path: Path) -> None:
+    """Three ranks: one works, one stands still as soon as it has come, one is never started."""
+    job = Job(3, tmp_path)
+    began = time.monotonic()
+    job.start(0, "doctor")
+    job.start(1, "doctor")
+    pid = job.has_come(1)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        done = job.ranks[0].ended()
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        job.ranks[1].ended()
+    took = time.monotonic() - began
+    assert done.code == 6, done.out + done.err
+    assert "rank 1 said nothing more after it began " in done.out
+    assert f"rank 2 did not come within {CHECKING:.0f} s" in done.out
+    assert last_line(done) == "bad nodes: node1"
+    assert took < ENDING + _PATIENCE  # the second is for imports on a busy machine

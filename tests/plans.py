@@ -1,0 +1,16 @@
+"""Forecasts that tests share."""
+
+from pathlib import Path
+from typing import Any
+
+from ranks import stage_named
+
+from foveal.plan.forecast import Forecast, Machine
+
+
+def forecast(name: str, file: Path, *overrides: str, ranks: int = 1, **machine: Any) -> Forecast:
+    """A config's forecast on so many ranks of one node."""
+    stage = stage_named(name)
+    cfg = stage.config.load(file, ["run.dir=runs/none", *overrides])
+    place = {"mfu": 0.4, "write_bytes": 1e9} | machine
+    return Forecast(stage, stage.plan(cfg, ranks), Machine(1, ranks, **place))

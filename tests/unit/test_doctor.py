@@ -1,0 +1,176 @@
+"""`foveal doctor` without other processes: what counts as a bad node, and what single checks see."""
+
+import resource
+import socket
+import stat
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from foveal.distributed.examine import hosts, nodes_of_ranks
+from foveal.doctor import node, run
+from foveal.doctor.finding import Report
+from foveal.doctor.table import lines_of
+from foveal.doctor.verdict import Verdict, judged
+
+
+def report(name: str = "node1", rank: int = 0, **facts: Any) -> Report:
+    return Report(name, rank, facts)
+
+
+def judge(*reports: Report, silent: dict[int, tuple[str, str]] | None = None) -> Verdict:
+    return judged(list(reports), silent or {}, slowest=0.8)
+
+
+# --- the verdict ---
+
+
+def test_like_nodes_are_fine() -> None:
+    ranks = [report(f"node{rank}", rank, bf16_rate=100.0 + rank, commit="a") for rank in range(4)]
+    assert judge(*ranks) == Verdict([], {}, 0)
+
+
+def test_a_slow_rank_is_named() -> None:
+    ranks = [report(f"node{rank}", rank, bf16_rate=5e14, fp32_rate=5e13) for rank in range(4)]
+    ranks[2].facts["bf16_rate"] = 3.9e14
+    said = "node2: rank 2 multiplies bf16 matrices at 390 TFLOP/s, 78% of its peers' median of 500"
+    assert judge(*ranks) == Verdict([said], {"node2": said}, 6)
+    ranks[2].facts["bf16_rate"] = 4.1e14
+    assert judge(*ranks).code == 0
+
+
+def test_one_rank_has_no_peers() -> None:
+    assert judge(report(bf16_rate=1.0)).code == 0
+
+
+def test_a_rank_that_said_nothing_is_bad_also_where_its_node_is_not_known() -> None:
+    assert judge(report(), silent={1: ("node7", "rank 1 did not come")}) == Verdict(
+        ["rank 1 did not come"], {"node7": "rank 1 did not come"}, 6
+    )
+    assert judge(report(), silent={1: ("", "rank 1 did not come")}) == Verdict(["rank 1 did not come"], {}, 6)
+
+
+def test_what_is_wrong_everywhere_is_the_settings() -> None:
+    ranks = [report(f"node{rank}", rank) for rank in range(2)]
+    ranks[0].fault("config", "no such folder")
+    assert judge(*ranks).bad == ["node0"]
+    assert judge(*ranks).code == 6
+    ranks[1].fault("config", "no such folder")
+    assert (judge(*ranks).bad, judge(*ranks).code) == ([], 2)
+
+
+def test_what_nobody_reaches_is_no_nodes_fault() -> None:
+    ranks = [report(f"node{rank}", rank) for rank in range(2)]
+    for each in ranks:
+        each.fault("reach", "an all-reduce failed")
+    assert (judge(*ranks).bad, judge(*ranks).code) == ([], 6)
+
+
+def test_other_software_is_found() -> None:
+    ranks = [report(f"node{rank}", rank, commit="a", **{"version of torch": "2.15"}) for rank in range(3)]
+    ranks[1].facts["commit"] = "b"
+    said = "node1: the commit is b, elsewhere it is a"
+    assert judge(*ranks) == Verdict([said], {"node1": said}, 6)
+
+
+def test_notes_and_clocks_spoil_nothing() -> None:
+    one, other = report("node1", 0, skew=0.1), report("node2", 1, skew=-90.0)
+    one.fault("note", "MLflow does not answer")
+    verdict = judge(one, other)
+    assert (verdict.bad, verdict.code) == ([], 0)
+    assert verdict.sentences == [
+        "node1: MLflow does not answer",
+        "node2: its clock is -90.0 s off that of rank 0; logs will not fit",
+    ]
+
+
+def test_the_table_has_a_line_for_each_node_and_its_worst_rank() -> None:
+    ranks = [report("node1", 0, bf16_rate=5e12), report("node1", 1, bf16_rate=4e12)]
+    head, first, second = lines_of(ranks, {2: ("node2", "gone")}, ["node2"])
+    assert head.split()[:3] == ["node", "ranks", "device"]
+    assert first.split()[:2] == ["node1", "2"] and " 4 " in first and first.endswith("fine")
+    assert second.split()[:2] == ["node2", "-"] and second.endswith("BAD")
+
+
+# --- Slurm's names ---
+
+
+def test_host_lists() -> None:
+    assert hosts("a[01-03,7],c,d[1-2]x[8-9]") == ["a01", "a02", "a03", "a7", "c", "d1x8", "d1x9", "d2x8", "d2x9"]
+    assert hosts("") == []
+
+
+def test_ranks_are_placed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "n[1-3]")
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "2(x2),1")
+    assert nodes_of_ranks(5) == ["n1", "n1", "n2", "n2", "n3"]
+    assert nodes_of_ranks(6) == []
+
+
+# --- single checks ---
+
+
+class Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+@pytest.mark.parametrize(("free", "kinds"), [(60e6, ["node"]), (5e8, ["note"]), (8e9, [])])
+def test_shared_memory_that_is_short(free: float, kinds: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node.shutil, "disk_usage", lambda _: Usage(int(16e9), 0, int(free)))
+    found = report()
+    node.shared_memory(found)
+    assert [kind for kind, _ in found.faults] == kinds
+
+
+def test_few_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 4096))
+    found = report()
+    node.limits(found)
+    assert found.faults == [("config", "a process may open 256 files: set `ulimit -n 4096` in the job script")]
+
+
+def test_rates_are_positive_and_of_both_types() -> None:
+    found = report()
+    node.rates(found, torch.device("cpu"))
+    assert found.facts["fp32_rate"] > 1e6
+    assert found.facts["bf16_rate"] > 1e6
+
+
+def smi(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Report:
+    """What is found with an nvidia-smi that says this."""
+    file = folder / "nvidia-smi"
+    file.write_text(f"#!/bin/sh\n{script}\n")
+    file.chmod(file.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    found = report()
+    node.health(found, "GPU-b", 0)
+    return found
+
+
+def test_a_gpu_with_errors_or_throttled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    healthy = "echo '0, GPU-a, 7, 0x0, 40'; echo '1, GPU-b, 0, 0x0000000000000001, 41'"
+    assert smi(tmp_path, monkeypatch, healthy).faults == []
+    broken = smi(tmp_path, monkeypatch, "echo '1, GPU-b, 3, 0x0000000000000048, 91'")
+    assert broken.faults == [
+        ("node", "GPU 0 counts 3 uncorrected memory errors: it must be reset or replaced"),
+        ("node", "GPU 0 is throttled at 91 degrees (hardware slowdown, hardware thermal slowdown)"),
+    ]
+    lost = smi(tmp_path, monkeypatch, "echo 'Unable to determine the device handle: GPU is lost' >&2; exit 15")
+    assert lost.faults == [("node", "nvidia-smi fails (Unable to determine the device handle: GPU is lost)")]
+    assert smi(tmp_path, monkeypatch, "echo '1, GPU-b, [N/A], [N/A], 41'").faults == []
+
+
+def test_a_tracking_server_that_does_not_answer() -> None:
+    found = report()
+    for harmless in (None, "sqlite:///runs/mlflow.db"):
+        run.tracking(found, harmless)
+    assert found.faults == []
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound and not listening: refused at once
+        run.tracking(found, f"http://127.0.0.1:{taken.getsockname()[1]}")
+    ((kind, sentence),) = found.faults
+    assert kind == "note" and "does not answer" in sentence
