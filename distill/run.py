@@ -9,7 +9,7 @@ from distill.objective import Imitate
 from distill.teacher import Teacher
 from foveal.distributed.engine import build_engine
 from foveal.door import Stage, main
-from foveal.loop import due, steps
+from foveal.loop import Parts, due
 from foveal.models.heads import Student
 from foveal.models.vit import build_encoder, encoder_card
 from foveal.optim import parameter_groups
@@ -20,16 +20,11 @@ from foveal.seeding import key
 def train(plan: DistillPlan, run: Run) -> None:
     """From the first step, or the newest checkpoint, to the export of the student's encoder."""
     cfg = plan.cfg
-    torch.manual_seed(key(cfg.seed, "weights"))
-    encoder = build_encoder(cfg.model, image_size=cfg.data.image_size, channels=cfg.data.channels)
-    model = Student(encoder, plan.teacher_width)
-    groups = parameter_groups(model, cfg.optim)
-    engine = build_engine(model, groups, cfg.optim, cfg.engine, run.world, at_once=plan.at_once, accumulate=plan.micros)
-    teacher = Teacher(Path(cfg.teacher), engine.device, cfg.engine.precision)
-    objective = Imitate(teacher, cfg.distance, cfg.cls_weight, cfg.patch_weight, plan.mean, plan.std)
+    made, sizes = parts(plan, run.world.device), {"at_once": plan.at_once, "accumulate": plan.micros}
+    engine = build_engine(made.model, made.groups, cfg.optim, cfg.engine, run.world, **sizes)
     start = run.resume(engine)
-    with run.batches(start) as batches:
-        for step in steps(engine, batches, objective, run.course(start)):
+    with run.steps(engine, made.objective, start) as steps:
+        for step in steps:
             if due(step.index, cfg.log.every, plan.stop):
                 run.report()
             leaving = run.asked_to_leave()
@@ -43,7 +38,18 @@ def train(plan: DistillPlan, run: Run) -> None:
     return None
 
 
-STAGE = Stage("distill", DistillConfig, plan, train)
+def parts(plan: DistillPlan, device: torch.device) -> Parts[Imitate]:
+    """The student, freshly drawn, and its teacher on the device."""
+    cfg = plan.cfg
+    torch.manual_seed(key(cfg.seed, "weights"))
+    encoder = build_encoder(cfg.model, image_size=cfg.data.image_size, channels=cfg.data.channels)
+    model = Student(encoder, plan.teacher_width)
+    teacher = Teacher(Path(cfg.teacher), device, cfg.engine.precision)
+    objective = Imitate(teacher, cfg.distance, cfg.cls_weight, cfg.patch_weight, plan.mean, plan.std)
+    return Parts(model, parameter_groups(model, cfg.optim), objective, frozen=(teacher.encoder,))
+
+
+STAGE = Stage("distill", DistillConfig, plan, train, parts)
 
 if __name__ == "__main__":
     main(STAGE)

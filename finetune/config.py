@@ -54,6 +54,11 @@ class FinetunePlan(Plan):
     encoder: dict[str, Any] = None  # type: ignore[assignment]
     classes: tuple[str, ...] = ()
 
+    @property
+    def runs(self) -> int:
+        trials = self.cfg.trials
+        return 1 if trials is None else len(trials.arms) * len(trials.lr_per_256) * trials.repeats
+
 
 def plan(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
     """Everything that can be refused before a run begins; with trials, for every arm.

@@ -18,7 +18,7 @@ from foveal.data.pack import pack_digits
 from foveal.distributed.engine import build_engine
 from foveal.distributed.world import seat
 from foveal.door import Stage, main
-from foveal.loop import due, steps
+from foveal.loop import Parts, due
 from foveal.models.droppath import drop_path_sites
 from foveal.models.heads import Classifier
 from foveal.models.vit import encoder_from_card
@@ -40,13 +40,11 @@ def train(plan: FinetunePlan, run: Run) -> None:
 def fit(plan: FinetunePlan, run: Run) -> None:
     """From the first step, or the newest checkpoint, to the export of the classifier."""
     cfg = plan.cfg
-    model = classifier(plan)
-    groups = parameter_groups(model, cfg.optim, _depth_of(plan.encoder["depth"]), plan.encoder["depth"] + 1)
-    engine = build_engine(model, groups, cfg.optim, cfg.engine, run.world, at_once=plan.at_once, accumulate=plan.micros)
-    objective = Classify(cfg.seed, cfg.label_smoothing, drop_path_sites(model), plan.mean, plan.std)
+    made, sizes = parts(plan, run.world.device), {"at_once": plan.at_once, "accumulate": plan.micros}
+    engine = build_engine(made.model, made.groups, cfg.optim, cfg.engine, run.world, **sizes)
     start = run.resume(engine)
-    with run.batches(start) as batches:
-        for step in steps(engine, batches, objective, run.course(start)):
+    with run.steps(engine, made.objective, start) as steps:
+        for step in steps:
             if due(step.index, cfg.log.every, plan.stop):
                 run.report()
             if cfg.evaluate_every and step.index % cfg.evaluate_every == 0 and step.index < plan.steps:
@@ -67,6 +65,14 @@ def fit(plan: FinetunePlan, run: Run) -> None:
         run.export(engine, plan.encoder, prefix="encoder.", classes=plan.classes)
         run.finish(results)
     return None
+
+
+def parts(plan: FinetunePlan, _device: torch.device) -> Parts[Classify]:
+    """The classifier of the plan, and what it learns; of a comparison, those of its first trial."""
+    cfg, depth = plan.cfg, plan.encoder["depth"]
+    model = classifier(plan)
+    objective = Classify(cfg.seed, cfg.label_smoothing, drop_path_sites(model), plan.mean, plan.std)
+    return Parts(model, parameter_groups(model, cfg.optim, _depth_of(depth), depth + 1), objective)
 
 
 def classifier(plan: FinetunePlan) -> Classifier:
@@ -108,7 +114,7 @@ def demo() -> list[str]:
     return [str(root / "configs" / "finetune" / "digits.yaml"), *([f"init={encoder}", "model=null"] if found else [])]
 
 
-STAGE = Stage("finetune", FinetuneConfig, plan, train, demo)
+STAGE = Stage("finetune", FinetuneConfig, plan, train, parts, demo)
 
 if __name__ == "__main__":
     main(STAGE)

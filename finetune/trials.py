@@ -12,7 +12,8 @@ from pathlib import Path
 
 from finetune.config import FinetunePlan, trial
 from finetune.config import plan as plan_of
-from foveal.runtime import Run, opened
+from foveal.opening import opened
+from foveal.runtime import Run
 
 Fit = Callable[[FinetunePlan, Run], None]
 
@@ -27,7 +28,7 @@ def compare(plan: FinetunePlan, run: Run, fit: Fit) -> None:
         for lr in cfg.trials.lr_per_256
         for repeat in range(cfg.trials.repeats)
     ]
-    run.begin(total=len(names))
+    run.begin(_finished(run.path), total=len(names))
     found: dict[tuple[str, float], list[dict[str, float]]] = {}
     for done, (arm, repeat, lr) in enumerate(names, start=1):
         one = plan_of(trial(cfg, arm, repeat, lr), run.world.size)
@@ -40,9 +41,14 @@ def compare(plan: FinetunePlan, run: Run, fit: Fit) -> None:
     return None
 
 
+def _finished(run: Path) -> int:
+    """Trials that are done: an attempt that adds one has got further."""
+    return len(list(run.glob("trials/*/finished.json")))
+
+
 def _one(plan: FinetunePlan, run: Run, fit: Fit) -> dict[str, float] | None:
     """The summary of one trial, run now or before; nothing if it was asked to leave."""
-    with opened("finetune", plan, run.world, run.preemption, quiet=True) as inner:
+    with opened("finetune", plan, run.world, run.preemption, within=run) as inner:
         if inner is not None:
             fit(plan, inner)
             if inner.left:

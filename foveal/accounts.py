@@ -1,6 +1,8 @@
 """What a run owes its auditors: the ledger of what every step consumed, and the quarantine of what did not decode."""
 
-from collections.abc import Iterable, Sequence
+import json
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ from foveal.data import Batch
 from foveal.data.ledger import Ledger, begin_attempt
 from foveal.data.quarantine import Entry, Quarantine, entry_of, read_entries
 from foveal.distributed.world import World
+from foveal.files import append_lines
 from foveal.stage import Plan
 
 
@@ -17,6 +20,8 @@ class Accounts:
     def __init__(self, path: Path, plan: Plan, world: World, start: int, skipped: Sequence[int]) -> None:
         self._world = world
         self._met: list[Entry] = []
+        self._newest: Sequence[Batch] = ()
+        self._path = path
         file = path / "quarantine.jsonl"
         entries = world.broadcast(read_entries(file, start) if world.rank == 0 else [])
         self._quarantine = Quarantine(file, _limits(plan), entries)
@@ -28,8 +33,9 @@ class Accounts:
         elif world.rank == 0 and (path / "ledger").is_dir():  # rows past this step are void, though none follow
             begin_attempt(path / "ledger", _facts(plan) | {"start": start, "skipped": list(skipped)})
 
-    def consumed(self, step: int, micros: Iterable[Batch]) -> None:
+    def consumed(self, step: int, micros: Sequence[Batch]) -> None:
         """This rank's micro-batches of a step that has been taken."""
+        self._newest = micros
         for batch in micros:
             if self._ledger is not None:
                 self._ledger.add(step, batch)
@@ -38,6 +44,15 @@ class Accounts:
     def met(self, step: int, batch: Batch) -> None:
         """The bad samples of a batch, of training or of an evaluation after a step."""
         self._met += [entry_of(bad, step) for bad in batch.bad]
+
+    def refused(self, step: int) -> None:
+        """Write down the samples of the newest step, whose update was refused. A collective."""
+        mine = [number for batch in self._newest for number in batch.ids.tolist()]
+        ids = [number for rank in self._world.gather(mine) for number in rank]
+        if self._world.rank == 0:
+            append_lines(
+                self._path / "refused.jsonl", [json.dumps({"time": time.time(), "step": step, "samples": ids})]
+            )
 
     def report(self) -> int:
         """Write everything down; how many bad samples the run has met so far. A collective."""

@@ -45,6 +45,14 @@ class _StrictDumper(yaml.SafeDumper):
     """Puts quotes round the text 1e3, which the loader above would read as a number."""
 
 
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Between double quotes where YAML would take one of Unicode's line ends for a fold, and read a blank."""
+    return dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style='"' if set(text) & set("\x85\u2028\u2029") else None
+    )
+
+
+_StrictDumper.add_representer(str, _text)
 for _twin in (_StrictLoader, _StrictDumper):
     _twin.add_implicit_resolver(
         "tag:yaml.org,2002:float",

@@ -2,16 +2,22 @@
 
 import argparse
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NoReturn, TypeVar
 
-from foveal.distributed.preemption import listening, requeue
+import torch
+
+from foveal.distributed.lost import lost_peer
+from foveal.distributed.preemption import listening
 from foveal.distributed.world import World, joined, seat
-from foveal.errors import ConfigError, FovealError, LaunchError
-from foveal.runtime import Run, opened
+from foveal.errors import ConfigError, FovealError, Hung, LaunchError
+from foveal.loop import Parts
+from foveal.opening import opened
+from foveal.runtime import Run
 from foveal.stage import Plan, StageConfig, config_file
 
 C = TypeVar("C", bound=StageConfig)
@@ -23,13 +29,15 @@ _log = logging.getLogger("foveal")
 class Stage(Generic[C, P]):
     """A stage: its settings, how they become a plan on so many ranks, and what is done with the plan.
 
-    ``default`` gives the command line of a start without CONFIG, and prepares what that needs.
+    ``parts`` builds what a step of the plan is made of, a frozen teacher on the device; ``foveal plan`` builds the same
+    without memory for it. ``default`` gives the command line of a start without CONFIG, and prepares what that needs.
     """
 
     name: str
     config: type[C]
     plan: Callable[[C, int], P]
     train: Callable[[P, Run], None]
+    parts: Callable[[P, torch.device], Parts[Any]]
     default: Callable[[], list[str]] | None = None
 
 
@@ -46,7 +54,7 @@ def load(config: type[C], stage: str, given: str, overrides: Sequence[str]) -> C
 
 
 def main(stage: Stage[Any, Any], argv: Sequence[str] | None = None) -> NoReturn:
-    """Run a stage and exit: 0 done, left or finished already; 2 and one sentence for a user's mistake."""
+    """Run a stage and exit: 0 done, left or finished already; else a sentence and a code of ``foveal.errors``."""
     options = _parse(stage, argv)
     _speak_plainly()
     try:
@@ -64,10 +72,26 @@ def main(stage: Stage[Any, Any], argv: Sequence[str] | None = None) -> NoReturn:
             if world.rank:
                 logging.getLogger().handlers[0].setLevel(logging.ERROR)  # the others speak in their own logs
             enter(stage, cfg, world)
+    except Hung as error:
+        _say(error)
+        _end_now(error.exit_code)
     except FovealError as error:
         _say(error)
         sys.exit(error.exit_code)
+    except Exception as error:
+        if (sentence := lost_peer(error)) is None:
+            raise
+        _say(Hung(sentence))
+        _end_now(Hung.exit_code)
     sys.exit(0)
+
+
+def _end_now(code: int) -> NoReturn:
+    """Leave without the interpreter's own clearing up, which after a broken gloo group aborts now and then (code 134)."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _default(stage: Stage[Any, Any], overrides: list[str]) -> tuple[str, list[str]]:
@@ -78,23 +102,20 @@ def _default(stage: Stage[Any, Any], overrides: list[str]) -> tuple[str, list[st
 
 
 def enter(stage: Stage[Any, Any], cfg: StageConfig, world: World) -> None:
-    """Run a stage among the ranks of a world, and ask Slurm for another start if it was told to leave."""
+    """Run a stage among the ranks of a world."""
     plan = stage.plan(cfg, world.size)
-    with listening(world) as preemption:
-        with opened(stage.name, plan, world, preemption) as run:
-            if run is None:
-                return
-            for line in run.plan.lines():
-                _log.info(line)
-            stage.train(run.plan, run)
-        if run.left and world.rank == 0 and preemption.heard != "SIGINT" and (refusal := requeue()):
-            raise LaunchError(f"the run was saved, but Slurm did not requeue the job ({refusal}); submit it again")
+    with listening(world) as preemption, opened(stage.name, plan, world, preemption) as run:
+        if run is None:
+            return
+        for line in run.plan.lines():
+            _log.info(line)
+        stage.train(run.plan, run)
 
 
 def _say(error: FovealError) -> None:
     """One sentence, from one rank of each node: every rank of a node makes the same mistake."""
     here = seat()
-    if here.local == 0 or isinstance(error, LaunchError):
+    if here.local == 0 or isinstance(error, LaunchError | Hung):
         where = f" (rank {here.rank} of {here.size})" if here.rank else ""
         sys.stderr.write(f"foveal: {error}{where}\n")
 

@@ -3,7 +3,8 @@
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from foveal.data import Batch
 from foveal.distributed.engine import Engine
 from foveal.distributed.world import World
 from foveal.telemetry.pace import Pace
+from foveal.telemetry.stragglers import Stragglers
 from foveal.telemetry.totals import Totals
 
 
@@ -33,6 +35,22 @@ class Objective(Protocol):
         ...
 
 
+Goal = TypeVar("Goal", bound=Objective)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts(Generic[Goal]):
+    """What a step is made of before an engine takes it: a model, its parameter groups for AdamW, and the objective.
+
+    ``frozen``: the modules that the objective asks and nothing trains.
+    """
+
+    model: nn.Module
+    groups: list[dict[str, Any]]
+    objective: Goal
+    frozen: tuple[nn.Module, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """A finished optimizer step: ``index`` counts from 1; ``batch`` is this rank's last micro, for pictures."""
@@ -46,7 +64,7 @@ class Step:
 class Course:
     """The steps of one attempt, from ``start`` to ``stop``, each of ``accumulate`` micros, and where their numbers go.
 
-    ``consumed`` hears of the micros of every step that has been taken.
+    ``beat`` hears what every step is doing, ``consumed`` of the micros of every step that has been taken.
     """
 
     start: int
@@ -56,6 +74,8 @@ class Course:
     world: World
     totals: Totals
     pace: Pace
+    stragglers: Stragglers
+    beat: Callable[[int, str], None]
     consumed: Callable[[int, Sequence[Batch]], None]
 
 
@@ -69,17 +89,21 @@ def steps(engine: Engine, batches: Iterator[Batch], objective: Objective, course
     for index in range(course.start, course.stop):
         rate = course.lr(index)
         engine.set_lr(rate)
+        course.beat(index + 1, "data")
         with course.pace.waiting():
-            micros = course.world.together(lambda: list(itertools.islice(batches, accumulate)))
+            micros = course.world.together(partial(_fetched, batches, course))
+        course.beat(index + 1, "training")
         share = _mean_weight([objective.weight(batch) for batch in micros], course.world)
         sums: dict[str, Tensor] = {}
         for number, host_batch in enumerate(micros):
             batch = host_batch.to(engine.device, non_blocking=True)
             with engine.micro(last=number == accumulate - 1):
-                total, numbers = objective(engine.model, batch)
+                with course.stragglers.working():
+                    total, numbers = objective(engine.model, batch)
                 engine.backward(total / share)
             for name, value in ({"loss": total} | numbers).items():
                 sums[name] = sums.get(name, 0.0) + (value.detach() / share).double() / (accumulate * ranks)
+        course.beat(index + 1, "updating")
         outcome = engine.step()
         course.totals.add(
             sums, {"step": index + 1, "lr": rate, "grad_norm": outcome.grad_norm, "applied": float(outcome.applied)}
@@ -87,6 +111,11 @@ def steps(engine: Engine, batches: Iterator[Batch], objective: Objective, course
         course.consumed(index + 1, micros)
         course.pace.count(len(batch.ids) * accumulate * ranks)
         yield Step(index + 1, batch, outcome.applied)
+
+
+def _fetched(batches: Iterator[Batch], course: Course) -> list[Batch]:
+    with course.stragglers.fetching():
+        return list(itertools.islice(batches, course.accumulate))
 
 
 def _mean_weight(weights: list[float | Tensor], world: World) -> float | Tensor:

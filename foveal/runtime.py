@@ -1,86 +1,185 @@
-"""A run: a directory, a tracker, checkpoints and a pace, opened in order and closed in reverse."""
+"""One attempt at a run, as a stage's timetable sees it: steps, numbers, checkpoints, the way out."""
 
 import json
 import logging
-import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from foveal import __version__
 from foveal.accounts import Accounts
+from foveal.attempts import Attempt, Lease
 from foveal.checkpoint.export import Card, write_export
 from foveal.checkpoint.store import Store, TrainState, check_same_science
 from foveal.data import Batch, eval_batches, train_batches
 from foveal.data.subset import PartName
 from foveal.distributed.engine import Engine
-from foveal.distributed.preemption import Preemption
-from foveal.distributed.world import World, describe, slurm_job
-from foveal.errors import CheckpointError, Diverged
-from foveal.files import write_json
-from foveal.loop import Course
+from foveal.distributed.preemption import Preemption, requeue
+from foveal.distributed.watch import Watch
+from foveal.distributed.world import World
+from foveal.errors import CheckpointError, NotRequeued, Superseded
+from foveal.files import append_lines, write_json
+from foveal.loop import Course, Objective, Step, steps
 from foveal.progress import Progress
 from foveal.provenance import attempt_facts, versions, warn_of_versions
-from foveal.stage import Plan, StageConfig
+from foveal.recovery import Recovery, read_journal
+from foveal.saving import Saving
+from foveal.stage import Plan
 from foveal.telemetry.pace import Pace, peak_memory
+from foveal.telemetry.stragglers import Stragglers
 from foveal.telemetry.totals import Row, Totals
-from foveal.tracking.jsonl import Jsonl
-from foveal.tracking.tracker import Both, Silent, Status, Tracker, TrackingConfig, in_words
+from foveal.tracking import open_tracker
+from foveal.tracking.tracker import Silent, Tracker
 
-_TOLERATED = 3  # skipped steps in a row before a run counts as diverged
 _log = logging.getLogger(__name__)
 
 
 @dataclass
 class Run:
-    """One attempt at a run, as a stage's timetable sees it."""
+    """One attempt at a run. ``attempt`` is its lease on the directory, which rank 0 holds."""
 
     stage: str
     path: Path
     plan: Plan
     world: World
     preemption: Preemption
+    attempt: Attempt
     store: Store
+    watch: Watch
+    saving: Saving
+    stragglers: Stragglers
     quiet: bool = False
     totals: Totals = field(default_factory=Totals)
     pace: Pace = field(default_factory=Pace)
     tracker: Tracker = field(default_factory=Silent)
     progress: Progress = field(default_factory=Progress)
-    accounts: Accounts | None = None
-    skipped: list[int] = field(default_factory=list)
     left: bool = False
     finished: bool = False
-    _diverging: int = 0
+    step: int = 0
+    why: str = ""  # the attempt ended
+    _accounts: Accounts | None = None
+    _recovery: Recovery | None = None
+    _owed: bool = False  # a checkpoint that was due after a refused update
     _last: Row = field(default_factory=dict)
+
+    @property
+    def accounts(self) -> Accounts:
+        """The ledger and the quarantine, from ``resume`` on."""
+        assert self._accounts is not None, "resume opens them"
+        return self._accounts
+
+    @property
+    def recovery(self) -> Recovery:
+        """What was done about refused updates, from ``resume`` on."""
+        assert self._recovery is not None, "resume reads it"
+        return self._recovery
+
+    # --- the beginning ---
 
     def resume(self, engine: Engine) -> int:
         """Load the newest whole checkpoint, open the tracker at its step, and return that step: 0 for a new run.
 
-        Errors: CheckpointError where the checkpoint is of other science, or of ranks or an engine it cannot go on with.
+        The checkpoint may be of any number of ranks and any engine. A new run writes one before its first step: it
+        shows that there is room, how long a save takes, and it is what a roll-back at the start goes back to.
+        Errors: CheckpointError where the checkpoint is of other science or no room is left, LaunchError where a save
+        takes longer than the notice that Slurm gives.
         """
         found = self.store.newest()
-        step = 0
+        skipped: list[int] = []
         if found is not None:
             folder, state = found
             check_same_science(state.science, self.plan.science(), folder)
-            _check_same_shape(folder, state, self._state(state.step))
-            engine.load(folder)
-            step = state.step
-            self.skipped = state.skipped
+            self.store.load(folder, engine, state)
+            self.step, skipped = state.step, state.skipped
             self.pace = Pace(state.seconds)
             warn_of_versions(state.versions)
-            _log.info("resumed from %s", folder)
-        self.begin(step)
-        self.accounts = Accounts(self.path, self.plan, self.world, step, self.skipped)
-        return step
+            _log.info("resumed from %s, which %s wrote", folder, state.shape)
+        self._recovery = Recovery(self.path, self.plan.cfg.recovery, skipped, self.world.once(self._journal))
+        self.begin(self.step)
+        self._accounts = Accounts(self.path, self.plan, self.world, self.step, self.recovery.skipped)
+        if found is None:
+            self.saving.first(engine, self._state(0), self.pace)
+        return self.step
+
+    def begin(self, step: int = 0, total: int | None = None) -> None:
+        """Open the tracker at a step, on rank 0; the progress counts to ``total``, or to the plan's steps.
+
+        Errors: Restarting where attempt after attempt began at this step and came to nothing.
+        """
+        self.world.once(lambda: self._begin(step, total))
+
+    def _begin(self, step: int, total: int | None) -> None:
+        cfg = self.plan.cfg
+        assert isinstance(self.attempt, Lease), "rank 0 holds it"
+        self.attempt.started(step)
+        self.tracker, self._last = open_tracker(self.path, cfg.tracking, cfg.run.pipeline, step)
+        self.tracker.settings(cfg.flat() | self.plan.inherited, attempt_facts(self.world))
+        self.tracker.file(self.path / "config.yaml")
+        self.progress = Progress("" if self.quiet else self.path.name, total or self.plan.steps, step)
+
+    def _journal(self) -> list[dict[str, Any]]:
+        return read_journal(self.path)
+
+    # --- steps ---
+
+    def steps(self, engine: Engine, objective: Objective, start: int) -> AbstractContextManager[Iterator[Step]]:
+        """Every step that is left of this attempt; after several refused updates, those since the checkpoint again."""
+        return closing(self._steps(engine, objective, start))
+
+    def _steps(self, engine: Engine, objective: Objective, start: int) -> Generator[Step, None, None]:
+        while True:
+            with self.batches(start) as batches:
+                for step in steps(engine, batches, objective, self._course(start)):
+                    self.step = step.index
+                    lost = self.recovery.met(step.index, applied=step.applied)
+                    if not step.applied:
+                        self.accounts.refused(step.index)
+                    yield step
+                    if lost:
+                        break
+                    if self._owed and step.applied:
+                        self.save(engine, step.index)
+                else:
+                    return
+            start = self._go_back(engine)
 
     def batches(self, start: int) -> AbstractContextManager[Iterator[Batch]]:
         """This rank's training batches from step ``start`` to the plan's stop."""
         plan, data = self.plan, self.plan.cfg.data
         place = {"rank": self.world.rank, "size": self.world.size, "at_once": plan.at_once}
-        return train_batches(plan.training, data, **place, start=start, stop=plan.stop, skipped=self.skipped)
+        return train_batches(plan.training, data, **place, start=start, stop=plan.stop, skipped=self.recovery.skipped)
+
+    def _course(self, start: int) -> Course:
+        plan = self.plan
+        self.pace.begin()
+        return Course(
+            start,
+            plan.stop,
+            plan.micros,
+            plan.lr,
+            self.world,
+            self.totals,
+            self.pace,
+            self.stragglers,
+            self.watch.beat,
+            self.accounts.consumed,
+        )
+
+    def _go_back(self, engine: Engine) -> int:
+        """Restore the newest checkpoint and return its step; what was written down of later steps is void."""
+        self.settle()
+        found = self.store.newest()
+        if found is None:
+            raise CheckpointError(f"{self.path} has no whole checkpoint to go back to")
+        folder, state = found
+        self.recovery.go_back(state.step, writes=self.world.rank == 0)
+        self.totals.read(self.world.sum)
+        self.store.load(folder, engine, state)
+        self.accounts.close()
+        self._accounts = Accounts(self.path, self.plan, self.world, state.step, self.recovery.skipped)
+        self.tracker.rewind(state.step)
+        return state.step
 
     def evaluation(self, step: int, *, split: str, part: PartName) -> Iterator[Batch]:
         """This rank's share of a part of a split: every sample exactly once over all ranks. Every rank takes part.
@@ -90,47 +189,34 @@ class Run:
         plan, world = self.plan, self.world
         place = {"rank": world.rank, "size": world.size, "at_once": plan.cfg.batch.at_once}
         batches = eval_batches(plan.dataset, plan.cfg.data, split=split, part=part, seed=plan.cfg.seed, **place)
-        assert self.accounts is not None
         with closing(batches):
             while (batch := world.together(lambda: next(batches, None))) is not None:
+                self.watch.beat(step, "evaluating")
                 self.accounts.met(step, batch)
                 yield batch
         self.accounts.report()
         self.accounts.check()
 
-    def begin(self, step: int = 0, total: int | None = None) -> None:
-        """Open the tracker at a step, on rank 0; the progress counts to ``total``, or to the plan's steps."""
-        if self.world.rank == 0:
-            self.tracker, self._last = _tracker(self.path, self.plan.cfg, step)
-            self.tracker.settings(self.plan.cfg.flat() | self.plan.inherited, attempt_facts(self.world))
-            self.tracker.file(self.path / "config.yaml")
-            self.progress = Progress("" if self.quiet else self.path.name, total or self.plan.steps, step)
+    # --- numbers ---
 
     def report(self) -> Row:
         """Reduce and deliver the rows of the steps since the last report; the last of them, with rates.
 
-        Errors, on every rank: Diverged when the last steps in a row were all skipped, DataError when too many samples
-        do not decode.
+        Errors, on every rank: DataError when too many samples do not decode.
         """
+        self.watch.beat(self.step, "reporting")
         rows = self.totals.read(self.world.sum)
         if rows:
-            assert self.accounts is not None
-            rows[-1] |= (
-                self.pace.read() | peak_memory(self.world.device) | {"bad_samples": float(self.accounts.report())}
-            )
+            slow, table = self.stragglers.report(int(rows[-1]["step"]), self.world.gather)
+            bad = {"bad_samples": float(self.accounts.report())}
+            rows[-1] |= self.pace.read() | peak_memory(self.world.device) | bad | slow | self.saving.numbers()
             with self.pace.paused():
                 self.tracker.rows(rows)
+                if table and self.world.rank == 0:
+                    append_lines(self.path / "stragglers.jsonl", map(json.dumps, table))
                 self.progress.show(rows[-1])
             self._last = rows[-1]
             self.accounts.check()
-        for row in rows:
-            self._diverging = 0 if row["applied"] and math.isfinite(row["loss"]) else self._diverging + 1
-            if self._diverging >= _TOLERATED:
-                raise Diverged(
-                    f"loss or gradients were not finite in {self._diverging} steps up to step {int(row['step'])}; none of them "
-                    f"changed a weight, and the newest checkpoint is whole: lower optim.lr_per_256 or lengthen "
-                    f"optim.warmup_epochs"
-                )
         return self._last
 
     def evaluated(self, step: int, numbers: dict[str, float]) -> None:
@@ -139,38 +225,61 @@ class Run:
 
     def picture(self, name: str, step: int, draw: Any) -> None:
         """Save what ``draw()`` returns (a PIL image) under pictures/, on rank 0."""
+        self.watch.beat(step, "showing")
         if self.world.rank == 0:
             file = self.path / "pictures" / f"{name}-{step:08d}.png"
             file.parent.mkdir(exist_ok=True)
             draw().save(file)
             self.tracker.file(file)
 
+    # --- checkpoints, and the way out ---
+
     def save(self, engine: Engine, step: int) -> None:
-        """Write a checkpoint; what is reported is on disk first, so that no row is newer than the checkpoint's loss."""
+        """Begin a checkpoint; what is reported is on disk first, so that no row is newer than the checkpoint's loss.
+
+        After a refused update it waits for the next that is applied: weights that only give NaN are not worth keeping.
+        """
         self.report()
-        with self.pace.paused():
-            self.store.save(engine, self._state(step))
+        self._owed = not self.recovery.clean
+        if self._owed:
+            _log.warning("no checkpoint at step %d, whose update was refused", step)
+        else:
+            self.saving.begin(engine, self._state(step), self.pace)
 
     def asked_to_leave(self) -> bool:
-        """Whether any rank was asked to; all ranks hear the same answer.
+        """Whether any rank was asked to; all ranks hear the same answer. A checkpoint that is written gets its name.
 
-        One integer over all ranks every step: with long steps, asking less often would outlast the notice that Slurm
-        gives, and an engine reads the gradient norm from the device in every step anyway.
+        Three integers over all ranks every step: with long steps, asking less often would outlast the notice that
+        Slurm gives, and an engine reads the gradient norm from the device in every step anyway.
+        Errors: Superseded, on every rank, where another attempt has taken the run.
         """
-        return self.preemption.agreed()
+        mine = (self.preemption.heard is not None, self.saving.busy, self.attempt.lost)
+        asked, busy, lost = self.world.most([int(each) for each in mine])
+        if lost:
+            raise Superseded(f"another attempt has taken over {self.path}; this one writes nothing more")
+        if not busy:
+            self.settle()
+        return bool(asked)
 
     def leave(self, step: int) -> None:
-        """The end of an attempt that was asked to leave and has saved."""
+        """The end of an attempt that was asked to leave; the outermost run asks Slurm for the next one.
+
+        It does so now, not after the tracker has had its time: the notice may be short.
+        Errors: NotRequeued where Slurm refuses.
+        """
+        self.settle()
         self.left = True
-        _log.info(
-            "asked to leave (%s): saved at step %d of %d",
-            self.preemption.heard or "another rank",
-            step,
-            self.plan.steps,
-        )
+        newest = self.saving.latest
+        kept = f"saved at step {step} of {self.plan.steps}" if newest == step else f"at {step}"
+        lag = "" if newest in (None, step) else f", the newest checkpoint is of step {newest}"
+        self.why = f"asked to leave ({self.preemption.heard or 'another rank'}): {kept}{lag}"
+        _log.info("%s", self.why)
+        if not self.quiet and self.preemption.heard != "SIGINT":
+            self.world.once(_requeued)
 
     def finish(self, results: dict[str, Any] | None = None) -> None:
         """Write down that the run is finished, and what came of it besides its last numbers."""
+        self.settle()
         if self.world.rank == 0:
             summary = self._last | (results or {})
             facts = {"seconds": round(self.pace.seconds, 3), "science": self.plan.science(), "summary": summary}
@@ -181,17 +290,9 @@ class Run:
         self.finished = True
         self.world.barrier()
 
-    def course(self, start: int) -> Course:
-        """The steps that are left of this attempt, which begin now."""
-        plan = self.plan
-        assert self.accounts is not None
-        self.pace.begin()
-        return Course(
-            start, plan.stop, plan.micros, plan.lr, self.world, self.totals, self.pace, self.accounts.consumed
-        )
-
     def export(self, engine: Engine, encoder: dict[str, Any], *, prefix: str, classes: tuple[str, ...] = ()) -> None:
         """Leave the weights whose names begin with ``prefix``, without it, and their card for the next stage."""
+        self.watch.beat(self.step, "exporting")
         weights = engine.weights()
         if self.world.rank == 0:
             card = Card(
@@ -210,137 +311,30 @@ class Run:
             self.tracker.file(self.path / "export" / "card.json")
         self.world.barrier()
 
+    def settle(self) -> None:
+        """Finish the checkpoint that is being written, if there is one. Every rank calls it."""
+        self.saving.settle(self.step, self.pace)
+
+    def close(self) -> None:
+        """Close what this rank has open; no collective."""
+        self.progress.close()
+        if self._accounts is not None:
+            self._accounts.close()
+
     def _state(self, step: int) -> TrainState:
         cfg = self.plan.cfg.engine
-        kind = (
-            f"deepspeed ZeRO {cfg.zero}, {cfg.precision}" if cfg.kind == "deepspeed" else f"{cfg.kind}, {cfg.precision}"
-        )
-        return TrainState(step, self.pace.seconds, self.world.size, kind, self.plan.science(), versions(), self.skipped)
-
-
-def _check_same_shape(folder: Path, was: TrainState, now: TrainState) -> None:
-    if (was.ranks, was.engine) != (now.ranks, now.engine) and "deepspeed" in was.engine + now.engine:
-        raise CheckpointError(
-            f"{folder} was saved by {was.ranks} ranks under {was.engine}; going on with {now.ranks} ranks under {now.engine} "
-            f"is not possible yet: start as many ranks with the same engine, or begin anew with run.fresh=true"
-        )
-    if was.engine != now.engine:
-        raise CheckpointError(
-            f"{folder} was saved under {was.engine}; this run has {now.engine}: set engine back, or run.fresh=true"
+        kind = f"deepspeed ZeRO {cfg.zero}" if cfg.kind == "deepspeed" else cfg.kind
+        return TrainState(
+            step=step,
+            seconds=self.pace.seconds,
+            ranks=self.world.size,
+            engine=f"{kind}, {cfg.precision}",
+            science=self.plan.science(),
+            versions=versions(),
+            skipped=self.recovery.skipped,
         )
 
 
-@contextmanager
-def opened(
-    stage: str, plan: Plan, world: World, preemption: Preemption, *, quiet: bool = False
-) -> Iterator[Run | None]:
-    """Open the run directory and all that belongs to it; nothing if the run is finished already.
-
-    ``quiet`` is for a run inside a run: it shows no progress of its own.
-    Errors: CheckpointError where the directory holds a run of other science.
-    """
-    found: Any = world.broadcast(_looked_at(plan) if world.rank == 0 else None)  # file systems answer late: one looks
-    if isinstance(found, CheckpointError):
-        raise found
-    path, finished = found
-    if finished:
-        if world.rank == 0 and not quiet:
-            _log.info("%s is finished already; run.fresh=true starts another beside it", path)
-        yield None
-        return
-    # What is written down, and what trials derive their folders from, is where the run really is.
-    where = plan.cfg.run.model_copy(update={"dir": str(path), "fresh": False})
-    plan = replace(plan, cfg=plan.cfg.model_copy(update={"run": where}))
-    if world.rank == 0:
-        path.mkdir(parents=True, exist_ok=True)
-        plan.cfg.dump(path / "config.yaml")
-        write_json(path / "science.json", plan.science())
-        write_json(path / "job.json", slurm_job())
-    world.barrier()
-    with _logging_to(path / "logs" / f"rank-{world.rank:03d}.log"):
-        _log.log(logging.DEBUG if quiet else logging.INFO, "foveal %s, %s", __version__, describe(world))
-        run = Run(stage, path, plan, world, preemption, Store(path / "checkpoints", plan.cfg.checkpoint, world), quiet)
-        status: Status = "FAILED"
-        try:
-            yield run
-            status = "FINISHED" if run.finished else "KILLED"
-        finally:
-            run.progress.close()
-            try:
-                if run.accounts is not None:
-                    run.accounts.close()
-            finally:
-                run.tracker.close(status)
-
-
-def _looked_at(plan: Plan) -> tuple[Path, bool] | CheckpointError:
-    """The run's directory and whether it is done, or the mistake that every rank is to make together."""
-    path = _directory(plan.cfg)
-    try:
-        for name in ("science.json", "finished.json"):
-            file = path / name
-            if file.exists():
-                tree = json.loads(file.read_text())
-                check_same_science(tree.get("science", tree), plan.science(), path)
-    except CheckpointError as error:
-        return error
-    return path, (path / "finished.json").exists()
-
-
-def _directory(cfg: StageConfig) -> Path:
-    """The run directory; with run.fresh the first numbered sibling that does not exist, or the one this job made.
-
-    Slurm starts a requeued job with the same command line: its fresh start was the first one.
-    """
-    assert cfg.run.dir is not None, "the command line fills it in"
-    path = Path(cfg.run.dir)
-    if not cfg.run.fresh:
-        return path
-    job, number = slurm_job(), 1
-    while path.exists():
-        note = path / "job.json"
-        made_by = json.loads(note.read_text()).get("slurm_job_id") if note.exists() else None
-        if "slurm_restart_count" in job and made_by == job["slurm_job_id"]:
-            return path
-        number += 1
-        path = Path(f"{cfg.run.dir}-{number}")
-    return path
-
-
-def _tracker(path: Path, cfg: StageConfig, start: int) -> tuple[Tracker, Row]:
-    """The tracker, and the last row that an earlier attempt left: one that was killed after its last step reports it."""
-    jsonl = Jsonl(path / "metrics.jsonl", start)
-    mlflow = connected(cfg.tracking, path, cfg.run.pipeline)
-    return jsonl if mlflow is None else Both(jsonl, mlflow), jsonl.last
-
-
-def connected(cfg: TrackingConfig, path: Path, pipeline: str | None) -> Tracker | None:
-    """MLflow for this run, or a warning: a store that cannot be reached stops no training."""
-    if cfg.uri is None:
-        return None
-    try:
-        from foveal.tracking.mlflow import MLflow
-
-        return MLflow(cfg, path, Path(pipeline) if pipeline else None)
-    except Exception as error:  # noqa: BLE001 - whatever a tracking server does, it is not worth a run
-        _log.warning("tracking: no MLflow at %s (%s); metrics.jsonl has every number", cfg.uri, in_words(error))
-        return None
-
-
-@contextmanager
-def _logging_to(file: Path) -> Iterator[None]:
-    """One log per rank."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(file)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger()
-    root.addHandler(handler)
-    try:
-        yield
-    except BaseException as error:  # here only: who ends the process says it on stderr
-        fact = {"name": __name__, "levelno": logging.ERROR, "levelname": "ERROR"}
-        handler.handle(logging.makeLogRecord(fact | {"msg": f"stopped by {type(error).__name__}: {error}"}))
-        raise
-    finally:
-        root.removeHandler(handler)
-        handler.close()
+def _requeued() -> None:
+    if refusal := requeue():
+        raise NotRequeued(f"the run was saved, but Slurm did not requeue the job ({refusal}); submit it again")

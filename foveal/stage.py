@@ -13,6 +13,7 @@ from foveal.data.order import rank_slots
 from foveal.distributed.engine import EngineConfig, check_engine
 from foveal.errors import ConfigError, ExportError
 from foveal.optim import OptimConfig
+from foveal.recovery import RecoveryConfig
 from foveal.schedule import warmup_cosine
 from foveal.tracking.tracker import TrackingConfig
 
@@ -43,6 +44,9 @@ class RunConfig(Config):
     dir: str | None = machine(None, "The run directory; none: runs/<name of the config>.")
     fresh: bool = machine(False, "Start anew in a numbered sibling of an existing run directory.")
     stop_at: int | None = machine(None, "Stop after this step, ready to be continued; none: run to the end.", ge=1)
+    restarts: int = machine(
+        5, "Attempts in a row without a new checkpoint, and without being asked to leave, before a job gives up.", ge=1
+    )
     pipeline: str | None = machine(None, "The folder of the pipeline: its stages share one parent run in MLflow.")
     processes: int | None = machine(None, "Processes for --cluster local; none: one per GPU, or one.", ge=1)
 
@@ -58,6 +62,7 @@ class StageConfig(Config):
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
     run: RunConfig = RunConfig()
     tracking: TrackingConfig = TrackingConfig()
 
@@ -89,6 +94,11 @@ class Plan:
     def steps(self) -> int:
         """Optimizer steps from first to last."""
         return self.steps_per_epoch * self.cfg.epochs
+
+    @property
+    def runs(self) -> int:
+        """How many runs of these steps it comes to: one, if it is no comparison."""
+        return 1
 
     @property
     def stop(self) -> int:

@@ -5,7 +5,7 @@ import torch
 from foveal.distributed.engine import Engine, build_engine
 from foveal.door import Stage, main
 from foveal.inspect.reconstruction import reconstruction_sheet
-from foveal.loop import Step, due, steps
+from foveal.loop import Parts, Step, due
 from foveal.models.mae import MaskedAutoencoder
 from foveal.models.vit import build_encoder, encoder_card
 from foveal.optim import parameter_groups
@@ -20,16 +20,11 @@ _SHOWN = 8  # images on a reconstruction sheet
 def train(plan: PretrainPlan, run: Run) -> None:
     """From the first step, or the newest checkpoint, to the export of the encoder."""
     cfg = plan.cfg
-    torch.manual_seed(key(cfg.seed, "weights"))
-    encoder = build_encoder(cfg.model, image_size=cfg.data.image_size, channels=cfg.data.channels)
-    patch, length = encoder.patch_embed.patch_size[0], encoder.patch_embed.num_patches
-    model = MaskedAutoencoder(encoder, cfg.decoder)
-    groups = parameter_groups(model, cfg.optim)
-    engine = build_engine(model, groups, cfg.optim, cfg.engine, run.world, at_once=plan.at_once, accumulate=plan.micros)
-    objective = Reconstruct(cfg.seed, cfg.mask_ratio, cfg.norm_pix, patch, length, plan.mean, plan.std)
+    made, sizes = parts(plan, run.world.device), {"at_once": plan.at_once, "accumulate": plan.micros}
+    engine = build_engine(made.model, made.groups, cfg.optim, cfg.engine, run.world, **sizes)
     start = run.resume(engine)
-    with run.batches(start) as batches:
-        for step in steps(engine, batches, objective, run.course(start)):
+    with run.steps(engine, made.objective, start) as steps:
+        for step in steps:
             if due(step.index, cfg.log.every, plan.stop):
                 run.report()
             leaving = run.asked_to_leave()
@@ -38,11 +33,22 @@ def train(plan: PretrainPlan, run: Run) -> None:
             if leaving:
                 return run.leave(step.index)
             if due(step.index, cfg.log.pictures_every, plan.stop):
-                show(step, engine, objective, run)
+                show(step, engine, made.objective, run)
     if plan.stop == plan.steps:
         run.export(engine, encoder_card(cfg.model, cfg.data.image_size, cfg.data.channels), prefix="encoder.")
         run.finish()
     return None
+
+
+def parts(plan: PretrainPlan, _device: torch.device) -> Parts[Reconstruct]:
+    """The masked autoencoder, freshly drawn, and what it learns."""
+    cfg = plan.cfg
+    torch.manual_seed(key(cfg.seed, "weights"))
+    encoder = build_encoder(cfg.model, image_size=cfg.data.image_size, channels=cfg.data.channels)
+    patch, length = encoder.patch_embed.patch_size[0], encoder.patch_embed.num_patches
+    model = MaskedAutoencoder(encoder, cfg.decoder)
+    objective = Reconstruct(cfg.seed, cfg.mask_ratio, cfg.norm_pix, patch, length, plan.mean, plan.std)
+    return Parts(model, parameter_groups(model, cfg.optim), objective)
 
 
 def show(step: Step, engine: Engine, objective: Reconstruct, run: Run) -> None:
@@ -64,7 +70,7 @@ def show(step: Step, engine: Engine, objective: Reconstruct, run: Run) -> None:
         )
 
 
-STAGE = Stage("pretrain", PretrainConfig, plan, train)
+STAGE = Stage("pretrain", PretrainConfig, plan, train, parts)
 
 if __name__ == "__main__":
     main(STAGE)

@@ -56,7 +56,7 @@ def test_a_signal_saves_and_exits_0(attempts, long_run) -> None:
     last = int(attempt.steps[-1])
     assert 0 < last < long_run.steps
     assert attempt.steps == list(range(1, last + 1))
-    assert attempt.checkpoints == [f"step-{last:08d}"]
+    assert attempt.checkpoints == ["step-00000000-attempt-0001", f"step-{last:08d}-attempt-0001"]
     for rank, name in enumerate(("SIGTERM", "SIGUSR1")):
         log = (run / "logs" / f"rank-{rank:03d}.log").read_text()
         assert f"asked to leave ({name}): saved at step {last} of {long_run.steps}" in log

@@ -27,6 +27,8 @@ MACHINES = {
         ("one", "engine.kind=accelerate", "batch.at_once=16"),
         ("two", "engine.kind=accelerate"),
         ("two", "engine.kind=accelerate", "batch.at_once=8"),
+        ("two", "engine.kind=accelerate", "engine.sharding=fsdp2", "batch.at_once=8"),
+        ("two", "engine.kind=accelerate", "engine.sharding=deepspeed", "engine.zero=2", "batch.at_once=8"),
     ],
 }
 

@@ -1,6 +1,6 @@
 """One step, however it is cut: micros and ranks with unequal weights are one big batch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from foveal.distributed.world import World
 from foveal.loop import Course, due, steps
 from foveal.optim import OptimConfig, parameter_groups
 from foveal.telemetry.pace import Pace
+from foveal.telemetry.stragglers import Stragglers
 from foveal.telemetry.totals import Row, Totals
 
 ALONE = World(0, 1, 0, "none", torch.device("cpu"))
@@ -25,8 +26,16 @@ LABELS = [[0, 1, 2, -1, -1, -1, 1, 1], [-1, -1, -1, -1, -1, -1, -1, 2], [0, 0, 0
 OPTIM = OptimConfig(lr_per_256=1e-2, clip=0.05)
 
 
-def nobody(_step: int, _micros: Sequence[Batch]) -> None:
-    """Nobody asks what was consumed."""
+def nobody(_step: int, _what: object) -> None:
+    """Nobody asks what a step is doing, nor what it consumed."""
+
+
+def a_course(
+    start: int, stop: int, micros: int, lr: Callable[[int], float], world: World, pace: Pace | None = None
+) -> Course:
+    """Steps whose numbers nobody else wants."""
+    stragglers = Stragglers(world.device, "here")
+    return Course(start, stop, micros, lr, world, Totals(), pace or Pace(), stragglers, nobody, nobody)
 
 
 class Tiny(nn.Module):
@@ -62,7 +71,7 @@ def trained(world: World, kind: str, micros: int) -> tuple[list[Row], dict[str, 
     groups = parameter_groups(model, OPTIM)
     engine = build_engine(model, groups, OPTIM, cfg, world, at_once=at_once, accumulate=micros)
     objective = Classify(0, 0.1, 0, (0.5,), (0.25,))
-    course = Course(0, STEPS, micros, lambda step: 1e-2 / (step + 1), world, Totals(), Pace(), nobody)
+    course = a_course(0, STEPS, micros, lambda step: 1e-2 / (step + 1), world)
     for _ in steps(engine, batches(world.rank, world.size, micros), objective, course):
         pass
     return course.totals.read(world.sum), engine.weights()
@@ -140,7 +149,7 @@ def plain(micros: int, optim: OptimConfig = OPTIM) -> Plain:
 
 def test_a_course_begins_where_it_is_told_and_takes_no_batch_too_many() -> None:
     engine, objective, world = plain(2), Recorder(4.0), ALONE
-    course = Course(1, 3, 2, float, world, Totals(), Pace(), nobody)
+    course = a_course(1, 3, 2, float, world)
     stream = batches(0, 1, 2)
     for _ in range(2):
         next(stream)  # the loader begins at step 1 too
@@ -159,7 +168,7 @@ def test_nothing_is_taken_after_the_last_step() -> None:
         raise AssertionError("a batch was asked for")
         yield
 
-    course = Course(3, 3, 1, lambda _: 0.0, ALONE, Totals(), Pace(), nobody)
+    course = a_course(3, 3, 1, lambda _: 0.0, ALONE)
     assert list(steps(plain(1), empty(), Recorder(), course)) == []
 
 
@@ -167,7 +176,7 @@ def test_the_learning_rate_is_set_before_the_update_and_scaled_by_group() -> Non
     engine = plain(1)
     engine._optimizer.param_groups[1]["lr_scale"] = 0.5
     before = {name: value.clone() for name, value in engine.weights().items()}
-    course = Course(0, 1, 1, lambda _: 0.0, ALONE, Totals(), Pace(), nobody)
+    course = a_course(0, 1, 1, lambda _: 0.0, ALONE)
     next(steps(engine, batches(0, 1, 1), Recorder(), course))
     assert all(value.equal(before[name]) for name, value in engine.weights().items())
     engine.set_lr(0.2)
@@ -181,7 +190,7 @@ def test_a_weight_that_never_changes_costs_no_collective(monkeypatch: pytest.Mon
     monkeypatch.setattr(World, "sum", never)
     monkeypatch.setattr(World, "any", lambda _world, flag: flag)
     world = World(0, 2, 0, "none", torch.device("cpu"))
-    course = Course(0, 1, 1, lambda _: 0.0, world, Totals(), Pace(), nobody)
+    course = a_course(0, 1, 1, lambda _: 0.0, world)
     next(steps(plain(1), batches(0, 1, 1), Recorder(8.0), course))
     with pytest.raises(AssertionError, match="a collective"):
         next(steps(plain(1), batches(0, 1, 1), Recorder(torch.tensor(8.0)), course))
@@ -196,7 +205,7 @@ def test_pace_counts_the_images_of_all_ranks(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(World, "any", lambda _world, flag: flag)
     pace = Told()
-    course = Course(0, STEPS, 2, lambda _: 0.0, World(0, 4, 0, "none", torch.device("cpu")), Totals(), pace, nobody)
+    course = a_course(0, STEPS, 2, lambda _: 0.0, World(0, 4, 0, "none", torch.device("cpu")), pace)
     for _ in steps(plain(2), batches(0, 1, 2), Recorder(), course):
         pass
     assert pace.images == STEPS * IMAGES * 4
@@ -209,7 +218,7 @@ def test_a_step_that_is_not_finite_is_said_and_not_applied() -> None:
             return total * (float("nan") if batch.step == 1 else 1.0), numbers
 
     engine = plain(1)
-    course = Course(0, STEPS, 1, lambda _: 1e-2, ALONE, Totals(), Pace(), nobody)
+    course = a_course(0, STEPS, 1, lambda _: 1e-2, ALONE)
     stages = [
         (step.applied, engine.weights()["head.weight"].clone())
         for step in steps(engine, batches(0, 1, 1), Bad(), course)

@@ -3,14 +3,18 @@
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from ranks import Ranks, stage_named
 
-from foveal.distributed.preemption import Preemption, listening, requeue
+from foveal.distributed.preemption import Preemption, listening, notice, requeue, seconds_left
 from foveal.distributed.world import World
 from foveal.door import enter, load
 from foveal.runtime import Run
@@ -37,7 +41,12 @@ def scontrol(tmp_path: Path) -> Path:
     lines = [
         "#!/bin/sh",
         'here=$(dirname "$0")',
-        'if [ "$1" = show ]; then cat "$here/state"; exit 0; fi',
+        'case "$1 $2" in',
+        '    "show job") cat "$here/state"; exit 0;;',
+        '    "show partition") cat "$here/partition"; exit 0;;',
+        '    "show config") cat "$here/config"; exit 0;;',
+        '    "write batch_script") cat "$here/script"; exit 0;;',
+        "esac",
         'echo "$@" >> "$here/calls"',
     ]
     script.write_text("\n".join(lines) + "\n")
@@ -68,12 +77,121 @@ def test_a_signal_sets_a_flag_and_the_handlers_are_put_back(number: signal.Signa
     assert [signal.getsignal(each) for each in SIGNALS] == before
 
 
-def test_a_second_interrupt_means_now() -> None:
-    with listening(ALONE) as preemption:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert preemption.heard == "SIGINT"
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+def test_a_second_interrupt_ends_the_process_where_it_stands() -> None:
+    """A shell says 130 for it; no handler of Python's could run while a collective waits."""
+    waiting = """
+import os, signal, torch
+from foveal.distributed.preemption import listening
+from foveal.distributed.world import World
+with listening(World(0, 1, 0, "none", torch.device("cpu"))) as preemption:
+    os.kill(os.getpid(), signal.SIGINT)
+    print(preemption.heard, flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("still here", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", waiting], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, "SIGINT\n"), done.stderr
+
+
+@pytest.mark.parametrize(("later", "hurried"), [(0.0, False), (5.0, True)])
+def test_asked_again_is_in_a_hurry_and_an_echo_is_not(
+    later: float, hurried: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm sends TERM to the step and again to the job, within milliseconds."""
+    preemption = Preemption(ALONE)
+    preemption.note(signal.SIGUSR1, None)
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + later)
+    preemption.note(signal.SIGTERM, None)
+    assert preemption.heard == "SIGUSR1"
+    assert preemption.hurried(0.0) is hurried
+
+
+JOB = (
+    "JobId=77 JobName=pretrain JobState={state} Reason={reason} RunTime=00:01:04 TimeLimit={limit} "
+    "StartTime=2026-11-21T08:47:54 EndTime={end} Partition=low Command=/shared/train.sh JobState=MINE"
+)
+CONFIG = "KillWait                = 5 sec\nPreemptType             = preempt/{how}"
+PARTITIONS = (
+    "PartitionName=main GraceTime=0 PriorityTier=10 PreemptMode=REQUEUE State=UP\n"
+    "PartitionName=low GraceTime={grace} PriorityTier={tier} PreemptMode={mode} State=UP"
+)
+
+
+def describe(
+    scontrol: Path,
+    *,
+    state: str = "RUNNING",
+    reason: str = "None",
+    limit: str = "1-00:00:00",
+    end: str = "2026-11-22T08:47:54",
+    grace: int = 20,
+    tier: int = 1,
+    mode: str = "REQUEUE",
+    how: str = "partition_prio",
+    signals: str = "--signal=USR1@180 ",
+) -> None:
+    """What the stand-in says of the job, of its partition, of Slurm and of the batch script."""
+    (scontrol / "state").write_text(JOB.format(state=state, reason=reason, limit=limit, end=end) + "\n")
+    (scontrol / "partition").write_text(PARTITIONS.format(grace=grace, tier=tier, mode=mode) + "\n")
+    (scontrol / "config").write_text(CONFIG.format(how=how) + "\n")
+    (scontrol / "script").write_text(f"#!/bin/bash\n#SBATCH --time=24:00:00 {signals}--requeue\n")
+
+
+@pytest.fixture
+def in_step(scontrol: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PATH", str(scontrol), prepend=os.pathsep)
+    for name, value in STEP.items():
+        monkeypatch.setenv(name, value)
+    return scontrol
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds", "source"),
+    [
+        ({}, 20, "GraceTime of partition low"),
+        ({"grace": 600}, 180, "--signal in /shared/train.sh"),
+        ({"grace": 0}, 5, "partition low has no GraceTime"),
+        ({"tier": 10}, 180, "--signal in /shared/train.sh"),
+        ({"mode": "OFF"}, 180, "--signal in /shared/train.sh"),
+        ({"how": "none", "signals": "--signal=B:TERM "}, 60, "--signal in"),
+        ({"how": "none", "signals": ""}, 5, "no --signal in the batch script"),
+        ({"how": "none", "limit": "UNLIMITED"}, None, ""),
+    ],
+)
+def test_the_notice_is_the_shortest_that_slurm_may_give(
+    said: dict[str, Any], seconds: float | None, source: str, in_step: Path
+) -> None:
+    describe(in_step, **said)
+    found = notice()
+    assert (found and found.seconds) == seconds
+    assert found is None or source in found.source
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [
+        ({}, 24 * 3600 - 64),
+        ({"end": "2026-11-21T08:49:18"}, 20),  # preempted after 64 s, with 20 s of grace
+        ({"end": "Unknown", "limit": "UNLIMITED"}, None),
+        ({"state": "COMPLETING"}, 5),
+    ],
+)
+def test_the_seconds_that_are_left_follow_the_end_that_slurm_plans(
+    said: dict[str, Any], seconds: float | None, in_step: Path
+) -> None:
+    describe(in_step, **said)
+    assert seconds_left() == seconds
+    preemption = Preemption(ALONE)
+    preemption.note(signal.SIGTERM, None)
+    assert preemption.hurried(30.0) is (seconds is not None and seconds < 30)
+
+
+def test_outside_slurm_nobody_knows_of_an_end(scontrol: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(scontrol), prepend=os.pathsep)
+    describe(scontrol)
+    assert notice() is None
+    assert seconds_left() is None
 
 
 def _agree(world: World, told: Sequence[int]) -> bool:
@@ -122,11 +240,19 @@ def test_slurm_is_asked_once_and_its_refusal_is_passed_on(
     assert calls(scontrol) == ["requeue 77"]
 
 
-@pytest.mark.parametrize(("state", "asked"), [("RUNNING", True), ("COMPLETING", False), ("CANCELLED", False)])
-def test_a_job_that_somebody_cancels_is_left_to_end(
-    state: str, asked: bool, scontrol: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("state", "reason", "asked"),
+    [
+        ("RUNNING", "None", True),
+        ("COMPLETING", "None", False),
+        ("CANCELLED", "None", False),
+        ("COMPLETING", "TimeLimit", True),
+    ],
+)
+def test_a_job_that_somebody_cancels_is_left_to_end_and_one_at_its_limit_is_not(
+    state: str, reason: str, asked: bool, scontrol: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (scontrol / "state").write_text(f"JobId=77 JobName=pretrain JobState={state} Reason=None\n")
+    (scontrol / "state").write_text(f"JobId=77 JobName=pretrain JobState={state} Reason={reason}\n")
     monkeypatch.setenv("PATH", str(scontrol), prepend=os.pathsep)
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
@@ -172,13 +298,12 @@ def test_ranks_leave_together_saved_and_requeued_once(
     run = tmp_path / "run"
     assert two_ranks.call(_told_while_training, configs["finetune"], run, scontrol, 1) == [True, True]
     assert calls(scontrol) == ["requeue 77"]
-    saved = [int(folder.name.removeprefix("step-")) for folder in (run / "checkpoints").iterdir()]
-    assert len(saved) == 1
+    saved = max(int(folder.name.split("-")[1]) for folder in (run / "checkpoints").glob("step-*"))
     assert not (run / "finished.json").exists()
-    assert [row["step"] for row in read_rows(run / "metrics.jsonl")] == list(range(1, saved[0] + 1))
+    assert [row["step"] for row in read_rows(run / "metrics.jsonl")] == list(range(1, saved + 1))
     assert two_ranks.call(_told_while_training, configs["finetune"], run, scontrol, -1) == [False, False]
     assert calls(scontrol) == ["requeue 77"]
     assert (run / "finished.json").exists()
     steps = [row["step"] for row in read_rows(run / "metrics.jsonl") if "loss" in row]
     assert steps == list(range(1, len(steps) + 1))
-    assert len(steps) > saved[0]
+    assert len(steps) > saved

@@ -26,7 +26,7 @@ def test_a_requeued_job_goes_on_in_the_sibling_it_made(
     configs, one_rank: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Slurm starts it with the same command line; another start in the same job is fresh again."""
-    from foveal import runtime
+    from foveal import opening
 
     stage, run = stage_named("pretrain"), tmp_path / "run"
     one_rank.train(stage, configs["pretrain"], run, "engine.kind=plain", "run.stop_at=2")
@@ -40,6 +40,6 @@ def test_a_requeued_job_goes_on_in_the_sibling_it_made(
         ({"slurm_job_id": "78", "slurm_restart_count": "1"}, "run-3"),
         ({}, "run-3"),
     ):
-        monkeypatch.setattr(runtime, "slurm_job", lambda variables=variables: variables)
-        assert runtime._directory(cfg).name == expected
+        monkeypatch.setattr(opening, "slurm_job", lambda variables=variables: variables)
+        assert opening._directory(cfg).name == expected
     assert yaml.safe_load((run / "config.yaml").read_text())["run"]["dir"] == str(run)

@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -184,3 +187,35 @@ def test_without_slurm_submitting_is_one_sentence(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(LaunchError, match="no sbatch and srun here"):
         submit.submit([job("finish")], tmp_path, {})
+
+
+# Stands in for torchrun: its rank says what it hears and saves; torchrun itself would end with a traceback.
+LAUNCHER = """\
+import subprocess, sys
+rank = '''
+import signal, sys, time
+def save(*_):
+    time.sleep(0.3)
+    print("saved", flush=True)
+    sys.exit(0)
+signal.signal(signal.SIGINT, save)
+print("trains", flush=True)
+time.sleep(60)
+'''
+sys.exit(subprocess.run([sys.executable, "-c", rank]).returncode)
+"""
+
+
+@pytest.mark.parametrize(("times", "said"), [(1, "trains\nsaved\n"), (2, "trains\n")])
+def test_ctrl_c_reaches_the_ranks_and_not_their_launcher_and_twice_ends_all(times: int, said: str) -> None:
+    words = ["-c", LAUNCHER, "torch.distributed.run"]
+    code = f"import os, sys; from slurm import submit; sys.exit(submit._run([sys.executable, *{words!r}], os.environ))"
+    line = [sys.executable, "-c", code]
+    with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as chain:
+        assert chain.stdout is not None
+        first = chain.stdout.readline()
+        for _ in range(times):
+            chain.send_signal(signal.SIGINT)
+            time.sleep(0.05)  # two signals that are both pending arrive as one
+        out, err = chain.communicate(timeout=30)
+    assert (chain.returncode, first + out, err) == (130, said, "")

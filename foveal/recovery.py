@@ -1,0 +1,81 @@
+"""What becomes of steps whose update was refused: counted, gone back from and past, and at last given up on.
+
+A refused update (loss or gradient not finite) leaves weights and moments as they were, on every rank. Several in a row
+mean that the next will fare no better: the run goes back to its newest checkpoint and takes the same steps again,
+without the batches that were refused. Nothing here depends on how often checkpoints are written, because the steps
+between the checkpoint and the first refusal are taken again on the same batches and come out the same.
+"""
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from foveal.config import Config, machine, science
+from foveal.data.order import batch_of
+from foveal.errors import Diverged
+from foveal.files import append_lines
+
+_log = logging.getLogger(__name__)
+
+
+class RecoveryConfig(Config):
+    """When a run goes back to its newest checkpoint, and when it gives up."""
+
+    after: int = science(3, "Refused updates in a row after which the run goes back, and past their batches.", ge=1)
+    rollbacks: int = machine(5, "How often a run may go back before it gives up.", ge=0)
+
+
+class Recovery:
+    """The refused steps of a run and what was done about them; the same on every rank.
+
+    ``rollbacks.jsonl`` remembers what no checkpoint holds yet: a run that is killed right after it went back does not
+    meet the same batches again.
+    """
+
+    def __init__(self, run: Path, cfg: RecoveryConfig, skipped: list[int], journal: list[dict[str, Any]]) -> None:
+        self._file, self._cfg = run / "rollbacks.jsonl", cfg
+        self._journal = journal
+        self.skipped = sorted({*skipped, *(batch for entry in journal for batch in entry["batches"])})
+        self._refused: list[int] = []
+
+    def met(self, step: int, *, applied: bool) -> bool:
+        """Hear what became of a step; True when it is time to go back."""
+        self._refused = [] if applied else [*self._refused, step]
+        return len(self._refused) >= self._cfg.after
+
+    @property
+    def clean(self) -> bool:
+        """Whether the last step was applied: what comes after a refused one is no state to keep."""
+        return not self._refused
+
+    def go_back(self, to: int, *, writes: bool) -> None:
+        """Write down that the run goes back to step ``to`` and past the batches of the refused steps.
+
+        Errors: Diverged, on every rank, when it went back too often already.
+        """
+        first, last = self._refused[0], self._refused[-1]
+        if len(self._journal) >= self._cfg.rollbacks:
+            raise Diverged(
+                f"loss or gradients were not finite in the {len(self._refused)} steps {first} to {last}, after "
+                f"{len(self._journal)} roll-backs; none of them changed a weight, and the newest checkpoint is whole: "
+                f"lower optim.lr_per_256, set optim.clip or lengthen optim.warmup_epochs"
+            )
+        batches = [batch_of(step - 1, self.skipped) for step in self._refused]
+        entry = {"time": time.time(), "to": to, "refused": self._refused, "batches": batches}
+        if writes:
+            append_lines(self._file, [json.dumps(entry)])
+        _log.warning(
+            "the updates of steps %d to %d were refused: going back to step %d and past their batches", first, last, to
+        )
+        self._journal.append(entry)
+        self.skipped = sorted({*self.skipped, *batches})
+        self._refused = []
+
+
+def read_journal(run: Path) -> list[dict[str, Any]]:
+    """The roll-backs of a run so far; a last line that a kill cut short did not happen."""
+    file = run / "rollbacks.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -1,0 +1,119 @@
+"""A batch that gives NaN: refused, gone back from and past, and the curve is that of a run that never had it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import Ranks, stage_named
+from safetensors.torch import load_file
+from torch import Tensor
+
+from foveal.data.ledger import ROW, rows_file
+from foveal.distributed.world import World
+from foveal.door import enter, load
+from foveal.errors import Diverged
+from foveal.tracking.jsonl import read_rows
+from pretrain.objective import Reconstruct
+
+ENGINES = [
+    ("one", "engine.kind=plain"),
+    ("two", "engine.zero=0"),
+    ("two", "engine.zero=2"),
+    ("two", "engine.zero=3"),
+]
+
+
+def _train_poisoned(world: World, config: str, overrides: list[str], draws: list[int]) -> None:
+    """Train with an objective that is NaN on the rank whose batch has one of ``draws``."""
+    clean = Reconstruct.__call__
+
+    def poisoned(self, model, batch) -> tuple[Tensor, dict[str, Tensor]]:
+        total, numbers = clean(self, model, batch)
+        hit = torch.isin(batch.draws.cpu(), torch.tensor(draws)).any()
+        return (total * float("nan") if hit else total), numbers
+
+    stage = stage_named("pretrain")
+    Reconstruct.__call__ = poisoned
+    try:
+        enter(stage, load(stage.config, "pretrain", config, overrides), world)
+    finally:
+        Reconstruct.__call__ = clean
+
+
+@pytest.fixture(scope="module")
+def first_draws(configs, one_rank: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[int, int]:
+    """One draw of each step of an undisturbed run, from its ledger."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    one_rank.train(stage_named("pretrain"), configs["pretrain"], run, "engine.kind=plain", "data.ledger=true")
+    import numpy as np
+
+    rows = np.fromfile(rows_file(run / "ledger", 1, 0), dtype=ROW)
+    return {int(step): int(rows["draw"][rows["step"] == step][0]) for step in set(rows["step"].tolist())}
+
+
+def poison(ranks: Ranks, config: Path, run: Path, draws: list[int], *overrides: str) -> list[dict[str, float]]:
+    ranks.call(_train_poisoned, str(config), [f"run.dir={run}", "tracking.uri=null", *overrides], draws)
+    return read_rows(run / "metrics.jsonl")
+
+
+def spared(ranks: Ranks, config: Path, run: Path, batches: list[int], *overrides: str) -> list[dict[str, float]]:
+    """The replay: a run that is told from the start which batches no step takes."""
+    run.mkdir()
+    entry = {"time": 0.0, "to": 0, "refused": [], "batches": batches}
+    (run / "rollbacks.jsonl").write_text(json.dumps(entry) + "\n")
+    return ranks.train(stage_named("pretrain"), config, run, *overrides)
+
+
+def same(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> None:
+    for name in ("step", "loss", "grad_norm", "lr", "applied"):
+        assert [row[name] for row in ours if name in row] == [row[name] for row in theirs if name in row], name
+
+
+@pytest.mark.parametrize(("ranks", "engine"), ENGINES)
+@pytest.mark.parametrize("cadence", [4, 100])
+def test_going_back_is_never_having_met_the_batches(
+    ranks, engine, cadence, configs, first_draws, one_rank, two_ranks, tmp_path
+) -> None:
+    """Three bad steps in a row, wherever the newest checkpoint is: the rows are those of the replay, bit for bit."""
+    world: Ranks = {"one": one_rank, "two": two_ranks}[ranks]
+    bad = [first_draws[step] for step in (10, 11, 12)]
+    every = f"checkpoint.every={cadence}"
+    ours = poison(world, configs["pretrain"], tmp_path / "ours", bad, engine, every)
+    theirs = spared(world, configs["pretrain"], tmp_path / "theirs", [9, 10, 11], engine)
+    same(ours, theirs)
+    assert all(row["applied"] for row in ours)
+    weights = [load_file(tmp_path / each / "export" / "model.safetensors") for each in ("ours", "theirs")]
+    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+    refused = [json.loads(line) for line in (tmp_path / "ours" / "refused.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in refused] == [10, 11, 12]
+    assert [len(set(entry["samples"])) for entry in refused] == [64, 64, 64]
+
+
+def test_a_lone_bad_step_is_passed_over(configs, first_draws, one_rank, tmp_path) -> None:
+    rows = poison(one_rank, configs["pretrain"], tmp_path / "run", [first_draws[7]], "engine.kind=plain")
+    assert [row["step"] for row in rows if "loss" in row and not row["applied"]] == [7]
+    assert not (tmp_path / "run" / "rollbacks.jsonl").exists()
+
+
+def test_no_checkpoint_after_a_refused_update(configs, first_draws, one_rank, tmp_path) -> None:
+    """Due at 8, when the update is refused: written at 9."""
+    overrides = ("engine.kind=plain", "checkpoint.every=8", "checkpoint.keep=9", "run.stop_at=14")
+    poison(one_rank, configs["pretrain"], tmp_path / "run", [first_draws[8]], *overrides)
+    names = sorted(folder.name[5:13] for folder in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["00000000", "00000009", "00000014"]
+
+
+def test_giving_up_leaves_a_whole_checkpoint(configs, first_draws, two_ranks, one_rank, tmp_path) -> None:
+    """Every batch from step 6 on is bad; after two roll-backs the run ends on both ranks, and can be continued."""
+    bad = [draw for step, draw in first_draws.items() if step >= 6]
+    overrides = ("engine.zero=1", "checkpoint.every=2", "recovery.rollbacks=2", "recovery.after=2")
+    with pytest.raises(Diverged, match=r"in the 2 steps 6 to 7, after 2 roll-backs"):
+        poison(two_ranks, configs["pretrain"], tmp_path / "run", bad, *overrides)
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert max(row["step"] for row in rows) <= 7
+    again = two_ranks.train(stage_named("pretrain"), configs["pretrain"], tmp_path / "run", *overrides)
+    theirs = spared(
+        two_ranks, configs["pretrain"], tmp_path / "theirs", [5, 6, 7, 8], "engine.zero=1", "recovery.after=2"
+    )
+    same(again, theirs)

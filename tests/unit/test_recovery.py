@@ -1,0 +1,57 @@
+"""Refused updates: counted in a row, gone back from and past their batches, and given up on at last."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from foveal.errors import Diverged
+from foveal.recovery import Recovery, RecoveryConfig, read_journal
+
+
+def refused(recovery: Recovery, *steps: int) -> list[bool]:
+    return [recovery.met(step, applied=False) for step in steps]
+
+
+def test_only_refusals_in_a_row_count(tmp_path: Path) -> None:
+    recovery = Recovery(tmp_path, RecoveryConfig(after=3), [], [])
+    assert refused(recovery, 5, 6) == [False, False]
+    assert not recovery.clean
+    assert not recovery.met(7, applied=True)
+    assert recovery.clean
+    assert refused(recovery, 8, 9, 10) == [False, False, True]
+
+
+def test_going_back_passes_over_the_refused_batches(tmp_path: Path) -> None:
+    """Step 8 takes batch 7 (steps count from 1, batches from 0); with a batch skipped before, one more."""
+    recovery = Recovery(tmp_path, RecoveryConfig(after=2), [3], [])
+    refused(recovery, 8, 9)
+    recovery.go_back(4, writes=True)
+    assert recovery.skipped == [3, 8, 9]
+    assert recovery.clean
+    refused(recovery, 8, 9)  # the same steps again, now on the batches that follow
+    recovery.go_back(4, writes=True)
+    assert recovery.skipped == [3, 8, 9, 10, 11]
+    assert [entry["batches"] for entry in read_journal(tmp_path)] == [[8, 9], [10, 11]]
+
+
+def test_a_run_that_is_killed_after_going_back_remembers_it(tmp_path: Path) -> None:
+    recovery = Recovery(tmp_path, RecoveryConfig(after=1, rollbacks=1), [], [])
+    refused(recovery, 2)
+    recovery.go_back(0, writes=True)
+    with (tmp_path / "rollbacks.jsonl").open("a") as stream:
+        stream.write('{"time": 1, "to": 0, "batc')  # a kill in the middle of a line
+    again = Recovery(tmp_path, RecoveryConfig(after=1, rollbacks=1), [], read_journal(tmp_path))
+    assert again.skipped == [1]
+    refused(again, 2)
+    with pytest.raises(Diverged, match=r"in the 1 steps 2 to 2, after 1 roll-backs"):
+        again.go_back(0, writes=True)
+
+
+def test_one_rank_writes(tmp_path: Path) -> None:
+    for writes in (False, True):
+        recovery = Recovery(tmp_path, RecoveryConfig(after=1), [], [])
+        refused(recovery, 1)
+        recovery.go_back(0, writes=writes)
+    lines = (tmp_path / "rollbacks.jsonl").read_text().splitlines()
+    assert [json.loads(line)["refused"] for line in lines] == [[1]]
