@@ -2,6 +2,7 @@
 # make test    the tests                      make test PYTEST='-x tests/unit'
 # make ui      MLflow's page on what was run  make ui PORT=5001
 # make check   lint, format, types, tests
+# make chaos   disturb a run on a real Slurm with many faults, and compare it with one left alone: minutes
 # make docs    docs/configuration.md from the code
 # make clean   remove what the demo, the tests and the install made
 #
@@ -13,12 +14,13 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test ui check docs clean interpreter
+.PHONY: help demo test ui check chaos docs clean interpreter
 
 VENV := .venv
 BIN := $(VENV)/bin
 PORT := 5000
 PYTEST :=
+CHAOS := --faults 20
 NEEDS := pyproject.toml constraints.txt $(VENV)/.made
 # ninja, accelerate and torchrun must be found as in an activated environment.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -45,6 +47,9 @@ check: $(VENV)/.installed-dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
 	@$(MAKE) test
+
+chaos: $(VENV)/.installed-test
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/drive.py --report build/chaos.md $(CHAOS)
 
 docs: $(VENV)/.installed
 	@$(BIN)/python -m foveal.reference > docs/.configuration.md

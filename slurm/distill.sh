@@ -18,4 +18,4 @@ arguments_of mae_vit_s16 "$@"
 
 # A mistake (a setting, missing shards, a batch that these ranks do not divide) ends here, with one sentence and code 2.
 "${check[@]}" -m distill.run "${arguments[@]}" --check --ranks "$SLURM_NTASKS"
-exec srun --kill-on-bad-exit=1 "${srun_options[@]}" "${ranks[@]}" -m distill.run "${arguments[@]}"
+run_ranks distill.run

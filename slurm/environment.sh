@@ -31,3 +31,8 @@ srun_options=()
 
 # --- 4. The network between nodes (not tested): only where NCCL or gloo choose the wrong interface.
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
+
+# --- 5. What happens after a failure. A job whose ranks failed is requeued at most so often; a node is not blamed for it
+#     unless that is asked for, since a mistake that shows on every node would use them up one by one.
+max_restarts=${FOVEAL_MAX_RESTARTS:-100}
+exclude_bad_node=${FOVEAL_EXCLUDE_BAD_NODE:-0}

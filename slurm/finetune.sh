@@ -18,4 +18,4 @@ arguments_of vit_b16 "$@"
 
 # A mistake (a setting, missing shards, a batch that these ranks do not divide) ends here, with one sentence and code 2.
 "${check[@]}" -m finetune.run "${arguments[@]}" --check --ranks "$SLURM_NTASKS"
-exec srun --kill-on-bad-exit=1 "${srun_options[@]}" "${ranks[@]}" -m finetune.run "${arguments[@]}"
+run_ranks finetune.run

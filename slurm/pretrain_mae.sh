@@ -18,4 +18,4 @@ arguments_of mae_vit_b16 "$@"
 
 # A mistake (a setting, missing shards, a batch that these ranks do not divide) ends here, with one sentence and code 2.
 "${check[@]}" -m pretrain.run "${arguments[@]}" --check --ranks "$SLURM_NTASKS"
-exec srun --kill-on-bad-exit=1 "${srun_options[@]}" "${ranks[@]}" -m pretrain.run "${arguments[@]}"
+run_ranks pretrain.run

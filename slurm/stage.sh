@@ -20,3 +20,109 @@ arguments_of() {
     fi
     arguments=("$config" "$@")
 }
+
+# run_ranks MODULE
+# Runs a stage as one task of srun per rank, ends with its exit code, and asks Slurm for another start where one can
+# help. A run that was asked to leave has saved and asked for that itself, and ends with 0. When a node is lost, Slurm
+# requeues the job by itself and kills this shell.
+run_ranks() {
+    local said errors tee code=0 node='' first=''
+    said=$(mktemp)
+    # Slurm's TERM is for the ranks, which save and leave: this shell outlives them to decide what comes next.
+    trap '' TERM
+    exec {errors}> >(exec tee "$said" >&2)
+    tee=$!
+    srun --kill-on-bad-exit=1 --wait=300 "${srun_options[@]}" "${ranks[@]}" -m "$1" "${arguments[@]}" \
+        2>&"$errors" || code=$?
+    exec {errors}>&-
+    wait "$tee"
+    if [ "$code" -ne 0 ]; then
+        first_failure "$said"
+        start_again_unless_futile
+    fi
+    rm -f "$said"
+    exit "$code"
+}
+
+# Sets `code` to the exit code of the rank that failed first, `node` to where that was and `first` to what srun says of it:
+# srun ends the other ranks, whose codes say less, and returns the highest of all. A run that knows better which node is
+# to blame says so in a line of its own.
+first_failure() {
+    local line
+    line=$(grep -m1 -E '^srun: error: [^ ]+: tasks? [^:]+: ' "$1" || true)
+    if [[ $line =~ ^srun:\ error:\ (([^:]+):\ tasks?\ [^:]+:\ (Exited with exit code ([0-9]+))?.*) ]]; then
+        first=${BASH_REMATCH[1]} node=${BASH_REMATCH[2]} code=${BASH_REMATCH[4]:-$code}
+    fi
+    line=$(grep -m1 -E '^foveal: suspect node [^ ]+' "$1" || true)
+    if [[ $line =~ ^foveal:\ suspect\ node\ ([^\ :,]+) ]]; then
+        node=${BASH_REMATCH[1]}
+    fi
+}
+
+# The exit codes are those of foveal/errors.py.
+start_again_unless_futile() {
+    local futile=''
+    case $code in
+        2) futile="another start would make the same mistake; it is said above" ;;
+        3) futile="the training diverged, and would again" ;;
+        4) futile="another attempt has taken over the run" ;;
+        7) futile="several starts in a row got no further" ;;
+    esac
+    if [ -z "$futile" ] && [ "${SLURM_RESTART_COUNT:-0}" -ge "$max_restarts" ]; then
+        futile="the job was started again $SLURM_RESTART_COUNT times already (max_restarts in slurm/environment.sh)"
+    elif [ -z "$futile" ] && ! going_on; then
+        futile="the job was cancelled, or is requeued already"
+    fi
+    if [ -n "$futile" ]; then
+        echo "foveal: exit code $code, not requeued: $futile" >&2
+    elif asked_slurm requeue "$SLURM_JOB_ID"; then
+        echo "foveal: exit code $code, requeued; first to fail: ${first:-unknown}" >&2
+        if [ "$exclude_bad_node" = 1 ] && [ -n "$node" ]; then
+            exclude
+        fi
+    else
+        echo "foveal: exit code $code, not requeued: Slurm refused; submit it again" >&2
+    fi
+}
+
+# A job that somebody cancels is not RUNNING any more, and neither is one that is requeued already. One that Slurm ended
+# at its time limit, before it could leave, is not either, but is to go on.
+going_on() {
+    [ "$(of_job JobState)" = RUNNING ] || [ "$(of_job Reason)" = TimeLimit ]
+}
+
+# Does without `node` from the next start on, where enough others are left. Slurm refuses this while a job runs, and
+# remembers it in all later restarts.
+exclude() {
+    local list left
+    list=$(of_job ExcNodeList)
+    [ "$list" = "(null)" ] && list=$node || list+=,$node
+    left=$(sinfo --noheader --Node --responding --partition="$SLURM_JOB_PARTITION" --format=%N | sort -u |
+        grep -cvxF "$(scontrol show hostnames "$list")" || true)
+    if [ "$left" -lt "$SLURM_JOB_NUM_NODES" ]; then
+        echo "foveal: $node is not excluded: without it, $left nodes would be left for $SLURM_JOB_NUM_NODES" >&2
+    elif asked_slurm update "JobId=$SLURM_JOB_ID" "ExcNodeList=$list"; then
+        echo "foveal: $node is excluded from now on; scontrol update JobId=$SLURM_JOB_ID ExcNodeList= takes that back" >&2
+    fi
+}
+
+# of_job KEY: what `scontrol show job` says; keys before Command= only, which quotes what the user typed.
+of_job() {
+    asked_slurm show job --oneliner "$SLURM_JOB_ID" | tr ' ' '\n' | sed -n "1,/^Command=/s/^$1=//p"
+}
+
+# asked_slurm ARGUMENTS OF SCONTROL: some times more while the controller does not answer, five minutes in all.
+asked_slurm() {
+    local try
+    for try in {1..10}; do
+        if scontrol "$@"; then
+            return 0
+        fi
+        if scontrol ping | grep -q UP; then
+            return 1
+        fi
+        echo "foveal: Slurm's controller does not answer (try $try of 10)" >&2
+        sleep 30
+    done
+    return 1
+}

@@ -253,15 +253,13 @@ def run_here(jobs: Sequence[Job]) -> int:
     for number, job in enumerate(jobs, 1):
         processes = job.processes or _devices()
         _log.info("[%d/%d] %s -> %s (processes: %d)", number, len(jobs), job.name, job.run, processes)
-        alone, launcher = (
-            [sys.executable],
-            ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"],
-        )
+        alone = [sys.executable]
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         commands = [[*alone, *job.line]]
         if processes > 1:
             commands = [[*alone, *job.line, "--check", f"--ranks={processes}"], [*alone, *launcher, *job.line]]
         for command in commands:
-            if code := _run(command, _environment(processes), quiet="--check" in command):
+            if code := _run(command, _environment(processes)):
                 _log.error("%s stopped with exit code %d; nothing after it was started", job.name, code)
                 return code
         if not (job.run / "finished.json").exists():
@@ -282,29 +280,40 @@ def _environment(processes: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(share), **os.environ}
 
 
-def _run(command: list[str], environment: Mapping[str, str], *, quiet: bool) -> int:
-    """Run a command to its end; its exit code as a shell has it, or 128 + the signal that came meanwhile.
+def _run(command: list[str], environment: Mapping[str, str]) -> int:
+    """Run a command to its end; its exit code as a shell has it, or 128 + the first signal that came meanwhile.
 
-    The command has a process group of its own, so that Ctrl-C reaches it once, by us, however many processes it has;
-    it saves and leaves, and we wait for it.
+    It has a process group of its own, so that Ctrl-C reaches each rank once, by us; they save and leave, and we wait for
+    them. torchrun is not told: it would kill its ranks half a minute later, with a traceback. A second Ctrl-C ends all.
     """
     heard: list[int] = []
     child: list[subprocess.Popen[bytes]] = []
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
+        now = number == signal.SIGINT in heard
         heard.append(number)
         for each in child:
-            each.send_signal(number)
+            ranks = _children(each.pid) if "torch.distributed.run" in command else []
+            for process in [*ranks, each.pid] if now or not ranks else ranks:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL if now else number)
 
     before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
     try:
-        out = subprocess.DEVNULL if quiet else None
+        out = subprocess.DEVNULL if "--check" in command else None
         child.append(subprocess.Popen(command, env=dict(environment), stdout=out, process_group=0))
         code = child[0].wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return 128 + heard[-1] if heard else code if code >= 0 else 128 - code
+    return 128 + heard[0] if heard else code if code >= 0 else 128 - code
+
+
+def _children(process: int) -> list[int]:
+    try:
+        return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    except OSError:
+        return []
 
 
 # --- the command ---

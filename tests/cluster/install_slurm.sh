@@ -9,7 +9,7 @@ export PATH=$PATH:/usr/sbin:/sbin LC_ALL=C DEBIAN_FRONTEND=noninteractive
 
 declare -A package_of=(
     [slurmctld]=slurmctld [slurmd]=slurmd [slurmdbd]=slurmdbd [sbatch]=slurm-client [munged]=munge
-    [mariadbd]=mariadb-server [unshare]=util-linux
+    [mariadbd]=mariadb-server [unshare]=util-linux [ip]=iproute2
 )
 missing=()
 for program in "${!package_of[@]}"; do

@@ -1,10 +1,14 @@
 """The harness itself: what it brings up is a cluster."""
 
+from collections.abc import Iterator
+
+import pytest
 from harness import Cluster
+from machines import Kind
 
 
 def test_two_nodes_are_idle(cluster: Cluster) -> None:
-    nodes = cluster.run("sinfo", "--noheader", "--Node", "--format=%N %T").stdout.split("\n")
+    nodes = cluster.run("sinfo", "--noheader", "--Node", "--partition=main", "--format=%N %T").stdout.split("\n")
     assert sorted(filter(None, nodes)) == [f"{node} idle" for node in cluster.nodes]
 
 
@@ -19,7 +23,7 @@ def test_four_tasks_run_on_two_nodes(cluster: Cluster) -> None:
         ["2", second, "4"],
         ["3", second, "4"],
     ]
-    if cluster.namespaces:
+    if cluster.named:
         assert [task[3] for task in tasks] == [first, first, second, second]
 
 
@@ -29,3 +33,47 @@ def test_accounting_tells_how_a_job_and_its_step_ended(cluster: Cluster) -> None
     sacct = f"sacct --jobs={job} --noheader --parsable2 --format=JobID,State,ExitCode"
     ended = f"grep -x '{job}|FAILED|3:0' && {sacct} | grep -x '{job}.0|FAILED|3:0'"
     cluster.run("sh", "-c", f"until {sacct} | {ended}; do sleep 0.2; done", timeout=20)  # it lags by a second
+
+
+@pytest.fixture
+def lasting(cluster: Cluster) -> Iterator[str]:
+    """A job on both nodes that lasts until it is cancelled; every node can be given jobs again afterwards."""
+    job = cluster.submit("--wrap=srun sleep 600", options=["--nodes=2", "--output=/dev/null", "--requeue"])
+    cluster.until(lambda: len(cluster.ranks(job)) == 2, "both ranks run")
+    yield job
+    cluster.run("scancel", job)
+    for node in cluster.nodes:
+        cluster.machines.start(node)
+    cluster.until(lambda: not cluster.orphans(), "Slurm ends what it had given up")
+    cluster.all_idle()
+
+
+def is_down(cluster: Cluster, node: str) -> None:
+    cluster.until(lambda: "down" in cluster.state(node), f"{node} is down", timeout=90)
+
+
+def test_a_node_without_power_has_no_processes_and_the_job_is_requeued(cluster: Cluster, lasting: str) -> None:
+    node = cluster.nodes[1]
+    cluster.machines.crash(node)
+    assert cluster.machines.on(node) == []
+    is_down(cluster, node)
+    cluster.until(lambda: cluster.job(lasting)["Restarts"] == "1", "the job is requeued")
+
+
+def test_a_killed_slurmd_leaves_its_ranks_to_go_on(cluster: Cluster, lasting: str) -> None:
+    node = cluster.nodes[1]
+    cluster.machines.kill_slurmd(node)
+    is_down(cluster, node)
+    cluster.until(lambda: cluster.job(lasting)["Restarts"] == "1", "the job is requeued")
+    assert [rank.node for rank in cluster.ranks(lasting)] == [node]
+    assert {each.environment["SLURMD_NODENAME"] for each in cluster.orphans()} == {node}
+
+
+def test_a_cut_node_goes_on_alone_until_it_is_healed(cluster: Cluster, lasting: str) -> None:
+    if cluster.kind is not Kind.WIRED:
+        pytest.skip("no network namespaces here: nodes share the machine's network")
+    node = cluster.nodes[1]
+    cluster.machines.cut(node)
+    is_down(cluster, node)
+    assert [rank.node for rank in cluster.ranks(lasting) if rank.node == node] == [node]
+    cluster.machines.heal(node)

@@ -71,7 +71,7 @@ def assert_four_ranks_on_two_nodes(run: Path, cluster: Cluster) -> None:
     heads = [file.read_text().splitlines()[0] for file in sorted((run / "logs").glob("rank-*.log"))]
     found = [re.search(r"rank (\d) of 4 on (\S+), .*launcher srun.*SLURM_PROCID=(\d)", head) for head in heads]
     seats = [match.groups() if match else head for match, head in zip(found, heads, strict=True)]
-    hosts = [node if cluster.namespaces else seats[0][1] for node in cluster.nodes for _ in range(2)]
+    hosts = [node if cluster.named else seats[0][1] for node in cluster.nodes for _ in range(2)]
     assert seats == [(str(rank), host, str(rank)) for rank, host in enumerate(hosts)]
 
 

@@ -1,0 +1,168 @@
+"""A pretraining job on a cluster, as somebody sees it who wants to disturb it: its job, its ranks, its run directory."""
+
+import contextlib
+import json
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from harness import STILL_GOING, Cluster, Rank
+from server import Server
+
+from foveal.attempts import Told, attempts_of
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = (
+    "model.width=32", "model.depth=2", "model.heads=2", "decoder.width=32", "decoder.depth=1", "decoder.heads=2",
+    "batch.images=128", "batch.at_once=32", "log.every=1", "log.pictures_every=0", "data.ledger=true",
+    "optim.warmup_epochs=1", "checkpoint.keep=3",
+)  # fmt: skip
+STEPS_PER_EPOCH = 11  # 1,437 images in batches of 128
+# The launcher of the ranks belongs to the cluster; the one of these tests lets a step take its time.
+ENVIRONMENT = """
+check=(python)
+ranks=(python {launcher} {pace})
+srun_options=()
+max_restarts=1000
+exclude_bad_node=0
+"""
+
+
+class Stuck(Exception):
+    """Something did not happen in time."""
+
+
+def checkout(folder: Path, data: Path, pace: float) -> Path:
+    """A folder that sbatch can be called in, whose ranks take ``pace`` seconds more for a step."""
+    (folder / "slurm").mkdir(parents=True)
+    for file in (ROOT / "slurm").glob("*.sh"):
+        (folder / "slurm" / file.name).symlink_to(file)
+    (folder / "slurm/environment.sh").unlink()
+    launcher = Path(__file__).with_name("slowly.py")
+    (folder / "slurm/environment.sh").write_text(ENVIRONMENT.format(launcher=launcher, pace=pace))
+    (folder / "configs").symlink_to(ROOT / "configs")
+    (folder / "data").mkdir()
+    (folder / "data/digits").symlink_to(data)
+    return folder
+
+
+@dataclass
+class Scene:
+    """One run and its job. ``nodes``, ``tasks`` (a node) and ``settings`` are those of the next submission.
+
+    ``small_disk``: where the checkpoints lie, if not in the run directory.
+    """
+
+    cluster: Cluster
+    folder: Path
+    name: str
+    steps: int
+    every: int
+    dice: random.Random
+    nodes: int = 2
+    tasks: int = 2
+    partition: str = "main"
+    server: Server | None = None
+    small_disk: Path | None = None
+    settings: list[str] = field(default_factory=list)
+    job: str = ""
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "runs" / self.name
+
+    def submit(self) -> None:
+        """``sbatch slurm/pretrain_mae.sh``, as a user would."""
+        if self.small_disk is not None and not self.run.exists():
+            self.run.mkdir(parents=True)
+            (self.run / "checkpoints").symlink_to(self.small_disk)
+        uri = self.server.uri if self.server else "null"
+        resources = [f"--nodes={self.nodes}", f"--ntasks-per-node={self.tasks}", f"--partition={self.partition}"]
+        resources += ["--cpus-per-task=1", "--gpus-per-node=0", f"--job-name={self.name}"]
+        epochs = self.steps // STEPS_PER_EPOCH
+        line = ["digits", *SETTINGS, f"run.dir=runs/{self.name}", f"epochs={epochs}", f"checkpoint.every={self.every}"]
+        line.append(f"tracking.uri={uri}")
+        self.job = self.cluster.submit(
+            "slurm/pretrain_mae.sh", *line, *self.settings,
+            options=resources, cwd=self.folder, env={"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Let the run wait, so that it is not over before the next fault."""
+        (self.folder / "hold").touch()
+        try:
+            yield
+        finally:
+            (self.folder / "hold").unlink()
+
+    def last_step(self) -> int:
+        """The last step that the run has reported; 0 before the first."""
+        return int(self.rows()[-1]["step"]) if self.rows() else 0
+
+    def rows(self) -> list[dict[str, float]]:
+        """The rows of the steps, without one that is being written."""
+        file = self.run / "metrics.jsonl"
+        lines = file.read_text(errors="replace").split("\n")[:-1] if file.exists() else []
+        found = []
+        for line in lines:
+            with contextlib.suppress(json.JSONDecodeError):
+                found.append(json.loads(line))
+        return [row for row in found if "loss" in row]
+
+    def said(self, pattern: str) -> list[str]:
+        """All matches in the log of rank 0, which goes on over attempts."""
+        file = self.run / "logs/rank-000.log"
+        return re.findall(pattern, file.read_text(errors="replace")) if file.exists() else []
+
+    def attempts(self) -> list[Told]:
+        """The attempts at the run, the newest last."""
+        return attempts_of(self.run) if (self.run / "attempts").exists() else []
+
+    def begun(self) -> tuple[int, int | None]:
+        """The newest attempt's number, 0 before the first, and the step it began at, if it knows."""
+        found = self.attempts()
+        return (found[-1].number, found[-1].start) if found else (0, None)
+
+    def checkpoints(self) -> list[Path]:
+        """Whole ones, the newest last."""
+        return sorted((self.run / "checkpoints").glob("step-*"))
+
+    def ranks(self) -> list[Rank]:
+        """The living ranks of the newest attempt."""
+        found = self.cluster.ranks(self.job)
+        newest = max((rank.restarts for rank in found), default=0)
+        return [rank for rank in found if rank.restarts == newest]
+
+    def world(self) -> list[Rank]:
+        """All ranks of the newest attempt, once they are there."""
+        self.until(lambda: len(self.ranks()) == self.nodes * self.tasks, "all ranks are there", 120)
+        return self.ranks()
+
+    def state(self) -> dict[str, str]:
+        return self.cluster.job(self.job)
+
+    def over(self) -> bool:
+        return self.state()["JobState"] not in STILL_GOING
+
+    def until(self, holds: Callable[[], bool], what: str, timeout: float) -> None:
+        """Wait until something holds. Errors: Stuck."""
+        end = time.monotonic() + timeout
+        while not holds():
+            if time.monotonic() > end:
+                raise Stuck(f"{what}: not after {timeout:.0f} s (job {self.job} {self.state()['JobState']})")
+            time.sleep(0.05)
+
+    def finish(self, timeout: float) -> None:
+        """Wait for the job's end. Errors: Stuck when it does not end, or not well."""
+        self.until(self.over, "the job is over", timeout)
+        if self.state()["JobState"] != "COMPLETED":
+            raise Stuck(f"job {self.job} ended as {self.state()['JobState']}\n{self.tail()}")
+        if not (self.run / "finished.json").exists():
+            raise Stuck(f"job {self.job} ended without finishing the run\n{self.tail()}")
+
+    def tail(self, lines: int = 30) -> str:
+        return "\n".join(self.cluster.output(self.job).splitlines()[-lines:])

@@ -1,0 +1,51 @@
+"""MLflow's server beside the cluster's controller, and what it holds of a run in the end."""
+
+import socket
+import sqlite3
+import sys
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness import Cluster
+from machines import controller_address
+
+
+@dataclass(frozen=True)
+class Server:
+    """MLflow with its store in ``folder``, at an address that the nodes reach."""
+
+    folder: Path
+    address: str
+    port: int
+
+    @property
+    def uri(self) -> str:
+        return f"http://{self.address}:{self.port}"
+
+    @property
+    def place(self) -> tuple[str, str]:
+        return self.address, str(self.port)
+
+    def start(self, cluster: Cluster) -> None:
+        """Start it; it answers some seconds later, and keeps what it had."""
+        store = [
+            f"--backend-store-uri=sqlite:///{self.folder}/mlflow.db",
+            f"--artifacts-destination={self.folder}/files",
+        ]
+        host = [f"--host={self.address}", f"--port={self.port}", "--workers=1", "--allowed-hosts=*"]
+        cluster.start("mlflow", sys.executable, "-m", "mlflow", "server", *store, *host)
+
+    def delivered(self, key: str) -> list[tuple[int, float]]:
+        """Every (step, value) of a metric that the store holds, over all of its runs: twice what came twice."""
+        with closing(sqlite3.connect(f"file:{self.folder}/mlflow.db?mode=ro", uri=True)) as store:
+            return store.execute("select step, value from metrics where key = ? order by step", (key,)).fetchall()
+
+
+def server(cluster: Cluster, folder: Path) -> Server:
+    """A server that is not started yet."""
+    folder.mkdir(parents=True)
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    return Server(folder, controller_address(cluster.kind), port)
