@@ -38,6 +38,8 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 SlurmdTimeout=10
 KillWait=5
+# a step whose node was cut off may outlive its kill for a while; Slurm would drain the node after a minute of it
+UnkillableStepTimeout=3600
 MinJobAge=3600
 TCPTimeout=2
 SchedulerType=sched/backfill
