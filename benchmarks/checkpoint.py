@@ -2,7 +2,7 @@
 
     python benchmarks/checkpoint.py --out benchmarks/results/checkpoint.md
 
-A ViT-B under ZeRO 2 on two ranks (processes under gloo on a CPU). In every round both save the same state, in turns,
+A ViT-B under ZeRO 2 on two ranks (processes under gloo on a CPU), or a ViT-L on all GPUs that there are. In every round both save the same state, in turns,
 after a step of training; between two turns everything is forced to disk. foveal writes while training goes on, so the
 steps in which it wrote are timed as well.
 """
@@ -29,8 +29,10 @@ from foveal.distributed.engine import EngineConfig, build_engine
 from foveal.distributed.world import World, joined
 from foveal.optim import OptimConfig, parameter_groups
 
-MODEL, ZERO, RANKS = "vit_base_patch16_224", 2, 2
-SIDE = 96  # pixels: short steps on a CPU, and as many weights but for the positions
+GPUS = torch.cuda.device_count()
+MODEL, ZERO, RANKS = f"vit_{'large' if GPUS else 'base'}_patch16_224", 2, GPUS or 2
+# Pixels and images of a step: few on a CPU, where as many weights but for the positions are trained in a short step.
+SIDE, IMAGES = (224, 32) if GPUS else (96, 1)
 GOAL = 0.5
 _PATIENCE = 3600  # seconds for all rounds
 
@@ -44,10 +46,11 @@ class Saving:
         model = timm.create_model(MODEL, pretrained=False, img_size=SIDE)
         cfg = EngineConfig(kind="deepspeed", zero=ZERO)
         self.engine: Any = build_engine(
-            model, parameter_groups(model, optim), optim, cfg, world, at_once=1, accumulate=1
+            model, parameter_groups(model, optim), optim, cfg, world, at_once=IMAGES, accumulate=1
         )
         self.store = Store(folder / "foveal", CheckpointConfig(keep=1), world, 1, {})
-        self.images = torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(world.rank))
+        images = torch.randn(IMAGES, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(world.rank))
+        self.images = images.to(world.device)
 
     def train(self) -> float:
         """A step; its seconds on the slowest rank."""
@@ -163,7 +166,7 @@ def main() -> None:
         parts += ["", f"## On {name}", "", *table(measured(Path(folder), given.rounds))]
     about = (
         f"`python benchmarks/checkpoint.py --rounds {given.rounds}`: {MODEL} at {SIDE} px in fp32 under ZeRO {ZERO} on "
-        f"{RANKS} ranks, one thread each. {given.rounds} rounds in which both save the same state, in turns. Medians "
+        f"{RANKS} rank{'s' if RANKS > 1 else ''}, one thread each. {given.rounds} rounds in which both save the same state, in turns. Medians "
         f"(lowest-highest), of the slowest rank. DeepSpeed's returns when its files are written, not when they are on disk; "
         f"foveal's threads force them to disk and hash them. Without overlap, foveal copies, writes and publishes one after "
         f"the other while training waits."

@@ -6,9 +6,11 @@ import platform
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 
 def described(packages: Sequence[str]) -> str:
-    """Processor, cores, memory, Python and the versions of ``packages``; those that are not installed are left out."""
+    """Processor, cores, memory, GPUs, Python and the versions of ``packages``; those not installed are left out."""
     versions = [f"Python {platform.python_version()}"]
     for package in packages:
         try:
@@ -20,4 +22,5 @@ def described(packages: Sequence[str]) -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     processor = names[0] if names else platform.machine()
-    return f"{processor}, {cores} cores, {memory:.0f} GiB of memory, {platform.system()}; {', '.join(versions)}"
+    card = f" one of {torch.cuda.device_count()} {torch.cuda.get_device_name()};" if torch.cuda.is_available() else ""
+    return f"{processor}, {cores} cores, {memory:.0f} GiB of memory, {platform.system()};{card} {', '.join(versions)}"

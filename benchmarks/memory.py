@@ -17,12 +17,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from machine import described
+from memory_cases import ON_A_CPU, ON_A_GPU, Case
 
 from foveal.checkpoint.export import Card, write_export
 from foveal.data import Batch
@@ -35,77 +36,16 @@ from foveal.plan.forecast import Forecast, Machine
 STEPS = 3
 _SMALLEST = "16384"  # bytes from which glibc gives an allocation a mapping of its own
 _PATIENCE = 300  # seconds for one case
-_BUCKET = {"zero_optimization": {"reduce_bucket_size": 4_000_000}}
-_SMALL_BUCKET = {"zero_optimization": {"reduce_bucket_size": 500_000, "stage3_param_persistence_threshold": 1000}}
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is trained. ``seen``: it was looked at while the model of memory was written."""
-
-    name: str
-    ranks: int
-    engine: dict[str, Any]
-    stage: str = "pretrain"
-    change: dict[str, Any] = field(default_factory=dict)
-    seen: bool = False
-
-
-WIDE = {
-    "model": {"name": "vit_tiny_patch16_224", "patch": 8, "width": 256, "depth": 4, "heads": 4},
-    "decoder": {"width": 128, "depth": 3, "heads": 4},
-}
-DEEP = {"model": {"name": "vit_tiny_patch16_224", "patch": 16, "width": 160, "depth": 14, "heads": 5}}
-LARGE = {"batch": {"images": 64, "at_once": 32}}
-EIGHT = {"batch": {"images": 32, "at_once": 8}}
-FEW = {"batch": {"images": 16, "at_once": 4}}
-PLAIN = {"kind": "plain"}
-DEEPSPEED = {"kind": "deepspeed", "deepspeed": _BUCKET}
-TIGHT = {"kind": "deepspeed", "deepspeed": _SMALL_BUCKET}
-
-CASES = [
-    Case("small, 4 micros", 1, PLAIN, seen=True),
-    Case("small, 4 micros", 1, PLAIN | {"precision": "bf16"}, seen=True),
-    Case("small, 2 micros", 2, {"kind": "deepspeed", "zero": 0}, seen=True),
-    Case("small, 2 micros", 2, DEEPSPEED | {"zero": 1}, seen=True),
-    Case("small, 2 micros", 2, DEEPSPEED | {"zero": 2}, seen=True),
-    Case("small, 2 micros", 2, DEEPSPEED | {"zero": 3}, seen=True),
-    Case("small, 2 micros", 2, DEEPSPEED | {"zero": 1, "precision": "bf16"}, seen=True),
-    Case("wide, 1 micro of 64", 1, PLAIN, change=WIDE | {"batch": {"images": 64}}),
-    Case(
-        "wide, 16 micros of 4", 1, PLAIN | {"precision": "bf16"}, change=WIDE | {"batch": {"images": 64, "at_once": 4}}
-    ),
-    Case("deep, 2 micros of 32", 1, PLAIN | {"recompute": True}, change=DEEP | LARGE),
-    Case("deep, 2 micros of 32", 1, PLAIN | {"recompute": True, "precision": "bf16"}, change=DEEP | LARGE),
-    Case("wide, 2 micros of 4", 2, {"kind": "deepspeed", "zero": 0}, change=WIDE | FEW),
-    Case("wide, 1 micro of 32", 2, DEEPSPEED | {"zero": 1}, change=WIDE | LARGE),
-    Case("wide, 2 micros of 4", 2, TIGHT | {"zero": 1, "precision": "bf16"}, change=WIDE | FEW),
-    Case("wide, 1 micro of 32", 2, TIGHT | {"zero": 2}, change=WIDE | LARGE),
-    Case("deep, 2 micros of 4", 2, DEEPSPEED | {"zero": 2, "precision": "bf16"}, change=DEEP | FEW),
-    Case("wide, 1 micro of 32", 2, DEEPSPEED | {"zero": 3}, change=WIDE | LARGE),
-    Case("deep, 2 micros of 4", 2, TIGHT | {"zero": 3, "recompute": True}, change=DEEP | FEW, seen=True),
-    Case("wide, 2 micros of 4", 2, TIGHT | {"zero": 3, "precision": "bf16"}, change=WIDE | FEW, seen=True),
-    Case("wide, 2 micros of 8", 2, TIGHT | {"zero": 3, "recompute": True}, change=WIDE | EIGHT),
-    Case("deep, 2 micros of 8", 2, DEEPSPEED | {"zero": 3, "precision": "bf16"}, change=DEEP | EIGHT),
-    Case(
-        "small, 1 micro of 8",
-        2,
-        TIGHT | {"zero": 3, "precision": "bf16"},
-        change={"batch": {"images": 16, "at_once": 8}},
-    ),
-    Case("small, DeepSpeed's own buckets", 2, {"kind": "deepspeed", "zero": 1}, change=LARGE),
-    Case("distillation, wide", 2, DEEPSPEED | {"zero": 2}, "distill", WIDE | LARGE),
-    Case("fine-tuning, wide", 1, PLAIN | {"precision": "bf16"}, "finetune", WIDE | LARGE),
-    Case("fine-tuning, wide, DDP", 2, {"kind": "accelerate"}, "finetune", WIDE | LARGE),
-    Case("fine-tuning, deep, FSDP2", 2, {"kind": "accelerate", "sharding": "fsdp2"}, "finetune", DEEP | LARGE),
-]
+_SIDE = 64  # pixels, of the cases on a CPU
+_AT_ONCE = 3  # cases that share a GPU while they are measured: torch counts the bytes of its own process
+CASES = ON_A_GPU if torch.cuda.is_available() else ON_A_CPU
 
 
 def tree_of(case: Case, folder: Path) -> dict[str, Any]:
     """The settings of a case."""
     tree: dict[str, Any] = {
         "epochs": 1,
-        "data": {"path": str(folder / "digits"), "image_size": 64, "channels": 3, "lanes": 8},
+        "data": {"path": str(folder / "digits"), "channels": 3, "lanes": 8},
         "batch": {"images": 64, "at_once": 16},
         "optim": {},
         "model": {"name": "vit_tiny_patch16_224", "patch": 8, "width": 192, "depth": 6, "heads": 3},
@@ -113,10 +53,12 @@ def tree_of(case: Case, folder: Path) -> dict[str, Any]:
         "engine": case.engine,
     }
     tree |= case.change
+    tree["data"]["image_size"] = case.side
     if case.stage != "pretrain":
         del tree["decoder"]
     if case.stage == "distill":
-        tree |= {"teacher": str(folder / "teacher"), "model": tree["model"] | {"width": 128}}
+        smaller = {"width": 128} if case.side == _SIDE else {"name": "vit_small_patch16_224"}
+        tree |= {"teacher": str(folder / f"teacher-{case.side}"), "model": tree["model"] | smaller}
     return tree
 
 
@@ -252,12 +194,13 @@ def measured(case: Case, folder: Path) -> int:
 
 
 def prepare(folder: Path) -> None:
-    """Digits to plan with, and a teacher."""
+    """Digits to plan with, and teachers."""
     pack_digits(folder / "digits")
-    teacher = VitConfig(name="vit_tiny_patch16_224", patch=8, width=192, depth=3, heads=3)
-    encoder = build_encoder(teacher, image_size=64, channels=3)
-    card = Card("pretrain", encoder_card(teacher, 64, 3), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-    write_export(folder / "teacher", dict(encoder.state_dict()), card)
+    small = VitConfig(name="vit_tiny_patch16_224", patch=8, width=192, depth=3, heads=3)
+    for side, teacher in ((_SIDE, small), (224, VitConfig(name="vit_base_patch16_224"))):
+        encoder = build_encoder(teacher, image_size=side, channels=3)
+        card = Card("pretrain", encoder_card(teacher, side, 3), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+        write_export(folder / f"teacher-{side}", dict(encoder.state_dict()), card)
 
 
 def table(rows: list[tuple[Case, float, float]]) -> list[str]:
@@ -276,20 +219,15 @@ def table(rows: list[tuple[Case, float, float]]) -> list[str]:
 
 def report(rows: list[tuple[Case, float, float]]) -> str:
     """The whole file."""
-    new = [row for row in rows if not row[0].seen]
+    new, seen = ([row for row in rows if row[0].seen is looked_at] for looked_at in (False, True))
     off = [abs(foreseen / peak - 1) for _, foreseen, peak in new]
-    where = (
-        "on a GPU"
-        if torch.cuda.is_available()
-        else "on a CPU; the same command measures a GPU where there is one, not run yet"
-    )
     return "\n".join(
         [
             "# Memory: foreseen and measured",
             "",
-            "`python benchmarks/memory.py --out benchmarks/results/memory.md`",
+            "`python benchmarks/memory.py --out FILE`",
             "",
-            f"{described(['torch', 'deepspeed', 'accelerate', 'timm'])}; {where}.",
+            f"{described(['torch', 'deepspeed', 'accelerate', 'timm'])}.",
             "",
             (
                 f"Foreseen is `foveal plan`'s peak of a rank. In the {len(new)} cases below that were not looked at while the model "
@@ -298,10 +236,7 @@ def report(rows: list[tuple[Case, float, float]]) -> str:
             "",
             *table(new),
             "",
-            "Cases that were looked at while it was written:",
-            "",
-            *table([row for row in rows if row[0].seen]),
-            "",
+            *(["Cases that were looked at while it was written:", "", *table(seen), ""] if seen else []),
             (
                 "Not in it: what libraries keep for themselves (oneDNN's kernels and scratch pads here, warmed up before; CUDA's "
                 "context, cuBLAS's workspaces and NCCL's channels on a GPU), and what the allocator loses to fragmentation. "
@@ -328,12 +263,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         prepare(folder)
-        rows = []
-        for case in CASES:
-            if options.only not in f"{case.name} {case.engine}":
-                continue
-            rows.append((case, forecast_of(case, folder).memory.peak, measured(case, folder)))
-            print(*table(rows[-1:])[2:], flush=True)
+        cases = [case for case in CASES if options.only in f"{case.name} {case.engine}"]
+        with ThreadPoolExecutor(_AT_ONCE if torch.cuda.is_available() else 1) as pool:
+            rows = []
+            for case, peak in zip(cases, pool.map(lambda case: measured(case, folder), cases), strict=True):
+                rows.append((case, forecast_of(case, folder).memory.peak, peak))
+                print(*table(rows[-1:])[2:], flush=True)
     if options.out and not options.only:
         options.out.write_text(report(rows))
 

@@ -15,7 +15,7 @@ from finetune.objective import Classify
 from finetune.trials import compare
 from foveal.checkpoint.export import load_strictly, read_export
 from foveal.data.pack import pack_digits
-from foveal.distributed.engine import build_engine
+from foveal.distributed.engine import Engine, build_engine
 from foveal.distributed.world import seat
 from foveal.door import Stage, main
 from foveal.loop import Parts, due
@@ -43,17 +43,17 @@ def fit(plan: FinetunePlan, run: Run) -> None:
     made, sizes = parts(plan, run.world.device), {"at_once": plan.at_once, "accumulate": plan.micros}
     engine = build_engine(made.model, made.groups, cfg.optim, cfg.engine, run.world, **sizes)
     start = run.resume(engine)
+    _evaluate(engine, run, start)  # what an attempt that saved and left had no time for
     with run.steps(engine, made.objective, start) as steps:
         for step in steps:
             if due(step.index, cfg.log.every, plan.stop):
                 run.report()
-            if cfg.evaluate_every and step.index % cfg.evaluate_every == 0 and step.index < plan.steps:
-                run.evaluated(step.index, accuracy(engine, run, step.index, split=cfg.data.val, part="all"))
             leaving = run.asked_to_leave()
             if leaving or due(step.index, cfg.checkpoint.every, plan.stop):
                 run.save(engine, step.index)
             if leaving:
                 return run.leave(step.index)
+            _evaluate(engine, run, step.index)
     if plan.stop == plan.steps:
         results = {
             f"val_{name}": value
@@ -65,6 +65,13 @@ def fit(plan: FinetunePlan, run: Run) -> None:
         run.export(engine, plan.encoder, prefix="encoder.", classes=plan.classes)
         run.finish(results)
     return None
+
+
+def _evaluate(engine: Engine, run: Run, step: int) -> None:
+    """Evaluate in the course of the training, where it is due; the same step twice leaves one row."""
+    cfg = run.plan.cfg
+    if cfg.evaluate_every and 0 < step < run.plan.steps and step % cfg.evaluate_every == 0:
+        run.evaluated(step, accuracy(engine, run, step, split=cfg.data.val, part="all"))
 
 
 def parts(plan: FinetunePlan, _device: torch.device) -> Parts[Classify]:

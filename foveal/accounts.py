@@ -1,6 +1,5 @@
 """What a run owes its auditors: the ledger of what every step consumed, and the quarantine of what did not decode."""
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from foveal.data import Batch
 from foveal.data.ledger import Ledger, begin_attempt
 from foveal.data.quarantine import Entry, Quarantine, entry_of, read_entries
 from foveal.distributed.world import World
-from foveal.files import append_lines
+from foveal.files import Growing
 from foveal.stage import Plan
 
 
@@ -21,7 +20,7 @@ class Accounts:
         self._world = world
         self._met: list[Entry] = []
         self._newest: Sequence[Batch] = ()
-        self._path = path
+        self._refused = Growing(path / "refused.jsonl")
         file = path / "quarantine.jsonl"
         entries = world.broadcast(read_entries(file, start) if world.rank == 0 else [])
         self._quarantine = Quarantine(file, _limits(plan), entries)
@@ -50,9 +49,7 @@ class Accounts:
         mine = [number for batch in self._newest for number in batch.ids.tolist()]
         ids = [number for rank in self._world.gather(mine) for number in rank]
         if self._world.rank == 0:
-            append_lines(
-                self._path / "refused.jsonl", [json.dumps({"time": time.time(), "step": step, "samples": ids})]
-            )
+            self._refused.add_json([{"time": time.time(), "step": step, "samples": ids}])
 
     def report(self) -> int:
         """Write everything down; how many bad samples the run has met so far. A collective."""
@@ -69,6 +66,8 @@ class Accounts:
 
     def close(self) -> None:
         """Write what this rank has; no collective."""
+        self._refused.close()
+        self._quarantine.close()
         if self._ledger is not None:
             self._ledger.close()
 

@@ -97,8 +97,7 @@ class Lease(Attempt):
 
     def __init__(self, run: Path, number: int, starts: dict[int, int], restarts: int, beat: float) -> None:
         super().__init__(number, starts)
-        self._run, self._folder, self._restarts = run, run / "attempts", restarts
-        self._began = time.monotonic()
+        self._run, self._folder, self._restarts, self._began = run, run / "attempts", restarts, time.monotonic()
         self._over = threading.Event()
         self._beats = self._folder / f"{number:04d}{_BEATS}"
         self._thread = threading.Thread(target=self._keep_beating, args=(beat,), name="lease", daemon=True)
@@ -143,8 +142,8 @@ class Lease(Attempt):
         if len(reasons) == self._restarts:
             where = "before its first step" if step is None else f"without a checkpoint newer than step {step}"
             sentence = (
-                f"{self._run}: each of the last {self._restarts} attempts ended {where}, the last because: {reasons[0]}; "
-                f"remove the cause and start again, or allow more with run.restarts={2 * self._restarts}"
+                f"{self._run}: each of the last {self._restarts} attempts ended {where}, the last because: {reasons[0]}; remove "
+                f"the cause and start again, which is counted anew"
             )
             self.ended(sentence, Restarting.exit_code, step)
             raise Restarting(sentence)
@@ -158,11 +157,12 @@ class Lease(Attempt):
             yield end.get("why") or _SILENT
 
     def _keep_beating(self, beat: float) -> None:
-        count = 0
+        count, there = 0, False
         while not self._over.is_set():
             count += 1
             with contextlib.suppress(OSError):  # the disk may be full or away for a while; training may go on
-                _write_in_place(self._beats, f"{count:020d}\n".encode(), new=count == 1)
+                _write_in_place(self._beats, f"{count:020d}\n".encode(), new=not there)
+                there = True
             self.superseded()
             self._over.wait(beat)
 

@@ -12,7 +12,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 import torch
 
 from foveal.distributed.lost import lost_peer
-from foveal.distributed.preemption import listening
+from foveal.distributed.preemption import deaf, listening
 from foveal.distributed.world import World, joined, seat
 from foveal.errors import ConfigError, FovealError, Hung, LaunchError
 from foveal.loop import Parts
@@ -72,6 +72,7 @@ def main(stage: Stage[Any, Any], argv: Sequence[str] | None = None) -> NoReturn:
             if world.rank:
                 logging.getLogger().handlers[0].setLevel(logging.ERROR)  # the others speak in their own logs
             enter(stage, cfg, world)
+            deaf()  # all is said and done: a signal that comes now must not make a failure of it
     except Hung as error:
         _say(error)
         _end_now(error.exit_code)

@@ -3,14 +3,18 @@
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # no room, no quota, no file so large
 _CHUNK = 1 << 22
+_log = logging.getLogger(__name__)
 _CANNOT = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}  # what a file system answers that has no such service
 
 
@@ -55,17 +59,86 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
+def json_lines(values: Iterable[Any]) -> bytes:
+    """Each value as a line of JSON."""
+    return b"".join(f"{json.dumps(value, ensure_ascii=False)}\n".encode() for value in values)
+
+
 def write_json(file: Path, value: Any) -> None:
     """Write JSON, whole or not at all."""
     write_whole(file, json_bytes(value))
 
 
-def append_lines(file: Path, lines: Iterable[str]) -> None:
-    """Add lines to the end of a file, and force them to disk."""
-    with file.open("a") as stream:
-        stream.writelines(f"{line}\n" for line in lines)
-        stream.flush()
+class Growing:
+    """A file that grows at its end: what was added is on disk whole, or not at all.
+
+    What a full disk has no room for is ``owed``: kept in memory, and written with the next addition that finds room, so
+    that a run goes on and loses nothing. Without an open ``stream`` the file is one of lines, made with the first.
+    """
+
+    def __init__(self, file: Path, stream: FileIO | None = None) -> None:
+        self.owed = b""
+        self._file, self._stream = file, stream
+
+    def add(self, content: bytes) -> None:
+        """Append all that is owed and this, and force it to disk. Errors: OSError where the disk is not just full."""
+        news, self.owed = not self.owed, self.owed + content
+        try:
+            with nullcontext(self._stream) if self._stream else FileIO(self._file, "a+b") as stream:
+                if self._stream is None:
+                    _cut_short(stream)
+                _append(stream, self.owed)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            if news:
+                _log.warning(
+                    "%s: no room (%s); what belongs there is kept in memory until there is some", self._file, error
+                )
+        else:
+            self.owed = b""
+
+    def add_json(self, values: Iterable[Any]) -> None:
+        """Append each value as a line of JSON; without any, the file is not touched."""
+        if lines := json_lines(values):
+            self.add(lines)
+
+    def close(self) -> None:
+        """Add what is owed, if there is room now, and close the stream."""
+        with self._stream or nullcontext():
+            if self.owed:
+                self.add(b"")
+
+
+def _append(stream: FileIO, content: bytes) -> None:
+    """All of it or nothing."""
+    size = os.fstat(stream.fileno()).st_size
+    try:
+        rest = memoryview(content)
+        while rest:
+            rest = rest[os.write(stream.fileno(), rest) :]
         os.fsync(stream.fileno())
+    except OSError:
+        os.ftruncate(stream.fileno(), size)
+        raise
+
+
+def _cut_short(stream: FileIO) -> None:
+    """Let a last line go that a kill has cut short: it was never said, and behind it the next one would be unreadable."""
+    size = os.fstat(stream.fileno()).st_size
+    if size and os.pread(stream.fileno(), 1, size - 1) != b"\n":
+        os.ftruncate(stream.fileno(), os.pread(stream.fileno(), size, 0).rfind(b"\n") + 1)
+
+
+@contextmanager
+def dispensable(what: str | Path) -> Iterator[None]:
+    """Around writing what a run can do without: on a full disk there is a warning and no such file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        _log.warning("%s is not written: %s", what, error.strerror)
 
 
 def free_bytes(place: Path) -> tuple[int, Path]:

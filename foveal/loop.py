@@ -1,6 +1,7 @@
 """One optimizer step, said once. A stage writes its own timetable around it."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -100,7 +101,7 @@ def steps(engine: Engine, batches: Iterator[Batch], objective: Objective, course
             with engine.micro(last=number == accumulate - 1):
                 with course.stragglers.working():
                     total, numbers = objective(engine.model, batch)
-                engine.backward(total / share)
+                engine.backward(_felt(total) / share)
             for name, value in ({"loss": total} | numbers).items():
                 sums[name] = sums.get(name, 0.0) + (value.detach() / share).double() / (accumulate * ranks)
         course.beat(index + 1, "updating")
@@ -111,6 +112,13 @@ def steps(engine: Engine, batches: Iterator[Batch], objective: Objective, course
         course.consumed(index + 1, micros)
         course.pace.count(len(batch.ids) * accumulate * ranks)
         yield Step(index + 1, batch, outcome.applied)
+
+
+def _felt(total: Tensor) -> Tensor:
+    """A loss that is not finite makes all its gradients so: it may have overflowed where they did not, and the engines'
+    guards look at gradients alone.
+    """
+    return total * torch.where(total.detach().isfinite(), 1.0, math.nan)
 
 
 def _fetched(batches: Iterator[Batch], course: Course) -> list[Batch]:

@@ -5,7 +5,7 @@ import logging
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,13 +16,14 @@ from foveal.distributed.lost import lost_peer
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.watch import Watch, watching
 from foveal.distributed.world import World, describe, slurm_job
-from foveal.errors import Diverged, FovealError, Hung, Superseded
+from foveal.errors import Diverged, FovealError, Hung, Restarting, Superseded
 from foveal.files import write_json
 from foveal.runtime import Run
 from foveal.saving import Saving
 from foveal.stage import Plan, StageConfig
 from foveal.telemetry.stragglers import Stragglers
-from foveal.tracking.tracker import State
+from foveal.tracking import report_end
+from foveal.tracking.tracker import Silent, State
 
 _log = logging.getLogger(__name__)
 
@@ -48,20 +49,21 @@ def opened(
     where = plan.cfg.run.model_copy(update={"dir": str(path), "fresh": False})
     plan = replace(plan, cfg=plan.cfg.model_copy(update={"run": where}))
     attempt = _taken(path, plan, world)
-    end = _End()
+    end, begun = _End(), []
     logs, timeout = path / "logs", plan.cfg.engine.timeout_minutes * 60
     with ExitStack() as stack:
         stack.enter_context(_logging_to(logs / f"rank-{world.rank:03d}.log"))
         _log.log(logging.DEBUG if quiet else logging.INFO, "foveal %s, %s", __version__, describe(world))
         if isinstance(attempt, Lease):
             stack.callback(lambda: attempt.ended(end.why, end.code, end.step))
-        watched = within.watch if within else watching(world, logs, timeout, lambda why: _hung(attempt, why))
+        watched = within.watch if within else watching(world, logs, timeout, lambda why: _hung(attempt, begun, why))
         watch = watched if isinstance(watched, Watch) else stack.enter_context(watched)
         try:
             store = _store(path, plan, world, attempt, timeout / 2)
-            saving, stragglers = Saving(path, store, world, watch), Stragglers(world.device, socket.gethostname())
+            saving, stragglers = Saving(path, plan, store, world, watch), Stragglers(world.device, socket.gethostname())
             run = Run(stage, path, plan, world, preemption, attempt, store, watch, saving, stragglers, quiet)
-            stack.callback(lambda: run.tracker.close(end.state, end.why))
+            begun.append(run)
+            stack.callback(lambda: _closed(run, end.state, end.why))
             stack.callback(run.close)
             stack.callback(lambda: end.at(run.step))
             yield run
@@ -123,8 +125,13 @@ def _taken(path: Path, plan: Plan, world: World) -> Attempt:
 
     def taken() -> Attempt:
         path.mkdir(parents=True, exist_ok=True)
-        held.append(take(path, this_process(world.size, slurm_job()), restarts=plan.cfg.run.restarts))
-        plan.cfg.dump(path / "config.yaml")
+        cfg = plan.cfg
+        try:
+            held.append(take(path, this_process(world.size, slurm_job()), restarts=cfg.run.restarts))
+        except Restarting as error:
+            report_end(path, cfg.tracking, cfg.run.pipeline, "failed", str(error))
+            raise
+        cfg.dump(path / "config.yaml")
         write_json(path / "science.json", plan.science())
         write_json(path / "job.json", slurm_job())
         return Attempt(held[0].number, held[0].starts)
@@ -139,9 +146,19 @@ def _store(path: Path, plan: Plan, world: World, attempt: Attempt, patience: flo
     return Store(*place, superseded=superseded, patience=patience)
 
 
-def _hung(attempt: Attempt, why: str) -> None:
+def _hung(attempt: Attempt, begun: list[Run], why: str) -> None:
     if isinstance(attempt, Lease):
         attempt.ended(why, Hung.exit_code)
+        for run in begun:
+            _closed(run, "failed", why)
+
+
+def _closed(run: Run, state: State, why: str) -> None:
+    """Close a run's tracker, on rank 0, also where the attempt ended before it had one; another attempt's is let alone."""
+    if not isinstance(run.tracker, Silent):
+        run.tracker.close(state, why)
+    elif isinstance(run.attempt, Lease) and not run.attempt.superseded() and not run.quiet:
+        report_end(run.path, run.plan.cfg.tracking, run.plan.cfg.run.pipeline, state, why)
 
 
 def _directory(cfg: StageConfig) -> Path:
@@ -182,4 +199,5 @@ def _logging_to(file: Path) -> Iterator[None]:
         raise
     finally:
         root.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):  # a full disk, which has been told of
+            handler.close()

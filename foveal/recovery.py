@@ -15,7 +15,7 @@ from typing import Any
 from foveal.config import Config, machine, science
 from foveal.data.order import batch_of
 from foveal.errors import Diverged
-from foveal.files import append_lines
+from foveal.files import Growing
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Recovery:
     """
 
     def __init__(self, run: Path, cfg: RecoveryConfig, skipped: list[int], journal: list[dict[str, Any]]) -> None:
-        self._file, self._cfg = run / "rollbacks.jsonl", cfg
+        self._file, self._cfg = Growing(run / "rollbacks.jsonl"), cfg
         self._journal = journal
         self.skipped = sorted({*skipped, *(batch for entry in journal for batch in entry["batches"])})
         self._refused: list[int] = []
@@ -65,7 +65,7 @@ class Recovery:
         batches = [batch_of(step - 1, self.skipped) for step in self._refused]
         entry = {"time": time.time(), "to": to, "refused": self._refused, "batches": batches}
         if writes:
-            append_lines(self._file, [json.dumps(entry)])
+            self._file.add_json([entry])
         _log.warning(
             "the updates of steps %d to %d were refused: going back to step %d and past their batches", first, last, to
         )

@@ -1,6 +1,5 @@
 """One attempt at a run, as a stage's timetable sees it: steps, numbers, checkpoints, the way out."""
 
-import json
 import logging
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, closing
@@ -11,15 +10,15 @@ from typing import Any
 from foveal.accounts import Accounts
 from foveal.attempts import Attempt, Lease
 from foveal.checkpoint.export import Card, write_export
-from foveal.checkpoint.store import Store, TrainState, check_same_science
+from foveal.checkpoint.store import Store, check_same_science
 from foveal.data import Batch, eval_batches, train_batches
 from foveal.data.subset import PartName
 from foveal.distributed.engine import Engine
-from foveal.distributed.preemption import Preemption, requeue
+from foveal.distributed.preemption import Preemption, go_on_later
 from foveal.distributed.watch import Watch
 from foveal.distributed.world import World
-from foveal.errors import CheckpointError, NotRequeued, Superseded
-from foveal.files import append_lines, write_json
+from foveal.errors import CheckpointError, Superseded
+from foveal.files import Growing, dispensable, write_json
 from foveal.loop import Course, Objective, Step, steps
 from foveal.progress import Progress
 from foveal.provenance import attempt_facts, versions, warn_of_versions
@@ -61,7 +60,11 @@ class Run:
     _accounts: Accounts | None = None
     _recovery: Recovery | None = None
     _owed: bool = False  # a checkpoint that was due after a refused update
+    _hurried: bool = False  # asked to leave, and soon
     _last: Row = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._table = Growing(self.path / "stragglers.jsonl")
 
     @property
     def accounts(self) -> Accounts:
@@ -85,21 +88,25 @@ class Run:
         Errors: CheckpointError where the checkpoint is of other science or no room is left, LaunchError where a save
         takes longer than the notice that Slurm gives.
         """
-        found = self.store.newest()
+        found, took = self.store.newest(), 0.0
         skipped: list[int] = []
         if found is not None:
             folder, state = found
             check_same_science(state.science, self.plan.science(), folder)
             self.store.load(folder, engine, state)
-            self.step, skipped = state.step, state.skipped
+            self.step, skipped, took = state.step, state.skipped, state.save_seconds
             self.pace = Pace(state.seconds)
             warn_of_versions(state.versions)
             _log.info("resumed from %s, which %s wrote", folder, state.shape)
-        self._recovery = Recovery(self.path, self.plan.cfg.recovery, skipped, self.world.once(self._journal))
+        self._recovery = Recovery(
+            self.path, self.plan.cfg.recovery, skipped, self.world.once(lambda: read_journal(self.path))
+        )
         self.begin(self.step)
         self._accounts = Accounts(self.path, self.plan, self.world, self.step, self.recovery.skipped)
-        if found is None:
-            self.saving.first(engine, self._state(0), self.pace)
+        if took:
+            self.saving.check_notice(took)
+        else:  # nobody has timed a save yet
+            self.saving.first(engine, self.step, self.recovery.skipped, self.pace)
         return self.step
 
     def begin(self, step: int = 0, total: int | None = None) -> None:
@@ -110,16 +117,19 @@ class Run:
         self.world.once(lambda: self._begin(step, total))
 
     def _begin(self, step: int, total: int | None) -> None:
-        cfg = self.plan.cfg
-        assert isinstance(self.attempt, Lease), "rank 0 holds it"
-        self.attempt.started(step)
-        self.tracker, self._last = open_tracker(self.path, cfg.tracking, cfg.run.pipeline, step)
+        cfg, lease = self.plan.cfg, self.attempt
+        assert isinstance(lease, Lease), "rank 0 holds it"
+        self._fence(lease)  # loading may have taken minutes
+        lease.started(step)
+        place = cfg.tracking, cfg.run.pipeline, step
+        self.tracker, self._last = open_tracker(self.path, *place, lease.number, lambda: self._fence(lease))
         self.tracker.settings(cfg.flat() | self.plan.inherited, attempt_facts(self.world))
         self.tracker.file(self.path / "config.yaml")
         self.progress = Progress("" if self.quiet else self.path.name, total or self.plan.steps, step)
 
-    def _journal(self) -> list[dict[str, Any]]:
-        return read_journal(self.path)
+    def _fence(self, lease: Lease) -> None:
+        if lease.superseded():
+            raise Superseded(f"another attempt has taken over {self.path}; this one writes nothing more")
 
     # --- steps ---
 
@@ -176,6 +186,7 @@ class Run:
         self.recovery.go_back(state.step, writes=self.world.rank == 0)
         self.totals.read(self.world.sum)
         self.store.load(folder, engine, state)
+        self.pace = Pace(state.seconds)
         self.accounts.close()
         self._accounts = Accounts(self.path, self.plan, self.world, state.step, self.recovery.skipped)
         self.tracker.rewind(state.step)
@@ -212,8 +223,8 @@ class Run:
             rows[-1] |= self.pace.read() | peak_memory(self.world.device) | bad | slow | self.saving.numbers()
             with self.pace.paused():
                 self.tracker.rows(rows)
-                if table and self.world.rank == 0:
-                    append_lines(self.path / "stragglers.jsonl", map(json.dumps, table))
+                if self.world.rank == 0:
+                    self._table.add_json(table)
                 self.progress.show(rows[-1])
             self._last = rows[-1]
             self.accounts.check()
@@ -228,9 +239,10 @@ class Run:
         self.watch.beat(step, "showing")
         if self.world.rank == 0:
             file = self.path / "pictures" / f"{name}-{step:08d}.png"
-            file.parent.mkdir(exist_ok=True)
-            draw().save(file)
-            self.tracker.file(file)
+            with dispensable(file):
+                file.parent.mkdir(exist_ok=True)
+                draw().save(file)
+                self.tracker.file(file)
 
     # --- checkpoints, and the way out ---
 
@@ -243,8 +255,10 @@ class Run:
         self._owed = not self.recovery.clean
         if self._owed:
             _log.warning("no checkpoint at step %d, whose update was refused", step)
+        elif self._hurried and self.saving.pending:
+            _log.warning("no checkpoint at step %d: there is time to finish the one that is being written", step)
         else:
-            self.saving.begin(engine, self._state(step), self.pace)
+            self.saving.begin(engine, step, self.recovery.skipped, self.pace)
 
     def asked_to_leave(self) -> bool:
         """Whether any rank was asked to; all ranks hear the same answer. A checkpoint that is written gets its name.
@@ -259,12 +273,14 @@ class Run:
             raise Superseded(f"another attempt has taken over {self.path}; this one writes nothing more")
         if not busy:
             self.settle()
+        self._hurried = bool(asked) and self.preemption.hurried(self.saving.seconds)
         return bool(asked)
 
     def leave(self, step: int) -> None:
         """The end of an attempt that was asked to leave; the outermost run asks Slurm for the next one.
 
-        It does so now, not after the tracker has had its time: the notice may be short.
+        It does so now, not after the tracker has had its time: the notice may be short. Where it is shorter than a save
+        took, or somebody asked twice, the tracker gets none.
         Errors: NotRequeued where Slurm refuses.
         """
         self.settle()
@@ -274,8 +290,11 @@ class Run:
         lag = "" if newest in (None, step) else f", the newest checkpoint is of step {newest}"
         self.why = f"asked to leave ({self.preemption.heard or 'another rank'}): {kept}{lag}"
         _log.info("%s", self.why)
-        if not self.quiet and self.preemption.heard != "SIGINT":
-            self.world.once(_requeued)
+        by_hand = self.world.any(self.preemption.heard == "SIGINT")  # of one rank, perhaps
+        if not self.quiet and not by_hand:
+            self.world.once(go_on_later)
+        if self._hurried or self.preemption.again:
+            self.tracker.hurry()
 
     def finish(self, results: dict[str, Any] | None = None) -> None:
         """Write down that the run is finished, and what came of it besides its last numbers."""
@@ -318,23 +337,6 @@ class Run:
     def close(self) -> None:
         """Close what this rank has open; no collective."""
         self.progress.close()
+        self._table.close()
         if self._accounts is not None:
             self._accounts.close()
-
-    def _state(self, step: int) -> TrainState:
-        cfg = self.plan.cfg.engine
-        kind = f"deepspeed ZeRO {cfg.zero}" if cfg.kind == "deepspeed" else cfg.kind
-        return TrainState(
-            step=step,
-            seconds=self.pace.seconds,
-            ranks=self.world.size,
-            engine=f"{kind}, {cfg.precision}",
-            science=self.plan.science(),
-            versions=versions(),
-            skipped=self.recovery.skipped,
-        )
-
-
-def _requeued() -> None:
-    if refusal := requeue():
-        raise NotRequeued(f"the run was saved, but Slurm did not requeue the job ({refusal}); submit it again")

@@ -18,4 +18,5 @@ arguments_of mae_vit_s16 "$@"
 
 # A mistake (a setting, missing shards, a batch that these ranks do not divide) ends here, with one sentence and code 2.
 "${check[@]}" -m distill.run "${arguments[@]}" --check --ranks "$SLURM_NTASKS"
-run_ranks distill.run
+examine_nodes distill
+run_ranks distill.run "${arguments[@]}"

@@ -36,3 +36,8 @@ srun_options=()
 #     unless that is asked for, since a mistake that shows on every node would use them up one by one.
 max_restarts=${FOVEAL_MAX_RESTARTS:-100}
 exclude_bad_node=${FOVEAL_EXCLUDE_BAD_NODE:-0}
+
+# --- 6. Before every start `foveal doctor` looks at the nodes, which takes half a minute. 0: it does not. A node is bad if
+#     its products are slower than this share of its peers' median; nodes that are shared with other jobs want a lower one.
+preflight=${FOVEAL_PREFLIGHT:-1}
+slowest=${FOVEAL_SLOWEST:-0.8}

@@ -18,4 +18,5 @@ arguments_of vit_b16 "$@"
 
 # A mistake (a setting, missing shards, a batch that these ranks do not divide) ends here, with one sentence and code 2.
 "${check[@]}" -m finetune.run "${arguments[@]}" --check --ranks "$SLURM_NTASKS"
-run_ranks finetune.run
+examine_nodes finetune
+run_ranks finetune.run "${arguments[@]}"

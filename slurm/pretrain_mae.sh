@@ -18,4 +18,5 @@ arguments_of mae_vit_b16 "$@"
 
 # A mistake (a setting, missing shards, a batch that these ranks do not divide) ends here, with one sentence and code 2.
 "${check[@]}" -m pretrain.run "${arguments[@]}" --check --ranks "$SLURM_NTASKS"
-run_ranks pretrain.run
+examine_nodes pretrain
+run_ranks pretrain.run "${arguments[@]}"

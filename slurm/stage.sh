@@ -21,19 +21,28 @@ arguments_of() {
     arguments=("$config" "$@")
 }
 
-# run_ranks MODULE
-# Runs a stage as one task of srun per rank, ends with its exit code, and asks Slurm for another start where one can
-# help. A run that was asked to leave has saved and asked for that itself, and ends with 0. When a node is lost, Slurm
-# requeues the job by itself and kills this shell.
+# examine_nodes STAGE
+# Looks at every node before each start (foveal doctor). One that should not train is named and ends the job, or is
+# excluded from the next start where environment.sh asks for that.
+examine_nodes() {
+    if [ "$preflight" = 1 ]; then
+        local only_named=yes  # it says itself which nodes are to blame
+        run_ranks foveal.cli doctor --stage "$1" --slowest "$slowest" "${arguments[@]}"
+    fi
+}
+
+# run_ranks MODULE ARGUMENTS
+# Runs a module as one task of srun per rank. If it fails, ends with its exit code, and asks Slurm for another start where
+# one can help. A run that was asked to leave has saved and asked for that itself, and ends with 0. When a node is lost,
+# Slurm requeues the job by itself and kills this shell.
 run_ranks() {
-    local said errors tee code=0 node='' first=''
+    local said errors tee code=0 suspects='' first=''
     said=$(mktemp)
     # Slurm's TERM is for the ranks, which save and leave: this shell outlives them to decide what comes next.
     trap '' TERM
     exec {errors}> >(exec tee "$said" >&2)
     tee=$!
-    srun --kill-on-bad-exit=1 --wait=300 "${srun_options[@]}" "${ranks[@]}" -m "$1" "${arguments[@]}" \
-        2>&"$errors" || code=$?
+    srun --kill-on-bad-exit=1 --wait=300 "${srun_options[@]}" "${ranks[@]}" -m "$@" 2>&"$errors" || code=$?
     exec {errors}>&-
     wait "$tee"
     if [ "$code" -ne 0 ]; then
@@ -41,21 +50,24 @@ run_ranks() {
         start_again_unless_futile
     fi
     rm -f "$said"
-    exit "$code"
+    [ "$code" -eq 0 ] || exit "$code"
 }
 
-# Sets `code` to the exit code of the rank that failed first, `node` to where that was and `first` to what srun says of it:
-# srun ends the other ranks, whose codes say less, and returns the highest of all. A run that knows better which node is
-# to blame says so in a line of its own.
+# Sets `code` to the exit code of the rank that failed first, `first` to what srun says of it, and `suspects` to the node
+# where that was: srun ends the other ranks, whose codes say less, and returns the highest of all. A run that knows
+# better which node is to blame says so in a line of its own; the examination has one for each bad node.
 first_failure() {
-    local line
+    local line named
     line=$(grep -m1 -E '^srun: error: [^ ]+: tasks? [^:]+: ' "$1" || true)
     if [[ $line =~ ^srun:\ error:\ (([^:]+):\ tasks?\ [^:]+:\ (Exited with exit code ([0-9]+))?.*) ]]; then
-        first=${BASH_REMATCH[1]} node=${BASH_REMATCH[2]} code=${BASH_REMATCH[4]:-$code}
+        first=${BASH_REMATCH[1]} suspects=${BASH_REMATCH[2]} code=${BASH_REMATCH[4]:-$code}
     fi
-    line=$(grep -m1 -E '^foveal: suspect node [^ ]+' "$1" || true)
-    if [[ $line =~ ^foveal:\ suspect\ node\ ([^\ :,]+) ]]; then
-        node=${BASH_REMATCH[1]}
+    named=$(sed -nE 's/^foveal: suspect node ([^ :,]+).*/\1/p' "$1" | awk '!seen[$0]++')
+    if [ "$code" -ne 6 ]; then
+        named=${named%%$'\n'*}  # ranks that lost one another blame further ones
+    fi
+    if [ -n "$named" ] || [ -n "${only_named:-}" ]; then
+        suspects=$named
     fi
 }
 
@@ -66,6 +78,7 @@ start_again_unless_futile() {
         2) futile="another start would make the same mistake; it is said above" ;;
         3) futile="the training diverged, and would again" ;;
         4) futile="another attempt has taken over the run" ;;
+        6) futile=$(in_the_way) ;;
         7) futile="several starts in a row got no further" ;;
     esac
     if [ -z "$futile" ] && [ "${SLURM_RESTART_COUNT:-0}" -ge "$max_restarts" ]; then
@@ -77,9 +90,7 @@ start_again_unless_futile() {
         echo "foveal: exit code $code, not requeued: $futile" >&2
     elif asked_slurm requeue "$SLURM_JOB_ID"; then
         echo "foveal: exit code $code, requeued; first to fail: ${first:-unknown}" >&2
-        if [ "$exclude_bad_node" = 1 ] && [ -n "$node" ]; then
-            exclude
-        fi
+        exclude
     else
         echo "foveal: exit code $code, not requeued: Slurm refused; submit it again" >&2
     fi
@@ -91,19 +102,41 @@ going_on() {
     [ "$(of_job JobState)" = RUNNING ] || [ "$(of_job Reason)" = TimeLimit ]
 }
 
-# Does without `node` from the next start on, where enough others are left. Slurm refuses this while a job runs, and
-# remembers it in all later restarts.
+# Does without the suspects from the next start on, if environment.sh asks for that and enough others are left. Slurm
+# refuses this while a job runs, and remembers it in all later restarts.
 exclude() {
+    local list
+    if [ "$exclude_bad_node" != 1 ] || [ -z "$suspects" ] || ! list=$(without_suspects); then
+        return 0
+    elif asked_slurm update "JobId=$SLURM_JOB_ID" "ExcNodeList=$list"; then
+        echo "foveal: excluded from now on: ${suspects//$'\n'/, }; scontrol update JobId=$SLURM_JOB_ID ExcNodeList= takes that back" >&2
+    fi
+}
+
+# What keeps a job that the examination has stopped from going on without the nodes that it named; nothing if nothing does.
+in_the_way() {
+    if [ -z "$suspects" ]; then
+        echo "no node in particular is to blame; what is wrong is said above"
+    elif [ "$exclude_bad_node" != 1 ]; then
+        echo "a bad node is named above; with FOVEAL_EXCLUDE_BAD_NODE=1 the job goes on without it"
+    elif ! without_suspects >/dev/null; then
+        echo "too few nodes are left without those named above"
+    fi
+}
+
+# Prints the job's list of excluded nodes with the suspects in it, if the nodes that are left are enough for the job.
+without_suspects() {
     local list left
     list=$(of_job ExcNodeList)
-    [ "$list" = "(null)" ] && list=$node || list+=,$node
+    list=${list/"(null)"/}
+    list=${list:+$list,}${suspects//$'\n'/,}
     left=$(sinfo --noheader --Node --responding --partition="$SLURM_JOB_PARTITION" --format=%N | sort -u |
         grep -cvxF "$(scontrol show hostnames "$list")" || true)
     if [ "$left" -lt "$SLURM_JOB_NUM_NODES" ]; then
-        echo "foveal: $node is not excluded: without it, $left nodes would be left for $SLURM_JOB_NUM_NODES" >&2
-    elif asked_slurm update "JobId=$SLURM_JOB_ID" "ExcNodeList=$list"; then
-        echo "foveal: $node is excluded from now on; scontrol update JobId=$SLURM_JOB_ID ExcNodeList= takes that back" >&2
+        echo "foveal: not excluded: ${suspects//$'\n'/, }: $left nodes would be left for $SLURM_JOB_NUM_NODES" >&2
+        return 1
     fi
+    echo "$list"
 }
 
 # of_job KEY: what `scontrol show job` says; keys before Command= only, which quotes what the user typed.

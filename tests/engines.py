@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ranks import devices
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -154,20 +155,22 @@ class Trainer:
         return [tuple(group[name] for name in names) for group in engine._optimizer.param_groups]
 
 
+_MOST = min(2, devices() or 2)  # ranks: a machine with one GPU has room for one
+_RANKS = range(1, _MOST + 1)
 SHAPES = {
     "plain": Shape(1, "plain"),
-    **{f"zero {zero}, {ranks} ranks": Shape(ranks, "deepspeed", zero) for zero in range(4) for ranks in (1, 2)},
-    **{f"ddp, {ranks} ranks": Shape(ranks, "accelerate") for ranks in (1, 2)},
-    **{f"fsdp2, {ranks} ranks": Shape(ranks, "accelerate", sharding="fsdp2") for ranks in (1, 2)},
-    **{f"accelerated zero {zero}": Shape(2, "accelerate", zero, "deepspeed") for zero in (0, 2, 3)},
+    **{f"zero {zero}, {ranks} ranks": Shape(ranks, "deepspeed", zero) for zero in range(4) for ranks in _RANKS},
+    **{f"ddp, {ranks} ranks": Shape(ranks, "accelerate") for ranks in _RANKS},
+    **{f"fsdp2, {ranks} ranks": Shape(ranks, "accelerate", sharding="fsdp2") for ranks in _RANKS},
+    **{f"accelerated zero {zero}": Shape(_MOST, "accelerate", zero, "deepspeed") for zero in (0, 2, 3)},
 }
 OTHERS = {
     "plain bf16": Shape(1, "plain", precision="bf16"),
-    "ddp bf16": Shape(2, "accelerate", precision="bf16"),
-    "fsdp2 bf16": Shape(2, "accelerate", sharding="fsdp2", precision="bf16"),
-    **{f"zero {zero} bf16": Shape(2, "deepspeed", zero, precision="bf16") for zero in range(4)},
-    "zero 2 dealt": Shape(2, "deepspeed", 2, deepspeed={"zero_optimization": {"round_robin_gradients": True}}),
-    **{f"zero {zero} offloaded": offloaded(2, zero) for zero in (1, 2, 3)},
+    "ddp bf16": Shape(_MOST, "accelerate", precision="bf16"),
+    "fsdp2 bf16": Shape(_MOST, "accelerate", sharding="fsdp2", precision="bf16"),
+    **{f"zero {zero} bf16": Shape(_MOST, "deepspeed", zero, precision="bf16") for zero in range(4)},
+    "zero 2 dealt": Shape(_MOST, "deepspeed", 2, deepspeed={"zero_optimization": {"round_robin_gradients": True}}),
+    **{f"zero {zero} offloaded": offloaded(_MOST, zero) for zero in (1, 2, 3)},
 }
 
 

@@ -7,8 +7,12 @@ import socket
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+import pytest
+import torch
 
 from foveal.distributed.world import World, joined
 from foveal.door import Stage, enter, load
@@ -20,24 +24,31 @@ _COLLECTIVE = 120  # seconds for one collective: a rank that waits for another t
 
 
 class Ranks:
-    """``size`` processes joined over gloo; ``call`` runs a function of (world, ...) in all of them."""
+    """``size`` joined processes, started at the first call; ``call`` runs a function of (world, ...) in all of them."""
 
     def __init__(self, size: int) -> None:
+        self._size = size
+        self._pipes: list[Connection] = []
+        self._processes: list[BaseProcess] = []
+
+    def _start(self) -> None:
+        if (room := devices()) is not None and self._size > room:
+            pytest.skip(f"{self._size} ranks want as many GPUs, and here is {room}")
         context = multiprocessing.get_context("spawn")
         with contextlib.closing(socket.socket()) as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self._pipes: list[Connection] = []
-        self._processes = []
-        for rank in range(size):
+        for rank in range(self._size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, rank, size, port), daemon=True)
+            process = context.Process(target=_serve, args=(there, rank, self._size, port), daemon=True)
             process.start()
             self._pipes.append(here)
             self._processes.append(process)
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What each rank returned, by rank. An exception on any rank is raised here with its traceback."""
+        if not self._processes:
+            self._start()
         for pipe in self._pipes:
             pipe.send((function, arguments))
         answers = []
@@ -65,11 +76,14 @@ class Ranks:
                 process.kill()
 
 
+def devices() -> int | None:
+    """How many GPUs there are; None: none, and ranks are processes on the CPU."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else None
+
+
 def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    import torch
-
     torch.set_num_threads(1)
     with joined(_COLLECTIVE) as world:
         while (order := pipe.recv()) is not None:

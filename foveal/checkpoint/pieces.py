@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from foveal.errors import CheckpointError
+from foveal.errors import CheckpointError, Unreachable
 
 _DTYPES = {
     torch.float64: "F64",
@@ -205,10 +205,12 @@ def _opened(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, "pt") as handle:
             yield handle
-    except (OSError, SafetensorError) as error:
+    except SafetensorError as error:
         raise CheckpointError(
             f"{file} cannot be read ({error}); remove its folder to go on from the one before"
         ) from None
+    except OSError as error:
+        raise Unreachable(f"{file} cannot be read ({error})") from None
 
 
 def _bytes(run: Tensor) -> memoryview:

@@ -46,6 +46,11 @@ class Shelf:
         """Say where this attempt begins; said again, as after a roll-back, it changes nothing."""
         self._starts.setdefault(self._attempt, step)
 
+    @property
+    def furthest(self) -> int:
+        """The furthest step that an attempt is known to have begun at."""
+        return max(self._starts.values(), default=0)
+
     def folder(self, step: int) -> Path:
         """Where this attempt publishes a step."""
         return self.root / f"step-{step:08d}-attempt-{self._attempt:04d}"
@@ -89,14 +94,18 @@ class Shelf:
         kept: list[Path] = []
         gone: list[Path] = []
         sound = 0
-        for folder in reversed([each for each in self.checkpoints() if self._is_ours(each)]):
-            is_sound = folder == newest or not (folder in torn or self.is_void(folder))
+        ours = [each for each in self.checkpoints() if self._is_ours(each)]
+        useless = {each for each in ours if each != newest and (each in torn or self.is_void(each))}
+        for folder in reversed(ours):
+            is_sound = folder not in useless
             step = _step_and_attempt(folder)[0]
             stays = sound < cfg.keep or (is_sound and cfg.keep_every > 0 and step > 0 and step % cfg.keep_every == 0)
             sound += is_sound
             (kept if stays else gone).append(folder)
         total = 0
-        for folder in kept if cfg.gigabytes else []:
+        for folder in (
+            sorted(kept, key=useless.__contains__) if cfg.gigabytes else []
+        ):  # the useless have what room is left
             total += sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
             if total > cfg.gigabytes * 1e9 and folder != newest:
                 _log.info("checkpoint.gigabytes=%g: %s goes", cfg.gigabytes, folder)

@@ -14,7 +14,8 @@ FORMAT = 2
 class TrainState:
     """The facts beside the pieces that decide how a run goes on.
 
-    updates: how many were applied, which AdamW's bias correction counts; skipped: batches that no step takes.
+    updates: how many were applied, which AdamW's bias correction counts; skipped: batches that no step takes;
+    save_seconds: what the slowest save before this one took.
     """
 
     step: int
@@ -25,6 +26,7 @@ class TrainState:
     versions: dict[str, str] = field(default_factory=dict)
     skipped: list[int] = field(default_factory=list)
     updates: int = 0
+    save_seconds: float = 0.0
     format: int = FORMAT
 
     @property

@@ -7,8 +7,6 @@ one is found by looking, not by a pointer that can lie. Each attempt at a run pu
 was superseded and does not know it yet spoils nothing, because what it publishes is void to readers.
 """
 
-import errno
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from foveal.checkpoint.digests import is_whole
 from foveal.checkpoint.needs import Ranks, Saves
 from foveal.checkpoint.pieces import Piece, file_of, fill_pieces, write_pieces
 from foveal.checkpoint.shelf import CheckpointConfig, Shelf
@@ -23,6 +22,7 @@ from foveal.checkpoint.state import FORMAT, TrainState, check_same_science, read
 from foveal.checkpoint.writer import Work, Writer, bytes_of
 from foveal.errors import CheckpointError, FovealError, Superseded, Unreachable
 from foveal.files import (
+    FULL,
     draft_of,
     free_bytes,
     in_gigabytes,
@@ -34,7 +34,6 @@ from foveal.files import (
 
 __all__ = ["CheckpointConfig", "Saved", "Store", "TrainState", "check_same_science"]
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _log = logging.getLogger(__name__)
 
 
@@ -133,19 +132,19 @@ class Store:
         """The newest whole checkpoint, the same on every rank; torn and corrupt ones are passed over with a warning.
 
         What a later attempt went back behind is passed over too. The step found, or 0, is where this attempt begins.
-        Errors: CheckpointError for a checkpoint of another format, or where there are some and none is whole.
+        Errors: CheckpointError for a checkpoint of another format, or where a run that has begun has none that is whole;
+        Unreachable where one cannot be read now, and may be later.
         """
         found = None
         for folder in reversed(self._by_rank_0(self._looked)):
-            if not self._ranks.any(not self._whole(folder)):
+            whole = self._ranks.together(lambda folder=folder: is_whole(folder, self._ranks.rank, self._ranks.size))
+            if not self._ranks.any(not whole):
                 found = folder, self._by_rank_0(lambda folder=folder: read_state(folder))
                 break
             self._torn.add(folder)
             _log.warning("checkpoint %s is torn or corrupt; the one before it is used", folder)
-        if found is None and self._torn:
-            raise CheckpointError(
-                f"no checkpoint in {self._root} is whole: restore one, or begin anew with run.fresh=true"
-            )
+        if found is None and (lost := self._by_rank_0(self._lost)):
+            raise CheckpointError(lost)
         self.latest = found[1].step if found else None
         self._shelf.began(self.latest or 0)
         return found
@@ -172,14 +171,18 @@ class Store:
             _log.info("passed over, because a later attempt went back behind them: %s", ", ".join(map(str, void)))
         return [folder for folder in named if folder not in void]
 
-    def _whole(self, folder: Path) -> bool:
-        try:
-            sums = json.loads((folder / "checksums.json").read_text())
-            names = set(sums) | set(_files(folder)) - {"checksums.json"}
-            share = sorted(names)[self._ranks.rank :: self._ranks.size]
-            return all(sha256(folder / name) == sums.get(name) for name in share)
-        except (OSError, ValueError):
-            return False
+    def _lost(self) -> str | None:
+        """What to say where a run that has begun has no checkpoint to use: beginning at 0 would void all that it did."""
+        named, begun = self._shelf.checkpoints(), self._shelf.furthest
+        if not named and not begun:
+            return None
+        void = ", ".join(folder.name for folder in named if folder not in self._torn)
+        past = f" (past where a later one began: {void})" if void else ""
+        return (
+            f"no checkpoint in {self._root} is whole{f', and an attempt at this run began at step {begun}' if begun else ''}"
+            f"{past}: restore one, look whether its disk is "
+            f"there, or begin anew with run.fresh=true"
+        )
 
     # --- saving ---
 
@@ -310,10 +313,6 @@ class Store:
         _log.warning("NO CHECKPOINT AT STEP %d: %s; training goes on, %s", step, reason, before)
 
 
-def _files(folder: Path) -> list[str]:
-    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
-
-
 def _noted(rank: int, begun: _Begun, work: Work) -> _Note:
     error, fault = work.error, work.error is not None and not isinstance(work.error, OSError)
     words = None
@@ -325,7 +324,7 @@ def _noted(rank: int, begun: _Begun, work: Work) -> _Note:
 
 def _in_words(error: OSError, root: Path, need: int) -> str:
     """What a file system refused; where it is full, how full."""
-    if error.errno not in _FULL:
+    if error.errno not in FULL:
         return str(error)
     free, mount = free_bytes(root)
     return f"{error.strerror} ({mount} has {in_gigabytes(free)} left, and {in_gigabytes(need)} were to be written)"

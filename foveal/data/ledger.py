@@ -6,14 +6,14 @@ of its slots. A draw is id + epoch * ids. Rows past the step that a later attemp
 """
 
 import json
-import os
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from foveal.data.batch import Batch
-from foveal.files import write_json
+from foveal.files import Growing, write_json
 
 FORMAT = 1
 ROW = np.dtype([("step", "<i8"), ("draw", "<i8"), ("by", "<i8")])
@@ -24,7 +24,8 @@ class Ledger:
 
     def __init__(self, folder: Path, attempt: int, rank: int) -> None:
         self._rows: list[np.ndarray] = []
-        self._stream = rows_file(folder, attempt, rank).open("xb")
+        file = rows_file(folder, attempt, rank)
+        self._file = Growing(file, FileIO(file, "xb"))
 
     def add(self, step: int, batch: Batch) -> None:
         """What one micro-batch of a step held; step counts from 1."""
@@ -36,15 +37,13 @@ class Ledger:
 
     def flush(self) -> None:
         """Force the rows to disk: a checkpoint that follows finds everything before it written down."""
-        rows, self._rows = self._rows, []  # never twice, should the disk be full now and not when closing
-        self._stream.writelines(each.tobytes() for each in rows)
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        rows, self._rows = self._rows, []
+        self._file.add(b"".join(each.tobytes() for each in rows))
 
     def close(self) -> None:
         """Write what is left."""
         self.flush()
-        self._stream.close()
+        self._file.close()
 
 
 def attempts(folder: Path) -> list[int]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from foveal.data.batch import Bad
 from foveal.errors import DataError
-from foveal.files import append_lines, write_whole
+from foveal.files import Growing, json_lines, write_whole
 
 Entry = dict[str, Any]  # step, split, shard, key, offset, reason
 
@@ -20,6 +20,7 @@ class Quarantine:
 
     def __init__(self, file: Path, limits: Mapping[str, float], entries: Sequence[Entry]) -> None:
         self._file, self._limits = file, limits
+        self._lines = Growing(file)
         self._known = {_place(entry): entry for entry in entries}
 
     def __len__(self) -> int:
@@ -33,7 +34,11 @@ class Quarantine:
                 new.setdefault(_place(entry), entry)
         self._known |= new
         if writes and new:
-            append_lines(self._file, [_line(entry) for entry in new.values()])
+            self._lines.add_json(new.values())
+
+    def close(self) -> None:
+        """Write what a full disk had no room for, if there is some now."""
+        self._lines.close()
 
     def check(self) -> None:
         """Raise DataError when a split has more bad samples than it may have."""
@@ -60,12 +65,8 @@ def read_entries(file: Path, step: int) -> list[Entry]:
         return []
     whole = file.read_text().split("\n")[:-1]  # not splitlines: a key may have other characters that end lines
     kept = [entry for entry in map(json.loads, whole) if entry["step"] <= step]
-    write_whole(file, "".join(f"{_line(entry)}\n" for entry in kept).encode())
+    write_whole(file, json_lines(kept))
     return kept
-
-
-def _line(entry: Entry) -> str:
-    return json.dumps(entry, ensure_ascii=False)
 
 
 def _place(entry: Entry) -> tuple[str, str, str]:

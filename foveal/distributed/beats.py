@@ -15,6 +15,7 @@ _COMPARE = 64  # the first so many ranks read everybody's beats; a thousand that
 _SHOWN = 6  # places in a sentence
 _CONNECTING = 30.0  # seconds
 _HEARD = 3  # looks in which a rank must have said something new, or it is silent
+_ANSWERING = 7.0  # seconds beyond these looks that the store may take to answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ class Beats:
             return f"who is behind stands in the logs of ranks 0-{_COMPARE - 1}"
         self._answered.clear()
         self._asked.set()
-        answered = self._answered.wait(0 if self._cut_off else (_HEARD + 7) * self._look)
+        answered = self._answered.wait(0 if self._cut_off else _HEARD * self._look + _ANSWERING)
         if answered and not self._cut_off:
             return self._verdict
         before = f"; before that: {self._verdict}" if self._verdict else ""

@@ -23,6 +23,7 @@ from foveal.errors import LaunchError
 
 _LOOKS = 0.1  # seconds between two looks into the store
 _BEGUN = "begun"
+_GRACE = 5.0  # seconds beyond what rank 0 waits for the others
 _LINGERS = 3.0  # seconds that rank 0 waits for the others to leave
 _SMALL, _ROUNDS = 8, 20  # bytes and repetitions for the latency
 _LARGE = {"cuda": 1 << 28, "cpu": 1 << 22}  # bytes for the bandwidth
@@ -41,7 +42,7 @@ class Meeting:
 
     @property
     def seconds(self) -> float:
-        """Since rank 0 had come, as this rank saw it."""
+        """Since the ranks began, as this rank saw it."""
         return time.monotonic() - self._began
 
     def doing(self, what: str) -> None:
@@ -129,12 +130,13 @@ class Meeting:
 
 @contextmanager
 def meeting(joining: float, ending: float) -> Iterator[Meeting]:
-    """Come to where the ranks meet; whatever hangs, this process ends after ``ending`` seconds.
+    """Come to where the ranks meet, and begin when all have come, or after ``joining`` seconds without those who did not.
 
+    Nothing that a rank imports from a cold disk is held against it, as long as it comes. From the beginning on, whatever
+    hangs, this process ends after ``ending`` seconds.
     Errors: LaunchError if rank 0, which serves the store, is not there within ``joining`` seconds.
     """
-    began = time.monotonic()
-    faulthandler.dump_traceback_later(ending, exit=True)
+    faulthandler.dump_traceback_later(2 * joining + ending, exit=True)
     try:
         here = seat()
         device = device_of(here)
@@ -142,15 +144,26 @@ def meeting(joining: float, ending: float) -> Iterator[Meeting]:
         node = node_name()
         store = _store(here, joining)
         store.set(f"here/{here.rank}", node)
-        if here.rank == 0:
-            store.set(_BEGUN, "")
-        while not store.check([_BEGUN]):  # torchrun's agent serves the store before rank 0 has come
-            if time.monotonic() > began + joining:
-                raise LaunchError(f"rank 0 did not come within {joining:.0f} s, as rank {here.rank} on {node} sees it")
-            time.sleep(_LOOKS)
+        _begin_together(store, here, node, joining)
+        faulthandler.dump_traceback_later(ending, exit=True)
         yield Meeting(here, device, node, store, time.monotonic())
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+def _begin_together(store: dist.Store, here: Seat, node: str, joining: float) -> None:
+    """Rank 0 says when; torchrun's agent serves the store before rank 0 has come."""
+    came = time.monotonic()
+    if here.rank == 0:
+        absent = set(range(here.size))
+        while absent and time.monotonic() < came + joining:
+            absent = {rank for rank in absent if not store.check([f"here/{rank}"])}
+            time.sleep(_LOOKS / 10)
+        store.set(_BEGUN, "")
+    while not store.check([_BEGUN]):
+        if time.monotonic() > came + joining + _GRACE:
+            raise LaunchError(f"rank 0 did not come within {joining:.0f} s, as rank {here.rank} on {node} sees it")
+        time.sleep(_LOOKS)
 
 
 def leave(here: Meeting, code: int) -> NoReturn:

@@ -12,11 +12,13 @@ from datetime import datetime
 from types import FrameType
 
 from foveal.distributed.world import World
+from foveal.errors import NotRequeued
 
 # USR1: our scripts' warning before the time limit; USR2: submitit's; TERM: Slurm's preemption; INT: Ctrl-C.
 _SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 _ECHO = 1.0  # seconds in which Slurm may send one signal twice, to the step and to the job
 _PATIENCE = 20.0  # seconds for an answer of scontrol
+NOTICE = "FOVEAL_NOTICE"  # the variable that says what Slurm keeps to itself
 
 
 class Preemption:
@@ -37,19 +39,14 @@ class Preemption:
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)  # a handler would have to wait for a collective to return
 
-    def agreed(self) -> bool:
-        """True on every rank if any rank was asked. A collective: every rank calls it at the same step."""
-        return self._world.any(self.heard is not None)
-
     def hurried(self, needed: float) -> bool:
         """Whether only what must be done should be: asked a second time, or Slurm leaves less than ``needed`` seconds.
 
-        Of this rank alone; Slurm is asked, which may take a moment.
+        The same on every rank, each of which calls it; one of them asks Slurm, which may take a moment.
         """
-        if self.again:
-            return True
-        left = seconds_left() if self.heard not in {None, "SIGINT"} else None
-        return left is not None and left < needed
+        asks = self._world.rank == 0 and self.heard != "SIGINT"
+        left = seconds_left() if asks else None
+        return self._world.any(self.again or (left is not None and left < needed))
 
 
 @contextmanager
@@ -64,6 +61,12 @@ def listening(world: World) -> Iterator[Preemption]:
             signal.signal(number, handler)
 
 
+def deaf() -> None:
+    """Hear nothing more: the run has left or is finished, and the process is about to end."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @dataclass(frozen=True, slots=True)
 class Notice:
     """How long before its end Slurm tells a job, and what says so."""
@@ -76,7 +79,7 @@ def notice() -> Notice | None:
     """The shortest notice that this job may get, before any came; nothing outside Slurm or where nothing ends the job.
 
     Before the time limit it is the lead of ``--signal``, which Slurm keeps to itself: it is read from the batch script,
-    and is not known where it was given on the command line of sbatch. A preempted job has its partition's GraceTime.
+    and where it was given on the command line of sbatch from the variable FOVEAL_NOTICE. A preempted job has its partition's GraceTime.
     Where neither is set, Slurm kills KillWait seconds after its SIGTERM.
     """
     job = _job()
@@ -122,9 +125,17 @@ def requeue() -> str | None:
     return answer.stderr.strip() or f"scontrol ended with {answer.returncode}" if answer.returncode else None
 
 
+def go_on_later() -> None:
+    """Ask Slurm for the next start of a run that was saved. Errors: NotRequeued."""
+    if refusal := requeue():
+        raise NotRequeued(f"the run was saved, but Slurm did not requeue the job ({refusal}); submit it again")
+
+
 def _before_limit(job: dict[str, str], rules: dict[str, str]) -> Notice | None:
     if _seconds(job.get("TimeLimit", "")) is None:
         return None
+    if (stated := _seconds(os.environ.get(NOTICE, ""))) is not None:
+        return Notice(stated, NOTICE)
     script = _answer("write", "batch_script", job["JobId"], "-")
     lead = re.findall(r"^#SBATCH\b.*\s--signal=(?:B:)?\w+(?:@(\d+))?", script, re.MULTILINE)
     if lead:

@@ -162,6 +162,8 @@ class Watch:
 
     def _hard_end(self, quiet: float) -> None:
         """The end of the process. What is still to be said is said aside: a disk that hangs must not keep us."""
+        if self._world.size > 1:  # the third line must not cut the last words short
+            faulthandler.dump_traceback_later(2 * _LAST_WORDS, file=self._file, exit=True)
         done = threading.Event()
 
         def say() -> None:

@@ -14,8 +14,12 @@ def doctor_command(
     slowest: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Share of its peers' median rate that will do.")
     ] = 0.8,
+    joining: Annotated[float, typer.Option(min=1.0, help="Seconds until every rank must have come.")] = 180.0,
 ) -> None:
-    """Are these nodes fit to train? At most a minute. Exit code 6 and `bad nodes: ...` if one is not, 2 if CONFIG is wrong."""
-    from foveal.doctor.examination import examine
+    """Are these nodes fit to train? A minute at most, once all ranks have come.
 
-    examine(None if config is None else stage_of(config, stage), config or "", overrides or [], slowest)
+    Exit code 6 and `bad nodes: ...` if one is not, 2 if CONFIG is wrong.
+    """
+    from foveal.doctor.examination import Order, examine
+
+    examine(Order(None if config is None else stage_of(config, stage), config or "", overrides or [], slowest, joining))

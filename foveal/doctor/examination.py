@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import typer
@@ -9,7 +10,7 @@ import typer
 from foveal.distributed.examine import Meeting, leave, meeting, nodes_of_ranks
 from foveal.distributed.rendezvous import within
 from foveal.doctor import node, run
-from foveal.doctor.finding import Report
+from foveal.doctor.finding import Report, kind_of
 from foveal.doctor.table import lines_of
 from foveal.doctor.verdict import judged
 from foveal.door import Stage, load
@@ -18,23 +19,36 @@ from foveal.plan.cli import stage_named
 
 AnyStage = Stage[Any, Any]
 
-JOINING = 20.0  # seconds until rank 0 must have come; with it the others' time begins
 CHECKING = 28.0  # seconds until every rank has looked at itself
 TOGETHER = 7.0  # seconds for the collectives
 ENDING = 60.0  # seconds after which whatever hangs is ended
 _MARGIN = 2.0  # seconds between what ranks wait for and what rank 0 does
 
 
-def examine(stage: str | None, config: str, overrides: list[str], slowest: float) -> None:
+@dataclass(frozen=True)
+class Order:
+    """What is to be examined: a stage's run, if there is one to come; and what is asked of the ranks.
+
+    slowest: the share of its peers' median rate that will do; joining: seconds until every rank must have come.
+    """
+
+    stage: str | None
+    config: str
+    overrides: list[str]
+    slowest: float
+    joining: float
+
+
+def examine(order: Order) -> None:
     """Be one rank of a preflight, and end this process with its verdict."""
-    found = None if stage is None else stage_named(stage)  # imported before any clock runs
-    with meeting(JOINING, ENDING) as here:
-        leave(here, _examined(here, found, config, overrides, slowest))
+    stage = None if order.stage is None else stage_named(order.stage)  # imported before any clock runs
+    with meeting(order.joining, ENDING) as here:
+        leave(here, _examined(here, stage, order))
 
 
-def _examined(here: Meeting, stage: AnyStage | None, config: str, overrides: list[str], slowest: float) -> int:
+def _examined(here: Meeting, stage: AnyStage | None, order: Order) -> int:
     """The exit code, the same on every rank that lives to hear it."""
-    report = _alone(here, stage, config, overrides)
+    report = _alone(here, stage, order)
     here.report("alone", report.tree())
     if here.seat.rank == 0:
         reports = here.reports("alone", CHECKING)
@@ -49,12 +63,12 @@ def _examined(here: Meeting, stage: AnyStage | None, config: str, overrides: lis
     until = CHECKING + _MARGIN + TOGETHER
     if here.seat.rank == 0:
         found = {rank: Report.of(tree) for rank, tree in (reports | here.reports("together", until)).items()}
-        here.announce("verdict", _told(here, found, slowest, hung=set(reports) - set(here.reports("together", 0.0))))
+        here.announce("verdict", _told(here, found, order, hung=set(reports) - set(here.reports("together", 0.0))))
     verdict = here.heard("verdict", until + _MARGIN)
     return _orphaned(here) if verdict is None else verdict
 
 
-def _alone(here: Meeting, stage: AnyStage | None, config: str, overrides: list[str]) -> Report:
+def _alone(here: Meeting, stage: AnyStage | None, order: Order) -> Report:
     """Everything that a rank can find out by itself, each within its own limit."""
     report = Report(here.node, here.seat.rank)
     subjects: list[run.Subject] = []
@@ -62,7 +76,7 @@ def _alone(here: Meeting, stage: AnyStage | None, config: str, overrides: list[s
 
     def settings(_report: Report) -> None:
         assert stage is not None
-        cfg = load(stage.config, stage.name, config, overrides)
+        cfg = load(stage.config, stage.name, order.config, order.overrides)
         subjects.append(run.Subject(stage, stage.plan(cfg, here.seat.size)))
 
     def attempt(what: str, limit: float, check: Callable[[Report], None]) -> None:
@@ -75,7 +89,7 @@ def _alone(here: Meeting, stage: AnyStage | None, config: str, overrides: list[s
             report.fault("reach", f"rank {report.rank}: {what} did not end within {limit:.0f} s")
             return
         except FovealError as error:
-            own.fault("config", str(error))
+            own.fault(kind_of(error), str(error))
         except Exception as error:  # noqa: BLE001 - whatever a broken node raises is the finding
             own.fault("node", f"rank {report.rank}: {what} failed ({type(error).__name__}: {error})")
         report.facts |= own.facts
@@ -108,18 +122,18 @@ def _together(here: Meeting, report: Report) -> None:
         report.fault("reach", str(error))
 
 
-def _told(here: Meeting, found: dict[int, Report], slowest: float, hung: set[int]) -> int:
+def _told(here: Meeting, found: dict[int, Report], order: Order, hung: set[int]) -> int:
     """Print what came of it; the exit code."""
     placed = nodes_of_ranks(here.seat.size)
     silent: dict[int, tuple[str, str]] = {}
     for rank in sorted(set(range(here.seat.size)) - set(found) | hung):
         words = here.last_words(rank)
         if words is None:
-            silent[rank] = (placed[rank] if placed else "", f"rank {rank} did not come within {CHECKING:.0f} s")
+            silent[rank] = (placed[rank] if placed else "", f"rank {rank} did not come within {order.joining:.0f} s")
         else:
             silent[rank] = (words[0], f"rank {rank} said nothing more after it began {words[1]}")
     reports = [found[rank] for rank in sorted(found)]
-    verdict = judged(reports, silent, slowest)
+    verdict = judged(reports, silent, order.slowest)
     for line in lines_of(reports, silent, verdict.bad):
         typer.echo(line)
     links = [each.facts["bandwidth"] for each in reports if "bandwidth" in each.facts]

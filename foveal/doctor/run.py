@@ -13,8 +13,9 @@ from urllib.parse import urlsplit
 
 from foveal.data.decode import decoder_name
 from foveal.distributed.engine import EngineConfig
-from foveal.doctor.finding import Report
+from foveal.doctor.finding import Report, kind_of
 from foveal.errors import FovealError
+from foveal.files import FULL, in_gigabytes
 from foveal.plan.forecast import Forecast, Machine
 from foveal.provenance import versions
 from foveal.stage import Plan
@@ -23,7 +24,7 @@ _WRITTEN = 64 << 20  # bytes
 _PIECE = 4 << 20
 _SHARDS, _HEAD = 4, 512  # how many shards are touched, and how many bytes of each
 _CONNECTING = 5.0  # seconds for the tracking server
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}  # what another start would meet again
 
 
 @dataclass(frozen=True)
@@ -65,22 +66,31 @@ def disk(report: Report, subject: Subject) -> None:
     """Room for the checkpoints that are kept and the one that is written, and the speed of a write."""
     plan = subject.plan
     size = Forecast(subject.stage, plan, Machine(1, plan.ranks, 1.0, 1.0)).checkpoint_bytes
-    needed = size * (plan.cfg.checkpoint.keep + 1)
+    there = sum(file.stat().st_size for file in Path(str(plan.cfg.run.dir)).glob("checkpoints/step-*/*"))
     free = shutil.disk_usage(subject.folder).free
     report.facts |= {"disk_free": free, "checkpoint_bytes": size}
-    if free < needed:
+    if free < size:
         report.fault(
             "config",
-            f"{subject.folder} has {free / 1e9:.2f} GB free, checkpoint.keep={plan.cfg.checkpoint.keep} and the next one need "
-            f"{needed / 1e9:.2f} GB; make room, or set run.dir to another disk",
+            f"{subject.folder} has {in_gigabytes(free)} free and a checkpoint needs {in_gigabytes(size)}; make room, or set "
+            f"run.dir to another disk",
+        )
+    elif free + there < (needed := size * (plan.cfg.checkpoint.keep + 1)):
+        report.fault(
+            "note",
+            f"{subject.folder} has {in_gigabytes(free)} free, and checkpoint.keep={plan.cfg.checkpoint.keep} and the next one "
+            f"come to {in_gigabytes(needed)}",
         )
     draft = subject.folder / f".foveal-doctor-{report.node}-{os.getpid()}"
     try:
         report.facts["write_speed"] = _write_speed(draft, min(_WRITTEN, max(_PIECE, free // 2)))
     except OSError as error:
-        why = "full, or over a quota or limit" if error.errno in _FULL else "not to be written"
+        full = error.errno in FULL
+        why = "full, or over a quota or limit" if full else "not to be written"
+        settled = full or error.errno in _REFUSED
         report.fault(
-            "config", f"{subject.folder} is {why} ({error.strerror}); set run.dir to a place that can be written"
+            "config" if settled else "reach",
+            f"{subject.folder} is {why} ({error.strerror}); set run.dir to a place that can be written",
         )
     finally:
         draft.unlink(missing_ok=True)
@@ -108,7 +118,7 @@ def shards(report: Report, subject: Subject) -> None:
             try:
                 head = source.dataset.place.read(name, 0, _HEAD)
             except FovealError as error:
-                report.fault("config", str(error))
+                report.fault(kind_of(error), str(error))
                 return
             if len(head) < _HEAD:
                 report.fault(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from foveal.doctor.finding import Report
-from foveal.errors import BadNode, ConfigError
+from foveal.errors import BadNode, ConfigError, Unreachable
 
 _ALIKE = ("version of ", "decoder", "commit", "device")
 _SKEW = 5.0  # seconds between two clocks that make logs hard to read
@@ -35,8 +35,10 @@ def judged(reports: list[Report], silent: dict[int, tuple[str, str]], slowest: f
     wrong = {kind: {node for node, each, _ in faults if each == kind} - {""} for kind in ("node", "config", "reach")}
     shared = {kind for kind in ("config", "reach") if wrong[kind] >= set(nodes)}
     bad = wrong["node"].union(*(wrong[kind] for kind in ("config", "reach") if kind not in shared))
-    unfit = bool(bad) or "reach" in shared or any(kind == "node" for _, kind, _ in faults)
-    code = ConfigError.exit_code if "config" in shared else BadNode.exit_code if unfit else 0
+    unfit = bool(bad) or any(kind == "node" for _, kind, _ in faults)
+    # Storage or a network that answers nobody is no node's fault, and may answer the next start.
+    found = [("config" in shared, ConfigError), (unfit, BadNode), ("reach" in shared, Unreachable)]
+    code = next((error.exit_code for there, error in found if there), 0)
     sentences = list(dict.fromkeys(said for _, _, said in faults))
     grave = [(node, said) for node, kind, said in faults if node in bad and kind != "note" and kind not in shared]
     return Verdict(

@@ -86,7 +86,7 @@ def plan_command(
 
 
 def _limits(slurm: Partition | None, request: Request | None, time: str | None) -> Any:
-    """A job's time: as given, else as its script asks, and never more than the partition allows."""
+    """A job's time: as given, else as its script asks, else what the partition gives; never more than it allows."""
     from foveal.plan.problems import Limits
 
     asked, whose = (request.time, request.script) if request else (None, "nobody")
@@ -94,8 +94,8 @@ def _limits(slurm: Partition | None, request: Request | None, time: str | None) 
         asked, whose = seconds_of(time), "--time"
         if asked is None:
             raise ConfigError(f"--time {time} is no time; write minutes, H:M:S or D-H:M:S, as for sbatch")
-    allowed = slurm.longest if slurm else None
-    if allowed is not None and (asked is None or asked > allowed):
-        assert slurm is not None
-        asked, whose = allowed, f"partition {slurm.name}"
+    if slurm is not None:
+        allowed = slurm.longest if asked is not None else slurm.default or slurm.longest
+        if allowed is not None and (asked is None or asked > allowed):
+            asked, whose = allowed, f"partition {slurm.name}"
     return Limits(asked, request.notice if request else None, whose)

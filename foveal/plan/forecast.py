@@ -74,14 +74,14 @@ class Forecast:
         }
         return {
             name: {way: self.memory_under(cfg.model_copy(update=change | how)) for way, how in ways.items()}
-            for name, change in _sharings(cfg).items()
+            for name, change in sharings(cfg).items()
         }
 
     @property
     def sharing(self) -> str:
         """The row of ``choices`` that the config asks for."""
         cfg = self.plan.cfg.engine
-        return next(name for name, change in _sharings(cfg).items() if cfg.model_copy(update=change) == cfg)
+        return next(name for name, change in sharings(cfg).items() if cfg.model_copy(update=change) == cfg)
 
     @property
     def way(self) -> str:
@@ -151,7 +151,7 @@ class Forecast:
     def traffics(self) -> dict[str, float]:
         """By how the state is shared."""
         cfg = self.plan.cfg.engine
-        return {name: self.traffic(cfg.model_copy(update=change)) for name, change in _sharings(cfg).items()}
+        return {name: self.traffic(cfg.model_copy(update=change)) for name, change in sharings(cfg).items()}
 
     def _build(self, device: Any) -> Any:
         return self.stage.parts(self.plan, device)
@@ -171,7 +171,7 @@ class Forecast:
         return {}
 
 
-def _sharings(cfg: EngineConfig) -> dict[str, dict[str, Any]]:
+def sharings(cfg: EngineConfig) -> dict[str, dict[str, Any]]:
     """How an engine of this kind may share its state, by the name that a user knows."""
     zeros = {f"ZeRO {stage}": {"zero": stage} for stage in (0, 1, 2, 3)}
     if cfg.kind == "deepspeed":

@@ -4,8 +4,7 @@ import math
 from dataclasses import dataclass
 
 from foveal.plan.cluster import Partition, Request
-from foveal.plan.forecast import Forecast
-from foveal.plan.memory import zero_stage
+from foveal.plan.forecast import Forecast, sharings
 
 STARTING = 180.0  # seconds from the start of a job to its first step: containers, imports, index, checkpoint; assumed
 
@@ -68,14 +67,15 @@ def _memory(forecast: Forecast) -> list[Problem]:
 def _fitting(forecast: Forecast, limit: float) -> str | None:
     """The settings that change least and fit: sharing first, which costs traffic, then fewer at once, then recomputation."""
     cfg, at_once = forecast.plan.cfg.engine, forecast.plan.at_once
-    stages = range(zero_stage(cfg), 4) if cfg.kind == "deepspeed" else [cfg.zero]
+    ways = list(sharings(cfg).values())
+    ways = ways[list(sharings(cfg)).index(forecast.sharing) :]  # what shares less than now needs more
     for recompute in dict.fromkeys((cfg.recompute, True)):
         for samples in (at_once, *(n for n in range(at_once - 1, 0, -1) if at_once % n == 0)):
-            for stage in stages:
-                other = cfg.model_copy(update={"zero": stage, "recompute": recompute})
+            for way in ways:
+                other = cfg.model_copy(update={**way, "recompute": recompute})
                 if forecast.memory_under(other, samples).needed <= limit:
-                    changes = {
-                        f"engine.zero={stage}": stage != cfg.zero,
+                    changes = {f"engine.{name}={value}": value != getattr(cfg, name) for name, value in way.items()}
+                    changes |= {
                         f"batch.at_once={samples}": samples != at_once,
                         "engine.recompute=true": recompute != cfg.recompute,
                     }

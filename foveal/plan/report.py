@@ -61,7 +61,9 @@ def tree_of(forecast: Forecast, limits: Limits, partition: Partition | None, pro
 def _model(forecast: Forecast) -> list[str]:
     flops, weights = forecast.flops, forecast.weights
     frozen = f", and {weights.frozen_bytes / 1e6:.1f} MB that are not trained" if weights.frozen_bytes else ""
+    data = forecast.plan.cfg.data
     return [
+        f"order     {data.lanes} lanes, each shuffled within {data.window} shards, whatever the ranks",
         f"model     {weights.trained:,} trained parameters{frozen}",
         (
             f"work      {flops.both / 1e9:.4g} GFLOP an image ({flops.forward / 1e9:.4g} forward), "

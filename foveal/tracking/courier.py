@@ -71,7 +71,7 @@ class Courier:
     def __init__(self, delivery: Delivery, run: Path, store: str, patience: float) -> None:
         self.delivery = delivery
         self.done = False  # everything is delivered, or is another attempt's to deliver
-        self._run, self._patience = run, patience
+        self._run, self.patience = run, patience
         self._rows, self._files = Outage(f"MLflow at {store}"), Outage(f"the store of MLflow's files at {store}")
         self._rows_before = self._files_before = 0
         self._news, self._closing = threading.Event(), threading.Event()
@@ -89,7 +89,7 @@ class Courier:
         self._closing.set()
         self.tell()
         assert self._thread is not None
-        self._thread.join(self._patience)
+        self._thread.join(self.patience)
         if not self.done:
             _log.warning(
                 "tracking: %d rows of %s, or its files, are not delivered; foveal track sync %s delivers them when MLflow "
@@ -124,7 +124,7 @@ class Courier:
         if closing and well:
             self.done = True
         elif closing:
-            time.sleep(min(_SHORTEST, self._patience))
+            time.sleep(min(_SHORTEST, self.patience))
         elif well:
             self._news.wait()
             self._closing.wait(_PAUSE)
@@ -133,7 +133,7 @@ class Courier:
         else:
             self._news.wait(self._files.wait)
             self._closing.wait(_PAUSE)
-        return closing and (well or max(self._rows.lasts, self._files.lasts) >= self._patience)
+        return closing and (well or max(self._rows.lasts, self._files.lasts) >= self.patience)
 
     def _deliver(self, outage: Outage, deliver: Callable[[], str]) -> bool:
         """Try; whether it went well."""
@@ -187,6 +187,9 @@ class Posted:
         self._kept.rewind(to)
         self._courier.delivery.rewind()
         self._courier.tell()
+
+    def hurry(self) -> None:
+        self._courier.patience = 0.0
 
     def close(self, state: State, why: str = "") -> None:
         try:

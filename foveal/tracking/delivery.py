@@ -17,11 +17,10 @@ from foveal.tracking.tracker import Point, Row
 
 _NUMBERS = 1000  # in a request: the most that MLflow takes
 _FILES = ("config.yaml", "settings.json", "finished.json", "export/card.json")
-_TABLES = (
-    "rollbacks.jsonl",
-    "skipped.jsonl",
-    "stragglers.jsonl",
-)  # these grow, and are sent when the run is at its end
+# These grow: they are sent at the run's end, and before when they have grown by a part, so that a run of any length sends
+# no more than some times their size.
+_TABLES = ("rollbacks.jsonl", "refused.jsonl", "quarantine.jsonl", "stragglers.jsonl")
+_GROWN = 1.25
 
 _ODD = re.compile(r"[^\w.\- :/]")
 
@@ -84,6 +83,7 @@ class Delivery:
         self._asked = Asked({})
         self._went_back = False
         self._waiting: deque[Path] = deque()
+        self._sizes: dict[Path, int] = {}  # of the tables as they were last sent
 
     def file(self, path: Path) -> None:
         """To be kept, whatever the store has of that name."""
@@ -121,13 +121,12 @@ class Delivery:
         self._tell(store)
 
     def files(self, *, last: bool) -> None:
-        """Deliver files; the ``last`` time also those that have grown until now. Errors: as for rows."""
+        """Deliver files, the ``last`` time also those that have grown only a little. Errors: as for rows."""
         store = self._connected()
         if self._searched != self._known:
             self._waiting.extend(_kept(self._run, store.files()))
-            self._searched = self._known
-        if last:
-            self._waiting.extend(self._run / name for name in _TABLES)
+            self._searched, self._sizes = self._known, {}
+        self._waiting.extend(self._grown(1.0 if last else _GROWN))
         while self._waiting:
             path = self._waiting[0]
             if path.exists():
@@ -135,6 +134,16 @@ class Delivery:
                 store.file(path, path.parent.name if path.parent.name == "pictures" else "")
                 self.count.files += 1
             self._waiting.popleft()
+
+    def _grown(self, by: float) -> list[Path]:
+        """The tables that are so many times as long as they were sent."""
+        found = []
+        for file in (self._run / name for name in _TABLES):
+            size = file.stat().st_size if file.exists() else 0
+            if size > by * self._sizes.get(file, 0) and file not in self._waiting:
+                self._sizes[file] = size
+                found.append(file)
+        return found
 
     def close(self) -> None:
         """Read no more."""

@@ -5,21 +5,17 @@
 ``tags.json``      facts about the newest attempt, its ``state`` and, once it has ended, ``why_stopped``
 """
 
-import errno
 import json
-import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from foveal.files import force, write_json
+from foveal.files import Growing, dispensable, force, write_json
 from foveal.tracking.tail import Tail, is_named, milliseconds, read_lines
 from foveal.tracking.tracker import Row, State
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_log = logging.getLogger(__name__)
 
 
 class Jsonl:
@@ -29,22 +25,24 @@ class Jsonl:
     that has no name any more, and finds out that it is superseded.
     """
 
-    def __init__(self, run: Path, start: int) -> None:
+    def __init__(self, run: Path, start: int, attempt: int = 0, fence: Callable[[], None] = lambda: None) -> None:
+        """``fence`` is asked last, and raises where a later attempt has taken the file."""
         self._run, self._file = run, run / "metrics.jsonl"
         self.last: Row = {}
         self._results: set[tuple[float, frozenset[str]]] = set()
-        self._owed = b""  # what a full disk has no room for yet
         went_back = (milliseconds(entry["time"]) for entry in read_lines(run / "rollbacks.jsonl"))
         self._latest = max(went_back, default=0) + 1
         run.mkdir(parents=True, exist_ok=True)
-        draft = run / ".metrics.jsonl.draft"
+        draft = run / f".metrics.jsonl.{attempt}.draft"
         with draft.open("wb") as stream:
             for row in read_lines(self._file):
                 if row["step"] <= start:
                     stream.write(_line(row))
                     self._remember(row)
-        self._stream = draft.open("a+b", buffering=0)
+        self._stream = FileIO(draft, "a+b")
+        self._lines = Growing(self._file, self._stream)
         os.fsync(self._stream.fileno())
+        fence()
         draft.replace(self._file)
         force(run)
 
@@ -62,7 +60,7 @@ class Jsonl:
         Errors: OSError where the file cannot be written for another reason.
         """
         now = self._now()
-        self._write(b"".join(_line({**row, "time": now}) for row in rows))
+        self._lines.add(b"".join(_line({**row, "time": now}) for row in rows))
 
     def results(self, results: Row, step: int) -> None:
         """A row of their own, unless an attempt that was killed right after has left the same."""
@@ -74,6 +72,9 @@ class Jsonl:
     def file(self, path: Path) -> None:
         """Nothing: the file is in the run directory."""
 
+    def hurry(self) -> None:
+        """Nothing: the disk is not waited for."""
+
     def rewind(self, to: int) -> None:
         """The open file is cut, not replaced: a superseded attempt that goes back must not touch the run's rows."""
         kept, self.last, self._results = 0, {}, set()
@@ -82,35 +83,18 @@ class Jsonl:
                 self._remember(row)
                 kept += len(_line(row))
         os.ftruncate(self._stream.fileno(), kept)
-        owed = [row for row in map(json.loads, self._owed.splitlines()) if row["step"] <= to]
-        self._owed = b"".join(map(_line, owed))
-        self._write(b"")
+        owed = [row for row in map(json.loads, self._lines.owed.splitlines()) if row["step"] <= to]
+        self._lines.owed = b"".join(map(_line, owed))
+        self._lines.add(b"")
         self._latest = max(self._latest, milliseconds(time.time())) + 1  # tells what follows from what is void
 
     def close(self, state: State, why: str = "") -> None:
         tags = self._run / "tags.json"
-        with self._stream:
-            self._write(b"")
-            if is_named(self._stream.fileno(), self._file) and tags.exists():
+        mine = is_named(self._stream.fileno(), self._file)
+        self._lines.close()
+        if mine and tags.exists():
+            with dispensable(tags):
                 write_json(tags, json.loads(tags.read_text()) | {"state": state, "why_stopped": why or state})
-
-    def _write(self, lines: bytes) -> None:
-        """Append all lines that are owed or none, and force them to disk."""
-        self._owed += lines
-        size = os.fstat(self._stream.fileno()).st_size
-        try:
-            rest = memoryview(self._owed)
-            while rest:
-                rest = rest[os.write(self._stream.fileno(), rest) :]
-            os.fsync(self._stream.fileno())
-        except OSError as error:
-            os.ftruncate(self._stream.fileno(), size)
-            if error.errno not in _FULL:
-                raise
-            if len(self._owed) == len(lines):
-                _log.warning("%s: no room (%s); its rows are kept in memory until there is some", self._file, error)
-        else:
-            self._owed = b""
 
     def _remember(self, row: Row) -> None:
         if "loss" in row:

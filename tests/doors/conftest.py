@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,50 @@ from pathlib import Path
 import pytest
 from processes import PYTHON, ROOT, Ended, Started, ended
 
-# Enough steps that a signal finds the run in its middle: 88 of 64 images.
+# Enough steps for several attempts: 88 of 64 images.
 _LONG = ("epochs=4", "checkpoint.every=20", "tracking.uri=null")
+_HOLDING = Path(__file__).with_name("holding.py")
+_PATIENCE = 150  # seconds until two ranks are done, on a busy machine
+_LOOKS = 0.01  # seconds between two looks at a file
+
+
+class Held(Started):
+    """Two ranks that wait after a step until they are asked to leave, and before they end if they are to (holding.py)."""
+
+    def __init__(
+        self, command: Sequence[str | Path], folder: Path, *, after: int | None = None, stay: bool = False
+    ) -> None:
+        self._hold, self._stay = folder / "hold", folder / "stay"
+        if after is not None:
+            self._hold.write_text(str(after))
+        if stay:
+            self._stay.touch()
+        super().__init__(command, folder, PYTHON_EXEC=str(_HOLDING))
+
+    def release(self) -> None:
+        """Let those go on that were not asked to leave."""
+        self._hold.unlink(missing_ok=True)
+
+    def done(self) -> dict[int, int]:
+        """Wait until both ranks have nothing left to do but to end; their process ids, by rank."""
+        patience = time.monotonic() + _PATIENCE
+        signs = [self._stay.with_name(f"done-{rank}") for rank in range(2)]
+        while not all(each.exists() for each in signs):
+            if self.process.poll() is not None or time.monotonic() > patience:
+                pytest.fail(f"the ranks are not done:\n{self._killed()}")
+            time.sleep(_LOOKS)
+        for each in signs:
+            each.unlink()
+        return self.ranks()
+
+    def let_end(self) -> None:
+        """Let the ranks that are done end."""
+        self._stay.unlink()
 
 
 @dataclass(frozen=True)
 class LongRun:
-    """A pretraining run that takes a few seconds after its start."""
+    """A pretraining run in several attempts."""
 
     config: Path
     path: Path
@@ -29,6 +67,10 @@ class LongRun:
     def torchrun(self) -> Sequence[str | Path]:
         """Its command in two processes."""
         return ["torchrun", "--standalone", "--nproc-per-node=2", "-m", "pretrain.run", *self.settings]
+
+    def held(self, *, after: int | None = None, stay: bool = False) -> Held:
+        """Start it, to wait after a step and before its end."""
+        return Held(self.torchrun, self.path.parent, after=after, stay=stay)
 
 
 @pytest.fixture(scope="session")
@@ -98,10 +140,11 @@ def pipeline(configs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("pipeline")
     (folder / "tiny.yaml").write_text(_PIPELINE.format(**configs))
     command = [PYTHON, ROOT / "slurm" / "submit.py", "tiny.yaml", "--cluster", "local"]
-    first = Started(command, folder)
+    first = Held(command, folder, after=5)
     first.reaches(folder / "runs" / "tiny" / "pretrain", 5)
     first.process.send_signal(signal.SIGINT)
     interrupted = first.ended()
+    first.release()
     begun = sorted(run.parent.name for run in (folder / "runs" / "tiny").glob("*/science.json"))
     finished = ended(command, folder)
     before = _moments(folder)

@@ -32,7 +32,7 @@ def fail(how: str) -> None:
     if how == "hold":
         ctypes.PyDLL(None).sleep(10_000)  # a C call that keeps the interpreter to itself
     if how == "late":
-        time.sleep(4)
+        time.sleep(8)
     if how == "raise":
         raise ValueError("a mistake in the code")
 

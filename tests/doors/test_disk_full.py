@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from processes import PYTHON, ROOT, Ended, column, ended, rows_of
 
+from foveal.data.audit import read_record
+
 SCRIPT = ROOT / "tests" / "doors" / "full_disk.py"
 
 
@@ -95,6 +97,36 @@ def test_a_run_fills_its_disk_and_goes_on(disk: Path, configs: dict[str, Path], 
     assert alone.code == 0, alone.err
     assert column(rows_of(kept), "step") == list(range(1, STEPS + 1))
     assert column(rows_of(kept), "loss") == column(rows_of(tmp_path / "alone"), "loss")
+
+
+@pytest.mark.slow
+def test_a_run_of_two_ranks_loses_nothing_to_a_full_disk(disk: Path, configs: dict[str, Path], tmp_path: Path) -> None:
+    """All that it writes beside its checkpoints lies on the disk too: rows, ledger, stragglers, pictures, last words."""
+    run, kept, epochs = disk / "run", tmp_path / "kept", 20
+    settings = ["engine.kind=accelerate", "log.pictures_every=40", "data.ledger=true", "tracking.uri=null"]
+    words = [configs["pretrain"], f"run.dir={run}", f"epochs={epochs}", *settings]
+    ranks = " ".join(["torchrun --standalone --nproc-per-node=2 -m pretrain.run", *(f"'{word}'" for word in words)])
+    rows = f"cat '{run}/metrics.jsonl' 2>/dev/null | wc -l"
+    commands = [
+        f"{ranks} &",
+        f"until [ $({rows}) -gt 30 ]; do sleep 0.02; done",
+        f"cat /dev/zero > '{disk}/filler' 2>/dev/null || true",
+        f"before=$({rows}); sleep 1; echo $before $({rows})",
+        f"rm '{disk}/filler'; wait $!; cp -r '{run}' '{kept}'",
+    ]
+    done = on_a_disk_of("8m", disk, commands)
+    assert done.code == 0, done.err
+    before, later = map(int, done.out.split())
+    last = epochs * STEPS
+    assert before == later < last, "while the disk was full nothing was written"
+    assert "no room" in done.err
+    assert column(rows_of(kept), "step") == list(range(1, last + 1))
+    record = read_record(kept)
+    assert (record.start, record.stop, len(record.rows(0, last))) == (0, last, last)
+    table = [json.loads(line) for line in (kept / "stragglers.jsonl").read_text().splitlines()]
+    assert sorted({(row["step"], row["rank"]) for row in table}) == [
+        (step, rank) for step in range(5, last + 1, 5) for rank in (0, 1)
+    ]
 
 
 @pytest.mark.slow

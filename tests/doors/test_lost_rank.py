@@ -31,7 +31,7 @@ class Ranks:
     folder: Path
     started: dict[int, Started] = field(default_factory=dict)
 
-    def start(self, size: int, how: str, who: int, *, absent: int | None = None) -> None:
+    def start(self, size: int, how: str, who: int, *, absent: int | None = None, timeout: int = TIMEOUT) -> None:
         with contextlib.closing(socket.socket()) as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
@@ -39,7 +39,7 @@ class Ranks:
             if rank != absent:
                 place = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
                 address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                command = [PYTHON, SCRIPT, self.folder, str(TIMEOUT), how, str(who)]
+                command = [PYTHON, SCRIPT, self.folder, str(timeout), how, str(who)]
                 self.started[rank] = Started(command, self.folder, **place, **address)
 
     def signal(self, rank: int, number: signal.Signals, *, after: int = 1) -> None:
@@ -164,11 +164,13 @@ def test_a_rank_that_raises_keeps_its_traceback_and_ends_the_others(ranks) -> No
 
 
 def test_a_late_rank_is_named_and_nothing_ends(ranks) -> None:
-    ranks.start(2, "late", 1)
+    ranks.start(2, "late", 1, timeout=10 * TIMEOUT)
     for rank in (0, 1):
         assert ranks.ended(rank).code == 0, ranks.log(rank)
         assert "the others wait for rank 1 on" in ranks.log(rank)
-        assert re.search(r"step 200 \(data\) moves again after [3-9]", ranks.log(rank))
+        told = re.search(r"step 200 \(data\) moves again after (\d+) s", ranks.log(rank))
+        assert told is not None, ranks.log(rank)
+        assert int(told[1]) >= 3, "it slept 8 s; looks are counted, and on a busy machine there are fewer of them"
 
 
 def test_a_rank_that_never_comes_is_a_sentence_on_those_that_did(ranks) -> None:

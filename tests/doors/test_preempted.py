@@ -1,26 +1,27 @@
 """A run that was told to leave, and then lost a rank, is bit for bit the run that was left alone."""
 
-import contextlib
 import os
 import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from processes import Ended, Started, column, rows_of
+from processes import Ended, column, rows_of
 from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # of real processes, each several seconds
+_ASK = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of the same command, and the run's state when it had ended."""
+    """One start of the same command, and the run's state when it had ended. ``late``: signals to ranks that were done."""
 
     ended: Ended
     steps: list[float]
     checkpoints: list[str]
     finished: bool
+    late: int
 
 
 @pytest.fixture(scope="module")
@@ -29,22 +30,27 @@ def attempts(long_run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     run = replace(long_run, path=tmp_path_factory.mktemp("preempted") / "run")
     found: list[Attempt] = []
 
-    def attempt(*signals: tuple[int, signal.Signals], after: int = 0) -> None:
-        started = Started(run.torchrun, run.path.parent)
-        if signals:
+    def attempt(*signals: tuple[int, signal.Signals], after: int | None, stays: bool) -> None:
+        started = run.held(after=after, stay=stays)
+        if after is not None:
             started.reaches(run.path, after)
             ranks = started.ranks()
             for rank, number in signals:
-                with contextlib.suppress(ProcessLookupError):  # it may be leaving with its peer already
-                    os.kill(ranks[rank], number)
+                os.kill(ranks[rank], number)
+            started.release()  # after the last signal: who sees it has its own signal already
+        late = [(process, number) for process in started.done().values() for number in _ASK] if stays else []
+        for process, number in late:
+            os.kill(process, number)
+        if stays:
+            started.let_end()
         done = started.ended()
         steps = column(rows_of(run.path), "step")
         names = sorted(each.name for each in (run.path / "checkpoints").iterdir())
-        found.append(Attempt(done, steps, names, (run.path / "finished.json").exists()))
+        found.append(Attempt(done, steps, names, (run.path / "finished.json").exists(), len(late)))
 
-    attempt((0, signal.SIGTERM), (1, signal.SIGUSR1), after=5)
-    attempt((1, signal.SIGKILL), after=len(found[0].steps) + 10)
-    attempt()
+    attempt((0, signal.SIGTERM), (1, signal.SIGUSR1), after=5, stays=True)
+    attempt((1, signal.SIGKILL), after=15, stays=False)
+    attempt(after=None, stays=True)
     return run.path, found
 
 
@@ -53,13 +59,11 @@ def test_a_signal_saves_and_exits_0(attempts, long_run) -> None:
     assert attempt.ended.code == 0, attempt.ended.err
     assert not attempt.finished
     assert "Traceback" not in attempt.ended.err
-    last = int(attempt.steps[-1])
-    assert 0 < last < long_run.steps
-    assert attempt.steps == list(range(1, last + 1))
-    assert attempt.checkpoints == ["step-00000000-attempt-0001", f"step-{last:08d}-attempt-0001"]
+    assert attempt.steps == [1, 2, 3, 4, 5]
+    assert attempt.checkpoints == ["step-00000000-attempt-0001", "step-00000005-attempt-0001"]
     for rank, name in enumerate(("SIGTERM", "SIGUSR1")):
         log = (run / "logs" / f"rank-{rank:03d}.log").read_text()
-        assert f"asked to leave ({name}): saved at step {last} of {long_run.steps}" in log
+        assert f"asked to leave ({name}): saved at step 5 of {long_run.steps}" in log
 
 
 def test_a_lost_rank_ends_the_others(attempts) -> None:
@@ -83,6 +87,29 @@ def test_the_same_command_leaves_the_same_weights(attempts, long_run) -> None:
     ours, theirs = (load_file(each / "export" / "model.safetensors") for each in (attempts[0], long_run.path))
     assert ours.keys() == theirs.keys()
     assert all(ours[name].equal(theirs[name]) for name in ours)
+
+
+def test_a_signal_after_the_end_changes_nothing(attempts) -> None:
+    """Of a run that has left as of one that is finished: a job that has asked for its next start must not fail."""
+    _, (left, _, finished) = attempts
+    for attempt in (left, finished):
+        assert attempt.late == 2 * len(_ASK)
+        assert attempt.ended.code == 0, attempt.ended.err
+
+
+def test_ctrl_c_on_one_rank_ends_both(long_run, tmp_path: Path) -> None:
+    """A person asks, of whichever rank: both save, neither asks Slurm for another start, and nobody waits for that."""
+    run = replace(long_run, path=tmp_path / "run")
+    started = run.held(after=5)
+    started.reaches(run.path, 5)
+    os.kill(started.ranks()[1], signal.SIGINT)
+    started.release()
+    done = started.ended()
+    assert done.code == 0, done.err
+    for rank, who in enumerate(("another rank", "SIGINT")):
+        log = (run.path / "logs" / f"rank-{rank:03d}.log").read_text()
+        assert f"asked to leave ({who}): saved at step 5 of {run.steps}" in log
+    assert (run.path / "checkpoints" / "step-00000005-attempt-0001").is_dir()
 
 
 def test_ctrl_c_of_a_local_pipeline(pipeline) -> None:

@@ -1,6 +1,6 @@
 """A checkpoint knows no engine and no number of ranks: what any shape saved, any other goes on from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from foveal.distributed.world import World
 _SAVED, _MORE = 3, 20
 _REL = 1e-5
 
+_WIDEST = f"zero 3, {SHAPES['accelerated zero 3'].ranks} ranks"  # a machine with one GPU has room for one
 # The others' checkpoints hold the same bits, which is looked at for every pair; steps are taken from these and from its own.
-_FOLLOWED = ("plain", "zero 3, 2 ranks")
+_FOLLOWED = ("plain", _WIDEST)
 
 
 @dataclass(frozen=True)
@@ -139,18 +140,28 @@ def test_itself_bit_for_bit(name: str, pools, saved, tmp_path: Path) -> None:
     assert after.losses == before.losses
 
 
+@pytest.fixture(scope="module")
+def four_ranks() -> Iterator[Ranks]:
+    ranks = Ranks(4)
+    yield ranks
+    ranks.close()
+
+
+FOURS = {
+    "zero 1": Shape(4, "deepspeed", 1),
+    "zero 3": Shape(4, "deepspeed", 3),
+    "ddp": Shape(4, "accelerate"),
+    "fsdp2": Shape(4, "accelerate", sharding="fsdp2"),
+}
+
+
 @pytest.mark.slow
-def test_four_ranks(pools, saved, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", FOURS)
+def test_four_ranks(name: str, four_ranks: Ranks, pools, saved, tmp_path: Path) -> None:
     """From two ranks to four, and from four to one."""
-    four = Ranks(4)
-    try:
-        for zero in (1, 3):
-            before, to = saved("zero 3, 2 ranks"), tmp_path / str(zero)
-            shape = Shape(4, "deepspeed", zero)
-            after = four.call(resume_all, shape, {"four": (before.folder, _MORE)}, to)[0]["four"]
-            back = pools[1].call(resume_all, SHAPES["plain"], {"one": (after.folder, _MORE)}, to)[0]["one"]
-            check_same(back.folder, before.folder)
-            for losses in (after.losses, back.losses):
-                assert losses == pytest.approx(before.losses, rel=_REL)
-    finally:
-        four.close()
+    before = saved(_WIDEST)
+    after = four_ranks.call(resume_all, FOURS[name], {"four": (before.folder, _MORE)}, tmp_path)[0]["four"]
+    back = pools[1].call(resume_all, SHAPES["plain"], {"one": (after.folder, _MORE)}, tmp_path)[0]["one"]
+    check_same(back.folder, before.folder)
+    for losses in (after.losses, back.losses):
+        assert losses == pytest.approx(before.losses, rel=_REL)

@@ -302,6 +302,10 @@ def test_back_behind_what_was_delivered(healthy: Server, tmp_path: Path) -> None
     tracker, _ = open_tracker(run, cfg, None, 0)
     train(tracker, 1, 150)
     has(healthy, run, 150)
+    client, end = MlflowClient(healthy.uri), time.monotonic() + _LONG
+    while ("val_top1", 150) not in in_mlflow(client, run):  # the last row, which may come in a request of its own
+        assert time.monotonic() < end
+        time.sleep(0.1)
     with (run / "rollbacks.jsonl").open("a") as stream:
         stream.write(json.dumps({"time": time.time(), "to": 100}) + "\n")
     tracker.rewind(100)

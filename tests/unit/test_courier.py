@@ -11,7 +11,7 @@ import pytest
 from fake_store import Kept
 from points import in_jsonl, row
 
-from foveal.files import append_lines
+from foveal.files import Growing
 from foveal.tracking import courier, delivery
 from foveal.tracking.courier import Courier, Outage, Posted
 from foveal.tracking.delivery import Delivery
@@ -122,7 +122,7 @@ def test_what_was_delivered_before_the_run_went_back_comes_again(store: Kept, tm
     tracker = opened(tmp_path, store)
     train(tracker, 1, 30)
     until(lambda: store.tags and ("val_top1", 30) in store.numbers())
-    append_lines(tmp_path / "rollbacks.jsonl", [f'{{"time": {time.time()}, "to": 20}}'])
+    Growing(tmp_path / "rollbacks.jsonl").add_json([{"time": time.time(), "to": 20}])
     tracker.rewind(20)
     tracker.rows([{"step": step, "loss": 9.0} for step in range(21, 26)])
     until(lambda: store.numbers()[("loss", 25)] == [1 / 25, 9.0])
@@ -161,7 +161,7 @@ def test_a_file_that_is_cut_while_rows_are_on_their_way(store: Kept, tmp_path: P
     tracker = opened(tmp_path, store)
     tracker.rows([row(step) for step in range(1, 31)])
     under_way.wait(20)
-    append_lines(tmp_path / "rollbacks.jsonl", [f'{{"time": {time.time()}, "to": 2}}'])
+    Growing(tmp_path / "rollbacks.jsonl").add_json([{"time": time.time(), "to": 2}])
     tracker.rewind(2)
     tracker.rows([{"step": step, "loss": 9.0} for step in range(3, 11)])
     away.set()

@@ -11,9 +11,10 @@ import torch
 
 from foveal.distributed.examine import hosts, nodes_of_ranks
 from foveal.doctor import node, run
-from foveal.doctor.finding import Report
+from foveal.doctor.finding import Report, kind_of
 from foveal.doctor.table import lines_of
 from foveal.doctor.verdict import Verdict, judged
+from foveal.errors import DataError, Unreachable
 
 
 def report(name: str = "node1", rank: int = 0, **facts: Any) -> Report:
@@ -65,7 +66,9 @@ def test_what_nobody_reaches_is_no_nodes_fault() -> None:
     ranks = [report(f"node{rank}", rank) for rank in range(2)]
     for each in ranks:
         each.fault("reach", "an all-reduce failed")
-    assert (judge(*ranks).bad, judge(*ranks).code) == ([], 6)
+    assert (judge(*ranks).bad, judge(*ranks).code) == ([], 5)
+    ranks[0].faults.clear()
+    assert (judge(*ranks).bad, judge(*ranks).code) == (["node1"], 6)
 
 
 def test_other_software_is_found() -> None:
@@ -92,6 +95,10 @@ def test_the_table_has_a_line_for_each_node_and_its_worst_rank() -> None:
     assert head.split()[:3] == ["node", "ranks", "device"]
     assert first.split()[:2] == ["node1", "2"] and " 4 " in first and first.endswith("fine")
     assert second.split()[:2] == ["node2", "-"] and second.endswith("BAD")
+
+
+def test_storage_that_does_not_answer_is_another_matter_than_a_mistake() -> None:
+    assert (kind_of(Unreachable("no answer")), kind_of(DataError("no such shard"))) == ("reach", "config")
 
 
 # --- Slurm's names ---

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from foveal.files import force, free_bytes, in_gigabytes, room, write_json, write_whole
+from foveal.files import Growing, dispensable, force, free_bytes, in_gigabytes, room, write_json, write_whole
 
 
 def refusing(code: int) -> Callable[[int], None]:
@@ -57,3 +57,69 @@ def test_bytes_are_told_as_disks_are_sold() -> None:
         "100.0 MB",
         "1.4 GB",
     ]
+
+
+# --- files that grow ---
+
+
+def full(monkeypatch: pytest.MonkeyPatch, code: int = errno.ENOSPC, room_for: int = 3) -> None:
+    """A disk on which so many bytes of every addition find room."""
+    write = os.write
+
+    def short(descriptor: int, content: memoryview) -> int:
+        taken = write(descriptor, content[:room_for])
+        monkeypatch.setattr(os, "write", refuse)
+        return taken
+
+    def refuse(_descriptor: int, _content: memoryview) -> int:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "write", short)
+
+
+def test_what_a_full_disk_has_no_room_for_comes_later_and_whole(tmp_path: Path, caplog) -> None:
+    file = tmp_path / "a.jsonl"
+    growing = Growing(file)
+    growing.add_json([{"a": 1}])
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        full(monkeypatch)
+        growing.add_json([{"a": 2}])
+        assert file.read_bytes() == b'{"a": 1}\n', "no part of a line"
+        growing.add_json([{"a": 3}])
+    assert [record.message.partition(" (")[0] for record in caplog.records] == [f"{file}: no room"]
+    growing.close()
+    assert file.read_bytes() == b'{"a": 1}\n{"a": 2}\n{"a": 3}\n'
+
+
+def test_another_fault_of_the_disk_is_raised_and_leaves_no_part(tmp_path: Path, monkeypatch) -> None:
+    growing = Growing(tmp_path / "a.jsonl")
+    growing.add_json([{"a": 1}])
+    full(monkeypatch, errno.EIO)
+    with pytest.raises(OSError, match="Input/output error"):
+        growing.add_json([{"a": 2}])
+    assert (tmp_path / "a.jsonl").read_bytes() == b'{"a": 1}\n'
+
+
+def test_a_line_that_a_kill_cut_short_goes_before_the_next_comes(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"a": 1}\n{"a": ')
+    Growing(file).add_json([{"a": 2}])
+    assert file.read_text() == '{"a": 1}\n{"a": 2}\n'
+    file.write_text('{"a"')
+    Growing(file).add_json([{"a": 3}])
+    assert file.read_text() == '{"a": 3}\n'
+
+
+def test_a_file_without_lines_is_not_made(tmp_path: Path) -> None:
+    growing = Growing(tmp_path / "a.jsonl")
+    growing.add_json([])
+    growing.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_run_can_do_without_is_let_go_on_a_full_disk_only(caplog) -> None:
+    with dispensable("a picture"):
+        raise OSError(errno.EDQUOT, "quota")
+    assert caplog.messages == ["a picture is not written: quota"]
+    with pytest.raises(PermissionError), dispensable("a picture"):
+        raise OSError(errno.EACCES, "not yours")

@@ -14,7 +14,15 @@ import pytest
 import torch
 from ranks import Ranks, stage_named
 
-from foveal.distributed.preemption import Preemption, listening, notice, requeue, seconds_left
+from foveal.distributed.preemption import (
+    NOTICE,
+    Notice,
+    Preemption,
+    listening,
+    notice,
+    requeue,
+    seconds_left,
+)
 from foveal.distributed.world import World
 from foveal.door import enter, load
 from foveal.runtime import Run
@@ -64,13 +72,12 @@ def calls(scontrol: Path) -> list[str]:
 def test_a_signal_sets_a_flag_and_the_handlers_are_put_back(number: signal.Signals) -> None:
     before = [signal.getsignal(each) for each in SIGNALS]
     with listening(ALONE) as preemption:
-        assert not preemption.agreed()
+        assert preemption.heard is None
         os.kill(os.getpid(), number)
         assert preemption.heard == number.name
-        assert preemption.agreed()
         if number != signal.SIGINT:
             os.kill(os.getpid(), number)  # Slurm repeats itself; that changes nothing
-            assert preemption.agreed()
+            assert (preemption.heard, preemption.again) == (number.name, False)
     assert [signal.getsignal(each) for each in SIGNALS] == before
     with pytest.raises(RuntimeError, match="a mistake"), listening(ALONE):
         raise RuntimeError("a mistake")
@@ -194,16 +201,33 @@ def test_outside_slurm_nobody_knows_of_an_end(scontrol: Path, monkeypatch: pytes
     assert seconds_left() is None
 
 
-def _agree(world: World, told: Sequence[int]) -> bool:
+def _hurry(world: World, told: Sequence[int]) -> bool:
     preemption = Preemption(world)
     if world.rank in told:
-        preemption.note(signal.SIGUSR1, None)
-    return preemption.agreed()
+        preemption.again = True
+    return preemption.hurried(1.0)
 
 
 @pytest.mark.parametrize(("told", "agreed"), [((), False), ((0,), True), ((1,), True), ((0, 1), True)])
-def test_ranks_agree(told: Sequence[int], agreed: bool, two_ranks: Ranks) -> None:
-    assert two_ranks.call(_agree, told) == [agreed, agreed]
+def test_ranks_are_in_a_hurry_together(told: Sequence[int], agreed: bool, two_ranks: Ranks) -> None:
+    assert two_ranks.call(_hurry, told) == [agreed, agreed]
+
+
+def test_a_lead_that_slurm_keeps_to_itself_can_be_stated(in_step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    describe(in_step, how="none")
+    monkeypatch.setenv(NOTICE, "600")
+    assert notice() == Notice(600.0, NOTICE)
+
+
+def test_after_the_end_no_signal_is_heard() -> None:
+    said = """
+import os, signal
+from foveal.distributed.preemption import deaf
+deaf()
+for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
+    os.kill(os.getpid(), number)
+"""
+    assert subprocess.run([sys.executable, "-c", said], timeout=60, check=False).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,10 @@ def test_a_run_that_is_killed_after_going_back_remembers_it(tmp_path: Path) -> N
     refused(again, 2)
     with pytest.raises(Diverged, match=r"in the 1 steps 2 to 2, after 1 roll-backs"):
         again.go_back(0, writes=True)
+    more = Recovery(tmp_path, RecoveryConfig(after=1, rollbacks=2), [], read_journal(tmp_path))
+    refused(more, 3)
+    more.go_back(0, writes=True)
+    assert [entry["batches"] for entry in read_journal(tmp_path)] == [[1], [3]], "behind half a line none is readable"
 
 
 def test_one_rank_writes(tmp_path: Path) -> None:

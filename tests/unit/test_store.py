@@ -1,7 +1,9 @@
 """Checkpoints: whole or not at all, believed only if every byte is there, alone and on two ranks."""
 
+import errno
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +12,10 @@ import pytest
 from ranks import Ranks
 from stores import SCIENCE, Tensors, name, names, saved, state, store
 
+from foveal.checkpoint import digests
 from foveal.checkpoint.store import Saved, TrainState, check_same_science
 from foveal.distributed.world import World
-from foveal.errors import CheckpointError
+from foveal.errors import CheckpointError, Unreachable
 from foveal.files import drafted, sha256, write_json
 
 PIECES = "pieces-00000.safetensors"
@@ -97,9 +100,55 @@ def test_what_is_not_whole_is_passed_over(
 def test_where_none_is_whole_the_run_does_not_begin_anew_by_itself(two: Path, caplog: pytest.LogCaptureFixture) -> None:
     for folder in two.iterdir():
         cut(folder)
-    with pytest.raises(CheckpointError, match=r"is whole: restore one, or begin anew with run\.fresh=true"):
+    with pytest.raises(CheckpointError, match=r"is whole: restore one, .* or begin anew with run\.fresh=true"):
         store(two).newest()
     assert len(caplog.records) == 2
+
+
+def test_where_all_are_void_or_gone_the_run_does_not_begin_anew_by_itself(two: Path) -> None:
+    """A later attempt began at step 5, and what it began from was lost: beginning at 0 would void all that was done."""
+    gone_back = store(two, attempt=3, starts={1: 0, 2: 5})
+    with pytest.raises(
+        CheckpointError, match=rf"began at step 5 \(past where a later one began: {name(10)}, {name(20)}\)"
+    ):
+        gone_back.newest()
+    shutil.rmtree(two)
+    with pytest.raises(
+        CheckpointError, match=r"is whole, and an attempt at this run began at step 5: restore one, look"
+    ):
+        store(two, attempt=3, starts={1: 0, 2: 5}).newest()
+    assert store(two, attempt=2, starts={1: 0}).newest() is None, "one that was killed before its first save"
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EACCES, errno.EMFILE, errno.ETIMEDOUT])
+@pytest.mark.parametrize("times", [2, 99])
+def test_storage_that_does_not_answer_tears_no_checkpoint(code: int, times: int, two: Path, monkeypatch) -> None:
+    """What is passed over once is void for good: it is tried again, and then the start is given up, not the checkpoint."""
+    failing(monkeypatch, code, times)
+    if times == 2:
+        assert store(two).newest() == (two / name(20), state(20))
+    else:
+        with pytest.raises(Unreachable, match=f"{name(20)} cannot be read"):
+            store(two).newest()
+
+
+def test_a_sector_that_is_lost_tears_one(two: Path, monkeypatch) -> None:
+    failing(monkeypatch, errno.EIO, 99, only=name(20))
+    assert store(two).newest() == (two / name(10), state(10))
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, code: int, times: int, only: str = "step") -> None:
+    """Digests so many times end in an error."""
+    left = [times]
+
+    def digest(file: Path) -> str:
+        if only in str(file) and left[0]:
+            left[0] -= 1
+            raise OSError(code, os.strerror(code))
+        return sha256(file)
+
+    monkeypatch.setattr(digests, "sha256", digest)
+    monkeypatch.setattr(digests, "_PAUSES", (0.0, 0.0, 0.0))
 
 
 def test_a_torn_one_is_replaced_by_the_next_save(two: Path) -> None:

@@ -38,6 +38,19 @@ def test_the_limit_goes_for_those_that_are_kept_every_so_often_too(tmp_path: Pat
     assert names(tmp_path)[-1] == name(40)
 
 
+def test_what_is_void_or_torn_makes_way_first(tmp_path: Path) -> None:
+    """Attempt 1 got further than attempt 2 began; the limit holds two and a half."""
+    first = store(tmp_path)
+    for step in (100, 400, 500):
+        saved(first, step)
+    size = sum(file.stat().st_size for file in (tmp_path / name(100)).iterdir())
+    made = store(tmp_path, attempt=2, starts={1: 0, 2: 100}, keep=2, gigabytes=2.5 * size / 1e9)
+    assert made.newest() == (tmp_path / name(100), state(100))
+    for step in (150, 200):
+        saved(made, step)
+    assert names(tmp_path) == [name(150, attempt=2), name(200, attempt=2)]
+
+
 def test_torn_ones_do_not_count_and_go_in_time(tmp_path: Path) -> None:
     first = store(tmp_path)
     for step in (10, 20, 30):

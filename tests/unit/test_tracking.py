@@ -108,7 +108,7 @@ def test_what_is_not_finite_is_kept_too(kind: Kind) -> None:
 
 def test_every_tracker_has_every_verb() -> None:
     verbs = {name for name in vars(Tracker) if not name.startswith("_")}
-    assert verbs == {"settings", "rows", "results", "file", "rewind", "close"}
+    assert verbs == {"settings", "rows", "results", "file", "rewind", "hurry", "close"}
     for each in (Silent, Posted, Jsonl):
         assert verbs <= vars(each).keys(), each
     use(Silent(), 1, 4)
@@ -212,7 +212,7 @@ def test_files_lie_beside_the_store(uri: str, client: MlflowClient, tmp_path: Pa
     sent = (kept / "pictures" / "a.png").stat().st_mtime_ns
     (run / "config.yaml").write_text("seed: 2")
     (run / "pictures" / "c.png").write_bytes(b"c")
-    (run / "rollbacks.jsonl").write_text("")
+    (run / "rollbacks.jsonl").write_text('{"time": 1.0, "to": 0}\n')
     open_tracker(run, cfg, None, 0)[0].close("finished")
     assert (kept / "config.yaml").read_text() == "seed: 2"
     assert (kept / "pictures" / "a.png").stat().st_mtime_ns == sent

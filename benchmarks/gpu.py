@@ -1,0 +1,176 @@
+"""The paper's models on real photographs and one GPU: how fast, in how much memory, and whether an interruption shows.
+
+    python benchmarks/gpu.py --data $FOVEAL_TEST_DATA/imagenette224 --out benchmarks/results/gpu.md
+
+Every run is started as a user starts it. The interrupted ones are killed after a checkpoint, asked to leave later, and
+go on under another ZeRO stage.
+"""
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from machine import described
+from safetensors.torch import load_file
+
+from foveal.doctor.finding import Report
+from foveal.doctor.node import rates
+from foveal.door import load
+from foveal.plan.forecast import Forecast, Machine
+from pretrain.run import STAGE
+
+EVERY = 20  # steps between checkpoints
+_PATIENCE = 300  # seconds for one start
+_WARM = 30  # steps that no rate counts: the compiler, the first data
+SETTINGS = (
+    "batch.images=256", "epochs=40", "optim.warmup_epochs=4", "data.lanes=16", "data.threads=12", "log.every=10",
+    "log.pictures_every=0", f"checkpoint.every={EVERY}", "checkpoint.keep=1", "tracking.uri=null",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run that was started in some way, and its rows."""
+
+    folder: Path
+    rows: list[dict[str, float]]
+
+    def median(self, name: str) -> tuple[float, float, float]:
+        """Median, lowest and highest of what was reported after the first steps."""
+        found = [row[name] for row in self.rows if name in row and row["step"] > _WARM]
+        return statistics.median(found), min(found), max(found)
+
+    @property
+    def pieces(self) -> dict[str, torch.Tensor]:
+        """What its newest checkpoint holds."""
+        newest = max((self.folder / "checkpoints").glob("step-*"))
+        return {key: value for file in newest.glob("*.safetensors") for key, value in load_file(file).items()}
+
+
+class Bench:
+    """Runs in one folder, on one set of photographs."""
+
+    def __init__(self, folder: Path, data: Path, steps: int) -> None:
+        self.folder, self.steps = folder, steps
+        index = folder / "index"
+        subprocess.run([sys.executable, "-m", "foveal.cli", "data", "index", data, "--index", index], check=True)
+        self._settings = (*SETTINGS, f"data.path={data}", f"data.index={index}", f"run.stop_at={steps}")
+
+    def plan(self, config: str, overrides: Sequence[str]) -> Forecast:
+        """What foveal plan foresees of a run on this GPU."""
+        cfg = load(STAGE.config, STAGE.name, config, [*self._settings, *overrides])
+        return Forecast(STAGE, STAGE.plan(cfg, 1), Machine(1, 1, 1.0, 1e9))
+
+    def train(self, name: str, config: str, overrides: Sequence[str], stops: Sequence[tuple[int, int]] = ()) -> Trained:
+        """Start a run; at each of ``stops``, a step and a signal, it is hit and started again, under ZeRO 2 instead of 1."""
+        folder = self.folder / name
+        command = [sys.executable, "-m", "pretrain.run", config, *self._settings, *overrides, f"run.dir={folder}"]
+        for number, (step, what) in enumerate([*stops, (0, 0)]):
+            zero = [f"engine.zero={1 + number % 2}"] if stops else []
+            with (self.folder / f"{name}.out").open("a") as out:
+                started = subprocess.Popen(
+                    [*command, *zero], stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "4"}
+                )
+                if what:
+                    _reaches(folder, step, started)
+                    started.send_signal(what)
+                code = started.wait(_PATIENCE)
+            expected = -what if what == signal.SIGKILL else 0
+            assert code == expected, f"{name}: {code}\n{(self.folder / f'{name}.out').read_text()[-3000:]}"
+        return Trained(folder, _rows(folder))
+
+
+def _rows(folder: Path) -> list[dict[str, float]]:
+    file = folder / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
+
+
+def _reaches(folder: Path, step: int, started: subprocess.Popen[bytes]) -> None:
+    until = time.monotonic() + _PATIENCE
+    while not any(row["step"] >= step for row in _rows(folder)):
+        assert started.poll() is None and time.monotonic() < until, f"{folder} has not reached step {step}"
+        time.sleep(0.1)
+
+
+def apart(one: Trained, other: Trained) -> str:
+    """How far two runs are from each other, in words."""
+    assert [row["step"] for row in one.rows] == [row["step"] for row in other.rows]
+    loss = max(abs(mine["loss"] / theirs["loss"] - 1) for mine, theirs in zip(one.rows, other.rows, strict=True))
+    ours, theirs = one.pieces, other.pieces
+    assert ours.keys() == theirs.keys()
+    same = all(ours[key].equal(theirs[key]) for key in ours)
+    return f"largest difference of a loss {loss:.1e}; weights and moments at the end {'equal bit for bit' if same else 'differ'}"
+
+
+def report(bench: Bench) -> list[str]:
+    """All runs, and what they show."""
+    peak = Report("here", 0)
+    rates(peak, torch.device("cuda", 0))
+    gemm = peak.facts["bf16_rate"]
+    lines = [
+        f"Products of 8192 x 8192 matrices in bf16 run at {gemm / 1e12:.0f} TFLOP/s here (`foveal doctor`).",
+        "",
+        "| run | images/s, median (lowest-highest) | MFU of the measured rate | peak memory, GiB | foreseen | training stands still for a save, ms | a checkpoint, GB |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    ways = {
+        "ViT-B/16": ("mae_vit_b16", ()),
+        "ViT-B/16, compiled": ("mae_vit_b16", ("engine.compile=true",)),
+        "ViT-L/16": ("mae_vit_l16", ("batch.at_once=256",)),
+    }
+    runs = {}
+    for name, (config, overrides) in ways.items():
+        run = runs[name] = bench.train(name.replace("/", "").replace(", ", "-"), config, overrides)
+        plan = bench.plan(config, overrides)
+        pace, slowest, fastest = run.median("images_per_second")
+        memory = max(row.get("peak_memory_gib", 0.0) for row in run.rows)
+        stalls, _, _ = run.median("save_stall_ms")
+        size, _, _ = run.median("save_gigabytes")
+        lines.append(
+            f"| {name} | {pace:,.0f} ({slowest:,.0f}-{fastest:,.0f}) | {pace * plan.flops.both / gemm:.1%} | {memory:.2f} | "
+            f"{plan.memory.peak / 2**30:.2f} | {stalls:.0f} | {size:.2f} |"
+        )
+        print(lines[-1], flush=True)
+    third = bench.steps // 3 // EVERY * EVERY
+    stops = [(third + EVERY // 2, signal.SIGKILL), (2 * third + EVERY // 2, signal.SIGTERM)]
+    cut = bench.train("interrupted", "mae_vit_b16", (), stops)
+    first, last = runs["ViT-B/16"].rows[0]["loss"], runs["ViT-B/16"].rows[-1]["loss"]
+    told = (
+        f"The loss of ViT-B/16 falls from {first:.4f} to {last:.4f} in {bench.steps} steps. Killed at step {stops[0][0]}, asked "
+        f"to leave at step {stops[1][0]}, and gone on with under ZeRO 2 and then under ZeRO 1 again, against the run that was "
+        f"left alone: {apart(cut, runs['ViT-B/16'])}."
+    )
+    lines += ["", told]
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="shards of photographs")
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        bench = Bench(Path(place), options.data, options.steps)
+        about = (
+            f"`python benchmarks/gpu.py --data FOLDER --steps {options.steps}`: masked-autoencoder pretraining in bf16 under DeepSpeed's ZeRO 1, 256 "
+            f"photographs of 224 px a step, decoded from JPEG on the way; {described(['torch', 'deepspeed', 'timm'])}."
+        )
+        text = "\n".join(["# On a GPU", "", about, "", *report(bench), ""])
+    sys.stdout.write(text)
+    if options.out:
+        options.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+#!/usr/bin/env python
+"""``PYTHON_EXEC=.../holding.py torchrun ... -m MODULE ARGUMENTS``: ranks that wait, so that no signal comes too late.
+
+A tiny run is over in a moment. What holds it are two files in the folder of the command: ``hold`` with the number of a
+step, beyond which no rank goes before it is asked to leave; and ``stay``, without which a process that is done ends.
+One that stays says so with a file ``done-RANK``.
+"""
+
+import atexit
+import os
+import runpy
+import sys
+import time
+from pathlib import Path
+
+from foveal.runtime import Run
+
+_LOOKS = 0.01  # seconds
+_LONGEST = 120.0  # seconds: whoever holds it may have failed
+
+
+def hold_after_steps() -> None:
+    """Wait before the ranks ask one another whether to leave."""
+    asked_to_leave = Run.asked_to_leave
+
+    def held(self: Run) -> bool:
+        end = time.monotonic() + _LONGEST
+        while self.preemption.heard is None and self.step >= _last_step() and time.monotonic() < end:
+            time.sleep(_LOOKS)
+        return asked_to_leave(self)
+
+    Run.asked_to_leave = held
+
+
+def _last_step() -> float:
+    try:
+        return int(Path("hold").read_text())
+    except FileNotFoundError:
+        return float("inf")
+
+
+def stay_when_done() -> None:
+    """The last that a process does: what it registers after this comes before."""
+    end, stay = time.monotonic() + _LONGEST, Path("stay")
+    if stay.exists():
+        Path(f"done-{os.environ['RANK']}").touch()
+    while stay.exists() and time.monotonic() < end:
+        time.sleep(_LOOKS)
+
+
+if __name__ == "__main__":
+    atexit.register(stay_when_done)
+    sys.path.pop(0)  # the files beside this one are none of the stage's modules
+    hold_after_steps()
+    sys.argv = sys.argv[sys.argv.index("-m") + 1 :]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
