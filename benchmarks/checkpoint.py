@@ -2,7 +2,7 @@
 
     python benchmarks/checkpoint.py --out benchmarks/results/checkpoint.md
 
-A ViT-B under ZeRO 2 on two ranks (processes under gloo on a CPU), or a ViT-L on all GPUs that there are. In every round both save the same state, in turns,
+A ViT-B under ZeRO 2 on two ranks (processes under gloo on a CPU), or on all GPUs that there are. In every round both save the same state, in turns,
 after a step of training; between two turns everything is forced to disk. foveal writes while training goes on, so the
 steps in which it wrote are timed as well.
 """
@@ -30,7 +30,7 @@ from foveal.distributed.world import World, joined
 from foveal.optim import OptimConfig, parameter_groups
 
 GPUS = torch.cuda.device_count()
-MODEL, ZERO, RANKS = f"vit_{'large' if GPUS else 'base'}_patch16_224", 2, GPUS or 2
+MODEL, ZERO, RANKS = "vit_base_patch16_224", 2, GPUS or 2
 # Pixels and images of a step: few on a CPU, where as many weights but for the positions are trained in a short step.
 SIDE, IMAGES = (224, 32) if GPUS else (96, 1)
 GOAL = 0.5

@@ -8,7 +8,6 @@ go on under another ZeRO stage.
 
 import argparse
 import json
-import os
 import signal
 import statistics
 import subprocess
@@ -23,6 +22,7 @@ import torch
 from machine import described
 from safetensors.torch import load_file
 
+from foveal.data import train_batches
 from foveal.doctor.finding import Report
 from foveal.doctor.node import rates
 from foveal.door import load
@@ -71,6 +71,15 @@ class Bench:
         cfg = load(STAGE.config, STAGE.name, config, [*self._settings, *overrides])
         return Forecast(STAGE, STAGE.plan(cfg, 1), Machine(1, 1, 1.0, 1e9))
 
+    def loader(self, threads: int, batches: int = 12) -> str:
+        """Images that the loader makes in a second when nobody trains."""
+        plan = self.plan("mae_vit_b16", (f"data.threads={threads}",)).plan
+        place = {"rank": 0, "size": 1, "at_once": plan.at_once, "start": 0, "stop": batches}
+        with train_batches(plan.training, plan.cfg.data, **place) as made:
+            next(made)
+            began, images = time.perf_counter(), sum(len(batch.ids) for batch in made)
+        return f"{threads}: {images / (time.perf_counter() - began):,.0f} images/s"
+
     def train(self, name: str, config: str, overrides: Sequence[str], stops: Sequence[tuple[int, int]] = ()) -> Trained:
         """Start a run; at each of ``stops``, a step and a signal, it is hit and started again, under ZeRO 2 instead of 1."""
         folder = self.folder / name
@@ -78,9 +87,7 @@ class Bench:
         for number, (step, what) in enumerate([*stops, (0, 0)]):
             zero = [f"engine.zero={1 + number % 2}"] if stops else []
             with (self.folder / f"{name}.out").open("a") as out:
-                started = subprocess.Popen(
-                    [*command, *zero], stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "4"}
-                )
+                started = subprocess.Popen([*command, *zero], stdout=out, stderr=out)
                 if what:
                     _reaches(folder, step, started)
                     started.send_signal(what)
@@ -120,27 +127,29 @@ def report(bench: Bench) -> list[str]:
     lines = [
         f"Products of 8192 x 8192 matrices in bf16 run at {gemm / 1e12:.0f} TFLOP/s here (`foveal doctor`).",
         "",
-        "| run | images/s, median (lowest-highest) | MFU of the measured rate | peak memory, GiB | foreseen | training stands still for a save, ms | a checkpoint, GB |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "| run | images/s, median (lowest-highest) | MFU of the measured rate | of which it waits for data | peak memory, GiB | foreseen | training stands still for a save, ms | a checkpoint, GB |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     ways = {
         "ViT-B/16": ("mae_vit_b16", ()),
         "ViT-B/16, compiled": ("mae_vit_b16", ("engine.compile=true",)),
-        "ViT-L/16": ("mae_vit_l16", ("batch.at_once=256",)),
     }
     runs = {}
     for name, (config, overrides) in ways.items():
         run = runs[name] = bench.train(name.replace("/", "").replace(", ", "-"), config, overrides)
         plan = bench.plan(config, overrides)
         pace, slowest, fastest = run.median("images_per_second")
+        waits, _, _ = run.median("data_wait")
         memory = max(row.get("peak_memory_gib", 0.0) for row in run.rows)
         stalls, _, _ = run.median("save_stall_ms")
         size, _, _ = run.median("save_gigabytes")
         lines.append(
-            f"| {name} | {pace:,.0f} ({slowest:,.0f}-{fastest:,.0f}) | {pace * plan.flops.both / gemm:.1%} | {memory:.2f} | "
+            f"| {name} | {pace:,.0f} ({slowest:,.0f}-{fastest:,.0f}) | {pace * plan.flops.both / gemm:.1%} | {waits:.0%} | {memory:.2f} | "
             f"{plan.memory.peak / 2**30:.2f} | {stalls:.0f} | {size:.2f} |"
         )
         print(lines[-1], flush=True)
+    lines += ["", f"The loader alone, with so many threads: {'; '.join(bench.loader(n) for n in (1, 4, 8, 12, 16))}."]
+    print(lines[-1], flush=True)
     third = bench.steps // 3 // EVERY * EVERY
     stops = [(third + EVERY // 2, signal.SIGKILL), (2 * third + EVERY // 2, signal.SIGTERM)]
     cut = bench.train("interrupted", "mae_vit_b16", (), stops)

@@ -119,9 +119,9 @@ class Trainer:
         """One step; ``spoil`` changes the rows of a micro on this rank."""
         engine, world = self.engine, self.world
         engine.set_lr(1e-2 * (1 + math.cos(number / 10)))
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=world.device)
         for micro in range(MICROS):
-            rows, wanted = batch(number, world.rank, world.size, micro)
+            rows, wanted = (part.to(world.device) for part in batch(number, world.rank, world.size, micro))
             with engine.micro(last=micro == MICROS - 1):
                 loss = (engine.model(spoil(micro, rows)).float() - wanted).pow(2).mean()
                 engine.backward(loss)
@@ -132,7 +132,7 @@ class Trainer:
     def look(self, number: int) -> Tensor:
         """A forward without a backward, as of an evaluation: it leaves gathered what a backward would put away."""
         with self.engine.looking():
-            return self.engine.model(batch(number, self.world.rank, self.world.size, 0)[0])
+            return self.engine.model(batch(number, self.world.rank, self.world.size, 0)[0].to(self.world.device))
 
     def steps(self, start: int, stop: int) -> list[float]:
         return [self.step(number).loss for number in range(start, stop)]

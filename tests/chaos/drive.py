@@ -26,7 +26,7 @@ from kinds import KINDS  # noqa: E402
 from machines import succeeds  # noqa: E402
 from scene import STEPS_PER_EPOCH, Scene, Stuck, checkout  # noqa: E402
 from server import server  # noqa: E402
-from verdict import Verdict, compare  # noqa: E402
+from verdict import COMPARED, Verdict, compare  # noqa: E402
 
 _UNDISTURBED = 600  # seconds for a run without faults, and for the end of one with them
 _GOING_ON = 300  # seconds within which a run must have passed the step that a fault found it at
@@ -40,6 +40,7 @@ class Struck:
     moment: str
     target: str = ""
     step: int = 0
+    came: int = 0
     seen: float | None = None
     resumed: int | None = None
     passed: float | None = None
@@ -47,6 +48,10 @@ class Struck:
     @property
     def recomputed(self) -> int | None:
         return None if self.resumed is None else max(0, self.step - self.resumed)
+
+    def lost(self, pace: float) -> float | None:
+        """Seconds beyond those that the steps which it came further by take a run that is left alone."""
+        return None if self.passed is None else max(0.0, self.passed - max(0, self.came - self.step) * pace)
 
 
 @dataclass
@@ -56,6 +61,8 @@ class Story:
     faults: list[Struck] = field(default_factory=list)
     seconds: float = 0.0
     undisturbed: float = 0.0
+    pace: float = 0.0  # seconds of an undisturbed step
+    replayed: int = 0  # batches that both runs which were compared have gone past
     orphans: list[str] = field(default_factory=list)
     trouble: str = ""
     verdict: Verdict | None = None
@@ -106,7 +113,7 @@ def _suffer(scene: Scene, fault: Fault, struck: Struck) -> None:
     struck.seen = time.monotonic() - began
     time.sleep(fault.lasts)
     scene.until(over, f"step {struck.step} is passed", _GOING_ON)
-    struck.passed = time.monotonic() - began
+    struck.passed, struck.came = time.monotonic() - began, scene.last_step()
 
 
 def _moment(scene: Scene, number: int, part: int, fault: Fault) -> Struck:
@@ -170,14 +177,21 @@ def chaos(
         began = time.monotonic()
         alone.submit()
         alone.finish(_UNDISTURBED)
-        story.undisturbed = time.monotonic() - began
+        story.undisturbed, story.pace = time.monotonic() - began, alone.pace()
         began = time.monotonic()
         disturbed.submit()
         disturb(disturbed, trial.kinds, story, lambda: tell(story))
         disturbed.finish(_UNDISTURBED)
         story.seconds = time.monotonic() - began
-        delivered = disturbed.server.delivered("loss") if disturbed.server else None
-        story.verdict = compare(alone.run, disturbed.run, exact=trial.exact, delivered=delivered)
+        delivered = disturbed.server.delivered(COMPARED) if disturbed.server else None
+        reference = alone
+        if gone_back := disturbed.rollbacks():  # then the run to equal is one that never had those batches
+            reference = trial.scene(cluster, place, "replayed")
+            reference.spare(gone_back)
+            reference.submit()
+            reference.finish(_UNDISTURBED)
+            story.replayed = sum(len(each["batches"]) for each in gone_back)
+        story.verdict = compare(reference.run, disturbed.run, exact=trial.exact, delivered=delivered)
     except Stuck as stuck:
         story.trouble = str(stuck)
         cluster.run("scancel", alone.job, disturbed.job, check=False)
@@ -211,7 +225,10 @@ def small_disk(folder: Path, wanted: bool, megabytes: int = 64) -> Iterator[Path
 def written(story: Story, seed: int) -> str:
     """The story in Markdown."""
     times = f"Undisturbed {story.undisturbed:.0f} s, disturbed {story.seconds:.0f} s"
-    counts = f"faults survived: {story.survived}, processes left behind: {len(story.orphans)}"
+    counts = (
+        f"faults survived: {story.survived}, hung jobs: {int(bool(story.trouble))}, processes left behind: {len(story.orphans)}, "
+        f"steps taken again: {sum(each.recomputed or 0 for each in story.faults)}"
+    )
     ended = story.verdict is not None or story.trouble
     outcome = "passed" if story.good else "FAILED" if ended else "still going"
     lines = [
@@ -219,13 +236,19 @@ def written(story: Story, seed: int) -> str:
         "",
         f"{times}, {counts}.",
         "",
-        "| fault | moment | target | step | seen after s | resumed from | recomputed | passed after s |",
-        "|---|---|---|--:|--:|--:|--:|--:|",
+        "| fault | moment | target | step | seen after s | resumed from | taken again | passed after s | lost s |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for each in story.faults:
-        numbers = (_number(each.seen), each.resumed, each.recomputed, _number(each.passed))
+        seconds = _number(each.passed), _number(each.lost(story.pace))
+        numbers = (_number(each.seen), each.resumed, each.recomputed, *seconds)
         cells = [each.name, each.moment, each.target, each.step, *("" if one is None else one for one in numbers)]
         lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
+    if story.replayed:
+        lines += [
+            "",
+            f"Compared with a run that was told from the start to go past the {story.replayed} batches that gave NaN.",
+        ]
     lines += [
         "",
         *(story.verdict.lines if story.verdict else []),

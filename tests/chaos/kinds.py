@@ -19,7 +19,7 @@ from faults import (
     torn,
 )
 from scene import Scene
-from surroundings import DiskFull, Resized, ShardDamaged, Unserved
+from surroundings import DiskFull, Poisoned, Resized, ShardDamaged, Unserved
 
 KINDS: dict[str, Callable[[Scene], Fault]] = {
     "kill": lambda scene: Signalled(scene, signal.SIGKILL),
@@ -37,6 +37,7 @@ KINDS: dict[str, Callable[[Scene], Fault]] = {
     "flipped": lambda scene: Damaged(scene, flipped, "bit flipped in newest checkpoint"),
     "deleted": lambda scene: Damaged(scene, half_deleted, "newest checkpoint half deleted"),
     "full": DiskFull,
+    "nan": Poisoned,
     "shard": ShardDamaged,
     "resized": Resized,
     "server-killed": lambda scene: Unserved(scene, "killed"),

@@ -4,15 +4,20 @@ import contextlib
 import json
 import random
 import re
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from harness import STILL_GOING, Cluster, Rank
 from server import Server
 
 from foveal.attempts import Told, attempts_of
+from foveal.files import json_lines
+from foveal.tracking.tail import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = (
@@ -91,6 +96,16 @@ class Scene:
             options=resources, cwd=self.folder, env={"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
 
+    def spare(self, rollbacks: list[dict[str, Any]]) -> None:
+        """Tell the run, before its first step, which batches it goes past."""
+        self.run.mkdir(parents=True)
+        (self.run / "rollbacks.jsonl").write_bytes(json_lines(rollbacks))
+
+    def pace(self) -> float:
+        """Seconds of a step, as the times of its rows tell."""
+        times = [row["time"] for row in self.rows()]
+        return statistics.median(later - earlier for earlier, later in pairwise(times))
+
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Let the run wait, so that it is not over before the next fault."""
@@ -113,6 +128,10 @@ class Scene:
             with contextlib.suppress(json.JSONDecodeError):
                 found.append(json.loads(line))
         return [row for row in found if "loss" in row]
+
+    def rollbacks(self) -> list[dict[str, Any]]:
+        """How often the run went back behind steps that were refused, and past which batches."""
+        return list(read_lines(self.run / "rollbacks.jsonl"))
 
     def said(self, pattern: str) -> list[str]:
         """All matches in the log of rank 0, which goes on over attempts."""

@@ -3,6 +3,7 @@
 import socket
 import sqlite3
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +37,11 @@ class Server:
         host = [f"--host={self.address}", f"--port={self.port}", "--workers=1", "--allowed-hosts=*"]
         cluster.start("mlflow", sys.executable, "-m", "mlflow", "server", *store, *host)
 
-    def delivered(self, key: str) -> list[tuple[int, float]]:
-        """Every (step, value) of a metric that the store holds, over all of its runs: twice what came twice."""
+    def delivered(self, names: Sequence[str]) -> list[tuple[str, int, float]]:
+        """Every (name, step, value) that the store holds of these metrics, over all of its runs: twice what came twice."""
         with closing(sqlite3.connect(f"file:{self.folder}/mlflow.db?mode=ro", uri=True)) as store:
-            return store.execute("select step, value from metrics where key = ? order by step", (key,)).fetchall()
+            found = store.execute("select key, step, value from metrics where is_nan = 0").fetchall()
+        return [each for each in found if each[0] in names]
 
 
 def server(cluster: Cluster, folder: Path) -> Server:

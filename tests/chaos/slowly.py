@@ -1,31 +1,52 @@
 """``python slowly.py SECONDS -m MODULE ARGUMENTS``: a stage whose steps take so many seconds more, and no more CPU.
 
 Faults are to strike in the middle of a run, and Slurm takes half a minute to miss a node: a tiny model would be done.
-While there is a file ``hold`` in the folder of the job, the run waits.
+While there is a file ``hold`` in the folder of the job, the run waits. A file ``poison`` with a step in it makes three
+batches from there on NaN on rank 0, now and whenever they come again; ``poisoned`` remembers which they are.
 """
 
+import math
+import os
 import runpy
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from foveal.data import Batch
 from pretrain.objective import Reconstruct
 
+_POISONED = 3  # batches in a row: what recovery.after takes for a reason to go back
 _LONGEST_HOLD = 45.0  # seconds: the watchdog finds a step of a minute worth a word
 
 
 def slow_down(seconds: float) -> None:
     forward = Reconstruct.__call__
 
-    def slowly(self: Reconstruct, *arguments: Any) -> Any:
+    def slowly(self: Reconstruct, model: Any, batch: Batch) -> Any:
         time.sleep(seconds)
         end = time.monotonic() + _LONGEST_HOLD
         while Path("hold").exists() and time.monotonic() < end:
             time.sleep(0.1)
-        return forward(self, *arguments)
+        total, numbers = forward(self, model, batch)
+        return (total * math.nan if poisoned(batch) else total), numbers
 
     Reconstruct.__call__ = slowly  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def poisoned(batch: Batch) -> bool:
+    """Whether this batch is one that gives NaN. A batch is known by its first draw, whatever step it comes in."""
+    poison, list_of = Path("poison"), Path("poisoned")
+    if os.environ.get("SLURM_PROCID") != "0" or batch.micro or not (poison.exists() or list_of.exists()):
+        return False
+    draw, known = int(batch.draws[0]), list_of.read_text().split() if list_of.exists() else []
+    if str(draw) in known:
+        return True
+    first, before = map(int, poison.read_text().split()) if poison.exists() else (math.inf, 0)
+    if not first <= batch.step < first + _POISONED or len(known) >= before + _POISONED:
+        return False
+    list_of.write_text("\n".join([*known, str(draw)]))
+    return True
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ class Failing(http.server.BaseHTTPRequestHandler):
     do_POST = do_PATCH = do_PUT = do_DELETE = do_GET
 http.server.ThreadingHTTPServer((sys.argv[1], int(sys.argv[2])), Failing).serve_forever()
 """
+_UNSAVED = r"NO CHECKPOINT AT STEP (\d+)"
 _ASK = """
 import sys, urllib.request
 urllib.request.urlopen(sys.argv[1] + "/health", timeout=5)
@@ -56,22 +57,50 @@ class DiskFull(Fault):
     def __init__(self, scene: Scene) -> None:
         super().__init__(scene)
         self.filler = scene.run / "checkpoints/.filler"
+        self.before = 0
 
     def impossible(self) -> str | None:
         return None if self.scene.small_disk else "no disk of its own for the checkpoints"
 
     def strike(self) -> None:
         assert self.scene.small_disk is not None
+        self.before = len(self.scene.said(_UNSAVED))
         with contextlib.suppress(OSError), self.filler.open("wb", buffering=0) as file:
             while True:
                 file.write(bytes(1 << 16))
         self.target = f"{shutil.disk_usage(self.scene.small_disk).free} bytes left"
 
     def seen(self) -> bool:
-        return bool(self.scene.said(r"NO CHECKPOINT AT STEP (\d+)"))
+        return len(self.scene.said(_UNSAVED)) > self.before
 
     def mend(self) -> None:
         self.filler.unlink(missing_ok=True)
+
+
+class Poisoned(Fault):
+    """Three batches in a row give NaN on one rank: the run goes back, and past them. It does not start again for that."""
+
+    name = "NaN in three batches of a rank"
+    resumes = False
+
+    def __init__(self, scene: Scene) -> None:
+        super().__init__(scene)
+        self.file = scene.folder / "poison"
+        self.before = 0
+
+    def strike(self) -> None:
+        self.scene.world()
+        self.before = len(self.scene.rollbacks())
+        step = self.scene.last_step() + 2
+        known = self.scene.folder / "poisoned"
+        self.file.write_text(f"{step} {len(known.read_text().split()) if known.exists() else 0}")
+        self.target = f"rank 0, from step {step + 1} on"
+
+    def seen(self) -> bool:
+        return len(self.scene.rollbacks()) > self.before
+
+    def mend(self) -> None:
+        self.file.unlink(missing_ok=True)
 
 
 class ShardDamaged(Fault):

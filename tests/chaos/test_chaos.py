@@ -1,24 +1,15 @@
 """Three faults befall a run, and it is bit for bit the run that was left alone; ``make chaos`` draws many more."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from drive import Story, Trial, chaos, written
 from harness import Cluster
 from machines import Kind
-from sessions import cluster_of_session
 
 from foveal.data.pack import pack_digits
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-
-
-@pytest.fixture(scope="module")
-def third_node(request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    """A cluster where a job of two nodes can lose one."""
-    with cluster_of_session(request, nodes=3) as up:
-        yield up
 
 
 @pytest.fixture(scope="module")
