@@ -20,6 +20,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PORT := 5000
 PYTEST :=
+# Processes that share the tests: many of them wait for a Slurm, a server or a timeout.
+WORKERS := 2
 CHAOS := --faults 20
 NEEDS := pyproject.toml constraints.txt $(VENV)/.made
 # ninja, accelerate and torchrun must be found as in an activated environment.
@@ -35,7 +37,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m foveal.summary runs/demo --since $$since
 
 test: $(VENV)/.installed-test
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q --durations=10 $(PYTEST)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q --durations=10 -n $(WORKERS) --dist loadgroup $(PYTEST)
 
 ui: $(VENV)/.installed
 	@[ -f runs/mlflow.db ] || { echo "make ui: nothing was run yet (no runs/mlflow.db); run make demo first" >&2; exit 2; }

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +36,14 @@ SETTINGS = (
     "batch.images=256", "epochs=40", "optim.warmup_epochs=4", "data.lanes=16", "data.threads=12", "log.every=10",
     "log.pictures_every=0", f"checkpoint.every={EVERY}", "checkpoint.keep=1", "tracking.uri=null",
 )  # fmt: skip
+
+
+WAYS = {
+    "ViT-B/16": ("mae_vit_b16", ()),
+    "ViT-B/16, compiled": ("mae_vit_b16", ("engine.compile=true",)),
+    "ViT-B/16, 2 threads": ("mae_vit_b16", ("data.threads=2",)),
+    "ViT-L/16": ("mae_vit_l16", ("batch.at_once=256",)),
+}
 
 
 @dataclass(frozen=True)
@@ -119,48 +127,34 @@ def apart(one: Trained, other: Trained) -> str:
     return f"largest difference of a loss {loss:.1e}; weights and moments at the end {'equal bit for bit' if same else 'differ'}"
 
 
-def report(bench: Bench) -> list[str]:
-    """All runs, and what they show."""
+def report(bench: Bench) -> Iterator[str]:
+    """All runs, and what they show, line by line: a lease that ends leaves what was measured until then."""
     peak = Report("here", 0)
     rates(peak, torch.device("cuda", 0))
     gemm = peak.facts["bf16_rate"]
-    lines = [
-        f"Products of 8192 x 8192 matrices in bf16 run at {gemm / 1e12:.0f} TFLOP/s here (`foveal doctor`).",
-        "",
-        "| run | images/s, median (lowest-highest) | MFU of the measured rate | of which it waits for data | peak memory, GiB | foreseen | training stands still for a save, ms | a checkpoint, GB |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    ways = {
-        "ViT-B/16": ("mae_vit_b16", ()),
-        "ViT-B/16, compiled": ("mae_vit_b16", ("engine.compile=true",)),
-    }
+    yield f"Products of 8192 x 8192 matrices in bf16 run at {gemm / 1e12:.0f} TFLOP/s here (`foveal doctor`)."
+    yield f"The loader alone, with so many threads: {'; '.join(bench.loader(number) for number in (1, 2, 4, 8, 12, 16))}."
+    names = "| run | images/s, median (lowest-highest) | MFU of the measured rate | waits for data | peak memory, GiB | foreseen | "
+    yield f"\n{names}a save stops training, ms | a checkpoint, GB |\n|---|--:|--:|--:|--:|--:|--:|--:|"
     runs = {}
-    for name, (config, overrides) in ways.items():
+    for name, (config, overrides) in WAYS.items():
         run = runs[name] = bench.train(name.replace("/", "").replace(", ", "-"), config, overrides)
         plan = bench.plan(config, overrides)
         pace, slowest, fastest = run.median("images_per_second")
-        waits, _, _ = run.median("data_wait")
+        stalls, sizes, waits = (run.median(name)[0] for name in ("save_stall_ms", "save_gigabytes", "data_wait"))
         memory = max(row.get("peak_memory_gib", 0.0) for row in run.rows)
-        stalls, _, _ = run.median("save_stall_ms")
-        size, _, _ = run.median("save_gigabytes")
-        lines.append(
-            f"| {name} | {pace:,.0f} ({slowest:,.0f}-{fastest:,.0f}) | {pace * plan.flops.both / gemm:.1%} | {waits:.0%} | {memory:.2f} | "
-            f"{plan.memory.peak / 2**30:.2f} | {stalls:.0f} | {size:.2f} |"
+        yield (
+            f"| {name} | {pace:,.0f} ({slowest:,.0f}-{fastest:,.0f}) | {pace * plan.flops.both / gemm:.1%} | {waits:.0%} | "
+            f"{memory:.2f} | {plan.memory.peak / 2**30:.2f} | {stalls:.0f} | {sizes:.2f} |"
         )
-        print(lines[-1], flush=True)
-    lines += ["", f"The loader alone, with so many threads: {'; '.join(bench.loader(n) for n in (1, 4, 8, 12, 16))}."]
-    print(lines[-1], flush=True)
     third = bench.steps // 3 // EVERY * EVERY
     stops = [(third + EVERY // 2, signal.SIGKILL), (2 * third + EVERY // 2, signal.SIGTERM)]
-    cut = bench.train("interrupted", "mae_vit_b16", (), stops)
-    first, last = runs["ViT-B/16"].rows[0]["loss"], runs["ViT-B/16"].rows[-1]["loss"]
-    told = (
-        f"The loss of ViT-B/16 falls from {first:.4f} to {last:.4f} in {bench.steps} steps. Killed at step {stops[0][0]}, asked "
-        f"to leave at step {stops[1][0]}, and gone on with under ZeRO 2 and then under ZeRO 1 again, against the run that was "
-        f"left alone: {apart(cut, runs['ViT-B/16'])}."
+    alone, cut = runs["ViT-B/16"], bench.train("interrupted", "mae_vit_b16", (), stops)
+    yield (
+        f"\nThe loss of ViT-B/16 falls from {alone.rows[0]['loss']:.4f} to {alone.rows[-1]['loss']:.4f} in {bench.steps} steps. "
+        f"Killed at step {stops[0][0]}, asked to leave at step {stops[1][0]}, and gone on with under ZeRO 2 and then under ZeRO "
+        f"1 again, against the run that was left alone: {apart(cut, alone)}."
     )
-    lines += ["", told]
-    return lines
 
 
 def main() -> None:
@@ -175,10 +169,12 @@ def main() -> None:
             f"`python benchmarks/gpu.py --data FOLDER --steps {options.steps}`: masked-autoencoder pretraining in bf16 under DeepSpeed's ZeRO 1, 256 "
             f"photographs of 224 px a step, decoded from JPEG on the way; {described(['torch', 'deepspeed', 'timm'])}."
         )
-        text = "\n".join(["# On a GPU", "", about, "", *report(bench), ""])
-    sys.stdout.write(text)
-    if options.out:
-        options.out.write_text(text)
+        text = f"# On a GPU\n\n{about}\n"
+        for line in report(bench):
+            print(line, flush=True)
+            text += f"\n{line}" if line.startswith("|") else f"\n{line}\n"
+            if options.out:
+                options.out.write_text(f"{text.rstrip()}\n")
 
 
 if __name__ == "__main__":

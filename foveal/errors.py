@@ -11,7 +11,7 @@
     ├── Diverged           training became non-finite, and going back did not help        3  no
     ├── Superseded         another attempt at the same run has taken over                 4  no
     ├── Hung               a rank was lost, or nothing moved any more                     5  yes
-    ├── BadNode            a node that should not train                                   6  yes
+    ├── BadNode            a node that should not train                                   6  where it can be left out
     └── Restarting         a run that is started again and again and gets no further      7  no
 
 Exit code 0: finished, or saved and left as asked. 1: anything else, with its traceback; requeued. A programmer's mistake

@@ -16,6 +16,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With ``-n``: the tests of a file stay together and share its fixtures, and all that need a Slurm share a process."""
+    for item in items:
+        needs_slurm = item.path.parent.name in {"cluster", "chaos"}
+        item.add_marker(pytest.mark.xdist_group("slurm" if needs_slurm else str(item.path)))
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """scikit-learn's digits as shards, packed once."""

@@ -42,7 +42,12 @@ class Jsonl:
         self._stream = FileIO(draft, "a+b")
         self._lines = Growing(self._file, self._stream)
         os.fsync(self._stream.fileno())
-        fence()
+        try:
+            fence()
+        except BaseException:
+            self._stream.close()
+            draft.unlink()
+            raise
         draft.replace(self._file)
         force(run)
 

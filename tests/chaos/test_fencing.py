@@ -16,7 +16,7 @@ from foveal.attempts import Told
 from foveal.errors import Superseded
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-_EPOCHS = 3
+_EPOCHS = 2
 _STEPS = _EPOCHS * STEPS_PER_EPOCH
 _PACE = 0.1  # seconds more for each of a step's four micros: an attempt that looks every 5 s must not be done by then
 

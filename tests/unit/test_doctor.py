@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from plans import forecast
 
 from foveal.distributed.examine import hosts, nodes_of_ranks
 from foveal.doctor import node, run
@@ -169,6 +170,26 @@ def test_a_gpu_with_errors_or_throttled(tmp_path: Path, monkeypatch: pytest.Monk
     lost = smi(tmp_path, monkeypatch, "echo 'Unable to determine the device handle: GPU is lost' >&2; exit 15")
     assert lost.faults == [("node", "nvidia-smi fails (Unable to determine the device handle: GPU is lost)")]
     assert smi(tmp_path, monkeypatch, "echo '1, GPU-b, [N/A], [N/A], 41'").faults == []
+
+
+@pytest.mark.parametrize(
+    ("free", "kept", "kinds"),
+    [(0.5, 0, ["config"]), (0.5, 3, ["config"]), (2.5, 0, ["note"]), (2.5, 2, []), (3.5, 0, [])],
+)
+def test_what_is_there_already_needs_no_room(
+    free: float, kept: int, kinds: list[str], configs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """checkpoint.keep=2: with the one that is written, three. A job that is requeued finds two of them there."""
+    made = forecast("pretrain", configs["pretrain"], f"run.dir={tmp_path}", "checkpoint.keep=2")
+    for number in range(kept):
+        folder = tmp_path / f"checkpoints/step-{number:08d}-attempt-0001"
+        folder.mkdir(parents=True)
+        (folder / "pieces").write_bytes(bytes(made.checkpoint_bytes))
+    room = int(free * made.checkpoint_bytes)
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda _: Usage(10 * room, 0, room))
+    found = report()
+    run.disk(found, run.Subject(made.stage, made.plan))
+    assert [kind for kind, _ in found.faults] == kinds
 
 
 def test_a_tracking_server_that_does_not_answer() -> None:

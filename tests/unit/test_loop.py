@@ -1,5 +1,6 @@
 """One step, however it is cut: micros and ranks with unequal weights are one big batch."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -235,3 +236,37 @@ def test_a_step_that_is_not_finite_is_said_and_not_applied() -> None:
 )
 def test_due(step: int, every: int, expected: bool) -> None:
     assert due(step, every, 12) is expected
+
+
+class Overflowing:
+    """A loss that has overflowed in some steps, and its gradients have not."""
+
+    def __init__(self, steps: set[int]) -> None:
+        self._inner, self._steps = Classify(0, 0.1, 0, (0.5,), (0.25,)), steps
+
+    def weight(self, batch: Batch) -> float | Tensor:
+        return self._inner.weight(batch)
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        total, numbers = self._inner(model, batch)
+        return total + (math.inf if batch.step in self._steps and batch.micro == 0 else 0.0), numbers
+
+
+@pytest.mark.parametrize("micros", [1, 2])
+def test_a_loss_that_overflows_alone_is_refused_too(micros: int) -> None:
+    model = Tiny()
+    engine = build_engine(
+        model,
+        parameter_groups(model, OPTIM),
+        OPTIM,
+        EngineConfig(kind="plain"),
+        ALONE,
+        at_once=8 // micros,
+        accumulate=micros,
+    )
+    course, seen = a_course(0, STEPS, micros, lambda _: 1e-2, ALONE), []
+    before = model.head.weight.detach().clone()
+    for step in steps(engine, batches(0, 1, micros), Overflowing({0, 2}), course):
+        seen.append((step.applied, model.head.weight.equal(before)))
+        before = model.head.weight.detach().clone()
+    assert seen == [(False, True), (True, False), (False, True)]

@@ -59,6 +59,20 @@ def test_zero_1_and_2_deal_out_masters_moments_and_then_gradients() -> None:
     assert held(kind="deepspeed", zero=1, precision="bf16").buffers == 4e9  # one for each type that travels
 
 
+@pytest.mark.parametrize(
+    ("sharing", "way_out"), [("ddp", "engine.sharding=fsdp2"), ("deepspeed", "engine.zero=")], ids=["ddp", "deepspeed"]
+)
+def test_every_way_to_share_is_a_way_out(sharing: str, way_out: str, configs: dict[str, Path]) -> None:
+    """As many ranks as hold a half of what one needs beside the micro."""
+    small = "engine.deepspeed={zero_optimization: {reduce_bucket_size: 1000}}" if sharing == "deepspeed" else "seed=3"
+    wide = "model={name: vit_tiny_patch16_224, patch: 4, width: 512, depth: 8, heads: 8}"
+    words = ["init=null", wide, f"engine.sharding={sharing}", "engine.zero=0", small]
+    found = forecast("finetune", configs["finetune"], *words, ranks=8, memory=1.9e9)
+    ((fatal, sentence),) = sentences(found)
+    assert fatal
+    assert f"set {way_out}" in sentence
+
+
 def test_zero_3_deals_out_all_but_what_is_small() -> None:
     found = held(kind="deepspeed", zero=3, deepspeed={"zero_optimization": {"reduce_bucket_size": MILLION}})
     large = 0  # 100,000 numbers are not more than the threshold

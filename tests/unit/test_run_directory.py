@@ -1,5 +1,6 @@
 """Where a run lives: its own directory, a fresh sibling, or the sibling that this job made before it was requeued."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import yaml
 from ranks import Ranks, stage_named
 
 from foveal.door import load
+from foveal.errors import Restarting
 
 
 def folders(run: Path) -> list[str]:
@@ -43,3 +45,22 @@ def test_a_requeued_job_goes_on_in_the_sibling_it_made(
         monkeypatch.setattr(opening, "slurm_job", lambda variables=variables: variables)
         assert opening._directory(cfg).name == expected
     assert yaml.safe_load((run / "config.yaml").read_text())["run"]["dir"] == str(run)
+
+
+def test_a_run_that_is_started_in_vain_says_so_where_it_is_watched(configs, one_rank: Ranks, tmp_path: Path) -> None:
+    """The last attempt that opened its tracker was killed, and its state would be "running" for ever."""
+    stage, run = stage_named("pretrain"), tmp_path / "run"
+    one_rank.train(stage, configs["pretrain"], run, "engine.kind=plain", "run.stop_at=2")
+    (run / "tags.json").write_text('{"state": "running"}')
+    for number in (2, 3):
+        for part, facts in {
+            "": {"host": "gone"},
+            ".start": {"step": 2},
+            ".end": {"code": 5, "why": "a rank was lost"},
+        }.items():
+            (run / "attempts" / f"{number:04d}{part}.json").write_text(json.dumps(facts))
+    with pytest.raises(Restarting, match="a rank was lost"):
+        one_rank.train(stage, configs["pretrain"], run, "engine.kind=plain", "run.restarts=2")
+    told = json.loads((run / "tags.json").read_text())
+    assert told["state"] == "failed"
+    assert "each of the last 2 attempts ended" in told["why_stopped"]

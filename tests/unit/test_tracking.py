@@ -13,9 +13,10 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from points import Numbers, in_jsonl, in_mlflow, row, run_id
 
+from foveal.errors import Superseded
 from foveal.tracking import open_tracker
 from foveal.tracking.courier import Posted
-from foveal.tracking.jsonl import Jsonl
+from foveal.tracking.jsonl import Jsonl, read_rows
 from foveal.tracking.mlflow import MLflow, located
 from foveal.tracking.tracker import Silent, State, Tracker, TrackingConfig
 
@@ -104,6 +105,23 @@ def test_what_is_not_finite_is_kept_too(kind: Kind) -> None:
     assert found[("loss", 4)][0] < -1e300
     kind.opened(4).close("finished")
     assert kind.numbers().keys() == found.keys()
+
+
+def test_an_attempt_that_was_superseded_while_it_loaded_leaves_the_rows_alone(tmp_path: Path) -> None:
+    """It asks last, when all is ready to take the file."""
+    newer = Jsonl(tmp_path, 0, attempt=2)
+    newer.rows([{"step": 1, "loss": 0.5}])
+
+    def superseded() -> None:
+        assert list(tmp_path.glob(".metrics.jsonl.1.draft")), "it was ready"
+        raise Superseded("another attempt has taken over")
+
+    with pytest.raises(Superseded):
+        Jsonl(tmp_path, 0, attempt=1, fence=superseded)
+    newer.rows([{"step": 2, "loss": 0.25}])
+    newer.close("finished")
+    assert [row["loss"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0.5, 0.25]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["metrics.jsonl"]
 
 
 def test_every_tracker_has_every_verb() -> None:
