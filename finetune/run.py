@@ -43,7 +43,7 @@ def fit(plan: FinetunePlan, run: Run) -> None:
     made, sizes = parts(plan, run.world.device), {"at_once": plan.at_once, "accumulate": plan.micros}
     engine = build_engine(made.model, made.groups, cfg.optim, cfg.engine, run.world, **sizes)
     start = run.resume(engine)
-    _evaluate(engine, run, start)  # what an attempt that saved and left had no time for
+    _evaluate(cfg, engine, run, start)  # what an attempt that saved and left had no time for
     with run.steps(engine, made.objective, start) as steps:
         for step in steps:
             if due(step.index, cfg.log.every, plan.stop):
@@ -53,7 +53,7 @@ def fit(plan: FinetunePlan, run: Run) -> None:
                 run.save(engine, step.index)
             if leaving:
                 return run.leave(step.index)
-            _evaluate(engine, run, step.index)
+            _evaluate(cfg, engine, run, step.index)
     if plan.stop == plan.steps:
         results = {
             f"val_{name}": value
@@ -67,9 +67,8 @@ def fit(plan: FinetunePlan, run: Run) -> None:
     return None
 
 
-def _evaluate(engine: Engine, run: Run, step: int) -> None:
+def _evaluate(cfg: FinetuneConfig, engine: Engine, run: Run, step: int) -> None:
     """Evaluate in the course of the training, where it is due; the same step twice leaves one row."""
-    cfg = run.plan.cfg
     if cfg.evaluate_every and 0 < step < run.plan.steps and step % cfg.evaluate_every == 0:
         run.evaluated(step, accuracy(engine, run, step, split=cfg.data.val, part="all"))
 

@@ -4,7 +4,11 @@ import pytest
 from ranks import Ranks, stage_named
 from safetensors.torch import load_file
 
+from foveal.distributed.world import World
+from foveal.door import enter, load
 from foveal.errors import CheckpointError
+from foveal.runtime import Run
+from foveal.tracking.jsonl import read_rows
 
 CASES = [
     ("pretrain", "one", "engine.kind=plain"),
@@ -85,3 +89,25 @@ def test_a_run_moves_to_other_ranks_and_engines(
     for key in ("loss", "grad_norm"):
         ours, theirs = ([row[key] for row in rows if key in row] for rows in (parts, whole))
         assert ours == pytest.approx(theirs, rel=1e-5), key
+
+
+def _leave_at(world: World, config: str, overrides: list[str], step: int) -> None:
+    """Fine-tune until a step, and be asked to leave there."""
+    stage = stage_named("finetune")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "asked_to_leave", lambda run: run.step == step)
+        enter(stage, load(stage.config, "finetune", config, overrides), world)
+
+
+def test_an_evaluation_that_leaving_put_off_is_made_up_for(configs, one_rank, tmp_path) -> None:
+    """Whoever is asked to leave where an evaluation is due saves and goes; the next attempt evaluates first."""
+    words = ["engine.kind=plain", "evaluate_every=5"]
+    alone = one_rank.train(stage_named("finetune"), configs["finetune"], tmp_path / "alone", *words)
+    run = tmp_path / "run"
+    one_rank.call(_leave_at, str(configs["finetune"]), [f"run.dir={run}", "tracking.uri=null", *words], 10)
+    assert [row["step"] for row in read_rows(run / "metrics.jsonl") if "val_top1" in row] == [5]
+    found = one_rank.train(stage_named("finetune"), configs["finetune"], run, *words)
+    for name in ("loss", "val_top1", "val_loss"):
+        theirs = {row["step"]: row[name] for row in alone if name in row}
+        assert {row["step"]: row[name] for row in found if name in row} == theirs
+        assert sum(name in row for row in found) == len(theirs), "each once"
