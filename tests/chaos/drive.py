@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -88,8 +88,9 @@ def disturb(scene: Scene, kinds: list[str], story: Story, tell: Callable[[], Non
         try:
             _suffer(scene, fault, story.faults[-1])
         finally:
-            with scene.held():
-                fault.mend()
+            if fault.target:  # else it has not struck
+                with scene.held():
+                    fault.mend()
             tell()
 
 
@@ -109,7 +110,8 @@ def _suffer(scene: Scene, fault: Fault, struck: Struck) -> None:
 
     fault.strike()
     struck.target, struck.step = fault.target, max(struck.step, scene.last_step())
-    scene.until(lambda: (over(), fault.seen())[1], f"the effect of '{fault.name}' is seen", fault.patience)
+    with scene.held() if fault.holds else nullcontext():
+        scene.until(lambda: (over(), fault.seen())[1], f"the effect of '{fault.name}' is seen", fault.patience)
     struck.seen = time.monotonic() - began
     time.sleep(fault.lasts)
     scene.until(over, f"step {struck.step} is passed", _GOING_ON)

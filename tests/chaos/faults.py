@@ -23,6 +23,7 @@ class Fault(ABC):
     patience = 60.0  # seconds until its effect must have been seen
     resumes = True  # whether the run has to start again
     lasts = 0.0  # seconds that it goes on after it was seen
+    holds = False  # whether the run waits until Slurm has noticed: it would get far in the half minute that takes
 
     def __init__(self, scene: Scene) -> None:
         self.scene = scene
@@ -191,6 +192,7 @@ class DaemonKilled(OnNode):
     """The ranks go on while Slurm starts others elsewhere."""
 
     name = "slurmd killed"
+    holds = True
 
     def befall(self) -> None:
         self.scene.cluster.machines.kill_slurmd(self.node)
@@ -200,6 +202,7 @@ class Cut(OnNode):
     """The node goes on alone, with its disks: its ranks may still write while others run elsewhere."""
 
     name = "network cut"
+    holds = True
 
     def impossible(self) -> str | None:
         wired = self.scene.cluster.kind is Kind.WIRED
