@@ -45,9 +45,18 @@ def parts(plan: PretrainPlan, _device: torch.device) -> Parts[Reconstruct]:
     cfg = plan.cfg
     torch.manual_seed(key(cfg.seed, "weights"))
     encoder = build_encoder(cfg.model, image_size=cfg.data.image_size, channels=cfg.data.channels)
-    patch, length = encoder.patch_embed.patch_size[0], encoder.patch_embed.num_patches
     model = MaskedAutoencoder(encoder, cfg.decoder)
-    objective = Reconstruct(cfg.seed, cfg.mask_ratio, cfg.norm_pix, patch, length, plan.mean, plan.std)
+    objective = Reconstruct(
+        seed=cfg.seed,
+        masking=cfg.masking,
+        mask_ratio=cfg.mask_ratio,
+        mask_side=plan.mask_side,
+        norm_pix=cfg.norm_pix,
+        patch=encoder.patch_embed.patch_size[0],
+        grid=encoder.patch_embed.grid_size,
+        mean=plan.mean,
+        std=plan.std,
+    )
     return Parts(model, parameter_groups(model, cfg.optim), objective)
 
 

@@ -1,5 +1,6 @@
-"""Patches, targets and loss against loops in float64, and the proof that what is masked cannot be seen."""
+"""Patches, targets, masks and loss against loops in float64, and the proof that what is masked cannot be seen."""
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from foveal.models.mae import DecoderConfig, MaskedAutoencoder
+from foveal.models.masks import MASKINGS
 from foveal.models.patches import patchify, reconstruction_loss, split_by_noise, targets, unpatchify
 from foveal.models.vit import VitConfig, build_encoder
 
@@ -75,6 +77,54 @@ def test_targets_and_loss(images: torch.Tensor, normalise: bool) -> None:
 def test_a_flat_patch_has_a_finite_target() -> None:
     flat = torch.full((1, 3, 16, 24), 0.7)
     assert targets(flat, torch.arange(24)[None], PATCH, normalise=True).abs().max() < 1e-3
+
+
+def block_mask_by_loops(numbers: np.ndarray, rows: int, columns: int, side: int, keep: int) -> set[int]:
+    """The places that stay visible in one image: the squares in the order of their numbers, patch by patch."""
+    noise, (down, across) = numbers[:-2], (int(number * side) for number in numbers[-2:])
+    wide = (columns + side - 2) // side + 1
+    squares: dict[int, list[int]] = {}
+    for row in range(rows):
+        for column in range(columns):
+            square = (row + down) // side * wide + (column + across) // side
+            squares.setdefault(square, []).append(row * columns + column)
+    order = [
+        place
+        for square in sorted(squares, key=lambda s: noise[s])
+        for place in sorted(squares[square], key=lambda p: noise[p])
+    ]
+    return set(order[:keep])
+
+
+def grid_mask_by_loops(numbers: np.ndarray, rows: int, columns: int, side: int) -> set[int]:
+    down, across = (int(number * side) for number in numbers[-2:])
+    return {row * columns + column for row in range(down, rows, side) for column in range(across, columns, side)}
+
+
+@pytest.mark.parametrize(("rows", "columns", "side"), [(4, 6, 2), (12, 12, 3), (8, 16, 4)])
+def test_masks_in_blocks_and_on_a_grid(rows: int, columns: int, side: int) -> None:
+    numbers = torch.rand(20, rows * columns + 2, generator=torch.Generator().manual_seed(1))
+    ratio = math.floor(1e4 * (1 - side**-2)) / 1e4
+    in_blocks, _ = split_by_noise(MASKINGS["block"](numbers, rows, columns, side), 0.6)
+    on_grid, _ = split_by_noise(MASKINGS["grid"](numbers, rows, columns, side), ratio)
+    for image, row in enumerate(numbers.numpy()):
+        assert set(in_blocks[image].tolist()) == block_mask_by_loops(row, rows, columns, side, in_blocks.shape[1])
+        assert set(on_grid[image].tolist()) == grid_mask_by_loops(row, rows, columns, side)
+
+
+@pytest.mark.parametrize("patch", [2, 4, 8, 16, 32])
+def test_patches_of_any_side(patch: int) -> None:
+    """From 2 to 32 pixels, square grids and others: what is predicted is what the loops say it should be."""
+    torch.manual_seed(0)
+    cfg = VitConfig(patch=patch, width=32, depth=1, heads=2)
+    encoder = build_encoder(cfg, image_size=4 * patch, channels=1)
+    model = MaskedAutoencoder(encoder, DecoderConfig(width=16, depth=1, heads=2))
+    images, noise = torch.randn(2, 1, 4 * patch, 4 * patch), torch.rand(2, 16)
+    pred, masked = model(images, noise, 0.75)
+    assert pred.shape == (2, 12, patch * patch)
+    by_loops = patches_by_loops(images.double().numpy(), patch)
+    wanted = np.stack([by_loops[image, masked[image].numpy()] for image in range(2)])
+    np.testing.assert_allclose(targets(images, masked, patch, normalise=False).numpy(), wanted, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("positions", ["sincos", "learned"])

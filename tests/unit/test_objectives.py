@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from distill.objective import DISTANCES, Imitate, cosine, smooth_l1
 from finetune.objective import Classify, hits
 from foveal.data import Batch
+from foveal.models.masks import MASKINGS, SHIFTS, Masking
 from foveal.seeding import key, uniforms_numpy
 from pretrain.objective import Reconstruct
 
@@ -47,8 +48,9 @@ class Given(nn.Module):
 # Pretraining
 
 
-def reconstruct(mask_ratio: float = 0.5, norm_pix: bool = False) -> Reconstruct:
-    return Reconstruct(9, mask_ratio, norm_pix, PATCH, L, MEAN, STD)
+def reconstruct(mask_ratio: float = 0.5, norm_pix: bool = False, masking: Masking = "random") -> Reconstruct:
+    grid = (SIZE // PATCH, SIZE // PATCH)
+    return Reconstruct(9, masking, mask_ratio, 2, norm_pix, PATCH, grid, MEAN, STD)
 
 
 @pytest.mark.parametrize("norm_pix", [False, True])
@@ -88,6 +90,13 @@ def test_the_weight_is_the_number_of_masked_patches() -> None:
     assert reconstruct(0.5).weight(batch()) == B * 2
     assert reconstruct(0.75).weight(batch()) == B * 3
     assert reconstruct(0.7).weight(batch()) == B * 3  # one patch stays, as in the model
+
+
+@pytest.mark.parametrize("masking", ["block", "grid"])
+def test_masking_is_made_of_the_same_numbers(masking: Masking) -> None:
+    rows = uniforms_numpy(key(9, "mask"), np.array([4011, 4003, 4500]), L + SHIFTS)
+    noise = reconstruct(masking=masking).noise(batch())
+    assert noise.equal(MASKINGS[masking](torch.from_numpy(rows), 2, 2, 2))
 
 
 def test_another_epoch_masks_other_patches_and_another_neighbour_does_not() -> None:
