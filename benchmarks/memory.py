@@ -165,7 +165,7 @@ def _warm_up(forecast: Forecast, world: World) -> None:
 
 def _batch(forecast: Forecast, step: int) -> Batch:
     data, rows = forecast.plan.cfg.data, torch.arange(forecast.plan.at_once)
-    images = torch.zeros(len(rows), data.channels, data.image_size, data.image_size, dtype=torch.uint8)
+    images = torch.zeros(len(rows), data.channels, *data.sides, dtype=torch.uint8)
     return Batch(images, rows % 10, rows, rows, rows >= 0, step, 0, 0)
 
 

@@ -10,10 +10,10 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -28,6 +28,24 @@ def science(default: Any = PydanticUndefined, about: str = "", **limits: Any) ->
 def machine(default: Any = PydanticUndefined, about: str = "", **limits: Any) -> Any:
     """A field that changes where, how fast or how visibly a result is obtained, not the result."""
     return Field(default, description=about, json_schema_extra={"half": "machine"}, **limits)
+
+
+def _one_size(value: Any) -> Any:
+    """One number for a square, so that a size has one form; what is none is left for the sentence below."""
+    sides = value if isinstance(value, tuple) else (value,)
+    if len(sides) > 2 or not sides or any(type(side) is not int or side < 1 for side in sides):
+        given = list(value) if isinstance(value, tuple) else value
+        raise ValueError(f"a number of pixels or [height, width] is expected, each at least 1 (given: {given!r})")
+    return sides[0] if sides[0] == sides[-1] else sides
+
+
+_Pixels = Annotated[int, Field(ge=1)]
+ImageSize = Annotated[_Pixels | tuple[_Pixels, _Pixels], BeforeValidator(_one_size)]
+
+
+def height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
+    """The sides of an ``ImageSize``, in pixels."""
+    return size if isinstance(size, tuple) else (size, size)
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -32,6 +32,6 @@ class PretrainPlan(Plan):
 
 def plan(cfg: PretrainConfig, ranks: int) -> PretrainPlan:
     """Everything that can be refused before a run begins. Errors: ConfigError, DataError."""
-    rows = columns = cfg.data.image_size // cfg.model.fitted(cfg.data.image_size).patch
+    rows, columns = cfg.model.fitted(cfg.data.image_size).grid(cfg.data.image_size)
     side = mask_side(cfg.masking, rows, columns, cfg.mask_ratio, cfg.mask_block)
     return planned(PretrainPlan, cfg, ranks, mask_side=side)

@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from foveal.config import Config, machine, science
+from foveal.config import Config, ImageSize, height_and_width, machine, science
 from foveal.errors import ConfigError
 
 
@@ -15,7 +15,7 @@ class AugmentConfig(Config):
     """Random resized crop and flip of training images (Szegedy et al., "Going deeper with convolutions", 2015)."""
 
     scale: tuple[float, float] = science((0.2, 1.0), "share of the image's area that a crop covers, lowest and highest")
-    ratio: tuple[float, float] = science((3 / 4, 4 / 3), "width over height of a crop, lowest and highest")
+    ratio: tuple[float, float] = science((3 / 4, 4 / 3), "width over height of a crop, over that of image_size")
     flip: float = science(0.5, "probability of a horizontal flip", ge=0, le=1)
     interpolation: Literal["bicubic", "bilinear"] = science("bicubic", "how pixels are resampled, evaluation included")
 
@@ -51,14 +51,14 @@ class DataConfig(Config):
     index: str | None = machine(None, "folder (or URL) of manifest.json and the *.index files; default: path")
     train: str = science("train", "the split that is trained on")
     val: str = science("val", "the split that is evaluated on")
-    image_size: int = science(about="side of the square image that the model sees, in pixels", ge=1)
+    image_size: ImageSize = science(about="pixels of the image that the model sees: its side, or [height, width]")
     channels: Literal[1, 3] = science(3, "1: images are converted to grey, 3: to RGB")
     lanes: int = science(32, "streams an epoch is dealt into; part of the order, independent of the cluster", ge=1)
     window: int = science(4, "the most shards that a lane shuffles over; it is cut into equal windows", ge=1)
     per_class: int | None = science(None, "train on this many samples of every class", ge=1)
     holdout_per_class: int = science(0, "samples of every class kept out of training, as the part 'holdout'", ge=0)
     augment: AugmentConfig = science(AugmentConfig())
-    crop_ratio: float = science(0.875, "evaluation: side of the centre crop over the image's shorter side", gt=0, le=1)
+    crop_ratio: float = science(0.875, "evaluation: side of the centre crop over that of the largest one", gt=0, le=1)
     mean: tuple[float, ...] | None = science(None, "per channel, pixels in [0, 1]; default: the manifest's")
     std: tuple[float, ...] | None = science(None, "per channel, pixels in [0, 1]; default: the manifest's")
     jpeg_scaling: bool = science(True, "decode a JPEG at 1/2, 1/4 or 1/8 where the crop still has image_size pixels")
@@ -69,6 +69,11 @@ class DataConfig(Config):
     patience_seconds: float = machine(600.0, "longest wait for data that does not move before the run stops", gt=0)
     max_bad: float = machine(0.001, "share of the training images that may be undecodable; more stop the run", ge=0)
     ledger: bool = machine(False, "write down which sample every step consumed, for `foveal data audit`")
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """(height, width) of the image that the model sees."""
+        return height_and_width(self.image_size)
 
     @model_validator(mode="after")
     def _statistics(self) -> Self:

@@ -73,11 +73,13 @@ def decode(data: bytes, channels: int) -> Image.Image:
     return picture.convert("RGB") if channels == 3 else picture
 
 
-def pixels(data: bytes, channels: int, view: View, image_size: int, interpolation: str, scaling: bool) -> np.ndarray:
-    """The view of an image, resized: uint8 [channels, image_size, image_size].
+def pixels(
+    data: bytes, channels: int, view: View, sides: tuple[int, int], interpolation: str, scaling: bool
+) -> np.ndarray:
+    """The view of an image, resized to ``sides``: uint8 [channels, height, width].
 
     The box is rounded to whole pixels, cut out, and resized (bicubic or bilinear, with antialiasing). ``scaling``: a
-    JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the box still has ``image_size`` pixels on both sides then.
+    JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the box still has as many pixels on both sides then.
     Errors: Undecodable, as ``decode``; what ``view`` raises.
     """
     with _reasons():
@@ -87,21 +89,22 @@ def pixels(data: bytes, channels: int, view: View, image_size: int, interpolatio
     width, height = image.size[::-1] if transposed else image.size
     box, flipped = view(width, height)
     left, top, right, bottom = _stored_box(box, width, height, turn)
+    high, wide = sides[::-1] if transposed else sides
     scale = 1
     if stored is None:
         if scaling and not _LOSSLESS.search(data):
-            scale = next((s for s in _SCALES if min(right - left, bottom - top) >= s * image_size), 1)
+            scale = next((s for s in _SCALES if right - left >= s * wide and bottom - top >= s * high), 1)
         with _reasons():
             array = _jpeg(data, image, channels, scale)
     else:
         array = np.asarray(stored)
     across, down = _whole(left, right, scale, array.shape[1]), _whole(top, bottom, scale, array.shape[0])
-    square = _resized(array[down, across], image_size, interpolation)
+    seen = _resized(array[down, across], (high, wide), interpolation)
     if transposed:
-        square = square.transpose(-1, -2)
-    sides = [side for side, turned in ((-1, mirrored != flipped), (-2, inverted)) if turned]
-    square = square.flip(sides) if sides else square
-    return square.expand(channels, -1, -1).numpy()
+        seen = seen.transpose(-1, -2)
+    turned = [axis for axis, turns in ((-1, mirrored != flipped), (-2, inverted)) if turns]
+    seen = seen.flip(turned) if turned else seen
+    return seen.expand(channels, -1, -1).numpy()
 
 
 @contextlib.contextmanager
@@ -180,10 +183,9 @@ def _whole(start: float, stop: float, scale: int, size: int) -> slice:
     return slice(first, max(first + 1, math.floor(stop / scale + 0.5)))
 
 
-def _resized(array: np.ndarray, image_size: int, interpolation: str) -> torch.Tensor:
-    """uint8 [h, w] or [h, w, C] to uint8 [C, image_size, image_size], at most 3 of the channels."""
+def _resized(array: np.ndarray, size: tuple[int, int], interpolation: str) -> torch.Tensor:
+    """uint8 [h, w] or [h, w, C] to uint8 [C, *size], at most 3 of the channels."""
     if not array.flags.writeable:  # Pillow's memory; PyTorch warns of it
         array = array.copy()
     planes = torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)[None]
-    size = (image_size, image_size)
     return torch.nn.functional.interpolate(planes, size, mode=interpolation, antialias=True)[0, :3]

@@ -102,7 +102,7 @@ def eval_batches(
     rounds = -(-len(source.part) // (size * at_once))
 
     def view(_row: int, _draw: int) -> View:
-        return lambda width, height: (evaluation_view(width, height, cfg.crop_ratio), False)
+        return lambda width, height: (evaluation_view(width, height, cfg.crop_ratio, cfg.sides), False)
 
     def plan() -> Iterator[_Micro]:
         for turn in range(rounds):
@@ -120,7 +120,7 @@ def _augmented(cfg: DataConfig, place: int, draws: np.ndarray) -> Callable[[int,
 
     def view(row: int, draw: int) -> View:
         mine = numbers[row] if draw == draws[row] else uniforms_numpy(place, np.array([draw]), COLUMNS)[0]
-        return lambda width, height: training_view(width, height, mine, cfg.augment)
+        return lambda width, height: training_view(width, height, mine, cfg.augment, cfg.sides)
 
     return view
 
@@ -158,7 +158,7 @@ def _read_ahead(cfg: DataConfig, pulse: Callable[[], int], plan: Iterator[_Micro
 def _empty(cfg: DataConfig, micro: _Micro) -> Batch:
     """Room for a micro-batch, pinned where there is a GPU (by the caller's thread: a worker's would open GPU 0)."""
     pin = torch.cuda.is_available()
-    images = torch.empty((micro.rows, cfg.channels, cfg.image_size, cfg.image_size), dtype=torch.uint8, pin_memory=pin)
+    images = torch.empty((micro.rows, cfg.channels, *cfg.sides), dtype=torch.uint8, pin_memory=pin)
     images[len(micro.draws) :] = 0
     ids, draws = (torch.full((micro.rows,), -1, dtype=torch.int64, pin_memory=pin) for _ in range(2))
     ids[: len(micro.draws)] = torch.from_numpy(micro.draws % micro.samples)
@@ -215,7 +215,7 @@ class _Fill:
         data = place.dataset.read(index.shard, *index.image(place.row))
         view = self.micro.view(row, draw)
         try:
-            image = pixels(data, cfg.channels, view, cfg.image_size, cfg.augment.interpolation, cfg.jpeg_scaling)
+            image = pixels(data, cfg.channels, view, cfg.sides, cfg.augment.interpolation, cfg.jpeg_scaling)
         except Undecodable:
             _believe(place, data)
             raise

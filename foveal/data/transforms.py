@@ -20,14 +20,18 @@ _FLIP, _LEFT, _TOP, _SHAPES = 0, 1, 2, 3
 COLUMNS = _SHAPES + 2 * _ATTEMPTS  # uniform numbers that one training image takes
 
 
-def training_view(width: int, height: int, numbers: np.ndarray, augment: AugmentConfig) -> tuple[Box, bool]:
+def training_view(
+    width: int, height: int, numbers: np.ndarray, augment: AugmentConfig, sides: tuple[int, int] = (1, 1)
+) -> tuple[Box, bool]:
     """The crop, and whether it is flipped, for an image of width x height pixels; ``numbers`` is float32 [COLUMNS].
 
     The first of ten drawn shapes that fits is placed uniformly; if none does, the largest centre crop whose ratio is
-    allowed is taken. scale = ratio = (1, 1) is the square centre crop, a plain resize for square images.
+    allowed is taken. A ratio is width over height, over that of ``sides`` (height, width) to which the crop is resized:
+    1 leaves shapes as they are. scale = ratio = (1, 1) is the largest centre crop that does.
     """
     flipped = bool(numbers[_FLIP] < augment.flip)
-    low, high = (math.log(bound) for bound in augment.ratio)
+    narrowest, widest = (bound * (sides[1] / sides[0]) for bound in augment.ratio)
+    low, high = math.log(narrowest), math.log(widest)
     for attempt in range(_ATTEMPTS):
         scale, ratio = (float(number) for number in numbers[_SHAPES + 2 * attempt : _SHAPES + 2 * attempt + 2])
         area = width * height * (augment.scale[0] + scale * (augment.scale[1] - augment.scale[0]))
@@ -37,22 +41,25 @@ def training_view(width: int, height: int, numbers: np.ndarray, augment: Augment
             left = int(float(numbers[_LEFT]) * (width - across + 1))
             top = int(float(numbers[_TOP]) * (height - down + 1))
             return (left, top, left + across, top + down), flipped
-    aspect = min(max(width / height, augment.ratio[0]), augment.ratio[1])
+    aspect = min(max(width / height, narrowest), widest)
     across = min(width, max(1, round(height * aspect)))
     down = min(height, max(1, round(width / aspect)))
     left, top = (width - across) // 2, (height - down) // 2
     return (left, top, left + across, top + down), flipped
 
 
-def evaluation_view(width: int, height: int, crop_ratio: float) -> Box:
-    """The centre square whose side is crop_ratio times the shorter side.
+def evaluation_view(width: int, height: int, crop_ratio: float, sides: tuple[int, int] = (1, 1)) -> Box:
+    """The centre box of the shape of ``sides`` (height, width) that is crop_ratio times as wide as the largest one.
 
-    Resizing it to image_size is what resizing the shorter side to image_size / crop_ratio and cropping the centre
-    does, where the box is rounded to whole pixels instead of the size in between (see ``pixels``).
+    For a square that is crop_ratio times the shorter side. Resizing it to image_size is what resizing the shorter side
+    to image_size / crop_ratio and cropping the centre does, where the box is rounded to whole pixels instead of the size
+    in between (see ``pixels``).
     """
-    side = min(width, height) * crop_ratio
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
+    aspect = sides[1] / sides[0]
+    down = min(height, width / aspect) * crop_ratio
+    across = down * aspect
+    left, top = (width - across) / 2, (height - down) / 2
+    return left, top, left + across, top + down
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

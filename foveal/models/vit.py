@@ -16,7 +16,7 @@ from timm.layers.weight_init import trunc_normal_  # torch draws another sequenc
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from foveal.config import Config, science
+from foveal.config import Config, ImageSize, height_and_width, science
 from foveal.errors import ConfigError, ExportError
 from foveal.models.droppath import sample_drops
 from foveal.models.positions import check_width, sincos_positions
@@ -42,8 +42,8 @@ class VitConfig(Config):
         told = {name: getattr(self, name) for name in VitConfig.model_fields}
         return SizedVit(**(_sizes(_outline(self.name)) | {name: v for name, v in told.items() if v is not None}))
 
-    def fitted(self, image_size: int) -> "SizedVit":
-        """As ``resolved``, and the sizes fit each other and a square image of this side. Errors: ConfigError."""
+    def fitted(self, image_size: int | tuple[int, int]) -> "SizedVit":
+        """As ``resolved``, and the sizes fit each other and an image of this side, or (height, width). Errors: ConfigError."""
         sizes = self.resolved()
         _check_sizes(sizes, image_size)
         return sizes
@@ -58,11 +58,16 @@ class SizedVit(VitConfig):
     heads: int = science(about="attention heads", ge=1)
     mlp_ratio: float = science(about="hidden width of a block's MLP over the token width", gt=0)
 
+    def grid(self, image_size: int | tuple[int, int]) -> tuple[int, int]:
+        """(rows, columns) of the patches of an image."""
+        height, width = height_and_width(image_size)
+        return height // self.patch, width // self.patch
+
 
 class EncoderCard(SizedVit):
     """What it takes to build an encoder again: its sizes, the images it reads, and its head."""
 
-    image_size: int = science(about="side of its square images, in pixels", ge=1)
+    image_size: ImageSize = science(about="pixels of its images: the side, or [height, width]")
     channels: int = science(about="channels of its images", ge=1)
     pooling: Pooling = science("token", "what its head reads: the class token, or the mean of the patches")
     classes: int = science(0, "outputs of its head; 0: it has none", ge=0)
@@ -71,7 +76,7 @@ class EncoderCard(SizedVit):
 def build_encoder(
     cfg: VitConfig,
     *,
-    image_size: int,
+    image_size: int | tuple[int, int],
     channels: int,
     drop_path: float = 0.0,
     pooling: Pooling = "token",
@@ -79,7 +84,7 @@ def build_encoder(
 ) -> VisionTransformer:
     """A timm vision transformer on the CPU in float32, initialised as in He et al., 2022 (appendix A.1).
 
-    Its forward takes images [B, channels, image_size, image_size] to logits [B, classes], or without classes to the
+    Its forward takes images [B, channels, *image_size] to logits [B, classes], or without classes to the
     pooled features [B, width]. Drop path grows linearly over the blocks up to ``drop_path`` and takes its draws from
     ``foveal.models.droppath.set_drops``. The weights are drawn from torch's global generator, in an order that is
     foveal's own: ``torch.manual_seed`` before this call makes them a function of the seed.
@@ -93,7 +98,7 @@ def build_encoder(
         encoder: Any = timm.create_model(
             sizes.name,
             pretrained=False,
-            img_size=image_size,
+            img_size=height_and_width(image_size),
             in_chans=channels,
             num_classes=classes,
             global_pool=pooling,
@@ -110,7 +115,7 @@ def build_encoder(
 
 
 def encoder_card(
-    cfg: VitConfig, image_size: int, channels: int, *, pooling: Pooling = "token", classes: int = 0
+    cfg: VitConfig, image_size: int | tuple[int, int], channels: int, *, pooling: Pooling = "token", classes: int = 0
 ) -> dict[str, Any]:
     """Plain data, ready for JSON, from which ``encoder_from_card`` builds the same encoder in any later version.
 
@@ -209,11 +214,13 @@ def _sizes(encoder: Any) -> dict[str, Any]:
     }
 
 
-def _check_sizes(sizes: SizedVit, image_size: int) -> None:
-    if image_size % sizes.patch:
+def _check_sizes(sizes: SizedVit, image_size: int | tuple[int, int]) -> None:
+    sides = height_and_width(image_size)
+    if any(side % sizes.patch for side in sides):
+        nearest = [sizes.patch * max(1, round(side / sizes.patch)) for side in sides]
+        given, fitting = (image_size, nearest[0]) if isinstance(image_size, int) else (list(image_size), nearest)
         raise ConfigError(
-            f"image_size={image_size} is not a whole number of patches of {sizes.patch} pixels; the nearest that is: "
-            f"{sizes.patch * max(1, round(image_size / sizes.patch))}"
+            f"image_size={given} is not a whole number of patches of {sizes.patch} pixels; the nearest that is: {fitting}"
         )
     if sizes.width % sizes.heads:
         fitting = [heads for heads in range(1, sizes.width + 1) if sizes.width % heads == 0]

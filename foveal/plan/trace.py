@@ -88,20 +88,22 @@ def weights_of(build: Build) -> Weights:
     )
 
 
-def flops_of(build: Build, channels: int, side: int) -> Flops:
-    """Count one sample's forward and backward.
+def flops_of(build: Build, channels: int, sides: tuple[int, int]) -> Flops:
+    """Count the forward and backward of one sample of these channels and (height, width).
 
     Attention is counted as plain matrix products: what a fused kernel computes twice in its backward is not work done.
     """
     parts = _outline(build)
     with _without_memory(parts) as model, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        total, _ = parts.objective(model, _batch(1, channels, side))
+        total, _ = parts.objective(model, _batch(1, channels, sides))
         forward = counter.get_total_flops()
         total.backward()
     return Flops(forward, counter.get_total_flops())
 
 
-def trace_of(build: Build, samples: int, channels: int, side: int, *, precision: Precision, recompute: bool) -> Trace:
+def trace_of(
+    build: Build, samples: int, channels: int, sides: tuple[int, int], *, precision: Precision, recompute: bool
+) -> Trace:
     """Follow one micro of so many samples."""
     parts = _outline(build)
     with _without_memory(parts) as model:
@@ -114,7 +116,7 @@ def trace_of(build: Build, samples: int, channels: int, side: int, *, precision:
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(watch.finished)
         with watch, autocast(_DEVICE, precision):
-            total, _ = parts.objective(model, _batch(samples, channels, side))
+            total, _ = parts.objective(model, _batch(samples, channels, sides))
             with autocast(_DEVICE, "fp32"):
                 total.backward()
     return Trace(watch.moments)
@@ -189,7 +191,7 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return [child for each in lists if len(each) > 1 and len({type(child) for child in each}) == 1 for child in each]
 
 
-def _batch(samples: int, channels: int, side: int) -> Batch:
+def _batch(samples: int, channels: int, sides: tuple[int, int]) -> Batch:
     numbers = torch.zeros(samples, dtype=torch.int64)
-    images = torch.zeros(samples, channels, side, side, dtype=torch.uint8)
+    images = torch.zeros(samples, channels, *sides, dtype=torch.uint8)
     return Batch(images, numbers, numbers, numbers, numbers == 0, step=0, epoch=0, micro=0)

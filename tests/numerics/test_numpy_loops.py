@@ -112,14 +112,16 @@ def test_masks_in_blocks_and_on_a_grid(rows: int, columns: int, side: int) -> No
         assert set(on_grid[image].tolist()) == grid_mask_by_loops(row, rows, columns, side)
 
 
+@pytest.mark.parametrize("size", [(4, 4), (2, 8), (8, 2)])
 @pytest.mark.parametrize("patch", [2, 4, 8, 16, 32])
-def test_patches_of_any_side(patch: int) -> None:
-    """From 2 to 32 pixels, square grids and others: what is predicted is what the loops say it should be."""
+def test_patches_of_any_side(patch: int, size: tuple[int, int]) -> None:
+    """From 2 to 32 pixels, in square grids and others: what is predicted is the pixels that the loops find."""
     torch.manual_seed(0)
     cfg = VitConfig(patch=patch, width=32, depth=1, heads=2)
-    encoder = build_encoder(cfg, image_size=4 * patch, channels=1)
+    height, width = size[0] * patch, size[1] * patch
+    encoder = build_encoder(cfg, image_size=(height, width), channels=1)
     model = MaskedAutoencoder(encoder, DecoderConfig(width=16, depth=1, heads=2))
-    images, noise = torch.randn(2, 1, 4 * patch, 4 * patch), torch.rand(2, 16)
+    images, noise = torch.randn(2, 1, height, width), torch.rand(2, 16)
     pred, masked = model(images, noise, 0.75)
     assert pred.shape == (2, 12, patch * patch)
     by_loops = patches_by_loops(images.double().numpy(), patch)

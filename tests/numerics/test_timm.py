@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 
+from foveal.config import height_and_width
 from foveal.models.mae import DecoderConfig, MaskedAutoencoder
 from foveal.models.vit import VitConfig, build_encoder
 
@@ -13,17 +14,19 @@ Positions = Literal["sincos", "learned"]
 NAMES = ["vit_tiny_patch16_224", "vit_base_patch16_clip_224", "vit_small_patch14_dinov2"]
 
 
-def autoencoder(name: str, positions: Positions) -> MaskedAutoencoder:
+def autoencoder(name: str, positions: Positions, size: int | tuple[int, int]) -> MaskedAutoencoder:
     torch.manual_seed(0)
     cfg = VitConfig(name=name, patch=4, width=48, depth=2, heads=3, positions=positions)
-    encoder = build_encoder(cfg, image_size=24, channels=3)
+    encoder = build_encoder(cfg, image_size=size, channels=3)
     return MaskedAutoencoder(encoder, DecoderConfig(width=16, depth=1, heads=2)).eval()
 
 
+@pytest.mark.parametrize("size", [24, (16, 36)])
 @pytest.mark.parametrize("positions", ["sincos", "learned"])
 @pytest.mark.parametrize("name", NAMES)
-def test_masking_nothing_is_timm(name: str, positions: Positions) -> None:
-    model, images = autoencoder(name, positions).double(), torch.randn(2, 3, 24, 24, dtype=torch.float64)
+def test_masking_nothing_is_timm(name: str, positions: Positions, size: int | tuple[int, int]) -> None:
+    model = autoencoder(name, positions, size).double()
+    images = torch.randn(2, 3, *height_and_width(size), dtype=torch.float64)
     expected = model.encoder.forward_features(images)
     torch.testing.assert_close(model.encode(images), expected, rtol=0, atol=1e-12)
     shuffled = torch.rand(2, 36).argsort(dim=1)

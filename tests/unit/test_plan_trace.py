@@ -71,7 +71,7 @@ def test_looking_ahead_draws_nothing(vit_b: Forecast) -> None:
 def test_fake_tensors_take_what_real_ones_take(name: str, configs: dict[str, Path]) -> None:
     """The same micro, watched on real memory."""
     plan = forecast(name, configs[name], "engine.kind=plain")
-    trace = trace_of(plan._build, 16, 1, 16, precision="fp32", recompute=False)
+    trace = trace_of(plan._build, 16, 1, (16, 16), precision="fp32", recompute=False)
     parts = plan.stage.parts(plan.plan, torch.device("cpu"))
     held = [each for module in (parts.model, *parts.frozen) for each in (*module.parameters(), *module.buffers())]
     watch = _Watch(held)
@@ -79,7 +79,7 @@ def test_fake_tensors_take_what_real_ones_take(name: str, configs: dict[str, Pat
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(watch.finished)
     with watch:
-        total, _ = parts.objective(parts.model.train(), _batch(16, 1, 16))
+        total, _ = parts.objective(parts.model.train(), _batch(16, 1, (16, 16)))
         total.backward()
     assert max(trace.moments.values()) == pytest.approx(max(watch.moments.values()), rel=0.01)
     assert max(trace.moments) == max(watch.moments) == 4 * plan.weights.trained
@@ -103,10 +103,10 @@ def linear(device: torch.device) -> Parts[Squares]:
 def test_a_model_that_can_be_counted_by_hand() -> None:
     weights = weights_of(linear)
     assert (weights.trained, weights.products, weights.sizes) == (6300, 6300, (1200, 100, 5000))
-    flops = flops_of(linear, 3, 2)
+    flops = flops_of(linear, 3, (2, 2))
     assert flops.forward == 2 * (12 * 100 + 100 * 50)
     assert flops.both == 3 * flops.forward - 2 * 12 * 100  # the images need no gradient
-    trace = trace_of(linear, 1000, 3, 2, precision="fp32", recompute=False)
+    trace = trace_of(linear, 1000, 3, (2, 2), precision="fp32", recompute=False)
     alive = 1000 * (12 + 4 * 12 + 4 * 100 + 4 * 50)  # images, as floats, both outputs
     assert max(trace.moments) == 4 * 6300
     # At the last layer's backward: its gradient by the loss and by its input, beside what was saved.

@@ -45,7 +45,7 @@ def outcomes(data: bytes, channels: int = 3, scaling: bool = False) -> list[np.n
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "simplejpeg", decoder)
             try:
-                found.append(pixels(data, channels, whole, 20 if scaling else 100, "bilinear", scaling))
+                found.append(pixels(data, channels, whole, (20, 20) if scaling else (100, 100), "bilinear", scaling))
             except Undecodable as error:
                 found.append(str(error))
     try:
@@ -231,7 +231,7 @@ def test_a_lossless_jpeg_is_never_decoded_scaled() -> None:
     grey = np.asarray(PHOTO.convert("L").resize((100, 100)))
     assert np.array_equal(accepted(lossless_jpeg(grey), 1)[0], grey)
     small = outcomes(lossless_jpeg(grey), 1, scaling=True)
-    assert np.array_equal(small[0], pixels(encoded(Image.fromarray(grey), "PNG"), 1, whole, 20, "bilinear", True))
+    assert np.array_equal(small[0], pixels(encoded(Image.fromarray(grey), "PNG"), 1, whole, (20, 20), "bilinear", True))
     assert np.array_equal(small[0], small[-1])
 
 
@@ -240,7 +240,7 @@ def test_pillow_decodes_where_simplejpeg_sees_another_size(monkeypatch: pytest.M
     expected = accepted(FILES["JPEG"])
     other = SimpleNamespace(decode_jpeg=lambda *_, **__: np.zeros((9, 9, 4), np.uint8))
     monkeypatch.setattr(module, "simplejpeg", other)
-    assert np.array_equal(pixels(FILES["JPEG"], 3, whole, 100, "bilinear", False), expected)
+    assert np.array_equal(pixels(FILES["JPEG"], 3, whole, (100, 100), "bilinear", False), expected)
 
 
 @pytest.mark.parametrize("kind", ["WEBP", "GIF", "PNG"])

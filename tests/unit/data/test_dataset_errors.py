@@ -189,7 +189,13 @@ def test_statistics_that_are_not_known_or_do_not_fit(folder: Path) -> None:
         ({"mean": (0.5,), "std": (0.0,)}, r"std=\[0.0\] must be above 0"),
         ({"channels": 3, "mean": (0.5,), "std": (0.5,)}, "mean has 1 values for channels=3"),
         ({"channels": 2}, r"channels: input should be 1 or 3 \(given: 2\)"),
-        ({"image_size": 0}, "image_size: "),
+        (
+            {"image_size": 0},
+            r"image_size: a number of pixels or \[height, width\] is expected, each at least 1 \(given: 0\)",
+        ),
+        ({"image_size": [8, 0]}, r"image_size: a number of pixels .* \(given: \[8, 0\]\)"),
+        ({"image_size": [8, 8, 3]}, r"image_size: a number of pixels .* \(given: \[8, 8, 3\]\)"),
+        ({"image_size": "8"}, r"image_size: a number of pixels .* \(given: '8'\)"),
         ({"lanes": 0}, "lanes: "),
         ({"crop_ratio": 1.5}, "crop_ratio: "),
         ({"augment": {"scale": (0.5, 1.5)}}, r"augment.scale=\[0.5, 1.5\] must be \[lowest, highest\] within \(0, 1\]"),
@@ -201,6 +207,14 @@ def test_settings_that_cannot_be(settings: dict[str, Any], expected: str) -> Non
     tree = {"path": "x", "image_size": 8, "channels": 1, **settings}
     with pytest.raises(ConfigError, match=expected.removeprefix("the test: data: ")):
         DataConfig.checked(tree, "the test")
+
+
+def test_an_image_size_has_one_form() -> None:
+    sizes = {name: DataConfig.checked({"path": "x", "image_size": name}, "the test") for name in (8, (8, 8), (8, 16))}
+    assert [cfg.image_size for cfg in sizes.values()] == [8, 8, (8, 16)]
+    assert [cfg.sides for cfg in sizes.values()] == [(8, 8), (8, 8), (8, 16)]
+    assert sizes[8, 16].tree()["image_size"] == [8, 16]
+    assert sizes[8, 8].science() == sizes[8].science()
 
 
 def test_what_is_science_and_what_is_not() -> None:

@@ -52,7 +52,7 @@ def test_a_full_decode_is_pillows_within_rounding(interpolation: str) -> None:
     data = encoded(LARGE, quality=90)
     plain = Image.open(io.BytesIO(data))
     for box in boxes(30):
-        ours = pixels(data, 3, seen(box), 224, interpolation, False)
+        ours = pixels(data, 3, seen(box), (224, 224), interpolation, False)
         apart = difference(ours, by_pillow(plain, box, 224, interpolation))
         assert apart.max() <= 3
         assert apart.mean() <= 0.3  # of 255
@@ -68,7 +68,7 @@ def test_a_scaled_decode_shows_what_a_full_one_shows() -> None:
         for box in boxes(300):
             if min(box[2] - box[0], box[3] - box[1]) < scale * side:
                 continue
-            ours = pixels(data, 3, seen(box), side, "bicubic", True)
+            ours = pixels(data, 3, seen(box), (side, side), "bicubic", True)
             left, top, right, bottom = (int(edge / scale + 0.5) * scale for edge in box)
             apart = difference(ours, by_pillow(plain, (left, top, right, bottom), side, "bicubic"))
             assert apart.mean() <= 6
@@ -90,7 +90,7 @@ def test_scaling_leaves_every_crop_enough_pixels(data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_resized", lambda array, *rest: sizes.append(array.shape[:2]) or resized(array, *rest))
         patch.setattr(module, "simplejpeg", module.simplejpeg if installed else None)
-        square = pixels(file, 3, seen(box), side, "bicubic", scaling)
+        square = pixels(file, 3, seen(box), (side, side), "bicubic", scaling)
     shorter = min(across, down)
     scale = next((factor for factor in (8, 4, 2) if scaling and shorter >= factor * side), 1)
     assert square.shape == (3, side, side)
@@ -112,10 +112,10 @@ def test_both_decoders_give_the_same_pixels(
     for channels in (1, 3):
         for side, scaling in ((224, False), (224, True), (100, True), (50, True)):
             monkeypatch.undo()
-            fast = pixels(data, channels, seen((31, 17, 531, 467), True), side, "bicubic", scaling)
+            fast = pixels(data, channels, seen((31, 17, 531, 467), True), (side, side), "bicubic", scaling)
             monkeypatch.setattr(module, "simplejpeg", None)
             assert np.array_equal(
-                fast, pixels(data, channels, seen((31, 17, 531, 467), True), side, "bicubic", scaling)
+                fast, pixels(data, channels, seen((31, 17, 531, 467), True), (side, side), "bicubic", scaling)
             )
 
 
@@ -146,8 +146,8 @@ def test_orientation_is_honoured(kind: str, orientation: int, monkeypatch: pytes
 
     for decoder in (module.simplejpeg, None):
         monkeypatch.setattr(module, "simplejpeg", decoder)
-        turned = pixels(data, 3, view, 20, "bicubic", False)
-        assert difference(turned, pixels(plain, 3, view, 20, "bicubic", False)).max() <= 1
+        turned = pixels(data, 3, view, (16, 24), "bicubic", False)
+        assert difference(turned, pixels(plain, 3, view, (16, 24), "bicubic", False)).max() <= 1
     assert set(sizes) == {upright.size}
 
 
@@ -159,14 +159,14 @@ def test_scaled_and_turned_is_turned_and_scaled() -> None:
     data = encoded(ramp, exif=exif, quality=95)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     for box in ((0, 0, 203, 301), (3, 5, 199, 280), (103, 201, 203, 301)):
-        ours = pixels(data, 3, seen(box), 24, "bicubic", True)
+        ours = pixels(data, 3, seen(box), (24, 24), "bicubic", True)
         assert difference(ours, by_pillow(upright, box, 24, "bicubic")).max() <= 6  # 4 brightness steps a coarse pixel
 
 
 def test_evaluation_is_resize_and_centre_crop() -> None:
     """480 is resized to 64 / 0.8 = 80, 640 to 107, and the centre 64 is cut out: all but the rim agrees."""
     image = LARGE.crop((0, 0, 480, 480))
-    ours = pixels(encoded(image, "PNG"), 3, lambda w, h: (evaluation_view(w, h, 0.8), False), 64, "bicubic", True)
+    ours = pixels(encoded(image, "PNG"), 3, lambda w, h: (evaluation_view(w, h, 0.8), False), (64, 64), "bicubic", True)
     theirs = center_crop(resize(pil_to_tensor(image), [80, 80], FILTERS["bicubic"]), [64, 64]).numpy()
     assert difference(ours, theirs)[:, 2:-2, 2:-2].max() <= 2
     assert difference(ours, theirs).mean() <= 0.5
@@ -174,13 +174,24 @@ def test_evaluation_is_resize_and_centre_crop() -> None:
 
 def test_pixels_are_channel_first_and_flipped_from_left_to_right() -> None:
     data = encoded(LARGE, "PNG")
-    straight = pixels(data, 3, seen((10, 20, 130, 140)), 120, "bilinear", True)
+    straight = pixels(data, 3, seen((10, 20, 130, 140)), (120, 120), "bilinear", True)
     assert straight.shape == (3, 120, 120)
     assert straight.dtype == np.uint8
     assert np.array_equal(straight, np.asarray(LARGE)[20:140, 10:130].transpose(2, 0, 1))
-    flipped = pixels(data, 3, seen((10, 20, 130, 140), True), 120, "bilinear", True)
+    flipped = pixels(data, 3, seen((10, 20, 130, 140), True), (120, 120), "bilinear", True)
     assert np.array_equal(flipped, straight[:, :, ::-1])
-    assert pixels(data, 1, whole, 5, "bicubic", True).shape == (1, 5, 5)
+    assert pixels(data, 1, whole, (5, 5), "bicubic", True).shape == (1, 5, 5)
+
+
+def test_an_image_may_be_wider_than_high() -> None:
+    box = (10, 20, 250, 140)
+    found = pixels(encoded(LARGE, "PNG"), 3, seen(box), (24, 48), "bicubic", True)
+    by_pillow = np.asarray(LARGE.crop(box).resize((48, 24), FILTERS["bicubic"])).transpose(2, 0, 1)
+    assert found.shape == (3, 24, 48)
+    assert difference(found, by_pillow).max() <= 2
+    flat = seen((10, 20, 250, 60))  # wide enough for half the JPEG's size, not high enough
+    unscaled, scaled = (pixels(encoded(LARGE), 3, flat, (24, 48), "bicubic", scaling) for scaling in (False, True))
+    assert np.array_equal(unscaled, scaled)
 
 
 def test_what_a_view_raises_is_not_the_images_fault() -> None:
@@ -188,4 +199,4 @@ def test_what_a_view_raises_is_not_the_images_fault() -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        pixels(encoded(LARGE), 3, broken, 8, "bicubic", True)
+        pixels(encoded(LARGE), 3, broken, (8, 8), "bicubic", True)

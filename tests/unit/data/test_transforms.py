@@ -6,7 +6,7 @@ from torchvision.transforms.v2 import RandomResizedCrop
 
 from foveal.data import normalise
 from foveal.data.config import AugmentConfig
-from foveal.data.transforms import COLUMNS, training_view
+from foveal.data.transforms import COLUMNS, evaluation_view, training_view
 from foveal.seeding import key, uniforms_numpy
 
 
@@ -61,6 +61,24 @@ def test_a_view_without_choice_is_the_whole_square() -> None:
     for row in uniforms_numpy(key(2), np.arange(20), COLUMNS):
         assert training_view(8, 8, row, whole) == ((0, 0, 8, 8), False)
         assert training_view(30, 10, row, whole) == ((10, 0, 20, 10), False)
+
+
+def test_a_view_without_choice_has_the_shape_of_what_it_becomes() -> None:
+    whole = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)
+    for row in uniforms_numpy(key(2), np.arange(20), COLUMNS):
+        assert training_view(90, 30, row, whole, (8, 16)) == ((15, 0, 75, 30), False)
+        assert training_view(30, 90, row, whole, (8, 16)) == ((0, 37, 30, 52), False)
+    assert evaluation_view(90, 30, 1.0, (8, 16)) == (15, 0, 75, 30)
+    assert evaluation_view(40, 90, 0.5, (8, 16)) == (10, 40, 30, 50)
+
+
+def test_crops_keep_their_shapes_around_that_of_the_image() -> None:
+    numbers = uniforms_numpy(key(5), np.arange(2000), COLUMNS)
+    boxes = np.array([training_view(300, 300, row, AugmentConfig(scale=(0.1, 0.2)), (32, 64))[0] for row in numbers])
+    ratios = (boxes[:, 2] - boxes[:, 0]) / (boxes[:, 3] - boxes[:, 1])
+    assert 1.4 < ratios.min() < 1.55
+    assert 2.6 < ratios.max() < 2.8
+    assert abs(np.median(ratios) - 2) < 0.1
 
 
 def test_extreme_shapes_still_give_a_crop() -> None:

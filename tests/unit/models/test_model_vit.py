@@ -1,5 +1,6 @@
 """Encoders: what is built, how it starts, what is refused, and how a card brings it back."""
 
+import json
 import math
 from typing import Any
 
@@ -101,12 +102,14 @@ def test_mean_pooling_ignores_the_class_token_after_the_blocks() -> None:
         ({"heads": 5}, "width=32 cannot be divided among heads=5; heads=4"),
         ({"patch": 5}, "image_size=16 is not a whole number of patches of 5 pixels; .*: 15"),
         ({"patch": 32}, "image_size=16 .* 32"),
+        ({"patch": 5, "image_size": (16, 21)}, r"image_size=\[16, 21\] is not a whole .*: \[15, 20\]"),
         ({"width": 30, "heads": 3}, "width=30: .* the nearest is 32"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(told: dict[str, Any], sentence: str) -> None:
+    size = {"image_size": told.pop("image_size", 16)}
     with pytest.raises(ConfigError, match=sentence):
-        built(TINY.model_copy(update=told))
+        built(TINY.model_copy(update=told), **size)
 
 
 def test_a_card_brings_the_encoder_back() -> None:
@@ -118,6 +121,15 @@ def test_a_card_brings_the_encoder_back() -> None:
     torch.manual_seed(0)
     assert same(first, encoder_from_card(card, "card.json"))
     assert encoder_from_card(card, "card.json", classes=0, pooling="token").num_classes == 0
+
+
+def test_a_card_holds_a_size_that_is_not_square() -> None:
+    first, card = built(image_size=(8, 16)), json.loads(json.dumps(encoder_card(TINY, (8, 16), 3)))
+    assert card["image_size"] == [8, 16]
+    torch.manual_seed(0)
+    found = encoder_from_card(card, "card.json")
+    assert same(first, found)
+    assert found.patch_embed.grid_size == (2, 4)
 
 
 @pytest.mark.parametrize(
