@@ -45,7 +45,13 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        plain = parameter.ndim <= 1 or name.rsplit(".", 1)[-1] in {"cls_token", "pos_embed", "mask_token", "reg_token"}
+        plain = parameter.ndim <= 1 or name.rsplit(".", 1)[-1] in {
+            "cls_token",
+            "pos_embed",
+            "mask_token",
+            "reg_token",
+            "freqs",
+        }
         depth = depth_of(name) if depth_of else deepest
         title = f"layer {depth}, {'no decay' if plain else 'decay'}"
         group = groups.setdefault(

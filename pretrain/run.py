@@ -43,6 +43,7 @@ def train(plan: PretrainPlan, run: Run) -> None:
 def parts(plan: PretrainPlan, _device: torch.device) -> Parts[Reconstruct]:
     """The masked autoencoder, freshly drawn, and what it learns."""
     cfg = plan.cfg
+    sizes = cfg.model.resolved()
     torch.manual_seed(key(cfg.seed, "weights"))
     encoder = build_encoder(cfg.model, image_size=cfg.data.image_size, channels=cfg.data.channels)
     model = MaskedAutoencoder(encoder, cfg.decoder)
@@ -52,8 +53,8 @@ def parts(plan: PretrainPlan, _device: torch.device) -> Parts[Reconstruct]:
         mask_ratio=cfg.mask_ratio,
         mask_side=plan.mask_side,
         norm_pix=cfg.norm_pix,
-        patch=encoder.patch_embed.patch_size[0],
-        grid=encoder.patch_embed.grid_size,
+        patch=sizes.patch,
+        grid=sizes.grid(cfg.data.image_size),
         mean=plan.mean,
         std=plan.std,
     )

@@ -4,18 +4,21 @@ B images, L patches, K kept, M masked, D encoder width, P numbers per patch.
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Self
 
 import torch
 from pydantic import model_validator
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from foveal.config import Config, science
+from foveal.models.outline import Encoder
 from foveal.models.patches import patchify, split_by_noise, take
+from foveal.models.places import read_across, rotations, set_kept, with_positions
 from foveal.models.positions import sincos_positions
 from foveal.models.vit import TOKEN_SCALE, initialise_linear
 
@@ -44,7 +47,7 @@ class Decoder(nn.Module):
 
     positions: Tensor
 
-    def __init__(self, cfg: DecoderConfig, encoder: VisionTransformer) -> None:
+    def __init__(self, cfg: DecoderConfig, encoder: Encoder) -> None:
         super().__init__()
         patch_embed: Any = encoder.patch_embed
         rows, columns = patch_embed.grid_size
@@ -76,7 +79,7 @@ class Decoder(nn.Module):
 class MaskedAutoencoder(nn.Module):
     """An encoder that sees the visible patches alone, and a decoder that guesses the others."""
 
-    def __init__(self, encoder: VisionTransformer, cfg: DecoderConfig) -> None:
+    def __init__(self, encoder: Encoder, cfg: DecoderConfig) -> None:
         """The decoder is drawn from torch's global generator, like the encoder before it (``build_encoder``)."""
         super().__init__()
         self.encoder = encoder
@@ -93,19 +96,18 @@ class MaskedAutoencoder(nn.Module):
 
     def encode(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
         """Features [B, 1 + K, D] of the class token and the kept patches [B, K], in their order; None keeps them all."""
-        encoder = self.encoder
+        encoder: Any = self.encoder
         patches = patchify(images, encoder.patch_embed.patch_size[0])
-        token, place = encoder.cls_token, encoder.pos_embed
-        assert token is not None and place is not None, "build_encoder makes encoders that have both"
-        positions = place[:, 1:]
         if kept is not None:
-            # Before the embedding: what is masked costs nothing and cannot leak.
-            patches, positions = take(patches, kept), positions[0, kept]
+            patches = take(patches, kept)  # before the embedding: what is masked costs nothing and cannot leak
         weight = encoder.patch_embed.proj.weight.flatten(1)
-        tokens = F.linear(patches.to(weight.dtype), weight, encoder.patch_embed.proj.bias) + positions
-        first = (token + place[:, :1]).expand(len(tokens), -1, -1)
-        tokens = encoder.norm_pre(torch.cat([first, tokens], dim=1))
-        return encoder.norm(run_blocks(encoder.blocks, tokens, encoder.grad_checkpointing))
+        tokens = F.linear(patches.to(weight.dtype), weight, encoder.patch_embed.proj.bias)
+        tokens = with_positions(encoder, tokens, kept)
+        if hasattr(encoder, "norm_pre"):
+            tokens = encoder.norm_pre(tokens)
+        set_kept(encoder, kept)
+        tokens = run_blocks(encoder.blocks, tokens, encoder.grad_checkpointing, rotations(encoder, kept))
+        return encoder.norm(tokens)
 
     def borrowed_parameters(self) -> list[nn.Parameter]:
         """The parameters that a forward reads outside the module that owns them.
@@ -113,9 +115,10 @@ class MaskedAutoencoder(nn.Module):
         ZeRO 3 gathers a module's parameters when that module is called; a compiled forward must be told of the others
         (``deepspeed.zero.register_external_parameter``), an eager one finds them.
         """
-        embed = self.encoder.patch_embed.proj
-        read = (self.encoder.cls_token, self.encoder.pos_embed, embed.weight, embed.bias)
-        return [parameter for parameter in read if isinstance(parameter, nn.Parameter)]
+        encoder: Any = self.encoder
+        embed = encoder.patch_embed.proj
+        read = (encoder.cls_token, getattr(encoder, "pos_embed", None), embed.weight, embed.bias)
+        return [parameter for parameter in read if isinstance(parameter, nn.Parameter)] + read_across(encoder)
 
     def set_grad_checkpointing(self, enable: bool) -> None:
         """Keep only the inputs of the blocks for the backward pass and compute the rest again (less memory, same loss)."""
@@ -123,12 +126,19 @@ class MaskedAutoencoder(nn.Module):
         self.decoder.grad_checkpointing = enable
 
 
-def run_blocks(blocks: nn.Sequential, tokens: Tensor, checkpointing: bool) -> Tensor:
-    """Tokens [B, N, D] through the blocks; with ``checkpointing`` each block is recomputed in the backward pass."""
-    if not (checkpointing and torch.is_grad_enabled()):
-        return blocks(tokens)
-    for block in blocks:
-        tokens = checkpoint(block, tokens, use_reentrant=False)
+def run_blocks(
+    blocks: nn.Sequential | nn.ModuleList,
+    tokens: Tensor,
+    checkpointing: bool,
+    beside: Sequence[tuple[Tensor, ...]] = (),
+) -> Tensor:
+    """Tokens [B, N, D] through the blocks; with ``checkpointing`` each block is recomputed in the backward pass.
+
+    ``beside`` are further arguments of each block; empty where they take none.
+    """
+    recompute = checkpointing and torch.is_grad_enabled()
+    for block, more in zip(blocks, beside or [()] * len(blocks), strict=True):
+        tokens = checkpoint(block, tokens, *more, use_reentrant=False) if recompute else block(tokens, *more)
     return tokens
 
 

@@ -1,46 +1,53 @@
-"""Encoders: timm's plain vision transformers, sized by a config and initialised as in the MAE paper.
+"""Encoders: timm's vision transformers, sized by a config and initialised as in the MAE paper.
 
 The module is timm's own, so its parameter names are the format in which stages hand weights to each other.
 """
 
-import difflib
-import math
 from typing import Any, Literal
 
 import timm
 import torch
-from timm.layers.attention import Attention
-from timm.layers.mlp import Mlp
-from timm.layers.patch_embed import PatchEmbed
+from timm.layers.pos_embed_sincos import RotaryEmbeddingMixed, init_random_2d_freqs
 from timm.layers.weight_init import trunc_normal_  # torch draws another sequence in another version
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from foveal.config import Config, ImageSize, height_and_width, science
 from foveal.errors import ConfigError, ExportError
 from foveal.models.droppath import sample_drops
+from foveal.models.outline import Encoder, has_table, is_rotary, options, outline, sizes_of
+from foveal.models.places import keep_biases
 from foveal.models.positions import check_width, sincos_positions
 
 Pooling = Literal["token", "avg"]
+Positions = Literal["sincos", "learned"]
 HEAD_SCALE = 2e-5  # a new classifier starts nearly indifferent, as in the reference fine-tuning of MAE
 TOKEN_SCALE = 0.02
 
 
 class VitConfig(Config):
-    """A plain vision transformer of timm, by name; what is given beside the name overrides it."""
+    """A vision transformer of timm, by name; what is given beside the name overrides it."""
 
-    name: str = science("vit_base_patch16_224", "timm name of a plain vision transformer")
+    name: str = science("vit_base_patch16_224", "timm name of a plain, rotary or relative vision transformer")
     patch: int | None = science(None, "patch side in pixels", ge=1)
     width: int | None = science(None, "numbers per token", ge=1)
     depth: int | None = science(None, "blocks", ge=1)
     heads: int | None = science(None, "attention heads", ge=1)
     mlp_ratio: float | None = science(None, "hidden width of a block's MLP over the token width", gt=0)
-    positions: Literal["sincos", "learned"] = science("sincos", "fixed sine-cosine positions, or learned ones")
+    positions: Positions | None = science(
+        "sincos",
+        "what is added to patches: fixed sine-cosine positions, or learned ones; null where the name adds none",
+    )
 
     def resolved(self) -> "SizedVit":
-        """The same encoder with every size spelled out. Errors: ConfigError when timm has no such plain transformer."""
-        told = {name: getattr(self, name) for name in VitConfig.model_fields}
-        return SizedVit(**(_sizes(_outline(self.name)) | {name: v for name, v in told.items() if v is not None}))
+        """The same encoder with every size spelled out.
+
+        Errors: ConfigError when timm has no such transformer, or one whose positions are of another kind.
+        """
+        encoder = outline(self.name)
+        _check_positions(self, encoder)
+        sizes = sizes_of(encoder)
+        sizes.update((name, value) for name, value in self if value is not None or name == "positions")
+        return SizedVit.model_validate({name: sizes[name] for name in VitConfig.model_fields})
 
     def fitted(self, image_size: int | tuple[int, int]) -> "SizedVit":
         """As ``resolved``, and the sizes fit each other and an image of this side, or (height, width). Errors: ConfigError."""
@@ -81,16 +88,16 @@ def build_encoder(
     drop_path: float = 0.0,
     pooling: Pooling = "token",
     classes: int = 0,
-) -> VisionTransformer:
-    """A timm vision transformer on the CPU in float32, initialised as in He et al., 2022 (appendix A.1).
+) -> Encoder:
+    """A timm vision transformer on the CPU in float32, without dropout, initialised as in He et al., 2022 (appendix A.1).
 
     Its forward takes images [B, channels, *image_size] to logits [B, classes], or without classes to the
     pooled features [B, width]. Drop path grows linearly over the blocks up to ``drop_path`` and takes its draws from
     ``foveal.models.droppath.set_drops``. The weights are drawn from torch's global generator, in an order that is
     foveal's own: ``torch.manual_seed`` before this call makes them a function of the seed.
 
-    Errors: ConfigError for a name that timm does not have or that is not a plain vision transformer, and for sizes that
-    do not fit each other.
+    Errors: ConfigError for a name that timm does not have or that is no such vision transformer, and for sizes that do
+    not fit each other.
     """
     sizes = cfg.fitted(image_size)
     # timm draws too, and how much may change with its version: the generator is put back before foveal draws.
@@ -108,7 +115,9 @@ def build_encoder(
             depth=sizes.depth,
             num_heads=sizes.heads,
             mlp_ratio=sizes.mlp_ratio,
+            **options(outline(sizes.name), pooling),
         )
+        keep_biases(encoder)
     _initialise(encoder, sizes.positions)
     sample_drops(encoder)
     return encoder
@@ -133,7 +142,7 @@ def encoder_from_card(
     drop_path: float = 0.0,
     pooling: Pooling | None = None,
     classes: int | None = None,
-) -> VisionTransformer:
+) -> Encoder:
     """An encoder like the one a card was made for, freshly initialised; pooling and classes may be others.
 
     ``where`` names the card's file in the sentence of a mistake. Errors: ExportError.
@@ -162,58 +171,6 @@ def initialise_linear(module: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
 
 
-def _outline(name: str) -> Any:
-    """The encoder that timm has under a name, without memory for its weights; refused unless it is plain."""
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models("vit_*"), n=3)
-        hint = (
-            f"Did you mean {' or '.join(repr(found) for found in close)}?"
-            if close
-            else "See timm.list_models('vit_*')."
-        )
-        raise ConfigError(f"'{name}' is not a model of timm {timm.__version__}. {hint}")
-    with torch.device("meta"):
-        encoder = timm.create_model(name, pretrained=False)
-    oddity = _oddity(encoder)
-    if oddity:
-        raise ConfigError(
-            f"'{name}' is not a plain vision transformer ({oddity}); take one such as 'vit_base_patch16_224' and size it "
-            "with patch, width, depth and heads"
-        )
-    return encoder
-
-
-def _oddity(encoder: Any) -> str | None:
-    """What makes a model other than patches, a class token, positions for both, and equal blocks; None if nothing."""
-    if type(encoder) is not VisionTransformer:
-        return f"timm builds it as {type(encoder).__name__}"
-    block, embed = encoder.blocks[0], encoder.patch_embed
-    oddities = {
-        "it has no class token": not encoder.has_class_token,
-        "it has register tokens": encoder.num_reg_tokens > 0,
-        "its positions leave out the class token": encoder.no_embed_class or encoder.pos_embed is None,
-        "its patches are not embedded by one linear map": type(embed) is not PatchEmbed
-        or not isinstance(embed.norm, nn.Identity),
-        "its blocks are of another kind": (type(block), type(block.attn), type(block.mlp)) != (Block, Attention, Mlp),
-    }
-    return next((sentence for sentence, found in oddities.items() if found), None)
-
-
-def _sizes(encoder: Any) -> dict[str, Any]:
-    block = encoder.blocks[0]
-    hidden, width = block.mlp.fc1.out_features, encoder.embed_dim
-    ratio = hidden / width
-    if int(width * ratio) < hidden:  # timm takes the whole part
-        ratio = math.nextafter(ratio, math.inf)
-    return {
-        "patch": encoder.patch_embed.patch_size[0],
-        "width": width,
-        "depth": len(encoder.blocks),
-        "heads": block.attn.num_heads,
-        "mlp_ratio": ratio,
-    }
-
-
 def _check_sizes(sizes: SizedVit, image_size: int | tuple[int, int]) -> None:
     sides = height_and_width(image_size)
     if any(side % sizes.patch for side in sides):
@@ -228,9 +185,25 @@ def _check_sizes(sizes: SizedVit, image_size: int | tuple[int, int]) -> None:
         raise ConfigError(f"width={sizes.width} cannot be divided among heads={sizes.heads}; heads={nearest} fits")
     if sizes.positions == "sincos":
         check_width(sizes.width)
+    if is_rotary(outline(sizes.name)) and sizes.width // sizes.heads % 4:
+        raise ConfigError(
+            f"width={sizes.width} over heads={sizes.heads} leaves {sizes.width // sizes.heads} numbers to a head, and "
+            f"'{sizes.name}' turns them by its rotary positions four at a time: take a multiple of 4"
+        )
 
 
-def _initialise(encoder: Any, positions: Literal["sincos", "learned"]) -> None:
+def _check_positions(cfg: VitConfig, encoder: Any) -> None:
+    if has_table(encoder) and cfg.positions is None:
+        raise ConfigError(f"'{cfg.name}' adds positions to its patches: positions is sincos or learned, not null")
+    if not has_table(encoder) and cfg.positions is not None:
+        kind = "rotary" if is_rotary(encoder) else "a relative bias"
+        raise ConfigError(
+            f"'{cfg.name}' adds no positions to its patches (they are {kind}): positions={cfg.positions} cannot be, "
+            f"write positions=null"
+        )
+
+
+def _initialise(encoder: Any, positions: Positions | None) -> None:
     initialise_linear(encoder)
     nn.init.xavier_uniform_(encoder.patch_embed.proj.weight.flatten(1))
     if encoder.patch_embed.proj.bias is not None:
@@ -238,11 +211,15 @@ def _initialise(encoder: Any, positions: Literal["sincos", "learned"]) -> None:
     nn.init.normal_(encoder.cls_token, std=TOKEN_SCALE)
     if isinstance(encoder.head, nn.Linear):
         trunc_normal_(encoder.head.weight, std=HEAD_SCALE)
+    if is_rotary(encoder) and isinstance(encoder.rope, RotaryEmbeddingMixed):
+        rope, size = encoder.rope, encoder.embed_dim // encoder.rope.num_heads
+        with torch.no_grad():
+            rope.freqs.copy_(init_random_2d_freqs(size, rope.depth, rope.num_heads, temperature=rope.temperature))
     if positions == "learned":
         trunc_normal_(encoder.pos_embed, std=TOKEN_SCALE)
-        return
-    rows, columns = encoder.patch_embed.grid_size
-    with torch.no_grad():
-        encoder.pos_embed[0, 0] = 0
-        encoder.pos_embed[0, 1:] = sincos_positions(rows, columns, encoder.embed_dim)
-    encoder.pos_embed.requires_grad_(False)
+    if positions == "sincos":
+        rows, columns = encoder.patch_embed.grid_size
+        with torch.no_grad():
+            encoder.pos_embed.zero_()  # and so it stays for a class token
+            encoder.pos_embed[0, -rows * columns :] = sincos_positions(rows, columns, encoder.embed_dim)
+        encoder.pos_embed.requires_grad_(False)

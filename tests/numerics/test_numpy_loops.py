@@ -1,16 +1,16 @@
 """Patches, targets, masks and loss against loops in float64, and the proof that what is masked cannot be seen."""
 
 import math
-from typing import Literal
 
 import numpy as np
 import pytest
 import torch
+from encoders import KINDS, autoencoder_of
 
 from foveal.models.mae import DecoderConfig, MaskedAutoencoder
 from foveal.models.masks import MASKINGS
 from foveal.models.patches import patchify, reconstruction_loss, split_by_noise, targets, unpatchify
-from foveal.models.vit import VitConfig, build_encoder
+from foveal.models.vit import Positions, VitConfig, build_encoder
 
 PATCH = 4
 
@@ -129,11 +129,9 @@ def test_patches_of_any_side(patch: int, size: tuple[int, int]) -> None:
     np.testing.assert_allclose(targets(images, masked, patch, normalise=False).numpy(), wanted, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("positions", ["sincos", "learned"])
-def test_what_is_masked_cannot_be_seen(positions: Literal["sincos", "learned"]) -> None:
-    torch.manual_seed(0)
-    cfg = VitConfig(patch=PATCH, width=32, depth=2, heads=2, positions=positions)
-    model = MaskedAutoencoder(build_encoder(cfg, image_size=16, channels=3), DecoderConfig(width=16, depth=1, heads=2))
+@pytest.mark.parametrize(("name", "positions"), KINDS)
+def test_what_is_masked_cannot_be_seen(name: str, positions: Positions | None) -> None:
+    model = autoencoder_of(name, positions)
     images, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16)
     kept, masked = split_by_noise(noise, 0.75)
     hidden = torch.zeros(2, 16, 3 * PATCH * PATCH).scatter(1, masked[:, :, None].expand(-1, -1, 3 * PATCH * PATCH), 1.0)

@@ -1,31 +1,22 @@
-"""Our encoder is timm's: the same names, and the same features when nothing is masked."""
+"""Our encoders are timm's: the same names, and the same features when nothing is masked, for each of its classes."""
 
 from typing import Any, Literal
 
 import pytest
 import timm
 import torch
+from encoders import BOTH, KINDS, PLAIN, RELATIVE, ROTARY, autoencoder_of, encoder_of, shaken
+from timm.layers.pos_embed_rel import RelPosMlp
 
 from foveal.config import height_and_width
-from foveal.models.mae import DecoderConfig, MaskedAutoencoder
-from foveal.models.vit import VitConfig, build_encoder
-
-Positions = Literal["sincos", "learned"]
-NAMES = ["vit_tiny_patch16_224", "vit_base_patch16_clip_224", "vit_small_patch14_dinov2"]
-
-
-def autoencoder(name: str, positions: Positions, size: int | tuple[int, int]) -> MaskedAutoencoder:
-    torch.manual_seed(0)
-    cfg = VitConfig(name=name, patch=4, width=48, depth=2, heads=3, positions=positions)
-    encoder = build_encoder(cfg, image_size=size, channels=3)
-    return MaskedAutoencoder(encoder, DecoderConfig(width=16, depth=1, heads=2)).eval()
+from foveal.models.places import KeptBias
+from foveal.models.vit import Positions
 
 
 @pytest.mark.parametrize("size", [24, (16, 36)])
-@pytest.mark.parametrize("positions", ["sincos", "learned"])
-@pytest.mark.parametrize("name", NAMES)
-def test_masking_nothing_is_timm(name: str, positions: Positions, size: int | tuple[int, int]) -> None:
-    model = autoencoder(name, positions, size).double()
+@pytest.mark.parametrize(("name", "positions"), KINDS)
+def test_masking_nothing_is_timm(name: str, positions: Positions | None, size: int | tuple[int, int]) -> None:
+    model = autoencoder_of(name, positions, size).double().eval()
     images = torch.randn(2, 3, *height_and_width(size), dtype=torch.float64)
     expected = model.encoder.forward_features(images)
     torch.testing.assert_close(model.encode(images), expected, rtol=0, atol=1e-12)
@@ -36,17 +27,62 @@ def test_masking_nothing_is_timm(name: str, positions: Positions, size: int | tu
         torch.testing.assert_close(found[image, 1:], expected[image, 1:][shuffled[image]], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(("name", "positions"), KINDS)
+def test_every_kind_knows_where_its_patches_are(name: str, positions: Positions | None) -> None:
+    """The same two patches at another distance are other features, by more than rounding."""
+    model = autoencoder_of(name, positions).double().eval()
+    images = torch.randn(1, 3, 16, 16, dtype=torch.float64)
+    moved = images.clone()
+    moved[:, :, 4:8, 4:8] = images[:, :, :4, 4:8]  # the second patch of the first row, a row further down
+    near, far = model.encode(images, torch.tensor([[0, 1]])), model.encode(moved, torch.tensor([[0, 5]]))
+    assert (near - far).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("name", "positions"), KINDS)
+def test_an_image_of_a_batch_is_encoded_as_if_it_were_alone(name: str, positions: Positions | None) -> None:
+    """Two images that keep other patches."""
+    model = autoencoder_of(name, positions).double().eval()
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    kept = torch.tensor([[3, 0, 14], [7, 9, 2]])
+    together = model.encode(images, kept)
+    for image in range(2):
+        alone = model.encode(images[image : image + 1], kept[image : image + 1])
+        torch.testing.assert_close(together[image], alone[0], rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("classes", [0, 7])
 @pytest.mark.parametrize("pooling", ["token", "avg"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*PLAIN, *RELATIVE, *ROTARY, *BOTH])
 def test_names_and_shapes_are_timms(name: str, pooling: Literal["token", "avg"], classes: int) -> None:
     sizes: dict[str, Any] = {"embed_dim": 48, "depth": 2, "num_heads": 3, "patch_size": 4}
-    theirs = timm.create_model(name, img_size=24, num_classes=classes, global_pool=pooling, **sizes)
-    cfg = VitConfig(name=name, patch=4, width=48, depth=2, heads=3)
-    ours = build_encoder(cfg, image_size=24, channels=3, drop_path=0.1, pooling=pooling, classes=classes)
+    positions: Positions | None = None if name in (*RELATIVE, *ROTARY) else "learned"
+    ours = encoder_of(name, positions, 24, drop_path=0.1, pooling=pooling, classes=classes)
+    behind = pooling == "avg"
+    norms: dict[str, Any] = {"fc_norm": behind} if name in RELATIVE else {}
+    if name in (*ROTARY, *BOTH):
+        norms = {"use_fc_norm": behind, "use_post_transformer_norm": not behind}
+    theirs = timm.create_model(name, img_size=24, num_classes=classes, global_pool=pooling, **sizes, **norms)
     assert [(k, v.shape) for k, v in ours.state_dict().items()] == [
         (k, v.shape) for k, v in theirs.state_dict().items()
     ]
     theirs.load_state_dict(ours.state_dict())
     images = torch.randn(2, 3, 24, 24)
     torch.testing.assert_close(ours.eval()(images), theirs.eval()(images), rtol=0, atol=0)
+
+
+def test_a_relative_bias_of_some_patches_is_timms_at_their_places() -> None:
+    theirs = RelPosMlp((3, 5), num_heads=2, hidden_dim=8, prefix_tokens=1).eval()
+    ours = KeptBias(theirs).eval()
+    assert ours.load_state_dict(theirs.state_dict())
+    shaken(ours)
+    theirs.load_state_dict(ours.state_dict())
+    whole = theirs.get_bias()
+    assert ours.get_bias().equal(whole)
+    ours.kept = torch.tensor([[4, 0, 14], [2, 9, 7]])
+    found = ours.get_bias()
+    assert found.shape == (2, 2, 4, 4)
+    for image, places in enumerate(ours.kept.tolist()):
+        rows = [0, *(place + 1 for place in places)]
+        for query, row in enumerate(rows):
+            for key, column in enumerate(rows):
+                assert found[image, :, query, key].equal(whole[0, :, row, column])

@@ -1,12 +1,15 @@
 """Drop path: what is dropped depends on the sample's own numbers."""
 
+from typing import Any, cast
+
 import pytest
 import torch
+from encoders import KINDS, encoder_of
 from timm.layers.drop import DropPath
 
 from foveal.models.droppath import SampledDropPath, drop_path_sites, set_drops
 from foveal.models.heads import Classifier
-from foveal.models.vit import VitConfig, build_encoder
+from foveal.models.vit import Positions, VitConfig, build_encoder
 
 TINY = VitConfig(patch=4, width=32, depth=4, heads=2)
 
@@ -50,11 +53,26 @@ def test_a_sample_whose_branches_all_drop_leaves_only_the_first_block(classifier
     images = torch.rand(2, 3, 16, 16)
     noise = torch.stack([torch.zeros(6), torch.ones(6)])
     logits = classifier(images, noise)
-    encoder = classifier.eval().encoder
+    encoder: Any = classifier.eval().encoder
     encoder.blocks = encoder.blocks[:1]
     shallow = classifier(images)
     torch.testing.assert_close(logits[0], shallow[0], rtol=1e-5, atol=1e-6)
     assert not torch.allclose(logits[1], shallow[1], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(("name", "positions"), KINDS)
+def test_every_kind_drops_by_given_numbers(name: str, positions: Positions | None) -> None:
+    """Two blocks: the first never drops, the second at 0.5; one image loses both its branches, the other none."""
+    encoder = encoder_of(name, positions, drop_path=0.5, classes=5)
+    model = Classifier(encoder).train()
+    images, noise = torch.rand(2, 3, 16, 16), torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+    assert drop_path_sites(encoder) == 2
+    logits = model(images, noise)
+    torch.testing.assert_close(model(images.flip(0), noise.flip(0)).flip(0), logits, rtol=1e-4, atol=1e-5)
+    shallow = Classifier(encoder_of(name, positions, drop_path=0.5, classes=5)).eval()
+    cast(Any, shallow.encoder).blocks = shallow.encoder.blocks[:1]
+    torch.testing.assert_close(shallow(images)[0], logits[0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(shallow(images)[1], logits[1], rtol=1e-2, atol=1e-2)
 
 
 def test_evaluation_drops_nothing_and_needs_no_numbers(classifier: Classifier) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import timm
 import torch
+from encoders import KINDS, encoder_of
 
 from foveal.errors import ConfigError, ExportError
+from foveal.models.positions import sincos_positions
 from foveal.models.vit import EncoderCard, SizedVit, VitConfig, build_encoder, encoder_card, encoder_from_card
 
 TINY = VitConfig(patch=4, width=32, depth=2, heads=2)
@@ -33,7 +35,10 @@ def test_sizes_are_the_names_where_nothing_is_told() -> None:
     assert resolved.resolved() == resolved
 
 
-@pytest.mark.parametrize("name", ["vit_large_patch16_224", "vit_giant_patch14_224", "vit_small_patch14_dinov2"])
+@pytest.mark.parametrize(
+    "name",
+    ["vit_large_patch16_224", "vit_giant_patch14_224", "vit_small_patch14_dinov2", "eva02_base_patch16_clip_224"],
+)
 def test_resolved_sizes_build_what_the_name_builds(name: str) -> None:
     with torch.device("meta"):
         ours = build_encoder(VitConfig(name=name).resolved(), image_size=224, channels=3)
@@ -78,6 +83,28 @@ def test_fixed_positions_are_not_learned_and_learned_ones_are() -> None:
     assert 0.01 < learned.pos_embed.std() < 0.03
 
 
+def test_rotary_frequencies_are_drawn_from_the_seed_and_learned() -> None:
+    cfg = VitConfig(name="vit_base_patch16_rope_mixed_224", patch=4, width=48, depth=3, heads=3, positions=None)
+    first, other = built(cfg), built(cfg, seed=1)
+    assert first.rope.freqs.shape == (2, 3, 3, 8)
+    assert first.rope.freqs.requires_grad
+    assert not first.rope.freqs.equal(other.rope.freqs)
+    lengths = first.rope.freqs.square().sum(dim=0)  # every pair is a frequency that has been turned
+    torch.testing.assert_close(lengths, lengths[:1, :1].expand_as(lengths))
+
+
+def test_nothing_in_an_encoder_draws() -> None:
+    for name, positions in KINDS:
+        encoder = encoder_of(name, positions)
+        assert not [layer for layer in encoder.modules() if isinstance(layer, torch.nn.Dropout) and layer.p]
+
+
+def test_a_table_without_a_row_for_the_class_token() -> None:
+    cfg = VitConfig(name="deit3_small_patch16_224", patch=4, width=32, depth=1, heads=2)
+    assert built(cfg).pos_embed.shape == (1, 16, 32)
+    torch.testing.assert_close(built(cfg).pos_embed[0], sincos_positions(4, 4, 32))
+
+
 def test_mean_pooling_ignores_the_class_token_after_the_blocks() -> None:
     encoder = built(pooling="avg", classes=4).eval()
     assert isinstance(encoder.norm, torch.nn.Identity)
@@ -92,11 +119,30 @@ def test_mean_pooling_ignores_the_class_token_after_the_blocks() -> None:
         ({"name": "vit_bse_patch16_224"}, "not a model of timm .* Did you mean 'vit_base_patch16_224'"),
         ({"name": "hf-hub:timm/vit_base_patch16_224"}, "not a model of timm"),
         ({"name": "resnet50"}, "not a plain vision transformer .*ResNet"),
-        ({"name": "vit_base_patch16_rope_224"}, "not a plain vision transformer .*Eva"),
+        (
+            {"name": "vit_base_patch16_rope_224"},
+            "'vit_base_patch16_rope_224' adds no positions .*rotary.* positions=null",
+        ),
+        ({"name": "vit_relpos_base_patch16_cls_224", "positions": "learned"}, "a relative bias.* positions=null"),
+        (
+            {"name": "eva02_tiny_patch14_224", "positions": None},
+            "adds positions to its patches: positions is sincos or",
+        ),
+        ({"name": "vit_base_patch16_224", "positions": None}, "adds positions to its patches: positions is sincos or"),
+        ({"name": "vit_relpos_base_patch16_224"}, "vit_relpos_base_patch16_224' is not a plain .*no class token"),
+        ({"name": "vit_relpos_small_patch16_rpn_224"}, "no class token"),
+        ({"name": "vit_base_patch16_rope_reg1_gap_256"}, "no class token"),
+        ({"name": "vit_small_patch16_dinov3"}, "register tokens"),
+        ({"name": "eva02_enormous_patch14_clip_224"}, "blocks are of another kind"),
+        ({"name": "beit_base_patch16_224"}, "timm builds it as Beit"),
+        ({"name": "eva02_tiny_patch14_223"}, "Did you mean 'eva02_tiny_patch14_224'"),
+        (
+            {"name": "vit_base_patch16_rope_224", "positions": None, "width": 36, "heads": 6},
+            "width=36 over heads=6 leaves 6 numbers to a head, .* take a multiple of 4",
+        ),
         ({"name": "deit_base_distilled_patch16_224"}, "VisionTransformerDistilled"),
         ({"name": "vit_base_patch16_gap_224"}, "no class token"),
         ({"name": "vit_small_patch14_reg4_dinov2"}, "register tokens"),
-        ({"name": "deit3_small_patch16_224"}, "positions leave out the class token"),
         ({"name": "vit_base_r50_s16_224"}, "not embedded by one linear map"),
         ({"name": "vit_giant_patch14_dinov2"}, "blocks are of another kind"),
         ({"heads": 5}, "width=32 cannot be divided among heads=5; heads=4"),

@@ -1,0 +1,85 @@
+"""Where tokens are: what timm's encoders are told of the places of the patches that an image keeps.
+
+Positions are added to patches (learned, or sines and cosines), added to attention (a relative bias), or turn queries and
+keys (rotary); an encoder may have more than one. B images, L patches, K kept, D width, N = 1 + K tokens.
+"""
+
+from typing import Any
+
+import torch
+from timm.layers.pos_embed_rel import RelPosMlp
+from timm.models.eva import EvaAttention
+from torch import Tensor, nn
+
+from foveal.models.outline import has_table, is_rotary
+
+
+class KeptBias(RelPosMlp):
+    """timm's bias of attention by the distance of two patches (Swin V2, 2022), for the patches that an image keeps.
+
+    The places come from ``set_kept`` and stay until the next one: recomputed activations must see the same.
+    """
+
+    def __init__(self, like: RelPosMlp) -> None:
+        hidden: Any = like.mlp.fc1.out_features
+        super().__init__(like.window_size, like.num_heads, hidden, like.prefix_tokens, like.mode)
+        self.mlp.drop1.p = 0.0  # timm's 1/8 would be drawn from the global generator
+        self.kept: Tensor | None = None
+
+    def get_bias(self) -> Tensor:
+        """The bias [B, heads, N, N] of kept patches, or [1, heads, 1 + L, 1 + L]; none for the class token."""
+        bias = super().get_bias()
+        if self.kept is None:
+            return bias
+        places_BN = nn.functional.pad(self.kept + 1, (1, 0))
+        return bias[0][:, places_BN[:, :, None], places_BN[:, None, :]].transpose(0, 1)
+
+
+def keep_biases(encoder: nn.Module) -> None:
+    """Replace every relative bias of timm's inside an encoder by one that can be told which patches there are."""
+    for module in list(encoder.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is RelPosMlp:
+                setattr(module, name, KeptBias(child))
+
+
+def set_kept(encoder: nn.Module, kept: Tensor | None) -> None:
+    """Say which patches [B, K] the next forward's tokens are, behind a class token; None: all, in their order."""
+    for module in encoder.modules():
+        if isinstance(module, KeptBias):
+            module.kept = kept
+
+
+def with_positions(encoder: Any, tokens: Tensor, kept: Tensor | None) -> Tensor:
+    """Embedded patches [B, K, D] with the positions that are added to them, behind the class token: [B, 1 + K, D]."""
+    first = encoder.cls_token
+    if has_table(encoder):
+        # A table has a row for the class token, or none.
+        place, own = encoder.pos_embed, encoder.pos_embed.shape[1] - encoder.patch_embed.num_patches
+        positions = place[:, own:]
+        tokens = tokens + (positions if kept is None else positions[0, kept])
+        first = first + place[:, :own] if own else first
+    return torch.cat([first.expand(len(tokens), -1, -1), tokens], dim=1)
+
+
+def rotations(encoder: Any, kept: Tensor | None) -> list[tuple[Tensor, ...]]:
+    """What each block takes beside its tokens: sines and cosines [1 or B, 1 or heads, K, 2 D / heads], or nothing."""
+    depth = len(encoder.blocks)
+    if not is_rotary(encoder):
+        return [()] * depth
+    table = encoder.rope.get_embed()
+    if encoder.rope_mixed:  # frequencies are learned, for each block and head: [depth, heads, L, ...]
+        table = table if kept is None else table[:, :, kept].movedim(2, 1)
+        return [(each,) for each in table]
+    return [(table if kept is None else table[kept][:, None],)] * depth
+
+
+def read_across(encoder: nn.Module) -> list[nn.Parameter]:
+    """The parameters that a part of timm's encoder reads in another part, which is not called for it."""
+    found = []
+    if is_rotary(encoder):
+        found += encoder.get_submodule("rope").parameters()
+    for module in encoder.modules():
+        if isinstance(module, EvaAttention) and module.qkv is not None and module.q_bias is not None:
+            found.append(module.qkv.weight)
+    return found
