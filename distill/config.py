@@ -40,7 +40,6 @@ def plan(cfg: DistillConfig, ranks: int) -> DistillPlan:
         )
     student = cfg.model.fitted(cfg.data.image_size)
     for name, hers, his in (
-        ("data.image_size", teacher.image_size, cfg.data.image_size),
         ("data.channels", teacher.channels, cfg.data.channels),
         ("model.patch", teacher.patch, student.patch),
     ):
@@ -48,6 +47,12 @@ def plan(cfg: DistillConfig, ranks: int) -> DistillPlan:
             raise ExportError(
                 f"the teacher {cfg.teacher} has {name.split('.')[1]} {hers}, the student's {name} is {his}; they must be equal"
             )
-    width = teacher.resolved().width
-    assert width is not None
-    return planned(DistillPlan, cfg, ranks, card=card, origin={"teacher": card.sha256}, teacher_width=width)
+    return planned(
+        DistillPlan,
+        cfg,
+        ranks,
+        card=card,
+        origin={"teacher": card.sha256},
+        teacher_width=teacher.width,
+        resized_from=teacher.resized_from(cfg.data.image_size),
+    )

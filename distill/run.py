@@ -44,7 +44,7 @@ def parts(plan: DistillPlan, device: torch.device) -> Parts[Imitate]:
     torch.manual_seed(key(cfg.seed, "weights"))
     encoder = build_encoder(cfg.model, image_size=cfg.data.image_size, channels=cfg.data.channels)
     model = Student(encoder, plan.teacher_width)
-    teacher = Teacher(Path(cfg.teacher), device, cfg.engine.precision)
+    teacher = Teacher(Path(cfg.teacher), device, cfg.engine.precision, cfg.data.image_size)
     objective = Imitate(teacher, cfg.distance, cfg.cls_weight, cfg.patch_weight, plan.mean, plan.std)
     return Parts(model, parameter_groups(model, cfg.optim), objective, frozen=(teacher.encoder,))
 

@@ -8,16 +8,22 @@ from torch import Tensor
 from foveal.checkpoint.export import load_strictly, read_export
 from foveal.distributed.engine import Precision, autocast
 from foveal.models.heads import features
+from foveal.models.resize import resized_from_card
 from foveal.models.vit import encoder_from_card
 
 
 class Teacher:
     """An encoder from an export, on a device, in evaluation mode for ever."""
 
-    def __init__(self, folder: Path, device: torch.device, precision: Precision) -> None:
+    def __init__(
+        self, folder: Path, device: torch.device, precision: Precision, image_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """``image_size`` is that of the images that it will see; none: of those that it was trained on."""
         weights, card = read_export(folder)
-        self.encoder = encoder_from_card(card.encoder, str(folder / "card.json"))
-        load_strictly(self.encoder, weights, folder)
+        where = str(folder / "card.json")
+        size = {} if image_size is None else {"image_size": image_size}
+        self.encoder = encoder_from_card(card.encoder | size, where)
+        load_strictly(self.encoder, resized_from_card(weights, self.encoder, card.encoder, where), folder)
         self.encoder.to(device).eval().requires_grad_(False)
         self._precision: Precision = precision
 

@@ -98,8 +98,8 @@ def trial(cfg: FinetuneConfig, arm: str, repeat: int, lr_per_256: float) -> Fine
 
 def _plan_one(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
     card = None if cfg.init is None else read_card(Path(cfg.init))
-    encoder = _encoder(cfg, card)
-    plan = planned(FinetunePlan, cfg, ranks, card=card, encoder=encoder)
+    encoder, resized_from = _encoder(cfg, card)
+    plan = planned(FinetunePlan, cfg, ranks, card=card, encoder=encoder, resized_from=resized_from)
     classes = _classes(plan.dataset, cfg)
     for other in plan.training.sources[1:]:
         if other.dataset.classes not in {None, classes}:
@@ -117,14 +117,14 @@ def _origin(dataset: Dataset, cfg: FinetuneConfig, classes: tuple[str, ...]) -> 
     return {"val": dataset.digest(cfg.data.val), "classes": ", ".join(classes)}
 
 
-def _encoder(cfg: FinetuneConfig, card: Card | None) -> dict[str, Any]:
-    """The card of the classifier's encoder: the export's, or that of the model from scratch."""
+def _encoder(cfg: FinetuneConfig, card: Card | None) -> tuple[dict[str, Any], int | tuple[int, int] | None]:
+    """The card of the classifier's encoder, the export's or that of the model from scratch, and what it is resized from."""
     if card is None:
         if cfg.model is None:
             raise ConfigError("model is missing: without init, the encoder from scratch must be stated")
-        return encoder_card(cfg.model, cfg.data.image_size, cfg.data.channels, pooling=cfg.pooling)
+        return encoder_card(cfg.model, cfg.data.image_size, cfg.data.channels, pooling=cfg.pooling), None
     hers = EncoderCard.checked(card.encoder, f"{cfg.init}/card.json")
-    stated: dict[str, Any] = {"image_size": cfg.data.image_size, "channels": cfg.data.channels}
+    stated: dict[str, Any] = {"channels": cfg.data.channels}
     if cfg.model is not None:
         stated |= {name: value for name, value in cfg.model.resolved().tree().items() if name != "name"}
     for name, value in stated.items():
@@ -132,7 +132,8 @@ def _encoder(cfg: FinetuneConfig, card: Card | None) -> dict[str, Any]:
             raise ExportError(
                 f"the export {cfg.init} has {name} {getattr(hers, name)}, the config says {value}; they must be equal"
             )
-    return card.encoder | {"pooling": cfg.pooling}
+    size = cfg.data.tree()["image_size"]
+    return card.encoder | {"pooling": cfg.pooling, "image_size": size}, hers.resized_from(cfg.data.image_size)
 
 
 def _classes(dataset: Dataset, cfg: FinetuneConfig) -> tuple[str, ...]:

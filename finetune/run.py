@@ -21,6 +21,7 @@ from foveal.door import Stage, main
 from foveal.loop import Parts, due
 from foveal.models.droppath import drop_path_sites
 from foveal.models.heads import Classifier
+from foveal.models.resize import resized_from_card
 from foveal.models.vit import encoder_from_card
 from foveal.optim import parameter_groups
 from foveal.runtime import Run
@@ -87,7 +88,8 @@ def classifier(plan: FinetunePlan) -> Classifier:
     torch.manual_seed(key(cfg.seed, "weights"))
     encoder = encoder_from_card(plan.encoder, cfg.init or "model", drop_path=cfg.drop_path)
     if cfg.init is not None:
-        weights, _ = read_export(Path(cfg.init))
+        weights, card = read_export(Path(cfg.init))
+        weights = resized_from_card(weights, encoder, card.encoder, f"{cfg.init}/card.json")
         # The mean of the patches has a norm of its own behind it, and does without the norm before it.
         averaged = cfg.pooling == "avg"
         new, unused = (("head.", "fc_norm."), ("head.", "norm.")) if averaged else (("head.",), ("head.", "fc_norm."))

@@ -320,6 +320,7 @@ class Run:
                 mean=self.plan.mean,
                 std=self.plan.std,
                 classes=classes,
+                resized_from=self.plan.resized_from,
                 step=self.plan.steps,
                 metrics=self._last,
                 science=self.plan.science(),

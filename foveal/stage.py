@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from foveal.checkpoint.export import Card
 from foveal.checkpoint.store import CheckpointConfig
-from foveal.config import Config, machine, science
+from foveal.config import Config, height_and_width, machine, science
 from foveal.data import DataConfig, Dataset, TrainingSet, described, training_set
 from foveal.data.decode import decoder_name
 from foveal.data.order import rank_slots
@@ -72,7 +72,7 @@ class Plan:
     """What a config comes to on so many ranks: everything that can be known, and refused, before a run begins.
 
     ``inherited`` is science that no setting states: the digests of the data and of the export that the stage starts
-    from, and what that export's card decides.
+    from, and what that export's card decides. ``resized_from`` is the image size of that export, if it is another.
     """
 
     cfg: StageConfig
@@ -84,6 +84,7 @@ class Plan:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     inherited: dict[str, Any] = field(default_factory=dict)
+    resized_from: int | tuple[int, int] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -125,12 +126,22 @@ class Plan:
         cfg = self.cfg
         return [
             *self._data_lines(),
+            *self._resize_lines(),
             f"batch     {cfg.batch.images} images = {self.ranks} ranks x {self.micros} micros x {self.at_once} at once",
             f"steps     {self.steps} = {cfg.epochs} epochs x {self.steps_per_epoch} (each epoch drops another {self.training.order.dropped} images)",
             f"lr        {cfg.optim.peak(cfg.batch.images):.3g} at its peak, after {cfg.optim.warmup_epochs:g} epochs",
             f"engine    {cfg.engine.kind}{f' ZeRO {cfg.engine.zero}' if cfg.engine.kind == 'deepspeed' else ''}, {cfg.engine.precision}",
             f"run       {cfg.run.dir}",
         ]
+
+    def _resize_lines(self) -> list[str]:
+        """That weights were trained on images of another size."""
+        if self.resized_from is None:
+            return []
+        was, now = (
+            " x ".join(map(str, height_and_width(size))) for size in (self.resized_from, self.cfg.data.image_size)
+        )
+        return [f"resized   from images of {was} to {now} pixels"]
 
     def _data_lines(self) -> list[str]:
         """What is read, in which shares, and what of it a node must hold."""

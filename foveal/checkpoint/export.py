@@ -25,7 +25,8 @@ class Card:
     """What travels with the weights.
 
     ``encoder`` is what builds the module again (sizes, grid, position type, pooling, channels); ``mean`` and ``std`` are
-    of pixels in [0, 1]; ``classes`` are the names in the order of the head's outputs, none for an encoder.
+    of pixels in [0, 1]; ``classes`` are the names in the order of the head's outputs, none for an encoder;
+    ``resized_from`` is the image size of the export that the stage began with, where it took another one.
     """
 
     stage: str
@@ -33,6 +34,7 @@ class Card:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     classes: tuple[str, ...] = ()
+    resized_from: int | tuple[int, ...] | None = None
     step: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     science: dict[str, Any] = field(default_factory=dict)
@@ -67,6 +69,8 @@ def read_card(folder: Path) -> Card:
         raise ExportError(f"{folder} has export format {found}; this foveal reads format {FORMAT}")
     try:
         tree |= {name: tuple(tree[name]) for name in ("mean", "std", "classes")}
+        if isinstance(tree.get("resized_from"), list):
+            tree["resized_from"] = tuple(tree["resized_from"])
         return Card(**tree)
     except (KeyError, TypeError) as error:
         raise ExportError(f"{folder / 'card.json'} is not as foveal wrote it ({error}); export it again") from None

@@ -79,6 +79,14 @@ class EncoderCard(SizedVit):
     pooling: Pooling = science("token", "what its head reads: the class token, or the mean of the patches")
     classes: int = science(0, "outputs of its head; 0: it has none", ge=0)
 
+    def resized_from(self, image_size: int | tuple[int, int]) -> int | tuple[int, int] | None:
+        """The size of its images, if images of ``image_size`` are another and still whole patches, else nothing.
+
+        Errors: ConfigError for a size that is no whole number of patches.
+        """
+        self.fitted(image_size)
+        return None if self.image_size == image_size else self.image_size
+
 
 def build_encoder(
     cfg: VitConfig,

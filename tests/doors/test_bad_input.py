@@ -215,7 +215,7 @@ def test_a_checkpoint_from_other_science(configs, refused: Refused, one_rank: Ra
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("data.image_size=20", "has image_size 16, the student's data.image_size is 20"),
+        ("data.image_size=18", "image_size=18 is not a whole number of patches of 4 pixels; the nearest that is: 16"),
         ("data.channels=3", "has channels 1, the student's data.channels is 3"),
         ("model.patch=2", "has patch 4, the student's model.patch is 2"),
         ("teacher=nowhere", "nowhere is no export: it has no card.json"),
@@ -228,7 +228,11 @@ def test_a_student_that_does_not_fit_its_teacher(override: str, sentence: str, c
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("data.image_size=20", "has image_size 16, the config says 20"),
+        ("data.image_size=[16, 18]", "image_size=[16, 18] is not a whole number of patches of 4 pixels"),
+        (
+            "model={name: vit_tiny_patch16_224, patch: 2, width: 32, depth: 2, heads: 2}",
+            "has patch 4, the config says 2",
+        ),
         ("data.channels=3", "has channels 1, the config says 3"),
         (
             "model={name: vit_tiny_patch16_224, patch: 4, width: 64, depth: 2, heads: 2}",

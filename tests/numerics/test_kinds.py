@@ -38,10 +38,14 @@ def test_a_kind_of_encoder_goes_through_all_stages(
 
     teacher = tmp_path / "alone" / "export"
     assert card_of(tmp_path / "alone")["encoder"]["image_size"] == [16, 24]
-    for name, overrides in (
-        ("distill", (f"teacher={teacher}", ENCODERS["both"], "engine.kind=plain")),
-        ("finetune", (f"init={teacher}", "engine.kind=accelerate", "engine.sharding=fsdp2")),
+    for name, size, overrides in (
+        ("distill", [16, 24], (f"teacher={teacher}", ENCODERS["both"], "engine.kind=plain")),
+        ("finetune", 24, (f"init={teacher}", "engine.kind=accelerate", "engine.sharding=fsdp2")),
     ):
         ranks = two_ranks if name == "finetune" else one_rank
-        rows = ranks.train(stage_named(name), configs[name], tmp_path / name, *shared, *overrides)
+        rows = ranks.train(
+            stage_named(name), configs[name], tmp_path / name, *shared, *overrides, f"data.image_size={size}"
+        )
         assert all(0 < loss < 10 for loss in losses(rows))
+        card = card_of(tmp_path / name)
+        assert (card["encoder"]["image_size"], card["resized_from"]) == (size, [16, 24] if size != [16, 24] else None)

@@ -10,6 +10,7 @@ from timm.layers.pos_embed_rel import RelPosMlp
 
 from foveal.config import height_and_width
 from foveal.models.places import KeptBias
+from foveal.models.resize import resized
 from foveal.models.vit import Positions
 
 
@@ -68,6 +69,33 @@ def test_names_and_shapes_are_timms(name: str, pooling: Literal["token", "avg"],
     theirs.load_state_dict(ours.state_dict())
     images = torch.randn(2, 3, 24, 24)
     torch.testing.assert_close(ours.eval()(images), theirs.eval()(images), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", [(24, 16), (8, 40), 32])
+@pytest.mark.parametrize(("name", "positions"), KINDS)
+def test_another_grid_is_timms(name: str, positions: Positions | None, size: int | tuple[int, int]) -> None:
+    """Weights of 4 x 4 patches on another grid give what timm's own model gives after ``set_input_size``."""
+    sides = height_and_width(size)
+    trained, theirs, ours = encoder_of(name, positions), encoder_of(name, positions), encoder_of(name, positions, size)
+    for parameter in ours.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.zeros_(parameter)
+    ours.load_state_dict(resized(trained.state_dict(), ours, positions, (4, 4)))
+    theirs.set_input_size(img_size=sides)
+    if positions == "sincos":  # a formula, which timm does not know of
+        with torch.no_grad():
+            theirs.get_parameter("pos_embed").copy_(encoder_of(name, positions, size).get_parameter("pos_embed"))
+    images = torch.randn(2, 3, *sides)
+    found, expected = (encoder.eval().forward_features(images) for encoder in (ours, theirs))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_the_same_grid_changes_nothing() -> None:
+    encoder = encoder_of("vit_tiny_patch16_224", "learned")
+    weights = encoder.state_dict()
+    assert resized(weights, encoder, "learned", (4, 4)) is weights
+    wrong = resized(weights, encoder_of("vit_tiny_patch16_224", "learned", 32), "learned", (5, 5))
+    assert wrong is weights  # no table of 25 patches: it is left to the loading to say so
 
 
 def test_a_relative_bias_of_some_patches_is_timms_at_their_places() -> None:

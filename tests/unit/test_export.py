@@ -20,6 +20,7 @@ CARD = Card(
     mean=(0.25, 0.5, 1 / 3),
     std=(0.1, 0.2, 0.3),
     classes=("café", "犬"),
+    resized_from=(16, 24),
     step=100,
     metrics={"loss": 0.5},
     science={"optim.betas": [0.9, 0.95], "clip": None},
@@ -49,10 +50,29 @@ def test_what_goes_in_comes_out(folder: Path) -> None:
     told = json.loads((folder / "card.json").read_text())
     assert card == read_card(folder)
     assert card.sha256 == sha256(folder / "model.safetensors")
-    for name in ("stage", "encoder", "mean", "std", "classes", "step", "metrics", "science", "versions", "format"):
+    for name in (
+        "stage",
+        "encoder",
+        "mean",
+        "std",
+        "classes",
+        "resized_from",
+        "step",
+        "metrics",
+        "science",
+        "versions",
+        "format",
+    ):
         assert getattr(card, name) == getattr(CARD, name), name
     assert told["format"] == 1
     assert sorted(file.name for file in folder.iterdir()) == ["card.json", "model.safetensors"]
+
+
+def test_a_card_from_before_there_was_resizing(folder: Path) -> None:
+    told = json.loads((folder / "card.json").read_text())
+    del told["resized_from"]
+    (folder / "card.json").write_text(json.dumps(told))
+    assert read_card(folder).resized_from is None
 
 
 def test_an_export_that_is_made_again_replaces_the_old_one(folder: Path) -> None:

@@ -111,6 +111,28 @@ def test_a_card_that_tells_of_another_encoder_is_one_sentence(
     assert sentence in str(caught.value)
 
 
+def test_a_teacher_of_larger_images(tmp_path: Path) -> None:
+    """Its positions are those of the grid that it sees, and it says so when the grid is none."""
+    folder = export(tmp_path / "export")
+    torch.manual_seed(0)
+    encoder = build_encoder(TINY, image_size=(16, 24), channels=1).eval()
+    wide = torch.randn(2, 1, 16, 24)
+    cls, patches = Teacher(folder, CPU, "fp32", (16, 24))(wide)
+    tokens = encoder.forward_features(wide)
+    torch.testing.assert_close(cls, tokens[:, 0])
+    torch.testing.assert_close(patches, tokens[:, 1:])
+    with pytest.raises(ExportError, match=r"card.json: image_size=18 is not a whole number of patches of 4"):
+        Teacher(folder, CPU, "fp32", 18)
+
+
+def test_a_plan_knows_what_is_resized(digits: Path, tmp_path: Path) -> None:
+    folder = export(tmp_path / "export")
+    assert plan(distill(digits, folder), 1).resized_from is None
+    found = plan(distill(digits, folder, data={"image_size": [16, 24]}), 1)
+    assert found.resized_from == 16
+    assert "resized   from images of 16 x 16 to 16 x 24 pixels" in found.lines()
+
+
 def distill(digits: Path, teacher: Path, **settings: Any) -> DistillConfig:
     tree = {
         "epochs": 1,
@@ -140,7 +162,6 @@ def test_a_student_inherits_its_teachers_pixels_and_digest(digits: Path, tmp_pat
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"data": {"image_size": 20}}, "has image_size 16, the student's data.image_size is 20; they must be equal"),
         ({"data": {"channels": 3}}, "has channels 1, the student's data.channels is 3; they must be equal"),
         ({"model": {"patch": 8}}, "has patch 4, the student's model.patch is 8; they must be equal"),
         (

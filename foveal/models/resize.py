@@ -1,0 +1,37 @@
+"""Weights for another grid of patches than they were trained on, exactly as timm would load them there."""
+
+import math
+from typing import Any
+
+from timm.layers.pos_embed import resample_abs_pos_embed
+from torch import Tensor
+
+from foveal.models.outline import Encoder
+from foveal.models.vit import EncoderCard, Positions
+
+
+def resized_from_card(
+    weights: dict[str, Tensor], encoder: Encoder, card: dict[str, Any], where: str
+) -> dict[str, Tensor]:
+    """The weights that an encoder's card (read from ``where``) belongs to, for the grid of ``encoder``."""
+    told = EncoderCard.checked(card, where)
+    return resized(weights, encoder, told.positions, told.grid(told.image_size))
+
+
+def resized(
+    weights: dict[str, Tensor], encoder: Encoder, positions: Positions | None, grid: tuple[int, int]
+) -> dict[str, Tensor]:
+    """Weights that were trained on a grid (rows, columns) with these positions, for the grid of ``encoder``.
+
+    Learned positions are resampled (bicubic, antialiased), the row of a class token stays; sines and cosines are those
+    of the new grid, which the encoder has. Rotary positions and relative biases are functions of places: nothing of
+    them is resized.
+    """
+    embed: Any = encoder.patch_embed
+    table, length = weights.get("pos_embed"), math.prod(grid)
+    # A table that is not of this grid is left as it is: loading it strictly says so.
+    if table is None or grid == embed.grid_size or table.shape[1] - length not in (0, 1):
+        return weights
+    if positions == "sincos":
+        return weights | {"pos_embed": encoder.get_parameter("pos_embed").detach()}
+    return weights | {"pos_embed": resample_abs_pos_embed(table, embed.grid_size, [*grid], table.shape[1] - length)}
