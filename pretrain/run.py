@@ -12,6 +12,7 @@ from foveal.optim import parameter_groups
 from foveal.runtime import Run
 from foveal.seeding import key
 from pretrain.config import PretrainConfig, PretrainPlan, plan
+from pretrain.init import load_start
 from pretrain.objective import Reconstruct
 
 _SHOWN = 8  # images on a reconstruction sheet
@@ -41,11 +42,13 @@ def train(plan: PretrainPlan, run: Run) -> None:
 
 
 def parts(plan: PretrainPlan, _device: torch.device) -> Parts[Reconstruct]:
-    """The masked autoencoder, freshly drawn, and what it learns."""
+    """The masked autoencoder, freshly drawn but for what ``init`` brings, and what it learns."""
     cfg = plan.cfg
     sizes = cfg.model.resolved()
     torch.manual_seed(key(cfg.seed, "weights"))
     encoder = build_encoder(cfg.model, image_size=cfg.data.image_size, channels=cfg.data.channels)
+    if plan.start is not None:
+        load_start(encoder, plan.start, sizes)
     model = MaskedAutoencoder(encoder, cfg.decoder)
     objective = Reconstruct(
         seed=cfg.seed,

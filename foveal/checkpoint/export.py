@@ -96,7 +96,14 @@ def read_export(folder: Path) -> tuple[dict[str, Tensor], Card]:
 def load_strictly(
     module: nn.Module, weights: dict[str, Tensor], where: Path, *, new: Sequence[str] = (), unused: Sequence[str] = ()
 ) -> None:
-    """Load weights into a module, with no difference in names or shapes but the stated ones.
+    """Load weights into a module, with no difference in names or shapes but the stated ones (see ``fitting``)."""
+    module.load_state_dict(module.state_dict() | fitting(module, weights, where, new=new, unused=unused))
+
+
+def fitting(
+    module: nn.Module, weights: dict[str, Tensor], where: Path, *, new: Sequence[str] = (), unused: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """Those of the weights that a module takes.
 
     ``new`` and ``unused`` are prefixes of names that may be fresh in the module, or left over in the weights.
     Errors: ExportError that lists what does not fit.
@@ -118,5 +125,4 @@ def load_strictly(
             raise ExportError(
                 f"{where} {what} {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
             )
-    fitting = {name: value for name, value in weights.items() if name in own and not name.startswith(tuple(new))}
-    module.load_state_dict(own | fitting)
+    return {name: value for name, value in weights.items() if name in own and not name.startswith(tuple(new))}

@@ -55,6 +55,7 @@ def refused(own_environment, tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: 
         ("mask_ratio=1.5", "mask_ratio: "),
         ("mask_ratio=0.99", "mask ratio 0.99 leaves none of 16 patches visible"),
         ("masking=blocks", "masking: "),
+        ("init=nowhere", "nowhere is not there: give an export, or a file or folder"),
         ("mask_block=1", "mask_block: "),
         ("norm_pix=3", "norm_pix: "),
         ("optim.betas=[0.9]", "optim.betas"),

@@ -18,8 +18,9 @@ CONFIGS = stage_configs()
 # runs leave all of them alone). Surviving the night brought seven: when to go back and when to give up (recovery, two),
 # run.restarts, how much room checkpoints may take and whether they are written aside, how long the end waits for MLflow,
 # and how Accelerate shards. Kinds of masking brought two: the kind, for who compares with figure 6 of the paper, and the
-# side of a block, which is small on the digits' 4 x 4 patches and large on 14 x 14.
-MOST_SETTINGS = {"pretrain": 85, "distill": 81, "finetune": 87}
+# side of a block, which is small on the digits' 4 x 4 patches and large on 14 x 14. Going on from public weights brought
+# init to pretraining.
+MOST_SETTINGS = {"pretrain": 86, "distill": 81, "finetune": 87}
 
 
 def shipped(folder: str) -> list[Path]:

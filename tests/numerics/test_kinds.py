@@ -39,6 +39,7 @@ def test_a_kind_of_encoder_goes_through_all_stages(
     teacher = tmp_path / "alone" / "export"
     assert card_of(tmp_path / "alone")["encoder"]["image_size"] == [16, 24]
     for name, size, overrides in (
+        ("pretrain", 24, (f"init={teacher}", ENCODERS[kind], "engine.kind=plain")),
         ("distill", [16, 24], (f"teacher={teacher}", ENCODERS["both"], "engine.kind=plain")),
         ("finetune", 24, (f"init={teacher}", "engine.kind=accelerate", "engine.sharding=fsdp2")),
     ):

@@ -1,0 +1,93 @@
+"""Encoder weights that foveal did not write: safetensors under timm's names, or Hugging Face's of ViT and ViTMAE.
+
+Nothing is fetched and no pickle is read.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from foveal.errors import ExportError
+
+# Hugging Face's names behind "vit.", before transformers 5 and since; what the files of both hold is the older.
+_TOPS = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "layernorm": "norm",
+}
+_LAYER = re.compile(r"(?:encoder\.layer|layers)\.(\d+)\.(.+)\.(weight|bias)")
+_PARTS = {
+    "attention.output.dense": "attn.proj",
+    "attention.o_proj": "attn.proj",
+    "intermediate.dense": "mlp.fc1",
+    "mlp.fc1": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+    "mlp.fc2": "mlp.fc2",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+}
+_THIRDS = {"query": 0, "q_proj": 0, "key": 1, "k_proj": 1, "value": 2, "v_proj": 2}
+
+
+def weights_file(place: Path) -> Path:
+    """The safetensors file that is meant: the place itself, or the one in it. Errors: ExportError."""
+    file = place / "model.safetensors" if place.is_dir() else place
+    if place.is_dir() and not file.exists():
+        found = sorted(each.name for each in place.iterdir() if each.is_file())
+        raise ExportError(
+            f"{place} has no model.safetensors (it has {', '.join(found[:5]) or 'no files'}); weights are read from "
+            f"safetensors alone, no pickle and no parts of one"
+        )
+    if not file.exists():
+        raise ExportError(f"{place} is not there: give an export, or a file or folder with weights as safetensors")
+    if file.suffix != ".safetensors":
+        raise ExportError(f"{file} is no safetensors file; a pickle is not read: convert it with safetensors.torch")
+    return file
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The weights of a file, fp32 on the CPU, under timm's names where they have one. Errors: ExportError."""
+    try:
+        weights = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"{file} cannot be read ({error})") from None
+    return _timms({name: value.float() for name, value in weights.items()})
+
+
+def heads_beside(file: Path) -> int | None:
+    """The attention heads that Hugging Face's config.json in the same folder states: no weight tells of them."""
+    try:
+        told: Any = json.loads((file.parent / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    heads = told.get("num_attention_heads") if isinstance(told, dict) else None
+    return heads if isinstance(heads, int) else None
+
+
+def _timms(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Hugging Face's names as timm's: queries, keys and values are one matrix there."""
+    if not any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in weights):
+        return weights
+    found: dict[str, Tensor] = {}
+    thirds: dict[str, dict[int, Tensor]] = {}
+    for name, value in weights.items():
+        plain = name.removeprefix("vit.")
+        layer = _LAYER.fullmatch(plain)
+        stem, _, kind = plain.rpartition(".")
+        if layer and layer[2] in _PARTS:
+            found[f"blocks.{layer[1]}.{_PARTS[layer[2]]}.{layer[3]}"] = value
+        elif layer and (third := _THIRDS.get(layer[2].rpartition(".")[2])) is not None:
+            thirds.setdefault(f"blocks.{layer[1]}.attn.qkv.{layer[3]}", {})[third] = value
+        elif plain in _TOPS:
+            found[_TOPS[plain]] = value
+        else:
+            found[f"{_TOPS[stem]}.{kind}" if stem in _TOPS else name] = value
+    whole = {name: torch.cat([parts[0], parts[1], parts[2]]) for name, parts in thirds.items() if len(parts) == 3}
+    return found | whole

@@ -1,0 +1,233 @@
+"""Pretraining that goes on from weights: whose they may be, what is reported, and what fits nowhere."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from foveal.checkpoint.export import Card, write_export
+from foveal.errors import ConfigError, ExportError
+from foveal.models.positions import sincos_positions
+from foveal.models.vit import Positions, VitConfig, build_encoder, encoder_card
+from pretrain.config import PretrainConfig, plan
+from pretrain.run import parts
+
+CPU = torch.device("cpu")
+SIZES: dict[str, Any] = {"patch": 4, "width": 32, "depth": 2, "heads": 2}
+TINY = VitConfig(name="vit_tiny_patch16_224", **SIZES)
+
+
+def settings(digits: Path, init: Path | None, positions: Positions = "learned", **further: Any) -> PretrainConfig:
+    tree = {
+        "epochs": 1,
+        "init": None if init is None else str(init),
+        "data": {"path": str(digits), "image_size": 16, "channels": 1, "lanes": 8} | further.pop("data", {}),
+        "model": TINY.tree() | {"positions": positions} | further.pop("model", {}),
+        "decoder": {"width": 16, "depth": 1, "heads": 2},
+        "batch": {"images": 64},
+        "optim": {},
+        "run": {"dir": "runs/x"},
+    }
+    return PretrainConfig.checked(tree | further, "here")
+
+
+def encoder_of(cfg: PretrainConfig) -> nn.Module:
+    model: Any = parts(plan(cfg, 1), CPU).model
+    return model.encoder.eval()
+
+
+def timms(folder: Path) -> Any:
+    """A model of timm's with 3 classes, and its weights in a folder."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4}
+    model = timm.create_model(TINY.name, img_size=16, in_chans=1, num_classes=3, **sizes)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    folder.mkdir(parents=True)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return model.eval()
+
+
+@pytest.mark.parametrize("of_a_file", [False, True])
+def test_timms_weights_are_used(of_a_file: bool, digits: Path, tmp_path: Path) -> None:
+    model = timms(tmp_path / "timm")
+    cfg = settings(digits, tmp_path / "timm" / "model.safetensors" if of_a_file else tmp_path / "timm")
+    images = torch.randn(2, 1, 16, 16)
+    found: Any = encoder_of(cfg)
+    torch.testing.assert_close(found.forward_features(images), model.forward_features(images), rtol=0, atol=0)
+    start = plan(cfg, 1).start
+    assert start is not None
+    assert set(start.used) == set(found.state_dict())
+    assert (start.new, start.unused) == ((), ("head.bias", "head.weight"))
+    assert [line.split() for line in plan(cfg, 1).lines()[-2:]] == [
+        ["init", f"{cfg.init},", "30", "weights", "used"],
+        ["unused:", "head.bias,", "head.weight"],
+    ]
+
+
+@pytest.mark.parametrize("kind", ["ViTModel", "ViTForImageClassification"])
+@pytest.mark.parametrize("names", ["of the file", "of the module"])
+def test_hugging_faces_weights_are_used(kind: str, names: str, digits: Path, tmp_path: Path) -> None:
+    transformers: Any = pytest.importorskip("transformers", reason="needs transformers, of the test extra")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    more = {"image_size": 16, "patch_size": 4, "num_channels": 1, "layer_norm_eps": 1e-6}
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(transformers.ViTConfig(**sizes, **more)).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path)
+    if names == "of the module":  # transformers 5 names modules otherwise than files
+        save_file(model.state_dict(), tmp_path / "model.safetensors")
+    images = torch.randn(2, 1, 16, 16)
+    expected = (model if kind == "ViTModel" else model.vit)(images).last_hidden_state
+    found: Any = encoder_of(settings(digits, tmp_path))
+    torch.testing.assert_close(found.forward_features(images), expected, rtol=1e-5, atol=1e-5)
+    start = plan(settings(digits, tmp_path), 1).start
+    assert start is not None
+    assert {name.split(".")[0] for name in start.unused} == {"pooler" if kind == "ViTModel" else "classifier"}
+    with pytest.raises(ExportError, match=r"has heads 2, model.heads is 4; they must be equal"):
+        plan(settings(digits, tmp_path, model={"heads": 4}), 1)
+
+
+def mae_weights(folder: Path, grid: tuple[int, int] = (4, 4)) -> dict[str, Tensor]:
+    """What a masked autoencoder of others leaves: fixed positions, and a decoder."""
+    model = timms(folder)
+    weights = {name: value for name, value in model.state_dict().items() if not name.startswith("head.")}
+    weights["pos_embed"] = torch.cat([torch.zeros(1, 32), sincos_positions(*grid, 32)])[None]
+    weights |= {"mask_token": torch.ones(1, 1, 8), "decoder_embed.weight": torch.ones(8, 32)}
+    save_file(weights, folder / "model.safetensors")
+    return weights
+
+
+def test_a_foreign_masked_autoencoder(digits: Path, tmp_path: Path) -> None:
+    weights = mae_weights(tmp_path / "mae", grid=(2, 2))
+    cfg = settings(digits, tmp_path / "mae", "sincos")
+    found, start = encoder_of(cfg), plan(cfg, 1).start
+    assert start is not None
+    assert start.unused == ("decoder_embed.weight", "mask_token")
+    assert plan(cfg, 1).resized_from == 8
+    assert found.get_parameter("pos_embed")[0, 1:].equal(sincos_positions(4, 4, 32))
+    assert found.get_parameter("blocks.1.attn.qkv.weight").equal(weights["blocks.1.attn.qkv.weight"])
+
+
+def test_the_decoder_is_the_one_of_a_fresh_run(digits: Path, tmp_path: Path) -> None:
+    timms(tmp_path / "timm")
+    states = [parts(plan(settings(digits, init), 1), CPU).model.state_dict() for init in (None, tmp_path / "timm")]
+    same = {name for name, value in states[0].items() if states[1][name].equal(value)}
+    assert same == {name for name in states[0] if name.startswith("decoder.")}
+
+
+def export(folder: Path, size: int | tuple[int, int] = 16, **told: Any) -> Path:
+    torch.manual_seed(1)
+    module = build_encoder(TINY, image_size=size, channels=1, **told)
+    write_export(folder, module.state_dict(), Card("pretrain", encoder_card(TINY, size, 1, **told), (0.3,), (0.4,)))
+    return folder
+
+
+def test_an_export_of_ours_brings_its_pixels_and_its_digest(digits: Path, tmp_path: Path) -> None:
+    folder = export(tmp_path / "export", (8, 16))
+    found = plan(settings(digits, folder, "sincos"), 1)
+    assert (found.mean, found.std, found.resized_from) == ((0.3,), (0.4,), (8, 16))
+    moved = export(tmp_path / "elsewhere" / "export", (8, 16))
+    assert plan(settings(digits, moved, "sincos"), 1).science() == found.science(), "where weights lie is no science"
+    other = plan(settings(digits, export(tmp_path / "other"), "sincos"), 1).science()
+    assert {name for name in other if other[name] != found.science()[name]} == {"inherited.init"}
+
+
+def test_a_classifier_of_the_mean_has_no_last_norm(digits: Path, tmp_path: Path) -> None:
+    start = plan(settings(digits, export(tmp_path / "export", pooling="avg", classes=3), "sincos"), 1).start
+    assert start is not None
+    assert start.new == ("norm.weight", "norm.bias")
+    assert start.unused == ("fc_norm.bias", "fc_norm.weight", "head.bias", "head.weight")
+
+
+@pytest.mark.parametrize(
+    ("further", "sentence"),
+    [
+        ({"model": {"patch": 8}}, "has patch 4, model.patch is 8; they must be equal"),
+        ({"data": {"channels": 3}}, "has channels 1, data.channels is 3; they must be equal"),
+        ({"model": {"width": 64}}, "has width 32, model.width is 64; they must be equal"),
+        ({"model": {"depth": 3}}, "has depth 2, model.depth is 3; they must be equal"),
+        ({"model": {"mlp_ratio": 2.0}}, "has other shapes: blocks.0.mlp.fc1.weight [128, 32] for [64, 32]"),
+        ({"positions": "sincos"}, "has learned positions: set model.positions=learned"),
+        (
+            {"model": {"name": "vit_base_patch16_rope_224", "positions": None}},
+            "lacks blocks.0.gamma_1, blocks.0.gamma_2, ",
+        ),
+    ],
+)
+def test_foreign_weights_of_another_encoder_are_one_sentence(
+    further: dict[str, Any], sentence: str, digits: Path, tmp_path: Path
+) -> None:
+    timms(tmp_path / "timm")
+    with pytest.raises(ExportError) as caught:
+        plan(settings(digits, tmp_path / "timm", **further), 1)
+    assert str(caught.value).startswith(f"{tmp_path / 'timm'} {sentence}")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"pos_embed": torch.zeros(1, 8, 32)}, "has positions of 7 patches, which are neither 4 x 4 nor a square"),
+        ({"pos_embed": torch.zeros(17, 32)}, "has other shapes: pos_embed [17, 32] for [1, 17, 32]"),
+        ({"reg_token": torch.zeros(1, 2, 32)}, "has names that are not the model's: reg_token"),
+        ({"patch_embed.proj.weight": None}, "has no patch embedding under timm's names or Hugging Face's ViT's (its"),
+        ({"cls_token": None}, "lacks cls_token"),
+        ({"pos_embed": None}, "lacks pos_embed"),
+    ],
+)
+def test_weights_that_are_no_encoder_are_one_sentence(
+    change: dict[str, Tensor | None], sentence: str, digits: Path, tmp_path: Path
+) -> None:
+    timms(tmp_path / "timm")
+    file = tmp_path / "timm" / "model.safetensors"
+    weights = load_file(file) | change
+    save_file({name: value for name, value in weights.items() if value is not None}, file)
+    with pytest.raises(ExportError) as caught:
+        plan(settings(digits, tmp_path / "timm"), 1)
+    assert f"timm {sentence}" in str(caught.value)
+
+
+def test_an_export_of_another_encoder_is_one_sentence(digits: Path, tmp_path: Path) -> None:
+    folder = export(tmp_path / "export")
+    for model, sentence in (
+        ({"positions": "learned"}, "has positions sincos, model.positions is learned; they must be equal"),
+        ({"name": "vit_small_patch16_224"}, "has name vit_tiny_patch16_224, model.name is vit_small_patch16_224"),
+        ({"heads": 4}, "has heads 2, model.heads is 4"),
+    ):
+        with pytest.raises(ExportError, match=sentence):
+            plan(settings(digits, folder, "sincos", model=model), 1)
+    with pytest.raises(ExportError, match=r"leave data\.mean out"):
+        plan(settings(digits, folder, "sincos", data={"mean": [0.5], "std": [0.5]}), 1)
+    with pytest.raises(ConfigError, match="image_size=18 is not a whole number of patches"):
+        plan(settings(digits, folder, "sincos", data={"image_size": 18}), 1)
+
+
+def test_what_is_no_safetensors_file_is_one_sentence(digits: Path, tmp_path: Path) -> None:
+    pickled, empty, torn = tmp_path / "model.pth", tmp_path / "empty", tmp_path / "torn.safetensors"
+    torch.save({"cls_token": torch.ones(1)}, pickled)
+    empty.mkdir()
+    torn.write_bytes(b"\x08\x00")
+    for place, sentence in (
+        (pickled, "is no safetensors file; a pickle is not read"),
+        (empty, r"has no model.safetensors \(it has no files\)"),
+        (tmp_path / "nowhere", "is not there: give an export, or a file or folder"),
+        (torn, "cannot be read"),
+    ):
+        with pytest.raises(ExportError, match=sentence):
+            plan(settings(digits, place), 1)
+
+
+def test_weights_that_change_after_the_plan_are_not_taken(digits: Path, tmp_path: Path) -> None:
+    timms(tmp_path / "timm")
+    planned = plan(settings(digits, tmp_path / "timm"), 1)
+    assert planned.start is not None
+    assert math.prod(planned.start.grid) == 16
+    with pytest.raises(ExportError, match="has changed since the run was planned"):
+        parts(replace(planned, start=replace(planned.start, sha256="0")), CPU)
