@@ -88,8 +88,8 @@ class MaskedAutoencoder(nn.Module):
     def forward(self, images: Tensor, noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
         """Guess the masked patches: (pixels [B, M, P], their places [B, M] int64).
 
-        ``images`` [B, C, H, W] are normalised; ``noise`` [B, L] is uniform in float32 and decides which patches are
-        masked (``split_by_noise``).
+        ``images`` [B, C, H, W] are normalised; ``noise`` [B, L], float32 or float64, decides which patches are masked
+        (``split_by_noise``): uniform numbers, or what a kind of masking makes of them (``foveal.models.masks``).
         """
         kept, masked = split_by_noise(noise, mask_ratio)
         return self.decoder(self.encode(images, kept), kept, masked), masked

@@ -10,8 +10,17 @@ import torch
 from encoders import KINDS, encoder_of
 
 from foveal.errors import ConfigError, ExportError
+from foveal.models.outline import outline
 from foveal.models.positions import sincos_positions
-from foveal.models.vit import EncoderCard, SizedVit, VitConfig, build_encoder, encoder_card, encoder_from_card
+from foveal.models.vit import (
+    EncoderCard,
+    Positions,
+    SizedVit,
+    VitConfig,
+    build_encoder,
+    encoder_card,
+    encoder_from_card,
+)
 
 TINY = VitConfig(patch=4, width=32, depth=2, heads=2)
 
@@ -59,6 +68,13 @@ def test_the_seed_decides_and_timm_does_not(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(timm, "create_model", restless)
     assert same(first, built(classes=3))
+
+
+@pytest.mark.parametrize(("name", "positions"), KINDS)
+def test_the_first_encoder_of_a_process_is_drawn_like_the_second(name: str, positions: Positions | None) -> None:
+    outline.cache_clear()
+    first, second = encoder_of(name, positions), encoder_of(name, positions)
+    assert same(first, second)
 
 
 def test_it_starts_as_in_the_paper() -> None:
