@@ -16,6 +16,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With ``-n``: the tests of a file stay together and share its fixtures, and all that need a Slurm share a process."""
     for item in items:

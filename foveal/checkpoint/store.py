@@ -285,13 +285,12 @@ class Store:
         try:
             if not mistakes:
                 write_json(draft / "checksums.json", {name: each for note in notes for name, each in note.sums.items()})
-                if self._superseded():
-                    self._shelf.remove([draft])
-                    raise Superseded(f"{folder} was not published: another attempt has taken over the run")
+                self._fence(draft, folder)
                 publish(draft, folder)
         except OSError as error:
             mistakes = [f"rank 0: {_in_words(error, self._root, begun.bytes)}"]
         if mistakes:
+            self._fence(draft, folder)  # whoever took over may have tidied the draft away
             self._shelf.remove([draft])
             return "; ".join(mistakes[:3]) + (f"; and {len(mistakes) - 3} ranks more" if len(mistakes) > 3 else "")
         try:
@@ -307,6 +306,11 @@ class Store:
             seconds=max(note.copied for note in notes) + written + settling,
             bytes=sum(note.bytes for note in notes),
         )
+
+    def _fence(self, draft: Path, folder: Path) -> None:
+        if self._superseded():
+            self._shelf.remove([draft])
+            raise Superseded(f"{folder} was not published: another attempt has taken over the run")
 
     def _warn(self, step: int, reason: str) -> None:
         before = "there is none before it" if self.latest is None else f"the newest is of step {self.latest}"
