@@ -37,7 +37,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m foveal.summary runs/demo --since $$since
 
 test: $(VENV)/.installed-test
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q --durations=10 -n $(WORKERS) --dist loadgroup $(PYTEST)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q --durations=10 -n $(WORKERS) $(PYTEST)
 
 ui: $(VENV)/.installed
 	@[ -f runs/mlflow.db ] || { echo "make ui: nothing was run yet (no runs/mlflow.db); run make demo first" >&2; exit 2; }

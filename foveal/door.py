@@ -73,6 +73,8 @@ def main(stage: Stage[Any, Any], argv: Sequence[str] | None = None) -> NoReturn:
                 logging.getLogger().handlers[0].setLevel(logging.ERROR)  # the others speak in their own logs
             enter(stage, cfg, world)
             deaf()  # all is said and done: a signal that comes now must not make a failure of it
+        if world.size > 1:
+            _end_now(0)
     except Hung as error:
         _say(error)
         _end_now(error.exit_code)
@@ -88,7 +90,7 @@ def main(stage: Stage[Any, Any], argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _end_now(code: int) -> NoReturn:
-    """Leave without the interpreter's own clearing up, which after a broken gloo group aborts now and then (code 134)."""
+    """Leave without the interpreter's own clearing up, which aborts now and then (code 134) where gloo's threads were."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

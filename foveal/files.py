@@ -112,7 +112,9 @@ class Growing:
 
 def _append(stream: FileIO, content: bytes) -> None:
     """All of it or nothing."""
-    size = os.fstat(stream.fileno()).st_size
+    size = os.lseek(
+        stream.fileno(), 0, os.SEEK_END
+    )  # also where an addition that failed has left its place behind the end
     try:
         rest = memoryview(content)
         while rest:

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from ranks import Ranks, stage_named
+from xdist.scheduler import LoadScopeScheduling
 
 from foveal.data.pack import pack_digits
 
@@ -16,12 +18,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With ``-n``: the tests of a file stay together and share its fixtures, and all that need a Slurm share a process."""
-    for item in items:
-        needs_slurm = item.path.parent.name in {"cluster", "chaos"}
-        item.add_marker(pytest.mark.xdist_group("slurm" if needs_slurm else str(item.path)))
+class ByFile(LoadScopeScheduling):
+    """With ``-n``: the tests of a file stay together and share its fixtures; all that need a Slurm share a process."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "slurm" if file.startswith(("tests/cluster/", "tests/chaos/")) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -6,15 +6,16 @@ step, beyond which no rank goes before it is asked to leave; and ``stay``, witho
 One that stays says so with a file ``done-RANK``.
 """
 
-import atexit
 import os
 import runpy
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from foveal.runtime import Run
 
+_end = os._exit
 _LOOKS = 0.01  # seconds
 _LONGEST = 120.0  # seconds: whoever holds it may have failed
 
@@ -39,17 +40,18 @@ def _last_step() -> float:
         return float("inf")
 
 
-def stay_when_done() -> None:
-    """The last that a process does: what it registers after this comes before."""
+def stay_when_done(code: int) -> NoReturn:
+    """The last that a rank among several does is to leave by ``os._exit``."""
     end, stay = time.monotonic() + _LONGEST, Path("stay")
     if stay.exists():
         Path(f"done-{os.environ['RANK']}").touch()
     while stay.exists() and time.monotonic() < end:
         time.sleep(_LOOKS)
+    _end(code)
 
 
 if __name__ == "__main__":
-    atexit.register(stay_when_done)
+    os._exit = stay_when_done
     sys.path.pop(0)  # the files beside this one are none of the stage's modules
     hold_after_steps()
     sys.argv = sys.argv[sys.argv.index("-m") + 1 :]

@@ -3,6 +3,7 @@
 import errno
 import os
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,18 @@ def test_what_a_full_disk_has_no_room_for_comes_later_and_whole(tmp_path: Path, 
     assert [record.message.partition(" (")[0] for record in caplog.records] == [f"{file}: no room"]
     growing.close()
     assert file.read_bytes() == b'{"a": 1}\n{"a": 2}\n{"a": 3}\n'
+
+
+def test_a_stream_that_does_not_append_by_itself_leaves_no_hole(tmp_path: Path) -> None:
+    file = tmp_path / "a.rows"
+    growing = Growing(file, FileIO(file, "xb"))
+    growing.add(b"one.")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        full(monkeypatch)
+        growing.add(b"two.")
+    growing.add(b"three.")
+    growing.close()
+    assert file.read_bytes() == b"one.two.three."
 
 
 def test_another_fault_of_the_disk_is_raised_and_leaves_no_part(tmp_path: Path, monkeypatch) -> None:
