@@ -112,6 +112,8 @@ def _suffer(scene: Scene, fault: Fault, struck: Struck) -> None:
     struck.target, struck.step = fault.target, max(struck.step, scene.last_step())
     with scene.held() if fault.holds else nullcontext():
         scene.until(lambda: (over(), fault.seen())[1], f"the effect of '{fault.name}' is seen", fault.patience)
+        if fault.holds:  # a rank that was cut off might finish the run before there is another
+            scene.until(lambda: scene.begun()[0] != before, "there is another attempt", fault.patience)
     struck.seen = time.monotonic() - began
     time.sleep(fault.lasts)
     scene.until(over, f"step {struck.step} is passed", _GOING_ON)

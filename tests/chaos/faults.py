@@ -23,7 +23,7 @@ class Fault(ABC):
     patience = 60.0  # seconds until its effect must have been seen
     resumes = True  # whether the run has to start again
     lasts = 0.0  # seconds that it goes on after it was seen
-    holds = False  # whether the run waits until Slurm has noticed: it would get far in the half minute that takes
+    holds = False  # whether the run waits until there is another attempt: it would get far while Slurm notices nothing
 
     def __init__(self, scene: Scene) -> None:
         self.scene = scene
