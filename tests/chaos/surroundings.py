@@ -156,7 +156,7 @@ class Unserved(Fault):
 
     def strike(self) -> None:
         assert self.scene.server is not None
-        self.target = self.scene.server.uri
+        self.target = "MLflow's server"
         if self.how == "hangs":
             self.scene.cluster.send("mlflow", signal.SIGSTOP)
         else:
@@ -165,7 +165,8 @@ class Unserved(Fault):
             self.scene.cluster.start("failing", sys.executable, "-c", _ALWAYS_500, *self.scene.server.place)
 
     def seen(self) -> bool:
-        asked = self.scene.cluster.run(sys.executable, "-c", _ASK, self.target, check=False, timeout=30)
+        assert self.scene.server is not None
+        asked = self.scene.cluster.run(sys.executable, "-c", _ASK, self.scene.server.uri, check=False, timeout=30)
         return asked.returncode != 0
 
     def mend(self) -> None:
