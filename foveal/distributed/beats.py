@@ -15,7 +15,6 @@ _COMPARE = 64  # the first so many ranks read everybody's beats; a thousand that
 _SHOWN = 6  # places in a sentence
 _CONNECTING = 30.0  # seconds
 _HEARD = 3  # looks in which a rank must have said something new, or it is silent
-_ANSWERING = 7.0  # seconds beyond these looks that the store may take to answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +36,9 @@ class Beat:
 class Beats:
     """A thread that speaks with the store, and may be kept waiting by it: nobody else is."""
 
-    def __init__(self, rank: int, size: int, look: float, mine: Callable[[], Beat]) -> None:
-        self._rank, self._size, self._look, self._mine = rank, size, look, mine
+    def __init__(self, rank: int, size: int, look: float, mine: Callable[[], Beat], answering: float = 7.0) -> None:
+        """``answering``: seconds beyond the looks of a comparison that the store may take to answer."""
+        self._rank, self._size, self._look, self._mine, self._answering = rank, size, look, mine, answering
         self._over = threading.Event()
         self._asked = threading.Event()
         self._answered = threading.Event()
@@ -61,7 +61,7 @@ class Beats:
             return f"who is behind stands in the logs of ranks 0-{_COMPARE - 1}"
         self._answered.clear()
         self._asked.set()
-        answered = self._answered.wait(0 if self._cut_off else _HEARD * self._look + _ANSWERING)
+        answered = self._answered.wait(0 if self._cut_off else _HEARD * self._look + self._answering)
         if answered and not self._cut_off:
             return self._verdict
         before = f"; before that: {self._verdict}" if self._verdict else ""

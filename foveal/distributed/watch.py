@@ -51,6 +51,7 @@ class Patience:
     floor: float = 60.0  # no step that takes less is a stall
     times: float = 10.0  # a step that takes so many medians is one
     margin: float = 60.0  # beyond the timeout of a collective: the peers' errors come first
+    answering: float = 7.0  # for the store, when ranks are compared
     beginnings: float = 4.0  # so many times as long may the first step take, with its compiling and its first data
 
 
@@ -85,7 +86,9 @@ class Watch:
     def start(self) -> None:
         """Begin to look."""
         if self._world.size > 1:
-            self._beats = Beats(self._world.rank, self._world.size, self._patience.look, self._mine)
+            self._beats = Beats(
+                self._world.rank, self._world.size, self._patience.look, self._mine, self._patience.answering
+            )
         self._thread.start()
 
     def accuse(self) -> str:

@@ -19,7 +19,7 @@ from foveal.errors import FovealError, Hung
 
 _FAILS_AT = 200
 _JOINING = 100.0
-_IMPATIENT = Patience(look=0.1, floor=1.0, margin=4.0, beginnings=3.0)
+_IMPATIENT = Patience(look=0.1, floor=1.0, margin=4.0, answering=2.0, beginnings=3.0)
 
 
 def fail(how: str) -> None:
