@@ -7,7 +7,7 @@ from torch import Tensor
 
 from foveal.checkpoint.export import load_strictly, read_export
 from foveal.distributed.engine import Precision, autocast
-from foveal.models.heads import features
+from foveal.models.encode import features
 from foveal.models.resize import resized_from_card
 from foveal.models.vit import encoder_from_card
 

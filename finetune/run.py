@@ -102,7 +102,7 @@ def _depth_of(depth: int):  # noqa: ANN202
 
     def layer(name: str) -> int:
         part = name.removeprefix("encoder.").split(".")
-        if part[0] in {"cls_token", "pos_embed", "patch_embed", "rope"}:
+        if part[0] in {"cls_token", "reg_token", "pos_embed", "patch_embed", "rope"}:
             return 0
         return int(part[1]) + 1 if part[0] == "blocks" else depth + 1
 

@@ -8,7 +8,12 @@ from foveal.models.outline import Encoder
 from foveal.models.vit import Pooling, Positions, VitConfig, build_encoder
 
 # timm's names and what their patches get beside what attention sees.
-PLAIN = ["vit_tiny_patch16_224", "vit_base_patch16_clip_224", "vit_small_patch14_dinov2", "deit3_small_patch16_224"]
+PLAIN = [
+    "vit_tiny_patch16_224",
+    "vit_base_patch16_clip_224",
+    "vit_small_patch14_reg4_dinov2",
+    "deit3_small_patch16_224",
+]
 RELATIVE = ["vit_relpos_medium_patch16_cls_224", "vit_relpos_base_patch16_clsgap_224"]
 ROTARY = ["vit_small_patch16_rope_224", "vit_base_patch16_rope_mixed_224"]
 BOTH = ["vit_small_patch16_rope_mixed_ape_224", "eva02_tiny_patch14_224", "eva02_base_patch16_clip_224"]

@@ -3,8 +3,9 @@
 from torch import Tensor, nn
 
 from foveal.models.droppath import set_drops
+from foveal.models.encode import borrowed, features
 from foveal.models.outline import Encoder
-from foveal.models.places import read_across, set_kept
+from foveal.models.places import set_kept
 from foveal.models.vit import initialise_linear
 
 
@@ -24,7 +25,8 @@ class Classifier(nn.Module):
         """
         set_drops(self.encoder, noise)
         set_kept(self.encoder, None)
-        return self.encoder(_as_weights(self.encoder, images))
+        # An engine may have lowered the weights; under autocast they are float32.
+        return self.encoder(images.to(next(self.encoder.parameters()).dtype))
 
     def set_grad_checkpointing(self, enable: bool) -> None:
         """Recompute the blocks in the backward pass, as ``MaskedAutoencoder`` does."""
@@ -53,19 +55,5 @@ class Student(nn.Module):
         self.encoder.set_grad_checkpointing(enable)
 
     def borrowed_parameters(self) -> list[nn.Parameter]:
-        """The parameters that a forward reads outside the module that owns them (see ``MaskedAutoencoder``)."""
-        read = (self.encoder.cls_token, getattr(self.encoder, "pos_embed", None))
-        return [parameter for parameter in read if parameter is not None] + read_across(self.encoder)
-
-
-def features(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
-    """What an encoder makes of normalised images [B, C, H, W] after its last norm: (class token [B, D], patches [B, L, D])."""
-    assert not isinstance(encoder.norm, nn.Identity), "an encoder pooled by 'avg' has its norm after the pooling"
-    set_kept(encoder, None)
-    tokens_BND = encoder.forward_features(_as_weights(encoder, images))
-    return tokens_BND[:, 0], tokens_BND[:, 1:]
-
-
-def _as_weights(encoder: Encoder, images: Tensor) -> Tensor:
-    """Images in the precision of the weights, which an engine may have lowered; under autocast they are float32."""
-    return images.to(next(encoder.parameters()).dtype)
+        """The parameters that a forward reads outside the module that owns them (see ``foveal.models.encode``)."""
+        return borrowed(self.encoder)

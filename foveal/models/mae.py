@@ -1,10 +1,9 @@
 """The masked autoencoder (He et al., "Masked Autoencoders Are Scalable Vision Learners", 2022).
 
-B images, L patches, K kept, M masked, D encoder width, P numbers per patch.
+B images, L patches, K kept, M masked, R registers, N = 1 + R + K tokens, D encoder width, P numbers per patch.
 """
 
 import math
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, Self
 
@@ -12,13 +11,11 @@ import torch
 from pydantic import model_validator
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from foveal.config import Config, science
+from foveal.models.encode import borrowed, encode, run_blocks
 from foveal.models.outline import Encoder
-from foveal.models.patches import patchify, split_by_noise, take
-from foveal.models.places import read_across, rotations, set_kept, with_positions
+from foveal.models.patches import split_by_noise
 from foveal.models.positions import sincos_positions
 from foveal.models.vit import TOKEN_SCALE, initialise_linear
 
@@ -63,17 +60,19 @@ class Decoder(nn.Module):
         nn.init.normal_(self.mask_token, std=TOKEN_SCALE)
 
     def forward(self, features: Tensor, kept: Tensor, masked: Tensor) -> Tensor:
-        """Pixels [B, M, P] of the masked patches, from features [B, 1 + K, D] and the places [B, K] and [B, M].
+        """Pixels [B, M, P] of the masked patches, from features [B, N, D] and the places [B, K] and [B, M].
 
-        The tokens stay in the order class, kept, masked: attention has no order, and the positions say where they are.
+        The tokens stay in the order class, registers, kept, masked: attention has no order, and the positions say where
+        they are.
         """
         tokens = self.embed(features)
+        first = tokens.shape[1] - kept.shape[1]
         positions = self.positions.to(self.mask_token.dtype)  # engines that lower the weights may leave buffers alone
-        visible = tokens[:, 1:] + positions[kept]
+        visible = tokens[:, first:] + positions[kept]
         hidden = self.mask_token + positions[masked]
-        tokens = torch.cat([tokens[:, :1], visible, hidden], dim=1)
+        tokens = torch.cat([tokens[:, :first], visible, hidden], dim=1)
         tokens = run_blocks(self.blocks, tokens, self.grad_checkpointing)
-        return self.predict(self.norm(tokens[:, 1 + kept.shape[1] :]))
+        return self.predict(self.norm(tokens[:, first + kept.shape[1] :]))
 
 
 class MaskedAutoencoder(nn.Module):
@@ -95,51 +94,17 @@ class MaskedAutoencoder(nn.Module):
         return self.decoder(self.encode(images, kept), kept, masked), masked
 
     def encode(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
-        """Features [B, 1 + K, D] of the class token and the kept patches [B, K], in their order; None keeps them all."""
-        encoder: Any = self.encoder
-        patches = patchify(images, encoder.patch_embed.patch_size[0])
-        if kept is not None:
-            patches = take(patches, kept)  # before the embedding: what is masked costs nothing and cannot leak
-        weight = encoder.patch_embed.proj.weight.flatten(1)
-        tokens = F.linear(patches.to(weight.dtype), weight, encoder.patch_embed.proj.bias)
-        tokens = with_positions(encoder, tokens, kept)
-        if hasattr(encoder, "norm_pre"):
-            tokens = encoder.norm_pre(tokens)
-        set_kept(encoder, kept)
-        tokens = run_blocks(encoder.blocks, tokens, encoder.grad_checkpointing, rotations(encoder, kept))
-        return encoder.norm(tokens)
+        """Features [B, N, D] of the class token, the registers and the kept patches [B, K], in their order; None: all."""
+        return encode(self.encoder, images, kept)
 
     def borrowed_parameters(self) -> list[nn.Parameter]:
-        """The parameters that a forward reads outside the module that owns them.
-
-        ZeRO 3 gathers a module's parameters when that module is called; a compiled forward must be told of the others
-        (``deepspeed.zero.register_external_parameter``), an eager one finds them.
-        """
-        encoder: Any = self.encoder
-        embed = encoder.patch_embed.proj
-        read = (encoder.cls_token, getattr(encoder, "pos_embed", None), embed.weight, embed.bias)
-        return [parameter for parameter in read if isinstance(parameter, nn.Parameter)] + read_across(encoder)
+        """The parameters that a forward reads outside the module that owns them (see ``foveal.models.encode``)."""
+        return borrowed(self.encoder)
 
     def set_grad_checkpointing(self, enable: bool) -> None:
         """Keep only the inputs of the blocks for the backward pass and compute the rest again (less memory, same loss)."""
         self.encoder.set_grad_checkpointing(enable)
         self.decoder.grad_checkpointing = enable
-
-
-def run_blocks(
-    blocks: nn.Sequential | nn.ModuleList,
-    tokens: Tensor,
-    checkpointing: bool,
-    beside: Sequence[tuple[Tensor, ...]] = (),
-) -> Tensor:
-    """Tokens [B, N, D] through the blocks; with ``checkpointing`` each block is recomputed in the backward pass.
-
-    ``beside`` are further arguments of each block; empty where they take none.
-    """
-    recompute = checkpointing and torch.is_grad_enabled()
-    for block, more in zip(blocks, beside or [()] * len(blocks), strict=True):
-        tokens = checkpoint(block, tokens, *more, use_reentrant=False) if recompute else block(tokens, *more)
-    return tokens
 
 
 def _decoder_block(cfg: DecoderConfig) -> Block:

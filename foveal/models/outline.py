@@ -77,18 +77,20 @@ def sizes_of(encoder: Any) -> dict[str, Any]:
         "width": width,
         "depth": len(encoder.blocks),
         "heads": block.attn.num_heads,
+        "registers": encoder.num_prefix_tokens - 1,
         "mlp_ratio": ratio,
     }
 
 
-def options(encoder: Any, pooling: str) -> dict[str, Any]:
+def options(encoder: Any, pooling: str, registers: int) -> dict[str, Any]:
     """What timm must be told beside sizes, so that every kind has one norm: behind the mean, or else before the head."""
     behind = pooling == "avg"
     if isinstance(encoder, VisionTransformerRelPos):
         return {"fc_norm": behind}
     if isinstance(encoder, Eva):
-        return {"use_fc_norm": behind, "use_post_transformer_norm": not behind, "dynamic_img_size": False}
-    return {}
+        norms = {"use_fc_norm": behind, "use_post_transformer_norm": not behind}
+        return norms | {"dynamic_img_size": False, "num_reg_tokens": registers}
+    return {"reg_tokens": registers}
 
 
 def _oddity(encoder: Any) -> str | None:
@@ -100,7 +102,6 @@ def _oddity(encoder: Any) -> str | None:
     rope, relative = getattr(encoder, "rope", None), isinstance(encoder, VisionTransformerRelPos)
     oddities = {
         "it has no class token": encoder.cls_token is None,
-        "it has register tokens": getattr(encoder, "reg_token", None) is not None,
         "it has no positions": not (has_table(encoder) or rope is not None or relative),
         "its patches are not embedded by one linear map": type(embed) is not PatchEmbed
         or not isinstance(embed.norm, nn.Identity),

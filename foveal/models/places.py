@@ -1,7 +1,7 @@
 """Where tokens are: what timm's encoders are told of the places of the patches that an image keeps.
 
 Positions are added to patches (learned, or sines and cosines), added to attention (a relative bias), or turn queries and
-keys (rotary); an encoder may have more than one. B images, L patches, K kept, D width, N = 1 + K tokens.
+keys (rotary); an encoder may have more than one. B images, L patches, K kept, R registers, D width, N = 1 + R + K tokens.
 """
 
 from typing import Any
@@ -51,10 +51,11 @@ def set_kept(encoder: nn.Module, kept: Tensor | None) -> None:
 
 
 def with_positions(encoder: Any, tokens: Tensor, kept: Tensor | None) -> Tensor:
-    """Embedded patches [B, K, D] with the positions that are added to them, behind the class token: [B, 1 + K, D]."""
-    first = encoder.cls_token
+    """Embedded patches [B, K, D] with the positions that are added to them, behind the class token and registers: [B, N, D]."""
+    registers = getattr(encoder, "reg_token", None)
+    first = encoder.cls_token if registers is None else torch.cat([encoder.cls_token, registers], dim=1)
     if has_table(encoder):
-        # A table has a row for the class token, or none.
+        # A table has rows for the class token and the registers, or none.
         place, own = encoder.pos_embed, encoder.pos_embed.shape[1] - encoder.patch_embed.num_patches
         positions = place[:, own:]
         tokens = tokens + (positions if kept is None else positions[0, kept])

@@ -23,14 +23,14 @@ def resized(
 ) -> dict[str, Tensor]:
     """Weights that were trained on a grid (rows, columns) with these positions, for the grid of ``encoder``.
 
-    Learned positions are resampled (bicubic, antialiased), the row of a class token stays; sines and cosines are those
+    Learned positions are resampled (bicubic, antialiased), the rows of a class token and registers stay; sines and cosines are those
     of the new grid, which the encoder has. Rotary positions and relative biases are functions of places: nothing of
     them is resized.
     """
     embed: Any = encoder.patch_embed
     table, length = weights.get("pos_embed"), math.prod(grid)
     # A table that is not of this grid is left as it is: loading it strictly says so.
-    if table is None or grid == embed.grid_size or table.shape[1] - length not in (0, 1):
+    if table is None or grid == embed.grid_size or table.shape[1] - length not in (0, encoder.num_prefix_tokens):
         return weights
     if positions == "sincos":
         return weights | {"pos_embed": encoder.get_parameter("pos_embed").detach()}

@@ -9,6 +9,7 @@ import timm
 import torch
 from timm.layers.pos_embed_sincos import RotaryEmbeddingMixed, init_random_2d_freqs
 from timm.layers.weight_init import trunc_normal_  # torch draws another sequence in another version
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
 from foveal.config import Config, ImageSize, height_and_width, science
@@ -33,6 +34,7 @@ class VitConfig(Config):
     depth: int | None = science(None, "blocks", ge=1)
     heads: int | None = science(None, "attention heads", ge=1)
     mlp_ratio: float | None = science(None, "hidden width of a block's MLP over the token width", gt=0)
+    registers: int | None = science(None, "further tokens that see all patches and are thrown away", ge=0)
     positions: Positions | None = science(
         "sincos",
         "what is added to patches: fixed sine-cosine positions, or learned ones; null where the name adds none",
@@ -64,6 +66,7 @@ class SizedVit(VitConfig):
     depth: int = science(about="blocks", ge=1)
     heads: int = science(about="attention heads", ge=1)
     mlp_ratio: float = science(about="hidden width of a block's MLP over the token width", gt=0)
+    registers: int = science(0, "further tokens that see all patches and are thrown away", ge=0)
 
     def grid(self, image_size: int | tuple[int, int]) -> tuple[int, int]:
         """(rows, columns) of the patches of an image."""
@@ -123,7 +126,7 @@ def build_encoder(
             depth=sizes.depth,
             num_heads=sizes.heads,
             mlp_ratio=sizes.mlp_ratio,
-            **options(outline(sizes.name), pooling),
+            **options(outline(sizes.name), pooling, sizes.registers),
         )
         keep_biases(encoder)
     _initialise(encoder, sizes.positions)
@@ -193,6 +196,10 @@ def _check_sizes(sizes: SizedVit, image_size: int | tuple[int, int]) -> None:
         raise ConfigError(f"width={sizes.width} cannot be divided among heads={sizes.heads}; heads={nearest} fits")
     if sizes.positions == "sincos":
         check_width(sizes.width)
+    if sizes.registers and isinstance(outline(sizes.name), VisionTransformerRelPos):
+        raise ConfigError(
+            f"'{sizes.name}' has a relative bias, and timm gives such an encoder no registers: registers=0"
+        )
     if is_rotary(outline(sizes.name)) and sizes.width // sizes.heads % 4:
         raise ConfigError(
             f"width={sizes.width} over heads={sizes.heads} leaves {sizes.width // sizes.heads} numbers to a head, and "
@@ -217,6 +224,8 @@ def _initialise(encoder: Any, positions: Positions | None) -> None:
     if encoder.patch_embed.proj.bias is not None:
         nn.init.zeros_(encoder.patch_embed.proj.bias)
     nn.init.normal_(encoder.cls_token, std=TOKEN_SCALE)
+    if getattr(encoder, "reg_token", None) is not None:
+        nn.init.normal_(encoder.reg_token, std=TOKEN_SCALE)
     if isinstance(encoder.head, nn.Linear):
         trunc_normal_(encoder.head.weight, std=HEAD_SCALE)
     if is_rotary(encoder) and isinstance(encoder.rope, RotaryEmbeddingMixed):

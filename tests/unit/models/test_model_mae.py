@@ -5,7 +5,8 @@ import torch
 from encoders import KINDS, PLAIN, RELATIVE, autoencoder_of, encoder_of
 
 from foveal.errors import ConfigError
-from foveal.models.heads import Classifier, Student, features
+from foveal.models.encode import features
+from foveal.models.heads import Classifier, Student
 from foveal.models.mae import DecoderConfig, MaskedAutoencoder
 from foveal.models.patches import reconstruction_loss, targets
 from foveal.models.vit import Positions, VitConfig, build_encoder

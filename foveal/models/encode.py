@@ -1,0 +1,86 @@
+"""What an encoder makes of images, or of some of their patches, as far as a given block.
+
+B images, L patches, K kept, R registers, D width, N = 1 + R + K tokens: the class token first, then registers, then patches.
+"""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from foveal.models.outline import Encoder
+from foveal.models.patches import patchify, take
+from foveal.models.places import read_across, rotations, set_kept, with_positions
+
+
+def encode(encoder: Encoder, images: Tensor, kept: Tensor | None = None) -> Tensor:
+    """Features [B, N, D] after the last norm, of normalised images [B, C, H, W]; the kept patches [B, K] in their order.
+
+    None keeps them all.
+    """
+    return encoder.norm(encode_layers(encoder, images, [len(encoder.blocks)], kept)[0])
+
+
+def encode_layers(
+    encoder: Encoder, images: Tensor, depths: Sequence[int], kept: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Tokens [B, N, D] as they leave so many blocks (0: as they enter the first), one for each of ``depths``.
+
+    No block is run beyond the deepest.
+    """
+    blocks, turned, recompute = list(encoder.blocks), rotations(encoder, kept), encoder.grad_checkpointing
+    set_kept(encoder, kept)
+    found = {0: _embedded(encoder, images, kept)}
+    for start, stop in zip([0, *sorted(depths)], sorted(depths), strict=False):
+        found[stop] = run_blocks(blocks[start:stop], found[start], recompute, turned[start:stop])
+    return tuple(found[depth] for depth in depths)
+
+
+def features(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
+    """What an encoder makes of normalised images [B, C, H, W] after its last norm: (class token [B, D], patches [B, L, D])."""
+    assert not isinstance(encoder.norm, nn.Identity), "an encoder pooled by 'avg' has its norm after the pooling"
+    tokens_BND = encode(encoder, images)
+    return tokens_BND[:, 0], tokens_BND[:, encoder.num_prefix_tokens :]
+
+
+def borrowed(encoder: Encoder) -> list[nn.Parameter]:
+    """The parameters that ``encode_layers`` reads outside the module that owns them.
+
+    ZeRO 3 gathers a module's parameters when that module is called; a compiled forward must be told of the others
+    (``deepspeed.zero.register_external_parameter``), an eager one finds them.
+    """
+    parts: Any = encoder
+    embed = parts.patch_embed.proj
+    read = (parts.cls_token, getattr(parts, "reg_token", None), getattr(parts, "pos_embed", None))
+    read += (embed.weight, embed.bias)
+    return [parameter for parameter in read if isinstance(parameter, nn.Parameter)] + read_across(encoder)
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module],
+    tokens: Tensor,
+    checkpointing: bool,
+    beside: Sequence[tuple[Tensor, ...]] = (),
+) -> Tensor:
+    """Tokens [B, N, D] through the blocks; with ``checkpointing`` each block is recomputed in the backward pass.
+
+    ``beside`` are further arguments of each block; empty where they take none.
+    """
+    recompute = checkpointing and torch.is_grad_enabled()
+    for block, more in zip(blocks, beside or itertools.repeat(()), strict=bool(beside)):
+        tokens = checkpoint(block, tokens, *more, use_reentrant=False) if recompute else block(tokens, *more)
+    return tokens
+
+
+def _embedded(encoder: Any, images: Tensor, kept: Tensor | None) -> Tensor:
+    patches = patchify(images, encoder.patch_embed.patch_size[0])
+    if kept is not None:
+        patches = take(patches, kept)  # before the embedding: what is masked costs nothing and cannot leak
+    weight = encoder.patch_embed.proj.weight.flatten(1)
+    tokens = F.linear(patches.to(weight.dtype), weight, encoder.patch_embed.proj.bias)
+    tokens = with_positions(encoder, tokens, kept)
+    return encoder.norm_pre(tokens) if hasattr(encoder, "norm_pre") else tokens
