@@ -13,3 +13,8 @@ def warmup_cosine(step: int, *, peak: float, floor: float, warmup: int, total: i
         return peak * (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
     return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def rising_average(step: int, *, start: float, total: int) -> float:
+    """What a running average keeps of itself after step ``step`` of ``total``: half a cosine from ``start`` to 1 (BYOL, 2020)."""
+    return 1.0 - (1.0 - start) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / total)))

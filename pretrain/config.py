@@ -2,13 +2,17 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from foveal.config import machine, science
+from foveal.errors import ConfigError
 from foveal.models.mae import DecoderConfig
 from foveal.models.masks import Masking, mask_side
 from foveal.models.vit import VitConfig
+from foveal.schedule import rising_average
 from foveal.stage import Plan, StageConfig, planned
 from pretrain.init import Start, started
+from pretrain.objective import Target
 
 
 class PretrainConfig(StageConfig):
@@ -27,6 +31,23 @@ class PretrainConfig(StageConfig):
     )
     mask_block: int = science(4, "Side of a block in patches, for masking=block.", ge=2)
     norm_pix: bool = science(True, "Predict pixels normalised patch by patch.")
+    target: Target = science(
+        "pixels", "What of the masked patches is predicted: pixels, or an averaged encoder's features."
+    )
+    image_weight: float = science(
+        0.0, "Weight of predicting the full image's representation from the class token; 0: none.", ge=0
+    )
+    image_target: Literal["averaged", "own"] = science(
+        "averaged", "Whose representation: the averaged encoder's, or the encoder's own, which keeps no state."
+    )
+    average: float = science(
+        0.996, "What the averaged encoder keeps of itself in a step; rises to 1 along half a cosine.", ge=0, lt=1
+    )
+
+    @property
+    def averages(self) -> bool:
+        """Whether a running average of the encoder is kept."""
+        return self.target == "latents" or (self.image_weight > 0 and self.image_target == "averaged")
 
 
 @dataclass(frozen=True)
@@ -37,12 +58,17 @@ class PretrainPlan(Plan):
     mask_side: int = 1
     start: Start | None = None
 
+    def keeps(self, step: int) -> float:
+        """What the averaged encoder keeps of itself after a step."""
+        return rising_average(step, start=self.cfg.average, total=self.steps)
+
     def lines(self) -> list[str]:
         return super().lines() + ([] if self.start is None else self.start.lines())
 
 
 def plan(cfg: PretrainConfig, ranks: int) -> PretrainPlan:
     """Everything that can be refused before a run begins. Errors: ConfigError, DataError, ExportError."""
+    _check_target(cfg)
     model, size = cfg.model.fitted(cfg.data.image_size), cfg.data.image_size
     side = mask_side(cfg.masking, *model.grid(size), cfg.mask_ratio, cfg.mask_block)
     if cfg.init is None:
@@ -60,3 +86,15 @@ def plan(cfg: PretrainConfig, ranks: int) -> PretrainPlan:
         start=start,
         resized_from=None if was == size else was,
     )
+
+
+def _check_target(cfg: PretrainConfig) -> None:
+    if cfg.target == "latents" and cfg.image_weight and cfg.image_target == "own":
+        raise ConfigError(
+            "image_target=own and target=latents exclude each other: latents are the averaged encoder's, so image_target is too"
+        )
+    if cfg.init is not None and not cfg.optim.warmup_epochs:
+        raise ConfigError(
+            "init with optim.warmup_epochs=0: the first gradients of a fresh decoder would reach trained weights at the full "
+            "rate; set some epochs"
+        )

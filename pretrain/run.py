@@ -26,6 +26,8 @@ def train(plan: PretrainPlan, run: Run) -> None:
     start = run.resume(engine)
     with run.steps(engine, made.objective, start) as steps:
         for step in steps:
+            if cfg.averages and step.applied:
+                engine.average("averaged.", "encoder.", 1 - plan.keeps(step.index))
             if due(step.index, cfg.log.every, plan.stop):
                 run.report()
             leaving = run.asked_to_leave()
@@ -33,7 +35,7 @@ def train(plan: PretrainPlan, run: Run) -> None:
                 run.save(engine, step.index)
             if leaving:
                 return run.leave(step.index)
-            if due(step.index, cfg.log.pictures_every, plan.stop):
+            if cfg.target == "pixels" and due(step.index, cfg.log.pictures_every, plan.stop):
                 show(step, engine, made.objective, run)
     if plan.stop == plan.steps:
         run.export(engine, encoder_card(cfg.model, cfg.data.image_size, cfg.data.channels), prefix="encoder.")
@@ -49,13 +51,16 @@ def parts(plan: PretrainPlan, _device: torch.device) -> Parts[Reconstruct]:
     encoder = build_encoder(cfg.model, image_size=cfg.data.image_size, channels=cfg.data.channels)
     if plan.start is not None:
         load_start(encoder, plan.start, sizes)
-    model = MaskedAutoencoder(encoder, cfg.decoder)
+    wants = {"latents": cfg.target == "latents", "image": cfg.image_weight > 0, "averaged": cfg.averages}
+    model = MaskedAutoencoder(encoder, cfg.decoder, **wants)
     objective = Reconstruct(
         seed=cfg.seed,
         masking=cfg.masking,
         mask_ratio=cfg.mask_ratio,
         mask_side=plan.mask_side,
         norm_pix=cfg.norm_pix,
+        target=cfg.target,
+        image_weight=cfg.image_weight,
         patch=sizes.patch,
         grid=sizes.grid(cfg.data.image_size),
         mean=plan.mean,
@@ -67,7 +72,7 @@ def parts(plan: PretrainPlan, _device: torch.device) -> Parts[Reconstruct]:
 def show(step: Step, engine: Engine, objective: Reconstruct, run: Run) -> None:
     """A sheet of originals, what was shown of them, and what was made of it; every rank takes part in the forward."""
     with run.pace.paused(), engine.looking():
-        _, pred, masked = objective.predict(engine.model, step.batch)
+        pred, masked, *_ = objective.predict(engine.model, step.batch)[1]
         some = slice(_SHOWN)
         run.picture(
             "reconstruction",

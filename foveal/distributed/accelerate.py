@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from foveal.checkpoint.pieces import Piece
 from foveal.distributed import fsdp
 from foveal.distributed.deepspeed import DeepSpeed
-from foveal.distributed.engine import EngineConfig, Outcome, Whole, autocast, buffers
+from foveal.distributed.engine import EngineConfig, Outcome, Whole, autocast, buffers, followed
 from foveal.distributed.world import World
 from foveal.errors import LaunchError
 from foveal.optim import GuardedAdamW, OptimConfig
@@ -106,6 +106,9 @@ class FullySharded(Accelerate):
         cast(Any, self.model).set_requires_gradient_sync(last)
         with self._accelerator.accumulate(), autocast(self.device, self._precision):
             yield
+
+    def average(self, onto: str, of: str, weight: float) -> None:
+        fsdp.average_shards(self._module, followed(self._module, onto, of), weight)
 
     def pieces(self) -> list[Piece]:
         return fsdp.sharded_parameters(self._module, self._guard) + buffers(self._module, self._world)

@@ -11,9 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from foveal.checkpoint.pieces import Piece
-from foveal.distributed.engine import EngineConfig, Outcome, apply_lr, buffers, evaluating, whole_parameters
+from foveal.distributed.engine import (
+    EngineConfig,
+    Outcome,
+    apply_lr,
+    average_whole,
+    buffers,
+    evaluating,
+    followed,
+    whole_parameters,
+)
 from foveal.distributed.world import World
-from foveal.distributed.zero import refresh, sharded_parameters
+from foveal.distributed.zero import average_shards, refresh, sharded_parameters
 from foveal.errors import ConfigError
 from foveal.optim import GuardedAdamW, OptimConfig, count_from, plain_adamw, updates_of
 
@@ -136,6 +145,12 @@ class DeepSpeed:
         if self._guard is not None:
             return Outcome(self._guard.applied, self._guard.norm)
         return Outcome(self._engine.was_step_applied(), float(self._engine.get_global_grad_norm()))
+
+    def average(self, onto: str, of: str, weight: float) -> None:
+        if self._zero == 3:
+            average_shards(self._optimizer, followed(self._engine.module, onto, of), weight)
+        else:
+            average_whole(self._engine.module, onto, of, weight)
 
     @property
     def _adamw(self) -> torch.optim.Optimizer:

@@ -75,6 +75,10 @@ class Engine(Protocol):
         """Clip, update, clear; on every rank, whatever the gradients are."""
         ...
 
+    def average(self, onto: str, of: str, weight: float) -> None:
+        """Move what is frozen under the names that begin with ``onto`` by this share towards what ``of`` names; every rank."""
+        ...
+
     def pieces(self) -> list[Piece]:
         """What this rank holds of every tensor, as live views: fp32 weights, moments (zeros before the first update), buffers."""
         ...
@@ -121,6 +125,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train()
 
 
+def followed(module: nn.Module, onto: str, of: str) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """The parameters under one prefix, each with its namesake under another."""
+    named = dict(module.named_parameters())
+    return [(each, named[of + name.removeprefix(onto)]) for name, each in named.items() if name.startswith(onto)]
+
+
+@torch.no_grad()
+def average_whole(module: nn.Module, onto: str, of: str, weight: float) -> None:
+    """``Engine.average`` where a rank holds all weights: nothing is communicated."""
+    for average, parameter in followed(module, onto, of):
+        average.lerp_(parameter, weight)
+
+
 def whole_parameters(module: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> list[Piece]:
     """The pieces of all parameters, where every rank holds them whole."""
     return [
@@ -165,6 +182,9 @@ class Whole:
         self._optimizer.step()
         self._optimizer.zero_grad()
         return Outcome(self._guard.applied, self._guard.norm)
+
+    def average(self, onto: str, of: str, weight: float) -> None:
+        average_whole(self._module, onto, of, weight)
 
     def pieces(self) -> list[Piece]:
         return whole_parameters(self._module, self._guard, self._world) + buffers(self._module, self._world)

@@ -50,9 +50,7 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 def sharded_parameters(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[Piece]:
     """The pieces of all parameters: consecutive rows of each."""
-    for each in module.modules():
-        if isinstance(each, FSDPModule):
-            each.reshard()  # what a forward without a backward has gathered is put away
+    _put_away(module)
     found = []
     for name, parameter in module.named_parameters():
         shards = {"weight": parameter} | (moments(optimizer, parameter) if parameter.requires_grad else {})
@@ -62,6 +60,22 @@ def sharded_parameters(module: nn.Module, optimizer: torch.optim.Optimizer) -> l
         row = math.prod(whole.shape[1:])
         found.append(Piece(name, tuple(whole.shape), offset[0] * row, parts, (0, len(parts["weight"]))))
     return found
+
+
+@torch.no_grad()
+def average_shards(module: nn.Module, pairs: list[tuple[nn.Parameter, nn.Parameter]], weight: float) -> None:
+    """Move this rank's rows of each first parameter towards those of the second, which lie alike."""
+    _put_away(module)
+    for average, parameter in pairs:
+        mine, hers = (cast(DTensor, each.detach()).to_local() for each in (average, parameter))
+        mine.lerp_(hers, weight)
+
+
+def _put_away(module: nn.Module) -> None:
+    """Put away what a forward without a backward has gathered."""
+    for each in module.modules():
+        if isinstance(each, FSDPModule):
+            each.reshard()
 
 
 def whole_weights(module: nn.Module) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 DeepSpeed 0.19.8's own attributes: its checkpoints can be loaded by as many ranks as wrote them, foveal's by any.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,18 @@ def _of_stage_3(name: str, parameter: nn.Parameter, optimizer: Any, world: World
 def _run(name: str, shape: tuple[int, ...], start: int, flat: Tensor, optimizer: Any, offset: int, size: int) -> Piece:
     parts = {"weight": flat} | moments(optimizer.optimizer, flat)
     return Piece(name, shape, start, {k: v.detach().narrow(0, offset, size) for k, v in parts.items()}, (0, size))
+
+
+@torch.no_grad()
+def average_shards(optimizer: Any, pairs: list[tuple[nn.Parameter, nn.Parameter]], weight: float) -> None:
+    """Move this rank's share of each first parameter towards that of the second, under ZeRO 3, on all ranks.
+
+    Two parameters of one shape are shared out alike.
+    """
+    optimizer.checkpoint_event_prologue()  # puts away what is gathered, which is of the old weights
+    for average, parameter in pairs:
+        cast(Any, average).ds_tensor.lerp_(cast(Any, parameter).ds_tensor, weight)
+    optimizer.checkpoint_event_epilogue()  # gathers what stays gathered
 
 
 @torch.no_grad()

@@ -3,9 +3,10 @@
 B images, L patches, K kept, M masked, R registers, N = 1 + R + K tokens, D encoder width, P numbers per patch.
 """
 
+import copy
 import math
 from functools import partial
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from pydantic import model_validator
@@ -13,7 +14,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from foveal.config import Config, science
-from foveal.models.encode import borrowed, encode, run_blocks
+from foveal.models.encode import borrowed, encode, features, run_blocks
 from foveal.models.outline import Encoder
 from foveal.models.patches import split_by_noise
 from foveal.models.positions import sincos_positions
@@ -23,7 +24,7 @@ NORM_FLOOR = 1e-6  # timm's transformers and the reference implementation of MAE
 
 
 class DecoderConfig(Config):
-    """The transformer that reconstructs pixels; it is thrown away after pretraining."""
+    """The transformer that guesses what is masked; it is thrown away after pretraining."""
 
     width: int = science(512, "numbers per token; a multiple of 4 and of heads", ge=4)
     depth: int = science(8, "blocks", ge=1)
@@ -40,11 +41,12 @@ class DecoderConfig(Config):
 
 
 class Decoder(nn.Module):
-    """From the features of visible patches to the pixels of masked ones."""
+    """From the features of visible patches to the pixels, or the features, of masked ones."""
 
     positions: Tensor
 
-    def __init__(self, cfg: DecoderConfig, encoder: Encoder) -> None:
+    def __init__(self, cfg: DecoderConfig, encoder: Encoder, outputs: int) -> None:
+        """``outputs``: how many numbers it guesses of each masked patch."""
         super().__init__()
         patch_embed: Any = encoder.patch_embed
         rows, columns = patch_embed.grid_size
@@ -54,13 +56,13 @@ class Decoder(nn.Module):
         self.register_buffer("positions", sincos_positions(rows, columns, cfg.width), persistent=False)
         self.blocks = nn.Sequential(*(_decoder_block(cfg) for _ in range(cfg.depth)))
         self.norm = nn.LayerNorm(cfg.width, eps=NORM_FLOOR)
-        self.predict = nn.Linear(cfg.width, patch_embed.proj.weight[0].numel())
+        self.predict = nn.Linear(cfg.width, outputs)
         self.grad_checkpointing = False
         initialise_linear(self)
         nn.init.normal_(self.mask_token, std=TOKEN_SCALE)
 
     def forward(self, features: Tensor, kept: Tensor, masked: Tensor) -> Tensor:
-        """Pixels [B, M, P] of the masked patches, from features [B, N, D] and the places [B, K] and [B, M].
+        """Guesses [B, M, outputs] of the masked patches, from features [B, N, D] and the places [B, K] and [B, M].
 
         The tokens stay in the order class, registers, kept, masked: attention has no order, and the positions say where
         they are.
@@ -75,23 +77,65 @@ class Decoder(nn.Module):
         return self.predict(self.norm(tokens[:, first + kept.shape[1] :]))
 
 
+class Guesses(NamedTuple):
+    """What a masked autoencoder says of images, and what else its objective needs to know.
+
+    ``patches`` [B, M, P], or [B, M, D] of latents, are those at the places ``masked`` [B, M] int64. ``image`` [B, D] is
+    the guess of the whole image's representation, ``seen`` [B, L, D] what the full images' patches are to the encoder
+    that is imitated, without a gradient; None where the objective asks for none.
+    """
+
+    patches: Tensor
+    masked: Tensor
+    image: Tensor | None = None
+    seen: Tensor | None = None
+
+
 class MaskedAutoencoder(nn.Module):
-    """An encoder that sees the visible patches alone, and a decoder that guesses the others."""
+    """An encoder that sees the visible patches alone, and a decoder that guesses the others.
 
-    def __init__(self, encoder: Encoder, cfg: DecoderConfig) -> None:
-        """The decoder is drawn from torch's global generator, like the encoder before it (``build_encoder``)."""
+    On request also a head that guesses the whole image's representation from the class token, and a running average of
+    the encoder, which an engine moves (``Engine.average``) and which sees full images.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        cfg: DecoderConfig,
+        *,
+        latents: bool = False,
+        image: bool = False,
+        averaged: bool = False,
+    ) -> None:
+        """The decoder is drawn from torch's global generator, like the encoder before it (``build_encoder``).
+
+        ``latents``: the decoder guesses features instead of pixels; ``image``: there is a head on the class token, drawn
+        last; ``averaged``: the average begins as the encoder is now. Without the latter, the encoder itself sees the full
+        images, if anything is to be guessed of them.
+        """
         super().__init__()
+        embed: Any = encoder.patch_embed
         self.encoder = encoder
-        self.decoder = Decoder(cfg, encoder)
+        self.decoder = Decoder(cfg, encoder, encoder.embed_dim if latents else embed.proj.weight[0].numel())
+        self.guess_image = _predictor(encoder.embed_dim) if image else None
+        self.averaged = copy.deepcopy(encoder).requires_grad_(False) if averaged else None
+        self._looks = latents or image
 
-    def forward(self, images: Tensor, noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
-        """Guess the masked patches: (pixels [B, M, P], their places [B, M] int64).
+    def forward(self, images: Tensor, noise: Tensor, mask_ratio: float) -> Guesses:
+        """Guess the masked patches, and what else there is to guess.
 
         ``images`` [B, C, H, W] are normalised; ``noise`` [B, L], float32 or float64, decides which patches are masked
         (``split_by_noise``): uniform numbers, or what a kind of masking makes of them (``foveal.models.masks``).
         """
         kept, masked = split_by_noise(noise, mask_ratio)
-        return self.decoder(self.encode(images, kept), kept, masked), masked
+        seen = self._seen(images)  # first: what is computed again in the backward pass must find the kept patches set
+        tokens = self.encode(images, kept)
+        image = None if self.guess_image is None else self.guess_image(tokens[:, 0])
+        return Guesses(self.decoder(tokens, kept, masked), masked, image, seen)
+
+    @torch.no_grad()
+    def _seen(self, images: Tensor) -> Tensor | None:
+        return features(self.averaged or self.encoder, images)[1] if self._looks else None
 
     def encode(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
         """Features [B, N, D] of the class token, the registers and the kept patches [B, K], in their order; None: all."""
@@ -99,7 +143,7 @@ class MaskedAutoencoder(nn.Module):
 
     def borrowed_parameters(self) -> list[nn.Parameter]:
         """The parameters that a forward reads outside the module that owns them (see ``foveal.models.encode``)."""
-        return borrowed(self.encoder)
+        return borrowed(self.encoder) + ([] if self.averaged is None else borrowed(self.averaged))
 
     def set_grad_checkpointing(self, enable: bool) -> None:
         """Keep only the inputs of the blocks for the backward pass and compute the rest again (less memory, same loss)."""
@@ -111,3 +155,10 @@ def _decoder_block(cfg: DecoderConfig) -> Block:
     norm = partial(nn.LayerNorm, eps=NORM_FLOOR)
     # timm declares a class and calls it: anything that makes a norm from a width will do.
     return Block(cfg.width, cfg.heads, mlp_ratio=cfg.mlp_ratio, qkv_bias=True, norm_layer=norm)  # pyright: ignore[reportArgumentType]
+
+
+def _predictor(width: int) -> nn.Sequential:
+    """What stands between a token and the representation that it is to resemble (BYOL, 2020), without BatchNorm."""
+    layers = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+    initialise_linear(layers)
+    return layers

@@ -121,7 +121,7 @@ def test_same_weights_and_noise_give_the_same_loss_and_gradients(
     reference = theirs(model, normalise, names, tmp_path)
     images, noise = torch.randn(4, CHANNELS, SIDE, SIDE), torch.rand(4, (SIDE // PATCH) ** 2)
 
-    pred, masked = model(images, noise, RATIO)
+    pred, masked, *_ = model(images, noise, RATIO)
     total, weight = reconstruction_loss(pred, targets(images, masked, PATCH, normalise))
     loss = total / weight
     loss.backward()

@@ -122,7 +122,7 @@ def test_patches_of_any_side(patch: int, size: tuple[int, int]) -> None:
     encoder = build_encoder(cfg, image_size=(height, width), channels=1)
     model = MaskedAutoencoder(encoder, DecoderConfig(width=16, depth=1, heads=2))
     images, noise = torch.randn(2, 1, height, width), torch.rand(2, 16)
-    pred, masked = model(images, noise, 0.75)
+    pred, masked, *_ = model(images, noise, 0.75)
     assert pred.shape == (2, 12, patch * patch)
     by_loops = patches_by_loops(images.double().numpy(), patch)
     wanted = np.stack([by_loops[image, masked[image].numpy()] for image in range(2)])

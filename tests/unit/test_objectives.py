@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from distill.objective import DISTANCES, Imitate, cosine, smooth_l1
 from finetune.objective import Classify, hits
 from foveal.data import Batch
+from foveal.models.mae import Guesses
 from foveal.models.masks import MASKINGS, SHIFTS, Masking
 from foveal.seeding import key, uniforms_numpy
-from pretrain.objective import Reconstruct
+from pretrain.objective import Reconstruct, Target
 
 MEAN, STD = (0.4,), (0.2,)
 B, SIZE, PATCH = 3, 8, 4
@@ -58,7 +60,7 @@ def test_reconstruct_against_a_loop(norm_pix: bool) -> None:
     objective, given = reconstruct(norm_pix=norm_pix), batch()
     masked = torch.tensor([[0, 3], [2, 1], [3, 2]])
     pred = torch.randn(B, 2, P, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    model = Given(pred, masked)
+    model = Given(Guesses(pred, masked))
     total, numbers = objective(model, given)
     assert numbers == {}
 
@@ -84,6 +86,53 @@ def test_reconstruct_against_a_loop(norm_pix: bool) -> None:
     np.testing.assert_allclose(images.numpy(), pixels(given.images), rtol=1e-5, atol=1e-6)
     assert ratio == 0.5
     assert np.array_equal(noise.numpy(), uniforms_numpy(key(9, "mask"), np.array([4011, 4003, 4500]), L))
+
+
+def by_hand(answer: np.ndarray, lesson: np.ndarray, *, huber: bool) -> tuple[float, np.ndarray]:
+    """The error of one guess [D] of features [D], which are standardised first, and its gradient."""
+    width = len(lesson)
+    middle = sum(lesson) / width
+    scale = math.sqrt(sum((lesson - middle) ** 2) / width + 1e-5)
+    apart = answer - (lesson - middle) / scale
+    near = (abs(apart) < 1) | (not huber)
+    error = np.where(near, apart**2 * (0.5 if huber else 1.0), abs(apart) - 0.5)
+    slope = np.where(near, apart * (1.0 if huber else 2.0), np.sign(apart))
+    return float(sum(error)) / width, slope / width
+
+
+@pytest.mark.parametrize("target", ["pixels", "latents"])
+def test_features_of_patches_and_of_the_image_against_loops(target: Target) -> None:
+    width, weight, draw = 6, 0.3, torch.Generator().manual_seed(2)
+    masked = torch.tensor([[0, 3], [2, 1], [3, 2]])
+    seen = 3 * torch.randn(B, L, width, generator=draw) + 1
+    patches = torch.randn(B, 2, P if target == "pixels" else width, generator=draw, requires_grad=True)
+    image = torch.randn(B, width, generator=draw, requires_grad=True)
+    objective = replace(reconstruct(), target=target, image_weight=weight)
+    total, numbers = objective(Given(Guesses(patches, masked, image, seen)), batch())
+    total.backward()
+    assert image.grad is not None
+    assert patches.grad is not None
+
+    whole = 0.0
+    for number in range(B):
+        answer, lesson = image[number].detach().double().numpy(), seen[number].double().numpy().mean(0)
+        error, slope = by_hand(answer, lesson, huber=False)
+        whole += 2 * error  # two masked patches an image
+        np.testing.assert_allclose(image.grad[number].numpy(), 2 * weight * slope, rtol=1e-4, atol=1e-6)
+    assert numbers["image_loss"].item() == pytest.approx(whole, rel=1e-5)
+    assert total.item() == pytest.approx(numbers["patch_loss"].item() + weight * whole, rel=1e-5)
+    if target == "pixels":
+        plain, _ = reconstruct()(Given(Guesses(patches, masked)), batch())
+        assert numbers["patch_loss"].item() == plain.item()
+        return
+    by_loop = 0.0
+    for number in range(B):
+        for slot, place in enumerate(masked[number].tolist()):
+            answer, lesson = patches[number, slot].detach().double().numpy(), seen[number, place].double().numpy()
+            error, slope = by_hand(answer, lesson, huber=True)
+            by_loop += error
+            np.testing.assert_allclose(patches.grad[number, slot].numpy(), slope, rtol=1e-4, atol=1e-6)
+    assert numbers["patch_loss"].item() == pytest.approx(by_loop, rel=1e-5)
 
 
 def test_the_weight_is_the_number_of_masked_patches() -> None:

@@ -27,7 +27,7 @@ def autoencoder() -> MaskedAutoencoder:
 
 
 def loss_of(model: MaskedAutoencoder, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    pred, masked = model(images, noise, 0.75)
+    pred, masked, *_ = model(images, noise, 0.75)
     total, weight = reconstruction_loss(pred, targets(images, masked, 4, normalise=True))
     return total / weight
 

@@ -1,0 +1,143 @@
+"""What pretraining learns beside pixels: on any machine, resumed, and without it plain masked autoencoding."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import Ranks, stage_named
+from safetensors.torch import load_file
+
+from foveal.models.encode import features
+from foveal.models.mae import DecoderConfig, MaskedAutoencoder
+from foveal.models.vit import VitConfig, build_encoder
+from foveal.schedule import rising_average
+
+PRETRAIN = stage_named("pretrain")
+SHORT = ("data.per_class=20", "epochs=4", "average=0.9")  # twelve steps
+TARGETS = {
+    "latents": ("target=latents",),
+    "latents and image": ("target=latents", "image_weight=0.5", "model.registers=2"),
+    "image": ("image_weight=0.5",),
+    "image, own": ("image_weight=0.5", "image_target=own"),
+}
+MACHINES = {
+    **{f"zero {zero}": ("engine.kind=deepspeed", f"engine.zero={zero}") for zero in range(4)},
+    "ddp": ("engine.kind=accelerate",),
+    "fsdp2": ("engine.kind=accelerate", "engine.sharding=fsdp2"),
+}
+# Under ZeRO 3 some parameters rest in shards and some stay gathered, also those of an average.
+SHARDED = ("engine.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 40}}",)
+
+
+def losses(rows: list[dict[str, float]]) -> list[float]:
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def alone(
+    configs: dict[str, Path], one_rank: Ranks, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Path, list[float]]]:
+    """Each target in one process, never stopped."""
+    found = {}
+    for name, settings in TARGETS.items():
+        run = tmp_path_factory.mktemp("alone") / "run"
+        rows = one_rank.train(PRETRAIN, configs["pretrain"], run, *SHORT, *settings, "engine.kind=plain")
+        assert losses(rows)[-1] < losses(rows)[0]
+        found[name] = run, losses(rows)
+    return found
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("target", ["latents and image", "image, own"])
+def test_on_any_machine(
+    target: str,
+    machine: str,
+    alone: dict[str, tuple[Path, list[float]]],
+    configs: dict[str, Path],
+    two_ranks: Ranks,
+    tmp_path: Path,
+) -> None:
+    engine = MACHINES[machine] + (SHARDED if machine == "zero 3" else ())
+    settings = (*SHORT, *TARGETS[target], *engine, "batch.at_once=16")
+    found = losses(two_ranks.train(PRETRAIN, configs["pretrain"], tmp_path / "run", *settings))
+    assert found == pytest.approx(alone[target][1], rel=1e-5)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_resumed_is_never_stopped(
+    target: str,
+    alone: dict[str, tuple[Path, list[float]]],
+    configs: dict[str, Path],
+    one_rank: Ranks,
+    two_ranks: Ranks,
+    tmp_path: Path,
+) -> None:
+    """Bit for bit in one process; and from there on two ranks under ZeRO 3, average and all."""
+    run, settings = tmp_path / "run", (*SHORT, *TARGETS[target])
+    one_rank.train(PRETRAIN, configs["pretrain"], run, *settings, "engine.kind=plain", "run.stop_at=5")
+    rows = one_rank.train(PRETRAIN, configs["pretrain"], run, *settings, "engine.kind=plain")
+    whole, expected = alone[target]
+    assert losses(rows) == expected
+    ours, hers = (load_file(folder / "export" / "model.safetensors") for folder in (run, whole))
+    assert all(torch.equal(ours[name], hers[name]) for name in hers)
+    if target == "latents":
+        moved = tmp_path / "moved"
+        one_rank.train(PRETRAIN, configs["pretrain"], moved, *settings, *SHARDED, "engine.kind=plain", "run.stop_at=5")
+        rows = two_ranks.train(PRETRAIN, configs["pretrain"], moved, *settings, "engine.zero=3", *SHARDED)
+        assert losses(rows) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_weight_of_zero_is_plain_masked_autoencoding(
+    configs: dict[str, Path], one_rank: Ranks, tmp_path: Path
+) -> None:
+    short = ("data.per_class=20", "epochs=2", "engine.kind=plain")
+    plain = one_rank.train(PRETRAIN, configs["pretrain"], tmp_path / "plain", *short)
+    zero = one_rank.train(PRETRAIN, configs["pretrain"], tmp_path / "zero", *short, "image_weight=0.0")
+    other = one_rank.train(PRETRAIN, configs["pretrain"], tmp_path / "other", *short, "image_weight=1.0e-3")
+    assert losses(zero) == losses(plain)
+    assert {name for row in zero for name in row} == {name for row in plain for name in row}
+    # The head is drawn last: what it stands on begins as it would without it.
+    assert other[0]["patch_loss"] == losses(plain)[0]
+    assert losses(other) != losses(plain)
+
+
+def test_the_average_is_one(configs: dict[str, Path], one_rank: Ranks, tmp_path: Path) -> None:
+    """After n updates it is the sum that the formula says, of the encoders of all steps."""
+    settings = ("data.per_class=20", "epochs=1", "target=latents", "average=0.6", "engine.kind=plain")
+    settings += ("checkpoint.every=1", "checkpoint.keep=9")
+    one_rank.train(PRETRAIN, configs["pretrain"], tmp_path / "run", *settings)
+    average: dict[str, Any] = {}
+    steps = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert len(steps) == 4
+    for step, folder in enumerate(steps):
+        held = load_file(folder / "pieces-00000.safetensors")
+        encoder = {
+            name.split(" ")[2].removeprefix("encoder."): value.double()
+            for name, value in held.items()
+            if name.startswith("weight 0 encoder.")
+        }
+        keeps = rising_average(step, start=0.6, total=3)
+        average = {k: keeps * average[k] + (1 - keeps) * v for k, v in encoder.items()} if average else encoder
+        for name, value in average.items():
+            torch.testing.assert_close(held[f"weight 0 averaged.{name}"].double(), value, rtol=0, atol=1e-7)
+    assert rising_average(3, start=0.6, total=3) == 1.0
+
+
+def test_the_average_sees_the_full_image_and_gets_no_gradient() -> None:
+    torch.manual_seed(0)
+    cfg = VitConfig(patch=4, width=32, depth=2, heads=2)
+    encoder = build_encoder(cfg, image_size=16, channels=3)
+    small = DecoderConfig(width=16, depth=1, heads=2)
+    model = MaskedAutoencoder(encoder, small, latents=True, image=True, averaged=True)
+    assert model.averaged is not None
+    images, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16)
+    guesses = model(images, noise, 0.75)
+    assert guesses.seen is not None
+    assert guesses.image is not None
+    assert torch.equal(guesses.seen, features(encoder, images)[1])
+    assert guesses.patches.shape == (2, 12, 32)
+    (guesses.patches.sum() + guesses.image.sum()).backward()
+    assert all(each.grad is None for each in model.averaged.parameters())
+    assert all(each.grad is not None for each in model.encoder.parameters() if each.requires_grad)
+    assert all(each.grad is not None for each in model.decoder.parameters())
