@@ -31,7 +31,7 @@ def settings(digits: Path, init: Path | None, positions: Positions = "learned", 
         "model": TINY.tree() | {"positions": positions} | further.pop("model", {}),
         "decoder": {"width": 16, "depth": 1, "heads": 2},
         "batch": {"images": 64},
-        "optim": {},
+        "optim": {"warmup_epochs": 1},
         "run": {"dir": "runs/x"},
     }
     return PretrainConfig.checked(tree | further, "here")
@@ -231,3 +231,14 @@ def test_weights_that_change_after_the_plan_are_not_taken(digits: Path, tmp_path
     assert math.prod(planned.start.grid) == 16
     with pytest.raises(ExportError, match="has changed since the run was planned"):
         parts(replace(planned, start=replace(planned.start, sha256="0")), CPU)
+
+
+def test_trained_weights_are_warmed_up(digits: Path, tmp_path: Path) -> None:
+    timms(tmp_path / "timm")
+    with pytest.raises(ConfigError, match=r"init with optim.warmup_epochs=0: .* set some epochs"):
+        plan(settings(digits, tmp_path / "timm", optim={}), 1)
+
+
+def test_one_run_has_one_kind_of_target(digits: Path) -> None:
+    with pytest.raises(ConfigError, match="image_target=own and target=latents exclude each other"):
+        plan(settings(digits, None, target="latents", image_weight=1.0, image_target="own"), 1)

@@ -1,0 +1,248 @@
+"""What each objective and each kind of distillation is worth, on images that a few minutes of CPU suffice for.
+
+    python benchmarks/objectives.py digits --seeds 0 1 2 --out benchmarks/results/objectives.md
+    python benchmarks/objectives.py cifar10 --seeds 0 --out benchmarks/results/objectives-cifar10.md
+
+For every seed: each way of pretraining, each student of its masked autoencoder, then one fine-tuning for all of them, in
+which every arm gets the same labels, steps and augmentation and the same learning rates, of which each keeps the best by
+the mean over seeds on a held-out part of train (two-label arms hold out ten images a class, as the demo does). Runs
+continue where they were stopped: the same command again. ``--jobs`` seeds at a time, one thread each; minutes are of
+processor time, so that what else the machine did does not count.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from machine import described
+from probe import linear_probe
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to make an encoder: a stage's config, further settings, and the arm whose export it needs."""
+
+    stage: str
+    config: str
+    settings: tuple[str, ...] = ()
+    teacher: str | None = None
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A fine-tuning of several arms: the settings of its labels, its learning rates, and the encoder from scratch."""
+
+    title: str
+    config: str
+    arms: tuple[str, ...]
+    rates: tuple[float, ...]
+    settings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared. ``classifiers`` are runs with labels that teach classes; ``probed`` have a class token to look at."""
+
+    data: str
+    arms: dict[str, Arm]
+    comparisons: tuple[Labels, ...]
+    classifiers: dict[str, Arm] = field(default_factory=dict)
+    probed: tuple[str, ...] = ()
+
+
+SMALL = "model={name: vit_tiny_patch16_224, patch: 4, width: 64, depth: 4, heads: 4}"
+_RATES = (1e-2, 3e-2, 1e-1)
+_PRETRAINED = ("mae", "image", "image_own", "latents")
+_STUDENTS = ("mae_small", "features", "layers", "relations", "logits", "token")
+DIGITS = Study(
+    data="digits",
+    arms={
+        "mae": Arm("pretrain", "digits"),
+        "image": Arm("pretrain", "digits_image"),
+        "image_own": Arm("pretrain", "digits_image", ("image_target=own",)),
+        "latents": Arm("pretrain", "digits_latents"),
+        "mae_small": Arm("pretrain", "digits", (SMALL, "epochs=80")),
+        "features": Arm("distill", "digits", teacher="mae"),
+        "layers": Arm("distill", "digits_layers", teacher="mae"),
+        "relations": Arm("distill", "digits_relations", teacher="mae"),
+        "logits": Arm("distill", "digits_logits", teacher="classifier"),
+        "token": Arm("distill", "digits_token", teacher="classifier"),
+    },
+    classifiers={"classifier": Arm("finetune", "digits", ("model=null",), teacher="mae")},
+    comparisons=(
+        Labels("2 labels a class", "digits", ("scratch", *_PRETRAINED), _RATES),
+        Labels("2 labels a class, small", "digits", ("scratch", *_STUDENTS), _RATES, (SMALL,)),
+        Labels("14 labels a class", "digits", ("scratch", "mae"), _RATES, ("data.per_class=14",)),
+        Labels("all labels", "digits", ("scratch", "mae"), _RATES, ("data.per_class=null", "epochs=12")),
+    ),
+    probed=_PRETRAINED,
+)
+CIFAR10 = Study(
+    data="cifar10",
+    arms={
+        "mae": Arm("pretrain", "cifar10_small"),
+        "features": Arm("distill", "cifar10_small", teacher="mae"),
+    },
+    comparisons=(
+        Labels("all labels", "cifar10_small", ("scratch", "mae"), (1e-3, 3e-3)),
+        Labels("all labels, small", "cifar10_small", ("scratch", "features"), (1e-3, 3e-3), (SMALL,)),
+    ),
+)
+STUDIES = {"digits": DIGITS, "cifar10": CIFAR10}
+
+
+def main() -> None:
+    """Run what is missing and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--runs", type=Path, default=Path("runs/objectives"))
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    study, runs = STUDIES[options.study], options.runs / options.study
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        for finished in [pool.submit(_seed, study, runs, seed) for seed in options.seeds]:
+            finished.result()
+    text = "\n".join(_report(study, runs, options.seeds))
+    (options.out.write_text if options.out else sys.stdout.write)(text)
+
+
+def _seed(study: Study, runs: Path, seed: int) -> None:
+    arms = study.arms | study.classifiers
+    for name in sorted(arms, key=lambda name: _depth(arms, name)):
+        _run(_command(arms[name], runs, name, seed), _place(runs, name, seed))
+    for labels in study.comparisons:
+        _run(_comparison(labels, runs, seed), _place(runs, labels.title, seed))
+
+
+def _depth(arms: dict[str, Arm], name: str) -> int:
+    teacher = arms[name].teacher
+    return 0 if teacher is None else 1 + _depth(arms, teacher)
+
+
+def _place(runs: Path, name: str, seed: int) -> Path:
+    return runs / f"{name.replace(', ', '-').replace(' ', '-')}-seed{seed}"
+
+
+def _command(arm: Arm, runs: Path, name: str, seed: int) -> list[str]:
+    told = [f"seed={seed}", f"run.dir={_place(runs, name, seed)}", "tracking.uri=null", *arm.settings]
+    if arm.teacher is not None:
+        told.append(f"{'init' if arm.stage == 'finetune' else 'teacher'}={_place(runs, arm.teacher, seed)}/export")
+    return [*_door(arm.stage), arm.config, *told]
+
+
+def _comparison(labels: Labels, runs: Path, seed: int) -> list[str]:
+    arms = [f"trials.arms.{arm}={_export(arm, runs, seed)}" for arm in labels.arms]
+    told = [f"seed={seed}", f"run.dir={_place(runs, labels.title, seed)}", "tracking.uri=null", "engine.kind=plain"]
+    told += ["trials.repeats=1", f"trials.lr_per_256={list(labels.rates)}", "init=null", *arms, *labels.settings]
+    return [*_door("finetune"), labels.config, *told]
+
+
+def _export(arm: str, runs: Path, seed: int) -> str:
+    return "null" if arm == "scratch" else f"{_place(runs, arm, seed)}/export"
+
+
+def _door(stage: str) -> list[str]:
+    return ["finetune/run.py"] if stage == "finetune" else ["-m", f"{stage}.run"]
+
+
+def _run(command: list[str], place: Path) -> None:
+    """Run a stage unless it is finished; its processor time is added up beside it."""
+    if (place / "finished.json").exists():
+        return
+    place.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with (place / "output.log").open("a") as log:
+        process = subprocess.Popen([sys.executable, *command], env=environment, stdout=log, stderr=log)
+        _, status, used = os.wait4(process.pid, 0)
+    if os.waitstatus_to_exitcode(status):
+        sys.exit(f"{shlex.join(command)} ended badly; see {place}/output.log")
+    with (place / "processor_seconds").open("a") as stream:
+        stream.write(f"{used.ru_utime + used.ru_stime:.1f}\n")
+
+
+def _minutes(runs: Path, name: str, seeds: list[int]) -> float:
+    """Processor minutes that a run took, the mean over seeds, all attempts together."""
+    files = [_place(runs, name, seed) / "processor_seconds" for seed in seeds]
+    return statistics.fmean(sum(map(float, file.read_text().split())) for file in files) / 60
+
+
+def _report(study: Study, runs: Path, seeds: list[int]) -> list[str]:
+    given = shlex.join(sys.argv[1:])
+    lines = [f"# Objectives and students on {study.data}", "", f"`python benchmarks/objectives.py {given}`", ""]
+    lines += [described(["torch", "timm", "deepspeed", "accelerate", "scikit-learn"]), ""]
+    lines += [
+        f"Seeds {', '.join(map(str, seeds))}; each is another order, other weights, other labels and another head."
+    ]
+    lines += ["", "| arm | command | processor minutes, one thread |", "|---|---|--:|"]
+    for name, arm in (study.arms | study.classifiers).items():
+        command = shlex.join(_command(arm, Path("RUNS"), name, seeds[0]))
+        lines.append(f"| {name} | `{command}` | {_minutes(runs, name, seeds):.1f} |")
+    for labels in study.comparisons:
+        lines += ["", *_compared(labels, runs, seeds)]
+    return lines + (["", *_probed(study, runs, seeds)] if study.probed else []) + [""]
+
+
+def _compared(labels: Labels, runs: Path, seeds: list[int]) -> list[str]:
+    """A table of one fine-tuning: each arm at its best rate, and what it gains over scratch, seed by seed."""
+    lines = [f"## Fine-tuned, {labels.title}", "", f"`{shlex.join(_comparison(labels, Path('RUNS'), seeds[0]))}`", ""]
+    lines += [f"{_minutes(runs, labels.title, seeds):.1f} processor minutes a seed for all arms and rates.", ""]
+    lines += ["| start | top-1, mean | lowest to highest | gain over scratch, mean | lowest to highest | lr per 256 |"]
+    lines += ["|---|--:|--:|--:|--:|--:|"]
+    scratch: list[float] = []
+    for arm in labels.arms:
+        rate, top1 = _best(labels, arm, runs, seeds)
+        scratch = scratch or top1
+        gains = [each - other for each, other in zip(top1, scratch, strict=True)]
+        mean, gain = statistics.fmean(top1), statistics.fmean(gains)
+        row = [arm, f"{mean:.3f}", _spread(top1), f"{gain:+.3f}", _spread(gains, "+"), f"{rate:g}"]
+        lines.append(f"| {' | '.join(row)} |")
+    return lines
+
+
+def _best(labels: Labels, arm: str, runs: Path, seeds: list[int]) -> tuple[float, list[float]]:
+    """The rate whose mean over seeds is best on the held-out images, and its top-1 on the validation images by seed."""
+    found: dict[float, list[dict[str, float]]] = {}
+    for rate in labels.rates:
+        for seed in seeds:
+            trial = _place(runs, labels.title, seed) / "trials" / f"{arm}-seed{seed}-lr{rate:g}" / "finished.json"
+            found.setdefault(rate, []).append(json.loads(trial.read_text())["summary"])
+    best = max(found, key=lambda rate: statistics.fmean(each["holdout_top1"] for each in found[rate]))
+    return best, [each["val_top1"] for each in found[best]]
+
+
+def _probed(study: Study, runs: Path, seeds: list[int]) -> list[str]:
+    """What a linear classifier reads from the frozen class token, and from the mean of the patches, with all labels."""
+    lines = ["## A linear classifier on frozen features, all labels", ""]
+    lines += ["| pretraining | class token, mean | lowest to highest | mean of patches, mean | lowest to highest |"]
+    lines += ["|---|--:|--:|--:|--:|"]
+    for arm in study.probed:
+        token, patches = zip(*(linear_probe(_place(runs, arm, seed) / "export") for seed in seeds), strict=True)
+        row = [
+            arm,
+            f"{statistics.fmean(token):.3f}",
+            _spread(token),
+            f"{statistics.fmean(patches):.3f}",
+            _spread(patches),
+        ]
+        lines.append(f"| {' | '.join(row)} |")
+    return lines
+
+
+def _spread(values: Sequence[float], sign: str = "") -> str:
+    return f"{min(values):{sign}.3f} to {max(values):{sign}.3f}"
+
+
+if __name__ == "__main__":
+    main()
