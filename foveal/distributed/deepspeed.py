@@ -11,7 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from foveal.checkpoint.pieces import Piece
-from foveal.distributed.engine import EngineConfig, Outcome, apply_lr, buffers, evaluating, whole_parameters
+from foveal.distributed.engine import (
+    EngineConfig,
+    Outcome,
+    apply_lr,
+    buffers,
+    evaluating,
+    exported,
+    kept_buffers,
+    whole_parameters,
+)
 from foveal.distributed.world import World
 from foveal.distributed.zero import refresh, sharded_parameters
 from foveal.errors import ConfigError
@@ -123,7 +132,7 @@ class DeepSpeed:
         yield
 
     def looking(self) -> AbstractContextManager[None]:
-        return evaluating(self.model)
+        return evaluating(self.model, self._world)
 
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss)
@@ -164,4 +173,4 @@ class DeepSpeed:
                 # The fp32 master where there is one: under bf16 the module's own copy has lost digits.
                 master = self._full_fp32(parameter) if self._zero and parameter.requires_grad else None
                 whole[name] = (parameter if master is None else master).detach().float().cpu().clone()
-        return whole | {name: value.detach().float().cpu() for name, value in self._engine.module.named_buffers()}
+        return whole | {name: exported(value) for name, value in kept_buffers(self._engine.module).items()}
