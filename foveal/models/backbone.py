@@ -7,6 +7,7 @@ import difflib
 import fnmatch
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import timm
@@ -162,7 +163,7 @@ def set_recompute(backbone: Any, enable: bool) -> None:
         ) from None
     for module in backbone.modules():
         if enable and isinstance(module, nn.modules.batchnorm._BatchNorm):  # noqa: SLF001
-            module.register_forward_pre_hook(_follow_outside_of_a_backward)
+            module.forward = functools.partial(_follow_once, module, module.forward)
 
 
 def head_names(name: str, image_size: int | tuple[int, int], channels: int) -> tuple[str, ...]:
@@ -203,8 +204,16 @@ def depends_on_others(model: nn.Module) -> bool:
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())  # noqa: SLF001
 
 
-def _follow_outside_of_a_backward(module: Any, _given: Any) -> None:
-    module.track_running_stats = torch._C._current_graph_task_id() == -1  # noqa: SLF001 - as torch's checkpoint asks
+def _follow_once(module: Any, forward: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
+    """A forward that leaves the buffers alone where it recomputes, which is inside of a backward."""
+    if torch._C._current_graph_task_id() == -1:  # noqa: SLF001 - torch's own checkpoint asks so
+        return forward(given)
+    followed = module._buffers  # noqa: SLF001
+    module._buffers = {name: None if value is None else value.clone() for name, value in followed.items()}  # noqa: SLF001
+    try:
+        return forward(given)
+    finally:
+        module._buffers = followed  # noqa: SLF001
 
 
 def _without_dropout(backbone: nn.Module, drop_path: float) -> None:
