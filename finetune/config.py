@@ -17,11 +17,11 @@ from foveal.models.backbone import (
     backbone_outline,
     build_backbone,
     card_of,
+    check_resizing,
     check_training,
     depends_on_others,
     layers_of,
     set_recompute,
-    times,
 )
 from foveal.models.vit import EncoderCard, Pooling, VitConfig, encoder_card
 from foveal.stage import Plan, StageConfig, inherited_science, planned
@@ -168,7 +168,7 @@ def _encoder(cfg: FinetuneConfig, card: Card | None) -> tuple[dict[str, Any], in
     _check_agreement(cfg, hers)
     size = {"image_size": data.tree()["image_size"]}
     if isinstance(hers, BackboneCard):
-        _check_resizing(cfg, hers)
+        check_resizing(hers, data.image_size, f"the export {cfg.init}")
         return card.encoder | size, None if hers.image_size == data.image_size else hers.image_size
     return card.encoder | {"pooling": cfg.pooling} | size, hers.resized_from(data.image_size)
 
@@ -188,19 +188,6 @@ def _check_agreement(cfg: FinetuneConfig, hers: EncoderCard | BackboneCard) -> N
             raise ExportError(
                 f"the export {cfg.init} has {name} {getattr(hers, name)}, the config says {value}; they must be equal"
             )
-
-
-def _check_resizing(cfg: FinetuneConfig, hers: BackboneCard) -> None:
-    """The weights of some models of timm are those of one image size. Errors: ExportError."""
-    now, was = (
-        backbone_outline(hers.timm, size, hers.channels).state_dict() for size in (cfg.data.image_size, hers.image_size)
-    )
-    other = [name for name in was if name not in now or now[name].shape != was[name].shape]
-    if other:
-        raise ExportError(
-            f"the export {cfg.init} is of images of {times(hers.image_size)} pixels and has weights of that size alone "
-            f"({', '.join(other[:3])}): data.image_size={cfg.data.tree()['image_size']} must be equal"
-        )
 
 
 def _check_backbone(card: BackboneCard, cfg: FinetuneConfig, at_once: int) -> None:

@@ -8,6 +8,7 @@ import fnmatch
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import timm
@@ -49,10 +50,7 @@ def build_backbone(
     the seed and of timm's version.
     Errors: ConfigError for a name that timm does not have, and for sizes or a drop path that the model cannot have.
     """
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else "See timm.list_models()."
-        raise ConfigError(f"'{name}' is not a model of timm {timm.__version__}. {hint}")
+    _check_name(name)
     takes = _arguments(name)
     given: dict[str, Any] = {"in_chans": channels, "num_classes": classes, "drop_path_rate": drop_path}
     given |= {"img_size": height_and_width(image_size)}
@@ -172,6 +170,24 @@ def head_names(name: str, image_size: int | tuple[int, int], channels: int) -> t
     return tuple(each for each in headed if each not in bare or bare[each].shape != headed[each].shape)
 
 
+def classes_in(weights: dict[str, Tensor], name: str, image_size: int | tuple[int, int], channels: int) -> int:
+    """How many classes the head of these weights of a model of timm has; 0: they have no head. Errors: ConfigError."""
+    headed = backbone_outline(name, image_size, channels, 2).state_dict()
+    rows = [each for each in head_names(name, image_size, channels) if each in weights and headed[each].shape[0] == 2]
+    return max((weights[each].shape[0] for each in rows), default=0)
+
+
+def check_resizing(told: BackboneCard, image_size: int | tuple[int, int], where: str) -> None:
+    """The weights of some models of timm are those of one image size. Errors: ConfigError, ExportError."""
+    now, was = (backbone_outline(told.timm, size, told.channels).state_dict() for size in (image_size, told.image_size))
+    other = [name for name in was if name not in now or now[name].shape != was[name].shape]
+    if other:
+        raise ExportError(
+            f"{where} is a {told.timm} of images of {times(told.image_size)} pixels and has weights of that size alone "
+            f"({', '.join(other[:3])}); data.image_size is {times(image_size)}"
+        )
+
+
 def layers_of(backbone: Any) -> dict[str, int]:
     """The layer of each parameter as timm numbers them: 0 the stem, the largest the head.
 
@@ -192,11 +208,25 @@ def undecayed_of(backbone: Any) -> set[str]:
     return {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
 
 
-def timms_pixels(name: str) -> tuple[tuple[float, ...], tuple[float, ...], tuple[int, int]]:
-    """What timm's weights of this name were trained on: mean and deviation of pixels in [0, 1], and (height, width)."""
-    told = timm.get_pretrained_cfg(name)
-    assert told is not None, "timm has a model of this name"
-    return tuple(told.mean), tuple(told.std), (told.input_size[1], told.input_size[2])
+@dataclass(frozen=True, slots=True)
+class Origins:
+    """What timm says of the weights that it has under a name.
+
+    ``mean`` and ``std`` are of pixels in [0, 1]; ``image_size`` is (height, width); ``first`` is the first layer's name.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: tuple[int, int]
+    first: str
+
+
+def timms_origins(name: str) -> Origins:
+    """Errors: ConfigError for a name that timm does not have."""
+    _check_name(name)
+    told: Any = timm.get_pretrained_cfg(name)
+    first = told.first_conv if isinstance(told.first_conv, str) else (told.first_conv or ("",))[0]
+    return Origins(tuple(told.mean), tuple(told.std), tuple(told.input_size[1:]), first)
 
 
 def depends_on_others(model: nn.Module) -> bool:
@@ -214,6 +244,13 @@ def _follow_once(module: Any, forward: Callable[[Tensor], Tensor], given: Tensor
         return forward(given)
     finally:
         module._buffers = followed  # noqa: SLF001
+
+
+def _check_name(name: str) -> None:
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else "See timm.list_models()."
+        raise ConfigError(f"'{name}' is not a model of timm {timm.__version__}. {hint}")
 
 
 def _without_dropout(backbone: nn.Module, drop_path: float) -> None:
