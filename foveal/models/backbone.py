@@ -23,7 +23,7 @@ from foveal.models.droppath import sample_drops
 from foveal.models.vit import EncoderCard
 
 # What timm's models raise for sizes that they cannot have.
-_REFUSALS = (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError)
+_REFUSALS = (ArithmeticError, AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError)
 
 
 class BackboneCard(Config):
