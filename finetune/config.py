@@ -4,11 +4,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from foveal.checkpoint.export import Card, read_card
 from foveal.config import Config, machine, science
 from foveal.data import Dataset
 from foveal.distributed.engine import EngineConfig
 from foveal.errors import ConfigError, DataError, ExportError
+from foveal.models.backbone import (
+    BackboneCard,
+    backbone_card,
+    backbone_outline,
+    build_backbone,
+    card_of,
+    check_resizing,
+    check_training,
+    depends_on_others,
+    layers_of,
+    set_recompute,
+)
 from foveal.models.vit import EncoderCard, Pooling, VitConfig, encoder_card
 from foveal.stage import Plan, StageConfig, inherited_science, planned
 
@@ -39,7 +53,12 @@ class FinetuneConfig(StageConfig):
     model: VitConfig | None = science(
         None, "The encoder from scratch; with init its card decides, and this must agree."
     )
-    pooling: Pooling = science("avg", "What the head reads: the mean of the patches, or the class token.")
+    backbone: str | None = science(
+        None, "Any model of timm as it is, from scratch; instead of model, and with init it must agree."
+    )
+    pooling: Pooling = science(
+        "avg", "What the head reads: the mean of the patches, or the class token; a backbone has its own."
+    )
     drop_path: float = science(0.0, "Stochastic depth at the last block, growing linearly from 0.", ge=0, lt=1)
     label_smoothing: float = science(0.0, "Share of the target spread over all classes.", ge=0, lt=1)
     evaluate_every: int = machine(0, "Steps between evaluations on data.val; 0: only at the end.", ge=0)
@@ -58,6 +77,19 @@ class FinetunePlan(Plan):
     def runs(self) -> int:
         trials = self.cfg.trials
         return 1 if trials is None else len(trials.arms) * len(trials.lr_per_256) * trials.repeats
+
+    @property
+    def backbone(self) -> BackboneCard | None:
+        """What it builds, if that is no encoder of foveal's."""
+        card = card_of(self.encoder, "model")
+        return card if isinstance(card, BackboneCard) else None
+
+    def lines(self) -> list[str]:
+        card = self.backbone
+        if card is None or not depends_on_others(backbone_outline(*card.shape, card.classes)):
+            return super().lines()
+        line = "norm      BatchNorm sees the images that a rank holds at once: the curve depends on the number of ranks and"
+        return [*super().lines(), f"{line} on batch.at_once ({self.at_once} images here)"]
 
 
 def plan(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
@@ -89,7 +121,8 @@ def trial(cfg: FinetuneConfig, arm: str, repeat: int, lr_per_256: float) -> Fine
     name = f"{arm}-seed{cfg.seed + repeat}-lr{lr_per_256:g}"
     init = cfg.trials.arms[arm]
     tree = cfg.model_dump()
-    tree |= {"trials": None, "init": init, "seed": cfg.seed + repeat, "model": None if init else tree["model"]}
+    tree |= {"trials": None, "init": init, "seed": cfg.seed + repeat}
+    tree |= {name: None if init else tree[name] for name in ("model", "backbone")}
     tree["optim"]["lr_per_256"] = lr_per_256
     tree["run"] |= {"dir": f"{cfg.run.dir}/trials/{name}", "fresh": False}
     tree["tracking"]["uri"] = None
@@ -109,7 +142,10 @@ def _plan_one(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
             )
     origin = _origin(plan.dataset, cfg, classes) | ({} if card is None else {"init": card.sha256})
     inherited = plan.inherited | inherited_science(origin)
-    return replace(plan, inherited=inherited, encoder=encoder | {"classes": len(classes)}, classes=classes)
+    plan = replace(plan, inherited=inherited, encoder=encoder | {"classes": len(classes)}, classes=classes)
+    if plan.backbone is not None:
+        _check_backbone(plan.backbone, cfg, plan.at_once)
+    return plan
 
 
 def _origin(dataset: Dataset, cfg: FinetuneConfig, classes: tuple[str, ...]) -> dict[str, str]:
@@ -119,12 +155,32 @@ def _origin(dataset: Dataset, cfg: FinetuneConfig, classes: tuple[str, ...]) -> 
 
 def _encoder(cfg: FinetuneConfig, card: Card | None) -> tuple[dict[str, Any], int | tuple[int, int] | None]:
     """The card of the classifier's encoder, the export's or that of the model from scratch, and what it is resized from."""
+    data = cfg.data
+    if cfg.model is not None and cfg.backbone is not None:
+        raise ConfigError("model and backbone exclude each other: an encoder of foveal's, or a model of timm as it is")
     if card is None:
+        if cfg.backbone is not None:
+            return backbone_card(cfg.backbone, data.image_size, data.channels), None
         if cfg.model is None:
             raise ConfigError("model is missing: without init, the encoder from scratch must be stated")
-        return encoder_card(cfg.model, cfg.data.image_size, cfg.data.channels, pooling=cfg.pooling), None
-    hers = EncoderCard.checked(card.encoder, f"{cfg.init}/card.json")
+        return encoder_card(cfg.model, data.image_size, data.channels, pooling=cfg.pooling), None
+    hers = card_of(card.encoder, f"{cfg.init}/card.json")
+    _check_agreement(cfg, hers)
+    size = {"image_size": data.tree()["image_size"]}
+    if isinstance(hers, BackboneCard):
+        check_resizing(hers, data.image_size, f"the export {cfg.init}")
+        return card.encoder | size, None if hers.image_size == data.image_size else hers.image_size
+    return card.encoder | {"pooling": cfg.pooling} | size, hers.resized_from(data.image_size)
+
+
+def _check_agreement(cfg: FinetuneConfig, hers: EncoderCard | BackboneCard) -> None:
+    """What the config says beside an export must be what the export is. Errors: ExportError."""
     stated: dict[str, Any] = {"channels": cfg.data.channels}
+    name, other = ("timm", "model") if isinstance(hers, BackboneCard) else ("name", "backbone")
+    if getattr(cfg, other) is not None:
+        raise ExportError(f"the export {cfg.init} is a {getattr(hers, name)}, which {other} does not say; leave it out")
+    if cfg.backbone is not None:
+        stated["timm"] = cfg.backbone
     if cfg.model is not None:
         stated |= {name: value for name, value in cfg.model.resolved().tree().items() if name != "name"}
     for name, value in stated.items():
@@ -132,8 +188,20 @@ def _encoder(cfg: FinetuneConfig, card: Card | None) -> tuple[dict[str, Any], in
             raise ExportError(
                 f"the export {cfg.init} has {name} {getattr(hers, name)}, the config says {value}; they must be equal"
             )
-    size = cfg.data.tree()["image_size"]
-    return card.encoder | {"pooling": cfg.pooling, "image_size": size}, hers.resized_from(cfg.data.image_size)
+
+
+def _check_backbone(card: BackboneCard, cfg: FinetuneConfig, at_once: int) -> None:
+    """What a model of timm must have of what the settings ask for. Errors: ConfigError."""
+    default = FinetuneConfig.model_fields["pooling"].default
+    if cfg.pooling != default:
+        raise ConfigError(f"pooling={cfg.pooling} is of foveal's encoders, {card.timm} has its own; leave it out")
+    check_training(*card.shape, card.classes, at_once)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        backbone = build_backbone(*card.shape, classes=card.classes, drop_path=cfg.drop_path)
+    if cfg.optim.layer_decay < 1:
+        layers_of(backbone)
+    if cfg.engine.recompute:
+        set_recompute(backbone, enable=True)
 
 
 def _classes(dataset: Dataset, cfg: FinetuneConfig) -> tuple[str, ...]:

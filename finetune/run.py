@@ -11,21 +11,16 @@ import torch
 
 from finetune.accuracy import accuracy
 from finetune.config import FinetuneConfig, FinetunePlan, plan
+from finetune.model import classifier, groups
 from finetune.objective import Classify
 from finetune.trials import compare
-from foveal.checkpoint.export import load_strictly, read_export
 from foveal.data.pack import pack_digits
 from foveal.distributed.engine import Engine, build_engine
 from foveal.distributed.world import seat
 from foveal.door import Stage, main
 from foveal.loop import Parts, due
 from foveal.models.droppath import drop_path_sites
-from foveal.models.heads import Classifier
-from foveal.models.resize import resized_from_card
-from foveal.models.vit import encoder_from_card
-from foveal.optim import parameter_groups
 from foveal.runtime import Run
-from foveal.seeding import key
 
 _log = logging.getLogger("foveal.finetune")
 
@@ -76,37 +71,9 @@ def _evaluate(cfg: FinetuneConfig, engine: Engine, run: Run, step: int) -> None:
 
 def parts(plan: FinetunePlan, _device: torch.device) -> Parts[Classify]:
     """The classifier of the plan, and what it learns; of a comparison, those of its first trial."""
-    cfg, depth = plan.cfg, plan.encoder["depth"]
-    model = classifier(plan)
+    cfg, model = plan.cfg, classifier(plan)
     objective = Classify(cfg.seed, cfg.label_smoothing, drop_path_sites(model), plan.mean, plan.std)
-    return Parts(model, parameter_groups(model, cfg.optim, _depth_of(depth), depth + 1), objective)
-
-
-def classifier(plan: FinetunePlan) -> Classifier:
-    """The plan's encoder with a fresh head, its weights from the export where there is one."""
-    cfg = plan.cfg
-    torch.manual_seed(key(cfg.seed, "weights"))
-    encoder = encoder_from_card(plan.encoder, cfg.init or "model", drop_path=cfg.drop_path)
-    if cfg.init is not None:
-        weights, card = read_export(Path(cfg.init))
-        weights = resized_from_card(weights, encoder, card.encoder, f"{cfg.init}/card.json")
-        # The mean of the patches has a norm of its own behind it, and does without the norm before it.
-        averaged = cfg.pooling == "avg"
-        new, unused = (("head.", "fc_norm."), ("head.", "norm.")) if averaged else (("head.",), ("head.", "fc_norm."))
-        load_strictly(encoder, weights, Path(cfg.init), new=new, unused=unused)
-    return Classifier(encoder)
-
-
-def _depth_of(depth: int):  # noqa: ANN202
-    """A parameter's layer, for layer-wise decay: 0 the embedding, 1.. the blocks, depth + 1 what follows (BEiT, 2021)."""
-
-    def layer(name: str) -> int:
-        part = name.removeprefix("encoder.").split(".")
-        if part[0] in {"cls_token", "reg_token", "pos_embed", "patch_embed", "rope"}:
-            return 0
-        return int(part[1]) + 1 if part[0] == "blocks" else depth + 1
-
-    return layer
+    return Parts(model, groups(plan, model), objective)
 
 
 def demo() -> list[str]:

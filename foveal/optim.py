@@ -1,6 +1,6 @@
 """AdamW, its parameter groups, and the rule for a step whose gradient is not finite."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Annotated, Any
 
 import torch
@@ -34,24 +34,24 @@ class OptimConfig(Config):
 
 
 def parameter_groups(
-    model: nn.Module, cfg: OptimConfig, depth_of: Callable[[str], int] | None = None, deepest: int = 0
+    model: nn.Module,
+    cfg: OptimConfig,
+    depth_of: Callable[[str], int] | None = None,
+    deepest: int = 0,
+    undecayed: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Groups for AdamW: weight decay on matrices only, the learning rate scaled by depth.
 
     ``depth_of`` maps a parameter's name to its layer, 0 (embedding) to ``deepest`` (head); without it there is one
-    depth. Each group carries ``lr_scale`` and a readable ``name``; the order is the order of first appearance.
+    depth. ``undecayed`` are the names of further parameters without weight decay. Each group carries ``lr_scale`` and a
+    readable ``name``; the order is the order of first appearance.
     """
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        plain = parameter.ndim <= 1 or name.rsplit(".", 1)[-1] in {
-            "cls_token",
-            "pos_embed",
-            "mask_token",
-            "reg_token",
-            "freqs",
-        }
+        tokens = {"cls_token", "pos_embed", "mask_token", "reg_token", "freqs"}
+        plain = parameter.ndim <= 1 or name.rsplit(".", 1)[-1] in tokens or name in undecayed
         depth = depth_of(name) if depth_of else deepest
         title = f"layer {depth}, {'no decay' if plain else 'decay'}"
         group = groups.setdefault(

@@ -61,13 +61,18 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     return _timms({name: value.float() for name, value in weights.items()})
 
 
-def heads_beside(file: Path) -> int | None:
-    """The attention heads that Hugging Face's config.json in the same folder states: no weight tells of them."""
+def config_beside(file: Path) -> dict[str, Any]:
+    """What Hugging Face's config.json in the same folder says, and weights do not; nothing where there is none."""
     try:
         told: Any = json.loads((file.parent / "config.json").read_text())
     except (OSError, ValueError):
-        return None
-    heads = told.get("num_attention_heads") if isinstance(told, dict) else None
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
+def heads_beside(file: Path) -> int | None:
+    """The attention heads that the config.json states: no weight tells of them."""
+    heads = config_beside(file).get("num_attention_heads")
     return heads if isinstance(heads, int) else None
 
 

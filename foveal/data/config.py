@@ -19,6 +19,16 @@ class AugmentConfig(Config):
     flip: float = science(0.5, "probability of a horizontal flip", ge=0, le=1)
     interpolation: Literal["bicubic", "bilinear"] = science("bicubic", "how pixels are resampled, evaluation included")
 
+    @property
+    def whole(self) -> bool:
+        """Whether the crop is the largest of the shape of image_size, in the centre, in every epoch."""
+        return self.scale == self.ratio == (1.0, 1.0)
+
+    @property
+    def still(self) -> bool:
+        """Whether a sample's pixels are the same in every epoch."""
+        return self.whole and self.flip in (0.0, 1.0)
+
     @model_validator(mode="after")
     def _ranges(self) -> Self:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:

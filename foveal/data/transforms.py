@@ -32,7 +32,8 @@ def training_view(
     flipped = bool(numbers[_FLIP] < augment.flip)
     narrowest, widest = (bound * (sides[1] / sides[0]) for bound in augment.ratio)
     low, high = math.log(narrowest), math.log(widest)
-    for attempt in range(_ATTEMPTS):
+    # An image that is a pixel off the shape would be cut by chance where nothing else is.
+    for attempt in range(0 if augment.whole else _ATTEMPTS):
         scale, ratio = (float(number) for number in numbers[_SHAPES + 2 * attempt : _SHAPES + 2 * attempt + 2])
         area = width * height * (augment.scale[0] + scale * (augment.scale[1] - augment.scale[0]))
         aspect = math.exp(low + ratio * (high - low))

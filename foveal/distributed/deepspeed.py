@@ -18,7 +18,9 @@ from foveal.distributed.engine import (
     average_whole,
     buffers,
     evaluating,
+    exported,
     followed,
+    kept_buffers,
     whole_parameters,
 )
 from foveal.distributed.world import World
@@ -132,7 +134,7 @@ class DeepSpeed:
         yield
 
     def looking(self) -> AbstractContextManager[None]:
-        return evaluating(self.model)
+        return evaluating(self.model, self._world)
 
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss)
@@ -179,4 +181,4 @@ class DeepSpeed:
                 # The fp32 master where there is one: under bf16 the module's own copy has lost digits.
                 master = self._full_fp32(parameter) if self._zero and parameter.requires_grad else None
                 whole[name] = (parameter if master is None else master).detach().float().cpu().clone()
-        return whole | {name: value.detach().float().cpu() for name, value in self._engine.module.named_buffers()}
+        return whole | {name: exported(value) for name, value in kept_buffers(self._engine.module).items()}

@@ -64,7 +64,11 @@ class Engine(Protocol):
         ...
 
     def looking(self) -> AbstractContextManager[None]:
-        """Around forwards without a backward: evaluation mode, no gradients, the engine's precision."""
+        """Around forwards without a backward: evaluation mode, no gradients, the engine's precision.
+
+        Every rank enters it, and takes rank 0's buffers: running statistics are of what a rank has seen, and an
+        evaluation would be by as many models as there are ranks.
+        """
         ...
 
     def backward(self, loss: Tensor) -> None:
@@ -96,7 +100,7 @@ class Engine(Protocol):
         ...
 
     def weights(self) -> dict[str, Tensor]:
-        """All weights by the module's own names, fp32 on the CPU, whole on rank 0; every rank calls it.
+        """All weights by the module's own names, fp32 (counts int64) on the CPU, whole on rank 0; every rank calls it.
 
         They may share memory with the live weights: write them before the next step.
         """
@@ -115,8 +119,9 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, and back to training."""
+def evaluating(model: nn.Module, world: World) -> Iterator[None]:
+    """Evaluation mode without gradients, with rank 0's buffers, and back to training."""
+    world.take_first(list(kept_buffers(model).values()))
     model.eval()
     try:
         with torch.no_grad():
@@ -150,12 +155,21 @@ def whole_parameters(module: nn.Module, optimizer: torch.optim.Optimizer, world:
 
 def buffers(module: nn.Module, world: World) -> list[Piece]:
     """The pieces of what a module keeps beside its parameters: rank 0's, which no other rank need have equal."""
-    kept = module.state_dict().keys()
     return [
         replace(whole(name, {"weight": value}, 0, 1), **({} if world.rank == 0 else {"writes": (0, 0)}))
-        for name, value in module.named_buffers()
-        if name in kept
+        for name, value in kept_buffers(module).items()
     ]
+
+
+def kept_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that a file holds: not those that are computed anew with the module."""
+    kept = module.state_dict().keys()
+    return {name: value for name, value in module.named_buffers() if name in kept}
+
+
+def exported(value: Tensor) -> Tensor:
+    """A weight as exports have it: fp32 on the CPU; what counts stays whole numbers."""
+    return (value.detach().float() if value.is_floating_point() else value.detach()).cpu()
 
 
 class Whole:
@@ -175,7 +189,7 @@ class Whole:
 
     @contextmanager
     def looking(self) -> Iterator[None]:
-        with evaluating(self.model), autocast(self.device, self._precision):
+        with evaluating(self.model, self._world), autocast(self.device, self._precision):
             yield
 
     def step(self) -> Outcome:
@@ -197,7 +211,7 @@ class Whole:
         count_from(self._guard, updates)
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: value.detach().float().cpu() for name, value in self._module.state_dict().items()}
+        return {name: exported(value) for name, value in self._module.state_dict().items()}
 
 
 class Plain(Whole):

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from foveal.checkpoint.pieces import Piece
+from foveal.distributed.engine import exported
 from foveal.distributed.world import World
 from foveal.optim import GuardedAdamW, moments
 
@@ -79,9 +80,9 @@ def _put_away(module: nn.Module) -> None:
 
 
 def whole_weights(module: nn.Module) -> dict[str, Tensor]:
-    """All weights, whole, fp32 on the CPU; every rank calls it."""
+    """All weights, whole, as exports have them; every rank calls it."""
     whole = {}
     for name, value in module.state_dict().items():
         tensor = value.full_tensor() if isinstance(value, DTensor) else value
-        whole[name] = tensor.detach().float().cpu()
+        whole[name] = exported(tensor)
     return whole

@@ -68,6 +68,13 @@ class World:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def take_first(self, values: Sequence[Tensor]) -> None:
+        """Put rank 0's values into these tensors of any type, on every rank."""
+        if self.size == 1:
+            return
+        for value in values:
+            dist.broadcast(value, src=0)
+
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on every rank."""
         if self.size == 1:

@@ -4,18 +4,26 @@ B images, D numbers of a feature, L places on the last feature map, rows by colu
 """
 
 import difflib
+import fnmatch
 import functools
 import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import timm
 import torch
+from timm.layers.drop import DropPath
+from timm.models._manipulate import group_parameters
 from torch import Tensor, nn
 
 from foveal.config import Config, ImageSize, height_and_width, science
 from foveal.errors import ConfigError, ExportError
 from foveal.models.droppath import sample_drops
 from foveal.models.vit import EncoderCard
+
+# What timm's models raise for sizes that they cannot have.
+_REFUSALS = (ArithmeticError, AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError)
 
 
 class BackboneCard(Config):
@@ -26,9 +34,14 @@ class BackboneCard(Config):
     channels: int = science(about="channels of its images", ge=1)
     classes: int = science(0, "outputs of its head; 0: it has none", ge=0)
 
+    @property
+    def shape(self) -> tuple[str, int | tuple[int, int], int]:
+        """What all but the head of it depends on: (timm's name, image size, channels)."""
+        return self.timm, self.image_size, self.channels
+
 
 def build_backbone(
-    name: str, *, image_size: int | tuple[int, int], channels: int, classes: int = 0, drop_path: float = 0.0
+    name: str, image_size: int | tuple[int, int], channels: int, *, classes: int = 0, drop_path: float = 0.0
 ) -> nn.Module:
     """timm's model of a name on the CPU in float32, freshly initialised as timm does, without dropout.
 
@@ -37,10 +50,7 @@ def build_backbone(
     the seed and of timm's version.
     Errors: ConfigError for a name that timm does not have, and for sizes or a drop path that the model cannot have.
     """
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else "See timm.list_models()."
-        raise ConfigError(f"'{name}' is not a model of timm {timm.__version__}. {hint}")
+    _check_name(name)
     takes = _arguments(name)
     given: dict[str, Any] = {"in_chans": channels, "num_classes": classes, "drop_path_rate": drop_path}
     given |= {"img_size": height_and_width(image_size)}
@@ -48,13 +58,20 @@ def build_backbone(
         raise ConfigError(f"'{name}' has no drop path; drop_path={drop_path:g} cannot be")
     try:
         backbone = timm.create_model(name, pretrained=False, **{k: v for k, v in given.items() if k in takes})
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        sentence = " ".join(str(error).split()) or type(error).__name__
+    except _REFUSALS as error:
         raise ConfigError(
-            f"timm cannot build '{name}' for images of {_times(image_size)} pixels with {channels} channels: {sentence}"
+            f"timm cannot build '{name}' for images of {times(image_size)} pixels with {channels} channels: {_said(error)}"
         ) from None
+    _without_dropout(backbone, drop_path)
     sample_drops(backbone)
     return backbone
+
+
+@functools.cache
+def backbone_outline(name: str, image_size: int | tuple[int, int], channels: int, classes: int = 0) -> Any:
+    """What ``build_backbone`` builds, without memory for its weights; not to be changed. Errors: ConfigError."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return build_backbone(name, image_size=image_size, channels=channels, classes=classes)
 
 
 def backbone_card(name: str, image_size: int | tuple[int, int], channels: int, classes: int = 0) -> dict[str, Any]:
@@ -105,13 +122,111 @@ def shapes_of(name: str, image_size: int | tuple[int, int], channels: int) -> tu
         backbone = build_backbone(name, image_size=image_size, channels=channels).eval()
         try:
             pooled, last = whole_and_map(backbone, torch.empty(2, channels, *height_and_width(image_size)))
-        except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-            sentence = " ".join(str(error).split()) or type(error).__name__
+        except _REFUSALS as error:
             raise ConfigError(
-                f"'{name}' makes no feature map of images of {_times(image_size)} pixels: {sentence}"
+                f"'{name}' makes no feature map of images of {times(image_size)} pixels: {_said(error)}"
             ) from None
     width, rows, columns = last.shape[1:]
     return pooled.shape[1], (width, rows, columns)
+
+
+def check_training(name: str, image_size: int | tuple[int, int], channels: int, classes: int, at_once: int) -> None:
+    """Refuse what a forward in training would: images that are too small, or too few of them for BatchNorm.
+
+    Errors: ConfigError.
+    """
+    model = backbone_outline(name, image_size, channels, classes)
+    images = torch.empty(at_once, channels, *height_and_width(image_size), device="meta")
+    try:
+        logits = model(images)
+    except _REFUSALS as error:
+        raise ConfigError(
+            f"'{name}' cannot learn from {at_once} images at once of {times(image_size)} pixels: {_said(error)}"
+        ) from None
+    if not isinstance(logits, Tensor) or logits.shape != (at_once, classes):
+        raise ConfigError(f"'{name}' does not make one row of logits of an image; take another model")
+
+
+def set_recompute(backbone: Any, enable: bool) -> None:
+    """Recompute a model's activations in the backward pass, with the same result.
+
+    The running statistics of BatchNorm follow a batch once, and not again where its forward is recomputed.
+    Errors: ConfigError where timm cannot.
+    """
+    try:
+        backbone.set_grad_checkpointing(enable)
+    except _REFUSALS:
+        raise ConfigError(
+            f"timm cannot recompute the activations of '{_name_of(backbone)}': set engine.recompute=false"
+        ) from None
+    for module in backbone.modules():
+        if enable and isinstance(module, nn.modules.batchnorm._BatchNorm):  # noqa: SLF001
+            module.forward = functools.partial(_follow_once, module, module.forward)
+
+
+def head_names(name: str, image_size: int | tuple[int, int], channels: int) -> tuple[str, ...]:
+    """The names of a model's weights that it has, or has in this shape, only for its classes. Errors: ConfigError."""
+    headed, bare = (backbone_outline(name, image_size, channels, classes).state_dict() for classes in (2, 0))
+    return tuple(each for each in headed if each not in bare or bare[each].shape != headed[each].shape)
+
+
+def classes_in(weights: dict[str, Tensor], name: str, image_size: int | tuple[int, int], channels: int) -> int:
+    """How many classes the head of these weights of a model of timm has; 0: they have no head. Errors: ConfigError."""
+    headed = backbone_outline(name, image_size, channels, 2).state_dict()
+    rows = [each for each in head_names(name, image_size, channels) if each in weights and headed[each].shape[0] == 2]
+    return max((weights[each].shape[0] for each in rows), default=0)
+
+
+def check_resizing(told: BackboneCard, image_size: int | tuple[int, int], where: str) -> None:
+    """The weights of some models of timm are those of one image size. Errors: ConfigError, ExportError."""
+    now, was = (backbone_outline(told.timm, size, told.channels).state_dict() for size in (image_size, told.image_size))
+    other = [name for name in was if name not in now or now[name].shape != was[name].shape]
+    if other:
+        raise ExportError(
+            f"{where} is a {told.timm} of images of {times(told.image_size)} pixels and has weights of that size alone "
+            f"({', '.join(other[:3])}); data.image_size is {times(image_size)}"
+        )
+
+
+def layers_of(backbone: Any) -> dict[str, int]:
+    """The layer of each parameter as timm numbers them: 0 the stem, the largest the head.
+
+    Errors: ConfigError where it does not.
+    """
+    try:
+        return group_parameters(backbone, backbone.group_matcher(coarse=False), reverse=True)
+    except _REFUSALS:
+        raise ConfigError(
+            f"timm does not number the layers of '{_name_of(backbone)}', which optim.layer_decay needs: set it to 1"
+        ) from None
+
+
+def undecayed_of(backbone: Any) -> set[str]:
+    """The names of the parameters that timm keeps from weight decay, besides vectors: positions and tables of biases."""
+    patterns = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else ()
+    names = [name for name, _ in backbone.named_parameters()]
+    return {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
+
+
+@dataclass(frozen=True, slots=True)
+class Origins:
+    """What timm says of the weights that it has under a name.
+
+    ``mean`` and ``std`` are of pixels in [0, 1]; ``image_size`` is (height, width); ``first`` is the first layer's name.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: tuple[int, int]
+    first: str
+
+
+def timms_origins(name: str) -> Origins:
+    """Errors: ConfigError for a name that timm does not have."""
+    _check_name(name)
+    told: Any = timm.get_pretrained_cfg(name)
+    first = told.first_conv if isinstance(told.first_conv, str) else (told.first_conv or ("",))[0]
+    return Origins(tuple(told.mean), tuple(told.std), tuple(told.input_size[1:]), first)
 
 
 def depends_on_others(model: nn.Module) -> bool:
@@ -119,12 +234,51 @@ def depends_on_others(model: nn.Module) -> bool:
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())  # noqa: SLF001
 
 
-def _arguments(name: str) -> set[str]:
+def _follow_once(module: Any, forward: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
+    """A forward that leaves the buffers alone where it recomputes, which is inside of a backward."""
+    if torch._C._current_graph_task_id() == -1:  # noqa: SLF001 - torch's own checkpoint asks so
+        return forward(given)
+    followed = module._buffers  # noqa: SLF001
+    module._buffers = {name: None if value is None else value.clone() for name, value in followed.items()}  # noqa: SLF001
+    try:
+        return forward(given)
+    finally:
+        module._buffers = followed  # noqa: SLF001
+
+
+def _check_name(name: str) -> None:
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else "See timm.list_models()."
+        raise ConfigError(f"'{name}' is not a model of timm {timm.__version__}. {hint}")
+
+
+def _without_dropout(backbone: nn.Module, drop_path: float) -> None:
+    """Some names of timm bring a dropout, or a drop path, of their own, which draws from the global generator."""
+    for module in list(backbone.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is DropPath and not drop_path:
+                setattr(module, name, nn.Identity())
+            if isinstance(child, nn.modules.dropout._DropoutNd):  # noqa: SLF001
+                child.p = 0.0
+
+
+@functools.cache
+def _arguments(name: str) -> frozenset[str]:
     """What timm passes on to a model of this name."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         kind = type(timm.create_model(name, pretrained=False))
-    return {name for each in kind.__mro__ for name in inspect.signature(each.__init__).parameters}
+    return frozenset(name for each in kind.__mro__ for name in inspect.signature(each.__init__).parameters)
 
 
-def _times(image_size: int | tuple[int, int]) -> str:
+def times(image_size: int | tuple[int, int]) -> str:
+    """``224 x 224``: an image size for a reader."""
     return " x ".join(map(str, height_and_width(image_size)))
+
+
+def _name_of(backbone: Any) -> str:
+    return str(backbone.pretrained_cfg["architecture"])
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,7 +1,10 @@
 """What stands on an encoder in distillation and fine-tuning. B images, L patches, D encoder width, T teacher width."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
+from foveal.models.backbone import set_recompute
 from foveal.models.droppath import set_drops
 from foveal.models.encode import borrowed, features
 from foveal.models.outline import Encoder
@@ -10,9 +13,9 @@ from foveal.models.vit import initialise_linear
 
 
 class Classifier(nn.Module):
-    """An encoder with classes, whose drop path takes its draws as an argument."""
+    """An encoder with classes, or any model of timm that has them, whose drop path takes its draws as an argument."""
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: Any) -> None:
         super().__init__()
         assert encoder.num_classes > 0, "build_encoder(classes=...) makes an encoder with a head"
         self.encoder = encoder
@@ -29,8 +32,8 @@ class Classifier(nn.Module):
         return self.encoder(images.to(next(self.encoder.parameters()).dtype))
 
     def set_grad_checkpointing(self, enable: bool) -> None:
-        """Recompute the blocks in the backward pass, as ``MaskedAutoencoder`` does."""
-        self.encoder.set_grad_checkpointing(enable)
+        """Recompute the blocks in the backward pass. Errors: ConfigError where timm cannot."""
+        set_recompute(self.encoder, enable)
 
 
 class Student(nn.Module):

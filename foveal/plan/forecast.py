@@ -70,7 +70,7 @@ class Forecast:
         ways = {
             f"{precision}{', recompute' if recompute else ''}": {"precision": precision, "recompute": recompute}
             for precision in _PRECISIONS
-            for recompute in (False, True)
+            for recompute in ((False, True) if self.weights.recomputes else (False,))
         }
         return {
             name: {way: self.memory_under(cfg.model_copy(update=change | how)) for way, how in ways.items()}

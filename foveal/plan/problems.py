@@ -69,8 +69,9 @@ def _fitting(forecast: Forecast, limit: float) -> str | None:
     cfg, at_once = forecast.plan.cfg.engine, forecast.plan.at_once
     ways = list(sharings(cfg).values())
     ways = ways[list(sharings(cfg)).index(forecast.sharing) :]  # what shares less than now needs more
-    for recompute in dict.fromkeys((cfg.recompute, True)):
-        for samples in (at_once, *(n for n in range(at_once - 1, 0, -1) if at_once % n == 0)):
+    weights = forecast.weights
+    for recompute in dict.fromkeys((cfg.recompute, weights.recomputes)):
+        for samples in (at_once, *(n for n in range(at_once - 1, weights.fewest - 1, -1) if at_once % n == 0)):
             for way in ways:
                 other = cfg.model_copy(update={**way, "recompute": recompute})
                 if forecast.memory_under(other, samples).needed <= limit:

@@ -22,7 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from foveal.data import Batch
 from foveal.distributed.engine import Precision, autocast
+from foveal.errors import ConfigError
 from foveal.loop import Parts
+from foveal.models.backbone import depends_on_others
 
 # A processor's fused attention saves what a GPU's does: queries, keys, values, the output and its logarithmic sums.
 _DEVICE = torch.device("cpu")
@@ -36,7 +38,8 @@ class Weights:
     """How many numbers are trained (``products``: those of linear layers), and the bytes of what is not trained.
 
     ``sizes`` are those of every trained parameter, ``blocks`` those of every repeated block; ``kept_bytes`` are the
-    untrained tensors of the model that a checkpoint holds.
+    untrained tensors of the model that a checkpoint holds. ``recomputes``: whether activations can be recomputed;
+    ``fewest``: the fewest images at once that it can learn from.
     """
 
     trained: int
@@ -45,6 +48,8 @@ class Weights:
     blocks: tuple[int, ...]
     frozen_bytes: int
     kept_bytes: int
+    recomputes: bool = True
+    fewest: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +90,17 @@ def weights_of(build: Build) -> Weights:
         blocks=tuple(sum(each.numel() for each in block.parameters()) for block in _blocks(parts.model)),
         frozen_bytes=sum(each.nbytes for each in (*still, *buffers.values(), *companions)),
         kept_bytes=sum(each.nbytes for each in (*still, *saved)),
+        recomputes=_recomputes(parts.model),
+        fewest=2 if depends_on_others(parts.model) else 1,
     )
+
+
+def _recomputes(model: Any) -> bool:
+    try:
+        model.set_grad_checkpointing(enable=True)
+    except (AttributeError, ConfigError):
+        return False
+    return True
 
 
 def flops_of(build: Build, channels: int, sides: tuple[int, int]) -> Flops:
@@ -95,10 +110,10 @@ def flops_of(build: Build, channels: int, sides: tuple[int, int]) -> Flops:
     """
     parts = _outline(build)
     with _without_memory(parts) as model, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        total, _ = parts.objective(model, _batch(1, channels, sides))
+        total, _ = parts.objective(model, _batch(2, channels, sides))  # BatchNorm learns nothing from one
         forward = counter.get_total_flops()
         total.backward()
-    return Flops(forward, counter.get_total_flops())
+    return Flops(forward / 2, counter.get_total_flops() / 2)
 
 
 def trace_of(

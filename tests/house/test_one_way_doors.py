@@ -118,7 +118,15 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("torch",),
     ),
     "foveal.plan": (
-        ("foveal.errors", "foveal.data", "foveal.distributed", "foveal.door", "foveal.loop", "foveal.stage"),
+        (
+            "foveal.errors",
+            "foveal.data",
+            "foveal.distributed",
+            "foveal.door",
+            "foveal.loop",
+            "foveal.models.backbone",
+            "foveal.stage",
+        ),
         ("torch",),
     ),
     "foveal.plan.cli": (("foveal.errors", "foveal.door", "foveal.plan"), ("typer",)),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from finetune.run import _depth_of
+from finetune.model import _depth_of
 from foveal.models.heads import Classifier
 from foveal.models.mae import DecoderConfig, MaskedAutoencoder
 from foveal.models.vit import VitConfig, build_encoder

@@ -61,6 +61,7 @@ def test_a_view_without_choice_is_the_whole_square() -> None:
     for row in uniforms_numpy(key(2), np.arange(20), COLUMNS):
         assert training_view(8, 8, row, whole) == ((0, 0, 8, 8), False)
         assert training_view(30, 10, row, whole) == ((10, 0, 20, 10), False)
+        assert training_view(11, 10, row, whole) == ((0, 0, 10, 10), False), "a pixel off the square: no place is drawn"
 
 
 def test_a_view_without_choice_has_the_shape_of_what_it_becomes() -> None:

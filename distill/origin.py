@@ -1,0 +1,177 @@
+"""Where a teacher comes from: an export of ours, or weights that others left for a model of timm."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from foveal.checkpoint.export import Card, fitting, read_card, read_export
+from foveal.checkpoint.foreign import config_beside, heads_beside, read_weights, weights_file
+from foveal.config import height_and_width
+from foveal.data import DataConfig
+from foveal.errors import ConfigError, ExportError
+from foveal.files import sha256
+from foveal.models.backbone import (
+    BackboneCard,
+    backbone_card,
+    backbone_from_card,
+    card_of,
+    check_resizing,
+    classes_in,
+    timms_origins,
+)
+from foveal.models.outline import has_table, outline, sizes_of
+from foveal.models.vit import Pooling, VitConfig, encoder_card, encoder_from_card
+
+FOREIGN = "foreign"  # the stage of a card that is made up
+# What others' files hold beside an encoder and its head: poolers, and decoders of whoever pretrained.
+_UNUSED = ("pooler.", "decoder", "mask_token", "embeddings.mask_token")
+_SIZE = int | tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A teacher that was looked at: ``card`` says what builds it, and the digest of its file."""
+
+    place: Path
+    card: Card
+
+    def weights(self) -> dict[str, Tensor]:
+        """Its weights (fp32, CPU): names and shapes are those of what the card builds.
+
+        Errors: ExportError where they are no longer those that were looked at.
+        """
+        if self.card.stage == FOREIGN:
+            file = weights_file(self.place)
+            weights, found = _foreign_weights(file), sha256(file)
+        else:
+            weights, card = read_export(self.place)
+            found = card.sha256
+        if found != self.card.sha256:
+            raise ExportError(f"{self.place} has changed since the run was planned; start it again")
+        return weights
+
+
+def origin_of(place: Path, name: str | None, data: DataConfig) -> Origin:
+    """Look at a teacher: an export of ours, or with timm's ``name`` a safetensors file or a folder with one.
+
+    Nothing is downloaded, and the teacher is not built. The card of foreign weights is made up: an encoder's where the
+    name is one that foveal can train and the weights are of its sizes, so that its layers can teach, else a backbone's.
+    Errors: ExportError, one sentence for what does not fit; ConfigError for a name that timm does not have, and for
+    images that are no whole number of patches.
+    """
+    card = read_card(place) if name is None else _made_up(place, name, data)
+    told = card_of(card.encoder, f"{place}/card.json")
+    if isinstance(told, BackboneCard):
+        check_resizing(told, data.image_size, str(place))
+    else:
+        told.resized_from(data.image_size)
+    return Origin(place, card)
+
+
+def _made_up(place: Path, name: str, data: DataConfig) -> Card:
+    """The card that weights of others would have. Errors: ConfigError, ExportError."""
+    timms, file = timms_origins(name), weights_file(place)
+    weights, told = _foreign_weights(file), config_beside(file)
+    first = weights.get(f"{timms.first}.weight")
+    if first is not None and first.ndim == 4 and first.shape[1] != data.channels:
+        raise ExportError(
+            f"{place} has channels {first.shape[1]}, data.channels is {data.channels}; they must be equal"
+        )
+    classes = classes_in(weights, name, timms.image_size, data.channels)
+    encoder = _encoder(file, name, weights, data, classes) or _backbone(place, name, weights, data, classes)
+    mean, std = _pixels(place, name, told, data)
+    names = told.get("label_names")
+    if not isinstance(names, list) or len(names) != classes:
+        names = []
+    return Card(FOREIGN, encoder, mean, std, classes=tuple(map(str, names)), sha256=sha256(file))
+
+
+def _foreign_weights(file: Path) -> dict[str, Tensor]:
+    """The weights of others under timm's names, without what no teacher has."""
+    weights = {name: value for name, value in read_weights(file).items() if not name.startswith(_UNUSED)}
+    if "cls_token" not in weights or "head.weight" in weights:
+        return weights
+    # Hugging Face's ViT has its head under another name.
+    return {name.replace("classifier.", "head.", 1): value for name, value in weights.items()}
+
+
+def _encoder(
+    file: Path, name: str, weights: dict[str, Tensor], data: DataConfig, classes: int
+) -> dict[str, Any] | None:
+    """The card of an encoder of foveal's, if the name is one's and the weights are of its sizes."""
+    try:
+        timms = outline(name)
+    except ConfigError:
+        return None
+    sizes, heads, table = sizes_of(timms), heads_beside(file), weights.get("pos_embed")
+    if heads not in (None, sizes["heads"]):
+        raise ExportError(f"{file} has heads {heads}, timm's {name} has {sizes['heads']}; they must be equal")
+    size = data.image_size
+    if has_table(timms) and table is not None and table.ndim == 3:
+        size = _trained_size(table.shape[1] - timms.pos_embed.shape[1] + timms.patch_embed.num_patches, sizes, size)
+    pooling: Pooling = timms.global_pool
+    if pooling not in get_args(Pooling):
+        return None
+    cfg = VitConfig(**sizes, name=name, positions="learned" if has_table(timms) else None)
+    try:
+        card = encoder_card(cfg, size, data.channels, pooling=pooling, classes=classes)
+        _check_fit(encoder_from_card, card, weights, file)
+    except (ConfigError, ExportError):
+        return None
+    return card
+
+
+def _trained_size(patches: int, sizes: dict[str, Any], image_size: _SIZE) -> _SIZE:
+    """The size of the images of so many patches: ours, or else a square's."""
+    patch = sizes["patch"]
+    if math.prod(side // patch for side in height_and_width(image_size)) == patches:
+        return image_size
+    return max(1, math.isqrt(max(patches, 0))) * patch
+
+
+def _backbone(place: Path, name: str, weights: dict[str, Tensor], data: DataConfig, classes: int) -> dict[str, Any]:
+    """The card of a model of timm as it is, for our images, or else for those that timm trained it on.
+
+    Errors: ExportError that lists what does not fit.
+    """
+    ours, timms = (
+        backbone_card(name, size, data.channels, classes) for size in (data.image_size, timms_origins(name).image_size)
+    )
+    try:
+        _check_fit(backbone_from_card, ours, weights, place)
+    except ExportError:
+        _check_fit(backbone_from_card, timms, weights, place)
+        return timms
+    return ours
+
+
+def _check_fit(
+    build: Callable[[dict[str, Any], str], nn.Module], card: dict[str, Any], weights: dict[str, Tensor], place: Path
+) -> None:
+    """Whether weights are what a card builds, without memory for it. Errors: ExportError."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        module = build(card, str(place))
+    fitting(module, weights, place)
+
+
+def _pixels(
+    place: Path, name: str, told: dict[str, Any], data: DataConfig
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of the pixels that the weights were trained on: what is beside them, or set, or timm's."""
+    beside, timms = told.get("pretrained_cfg"), timms_origins(name)
+    if isinstance(beside, dict) and all(isinstance(beside.get(each), list) for each in ("mean", "std")):
+        mean, std = tuple(map(float, beside["mean"])), tuple(map(float, beside["std"]))
+    elif data.mean is not None and data.std is not None:
+        mean, std = data.mean, data.std
+    else:
+        mean, std = timms.mean, timms.std
+    if not len(mean) == len(std) == data.channels:
+        raise ExportError(
+            f"{place} does not say how its images of {data.channels} channels were normalised: set data.mean and data.std"
+        )
+    return mean, std

@@ -1,0 +1,71 @@
+"""The classifier that a plan builds, and how fast each of its layers learns."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from finetune.config import FinetunePlan
+from foveal.checkpoint.export import load_strictly, read_export
+from foveal.models.backbone import backbone_from_card, head_names, layers_of, undecayed_of
+from foveal.models.heads import Classifier
+from foveal.models.resize import resized_from_card
+from foveal.models.vit import encoder_from_card
+from foveal.optim import parameter_groups
+from foveal.seeding import key
+
+
+def classifier(plan: FinetunePlan) -> Classifier:
+    """The plan's encoder or backbone, freshly drawn, and its weights from the export where there is one."""
+    cfg = plan.cfg
+    torch.manual_seed(key(cfg.seed, "weights"))
+    if plan.backbone is not None:
+        return Classifier(_backbone(plan))
+    encoder = encoder_from_card(plan.encoder, cfg.init or "model", drop_path=cfg.drop_path)
+    if cfg.init is not None:
+        weights, card = read_export(Path(cfg.init))
+        weights = resized_from_card(weights, encoder, card.encoder, f"{cfg.init}/card.json")
+        # The mean of the patches has a norm of its own behind it, and does without the norm before it.
+        averaged = cfg.pooling == "avg"
+        new, unused = (("head.", "fc_norm."), ("head.", "norm.")) if averaged else (("head.",), ("head.", "fc_norm."))
+        load_strictly(encoder, weights, Path(cfg.init), new=new, unused=unused)
+    return Classifier(encoder)
+
+
+def _backbone(plan: FinetunePlan) -> nn.Module:
+    """The head is a fresh one too, unless the export's is of the same classes."""
+    cfg, told = plan.cfg, plan.backbone
+    assert told is not None
+    backbone = backbone_from_card(plan.encoder, cfg.init or "backbone", drop_path=cfg.drop_path)
+    if cfg.init is not None:
+        weights, card = read_export(Path(cfg.init))
+        head = () if card.classes == plan.classes else head_names(*told.shape)
+        load_strictly(backbone, weights, Path(cfg.init), new=head, unused=head)
+    return backbone
+
+
+def groups(plan: FinetunePlan, model: Classifier) -> list[dict[str, Any]]:
+    """The groups of AdamW, with layer-wise decay where it is asked for."""
+    optim, encoder = plan.cfg.optim, model.encoder
+    if plan.backbone is None:
+        depth = plan.encoder["depth"]
+        return parameter_groups(model, optim, _depth_of(depth), depth + 1)
+    undecayed = {f"encoder.{name}" for name in undecayed_of(encoder)}
+    if optim.layer_decay == 1:
+        return parameter_groups(model, optim, undecayed=undecayed)
+    layers = {f"encoder.{name}": layer for name, layer in layers_of(encoder).items()}
+    return parameter_groups(model, optim, layers.__getitem__, max(layers.values()), undecayed)
+
+
+def _depth_of(depth: int) -> Callable[[str], int]:
+    """A parameter's layer, for layer-wise decay: 0 the embedding, 1.. the blocks, depth + 1 what follows (BEiT, 2021)."""
+
+    def layer(name: str) -> int:
+        part = name.removeprefix("encoder.").split(".")
+        if part[0] in {"cls_token", "reg_token", "pos_embed", "patch_embed", "rope"}:
+            return 0
+        return int(part[1]) + 1 if part[0] == "blocks" else depth + 1
+
+    return layer

@@ -1,0 +1,235 @@
+"""Models of timm as they are: how they are built, what is known of them without memory, and what cannot be."""
+
+import json
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from foveal.errors import ConfigError, ExportError
+from foveal.models.backbone import (
+    BackboneCard,
+    backbone_card,
+    backbone_from_card,
+    backbone_outline,
+    build_backbone,
+    card_of,
+    check_resizing,
+    check_training,
+    classes_in,
+    depends_on_others,
+    head_names,
+    layers_of,
+    set_recompute,
+    shapes_of,
+    timms_origins,
+    undecayed_of,
+    whole_and_map,
+)
+from foveal.models.droppath import drop_path_sites
+from foveal.models.heads import Classifier
+from foveal.models.vit import EncoderCard, VitConfig, encoder_card
+
+SWIN = "swin_tiny_patch4_window7_224"
+VIT = "vit_tiny_patch16_224"
+# name: (pooled width, last map) of images of 64 pixels
+KINDS = {
+    "resnet18": (512, (512, 2, 2)),
+    "densenet121": (1024, (1024, 2, 2)),
+    "efficientnet_b0": (1280, (1280, 2, 2)),
+    SWIN: (768, (768, 2, 2)),
+    "pvt_v2_b0": (256, (256, 2, 2)),
+    VIT: (192, (192, 4, 4)),
+}
+
+
+def images(count: int = 2, size: int = 64) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_model_is_timms_own_and_its_shapes_are_known(name: str) -> None:
+    """On small images, from the same seed, number for number; its pooled feature is what its head reads."""
+    torch.manual_seed(3)
+    backbone: Any = build_backbone(name, 64, 3, classes=5)
+    sized = {"img_size": 64} if name in (SWIN, VIT) else {}
+    torch.manual_seed(3)
+    theirs: Any = timm.create_model(name, num_classes=5, **sized)
+    assert all(value.equal(theirs.state_dict()[each]) for each, value in backbone.state_dict().items())
+    pooled, last = whole_and_map(backbone.eval(), images())
+    assert backbone(images()).equal(theirs.eval()(images()))
+    assert (pooled.shape[1], tuple(last.shape[1:])) == shapes_of(name, 64, 3) == KINDS[name]
+    with torch.no_grad():
+        assert backbone.get_classifier()(pooled).equal(backbone(images()))
+    check_training(name, 64, 3, 5, 2)
+
+
+def test_patches_are_laid_out_as_they_lay_in_the_image() -> None:
+    model: Any = build_backbone(VIT, (32, 64), 3).eval()
+    tokens = model.forward_features(torch.ones(1, 3, 32, 64))
+    _, last = whole_and_map(model, torch.ones(1, 3, 32, 64))
+    assert last.shape == (1, 192, 2, 4)
+    assert last[0, :, 1, 2].equal(tokens[0, 1 + 1 * 4 + 2])
+    assert shapes_of(VIT, (32, 64), 3) == (192, (192, 2, 4))
+
+
+def test_a_build_takes_its_own_draws_and_no_others() -> None:
+    """What is looked up of a model, without memory or with, leaves the generator where timm alone would."""
+    torch.manual_seed(3)
+    timm.create_model("resnet18", num_classes=5)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    build_backbone("resnet18", 64, 3, classes=5)
+    assert torch.rand(3).equal(expected)
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    shapes_of("resnet26", 64, 3)
+    head_names("resnet26", 64, 3)
+    check_training("resnet26", 64, 3, 5, 2)
+    assert torch.random.get_rng_state().equal(before)
+
+
+def test_a_card_builds_the_model_again() -> None:
+    card = json.loads(json.dumps(backbone_card("resnet18", (32, 64), 1, classes=3)))
+    told = card_of(card, "card.json")
+    assert isinstance(told, BackboneCard)
+    assert (told.shape, told.classes) == (("resnet18", (32, 64), 1), 3)
+    shapes = {name: value.shape for name, value in build_backbone(*told.shape, classes=3).state_dict().items()}
+    again = backbone_from_card(card, "card.json", drop_path=0.2)
+    assert {name: value.shape for name, value in again.state_dict().items()} == shapes
+    assert drop_path_sites(again) == 7
+    bare: Any = backbone_from_card(card, "card.json", classes=0)
+    assert bare.num_classes == 0
+    assert isinstance(card_of(encoder_card(VitConfig(name=VIT), 224, 3), "card.json"), EncoderCard)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"timm": "resnet19"}, "card.json: 'resnet19' is not a model of timm"),
+        ({"colour": "red"}, "card.json: colour is not a setting"),
+        ({"channels": 0}, "card.json: channels"),
+    ],
+)
+def test_a_card_that_tells_of_none_is_one_sentence(change: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ExportError) as caught:
+        backbone_from_card(backbone_card("resnet18", 32, 3) | change, "card.json")
+    assert str(caught.value).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "further", "sentence"),
+    [
+        ("resnet19", 32, {}, "'resnet19' is not a model of timm .* Did you mean 'resnet"),
+        ("xyz", 32, {}, r"See timm.list_models\(\)"),
+        ("densenet121", 32, {"drop_path": 0.1}, "'densenet121' has no drop path; drop_path=0.1 cannot be"),
+        (
+            "twins_svt_small",
+            30,
+            {},
+            "timm cannot build 'twins_svt_small' for images of 30 x 30 pixels with 3 channels: ",
+        ),
+        ("gcvit_xxtiny", 20, {}, "timm cannot build 'gcvit_xxtiny' for images of 20 x 20 pixels with 3 channels: "),
+    ],
+)
+def test_a_model_that_cannot_be_is_one_sentence(name: str, size: int, further: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        build_backbone(name, size, 3, **further)
+
+
+def test_what_training_would_fall_over_is_one_sentence() -> None:
+    with pytest.raises(ConfigError, match="'inception_v3' cannot learn from 2 images at once of 16 x 16 pixels: "):
+        check_training("inception_v3", 16, 3, 5, 2)
+    with pytest.raises(
+        ConfigError, match="'resnet18' cannot learn from 1 images at once of 32 x 32 pixels: Expected more"
+    ):
+        check_training("resnet18", 32, 3, 5, 1)
+    with pytest.raises(ConfigError, match="'mixer_s32_224' makes no feature map of images of 32 x 32 pixels"):
+        shapes_of("mixer_s32_224", 32, 3)
+
+
+@pytest.mark.parametrize("name", ["rexnet_100", "nextvit_small", "swinv2_cr_tiny_ns_224"])
+def test_nothing_is_drawn_in_a_forward(name: str) -> None:
+    """Some names of timm bring dropout or a drop path with them; the setting alone decides."""
+    model = backbone_outline(name, 224, 3, 5)
+    assert drop_path_sites(model) == 0
+    assert not [each for each in model.modules() if isinstance(each, nn.Dropout) and each.p]
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("resnet18", {"fc.weight", "fc.bias"}),
+        (SWIN, {"head.fc.weight", "head.fc.bias"}),
+        ("densenet121", {"classifier.weight", "classifier.bias"}),
+    ],
+)
+def test_a_head_is_what_the_classes_need(name: str, head: set[str]) -> None:
+    assert set(head_names(name, 64, 3)) == head
+    for classes in (0, 3):
+        weights = backbone_outline(name, 64, 3, classes).state_dict()
+        assert classes_in(weights, name, 64, 3) == classes
+
+
+def test_images_of_another_size_where_weights_do_not_depend_on_it() -> None:
+    check_resizing(BackboneCard(timm="resnet18", image_size=224, channels=3), 32, "it")
+    check_resizing(BackboneCard(timm="pvt_v2_b0", image_size=224, channels=3), 64, "it")
+    for name, weight in ((SWIN, "relative_position_bias_table"), (VIT, "pos_embed")):
+        with pytest.raises(ExportError, match=f"it is a {name} of images of 224 x 224 pixels and .*{weight}") as caught:
+            check_resizing(BackboneCard(timm=name, image_size=224, channels=3), 64, "it")
+        assert str(caught.value).endswith("data.image_size is 64 x 64")
+
+
+def test_layers_are_timms() -> None:
+    layers = layers_of(backbone_outline("resnet18", 64, 3, 5))
+    names = ("conv1.weight", "layer1.0.conv1.weight", "layer1.1.bn2.bias", "layer4.1.conv2.weight", "fc.bias")
+    assert [layers[name] for name in names] == [0, 1, 2, 8, 9]
+    swin = layers_of(backbone_outline(SWIN, 64, 3, 5))
+    assert (swin["patch_embed.proj.weight"], max(swin.values()), swin["head.fc.weight"]) == (0, 13, 13)
+    model: Any = build_backbone("test_resnet", 32, 3)
+    model.group_matcher = None
+    with pytest.raises(ConfigError, match="timm does not number the layers of 'test_resnet'"):
+        layers_of(model)
+
+
+def test_tables_of_biases_are_not_decayed() -> None:
+    names = undecayed_of(backbone_outline(SWIN, 64, 3))
+    assert len(names) == 12
+    assert all(name.endswith("relative_position_bias_table") for name in names)
+    assert undecayed_of(backbone_outline("resnet18", 64, 3)) == set()
+
+
+def test_who_depends_on_others() -> None:
+    found = {name: depends_on_others(backbone_outline(name, 64, 3)) for name in KINDS}
+    assert found == {name: name in {"resnet18", "densenet121", "efficientnet_b0"} for name in KINDS}
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
+def test_recomputing_changes_neither_gradients_nor_running_statistics(name: str) -> None:
+    """Two micros: what is followed in a forward is not followed again in its backward."""
+    states = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = Classifier(build_backbone(name, 32, 3, classes=5)).train()
+        model.set_grad_checkpointing(recompute)
+        for _ in range(2):
+            model(images(4, 32)).square().sum().backward()
+        gradients = {f"{each} gradient": value.grad for each, value in model.named_parameters()}
+        states.append(model.state_dict() | gradients)
+    assert all(value.equal(states[1][each]) for each, value in states[0].items())
+
+
+def test_what_cannot_be_recomputed_is_one_sentence() -> None:
+    with torch.device("meta"):
+        backbone = build_backbone("vgg11", 32, 3)
+    with pytest.raises(ConfigError, match=r"cannot recompute the activations of 'vgg11': set engine\.recompute=false"):
+        set_recompute(backbone, enable=True)
+
+
+def test_what_timm_says_of_its_weights() -> None:
+    told = timms_origins("resnet18")
+    assert (told.mean, told.image_size, told.first) == ((0.485, 0.456, 0.406), (224, 224), "conv1")
+    with pytest.raises(ConfigError, match="is not a model of timm"):
+        timms_origins("resnet19")

@@ -1,0 +1,190 @@
+"""Teachers that foveal did not train: what is found out of their files, and what fits nothing."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from distill.origin import origin_of
+from foveal.checkpoint.export import Card, load_strictly, write_export
+from foveal.data import DataConfig
+from foveal.errors import ConfigError, ExportError
+from foveal.files import sha256
+from foveal.models.backbone import BackboneCard, backbone_card, backbone_from_card, build_backbone, card_of
+from foveal.models.encode import features
+from foveal.models.resize import resized_from_card
+from foveal.models.vit import EncoderCard, VitConfig, build_encoder, encoder_card, encoder_from_card
+
+SWIN = "swin_tiny_patch4_window7_224"
+VIT = "vit_tiny_patch16_224"
+
+
+def data(**further: Any) -> DataConfig:
+    return DataConfig.checked({"path": "x", "image_size": 64, "channels": 3} | further, "here")
+
+
+def timms(folder: Path, name: str, config: dict[str, Any] | None = None, **sizes: Any) -> Any:
+    """A model of timm's, and its weights in a folder as others leave them."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **({"num_classes": 7} | sizes)).eval()
+    folder.mkdir(parents=True)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return model
+
+
+def images(channels: int = 3, size: int = 64) -> Tensor:
+    return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("resnet18", {}), ("resnet18", {"num_classes": 0}), ("densenet121", {}), (SWIN, {"img_size": 64})],
+)
+def test_a_model_of_timm_is_found_as_it_is(name: str, sizes: dict[str, Any], tmp_path: Path) -> None:
+    model = timms(tmp_path / "timm", name, **sizes)
+    origin = origin_of(tmp_path / "timm", name, data())
+    told = card_of(origin.card.encoder, "card")
+    assert isinstance(told, BackboneCard)
+    assert (told.shape, told.classes) == ((name, 64, 3), sizes.get("num_classes", 7))
+    assert (origin.card.stage, origin.card.classes) == ("foreign", ())
+    assert origin.card.mean == (0.485, 0.456, 0.406)
+    assert origin.card.sha256 == sha256(tmp_path / "timm" / "model.safetensors")
+    found = backbone_from_card(origin.card.encoder, "card").eval()
+    load_strictly(found, origin.weights(), origin.place)
+    assert found(images()).equal(model(images()))
+
+
+@pytest.mark.parametrize(("size", "expected"), [(64, 64), (96, 96), (112, 96)])
+def test_a_vision_transformer_is_an_encoder_whose_layers_can_teach(size: int, expected: int, tmp_path: Path) -> None:
+    """Its grid is that of its positions: 6 x 6 patches, or where that is ours, 4 x 4."""
+    model = timms(tmp_path / "timm", VIT, img_size=expected)
+    origin = origin_of(tmp_path / "timm" / "model.safetensors", VIT, data(image_size=size))
+    told = card_of(origin.card.encoder, "card")
+    assert isinstance(told, EncoderCard)
+    assert (told.image_size, told.positions, told.pooling, told.classes) == (expected, "learned", "token", 7)
+    encoder = encoder_from_card(origin.card.encoder | {"image_size": size}, "card").eval()
+    load_strictly(encoder, resized_from_card(origin.weights(), encoder, origin.card.encoder, "card"), origin.place)
+    if size == expected:
+        cls, patches = features(encoder, images(size=size))
+        tokens = model.forward_features(images(size=size))
+        torch.testing.assert_close(torch.cat([cls[:, None], patches], dim=1), tokens)
+        torch.testing.assert_close(encoder(images(size=size)), model(images(size=size)))
+
+
+def test_positions_without_a_table_are_an_encoder_too(tmp_path: Path) -> None:
+    name = "vit_relpos_medium_patch16_cls_224"
+    timms(tmp_path / "timm", name, img_size=64, embed_dim=512)
+    assert origin_of(tmp_path / "timm", name, data()).card.encoder["positions"] is None
+
+
+def test_what_the_hub_says_beside_the_weights_is_taken(tmp_path: Path) -> None:
+    """mean, std and label_names of timm's config.json on the Hugging Face hub."""
+    names = [f"kind {number}" for number in range(7)]
+    config = {"architecture": "resnet18", "label_names": names}
+    pixels = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5]}
+    timms(tmp_path / "timm", "resnet18", config | {"pretrained_cfg": pixels})
+    card = origin_of(tmp_path / "timm", "resnet18", data()).card
+    assert (card.mean, card.std, card.classes) == ((0.1, 0.2, 0.3), (0.5, 0.5, 0.5), tuple(names))
+    (tmp_path / "timm" / "config.json").write_text(json.dumps(config | {"label_names": names[1:]}))
+    stated = data(mean=[0.4, 0.4, 0.4], std=[0.2, 0.2, 0.2])
+    card = origin_of(tmp_path / "timm", "resnet18", stated).card
+    assert (card.mean, card.std, card.classes) == (stated.mean, stated.std, ())
+
+
+def test_pixels_of_other_channels_must_be_stated(tmp_path: Path) -> None:
+    timms(tmp_path / "timm", "resnet18", in_chans=1)
+    with pytest.raises(ExportError, match=r"images of 1 channels were normalised: set data.mean and data.std"):
+        origin_of(tmp_path / "timm", "resnet18", data(channels=1))
+    assert origin_of(tmp_path / "timm", "resnet18", data(channels=1, mean=[0.3], std=[0.4])).card.mean == (0.3,)
+
+
+def test_hugging_faces_classifier_is_a_head(tmp_path: Path) -> None:
+    transformers: Any = pytest.importorskip("transformers", reason="needs transformers, of the test extra")
+    sizes = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768}
+    torch.manual_seed(0)
+    cfg = transformers.ViTConfig(**sizes, image_size=64, patch_size=16, num_labels=5, layer_norm_eps=1e-6)
+    model = transformers.ViTForImageClassification(cfg).eval()
+    model.save_pretrained(tmp_path)
+    origin = origin_of(tmp_path, VIT, data())
+    encoder = encoder_from_card(origin.card.encoder, "card").eval()
+    load_strictly(encoder, origin.weights(), origin.place)
+    torch.testing.assert_close(encoder(images()), model(images()).logits, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ExportError, match="has heads 3, timm's vit_small_patch16_224 has 6; they must be equal"):
+        origin_of(tmp_path, "vit_small_patch16_224", data())
+
+
+def export(folder: Path, encoder: dict[str, Any], module: torch.nn.Module) -> Path:
+    write_export(folder, module.state_dict(), Card("pretrain", encoder, (0.3,), (0.4,), classes=("a", "b")))
+    return folder
+
+
+def test_an_export_of_ours_is_its_own_card(tmp_path: Path) -> None:
+    tiny = VitConfig(name=VIT, patch=4, width=16, depth=1, heads=2)
+    ours = export(tmp_path / "a", encoder_card(tiny, 16, 1), build_encoder(tiny, image_size=16, channels=1))
+    theirs = export(tmp_path / "b", backbone_card("resnet18", 32, 1, 2), build_backbone("resnet18", 32, 1, classes=2))
+    for folder in (ours, theirs):
+        origin = origin_of(folder, None, data(image_size=48, channels=1))
+        assert (origin.card.classes, origin.card.stage) == (("a", "b"), "pretrain")
+        assert origin.weights().keys() == load_file(folder / "model.safetensors").keys()
+    with pytest.raises(ConfigError, match="image_size=18 is not a whole number of patches"):
+        origin_of(ours, None, data(image_size=18, channels=1))
+
+
+def test_weights_that_change_after_the_plan_are_not_taken(tmp_path: Path) -> None:
+    timms(tmp_path / "timm", "resnet18")
+    ours = export(tmp_path / "b", backbone_card("resnet18", 32, 1), build_backbone("resnet18", 32, 1))
+    origins = [origin_of(tmp_path / "timm", "resnet18", data()), origin_of(ours, None, data())]
+    file = tmp_path / "timm" / "model.safetensors"
+    save_file({name: value + 1 for name, value in load_file(file).items()}, file)
+    export(ours, backbone_card("resnet18", 32, 1), build_backbone("resnet18", 32, 1))
+    for origin in origins:
+        with pytest.raises(ExportError, match="has changed since the run was planned"):
+            origin.weights()
+
+
+@pytest.mark.parametrize(
+    ("name", "further", "kind", "sentence"),
+    [
+        ("resnet34", {}, ExportError, "timm lacks layer1.2.conv1.weight, layer1.2.bn1.weight, "),
+        ("resnet50", {}, ExportError, "timm lacks layer1.0.conv3.weight, "),
+        ("resnet18d", {}, ExportError, "timm lacks conv1.0.weight, "),
+        (VIT, {}, ExportError, "timm lacks cls_token, pos_embed, "),
+        ("resnet18", {"channels": 1}, ExportError, "timm has channels 3, data.channels is 1"),
+        ("resnet19", {}, ConfigError, "'resnet19' is not a model of timm"),
+    ],
+)
+def test_a_name_that_is_not_the_weights_is_one_sentence(
+    name: str, further: dict[str, Any], kind: type[Exception], sentence: str, tmp_path: Path
+) -> None:
+    timms(tmp_path / "timm", "resnet18")
+    with pytest.raises(kind) as caught:
+        origin_of(tmp_path / "timm", name, data(**further))
+    assert sentence in str(caught.value)
+
+
+def test_weights_of_one_image_size_are_one_sentence(tmp_path: Path) -> None:
+    timms(tmp_path / "timm", SWIN)
+    with pytest.raises(ExportError) as caught:
+        origin_of(tmp_path / "timm", SWIN, data())
+    assert str(caught.value).startswith(
+        f"{tmp_path / 'timm'} is a {SWIN} of images of 224 x 224 pixels and has weights"
+    )
+    assert str(caught.value).endswith("data.image_size is 64 x 64")
+    assert origin_of(tmp_path / "timm", SWIN, data(image_size=224)).card.classes == ()
+
+
+def test_no_weights_are_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="is not there"):
+        origin_of(tmp_path / "nowhere", "resnet18", data())
+    with pytest.raises(ExportError, match="is no export"):
+        origin_of(tmp_path, None, data())
+    torch.save({}, tmp_path / "model.pth")
+    with pytest.raises(ExportError, match="a pickle is not read"):
+        origin_of(tmp_path / "model.pth", "resnet18", data())
