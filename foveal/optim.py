@@ -47,6 +47,7 @@ def parameter_groups(
             continue
         plain = parameter.ndim <= 1 or name.rsplit(".", 1)[-1] in {
             "cls_token",
+            "dist_token",
             "pos_embed",
             "mask_token",
             "reg_token",

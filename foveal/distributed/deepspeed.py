@@ -164,4 +164,6 @@ class DeepSpeed:
                 # The fp32 master where there is one: under bf16 the module's own copy has lost digits.
                 master = self._full_fp32(parameter) if self._zero and parameter.requires_grad else None
                 whole[name] = (parameter if master is None else master).detach().float().cpu().clone()
-        return whole | {name: value.detach().float().cpu() for name, value in self._engine.module.named_buffers()}
+        module = self._engine.module
+        kept = module.state_dict().keys()  # a buffer that is a formula has no place in a file
+        return whole | {name: value.detach().float().cpu() for name, value in module.named_buffers() if name in kept}

@@ -10,6 +10,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from foveal.config import Config, ImageSize, height_and_width, science
@@ -95,6 +96,12 @@ def whole_and_map(backbone: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     return pooled, last.permute(0, 3, 1, 2) if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else last
 
 
+def whole_and_places(backbone: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """As ``whole_and_map``, with the map's places in a row: (pooled [B, D], places [B, L, D])."""
+    pooled, last = whole_and_map(backbone, images)
+    return pooled, last.flatten(2).transpose(1, 2)
+
+
 @functools.cache
 def shapes_of(name: str, image_size: int | tuple[int, int], channels: int) -> tuple[int, tuple[int, int, int]]:
     """The width of a model's pooled feature, and the (D, rows, columns) of its last map, found without memory.
@@ -117,6 +124,11 @@ def shapes_of(name: str, image_size: int | tuple[int, int], channels: int) -> tu
 def depends_on_others(model: nn.Module) -> bool:
     """Whether a sample's forward depends on the others of its micro on its rank, as under BatchNorm."""
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())  # noqa: SLF001
+
+
+def has_distillation_token(model: nn.Module) -> bool:
+    """Whether a model has a token, and a head on it, that learn from a teacher (Touvron et al., "DeiT", 2021)."""
+    return isinstance(model, VisionTransformerDistilled)
 
 
 def _arguments(name: str) -> set[str]:

@@ -9,12 +9,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distill.config import DistillConfig, plan
+from distill.lesson import Lesson
 from distill.objective import Imitate
 from distill.teacher import Teacher
-from foveal.checkpoint.export import Card, write_export
+from foveal.checkpoint.export import Card, read_export, write_export
 from foveal.data import Batch
+from foveal.distributed.engine import Precision
 from foveal.errors import ConfigError, ExportError
-from foveal.models.heads import Student
+from foveal.models.encode import features
+from foveal.models.students import FeatureStudent, Students
 from foveal.models.vit import Pooling, VitConfig, build_encoder, encoder_card
 
 CPU = torch.device("cpu")
@@ -31,9 +34,16 @@ def export(folder: Path, *, pooling: Pooling = "token", classes: int = 0, **card
     return folder
 
 
+def taught(
+    folder: Path, precision: Precision = "fp32", image_size: Any = None, lesson: Lesson = Lesson("features")
+) -> Teacher:
+    """The teacher of an export."""
+    return Teacher(*read_export(folder), lesson, CPU, precision, image_size, folder)
+
+
 @pytest.fixture
 def teacher(tmp_path: Path) -> Teacher:
-    return Teacher(export(tmp_path / "export"), CPU, "fp32")
+    return taught(export(tmp_path / "export"))
 
 
 def images(count: int = 3) -> Tensor:
@@ -57,14 +67,15 @@ def test_no_gradient_reaches_a_teacher(teacher: Teacher) -> None:
         cls, patches = teacher(given)
     assert not cls.requires_grad
     assert not patches.requires_grad
-    assert not [name for name, parameter in teacher.encoder.named_parameters() if parameter.requires_grad]
+    assert not [name for name, parameter in teacher.model.named_parameters() if parameter.requires_grad]
 
 
 def test_a_step_of_its_student_leaves_it_as_it_was(teacher: Teacher, tmp_path: Path) -> None:
     """Evaluation mode for ever: no train() of a student, or of what holds both, reaches it."""
-    student = Student(build_encoder(TINY, image_size=16, channels=1), 16)
+    encoder = build_encoder(TINY, image_size=16, channels=1)
+    student = Students([FeatureStudent(encoder, features, (16, 16), (16, 16), patches=True)])
     student.teacher = teacher  # pyright: ignore[reportArgumentType]
-    objective = Imitate(teacher, "cosine", 1.0, 1.0, MEAN, STD)
+    objective = Imitate(teacher, distill(tmp_path, tmp_path), [""], MEAN, STD)
     optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
     lesson = teacher(images())
     pixels = torch.randint(0, 256, (4, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
@@ -76,17 +87,17 @@ def test_a_step_of_its_student_leaves_it_as_it_was(teacher: Teacher, tmp_path: P
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
-    assert not any(module.training for module in teacher.encoder.modules())
+    assert not any(module.training for module in teacher.model.modules())
     assert not isinstance(teacher, nn.Module)
     assert not [name for name, _ in student.named_parameters() if "teacher" in name]
     kept = load_file(tmp_path / "export" / "model.safetensors")
-    assert all(value.equal(kept[name]) for name, value in teacher.encoder.state_dict().items())
+    assert all(value.equal(kept[name]) for name, value in teacher.model.state_dict().items())
     for again, before in zip(teacher(images()), lesson, strict=True):
         assert again.equal(before)
 
 
 def test_lower_precision_stays_inside(teacher: Teacher, tmp_path: Path) -> None:
-    lowered = Teacher(tmp_path / "export", CPU, "bf16")
+    lowered = taught(tmp_path / "export", "bf16")
     for low, full in zip(lowered(images()), teacher(images()), strict=True):
         assert low.dtype == full.dtype == torch.float32
         assert not low.equal(full)
@@ -107,7 +118,7 @@ def test_a_card_that_tells_of_another_encoder_is_one_sentence(
     card: dict[str, Any], sentence: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ExportError) as caught:
-        Teacher(export(tmp_path / "export", **card), CPU, "fp32")
+        taught(export(tmp_path / "export", **card))
     assert sentence in str(caught.value)
 
 
@@ -117,12 +128,12 @@ def test_a_teacher_of_larger_images(tmp_path: Path) -> None:
     torch.manual_seed(0)
     encoder = build_encoder(TINY, image_size=(16, 24), channels=1).eval()
     wide = torch.randn(2, 1, 16, 24)
-    cls, patches = Teacher(folder, CPU, "fp32", (16, 24))(wide)
+    cls, patches = taught(folder, image_size=(16, 24))(wide)
     tokens = encoder.forward_features(wide)
     torch.testing.assert_close(cls, tokens[:, 0])
     torch.testing.assert_close(patches, tokens[:, 1:])
     with pytest.raises(ExportError, match=r"card.json: image_size=18 is not a whole number of patches of 4"):
-        Teacher(folder, CPU, "fp32", 18)
+        taught(folder, image_size=18)
 
 
 def test_a_plan_knows_what_is_resized(digits: Path, tmp_path: Path) -> None:
@@ -149,7 +160,7 @@ def distill(digits: Path, teacher: Path, **settings: Any) -> DistillConfig:
 def test_a_student_inherits_its_teachers_pixels_and_digest(digits: Path, tmp_path: Path) -> None:
     folder = export(tmp_path / "export")
     found = plan(distill(digits, folder), 1)
-    assert (found.mean, found.std, found.teacher_width) == (MEAN, STD, 16)
+    assert (found.mean, found.std) == (MEAN, STD)
     torch.manual_seed(5)
     other = build_encoder(TINY, image_size=16, channels=1)
     write_export(tmp_path / "other", other.state_dict(), Card("pretrain", encoder_card(TINY, 16, 1), MEAN, STD))
@@ -198,8 +209,8 @@ def test_no_teacher_is_one_sentence(digits: Path, tmp_path: Path) -> None:
 
 def test_a_classifier_that_reads_the_class_token_can_teach(digits: Path, tmp_path: Path) -> None:
     folder = export(tmp_path / "export", classes=10)
-    assert plan(distill(digits, folder), 1).teacher_width == 16
-    assert Teacher(folder, CPU, "fp32")(images())[0].shape == (3, 16)
+    assert plan(distill(digits, folder), 1).classes == ()
+    assert taught(folder)(images())[0].shape == (3, 16)
 
 
 def test_a_classifier_that_reads_the_mean_of_the_patches_is_refused_in_the_plan(digits: Path, tmp_path: Path) -> None:
