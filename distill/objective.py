@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from distill.config import DistillConfig
@@ -78,9 +79,9 @@ def _features(of: Imitate, answer: Answer, lesson: Answer, _seen: Seen) -> Told:
 
 def _layers(of: Imitate, answer: Answer, lesson: Answer, seen: Seen) -> Told:
     """The mean over pairs of the tokens' mean distance, and the mean error of the masked patches (Bai et al., 2023)."""
-    apart, pairs = DISTANCES[of.cfg.distance], len(lesson)
-    distances = [apart(his.float(), hers).mean(dim=1) for his, hers in zip(answer[:pairs], lesson, strict=True)]
-    token_B = sum(distances[1:], distances[0]) / pairs
+    apart = DISTANCES[of.cfg.distance]
+    pairs = zip(answer[: len(lesson)], lesson, strict=True)
+    token_B = _mean([apart(his.float(), hers).mean(dim=1) for his, hers in pairs])
     if not of.cfg.pixel_weight:
         return token_B, {"token_distance": token_B}
     assert seen.masked is not None
@@ -94,7 +95,7 @@ def _relations(of: Imitate, answer: Answer, lesson: Answer, _seen: Seen) -> Told
     found = [
         relation_losses(his.float(), hers, of.teacher.lesson.heads) for his, hers in zip(answer, lesson, strict=True)
     ]
-    qk_B, vv_B = (sum(each[1:], each[0]) / len(each) for each in zip(*found, strict=True))
+    qk_B, vv_B = (_mean(each) for each in zip(*found, strict=True))
     return qk_B + vv_B, {"qk_divergence": qk_B, "vv_divergence": vv_B}
 
 
@@ -121,6 +122,10 @@ def _token(of: Imitate, answer: Answer, lesson: Answer, seen: Seen) -> Told:
     label_B, guess_B = label_loss(logits, seen.labels), label_loss(distilled, lesson[0])
     numbers = {"label_loss": label_B, "guess_loss": guess_B, "agreement": distilled.argmax(dim=1) == lesson[0]}
     return weight * label_B + (1 - weight) * guess_B, numbers
+
+
+def _mean(pairs: Sequence[Tensor]) -> Tensor:
+    return torch.stack([*pairs]).mean(dim=0)
 
 
 _LOSSES: dict[LessonKind, Callable[[Imitate, Answer, Answer, Seen], Told]] = {

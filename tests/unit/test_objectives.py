@@ -130,7 +130,7 @@ def test_distances_and_their_gradients_against_loops(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     answer = (2 * torch.randn(4, 6, generator=generator, dtype=torch.float64)).requires_grad_()
     lesson = 2 * torch.randn(4, 6, generator=generator, dtype=torch.float64)
-    apart = DISTANCES[name](answer, lesson)
+    apart = DISTANCES[name](answer, lesson)  # pyright: ignore[reportArgumentType]
     assert apart.shape == (4,)
     expected = [by_loop(name, a, b) for a, b in zip(answer.detach().numpy(), lesson.numpy(), strict=True)]
     assert apart.tolist() == pytest.approx(expected, rel=1e-9)
@@ -161,14 +161,14 @@ def test_imitate_against_a_loop(name: str, cls_weight: float, patch_weight: floa
     generator = torch.Generator().manual_seed(0)
     lesson = (torch.randn(B, 5, generator=generator), torch.randn(B, L, 5, generator=generator))
     answer = (torch.randn(B, 5, generator=generator), torch.randn(B, L, 5, generator=generator))
-    teacher, student = Given(*lesson), Students([Given(*answer)])
+    teacher, pupil = Given(*lesson), Given(*answer)
     cfg = DistillConfig.checked(
         {"distance": name, "cls_weight": cls_weight, "patch_weight": patch_weight}
         | {"teacher": "x", "epochs": 1, "data": {"path": "x", "image_size": SIZE}, "batch": {"images": B}, "optim": {}},
         "here",
     )
     objective = Imitate(teacher, cfg, [""], MEAN, STD)  # pyright: ignore[reportArgumentType]
-    total, numbers = objective(student, batch())
+    total, numbers = objective(Students([pupil]), batch())
 
     cls = [by_loop(name, answer[0][image].numpy(), lesson[0][image].numpy()) for image in range(B)]
     patches = [
@@ -182,7 +182,7 @@ def test_imitate_against_a_loop(name: str, cls_weight: float, patch_weight: floa
     if patch_weight:
         assert numbers["patch_distance"].item() == pytest.approx(sum(patches), rel=1e-5)
     assert objective.weight(batch()) == B
-    (seen, _), (shown, *_) = teacher.asked, student.each["0"].asked
+    (seen, _), (shown, *_) = teacher.asked, pupil.asked
     assert seen is shown, "one view for both"
     np.testing.assert_allclose(seen.numpy(), pixels(batch().images), rtol=1e-5, atol=1e-6)
 

@@ -23,6 +23,7 @@ from foveal.models.vit import Pooling, VitConfig, build_encoder, encoder_card
 CPU = torch.device("cpu")
 TINY = VitConfig(name="vit_tiny_patch16_224", patch=4, width=16, depth=2, heads=2)
 MEAN, STD = (0.3,), (0.4,)
+FEATURES = Lesson("features")
 
 
 def export(folder: Path, *, pooling: Pooling = "token", classes: int = 0, **card: Any) -> Path:
@@ -34,9 +35,7 @@ def export(folder: Path, *, pooling: Pooling = "token", classes: int = 0, **card
     return folder
 
 
-def taught(
-    folder: Path, precision: Precision = "fp32", image_size: Any = None, lesson: Lesson = Lesson("features")
-) -> Teacher:
+def taught(folder: Path, precision: Precision = "fp32", image_size: Any = None, lesson: Lesson = FEATURES) -> Teacher:
     """The teacher of an export."""
     return Teacher(*read_export(folder), lesson, CPU, precision, image_size, folder)
 
