@@ -19,8 +19,12 @@ CONFIGS = stage_configs()
 # run.restarts, how much room checkpoints may take and whether they are written aside, how long the end waits for MLflow,
 # and how Accelerate shards. Kinds of masking brought two: the kind, for who compares with figure 6 of the paper, and the
 # side of a block, which is small on the digits' 4 x 4 patches and large on 14 x 14. Going on from public weights brought
-# init to pretraining. Registers are a size of an encoder.
-MOST_SETTINGS = {"pretrain": 87, "distill": 82, "finetune": 88}
+# init to pretraining. Registers are a size of an encoder. Kinds of lesson brought fourteen to distillation: the kind, and
+# what only some of them read (layers and relations: the pairs; layers: how much is masked, what pixels weigh and how they
+# are normalised, and the four of the decoder; logits: temperature and pooling; logits and token: what labels weigh), a
+# model of timm as it is, and that model may be left out for it. Several students at once brought twelve: a name, and for
+# each again what a student is, all unseen by whoever has one.
+MOST_SETTINGS = {"pretrain": 87, "distill": 108, "finetune": 88}
 
 
 def shipped(folder: str) -> list[Path]:

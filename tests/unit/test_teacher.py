@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from lessons import DIGITS, backbone_export, encoder_export
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -217,3 +218,99 @@ def test_a_classifier_that_reads_the_mean_of_the_patches_is_refused_in_the_plan(
     folder = export(tmp_path / "export", pooling="avg", classes=10)
     with pytest.raises(ExportError, match="pooling"):
         plan(distill(digits, folder), 1)
+
+
+# What a teacher tells of each lesson
+
+
+def heard(module: Any, images: Tensor, encoder: Any) -> Tensor:
+    """What a module makes inside of timm's own forward."""
+    made = []
+    handle = module.register_forward_hook(lambda _module, _entering, out: made.append(out))
+    with torch.no_grad():
+        encoder.forward_features(images)
+    handle.remove()
+    return made[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "registers", "positions"),
+    [
+        ("vit_tiny_patch16_224", 3, "sincos"),
+        ("vit_base_patch16_rope_mixed_224", 0, None),
+        ("vit_relpos_medium_patch16_cls_224", 0, None),
+    ],
+)
+def test_layers_and_relations_are_what_timm_has_inside(
+    name: str, registers: int, positions: Any, tmp_path: Path
+) -> None:
+    """All patches: the blocks' own outputs, and those of their layers of queries, keys and values; registers left out."""
+    cfg = VitConfig(name=name, patch=4, width=32, depth=4, heads=2, registers=registers, positions=positions)
+    folder = encoder_export(tmp_path / "export", cfg)
+    encoder: Any = taught(folder).model
+    bare = [0, *range(registers + 1, registers + 17)]
+    for kind, part in (("layers", lambda block: block), ("relations", lambda block: block.attn.qkv)):
+        told = taught(folder, lesson=Lesson(kind, (3, 1), 2, 4))(images())
+        for found, number in zip(told, (3, 1), strict=True):
+            expected = heard(part(encoder.blocks[number - 1]), images(), encoder)
+            torch.testing.assert_close(found, expected[:, bare])
+
+
+def test_the_lesson_of_visible_patches_is_of_them_alone(tmp_path: Path) -> None:
+    teacher = taught(encoder_export(tmp_path / "export"), lesson=Lesson("layers", (2,), 2, 4))
+    kept = torch.tensor([[3, 1], [0, 15], [7, 8]])
+    (told,) = teacher(images(), kept)
+    assert told.shape == (3, 3, 32)
+    hidden = torch.ones(3, 16).scatter(1, kept, 0.0).unflatten(1, (4, 4))
+    noisy = images() + 9 * hidden.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]
+    assert teacher(noisy, kept)[0].equal(told)
+
+
+def test_a_row_of_a_lesson_is_a_function_of_its_image(tmp_path: Path) -> None:
+    """So that it can be kept: tensors, rows by images, whoever else is asked with it."""
+    folder = encoder_export(tmp_path / "export", pooling="avg", classes=DIGITS)
+    resnet = backbone_export(tmp_path / "resnet", "resnet10t", classes=DIGITS, image_size=16)
+    for teacher in (
+        taught(folder, lesson=Lesson("relations", (1, 2), 2, 4)),
+        taught(folder, lesson=Lesson("logits")),
+        taught(folder, lesson=Lesson("token")),
+        taught(resnet, lesson=Lesson("features")),
+        taught(resnet, lesson=Lesson("token")),
+    ):
+        together, alone = teacher(images()), [teacher(each[None]) for each in images()]
+        for part, rows in enumerate(zip(*alone, strict=True)):
+            torch.testing.assert_close(together[part], torch.cat(rows))
+
+
+@pytest.mark.parametrize(
+    ("lesson", "blocks", "attentions"),
+    [
+        (Lesson("features"), 4, 4),
+        (Lesson("layers", (2, 1), 2, 4), 2, 2),
+        (Lesson("relations", (3, 1), 2, 4), 2, 2),  # of the third, only what makes its queries, keys and values
+    ],
+)
+def test_no_block_runs_beyond_what_is_asked(lesson: Lesson, blocks: int, attentions: int, tmp_path: Path) -> None:
+    teacher = taught(encoder_export(tmp_path / "export"), lesson=lesson)
+    ran: list[str] = []
+    for name, module in teacher.model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    teacher(images())
+    assert len([name for name in ran if name.count(".") == 1 and name.startswith("blocks.")]) == blocks
+    assert len([name for name in ran if name.endswith(".attn")]) == attentions
+    assert ("norm" in ran) == (lesson.kind == "features")
+
+
+def test_a_teacher_cannot_be_put_into_training(tmp_path: Path) -> None:
+    folder = backbone_export(tmp_path / "export", "resnet10t", image_size=16)
+    teacher = taught(folder)
+    before, told = {n: v.clone() for n, v in teacher.model.state_dict().items()}, teacher(images())
+    teacher.model.train()
+    for module in teacher.model.modules():
+        module.train(True)
+    nn.ModuleList([teacher.model]).train()
+    assert not any(module.training for module in teacher.model.modules())
+    assert all(again.equal(first) for again, first in zip(teacher(images()), told, strict=True))
+    assert all(value.equal(before[name]) for name, value in teacher.model.state_dict().items()), (
+        "BatchNorm's averages too"
+    )
