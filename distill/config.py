@@ -1,58 +1,163 @@
 """The settings of distillation, and the plan they come to."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from distill.fit import Pupil, Taught, check_classes, fitted, taught_by
+from distill.lesson import IN_CLASSES, Lesson, LessonKind
+from distill.losses import Distance
 from foveal.checkpoint.export import read_card
-from foveal.config import machine, science
-from foveal.errors import ExportError
-from foveal.models.vit import EncoderCard, VitConfig
+from foveal.config import Config, machine, science
+from foveal.errors import ConfigError
+from foveal.models.mae import DecoderConfig
+from foveal.models.vit import Pooling, VitConfig
 from foveal.stage import Plan, StageConfig, planned
+
+_PLAIN = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
+_SMALL = VitConfig(name="vit_small_patch16_224")
+
+
+class StudentConfig(Config):
+    """One of several students of one teacher."""
+
+    name: str = science(about="Its folder in export/, and the beginning of its numbers' names.")
+    model: VitConfig | None = science(None, "The student.")
+    backbone: str | None = science(None, "Any model of timm as it is, instead of model.")
 
 
 class DistillConfig(StageConfig):
-    """A student that imitates the final features of a teacher, on the same view of the same image."""
+    """Students that learn from a teacher, on the same view of the same image."""
 
     teacher: str = machine(about="The teacher's export folder; what is in it is science, where it lies is not.")
-    model: VitConfig = VitConfig(name="vit_small_patch16_224")
-    distance: Literal["cosine", "smooth_l1"] = science("cosine", "How far a student's token is from the teacher's.")
-    cls_weight: float = science(1.0, "Weight of the class token's distance.", ge=0)
-    patch_weight: float = science(1.0, "Weight of the patches' mean distance.", ge=0)
+    model: VitConfig | None = science(None, "The student; vit_small_patch16_224, if nothing else is said.")
+    backbone: str | None = science(None, "Any model of timm as it is, instead of model.")
+    students: tuple[StudentConfig, ...] = science((), "Several students at once, instead of model and backbone.")
+    lesson: LessonKind = science(
+        "features",
+        "What is imitated: final features; tokens of layers, of visible patches alone (DMAE); relations of queries and "
+        "keys and of values (TinyMIM); logits; or the teacher's guess, by a distillation token (DeiT).",
+    )
+    distance: Distance = science("cosine", "How far a student's token is from the teacher's, for features and layers.")
+    cls_weight: float = science(1.0, "Weight of the class token's distance, for features.", ge=0)
+    patch_weight: float = science(1.0, "Weight of the patches' mean distance, for features.", ge=0)
+    layers: tuple[tuple[int, int], ...] = science(
+        (),
+        "Pairs [teacher's block, student's block], counted from 1, for layers and relations; none: three quarters deep in "
+        "both, for relations with the student's last.",
+    )
+    mask_ratio: float = science(0.75, "Share of the patches that nobody sees, for layers.", gt=0, lt=1)
+    pixel_weight: float = science(1.0, "Weight of the student's own reconstruction, for layers; 0: no decoder.", ge=0)
+    norm_pix: bool = science(True, "Reconstruct pixels normalised patch by patch, for layers.")
+    decoder: DecoderConfig = DecoderConfig()
+    temperature: float = science(3.0, "What logits are divided by, for logits.", gt=0)
+    label_weight: float = science(
+        0.5, "Weight of the labels, for logits and token; the teacher has the rest.", ge=0, le=1
+    )
+    pooling: Pooling = science(
+        "avg", "What the head of model reads, for logits: the patches' mean, or the class token."
+    )
 
 
 @dataclass(frozen=True)
 class DistillPlan(Plan):
-    """A plan that knows how wide the teacher's tokens are; 0 only as the place of a field that is always given."""
+    """A plan that knows the teacher, what it is asked, and who listens."""
 
     cfg: DistillConfig
-    teacher_width: int = 0
+    taught: Taught = None  # type: ignore[assignment]
+    pupils: tuple[Pupil, ...] = ()
+
+    @property
+    def lesson(self) -> Lesson:
+        return self.taught.lesson
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Those that the students learn; none, if they learn no classes."""
+        return self.taught.classes if self.lesson.kind in IN_CLASSES else ()
+
+    def lines(self) -> list[str]:
+        """The plan in words: what is taught to whom, and whose curve is its own on every cluster."""
+        blocks = f" of blocks {', '.join(map(str, self.lesson.blocks))}" if self.lesson.blocks else ""
+        lines = [*super().lines(), f"lesson    {self.lesson.kind}{blocks} of {self.cfg.teacher}"]
+        for pupil in self.pupils:
+            lines.append(f"student   {pupil.called}{pupil.says}")
+            if pupil.mixes:
+                lines.append(
+                    f"beware    {pupil.called} has BatchNorm, which sees the images of a micro on its rank: its curve depends "
+                    f"on ranks and images at once ({self.ranks} and {self.at_once} here)"
+                )
+        return lines
 
 
 def plan(cfg: DistillConfig, ranks: int) -> DistillPlan:
     """Everything that can be refused before a run begins. Errors: ConfigError, DataError, ExportError."""
+    students = students_of(cfg)
+    _check_settings(cfg)
     card = read_card(Path(cfg.teacher))
-    teacher = EncoderCard.checked(card.encoder, f"{cfg.teacher}/card.json")
-    if teacher.pooling == "avg":
-        raise ExportError(
-            f"the teacher {cfg.teacher} was fine-tuned with pooling=avg and has no norm behind its tokens; "
-            f"give a pretrained encoder, or one fine-tuned with pooling=token"
-        )
-    student = cfg.model.fitted(cfg.data.image_size)
-    for name, hers, his in (
-        ("data.channels", teacher.channels, cfg.data.channels),
-        ("model.patch", teacher.patch, student.patch),
-    ):
-        if hers != his:
-            raise ExportError(
-                f"the teacher {cfg.teacher} has {name.split('.')[1]} {hers}, the student's {name} is {his}; they must be equal"
-            )
-    return planned(
+    taught = taught_by(cfg, card)
+    pupils = tuple(fitted(cfg, taught, each.name, each.model, each.backbone) for each in students)
+    found = planned(
         DistillPlan,
         cfg,
         ranks,
         card=card,
-        origin={"teacher": card.sha256},
-        teacher_width=teacher.width,
-        resized_from=teacher.resized_from(cfg.data.image_size),
+        origin={"teacher": card.sha256} | ({"classes": ", ".join(card.classes)} if cfg.lesson in IN_CLASSES else {}),
+        taught=taught,
+        pupils=pupils,
+        resized_from=taught.resized_from,
     )
+    if cfg.lesson in IN_CLASSES:
+        check_classes(cfg, taught.classes, [source.dataset for source in found.training.sources])
+    return found
+
+
+def students_of(cfg: DistillConfig) -> tuple[StudentConfig, ...]:
+    """Every student, each with a model or a backbone; a student without a name is the only one. Errors: ConfigError."""
+    alone = cfg.model is not None or cfg.backbone is not None
+    if alone and cfg.students:
+        raise ConfigError(
+            f"{'model' if cfg.model else 'backbone'} and students exclude each other: put it among the students"
+        )
+    if not cfg.students:
+        return (_one(StudentConfig(name="", model=None if alone else _SMALL), cfg, "model"),)
+    for number, student in enumerate(cfg.students):
+        if not _PLAIN.fullmatch(student.name):
+            raise ConfigError(
+                f"students.{number}.name={student.name!r} is no plain name of a folder: a letter or digit, then letters, "
+                f"digits, '_', '-' and '.'"
+            )
+    names = [student.name for student in cfg.students]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"two students have the name {twice}: each has a folder of its own in export/")
+    if len(names) > 1 and cfg.optim.clip is not None:
+        raise ConfigError(
+            f"optim.clip={cfg.optim.clip:g} is of the norm of all gradients together, and would let {len(names)} students "
+            f"depend on each other: optim.clip=null, or train them one by one"
+        )
+    return tuple(_one(student, student, f"students.{number}.model") for number, student in enumerate(cfg.students))
+
+
+def _one(student: StudentConfig, stated: DistillConfig | StudentConfig, name: str) -> StudentConfig:
+    """A student with what is stated of it, a model or a backbone."""
+    model, backbone = stated.model or student.model, stated.backbone
+    if model is not None and backbone is not None:
+        raise ConfigError(f"{name} and {name.removesuffix('model')}backbone exclude each other: keep one of them")
+    if model is None and backbone is None:
+        raise ConfigError(f"{name} is missing: give it, or {name.removesuffix('model')}backbone")
+    return StudentConfig(name=student.name, model=model, backbone=backbone)
+
+
+def _check_settings(cfg: DistillConfig) -> None:
+    """What no teacher and no student can mend. Errors: ConfigError."""
+    if cfg.layers and cfg.lesson not in ("layers", "relations"):
+        raise ConfigError(
+            f"layers are pairs of blocks, and lesson={cfg.lesson} compares none; remove them, or take lesson=layers or "
+            f"relations"
+        )
+    twice = next((list(pair) for pair in cfg.layers if cfg.layers.count(pair) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"layers has the pair {twice} twice")
+    if cfg.lesson == "features" and not cfg.cls_weight and not cfg.patch_weight:
+        raise ConfigError("cls_weight=0 and patch_weight=0 leave nothing to learn; give one of them a weight")

@@ -6,19 +6,18 @@ import torch
 
 from distill.config import DistillConfig, DistillPlan, plan
 from distill.objective import Imitate
+from distill.students import build_students
 from distill.teacher import Teacher
+from foveal.checkpoint.export import read_export
 from foveal.distributed.engine import build_engine
 from foveal.door import Stage, main
 from foveal.loop import Parts, due
-from foveal.models.heads import Student
-from foveal.models.vit import build_encoder, encoder_card
 from foveal.optim import parameter_groups
 from foveal.runtime import Run
-from foveal.seeding import key
 
 
 def train(plan: DistillPlan, run: Run) -> None:
-    """From the first step, or the newest checkpoint, to the export of the student's encoder."""
+    """From the first step, or the newest checkpoint, to the export of every student."""
     cfg = plan.cfg
     made, sizes = parts(plan, run.world.device), {"at_once": plan.at_once, "accumulate": plan.micros}
     engine = build_engine(made.model, made.groups, cfg.optim, cfg.engine, run.world, **sizes)
@@ -33,20 +32,21 @@ def train(plan: DistillPlan, run: Run) -> None:
             if leaving:
                 return run.leave(step.index)
     if plan.stop == plan.steps:
-        run.export(engine, encoder_card(cfg.model, cfg.data.image_size, cfg.data.channels), prefix="encoder.")
+        for number, pupil in enumerate(plan.pupils):
+            prefix = f"each.{number}.encoder."
+            run.export(engine, pupil.card, prefix=prefix, classes=plan.classes, name=pupil.name)
         run.finish()
     return None
 
 
 def parts(plan: DistillPlan, device: torch.device) -> Parts[Imitate]:
-    """The student, freshly drawn, and its teacher on the device."""
-    cfg = plan.cfg
-    torch.manual_seed(key(cfg.seed, "weights"))
-    encoder = build_encoder(cfg.model, image_size=cfg.data.image_size, channels=cfg.data.channels)
-    model = Student(encoder, plan.teacher_width)
-    teacher = Teacher(Path(cfg.teacher), device, cfg.engine.precision, cfg.data.image_size)
-    objective = Imitate(teacher, cfg.distance, cfg.cls_weight, cfg.patch_weight, plan.mean, plan.std)
-    return Parts(model, parameter_groups(model, cfg.optim), objective, frozen=(teacher.encoder,))
+    """The students, freshly drawn, and their teacher on the device."""
+    cfg, folder = plan.cfg, Path(plan.cfg.teacher)
+    model = build_students(plan)
+    weights, card = read_export(folder)
+    teacher = Teacher(weights, card, plan.lesson, device, cfg.engine.precision, cfg.data.image_size, folder)
+    objective = Imitate(teacher, cfg, [pupil.name for pupil in plan.pupils], plan.mean, plan.std)
+    return Parts(model, parameter_groups(model, cfg.optim), objective, frozen=(teacher.model,))
 
 
 STAGE = Stage("distill", DistillConfig, plan, train, parts)

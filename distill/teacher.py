@@ -1,35 +1,122 @@
 """A frozen teacher. It is no module, so that nothing that trains a model can reach into it."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from foveal.checkpoint.export import load_strictly, read_export
+from distill.lesson import IN_BLOCKS, Lesson, LessonKind
+from foveal.checkpoint.export import Card, load_strictly
 from foveal.distributed.engine import Precision, autocast
-from foveal.models.encode import features
+from foveal.models.backbone import backbone_from_card, whole_and_places
+from foveal.models.encode import encode_layers, features, without_registers
 from foveal.models.resize import resized_from_card
 from foveal.models.vit import encoder_from_card
 
 
 class Teacher:
-    """An encoder from an export, on a device, in evaluation mode for ever."""
+    """A model with weights, on a device, in evaluation mode for ever, and what it is asked.
+
+    What it says is a function of the images and of nothing else: tensors whose rows are the images.
+    """
 
     def __init__(
-        self, folder: Path, device: torch.device, precision: Precision, image_size: int | tuple[int, int] | None = None
+        self,
+        weights: dict[str, Tensor],
+        card: Card,
+        lesson: Lesson,
+        device: torch.device,
+        precision: Precision,
+        image_size: int | tuple[int, int] | None = None,
+        where: Path = Path("the teacher"),
     ) -> None:
-        """``image_size`` is that of the images that it will see; none: of those that it was trained on."""
-        weights, card = read_export(folder)
-        where = str(folder / "card.json")
-        size = {} if image_size is None else {"image_size": image_size}
-        self.encoder = encoder_from_card(card.encoder | size, where)
-        load_strictly(self.encoder, resized_from_card(weights, self.encoder, card.encoder, where), folder)
-        self.encoder.to(device).eval().requires_grad_(False)
+        """``image_size`` is that of the images that it will see; none: of those that it was trained on.
+
+        ``where`` names the weights' folder in the sentence of a mistake. Errors: ExportError.
+        """
+        self.lesson = lesson
+        self.look = whole_and_places if "timm" in card.encoder else features
+        self.model: Any = teacher_model(weights, card, image_size, where)
+        if lesson.kind in IN_BLOCKS:
+            self.model.blocks = self.model.blocks[: max(lesson.blocks)]  # what lies deeper is not asked
+        self.model.to(device).eval().requires_grad_(False)
+        _freeze(self.model)
         self._precision: Precision = precision
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The lesson: class token [B, T] and patches [B, L, T], fp32, of normalised images [B, C, H, W]."""
+    def __call__(self, images: Tensor, kept: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The lesson of normalised images [B, C, H, W], or of their kept patches [B, K]; fp32 tensors [B, ...].
+
+        features: class token [B, T] and patches [B, L, T]. layers: tokens [B, 1 + K, T] of each block. relations: queries,
+        keys and values [B, 1 + L, 3 T] of each block. logits: [B, classes]. token: the likeliest class, int64 [B].
+        """
         with autocast(images.device, self._precision):
-            cls_BT, patches_BLT = features(self.encoder, images)
-        return cls_BT.float(), patches_BLT.float()
+            told = _LESSONS[self.lesson.kind](self, images, kept)
+        return tuple(each.float() if each.is_floating_point() else each for each in told)
+
+
+def teacher_model(
+    weights: dict[str, Tensor], card: Card, image_size: int | tuple[int, int] | None, where: Path
+) -> nn.Module:
+    """The model that a card describes, with its weights, for images of this size. Errors: ExportError."""
+    told = card.encoder | ({} if image_size is None else {"image_size": image_size})
+    file = f"{where}/card.json"
+    if "timm" in told:
+        model = backbone_from_card(told, file)
+        load_strictly(model, weights, where)
+        return model
+    encoder = encoder_from_card(told, file)
+    load_strictly(encoder, resized_from_card(weights, encoder, card.encoder, file), where)
+    return encoder
+
+
+def _features(teacher: Teacher, images: Tensor, _kept: Tensor | None) -> tuple[Tensor, ...]:
+    told = teacher.look(teacher.model, images)
+    return told if teacher.lesson.patches else told[:1]
+
+
+def _layers(teacher: Teacher, images: Tensor, kept: Tensor | None) -> tuple[Tensor, ...]:
+    model = teacher.model
+    return tuple(
+        without_registers(model, tokens) for tokens in encode_layers(model, images, teacher.lesson.blocks, kept)
+    )
+
+
+def _relations(teacher: Teacher, images: Tensor, _kept: Tensor | None) -> tuple[Tensor, ...]:
+    """Of a block: what its layer makes of the tokens that enter it, before norms of queries and keys and before they are
+    turned by their places; the attention itself is not run.
+    """
+    model, depths = teacher.model, [number - 1 for number in teacher.lesson.blocks]
+    entering = zip(depths, encode_layers(model, images, depths), strict=True)
+    blocks = [(model.blocks[depth], without_registers(model, tokens)) for depth, tokens in entering]
+    return tuple(block.attn.qkv(block.norm1(tokens)) for block, tokens in blocks)
+
+
+def _logits(teacher: Teacher, images: Tensor, _kept: Tensor | None) -> tuple[Tensor, ...]:
+    return (teacher.model(images),)
+
+
+def _guess(teacher: Teacher, images: Tensor, _kept: Tensor | None) -> tuple[Tensor, ...]:
+    return (teacher.model(images).argmax(dim=1),)
+
+
+_LESSONS: dict[LessonKind, Callable[[Teacher, Tensor, Tensor | None], tuple[Tensor, ...]]] = {
+    "features": _features,
+    "layers": _layers,
+    "relations": _relations,
+    "logits": _logits,
+    "token": _guess,
+}
+
+
+def _freeze(model: nn.Module) -> None:
+    """Evaluation mode cannot be undone: ``train`` of every part leaves it as it is."""
+    for module in model.modules():
+        setattr(module, "train", partial(_as_it_is, module))  # noqa: B010 - a method, of this one alone
+
+
+def _as_it_is(module: nn.Module, mode: bool = True) -> nn.Module:  # noqa: ARG001 - as nn.Module.train
+    return module

@@ -50,7 +50,7 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        tokens = {"cls_token", "pos_embed", "mask_token", "reg_token", "freqs"}
+        tokens = {"cls_token", "dist_token", "reg_token", "mask_token", "pos_embed", "freqs"}
         plain = parameter.ndim <= 1 or name.rsplit(".", 1)[-1] in tokens or name in undecayed
         depth = depth_of(name) if depth_of else deepest
         title = f"layer {depth}, {'no decay' if plain else 'decay'}"

@@ -309,8 +309,13 @@ class Run:
         self.finished = True
         self.world.barrier()
 
-    def export(self, engine: Engine, encoder: dict[str, Any], *, prefix: str, classes: tuple[str, ...] = ()) -> None:
-        """Leave the weights whose names begin with ``prefix``, without it, and their card for the next stage."""
+    def export(
+        self, engine: Engine, encoder: dict[str, Any], *, prefix: str, classes: tuple[str, ...] = (), name: str = ""
+    ) -> None:
+        """Leave the weights whose names begin with ``prefix``, without it, and their card for the next stage.
+
+        They go to export/, or to export/<name> where a run leaves several.
+        """
         self.watch.beat(self.step, "exporting")
         weights = engine.weights()
         if self.world.rank == 0:
@@ -327,8 +332,9 @@ class Run:
                 versions=versions(),
             )
             mine = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-            write_export(self.path / "export", mine, card)
-            self.tracker.file(self.path / "export" / "card.json")
+            folder = self.path / "export" / name
+            write_export(folder, mine, card)
+            self.tracker.file(folder / "card.json")
         self.world.barrier()
 
     def settle(self) -> None:

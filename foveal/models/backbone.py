@@ -15,6 +15,7 @@ import timm
 import torch
 from timm.layers.drop import DropPath
 from timm.models._manipulate import group_parameters
+from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from foveal.config import Config, ImageSize, height_and_width, science
@@ -110,6 +111,12 @@ def whole_and_map(backbone: Any, images: Tensor) -> tuple[Tensor, Tensor]:
         rows, columns = backbone.patch_embed.grid_size
         return pooled, last[:, backbone.num_prefix_tokens :].transpose(1, 2).unflatten(2, (rows, columns))
     return pooled, last.permute(0, 3, 1, 2) if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else last
+
+
+def whole_and_places(backbone: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """As ``whole_and_map``, with the map's places in a row: (pooled [B, D], places [B, L, D])."""
+    pooled, last = whole_and_map(backbone, images)
+    return pooled, last.flatten(2).transpose(1, 2)
 
 
 @functools.cache
@@ -261,6 +268,11 @@ def _without_dropout(backbone: nn.Module, drop_path: float) -> None:
                 setattr(module, name, nn.Identity())
             if isinstance(child, nn.modules.dropout._DropoutNd):  # noqa: SLF001
                 child.p = 0.0
+
+
+def has_distillation_token(model: nn.Module) -> bool:
+    """Whether a model has a token, and a head on it, that learn from a teacher (Touvron et al., "DeiT", 2021)."""
+    return isinstance(model, VisionTransformerDistilled)
 
 
 @functools.cache

@@ -47,6 +47,12 @@ def features(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
     return tokens_BND[:, 0], tokens_BND[:, encoder.num_prefix_tokens :]
 
 
+def without_registers(encoder: Encoder, tokens: Tensor) -> Tensor:
+    """The class token and the patches of tokens [B, N, D], as [B, 1 + K, D]: two encoders may differ in registers."""
+    first = encoder.num_prefix_tokens
+    return tokens if first == 1 else torch.cat([tokens[:, :1], tokens[:, first:]], dim=1)
+
+
 def borrowed(encoder: Encoder) -> list[nn.Parameter]:
     """The parameters that ``encode_layers`` reads outside the module that owns them.
 

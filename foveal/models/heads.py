@@ -1,4 +1,4 @@
-"""What stands on an encoder in distillation and fine-tuning. B images, L patches, D encoder width, T teacher width."""
+"""What stands on an encoder in fine-tuning. B images."""
 
 from typing import Any
 
@@ -6,10 +6,7 @@ from torch import Tensor, nn
 
 from foveal.models.backbone import set_recompute
 from foveal.models.droppath import set_drops
-from foveal.models.encode import borrowed, features
-from foveal.models.outline import Encoder
 from foveal.models.places import set_kept
-from foveal.models.vit import initialise_linear
 
 
 class Classifier(nn.Module):
@@ -34,29 +31,3 @@ class Classifier(nn.Module):
     def set_grad_checkpointing(self, enable: bool) -> None:
         """Recompute the blocks in the backward pass. Errors: ConfigError where timm cannot."""
         set_recompute(self.encoder, enable)
-
-
-class Student(nn.Module):
-    """An encoder with linear maps from its width to a teacher's."""
-
-    def __init__(self, encoder: Encoder, teacher_width: int) -> None:
-        """The maps are drawn from torch's global generator, after the encoder (``build_encoder``)."""
-        super().__init__()
-        self.encoder = encoder
-        self.project_cls = nn.Linear(encoder.embed_dim, teacher_width)
-        self.project_patches = nn.Linear(encoder.embed_dim, teacher_width)
-        initialise_linear(self.project_cls)
-        initialise_linear(self.project_patches)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Guesses of the teacher's ``features``, (class token [B, T], patches [B, L, T]), of images [B, C, H, W]."""
-        cls_BD, patches_BLD = features(self.encoder, images)
-        return self.project_cls(cls_BD), self.project_patches(patches_BLD)
-
-    def set_grad_checkpointing(self, enable: bool) -> None:
-        """Recompute the blocks in the backward pass, as ``MaskedAutoencoder`` does."""
-        self.encoder.set_grad_checkpointing(enable)
-
-    def borrowed_parameters(self) -> list[nn.Parameter]:
-        """The parameters that a forward reads outside the module that owns them (see ``foveal.models.encode``)."""
-        return borrowed(self.encoder)

@@ -45,8 +45,8 @@ class Decoder(nn.Module):
 
     positions: Tensor
 
-    def __init__(self, cfg: DecoderConfig, encoder: Encoder, outputs: int) -> None:
-        """``outputs``: how many numbers it guesses of each masked patch."""
+    def __init__(self, cfg: DecoderConfig, encoder: Encoder, outputs: int | None = None) -> None:
+        """``outputs``: how many numbers it guesses of each masked patch; none: its pixels."""
         super().__init__()
         patch_embed: Any = encoder.patch_embed
         rows, columns = patch_embed.grid_size
@@ -56,7 +56,7 @@ class Decoder(nn.Module):
         self.register_buffer("positions", sincos_positions(rows, columns, cfg.width), persistent=False)
         self.blocks = nn.Sequential(*(_decoder_block(cfg) for _ in range(cfg.depth)))
         self.norm = nn.LayerNorm(cfg.width, eps=NORM_FLOOR)
-        self.predict = nn.Linear(cfg.width, outputs)
+        self.predict = nn.Linear(cfg.width, outputs or patch_embed.proj.weight[0].numel())
         self.grad_checkpointing = False
         initialise_linear(self)
         nn.init.normal_(self.mask_token, std=TOKEN_SCALE)
@@ -114,9 +114,8 @@ class MaskedAutoencoder(nn.Module):
         images, if anything is to be guessed of them.
         """
         super().__init__()
-        embed: Any = encoder.patch_embed
         self.encoder = encoder
-        self.decoder = Decoder(cfg, encoder, encoder.embed_dim if latents else embed.proj.weight[0].numel())
+        self.decoder = Decoder(cfg, encoder, encoder.embed_dim if latents else None)
         self.guess_image = _predictor(encoder.embed_dim) if image else None
         self.averaged = copy.deepcopy(encoder).requires_grad_(False) if averaged else None
         self._looks = latents or image

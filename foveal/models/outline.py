@@ -93,6 +93,16 @@ def options(encoder: Any, pooling: str, registers: int) -> dict[str, Any]:
     return {"reg_tokens": registers}
 
 
+def oddity_of_queries(name: str) -> str | None:
+    """Why the blocks of an encoder have no layer that makes queries, keys and values at once; None if they have."""
+    attention = outline(name).blocks[0].attn
+    if getattr(attention, "qkv", None) is None:
+        return "its queries, keys and values have a layer each"
+    if getattr(attention, "q_bias", None) is not None:
+        return "its attention adds biases to what its layer makes"
+    return None
+
+
 def _oddity(encoder: Any) -> str | None:
     """What makes a model other than patches, a class token, positions, and equal blocks; None if nothing."""
     if type(encoder) not in _BLOCKS:

@@ -80,10 +80,15 @@ def targets(images: Tensor, masked: Tensor, patch: int, normalise: bool) -> Tens
     return (wanted_BMP - mean_BM1) / deviation_BM1
 
 
+def patch_losses(pred: Tensor, target: Tensor) -> Tensor:
+    """The mean squared error, float32 [B, M], of each masked patch; both arguments are [B, M, P]."""
+    return (pred.float() - target).square().mean(dim=-1)
+
+
 def reconstruction_loss(pred: Tensor, target: Tensor) -> tuple[Tensor, int]:
     """The sum over masked patches of their mean squared error (float32), and the number of masked patches.
 
     Both arguments are [B, M, P]. The loss is the first over the second, each summed over micros and ranks.
     """
-    error_BM = (pred.float() - target).square().mean(dim=-1)
+    error_BM = patch_losses(pred, target)
     return error_BM.sum(), error_BM.numel()

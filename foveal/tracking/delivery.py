@@ -131,7 +131,7 @@ class Delivery:
             path = self._waiting[0]
             if path.exists():
                 self._fence()
-                store.file(path, path.parent.name if path.parent.name == "pictures" else "")
+                store.file(path, _folder(path))
                 self.count.files += 1
             self._waiting.popleft()
 
@@ -227,4 +227,10 @@ def _kept(run: Path, there: Mapping[str, int]) -> list[Path]:
     """The run's files that a store is to have: the small ones in any case, a picture if the store has none as large."""
     pictures = sorted(run.glob("pictures/*.png"))
     new = [each for each in pictures if there.get(f"pictures/{each.name}") != each.stat().st_size]
-    return [run / name for name in _FILES] + new
+    return [run / name for name in _FILES] + sorted(run.glob("export/*/card.json")) + new
+
+
+def _folder(path: Path) -> str:
+    """Where a store keeps a file of the run: pictures, and cards of several exports, have a folder of their own."""
+    several = path.name == "card.json" and path.parent.parent.name == "export"
+    return path.parent.name if several or path.parent.name == "pictures" else ""

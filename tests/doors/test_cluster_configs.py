@@ -74,6 +74,7 @@ def test_the_encoders_fit_their_images(name: str) -> None:
     assert isinstance(cfg, PretrainConfig | DistillConfig)
     found = re.search(r"_([bslh])(\d+)", Path(name).stem)
     assert found is not None
+    assert cfg.model is not None
     sizes = cfg.model.fitted(cfg.data.image_size)
     assert sizes.patch == int(found[2])
     assert sizes.width == {"s": 384, "b": 768, "l": 1024, "h": 1280}[found[1]]

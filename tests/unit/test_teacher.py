@@ -5,21 +5,26 @@ from typing import Any
 
 import pytest
 import torch
+from lessons import DIGITS, backbone_export, encoder_export
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distill.config import DistillConfig, plan
+from distill.lesson import Lesson
 from distill.objective import Imitate
 from distill.teacher import Teacher
-from foveal.checkpoint.export import Card, write_export
+from foveal.checkpoint.export import Card, read_export, write_export
 from foveal.data import Batch
+from foveal.distributed.engine import Precision
 from foveal.errors import ConfigError, ExportError
-from foveal.models.heads import Student
+from foveal.models.encode import features
+from foveal.models.students import FeatureStudent, Students
 from foveal.models.vit import Pooling, VitConfig, build_encoder, encoder_card
 
 CPU = torch.device("cpu")
 TINY = VitConfig(name="vit_tiny_patch16_224", patch=4, width=16, depth=2, heads=2)
 MEAN, STD = (0.3,), (0.4,)
+FEATURES = Lesson("features")
 
 
 def export(folder: Path, *, pooling: Pooling = "token", classes: int = 0, **card: Any) -> Path:
@@ -31,9 +36,14 @@ def export(folder: Path, *, pooling: Pooling = "token", classes: int = 0, **card
     return folder
 
 
+def taught(folder: Path, precision: Precision = "fp32", image_size: Any = None, lesson: Lesson = FEATURES) -> Teacher:
+    """The teacher of an export."""
+    return Teacher(*read_export(folder), lesson, CPU, precision, image_size, folder)
+
+
 @pytest.fixture
 def teacher(tmp_path: Path) -> Teacher:
-    return Teacher(export(tmp_path / "export"), CPU, "fp32")
+    return taught(export(tmp_path / "export"))
 
 
 def images(count: int = 3) -> Tensor:
@@ -57,14 +67,15 @@ def test_no_gradient_reaches_a_teacher(teacher: Teacher) -> None:
         cls, patches = teacher(given)
     assert not cls.requires_grad
     assert not patches.requires_grad
-    assert not [name for name, parameter in teacher.encoder.named_parameters() if parameter.requires_grad]
+    assert not [name for name, parameter in teacher.model.named_parameters() if parameter.requires_grad]
 
 
 def test_a_step_of_its_student_leaves_it_as_it_was(teacher: Teacher, tmp_path: Path) -> None:
     """Evaluation mode for ever: no train() of a student, or of what holds both, reaches it."""
-    student = Student(build_encoder(TINY, image_size=16, channels=1), 16)
+    encoder = build_encoder(TINY, image_size=16, channels=1)
+    student = Students([FeatureStudent(encoder, features, (16, 16), (16, 16), patches=True)])
     student.teacher = teacher  # pyright: ignore[reportArgumentType]
-    objective = Imitate(teacher, "cosine", 1.0, 1.0, MEAN, STD)
+    objective = Imitate(teacher, distill(tmp_path, tmp_path), [""], MEAN, STD)
     optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
     lesson = teacher(images())
     pixels = torch.randint(0, 256, (4, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
@@ -76,17 +87,17 @@ def test_a_step_of_its_student_leaves_it_as_it_was(teacher: Teacher, tmp_path: P
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
-    assert not any(module.training for module in teacher.encoder.modules())
+    assert not any(module.training for module in teacher.model.modules())
     assert not isinstance(teacher, nn.Module)
     assert not [name for name, _ in student.named_parameters() if "teacher" in name]
     kept = load_file(tmp_path / "export" / "model.safetensors")
-    assert all(value.equal(kept[name]) for name, value in teacher.encoder.state_dict().items())
+    assert all(value.equal(kept[name]) for name, value in teacher.model.state_dict().items())
     for again, before in zip(teacher(images()), lesson, strict=True):
         assert again.equal(before)
 
 
 def test_lower_precision_stays_inside(teacher: Teacher, tmp_path: Path) -> None:
-    lowered = Teacher(tmp_path / "export", CPU, "bf16")
+    lowered = taught(tmp_path / "export", "bf16")
     for low, full in zip(lowered(images()), teacher(images()), strict=True):
         assert low.dtype == full.dtype == torch.float32
         assert not low.equal(full)
@@ -107,7 +118,7 @@ def test_a_card_that_tells_of_another_encoder_is_one_sentence(
     card: dict[str, Any], sentence: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ExportError) as caught:
-        Teacher(export(tmp_path / "export", **card), CPU, "fp32")
+        taught(export(tmp_path / "export", **card))
     assert sentence in str(caught.value)
 
 
@@ -117,12 +128,12 @@ def test_a_teacher_of_larger_images(tmp_path: Path) -> None:
     torch.manual_seed(0)
     encoder = build_encoder(TINY, image_size=(16, 24), channels=1).eval()
     wide = torch.randn(2, 1, 16, 24)
-    cls, patches = Teacher(folder, CPU, "fp32", (16, 24))(wide)
+    cls, patches = taught(folder, image_size=(16, 24))(wide)
     tokens = encoder.forward_features(wide)
     torch.testing.assert_close(cls, tokens[:, 0])
     torch.testing.assert_close(patches, tokens[:, 1:])
     with pytest.raises(ExportError, match=r"card.json: image_size=18 is not a whole number of patches of 4"):
-        Teacher(folder, CPU, "fp32", 18)
+        taught(folder, image_size=18)
 
 
 def test_a_plan_knows_what_is_resized(digits: Path, tmp_path: Path) -> None:
@@ -149,7 +160,7 @@ def distill(digits: Path, teacher: Path, **settings: Any) -> DistillConfig:
 def test_a_student_inherits_its_teachers_pixels_and_digest(digits: Path, tmp_path: Path) -> None:
     folder = export(tmp_path / "export")
     found = plan(distill(digits, folder), 1)
-    assert (found.mean, found.std, found.teacher_width) == (MEAN, STD, 16)
+    assert (found.mean, found.std) == (MEAN, STD)
     torch.manual_seed(5)
     other = build_encoder(TINY, image_size=16, channels=1)
     write_export(tmp_path / "other", other.state_dict(), Card("pretrain", encoder_card(TINY, 16, 1), MEAN, STD))
@@ -198,8 +209,8 @@ def test_no_teacher_is_one_sentence(digits: Path, tmp_path: Path) -> None:
 
 def test_a_classifier_that_reads_the_class_token_can_teach(digits: Path, tmp_path: Path) -> None:
     folder = export(tmp_path / "export", classes=10)
-    assert plan(distill(digits, folder), 1).teacher_width == 16
-    assert Teacher(folder, CPU, "fp32")(images())[0].shape == (3, 16)
+    assert plan(distill(digits, folder), 1).classes == ()
+    assert taught(folder)(images())[0].shape == (3, 16)
 
 
 def test_a_classifier_that_reads_the_mean_of_the_patches_is_refused_in_the_plan(digits: Path, tmp_path: Path) -> None:
@@ -207,3 +218,99 @@ def test_a_classifier_that_reads_the_mean_of_the_patches_is_refused_in_the_plan(
     folder = export(tmp_path / "export", pooling="avg", classes=10)
     with pytest.raises(ExportError, match="pooling"):
         plan(distill(digits, folder), 1)
+
+
+# What a teacher tells of each lesson
+
+
+def heard(module: Any, images: Tensor, encoder: Any) -> Tensor:
+    """What a module makes inside of timm's own forward."""
+    made = []
+    handle = module.register_forward_hook(lambda _module, _entering, out: made.append(out))
+    with torch.no_grad():
+        encoder.forward_features(images)
+    handle.remove()
+    return made[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "registers", "positions"),
+    [
+        ("vit_tiny_patch16_224", 3, "sincos"),
+        ("vit_base_patch16_rope_mixed_224", 0, None),
+        ("vit_relpos_medium_patch16_cls_224", 0, None),
+    ],
+)
+def test_layers_and_relations_are_what_timm_has_inside(
+    name: str, registers: int, positions: Any, tmp_path: Path
+) -> None:
+    """All patches: the blocks' own outputs, and those of their layers of queries, keys and values; registers left out."""
+    cfg = VitConfig(name=name, patch=4, width=32, depth=4, heads=2, registers=registers, positions=positions)
+    folder = encoder_export(tmp_path / "export", cfg)
+    encoder: Any = taught(folder).model
+    bare = [0, *range(registers + 1, registers + 17)]
+    for kind, part in (("layers", lambda block: block), ("relations", lambda block: block.attn.qkv)):
+        told = taught(folder, lesson=Lesson(kind, (3, 1), 2, 4))(images())
+        for found, number in zip(told, (3, 1), strict=True):
+            expected = heard(part(encoder.blocks[number - 1]), images(), encoder)
+            torch.testing.assert_close(found, expected[:, bare])
+
+
+def test_the_lesson_of_visible_patches_is_of_them_alone(tmp_path: Path) -> None:
+    teacher = taught(encoder_export(tmp_path / "export"), lesson=Lesson("layers", (2,), 2, 4))
+    kept = torch.tensor([[3, 1], [0, 15], [7, 8]])
+    (told,) = teacher(images(), kept)
+    assert told.shape == (3, 3, 32)
+    hidden = torch.ones(3, 16).scatter(1, kept, 0.0).unflatten(1, (4, 4))
+    noisy = images() + 9 * hidden.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]
+    assert teacher(noisy, kept)[0].equal(told)
+
+
+def test_a_row_of_a_lesson_is_a_function_of_its_image(tmp_path: Path) -> None:
+    """So that it can be kept: tensors, rows by images, whoever else is asked with it."""
+    folder = encoder_export(tmp_path / "export", pooling="avg", classes=DIGITS)
+    resnet = backbone_export(tmp_path / "resnet", "resnet10t", classes=DIGITS, image_size=16)
+    for teacher in (
+        taught(folder, lesson=Lesson("relations", (1, 2), 2, 4)),
+        taught(folder, lesson=Lesson("logits")),
+        taught(folder, lesson=Lesson("token")),
+        taught(resnet, lesson=Lesson("features")),
+        taught(resnet, lesson=Lesson("token")),
+    ):
+        together, alone = teacher(images()), [teacher(each[None]) for each in images()]
+        for part, rows in enumerate(zip(*alone, strict=True)):
+            torch.testing.assert_close(together[part], torch.cat(rows))
+
+
+@pytest.mark.parametrize(
+    ("lesson", "blocks", "attentions"),
+    [
+        (Lesson("features"), 4, 4),
+        (Lesson("layers", (2, 1), 2, 4), 2, 2),
+        (Lesson("relations", (3, 1), 2, 4), 2, 2),  # of the third, only what makes its queries, keys and values
+    ],
+)
+def test_no_block_runs_beyond_what_is_asked(lesson: Lesson, blocks: int, attentions: int, tmp_path: Path) -> None:
+    teacher = taught(encoder_export(tmp_path / "export"), lesson=lesson)
+    ran: list[str] = []
+    for name, module in teacher.model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    teacher(images())
+    assert len([name for name in ran if name.count(".") == 1 and name.startswith("blocks.")]) == blocks
+    assert len([name for name in ran if name.endswith(".attn")]) == attentions
+    assert ("norm" in ran) == (lesson.kind == "features")
+
+
+def test_a_teacher_cannot_be_put_into_training(tmp_path: Path) -> None:
+    folder = backbone_export(tmp_path / "export", "resnet10t", image_size=16)
+    teacher = taught(folder)
+    before, told = {n: v.clone() for n, v in teacher.model.state_dict().items()}, teacher(images())
+    teacher.model.train()
+    for module in teacher.model.modules():
+        module.train(True)
+    nn.ModuleList([teacher.model]).train()
+    assert not any(module.training for module in teacher.model.modules())
+    assert all(again.equal(first) for again, first in zip(teacher(images()), told, strict=True))
+    assert all(value.equal(before[name]) for name, value in teacher.model.state_dict().items()), (
+        "BatchNorm's averages too"
+    )

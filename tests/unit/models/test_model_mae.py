@@ -6,9 +6,11 @@ from encoders import KINDS, PLAIN, RELATIVE, autoencoder_of, encoder_of
 
 from foveal.errors import ConfigError
 from foveal.models.encode import features
-from foveal.models.heads import Classifier, Student
+from foveal.models.heads import Classifier
 from foveal.models.mae import DecoderConfig, MaskedAutoencoder
-from foveal.models.patches import reconstruction_loss, targets
+from foveal.models.outline import Encoder
+from foveal.models.patches import reconstruction_loss, split_by_noise, targets
+from foveal.models.students import FeatureStudent, LayerStudent, Students
 from foveal.models.vit import Positions, VitConfig, build_encoder
 
 TINY = VitConfig(patch=4, width=32, depth=2, heads=2)
@@ -126,15 +128,21 @@ def reads_outside_its_module(model: torch.nn.Module, *inputs: object) -> set[str
     return read
 
 
+def feature_student(encoder: Encoder) -> FeatureStudent:
+    width = encoder.embed_dim
+    return FeatureStudent(encoder, features, (width, width), (48, 48), patches=True)
+
+
 @pytest.mark.parametrize(("name", "positions"), KINDS)
 def test_what_is_read_outside_its_module_is_declared(name: str, positions: Positions | None) -> None:
     images, noise = torch.rand(2, 3, 16, 16), torch.rand(2, 16)
     model = autoencoder_of(name, positions)
-    student = Student(encoder_of(name, positions), 48)
-    for reader in (model, student):
+    student = Students([feature_student(encoder_of(name, positions))])
+    layers = Students([LayerStudent(encoder_of(name, positions), [1], 48, None)])
+    for reader in (model, student, layers):
         borrowed = {id(parameter) for parameter in reader.borrowed_parameters()}
         declared = {name for name, parameter in reader.named_parameters() if id(parameter) in borrowed}
-        inputs = (images, noise, 0.75) if reader is model else (images,)
+        inputs = (images, noise, 0.75) if reader is model else (images, *split_by_noise(noise, 0.75))
         assert reads_outside_its_module(reader, *inputs) == declared
 
 
@@ -146,13 +154,15 @@ def test_a_plain_classifier_reads_nothing_outside_its_modules() -> None:
 def test_a_student_answers_in_the_width_of_its_teacher() -> None:
     torch.manual_seed(0)
     encoder, images = build_encoder(TINY, image_size=16, channels=3), torch.rand(2, 3, 16, 16)
-    student = Student(encoder, 48)
+    student = feature_student(encoder)
     cls, patches = student(images)
     assert (cls.shape, patches.shape) == ((2, 48), (2, 16, 48))
     own_cls, own_patches = features(encoder, images)
     assert (own_cls.shape, own_patches.shape) == ((2, 32), (2, 16, 32))
     torch.testing.assert_close(cls, own_cls @ student.project_cls.weight.T, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(patches, own_patches @ student.project_patches.weight.T, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        patches, own_patches @ student.get_parameter("project_patches.weight").T, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_features_are_taken_after_a_norm() -> None:

@@ -1,0 +1,296 @@
+"""Whether students can follow a teacher: what cards and settings tell of both, and every sentence why not."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from distill.lesson import IN_BLOCKS, IN_CLASSES, Lesson
+from foveal.checkpoint.export import Card
+from foveal.config import height_and_width
+from foveal.data import Dataset
+from foveal.errors import ConfigError, DataError, ExportError
+from foveal.models.backbone import (
+    BackboneCard,
+    backbone_card,
+    build_backbone,
+    card_of,
+    depends_on_others,
+    has_distillation_token,
+    shapes_of,
+)
+from foveal.models.outline import oddity_of_queries
+from foveal.models.patches import count_kept
+from foveal.models.vit import EncoderCard, SizedVit, VitConfig, encoder_card
+
+if TYPE_CHECKING:  # the settings' own module plans with what is here
+    from distill.config import DistillConfig
+
+_DEEP = 0.75  # of the depth: where DMAE and TinyMIM found the best layer
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of what a model makes: numbers of a whole image's feature and of a place's, and the places as (rows, columns)."""
+
+    whole: int
+    place: int
+    grid: tuple[int, int]
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        return self.whole, self.place
+
+
+@dataclass(frozen=True)
+class Taught:
+    """A teacher as its card has it, and what it is asked. ``encoder`` is nothing for a model of timm as it is."""
+
+    where: str
+    lesson: Lesson
+    shape: Shape | None
+    encoder: EncoderCard | None
+    channels: int
+    classes: tuple[str, ...]
+    resized_from: int | tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Pupil:
+    """A student with all its sizes, and the card of its export; ``blocks`` are those that are compared."""
+
+    name: str
+    model: SizedVit | None
+    backbone: str | None
+    shape: Shape | None
+    blocks: tuple[int, ...]
+    card: dict[str, Any]
+    mixes: bool = False
+
+    @property
+    def called(self) -> str:
+        """Its name, or that it is the only one."""
+        return self.name or "the student"
+
+    @property
+    def says(self) -> str:
+        """What it is, and how deep it is asked."""
+        blocks = f", blocks {', '.join(map(str, self.blocks))}" if self.blocks else ""
+        if self.model is None:
+            return f": {self.backbone}{blocks}"
+        return f": {self.model.name} of width {self.model.width} and depth {self.model.depth}{blocks}"
+
+
+def taught_by(cfg: "DistillConfig", card: Card) -> Taught:
+    """What the teacher of this card is asked. Errors: ConfigError, ExportError."""
+    where, size = cfg.teacher, cfg.data.image_size
+    told = card_of(card.encoder, f"{where}/card.json")
+    if told.channels != cfg.data.channels:
+        raise _unequal(where, "channels", told.channels, "data.channels", cfg.data.channels)
+    if cfg.lesson in IN_CLASSES and not (card.classes and told.classes == len(card.classes)):
+        raise ExportError(
+            f"the teacher {where} has no head with named classes, and lesson={cfg.lesson} is in classes; give the export "
+            f"of a fine-tuning"
+        )
+    encoder = told if isinstance(told, EncoderCard) else None
+    if cfg.lesson in IN_BLOCKS and encoder is None:
+        assert isinstance(told, BackboneCard)
+        raise ExportError(
+            f"the teacher {where} is timm's {told.timm} as it is, and lesson={cfg.lesson} reads the blocks of a plain "
+            f"transformer; take lesson=features or logits"
+        )
+    if cfg.lesson == "features" and encoder is not None and encoder.pooling == "avg":
+        raise ExportError(
+            f"the teacher {where} was fine-tuned with pooling=avg and has no norm behind its tokens; "
+            f"give a pretrained encoder, or one fine-tuned with pooling=token"
+        )
+    return Taught(
+        where=where,
+        lesson=_lesson(cfg, encoder),
+        shape=_shape_of_card(told, size) if cfg.lesson == "features" else None,
+        encoder=encoder,
+        channels=told.channels,
+        classes=card.classes,
+        resized_from=_resized_from(told, size, where),
+    )
+
+
+def fitted(cfg: "DistillConfig", taught: Taught, name: str, model: VitConfig | None, backbone: str | None) -> Pupil:
+    """A student that can follow. Errors: ConfigError, ExportError."""
+    size, channels = cfg.data.image_size, cfg.data.channels
+    called = f"students.{name}." if name else ""
+    classes = len(taught.classes) if cfg.lesson in IN_CLASSES else 0
+    if cfg.lesson == "token":
+        _check_token(backbone, size, channels)
+    if backbone is not None:
+        if cfg.lesson in IN_BLOCKS:
+            raise ConfigError(
+                f"lesson={cfg.lesson} reads the blocks of a plain transformer, and {called}backbone={backbone} is timm's "
+                f"as it is; give {called}model instead"
+            )
+        shape = _shape_of_backbone(backbone, size, channels) if cfg.lesson == "features" else None
+        _check_grids(cfg, taught, f"{called}backbone={backbone}", shape)
+        card = backbone_card(backbone, size, channels, classes)
+        return Pupil(name, None, backbone, shape, (), card, mixes=_mixes(cfg, backbone))
+    assert model is not None
+    sizes = model.fitted(size)
+    if taught.encoder is not None and sizes.patch != taught.encoder.patch and _compares_places(cfg):
+        raise _unequal(taught.where, "patch", taught.encoder.patch, f"{called}model.patch", sizes.patch)
+    shape = _shape_of_vit(sizes, size)
+    _check_grids(cfg, taught, f"{called}model", shape)
+    pooling = cfg.pooling if cfg.lesson == "logits" else "token"
+    card = encoder_card(model, size, channels, pooling=pooling, classes=classes)
+    return Pupil(name, sizes, None, shape, _blocks(cfg, taught, sizes, called), card)
+
+
+def _lesson(cfg: "DistillConfig", encoder: EncoderCard | None) -> Lesson:
+    if cfg.lesson not in IN_BLOCKS:
+        return Lesson(cfg.lesson, patches=cfg.patch_weight > 0)
+    assert encoder is not None
+    blocks = tuple(pair[0] for pair in cfg.layers) or (max(1, round(_DEEP * encoder.depth)),)
+    if cfg.lesson == "layers":
+        count_kept(encoder.grid(cfg.data.image_size)[0] * encoder.grid(cfg.data.image_size)[1], cfg.mask_ratio)
+    elif oddity := oddity_of_queries(encoder.name):
+        raise ExportError(f"the teacher {cfg.teacher}, '{encoder.name}', has no relations to tell: {oddity}")
+    return Lesson(cfg.lesson, blocks, encoder.heads, encoder.patch)
+
+
+def _blocks(cfg: "DistillConfig", taught: Taught, student: SizedVit, called: str) -> tuple[int, ...]:
+    """The student's blocks that are compared, once the pairs exist and can be."""
+    if cfg.lesson not in IN_BLOCKS:
+        return ()
+    assert taught.encoder is not None
+    deep = student.depth if cfg.lesson == "relations" else max(1, round(_DEEP * student.depth))
+    blocks = tuple(pair[1] for pair in cfg.layers) or (deep,)
+    for hers, his in zip(taught.lesson.blocks, blocks, strict=True):
+        if not 1 <= hers <= taught.encoder.depth or not 1 <= his <= student.depth:
+            raise ConfigError(
+                f"layers has the pair [{hers}, {his}], but the teacher has blocks 1 to {taught.encoder.depth} and "
+                f"{called}model has 1 to {student.depth}"
+            )
+    if cfg.lesson == "relations":
+        heads = taught.encoder.heads
+        if student.width % heads:
+            nearest = heads * max(1, round(student.width / heads))
+            raise ConfigError(
+                f"{called}model.width={student.width} cannot be divided among the teacher's {heads} heads, in which "
+                f"relations are compared; {nearest} can"
+            )
+        if oddity := oddity_of_queries(student.name):
+            raise ConfigError(f"{called}model.name='{student.name}' has no relations to tell: {oddity}")
+    return blocks
+
+
+def _compares_places(cfg: "DistillConfig") -> bool:
+    return cfg.lesson in IN_BLOCKS or (cfg.lesson == "features" and cfg.patch_weight > 0)
+
+
+def _check_grids(cfg: "DistillConfig", taught: Taught, student: str, shape: Shape | None) -> None:
+    """Features are compared place by place. Errors: ConfigError."""
+    if not _compares_places(cfg) or taught.shape is None or shape is None or taught.shape.grid == shape.grid:
+        return
+    hers, his = (f"{rows} x {columns}" for rows, columns in (taught.shape.grid, shape.grid))
+    raise ConfigError(
+        f"the teacher {taught.where} has features of {hers} places, {student} has {his}; patch_weight=0 compares the whole "
+        f"image's alone"
+    )
+
+
+def _check_token(backbone: str | None, size: int | tuple[int, int], channels: int) -> None:
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        fits = backbone is not None and has_distillation_token(
+            build_backbone(backbone, image_size=size, channels=channels)
+        )
+    if not fits:
+        raise ConfigError(
+            f"lesson=token teaches a distillation token, which {backbone or 'model'} has not; give a backbone such as "
+            f"deit_tiny_distilled_patch16_224"
+        )
+
+
+def _mixes(cfg: "DistillConfig", backbone: str) -> bool:
+    """Whether a model of timm has BatchNorm. Errors: ConfigError where it is to recompute activations and cannot."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model: Any = build_backbone(backbone, image_size=cfg.data.image_size, channels=cfg.data.channels)
+    if cfg.engine.recompute:
+        try:
+            model.set_grad_checkpointing(enable=True)
+        except (AssertionError, AttributeError):
+            raise ConfigError(f"engine.recompute=true: timm's {backbone} cannot recompute its activations") from None
+    return depends_on_others(model)
+
+
+def check_classes(cfg: "DistillConfig", classes: tuple[str, ...], datasets: Sequence[Dataset]) -> None:
+    """The data's classes are the teacher's, and labels are among them. Errors: DataError, ConfigError."""
+    for dataset in datasets:
+        if dataset.classes is not None:
+            _check_same(cfg.teacher, classes, str(dataset.folder), dataset.classes)
+    first = datasets[0]
+    if not cfg.label_weight:
+        return
+    if first.classes is None:
+        way = "" if cfg.lesson == "token" else ", or set label_weight=0"
+        raise ConfigError(
+            f"label_weight={cfg.label_weight:g}, but the samples of {first.folder} have no classes; index shards that hold "
+            f".cls members{way}"
+        )
+    highest = int(first.labels(cfg.data.train).max())
+    if not 0 <= highest < len(classes):
+        found = (
+            "no sample has a label" if highest < 0 else f"a label is {highest}, but there are {len(classes)} classes"
+        )
+        raise DataError(f"{first.folder}: split '{cfg.data.train}': {found}, and label_weight={cfg.label_weight:g}")
+
+
+def _check_same(teacher: str, hers: tuple[str, ...], folder: str, ours: tuple[str, ...]) -> None:
+    different = next((at for at, (a, b) in enumerate(zip(hers, ours, strict=False)) if a != b), None)
+    if different is not None:
+        raise ConfigError(
+            f"class {different} is '{hers[different]}' for the teacher {teacher} and '{ours[different]}' in {folder}; "
+            f"names and order must be equal"
+        )
+    if len(hers) != len(ours):
+        raise ConfigError(
+            f"the teacher {teacher} knows {len(hers)} classes, {folder} has {len(ours)}; names and order must be equal"
+        )
+
+
+def _shape_of_vit(sizes: SizedVit, size: int | tuple[int, int]) -> Shape:
+    return Shape(sizes.width, sizes.width, sizes.grid(size))
+
+
+def _shape_of_backbone(name: str, size: int | tuple[int, int], channels: int) -> Shape:
+    whole, (place, rows, columns) = shapes_of(name, size, channels)
+    return Shape(whole, place, (rows, columns))
+
+
+def _shape_of_card(told: EncoderCard | BackboneCard, size: int | tuple[int, int]) -> Shape:
+    if isinstance(told, EncoderCard):
+        return _shape_of_vit(told, size)
+    return _shape_of_backbone(told.timm, size, told.channels)
+
+
+def _resized_from(
+    told: EncoderCard | BackboneCard, size: int | tuple[int, int], where: str
+) -> int | tuple[int, int] | None:
+    """The size of the teacher's own images, if it is another. Errors: ConfigError, ExportError where it cannot be."""
+    if isinstance(told, EncoderCard):
+        return told.resized_from(size)
+    if told.image_size == size:
+        return None
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        was, now = (
+            {name: value.shape for name, value in model.state_dict().items()}
+            for model in (
+                build_backbone(told.timm, image_size=each, channels=told.channels) for each in (told.image_size, size)
+            )
+        )
+    if was != now:
+        sides = " x ".join(map(str, height_and_width(told.image_size)))
+        raise ExportError(f"the teacher {where}, timm's {told.timm}, is made for images of {sides} pixels alone")
+    return told.image_size
+
+
+def _unequal(where: str, name: str, hers: int, setting: str, his: int) -> ExportError:
+    return ExportError(f"the teacher {where} has {name} {hers}, the student's {setting} is {his}; they must be equal")

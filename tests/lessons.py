@@ -1,0 +1,67 @@
+"""Teachers made without training, and the settings of each kind of lesson, on the digits."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill.config import DistillConfig
+from foveal.checkpoint.export import Card, write_export
+from foveal.models.backbone import backbone_card, build_backbone
+from foveal.models.vit import Pooling, VitConfig, build_encoder, encoder_card
+
+MEAN, STD = (0.3,), (0.4,)
+DIGITS = tuple(str(digit) for digit in range(10))
+TEACHER = VitConfig(name="vit_tiny_patch16_224", patch=4, width=32, depth=4, heads=2)
+STUDENT = "{name: vit_tiny_patch16_224, patch: 4, width: 16, depth: 3, heads: 4}"
+DISTILLED = "deit_tiny_distilled_patch16_224"
+DECODER = "decoder={width: 16, depth: 1, heads: 2}"
+# By lesson: what a config of features needs beside the teacher; logits and token want one with classes.
+LESSONS = {
+    "features": ("distance=l1",),
+    "layers": ("lesson=layers", "layers=[[3, 2], [1, 1]]", "distance=smooth_l1", DECODER),
+    "relations": ("lesson=relations", "layers=[[3, 2], [4, 3]]"),
+    "logits": ("lesson=logits", "label_weight=0.3"),
+    "token": ("lesson=token", "model=null", f"backbone={DISTILLED}"),
+}
+
+
+def encoder_export(
+    folder: Path,
+    cfg: VitConfig = TEACHER,
+    *,
+    pooling: Pooling = "token",
+    classes: tuple[str, ...] = (),
+    image_size: int = 16,
+) -> Path:
+    """The export of an encoder, with a head if it has classes; its head's weights are large enough to have an opinion."""
+    torch.manual_seed(0)
+    size = {"image_size": image_size, "channels": 1, "pooling": pooling, "classes": len(classes)}
+    encoder = build_encoder(cfg, **size)  # pyright: ignore[reportArgumentType]
+    if classes:
+        torch.nn.init.normal_(encoder.get_parameter("head.weight"))
+    told = encoder_card(cfg, image_size, 1, pooling=pooling, classes=len(classes))
+    write_export(folder, encoder.state_dict(), Card("finetune" if classes else "pretrain", told, MEAN, STD, classes))
+    return folder
+
+
+def backbone_export(folder: Path, name: str, *, classes: tuple[str, ...] = (), image_size: int = 32) -> Path:
+    """The export of a model of timm as it is."""
+    torch.manual_seed(0)
+    model = build_backbone(name, image_size=image_size, channels=1, classes=len(classes))
+    told = backbone_card(name, image_size, 1, len(classes))
+    write_export(folder, model.state_dict(), Card("finetune", told, MEAN, STD, classes))
+    return folder
+
+
+def config(digits: Path, teacher: Path, **settings: Any) -> DistillConfig:
+    """Settings of a distillation on the digits; a section that is given as a mapping adds to what is here."""
+    tree: dict[str, Any] = {
+        "epochs": 1,
+        "teacher": str(teacher),
+        "data": {"path": str(digits), "image_size": 16, "channels": 1, "lanes": 8} | settings.pop("data", {}),
+        "batch": {"images": 64, "at_once": 32},
+        "optim": {} | settings.pop("optim", {}),
+        "run": {"dir": "runs/x"},
+    }
+    return DistillConfig.checked(tree | settings, "here")

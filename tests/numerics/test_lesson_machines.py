@@ -1,0 +1,108 @@
+"""Every kind of lesson: one curve on any machine, resumed bit for bit, and students that do not notice each other."""
+
+import json
+from pathlib import Path
+
+import pytest
+from lessons import DIGITS, LESSONS, STUDENT, encoder_export
+from ranks import Ranks, stage_named
+from safetensors.torch import load_file
+from torch import Tensor
+
+SHORT = ("data.per_class=20",)  # three steps
+PLAIN = "engine.kind=plain"
+ZERO_3 = ("engine.zero=3", "batch.at_once=16")
+DDP = ("engine.kind=accelerate",)
+FSDP_2 = ("engine.kind=accelerate", "engine.sharding=fsdp2", "batch.at_once=16")
+# What opens an encoder goes through FSDP2, whose blocks are gathered one by one; what calls a model of timm, through DDP.
+MACHINES = {
+    "layers": (ZERO_3, FSDP_2),
+    "relations": (ZERO_3, FSDP_2),
+    "logits": (ZERO_3, DDP),
+    "token": (ZERO_3, DDP),
+}
+TWO = f"students=[{{name: small, model: {STUDENT}}}, {{name: wide.1, model: {STUDENT.replace('width: 16', 'width: 32')}}}]"
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("teachers")
+    plain = encoder_export(folder / "plain")
+    head = encoder_export(folder / "head", pooling="avg", classes=DIGITS)
+    return {lesson: head if lesson in ("logits", "token") else plain for lesson in LESSONS}
+
+
+def settings(lesson: str, teachers: dict[str, Path], student: str = f"model={STUDENT}") -> tuple[str, ...]:
+    return (*SHORT, f"teacher={teachers[lesson]}", student, *LESSONS[lesson])
+
+
+def curve(rows: list[dict[str, float]]) -> dict[str, list[float]]:
+    """What was learned at each step, by name; not how fast."""
+    kept = ("loss", "grad_norm", "_distance", "_divergence", "_loss", "agreement")
+    return {name: [row[name] for row in rows if name in row] for name in rows[0] if name.endswith(kept)}
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("lesson", MACHINES)
+def test_one_curve_on_any_machine(
+    lesson: str,
+    teachers: dict[str, Path],
+    configs: dict[str, Path],
+    one_rank: Ranks,
+    two_ranks: Ranks,
+    tmp_path: Path,
+) -> None:
+    stage, told = stage_named("distill"), settings(lesson, teachers)
+    alone = curve(one_rank.train(stage, configs["distill"], tmp_path / "alone", *told, PLAIN))
+    assert len(alone["loss"]) == 3
+    assert alone["loss"][-1] < alone["loss"][0]
+    for machine in MACHINES[lesson]:
+        run = tmp_path / machine[0]
+        found = curve(two_ranks.train(stage, configs["distill"], run, *told, *machine))
+        assert found.keys() == alone.keys()
+        for each, values in alone.items():
+            assert found[each] == pytest.approx(values, rel=1e-4 if each == "grad_norm" else 2e-5), (machine, each)
+    card = json.loads((tmp_path / ZERO_3[0] / "export" / "card.json").read_text())
+    assert card["classes"] == (list(DIGITS) if lesson in ("logits", "token") else [])
+    ours, theirs = (weights(tmp_path / each / "export") for each in (ZERO_3[0], "alone"))
+    assert ours.keys() == theirs.keys()
+
+
+def test_students_together_are_the_students_alone(
+    teachers: dict[str, Path], configs: dict[str, Path], one_rank: Ranks, tmp_path: Path
+) -> None:
+    """Bit for bit, in weights and in numbers: they share nothing but the teacher's lesson."""
+    stage, free = stage_named("distill"), (PLAIN, "optim.clip=null")
+    for lesson in ("features", "layers"):
+        told = settings(lesson, teachers, TWO)
+        rows = one_rank.train(stage, configs["distill"], tmp_path / lesson, *told, *free, "model=null")
+        for name, width in (("small", 16), ("wide.1", 32)):
+            told = settings(lesson, teachers, f"model={STUDENT.replace('width: 16', f'width: {width}')}")
+            alone = one_rank.train(stage, configs["distill"], tmp_path / f"{lesson} {name}", *told, *free)
+            own = curve(alone)
+            assert {each: curve(rows)[f"{name}_{each}"] for each in own if each != "grad_norm"} | {
+                "grad_norm": own["grad_norm"]
+            } == own
+            ours, theirs = (
+                weights(tmp_path / lesson / "export" / name),
+                weights(tmp_path / f"{lesson} {name}" / "export"),
+            )
+            assert ours.keys() == theirs.keys()
+            assert all(ours[each].equal(theirs[each]) for each in ours)
+        assert sorted(each.name for each in (tmp_path / lesson / "export").iterdir()) == ["small", "wide.1"]
+
+
+def test_stopping_changes_nothing_for_several(
+    teachers: dict[str, Path], configs: dict[str, Path], two_ranks: Ranks, tmp_path: Path
+) -> None:
+    told = (*settings("layers", teachers, TWO), "model=null", "optim.clip=null", "engine.zero=2")
+    stage, whole, parts = stage_named("distill"), tmp_path / "whole", tmp_path / "parts"
+    rows = two_ranks.train(stage, configs["distill"], whole, *told)
+    two_ranks.train(stage, configs["distill"], parts, *told, "run.stop_at=2")
+    assert curve(two_ranks.train(stage, configs["distill"], parts, *told)) == curve(rows)
+    for name in ("small", "wide.1"):
+        ours, theirs = (weights(run / "export" / name) for run in (parts, whole))
+        assert all(ours[each].equal(theirs[each]) for each in theirs)

@@ -1,0 +1,237 @@
+"""Which student can follow which teacher: every sentence of the plan, and what a plan says of who can."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lessons import DIGITS, DISTILLED, TEACHER, backbone_export, config, encoder_export
+
+from distill.config import plan
+from distill.students import build_students
+from foveal.errors import ConfigError, FovealError
+from foveal.models.vit import VitConfig
+
+TINY = {"name": "vit_tiny_patch16_224", "patch": 4, "width": 16, "depth": 3, "heads": 4}
+EVA = VitConfig(name="eva02_tiny_patch14_224", patch=4, width=32, depth=2, heads=2)
+SPLIT = VitConfig(name="eva02_base_patch14_224", patch=4, width=32, depth=2, heads=2)
+Y = {"name": "y", "model": TINY}
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("teachers")
+    return {
+        "plain": encoder_export(folder / "plain"),
+        "head": encoder_export(folder / "head", pooling="avg", classes=DIGITS),
+        "nine": encoder_export(folder / "nine", classes=DIGITS[:9]),
+        "other": encoder_export(folder / "other", classes=("0", "1", "two", *DIGITS[3:])),
+        "split": encoder_export(folder / "split", SPLIT),
+        "resnet": backbone_export(folder / "resnet", "resnet10t", classes=DIGITS, image_size=16),
+        "fixed": backbone_export(folder / "fixed", "deit_tiny_patch16_224", image_size=32),
+    }
+
+
+SENTENCES: list[tuple[str, dict[str, Any], str]] = [
+    ("plain", {"backbone": "resnet10t"}, "model and backbone exclude each other: keep one of them"),
+    ("plain", {"students": [Y]}, "model and students exclude each other: put it among the students"),
+    (
+        "plain",
+        {"model": None, "backbone": "resnet10t", "students": [Y]},
+        "backbone and students exclude each other: put it among the students",
+    ),
+    (
+        "plain",
+        {"model": None, "students": [Y, Y]},
+        "two students have the name y: each has a folder of its own in export/",
+    ),
+    (
+        "plain",
+        {"model": None, "students": [{"name": "y"}]},
+        "students.0.model is missing: give it, or students.0.backbone",
+    ),
+    (
+        "plain",
+        {"model": None, "students": [Y | {"backbone": "resnet10t"}]},
+        "students.0.model and students.0.backbone exclude each other: keep one of them",
+    ),
+    *(
+        (
+            "plain",
+            {"model": None, "students": [Y | {"name": name}]},
+            f"students.0.name={name!r} is no plain name of a folder",
+        )
+        for name in ("", "..", "a/b", "ä", "a b")
+    ),
+    (
+        "plain",
+        {"model": None, "students": [Y, Y | {"name": "x"}], "optim": {"clip": 1.0}},
+        "would let 2 students depend on each other: optim.clip=null, or train them one by one",
+    ),
+    ("plain", {"layers": [[1, 1]]}, "layers are pairs of blocks, and lesson=features compares none"),
+    ("head", {"lesson": "logits", "layers": [[1, 1]]}, "and lesson=logits compares none"),
+    ("plain", {"lesson": "layers", "layers": [[1, 1], [2, 1], [1, 1]]}, "layers has the pair [1, 1] twice"),
+    ("plain", {"cls_weight": 0.0, "patch_weight": 0.0}, "cls_weight=0 and patch_weight=0 leave nothing to learn"),
+    *(
+        (
+            "plain",
+            {"lesson": lesson, "layers": [[1, 1], pair]},
+            f"layers has the pair {pair}, but the teacher has blocks 1 to 4 and model has 1 to 3",
+        )
+        for lesson, pair in (("layers", [5, 1]), ("relations", [1, 4]), ("layers", [0, 1]), ("relations", [1, 0]))
+    ),
+    (
+        "plain",
+        {"lesson": "layers", "model": None, "students": [{"name": "deep.1", "model": TINY}], "layers": [[4, 4]]},
+        "the teacher has blocks 1 to 4 and students.deep.1.model has 1 to 3",
+    ),
+    ("plain", {"lesson": "layers", "mask_ratio": 0.99}, "mask ratio 0.99 leaves none of 16 patches visible"),
+    ("plain", {"lesson": "relations", "model": TINY | {"patch": 8}}, "has patch 4, the student's model.patch is 8"),
+    (
+        "plain",
+        {"lesson": "relations", "model": TINY | {"width": 15, "heads": 3, "positions": "learned"}},
+        "model.width=15 cannot be divided among the teacher's 2 heads, in which relations are compared; 16 can",
+    ),
+    (
+        "plain",
+        {"lesson": "relations", "model": EVA.tree()},
+        "model.name='eva02_tiny_patch14_224' has no relations to tell: its attention adds biases to what its layer makes",
+    ),
+    (
+        "split",
+        {"lesson": "relations"},
+        "'eva02_base_patch14_224', has no relations to tell: its queries, keys and values have a layer each",
+    ),
+    *(
+        (
+            "plain",
+            {"lesson": lesson, "model": None, "backbone": "resnet10t"},
+            f"lesson={lesson} reads the blocks of a plain transformer, and backbone=resnet10t is timm's as it is",
+        )
+        for lesson in ("layers", "relations")
+    ),
+    ("resnet", {"lesson": "layers"}, "is timm's resnet10t as it is, and lesson=layers reads the blocks"),
+    ("plain", {"lesson": "logits"}, "has no head with named classes, and lesson=logits is in classes"),
+    ("resnet", {"data": {"channels": 3}}, "has channels 1, the student's data.channels is 3; they must be equal"),
+    (
+        "plain",
+        {"model": None, "backbone": "resnet10t"},
+        "has features of 4 x 4 places, backbone=resnet10t has 1 x 1; patch_weight=0 compares the whole image's alone",
+    ),
+    ("resnet", {}, "has features of 1 x 1 places, model has 4 x 4; patch_weight=0 compares the whole image's alone"),
+    ("head", {}, "was fine-tuned with pooling=avg and has no norm behind its tokens"),
+    ("plain", {"model": None, "backbone": "resnet10"}, "'resnet10' is not a model of timm"),
+    ("fixed", {"patch_weight": 0.0}, "timm's deit_tiny_patch16_224, is made for images of 32 x 32 pixels alone"),
+    ("nine", {"lesson": "logits"}, "knows 9 classes, "),
+    ("other", {"lesson": "logits"}, "class 2 is 'two' for the teacher "),
+    (
+        "head",
+        {"lesson": "token"},
+        "lesson=token teaches a distillation token, which model has not; give a backbone such as",
+    ),
+    (
+        "head",
+        {"lesson": "token", "model": None, "backbone": "deit_tiny_patch16_224"},
+        "lesson=token teaches a distillation token, which deit_tiny_patch16_224 has not",
+    ),
+    (
+        "plain",
+        {"model": None, "backbone": "selecsls42", "patch_weight": 0.0, "engine": {"recompute": True}},
+        "engine.recompute=true: timm's selecsls42 cannot recompute its activations",
+    ),
+]
+
+
+@pytest.mark.parametrize(("teacher", "settings", "sentence"), SENTENCES)
+def test_what_cannot_be_is_one_sentence(
+    teacher: str, settings: dict[str, Any], sentence: str, digits: Path, teachers: dict[str, Path]
+) -> None:
+    with pytest.raises(FovealError) as caught:
+        plan(config(digits, teachers[teacher], **({"model": TINY} | settings)), 1)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("lesson", "model", "pairs"), [("layers", TINY, ((3,), (2,))), ("relations", TINY, ((3,), (3,)))]
+)
+def test_layers_that_are_not_named(
+    lesson: str, model: dict[str, Any], pairs: Any, digits: Path, teachers: dict[str, Path]
+) -> None:
+    found = plan(config(digits, teachers["plain"], lesson=lesson, model=model), 1)
+    assert (found.lesson.blocks, found.pupils[0].blocks) == pairs
+    assert f"lesson    {lesson} of blocks 3 of {teachers['plain']}" in found.lines()
+
+
+def test_labels_that_are_not_there(digits: Path, teachers: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without classes, or without one label; soft labels alone do without both."""
+    from foveal.data import Dataset
+
+    monkeypatch.setattr(Dataset, "labels", lambda *_: torch.tensor([-1, -1]).numpy())
+    with pytest.raises(FovealError, match=r"no sample has a label, and label_weight=0\.5"):
+        plan(config(digits, teachers["head"], lesson="logits", model=TINY), 1)
+    monkeypatch.setattr(Dataset, "labels", lambda *_: torch.tensor([-1, 10]).numpy())
+    with pytest.raises(FovealError, match="a label is 10, but there are 10 classes"):
+        plan(config(digits, teachers["head"], lesson="logits", model=TINY), 1)
+    monkeypatch.setattr(Dataset, "classes", None)
+    token = {"lesson": "token", "backbone": DISTILLED}
+    for settings, way in (({"lesson": "logits", "model": TINY}, ", or set label_weight=0"), (token, "")):
+        with pytest.raises(ConfigError, match=rf"have no classes; index shards that hold .cls members{way}$"):
+            plan(config(digits, teachers["head"], **settings), 1)
+    assert plan(config(digits, teachers["head"], lesson="logits", label_weight=0.0, model=TINY), 1).classes == DIGITS
+
+
+@pytest.mark.parametrize(
+    ("teacher", "settings"),
+    [
+        ("plain", {"backbone": "resnet10t", "patch_weight": 0.0}),
+        ("plain", {"backbone": "lcnet_035", "patch_weight": 0.0}),
+        ("resnet", {"backbone": "lcnet_035", "cls_weight": 0.0}),
+        ("resnet", {"model": TINY | {"patch": 16}}),
+        ("resnet", {"lesson": "logits", "model": TINY}),
+        ("head", {"lesson": "logits", "backbone": "resnet10t"}),
+        ("head", {"lesson": "layers", "model": TINY | {"registers": 2}, "pixel_weight": 0.0}),
+        ("plain", {"lesson": "layers", "model": EVA.tree()}),
+        ("head", {"lesson": "relations", "model": TINY | {"registers": 2}, "layers": [[1, 1], [4, 2]]}),
+    ],
+)
+def test_every_parameter_learns(
+    teacher: str, settings: dict[str, Any], digits: Path, teachers: dict[str, Path]
+) -> None:
+    """Some by a zero: a parameter without a gradient makes an engine wait that shards weights or reduces gradients."""
+    from distill.run import parts
+    from foveal.plan.trace import _batch
+
+    found = plan(config(digits, teachers[teacher], **settings), 1)
+    made = parts(found, torch.device("cpu"))
+    total, _ = made.objective(made.model.train(), _batch(4, 1, (16, 16)))
+    total.backward()
+    silent = [name for name, each in made.model.named_parameters() if each.requires_grad and each.grad is None]
+    assert not silent
+    assert total.isfinite()
+
+
+def test_the_plan_says_whose_curve_is_its_own(digits: Path, teachers: dict[str, Path]) -> None:
+    students = [{"name": "net", "backbone": "resnet10t"}, {"name": "vit", "model": TINY}]
+    lines = plan(config(digits, teachers["plain"], students=students, patch_weight=0.0), 2).lines()
+    assert "student   net: resnet10t" in lines
+    assert "student   vit: vit_tiny_patch16_224 of width 16 and depth 3" in lines
+    (beware,) = [line for line in lines if line.startswith("beware")]
+    assert beware.startswith("beware    net has BatchNorm")
+    assert beware.endswith("depends on ranks and images at once (2 and 32 here)")
+
+
+def test_students_are_drawn_from_the_seed_each(digits: Path, teachers: dict[str, Path]) -> None:
+    students = [{"name": "a", "model": TINY}, {"name": "b", "model": TINY}]
+    both = build_students(plan(config(digits, teachers["plain"], students=students), 1))
+    alone = build_students(plan(config(digits, teachers["plain"], model=TINY), 1)).state_dict()
+    for name, value in both.state_dict().items():
+        assert value.equal(alone[name.replace("each.1.", "each.0.")])
+
+
+def test_a_plan_without_a_student_has_a_small_one(digits: Path, teachers: dict[str, Path]) -> None:
+    encoder = TEACHER.tree() | {"patch": 16}
+    settings = {"lesson": "logits", "data": {"image_size": 16}}
+    (pupil,) = plan(config(digits, teachers["head"], **settings), 1).pupils
+    assert (pupil.name, pupil.card["name"], pupil.card["width"]) == ("", "vit_small_patch16_224", 384)
+    assert encoder["patch"] == pupil.card["patch"]
