@@ -13,10 +13,11 @@ from foveal.checkpoint.foreign import heads_beside, read_weights, weights_file
 from foveal.data import DataConfig
 from foveal.errors import ExportError
 from foveal.files import sha256
+from foveal.models.backbone import BackboneCard, card_of
 from foveal.models.outline import Encoder
 from foveal.models.positions import sincos_positions
 from foveal.models.resize import resized
-from foveal.models.vit import EncoderCard, SizedVit, build_encoder
+from foveal.models.vit import SizedVit, build_encoder
 
 # What an encoder for pretraining has no place for: heads, and decoders of whoever pretrained before.
 _UNUSED = (
@@ -57,7 +58,9 @@ def started(place: Path, model: SizedVit, data: DataConfig) -> Start:
     Errors: ExportError, one sentence for what does not fit.
     """
     weights, digest, card = _read(place)
-    told = None if card is None else EncoderCard.checked(card.encoder, f"{place}/card.json")
+    told = None if card is None else card_of(card.encoder, f"{place}/card.json")
+    if isinstance(told, BackboneCard):
+        raise ExportError(f"{place} is a {told.timm} of timm as it is; pretraining goes on from an encoder of foveal's")
     if told is None:
         heads = heads_beside(weights_file(place))
         stated = _facts(place, weights) | ({} if heads is None else {"heads": heads})

@@ -270,6 +270,7 @@ def build_engine(
     """
     torch.set_float32_matmul_precision(cfg.matmul)
     torch.backends.cudnn.allow_tf32 = cfg.matmul != "highest"  # convolutions have a switch of their own, on by default
+    torch.backends.cudnn.deterministic = True  # or a backward of convolutions may add in another order each time
     if cfg.recompute:
         cast(Any, model).set_grad_checkpointing(enable=True)
     if cfg.compile:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from foveal.checkpoint.export import Card, write_export
 from foveal.errors import ConfigError, ExportError
+from foveal.models.backbone import backbone_card, build_backbone
 from foveal.models.positions import sincos_positions
 from foveal.models.vit import Positions, VitConfig, build_encoder, encoder_card
 from pretrain.config import PretrainConfig, plan
@@ -207,6 +208,13 @@ def test_an_export_of_another_encoder_is_one_sentence(digits: Path, tmp_path: Pa
         plan(settings(digits, folder, "sincos", data={"mean": [0.5], "std": [0.5]}), 1)
     with pytest.raises(ConfigError, match="image_size=18 is not a whole number of patches"):
         plan(settings(digits, folder, "sincos", data={"image_size": 18}), 1)
+
+
+def test_an_export_of_a_network_is_one_sentence(digits: Path, tmp_path: Path) -> None:
+    card = Card("finetune", backbone_card("test_resnet", 16, 1), (0.3,), (0.4,))
+    write_export(tmp_path / "export", build_backbone("test_resnet", 16, 1).state_dict(), card)
+    with pytest.raises(ExportError, match="is a test_resnet of timm as it is; pretraining goes on from an encoder"):
+        plan(settings(digits, tmp_path / "export"), 1)
 
 
 def test_what_is_no_safetensors_file_is_one_sentence(digits: Path, tmp_path: Path) -> None:
