@@ -108,7 +108,7 @@ def plan(cfg: DistillConfig, ranks: int) -> DistillPlan:
         resized_from=taught.resized_from,
     )
     if cfg.lesson in IN_CLASSES:
-        check_classes(cfg, taught.classes, [source.dataset for source in found.training.sources])
+        check_classes(cfg, taught.classes, found.training.sources)
     return found
 
 
@@ -161,3 +161,8 @@ def _check_settings(cfg: DistillConfig) -> None:
         raise ConfigError(f"layers has the pair {twice} twice")
     if cfg.lesson == "features" and not cfg.cls_weight and not cfg.patch_weight:
         raise ConfigError("cls_weight=0 and patch_weight=0 leave nothing to learn; give one of them a weight")
+    if cfg.lesson == "token" and cfg.label_weight in (0, 1):
+        raise ConfigError(
+            f"lesson=token has two heads to teach, and label_weight={cfg.label_weight:g} leaves one out; give more than 0 and "
+            f"less than 1, or take lesson=logits"
+        )

@@ -9,7 +9,7 @@ import torch
 from distill.lesson import IN_BLOCKS, IN_CLASSES, Lesson
 from foveal.checkpoint.export import Card
 from foveal.config import height_and_width
-from foveal.data import Dataset
+from foveal.data.sources import Source
 from foveal.errors import ConfigError, DataError, ExportError
 from foveal.models.backbone import (
     BackboneCard,
@@ -221,26 +221,27 @@ def _mixes(cfg: "DistillConfig", backbone: str) -> bool:
     return depends_on_others(model)
 
 
-def check_classes(cfg: "DistillConfig", classes: tuple[str, ...], datasets: Sequence[Dataset]) -> None:
+def check_classes(cfg: "DistillConfig", classes: tuple[str, ...], sources: Sequence[Source]) -> None:
     """The data's classes are the teacher's, and labels are among them. Errors: DataError, ConfigError."""
-    for dataset in datasets:
-        if dataset.classes is not None:
-            _check_same(cfg.teacher, classes, str(dataset.folder), dataset.classes)
-    first = datasets[0]
+    for source in sources:
+        if source.dataset.classes is not None:
+            _check_same(cfg.teacher, classes, str(source.dataset.folder), source.dataset.classes)
     if not cfg.label_weight:
         return
-    if first.classes is None:
+    folder, weight = sources[0].dataset.folder, f"label_weight={cfg.label_weight:g}"
+    if sources[0].dataset.classes is None:
         way = "" if cfg.lesson == "token" else ", or set label_weight=0"
         raise ConfigError(
-            f"label_weight={cfg.label_weight:g}, but the samples of {first.folder} have no classes; index shards that hold "
-            f".cls members{way}"
+            f"{weight}, but the samples of {folder} have no classes; index shards that hold .cls members{way}"
         )
-    highest = int(first.labels(cfg.data.train).max())
-    if not 0 <= highest < len(classes):
-        found = (
-            "no sample has a label" if highest < 0 else f"a label is {highest}, but there are {len(classes)} classes"
-        )
-        raise DataError(f"{first.folder}: split '{cfg.data.train}': {found}, and label_weight={cfg.label_weight:g}")
+    highest = [int(source.dataset.labels(source.split).max()) for source in sources]
+    if max(highest) < 0:
+        raise DataError(f"{weight}, but no sample of split '{cfg.data.train}' of {folder} has a label")
+    for source, label in zip(sources, highest, strict=True):
+        if label >= len(classes):
+            raise DataError(
+                f"{source.dataset.folder}: split '{source.split}' has label {label}, but there are {len(classes)} classes"
+            )
 
 
 def _check_same(teacher: str, hers: tuple[str, ...], folder: str, ours: tuple[str, ...]) -> None:

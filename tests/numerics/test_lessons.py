@@ -28,7 +28,8 @@ class Answers(nn.Module):
 
     def __init__(self, lesson: Lesson, *said: Tensor) -> None:
         super().__init__()
-        self.lesson, self.said, self.asked = lesson, said, ()
+        self.lesson, self.said = lesson, said
+        self.asked: tuple[Any, ...] = ()
 
     def forward(self, *asked: Any) -> Any:
         self.asked = asked
@@ -86,7 +87,9 @@ def distance(name: str, a: Vector, b: Vector) -> tuple[float, Vector]:
     if name == "l1":
         return abs(apart).mean(), np.sign(apart) / len(a)
     small = abs(apart) < 1
-    return np.where(small, apart**2 / 2, abs(apart) - 0.5).mean(), np.where(small, apart, np.sign(apart)) / len(a)
+    return float(np.where(small, apart**2 / 2, abs(apart) - 0.5).mean()), np.where(small, apart, np.sign(apart)) / len(
+        a
+    )
 
 
 def tokens_apart(name: str, answer: Tensor, lesson: Tensor) -> tuple[float, Vector]:

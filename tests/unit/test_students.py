@@ -122,6 +122,11 @@ SENTENCES: list[tuple[str, dict[str, Any], str]] = [
     ("head", {}, "was fine-tuned with pooling=avg and has no norm behind its tokens"),
     ("plain", {"model": None, "backbone": "resnet10"}, "'resnet10' is not a model of timm"),
     ("fixed", {"patch_weight": 0.0}, "timm's deit_tiny_patch16_224, is made for images of 32 x 32 pixels alone"),
+    (
+        "head",
+        {"lesson": "token", "label_weight": 1.0},
+        "lesson=token has two heads to teach, and label_weight=1 leaves",
+    ),
     ("nine", {"lesson": "logits"}, "knows 9 classes, "),
     ("other", {"lesson": "logits"}, "class 2 is 'two' for the teacher "),
     (
@@ -168,10 +173,10 @@ def test_labels_that_are_not_there(digits: Path, teachers: dict[str, Path], monk
     from foveal.data import Dataset
 
     monkeypatch.setattr(Dataset, "labels", lambda *_: torch.tensor([-1, -1]).numpy())
-    with pytest.raises(FovealError, match=r"no sample has a label, and label_weight=0\.5"):
+    with pytest.raises(FovealError, match=r"label_weight=0\.5, but no sample of split 'train' of .* has a label"):
         plan(config(digits, teachers["head"], lesson="logits", model=TINY), 1)
     monkeypatch.setattr(Dataset, "labels", lambda *_: torch.tensor([-1, 10]).numpy())
-    with pytest.raises(FovealError, match="a label is 10, but there are 10 classes"):
+    with pytest.raises(FovealError, match="split 'train' has label 10, but there are 10 classes"):
         plan(config(digits, teachers["head"], lesson="logits", model=TINY), 1)
     monkeypatch.setattr(Dataset, "classes", None)
     token = {"lesson": "token", "backbone": DISTILLED}

@@ -249,8 +249,9 @@ def test_layers_and_relations_are_what_timm_has_inside(
     folder = encoder_export(tmp_path / "export", cfg)
     encoder: Any = taught(folder).model
     bare = [0, *range(registers + 1, registers + 17)]
-    for kind, part in (("layers", lambda block: block), ("relations", lambda block: block.attn.qkv)):
-        told = taught(folder, lesson=Lesson(kind, (3, 1), 2, 4))(images())
+    layers, relations = Lesson("layers", (3, 1), 2, 4), Lesson("relations", (3, 1), 2, 4)
+    for lesson, part in ((layers, lambda block: block), (relations, lambda block: block.attn.qkv)):
+        told = taught(folder, lesson=lesson)(images())
         for found, number in zip(told, (3, 1), strict=True):
             expected = heard(part(encoder.blocks[number - 1]), images(), encoder)
             torch.testing.assert_close(found, expected[:, bare])
