@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveal.data import Batch, DataConfig
 from foveal.errors import ConfigError
 from foveal.files import FULL, in_gigabytes, write_json
 
@@ -158,19 +157,6 @@ def check_bound(rows: int, parts: Sequence[Part], gigabytes: float, setting: str
             f"{setting}={gigabytes:g}, but the teacher's answers on {rows:,} views of images take up to "
             f"{in_gigabytes(rows * row)} ({in_gigabytes(row)} each): allow as much, or keep none"
         )
-
-
-def rows_of(data: DataConfig, samples: int, epochs: int) -> int:
-    """How many rows a run can come to: one for each sample, or for each sample in each epoch if it is seen anew there.
-
-    ``samples`` and ``epochs`` are those of ``Batch.draws``.
-    """
-    return samples if data.augment.still else samples * epochs
-
-
-def row_indices(data: DataConfig, batch: Batch) -> Tensor:
-    """The row of each image of a batch, int64 [B]."""
-    return batch.ids if data.augment.still else batch.draws
 
 
 def _agree(file: Path, told: dict[str, Any]) -> None:

@@ -1,13 +1,13 @@
 """The settings of distillation, and the plan they come to."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from distill.fit import Pupil, Taught, check_classes, fitted, taught_by
+from distill.fit import Pupil, Taught, agreed_classes, fitted, taught_by
 from distill.lesson import IN_CLASSES, Lesson, LessonKind
 from distill.losses import Distance
-from foveal.checkpoint.export import read_card
+from distill.origin import Origin, origin_of
 from foveal.config import Config, machine, science
 from foveal.errors import ConfigError
 from foveal.models.mae import DecoderConfig
@@ -26,10 +26,22 @@ class StudentConfig(Config):
     backbone: str | None = science(None, "Any model of timm as it is, instead of model.")
 
 
+class LessonCacheConfig(Config):
+    """The teacher's answers on disk, for who trains on the same views again: other students, or images without augmentation."""
+
+    dir: str | None = machine(
+        None, "A folder that all ranks see, or one on each node; none: the teacher is always asked."
+    )
+    gigabytes: float = machine(50.0, "The most that one run's answers may take.", gt=0)
+
+
 class DistillConfig(StageConfig):
     """Students that learn from a teacher, on the same view of the same image."""
 
     teacher: str = machine(about="The teacher's export folder; what is in it is science, where it lies is not.")
+    teacher_name: str | None = science(
+        None, "Timm's name of a teacher that is no export: teacher is then a safetensors file, or a folder with one."
+    )
     model: VitConfig | None = science(None, "The student; vit_small_patch16_224, if nothing else is said.")
     backbone: str | None = science(None, "Any model of timm as it is, instead of model.")
     students: tuple[StudentConfig, ...] = science((), "Several students at once, instead of model and backbone.")
@@ -57,24 +69,27 @@ class DistillConfig(StageConfig):
     pooling: Pooling = science(
         "avg", "What the head of model reads, for logits: the patches' mean, or the class token."
     )
+    lesson_cache: LessonCacheConfig = LessonCacheConfig()
+
+    @property
+    def still(self) -> bool:
+        """Whether the teacher says the same of an image in every epoch."""
+        return self.data.augment.still and self.lesson != "layers"
 
 
 @dataclass(frozen=True)
 class DistillPlan(Plan):
-    """A plan that knows the teacher, what it is asked, and who listens."""
+    """A plan that knows the teacher, what it is asked, and who listens; ``classes`` are those that are learned, if any."""
 
     cfg: DistillConfig
+    origin: Origin = None  # type: ignore[assignment]
     taught: Taught = None  # type: ignore[assignment]
     pupils: tuple[Pupil, ...] = ()
+    classes: tuple[str, ...] = ()
 
     @property
     def lesson(self) -> Lesson:
         return self.taught.lesson
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Those that the students learn; none, if they learn no classes."""
-        return self.taught.classes if self.lesson.kind in IN_CLASSES else ()
 
     def lines(self) -> list[str]:
         """The plan in words: what is taught to whom, and whose curve is its own on every cluster."""
@@ -94,8 +109,8 @@ def plan(cfg: DistillConfig, ranks: int) -> DistillPlan:
     """Everything that can be refused before a run begins. Errors: ConfigError, DataError, ExportError."""
     students = students_of(cfg)
     _check_settings(cfg)
-    card = read_card(Path(cfg.teacher))
-    taught = taught_by(cfg, card)
+    origin = origin_of(Path(cfg.teacher), cfg.teacher_name, cfg.data)
+    card, taught = origin.card, taught_by(cfg, origin.card)
     pupils = tuple(fitted(cfg, taught, each.name, each.model, each.backbone) for each in students)
     found = planned(
         DistillPlan,
@@ -107,8 +122,9 @@ def plan(cfg: DistillConfig, ranks: int) -> DistillPlan:
         pupils=pupils,
         resized_from=taught.resized_from,
     )
+    found = replace(found, origin=origin)
     if cfg.lesson in IN_CLASSES:
-        check_classes(cfg, taught.classes, found.training.sources)
+        found = replace(found, classes=agreed_classes(cfg, taught, found.training.sources))
     return found
 
 
@@ -159,6 +175,11 @@ def _check_settings(cfg: DistillConfig) -> None:
     twice = next((list(pair) for pair in cfg.layers if cfg.layers.count(pair) > 1), None)
     if twice is not None:
         raise ConfigError(f"layers has the pair {twice} twice")
+    if cfg.lesson_cache.dir is not None and cfg.data.mix and not cfg.still:
+        raise ConfigError(
+            "lesson_cache.dir keeps what the teacher says of each view, and with data.mix their number is not known; leave "
+            "one of them out"
+        )
     if cfg.lesson == "features" and not cfg.cls_weight and not cfg.patch_weight:
         raise ConfigError("cls_weight=0 and patch_weight=0 leave nothing to learn; give one of them a weight")
     if cfg.lesson == "token" and cfg.label_weight in (0, 1):

@@ -8,16 +8,18 @@ import torch
 
 from distill.lesson import IN_BLOCKS, IN_CLASSES, Lesson
 from foveal.checkpoint.export import Card
-from foveal.config import height_and_width
 from foveal.data.sources import Source
 from foveal.errors import ConfigError, DataError, ExportError
 from foveal.models.backbone import (
     BackboneCard,
     backbone_card,
+    backbone_outline,
     build_backbone,
     card_of,
+    check_resizing,
     depends_on_others,
     has_distillation_token,
+    set_recompute,
     shapes_of,
 )
 from foveal.models.outline import oddity_of_queries
@@ -53,6 +55,7 @@ class Taught:
     encoder: EncoderCard | None
     channels: int
     classes: tuple[str, ...]
+    named: bool
     resized_from: int | tuple[int, int] | None
 
 
@@ -88,10 +91,9 @@ def taught_by(cfg: "DistillConfig", card: Card) -> Taught:
     told = card_of(card.encoder, f"{where}/card.json")
     if told.channels != cfg.data.channels:
         raise _unequal(where, "channels", told.channels, "data.channels", cfg.data.channels)
-    if cfg.lesson in IN_CLASSES and not (card.classes and told.classes == len(card.classes)):
+    if cfg.lesson in IN_CLASSES and not told.classes:
         raise ExportError(
-            f"the teacher {where} has no head with named classes, and lesson={cfg.lesson} is in classes; give the export "
-            f"of a fine-tuning"
+            f"the teacher {where} has no head, and lesson={cfg.lesson} is in classes; give the export of a fine-tuning"
         )
     encoder = told if isinstance(told, EncoderCard) else None
     if cfg.lesson in IN_BLOCKS and encoder is None:
@@ -111,7 +113,9 @@ def taught_by(cfg: "DistillConfig", card: Card) -> Taught:
         shape=_shape_of_card(told, size) if cfg.lesson == "features" else None,
         encoder=encoder,
         channels=told.channels,
-        classes=card.classes,
+        # Foreign weights need not say what their classes are called.
+        classes=card.classes or tuple(map(str, range(told.classes))),
+        named=bool(card.classes),
         resized_from=_resized_from(told, size, where),
     )
 
@@ -122,7 +126,7 @@ def fitted(cfg: "DistillConfig", taught: Taught, name: str, model: VitConfig | N
     called = f"students.{name}." if name else ""
     classes = len(taught.classes) if cfg.lesson in IN_CLASSES else 0
     if cfg.lesson == "token":
-        _check_token(backbone, size, channels)
+        _check_token(model, backbone, cfg)
     if backbone is not None:
         if cfg.lesson in IN_BLOCKS:
             raise ConfigError(
@@ -197,35 +201,44 @@ def _check_grids(cfg: "DistillConfig", taught: Taught, student: str, shape: Shap
     )
 
 
-def _check_token(backbone: str | None, size: int | tuple[int, int], channels: int) -> None:
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        fits = backbone is not None and has_distillation_token(
-            build_backbone(backbone, image_size=size, channels=channels)
-        )
+def _check_token(model: VitConfig | None, backbone: str | None, cfg: "DistillConfig") -> None:
+    if model is not None:
+        fits = model.resolved().registers > 0
+    else:
+        fits = has_distillation_token(backbone_outline(backbone or "", cfg.data.image_size, cfg.data.channels))
     if not fits:
         raise ConfigError(
-            f"lesson=token teaches a distillation token, which {backbone or 'model'} has not; give a backbone such as "
-            f"deit_tiny_distilled_patch16_224"
+            f"lesson=token teaches a distillation token, which {backbone or 'a model without registers'} has not; give a "
+            f"backbone such as deit_tiny_distilled_patch16_224, or model.registers=1"
         )
 
 
 def _mixes(cfg: "DistillConfig", backbone: str) -> bool:
     """Whether a model of timm has BatchNorm. Errors: ConfigError where it is to recompute activations and cannot."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model: Any = build_backbone(backbone, image_size=cfg.data.image_size, channels=cfg.data.channels)
+    size, channels = cfg.data.image_size, cfg.data.channels
     if cfg.engine.recompute:
-        try:
-            model.set_grad_checkpointing(enable=True)
-        except (AssertionError, AttributeError):
-            raise ConfigError(f"engine.recompute=true: timm's {backbone} cannot recompute its activations") from None
-    return depends_on_others(model)
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            set_recompute(build_backbone(backbone, image_size=size, channels=channels), enable=True)
+    return depends_on_others(backbone_outline(backbone, size, channels))
 
 
-def check_classes(cfg: "DistillConfig", classes: tuple[str, ...], sources: Sequence[Source]) -> None:
-    """The data's classes are the teacher's, and labels are among them. Errors: DataError, ConfigError."""
+def agreed_classes(cfg: "DistillConfig", taught: Taught, sources: Sequence[Source]) -> tuple[str, ...]:
+    """The names of the classes: the data's are the teacher's, and labels are among them. Errors: DataError, ConfigError."""
+    ours = sources[0].dataset.classes
+    names = taught.classes if taught.named or ours is None else ours
+    if len(names) != len(taught.classes):
+        raise ConfigError(
+            f"the teacher {taught.where} knows {len(taught.classes)} classes, {sources[0].dataset.folder} has {len(names)}; "
+            f"they must be equal"
+        )
     for source in sources:
         if source.dataset.classes is not None:
-            _check_same(cfg.teacher, classes, str(source.dataset.folder), source.dataset.classes)
+            _check_same(cfg.teacher, names, str(source.dataset.folder), source.dataset.classes)
+    _check_labels(cfg, names, sources)
+    return names
+
+
+def _check_labels(cfg: "DistillConfig", classes: tuple[str, ...], sources: Sequence[Source]) -> None:
     if not cfg.label_weight:
         return
     folder, weight = sources[0].dataset.folder, f"label_weight={cfg.label_weight:g}"
@@ -278,19 +291,8 @@ def _resized_from(
     """The size of the teacher's own images, if it is another. Errors: ConfigError, ExportError where it cannot be."""
     if isinstance(told, EncoderCard):
         return told.resized_from(size)
-    if told.image_size == size:
-        return None
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        was, now = (
-            {name: value.shape for name, value in model.state_dict().items()}
-            for model in (
-                build_backbone(told.timm, image_size=each, channels=told.channels) for each in (told.image_size, size)
-            )
-        )
-    if was != now:
-        sides = " x ".join(map(str, height_and_width(told.image_size)))
-        raise ExportError(f"the teacher {where}, timm's {told.timm}, is made for images of {sides} pixels alone")
-    return told.image_size
+    check_resizing(told, size, f"the teacher {where}")
+    return None if told.image_size == size else told.image_size
 
 
 def _unequal(where: str, name: str, hers: int, setting: str, his: int) -> ExportError:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from distill.cache import Lessons
 from distill.config import DistillConfig
 from distill.lesson import LessonKind
 from distill.losses import DISTANCES, label_loss, relation_losses, soft_loss
@@ -39,6 +40,7 @@ class Imitate:
     names: Sequence[str]
     mean: Sequence[float]
     std: Sequence[float]
+    lessons: Lessons | None = None
 
     def weight(self, batch: Batch) -> float:
         """Every image counts once, with a label or without."""
@@ -47,7 +49,7 @@ class Imitate:
     def __call__(self, model: nn.Module, batch: Batch) -> Told:
         images = normalise(batch.images, self.mean, self.std)
         kept, masked = self.masks(batch)
-        lesson = self.teacher(images, kept)
+        lesson = self.lesson(batch, images, kept)
         seen = Seen(images, masked, batch.labels)
         losses, numbers = [], {}
         for name, answer in zip(self.names, model(images, kept, masked), strict=True):
@@ -56,6 +58,14 @@ class Imitate:
             numbers |= {f"{name}_{each}" if name else each: value.sum() for each, value in more.items()}
             losses.append(loss_B.sum())
         return sum(losses[1:], losses[0]), numbers
+
+    def lesson(self, batch: Batch, images: Tensor, kept: Tensor | None) -> Answer:
+        """What the teacher says, or has said before of the same views of the same images."""
+        if self.lessons is None:
+            return self.teacher(images, kept)
+        rows = batch.ids if self.cfg.still else batch.draws
+        found = self.lessons.asked(rows, lambda: self.teacher(images, kept))
+        return tuple(each.to(images.device, non_blocking=True) for each in found)
 
     def masks(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         """The places of the kept patches [B, K] and of the masked ones [B, M]; none, where whole images are seen."""

@@ -1,19 +1,26 @@
 """Distillation: ``python -m distill.run CONFIG [key=value ...]``, alone, under torchrun, or under srun."""
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from distill.cache import Lessons, Part, check_bound
 from distill.config import DistillConfig, DistillPlan, plan
 from distill.objective import Imitate
 from distill.students import build_students
 from distill.teacher import Teacher
-from foveal.checkpoint.export import read_export
+from foveal.config import height_and_width
 from foveal.distributed.engine import build_engine
 from foveal.door import Stage, main
 from foveal.loop import Parts, due
+from foveal.models.patches import count_kept
 from foveal.optim import parameter_groups
 from foveal.runtime import Run
+
+# The settings that what a teacher says of a view depends on, beside what is inherited.
+_SEEN = ("seed", "teacher_name", "mask_ratio", "data.")
 
 
 def train(plan: DistillPlan, run: Run) -> None:
@@ -41,12 +48,35 @@ def train(plan: DistillPlan, run: Run) -> None:
 
 def parts(plan: DistillPlan, device: torch.device) -> Parts[Imitate]:
     """The students, freshly drawn, and their teacher on the device."""
-    cfg, folder = plan.cfg, Path(plan.cfg.teacher)
+    cfg, origin = plan.cfg, plan.origin
     model = build_students(plan)
-    weights, card = read_export(folder)
-    teacher = Teacher(weights, card, plan.lesson, device, cfg.engine.precision, cfg.data.image_size, folder)
-    objective = Imitate(teacher, cfg, [pupil.name for pupil in plan.pupils], plan.mean, plan.std)
+    place = device, cfg.engine.precision, cfg.data.image_size, origin.place
+    teacher = Teacher(origin.weights(), origin.card, plan.lesson, *place)
+    lessons = None if cfg.lesson_cache.dir is None or device.type == "meta" else _lessons(plan, teacher, device)
+    objective = Imitate(teacher, cfg, [pupil.name for pupil in plan.pupils], plan.mean, plan.std, lessons)
     return Parts(model, parameter_groups(model, cfg.optim), objective, frozen=(teacher.model,))
+
+
+def _lessons(plan: DistillPlan, teacher: Teacher, device: torch.device) -> Lessons:
+    """What the teacher has said, under everything that its answers depend on. Errors: ConfigError."""
+    cfg = plan.cfg
+    assert cfg.lesson_cache.dir is not None
+    height, width = height_and_width(cfg.data.image_size)
+    images = torch.zeros(1, cfg.data.channels, height, width, device=device)
+    kept = None
+    if plan.lesson.kind == "layers":
+        patches = (height // plan.lesson.patch) * (width // plan.lesson.patch)
+        kept = torch.arange(count_kept(patches, cfg.mask_ratio), device=device)[None]
+    parts = [Part(tuple(each.shape[1:]), each.dtype) for each in teacher(images, kept)]
+    rows = plan.training.ids * (1 if cfg.still else cfg.epochs)
+    check_bound(rows, parts, cfg.lesson_cache.gigabytes, "lesson_cache.gigabytes")
+    facts: dict[str, Any] = {name: value for name, value in cfg.science().items() if name.startswith(_SEEN)}
+    facts |= plan.inherited | {
+        "lesson": asdict(plan.lesson),
+        "precision": cfg.engine.precision,
+        "patches": cfg.patch_weight > 0,
+    }
+    return Lessons(Path(cfg.lesson_cache.dir), facts, rows, parts)
 
 
 STAGE = Stage("distill", DistillConfig, plan, train, parts)

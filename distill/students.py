@@ -11,7 +11,15 @@ from distill.fit import Pupil
 from distill.lesson import LessonKind
 from foveal.models.backbone import backbone_from_card, whole_and_places
 from foveal.models.encode import features
-from foveal.models.students import ClassStudent, FeatureStudent, LayerStudent, RelationStudent, Students, TokenStudent
+from foveal.models.students import (
+    ClassStudent,
+    FeatureStudent,
+    LayerStudent,
+    RegisterStudent,
+    RelationStudent,
+    Students,
+    TokenStudent,
+)
 from foveal.models.vit import encoder_from_card
 from foveal.seeding import key
 
@@ -48,8 +56,8 @@ def _logits(_plan: DistillPlan, _pupil: Pupil, made: Any) -> nn.Module:
     return ClassStudent(made)
 
 
-def _token(_plan: DistillPlan, _pupil: Pupil, made: Any) -> nn.Module:
-    return TokenStudent(made)
+def _token(_plan: DistillPlan, pupil: Pupil, made: Any) -> nn.Module:
+    return RegisterStudent(made) if pupil.backbone is None else TokenStudent(made)
 
 
 _KINDS: dict[LessonKind, Callable[[DistillPlan, Pupil, Any], nn.Module]] = {

@@ -23,6 +23,7 @@ LESSONS = {
     "relations": ("lesson=relations", "layers=[[3, 2], [4, 3]]"),
     "logits": ("lesson=logits", "label_weight=0.3"),
     "token": ("lesson=token", "model=null", f"backbone={DISTILLED}"),
+    "register": ("lesson=token", "model.registers=1"),
 }
 
 

@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
+from foveal.models.backbone import set_recompute
 from foveal.models.encode import borrowed, encode, encode_layers, features, without_registers
 from foveal.models.mae import Decoder, DecoderConfig
 from foveal.models.outline import Encoder
-from foveal.models.vit import initialise_linear
+from foveal.models.vit import HEAD_SCALE, initialise_linear
 
 Look = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
 
@@ -37,7 +39,7 @@ class Students(nn.Module):
     def set_grad_checkpointing(self, enable: bool) -> None:
         """Recompute the blocks in the backward pass, as ``MaskedAutoencoder`` does."""
         for student in self._students():
-            student.encoder.set_grad_checkpointing(enable)
+            set_recompute(student.encoder, enable)
             if getattr(student, "decoder", None) is not None:
                 student.decoder.grad_checkpointing = enable
 
@@ -156,6 +158,25 @@ class ClassStudent(nn.Module):
     def forward(self, images: Tensor, _kept: Tensor | None = None, _masked: Tensor | None = None) -> tuple[Tensor, ...]:
         """Logits [B, classes] of normalised images [B, C, H, W]."""
         return (self.encoder(images.to(next(self.encoder.parameters()).dtype)),)
+
+
+class RegisterStudent(nn.Module):
+    """A classifier whose first register is its distillation token (Touvron et al., "DeiT", 2021); the head on it is not kept."""
+
+    opened = True
+
+    def __init__(self, encoder: Encoder) -> None:
+        """The head on the register is drawn from torch's global generator, after the encoder (``build_encoder``)."""
+        super().__init__()
+        self.encoder = encoder
+        self.head_dist = nn.Linear(encoder.embed_dim, encoder.num_classes)
+        trunc_normal_(self.head_dist.weight, std=HEAD_SCALE)
+        nn.init.zeros_(self.head_dist.bias)
+
+    def forward(self, images: Tensor, _kept: Tensor | None = None, _masked: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Logits [B, classes] of the class token and of the distillation token, of normalised images [B, C, H, W]."""
+        tokens = encode(self.encoder, images)
+        return self.encoder.forward_head(tokens), self.head_dist(tokens[:, 1])
 
 
 class TokenStudent(nn.Module):

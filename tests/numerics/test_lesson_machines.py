@@ -4,10 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 from lessons import DIGITS, LESSONS, STUDENT, encoder_export
 from ranks import Ranks, stage_named
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from foveal.errors import ConfigError
 
 SHORT = ("data.per_class=20",)  # three steps
 PLAIN = "engine.kind=plain"
@@ -20,7 +24,9 @@ MACHINES = {
     "relations": (ZERO_3, FSDP_2),
     "logits": (ZERO_3, DDP),
     "token": (ZERO_3, DDP),
+    "register": (ZERO_3, FSDP_2),
 }
+IN_CLASSES = ("logits", "token", "register")
 TWO = f"students=[{{name: small, model: {STUDENT}}}, {{name: wide.1, model: {STUDENT.replace('width: 16', 'width: 32')}}}]"
 
 
@@ -29,7 +35,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("teachers")
     plain = encoder_export(folder / "plain")
     head = encoder_export(folder / "head", pooling="avg", classes=DIGITS)
-    return {lesson: head if lesson in ("logits", "token") else plain for lesson in LESSONS}
+    return {lesson: head if lesson in IN_CLASSES else plain for lesson in LESSONS}
 
 
 def settings(lesson: str, teachers: dict[str, Path], student: str = f"model={STUDENT}") -> tuple[str, ...]:
@@ -66,7 +72,7 @@ def test_one_curve_on_any_machine(
         for each, values in alone.items():
             assert found[each] == pytest.approx(values, rel=1e-4 if each == "grad_norm" else 2e-5), (machine, each)
     card = json.loads((tmp_path / ZERO_3[0] / "export" / "card.json").read_text())
-    assert card["classes"] == (list(DIGITS) if lesson in ("logits", "token") else [])
+    assert card["classes"] == (list(DIGITS) if lesson in IN_CLASSES else [])
     ours, theirs = (weights(tmp_path / each / "export") for each in (ZERO_3[0], "alone"))
     assert ours.keys() == theirs.keys()
 
@@ -106,3 +112,44 @@ def test_stopping_changes_nothing_for_several(
     for name in ("small", "wide.1"):
         ours, theirs = (weights(run / "export" / name) for run in (parts, whole))
         assert all(ours[each].equal(theirs[each]) for each in theirs)
+
+
+def test_what_the_teacher_has_said_is_not_asked_again(
+    teachers: dict[str, Path], configs: dict[str, Path], one_rank: Ranks, tmp_path: Path
+) -> None:
+    """Bit for bit the same; another student with another order of images, from a teacher whose weights are gone."""
+    stage, folder = stage_named("distill"), tmp_path / "lessons"
+    told = (*settings("layers", teachers), PLAIN, "epochs=2")
+    kept = (*told, f"lesson_cache.dir={folder}")
+    alone = curve(one_rank.train(stage, configs["distill"], tmp_path / "alone", *told))
+    assert curve(one_rank.train(stage, configs["distill"], tmp_path / "first", *kept)) == alone
+    (key,) = folder.iterdir()
+    assert (key / "rows").stat().st_blocks * 512 >= 6 * 64 * 2 * 5 * 32 * 4  # six batches of two blocks' tokens
+    rows = (key / "rows").read_bytes()
+    one_rank.train(stage, configs["distill"], tmp_path / "second", *kept, "model.width=32")
+    assert (key / "rows").read_bytes() == rows
+    # What is read is what is there, and not what the teacher would say.
+    other = bytearray(rows)
+    other[:] = bytes(len(rows))
+    (key / "rows").write_bytes(other)
+    assert curve(one_rank.train(stage, configs["distill"], tmp_path / "third", *kept)) == alone
+    assert (key / "rows").read_bytes() == rows
+    with pytest.raises(ConfigError, match=r"lesson_cache.gigabytes=1e-05, but the teacher's answers on .* views"):
+        one_rank.train(stage, configs["distill"], tmp_path / "fourth", *kept, "lesson_cache.gigabytes=1e-5")
+
+
+def test_weights_of_others_teach(configs: dict[str, Path], one_rank: Ranks, tmp_path: Path) -> None:
+    """A network of timm with a head, whose classes have no names: the data's are taken."""
+    torch.manual_seed(0)
+    network = timm.create_model("resnet10t", in_chans=1, num_classes=10)
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    told = (*SHORT, f"teacher={tmp_path}", "teacher_name=resnet10t", "data.mean=[0.4]", "data.std=[0.3]")
+    told += ("lesson=logits", "label_weight=0", f"model={STUDENT}", PLAIN)
+    found = curve(one_rank.train(stage_named("distill"), configs["distill"], tmp_path / "run", *told))
+    assert found["loss"][-1] < found["loss"][0]
+    card = json.loads((tmp_path / "run" / "export" / "card.json").read_text())
+    assert (card["classes"], card["mean"]) == (list(DIGITS), [0.4])
+    eleven = timm.create_model("resnet10t", in_chans=1, num_classes=11)
+    save_file(eleven.state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"knows 11 classes, .* has 10; they must be equal"):
+        one_rank.train(stage_named("distill"), configs["distill"], tmp_path / "eleven", *told)

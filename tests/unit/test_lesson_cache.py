@@ -16,8 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.cache import Lessons, Part, check_bound, row_indices, rows_of
-from foveal.data import AugmentConfig, Batch, DataConfig
+from distill.cache import Lessons, Part, check_bound
 from foveal.errors import ConfigError
 
 FACTS: dict[str, Any] = {"teacher": "ab", "seed": 3, "mean": [0.25]}
@@ -155,24 +154,6 @@ def test_too_many_gigabytes_are_refused_before_they_are_taken() -> None:
         "cache.gigabytes=100, but the teacher's answers on 1,281,167 views of images take up to 771.4 GB (0.6 MB each): "
         "allow as much, or keep none"
     )
-
-
-def test_a_row_is_a_view_where_views_differ_and_a_sample_where_not() -> None:
-    ids, draws = torch.tensor([3, 1]), torch.tensor([13, 21])
-    batch = Batch(torch.zeros(2, 1, 4, 4), ids, ids, draws, ids >= 0, 0, 0, 0)
-    moving = DataConfig(path="x", image_size=4)
-    for augment in (AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=flip) for flip in (0.0, 1.0)):
-        still = moving.model_copy(update={"augment": augment})
-        assert rows_of(still, 10, 5) == 10
-        assert row_indices(still, batch).equal(ids)
-    for augment in (
-        AugmentConfig(),
-        AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0)),
-        AugmentConfig(scale=(1.0, 1.0), flip=0.0),
-        AugmentConfig(ratio=(1.0, 1.0), flip=0.0),
-    ):
-        assert rows_of(moving.model_copy(update={"augment": augment}), 10, 5) == 50
-        assert row_indices(moving.model_copy(update={"augment": augment}), batch).equal(draws)
 
 
 def test_rows_of_writers_that_were_killed_are_whole_or_not_there(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ SENTENCES: list[tuple[str, dict[str, Any], str]] = [
         for lesson in ("layers", "relations")
     ),
     ("resnet", {"lesson": "layers"}, "is timm's resnet10t as it is, and lesson=layers reads the blocks"),
-    ("plain", {"lesson": "logits"}, "has no head with named classes, and lesson=logits is in classes"),
+    ("plain", {"lesson": "logits"}, "has no head, and lesson=logits is in classes"),
     ("resnet", {"data": {"channels": 3}}, "has channels 1, the student's data.channels is 3; they must be equal"),
     (
         "plain",
@@ -121,7 +121,11 @@ SENTENCES: list[tuple[str, dict[str, Any], str]] = [
     ("resnet", {}, "has features of 1 x 1 places, model has 4 x 4; patch_weight=0 compares the whole image's alone"),
     ("head", {}, "was fine-tuned with pooling=avg and has no norm behind its tokens"),
     ("plain", {"model": None, "backbone": "resnet10"}, "'resnet10' is not a model of timm"),
-    ("fixed", {"patch_weight": 0.0}, "timm's deit_tiny_patch16_224, is made for images of 32 x 32 pixels alone"),
+    (
+        "fixed",
+        {"patch_weight": 0.0},
+        "fixed is a deit_tiny_patch16_224 of images of 32 x 32 pixels and has weights of that",
+    ),
     (
         "head",
         {"lesson": "token", "label_weight": 1.0},
@@ -132,7 +136,7 @@ SENTENCES: list[tuple[str, dict[str, Any], str]] = [
     (
         "head",
         {"lesson": "token"},
-        "lesson=token teaches a distillation token, which model has not; give a backbone such as",
+        "lesson=token teaches a distillation token, which a model without registers has not; give a backbone such as",
     ),
     (
         "head",
@@ -142,7 +146,7 @@ SENTENCES: list[tuple[str, dict[str, Any], str]] = [
     (
         "plain",
         {"model": None, "backbone": "selecsls42", "patch_weight": 0.0, "engine": {"recompute": True}},
-        "engine.recompute=true: timm's selecsls42 cannot recompute its activations",
+        "timm cannot recompute the activations of 'selecsls42': set engine.recompute=false",
     ),
 ]
 
