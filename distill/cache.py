@@ -73,7 +73,7 @@ class Lessons:
             return None
         content = torch.empty(len(indices), self._size + _SEAL, dtype=torch.uint8)
         for row, into in zip(indices.tolist(), content, strict=True):
-            if not self._read(row, memoryview(into.numpy())):
+            if not self._read(row, into.numpy().data):
                 return None
         return self._split(content)
 

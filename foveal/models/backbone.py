@@ -166,9 +166,9 @@ def set_recompute(backbone: Any, enable: bool) -> None:
         raise ConfigError(
             f"timm cannot recompute the activations of '{_name_of(backbone)}': set engine.recompute=false"
         ) from None
-    for module in backbone.modules():
-        if enable and isinstance(module, nn.modules.batchnorm._BatchNorm):  # noqa: SLF001
-            module.forward = functools.partial(_follow_once, module, module.forward)
+    norms: list[Any] = _batch_norms(backbone) if enable else []
+    for norm in norms:
+        norm.forward = functools.partial(_follow_once, norm, norm.forward)
 
 
 def head_names(name: str, image_size: int | tuple[int, int], channels: int) -> tuple[str, ...]:
@@ -238,7 +238,11 @@ def timms_origins(name: str) -> Origins:
 
 def depends_on_others(model: nn.Module) -> bool:
     """Whether a sample's forward depends on the others of its micro on its rank, as under BatchNorm."""
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())  # noqa: SLF001
+    return bool(_batch_norms(model))
+
+
+def _batch_norms(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]  # noqa: SLF001
 
 
 def _follow_once(module: Any, forward: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:

@@ -31,7 +31,8 @@ def data(**further: Any) -> DataConfig:
 def timms(folder: Path, name: str, config: dict[str, Any] | None = None, **sizes: Any) -> Any:
     """A model of timm's, and its weights in a folder as others leave them."""
     torch.manual_seed(0)
-    model = timm.create_model(name, **({"num_classes": 7} | sizes)).eval()
+    given: dict[str, Any] = {"num_classes": 7} | sizes
+    model = timm.create_model(name, **given).eval()
     folder.mkdir(parents=True)
     save_file(model.state_dict(), folder / "model.safetensors")
     if config is not None:

@@ -54,7 +54,7 @@ def test_a_model_is_timms_own_and_its_shapes_are_known(name: str) -> None:
     """On small images, from the same seed, number for number; its pooled feature is what its head reads."""
     torch.manual_seed(3)
     backbone: Any = build_backbone(name, 64, 3, classes=5)
-    sized = {"img_size": 64} if name in (SWIN, VIT) else {}
+    sized: dict[str, Any] = {"img_size": 64} if name in (SWIN, VIT) else {}
     torch.manual_seed(3)
     theirs: Any = timm.create_model(name, num_classes=5, **sized)
     assert all(value.equal(theirs.state_dict()[each]) for each, value in backbone.state_dict().items())
