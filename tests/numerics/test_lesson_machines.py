@@ -4,10 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from lessons import DIGITS, LESSONS, STUDENT, encoder_export
 from ranks import Ranks, stage_named
 from safetensors.torch import load_file
 from torch import Tensor
+
+from distill.lesson import Lesson
+from distill.teacher import Teacher
+from foveal.checkpoint.export import read_export
 
 SHORT = ("data.per_class=20",)  # three steps
 PLAIN = "engine.kind=plain"
@@ -98,11 +103,16 @@ def test_students_together_are_the_students_alone(
 def test_stopping_changes_nothing_for_several(
     teachers: dict[str, Path], configs: dict[str, Path], two_ranks: Ranks, tmp_path: Path
 ) -> None:
-    told = (*settings("layers", teachers, TWO), "model=null", "optim.clip=null", "engine.zero=2")
+    """Nor the averages of BatchNorm that one of them has; and what is exported can teach."""
+    net = f"students=[{{name: small, model: {STUDENT}}}, {{name: net, backbone: resnet10t}}]"
+    told = (*settings("features", teachers, net), "model=null", "optim.clip=null", "patch_weight=0", "engine.zero=2")
     stage, whole, parts = stage_named("distill"), tmp_path / "whole", tmp_path / "parts"
     rows = two_ranks.train(stage, configs["distill"], whole, *told)
     two_ranks.train(stage, configs["distill"], parts, *told, "run.stop_at=2")
     assert curve(two_ranks.train(stage, configs["distill"], parts, *told)) == curve(rows)
-    for name in ("small", "wide.1"):
+    for name, width in (("small", 16), ("net", 512)):
         ours, theirs = (weights(run / "export" / name) for run in (parts, whole))
         assert all(ours[each].equal(theirs[each]) for each in theirs)
+        folder, asked = parts / "export" / name, Lesson("features", patches=False)
+        (feature,) = Teacher(*read_export(folder), asked, torch.device("cpu"), "fp32")(torch.rand(2, 1, 16, 16))
+        assert feature.shape == (2, width)

@@ -165,7 +165,7 @@ def test_layers_that_are_not_named(
 ) -> None:
     found = plan(config(digits, teachers["plain"], lesson=lesson, model=model), 1)
     assert (found.lesson.blocks, found.pupils[0].blocks) == pairs
-    assert f"lesson    {lesson} of blocks 3 of {teachers['plain']}" in found.lines()
+    assert f"lesson    {lesson} of {teachers['plain']}, blocks 3" in found.lines()
 
 
 def test_labels_that_are_not_there(digits: Path, teachers: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
