@@ -49,7 +49,7 @@ def build_backbone(
         raise ConfigError(f"'{name}' has no drop path; drop_path={drop_path:g} cannot be")
     try:
         backbone = timm.create_model(name, pretrained=False, **{k: v for k, v in given.items() if k in takes})
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
         sentence = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
             f"timm cannot build '{name}' for images of {_times(image_size)} pixels with {channels} channels: {sentence}"
@@ -112,7 +112,7 @@ def shapes_of(name: str, image_size: int | tuple[int, int], channels: int) -> tu
         backbone = build_backbone(name, image_size=image_size, channels=channels).eval()
         try:
             pooled, last = whole_and_map(backbone, torch.empty(2, channels, *height_and_width(image_size)))
-        except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        except (ArithmeticError, AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
             sentence = " ".join(str(error).split()) or type(error).__name__
             raise ConfigError(
                 f"'{name}' makes no feature map of images of {_times(image_size)} pixels: {sentence}"

@@ -104,13 +104,13 @@ def test_stopping_changes_nothing_for_several(
     teachers: dict[str, Path], configs: dict[str, Path], two_ranks: Ranks, tmp_path: Path
 ) -> None:
     """Nor the averages of BatchNorm that one of them has; and what is exported can teach."""
-    net = f"students=[{{name: small, model: {STUDENT}}}, {{name: net, backbone: resnet10t}}]"
+    net = f"students=[{{name: small, model: {STUDENT}}}, {{name: net, backbone: test_resnet}}]"
     told = (*settings("features", teachers, net), "model=null", "optim.clip=null", "patch_weight=0", "engine.zero=2")
     stage, whole, parts = stage_named("distill"), tmp_path / "whole", tmp_path / "parts"
     rows = two_ranks.train(stage, configs["distill"], whole, *told)
     two_ranks.train(stage, configs["distill"], parts, *told, "run.stop_at=2")
     assert curve(two_ranks.train(stage, configs["distill"], parts, *told)) == curve(rows)
-    for name, width in (("small", 16), ("net", 512)):
+    for name, width in (("small", 16), ("net", 96)):
         ours, theirs = (weights(run / "export" / name) for run in (parts, whole))
         assert all(ours[each].equal(theirs[each]) for each in theirs)
         folder, asked = parts / "export" / name, Lesson("features", patches=False)
