@@ -93,8 +93,8 @@ class DistillPlan(Plan):
 
     def lines(self) -> list[str]:
         """The plan in words: what is taught to whom, and whose curve is its own on every cluster."""
-        blocks = f" of blocks {', '.join(map(str, self.lesson.blocks))}" if self.lesson.blocks else ""
-        lines = [*super().lines(), f"lesson    {self.lesson.kind}{blocks} of {self.cfg.teacher}"]
+        blocks = f", blocks {', '.join(map(str, self.lesson.blocks))}" if self.lesson.blocks else ""
+        lines = [*super().lines(), f"lesson    {self.lesson.kind} of {self.cfg.teacher}{blocks}"]
         for pupil in self.pupils:
             lines.append(f"student   {pupil.called}{pupil.says}")
             if pupil.mixes:

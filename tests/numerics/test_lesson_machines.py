@@ -11,6 +11,10 @@ from ranks import Ranks, stage_named
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from distill.cache import Lessons, Part
+from distill.lesson import Lesson
+from distill.teacher import Teacher
+from foveal.checkpoint.export import read_export
 from foveal.errors import ConfigError
 
 SHORT = ("data.per_class=20",)  # three steps
@@ -104,20 +108,25 @@ def test_students_together_are_the_students_alone(
 def test_stopping_changes_nothing_for_several(
     teachers: dict[str, Path], configs: dict[str, Path], two_ranks: Ranks, tmp_path: Path
 ) -> None:
-    told = (*settings("layers", teachers, TWO), "model=null", "optim.clip=null", "engine.zero=2")
+    """Nor the averages of BatchNorm that one of them has; and what is exported can teach."""
+    net = f"students=[{{name: small, model: {STUDENT}}}, {{name: net, backbone: test_resnet}}]"
+    told = (*settings("features", teachers, net), "model=null", "optim.clip=null", "patch_weight=0", "engine.zero=2")
     stage, whole, parts = stage_named("distill"), tmp_path / "whole", tmp_path / "parts"
     rows = two_ranks.train(stage, configs["distill"], whole, *told)
     two_ranks.train(stage, configs["distill"], parts, *told, "run.stop_at=2")
     assert curve(two_ranks.train(stage, configs["distill"], parts, *told)) == curve(rows)
-    for name in ("small", "wide.1"):
+    for name, width in (("small", 16), ("net", 96)):
         ours, theirs = (weights(run / "export" / name) for run in (parts, whole))
         assert all(ours[each].equal(theirs[each]) for each in theirs)
+        folder, asked = parts / "export" / name, Lesson("features", patches=False)
+        (feature,) = Teacher(*read_export(folder), asked, torch.device("cpu"), "fp32")(torch.rand(2, 1, 16, 16))
+        assert feature.shape == (2, width)
 
 
 def test_what_the_teacher_has_said_is_not_asked_again(
     teachers: dict[str, Path], configs: dict[str, Path], one_rank: Ranks, tmp_path: Path
 ) -> None:
-    """Bit for bit the same; another student with another order of images, from a teacher whose weights are gone."""
+    """Bit for bit the same, also where rows are lost; and what is kept is what is learned from."""
     stage, folder = stage_named("distill"), tmp_path / "lessons"
     told = (*settings("layers", teachers), PLAIN, "epochs=2")
     kept = (*told, f"lesson_cache.dir={folder}")
@@ -128,14 +137,15 @@ def test_what_the_teacher_has_said_is_not_asked_again(
     rows = (key / "rows").read_bytes()
     one_rank.train(stage, configs["distill"], tmp_path / "second", *kept, "model.width=32")
     assert (key / "rows").read_bytes() == rows
-    # What is read is what is there, and not what the teacher would say.
-    other = bytearray(rows)
-    other[:] = bytes(len(rows))
-    (key / "rows").write_bytes(other)
+    (key / "rows").write_bytes(rows[: len(rows) // 2] + bytes(len(rows) - len(rows) // 2))
     assert curve(one_rank.train(stage, configs["distill"], tmp_path / "third", *kept)) == alone
     assert (key / "rows").read_bytes() == rows
+    told = json.loads((key / "facts.json").read_text())["facts"]
+    forged = Lessons(folder, told, len(rows) // (2 * 5 * 32 * 4 + 8), [Part((5, 32), torch.float32)] * 2)
+    forged.put(torch.arange(forged.rows), [torch.ones(forged.rows, 5, 32)] * 2)
+    assert curve(one_rank.train(stage, configs["distill"], tmp_path / "fourth", *kept))["loss"] != alone["loss"]
     with pytest.raises(ConfigError, match=r"lesson_cache.gigabytes=1e-05, but the teacher's answers on .* views"):
-        one_rank.train(stage, configs["distill"], tmp_path / "fourth", *kept, "lesson_cache.gigabytes=1e-5")
+        one_rank.train(stage, configs["distill"], tmp_path / "fifth", *kept, "lesson_cache.gigabytes=1e-5")
 
 
 def test_weights_of_others_teach(configs: dict[str, Path], one_rank: Ranks, tmp_path: Path) -> None:

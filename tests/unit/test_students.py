@@ -27,17 +27,17 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "nine": encoder_export(folder / "nine", classes=DIGITS[:9]),
         "other": encoder_export(folder / "other", classes=("0", "1", "two", *DIGITS[3:])),
         "split": encoder_export(folder / "split", SPLIT),
-        "resnet": backbone_export(folder / "resnet", "resnet10t", classes=DIGITS, image_size=16),
+        "resnet": backbone_export(folder / "resnet", "test_resnet", classes=DIGITS, image_size=16),
         "fixed": backbone_export(folder / "fixed", "deit_tiny_patch16_224", image_size=32),
     }
 
 
 SENTENCES: list[tuple[str, dict[str, Any], str]] = [
-    ("plain", {"backbone": "resnet10t"}, "model and backbone exclude each other: keep one of them"),
+    ("plain", {"backbone": "test_resnet"}, "model and backbone exclude each other: keep one of them"),
     ("plain", {"students": [Y]}, "model and students exclude each other: put it among the students"),
     (
         "plain",
-        {"model": None, "backbone": "resnet10t", "students": [Y]},
+        {"model": None, "backbone": "test_resnet", "students": [Y]},
         "backbone and students exclude each other: put it among the students",
     ),
     (
@@ -52,7 +52,7 @@ SENTENCES: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "plain",
-        {"model": None, "students": [Y | {"backbone": "resnet10t"}]},
+        {"model": None, "students": [Y | {"backbone": "test_resnet"}]},
         "students.0.model and students.0.backbone exclude each other: keep one of them",
     ),
     *(
@@ -105,18 +105,18 @@ SENTENCES: list[tuple[str, dict[str, Any], str]] = [
     *(
         (
             "plain",
-            {"lesson": lesson, "model": None, "backbone": "resnet10t"},
-            f"lesson={lesson} reads the blocks of a plain transformer, and backbone=resnet10t is timm's as it is",
+            {"lesson": lesson, "model": None, "backbone": "test_resnet"},
+            f"lesson={lesson} reads the blocks of a plain transformer, and backbone=test_resnet is timm's as it is",
         )
         for lesson in ("layers", "relations")
     ),
-    ("resnet", {"lesson": "layers"}, "is timm's resnet10t as it is, and lesson=layers reads the blocks"),
+    ("resnet", {"lesson": "layers"}, "is timm's test_resnet as it is, and lesson=layers reads the blocks"),
     ("plain", {"lesson": "logits"}, "has no head, and lesson=logits is in classes"),
     ("resnet", {"data": {"channels": 3}}, "has channels 1, the student's data.channels is 3; they must be equal"),
     (
         "plain",
-        {"model": None, "backbone": "resnet10t"},
-        "has features of 4 x 4 places, backbone=resnet10t has 1 x 1; patch_weight=0 compares the whole image's alone",
+        {"model": None, "backbone": "test_resnet"},
+        "has features of 4 x 4 places, backbone=test_resnet has 1 x 1; patch_weight=0 compares the whole image's alone",
     ),
     ("resnet", {}, "has features of 1 x 1 places, model has 4 x 4; patch_weight=0 compares the whole image's alone"),
     ("head", {}, "was fine-tuned with pooling=avg and has no norm behind its tokens"),
@@ -126,6 +126,7 @@ SENTENCES: list[tuple[str, dict[str, Any], str]] = [
         {"patch_weight": 0.0},
         "fixed is a deit_tiny_patch16_224 of images of 32 x 32 pixels and has weights of that",
     ),
+    ("plain", {"model": None, "backbone": "test_maxvit"}, "'test_maxvit' "),
     (
         "head",
         {"lesson": "token", "label_weight": 1.0},
@@ -169,7 +170,7 @@ def test_layers_that_are_not_named(
 ) -> None:
     found = plan(config(digits, teachers["plain"], lesson=lesson, model=model), 1)
     assert (found.lesson.blocks, found.pupils[0].blocks) == pairs
-    assert f"lesson    {lesson} of blocks 3 of {teachers['plain']}" in found.lines()
+    assert f"lesson    {lesson} of {teachers['plain']}, blocks 3" in found.lines()
 
 
 def test_labels_that_are_not_there(digits: Path, teachers: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,12 +194,11 @@ def test_labels_that_are_not_there(digits: Path, teachers: dict[str, Path], monk
 @pytest.mark.parametrize(
     ("teacher", "settings"),
     [
-        ("plain", {"backbone": "resnet10t", "patch_weight": 0.0}),
-        ("plain", {"backbone": "lcnet_035", "patch_weight": 0.0}),
-        ("resnet", {"backbone": "lcnet_035", "cls_weight": 0.0}),
+        ("plain", {"backbone": "test_resnet", "patch_weight": 0.0}),
+        ("resnet", {"backbone": "test_efficientnet", "cls_weight": 0.0}),
         ("resnet", {"model": TINY | {"patch": 16}}),
         ("resnet", {"lesson": "logits", "model": TINY}),
-        ("head", {"lesson": "logits", "backbone": "resnet10t"}),
+        ("head", {"lesson": "logits", "backbone": "test_resnet"}),
         ("head", {"lesson": "layers", "model": TINY | {"registers": 2}, "pixel_weight": 0.0}),
         ("plain", {"lesson": "layers", "model": EVA.tree()}),
         ("head", {"lesson": "relations", "model": TINY | {"registers": 2}, "layers": [[1, 1], [4, 2]]}),
@@ -221,9 +221,9 @@ def test_every_parameter_learns(
 
 
 def test_the_plan_says_whose_curve_is_its_own(digits: Path, teachers: dict[str, Path]) -> None:
-    students = [{"name": "net", "backbone": "resnet10t"}, {"name": "vit", "model": TINY}]
+    students = [{"name": "net", "backbone": "test_resnet"}, {"name": "vit", "model": TINY}]
     lines = plan(config(digits, teachers["plain"], students=students, patch_weight=0.0), 2).lines()
-    assert "student   net: resnet10t" in lines
+    assert "student   net: test_resnet" in lines
     assert "student   vit: vit_tiny_patch16_224 of width 16 and depth 3" in lines
     (beware,) = [line for line in lines if line.startswith("beware")]
     assert beware.startswith("beware    net has BatchNorm")

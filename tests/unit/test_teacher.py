@@ -270,7 +270,7 @@ def test_the_lesson_of_visible_patches_is_of_them_alone(tmp_path: Path) -> None:
 def test_a_row_of_a_lesson_is_a_function_of_its_image(tmp_path: Path) -> None:
     """So that it can be kept: tensors, rows by images, whoever else is asked with it."""
     folder = encoder_export(tmp_path / "export", pooling="avg", classes=DIGITS)
-    resnet = backbone_export(tmp_path / "resnet", "resnet10t", classes=DIGITS, image_size=16)
+    resnet = backbone_export(tmp_path / "resnet", "test_resnet", classes=DIGITS, image_size=16)
     for teacher in (
         taught(folder, lesson=Lesson("relations", (1, 2), 2, 4)),
         taught(folder, lesson=Lesson("logits")),
@@ -303,7 +303,7 @@ def test_no_block_runs_beyond_what_is_asked(lesson: Lesson, blocks: int, attenti
 
 
 def test_a_teacher_cannot_be_put_into_training(tmp_path: Path) -> None:
-    folder = backbone_export(tmp_path / "export", "resnet10t", image_size=16)
+    folder = backbone_export(tmp_path / "export", "test_resnet", image_size=16)
     teacher = taught(folder)
     before, told = {n: v.clone() for n, v in teacher.model.state_dict().items()}, teacher(images())
     teacher.model.train()
