@@ -1,9 +1,9 @@
 """Chain stages: ``python slurm/submit.py PIPELINE [--cluster slurm|local] [key=value ...]``.
 
 A pipeline is a YAML list of ``{name, stage, config, set: {dotted: value}, from: {dotted: name}}``; ``from`` gives a
-setting the export folder of a stage before it in the list, and makes this stage wait for that one. Every config is
-validated here before anything is started. Overrides are ``<name>.<dotted>=value`` for one stage, and
-``slurm.<option of sbatch>=value`` for every job.
+setting the export folder of a stage before it in the list (``name/student``: that of one of several students), and makes
+this stage wait for that one. Every config is validated here before anything is started. Overrides are
+``<name>.<dotted>=value`` for one stage, and ``slurm.<option of sbatch>=value`` for every job.
 """
 
 import argparse
@@ -51,7 +51,7 @@ class Entry:
     stage: str
     config: str
     set: Mapping[str, Any]
-    takes: Mapping[str, str]  # setting -> name of the stage whose export it is
+    takes: Mapping[str, str]  # setting -> name of the stage whose export it is, or name/student
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,11 @@ def read_pipeline(file: Path) -> list[Entry]:
     for number, entry in enumerate(entries):
         if entry.name in names[:number]:
             raise ConfigError(f"{file}: '{entry.name}' names two stages; give each its own name")
-        for key, name in entry.takes.items():
+        for key, place in entry.takes.items():
+            name = place.partition("/")[0]
             if name not in names[:number]:
-                hint = (
-                    "it comes later: list it first"
-                    if name in names
-                    else f"there is no such stage{_nearest(name, names)}"
-                )
+                hint = "it comes later: list it first"
+                hint = hint if name in names else f"there is no such stage{_nearest(name, names)}"
                 raise ConfigError(f"{file}: stage '{entry.name}': from.{key} wants '{name}', but {hint}")
     return entries
 
@@ -129,7 +127,8 @@ def jobs_of(file: Path, overrides: Sequence[str]) -> tuple[list[Job], dict[str, 
     given = _by_name(overrides, [*(entry.name for entry in entries), "slurm"])
     for entry in entries:
         settings = {"run.dir": f"runs/{file.stem}/{entry.name}", "run.pipeline": f"runs/{file.stem}", **entry.set}
-        settings |= {key: f"{jobs[name].run}/export" for key, name in entry.takes.items()}
+        taken = {key: place.partition("/") for key, place in entry.takes.items()}
+        settings |= {key: f"{jobs[name].run}/export{slash}{student}" for key, (name, slash, student) in taken.items()}
         texts = (*(f"{key}={_as_text(value)}" for key, value in settings.items()), *given[entry.name])
         config = config_file(entry.stage, entry.config)
         try:
@@ -138,7 +137,7 @@ def jobs_of(file: Path, overrides: Sequence[str]) -> tuple[list[Job], dict[str, 
                 raise ConfigError("run.fresh=true and run.dir=null leave the name of the export open; set run.dir")
         except ConfigError as error:
             raise ConfigError(f"{file}: stage '{entry.name}': {error}") from None
-        after = tuple(dict.fromkeys(entry.takes.values()))
+        after = tuple(dict.fromkeys(name for name, _, _ in taken.values()))
         job = Job(entry.name, entry.stage, config, texts, after, Path(cfg.run.dir), cfg.run.processes)
         if same := [other.name for other in jobs.values() if other.run == job.run]:
             raise ConfigError(

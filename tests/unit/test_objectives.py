@@ -40,7 +40,7 @@ def pixels(images: Tensor) -> np.ndarray:
 class Given(nn.Module):
     """A model that answers what it was told to, and remembers what it was asked."""
 
-    def __init__(self, *answers: Tensor) -> None:
+    def __init__(self, *answers: Tensor | Guesses) -> None:
         super().__init__()
         self.answer: Any = answers[0] if len(answers) == 1 else answers
         self.asked: tuple[Any, ...] = ()

@@ -115,6 +115,13 @@ def test_a_moved_run_is_found_by_the_next_stage(tmp_path: Path) -> None:
     assert "teacher=elsewhere/export" in two.overrides
 
 
+def test_one_of_several_students_is_taken(tmp_path: Path) -> None:
+    tuned = f"- {{name: three, stage: finetune, config: {ROOT}/configs/finetune/digits.yaml, from: {{init: two/small}}}}\n"
+    *_, last = jobs_of(pipeline(tmp_path, TWO + tuned), ())[0]
+    assert "init=runs/pair/two/export/small" in last.overrides
+    assert last.after == ("two",)
+
+
 def test_stages_run_here_one_after_another(here: Path) -> None:
     assert run_here([job("finish"), job("0")]) == LaunchError.exit_code  # the second leaves without having finished
     assert (here / "started").read_text() == "- finish run.dir=runs/finish\n- 0 run.dir=runs/0\n"
