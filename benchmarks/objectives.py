@@ -61,15 +61,15 @@ class Study:
 
 
 SMALL = "model={name: vit_tiny_patch16_224, patch: 4, width: 64, depth: 4, heads: 4}"
+_SMALL_CIFAR = SMALL.replace("patch: 4", "patch: 8")
 _RATES = (1e-2, 3e-2, 1e-1)
-_PRETRAINED = ("mae", "image", "image_own", "latents")
+_PRETRAINED = ("mae", "image", "latents")
 _STUDENTS = ("mae_small", "features", "layers", "relations", "logits", "token")
 DIGITS = Study(
     data="digits",
     arms={
         "mae": Arm("pretrain", "digits"),
         "image": Arm("pretrain", "digits_image"),
-        "image_own": Arm("pretrain", "digits_image", ("image_target=own",)),
         "latents": Arm("pretrain", "digits_latents"),
         "mae_small": Arm("pretrain", "digits", (SMALL, "epochs=80")),
         "features": Arm("distill", "digits", teacher="mae"),
@@ -94,8 +94,8 @@ CIFAR10 = Study(
         "features": Arm("distill", "cifar10_small", teacher="mae"),
     },
     comparisons=(
-        Labels("all labels", "cifar10_small", ("scratch", "mae"), (1e-3, 3e-3)),
-        Labels("all labels, small", "cifar10_small", ("scratch", "features"), (1e-3, 3e-3), (SMALL,)),
+        Labels("100 labels a class", "cifar10_small", ("scratch", "mae"), (1e-3, 3e-3)),
+        Labels("100 labels a class, small", "cifar10_small", ("scratch", "features"), (1e-3, 3e-3), (_SMALL_CIFAR,)),
     ),
 )
 STUDIES = {"digits": DIGITS, "cifar10": CIFAR10}
