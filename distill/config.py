@@ -107,6 +107,12 @@ def plan(cfg: DistillConfig, ranks: int) -> DistillPlan:
         pupils=pupils,
         resized_from=taught.resized_from,
     )
+    mixing = next((pupil for pupil in pupils if pupil.mixes), None)
+    if mixing is not None and found.at_once == 1:
+        raise ConfigError(
+            f"{mixing.called} has BatchNorm, and a rank would hold one image at once: nothing to normalise it by; a larger "
+            f"batch.at_once, or fewer ranks"
+        )
     if cfg.lesson in IN_CLASSES:
         check_classes(cfg, taught.classes, found.training.sources)
     return found

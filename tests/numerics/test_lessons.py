@@ -85,11 +85,10 @@ def distance(name: str, a: Vector, b: Vector) -> tuple[float, Vector]:
         return 1 - dot / (of_a * of_b), dot * a / (of_a**3 * of_b) - b / (of_a * of_b)
     apart = a - b
     if name == "l1":
-        return abs(apart).mean(), np.sign(apart) / len(a)
+        return float(abs(apart).mean()), np.sign(apart) / len(a)
     small = abs(apart) < 1
-    return float(np.where(small, apart**2 / 2, abs(apart) - 0.5).mean()), np.where(small, apart, np.sign(apart)) / len(
-        a
-    )
+    value = np.where(small, apart**2 / 2, abs(apart) - 0.5).mean()
+    return float(value), np.where(small, apart, np.sign(apart)) / len(a)
 
 
 def tokens_apart(name: str, answer: Tensor, lesson: Tensor) -> tuple[float, Vector]:
