@@ -1,1 +1,1 @@
-"""The second stage: a frozen teacher's features are the lesson of a smaller student."""
+"""The second stage: what a frozen teacher knows is the lesson of one student or several."""

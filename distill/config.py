@@ -123,6 +123,12 @@ def plan(cfg: DistillConfig, ranks: int) -> DistillPlan:
         resized_from=taught.resized_from,
     )
     found = replace(found, origin=origin)
+    mixing = next((pupil for pupil in pupils if pupil.mixes), None)
+    if mixing is not None and found.at_once == 1:
+        raise ConfigError(
+            f"{mixing.called} has BatchNorm, and a rank would hold one image at once: nothing to normalise it by; a larger "
+            f"batch.at_once, or fewer ranks"
+        )
     if cfg.lesson in IN_CLASSES:
         found = replace(found, classes=agreed_classes(cfg, taught, found.training.sources))
     return found

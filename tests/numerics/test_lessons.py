@@ -87,9 +87,8 @@ def distance(name: str, a: Vector, b: Vector) -> tuple[float, Vector]:
     if name == "l1":
         return float(abs(apart).mean()), np.sign(apart) / len(a)
     small = abs(apart) < 1
-    return float(np.where(small, apart**2 / 2, abs(apart) - 0.5).mean()), np.where(small, apart, np.sign(apart)) / len(
-        a
-    )
+    value = np.where(small, apart**2 / 2, abs(apart) - 0.5).mean()
+    return float(value), np.where(small, apart, np.sign(apart)) / len(a)
 
 
 def tokens_apart(name: str, answer: Tensor, lesson: Tensor) -> tuple[float, Vector]:

@@ -14,7 +14,7 @@ from points import in_jsonl, row
 from foveal.files import Growing
 from foveal.tracking import courier, delivery
 from foveal.tracking.courier import Courier, Outage, Posted
-from foveal.tracking.delivery import Delivery
+from foveal.tracking.delivery import Delivery, _folder, _kept
 from foveal.tracking.jsonl import Jsonl
 from foveal.tracking.tracker import in_words
 
@@ -298,3 +298,13 @@ def test_waits_grow_to_a_limit_and_begin_anew(monkeypatch: pytest.MonkeyPatch) -
 def test_no_password_is_said() -> None:
     error = ConnectionError(f"cannot reach https://{_USER}@mlflow.example.org/api\n  or http://{_USER}@x")
     assert in_words(error) == "ConnectionError: cannot reach https://mlflow.example.org/api or http://x"
+
+
+def test_cards_of_several_exports_do_not_replace_each_other(tmp_path: Path) -> None:
+    for name in ("small", "wide"):
+        (tmp_path / "export" / name).mkdir(parents=True)
+        (tmp_path / "export" / name / "card.json").write_text("{}")
+    cards = [each for each in _kept(tmp_path, {}) if each.exists()]
+    assert [_folder(card) for card in cards] == ["small", "wide"]
+    assert _folder(tmp_path / "export" / "card.json") == ""
+    assert _folder(tmp_path / "pictures" / "a.png") == "pictures"

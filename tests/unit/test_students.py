@@ -1,5 +1,6 @@
 """Which student can follow which teacher: every sentence of the plan, and what a plan says of who can."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,12 @@ import torch
 from lessons import DIGITS, DISTILLED, TEACHER, backbone_export, config, encoder_export
 
 from distill.config import plan
+from distill.run import parts
 from distill.students import build_students
+from foveal.data import Dataset
 from foveal.errors import ConfigError, FovealError
 from foveal.models.vit import VitConfig
+from foveal.plan.trace import _batch, flops_of, trace_of, weights_of
 
 TINY = {"name": "vit_tiny_patch16_224", "patch": 4, "width": 16, "depth": 3, "heads": 4}
 EVA = VitConfig(name="eva02_tiny_patch14_224", patch=4, width=32, depth=2, heads=2)
@@ -128,6 +132,11 @@ SENTENCES: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("plain", {"model": None, "backbone": "test_maxvit"}, "'test_maxvit' "),
     (
+        "plain",
+        {"model": None, "backbone": "test_resnet", "patch_weight": 0.0, "batch": {"images": 64, "at_once": 1}},
+        "the student has BatchNorm, and a rank would hold one image at once: nothing to normalise it by",
+    ),
+    (
         "head",
         {"lesson": "token", "label_weight": 1.0},
         "lesson=token has two heads to teach, and label_weight=1 leaves",
@@ -175,8 +184,6 @@ def test_layers_that_are_not_named(
 
 def test_labels_that_are_not_there(digits: Path, teachers: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Without classes, or without one label; soft labels alone do without both."""
-    from foveal.data import Dataset
-
     monkeypatch.setattr(Dataset, "labels", lambda *_: torch.tensor([-1, -1]).numpy())
     with pytest.raises(FovealError, match=r"label_weight=0\.5, but no sample of split 'train' of .* has a label"):
         plan(config(digits, teachers["head"], lesson="logits", model=TINY), 1)
@@ -208,9 +215,6 @@ def test_every_parameter_learns(
     teacher: str, settings: dict[str, Any], digits: Path, teachers: dict[str, Path]
 ) -> None:
     """Some by a zero: a parameter without a gradient makes an engine wait that shards weights or reduces gradients."""
-    from distill.run import parts
-    from foveal.plan.trace import _batch
-
     found = plan(config(digits, teachers[teacher], **settings), 1)
     made = parts(found, torch.device("cpu"))
     total, _ = made.objective(made.model.train(), _batch(4, 1, (16, 16)))
@@ -244,3 +248,25 @@ def test_a_plan_without_a_student_has_a_small_one(digits: Path, teachers: dict[s
     (pupil,) = plan(config(digits, teachers["head"], **settings), 1).pupils
     assert (pupil.name, pupil.card["name"], pupil.card["width"]) == ("", "vit_small_patch16_224", 384)
     assert encoder["patch"] == pupil.card["patch"]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "settings"),
+    [
+        ("plain", {"lesson": "layers", "decoder": {"width": 16, "depth": 2, "heads": 2}}),
+        ("plain", {"lesson": "relations"}),
+        ("head", {"lesson": "logits"}),
+        ("head", {"lesson": "token", "model": None, "backbone": DISTILLED}),
+        ("plain", {"patch_weight": 0.0, "model": None, "students": [Y, {"name": "net", "backbone": "test_resnet"}]}),
+    ],
+)
+def test_a_step_can_be_forecast(
+    teacher: str, settings: dict[str, Any], digits: Path, teachers: dict[str, Path]
+) -> None:
+    """Without memory, in bf16 and recomputed: every trained number gets its gradient there too."""
+    found = plan(config(digits, teachers[teacher], **({"model": TINY} | settings)), 1)
+    build = partial(parts, found)
+    trained = weights_of(build).trained
+    trace = trace_of(build, 4, 1, (16, 16), precision="bf16", recompute=True)
+    assert max(trace.moments) == 4 * trained
+    assert flops_of(build, 1, (16, 16)).both > 0

@@ -116,7 +116,9 @@ def test_a_moved_run_is_found_by_the_next_stage(tmp_path: Path) -> None:
 
 
 def test_one_of_several_students_is_taken(tmp_path: Path) -> None:
-    tuned = f"- {{name: three, stage: finetune, config: {ROOT}/configs/finetune/digits.yaml, from: {{init: two/small}}}}\n"
+    tuned = (
+        f"- {{name: three, stage: finetune, config: {ROOT}/configs/finetune/digits.yaml, from: {{init: two/small}}}}\n"
+    )
     *_, last = jobs_of(pipeline(tmp_path, TWO + tuned), ())[0]
     assert "init=runs/pair/two/export/small" in last.overrides
     assert last.after == ("two",)
