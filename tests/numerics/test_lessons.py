@@ -82,7 +82,7 @@ def distance(name: str, a: Vector, b: Vector) -> tuple[float, Vector]:
     """Of two vectors, and its slope in the first."""
     if name == "cosine":
         dot, of_a, of_b = a @ b, math.sqrt(a @ a), math.sqrt(b @ b)
-        return 1 - dot / (of_a * of_b), dot * a / (of_a**3 * of_b) - b / (of_a * of_b)
+        return float(1 - dot / (of_a * of_b)), dot * a / (of_a**3 * of_b) - b / (of_a * of_b)
     apart = a - b
     if name == "l1":
         return float(abs(apart).mean()), np.sign(apart) / len(a)
