@@ -10,19 +10,26 @@ from distill.losses import Distance
 from distill.origin import Origin, origin_of
 from foveal.config import Config, machine, science
 from foveal.errors import ConfigError
+from foveal.models.backbone import times
 from foveal.models.mae import DecoderConfig
 from foveal.models.vit import Pooling, VitConfig
 from foveal.stage import Plan, StageConfig, planned
 
 _PLAIN = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
-_SMALL = VitConfig(name="vit_small_patch16_224")
+_FILES = {"card.json", "model.safetensors"}
+
+
+class StudentVit(VitConfig):
+    """An encoder that is small unless its name says otherwise."""
+
+    name: str = science("vit_small_patch16_224", "timm name of a plain, rotary or relative vision transformer")
 
 
 class StudentConfig(Config):
     """One of several students of one teacher."""
 
     name: str = science(about="Its folder in export/, and the beginning of its numbers' names.")
-    model: VitConfig | None = science(None, "The student.")
+    model: StudentVit | None = science(None, "The student.")
     backbone: str | None = science(None, "Any model of timm as it is, instead of model.")
 
 
@@ -42,7 +49,7 @@ class DistillConfig(StageConfig):
     teacher_name: str | None = science(
         None, "Timm's name of a teacher that is no export: teacher is then a safetensors file, or a folder with one."
     )
-    model: VitConfig | None = science(None, "The student; vit_small_patch16_224, if nothing else is said.")
+    model: StudentVit | None = science(None, "The student; vit_small_patch16_224, if nothing else is said.")
     backbone: str | None = science(None, "Any model of timm as it is, instead of model.")
     students: tuple[StudentConfig, ...] = science((), "Several students at once, instead of model and backbone.")
     lesson: LessonKind = science(
@@ -50,7 +57,9 @@ class DistillConfig(StageConfig):
         "What is imitated: final features; tokens of layers, of visible patches alone (DMAE); relations of queries and "
         "keys and of values (TinyMIM); logits; or the teacher's guess, by a distillation token (DeiT).",
     )
-    distance: Distance = science("cosine", "How far a student's token is from the teacher's, for features and layers.")
+    distance: Distance = science(
+        "cosine", "How far a student's token is from the teacher's, for features and layers (DMAE: l1)."
+    )
     cls_weight: float = science(1.0, "Weight of the class token's distance, for features.", ge=0)
     patch_weight: float = science(1.0, "Weight of the patches' mean distance, for features.", ge=0)
     layers: tuple[tuple[int, int], ...] = science(
@@ -70,6 +79,10 @@ class DistillConfig(StageConfig):
         "avg", "What the head of model reads, for logits: the patches' mean, or the class token."
     )
     lesson_cache: LessonCacheConfig = LessonCacheConfig()
+
+    @property
+    def exports(self) -> tuple[str, ...]:
+        return tuple(student.name for student in self.students) or ("",)
 
     @property
     def still(self) -> bool:
@@ -95,6 +108,11 @@ class DistillPlan(Plan):
         """The plan in words: what is taught to whom, and whose curve is its own on every cluster."""
         blocks = f", blocks {', '.join(map(str, self.lesson.blocks))}" if self.lesson.blocks else ""
         lines = [*super().lines(), f"lesson    {self.lesson.kind} of {self.cfg.teacher}{blocks}"]
+        if self.taught.resized_from is not None:
+            was, now = (times(size) for size in (self.taught.resized_from, self.cfg.data.image_size))
+            lines.append(f"teacher   trained on images of {was}, sees {now} pixels")
+        if self.cfg.lesson_cache.dir is not None:
+            lines.append(f"answers   kept in {self.cfg.lesson_cache.dir}; a forecast counts the teacher in every step")
         for pupil in self.pupils:
             lines.append(f"student   {pupil.called}{pupil.says}")
             if pupil.mixes:
@@ -120,7 +138,6 @@ def plan(cfg: DistillConfig, ranks: int) -> DistillPlan:
         origin={"teacher": card.sha256} | ({"classes": ", ".join(card.classes)} if cfg.lesson in IN_CLASSES else {}),
         taught=taught,
         pupils=pupils,
-        resized_from=taught.resized_from,
     )
     found = replace(found, origin=origin)
     mixing = next((pupil for pupil in pupils if pupil.mixes), None)
@@ -142,7 +159,7 @@ def students_of(cfg: DistillConfig) -> tuple[StudentConfig, ...]:
             f"{'model' if cfg.model else 'backbone'} and students exclude each other: put it among the students"
         )
     if not cfg.students:
-        return (_one(StudentConfig(name="", model=None if alone else _SMALL), cfg, "model"),)
+        return (_one(StudentConfig(name="", model=None if alone else StudentVit()), cfg, "model"),)
     for number, student in enumerate(cfg.students):
         if not _PLAIN.fullmatch(student.name):
             raise ConfigError(
@@ -153,6 +170,8 @@ def students_of(cfg: DistillConfig) -> tuple[StudentConfig, ...]:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ConfigError(f"two students have the name {twice}: each has a folder of its own in export/")
+    if taken := _FILES & set(names):
+        raise ConfigError(f"a student cannot be called {min(taken)}, which is a file of an export")
     if len(names) > 1 and cfg.optim.clip is not None:
         raise ConfigError(
             f"optim.clip={cfg.optim.clip:g} is of the norm of all gradients together, and would let {len(names)} students "

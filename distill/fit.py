@@ -21,6 +21,7 @@ from foveal.models.backbone import (
     has_distillation_token,
     set_recompute,
     shapes_of,
+    width_of,
 )
 from foveal.models.outline import oddity_of_queries
 from foveal.models.patches import count_kept
@@ -110,7 +111,7 @@ def taught_by(cfg: "DistillConfig", card: Card) -> Taught:
     return Taught(
         where=where,
         lesson=_lesson(cfg, encoder),
-        shape=_shape_of_card(told, size) if cfg.lesson == "features" else None,
+        shape=_shape_of_card(cfg, told) if cfg.lesson == "features" else None,
         encoder=encoder,
         channels=told.channels,
         # Foreign weights need not say what their classes are called.
@@ -126,14 +127,14 @@ def fitted(cfg: "DistillConfig", taught: Taught, name: str, model: VitConfig | N
     called = f"students.{name}." if name else ""
     classes = len(taught.classes) if cfg.lesson in IN_CLASSES else 0
     if cfg.lesson == "token":
-        _check_token(model, backbone, cfg)
+        _check_token(called, model, backbone, cfg)
     if backbone is not None:
         if cfg.lesson in IN_BLOCKS:
             raise ConfigError(
                 f"lesson={cfg.lesson} reads the blocks of a plain transformer, and {called}backbone={backbone} is timm's "
                 f"as it is; give {called}model instead"
             )
-        shape = _shape_of_backbone(backbone, size, channels) if cfg.lesson == "features" else None
+        shape = _shape_of_backbone(cfg, backbone) if cfg.lesson == "features" else None
         _check_grids(cfg, taught, f"{called}backbone={backbone}", shape)
         card = backbone_card(backbone, size, channels, classes)
         return Pupil(name, None, backbone, shape, (), card, mixes=_mixes(cfg, backbone))
@@ -201,15 +202,15 @@ def _check_grids(cfg: "DistillConfig", taught: Taught, student: str, shape: Shap
     )
 
 
-def _check_token(model: VitConfig | None, backbone: str | None, cfg: "DistillConfig") -> None:
+def _check_token(called: str, model: VitConfig | None, backbone: str | None, cfg: "DistillConfig") -> None:
     if model is not None:
         fits = model.resolved().registers > 0
     else:
         fits = has_distillation_token(backbone_outline(backbone or "", cfg.data.image_size, cfg.data.channels))
     if not fits:
         raise ConfigError(
-            f"lesson=token teaches a distillation token, which {backbone or 'a model without registers'} has not; give a "
-            f"backbone such as deit_tiny_distilled_patch16_224, or model.registers=1"
+            f"lesson=token teaches a distillation token, which {called}{f'backbone={backbone}' if backbone else 'model'} has "
+            f"not; give {called}model.registers=1, or a backbone such as deit_tiny_distilled_patch16_224"
         )
 
 
@@ -242,7 +243,7 @@ def _check_labels(cfg: "DistillConfig", classes: tuple[str, ...], sources: Seque
     if not cfg.label_weight:
         return
     folder, weight = sources[0].dataset.folder, f"label_weight={cfg.label_weight:g}"
-    if sources[0].dataset.classes is None:
+    if all(source.dataset.classes is None for source in sources):
         way = "" if cfg.lesson == "token" else ", or set label_weight=0"
         raise ConfigError(
             f"{weight}, but the samples of {folder} have no classes; index shards that hold .cls members{way}"
@@ -274,15 +275,19 @@ def _shape_of_vit(sizes: SizedVit, size: int | tuple[int, int]) -> Shape:
     return Shape(sizes.width, sizes.width, sizes.grid(size))
 
 
-def _shape_of_backbone(name: str, size: int | tuple[int, int], channels: int) -> Shape:
+def _shape_of_backbone(cfg: "DistillConfig", name: str) -> Shape:
+    """Without patches its last map, if it has one, is not looked at."""
+    size, channels = cfg.data.image_size, cfg.data.channels
+    if not cfg.patch_weight:
+        return Shape(width_of(name, size, channels), 0, (0, 0))
     whole, (place, rows, columns) = shapes_of(name, size, channels)
     return Shape(whole, place, (rows, columns))
 
 
-def _shape_of_card(told: EncoderCard | BackboneCard, size: int | tuple[int, int]) -> Shape:
+def _shape_of_card(cfg: "DistillConfig", told: EncoderCard | BackboneCard) -> Shape:
     if isinstance(told, EncoderCard):
-        return _shape_of_vit(told, size)
-    return _shape_of_backbone(told.timm, size, told.channels)
+        return _shape_of_vit(told, cfg.data.image_size)
+    return _shape_of_backbone(cfg, told.timm)
 
 
 def _resized_from(

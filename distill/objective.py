@@ -12,6 +12,7 @@ from distill.lesson import LessonKind
 from distill.losses import DISTANCES, label_loss, relation_losses, soft_loss
 from distill.teacher import Teacher
 from foveal.data import Batch, normalise
+from foveal.distributed.engine import autocast
 from foveal.models.patches import patch_losses, split_by_noise, targets
 from foveal.seeding import key, uniforms
 
@@ -52,11 +53,14 @@ class Imitate:
         lesson = self.lesson(batch, images, kept)
         seen = Seen(images, masked, batch.labels)
         losses, numbers = [], {}
-        for name, answer in zip(self.names, model(images, kept, masked), strict=True):
-            loss_B, more = _LOSSES[self.cfg.lesson](self, answer, lesson, seen)
-            more |= {"loss": loss_B} if name else {}
-            numbers |= {f"{name}_{each}" if name else each: value.sum() for each, value in more.items()}
-            losses.append(loss_B.sum())
+        answers = model(images, kept, masked)
+        # Engines differ in whether their autocast reaches to here, and what is compared is close together.
+        with autocast(images.device, "fp32"):
+            for name, answer in zip(self.names, answers, strict=True):
+                loss_B, more = _LOSSES[self.cfg.lesson](self, answer, lesson, seen)
+                more |= {"loss": loss_B} if name else {}
+                numbers |= {f"{name}/{each}" if name else each: value.sum() for each, value in more.items()}
+                losses.append(loss_B.sum())
         return sum(losses[1:], losses[0]), numbers
 
     def lesson(self, batch: Batch, images: Tensor, kept: Tensor | None) -> Answer:

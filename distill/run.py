@@ -15,12 +15,15 @@ from foveal.config import height_and_width
 from foveal.distributed.engine import build_engine
 from foveal.door import Stage, main
 from foveal.loop import Parts, due
+from foveal.models.backbone import undecayed_of
 from foveal.models.patches import count_kept
 from foveal.optim import parameter_groups
+from foveal.provenance import versions
 from foveal.runtime import Run
 
-# The settings that what a teacher says of a view depends on, beside what is inherited.
-_SEEN = ("seed", "teacher_name", "mask_ratio", "data.")
+# The settings that what a teacher says of a view depends on, beside what is inherited; the seed only where views differ.
+_SEEN = ("teacher_name", "mask_ratio", "data.image_size", "data.channels", "data.augment", "data.jpeg_scaling")
+_LIBRARIES = ("torch", "timm")
 
 
 def train(plan: DistillPlan, run: Run) -> None:
@@ -54,7 +57,13 @@ def parts(plan: DistillPlan, device: torch.device) -> Parts[Imitate]:
     teacher = Teacher(origin.weights(), origin.card, plan.lesson, *place)
     lessons = None if cfg.lesson_cache.dir is None or device.type == "meta" else _lessons(plan, teacher, device)
     objective = Imitate(teacher, cfg, [pupil.name for pupil in plan.pupils], plan.mean, plan.std, lessons)
-    return Parts(model, parameter_groups(model, cfg.optim), objective, frozen=(teacher.model,))
+    undecayed = {
+        f"each.{number}.encoder.{name}"
+        for number, pupil in enumerate(plan.pupils)
+        if pupil.backbone is not None
+        for name in undecayed_of(model.get_submodule(f"each.{number}.encoder"))
+    }
+    return Parts(model, parameter_groups(model, cfg.optim, undecayed=undecayed), objective, frozen=(teacher.model,))
 
 
 def _lessons(plan: DistillPlan, teacher: Teacher, device: torch.device) -> Lessons:
@@ -71,11 +80,9 @@ def _lessons(plan: DistillPlan, teacher: Teacher, device: torch.device) -> Lesso
     rows = plan.training.ids * (1 if cfg.still else cfg.epochs)
     check_bound(rows, parts, cfg.lesson_cache.gigabytes, "lesson_cache.gigabytes")
     facts: dict[str, Any] = {name: value for name, value in cfg.science().items() if name.startswith(_SEEN)}
-    facts |= plan.inherited | {
-        "lesson": asdict(plan.lesson),
-        "precision": cfg.engine.precision,
-        "patches": cfg.patch_weight > 0,
-    }
+    facts |= plan.inherited | {"lesson": asdict(plan.lesson), "precision": cfg.engine.precision}
+    facts |= {"matmul": cfg.engine.matmul, "device": device.type} | ({} if cfg.still else {"seed": cfg.seed})
+    facts |= {name: versions()[name] for name in _LIBRARIES}
     return Lessons(Path(cfg.lesson_cache.dir), facts, rows, parts)
 
 

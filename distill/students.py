@@ -9,7 +9,7 @@ from torch import nn
 from distill.config import DistillPlan
 from distill.fit import Pupil
 from distill.lesson import LessonKind
-from foveal.models.backbone import backbone_from_card, whole_and_places
+from foveal.models.backbone import backbone_from_card, whole_alone, whole_and_places
 from foveal.models.encode import features
 from foveal.models.students import (
     ClassStudent,
@@ -38,7 +38,8 @@ def _drawn(plan: DistillPlan, pupil: Pupil) -> nn.Module:
 def _features(plan: DistillPlan, pupil: Pupil, made: Any) -> nn.Module:
     assert pupil.shape is not None
     assert plan.taught.shape is not None
-    look = features if pupil.backbone is None else whole_and_places
+    looks = whole_and_places if plan.lesson.patches else whole_alone
+    look = features if pupil.backbone is None else looks
     return FeatureStudent(made, look, pupil.shape.widths, plan.taught.shape.widths, patches=plan.lesson.patches)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distill.lesson import IN_BLOCKS, Lesson, LessonKind
 from foveal.checkpoint.export import Card, load_strictly
 from foveal.distributed.engine import Precision, autocast
-from foveal.models.backbone import backbone_from_card, whole_and_places
+from foveal.models.backbone import backbone_from_card, whole_alone, whole_and_places
 from foveal.models.encode import encode_layers, features, without_registers
 from foveal.models.resize import resized_from_card
 from foveal.models.vit import encoder_from_card
@@ -38,7 +38,8 @@ class Teacher:
         ``where`` names the weights' folder in the sentence of a mistake. Errors: ExportError.
         """
         self.lesson = lesson
-        self.look = whole_and_places if "timm" in card.encoder else features
+        looks = whole_and_places if lesson.patches else whole_alone
+        self.look = looks if "timm" in card.encoder else features
         self.model: Any = teacher_model(weights, card, image_size, where)
         if lesson.kind in IN_BLOCKS:
             self.model.blocks = self.model.blocks[: max(lesson.blocks)]  # what lies deeper is not asked

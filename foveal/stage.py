@@ -66,6 +66,11 @@ class StageConfig(Config):
     run: RunConfig = RunConfig()
     tracking: TrackingConfig = TrackingConfig()
 
+    @property
+    def exports(self) -> tuple[str, ...]:
+        """Names of what it leaves in export/; an empty one is export/ itself."""
+        return ("",)
+
 
 @dataclass(frozen=True)
 class Plan:

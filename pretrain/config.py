@@ -93,6 +93,10 @@ def _check_target(cfg: PretrainConfig) -> None:
         raise ConfigError(
             "image_target=own and target=latents exclude each other: latents are the averaged encoder's, so image_target is too"
         )
+    if cfg.target == "latents" and cfg.log.pictures_every:
+        raise ConfigError(
+            "log.pictures_every shows reconstructed pixels, and target=latents reconstructs none; leave it out"
+        )
     if cfg.init is not None and not cfg.optim.warmup_epochs:
         raise ConfigError(
             "init with optim.warmup_epochs=0: the first gradients of a fresh decoder would reach trained weights at the full "

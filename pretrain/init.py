@@ -112,7 +112,8 @@ def _facts(place: Path, weights: dict[str, Tensor]) -> dict[str, Any]:
         )
     blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
     width, channels, side, _ = embed.shape
-    return {"patch": side, "channels": channels, "width": width, "depth": len(blocks)}
+    registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
+    return {"patch": side, "channels": channels, "width": width, "depth": len(blocks), "registers": registers}
 
 
 def _check_equal(place: Path, hers: dict[str, Any], ours: dict[str, Any]) -> None:

@@ -123,6 +123,7 @@ def jobs_of(file: Path, overrides: Sequence[str]) -> tuple[list[Job], dict[str, 
     Errors: ConfigError, naming the pipeline, the stage and the setting.
     """
     jobs: dict[str, Job] = {}
+    exports: dict[str, tuple[str, ...]] = {}
     entries = read_pipeline(file)
     given = _by_name(overrides, [*(entry.name for entry in entries), "slurm"])
     for entry in entries:
@@ -133,6 +134,10 @@ def jobs_of(file: Path, overrides: Sequence[str]) -> tuple[list[Job], dict[str, 
         config = config_file(entry.stage, entry.config)
         try:
             cfg = _STAGES[entry.stage][0].load(config, texts)
+            exports[entry.name] = cfg.exports
+            if wrong := next((name for name, _, student in taken.values() if student not in exports[name]), None):
+                ways = ", ".join(f"{wrong}/{each}" if each else wrong for each in exports[wrong])
+                raise ConfigError(f"what '{wrong}' leaves is taken as {ways}")
             if cfg.run.fresh or cfg.run.dir is None:
                 raise ConfigError("run.fresh=true and run.dir=null leave the name of the export open; set run.dir")
         except ConfigError as error:
@@ -252,11 +257,10 @@ def run_here(jobs: Sequence[Job]) -> int:
     for number, job in enumerate(jobs, 1):
         processes = job.processes or _devices()
         _log.info("[%d/%d] %s -> %s (processes: %d)", number, len(jobs), job.name, job.run, processes)
-        alone = [sys.executable]
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        commands = [[*alone, *job.line]]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        commands = [alone := [sys.executable, *job.line]]
         if processes > 1:
-            commands = [[*alone, *job.line, "--check", f"--ranks={processes}"], [*alone, *launcher, *job.line]]
+            commands = [[*alone, "--check", f"--ranks={processes}"], [*launcher, *job.line]]
         for command in commands:
             if code := _run(command, _environment(processes)):
                 _log.error("%s stopped with exit code %d; nothing after it was started", job.name, code)
@@ -324,12 +328,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     _log.setLevel(logging.INFO)
     parser = argparse.ArgumentParser(prog="submit.py", description="Chain the stages of a pipeline.")
     parser.add_argument("pipeline", type=Path, help="a YAML list of stages, such as configs/pipelines/demo.yaml")
-    parser.add_argument(
-        "--cluster", choices=("slurm", "local"), default="slurm", help="where the jobs run (default: slurm)"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="<stage>.<dotted key>=value, or slurm.<option>=value"
-    )
+    parser.add_argument("--cluster", choices=("slurm", "local"), default="slurm", help="where (default: slurm)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="<stage>.<key>=value, slurm.<option>=value")
     options = parser.parse_intermixed_args(argv)
     try:
         jobs, sbatch = jobs_of(options.pipeline, options.overrides)

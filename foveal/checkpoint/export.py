@@ -58,10 +58,10 @@ def read_card(folder: Path) -> Card:
     """
     try:
         tree: dict[str, Any] = json.loads((folder / "card.json").read_text())
-    except FileNotFoundError:
-        raise ExportError(
-            f"{folder} is no export: it has no card.json; give the export folder of a finished run"
-        ) from None
+    except (FileNotFoundError, NotADirectoryError):
+        inside = sorted(file.parent.name for file in folder.glob("*/card.json"))
+        hint = f"one of the exports in it ({', '.join(inside)})" if inside else "the export folder of a finished run"
+        raise ExportError(f"{folder} is no export: it has no card.json; give {hint}") from None
     except (OSError, ValueError) as error:
         raise ExportError(f"{folder / 'card.json'} cannot be read ({error})") from None
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:

@@ -45,7 +45,7 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
         for each in lists
         if len(each) > 1 and len({type(child) for child in each}) == 1
         for child in each
-        if any(True for _ in child.parameters())
+        if any(True for _ in child.parameters()) and not isinstance(child, nn.ModuleList | nn.ModuleDict)
     ]
 
 

@@ -9,11 +9,12 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
 from timm.layers.drop import DropPath
+from timm.layers.patch_embed import PatchEmbed
 from timm.models._manipulate import group_parameters
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
@@ -63,6 +64,7 @@ def build_backbone(
         raise ConfigError(
             f"timm cannot build '{name}' for images of {times(image_size)} pixels with {channels} channels: {_said(error)}"
         ) from None
+    _check_patches(backbone, name, image_size)
     _without_dropout(backbone, drop_path)
     sample_drops(backbone)
     return backbone
@@ -113,28 +115,45 @@ def whole_and_map(backbone: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     return pooled, last.permute(0, 3, 1, 2) if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else last
 
 
+def whole_alone(backbone: Any, images: Tensor) -> tuple[Tensor, ...]:
+    """The pooled feature [B, D] of normalised images [B, C, H, W], of any model of timm, whatever its map."""
+    return (backbone.forward_head(backbone.forward_features(images), pre_logits=True),)
+
+
 def whole_and_places(backbone: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     """As ``whole_and_map``, with the map's places in a row: (pooled [B, D], places [B, L, D])."""
     pooled, last = whole_and_map(backbone, images)
     return pooled, last.flatten(2).transpose(1, 2)
 
 
-@functools.cache
+def width_of(name: str, image_size: int | tuple[int, int], channels: int) -> int:
+    """The width of a model's pooled feature, found without memory. Errors: ConfigError."""
+    return _seen(whole_alone, name, image_size, channels)[0].shape[1]
+
+
 def shapes_of(name: str, image_size: int | tuple[int, int], channels: int) -> tuple[int, tuple[int, int, int]]:
     """The width of a model's pooled feature, and the (D, rows, columns) of its last map, found without memory.
 
     Errors: ConfigError, as ``build_backbone``, and for a model that has no such map of images of this size.
     """
+    pooled, last = _seen(whole_and_map, name, image_size, channels)
+    width, rows, columns = last.shape[1:]
+    return pooled.shape[1], (width, rows, columns)
+
+
+@functools.cache
+def _seen(
+    look: Callable[[Any, Tensor], tuple[Tensor, ...]], name: str, image_size: int | tuple[int, int], channels: int
+) -> tuple[Tensor, ...]:
+    """What a look at images gives, without memory. Errors: ConfigError."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         backbone = build_backbone(name, image_size=image_size, channels=channels).eval()
         try:
-            pooled, last = whole_and_map(backbone, torch.empty(2, channels, *height_and_width(image_size)))
+            return look(backbone, torch.empty(2, channels, *height_and_width(image_size)))
         except _REFUSALS as error:
             raise ConfigError(
                 f"'{name}' makes no feature map of images of {times(image_size)} pixels: {_said(error)}"
             ) from None
-    width, rows, columns = last.shape[1:]
-    return pooled.shape[1], (width, rows, columns)
 
 
 def check_training(name: str, image_size: int | tuple[int, int], channels: int, classes: int, at_once: int) -> None:
@@ -264,9 +283,22 @@ def _check_name(name: str) -> None:
         raise ConfigError(f"'{name}' is not a model of timm {timm.__version__}. {hint}")
 
 
+def _check_patches(backbone: Any, name: str, image_size: int | tuple[int, int]) -> None:
+    """timm cuts off what is no whole patch. Errors: ConfigError."""
+    embed = getattr(backbone, "patch_embed", None)
+    if type(embed) is PatchEmbed and any(
+        side % patch for side, patch in zip(height_and_width(image_size), embed.patch_size, strict=True)
+    ):
+        raise ConfigError(
+            f"image_size={times(image_size)} is not a whole number of the {times(embed.patch_size)} patches of '{name}'"
+        )
+
+
 def _without_dropout(backbone: nn.Module, drop_path: float) -> None:
     """Some names of timm bring a dropout, or a drop path, of their own, which draws from the global generator."""
     for module in list(backbone.modules()):
+        if isinstance(getattr(module, "drop_rate", None), float):  # of those that call a function
+            cast(Any, module).drop_rate = 0.0
         for name, child in list(module.named_children()):
             if type(child) is DropPath and not drop_path:
                 setattr(module, name, nn.Identity())

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from foveal.models.backbone import set_recompute
 from foveal.models.droppath import set_drops
-from foveal.models.places import set_kept
+from foveal.models.places import read_across, set_kept
 
 
 class Classifier(nn.Module):
@@ -31,3 +31,7 @@ class Classifier(nn.Module):
     def set_grad_checkpointing(self, enable: bool) -> None:
         """Recompute the blocks in the backward pass. Errors: ConfigError where timm cannot."""
         set_recompute(self.encoder, enable)
+
+    def borrowed_parameters(self) -> list[nn.Parameter]:
+        """The parameters that a part of the encoder reads in another one (see ``foveal.models.encode``)."""
+        return read_across(self.encoder)

@@ -17,9 +17,10 @@ from foveal.models.backbone import set_recompute
 from foveal.models.encode import borrowed, encode, encode_layers, features, without_registers
 from foveal.models.mae import Decoder, DecoderConfig
 from foveal.models.outline import Encoder
+from foveal.models.places import read_across
 from foveal.models.vit import HEAD_SCALE, initialise_linear
 
-Look = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
+Look = Callable[[Any, Tensor], tuple[Tensor, ...]]
 
 
 class Students(nn.Module):
@@ -45,7 +46,11 @@ class Students(nn.Module):
 
     def borrowed_parameters(self) -> list[nn.Parameter]:
         """The parameters that a forward reads outside the module that owns them (see ``foveal.models.encode``)."""
-        return [each for student in self._students() if student.opened for each in borrowed(student.encoder)]
+        return [
+            each
+            for student in self._students()
+            for each in (borrowed if student.opened else read_across)(student.encoder)
+        ]
 
     def _students(self) -> list[Any]:
         return list(self.each.values())
@@ -55,7 +60,7 @@ class FeatureStudent(nn.Module):
     """Linear maps from what a model makes of an image to a teacher's width.
 
     ``look`` gives the feature of the whole image and those of its places: ``foveal.models.encode.features`` of an
-    encoder, ``foveal.models.backbone.whole_and_places`` of a model of timm. ``widths`` are theirs, ``wanted`` the
+    encoder, ``foveal.models.backbone.whole_and_places`` of a model of timm (``whole_alone``: without the latter). ``widths`` are theirs, ``wanted`` the
     teacher's; without ``patches`` the places are not asked.
     """
 
@@ -75,9 +80,9 @@ class FeatureStudent(nn.Module):
 
     def forward(self, images: Tensor, _kept: Tensor | None = None, _masked: Tensor | None = None) -> tuple[Tensor, ...]:
         """Guesses of the teacher's class token [B, T] and patches [B, L, T], of images [B, C, H, W]."""
-        whole, places = self._look(self.encoder, images)
+        whole, *places = self._look(self.encoder, images)
         answer = self.project_cls(whole)
-        return (answer,) if self.project_patches is None else (answer, self.project_patches(places))
+        return (answer,) if self.project_patches is None else (answer, self.project_patches(places[0]))
 
 
 class LayerStudent(nn.Module):

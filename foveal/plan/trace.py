@@ -85,7 +85,9 @@ def weights_of(build: Build) -> Weights:
     companions = [each for module in parts.frozen for each in (*module.parameters(), *module.buffers())]
     return Weights(
         trained=sum(each.numel() for each in trained),
-        products=sum(each.numel() for module in linear for each in module.parameters(recurse=False)),
+        products=sum(
+            each.numel() for module in linear for each in module.parameters(recurse=False) if each.requires_grad
+        ),
         sizes=tuple(each.numel() for each in trained),
         blocks=tuple(sum(each.numel() for each in block.parameters()) for block in _blocks(parts.model)),
         frozen_bytes=sum(each.nbytes for each in (*still, *buffers.values(), *companions)),

@@ -81,6 +81,21 @@ def test_one_curve_on_any_machine(
     assert ours.keys() == theirs.keys()
 
 
+def test_bf16_is_one_curve_where_differences_are_small(
+    teachers: dict[str, Path], configs: dict[str, Path], one_rank: Ranks, tmp_path: Path
+) -> None:
+    """Engines differ in how far their autocast reaches; a divergence is made of differences, and cannot be negative."""
+    stage, told = (
+        stage_named("distill"),
+        (*settings("relations", teachers), "engine.precision=bf16", "batch.at_once=64"),
+    )
+    plain = curve(one_rank.train(stage, configs["distill"], tmp_path / "plain", *told, PLAIN))
+    zero = curve(one_rank.train(stage, configs["distill"], tmp_path / "zero", *told, "engine.zero=1"))
+    assert zero["vv_divergence"] == pytest.approx(plain["vv_divergence"], rel=1e-3)
+    assert zero["qk_divergence"] == pytest.approx(plain["qk_divergence"], rel=1e-3)
+    assert min(plain["vv_divergence"]) > 0
+
+
 def test_students_together_are_the_students_alone(
     teachers: dict[str, Path], configs: dict[str, Path], one_rank: Ranks, tmp_path: Path
 ) -> None:
@@ -93,7 +108,7 @@ def test_students_together_are_the_students_alone(
             told = settings(lesson, teachers, f"model={STUDENT.replace('width: 16', f'width: {width}')}")
             alone = one_rank.train(stage, configs["distill"], tmp_path / f"{lesson} {name}", *told, *free)
             own = curve(alone)
-            assert {each: curve(rows)[f"{name}_{each}"] for each in own if each != "grad_norm"} | {
+            assert {each: curve(rows)[f"{name}/{each}"] for each in own if each != "grad_norm"} | {
                 "grad_norm": own["grad_norm"]
             } == own
             ours, theirs = (

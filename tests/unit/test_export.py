@@ -1,6 +1,7 @@
 """Exports: what goes in comes out, and what is not whole or does not fit is one sentence."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,15 @@ def model() -> nn.Sequential:
 
 def fresh() -> dict[str, Tensor]:
     return {name: torch.full_like(value, 7) for name, value in model().state_dict().items()}
+
+
+def test_a_folder_of_exports_says_which(folder: Path, tmp_path: Path) -> None:
+    for name in ("small", "other"):
+        shutil.copytree(folder, tmp_path / "several" / name)
+    with pytest.raises(ExportError, match=r"it has no card.json; give one of the exports in it \(other, small\)"):
+        read_card(tmp_path / "several")
+    with pytest.raises(ExportError, match=r"it has no card.json; give the export folder of a finished run"):
+        read_card(folder / "model.safetensors")
 
 
 def test_weights_are_loaded_buffers_included() -> None:

@@ -177,7 +177,7 @@ def test_foreign_weights_of_another_encoder_are_one_sentence(
     [
         ({"pos_embed": torch.zeros(1, 8, 32)}, "has positions of 7 patches, which are neither 4 x 4 nor a square"),
         ({"pos_embed": torch.zeros(17, 32)}, "has other shapes: pos_embed [17, 32] for [1, 17, 32]"),
-        ({"reg_token": torch.zeros(1, 2, 32)}, "has names that are not the model's: reg_token"),
+        ({"reg_token": torch.zeros(1, 2, 32)}, "has registers 2, model.registers is 0; they must be equal"),
         ({"patch_embed.proj.weight": None}, "has no patch embedding under timm's names or Hugging Face's ViT's (its"),
         ({"cls_token": None}, "lacks cls_token"),
         ({"pos_embed": None}, "lacks pos_embed"),

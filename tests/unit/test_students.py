@@ -133,6 +133,11 @@ SENTENCES: list[tuple[str, dict[str, Any], str]] = [
     ("plain", {"model": None, "backbone": "test_maxvit"}, "'test_maxvit' "),
     (
         "plain",
+        {"model": None, "students": [Y | {"name": "card.json"}]},
+        "a student cannot be called card.json, which is a file of an export",
+    ),
+    (
+        "plain",
         {"model": None, "backbone": "test_resnet", "patch_weight": 0.0, "batch": {"images": 64, "at_once": 1}},
         "the student has BatchNorm, and a rank would hold one image at once: nothing to normalise it by",
     ),
@@ -146,12 +151,12 @@ SENTENCES: list[tuple[str, dict[str, Any], str]] = [
     (
         "head",
         {"lesson": "token"},
-        "lesson=token teaches a distillation token, which a model without registers has not; give a backbone such as",
+        "lesson=token teaches a distillation token, which model has not; give model.registers=1, or a backbone such as",
     ),
     (
         "head",
         {"lesson": "token", "model": None, "backbone": "deit_tiny_patch16_224"},
-        "lesson=token teaches a distillation token, which deit_tiny_patch16_224 has not",
+        "lesson=token teaches a distillation token, which backbone=deit_tiny_patch16_224 has not",
     ),
     (
         "plain",
@@ -203,6 +208,8 @@ def test_labels_that_are_not_there(digits: Path, teachers: dict[str, Path], monk
     [
         ("plain", {"backbone": "test_resnet", "patch_weight": 0.0}),
         ("resnet", {"backbone": "test_efficientnet", "cls_weight": 0.0}),
+        ("plain", {"backbone": "resmlp_12_224", "patch_weight": 0.0}),  # it has no map of places
+        ("head", {"lesson": "token", "model": TINY | {"registers": 1}}),
         ("resnet", {"model": TINY | {"patch": 16}}),
         ("resnet", {"lesson": "logits", "model": TINY}),
         ("head", {"lesson": "logits", "backbone": "test_resnet"}),
@@ -232,6 +239,21 @@ def test_the_plan_says_whose_curve_is_its_own(digits: Path, teachers: dict[str, 
     (beware,) = [line for line in lines if line.startswith("beware")]
     assert beware.startswith("beware    net has BatchNorm")
     assert beware.endswith("depends on ranks and images at once (2 and 32 here)")
+
+
+def test_tables_of_biases_are_not_decayed(digits: Path, teachers: dict[str, Path]) -> None:
+    settings = {"backbone": "swin_tiny_patch4_window7_224", "lesson": "logits", "data": {"image_size": 32}}
+    found = plan(config(digits, teachers["head"], **settings), 1)
+    made = parts(found, torch.device("meta"))
+    names = {id(each): name for name, each in made.model.named_parameters()}
+    decayed = {names[id(each)] for group in made.groups if group["weight_decay"] for each in group["params"]}
+    assert any("qkv.weight" in name for name in decayed)
+    assert not [name for name in decayed if "relative_position_bias_table" in name]
+
+
+def test_a_model_without_a_name_is_a_small_one(digits: Path, teachers: dict[str, Path]) -> None:
+    (pupil,) = plan(config(digits, teachers["plain"], model={"patch": 4, "depth": 2}), 1).pupils
+    assert (pupil.card["name"], pupil.card["width"], pupil.card["depth"]) == ("vit_small_patch16_224", 384, 2)
 
 
 def test_students_are_drawn_from_the_seed_each(digits: Path, teachers: dict[str, Path]) -> None:

@@ -116,12 +116,17 @@ def test_a_moved_run_is_found_by_the_next_stage(tmp_path: Path) -> None:
 
 
 def test_one_of_several_students_is_taken(tmp_path: Path) -> None:
-    tuned = (
-        f"- {{name: three, stage: finetune, config: {ROOT}/configs/finetune/digits.yaml, from: {{init: two/small}}}}\n"
-    )
-    *_, last = jobs_of(pipeline(tmp_path, TWO + tuned), ())[0]
+    tuned = f"- {{{{name: three, stage: finetune, config: {ROOT}/configs/finetune/digits.yaml, from: {{{{init: {{}}}}}}}}}}\n"
+    students = "[{name: small, model: {}}, {name: other, backbone: resnet18}]"
+    several = TWO.replace("from: {teacher: one}", f"from: {{teacher: one}}, set: {{students: {students}, model: null}}")
+    *_, last = jobs_of(pipeline(tmp_path, several + tuned.format("two/small")), ())[0]
     assert "init=runs/pair/two/export/small" in last.overrides
     assert last.after == ("two",)
+    for text in (several + tuned.format("two"), several + tuned.format("two/smal")):
+        with pytest.raises(ConfigError, match="what 'two' leaves is taken as two/small, two/other"):
+            jobs_of(pipeline(tmp_path, text), ())
+    with pytest.raises(ConfigError, match="what 'one' leaves is taken as one"):
+        jobs_of(pipeline(tmp_path, TWO.replace("teacher: one", "teacher: one/small")), ())
 
 
 def test_stages_run_here_one_after_another(here: Path) -> None:

@@ -140,8 +140,8 @@ def test_a_plan_knows_what_is_resized(digits: Path, tmp_path: Path) -> None:
     folder = export(tmp_path / "export")
     assert plan(distill(digits, folder), 1).resized_from is None
     found = plan(distill(digits, folder, data={"image_size": [16, 24]}), 1)
-    assert found.resized_from == 16
-    assert "resized   from images of 16 x 16 to 16 x 24 pixels" in found.lines()
+    assert found.taught.resized_from == 16
+    assert "teacher   trained on images of 16 x 16, sees 16 x 24 pixels" in found.lines()
 
 
 def distill(digits: Path, teacher: Path, **settings: Any) -> DistillConfig:

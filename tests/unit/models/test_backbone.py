@@ -139,6 +139,17 @@ def test_a_model_that_cannot_be_is_one_sentence(name: str, size: int, further: d
         build_backbone(name, size, 3, **further)
 
 
+@pytest.mark.parametrize("name", ["test_resnet", "ghostnet_100"])
+def test_no_dropout_is_drawn_wherever_it_is_called(name: str) -> None:
+    """Also where a model calls the function, whose rate of 0.2 is timm's default."""
+    backbone, seen = build_backbone(name, 64, 3, classes=5).train(), images()
+    backbone.load_state_dict({each: value + 0.01 for each, value in backbone.state_dict().items()})
+    torch.manual_seed(0)
+    first = backbone(seen)
+    torch.manual_seed(1)
+    assert backbone(seen).equal(first)
+
+
 def test_what_training_would_fall_over_is_one_sentence() -> None:
     with pytest.raises(ConfigError, match="'inception_v3' cannot learn from 2 images at once of 16 x 16 pixels: "):
         check_training("inception_v3", 16, 3, 5, 2)
