@@ -285,12 +285,14 @@ def _check_name(name: str) -> None:
 
 def _check_patches(backbone: Any, name: str, image_size: int | tuple[int, int]) -> None:
     """timm cuts off what is no whole patch. Errors: ConfigError."""
-    embed = getattr(backbone, "patch_embed", None)
-    if type(embed) is PatchEmbed and any(
-        side % patch for side, patch in zip(height_and_width(image_size), embed.patch_size, strict=True)
-    ):
+    embed: Any = getattr(backbone, "patch_embed", None)
+    if type(embed) is not PatchEmbed:
+        return
+    down, across = cast(tuple[int, int], embed.patch_size)
+    height, width = height_and_width(image_size)
+    if height % down or width % across:
         raise ConfigError(
-            f"image_size={times(image_size)} is not a whole number of the {times(embed.patch_size)} patches of '{name}'"
+            f"image_size={times(image_size)} is not a whole number of the {down} x {across} patches of '{name}'"
         )
 
 

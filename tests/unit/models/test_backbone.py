@@ -131,6 +131,7 @@ def test_a_card_that_tells_of_none_is_one_sentence(change: dict[str, Any], sente
             {},
             "timm cannot build 'twins_svt_small' for images of 30 x 30 pixels with 3 channels: ",
         ),
+        (VIT, 18, {}, f"image_size=18 x 18 is not a whole number of the 16 x 16 patches of '{VIT}'"),
         ("gcvit_xxtiny", 20, {}, "timm cannot build 'gcvit_xxtiny' for images of 20 x 20 pixels with 3 channels: "),
     ],
 )
