@@ -27,6 +27,8 @@ class ByFile(LoadScopeScheduling):
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    # In their order, not the largest files first: what needs a Slurm waits most, and would be left alone at the end.
+    config.option.loadscopereorder = False
     return ByFile(config, log)
 
 
