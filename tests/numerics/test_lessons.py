@@ -251,6 +251,6 @@ def test_several_students_are_summed_and_told_apart() -> None:
     teacher = Answers(asked, lesson)
     model = Model(Answers(asked, one), Answers(asked, other))
     total, numbers = Imitate(teacher, cfg, ["a", "b"], MEAN, STD)(model, batch())  # pyright: ignore[reportArgumentType]
-    assert set(numbers) == {"a_loss", "a_cls_distance", "b_loss", "b_cls_distance"}
-    close(total.item(), numbers["a_loss"].item() + numbers["b_loss"].item())
-    close(numbers["b_cls_distance"].item() / B, tokens_apart("cosine", other[:, None], lesson[:, None])[0])
+    assert set(numbers) == {"a/loss", "a/cls_distance", "b/loss", "b/cls_distance"}
+    close(total.item(), numbers["a/loss"].item() + numbers["b/loss"].item())
+    close(numbers["b/cls_distance"].item() / B, tokens_apart("cosine", other[:, None], lesson[:, None])[0])

@@ -162,6 +162,11 @@ class Other:
     def signalled(self, number: signal.Signals) -> None:
         assert self.process.pid is not None
         os.kill(self.process.pid, number)
+        if number == signal.SIGSTOP:  # it takes effect later, and a sign of life may be on its way
+            stat = Path(f"/proc/{self.process.pid}/stat")
+            end = time.monotonic() + WAIT
+            while stat.read_text().rpartition(")")[2].split()[0] != "T" and time.monotonic() < end:
+                time.sleep(0.01)
 
     def close(self) -> None:
         self.process.kill()
