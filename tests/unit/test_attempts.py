@@ -21,8 +21,13 @@ from foveal.errors import CheckpointError, Restarting
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["foveal.attempts"])
 WAIT = 60  # seconds for a process to answer on a busy machine
-BEAT, PATIENCE = 0.05, 3.0
-ROUNDS = 20
+BEAT, PATIENCE, ROUNDS = 0.05, 3.0, 20
+
+
+def until(holds: Callable[[], object]) -> None:
+    end = time.monotonic() + WAIT
+    while not holds():
+        assert time.monotonic() < end
 
 
 def taken(run: Path, job: dict[str, str] | None = None, host: str | None = None, restarts: int = 99) -> Lease:
@@ -162,11 +167,6 @@ class Other:
     def signalled(self, number: signal.Signals) -> None:
         assert self.process.pid is not None
         os.kill(self.process.pid, number)
-        if number == signal.SIGSTOP:  # it takes effect later, and a sign of life may be on its way
-            stat = Path(f"/proc/{self.process.pid}/stat")
-            end = time.monotonic() + WAIT
-            while stat.read_text().rpartition(")")[2].split()[0] != "T" and time.monotonic() < end:
-                time.sleep(0.01)
 
     def close(self) -> None:
         self.process.kill()
@@ -235,11 +235,8 @@ def test_another_process_with_the_same_number_is_not_the_holder(tmp_path: Path) 
 
 def test_a_dead_process_that_its_parent_has_not_buried_is_dead() -> None:
     with subprocess.Popen(["true"]) as process:
-        given_up = time.monotonic() + WAIT
-        while attempts._born(process.pid) is not None and time.monotonic() < given_up:
-            time.sleep(0.01)
+        until(lambda: attempts._born(process.pid) is None)
         assert Path(f"/proc/{process.pid}").exists()
-        assert attempts._born(process.pid) is None
     assert attempts._born(os.getpid()) == this_process(1, {}).born
 
 
@@ -248,14 +245,12 @@ def test_a_frozen_holder_elsewhere_is_followed_when_it_gives_no_sign_of_life(tmp
     assert other.says() == 1
     with pytest.raises(CheckpointError, match=r"attempt 1 \(on node2, rank 0 pid \d+\); stop it first"):
         taken(tmp_path)
-    other.signalled(signal.SIGSTOP)
+    other.signalled(signal.SIGSTOP)  # it takes effect later, and a sign of life may be on its way
+    until(lambda: Path(f"/proc/{other.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
     lease = taken(tmp_path)
     assert lease.number == 2
     other.signalled(signal.SIGCONT)
-    given_up = time.monotonic() + WAIT
-    while not other.asked("lost") and time.monotonic() < given_up:
-        time.sleep(BEAT)
-    assert other.asked("lost")
+    until(lambda: other.asked("lost"))
     assert not lease.superseded()
 
 
