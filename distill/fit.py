@@ -54,7 +54,6 @@ class Taught:
     lesson: Lesson
     shape: Shape | None
     encoder: EncoderCard | None
-    channels: int
     classes: tuple[str, ...]
     named: bool
     resized_from: int | tuple[int, int] | None
@@ -113,7 +112,6 @@ def taught_by(cfg: "DistillConfig", card: Card) -> Taught:
         lesson=_lesson(cfg, encoder),
         shape=_shape_of_card(cfg, told) if cfg.lesson == "features" else None,
         encoder=encoder,
-        channels=told.channels,
         # Foreign weights need not say what their classes are called.
         classes=card.classes or tuple(map(str, range(told.classes))),
         named=bool(card.classes),
