@@ -38,10 +38,15 @@ class Batch:
     epoch: int
     micro: int
     bad: tuple[Bad, ...] = ()
+    # What ``Labels.together`` says, where a label is more than a class: uint8 [B, K], int16 [B, H, W] or float32 [B, n, 5].
+    marks: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The same batch with its tensors on a device."""
-        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in _TENSORS}
+        tensors = {name: getattr(self, name) for name in _TENSORS} | (
+            {} if self.marks is None else {"marks": self.marks}
+        )
+        moved = {name: value.to(device, non_blocking=non_blocking) for name, value in tensors.items()}
         return dataclasses.replace(self, **moved)
 
 

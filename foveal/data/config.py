@@ -10,6 +10,8 @@ from pydantic import model_validator
 from foveal.config import Config, ImageSize, height_and_width, machine, science
 from foveal.errors import ConfigError
 
+LabelKind = Literal["class", "classes", "mask", "boxes"]
+
 
 class AugmentConfig(Config):
     """Random resized crop and flip of training images (Szegedy et al., "Going deeper with convolutions", 2015)."""
@@ -63,6 +65,12 @@ class DataConfig(Config):
     val: str = science("val", "the split that is evaluated on")
     image_size: ImageSize = science(about="pixels of the image that the model sees: its side, or [height, width]")
     channels: Literal[1, 3] = science(3, "1: images are converted to grey, 3: to RGB")
+    val_size: ImageSize | None = science(None, "pixels of an evaluated image, where others than image_size are seen")
+    labels: LabelKind = science(
+        "class", "what a sample's label is: a class, several, a mask of classes, or COCO's boxes"
+    )
+    label_field: str | None = science(None, "member that is the label; default: mask.png for masks, json for lists")
+    ignore_id: int | None = science(255, "id in masks of what is to be left out", ge=0)
     lanes: int = science(32, "streams an epoch is dealt into; part of the order, independent of the cluster", ge=1)
     window: int = science(4, "the most shards that a lane shuffles over; it is cut into equal windows", ge=1)
     per_class: int | None = science(None, "train on this many samples of every class", ge=1)
@@ -84,6 +92,11 @@ class DataConfig(Config):
     def sides(self) -> tuple[int, int]:
         """(height, width) of the image that the model sees."""
         return height_and_width(self.image_size)
+
+    @property
+    def val_sides(self) -> tuple[int, int]:
+        """(height, width) of an evaluated image."""
+        return self.sides if self.val_size is None else height_and_width(self.val_size)
 
     @model_validator(mode="after")
     def _statistics(self) -> Self:

@@ -107,6 +107,24 @@ def pixels(
     return seen.expand(channels, -1, -1).numpy()
 
 
+def ids(data: bytes, box: Box, flipped: bool, sides: tuple[int, int]) -> tuple[tuple[int, int], np.ndarray]:
+    """(width, height) of a mask, and the ids in a box of it, resized to ``sides`` by the nearest: int32 [height, width].
+
+    A palette's numbers are the ids, as are grey pixels of 8 or 16 bits. Errors: Undecodable.
+    """
+    with _reasons():
+        image = _opened(data)
+        image.load()
+        if image.mode not in {"1", "L", "P", "I", *_SIXTEEN_BIT}:
+            raise Undecodable(f"pixels of mode {image.mode} are no ids; one channel or a palette is")
+        array = np.asarray(image).astype(np.int32)
+    left, top, right, bottom = box
+    part = array[_whole(top, bottom, 1, array.shape[0]), _whole(left, right, 1, array.shape[1])]
+    rows, columns = (((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(sides, part.shape, strict=True))
+    seen = part[rows[:, None], columns[None, :]]
+    return image.size, np.ascontiguousarray(seen[:, ::-1] if flipped else seen)
+
+
 @contextlib.contextmanager
 def _reasons() -> Iterator[None]:
     """Turn whatever Pillow's readers raise (OSError, SyntaxError, struct.error, EOFError, ...) into Undecodable."""

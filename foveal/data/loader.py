@@ -13,10 +13,11 @@ from foveal.data.batch import Bad, Batch
 from foveal.data.config import DataConfig
 from foveal.data.dataset import Dataset
 from foveal.data.decode import Undecodable, View, pixels
+from foveal.data.labels import Labels, Seen, labels_of
 from foveal.data.order import batch_of, micros_per_step, rank_slots
 from foveal.data.sources import Place, Source, TrainingSet
 from foveal.data.subset import PartName, choose
-from foveal.data.transforms import COLUMNS, evaluation_view, training_view
+from foveal.data.transforms import COLUMNS, Box, evaluation_view, training_view
 from foveal.data.workers import Crew, Worker
 from foveal.errors import DataError, Unreachable
 from foveal.seeding import key, uniforms_numpy
@@ -30,6 +31,7 @@ class _Micro:
 
     samples: ids that there are, a draw's id is the remainder; find: where the sample of a draw lies; view: how a draw is
     cut in a row; others: the draws that may take a row's place when its own does not decode; none: the row is left empty.
+    sides: (height, width) of what is seen; labels: how those are read that no index has.
     """
 
     draws: np.ndarray
@@ -41,6 +43,8 @@ class _Micro:
     find: Callable[[int], Place]
     view: Callable[[int, int], View]
     others: Callable[[int], Iterator[int]] | None
+    sides: tuple[int, int]
+    labels: Labels | None
 
 
 @contextmanager
@@ -65,6 +69,7 @@ def train_batches(
     micros = micros_per_step(order.batch, size, at_once)
     assert last - first == micros * at_once
     place = key(training.seed, "augment")
+    labels = _labels(training.sources[0].dataset, cfg)
 
     def find(draw: int) -> Place:
         return training.find(draw % training.ids)
@@ -83,7 +88,9 @@ def train_batches(
                     return training.others(*(int(values[row]) for values in places))
 
                 view, epoch = _augmented(cfg, place, draws[part]), order.epoch_of(number)
-                yield _Micro(draws[part], training.ids, at_once, step, epoch, micro, find, view, others)
+                yield _Micro(
+                    draws[part], training.ids, at_once, step, epoch, micro, find, view, others, cfg.sides, labels
+                )
 
     with closing(_read_ahead(cfg, training.pulse, plan())) as batches:
         yield batches
@@ -100,18 +107,23 @@ def eval_batches(
     """
     source = Source(dataset, split, choose(dataset, cfg, split=split, part=part, seed=seed))
     rounds = -(-len(source.part) // (size * at_once))
+    labels = _labels(dataset, cfg)
 
     def view(_row: int, _draw: int) -> View:
-        return lambda width, height: (evaluation_view(width, height, cfg.crop_ratio, cfg.sides), False)
+        return lambda width, height: (evaluation_view(width, height, cfg.crop_ratio, cfg.val_sides), False)
 
     def plan() -> Iterator[_Micro]:
         for turn in range(rounds):
             begin = (turn * size + rank) * at_once
             positions = np.arange(begin, max(begin, min(begin + at_once, len(source.part))), dtype=np.int64)
             ids = source.part.sample_ids(positions)
-            yield _Micro(ids, source.stop, at_once, 0, 0, turn, source.find, view, None)
+            yield _Micro(ids, source.stop, at_once, 0, 0, turn, source.find, view, None, cfg.val_sides, labels)
 
     return _read_ahead(cfg, dataset.pulse, plan())
+
+
+def _labels(dataset: Dataset, cfg: DataConfig) -> Labels | None:
+    return labels_of(cfg, dataset.classes, dataset.manifest.fields, dataset.folder)
 
 
 def _augmented(cfg: DataConfig, place: int, draws: np.ndarray) -> Callable[[int, int], View]:
@@ -128,21 +140,21 @@ def _augmented(cfg: DataConfig, place: int, draws: np.ndarray) -> Callable[[int,
 def _read_ahead(cfg: DataConfig, pulse: Callable[[], int], plan: Iterator[_Micro]) -> Generator[Batch, None, None]:
     """Batches in the order of the plan; cfg.ahead of them are in work while the caller has one."""
     crew = Crew(cfg.threads, cfg.patience_seconds, pulse)
-    waiting: collections.deque[tuple[Batch, list[Bad], list[Future[None]]]] = collections.deque()
+    waiting: collections.deque[tuple[_Begun, list[Future[None]]]] = collections.deque()
 
-    def begin(micro: _Micro) -> tuple[Batch, list[Bad], list[Future[None]]]:
-        batch, bad = _empty(cfg, micro), []
+    def begin(micro: _Micro) -> tuple[_Begun, list[Future[None]]]:
+        begun = _Begun(micro, _empty(cfg, micro), [], [None] * micro.rows)
         chunk = max(1, min(_CHUNK, -(-len(micro.draws) // cfg.threads)))
         jobs = [
-            crew.submit(_Fill(cfg, micro, batch, bad, range(at, min(at + chunk, len(micro.draws))), crew))
+            crew.submit(_Fill(cfg, begun, range(at, min(at + chunk, len(micro.draws))), crew))
             for at in range(0, len(micro.draws), chunk)
         ]
-        return batch, bad, jobs
+        return begun, jobs
 
     def finished() -> Batch:
-        batch, bad, jobs = waiting.popleft()
+        begun, jobs = waiting.popleft()
         crew.wait(jobs)
-        return replace(batch, bad=tuple(sorted(bad, key=lambda one: one.row))) if bad else batch
+        return begun.whole()
 
     try:
         for micro in plan:
@@ -155,10 +167,26 @@ def _read_ahead(cfg: DataConfig, pulse: Callable[[], int], plan: Iterator[_Micro
         crew.close()
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """A micro-batch that is being filled: its tensors, its bad samples, and the labels that no index has, by row."""
+
+    micro: _Micro
+    batch: Batch
+    bad: list[Bad]
+    marks: list[np.ndarray | None]
+
+    def whole(self) -> Batch:
+        """The batch, once every row is filled."""
+        micro = self.micro
+        marks = None if micro.labels is None else micro.labels.together(self.marks, micro.sides)
+        return replace(self.batch, bad=tuple(sorted(self.bad, key=lambda one: one.row)), marks=marks)
+
+
 def _empty(cfg: DataConfig, micro: _Micro) -> Batch:
     """Room for a micro-batch, pinned where there is a GPU (by the caller's thread: a worker's would open GPU 0)."""
     pin = torch.cuda.is_available()
-    images = torch.empty((micro.rows, cfg.channels, *cfg.sides), dtype=torch.uint8, pin_memory=pin)
+    images = torch.empty((micro.rows, cfg.channels, *micro.sides), dtype=torch.uint8, pin_memory=pin)
     images[len(micro.draws) :] = 0
     ids, draws = (torch.full((micro.rows,), -1, dtype=torch.int64, pin_memory=pin) for _ in range(2))
     ids[: len(micro.draws)] = torch.from_numpy(micro.draws % micro.samples)
@@ -180,11 +208,17 @@ class _Fill:
     """A job: read, decode and cut the samples of some rows of a micro-batch into its tensors."""
 
     cfg: DataConfig
-    micro: _Micro
-    batch: Batch
-    bad: list[Bad]
+    begun: _Begun
     rows: range
     crew: Crew
+
+    @property
+    def micro(self) -> _Micro:
+        return self.begun.micro
+
+    @property
+    def batch(self) -> Batch:
+        return self.begun.batch
 
     def __call__(self, worker: Worker) -> None:
         for row in self.rows:
@@ -203,23 +237,33 @@ class _Fill:
             place = self.micro.find(draw)
             key, offset = place.index.key(place.row), place.index.image(place.row)[0]
             shard = place.dataset.where(place.split, place.shard)
-            self.bad.append(Bad(row, draw, taken, place.split, shard, key, offset, str(error)))
+            self.begun.bad.append(Bad(row, draw, taken, place.split, shard, key, offset, str(error)))
 
     def _take(self, row: int, draw: int, worker: Worker) -> None:
         """Put the sample of a draw into a row. Errors: Undecodable, DataError."""
         place = self.micro.find(draw)
         # What is said of a thread that hangs must not hang itself: reading the index, for the key, can.
         worker.doing = lambda: place.dataset.where(place.split, place.shard)
-        index, cfg = place.index, self.cfg
+        index, cfg, sides, seen = place.index, self.cfg, self.micro.sides, []
         worker.doing = lambda: f"{place.dataset.where(place.split, place.shard)}: sample '{index.key(place.row)}'"
-        data = place.dataset.read(index.shard, *index.image(place.row))
-        view = self.micro.view(row, draw)
-        try:
-            image = pixels(data, cfg.channels, view, cfg.sides, cfg.augment.interpolation, cfg.jpeg_scaling)
-        except Undecodable:
-            _believe(place, data)
-            raise
-        self.batch.images.numpy()[row] = image
+
+        def view(width: int, height: int) -> tuple[Box, bool]:
+            box, flipped = self.micro.view(row, draw)(width, height)
+            seen.append(Seen(width, height, box, flipped, sides))
+            return box, flipped
+
+        def image(data: bytes) -> np.ndarray:
+            return pixels(data, cfg.channels, view, sides, cfg.augment.interpolation, cfg.jpeg_scaling)
+
+        self.batch.images.numpy()[row] = _read(place, index.image(place.row), image)
+        labels = self.micro.labels
+        if labels is not None:
+            member = index.member(place.row, labels.field)
+            if member is None:
+                raise DataError(
+                    f"{place.where} has no member .{labels.field}, which is its label: write its shard again"
+                )
+            self.begun.marks[row] = _read(place, member, lambda data: labels.read(data, seen[0], place.where))
         self.batch.labels.numpy()[row] = index.labels[place.row]
 
     def _replace(self, row: int, others: Iterator[int], worker: Worker) -> int:
@@ -247,17 +291,24 @@ class _Fill:
         for name in ("ids", "draws", "labels"):
             getattr(batch, name).numpy()[row] = -1
         batch.valid.numpy()[row] = False
+        self.begun.marks[row] = None
         return -1
 
 
-def _believe(place: Place, data: bytes) -> None:
-    """See that a sample that does not decode is bad for good, and not for a moment or on this node only.
+def _read(place: Place, member: tuple[int, int], look: Callable[[bytes], np.ndarray]) -> np.ndarray:
+    """What a look at the bytes of a member of a sample gives.
 
-    Errors: DataError if the shard's bytes are not those of the manifest, or change from one read to the next: replacing
-    the sample then would give this run another curve than its twin.
+    Errors: Undecodable where it does not decode and is bad for good, not for a moment or on this node only; DataError if
+    the shard's bytes are not those of the manifest, or change from one read to the next: replacing the sample then would
+    give this run another curve than its twin.
     """
-    place.dataset.vouch(place.split, place.shard)
-    if place.dataset.read(place.index.shard, *place.index.image(place.row)) != data:
-        raise Unreachable(
-            f"{place.where} reads differently each time: see whether its storage is sound, and start again"
-        )
+    data = place.dataset.read(place.index.shard, *member)
+    try:
+        return look(data)
+    except Undecodable:
+        place.dataset.vouch(place.split, place.shard)
+        if place.dataset.read(place.index.shard, *member) != data:
+            raise Unreachable(
+                f"{place.where} reads differently each time: see whether its storage is sound, and start again"
+            ) from None
+        raise

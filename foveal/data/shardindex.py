@@ -89,11 +89,17 @@ class ShardIndex:
     def image(self, row: int) -> tuple[int, int]:
         """Offset and size, in bytes, of a sample's image in the shard."""
         for name in IMAGES:
-            if name in self.fields:
-                column = self.fields.index(name)
-                if self.sizes[row, column] >= 0:
-                    return int(self.offsets[row, column]), int(self.sizes[row, column])
+            if (place := self.member(row, name)) is not None:
+                return place
         raise DataError(f"{self.shard}: sample '{self.key(row)}' has no image (looked for: {', '.join(IMAGES)})")
+
+    def member(self, row: int, name: str) -> tuple[int, int] | None:
+        """Offset and size, in bytes, of a sample's member in the shard; nothing if it has none of this name."""
+        if name not in self.fields:
+            return None
+        column = self.fields.index(name)
+        size = int(self.sizes[row, column])
+        return None if size < 0 else (int(self.offsets[row, column]), size)
 
     def digest(self) -> str:
         """sha256 of keys, sizes and labels: what the samples are, not where they lie."""
