@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune.config import FinetunePlan
+from finetune.planning import FinetunePlan
 from foveal.checkpoint.export import load_strictly, read_export
 from foveal.models.backbone import backbone_from_card, head_names, layers_of, undecayed_of
 from foveal.models.heads import Classifier
@@ -46,7 +46,7 @@ def _backbone(plan: FinetunePlan) -> nn.Module:
     return backbone
 
 
-def groups(plan: FinetunePlan, model: Classifier) -> list[dict[str, Any]]:
+def groups(plan: FinetunePlan, model: Any) -> list[dict[str, Any]]:
     """The groups of AdamW, with layer-wise decay where it is asked for."""
     optim, encoder = plan.cfg.optim, model.encoder
     if plan.backbone is None:
@@ -56,7 +56,8 @@ def groups(plan: FinetunePlan, model: Classifier) -> list[dict[str, Any]]:
     if optim.layer_decay == 1:
         return parameter_groups(model, optim, undecayed=undecayed)
     layers = {f"encoder.{name}": layer for name, layer in layers_of(encoder).items()}
-    return parameter_groups(model, optim, layers.__getitem__, max(layers.values()), undecayed)
+    head = max(layers.values())
+    return parameter_groups(model, optim, lambda name: layers.get(name, head), head, undecayed)
 
 
 def _depth_of(depth: int) -> Callable[[str], int]:

@@ -7,7 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from finetune.planning import FinetunePlan
 from foveal.data import Batch, normalise
+from foveal.models.droppath import drop_path_sites
+from foveal.models.heads import Classifier
 from foveal.seeding import key, uniforms
 
 _UNLABELLED = -1
@@ -35,6 +38,11 @@ class Classify:
             logits_BK, batch.labels, reduction="sum", ignore_index=_UNLABELLED, label_smoothing=self.label_smoothing
         )
         return total, {"train_top1": (logits_BK.argmax(dim=1) == batch.labels).sum()}
+
+
+def classify(plan: FinetunePlan, model: Classifier) -> Classify:
+    """The objective of a plan and the model that it builds."""
+    return Classify(plan.cfg.seed, plan.cfg.label_smoothing, drop_path_sites(model), plan.mean, plan.std)
 
 
 @torch.no_grad()

@@ -9,17 +9,16 @@ from pathlib import Path
 
 import torch
 
-from finetune.accuracy import accuracy
-from finetune.config import FinetuneConfig, FinetunePlan, plan
-from finetune.model import classifier, groups
-from finetune.objective import Classify
+from finetune.config import FinetuneConfig
+from finetune.model import groups
+from finetune.planning import FinetunePlan, plan
+from finetune.tasks import TASKS
 from finetune.trials import compare
 from foveal.data.pack import pack_digits
 from foveal.distributed.engine import Engine, build_engine
 from foveal.distributed.world import seat
 from foveal.door import Stage, main
-from foveal.loop import Parts, due
-from foveal.models.droppath import drop_path_sites
+from foveal.loop import Objective, Parts, due
 from foveal.runtime import Run
 
 _log = logging.getLogger("foveal.finetune")
@@ -35,7 +34,7 @@ def train(plan: FinetunePlan, run: Run) -> None:
 
 def fit(plan: FinetunePlan, run: Run) -> None:
     """From the first step, or the newest checkpoint, to the export of the classifier."""
-    cfg = plan.cfg
+    cfg, measure = plan.cfg, TASKS[plan.cfg.data.labels].measure
     made, sizes = parts(plan, run.world.device), {"at_once": plan.at_once, "accumulate": plan.micros}
     engine = build_engine(made.model, made.groups, cfg.optim, cfg.engine, run.world, **sizes)
     start = run.resume(engine)
@@ -53,10 +52,10 @@ def fit(plan: FinetunePlan, run: Run) -> None:
     if plan.stop == plan.steps:
         results = {
             f"val_{name}": value
-            for name, value in accuracy(engine, run, plan.steps, split=cfg.data.val, part="all").items()
+            for name, value in measure(engine, run, plan.steps, split=cfg.data.val, part="all").items()
         }
         if cfg.data.holdout_per_class:
-            held_out = accuracy(engine, run, plan.steps, split=cfg.data.train, part="holdout")
+            held_out = measure(engine, run, plan.steps, split=cfg.data.train, part="holdout")
             results |= {f"holdout_{name}": value for name, value in held_out.items()}
         run.export(engine, plan.encoder, prefix="encoder.", classes=plan.classes)
         run.finish(results)
@@ -66,14 +65,15 @@ def fit(plan: FinetunePlan, run: Run) -> None:
 def _evaluate(cfg: FinetuneConfig, engine: Engine, run: Run, step: int) -> None:
     """Evaluate in the course of the training, where it is due; the same step twice leaves one row."""
     if cfg.evaluate_every and 0 < step < run.plan.steps and step % cfg.evaluate_every == 0:
-        run.evaluated(step, accuracy(engine, run, step, split=cfg.data.val, part="all"))
+        measure = TASKS[cfg.data.labels].measure
+        run.evaluated(step, measure(engine, run, step, split=cfg.data.val, part="all"))
 
 
-def parts(plan: FinetunePlan, _device: torch.device) -> Parts[Classify]:
-    """The classifier of the plan, and what it learns; of a comparison, those of its first trial."""
-    cfg, model = plan.cfg, classifier(plan)
-    objective = Classify(cfg.seed, cfg.label_smoothing, drop_path_sites(model), plan.mean, plan.std)
-    return Parts(model, groups(plan, model), objective)
+def parts(plan: FinetunePlan, _device: torch.device) -> Parts[Objective]:
+    """The model of the plan, and what it learns; of a comparison, those of its first trial."""
+    task = TASKS[plan.cfg.data.labels]
+    model = task.build(plan)
+    return Parts(model, groups(plan, model), task.objective(plan, model))
 
 
 def demo() -> list[str]:

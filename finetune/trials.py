@@ -10,8 +10,8 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from finetune.config import FinetunePlan, trial
-from finetune.config import plan as plan_of
+from finetune.planning import FinetunePlan, trial
+from finetune.planning import plan as plan_of
 from foveal.opening import opened
 from foveal.runtime import Run
 

@@ -106,7 +106,8 @@ def _ranges(annotation: Any, limits: Sequence[Any]) -> Iterator[str]:
     inner = [part for part in typing.get_args(annotation) if typing.get_origin(part) is Annotated]
     for part in inner:
         value, field = typing.get_args(part)
-        yield from (f"each {words}" for words in _ranges(value, field.metadata))
+        found = _ranges(value, field.metadata if isinstance(field, FieldInfo) else ())
+        yield from (words if words.startswith("each") else f"each {words}" for words in found)
 
 
 def _value_in_words(value: Any) -> str:

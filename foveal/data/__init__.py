@@ -1,7 +1,7 @@
 """From tar shards to batches, in an order that is arithmetic."""
 
 from foveal.data.batch import Batch
-from foveal.data.config import AugmentConfig, DataConfig
+from foveal.data.config import AugmentConfig, DataConfig, LabelKind
 from foveal.data.dataset import Dataset
 from foveal.data.loader import eval_batches, train_batches
 from foveal.data.sources import TrainingSet, described, training_set
@@ -12,6 +12,7 @@ __all__ = [
     "Batch",
     "DataConfig",
     "Dataset",
+    "LabelKind",
     "TrainingSet",
     "described",
     "eval_batches",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from foveal.data.config import DataConfig, LabelKind
+from foveal.data.dataset import Dataset
 from foveal.data.decode import Undecodable, ids
 from foveal.data.transforms import Box
 from foveal.errors import DataError
@@ -69,24 +70,24 @@ class Labels:
         return _pinned(boxes)
 
 
-def labels_of(cfg: DataConfig, classes: Sequence[str] | None, fields: Sequence[str], where: str) -> Labels | None:
+def labels_of(cfg: DataConfig, dataset: Dataset) -> Labels | None:
     """How the labels of a set with these kinds of members are read; nothing where the index has them all.
 
     Errors: DataError where no sample can have one.
     """
     if cfg.labels == "class":
         return None
-    field = cfg.label_field or _FIELDS[cfg.labels]
+    field, where, fields = cfg.label_field or _FIELDS[cfg.labels], dataset.folder, dataset.manifest.fields
     if field not in fields:
         raise DataError(
             f"{where}: data.labels={cfg.labels} reads members .{field}, and its samples have {', '.join(fields)}: set "
             f"data.label_field"
         )
-    if not classes:
+    if not dataset.classes:
         raise DataError(
             f"{where}: its classes have no names: run `foveal data index {where} --classes NAME,NAME,...` again"
         )
-    return Labels(cfg.labels, field, len(classes), cfg.ignore_id)
+    return Labels(cfg.labels, field, len(dataset.classes), cfg.ignore_id)
 
 
 def _classes(labels: Labels, data: bytes, _seen: Seen, where: str) -> np.ndarray:

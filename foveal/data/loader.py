@@ -69,7 +69,7 @@ def train_batches(
     micros = micros_per_step(order.batch, size, at_once)
     assert last - first == micros * at_once
     place = key(training.seed, "augment")
-    labels = _labels(training.sources[0].dataset, cfg)
+    labels = labels_of(cfg, training.sources[0].dataset)
 
     def find(draw: int) -> Place:
         return training.find(draw % training.ids)
@@ -107,7 +107,7 @@ def eval_batches(
     """
     source = Source(dataset, split, choose(dataset, cfg, split=split, part=part, seed=seed))
     rounds = -(-len(source.part) // (size * at_once))
-    labels = _labels(dataset, cfg)
+    labels = labels_of(cfg, dataset)
 
     def view(_row: int, _draw: int) -> View:
         return lambda width, height: (evaluation_view(width, height, cfg.crop_ratio, cfg.val_sides), False)
@@ -120,10 +120,6 @@ def eval_batches(
             yield _Micro(ids, source.stop, at_once, 0, 0, turn, source.find, view, None, cfg.val_sides, labels)
 
     return _read_ahead(cfg, dataset.pulse, plan())
-
-
-def _labels(dataset: Dataset, cfg: DataConfig) -> Labels | None:
-    return labels_of(cfg, dataset.classes, dataset.manifest.fields, dataset.folder)
 
 
 def _augmented(cfg: DataConfig, place: int, draws: np.ndarray) -> Callable[[int, int], View]:

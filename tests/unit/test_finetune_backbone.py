@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.config import FinetuneConfig, plan, trial
+from finetune.config import FinetuneConfig
 from finetune.model import classifier, groups
+from finetune.planning import plan, trial
 from foveal.checkpoint.export import Card, write_export
 from foveal.config import read_yaml
 from foveal.errors import ConfigError, ExportError

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.config import FinetuneConfig, FinetunePlan, _classes, plan, trial
+from finetune.config import FinetuneConfig
+from finetune.planning import FinetunePlan, _classes, plan, trial
 from finetune.trials import _chosen, compare
 from foveal.checkpoint.export import Card, write_export
 from foveal.data.subset import choose

@@ -9,7 +9,8 @@ import pytest
 import torch
 from ranks import Ranks, stage_named
 
-from finetune.config import FinetuneConfig, plan
+from finetune.config import FinetuneConfig
+from finetune.planning import plan
 from foveal.data import Batch, DataConfig, Dataset, train_batches, training_set
 from foveal.data.audit import audit, read_record
 from foveal.errors import ConfigError, DataError

@@ -1,0 +1,182 @@
+"""What the settings of fine-tuning come to: the encoder, the classes, and all that can be refused before a run begins."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.config import FinetuneConfig
+from foveal.checkpoint.export import Card, read_card
+from foveal.data import Dataset
+from foveal.data.labels import labels_of
+from foveal.errors import ConfigError, DataError, ExportError
+from foveal.models.backbone import (
+    BackboneCard,
+    backbone_card,
+    backbone_outline,
+    build_backbone,
+    card_of,
+    check_resizing,
+    check_training,
+    depends_on_others,
+    layers_of,
+    set_recompute,
+)
+from foveal.models.vit import EncoderCard, encoder_card
+from foveal.stage import Plan, inherited_science, planned
+
+
+@dataclass(frozen=True)
+class FinetunePlan(Plan):
+    """A plan with the encoder it will build and the names of its classes."""
+
+    cfg: FinetuneConfig
+    encoder: dict[str, Any] = None  # type: ignore[assignment]
+    classes: tuple[str, ...] = ()
+
+    @property
+    def runs(self) -> int:
+        trials = self.cfg.trials
+        return 1 if trials is None else len(trials.arms) * len(trials.lr_per_256) * trials.repeats
+
+    @property
+    def backbone(self) -> BackboneCard | None:
+        """What it builds, if that is no encoder of foveal's."""
+        card = card_of(self.encoder, "model")
+        return card if isinstance(card, BackboneCard) else None
+
+    def lines(self) -> list[str]:
+        card = self.backbone
+        if card is None or not depends_on_others(backbone_outline(*card.shape, card.classes)):
+            return super().lines()
+        line = "norm      BatchNorm sees the images that a rank holds at once: the curve depends on the number of ranks and"
+        return [*super().lines(), f"{line} on batch.at_once ({self.at_once} images here)"]
+
+
+def plan(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
+    """Everything that can be refused before a run begins; with trials, for every arm.
+
+    Errors: ConfigError, DataError, ExportError.
+    """
+    if cfg.trials is None:
+        return _plan_one(cfg, ranks)
+    if cfg.run.stop_at is not None:
+        raise ConfigError("run.stop_at and trials exclude each other: a comparison is of whole runs; shorten epochs")
+    if cfg.init is not None:
+        raise ConfigError("init and trials exclude each other: trials.arms says what each arm starts from")
+    rate, *others = cfg.trials.lr_per_256
+    if others and not cfg.data.holdout_per_class:
+        raise ConfigError(
+            "trials.lr_per_256 has several rates, but data.holdout_per_class=0 leaves nothing to choose by; set it"
+        )
+    arms = {arm: _plan_one(trial(cfg, arm, 0, rate), ranks) for arm in cfg.trials.arms}
+    first = next(iter(arms.values()))
+    origin = {f"arm.{name}": arm.inherited.get("inherited.init", "scratch") for name, arm in arms.items()}
+    origin |= _origin(first.dataset, cfg, first.classes)
+    return planned(FinetunePlan, cfg, ranks, origin=origin, encoder=first.encoder, classes=first.classes)
+
+
+def trial(cfg: FinetuneConfig, arm: str, repeat: int, lr_per_256: float) -> FinetuneConfig:
+    """The settings of one trial, an ordinary run inside the run directory of the comparison."""
+    assert cfg.trials is not None
+    name = f"{arm}-seed{cfg.seed + repeat}-lr{lr_per_256:g}"
+    init = cfg.trials.arms[arm]
+    tree = cfg.model_dump()
+    tree |= {"trials": None, "init": init, "seed": cfg.seed + repeat}
+    tree |= {name: None if init else tree[name] for name in ("model", "backbone")}
+    tree["optim"]["lr_per_256"] = lr_per_256
+    tree["run"] |= {"dir": f"{cfg.run.dir}/trials/{name}", "fresh": False}
+    tree["tracking"]["uri"] = None
+    return FinetuneConfig.checked(tree, f"trial {name}")
+
+
+def _plan_one(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
+    card = None if cfg.init is None else read_card(Path(cfg.init))
+    encoder, resized_from = _encoder(cfg, card)
+    plan = planned(FinetunePlan, cfg, ranks, card=card, encoder=encoder, resized_from=resized_from)
+    classes = _classes(plan.dataset, cfg)
+    for other in plan.training.sources[1:]:
+        if other.dataset.classes not in {None, classes}:
+            raise DataError(
+                f"{other.dataset.folder} (data.mix) has other classes than {plan.dataset.folder}: index it with the same "
+                f"names in the same order, or without labels"
+            )
+    origin = _origin(plan.dataset, cfg, classes) | ({} if card is None else {"init": card.sha256})
+    inherited = plan.inherited | inherited_science(origin)
+    outputs = len(classes) if cfg.data.labels in ("class", "classes") else 0  # of the encoder's own head
+    plan = replace(plan, inherited=inherited, encoder=encoder | {"classes": outputs}, classes=classes)
+    if plan.backbone is not None:
+        _check_backbone(plan.backbone, cfg, plan.at_once)
+    return plan
+
+
+def _origin(dataset: Dataset, cfg: FinetuneConfig, classes: tuple[str, ...]) -> dict[str, str]:
+    """What a result is measured on is science too."""
+    return {"val": dataset.digest(cfg.data.val), "classes": ", ".join(classes)}
+
+
+def _encoder(cfg: FinetuneConfig, card: Card | None) -> tuple[dict[str, Any], int | tuple[int, int] | None]:
+    """The card of the classifier's encoder, the export's or that of the model from scratch, and what it is resized from."""
+    data = cfg.data
+    if cfg.model is not None and cfg.backbone is not None:
+        raise ConfigError("model and backbone exclude each other: an encoder of foveal's, or a model of timm as it is")
+    if card is None:
+        if cfg.backbone is not None:
+            return backbone_card(cfg.backbone, data.image_size, data.channels), None
+        if cfg.model is None:
+            raise ConfigError("model is missing: without init, the encoder from scratch must be stated")
+        return encoder_card(cfg.model, data.image_size, data.channels, pooling=cfg.pooling), None
+    hers = card_of(card.encoder, f"{cfg.init}/card.json")
+    _check_agreement(cfg, hers)
+    size = {"image_size": data.tree()["image_size"]}
+    if isinstance(hers, BackboneCard):
+        check_resizing(hers, data.image_size, f"the export {cfg.init}")
+        return card.encoder | size, None if hers.image_size == data.image_size else hers.image_size
+    return card.encoder | {"pooling": cfg.pooling} | size, hers.resized_from(data.image_size)
+
+
+def _check_agreement(cfg: FinetuneConfig, hers: EncoderCard | BackboneCard) -> None:
+    """What the config says beside an export must be what the export is. Errors: ExportError."""
+    stated: dict[str, Any] = {"channels": cfg.data.channels}
+    name, other = ("timm", "model") if isinstance(hers, BackboneCard) else ("name", "backbone")
+    if getattr(cfg, other) is not None:
+        raise ExportError(f"the export {cfg.init} is a {getattr(hers, name)}, which {other} does not say; leave it out")
+    if cfg.backbone is not None:
+        stated["timm"] = cfg.backbone
+    if cfg.model is not None:
+        stated |= {name: value for name, value in cfg.model.resolved().tree().items() if name != "name"}
+    for name, value in stated.items():
+        if getattr(hers, name) != value:
+            raise ExportError(
+                f"the export {cfg.init} has {name} {getattr(hers, name)}, the config says {value}; they must be equal"
+            )
+
+
+def _check_backbone(card: BackboneCard, cfg: FinetuneConfig, at_once: int) -> None:
+    """What a model of timm must have of what the settings ask for. Errors: ConfigError."""
+    default = FinetuneConfig.model_fields["pooling"].default
+    if cfg.pooling != default:
+        raise ConfigError(f"pooling={cfg.pooling} is of foveal's encoders, {card.timm} has its own; leave it out")
+    check_training(*card.shape, card.classes, at_once)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        backbone = build_backbone(*card.shape, classes=card.classes, drop_path=cfg.drop_path)
+    if cfg.optim.layer_decay < 1:
+        layers_of(backbone)
+    if cfg.engine.recompute:
+        set_recompute(backbone, enable=True)
+
+
+def _classes(dataset: Dataset, cfg: FinetuneConfig) -> tuple[str, ...]:
+    told = labels_of(cfg.data, dataset)
+    if dataset.classes is None:
+        raise DataError(f"{dataset.folder}: its samples have no classes to learn; index shards that hold .cls members")
+    for split in () if told else (cfg.data.train, cfg.data.val):
+        highest = int(dataset.labels(split).max())
+        if highest < 0:
+            raise DataError(f"{dataset.folder}: no sample of split '{split}' has a label")
+        if highest >= len(dataset.classes):
+            raise DataError(
+                f"{dataset.folder}: split '{split}' has label {highest}, but there are {len(dataset.classes)} classes"
+            )
+    return dataset.classes

@@ -1,0 +1,37 @@
+"""What the kind of a sample's label makes of fine-tuning: a model, what it learns, and how well it does."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import nn
+
+from finetune.accuracy import accuracy
+from finetune.model import classifier
+from finetune.objective import classify
+from finetune.planning import FinetunePlan
+from foveal.data import LabelKind
+from foveal.data.subset import PartName
+from foveal.distributed.engine import Engine
+from foveal.loop import Objective
+from foveal.runtime import Run
+
+
+class Measure(Protocol):
+    """How well a model does on a part of a split after a step, every sample once; every rank calls it."""
+
+    def __call__(self, engine: Engine, run: Run, step: int, *, split: str, part: PartName) -> dict[str, float]: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row of the table: the model of a plan, the objective of plan and model, and the measure."""
+
+    build: Callable[[FinetunePlan], nn.Module]
+    objective: Callable[[FinetunePlan, Any], Objective]
+    measure: Measure
+
+
+TASKS: dict[LabelKind, Task] = {
+    "class": Task(classifier, classify, accuracy),
+}
