@@ -42,15 +42,6 @@ def relation_losses(answer: Tensor, lesson: Tensor, heads: int) -> tuple[Tensor,
     return _divergence(his[0], his[1], hers[0], hers[1]), _divergence(his[2], his[2], hers[2], hers[2])
 
 
-def soft_loss(answer: Tensor, lesson: Tensor, temperature: float) -> Tensor:
-    """Hinton et al., 2015: T^2 times the divergence [B] of logits [B, K] at a temperature T, summed over classes.
-
-    It is that of an image. A mean over the B * K numbers, as in DeiT's code, would be K times too small.
-    """
-    hers, his = ((each / temperature).log_softmax(dim=-1) for each in (lesson, answer))
-    return temperature**2 * F.kl_div(his, hers, reduction="none", log_target=True).sum(dim=-1)
-
-
 def label_loss(answer: Tensor, labels: Tensor) -> Tensor:
     """Softmax cross-entropy [B] of logits [B, K]; 0 for an image without a label."""
     return F.cross_entropy(answer, labels, reduction="none", ignore_index=_UNLABELLED)

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from distill.cache import Lessons
 from distill.config import DistillConfig
 from distill.lesson import LessonKind
-from distill.losses import DISTANCES, label_loss, relation_losses, soft_loss
+from distill.losses import DISTANCES, label_loss, relation_losses
 from distill.teacher import Teacher
 from foveal.data import Batch, normalise
 from foveal.distributed.engine import autocast
 from foveal.models.patches import patch_losses, split_by_noise, targets
 from foveal.seeding import key, uniforms
+from foveal.teaching import soft_loss
 
 Answer = tuple[Tensor, ...]
 Told = tuple[Tensor, dict[str, Tensor]]

@@ -1,20 +1,18 @@
 """A frozen teacher. It is no module, so that nothing that trains a model can reach into it."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill.lesson import IN_BLOCKS, Lesson, LessonKind
-from foveal.checkpoint.export import Card, load_strictly
+from foveal.checkpoint.export import Card
 from foveal.distributed.engine import Precision, autocast
-from foveal.models.backbone import backbone_from_card, whole_alone, whole_and_places
+from foveal.models.backbone import whole_alone, whole_and_places
 from foveal.models.encode import encode_layers, features, without_registers
-from foveal.models.resize import resized_from_card
-from foveal.models.vit import encoder_from_card
+from foveal.teaching import frozen, teacher_model
 
 
 class Teacher:
@@ -43,8 +41,7 @@ class Teacher:
         self.model: Any = teacher_model(weights, card, image_size, where)
         if lesson.kind in IN_BLOCKS:
             self.model.blocks = self.model.blocks[: max(lesson.blocks)]  # what lies deeper is not asked
-        self.model.to(device).eval().requires_grad_(False)
-        _freeze(self.model)
+        frozen(self.model.to(device))
         self._precision: Precision = precision
 
     @torch.no_grad()
@@ -57,21 +54,6 @@ class Teacher:
         with autocast(images.device, self._precision):
             told = _LESSONS[self.lesson.kind](self, images, kept)
         return tuple(each.float() if each.is_floating_point() else each for each in told)
-
-
-def teacher_model(
-    weights: dict[str, Tensor], card: Card, image_size: int | tuple[int, int] | None, where: Path
-) -> nn.Module:
-    """The model that a card describes, with its weights, for images of this size. Errors: ExportError."""
-    told = card.encoder | ({} if image_size is None else {"image_size": image_size})
-    file = f"{where}/card.json"
-    if "timm" in told:
-        model = backbone_from_card(told, file)
-        load_strictly(model, weights, where)
-        return model
-    encoder = encoder_from_card(told, file)
-    load_strictly(encoder, resized_from_card(weights, encoder, card.encoder, file), where)
-    return encoder
 
 
 def _features(teacher: Teacher, images: Tensor, _kept: Tensor | None) -> tuple[Tensor, ...]:
@@ -111,13 +93,3 @@ _LESSONS: dict[LessonKind, Callable[[Teacher, Tensor, Tensor | None], tuple[Tens
     "logits": _logits,
     "token": _guess,
 }
-
-
-def _freeze(model: nn.Module) -> None:
-    """Evaluation mode cannot be undone: ``train`` of every part leaves it as it is."""
-    for module in model.modules():
-        setattr(module, "train", partial(_as_it_is, module))  # noqa: B010 - a method, of this one alone
-
-
-def _as_it_is(module: nn.Module, mode: bool = True) -> nn.Module:  # noqa: ARG001 - as nn.Module.train
-    return module

@@ -26,6 +26,30 @@ class TrialsConfig(Config):
     repeats: int = science(3, "Seeds: each draws other labels, another order and another head.", ge=1)
 
 
+class AdversarialConfig(Config):
+    """Training on attacked images beside the clean ones, and accuracy under the same attack (Madry et al., 2018)."""
+
+    kind: Literal["fgsm", "pgd"] = science(
+        "pgd", "fgsm: one step as long as epsilon; pgd: several from a random place."
+    )
+    epsilon: float = science(4.0, "The most that a pixel changes, in 255ths.", gt=0, le=255)
+    step: float = science(1.0, "What one step of pgd changes, in 255ths.", gt=0)
+    iterations: int = science(5, "Steps of pgd.", ge=1)
+    weight: float = science(0.5, "Share of the attacked images in the loss; 0: only accuracy under attack.", ge=0, le=1)
+    split_norms: bool = science(
+        False, "BatchNorm keeps statistics and weights of its own for attacked images (AdvProp)."
+    )
+
+
+class TeacherConfig(Config):
+    """A teacher beside the labels: Hinton et al., 2015 (soft), or DeiT's hard labels without a token (Touvron et al., 2021)."""
+
+    init: str = machine(about="The export of a classifier of the same classes. What is in it is science.")
+    kind: Literal["soft", "hard"] = science("soft", "Learn the teacher's softened logits, or its guess.")
+    weight: float = science(0.5, "Share of the teacher in the loss; the labels have the rest.", gt=0, le=1)
+    temperature: float = science(3.0, "What logits are divided by, for soft.", gt=0)
+
+
 class FinetuneConfig(StageConfig):
     """A classifier, from an export or from scratch."""
 
@@ -42,5 +66,22 @@ class FinetuneConfig(StageConfig):
     )
     drop_path: float = science(0.0, "Stochastic depth at the last block, growing linearly from 0.", ge=0, lt=1)
     label_smoothing: float = science(0.0, "Share of the target spread over all classes.", ge=0, lt=1)
+    dropout: float = science(0.0, "Share of the features before the head that is dropped.", ge=0, lt=1)
+    mixup: float = science(0.0, "Beta(a, a) of mixup's weights; 0: none.", ge=0, le=1)
+    cutmix: float = science(0.0, "Beta(a, a) of the area that cutmix leaves; 0: none.", ge=0, le=1)
+    cutmix_share: float = science(0.5, "Share of the images that get cutmix, where there is mixup too.", ge=0, le=1)
+    erase: float = science(0.0, "Probability that a box of an image is erased with noise.", ge=0, le=1)
+    class_weights: Literal["balanced"] | tuple[float, ...] | None = science(
+        None, "Weights of the classes in the loss, by label; balanced: one over their frequency, 1 on average."
+    )
+    average: float | None = science(
+        None,
+        "What a running average of the weights keeps of itself in a step; it is evaluated and exported.",
+        gt=0,
+        lt=1,
+    )
+    frozen: bool = science(False, "Only the head learns.")
+    adversarial: AdversarialConfig | None = science(None, "Train on attacked images too.")
+    teacher: TeacherConfig | None = science(None, "Learn from a teacher too.")
     evaluate_every: int = machine(0, "Steps between evaluations on data.val; 0: only at the end.", ge=0)
     trials: TrialsConfig | None = science(None, "Compare ways to start instead of one run.")

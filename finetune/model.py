@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from finetune.config import FinetuneConfig
 from finetune.planning import FinetunePlan
 from foveal.checkpoint.export import load_strictly, read_export
 from foveal.models.backbone import backbone_from_card, head_names, layers_of, undecayed_of
@@ -21,8 +22,23 @@ def classifier(plan: FinetunePlan) -> Classifier:
     """The plan's encoder or backbone, freshly drawn, and its weights from the export where there is one."""
     cfg = plan.cfg
     torch.manual_seed(key(cfg.seed, "weights"))
-    if plan.backbone is not None:
-        return Classifier(_backbone(plan))
+    encoder = _backbone(plan) if plan.backbone is not None else _encoder(plan)
+    return Classifier(
+        encoder,
+        dropout=cfg.dropout,
+        trained=_heads(plan) if cfg.frozen else None,
+        averaged=cfg.average is not None,
+        split=cfg.adversarial is not None and cfg.adversarial.split_norms,
+    )
+
+
+def exported(cfg: FinetuneConfig) -> str:
+    """The beginning of the names of the weights that an export takes."""
+    return "encoder." if cfg.average is None else "averaged."
+
+
+def _encoder(plan: FinetunePlan) -> nn.Module:
+    cfg = plan.cfg
     encoder = encoder_from_card(plan.encoder, cfg.init or "model", drop_path=cfg.drop_path)
     if cfg.init is not None:
         weights, card = read_export(Path(cfg.init))
@@ -31,7 +47,7 @@ def classifier(plan: FinetunePlan) -> Classifier:
         averaged = cfg.pooling == "avg"
         new, unused = (("head.", "fc_norm."), ("head.", "norm.")) if averaged else (("head.",), ("head.", "fc_norm."))
         load_strictly(encoder, weights, Path(cfg.init), new=new, unused=unused)
-    return Classifier(encoder)
+    return encoder
 
 
 def _backbone(plan: FinetunePlan) -> nn.Module:
@@ -44,6 +60,11 @@ def _backbone(plan: FinetunePlan) -> nn.Module:
         head = () if card.classes == plan.classes else head_names(*told.shape)
         load_strictly(backbone, weights, Path(cfg.init), new=head, unused=head)
     return backbone
+
+
+def _heads(plan: FinetunePlan) -> tuple[str, ...]:
+    """The beginnings of the names of what is fresh, and learns where the rest is frozen."""
+    return ("head.", "fc_norm.") if plan.backbone is None else head_names(*plan.backbone.shape)
 
 
 def groups(plan: FinetunePlan, model: Any) -> list[dict[str, Any]]:

@@ -1,48 +1,98 @@
-"""Cross-entropy on labels, with smoothing; images without a label count for nothing."""
+"""Cross-entropy on classes; images without a label count for nothing. B images, K classes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from finetune.attack import Attack, attack_of
+from finetune.config import FinetuneConfig
+from finetune.mixing import erased, mixed, with_partners
 from finetune.planning import FinetunePlan
-from foveal.data import Batch, normalise
-from foveal.models.droppath import drop_path_sites
+from finetune.teacher import Teacher, teacher_of
+from foveal.data import Batch, LabelKind, normalise
 from foveal.models.heads import Classifier
+from foveal.models.norms import norms_of, statistics_kept
 from foveal.seeding import key, uniforms
 
 _UNLABELLED = -1
+_HIGHEST = 5
 
 
 @dataclass(frozen=True)
 class Classify:
-    """Softmax cross-entropy. Which sample skips which block depends on (seed, epoch, sample id), on no rank."""
+    """The loss of one class an image (softmax), or of several (binary). Draws depend on (seed, epoch, sample id), on no rank.
 
-    seed: int
-    label_smoothing: float
-    drop_sites: int
-    mean: Sequence[float]
-    std: Sequence[float]
+    ``weights`` [K] are the classes'. ``attack`` and ``teacher`` are there where the settings ask for them.
+    """
+
+    cfg: FinetuneConfig
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    sites: int
+    weights: Tensor
+    attack: Attack | None = None
+    teacher: Teacher | None = None
 
     def weight(self, batch: Batch) -> Tensor:
-        """The number of images that have a label."""
-        return (batch.labels != _UNLABELLED).sum()
+        """The sum of the images' weights: 1, or that of the class; of an image without a label 0, of several classes 1."""
+        if batch.marks is not None:
+            return (batch.ids >= 0).sum()
+        known = batch.labels != _UNLABELLED
+        return self.weights.to(batch.labels.device)[batch.labels.clamp(min=0)].masked_fill(~known, 0.0).sum()
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        images = normalise(batch.images, self.mean, self.std)
-        drops = uniforms(key(self.seed, "drop path"), batch.draws, self.drop_sites)
-        logits_BK = model(images, drops).float()
-        total = F.cross_entropy(
-            logits_BK, batch.labels, reduction="sum", ignore_index=_UNLABELLED, label_smoothing=self.label_smoothing
-        )
-        return total, {"train_top1": (logits_BK.argmax(dim=1) == batch.labels).sum()}
+        images, goals_BK = self.shown(batch)
+        draws = uniforms(key(self.cfg.seed, "drop path"), batch.draws, self.sites)
+
+        def loss(images: Tensor) -> tuple[Tensor, Tensor]:
+            logits_BK = model(images, draws).float()
+            terms_BK = _LOSSES[self.cfg.data.labels](logits_BK, goals_BK)
+            return (terms_BK * self.weights.to(logits_BK.device)).sum(), logits_BK
+
+        total, logits_BK = loss(images)
+        numbers = {"train_top1": _right(logits_BK, goals_BK).sum()}
+        if self.teacher is not None:
+            taught = (self.teacher(images, logits_BK) * self._masses(goals_BK)).sum()
+            weight = self.teacher.cfg.weight
+            total = (1 - weight) * total + weight * taught
+            numbers["teacher_loss"] = taught
+        if self.attack is not None:
+            weight = self.attack.cfg.weight
+            with norms_of(model, attacked=True):
+                with statistics_kept(model):
+                    attacked = self.attack(lambda images: loss(images)[0], images, batch.draws)
+                worst, logits_BK = loss(attacked)
+            total = (1 - weight) * total + weight * worst
+            numbers |= {"adversarial_loss": worst, "adversarial_top1": _right(logits_BK, goals_BK).sum()}
+        return total, numbers
+
+    def shown(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the model sees of a batch: normalised images, erased and mixed as the settings say, and their goals [B, K]."""
+        cfg, images = self.cfg, normalise(batch.images, self.mean, self.std)
+        goals_BK = _GOALS[cfg.data.labels](batch, len(self.weights), cfg.label_smoothing)
+        if cfg.erase:
+            images = erased(images, batch.draws, cfg.seed, cfg.erase)
+        if cfg.mixup or cfg.cutmix:
+            how = {"mixup": cfg.mixup, "cutmix": cfg.cutmix, "cutmix_share": cfg.cutmix_share}
+            images, own_B = mixed(images, batch.draws, cfg.seed, **how)
+            goals_BK = with_partners(goals_BK, own_B)
+        return images, goals_BK
+
+    def _masses(self, goals_BK: Tensor) -> Tensor:
+        """What each image's loss weighs, [B]."""
+        return (goals_BK * self.weights.to(goals_BK.device)).sum(dim=1)
 
 
-def classify(plan: FinetunePlan, model: Classifier) -> Classify:
+def classify(plan: FinetunePlan, model: Classifier, device: torch.device) -> Classify:
     """The objective of a plan and the model that it builds."""
-    return Classify(plan.cfg.seed, plan.cfg.label_smoothing, drop_path_sites(model), plan.mean, plan.std)
+    cfg, attack = plan.cfg, attack_of(plan)
+    if cfg.adversarial is not None and not cfg.adversarial.weight:
+        attack = None  # it is only measured
+    weights = torch.tensor(plan.class_weights, device=device)
+    return Classify(cfg, plan.mean, plan.std, model.sites, weights, attack, teacher_of(cfg, device))
 
 
 @torch.no_grad()
@@ -53,3 +103,35 @@ def hits(logits_BK: Tensor, labels_B: Tensor, valid_B: Tensor) -> Tensor:
     right_B5 = (guesses_B5 == labels_B[:, None]) & known_B[:, None]
     losses_B = F.cross_entropy(logits_BK.float(), labels_B, reduction="none", ignore_index=_UNLABELLED) * known_B
     return torch.stack([right_B5[:, 0].sum(), right_B5.sum(), losses_B.double().sum(), known_B.sum()]).double()
+
+
+def _one(batch: Batch, classes: int, smoothing: float) -> Tensor:
+    """The label, and a share of all classes; nothing where there is no label."""
+    known_B1 = (batch.labels != _UNLABELLED)[:, None]
+    goals_BK = F.one_hot(batch.labels.clamp(min=0), classes).float()
+    return ((1 - smoothing) * goals_BK + smoothing / classes) * known_B1
+
+
+def _several(batch: Batch, _classes: int, smoothing: float) -> Tensor:
+    """The classes that are there, each answer pulled towards a half."""
+    assert batch.marks is not None
+    return (1 - smoothing) * batch.marks.float() + smoothing / 2
+
+
+def _softmax(logits_BK: Tensor, goals_BK: Tensor) -> Tensor:
+    return -goals_BK * logits_BK.log_softmax(dim=1)
+
+
+def _binary(logits_BK: Tensor, goals_BK: Tensor) -> Tensor:
+    """The mean over classes."""
+    return F.binary_cross_entropy_with_logits(logits_BK, goals_BK, reduction="none") / logits_BK.shape[1]
+
+
+def _right(logits_BK: Tensor, goals_BK: Tensor) -> Tensor:
+    """Whether the likeliest class is the goals' largest, [B]; not where there is no goal."""
+    found_B1 = goals_BK.gather(1, logits_BK.argmax(dim=1, keepdim=True))
+    return ((found_B1 == goals_BK.amax(dim=1, keepdim=True)) & (found_B1 > 0)).squeeze(1)
+
+
+_GOALS: dict[LabelKind, Callable[[Batch, int, float], Tensor]] = {"class": _one, "classes": _several}
+_LOSSES: dict[LabelKind, Callable[[Tensor, Tensor], Tensor]] = {"class": _softmax, "classes": _binary}

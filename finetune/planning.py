@@ -4,9 +4,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from finetune.checks import check_pairs, check_settings
 from finetune.config import FinetuneConfig
+from finetune.teacher import teachers_card
 from foveal.checkpoint.export import Card, read_card
 from foveal.data import Dataset
 from foveal.data.labels import labels_of
@@ -34,6 +37,7 @@ class FinetunePlan(Plan):
     cfg: FinetuneConfig
     encoder: dict[str, Any] = None  # type: ignore[assignment]
     classes: tuple[str, ...] = ()
+    class_weights: tuple[float, ...] = ()
 
     @property
     def runs(self) -> int:
@@ -92,6 +96,7 @@ def trial(cfg: FinetuneConfig, arm: str, repeat: int, lr_per_256: float) -> Fine
 
 
 def _plan_one(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
+    check_settings(cfg)
     card = None if cfg.init is None else read_card(Path(cfg.init))
     encoder, resized_from = _encoder(cfg, card)
     plan = planned(FinetunePlan, cfg, ranks, card=card, encoder=encoder, resized_from=resized_from)
@@ -102,10 +107,15 @@ def _plan_one(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
                 f"{other.dataset.folder} (data.mix) has other classes than {plan.dataset.folder}: index it with the same "
                 f"names in the same order, or without labels"
             )
+    check_pairs(cfg, plan.at_once)
     origin = _origin(plan.dataset, cfg, classes) | ({} if card is None else {"init": card.sha256})
+    teacher = teachers_card(cfg, classes, plan.mean, plan.std)
+    origin |= {} if teacher is None else {"teacher": teacher.sha256}
     inherited = plan.inherited | inherited_science(origin)
     outputs = len(classes) if cfg.data.labels in ("class", "classes") else 0  # of the encoder's own head
-    plan = replace(plan, inherited=inherited, encoder=encoder | {"classes": outputs}, classes=classes)
+    weights = _weights(cfg, plan, classes)
+    encoder |= {"classes": outputs}
+    plan = replace(plan, inherited=inherited, encoder=encoder, classes=classes, class_weights=weights)
     if plan.backbone is not None:
         _check_backbone(plan.backbone, cfg, plan.at_once)
     return plan
@@ -155,6 +165,12 @@ def _check_agreement(cfg: FinetuneConfig, hers: EncoderCard | BackboneCard) -> N
 
 def _check_backbone(card: BackboneCard, cfg: FinetuneConfig, at_once: int) -> None:
     """What a model of timm must have of what the settings ask for. Errors: ConfigError."""
+    if (
+        cfg.adversarial is not None
+        and cfg.adversarial.split_norms
+        and not depends_on_others(backbone_outline(*card.shape))
+    ):
+        raise ConfigError(f"adversarial.split_norms is for BatchNorm, which {card.timm} does not have; leave it out")
     default = FinetuneConfig.model_fields["pooling"].default
     if cfg.pooling != default:
         raise ConfigError(f"pooling={cfg.pooling} is of foveal's encoders, {card.timm} has its own; leave it out")
@@ -165,6 +181,29 @@ def _check_backbone(card: BackboneCard, cfg: FinetuneConfig, at_once: int) -> No
         layers_of(backbone)
     if cfg.engine.recompute:
         set_recompute(backbone, enable=True)
+
+
+def _weights(cfg: FinetuneConfig, plan: FinetunePlan, classes: tuple[str, ...]) -> tuple[float, ...]:
+    """The weight of each class in the loss. Errors: ConfigError, DataError."""
+    told = cfg.class_weights
+    if told is None:
+        return (1.0,) * len(classes)
+    if told != "balanced":
+        if len(told) != len(classes) or min(told) < 0 or not sum(told):
+            raise ConfigError(
+                f"class_weights has {len(told)} weights for {len(classes)} classes; give one of 0 or more for each, by label"
+            )
+        return told
+    source = plan.training.sources[0]
+    labels = source.dataset.labels(source.split)
+    labels = labels if source.part.ids is None else labels[source.part.ids]
+    counts = np.bincount(labels[labels >= 0], minlength=len(classes))
+    if not counts.all():
+        empty = classes[int(counts.argmin())]
+        raise DataError(
+            f"{source.dataset.folder}: class '{empty}' has no sample to train on, which class_weights=balanced needs"
+        )
+    return tuple((counts.sum() / (len(classes) * counts)).tolist())
 
 
 def _classes(dataset: Dataset, cfg: FinetuneConfig) -> tuple[str, ...]:

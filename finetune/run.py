@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from finetune.config import FinetuneConfig
-from finetune.model import groups
+from finetune.model import exported, groups
 from finetune.planning import FinetunePlan, plan
 from finetune.tasks import TASKS
 from finetune.trials import compare
@@ -20,6 +20,7 @@ from foveal.distributed.world import seat
 from foveal.door import Stage, main
 from foveal.loop import Objective, Parts, due
 from foveal.runtime import Run
+from foveal.schedule import early_average
 
 _log = logging.getLogger("foveal.finetune")
 
@@ -41,6 +42,8 @@ def fit(plan: FinetunePlan, run: Run) -> None:
     _evaluate(cfg, engine, run, start)  # what an attempt that saved and left had no time for
     with run.steps(engine, made.objective, start) as steps:
         for step in steps:
+            if cfg.average is not None and step.applied:
+                engine.average("averaged.", "encoder.", 1 - early_average(step.index, cfg.average))
             if due(step.index, cfg.log.every, plan.stop):
                 run.report()
             leaving = run.asked_to_leave()
@@ -57,7 +60,7 @@ def fit(plan: FinetunePlan, run: Run) -> None:
         if cfg.data.holdout_per_class:
             held_out = measure(engine, run, plan.steps, split=cfg.data.train, part="holdout")
             results |= {f"holdout_{name}": value for name, value in held_out.items()}
-        run.export(engine, plan.encoder, prefix="encoder.", classes=plan.classes)
+        run.export(engine, plan.encoder, prefix=exported(cfg), classes=plan.classes)
         run.finish(results)
     return None
 
@@ -69,11 +72,13 @@ def _evaluate(cfg: FinetuneConfig, engine: Engine, run: Run, step: int) -> None:
         run.evaluated(step, measure(engine, run, step, split=cfg.data.val, part="all"))
 
 
-def parts(plan: FinetunePlan, _device: torch.device) -> Parts[Objective]:
+def parts(plan: FinetunePlan, device: torch.device) -> Parts[Objective]:
     """The model of the plan, and what it learns; of a comparison, those of its first trial."""
     task = TASKS[plan.cfg.data.labels]
     model = task.build(plan)
-    return Parts(model, groups(plan, model), task.objective(plan, model))
+    objective = task.objective(plan, model, device)
+    teacher = getattr(objective, "teacher", None)
+    return Parts(model, groups(plan, model), objective, () if teacher is None else (teacher.model,))
 
 
 def demo() -> list[str]:

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
-from finetune.accuracy import accuracy
+from finetune.accuracy import accuracy, precision
 from finetune.model import classifier
 from finetune.objective import classify
 from finetune.planning import FinetunePlan
@@ -25,13 +26,14 @@ class Measure(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """A row of the table: the model of a plan, the objective of plan and model, and the measure."""
+    """A row of the table: the model of a plan, the objective of plan and model on a device, and the measure."""
 
     build: Callable[[FinetunePlan], nn.Module]
-    objective: Callable[[FinetunePlan, Any], Objective]
+    objective: Callable[[FinetunePlan, Any, torch.device], Objective]
     measure: Measure
 
 
 TASKS: dict[LabelKind, Task] = {
     "class": Task(classifier, classify, accuracy),
+    "classes": Task(classifier, classify, precision),
 }

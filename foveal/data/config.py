@@ -19,6 +19,9 @@ class AugmentConfig(Config):
     scale: tuple[float, float] = science((0.2, 1.0), "share of the image's area that a crop covers, lowest and highest")
     ratio: tuple[float, float] = science((3 / 4, 4 / 3), "width over height of a crop, over that of image_size")
     flip: float = science(0.5, "probability of a horizontal flip", ge=0, le=1)
+    operations: int = science(0, "RandAugment: changes of color or shape that a training image gets", ge=0)
+    magnitude: float = science(9.0, "RandAugment: how strong they are, of 10", ge=0, le=10)
+    magnitude_std: float = science(0.5, "RandAugment: deviation of a change's magnitude", ge=0)
     interpolation: Literal["bicubic", "bilinear"] = science("bicubic", "how pixels are resampled, evaluation included")
 
     @property
@@ -29,7 +32,7 @@ class AugmentConfig(Config):
     @property
     def still(self) -> bool:
         """Whether a sample's pixels are the same in every epoch."""
-        return self.whole and self.flip in (0.0, 1.0)
+        return self.whole and self.flip in (0.0, 1.0) and not self.operations
 
     @model_validator(mode="after")
     def _ranges(self) -> Self:
@@ -74,6 +77,12 @@ class DataConfig(Config):
     lanes: int = science(32, "streams an epoch is dealt into; part of the order, independent of the cluster", ge=1)
     window: int = science(4, "the most shards that a lane shuffles over; it is cut into equal windows", ge=1)
     per_class: int | None = science(None, "train on this many samples of every class", ge=1)
+    balance: float = science(
+        0.0,
+        "1: in an epoch every class comes as often as the largest, 0: as often as it is, between: its power",
+        ge=0,
+        le=1,
+    )
     holdout_per_class: int = science(0, "samples of every class kept out of training, as the part 'holdout'", ge=0)
     augment: AugmentConfig = science(AugmentConfig())
     crop_ratio: float = science(0.875, "evaluation: side of the centre crop over that of the largest one", gt=0, le=1)

@@ -15,6 +15,8 @@ from foveal.data.dataset import Dataset
 from foveal.data.decode import Undecodable, View, pixels
 from foveal.data.labels import Labels, Seen, labels_of
 from foveal.data.order import batch_of, micros_per_step, rank_slots
+from foveal.data.randaugment import COLUMNS as CHANGE_COLUMNS
+from foveal.data.randaugment import rand_augment
 from foveal.data.sources import Place, Source, TrainingSet
 from foveal.data.subset import PartName, choose
 from foveal.data.transforms import COLUMNS, Box, evaluation_view, training_view
@@ -31,7 +33,8 @@ class _Micro:
 
     samples: ids that there are, a draw's id is the remainder; find: where the sample of a draw lies; view: how a draw is
     cut in a row; others: the draws that may take a row's place when its own does not decode; none: the row is left empty.
-    sides: (height, width) of what is seen; labels: how those are read that no index has.
+    sides: (height, width) of what is seen; labels: how those are read that no index has; changed: what
+    becomes of the image of a draw after it was cut.
     """
 
     draws: np.ndarray
@@ -45,6 +48,7 @@ class _Micro:
     others: Callable[[int], Iterator[int]] | None
     sides: tuple[int, int]
     labels: Labels | None
+    changed: Callable[[int, np.ndarray], np.ndarray] | None = None
 
 
 @contextmanager
@@ -69,7 +73,7 @@ def train_batches(
     micros = micros_per_step(order.batch, size, at_once)
     assert last - first == micros * at_once
     place = key(training.seed, "augment")
-    labels = labels_of(cfg, training.sources[0].dataset)
+    labels, changed = labels_of(cfg, training.sources[0].dataset), _changes(cfg, key(training.seed, "randaugment"))
 
     def find(draw: int) -> Place:
         return training.find(draw % training.ids)
@@ -89,7 +93,18 @@ def train_batches(
 
                 view, epoch = _augmented(cfg, place, draws[part]), order.epoch_of(number)
                 yield _Micro(
-                    draws[part], training.ids, at_once, step, epoch, micro, find, view, others, cfg.sides, labels
+                    draws=draws[part],
+                    samples=training.ids,
+                    rows=at_once,
+                    step=step,
+                    epoch=epoch,
+                    micro=micro,
+                    find=find,
+                    view=view,
+                    others=others,
+                    sides=cfg.sides,
+                    labels=labels,
+                    changed=changed,
                 )
 
     with closing(_read_ahead(cfg, training.pulse, plan())) as batches:
@@ -131,6 +146,19 @@ def _augmented(cfg: DataConfig, place: int, draws: np.ndarray) -> Callable[[int,
         return lambda width, height: training_view(width, height, mine, cfg.augment, cfg.sides)
 
     return view
+
+
+def _changes(cfg: DataConfig, place: int) -> Callable[[int, np.ndarray], np.ndarray] | None:
+    """What RandAugment makes of the image of a draw, if it is asked for."""
+    operations = cfg.augment.operations
+    if not operations:
+        return None
+
+    def changed(draw: int, image: np.ndarray) -> np.ndarray:
+        numbers = uniforms_numpy(place, np.array([draw]), operations * CHANGE_COLUMNS)
+        return rand_augment(image, numbers.reshape(operations, CHANGE_COLUMNS), cfg.augment)
+
+    return changed
 
 
 def _read_ahead(cfg: DataConfig, pulse: Callable[[], int], plan: Iterator[_Micro]) -> Generator[Batch, None, None]:
@@ -251,7 +279,9 @@ class _Fill:
         def image(data: bytes) -> np.ndarray:
             return pixels(data, cfg.channels, view, sides, cfg.augment.interpolation, cfg.jpeg_scaling)
 
-        self.batch.images.numpy()[row] = _read(place, index.image(place.row), image)
+        found = _read(place, index.image(place.row), image)
+        changed = self.micro.changed
+        self.batch.images.numpy()[row] = found if changed is None else changed(draw, found)
         labels = self.micro.labels
         if labels is not None:
             member = index.member(place.row, labels.field)

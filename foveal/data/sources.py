@@ -64,8 +64,9 @@ class Source:
 class TrainingSet:
     """All samples of training and the order they are dealt in, the same on every rank.
 
-    A draw is a sample in an epoch of its own set: id + epoch * ``ids``. What a row is augmented and masked with is keyed
-    by its draw, so that a sample looks different every time it comes.
+    A draw is a sample in an epoch of its own set: id + epoch * ``ids``; where samples come several times in an epoch
+    (data.balance), each time counts as an epoch. What a row is augmented and masked with is keyed by its draw, so that a
+    sample looks different every time it comes.
     """
 
     sources: tuple[Source, ...]
@@ -79,17 +80,21 @@ class TrainingSet:
 
     def draws(self, slots: Slots) -> np.ndarray:
         """The draws of some slots, int64 [n]."""
-        ids = np.empty_like(slots.samples)
+        draws = np.empty_like(slots.samples)
         for number, source in enumerate(self.sources):
             mine = slots.sources == number
-            ids[mine] = source.first + source.part.sample_ids(slots.samples[mine])
-        return ids + slots.epochs * self.ids
+            draws[mine] = self._draws(source, slots.samples[mine], slots.epochs[mine])
+        return draws
 
     def others(self, source: int, position: int, epoch: int) -> Iterator[int]:
         """The draws that stand in for the one at a position, in this order."""
         chosen = self.sources[source]
         for sample in self.order.others(source, position):
-            yield int(chosen.first + chosen.part.sample_ids(np.array([sample]))[0]) + epoch * self.ids
+            yield int(self._draws(chosen, np.array([sample]), np.array([epoch]))[0])
+
+    def _draws(self, source: Source, positions: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+        part = source.part
+        return source.first + part.sample_ids(positions) + part.turns(positions, epochs) * self.ids
 
     def find(self, sample: int) -> Place:
         """Where the sample of an id lies."""

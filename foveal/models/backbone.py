@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from foveal.config import Config, ImageSize, height_and_width, science
 from foveal.errors import ConfigError, ExportError
 from foveal.models.droppath import sample_drops
+from foveal.models.norms import batch_norms
 from foveal.models.vit import EncoderCard
 
 # What timm's models raise for sizes that they cannot have.
@@ -185,8 +186,7 @@ def set_recompute(backbone: Any, enable: bool) -> None:
         raise ConfigError(
             f"timm cannot recompute the activations of '{_name_of(backbone)}': set engine.recompute=false"
         ) from None
-    norms: list[Any] = _batch_norms(backbone) if enable else []
-    for norm in norms:
+    for norm in batch_norms(backbone) if enable else []:
         norm.forward = functools.partial(_follow_once, norm, norm.forward)
 
 
@@ -257,11 +257,7 @@ def timms_origins(name: str) -> Origins:
 
 def depends_on_others(model: nn.Module) -> bool:
     """Whether a sample's forward depends on the others of its micro on its rank, as under BatchNorm."""
-    return bool(_batch_norms(model))
-
-
-def _batch_norms(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]  # noqa: SLF001
+    return bool(batch_norms(model))
 
 
 def _follow_once(module: Any, forward: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:

@@ -1,32 +1,85 @@
 """What stands on an encoder in fine-tuning. B images."""
 
-from typing import Any
+import copy
+from collections.abc import Collection
+from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from foveal.models.backbone import set_recompute
-from foveal.models.droppath import set_drops
+from foveal.models.droppath import drop_path_sites, set_drops
+from foveal.models.norms import split_norms
 from foveal.models.places import read_across, set_kept
 
 
 class Classifier(nn.Module):
-    """An encoder with classes, or any model of timm that has them, whose drop path takes its draws as an argument."""
+    """An encoder with classes, or any model of timm that has them, whose random draws are arguments.
 
-    def __init__(self, encoder: Any) -> None:
+    On request the features before its head are dropped at random, all but its head is frozen, or a running average of it
+    follows (an engine moves it, ``Engine.average``), which is what answers in evaluation.
+    """
+
+    def __init__(
+        self,
+        encoder: Any,
+        *,
+        dropout: float = 0.0,
+        trained: Collection[str] | None = None,
+        averaged: bool = False,
+        split: bool = False,
+    ) -> None:
+        """``trained``: the beginnings of the names of all weights that learn; none: every weight does.
+
+        ``split``: BatchNorm has other weights and statistics for attacked images (``foveal.models.norms``).
+        """
         super().__init__()
         assert encoder.num_classes > 0, "build_encoder(classes=...) makes an encoder with a head"
         self.encoder = encoder
+        self.dropout = dropout
+        self._trained = trained
+        if trained is not None:
+            for name, parameter in encoder.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad and name.startswith(tuple(trained)))
+        self.averaged = copy.deepcopy(encoder).requires_grad_(False) if averaged else None
+        self.twins = split_norms(encoder) if split else None
+
+    @property
+    def sites(self) -> int:
+        """How many uniform numbers an image takes in training: one per branch with drop path, one per dropped feature."""
+        return drop_path_sites(self.encoder) + (self._width if self.dropout else 0)
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Logits [B, classes] of normalised images [B, C, H, W].
 
-        ``noise`` [B, drop_path_sites(encoder)] is uniform and decides which sample skips which branch; it is needed in
-        training when there are such sites, and not looked at in evaluation.
+        ``noise`` [B, sites] is uniform and decides which sample skips which branch and which of its features are
+        dropped; it is needed in training when there are such sites, and not looked at in evaluation.
         """
-        set_drops(self.encoder, noise)
-        set_kept(self.encoder, None)
+        encoder = self.encoder if self.training or self.averaged is None else self.averaged
+        branches = drop_path_sites(encoder)
+        set_drops(encoder, None if noise is None else noise[:, :branches])
+        set_kept(encoder, None)
         # An engine may have lowered the weights; under autocast they are float32.
-        return self.encoder(images.to(next(self.encoder.parameters()).dtype))
+        images = images.to(next(encoder.parameters()).dtype)
+        if not self.dropout:
+            return encoder(images)
+        features = encoder.forward_head(encoder.forward_features(images), pre_logits=True)
+        if self.training:
+            assert noise is not None, "training with dropout takes its draws"
+            features = features * (noise[:, branches:] >= self.dropout) / (1 - self.dropout)
+        return encoder.get_classifier()(features)
+
+    def train(self, mode: bool = True) -> Self:
+        """As ever, but what is frozen stays in evaluation mode, and an average takes over what is no weight."""
+        super().train(mode)
+        if self._trained is not None:
+            for name, module in self.encoder.named_modules():
+                module.training = mode and name.startswith(tuple(part.rstrip(".") for part in self._trained))
+        if self.averaged is not None:
+            with torch.no_grad():
+                for name, buffer in self.averaged.named_buffers():
+                    buffer.copy_(self.encoder.get_buffer(name))
+        return self
 
     def set_grad_checkpointing(self, enable: bool) -> None:
         """Recompute the blocks in the backward pass. Errors: ConfigError where timm cannot."""
@@ -34,4 +87,8 @@ class Classifier(nn.Module):
 
     def borrowed_parameters(self) -> list[nn.Parameter]:
         """The parameters that a part of the encoder reads in another one (see ``foveal.models.encode``)."""
-        return read_across(self.encoder)
+        return read_across(self.encoder) + ([] if self.averaged is None else read_across(self.averaged))
+
+    @property
+    def _width(self) -> int:
+        return self.encoder.get_classifier().in_features

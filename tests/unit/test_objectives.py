@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -247,11 +248,17 @@ def cross_entropy(logits: np.ndarray, label: int, smoothing: float) -> float:
     return -sum(share * (value - whole) for share, value in zip(target, logits, strict=True))
 
 
+def classify(seed: int = 0, smoothing: float = 0.0, sites: int = 0, classes: int = 4) -> Classify:
+    off = {"erase": 0.0, "mixup": 0.0, "cutmix": 0.0}
+    cfg: Any = SimpleNamespace(seed=seed, label_smoothing=smoothing, data=SimpleNamespace(labels="class"), **off)
+    return Classify(cfg, MEAN, STD, sites, torch.ones(classes))
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
 def test_classify_against_a_loop_and_torch(smoothing: float) -> None:
     logits = torch.randn(B, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
     model, given = Given(logits), batch((2, -1, 0))
-    total, numbers = Classify(9, smoothing, 2, MEAN, STD)(model, given)
+    total, numbers = classify(9, smoothing, 2)(model, given)
     values = logits.detach().double().numpy()
     by_hand = sum(cross_entropy(values[image], label, smoothing) for image, label in ((0, 2), (2, 0)))
     assert total.item() == pytest.approx(by_hand, rel=1e-5)
@@ -274,13 +281,13 @@ def test_classify_against_a_loop_and_torch(smoothing: float) -> None:
 
 
 def test_the_weight_is_the_number_of_labelled_images() -> None:
-    objective = Classify(0, 0.0, 0, MEAN, STD)
+    objective = classify()
     assert [int(objective.weight(batch(labels))) for labels in ((2, -1, 0), (-1, -1, -1), (1, 1, 1))] == [2, 0, 3]
 
 
 def test_train_top1_is_the_count_of_right_guesses() -> None:
     logits = torch.eye(4)[[2, 1, 3]]
-    _, numbers = Classify(0, 0.0, 0, MEAN, STD)(Given(logits), batch((2, 0, 3)))
+    _, numbers = classify()(Given(logits), batch((2, 0, 3)))
     assert numbers["train_top1"].item() == 2
 
 

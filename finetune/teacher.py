@@ -1,0 +1,73 @@
+"""A teacher beside the labels. B images, K classes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from finetune.config import FinetuneConfig, TeacherConfig
+from foveal.checkpoint.export import Card, read_card, read_export
+from foveal.distributed.engine import Precision, autocast
+from foveal.errors import ExportError
+from foveal.models.backbone import BackboneCard, card_of, check_resizing
+from foveal.teaching import frozen, soft_loss, teacher_model
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen classifier that sees what the student sees. It is no module, so that no engine can reach into it."""
+
+    cfg: TeacherConfig
+    model: nn.Module
+    precision: Precision
+
+    def __call__(self, images: Tensor, logits_BK: Tensor) -> Tensor:
+        """How far the student's logits are from the teacher's, [B]: divergence at a temperature, or its guess as label."""
+        with torch.no_grad(), autocast(images.device, self.precision):
+            told_BK = self.model(images).float()
+        with autocast(images.device, "fp32"):
+            if self.cfg.kind == "soft":
+                return soft_loss(logits_BK, told_BK, self.cfg.temperature)
+            return F.cross_entropy(logits_BK, told_BK.argmax(dim=1), reduction="none")
+
+
+def teacher_of(cfg: FinetuneConfig, device: torch.device) -> Teacher | None:
+    """The teacher that the settings name, on the device. Errors: ExportError."""
+    if cfg.teacher is None:
+        return None
+    weights, card = read_export(Path(cfg.teacher.init))
+    model = teacher_model(weights, card, cfg.data.image_size, Path(cfg.teacher.init))
+    return Teacher(cfg.teacher, frozen(model.to(device)), cfg.engine.precision)
+
+
+def teachers_card(
+    cfg: FinetuneConfig, classes: tuple[str, ...], mean: tuple[float, ...], std: tuple[float, ...]
+) -> Card | None:
+    """The card of the teacher, which must have the same classes and see the same pixels. Errors: ExportError."""
+    if cfg.teacher is None:
+        return None
+    where = cfg.teacher.init
+    card = read_card(Path(where))
+    told = card_of(card.encoder, f"{where}/card.json")
+    for name, hers, ours in (
+        ("classes", card.classes, classes),
+        ("channels", told.channels, cfg.data.channels),
+        ("mean", card.mean, mean),
+        ("std", card.std, std),
+    ):
+        if hers != ours:
+            raise ExportError(
+                f"the teacher {where} has {name} {_short(hers)}, the student {_short(ours)}; they must be equal"
+            )
+    if isinstance(told, BackboneCard):
+        check_resizing(told, cfg.data.image_size, f"the teacher {where}")
+    else:
+        told.resized_from(cfg.data.image_size)
+    return card
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."

@@ -1,0 +1,97 @@
+"""RandAugment (Cubuk et al., 2020) with timm's increasing ranges, as MAE fine-tunes with; its draws are arguments.
+
+What strengthens with the magnitude does so for every operation (timm's ``inc1``); an operation that is drawn is done
+with a probability of a half, as there. What a change of shape leaves bare is grey.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from foveal.data.config import AugmentConfig
+
+_CHANCE, _WHICH, _SIGN, _FIRST, _SECOND = range(5)
+COLUMNS = 5  # uniform numbers that one operation takes
+_DONE = 0.5
+_BARE = 128.0
+
+
+def rand_augment(image: np.ndarray, numbers: np.ndarray, augment: AugmentConfig) -> np.ndarray:
+    """An image uint8 [C, H, W] after ``augment.operations`` random changes; ``numbers`` is float32 [operations, COLUMNS]."""
+    seen = torch.from_numpy(image)
+    for row in numbers.astype(float):
+        if row[_CHANCE] >= _DONE:
+            continue
+        # Box and Muller, 1958; 1 - u keeps the logarithm finite.
+        normal = math.sqrt(-2 * math.log(1 - row[_FIRST])) * math.cos(2 * math.pi * row[_SECOND])
+        strength = min(max(augment.magnitude + augment.magnitude_std * normal, 0.0), 10.0) / 10
+        change = _CHANGES[int(row[_WHICH] * len(_CHANGES))]
+        seen = change(seen, strength, strength if row[_SIGN] < 0.5 else -strength)
+    return seen.numpy()
+
+
+def _moved(
+    image: Tensor, angle: float = 0.0, shift: tuple[int, int] = (0, 0), shear: tuple[float, float] = (0.0, 0.0)
+) -> Tensor:
+    from torchvision.transforms.v2 import InterpolationMode, functional  # torchvision takes a second, few sets need it
+
+    how = {"scale": 1.0, "interpolation": InterpolationMode.BILINEAR, "fill": [_BARE]}
+    return functional.affine(image, angle=angle, translate=list(shift), shear=list(shear), **how)  # type: ignore[arg-type]
+
+
+def _tinted(name: str) -> Callable[[Tensor, float, float], Tensor]:
+    def change(image: Tensor, _strength: float, signed: float) -> Tensor:
+        from torchvision.transforms.v2 import functional
+
+        return getattr(functional, f"adjust_{name}")(image, max(0.1, 1 + 0.9 * signed))
+
+    return change
+
+
+def _plain(name: str) -> Callable[[Tensor, float, float], Tensor]:
+    def change(image: Tensor, _strength: float, _signed: float) -> Tensor:
+        from torchvision.transforms.v2 import functional
+
+        return getattr(functional, name)(image)
+
+    return change
+
+
+def _posterized(image: Tensor, strength: float, _signed: float) -> Tensor:
+    kept = 4 - int(strength * 4)  # bits
+    return image & (0xFF << (8 - kept) & 0xFF)
+
+
+def _solarized(image: Tensor, strength: float, _signed: float) -> Tensor:
+    return torch.where(image >= 256 - int(strength * 256), 255 - image, image)
+
+
+def _lightened(image: Tensor, strength: float, _signed: float) -> Tensor:
+    """timm's SolarizeAdd: what is dark becomes lighter."""
+    return torch.where(image < 128, (image.int() + int(strength * 110)).clamp(max=255).to(torch.uint8), image)
+
+
+def _degrees(slope: float) -> float:
+    return math.degrees(math.atan(slope))
+
+
+_CHANGES: tuple[Callable[[Tensor, float, float], Tensor], ...] = (
+    _plain("autocontrast"),
+    _plain("equalize"),
+    _plain("invert"),
+    lambda image, _, signed: _moved(image, angle=30 * signed),
+    _posterized,
+    _solarized,
+    _lightened,
+    _tinted("saturation"),
+    _tinted("contrast"),
+    _tinted("brightness"),
+    _tinted("sharpness"),
+    lambda image, _, signed: _moved(image, shear=(_degrees(0.3 * signed), 0.0)),
+    lambda image, _, signed: _moved(image, shear=(0.0, _degrees(0.3 * signed))),
+    lambda image, _, signed: _moved(image, shift=(round(0.45 * signed * image.shape[2]), 0)),
+    lambda image, _, signed: _moved(image, shift=(0, round(0.45 * signed * image.shape[1]))),
+)
