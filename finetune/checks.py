@@ -50,6 +50,12 @@ def check_pairs(cfg: FinetuneConfig, at_once: int) -> None:
         )
 
 
+def check_norms(cfg: FinetuneConfig, model: str, *, there: bool) -> None:
+    """Whether there are norms to be split. Errors: ConfigError."""
+    if cfg.adversarial is not None and cfg.adversarial.split_norms and not there:
+        raise ConfigError(f"adversarial.split_norms is for BatchNorm, which {model} does not have; leave it out")
+
+
 def _check_adversarial(cfg: FinetuneConfig) -> None:
     told = cfg.adversarial
     if told is None:
@@ -57,10 +63,6 @@ def _check_adversarial(cfg: FinetuneConfig) -> None:
     if cfg.engine.kind == "accelerate" and cfg.engine.sharding == "deepspeed":
         raise ConfigError(
             "adversarial asks for gradients of images, which engine.sharding=deepspeed does not give; use ddp or fsdp2"
-        )
-    if told.split_norms and cfg.backbone is None and cfg.model is not None:
-        raise ConfigError(
-            "adversarial.split_norms is for BatchNorm, which encoders of foveal's do not have; leave it out"
         )
     if told.split_norms and not told.weight:
         raise ConfigError(

@@ -78,7 +78,7 @@ class Classify:
         if cfg.mixup or cfg.cutmix:
             how = {"mixup": cfg.mixup, "cutmix": cfg.cutmix, "cutmix_share": cfg.cutmix_share}
             images, own_B = mixed(images, batch.draws, cfg.seed, **how)
-            goals_BK = with_partners(goals_BK, own_B)
+            goals_BK = with_partners(goals_BK, own_B[:, None])
         return images, goals_BK
 
     def _masses(self, goals_BK: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from finetune.checks import check_pairs, check_settings
+from finetune.checks import check_norms, check_pairs, check_settings
 from finetune.config import FinetuneConfig
 from finetune.teacher import teachers_card
 from foveal.checkpoint.export import Card, read_card
@@ -52,10 +52,15 @@ class FinetunePlan(Plan):
 
     def lines(self) -> list[str]:
         card = self.backbone
-        if card is None or not depends_on_others(backbone_outline(*card.shape, card.classes)):
+        if card is None or not _mixes(card):
             return super().lines()
         line = "norm      BatchNorm sees the images that a rank holds at once: the curve depends on the number of ranks and"
         return [*super().lines(), f"{line} on batch.at_once ({self.at_once} images here)"]
+
+
+def _mixes(card: BackboneCard) -> bool:
+    """Whether BatchNorm makes a sample depend on others."""
+    return depends_on_others(backbone_outline(*card.shape, card.classes))
 
 
 def plan(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
@@ -116,8 +121,10 @@ def _plan_one(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
     weights = _weights(cfg, plan, classes)
     encoder |= {"classes": outputs}
     plan = replace(plan, inherited=inherited, encoder=encoder, classes=classes, class_weights=weights)
-    if plan.backbone is not None:
-        _check_backbone(plan.backbone, cfg, plan.at_once)
+    told = plan.backbone
+    check_norms(cfg, encoder.get("timm") or encoder["name"], there=told is not None and _mixes(told))
+    if told is not None:
+        _check_backbone(told, cfg, plan.at_once)
     return plan
 
 
@@ -165,12 +172,6 @@ def _check_agreement(cfg: FinetuneConfig, hers: EncoderCard | BackboneCard) -> N
 
 def _check_backbone(card: BackboneCard, cfg: FinetuneConfig, at_once: int) -> None:
     """What a model of timm must have of what the settings ask for. Errors: ConfigError."""
-    if (
-        cfg.adversarial is not None
-        and cfg.adversarial.split_norms
-        and not depends_on_others(backbone_outline(*card.shape))
-    ):
-        raise ConfigError(f"adversarial.split_norms is for BatchNorm, which {card.timm} does not have; leave it out")
     default = FinetuneConfig.model_fields["pooling"].default
     if cfg.pooling != default:
         raise ConfigError(f"pooling={cfg.pooling} is of foveal's encoders, {card.timm} has its own; leave it out")

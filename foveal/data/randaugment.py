@@ -6,6 +6,7 @@ with a probability of a half, as there. What a change of shape leaves bare is gr
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,12 +35,22 @@ def rand_augment(image: np.ndarray, numbers: np.ndarray, augment: AugmentConfig)
 
 
 def _moved(
-    image: Tensor, angle: float = 0.0, shift: tuple[int, int] = (0, 0), shear: tuple[float, float] = (0.0, 0.0)
+    image: Tensor,
+    angle: float = 0.0,
+    shift: tuple[float, float] = (0.0, 0.0),
+    shear: tuple[float, float] = (0.0, 0.0),
+    center: list[float] | None = None,
 ) -> Tensor:
     from torchvision.transforms.v2 import InterpolationMode, functional  # torchvision takes a second, few sets need it
 
-    how = {"scale": 1.0, "interpolation": InterpolationMode.BILINEAR, "fill": [_BARE]}
-    return functional.affine(image, angle=angle, translate=list(shift), shear=list(shear), **how)  # type: ignore[arg-type]
+    how: Any = {"scale": 1.0, "interpolation": InterpolationMode.BILINEAR, "fill": [_BARE], "center": center}
+    return functional.affine(image, angle=angle, translate=list(shift), shear=list(shear), **how)
+
+
+def _sheared(image: Tensor, across: float, down: float) -> Tensor:
+    """From the upper left corner, as Pillow does it."""
+    degrees = (math.degrees(math.atan(across)), math.degrees(math.atan(down)))
+    return _moved(image, shear=degrees, center=[0.0, 0.0])
 
 
 def _tinted(name: str) -> Callable[[Tensor, float, float], Tensor]:
@@ -74,15 +85,11 @@ def _lightened(image: Tensor, strength: float, _signed: float) -> Tensor:
     return torch.where(image < 128, (image.int() + int(strength * 110)).clamp(max=255).to(torch.uint8), image)
 
 
-def _degrees(slope: float) -> float:
-    return math.degrees(math.atan(slope))
-
-
 _CHANGES: tuple[Callable[[Tensor, float, float], Tensor], ...] = (
     _plain("autocontrast"),
     _plain("equalize"),
     _plain("invert"),
-    lambda image, _, signed: _moved(image, angle=30 * signed),
+    lambda image, _, signed: _moved(image, angle=-30 * signed),
     _posterized,
     _solarized,
     _lightened,
@@ -90,8 +97,8 @@ _CHANGES: tuple[Callable[[Tensor, float, float], Tensor], ...] = (
     _tinted("contrast"),
     _tinted("brightness"),
     _tinted("sharpness"),
-    lambda image, _, signed: _moved(image, shear=(_degrees(0.3 * signed), 0.0)),
-    lambda image, _, signed: _moved(image, shear=(0.0, _degrees(0.3 * signed))),
-    lambda image, _, signed: _moved(image, shift=(round(0.45 * signed * image.shape[2]), 0)),
-    lambda image, _, signed: _moved(image, shift=(0, round(0.45 * signed * image.shape[1]))),
+    lambda image, _, signed: _sheared(image, 0.3 * signed, 0.0),
+    lambda image, _, signed: _sheared(image, 0.0, 0.3 * signed),
+    lambda image, _, signed: _moved(image, shift=(-0.45 * signed * image.shape[2], 0.0)),
+    lambda image, _, signed: _moved(image, shift=(0.0, -0.45 * signed * image.shape[1])),
 )

@@ -26,7 +26,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "foveal.optim": (_CONFIGURED, ("pydantic", "torch")),
     "foveal.data": (
         (*_CONFIGURED, "foveal.files", "foveal.seeding"),
-        ("numpy", "torch", "PIL", "simplejpeg", "fsspec", "pydantic", "safetensors"),
+        ("numpy", "torch", "torchvision", "PIL", "simplejpeg", "fsspec", "pydantic", "safetensors"),
     ),
     "foveal.data.bar": ((), ("rich",)),
     "foveal.data.cli": ((*_CONFIGURED, "foveal.data"), ("typer",)),
@@ -157,7 +157,9 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "foveal.summary": (("foveal.errors", "foveal.files"), ("rich",)),
     "foveal.reference": (("foveal.config", *_STAGE_CONFIGS), ("pydantic", "pydantic_core")),
+    "foveal.teaching": (("foveal.checkpoint", "foveal.models"), ("torch",)),
     **dict.fromkeys(STAGES, (("foveal",), ("torch",))),
+    "finetune": (("foveal",), ("numpy", "sklearn", "torch")),
     "slurm": ((*_CONFIGURED, "foveal.stage", "foveal.door", *_STAGE_CONFIGS), ("submitit", "torch", "yaml")),
 }
 

@@ -1,0 +1,90 @@
+"""What the settings of fine-tuning cannot mean together is one sentence, before anything is read or written."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.config import FinetuneConfig
+from finetune.planning import plan
+from foveal.checkpoint.export import Card, write_export
+from foveal.errors import ConfigError, DataError, ExportError, FovealError
+from foveal.models.vit import VitConfig, build_encoder, encoder_card
+
+TINY = {"name": "vit_tiny_patch16_224", "patch": 4, "width": 16, "depth": 1, "heads": 2}
+DIGITS = tuple("0123456789")
+
+
+def config(digits: Path, **settings: Any) -> FinetuneConfig:
+    tree: dict[str, Any] = {
+        "epochs": 1,
+        "data": {"path": str(digits), "image_size": 8, "channels": 1, "lanes": 8},
+        "batch": {"images": 40, "at_once": 40},
+        "optim": {"lr_per_256": 1e-3},
+        "engine": {"kind": "plain"},
+        "model": TINY,
+        "run": {"dir": "runs/never"},
+    }
+    for name, value in settings.items():
+        tree[name] = tree[name] | value if isinstance(tree.get(name), dict) and value is not None else value
+    return FinetuneConfig.checked(tree, "the test")
+
+
+def export(folder: Path, **changed: Any) -> str:
+    vit = VitConfig(**TINY)
+    told = encoder_card(vit, 8, 1, pooling="avg", classes=10)
+    model = build_encoder(vit, image_size=8, channels=1, pooling="avg", classes=10)
+    card = {"mean": (0.3054,), "std": (0.3763,), "classes": DIGITS} | changed
+    write_export(folder, model.state_dict(), Card("finetune", told, **card))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "sentence"),
+    [
+        ({"mixup": 0.8, "batch": {"images": 40, "at_once": 5}}, ConfigError, "pair images that a rank holds at once, which are 5"),
+        ({"class_weights": [1.0, 2.0]}, ConfigError, "class_weights has 2 weights for 10 classes"),
+        ({"class_weights": [0.0] * 10}, ConfigError, "give one of 0 or more for each"),
+        ({"frozen": True, "drop_path": 0.1}, ConfigError, "frozen=true keeps it from it"),
+        ({"adversarial": {"split_norms": True}}, ConfigError, "BatchNorm, which vit_tiny_patch16_224 does not have"),
+        ({"adversarial": {"split_norms": True, "weight": 0.0}}, ConfigError, "set adversarial.weight above 0"),
+        (
+            {"adversarial": {}, "engine": {"kind": "accelerate", "sharding": "deepspeed"}},
+            ConfigError,
+            "engine.sharding=deepspeed does not give",
+        ),
+        ({"data": {"labels": "mask"}}, DataError, "reads members .mask.png, and its samples have"),
+        ({"data": {"labels": "classes"}, "class_weights": "balanced"}, ConfigError, "give a list of weights"),
+        ({"data": {"labels": "classes"}, "teacher": {"init": "x"}}, ConfigError, "teacher is for images with one class"),
+        ({"data": {"labels": "mask"}, "mixup": 0.5}, ConfigError, "mixup is for images with classes, and data.labels is mask"),
+        ({"data": {"labels": "boxes", "augment": {"operations": 2}}}, ConfigError, "leave it out with data.labels=boxes"),
+        ({"teacher": {"init": "nowhere"}}, FovealError, "nowhere"),
+    ],
+)  # fmt: skip
+def test_one_sentence(digits: Path, settings: dict[str, Any], error: type[FovealError], sentence: str) -> None:
+    with pytest.raises(error) as caught:
+        plan(config(digits, **settings), 1)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_teacher_of_other_classes_or_pixels(digits: Path, tmp_path: Path) -> None:
+    here = plan(config(digits), 1)
+    same = {"mean": here.mean, "std": here.std}
+    good = export(tmp_path / "good", **same)
+    told = plan(config(digits, teacher={"init": good}), 1)
+    assert "inherited.teacher" in told.science()
+    for name, changed, sentence in (
+        ("classes", {"classes": DIGITS[::-1]}, "has classes"),
+        ("mean", {"mean": (0.5,)}, "has mean"),
+    ):
+        bad = export(tmp_path / name, **same | changed)
+        with pytest.raises(ExportError, match=f"{sentence}.*they must be equal"):
+            plan(config(digits, teacher={"init": bad}), 1)
+
+
+def test_balanced_weights_are_one_on_average(digits: Path) -> None:
+    told = plan(config(digits, class_weights="balanced"), 1)
+    counts = told.dataset.class_counts("train")
+    assert sum(w * n for w, n in zip(told.class_weights, counts, strict=True)) == pytest.approx(counts.sum())
+    assert len({round(w * n, 6) for w, n in zip(told.class_weights, counts, strict=True)}) == 1
