@@ -2,7 +2,7 @@
 
 import torch
 
-from finetune.objective import hits
+from finetune.objective import NUMBERS, hits
 from foveal.data import normalise
 from foveal.data.subset import PartName
 from foveal.distributed.engine import Engine
@@ -23,4 +23,4 @@ def accuracy(engine: Engine, run: Run, step: int, *, split: str, part: PartName)
             counts += hits(logits_BK, batch.labels, batch.valid)
     top1, top5, loss, images = run.world.sum(counts).tolist()
     images = max(images, 1.0)  # every sample may be bad, where data.max_bad says so
-    return {"top1": top1 / images, "top5": top5 / images, "loss": loss / images}
+    return {name: total / images for name, total in zip(NUMBERS, (top1, top5, loss), strict=True)}

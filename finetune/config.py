@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import torch
 
+from finetune.judging import EarlyStoppingConfig, check_judging, judged
+from finetune.objective import NUMBERS
 from foveal.checkpoint.export import Card, read_card
 from foveal.config import Config, machine, science
 from foveal.data import Dataset
@@ -63,6 +65,14 @@ class FinetuneConfig(StageConfig):
     label_smoothing: float = science(0.0, "Share of the target spread over all classes.", ge=0, lt=1)
     evaluate_every: int = machine(0, "Steps between evaluations on data.val; 0: only at the end.", ge=0)
     trials: TrialsConfig | None = science(None, "Compare ways to start instead of one run.")
+    early_stopping: EarlyStoppingConfig | None = science(
+        None,
+        "Judge the evaluations on the way; none: the last step is what a run leaves. evaluate_every is science then.",
+    )
+
+    @property
+    def watched(self) -> str | None:
+        return None if self.early_stopping is None else self.early_stopping.metric
 
 
 @dataclass(frozen=True)
@@ -130,6 +140,7 @@ def trial(cfg: FinetuneConfig, arm: str, repeat: int, lr_per_256: float) -> Fine
 
 
 def _plan_one(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
+    check_judging(cfg.early_stopping, cfg.evaluate_every, NUMBERS, cfg)
     card = None if cfg.init is None else read_card(Path(cfg.init))
     encoder, resized_from = _encoder(cfg, card)
     plan = planned(FinetunePlan, cfg, ranks, card=card, encoder=encoder, resized_from=resized_from)
@@ -150,7 +161,8 @@ def _plan_one(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
 
 def _origin(dataset: Dataset, cfg: FinetuneConfig, classes: tuple[str, ...]) -> dict[str, str]:
     """What a result is measured on is science too."""
-    return {"val": dataset.digest(cfg.data.val), "classes": ", ".join(classes)}
+    judging = judged(cfg.early_stopping, cfg.evaluate_every)
+    return {"val": dataset.digest(cfg.data.val), "classes": ", ".join(classes)} | judging
 
 
 def _encoder(cfg: FinetuneConfig, card: Card | None) -> tuple[dict[str, Any], int | tuple[int, int] | None]:

@@ -11,6 +11,7 @@ from foveal.data import Batch, normalise
 from foveal.seeding import key, uniforms
 
 _UNLABELLED = -1
+NUMBERS = ("top1", "top5", "loss")  # of an evaluation
 
 
 @dataclass(frozen=True)
