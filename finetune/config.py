@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from finetune.judging import EarlyStoppingConfig
 from foveal.config import Config, machine, science
 from foveal.distributed.engine import EngineConfig
 from foveal.models.vit import Pooling, VitConfig
@@ -85,3 +86,11 @@ class FinetuneConfig(StageConfig):
     teacher: TeacherConfig | None = science(None, "Learn from a teacher too.")
     evaluate_every: int = machine(0, "Steps between evaluations on data.val; 0: only at the end.", ge=0)
     trials: TrialsConfig | None = science(None, "Compare ways to start instead of one run.")
+    early_stopping: EarlyStoppingConfig | None = science(
+        None,
+        "Judge the evaluations on the way; none: the last step is what a run leaves. evaluate_every is science then.",
+    )
+
+    @property
+    def watched(self) -> str | None:
+        return None if self.early_stopping is None else self.early_stopping.metric

@@ -68,7 +68,7 @@ def _heads(plan: FinetunePlan) -> tuple[str, ...]:
 
 
 def groups(plan: FinetunePlan, model: Any) -> list[dict[str, Any]]:
-    """The groups of AdamW, with layer-wise decay where it is asked for."""
+    """The groups of the optimizer, with layer-wise decay where it is asked for."""
     optim, encoder = plan.cfg.optim, model.encoder
     if plan.backbone is None:
         depth = plan.encoder["depth"]

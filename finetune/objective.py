@@ -18,7 +18,6 @@ from foveal.models.norms import norms_of, statistics_kept
 from foveal.seeding import key, uniforms
 
 _UNLABELLED = -1
-_HIGHEST = 5
 
 
 @dataclass(frozen=True)

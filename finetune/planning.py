@@ -9,6 +9,7 @@ import torch
 
 from finetune.checks import check_norms, check_pairs, check_settings
 from finetune.config import FinetuneConfig
+from finetune.judging import check_judging, judged
 from finetune.teacher import teachers_card
 from foveal.checkpoint.export import Card, read_card
 from foveal.data import Dataset
@@ -102,6 +103,7 @@ def trial(cfg: FinetuneConfig, arm: str, repeat: int, lr_per_256: float) -> Fine
 
 def _plan_one(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
     check_settings(cfg)
+    check_judging(cfg.early_stopping, cfg.evaluate_every, cfg, attacked=cfg.adversarial is not None)
     card = None if cfg.init is None else read_card(Path(cfg.init))
     encoder, resized_from = _encoder(cfg, card)
     plan = planned(FinetunePlan, cfg, ranks, card=card, encoder=encoder, resized_from=resized_from)
@@ -130,7 +132,8 @@ def _plan_one(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
 
 def _origin(dataset: Dataset, cfg: FinetuneConfig, classes: tuple[str, ...]) -> dict[str, str]:
     """What a result is measured on is science too."""
-    return {"val": dataset.digest(cfg.data.val), "classes": ", ".join(classes)}
+    judging = judged(cfg.early_stopping, cfg.evaluate_every)
+    return {"val": dataset.digest(cfg.data.val), "classes": ", ".join(classes)} | judging
 
 
 def _encoder(cfg: FinetuneConfig, card: Card | None) -> tuple[dict[str, Any], int | tuple[int, int] | None]:

@@ -41,7 +41,7 @@ Goal = TypeVar("Goal", bound=Objective)
 
 @dataclass(frozen=True, slots=True)
 class Parts(Generic[Goal]):
-    """What a step is made of before an engine takes it: a model, its parameter groups for AdamW, and the objective.
+    """What a step is made of before an engine takes it: a model, its parameter groups for the optimizer, and the objective.
 
     ``frozen``: the modules that the objective asks and nothing trains.
     """

@@ -1,8 +1,9 @@
-"""AdamW, its parameter groups, and the rule for a step whose gradient is not finite."""
+"""AdamW, SGD and LARS, their parameter groups, and the rule for a step whose gradient is not finite."""
 
 from collections.abc import Callable, Collection
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import timm.optim
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -14,23 +15,44 @@ Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, 
 
 
 class OptimConfig(Config):
-    """AdamW (Loshchilov & Hutter, 2019) under a warm-up and half a cosine."""
+    """An optimizer (AdamW: Loshchilov & Hutter, 2019) under a warm-up and a schedule."""
 
+    kind: Literal["adamw", "sgd", "lars"] = science(
+        "adamw", "The optimizer: AdamW, SGD with momentum, or LARS (You et al., 2017)."
+    )
     lr_per_256: float = science(
         1.5e-4, "Peak learning rate for a step of 256 images; scaled by batch.images / 256.", gt=0
     )
-    floor_lr: float = science(0.0, "Learning rate at the last step.", ge=0)
+    floor_lr: float = science(
+        0.0, "The least that a schedule comes down to: at the last step of a cosine, after drops of the others.", ge=0
+    )
     warmup_epochs: float = science(0.0, "Epochs of linear warm-up.", ge=0)
-    weight_decay: float = science(0.05, "Decoupled weight decay; vectors, tokens and positions are not decayed.", ge=0)
-    betas: Betas = science((0.9, 0.95), "AdamW's decay rates of the two moments.")
-    eps: float = science(1e-8, "AdamW's epsilon.", gt=0)
+    schedule: Literal["cosine", "step", "constant", "plateau"] = science(
+        "cosine", "After the warm-up; plateau, of fine-tuning, follows early_stopping.metric."
+    )
+    step_epochs: tuple[float, ...] = science((), "For step: the epochs after which the rate drops, ascending.")
+    step_factor: float = science(0.1, "For step and plateau: what a drop multiplies the rate by.", gt=0, lt=1)
+    plateau_patience: int = science(
+        3, "For plateau: evaluations in a row without a better one, after which the rate drops.", ge=1
+    )
+    weight_decay: float = science(
+        0.05, "AdamW's is decoupled, SGD's and LARS's L2; vectors, tokens and positions are not decayed.", ge=0
+    )
+    momentum: float = science(0.9, "For sgd and lars: what their average of gradients keeps of itself.", ge=0, lt=1)
+    betas: Betas = science((0.9, 0.95), "For adamw: the decay rates of the two moments.")
+    eps: float = science(1e-8, "For adamw: its epsilon.", gt=0)
     layer_decay: float = science(1.0, "Factor on the learning rate per block below the head (BEiT, 2021).", gt=0, le=1)
     clip: float | None = science(None, "Largest global gradient norm; none: no clipping.", gt=0)
-    fused: bool = machine(True, "One fused kernel for the update where there is no ZeRO partition.")
+    fused: bool = machine(True, "For adamw: one fused kernel for the update where there is no ZeRO partition.")
 
     def peak(self, images: int) -> float:
         """The peak learning rate of a step of ``images`` images."""
         return self.lr_per_256 * images / 256
+
+    @property
+    def moments(self) -> int:
+        """How many numbers the optimizer keeps of each that it trains."""
+        return 2 if self.kind == "adamw" else int(self.momentum > 0)
 
 
 def parameter_groups(
@@ -40,7 +62,7 @@ def parameter_groups(
     deepest: int = 0,
     undecayed: Collection[str] = (),
 ) -> list[dict[str, Any]]:
-    """Groups for AdamW: weight decay on matrices only, the learning rate scaled by depth.
+    """Groups for an optimizer: weight decay on matrices only, the learning rate scaled by depth.
 
     ``depth_of`` maps a parameter's name to its layer, 0 (embedding) to ``deepest`` (head); without it there is one
     depth. ``undecayed`` are the names of further parameters without weight decay. Each group carries ``lr_scale`` and a
@@ -61,24 +83,25 @@ def parameter_groups(
                 "params": [],
                 "weight_decay": 0.0 if plain else cfg.weight_decay,
                 "lr_scale": cfg.layer_decay ** (deepest - depth),
+                "always_adapt": not plain,  # LARS alone reads it
             },
         )
         group["params"].append(parameter)
     return list(groups.values())
 
 
-class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that clips, remembers the gradient norm, and does nothing on a gradient that is not finite.
+class Guard(torch.optim.Optimizer):
+    """An optimizer that clips, remembers the gradient norm, and does nothing on a gradient that is not finite.
 
-    For the engines that have no such guard of their own (Plain, Accelerate, DeepSpeed's ZeRO 0, which in fp32 would
-    write NaN into the weights). A skipped step leaves weights and moments bit for bit as they were.
+    Beside one of torch's in the bases of a class, for the engines that have no such guard of their own (Plain,
+    Accelerate, DeepSpeed's ZeRO 0, which in fp32 would write NaN into the weights). A skipped step leaves weights and
+    moments bit for bit as they were. ``updates`` counts those that were applied.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], cfg: OptimConfig) -> None:
-        super().__init__(groups, lr=cfg.lr_per_256, betas=cfg.betas, eps=cfg.eps, fused=cfg.fused)
-        self.clip = cfg.clip
-        self.norm = 0.0
-        self.applied = True
+    clip: float | None = None
+    norm = 0.0
+    applied = True
+    updates = 0
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Clip, then update; or skip, and say so in ``applied``."""
@@ -91,10 +114,46 @@ class GuardedAdamW(torch.optim.AdamW):
         if self.clip is not None:
             clip_grads_with_norm_(parameters, self.clip, norm)
         super().step(closure)
+        self.updates += 1
 
     def total_norm(self, gradients: list[Tensor]) -> Tensor:
         """The norm of all gradients together; every rank holds them whole."""
         return get_total_norm(gradients)
+
+
+class GuardedAdamW(Guard, torch.optim.AdamW):
+    """AdamW behind the guard."""
+
+    def __init__(self, groups: list[dict[str, Any]], cfg: OptimConfig) -> None:
+        super().__init__(groups, lr=cfg.lr_per_256, betas=cfg.betas, eps=cfg.eps, fused=cfg.fused)
+        self.clip = cfg.clip
+
+
+class GuardedSGD(Guard, torch.optim.SGD):
+    """SGD with momentum behind the guard; weight decay is L2, added to the gradient before the momentum (torch's)."""
+
+    def __init__(self, groups: list[dict[str, Any]], cfg: OptimConfig) -> None:
+        super().__init__(groups, lr=cfg.lr_per_256, momentum=cfg.momentum)
+        self.clip = cfg.clip
+
+
+class GuardedLars(Guard, timm.optim.Lars):
+    """LARS (You et al., "Large batch training of convolutional networks", 2017) behind the guard, as timm has it.
+
+    A matrix moves by 0.001 |w| / (|g| + decay |w|) of its decayed gradient (|g + decay w| below the line in MAE's own).
+    timm leaves that ratio out of groups without weight decay, whatever their shape; here it is left out of vectors,
+    tokens and positions alone, which take SGD's step without decay, and matrices have it also where the decay is 0, as
+    in MAE's linear probing (He et al., 2022, A.2).
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], cfg: OptimConfig) -> None:
+        super().__init__(groups, lr=cfg.lr_per_256, momentum=cfg.momentum)  # pyright: ignore[reportArgumentType] - annotated by its default, 0
+        self.clip = cfg.clip
+
+
+def guarded(groups: list[dict[str, Any]], cfg: OptimConfig) -> Guard:
+    """The optimizer of these settings behind the guard."""
+    return {"adamw": GuardedAdamW, "sgd": GuardedSGD, "lars": GuardedLars}[cfg.kind](groups, cfg)
 
 
 def plain_adamw(groups: list[dict[str, Any]], cfg: OptimConfig) -> torch.optim.AdamW:
@@ -103,22 +162,33 @@ def plain_adamw(groups: list[dict[str, Any]], cfg: OptimConfig) -> torch.optim.A
 
 
 def moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """AdamW's moments of a parameter; before its first update the zeros that AdamW itself would begin with."""
+    """An optimizer's moments of a parameter; before its first update the zeros that it would begin with.
+
+    SGD and LARS begin with the gradient itself, which is what their first update makes of zeros: they do not dampen.
+    """
     state = optimizer.state[parameter]
-    if not state:
+    if isinstance(optimizer, torch.optim.AdamW):
+        names = ("exp_avg", "exp_avg_sq")
         # Where AdamW keeps its counter: on the device for the fused kernel, else on the CPU.
-        state["step"] = torch.zeros((), device=parameter.device if optimizer.defaults["fused"] else "cpu")
-        state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
-        state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
-    return {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
+        counter = parameter.device if optimizer.defaults["fused"] else "cpu"
+        first = {} if state else {"step": torch.zeros((), device=counter)}
+    else:
+        names, first = (("momentum_buffer",) if optimizer.defaults["momentum"] else ()), {}
+    state |= first | {name: torch.zeros_like(parameter, requires_grad=False) for name in names if name not in state}
+    return {name: state[name] for name in names}
 
 
 def updates_of(optimizer: torch.optim.Optimizer) -> int:
-    """How many updates AdamW has applied: its bias correction counts them."""
+    """How many updates were applied: the guard counts them, else AdamW does for its bias correction."""
+    if isinstance(optimizer, Guard):
+        return optimizer.updates
     return max((int(state["step"]) for state in optimizer.state.values()), default=0)
 
 
 def count_from(optimizer: torch.optim.Optimizer, updates: int) -> None:
     """Go on counting updates from here."""
-    for state in optimizer.state.values():
-        state["step"].fill_(updates)
+    if isinstance(optimizer, Guard):
+        optimizer.updates = updates
+    if isinstance(optimizer, torch.optim.AdamW):
+        for state in optimizer.state.values():
+            state["step"].fill_(updates)

@@ -9,7 +9,6 @@ from typing import Any
 
 from foveal.accounts import Accounts
 from foveal.attempts import Attempt, Lease
-from foveal.checkpoint.export import Card, write_export
 from foveal.checkpoint.store import Store, check_same_science
 from foveal.data import Batch, eval_batches, train_batches
 from foveal.data.subset import PartName
@@ -18,12 +17,14 @@ from foveal.distributed.preemption import Preemption, go_on_later
 from foveal.distributed.watch import Watch
 from foveal.distributed.world import World
 from foveal.errors import CheckpointError, Superseded
+from foveal.exports import Exports
 from foveal.files import Growing, dispensable, write_json
 from foveal.loop import Course, Objective, Step, steps
 from foveal.progress import Progress
-from foveal.provenance import attempt_facts, versions, warn_of_versions
+from foveal.provenance import attempt_facts, warn_of_versions
 from foveal.recovery import Recovery, read_journal
 from foveal.saving import Saving
+from foveal.scores import Scores, until, values
 from foveal.stage import Plan
 from foveal.telemetry.pace import Pace, peak_memory
 from foveal.telemetry.stragglers import Stragglers
@@ -56,6 +57,7 @@ class Run:
     left: bool = False
     finished: bool = False
     step: int = 0
+    scores: Scores = field(default_factory=dict)  # the evaluations so far, the same on every rank and after any resume
     why: str = ""  # the attempt ended
     _accounts: Accounts | None = None
     _recovery: Recovery | None = None
@@ -65,6 +67,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self._table = Growing(self.path / "stragglers.jsonl")
+        self.exports = Exports(self.path, self.stage, self.plan, self.world)
 
     @property
     def accounts(self) -> Accounts:
@@ -95,6 +98,7 @@ class Run:
             check_same_science(state.science, self.plan.science(), folder)
             self.store.load(folder, engine, state)
             self.step, skipped, took = state.step, state.skipped, state.save_seconds
+            self.scores = dict(state.scores)
             self.pace = Pace(state.seconds)
             warn_of_versions(state.versions)
             _log.info("resumed from %s, which %s wrote", folder, state.shape)
@@ -163,18 +167,13 @@ class Run:
     def _course(self, start: int) -> Course:
         plan = self.plan
         self.pace.begin()
-        return Course(
-            start,
-            plan.stop,
-            plan.micros,
-            plan.lr,
-            self.world,
-            self.totals,
-            self.pace,
-            self.stragglers,
-            self.watch.beat,
-            self.accounts.consumed,
-        )
+        meters = self.totals, self.pace, self.stragglers
+        heard = self.watch.beat, self.accounts.consumed
+        return Course(start, plan.stop, plan.micros, self._lr, self.world, *meters, *heard)
+
+    def _lr(self, step: int) -> float:
+        watched = self.plan.cfg.watched
+        return self.plan.lr(step, values(until(self.scores, step), watched) if watched else ())
 
     def _go_back(self, engine: Engine) -> int:
         """Restore the newest checkpoint and return its step; what was written down of later steps is void."""
@@ -186,6 +185,7 @@ class Run:
         self.recovery.go_back(state.step, writes=self.world.rank == 0)
         self.totals.read(self.world.sum)
         self.store.load(folder, engine, state)
+        self.scores = until(self.scores, state.step)
         self.pace = Pace(state.seconds)
         self.accounts.close()
         self._accounts = Accounts(self.path, self.plan, self.world, state.step, self.recovery.skipped)
@@ -231,8 +231,12 @@ class Run:
         return self._last
 
     def evaluated(self, step: int, numbers: dict[str, float]) -> None:
-        """Numbers on data.val after a step; they have rows of their own."""
-        self.tracker.results({f"val_{name}": value for name, value in numbers.items()}, step)
+        """The numbers of an evaluation after a step, on every rank; they have rows of their own.
+
+        Another of the same step takes its place, as after a resume.
+        """
+        self.scores[step] = numbers
+        self.tracker.results(numbers, step)
 
     def picture(self, name: str, step: int, draw: Any) -> None:
         """Save what ``draw()`` returns (a PIL image) under pictures/, on rank 0."""
@@ -258,7 +262,7 @@ class Run:
         elif self._hurried and self.saving.pending:
             _log.warning("no checkpoint at step %d: there is time to finish the one that is being written", step)
         else:
-            self.saving.begin(engine, step, self.recovery.skipped, self.pace)
+            self.saving.begin(engine, step, self.recovery.skipped, self.scores, self.pace)
 
     def asked_to_leave(self) -> bool:
         """Whether any rank was asked to; all ranks hear the same answer. A checkpoint that is written gets its name.
@@ -296,14 +300,17 @@ class Run:
         if self._hurried or self.preemption.again:
             self.tracker.hurry()
 
-    def finish(self, results: dict[str, Any] | None = None) -> None:
-        """Write down that the run is finished, and what came of it besides its last numbers."""
+    def finish(self, results: dict[str, Any] | None = None, known: dict[str, Any] | None = None) -> None:
+        """Write down that the run is finished, and what came of it besides its last numbers.
+
+        ``results`` are new, and told; ``known`` were told before, as those of the best evaluation.
+        """
         self.settle()
         if self.world.rank == 0:
-            summary = self._last | (results or {})
+            summary = self._last | (known or {}) | (results or {})
             facts = {"seconds": round(self.pace.seconds, 3), "science": self.plan.science(), "summary": summary}
             if results:
-                self.tracker.results(results, self.plan.steps)
+                self.tracker.results(results, self.step or self.plan.steps)  # a comparison takes no steps of its own
             write_json(self.path / "finished.json", facts)  # after the results: who finds it does nothing more
             self.tracker.file(self.path / "finished.json")
         self.finished = True
@@ -317,25 +324,9 @@ class Run:
         They go to export/, or to export/<name> where a run leaves several.
         """
         self.watch.beat(self.step, "exporting")
-        weights = engine.weights()
-        if self.world.rank == 0:
-            card = Card(
-                stage=self.stage,
-                encoder=encoder,
-                mean=self.plan.mean,
-                std=self.plan.std,
-                classes=classes,
-                resized_from=self.plan.resized_from,
-                step=self.plan.steps,
-                metrics=self._last,
-                science=self.plan.science(),
-                versions=versions(),
-            )
-            mine = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-            folder = self.path / "export" / name
-            write_export(folder, mine, card)
-            self.tracker.file(folder / "card.json")
-        self.world.barrier()
+        about = {"prefix": prefix, "classes": classes, "step": self.step, "metrics": self._last}
+        folder = self.exports.write(engine, encoder, **about, name=name)
+        self.tracker.file(folder / "card.json")
 
     def settle(self) -> None:
         """Finish the checkpoint that is being written, if there is one. Every rank calls it."""

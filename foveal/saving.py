@@ -12,6 +12,7 @@ from foveal.distributed.watch import Watch
 from foveal.distributed.world import World
 from foveal.errors import CheckpointError, LaunchError
 from foveal.provenance import versions
+from foveal.scores import Scores
 from foveal.stage import Plan
 from foveal.telemetry.pace import Pace
 from foveal.telemetry.totals import Row
@@ -48,7 +49,7 @@ class Saving:
 
         Errors: CheckpointError where there is none, LaunchError where Slurm's notice is shorter than a save.
         """
-        self.begin(engine, step, skipped, pace)
+        self.begin(engine, step, skipped, {}, pace)
         self.settle(step, pace)
         if self.latest is None:
             raise CheckpointError(
@@ -64,11 +65,11 @@ class Saving:
         self.seconds = max(self.seconds, seconds)
         self._notice = self._world.once(self._checked_notice)
 
-    def begin(self, engine: Engine, step: int, skipped: Sequence[int], pace: Pace) -> None:
+    def begin(self, engine: Engine, step: int, skipped: Sequence[int], scores: Scores, pace: Pace) -> None:
         """Begin a checkpoint; one that is still being written is finished first."""
         self._watch.beat(step, "saving")
         with pace.paused():
-            self._note(self._store.save(engine, self._state(step, skipped, pace)))
+            self._note(self._store.save(engine, self._state(step, skipped, scores, pace)))
 
     def settle(self, step: int, pace: Pace) -> None:
         """Wait for the checkpoint that is being written, if there is one, and give it its name."""
@@ -82,7 +83,7 @@ class Saving:
         took, self._took = self._took, {}
         return took
 
-    def _state(self, step: int, skipped: Sequence[int], pace: Pace) -> TrainState:
+    def _state(self, step: int, skipped: Sequence[int], scores: Scores, pace: Pace) -> TrainState:
         cfg = self._plan.cfg.engine
         kind = f"deepspeed ZeRO {cfg.zero}" if cfg.kind == "deepspeed" else cfg.kind
         return TrainState(
@@ -93,6 +94,7 @@ class Saving:
             science=self._plan.science(),
             versions=versions(),
             skipped=list(skipped),
+            scores=dict(scores),
             save_seconds=self.seconds,
         )
 

@@ -1,6 +1,8 @@
 """What the three stages share: the sections of their configs, and the plan that a config becomes on so many ranks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +16,8 @@ from foveal.distributed.engine import EngineConfig, check_engine
 from foveal.errors import ConfigError, ExportError
 from foveal.optim import OptimConfig
 from foveal.recovery import RecoveryConfig
-from foveal.schedule import warmup_cosine
+from foveal.schedule import dropped, plateau_drops, warmup_constant, warmup_cosine
+from foveal.scores import higher_is_better
 from foveal.tracking.tracker import TrackingConfig
 
 
@@ -71,6 +74,11 @@ class StageConfig(Config):
         """Names of what it leaves in export/; an empty one is export/ itself."""
         return ("",)
 
+    @property
+    def watched(self) -> str | None:
+        """The number of an evaluation that a plateau is judged by; none in a stage that evaluates nothing."""
+        return None
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -111,16 +119,28 @@ class Plan:
         """The step after which this attempt ends."""
         return min(self.steps, self.cfg.run.stop_at or self.steps)
 
-    def lr(self, step: int) -> float:
-        """The learning rate of the update that follows ``step`` finished ones."""
+    def lr(self, step: int, watched: Sequence[float] = ()) -> float:
+        """The learning rate of the update that follows ``step`` finished ones.
+
+        ``watched`` are the values of ``cfg.watched`` in the evaluations up to that step, which only a plateau looks at.
+        """
         optim = self.cfg.optim
-        return warmup_cosine(
-            step,
-            peak=optim.peak(self.cfg.batch.images),
-            floor=optim.floor_lr,
-            warmup=round(optim.warmup_epochs * self.steps_per_epoch),
-            total=self.steps,
-        )
+        rise = {
+            "peak": optim.peak(self.cfg.batch.images),
+            "warmup": round(optim.warmup_epochs * self.steps_per_epoch),
+        }
+        if optim.schedule == "cosine":
+            return warmup_cosine(step, **rise, floor=optim.floor_lr, total=self.steps)
+        drops = self._drops(step, watched)
+        return dropped(warmup_constant(step, **rise), drops=drops, factor=optim.step_factor, floor=optim.floor_lr)
+
+    def _drops(self, step: int, watched: Sequence[float]) -> int:
+        optim, metric = self.cfg.optim, self.cfg.watched
+        if optim.schedule == "step":
+            return sum(step >= round(epoch * self.steps_per_epoch) for epoch in optim.step_epochs)
+        if optim.schedule == "plateau" and metric is not None:
+            return plateau_drops(watched, patience=optim.plateau_patience, higher_is_better=higher_is_better(metric))
+        return 0
 
     def science(self) -> dict[str, Any]:
         """What guards a resume."""
@@ -134,7 +154,7 @@ class Plan:
             *self._resize_lines(),
             f"batch     {cfg.batch.images} images = {self.ranks} ranks x {self.micros} micros x {self.at_once} at once",
             f"steps     {self.steps} = {cfg.epochs} epochs x {self.steps_per_epoch} (each epoch drops another {self.training.order.dropped} images)",
-            f"lr        {cfg.optim.peak(cfg.batch.images):.3g} at its peak, after {cfg.optim.warmup_epochs:g} epochs",
+            f"lr        {cfg.optim.peak(cfg.batch.images):.3g} at its peak, after {cfg.optim.warmup_epochs:g} epochs; {cfg.optim.schedule}, {cfg.optim.kind}",
             f"engine    {cfg.engine.kind}{f' ZeRO {cfg.engine.zero}' if cfg.engine.kind == 'deepspeed' else ''}, {cfg.engine.precision}",
             f"run       {cfg.run.dir}",
         ]
@@ -202,6 +222,7 @@ def planned(
             f"data.patience_seconds={cfg.data.patience_seconds:g} must be below engine.timeout_minutes="
             f"{cfg.engine.timeout_minutes:g}: the other ranks would give up before a loader that hangs is named"
         )
+    _check_schedule(cfg)
     training = training_set(dataset, cfg.data, seed=cfg.seed, batch=cfg.batch.images)
     at_once, micros = cfg.batch.micros(ranks)
     check_engine(cfg.engine, cfg.optim, ranks, at_once=at_once, accumulate=micros)
@@ -220,6 +241,24 @@ def planned(
         inherited=inherited_science(facts),
         **further,
     )
+
+
+def _check_schedule(cfg: StageConfig) -> None:
+    """Refuse a schedule that does not fit into the run. Errors: ConfigError."""
+    optim, epochs = cfg.optim, list(cfg.optim.step_epochs)
+    if bool(epochs) != (optim.schedule == "step"):
+        raise ConfigError(
+            f"optim.step_epochs={epochs} with optim.schedule={optim.schedule}: the schedule step has epochs, the others none"
+        )
+    if epochs and not all(a < b for a, b in pairwise([optim.warmup_epochs, *epochs, cfg.epochs])):
+        raise ConfigError(
+            f"optim.step_epochs={epochs} must ascend between optim.warmup_epochs={optim.warmup_epochs:g} and "
+            f"epochs={cfg.epochs}, neither included"
+        )
+    if optim.schedule == "plateau" and cfg.watched is None:
+        raise ConfigError(
+            "optim.schedule=plateau is of fine-tuning, whose evaluations it follows; take cosine, step or constant here"
+        )
 
 
 def _statistics(cfg: StageConfig, dataset: Dataset, card: Card | None) -> tuple[tuple[float, ...], tuple[float, ...]]:

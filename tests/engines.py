@@ -31,6 +31,7 @@ class Shape:
     zero: int = 1
     sharding: str = "ddp"
     precision: str = "fp32"
+    optim: str = "adamw"
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -110,10 +111,11 @@ class Trainer:
 
     def __init__(self, world: World, shape: Shape) -> None:
         self.world, self.module = world, Tiny()
-        groups = parameter_groups(self.module, OPTIM.model_copy(update={"layer_decay": 0.5}), depth, 3)
+        optim = OPTIM.model_copy(update={"kind": shape.optim})
+        groups = parameter_groups(self.module, optim.model_copy(update={"layer_decay": 0.5}), depth, 3)
         cfg = shape.config
         at_once = IMAGES // MICROS // world.size
-        self.engine: Engine = build_engine(self.module, groups, OPTIM, cfg, world, at_once=at_once, accumulate=MICROS)
+        self.engine: Engine = build_engine(self.module, groups, optim, cfg, world, at_once=at_once, accumulate=MICROS)
 
     def step(self, number: int, spoil: Callable[[int, Tensor], Tensor] = lambda _micro, rows: rows) -> Told:
         """One step; ``spoil`` changes the rows of a micro on this rank."""

@@ -38,10 +38,10 @@ _DTYPES = {
 class Piece:
     """A run of consecutive elements of one tensor that this rank holds, as live flat views: filling it fills the engine.
 
-    ``parts`` are "weight" and, for what is trained, "exp_avg" and "exp_avg_sq", flat and equally long. A rank lists
-    every tensor of the module, those too of which it holds nothing, so that what is missing or left over shows on every
-    rank. ``writes`` is what it writes of the run, counted from ``start``: where several ranks hold the same elements,
-    one of them writes them.
+    ``parts`` are "weight" and, for what is trained, the optimizer's moments ("exp_avg" and "exp_avg_sq" of AdamW,
+    "momentum_buffer" of SGD and LARS), flat and equally long. A rank lists every tensor of the module, those too of which
+    it holds nothing, so that what is missing or left over shows on every rank. ``writes`` is what it writes of the run,
+    counted from ``start``: where several ranks hold the same elements, one of them writes them.
     """
 
     name: str

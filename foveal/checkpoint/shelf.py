@@ -51,6 +51,11 @@ class Shelf:
         """The furthest step that an attempt is known to have begun at."""
         return max(self._starts.values(), default=0)
 
+    def reach(self, count: int) -> int:
+        """The step of the oldest of so many newest checkpoints; 0 where there are fewer."""
+        newest = self.checkpoints()[-count:]
+        return _step_and_attempt(newest[0])[0] if len(newest) == count else 0
+
     def folder(self, step: int) -> Path:
         """Where this attempt publishes a step."""
         return self.root / f"step-{step:08d}-attempt-{self._attempt:04d}"

@@ -14,8 +14,8 @@ FORMAT = 2
 class TrainState:
     """The facts beside the pieces that decide how a run goes on.
 
-    updates: how many were applied, which AdamW's bias correction counts; skipped: batches that no step takes;
-    save_seconds: what the slowest save before this one took.
+    updates: how many were applied, which AdamW's bias correction counts; skipped: batches that no step takes; scores: the
+    numbers of each evaluation before this checkpoint, by step; save_seconds: what the slowest save before this one took.
     """
 
     step: int
@@ -25,6 +25,7 @@ class TrainState:
     science: dict[str, Any]
     versions: dict[str, str] = field(default_factory=dict)
     skipped: list[int] = field(default_factory=list)
+    scores: dict[int, dict[str, float]] = field(default_factory=dict)
     updates: int = 0
     save_seconds: float = 0.0
     format: int = FORMAT
@@ -36,11 +37,15 @@ class TrainState:
 
 
 def read_state(folder: Path) -> TrainState:
-    """The state of a checkpoint. Errors: OSError, CheckpointError for one of another format."""
+    """The state of a checkpoint; one written before evaluations were kept in it has none.
+
+    Errors: OSError, CheckpointError for one of another format.
+    """
     tree = json.loads((folder / "state.json").read_text())
     if tree.get("format") != FORMAT:
         raise CheckpointError(f"{folder} has checkpoint format {tree.get('format')}; this foveal reads format {FORMAT}")
-    return TrainState(**tree)
+    scores = {int(step): numbers for step, numbers in tree.pop("scores", {}).items()}  # JSON's keys are text
+    return TrainState(**tree, scores=scores)
 
 
 def check_same_science(was: dict[str, Any], now: dict[str, Any], where: Path) -> None:

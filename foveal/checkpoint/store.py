@@ -184,6 +184,10 @@ class Store:
             f"there, or begin anew with run.fresh=true"
         )
 
+    def reach(self) -> int:
+        """The step of the oldest checkpoint that a resume may have to begin at. For rank 0."""
+        return self._shelf.reach(self._cfg.keep)
+
     # --- saving ---
 
     @property

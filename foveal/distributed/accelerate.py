@@ -17,7 +17,7 @@ from foveal.distributed.deepspeed import DeepSpeed
 from foveal.distributed.engine import EngineConfig, Outcome, Whole, autocast, buffers, followed
 from foveal.distributed.world import World
 from foveal.errors import LaunchError
-from foveal.optim import GuardedAdamW, OptimConfig
+from foveal.optim import OptimConfig, guarded
 
 # What accelerate launch tells its processes, and the setting that says the same.
 _LAUNCHED = {"ACCELERATE_USE_DEEPSPEED": "deepspeed", "ACCELERATE_USE_FSDP": "fsdp2"}
@@ -69,7 +69,7 @@ class Accelerate(Whole):
         accumulate: int,
     ) -> None:
         self._accelerator = _accelerator(cfg, world, accumulate)
-        super().__init__(model, GuardedAdamW(groups, optim), cfg, world)
+        super().__init__(model, guarded(groups, optim), cfg, world)
         self.model = self._accelerator.prepare_model(model)
         self._optimizer = self._accelerator.prepare_optimizer(self._guard)
 
@@ -99,7 +99,7 @@ class FullySharded(Accelerate):
     ) -> None:
         self._accelerator = _accelerator(cfg, world, accumulate)
         groups = fsdp.shard(model.to(world.device), groups, world)
-        Whole.__init__(self, model, fsdp.ShardedAdamW(groups, optim), cfg, world)
+        Whole.__init__(self, model, fsdp.guarded_shards(groups, optim), cfg, world)
 
     @contextmanager
     def micro(self, *, last: bool) -> Iterator[None]:

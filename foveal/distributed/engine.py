@@ -12,7 +12,7 @@ from foveal.checkpoint.pieces import Piece, whole
 from foveal.config import Config, machine, science
 from foveal.distributed.world import World
 from foveal.errors import ConfigError
-from foveal.optim import GuardedAdamW, OptimConfig, count_from, moments, updates_of
+from foveal.optim import Guard, OptimConfig, count_from, guarded, moments, updates_of
 
 Precision = Literal["fp32", "bf16"]
 
@@ -175,7 +175,7 @@ def exported(value: Tensor) -> Tensor:
 class Whole:
     """What Plain and Accelerate share: every rank holds all weights and moments, and the optimizer guards itself."""
 
-    def __init__(self, module: nn.Module, guard: GuardedAdamW, cfg: EngineConfig, world: World) -> None:
+    def __init__(self, module: nn.Module, guard: Guard, cfg: EngineConfig, world: World) -> None:
         self.device = world.device
         self.model = module
         self._module = module
@@ -227,7 +227,7 @@ class Plain(Whole):
         accumulate: int,
     ) -> None:
         assert world.size == 1, "check_engine refuses more"
-        super().__init__(model.to(world.device), GuardedAdamW(groups, optim), cfg, world)
+        super().__init__(model.to(world.device), guarded(groups, optim), cfg, world)
         self._accumulate = accumulate
 
     @contextmanager
@@ -248,7 +248,16 @@ def check_engine(cfg: EngineConfig, optim: OptimConfig, ranks: int, *, at_once: 
         raise ConfigError(
             f"engine.sharding={cfg.sharding} is Accelerate's, and engine.kind is {cfg.kind}; remove one of them"
         )
+    if optim.kind == "lars" and cfg.sharding == "fsdp2":
+        raise ConfigError(
+            "optim.kind=lars wants the norms of whole weights, which engine.sharding=fsdp2 cuts up; use ddp, or sgd or adamw"
+        )
     if "deepspeed" in (cfg.kind, cfg.sharding):
+        if optim.kind != "adamw":
+            raise ConfigError(
+                f"optim.kind={optim.kind} does not run on DeepSpeed, which takes adamw only; use engine.kind=accelerate with "
+                f"engine.sharding=ddp{'' if optim.kind == 'lars' else ' or fsdp2'}"
+            )
         from foveal.distributed.deepspeed import settings
 
         settings(optim, cfg, ranks, at_once, accumulate)

@@ -13,14 +13,27 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from foveal.checkpoint.pieces import Piece
 from foveal.distributed.engine import exported
 from foveal.distributed.world import World
-from foveal.optim import GuardedAdamW, moments
+from foveal.optim import Guard, GuardedAdamW, GuardedSGD, OptimConfig, moments
 
 
-class ShardedAdamW(GuardedAdamW):
+class _Sharded(Guard):
     """The guard over shards: its norm is that of all ranks together, so that they clip and skip alike."""
 
     def total_norm(self, gradients: list[Tensor]) -> Tensor:
         return cast(DTensor, super().total_norm(gradients)).full_tensor()
+
+
+class _ShardedAdamW(_Sharded, GuardedAdamW):
+    """AdamW over shards."""
+
+
+class _ShardedSGD(_Sharded, GuardedSGD):
+    """SGD over shards."""
+
+
+def guarded_shards(groups: list[dict[str, Any]], cfg: OptimConfig) -> Guard:
+    """The optimizer of these settings behind the guard, over shards; LARS, which needs whole weights, is refused before."""
+    return {"adamw": _ShardedAdamW, "sgd": _ShardedSGD}[cfg.kind](groups, cfg)
 
 
 def shard(model: nn.Module, groups: list[dict[str, Any]], world: World) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from foveal.distributed.engine import EngineConfig, Precision
 from foveal.door import Stage
 from foveal.plan.memory import Memory, memory_of, zero_stage
 from foveal.plan.trace import Flops, Trace, Weights, flops_of, trace_of, weights_of
-from foveal.stage import Plan
+from foveal.stage import Plan, StageConfig
 
 _FP32, _BF16 = 4, 2
 _PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
@@ -61,7 +61,7 @@ class Forecast:
         samples = at_once or plan.at_once
         micros = plan.at_once * plan.micros // samples
         trace = self._trace(cfg.precision, samples, recompute=cfg.recompute)
-        return memory_of(self.weights, trace, cfg, ranks=plan.ranks, micros=micros, fused=plan.cfg.optim.fused)
+        return memory_of(self.weights, trace, cfg, plan.cfg.optim, ranks=plan.ranks, micros=micros)
 
     @cached_property
     def choices(self) -> dict[str, dict[str, Memory]]:
@@ -74,14 +74,14 @@ class Forecast:
         }
         return {
             name: {way: self.memory_under(cfg.model_copy(update=change | how)) for way, how in ways.items()}
-            for name, change in sharings(cfg).items()
+            for name, change in sharings(self.plan.cfg).items()
         }
 
     @property
     def sharing(self) -> str:
         """The row of ``choices`` that the config asks for."""
         cfg = self.plan.cfg.engine
-        return next(name for name, change in sharings(cfg).items() if cfg.model_copy(update=change) == cfg)
+        return next(name for name, change in sharings(self.plan.cfg).items() if cfg.model_copy(update=change) == cfg)
 
     @property
     def way(self) -> str:
@@ -108,8 +108,8 @@ class Forecast:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """fp32 weights and two moments of what is trained, and what else the model keeps."""
-        return 3 * _FP32 * self.weights.trained + self.weights.kept_bytes
+        """fp32 weights and moments of what is trained, and what else the model keeps."""
+        return (1 + self.plan.cfg.optim.moments) * _FP32 * self.weights.trained + self.weights.kept_bytes
 
     @property
     def save_seconds(self) -> float:
@@ -151,7 +151,7 @@ class Forecast:
     def traffics(self) -> dict[str, float]:
         """By how the state is shared."""
         cfg = self.plan.cfg.engine
-        return {name: self.traffic(cfg.model_copy(update=change)) for name, change in sharings(cfg).items()}
+        return {name: self.traffic(cfg.model_copy(update=change)) for name, change in sharings(self.plan.cfg).items()}
 
     def _build(self, device: Any) -> Any:
         return self.stage.parts(self.plan, device)
@@ -169,8 +169,9 @@ class Forecast:
         return {}
 
 
-def sharings(cfg: EngineConfig) -> dict[str, dict[str, Any]]:
-    """How an engine of this kind may share its state, by the name that a user knows."""
+def sharings(settings: StageConfig) -> dict[str, dict[str, Any]]:
+    """How the engine of these settings may share its state, by the name that a user knows."""
+    cfg = settings.engine
     zeros = {f"ZeRO {stage}": {"zero": stage} for stage in (0, 1, 2, 3)}
     if cfg.kind == "deepspeed":
         return zeros
@@ -178,4 +179,5 @@ def sharings(cfg: EngineConfig) -> dict[str, dict[str, Any]]:
         return {"plain": {}}
     if cfg.sharding == "deepspeed":
         return zeros
-    return {"DDP": {"sharding": "ddp"}, "FSDP2": {"sharding": "fsdp2"}}
+    whole = {"DDP": {"sharding": "ddp"}}
+    return whole if settings.optim.kind == "lars" else whole | {"FSDP2": {"sharding": "fsdp2"}}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from foveal.distributed.engine import EngineConfig
+from foveal.optim import OptimConfig
 from foveal.plan.trace import Trace, Weights
 
 _FP32, _BF16 = 4, 2
@@ -63,9 +64,11 @@ class _Share:
         return (done if self.grows else self.gradients) + self.always + (self.late if done else 0.0) + copy
 
 
-def memory_of(weights: Weights, trace: Trace, cfg: EngineConfig, *, ranks: int, micros: int, fused: bool) -> Memory:
+def memory_of(
+    weights: Weights, trace: Trace, cfg: EngineConfig, optim: OptimConfig, *, ranks: int, micros: int
+) -> Memory:
     """The memory of a rank under its engine, when a step has so many micros."""
-    share = _share(weights, cfg, ranks, micros, fused=fused)
+    share = _share(weights, cfg, optim, ranks, micros)
     state = weights.frozen_bytes + share.weights + share.moments
     return Memory(
         weights=weights.frozen_bytes + share.weights,
@@ -82,22 +85,22 @@ def zero_stage(cfg: EngineConfig) -> int:
     return cfg.zero if cfg.kind == "deepspeed" or (cfg.kind == "accelerate" and cfg.sharding == "deepspeed") else 0
 
 
-def _share(weights: Weights, cfg: EngineConfig, ranks: int, micros: int, *, fused: bool) -> _Share:
+def _share(weights: Weights, cfg: EngineConfig, optim: OptimConfig, ranks: int, micros: int) -> _Share:
     stage = zero_stage(cfg)
     if stage == 3:
         return _zero_3(weights, cfg, ranks)
     if stage:
         return _zero_1_and_2(weights, cfg, ranks, micros, stage)
     if cfg.kind == "accelerate" and cfg.sharding == "fsdp2":
-        return _fsdp2(weights, ranks)
+        return _fsdp2(weights, optim, ranks)
     whole = weights.trained * _FP32
     deepspeed = cfg.kind == "deepspeed"
     buckets = whole if ranks > 1 and not deepspeed else 0.0  # DDP reduces copies that it keeps
     flat = min(whole, _BUCKET * _FP32) if deepspeed else 0.0
-    spare = 0.0 if fused else whole  # AdamW without a fused kernel
+    spare = 0.0 if optim.kind == "adamw" and optim.fused else whole  # what is not one kernel copies as it computes
     return _Share(
         whole,
-        2 * whole,
+        optim.moments * whole,
         whole,
         always=buckets,
         grows=micros == 1,
@@ -160,13 +163,14 @@ def _zero_3(weights: Weights, cfg: EngineConfig, ranks: int) -> _Share:
     )
 
 
-def _fsdp2(weights: Weights, ranks: int) -> _Share:
+def _fsdp2(weights: Weights, optim: OptimConfig, ranks: int) -> _Share:
     """Shards of everything; whole are what lies outside of the blocks, and two blocks with their gradients."""
     part = weights.trained * _FP32 / ranks
     outside = max(weights.trained - sum(weights.blocks), 0)
     largest = max(weights.blocks, default=0)
     gathered = (2 * outside + 4 * largest) * _FP32
-    return _Share(part, 2 * part, part, always=gathered, start=weights.trained * _FP32 + part, update=2 * part)
+    start = weights.trained * _FP32 + part
+    return _Share(part, optim.moments * part, part, always=gathered, start=start, update=2 * part)
 
 
 def _settings(cfg: EngineConfig) -> dict[str, Any]:

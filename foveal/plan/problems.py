@@ -67,8 +67,8 @@ def _memory(forecast: Forecast) -> list[Problem]:
 def _fitting(forecast: Forecast, limit: float) -> str | None:
     """The settings that change least and fit: sharing first, which costs traffic, then fewer at once, then recomputation."""
     cfg, at_once = forecast.plan.cfg.engine, forecast.plan.at_once
-    ways = list(sharings(cfg).values())
-    ways = ways[list(sharings(cfg)).index(forecast.sharing) :]  # what shares less than now needs more
+    ways = list(sharings(forecast.plan.cfg).values())
+    ways = ways[list(sharings(forecast.plan.cfg)).index(forecast.sharing) :]  # what shares less than now needs more
     weights = forecast.weights
     for recompute in dict.fromkeys((cfg.recompute, weights.recomputes)):
         for samples in (at_once, *(n for n in range(at_once - 1, weights.fewest - 1, -1) if at_once % n == 0)):

@@ -29,7 +29,9 @@ CONFIGS = stage_configs()
 # Labels that are masks, boxes or several classes brought four: the kind, the member, the id that is left out, and how large
 # an image is evaluated. RandAugment brought three, classes of other sizes one. Recipes of fine-tuning brought twenty: mixup and
 # cutmix, erasing, dropout, weights of classes, an average, a frozen encoder, six of an attack and four of a teacher.
-MOST_SETTINGS = {"pretrain": 99, "distill": 119, "finetune": 117}
+# SGD and LARS brought their kind and momentum, for recipes that were published with them (linear probing, convolutional
+# networks); other schedules four, for the same; early stopping three to fine-tuning, for whose labels are few.
+MOST_SETTINGS = {"pretrain": 105, "distill": 125, "finetune": 126}
 
 
 def shipped(folder: str) -> list[Path]:

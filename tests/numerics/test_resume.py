@@ -20,6 +20,7 @@ CASES = [
     ("finetune", "one", "engine.kind=accelerate"),
     ("finetune", "two", "engine.kind=accelerate"),
     ("finetune", "two", "engine.kind=accelerate engine.sharding=fsdp2"),
+    ("finetune", "two", "engine.kind=accelerate optim.kind=sgd optim.schedule=step optim.step_epochs=[0.5]"),
 ]
 
 

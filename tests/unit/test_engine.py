@@ -17,6 +17,23 @@ def check(ranks: int = 2, **chosen: Any) -> None:
     check_engine(EngineConfig(**chosen), OptimConfig(), ranks, at_once=1, accumulate=1)
 
 
+def test_an_engine_takes_the_optimizers_that_it_can() -> None:
+    def take(optimizer: str, **chosen: Any) -> None:
+        check_engine(
+            EngineConfig(**chosen), OptimConfig.model_validate({"kind": optimizer}), 2, at_once=1, accumulate=1
+        )
+
+    for optimizer, where in (("sgd", "ddp or fsdp2"), ("lars", "ddp")):
+        sentence = rf"optim\.kind={optimizer} does not run on DeepSpeed, .*sharding={where}$"
+        for chosen in ({}, {"kind": "accelerate", "sharding": "deepspeed"}):
+            with pytest.raises(ConfigError, match=sentence):
+                take(optimizer, **chosen)
+        take(optimizer, kind="accelerate")
+    take("sgd", kind="accelerate", sharding="fsdp2")
+    with pytest.raises(ConfigError, match=r"optim\.kind=lars wants the norms of whole weights"):
+        take("lars", kind="accelerate", sharding="fsdp2")
+
+
 def zero(**keys: Any) -> dict[str, Any]:
     return {"deepspeed": {"zero_optimization": keys}}
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from foveal.cli import app
 from foveal.distributed.engine import EngineConfig
 from foveal.errors import ConfigError
+from foveal.optim import OptimConfig
 from foveal.plan.cli import stage_of
 from foveal.plan.cluster import Partition, Request, partition_named, partitions, request_of, seconds_of
 from foveal.plan.forecast import Forecast, Machine
@@ -26,11 +27,12 @@ from foveal.plan.trace import Trace, Weights
 MILLION = 10**6
 WEIGHTS = Weights(MILLION, 900_000, (100_000,) * 9 + (50_000,) * 2, (400_000,) * 2, frozen_bytes=7, kept_bytes=0)
 TRACE = Trace({0: 3 * MILLION, 2 * MILLION: 2 * MILLION, 4 * MILLION: MILLION})
+ADAMW = OptimConfig()
 NOBODY = Limits(None, None, "nobody")
 
 
-def held(ranks: int = 4, micros: int = 2, **engine: Any) -> Any:
-    return memory_of(WEIGHTS, TRACE, EngineConfig(**engine), ranks=ranks, micros=micros, fused=True)
+def held(ranks: int = 4, micros: int = 2, optim: OptimConfig = ADAMW, **engine: Any) -> Any:
+    return memory_of(WEIGHTS, TRACE, EngineConfig(**engine), optim, ranks=ranks, micros=micros)
 
 
 # --- what engines hold: W = 4 MB of weights ---
@@ -41,6 +43,13 @@ def test_one_process_holds_weights_gradients_and_two_moments() -> None:
     assert (found.weights, found.moments, found.gradients) == (4e6 + 7, 8e6, 4e6)
     assert found.peak == 7 + 12e6 + 4e6 + 3e6
     assert held(1, 1, kind="plain").peak == 7 + 12e6 + 5e6  # one micro: gradients grow as activations go, 1 + 4
+
+
+def test_sgd_and_lars_keep_one_moment_and_none_without_momentum() -> None:
+    for kind, momentum, moments in (("sgd", 0.9, 4e6), ("lars", 0.9, 4e6), ("sgd", 0.0, 0.0)):
+        optim = OptimConfig.model_validate({"kind": kind, "momentum": momentum})
+        assert held(1, optim=optim, kind="plain").moments == moments
+    assert held(4, optim=OptimConfig(kind="sgd"), kind="accelerate", sharding="fsdp2").moments == 1e6
 
 
 def test_ddp_keeps_copies_to_reduce() -> None:

@@ -1,5 +1,6 @@
 """The learning rate: its corners, and torch's cosine between them."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foveal.schedule import warmup_cosine
+from foveal.schedule import dropped, plateau_drops, warmup_constant, warmup_cosine
 
 
 def test_the_corners() -> None:
@@ -51,3 +52,36 @@ def test_it_rises_once_and_falls_once_between_floor_and_peak(
     assert all(a >= b for a, b in pairwise(rates[warmup:]))
     assert max(rates) == pytest.approx(peak)
     assert min(rates[warmup:]) == pytest.approx(floor, abs=1e-12)
+
+
+def test_drops_are_torchs_steps_down_to_the_floor() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    theirs = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[4, 7], gamma=0.1)
+    for step in range(10):
+        drops = (step >= 4) + (step >= 7)
+        rate = dropped(warmup_constant(step, peak=0.3, warmup=0), drops=drops, factor=0.1, floor=0.0)
+        assert rate == pytest.approx(theirs.get_last_lr()[0], rel=1e-12)
+        optimizer.step()
+        theirs.step()
+    assert dropped(0.3, drops=2, factor=0.1, floor=0.01) == 0.01
+    assert dropped(0.001, drops=0, factor=0.1, floor=0.01) == 0.001  # a warm-up begins below the floor
+
+
+@given(st.lists(st.integers(0, 5), max_size=30), st.integers(1, 4), st.booleans())
+def test_a_plateau_drops_when_torchs_does(values: list[int], patience: int, higher: bool) -> None:
+    """torch waits for one more than its patience."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    mode = "max" if higher else "min"
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, mode, factor=0.5, patience=patience - 1, threshold=0.0, threshold_mode="abs", eps=0.0
+    )
+    for count, value in enumerate(values, start=1):
+        theirs.step(float(value))
+        drops = plateau_drops(map(float, values[:count]), patience=patience, higher_is_better=higher)
+        assert optimizer.param_groups[0]["lr"] == 0.5**drops
+
+
+def test_what_is_no_number_is_no_better() -> None:
+    found = [math.nan, 2.0, math.nan, 1.0, math.nan, math.nan]
+    drops = [plateau_drops(found[:count], patience=2, higher_is_better=False) for count in range(7)]
+    assert drops == [0, 0, 0, 0, 0, 0, 1]

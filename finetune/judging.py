@@ -1,0 +1,59 @@
+"""By which number a run is judged while it goes on, and what of that can be refused before it begins."""
+
+from foveal.config import Config, science
+from foveal.data import LabelKind
+from foveal.errors import ConfigError
+from foveal.stage import StageConfig
+
+
+class EarlyStoppingConfig(Config):
+    """What the evaluations on the way are for: to stop when they get no better, and to leave the best one's weights."""
+
+    metric: str = science(
+        about="The number that judges, such as val_top1 or holdout_loss; higher is better, unless it ends in loss."
+    )
+    patience: int | None = science(
+        about="Evaluations after the best one, at the last of which the run stops; null: it goes on to the end.", ge=1
+    )
+
+
+NUMBERS: dict[LabelKind, tuple[str, ...]] = {  # of an evaluation
+    "class": ("top1", "top5", "loss"),
+    "classes": ("map", "f1", "loss"),
+    "mask": ("miou", "pixels", "loss"),
+    "boxes": ("map", "map_50", "map_75"),
+}
+
+
+def logged(cfg: StageConfig, *, attacked: bool) -> list[str]:
+    """The names under which the numbers of an evaluation are logged: of val, and of the part that is held out."""
+    numbers = (*NUMBERS[cfg.data.labels], *(("robust_top1",) if attacked else ()))
+    parts = ("val", "holdout") if cfg.data.holdout_per_class else ("val",)
+    return [f"{part}_{number}" for part in parts for number in numbers]
+
+
+def check_judging(
+    early: EarlyStoppingConfig | None, evaluate_every: int, cfg: StageConfig, *, attacked: bool = False
+) -> None:
+    """Refuse what judges by a number that nobody logs. Errors: ConfigError."""
+    names = ", ".join(logged(cfg, attacked=attacked))
+    if early is None:
+        if cfg.optim.schedule == "plateau":
+            raise ConfigError(
+                f"optim.schedule=plateau follows early_stopping.metric, and there is no early_stopping: set it to one of {names} "
+                f"(early_stopping.patience=null goes on to the end)"
+            )
+        return
+    if early.metric not in names.split(", "):
+        hint = "" if cfg.data.holdout_per_class else "; data.holdout_per_class adds those of the part that is held out"
+        raise ConfigError(f"early_stopping.metric={early.metric} is not logged: an evaluation logs {names}{hint}")
+    if not evaluate_every:
+        raise ConfigError(
+            f"early_stopping.metric={early.metric} is logged only at the end, because evaluate_every=0: say how many steps lie "
+            f"between evaluations, each of which logs {names}"
+        )
+
+
+def judged(early: EarlyStoppingConfig | None, evaluate_every: int) -> dict[str, str]:
+    """The cadence of evaluations is science where they decide how a run goes on."""
+    return {} if early is None else {"evaluate_every": str(evaluate_every)}

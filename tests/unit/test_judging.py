@@ -1,0 +1,90 @@
+"""A metric that nobody logs, and a schedule that does not fit into its run, are refused before anything is written."""
+
+from pathlib import Path
+
+import pytest
+from ranks import stage_named
+
+from foveal.door import load
+from foveal.errors import ConfigError
+from foveal.stage import Plan
+
+STOPPING = "early_stopping={metric: val_top1, patience: 2}"
+HELD = "data.holdout_per_class=3"
+NAMES = "val_top1, val_top5, val_loss"
+
+
+def planned(name: str, config: Path, *words: str) -> Plan:
+    stage = stage_named(name)
+    return stage.plan(load(stage.config, name, str(config), [*words, "engine.kind=plain"]), 1)
+
+
+REFUSED = {
+    "misspelt": (
+        ("evaluate_every=5", "early_stopping={metric: val_top2, patience: 2}"),
+        f"early_stopping.metric=val_top2 is not logged: an evaluation logs {NAMES}; data.holdout_per_class adds",
+    ),
+    "misspelt beside a holdout": (
+        ("evaluate_every=5", HELD, "early_stopping={metric: top1, patience: 2}"),
+        f"an evaluation logs {NAMES}, holdout_top1, holdout_top5, holdout_loss$",
+    ),
+    "no holdout": (
+        ("evaluate_every=5", "early_stopping={metric: holdout_top1, patience: 2}"),
+        "early_stopping.metric=holdout_top1 is not logged",
+    ),
+    "never": ((STOPPING,), f"is logged only at the end, because evaluate_every=0: .* logs {NAMES}"),
+    "plateau of nothing": (
+        ("optim.schedule=plateau", "evaluate_every=5"),
+        f"optim.schedule=plateau follows early_stopping.metric, .* set it to one of {NAMES}",
+    ),
+    "no epochs": (("optim.schedule=step",), r"step_epochs=\[\] with optim.schedule=step"),
+    "epochs of another": (("optim.step_epochs=[0.5]",), r"step_epochs=\[0.5\] with optim.schedule=cosine"),
+    "descending": (
+        ("optim.schedule=step", "optim.step_epochs=[0.5, 0.4]"),
+        r"step_epochs=\[0.5, 0.4\] must ascend between optim.warmup_epochs=0 and epochs=1",
+    ),
+    "after the end": (("optim.schedule=step", "optim.step_epochs=[1.0]"), "must ascend between"),
+    "in the warm-up": (
+        ("optim.schedule=step", "optim.step_epochs=[0.1]", "optim.warmup_epochs=0.2"),
+        "optim.warmup_epochs=0.2 and epochs=1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_it_is_refused_in_a_sentence(case: str, configs: dict[str, Path]) -> None:
+    words, sentence = REFUSED[case]
+    with pytest.raises(ConfigError, match=sentence) as told:
+        planned("finetune", configs["finetune"], *words)
+    assert "\n" not in str(told.value)
+
+
+def test_a_plateau_is_of_fine_tuning(configs: dict[str, Path]) -> None:
+    for name in ("pretrain", "distill"):
+        with pytest.raises(ConfigError, match=r"optim\.schedule=plateau is of fine-tuning"):
+            planned(name, configs[name], "optim.schedule=plateau")
+
+
+def test_when_evaluations_decide_their_cadence_is_science(configs: dict[str, Path]) -> None:
+    def science(*words: str) -> dict[str, object]:
+        return planned("finetune", configs["finetune"], *words).science()
+
+    assert science("evaluate_every=5") == science("evaluate_every=7")
+    one, other = (science(f"evaluate_every={every}", STOPPING) for every in (5, 7))
+    assert {name for name in one if one[name] != other[name]} == {"inherited.evaluate_every"}
+
+
+def test_the_rate_of_a_plan(configs: dict[str, Path]) -> None:
+    """22 steps, 4 of them warm-up; the peak is 0.01."""
+    steps = ("optim.schedule=step", "optim.step_epochs=[0.5, 0.75]", "optim.floor_lr=2e-4", "optim.warmup_epochs=0.2")
+    plan = planned("finetune", configs["finetune"], *steps)
+    assert [plan.lr(step) for step in (0, 3, 10, 11, 15, 16, 21)] == pytest.approx(
+        [0.0025, 0.01, 0.01, 0.001, 0.001, 2e-4, 2e-4]
+    )
+    constant = planned("finetune", configs["finetune"], "optim.schedule=constant", "optim.warmup_epochs=0.2")
+    assert [constant.lr(step) for step in (0, 3, 21)] == pytest.approx([0.0025, 0.01, 0.01])
+    plateau = ("optim.schedule=plateau", "optim.plateau_patience=2", "optim.step_factor=0.5", "evaluate_every=5")
+    falling = planned("finetune", configs["finetune"], *plateau, "early_stopping={metric: val_loss, patience: null}")
+    assert falling.lr(21) == pytest.approx(0.01)
+    assert falling.lr(21, [3.0, 2.0, 2.0, 2.5]) == pytest.approx(0.005)
+    assert falling.lr(21, [3.0, 2.0, 1.0, 0.5]) == pytest.approx(0.01)
