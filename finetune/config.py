@@ -26,6 +26,13 @@ class TrialsConfig(Config):
     repeats: int = science(3, "Seeds: each draws other labels, another order and another head.", ge=1)
 
 
+class FoldsConfig(Config):
+    """Cross-validation: every part of data.train is once what the training on the others is judged on."""
+
+    count: int = science(about="Folds: parts of data.train, and runs, of a repeat.", ge=2)
+    repeats: int = science(1, "Seeds: each cuts other folds, and draws another order and another head.", ge=1)
+
+
 class FinetuneConfig(StageConfig):
     """A classifier, from an export or from scratch."""
 
@@ -44,3 +51,4 @@ class FinetuneConfig(StageConfig):
     label_smoothing: float = science(0.0, "Share of the target spread over all classes.", ge=0, lt=1)
     evaluate_every: int = machine(0, "Steps between evaluations on data.val; 0: only at the end.", ge=0)
     trials: TrialsConfig | None = science(None, "Compare ways to start instead of one run.")
+    folds: FoldsConfig | None = science(None, "Cross-validate on data.train, not one run; data.val is left alone.")

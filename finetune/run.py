@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 
 from finetune.config import FinetuneConfig
+from finetune.folds import cross_validate, divide, plan
 from finetune.model import groups
-from finetune.planning import FinetunePlan, plan
+from finetune.planning import FinetunePlan
 from finetune.tasks import TASKS
 from finetune.trials import compare
 from foveal.data.pack import pack_digits
+from foveal.data.subset import judge
 from foveal.distributed.engine import Engine, build_engine
 from foveal.distributed.world import seat
 from foveal.door import Stage, main
@@ -25,11 +27,13 @@ _log = logging.getLogger("foveal.finetune")
 
 
 def train(plan: FinetunePlan, run: Run) -> None:
-    """One run, or a comparison of many."""
-    if plan.cfg.trials is None:
-        fit(plan, run)
-    else:
+    """One run, or one that is made of many."""
+    if plan.cfg.folds is not None:
+        cross_validate(plan, run, fit)
+    elif plan.cfg.trials is not None:
         compare(plan, run, fit)
+    else:
+        fit(plan, run)
 
 
 def fit(plan: FinetunePlan, run: Run) -> None:
@@ -50,10 +54,9 @@ def fit(plan: FinetunePlan, run: Run) -> None:
                 return run.leave(step.index)
             _evaluate(cfg, engine, run, step.index)
     if plan.stop == plan.steps:
-        results = {
-            f"val_{name}": value
-            for name, value in measure(engine, run, plan.steps, split=cfg.data.val, part="all").items()
-        }
+        on = judge(cfg.data)
+        judged = measure(engine, run, plan.steps, split=on.split, part=on.part)
+        results = {f"{on.name}_{name}": value for name, value in judged.items()}
         if cfg.data.holdout_per_class:
             held_out = measure(engine, run, plan.steps, split=cfg.data.train, part="holdout")
             results |= {f"holdout_{name}": value for name, value in held_out.items()}
@@ -65,8 +68,8 @@ def fit(plan: FinetunePlan, run: Run) -> None:
 def _evaluate(cfg: FinetuneConfig, engine: Engine, run: Run, step: int) -> None:
     """Evaluate in the course of the training, where it is due; the same step twice leaves one row."""
     if cfg.evaluate_every and 0 < step < run.plan.steps and step % cfg.evaluate_every == 0:
-        measure = TASKS[cfg.data.labels].measure
-        run.evaluated(step, measure(engine, run, step, split=cfg.data.val, part="all"))
+        measure, on = TASKS[cfg.data.labels].measure, judge(cfg.data)
+        run.evaluated(step, measure(engine, run, step, split=on.split, part=on.part), on.name)
 
 
 def parts(plan: FinetunePlan, _device: torch.device) -> Parts[Objective]:
@@ -89,7 +92,7 @@ def demo() -> list[str]:
     return [str(root / "configs" / "finetune" / "digits.yaml"), *([f"init={encoder}", "model=null"] if found else [])]
 
 
-STAGE = Stage("finetune", FinetuneConfig, plan, train, parts, demo)
+STAGE = Stage("finetune", FinetuneConfig, plan, train, parts, demo, divide)
 
 if __name__ == "__main__":
     main(STAGE)

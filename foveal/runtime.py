@@ -230,9 +230,9 @@ class Run:
             self.accounts.check()
         return self._last
 
-    def evaluated(self, step: int, numbers: dict[str, float]) -> None:
-        """Numbers on data.val after a step; they have rows of their own."""
-        self.tracker.results({f"val_{name}": value for name, value in numbers.items()}, step)
+    def evaluated(self, step: int, numbers: dict[str, float], on: str = "val") -> None:
+        """Numbers on data.val, or on what ``on`` says, after a step; they have rows of their own."""
+        self.tracker.results({f"{on}_{name}": value for name, value in numbers.items()}, step)
 
     def picture(self, name: str, step: int, draw: Any) -> None:
         """Save what ``draw()`` returns (a PIL image) under pictures/, on rank 0."""
