@@ -30,8 +30,9 @@ def each_of(configs: Sequence[FinetuneConfig], run: Run, fit: Fit) -> Iterator[S
         if summary is None:
             run.leave(done - 1)
             return
-        told = [f"{name} {value:.3f}" for name, value in summary.items() if name.startswith(judge(cfg.data).name)]
-        run.progress.tell(done, f"{folder_of(cfg).name}: {', '.join(told)}")
+        on = f"{judge(cfg.data).name}_"
+        told = next((f", {name} {value:.3f}" for name, value in summary.items() if name.startswith(on)), "")
+        run.progress.tell(done, f"{folder_of(cfg).name}{told}")
         yield summary
 
 

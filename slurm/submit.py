@@ -3,8 +3,7 @@
 A pipeline is a YAML list of ``{name, stage, config, set: {dotted: value}, from: {dotted: name}}``; ``from`` gives a
 setting the export folder of a stage before it in the list (``name/student``: that of one of several students), and makes
 this stage wait for that one. Every config is validated here before anything is started. Overrides are
-``<name>.<dotted>=value`` for one stage, and ``slurm.<option of sbatch>=value`` for every job; ``slurm.array`` is for those
-that have folds to share.
+``<name>.<dotted>=value`` for one stage, ``slurm.<option of sbatch>=value`` for every job (array: for those with folds).
 """
 
 import argparse
@@ -163,9 +162,7 @@ def _by_name(overrides: Sequence[str], names: list[str]) -> dict[str, list[str]]
     for override in overrides:
         name, dot, rest = override.partition(".")
         if not dot or "=" in name or "=" not in rest:
-            raise ConfigError(
-                f"'{override}' is not an override of a pipeline; write <name of a stage>.<dotted key>=value"
-            )
+            raise ConfigError(f"'{override}' is not an override of a pipeline; write <stage>.<dotted.key>=value")
         if name not in given:
             raise ConfigError(f"'{override}': there is no stage '{name}'{_nearest(name, names)}")
         given[name].append(rest)
@@ -204,11 +201,10 @@ def submit(jobs: Sequence[Job], folder: Path, options: Mapping[str, str]) -> dic
         script = Path(_STAGES[job.stage][1])
         if not script.exists():
             raise LaunchError(f"{Path.cwd()} has no {script}; call submit.py in the root of the repository")
-        mine = {name: value for name, value in options.items() if name != "array" or job.folds}
-        resources = header(script) | {name.replace("-", "_"): value for name, value in mine.items()}
+        theirs = {name.replace("-", "_"): value for name, value in options.items() if name != "array" or job.folds}
+        resources = header(script) | theirs
         conditions = [f"afterok:{':'.join(ids[name] for name in job.after)}"] if job.after else []
-        if "dependency" in resources:
-            conditions.append(resources["dependency"])
+        conditions += [resources["dependency"]] if "dependency" in resources else []
         if conditions:
             resources |= {"dependency": ",".join(conditions), "kill_on_invalid_dep": "yes"}
         try:
@@ -286,8 +282,7 @@ def _devices() -> int:
 
 def _environment(processes: int) -> dict[str, str]:
     """Without a word from the user the processes share the cores; torchrun gives each one, and warns of it."""
-    share = max(1, len(os.sched_getaffinity(0)) // processes)
-    return {"OMP_NUM_THREADS": str(share), **os.environ}
+    return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes)), **os.environ}
 
 
 def _run(command: list[str], environment: Mapping[str, str]) -> int:
