@@ -51,6 +51,13 @@ class TeacherConfig(Config):
     temperature: float = science(3.0, "What logits are divided by, for soft.", gt=0)
 
 
+class FoldsConfig(Config):
+    """Cross-validation: every part of data.train is once what the training on the others is judged on."""
+
+    count: int = science(about="Folds: parts of data.train, and runs, of a repeat.", ge=2)
+    repeats: int = science(1, "Seeds: each cuts other folds, and draws another order and another head.", ge=1)
+
+
 class FinetuneConfig(StageConfig):
     """A classifier, from an export or from scratch."""
 
@@ -90,6 +97,7 @@ class FinetuneConfig(StageConfig):
         None,
         "Judge the evaluations on the way; none: the last step is what a run leaves. evaluate_every is science then.",
     )
+    folds: FoldsConfig | None = science(None, "Cross-validate on data.train, not one run; data.val is left alone.")
 
     @property
     def watched(self) -> str | None:

@@ -2,6 +2,7 @@
 
 from foveal.config import Config, science
 from foveal.data import LabelKind
+from foveal.data.subset import judge
 from foveal.errors import ConfigError
 from foveal.stage import StageConfig
 
@@ -26,9 +27,9 @@ NUMBERS: dict[LabelKind, tuple[str, ...]] = {  # of an evaluation
 
 
 def logged(cfg: StageConfig, *, attacked: bool) -> list[str]:
-    """The names under which the numbers of an evaluation are logged: of val, and of the part that is held out."""
+    """The names under which the numbers of an evaluation are logged: of val or the fold, and of what is held out."""
     numbers = (*NUMBERS[cfg.data.labels], *(("robust_top1",) if attacked else ()))
-    parts = ("val", "holdout") if cfg.data.holdout_per_class else ("val",)
+    parts = (judge(cfg.data).name, *(("holdout",) if cfg.data.holdout_per_class else ()))
     return [f"{part}_{number}" for part in parts for number in numbers]
 
 

@@ -12,8 +12,10 @@ from finetune.config import FinetuneConfig
 from finetune.judging import check_judging, judged
 from finetune.teacher import teachers_card
 from foveal.checkpoint.export import Card, read_card
+from foveal.config import set_dotted
 from foveal.data import Dataset
 from foveal.data.labels import labels_of
+from foveal.data.subset import judge
 from foveal.errors import ConfigError, DataError, ExportError
 from foveal.models.backbone import (
     BackboneCard,
@@ -42,7 +44,9 @@ class FinetunePlan(Plan):
 
     @property
     def runs(self) -> int:
-        trials = self.cfg.trials
+        trials, folds = self.cfg.trials, self.cfg.folds
+        if folds is not None:
+            return folds.count * folds.repeats
         return 1 if trials is None else len(trials.arms) * len(trials.lr_per_256) * trials.repeats
 
     @property
@@ -52,11 +56,13 @@ class FinetunePlan(Plan):
         return card if isinstance(card, BackboneCard) else None
 
     def lines(self) -> list[str]:
-        card = self.backbone
-        if card is None or not _mixes(card):
-            return super().lines()
-        line = "norm      BatchNorm sees the images that a rank holds at once: the curve depends on the number of ranks and"
-        return [*super().lines(), f"{line} on batch.at_once ({self.at_once} images here)"]
+        lines, card, folds = super().lines(), self.backbone, self.cfg.folds
+        if card is not None and _mixes(card):
+            line = "norm      BatchNorm sees the images that a rank holds at once: the curve depends on the number of ranks"
+            lines.append(f"{line} and on batch.at_once ({self.at_once} images here)")
+        if folds is not None:
+            lines.append(f"folds     {folds.count} folds x {folds.repeats} repeats = {self.runs} runs like this")
+        return lines
 
 
 def _mixes(card: BackboneCard) -> bool:
@@ -90,15 +96,22 @@ def plan(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
 def trial(cfg: FinetuneConfig, arm: str, repeat: int, lr_per_256: float) -> FinetuneConfig:
     """The settings of one trial, an ordinary run inside the run directory of the comparison."""
     assert cfg.trials is not None
-    name = f"{arm}-seed{cfg.seed + repeat}-lr{lr_per_256:g}"
     init = cfg.trials.arms[arm]
-    tree = cfg.model_dump()
-    tree |= {"trials": None, "init": init, "seed": cfg.seed + repeat}
-    tree |= {name: None if init else tree[name] for name in ("model", "backbone")}
-    tree["optim"]["lr_per_256"] = lr_per_256
-    tree["run"] |= {"dir": f"{cfg.run.dir}/trials/{name}", "fresh": False}
-    tree["tracking"]["uri"] = None
-    return FinetuneConfig.checked(tree, f"trial {name}")
+    changes = {"init": init, "seed": cfg.seed + repeat, "optim.lr_per_256": lr_per_256}
+    changes |= dict.fromkeys(("model", "backbone")) if init else {}
+    return inner(cfg, f"trials/{arm}-seed{cfg.seed + repeat}-lr{lr_per_256:g}", changes)
+
+
+def inner(cfg: FinetuneConfig, place: str, changes: dict[str, Any]) -> FinetuneConfig:
+    """The settings of an ordinary run at a place inside the run directory of one that is made of many.
+
+    ``changes`` are dotted settings. MLflow hears of the outer run alone.
+    """
+    tree = cfg.model_dump() | {"trials": None, "folds": None}
+    ours = {"run.dir": f"{cfg.run.dir}/{place}", "run.fresh": False, "tracking.uri": None}
+    for name, value in (changes | ours).items():
+        set_dotted(tree, name, value)
+    return FinetuneConfig.checked(tree, place)
 
 
 def _plan_one(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
@@ -133,7 +146,7 @@ def _plan_one(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
 def _origin(dataset: Dataset, cfg: FinetuneConfig, classes: tuple[str, ...]) -> dict[str, str]:
     """What a result is measured on is science too."""
     judging = judged(cfg.early_stopping, cfg.evaluate_every)
-    return {"val": dataset.digest(cfg.data.val), "classes": ", ".join(classes)} | judging
+    return {"val": dataset.digest(judge(cfg.data).split), "classes": ", ".join(classes)} | judging
 
 
 def _encoder(cfg: FinetuneConfig, card: Card | None) -> tuple[dict[str, Any], int | tuple[int, int] | None]:
@@ -214,7 +227,7 @@ def _classes(dataset: Dataset, cfg: FinetuneConfig) -> tuple[str, ...]:
     told = labels_of(cfg.data, dataset)
     if dataset.classes is None:
         raise DataError(f"{dataset.folder}: its samples have no classes to learn; index shards that hold .cls members")
-    for split in () if told else (cfg.data.train, cfg.data.val):
+    for split in () if told else (cfg.data.train, judge(cfg.data).split):
         highest = int(dataset.labels(split).max())
         if highest < 0:
             raise DataError(f"{dataset.folder}: no sample of split '{split}' has a label")

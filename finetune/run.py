@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 
 from finetune.config import FinetuneConfig
+from finetune.folds import cross_validate, divide, plan
 from finetune.model import exported, groups
-from finetune.planning import FinetunePlan, plan
+from finetune.planning import FinetunePlan
 from finetune.tasks import TASKS
 from finetune.trials import compare
 from foveal.data.pack import pack_digits
-from foveal.data.subset import PartName
+from foveal.data.subset import PartName, judge
 from foveal.distributed.engine import Engine, build_engine
 from foveal.distributed.world import seat
 from foveal.door import Stage, main
@@ -28,11 +29,13 @@ _log = logging.getLogger("foveal.finetune")
 
 
 def train(plan: FinetunePlan, run: Run) -> None:
-    """One run, or a comparison of many."""
-    if plan.cfg.trials is None:
-        fit(plan, run)
-    else:
+    """One run, or one that is made of many."""
+    if plan.cfg.folds is not None:
+        cross_validate(plan, run, fit)
+    elif plan.cfg.trials is not None:
         compare(plan, run, fit)
+    else:
+        fit(plan, run)
 
 
 def fit(plan: FinetunePlan, run: Run) -> None:
@@ -87,9 +90,10 @@ def _evaluate(plan: FinetunePlan, engine: Engine, run: Run, step: int) -> None:
 
 
 def _measured(cfg: FinetuneConfig, engine: Engine, run: Run, step: int, *, held_out: bool = True) -> dict[str, float]:
-    """The numbers on data.val and, where there is one, on the part that is held out, by the names they are logged under."""
+    """The numbers on data.val, or the fold, and on the part that is held out, by the names they are logged under."""
     measure = TASKS[cfg.data.labels].measure
-    parts: dict[str, tuple[str, PartName]] = {"val": (cfg.data.val, "all")}
+    on = judge(cfg.data)
+    parts: dict[str, tuple[str, PartName]] = {on.name: (on.split, on.part)}
     if held_out and cfg.data.holdout_per_class:
         parts["holdout"] = cfg.data.train, "holdout"
     return {
@@ -137,7 +141,7 @@ def demo() -> list[str]:
     return [str(root / "configs" / "finetune" / "digits.yaml"), *([f"init={encoder}", "model=null"] if found else [])]
 
 
-STAGE = Stage("finetune", FinetuneConfig, plan, train, parts, demo)
+STAGE = Stage("finetune", FinetuneConfig, plan, train, parts, demo, divide)
 
 if __name__ == "__main__":
     main(STAGE)

@@ -1,21 +1,14 @@
-"""A fair comparison of ways to start, inside one process: arms x seeds x learning rates, each an ordinary run.
+"""A fair comparison of ways to start: arms x seeds x learning rates, each an ordinary run in ``trials/`` of the comparison.
 
-A trial lives in ``trials/`` of the comparison's run directory and has all that a run has: it resumes, and it is not
-repeated once finished. For every arm the learning rate is the one whose mean accuracy over the seeds is best on the
-held-out part of train; only then is its accuracy on ``data.val`` looked at.
+For every arm the learning rate is the one whose mean accuracy over the seeds is best on the held-out part of train; only
+then is its accuracy on ``data.val`` looked at.
 """
 
-import json
 import statistics
-from collections.abc import Callable
-from pathlib import Path
 
 from finetune.planning import FinetunePlan, trial
-from finetune.planning import plan as plan_of
-from foveal.opening import opened
+from finetune.several import Fit, Summary, each_of
 from foveal.runtime import Run
-
-Fit = Callable[[FinetunePlan, Run], None]
 
 
 def compare(plan: FinetunePlan, run: Run, fit: Fit) -> None:
@@ -28,34 +21,12 @@ def compare(plan: FinetunePlan, run: Run, fit: Fit) -> None:
         for lr in cfg.trials.lr_per_256
         for repeat in range(cfg.trials.repeats)
     ]
-    run.begin(_finished(run.path), total=len(names))
-    found: dict[tuple[str, float], list[dict[str, float]]] = {}
-    for done, (arm, repeat, lr) in enumerate(names, start=1):
-        one = plan_of(trial(cfg, arm, repeat, lr), run.world.size)
-        summary = _one(one, run, fit)
-        if summary is None:
-            return run.leave(done - 1)
+    found: dict[tuple[str, float], list[Summary]] = {}
+    summaries = each_of([trial(cfg, *name) for name in names], run, fit)
+    for (arm, _, lr), summary in zip(names, summaries, strict=False):  # fewer summaries where it was asked to leave
         found.setdefault((arm, lr), []).append(summary)
-        run.progress.tell(done, f"{arm}, seed {cfg.seed + repeat}, lr {lr:g}: top-1 {summary['val_top1']:.3f}")
-    run.finish(_chosen(found))
-    return None
-
-
-def _finished(run: Path) -> int:
-    """Trials that are done: an attempt that adds one has got further."""
-    return len(list(run.glob("trials/*/finished.json")))
-
-
-def _one(plan: FinetunePlan, run: Run, fit: Fit) -> dict[str, float] | None:
-    """The summary of one trial, run now or before; nothing if it was asked to leave."""
-    with opened("finetune", plan, run.world, run.preemption, within=run) as inner:
-        if inner is not None:
-            fit(plan, inner)
-            if inner.left:
-                return None
-    assert plan.cfg.run.dir is not None
-    file = Path(plan.cfg.run.dir) / "finished.json"
-    return run.world.broadcast(json.loads(file.read_text())["summary"] if run.world.rank == 0 else None)
+    if not run.left:
+        run.finish(_chosen(found))
 
 
 def _chosen(found: dict[tuple[str, float], list[dict[str, float]]]) -> dict[str, float]:

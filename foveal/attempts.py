@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from foveal.errors import CheckpointError, Restarting
+from foveal.errors import CheckpointError, Held, Restarting
 from foveal.files import force, json_bytes, write_json
 
 _ATTEMPT = re.compile(r"(\d{4,})\.json")
@@ -175,7 +175,8 @@ def take(run: Path, who: Holder, *, restarts: int, beat: float = 5.0, patience: 
 
     restarts: how many attempts in a row may begin at the same step; beat: seconds between signs of life; patience:
     seconds without one after which an attempt elsewhere counts as dead.
-    Errors: CheckpointError where another attempt holds the directory, Restarting as ``Lease.started``.
+    Errors: Held where another attempt writes the directory, CheckpointError where nobody can, Restarting as
+    ``Lease.started``.
     """
     folder = run / "attempts"
     names, number = [], 0
@@ -240,7 +241,7 @@ def _linked(folder: Path, number: int, who: Holder) -> bool:
 
 
 def _refuse_if_held(run: Path, number: int, who: Holder, patience: float) -> None:
-    """Come back if the last attempt is over, or is to be taken over. Errors: CheckpointError."""
+    """Come back if the last attempt is over, or is to be taken over. Errors: Held."""
     folder = run / "attempts"
     if (folder / f"{number:04d}.end.json").exists():
         return
@@ -250,9 +251,7 @@ def _refuse_if_held(run: Path, number: int, who: Holder, patience: float) -> Non
         _log.info("looking for up to %.0f s whether attempt %d at %s (%s) lives", patience, number, run, was)
         lives, why = _beats(folder, number, patience), f"no sign of life in {patience:.0f} s"
     if lives:
-        raise CheckpointError(
-            f"{run} is being written by attempt {number} ({was}); stop it first or use another run.dir"
-        )
+        raise Held(f"{run} is being written by attempt {number} ({was}); stop it first or use another run.dir")
     _log.info("taking over from attempt %d (%s): %s", number, was, why)
 
 

@@ -7,12 +7,13 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 
 from foveal.distributed.lost import lost_peer
-from foveal.distributed.preemption import deaf, listening
+from foveal.distributed.preemption import Preemption, deaf, listening
 from foveal.distributed.world import World, joined, seat
 from foveal.errors import ConfigError, FovealError, Hung, LaunchError
 from foveal.loop import Parts
@@ -31,6 +32,7 @@ class Stage(Generic[C, P]):
 
     ``parts`` builds what a step of the plan is made of, a frozen teacher on the device; ``foveal plan`` builds the same
     without memory for it. ``default`` gives the command line of a start without CONFIG, and prepares what that needs.
+    ``divide`` makes runs of a config, each by a call that says whether the run is finished; by itself a config is one.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Stage(Generic[C, P]):
     train: Callable[[P, Run], None]
     parts: Callable[[P, torch.device], Parts[Any]]
     default: Callable[[], list[str]] | None = None
+    divide: Callable[[C, World, Callable[[C], bool]], None] | None = None
 
 
 def load(config: type[C], stage: str, given: str, overrides: Sequence[str]) -> C:
@@ -106,13 +109,23 @@ def _default(stage: Stage[Any, Any], overrides: list[str]) -> tuple[str, list[st
 
 def enter(stage: Stage[Any, Any], cfg: StageConfig, world: World) -> None:
     """Run a stage among the ranks of a world."""
+    with listening(world) as preemption:
+        if stage.divide is None:
+            _run(stage, world, preemption, cfg)
+        else:
+            stage.divide(cfg, world, partial(_run, stage, world, preemption))
+
+
+def _run(stage: Stage[Any, Any], world: World, preemption: Preemption, cfg: StageConfig) -> bool:
+    """One run of a stage; whether it is finished, now or since before."""
     plan = stage.plan(cfg, world.size)
-    with listening(world) as preemption, opened(stage.name, plan, world, preemption) as run:
+    with opened(stage.name, plan, world, preemption) as run:
         if run is None:
-            return
+            return True
         for line in run.plan.lines():
             _log.info(line)
         stage.train(run.plan, run)
+    return run.finished
 
 
 def _say(error: FovealError) -> None:

@@ -5,6 +5,7 @@
     ├── DataError          shards, manifest, index, or a batch that they cannot fill      2  no
     │   └── Unreachable    storage or network that did not answer, after several attempts      5  yes
     ├── CheckpointError    a run directory that cannot be continued                       2  no
+    │   └── Held               another attempt is writing it                              2  no
     ├── ExportError        an export that does not fit what is asked of it                2  no
     ├── LaunchError        ranks, launcher, devices                                       2  no
     │   └── NotRequeued    a run that has saved and left, and Slurm would not have it back    1  asked again
@@ -41,6 +42,10 @@ class Unreachable(DataError):
 
 class CheckpointError(FovealError):
     """A run directory or checkpoint that cannot be continued."""
+
+
+class Held(CheckpointError):
+    """A run directory that another attempt is writing."""
 
 
 class ExportError(FovealError):

@@ -35,8 +35,8 @@ def opened(
     """Open the run directory and all that belongs to it; nothing if the run is finished already.
 
     ``within``: the run that this is a part of; it shows no progress of its own, and has the other's watch.
-    Errors: CheckpointError where the directory holds a run of other science or another process writes it, Restarting
-    where attempt after attempt got no further, Hung where a rank was lost on the way.
+    Errors: CheckpointError where the directory holds a run of other science, Held where another process writes it,
+    Restarting where attempt after attempt got no further, Hung where a rank was lost on the way.
     """
     quiet = within is not None
     path, finished = world.once(lambda: _looked_at(plan))  # file systems answer late: one rank looks
@@ -49,6 +49,9 @@ def opened(
     where = plan.cfg.run.model_copy(update={"dir": str(path), "fresh": False})
     plan = replace(plan, cfg=plan.cfg.model_copy(update={"run": where}))
     attempt = _taken(path, plan, world)
+    if attempt is None:
+        yield None
+        return
     end, begun = _End(), []
     logs, timeout = path / "logs", plan.cfg.engine.timeout_minutes * 60
     with ExitStack() as stack:
@@ -119,11 +122,14 @@ def _looked_at(plan: Plan) -> tuple[Path, bool]:
     return path, (path / "finished.json").exists()
 
 
-def _taken(path: Path, plan: Plan, world: World) -> Attempt:
-    """The next attempt at the run: rank 0's is the lease itself, the others know its facts."""
+def _taken(path: Path, plan: Plan, world: World) -> Attempt | None:
+    """The next attempt at the run: rank 0's is the lease itself, the others know its facts.
+
+    Nothing if the run was finished after ``_looked_at`` looked: nobody finishes it now.
+    """
     held: list[Lease] = []
 
-    def taken() -> Attempt:
+    def taken() -> Attempt | None:
         path.mkdir(parents=True, exist_ok=True)
         cfg = plan.cfg
         try:
@@ -131,6 +137,9 @@ def _taken(path: Path, plan: Plan, world: World) -> Attempt:
         except Restarting as error:
             report_end(path, cfg.tracking, cfg.run.pipeline, "failed", str(error))
             raise
+        if (path / "finished.json").exists():
+            held.pop().ended("the attempt before has finished the run", 0)
+            return None
         cfg.dump(path / "config.yaml")
         write_json(path / "science.json", plan.science())
         write_json(path / "job.json", slurm_job())

@@ -8,6 +8,11 @@ export PYTHONUNBUFFERED=1
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
 
+# What Slurm's commands call this job. One task of an array has the number of the whole array as its SLURM_JOB_ID: to
+# requeue that would start every task again.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+
 # arguments_of DEFAULT [CONFIG] [key=value ...]
 # Fills the array `arguments` with the config and the overrides; a first argument with an equals sign that is no file is
 # an override of the default config. What a config's name means is the stage's business.
@@ -88,7 +93,7 @@ start_again_unless_futile() {
     fi
     if [ -n "$futile" ]; then
         echo "foveal: exit code $code, not requeued: $futile" >&2
-    elif asked_slurm requeue "$SLURM_JOB_ID"; then
+    elif asked_slurm requeue "$job"; then
         echo "foveal: exit code $code, requeued; first to fail: ${first:-unknown}" >&2
         exclude
     else
@@ -108,8 +113,8 @@ exclude() {
     local list
     if [ "$exclude_bad_node" != 1 ] || [ -z "$suspects" ] || ! list=$(without_suspects); then
         return 0
-    elif asked_slurm update "JobId=$SLURM_JOB_ID" "ExcNodeList=$list"; then
-        echo "foveal: excluded from now on: ${suspects//$'\n'/, }; scontrol update JobId=$SLURM_JOB_ID ExcNodeList= takes that back" >&2
+    elif asked_slurm update "JobId=$job" "ExcNodeList=$list"; then
+        echo "foveal: excluded from now on: ${suspects//$'\n'/, }; scontrol update JobId=$job ExcNodeList= takes that back" >&2
     fi
 }
 
@@ -141,7 +146,7 @@ without_suspects() {
 
 # of_job KEY: what `scontrol show job` says; keys before Command= only, which quotes what the user typed.
 of_job() {
-    asked_slurm show job --oneliner "$SLURM_JOB_ID" | tr ' ' '\n' | sed -n "1,/^Command=/s/^$1=//p"
+    asked_slurm show job --oneliner "$job" | tr ' ' '\n' | sed -n "1,/^Command=/s/^$1=//p"
 }
 
 # asked_slurm ARGUMENTS OF SCONTROL: some times more while the controller does not answer, five minutes in all.

@@ -3,7 +3,7 @@
 A pipeline is a YAML list of ``{name, stage, config, set: {dotted: value}, from: {dotted: name}}``; ``from`` gives a
 setting the export folder of a stage before it in the list (``name/student``: that of one of several students), and makes
 this stage wait for that one. Every config is validated here before anything is started. Overrides are
-``<name>.<dotted>=value`` for one stage, and ``slurm.<option of sbatch>=value`` for every job.
+``<name>.<dotted>=value`` for one stage, ``slurm.<option of sbatch>=value`` for every job (array: for those with folds).
 """
 
 import argparse
@@ -65,6 +65,7 @@ class Job:
     after: tuple[str, ...]
     run: Path
     processes: int | None
+    folds: bool = False  # which the tasks of a Slurm array share
 
     @property
     def line(self) -> list[str]:
@@ -143,13 +144,17 @@ def jobs_of(file: Path, overrides: Sequence[str]) -> tuple[list[Job], dict[str, 
         except ConfigError as error:
             raise ConfigError(f"{file}: stage '{entry.name}': {error}") from None
         after = tuple(dict.fromkeys(name for name, _, _ in taken.values()))
-        job = Job(entry.name, entry.stage, config, texts, after, Path(cfg.run.dir), cfg.run.processes)
+        folds = isinstance(cfg, FinetuneConfig) and cfg.folds is not None
+        job = Job(entry.name, entry.stage, config, texts, after, Path(cfg.run.dir), cfg.run.processes, folds)
         if same := [other.name for other in jobs.values() if other.run == job.run]:
             raise ConfigError(
                 f"{file}: '{same[0]}' and '{job.name}' have the same run.dir {job.run}; give each its own"
             )
         jobs[job.name] = job
-    return list(jobs.values()), {name: value for name, _, value in (text.partition("=") for text in given["slurm"])}
+    options = {name: value for name, _, value in (text.partition("=") for text in given["slurm"])}
+    if "array" in options and not any(job.folds for job in jobs.values()):
+        raise ConfigError(f"{file}: slurm.array is for the stages that have folds, and none has; leave it out")
+    return list(jobs.values()), options
 
 
 def _by_name(overrides: Sequence[str], names: list[str]) -> dict[str, list[str]]:
@@ -157,9 +162,7 @@ def _by_name(overrides: Sequence[str], names: list[str]) -> dict[str, list[str]]
     for override in overrides:
         name, dot, rest = override.partition(".")
         if not dot or "=" in name or "=" not in rest:
-            raise ConfigError(
-                f"'{override}' is not an override of a pipeline; write <name of a stage>.<dotted key>=value"
-            )
+            raise ConfigError(f"'{override}' is not an override of a pipeline; write <stage>.<dotted.key>=value")
         if name not in given:
             raise ConfigError(f"'{override}': there is no stage '{name}'{_nearest(name, names)}")
         given[name].append(rest)
@@ -198,10 +201,10 @@ def submit(jobs: Sequence[Job], folder: Path, options: Mapping[str, str]) -> dic
         script = Path(_STAGES[job.stage][1])
         if not script.exists():
             raise LaunchError(f"{Path.cwd()} has no {script}; call submit.py in the root of the repository")
-        resources = header(script) | {name.replace("-", "_"): value for name, value in options.items()}
+        theirs = {name.replace("-", "_"): value for name, value in options.items() if name != "array" or job.folds}
+        resources = header(script) | theirs
         conditions = [f"afterok:{':'.join(ids[name] for name in job.after)}"] if job.after else []
-        if "dependency" in resources:
-            conditions.append(resources["dependency"])
+        conditions += [resources["dependency"]] if "dependency" in resources else []
         if conditions:
             resources |= {"dependency": ",".join(conditions), "kill_on_invalid_dep": "yes"}
         try:
@@ -279,8 +282,7 @@ def _devices() -> int:
 
 def _environment(processes: int) -> dict[str, str]:
     """Without a word from the user the processes share the cores; torchrun gives each one, and warns of it."""
-    share = max(1, len(os.sched_getaffinity(0)) // processes)
-    return {"OMP_NUM_THREADS": str(share), **os.environ}
+    return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes)), **os.environ}
 
 
 def _run(command: list[str], environment: Mapping[str, str]) -> int:

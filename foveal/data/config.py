@@ -59,6 +59,19 @@ class MixConfig(Config):
     share: float = science(about="share of the training images that come from this set", gt=0, lt=1)
 
 
+class FoldConfig(Config):
+    """One of the parts that a split is cut into: it is what the others are judged on (k-fold cross-validation)."""
+
+    of: int = science(about="parts that data.train is cut into, class by class, drawn by the seed", ge=2)
+    number: int = science(about="the part that is kept out of training, from 0", ge=0)
+
+    @model_validator(mode="after")
+    def _exists(self) -> Self:
+        if self.number >= self.of:
+            raise ValueError(f"number={self.number} is none of the {self.of} folds, whose numbers begin at 0")
+        return self
+
+
 class DataConfig(Config):
     """One set of shards and how it is read. Environment variables in paths are expanded."""
 
@@ -84,6 +97,7 @@ class DataConfig(Config):
         le=1,
     )
     holdout_per_class: int = science(0, "samples of every class kept out of training, as the part 'holdout'", ge=0)
+    fold: FoldConfig | None = science(None, "train on all folds but one, which is evaluated on instead of val")
     augment: AugmentConfig = science(AugmentConfig())
     crop_ratio: float = science(0.875, "evaluation: side of the centre crop over that of the largest one", gt=0, le=1)
     mean: tuple[float, ...] | None = science(None, "per channel, pixels in [0, 1]; default: the manifest's")

@@ -131,10 +131,11 @@ def training_set(dataset: Dataset, cfg: DataConfig, *, seed: int, batch: int) ->
     for other in cfg.mix:
         one = DataConfig.model_validate(_alone(cfg, other.path, other.index, other.split))
         opened = Dataset.open(one)
-        if cfg.holdout_per_class and opened.digest(other.split) == dataset.digest(cfg.train):
+        kept_out = "data.fold" if cfg.fold else "data.holdout_per_class" if cfg.holdout_per_class else None
+        if kept_out and opened.digest(other.split) == dataset.digest(cfg.train):
             raise ConfigError(
-                f"data.mix: {other.path} holds the images that data.holdout_per_class keeps out of training: mix in "
-                f"another set, or hold nothing out"
+                f"data.mix: {other.path} holds the images that {kept_out} keeps out of training: mix in another set, or "
+                f"keep nothing out"
             )
         sources.append(Source(opened, other.split, Part(opened.counts(other.split), None), sources[-1].stop))
     mix = [(source.part.counts, other.share) for source, other in zip(sources[1:], cfg.mix, strict=True)]

@@ -1,4 +1,4 @@
-"""Which samples of a split take part: all, a few per class, or those held out of training."""
+"""Which samples of a split take part: all, a few per class, or those kept out of training, held out or as a fold."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,7 +10,7 @@ from foveal.data.dataset import Dataset
 from foveal.errors import ConfigError, DataError
 from foveal.seeding import key, ranks_of
 
-PartName = Literal["train", "holdout", "all"]
+PartName = Literal["train", "holdout", "fold", "all"]
 
 
 @dataclass(frozen=True)
@@ -41,28 +41,57 @@ class Part:
         return positions if self.ids is None else self.ids[positions]
 
 
+@dataclass(frozen=True)
+class Judge:
+    """What a run is judged on: the name of its numbers, and a part of a split."""
+
+    name: Literal["val", "fold"]
+    split: str
+    part: PartName
+
+
+def judge(cfg: DataConfig) -> Judge:
+    """The samples that say how good a run is: data.val, or the fold that is kept out of training."""
+    return Judge("val", cfg.val, "all") if cfg.fold is None else Judge("fold", cfg.train, "fold")
+
+
 def choose(dataset: Dataset, cfg: DataConfig, *, split: str, part: PartName, seed: int) -> Part:
     """The samples of a part of a split.
 
-    all: the whole split. holdout: data.holdout_per_class of every class. train: data.per_class of every class, or, if
-    that is not set, everything but the holdout; with data.balance, samples of small classes several times. The draw
-    depends on the seed and the sample ids alone.
-    Errors: ConfigError for an empty holdout, DataError for a class with too few samples or samples without labels.
+    all: the whole split. fold: the part that data.fold keeps out of training. Of what it leaves, holdout:
+    data.holdout_per_class of every class, and train: data.per_class of every class, or, if that is not set, everything
+    but the holdout; with data.balance, samples of small classes several times. The draw depends on the seed and the
+    sample ids alone.
+    Errors: ConfigError for an empty holdout or fold, DataError for a class with too few samples or samples without
+    labels.
     """
     counts = dataset.counts(split)
     if part == "holdout" and not cfg.holdout_per_class:
         raise ConfigError("data.holdout_per_class=0 leaves no holdout to evaluate on: set it, or use another part")
-    wanted = cfg.per_class is not None or cfg.holdout_per_class or (cfg.balance and part == "train")
-    if part == "all" or not wanted:
+    if part == "fold" and cfg.fold is None:
+        raise ConfigError("data.fold=null leaves no fold to evaluate on: set it, or use another part")
+    rest = cfg.per_class is not None or cfg.holdout_per_class > 0
+    balanced = cfg.balance > 0 and part == "train"
+    if part == "all" or not (rest or balanced or cfg.fold is not None):
         return Part(counts, None)
+    if cfg.fold is not None and cfg.labels != "class":
+        raise ConfigError(
+            f"data.fold is cut class by class, and data.labels={cfg.labels} gives an image no class of its own: "
+            f"cross-validate with data.labels=class"
+        )
     labels = dataset.labels(split)
     if labels.min() < 0:
         raise DataError(
             f"{dataset.folder}: {int((labels < 0).sum())} samples of split '{split}' have no label; "
-            f"data.per_class, data.holdout_per_class and data.balance need one for each"
+            f"data.per_class, data.holdout_per_class, data.balance and data.fold need one for each"
         )
-    chosen, copies, most = _drawn(dataset, cfg, labels, part, key(seed, "per_class")), None, 1
-    if cfg.balance and part == "train":
+    among = np.arange(len(labels))
+    if cfg.fold is not None:
+        in_fold = _folds(dataset, labels, cfg.fold.of, key(seed, "folds")) == cfg.fold.number
+        among = among[in_fold if part == "fold" else ~in_fold]
+    chosen = _drawn(dataset, cfg, labels, among, part, key(seed, "per_class")) if rest and part != "fold" else among
+    copies, most = None, 1
+    if balanced:
         times = _times(labels[chosen], chosen, cfg.balance, key(seed, "balance"))
         copies = np.concatenate([np.arange(each) for each in times])
         chosen, most = np.repeat(chosen, times), int(times.max())
@@ -83,16 +112,39 @@ def _times(labels: np.ndarray, ids: np.ndarray, balance: float, place: int) -> n
     return times
 
 
-def _drawn(dataset: Dataset, cfg: DataConfig, labels: np.ndarray, part: PartName, place: int) -> np.ndarray:
-    wanted = cfg.per_class or 0
+def _folds(dataset: Dataset, labels: np.ndarray, of: int, place: int) -> np.ndarray:
+    """The fold of every sample, int64 [N], in [0, of).
+
+    The samples, class by class and shuffled within each, are dealt out in turn as one line: the folds' shares of a class
+    differ by at most one sample, and so do the folds. Errors: DataError for a class that some fold would lack.
+    """
+    for label, samples in zip(*np.unique(labels, return_counts=True), strict=True):
+        if samples < of:
+            name = f" ('{dataset.classes[label]}')" if dataset.classes and label < len(dataset.classes) else ""
+            raise DataError(
+                f"{dataset.folder}: class {label}{name} has {samples} samples, too few for {of} folds that each hold some "
+                f"of it: make fewer folds"
+            )
+    line = np.lexsort((ranks_of(place, np.arange(len(labels))), labels))
+    folds = np.empty(len(labels), dtype=np.int64)
+    folds[line] = np.arange(len(labels)) % of
+    return folds
+
+
+def _drawn(
+    dataset: Dataset, cfg: DataConfig, labels: np.ndarray, among: np.ndarray, part: PartName, place: int
+) -> np.ndarray:
+    """The train or the holdout part of the samples ``among``, ids of the split, ascending."""
+    wanted, theirs = cfg.per_class or 0, labels[among]
     drawn = []
     for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
+        members = among[theirs == label]
         needed = wanted + cfg.holdout_per_class
         if len(members) < needed or (cfg.per_class is None and len(members) == needed):
+            outside = "" if cfg.fold is None else f" outside fold {cfg.fold.number} of {cfg.fold.of}"
             raise DataError(
-                f"{dataset.folder}: class {int(label)} has {len(members)} samples, too few for data.per_class={wanted}"
-                f" and data.holdout_per_class={cfg.holdout_per_class}"
+                f"{dataset.folder}: class {int(label)} has {len(members)} samples{outside}, too few for "
+                f"data.per_class={wanted} and data.holdout_per_class={cfg.holdout_per_class}"
             )
         members = members[np.argsort(ranks_of(place, members), kind="stable")]
         if part == "holdout":

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from types import FrameType
 
-from foveal.distributed.world import World
+from foveal.distributed.world import World, job_id
 from foveal.errors import NotRequeued
 
 # USR1: our scripts' warning before the time limit; USR2: submitit's; TERM: Slurm's preemption; INT: Ctrl-C.
@@ -112,14 +112,15 @@ def requeue() -> str | None:
     cancels gets the same SIGTERM, and Slurm would requeue it too: it is no longer running, and is left to end. One that
     has reached its time limit is not running either, and is to go on.
     """
-    if not _in_step():
+    mine = _mine()
+    if mine is None:
         return None
     try:
-        shown = _scontrol("show", "job", "--oneliner", os.environ["SLURM_JOB_ID"])
+        shown = _scontrol("show", "job", "--oneliner", mine)
         job = _pairs(shown.stdout)
         if shown.returncode == 0 and job.get("JobState") != "RUNNING" and job.get("Reason") != "TimeLimit":
             return None
-        answer = _scontrol("requeue", os.environ["SLURM_JOB_ID"])
+        answer = _scontrol("requeue", mine)
     except (OSError, subprocess.TimeoutExpired) as error:  # a container without Slurm's commands, a silent controller
         return str(error)
     return answer.stderr.strip() or f"scontrol ended with {answer.returncode}" if answer.returncode else None
@@ -172,7 +173,8 @@ def _seconds(text: str) -> float | None:
 
 def _job() -> dict[str, str]:
     """What ``scontrol show`` says of this job; nothing outside a step of one, or without an answer."""
-    return _pairs(_answer("show", "job", "--oneliner", os.environ["SLURM_JOB_ID"])) if _in_step() else {}
+    mine = _mine()
+    return {} if mine is None else _pairs(_answer("show", "job", "--oneliner", mine))
 
 
 def _config() -> dict[str, str]:
@@ -192,8 +194,9 @@ def _answer(*arguments: str) -> str:
         return ""
 
 
-def _in_step() -> bool:
-    return "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" in os.environ
+def _mine() -> str | None:
+    """The job that this process is a step of, as Slurm's commands call it."""
+    return job_id() if "SLURM_STEP_ID" in os.environ else None
 
 
 def _scontrol(*arguments: str) -> subprocess.CompletedProcess[str]:

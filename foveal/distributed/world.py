@@ -269,14 +269,42 @@ def describe(world: World) -> str:
     )
 
 
+def job_id() -> str | None:
+    """What Slurm's commands call this job; nothing outside Slurm.
+
+    SLURM_JOB_ID alone would not do for a task of an array: one of the tasks has the number of the array itself, and
+    ``scontrol requeue`` of that starts every task again.
+    """
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID")
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayTask:
+    """A task of a Slurm array: its number, how many tasks there are, and the lowest and the highest number."""
+
+    number: int
+    count: int
+    lowest: int
+    highest: int
+
+
+def array_task() -> ArrayTask | None:
+    """The task of a Slurm array that this process belongs to, if it does."""
+    if "SLURM_ARRAY_TASK_ID" not in os.environ:
+        return None
+    return ArrayTask(*(_number(f"SLURM_ARRAY_TASK_{name}") for name in ("ID", "COUNT", "MIN", "MAX")))
+
+
 def slurm_job() -> dict[str, str]:
     """What Slurm says of this job, for the tracker's tags; empty outside Slurm."""
     names = (
-        "SLURM_JOB_ID",
         "SLURM_JOB_NAME",
         "SLURM_JOB_NODELIST",
         "SLURM_RESTART_COUNT",
         "SLURM_NTASKS",
         "SLURM_CLUSTER_NAME",
     )
-    return {name.lower(): os.environ[name] for name in names if name in os.environ}
+    job = job_id()
+    named = {} if job is None else {"slurm_job_id": job}
+    return named | {name.lower(): os.environ[name] for name in names if name in os.environ}

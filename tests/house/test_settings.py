@@ -31,7 +31,9 @@ CONFIGS = stage_configs()
 # cutmix, erasing, dropout, weights of classes, an average, a frozen encoder, six of an attack and four of a teacher.
 # SGD and LARS brought their kind and momentum, for recipes that were published with them (linear probing, convolutional
 # networks); other schedules four, for the same; early stopping three to fine-tuning, for whose labels are few.
-MOST_SETTINGS = {"pretrain": 105, "distill": 125, "finetune": 126}
+# Cross-validation brought six: one fold of the data (three, in every stage), for who pretrains for it too, and how many folds
+# and repeats fine-tuning makes of it.
+MOST_SETTINGS = {"pretrain": 108, "distill": 128, "finetune": 132}
 
 
 def shipped(folder: str) -> list[Path]:

@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from ranks import Ranks, stage_named
 
+from foveal.distributed.preemption import Preemption
+from foveal.distributed.world import World
 from foveal.door import load
 from foveal.errors import Restarting
 
@@ -45,6 +48,24 @@ def test_a_requeued_job_goes_on_in_the_sibling_it_made(
         monkeypatch.setattr(opening, "slurm_job", lambda variables=variables: variables)
         assert opening._directory(cfg).name == expected
     assert yaml.safe_load((run / "config.yaml").read_text())["run"]["dir"] == str(run)
+
+
+def test_a_run_that_another_attempt_finishes_meanwhile_is_let_alone(
+    configs, one_rank: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was not finished when it was looked at, and is when the directory is free."""
+    from foveal import opening
+
+    stage, run = stage_named("pretrain"), tmp_path / "run"
+    cfg = load(stage.config, "pretrain", str(configs["pretrain"]), [f"run.dir={run}"])
+    run.mkdir()
+    (run / "finished.json").write_text("{}")
+    monkeypatch.setattr(opening, "_looked_at", lambda _: (run, False))
+    alone = World(0, 1, 0, "none", torch.device("cpu"))
+    with opening.opened("pretrain", stage.plan(cfg, 1), alone, Preemption(alone)) as opened:
+        assert opened is None
+    assert json.loads((run / "attempts/0001.end.json").read_text())["code"] == 0
+    assert folders(run / "finished.json") == ["attempts", "finished.json"]
 
 
 def test_a_run_that_is_started_in_vain_says_so_where_it_is_watched(configs, one_rank: Ranks, tmp_path: Path) -> None:

@@ -190,6 +190,21 @@ def test_a_job_is_the_script_with_its_own_resources(sbatch: Path) -> None:
     assert commands[:-1] == ["export SUBMITIT_EXECUTOR=slurm"]
 
 
+def test_an_array_is_for_the_stages_that_have_folds(sbatch: Path) -> None:
+    folds = (
+        f"- {{name: three, stage: finetune, config: {ROOT}/configs/finetune/digits_folds.yaml, from: {{init: one}}}}\n"
+    )
+    one, three = TWO.splitlines(keepends=True)[0], folds.replace("from:", "set: {model: null}, from:")
+    jobs, options = jobs_of(pipeline(sbatch, one + three), ["slurm.array=0-4"])
+    submit.submit(jobs, sbatch / "submitted", options)
+    assert [("#SBATCH --array=0-4" in (sbatch / f"{n}.sh").read_text()) for n in (1, 2)] == [False, True]
+    assert "#SBATCH --dependency=afterok:1" in (sbatch / "2.sh").read_text()
+    with pytest.raises(
+        ConfigError, match=r"slurm\.array is for the stages that have folds, and none has; leave it out"
+    ):
+        jobs_of(pipeline(sbatch, TWO), ["slurm.array=0-4"])
+
+
 def test_a_refused_job_cancels_those_before_it(sbatch: Path) -> None:
     jobs, _ = jobs_of(pipeline(sbatch, f"{TWO}- {{name: three, stage: pretrain, config: {DIGITS}}}"), [])
     with pytest.raises(LaunchError, match="three: sbatch refused the job: no more; the jobs before it are cancelled"):

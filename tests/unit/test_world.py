@@ -6,7 +6,19 @@ import pytest
 import torch
 
 from foveal.distributed import world
-from foveal.distributed.world import Seat, World, describe, device_of, first_host, joined, seat, slurm_job
+from foveal.distributed.world import (
+    ArrayTask,
+    Seat,
+    World,
+    array_task,
+    describe,
+    device_of,
+    first_host,
+    job_id,
+    joined,
+    seat,
+    slurm_job,
+)
 from foveal.errors import FovealError, Hung, LaunchError
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
@@ -158,6 +170,17 @@ def test_the_log_and_the_tags_say_where(monkeypatch: pytest.MonkeyPatch) -> None
     said = describe(World(3, 4, 1, "srun", torch.device("cpu")))
     assert said.startswith("rank 3 of 4 on ")
     assert said.endswith("local rank 1, cpu, launcher srun, SLURM_JOB_ID=77, SLURM_RESTART_COUNT=2")
+
+
+def test_a_task_of_an_array_is_called_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM_JOB_ID of one of the tasks is that of the whole array."""
+    assert array_task() is None
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "77")
+    for name, value in {"ID": "4", "COUNT": "5", "MIN": "0", "MAX": "4"}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    assert (job_id(), slurm_job()) == ("77_4", {"slurm_job_id": "77_4"})
+    assert array_task() == ArrayTask(number=4, count=5, lowest=0, highest=4)
 
 
 @pytest.mark.parametrize(("seen", "local", "index"), [(1, 3, 0), (4, 3, 3), (4, 0, 0)])
