@@ -66,7 +66,7 @@ def test_what_is_held_out_or_evaluated_is_not_repeated() -> None:
 
 
 def test_labels_are_needed() -> None:
-    with pytest.raises(DataError, match=r"have no label; .*data.balance need one for each"):
+    with pytest.raises(DataError, match=r"have no label; .*data.balance and data.fold need one"):
         choose(Uneven(np.array([0] * 21 + [-1])), config(balance=1.0), split="train", part="train", seed=0)  # type: ignore[arg-type]
 
 
