@@ -7,12 +7,12 @@ from pathlib import Path
 from distill.fit import Pupil, Taught, agreed_classes, fitted, taught_by
 from distill.lesson import IN_CLASSES, Lesson, LessonKind
 from distill.losses import Distance
-from distill.origin import Origin, origin_of
 from foveal.config import Config, machine, science
 from foveal.errors import ConfigError
 from foveal.models.backbone import times
 from foveal.models.mae import DecoderConfig
 from foveal.models.vit import Pooling, VitConfig
+from foveal.origin import Origin, origin_of
 from foveal.stage import Plan, StageConfig, planned
 
 _PLAIN = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)

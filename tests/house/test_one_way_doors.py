@@ -174,6 +174,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "foveal.summary": (("foveal.errors", "foveal.files"), ("rich",)),
     "foveal.reference": (("foveal.config", *_STAGE_CONFIGS), ("pydantic", "pydantic_core")),
+    "foveal.origin": ((*_CONFIGURED, "foveal.checkpoint", "foveal.data", "foveal.files", "foveal.models"), ("torch",)),
     "foveal.teaching": (("foveal.checkpoint", "foveal.models"), ("torch",)),
     **dict.fromkeys(STAGES, (("foveal",), ("torch",))),
     "finetune": (("foveal",), ("numpy", "sklearn", "torch")),

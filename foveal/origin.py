@@ -1,4 +1,4 @@
-"""Where a teacher comes from: an export of ours, or weights that others left for a model of timm."""
+"""Where a model comes from: an export of ours, or weights that others left for a model of timm."""
 
 import math
 from collections.abc import Callable
@@ -35,7 +35,7 @@ _SIZE = int | tuple[int, int]
 
 @dataclass(frozen=True)
 class Origin:
-    """A teacher that was looked at: ``card`` says what builds it, and the digest of its file."""
+    """A model that was looked at: ``card`` says what builds it, and the digest of its file."""
 
     place: Path
     card: Card
@@ -57,9 +57,9 @@ class Origin:
 
 
 def origin_of(place: Path, name: str | None, data: DataConfig) -> Origin:
-    """Look at a teacher: an export of ours, or with timm's ``name`` a safetensors file or a folder with one.
+    """Look at a model: an export of ours, or with timm's ``name`` a safetensors file or a folder with one.
 
-    Nothing is downloaded, and the teacher is not built. The card of foreign weights is made up: an encoder's where the
+    Nothing is downloaded, and the model is not built. The card of foreign weights is made up: an encoder's where the
     name is one that foveal can train and the weights are of its sizes, so that its layers can teach, else a backbone's.
     Errors: ExportError, one sentence for what does not fit; ConfigError for a name that timm does not have, and for
     images that are no whole number of patches.
@@ -92,7 +92,7 @@ def _made_up(place: Path, name: str, data: DataConfig) -> Card:
 
 
 def _foreign_weights(file: Path) -> dict[str, Tensor]:
-    """The weights of others under timm's names, without what no teacher has."""
+    """The weights of others under timm's names, without what belongs to no classifier."""
     weights = {name: value for name, value in read_weights(file).items() if not name.startswith(_UNUSED)}
     if "cls_token" not in weights or "head.weight" in weights:
         return weights
