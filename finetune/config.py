@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 
+from finetune.probeconfig import ProbeConfig
 from foveal.checkpoint.export import Card, read_card
 from foveal.config import Config, machine, science
 from foveal.data import Dataset
@@ -63,6 +64,7 @@ class FinetuneConfig(StageConfig):
     label_smoothing: float = science(0.0, "Share of the target spread over all classes.", ge=0, lt=1)
     evaluate_every: int = machine(0, "Steps between evaluations on data.val; 0: only at the end.", ge=0)
     trials: TrialsConfig | None = science(None, "Compare ways to start instead of one run.")
+    probe: ProbeConfig | None = science(None, "Read the frozen encoder's features instead of training it.")
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 
 from finetune.accuracy import accuracy
-from finetune.config import FinetuneConfig, FinetunePlan, plan
+from finetune.config import FinetuneConfig, FinetunePlan
 from finetune.model import classifier, groups
 from finetune.objective import Classify
+from finetune.probe import probe
+from finetune.probeplan import ProbePlan, plan
 from finetune.trials import compare
 from foveal.data.pack import pack_digits
 from foveal.distributed.engine import Engine, build_engine
@@ -26,8 +28,10 @@ _log = logging.getLogger("foveal.finetune")
 
 
 def train(plan: FinetunePlan, run: Run) -> None:
-    """One run, or a comparison of many."""
-    if plan.cfg.trials is None:
+    """One run, or a comparison of many, or probes of an encoder that stays as it is."""
+    if isinstance(plan, ProbePlan):
+        probe(plan, run)
+    elif plan.cfg.trials is None:
         fit(plan, run)
     else:
         compare(plan, run, fit)
