@@ -13,15 +13,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from finetune.probeconfig import CHOICES, Kind
-from finetune.probefeatures import Part, keep, kept, read_part
+from finetune.probefeatures import Look, Part, keep, kept, looked_at, read_part
 from finetune.probeheads import Breaths, Guess, attentive, linear
 from finetune.probeknn import knn
 from finetune.probelogistic import logistic
 from finetune.probeplan import ProbePlan
+from foveal.data import Batch, normalise
 from foveal.files import write_json
+from foveal.loop import Parts
+from foveal.optim import parameter_groups
 from foveal.runtime import Run
 
 _FOLDER = "probes"
@@ -70,7 +75,7 @@ def probe(plan: ProbePlan, run: Run) -> None:
 def _learned(plan: ProbePlan, run: Run, units: list[tuple[Kind, int]]) -> dict[tuple[Kind, int], Told] | None:
     """What these units came to, one on each of the first ranks; nothing if the run was asked to leave."""
     rank, found = run.world.rank, None
-    work = _unit(plan, run, *units[rank]) if rank < len(units) else None
+    work = _unit(plan, run.path, run.world.device, *units[rank]) if rank < len(units) else None
     while run.world.any(work is not None):
         run.watch.beat(run.step, "probing")
         if run.asked_to_leave():
@@ -89,10 +94,10 @@ def _slice(work: Breaths[Told]) -> tuple[Breaths[Told] | None, Told | None]:
     return work, None
 
 
-def _unit(plan: ProbePlan, run: Run, kind: Kind, layer: int) -> Breaths[Told]:
+def _unit(plan: ProbePlan, run: Path, device: torch.device, kind: Kind, layer: int) -> Breaths[Told]:
     """Learn on train, choose by the holdout, and only then look at val."""
     fit, column = KINDS[kind]
-    parts = {name: read_part(run.path, name, plan.layers.index(layer), column, run.world.device) for name in plan.parts}
+    parts = {name: read_part(run, name, plan.layers.index(layer), column, device) for name in plan.parts}
     guess = yield from fit(plan, parts["train"])
     choices, best, held = CHOICES[kind][1](plan.probe), 0, None
     if "holdout" in parts:
@@ -113,7 +118,7 @@ def results(plan: ProbePlan, found: dict[tuple[Kind, int], Told]) -> dict[str, A
     numbers: dict[str, Any] = {}
     for kind in dict.fromkeys(plan.probe.kinds):
         mine = {layer: told for (name, layer), told in found.items() if name == kind}
-        best = max(sorted(mine), key=lambda layer: mine[layer].holdout_top1 or 0.0)
+        best = max(mine, key=lambda layer: (mine[layer].holdout_top1 or 0.0, layer))  # of equal ones the deepest
         numbers |= _named(kind, mine[best])
         if plan.probe.layers is not None:
             numbers[f"{kind}_layer"] = best
@@ -125,6 +130,30 @@ def results(plan: ProbePlan, found: dict[tuple[Kind, int], Told]) -> dict[str, A
 def _named(kind: Kind, told: Told, layer: str = "") -> dict[str, float]:
     numbers = {f"{kind}_top1{layer}": told.top1, f"{kind}_{CHOICES[kind][0]}{layer}": told.choice}
     return numbers | ({} if told.holdout_top1 is None else {f"{kind}_holdout_top1{layer}": told.holdout_top1})
+
+
+@dataclass(frozen=True)
+class Readable:
+    """What a forecast follows: the frozen model's forward, and a linear head on the last layer that is read."""
+
+    plan: ProbePlan
+    look: Look
+
+    def weight(self, batch: Batch) -> float:
+        """The images."""
+        return float(len(batch.labels))
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad():
+            pooled_SBF, _ = self.look(normalise(batch.images, self.plan.mean, self.plan.std))
+        return F.cross_entropy(model(pooled_SBF[-1]).float(), batch.labels, reduction="sum"), {}
+
+
+def parts(plan: ProbePlan, device: torch.device) -> Parts[Readable]:
+    """What a probe takes of a rank, for ``foveal plan``; it counts the encoder in every step, where a probe asks it once."""
+    frozen, look = looked_at(plan, device)
+    head = nn.Linear(plan.width, len(plan.classes))
+    return Parts(head, parameter_groups(head, plan.cfg.optim), Readable(plan, look), (frozen,))
 
 
 def _file(run: Path, unit: tuple[Kind, int]) -> Path:

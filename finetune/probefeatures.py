@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune.model import classifier
 from finetune.probeplan import ProbePlan, Shapes
@@ -99,7 +99,7 @@ def keep(plan: ProbePlan, run: Run) -> bool:
     """
     draft = run.path / f".draft-{FOLDER}-{run.attempt.number}"  # a superseded attempt writes into no other's
     run.world.once(lambda: _prepare(plan, run.path, draft))
-    look = _look(plan, run.world.device)
+    _, look = looked_at(plan, run.world.device)
     torch.set_float32_matmul_precision(plan.cfg.engine.matmul)
     for name, (split, part) in plan.parts.items():
         files = _Rows(draft, name, plan.shapes)
@@ -137,15 +137,15 @@ def _no_room(where: Path, error: OSError) -> CheckpointError:
     )
 
 
-def _look(plan: ProbePlan, device: torch.device) -> Look:
+def looked_at(plan: ProbePlan, device: torch.device) -> tuple[nn.Module, Look]:
     """The frozen model, and how it is looked at."""
     cfg, probe = plan.cfg, plan.probe
     if plan.backbone:
         backbone = classifier(plan).encoder.to(device).eval()
-        return lambda images: (whole_alone(backbone, images)[0][None], None)
+        return backbone, lambda images: (whole_alone(backbone, images)[0][None], None)
     encoder = frozen(plan).to(device).eval()
     features = probe.features or cfg.pooling
-    return lambda images: read_layers(encoder, images, plan.layers, features)
+    return encoder, lambda images: read_layers(encoder, images, plan.layers, features)
 
 
 def frozen(plan: ProbePlan) -> Any:

@@ -1,7 +1,7 @@
 """Logistic regression on kept features, the same that scikit-learn's ``LogisticRegression(C=...)`` finds.
 
 The minimum of the mean cross-entropy plus |W|^2 / (2 C M), biases free, is one point: two solvers that go far enough
-agree on it. This one stops at a hundredth of scikit-learn's default tolerance. M images, F numbers, K classes.
+agree on it. This one stops at a thousandth of scikit-learn's default tolerance. M images, F numbers, K classes.
 """
 
 import logging
@@ -15,7 +15,7 @@ from finetune.probefeatures import Part
 from finetune.probeheads import Breaths, Guess, guess
 from finetune.probeplan import ProbePlan
 
-TOLERANCE = 1e-6  # on the largest entry of the gradient; scikit-learn's default is 1e-4
+TOLERANCE = 1e-7  # on the largest entry of the gradient; scikit-learn's default is 1e-4
 _CHUNK = 1 << 14  # images whose float64 features and logits are there at once
 _ITERATIONS, _ROUNDS = 20, 100  # of L-BFGS between two breaths, and the most breaths
 _log = logging.getLogger("foveal.finetune")

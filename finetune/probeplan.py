@@ -55,19 +55,24 @@ class ProbePlan(FinetunePlan):
     @property
     def shapes(self) -> Shapes:
         """Shape and type of each file of features by its name."""
-        layers, (width, patches) = len(self.layers), self._sizes()
+        layers, (width, patches) = len(self.layers), self._sizes
         found: Shapes = {}
         for name, images in self.images.items():
             found[f"{name}-labels.npy"] = (images,), np.int64
             if self.probe.pooled:
-                both = self.probe.features == "both"
-                found[f"{name}-pooled.npy"] = (layers, images, width * (2 if both else 1)), np.float32
+                found[f"{name}-pooled.npy"] = (layers, images, self.width), np.float32
             if self.probe.patches:
                 found[f"{name}-patches.npy"] = (layers, images, patches, width), np.float16
         return found
 
+    @property
+    def width(self) -> int:
+        """Numbers of a feature of the whole image."""
+        return self._sizes[0] * (2 if self.probe.features == "both" else 1)
+
+    @property
     def _sizes(self) -> tuple[int, int]:
-        """Width of a feature and number of patches."""
+        """Width of a token and number of patches."""
         if self.backbone:
             return width_of(*self.backbone.shape), 0
         sizes = SizedVit.model_validate({name: self.encoder[name] for name in SizedVit.model_fields})

@@ -6,6 +6,7 @@ if there is one, else from scratch, and says which.
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from finetune.accuracy import accuracy
 from finetune.config import FinetuneConfig, FinetunePlan
 from finetune.model import classifier, groups
 from finetune.objective import Classify
+from finetune.probe import parts as probe_parts
 from finetune.probe import probe
 from finetune.probeplan import ProbePlan, plan
 from finetune.trials import compare
@@ -40,7 +42,7 @@ def train(plan: FinetunePlan, run: Run) -> None:
 def fit(plan: FinetunePlan, run: Run) -> None:
     """From the first step, or the newest checkpoint, to the export of the classifier."""
     cfg = plan.cfg
-    made, sizes = parts(plan, run.world.device), {"at_once": plan.at_once, "accumulate": plan.micros}
+    made, sizes = _parts(plan), {"at_once": plan.at_once, "accumulate": plan.micros}
     engine = build_engine(made.model, made.groups, cfg.optim, cfg.engine, run.world, **sizes)
     start = run.resume(engine)
     _evaluate(cfg, engine, run, start)  # what an attempt that saved and left had no time for
@@ -73,8 +75,13 @@ def _evaluate(cfg: FinetuneConfig, engine: Engine, run: Run, step: int) -> None:
         run.evaluated(step, accuracy(engine, run, step, split=cfg.data.val, part="all"))
 
 
-def parts(plan: FinetunePlan, _device: torch.device) -> Parts[Classify]:
-    """The classifier of the plan, and what it learns; of a comparison, those of its first trial."""
+def parts(plan: FinetunePlan, device: torch.device) -> Parts[Any]:
+    """What a step of the plan is made of; of a comparison, of its first trial."""
+    return probe_parts(plan, device) if isinstance(plan, ProbePlan) else _parts(plan)
+
+
+def _parts(plan: FinetunePlan) -> Parts[Classify]:
+    """The classifier of the plan, and what it learns."""
     cfg, model = plan.cfg, classifier(plan)
     objective = Classify(cfg.seed, cfg.label_smoothing, drop_path_sites(model), plan.mean, plan.std)
     return Parts(model, groups(plan, model), objective)

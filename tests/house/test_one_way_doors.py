@@ -158,6 +158,8 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "foveal.summary": (("foveal.errors", "foveal.files"), ("rich",)),
     "foveal.reference": (("foveal.config", *_STAGE_CONFIGS), ("pydantic", "pydantic_core")),
     **dict.fromkeys(STAGES, (("foveal",), ("torch",))),
+    "finetune": (("foveal", "finetune.probeconfig"), ("numpy", "torch")),  # features of a probe are numpy's files
+    "finetune.probeconfig": (("foveal.config",), ("pydantic",)),
     "slurm": ((*_CONFIGURED, "foveal.stage", "foveal.door", *_STAGE_CONFIGS), ("submitit", "torch", "yaml")),
 }
 
