@@ -234,7 +234,7 @@ def _best(labels: Labels, arm: str, runs: Path, seeds: list[int]) -> tuple[float
 
 def _probed(study: Study, runs: Path, seeds: list[int]) -> list[str]:
     """What each kind of probe reads from the frozen class token, and from the mean of the patches, with all labels."""
-    lines = ["## Probes of frozen features, all labels but ten a class", ""]
+    lines = ["## Probes of frozen features, all labels but twenty a class", ""]
     lines += [f"`{shlex.join(_probe(Path('RUNS'), f'{study.probed[0]}-{_FEATURES[0]}', seeds[0]))}`", ""]
     lines += [f"| pretraining | features | {' | '.join(f'{kind} | lowest to highest' for kind in _READERS)} |"]
     lines += [f"|---|---|{'--:|--:|' * len(_READERS)}"]

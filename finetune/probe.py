@@ -24,6 +24,7 @@ from finetune.probeknn import knn
 from finetune.probelogistic import logistic
 from finetune.probeplan import ProbePlan
 from foveal.data import Batch, normalise
+from foveal.distributed.engine import set_products
 from foveal.files import write_json
 from foveal.loop import Parts
 from foveal.optim import parameter_groups
@@ -52,7 +53,9 @@ class Told:
 
 def probe(plan: ProbePlan, run: Run) -> None:
     """From the features to the numbers; every rank calls it."""
-    found, there = run.world.once(lambda: (_told(plan, run.path), kept(plan, run.path)))
+    set_products(plan.cfg.engine)
+    there = run.world.once(lambda: kept(plan, run.path))
+    found = run.world.once(lambda: _told(plan, run.path) if there else {})  # of features that are gone: void
     run.begin(len(found) + there, total=len(plan.units) + 1)
     if not there and not keep(plan, run):
         return run.leave(0)

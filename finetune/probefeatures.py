@@ -26,7 +26,7 @@ from foveal.checkpoint.export import load_strictly, read_export
 from foveal.data import Batch, normalise
 from foveal.distributed.engine import autocast
 from foveal.errors import CheckpointError, DataError, ExportError
-from foveal.files import json_bytes, publish
+from foveal.files import publish, write_json
 from foveal.models.backbone import whole_alone
 from foveal.models.probes import read_layers
 from foveal.models.resize import resized_from_card
@@ -100,7 +100,6 @@ def keep(plan: ProbePlan, run: Run) -> bool:
     draft = run.path / f".draft-{FOLDER}-{run.attempt.number}"  # a superseded attempt writes into no other's
     run.world.once(lambda: _prepare(plan, run.path, draft))
     _, look = looked_at(plan, run.world.device)
-    torch.set_float32_matmul_precision(plan.cfg.engine.matmul)
     for name, (split, part) in plan.parts.items():
         files = _Rows(draft, name, plan.shapes)
         with closing(files), closing(run.evaluation(0, split=split, part=part)) as batches:
@@ -126,7 +125,7 @@ def _prepare(plan: ProbePlan, run: Path, draft: Path) -> None:
         draft.mkdir()
         for name, (shape, kind) in plan.shapes.items():
             np.lib.format.open_memmap(draft / name, mode="w+", dtype=kind, shape=shape)
-        (draft / FACTS).write_bytes(json_bytes(facts_of(plan)))
+        write_json(draft / FACTS, facts_of(plan))
     except OSError as error:
         raise _no_room(draft, error) from None
 

@@ -1,6 +1,7 @@
 """Probes as runs: what is refused, what val may not decide, features whole or not at all, and nothing done twice."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -217,13 +218,16 @@ def test_asked_to_leave_it_leaves_and_goes_on_later(
 
 def test_features_of_something_else_are_refused(digits: Path, encoder: Path, tmp_path: Path) -> None:
     cfg = settings(digits, encoder, tmp_path / "run")
-    probed(cfg)
+    _, summary = probed(cfg)
     (tmp_path / "run" / "finished.json").unlink()
     with pytest.raises(CheckpointError, match=r"holds features of another kind \(differing: precision\): remove"):
         probed(FinetuneConfig.checked(cfg.tree() | {"engine": {"kind": "plain", "precision": "bf16"}}, "here"))
     (tmp_path / "run" / "features" / "facts.json").write_text("{")
     with pytest.raises(CheckpointError, match="holds features of another kind"):
         probed(cfg)
+    shutil.rmtree(tmp_path / "run" / "features")
+    (tmp_path / "run" / "probes" / "linear-02.json").write_text("of the features that are gone")
+    assert probed(cfg)[1] == summary
 
 
 def test_a_full_disk_is_said(digits: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
