@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from machine import described
-from probe import linear_probe
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,7 +50,7 @@ class Labels:
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared. ``classifiers`` are runs with labels that teach classes; ``probed`` have a class token to look at."""
+    """What is compared. ``classifiers`` are runs with labels that teach classes; ``probed`` are probed, frozen."""
 
     data: str
     arms: dict[str, Arm]
@@ -64,6 +63,8 @@ SMALL = "model={name: vit_tiny_patch16_224, patch: 4, width: 64, depth: 4, heads
 _SMALL_CIFAR = SMALL.replace("patch: 4", "patch: 8")
 _RATES = (1e-2, 3e-2, 1e-1)
 _PRETRAINED = ("mae", "image", "latents")
+_FEATURES = ("token", "avg")
+_READERS = ("linear", "logistic", "attentive", "knn")
 _STUDENTS = ("mae_small", "features", "layers", "relations", "logits", "token")
 DIGITS = Study(
     data="digits",
@@ -124,6 +125,8 @@ def _seed(study: Study, runs: Path, seed: int) -> None:
         _run(_command(arms[name], runs, name, seed), _place(runs, name, seed))
     for labels in study.comparisons:
         _run(_comparison(labels, runs, seed), _place(runs, labels.title, seed))
+    for name in (f"{arm}-{features}" for arm in study.probed for features in _FEATURES):
+        _run(_probe(runs, name, seed), _place(runs, name, seed))
 
 
 def _depth(arms: dict[str, Arm], name: str) -> int:
@@ -147,6 +150,13 @@ def _comparison(labels: Labels, runs: Path, seed: int) -> list[str]:
     told = [f"seed={seed}", f"run.dir={_place(runs, labels.title, seed)}", "tracking.uri=null", "engine.kind=plain"]
     told += ["trials.repeats=1", f"trials.lr_per_256={list(labels.rates)}", "init=null", *arms, *labels.settings]
     return [*_door("finetune"), labels.config, *told]
+
+
+def _probe(runs: Path, name: str, seed: int) -> list[str]:
+    """The probes of an arm's features; ``name`` is the arm's and theirs."""
+    arm, features = name.rsplit("-", 1)
+    told = [f"seed={seed}", f"run.dir={_place(runs, name, seed)}", "tracking.uri=null", "engine.kind=plain"]
+    return [*_door("finetune"), "digits_probe", *told, f"init={_export(arm, runs, seed)}", f"probe.features={features}"]
 
 
 def _export(arm: str, runs: Path, seed: int) -> str:
@@ -223,20 +233,18 @@ def _best(labels: Labels, arm: str, runs: Path, seeds: list[int]) -> tuple[float
 
 
 def _probed(study: Study, runs: Path, seeds: list[int]) -> list[str]:
-    """What a linear classifier reads from the frozen class token, and from the mean of the patches, with all labels."""
-    lines = ["## A linear classifier on frozen features, all labels", ""]
-    lines += ["| pretraining | class token, mean | lowest to highest | mean of patches, mean | lowest to highest |"]
-    lines += ["|---|--:|--:|--:|--:|"]
+    """What each kind of probe reads from the frozen class token, and from the mean of the patches, with all labels."""
+    lines = ["## Probes of frozen features, all labels but twenty a class", ""]
+    lines += [f"`{shlex.join(_probe(Path('RUNS'), f'{study.probed[0]}-{_FEATURES[0]}', seeds[0]))}`", ""]
+    lines += [f"| pretraining | features | {' | '.join(f'{kind} | lowest to highest' for kind in _READERS)} |"]
+    lines += [f"|---|---|{'--:|--:|' * len(_READERS)}"]
     for arm in study.probed:
-        token, patches = zip(*(linear_probe(_place(runs, arm, seed) / "export") for seed in seeds), strict=True)
-        row = [
-            arm,
-            f"{statistics.fmean(token):.3f}",
-            _spread(token),
-            f"{statistics.fmean(patches):.3f}",
-            _spread(patches),
-        ]
-        lines.append(f"| {' | '.join(row)} |")
+        for features in _FEATURES:
+            files = [_place(runs, f"{arm}-{features}", seed) / "finished.json" for seed in seeds]
+            summaries = [json.loads(file.read_text())["summary"] for file in files]
+            columns = [[each[f"{kind}_top1"] for each in summaries] for kind in _READERS]
+            cells = [f"{statistics.fmean(values):.3f} | {_spread(values)}" for values in columns]
+            lines.append(f"| {arm} | {features} | {' | '.join(cells)} |")
     return lines
 
 

@@ -3,6 +3,7 @@
 from typing import Literal
 
 from finetune.judging import EarlyStoppingConfig
+from finetune.probeconfig import ProbeConfig
 from foveal.config import Config, machine, science
 from foveal.distributed.engine import EngineConfig
 from foveal.models.vit import Pooling, VitConfig
@@ -98,6 +99,7 @@ class FinetuneConfig(StageConfig):
         "Judge the evaluations on the way; none: the last step is what a run leaves. evaluate_every is science then.",
     )
     folds: FoldsConfig | None = science(None, "Cross-validate on data.train, not one run; data.val is left alone.")
+    probe: ProbeConfig | None = science(None, "Read the frozen encoder's features instead of training it.")
 
     @property
     def watched(self) -> str | None:

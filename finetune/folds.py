@@ -28,13 +28,12 @@ _log = logging.getLogger("foveal.finetune")
 
 
 def plan(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
-    """The plan of one run, of a comparison, or of a cross-validation, which has the steps of its first fold.
+    """The plan of a cross-validation, which has the steps of its first fold.
 
     Everything that can be refused is refused before a run begins, for every fold: the repeats cut folds of like sizes.
     Errors: ConfigError, DataError, ExportError, LaunchError.
     """
-    if cfg.folds is None:
-        return plan_of(cfg, ranks)
+    assert cfg.folds is not None
     _check(cfg)
     first, *_ = [plan_of(one, ranks) for one in runs_of(cfg)[: cfg.folds.count]]
     return replace(first, cfg=cfg)

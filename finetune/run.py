@@ -6,13 +6,19 @@ if there is one, else from scratch, and says which.
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from finetune import folds
 from finetune.config import FinetuneConfig
-from finetune.folds import cross_validate, divide, plan
 from finetune.model import exported, groups
 from finetune.planning import FinetunePlan
+from finetune.planning import plan as plan_of_one
+from finetune.probe import parts as probe_parts
+from finetune.probe import probe
+from finetune.probeplan import ProbePlan
+from finetune.probeplan import plan as plan_of_probe
 from finetune.tasks import TASKS
 from finetune.trials import compare
 from foveal.data.pack import pack_digits
@@ -29,9 +35,11 @@ _log = logging.getLogger("foveal.finetune")
 
 
 def train(plan: FinetunePlan, run: Run) -> None:
-    """One run, or one that is made of many."""
-    if plan.cfg.folds is not None:
-        cross_validate(plan, run, fit)
+    """One run, or one that is made of many, or probes of an encoder that stays as it is."""
+    if isinstance(plan, ProbePlan):
+        probe(plan, run)
+    elif plan.cfg.folds is not None:
+        folds.cross_validate(plan, run, fit)
     elif plan.cfg.trials is not None:
         compare(plan, run, fit)
     else:
@@ -41,7 +49,7 @@ def train(plan: FinetunePlan, run: Run) -> None:
 def fit(plan: FinetunePlan, run: Run) -> None:
     """From the first step, or the newest checkpoint, to the export of the classifier."""
     cfg = plan.cfg
-    made, sizes = parts(plan, run.world.device), {"at_once": plan.at_once, "accumulate": plan.micros}
+    made, sizes = _parts(plan, run.world.device), {"at_once": plan.at_once, "accumulate": plan.micros}
     engine = build_engine(made.model, made.groups, cfg.optim, cfg.engine, run.world, **sizes)
     start = run.resume(engine)
     _evaluate(plan, engine, run, start)  # what an attempt that saved and left had no time for
@@ -119,8 +127,21 @@ def _leave_the_best(metric: str, run: Run) -> None:
     run.exports.forget()
 
 
-def parts(plan: FinetunePlan, device: torch.device) -> Parts[Objective]:
-    """The model of the plan, and what it learns; of a comparison, those of its first trial."""
+def plan(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
+    """What is done with these settings, or why not. Errors: ConfigError, DataError, ExportError, LaunchError."""
+    if cfg.probe is not None:
+        return plan_of_probe(cfg, ranks)
+    return folds.plan(cfg, ranks) if cfg.folds is not None else plan_of_one(cfg, ranks)
+
+
+def parts(plan: FinetunePlan, device: torch.device) -> Parts[Any]:
+    """What a step of the plan is made of; of a comparison, of its first trial."""
+    if isinstance(plan, ProbePlan):
+        return probe_parts(plan, device)
+    return _parts(plan, device)
+
+
+def _parts(plan: FinetunePlan, device: torch.device) -> Parts[Objective]:
     task = TASKS[plan.cfg.data.labels]
     model = task.build(plan)
     objective = task.objective(plan, model, device)
@@ -141,7 +162,7 @@ def demo() -> list[str]:
     return [str(root / "configs" / "finetune" / "digits.yaml"), *([f"init={encoder}", "model=null"] if found else [])]
 
 
-STAGE = Stage("finetune", FinetuneConfig, plan, train, parts, demo, divide)
+STAGE = Stage("finetune", FinetuneConfig, plan, train, parts, demo, folds.divide)
 
 if __name__ == "__main__":
     main(STAGE)

@@ -71,8 +71,9 @@ class Run:
 
     @property
     def accounts(self) -> Accounts:
-        """The ledger and the quarantine, from ``resume`` on."""
-        assert self._accounts is not None, "resume opens them"
+        """The ledger and the quarantine; ``resume`` opens them, else the first who asks: a collective."""
+        if self._accounts is None:
+            self._accounts = Accounts(self.path, self.plan, self.world, self.step, [])
         return self._accounts
 
     @property
@@ -192,7 +193,7 @@ class Run:
         self.tracker.rewind(state.step)
         return state.step
 
-    def evaluation(self, step: int, *, split: str, part: PartName) -> Iterator[Batch]:
+    def evaluation(self, step: int, *, split: str, part: PartName) -> Generator[Batch, None, None]:
         """This rank's share of a part of a split: every sample exactly once over all ranks. Every rank takes part.
 
         Errors: DataError, on every rank, when one cannot read its data or too many samples do not decode.

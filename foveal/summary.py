@@ -37,7 +37,7 @@ def _stages(runs: dict[str, dict[str, Any]]) -> Table:
         loss, pace = numbers.get("loss"), numbers.get("images_per_second")
         table.add_row(
             name,
-            f"{numbers['step']:.0f}" if "step" in numbers else "trials",
+            f"{numbers['step']:.0f}" if "step" in numbers else "trials" if "trials.repeats" in facts["science"] else "",
             f"{loss:.4f}" if loss is not None else "",
             f"{pace:,.0f}" if pace is not None else "",
             f"{facts['seconds']:.0f} s",

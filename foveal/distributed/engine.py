@@ -263,6 +263,13 @@ def check_engine(cfg: EngineConfig, optim: OptimConfig, ranks: int, *, at_once: 
         settings(optim, cfg, ranks, at_once, accumulate)
 
 
+def set_products(cfg: EngineConfig) -> None:
+    """How this process multiplies in float32."""
+    torch.set_float32_matmul_precision(cfg.matmul)
+    torch.backends.cudnn.allow_tf32 = cfg.matmul != "highest"  # convolutions have a switch of their own, on by default
+    torch.backends.cudnn.deterministic = True  # or a backward of convolutions may add in another order each time
+
+
 def build_engine(
     model: nn.Module,
     groups: list[dict[str, Any]],
@@ -277,9 +284,7 @@ def build_engine(
 
     Its library is imported only here: DeepSpeed alone takes longer to import than torch.
     """
-    torch.set_float32_matmul_precision(cfg.matmul)
-    torch.backends.cudnn.allow_tf32 = cfg.matmul != "highest"  # convolutions have a switch of their own, on by default
-    torch.backends.cudnn.deterministic = True  # or a backward of convolutions may add in another order each time
+    set_products(cfg)
     if cfg.recompute:
         cast(Any, model).set_grad_checkpointing(enable=True)
     if cfg.compile:

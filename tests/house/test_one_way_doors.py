@@ -177,7 +177,11 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "foveal.origin": ((*_CONFIGURED, "foveal.checkpoint", "foveal.data", "foveal.files", "foveal.models"), ("torch",)),
     "foveal.teaching": (("foveal.checkpoint", "foveal.models"), ("torch",)),
     **dict.fromkeys(STAGES, (("foveal",), ("torch",))),
-    "finetune": (("foveal",), ("numpy", "sklearn", "torch")),
+    "finetune": (
+        ("foveal", "finetune.probeconfig"),
+        ("numpy", "sklearn", "torch"),
+    ),  # features of a probe are numpy's files
+    "finetune.probeconfig": (("foveal.config",), ("pydantic",)),
     "slurm": ((*_CONFIGURED, "foveal.stage", "foveal.door", *_STAGE_CONFIGS), ("submitit", "torch", "yaml")),
 }
 

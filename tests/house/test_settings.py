@@ -33,7 +33,9 @@ CONFIGS = stage_configs()
 # networks); other schedules four, for the same; early stopping three to fine-tuning, for whose labels are few.
 # Cross-validation brought six: one fold of the data (three, in every stage), for who pretrains for it too, and how many folds
 # and repeats fine-tuning makes of it.
-MOST_SETTINGS = {"pretrain": 108, "distill": 128, "finetune": 132}
+# Probes brought twelve to fine-tuning, all behind one section that most runs leave out: what reads the features, which
+# features, how much of them, and what each kind of reader is swept over.
+MOST_SETTINGS = {"pretrain": 108, "distill": 128, "finetune": 144}
 
 
 def shipped(folder: str) -> list[Path]:

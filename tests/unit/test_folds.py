@@ -13,9 +13,9 @@ import torch
 
 from finetune import folds
 from finetune.config import FinetuneConfig
-from finetune.folds import cross_validate, divide, plan, runs_of, spread
+from finetune.folds import cross_validate, divide, runs_of, spread
 from finetune.planning import FinetunePlan
-from finetune.run import fit, train
+from finetune.run import fit, plan, train
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.world import ArrayTask, World
 from foveal.errors import ConfigError, FovealError, Held, LaunchError
