@@ -4,6 +4,7 @@ from typing import Literal
 
 from foveal.config import Config, machine, science
 from foveal.distributed.engine import EngineConfig
+from foveal.models.detect import DetectorSizes
 from foveal.models.vit import Pooling, VitConfig
 from foveal.stage import StageConfig
 
@@ -26,6 +27,12 @@ class TrialsConfig(Config):
     repeats: int = science(3, "Seeds: each draws other labels, another order and another head.", ge=1)
 
 
+class DetectConfig(DetectorSizes):
+    """What stands on the encoder where labels are boxes, and what is told of it."""
+
+    each_class: bool = machine(False, "Tell the average precision of every class too, as map_<its name>.")
+
+
 class FinetuneConfig(StageConfig):
     """A classifier, from an export or from scratch."""
 
@@ -42,5 +49,6 @@ class FinetuneConfig(StageConfig):
     )
     drop_path: float = science(0.0, "Stochastic depth at the last block, growing linearly from 0.", ge=0, lt=1)
     label_smoothing: float = science(0.0, "Share of the target spread over all classes.", ge=0, lt=1)
+    detect: DetectConfig = DetectConfig()
     evaluate_every: int = machine(0, "Steps between evaluations on data.val; 0: only at the end.", ge=0)
     trials: TrialsConfig | None = science(None, "Compare ways to start instead of one run.")

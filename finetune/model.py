@@ -18,20 +18,25 @@ from foveal.seeding import key
 
 
 def classifier(plan: FinetunePlan) -> Classifier:
+    """The plan's encoder or backbone with a head, as ``started`` gives it."""
+    return Classifier(started(plan))
+
+
+def started(plan: FinetunePlan) -> nn.Module:
     """The plan's encoder or backbone, freshly drawn, and its weights from the export where there is one."""
     cfg = plan.cfg
     torch.manual_seed(key(cfg.seed, "weights"))
     if plan.backbone is not None:
-        return Classifier(_backbone(plan))
+        return _backbone(plan)
     encoder = encoder_from_card(plan.encoder, cfg.init or "model", drop_path=cfg.drop_path)
     if cfg.init is not None:
         weights, card = read_export(Path(cfg.init))
         weights = resized_from_card(weights, encoder, card.encoder, f"{cfg.init}/card.json")
         # The mean of the patches has a norm of its own behind it, and does without the norm before it.
-        averaged = cfg.pooling == "avg"
-        new, unused = (("head.", "fc_norm."), ("head.", "norm.")) if averaged else (("head.",), ("head.", "fc_norm."))
-        load_strictly(encoder, weights, Path(cfg.init), new=new, unused=unused)
-    return Classifier(encoder)
+        ours, other = ("fc_norm.", "norm.") if plan.encoder["pooling"] == "avg" else ("norm.", "fc_norm.")
+        new = ("head.", ours) if card.encoder["pooling"] != plan.encoder["pooling"] else ("head.",)
+        load_strictly(encoder, weights, Path(cfg.init), new=new, unused=("head.", other))
+    return encoder
 
 
 def _backbone(plan: FinetunePlan) -> nn.Module:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from finetune.boxes import check_detection, check_settings, detector_card
 from finetune.config import FinetuneConfig
 from foveal.checkpoint.export import Card, read_card
 from foveal.data import Dataset
@@ -36,6 +37,11 @@ class FinetunePlan(Plan):
     classes: tuple[str, ...] = ()
 
     @property
+    def detector(self) -> dict[str, Any]:
+        """The card of what stands on the encoder where labels are boxes."""
+        return detector_card(self.cfg, self.classes).tree()
+
+    @property
     def runs(self) -> int:
         trials = self.cfg.trials
         return 1 if trials is None else len(trials.arms) * len(trials.lr_per_256) * trials.repeats
@@ -59,6 +65,8 @@ def plan(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
 
     Errors: ConfigError, DataError, ExportError.
     """
+    if cfg.data.labels == "boxes":
+        check_settings(cfg)
     if cfg.trials is None:
         return _plan_one(cfg, ranks)
     if cfg.run.stop_at is not None:
@@ -108,6 +116,8 @@ def _plan_one(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
     plan = replace(plan, inherited=inherited, encoder=encoder | {"classes": outputs}, classes=classes)
     if plan.backbone is not None:
         _check_backbone(plan.backbone, cfg, plan.at_once)
+    if cfg.data.labels == "boxes":
+        check_detection(cfg, card_of(plan.encoder, "model"), classes)
     return plan
 
 
@@ -119,6 +129,7 @@ def _origin(dataset: Dataset, cfg: FinetuneConfig, classes: tuple[str, ...]) -> 
 def _encoder(cfg: FinetuneConfig, card: Card | None) -> tuple[dict[str, Any], int | tuple[int, int] | None]:
     """The card of the classifier's encoder, the export's or that of the model from scratch, and what it is resized from."""
     data = cfg.data
+    pooling = "token" if data.labels == "boxes" else cfg.pooling  # patches are read behind the encoder's last norm
     if cfg.model is not None and cfg.backbone is not None:
         raise ConfigError("model and backbone exclude each other: an encoder of foveal's, or a model of timm as it is")
     if card is None:
@@ -126,14 +137,14 @@ def _encoder(cfg: FinetuneConfig, card: Card | None) -> tuple[dict[str, Any], in
             return backbone_card(cfg.backbone, data.image_size, data.channels), None
         if cfg.model is None:
             raise ConfigError("model is missing: without init, the encoder from scratch must be stated")
-        return encoder_card(cfg.model, data.image_size, data.channels, pooling=cfg.pooling), None
+        return encoder_card(cfg.model, data.image_size, data.channels, pooling=pooling), None
     hers = card_of(card.encoder, f"{cfg.init}/card.json")
     _check_agreement(cfg, hers)
     size = {"image_size": data.tree()["image_size"]}
     if isinstance(hers, BackboneCard):
         check_resizing(hers, data.image_size, f"the export {cfg.init}")
         return card.encoder | size, None if hers.image_size == data.image_size else hers.image_size
-    return card.encoder | {"pooling": cfg.pooling} | size, hers.resized_from(data.image_size)
+    return card.encoder | {"pooling": pooling} | size, hers.resized_from(data.image_size)
 
 
 def _check_agreement(cfg: FinetuneConfig, hers: EncoderCard | BackboneCard) -> None:
@@ -158,7 +169,8 @@ def _check_backbone(card: BackboneCard, cfg: FinetuneConfig, at_once: int) -> No
     default = FinetuneConfig.model_fields["pooling"].default
     if cfg.pooling != default:
         raise ConfigError(f"pooling={cfg.pooling} is of foveal's encoders, {card.timm} has its own; leave it out")
-    check_training(*card.shape, card.classes, at_once)
+    if card.classes:
+        check_training(*card.shape, card.classes, at_once)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         backbone = build_backbone(*card.shape, classes=card.classes, drop_path=cfg.drop_path)
     if cfg.optim.layer_decay < 1:

@@ -1,0 +1,58 @@
+"""Boxes: the detector that a plan builds, and what it learns from images with boxes, and from images without any."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from finetune.model import started
+from finetune.planning import FinetunePlan
+from foveal.data import Batch, normalise
+from foveal.models.detect import Detector, build_detector
+from foveal.models.droppath import drop_path_sites
+from foveal.models.fcos import losses
+from foveal.seeding import key, uniforms
+
+_BOXES = 16  # of an image that nobody has seen
+
+
+@dataclass(frozen=True)
+class Detect:
+    """FCOS's losses, every image divided by its own number of places that answer for an object.
+
+    A mean over images, so that its weight is known without a look at the boxes, and it does not matter which images a
+    rank or a micro holds. The paper divides by the places of a whole batch: an image of many objects weighs more there.
+    """
+
+    seed: int
+    drop_sites: int
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def weight(self, batch: Batch) -> float:
+        """The number of images."""
+        return float(len(batch.ids))
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        assert batch.marks is not None, "data.labels=boxes reads them"
+        drops = uniforms(key(self.seed, "drop path"), batch.draws, self.drop_sites)
+        found = losses(model(normalise(batch.images, self.mean, self.std), drops), batch.marks)
+        classes, boxes, centres = (each.sum() for each in found)
+        return classes + boxes + centres, {"class_loss": classes, "box_loss": boxes, "centre_loss": centres}
+
+
+def detector(plan: FinetunePlan) -> Detector:
+    """The plan's encoder or backbone, as ``started`` gives it, and a fresh pyramid and head."""
+    return build_detector(started(plan), plan.encoder, plan.detector, "model")
+
+
+def detect(plan: FinetunePlan, model: Detector) -> Detect:
+    """The objective of a plan and the model that it builds."""
+    return Detect(plan.cfg.seed, drop_path_sites(model), plan.mean, plan.std)
+
+
+def example(samples: int, sides: tuple[int, int]) -> Tensor:
+    """Labels of images of (height, width) pixels, as large as real ones are: [samples, boxes, 5]."""
+    height, width = sides
+    return torch.tensor([0.0, 0.0, width, height, 0.0]).expand(samples, _BOXES, 5)

@@ -1,0 +1,146 @@
+"""A detector: an encoder of foveal's or a model of timm, a pyramid of maps, and on each of them the head of FCOS. B images."""
+
+import itertools
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import model_validator
+from torch import Tensor, nn
+from torchvision.models.detection.fcos import FCOSHead
+
+from foveal.config import Config, height_and_width, machine, science
+from foveal.errors import ConfigError, ExportError
+from foveal.models.backbone import (
+    BackboneCard,
+    backbone_outline,
+    build_backbone,
+    card_of,
+    set_recompute,
+    shapes_of,
+    times,
+    whole_and_map,
+)
+from foveal.models.droppath import set_drops
+from foveal.models.fcos import Answers, places_of
+from foveal.models.places import read_across, set_kept
+from foveal.models.pyramid import SimplePyramid
+from foveal.models.vit import EncoderCard, build_encoder
+
+# What timm's models raise for images that they cannot read.
+_REFUSALS = (AssertionError, RuntimeError, ValueError)
+
+
+class DetectorSizes(Config):
+    """What of a detector stands on its encoder."""
+
+    width: int = science(256, "Channels of the pyramid's maps and of the head on them.", ge=32, multiple_of=32)
+    layers: int = science(4, "Convolutions of each of the head's two branches before their last.", ge=1)
+    strides: tuple[int, ...] = science(
+        (8, 16, 32, 64), "Pixels between the places of each map: powers of two times the encoder's.", min_length=1
+    )
+
+    @model_validator(mode="after")
+    def _coarser(self) -> Self:
+        for one, other in itertools.pairwise(self.strides):
+            if other <= one or other % one or (other // one).bit_count() != 1:
+                raise ValueError(f"strides={list(self.strides)}: each must be the one before times 2, 4, 8, ...")
+        return self
+
+
+class DetectCard(DetectorSizes):
+    """What it takes to build the pyramid and head of a detector again, beside the card of what they stand on."""
+
+    kind: Literal["detection"] = science("detection", "what kind of head it is")
+    classes: int = science(about="classes of its boxes", ge=1)
+
+
+class Detector(nn.Module):
+    """What Li et al. ("Exploring plain vision transformer backbones for object detection", 2022) put on a plain encoder.
+
+    Their pyramid is of the last map alone; the head is torchvision's of FCOS, whose norms are over groups of channels,
+    so that no image depends on another. The last map is the encoder's after its last norm.
+    """
+
+    def __init__(self, encoder: Any, inside: int, stride: int, head: DetectCard) -> None:
+        """``inside`` and ``stride`` are the width of the encoder's last map and the pixels between its places.
+
+        Pyramid, then head, are drawn from torch's global generator, after the encoder (``build_encoder``).
+        """
+        super().__init__()
+        self.encoder = encoder
+        self.pyramid = SimplePyramid(inside, head.width, stride, head.strides)
+        self.head = FCOSHead(head.width, num_anchors=1, num_classes=head.classes, num_convs=head.layers)
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> Answers:
+        """What the head says of normalised images [B, C, H, W]; ``noise`` as in ``foveal.models.heads.Classifier``."""
+        set_drops(self.encoder, noise)
+        set_kept(self.encoder, None)
+        # An engine may have lowered the weights; under autocast they are float32.
+        whole, last = whole_and_map(self.encoder, images.to(next(self.encoder.parameters()).dtype))
+        # What makes the pooled feature alone has a gradient of zero: an engine waits for all.
+        maps = self.pyramid(last + 0.0 * whole.mean())
+        said = self.head(list(maps))
+        places = places_of([(each.shape[2], each.shape[3]) for each in maps], self.pyramid.strides, images.device)
+        return Answers(said["cls_logits"], said["bbox_regression"], said["bbox_ctrness"].squeeze(2), places)
+
+    def set_grad_checkpointing(self, enable: bool) -> None:
+        """Recompute the encoder's blocks in the backward pass. Errors: ConfigError where timm cannot."""
+        set_recompute(self.encoder, enable)
+
+    def borrowed_parameters(self) -> list[nn.Parameter]:
+        """The parameters that a part of the encoder reads in another one (see ``foveal.models.encode``)."""
+        return read_across(self.encoder)
+
+
+def build_detector(encoder: nn.Module, card: dict[str, Any], head: dict[str, Any], where: str) -> Detector:
+    """A detector on an encoder, or a model of timm, that was built from ``card``, with a fresh head as its card has it.
+
+    ``where`` names the file of the cards in the sentence of a mistake. Errors: ExportError.
+    """
+    try:
+        return Detector(encoder, *_last_map(card_of(card, where)), DetectCard.checked(head, f"{where}: head"))
+    except ConfigError as error:
+        sentence = str(error)
+        raise ExportError(sentence if sentence.startswith(where) else f"{where}: {sentence}") from None
+
+
+def check_detector(card: EncoderCard | BackboneCard, head: DetectCard, sides: tuple[int, int]) -> None:
+    """Refuse what no detector can be made of, and images of (height, width) that it could not read. Errors: ConfigError."""
+    inside, stride = _last_map(card)
+    finest, coarsest = head.strides[0], head.strides[-1]
+    if 8 * finest < stride or coarsest > max(sides):
+        raise ConfigError(
+            f"detect.strides={list(head.strides)} do not fit an encoder of {stride} pixels a place and images of "
+            f"{times(sides)}: take none below {-(-stride // 8)} nor above {max(sides)}"
+        )
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        encoder = (
+            build_backbone(*card.shape)
+            if isinstance(card, BackboneCard)
+            else build_encoder(card, image_size=card.image_size, channels=card.channels)
+        )
+        try:
+            Detector(encoder, inside, stride, head).eval()(torch.empty(1, card.channels, *sides))
+        except _REFUSALS as error:
+            raise ConfigError(
+                f"a model of images of {times(card.image_size)} pixels cannot evaluate images of {times(sides)}, leave "
+                f"data.val_size out: {' '.join(str(error).split())}"
+            ) from None
+
+
+def _last_map(card: EncoderCard | BackboneCard) -> tuple[int, int]:
+    """The width of an encoder's last map, and the pixels between its places.
+
+    Errors: ConfigError for a model of timm without such a map.
+    """
+    if isinstance(card, EncoderCard):
+        return card.width, card.patch
+    _, (width, *sides) = shapes_of(*card.shape)
+    told = getattr(backbone_outline(*card.shape), "feature_info", None)
+    stride = told[-1]["reduction"] if told else height_and_width(card.image_size)[0] // sides[0]
+    if sides != [-(-side // stride) for side in height_and_width(card.image_size)]:
+        raise ConfigError(
+            f"'{card.timm}' makes a map of {times((sides[0], sides[1]))} places of images of {times(card.image_size)} "
+            f"pixels, which are not {stride} pixels apart; take another image size or model"
+        )
+    return width, stride
