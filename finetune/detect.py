@@ -3,18 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from finetune.model import started
+from finetune.model import encoder_of
 from finetune.planning import FinetunePlan
 from foveal.data import Batch, normalise
 from foveal.models.detect import Detector, build_detector
 from foveal.models.droppath import drop_path_sites
 from foveal.models.fcos import losses
 from foveal.seeding import key, uniforms
-
-_BOXES = 16  # of an image that nobody has seen
 
 
 @dataclass(frozen=True)
@@ -43,16 +40,10 @@ class Detect:
 
 
 def detector(plan: FinetunePlan) -> Detector:
-    """The plan's encoder or backbone, as ``started`` gives it, and a fresh pyramid and head."""
-    return build_detector(started(plan), plan.encoder, plan.detector, "model")
+    """The plan's encoder or backbone, as ``encoder_of`` gives it, and a fresh pyramid and head."""
+    return build_detector(encoder_of(plan), plan.encoder, plan.detector, "model")
 
 
 def detect(plan: FinetunePlan, model: Detector) -> Detect:
     """The objective of a plan and the model that it builds."""
     return Detect(plan.cfg.seed, drop_path_sites(model), plan.mean, plan.std)
-
-
-def example(samples: int, sides: tuple[int, int]) -> Tensor:
-    """Labels of images of (height, width) pixels, as large as real ones are: [samples, boxes, 5]."""
-    height, width = sides
-    return torch.tensor([0.0, 0.0, width, height, 0.0]).expand(samples, _BOXES, 5)

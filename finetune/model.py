@@ -18,12 +18,15 @@ from foveal.seeding import key
 
 
 def classifier(plan: FinetunePlan) -> Classifier:
-    """The plan's encoder or backbone with a head, as ``started`` gives it."""
-    return Classifier(started(plan))
+    """The plan's encoder or backbone, with a head of its own."""
+    return Classifier(encoder_of(plan))
 
 
-def started(plan: FinetunePlan) -> nn.Module:
-    """The plan's encoder or backbone, freshly drawn, and its weights from the export where there is one."""
+def encoder_of(plan: FinetunePlan) -> Any:
+    """The plan's encoder or backbone, freshly drawn, and its weights from the export where there is one.
+
+    It seeds torch's global generator: what is drawn after it is a function of the seed too.
+    """
     cfg = plan.cfg
     torch.manual_seed(key(cfg.seed, "weights"))
     if plan.backbone is not None:

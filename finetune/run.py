@@ -73,7 +73,7 @@ def parts(plan: FinetunePlan, _device: torch.device) -> Parts[Objective]:
     """The model of the plan, and what it learns; of a comparison, those of its first trial."""
     task = TASKS[plan.cfg.data.labels]
     model = task.build(plan)
-    return Parts(model, groups(plan, model), task.objective(plan, model), example=task.example)
+    return Parts(model, groups(plan, model), task.objective(plan, model))
 
 
 def demo() -> list[str]:

@@ -8,14 +8,14 @@ from torch import nn
 
 from finetune.accuracy import accuracy
 from finetune.coco import average_precision
-from finetune.detect import detect, detector, example
+from finetune.detect import detect, detector
 from finetune.model import classifier
 from finetune.objective import classify
 from finetune.planning import FinetunePlan
 from foveal.data import LabelKind
 from foveal.data.subset import PartName
 from foveal.distributed.engine import Engine
-from foveal.loop import Example, Objective
+from foveal.loop import Objective
 from foveal.runtime import Run
 
 
@@ -27,18 +27,14 @@ class Measure(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """A row of the table: the model of a plan, the objective of plan and model, and the measure.
-
-    ``example``: labels of so many images of (height, width) pixels, where they are more than a class.
-    """
+    """A row of the table: the model of a plan, the objective of plan and model, and the measure."""
 
     build: Callable[[FinetunePlan], nn.Module]
     objective: Callable[[FinetunePlan, Any], Objective]
     measure: Measure
-    example: Example | None = None
 
 
 TASKS: dict[LabelKind, Task] = {
     "class": Task(classifier, classify, accuracy),
-    "boxes": Task(detector, detect, average_precision, example),
+    "boxes": Task(detector, detect, average_precision),
 }

@@ -37,22 +37,19 @@ class Objective(Protocol):
 
 
 Goal = TypeVar("Goal", bound=Objective)
-Example = Callable[[int, tuple[int, int]], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Parts(Generic[Goal]):
     """What a step is made of before an engine takes it: a model, its parameter groups for AdamW, and the objective.
 
-    ``frozen``: the modules that the objective asks and nothing trains. ``example``: what ``Batch.marks`` looks like for
-    so many images of (height, width) pixels, where the objective reads them.
+    ``frozen``: the modules that the objective asks and nothing trains.
     """
 
     model: nn.Module
     groups: list[dict[str, Any]]
     objective: Goal
     frozen: tuple[nn.Module, ...] = ()
-    example: Example | None = None
 
 
 @dataclass(frozen=True, slots=True)

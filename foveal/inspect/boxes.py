@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 GAP = 2  # pixels between pictures
 SMALLEST = 192  # pixels; smaller images are enlarged by a whole factor, so that names can be read
 _COLUMNS = 2  # pairs beside each other
-_WHITE = (255, 255, 255)
+_WHITE, _BLACK = (255, 255, 255), (0, 0, 0)
 _TURN = 0.61803398875  # of the circle of colours, between one class and the next: no two near ones look alike
 
 
@@ -35,7 +35,7 @@ def box_sheet(
 
 def colour_of(label: int) -> tuple[int, int, int]:
     """The colour of a class, from 0 to 255."""
-    red, green, blue = colorsys.hsv_to_rgb(label * _TURN % 1, 0.9, 1.0)
+    red, green, blue = colorsys.hsv_to_rgb(label * _TURN % 1, 0.7, 1.0)
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
@@ -45,10 +45,10 @@ def _drawn(image: np.ndarray, rows: np.ndarray, classes: Sequence[str], scale: i
     picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(10)
     for left, top, right, bottom, label, *score in rows.tolist():
-        corners = [left * scale, top * scale, max(left, right) * scale - 1, max(top, bottom) * scale - 1]
-        corners[2:] = max(corners[0], corners[2]), max(corners[1], corners[3])
-        colour = colour_of(int(label))
-        pen.rectangle(corners, outline=colour)
+        first, colour = (left * scale, top * scale), colour_of(int(label))
+        last = max(first[0], right * scale - 1), max(first[1], bottom * scale - 1)
+        pen.rectangle((first, last), outline=colour)
         words = " ".join([classes[int(label)], *(f"{100 * each:.0f}" for each in score)])
-        pen.text((corners[0] + 2, corners[1]), words, fill=colour, font=font, stroke_width=1, stroke_fill=(0, 0, 0))
+        pen.rectangle(pen.textbbox(first, words, font=font), fill=colour)
+        pen.text(first, words, fill=_BLACK, font=font)
     return picture

@@ -64,12 +64,11 @@ class Detector(nn.Module):
     def __init__(self, encoder: Any, inside: int, stride: int, head: DetectCard) -> None:
         """``inside`` and ``stride`` are the width of the encoder's last map and the pixels between its places.
 
-        Pyramid, then head, are drawn from torch's global generator, after the encoder (``build_encoder``).
+        The head is drawn from torch's global generator, after the encoder (``build_encoder``).
         """
         super().__init__()
         self.encoder = encoder
-        self.pyramid = SimplePyramid(inside, head.width, stride, head.strides)
-        self.head = FCOSHead(head.width, num_anchors=1, num_classes=head.classes, num_convs=head.layers)
+        self.head = PyramidHead(inside, stride, head)
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> Answers:
         """What the head says of normalised images [B, C, H, W]; ``noise`` as in ``foveal.models.heads.Classifier``."""
@@ -78,10 +77,7 @@ class Detector(nn.Module):
         # An engine may have lowered the weights; under autocast they are float32.
         whole, last = whole_and_map(self.encoder, images.to(next(self.encoder.parameters()).dtype))
         # What makes the pooled feature alone has a gradient of zero: an engine waits for all.
-        maps = self.pyramid(last + 0.0 * whole.mean())
-        said = self.head(list(maps))
-        places = places_of([(each.shape[2], each.shape[3]) for each in maps], self.pyramid.strides, images.device)
-        return Answers(said["cls_logits"], said["bbox_regression"], said["bbox_ctrness"].squeeze(2), places)
+        return self.head(last + 0.0 * whole.mean())
 
     def set_grad_checkpointing(self, enable: bool) -> None:
         """Recompute the encoder's blocks in the backward pass. Errors: ConfigError where timm cannot."""
@@ -90,6 +86,22 @@ class Detector(nn.Module):
     def borrowed_parameters(self) -> list[nn.Parameter]:
         """The parameters that a part of the encoder reads in another one (see ``foveal.models.encode``)."""
         return read_across(self.encoder)
+
+
+class PyramidHead(nn.Module):
+    """The pyramid, and one head for all of its maps."""
+
+    def __init__(self, inside: int, stride: int, card: DetectCard) -> None:
+        super().__init__()
+        self.pyramid = SimplePyramid(inside, card.width, stride, card.strides)
+        self.fcos = FCOSHead(card.width, num_anchors=1, num_classes=card.classes, num_convs=card.layers)
+
+    def forward(self, last: Tensor) -> Answers:
+        """What it says of each place of the maps that it makes of the last one, [B, inside, rows, columns]."""
+        maps = self.pyramid(last)
+        said = self.fcos(list(maps))
+        places = places_of([(each.shape[2], each.shape[3]) for each in maps], self.pyramid.strides, last.device)
+        return Answers(said["cls_logits"], said["bbox_regression"], said["bbox_ctrness"].squeeze(2), places)
 
 
 def build_detector(encoder: nn.Module, card: dict[str, Any], head: dict[str, Any], where: str) -> Detector:

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from foveal.data import Batch
 from foveal.distributed.engine import Precision, autocast
 from foveal.errors import ConfigError
-from foveal.loop import Example, Parts
+from foveal.loop import Parts
 from foveal.models.backbone import depends_on_others
 
 # A processor's fused attention saves what a GPU's does: queries, keys, values, the output and its logarithmic sums.
@@ -112,7 +112,7 @@ def flops_of(build: Build, channels: int, sides: tuple[int, int]) -> Flops:
     """
     parts = _outline(build)
     with _without_memory(parts) as model, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        total, _ = parts.objective(model, _batch(2, channels, sides, parts.example))  # BatchNorm learns nothing from one
+        total, _ = parts.objective(model, _batch(2, channels, sides))  # BatchNorm learns nothing from one
         forward = counter.get_total_flops()
         total.backward()
     return Flops(forward / 2, counter.get_total_flops() / 2)
@@ -133,7 +133,7 @@ def trace_of(
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(watch.finished)
         with watch, autocast(_DEVICE, precision):
-            total, _ = parts.objective(model, _batch(samples, channels, sides, parts.example))
+            total, _ = parts.objective(model, _batch(samples, channels, sides))
             with autocast(_DEVICE, "fp32"):
                 total.backward()
     return Trace(watch.moments)
@@ -208,8 +208,7 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return [child for each in lists if len(each) > 1 and len({type(child) for child in each}) == 1 for child in each]
 
 
-def _batch(samples: int, channels: int, sides: tuple[int, int], example: Example | None = None) -> Batch:
+def _batch(samples: int, channels: int, sides: tuple[int, int]) -> Batch:
     numbers = torch.zeros(samples, dtype=torch.int64)
     images = torch.zeros(samples, channels, *sides, dtype=torch.uint8)
-    marks = None if example is None else example(samples, sides)
-    return Batch(images, numbers, numbers, numbers, numbers == 0, step=0, epoch=0, micro=0, marks=marks)
+    return Batch(images, numbers, numbers, numbers, numbers == 0, step=0, epoch=0, micro=0)
