@@ -18,20 +18,28 @@ from foveal.seeding import key
 
 
 def classifier(plan: FinetunePlan) -> Classifier:
-    """The plan's encoder or backbone, freshly drawn, and its weights from the export where there is one."""
+    """The plan's encoder or backbone, with a head of its own."""
+    return Classifier(encoder_of(plan))
+
+
+def encoder_of(plan: FinetunePlan) -> Any:
+    """The plan's encoder or backbone, freshly drawn, and its weights from the export where there is one.
+
+    It seeds torch's global generator: what is drawn after it is a function of the seed too.
+    """
     cfg = plan.cfg
     torch.manual_seed(key(cfg.seed, "weights"))
     if plan.backbone is not None:
-        return Classifier(_backbone(plan))
+        return _backbone(plan)
     encoder = encoder_from_card(plan.encoder, cfg.init or "model", drop_path=cfg.drop_path)
     if cfg.init is not None:
         weights, card = read_export(Path(cfg.init))
         weights = resized_from_card(weights, encoder, card.encoder, f"{cfg.init}/card.json")
         # The mean of the patches has a norm of its own behind it, and does without the norm before it.
-        averaged = cfg.pooling == "avg"
+        averaged = plan.encoder["pooling"] == "avg"
         new, unused = (("head.", "fc_norm."), ("head.", "norm.")) if averaged else (("head.",), ("head.", "fc_norm."))
         load_strictly(encoder, weights, Path(cfg.init), new=new, unused=unused)
-    return Classifier(encoder)
+    return encoder
 
 
 def _backbone(plan: FinetunePlan) -> nn.Module:
@@ -41,7 +49,8 @@ def _backbone(plan: FinetunePlan) -> nn.Module:
     backbone = backbone_from_card(plan.encoder, cfg.init or "backbone", drop_path=cfg.drop_path)
     if cfg.init is not None:
         weights, card = read_export(Path(cfg.init))
-        head = () if card.classes == plan.classes else head_names(*told.shape)
+        same = card.classes == plan.classes and card.encoder["classes"] == told.classes
+        head = () if same else head_names(*told.shape)
         load_strictly(backbone, weights, Path(cfg.init), new=head, unused=head)
     return backbone
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from finetune.config import FinetuneConfig
+from finetune.fits import check_comparison, check_kind, check_model, pooling
 from foveal.checkpoint.export import Card, read_card
 from foveal.data import Dataset
 from foveal.data.labels import labels_of
@@ -18,7 +19,6 @@ from foveal.models.backbone import (
     build_backbone,
     card_of,
     check_resizing,
-    check_training,
     depends_on_others,
     layers_of,
     set_recompute,
@@ -61,6 +61,7 @@ def plan(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
     """
     if cfg.trials is None:
         return _plan_one(cfg, ranks)
+    check_comparison(cfg)
     if cfg.run.stop_at is not None:
         raise ConfigError("run.stop_at and trials exclude each other: a comparison is of whole runs; shorten epochs")
     if cfg.init is not None:
@@ -93,6 +94,7 @@ def trial(cfg: FinetuneConfig, arm: str, repeat: int, lr_per_256: float) -> Fine
 
 def _plan_one(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
     card = None if cfg.init is None else read_card(Path(cfg.init))
+    check_kind(cfg, card)
     encoder, resized_from = _encoder(cfg, card)
     plan = planned(FinetunePlan, cfg, ranks, card=card, encoder=encoder, resized_from=resized_from)
     classes = _classes(plan.dataset, cfg)
@@ -107,7 +109,7 @@ def _plan_one(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
     outputs = len(classes) if cfg.data.labels in ("class", "classes") else 0  # of the encoder's own head
     plan = replace(plan, inherited=inherited, encoder=encoder | {"classes": outputs}, classes=classes)
     if plan.backbone is not None:
-        _check_backbone(plan.backbone, cfg, plan.at_once)
+        _check_backbone(plan.backbone, cfg, plan.at_once, len(classes))
     return plan
 
 
@@ -126,14 +128,14 @@ def _encoder(cfg: FinetuneConfig, card: Card | None) -> tuple[dict[str, Any], in
             return backbone_card(cfg.backbone, data.image_size, data.channels), None
         if cfg.model is None:
             raise ConfigError("model is missing: without init, the encoder from scratch must be stated")
-        return encoder_card(cfg.model, data.image_size, data.channels, pooling=cfg.pooling), None
+        return encoder_card(cfg.model, data.image_size, data.channels, pooling=pooling(cfg)), None
     hers = card_of(card.encoder, f"{cfg.init}/card.json")
     _check_agreement(cfg, hers)
     size = {"image_size": data.tree()["image_size"]}
     if isinstance(hers, BackboneCard):
         check_resizing(hers, data.image_size, f"the export {cfg.init}")
         return card.encoder | size, None if hers.image_size == data.image_size else hers.image_size
-    return card.encoder | {"pooling": cfg.pooling} | size, hers.resized_from(data.image_size)
+    return card.encoder | {"pooling": pooling(cfg)} | size, hers.resized_from(data.image_size)
 
 
 def _check_agreement(cfg: FinetuneConfig, hers: EncoderCard | BackboneCard) -> None:
@@ -153,12 +155,12 @@ def _check_agreement(cfg: FinetuneConfig, hers: EncoderCard | BackboneCard) -> N
             )
 
 
-def _check_backbone(card: BackboneCard, cfg: FinetuneConfig, at_once: int) -> None:
+def _check_backbone(card: BackboneCard, cfg: FinetuneConfig, at_once: int, classes: int) -> None:
     """What a model of timm must have of what the settings ask for. Errors: ConfigError."""
     default = FinetuneConfig.model_fields["pooling"].default
     if cfg.pooling != default:
         raise ConfigError(f"pooling={cfg.pooling} is of foveal's encoders, {card.timm} has its own; leave it out")
-    check_training(*card.shape, card.classes, at_once)
+    check_model(card, cfg, at_once, classes)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         backbone = build_backbone(*card.shape, classes=card.classes, drop_path=cfg.drop_path)
     if cfg.optim.layer_decay < 1:
