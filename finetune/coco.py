@@ -64,5 +64,6 @@ def _seen(batch: Batch, each: Sequence[Found]) -> list[Seen]:
 
 def _sheet(batch: Batch, seen: Sequence[Seen], classes: Sequence[str]) -> Any:
     """The first images of a batch with what is there and what was found for sure."""
-    found = [one.found[one.found[:, 5] >= _SURE] for one in seen]
-    return box_sheet(batch.images[batch.valid][:_SHOWN].numpy(), [one.there for one in seen], found, classes)
+    shown = seen[:_SHOWN]
+    found = [one.found[one.found[:, 5] >= _SURE] for one in shown]
+    return box_sheet(batch.images[batch.valid][:_SHOWN], [one.there for one in shown], found, classes)

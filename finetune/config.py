@@ -5,6 +5,7 @@ from typing import Literal
 from foveal.config import Config, machine, science
 from foveal.distributed.engine import EngineConfig
 from foveal.models.detect import DetectorSizes
+from foveal.models.segment import SegmentHead
 from foveal.models.vit import Pooling, VitConfig
 from foveal.stage import StageConfig
 
@@ -33,8 +34,20 @@ class DetectConfig(DetectorSizes):
     each_class: bool = machine(False, "Tell the average precision of every class too, as map_<its name>.")
 
 
+class SegmentConfig(Config):
+    """What stands on the encoder where labels are masks, and how images larger than image_size are evaluated."""
+
+    head: SegmentHead = science(
+        "linear", "A linear map of the last map's places, or a light pyramid of maps of several resolutions."
+    )
+    width: int = science(128, "Numbers per place of the pyramid's maps.", ge=1)
+    stride: float = science(
+        0.5, "Where val_size is larger: from one window of image_size to the next, as a share of its side.", gt=0, le=1
+    )
+
+
 class FinetuneConfig(StageConfig):
-    """A classifier, from an export or from scratch."""
+    """A model with labels, from an export or from scratch: a classifier, or what data.labels makes of it."""
 
     engine: FinetuneEngine = FinetuneEngine()
     init: str | None = machine(None, "The export folder to start from; none: from scratch. What is in it is science.")
@@ -49,6 +62,7 @@ class FinetuneConfig(StageConfig):
     )
     drop_path: float = science(0.0, "Stochastic depth at the last block, growing linearly from 0.", ge=0, lt=1)
     label_smoothing: float = science(0.0, "Share of the target spread over all classes.", ge=0, lt=1)
-    detect: DetectConfig = DetectConfig()
     evaluate_every: int = machine(0, "Steps between evaluations on data.val; 0: only at the end.", ge=0)
+    segment: SegmentConfig = SegmentConfig()
+    detect: DetectConfig = DetectConfig()
     trials: TrialsConfig | None = science(None, "Compare ways to start instead of one run.")

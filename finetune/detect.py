@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
-from finetune.model import encoder_of
+from finetune.fits import detector_of
+from finetune.model import encoder_of, model_from_export
 from finetune.planning import FinetunePlan
 from foveal.data import Batch, normalise
 from foveal.models.detect import Detector, build_detector
@@ -41,9 +44,19 @@ class Detect:
 
 def detector(plan: FinetunePlan) -> Detector:
     """The plan's encoder or backbone, as ``encoder_of`` gives it, and a fresh pyramid and head."""
-    return build_detector(encoder_of(plan), plan.encoder, plan.detector, "model")
+    return build_detector(encoder_of(plan), plan.encoder, detect_head(plan), f"{plan.cfg.init or 'model'}")
 
 
 def detect(plan: FinetunePlan, model: Detector) -> Detect:
     """The objective of a plan and the model that it builds."""
     return Detect(plan.cfg.seed, drop_path_sites(model), plan.mean, plan.std)
+
+
+def detect_head(plan: FinetunePlan) -> dict[str, Any]:
+    """What builds the pyramid and head again."""
+    return detector_of(plan.cfg, len(plan.classes)).tree()
+
+
+def detector_from_export(folder: Path) -> Detector:
+    """The model that a run with data.labels=boxes left, in evaluation mode on the CPU. Errors: ExportError."""
+    return model_from_export(folder, "detection", build_detector)

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from finetune.boxes import check_detection, check_settings, detector_card
 from finetune.config import FinetuneConfig
+from finetune.fits import check_boxes, check_comparison, check_kind, check_model, pooling
 from foveal.checkpoint.export import Card, read_card
 from foveal.data import Dataset
 from foveal.data.labels import labels_of
@@ -19,7 +19,6 @@ from foveal.models.backbone import (
     build_backbone,
     card_of,
     check_resizing,
-    check_training,
     depends_on_others,
     layers_of,
     set_recompute,
@@ -35,11 +34,6 @@ class FinetunePlan(Plan):
     cfg: FinetuneConfig
     encoder: dict[str, Any] = None  # type: ignore[assignment]
     classes: tuple[str, ...] = ()
-
-    @property
-    def detector(self) -> dict[str, Any]:
-        """The card of what stands on the encoder where labels are boxes."""
-        return detector_card(self.cfg, self.classes).tree()
 
     @property
     def runs(self) -> int:
@@ -65,10 +59,9 @@ def plan(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
 
     Errors: ConfigError, DataError, ExportError.
     """
-    if cfg.data.labels == "boxes":
-        check_settings(cfg)
     if cfg.trials is None:
         return _plan_one(cfg, ranks)
+    check_comparison(cfg)
     if cfg.run.stop_at is not None:
         raise ConfigError("run.stop_at and trials exclude each other: a comparison is of whole runs; shorten epochs")
     if cfg.init is not None:
@@ -101,6 +94,7 @@ def trial(cfg: FinetuneConfig, arm: str, repeat: int, lr_per_256: float) -> Fine
 
 def _plan_one(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
     card = None if cfg.init is None else read_card(Path(cfg.init))
+    check_kind(cfg, card)
     encoder, resized_from = _encoder(cfg, card)
     plan = planned(FinetunePlan, cfg, ranks, card=card, encoder=encoder, resized_from=resized_from)
     classes = _classes(plan.dataset, cfg)
@@ -115,9 +109,9 @@ def _plan_one(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
     outputs = len(classes) if cfg.data.labels in ("class", "classes") else 0  # of the encoder's own head
     plan = replace(plan, inherited=inherited, encoder=encoder | {"classes": outputs}, classes=classes)
     if plan.backbone is not None:
-        _check_backbone(plan.backbone, cfg, plan.at_once)
+        _check_backbone(plan.backbone, cfg, plan.at_once, len(classes))
     if cfg.data.labels == "boxes":
-        check_detection(cfg, card_of(plan.encoder, "model"), classes)
+        check_boxes(cfg, card_of(plan.encoder, "model"), plan.at_once, len(classes))
     return plan
 
 
@@ -129,7 +123,6 @@ def _origin(dataset: Dataset, cfg: FinetuneConfig, classes: tuple[str, ...]) -> 
 def _encoder(cfg: FinetuneConfig, card: Card | None) -> tuple[dict[str, Any], int | tuple[int, int] | None]:
     """The card of the classifier's encoder, the export's or that of the model from scratch, and what it is resized from."""
     data = cfg.data
-    pooling = "token" if data.labels == "boxes" else cfg.pooling  # patches are read behind the encoder's last norm
     if cfg.model is not None and cfg.backbone is not None:
         raise ConfigError("model and backbone exclude each other: an encoder of foveal's, or a model of timm as it is")
     if card is None:
@@ -137,14 +130,14 @@ def _encoder(cfg: FinetuneConfig, card: Card | None) -> tuple[dict[str, Any], in
             return backbone_card(cfg.backbone, data.image_size, data.channels), None
         if cfg.model is None:
             raise ConfigError("model is missing: without init, the encoder from scratch must be stated")
-        return encoder_card(cfg.model, data.image_size, data.channels, pooling=pooling), None
+        return encoder_card(cfg.model, data.image_size, data.channels, pooling=pooling(cfg)), None
     hers = card_of(card.encoder, f"{cfg.init}/card.json")
     _check_agreement(cfg, hers)
     size = {"image_size": data.tree()["image_size"]}
     if isinstance(hers, BackboneCard):
         check_resizing(hers, data.image_size, f"the export {cfg.init}")
         return card.encoder | size, None if hers.image_size == data.image_size else hers.image_size
-    return card.encoder | {"pooling": pooling} | size, hers.resized_from(data.image_size)
+    return card.encoder | {"pooling": pooling(cfg)} | size, hers.resized_from(data.image_size)
 
 
 def _check_agreement(cfg: FinetuneConfig, hers: EncoderCard | BackboneCard) -> None:
@@ -164,13 +157,12 @@ def _check_agreement(cfg: FinetuneConfig, hers: EncoderCard | BackboneCard) -> N
             )
 
 
-def _check_backbone(card: BackboneCard, cfg: FinetuneConfig, at_once: int) -> None:
+def _check_backbone(card: BackboneCard, cfg: FinetuneConfig, at_once: int, classes: int) -> None:
     """What a model of timm must have of what the settings ask for. Errors: ConfigError."""
     default = FinetuneConfig.model_fields["pooling"].default
     if cfg.pooling != default:
         raise ConfigError(f"pooling={cfg.pooling} is of foveal's encoders, {card.timm} has its own; leave it out")
-    if card.classes:
-        check_training(*card.shape, card.classes, at_once)
+    check_model(card, cfg, at_once, classes)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         backbone = build_backbone(*card.shape, classes=card.classes, drop_path=cfg.drop_path)
     if cfg.optim.layer_decay < 1:

@@ -33,8 +33,8 @@ def train(plan: FinetunePlan, run: Run) -> None:
 
 
 def fit(plan: FinetunePlan, run: Run) -> None:
-    """From the first step, or the newest checkpoint, to the export of the classifier."""
-    cfg, measure = plan.cfg, TASKS[plan.cfg.data.labels].measure
+    """From the first step, or the newest checkpoint, to the export of the model."""
+    cfg, task = plan.cfg, TASKS[plan.cfg.data.labels]
     made, sizes = parts(plan, run.world.device), {"at_once": plan.at_once, "accumulate": plan.micros}
     engine = build_engine(made.model, made.groups, cfg.optim, cfg.engine, run.world, **sizes)
     start = run.resume(engine)
@@ -52,12 +52,12 @@ def fit(plan: FinetunePlan, run: Run) -> None:
     if plan.stop == plan.steps:
         results = {
             f"val_{name}": value
-            for name, value in measure(engine, run, plan.steps, split=cfg.data.val, part="all").items()
+            for name, value in task.measure(engine, run, plan.steps, split=cfg.data.val, part="all").items()
         }
         if cfg.data.holdout_per_class:
-            held_out = measure(engine, run, plan.steps, split=cfg.data.train, part="holdout")
+            held_out = task.measure(engine, run, plan.steps, split=cfg.data.train, part="holdout")
             results |= {f"holdout_{name}": value for name, value in held_out.items()}
-        run.export(engine, plan.encoder, prefix="encoder.", classes=plan.classes)
+        run.export(engine, plan.encoder, prefix="encoder.", classes=plan.classes, head=task.head(plan))
         run.finish(results)
     return None
 

@@ -65,7 +65,9 @@ def _tables(rows: Sequence[tuple[int, np.ndarray]], classes: int) -> Any:
             one = {"id": len(boxes) + 1, "image_id": image, "category_id": int(label), "iscrowd": 0}
             boxes.append(one | {"bbox": [left, top, width, height], "area": width * height, "score": (*score, 1.0)[0]})
     tables = COCO()
-    images, kinds = ([{"id": number} for number in numbers] for numbers in ([image for image, _ in rows], range(classes)))
+    images, kinds = (
+        [{"id": number} for number in numbers] for numbers in ([image for image, _ in rows], range(classes))
+    )
     tables.dataset = {"images": images, "categories": kinds, "annotations": boxes}
     tables.createIndex()
     return tables

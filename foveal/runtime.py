@@ -9,7 +9,7 @@ from typing import Any
 
 from foveal.accounts import Accounts
 from foveal.attempts import Attempt, Lease
-from foveal.checkpoint.export import Card, write_export
+from foveal.checkpoint.export import part_of, write_export
 from foveal.checkpoint.store import Store, check_same_science
 from foveal.data import Batch, eval_batches, train_batches
 from foveal.data.subset import PartName
@@ -310,30 +310,26 @@ class Run:
         self.world.barrier()
 
     def export(
-        self, engine: Engine, encoder: dict[str, Any], *, prefix: str, classes: tuple[str, ...] = (), name: str = ""
+        self,
+        engine: Engine,
+        encoder: dict[str, Any],
+        *,
+        prefix: str,
+        classes: tuple[str, ...] = (),
+        name: str = "",
+        head: dict[str, Any] | None = None,
     ) -> None:
         """Leave the weights whose names begin with ``prefix``, without it, and their card for the next stage.
 
-        They go to export/, or to export/<name> where a run leaves several.
+        They go to export/, or to export/<name> where a run leaves several; beside them, as the card's ``head``, what is
+        named ``head.``, if ``head`` says what builds it again.
         """
         self.watch.beat(self.step, "exporting")
         weights = engine.weights()
         if self.world.rank == 0:
-            card = Card(
-                stage=self.stage,
-                encoder=encoder,
-                mean=self.plan.mean,
-                std=self.plan.std,
-                classes=classes,
-                resized_from=self.plan.resized_from,
-                step=self.plan.steps,
-                metrics=self._last,
-                science=self.plan.science(),
-                versions=versions(),
-            )
-            mine = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-            folder = self.path / "export" / name
-            write_export(folder, mine, card)
+            found = {"metrics": self._last, "versions": versions(), "head": head}
+            card, folder = self.plan.card(self.stage, encoder, classes, **found), self.path / "export" / name
+            write_export(folder, part_of(weights, prefix), card, part_of(weights, "head.") if head else None)
             self.tracker.file(folder / "card.json")
         self.world.barrier()
 

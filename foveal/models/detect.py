@@ -8,26 +8,26 @@ from pydantic import model_validator
 from torch import Tensor, nn
 from torchvision.models.detection.fcos import FCOSHead
 
-from foveal.config import Config, height_and_width, machine, science
+from foveal.config import Config, height_and_width, science
 from foveal.errors import ConfigError, ExportError
 from foveal.models.backbone import (
+    REFUSALS,
     BackboneCard,
     backbone_outline,
     build_backbone,
     card_of,
+    last_map,
+    said,
     set_recompute,
     shapes_of,
     times,
-    whole_and_map,
 )
 from foveal.models.droppath import set_drops
 from foveal.models.fcos import Answers, places_of
 from foveal.models.places import read_across, set_kept
 from foveal.models.pyramid import SimplePyramid
+from foveal.models.segment import unread
 from foveal.models.vit import EncoderCard, build_encoder
-
-# What timm's models raise for images that they cannot read.
-_REFUSALS = (AssertionError, RuntimeError, ValueError)
 
 
 class DetectorSizes(Config):
@@ -61,13 +61,18 @@ class Detector(nn.Module):
     so that no image depends on another. The last map is the encoder's after its last norm.
     """
 
-    def __init__(self, encoder: Any, inside: int, stride: int, head: DetectCard) -> None:
+    def __init__(
+        self, encoder: nn.Module, inside: int, stride: int, head: DetectCard, still: tuple[str, ...] = ()
+    ) -> None:
         """``inside`` and ``stride`` are the width of the encoder's last map and the pixels between its places.
 
-        The head is drawn from torch's global generator, after the encoder (``build_encoder``).
+        What no map depends on (``still``: names of the encoder's parameters) learns nothing. The head is drawn from
+        torch's global generator, after the encoder (``build_encoder``).
         """
         super().__init__()
         self.encoder = encoder
+        for name in still:
+            encoder.get_parameter(name).requires_grad_(False)
         self.head = PyramidHead(inside, stride, head)
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> Answers:
@@ -75,9 +80,7 @@ class Detector(nn.Module):
         set_drops(self.encoder, noise)
         set_kept(self.encoder, None)
         # An engine may have lowered the weights; under autocast they are float32.
-        whole, last = whole_and_map(self.encoder, images.to(next(self.encoder.parameters()).dtype))
-        # What makes the pooled feature alone has a gradient of zero: an engine waits for all.
-        return self.head(last + 0.0 * whole.mean())
+        return self.head(last_map(self.encoder, images.to(next(self.encoder.parameters()).dtype)))
 
     def set_grad_checkpointing(self, enable: bool) -> None:
         """Recompute the encoder's blocks in the backward pass. Errors: ConfigError where timm cannot."""
@@ -99,9 +102,9 @@ class PyramidHead(nn.Module):
     def forward(self, last: Tensor) -> Answers:
         """What it says of each place of the maps that it makes of the last one, [B, inside, rows, columns]."""
         maps = self.pyramid(last)
-        said = self.fcos(list(maps))
+        told = self.fcos(list(maps))
         places = places_of([(each.shape[2], each.shape[3]) for each in maps], self.pyramid.strides, last.device)
-        return Answers(said["cls_logits"], said["bbox_regression"], said["bbox_ctrness"].squeeze(2), places)
+        return Answers(told["cls_logits"], told["bbox_regression"], told["bbox_ctrness"].squeeze(2), places)
 
 
 def build_detector(encoder: nn.Module, card: dict[str, Any], head: dict[str, Any], where: str) -> Detector:
@@ -110,34 +113,43 @@ def build_detector(encoder: nn.Module, card: dict[str, Any], head: dict[str, Any
     ``where`` names the file of the cards in the sentence of a mistake. Errors: ExportError.
     """
     try:
-        return Detector(encoder, *_last_map(card_of(card, where)), DetectCard.checked(head, f"{where}: head"))
+        told, wanted = card_of(card, where), DetectCard.checked(head, f"{where}: head")
+        still = unread(_look, told) if isinstance(told, BackboneCard) else ()
+        return Detector(encoder, *_last_map(told), wanted, still)
     except ConfigError as error:
         sentence = str(error)
         raise ExportError(sentence if sentence.startswith(where) else f"{where}: {sentence}") from None
 
 
-def check_detector(card: EncoderCard | BackboneCard, head: DetectCard, sides: tuple[int, int]) -> None:
-    """Refuse what no detector can be made of, and images of (height, width) that it could not read. Errors: ConfigError."""
+def check_detector(
+    card: EncoderCard | BackboneCard, head: DetectCard, sides: tuple[int, int], images: int, *, train: bool
+) -> None:
+    """Refuse what a forward of so many images of (height, width) pixels would, in training or not. Errors: ConfigError."""
     inside, stride = _last_map(card)
-    finest, coarsest = head.strides[0], head.strides[-1]
-    if 8 * finest < stride or coarsest > max(sides):
+    if 8 * head.strides[0] < stride or head.strides[-1] > max(sides):
         raise ConfigError(
             f"detect.strides={list(head.strides)} do not fit an encoder of {stride} pixels a place and images of "
             f"{times(sides)}: take none below {-(-stride // 8)} nor above {max(sides)}"
         )
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        encoder = (
-            build_backbone(*card.shape)
-            if isinstance(card, BackboneCard)
-            else build_encoder(card, image_size=card.image_size, channels=card.channels)
-        )
         try:
-            Detector(encoder, inside, stride, head).eval()(torch.empty(1, card.channels, *sides))
-        except _REFUSALS as error:
+            model = Detector(_built(card), inside, stride, head).train(train)
+            model(torch.empty(images, card.channels, *sides))
+        except REFUSALS as error:
             raise ConfigError(
-                f"a model of images of {times(card.image_size)} pixels cannot evaluate images of {times(sides)}, leave "
-                f"data.val_size out: {' '.join(str(error).split())}"
+                f"a detector of images of {times(card.image_size)} pixels cannot {'learn from' if train else 'evaluate'} "
+                f"{images} at once of {times(sides)}: {said(error)}"
             ) from None
+
+
+def _look(backbone: Any, images: Tensor) -> tuple[Tensor, ...]:
+    return (last_map(backbone, images),)
+
+
+def _built(card: EncoderCard | BackboneCard) -> nn.Module:
+    if isinstance(card, BackboneCard):
+        return build_backbone(*card.shape)
+    return build_encoder(card, image_size=card.image_size, channels=card.channels)
 
 
 def _last_map(card: EncoderCard | BackboneCard) -> tuple[int, int]:

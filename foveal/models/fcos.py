@@ -162,7 +162,9 @@ def generalised_iou(ours: Tensor, theirs: Tensor) -> Tensor:
 
     As torchvision's ``generalized_box_iou_loss``, which picks out what overlaps and has no size before it is run.
     """
-    inside = (torch.minimum(ours[..., 2:], theirs[..., 2:]) - torch.maximum(ours[..., :2], theirs[..., :2])).clamp(min=0)
+    inside = (torch.minimum(ours[..., 2:], theirs[..., 2:]) - torch.maximum(ours[..., :2], theirs[..., :2])).clamp(
+        min=0
+    )
     around = torch.maximum(ours[..., 2:], theirs[..., 2:]) - torch.minimum(ours[..., :2], theirs[..., :2])
     shared, hull = _product(inside), _product(around)
     union = _product(ours[..., 2:] - ours[..., :2]) + _product(theirs[..., 2:] - theirs[..., :2]) - shared

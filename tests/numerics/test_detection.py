@@ -53,9 +53,7 @@ def rows_of(run: Path, *names: str) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-def test_one_curve(
-    machine: str, config: Path, whole: Path, one_rank: Ranks, two_ranks: Ranks, tmp_path: Path
-) -> None:
+def test_one_curve(machine: str, config: Path, whole: Path, one_rank: Ranks, two_ranks: Ranks, tmp_path: Path) -> None:
     """A quarter of the images have no box: a rank or a micro may hold only such."""
     ranks, *words = MACHINES[machine]
     {"one": one_rank, "two": two_ranks}[ranks].train(STAGE, config, tmp_path / "run", *words, "run.stop_at=8")
