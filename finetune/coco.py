@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from finetune.planning import FinetunePlan
 from foveal.average_precision import THRESHOLDS, Seen, average_precisions
 from foveal.data import Batch, normalise
 from foveal.data.subset import PartName
@@ -25,10 +26,12 @@ _SURE = 0.3  # the lowest score that is drawn
 def average_precision(engine: Engine, run: Run, step: int, *, split: str, part: PartName) -> dict[str, float]:
     """``map`` (the mean over IoU from 0.5 to 0.95), ``map_50`` and ``map_75``, in [0, 1], and ``loss`` after a step.
 
+    With ``detect.each_class`` also ``ap_<name>``, the part in ``map`` of each class.
     Boxes are compared in pixels of the evaluated image (``data.val_size``, else ``data.image_size``). Every image counts
     once, padding nowhere; classes of which no box is there do not count. Every rank calls it; rank 0 compares.
     """
     plan = run.plan
+    assert isinstance(plan, FinetunePlan)
     sums, seen = torch.zeros(2, dtype=torch.float64, device=engine.device), []
     with engine.looking():
         for number, host_batch in enumerate(run.evaluation(step, split=split, part=part)):
@@ -46,7 +49,7 @@ def average_precision(engine: Engine, run: Run, step: int, *, split: str, part: 
     found_TK = torch.from_numpy(run.world.once(lambda: average_precisions(table, len(plan.classes))))
     told = {"map": found_TK, "map_50": found_TK[THRESHOLDS.index(0.5)], "map_75": found_TK[THRESHOLDS.index(0.75)]}
     if plan.cfg.detect.each_class:
-        told |= {f"map_{re.sub('[^a-zA-Z0-9_.-]', '_', name)}": found_TK[:, k] for k, name in enumerate(plan.classes)}
+        told |= {f"ap_{re.sub('[^a-zA-Z0-9_.-]', '_', name)}": found_TK[:, k] for k, name in enumerate(plan.classes)}
     numbers = {name: each.nanmean().item() for name, each in told.items() if not each.isnan().all()}
     return numbers | {"loss": lost / max(images, 1.0)}  # every sample may be bad, where data.max_bad says so
 

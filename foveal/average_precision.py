@@ -64,7 +64,7 @@ def _tables(rows: Sequence[tuple[int, np.ndarray]], classes: int) -> Any:
             width, height = right - left, bottom - top
             one = {"id": len(boxes) + 1, "image_id": image, "category_id": int(label), "iscrowd": 0}
             boxes.append(one | {"bbox": [left, top, width, height], "area": width * height, "score": (*score, 1.0)[0]})
-    tables = COCO()
+    tables: Any = COCO()
     images, kinds = (
         [{"id": number} for number in numbers] for numbers in ([image for image, _ in rows], range(classes))
     )

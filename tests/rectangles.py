@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-import webdataset
 from PIL import Image
+from webdataset.writer import TarWriter
 
 from foveal.data.index import index_folder
 
@@ -31,7 +31,7 @@ def pack_rectangles(folder: Path, train: int = 32, val: int = 10, side: int = 32
     """Shards of so many images of each split, and their index."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, begin, count in (("train", 0, train), ("val", train, val)):
-        with webdataset.TarWriter(str(folder / f"{split}-000000.tar")) as shard:
+        with TarWriter(str(folder / f"{split}-000000.tar")) as shard:
             for number in range(begin, begin + count):
                 pixels, boxes = scene(number, side)
                 stream = io.BytesIO()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 STAGE = stage_named("finetune")
 ROWS = ("step", "loss", "class_loss", "box_loss", "centre_loss", "grad_norm")
-MEASURED = ("map", "map_50", "map_75", "loss", "map_light", "map_dark")
+MEASURED = ("map", "map_50", "map_75", "loss", "ap_light", "ap_dark")
 MACHINES = {
     "accumulated": ("one", "engine.kind=plain", "batch.at_once=4"),
     "ddp": ("two", "engine.kind=accelerate", "batch.at_once=4"),

@@ -61,7 +61,8 @@ def test_every_encoder_carries_a_detector(kind: str, shards: Path) -> None:
     model = detector(found).train()
     answers = model(torch.randn(2, 1, *found.cfg.data.sides))
     assert answers.places[0].tolist() == [4, 4, 8]
-    sum(each.sum() for each in losses(answers, torch.tensor([[[2.0, 3, 20, 28, 1]], [[0, 0, 0, 0, -1]]]))).backward()
+    marks = torch.tensor([[[2.0, 3, 20, 28, 1]], [[0, 0, 0, 0, -1]]])
+    torch.stack(losses(answers, marks)).sum().backward()
     learned = {name: each for name, each in model.named_parameters() if each.requires_grad}
     assert all(each.grad is not None and each.grad.isfinite().all() for each in learned.values())
     scales = {id(each): group["lr_scale"] for group in groups(found, model) for each in group["params"]}
