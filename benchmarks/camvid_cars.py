@@ -16,9 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import webdataset
 from PIL import Image
 from scipy import ndimage
+from webdataset import WebDataset
+from webdataset.writer import TarWriter
 
 from foveal.data.index import index_folder
 
@@ -41,7 +42,7 @@ def boxes(mask: bytes) -> list[dict[str, object]]:
 
 def scenes(shard: Path) -> Iterator[dict[str, bytes | str]]:
     """The samples of a shard, with boxes for masks."""
-    for sample in webdataset.WebDataset(str(shard), shardshuffle=False):
+    for sample in WebDataset(str(shard), shardshuffle=False):
         annotations = boxes(sample["mask.png"])
         yield {"__key__": sample["__key__"], "jpg": sample["jpg"], "json": json.dumps(annotations).encode()}
 
@@ -55,7 +56,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for shard in sorted(Path(os.environ[SOURCE], "camvid").glob("*.tar")):
         count = images = 0
-        with webdataset.TarWriter(str(folder / shard.name)) as writer:
+        with TarWriter(str(folder / shard.name), mtime=0) as writer:
             for sample in scenes(shard):
                 writer.write(sample)
                 images += 1

@@ -11,7 +11,8 @@ from torch import Tensor
 from foveal.inspect.overlay import colours
 from foveal.inspect.sheet import sheet
 
-SMALLEST = 192  # pixels; smaller images are enlarged by a whole factor, so that names can be read
+SMALLEST = 320  # pixels; smaller images are enlarged by a whole factor, so that names hide little
+_LINE = 11  # pixels of a line of text
 
 
 def box_sheet(
@@ -40,7 +41,8 @@ def _drawn(images: Tensor, boxes: Sequence[np.ndarray], names: Sequence[str]) ->
             colour, name = palette[int(label)], names[int(label)].encode("ascii", "replace").decode()
             words = " ".join([name, *(f"{100 * each:.0f}" for each in score)])
             pen.rectangle((first, last), outline=colour)
-            pen.rectangle(pen.textbbox(first, words, font=font), fill=colour)
-            pen.text(first, words, fill=(0, 0, 0), font=font)
+            above = first[0], max(0, first[1] - _LINE)
+            pen.rectangle(pen.textbbox(above, words, font=font), fill=colour)
+            pen.text(above, words, fill=(0, 0, 0), font=font)
         drawn.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
     return torch.stack(drawn)

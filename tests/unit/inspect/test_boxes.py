@@ -7,7 +7,7 @@ from foveal.inspect.boxes import box_sheet
 from foveal.inspect.overlay import colours
 from foveal.inspect.sheet import GAP
 
-SIDE = 200
+SIDE = 320
 
 
 def test_frames_are_where_the_boxes_are() -> None:
