@@ -27,8 +27,8 @@ CONFIGS = stage_configs()
 # is, and that model may be left out for it. Several students at once brought twelve: a name, and for each again what a
 # student is, all unseen by whoever has one. Teachers of others brought their name, and answers kept on disk two.
 # Labels that are masks, boxes or several classes brought four: the kind, the member, the id that is left out, and how large
-# an image is evaluated.
-MOST_SETTINGS = {"pretrain": 95, "distill": 115, "finetune": 93}
+# an image is evaluated. Segmentation brought three: the head, how wide a pyramid is, and how far apart windows lie.
+MOST_SETTINGS = {"pretrain": 95, "distill": 115, "finetune": 96}
 
 
 def shipped(folder: str) -> list[Path]:

@@ -124,6 +124,18 @@ def test_planning_runs_it_without_memory(scenes: Path) -> None:
     assert TASKS["mask"].head(found) == {"kind": "segmentation", "head": "pyramid", "width": 16, "classes": 3}
 
 
+def test_a_plan_says_what_is_measured(scenes: Path) -> None:
+    for data, line in (
+        ({}, "measured  on whole images, as 24 x 32 pixels, in 6 windows of 16 x 16"),
+        ({"val_size": None}, "measured  on whole images, as 16 x 16 pixels"),
+        (
+            {"val_size": 16, "crop_ratio": 0.5},
+            "measured  on the middle of images (data.crop_ratio=0.5), as 16 x 16 pixels",
+        ),
+    ):
+        assert plan(scene_settings(scenes, data=data), 1).lines()[-1] == line
+
+
 def pretrained(folder: Path, pooling: str = "token") -> str:
     encoder = build_encoder(TINY, image_size=16, channels=3, pooling=pooling)  # type: ignore[arg-type]
     card = encoder_card(TINY, 16, 3, pooling=pooling)  # type: ignore[arg-type]
