@@ -31,7 +31,7 @@ class TrialsConfig(Config):
 class DetectConfig(DetectorSizes):
     """What stands on the encoder where labels are boxes, and what is told of it."""
 
-    each_class: bool = machine(False, "Tell the average precision of every class too, as ap_<its name>.")
+    each_class: bool = machine(False, "Tell the average precision of every class too, as ap_NAME.")
 
 
 class SegmentConfig(Config):

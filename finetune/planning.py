@@ -22,8 +22,10 @@ from foveal.models.backbone import (
     depends_on_others,
     layers_of,
     set_recompute,
+    times,
 )
 from foveal.models.vit import EncoderCard, encoder_card
+from foveal.models.windows import corners
 from foveal.stage import Plan, inherited_science, planned
 
 
@@ -47,11 +49,25 @@ class FinetunePlan(Plan):
         return card if isinstance(card, BackboneCard) else None
 
     def lines(self) -> list[str]:
+        return [*super().lines(), *self._norm_lines(), *self._window_lines()]
+
+    def _norm_lines(self) -> list[str]:
+        """That the curve depends on more than is stated."""
         card = self.backbone
         if card is None or not depends_on_others(backbone_outline(*card.shape, card.classes)):
-            return super().lines()
-        line = "norm      BatchNorm sees the images that a rank holds at once: the curve depends on the number of ranks and"
-        return [*super().lines(), f"{line} on batch.at_once ({self.at_once} images here)"]
+            return []
+        line = "norm      BatchNorm sees the images that a rank holds at once: the curve depends on the number of ranks and on"
+        return [f"{line} on batch.at_once ({self.at_once} images here)"]
+
+    def _window_lines(self) -> list[str]:
+        """What of an image is measured, and through what."""
+        data = self.cfg.data
+        if data.labels != "mask":
+            return []
+        number = len(corners(data.val_sides, data.sides, self.cfg.segment.stride))
+        part = "whole images" if data.crop_ratio == 1 else f"the middle of images (data.crop_ratio={data.crop_ratio:g})"
+        seen = f"measured  on {part}, as {times(data.val_sides)} pixels"
+        return [f"{seen}, in {number} windows of {times(data.sides)}" if number > 1 else seen]
 
 
 def plan(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:

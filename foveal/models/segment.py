@@ -193,7 +193,7 @@ def unread(look: Look, card: BackboneCard) -> tuple[str, ...]:
     """The parameters of a model of timm that no map depends on, such as those of its pooling: an engine that reduces
     gradients would wait for theirs.
     """
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.enable_grad():
         backbone = build_backbone(*card.shape).eval()
         maps = look(backbone, torch.empty(2, card.channels, *height_and_width(card.image_size)))
         total = torch.stack([each.sum() for each in maps]).sum()

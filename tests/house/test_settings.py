@@ -27,9 +27,9 @@ CONFIGS = stage_configs()
 # is, and that model may be left out for it. Several students at once brought twelve: a name, and for each again what a
 # student is, all unseen by whoever has one. Teachers of others brought their name, and answers kept on disk two.
 # Labels that are masks, boxes or several classes brought four: the kind, the member, the id that is left out, and how large
-# an image is evaluated. Segmentation brought three to fine-tuning: the head, its width, and how windows overlap. Detection
-# brought four: the width, layers and strides of pyramid and head, which are large on COCO's images and small on others, and
-# whether every class is told of (of eighty, seldom).
+# an image is evaluated. Segmentation brought three: the head, how wide a pyramid is, and how far apart windows lie.
+# Detection brought four: the width, layers and strides of pyramid and head, which are large for COCO's images and small for
+# others, and whether every class is told of (of eighty, seldom).
 MOST_SETTINGS = {"pretrain": 95, "distill": 115, "finetune": 100}
 
 
