@@ -56,7 +56,7 @@ class FinetunePlan(Plan):
         card = self.backbone
         if card is None or not depends_on_others(backbone_outline(*card.shape, card.classes)):
             return []
-        line = "norm      BatchNorm sees the images that a rank holds at once: the curve depends on the number of ranks and on"
+        line = "norm      BatchNorm sees the images that a rank holds at once: the curve depends on the number of ranks and"
         return [f"{line} on batch.at_once ({self.at_once} images here)"]
 
     def _window_lines(self) -> list[str]:

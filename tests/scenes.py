@@ -30,8 +30,8 @@ def scene(number: int) -> tuple[np.ndarray, np.ndarray]:
     return pixels.astype(np.uint8), ids
 
 
-def write_scenes(folder: Path, train: int = 16, val: int = 5, **unlike: Any) -> Path:
-    """Shards of scenes and their index; ``unlike`` replaces arguments of the index."""
+def write_scenes(folder: Path, train: int = 16, val: int = 5, classes: tuple[str, ...] | None = CLASSES) -> Path:
+    """Shards of scenes and their index."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, numbers in (("train", range(train)), ("val", range(train, train + val))):
         with tarfile.open(folder / f"{split}-000000.tar", "w") as tar:
@@ -43,7 +43,7 @@ def write_scenes(folder: Path, train: int = 16, val: int = 5, **unlike: Any) -> 
                     header.size = stream.tell()
                     stream.seek(0)
                     tar.addfile(header, stream)
-    index_folder(str(folder), tell=lambda _: None, **({"classes": CLASSES} | unlike))
+    index_folder(str(folder), classes=classes, tell=lambda _: None)
     return folder
 
 

@@ -89,7 +89,7 @@ def test_overlap_is_that_of_scikit_learn() -> None:
     found = parts[0].numbers(lambda sums: sums + parts[1].sums, ("a", "b (1)", "b [1]", "d", "e"))
     known = marks >= 0
     true, guess = marks[known], torch.stack(guesses).numpy()[known]
-    each = jaccard_score(true, guess, average=None, labels=[0, 1, 2, 3])
+    each = np.array(jaccard_score(true, guess, average=None, labels=[0, 1, 2, 3]))  # type: ignore[arg-type]
     assert [found.pop(f"iou_{name}") for name in ("a", "b _1__1", "b _1__2", "d")] == pytest.approx(list(each))
     assert found == {
         "miou": pytest.approx(each.mean()),
