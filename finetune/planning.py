@@ -49,7 +49,7 @@ class FinetunePlan(Plan):
         return card if isinstance(card, BackboneCard) else None
 
     def lines(self) -> list[str]:
-        return [*super().lines(), *self._norm_lines(), *self._window_lines()]
+        return [*super().lines(), *self._norm_lines(), *self._measured_lines()]
 
     def _norm_lines(self) -> list[str]:
         """That the curve depends on more than is stated."""
@@ -59,12 +59,13 @@ class FinetunePlan(Plan):
         line = "norm      BatchNorm sees the images that a rank holds at once: the curve depends on the number of ranks and"
         return [f"{line} on batch.at_once ({self.at_once} images here)"]
 
-    def _window_lines(self) -> list[str]:
+    def _measured_lines(self) -> list[str]:
         """What of an image is measured, and through what."""
         data = self.cfg.data
-        if data.labels != "mask":
+        if data.labels not in ("mask", "boxes"):
             return []
-        number = len(corners(data.val_sides, data.sides, self.cfg.segment.stride))
+        windows = data.labels == "mask"
+        number = len(corners(data.val_sides, data.sides, self.cfg.segment.stride)) if windows else 1
         part = "whole images" if data.crop_ratio == 1 else f"the middle of images (data.crop_ratio={data.crop_ratio:g})"
         seen = f"measured  on {part}, as {times(data.val_sides)} pixels"
         return [f"{seen}, in {number} windows of {times(data.sides)}" if number > 1 else seen]

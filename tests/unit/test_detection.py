@@ -96,6 +96,11 @@ def test_what_cannot_be_is_one_sentence(further: dict[str, Any], sentence: str, 
     assert "\n" not in str(caught.value)
 
 
+def test_the_plan_says_what_is_measured_and_networks_read_any_size(shards: Path) -> None:
+    found = planned(shards, backbone="test_resnet", data={"val_size": [64, 96], "crop_ratio": 1.0})
+    assert found.lines()[-1] == "measured  on whole images, as 64 x 96 pixels"
+
+
 def test_a_missing_library_has_a_name(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(
