@@ -5,6 +5,7 @@ from foveal.data import LabelKind
 from foveal.errors import ConfigError
 
 _CLASSIFIES: tuple[LabelKind, ...] = ("class", "classes")
+_OF_CLASSES = ("mixup", "cutmix", "erase", "dropout", "frozen", "class_weights", "adversarial", "average")
 
 
 def check_settings(cfg: FinetuneConfig) -> None:
@@ -12,16 +13,7 @@ def check_settings(cfg: FinetuneConfig) -> None:
     kind = cfg.data.labels
     default = FinetuneConfig.model_construct()
     if kind not in _CLASSIFIES:
-        for name in (
-            "mixup",
-            "cutmix",
-            "erase",
-            "dropout",
-            "label_smoothing",
-            "class_weights",
-            "adversarial",
-            "average",
-        ):
+        for name in _OF_CLASSES:
             if getattr(cfg, name) != getattr(default, name):
                 raise ConfigError(f"{name} is for images with classes, and data.labels is {kind}; leave it out")
     if kind in ("mask", "boxes") and cfg.data.augment.operations:

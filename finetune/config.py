@@ -6,6 +6,8 @@ from finetune.judging import EarlyStoppingConfig
 from finetune.probeconfig import ProbeConfig
 from foveal.config import Config, machine, science
 from foveal.distributed.engine import EngineConfig
+from foveal.models.detect import DetectorSizes
+from foveal.models.segment import SegmentHead
 from foveal.models.vit import Pooling, VitConfig
 from foveal.stage import StageConfig
 
@@ -59,8 +61,26 @@ class FoldsConfig(Config):
     repeats: int = science(1, "Seeds: each cuts other folds, and draws another order and another head.", ge=1)
 
 
+class DetectConfig(DetectorSizes):
+    """What stands on the encoder where labels are boxes, and what is told of it."""
+
+    each_class: bool = machine(False, "Tell the average precision of every class too, as ap_NAME.")
+
+
+class SegmentConfig(Config):
+    """What stands on the encoder where labels are masks, and how images larger than image_size are evaluated."""
+
+    head: SegmentHead = science(
+        "linear", "A linear map of the last map's places, or a light pyramid of maps of several resolutions."
+    )
+    width: int = science(128, "Numbers per place of the pyramid's maps.", ge=1)
+    stride: float = science(
+        0.5, "Where val_size is larger: from one window of image_size to the next, as a share of its side.", gt=0, le=1
+    )
+
+
 class FinetuneConfig(StageConfig):
-    """A classifier, from an export or from scratch."""
+    """A model with labels, from an export or from scratch: a classifier, or what data.labels makes of it."""
 
     engine: FinetuneEngine = FinetuneEngine()
     init: str | None = machine(None, "The export folder to start from; none: from scratch. What is in it is science.")
@@ -93,6 +113,8 @@ class FinetuneConfig(StageConfig):
     adversarial: AdversarialConfig | None = science(None, "Train on attacked images too.")
     teacher: TeacherConfig | None = science(None, "Learn from a teacher too.")
     evaluate_every: int = machine(0, "Steps between evaluations on data.val; 0: only at the end.", ge=0)
+    segment: SegmentConfig = SegmentConfig()
+    detect: DetectConfig = DetectConfig()
     trials: TrialsConfig | None = science(None, "Compare ways to start instead of one run.")
     early_stopping: EarlyStoppingConfig | None = science(
         None,

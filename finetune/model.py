@@ -9,7 +9,7 @@ from torch import nn
 
 from finetune.config import FinetuneConfig
 from finetune.planning import FinetunePlan
-from foveal.checkpoint.export import load_strictly, read_export
+from foveal.checkpoint.export import load_strictly, read_export, read_head
 from foveal.models.backbone import backbone_from_card, head_names, layers_of, undecayed_of
 from foveal.models.heads import Classifier
 from foveal.models.resize import resized_from_card
@@ -19,17 +19,24 @@ from foveal.seeding import key
 
 
 def classifier(plan: FinetunePlan) -> Classifier:
-    """The plan's encoder or backbone, freshly drawn, and its weights from the export where there is one."""
+    """The plan's encoder or backbone, with a head of its own."""
     cfg = plan.cfg
-    torch.manual_seed(key(cfg.seed, "weights"))
-    encoder = _backbone(plan) if plan.backbone is not None else _encoder(plan)
     return Classifier(
-        encoder,
+        encoder_of(plan),
         dropout=cfg.dropout,
         trained=_heads(plan) if cfg.frozen else None,
         averaged=cfg.average is not None,
         split=cfg.adversarial is not None and cfg.adversarial.split_norms,
     )
+
+
+def encoder_of(plan: FinetunePlan) -> Any:
+    """The plan's encoder or backbone, freshly drawn, and its weights from the export where there is one.
+
+    It seeds torch's global generator: what is drawn after it is a function of the seed too.
+    """
+    torch.manual_seed(key(plan.cfg.seed, "weights"))
+    return _backbone(plan) if plan.backbone is not None else _encoder(plan)
 
 
 def exported(cfg: FinetuneConfig) -> str:
@@ -44,7 +51,7 @@ def _encoder(plan: FinetunePlan) -> nn.Module:
         weights, card = read_export(Path(cfg.init))
         weights = resized_from_card(weights, encoder, card.encoder, f"{cfg.init}/card.json")
         # The mean of the patches has a norm of its own behind it, and does without the norm before it.
-        averaged = cfg.pooling == "avg"
+        averaged = plan.encoder["pooling"] == "avg"
         new, unused = (("head.", "fc_norm."), ("head.", "norm.")) if averaged else (("head.",), ("head.", "fc_norm."))
         load_strictly(encoder, weights, Path(cfg.init), new=new, unused=unused)
     return encoder
@@ -57,9 +64,25 @@ def _backbone(plan: FinetunePlan) -> nn.Module:
     backbone = backbone_from_card(plan.encoder, cfg.init or "backbone", drop_path=cfg.drop_path)
     if cfg.init is not None:
         weights, card = read_export(Path(cfg.init))
-        head = () if card.classes == plan.classes else head_names(*told.shape)
+        same = card.classes == plan.classes and card.encoder["classes"] == told.classes
+        head = () if same else head_names(*told.shape)
         load_strictly(backbone, weights, Path(cfg.init), new=head, unused=head)
     return backbone
+
+
+def model_from_export(folder: Path, kind: str, build: Callable[[Any, dict[str, Any], dict[str, Any], str], Any]) -> Any:
+    """The model that a run left with a head of this kind, in evaluation mode on the CPU.
+
+    ``build`` makes it of an encoder, the encoder's card, the head's, and where they were read. Errors: ExportError.
+    """
+    weights, card = read_export(folder)
+    head_weights, head = read_head(folder, kind)
+    where = f"{folder}/card.json"
+    encoder = (backbone_from_card if "timm" in card.encoder else encoder_from_card)(card.encoder, where)
+    load_strictly(encoder, weights, folder)
+    model = build(encoder, card.encoder, head, where)
+    load_strictly(model.head, head_weights, folder / "head.safetensors")
+    return model.eval()
 
 
 def _heads(plan: FinetunePlan) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import torch
 
 from finetune.checks import check_norms, check_pairs, check_settings
 from finetune.config import FinetuneConfig
+from finetune.fits import check_boxes, check_comparison, check_kind, check_model, pooling
 from finetune.judging import check_judging, judged
 from finetune.teacher import teachers_card
 from foveal.checkpoint.export import Card, read_card
@@ -24,12 +25,13 @@ from foveal.models.backbone import (
     build_backbone,
     card_of,
     check_resizing,
-    check_training,
     depends_on_others,
     layers_of,
     set_recompute,
+    times,
 )
 from foveal.models.vit import EncoderCard, encoder_card
+from foveal.models.windows import corners
 from foveal.stage import Plan, inherited_science, planned
 
 
@@ -56,13 +58,32 @@ class FinetunePlan(Plan):
         return card if isinstance(card, BackboneCard) else None
 
     def lines(self) -> list[str]:
-        lines, card, folds = super().lines(), self.backbone, self.cfg.folds
-        if card is not None and _mixes(card):
-            line = "norm      BatchNorm sees the images that a rank holds at once: the curve depends on the number of ranks"
-            lines.append(f"{line} and on batch.at_once ({self.at_once} images here)")
-        if folds is not None:
-            lines.append(f"folds     {folds.count} folds x {folds.repeats} repeats = {self.runs} runs like this")
-        return lines
+        folds = self.cfg.folds
+        many = (
+            []
+            if folds is None
+            else [f"folds     {folds.count} folds x {folds.repeats} repeats = {self.runs} runs like this"]
+        )
+        return [*super().lines(), *self._norm_lines(), *self._measured_lines(), *many]
+
+    def _norm_lines(self) -> list[str]:
+        """That the curve depends on more than is stated."""
+        card = self.backbone
+        if card is None or not _mixes(card):
+            return []
+        line = "norm      BatchNorm sees the images that a rank holds at once: the curve depends on the number of ranks and"
+        return [f"{line} on batch.at_once ({self.at_once} images here)"]
+
+    def _measured_lines(self) -> list[str]:
+        """What of an image is measured, and through what."""
+        data = self.cfg.data
+        if data.labels not in ("mask", "boxes"):
+            return []
+        windows = data.labels == "mask"
+        number = len(corners(data.val_sides, data.sides, self.cfg.segment.stride)) if windows else 1
+        part = "whole images" if data.crop_ratio == 1 else f"the middle of images (data.crop_ratio={data.crop_ratio:g})"
+        seen = f"measured  on {part}, as {times(data.val_sides)} pixels"
+        return [f"{seen}, in {number} windows of {times(data.sides)}" if number > 1 else seen]
 
 
 def _mixes(card: BackboneCard) -> bool:
@@ -77,6 +98,7 @@ def plan(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
     """
     if cfg.trials is None:
         return _plan_one(cfg, ranks)
+    check_comparison(cfg)
     if cfg.run.stop_at is not None:
         raise ConfigError("run.stop_at and trials exclude each other: a comparison is of whole runs; shorten epochs")
     if cfg.init is not None:
@@ -118,6 +140,7 @@ def _plan_one(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
     check_settings(cfg)
     check_judging(cfg.early_stopping, cfg.evaluate_every, cfg, attacked=cfg.adversarial is not None)
     card = None if cfg.init is None else read_card(Path(cfg.init))
+    check_kind(cfg, card)
     encoder, resized_from = _encoder(cfg, card)
     plan = planned(FinetunePlan, cfg, ranks, card=card, encoder=encoder, resized_from=resized_from)
     classes = _classes(plan.dataset, cfg)
@@ -139,7 +162,9 @@ def _plan_one(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
     told = plan.backbone
     check_norms(cfg, encoder.get("timm") or encoder["name"], there=told is not None and _mixes(told))
     if told is not None:
-        _check_backbone(told, cfg, plan.at_once)
+        _check_backbone(told, cfg, plan.at_once, len(classes))
+    if cfg.data.labels == "boxes":
+        check_boxes(cfg, card_of(plan.encoder, "model"), plan.at_once, len(classes))
     return plan
 
 
@@ -159,14 +184,14 @@ def _encoder(cfg: FinetuneConfig, card: Card | None) -> tuple[dict[str, Any], in
             return backbone_card(cfg.backbone, data.image_size, data.channels), None
         if cfg.model is None:
             raise ConfigError("model is missing: without init, the encoder from scratch must be stated")
-        return encoder_card(cfg.model, data.image_size, data.channels, pooling=cfg.pooling), None
+        return encoder_card(cfg.model, data.image_size, data.channels, pooling=pooling(cfg)), None
     hers = card_of(card.encoder, f"{cfg.init}/card.json")
     _check_agreement(cfg, hers)
     size = {"image_size": data.tree()["image_size"]}
     if isinstance(hers, BackboneCard):
         check_resizing(hers, data.image_size, f"the export {cfg.init}")
         return card.encoder | size, None if hers.image_size == data.image_size else hers.image_size
-    return card.encoder | {"pooling": cfg.pooling} | size, hers.resized_from(data.image_size)
+    return card.encoder | {"pooling": pooling(cfg)} | size, hers.resized_from(data.image_size)
 
 
 def _check_agreement(cfg: FinetuneConfig, hers: EncoderCard | BackboneCard) -> None:
@@ -186,12 +211,12 @@ def _check_agreement(cfg: FinetuneConfig, hers: EncoderCard | BackboneCard) -> N
             )
 
 
-def _check_backbone(card: BackboneCard, cfg: FinetuneConfig, at_once: int) -> None:
+def _check_backbone(card: BackboneCard, cfg: FinetuneConfig, at_once: int, classes: int) -> None:
     """What a model of timm must have of what the settings ask for. Errors: ConfigError."""
     default = FinetuneConfig.model_fields["pooling"].default
     if cfg.pooling != default:
         raise ConfigError(f"pooling={cfg.pooling} is of foveal's encoders, {card.timm} has its own; leave it out")
-    check_training(*card.shape, card.classes, at_once)
+    check_model(card, cfg, at_once, classes)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         backbone = build_backbone(*card.shape, classes=card.classes, drop_path=cfg.drop_path)
     if cfg.optim.layer_decay < 1:

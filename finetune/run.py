@@ -47,8 +47,8 @@ def train(plan: FinetunePlan, run: Run) -> None:
 
 
 def fit(plan: FinetunePlan, run: Run) -> None:
-    """From the first step, or the newest checkpoint, to the export of the classifier."""
-    cfg = plan.cfg
+    """From the first step, or the newest checkpoint, to the export of the model."""
+    cfg, task = plan.cfg, TASKS[plan.cfg.data.labels]
     made, sizes = _parts(plan, run.world.device), {"at_once": plan.at_once, "accumulate": plan.micros}
     engine = build_engine(made.model, made.groups, cfg.optim, cfg.engine, run.world, **sizes)
     start = run.resume(engine)
@@ -71,7 +71,7 @@ def fit(plan: FinetunePlan, run: Run) -> None:
         return None
     if cfg.early_stopping is None:
         results = _measured(cfg, engine, run, plan.steps)
-        run.export(engine, plan.encoder, prefix=exported(cfg), classes=plan.classes)
+        run.export(engine, plan.encoder, prefix=exported(cfg), classes=plan.classes, head=task.head(plan))
         run.finish(results)
     else:
         _leave_the_best(cfg.early_stopping.metric, run)
@@ -90,8 +90,8 @@ def _evaluate(plan: FinetunePlan, engine: Engine, run: Run, step: int) -> None:
         return
     run.evaluated(step, _measured(cfg, engine, run, step, held_out=early is not None))
     if early and best_step(run.scores, early.metric) == step:
-        about = {"prefix": exported(cfg), "classes": plan.classes, "step": step, "metrics": run.scores[step]}
-        run.exports.write(engine, plan.encoder, **about, aside=True)
+        about = {"prefix": exported(cfg), "classes": plan.classes, "head": TASKS[cfg.data.labels].head(plan)}
+        run.exports.write(engine, plan.encoder, **about, step=step, metrics=run.scores[step], aside=True)
         if run.world.rank == 0:
             back = until(run.scores, run.store.reach() - 1)  # a resume there finds these evaluations
             run.exports.forget(best_step(back, early.metric) if back else 0)

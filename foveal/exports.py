@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from foveal.checkpoint.export import Card, write_export
+from foveal.checkpoint.export import Card, part_of, write_export
 from foveal.distributed.engine import Engine
 from foveal.distributed.world import World
 from foveal.errors import CheckpointError, ExportError
@@ -36,29 +36,20 @@ class Exports:
         classes: tuple[str, ...],
         step: int,
         metrics: dict[str, float],
+        head: dict[str, Any] | None = None,
         name: str = "",
         aside: bool = False,
     ) -> Path:
         """Write the weights whose names begin with ``prefix``, without it, and their card; the folder.
 
-        ``aside``: in kept/<step>/. Errors: ExportError, on every rank, where it cannot be written.
+        ``head``: what builds the head again whose weights' names begin with ``head.``. ``aside``: in kept/<step>/. Errors: ExportError, on every rank, where it cannot be written.
         """
         folder = self._kept(step) if aside else self._run / "export" / name
         weights = engine.weights()
-        card = Card(
-            stage=self._stage,
-            encoder=encoder,
-            mean=self._plan.mean,
-            std=self._plan.std,
-            classes=classes,
-            resized_from=self._plan.resized_from,
-            step=step,
-            metrics=metrics,
-            science=self._plan.science(),
-            versions=versions(),
-        )
-        mine = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-        self._world.once(lambda: _written(folder, mine, card))
+        about = {"step": step, "metrics": metrics, "versions": versions(), "head": head}
+        card = self._plan.card(self._stage, encoder, classes, **about)
+        mine, heads = part_of(weights, prefix), part_of(weights, "head.") if head else None
+        self._world.once(lambda: _written(folder, mine, card, heads))
         return folder
 
     def leave(self, step: int) -> Path:
@@ -92,9 +83,9 @@ class Exports:
         return folder
 
 
-def _written(folder: Path, weights: dict[str, Tensor], card: Card) -> None:
+def _written(folder: Path, weights: dict[str, Tensor], card: Card, head: dict[str, Tensor] | None) -> None:
     with _room(folder):
-        write_export(folder, weights, card)
+        write_export(folder, weights, card, head)
 
 
 @contextmanager

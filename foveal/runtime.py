@@ -318,14 +318,22 @@ class Run:
         self.world.barrier()
 
     def export(
-        self, engine: Engine, encoder: dict[str, Any], *, prefix: str, classes: tuple[str, ...] = (), name: str = ""
+        self,
+        engine: Engine,
+        encoder: dict[str, Any],
+        *,
+        prefix: str,
+        classes: tuple[str, ...] = (),
+        name: str = "",
+        head: dict[str, Any] | None = None,
     ) -> None:
         """Leave the weights whose names begin with ``prefix``, without it, and their card for the next stage.
 
-        They go to export/, or to export/<name> where a run leaves several.
+        They go to export/, or to export/<name> where a run leaves several; beside them, as the card's ``head``, what is
+        named ``head.``, if ``head`` says what builds it again.
         """
         self.watch.beat(self.step, "exporting")
-        about = {"prefix": prefix, "classes": classes, "step": self.step, "metrics": self._last}
+        about = {"prefix": prefix, "classes": classes, "head": head, "step": self.step, "metrics": self._last}
         folder = self.exports.write(engine, encoder, **about, name=name)
         self.tracker.file(folder / "card.json")
 

@@ -146,6 +146,11 @@ class Plan:
         """What guards a resume."""
         return self.cfg.science() | self.inherited
 
+    def card(self, stage: str, encoder: dict[str, Any], classes: tuple[str, ...], **found: Any) -> Card:
+        """The card of what a stage exports: an encoder, with a head for the classes; ``found`` is what the run knows."""
+        plain = {"mean": self.mean, "std": self.std, "resized_from": self.resized_from}
+        return Card(stage, encoder, **plain, classes=classes, science=self.science(), **found)
+
     def lines(self) -> list[str]:
         """The plan in words."""
         cfg = self.cfg

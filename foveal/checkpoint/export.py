@@ -1,7 +1,9 @@
 """An export: ``model.safetensors`` under timm's names and ``card.json``, all that a stage hands to the next.
 
 The card holds what the weights cannot say: the architecture, grid and position type, the pixels' mean and standard
-deviation, the pooling, the class names, and where it all came from. No pickle is read from an export.
+deviation, the pooling, the class names, and where it all came from. What stands on the encoder and is no head of timm's
+lies beside it, in ``head.safetensors``: the next stage takes the encoder and need not know. No pickle is read from an
+export.
 """
 
 import json
@@ -18,6 +20,7 @@ from foveal.errors import ExportError
 from foveal.files import drafted, sha256
 
 FORMAT = 1
+_MODEL, _HEAD = "model.safetensors", "head.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +29,8 @@ class Card:
 
     ``encoder`` is what builds the module again (sizes, grid, position type, pooling, channels); ``mean`` and ``std`` are
     of pixels in [0, 1]; ``classes`` are the names in the order of the head's outputs, none for an encoder;
-    ``resized_from`` is the image size of the export that the stage began with, where it took another one.
+    ``resized_from`` is the image size of the export that the stage began with, where it took another one; ``head`` is
+    what builds the head in ``head.safetensors`` again (its ``kind`` first), none where there is no such file.
     """
 
     stage: str
@@ -41,14 +45,25 @@ class Card:
     versions: dict[str, str] = field(default_factory=dict)
     sha256: str = ""
     format: int = FORMAT
+    head: dict[str, Any] | None = None
+    head_sha256: str = ""
 
 
-def write_export(folder: Path, weights: dict[str, Tensor], card: Card) -> None:
-    """Write an export, whole or not at all."""
+def write_export(folder: Path, weights: dict[str, Tensor], card: Card, head: dict[str, Tensor] | None = None) -> None:
+    """Write an export, whole or not at all; ``head`` are the weights of what ``card.head`` describes."""
+    assert (head is None) == (card.head is None)
     with drafted(folder) as draft:
-        save_file({name: value.contiguous() for name, value in weights.items()}, draft / "model.safetensors")
-        tree = asdict(card) | {"sha256": sha256(draft / "model.safetensors")}
+        tree = asdict(card) | {"sha256": _written(draft / _MODEL, weights)}
+        if head is None:
+            del tree["head"], tree["head_sha256"]
+        else:
+            tree["head_sha256"] = _written(draft / _HEAD, head)
         (draft / "card.json").write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
+
+
+def part_of(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
 def read_card(folder: Path) -> Card:
@@ -82,13 +97,34 @@ def read_export(folder: Path) -> tuple[dict[str, Tensor], Card]:
     Errors: ExportError where it is not whole.
     """
     card = read_card(folder)
-    file = folder / "model.safetensors"
+    return _read(folder / _MODEL, card.sha256), card
+
+
+def read_head(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights (fp32, CPU) of the head of an export, its digest checked, and what builds it again.
+
+    Errors: ExportError where it is not whole, or has no head of this kind.
+    """
+    card = read_card(folder)
+    found = None if card.head is None else card.head.get("kind")
+    if card.head is None or found != kind:
+        raise ExportError(f"{folder} has {f'a head for {found}' if found else 'no head'}, and one for {kind} is wanted")
+    return _read(folder / _HEAD, card.head_sha256), card.head
+
+
+def _written(file: Path, weights: dict[str, Tensor]) -> str:
+    """Write weights; the file's digest."""
+    save_file({name: value.contiguous() for name, value in weights.items()}, file)
+    return sha256(file)
+
+
+def _read(file: Path, digest: str) -> dict[str, Tensor]:
     try:
-        if sha256(file) != card.sha256:
+        if sha256(file) != digest:
             raise ExportError(f"{file} is not the file that its card describes (sha256 differs); export it again")
-        return load_file(file), card
+        return load_file(file)
     except FileNotFoundError:
-        raise ExportError(f"{folder} is no whole export: model.safetensors is missing") from None
+        raise ExportError(f"{file.parent} is no whole export: {file.name} is missing") from None
     except (OSError, SafetensorError) as error:
         raise ExportError(f"{file} cannot be read ({error})") from None
 

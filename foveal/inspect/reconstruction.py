@@ -10,12 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from foveal.inspect.sheet import sheet
 from foveal.models.patches import patch_statistics, patchify, take, unpatchify
 
 GREY = 128  # a masked patch
-GAP = 2  # pixels between pictures
-WHITE = 255
-SMALLEST = 64  # pixels; smaller images are enlarged by a whole factor, without smoothing
 
 
 def reconstruction_sheet(
@@ -38,7 +36,7 @@ def reconstruction_sheet(
     patch = math.isqrt(pred.shape[2] // images.shape[1])
     grey = torch.full_like(guess, GREY)
     columns = [images, _pasted(images, grey, masked, patch), _pasted(images, guess, masked, patch)]
-    return _sheet(columns)
+    return sheet(columns)
 
 
 def _guess_in_pixels(
@@ -59,16 +57,3 @@ def _pasted(images: Tensor, patches: Tensor, masked: Tensor, patch: int) -> Tens
     """The images with other patches [B, M, P] at the masked places."""
     whole = patchify(images, patch).scatter(1, masked[:, :, None].expand_as(patches), patches)
     return unpatchify(whole, patch, images.shape[2] // patch, images.shape[3] // patch)
-
-
-def _sheet(columns: list[Tensor]) -> Image.Image:
-    batch, _, height, width = columns[0].shape
-    scale = max(1, math.ceil(SMALLEST / max(height, width)))
-    height, width = height * scale, width * scale
-    sheet = Image.new("RGB", (3 * (width + GAP) - GAP, batch * (height + GAP) - GAP), (WHITE, WHITE, WHITE))
-    for across, column in enumerate(columns):
-        for down, image in enumerate(column):
-            picture = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).numpy())
-            enlarged = picture.resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (across * (width + GAP), down * (height + GAP)))
-    return sheet

@@ -26,7 +26,7 @@ from foveal.models.norms import batch_norms
 from foveal.models.vit import EncoderCard
 
 # What timm's models raise for sizes that they cannot have.
-_REFUSALS = (ArithmeticError, AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError)
+REFUSALS = (ArithmeticError, AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError)
 
 
 class BackboneCard(Config):
@@ -61,9 +61,9 @@ def build_backbone(
         raise ConfigError(f"'{name}' has no drop path; drop_path={drop_path:g} cannot be")
     try:
         backbone = timm.create_model(name, pretrained=False, **{k: v for k, v in given.items() if k in takes})
-    except _REFUSALS as error:
+    except REFUSALS as error:
         raise ConfigError(
-            f"timm cannot build '{name}' for images of {times(image_size)} pixels with {channels} channels: {_said(error)}"
+            f"timm cannot build '{name}' for images of {times(image_size)} pixels with {channels} channels: {said(error)}"
         ) from None
     _check_patches(backbone, name, image_size)
     _without_dropout(backbone, drop_path)
@@ -109,11 +109,18 @@ def whole_and_map(backbone: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     A transformer's patches are laid out as the grid that they came from.
     """
     last = backbone.forward_features(images)
-    pooled = backbone.forward_head(last, pre_logits=True)
+    return backbone.forward_head(last, pre_logits=True), _as_map(backbone, last)
+
+
+def last_map(backbone: Any, images: Tensor) -> Tensor:
+    """The last map [B, D, rows, columns] of normalised images [B, C, H, W], of a model of timm or an encoder of foveal's."""
+    return _as_map(backbone, backbone.forward_features(images))
+
+
+def _as_map(backbone: Any, last: Tensor) -> Tensor:
     if last.ndim == 3:
-        rows, columns = backbone.patch_embed.grid_size
-        return pooled, last[:, backbone.num_prefix_tokens :].transpose(1, 2).unflatten(2, (rows, columns))
-    return pooled, last.permute(0, 3, 1, 2) if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else last
+        return last[:, backbone.num_prefix_tokens :].transpose(1, 2).unflatten(2, backbone.patch_embed.grid_size)
+    return last.permute(0, 3, 1, 2) if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else last
 
 
 def whole_alone(backbone: Any, images: Tensor) -> tuple[Tensor, ...]:
@@ -151,9 +158,9 @@ def _seen(
         backbone = build_backbone(name, image_size=image_size, channels=channels).eval()
         try:
             return look(backbone, torch.empty(2, channels, *height_and_width(image_size)))
-        except _REFUSALS as error:
+        except REFUSALS as error:
             raise ConfigError(
-                f"'{name}' makes no feature map of images of {times(image_size)} pixels: {_said(error)}"
+                f"'{name}' makes no feature map of images of {times(image_size)} pixels: {said(error)}"
             ) from None
 
 
@@ -166,9 +173,9 @@ def check_training(name: str, image_size: int | tuple[int, int], channels: int, 
     images = torch.empty(at_once, channels, *height_and_width(image_size), device="meta")
     try:
         logits = model(images)
-    except _REFUSALS as error:
+    except REFUSALS as error:
         raise ConfigError(
-            f"'{name}' cannot learn from {at_once} images at once of {times(image_size)} pixels: {_said(error)}"
+            f"'{name}' cannot learn from {at_once} images at once of {times(image_size)} pixels: {said(error)}"
         ) from None
     if not isinstance(logits, Tensor) or logits.shape != (at_once, classes):
         raise ConfigError(f"'{name}' does not make one row of logits of an image; take another model")
@@ -182,7 +189,7 @@ def set_recompute(backbone: Any, enable: bool) -> None:
     """
     try:
         backbone.set_grad_checkpointing(enable)
-    except _REFUSALS:
+    except REFUSALS:
         raise ConfigError(
             f"timm cannot recompute the activations of '{_name_of(backbone)}': set engine.recompute=false"
         ) from None
@@ -221,7 +228,7 @@ def layers_of(backbone: Any) -> dict[str, int]:
     """
     try:
         return group_parameters(backbone, backbone.group_matcher(coarse=False), reverse=True)
-    except _REFUSALS:
+    except REFUSALS:
         raise ConfigError(
             f"timm does not number the layers of '{_name_of(backbone)}', which optim.layer_decay needs: set it to 1"
         ) from None
@@ -326,5 +333,6 @@ def _name_of(backbone: Any) -> str:
     return str(backbone.pretrained_cfg["architecture"])
 
 
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
+    """What a refusal of timm's or torch's says, in one line."""
     return " ".join(str(error).split()) or type(error).__name__

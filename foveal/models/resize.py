@@ -1,10 +1,12 @@
-"""Weights for another grid of patches than they were trained on, exactly as timm would load them there."""
+"""Maps and weights for another grid of places: weights for other patches, exactly as timm would load them there."""
 
 import math
 from typing import Any
 
+import torch
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
+from torch.nn import functional as F
 
 from foveal.models.outline import Encoder
 from foveal.models.vit import EncoderCard, Positions
@@ -35,3 +37,17 @@ def resized(
     if positions == "sincos":
         return weights | {"pos_embed": encoder.get_parameter("pos_embed").detach()}
     return weights | {"pos_embed": resample_abs_pos_embed(table, embed.grid_size, [*grid], table.shape[1] - length)}
+
+
+def upsampled(maps: Tensor, sides: tuple[int, int]) -> Tensor:
+    """Maps [B, D, rows, columns] at other sides, bilinearly as ``F.interpolate`` without aligned corners.
+
+    As two products: on a GPU the backward of torch's own adds in another order each time.
+    """
+    if maps.shape[2:] == sides:
+        return maps
+    down, across = (
+        F.interpolate(torch.eye(old, device=maps.device)[None], size=new, mode="linear")[0].to(maps.dtype)
+        for old, new in zip(maps.shape[2:], sides, strict=True)
+    )
+    return ((maps @ across).transpose(2, 3) @ down).transpose(2, 3)

@@ -49,7 +49,7 @@ class Forecast:
     @cached_property
     def flops(self) -> Flops:
         data = self.plan.cfg.data
-        return flops_of(self._build, data.channels, data.sides)
+        return flops_of(self._build, data.channels, data.sides, data.labels)
 
     @cached_property
     def memory(self) -> Memory:
@@ -160,7 +160,8 @@ class Forecast:
         found = self._traces.get((precision, samples, recompute))
         if found is None:
             data = self.plan.cfg.data
-            found = trace_of(self._build, samples, data.channels, data.sides, precision=precision, recompute=recompute)
+            seen = self._build, samples, data.channels, data.sides, data.labels
+            found = trace_of(*seen, precision=precision, recompute=recompute)
             self._traces[precision, samples, recompute] = found
         return found
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from foveal.data import Batch
+from foveal.data import Batch, LabelKind
 from foveal.distributed.engine import Precision, autocast
 from foveal.errors import ConfigError
 from foveal.loop import Parts
@@ -29,6 +29,7 @@ from foveal.models.backbone import depends_on_others
 # A processor's fused attention saves what a GPU's does: queries, keys, values, the output and its logarithmic sums.
 _DEVICE = torch.device("cpu")
 _META = torch.device("meta")
+_BOXES = 16  # of an image that nobody has seen
 
 Build = Callable[[torch.device], Parts]
 
@@ -105,21 +106,28 @@ def _recomputes(model: Any) -> bool:
     return True
 
 
-def flops_of(build: Build, channels: int, sides: tuple[int, int]) -> Flops:
-    """Count the forward and backward of one sample of these channels and (height, width).
+def flops_of(build: Build, channels: int, sides: tuple[int, int], labels: LabelKind = "class") -> Flops:
+    """Count the forward and backward of one sample of these channels and (height, width), with labels of this kind.
 
     Attention is counted as plain matrix products: what a fused kernel computes twice in its backward is not work done.
     """
     parts = _outline(build)
     with _without_memory(parts) as model, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        total, _ = parts.objective(model, _batch(2, channels, sides))  # BatchNorm learns nothing from one
+        total, _ = parts.objective(model, _batch(2, channels, sides, labels))  # BatchNorm learns nothing from one
         forward = counter.get_total_flops()
         total.backward()
     return Flops(forward / 2, counter.get_total_flops() / 2)
 
 
 def trace_of(
-    build: Build, samples: int, channels: int, sides: tuple[int, int], *, precision: Precision, recompute: bool
+    build: Build,
+    samples: int,
+    channels: int,
+    sides: tuple[int, int],
+    labels: LabelKind = "class",
+    *,
+    precision: Precision,
+    recompute: bool,
 ) -> Trace:
     """Follow one micro of so many samples."""
     parts = _outline(build)
@@ -133,7 +141,7 @@ def trace_of(
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(watch.finished)
         with watch, autocast(_DEVICE, precision):
-            total, _ = parts.objective(model, _batch(samples, channels, sides))
+            total, _ = parts.objective(model, _batch(samples, channels, sides, labels))
             with autocast(_DEVICE, "fp32"):
                 total.backward()
     return Trace(watch.moments)
@@ -208,7 +216,12 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return [child for each in lists if len(each) > 1 and len({type(child) for child in each}) == 1 for child in each]
 
 
-def _batch(samples: int, channels: int, sides: tuple[int, int]) -> Batch:
+def _batch(samples: int, channels: int, sides: tuple[int, int], labels: LabelKind = "class") -> Batch:
     numbers = torch.zeros(samples, dtype=torch.int64)
     images = torch.zeros(samples, channels, *sides, dtype=torch.uint8)
-    return Batch(images, numbers, numbers, numbers, numbers == 0, step=0, epoch=0, micro=0)
+    marks = None
+    if labels == "mask":
+        marks = torch.zeros(samples, *sides, dtype=torch.int16)
+    elif labels == "boxes":
+        marks = torch.zeros(samples, _BOXES, 5)
+    return Batch(images, numbers, numbers, numbers, numbers == 0, step=0, epoch=0, micro=0, marks=marks)

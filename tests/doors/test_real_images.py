@@ -4,11 +4,14 @@ The shards lie where FOVEAL_TEST_DATA says; nothing is written there.
 """
 
 import gzip
+import itertools
 import os
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from processes import ROOT, column
 from ranks import Ranks, stage_named
 
@@ -56,6 +59,20 @@ def imagenette(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return index
 
 
+@pytest.fixture(scope="module")
+def camvid(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A handful of frames of CamVid with their masks, indexed."""
+    folder = tmp_path_factory.mktemp("camvid")
+    for split, frames in (("train", 16), ("val", 3)):
+        name = f"{split}-000000.tar"
+        with tarfile.open(images / "camvid" / name) as source, tarfile.open(folder / name, "w") as target:
+            for member in itertools.islice(source, 2 * frames):  # an image and a mask each
+                target.addfile(member, source.extractfile(member))
+    classes = "Sky,Building,Pole,Road,Pavement,Tree,SignSymbol,Fence,Car,Pedestrian,Bicyclist"
+    app(["data", "index", str(folder), "--classes", classes], standalone_mode=False)
+    return folder
+
+
 def first_steps(stage: str, config: str, run: Path, ranks: Ranks, *overrides: str) -> list[dict[str, float]]:
     rows = ranks.train(stage_named(stage), ROOT / "configs" / stage / f"{config}.yaml", run, *_SMALL, *overrides)
     assert column(rows, "step") == list(range(1, _STEPS + 1))
@@ -101,3 +118,23 @@ def test_finetuning_on_imagenette(imagenette: Path, images: Path, one_rank: Rank
     place = (f"data.path={images}/imagenette224", f"data.index={imagenette}")
     rows = first_steps("finetune", "imagenette", tmp_path / "run", one_rank, *scratch, *place, "evaluate_every=0")
     assert rows[0]["loss"] == pytest.approx(2.303, abs=0.05)
+
+
+def test_segmentation_of_camvid(camvid: Path, one_rank: Ranks, tmp_path) -> None:
+    """To the end: a measure with a class for every number, a picture of it, and both files of the export."""
+    small = (f"data.path={camvid}", "data.index=null", "data.lanes=4", "epochs=1", *_SMALL)
+    scratch = (
+        "init=null",
+        "model={name: vit_tiny_patch16_224, patch: 16, width: 48, depth: 1, heads: 3}",
+        "run.stop_at=null",
+    )
+    config = ROOT / "configs" / "finetune" / "camvid.yaml"
+    rows = one_rank.train(stage_named("finetune"), config, tmp_path / "run", *small, *scratch)
+    assert rows[0]["loss"] == pytest.approx(2.398, abs=0.05)  # eleven classes, and a head that starts indifferent
+    assert 0 < rows[-1]["val_miou"] < rows[-1]["val_pixels"] < 1
+    assert {"val_iou_Sky", "val_iou_Road"} <= rows[-1].keys()
+    (picture,) = (tmp_path / "run" / "pictures").glob("segmentation-*.png")
+    with Image.open(picture) as sheet:
+        assert sheet.width > 3 * 240
+        assert sheet.height > 3 * 180
+    assert {file.name for file in (tmp_path / "run" / "export").iterdir()} >= {"model.safetensors", "head.safetensors"}

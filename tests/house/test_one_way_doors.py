@@ -36,7 +36,8 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("numpy", "PIL", "pydantic", "webdataset", "sklearn", "datasets", "pyarrow"),
     ),
     "foveal.data.pack.cli": ((*_CONFIGURED, "foveal.data"), ("typer",)),
-    "foveal.models": (_CONFIGURED, ("torch", "timm", "numpy", "pydantic")),
+    "foveal.models": (_CONFIGURED, ("torch", "torchvision", "timm", "numpy", "pydantic")),
+    "foveal.average_precision": (("foveal.errors",), ("numpy", "pycocotools")),
     "foveal.inspect": (("foveal.models.patches",), ("numpy", "torch", "PIL")),
     "foveal.telemetry": ((), ("torch",)),
     "foveal.distributed": (
@@ -266,7 +267,7 @@ def test_rooms_form_no_circle() -> None:
 
 def test_every_library_is_a_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    optional = [name for extra in ("fast", "hf") for name in project["optional-dependencies"][extra]]
+    optional = [name for extra in ("detection", "fast", "hf") for name in project["optional-dependencies"][extra]]
     declared = {requirement.split(">")[0].lower() for requirement in [*project["dependencies"], *optional]}
     brought = {library.partition(".")[0] for _, libraries in ROOMS.values() for library in libraries}
     missing = {name for name in brought if DISTRIBUTION_OF.get(name, name).lower() not in declared}

@@ -35,7 +35,10 @@ CONFIGS = stage_configs()
 # and repeats fine-tuning makes of it.
 # Probes brought twelve to fine-tuning, all behind one section that most runs leave out: what reads the features, which
 # features, how much of them, and what each kind of reader is swept over.
-MOST_SETTINGS = {"pretrain": 108, "distill": 128, "finetune": 144}
+# Segmentation brought three: the head, how wide a pyramid is, and how far apart windows lie.
+# Detection brought four: the width, layers and strides of pyramid and head, which are large for COCO's images and small for
+# others, and whether every class is told of (of eighty, seldom).
+MOST_SETTINGS = {"pretrain": 108, "distill": 128, "finetune": 151}
 
 
 def shipped(folder: str) -> list[Path]:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from foveal.checkpoint.export import Card, load_strictly, read_card, read_export, write_export
+from foveal.checkpoint.export import Card, load_strictly, read_card, read_export, read_head, write_export
 from foveal.errors import ExportError
 from foveal.files import sha256
 
@@ -74,6 +75,35 @@ def test_a_card_from_before_there_was_resizing(folder: Path) -> None:
     del told["resized_from"]
     (folder / "card.json").write_text(json.dumps(told))
     assert read_card(folder).resized_from is None
+
+
+HEAD = {"kind": "segmentation", "classes": 2}
+
+
+def test_a_head_lies_beside_the_encoder(tmp_path: Path) -> None:
+    """The encoder is read as ever; the head is read by its kind, and is what its card describes."""
+    head, folder = {"classify.weight": torch.ones(2, 3)}, tmp_path / "export"
+    write_export(folder, weights(), replace(CARD, head=HEAD), head)
+    assert sorted(file.name for file in folder.iterdir()) == ["card.json", "head.safetensors", "model.safetensors"]
+    assert read_export(folder)[0].keys() == weights().keys()
+    found, told = read_head(folder, "segmentation")
+    assert told == HEAD
+    assert found["classify.weight"].equal(head["classify.weight"])
+    with pytest.raises(ExportError, match="has a head for segmentation, and one for detection is wanted"):
+        read_head(folder, "detection")
+    save_file({"other": torch.ones(1)}, folder / "head.safetensors")
+    with pytest.raises(ExportError, match=r"head\.safetensors is not the file that its card describes"):
+        read_head(folder, "segmentation")
+    (folder / "head.safetensors").unlink()
+    with pytest.raises(ExportError, match=r"is no whole export: head\.safetensors is missing"):
+        read_head(folder, "segmentation")
+
+
+def test_an_export_without_a_head_says_nothing_of_one(folder: Path) -> None:
+    assert "head" not in json.loads((folder / "card.json").read_text())
+    assert read_card(folder).head is None
+    with pytest.raises(ExportError, match="has no head, and one for segmentation is wanted"):
+        read_head(folder, "segmentation")
 
 
 def test_an_export_that_is_made_again_replaces_the_old_one(folder: Path) -> None:

@@ -1,0 +1,72 @@
+"""Semantic segmentation: cross-entropy of every pixel; pixels without a label count for nothing.
+
+B images of H x W pixels, K classes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from finetune.fits import head_of
+from finetune.model import encoder_of, model_from_export
+from finetune.planning import FinetunePlan
+from foveal.data import Batch, normalise
+from foveal.data.labels import NOTHING
+from foveal.models.droppath import drop_path_sites
+from foveal.models.segment import Segmenter, build_segmenter
+from foveal.seeding import key, uniforms
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Softmax cross-entropy of pixels. Which sample skips which block depends on (seed, epoch, sample id), on no rank."""
+
+    seed: int
+    label_smoothing: float
+    drop_sites: int
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def weight(self, batch: Batch) -> Tensor:
+        """The number of pixels that have a label."""
+        return (_marks(batch) != NOTHING).sum()
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        images, marks_BHW = normalise(batch.images, self.mean, self.std), _marks(batch).long()
+        drops = uniforms(key(self.seed, "drop path"), batch.draws, self.drop_sites)
+        logits_BKHW = model(images, drops).float()
+        losses_BHW = F.cross_entropy(
+            logits_BKHW, marks_BHW, reduction="none", ignore_index=NOTHING, label_smoothing=self.label_smoothing
+        )  # summed behind it: torch's own sum over an image's pixels has no order on a GPU
+        right = logits_BKHW.argmax(dim=1) == marks_BHW
+        return losses_BHW.sum(), {"train_pixels": right.sum()}
+
+
+def segmenter(plan: FinetunePlan) -> Segmenter:
+    """The plan's encoder or backbone, with its weights where there is an export, and a head freshly drawn after it."""
+    return build_segmenter(encoder_of(plan), plan.encoder, segment_head(plan), plan.cfg.init or "model")
+
+
+def segment(plan: FinetunePlan, model: Segmenter, _device: torch.device) -> Segment:
+    """The objective of a plan and the model that it builds."""
+    return Segment(plan.cfg.seed, plan.cfg.label_smoothing, drop_path_sites(model), plan.mean, plan.std)
+
+
+def segment_head(plan: FinetunePlan) -> dict[str, Any]:
+    """What builds the head again."""
+    return head_of(plan.cfg, len(plan.classes)).tree()
+
+
+def segmenter_from_export(folder: Path) -> Segmenter:
+    """The model that a run with data.labels=mask left, in evaluation mode on the CPU. Errors: ExportError."""
+    return model_from_export(folder, "segmentation", build_segmenter)
+
+
+def _marks(batch: Batch) -> Tensor:
+    assert batch.marks is not None, "data.labels=mask gives every batch its masks"
+    return batch.marks

@@ -1,0 +1,69 @@
+"""A sheet of segmentations: for every image a row of the image, its mask over it, and the guess over it.
+
+B images, C channels, H x W pixels, K classes.
+"""
+
+import colorsys
+from collections.abc import Sequence
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from foveal.inspect.sheet import GAP, SMALLEST, sheet
+
+GREY = 128  # a pixel of no class
+_COVER = 0.6  # of a pixel is the colour of its class, the rest is its brightness
+_TURN = 0.618034  # of the circle of hues, from one class to the next: so few in a row lie far apart
+_IN_A_SHADE = 5
+_SHADES = ((1.0, 1.0), (0.45, 1.0), (1.0, 0.55))  # saturation and value: classes of like hues are of other shades
+_LINE, _BLOCK = 14, 10  # pixels of a line of names, of a block of colour before a name
+_MOST = 40  # classes that are named under the sheet
+
+
+def colours(classes: int) -> Tensor:
+    """A colour for each class, uint8 [K, 3], the same for a class whatever their number."""
+    shades = [_SHADES[number // _IN_A_SHADE % len(_SHADES)] for number in range(classes)]
+    found = [colorsys.hsv_to_rgb(number * _TURN % 1, *shade) for number, shade in enumerate(shades)]
+    return (torch.tensor(found) * 255).round().to(torch.uint8)
+
+
+def overlay_sheet(images: Tensor, truth: Tensor, guess: Tensor, names: Sequence[str]) -> Image.Image:
+    """One row per image: itself, its mask, the guess; under them which colour is which class.
+
+    ``images`` uint8 [B, C, H, W]; ``truth`` and ``guess`` integers [B, H, W], below 0 for a pixel of no class, which is
+    grey; ``names`` are the K classes'.
+    """
+    images, truth, guess = (each.detach().cpu() for each in (images, truth, guess))
+    palette = colours(len(names))
+    columns = [images, _over(images, truth.long(), palette), _over(images, guess.long(), palette)]
+    across = 3 * max(SMALLEST, images.shape[3])
+    places, lines = _places(names[:_MOST], across)
+    page = sheet(columns, below=GAP + lines * _LINE)
+    draw, top = ImageDraw.Draw(page), page.height - lines * _LINE
+    for (name, left, line), colour in zip(places, palette.tolist(), strict=False):
+        draw.rectangle(
+            (left, top + line * _LINE + 2, left + _BLOCK, top + line * _LINE + 2 + _BLOCK), fill=tuple(colour)
+        )
+        draw.text((left + _BLOCK + 3, top + line * _LINE), name, fill=(0, 0, 0))
+    return page
+
+
+def _over(images: Tensor, ids: Tensor, palette: Tensor) -> Tensor:
+    """Images uint8 [B, 3, H, W] of the classes' colours, with the brightness of the pixels under them."""
+    colour_BCHW = torch.where((ids < 0)[..., None], torch.tensor(GREY), palette[ids.clamp(min=0)]).permute(0, 3, 1, 2)
+    bright_B1HW = images.float().mean(dim=1, keepdim=True)
+    return (_COVER * colour_BCHW + (1 - _COVER) * bright_B1HW).round().to(torch.uint8)
+
+
+def _places(names: Sequence[str], across: int) -> tuple[list[tuple[str, int, int]], int]:
+    """Each name as it can be written, with the pixel where it begins and its line, and the number of lines."""
+    font, places, left, line = ImageFont.load_default(), [], 0, 0
+    for name in names:
+        plain = name.encode("ascii", "replace").decode()  # what every default font has
+        length = _BLOCK + 3 + int(font.getlength(plain)) + 10
+        if left and left + length > across:
+            left, line = 0, line + 1
+        places.append((plain, left, line))
+        left += length
+    return places, line + 1 if names else 0

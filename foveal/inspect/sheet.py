@@ -1,0 +1,26 @@
+"""A sheet of pictures in rows and columns."""
+
+import math
+from collections.abc import Sequence
+
+from PIL import Image
+from torch import Tensor
+
+GAP = 2  # pixels between pictures
+WHITE = 255
+SMALLEST = 64  # pixels; smaller images are enlarged by a whole factor, without smoothing
+
+
+def sheet(columns: Sequence[Tensor], below: int = 0) -> Image.Image:
+    """Columns of images uint8 [B, 1 or 3, H, W] side by side, one row for each image; ``below``: white pixels under them."""
+    batch, _, height, width = columns[0].shape
+    scale = max(1, math.ceil(SMALLEST / max(height, width)))
+    height, width = height * scale, width * scale
+    size = (len(columns) * (width + GAP) - GAP, batch * (height + GAP) - GAP + below)
+    page = Image.new("RGB", size, (WHITE, WHITE, WHITE))
+    for across, column in enumerate(columns):
+        for down, image in enumerate(column):
+            picture = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).numpy())
+            enlarged = picture.resize((width, height), Image.Resampling.NEAREST)
+            page.paste(enlarged, (across * (width + GAP), down * (height + GAP)))
+    return page

@@ -1,0 +1,122 @@
+"""Segmentation on any machine, stopped and continued, and rebuilt from what it left."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from ranks import Ranks, stage_named
+from safetensors.torch import load_file
+from scenes import scene_tree, write_scenes
+
+from finetune.segment import segmenter_from_export
+from foveal.checkpoint.export import read_card, read_head
+from foveal.distributed.world import World
+from foveal.door import enter, load
+from foveal.errors import ExportError
+from foveal.runtime import Run
+
+STAGE = stage_named("finetune")
+MACHINES = {
+    "accumulation": ("one", "engine.kind=plain", "batch.at_once=2"),
+    "ddp": ("two", "engine.kind=accelerate", "batch.at_once=2"),
+    "fsdp2": ("two", "engine.kind=accelerate", "engine.sharding=fsdp2"),
+    "zero2": ("two", "engine.kind=accelerate", "engine.sharding=deepspeed", "engine.zero=2"),
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("segment")
+    tree = scene_tree(write_scenes(folder / "scenes"), segment={"head": "pyramid", "width": 16}, evaluate_every=2)
+    (folder / "segment.yaml").write_text(yaml.safe_dump(tree))
+    return folder / "segment.yaml"
+
+
+@pytest.fixture(scope="module")
+def alone(
+    config: Path, one_rank: Ranks, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict[str, float]]]:
+    """The run of one rank that holds its whole batch at once, and its rows."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    return run, one_rank.train(STAGE, config, run, "batch.at_once=8")
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_one_curve_and_one_measure(
+    machine: str, config: Path, alone: Any, one_rank: Ranks, two_ranks: Ranks, tmp_path: Path
+) -> None:
+    """Five images are evaluated: two ranks fill up, and count none of it."""
+    ranks, *words = MACHINES[machine]
+    rows = {"one": one_rank, "two": two_ranks}[ranks].train(STAGE, config, tmp_path / "run", *words)
+    assert [set(row) - {"time"} >= {"val_miou"} for row in rows] == [set(row) >= {"val_miou"} for row in alone[1]]
+    for mine, theirs in zip(rows, alone[1], strict=True):
+        names = [each for each in theirs if each in ("loss", "grad_norm", "train_pixels") or each.startswith("val_")]
+        assert names
+        assert [mine[each] for each in names] == pytest.approx([theirs[each] for each in names], rel=1e-4), names
+
+
+def test_stopping_changes_nothing(config: Path, alone: Any, one_rank: Ranks, tmp_path: Path) -> None:
+    """Bit for bit: rows, evaluations, and both files of the export."""
+    one_rank.train(STAGE, config, tmp_path / "run", "batch.at_once=8", "run.stop_at=3")
+    rows = one_rank.train(STAGE, config, tmp_path / "run", "batch.at_once=8")
+    for key in ("step", "loss", "grad_norm", "val_miou", "val_loss"):
+        assert [row[key] for row in rows if key in row] == [row[key] for row in alone[1] if key in row], key
+    for name in ("model", "head"):
+        ours, theirs = (load_file(run / "export" / f"{name}.safetensors") for run in (tmp_path / "run", alone[0]))
+        assert ours.keys() == theirs.keys()
+        assert all(ours[each].equal(theirs[each]) for each in ours)
+
+
+def _logits(world: World, config: str, overrides: list[str], images: torch.Tensor) -> list[torch.Tensor]:
+    """What the trained model says of images, at its export."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        leave = Run.export
+
+        def export(run: Run, engine: Any, *told: Any, **more: Any) -> None:
+            with engine.looking():
+                found.append(engine.model(images))
+            leave(run, engine, *told, **more)
+
+        patch.setattr(Run, "export", export)
+        stage = stage_named("finetune")
+        enter(stage, load(stage.config, "finetune", config, overrides), world)
+    return found
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["segment.head=linear"], ["segment.head=pyramid"], ["segment.head=pyramid", "model=null", "backbone=test_resnet"]],
+)
+def test_what_it_left_says_the_same_bit_for_bit(
+    words: list[str], config: Path, one_rank: Ranks, tmp_path: Path
+) -> None:
+    images = torch.randn(2, 3, 16, 16)
+    words = [f"run.dir={tmp_path}/run", "tracking.uri=null", "evaluate_every=0", "epochs=1", *words]
+    ((logits,),) = one_rank.call(_logits, str(config), words, images)
+    with torch.no_grad():
+        assert segmenter_from_export(tmp_path / "run" / "export")(images).equal(logits)
+    assert list((tmp_path / "run" / "pictures").glob("segmentation-*.png"))
+
+
+def test_the_next_stage_takes_the_encoder(config: Path, alone: Any, one_rank: Ranks, tmp_path: Path) -> None:
+    """Another segmentation, at other sides, with another head; its own head is a fresh one."""
+    export = alone[0] / "export"
+    card = read_card(export)
+    assert card.encoder["classes"] == 0
+    assert read_head(export, "segmentation")[1] == card.head
+    rows = one_rank.train(
+        STAGE,
+        config,
+        tmp_path / "run",
+        f"init={export}",
+        "model=null",
+        "segment.head=linear",
+        "data.image_size=[24, 16]",
+    )
+    assert rows[-1]["val_miou"] > 0
+    assert read_card(tmp_path / "run" / "export").resized_from == 16
+    with pytest.raises(ExportError, match="has a head for segmentation, and one for detection is wanted"):
+        read_head(export, "detection")

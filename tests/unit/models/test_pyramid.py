@@ -1,0 +1,32 @@
+"""A simple feature pyramid: strides, sizes, and no image that depends on another."""
+
+import pytest
+import torch
+
+from foveal.models.pyramid import SimplePyramid
+
+
+@pytest.mark.parametrize(
+    ("stride", "strides", "rows"),
+    [
+        (16, (4, 8, 16, 32), [24, 12, 6, 3]),
+        (8, (4, 8, 16, 32), [12, 6, 3, 2]),
+        (32, (4, 8, 16, 32), [48, 24, 12, 6]),
+        (14, (3.5, 7, 14, 28), [24, 12, 6, 3]),
+        (4, (4, 8, 16, 32), [6, 3, 2, 1]),
+    ],
+)
+def test_its_maps_have_the_strides_that_it_says(stride: int, strides: tuple[float, ...], rows: list[int]) -> None:
+    pyramid = SimplePyramid(24, 16, stride)
+    assert pyramid.strides == strides
+    maps = pyramid(torch.randn(2, 24, 6, 3))
+    assert [each.shape[1:3] for each in maps] == [(16, row) for row in rows]
+    torch.stack([each.square().sum() for each in maps]).sum().backward()
+    assert all(each.grad is not None for each in pyramid.parameters())
+
+
+def test_an_image_does_not_depend_on_the_others() -> None:
+    torch.manual_seed(0)
+    pyramid, last = SimplePyramid(24, 16, 16), torch.randn(3, 24, 4, 5)
+    alone, together = pyramid(last[1:2]), pyramid(last)
+    assert all(torch.allclose(a, t[1:2], atol=1e-6) for a, t in zip(alone, together, strict=True))
