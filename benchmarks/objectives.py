@@ -113,20 +113,20 @@ def main() -> None:
     options = parser.parse_args()
     study, runs = STUDIES[options.study], options.runs / options.study
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        for finished in [pool.submit(_seed, study, runs, seed) for seed in options.seeds]:
+        for finished in [pool.submit(make, study, runs, seed) for seed in options.seeds]:
             finished.result()
     text = "\n".join(_report(study, runs, options.seeds))
     (options.out.write_text if options.out else sys.stdout.write)(text)
 
 
-def _seed(study: Study, runs: Path, seed: int) -> None:
+def make(study: Study, runs: Path, seed: int) -> None:
     arms = study.arms | study.classifiers
     for name in sorted(arms, key=lambda name: _depth(arms, name)):
-        _run(_command(arms[name], runs, name, seed), _place(runs, name, seed))
+        _run(_command(arms[name], runs, name, seed), place_of(runs, name, seed))
     for labels in study.comparisons:
-        _run(_comparison(labels, runs, seed), _place(runs, labels.title, seed))
+        _run(comparison(labels, runs, seed), place_of(runs, labels.title, seed))
     for name in (f"{arm}-{features}" for arm in study.probed for features in _FEATURES):
-        _run(_probe(runs, name, seed), _place(runs, name, seed))
+        _run(_probe(runs, name, seed), place_of(runs, name, seed))
 
 
 def _depth(arms: dict[str, Arm], name: str) -> int:
@@ -134,20 +134,20 @@ def _depth(arms: dict[str, Arm], name: str) -> int:
     return 0 if teacher is None else 1 + _depth(arms, teacher)
 
 
-def _place(runs: Path, name: str, seed: int) -> Path:
+def place_of(runs: Path, name: str, seed: int) -> Path:
     return runs / f"{name.replace(', ', '-').replace(' ', '-')}-seed{seed}"
 
 
 def _command(arm: Arm, runs: Path, name: str, seed: int) -> list[str]:
-    told = [f"seed={seed}", f"run.dir={_place(runs, name, seed)}", "tracking.uri=null", *arm.settings]
+    told = [f"seed={seed}", f"run.dir={place_of(runs, name, seed)}", "tracking.uri=null", *arm.settings]
     if arm.teacher is not None:
-        told.append(f"{'init' if arm.stage == 'finetune' else 'teacher'}={_place(runs, arm.teacher, seed)}/export")
+        told.append(f"{'init' if arm.stage == 'finetune' else 'teacher'}={place_of(runs, arm.teacher, seed)}/export")
     return [*_door(arm.stage), arm.config, *told]
 
 
-def _comparison(labels: Labels, runs: Path, seed: int) -> list[str]:
+def comparison(labels: Labels, runs: Path, seed: int) -> list[str]:
     arms = [f"trials.arms.{arm}={_export(arm, runs, seed)}" for arm in labels.arms]
-    told = [f"seed={seed}", f"run.dir={_place(runs, labels.title, seed)}", "tracking.uri=null", "engine.kind=plain"]
+    told = [f"seed={seed}", f"run.dir={place_of(runs, labels.title, seed)}", "tracking.uri=null", "engine.kind=plain"]
     told += ["trials.repeats=1", f"trials.lr_per_256={list(labels.rates)}", "init=null", *arms, *labels.settings]
     return [*_door("finetune"), labels.config, *told]
 
@@ -155,12 +155,12 @@ def _comparison(labels: Labels, runs: Path, seed: int) -> list[str]:
 def _probe(runs: Path, name: str, seed: int) -> list[str]:
     """The probes of an arm's features; ``name`` is the arm's and theirs."""
     arm, features = name.rsplit("-", 1)
-    told = [f"seed={seed}", f"run.dir={_place(runs, name, seed)}", "tracking.uri=null", "engine.kind=plain"]
+    told = [f"seed={seed}", f"run.dir={place_of(runs, name, seed)}", "tracking.uri=null", "engine.kind=plain"]
     return [*_door("finetune"), "digits_probe", *told, f"init={_export(arm, runs, seed)}", f"probe.features={features}"]
 
 
 def _export(arm: str, runs: Path, seed: int) -> str:
-    return "null" if arm == "scratch" else f"{_place(runs, arm, seed)}/export"
+    return "null" if arm == "scratch" else f"{place_of(runs, arm, seed)}/export"
 
 
 def _door(stage: str) -> list[str]:
@@ -182,9 +182,9 @@ def _run(command: list[str], place: Path) -> None:
         stream.write(f"{used.ru_utime + used.ru_stime:.1f}\n")
 
 
-def _minutes(runs: Path, name: str, seeds: list[int]) -> float:
+def minutes_of(runs: Path, name: str, seeds: list[int]) -> float:
     """Processor minutes that a run took, the mean over seeds, all attempts together."""
-    files = [_place(runs, name, seed) / "processor_seconds" for seed in seeds]
+    files = [place_of(runs, name, seed) / "processor_seconds" for seed in seeds]
     return statistics.fmean(sum(map(float, file.read_text().split())) for file in files) / 60
 
 
@@ -198,7 +198,7 @@ def _report(study: Study, runs: Path, seeds: list[int]) -> list[str]:
     lines += ["", "| arm | command | processor minutes, one thread |", "|---|---|--:|"]
     for name, arm in (study.arms | study.classifiers).items():
         command = shlex.join(_command(arm, Path("RUNS"), name, seeds[0]))
-        lines.append(f"| {name} | `{command}` | {_minutes(runs, name, seeds):.1f} |")
+        lines.append(f"| {name} | `{command}` | {minutes_of(runs, name, seeds):.1f} |")
     for labels in study.comparisons:
         lines += ["", *_compared(labels, runs, seeds)]
     return lines + (["", *_probed(study, runs, seeds)] if study.probed else []) + [""]
@@ -206,30 +206,33 @@ def _report(study: Study, runs: Path, seeds: list[int]) -> list[str]:
 
 def _compared(labels: Labels, runs: Path, seeds: list[int]) -> list[str]:
     """A table of one fine-tuning: each arm at its best rate, and what it gains over scratch, seed by seed."""
-    lines = [f"## Fine-tuned, {labels.title}", "", f"`{shlex.join(_comparison(labels, Path('RUNS'), seeds[0]))}`", ""]
-    lines += [f"{_minutes(runs, labels.title, seeds):.1f} processor minutes a seed for all arms and rates.", ""]
+    lines = [f"## Fine-tuned, {labels.title}", "", f"`{shlex.join(comparison(labels, Path('RUNS'), seeds[0]))}`", ""]
+    lines += [f"{minutes_of(runs, labels.title, seeds):.1f} processor minutes a seed for all arms and rates.", ""]
     lines += ["| start | top-1, mean | lowest to highest | gain over scratch, mean | lowest to highest | lr per 256 |"]
     lines += ["|---|--:|--:|--:|--:|--:|"]
     scratch: list[float] = []
     for arm in labels.arms:
-        rate, top1 = _best(labels, arm, runs, seeds)
+        rate, top1 = best_of(labels, arm, runs, seeds)
         scratch = scratch or top1
         gains = [each - other for each, other in zip(top1, scratch, strict=True)]
         mean, gain = statistics.fmean(top1), statistics.fmean(gains)
-        row = [arm, f"{mean:.3f}", _spread(top1), f"{gain:+.3f}", _spread(gains, "+"), f"{rate:g}"]
+        row = [arm, f"{mean:.3f}", spread(top1), f"{gain:+.3f}", spread(gains, "+"), f"{rate:g}"]
         lines.append(f"| {' | '.join(row)} |")
     return lines
 
 
-def _best(labels: Labels, arm: str, runs: Path, seeds: list[int]) -> tuple[float, list[float]]:
+def best_of(labels: Labels, arm: str, runs: Path, seeds: list[int]) -> tuple[float, list[float]]:
     """The rate whose mean over seeds is best on the held-out images, and its top-1 on the validation images by seed."""
-    found: dict[float, list[dict[str, float]]] = {}
-    for rate in labels.rates:
-        for seed in seeds:
-            trial = _place(runs, labels.title, seed) / "trials" / f"{arm}-seed{seed}-lr{rate:g}" / "finished.json"
-            found.setdefault(rate, []).append(json.loads(trial.read_text())["summary"])
+    found = {rate: summaries(labels, arm, rate, runs, seeds) for rate in labels.rates}
     best = max(found, key=lambda rate: statistics.fmean(each["holdout_top1"] for each in found[rate]))
     return best, [each["val_top1"] for each in found[best]]
+
+
+def summaries(labels: Labels, arm: str, rate: float, runs: Path, seeds: list[int]) -> list[dict[str, float]]:
+    """What came of a trial, by seed."""
+    trials = {seed: place_of(runs, labels.title, seed) / "trials" for seed in seeds}
+    files = [folder / f"{arm}-seed{seed}-lr{rate:g}" / "finished.json" for seed, folder in trials.items()]
+    return [json.loads(file.read_text())["summary"] for file in files]
 
 
 def _probed(study: Study, runs: Path, seeds: list[int]) -> list[str]:
@@ -240,15 +243,15 @@ def _probed(study: Study, runs: Path, seeds: list[int]) -> list[str]:
     lines += [f"|---|---|{'--:|--:|' * len(_READERS)}"]
     for arm in study.probed:
         for features in _FEATURES:
-            files = [_place(runs, f"{arm}-{features}", seed) / "finished.json" for seed in seeds]
+            files = [place_of(runs, f"{arm}-{features}", seed) / "finished.json" for seed in seeds]
             summaries = [json.loads(file.read_text())["summary"] for file in files]
             columns = [[each[f"{kind}_top1"] for each in summaries] for kind in _READERS]
-            cells = [f"{statistics.fmean(values):.3f} | {_spread(values)}" for values in columns]
+            cells = [f"{statistics.fmean(values):.3f} | {spread(values)}" for values in columns]
             lines.append(f"| {arm} | {features} | {' | '.join(cells)} |")
     return lines
 
 
-def _spread(values: Sequence[float], sign: str = "") -> str:
+def spread(values: Sequence[float], sign: str = "") -> str:
     return f"{min(values):{sign}.3f} to {max(values):{sign}.3f}"
 
 

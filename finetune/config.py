@@ -84,6 +84,9 @@ class FinetuneConfig(StageConfig):
 
     engine: FinetuneEngine = FinetuneEngine()
     init: str | None = machine(None, "The export folder to start from; none: from scratch. What is in it is science.")
+    init_name: str | None = science(
+        None, "Timm's name of an init that is no export: a safetensors file then, or a folder with one."
+    )
     model: VitConfig | None = science(
         None, "The encoder from scratch; with init its card decides, and this must agree."
     )

@@ -47,13 +47,13 @@ def exported(cfg: FinetuneConfig) -> str:
 def _encoder(plan: FinetunePlan) -> nn.Module:
     cfg = plan.cfg
     encoder = encoder_from_card(plan.encoder, cfg.init or "model", drop_path=cfg.drop_path)
-    if cfg.init is not None:
-        weights, card = read_export(Path(cfg.init))
-        weights = resized_from_card(weights, encoder, card.encoder, f"{cfg.init}/card.json")
+    if plan.start is not None:
+        place, card = plan.start.place, plan.start.card
+        weights = resized_from_card(plan.start.weights(), encoder, card.encoder, f"{place}/card.json")
         # The mean of the patches has a norm of its own behind it, and does without the norm before it.
         averaged = plan.encoder["pooling"] == "avg"
         new, unused = (("head.", "fc_norm."), ("head.", "norm.")) if averaged else (("head.",), ("head.", "fc_norm."))
-        load_strictly(encoder, weights, Path(cfg.init), new=new, unused=unused)
+        load_strictly(encoder, weights, place, new=new, unused=unused)
     return encoder
 
 
@@ -62,11 +62,11 @@ def _backbone(plan: FinetunePlan) -> nn.Module:
     cfg, told = plan.cfg, plan.backbone
     assert told is not None
     backbone = backbone_from_card(plan.encoder, cfg.init or "backbone", drop_path=cfg.drop_path)
-    if cfg.init is not None:
-        weights, card = read_export(Path(cfg.init))
+    if plan.start is not None:
+        card = plan.start.card
         same = card.classes == plan.classes and card.encoder["classes"] == told.classes
         head = () if same else head_names(*told.shape)
-        load_strictly(backbone, weights, Path(cfg.init), new=head, unused=head)
+        load_strictly(backbone, plan.start.weights(), plan.start.place, new=head, unused=head)
     return backbone
 
 

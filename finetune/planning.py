@@ -12,7 +12,7 @@ from finetune.config import FinetuneConfig
 from finetune.fits import check_boxes, check_comparison, check_kind, check_model, pooling
 from finetune.judging import check_judging, judged
 from finetune.teacher import teachers_card
-from foveal.checkpoint.export import Card, read_card
+from foveal.checkpoint.export import Card
 from foveal.config import set_dotted
 from foveal.data import Dataset
 from foveal.data.labels import labels_of
@@ -32,6 +32,7 @@ from foveal.models.backbone import (
 )
 from foveal.models.vit import EncoderCard, encoder_card
 from foveal.models.windows import corners
+from foveal.origin import Origin, origin_of
 from foveal.stage import Plan, inherited_science, planned
 
 
@@ -43,6 +44,7 @@ class FinetunePlan(Plan):
     encoder: dict[str, Any] = None  # type: ignore[assignment]
     classes: tuple[str, ...] = ()
     class_weights: tuple[float, ...] = ()
+    start: Origin | None = None
 
     @property
     def runs(self) -> int:
@@ -139,7 +141,8 @@ def inner(cfg: FinetuneConfig, place: str, changes: dict[str, Any]) -> FinetuneC
 def _plan_one(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
     check_settings(cfg)
     check_judging(cfg.early_stopping, cfg.evaluate_every, cfg, attacked=cfg.adversarial is not None)
-    card = None if cfg.init is None else read_card(Path(cfg.init))
+    start = _start(cfg)
+    card = None if start is None else start.card
     check_kind(cfg, card)
     encoder, resized_from = _encoder(cfg, card)
     plan = planned(FinetunePlan, cfg, ranks, card=card, encoder=encoder, resized_from=resized_from)
@@ -158,7 +161,7 @@ def _plan_one(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
     outputs = len(classes) if cfg.data.labels in ("class", "classes") else 0  # of the encoder's own head
     weights = _weights(cfg, plan, classes)
     encoder |= {"classes": outputs}
-    plan = replace(plan, inherited=inherited, encoder=encoder, classes=classes, class_weights=weights)
+    plan = replace(plan, inherited=inherited, encoder=encoder, classes=classes, class_weights=weights, start=start)
     told = plan.backbone
     check_norms(cfg, encoder.get("timm") or encoder["name"], there=told is not None and _mixes(told))
     if told is not None:
@@ -166,6 +169,18 @@ def _plan_one(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
     if cfg.data.labels == "boxes":
         check_boxes(cfg, card_of(plan.encoder, "model"), plan.at_once, len(classes))
     return plan
+
+
+def _start(cfg: FinetuneConfig) -> Origin | None:
+    """The weights to start from: an export, or what others left for a model of timm. Errors: ConfigError, ExportError."""
+    if cfg.init is None:
+        if cfg.init_name is not None and cfg.trials is None:
+            raise ConfigError(
+                f"init_name={cfg.init_name} says what init is, and init is null; set init, or leave it out"
+            )
+        return None
+    place = Path(cfg.init)
+    return origin_of(place, None if (place / "card.json").exists() else cfg.init_name, cfg.data)
 
 
 def _origin(dataset: Dataset, cfg: FinetuneConfig, classes: tuple[str, ...]) -> dict[str, str]:

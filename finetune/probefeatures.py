@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from finetune.model import classifier
 from finetune.probeplan import ProbePlan, Shapes
-from foveal.checkpoint.export import load_strictly, read_export
+from foveal.checkpoint.export import load_strictly
 from foveal.data import Batch, normalise
 from foveal.distributed.engine import autocast
 from foveal.errors import CheckpointError, DataError, ExportError
@@ -154,13 +154,13 @@ def frozen(plan: ProbePlan) -> Any:
     """
     cfg = plan.cfg
     torch.manual_seed(key(cfg.seed, "weights"))
-    if cfg.init is None:
+    if plan.start is None:
         return encoder_from_card(plan.encoder, "model", pooling="token", classes=0)
-    weights, card = read_export(Path(cfg.init))
+    place, card = plan.start.place, plan.start.card
     size = {"image_size": cfg.data.tree()["image_size"]}
-    encoder = encoder_from_card(card.encoder | size, cfg.init, classes=0)
-    weights = resized_from_card(weights, encoder, card.encoder, f"{cfg.init}/card.json")
-    load_strictly(encoder, weights, Path(cfg.init), unused=("head.",))
+    encoder = encoder_from_card(card.encoder | size, f"{place}/card.json", classes=0)
+    weights = resized_from_card(plan.start.weights(), encoder, card.encoder, f"{place}/card.json")
+    load_strictly(encoder, weights, place, unused=("head.",))
     return encoder
 
 

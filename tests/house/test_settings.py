@@ -38,7 +38,8 @@ CONFIGS = stage_configs()
 # Segmentation brought three: the head, how wide a pyramid is, and how far apart windows lie.
 # Detection brought four: the width, layers and strides of pyramid and head, which are large for COCO's images and small for
 # others, and whether every class is told of (of eighty, seldom).
-MOST_SETTINGS = {"pretrain": 108, "distill": 128, "finetune": 151}
+# Weights of others to fine-tune from brought their name.
+MOST_SETTINGS = {"pretrain": 108, "distill": 128, "finetune": 152}
 
 
 def shipped(folder: str) -> list[Path]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from finetune.config import FinetuneConfig
 from finetune.model import classifier, groups
@@ -88,6 +89,31 @@ def test_an_export_gives_its_weights_and_a_head_of_the_same_classes(
     ours = classifier(found).encoder.state_dict()
     kept = {name for name in ours if name in theirs and ours[name].equal(theirs[name])}
     assert ours.keys() - kept == (set() if names == found.classes else {"fc.weight", "fc.bias"})
+
+
+def test_weights_that_others_left_are_a_start_too(digits: Path, tmp_path: Path) -> None:
+    """A baseline from a local file: a network of timm's, with its classes or ours, and an encoder whose layers we know."""
+    torch.manual_seed(1)
+    theirs = build_backbone("test_resnet", 48, 1, classes=7).state_dict()
+    save_file(theirs, tmp_path / "weights.safetensors")
+    pixels = {"data": {"mean": [0.3], "std": [0.4]}}
+    start = {"init": str(tmp_path / "weights.safetensors"), "init_name": "test_resnet"}
+    found = plan(settings(digits, **start, **pixels), 1)
+    assert found.encoder == backbone_card("test_resnet", 32, 1, 10)
+    assert "inherited.init" in found.science()
+    ours = classifier(found).encoder.state_dict()
+    kept = {name for name in ours if name in theirs and ours[name].equal(theirs[name])}
+    assert ours.keys() - kept == {"fc.weight", "fc.bias"}
+    vit = VitConfig(name="test_vit", positions="learned")
+    save_file(build_encoder(vit, image_size=160, channels=1).state_dict(), tmp_path / "vit.safetensors")
+    one = {"init": str(tmp_path / "vit.safetensors"), "init_name": "test_vit"}
+    found = plan(settings(digits, **one, **pixels), 1)
+    assert (found.backbone, found.resized_from) == (None, 160)
+    assert classifier(found).encoder.get_parameter("pos_embed").shape[1] == 1 + 4
+    with pytest.raises(ExportError, match="has no card.json"):
+        plan(settings(digits, init=start["init"], **pixels), 1)
+    with pytest.raises(ConfigError, match="init_name=test_vit says what init is, and init is null"):
+        plan(settings(digits, init_name="test_vit", model=TINY.tree()), 1)
 
 
 def test_arms_of_a_comparison_may_be_of_any_kind(digits: Path, tmp_path: Path) -> None:

@@ -169,8 +169,8 @@ def test_a_classifier_of_timm_gives_its_weights_and_not_its_head(scenes: Path, t
         ),
         ({"data": {"val_size": [24, 8]}}, ConfigError, "val_size is 24 x 8"),
         ({"data": {"image_size": 18}}, ConfigError, "image_size=18 is not a whole number of patches of 4 pixels"),
-        ({"data": {"per_class": 2}}, DataError, "data.per_class and data.holdout_per_class need one for each"),
-        ({"data": {"holdout_per_class": 2}}, DataError, "data.per_class and data.holdout_per_class need one for each"),
+        ({"data": {"per_class": 2}}, DataError, "data.balance and data.fold need one for each"),
+        ({"data": {"holdout_per_class": 2}}, DataError, "data.balance and data.fold need one for each"),
         ({"data": {"label_field": "ids.png"}}, DataError, r"reads members \.ids\.png, and its samples have"),
         ({"data": {"labels": "class"}, "segment": {"width": 8}}, ConfigError, "segment is for data.labels=mask"),
         (
