@@ -110,7 +110,7 @@ def test_weights_that_others_left_are_a_start_too(digits: Path, tmp_path: Path) 
     found = plan(settings(digits, **one, **pixels), 1)
     assert (found.backbone, found.resized_from) == (None, 160)
     assert classifier(found).encoder.get_parameter("pos_embed").shape[1] == 1 + 4
-    with pytest.raises(ExportError, match="has no card.json"):
+    with pytest.raises(ExportError, match=r"has no card\.json"):
         plan(settings(digits, init=start["init"], **pixels), 1)
     with pytest.raises(ConfigError, match="init_name=test_vit says what init is, and init is null"):
         plan(settings(digits, init_name="test_vit", model=TINY.tree()), 1)

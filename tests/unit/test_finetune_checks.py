@@ -7,9 +7,11 @@ import pytest
 
 from finetune.config import FinetuneConfig
 from finetune.planning import plan
+from finetune.run import parts
 from foveal.checkpoint.export import Card, write_export
 from foveal.errors import ConfigError, DataError, ExportError, FovealError
 from foveal.models.vit import VitConfig, build_encoder, encoder_card
+from foveal.plan.trace import flops_of
 
 TINY = {"name": "vit_tiny_patch16_224", "patch": 4, "width": 16, "depth": 1, "heads": 2}
 DIGITS = tuple("0123456789")
@@ -88,3 +90,14 @@ def test_balanced_weights_are_one_on_average(digits: Path) -> None:
     counts = told.dataset.class_counts("train")
     assert sum(w * n for w, n in zip(told.class_weights, counts, strict=True)) == pytest.approx(counts.sum())
     assert len({round(w * n, 6) for w, n in zip(told.class_weights, counts, strict=True)}) == 1
+
+
+def test_a_plan_counts_the_search_for_the_worst(digits: Path) -> None:
+    """Two steps of pgd are a forward each and half of a backward, the attacked image one more of both."""
+
+    def work(**settings: Any) -> float:
+        told = plan(config(digits, **settings), 1)
+        return flops_of(lambda device: parts(told, device), 1, (8, 8)).both
+
+    plain = work()
+    assert 3 * plain < work(adversarial={"iterations": 2}) < 4 * plain

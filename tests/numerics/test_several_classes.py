@@ -1,0 +1,99 @@
+"""Images of several classes at once: one curve on any ranks, after any stop, and scikit-learn's average precision."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from ranks import Ranks, stage_named
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
+from sklearn.metrics import average_precision_score, f1_score
+
+from finetune.config import FinetuneConfig
+from finetune.model import classifier
+from finetune.planning import plan
+from foveal.data import Dataset, eval_batches, normalise
+from foveal.data.index import index_folder
+
+STAGE = stage_named("finetune")
+NAMES = (*"0123456789", "odd", "prime", "never")
+
+
+def labels(digit: int) -> list[int]:
+    return [digit] + [10] * (digit % 2) + [11] * (digit in (2, 3, 5, 7))
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("several")
+    digits = load_digits()
+    for split, rows in (("train", range(160)), ("val", range(160, 219))):
+        with tarfile.open(folder / f"{split}-000000.tar", "w") as tar:
+            for row in rows:
+                stream = io.BytesIO()
+                Image.fromarray((digits.images[row] * 15).astype(np.uint8)).save(stream, "PNG")
+                told = json.dumps({"labels": labels(int(digits.target[row]))}).encode()
+                for name, data in (("png", stream.getvalue()), ("json", told)):
+                    header = tarfile.TarInfo(f"{row:04d}.{name}")
+                    header.size = len(data)
+                    tar.addfile(header, io.BytesIO(data))
+    index_folder(str(folder), classes=NAMES, tell=lambda _: None)
+    data = {"path": str(folder), "labels": "classes", "image_size": 8, "channels": 1, "lanes": 8, "crop_ratio": 1.0}
+    tree = {
+        "seed": 1,
+        "epochs": 3,
+        "data": data | {"augment": {"flip": 0.0, "scale": [0.8, 1.0]}, "mean": [0.3], "std": [0.37]},
+        "batch": {"images": 32, "at_once": 16},
+        "model": {"name": "vit_tiny_patch16_224", "patch": 2, "width": 32, "depth": 2, "heads": 2},
+        "optim": {"lr_per_256": 4.0e-2},
+        "mixup": 0.8,
+        "label_smoothing": 0.05,
+        "evaluate_every": 5,
+        "log": {"every": 1},
+        "checkpoint": {"every": 0},
+    }
+    file = folder / "several.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    return file
+
+
+def test_ranks_stops_and_measures(config: Path, one_rank: Ranks, two_ranks: Ranks, tmp_path: Path) -> None:
+    alone = one_rank.train(STAGE, config, tmp_path / "alone", "engine.kind=plain")
+    rows = two_ranks.train(STAGE, config, tmp_path / "two", "engine.kind=accelerate", "batch.at_once=8")
+    one_rank.train(STAGE, config, tmp_path / "parts", "engine.kind=plain", "run.stop_at=7")
+    parts = one_rank.train(STAGE, config, tmp_path / "parts", "engine.kind=plain")
+    for name in ("loss", "val_map", "val_f1", "val_loss"):
+        found, two, again = ([row[name] for row in each if name in row] for each in (alone, rows, parts))
+        assert found
+        # Average precision jumps where two scores that differ by rounding change places.
+        assert two == pytest.approx(found, rel=1e-3 if name == "val_map" else 1e-5), name
+        assert again == found, name
+    told = json.loads((tmp_path / "alone" / "finished.json").read_text())["summary"]
+    scores, truth = _answers(config, tmp_path / "alone" / "export" / "model.safetensors")
+    seen = truth.any(axis=0)
+    assert not seen[NAMES.index("never")], "a class that no image is of is left out"
+    wanted = np.mean([average_precision_score(truth[:, k], scores[:, k]) for k in np.flatnonzero(seen)])
+    assert told["val_map"] == pytest.approx(wanted, rel=1e-9)
+    assert told["val_f1"] == pytest.approx(f1_score(truth, scores > 0, average="micro"), rel=1e-9)
+    assert told["val_map"] > truth[:, seen].mean() + 0.1, "better than chance"
+
+
+def _answers(config: Path, weights: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The exported classifier's logits of every image of val, and the truth."""
+    found = plan(FinetuneConfig.load(config, ["engine.kind=plain", "run.dir=x"]), 1)
+    model = classifier(found).eval()
+    model.encoder.load_state_dict(load_file(weights))
+    place = {"split": "val", "part": "all", "seed": 1, "rank": 0, "size": 1, "at_once": 16}
+    scores, truth = [], []
+    for batch in eval_batches(Dataset.open(found.cfg.data), found.cfg.data, **place):  # type: ignore[arg-type]
+        with torch.no_grad():
+            scores.append(model(normalise(batch.images, found.mean, found.std))[batch.valid].numpy())
+        assert batch.marks is not None
+        truth.append(batch.marks[batch.valid].numpy())
+    return np.concatenate(scores), np.concatenate(truth)
