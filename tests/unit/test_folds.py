@@ -15,7 +15,8 @@ from finetune import folds
 from finetune.config import FinetuneConfig
 from finetune.folds import cross_validate, divide, runs_of, spread
 from finetune.planning import FinetunePlan
-from finetune.run import fit, plan, train
+from finetune.run import plan, train
+from finetune.timetable import fit
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.world import ArrayTask, World
 from foveal.errors import ConfigError, FovealError, Held, LaunchError
