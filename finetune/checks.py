@@ -5,7 +5,7 @@ from foveal.data import LabelKind
 from foveal.errors import ConfigError
 
 _CLASSIFIES: tuple[LabelKind, ...] = ("class", "classes")
-_OF_CLASSES = ("mixup", "cutmix", "erase", "dropout", "frozen", "class_weights", "adversarial", "average")
+_OF_CLASSES = ("mixup", "cutmix", "erase", "dropout", "class_weights", "adversarial", "average")
 
 
 def check_settings(cfg: FinetuneConfig) -> None:

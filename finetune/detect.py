@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.fits import detector_of
-from finetune.model import encoder_of, model_from_export
+from finetune.model import encoder_below, model_from_export
 from finetune.planning import FinetunePlan
 from foveal.data import Batch, normalise
 from foveal.models.detect import Detector, build_detector
@@ -44,8 +44,8 @@ class Detect:
 
 
 def detector(plan: FinetunePlan) -> Detector:
-    """The plan's encoder or backbone, as ``encoder_of`` gives it, and a fresh pyramid and head."""
-    return build_detector(encoder_of(plan), plan.encoder, detect_head(plan), f"{plan.cfg.init or 'model'}")
+    """The plan's encoder or backbone, as ``encoder_below`` gives it, and a fresh pyramid and head."""
+    return build_detector(encoder_below(plan), plan.encoder, detect_head(plan), f"{plan.cfg.init or 'model'}")
 
 
 def detect(plan: FinetunePlan, model: Detector, _device: torch.device) -> Detect:

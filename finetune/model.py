@@ -16,6 +16,7 @@ from foveal.models.resize import resized_from_card
 from foveal.models.vit import encoder_from_card
 from foveal.optim import parameter_groups
 from foveal.seeding import key
+from foveal.teaching import frozen
 
 
 def classifier(plan: FinetunePlan) -> Classifier:
@@ -28,6 +29,12 @@ def classifier(plan: FinetunePlan) -> Classifier:
         averaged=cfg.average is not None,
         split=cfg.adversarial is not None and cfg.adversarial.split_norms,
     )
+
+
+def encoder_below(plan: FinetunePlan) -> Any:
+    """As ``encoder_of``, for a head that is no part of it: where only the head learns, all of it is frozen."""
+    encoder = encoder_of(plan)
+    return frozen(encoder) if plan.cfg.frozen else encoder
 
 
 def encoder_of(plan: FinetunePlan) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune.fits import head_of
-from finetune.model import encoder_of, model_from_export
+from finetune.model import encoder_below, model_from_export
 from finetune.planning import FinetunePlan
 from foveal.data import Batch, normalise
 from foveal.data.labels import NOTHING
@@ -49,7 +49,7 @@ class Segment:
 
 def segmenter(plan: FinetunePlan) -> Segmenter:
     """The plan's encoder or backbone, with its weights where there is an export, and a head freshly drawn after it."""
-    return build_segmenter(encoder_of(plan), plan.encoder, segment_head(plan), plan.cfg.init or "model")
+    return build_segmenter(encoder_below(plan), plan.encoder, segment_head(plan), plan.cfg.init or "model")
 
 
 def segment(plan: FinetunePlan, model: Segmenter, _device: torch.device) -> Segment:

@@ -115,6 +115,18 @@ def test_the_head_learns_fastest_and_the_seed_decides_the_weights(scenes: Path) 
         assert all(value.equal(again[name]) for name, value in model.state_dict().items())
 
 
+def test_of_a_frozen_encoder_only_the_head_learns(scenes: Path) -> None:
+    found = plan(scene_settings(scenes, frozen=True, drop_path=0.0), 1)
+    model = segmenter(found).train()
+    assert model.head.training
+    assert not any(module.training for module in model.encoder.modules())
+    learning = {name.partition(".")[0] for name, value in model.named_parameters() if value.requires_grad}
+    assert learning == {"head"}
+    assert {id(each) for group in groups(found, model) for each in group["params"]} == {
+        id(each) for each in model.head.parameters()
+    }
+
+
 def test_planning_runs_it_without_memory(scenes: Path) -> None:
     found = plan(scene_settings(scenes, segment={"head": "pyramid", "width": 16}), 1)
     forecast = Forecast(STAGE, found, Machine(1, 1, 0.5, 1e9))
