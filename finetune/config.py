@@ -6,8 +6,8 @@ from finetune.judging import EarlyStoppingConfig
 from finetune.probeconfig import ProbeConfig
 from foveal.config import Config, machine, science
 from foveal.distributed.engine import EngineConfig
-from foveal.models.detect import DetectorSizes
-from foveal.models.segment import SegmentHead
+from foveal.models.detect import DetectCard, DetectorSizes
+from foveal.models.segment import SegmentCard, SegmentHead
 from foveal.models.vit import Pooling, VitConfig
 from foveal.stage import StageConfig
 
@@ -66,6 +66,10 @@ class DetectConfig(DetectorSizes):
 
     each_class: bool = machine(False, "Tell the average precision of every class too, as ap_NAME.")
 
+    def card(self, classes: int) -> DetectCard:
+        """What builds the pyramid and head of so many classes."""
+        return DetectCard(width=self.width, layers=self.layers, strides=self.strides, classes=classes)
+
 
 class SegmentConfig(Config):
     """What stands on the encoder where labels are masks, and how images larger than image_size are evaluated."""
@@ -77,6 +81,10 @@ class SegmentConfig(Config):
     stride: float = science(
         0.5, "Where val_size is larger: from one window of image_size to the next, as a share of its side.", gt=0, le=1
     )
+
+    def card(self, classes: int) -> SegmentCard:
+        """What builds the head of so many classes."""
+        return SegmentCard(head=self.head, width=self.width, classes=classes)
 
 
 class FinetuneConfig(StageConfig):

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.fits import detector_of
 from finetune.model import encoder_below, model_from_export
 from finetune.planning import FinetunePlan
 from foveal.data import Batch, normalise
@@ -55,7 +54,7 @@ def detect(plan: FinetunePlan, model: Detector, _device: torch.device) -> Detect
 
 def detect_head(plan: FinetunePlan) -> dict[str, Any]:
     """What builds the pyramid and head again."""
-    return detector_of(plan.cfg, len(plan.classes)).tree()
+    return plan.cfg.detect.card(len(plan.classes)).tree()
 
 
 def detector_from_export(folder: Path) -> Detector:

@@ -7,9 +7,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from finetune.checks import check_norms, check_pairs, check_settings
+from finetune.checks import (
+    check_boxes,
+    check_comparison,
+    check_kind,
+    check_model,
+    check_norms,
+    check_pairs,
+    check_settings,
+    pooling,
+)
 from finetune.config import FinetuneConfig
-from finetune.fits import check_boxes, check_comparison, check_kind, check_model, pooling
 from finetune.judging import check_judging, judged
 from finetune.teacher import teachers_card
 from foveal.checkpoint.export import Card

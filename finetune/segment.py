@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from finetune.fits import head_of
 from finetune.model import encoder_below, model_from_export
 from finetune.planning import FinetunePlan
 from foveal.data import Batch, normalise
@@ -59,7 +58,7 @@ def segment(plan: FinetunePlan, model: Segmenter, _device: torch.device) -> Segm
 
 def segment_head(plan: FinetunePlan) -> dict[str, Any]:
     """What builds the head again."""
-    return head_of(plan.cfg, len(plan.classes)).tree()
+    return plan.cfg.segment.card(len(plan.classes)).tree()
 
 
 def segmenter_from_export(folder: Path) -> Segmenter:
