@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.model import encoder_below, model_from_export
+from finetune.model import encoder_below, groups, model_from_export
 from finetune.planning import FinetunePlan
 from foveal.data import Batch, normalise
+from foveal.loop import Parts
 from foveal.models.detect import Detector, build_detector
 from foveal.models.droppath import drop_path_sites
 from foveal.models.fcos import losses
@@ -47,9 +48,10 @@ def detector(plan: FinetunePlan) -> Detector:
     return build_detector(encoder_below(plan), plan.encoder, detect_head(plan), f"{plan.cfg.init or 'model'}")
 
 
-def detect(plan: FinetunePlan, model: Detector, _device: torch.device) -> Detect:
-    """The objective of a plan and the model that it builds."""
-    return Detect(plan.cfg.seed, drop_path_sites(model), plan.mean, plan.std)
+def detect(plan: FinetunePlan, _device: torch.device) -> Parts[Detect]:
+    """The plan's detector, and what it learns."""
+    model = detector(plan)
+    return Parts(model, groups(plan, model), Detect(plan.cfg.seed, drop_path_sites(model), plan.mean, plan.std))
 
 
 def detect_head(plan: FinetunePlan) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from torch.nn import functional as F
 from finetune.attack import Attack, attack_of
 from finetune.config import FinetuneConfig
 from finetune.mixing import erased, mixed, with_partners
+from finetune.model import classifier, groups
 from finetune.planning import FinetunePlan
 from finetune.teacher import Teacher, teacher_of
 from foveal.data import Batch, LabelKind, normalise
-from foveal.models.heads import Classifier
+from foveal.loop import Parts
 from foveal.models.norms import norms_of, statistics_kept
 from foveal.seeding import key, uniforms
 
@@ -85,13 +86,15 @@ class Classify:
         return (goals_BK * self.weights.to(goals_BK.device)).sum(dim=1)
 
 
-def classify(plan: FinetunePlan, model: Classifier, device: torch.device) -> Classify:
-    """The objective of a plan and the model that it builds."""
-    cfg, attack = plan.cfg, attack_of(plan)
+def classify(plan: FinetunePlan, device: torch.device) -> Parts[Classify]:
+    """The plan's classifier and what it learns, and a teacher on the device if it has one."""
+    cfg, attack, model = plan.cfg, attack_of(plan), classifier(plan)
     if cfg.adversarial is not None and not cfg.adversarial.weight:
         attack = None  # it is only measured
     weights = torch.tensor(plan.class_weights, device=device)
-    return Classify(cfg, plan.mean, plan.std, model.sites, weights, attack, teacher_of(cfg, device))
+    teacher = teacher_of(cfg, device)
+    objective = Classify(cfg, plan.mean, plan.std, model.sites, weights, attack, teacher)
+    return Parts(model, groups(plan, model), objective, () if teacher is None else (teacher.model,))
 
 
 @torch.no_grad()

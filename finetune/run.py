@@ -18,8 +18,8 @@ from finetune.probe import parts as probe_parts
 from finetune.probe import probe
 from finetune.probeplan import ProbePlan
 from finetune.probeplan import plan as plan_of_probe
+from finetune.tasks import TASKS
 from finetune.timetable import fit
-from finetune.timetable import parts as parts_of_one
 from finetune.trials import compare
 from foveal.data.pack import pack_digits
 from foveal.distributed.world import seat
@@ -53,7 +53,7 @@ def parts(plan: FinetunePlan, device: torch.device) -> Parts[Any]:
     """What a step of the plan is made of; of a comparison, of its first trial."""
     if isinstance(plan, ProbePlan):
         return probe_parts(plan, device)
-    return parts_of_one(plan, device)
+    return TASKS[plan.cfg.data.labels].parts(plan, device)
 
 
 def demo() -> list[str]:

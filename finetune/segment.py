@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from finetune.model import encoder_below, model_from_export
+from finetune.model import encoder_below, groups, model_from_export
 from finetune.planning import FinetunePlan
 from foveal.data import Batch, normalise
 from foveal.data.labels import NOTHING
+from foveal.loop import Parts
 from foveal.models.droppath import drop_path_sites
 from foveal.models.segment import Segmenter, build_segmenter
 from foveal.seeding import key, uniforms
@@ -51,9 +52,11 @@ def segmenter(plan: FinetunePlan) -> Segmenter:
     return build_segmenter(encoder_below(plan), plan.encoder, segment_head(plan), plan.cfg.init or "model")
 
 
-def segment(plan: FinetunePlan, model: Segmenter, _device: torch.device) -> Segment:
-    """The objective of a plan and the model that it builds."""
-    return Segment(plan.cfg.seed, plan.cfg.label_smoothing, drop_path_sites(model), plan.mean, plan.std)
+def segment(plan: FinetunePlan, _device: torch.device) -> Parts[Segment]:
+    """The plan's segmenter, and what it learns."""
+    model = segmenter(plan)
+    objective = Segment(plan.cfg.seed, plan.cfg.label_smoothing, drop_path_sites(model), plan.mean, plan.std)
+    return Parts(model, groups(plan, model), objective)
 
 
 def segment_head(plan: FinetunePlan) -> dict[str, Any]:

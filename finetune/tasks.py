@@ -5,20 +5,18 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from finetune.accuracy import accuracy, precision
 from finetune.coco import average_precision
-from finetune.detect import detect, detect_head, detector
-from finetune.model import classifier
+from finetune.detect import detect, detect_head
 from finetune.objective import classify
 from finetune.overlap import overlap
 from finetune.planning import FinetunePlan
-from finetune.segment import segment, segment_head, segmenter
+from finetune.segment import segment, segment_head
 from foveal.data import LabelKind
 from foveal.data.subset import PartName
 from foveal.distributed.engine import Engine
-from foveal.loop import Objective
+from foveal.loop import Parts
 from foveal.runtime import Run
 
 
@@ -34,17 +32,16 @@ def _own(_plan: FinetunePlan) -> None:
 
 @dataclass(frozen=True)
 class Task:
-    """A row of the table: the model of a plan, the objective of plan and model on a device, the measure, the head's card."""
+    """A row of the table: what a step of a plan is made of on a device, the measure, and the card of the head."""
 
-    build: Callable[[FinetunePlan], nn.Module]
-    objective: Callable[[FinetunePlan, Any, torch.device], Objective]
+    parts: Callable[[FinetunePlan, torch.device], Parts[Any]]
     measure: Measure
     head: Callable[[FinetunePlan], dict[str, Any] | None] = _own
 
 
 TASKS: dict[LabelKind, Task] = {
-    "class": Task(classifier, classify, accuracy),
-    "classes": Task(classifier, classify, precision),
-    "mask": Task(segmenter, segment, overlap, segment_head),
-    "boxes": Task(detector, detect, average_precision, detect_head),
+    "class": Task(classify, accuracy),
+    "classes": Task(classify, precision),
+    "mask": Task(segment, overlap, segment_head),
+    "boxes": Task(detect, average_precision, detect_head),
 }

@@ -1,14 +1,12 @@
 """The timetable of fine-tuning: what happens after which step, which evaluation is the best, and what is left of a run."""
 
-import torch
-
 from finetune.config import FinetuneConfig
-from finetune.model import exported, groups
+from finetune.model import exported
 from finetune.planning import FinetunePlan
 from finetune.tasks import TASKS
 from foveal.data.subset import PartName, judge
 from foveal.distributed.engine import Engine, build_engine
-from foveal.loop import Objective, Parts, due
+from foveal.loop import due
 from foveal.runtime import Run
 from foveal.schedule import early_average
 from foveal.scores import best_step, is_over, until
@@ -17,7 +15,7 @@ from foveal.scores import best_step, is_over, until
 def fit(plan: FinetunePlan, run: Run) -> None:
     """From the first step, or the newest checkpoint, to the export of the model."""
     cfg, task = plan.cfg, TASKS[plan.cfg.data.labels]
-    made, sizes = parts(plan, run.world.device), {"at_once": plan.at_once, "accumulate": plan.micros}
+    made, sizes = task.parts(plan, run.world.device), {"at_once": plan.at_once, "accumulate": plan.micros}
     engine = build_engine(made.model, made.groups, cfg.optim, cfg.engine, run.world, **sizes)
     start = run.resume(engine)
     _evaluate(plan, engine, run, start)  # what an attempt that saved and left had no time for
@@ -93,12 +91,3 @@ def _leave_the_best(metric: str, run: Run) -> None:
     run.tracker.file(run.exports.leave(best) / "card.json")
     run.finish({"best_step": best}, known=run.scores[best])
     run.exports.forget()
-
-
-def parts(plan: FinetunePlan, device: torch.device) -> Parts[Objective]:
-    """The model of the plan, what it learns, and whom it asks."""
-    task = TASKS[plan.cfg.data.labels]
-    model = task.build(plan)
-    objective = task.objective(plan, model, device)
-    teacher = getattr(objective, "teacher", None)
-    return Parts(model, groups(plan, model), objective, () if teacher is None else (teacher.model,))
