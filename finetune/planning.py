@@ -122,7 +122,8 @@ def plan(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
     first = next(iter(arms.values()))
     origin = {f"arm.{name}": arm.inherited.get("inherited.init", "scratch") for name, arm in arms.items()}
     origin |= _origin(first.dataset, cfg, first.classes)
-    return planned(FinetunePlan, cfg, ranks, origin=origin, encoder=first.encoder, classes=first.classes)
+    shared = {"encoder": first.encoder, "classes": first.classes, "class_weights": first.class_weights}
+    return planned(FinetunePlan, cfg, ranks, origin=origin, **shared)
 
 
 def trial(cfg: FinetuneConfig, arm: str, repeat: int, lr_per_256: float) -> FinetuneConfig:
@@ -130,7 +131,7 @@ def trial(cfg: FinetuneConfig, arm: str, repeat: int, lr_per_256: float) -> Fine
     assert cfg.trials is not None
     init = cfg.trials.arms[arm]
     changes = {"init": init, "seed": cfg.seed + repeat, "optim.lr_per_256": lr_per_256}
-    changes |= dict.fromkeys(("model", "backbone")) if init else {}
+    changes |= dict.fromkeys(("model", "backbone") if init else ("init_name",))
     return inner(cfg, f"trials/{arm}-seed{cfg.seed + repeat}-lr{lr_per_256:g}", changes)
 
 

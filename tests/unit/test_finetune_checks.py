@@ -101,3 +101,17 @@ def test_a_plan_counts_the_search_for_the_worst(digits: Path) -> None:
 
     plain = work()
     assert 3 * plain < work(adversarial={"iterations": 2}) < 4 * plain
+
+
+def test_a_comparison_is_planned_as_its_first_trial_is(digits: Path) -> None:
+    """Weights of classes are the labels' own, and what is planned is what a trial does."""
+    told = plan(config(digits, class_weights="balanced", trials={"arms": {"a": None}, "lr_per_256": [1e-3]}), 1)
+    alone = plan(config(digits, class_weights="balanced"), 1)
+    assert told.class_weights == alone.class_weights
+    work = [flops_of(lambda device, of=of: parts(of, device), 1, (8, 8)).both for of in (told, alone)]
+    assert work[0] == work[1] > 0
+
+
+def test_arms_from_scratch_beside_weights_of_others(digits: Path) -> None:
+    trials = {"arms": {"a": None}, "lr_per_256": [1e-3]}
+    assert plan(config(digits, trials=trials, init_name="test_resnet"), 1).runs == 3
