@@ -11,7 +11,7 @@ from foveal.models.segment import check_segmenter
 from foveal.models.vit import EncoderCard, Pooling
 
 _EVERY_PATCH: tuple[LabelKind, ...] = ("mask", "boxes")  # whose head reads every patch, and no pooled feature
-_OF_CLASSES = ("mixup", "cutmix", "erase", "dropout", "class_weights", "adversarial", "average")
+_OF_CLASSES = ("mixup", "cutmix", "erase", "dropout", "class_weights", "average")
 
 
 def check_settings(cfg: FinetuneConfig) -> None:
@@ -26,8 +26,9 @@ def check_settings(cfg: FinetuneConfig) -> None:
         raise ConfigError(
             f"data.augment.operations moves what images show and not their {kind}; leave it out with data.labels={kind}"
         )
-    if kind != "class" and cfg.teacher is not None:
-        raise ConfigError(f"teacher is for images with one class, and data.labels is {kind}; leave one of them out")
+    for name in ("teacher", "adversarial"):
+        if kind != "class" and getattr(cfg, name) is not None:
+            raise ConfigError(f"{name} is for images with one class, and data.labels is {kind}; leave one of them out")
     if kind != "class" and cfg.class_weights == "balanced":
         raise ConfigError(
             "class_weights=balanced counts classes in the index, which has none of data.labels=classes; give a list of weights"
@@ -37,6 +38,15 @@ def check_settings(cfg: FinetuneConfig) -> None:
             f"drop_path={cfg.drop_path:g} is for an encoder that learns, and frozen=true keeps it from it"
         )
     _check_adversarial(cfg)
+
+
+def check_blind(cfg: FinetuneConfig, what: str) -> None:
+    """Runs that are compared must not stop by what they are judged on. Errors: ConfigError."""
+    if cfg.watched is not None and not cfg.watched.startswith("holdout_"):
+        raise ConfigError(
+            f"early_stopping.metric={cfg.watched} would judge {what} by what it stopped at: stop by a holdout_ number, with "
+            f"data.holdout_per_class"
+        )
 
 
 def check_pairs(cfg: FinetuneConfig, at_once: int) -> None:
@@ -86,8 +96,9 @@ def check_kind(cfg: FinetuneConfig, card: Card | None) -> None:
 
 
 def check_comparison(cfg: FinetuneConfig) -> None:
-    """Errors: ConfigError for a comparison of what has no top-1."""
-    if cfg.data.labels in _EVERY_PATCH:
+    """Errors: ConfigError for a comparison of what has no top-1, or that stops by what it is judged on."""
+    check_blind(cfg, "a trial")
+    if cfg.data.labels != "class":
         raise ConfigError(
             f"trials compares top-1, which data.labels={cfg.data.labels} has not: start one run for each way to start and "
             f"each rate"
@@ -116,6 +127,11 @@ def _check_adversarial(cfg: FinetuneConfig) -> None:
     if cfg.engine.kind == "accelerate" and cfg.engine.sharding == "deepspeed":
         raise ConfigError(
             "adversarial asks for gradients of images, which engine.sharding=deepspeed does not give; use ddp or fsdp2"
+        )
+    if told.split_norms and cfg.engine.recompute:
+        raise ConfigError(
+            "adversarial.split_norms and engine.recompute exclude each other: what is computed again would pass by the other "
+            "norms; leave one of them out"
         )
     if told.split_norms and not told.weight:
         raise ConfigError(

@@ -1,19 +1,19 @@
 """How well boxes are found: mean average precision as COCO has it, exact on any number of ranks."""
 
-import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
+from finetune.overlap import nameable
 from finetune.planning import FinetunePlan
 from foveal.average_precision import THRESHOLDS, Seen, average_precisions
 from foveal.data import Batch, normalise
 from foveal.data.subset import PartName
 from foveal.distributed.engine import Engine
+from foveal.errors import DataError
 from foveal.inspect.boxes import box_sheet
-from foveal.loop import due
 from foveal.models.fcos import Found, found, losses
 from foveal.runtime import Run
 
@@ -41,7 +41,7 @@ def average_precision(engine: Engine, run: Run, step: int, *, split: str, part: 
             lost_B = torch.stack(losses(answers, batch.marks)).sum(dim=0)
             sums += torch.stack([(lost_B * batch.valid).sum(), batch.valid.sum()]).double()
             rows = _seen(batch, found(answers, plan.cfg.data.val_sides, **_KEPT))
-            if number == 0 and rows and due(step, plan.cfg.log.pictures_every, plan.steps):
+            if number == 0 and rows and (split, part) == (plan.cfg.data.val, "all"):
                 run.picture("boxes", step, partial(_sheet, host_batch, rows, plan.classes))
             seen += rows
     lost, images = run.world.sum(sums).tolist()
@@ -49,7 +49,9 @@ def average_precision(engine: Engine, run: Run, step: int, *, split: str, part: 
     found_TK = torch.from_numpy(run.world.once(lambda: average_precisions(table, len(plan.classes))))
     told = {"map": found_TK, "map_50": found_TK[THRESHOLDS.index(0.5)], "map_75": found_TK[THRESHOLDS.index(0.75)]}
     if plan.cfg.detect.each_class:
-        told |= {f"ap_{re.sub('[^a-zA-Z0-9_.-]', '_', name)}": found_TK[:, k] for k, name in enumerate(plan.classes)}
+        told |= {f"ap_{name}": found_TK[:, k] for k, name in enumerate(nameable(plan.classes))}
+    if found_TK.isnan().all():
+        raise DataError(f"split '{split}' has no box to measure by: set data.val to a split that has some")
     numbers = {name: each.nanmean().item() for name, each in told.items() if not each.isnan().all()}
     return numbers | {"loss": lost / max(images, 1.0)}  # every sample may be bad, where data.max_bad says so
 

@@ -90,6 +90,8 @@ class SegmentConfig(Config):
 class FinetuneConfig(StageConfig):
     """A model with labels, from an export or from scratch: a classifier, or what data.labels makes of it."""
 
+    learns = ("class", "classes", "mask", "boxes")
+
     engine: FinetuneEngine = FinetuneEngine()
     init: str | None = machine(None, "The export folder to start from; none: from scratch. What is in it is science.")
     init_name: str | None = science(

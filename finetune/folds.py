@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
+from finetune.checks import check_blind
 from finetune.config import FinetuneConfig
 from finetune.planning import FinetunePlan, inner
 from finetune.planning import plan as plan_of
@@ -141,11 +142,7 @@ def _check(cfg: FinetuneConfig) -> None:
         )
     if cfg.data.fold is not None:
         raise ConfigError("data.fold and folds exclude each other: folds trains on every fold in turn; leave one out")
-    if cfg.watched is not None and not cfg.watched.startswith("holdout_"):
-        raise ConfigError(
-            f"early_stopping.metric={cfg.watched} would judge a fold by what it stopped at: stop by a holdout_ number, with "
-            f"data.holdout_per_class"
-        )
+    check_blind(cfg, "a fold")
     task = array_task()
     if task is None:
         return

@@ -22,7 +22,7 @@ NUMBERS: dict[LabelKind, tuple[str, ...]] = {  # of an evaluation
     "class": ("top1", "top5", "loss"),
     "classes": ("map", "f1", "loss"),
     "mask": ("miou", "pixels", "loss"),
-    "boxes": ("map", "map_50", "map_75"),
+    "boxes": ("map", "map_50", "map_75", "loss"),
 }
 
 

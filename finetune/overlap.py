@@ -50,7 +50,7 @@ class Counts:
         right, union, total = met.diag(), met.sum(dim=0) + met.sum(dim=1) - met.diag(), met.sum().clamp(min=1)
         each = {
             f"iou_{name}": float(right[number] / union[number])
-            for number, name in enumerate(_nameable(names))
+            for number, name in enumerate(nameable(names))
             if union[number]
         }
         mean = sum(each.values()) / max(1, len(each))
@@ -83,7 +83,7 @@ def overlap(engine: Engine, run: Run, step: int, *, split: str, part: PartName) 
     return counts.numbers(run.world.sum, plan.classes)
 
 
-def _nameable(names: Sequence[str]) -> list[str]:
+def nameable(names: Sequence[str]) -> list[str]:
     """Names that numbers may have; each its own."""
     plain = [_UNNAMEABLE.sub("_", name) for name in names]
     return [name if plain.count(name) == 1 else f"{name}_{number}" for number, name in enumerate(plain)]

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from finetune.checks import (
     check_boxes,
@@ -79,7 +80,7 @@ class FinetunePlan(Plan):
     def _norm_lines(self) -> list[str]:
         """That the curve depends on more than is stated."""
         card = self.backbone
-        if card is None or not _mixes(card):
+        if card is None or not _mixes(card) or self.cfg.frozen:
             return []
         line = "norm      BatchNorm sees the images that a rank holds at once: the curve depends on the number of ranks and"
         return [f"{line} on batch.at_once ({self.at_once} images here)"]
@@ -162,6 +163,7 @@ def _plan_one(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
                 f"{other.dataset.folder} (data.mix) has other classes than {plan.dataset.folder}: index it with the same "
                 f"names in the same order, or without labels"
             )
+        labels_of(cfg.data, other.dataset)
     check_pairs(cfg, plan.at_once)
     origin = _origin(plan.dataset, cfg, classes) | ({} if card is None else {"init": card.sha256})
     teacher = teachers_card(cfg, classes, plan.mean, plan.std)
@@ -183,7 +185,7 @@ def _plan_one(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
 def _start(cfg: FinetuneConfig) -> Origin | None:
     """The weights to start from: an export, or what others left for a model of timm. Errors: ConfigError, ExportError."""
     if cfg.init is None:
-        if cfg.init_name is not None and cfg.trials is None:
+        if cfg.init_name is not None:
             raise ConfigError(
                 f"init_name={cfg.init_name} says what init is, and init is null; set init, or leave it out"
             )
@@ -240,9 +242,14 @@ def _check_backbone(card: BackboneCard, cfg: FinetuneConfig, at_once: int, class
     default = FinetuneConfig.model_fields["pooling"].default
     if cfg.pooling != default:
         raise ConfigError(f"pooling={cfg.pooling} is of foveal's encoders, {card.timm} has its own; leave it out")
-    check_model(card, cfg, at_once, classes)
+    check_model(card, cfg, max(2, at_once) if cfg.frozen else at_once, classes)  # what is frozen learns from no batch
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         backbone = build_backbone(*card.shape, classes=card.classes, drop_path=cfg.drop_path)
+    head: Any = backbone
+    if cfg.dropout and not isinstance(head.get_classifier(), nn.Linear):
+        raise ConfigError(
+            f"dropout={cfg.dropout:g} is before one linear head, which {card.timm} does not have; leave it out"
+        )
     if cfg.optim.layer_decay < 1:
         layers_of(backbone)
     if cfg.engine.recompute:
@@ -255,11 +262,17 @@ def _weights(cfg: FinetuneConfig, plan: FinetunePlan, classes: tuple[str, ...]) 
     if told is None:
         return (1.0,) * len(classes)
     if told != "balanced":
-        if len(told) != len(classes) or min(told) < 0 or not sum(told):
+        if len(told) != len(classes):
             raise ConfigError(
-                f"class_weights has {len(told)} weights for {len(classes)} classes; give one of 0 or more for each, by label"
+                f"class_weights has {len(told)} weights for {len(classes)} classes; give one for each, by label"
             )
+        if not all(weight > 0 for weight in told):
+            raise ConfigError(f"class_weights={list(told)}: a weight is above 0, or a batch may weigh nothing")
         return told
+    if cfg.data.mix:
+        raise ConfigError(
+            "class_weights=balanced counts the classes of data.path alone; with data.mix give a list of weights"
+        )
     source = plan.training.sources[0]
     labels = source.dataset.labels(source.split)
     labels = labels if source.part.ids is None else labels[source.part.ids]

@@ -116,6 +116,7 @@ def plan(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
 _IDLE = (
     *("drop_path", "dropout", "label_smoothing", "mixup", "cutmix", "erase", "class_weights", "average", "frozen"),
     *("adversarial", "teacher", "early_stopping", "evaluate_every", "optim.lr_per_256", "optim.layer_decay"),
+    *("optim.kind", "optim.momentum", "optim.schedule", "optim.step_epochs"),
 )
 
 

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from foveal.checkpoint.export import Card
 from foveal.checkpoint.store import CheckpointConfig
 from foveal.config import Config, height_and_width, machine, science
-from foveal.data import DataConfig, Dataset, TrainingSet, described, training_set
+from foveal.data import DataConfig, Dataset, LabelKind, TrainingSet, described, training_set
 from foveal.data.decode import decoder_name
 from foveal.data.order import rank_slots
 from foveal.distributed.engine import EngineConfig, check_engine
@@ -68,6 +68,8 @@ class StageConfig(Config):
     recovery: RecoveryConfig = RecoveryConfig()
     run: RunConfig = RunConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    learns: ClassVar[tuple[LabelKind, ...]] = ("class",)
 
     @property
     def exports(self) -> tuple[str, ...]:
@@ -220,6 +222,7 @@ def planned(
     digests of such exports, which are science. ``further`` are the fields that a stage's own plan adds.
     Errors: DataError, ConfigError, ExportError.
     """
+    _check_labels(cfg)
     dataset = Dataset.open(cfg.data)
     rank_slots(cfg.batch.images, cfg.data.lanes, 0, ranks)
     if ranks > 1 and cfg.data.patience_seconds >= 60 * cfg.engine.timeout_minutes:
@@ -263,6 +266,24 @@ def _check_schedule(cfg: StageConfig) -> None:
     if optim.schedule == "plateau" and cfg.watched is None:
         raise ConfigError(
             "optim.schedule=plateau is of fine-tuning, whose evaluations it follows; take cosine, step or constant here"
+        )
+
+
+def _check_labels(cfg: StageConfig) -> None:
+    """What a stage has no use for. Errors: ConfigError."""
+    data = cfg.data
+    if data.labels not in cfg.learns:
+        raise ConfigError(
+            f"data.labels={data.labels} is for fine-tuning; this stage learns from no such label: leave it out"
+        )
+    if data.val_size is not None and data.labels not in ("mask", "boxes"):
+        raise ConfigError(
+            "data.val_size is for labels that are masks or boxes; other images are evaluated as image_size says"
+        )
+    if data.label_field is not None and data.labels == "class":
+        raise ConfigError(
+            f"data.label_field={data.label_field} names a member that is no class: set data.labels too, or index the shards "
+            f"with --label-key"
         )
 
 

@@ -54,6 +54,13 @@ def check_same_science(was: dict[str, Any], now: dict[str, Any], where: Path) ->
     Errors: CheckpointError with every differing setting, old and new value.
     """
     names = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
+    unknown = [name for name in names if not any(name == old or name.startswith(f"{old}.") for old in was)]
+    if names and unknown == names:
+        listed = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        raise CheckpointError(
+            f"{where} was made by a foveal that knew no {listed}; go on with that version, or start anew with another run.dir "
+            f"or run.fresh=true"
+        )
     if names:
         changes = ", ".join(f"{name} (was {was.get(name)!r}, is {now.get(name)!r})" for name in names)
         raise CheckpointError(

@@ -37,7 +37,7 @@ class Classifier(nn.Module):
         assert encoder.num_classes > 0, "build_encoder(classes=...) makes an encoder with a head"
         self.encoder = encoder
         self.dropout = dropout
-        self._trained = trained
+        self._partly = trained is not None
         if trained is not None:
             for name, parameter in encoder.named_parameters():
                 parameter.requires_grad_(parameter.requires_grad and name.startswith(tuple(trained)))
@@ -72,9 +72,9 @@ class Classifier(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """As ever, but what is frozen stays in evaluation mode, and an average takes over what is no weight."""
         super().train(mode)
-        if self._trained is not None:
-            for name, module in self.encoder.named_modules():
-                module.training = mode and name.startswith(tuple(part.rstrip(".") for part in self._trained))
+        if self._partly:
+            for module in self.encoder.modules():
+                module.training = mode and any(each.requires_grad for each in module.parameters(recurse=False))
         if self.averaged is not None:
             with torch.no_grad():
                 for name, buffer in self.averaged.named_buffers():

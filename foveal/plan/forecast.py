@@ -49,7 +49,7 @@ class Forecast:
     @cached_property
     def flops(self) -> Flops:
         data = self.plan.cfg.data
-        return flops_of(self._build, data.channels, data.sides, data.labels)
+        return flops_of(self._build, data.channels, data.sides, data.labels, self._classes)
 
     @cached_property
     def memory(self) -> Memory:
@@ -153,6 +153,10 @@ class Forecast:
         cfg = self.plan.cfg.engine
         return {name: self.traffic(cfg.model_copy(update=change)) for name, change in sharings(self.plan.cfg).items()}
 
+    @property
+    def _classes(self) -> int:
+        return len(self.plan.dataset.classes or ())
+
     def _build(self, device: Any) -> Any:
         return self.stage.parts(self.plan, device)
 
@@ -160,7 +164,7 @@ class Forecast:
         found = self._traces.get((precision, samples, recompute))
         if found is None:
             data = self.plan.cfg.data
-            seen = self._build, samples, data.channels, data.sides, data.labels
+            seen = self._build, samples, data.channels, data.sides, data.labels, self._classes
             found = trace_of(*seen, precision=precision, recompute=recompute)
             self._traces[precision, samples, recompute] = found
         return found

@@ -106,14 +106,18 @@ def _recomputes(model: Any) -> bool:
     return True
 
 
-def flops_of(build: Build, channels: int, sides: tuple[int, int], labels: LabelKind = "class") -> Flops:
+def flops_of(
+    build: Build, channels: int, sides: tuple[int, int], labels: LabelKind = "class", classes: int = 1
+) -> Flops:
     """Count the forward and backward of one sample of these channels and (height, width), with labels of this kind.
 
     Attention is counted as plain matrix products: what a fused kernel computes twice in its backward is not work done.
     """
     parts = _outline(build)
     with _without_memory(parts) as model, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        total, _ = parts.objective(model, _batch(2, channels, sides, labels))  # BatchNorm learns nothing from one
+        total, _ = parts.objective(
+            model, _batch(2, channels, sides, labels, classes)
+        )  # BatchNorm learns nothing from one
         forward = counter.get_total_flops()
         total.backward()
     return Flops(forward / 2, counter.get_total_flops() / 2)
@@ -125,6 +129,7 @@ def trace_of(
     channels: int,
     sides: tuple[int, int],
     labels: LabelKind = "class",
+    classes: int = 1,
     *,
     precision: Precision,
     recompute: bool,
@@ -141,7 +146,7 @@ def trace_of(
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(watch.finished)
         with watch, autocast(_DEVICE, precision):
-            total, _ = parts.objective(model, _batch(samples, channels, sides, labels))
+            total, _ = parts.objective(model, _batch(samples, channels, sides, labels, classes))
             with autocast(_DEVICE, "fp32"):
                 total.backward()
     return Trace(watch.moments)
@@ -216,12 +221,14 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return [child for each in lists if len(each) > 1 and len({type(child) for child in each}) == 1 for child in each]
 
 
-def _batch(samples: int, channels: int, sides: tuple[int, int], labels: LabelKind = "class") -> Batch:
+def _batch(samples: int, channels: int, sides: tuple[int, int], labels: LabelKind = "class", classes: int = 1) -> Batch:
     numbers = torch.zeros(samples, dtype=torch.int64)
     images = torch.zeros(samples, channels, *sides, dtype=torch.uint8)
     marks = None
     if labels == "mask":
         marks = torch.zeros(samples, *sides, dtype=torch.int16)
+    elif labels == "classes":
+        marks = torch.zeros(samples, classes, dtype=torch.uint8)
     elif labels == "boxes":
         marks = torch.zeros(samples, _BOXES, 5)
     return Batch(images, numbers, numbers, numbers, numbers == 0, step=0, epoch=0, micro=0, marks=marks)

@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from finetune.model import classifier
 from finetune.planning import plan
 from foveal.data import Dataset, eval_batches, normalise
 from foveal.data.index import index_folder
+from foveal.plan.forecast import Forecast, Machine
 
 STAGE = stage_named("finetune")
 NAMES = (*"0123456789", "odd", "prime", "never")
@@ -32,7 +34,7 @@ def labels(digit: int) -> list[int]:
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("several")
-    digits = load_digits()
+    digits: Any = load_digits()
     for split, rows in (("train", range(160)), ("val", range(160, 219))):
         with tarfile.open(folder / f"{split}-000000.tar", "w") as tar:
             for row in rows:
@@ -76,12 +78,19 @@ def test_ranks_stops_and_measures(config: Path, one_rank: Ranks, two_ranks: Rank
         assert again == found, name
     told = json.loads((tmp_path / "alone" / "finished.json").read_text())["summary"]
     scores, truth = _answers(config, tmp_path / "alone" / "export" / "model.safetensors")
-    seen = truth.any(axis=0)
+    seen = np.asarray(truth.any(axis=0))
     assert not seen[NAMES.index("never")], "a class that no image is of is left out"
     wanted = np.mean([average_precision_score(truth[:, k], scores[:, k]) for k in np.flatnonzero(seen)])
     assert told["val_map"] == pytest.approx(wanted, rel=1e-9)
     assert told["val_f1"] == pytest.approx(f1_score(truth, scores > 0, average="micro"), rel=1e-9)
     assert told["val_map"] > truth[:, seen].mean() + 0.1, "better than chance"
+
+
+def test_it_is_planned_without_memory(config: Path) -> None:
+    found = plan(FinetuneConfig.load(config, ["engine.kind=plain", "run.dir=x"]), 1)
+    forecast = Forecast(STAGE, found, Machine(1, 1, 0.5, 1e9))
+    assert forecast.flops.both > 2 * forecast.flops.forward
+    assert forecast.memory.peak > 0
 
 
 def _answers(config: Path, weights: Path) -> tuple[np.ndarray, np.ndarray]:

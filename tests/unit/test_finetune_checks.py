@@ -4,12 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from finetune.config import FinetuneConfig
 from finetune.planning import plan
 from finetune.run import parts
 from foveal.checkpoint.export import Card, write_export
 from foveal.errors import ConfigError, DataError, ExportError, FovealError
+from foveal.models.backbone import build_backbone, head_names
+from foveal.models.heads import Classifier
 from foveal.models.vit import VitConfig, build_encoder, encoder_card
 from foveal.plan.trace import flops_of
 
@@ -46,7 +49,34 @@ def export(folder: Path, **changed: Any) -> str:
     [
         ({"mixup": 0.8, "batch": {"images": 40, "at_once": 5}}, ConfigError, "pair images that a rank holds at once, which are 5"),
         ({"class_weights": [1.0, 2.0]}, ConfigError, "class_weights has 2 weights for 10 classes"),
-        ({"class_weights": [0.0] * 10}, ConfigError, "give one of 0 or more for each"),
+        ({"class_weights": [0.0] + [1.0] * 9}, ConfigError, "a weight is above 0"),
+        ({"data": {"val_size": 16}}, ConfigError, "data.val_size is for labels that are masks or boxes"),
+        ({"data": {"label_field": "json"}}, ConfigError, "names a member that is no class"),
+        (
+            {"trials": {"arms": {"a": None}, "lr_per_256": [1e-3]}, "data": {"labels": "classes"}},
+            ConfigError,
+            "trials compares top-1, which data.labels=classes has not",
+        ),
+        (
+            {
+                "trials": {"arms": {"a": None}, "lr_per_256": [1e-3]},
+                "early_stopping": {"metric": "val_top1", "patience": 2},
+                "evaluate_every": 2,
+            },
+            ConfigError,
+            "would judge a trial by what it stopped at",
+        ),
+        (
+            {"adversarial": {"split_norms": True}, "engine": {"kind": "plain", "recompute": True}},
+            ConfigError,
+            "engine.recompute exclude each other",
+        ),
+        ({"data": {"labels": "classes"}, "adversarial": {}}, ConfigError, "adversarial is for images with one class"),
+        (
+            {"model": None, "backbone": "levit_128s", "data": {"image_size": 224}, "dropout": 0.1},
+            ConfigError,
+            "before one linear head, which levit_128s does not have",
+        ),
         ({"frozen": True, "drop_path": 0.1}, ConfigError, "frozen=true keeps it from it"),
         ({"adversarial": {"split_norms": True}}, ConfigError, "BatchNorm, which vit_tiny_patch16_224 does not have"),
         ({"adversarial": {"split_norms": True, "weight": 0.0}}, ConfigError, "set adversarial.weight above 0"),
@@ -115,3 +145,19 @@ def test_a_comparison_is_planned_as_its_first_trial_is(digits: Path) -> None:
 def test_arms_from_scratch_beside_weights_of_others(digits: Path) -> None:
     trials = {"arms": {"a": None}, "lr_per_256": [1e-3]}
     assert plan(config(digits, trials=trials, init_name="test_resnet"), 1).runs == 3
+
+
+def test_a_frozen_networks_own_head_trains_whole() -> None:
+    """A norm inside of the head keeps statistics; everything below keeps those that it came with."""
+    network = build_backbone("repvit_m0_9", 32, 3, classes=5)
+    heads = head_names("repvit_m0_9", 32, 3)
+    model = Classifier(network, trained=heads).train()
+    training = {
+        name for name, module in network.named_modules() if module.training and any(True for _ in module.buffers(False))
+    }
+    assert training
+    assert all(name.startswith("head.") for name in training)
+    model(torch.rand(4, 3, 32, 32))
+    norms = dict(network.named_modules())
+    assert all(int(norms[name].num_batches_tracked) == 1 for name in training)  # type: ignore[arg-type]
+    assert int(network.get_buffer("stem.conv1.bn.num_batches_tracked")) == 0

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -64,6 +65,12 @@ def batches(rank: int, ranks: int, micros: int) -> Iterator[Batch]:
             yield Batch(images[part], labels[part], ids[part], ids[part], valid, step, 0, micro)
 
 
+def classify() -> Classify:
+    off = {"erase": 0.0, "mixup": 0.0, "cutmix": 0.0, "data": SimpleNamespace(labels="class")}
+    cfg: Any = SimpleNamespace(seed=0, label_smoothing=0.1, **off)
+    return Classify(cfg, (0.5,), (0.25,), 0, torch.ones(CLASSES))
+
+
 def trained(world: World, kind: str, micros: int) -> tuple[list[Row], dict[str, Tensor]]:
     """Rows and weights after a few steps of a tiny classifier."""
     model = Tiny()
@@ -71,7 +78,7 @@ def trained(world: World, kind: str, micros: int) -> tuple[list[Row], dict[str, 
     at_once = IMAGES // world.size // micros
     groups = parameter_groups(model, OPTIM)
     engine = build_engine(model, groups, OPTIM, cfg, world, at_once=at_once, accumulate=micros)
-    objective = Classify(0, 0.1, 0, (0.5,), (0.25,))
+    objective = classify()
     course = a_course(0, STEPS, micros, lambda step: 1e-2 / (step + 1), world)
     for _ in steps(engine, batches(world.rank, world.size, micros), objective, course):
         pass
@@ -242,7 +249,7 @@ class Overflowing:
     """A loss that has overflowed in some steps, and its gradients have not."""
 
     def __init__(self, steps: set[int]) -> None:
-        self._inner, self._steps = Classify(0, 0.1, 0, (0.5,), (0.25,)), steps
+        self._inner, self._steps = classify(), steps
 
     def weight(self, batch: Batch) -> float | Tensor:
         return self._inner.weight(batch)

@@ -201,6 +201,10 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
 
 def test_other_science_is_named_with_both_values(tmp_path: Path) -> None:
     check_same_science(SCIENCE, dict(SCIENCE), tmp_path)
+    with pytest.raises(CheckpointError, match=r"a foveal that knew no erase, mixup; go on with that version"):
+        check_same_science(SCIENCE, SCIENCE | {"mixup": 0.0, "erase": 0.0}, tmp_path)
+    with pytest.raises(CheckpointError, match=r"other science: attack\.kind \(was None, is 'pgd'\)"):
+        check_same_science(SCIENCE | {"attack": None}, SCIENCE | {"attack.kind": "pgd"}, tmp_path)
     with pytest.raises(CheckpointError) as caught:
         check_same_science(SCIENCE | {"gone": 1}, SCIENCE | {"seed": 4, "new": None, "more": "x"}, tmp_path)
     assert "gone (was 1, is None), more (was None, is 'x'), seed (was 3, is 4)" in str(caught.value)

@@ -258,7 +258,9 @@ def test_samples_without_labels_cannot_be_chosen_by_class(
     write_tar(tmp_path / "train-0.tar", [("a.png", png), ("b.png", png), ("b.cls", b"0")])
     assert CliRunner().invoke(app, ["index", str(tmp_path)]).exit_code == 0
     cfg = DataConfig.checked({"path": str(tmp_path), "image_size": 8, "channels": 1, "per_class": 1}, "the test")
-    with pytest.raises(DataError, match=r"1 samples of split 'train' have no label; data.per_class and"):
+    with pytest.raises(
+        DataError, match=r"1 samples of split 'train' have no label; data.per_class, data.holdout_per_class"
+    ):
         training_set(Dataset.open(cfg), cfg, seed=0, batch=1)
 
 
