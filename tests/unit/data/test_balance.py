@@ -53,6 +53,7 @@ def test_classes_come_as_often_as_they_should(balance: float, wanted: tuple[int,
         found = {times[int(each)] for each in np.flatnonzero(labels == label)}
         assert max(found) - min(found) <= 1, "no sample of a class comes much more often than another"
     if part.copies is not None:
+        assert part.ids is not None
         pairs = set(zip(part.ids.tolist(), part.copies.tolist(), strict=True))
         assert len(pairs) == len(part.ids), "every time has a number of its own"
         assert part.copies.max() + 1 == part.most

@@ -41,7 +41,7 @@ def test_a_change_is_timms(name: str, magnitude: float, monkeypatch: pytest.Monk
     image, number = photograph(), NAMES.index(name)
     monkeypatch.setattr(theirs.random, "random", lambda: 0.0)  # never negated
     hparams = {"img_mean": (128, 128, 128), "interpolation": Image.Resampling.BILINEAR}
-    op = theirs.AugmentOp(name, prob=1.0, magnitude=magnitude, hparams=hparams)
+    op = theirs.AugmentOp(name, prob=1.0, magnitude=int(magnitude), hparams=hparams)
     expected = np.asarray(op(Image.fromarray(image.transpose(1, 2, 0)))).transpose(2, 0, 1).astype(int)
     row = np.zeros((1, COLUMNS), np.float32)
     row[0, 1] = (number + 0.5) / len(_CHANGES)  # which; done, positive, and a normal number of 0
