@@ -86,6 +86,11 @@ def _logits(world: World, config: str, overrides: list[str], images: torch.Tenso
     return found
 
 
+def _loaded(_world: World, export: str, images: torch.Tensor) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [segmenter_from_export(Path(export))(images)]
+
+
 @pytest.mark.parametrize(
     "words",
     [["segment.head=linear"], ["segment.head=pyramid"], ["segment.head=pyramid", "model=null", "backbone=test_resnet"]],
@@ -96,8 +101,8 @@ def test_what_it_left_says_the_same_bit_for_bit(
     images = torch.randn(2, 3, 16, 16)
     words = [f"run.dir={tmp_path}/run", "tracking.uri=null", "evaluate_every=0", "epochs=1", *words]
     ((logits,),) = one_rank.call(_logits, str(config), words, images)
-    with torch.no_grad():
-        assert segmenter_from_export(tmp_path / "run" / "export")(images).equal(logits)
+    ((again,),) = one_rank.call(_loaded, str(tmp_path / "run" / "export"), images)  # with as many threads
+    assert again.equal(logits)
     assert list((tmp_path / "run" / "pictures").glob("segmentation-*.png"))
 
 
