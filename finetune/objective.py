@@ -91,7 +91,9 @@ def classify(plan: FinetunePlan, device: torch.device) -> Parts[Classify]:
     cfg, attack, model = plan.cfg, attack_of(plan), classifier(plan)
     if cfg.adversarial is not None and not cfg.adversarial.weight:
         attack = None  # it is only measured
-    weights = torch.tensor(plan.class_weights, device=device)
+    weights = torch.tensor(
+        plan.class_weights
+    )  # of batches that are still on the host: no word from the device is waited for
     teacher = teacher_of(cfg, device)
     objective = Classify(cfg, plan.mean, plan.std, model.sites, weights, attack, teacher)
     return Parts(model, groups(plan, model), objective, () if teacher is None else (teacher.model,))

@@ -20,7 +20,7 @@ from foveal.data.transforms import Box
 from foveal.errors import DataError
 
 NOTHING = -1  # a pixel or a box of no class
-_FIELDS: dict[LabelKind, str] = {"class": "cls", "classes": "json", "mask": "mask.png", "boxes": "json"}
+_FIELDS: dict[LabelKind, str] = {"classes": "json", "mask": "mask.png", "boxes": "json"}
 _ENTRIES: dict[LabelKind, str] = {"classes": "labels", "boxes": "annotations"}
 _SLACK = 1.0  # pixels that a box may reach outside its image: annotators round
 _LEAST = 1.0  # pixels of a side that a box must have left in a crop

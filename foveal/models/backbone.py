@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from foveal.config import Config, ImageSize, height_and_width, science
 from foveal.errors import ConfigError, ExportError
 from foveal.models.droppath import sample_drops
-from foveal.models.norms import batch_norms
+from foveal.models.norms import batch_norms, statistics_kept
 from foveal.models.vit import EncoderCard
 
 # What timm's models raise for sizes that they cannot have.
@@ -271,12 +271,8 @@ def _follow_once(module: Any, forward: Callable[[Tensor], Tensor], given: Tensor
     """A forward that leaves the buffers alone where it recomputes, which is inside of a backward."""
     if torch._C._current_graph_task_id() == -1:  # noqa: SLF001 - torch's own checkpoint asks so
         return forward(given)
-    followed = module._buffers  # noqa: SLF001
-    module._buffers = {name: None if value is None else value.clone() for name, value in followed.items()}  # noqa: SLF001
-    try:
+    with statistics_kept(module):
         return forward(given)
-    finally:
-        module._buffers = followed  # noqa: SLF001
 
 
 def _check_name(name: str) -> None:
