@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from foveal.data.config import AugmentConfig
 
@@ -76,5 +77,6 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 @functools.lru_cache(maxsize=8)
 def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """255 and the statistics as one multiplication and one addition, kept on the device: no copy in every step."""
-    average, deviation = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (mean, std))
-    return (1 / (255 * deviation)).float().to(device), (-average / deviation).float().to(device)
+    with unset_fake_temporarily():  # a plan traces a step on fake tensors; kept, they would make this do nothing
+        average, deviation = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (mean, std))
+        return (1 / (255 * deviation)).float().to(device), (-average / deviation).float().to(device)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torchvision.transforms.v2 import RandomResizedCrop
 
 from foveal.data import normalise
@@ -110,3 +111,11 @@ def test_normalise_leaves_its_argument_alone() -> None:
     before = images.clone()
     normalise(images, (0.5,), (0.25,))
     assert torch.equal(images, before)
+
+
+def test_normalise_is_the_same_after_a_step_on_fake_tensors() -> None:
+    """What it keeps between steps was once kept from a plan's trace, after which nothing was normalised."""
+    images, mean, std = torch.full((1, 1, 2, 2), 255, dtype=torch.uint8), (0.375,), (0.125,)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(normalise(images, mean, std), FakeTensor)
+    assert torch.equal(normalise(images, mean, std), torch.full((1, 1, 2, 2), 5.0))
