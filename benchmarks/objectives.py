@@ -50,17 +50,24 @@ class Labels:
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared. ``classifiers`` are runs with labels that teach classes; ``probed`` are probed, frozen."""
+    """What is compared. ``classifiers`` are runs with labels that teach classes; ``probed`` are probed, frozen.
+
+    ``fresh`` are the settings of an encoder that learned nothing, which is ``scratch`` among the probed.
+    """
 
     data: str
     arms: dict[str, Arm]
     comparisons: tuple[Labels, ...]
     classifiers: dict[str, Arm] = field(default_factory=dict)
     probed: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()
 
 
 SMALL = "model={name: vit_tiny_patch16_224, patch: 4, width: 64, depth: 4, heads: 4}"
 _SMALL_CIFAR = SMALL.replace("patch: 4", "patch: 8")
+_CIFAR_VIT = "model={name: vit_tiny_patch16_224, patch: 8, width: 96, depth: 6, heads: 4}"
+_THOUSAND = ("data.per_class=1000", "epochs=4", "optim.warmup_epochs=1")
+_CONVOLUTIONS = ("resnet18", "densenet121", "efficientnet_b0")
 _RATES = (1e-2, 3e-2, 1e-1)
 _PRETRAINED = ("mae", "image", "latents")
 _FEATURES = ("token", "avg")
@@ -97,7 +104,20 @@ CIFAR10 = Study(
     comparisons=(
         Labels("100 labels a class", "cifar10_small", ("scratch", "mae"), (1e-3, 3e-3)),
         Labels("100 labels a class, small", "cifar10_small", ("scratch", "features"), (1e-3, 3e-3), (_SMALL_CIFAR,)),
+        Labels("1000 labels a class", "cifar10_small", ("scratch", "mae"), (1e-3, 3e-3, 1e-2), _THOUSAND),
+        *(
+            Labels(
+                f"1000 labels a class, {name}",
+                "cifar10_small",
+                ("scratch",),
+                (1e-3, 3e-3, 1e-2),
+                (*_THOUSAND, "model=null", f"backbone={name}", "optim.layer_decay=1"),
+            )
+            for name in _CONVOLUTIONS
+        ),
     ),
+    probed=("scratch", "mae"),
+    fresh=(_CIFAR_VIT,),
 )
 STUDIES = {"digits": DIGITS, "cifar10": CIFAR10}
 
@@ -126,7 +146,7 @@ def make(study: Study, runs: Path, seed: int) -> None:
     for labels in study.comparisons:
         _run(comparison(labels, runs, seed), place_of(runs, labels.title, seed))
     for name in (f"{arm}-{features}" for arm in study.probed for features in _FEATURES):
-        _run(_probe(runs, name, seed), place_of(runs, name, seed))
+        _run(_probe(study, runs, name, seed), place_of(runs, name, seed))
 
 
 def _depth(arms: dict[str, Arm], name: str) -> int:
@@ -152,11 +172,12 @@ def comparison(labels: Labels, runs: Path, seed: int) -> list[str]:
     return [*_door("finetune"), labels.config, *told]
 
 
-def _probe(runs: Path, name: str, seed: int) -> list[str]:
+def _probe(study: Study, runs: Path, name: str, seed: int) -> list[str]:
     """The probes of an arm's features; ``name`` is the arm's and theirs."""
     arm, features = name.rsplit("-", 1)
     told = [f"seed={seed}", f"run.dir={place_of(runs, name, seed)}", "tracking.uri=null", "engine.kind=plain"]
-    return [*_door("finetune"), "digits_probe", *told, f"init={_export(arm, runs, seed)}", f"probe.features={features}"]
+    told += [f"init={_export(arm, runs, seed)}", f"probe.features={features}", *(study.fresh * (arm == "scratch"))]
+    return [*_door("finetune"), f"{study.data}_probe", *told]
 
 
 def _export(arm: str, runs: Path, seed: int) -> str:
@@ -201,7 +222,7 @@ def _report(study: Study, runs: Path, seeds: list[int]) -> list[str]:
         lines.append(f"| {name} | `{command}` | {minutes_of(runs, name, seeds):.1f} |")
     for labels in study.comparisons:
         lines += ["", *_compared(labels, runs, seeds)]
-    return lines + (["", *_probed(study, runs, seeds)] if study.probed else []) + [""]
+    return lines + (["", *probed(study, runs, seeds)] if study.probed else []) + [""]
 
 
 def _compared(labels: Labels, runs: Path, seeds: list[int]) -> list[str]:
@@ -235,19 +256,22 @@ def summaries(labels: Labels, arm: str, rate: float, runs: Path, seeds: list[int
     return [json.loads(file.read_text())["summary"] for file in files]
 
 
-def _probed(study: Study, runs: Path, seeds: list[int]) -> list[str]:
+def probed(study: Study, runs: Path, seeds: list[int]) -> list[str]:
     """What each kind of probe reads from the frozen class token, and from the mean of the patches, with all labels."""
-    lines = ["## Probes of frozen features, all labels but twenty a class", ""]
-    lines += [f"`{shlex.join(_probe(Path('RUNS'), f'{study.probed[0]}-{_FEATURES[0]}', seeds[0]))}`", ""]
-    lines += [f"| pretraining | features | {' | '.join(f'{kind} | lowest to highest' for kind in _READERS)} |"]
-    lines += [f"|---|---|{'--:|--:|' * len(_READERS)}"]
+    lines = ["## Probes of frozen features, all labels but those held out to choose by", ""]
+    lines += [f"`{shlex.join(_probe(study, Path('RUNS'), f'{study.probed[-1]}-{_FEATURES[0]}', seeds[0]))}`", ""]
+    lines += [
+        f"| pretraining | features | {' | '.join(f'{kind} | lowest to highest' for kind in _READERS)} | minutes |"
+    ]
+    lines += [f"|---|---|{'--:|--:|' * len(_READERS)}--:|"]
     for arm in study.probed:
         for features in _FEATURES:
             files = [place_of(runs, f"{arm}-{features}", seed) / "finished.json" for seed in seeds]
             summaries = [json.loads(file.read_text())["summary"] for file in files]
             columns = [[each[f"{kind}_top1"] for each in summaries] for kind in _READERS]
             cells = [f"{statistics.fmean(values):.3f} | {spread(values)}" for values in columns]
-            lines.append(f"| {arm} | {features} | {' | '.join(cells)} |")
+            took = minutes_of(runs, f"{arm}-{features}", seeds)
+            lines.append(f"| {arm} | {features} | {' | '.join(cells)} | {took:.1f} |")
     return lines
 
 

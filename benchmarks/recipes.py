@@ -3,7 +3,7 @@
     python benchmarks/recipes.py --seeds 0 1 2 --out benchmarks/results/recipes.md
 
 For every seed a masked autoencoder, then each recipe with two labels a class; ten images a class are held out, and each
-recipe keeps the rate whose mean over the seeds is best on them. The same command again continues. Minutes are of processor
+recipe keeps the rate whose mean over the seeds is best on them. Then the probes, which see all labels. The same command again continues. Minutes are of processor
 time, one thread a run.
 """
 
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from machine import described
-from objectives import Arm, Labels, Study, best_of, comparison, make, minutes_of, spread, summaries
+from objectives import Arm, Labels, Study, best_of, comparison, make, minutes_of, probed, spread, summaries
 
 _ADAMW = (1e-2, 3e-2, 1e-1)
 _ATTACK = "adversarial={{kind: pgd, epsilon: 16, step: 4, iterations: 5, weight: {weight}}}"
@@ -42,6 +42,8 @@ STUDY = Study(
     data="digits",
     arms={"mae": Arm("pretrain", "digits")},
     comparisons=tuple(Labels(name, "digits", ("mae",), *told) for name, told in RECIPES.items()),
+    probed=("scratch", "mae"),
+    fresh=("model={name: vit_tiny_patch16_224, patch: 4, width: 96, depth: 6, heads: 4}",),
 )
 
 
@@ -85,7 +87,7 @@ def _report(runs: Path, seeds: list[int]) -> list[str]:
         lines.append(f"| {' | '.join([*row, f'{minutes_of(runs, labels.title, seeds):.1f}'])} |")
     first = STUDY.comparisons[0]
     lines += ["", f"A row's command, with its settings: `{shlex.join(comparison(first, Path('RUNS'), seeds[0]))}`", ""]
-    return lines
+    return [*lines, *probed(STUDY, runs, seeds), ""]
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from foveal.average_precision import check_library
 from foveal.checkpoint.export import Card
 from foveal.data import LabelKind
 from foveal.errors import ConfigError, ExportError
-from foveal.models.backbone import BackboneCard, check_training, times
+from foveal.models.backbone import BackboneCard, backbone_outline, check_training, has_distillation_token, times
 from foveal.models.detect import check_detector
 from foveal.models.segment import check_segmenter
 from foveal.models.vit import EncoderCard, Pooling
@@ -62,6 +62,27 @@ def check_norms(cfg: FinetuneConfig, model: str, *, there: bool) -> None:
     """Whether there are norms to be split. Errors: ConfigError."""
     if cfg.adversarial is not None and cfg.adversarial.split_norms and not there:
         raise ConfigError(f"adversarial.split_norms is for BatchNorm, which {model} does not have; leave it out")
+
+
+def check_token(cfg: FinetuneConfig, card: EncoderCard | BackboneCard) -> None:
+    """Whether there is a distillation token to be taught. Errors: ConfigError."""
+    if cfg.teacher is None or cfg.teacher.kind != "token":
+        return
+    if isinstance(card, BackboneCard):
+        if not has_distillation_token(backbone_outline(*card.shape, card.classes)):
+            raise ConfigError(
+                f"teacher.kind=token teaches a distillation token, which {card.timm} has not; take a backbone such as "
+                f"deit_tiny_distilled_patch16_224, or kind=hard"
+            )
+    elif not card.registers:
+        raise ConfigError(
+            "teacher.kind=token teaches the first register as distillation token, and the encoder has none; give it "
+            "model.registers=1, or take kind=hard"
+        )
+    elif card.pooling != "token":
+        raise ConfigError(
+            f"teacher.kind=token reads tokens behind a norm, and with pooling={card.pooling} there is none; set pooling=token"
+        )
 
 
 def pooling(cfg: FinetuneConfig) -> Pooling:

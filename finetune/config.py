@@ -46,10 +46,12 @@ class AdversarialConfig(Config):
 
 
 class TeacherConfig(Config):
-    """A teacher beside the labels: Hinton et al., 2015 (soft), or DeiT's hard labels without a token (Touvron et al., 2021)."""
+    """A teacher beside the labels: Hinton et al., 2015 (soft), or DeiT's (Touvron et al., 2021), with its token or without."""
 
     init: str = machine(about="The export of a classifier of the same classes. What is in it is science.")
-    kind: Literal["soft", "hard"] = science("soft", "Learn the teacher's softened logits, or its guess.")
+    kind: Literal["soft", "hard", "token"] = science(
+        "soft", "Learn the teacher's softened logits, or its guess; or a distillation token learns the guess (DeiT)."
+    )
     weight: float = science(0.5, "Share of the teacher in the loss; the labels have the rest.", gt=0, le=1)
     temperature: float = science(3.0, "What logits are divided by, for soft.", gt=0)
 

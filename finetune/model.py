@@ -28,6 +28,7 @@ def classifier(plan: FinetunePlan) -> Classifier:
         trained=_heads(plan) if cfg.frozen else None,
         averaged=cfg.average is not None,
         split=cfg.adversarial is not None and cfg.adversarial.split_norms,
+        tokened=cfg.teacher is not None and cfg.teacher.kind == "token",
     )
 
 

@@ -47,15 +47,17 @@ class Classify:
         images, goals_BK = self.shown(batch)
         draws = uniforms(key(self.cfg.seed, "drop path"), batch.draws, self.sites)
 
-        def loss(images: Tensor) -> tuple[Tensor, Tensor]:
-            logits_BK = model(images, draws).float()
+        def loss(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            """The labels' loss and logits, and the logits that a teacher's token has, or the same ones again."""
+            answer = model(images, draws)
+            logits_BK, token_BK = (each.float() for each in (answer if isinstance(answer, tuple) else (answer, answer)))
             terms_BK = _LOSSES[self.cfg.data.labels](logits_BK, goals_BK)
-            return (terms_BK * self.weights.to(logits_BK.device)).sum(), logits_BK
+            return (terms_BK * self.weights.to(logits_BK.device)).sum(), logits_BK, token_BK
 
-        total, logits_BK = loss(images)
+        total, logits_BK, token_BK = loss(images)
         numbers = {"train_top1": _right(logits_BK, goals_BK).sum()}
         if self.teacher is not None:
-            taught = (self.teacher(images, logits_BK) * self._masses(goals_BK)).sum()
+            taught = (self.teacher(images, token_BK) * self._masses(goals_BK)).sum()
             weight = self.teacher.cfg.weight
             total = (1 - weight) * total + weight * taught
             numbers["teacher_loss"] = taught
@@ -64,7 +66,7 @@ class Classify:
             with norms_of(model, attacked=True):
                 with statistics_kept(model):
                     attacked = self.attack(lambda images: loss(images)[0], images, batch.draws)
-                worst, logits_BK = loss(attacked)
+                worst, logits_BK, _ = loss(attacked)
             total = (1 - weight) * total + weight * worst
             numbers |= {"adversarial_loss": worst, "adversarial_top1": _right(logits_BK, goals_BK).sum()}
         return total, numbers

@@ -16,6 +16,7 @@ from finetune.checks import (
     check_norms,
     check_pairs,
     check_settings,
+    check_token,
     pooling,
 )
 from finetune.config import FinetuneConfig
@@ -173,6 +174,7 @@ def _plan_one(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
     weights = _weights(cfg, plan, classes)
     encoder |= {"classes": outputs}
     plan = replace(plan, inherited=inherited, encoder=encoder, classes=classes, class_weights=weights, start=start)
+    check_token(cfg, card_of(encoder, "model"))
     told = plan.backbone
     check_norms(cfg, encoder.get("timm") or encoder["name"], there=told is not None and _mixes(told))
     if told is not None:

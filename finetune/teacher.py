@@ -24,7 +24,10 @@ class Teacher:
     precision: Precision
 
     def __call__(self, images: Tensor, logits_BK: Tensor) -> Tensor:
-        """How far the student's logits are from the teacher's, [B]: divergence at a temperature, or its guess as label."""
+        """How far the student's logits are from the teacher's, [B]: divergence at a temperature, or its guess as label.
+
+        They are those of the student's distillation token where there is one, which learns the guess alone.
+        """
         with torch.no_grad(), autocast(images.device, self.precision):
             told_BK = self.model(images).float()
         with autocast(images.device, "fp32"):

@@ -5,12 +5,14 @@ from collections.abc import Collection
 from typing import Any, Self
 
 import torch
+from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
-from foveal.models.backbone import set_recompute
+from foveal.models.backbone import has_distillation_token, set_recompute
 from foveal.models.droppath import drop_path_sites, set_drops
 from foveal.models.norms import split_norms
 from foveal.models.places import read_across, set_kept
+from foveal.models.vit import HEAD_SCALE
 
 
 class Classifier(nn.Module):
@@ -28,10 +30,13 @@ class Classifier(nn.Module):
         trained: Collection[str] | None = None,
         averaged: bool = False,
         split: bool = False,
+        tokened: bool = False,
     ) -> None:
         """``trained``: the beginnings of the names of all weights that learn; none: every weight does.
 
         ``split``: BatchNorm has other weights and statistics for attacked images (``foveal.models.norms``).
+        ``tokened``: training gives the logits of a distillation token too, timm's or an encoder's first register, whose
+        head is drawn from torch's global generator and is no part of the encoder.
         """
         super().__init__()
         assert encoder.num_classes > 0, "build_encoder(classes=...) makes an encoder with a head"
@@ -43,14 +48,19 @@ class Classifier(nn.Module):
                 parameter.requires_grad_(parameter.requires_grad and name.startswith(tuple(trained)))
         self.averaged = copy.deepcopy(encoder).requires_grad_(False) if averaged else None
         self.twins = split_norms(encoder) if split else None
+        self.head_dist = None
+        if tokened and has_distillation_token(encoder):
+            encoder.set_distilled_training(True)
+        elif tokened:
+            self.head_dist = distillation_head(encoder)
 
     @property
     def sites(self) -> int:
         """How many uniform numbers an image takes in training: one per branch with drop path, one per dropped feature."""
         return drop_path_sites(self.encoder) + (self._width if self.dropout else 0)
 
-    def forward(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Logits [B, classes] of normalised images [B, C, H, W].
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits [B, classes] of normalised images [B, C, H, W]; in training a distillation token's too, if there is one.
 
         ``noise`` [B, sites] is uniform and decides which sample skips which branch and which of its features are
         dropped; it is needed in training when there are such sites, and not looked at in evaluation.
@@ -61,13 +71,15 @@ class Classifier(nn.Module):
         set_kept(encoder, None)
         # An engine may have lowered the weights; under autocast they are float32.
         images = images.to(next(encoder.parameters()).dtype)
-        if not self.dropout:
+        if not self.training or (not self.dropout and self.head_dist is None):
             return encoder(images)
-        features = encoder.forward_head(encoder.forward_features(images), pre_logits=True)
-        if self.training:
+        tokens = encoder.forward_features(images)
+        features = encoder.forward_head(tokens, pre_logits=True)
+        if self.dropout:
             assert noise is not None, "training with dropout takes its draws"
             features = features * (noise[:, branches:] >= self.dropout) / (1 - self.dropout)
-        return encoder.get_classifier()(features)
+        logits = encoder.get_classifier()(features)
+        return logits if self.head_dist is None else (logits, self.head_dist(tokens[:, 1]))
 
     def train(self, mode: bool = True) -> Self:
         """As ever, but what is frozen stays in evaluation mode, and an average takes over what is no weight."""
@@ -92,3 +104,14 @@ class Classifier(nn.Module):
     @property
     def _width(self) -> int:
         return self.encoder.get_classifier().in_features
+
+
+def distillation_head(encoder: Any) -> nn.Linear:
+    """A head for an encoder's first register as distillation token (Touvron et al., "DeiT", 2021).
+
+    It is drawn from torch's global generator.
+    """
+    head = nn.Linear(encoder.embed_dim, encoder.num_classes)
+    trunc_normal_(head.weight, std=HEAD_SCALE)
+    nn.init.zeros_(head.bias)
+    return head

@@ -10,15 +10,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
 from foveal.models.backbone import set_recompute
 from foveal.models.encode import borrowed, encode, encode_layers, features, without_registers
+from foveal.models.heads import distillation_head
 from foveal.models.mae import Decoder, DecoderConfig
 from foveal.models.outline import Encoder
 from foveal.models.places import read_across
-from foveal.models.vit import HEAD_SCALE, initialise_linear
+from foveal.models.vit import initialise_linear
 
 Look = Callable[[Any, Tensor], tuple[Tensor, ...]]
 
@@ -171,12 +171,10 @@ class RegisterStudent(nn.Module):
     opened = True
 
     def __init__(self, encoder: Encoder) -> None:
-        """The head on the register is drawn from torch's global generator, after the encoder (``build_encoder``)."""
+        """The head on the register is drawn after the encoder (``build_encoder``)."""
         super().__init__()
         self.encoder = encoder
-        self.head_dist = nn.Linear(encoder.embed_dim, encoder.num_classes)
-        trunc_normal_(self.head_dist.weight, std=HEAD_SCALE)
-        nn.init.zeros_(self.head_dist.bias)
+        self.head_dist = distillation_head(encoder)
 
     def forward(self, images: Tensor, _kept: Tensor | None = None, _masked: Tensor | None = None) -> tuple[Tensor, ...]:
         """Logits [B, classes] of the class token and of the distillation token, of normalised images [B, C, H, W]."""

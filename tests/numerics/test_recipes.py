@@ -51,6 +51,26 @@ def test_one_curve(
         assert (value - theirs[name]).abs().max() < 1e-4, name
 
 
+def test_a_token_that_learns_from_a_teacher(
+    everything: tuple[tuple[str, ...], Path, list[dict[str, float]]], configs: dict[str, Path],
+    one_rank: Ranks, two_ranks: Ranks, tmp_path: Path,
+) -> None:  # fmt: skip
+    """DeiT's, beside all else, on the first register: the same curve, and an export that has no trace of its head."""
+    words = [word.replace("weight: 0.3", "weight: 0.3, kind: token") for word in everything[0]]
+    words += [
+        "init=null",
+        "pooling=token",
+        "model={name: vit_tiny_patch16_224, patch: 4, registers: 1, width: 16, depth: 2, heads: 2}",
+    ]
+    alone = one_rank.train(STAGE, configs["finetune"], tmp_path / "alone", *words, *PLAIN)
+    rows = two_ranks.train(STAGE, configs["finetune"], tmp_path / "run", *words, *MACHINES["ddp"])
+    for name in ("loss", "grad_norm", "teacher_loss", "val_loss"):
+        found, wanted = ([row[name] for row in each if name in row] for each in (rows, alone))
+        assert found == pytest.approx(wanted, rel=2e-5), name
+    assert alone[-1] != everything[2][-1]
+    assert not any("dist" in name for name in load_file(tmp_path / "run" / "export" / "model.safetensors"))
+
+
 def test_stopping_changes_nothing(
     everything: tuple[tuple[str, ...], Path, list[dict[str, float]]], configs: dict[str, Path],
     one_rank: Ranks, tmp_path: Path,

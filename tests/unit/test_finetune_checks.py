@@ -115,6 +115,44 @@ def test_a_teacher_of_other_classes_or_pixels(digits: Path, tmp_path: Path) -> N
             plan(config(digits, teacher={"init": bad}), 1)
 
 
+TOKENS = {
+    "a register": {"model": TINY | {"registers": 1}, "pooling": "token"},
+    "timm's own": {"model": None, "backbone": "deit_tiny_distilled_patch16_224", "data": {"image_size": 32}},
+}
+
+
+@pytest.mark.parametrize("kind", TOKENS)
+def test_a_token_for_a_teacher(kind: str, digits: Path, tmp_path: Path) -> None:
+    """Its logits are told in training alone, and every weight has its part in them."""
+    here = plan(config(digits), 1)
+    teacher = {"init": export(tmp_path / "teacher", mean=here.mean, std=here.std), "kind": "token"}
+    told = plan(config(digits, teacher=teacher, **TOKENS[kind]), 1)
+    model = parts(told, torch.device("cpu")).model
+    images = torch.randn(3, 1, *told.cfg.data.sides, generator=torch.Generator().manual_seed(0))
+    logits, token = model.train()(images, torch.empty(3, 0))
+    assert logits.shape == token.shape == (3, 10)
+    assert not logits.equal(token)
+    (logits.sum() + token.sum()).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    wanted = logits if kind == "a register" else (logits + token) / 2  # as timm answers
+    torch.testing.assert_close(model.eval()(images), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({}, "the encoder has none; give it model.registers=1"),
+        ({"model": TINY | {"registers": 1}}, "set pooling=token"),
+        ({"model": None, "backbone": "test_vit", "data": {"image_size": 32}}, "which test_vit has not"),
+    ],
+)
+def test_no_token_for_a_teacher(settings: dict[str, Any], sentence: str, digits: Path, tmp_path: Path) -> None:
+    here = plan(config(digits), 1)
+    teacher = {"init": export(tmp_path / "teacher", mean=here.mean, std=here.std), "kind": "token"}
+    with pytest.raises(ConfigError, match=sentence):
+        plan(config(digits, teacher=teacher, **settings), 1)
+
+
 def test_balanced_weights_are_one_on_average(digits: Path) -> None:
     told = plan(config(digits, class_weights="balanced"), 1)
     counts = told.dataset.class_counts("train")

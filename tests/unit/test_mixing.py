@@ -173,6 +173,32 @@ def test_a_teacher_has_its_share() -> None:
     assert of(model, given)[1]["teacher_loss"].item() == pytest.approx(wanted.item(), rel=1e-5)
 
 
+def test_a_token_learns_the_guess_and_the_class_the_labels() -> None:
+    """DeiT's equation 3; attacked images are classified by the class's logits alone."""
+
+    class Two(Linear):
+        def forward(self, images: Tensor, _noise: Tensor | None = None) -> Any:
+            logits = super().forward(images)
+            return logits, 2 - logits
+
+    cfg: Any = SimpleNamespace(kind="token", weight=0.3, temperature=2.0)
+    hers, model, given = Linear(), Two(), batch([0, 1, -1, 3, 4, 0, 1, 2])
+    of = objective(teacher=Teacher(cfg, hers, "fp32"))
+    images, _ = of.shown(given)
+    known = given.labels >= 0
+    logits, token = model(images)
+    guess = hers(images).argmax(dim=1)
+    taught = F.cross_entropy(token[known], guess[known], reduction="sum")
+    plain = F.cross_entropy(logits, given.labels, ignore_index=-1, reduction="sum")
+    total, numbers = of(model, given)
+    assert total.item() == pytest.approx((0.7 * plain + 0.3 * taught).item(), rel=1e-5)
+    assert numbers["train_top1"] == (logits.argmax(dim=1) == given.labels).sum()
+    still = objective(attack=attack(kind="fgsm", weight=0.5, epsilon=1e-6))
+    total, numbers = still(model, given)
+    assert total.item() == pytest.approx(plain.item(), rel=1e-4)
+    assert numbers["adversarial_top1"] == numbers["train_top1"]
+
+
 # Attacks
 
 
