@@ -96,7 +96,7 @@ def classify(plan: FinetunePlan, device: torch.device) -> Parts[Classify]:
     weights = torch.tensor(
         plan.class_weights
     )  # of batches that are still on the host: no word from the device is waited for
-    teacher = teacher_of(cfg, device)
+    teacher = teacher_of(cfg, plan.teacher, device)
     objective = Classify(cfg, plan.mean, plan.std, model.sites, weights, attack, teacher)
     return Parts(model, groups(plan, model), objective, () if teacher is None else (teacher.model,))
 

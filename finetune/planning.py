@@ -21,7 +21,7 @@ from finetune.checks import (
 )
 from finetune.config import FinetuneConfig
 from finetune.judging import check_judging, judged
-from finetune.teacher import teachers_card
+from finetune.teacher import teachers_origin
 from foveal.checkpoint.export import Card
 from foveal.config import set_dotted
 from foveal.data import Dataset
@@ -55,6 +55,7 @@ class FinetunePlan(Plan):
     classes: tuple[str, ...] = ()
     class_weights: tuple[float, ...] = ()
     start: Origin | None = None
+    teacher: Origin | None = None
 
     @property
     def runs(self) -> int:
@@ -167,13 +168,14 @@ def _plan_one(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
         labels_of(cfg.data, other.dataset)
     check_pairs(cfg, plan.at_once)
     origin = _origin(plan.dataset, cfg, classes) | ({} if card is None else {"init": card.sha256})
-    teacher = teachers_card(cfg, classes, plan.mean, plan.std)
-    origin |= {} if teacher is None else {"teacher": teacher.sha256}
+    teacher = teachers_origin(cfg, classes, plan.mean, plan.std)
+    origin |= {} if teacher is None else {"teacher": teacher.card.sha256}
     inherited = plan.inherited | inherited_science(origin)
     outputs = len(classes) if cfg.data.labels in ("class", "classes") else 0  # of the encoder's own head
     weights = _weights(cfg, plan, classes)
     encoder |= {"classes": outputs}
-    plan = replace(plan, inherited=inherited, encoder=encoder, classes=classes, class_weights=weights, start=start)
+    found = {"classes": classes, "class_weights": weights, "start": start, "teacher": teacher}
+    plan = replace(plan, inherited=inherited, encoder=encoder, **found)
     check_token(cfg, card_of(encoder, "model"))
     told = plan.backbone
     check_norms(cfg, encoder.get("timm") or encoder["name"], there=told is not None and _mixes(told))

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune.config import FinetuneConfig, TeacherConfig
-from foveal.checkpoint.export import Card, read_card, read_export
 from foveal.distributed.engine import Precision, autocast
 from foveal.errors import ExportError
-from foveal.models.backbone import BackboneCard, card_of, check_resizing
+from foveal.models.backbone import card_of
+from foveal.origin import Origin, origin_of
 from foveal.teaching import frozen, soft_loss, teacher_model
 
 
@@ -36,39 +36,34 @@ class Teacher:
             return F.cross_entropy(logits_BK, told_BK.argmax(dim=1), reduction="none")
 
 
-def teacher_of(cfg: FinetuneConfig, device: torch.device) -> Teacher | None:
-    """The teacher that the settings name, on the device. Errors: ExportError."""
+def teacher_of(cfg: FinetuneConfig, origin: Origin | None, device: torch.device) -> Teacher | None:
+    """The teacher that was looked at, on the device. Errors: ExportError."""
     if cfg.teacher is None:
         return None
-    weights, card = read_export(Path(cfg.teacher.init))
-    model = teacher_model(weights, card, cfg.data.image_size, Path(cfg.teacher.init))
+    assert origin is not None
+    model = teacher_model(origin.weights(), origin.card, cfg.data.image_size, origin.place)
     return Teacher(cfg.teacher, frozen(model.to(device)), cfg.engine.precision)
 
 
-def teachers_card(
+def teachers_origin(
     cfg: FinetuneConfig, classes: tuple[str, ...], mean: tuple[float, ...], std: tuple[float, ...]
-) -> Card | None:
-    """The card of the teacher, which must have the same classes and see the same pixels. Errors: ExportError."""
+) -> Origin | None:
+    """The settings' teacher, which must have the same classes and see the same pixels. Errors: ExportError."""
     if cfg.teacher is None:
         return None
-    where = cfg.teacher.init
-    card = read_card(Path(where))
-    told = card_of(card.encoder, f"{where}/card.json")
+    origin = origin_of(Path(cfg.teacher.init), None, cfg.data)
+    channels = card_of(origin.card.encoder, f"{cfg.teacher.init}/card.json").channels
     for name, hers, ours in (
-        ("classes", card.classes, classes),
-        ("channels", told.channels, cfg.data.channels),
-        ("mean", card.mean, mean),
-        ("std", card.std, std),
+        ("classes", origin.card.classes, classes),
+        ("channels", channels, cfg.data.channels),
+        ("mean", origin.card.mean, mean),
+        ("std", origin.card.std, std),
     ):
         if hers != ours:
             raise ExportError(
-                f"the teacher {where} has {name} {_short(hers)}, the student {_short(ours)}; they must be equal"
+                f"the teacher {cfg.teacher.init} has {name} {_short(hers)}, the student {_short(ours)}; they must be equal"
             )
-    if isinstance(told, BackboneCard):
-        check_resizing(told, cfg.data.image_size, f"the teacher {where}")
-    else:
-        told.resized_from(cfg.data.image_size)
-    return card
+    return origin
 
 
 def _short(value: object) -> str:
