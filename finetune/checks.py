@@ -11,7 +11,7 @@ from foveal.models.segment import check_segmenter
 from foveal.models.vit import EncoderCard, Pooling
 
 _EVERY_PATCH: tuple[LabelKind, ...] = ("mask", "boxes")  # whose head reads every patch, and no pooled feature
-_OF_CLASSES = ("mixup", "cutmix", "erase", "dropout", "class_weights", "average")
+_OF_CLASSES = ("mixup", "cutmix", "erase", "dropout", "average")
 
 
 def check_settings(cfg: FinetuneConfig) -> None:
@@ -31,7 +31,7 @@ def check_settings(cfg: FinetuneConfig) -> None:
             raise ConfigError(f"{name} is for images with one class, and data.labels is {kind}; leave one of them out")
     if kind != "class" and cfg.class_weights == "balanced":
         raise ConfigError(
-            "class_weights=balanced counts classes in the index, which has none of data.labels=classes; give a list of weights"
+            f"class_weights=balanced counts classes in the index, which has none of data.labels={kind}; give a list of weights"
         )
     if cfg.frozen and cfg.drop_path:
         raise ConfigError(
@@ -163,6 +163,7 @@ def _check_adversarial(cfg: FinetuneConfig) -> None:
 def _check_settings_of_boxes(cfg: FinetuneConfig) -> None:
     given = {
         "label_smoothing": cfg.label_smoothing,
+        "class_weights": cfg.class_weights,
         "data.per_class": cfg.data.per_class,
         "data.holdout_per_class": cfg.data.holdout_per_class,
     }

@@ -52,10 +52,10 @@ class Classify:
             answer = model(images, draws)
             logits_BK, token_BK = (each.float() for each in (answer if isinstance(answer, tuple) else (answer, answer)))
             terms_BK = _LOSSES[self.cfg.data.labels](logits_BK, goals_BK)
-            return (terms_BK * self.weights.to(logits_BK.device)).sum(), logits_BK, token_BK
+            return (terms_BK * self._weights(logits_BK)).sum(), logits_BK, token_BK
 
         total, logits_BK, token_BK = loss(images)
-        numbers = {"train_top1": _right(logits_BK, goals_BK).sum()}
+        numbers = {"train_top1": self._right(logits_BK, goals_BK)}
         if self.teacher is not None:
             taught = (self.teacher(images, token_BK) * self._masses(goals_BK)).sum()
             weight = self.teacher.cfg.weight
@@ -68,7 +68,7 @@ class Classify:
                     attacked = self.attack(lambda images: loss(images)[0], images, batch.draws)
                 worst, logits_BK, _ = loss(attacked)
             total = (1 - weight) * total + weight * worst
-            numbers |= {"adversarial_loss": worst, "adversarial_top1": _right(logits_BK, goals_BK).sum()}
+            numbers |= {"adversarial_loss": worst, "adversarial_top1": self._right(logits_BK, goals_BK)}
         return total, numbers
 
     def shown(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -85,7 +85,20 @@ class Classify:
 
     def _masses(self, goals_BK: Tensor) -> Tensor:
         """What each image's loss weighs, [B]."""
-        return (goals_BK * self.weights.to(goals_BK.device)).sum(dim=1)
+        return (goals_BK * self._weights(goals_BK)).sum(dim=1)
+
+    def _right(self, logits_BK: Tensor, goals_BK: Tensor) -> Tensor:
+        """What is right of a micro's weight: images whose likeliest class is their goals' largest, and there is a goal."""
+        guesses_B1 = logits_BK.argmax(dim=1, keepdim=True)
+        found_B1 = goals_BK.gather(1, guesses_B1)
+        right_B1 = (found_B1 == goals_BK.amax(dim=1, keepdim=True)) & (found_B1 > 0)
+        if self.cfg.data.labels == "classes":  # every image weighs 1
+            return right_B1.sum()
+        return (right_B1 * self._weights(logits_BK)[guesses_B1]).sum()
+
+    def _weights(self, like: Tensor) -> Tensor:
+        """The classes' weights where a tensor is, and nothing waited for."""
+        return self.weights.to(like.device, non_blocking=True)
 
 
 def classify(plan: FinetunePlan, device: torch.device) -> Parts[Classify]:
@@ -93,9 +106,7 @@ def classify(plan: FinetunePlan, device: torch.device) -> Parts[Classify]:
     cfg, attack, model = plan.cfg, attack_of(plan), classifier(plan)
     if cfg.adversarial is not None and not cfg.adversarial.weight:
         attack = None  # it is only measured
-    weights = torch.tensor(
-        plan.class_weights
-    )  # of batches that are still on the host: no word from the device is waited for
+    weights = torch.tensor(plan.class_weights)  # on the host, where batches are weighed
     teacher = teacher_of(cfg, plan.teacher, device)
     objective = Classify(cfg, plan.mean, plan.std, model.sites, weights, attack, teacher)
     return Parts(model, groups(plan, model), objective, () if teacher is None else (teacher.model,))
@@ -131,12 +142,6 @@ def _softmax(logits_BK: Tensor, goals_BK: Tensor) -> Tensor:
 def _binary(logits_BK: Tensor, goals_BK: Tensor) -> Tensor:
     """The mean over classes."""
     return F.binary_cross_entropy_with_logits(logits_BK, goals_BK, reduction="none") / logits_BK.shape[1]
-
-
-def _right(logits_BK: Tensor, goals_BK: Tensor) -> Tensor:
-    """Whether the likeliest class is the goals' largest, [B]; not where there is no goal."""
-    found_B1 = goals_BK.gather(1, logits_BK.argmax(dim=1, keepdim=True))
-    return ((found_B1 == goals_BK.amax(dim=1, keepdim=True)) & (found_B1 > 0)).squeeze(1)
 
 
 _GOALS: dict[LabelKind, Callable[[Batch, int, float], Tensor]] = {"class": _one, "classes": _several}

@@ -24,27 +24,34 @@ from foveal.seeding import key, uniforms
 
 @dataclass(frozen=True)
 class Segment:
-    """Softmax cross-entropy of pixels. Which sample skips which block depends on (seed, epoch, sample id), on no rank."""
+    """Softmax cross-entropy of pixels. Which sample skips which block depends on (seed, epoch, sample id), on no rank.
+
+    ``weights`` [K] are the classes', on the host.
+    """
 
     seed: int
     label_smoothing: float
     drop_sites: int
     mean: Sequence[float]
     std: Sequence[float]
+    weights: Tensor
 
     def weight(self, batch: Batch) -> Tensor:
-        """The number of pixels that have a label."""
-        return (_marks(batch) != NOTHING).sum()
+        """The sum of the weights of the pixels that have a label: 1, or that of the class."""
+        marks = _marks(batch)
+        return (torch.bincount(marks[marks != NOTHING], minlength=len(self.weights)) * self.weights.double()).sum()
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         images, marks_BHW = normalise(batch.images, self.mean, self.std), _marks(batch).long()
         drops = uniforms(key(self.seed, "drop path"), batch.draws, self.drop_sites)
         logits_BKHW = model(images, drops).float()
-        losses_BHW = F.cross_entropy(
-            logits_BKHW, marks_BHW, reduction="none", ignore_index=NOTHING, label_smoothing=self.label_smoothing
-        )  # summed behind it: torch's own sum over an image's pixels has no order on a GPU
-        right = logits_BKHW.argmax(dim=1) == marks_BHW
-        return losses_BHW.sum(), {"train_pixels": right.sum()}
+        weights = self.weights.to(logits_BKHW.device, non_blocking=True)
+        told = {"weight": weights, "ignore_index": NOTHING, "label_smoothing": self.label_smoothing}
+        # Summed behind it: torch's own sum over an image's pixels has no order on a GPU.
+        losses_BHW = F.cross_entropy(logits_BKHW, marks_BHW, reduction="none", **told)
+        guesses_BHW = logits_BKHW.argmax(dim=1)
+        right_BHW = (guesses_BHW == marks_BHW) * weights[guesses_BHW]
+        return losses_BHW.sum(), {"train_pixels": right_BHW.sum()}
 
 
 def segmenter(plan: FinetunePlan) -> Segmenter:
@@ -55,7 +62,8 @@ def segmenter(plan: FinetunePlan) -> Segmenter:
 def segment(plan: FinetunePlan, _device: torch.device) -> Parts[Segment]:
     """The plan's segmenter, and what it learns."""
     model = segmenter(plan)
-    objective = Segment(plan.cfg.seed, plan.cfg.label_smoothing, drop_path_sites(model), plan.mean, plan.std)
+    cfg, weights = plan.cfg, torch.tensor(plan.class_weights)
+    objective = Segment(cfg.seed, cfg.label_smoothing, drop_path_sites(model), plan.mean, plan.std, weights)
     return Parts(model, groups(plan, model), objective)
 
 

@@ -29,7 +29,12 @@ MACHINES = {
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("segment")
-    tree = scene_tree(write_scenes(folder / "scenes"), segment={"head": "pyramid", "width": 16}, evaluate_every=2)
+    tree = scene_tree(
+        write_scenes(folder / "scenes"),
+        segment={"head": "pyramid", "width": 16},
+        evaluate_every=2,
+        class_weights=[0.5, 2, 1],
+    )
     (folder / "segment.yaml").write_text(yaml.safe_dump(tree))
     return folder / "segment.yaml"
 

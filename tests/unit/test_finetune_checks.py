@@ -87,6 +87,8 @@ def export(folder: Path, **changed: Any) -> str:
         ),
         ({"data": {"labels": "mask"}}, DataError, "reads members .mask.png, and its samples have"),
         ({"data": {"labels": "classes"}, "class_weights": "balanced"}, ConfigError, "give a list of weights"),
+        ({"data": {"labels": "mask"}, "class_weights": "balanced"}, ConfigError, "none of data.labels=mask; give a list"),
+        ({"data": {"labels": "boxes"}, "class_weights": [1.0]}, ConfigError, "class_weights is for images that have one class"),
         ({"data": {"labels": "classes"}, "teacher": {"init": "x"}}, ConfigError, "teacher is for images with one class"),
         ({"data": {"labels": "mask"}, "mixup": 0.5}, ConfigError, "mixup is for images with classes, and data.labels is mask"),
         ({"data": {"labels": "boxes", "augment": {"operations": 2}}}, ConfigError, "leave it out with data.labels=boxes"),

@@ -120,8 +120,13 @@ def test_erasing_leaves_a_box_of_noise_in_as_many_images_as_it_should() -> None:
 def test_class_weights_are_torchs(smoothing: float) -> None:
     weights, labels = (0.5, 2.0, 1.0, 0.0, 3.0), [0, 1, 2, 3, 4, -1, 1, 1]
     of, model, given = objective(weights=weights, label_smoothing=smoothing), Linear(), batch(labels)
-    total, _ = of(model, given)
+    total, numbers = of(model, given)
     logits = model(of.shown(given)[0])
+    right = [
+        weights[label] for label, guess in zip(labels, logits.argmax(dim=1).tolist(), strict=True) if label == guess
+    ]
+    assert numbers["train_top1"].item() == pytest.approx(sum(right))
+    assert right
     wanted = F.cross_entropy(
         logits, given.labels, torch.tensor(weights), ignore_index=-1, label_smoothing=smoothing, reduction="mean"
     )

@@ -49,30 +49,32 @@ def batch_of(marks: Tensor) -> Batch:
     return Batch(images, rows, rows, rows, rows >= 0, step=0, epoch=0, micro=0, marks=marks)
 
 
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.5, 3.0, 0.25)])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_loss_is_that_of_the_labelled_pixels(smoothing: float) -> None:
+def test_the_loss_is_that_of_the_labelled_pixels(smoothing: float, weights: tuple[float, ...]) -> None:
     """Against a loop over pixels, gradient included."""
     random = np.random.default_rng(0)
     logits, marks = random.normal(size=(2, 3, 4, 5)), random.integers(-1, 3, (2, 4, 5))
     marks[1, 2] = -1
     objective, batch = (
-        Segment(0, smoothing, 0, (0.5,) * 3, (0.5,) * 3),
+        Segment(0, smoothing, 0, (0.5,) * 3, (0.5,) * 3, torch.tensor(weights)),
         batch_of(torch.tensor(marks, dtype=torch.int16)),
     )
     model = Fixed(torch.tensor(logits, dtype=torch.float32))
     total, numbers = objective(model, batch)
     total.backward()
-    loss, right, gradient = 0.0, 0, np.zeros_like(logits)
+    loss, right, gradient, known = 0.0, 0.0, np.zeros_like(logits), 0.0
     for row, down, across in zip(*np.nonzero(marks >= 0), strict=True):
         mine, label = logits[row, :, down, across], marks[row, down, across]
         chances = np.exp(mine) / np.exp(mine).sum()
-        wanted = np.full(3, smoothing / 3) + np.eye(3)[label] * (1 - smoothing)
+        wanted = np.array(weights) * (np.full(3, smoothing / 3) + np.eye(3)[label] * (1 - smoothing))
         loss -= (wanted * np.log(chances)).sum()
-        right += mine.argmax() == label
-        gradient[row, :, down, across] = chances - wanted
+        right += weights[label] * (mine.argmax() == label)
+        known += weights[label]
+        gradient[row, :, down, across] = chances * wanted.sum() - wanted
     assert float(total.detach()) == pytest.approx(loss, rel=1e-5)
-    assert int(objective.weight(batch)) == (marks >= 0).sum()
-    assert int(numbers["train_pixels"]) == right
+    assert float(objective.weight(batch)) == pytest.approx(known)
+    assert float(numbers["train_pixels"]) == pytest.approx(right)
     assert model.logits.grad is not None
     np.testing.assert_allclose(model.logits.grad, gradient, atol=1e-6)
 
