@@ -39,7 +39,10 @@ class Arm:
 
 @dataclass(frozen=True)
 class Labels:
-    """A fine-tuning of several arms: the settings of its labels, its learning rates, and the encoder from scratch."""
+    """A fine-tuning of several arms: the settings of its labels, its learning rates, and the encoder from scratch.
+
+    ``CLASSIFIER`` in a setting is the export of the study's classifier of the same seed.
+    """
 
     title: str
     config: str
@@ -168,7 +171,8 @@ def _command(arm: Arm, runs: Path, name: str, seed: int) -> list[str]:
 def comparison(labels: Labels, runs: Path, seed: int) -> list[str]:
     arms = [f"trials.arms.{arm}={_export(arm, runs, seed)}" for arm in labels.arms]
     told = [f"seed={seed}", f"run.dir={place_of(runs, labels.title, seed)}", "tracking.uri=null", "engine.kind=plain"]
-    told += ["trials.repeats=1", f"trials.lr_per_256={list(labels.rates)}", "init=null", *arms, *labels.settings]
+    told += ["trials.repeats=1", f"trials.lr_per_256={list(labels.rates)}", "init=null", *arms]
+    told += [each.replace("CLASSIFIER", f"{place_of(runs, 'classifier', seed)}/export") for each in labels.settings]
     return [*_door("finetune"), labels.config, *told]
 
 

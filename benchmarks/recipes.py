@@ -33,14 +33,18 @@ RECIPES: dict[str, tuple[tuple[float, ...], tuple[str, ...]]] = {
     "average 0.99": (_ADAMW, ("average=0.99",)),
     "steps at 40 and 60": (_ADAMW, ("optim.schedule=step", "optim.step_epochs=[40, 60]")),
     "early stopping": (_ADAMW, ("evaluate_every=4", "early_stopping={metric: holdout_loss, patience: 5}")),
-    "SGD, momentum 0.9": ((0.3, 1.0, 3.0), ("optim.kind=sgd",)),
-    "frozen, a new head": (_ADAMW, ("frozen=true",)),
+    "a teacher of all labels": (_ADAMW, ("teacher={init: CLASSIFIER}",)),
+    "SGD, momentum 0.9": ((0.1, 0.3, 1.0), ("optim.kind=sgd",)),
+    "frozen, a new head": ((3e-2, 1e-1, 3e-1), ("frozen=true",)),
     "attacks measured": (_ADAMW, (_ATTACK.format(weight=0),)),
     "PGD, half of the loss": (_ADAMW, (_ATTACK.format(weight=0.5),)),
 }
 STUDY = Study(
     data="digits",
     arms={"mae": Arm("pretrain", "digits")},
+    classifiers={
+        "classifier": Arm("finetune", "digits", ("model=null", "data.per_class=null", "epochs=12"), teacher="mae"),
+    },
     comparisons=tuple(Labels(name, "digits", ("mae",), *told) for name, told in RECIPES.items()),
     probed=("scratch", "mae"),
     fresh=("model={name: vit_tiny_patch16_224, patch: 4, width: 96, depth: 6, heads: 4}",),
