@@ -1,13 +1,12 @@
 """The settings of distillation, and the plan they come to."""
 
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from distill.fit import Pupil, Taught, agreed_classes, fitted, taught_by
 from distill.lesson import IN_CLASSES, Lesson, LessonKind
 from distill.losses import Distance
-from foveal.config import Config, machine, science
+from foveal.config import Config, check_plain, machine, science
 from foveal.errors import ConfigError
 from foveal.models.backbone import times
 from foveal.models.mae import DecoderConfig
@@ -15,7 +14,6 @@ from foveal.models.vit import Pooling, VitConfig
 from foveal.origin import Origin, origin_of
 from foveal.stage import Plan, StageConfig, planned
 
-_PLAIN = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 _FILES = {"card.json", "model.safetensors"}
 
 
@@ -161,11 +159,7 @@ def students_of(cfg: DistillConfig) -> tuple[StudentConfig, ...]:
     if not cfg.students:
         return (_one(StudentConfig(name="", model=None if alone else StudentVit()), cfg, "model"),)
     for number, student in enumerate(cfg.students):
-        if not _PLAIN.fullmatch(student.name):
-            raise ConfigError(
-                f"students.{number}.name={student.name!r} is no plain name of a folder: a letter or digit, then letters, "
-                f"digits, '_', '-' and '.'"
-            )
+        check_plain(f"students.{number}.name", student.name)
     names = [student.name for student in cfg.students]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:

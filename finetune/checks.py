@@ -96,6 +96,12 @@ def check_kind(cfg: FinetuneConfig, card: Card | None) -> None:
     for name, section, kind in (("segment", cfg.segment, "mask"), ("detect", cfg.detect, "boxes")):
         if labels != kind and section != type(section)():
             raise ConfigError(f"{name} is for data.labels={kind}, and data.labels={labels}; leave it out")
+    behind = card is not None and card.encoder.get("pooling") == "avg" and pooling(cfg) == "token"
+    if behind and cfg.probe is None:  # which reads what is behind the export's own norm
+        raise ExportError(
+            f"the export {cfg.init} was fine-tuned with pooling=avg and has no norm behind its tokens; give a pretrained "
+            f"encoder, or one fine-tuned with pooling=token"
+        )
     if labels not in _EVERY_PATCH:
         return
     if cfg.pooling != FinetuneConfig.model_fields["pooling"].default:
@@ -109,11 +115,6 @@ def check_kind(cfg: FinetuneConfig, card: Card | None) -> None:
         )
     if labels == "boxes":
         _check_settings_of_boxes(cfg)
-    if card is not None and card.encoder.get("pooling") == "avg":
-        raise ExportError(
-            f"the export {cfg.init} was fine-tuned with pooling=avg and has no norm behind its tokens; give a pretrained "
-            f"encoder, or one fine-tuned with pooling=token"
-        )
 
 
 def check_comparison(cfg: FinetuneConfig) -> None:

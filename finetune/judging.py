@@ -46,8 +46,11 @@ def check_judging(
             )
         return
     if early.metric not in names.split(", "):
-        hint = "" if cfg.data.holdout_per_class else "; data.holdout_per_class adds those of the part that is held out"
-        raise ConfigError(f"early_stopping.metric={early.metric} is not logged: an evaluation logs {names}{hint}")
+        more = cfg.data.labels == "class" and not cfg.data.holdout_per_class
+        hint = "; data.holdout_per_class adds those of the part that is held out" if more else ""
+        raise ConfigError(
+            f"early_stopping.metric={early.metric} is not among what every evaluation logs: {names}{hint}"
+        )
     if not evaluate_every:
         raise ConfigError(
             f"early_stopping.metric={early.metric} is logged only at the end, because evaluate_every=0: say how many steps lie "

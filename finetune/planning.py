@@ -23,7 +23,7 @@ from finetune.config import FinetuneConfig
 from finetune.judging import check_judging, judged
 from finetune.teacher import teachers_origin
 from foveal.checkpoint.export import Card
-from foveal.config import set_dotted
+from foveal.config import check_plain, set_dotted
 from foveal.data import Dataset
 from foveal.data.labels import labels_of
 from foveal.data.subset import judge
@@ -120,6 +120,12 @@ def plan(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
     if others and not cfg.data.holdout_per_class:
         raise ConfigError(
             "trials.lr_per_256 has several rates, but data.holdout_per_class=0 leaves nothing to choose by; set it"
+        )
+    for arm in cfg.trials.arms:
+        check_plain("trials.arms", arm)
+    if len({*cfg.trials.lr_per_256}) < len(cfg.trials.lr_per_256):
+        raise ConfigError(
+            f"trials.lr_per_256={list(cfg.trials.lr_per_256)} has a rate twice: both would be one run; give each once"
         )
     arms = {arm: _plan_one(trial(cfg, arm, 0, rate), ranks) for arm in cfg.trials.arms}
     first = next(iter(arms.values()))

@@ -138,7 +138,9 @@ def _check_settings(cfg: FinetuneConfig, probe: ProbeConfig) -> None:
         if value != usual:
             rates = "; the heads' rates are probe.linear_lr_per_256 and probe.attentive_lr_per_256" * ("lr_" in name)
             given = f"{name}={value:g}" if isinstance(value, int | float) else name
-            raise ConfigError(f"{given} is for training the encoder, which a probe leaves as it is{rates}")
+            raise ConfigError(
+                f"{given} is for training the encoder, which a probe leaves as it is: leave it out, or as {usual}{rates}"
+            )
     if "knn" in probe.kinds and (probe.metric, probe.vote) == ("euclidean", "softmax"):
         raise ConfigError(
             "probe.vote=softmax weighs cosine similarities: set probe.metric=cosine or probe.vote=uniform"

@@ -52,6 +52,10 @@ def teachers_origin(
     if cfg.teacher is None:
         return None
     origin = origin_of(Path(cfg.teacher.init), None, cfg.data)
+    if not origin.card.encoder.get("classes"):
+        raise ExportError(
+            f"the teacher {cfg.teacher.init} has no head that tells classes of an image; give the export of a classifier"
+        )
     channels = card_of(origin.card.encoder, f"{cfg.teacher.init}/card.json").channels
     for name, hers, ours in (
         ("classes", origin.card.classes, classes),

@@ -37,7 +37,8 @@ def fit(plan: FinetunePlan, run: Run) -> None:
         return None
     if cfg.early_stopping is None:
         results = _measured(cfg, engine, run, plan.steps)
-        run.export(engine, plan.encoder, prefix=exported(cfg), classes=plan.classes, head=task.head(plan))
+        about = {"prefix": exported(cfg), "classes": plan.classes, "head": task.head(plan), "results": results}
+        run.export(engine, plan.encoder, **about)
         run.finish(results)
     else:
         _leave_the_best(cfg.early_stopping.metric, run)

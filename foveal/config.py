@@ -154,6 +154,14 @@ def section_of(field: FieldInfo) -> type[Config] | None:
     return None
 
 
+def check_plain(setting: str, name: str) -> None:
+    """A name that becomes a folder's stays inside the one it is in. Errors: ConfigError."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII):
+        raise ConfigError(
+            f"{setting}={name!r} is no plain name of a folder: a letter or digit, then letters, digits, '_', '-' and '.'"
+        )
+
+
 def parse_yaml(text: str) -> Any:
     """Plain data from YAML. Errors: ConfigError for a key given twice, yaml.YAMLError for what is no YAML."""
     return yaml.load(text, _StrictLoader)  # noqa: S506 - a SafeLoader, made stricter

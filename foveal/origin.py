@@ -64,6 +64,11 @@ def origin_of(place: Path, name: str | None, data: DataConfig) -> Origin:
     Errors: ExportError, one sentence for what does not fit; ConfigError for a name that timm does not have, and for
     images that are no whole number of patches.
     """
+    if name is None and not (place / "card.json").exists() and (place.is_file() or any(place.glob("*.safetensors"))):
+        raise ExportError(
+            f"{place} has no card.json, so it is no export of foveal's; for weights of others say which model of timm's they "
+            f"are (init_name, or teacher_name in distillation)"
+        )
     card = read_card(place) if name is None else _made_up(place, name, data)
     told = card_of(card.encoder, f"{place}/card.json")
     if isinstance(told, BackboneCard):

@@ -3,6 +3,7 @@
 import logging
 import sys
 import time
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -11,6 +12,7 @@ from rich.progress import Progress as Bar
 from foveal.telemetry.totals import Row
 
 _LINE_EVERY = 30.0  # seconds between lines in a log
+_NUMBERS = 6  # of a result in a line
 _log = logging.getLogger(__name__)
 
 
@@ -48,6 +50,12 @@ class Progress:
         elif done == self._total or time.monotonic() - self._spoke > _LINE_EVERY:
             self._spoke = time.monotonic()
             _log.info("%s: %d of %d, %s", self._name, done, self._total, text)
+
+    def result(self, step: int, numbers: Mapping[str, object]) -> None:
+        """A line of what came of a step: the first numbers."""
+        told = [f"{name} {value:.4f}" for name, value in numbers.items() if isinstance(value, float)]
+        if self._name and told:
+            _log.info("%s: step %d, %s", self._name, step, ", ".join(told[:_NUMBERS]))
 
     def close(self) -> None:
         """Leave the bar as it stands."""

@@ -232,11 +232,9 @@ class Run:
         return self._last
 
     def evaluated(self, step: int, numbers: dict[str, float]) -> None:
-        """The numbers of an evaluation after a step, on every rank; they have rows of their own.
-
-        Another of the same step takes its place, as after a resume.
-        """
+        """The numbers of an evaluation after a step, on every rank, in a row of their own; as after a resume, in its place."""
         self.scores[step] = numbers
+        self.progress.result(step, numbers)
         self.tracker.results(numbers, step)
 
     def picture(self, name: str, step: int, draw: Any) -> None:
@@ -302,13 +300,12 @@ class Run:
             self.tracker.hurry()
 
     def finish(self, results: dict[str, Any] | None = None, known: dict[str, Any] | None = None) -> None:
-        """Write down that the run is finished, and what came of it besides its last numbers.
-
-        ``results`` are new, and told; ``known`` were told before, as those of the best evaluation.
-        """
+        """Write down that the run is finished, and what came of it: new ``results``, and what is ``known``, as of the best."""
         self.settle()
         if self.world.rank == 0:
-            summary = self._last | (known or {}) | (results or {})
+            came = (known or {}) | (results or {})
+            summary = self._last | came
+            self.progress.result(self.step or self.plan.steps, came)
             facts = {"seconds": round(self.pace.seconds, 3), "science": self.plan.science(), "summary": summary}
             if results:
                 self.tracker.results(results, self.step or self.plan.steps)  # a comparison takes no steps of its own
@@ -326,14 +323,16 @@ class Run:
         classes: tuple[str, ...] = (),
         name: str = "",
         head: dict[str, Any] | None = None,
+        results: dict[str, float] | None = None,
     ) -> None:
-        """Leave the weights whose names begin with ``prefix``, without it, and their card for the next stage.
+        """Leave the weights whose names begin with ``prefix``, without it, and their card, with ``results``, for the next.
 
         They go to export/, or to export/<name> where a run leaves several; beside them, as the card's ``head``, what is
         named ``head.``, if ``head`` says what builds it again.
         """
         self.watch.beat(self.step, "exporting")
-        about = {"prefix": prefix, "classes": classes, "head": head, "step": self.step, "metrics": self._last}
+        about = {"prefix": prefix, "classes": classes, "head": head, "step": self.step}
+        about["metrics"] = self._last | (results or {})
         folder = self.exports.write(engine, encoder, **about, name=name)
         self.tracker.file(folder / "card.json")
 

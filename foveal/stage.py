@@ -294,6 +294,6 @@ def _statistics(cfg: StageConfig, dataset: Dataset, card: Card | None) -> tuple[
     for name, stated, hers in (("mean", cfg.data.mean, card.mean), ("std", cfg.data.std, card.std)):
         if stated is not None and stated != hers:
             raise ExportError(
-                f"data.{name} is {list(stated)}, the export was trained with {list(hers)}; leave data.{name} out"
+                f"data.{name} is {list(stated)}, the weights were trained with {list(hers)}; leave data.{name} out (null)"
             )
     return card.mean, card.std

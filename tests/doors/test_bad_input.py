@@ -252,7 +252,7 @@ def test_a_config_that_contradicts_the_export(override: str, sentence: str, conf
 def test_statistics_that_are_not_the_exports(configs, refused: Refused) -> None:
     for stage in ("distill", "finetune"):
         said = refused(stage, configs[stage], "data.mean=[0.5]", "data.std=[0.5]")
-        assert "data.mean is [0.5], the export was trained with" in said and "leave data.mean out" in said
+        assert "data.mean is [0.5], the weights were trained with" in said and "leave data.mean out" in said
 
 
 # --- the same, of real processes ---

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from finetune.config import FinetuneConfig
 from finetune.planning import plan
@@ -66,6 +67,12 @@ def export(folder: Path, **changed: Any) -> str:
             ConfigError,
             "would judge a trial by what it stopped at",
         ),
+        ({"trials": {"arms": {"../a": None}, "lr_per_256": [1e-3]}}, ConfigError, "trials.arms='../a' is no plain name"),
+        (
+            {"trials": {"arms": {"a": None}, "lr_per_256": [1e-3, 1e-3]}, "data": {"holdout_per_class": 2}},
+            ConfigError,
+            "has a rate twice",
+        ),
         (
             {"adversarial": {"split_norms": True}, "engine": {"kind": "plain", "recompute": True}},
             ConfigError,
@@ -115,6 +122,26 @@ def test_a_teacher_of_other_classes_or_pixels(digits: Path, tmp_path: Path) -> N
         bad = export(tmp_path / name, **same | changed)
         with pytest.raises(ExportError, match=f"{sentence}.*they must be equal"):
             plan(config(digits, teacher={"init": bad}), 1)
+    headless = build_encoder(VitConfig(**TINY), image_size=8, channels=1).state_dict()
+    card = Card("finetune", encoder_card(VitConfig(**TINY), 8, 1), **same, classes=DIGITS)
+    write_export(tmp_path / "headless", headless, card)
+    with pytest.raises(ExportError, match="has no head that tells classes of an image"):
+        plan(config(digits, teacher={"init": str(tmp_path / "headless")}), 1)
+
+
+def test_the_class_token_of_an_export_without_a_norm_behind_it(digits: Path, tmp_path: Path) -> None:
+    """The mean of the patches took the norm's place; a probe reads what is there."""
+    init = {"init": export(tmp_path / "export"), "model": None}
+    assert plan(config(digits, **init, pooling="avg"), 1).start is not None
+    with pytest.raises(ExportError, match="pooling=avg and has no norm behind its tokens"):
+        plan(config(digits, **init, pooling="token"), 1)
+
+
+def test_weights_of_others_without_a_name(digits: Path, tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    for place in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(ExportError, match="for weights of others say which model of timm's they are"):
+            plan(config(digits, init=str(place), model=None), 1)
 
 
 TOKENS = {

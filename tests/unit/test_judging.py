@@ -22,15 +22,15 @@ def planned(name: str, config: Path, *words: str) -> Plan:
 REFUSED = {
     "misspelt": (
         ("evaluate_every=5", "early_stopping={metric: val_top2, patience: 2}"),
-        f"early_stopping.metric=val_top2 is not logged: an evaluation logs {NAMES}; data.holdout_per_class adds",
+        f"early_stopping.metric=val_top2 is not among what every evaluation logs: {NAMES}; data.holdout_per_class adds",
     ),
     "misspelt beside a holdout": (
         ("evaluate_every=5", HELD, "early_stopping={metric: top1, patience: 2}"),
-        f"an evaluation logs {NAMES}, holdout_top1, holdout_top5, holdout_loss$",
+        f"every evaluation logs: {NAMES}, holdout_top1, holdout_top5, holdout_loss$",
     ),
     "no holdout": (
         ("evaluate_every=5", "early_stopping={metric: holdout_top1, patience: 2}"),
-        "early_stopping.metric=holdout_top1 is not logged",
+        "early_stopping.metric=holdout_top1 is not among",
     ),
     "never": ((STOPPING,), f"is logged only at the end, because evaluate_every=0: .* logs {NAMES}"),
     "plateau of nothing": (

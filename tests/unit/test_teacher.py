@@ -177,11 +177,11 @@ def test_a_student_inherits_its_teachers_pixels_and_digest(digits: Path, tmp_pat
         ({"model": {"patch": 8}}, "has patch 4, the student's model.patch is 8; they must be equal"),
         (
             {"data": {"mean": [0.5], "std": [0.4]}},
-            "data.mean is [0.5], the export was trained with [0.3]; leave data.mean out",
+            "data.mean is [0.5], the weights were trained with [0.3]; leave data.mean out (null)",
         ),
         (
             {"data": {"mean": [0.3], "std": [0.5]}},
-            "data.std is [0.5], the export was trained with [0.4]; leave data.std out",
+            "data.std is [0.5], the weights were trained with [0.4]; leave data.std out (null)",
         ),
     ],
 )
