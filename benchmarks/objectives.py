@@ -120,7 +120,7 @@ CIFAR10 = Study(
         ),
     ),
     probed=("scratch", "mae"),
-    fresh=(_CIFAR_VIT,),
+    fresh=(_CIFAR_VIT, "data.mean=[0.4914, 0.4822, 0.4465]", "data.std=[0.2470, 0.2435, 0.2616]"),
 )
 STUDIES = {"digits": DIGITS, "cifar10": CIFAR10}
 

@@ -189,7 +189,7 @@ def _told(groups: dict[str, list[_Walked]], tell: Callable[[str], None]) -> dict
         shards = tuple(walked.shard for walked in group if walked.shard)
         samples = sum(shard.samples for shard in shards)
         if unlabelled := sum(walked.unlabelled for walked in group):
-            tell(f"{split}: {unlabelled:,} of {samples:,} samples have no label")
+            tell(f"{split}: {unlabelled:,} of {samples:,} samples have no class")
         if shards:
             splits[split] = Split(samples=samples, shards=shards)
     return splits

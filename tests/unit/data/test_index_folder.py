@@ -134,7 +134,7 @@ def test_labels_from_json(tmp_path: Path, write_tar: WriteTar, png: bytes) -> No
     manifest = index_folder(str(tmp_path), label_key="label", classes=["cat", "dog", "cow"], tell=told.append)
     index, _ = map_index(tmp_path / "train-0.tar.index")
     assert index.labels.tolist() == [2, 1, -1, -1, -1]
-    assert told == ["train: 3 of 5 samples have no label"]
+    assert told == ["train: 3 of 5 samples have no class"]
     assert manifest.fields == ("json", "png")
     with pytest.raises(DataError, match=r"no sample has a label 'lable' in its .json: correct --label-key"):
         index_folder(str(tmp_path), label_key="lable")
@@ -178,7 +178,7 @@ def test_the_command_says_what_it_found(folder: Path, write_tar: WriteTar, png: 
     lines = result.output.splitlines()
     assert lines[0] == "set: members png, cls; 3 classes"
     assert lines[1].split()[:5] == ["train", "6", "samples", "3", "shards"]
-    assert lines[-2:] == [f"{folder}/val-1.tar holds no samples: it is left out", "val: 1 of 1 samples have no label"]
+    assert lines[-2:] == [f"{folder}/val-1.tar holds no samples: it is left out", "val: 1 of 1 samples have no class"]
 
 
 class _Quiet(SimpleHTTPRequestHandler):
