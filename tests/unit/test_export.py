@@ -83,9 +83,10 @@ HEAD = {"kind": "segmentation", "classes": 2}
 def test_tied_weights_are_written_under_each_name(tmp_path: Path) -> None:
     """Whole or in part; what is read fits the model that ties them, strictly."""
     torch.manual_seed(0)
-    tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
-    tied[2].weight = tied[0].weight
-    tied[1].bias = nn.Parameter(tied[0].weight.detach()[1])  # a view
+    first, second, third = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+    third.weight = first.weight
+    second.bias = nn.Parameter(first.weight.detach()[1])  # a view
+    tied = nn.Sequential(first, second, third)
     wanted = tied.state_dict()
     write_export(tmp_path / "export", wanted, CARD)
     found, _ = read_export(tmp_path / "export")
