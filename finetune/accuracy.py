@@ -13,6 +13,7 @@ from finetune.planning import FinetunePlan
 from foveal.data import Batch, normalise
 from foveal.data.subset import PartName
 from foveal.distributed.engine import Engine
+from foveal.errors import DataError
 from foveal.runtime import Run
 
 
@@ -40,6 +41,8 @@ def accuracy(engine: Engine, run: Run, step: int, *, split: str, part: PartName)
 def precision(engine: Engine, run: Run, step: int, *, split: str, part: PartName) -> dict[str, float]:
     """Of several classes an image: ``map``, the mean over classes of the average precision (those that no image is of are
     left out), ``f1`` over all answers above a half (micro), and ``loss``, as ``accuracy``. Every rank calls it.
+
+    Errors: DataError, on every rank, where no image is of any class.
     """
     from sklearn.metrics import average_precision_score  # takes a second
 
@@ -59,7 +62,11 @@ def precision(engine: Engine, run: Run, step: int, *, split: str, part: PartName
     told = run.world.gather((np.concatenate([none, *scores]), np.concatenate([none, *truths])))
     score, truth = (np.concatenate(each) for each in zip(*told, strict=True))
     seen = truth.any(axis=0)
-    mean = float(average_precision_score(truth[:, seen], score[:, seen])) if seen.any() else 0.0
+    if not seen.any():
+        raise DataError(
+            f"split '{split}' has no image of any class to measure by: set data.val to a split that has some"
+        )
+    mean = float(average_precision_score(truth[:, seen], score[:, seen]))
     right = float(((score > 0) * truth).sum())
     loss, images = run.world.sum(losses).tolist()
     f1 = 2 * right / max(1.0, float((score > 0).sum() + truth.sum()))

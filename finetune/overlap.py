@@ -15,6 +15,7 @@ from foveal.data import normalise
 from foveal.data.labels import NOTHING
 from foveal.data.subset import PartName
 from foveal.distributed.engine import Engine
+from foveal.errors import DataError
 from foveal.inspect.overlay import overlay_sheet
 from foveal.models.windows import by_windows
 from foveal.runtime import Run
@@ -43,17 +44,24 @@ class Counts:
         self.sums[-1] += losses_HW.double().sum()
         return guess_HW
 
-    def numbers(self, sum_over_ranks: Callable[[Tensor], Tensor], names: Sequence[str]) -> dict[str, float]:
-        """``miou``, ``pixels``, ``loss`` and ``iou_<name>``, over all ranks; every rank calls it."""
+    def numbers(self, sum_over_ranks: Callable[[Tensor], Tensor], names: Sequence[str], split: str) -> dict[str, float]:
+        """``miou``, ``pixels``, ``loss`` and ``iou_<name>``, over all ranks; every rank calls it.
+
+        Errors: DataError, on every rank, where no pixel of any has a label.
+        """
         *pixels, loss = sum_over_ranks(self.sums).tolist()
         met = torch.tensor(pixels, dtype=torch.float64).view(self.classes, self.classes)  # [true, guessed]
-        right, union, total = met.diag(), met.sum(dim=0) + met.sum(dim=1) - met.diag(), met.sum().clamp(min=1)
+        right, union, total = met.diag(), met.sum(dim=0) + met.sum(dim=1) - met.diag(), met.sum()
+        if not total:
+            raise DataError(
+                f"split '{split}' has no labelled pixel to measure by: set data.val to a split that has some"
+            )
         each = {
             f"iou_{name}": float(right[number] / union[number])
             for number, name in enumerate(nameable(names))
             if union[number]
         }
-        mean = sum(each.values()) / max(1, len(each))
+        mean = sum(each.values()) / len(each)
         return {"miou": mean, "pixels": float(right.sum() / total), "loss": loss / float(total)} | each
 
 
@@ -62,7 +70,7 @@ def overlap(engine: Engine, run: Run, step: int, *, split: str, part: PartName) 
 
     Of all labelled pixels of the part at data.val_size, every image once, padding nowhere. A class that neither masks nor
     guesses have anywhere has no number and no part in the mean. Every rank calls it; rank 0 shows what it met first of
-    data.val.
+    data.val. Errors: DataError where no pixel has a label.
     """
     plan, shown = run.plan, []
     assert isinstance(plan, FinetunePlan)
@@ -80,7 +88,7 @@ def overlap(engine: Engine, run: Run, step: int, *, split: str, part: PartName) 
     if shown and (split, part) == (data.val, "all"):
         images, truth, guess = (torch.stack(each) for each in zip(*shown, strict=True))
         run.picture("segmentation", step, lambda: overlay_sheet(images, truth, guess, plan.classes))
-    return counts.numbers(run.world.sum, plan.classes)
+    return counts.numbers(run.world.sum, plan.classes, split)
 
 
 def nameable(names: Sequence[str]) -> list[str]:

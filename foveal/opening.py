@@ -1,5 +1,6 @@
 """Opening a run directory for one attempt, and closing it whatever happens."""
 
+import errno
 import json
 import logging
 import socket
@@ -16,7 +17,7 @@ from foveal.distributed.lost import lost_peer
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.watch import Watch, watching
 from foveal.distributed.world import World, describe, slurm_job
-from foveal.errors import Diverged, FovealError, Hung, Restarting, Superseded
+from foveal.errors import ConfigError, Diverged, FovealError, Hung, Restarting, Superseded
 from foveal.files import write_json
 from foveal.runtime import Run
 from foveal.saving import Saving
@@ -25,6 +26,7 @@ from foveal.telemetry.stragglers import Stragglers
 from foveal.tracking import report_end
 from foveal.tracking.tracker import Silent, State
 
+_BARRED = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}  # no later look finds it otherwise
 _log = logging.getLogger(__name__)
 
 
@@ -35,8 +37,8 @@ def opened(
     """Open the run directory and all that belongs to it; nothing if the run is finished already.
 
     ``within``: the run that this is a part of; it shows no progress of its own, and has the other's watch.
-    Errors: CheckpointError where the directory holds a run of other science, Held where another process writes it,
-    Restarting where attempt after attempt got no further, Hung where a rank was lost on the way.
+    Errors: ConfigError where there can be no directory, CheckpointError where it holds a run of other science, Held where
+    another process writes it, Restarting where attempt after attempt got no further, Hung where a rank was lost on the way.
     """
     quiet = within is not None
     path, finished = world.once(lambda: _looked_at(plan))  # file systems answer late: one rank looks
@@ -112,14 +114,25 @@ class _End:
 
 
 def _looked_at(plan: Plan) -> tuple[Path, bool]:
-    """The run's directory and whether it is done. Errors: CheckpointError."""
-    path = _directory(plan.cfg)
-    for name in ("science.json", "finished.json"):
-        file = path / name
-        if file.exists():
-            tree = json.loads(file.read_text())
-            check_same_science(tree.get("science", tree), plan.science(), path)
-    return path, (path / "finished.json").exists()
+    """The run's directory and whether it is done. Errors: ConfigError, CheckpointError."""
+    try:
+        path = _directory(plan.cfg)
+        for name in ("science.json", "finished.json"):
+            file = path / name
+            if file.exists():
+                tree = json.loads(file.read_text())
+                check_same_science(tree.get("science", tree), plan.science(), path)
+        return path, (path / "finished.json").exists()
+    except OSError as error:
+        if error.errno not in _BARRED:
+            raise
+        raise _no_place(plan.cfg.run.dir, error) from None
+
+
+def _no_place(path: Path | str | None, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"run.dir={path} cannot be a run directory ({error.strerror}); set run.dir to a place that can be written"
+    )
 
 
 def _taken(path: Path, plan: Plan, world: World) -> Attempt | None:
@@ -130,7 +143,10 @@ def _taken(path: Path, plan: Plan, world: World) -> Attempt | None:
     held: list[Lease] = []
 
     def taken() -> Attempt | None:
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _no_place(path, error) from None
         cfg = plan.cfg
         try:
             held.append(take(path, this_process(world.size, slurm_job()), restarts=cfg.run.restarts))

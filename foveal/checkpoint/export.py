@@ -113,8 +113,14 @@ def read_head(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any
 
 
 def _written(file: Path, weights: dict[str, Tensor]) -> str:
-    """Write weights; the file's digest."""
-    save_file({name: value.contiguous() for name, value in weights.items()}, file)
+    """Write weights; the file's digest. Those that modules share (tied ones) are written under each of their names."""
+    apart, storages = {}, set()
+    for name, value in weights.items():
+        whole = value.contiguous()
+        storage = whole.untyped_storage().data_ptr()
+        apart[name] = whole.clone() if storage in storages else whole
+        storages.add(storage)
+    save_file(apart, file)
     return sha256(file)
 
 

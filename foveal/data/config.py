@@ -128,8 +128,10 @@ class DataConfig(Config):
                 raise ValueError(f"{name} has {len(values)} values for channels={self.channels}")
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std are given together or not at all")
-        if self.std is not None and min(self.std) <= 0:
-            raise ValueError(f"std={list(self.std)} must be above 0")
+        if self.mean is not None and not all(0 <= value <= 1 for value in self.mean):
+            raise ValueError(f"mean={list(self.mean)} must be within [0, 1]: it is of pixels divided by 255")
+        if self.std is not None and not all(0 < value <= 1 for value in self.std):
+            raise ValueError(f"std={list(self.std)} must be above 0 and at most 1: it is of pixels divided by 255")
         return self
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ K classes, H x W pixels of what the model sees.
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -125,13 +126,15 @@ def _boxes(labels: Labels, data: bytes, seen: Seen, where: str) -> np.ndarray:
         try:
             left, top, width, height = (float(number) for number in each["bbox"])
             label, crowd = each["category_id"], each.get("iscrowd", 0)
-        except (TypeError, KeyError, ValueError):
+        except (TypeError, KeyError, ValueError, OverflowError):
             raise DataError(f"{where}: {str(each)[:60]} is no box with bbox and category_id as COCO has them") from None
+        if crowd not in (0, 1):
+            raise DataError(f"{where}: {str(each)[:60]} has iscrowd {crowd!r:.20}, which is 0 or 1")
         if crowd:
             continue
         right, bottom = left + width, top + height
         outside = min(left, top) < -_SLACK or right > seen.width + _SLACK or bottom > seen.height + _SLACK
-        if outside or not (width > 0 and height > 0):
+        if outside or not (width > 0 and height > 0 and isfinite(left + top)):
             raise DataError(
                 f"{where}: the box {[left, top, width, height]} (left, top, width, height) is not inside its image of "
                 f"{seen.width} x {seen.height} pixels"

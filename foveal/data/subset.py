@@ -62,8 +62,8 @@ def choose(dataset: Dataset, cfg: DataConfig, *, split: str, part: PartName, see
     data.holdout_per_class of every class, and train: data.per_class of every class, or, if that is not set, everything
     but the holdout; with data.balance, samples of small classes several times. The draw depends on the seed and the
     sample ids alone.
-    Errors: ConfigError for an empty holdout or fold, DataError for a class with too few samples or samples without
-    labels.
+    Errors: ConfigError for an empty holdout or fold, DataError for a class with too few samples (or, with data.balance,
+    none) or samples without labels.
     """
     counts = dataset.counts(split)
     if part == "holdout" and not cfg.holdout_per_class:
@@ -85,6 +85,8 @@ def choose(dataset: Dataset, cfg: DataConfig, *, split: str, part: PartName, see
             f"{dataset.folder}: {int((labels < 0).sum())} samples of split '{split}' have no label; "
             f"data.per_class, data.holdout_per_class, data.balance and data.fold need one for each"
         )
+    if balanced or cfg.fold is not None:
+        _refuse_empty(dataset, labels, split, "data.balance" if cfg.fold is None else "data.fold")
     among = np.arange(len(labels))
     if cfg.fold is not None:
         in_fold = _folds(dataset, labels, cfg.fold.of, key(seed, "folds")) == cfg.fold.number
@@ -97,6 +99,16 @@ def choose(dataset: Dataset, cfg: DataConfig, *, split: str, part: PartName, see
         chosen, most = np.repeat(chosen, times), int(times.max())
     per_shard, _ = np.histogram(chosen, bins=np.concatenate([[0], np.cumsum(counts)]))
     return Part(per_shard.astype(np.int64), chosen, copies, most)
+
+
+def _refuse_empty(dataset: Dataset, labels: np.ndarray, split: str, setting: str) -> None:
+    """Errors: DataError for a class of the data set that no sample of the split is of."""
+    names = dataset.classes or ()
+    for name, samples in zip(names, np.bincount(labels, minlength=len(names)), strict=False):
+        if not samples:
+            raise DataError(
+                f"{dataset.folder}: class '{name}' has no sample in split '{split}', and {setting} needs some of each"
+            )
 
 
 def _times(labels: np.ndarray, ids: np.ndarray, balance: float, place: int) -> np.ndarray:

@@ -21,6 +21,7 @@ from finetune.model import classifier
 from finetune.planning import plan
 from foveal.data import Dataset, eval_batches, normalise
 from foveal.data.index import index_folder
+from foveal.errors import DataError
 from foveal.plan.forecast import Forecast, Machine
 
 STAGE = stage_named("finetune")
@@ -35,12 +36,12 @@ def labels(digit: int) -> list[int]:
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("several")
     digits: Any = load_digits()
-    for split, rows in (("train", range(160)), ("val", range(160, 219))):
+    for split, rows in (("train", range(160)), ("val", range(160, 219)), ("blank", range(219, 227))):
         with tarfile.open(folder / f"{split}-000000.tar", "w") as tar:
             for row in rows:
                 stream = io.BytesIO()
                 Image.fromarray((digits.images[row] * 15).astype(np.uint8)).save(stream, "PNG")
-                told = json.dumps({"labels": labels(int(digits.target[row]))}).encode()
+                told = json.dumps({"labels": [] if split == "blank" else labels(int(digits.target[row]))}).encode()
                 for name, data in (("png", stream.getvalue()), ("json", told)):
                     header = tarfile.TarInfo(f"{row:04d}.{name}")
                     header.size = len(data)
@@ -84,6 +85,11 @@ def test_ranks_stops_and_measures(config: Path, one_rank: Ranks, two_ranks: Rank
     assert told["val_map"] == pytest.approx(wanted, rel=1e-9)
     assert told["val_f1"] == pytest.approx(f1_score(truth, scores > 0, average="micro"), rel=1e-9)
     assert told["val_map"] > truth[:, seen].mean() + 0.1, "better than chance"
+
+
+def test_images_of_no_class_measure_nothing(config: Path, two_ranks: Ranks, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"split 'blank' has no image of any class to measure by: set data.val to"):
+        two_ranks.train(STAGE, config, tmp_path, "engine.kind=accelerate", "batch.at_once=8", "data.val=blank")
 
 
 def test_it_is_planned_without_memory(config: Path) -> None:

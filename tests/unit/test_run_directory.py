@@ -1,5 +1,6 @@
 """Where a run lives: its own directory, a fresh sibling, or the sibling that this job made before it was requeued."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from ranks import Ranks, stage_named
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.world import World
 from foveal.door import load
-from foveal.errors import Restarting
+from foveal.errors import ConfigError, Restarting
 
 
 def folders(run: Path) -> list[str]:
@@ -48,6 +49,42 @@ def test_a_requeued_job_goes_on_in_the_sibling_it_made(
         monkeypatch.setattr(opening, "slurm_job", lambda variables=variables: variables)
         assert opening._directory(cfg).name == expected
     assert yaml.safe_load((run / "config.yaml").read_text())["run"]["dir"] == str(run)
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("notes.txt", "File exists"),
+        ("notes.txt/run", "Not a directory"),
+        ("/proc/nowhere/run", "No such file or directory"),
+        ("x" * 300, "File name too long"),
+    ],
+)
+def test_a_place_that_can_be_no_directory_is_one_sentence(
+    place: str, reason: str, configs, one_rank: Ranks, tmp_path: Path
+) -> None:
+    (tmp_path / "notes.txt").write_text("something else")
+    with pytest.raises(ConfigError, match=rf"run.dir=.*{place} cannot be a run directory \({reason}\); set run.dir to"):
+        one_rank.train(stage_named("pretrain"), configs["pretrain"], tmp_path / place, "engine.kind=plain")
+    assert folders(tmp_path / "notes.txt") == ["notes.txt"]
+
+
+def test_a_folder_that_is_not_to_be_looked_into_is_one_sentence(
+    configs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not tried on a real one: the tests may run as root, who may look anywhere."""
+    from foveal import opening
+
+    def barred(_: object) -> Path:
+        raise PermissionError(errno.EACCES, "Permission denied", "run")
+
+    stage = stage_named("pretrain")
+    cfg = load(stage.config, "pretrain", str(configs["pretrain"]), [f"run.dir={tmp_path / 'run'}"])
+    monkeypatch.setattr(opening, "_directory", barred)
+    with pytest.raises(
+        ConfigError, match=r"run cannot be a run directory \(Permission denied\); set run.dir to a place"
+    ):
+        opening._looked_at(stage.plan(cfg, 1))
 
 
 def test_a_run_that_another_attempt_finishes_meanwhile_is_let_alone(

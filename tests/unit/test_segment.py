@@ -88,7 +88,7 @@ def test_overlap_is_that_of_scikit_learn() -> None:
     logs = F.log_softmax(logits, dim=1)
     parts = [Counts(5, torch.device("cpu")) for _ in range(2)]
     guesses = [parts[n // 2].add(logs[n], torch.tensor(marks[n])) for n in range(4)]
-    found = parts[0].numbers(lambda sums: sums + parts[1].sums, ("a", "b (1)", "b [1]", "d", "e"))
+    found = parts[0].numbers(lambda sums: sums + parts[1].sums, ("a", "b (1)", "b [1]", "d", "e"), "val")
     known = marks >= 0
     true, guess = marks[known], torch.stack(guesses).numpy()[known]
     each = np.array(jaccard_score(true, guess, average=None, labels=[0, 1, 2, 3]))  # type: ignore[arg-type]
@@ -100,10 +100,11 @@ def test_overlap_is_that_of_scikit_learn() -> None:
     }
 
 
-def test_nothing_labelled_is_nothing_measured() -> None:
+def test_nothing_labelled_is_nothing_to_measure_by() -> None:
     counts = Counts(2, torch.device("cpu"))
     counts.add(torch.zeros(2, 3, 3), torch.full((3, 3), -1))
-    assert counts.numbers(lambda sums: sums, CLASSES[:2]) == {"miou": 0.0, "pixels": 0.0, "loss": 0.0}
+    with pytest.raises(DataError, match=r"split 'blank' has no labelled pixel to measure by: set data.val to a split"):
+        counts.numbers(lambda sums: sums, CLASSES[:2], "blank")
 
 
 def test_the_head_learns_fastest_and_the_seed_decides_the_weights(scenes: Path) -> None:

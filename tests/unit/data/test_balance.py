@@ -15,12 +15,12 @@ COUNTS = (40, 10, 3)
 
 
 class Uneven:
-    """A data set of which nothing but the labels is asked."""
+    """A data set of which nothing but the labels and the classes' names is asked."""
 
     folder = "here"
 
-    def __init__(self, labels: np.ndarray) -> None:
-        self._labels = labels
+    def __init__(self, labels: np.ndarray, classes: tuple[str, ...] | None = ("cat", "dog", "hen")) -> None:
+        self._labels, self.classes = labels, classes
 
     def counts(self, _split: str) -> np.ndarray:
         return np.array([20, len(self._labels) - 20])
@@ -69,6 +69,16 @@ def test_what_is_held_out_or_evaluated_is_not_repeated() -> None:
 def test_labels_are_needed() -> None:
     with pytest.raises(DataError, match=r"have no label; .*data.balance and data.fold need one"):
         choose(Uneven(np.array([0] * 21 + [-1])), config(balance=1.0), split="train", part="train", seed=0)  # type: ignore[arg-type]
+
+
+def test_a_class_without_samples_cannot_come_as_often_as_others() -> None:
+    place: dict[str, Any] = {"split": "train", "part": "train", "seed": 0}
+    dataset: Any = Uneven(uneven().labels("train"), classes=("cat", "dog", "hen", "owl"))
+    with pytest.raises(DataError, match=r"class 'owl' has no sample in split 'train', and data.balance needs some"):
+        choose(dataset, config(balance=0.5), **place)
+    assert choose(dataset, config(), **place).ids is None
+    unnamed: Any = Uneven(dataset.labels("train"), classes=None)
+    assert len(choose(unnamed, config(balance=1.0), **place)) == 120
 
 
 def test_every_time_is_another_draw_and_ranks_see_the_same(configure: Callable[..., DataConfig]) -> None:

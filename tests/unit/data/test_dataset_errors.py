@@ -187,6 +187,9 @@ def test_statistics_that_are_not_known_or_do_not_fit(folder: Path) -> None:
     [
         ({"mean": (0.5,)}, "the test: data: mean and std are given together or not at all"),
         ({"mean": (0.5,), "std": (0.0,)}, r"std=\[0.0\] must be above 0"),
+        ({"mean": (0.5,), "std": (64.0,)}, r"std=\[64.0\] must be above 0 and at most 1: .* pixels divided by 255"),
+        ({"mean": (128.0,), "std": (0.5,)}, r"mean=\[128.0\] must be within \[0, 1\]: .* pixels divided by 255"),
+        ({"mean": (-0.1,), "std": (0.5,)}, r"mean=\[-0.1\] must be within \[0, 1\]"),
         ({"channels": 3, "mean": (0.5,), "std": (0.5,)}, "mean has 1 values for channels=3"),
         ({"channels": 2}, r"channels: input should be 1 or 3 \(given: 2\)"),
         (

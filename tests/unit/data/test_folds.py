@@ -21,11 +21,10 @@ def settings(**further: Any) -> DataConfig:
 
 
 def labelled(labels: np.ndarray, shards: int = 1) -> Any:
-    """A set of these labels in some shards."""
+    """A set of these labels in some shards; three classes have names, or as many as there are."""
     counts = np.bincount(np.arange(len(labels)) * shards // max(1, len(labels)), minlength=shards)
-    return SimpleNamespace(
-        folder="here", classes=("cat", "dog", "hen"), counts=lambda _: counts, labels=lambda _: labels
-    )
+    names = ("cat", "dog", "hen")[: labels.max() + 1]
+    return SimpleNamespace(folder="here", classes=names, counts=lambda _: counts, labels=lambda _: labels)
 
 
 def drawn(dataset: Any, cfg: DataConfig, part: PartName, seed: int = 0) -> np.ndarray:
@@ -95,7 +94,8 @@ def test_any_number_of_ranks_evaluates_the_fold_and_trains_on_the_rest(
     ("labels", "further", "kind", "sentence"),
     [
         ([0] * 9 + [1] * 3, {}, DataError, r"class 1 \('dog'\) has 3 samples, too few for 5 folds"),
-        ([0] * 9 + [7] * 3, {}, DataError, "class 7 has 3 samples, too few for 5 folds"),
+        ([0, 1, 2] * 9 + [7] * 3, {}, DataError, "class 7 has 3 samples, too few for 5 folds"),
+        ([0, 2] * 9, {}, DataError, "class 'dog' has no sample in split 'train', and data.fold needs some of each"),
         ([0] * 9 + [-1], {}, DataError, "1 samples of split 'train' have no label"),
         ([0] * 9, {"labels": "mask"}, ConfigError, "data.labels=mask gives an image no class of its own"),
         (

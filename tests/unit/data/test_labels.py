@@ -38,6 +38,7 @@ def members(number: int) -> dict[str, bytes]:
     boxes = [
         {"bbox": [4, 8, 8, 12], "category_id": number % 3},
         {"bbox": [0, 0, 24, 24], "category_id": 1, "iscrowd": 1},
+        {"bbox": [0, 0, 20, 24], "category_id": 1, "iscrowd": True},
     ]
     told = {"annotations": boxes, "labels": [number % 3, 2]}
     return {"png": png(ids * 20), "mask.png": png(ids), "json": json.dumps(told).encode()}
@@ -137,6 +138,18 @@ def test_a_mask_that_does_not_decode_is_a_bad_sample(scenes: Callable[..., tuple
         ("boxes", "001.json", b'[{"bbox": [2, 0, 0, 5], "category_id": 0}]', "not inside its image"),
         ("boxes", "001.json", b'[{"bbox": [2, 0, 3, 5], "category_id": 3}]', "label 3, and labels are 0 to 2"),
         ("boxes", "001.json", b'[{"bbox": [2, 0], "category_id": 1}]', "no box with bbox and category_id"),
+        ("boxes", "001.json", b'[{"bbox": [2, NaN, 3, 5], "category_id": 1}]', "[2.0, nan, 3.0, 5.0]"),
+        ("boxes", "001.json", b'[{"bbox": [NaN, 2, 3, 5], "category_id": 1}]', "not inside its image"),
+        ("boxes", "001.json", b'[{"bbox": [2, 0, Infinity, 5], "category_id": 1}]', "not inside its image"),
+        ("boxes", "001.json", b'[{"bbox": [-Infinity, 0, Infinity, 5], "category_id": 1}]', "not inside its image"),
+        ("boxes", "001.json", b'[{"bbox": [1%s, 0, 1, 1], "category_id": 1}]' % (b"0" * 400), "no box with bbox"),
+        ("boxes", "001.json", b'[{"bbox": [2, 0, 3, 5], "category_id": 1, "iscrowd": "no"}]', "has iscrowd 'no'"),
+        (
+            "boxes",
+            "001.json",
+            b'[{"bbox": [2, 0, 3, 5], "category_id": 1, "iscrowd": null}]',
+            "has iscrowd None, which is 0 or 1",
+        ),
         ("classes", "001.json", b'{"labels": [1, 5]}', "label 5, and labels are 0 to 2"),
         ("classes", "001.json", b'{"label": 1}', "nor an object with a list 'labels'"),
     ],
