@@ -111,7 +111,7 @@ def test_one_sentence(digits: Path, settings: dict[str, Any], error: type[Foveal
 
 def test_a_teacher_of_other_classes_or_pixels(digits: Path, tmp_path: Path) -> None:
     here = plan(config(digits), 1)
-    same = {"mean": here.mean, "std": here.std}
+    same: dict[str, Any] = {"mean": here.mean, "std": here.std}
     good = export(tmp_path / "good", **same)
     told = plan(config(digits, teacher={"init": good}), 1)
     assert "inherited.teacher" in told.science()
