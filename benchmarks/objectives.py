@@ -55,7 +55,7 @@ class Labels:
 class Study:
     """What is compared. ``classifiers`` are runs with labels that teach classes; ``probed`` are probed, frozen.
 
-    ``fresh`` are the settings of an encoder that learned nothing, which is ``scratch`` among the probed.
+    ``features`` are those of the class token, or the mean of the patches; ``fresh`` are the settings of an encoder that learned nothing, which is ``scratch`` among the probed.
     """
 
     data: str
@@ -63,6 +63,7 @@ class Study:
     comparisons: tuple[Labels, ...]
     classifiers: dict[str, Arm] = field(default_factory=dict)
     probed: tuple[str, ...] = ()
+    features: tuple[str, ...] = ("token", "avg")
     fresh: tuple[str, ...] = ()
 
 
@@ -73,7 +74,6 @@ _THOUSAND = ("data.per_class=1000", "epochs=4", "optim.warmup_epochs=1")
 _CONVOLUTIONS = ("resnet18", "densenet121", "efficientnet_b0")
 _RATES = (1e-2, 3e-2, 1e-1)
 _PRETRAINED = ("mae", "image", "latents")
-_FEATURES = ("token", "avg")
 _READERS = ("linear", "logistic", "attentive", "knn")
 _STUDENTS = ("mae_small", "features", "layers", "relations", "logits", "token")
 DIGITS = Study(
@@ -120,6 +120,7 @@ CIFAR10 = Study(
         ),
     ),
     probed=("scratch", "mae"),
+    features=("token",),
     fresh=(_CIFAR_VIT, "data.mean=[0.4914, 0.4822, 0.4465]", "data.std=[0.2470, 0.2435, 0.2616]"),
 )
 STUDIES = {"digits": DIGITS, "cifar10": CIFAR10}
@@ -148,7 +149,7 @@ def make(study: Study, runs: Path, seed: int) -> None:
         _run(_command(arms[name], runs, name, seed), place_of(runs, name, seed))
     for labels in study.comparisons:
         _run(comparison(labels, runs, seed), place_of(runs, labels.title, seed))
-    for name in (f"{arm}-{features}" for arm in study.probed for features in _FEATURES):
+    for name in (f"{arm}-{features}" for arm in study.probed for features in study.features):
         _run(_probe(study, runs, name, seed), place_of(runs, name, seed))
 
 
@@ -263,13 +264,13 @@ def summaries(labels: Labels, arm: str, rate: float, runs: Path, seeds: list[int
 def probed(study: Study, runs: Path, seeds: list[int]) -> list[str]:
     """What each kind of probe reads from the frozen class token, and from the mean of the patches, with all labels."""
     lines = ["## Probes of frozen features, all labels but those held out to choose by", ""]
-    lines += [f"`{shlex.join(_probe(study, Path('RUNS'), f'{study.probed[-1]}-{_FEATURES[0]}', seeds[0]))}`", ""]
+    lines += [f"`{shlex.join(_probe(study, Path('RUNS'), f'{study.probed[-1]}-{study.features[0]}', seeds[0]))}`", ""]
     lines += [
         f"| pretraining | features | {' | '.join(f'{kind} | lowest to highest' for kind in _READERS)} | minutes |"
     ]
     lines += [f"|---|---|{'--:|--:|' * len(_READERS)}--:|"]
     for arm in study.probed:
-        for features in _FEATURES:
+        for features in study.features:
             files = [place_of(runs, f"{arm}-{features}", seed) / "finished.json" for seed in seeds]
             summaries = [json.loads(file.read_text())["summary"] for file in files]
             columns = [[each[f"{kind}_top1"] for each in summaries] for kind in _READERS]

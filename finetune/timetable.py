@@ -6,6 +6,7 @@ from finetune.planning import FinetunePlan
 from finetune.tasks import TASKS
 from foveal.data.subset import PartName, judge
 from foveal.distributed.engine import Engine, build_engine
+from foveal.errors import DataError
 from foveal.loop import due
 from foveal.runtime import Run
 from foveal.schedule import early_average
@@ -36,9 +37,13 @@ def fit(plan: FinetunePlan, run: Run) -> None:
     elif plan.stop < plan.steps:
         return None
     if cfg.early_stopping is None:
-        results = _measured(cfg, engine, run, plan.steps)
-        about = {"prefix": exported(cfg), "classes": plan.classes, "head": task.head(plan), "results": results}
-        run.export(engine, plan.encoder, **about)
+        about = {"prefix": exported(cfg), "classes": plan.classes, "head": task.head(plan)}
+        try:
+            results = _measured(cfg, engine, run, plan.steps)
+        except DataError:
+            run.export(engine, plan.encoder, **about)  # what was learned is not lost with what cannot be measured
+            raise
+        run.export(engine, plan.encoder, **about, results=results)
         run.finish(results)
     else:
         _leave_the_best(cfg.early_stopping.metric, run)

@@ -30,13 +30,18 @@ def scene(number: int) -> tuple[np.ndarray, np.ndarray]:
     return pixels.astype(np.uint8), ids
 
 
-def write_scenes(folder: Path, train: int = 16, val: int = 5, classes: tuple[str, ...] | None = CLASSES) -> Path:
-    """Shards of scenes and their index."""
+def write_scenes(
+    folder: Path, train: int = 16, val: int = 5, classes: tuple[str, ...] | None = CLASSES, stray: int | None = None
+) -> Path:
+    """Shards of scenes and their index; of the last one of val a pixel may have a ``stray`` id."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, numbers in (("train", range(train)), ("val", range(train, train + val))):
         with tarfile.open(folder / f"{split}-000000.tar", "w") as tar:
             for number in numbers:
-                for name, array in zip(("png", "mask.png"), scene(number), strict=True):
+                pixels, ids = scene(number)
+                if stray is not None and number == train + val - 1:
+                    ids[-1, -1] = stray
+                for name, array in (("png", pixels), ("mask.png", ids)):
                     stream = io.BytesIO()
                     Image.fromarray(array).save(stream, "PNG")
                     header = tarfile.TarInfo(f"{number:03d}.{name}")

@@ -14,7 +14,7 @@ from finetune.segment import segmenter_from_export
 from foveal.checkpoint.export import read_card, read_head
 from foveal.distributed.world import World
 from foveal.door import enter, load
-from foveal.errors import ExportError
+from foveal.errors import DataError, ExportError
 from foveal.runtime import Run
 
 STAGE = stage_named("finetune")
@@ -72,6 +72,19 @@ def test_stopping_changes_nothing(config: Path, alone: Any, one_rank: Ranks, tmp
         ours, theirs = (load_file(run / "export" / f"{name}.safetensors") for run in (tmp_path / "run", alone[0]))
         assert ours.keys() == theirs.keys()
         assert all(ours[each].equal(theirs[each]) for each in ours)
+
+
+def test_what_cannot_be_measured_was_learned_and_is_left(alone: Any, one_rank: Ranks, tmp_path: Path) -> None:
+    """A mask of val with an unknown id is met after the last step, when the training is paid for."""
+    tree = scene_tree(write_scenes(tmp_path / "scenes", stray=7), segment={"head": "pyramid", "width": 16})
+    tree["class_weights"] = [0.5, 2, 1]
+    (tmp_path / "segment.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(DataError, match="7"):
+        one_rank.train(STAGE, tmp_path / "segment.yaml", tmp_path / "run", "batch.at_once=8")
+    for name in ("model", "head"):
+        ours, theirs = (load_file(run / "export" / f"{name}.safetensors") for run in (tmp_path / "run", alone[0]))
+        assert all(ours[each].equal(theirs[each]) for each in theirs)
+    assert not (tmp_path / "run" / "finished.json").exists()
 
 
 def _logits(world: World, config: str, overrides: list[str], images: torch.Tensor) -> list[torch.Tensor]:
