@@ -218,17 +218,18 @@ def test_without_slurm_submitting_is_one_sentence(tmp_path: Path, monkeypatch: p
         submit.submit([job("finish")], tmp_path, {})
 
 
-# Stands in for torchrun: its rank says what it hears and saves; torchrun itself would end with a traceback.
+# Stands in for torchrun: its rank says what it hears and saves; torchrun itself would end with a traceback. It writes
+# without a buffer: a signal that comes while one is being flushed finds it locked.
 LAUNCHER = """\
 import subprocess, sys
-rank = '''
-import signal, sys, time
+rank = r'''
+import os, signal, sys, time
 def save(*_):
     time.sleep(0.3)
-    print("saved", flush=True)
+    os.write(1, b"saved\\n")
     sys.exit(0)
 signal.signal(signal.SIGINT, save)
-print("trains", flush=True)
+os.write(1, b"trains\\n")
 time.sleep(60)
 '''
 sys.exit(subprocess.run([sys.executable, "-c", rank]).returncode)
