@@ -23,7 +23,7 @@ from foveal.tracking.refused import Refused
 
 _URI = re.compile(r"(sqlite(?:\+\w+)?:///(?:file:(?://(?=/))?)?)([^?]*)(.*)")
 _HEAD = b"SQLite format 3\x00"
-_NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG}
+_NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 _NO_SERVICE = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EMLINK, errno.EINVAL}
 _PATIENCE, _LOOKS = 120.0, 0.05  # seconds for another run to make the store, and between two looks at the lock
 

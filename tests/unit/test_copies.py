@@ -45,7 +45,9 @@ def linked_copy(source: Path, to: Path) -> None:
 def of_old(source: Path, to: Path) -> None:
     """As foveal 0.1 left it: the note names no folder, the run's tag does."""
     note = source / "mlflow.json"
-    note.write_text(json.dumps({name: value for name, value in json.loads(note.read_text()).items() if name != "folder"}))
+    note.write_text(
+        json.dumps({name: value for name, value in json.loads(note.read_text()).items() if name != "folder"})
+    )
     plain_copy(source, to)
 
 

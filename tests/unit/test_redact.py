@@ -66,7 +66,9 @@ def test_a_secret_of_any_shape_is_refused_and_redacted(url: str, tmp_path) -> No
         with pytest.raises(ConfigError, match="written into the run directory and into MLflow") as caught:
             Anything.load(file)
         assert PLANTED not in str(caught.value)
-    with pytest.raises(ConfigError, match=r"^--uri: uri: the URI holds a .*; write \${A_VARIABLE} for the URI") as caught:
+    with pytest.raises(
+        ConfigError, match=r"^--uri: uri: the URI holds a .*; write \${A_VARIABLE} for the URI"
+    ) as caught:
         TrackingConfig.checked({"uri": url}, "--uri")
     assert PLANTED not in str(caught.value)
     with pytest.raises(ConfigError, match=r"^data.path: a URL with a"):
