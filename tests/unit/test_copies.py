@@ -1,13 +1,16 @@
 """Which run of MLflow a folder goes on in: its own, wherever it is moved; a copy has another."""
 
+import contextlib
 import json
 import logging
 import os
 import shutil
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from points import in_jsonl, in_mlflow, row, run_id
 
@@ -137,6 +140,17 @@ def test_a_run_and_an_experiment_in_the_trash(tmp_path: Path, uri: str, caplog: 
     assert isinstance(caught.value, Exception) and refusal(caught.value) == str(caught.value)
     client.restore_experiment(experiment.experiment_id)
     assert MLflow(cfg, run, None, "d").run
+
+
+def test_a_store_of_another_mlflow_is_an_answer(tmp_path: Path, uri: str) -> None:
+    MLflow(TrackingConfig(uri=uri), tmp_path / "any", None, "x")
+    store = tmp_path / "mlflow.db"
+    shutil.copy(uri.removeprefix("sqlite:///"), store)
+    with contextlib.closing(sqlite3.connect(store)) as connection, connection:
+        connection.execute("update alembic_version set version_num = 'ffffffffffff'")
+    with pytest.raises(MlflowException) as caught:
+        MLflow(TrackingConfig(uri=f"sqlite:///{store}"), tmp_path / "run", None, "x")
+    assert (refusal(caught.value) or "").startswith("its tables are those of another MLflow (MlflowException: Detected")
 
 
 def test_a_variable_instead_of_a_secret_is_the_same_store(tmp_path: Path, uri: str, monkeypatch) -> None:

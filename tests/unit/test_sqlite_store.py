@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -16,8 +15,6 @@ from processes import PYTHON, ROOT
 from foveal.tracking import sqlite
 from foveal.tracking.refused import Refused
 from foveal.tracking.sqlite import alone_with, file_of, located
-
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 _BEGIN = """
 import sys
@@ -79,34 +76,6 @@ def go(process: subprocess.Popen[bytes]) -> None:
 
 def drafts(store: Path) -> list[Path]:
     return list(store.parent.glob(".*.draft")) if store.parent.exists() else []
-
-
-def test_a_store_of_another_mlflow_is_an_answer(tmp_path: Path, made: Path) -> None:
-    from foveal.tracking.mlflow import MLflow
-    from foveal.tracking.refused import refusal
-    from foveal.tracking.tracker import TrackingConfig
-
-    for version, extra in (("ffffffffffff", ""), ("bd07f7e963c5", "create table _alembic_tmp_runs (x)")):
-        store = tmp_path / f"{version}.db"
-        shutil.copy(made, store)
-        with contextlib.closing(sqlite3.connect(store)) as connection, connection:
-            connection.execute("update alembic_version set version_num = ?", (version,))
-            connection.execute(extra)
-        with pytest.raises(Exception, match="out-of-date database schema") as caught:
-            MLflow(TrackingConfig(uri=f"sqlite:///{store}"), tmp_path / version, None, "x")
-        assert isinstance(caught.value, Exception)
-        said = refusal(caught.value)
-        assert said is not None and said.startswith("its tables are those of another MLflow (MlflowException: Detected")
-
-
-@pytest.fixture
-def made(tmp_path: Path) -> Path:
-    from foveal.tracking.mlflow import _made
-
-    store = tmp_path / "made.db"
-    with _made(*located(f"sqlite:///{store}")):
-        pass
-    return store
 
 
 def test_the_name_is_the_first_ones(tmp_path: Path) -> None:
