@@ -252,16 +252,14 @@ def test_a_server_that_says_no(healthy: Server, spoiler: Spoiler, tmp_path: Path
     run, client = tmp_path / "run", MlflowClient(healthy.uri)
     cfg = configured(run, healthy.uri).model_copy(update={"experiment": "in the trash"})
     tracker, _ = open_tracker(run, cfg, None, 0)
-    place: list[str] = []
 
     def delete() -> None:
-        place.append(client.get_run(run_id(run)).info.experiment_id)
-        client.delete_experiment(place[0])
+        client.delete_experiment(client.get_run(run_id(run)).info.experiment_id)
 
     refused = "experiment in the trash is deleted: restore it or name another (tracking.experiment)"
     at = {52: lambda: has(healthy, run, 50), 60: delete, 150: lambda: until(lambda: refused in caplog.text)}
     train(tracker, 1, _STEPS, at)
-    client.restore_experiment(place[0])
+    client.restore_experiment(client.get_run(run_id(run)).info.experiment_id)
     tracker.close("finished")
     (warning,) = said(caplog, logging.WARNING)
     assert warning.startswith(f"tracking: MLflow at {healthy.uri} refuses: {refused} (")
