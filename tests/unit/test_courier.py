@@ -10,8 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 from fake_store import Kept
-from mlflow.exceptions import MlflowException, RestException
-from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from points import in_jsonl, row
 
 from foveal.files import Growing
@@ -19,7 +17,6 @@ from foveal.tracking import courier, delivery
 from foveal.tracking.courier import Courier, Outage, Posted
 from foveal.tracking.delivery import Delivery, _folder, _kept
 from foveal.tracking.jsonl import Jsonl
-from foveal.tracking.refused import Refused, refusal
 from foveal.tracking.tracker import in_words
 
 _USER = "me:secret"
@@ -314,12 +311,6 @@ def test_cards_of_several_exports_do_not_replace_each_other(tmp_path: Path) -> N
     assert _folder(tmp_path / "pictures" / "a.png") == "pictures"
 
 
-def answer(status: int) -> ConnectionError:
-    error = ConnectionError(f"{status} said http://{_USER}@there/")
-    error.response = SimpleNamespace(status_code=status)  # type: ignore[attr-defined] - as of requests
-    return error
-
-
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_store_that_answers_no_is_not_silent(status: int, store: Kept, tmp_path: Path, caplog) -> None:
     """What it says is said at once and once; training goes on, and the end does not wait for another answer."""
@@ -330,7 +321,9 @@ def test_a_store_that_answers_no_is_not_silent(status: int, store: Kept, tmp_pat
 
     def refuse(verb: str) -> None:
         tries.append(verb)
-        raise answer(status)
+        error = ConnectionError(f"{status} said http://{_USER}@there/")
+        error.response = SimpleNamespace(status_code=status)  # type: ignore[attr-defined] - as requests does
+        raise error
 
     store.before = refuse
     tracker.rows([row(11)])
@@ -346,25 +339,3 @@ def test_a_store_that_answers_no_is_not_silent(status: int, store: Kept, tmp_pat
     )
     assert "does not answer" not in caplog.text
     assert last.startswith(f"tracking: 2 rows of {tmp_path}, or its files, are not delivered")
-
-
-def test_what_is_an_answer() -> None:
-    silent = [answer(status) for status in (408, 429, 500, 503)]
-    silent += [ConnectionError("no route"), MlflowException("RESOURCE_DOES_NOT_EXIST: no run"), OSError(5, "I/O")]
-    silent += [
-        MlflowException("The run 1 must be in the 'active' state. Current state is deleted.", INVALID_PARAMETER_VALUE)
-    ]
-    silent += [RestException({"message": "Service Unavailable"}), MlflowException("timed out")]
-    assert [refusal(error) for error in silent] == [None] * len(silent)
-    for error, words in {
-        answer(403): "403 said",
-        MlflowException("no such name", INVALID_PARAMETER_VALUE): "no such name",
-        RestException({"error_code": "PERMISSION_DENIED", "message": "not yours"}): "not yours",
-        RestException({"detail": "Not Found"}): "Not Found",
-        PermissionError(13, "Permission denied"): "Permission denied",
-        OSError(30, "Read-only file system"): "Read-only file system",
-        MlflowException("Detected out-of-date database schema (found version b"): "`mlflow db upgrade`",
-        ValueError("table _alembic_tmp_experiments already exists"): "move the file away",
-        Refused("experiment x is deleted: restore it"): "experiment x is deleted",
-    }.items():
-        assert words in (refusal(error) or ""), error
