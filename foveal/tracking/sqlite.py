@@ -54,7 +54,7 @@ def located(uri: str) -> tuple[str, str | None]:
 
 
 @contextmanager
-def alone_with(file: Path, make: Callable[[Path], None]) -> Iterator[None]:
+def alone_with(file: Path, make: Callable[[Path], object]) -> Iterator[None]:
     """Hold the lock of a store, whose file is there: made by ``make``, which writes a store to a path, if it was not.
 
     Errors: Refused where there is no such place, or something else; TimeoutError where another run holds the lock.
@@ -107,7 +107,7 @@ def _head(file: Path) -> bytes:
         return stream.read(len(_HEAD))
 
 
-def _made(file: Path, make: Callable[[Path], None]) -> None:
+def _made(file: Path, make: Callable[[Path], object]) -> None:
     """Give the name to a store that was made aside, unless another has it by now."""
     draft = file.with_name(f".{file.name}.{uuid.uuid4().hex}.draft")
     try:

@@ -6,7 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -92,12 +92,11 @@ def test_the_name_is_the_first_ones(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def no_links(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_links(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(1, "no links here")
 
     monkeypatch.setattr(Path, "hardlink_to", refuse)
-    return
 
 
 @pytest.mark.usefixtures("no_links")
