@@ -18,6 +18,7 @@ _PATIENT = 30.0  # seconds before a rank says whom it is waiting for
 _LOOKS = 0.5  # seconds between two looks, once the first few were quick
 _LINGERS = 4 * _LOOKS  # seconds that the server stays after giving up, so that the others read why
 _GRACE = 20.0  # seconds that a run's own ranks have after one of another run has come in their place
+_ENDED = "ended"  # the word that says why nobody waits any longer
 _log = logging.getLogger(__name__)
 
 
@@ -32,7 +33,7 @@ def meet(here: Seat, run: RunIdentity, seconds: float) -> dist.Store:
     store = open_store(here, run, seconds)
     try:
         _come(store, here)
-        _gather(store, here.size, seconds, deadline)
+        _gather(store, here, seconds, deadline)
     except (dist.DistNetworkError, dist.DistStoreError, TimeoutError) as error:
         raise LaunchError(
             f"rank {here.rank} found the ranks' store, but they did not meet there ({in_short(error)}); the log of rank 0 says why"
@@ -68,35 +69,39 @@ def _come(store: dist.Store, here: Seat) -> None:
         f"two processes came as rank {here.rank} of {here.size}, {other} and {me}: start every rank once, and end what an "
         f"earlier start has left"
     )
-    store.set("conflict", sentence)
+    store.set(_ENDED, json.dumps({"conflict": True, "sentence": sentence}))
     raise RankConflict(sentence)
 
 
-def _gather(store: dist.Store, size: int, seconds: float, deadline: float) -> None:
-    """Wait for everybody. One number is looked at, whatever the number of ranks."""
-    came, began, said, stranger = store.add("came", 0), time.monotonic(), False, ""
-    while came < size:
-        if store.check(["conflict"]):
-            raise RankConflict(store.get("conflict").decode())
-        if store.check(["given-up"]):
-            raise LaunchError(store.get("given-up").decode())
+def _gather(store: dist.Store, here: Seat, seconds: float, deadline: float) -> None:
+    """Wait for everybody. A rank asks for two words at a time, whatever the number of ranks."""
+    came, began, warned, stranger = store.add("came", 0), time.monotonic(), False, ""
+    while came < here.size:
+        if store.check([_ENDED]):
+            ended = json.loads(store.get(_ENDED))
+            raise (RankConflict if ended["conflict"] else LaunchError)(ended["sentence"])
         now = time.monotonic()
-        if not stranger and store.check(["stranger"]):
+        if here.rank == 0 and not stranger and store.check(["stranger"]):
             stranger, deadline = store.get("stranger").decode(), min(deadline, now + _GRACE)
-        if now >= deadline and stranger:
-            store.set("conflict", f"{stranger}, came to where this run meets, and {_absent(store, size)}")
-            continue
         if now >= deadline:
-            store.set("given-up", f"{_absent(store, size, seconds)}: see why they did not start there, and start again")
+            store.set(_ENDED, json.dumps(_end(store, here.size, seconds, stranger)))
             continue
-        if now - began > _PATIENT and not said:
-            said = True
-            _log.warning("%d of %d ranks have come; the others are waited for", came, size)
+        if now - began > _PATIENT and not warned:
+            warned = True
+            _log.warning("%d of %d ranks have come; the others are waited for", came, here.size)
         time.sleep(min(_LOOKS, 0.02 + now - began))
         came = store.add("came", 0)
 
 
-def _absent(store: dist.Store, size: int, seconds: float | None = None) -> str:
+def _end(store: dist.Store, size: int, seconds: float, stranger: str) -> dict[str, object]:
+    """Why the ranks do not go on without those that did not come."""
+    absent = _absent(store, size, None if stranger else seconds)
+    if stranger:
+        return {"conflict": True, "sentence": f"{stranger}, came to where this run meets, and {absent}"}
+    return {"conflict": False, "sentence": f"{absent}: see why they did not start there, and start again"}
+
+
+def _absent(store: dist.Store, size: int, seconds: float | None) -> str:
     here = {
         rank: json.loads(store.get(f"here/{rank}"))["host"] for rank in range(size) if store.check([f"here/{rank}"])
     }

@@ -50,7 +50,8 @@ def open_store(here: Seat, run: RunIdentity, seconds: float) -> dist.Store:
 
 
 def serves(here: Seat) -> bool:
-    return here.rank == 0 and not agent_serves()
+    """Whether this rank serves the store: rank 0, unless torchrun's agent does."""
+    return here.rank == 0 and not (here.launcher == "torchrun" and agent_serves())
 
 
 # --- rank 0 ---
@@ -83,7 +84,8 @@ def _served(there: list[Place], run: RunIdentity, seconds: float) -> tuple[dist.
         raise Hung(f"{sentence}, and {len(refused) - 1} further places were not free either")
     host, port = there[0]
     if refused[0] == _in_use(host, port) and (owner := _owner_at(host, port)):
-        raise RankConflict(f"{host}:{port} is where the ranks of {owner} meet: set another MASTER_PORT for {run}")
+        advice = "it is started already" if owner == run else f"set another MASTER_PORT for {run}"
+        raise RankConflict(f"{host}:{port} is where the ranks of {owner} meet: {advice}")
     raise LaunchError(f"{sentence}; set MASTER_ADDR to this node's name and MASTER_PORT to a port that is free there")
 
 
@@ -139,10 +141,19 @@ def _in_use(host: str, port: int) -> str:
 def _owner_at(host: str, port: int) -> RunIdentity | None:
     """Whose the store at a place is; nothing where another program listens."""
     try:
-        store = _client(host, port, _ANSWERING)
-        return RunIdentity.parse(store.get(_owner_key()).decode()) if store.check([_owner_key()]) else None
-    except (dist.DistError, TimeoutError, ValueError, TypeError):
+        return _owner_of(_client(host, port, _ANSWERING), _CONNECTING)
+    except (dist.DistError, TimeoutError):
         return None
+
+
+def _owner_of(store: dist.Store, seconds: float) -> RunIdentity | None:
+    """Whose a store is, as soon as it says so: it is there before its owner has written, torchrun's by minutes."""
+    until = time.monotonic() + seconds
+    while not store.check([_owner_key()]):
+        if time.monotonic() > until:
+            return None
+        time.sleep(0.05)
+    return RunIdentity.parse(store.get(_owner_key()).decode())
 
 
 def _owner_key() -> str:
@@ -193,14 +204,12 @@ def _own_store(host: str, port: int, here: Seat, run: RunIdentity, left: float, 
     Superseded where it is that of a later attempt.
     """
     patience = left if alone else min(left, _ANSWERING)
-    store, until = _client(host, port, patience), time.monotonic() + patience
+    store = _client(host, port, patience)
     if here.rank == 0:  # torchrun's agent serves
         store.compare_set(_owner_key(), "", run.text())
-    while not store.check([_owner_key()]):  # the agent serves before rank 0 has come
-        if time.monotonic() > until:
-            return None
-        time.sleep(0.05)
-    owner = RunIdentity.parse(store.get(_owner_key()).decode())
+    owner = _owner_of(store, patience)
+    if owner is None:
+        return None
     kinship = run.kinship(owner)
     if kinship == "same":
         return store

@@ -294,7 +294,8 @@ def test_under_torchrun_rank_0_is_a_guest_too(address, pool, monkeypatch: pytest
     port = int(address.partition(":")[2])
     agent = dist.TCPStore("127.0.0.1", port, None, True, wait_for_workers=False)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    ranks = list(pool.map(come, (1, 0), [a_run(2)] * 2))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    ranks = list(pool.map(come, (1, 0), [a_run(2)] * 2, [60.0] * 2, ["torchrun"] * 2))
     assert all(isinstance(each, dist.Store) for each in ranks), ranks
     assert agent.get(f"foveal/{a_run(2).key}/came") == b"2"
 
