@@ -108,8 +108,8 @@ first_failure() {
         /^srun: error: [^ ]+: tasks? / { exit }
         /^(srun: |slurmstepd[^ ]*: error: \*\*\*|[[:space:]]*$)/ { if (/^srun: error: /) srun = $0; next }
         { last = $0 }
-        /^(foveal: |slurmstepd[^ ]*: error: |[A-Za-z_.]+(Error|Exception)\>)|[Nn]o (such|module)|not found/ { error = $0 }
-        END { print error ? error : last ? last : srun }' "$said")
+        /^(foveal: |slurmstepd[^ ]*: error: |[A-Za-z_.]+(Error|Exception)(:|$))|[Nn]o (such|module)|not found/ { error = $0 }
+        END { print error != "" ? error : (last != "" ? last : srun) }' "$said")
     why=${why:-${first:-exit code $code}}
 }
 
@@ -193,7 +193,7 @@ keep_counts() {
 where_they_failed() {
     awk '$1 == "failed"' <<<"$ledger" | head -n "-$2" | tail -n "$1" | awk '
         { same += $3 == node; node = $3; sub(/^[^ ]+ [^ ]+ [^ ]+ [^ ]+ /, ""); why = $0 }
-        END { if (NR) printf ", %s first on %s: %s", NR > 1 && same == NR - 1 ? "each" : "the last", node, why }'
+        END { if (NR) printf ", %s first on %s: %s", (NR > 1 && same == NR - 1) ? "each" : "the last", node, why }'
 }
 
 # Waits before another start, the longer the more of them came to nothing; not where Slurm wants the job to end.
