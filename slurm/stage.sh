@@ -103,13 +103,14 @@ first_failure() {
     if [ -n "$named" ] || [ -n "${only_named:-}" ]; then
         suspects=$named
     fi
-    # Before srun tells of the first end: the last line that looks like an error, else the last line.
+    # Before srun tells of the first end: the last line that looks like an error, else the last line; else what came late.
     why=$(awk '
-        /^srun: error: [^ ]+: tasks? / { exit }
-        /^(srun: |slurmstepd[^ ]*: error: \*\*\*|[[:space:]]*$)/ { if (/^srun: error: /) srun = $0; next }
+        /^srun: error: [^ ]+: tasks? / { ended = 1; next }
+        /^(srun: |slurmstepd[^ ]*: error: \*\*\*|[[:space:]]*$)/ { if (/^srun: error: / && !ended) srun = $0; next }
+        ended { if (late == "") late = $0; next }
         { last = $0 }
         /^(foveal: |slurmstepd[^ ]*: error: |[A-Za-z_.]+(Error|Exception)(:|$))|[Nn]o (such|module)|not found/ { error = $0 }
-        END { print error != "" ? error : (last != "" ? last : srun) }' "$said")
+        END { print error != "" ? error : (last != "" ? last : (srun != "" ? srun : late)) }' "$said")
     why=${why:-${first:-exit code $code}}
 }
 

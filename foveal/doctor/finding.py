@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from foveal.errors import FovealError, Unreachable
+from foveal.errors import BadNode, FovealError, Unreachable
 
 # node: this node should not train; config: wrong here, and if it is wrong everywhere, the settings are; reach: ranks or
 # storage do not answer, and if that is so everywhere, it is no node's fault in particular; note: beware.
@@ -12,6 +12,8 @@ Kind = Literal["node", "config", "reach", "note"]
 
 def kind_of(error: FovealError) -> Kind:
     """What a mistake says of the node that met it: storage that did not answer may answer the next start."""
+    if isinstance(error, BadNode):
+        return "node"
     return "reach" if isinstance(error, Unreachable) else "config"
 
 
