@@ -336,13 +336,6 @@ def test_who_was_asked_to_leave_or_made_progress_does_not_count(code: int, start
     taken(tmp_path, restarts=2).started(100)
 
 
-def test_a_run_that_is_set_back_and_comes_again_goes_in_circles(tmp_path: Path) -> None:
-    for step in (0, 100, 50, 100, 50):
-        done(tmp_path, start=step)
-    with pytest.raises(Restarting, match="each of the last 4 attempts ended without a checkpoint newer than step 100"):
-        taken(tmp_path, restarts=4).started(100)
-
-
 def test_what_ended_without_a_word_is_said_so(tmp_path: Path, others) -> None:
     other = others(tmp_path)
     assert other.says() == 1
