@@ -58,6 +58,9 @@ examine_nodes() {
 run_ranks() {
     local node=unknown
     watched srun --kill-on-bad-exit=1 --wait=300 "${srun_options[@]}" "${ranks[@]}" -m "$@"
+    if [ -z "${only_named:-}" ] && [ -f "$counts" ] && going_on; then
+        rm -f "$counts"  # the run is finished
+    fi
 }
 
 # watched COMMAND
@@ -112,6 +115,7 @@ first_failure() {
         /^(foveal: |slurmstepd[^ ]*: error: |[A-Za-z_.]+(Error|Exception)(:|$))|[Nn]o (such|module)|not found/ { error = $0 }
         END { print error != "" ? error : (last != "" ? last : (srun != "" ? srun : late)) }' "$said")
     why=${why:-${first:-exit code $code}}
+    why=${why:0:400}
 }
 
 # The exit codes are those of foveal/errors.py; unless the program never ran: then it is a number of Linux's for the reason.

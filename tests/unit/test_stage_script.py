@@ -128,7 +128,10 @@ def test_a_start_that_ended_otherwise_in_between_breaks_the_row(job: Job) -> Non
     """It was preempted, say, after a day of training: 200 of those may be followed by one failure each."""
     for _ in range(4):
         assert job.start(1, died("node2", 1, NO_MODULE))[1] == REQUEUED
-        assert job.start(0, "attempt 3 begins at step 100: runs/x\n")[1] == []
+        assert job.start(0, "attempt 3 begins at step 100: runs/x\n", "JobId=77 JobState=COMPLETING Reason=x")[1] == []
+        assert list((job.folder / "runs").iterdir()) != []
+    assert job.start(0, "")[1] == []
+    assert list((job.folder / "runs").iterdir()) == [], "the run is finished"
 
 
 def begun(step: int, run: str = "runs/x y") -> str:
