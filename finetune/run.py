@@ -22,7 +22,7 @@ from finetune.tasks import TASKS
 from finetune.timetable import fit
 from finetune.trials import compare
 from foveal.data.pack import pack_digits
-from foveal.distributed.world import seat
+from foveal.distributed.launcher import seat
 from foveal.door import Stage, main
 from foveal.loop import Parts
 from foveal.runtime import Run

@@ -108,7 +108,7 @@ class Lease(Attempt):
 
         Errors: Restarting when as many attempts as are allowed began there in a row and came to nothing.
         """
-        self._check_progress(step)
+        self.check_progress(step)
         # Only starts that no later and no lower one makes superfluous are handed on: the list stays short.
         starts = {number: start for number, start in self.starts.items() if start < step} | {self.number: step}
         write_json(self._file("start"), {"step": step, "starts": starts})
@@ -133,28 +133,29 @@ class Lease(Attempt):
         except OSError as error:
             _log.warning("the end of attempt %d cannot be written down (%s)", self.number, error)
 
-    def check_first(self) -> None:
-        """Refuse where attempt after attempt came to nothing before it even knew its step. Errors: Restarting."""
-        self._check_progress(None)
+    def check_progress(self, step: int = -1) -> None:
+        """Refuse to begin at a step, or at one not known yet (-1), where attempt after attempt came to nothing.
 
-    def _check_progress(self, step: int | None) -> None:
-        reasons = list(itertools.islice(self._in_vain(step), self._restarts))
-        if len(reasons) == self._restarts:
-            where = "before its first step" if step is None else f"without a checkpoint newer than step {step}"
+        A step that was begun at before is no progress, also where the run was set back in between. Errors: Restarting.
+        """
+        failures = list(itertools.islice(self._failures(step), self._restarts))
+        furthest = max([step, *(start for start, _ in failures)])
+        if len(failures) == self._restarts and furthest <= (step if step < 0 else failures[-1][0]):
+            where = "before its first step" if step < 0 else f"without a checkpoint newer than step {furthest}"
             sentence = (
-                f"{self._run}: each of the last {self._restarts} attempts ended {where}, the last because: {reasons[0]}; remove "
-                f"the cause and start again, which is counted anew"
+                f"{self._run}: each of the last {self._restarts} attempts ended {where}, the last because: {failures[0][1]}; "
+                f"remove the cause and start again, which is counted anew"
             )
-            self.ended(sentence, Restarting.exit_code, step)
+            self.ended(sentence, Restarting.exit_code, None if step < 0 else step)
             raise Restarting(sentence)
 
-    def _in_vain(self, step: int | None) -> Iterator[str]:
-        """Why the attempts before this one ended, from the last back to the first that came to something."""
+    def _failures(self, unknown: int) -> Iterator[tuple[int, str]]:
+        """The step that each attempt before this one began at and why it ended, from the last back."""
         for number in range(self.number - 1, 0, -1):
             end, start = (_read(self._folder / f"{number:04d}.{part}.json") for part in ("end", "start"))
-            if end.get("code") in _HUMAN or start.get("step", step) != step:
+            if end.get("code") in _HUMAN:
                 return
-            yield end.get("why") or _SILENT
+            yield start.get("step", unknown), end.get("why") or _SILENT
 
     def _keep_beating(self, beat: float) -> None:
         count, there = 0, False
@@ -198,7 +199,7 @@ def take(run: Path, who: Holder, *, restarts: int, beat: float = 5.0, patience: 
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written ({error}); set run.dir to a place that can") from None
     lease = Lease(run, number, _starts(folder, names), restarts, beat)
-    lease.check_first()
+    lease.check_progress()
     return lease
 
 

@@ -12,6 +12,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 
+from foveal.distributed.gpus import check_gpus
 from foveal.distributed.identity import RunIdentity
 from foveal.distributed.launcher import Seat, seat
 from foveal.distributed.lost import lost_peer
@@ -73,7 +74,10 @@ def main(stage: Stage[Any, Any], argv: Sequence[str] | None = None) -> NoReturn:
             plan = stage.plan(cfg, options.ranks or seat().size)
             sys.stdout.write("\n".join(plan.lines()) + "\n")
             sys.exit(0)
-        run = RunIdentity.of(seat(), stage.name, cfg, cfg.run.dir)
+        here = seat()
+        if (idle := check_gpus(here)) and here.local == 0:
+            _log.warning(idle)
+        run = RunIdentity.of(here, stage.name, cfg, cfg.run.dir)
         with joined(cfg.engine.timeout_minutes * 60, run) as world:
             world.barrier()  # rank 0 may still prepare what a default needs
             if world.rank:

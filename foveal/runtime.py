@@ -13,7 +13,7 @@ from foveal.checkpoint.store import Store, check_same_science
 from foveal.data import Batch, eval_batches, train_batches
 from foveal.data.subset import PartName
 from foveal.distributed.engine import Engine
-from foveal.distributed.preemption import Preemption, go_on_later
+from foveal.distributed.preemption import Preemption
 from foveal.distributed.watch import Watch
 from foveal.distributed.world import World
 from foveal.errors import CheckpointError, Superseded
@@ -126,6 +126,9 @@ class Run:
         assert isinstance(lease, Lease), "rank 0 holds it"
         self._fence(lease)  # loading may have taken minutes
         lease.started(step)
+        # slurm/stage.sh counts the starts of a job that have no such line, or one that they had before.
+        level = logging.DEBUG if self.quiet else logging.INFO
+        _log.log(level, "attempt %d begins at step %d: %s", lease.number, step, self.path)
         place = cfg.tracking, cfg.run.pipeline, step
         self.tracker, self._last = open_tracker(self.path, *place, lease.number, lambda: self._fence(lease))
         self.tracker.settings(cfg.flat() | self.plan.inherited, attempt_facts(self.world))
@@ -293,9 +296,8 @@ class Run:
         lag = "" if newest in (None, step) else f", the newest checkpoint is of step {newest}"
         self.why = f"asked to leave ({self.preemption.heard or 'another rank'}): {kept}{lag}"
         _log.info("%s", self.why)
-        by_hand = self.world.any(self.preemption.heard == "SIGINT")  # of one rank, perhaps
-        if not self.quiet and not by_hand:
-            self.world.once(go_on_later)
+        if not self.quiet:
+            self.preemption.go_on_later()
         if self._hurried or self.preemption.again:
             self.tracker.hurry()
 

@@ -16,7 +16,6 @@ cd "${SLURM_SUBMIT_DIR:?this is a job script: sbatch slurm/distill.sh}"
 source slurm/stage.sh
 arguments_of mae_vit_s16 "$@"
 
-# A mistake (a setting, missing shards, a batch that these ranks do not divide) ends here, with one sentence and code 2.
-"${check[@]}" -m distill.run "${arguments[@]}" --check --ranks "$SLURM_NTASKS"
+check_settings distill.run
 examine_nodes distill
 run_ranks distill.run "${arguments[@]}"

@@ -32,8 +32,14 @@ srun_options=()
 # --- 4. The network between nodes (not tested): only where NCCL or gloo choose the wrong interface.
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
-# --- 5. What happens after a failure. A job whose ranks failed is requeued at most so often; a node is not blamed for it
-#     unless that is asked for, since a mistake that shows on every node would use them up one by one.
+# --- 5. What happens after a failure. The job is requeued, after a pause that grows with every start that came to nothing;
+#     the last one stays. As many starts in a row as there are pauses may fail again before any attempt has begun (the
+#     environment is missing on a node, a library cannot be imported, ranks die in the preflight): then the job ends and
+#     names the node. An attempt that began and saved nothing new counts for run.restarts of the settings. max_restarts
+#     bounds whatever else came to nothing, storage that does not answer above all; a start that gets further than any
+#     before sets all counts back, and being preempted counts for nothing. No node is excluded unless that is asked for,
+#     since a mistake that shows on every node would use them up one by one.
+read -ra pauses <<<"${FOVEAL_PAUSES:-10 30 90}"  # seconds
 max_restarts=${FOVEAL_MAX_RESTARTS:-100}
 exclude_bad_node=${FOVEAL_EXCLUDE_BAD_NODE:-0}
 

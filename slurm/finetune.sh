@@ -16,7 +16,6 @@ cd "${SLURM_SUBMIT_DIR:?this is a job script: sbatch slurm/finetune.sh}"
 source slurm/stage.sh
 arguments_of vit_b16 "$@"
 
-# A mistake (a setting, missing shards, a batch that these ranks do not divide) ends here, with one sentence and code 2.
-"${check[@]}" -m finetune.run "${arguments[@]}" --check --ranks "$SLURM_NTASKS"
+check_settings finetune.run
 examine_nodes finetune
 run_ranks finetune.run "${arguments[@]}"

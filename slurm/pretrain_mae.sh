@@ -16,7 +16,6 @@ cd "${SLURM_SUBMIT_DIR:?this is a job script: sbatch slurm/pretrain_mae.sh}"
 source slurm/stage.sh
 arguments_of mae_vit_b16 "$@"
 
-# A mistake (a setting, missing shards, a batch that these ranks do not divide) ends here, with one sentence and code 2.
-"${check[@]}" -m pretrain.run "${arguments[@]}" --check --ranks "$SLURM_NTASKS"
+check_settings pretrain.run
 examine_nodes pretrain
 run_ranks pretrain.run "${arguments[@]}"

@@ -1,5 +1,6 @@
 """Being asked to leave: a signal sets a flag, the ranks agree on it between two steps, nothing else happens in a handler."""
 
+import logging
 import os
 import re
 import signal
@@ -19,6 +20,9 @@ _SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 _ECHO = 1.0  # seconds in which Slurm may send one signal twice, to the step and to the job
 _PATIENCE = 20.0  # seconds for an answer of scontrol
 NOTICE = "FOVEAL_NOTICE"  # the variable that says what Slurm keeps to itself
+_WARNINGS = ("SIGUSR1", "SIGUSR2")  # signals that nobody sends because a rank failed
+_LEFT = "foveal: saved and left on SIGTERM, which is left to the job script"  # slurm/stage.sh looks for its beginning
+_log = logging.getLogger(__name__)
 
 
 class Preemption:
@@ -47,6 +51,15 @@ class Preemption:
         asks = self._world.rank == 0 and self.heard != "SIGINT"
         left = seconds_left() if asks else None
         return self._world.any(self.again or (left is not None and left < needed))
+
+    def go_on_later(self) -> None:
+        """Have one rank ask Slurm for the next start of a run that was saved, unless it was ended by hand, with Ctrl-C.
+
+        Every rank calls it; what one of them heard counts. Errors: NotRequeued where Slurm refuses.
+        """
+        by_hand, warned = self._world.most([int(self.heard in each) for each in (("SIGINT",), _WARNINGS)])
+        if not by_hand:
+            self._world.once(lambda: _go_on_later(warned=bool(warned)))
 
 
 @contextmanager
@@ -105,20 +118,27 @@ def seconds_left() -> float | None:
     return None if ran is None else whole.total_seconds() - ran
 
 
-def requeue() -> str | None:
+def requeue(*, warned: bool = True) -> str | None:
     """Ask Slurm to start this job again; what it answered if it refused, nothing where there is no job to start again.
 
     A job that exits 0 during Slurm's grace time counts as completed and is not requeued by itself. A job that somebody
     cancels gets the same SIGTERM, and Slurm would requeue it too: it is no longer running, and is left to end. One that
     has reached its time limit is not running either, and is to go on.
+    ``warned``: whether a rank got a signal that only warns of an end. srun (--kill-on-bad-exit) and torchrun send SIGTERM
+    where another rank failed, and Slurm then knows no more than after a user's ``scancel --signal=TERM``: a job that is
+    neither preempted nor ended is left to the job script, which sees whether a rank failed.
     """
     mine = _mine()
     if mine is None:
         return None
     try:
         shown = _scontrol("show", "job", "--oneliner", mine)
-        job = _pairs(shown.stdout)
-        if shown.returncode == 0 and job.get("JobState") != "RUNNING" and job.get("Reason") != "TimeLimit":
+        job = _pairs(shown.stdout) if shown.returncode == 0 else {}
+        ended = job.get("JobState", "RUNNING") != "RUNNING"
+        if ended and job.get("Reason") != "TimeLimit":
+            return None
+        if not (warned or ended or job.get("PreemptTime", "None") != "None"):
+            _log.warning("%s; it requeues the job unless a rank failed", _LEFT)
             return None
         answer = _scontrol("requeue", mine)
     except (OSError, subprocess.TimeoutExpired) as error:  # a container without Slurm's commands, a silent controller
@@ -126,9 +146,8 @@ def requeue() -> str | None:
     return answer.stderr.strip() or f"scontrol ended with {answer.returncode}" if answer.returncode else None
 
 
-def go_on_later() -> None:
-    """Ask Slurm for the next start of a run that was saved. Errors: NotRequeued."""
-    if refusal := requeue():
+def _go_on_later(*, warned: bool) -> None:
+    if refusal := requeue(warned=warned):
         raise NotRequeued(f"the run was saved, but Slurm did not requeue the job ({refusal}); submit it again")
 
 

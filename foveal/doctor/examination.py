@@ -95,6 +95,7 @@ def _alone(here: Meeting, stage: AnyStage | None, order: Order) -> Report:
         report.facts |= own.facts
         report.faults += own.faults
 
+    attempt("counting its GPUs", 10, lambda own: node.gpus(own, here.seat))
     attempt("looking at its device", 15, lambda own: node.device(own, here.device))
     attempt("multiplying matrices", 15, lambda own: node.rates(own, here.device))
     if first:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from foveal.errors import FovealError, Unreachable
+from foveal.errors import BadNode, FovealError, Unreachable
 from foveal.redact import redact
 
 # node: this node should not train; config: wrong here, and if it is wrong everywhere, the settings are; reach: ranks or
@@ -13,6 +13,8 @@ Kind = Literal["node", "config", "reach", "note"]
 
 def kind_of(error: FovealError) -> Kind:
     """What a mistake says of the node that met it: storage that did not answer may answer the next start."""
+    if isinstance(error, BadNode):
+        return "node"
     return "reach" if isinstance(error, Unreachable) else "config"
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from foveal.distributed.gpus import check_gpus
+from foveal.distributed.launcher import Seat
 from foveal.doctor.finding import Report
 
 SHM = Path("/dev/shm")  # noqa: S108 - the place itself is what is looked at
@@ -39,6 +41,12 @@ def device(report: Report, where: torch.device) -> None:
             f"another process holds them",
         )
     health(report, str(getattr(about, "uuid", "")), where.index or 0)
+
+
+def gpus(report: Report, here: Seat) -> None:
+    """The GPUs that Slurm gave, as torch sees them and the ranks use them. Errors: those of ``check_gpus``."""
+    if idle := check_gpus(here):
+        report.fault("note", idle)
 
 
 def health(report: Report, uuid: str, index: int) -> None:

@@ -32,6 +32,7 @@ check=(python)
 ranks=(python {launcher} {pace})
 srun_options=()
 max_restarts=1000
+pauses=(0 0 0 0 0 0 0 0)
 exclude_bad_node=0
 preflight=0
 """

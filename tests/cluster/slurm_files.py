@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CPUS = 8
+# Devices that every machine has stand in for GPUs that torch does not see; a node may not have the same one twice.
+GPUS = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random")
 
 SLURM_CONF = """\
 ClusterName=foveal
@@ -30,6 +32,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SwitchType=switch/none
 MpiDefault=none
+GresTypes=gpu
 {addresses}
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
@@ -93,7 +96,7 @@ class Place:
 
     @property
     def line(self) -> str:
-        return f"NodeName={self.name} NodeHostname={self.host} NodeAddr={self.address} Port={self.port} CPUs={CPUS}"
+        return f"NodeName={self.name} NodeHostname={self.host} NodeAddr={self.address} Port={self.port} CPUs={CPUS} Gres=gpu:{len(GPUS)}"
 
 
 def write_files(
@@ -116,6 +119,7 @@ def write_files(
     etc = folder / "etc"
     (etc / "hosts").write_text("".join(f"{address} {name}\n" for address, name in names))
     (etc / "slurm.conf").write_text(SLURM_CONF.format(**values))
+    (etc / "gres.conf").write_text("AutoDetect=off\n" + "".join(f"Name=gpu File={device}\n" for device in GPUS))
     (etc / "slurmdbd.conf").touch(mode=0o600)  # slurmdbd refuses one that others can read
     (etc / "slurmdbd.conf").write_text(SLURMDBD_CONF.format(**values))
     (folder / "munge/key").touch(mode=0o600)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,9 +42,10 @@ def checkout(cluster: Cluster, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def ended(cluster: Cluster, checkout: Path, **environment: str) -> tuple[dict[str, str], str]:
+def ended(cluster: Cluster, checkout: Path, *options: str, **environment: str) -> tuple[dict[str, str], str]:
     line = ("slurm/pretrain_mae.sh", "digits", *SHORT)
-    job = cluster.submit(*line, options=ONE_RANK, cwd=checkout, env={"OMP_NUM_THREADS": "1", **environment})
+    own = {"OMP_NUM_THREADS": "1", "FOVEAL_PAUSES": "0", **environment}
+    job = cluster.submit(*line, options=[*ONE_RANK, *options], cwd=checkout, env=own)
     facts = cluster.wait(job, timeout=240)
     return facts, cluster.output(job)
 
@@ -64,10 +66,14 @@ def test_a_bad_node_is_named_and_the_job_goes_on_without_it(cluster: Cluster, ch
     )
 
 
-def test_without_a_request_the_job_ends_before_it_trains(cluster: Cluster, checkout: Path) -> None:
-    facts, said = ended(cluster, checkout)
-    bad = (checkout / "bad").read_text().strip()
+def test_gpus_that_torch_does_not_see_end_the_job_before_it_trains(cluster: Cluster, checkout: Path) -> None:
+    """And a job of ``sbatch --export=NONE`` has what environment.sh gives it, on every rank."""
+    with (checkout / "slurm/environment.sh").open("a") as ours:
+        ours.write(f"PATH={Path(sys.executable).parent}:$PATH\nranks=(python)\n")
+    facts, said = ended(cluster, checkout, "--export=NONE", "--gpus-per-node=4")
+    node = facts["NodeList"]
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "6:0", "0"), said
-    assert f"\nbad nodes: {bad}\n" in said
+    assert re.search(rf"^foveal: suspect node {node}: .*Slurm gave .*4 GPUs, torch sees", said, re.MULTILINE)
+    assert f"\nbad nodes: {node}\n" in said
     assert "not requeued: a bad node is named above; with FOVEAL_EXCLUDE_BAD_NODE=1" in said.splitlines()[-1]
     assert not (checkout / "runs").exists()

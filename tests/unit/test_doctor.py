@@ -1,5 +1,7 @@
 """`foveal doctor` without other processes: what counts as a bad node, and what single checks see."""
 
+import os
+import re
 import resource
 import socket
 import stat
@@ -11,11 +13,13 @@ import torch
 from plans import forecast
 
 from foveal.distributed.examine import hosts, nodes_of_ranks
+from foveal.distributed.gpus import check_gpus
+from foveal.distributed.launcher import Seat
 from foveal.doctor import node, run
 from foveal.doctor.finding import Report, kind_of
 from foveal.doctor.table import lines_of
 from foveal.doctor.verdict import Verdict, judged
-from foveal.errors import DataError, Unreachable
+from foveal.errors import BadNode, DataError, LaunchError, Unreachable
 
 
 def report(name: str = "node1", rank: int = 0, **facts: Any) -> Report:
@@ -170,6 +174,72 @@ def test_a_gpu_with_errors_or_throttled(tmp_path: Path, monkeypatch: pytest.Monk
     lost = smi(tmp_path, monkeypatch, "echo 'Unable to determine the device handle: GPU is lost' >&2; exit 15")
     assert lost.faults == [("node", "nvidia-smi fails (Unable to determine the device handle: GPU is lost)")]
     assert smi(tmp_path, monkeypatch, "echo '1, GPU-b, [N/A], [N/A], 41'").faults == []
+
+
+STEP = {"SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "node[1-2]", "SLURMD_NODENAME": "node2"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "there", "error", "sentence"),
+    [
+        (
+            {"SLURM_GPUS_ON_NODE": "4"},
+            0,
+            BadNode,
+            "Slurm gave 4 GPUs, torch sees none on node2: the driver does not fit",
+        ),
+        (
+            {"SLURM_STEP_GPUS": "2,3", "CUDA_VISIBLE_DEVICES": "-1"},
+            0,
+            BadNode,
+            "sees none on node2: CUDA_VISIBLE_DEVICES='-1'",
+        ),
+        ({"SLURM_JOB_GPUS": "0"}, 0, BadNode, "Slurm gave 1 GPU, torch sees none"),
+        ({"SLURM_GPUS_ON_NODE": "4"}, 3, BadNode, "Slurm gave this rank 4 GPUs, torch sees 3 on node2"),
+        ({"SLURM_GPUS_ON_NODE": "2", "CUDA_VISIBLE_DEVICES": "1"}, 1, None, ""),  # --gpus-per-task=1
+        (
+            {"SLURM_GPUS_ON_NODE": "1"},
+            1,
+            LaunchError,
+            "2 ranks share 1 GPU on node2: start one a GPU, --ntasks-per-node=1",
+        ),
+        ({"SLURM_GPUS_ON_NODE": "8"}, 8, None, "6 of 8 GPUs on node2 have no rank: --ntasks-per-node=8 uses all"),
+        ({"SLURM_GPUS_ON_NODE": "8", "LOCAL_WORLD_SIZE": "8", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, 8, None, ""),
+        ({"SLURM_GPUS_ON_NODE": "8", "SLURM_STEP_TASKS_PER_NODE": "1"}, 8, None, ""),  # nobody knows who is where
+        ({}, 0, None, ""),
+        ({"SLURM_GPUS_ON_NODE": "0"}, 0, None, ""),
+    ],
+)
+def test_the_gpus_that_slurm_gave_are_there_and_used(
+    environment: dict[str, str], there: int, error: type | None, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks on each of two nodes, unless torchrun says otherwise."""
+    for name in [name for name in os.environ if name.startswith(("SLURM", "CUDA_", "LOCAL_"))]:
+        monkeypatch.delenv(name)
+    for name, value in (STEP | {"SLURM_STEP_TASKS_PER_NODE": "2(x2)"} | environment).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    found, here = report("node2"), Seat(2, 4, 0, "srun")
+    if error is None:
+        node.gpus(found, here)
+        assert found.faults == ([("note", sentence)] if sentence else [])
+    else:
+        with pytest.raises(error, match=re.escape(sentence)) as caught:
+            node.gpus(found, here)
+        assert kind_of(caught.value) == ("node" if error is BadNode else "config")
+    monkeypatch.delenv("SLURM_STEP_ID")
+    assert check_gpus(here) is None, "outside a step nothing is given"
+
+
+def test_a_torch_for_the_cpu_is_named_where_gpus_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (STEP | {"SLURM_GPUS_ON_NODE": "4"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(BadNode, match=r"torch sees none on node2: torch \S+ is built for the CPU; .*--gpus-per-node=0"):
+        check_gpus(Seat(0, 1, 0, "srun"))
 
 
 @pytest.mark.parametrize(

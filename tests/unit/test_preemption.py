@@ -265,23 +265,35 @@ def test_slurm_is_asked_once_and_its_refusal_is_passed_on(
 
 
 @pytest.mark.parametrize(
-    ("state", "reason", "asked"),
+    ("heard", "peers", "job", "asked", "left"),
     [
-        ("RUNNING", "None", True),
-        ("COMPLETING", "None", False),
-        ("CANCELLED", "None", False),
-        ("COMPLETING", "TimeLimit", True),
+        ("SIGTERM", [0, 0], "RUNNING Reason=None PreemptTime=None", False, True),  # a peer failed, or scancel -s TERM
+        ("SIGTERM", [0, 0], "RUNNING Reason=None", False, True),
+        ("SIGTERM", [0, 0], "RUNNING Reason=None PreemptTime=2026-11-29T08:44:44", True, False),
+        ("SIGTERM", [0, 0], "COMPLETING Reason=TimeLimit PreemptTime=None", True, False),
+        ("SIGTERM", [0, 0], "COMPLETING Reason=None PreemptTime=None", False, False),
+        ("SIGTERM", [0, 1], "RUNNING Reason=None PreemptTime=None", True, False),  # another rank heard SIGUSR1
+        ("SIGUSR2", [0, 0], "RUNNING Reason=None PreemptTime=None", True, False),
+        ("SIGUSR1", [0, 0], "COMPLETING Reason=None", False, False),
+        ("SIGUSR1", [0, 0], "CANCELLED Reason=None", False, False),
+        ("SIGTERM", [1, 0], "RUNNING Reason=None PreemptTime=None", False, False),  # another rank heard SIGINT
     ],
 )
-def test_a_job_that_somebody_cancels_is_left_to_end_and_one_at_its_limit_is_not(
-    state: str, reason: str, asked: bool, scontrol: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (scontrol / "state").write_text(f"JobId=77 JobName=pretrain JobState={state} Reason={reason}\n")
+def test_slurm_is_asked_where_it_ends_the_job_and_a_sigterm_alone_is_left_to_the_job_script(
+    heard: str, peers: list[int], job: str, asked: bool, left: bool, scontrol: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    (scontrol / "state").write_text(f"JobId=77 JobName=pretrain JobState={job}\n")
     monkeypatch.setenv("PATH", str(scontrol), prepend=os.pathsep)
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
-    assert requeue() is None
+    monkeypatch.setattr(World, "most", lambda _, mine: [max(pair) for pair in zip(mine, peers, strict=True)])
+    monkeypatch.setattr(World, "once", lambda _, take: take())
+    preemption = Preemption(ALONE)
+    preemption.heard = heard
+    preemption.go_on_later()
     assert calls(scontrol) == (["requeue 77"] if asked else [])
+    assert [each.startswith("foveal: saved and left on SIGTERM") for each in caplog.messages] == [True] * left
 
 
 def test_a_container_without_scontrol_is_a_refusal_and_no_traceback(

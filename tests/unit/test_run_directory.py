@@ -9,6 +9,7 @@ import torch
 import yaml
 from ranks import Ranks, stage_named
 
+from foveal.attempts import take, this_process
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.world import World
 from foveal.door import load
@@ -122,3 +123,13 @@ def test_a_run_that_is_started_in_vain_says_so_where_it_is_watched(configs, one_
     told = json.loads((run / "tags.json").read_text())
     assert told["state"] == "failed"
     assert "each of the last 2 attempts ended" in told["why_stopped"]
+
+
+def test_a_run_that_is_set_back_and_comes_again_goes_in_circles(tmp_path: Path) -> None:
+    for step in (0, 100, 50, 100, 50):
+        lease = take(tmp_path, this_process(1, {}), restarts=4)
+        lease.started(step)
+        lease.ended("killed", 137, step)
+    lease = take(tmp_path, this_process(1, {}), restarts=4)
+    with pytest.raises(Restarting, match="each of the last 4 attempts ended without a checkpoint newer than step 100"):
+        lease.started(100)
