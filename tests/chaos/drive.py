@@ -174,7 +174,7 @@ def chaos(
     story = Story()
     alone, disturbed = (trial.scene(cluster, place, name) for name in ("alone", "disturbed"))
     disturbed.small_disk = small_disk
-    if any(kind.startswith("server") for kind in trial.kinds):
+    if {"copy", *(kind for kind in trial.kinds if kind.startswith("server"))} & set(trial.kinds):
         disturbed.server = server(cluster, folder / "server")
         disturbed.server.start(cluster)
     try:
@@ -187,7 +187,7 @@ def chaos(
         disturb(disturbed, trial.kinds, story, lambda: tell(story))
         disturbed.finish(_UNDISTURBED)
         story.seconds = time.monotonic() - began
-        delivered = disturbed.server.delivered(COMPARED) if disturbed.server else None
+        delivered = disturbed.server.delivered(disturbed.run, COMPARED) if disturbed.server else None
         reference = alone
         if gone_back := disturbed.rollbacks():  # then the run to equal is one that never had those batches
             reference = trial.scene(cluster, place, "replayed")
