@@ -22,8 +22,8 @@ class Refused(Fault):
         self.before = 0
 
     def strike(self) -> None:
-        self.act()
         self.before = int(self.scene.state()["Restarts"])
+        self.act()
 
     @abstractmethod
     def act(self) -> None: ...
@@ -48,6 +48,7 @@ class StaleVariables(Refused):
     def act(self) -> None:
         self.scene.cancel()
         self.scene.submit({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
+        self.before = 0
         self.target = f"job {self.scene.job}"
 
 
@@ -73,7 +74,7 @@ class SubmittedTwice(Fault):
     """The user forgets that the job runs, and submits it again: the second job is refused, and the first goes on."""
 
     name = "submitted again while it runs"
-    patience = 120.0
+    patience = 240.0
     resumes = False
 
     def strike(self) -> None:
@@ -81,7 +82,8 @@ class SubmittedTwice(Fault):
         scene.world()
         try:
             scene.submit()
-            scene.until(scene.over, "the second job is over", self.patience)
+            with scene.held():
+                scene.until(scene.over, "the second job is over", self.patience)
             code, said = scene.state()["ExitCode"], scene.tail()
             self.target = f"job {first} by job {scene.job}"
         finally:

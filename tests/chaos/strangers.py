@@ -157,8 +157,18 @@ class SecondStep(Outsider):
         scene = self.scene
         scene.world()
         size = [f"--nodes={scene.nodes}", f"--ntasks={scene.nodes * scene.tasks}", "--cpus-per-task=1"]
-        step = ["srun", f"--jobid={scene.job}", "--overlap", *size, sys.executable, "-m", "pretrain.run"]
-        done = scene.cluster.run(*step, *self.another_run(), check=False, cwd=scene.folder, timeout=2 * _PATIENCE)
+        step = [
+            "srun",
+            f"--jobid={scene.job}",
+            "--overlap",
+            "--input=none",
+            *size,
+            sys.executable,
+            "-m",
+            "pretrain.run",
+        ]
+        with scene.held():
+            done = scene.cluster.run(*step, *self.another_run(), check=False, cwd=scene.folder, timeout=2 * _PATIENCE)
         self.target = f"job {scene.job}"
         if done.returncode or not (self.elsewhere / "finished.json").exists():
             raise Stuck(f"{self.name}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
