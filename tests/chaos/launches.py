@@ -10,6 +10,8 @@ from pathlib import Path
 from faults import Fault, OnSlurm
 from scene import Scene, Stuck
 
+_NO_PYTHON = r"python: (?:command not found|No such file)|No module named"
+
 
 class Refused(Fault):
     """The job must end by itself with a sentence and without another start. Its user removes the cause and submits again."""
@@ -125,7 +127,7 @@ class EnvironmentGone(Fault):
         return None if self.scene.cluster.named else "the nodes see one tree of files"
 
     def strike(self) -> None:
-        rank = self.scene.world()[-1]
+        rank = self.scene.dice.choice(self.scene.world())
         self.node, self.target = rank.node, f"{rank.node} without {self.place}"
         self.before = self._failures()
         self._on_node("mount", "-t", "tmpfs", "none", str(self.place))

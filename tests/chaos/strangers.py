@@ -70,7 +70,7 @@ def _words(pid: int, name: str) -> list[str]:
 class Outsider(Fault):
     """A rank of another run or attempt comes to where this one's meet. It is turned away, and makes no directory."""
 
-    codes = (2,)
+    code = 2
 
     def __init__(self, scene: Scene) -> None:
         super().__init__(scene)
@@ -88,15 +88,17 @@ class Outsider(Fault):
     def come(self, node: str, environment: Mapping[str, str], line: list[str]) -> None:
         """Start a rank on a node, and wait until it has been turned away. Errors: Stuck where it is not."""
         scene = self.scene
-        command = [*scene.cluster.machines.inside(node), sys.executable, "-m", "pretrain.run", *line]
+        place = [*scene.cluster.machines.inside(node), "env", f"--chdir={scene.folder}"]
+        command = [*place, sys.executable, "-m", "pretrain.run", *line]
         try:
-            done = scene.cluster.run(*command, check=False, cwd=scene.folder, env=environment, timeout=_PATIENCE)
+            done = scene.cluster.run(*command, check=False, env=environment, timeout=_PATIENCE)
         except subprocess.TimeoutExpired:
             raise Stuck(f"{self.name}: not turned away within {_PATIENCE} s") from None
         sentences = [each for each in done.stderr.splitlines() if each.startswith("foveal: ")]
-        if done.returncode not in self.codes or len(sentences) != 1:
+        there = f":{environment['MASTER_PORT']} "
+        if done.returncode != self.code or len(sentences) != 1 or there not in sentences[0]:
             raise Stuck(f"{self.name}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
-        self.target = sentences[0].removeprefix("foveal: ")
+        self.target = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
 
     def seen(self) -> bool:
         if self.elsewhere.exists():
@@ -135,7 +137,7 @@ class Straggler(Outsider):
     """A rank that an earlier attempt has left comes to where the next one meets, with the very settings of the run."""
 
     name = "rank of a dead attempt comes late"
-    codes = (4,)
+    code = 4
     patience = 120.0
 
     def strike(self) -> None:

@@ -122,11 +122,10 @@ class Copied(OnSlurm):
         scene.submit()
         self.before = -1  # a new job has not been requeued
         self.target = f"{self.copy.name}, from step {step}"
-        scene.cluster.start(self.copy.name, "env", f"--chdir={scene.folder}", sys.executable, *self._line())
-        scene.until(lambda: _last_step(self.copy) >= step + _FURTHER, "the copy goes on", 150)
-
-    def _line(self) -> list[str]:
-        return ["-m", "pretrain.run", *self.scene.line(self.copy)]
+        stage = [sys.executable, "-m", "pretrain.run", *scene.line(self.copy)]
+        with scene.held():
+            scene.cluster.start(self.copy.name, "env", f"--chdir={scene.folder}", *stage)
+            scene.until(lambda: _last_step(self.copy) >= step + _FURTHER, "the copy goes on", 150)
 
     def seen(self) -> bool:
         self.mend()
