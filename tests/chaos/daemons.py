@@ -1,4 +1,4 @@
-"""What can happen to the parts of Slurm that stand around the ranks: srun, the batch shell, slurmstepd, the controller."""
+"""What can happen to the parts of Slurm that stand around the ranks: srun, the batch shell, the controller, suspension."""
 
 import os
 import signal
@@ -9,6 +9,8 @@ from pathlib import Path
 from faults import Fault, OnSlurm, asleep
 from machines import Process, kill
 from scene import Scene, Stuck
+
+_SLEEP = 75.0  # seconds: more than engine.timeout_minutes=1
 
 
 class SrunKilled(OnSlurm):
@@ -38,7 +40,7 @@ class ShellKilled(Fault):
         self.before = int(scene.state()["Restarts"])
 
         def is_shell(each: Process) -> bool:
-            return each.command.endswith("/slurm_script") or "/slurm_script " in each.command
+            return "/slurm_script " in f"{each.command} " and each.environment.get("SLURM_JOB_ID") == scene.job
 
         _killed(scene, "batch shell", is_shell)
         self.target = f"that of job {scene.job}"
@@ -48,23 +50,6 @@ class ShellKilled(Fault):
             self.scene.submit()
             return True
         return int(self.scene.state()["Restarts"]) > self.before
-
-
-class StepdKilled(OnSlurm):
-    """The ranks of a node lose the parent that alone could end them: they must end by themselves."""
-
-    name = "slurmstepd killed"
-    patience = 120.0
-
-    def act(self) -> None:
-        scene = self.scene
-        node = scene.dice.choice(sorted({rank.node for rank in scene.world()}))
-
-        def is_parent(each: Process) -> bool:
-            return f"slurmd.{node}.log" in each.logs and each.command.startswith(f"slurmstepd: [{scene.job}.0]")
-
-        _killed(scene, f"slurmstepd on {node}", is_parent)
-        self.target = f"that of the ranks on {node}"
 
 
 def _killed(scene: Scene, what: str, which: Callable[[Process], bool]) -> None:
@@ -89,9 +74,6 @@ class Suspended(Fault):
         time.sleep(_SLEEP)
         self.scene.cluster.run("scontrol", "resume", self.scene.job)
         return True
-
-
-_SLEEP = 75.0
 
 
 class ControllerKilled(OnSlurm):

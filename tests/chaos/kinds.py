@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Callable
 
-from daemons import ControllerKilled, ShellKilled, SrunKilled, StepdKilled, Suspended
+from daemons import ControllerKilled, ShellKilled, SrunKilled, Suspended
 from faults import (
     Crashed,
     Cut,
@@ -39,7 +39,6 @@ KINDS: dict[str, Callable[[Scene], Fault]] = {
     "cut": Cut,
     "srun": SrunKilled,
     "shell": ShellKilled,
-    "slurmstepd": StepdKilled,
     "slurmctld": ControllerKilled,
     "suspend": Suspended,
     "torn": lambda scene: Damaged(scene, torn, "newest checkpoint truncated"),

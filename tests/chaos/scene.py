@@ -32,6 +32,7 @@ check=(python)
 ranks=(python {launcher} {pace})
 srun_options=()
 max_restarts=1000
+pauses=(2 4 8)
 exclude_bad_node=0
 preflight=0
 """
