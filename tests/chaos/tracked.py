@@ -126,9 +126,9 @@ class Copied(OnSlurm):
         with scene.held():
             scene.cluster.start(self.copy.name, "env", f"--chdir={scene.folder}", *stage)
             scene.until(lambda: _last_step(self.copy) >= step + _FURTHER, "the copy goes on", 150)
+            self.mend()
 
     def seen(self) -> bool:
-        self.mend()
         mine, copied = (json.loads((run / "mlflow.json").read_text())["run_id"] for run in (self.scene.run, self.copy))
         if mine == copied:
             raise Stuck(f"{self.name}: both are MLflow's run {mine}")
