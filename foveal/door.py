@@ -12,10 +12,12 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 
+from foveal.distributed.identity import RunIdentity
+from foveal.distributed.launcher import Seat, seat
 from foveal.distributed.lost import lost_peer
 from foveal.distributed.preemption import Preemption, deaf, listening
-from foveal.distributed.world import World, joined, seat
-from foveal.errors import ConfigError, FovealError, Hung, LaunchError
+from foveal.distributed.world import World, joined
+from foveal.errors import ConfigError, FovealError, Hung, LaunchError, Superseded
 from foveal.loop import Parts
 from foveal.opening import opened
 from foveal.runtime import Run
@@ -70,7 +72,8 @@ def main(stage: Stage[Any, Any], argv: Sequence[str] | None = None) -> NoReturn:
             plan = stage.plan(cfg, options.ranks or seat().size)
             sys.stdout.write("\n".join(plan.lines()) + "\n")
             sys.exit(0)
-        with joined(cfg.engine.timeout_minutes * 60) as world:
+        run = RunIdentity.of(seat(), stage.name, cfg, cfg.run.dir)
+        with joined(cfg.engine.timeout_minutes * 60, run) as world:
             world.barrier()  # rank 0 may still prepare what a default needs
             if world.rank:
                 logging.getLogger().handlers[0].setLevel(logging.ERROR)  # the others speak in their own logs
@@ -117,8 +120,12 @@ def enter(stage: Stage[Any, Any], cfg: StageConfig, world: World) -> None:
 
 
 def _run(stage: Stage[Any, Any], world: World, preemption: Preemption, cfg: StageConfig) -> bool:
-    """One run of a stage; whether it is finished, now or since before."""
-    plan = stage.plan(cfg, world.size)
+    """One run of a stage; whether it is finished, now or since before.
+
+    Errors: RankConflict where what decides a result is another on another rank: the data that its node sees, say.
+    """
+    plan = world.together(lambda: stage.plan(cfg, world.size))
+    world.agree({"run.dir": cfg.run.dir, **plan.science()})
     with opened(stage.name, plan, world, preemption) as run:
         if run is None:
             return True
@@ -130,8 +137,11 @@ def _run(stage: Stage[Any, Any], world: World, preemption: Preemption, cfg: Stag
 
 def _say(error: FovealError) -> None:
     """One sentence, from one rank of each node: every rank of a node makes the same mistake."""
-    here = seat()
-    if here.local == 0 or isinstance(error, LaunchError | Hung):
+    try:
+        here = seat()
+    except LaunchError:  # who this is, is what is wrong
+        here = Seat(0, 1, 0, "none")
+    if here.local == 0 or isinstance(error, LaunchError | Superseded | Hung):
         where = f" (rank {here.rank} of {here.size})" if here.rank else ""
         sys.stderr.write(f"foveal: {error}{where}\n")
 
@@ -146,6 +156,8 @@ def _parse(stage: Stage[Any, Any], argv: Sequence[str] | None) -> argparse.Names
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted.key=value")
     parser.add_argument("--check", action="store_true", help="validate, print the plan, exit")
     parser.add_argument("--ranks", type=int, help="with --check: plan for so many ranks")
+    # deepspeed and torch's old launcher give every rank its number also as an argument; the environment has it.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args(argv)
     if options.config is not None and "=" in options.config:  # no CONFIG, overrides only
         options.overrides.insert(0, options.config)

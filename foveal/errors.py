@@ -8,6 +8,7 @@
     │   └── Held               another attempt is writing it                              2  no
     ├── ExportError        an export that does not fit what is asked of it                2  no
     ├── LaunchError        ranks, launcher, devices                                       2  no
+    │   ├── RankConflict       ranks of two runs, or one rank twice, at one address       2  no
     │   └── NotRequeued    a run that has saved and left, and Slurm would not have it back    1  asked again
     ├── Diverged           training became non-finite, and going back did not help        3  no
     ├── Superseded         another attempt at the same run has taken over                 4  no
@@ -54,6 +55,10 @@ class ExportError(FovealError):
 
 class LaunchError(FovealError):
     """Ranks or devices that are not what the run needs."""
+
+
+class RankConflict(LaunchError):
+    """Ranks of different runs, or two of one number, came to one address."""
 
 
 class NotRequeued(LaunchError):

@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
 
-from foveal.distributed.rendezvous import Lifeline, connect, ranks_in_words
+from foveal.distributed.rendezvous import ranks_in_words
+from foveal.distributed.tcp_store import Lifeline, connect
+from foveal.distributed.world import World
 
 LOST = "lost a peer"  # how a rank leaves that another one failed
 _COMPARE = 64  # the first so many ranks read everybody's beats; a thousand that did would drown the store
@@ -36,9 +38,10 @@ class Beat:
 class Beats:
     """A thread that speaks with the store, and may be kept waiting by it: nobody else is."""
 
-    def __init__(self, rank: int, size: int, look: float, mine: Callable[[], Beat], answering: float = 7.0) -> None:
+    def __init__(self, world: World, look: float, mine: Callable[[], Beat], answering: float = 7.0) -> None:
         """``answering``: seconds beyond the looks of a comparison that the store may take to answer."""
-        self._rank, self._size, self._look, self._mine, self._answering = rank, size, look, mine, answering
+        self._rank, self._size, self._key = world.rank, world.size, world.key
+        self._look, self._mine, self._answering = look, mine, answering
         self._over = threading.Event()
         self._asked = threading.Event()
         self._answered = threading.Event()
@@ -72,7 +75,7 @@ class Beats:
     def _speak(self) -> None:
         with contextlib.suppress(dist.DistError, OSError), contextlib.closing(Lifeline(_CONNECTING)) as line:
             self._line = line
-            store = connect(_CONNECTING)
+            store = connect(_CONNECTING, self._key)
             self._say(store, self._mine())
             while not self._over.wait(self._look):
                 self._say(store, self._mine())

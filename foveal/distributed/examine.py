@@ -16,9 +16,11 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from foveal.distributed.identity import RunIdentity
+from foveal.distributed.launcher import Seat, seat
 from foveal.distributed.lost import break_away
-from foveal.distributed.rendezvous import agent_serves, connect, reach, within
-from foveal.distributed.world import Seat, device_of, seat, tell_libraries
+from foveal.distributed.tcp_store import in_short, open_store, within
+from foveal.distributed.world import device_of, tell_libraries
 from foveal.errors import LaunchError
 
 _LOOKS = 0.1  # seconds between two looks into the store
@@ -140,9 +142,9 @@ def meeting(joining: float, ending: float) -> Iterator[Meeting]:
     try:
         here = seat()
         device = device_of(here)
-        tell_libraries(here, device)
         node = node_name()
         store = _store(here, joining)
+        tell_libraries(here, device)
         store.set(f"here/{here.rank}", node)
         _begin_together(store, here, node, joining)
         faulthandler.dump_traceback_later(ending, exit=True)
@@ -181,16 +183,10 @@ def leave(here: Meeting, code: int) -> NoReturn:
 def _store(here: Seat, joining: float) -> dist.Store:
     if here.size == 1:
         return dist.HashStore()
-    serves = here.rank == 0 and not agent_serves()
-    if not serves:
-        reach(time.monotonic() + joining, joining)
     try:
-        return dist.PrefixStore("doctor", connect(joining, size=here.size, serves=serves))
-    except (dist.DistNetworkError, dist.DistStoreError, TimeoutError) as error:
-        raise LaunchError(
-            f"rank {here.rank} on {node_name()} could not meet the others at {os.environ['MASTER_ADDR']}:"
-            f"{os.environ['MASTER_PORT']} ({str(error).splitlines()[0]}); set MASTER_PORT to a free port"
-        ) from error
+        return open_store(here, RunIdentity.of(here, "doctor"), joining)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise LaunchError(f"rank {here.rank} on {node_name()} could not meet the others ({in_short(error)})") from error
 
 
 def _seconds_of(tensor: torch.Tensor, rounds: int) -> float:

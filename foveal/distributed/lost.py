@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from foveal.distributed.rendezvous import within
+from foveal.distributed.tcp_store import within
 
 # gloo raises plain RuntimeErrors, which name its source files; NCCL's are torch's own classes.
 _GLOO = re.compile(

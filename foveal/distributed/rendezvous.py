@@ -1,122 +1,47 @@
-"""Where the ranks meet: a store at MASTER_ADDR:MASTER_PORT, served by torchrun's agent or else by rank 0."""
+"""Where the ranks of one run come together: every rank once, and none of another run."""
 
+import json
 import logging
 import os
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterable
-from datetime import timedelta
-from typing import TypeVar
+from collections.abc import Iterable
 
 import torch.distributed as dist
 
-from foveal.errors import LaunchError
+from foveal.distributed.identity import RunIdentity
+from foveal.distributed.launcher import Seat
+from foveal.distributed.tcp_store import in_short, open_store, serves
+from foveal.errors import LaunchError, RankConflict
 
-T = TypeVar("T")
 _PATIENT = 30.0  # seconds before a rank says whom it is waiting for
 _LOOKS = 0.5  # seconds between two looks, once the first few were quick
 _LINGERS = 4 * _LOOKS  # seconds that the server stays after giving up, so that the others read why
+_GRACE = 20.0  # seconds that a run's own ranks have after one of another run has come in their place
 _log = logging.getLogger(__name__)
 
 
-def meet(rank: int, size: int, seconds: float) -> dist.Store:
-    """The store, once every rank has shown up in it.
+def meet(here: Seat, run: RunIdentity, seconds: float) -> dist.Store:
+    """Bring the ranks of a run together, and return their store once every rank has come to it, once.
 
-    Errors: LaunchError after ``seconds`` at most, on every rank that did come, with the ranks that did not.
+    MASTER_ADDR and MASTER_PORT are set to where that was.
+    Errors, on every rank that did come: LaunchError after ``seconds`` at most, with the ranks that did not; RankConflict
+    where ranks of different runs, or two of one number, came to one address; Superseded where an earlier attempt did.
     """
     deadline = time.monotonic() + seconds
-    serves = rank == 0 and not agent_serves()
-    if not serves:
-        reach(deadline, seconds)
-    host, port = _address()
+    store = open_store(here, run, seconds)
     try:
-        store = connect(seconds, size=size, serves=serves)
-        store.set(f"here/{rank}", socket.gethostname())
-        _gather(store, rank, size, seconds, deadline)
+        _come(store, here)
+        _gather(store, here.size, seconds, deadline)
     except (dist.DistNetworkError, dist.DistStoreError, TimeoutError) as error:
-        if serves:
-            raise LaunchError(
-                f"rank 0 cannot serve on {host}:{port} ({_short(error)}): set MASTER_PORT to a port that is free there, and "
-                f"MASTER_ADDR to this node's name"
-            ) from error
         raise LaunchError(
-            f"rank {rank} found {host}:{port}, but the ranks did not meet there ({_short(error)}); the log of rank 0 says "
-            f"why, unless another program answers at that port: then set MASTER_PORT"
+            f"rank {here.rank} found the ranks' store, but they did not meet there ({in_short(error)}); the log of rank 0 says why"
         ) from error
     except LaunchError:
-        if serves:
+        if serves(here):
             time.sleep(_LINGERS)
         raise
     return store
-
-
-def connect(seconds: float, *, size: int | None = None, serves: bool = False) -> dist.Store:
-    """A connection of one's own to the store, under this attempt's prefix: an old rank that wanders in meets nobody.
-
-    Errors: TimeoutError, torch's DistNetworkError.
-    """
-    host, port = _address()
-    # torch takes a client for connected only when the server has answered, and waits for ever if that is stopped.
-    store = within(
-        seconds,
-        lambda: dist.TCPStore(
-            host,
-            port,
-            size,
-            is_master=serves,
-            timeout=timedelta(seconds=seconds),
-            wait_for_workers=False,
-            multi_tenant=serves,
-        ),
-    )
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("SLURM_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"foveal/{'/'.join(attempt)}", store)
-
-
-class Lifeline:
-    """A connection over which nothing is said: it ends when the server does, and unlike torch's it can be asked.
-
-    torch writes a page of C++ frames to stderr for each word to a store that is gone.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self._line = socket.create_connection(_address(), timeout=seconds)
-        self._line.setblocking(False)
-
-    def holds(self) -> bool:
-        """Whether the server is there, as far as its node's kernel knows."""
-        try:
-            return self._line.recv(1, socket.MSG_PEEK) != b""
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-
-    def close(self) -> None:
-        """End the connection."""
-        self._line.close()
-
-
-def within(seconds: float, call: Callable[[], T]) -> T:
-    """What a call returns or raises, if it comes back in time. Errors: TimeoutError; the call is then left behind."""
-    came: list[T] = []
-    failed: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            came.append(call())
-        except BaseException as error:  # noqa: BLE001 - raised again by who waits
-            failed.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if failed:
-        raise failed[0]
-    if not came:
-        raise TimeoutError(f"no answer within {seconds:g} s")
-    return came[0]
 
 
 def ranks_in_words(ranks: Iterable[int]) -> str:
@@ -131,64 +56,56 @@ def ranks_in_words(ranks: Iterable[int]) -> str:
     return f"rank {text}" if text.isdigit() else f"ranks {text}"
 
 
-def agent_serves() -> bool:
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+def _come(store: dist.Store, here: Seat) -> None:
+    """Say that this rank is here, where nobody has said so before. Errors: RankConflict."""
+    me = f"process {os.getpid()} on {socket.gethostname()}"
+    if store.add(f"times/{here.rank}", 1) == 1:
+        store.set(f"here/{here.rank}", json.dumps({"host": socket.gethostname(), "process": me}))
+        store.add("came", 1)
+        return
+    other = json.loads(store.get(f"here/{here.rank}"))["process"]
+    sentence = (
+        f"two processes came as rank {here.rank} of {here.size}, {other} and {me}: start every rank once, and end what an "
+        f"earlier start has left"
+    )
+    store.set("conflict", sentence)
+    raise RankConflict(sentence)
 
 
-def _address() -> tuple[str, int]:
-    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-    if not host or not port.isdigit():
-        raise LaunchError(
-            f"MASTER_ADDR is {host!r} and MASTER_PORT is {port!r}: set them to the node of rank 0 and a port that is free "
-            f"there, or start with torchrun or srun"
-        )
-    return host, int(port)
-
-
-def reach(deadline: float, seconds: float) -> None:
-    """Wait until somebody answers; torch would, too, but with pages of C++ frames on stderr."""
-    address, began = _address(), time.monotonic()
-    while True:
-        try:
-            with socket.create_connection(address, timeout=max(1.0, deadline - time.monotonic())):
-                return
-        except OSError as error:
-            if time.monotonic() >= deadline:
-                raise LaunchError(
-                    f"rank 0 was not there within {seconds:.0f} s: {address[0]}:{address[1]} does not answer ({_short(error)}); "
-                    f"see why rank 0 did not start, or set MASTER_ADDR and MASTER_PORT to where it is"
-                ) from None
-        time.sleep(min(_LOOKS, 0.02 + time.monotonic() - began))
-
-
-def _gather(store: dist.Store, rank: int, size: int, seconds: float, deadline: float) -> None:
+def _gather(store: dist.Store, size: int, seconds: float, deadline: float) -> None:
     """Wait for everybody. One number is looked at, whatever the number of ranks."""
-    came, began, said = store.add("came", 1), time.monotonic(), False
+    came, began, said, stranger = store.add("came", 0), time.monotonic(), False, ""
     while came < size:
+        if store.check(["conflict"]):
+            raise RankConflict(store.get("conflict").decode())
         if store.check(["given-up"]):
             raise LaunchError(store.get("given-up").decode())
         now = time.monotonic()
+        if not stranger and store.check(["stranger"]):
+            stranger, deadline = store.get("stranger").decode(), min(deadline, now + _GRACE)
+        if now >= deadline and stranger:
+            store.set("conflict", f"{stranger}, came to where this run meets, and {_absent(store, size)}")
+            continue
         if now >= deadline:
-            store.set("given-up", _absent(store, size, seconds))
+            store.set("given-up", f"{_absent(store, size, seconds)}: see why they did not start there, and start again")
             continue
         if now - began > _PATIENT and not said:
             said = True
-            _log.warning("rank %d waits: %d of %d ranks have come", rank, came, size)
+            _log.warning("%d of %d ranks have come; the others are waited for", came, size)
         time.sleep(min(_LOOKS, 0.02 + now - began))
         came = store.add("came", 0)
 
 
-def _absent(store: dist.Store, size: int, seconds: float) -> str:
-    here = {rank: store.get(f"here/{rank}").decode() for rank in range(size) if store.check([f"here/{rank}"])}
+def _absent(store: dist.Store, size: int, seconds: float | None = None) -> str:
+    here = {
+        rank: json.loads(store.get(f"here/{rank}"))["host"] for rank in range(size) if store.check([f"here/{rank}"])
+    }
     hosts = [
         f"{ranks_in_words(rank for rank in here if here[rank] == host)} on {host}"
         for host in dict.fromkeys(here.values())
     ]
+    time_given = "" if seconds is None else f" within {seconds:.0f} s"
     return (
-        f"{len(here)} of {size} ranks came within {seconds:.0f} s ({'; '.join(hosts)}), but not "
-        f"{ranks_in_words(set(range(size)) - set(here))}: see why they did not start there, and start again"
+        f"{len(here)} of {size} ranks came{time_given} ({'; '.join(hosts)}), but not "
+        f"{ranks_in_words(set(range(size)) - set(here))}"
     )
-
-
-def _short(error: BaseException) -> str:
-    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__

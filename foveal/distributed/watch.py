@@ -86,9 +86,7 @@ class Watch:
     def start(self) -> None:
         """Begin to look."""
         if self._world.size > 1:
-            self._beats = Beats(
-                self._world.rank, self._world.size, self._patience.look, self._mine, self._patience.answering
-            )
+            self._beats = Beats(self._world, self._patience.look, self._mine, self._patience.answering)
         self._thread.start()
 
     def accuse(self) -> str:

@@ -1,22 +1,25 @@
-"""Who else is there: rank, size and device, from whichever launcher started this process."""
+"""Who else is there: the ranks of one run, joined into a group."""
 
+import hashlib
+import json
 import os
-import re
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+from foveal.distributed.identity import RunIdentity
+from foveal.distributed.launcher import Seat, number_in, seat
 from foveal.distributed.lost import break_away, dump_recorder, lost_peer, prepare_recorder
 from foveal.distributed.rendezvous import meet
-from foveal.errors import FovealError, Hung, LaunchError
+from foveal.errors import FovealError, Hung, LaunchError, RankConflict
 
 T = TypeVar("T")
 _JOINING = 600.0  # seconds that the ranks have to come together: imports from a cold disk take minutes
@@ -24,13 +27,17 @@ _JOINING = 600.0  # seconds that the ranks have to come together: imports from a
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """One process among ``size``: its rank in all, its rank on its node, and its device."""
+    """One process among ``size``: its rank in all, its rank on its node, and its device.
+
+    ``key`` is that of the run in the ranks' store.
+    """
 
     rank: int
     size: int
     local: int
     launcher: str
     device: torch.device
+    key: str = ""
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -100,65 +107,46 @@ class World:
             return taken  # pyright: ignore[reportReturnType]
         raise next(each for each in self.gather(mistake) if each is not None)
 
-
-@dataclass(frozen=True, slots=True)
-class Seat:
-    """What the launcher says, before anything is started."""
-
-    rank: int
-    size: int
-    local: int
-    launcher: str
-
-
-def seat() -> Seat:
-    """Rank and size from torchrun or accelerate, else from a Slurm step, else alone.
-
-    A batch script outside ``srun`` sees SLURM_PROCID and SLURM_NTASKS too, but no SLURM_STEP_ID: it is alone.
-    Errors: LaunchError where a launcher's variables contradict one another.
-    """
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        found = Seat(_number("RANK"), _number("WORLD_SIZE"), _number("LOCAL_RANK", "0"), "torchrun")
-    elif "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ:
-        size = _number("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))
-        found = Seat(_number("SLURM_PROCID"), size, _number("SLURM_LOCALID", "0"), "srun")
-    else:
-        return Seat(0, 1, 0, "none")
-    if not 0 <= found.local <= found.rank < found.size:
-        raise LaunchError(
-            f"{found.launcher} says rank {found.rank} (local rank {found.local}) of {found.size}, which cannot be; "
-            f"unset what an earlier launcher left in the environment"
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """Compare plain facts by name over all ranks. Errors: RankConflict, on every rank, where they are not the same."""
+        text = json.dumps(facts, sort_keys=True, default=str)
+        digests = self.gather(hashlib.sha256(text.encode()).hexdigest())
+        if len(set(digests)) == 1:
+            return
+        other = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
+        texts = self.gather(text)
+        first, unlike = json.loads(texts[0]), json.loads(texts[other])
+        names = [name for name in sorted(first | unlike) if first.get(name) != unlike.get(name)]
+        raise RankConflict(
+            f"rank {other} is about another run than rank 0: "
+            + "; ".join(f"{name} is {unlike.get(name)} there and {first.get(name)} here" for name in names[:3])
         )
-    return found
-
-
-def _number(name: str, default: str | None = None) -> int:
-    text = os.environ.get(name, default)
-    try:
-        return int(text or "")
-    except ValueError:
-        raise LaunchError(f"the launcher's {name} is {text!r}, which is not a number") from None
 
 
 @contextmanager
-def joined(timeout_seconds: float, joining_seconds: float = _JOINING) -> Iterator[World]:
-    """Join the other ranks, and leave them properly on every way out.
+def joined(
+    timeout_seconds: float, run: RunIdentity | None = None, joining_seconds: float = _JOINING
+) -> Iterator[World]:
+    """Join the other ranks of a run, and leave them properly on every way out.
 
     No collective of any group waits longer than ``timeout_seconds``, nor anybody longer than ``joining_seconds`` for a
-    rank that does not come. The variables that libraries read (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) are set for them, so
-    that a Slurm step looks to DeepSpeed and Accelerate like torchrun. Alone, the group is this process, in memory.
-    Errors: LaunchError where the ranks do not come together; Hung instead in a job that was started before.
+    rank that does not come. The variables that libraries read (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT)
+    are set for them, so that a Slurm step looks to DeepSpeed and Accelerate like torchrun. Alone, the group is this
+    process, in memory.
+    Errors: LaunchError where the ranks do not come together, RankConflict where others came, Superseded where a later
+    attempt did; Hung in place of a LaunchError in a job that was started before.
     """
     here = seat()
     device = device_of(here)
-    world = World(here.rank, here.size, here.local, here.launcher, device)
-    tell_libraries(here, device)
+    run = run or RunIdentity.of(here)
+    world = World(here.rank, here.size, here.local, here.launcher, device, run.key)
     prepare_recorder()
     if here.size == 1:
         store: dist.Store = dist.HashStore()
     else:
         with _of_a_restart():
-            store = meet(here.rank, here.size, joining_seconds)
+            store = meet(here, run, joining_seconds)
+    tell_libraries(here, device)
     with _default_timeout(timedelta(seconds=timeout_seconds)):
         _start("nccl" if device.type == "cuda" else "gloo", here, store)
         try:
@@ -176,6 +164,8 @@ def _of_a_restart() -> Iterator[None]:
     """In a job that Slurm has started before, ranks that do not come are a node's fault, and another start may help."""
     try:
         yield
+    except RankConflict:
+        raise
     except LaunchError as error:
         if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
             raise Hung(str(error)) from None
@@ -183,14 +173,10 @@ def _of_a_restart() -> Iterator[None]:
 
 
 def tell_libraries(here: Seat, device: torch.device) -> None:
+    """Set what libraries read; of several ranks, ``meet`` has set where."""
     if here.size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29500")
-    elif here.launcher == "srun":
-        os.environ.setdefault(
-            "MASTER_ADDR", first_host(os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"])
-        )
-        os.environ.setdefault("MASTER_PORT", str(_port(os.environ["SLURM_JOB_ID"])))
     # Libraries take LOCAL_RANK for the number of the device, which it is not where each task sees one GPU only.
     local = here.local if device.index is None else device.index
     os.environ |= {"RANK": str(here.rank), "WORLD_SIZE": str(here.size), "LOCAL_RANK": str(local)}
@@ -244,18 +230,6 @@ def device_of(here: Seat) -> torch.device:
     return torch.device("cuda", index)
 
 
-def first_host(nodes: str) -> str:
-    """The first host of a Slurm node list: ``a[01-03,7]b,c`` gives ``a01b``; scontrol is not in every container."""
-    found = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
-    assert found is not None, "the pattern matches every string"
-    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", found[0])
-
-
-def _port(job: str) -> int:
-    """A port that two jobs on one node seldom share, and every rank of one job does."""
-    return 20000 + int(re.sub(r"\D", "", job) or 0) % 20000
-
-
 def describe(world: World) -> str:
     """One line for the head of each rank's log."""
     slurm = ", ".join(
@@ -293,7 +267,7 @@ def array_task() -> ArrayTask | None:
     """The task of a Slurm array that this process belongs to, if it does."""
     if "SLURM_ARRAY_TASK_ID" not in os.environ:
         return None
-    return ArrayTask(*(_number(f"SLURM_ARRAY_TASK_{name}") for name in ("ID", "COUNT", "MIN", "MAX")))
+    return ArrayTask(*(number_in(f"SLURM_ARRAY_TASK_{name}") for name in ("ID", "COUNT", "MIN", "MAX")))
 
 
 def slurm_job() -> dict[str, str]:

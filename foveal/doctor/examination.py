@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from foveal.distributed.examine import Meeting, leave, meeting, nodes_of_ranks
-from foveal.distributed.rendezvous import within
+from foveal.distributed.tcp_store import within
 from foveal.doctor import node, run
 from foveal.doctor.finding import Report, kind_of
 from foveal.doctor.table import lines_of

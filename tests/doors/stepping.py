@@ -62,7 +62,7 @@ def main() -> None:
     log = logging.FileHandler(folder / f"rank-{int(os.environ['RANK']):03d}.log")
     logging.basicConfig(level=logging.INFO, handlers=[log])
     try:
-        with joined(timeout, _JOINING if how != "absent" else timeout) as world:
+        with joined(timeout, joining_seconds=_JOINING if how != "absent" else timeout) as world:
             steps(world, folder, timeout, how, who)
     except FovealError as error:
         sys.stderr.write(f"{error}\n")

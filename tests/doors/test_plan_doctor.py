@@ -14,10 +14,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch.distributed as dist
 from processes import PYTHON, Ended, Started, ended
 
-from foveal.distributed.rendezvous import connect
+from foveal.distributed.identity import RunIdentity
+from foveal.distributed.tcp_store import connect
 from foveal.doctor.examination import ENDING
 
 _PATIENCE = 60  # seconds until a rank has come
@@ -65,7 +65,7 @@ class Job:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("MASTER_ADDR", "127.0.0.1")
             patch.setenv("MASTER_PORT", str(self.port))
-            store = dist.PrefixStore("doctor", connect(_PATIENCE))
+            store = connect(_PATIENCE, RunIdentity({"launcher": "environment"}, self._size, "doctor").key)
         while not store.check([f"doing/{rank}"]):
             assert time.monotonic() < limit, f"rank {rank} has not begun"
             time.sleep(0.01)

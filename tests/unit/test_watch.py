@@ -231,32 +231,34 @@ def store(monkeypatch: pytest.MonkeyPatch) -> dist.TCPStore:
     served = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=20), wait_for_workers=False)
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(served.port)}.items():
         monkeypatch.setenv(name, value)
-    for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
-        monkeypatch.delenv(name, raising=False)
     return served
+
+
+def beats_of(rank: int, size: int, look: float, mine: Callable[[], Beat]) -> Beats:
+    return Beats(World(rank, size, 0, "none", torch.device("cpu")), look, mine)
 
 
 def test_two_ranks_hear_who_is_silent(store) -> None:
     counted = iter(range(10**6))
-    first = Beats(0, 2, 0.05, lambda: replace(HERE, looks=next(counted), waits=True))
-    second = Beats(1, 2, 0.05, lambda: replace(HERE, step=9, doing="decoding"))  # its looks do not move
-    store.wait(["foveal/0/0/beat/1"])
+    first = beats_of(0, 2, 0.05, lambda: replace(HERE, looks=next(counted), waits=True))
+    second = beats_of(1, 2, 0.05, lambda: replace(HERE, step=9, doing="decoding"))  # its looks do not move
+    store.wait(["foveal//beat/1"])
     assert first.compare().startswith("rank 1 on a in step 9: decoding, then silent")
     second.close("ended by ValueError")
     assert first.compare() == "rank 1 on a in step 9: ended by ValueError"
     first.close("left")
-    assert json.loads(store.get("foveal/0/0/beat/1"))["looks"] == -1
+    assert json.loads(store.get("foveal//beat/1"))["looks"] == -1
 
 
 def test_of_many_ranks_the_first_compare(store) -> None:
-    late = Beats(beats._COMPARE, 1000, 0.05, lambda: HERE)
+    late = beats_of(beats._COMPARE, 1000, 0.05, lambda: HERE)
     assert late.compare() == "who is behind stands in the logs of ranks 0-63"
     late.close("left")
 
 
 def test_a_store_that_is_gone_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(beats, "Lifeline", _refuse)
-    alone = Beats(1, 2, 0.01, lambda: HERE)
+    alone = beats_of(1, 2, 0.01, lambda: HERE)
     alone._thread.join()
     assert alone.compare() == "the store of the ranks, on the node of rank 0, is gone: the log of rank 0 says more"
     alone.close("left")
@@ -271,13 +273,13 @@ def test_a_beat_survives_the_store() -> None:
 
 
 def test_who_lost_a_peer_says_once_who_it_was(store, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    other = Beats(1, 2, 0.02, lambda: replace(HERE, step=0))
-    store.wait(["foveal/0/0/beat/1"])
+    other = beats_of(1, 2, 0.02, lambda: replace(HERE, step=0))
+    store.wait(["foveal//beat/1"])
     with pytest.raises(dist.DistBackendError, match="rank 1 on a in step 0: data, then silent"):
         _loses_a_peer(tmp_path)
     errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert [error.partition(" on ")[0] for error in errors] == ["step 7: rank 1"]
-    assert json.loads(store.get("foveal/0/0/beat/0"))["doing"] == beats.LOST
+    assert json.loads(store.get("foveal//beat/0"))["doing"] == beats.LOST
     other.close("left")
 
 

@@ -1,4 +1,4 @@
-"""Who is there, from the variables of every launcher; where they meet, from Slurm's list of nodes."""
+"""Ranks that are joined into a group, and what each knows of it."""
 
 import os
 
@@ -6,25 +6,21 @@ import pytest
 import torch
 
 from foveal.distributed import world
+from foveal.distributed.launcher import Seat
 from foveal.distributed.world import (
     ArrayTask,
-    Seat,
     World,
     array_task,
     describe,
     device_of,
-    first_host,
     job_id,
     joined,
-    seat,
     slurm_job,
 )
-from foveal.errors import FovealError, Hung, LaunchError
+from foveal.errors import FovealError, Hung, LaunchError, RankConflict
 
-TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 STEP = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
 STEP |= {"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "16"}
-BATCH = {"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_LOCALID": "0"}
 
 
 @pytest.fixture(autouse=True)
@@ -35,65 +31,6 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR"):
         monkeypatch.setenv(name, "")  # so that monkeypatch puts back what joined() sets
         monkeypatch.delenv(name)
-
-
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({}, Seat(0, 1, 0, "none")),
-        (TORCHRUN, Seat(5, 8, 1, "torchrun")),
-        ({"RANK": "0", "WORLD_SIZE": "1"}, Seat(0, 1, 0, "torchrun")),
-        (STEP, Seat(3, 4, 1, "srun")),
-        ({name: value for name, value in STEP.items() if name != "SLURM_STEP_NUM_TASKS"}, Seat(3, 16, 1, "srun")),
-        (BATCH, Seat(0, 1, 0, "none")),
-        (STEP | TORCHRUN, Seat(5, 8, 1, "torchrun")),  # torchrun inside a step: torchrun dealt the ranks
-        (BATCH | TORCHRUN, Seat(5, 8, 1, "torchrun")),
-        ({"RANK": "3"}, Seat(0, 1, 0, "none")),
-    ],
-)
-def test_seat(variables: dict[str, str], expected: Seat, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert seat() == expected
-
-
-@pytest.mark.parametrize(
-    ("variables", "sentence"),
-    [
-        (TORCHRUN | {"WORLD_SIZE": "4"}, r"torchrun says rank 5 \(local rank 1\) of 4, which cannot be"),
-        (TORCHRUN | {"RANK": "-1"}, "torchrun says rank -1"),
-        (TORCHRUN | {"WORLD_SIZE": "0", "RANK": "0", "LOCAL_RANK": "0"}, "of 0, which cannot be"),
-        (TORCHRUN | {"LOCAL_RANK": "6"}, r"rank 5 \(local rank 6\)"),
-        (TORCHRUN | {"RANK": "five"}, "the launcher's RANK is 'five', which is not a number"),
-        (TORCHRUN | {"WORLD_SIZE": ""}, "the launcher's WORLD_SIZE is '', which is not a number"),
-        (STEP | {"SLURM_PROCID": "4"}, "srun says rank 4"),
-        (STEP | {"SLURM_STEP_NUM_TASKS": "2(x3)"}, r"SLURM_STEP_NUM_TASKS is '2\(x3\)', which is not a number"),
-    ],
-)
-def test_a_launcher_that_contradicts_itself_is_one_sentence(
-    variables: dict[str, str], sentence: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(LaunchError, match=sentence):
-        seat()
-
-
-@pytest.mark.parametrize(
-    ("nodes", "expected"),
-    [
-        ("gpu7", "gpu7"),
-        ("gpu7,gpu9", "gpu7"),
-        ("gpu[3-5]", "gpu3"),
-        ("gpu[003-005,7],cpu1", "gpu003"),
-        ("gpu[12]", "gpu12"),
-        ("a[01-03,7]b,c", "a01b"),
-        ("rack[2-3]-node[04-05]", "rack2-node04"),
-        ("node-a-1.cluster.org,node[2-3]", "node-a-1.cluster.org"),
-    ],
-)
-def test_first_host(nodes: str, expected: str) -> None:
-    assert first_host(nodes) == expected
 
 
 def test_alone_a_world_needs_nobody_and_leaves_nothing() -> None:
@@ -114,14 +51,18 @@ def test_alone_a_world_needs_nobody_and_leaves_nothing() -> None:
 
 
 def test_a_step_of_slurm_looks_like_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What libraries read is set from Slurm's variables, the same on every rank of a job."""
+    """What libraries read is set from Slurm's variables, and from where the ranks have met."""
     seen: dict[str, str] = {}
 
     def start(backend: str, **settings: object) -> None:
         seen.update(os.environ)
         seen["backend"] = backend
 
-    monkeypatch.setattr(world, "meet", lambda rank, size, seconds: seen.update(met=f"{rank} of {size}, {seconds:g} s"))
+    def meet(here: Seat, run: object, seconds: float) -> None:
+        seen["met"] = f"{here.rank} of {here.size}, {seconds:g} s"
+        os.environ |= {"MASTER_ADDR": "gpu4", "MASTER_PORT": "23456"}
+
+    monkeypatch.setattr(world, "meet", meet)
     monkeypatch.setattr(torch.distributed, "init_process_group", start)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -135,7 +76,7 @@ def test_a_step_of_slurm_looks_like_torchrun(monkeypatch: pytest.MonkeyPatch) ->
         "WORLD_SIZE": "4",
         "LOCAL_RANK": "1",
         "MASTER_ADDR": "gpu4",
-        "MASTER_PORT": "20077",
+        "MASTER_PORT": "23456",
     }
     assert seen["backend"] == "gloo"
 
@@ -198,6 +139,27 @@ def test_more_tasks_than_gpus_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(LaunchError, match="local rank 2 has no GPU: this process sees 2; start as many tasks"):
         device_of(Seat(2, 4, 2, "srun"))
+
+
+def _agreed(world: World, facts: list[dict[str, object]]) -> str:
+    try:
+        world.agree(facts[world.rank])
+    except RankConflict as error:
+        return str(error)
+    return "agreed"
+
+
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        ({"seed": 1, "data": "abc"}, "agreed"),
+        ({"seed": 1, "data": "abd"}, "rank 1 is about another run than rank 0: data is abd there and abc here"),
+        ({"seed": 1}, "rank 1 is about another run than rank 0: data is None there and abc here"),
+    ],
+)
+def test_ranks_whose_nodes_show_them_other_facts_hear_it(second: dict[str, object], said: str, two_ranks) -> None:
+    """Settings may be the same and data not: every node has its own look at a path."""
+    assert two_ranks.call(_agreed, [{"data": "abc", "seed": 1}, second]) == [said] * 2
 
 
 @pytest.mark.parametrize(("restarts", "kind"), [(None, LaunchError), ("0", LaunchError), ("2", Hung)])

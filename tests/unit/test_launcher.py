@@ -1,0 +1,152 @@
+"""Who a process is and where ranks may meet, from the variables of every launcher."""
+
+import os
+
+import pytest
+
+from foveal.distributed import launcher
+from foveal.distributed.launcher import Seat, first_host, launch_facts, places, seat
+from foveal.errors import LaunchError
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "none"}
+BY_HAND = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
+MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+STEP = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
+STEP |= {"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "16"}
+BATCH = {"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_LOCALID": "0"}
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No launcher's variables."""
+    launchers = ("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "TORCHELASTIC_", "OMPI_", "PMI", "CROSS_RANK")
+    for name in [name for name in os.environ if name.startswith(launchers)]:
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, Seat(0, 1, 0, "none")),
+        (TORCHRUN, Seat(5, 8, 1, "torchrun")),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, Seat(0, 1, 0, "environment")),
+        (STEP, Seat(3, 4, 1, "srun")),
+        ({name: value for name, value in STEP.items() if name != "SLURM_STEP_NUM_TASKS"}, Seat(3, 16, 1, "srun")),
+        (BATCH, Seat(0, 1, 0, "none")),
+        (STEP | TORCHRUN, Seat(5, 8, 1, "torchrun")),  # torchrun inside a step: torchrun dealt the ranks
+        (BATCH | TORCHRUN, Seat(5, 8, 1, "torchrun")),
+        ({"RANK": "3"}, Seat(0, 1, 0, "none")),
+        (TORCHRUN | {"CROSS_RANK": "0", "TORCHELASTIC_RUN_ID": ""}, Seat(5, 8, 1, "torchrun")),
+        (BY_HAND, Seat(3, 4, 1, "environment")),
+        (STEP | BY_HAND, Seat(3, 4, 1, "srun")),  # the same, said twice
+        (BY_HAND | {"CROSS_RANK": "0"}, Seat(3, 4, 1, "deepspeed")),
+        (MPI, Seat(3, 4, 1, "mpirun")),
+        (STEP | MPI, Seat(3, 4, 1, "srun")),  # srun --mpi
+        ({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1"}, Seat(1, 2, 1, "mpirun")),
+    ],
+)
+def test_seat(variables: dict[str, str], expected: Seat, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert seat() == expected
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        (STEP | {"RANK": "0", "WORLD_SIZE": "1"}, "srun says rank 3 of 4, and the environment RANK=0 and WORLD_SIZE=1"),
+        (STEP | BY_HAND | {"WORLD_SIZE": "8"}, "srun says rank 3 of 4, and the environment RANK=3 and WORLD_SIZE=8"),
+        (
+            MPI | {"RANK": "0", "WORLD_SIZE": "1"},
+            "mpirun says rank 3 of 4, and the environment RANK=0 and WORLD_SIZE=1",
+        ),
+        (
+            STEP | MPI | {"OMPI_COMM_WORLD_RANK": "0"},
+            "srun says rank 3 of 4, and the environment OMPI_COMM_WORLD_RANK=0",
+        ),
+        (TORCHRUN | {"WORLD_SIZE": "4"}, r"torchrun says rank 5 \(local rank 1\) of 4, which cannot be"),
+        (TORCHRUN | {"RANK": "-1"}, "torchrun says rank -1"),
+        (TORCHRUN | {"WORLD_SIZE": "0", "RANK": "0", "LOCAL_RANK": "0"}, "of 0, which cannot be"),
+        (TORCHRUN | {"LOCAL_RANK": "6"}, r"rank 5 \(local rank 6\)"),
+        (TORCHRUN | {"RANK": "five"}, "the launcher's RANK is 'five', which is not a number"),
+        (TORCHRUN | {"WORLD_SIZE": ""}, "the launcher's WORLD_SIZE is '', which is not a number"),
+        (STEP | {"SLURM_PROCID": "4"}, "srun says rank 4"),
+        (STEP | {"SLURM_STEP_NUM_TASKS": "2(x3)"}, r"SLURM_STEP_NUM_TASKS is '2\(x3\)', which is not a number"),
+    ],
+)
+def test_a_launcher_that_contradicts_itself_is_one_sentence(
+    variables: dict[str, str], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LaunchError, match=sentence):
+        seat()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [
+        ("gpu7", "gpu7"),
+        ("gpu7,gpu9", "gpu7"),
+        ("gpu[3-5]", "gpu3"),
+        ("gpu[003-005,7],cpu1", "gpu003"),
+        ("gpu[12]", "gpu12"),
+        ("a[01-03,7]b,c", "a01b"),
+        ("rack[2-3]-node[04-05]", "rack2-node04"),
+        ("node-a-1.cluster.org,node[2-3]", "node-a-1.cluster.org"),
+    ],
+)
+def test_first_host(nodes: str, expected: str) -> None:
+    assert first_host(nodes) == expected
+
+
+def test_what_torchrun_has_left_is_not_believed_in_a_child_of_srun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that was submitted from within torchrun carries all of torchrun's variables, its own among them."""
+    for name, value in (STEP | TORCHRUN).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launcher, "_child_of_slurmstepd", lambda: True)
+    with pytest.raises(LaunchError, match="srun says rank 3 of 4, and the environment RANK=5 and WORLD_SIZE=8: unset"):
+        seat()
+
+
+@pytest.mark.parametrize(
+    ("variables", "first", "count"),
+    [
+        (STEP | {"SLURM_STEP_NODELIST": "gpu[4-5]"}, "gpu4", 16),
+        (STEP | {"SLURM_STEP_NODELIST": "gpu4", "MASTER_PORT": "29500"}, ("gpu4", 29500), 17),
+        (STEP | {"SLURM_STEP_NODELIST": "gpu4", "MASTER_ADDR": "old", "MASTER_PORT": "1"}, ("old", 1), 17),
+        (STEP | {"SLURM_STEP_NODELIST": "gpu4", "MASTER_ADDR": "gpu4-ib"}, "gpu4-ib", 32),
+        (BY_HAND | {"MASTER_ADDR": "old", "MASTER_PORT": "29500"}, ("old", 29500), 1),
+        (MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, "127.0.0.1", 16),
+        (MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "MASTER_ADDR": "gpu4"}, "gpu4", 16),
+    ],
+)
+def test_places(
+    variables: dict[str, str], first: str | tuple[str, int], count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    there = places(seat())
+    assert there[0] == first or there[0][0] == first
+    assert len(there) == len(set(there)) == count
+    assert all(port in (1, 29500) or 20000 <= port < 32000 for _, port in there), "below the kernel's own"
+
+
+def test_mpirun_on_several_nodes_wants_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LaunchError, match="set them to the node of rank 0"):
+        places(seat())
+
+
+def test_ports_are_drawn_by_job_step_and_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last five digits of a job's number, say, would be the same for all its steps and for every 20,000th job."""
+    drawn = []
+    for job, step, restart in (("77", "0", "0"), ("77", "1", "0"), ("77", "0", "1"), ("20077", "0", "0")):
+        for name, value in (STEP | {"SLURM_STEP_NODELIST": "gpu4"}).items():
+            monkeypatch.setenv(name, value)
+        for name, value in {"SLURM_JOB_ID": job, "SLURM_STEP_ID": step, "SLURM_RESTART_COUNT": restart}.items():
+            monkeypatch.setenv(name, value)
+        assert launch_facts(seat()) == {"job": job, "step": step, "restart": restart}
+        drawn.append(places(seat())[0])
+    assert len(set(drawn)) == 4
