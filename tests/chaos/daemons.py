@@ -21,7 +21,7 @@ class SrunKilled(OnSlurm):
     def act(self) -> None:
         scene = self.scene
         scene.world()
-        _killed(scene, "srun", lambda each: each.name == "srun" and each.environment.get("SLURM_JOB_ID") == scene.job)
+        _kill(scene, "srun", lambda each: each.name == "srun" and each.environment.get("SLURM_JOB_ID") == scene.job)
         self.target = f"that of job {scene.job}"
 
 
@@ -42,7 +42,7 @@ class ShellKilled(Fault):
         def is_shell(each: Process) -> bool:
             return "/slurm_script " in f"{each.command} " and each.environment.get("SLURM_JOB_ID") == scene.job
 
-        _killed(scene, "batch shell", is_shell)
+        _kill(scene, "batch shell", is_shell)
         self.target = f"that of job {scene.job}"
 
     def seen(self) -> bool:
@@ -52,7 +52,7 @@ class ShellKilled(Fault):
         return int(self.scene.state()["Restarts"]) > self.before
 
 
-def _killed(scene: Scene, what: str, which: Callable[[Process], bool]) -> None:
+def _kill(scene: Scene, what: str, which: Callable[[Process], bool]) -> None:
     if not kill(scene.cluster.folder, which):
         raise Stuck(f"job {scene.job} has no {what}")
 

@@ -37,7 +37,7 @@ def slow_down(seconds: float) -> None:
         end = time.monotonic() + _LONGEST_HOLD
         while Path("hold").exists() and time.monotonic() < end:
             time.sleep(0.1)
-        met()
+        note_meeting()
         if Path("memory").exists() and Path("memory").read_text() == _RANK:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         total, numbers = forward(self, model, batch)
@@ -61,7 +61,7 @@ def poisoned(batch: Batch) -> bool:
     return True
 
 
-def met() -> None:
+def note_meeting() -> None:
     """Write down where the ranks have met, as their libraries know it."""
     place = Path("meeting")
     if _RANK == "0" and not place.exists():
@@ -70,7 +70,7 @@ def met() -> None:
         place.with_suffix(".new").rename(place)
 
 
-def begin() -> socket.socket | None:
+def prepare() -> socket.socket | None:
     """What may happen before a rank begins; what it returns lives as long as the rank."""
     if _RANK != "0":
         end = time.monotonic() + _LONGEST_DELAY
@@ -89,7 +89,7 @@ def begin() -> socket.socket | None:
 
 if __name__ == "__main__":
     sys.path.pop(0)  # the files beside this one are none of the stage's modules
-    other = begin()
+    listener = prepare()
     slow_down(float(sys.argv[1]))
     module, sys.argv = sys.argv[3], [sys.argv[3], *sys.argv[4:]]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -18,7 +18,7 @@ _PATIENCE = 120  # seconds for a process that is to be turned away: imports on a
 
 
 @contextlib.contextmanager
-def late(scene: Scene) -> Iterator[None]:
+def ranks_delayed(scene: Scene) -> Iterator[None]:
     """All ranks but the first are slow to begin."""
     (scene.folder / "late").touch()
     try:
@@ -27,20 +27,20 @@ def late(scene: Scene) -> Iterator[None]:
         (scene.folder / "late").unlink()
 
 
-def killed(scene: Scene) -> Rank:
-    """The run's last rank, which has been killed; the run starts again."""
+def kill_last_rank(scene: Scene) -> Rank:
+    """Kill the run's last rank, and return who it was; the run starts again."""
     rank = scene.world()[-1]
     os.kill(rank.pid, signal.SIGKILL)
     return rank
 
 
-def where(scene: Scene, lost: Rank) -> dict[str, str]:
+def meeting_place(scene: Scene, dead: Rank) -> dict[str, str]:
     """Where rank 0 of the next attempt serves while it waits for the others, as the environment says it."""
     found: dict[str, str] = {}
 
     def serves() -> bool:
         for rank in scene.cluster.ranks(scene.job):
-            if rank.rank == 0 and rank.restarts > lost.restarts and (ports := _listens(rank.pid)):
+            if rank.rank == 0 and rank.restarts > dead.restarts and (ports := _listening_ports(rank.pid)):
                 found.update(MASTER_ADDR=rank.node, MASTER_PORT=str(ports[0]))
         return bool(found)
 
@@ -48,7 +48,7 @@ def where(scene: Scene, lost: Rank) -> dict[str, str]:
     return found
 
 
-def _listens(pid: int) -> list[int]:
+def _listening_ports(pid: int) -> list[int]:
     """The TCP ports that a process listens on."""
     sockets, ports = set(), []
     with contextlib.suppress(OSError):
@@ -68,24 +68,24 @@ def _words(pid: int, name: str) -> list[str]:
 
 
 class Outsider(Fault):
-    """A rank of another run or attempt comes to where this one's meet. It is turned away, and makes no directory."""
+    """Another run or attempt has the address of this one. A rank that comes to it is turned away, and makes no directory."""
 
     code = 2
 
     def __init__(self, scene: Scene) -> None:
         super().__init__(scene)
-        self.elsewhere = scene.folder / f"runs/other-{time.monotonic_ns()}"
+        self.other_run = scene.folder / f"runs/other-{time.monotonic_ns()}"
 
-    def another_run(self) -> list[str]:
+    def other_settings(self) -> list[str]:
         """The settings of a run that is not this one."""
-        return ["digits", *SETTINGS, "seed=7", f"run.dir={self.elsewhere}", "epochs=1", "tracking.uri=null"]
+        return ["digits", *SETTINGS, "seed=7", f"run.dir={self.other_run}", "epochs=1", "tracking.uri=null"]
 
-    def second(self, place: dict[str, str]) -> dict[str, str]:
+    def by_hand(self, place: dict[str, str]) -> dict[str, str]:
         """The environment of a rank 1 that somebody starts by hand at a place."""
         size = str(self.scene.nodes * self.scene.tasks)
         return {**place, "RANK": "1", "WORLD_SIZE": size, "LOCAL_RANK": "0"}
 
-    def come(self, node: str, environment: Mapping[str, str], line: list[str]) -> None:
+    def join(self, node: str, environment: Mapping[str, str], line: list[str]) -> None:
         """Start a rank on a node, and wait until it has been turned away. Errors: Stuck where it is not."""
         scene = self.scene
         place = [*scene.cluster.machines.inside(node), "env", f"--chdir={scene.folder}"]
@@ -101,8 +101,8 @@ class Outsider(Fault):
         self.target = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
 
     def seen(self) -> bool:
-        if self.elsewhere.exists():
-            raise Stuck(f"{self.name}: {self.elsewhere} was made")
+        if self.other_run.exists():
+            raise Stuck(f"{self.name}: {self.other_run} was made")
         return True
 
 
@@ -117,7 +117,7 @@ class Foreign(Outsider):
         node = scene.world()[-1].node
         scene.until((scene.folder / "meeting").exists, "the ranks have met", 120)
         with scene.held():
-            self.come(node, self.second(json.loads((scene.folder / "meeting").read_text())), self.another_run())
+            self.join(node, self.by_hand(json.loads((scene.folder / "meeting").read_text())), self.other_settings())
 
 
 class ForeignFirst(Outsider):
@@ -128,9 +128,9 @@ class ForeignFirst(Outsider):
 
     def strike(self) -> None:
         scene = self.scene
-        with late(scene):
-            lost = killed(scene)
-            self.come(lost.node, self.second(where(scene, lost)), self.another_run())
+        with ranks_delayed(scene):
+            rank = kill_last_rank(scene)
+            self.join(rank.node, self.by_hand(meeting_place(scene, rank)), self.other_settings())
 
 
 class Straggler(Outsider):
@@ -145,8 +145,9 @@ class Straggler(Outsider):
         last = scene.world()[-1]
         environment, words = (_words(last.pid, name) for name in ("environ", "cmdline"))
         environment = dict(word.split("=", 1) for word in environment)
-        with late(scene):
-            self.come(last.node, environment | where(scene, killed(scene)), words[words.index("pretrain.run") + 1 :])
+        with ranks_delayed(scene):
+            environment |= meeting_place(scene, kill_last_rank(scene))
+            self.join(last.node, environment, words[words.index("pretrain.run") + 1 :])
 
 
 class SecondStep(Outsider):
@@ -159,20 +160,12 @@ class SecondStep(Outsider):
         scene = self.scene
         scene.world()
         size = [f"--nodes={scene.nodes}", f"--ntasks={scene.nodes * scene.tasks}", "--cpus-per-task=1"]
-        step = [
-            "srun",
-            f"--jobid={scene.job}",
-            "--overlap",
-            "--input=none",
-            *size,
-            sys.executable,
-            "-m",
-            "pretrain.run",
-        ]
+        srun = ["srun", f"--jobid={scene.job}", "--overlap", "--input=none", *size]
+        stage = [sys.executable, "-m", "pretrain.run", *self.other_settings()]
         with scene.held():
-            done = scene.cluster.run(*step, *self.another_run(), check=False, cwd=scene.folder, timeout=2 * _PATIENCE)
+            done = scene.cluster.run(*srun, *stage, check=False, cwd=scene.folder, timeout=2 * _PATIENCE)
         self.target = f"job {scene.job}"
-        if done.returncode or not (self.elsewhere / "finished.json").exists():
+        if done.returncode or not (self.other_run / "finished.json").exists():
             raise Stuck(f"{self.name}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
 
     def seen(self) -> bool:
@@ -192,7 +185,7 @@ class PortTaken(Fault):
     def strike(self) -> None:
         self.occupied.touch()
         self.meeting.unlink(missing_ok=True)
-        killed(self.scene)
+        kill_last_rank(self.scene)
         self.target = "what rank 0 would serve on"
 
     def seen(self) -> bool:

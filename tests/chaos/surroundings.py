@@ -78,19 +78,19 @@ class QuotaUsedUp(Fault):
         rank = self.scene.world()[0]
         self.before = self._unsaved()
         self.pid, self.target = rank.pid, f"rank 0 on {rank.node}"
-        self._allow(0)
+        self._limit_files(0)
 
     def seen(self) -> bool:
         if self._unsaved() == self.before:
             return False
-        self._allow(resource.RLIM_INFINITY)
+        self._limit_files(resource.RLIM_INFINITY)
         return True
 
     def mend(self) -> None:
         with contextlib.suppress(ProcessLookupError):
-            self._allow(resource.RLIM_INFINITY)
+            self._limit_files(resource.RLIM_INFINITY)
 
-    def _allow(self, size: int) -> None:
+    def _limit_files(self, size: int) -> None:
         resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
     def _unsaved(self) -> int:

@@ -90,7 +90,7 @@ class MadeAtOnce(Fault):
         store = folder / "mlflow.db"
         with scene.held():
             command = [sys.executable, "-c", _SYNC_AT_ONCE, f"sqlite:///{store}", *map(str, copies)]
-            done = scene.cluster.run(*command, check=False, cwd=scene.folder, timeout=150)
+            done = scene.cluster.run(*command, check=False, cwd=scene.folder, timeout=300)
         with closing(sqlite3.connect(store)) as opened:
             (runs,) = opened.execute("select count(*) from runs where lifecycle_stage = 'active'").fetchone()
         if done.returncode or runs != len(copies):
