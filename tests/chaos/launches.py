@@ -145,10 +145,8 @@ class EnvironmentGone(Fault):
             self.node = ""
 
     def _failures(self) -> int:
-        """How often a rank on the node ended with a code; one that was killed did not."""
-        return len(
-            re.findall(rf"srun: error: {self.node}: tasks? .*: Exited", self.scene.cluster.output(self.scene.job))
-        )
+        """How often the job's output tells of a Python that was not there, or of another one."""
+        return len(re.findall(_NO_PYTHON, self.scene.cluster.output(self.scene.job)))
 
     def _on_node(self, *command: str) -> None:
         self.scene.cluster.run(*self.scene.cluster.machines.inside(self.node), *command)
