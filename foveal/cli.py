@@ -11,6 +11,7 @@ from foveal.doctor.cli import doctor_command
 from foveal.errors import FovealError
 from foveal.history import attempts
 from foveal.plan.cli import plan_command
+from foveal.redact import redact_tracebacks
 from foveal.tracking.cli import app as track
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -38,6 +39,7 @@ def _root(
 
 def main() -> NoReturn:
     """Run a command; a user's mistake is one sentence and exit code 2."""
+    redact_tracebacks()
     try:
         app()
     except FovealError as error:

@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from foveal.errors import ConfigError
+from foveal.redact import written_secrets
 
 
 def science(default: Any = PydanticUndefined, about: str = "", **limits: Any) -> Any:
@@ -88,14 +89,17 @@ class Config(BaseModel):
     def load(cls, file: Path, overrides: Sequence[str] = ()) -> Self:
         """Read a YAML file, apply ``dotted.key=value`` overrides, validate.
 
-        Errors: ConfigError, one sentence that names the file and the key and, for a typo, the nearest setting.
+        Errors: ConfigError, one sentence that names the file and the key and, for a typo, the nearest setting; also
+        for a secret that is written out, since the settings are written into the run directory.
         """
         tree = read_yaml(file)
         if not isinstance(tree, dict):
             raise ConfigError(f"{file}: a mapping of settings is expected, this is {type(tree).__name__}")
         for override in overrides:
             _apply(tree, override)
-        return cls.checked(tree, str(file))
+        cfg = cls.checked(tree, str(file))
+        _refuse_secrets(cfg, str(file))
+        return cfg
 
     @classmethod
     def checked(cls, tree: dict[str, Any], where: str) -> Self:
@@ -154,6 +158,16 @@ def section_of(field: FieldInfo) -> type[Config] | None:
     return None
 
 
+def secret_in_words(what: str, *, in_url: bool = True) -> str:
+    """Why a setting with a secret written out is refused, and what to do instead."""
+    place = "a URL with " if in_url else ""
+    advice = "name an environment variable there, such as https://user:${PASSWORD}@host/folder"
+    return (
+        f"{place}{what} in it would be written into the run directory and into MLflow: "
+        f"{advice if in_url else 'give it to the library that wants it in the environment'}"
+    )
+
+
 def check_plain(setting: str, name: str) -> None:
     """A name that becomes a folder's stays inside the one it is in. Errors: ConfigError."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII):
@@ -179,6 +193,13 @@ def read_yaml(file: Path) -> Any:
         raise ConfigError(f"{file}: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
+
+
+def _refuse_secrets(cfg: Config, where: str) -> None:
+    """Settings are written into the run directory and into MLflow: no secret may stand in them. Errors: ConfigError."""
+    for setting, value in cfg.flat().items():
+        for name, what in written_secrets(value, setting):
+            raise ConfigError(f"{where}: {name}: {secret_in_words(what, in_url=isinstance(value, str))}")
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

@@ -20,6 +20,7 @@ from foveal.distributed.world import World, joined
 from foveal.errors import ConfigError, FovealError, Hung, LaunchError, Superseded
 from foveal.loop import Parts
 from foveal.opening import opened
+from foveal.redact import RedactingFormatter, redact_tracebacks
 from foveal.runtime import Run
 from foveal.stage import Plan, StageConfig, config_file
 
@@ -168,7 +169,8 @@ def _parse(stage: Stage[Any, Any], argv: Sequence[str] | None) -> argparse.Names
 def _speak_plainly() -> None:
     """Our log on stderr; of other libraries, warnings that a user can act on."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(RedactingFormatter("%(message)s"))
+    redact_tracebacks()
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("foveal").setLevel(logging.INFO)
     for noisy in ("DeepSpeed", "torch.distributed"):

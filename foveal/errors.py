@@ -20,11 +20,16 @@ Exit code 0: finished, or saved and left as asked. 1: anything else, with its tr
 is an ``assert`` or an ordinary exception.
 """
 
+from foveal.redact import redact
+
 
 class FovealError(Exception):
-    """A mistake that its message explains in one sentence: what, where, and what to do."""
+    """A mistake that its message explains in one sentence, without secrets: what, where, and what to do."""
 
     exit_code = 2
+
+    def __init__(self, *said: object) -> None:
+        super().__init__(*(redact(each) if isinstance(each, str) else each for each in said))
 
 
 class ConfigError(FovealError):

@@ -19,6 +19,7 @@ from foveal.distributed.watch import Watch, watching
 from foveal.distributed.world import World, describe, slurm_job
 from foveal.errors import ConfigError, Diverged, FovealError, Hung, Restarting, Superseded
 from foveal.files import write_json
+from foveal.redact import RedactingFormatter, redact
 from foveal.runtime import Run
 from foveal.saving import Saving
 from foveal.stage import Plan, StageConfig
@@ -105,7 +106,7 @@ class _End:
         elif isinstance(error, KeyboardInterrupt):
             self.why, self.code = "Ctrl-C twice", 130
         else:
-            self.why, self.code = f"{type(error).__name__}: {error}", 1
+            self.why, self.code = redact(f"{type(error).__name__}: {error}"), 1
 
     def well(self, run: Run) -> None:
         """An attempt that ended by itself."""
@@ -211,7 +212,7 @@ def _logging_to(file: Path) -> Iterator[None]:
     """One log per rank."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(file)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
     try:

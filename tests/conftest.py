@@ -1,5 +1,6 @@
 """What tests share: tiny settings on real digits, and worlds of one and two ranks that live for the session."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,15 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "digits"
     pack_digits(folder)
     return folder
+
+
+@pytest.fixture
+def own_environment() -> Iterator[None]:
+    """Joining a world sets RANK and others for the libraries to read; the next test finds them as they were."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,9 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from foveal.config import Config, ImageSize, height_and_width, machine, science
+from foveal.config import Config, ImageSize, height_and_width, machine, science, secret_in_words
 from foveal.errors import ConfigError
+from foveal.redact import written_secret
 
 LabelKind = Literal["class", "classes", "mask", "boxes"]
 
@@ -144,15 +145,11 @@ class DataConfig(Config):
 def expanded(text: str, setting: str) -> str:
     """A folder or URL with ``~`` and environment variables replaced.
 
-    Errors: ConfigError for a variable that is not set, or a password that is written out; ``setting`` names the key,
+    Errors: ConfigError for a variable that is not set, or a secret that is written out; ``setting`` names the key,
     such as ``data.path``.
     """
-    password = re.search(r"://[^/@]*:([^/@]+)@", text)
-    if password and "$" not in password[1]:
-        raise ConfigError(
-            f"{setting}: a URL with a password in it would be written into the run directory and into MLflow: name an "
-            f"environment variable there, such as https://user:${{PASSWORD}}@host/folder"
-        )
+    if what := written_secret(text):
+        raise ConfigError(f"{setting}: {secret_in_words(what)}")
     place = os.path.expanduser(os.path.expandvars(text))  # noqa: PTH111 - a Path would spoil URLs
     unset = re.search(r"\$\{?(\w+)\}?", place)
     if unset:

@@ -15,9 +15,10 @@ from foveal.data.folder import Folder
 from foveal.data.manifest import NAME, Manifest, Split, parse_manifest, read_manifest
 from foveal.data.prefetch import Prefetch
 from foveal.data.reader import CachedReader, LocalReader, Reader
-from foveal.data.remote import NotThere, Remote, shown
+from foveal.data.remote import NotThere, Remote
 from foveal.data.shardindex import SUFFIX, ShardIndex
 from foveal.errors import DataError
+from foveal.redact import redact_urls
 
 Statistics = tuple[tuple[float, ...] | None, tuple[float, ...] | None]  # mean and std
 
@@ -246,7 +247,7 @@ def _remote_manifest(remote: Remote, folder: str) -> Manifest:
         return parse_manifest(remote.read(NAME, 0, remote.size(NAME)), remote.where(NAME))
     except NotThere as error:
         raise DataError(
-            f"{error}: run `foveal data index {shown(folder)} --index "
+            f"{error}: run `foveal data index {redact_urls(folder)} --index "
             f"FOLDER` and set data.index to that folder, or correct data.path"
         ) from None
 
@@ -265,7 +266,7 @@ def _manifest_of(folder: str, beside: Path) -> Manifest:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
             raise DataError(f"{beside / NAME} cannot be read ({error})") from None
     if is_remote(folder):
-        url = shown(folder)
+        url = redact_urls(folder)
         raise DataError(f"{url}: no {NAME} in {beside}; run `foveal data index {url} --index {beside}`")
     elsewhere = _elsewhere(folder, str(beside))
     if any(Path(folder).glob("*.tar")):

@@ -12,10 +12,10 @@ from typing import IO
 from foveal.data.config import is_remote
 from foveal.data.folder import Folder, folder_at
 from foveal.data.manifest import NAME, Manifest, Shard, Split, read_manifest, write_manifest
-from foveal.data.remote import shown
 from foveal.data.shardindex import SUFFIX, Rules, ShardIndex, make_index, map_index, write_index
 from foveal.data.tarheaders import walk
 from foveal.errors import DataError
+from foveal.redact import redact_urls
 
 _SPLIT = re.compile(r"(.*?)[-_.]?(\d*)\.tar")  # train-000012.tar: split 'train', number 12
 _log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def index_folder(
     Errors: DataError in one sentence for shards that are missing, compressed, empty, damaged, or hold a key twice.
     """
     if index is None and is_remote(folder):
-        raise DataError(f"{shown(folder)} is a URL: say with --index FOLDER where its index is to be written")
+        raise DataError(f"{redact_urls(folder)} is a URL: say with --index FOLDER where its index is to be written")
     index = Path(folder) if index is None else index
     rules = Rules(tuple(classes) if classes else None, label_key, dotted_keys)
     place = folder_at(folder)

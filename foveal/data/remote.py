@@ -5,7 +5,6 @@ import datetime as dt
 import email.utils
 import io
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from concurrent.futures import Future
 from typing import IO, Any
 
 from foveal.errors import DataError, Unreachable
+from foveal.redact import redact_urls
 
 _log = logging.getLogger(__name__)
 
@@ -51,17 +51,19 @@ class Remote:
             if package is None:
                 raise
             raise DataError(
-                f"{shown(folder)} needs the package {package}, which is not installed: `pip install {package}`"
+                f"{redact_urls(folder)} needs the package {package}, which is not installed: `pip install {package}`"
             ) from None
         except ValueError as error:
-            raise DataError(f"{shown(folder)} cannot be opened ({shown(str(error))})") from None
-        self._root = root.rstrip("/")
+            raise DataError(f"{redact_urls(folder)} cannot be opened ({error})") from None
+        self._root, mark, query = root.partition("?") if protocol in ("http", "https") else (root, "", "")
+        self._root, self._query = self._root.rstrip("/"), mark + query  # a signature is of every file in the folder
         self._ignores_range = False
         self._modified: dict[str, float | None] = {}  # as the last listing says
 
     def where(self, name: str = "") -> str:
         """The URL of a file, for sentences: without credentials."""
-        return shown(f"{self.folder}/{name}".rstrip("/"))
+        folder = self.folder.removesuffix(self._query).rstrip("/")
+        return redact_urls(f"{folder}/{name}".rstrip("/"))
 
     def sizes(self) -> dict[str, int | None]:
         """The files of the folder and their bytes; None where the server does not say (HTTP)."""
@@ -69,7 +71,7 @@ class Remote:
         def listed() -> Any:
             self._filesystem.invalidate_cache()
             try:
-                return self._bounded("ls", self._root, detail=True)
+                return self._bounded("ls", f"{self._root}{self._query}", detail=True)
             finally:
                 self._filesystem.invalidate_cache()  # or `size` would answer from it, whatever became of the file
 
@@ -126,7 +128,7 @@ class Remote:
         return self._tried(name, asked)
 
     def _path(self, name: str) -> str:
-        return f"{self._root}/{name}"
+        return f"{self._root}/{name}{self._query}"
 
     def _tried(self, name: str, call: Callable[[], Any]) -> Any:
         """What ``call`` returns, if need be at a later attempt."""
@@ -191,11 +193,6 @@ class _File(io.RawIOBase):
         return len(data)
 
 
-def shown(text: str) -> str:
-    """A text with URLs in it, without the user names and passwords in them."""
-    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
-
-
 def _in_a_thread(call: Callable[[], Any]) -> Future[Any]:
     """Run a call that nothing can interrupt where it may be left behind."""
     future: Future[Any] = Future()
@@ -224,7 +221,7 @@ def _is_final(error: BaseException) -> bool:
 
 def _reason(error: BaseException) -> str:
     """One line about an error, without credentials."""
-    text = shown(" ".join(str(error).split()))[:300]
+    text = redact_urls(" ".join(str(error).split()))[:300]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

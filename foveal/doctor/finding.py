@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from foveal.errors import FovealError, Unreachable
+from foveal.redact import redact
 
 # node: this node should not train; config: wrong here, and if it is wrong everywhere, the settings are; reach: ranks or
 # storage do not answer, and if that is so everywhere, it is no node's fault in particular; note: beware.
@@ -25,8 +26,8 @@ class Report:
     faults: list[tuple[Kind, str]] = field(default_factory=list)
 
     def fault(self, kind: Kind, sentence: str) -> None:
-        """One problem, in a sentence."""
-        self.faults.append((kind, sentence))
+        """One problem, in a sentence, which loses the secrets in it."""
+        self.faults.append((kind, redact(sentence)))
 
     def tree(self) -> dict[str, Any]:
         """Plain data."""

@@ -7,11 +7,12 @@ from functools import partial
 from pathlib import Path
 
 from foveal.files import write_json
+from foveal.redact import redact
 from foveal.tracking.courier import Courier, Posted
 from foveal.tracking.delivery import Delivery, Store
 from foveal.tracking.jsonl import Jsonl
 from foveal.tracking.tail import Tail, read_json
-from foveal.tracking.tracker import Row, State, Tracker, TrackingConfig, as_shown
+from foveal.tracking.tracker import Row, State, Tracker, TrackingConfig
 
 
 def open_tracker(
@@ -37,7 +38,7 @@ def courier_of(path: Path, cfg: TrackingConfig, pipeline: str | None, tail: Tail
     """The courier of a run directory, not yet on its way."""
     assert cfg.uri is not None
     connect = partial(_connected, cfg, path, Path(pipeline) if pipeline else None, uuid.uuid4().hex)
-    return Courier(Delivery(path, tail, connect), path, as_shown(cfg.uri), cfg.patience_seconds)
+    return Courier(Delivery(path, tail, connect), path, redact(cfg.uri), cfg.patience_seconds)
 
 
 def report_end(path: Path, cfg: TrackingConfig, pipeline: str | None, state: State, why: str) -> None:
@@ -49,7 +50,7 @@ def report_end(path: Path, cfg: TrackingConfig, pipeline: str | None, state: Sta
     tags, rows = path / "tags.json", path / "metrics.jsonl"
     if not tags.exists() or not rows.exists():
         return
-    write_json(tags, read_json(tags) | {"state": state, "why_stopped": why})
+    write_json(tags, read_json(tags) | {"state": state, "why_stopped": redact(why)})
     if cfg.uri is not None:
         courier_of(path, cfg, pipeline, Tail(os.open(rows, os.O_RDONLY), rows)).close()
 

@@ -11,8 +11,9 @@ from foveal.config import read_yaml
 from foveal.errors import CheckpointError, ConfigError, Diverged, FovealError, Superseded
 from foveal.files import write_json
 from foveal.tracking import courier_of
+from foveal.tracking.sqlite import file_of
 from foveal.tracking.tail import Tail, read_json
-from foveal.tracking.tracker import State, TrackingConfig, as_shown
+from foveal.tracking.tracker import State, TrackingConfig
 
 app = typer.Typer(help="Tracking: sync.", no_args_is_help=True)
 
@@ -39,7 +40,7 @@ def sync(
     courier = courier_of(run, cfg, _pipeline(run, tree), tail)
     if not courier.finish():
         raise FovealError(
-            f"{run} was not delivered: MLflow at {as_shown(cfg.uri or '')} does not take it (see above); try again when it does, "
+            f"{run} was not delivered: MLflow at {cfg.uri} does not take it (see above); try again when it does, "
             f"or name another with --uri"
         )
     count = courier.delivery.count
@@ -55,8 +56,8 @@ def _settings(run: Path, uri: str | None) -> tuple[dict[str, Any], TrackingConfi
     cfg = TrackingConfig.checked(tracking, "--uri" if uri else str(file))
     if cfg.uri is None:
         raise ConfigError(f"{file}: tracking.uri is null, so the run has no MLflow; name one with --uri")
-    store = Path(cfg.uri.removeprefix("sqlite:///"))
-    if uri is None and cfg.uri.startswith("sqlite:///") and not store.is_absolute() and not store.exists():
+    store = file_of(cfg.uri)
+    if uri is None and store is not None and not store.is_absolute() and not store.exists():
         raise ConfigError(
             f"{file}: there is no {store} here; give the command where the run was started, or name the store with --uri"
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 from foveal.tracking.delivery import Delivery, Superseded
 from foveal.tracking.jsonl import Jsonl
+from foveal.tracking.refused import refusal
 from foveal.tracking.tracker import Row, State, in_words
 
 _PAUSE = 1.0  # seconds between two rounds, so that fast steps share requests
@@ -20,21 +21,32 @@ _log = logging.getLogger(__name__)
 class Outage:
     """A store that does not answer: one warning when it stops, one line when it is back, ever longer waits between.
 
-    A request that fails alone is not worth a word; the second in a row is.
+    A request that fails alone is not worth a word; the second in a row is. A store that answers no is no outage: what it
+    says is said at once, and once.
     """
 
     def __init__(self, what: str) -> None:
         self._what = what
         self._since: float | None = None
         self._warned = False
+        self.refusal: str | None = None  # of the last attempt
         self._wait = _SHORTEST
         self._next = 0.0
 
     def met(self, error: Exception, began: float) -> None:
         """An attempt that began at a time (monotonic) failed."""
+        before, self.refusal = self.refusal, refusal(error)
+        alone = self._since is None
         if self._since is None:
             self._since, self._wait = began, _SHORTEST
-        elif not self._warned:
+        if self.refusal is not None and self.refusal != before:
+            self._warned = True
+            _log.warning(
+                "tracking: %s refuses: %s (metrics.jsonl has every number, and it is tried again now and then)",
+                self._what,
+                self.refusal,
+            )
+        elif not alone and not self._warned:
             self._warned = True
             _log.warning(
                 "tracking: %s does not answer (%s); metrics.jsonl has every number, and it is tried again and again",
@@ -46,7 +58,7 @@ class Outage:
 
     def over(self, behind: str) -> None:
         """An attempt went well; what had waited for it, in words."""
-        self._since, self._next = None, 0.0
+        self._since, self._next, self.refusal = None, 0.0, None
         if self._warned:
             self._warned = False
             _log.info("tracking: %s answers again; %s were behind", self._what, behind)
@@ -121,10 +133,11 @@ class Courier:
         closing = self._closing.is_set()
         self._news.clear()
         well = self._deliver(self._rows, self._deliver_rows) and self._deliver(self._files, self._deliver_files)
+        refused = self._rows.refusal or self._files.refusal  # who answered would say the same again
         if closing and well:
             self.done = True
         elif closing:
-            time.sleep(min(_SHORTEST, self.patience))
+            time.sleep(0.0 if refused else min(_SHORTEST, self.patience))
         elif well:
             self._news.wait()
             self._closing.wait(_PAUSE)
@@ -133,7 +146,7 @@ class Courier:
         else:
             self._news.wait(self._files.wait)
             self._closing.wait(_PAUSE)
-        return closing and (well or max(self._rows.lasts, self._files.lasts) >= self.patience)
+        return closing and bool(well or refused or max(self._rows.lasts, self._files.lasts) >= self.patience)
 
     def _deliver(self, outage: Outage, deliver: Callable[[], str]) -> bool:
         """Try; whether it went well."""

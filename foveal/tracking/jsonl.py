@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from foveal.files import Growing, dispensable, force, write_json
+from foveal.redact import redact
 from foveal.tracking.tail import Tail, is_named, milliseconds, read_lines
 from foveal.tracking.tracker import Row, State
 
@@ -57,7 +58,7 @@ class Jsonl:
 
     def settings(self, flat: dict[str, Any], tags: dict[str, str]) -> None:
         write_json(self._run / "settings.json", flat)
-        write_json(self._run / "tags.json", {**tags, "state": "running"})
+        write_json(self._run / "tags.json", {**{name: redact(tag) for name, tag in tags.items()}, "state": "running"})
 
     def rows(self, rows: Sequence[Row]) -> None:
         """On disk when this returns: a checkpoint may follow. Where the disk is full, with the next ones that find room.
@@ -99,7 +100,7 @@ class Jsonl:
         self._lines.close()
         if mine and tags.exists():
             with dispensable(tags):
-                write_json(tags, json.loads(tags.read_text()) | {"state": state, "why_stopped": why or state})
+                write_json(tags, json.loads(tags.read_text()) | {"state": state, "why_stopped": redact(why) or state})
 
     def _remember(self, row: Row) -> None:
         if "loss" in row:

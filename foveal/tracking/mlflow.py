@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,11 +22,14 @@ from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
+from foveal.redact import redact, redact_urls
+from foveal.tracking.refused import Refused
+from foveal.tracking.sqlite import alone_with, file_of, located
 from foveal.tracking.tracker import Point, TrackingConfig
 
 _PARAMS = 90  # in a request: MLflow takes at most 100 params and as many tags
 _LONGEST = 6000  # letters of a param; settings.json, among the run's files, has them all
-_OPENED = "foveal.opened"
+_OPENED, _FOLDER = "foveal.opened", "foveal.folder"
 # Seconds for a request; who tries again, how often and with which words is the courier's business.
 _OURS = {
     MLFLOW_HTTP_REQUEST_TIMEOUT: 10,
@@ -33,6 +37,8 @@ _OURS = {
     MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT: True,
 }
 _STATUS = {"running": "RUNNING", "finished": "FINISHED", "saved-and-left": "KILLED"}  # any other state: FAILED
+
+_log = logging.getLogger(__name__)
 
 
 class MLflow:
@@ -44,13 +50,14 @@ class MLflow:
     def __init__(self, cfg: TrackingConfig, run: Path, pipeline: Path | None, opened: str) -> None:
         assert cfg.uri is not None
         for chatty in ("mlflow", "alembic"):  # importing MLflow sets its level: quieting it earlier does not last
-            logging.getLogger(chatty).setLevel(logging.WARNING)
-        uri, artifacts = located(os.path.expandvars(cfg.uri))
+            logging.getLogger(chatty).setLevel(logging.CRITICAL)  # what fails is raised, and the courier says it
+        uri, artifacts = located(_expanded(cfg.uri))
         for name, value in _OURS.items():
             if not name.is_set():
                 name.set(value)
-        self._client = MlflowClient(tracking_uri=uri)
-        experiment = _experiment(self._client, cfg.experiment, artifacts)
+        with _made(uri, artifacts):
+            self._client = MlflowClient(tracking_uri=uri)
+            experiment = _experiment(self._client, cfg.experiment, artifacts)
         place = _Place(self._client, cfg.uri, experiment)
         self._parent = None if pipeline is None else place.continued(pipeline, {_OPENED: f"{opened}.pipeline"})
         above = {} if self._parent is None else {MLFLOW_PARENT_RUN_ID: self._parent}
@@ -73,11 +80,11 @@ class MLflow:
     def facts(self, settings: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         """A param is written once: where a setting was changed since, a tag has its value."""
         found = self._client.get_run(self.run)
-        known, wanted = found.data.params, {name: str(value)[:_LONGEST] for name, value in settings.items()}
+        known, wanted = found.data.params, {name: redact(str(value))[:_LONGEST] for name, value in settings.items()}
         new = [Param(name, value) for name, value in wanted.items() if name not in known]
         for at in range(0, len(new), _PARAMS):
             self._client.log_batch(self.run, params=new[at : at + _PARAMS], synchronous=True)
-        told = found.data.tags
+        told, tags = found.data.tags, {name: redact(value) for name, value in tags.items()}
         changed = {f"changed.{name}": value for name, value in wanted.items() if known.get(name, value) != value}
         back = {tag: value for name, value in wanted.items() if (tag := f"changed.{name}") in told}
         fresh = [RunTag(name, value) for name, value in {**back, **changed, **tags}.items() if told.get(name) != value]
@@ -101,16 +108,28 @@ class MLflow:
         self._client.log_artifact(self.run, str(path), folder or None)
 
 
-def located(uri: str) -> tuple[str, str | None]:
-    """An SQLite store's absolute URI, and the folder of its artifacts beside it; a server decides for itself."""
-    if not uri.startswith("sqlite:///"):
-        return uri, None
-    file = Path(uri.removeprefix("sqlite:///")).absolute()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{file}", (file.parent / "mlartifacts").as_uri()
+def _expanded(uri: str) -> str:
+    """A URI with environment variables replaced. Errors: Refused for one that is not set."""
+    found = os.path.expandvars(uri)
+    if unset := re.search(r"\$\{(\w+)\}", found):
+        raise Refused(f"tracking.uri needs the environment variable {unset[1]}, which is not set")
+    return found
+
+
+def _made(uri: str, artifacts: str | None) -> contextlib.AbstractContextManager[None]:
+    """While nobody else makes or upgrades an SQLite store, which is there then."""
+
+    def make(draft: Path) -> None:
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # a server's runs do without it
+
+        SqlAlchemyStore(f"sqlite:///{draft}", artifacts).engine.dispose()
+
+    file = file_of(uri)
+    return contextlib.nullcontext() if file is None else alone_with(file, make)
 
 
 def _experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
+    """The id of an experiment, made where there is none. Errors: Refused for one that is in the trash."""
     known = client.get_experiment_by_name(name)
     if known is None:
         try:
@@ -120,6 +139,8 @@ def _experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
                 raise
         known = client.get_experiment_by_name(name)  # another run was quicker
         assert known is not None
+    if known.lifecycle_stage != LifecycleStage.ACTIVE:
+        raise Refused(f"experiment {name} is deleted: restore it or name another (tracking.experiment)")
     return str(known.experiment_id)
 
 
@@ -134,50 +155,90 @@ class _Place:
     def continued(self, folder: Path, tags: dict[str, str]) -> str:
         """The id of the run that belongs to a folder: noted there, made where this store has none.
 
-        Two that find no note at once both make a run. The note is the first's; the other deletes its own and goes on
+        A note names its folder. In a copy of that folder it is not believed while the folder still holds it, so that
+        original and copy go on in runs of their own; where it does not, the folder was moved, and its run goes on. Two that find no note at once both make a run. The note is the first's; the other deletes its own and goes on
         with the first's. A note about a run that this store does not have is succeeded in the same way: under a name
         that holds the old run's, so that it has one successor.
         """
         folder.mkdir(parents=True, exist_ok=True)
         folder = folder.resolve()  # "." has no name
         note = folder / "mlflow.json"
-        place, made = note, None
-        while (noted := _read(place)) is None or not self._has(noted):
+        place, made, why = note, None, None
+        while (noted := _read(place)) is None or (no := self._not_ours(noted, folder)):
             if noted is not None:
-                place = folder / f".mlflow.json.after-{noted['run_id']}"
+                place, why = folder / f".mlflow.json.after-{noted['run_id']}", no
                 continue
             made = made or self._made(folder, tags)
-            draft = _draft(note, {"run_id": made, "store": self.store})
+            draft = _draft(note, {"run_id": made, "store": self.store, "folder": str(folder)})
             with contextlib.suppress(FileExistsError):
                 place.hardlink_to(draft)
             draft.unlink()
-        if place is not note:
+        if noted.get("folder") != str(folder):  # a note of foveal 0.1 does not say
+            noted |= {"folder": str(folder)}
+            self.client.set_tag(noted["run_id"], _FOLDER, str(folder))
             _draft(note, noted).replace(note)
-        if made not in (None, noted["run_id"]):
+        elif place is not note:
+            _draft(note, noted).replace(note)
+        if made == noted["run_id"] and why:
+            _log.info("tracking: %s has a new run in MLflow, since that of its mlflow.json %s", folder, why)
+        elif made is not None and made != noted["run_id"]:
             self.client.delete_run(made)
         return noted["run_id"]
 
-    def _has(self, noted: dict[str, str]) -> bool:
-        if noted["store"] != self.store:
-            return False
+    def _not_ours(self, noted: dict[str, str], folder: Path) -> str | None:
+        """Why the run of a note is not the folder's to go on in; nothing where it is."""
+        if _same(noted["store"]) != _same(self.store):
+            return "is another store's"
         try:
             found = self.client.get_run(noted["run_id"])
         except MlflowException as error:
             if error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
-                return False
+                return "is not there"
             raise
-        return found.info.lifecycle_stage == LifecycleStage.ACTIVE
+        if found.info.lifecycle_stage != LifecycleStage.ACTIVE:
+            return "is deleted"
+        place = Path(noted.get("folder") or found.data.tags.get(_FOLDER) or folder)
+        return f"is that of {place}, of which this is a copy" if _holds(place, noted["run_id"], folder) else None
 
     def _made(self, folder: Path, tags: dict[str, str]) -> str:
         mine = f"tags.`{_OPENED}` = '{tags[_OPENED]}'"
         if found := self.client.search_runs([self.experiment], mine, max_results=1):
             return str(found[0].info.run_id)
-        tags = tags | {MLFLOW_RUN_NAME: folder.name, "foveal.folder": str(folder)}
+        tags = tags | {MLFLOW_RUN_NAME: folder.name, _FOLDER: str(folder)}
         return str(self.client.create_run(self.experiment, tags=tags).info.run_id)
 
 
+def _same(store: str) -> str:
+    """What is equal for two ways to write the URI of a store: with a secret, and with the variable that has it."""
+    return redact_urls(os.path.expandvars(store))
+
+
+def _holds(place: Path, run: str, folder: Path) -> bool:
+    """Whether a place other than the folder holds the note of a run.
+
+    Links and mounts give a folder several names, on several hosts too: what is made under one of them is then seen
+    under the other. A place that may not be looked into counts as one that does: a run too many mixes nothing up.
+    """
+    if place == folder:
+        return False
+    try:
+        theirs = _read(place / "mlflow.json")
+    except (OSError, ValueError) as error:
+        return isinstance(error, PermissionError)
+    if theirs is None or theirs["run_id"] != run:
+        return False
+    probe = _draft(folder / "mlflow.json", {})
+    try:
+        return not (place / probe.name).exists()
+    finally:
+        probe.unlink()
+
+
 def _read(note: Path) -> dict[str, str] | None:
-    return json.loads(note.read_text()) if note.exists() else None
+    try:
+        return json.loads(note.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def _draft(note: Path, value: dict[str, str]) -> Path:

@@ -1,19 +1,17 @@
 """What a tracker can do, and its twin that does nothing."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
-from urllib.parse import urlsplit
 
 from pydantic import field_validator
 
 from foveal.config import Config, machine
+from foveal.redact import redact, written_secret
 
 Row = dict[str, float]
 Point = tuple[str, float, int, int]  # of a row: name, value, milliseconds since 1970, step
 State = Literal["running", "finished", "saved-and-left", "failed", "diverged", "superseded"]
-_CREDENTIALS = re.compile(r"://[^/@\s]+@")
 _LONGEST = 300  # letters of a library's error; a server's page about a 500 is longer
 
 
@@ -30,10 +28,10 @@ class TrackingConfig(Config):
 
     @field_validator("uri")
     @classmethod
-    def _no_password(cls, uri: str | None) -> str | None:
-        if uri is not None and urlsplit(uri).password:
+    def _no_secret(cls, uri: str | None) -> str | None:
+        if uri is not None and (what := written_secret(uri)):
             raise ValueError(
-                "the URI holds a password, which would stand in every config.yaml; write ${A_VARIABLE} for the URI"
+                f"the URI holds {what}, which would stand in every config.yaml; write ${{A_VARIABLE}} for the URI"
             )
         return uri
 
@@ -71,14 +69,9 @@ class Tracker(Protocol):
 
 
 def in_words(error: Exception) -> str:
-    """A library's error in one line, without the user and password of a URL in it."""
-    said = " ".join(_CREDENTIALS.sub("://", f"{type(error).__name__}: {error}").split())
+    """A library's error in one line, without secrets."""
+    said = " ".join(redact(f"{type(error).__name__}: {error}").split())
     return said if len(said) <= _LONGEST else f"{said[:_LONGEST]} ..."
-
-
-def as_shown(uri: str) -> str:
-    """A store's URI without the user in it."""
-    return _CREDENTIALS.sub("://", uri)
 
 
 class Silent:

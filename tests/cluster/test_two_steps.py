@@ -14,7 +14,7 @@ SCRIPT = """\
 for seed in 1 2; do
     export late=$((2 - seed)) seed
     srun --ntasks=2 --exact --cpus-per-task=1 sh -c 'test $SLURM_PROCID != $late || sleep 4
-        exec python -m pretrain.run "$0" seed=$seed run.dir=$seed "$@"' "$@" &
+        exec python -m pretrain.run "$0" seed=$seed run.dir=run-$seed "$@"' "$@" &
 done
 wait
 """
@@ -35,6 +35,6 @@ def test_two_steps_of_a_job_train_apart(
         alone = one_rank.train(
             stage_named("pretrain"), configs["pretrain"], tmp_path / f"alone-{seed}", f"seed={seed}", *settings[1:]
         )
-        rows = rows_of(tmp_path / str(seed))
+        rows = rows_of(tmp_path / f"run-{seed}")
         assert column(rows, "step") == [1, 2, 3, 4, 5, 6]
         assert column(rows, "loss") == pytest.approx(column(alone, "loss"), rel=1e-5)

@@ -1,9 +1,8 @@
 """The runs that several tests look at: each is started once."""
 
-import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,15 +79,6 @@ def long_run(configs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     done = ended(run.torchrun, run.path.parent)
     assert done.code == 0, done.err
     return run
-
-
-@pytest.fixture
-def own_environment() -> Iterator[None]:
-    """Joining a world sets RANK and others for the libraries to read; the next test finds them as they were."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @dataclass(frozen=True)

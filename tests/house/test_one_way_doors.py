@@ -12,15 +12,16 @@ from pathlib import Path
 import pytest
 from house import PRODUCT, ROOT, STAGES, Import, imports, is_first_party_module, module_of, python_files, syntax
 
-_CONFIGURED = ("foveal.config", "foveal.errors")
+_CONFIGURED = ("foveal.config", "foveal.errors", "foveal.redact")
 _STAGE_CONFIGS = ("pretrain.config", "distill.config", "finetune.config")
 
 # room: (rooms it may enter, libraries it may bring). The longest name that fits a module is its room.
 ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "foveal": ((), ()),
-    "foveal.errors": ((), ()),
+    "foveal.redact": ((), ()),
+    "foveal.errors": (("foveal.redact",), ()),
     "foveal.files": (("foveal.errors",), ()),
-    "foveal.config": (("foveal.errors",), ("pydantic", "pydantic_core", "yaml")),
+    "foveal.config": (("foveal.errors", "foveal.redact"), ("pydantic", "pydantic_core", "yaml")),
     "foveal.seeding": ((), ("numpy", "torch")),
     "foveal.schedule": ((), ()),
     "foveal.scores": ((), ()),
@@ -45,10 +46,24 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("torch", "torch.distributed", "deepspeed", "accelerate"),
     ),
     "foveal.checkpoint": ((*_CONFIGURED, "foveal.files"), ("torch", "safetensors")),
-    "foveal.tracking": ((*_CONFIGURED, "foveal.files", "foveal.tracking.mlflow", "foveal.tracking.tracker"), ()),
+    "foveal.tracking": (
+        (
+            *_CONFIGURED,
+            "foveal.files",
+            "foveal.tracking.mlflow",
+            "foveal.tracking.refused",
+            "foveal.tracking.tracker",
+        ),
+        (),
+    ),
     "foveal.tracking.cli": ((*_CONFIGURED, "foveal.attempts", "foveal.files", "foveal.tracking"), ("typer",)),
-    "foveal.tracking.mlflow": (("foveal.tracking.tracker",), ("mlflow",)),
-    "foveal.tracking.tracker": (("foveal.config",), ("pydantic",)),
+    "foveal.tracking.mlflow": (
+        ("foveal.redact", "foveal.tracking.refused", "foveal.tracking.sqlite", "foveal.tracking.tracker"),
+        ("mlflow",),
+    ),
+    "foveal.tracking.refused": (("foveal.tracking.tracker",), ()),
+    "foveal.tracking.sqlite": (("foveal.files", "foveal.tracking.refused"), ()),
+    "foveal.tracking.tracker": (("foveal.config", "foveal.redact"), ("pydantic",)),
     "foveal.attempts": (("foveal.errors", "foveal.files"), ()),
     "foveal.accounts": (("foveal.data", "foveal.distributed", "foveal.files", "foveal.stage"), ()),
     "foveal.history": (("foveal.attempts", "foveal.errors"), ("typer", "rich")),
@@ -122,6 +137,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "foveal.distributed",
             "foveal.errors",
             "foveal.files",
+            "foveal.redact",
             "foveal.runtime",
             "foveal.saving",
             "foveal.stage",
@@ -131,7 +147,15 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (),
     ),
     "foveal.door": (
-        ("foveal.errors", "foveal.distributed", "foveal.loop", "foveal.opening", "foveal.runtime", "foveal.stage"),
+        (
+            "foveal.errors",
+            "foveal.distributed",
+            "foveal.loop",
+            "foveal.opening",
+            "foveal.redact",
+            "foveal.runtime",
+            "foveal.stage",
+        ),
         ("torch",),
     ),
     "foveal.plan": (
@@ -157,6 +181,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "foveal.files",
             "foveal.plan",
             "foveal.provenance",
+            "foveal.redact",
             "foveal.stage",
         ),
         ("torch", "typer"),
@@ -169,6 +194,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "foveal.doctor.cli",
             "foveal.history",
             "foveal.plan.cli",
+            "foveal.redact",
             "foveal.tracking",
         ),
         ("typer",),
@@ -287,7 +313,7 @@ def test_models_know_no_machine() -> None:
 def test_the_environment_is_read_by_few() -> None:
     """Which launcher and which job is the business of foveal/distributed; a path may name variables.
 
-    MLflow reads one when it is imported, and is told by foveal/tracking.
+    MLflow reads one when it is imported, and is told by foveal/tracking. What the environment has of secrets is redacted.
     """
     readers = {
         module_of(file)
@@ -295,7 +321,9 @@ def test_the_environment_is_read_by_few() -> None:
         for node in ast.walk(syntax(file))
         if isinstance(node, ast.Attribute) and ast.unparse(node) in {"os.environ", "os.getenv", "os.putenv"}
     }
-    assert not {module for module in readers - {"foveal.tracking"} if not _within(module, "foveal.distributed")}
+    assert not {
+        module for module in readers - {"foveal.tracking", "foveal.redact"} if not _within(module, "foveal.distributed")
+    }
 
 
 def test_scripts_shadow_nothing() -> None:

@@ -13,12 +13,15 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow_server import Server, Spoiler
 from points import comparable, in_jsonl, in_mlflow, run_id
 from processes import PYTHON, ROOT, Ended, Started, ended
 
 from foveal.tracking import courier, delivery, open_tracker
+from foveal.tracking.mlflow import MLflow
+from foveal.tracking.refused import refusal
 from foveal.tracking.tracker import Row, State, Tracker, TrackingConfig
 
 pytestmark = [
@@ -242,6 +245,31 @@ def test_a_wrong_address_from_the_start_and_synced_to_the_right_one(healthy: Ser
     again = synced(run, "--uri", healthy.uri)
     assert f"0 rows and 2 files delivered, {_STEPS + 6} rows were there" in again.out
     check_equal(healthy, run)
+
+
+def test_a_server_that_says_no(healthy: Server, spoiler: Spoiler, tmp_path: Path, caplog) -> None:
+    """Each no is said as what it is, at once and once; when the experiment is back, so is its run, and gets the rest."""
+    run, client = tmp_path / "run", MlflowClient(healthy.uri)
+    cfg = configured(run, healthy.uri).model_copy(update={"experiment": "in the trash"})
+    tracker, _ = open_tracker(run, cfg, None, 0)
+
+    def delete() -> None:
+        client.delete_experiment(client.get_run(run_id(run)).info.experiment_id)
+
+    refused = "experiment in the trash is deleted: restore it or name another (tracking.experiment)"
+    at = {52: lambda: has(healthy, run, 50), 60: delete, 150: lambda: until(lambda: refused in caplog.text)}
+    train(tracker, 1, _STEPS, at)
+    client.restore_experiment(client.get_run(run_id(run)).info.experiment_id)
+    tracker.close("finished")
+    (warning,) = said(caplog, logging.WARNING)
+    assert warning.startswith(f"tracking: MLflow at {healthy.uri} refuses: {refused} (")
+    check_equal(healthy, run)
+    check_end(healthy, run, "finished", "FINISHED")
+    for status, uri in {401: spoiler.uri, 403: spoiler.uri, 404: f"{healthy.uri}/wrong/path"}.items():
+        spoiler.inject(str(status))
+        with pytest.raises(MlflowException) as caught:
+            MLflow(TrackingConfig(uri=uri), tmp_path / str(status), None, "x")
+        assert f"error code {status}" in (refusal(caught.value) or ""), caught.value
 
 
 def test_killed_for_good_and_synced_by_hand(healthy: Server, tmp_path: Path, caplog) -> None:

@@ -5,16 +5,21 @@ import shutil
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from proxy import Proxy
+from ranks import stage_named
 
 from foveal.data import DataConfig, Dataset, train_batches, training_set
 from foveal.data.remote import NotThere, Remote
+from foveal.door import main
 from foveal.errors import ConfigError, DataError
+from foveal.redact import redact
+from foveal.saving import Saving
 
 Configure = Callable[..., DataConfig]
 
@@ -69,6 +74,58 @@ def test_a_password_in_a_setting_is_refused(configure: Configure, setting: str) 
     with pytest.raises(ConfigError, match=rf"^data.{setting}: a URL with a password in it") as caught:
         Dataset.open(configure(**{"path": "s3://shards/digits", setting: f"http://someone:{secret}@127.0.0.1/digits"}))
     assert secret not in str(caught.value)
+
+
+_PLANTED = {name: f"planted-{number}-secret" for number, name in enumerate(("SHARDS_PASSWORD", "SHARDS_SIGNATURE"))}
+
+
+def _leaks(place: Path, *more: str) -> list[str]:
+    """Where a planted secret stands in the bytes of a folder's files, in their names, or in other texts."""
+    files = [file for file in place.rglob("*") if file.is_file()]
+    there = {str(file): file.read_bytes() for file in files} | {text[:80]: text.encode() for text in more}
+    secrets = [secret.encode() for secret in _PLANTED.values()]
+    return [where for where, data in there.items() if any(secret in data + where.encode() for secret in secrets)]
+
+
+@pytest.mark.usefixtures("own_environment")
+@pytest.mark.parametrize("end", ["finished", "refused", "failed"])
+def test_secrets_of_a_run_stand_nowhere(
+    configs: dict[str, Path], http: Proxy, tmp_path: Path, monkeypatch, capfd, caplog, end: str
+) -> None:
+    """A run whose settings name variables goes on from its own config.yaml; what it writes and says has no value of them.
+
+    Refused: a shard of its data. Failed: by an error that is none of ours, in a log with its traceback.
+    """
+    password, signature = _PLANTED.values()
+    place = f"127.0.0.1:{http.port}/digits?sv=1&sig={signature}"
+    alive, dead = f"sqlite:///{tmp_path}/mlflow.db", f"http://me:{password}@127.0.0.1:9/?token={signature}"
+    for name, value in (_PLANTED | {"STORE": alive if end == "finished" else dead}).items():
+        monkeypatch.setenv(name, value)
+    run = tmp_path / "run"
+    words = [str(configs["pretrain"]), "engine.kind=plain", f"run.dir={run}", "tracking.uri=${STORE}"]
+    words += [f"data.path=http://me:${{SHARDS_PASSWORD}}@{place.replace(signature, '${SHARDS_SIGNATURE}')}"]
+    words += [f"data.cache.dir={tmp_path}/cache", "tracking.patience_seconds=0.5", "data.patience_seconds=8"]
+    if end == "refused":
+        http.inject("403", about="train-000003.tar HTTP", times=10**6)
+    elif end == "failed":
+        monkeypatch.setattr(Saving, "begin", lambda *_: _fail(f"https://me:{password}@{place}"))
+    with pytest.raises(SystemExit if end != "failed" else RuntimeError) as done:
+        main(stage_named("pretrain"), words)
+    said = capfd.readouterr()
+    traced = "".join(traceback.format_exception(done.value)) if end == "failed" else ""
+    assert not _leaks(tmp_path, said.out, said.err, redact(traced))
+    assert (run / "attempts" / "0001.end.json").exists()
+    if end == "finished":
+        assert done.value.code == 0
+        assert "sig=${SHARDS_SIGNATURE}" in (run / "config.yaml").read_text()
+        with pytest.raises(SystemExit) as done:
+            main(stage_named("pretrain"), [str(run / "config.yaml")])
+        assert done.value.code == 0
+        assert "is finished already" in caplog.text
+
+
+def _fail(where: str) -> None:
+    raise RuntimeError(f"no place at {where}")
 
 
 @pytest.mark.parametrize("about", ["manifest.json", "GET /shards?"])

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fake_store import Kept
@@ -308,3 +309,33 @@ def test_cards_of_several_exports_do_not_replace_each_other(tmp_path: Path) -> N
     assert [_folder(card) for card in cards] == ["small", "wide"]
     assert _folder(tmp_path / "export" / "card.json") == ""
     assert _folder(tmp_path / "pictures" / "a.png") == "pictures"
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_store_that_answers_no_is_not_silent(status: int, store: Kept, tmp_path: Path, caplog) -> None:
+    """What it says is said at once and once; training goes on, and the end does not wait for another answer."""
+    tracker = opened(tmp_path, store, patience=60.0)
+    train(tracker, 1, 10)
+    until(lambda: ("val_top1", 10) in store.numbers())
+    tries: list[str] = []
+
+    def refuse(verb: str) -> None:
+        tries.append(verb)
+        error = ConnectionError(f"{status} said http://{_USER}@there/")
+        error.response = SimpleNamespace(status_code=status)  # type: ignore[attr-defined] - as requests does
+        raise error
+
+    store.before = refuse
+    tracker.rows([row(11)])
+    until(lambda: len(tries) > 5)
+    tracker.rows([row(12)])
+    began = time.monotonic()
+    tracker.close("finished")
+    assert time.monotonic() - began < 20
+    first, last = said(caplog, logging.WARNING)
+    assert first == (
+        f"tracking: MLflow at here refuses: ConnectionError: {status} said http://there/ "
+        "(metrics.jsonl has every number, and it is tried again now and then)"
+    )
+    assert "does not answer" not in caplog.text
+    assert last.startswith(f"tracking: 2 rows of {tmp_path}, or its files, are not delivered")

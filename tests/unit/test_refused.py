@@ -1,0 +1,45 @@
+"""What of a store's errors is an answer, and what is silence."""
+
+from types import SimpleNamespace
+
+from mlflow.exceptions import MlflowException, RestException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+
+from foveal.tracking.refused import Refused, refusal
+
+
+class HTTPError(OSError):
+    """As requests has it."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"{status} Client Error")
+        self.response = SimpleNamespace(status_code=status)
+
+
+class ClientError(Exception):
+    """As boto has it."""
+
+    response = {"ResponseMetadata": {"HTTPStatusCode": 403}}  # noqa: RUF012
+
+
+def test_what_is_an_answer() -> None:
+    silent = [HTTPError(status) for status in (408, 429, 500, 503)]
+    silent += [ConnectionError("no route"), MlflowException("RESOURCE_DOES_NOT_EXIST: no run"), OSError(5, "I/O")]
+    silent += [
+        MlflowException("The run 1 must be in the 'active' state. Current state is deleted.", INVALID_PARAMETER_VALUE)
+    ]
+    silent += [RestException({"message": "Service Unavailable"}), MlflowException("timed out")]
+    assert [refusal(error) for error in silent] == [None] * len(silent)
+    for error, words in {
+        HTTPError(403): "403 Client Error",
+        ClientError("no bucket"): "no bucket",
+        MlflowException("no such name", INVALID_PARAMETER_VALUE): "no such name",
+        RestException({"error_code": "PERMISSION_DENIED", "message": "not yours"}): "not yours",
+        RestException({"detail": "Not Found"}): "Not Found",
+        PermissionError(13, "Permission denied"): "Permission denied",
+        OSError(30, "Read-only file system"): "Read-only file system",
+        MlflowException("Detected out-of-date database schema (found version b"): "`mlflow db upgrade`",
+        ValueError("table _alembic_tmp_experiments already exists"): "move the file away",
+        Refused("experiment x is deleted: restore it"): "experiment x is deleted",
+    }.items():
+        assert words in (refusal(error) or ""), error
