@@ -6,7 +6,7 @@
 # make test-durations  both, and what each file took into tests/durations.json
 # make ui      MLflow's page on what was run  make ui PORT=5001
 # make check   lint, format, types, make test
-# make chaos   disturb a run on a real Slurm with many faults, and compare it with one left alone: minutes
+# make chaos   disturb a run on a real Slurm with every kind of fault, and compare it with one left alone: half an hour
 # make docs    docs/configuration.md from the code
 # make clean   remove what the demo, the tests and the install made
 #
@@ -26,7 +26,7 @@ PORT := 5000
 PYTEST :=
 # Processes that share the tests: many of them wait for a Slurm, a server or a timeout.
 WORKERS := 2
-CHAOS := --faults 20
+CHAOS :=
 NEEDS := pyproject.toml constraints.txt $(VENV)/.made
 # ninja, accelerate and torchrun must be found as in an activated environment.
 export PATH := $(CURDIR)/$(BIN):$(PATH)

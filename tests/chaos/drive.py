@@ -1,4 +1,4 @@
-"""``python tests/chaos/drive.py --report REPORT.md [--faults 20] [--seed 0] [--kinds kill,crash] [--steps 200]``
+"""``python tests/chaos/drive.py --report REPORT.md [--faults 5] [--seed 0] [--kinds kill,crash] [--steps 200]``
 
 Disturbs a pretraining job on a real Slurm of three nodes with faults drawn from a seed, and compares the run with one
 that was left alone. Exits with 1 when anything differs, hangs or is left behind.
@@ -28,7 +28,8 @@ from scene import STEPS_PER_EPOCH, Scene, Stuck, checkout  # noqa: E402
 from server import server  # noqa: E402
 from verdict import COMPARED, Verdict, compare  # noqa: E402
 
-_UNDISTURBED = 600  # seconds for a run without faults, and for the end of one with them
+_UNDISTURBED = 900  # seconds for a run without faults, and for the end of one with them
+_STEPS_A_FAULT = 10  # what a run comes further by while a fault strikes, is seen and is got over
 _GOING_ON = 300  # seconds within which a run must have passed the step that a fault found it at
 
 
@@ -174,7 +175,7 @@ def chaos(
     story = Story()
     alone, disturbed = (trial.scene(cluster, place, name) for name in ("alone", "disturbed"))
     disturbed.small_disk = small_disk
-    if any(kind.startswith("server") for kind in trial.kinds):
+    if any(kind == "copy" or kind.startswith("server") for kind in trial.kinds):
         disturbed.server = server(cluster, folder / "server")
         disturbed.server.start(cluster)
     try:
@@ -187,7 +188,7 @@ def chaos(
         disturb(disturbed, trial.kinds, story, lambda: tell(story))
         disturbed.finish(_UNDISTURBED)
         story.seconds = time.monotonic() - began
-        delivered = disturbed.server.delivered(COMPARED) if disturbed.server else None
+        delivered = disturbed.server.delivered(disturbed.run, COMPARED) if disturbed.server else None
         reference = alone
         if gone_back := disturbed.rollbacks():  # then the run to equal is one that never had those batches
             reference = trial.scene(cluster, place, "replayed")
@@ -269,9 +270,9 @@ def _number(seconds: float | None) -> str | None:
 def main() -> NoReturn:
     parser = argparse.ArgumentParser(prog="drive.py", description=__doc__)
     parser.add_argument("--report", type=Path, required=True, help="where the Markdown goes")
-    parser.add_argument("--faults", type=int, default=20)
+    parser.add_argument("--faults", type=int, help="how many (default: one of each kind)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, help=f"of the run (default: {_STEPS_A_FAULT} for each fault)")
     parser.add_argument("--every", type=int, default=10, help="steps between checkpoints")
     parser.add_argument("--pace", type=float, default=0.25, help="seconds that a step takes more")
     parser.add_argument("--tasks", type=int, default=1, help="ranks on each of the two nodes")
@@ -291,8 +292,9 @@ def main() -> NoReturn:
     options.report.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     pack_digits(folder / "digits")
-    kinds = draw(random.Random(options.seed), options.faults, allowed)
-    trial = Trial(kinds, options.seed, options.steps, options.every, options.pace, options.tasks)
+    kinds = draw(random.Random(options.seed), options.faults or len(allowed), allowed)
+    steps = options.steps or _STEPS_A_FAULT * len(kinds)
+    trial = Trial(kinds, options.seed, steps, options.every, options.pace, options.tasks)
     place = Path(tempfile.mkdtemp(prefix="fov-", dir="/tmp"))  # TMPDIR may be too long for UNIX sockets
     with small_disk(folder / "disk", "full" in kinds) as disk, Cluster(place, nodes=3) as cluster:
         story = chaos(cluster, folder, trial, tell, disk)

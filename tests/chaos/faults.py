@@ -77,9 +77,14 @@ class Stopped(Signalled):
 
     def seen(self) -> bool:
         assert self.rank is not None
-        with contextlib.suppress(OSError):
-            return Path(f"/proc/{self.rank.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-        return False
+        return asleep(self.rank.pid)
+
+
+def asleep(pid: int) -> bool:
+    """Whether a process is stopped by a signal."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    return False
 
 
 class OnSlurm(Fault):

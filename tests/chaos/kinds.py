@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable
 
+from daemons import ControllerKilled, ShellKilled, SrunKilled, Suspended
 from faults import (
     Crashed,
     Cut,
@@ -18,8 +19,11 @@ from faults import (
     half_deleted,
     torn,
 )
+from launches import EnvironmentGone, OutOfMemory, StaleAddress, StaleVariables, SubmittedTwice
 from scene import Scene
-from surroundings import DiskFull, Poisoned, Resized, ShardDamaged, Unserved
+from strangers import Foreign, ForeignFirst, PortTaken, SecondStep, Straggler
+from surroundings import DiskFull, Poisoned, QuotaUsedUp, Resized, ShardDamaged
+from tracked import Copied, MadeAtOnce, Unserved
 
 KINDS: dict[str, Callable[[Scene], Fault]] = {
     "kill": lambda scene: Signalled(scene, signal.SIGKILL),
@@ -33,6 +37,10 @@ KINDS: dict[str, Callable[[Scene], Fault]] = {
     "crash": Crashed,
     "slurmd": DaemonKilled,
     "cut": Cut,
+    "srun": SrunKilled,
+    "shell": ShellKilled,
+    "slurmctld": ControllerKilled,
+    "suspend": Suspended,
     "torn": lambda scene: Damaged(scene, torn, "newest checkpoint truncated"),
     "flipped": lambda scene: Damaged(scene, flipped, "bit flipped in newest checkpoint"),
     "deleted": lambda scene: Damaged(scene, half_deleted, "newest checkpoint half deleted"),
@@ -40,6 +48,19 @@ KINDS: dict[str, Callable[[Scene], Fault]] = {
     "nan": Poisoned,
     "shard": ShardDamaged,
     "resized": Resized,
+    "quota": QuotaUsedUp,
+    "memory": OutOfMemory,
+    "twice": SubmittedTwice,
+    "stale": StaleVariables,
+    "stale-address": StaleAddress,
+    "environment": EnvironmentGone,
+    "foreign": Foreign,
+    "foreign-first": ForeignFirst,
+    "straggler": Straggler,
+    "second-step": SecondStep,
+    "port": PortTaken,
+    "store": MadeAtOnce,
+    "copy": Copied,
     "server-killed": lambda scene: Unserved(scene, "killed"),
     "server-hangs": lambda scene: Unserved(scene, "hangs"),
     "server-fails": lambda scene: Unserved(scene, "fails"),

@@ -6,7 +6,7 @@ import random
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -32,7 +32,7 @@ check=(python)
 ranks=(python {launcher} {pace})
 srun_options=()
 max_restarts=1000
-pauses=(0 0 0 0 0 0 0 0)
+pauses=(2 4 8)
 exclude_bad_node=0
 preflight=0
 """
@@ -81,21 +81,29 @@ class Scene:
     def run(self) -> Path:
         return self.folder / "runs" / self.name
 
-    def submit(self) -> None:
-        """``sbatch slurm/pretrain_mae.sh``, as a user would."""
+    def submit(self, environment: Mapping[str, str] | None = None) -> None:
+        """``sbatch slurm/pretrain_mae.sh``, as a user would; ``environment`` is what the user's shell has besides."""
         if self.small_disk is not None and not self.run.exists():
             self.run.mkdir(parents=True)
             (self.run / "checkpoints").symlink_to(self.small_disk)
-        uri = self.server.uri if self.server else "null"
         resources = [f"--nodes={self.nodes}", f"--ntasks-per-node={self.tasks}", f"--partition={self.partition}"]
         resources += ["--cpus-per-task=1", "--gpus-per-node=0", f"--job-name={self.name}"]
-        epochs = self.steps // STEPS_PER_EPOCH
-        line = ["digits", *SETTINGS, f"run.dir=runs/{self.name}", f"epochs={epochs}", f"checkpoint.every={self.every}"]
-        line.append(f"tracking.uri={uri}")
         self.job = self.cluster.submit(
-            "slurm/pretrain_mae.sh", *line, *self.settings,
-            options=resources, cwd=self.folder, env={"OMP_NUM_THREADS": "1"},
+            "slurm/pretrain_mae.sh", *self.line(Path("runs", self.name)),
+            options=resources, cwd=self.folder, env={"OMP_NUM_THREADS": "1", **(environment or {})},
         )  # fmt: skip
+
+    def line(self, run: Path) -> list[str]:
+        """The arguments of the stage, for this run or one that is like it but for its directory."""
+        uri = self.server.uri if self.server else "null"
+        own = [f"run.dir={run}", f"epochs={self.steps // STEPS_PER_EPOCH}", f"checkpoint.every={self.every}"]
+        return ["digits", *SETTINGS, *own, f"tracking.uri={uri}", *self.settings]
+
+    def cancel(self) -> None:
+        """``scancel``, once all ranks are there: they save and leave."""
+        self.world()
+        self.cluster.run("scancel", self.job)
+        self.until(self.over, "the job is cancelled", 60)
 
     def spare(self, rollbacks: list[dict[str, Any]]) -> None:
         """Tell the run, before its first step, which batches it goes past."""

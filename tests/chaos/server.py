@@ -37,10 +37,17 @@ class Server:
         host = [f"--host={self.address}", f"--port={self.port}", "--workers=1", "--allowed-hosts=*"]
         cluster.start("mlflow", sys.executable, "-m", "mlflow", "server", *store, *host)
 
-    def delivered(self, names: Sequence[str]) -> list[tuple[str, int, float]]:
-        """Every (name, step, value) that the store holds of these metrics, over all of its runs: twice what came twice."""
+    def delivered(self, run: Path, names: Sequence[str]) -> list[tuple[str, int, float]]:
+        """Every (name, step, value) that the store holds of these metrics: twice what came twice.
+
+        Those of MLflow's runs that say that they are of another directory are left out.
+        """
+        points = (
+            "select key, step, value from metrics where is_nan = 0 and run_uuid not in "
+            "(select run_uuid from tags where key = 'foveal.folder' and value != ?)"
+        )
         with closing(sqlite3.connect(f"file:{self.folder}/mlflow.db?mode=ro", uri=True)) as store:
-            found = store.execute("select key, step, value from metrics where is_nan = 0").fetchall()
+            found = store.execute(points, (str(run.resolve()),)).fetchall()
         return [each for each in found if each[0] in names]
 
 

@@ -1,28 +1,16 @@
-"""What can happen to that which a run leans on: its disk, its data, its tracking server, the size of its job."""
+"""What can happen to that which a run leans on: its disk, its data, the size of its job."""
 
 import contextlib
 import random
+import re
+import resource
 import shutil
-import signal
-import sys
 from pathlib import Path
 
 from faults import Fault, OnSlurm
 from scene import Scene
 
-_ALWAYS_500 = """
-import http.server, sys
-class Failing(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_error(500)
-    do_POST = do_PATCH = do_PUT = do_DELETE = do_GET
-http.server.ThreadingHTTPServer((sys.argv[1], int(sys.argv[2])), Failing).serve_forever()
-"""
 _UNSAVED = r"NO CHECKPOINT AT STEP (\d+)"
-_ASK = """
-import sys, urllib.request
-urllib.request.urlopen(sys.argv[1] + "/health", timeout=5)
-"""
 
 
 class Resized(OnSlurm):
@@ -33,10 +21,9 @@ class Resized(OnSlurm):
 
     def act(self) -> None:
         scene = self.scene
-        scene.world()
-        scene.cluster.run("scancel", scene.job)
-        scene.until(scene.over, "the job is cancelled", 60)
-        shapes = [(nodes, tasks, zero) for nodes in (1, 2) for tasks in (1, 2) for zero in (0, 1, 2, 3)]
+        scene.cancel()
+        several = [(1, 2), (2, 1), (2, 2)]  # one rank alone has no peers that later faults could befall
+        shapes = [(nodes, tasks, zero) for nodes, tasks in several for zero in (0, 1, 2, 3)]
         scene.nodes, scene.tasks, zero = scene.dice.choice(
             [one for one in shapes if one[:2] != (scene.nodes, scene.tasks)]
         )
@@ -75,6 +62,40 @@ class DiskFull(Fault):
 
     def mend(self) -> None:
         self.filler.unlink(missing_ok=True)
+
+
+class QuotaUsedUp(Fault):
+    """No file of rank 0 can grow for a while: rows, ledger and checkpoints wait. Training goes on, and nothing is lost."""
+
+    name = "quota of rank 0 used up"
+    resumes = False
+
+    def __init__(self, scene: Scene) -> None:
+        super().__init__(scene)
+        self.pid, self.before = 0, 0
+
+    def strike(self) -> None:
+        rank = self.scene.world()[0]
+        self.before = self._unsaved()
+        self.pid, self.target = rank.pid, f"rank 0 on {rank.node}"
+        self._limit_files(0)
+
+    def seen(self) -> bool:
+        if self._unsaved() == self.before:
+            return False
+        self._limit_files(resource.RLIM_INFINITY)
+        return True
+
+    def mend(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._limit_files(resource.RLIM_INFINITY)
+
+    def _limit_files(self, size: int) -> None:
+        resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    def _unsaved(self) -> int:
+        """Checkpoints that were not written, as the job's output tells: the log cannot grow either."""
+        return len(re.findall(_UNSAVED, self.scene.cluster.output(self.scene.job)))
 
 
 class Poisoned(Fault):
@@ -138,42 +159,3 @@ class ShardDamaged(Fault):
             with self.file.open("r+b") as file:
                 file.write(self.whole)
             self.whole = b""
-
-
-class Unserved(Fault):
-    """The tracking server is away: seen from where the job is. Training goes on, and what it missed is delivered later."""
-
-    resumes = False
-    lasts = 8.0
-
-    def __init__(self, scene: Scene, how: str) -> None:
-        super().__init__(scene)
-        self.how = how
-        self.name = f"tracking server {how}"
-
-    def impossible(self) -> str | None:
-        return None if self.scene.server else "no tracking server"
-
-    def strike(self) -> None:
-        assert self.scene.server is not None
-        self.target = "MLflow's server"
-        if self.how == "hangs":
-            self.scene.cluster.send("mlflow", signal.SIGSTOP)
-        else:
-            self.scene.cluster.send("mlflow", signal.SIGKILL)
-        if self.how == "fails":
-            self.scene.cluster.start("failing", sys.executable, "-c", _ALWAYS_500, *self.scene.server.place)
-
-    def seen(self) -> bool:
-        assert self.scene.server is not None
-        asked = self.scene.cluster.run(sys.executable, "-c", _ASK, self.scene.server.uri, check=False, timeout=30)
-        return asked.returncode != 0
-
-    def mend(self) -> None:
-        assert self.scene.server is not None
-        if self.how == "hangs":
-            self.scene.cluster.send("mlflow", signal.SIGCONT)
-            return
-        if self.how == "fails":
-            self.scene.cluster.end("failing", signal.SIGKILL)
-        self.scene.server.start(self.scene.cluster)

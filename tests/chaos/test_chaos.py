@@ -17,7 +17,7 @@ def story(third_node: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Stor
     folder = tmp_path_factory.mktemp("chaos")
     pack_digits(folder / "digits")
     lost = "cut" if third_node.kind is Kind.WIRED else "slurmd"
-    return chaos(third_node, folder, Trial(["kill", lost, "torn"], steps=99, pace=0.2), lambda _: None)
+    return chaos(third_node, folder, Trial(["quota", lost, "torn"], steps=66, pace=0.1), lambda _: None)
 
 
 def test_every_fault_was_seen_and_survived(story: Story) -> None:

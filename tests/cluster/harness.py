@@ -237,6 +237,7 @@ class Cluster:
     def _start_database(self) -> None:
         """MariaDB without network and without passwords: only this user may enter the folder of its socket."""
         data = [f"--user={_user()}", f"--datadir={self.folder / 'database'}", "--innodb-log-file-size=16M"]
+        data.append(f"--tmpdir={self.folder / 'run'}")  # a server that starts removes the temporary tables of others
         self.run("mariadb-install-db", "--no-defaults", *data, "--skip-test-db", timeout=300)
         place = [f"--socket={self.folder / 'run/database.socket'}", f"--pid-file={self.folder / 'run/mariadbd.pid'}"]
         small = [

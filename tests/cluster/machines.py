@@ -194,9 +194,7 @@ class Machines:
         """Switch a node on, or start the slurmd that was killed on it."""
         if self._daemons.running(node):
             if self.kind is not Kind.PLAIN and not self._slurmd(node):
-                first = (Path("/proc") / f"{self._pids[node]}/task/{self._pids[node]}/children").read_text().split()[0]
-                enter = ["nsenter", f"--target={first}", "--uts", "--mount", "--pid", "--net"]
-                self._daemons.start(f"{node}-slurmd", [*enter, "slurmd", "-D", "-N", node])
+                self._daemons.start(f"{node}-slurmd", [*self.inside(node), "slurmd", "-D", "-N", node])
             return
         if self.kind is Kind.PLAIN:
             self._daemons.start(node, ["slurmd", "-D", "-N", node])
@@ -207,6 +205,13 @@ class Machines:
         self._pids[node] = self._daemons.start(node, [*_NAMESPACES, *(["--net"] if wired else []), *shell])
         if wired:
             self._plug(node)
+
+    def inside(self, node: str) -> list[str]:
+        """How a command is run on a node."""
+        if self.kind is Kind.PLAIN:
+            return []
+        first = (Path("/proc") / f"{self._pids[node]}/task/{self._pids[node]}/children").read_text().split()[0]
+        return ["nsenter", f"--target={first}", "--uts", "--mount", "--pid", "--net"]
 
     def crash(self, node: str) -> None:
         """Cut a node's power: everything on it dies at once, and nothing is heard of it, not even closed connections."""
