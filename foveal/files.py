@@ -12,6 +12,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from foveal.errors import CheckpointError
+
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # no room, no quota, no file so large
 _CHUNK = 1 << 22
 _log = logging.getLogger(__name__)
@@ -67,6 +69,32 @@ def json_lines(values: Iterable[Any]) -> bytes:
 def write_json(file: Path, value: Any) -> None:
     """Write JSON, whole or not at all."""
     write_whole(file, json_bytes(value))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """An object of JSON, as foveal writes them into a run directory.
+
+    Errors: FileNotFoundError; CheckpointError, one sentence, where it cannot be read or is no such object.
+    """
+    try:
+        text = file.read_bytes()
+    except IsADirectoryError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror}): restore it") from None
+    return object_of(text, file)
+
+
+def object_of(text: bytes, where: Path | str) -> dict[str, Any]:
+    """The object that a text of JSON is; ``where`` it comes from. Errors: CheckpointError."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is damaged ({error}): restore it, or begin anew with run.fresh=true") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{where} is damaged (an object is expected, this is {type(value).__name__}): restore it, or begin anew with "
+            f"run.fresh=true"
+        )
+    return value
 
 
 class Growing:
