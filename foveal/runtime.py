@@ -13,7 +13,7 @@ from foveal.checkpoint.store import Store, check_same_science
 from foveal.data import Batch, eval_batches, train_batches
 from foveal.data.subset import PartName
 from foveal.distributed.engine import Engine
-from foveal.distributed.preemption import Preemption, go_on_later
+from foveal.distributed.preemption import ORPHANED, Preemption, go_on_later
 from foveal.distributed.watch import Watch
 from foveal.distributed.world import World
 from foveal.errors import CheckpointError, Superseded
@@ -27,6 +27,7 @@ from foveal.saving import Saving
 from foveal.scores import Scores, until, values
 from foveal.stage import Plan
 from foveal.telemetry.pace import Pace, peak_memory
+from foveal.telemetry.profiler import profiled
 from foveal.telemetry.stragglers import Stragglers
 from foveal.telemetry.totals import Row, Totals
 from foveal.tracking import open_tracker
@@ -143,9 +144,11 @@ class Run:
         return closing(self._steps(engine, objective, start))
 
     def _steps(self, engine: Engine, objective: Objective, start: int) -> Generator[Step, None, None]:
+        wanted = self.plan.cfg.log.profile_steps if self.world.rank == 0 else None
         while True:
             with self.batches(start) as batches:
-                for step in steps(engine, batches, objective, self._course(start)):
+                taken = steps(engine, batches, objective, self._course(start))
+                for step in profiled(taken, start, wanted, self.path / "profile"):
                     self.step = step.index
                     lost = self.recovery.met(step.index, applied=step.applied)
                     if not step.applied:
@@ -168,9 +171,8 @@ class Run:
     def _course(self, start: int) -> Course:
         plan = self.plan
         self.pace.begin()
-        meters = self.totals, self.pace, self.stragglers
-        heard = self.watch.beat, self.accounts.consumed
-        return Course(start, plan.stop, plan.micros, self._lr, self.world, *meters, *heard)
+        heard = self.totals, self.pace, self.stragglers, self.watch.beat, self.accounts.consumed
+        return Course(start, plan.stop, plan.micros, self._lr, self.world, *heard)
 
     def _lr(self, step: int) -> float:
         watched = self.plan.cfg.watched
@@ -293,7 +295,7 @@ class Run:
         lag = "" if newest in (None, step) else f", the newest checkpoint is of step {newest}"
         self.why = f"asked to leave ({self.preemption.heard or 'another rank'}): {kept}{lag}"
         _log.info("%s", self.why)
-        by_hand = self.world.any(self.preemption.heard == "SIGINT")  # of one rank, perhaps
+        by_hand = self.world.any(self.preemption.heard in ("SIGINT", ORPHANED))  # of one rank, perhaps
         if not self.quiet and not by_hand:
             self.world.once(go_on_later)
         if self._hurried or self.preemption.again:
