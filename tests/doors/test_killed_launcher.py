@@ -1,8 +1,6 @@
 """Ranks whose torchrun is killed save and leave: nobody would look at them any more."""
 
 import signal
-from dataclasses import replace
-from pathlib import Path
 
 import psutil
 import pytest
@@ -11,8 +9,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 _PATIENCE = 60  # seconds, on a busy machine
 
 
-def test_ranks_without_their_torchrun_save_and_leave(long_run, tmp_path: Path) -> None:
-    run = replace(long_run, path=tmp_path / "run")
+def test_ranks_without_their_torchrun_save_and_leave(new_run) -> None:
+    run = new_run
     started = run.held(after=5)
     started.reaches(run.path, 5)
     ranks = [psutil.Process(pid) for pid in started.ranks().values()]
