@@ -45,12 +45,15 @@ def write_whole(file: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old bytes or the new, never a part; on disk when this returns.
 
     The draft has the process's number, so that two processes that write the same file spoil neither.
+    Errors: OSError; CheckpointError where a folder has the name.
     """
     draft = file.with_name(f".{file.name}.{os.getpid()}.draft")
     try:
         draft.write_bytes(content)
         force(draft)
         draft.replace(file)
+    except IsADirectoryError:
+        raise _no_file(file) from None
     finally:
         draft.unlink(missing_ok=True)
     force(file.parent)
@@ -76,11 +79,19 @@ def read_json(file: Path) -> dict[str, Any]:
 
     Errors: FileNotFoundError; CheckpointError, one sentence, where it cannot be read or is no such object.
     """
+    return object_of(content_of(file), file)
+
+
+def content_of(file: Path) -> bytes:
+    """The bytes of a file of a run directory. Errors: OSError; CheckpointError where a folder has its name."""
     try:
-        text = file.read_bytes()
-    except IsADirectoryError as error:
-        raise CheckpointError(f"{file} cannot be read ({error.strerror}): restore it") from None
-    return object_of(text, file)
+        return file.read_bytes()
+    except IsADirectoryError:
+        raise _no_file(file) from None
+
+
+def _no_file(place: Path) -> CheckpointError:
+    return CheckpointError(f"{place} is a folder, and a file is to be there: move it away")
 
 
 def object_of(text: bytes, where: Path | str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 from foveal.config import Config, machine, science
 from foveal.data.order import batch_of
 from foveal.errors import CheckpointError, Diverged
-from foveal.files import Growing, object_of
+from foveal.files import Growing, content_of, object_of
 
 _log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Recovery:
 def read_journal(run: Path) -> list[dict[str, Any]]:
     """The roll-backs of a run so far; a last line that a kill cut short did not happen. Errors: CheckpointError."""
     file = run / "rollbacks.jsonl"
-    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    lines = content_of(file).splitlines(keepends=True) if file.exists() else []
     journal = [object_of(line, file) for line in lines if line.endswith(b"\n")]
     for entry in journal:
         batches = entry.get("batches")

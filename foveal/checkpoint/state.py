@@ -60,6 +60,10 @@ def check_same_science(was: dict[str, Any], now: dict[str, Any], where: Path) ->
 
     Errors: CheckpointError with every differing setting, old and new value.
     """
+    if not isinstance(was, dict):
+        raise CheckpointError(
+            f"{where} holds no settings of the run it is of: restore its science.json and finished.json"
+        )
     names = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
     unknown = [name for name in names if not any(name == old or name.startswith(f"{old}.") for old in was)]
     if names and unknown == names:

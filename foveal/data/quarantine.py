@@ -6,7 +6,7 @@ from typing import Any
 
 from foveal.data.batch import Bad
 from foveal.errors import CheckpointError, DataError
-from foveal.files import Growing, json_lines, object_of, write_whole
+from foveal.files import Growing, content_of, json_lines, object_of, write_whole
 
 Entry = dict[str, Any]  # step, split, shard, key, offset, reason
 
@@ -62,7 +62,7 @@ def read_entries(file: Path, step: int) -> list[Entry]:
     """The entries of the steps up to ``step``; the file keeps only these. A line that a kill cut short is left out."""
     if not file.exists():
         return []
-    whole = file.read_bytes().split(b"\n")[:-1]  # not splitlines: a key may have other characters that end lines
+    whole = content_of(file).split(b"\n")[:-1]  # not splitlines: a key may have other characters that end lines
     entries = [object_of(line, file) for line in whole]
     if not all(type(entry.get("step")) is int for entry in entries):
         raise CheckpointError(f"{file} is damaged (an entry is of no step): restore it")

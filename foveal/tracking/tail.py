@@ -23,6 +23,8 @@ def read_lines(file: Path | int) -> Iterator[dict[str, Any]]:
     """
     if isinstance(file, Path) and not file.exists():
         return
+    if isinstance(file, Path) and file.is_dir():
+        raise CheckpointError(f"{file} is a folder, and a file is to be there: move it away")
     with open(os.dup(file) if isinstance(file, int) else file, "rb") as stream:  # noqa: PTH123 - or a descriptor
         stream.seek(0)
         for line in stream:
