@@ -43,6 +43,7 @@ from foveal.models.backbone import (
 from foveal.models.vit import EncoderCard, encoder_card
 from foveal.models.windows import corners
 from foveal.origin import Origin, origin_of
+from foveal.patience import answered
 from foveal.stage import Plan, inherited_science, planned
 
 
@@ -201,7 +202,8 @@ def _start(cfg: FinetuneConfig) -> Origin | None:
             )
         return None
     place = Path(cfg.init)
-    return origin_of(place, None if (place / "card.json").exists() else cfg.init_name, cfg.data)
+    ours = answered(place, cfg.data.patience_seconds, (place / "card.json").exists)
+    return origin_of(place, None if ours else cfg.init_name, cfg.data)
 
 
 def _origin(dataset: Dataset, cfg: FinetuneConfig, classes: tuple[str, ...]) -> dict[str, str]:

@@ -8,6 +8,7 @@ import difflib
 import re
 import types
 import typing
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -18,7 +19,11 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from foveal.errors import ConfigError
+from foveal.patience import within
 from foveal.redact import written_secrets
+
+_MOST_TEXT, _MOST_VALUES, _MOST_DIGITS = 1 << 18, 100_000, 100  # characters, values, and digits of one, in a config
+_PATIENCE = 20.0  # seconds that storage may take to begin with an answer
 
 
 def science(default: Any = PydanticUndefined, about: str = "", **limits: Any) -> Any:
@@ -53,9 +58,8 @@ class _StrictLoader(yaml.SafeLoader):
     """YAML in which a key given twice is an error and 1e-3 is a number (YAML 1.1 wants 1.0e-3)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        twice = {key for key in keys if keys.count(key) > 1}
-        if twice:
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := [key for key, count in keys.items() if count > 1]:
             raise ConfigError(f"line {node.start_mark.line + 1}: '{min(twice)}' is given twice")
         return super().construct_mapping(node, deep)
 
@@ -177,14 +181,44 @@ def check_plain(setting: str, name: str) -> None:
 
 
 def parse_yaml(text: str) -> Any:
-    """Plain data from YAML. Errors: ConfigError for a key given twice, yaml.YAMLError for what is no YAML."""
-    return yaml.load(text, _StrictLoader)  # noqa: S506 - a SafeLoader, made stricter
+    """Plain data from YAML.
+
+    Errors: ConfigError for a key given twice and for more than a config can be, yaml.YAMLError for what is no YAML.
+    """
+    if len(text) > _MOST_TEXT:
+        raise ConfigError(f"this is no config: it has more than {_MOST_TEXT:,} characters")
+    try:
+        loader = _StrictLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _spread(node, {}) > _MOST_VALUES:
+            raise ConfigError(
+                f"this is no config: it has more than {_MOST_VALUES:,} values, those behind aliases included"
+            )
+        return loader.construct_document(node)
+    except RecursionError:
+        raise ConfigError("this is no config: it is nested too deeply, or inside of itself") from None
+    except (ValueError, OverflowError) as error:  # a date that is none, a number of thousands of digits
+        raise yaml.YAMLError(str(error)) from None
+
+
+def _spread(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node has once its aliases are written out. Errors: RecursionError for one inside of itself."""
+    if id(node) in known:
+        return known[id(node)]
+    inner = () if isinstance(node, yaml.ScalarNode) else node.value
+    if not inner and node.tag.endswith(":int") and len(node.value) > _MOST_DIGITS:
+        raise ValueError(f"a number of {len(node.value)} digits")
+    parts = [part for each in inner for part in (each if isinstance(each, tuple) else (each,))]
+    known[id(node)] = 1 + sum(_spread(part, known) for part in parts)
+    return known[id(node)]
 
 
 def read_yaml(file: Path) -> Any:
     """Plain data from a YAML file. Errors: ConfigError, one sentence that names the file."""
     try:
-        return parse_yaml(file.read_text())
+        return parse_yaml(within(_PATIENCE, lambda: _text_of(file)))
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such file{_nearest_file(file)}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -200,6 +234,11 @@ def _refuse_secrets(cfg: Config, where: str) -> None:
     for setting, value in cfg.flat().items():
         for name, what in written_secrets(value, setting):
             raise ConfigError(f"{where}: {name}: {secret_in_words(what, in_url=isinstance(value, str))}")
+
+
+def _text_of(file: Path) -> str:
+    with file.open() as stream:
+        return stream.read(_MOST_TEXT + 1)  # of what has no end, too
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

@@ -18,9 +18,10 @@ from foveal.distributed.launcher import Seat, seat
 from foveal.distributed.lost import lost_peer
 from foveal.distributed.preemption import Preemption, deaf, listening
 from foveal.distributed.world import World, joined
-from foveal.errors import ConfigError, FovealError, Hung, LaunchError, Superseded
+from foveal.errors import ConfigError, FovealError, Hung, LaunchError, OutOfMemory, Superseded
 from foveal.loop import Parts
 from foveal.opening import opened
+from foveal.outofmemory import out_of_memory
 from foveal.redact import RedactingFormatter, redact_tracebacks
 from foveal.runtime import Run
 from foveal.stage import Plan, StageConfig, config_file
@@ -86,13 +87,16 @@ def main(stage: Stage[Any, Any], argv: Sequence[str] | None = None) -> NoReturn:
             deaf()  # all is said and done: a signal that comes now must not make a failure of it
         if world.size > 1:
             _end_now(0)
-    except Hung as error:
+    except (Hung, OutOfMemory) as error:
         _say(error)
         _end_now(error.exit_code)
     except FovealError as error:
         _say(error)
         sys.exit(error.exit_code)
     except Exception as error:
+        if (memory := out_of_memory(error, stage.name)) is not None:
+            _say(memory)
+            _end_now(memory.exit_code)
         if (sentence := lost_peer(error)) is None:
             raise
         _say(Hung(sentence))
@@ -146,7 +150,7 @@ def _say(error: FovealError) -> None:
         here = seat()
     except LaunchError:  # who this is, is what is wrong
         here = Seat(0, 1, 0, "none")
-    if here.local == 0 or isinstance(error, LaunchError | Superseded | Hung):
+    if here.local == 0 or isinstance(error, LaunchError | Superseded | Hung | OutOfMemory):
         where = f" (rank {here.rank} of {here.size})" if here.rank else ""
         sys.stderr.write(f"foveal: {error}{where}\n")
 

@@ -7,6 +7,7 @@
     ├── CheckpointError    a run directory that cannot be continued                       2  no
     │   └── Held               another attempt is writing it                              2  no
     ├── ExportError        an export that does not fit what is asked of it                2  no
+    ├── OutOfMemory        a GPU or a host whose memory does not suffice                   2  no
     ├── LaunchError        ranks, launcher, devices                                       2  no
     │   ├── RankConflict       ranks of two runs, or one rank twice, at one address       2  no
     │   └── NotRequeued    a run that has saved and left, and Slurm would not have it back    1  asked again
@@ -56,6 +57,10 @@ class Held(CheckpointError):
 
 class ExportError(FovealError):
     """An export that is not whole, or does not fit the model that wants it."""
+
+
+class OutOfMemory(FovealError):
+    """A GPU, or a host, that has too little memory for what it is asked: another start would ask the same."""
 
 
 class LaunchError(FovealError):

@@ -12,6 +12,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from foveal.errors import CheckpointError
+
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # no room, no quota, no file so large
 _CHUNK = 1 << 22
 _log = logging.getLogger(__name__)
@@ -43,12 +45,15 @@ def write_whole(file: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old bytes or the new, never a part; on disk when this returns.
 
     The draft has the process's number, so that two processes that write the same file spoil neither.
+    Errors: OSError; CheckpointError where a folder has the name.
     """
     draft = file.with_name(f".{file.name}.{os.getpid()}.draft")
     try:
         draft.write_bytes(content)
         force(draft)
         draft.replace(file)
+    except IsADirectoryError:
+        raise _no_file(file) from None
     finally:
         draft.unlink(missing_ok=True)
     force(file.parent)
@@ -67,6 +72,40 @@ def json_lines(values: Iterable[Any]) -> bytes:
 def write_json(file: Path, value: Any) -> None:
     """Write JSON, whole or not at all."""
     write_whole(file, json_bytes(value))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """An object of JSON, as foveal writes them into a run directory.
+
+    Errors: FileNotFoundError; CheckpointError, one sentence, where it cannot be read or is no such object.
+    """
+    return object_of(content_of(file), file)
+
+
+def content_of(file: Path) -> bytes:
+    """The bytes of a file of a run directory. Errors: OSError; CheckpointError where a folder has its name."""
+    try:
+        return file.read_bytes()
+    except IsADirectoryError:
+        raise _no_file(file) from None
+
+
+def _no_file(place: Path) -> CheckpointError:
+    return CheckpointError(f"{place} is a folder, and a file is to be there: move it away")
+
+
+def object_of(text: bytes, where: Path | str) -> dict[str, Any]:
+    """The object that a text of JSON is; ``where`` it comes from. Errors: CheckpointError."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is damaged ({error}): restore it, or begin anew with run.fresh=true") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{where} is damaged (an object is expected, this is {type(value).__name__}): restore it, or begin anew with "
+            f"run.fresh=true"
+        )
+    return value
 
 
 class Growing:

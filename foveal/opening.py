@@ -1,7 +1,6 @@
 """Opening a run directory for one attempt, and closing it whatever happens."""
 
 import errno
-import json
 import logging
 import socket
 import sys
@@ -18,7 +17,8 @@ from foveal.distributed.preemption import Preemption
 from foveal.distributed.watch import Watch, watching
 from foveal.distributed.world import World, describe, slurm_job
 from foveal.errors import ConfigError, Diverged, FovealError, Hung, Restarting, Superseded
-from foveal.files import write_json
+from foveal.files import read_json, write_json
+from foveal.outofmemory import out_of_memory
 from foveal.redact import RedactingFormatter, redact
 from foveal.runtime import Run
 from foveal.saving import Saving
@@ -75,6 +75,9 @@ def opened(
             yield run
             run.settle()
         except BaseException as error:
+            if (memory := out_of_memory(error, stage, plan)) is not None:  # first: NCCL's looks like a lost peer
+                end.by(memory)
+                raise memory from error
             if (sentence := lost_peer(error)) and not isinstance(error, FovealError):
                 hung = Hung(f"{sentence}; {watch.accuse()}")
                 end.by(hung)
@@ -121,7 +124,7 @@ def _looked_at(plan: Plan) -> tuple[Path, bool]:
         for name in ("science.json", "finished.json"):
             file = path / name
             if file.exists():
-                tree = json.loads(file.read_text())
+                tree = read_json(file)
                 check_same_science(tree.get("science", tree), plan.science(), path)
         return path, (path / "finished.json").exists()
     except OSError as error:
@@ -199,7 +202,7 @@ def _directory(cfg: StageConfig) -> Path:
     job, number = slurm_job(), 1
     while path.exists():
         note = path / "job.json"
-        made_by = json.loads(note.read_text()).get("slurm_job_id") if note.exists() else None
+        made_by = read_json(note).get("slurm_job_id") if note.exists() else None
         if "slurm_restart_count" in job and made_by == job["slurm_job_id"]:
             return path
         number += 1

@@ -14,7 +14,6 @@ from foveal.checkpoint.foreign import config_beside, heads_beside, read_weights,
 from foveal.config import height_and_width
 from foveal.data import DataConfig
 from foveal.errors import ConfigError, ExportError
-from foveal.files import sha256
 from foveal.models.backbone import (
     BackboneCard,
     backbone_card,
@@ -26,6 +25,7 @@ from foveal.models.backbone import (
 )
 from foveal.models.outline import has_table, outline, sizes_of
 from foveal.models.vit import Pooling, VitConfig, encoder_card, encoder_from_card
+from foveal.patience import PATIENCE, answered
 
 FOREIGN = "foreign"  # the stage of a card that is made up
 # What others' files hold beside an encoder and its head: poolers, and decoders of whoever pretrained.
@@ -39,6 +39,7 @@ class Origin:
 
     place: Path
     card: Card
+    patience: float = PATIENCE
 
     def weights(self) -> dict[str, Tensor]:
         """Its weights (fp32, CPU): names and shapes are those of what the card builds.
@@ -46,10 +47,10 @@ class Origin:
         Errors: ExportError where they are no longer those that were looked at.
         """
         if self.card.stage == FOREIGN:
-            file = weights_file(self.place)
-            weights, found = _foreign_weights(file), sha256(file)
+            file = weights_file(self.place, self.patience)
+            weights, found = _foreign_weights(file, self.patience)
         else:
-            weights, card = read_export(self.place)
+            weights, card = read_export(self.place, self.patience)
             found = card.sha256
         if found != self.card.sha256:
             raise ExportError(f"{self.place} has changed since the run was planned; start it again")
@@ -64,24 +65,30 @@ def origin_of(place: Path, name: str | None, data: DataConfig) -> Origin:
     Errors: ExportError, one sentence for what does not fit; ConfigError for a name that timm does not have, and for
     images that are no whole number of patches.
     """
-    if name is None and not (place / "card.json").exists() and (place.is_file() or any(place.glob("*.safetensors"))):
+    patience = data.patience_seconds
+    if name is None and answered(place, patience, lambda: _is_foreign(place)):
         raise ExportError(
             f"{place} has no card.json, so it is no export of foveal's; for weights of others say which model of timm's they "
             f"are (init_name, or teacher_name in distillation)"
         )
-    card = read_card(place) if name is None else _made_up(place, name, data)
+    card = read_card(place, patience) if name is None else _made_up(place, name, data)
     told = card_of(card.encoder, f"{place}/card.json")
     if isinstance(told, BackboneCard):
         check_resizing(told, data.image_size, str(place))
     else:
         told.resized_from(data.image_size)
-    return Origin(place, card)
+    return Origin(place, card, patience)
+
+
+def _is_foreign(place: Path) -> bool:
+    return not (place / "card.json").exists() and (place.is_file() or any(place.glob("*.safetensors")))
 
 
 def _made_up(place: Path, name: str, data: DataConfig) -> Card:
     """The card that weights of others would have. Errors: ConfigError, ExportError."""
-    timms, file = timms_origins(name), weights_file(place)
-    weights, told = _foreign_weights(file), config_beside(file)
+    patience = data.patience_seconds
+    timms, file = timms_origins(name), weights_file(place, patience)
+    (weights, digest), told = _foreign_weights(file, patience), config_beside(file, patience)
     first = weights.get(f"{timms.first}.weight")
     if first is not None and first.ndim == 4 and first.shape[1] != data.channels:
         raise ExportError(
@@ -93,16 +100,17 @@ def _made_up(place: Path, name: str, data: DataConfig) -> Card:
     names = told.get("label_names")
     if not isinstance(names, list) or len(names) != classes:
         names = []
-    return Card(FOREIGN, encoder, mean, std, classes=tuple(map(str, names)), sha256=sha256(file))
+    return Card(FOREIGN, encoder, mean, std, classes=tuple(map(str, names)), sha256=digest)
 
 
-def _foreign_weights(file: Path) -> dict[str, Tensor]:
-    """The weights of others under timm's names, without what belongs to no classifier."""
-    weights = {name: value for name, value in read_weights(file).items() if not name.startswith(_UNUSED)}
-    if "cls_token" not in weights or "head.weight" in weights:
-        return weights
-    # Hugging Face's ViT has its head under another name.
-    return {name.replace("classifier.", "head.", 1): value for name, value in weights.items()}
+def _foreign_weights(file: Path, patience: float) -> tuple[dict[str, Tensor], str]:
+    """The weights of others under timm's names, without what belongs to no classifier, and their file's sha256."""
+    whole, digest = read_weights(file, patience)
+    weights = {name: value for name, value in whole.items() if not name.startswith(_UNUSED)}
+    if "cls_token" in weights and "head.weight" not in weights:
+        # Hugging Face's ViT has its head under another name.
+        weights = {name.replace("classifier.", "head.", 1): value for name, value in weights.items()}
+    return weights, digest
 
 
 def _encoder(
@@ -113,7 +121,7 @@ def _encoder(
         timms = outline(name)
     except ConfigError:
         return None
-    sizes, heads, table = sizes_of(timms), heads_beside(file), weights.get("pos_embed")
+    sizes, heads, table = sizes_of(timms), heads_beside(file, data.patience_seconds), weights.get("pos_embed")
     if heads not in (None, sizes["heads"]):
         raise ExportError(f"{file} has heads {heads}, timm's {name} has {sizes['heads']}; they must be equal")
     size = data.image_size
@@ -170,7 +178,11 @@ def _pixels(
     """Mean and deviation of the pixels that the weights were trained on: what is beside them, or set, or timm's."""
     beside, timms = told.get("pretrained_cfg"), timms_origins(name)
     if isinstance(beside, dict) and all(isinstance(beside.get(each), list) for each in ("mean", "std")):
-        mean, std = tuple(map(float, beside["mean"])), tuple(map(float, beside["std"]))
+        mean, std = tuple(beside["mean"]), tuple(beside["std"])
+        if not all(type(value) in (int, float) and math.isfinite(value) for value in mean + std) or min(std) <= 0:
+            raise ExportError(
+                f"the config.json beside {place} has the mean {list(mean)} and the std {list(std)}: set data.mean and data.std"
+            )
     elif data.mean is not None and data.std is not None:
         mean, std = data.mean, data.std
     else:

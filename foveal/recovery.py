@@ -6,7 +6,6 @@ without the batches that were refused. Nothing here depends on how often checkpo
 between the checkpoint and the first refusal are taken again on the same batches and come out the same.
 """
 
-import json
 import logging
 import time
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import Any
 
 from foveal.config import Config, machine, science
 from foveal.data.order import batch_of
-from foveal.errors import Diverged
-from foveal.files import Growing
+from foveal.errors import CheckpointError, Diverged
+from foveal.files import Growing, content_of, object_of
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +59,7 @@ class Recovery:
             raise Diverged(
                 f"loss or gradients were not finite in the {len(self._refused)} steps {first} to {last}, after "
                 f"{len(self._journal)} roll-backs; none of them changed a weight, and the newest checkpoint is whole: "
-                f"lower optim.lr_per_256, set optim.clip or lengthen optim.warmup_epochs"
+                f"start anew with run.fresh=true and a lower optim.lr_per_256, optim.clip or a longer optim.warmup_epochs"
             )
         batches = [batch_of(step - 1, self.skipped) for step in self._refused]
         entry = {"time": time.time(), "to": to, "refused": self._refused, "batches": batches}
@@ -75,7 +74,12 @@ class Recovery:
 
 
 def read_journal(run: Path) -> list[dict[str, Any]]:
-    """The roll-backs of a run so far; a last line that a kill cut short did not happen."""
+    """The roll-backs of a run so far; a last line that a kill cut short did not happen. Errors: CheckpointError."""
     file = run / "rollbacks.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = content_of(file).splitlines(keepends=True) if file.exists() else []
+    journal = [object_of(line, file) for line in lines if line.endswith(b"\n")]
+    for entry in journal:
+        batches = entry.get("batches")
+        if not isinstance(batches, list) or not all(type(batch) is int for batch in batches):
+            raise CheckpointError(f"{file} is damaged (an entry lists no batches): restore it")
+    return journal

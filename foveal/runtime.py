@@ -27,6 +27,7 @@ from foveal.saving import Saving
 from foveal.scores import Scores, until, values
 from foveal.stage import Plan
 from foveal.telemetry.pace import Pace, peak_memory
+from foveal.telemetry.profiler import profiled
 from foveal.telemetry.stragglers import Stragglers
 from foveal.telemetry.totals import Row, Totals
 from foveal.tracking import open_tracker
@@ -146,9 +147,11 @@ class Run:
         return closing(self._steps(engine, objective, start))
 
     def _steps(self, engine: Engine, objective: Objective, start: int) -> Generator[Step, None, None]:
+        wanted = self.plan.cfg.log.profile_steps if self.world.rank == 0 else None
         while True:
             with self.batches(start) as batches:
-                for step in steps(engine, batches, objective, self._course(start)):
+                taken = steps(engine, batches, objective, self._course(start))
+                for step in profiled(taken, start, wanted, self.path / "profile"):
                     self.step = step.index
                     lost = self.recovery.met(step.index, applied=step.applied)
                     if not step.applied:

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
+
+from pydantic import model_validator
 
 from foveal.checkpoint.export import Card
 from foveal.checkpoint.store import CheckpointConfig
@@ -39,6 +41,15 @@ class LogConfig(Config):
 
     every: int = machine(20, "Steps between two deliveries of numbers; every step has its row.", ge=1)
     pictures_every: int = machine(0, "Steps between pictures; 0: only at the end.", ge=0)
+    profile_steps: tuple[int, int] | None = machine(
+        None, "[first, last]: steps of which rank 0 leaves a trace of torch's profiler in RUN/profile/."
+    )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
+            raise ValueError(f"log.profile_steps={list(self.profile_steps)} must be [first, last], counted from 1")
+        return self
 
 
 class RunConfig(Config):
@@ -295,5 +306,9 @@ def _statistics(cfg: StageConfig, dataset: Dataset, card: Card | None) -> tuple[
         if stated is not None and stated != hers:
             raise ExportError(
                 f"data.{name} is {list(stated)}, the weights were trained with {list(hers)}; leave data.{name} out (null)"
+            )
+        if len(hers) not in (1, cfg.data.channels):
+            raise ExportError(
+                f"{name} has {len(hers)} values in the card of the weights, data.channels is {cfg.data.channels}"
             )
     return card.mean, card.std

@@ -1,7 +1,6 @@
 """``python -m foveal.summary runs/demo [--since SECONDS]``: what came of a pipeline, as one short table."""
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from foveal.errors import CheckpointError, FovealError
+from foveal.files import read_json
 
 
 def finished_runs(pipeline: Path) -> dict[str, dict[str, Any]]:
@@ -25,7 +25,7 @@ def finished_runs(pipeline: Path) -> dict[str, dict[str, Any]]:
     if open_ends:
         raise CheckpointError(f"{', '.join(open_ends)} not finished; start the pipeline again and it continues")
     files = sorted((run / "finished.json" for run in begun), key=lambda file: file.stat().st_mtime)
-    return {file.parent.name: json.loads(file.read_text()) for file in files}
+    return {file.parent.name: read_json(file) for file in files}
 
 
 def _stages(runs: dict[str, dict[str, Any]]) -> Table:

@@ -12,12 +12,12 @@ from foveal.checkpoint.export import Card, fitting, load_strictly, read_export
 from foveal.checkpoint.foreign import heads_beside, read_weights, weights_file
 from foveal.data import DataConfig
 from foveal.errors import ExportError
-from foveal.files import sha256
 from foveal.models.backbone import BackboneCard, card_of
 from foveal.models.outline import Encoder
 from foveal.models.positions import sincos_positions
 from foveal.models.resize import resized
 from foveal.models.vit import SizedVit, build_encoder
+from foveal.patience import answered
 
 # What an encoder for pretraining has no place for: heads, and decoders of whoever pretrained before.
 _UNUSED = (
@@ -38,6 +38,7 @@ class Start:
     """What a run goes on from. ``grid`` is that of the weights; ``card`` is an export's; the names are the encoder's own."""
 
     place: Path
+    patience: float
     sha256: str
     card: Card | None
     grid: tuple[int, int]
@@ -57,12 +58,13 @@ def started(place: Path, model: SizedVit, data: DataConfig) -> Start:
 
     Errors: ExportError, one sentence for what does not fit.
     """
-    weights, digest, card = _read(place)
+    patience = data.patience_seconds
+    weights, digest, card = _read(place, patience)
     told = None if card is None else card_of(card.encoder, f"{place}/card.json")
     if isinstance(told, BackboneCard):
         raise ExportError(f"{place} is a {told.timm} of timm as it is; pretraining goes on from an encoder of foveal's")
     if told is None:
-        heads = heads_beside(weights_file(place))
+        heads = heads_beside(weights_file(place, patience), patience)
         stated = _facts(place, weights) | ({} if heads is None else {"heads": heads})
     else:
         stated = told.tree()
@@ -75,6 +77,7 @@ def started(place: Path, model: SizedVit, data: DataConfig) -> Start:
     used = fitting(encoder, resized(weights, encoder, model.positions, grid), place, new=new, unused=_UNUSED)
     return Start(
         place,
+        patience,
         digest,
         card,
         grid,
@@ -86,20 +89,19 @@ def started(place: Path, model: SizedVit, data: DataConfig) -> Start:
 
 def load_start(encoder: Encoder, start: Start, model: SizedVit) -> None:
     """Put the weights into an encoder. Errors: ExportError where they are no longer those that were looked at."""
-    weights, digest, _ = _read(start.place)
+    weights, digest, _ = _read(start.place, start.patience)
     if digest != start.sha256:
         raise ExportError(f"{start.place} has changed since the run was planned; start it again")
     weights = resized(weights, encoder, model.positions, start.grid)
     load_strictly(encoder, weights, start.place, new=_new(weights, model), unused=_UNUSED)
 
 
-def _read(place: Path) -> tuple[dict[str, Tensor], str, Card | None]:
+def _read(place: Path, patience: float) -> tuple[dict[str, Tensor], str, Card | None]:
     """Weights under timm's names, their file's sha256, and the card where the place is an export."""
-    if (place / "card.json").exists():
-        weights, card = read_export(place)
+    if answered(place, patience, (place / "card.json").exists):
+        weights, card = read_export(place, patience)
         return weights, card.sha256, card
-    file = weights_file(place)
-    return read_weights(file), sha256(file), None
+    return *read_weights(weights_file(place, patience), patience), None
 
 
 def _facts(place: Path, weights: dict[str, Tensor]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ import yaml
 from distill.config import DistillConfig
 from finetune.config import FinetuneConfig
 from foveal.config import parse_yaml, read_yaml
+from foveal.distributed.launcher_process import LAUNCHER, Process
 from foveal.errors import ConfigError, FovealError, LaunchError
 from foveal.stage import StageConfig, config_file
 from pretrain.config import PretrainConfig
@@ -282,14 +283,15 @@ def _devices() -> int:
 
 def _environment(processes: int) -> dict[str, str]:
     """Without a word from the user the processes share the cores; torchrun gives each one, and warns of it."""
-    return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes)), **os.environ}
+    mine = {LAUNCHER: str(Process.of(os.getpid()) or "")}  # the stages leave when we are gone
+    return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes)), **os.environ, **mine}
 
 
 def _run(command: list[str], environment: Mapping[str, str]) -> int:
     """Run a command to its end; its exit code as a shell has it, or 128 + the first signal that came meanwhile.
 
-    It has a process group of its own, so that Ctrl-C reaches each rank once, by us; they save and leave, and we wait for
-    them. torchrun is not told: it would kill its ranks half a minute later, with a traceback. A second Ctrl-C ends all.
+    It has a process group of its own, so that Ctrl-C reaches each rank once, by us; they save and leave. torchrun is not
+    told: it would kill its ranks half a minute later, with a traceback. A second Ctrl-C ends all.
     """
     heard: list[int] = []
     child: list[subprocess.Popen[bytes]] = []
@@ -319,9 +321,6 @@ def _children(process: int) -> list[int]:
         return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
     except OSError:
         return []
-
-
-# --- the command ---
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

@@ -1,13 +1,12 @@
 """Whether a checkpoint is as it was written: every rank reads its share of the files."""
 
 import errno
-import json
 import logging
 import time
 from pathlib import Path
 
-from foveal.errors import Unreachable
-from foveal.files import sha256
+from foveal.errors import CheckpointError, Unreachable
+from foveal.files import read_json, sha256
 
 _PAUSES = (0.5, 2.0, 5.0)  # seconds between attempts to read one
 _log = logging.getLogger(__name__)
@@ -22,7 +21,7 @@ def is_whole(folder: Path, rank: int, ranks: int) -> bool:
     for pause in (*_PAUSES, None):
         try:
             return _agree(folder, rank, ranks)
-        except (FileNotFoundError, NotADirectoryError, ValueError):
+        except (FileNotFoundError, NotADirectoryError, CheckpointError):
             return False
         except OSError as error:
             if pause is not None:
@@ -36,7 +35,7 @@ def is_whole(folder: Path, rank: int, ranks: int) -> bool:
 
 
 def _agree(folder: Path, rank: int, ranks: int) -> bool:
-    sums = json.loads((folder / "checksums.json").read_text())
+    sums = read_json(folder / "checksums.json")
     there = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
     share = sorted(there.union(sums) - {"checksums.json"})[rank::ranks]
     return all(sha256(folder / name) == sums.get(name) for name in share)

@@ -8,22 +8,26 @@ export.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from foveal.errors import ExportError
 from foveal.files import drafted, sha256
+from foveal.patience import PATIENCE, answered
 
 FORMAT = 1
+_LISTS = ("mean", "std", "classes", "resized_from")  # tuples, which JSON does not have
 _MODEL, _HEAD = "model.safetensors", "head.safetensors"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid", strict=True))
 class Card:
     """What travels with the weights.
 
@@ -35,12 +39,12 @@ class Card:
 
     stage: str
     encoder: dict[str, Any]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[Annotated[float, Field(allow_inf_nan=False)], ...]
+    std: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...]
     classes: tuple[str, ...] = ()
     resized_from: int | tuple[int, ...] | None = None
     step: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
     science: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     sha256: str = ""
@@ -66,38 +70,41 @@ def part_of(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
-def read_card(folder: Path) -> Card:
-    """The card of an export.
+def read_card(folder: Path, patience: float = PATIENCE) -> Card:
+    """The card of an export; ``patience``: seconds that its storage may stand still.
 
-    Errors: ExportError where there is no export, or one of another format.
+    Errors: ExportError where there is no export, or one of another format; Unreachable where storage does not answer.
     """
+    file = folder / "card.json"
     try:
-        tree: dict[str, Any] = json.loads((folder / "card.json").read_text())
+        tree: dict[str, Any] = answered(file, patience, lambda: json.loads(file.read_text()))
     except (FileNotFoundError, NotADirectoryError):
         inside = sorted(file.parent.name for file in folder.glob("*/card.json"))
         hint = f"one of the exports in it ({', '.join(inside)})" if inside else "the export folder of a finished run"
         raise ExportError(f"{folder} is no export: it has no card.json; give {hint}") from None
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{folder / 'card.json'} cannot be read ({error})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ExportError(f"{file} cannot be read ({error})") from None
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         found = tree.get("format") if isinstance(tree, dict) else None
         raise ExportError(f"{folder} has export format {found}; this foveal reads format {FORMAT}")
     try:
-        tree |= {name: tuple(tree[name]) for name in ("mean", "std", "classes")}
-        if isinstance(tree.get("resized_from"), list):
-            tree["resized_from"] = tuple(tree["resized_from"])
-        return Card(**tree)
-    except (KeyError, TypeError) as error:
-        raise ExportError(f"{folder / 'card.json'} is not as foveal wrote it ({error}); export it again") from None
+        lists: dict[str, Any] = {
+            name: tuple(value) for name, value in tree.items() if name in _LISTS and isinstance(value, list)
+        }
+        return Card(**tree | lists)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place, said = ".".join(str(part) for part in first["loc"]), first["msg"]
+        raise ExportError(f"{file} is not as foveal wrote it ({place!r}: {said}); export it again") from None
 
 
-def read_export(folder: Path) -> tuple[dict[str, Tensor], Card]:
-    """The weights (fp32, CPU) and card of an export, its digest checked.
+def read_export(folder: Path, patience: float = PATIENCE) -> tuple[dict[str, Tensor], Card]:
+    """The weights (fp32, CPU) and card of an export, its digest checked; ``patience`` as in ``read_card``.
 
-    Errors: ExportError where it is not whole.
+    Errors: ExportError where it is not whole; Unreachable where storage does not answer.
     """
-    card = read_card(folder)
-    return _read(folder / _MODEL, card.sha256), card
+    card = read_card(folder, patience)
+    return _read(folder / _MODEL, card.sha256, patience), card
 
 
 def read_head(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -109,7 +116,7 @@ def read_head(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any
     found = None if card.head is None else card.head.get("kind")
     if card.head is None or found != kind:
         raise ExportError(f"{folder} has {f'a head for {found}' if found else 'no head'}, and one for {kind} is wanted")
-    return _read(folder / _HEAD, card.head_sha256), card.head
+    return _read(folder / _HEAD, card.head_sha256, PATIENCE), card.head
 
 
 def _written(file: Path, weights: dict[str, Tensor]) -> str:
@@ -124,11 +131,14 @@ def _written(file: Path, weights: dict[str, Tensor]) -> str:
     return sha256(file)
 
 
-def _read(file: Path, digest: str) -> dict[str, Tensor]:
-    try:
+def _read(file: Path, digest: str, patience: float) -> dict[str, Tensor]:
+    def read() -> dict[str, Tensor]:
         if sha256(file) != digest:
             raise ExportError(f"{file} is not the file that its card describes (sha256 differs); export it again")
         return load_file(file)
+
+    try:
+        return answered(file, patience, read)
     except FileNotFoundError:
         raise ExportError(f"{file.parent} is no whole export: {file.name} is missing") from None
     except (OSError, SafetensorError) as error:

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from foveal.errors import ExportError
+from foveal.files import sha256
+from foveal.patience import PATIENCE, answered
 
 # Hugging Face's names behind "vit.", before transformers 5 and since; what the files of both hold is the older.
 _TOPS = {
@@ -36,8 +38,15 @@ _PARTS = {
 _THIRDS = {"query": 0, "q_proj": 0, "key": 1, "k_proj": 1, "value": 2, "v_proj": 2}
 
 
-def weights_file(place: Path) -> Path:
-    """The safetensors file that is meant: the place itself, or the one in it. Errors: ExportError."""
+def weights_file(place: Path, patience: float = PATIENCE) -> Path:
+    """The safetensors file that is meant: the place itself, or the one in it.
+
+    patience: seconds that storage may stand still. Errors: ExportError, Unreachable.
+    """
+    return answered(place, patience, lambda: _weights_file(place))
+
+
+def _weights_file(place: Path) -> Path:
     file = place / "model.safetensors" if place.is_dir() else place
     if place.is_dir() and not file.exists():
         found = sorted(each.name for each in place.iterdir() if each.is_file())
@@ -52,27 +61,35 @@ def weights_file(place: Path) -> Path:
     return file
 
 
-def read_weights(file: Path) -> dict[str, Tensor]:
-    """The weights of a file, fp32 on the CPU, under timm's names where they have one. Errors: ExportError."""
+def read_weights(file: Path, patience: float = PATIENCE) -> tuple[dict[str, Tensor], str]:
+    """The weights of a file, fp32 on the CPU, under timm's names where they have one, and the file's sha256.
+
+    patience: seconds that storage may stand still. Errors: ExportError, Unreachable.
+    """
     try:
-        weights = load_file(file)
+        digest = answered(file, patience, lambda: sha256(file))
+        weights = answered(file, patience, lambda: load_file(file))
     except (OSError, SafetensorError) as error:
         raise ExportError(f"{file} cannot be read ({error})") from None
-    return _timms({name: value.float() for name, value in weights.items()})
+    return _timms({name: value.float() for name, value in weights.items()}), digest
 
 
-def config_beside(file: Path) -> dict[str, Any]:
-    """What Hugging Face's config.json in the same folder says, and weights do not; nothing where there is none."""
+def config_beside(file: Path, patience: float = PATIENCE) -> dict[str, Any]:
+    """What Hugging Face's config.json in the same folder says, and weights do not; nothing where there is none.
+
+    Errors: Unreachable where it does not answer for ``patience`` seconds.
+    """
+    config = file.parent / "config.json"
     try:
-        told: Any = json.loads((file.parent / "config.json").read_text())
-    except (OSError, ValueError):
+        told: Any = answered(config, patience, lambda: json.loads(config.read_text()))
+    except (OSError, ValueError, RecursionError):
         return {}
     return told if isinstance(told, dict) else {}
 
 
-def heads_beside(file: Path) -> int | None:
-    """The attention heads that the config.json states: no weight tells of them."""
-    heads = config_beside(file).get("num_attention_heads")
+def heads_beside(file: Path, patience: float = PATIENCE) -> int | None:
+    """The attention heads that the config.json states: no weight tells of them. Errors: Unreachable."""
+    heads = config_beside(file, patience).get("num_attention_heads")
     return heads if isinstance(heads, int) else None
 
 

@@ -1,16 +1,19 @@
 """The facts beside the weights that decide how a run goes on, and whether it may."""
 
-import json
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
 from foveal.errors import CheckpointError
+from foveal.files import read_json
 
 FORMAT = 2
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid", strict=True))
 class TrainState:
     """The facts beside the pieces that decide how a run goes on.
 
@@ -23,9 +26,9 @@ class TrainState:
     ranks: int
     engine: str
     science: dict[str, Any]
-    versions: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, Any] = field(default_factory=dict)
     skipped: list[int] = field(default_factory=list)
-    scores: dict[int, dict[str, float]] = field(default_factory=dict)
+    scores: dict[int, dict[str, Any]] = field(default_factory=dict)
     updates: int = 0
     save_seconds: float = 0.0
     format: int = FORMAT
@@ -41,11 +44,15 @@ def read_state(folder: Path) -> TrainState:
 
     Errors: OSError, CheckpointError for one of another format.
     """
-    tree = json.loads((folder / "state.json").read_text())
+    tree = read_json(folder / "state.json")
     if tree.get("format") != FORMAT:
         raise CheckpointError(f"{folder} has checkpoint format {tree.get('format')}; this foveal reads format {FORMAT}")
-    scores = {int(step): numbers for step, numbers in tree.pop("scores", {}).items()}  # JSON's keys are text
-    return TrainState(**tree, scores=scores)
+    try:
+        scores = {int(step): numbers for step, numbers in tree.pop("scores", {}).items()}  # JSON's keys are text
+        return TrainState(**tree, scores=scores)
+    except (AttributeError, TypeError, ValueError) as error:
+        what = " ".join(str(error).split())
+        raise CheckpointError(f"{folder}/state.json is not as foveal wrote it ({what}); remove {folder.name}") from None
 
 
 def check_same_science(was: dict[str, Any], now: dict[str, Any], where: Path) -> None:
@@ -53,6 +60,10 @@ def check_same_science(was: dict[str, Any], now: dict[str, Any], where: Path) ->
 
     Errors: CheckpointError with every differing setting, old and new value.
     """
+    if not isinstance(was, dict):
+        raise CheckpointError(
+            f"{where} holds no settings of the run it is of: restore its science.json and finished.json"
+        )
     names = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
     unknown = [name for name in names if not any(name == old or name.startswith(f"{old}.") for old in was)]
     if names and unknown == names:
@@ -65,4 +76,11 @@ def check_same_science(was: dict[str, Any], now: dict[str, Any], where: Path) ->
         changes = ", ".join(f"{name} (was {was.get(name)!r}, is {now.get(name)!r})" for name in names)
         raise CheckpointError(
             f"{where} was made with other science: {changes}; set it back, or start anew with another run.dir or run.fresh=true"
+            f"{_weights_of(where) if 'init' in now else ''}"
         )
+
+
+def _weights_of(run: Path) -> str:
+    """How a new run of a stage that takes weights begins with those of this one, once it has left them."""
+    export = run / "export"
+    return f"; init={export} gives the new run the weights of this one" if (export / "card.json").exists() else ""

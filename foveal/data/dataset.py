@@ -17,7 +17,8 @@ from foveal.data.prefetch import Prefetch
 from foveal.data.reader import CachedReader, LocalReader, Reader
 from foveal.data.remote import NotThere, Remote
 from foveal.data.shardindex import SUFFIX, ShardIndex
-from foveal.errors import DataError
+from foveal.errors import DataError, Unreachable
+from foveal.patience import AWAY, answered
 from foveal.redact import redact_urls
 
 Statistics = tuple[tuple[float, ...] | None, tuple[float, ...] | None]  # mean and std
@@ -103,9 +104,15 @@ class Dataset:
         return hashlib.sha256("".join(shard.index for shard in self._split(split).shards).encode()).hexdigest()
 
     def labels(self, split: str) -> np.ndarray:
-        """Labels of all samples of a split, int64 [N]; -1 where there is none."""
+        """Labels of all samples of a split, int64 [N]; -1 where there is none. Errors: DataError for one of no class."""
         shards = range(len(self._split(split).shards))
-        return np.concatenate([self.index(split, number).labels for number in shards])
+        labels = np.concatenate([self.index(split, number).labels for number in shards])
+        if self.classes and labels.max() >= len(self.classes):
+            raise DataError(
+                f"{self.index_folder}: split '{split}' has label {labels.max()}, and {NAME} has {len(self.classes)} "
+                f"classes: run `foveal data verify {self.folder}`"
+            )
+        return labels
 
     def class_counts(self, split: str) -> np.ndarray:
         """Samples of every class of a split, int64 [classes]."""
@@ -127,11 +134,13 @@ class Dataset:
             if self._cache and self._cache.limit < shard.bytes:
                 raise DataError(f"{where} has {shard.bytes / 1e9:.3g} GB, more than data.cache.gigabytes: raise that")
             if found is not None and shard.file not in found:
+                _answer(self._shards, shard.file)
                 raise DataError(f"{where} is missing, and {NAME} lists it: restore it, or index the folder again")
             size = (found or {}).get(shard.file)
             if size not in (None, shard.bytes):
                 raise DataError(f"{where} has {size} bytes and {NAME} says {shard.bytes}: restore it, or {again} again")
             if indices is not None and f"{shard.file}{SUFFIX}" not in indices:
+                _answer(self._indices, f"{shard.file}{SUFFIX}")
                 raise DataError(f"{where} has no index in {self.index_folder}: {again}")
 
     def where(self, split: str, number: int) -> str:
@@ -206,11 +215,18 @@ def open_folder(
     folder = expanded(path, "data.path").rstrip("/") or "/"
     beside = folder if index is None else expanded(index, "data.index").rstrip("/") or "/"
     remotes = {place: Remote(place, patience) for place in {folder, beside} if is_remote(place)}
-    manifest = _remote_manifest(remotes[beside], folder) if beside in remotes else _manifest_of(folder, Path(beside))
+    if beside in remotes:
+        manifest = _remote_manifest(remotes[beside], folder)
+    else:
+        manifest = answered(Path(beside) / NAME, patience, lambda: _manifest_of(folder, Path(beside)))
     copies = cache_of(cache or CacheConfig(), patience) if remotes else None
     shards = {shard.file: shard for split in manifest.splits.values() for shard in split.shards}
     readers: dict[str, Reader] = {
-        place: CachedReader(remotes[place], copies, shards) if copies and place in remotes else LocalReader(place)
+        place: (
+            CachedReader(remotes[place], copies, shards)
+            if copies and place in remotes
+            else LocalReader(place, patience)
+        )
         for place in {folder, beside}
     }
 
@@ -242,6 +258,18 @@ def _listed(place: Reader, wanted: set[str]) -> dict[str, int | None] | None:
     return None if is_a_page and wanted.isdisjoint(found) else found
 
 
+def _answer(place: Reader, name: str) -> None:
+    """Wait for a name that is no plain file, and may never answer. Errors: Unreachable."""
+    if is_remote(place.folder.where()):
+        return
+    try:
+        place.folder.read(name, 0, 1)
+    except Unreachable:
+        raise
+    except DataError:
+        return
+
+
 def _remote_manifest(remote: Remote, folder: str) -> Manifest:
     try:
         return parse_manifest(remote.read(NAME, 0, remote.size(NAME)), remote.where(NAME))
@@ -263,6 +291,8 @@ def _manifest_of(folder: str, beside: Path) -> Manifest:
     try:
         return read_manifest(beside)
     except OSError as error:
+        if error.errno in AWAY:
+            raise
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
             raise DataError(f"{beside / NAME} cannot be read ({error})") from None
     if is_remote(folder):

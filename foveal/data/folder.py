@@ -1,14 +1,16 @@
 """A folder of shards, here or behind a URL, by the same few verbs."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Protocol, TypeVar
 
 from foveal.data.config import is_remote
 from foveal.data.remote import PIECE, Remote
 from foveal.errors import DataError
+from foveal.patience import answered
 
+T = TypeVar("T")
 _PATIENCE = 120.0  # seconds for one request with all its attempts; nobody waits for ranks here
 
 
@@ -30,18 +32,25 @@ def folder_at(place: str) -> Folder:
 
 
 class Local:
-    """A folder of this machine. Errors: DataError, one sentence, where the system says OSError."""
+    """A folder of this machine.
 
-    def __init__(self, folder: str) -> None:
-        self.folder = Path(folder)
+    patience: seconds that a call may stand still. Errors: DataError, one sentence, where the system says OSError;
+    Unreachable where it says nothing. What was opened is read without a limit.
+    """
+
+    def __init__(self, folder: str, patience: float = _PATIENCE) -> None:
+        self.folder, self._patience = Path(folder), patience
 
     def where(self, name: str = "") -> str:
         return str(self.folder / name)
 
     def sizes(self) -> dict[str, int | None]:
-        try:
+        def listed() -> dict[str, int | None]:
             with os.scandir(self.folder) as entries:
                 return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+
+        try:
+            return answered(self.folder, self._patience, listed)
         except OSError as error:
             raise DataError(f"{self.folder}: no folder of shards ({error})") from None
 
@@ -52,9 +61,12 @@ class Local:
         return self._status(name).st_mtime
 
     def read(self, name: str, start: int, stop: int) -> bytes:
-        with self.open(name) as stream:
-            stream.seek(start)
-            return stream.read(stop - start)
+        def asked() -> bytes:
+            with (self.folder / name).open("rb") as stream:
+                stream.seek(start)
+                return stream.read(stop - start)
+
+        return self._of_file(name, asked)
 
     def pieces(self, name: str, size: int) -> Iterator[bytes]:
         with self.open(name) as stream:
@@ -62,16 +74,13 @@ class Local:
                 yield piece
 
     def open(self, name: str) -> IO[bytes]:
-        try:
-            return (self.folder / name).open("rb")
-        except OSError as error:
-            raise self._unread(name, error) from None
+        return self._of_file(name, lambda: (self.folder / name).open("rb"))
 
     def _status(self, name: str) -> os.stat_result:
-        try:
-            return (self.folder / name).stat()
-        except OSError as error:
-            raise self._unread(name, error) from None
+        return self._of_file(name, (self.folder / name).stat)
 
-    def _unread(self, name: str, error: OSError) -> DataError:
-        return DataError(f"{self.where(name)} cannot be read ({error})")
+    def _of_file(self, name: str, call: Callable[[], T]) -> T:
+        try:
+            return answered(self.where(name), self._patience, call)
+        except OSError as error:
+            raise DataError(f"{self.where(name)} cannot be read ({error})") from None

@@ -1,8 +1,9 @@
 """manifest.json: what a data set is. Its shards with their counts and sizes, its classes, its pixel statistics."""
 
 from pathlib import Path
+from tarfile import BLOCKSIZE
 
-from pydantic import ConfigDict, Field, ValidationError, field_validator
+from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.dataclasses import dataclass
 
 from foveal.config import Config
@@ -11,6 +12,7 @@ from foveal.files import write_json
 
 FORMAT = 1
 NAME = "manifest.json"
+_LONGEST = 255 - len(".index")  # bytes of a file's name
 
 
 # Not a Config: 200,000 of them would take three times the memory and the time.
@@ -20,16 +22,23 @@ class Shard:
 
     file: str
     samples: int = Field(ge=1)
-    bytes: int = Field(ge=1)
+    bytes: int = Field(ge=1, le=1 << 53)
     sha256: str | None = Field(default=None, kw_only=True)
     index: str = Field(kw_only=True)
 
     @field_validator("file")
     @classmethod
     def _plain(cls, file: str) -> str:
-        if "/" in file or file in ("", ".", ".."):
+        if "/" in file or "\0" in file or file in ("", ".", "..") or len(file.encode()) > _LONGEST:
             raise ValueError("a shard is a plain file name in the data folder")
         return file
+
+    @field_validator("bytes")
+    @classmethod
+    def _room(cls, size: int, info: ValidationInfo) -> int:
+        if info.data.get("samples", 0) * BLOCKSIZE > size:
+            raise ValueError(f"{size} bytes have no room for {info.data['samples']} samples")
+        return size
 
 
 class Split(Config):

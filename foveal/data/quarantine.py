@@ -1,13 +1,12 @@
 """The list of samples that do not decode: ``quarantine.jsonl`` in the run directory, one line a sample, and its limit."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from foveal.data.batch import Bad
-from foveal.errors import DataError
-from foveal.files import Growing, json_lines, write_whole
+from foveal.errors import CheckpointError, DataError
+from foveal.files import Growing, content_of, json_lines, object_of, write_whole
 
 Entry = dict[str, Any]  # step, split, shard, key, offset, reason
 
@@ -63,8 +62,11 @@ def read_entries(file: Path, step: int) -> list[Entry]:
     """The entries of the steps up to ``step``; the file keeps only these. A line that a kill cut short is left out."""
     if not file.exists():
         return []
-    whole = file.read_text().split("\n")[:-1]  # not splitlines: a key may have other characters that end lines
-    kept = [entry for entry in map(json.loads, whole) if entry["step"] <= step]
+    whole = content_of(file).split(b"\n")[:-1]  # not splitlines: a key may have other characters that end lines
+    entries = [object_of(line, file) for line in whole]
+    if not all(type(entry.get("step")) is int for entry in entries):
+        raise CheckpointError(f"{file} is damaged (an entry is of no step): restore it")
+    kept = [entry for entry in entries if entry["step"] <= step]
     write_whole(file, json_lines(kept))
     return kept
 

@@ -16,6 +16,7 @@ from foveal.data.remote import Remote
 from foveal.data.shardindex import SUFFIX, ShardIndex, check_index, open_index
 from foveal.errors import DataError, Unreachable
 from foveal.files import sha256
+from foveal.patience import answered
 
 _OPEN_SHARDS = 256
 _READ = os.O_RDONLY | os.O_CLOEXEC
@@ -54,11 +55,11 @@ class Reader(Protocol):
 
 
 class LocalReader:
-    """Shards and indices of a folder of this machine."""
+    """Shards and indices of a folder of this machine; ``patience``: seconds that what a plan reads may stand still."""
 
-    def __init__(self, folder: str) -> None:
-        self.folder: Folder = LocalFolder(folder)
-        self._path = Path(folder)
+    def __init__(self, folder: str, patience: float) -> None:
+        self.folder: Folder = LocalFolder(folder, patience)
+        self._path, self._patience = Path(folder), patience
         self._open = _Descriptors()
 
     def read(self, shard: str, offset: int, size: int) -> bytes:
@@ -85,7 +86,14 @@ class LocalReader:
             )
 
     def index(self, shard: Shard) -> ShardIndex:
-        return open_index(self._path / f"{shard.file}{SUFFIX}", shard.index, shard.samples)
+        file = self._path / f"{shard.file}{SUFFIX}"
+
+        def opened() -> ShardIndex:
+            index = open_index(file, shard.index, shard.samples)
+            index.labels.max()  # all labels are here now: what is mapped is not read before it is looked at
+            return index
+
+        return answered(file, self._patience, opened)
 
     def wanted(self, shard: Shard) -> None:
         return None

@@ -20,6 +20,7 @@ import safetensors.numpy
 
 from foveal.errors import DataError
 from foveal.files import write_whole
+from foveal.patience import AWAY
 
 FORMAT = 2
 SUFFIX = ".index"
@@ -99,7 +100,15 @@ class ShardIndex:
             return None
         column = self.fields.index(name)
         size = int(self.sizes[row, column])
-        return None if size < 0 else (int(self.offsets[row, column]), size)
+        if size < 0:
+            return None
+        offset = int(self.offsets[row, column])
+        if not 0 <= offset <= self.bytes - size:
+            raise DataError(
+                f"{self.shard}: the index has '{self.key(row)}.{name}' at byte {offset}, outside of the shard: run `foveal "
+                f"data index` on its folder again"
+            )
+        return offset, size
 
     def digest(self) -> str:
         """sha256 of keys, sizes and labels: what the samples are, not where they lie."""
@@ -191,11 +200,27 @@ def map_index(file: Path) -> tuple[ShardIndex, str]:
             raise DataError(f"{file} has format {about['format']}, this foveal reads {FORMAT}: {_again(file)}")
         arrays = {name: _array(mapped, start, header[name]) for name in _TENSORS}
         known: dict[str, Any] = {name: about[name] for name in (*_ABOUT, "checksum")} | arrays
-        return ShardIndex(fields=tuple(about["fields"]), **known), about["digest"]
+        index = ShardIndex(fields=tuple(about["fields"]), **known)
+        _check_shapes(index)
+        return index, about["digest"]
     except FileNotFoundError:
         raise DataError(f"{file} is missing: {_again(file)}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        if error.errno in AWAY:
+            raise
+        raise DataError(f"{file} cannot be read ({error}): {_again(file)}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(f"{file} is no index of a shard ({error}): {_again(file)}") from None
+
+
+def _check_shapes(index: ShardIndex) -> None:
+    """Whether the arrays of an index are of the samples and fields that it has. Errors: ValueError."""
+    shapes = [getattr(index, name).shape for name in _TENSORS]
+    places = (len(index.labels), len(index.fields))
+    if shapes != [places, places, places[:1], places[:1], (len(index.keys),)]:
+        raise ValueError(f"its arrays have the shapes {shapes}")
+    if type(index.shard) is not str or type(index.bytes) is not int or type(index.note) is not str:
+        raise ValueError("shard and note are text, bytes is a number")
 
 
 def _again(file: Path) -> str:

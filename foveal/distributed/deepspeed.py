@@ -35,8 +35,11 @@ _OURS = {"amp", "bf16", "fp16", "optimizer", "scheduler"}
 def library() -> ModuleType:
     """Import DeepSpeed the way this machine needs it."""
     os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # of a machine without a GPU it would warn in the middle of our sentences
     import deepspeed
 
+    logging.disable(before)
     deepspeed.utils.logger.setLevel(logging.WARNING)
     if not torch.cuda.is_available():
         # A shared-memory all-reduce that DeepSpeed would compile at the first start (25 s, and it dies where ninja or
@@ -68,6 +71,8 @@ def settings(optim: OptimConfig, cfg: EngineConfig, ranks: int, at_once: int, ac
         raise ConfigError(f"engine.deepspeed.{clash[0]} is derived by foveal from its own settings; remove it")
     extra = dict(cfg.deepspeed)
     zero = extra.pop("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise ConfigError(f"engine.deepspeed.zero_optimization: a mapping of settings is expected (given: {zero!r})")
     if "stage" in zero:
         raise ConfigError("engine.deepspeed.zero_optimization.stage is engine.zero; set that")
     _refuse_hidden_states(zero)

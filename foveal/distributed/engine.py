@@ -260,7 +260,12 @@ def check_engine(cfg: EngineConfig, optim: OptimConfig, ranks: int, *, at_once: 
             )
         from foveal.distributed.deepspeed import settings
 
-        settings(optim, cfg, ranks, at_once, accumulate)
+        config = settings(optim, cfg, ranks, at_once, accumulate)
+        if cfg.deepspeed:
+            from foveal.distributed.deepspeedkeys import check_keys
+
+            del config["train_batch_size"]  # DeepSpeed would compare it with the ranks that this process knows of
+            check_keys(config, cfg.deepspeed)
 
 
 def set_products(cfg: EngineConfig) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from foveal.distributed.tcp_store import within
+from foveal.patience import within
 
 # gloo raises plain RuntimeErrors, which name its source files; NCCL's are torch's own classes.
 _GLOO = re.compile(
@@ -25,7 +25,7 @@ _FILES = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
 
 def lost_peer(error: BaseException) -> str | None:
     """A sentence where a collective failed because another rank died or did not come; nothing for any other error."""
-    for each in _chain(error):
+    for each in chain(error):
         if isinstance(each, dist.DistError) or (isinstance(each, RuntimeError) and _GLOO.search(str(each))):
             words = _SOURCE.sub("", str(each).strip()).splitlines() or [type(each).__name__]
             what = words[0].partition(". ")[0].rstrip(".")
@@ -36,7 +36,7 @@ def lost_peer(error: BaseException) -> str | None:
     return None
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def chain(error: BaseException) -> Iterator[BaseException]:
     """An error and what led to it."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:

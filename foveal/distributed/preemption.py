@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +13,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from types import FrameType
 
+from foveal.distributed.launcher_process import Process, launchers
 from foveal.distributed.world import World, job_id
 from foveal.errors import NotRequeued
 
 # USR1: our scripts' warning before the time limit; USR2: submitit's; TERM: Slurm's preemption; INT: Ctrl-C.
 _SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+ORPHANED = "the launcher is gone"  # and with it whoever would start the run again
+_LOOKS = 1.0  # seconds between two looks at the launcher
 _ECHO = 1.0  # seconds in which Slurm may send one signal twice, to the step and to the job
 _PATIENCE = 20.0  # seconds for an answer of scontrol
 NOTICE = "FOVEAL_NOTICE"  # the variable that says what Slurm keeps to itself
@@ -53,25 +57,36 @@ class Preemption:
         return self._world.any(self.again or (left is not None and left < needed))
 
     def go_on_later(self) -> None:
-        """Have one rank ask Slurm for the next start of a run that was saved, unless it was ended by hand, with Ctrl-C.
+        """Have one rank ask Slurm for the next start of a run that was saved, unless it was ended by hand, with Ctrl-C
+        or by the end of its launcher.
 
         Every rank calls it; what one of them heard counts. Errors: NotRequeued where Slurm refuses.
         """
-        by_hand, warned = self._world.most([int(self.heard in each) for each in (("SIGINT",), _WARNINGS)])
+        by_hand, warned = self._world.most([int(self.heard in each) for each in (("SIGINT", ORPHANED), _WARNINGS)])
         if not by_hand:
             self._world.once(lambda: _go_on_later(warned=bool(warned)))
 
 
 @contextmanager
 def listening(world: World) -> Iterator[Preemption]:
-    """Install the handlers, and put back what was there."""
-    preemption = Preemption(world)
+    """Install the handlers, and put back what was there; until then a thread sees to it that the launcher lives."""
+    preemption, over = Preemption(world), threading.Event()
     before = {number: signal.signal(number, preemption.note) for number in _SIGNALS}
+    if known := launchers():
+        threading.Thread(target=_see_to, args=(known, preemption, over), name="launcher", daemon=True).start()
     try:
         yield preemption
     finally:
+        over.set()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _see_to(known: list[Process], preemption: Preemption, over: threading.Event) -> None:
+    while not over.wait(_LOOKS):
+        if any(Process.of(each.pid) != each for each in known):
+            preemption.heard = preemption.heard or ORPHANED
+            return
 
 
 def deaf() -> None:

@@ -14,19 +14,17 @@ import ipaddress
 import logging
 import os
 import socket
-import threading
 import time
-from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 
 from foveal.distributed.identity import RunIdentity
 from foveal.distributed.launcher import Seat, agent_serves, places
 from foveal.errors import Hung, LaunchError, RankConflict, Superseded
+from foveal.patience import within
 
-T = TypeVar("T")
 Place = tuple[str, int]  # host and port
 _LOOKS = 0.5  # seconds between two looks, once the first few were quick
 _CONNECTING = 2.0  # seconds for a connection, where there are several places to look at
@@ -267,27 +265,6 @@ class Lifeline:
     def close(self) -> None:
         """End the connection."""
         self._line.close()
-
-
-def within(seconds: float, call: Callable[[], T]) -> T:
-    """What a call returns or raises, if it comes back in time. Errors: TimeoutError; the call is then left behind."""
-    came: list[T] = []
-    failed: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            came.append(call())
-        except BaseException as error:  # noqa: BLE001 - raised again by who waits
-            failed.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if failed:
-        raise failed[0]
-    if not came:
-        raise TimeoutError(f"no answer within {seconds:g} s")
-    return came[0]
 
 
 def _address() -> tuple[str, int]:

@@ -33,7 +33,7 @@ from typing import IO
 from foveal.distributed.beats import LOST, Beat, Beats
 from foveal.distributed.lost import dump_recorder, lost_peer, record_into
 from foveal.distributed.world import World
-from foveal.errors import Hung
+from foveal.errors import Hung, OutOfMemory
 
 _REMEMBERED = 64  # durations of steps in the running median
 _ALARMS = 10  # looks between two settings of faulthandler's alarm
@@ -100,7 +100,7 @@ class Watch:
         """Who is behind, before an end; the job script hears of a node that alone is to blame."""
         assert self._beats is not None
         said = self._beats.compare()
-        if len(self._beats.suspects) == 1:
+        if len(self._beats.suspects) == 1 and f"ended by {OutOfMemory.__name__}" not in said:  # which any node would
             sys.stderr.write(f"foveal: suspect node {min(self._beats.suspects)}: {said}\n")
         return said
 

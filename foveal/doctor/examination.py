@@ -8,13 +8,13 @@ from typing import Any
 import typer
 
 from foveal.distributed.examine import Meeting, leave, meeting, nodes_of_ranks
-from foveal.distributed.tcp_store import within
 from foveal.doctor import node, run
 from foveal.doctor.finding import Report, kind_of
 from foveal.doctor.table import lines_of
 from foveal.doctor.verdict import judged
 from foveal.door import Stage, load
 from foveal.errors import BadNode, FovealError
+from foveal.patience import within
 from foveal.plan.cli import stage_named
 
 AnyStage = Stage[Any, Any]

@@ -8,25 +8,43 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from foveal import files
+from foveal.errors import CheckpointError
+from foveal.files import object_of
 from foveal.tracking.tracker import Row
 
 _CHUNK = 1 << 18
 
 
 def read_lines(file: Path | int) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines, or of an open one; a last line that a kill cut short did not happen."""
+    """The objects of a file of JSON lines, or of an open one; a last line that a kill cut short did not happen.
+
+    Each is of a step, or of a roll-back to one. Errors: CheckpointError for a line that is no such object.
+    """
     if isinstance(file, Path) and not file.exists():
         return
+    if isinstance(file, Path) and file.is_dir():
+        raise CheckpointError(f"{file} is a folder, and a file is to be there: move it away")
     with open(os.dup(file) if isinstance(file, int) else file, "rb") as stream:  # noqa: PTH123 - or a descriptor
         stream.seek(0)
         for line in stream:
             if line.endswith(b"\n"):
-                yield json.loads(line)
+                yield _checked(object_of(line, _name(file)), _name(file))
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """An object that was written whole; empty where it was not yet."""
-    return json.loads(file.read_text()) if file.exists() else {}
+    return files.read_json(file) if file.exists() else {}
+
+
+def _name(file: Path | int) -> str:
+    return str(file) if isinstance(file, Path) else str(Path(f"/proc/self/fd/{file}").resolve())
+
+
+def _checked(row: dict[str, Any], where: str) -> dict[str, Any]:
+    if type(row.get("step", row.get("to"))) not in (int, float):
+        raise CheckpointError(f"{where} is damaged ({str(row)[:60]} is of no step): restore it")
+    return row
 
 
 def milliseconds(seconds: float) -> int:

@@ -72,6 +72,12 @@ class LongRun:
         return Held(self.torchrun, self.path.parent, after=after, stay=stay)
 
 
+@pytest.fixture
+def new_run(configs: dict[str, Path], tmp_path: Path) -> LongRun:
+    """The long run, not yet started."""
+    return LongRun(configs["pretrain"], tmp_path / "run")
+
+
 @pytest.fixture(scope="session")
 def long_run(configs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> LongRun:
     """The long run under torchrun, never interrupted."""

@@ -10,7 +10,9 @@ LONGEST_FILE = 350
 LONGEST_FUNCTION = 60
 
 # "path" or "path:function", and the reason.
-LARGER: dict[str, str] = {}
+LARGER: dict[str, str] = {
+    "foveal/runtime.py": "what a timetable may ask of a run, in one class; folding two lines of it would hide, not shorten",
+}
 
 FILES = python_files(*PRODUCT, "tests", "benchmarks")
 

@@ -21,13 +21,17 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "foveal.redact": ((), ()),
     "foveal.errors": (("foveal.redact",), ()),
     "foveal.files": (("foveal.errors",), ()),
-    "foveal.config": (("foveal.errors", "foveal.redact"), ("pydantic", "pydantic_core", "yaml")),
+    "foveal.patience": (("foveal.errors",), ()),
+    "foveal.config": (
+        ("foveal.errors", "foveal.patience", "foveal.redact"),
+        ("pydantic", "pydantic_core", "yaml"),
+    ),
     "foveal.seeding": ((), ("numpy", "torch")),
     "foveal.schedule": ((), ()),
     "foveal.scores": ((), ()),
     "foveal.optim": (_CONFIGURED, ("pydantic", "timm", "torch")),
     "foveal.data": (
-        (*_CONFIGURED, "foveal.files", "foveal.seeding"),
+        (*_CONFIGURED, "foveal.files", "foveal.patience", "foveal.seeding"),
         ("numpy", "torch", "torchvision", "PIL", "simplejpeg", "fsspec", "pydantic", "safetensors"),
     ),
     "foveal.data.bar": ((), ("rich",)),
@@ -41,11 +45,13 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "foveal.average_precision": (("foveal.errors",), ("numpy", "pycocotools")),
     "foveal.inspect": (("foveal.models.patches",), ("numpy", "torch", "PIL")),
     "foveal.telemetry": ((), ("torch",)),
+    "foveal.telemetry.profiler": (("foveal.files",), ("torch",)),
+    "foveal.outofmemory": (("foveal.distributed", "foveal.errors", "foveal.stage"), ("torch",)),
     "foveal.distributed": (
-        (*_CONFIGURED, "foveal.checkpoint.pieces", "foveal.files", "foveal.optim"),
-        ("torch", "torch.distributed", "deepspeed", "accelerate"),
+        (*_CONFIGURED, "foveal.checkpoint.pieces", "foveal.files", "foveal.optim", "foveal.patience"),
+        ("torch", "torch.distributed", "deepspeed", "accelerate", "pydantic"),
     ),
-    "foveal.checkpoint": ((*_CONFIGURED, "foveal.files"), ("torch", "safetensors")),
+    "foveal.checkpoint": ((*_CONFIGURED, "foveal.files", "foveal.patience"), ("pydantic", "torch", "safetensors")),
     "foveal.tracking": (
         (
             *_CONFIGURED,
@@ -106,7 +112,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "foveal.scores",
             "foveal.tracking",
         ),
-        (),
+        ("pydantic",),
     ),
     "foveal.runtime": (
         (
@@ -137,6 +143,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "foveal.distributed",
             "foveal.errors",
             "foveal.files",
+            "foveal.outofmemory",
             "foveal.redact",
             "foveal.runtime",
             "foveal.saving",
@@ -152,6 +159,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "foveal.distributed",
             "foveal.loop",
             "foveal.opening",
+            "foveal.outofmemory",
             "foveal.redact",
             "foveal.runtime",
             "foveal.stage",
@@ -201,7 +209,10 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "foveal.summary": (("foveal.errors", "foveal.files"), ("rich",)),
     "foveal.reference": (("foveal.config", *_STAGE_CONFIGS), ("pydantic", "pydantic_core")),
-    "foveal.origin": ((*_CONFIGURED, "foveal.checkpoint", "foveal.data", "foveal.files", "foveal.models"), ("torch",)),
+    "foveal.origin": (
+        (*_CONFIGURED, "foveal.checkpoint", "foveal.data", "foveal.models", "foveal.patience"),
+        ("torch",),
+    ),
     "foveal.teaching": (("foveal.checkpoint", "foveal.models"), ("torch",)),
     **dict.fromkeys(STAGES, (("foveal",), ("torch",))),
     "finetune": (
@@ -209,7 +220,10 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("numpy", "sklearn", "torch"),
     ),  # features of a probe are numpy's files
     "finetune.probeconfig": (("foveal.config",), ("pydantic",)),
-    "slurm": ((*_CONFIGURED, "foveal.stage", "foveal.door", *_STAGE_CONFIGS), ("submitit", "torch", "yaml")),
+    "slurm": (
+        (*_CONFIGURED, "foveal.distributed.launcher_process", "foveal.stage", "foveal.door", *_STAGE_CONFIGS),
+        ("submitit", "torch", "yaml"),
+    ),
 }
 
 # A model knows neither the machine nor the process that it runs in.

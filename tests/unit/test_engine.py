@@ -47,6 +47,8 @@ REFUSED = {
     "another second": (zero(offload_optimizer={"device": "cpu", "super_offload": True}), r"super_offload keeps states"),
     "no norm": (zero(compute_grad_norm=False), r"compute_grad_norm=false: DeepSpeed skips a step by its norm alone"),
     "a stage": (zero(stage=2), r"zero_optimization\.stage is engine\.zero; set that"),
+    "no section": ({"deepspeed": {"zero_optimization": 5}}, r"zero_optimization: a mapping .* \(given: 5\)"),
+    "nothing": ({"deepspeed": {"zero_optimization": None}}, r"zero_optimization: a mapping .* \(given: None\)"),
     "another optimizer": ({"deepspeed": {"zero_force_ds_cpu_optimizer": True}}, r"is derived by foveal"),
 }
 
@@ -92,3 +94,41 @@ def test_a_launcher_that_says_otherwise_is_refused(
     world = World(0, 1, 0, "torchrun", torch.device("cpu"))
     with pytest.raises(LaunchError, match=rf"engine\.sharding is ddp; set engine\.sharding={sharding}, or launch"):
         _accelerator(EngineConfig(kind="accelerate"), world, 1)
+
+
+UNKNOWN: list[tuple[dict[str, Any], str]] = [
+    ({"zero_optimisation": {}}, r"engine\.deepspeed\.zero_optimisation is not a setting .* mean 'zero_optimization'\?"),
+    ({"zero_optimization": {"reduce_bucket_siz": 5}}, r"\.reduce_bucket_siz is not .* mean 'reduce_bucket_size'\?"),
+    ({"zero_optimization": {"offload_optimizer": {"devic": "cpu"}}}, r"offload_optimizer\.devic is not .* 'device'\?"),
+    (
+        {"zero_optimization": {"reduce_bucket_size": "large"}},
+        r"reduce_bucket_size: input should be .* \(given: 'large'\)",
+    ),
+    (
+        {"zero_optimization": {"reduce_bucket_size": -1}},
+        r"reduce_bucket_size: input should be greater .* \(given: -1\)",
+    ),
+    ({"prescale_gradients": None}, r"engine\.deepspeed\.prescale_gradients: true or false is expected \(given: None\)"),
+    ({"gradient_predivide_factor": "two"}, r"gradient_predivide_factor: a number is expected \(given: 'two'\)"),
+    ({"comms_logger": 3}, r"engine\.deepspeed\.comms_logger=3 is not what DeepSpeed takes there \("),
+    ({"flops_profiler": {"enabled": "maybe"}}, r"flops_profiler=.* is not what DeepSpeed takes there"),
+]
+
+
+@pytest.mark.parametrize(("keys", "sentence"), UNKNOWN)
+def test_what_deepspeed_does_not_know_or_take(keys: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        check(deepspeed=keys)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"zero_optimization": {"reduce_bucket_size": 5e8, "offload_optimizer": {"device": "cpu"}}},
+        {"prescale_gradients": True, "gradient_predivide_factor": 2, "communication_data_type": "fp32"},
+        {"comms_logger": {"enabled": True}, "activation_checkpointing": {}, "zero_allow_untested_optimizer": True},
+    ],
+)
+def test_what_deepspeed_takes(keys: dict[str, Any]) -> None:
+    check(deepspeed=keys)

@@ -1,6 +1,7 @@
 """Exports: what goes in comes out, and what is not whole or does not fit is one sentence."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from foveal.checkpoint.export import Card, load_strictly, read_card, read_export, read_head, write_export
-from foveal.errors import ExportError
+from foveal.errors import ExportError, Unreachable
 from foveal.files import sha256
 
 CARD = Card(
@@ -176,6 +177,16 @@ HARM: list[tuple[Callable[[Path], Any], str]] = [
     (retell(mean=...), r"card\.json is not as foveal wrote it \('mean'"),
     (retell(encoder=...), r"card\.json is not as foveal wrote it \(.*encoder"),
     (retell(std=0.5), r"card\.json is not as foveal wrote it"),
+    (retell(mean=["a"]), r"card\.json is not as foveal wrote it \('mean\.0'"),
+    (retell(mean=[float("inf")]), r"card\.json is not as foveal wrote it \('mean\.0'"),
+    (retell(std=[0.0]), r"card\.json is not as foveal wrote it \('std\.0'"),
+    (retell(classes={"a": 1}), r"card\.json is not as foveal wrote it \('classes'"),
+    (retell(encoder=[]), r"card\.json is not as foveal wrote it \('encoder'"),
+    (retell(sha256=None), r"card\.json is not as foveal wrote it \('sha256'"),
+    (retell(resized_from="a"), r"card\.json is not as foveal wrote it \('resized_from"),
+    (retell(head=5), r"card\.json is not as foveal wrote it \('head'"),
+    (lambda folder: (folder / "card.json").write_text("[" * 100_000), r"card\.json cannot be read"),
+    (lambda folder: (folder / "card.json").write_text('\ufeff{"format": 1}'), r"card\.json cannot be read"),
 ]
 
 
@@ -245,3 +256,11 @@ def test_what_does_not_fit_is_listed_and_nothing_is_loaded(change: dict[str, Ten
         load_strictly(module, given, Path("export"), unused=["2.unknown"])
     assert str(caught.value).endswith(sentence)
     assert all(value.equal(before[name]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["card.json", "model.safetensors"])
+def test_what_never_answers_is_left_within_the_patience(name: str, folder: Path) -> None:
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(Unreachable, match=rf"{name} cannot be read \(no answer within 0.2 s\)"):
+        read_export(folder, 0.2)

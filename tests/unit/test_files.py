@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from foveal.files import Growing, dispensable, force, free_bytes, in_gigabytes, room, write_json, write_whole
+from foveal.errors import CheckpointError
+from foveal.files import Growing, dispensable, force, free_bytes, in_gigabytes, read_json, room, write_json, write_whole
 
 
 def refusing(code: int) -> Callable[[int], None]:
@@ -136,3 +137,20 @@ def test_what_a_run_can_do_without_is_let_go_on_a_full_disk_only(caplog) -> None
     assert caplog.messages == ["a picture is not written: quota"]
     with pytest.raises(PermissionError), dispensable("a picture"):
         raise OSError(errno.EACCES, "not yours")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"5", b'"a"', b'{"a":', b"[" * 100_000, b"\xff\xfe", b"\xef\xbb\xbf\xff"]
+)
+def test_what_is_no_object_is_one_sentence(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "science.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"science\.json is damaged \(") as caught:
+        read_json(tmp_path / "science.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_has_the_name_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "job.json").mkdir()
+    for use in (read_json, lambda file: write_whole(file, b"{}")):
+        with pytest.raises(CheckpointError, match=r"job\.json is a folder, and a file is to be there"):
+            use(tmp_path / "job.json")

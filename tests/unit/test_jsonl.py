@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from points import row
 
+from foveal.errors import CheckpointError
 from foveal.tracking.jsonl import Jsonl, read_rows
 from foveal.tracking.tracker import State
 
@@ -146,3 +147,10 @@ def test_any_other_trouble_with_the_disk_is_not_hidden(tmp_path: Path, monkeypat
             tracker.rows([row(1)])
     tracker.close("failed")
     assert read_rows(tmp_path / "metrics.jsonl") == [row(1)]
+
+
+@pytest.mark.parametrize("line", ["5", "{}", '{"step": "a"}', "[" * 100_000, "\x00"])
+def test_a_damaged_row_is_one_sentence(line: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n')
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl is damaged \("):
+        read_rows(tmp_path / "metrics.jsonl")

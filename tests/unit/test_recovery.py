@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from foveal.errors import Diverged
+from foveal.errors import CheckpointError, Diverged
 from foveal.recovery import Recovery, RecoveryConfig, read_journal
 
 
@@ -59,3 +59,18 @@ def test_one_rank_writes(tmp_path: Path) -> None:
         recovery.go_back(0, writes=writes)
     lines = (tmp_path / "rollbacks.jsonl").read_text().splitlines()
     assert [json.loads(line)["refused"] for line in lines] == [[1]]
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "5", '{"to": 3}', '{"batches": "all"}', '{"batches": ["a"]}', "[" * 100_000, "\x00"]
+)
+def test_a_damaged_journal_is_one_sentence(text: str, tmp_path: Path) -> None:
+    (tmp_path / "rollbacks.jsonl").write_text(text + "\n")
+    with pytest.raises(CheckpointError, match=r"rollbacks\.jsonl is damaged"):
+        read_journal(tmp_path)
+
+
+def test_a_folder_in_place_of_the_journal(tmp_path: Path) -> None:
+    (tmp_path / "rollbacks.jsonl").mkdir()
+    with pytest.raises(CheckpointError, match=r"rollbacks\.jsonl is a folder"):
+        read_journal(tmp_path)

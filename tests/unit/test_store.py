@@ -302,3 +302,18 @@ def test_two_ranks_go_on_from_one_and_one_from_two(two_ranks: Ranks, one_rank: R
     assert one_rank.call(_load, tmp_path) == [({10.0}, 10)]
     one_rank.call(_save, tmp_path, 20)
     assert two_ranks.call(_load, tmp_path) == [({20.0}, 20)] * 2
+
+
+def test_other_science_says_what_can_be_done(tmp_path: Path) -> None:
+    was, now = {"epochs": 4, "init": None}, {"epochs": 6, "init": None}
+    sentence = (
+        r"other science: epochs \(was 4, is 6\); set it back, or start anew with another run\.dir or run\.fresh=true"
+    )
+    with pytest.raises(CheckpointError, match=rf"{sentence}$"):
+        check_same_science(was, now, tmp_path)
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "card.json").touch()
+    with pytest.raises(CheckpointError, match=rf"{sentence}; init={tmp_path}/export gives the new run the weights"):
+        check_same_science(was, now, tmp_path)
+    with pytest.raises(CheckpointError, match=r"holds no settings of the run"):
+        check_same_science(["epochs"], now, tmp_path)  # pyright: ignore[reportArgumentType]

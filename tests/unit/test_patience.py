@@ -1,0 +1,46 @@
+"""A read that stands still is left behind; one that goes on is waited for, however long it takes."""
+
+import errno
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from foveal.errors import Unreachable
+from foveal.patience import answered, within
+
+
+def test_what_a_call_returns_and_raises_is_ours() -> None:
+    assert within(5, lambda: threading.current_thread() is not threading.main_thread())
+    with pytest.raises(ZeroDivisionError):
+        within(5, lambda: 1 // 0)
+
+
+def test_what_never_answers_is_named(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "manifest.json")
+    began = time.monotonic()
+    with pytest.raises(Unreachable, match=rf"{pipe} cannot be read \(no answer within 0.2 s\): see that its storage"):
+        answered(pipe, 0.2, pipe.read_bytes)
+    assert time.monotonic() - began < 5
+    assert all(thread.daemon for thread in threading.enumerate() if thread.name == "foveal-read")
+
+
+def test_slow_storage_is_waited_for() -> None:
+    def slow() -> int:
+        end = time.monotonic() + 0.6
+        return sum(1 for _ in iter(lambda: time.monotonic() < end, False))
+
+    assert within(0.2, slow) > 0
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.ESTALE, Unreachable), (errno.EIO, Unreachable), (errno.ENOENT, OSError)]
+)
+def test_storage_that_says_it_is_away(number: int, kind: type[Exception], tmp_path: Path) -> None:
+    def read() -> None:
+        raise OSError(number, os.strerror(number))
+
+    with pytest.raises(kind):
+        answered(tmp_path, 5, read)
