@@ -326,12 +326,12 @@ def _numbers(names: list[str], pattern: re.Pattern[str]) -> list[int]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """A file of ours; empty where there is none."""
-    text = _content(file)
+    """A file of ours; empty where there is none, or something else."""
     try:
-        return json.loads(text) if text else {}
-    except ValueError:
+        tree = json.loads(_content(file) or b"{}")
+    except (ValueError, RecursionError):
         return {}
+    return tree if isinstance(tree, dict) else {}
 
 
 def _content(file: Path) -> bytes:
