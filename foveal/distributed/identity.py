@@ -39,6 +39,11 @@ class RunIdentity:
         """Names the run in the store: ranks with another key read and write other words."""
         return hashlib.sha256(self.text().encode()).hexdigest()[:16]
 
+    @property
+    def launcher_starts_all(self) -> bool:
+        """Whether a launcher has started every rank: one that is missing comes late, and nobody came in its place."""
+        return "launcher" not in self.launch
+
     def text(self) -> str:
         """The identity for the store."""
         return json.dumps(asdict(self), sort_keys=True, default=str)

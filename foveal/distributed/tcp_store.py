@@ -215,9 +215,11 @@ def _own_store(host: str, port: int, here: Seat, run: RunIdentity, left: float, 
         raise Superseded(f"{host}:{port} is where a later attempt of this job meets; this rank is of an earlier one")
     if kinship == "older" or (kinship == "stranger" and not alone):
         return None
-    # The run that meets here may miss the rank that this one was started instead of.
-    said = f"rank {here.rank} of {run}, on {socket.gethostname()}"
-    store.set(f"foveal/{owner.key}/stranger", said)
+    if (
+        kinship == "sibling" or not owner.launcher_starts_all
+    ):  # the run that meets here may miss the rank that came as this
+        said = f"rank {here.rank} of {run}, on {socket.gethostname()}"
+        store.set(f"foveal/{owner.key}/stranger", said)
     raise RankConflict(
         f"{host}:{port} is where the ranks of {owner} meet, and rank {here.rank} is of {run}: {run.differences(owner)}; "
         f"give each run a MASTER_PORT of its own, and all ranks of a run the same settings"

@@ -5,6 +5,7 @@ import itertools
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -124,6 +125,17 @@ def test_a_stranger_does_not_end_a_run_whose_ranks_come(address, pool) -> None:
     late = list(pool.map(come, (1, 2), [a_run(3)] * 2))
     assert isinstance(stranger, RankConflict)
     assert all(isinstance(each, dist.Store) for each in (first.result(), *late))
+
+
+def test_a_stranger_takes_no_time_from_ranks_that_a_launcher_has_started(
+    address, pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rendezvous, "_GRACE", 0.1)
+    first = pool.submit(come, 0, an_attempt(2))
+    assert isinstance(come(1, a_run(2)), RankConflict)
+    time.sleep(1)
+    assert isinstance(come(1, an_attempt(2)), dist.Store)
+    assert isinstance(first.result(), dist.Store)
 
 
 def test_two_runs_at_one_address_never_mix(address, pool) -> None:
