@@ -1,7 +1,11 @@
 # make demo    the whole pipeline on real digits, from nothing: about five minutes on two cores after the install
-# make test    the tests                      make test PYTEST='-x tests/unit'
+# make test    what a change can break: every promise once, at most 12 minutes on two idle cores
+#              make test PYTEST='-x tests/unit'
+# make test-rest       the tests that are marked thorough
+# make test-all        both, at most 30 minutes
+# make test-durations  both, and what each file took into tests/durations.json
 # make ui      MLflow's page on what was run  make ui PORT=5001
-# make check   lint, format, types, tests
+# make check   lint, format, types, make test
 # make chaos   disturb a run on a real Slurm with many faults, and compare it with one left alone: minutes
 # make docs    docs/configuration.md from the code
 # make clean   remove what the demo, the tests and the install made
@@ -14,7 +18,7 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test ui check chaos docs clean interpreter
+.PHONY: help demo test test-rest test-all test-durations ui check chaos docs clean interpreter
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -36,8 +40,11 @@ demo: $(VENV)/.installed
 	$(BIN)/python slurm/submit.py configs/pipelines/demo.yaml --cluster local; \
 	$(BIN)/python -m foveal.summary runs/demo --since $$since
 
-test: $(VENV)/.installed-test
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q --durations=10 -n $(WORKERS) $(PYTEST)
+test: TIER := -m 'not thorough'
+test-rest: TIER := -m thorough
+test-durations: TIER := --write-durations
+test test-rest test-all test-durations: $(VENV)/.installed-test
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q --durations=10 -n $(WORKERS) $(TIER) $(PYTEST)
 
 ui: $(VENV)/.installed
 	@[ -f runs/mlflow.db ] || { echo "make ui: nothing was run yet (no runs/mlflow.db); run make demo first" >&2; exit 2; }

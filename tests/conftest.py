@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from ranks import Ranks, stage_named
-from xdist.scheduler import LoadScopeScheduling
+from tiers import Recording, Sharing
 
 from foveal.data.pack import pack_digits
 
@@ -16,20 +15,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--regolden", action="store_true", help="rewrite tests/numerics/golden/*.json; review the diff like code"
     )
+    parser.addoption("--write-durations", action="store_true", help="write tests/durations.json from this run")
 
 
-class ByFile(LoadScopeScheduling):
-    """With ``-n``: the tests of a file stay together and share its fixtures; all that need a Slurm share a process."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        return "slurm" if file.startswith(("tests/cluster/", "tests/chaos/")) else file
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
-    # In their order, not the largest files first: what needs a Slurm waits most, and would be left alone at the end.
-    config.option.loadscopereorder = False
-    return ByFile(config, log)
+def pytest_configure(config: pytest.Config) -> None:
+    if config.pluginmanager.hasplugin("xdist"):
+        config.pluginmanager.register(Sharing())
+    if config.getoption("--write-durations") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Recording())
 
 
 @pytest.fixture(scope="session")

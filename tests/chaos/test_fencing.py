@@ -15,7 +15,7 @@ from verdict import compare
 from foveal.attempts import Told
 from foveal.errors import Superseded
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.thorough, pytest.mark.slow, pytest.mark.timeout(900)]
 _EPOCHS = 2
 _STEPS = _EPOCHS * STEPS_PER_EPOCH
 _PACE = 0.1  # seconds more for each of a step's four micros: an attempt that looks every 5 s must not be done by then

@@ -52,6 +52,7 @@ def is_down(cluster: Cluster, node: str) -> None:
     cluster.until(lambda: "down" in cluster.state(node), f"{node} is down", timeout=90)
 
 
+@pytest.mark.thorough
 def test_a_node_without_power_has_no_processes_and_the_job_is_requeued(cluster: Cluster, lasting: str) -> None:
     node = cluster.nodes[1]
     cluster.machines.crash(node)
@@ -60,6 +61,7 @@ def test_a_node_without_power_has_no_processes_and_the_job_is_requeued(cluster: 
     cluster.until(lambda: cluster.job(lasting)["Restarts"] == "1", "the job is requeued")
 
 
+@pytest.mark.thorough
 def test_a_killed_slurmd_leaves_its_ranks_to_go_on(cluster: Cluster, lasting: str) -> None:
     node = cluster.nodes[1]
     cluster.machines.kill_slurmd(node)
@@ -69,6 +71,7 @@ def test_a_killed_slurmd_leaves_its_ranks_to_go_on(cluster: Cluster, lasting: st
     assert {each.environment["SLURMD_NODENAME"] for each in cluster.orphans()} == {node}
 
 
+@pytest.mark.thorough
 def test_a_cut_node_goes_on_alone_until_it_is_healed(cluster: Cluster, lasting: str) -> None:
     if cluster.kind is not Kind.WIRED:
         pytest.skip("no network namespaces here: nodes share the machine's network")

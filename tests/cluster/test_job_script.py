@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from harness import Cluster
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.thorough, pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parents[2]
 RESOURCES = {"nodes": "2", "ntasks-per-node": "2", "cpus-per-task": "1", "gpus-per-node": "0", "job-name": "stand-in"}

@@ -46,14 +46,25 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def alone(cluster: Cluster, checkout: Path) -> Path:
-    """The same pipeline in one process a stage, on this machine; the folder of its runs."""
-    (checkout / "alone.yaml").write_text(PIPELINE)
-    processes = [f"{name}.run.processes=1" for name in ("first", "second", "third")]
+def in_one_process(cluster: Cluster, checkout: Path, text: str, *stages: str) -> Path:
+    """A pipeline in one process a stage, on this machine; the folder of its runs."""
+    (checkout / "alone.yaml").write_text(text)
+    processes = [f"{name}.run.processes=1" for name in stages]
     submit = (sys.executable, "slurm/submit.py", "alone.yaml", "--cluster=local", *processes)
     cluster.run(*submit, cwd=checkout, env=ONE_THREAD, timeout=600)
     return checkout / "runs/alone"
+
+
+@pytest.fixture(scope="module")
+def first_alone(cluster: Cluster, checkout: Path) -> Path:
+    """The pipeline's first stage."""
+    return in_one_process(cluster, checkout, PIPELINE.partition("- name: second")[0], "first") / "first"
+
+
+@pytest.fixture(scope="module")
+def alone(cluster: Cluster, checkout: Path, first_alone: Path) -> Path:
+    """The whole pipeline, whose first stage is finished already."""
+    return in_one_process(cluster, checkout, PIPELINE, "first", "second", "third")
 
 
 def curve(run: Path) -> list[list[float]]:
@@ -82,7 +93,9 @@ def jobs_of(said: str) -> dict[str, str]:
     return {name: job for job, name in re.findall(r"^(\d+) (\w+)", said, re.MULTILINE)}
 
 
-def test_an_interrupted_sbatch_goes_on_and_ends_like_one_process(cluster: Cluster, checkout: Path, alone: Path) -> None:
+def test_an_interrupted_sbatch_goes_on_and_ends_like_one_process(
+    cluster: Cluster, checkout: Path, first_alone: Path
+) -> None:
     """The nodes are examined, then trained on. USR1 is what Slurm sends before the time limit: every rank saves, and the
     job requeues itself and resumes.
     """
@@ -98,9 +111,10 @@ def test_an_interrupted_sbatch_goes_on_and_ends_like_one_process(cluster: Cluste
     assert re.search(r"resumed from \S+step-\d+", cluster.output(job))
     assert cluster.output(job).count("all-reduce among 4 ranks: right") == 2, "the nodes are examined before each start"
     assert_four_ranks_on_two_nodes(run, cluster)
-    assert_same_curve(run, alone / "first")
+    assert_same_curve(run, first_alone)
 
 
+@pytest.mark.thorough
 def test_a_cancelled_job_stays_cancelled(cluster: Cluster, checkout: Path) -> None:
     """scancel sends the SIGTERM that preemption sends too; Slurm would requeue a cancelled job that asks for it."""
     resources = [f"--{name}={value}" for name, value in (FOUR_RANKS | {"nodes": "1"}).items()]
@@ -112,6 +126,7 @@ def test_a_cancelled_job_stays_cancelled(cluster: Cluster, checkout: Path) -> No
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0"), cluster.output(job)
 
 
+@pytest.mark.thorough
 def test_submit_chains_three_jobs_like_one_process(cluster: Cluster, checkout: Path, alone: Path) -> None:
     (checkout / "four.yaml").write_text(PIPELINE)
     resources = [f"slurm.{name}={value}" for name, value in FOUR_RANKS.items()]
@@ -128,6 +143,7 @@ def test_submit_chains_three_jobs_like_one_process(cluster: Cluster, checkout: P
     assert min(started["second"], started["third"]) >= cluster.job(jobs["first"])["EndTime"]
 
 
+@pytest.mark.thorough
 def test_missing_shards_are_one_sentence_and_cancel_what_waits(cluster: Cluster, checkout: Path) -> None:
     (checkout / "missing.yaml").write_text(PIPELINE)
     resources = [f"slurm.{name}={value}" for name, value in FOUR_RANKS.items()]

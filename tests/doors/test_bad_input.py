@@ -266,6 +266,7 @@ def test_a_real_process(configs, tmp_path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_two_ranks_say_it_once(configs, tmp_path) -> None:
     settings = [configs["pretrain"], "batch.images=63", "data.lanes=7"]

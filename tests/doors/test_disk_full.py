@@ -76,6 +76,7 @@ def command(config: Path, run: Path, *settings: str) -> str:
     return " ".join(f"'{word}'" for word in words)
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_a_run_fills_its_disk_and_goes_on(disk: Path, configs: dict[str, Path], tmp_path: Path) -> None:
     """All checkpoints are kept until the disk is full; then its user makes room, and starts it again."""
@@ -99,6 +100,7 @@ def test_a_run_fills_its_disk_and_goes_on(disk: Path, configs: dict[str, Path], 
     assert column(rows_of(kept), "loss") == column(rows_of(tmp_path / "alone"), "loss")
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_a_run_of_two_ranks_loses_nothing_to_a_full_disk(disk: Path, configs: dict[str, Path], tmp_path: Path) -> None:
     """All that it writes beside its checkpoints lies on the disk too: rows, ledger, stragglers, pictures, last words."""
@@ -130,6 +132,7 @@ def test_a_run_of_two_ranks_loses_nothing_to_a_full_disk(disk: Path, configs: di
     ]
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_a_disk_too_small_for_one_checkpoint_is_one_sentence(disk: Path, configs: dict[str, Path]) -> None:
     done = on_a_disk_of("200k", disk, [command(configs["pretrain"], disk / "run")])

@@ -70,8 +70,10 @@ def reference(one_rank: Ranks, configs, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.mark.parametrize(
     "options",
-    [("--config_file", "configs/accelerate/cpu2.yaml"), ("--multi_gpu", "--num_processes", "2")],
-    ids=["config file", "multi_gpu"],
+    [
+        pytest.param(("--config_file", "configs/accelerate/cpu2.yaml"), id="config file"),
+        pytest.param(("--multi_gpu", "--num_processes", "2"), id="multi_gpu", marks=pytest.mark.thorough),
+    ],
 )
 def test_accelerate_starts_two_ranks_that_talk(options: Sequence[str], reference, configs, tmp_path) -> None:
     settings = [configs["finetune"], f"run.stop_at={_STEPS}", f"run.dir={tmp_path / 'run'}", "tracking.uri=null"]
@@ -97,6 +99,7 @@ def run_of(folder: Path) -> Path:
     return file.parent
 
 
+@pytest.mark.thorough
 def test_a_bare_launch_packs_the_digits_and_trains_from_scratch(elsewhere) -> None:
     folder, done = elsewhere
     assert done.code == 0, done.err
@@ -108,6 +111,7 @@ def test_a_bare_launch_packs_the_digits_and_trains_from_scratch(elsewhere) -> No
     assert (folder / "runs" / "mlflow.db").exists()
 
 
+@pytest.mark.thorough
 def test_a_bare_start_takes_the_demos_encoder(
     elsewhere,
     own_environment,

@@ -20,7 +20,7 @@ from processes import PYTHON, Started, ended
 from foveal.data.audit import audit, read_record
 from foveal.tracking.jsonl import read_rows
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.thorough, pytest.mark.slow, pytest.mark.timeout(900)]
 
 _STEPS, _BATCH = 110, 512  # an epoch has 97 steps: the last kill finds some runs in the second
 _KILLS = ((12, 40), (45, 70), (75, 105))  # steps between which a run is killed

@@ -86,7 +86,10 @@ def lost(ended: Ended, rank: int) -> bool:
 
 @pytest.mark.parametrize(
     ("victim", "words"),
-    [(0, "the store of the ranks, on the node of rank 0, is gone"), (1, r"rank 1 on \S+ in step \d+: ")],
+    [
+        pytest.param(0, "the store of the ranks, on the node of rank 0, is gone", marks=pytest.mark.thorough),
+        (1, r"rank 1 on \S+ in step \d+: "),
+    ],
 )
 def test_a_killed_rank_ends_the_others(ranks, victim: int, words: str) -> None:
     ranks.start(3, "none", victim)
@@ -97,6 +100,7 @@ def test_a_killed_rank_ends_the_others(ranks, victim: int, words: str) -> None:
     assert re.search(words, ranks.log(1 - victim))
 
 
+@pytest.mark.thorough
 def test_under_torchrun_a_killed_rank_leaves_no_process(tmp_path: Path) -> None:
     command = ["torchrun", "--standalone", "--nproc-per-node=2", SCRIPT, tmp_path, str(TIMEOUT), "none", "1"]
     started = Started(command, tmp_path)
@@ -107,6 +111,7 @@ def test_under_torchrun_a_killed_rank_leaves_no_process(tmp_path: Path) -> None:
     assert not [pid for pid in found.values() if psutil.pid_exists(pid)]
 
 
+@pytest.mark.thorough
 def test_a_stopped_rank_is_named_by_the_others_and_ends_when_it_goes_on(ranks) -> None:
     ranks.start(3, "none", 1)
     ranks.signal(1, signal.SIGSTOP, after=50)
@@ -122,6 +127,7 @@ def test_a_stopped_rank_is_named_by_the_others_and_ends_when_it_goes_on(ranks) -
     assert ranks.ended(1).code in {Hung.exit_code, 1}  # its own collective, or faulthandler's alarm
 
 
+@pytest.mark.thorough
 def test_where_rank_0_is_stopped_its_store_is_too(ranks) -> None:
     ranks.start(2, "none", 0)
     ranks.signal(0, signal.SIGSTOP, after=50)
@@ -134,7 +140,7 @@ def test_where_rank_0_is_stopped_its_store_is_too(ranks) -> None:
     assert ranks.ended(0).code in {Hung.exit_code, 1}
 
 
-@pytest.mark.parametrize("how", ["loop", "sleep"])
+@pytest.mark.parametrize("how", [pytest.param("loop", marks=pytest.mark.thorough), "sleep"])
 def test_a_rank_that_hangs_by_itself_is_named_and_ended(ranks, how: str) -> None:
     ranks.start(2, how, 1)
     assert lost(ranks.ended(0), 0), ranks.log(0)
@@ -147,6 +153,7 @@ def test_a_rank_that_hangs_by_itself_is_named_and_ended(ranks, how: str) -> None
     assert re.match(r"rank 1 on \S+: nothing moved for 12 s, in step 200: data", ranks.why(1))
 
 
+@pytest.mark.thorough
 def test_a_call_that_lets_no_python_run_is_named_and_ended(ranks) -> None:
     ranks.start(2, "hold", 1)
     assert lost(ranks.ended(0), 0), ranks.log(0)
@@ -155,6 +162,7 @@ def test_a_call_that_lets_no_python_run_is_named_and_ended(ranks) -> None:
     assert re.search(r"Timeout \(0:.*in fail\n", ranks.log(1), re.DOTALL), "the stacks say where"
 
 
+@pytest.mark.thorough
 def test_a_rank_that_raises_keeps_its_traceback_and_ends_the_others(ranks) -> None:
     ranks.start(2, "raise", 1)
     assert lost(ranks.ended(0), 0), ranks.log(0)
@@ -163,6 +171,7 @@ def test_a_rank_that_raises_keeps_its_traceback_and_ends_the_others(ranks) -> No
     assert "ValueError: a mistake in the code" in ended.err
 
 
+@pytest.mark.thorough
 def test_a_late_rank_is_named_and_nothing_ends(ranks) -> None:
     ranks.start(2, "late", 1, timeout=10 * TIMEOUT)
     for rank in (0, 1):
@@ -173,6 +182,7 @@ def test_a_late_rank_is_named_and_nothing_ends(ranks) -> None:
         assert int(told[1]) >= 3, "it slept 8 s; looks are counted, and on a busy machine there are fewer of them"
 
 
+@pytest.mark.thorough
 def test_a_rank_that_never_comes_is_a_sentence_on_those_that_did(ranks) -> None:
     ranks.start(3, "absent", 0, absent=1)
     for rank in (0, 2):

@@ -13,7 +13,11 @@ from foveal import summary
 from foveal.checkpoint.export import load_strictly, read_export
 from foveal.models.vit import encoder_from_card
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # of real processes, each several seconds
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+]  # of real processes, each several seconds
 
 ARMS, RATES, SEEDS = ("scratch", "pretrained"), ("0.01", "0.04"), (3, 4)
 STAGES = ("pretrain", "distill", "finetune")

@@ -120,6 +120,7 @@ def test_a_node_by_itself_is_fine(digits_config, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".foveal-doctor*"))
 
 
+@pytest.mark.thorough
 def test_settings_that_are_wrong_everywhere(digits_config, tmp_path: Path) -> None:
     job = Job(2, tmp_path)
     for rank in range(2):
@@ -130,6 +131,7 @@ def test_settings_that_are_wrong_everywhere(digits_config, tmp_path: Path) -> No
     assert "bad nodes" not in done[0].out
 
 
+@pytest.mark.thorough
 def test_torchrun_finds_two_ranks_fine(digits_config, tmp_path: Path) -> None:
     launcher = ["torchrun", "--standalone", "--nproc-per-node=2", "-m", "foveal.cli"]
     done = ended([*launcher, *digits_config, "--slowest", "0.05"], tmp_path)
@@ -138,6 +140,7 @@ def test_torchrun_finds_two_ranks_fine(digits_config, tmp_path: Path) -> None:
     assert len(done.out.splitlines()) == 3  # rank 0 alone speaks
 
 
+@pytest.mark.thorough
 def test_a_slow_rank_is_named(tmp_path: Path) -> None:
     job = Job(2, tmp_path)
     job.start(0, "doctor", before=("nice", "-n", "-5"))  # where it may be: other work must not slow it down as well
@@ -162,6 +165,7 @@ def test_a_disk_that_takes_nothing_on_one_node(digits_config, tmp_path: Path) ->
     assert f"node1: {tmp_path} is full, or over a quota or limit" in done[0].out
 
 
+@pytest.mark.thorough
 def test_a_small_shared_memory(tmp_path: Path) -> None:
     private = ["unshare", "--mount", "sh", "-c"]
     if subprocess.run([*private, "true"], capture_output=True, check=False).returncode:
@@ -173,6 +177,7 @@ def test_a_small_shared_memory(tmp_path: Path) -> None:
     assert last_line(done) == f"bad nodes: {socket.gethostname()}"
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_ranks_that_stop_or_never_come_are_named(tmp_path: Path) -> None:
     """Three ranks: one works, one stands still as soon as it has begun, one is never started."""

@@ -97,6 +97,7 @@ def test_a_signal_after_the_end_changes_nothing(attempts) -> None:
         assert attempt.ended.code == 0, attempt.ended.err
 
 
+@pytest.mark.thorough
 def test_ctrl_c_on_one_rank_ends_both(long_run, tmp_path: Path) -> None:
     """A person asks, of whichever rank: both save, neither asks Slurm for another start, and nobody waits for that."""
     run = replace(long_run, path=tmp_path / "run")
@@ -112,6 +113,7 @@ def test_ctrl_c_on_one_rank_ends_both(long_run, tmp_path: Path) -> None:
     assert (run.path / "checkpoints" / "step-00000005-attempt-0001").is_dir()
 
 
+@pytest.mark.thorough
 def test_ctrl_c_of_a_local_pipeline(pipeline) -> None:
     """Its stage of two processes saves and leaves, nothing after it starts, and the same command goes on."""
     assert pipeline.interrupted.code == 128 + signal.SIGINT
@@ -123,6 +125,7 @@ def test_ctrl_c_of_a_local_pipeline(pipeline) -> None:
     assert column(rows_of(pipeline.runs / "pretrain"), "step") == list(range(1, 89))
 
 
+@pytest.mark.thorough
 def test_a_pipeline_that_was_interrupted_has_the_curve_of_one_that_was_not(pipeline, long_run) -> None:
     ours, theirs = rows_of(pipeline.runs / "pretrain"), rows_of(long_run.path)
     assert column(ours, "loss") == column(theirs, "loss")

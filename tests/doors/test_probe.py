@@ -4,10 +4,12 @@ import json
 import warnings
 from pathlib import Path
 
+import pytest
 import yaml
 from processes import ROOT, ended
 
 
+@pytest.mark.thorough
 def test_probes_are_one_command(configs: dict[str, Path], tmp_path: Path) -> None:
     tree = yaml.safe_load(configs["finetune"].read_text())
     told = {name: tree[name] for name in ("seed", "data", "batch", "init")}

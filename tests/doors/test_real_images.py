@@ -80,6 +80,7 @@ def first_steps(stage: str, config: str, run: Path, ranks: Ranks, *overrides: st
     return rows
 
 
+@pytest.mark.thorough
 def test_cifar10_is_indexed_whole(cifar10: Path) -> None:
     manifest = read_manifest(cifar10)
     assert {name: split.samples for name, split in manifest.splits.items()} == {"train": 50_000, "val": 10_000}
@@ -93,6 +94,7 @@ def test_imagenette_is_indexed_elsewhere(imagenette: Path, images: Path) -> None
     assert not list((images / "imagenette224").glob("*.index"))
 
 
+@pytest.mark.thorough
 def test_pretraining_on_cifar10(cifar10: Path, one_rank: Ranks, tmp_path) -> None:
     small = (f"data.path={cifar10}", "model.depth=2", "decoder.depth=1")
     rows = first_steps("pretrain", "cifar10", tmp_path / "run", one_rank, *small)
@@ -107,12 +109,14 @@ def test_pretraining_on_imagenette(imagenette: Path, images: Path, one_rank: Ran
     assert list((tmp_path / "run" / "pictures").glob("*.png"))
 
 
+@pytest.mark.thorough
 def test_finetuning_on_cifar10(cifar10: Path, one_rank: Ranks, tmp_path) -> None:
     scratch = ("init=null", "model={name: vit_tiny_patch16_224, patch: 2, depth: 2}", f"data.path={cifar10}")
     rows = first_steps("finetune", "cifar10", tmp_path / "run", one_rank, *scratch, "evaluate_every=0")
     assert rows[0]["loss"] == pytest.approx(2.303, abs=0.05)  # ten classes, and a head that starts indifferent
 
 
+@pytest.mark.thorough
 def test_finetuning_on_imagenette(imagenette: Path, images: Path, one_rank: Ranks, tmp_path) -> None:
     scratch = ("init=null", "model={name: vit_small_patch16_224, depth: 2}")
     place = (f"data.path={images}/imagenette224", f"data.index={imagenette}")

@@ -32,7 +32,9 @@ def losses(rows: list[dict[str, float]]) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
-@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize(
+    "machine", [pytest.param(each, marks=() if each == "ddp" else pytest.mark.thorough) for each in MACHINES]
+)
 def test_a_network_with_batch_norm_goes_on_where_it_stopped(
     machine: str, configs: dict[str, Path], one_rank: Ranks, two_ranks: Ranks, tmp_path: Path
 ) -> None:
@@ -78,6 +80,7 @@ def test_an_evaluation_is_by_one_model(sharding: str, two_ranks: Ranks) -> None:
     assert met == met_too == first
 
 
+@pytest.mark.thorough
 def test_a_network_without_batch_norm_has_one_curve(
     configs: dict[str, Path], one_rank: Ranks, two_ranks: Ranks, tmp_path: Path
 ) -> None:
@@ -90,6 +93,7 @@ def test_a_network_without_batch_norm_has_one_curve(
     assert losses(shared) == pytest.approx(losses(alone), rel=1e-5)
 
 
+@pytest.mark.thorough
 def test_fine_tuning_goes_on_from_a_student_that_is_a_backbone(
     configs: dict[str, Path], one_rank: Ranks, two_ranks: Ranks, tmp_path: Path
 ) -> None:

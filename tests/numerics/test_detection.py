@@ -12,11 +12,8 @@ from safetensors.torch import load_file
 STAGE = stage_named("finetune")
 ROWS = ("step", "loss", "class_loss", "box_loss", "centre_loss", "grad_norm")
 MEASURED = ("map", "map_50", "map_75", "loss", "ap_light", "ap_dark")
-MACHINES = {
-    "accumulated": ("one", "engine.kind=plain", "batch.at_once=4"),
-    "ddp": ("two", "engine.kind=accelerate", "batch.at_once=4"),
-    "fsdp2": ("two", "engine.kind=accelerate", "engine.sharding=fsdp2"),
-}
+# That the parts of a batch add up: test_splits.py.
+FSDP2 = ("engine.kind=accelerate", "engine.sharding=fsdp2", "batch.at_once=4")
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +49,16 @@ def rows_of(run: Path, *names: str) -> list[list[float]]:
     return [[row[name] for name in names] for row in rows if all(name in row for name in names)]
 
 
-@pytest.mark.parametrize("machine", MACHINES)
-def test_one_curve(machine: str, config: Path, whole: Path, one_rank: Ranks, two_ranks: Ranks, tmp_path: Path) -> None:
+def test_one_curve(config: Path, whole: Path, two_ranks: Ranks, tmp_path: Path) -> None:
     """A quarter of the images have no box: a rank or a micro may hold only such."""
-    ranks, *words = MACHINES[machine]
-    {"one": one_rank, "two": two_ranks}[ranks].train(STAGE, config, tmp_path / "run", *words, "run.stop_at=8")
+    two_ranks.train(STAGE, config, tmp_path / "run", *FSDP2, "run.stop_at=8")
     ours, theirs = rows_of(tmp_path / "run", *ROWS), rows_of(whole, *ROWS)[:8]
     assert len(ours) == 8
     for mine, reference in zip(ours, theirs, strict=True):
         assert mine == pytest.approx(reference, rel=1e-5)
 
 
+@pytest.mark.thorough
 def test_it_goes_on_where_it_stopped_and_on_other_ranks(
     config: Path, whole: Path, one_rank: Ranks, two_ranks: Ranks, tmp_path: Path
 ) -> None:

@@ -72,6 +72,7 @@ def alone(configs, one_rank: Ranks, tmp_path_factory: pytest.TempPathFactory) ->
     return run
 
 
+@pytest.mark.thorough
 def test_it_stops_and_leaves_the_best(alone: Path, configs, one_rank: Ranks, tmp_path: Path) -> None:
     losses, rates = (told(alone)[name] for name in ("holdout_loss", "lr"))
     assert list(losses) == list(range(2, STOP + 1, 2))
@@ -129,6 +130,7 @@ def poisoned(world: World, config: str, words: list[str], draws: list[int]) -> N
         enter(stage, load(stage.config, "finetune", config, words), world)
 
 
+@pytest.mark.thorough
 def test_going_back_forgets_what_was_evaluated_since(alone: Path, configs, one_rank: Ranks, tmp_path: Path) -> None:
     """Three bad steps, with evaluations among them: the outcome is that of a run that never had their batches."""
     rows = np.fromfile(rows_file(alone / "ledger", 1, 0), dtype=ROW)

@@ -24,7 +24,9 @@ def card_of(run: Path) -> dict[str, Any]:
     return json.loads((run / "export" / "card.json").read_text())
 
 
-@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(each, marks=() if each == "both" else pytest.mark.thorough) for each in ENCODERS]
+)
 def test_a_kind_of_encoder_goes_through_all_stages(
     kind: str, configs: dict[str, Path], one_rank: Ranks, two_ranks: Ranks, tmp_path: Path
 ) -> None:

@@ -35,7 +35,7 @@ def resumed(world: World, shape: Shape, folder: Path, again: Path) -> tuple[list
     return trainer.steps(SAVED, SAVED + MORE), (before, trainer.engine.updates)
 
 
-@pytest.mark.parametrize("kind", ["sgd", "lars"])
+@pytest.mark.parametrize("kind", ["sgd", pytest.param("lars", marks=pytest.mark.thorough)])
 def test_any_engine_goes_on_from_any_other(kind: str, one_rank: Ranks, two_ranks: Ranks, tmp_path: Path) -> None:
     pools = {1: one_rank, 2: two_ranks}
     shapes = {name: shape for name, shape in SHAPES.items() if shape.optim == kind}

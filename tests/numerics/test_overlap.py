@@ -39,7 +39,15 @@ def _gone_back(world: World, shape: Shape, root: Path) -> tuple[list[float], Any
     return [trainer.step(number).loss for number in STEPS], weights
 
 
-@pytest.mark.parametrize("name", ["zero 2, 2 ranks", "zero 3, 2 ranks", "ddp, 2 ranks", "fsdp2, 2 ranks"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("zero 2, 2 ranks", marks=pytest.mark.thorough),
+        "zero 3, 2 ranks",
+        pytest.param("ddp, 2 ranks", marks=pytest.mark.thorough),
+        "fsdp2, 2 ranks",
+    ],
+)
 def test_steps_that_are_taken_meanwhile_are_not_in_it(name: str, two_ranks: Ranks, tmp_path: Path) -> None:
     saved = two_ranks.call(_saved_in_passing, SHAPES[name], tmp_path)
     restored = two_ranks.call(_gone_back, SHAPES[name], tmp_path)

@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 
+import pytest
 import yaml
 from ranks import Ranks, stage_named
 
 PROBE = {"kinds": ["linear", "logistic", "attentive", "knn"], "layers": "all", "k": [1, 5]}
 
 
+@pytest.mark.thorough
 def test_features_and_numbers_are_the_same_on_any_ranks(
     configs: dict[str, Path], one_rank: Ranks, two_ranks: Ranks, tmp_path: Path
 ) -> None:

@@ -32,7 +32,7 @@ def everything(
     return words, folder / "alone", one_rank.train(STAGE, configs["finetune"], folder / "alone", *words, *PLAIN)
 
 
-@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("machine", [pytest.param("ddp", marks=pytest.mark.thorough), "fsdp2"])
 def test_one_curve(
     machine: str, everything: tuple[tuple[str, ...], Path, list[dict[str, float]]], configs: dict[str, Path],
     two_ranks: Ranks, tmp_path: Path,
@@ -51,6 +51,7 @@ def test_one_curve(
         assert (value - theirs[name]).abs().max() < 1e-4, name
 
 
+@pytest.mark.thorough
 def test_a_token_that_learns_from_a_teacher(
     everything: tuple[tuple[str, ...], Path, list[dict[str, float]]], configs: dict[str, Path],
     one_rank: Ranks, two_ranks: Ranks, tmp_path: Path,
@@ -84,6 +85,7 @@ def test_stopping_changes_nothing(
     assert all(ours[each].equal(theirs[each]) for each in theirs)
 
 
+@pytest.mark.thorough
 def test_what_is_evaluated_and_exported_is_the_average(
     everything: tuple[tuple[str, ...], Path, list[dict[str, float]]], configs: dict[str, Path],
     one_rank: Ranks, tmp_path: Path,
@@ -99,6 +101,7 @@ def test_what_is_evaluated_and_exported_is_the_average(
     assert losses[0] == losses[1]
 
 
+@pytest.mark.thorough
 def test_a_frozen_encoder_stays_as_it_was(
     configs: dict[str, Path], one_rank: Ranks, two_ranks: Ranks, tmp_path: Path
 ) -> None:
@@ -113,6 +116,7 @@ def test_a_frozen_encoder_stays_as_it_was(
     assert after["head.weight"].abs().max() > 1e-3, "the head began a hundred times smaller, and learned"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
 def test_networks_with_norms_of_their_own_for_attacked_images(
     sharding: str, configs: dict[str, Path], two_ranks: Ranks, tmp_path: Path

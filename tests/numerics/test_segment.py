@@ -18,12 +18,8 @@ from foveal.errors import DataError, ExportError
 from foveal.runtime import Run
 
 STAGE = stage_named("finetune")
-MACHINES = {
-    "accumulation": ("one", "engine.kind=plain", "batch.at_once=2"),
-    "ddp": ("two", "engine.kind=accelerate", "batch.at_once=2"),
-    "fsdp2": ("two", "engine.kind=accelerate", "engine.sharding=fsdp2"),
-    "zero2": ("two", "engine.kind=accelerate", "engine.sharding=deepspeed", "engine.zero=2"),
-}
+# That the parts of a batch add up: test_splits.py.
+FSDP2 = ("engine.kind=accelerate", "engine.sharding=fsdp2", "batch.at_once=2")
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +44,9 @@ def alone(
     return run, one_rank.train(STAGE, config, run, "batch.at_once=8")
 
 
-@pytest.mark.parametrize("machine", MACHINES)
-def test_one_curve_and_one_measure(
-    machine: str, config: Path, alone: Any, one_rank: Ranks, two_ranks: Ranks, tmp_path: Path
-) -> None:
+def test_one_curve_and_one_measure(config: Path, alone: Any, two_ranks: Ranks, tmp_path: Path) -> None:
     """Five images are evaluated: two ranks fill up, and count none of it."""
-    ranks, *words = MACHINES[machine]
-    rows = {"one": one_rank, "two": two_ranks}[ranks].train(STAGE, config, tmp_path / "run", *words)
+    rows = two_ranks.train(STAGE, config, tmp_path / "run", *FSDP2)
     assert [set(row) - {"time"} >= {"val_miou"} for row in rows] == [set(row) >= {"val_miou"} for row in alone[1]]
     for mine, theirs in zip(rows, alone[1], strict=True):
         names = [each for each in theirs if each in ("loss", "grad_norm", "train_pixels") or each.startswith("val_")]
@@ -74,6 +66,7 @@ def test_stopping_changes_nothing(config: Path, alone: Any, one_rank: Ranks, tmp
         assert all(ours[each].equal(theirs[each]) for each in ours)
 
 
+@pytest.mark.thorough
 def test_what_cannot_be_measured_was_learned_and_is_left(alone: Any, one_rank: Ranks, tmp_path: Path) -> None:
     """A mask of val with an unknown id is met after the last step, when the training is paid for."""
     tree = scene_tree(write_scenes(tmp_path / "scenes", stray=7), segment={"head": "pyramid", "width": 16})
@@ -111,7 +104,11 @@ def _loaded(_world: World, export: str, images: torch.Tensor) -> list[torch.Tens
 
 @pytest.mark.parametrize(
     "words",
-    [["segment.head=linear"], ["segment.head=pyramid"], ["segment.head=pyramid", "model=null", "backbone=test_resnet"]],
+    [
+        pytest.param(["segment.head=linear"], marks=pytest.mark.thorough),
+        ["segment.head=pyramid"],
+        pytest.param(["segment.head=pyramid", "model=null", "backbone=test_resnet"], marks=pytest.mark.thorough),
+    ],
 )
 def test_what_it_left_says_the_same_bit_for_bit(
     words: list[str], config: Path, one_rank: Ranks, tmp_path: Path
@@ -124,6 +121,7 @@ def test_what_it_left_says_the_same_bit_for_bit(
     assert list((tmp_path / "run" / "pictures").glob("segmentation-*.png"))
 
 
+@pytest.mark.thorough
 def test_the_next_stage_takes_the_encoder(config: Path, alone: Any, one_rank: Ranks, tmp_path: Path) -> None:
     """Another segmentation, at other sides, with another head; its own head is a fresh one."""
     export = alone[0] / "export"

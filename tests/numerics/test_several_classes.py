@@ -66,6 +66,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.mark.thorough
 def test_ranks_stops_and_measures(config: Path, one_rank: Ranks, two_ranks: Ranks, tmp_path: Path) -> None:
     alone = one_rank.train(STAGE, config, tmp_path / "alone", "engine.kind=plain")
     rows = two_ranks.train(STAGE, config, tmp_path / "two", "engine.kind=accelerate", "batch.at_once=8")
@@ -87,6 +88,7 @@ def test_ranks_stops_and_measures(config: Path, one_rank: Ranks, two_ranks: Rank
     assert told["val_map"] > truth[:, seen].mean() + 0.1, "better than chance"
 
 
+@pytest.mark.thorough
 def test_images_of_no_class_measure_nothing(config: Path, two_ranks: Ranks, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"split 'blank' has no image of any class to measure by: set data.val to"):
         two_ranks.train(STAGE, config, tmp_path, "engine.kind=accelerate", "batch.at_once=8", "data.val=blank")

@@ -1,5 +1,7 @@
 """What pretraining learns beside pixels: on any machine, resumed, and without it plain masked autoencoding."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,16 @@ TARGETS = {
     "image": ("image_weight=0.5",),
     "image, own": ("image_weight=0.5", "image_target=own"),
 }
-MACHINES = {
-    **{f"zero {zero}": ("engine.kind=deepspeed", f"engine.zero={zero}") for zero in range(4)},
-    "ddp": ("engine.kind=accelerate",),
-    "fsdp2": ("engine.kind=accelerate", "engine.sharding=fsdp2"),
-}
 # Under ZeRO 3 some parameters rest in shards and some stay gathered, also those of an average.
 SHARDED = ("engine.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 40}}",)
+# An average is moved in three ways: whole, and in the shards of ZeRO 3 and of FSDP2. What a target is made of, and that
+# the parts of a batch add up to it: test_splits.py.
+MACHINES = [
+    pytest.param("latents and image", ("engine.zero=3", *SHARDED), id="zero 3"),
+    pytest.param("latents and image", ("engine.kind=accelerate", "engine.sharding=fsdp2"), id="fsdp2"),
+    pytest.param("image", ("engine.zero=2",), marks=pytest.mark.thorough, id="zero 2"),
+    pytest.param("image, own", ("engine.kind=accelerate",), marks=pytest.mark.thorough, id="ddp"),
+]
 
 
 def losses(rows: list[dict[str, float]]) -> list[float]:
@@ -37,55 +42,44 @@ def losses(rows: list[dict[str, float]]) -> list[float]:
 @pytest.fixture(scope="module")
 def alone(
     configs: dict[str, Path], one_rank: Ranks, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, tuple[Path, list[float]]]:
-    """Each target in one process, never stopped."""
-    found = {}
-    for name, settings in TARGETS.items():
-        run = tmp_path_factory.mktemp("alone") / "run"
-        rows = one_rank.train(PRETRAIN, configs["pretrain"], run, *SHORT, *settings, "engine.kind=plain")
-        assert losses(rows)[-1] < losses(rows)[0]
-        found[name] = run, losses(rows)
-    return found
+) -> Callable[[str], tuple[Path, list[float]]]:
+    """A target in one process, never stopped."""
+    found: dict[str, tuple[Path, list[float]]] = {}
+
+    def of(name: str) -> tuple[Path, list[float]]:
+        if name not in found:
+            run = tmp_path_factory.mktemp("alone") / "run"
+            rows = one_rank.train(PRETRAIN, configs["pretrain"], run, *SHORT, *TARGETS[name], "engine.kind=plain")
+            assert losses(rows)[-1] < losses(rows)[0]
+            found[name] = run, losses(rows)
+        return found[name]
+
+    return of
 
 
-@pytest.mark.parametrize("machine", MACHINES)
-@pytest.mark.parametrize("target", ["latents and image", "image, own"])
+@pytest.mark.parametrize(("target", "engine"), MACHINES)
 def test_on_any_machine(
-    target: str,
-    machine: str,
-    alone: dict[str, tuple[Path, list[float]]],
-    configs: dict[str, Path],
-    two_ranks: Ranks,
-    tmp_path: Path,
+    target: str, engine: tuple[str, ...], alone: Any, configs: dict[str, Path], two_ranks: Ranks, tmp_path: Path
 ) -> None:
-    engine = MACHINES[machine] + (SHARDED if machine == "zero 3" else ())
     settings = (*SHORT, *TARGETS[target], *engine, "batch.at_once=16")
     found = losses(two_ranks.train(PRETRAIN, configs["pretrain"], tmp_path / "run", *settings))
-    assert found == pytest.approx(alone[target][1], rel=1e-5)
+    assert found == pytest.approx(alone(target)[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("target", TARGETS)
 def test_resumed_is_never_stopped(
-    target: str,
-    alone: dict[str, tuple[Path, list[float]]],
-    configs: dict[str, Path],
-    one_rank: Ranks,
-    two_ranks: Ranks,
-    tmp_path: Path,
+    alone: Any, configs: dict[str, Path], one_rank: Ranks, two_ranks: Ranks, tmp_path: Path
 ) -> None:
-    """Bit for bit in one process; and from there on two ranks under ZeRO 3, average and all."""
-    run, settings = tmp_path / "run", (*SHORT, *TARGETS[target])
+    """Average and all: bit for bit in one process; and on two ranks under ZeRO 3 from where another had stopped."""
+    run, settings = tmp_path / "run", (*SHORT, *TARGETS["latents and image"])
     one_rank.train(PRETRAIN, configs["pretrain"], run, *settings, "engine.kind=plain", "run.stop_at=5")
+    moved = shutil.copytree(run, tmp_path / "moved")
     rows = one_rank.train(PRETRAIN, configs["pretrain"], run, *settings, "engine.kind=plain")
-    whole, expected = alone[target]
+    whole, expected = alone("latents and image")
     assert losses(rows) == expected
     ours, hers = (load_file(folder / "export" / "model.safetensors") for folder in (run, whole))
     assert all(torch.equal(ours[name], hers[name]) for name in hers)
-    if target == "latents":
-        moved = tmp_path / "moved"
-        one_rank.train(PRETRAIN, configs["pretrain"], moved, *settings, *SHARDED, "engine.kind=plain", "run.stop_at=5")
-        rows = two_ranks.train(PRETRAIN, configs["pretrain"], moved, *settings, "engine.zero=3", *SHARDED)
-        assert losses(rows) == pytest.approx(expected, rel=1e-5)
+    rows = two_ranks.train(PRETRAIN, configs["pretrain"], moved, *settings, "engine.zero=3", *SHARDED)
+    assert losses(rows) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_weight_of_zero_is_plain_masked_autoencoding(

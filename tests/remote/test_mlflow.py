@@ -159,6 +159,7 @@ def test_killed_in_mid_run_and_started_again(healthy: Server, tmp_path: Path, ca
     check_end(healthy, run, "finished", "FINISHED")
 
 
+@pytest.mark.thorough
 def test_every_kind_of_trouble_at_random(healthy: Server, spoiler: Spoiler, tmp_path: Path, monkeypatch) -> None:
     """Requests that are refused, and requests whose answers are lost."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
@@ -196,6 +197,7 @@ def test_requests_that_arrive_after_they_were_said_again(
     check_end(healthy, run, "finished", "FINISHED")
 
 
+@pytest.mark.thorough
 def test_hanging_from_the_start_and_synced_by_hand(
     healthy: Server, spoiler: Spoiler, tmp_path: Path, caplog, monkeypatch
 ) -> None:
@@ -227,6 +229,7 @@ def test_hanging_from_the_start_and_synced_by_hand(
     assert MlflowClient(healthy.uri).get_run(run_id(run)).data.tags["why_stopped"] == "Slurm asked"
 
 
+@pytest.mark.thorough
 def test_a_wrong_address_from_the_start_and_synced_to_the_right_one(healthy: Server, tmp_path: Path, caplog) -> None:
     run = tmp_path / "run"
     tracker, _ = open_tracker(run, configured(run, "http://127.0.0.1:9", patience=2.0), None, 0)
@@ -244,6 +247,7 @@ def test_a_wrong_address_from_the_start_and_synced_to_the_right_one(healthy: Ser
     check_equal(healthy, run)
 
 
+@pytest.mark.thorough
 def test_killed_for_good_and_synced_by_hand(healthy: Server, tmp_path: Path, caplog) -> None:
     run = tmp_path / "run"
     tracker, _ = open_tracker(run, configured(run, healthy.uri, patience=2.0), None, 0)
@@ -274,6 +278,7 @@ train(tracker, start + 1, 1000, pause=0.05)
 """
 
 
+@pytest.mark.thorough
 def test_attempts_that_are_killed_at_any_moment(healthy: Server, tmp_path: Path) -> None:
     """Each goes on from a checkpoint behind what was delivered; the last one ends well."""
     run, draw = tmp_path / "run", random.Random(5)
@@ -295,6 +300,7 @@ def test_attempts_that_are_killed_at_any_moment(healthy: Server, tmp_path: Path)
     check_end(healthy, run, "finished", "FINISHED")
 
 
+@pytest.mark.thorough
 def test_back_behind_what_was_delivered(healthy: Server, tmp_path: Path) -> None:
     """Rows that were delivered before the run went back are void and come again; an attempt later nothing does."""
     run = tmp_path / "run"

@@ -10,6 +10,7 @@ from points import comparable, in_jsonl, in_mlflow, run_id
 from processes import PYTHON, Started, ended, rows_of
 
 pytestmark = [
+    pytest.mark.thorough,
     pytest.mark.slow,
     pytest.mark.timeout(600),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

@@ -50,6 +50,7 @@ def expected(digits: Path, configure: Configure, start: Start) -> str:
     return process.communicate("go\n")[0].split()[-1]
 
 
+@pytest.mark.thorough
 def test_two_processes_and_one_that_is_killed(expected: str, http: Proxy, configure: Configure, start: Start) -> None:
     url = f"http://127.0.0.1:{http.port}/digits"
     cfg = configure(url, patience_seconds=60.0)

@@ -26,7 +26,7 @@ def within(seconds: float, at_least: float = 0.0) -> Iterator[None]:
     assert at_least <= time.monotonic() - start < seconds
 
 
-@pytest.mark.parametrize("server", ["s3", "http"])
+@pytest.mark.parametrize("server", ["s3", pytest.param("http", marks=pytest.mark.thorough)])
 def test_a_read_that_stalls(
     server: str, request: pytest.FixtureRequest, configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,6 +71,7 @@ def test_a_password_in_a_setting_is_refused(configure: Configure, setting: str) 
     assert secret not in str(caught.value)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("about", ["manifest.json", "GET /shards?"])
 def test_a_start_that_stalls(s3: Proxy, configure: Configure, about: str) -> None:
     s3.inject("stall", about=about, times=100, after=0)

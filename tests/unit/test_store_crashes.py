@@ -80,6 +80,7 @@ def test_killed_before_any_file_operation_of_a_save(tmp_path: Path) -> None:
     assert [each.name for each in last.iterdir()] == [name(20)]
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_killed_at_random_moments_of_a_loop_of_saves(tmp_path: Path) -> None:
     root, notes, moments = tmp_path / "checkpoints", tmp_path / "published", random.Random(7)

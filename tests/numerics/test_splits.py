@@ -1,0 +1,127 @@
+"""What a batch teaches is the sum of what its parts teach: of every objective, in loss, numbers, weight and gradient.
+
+Engines add these sums over micros and ranks whatever the objective is (test_any_machine.py), so that an objective for
+which this holds has one curve on any machine.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lessons import DIGITS, LESSONS, MEAN, STD, STUDENT, encoder_export
+from ranks import stage_named
+from rectangles import pack_rectangles
+from scenes import scene_tree, write_scenes
+
+from foveal.data import Batch, train_batches
+from foveal.loop import Parts
+
+WHOLE, PARTS = 64, (64, 16, 2)  # images of a step, and of a micro
+DEVICE = torch.device("cpu")
+PRETRAINING = {
+    "pixels": ("norm_pix=true",),
+    "blocks": ("masking=block", "mask_block=2"),
+    "latents": ("target=latents",),
+    "latents and image": ("target=latents", "image_weight=0.5", "model.registers=2"),
+    "image, own": ("image_weight=0.5", "image_target=own"),
+}
+IN_CLASSES = ("logits", "token", "register")
+FINETUNING = {
+    "classes": (),
+    "everything that draws": (
+        *("mixup=0.8", "cutmix=1.0", "erase=0.5", "dropout=0.2", "data.augment.operations=2"),
+        *("class_weights=[1, 2, 1, 1, 1, 1, 1, 1, 0.5, 1]", "adversarial={epsilon: 8, step: 3, iterations: 2}"),
+        "teacher={init: CLASSIFIER, weight: 0.3}",
+    ),
+    "a token": (
+        *("pooling=token", "model={name: vit_tiny_patch16_224, patch: 4, registers: 1, width: 16, depth: 2, heads: 2}"),
+        "teacher={init: CLASSIFIER, weight: 0.3, kind: token}",
+    ),
+    "a frozen encoder": ("init=CLASSIFIER", "model=null", "frozen=true", "drop_path=0"),
+}
+SEGMENTATION = {"linear": {"head": "linear"}, "pyramid": {"head": "pyramid", "width": 16}}
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("teachers")
+    return {
+        "plain": encoder_export(folder / "plain"),
+        "classes": encoder_export(folder / "head", pooling="avg", classes=DIGITS),
+    }
+
+
+@pytest.fixture(scope="module")
+def trees(digits: Path, teachers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The settings of each stage that the cases add to, none of them trained."""
+    folder = tmp_path_factory.mktemp("sets")
+    pack_rectangles(folder / "boxes", train=WHOLE)
+    data = {"path": str(digits), "image_size": 16, "channels": 1, "lanes": 8, "mean": list(MEAN), "std": list(STD)}
+    vit = {"name": "vit_tiny_patch16_224", "patch": 4, "width": 32, "depth": 2, "heads": 2}
+    shared = {"seed": 3, "epochs": 1, "batch": {"images": WHOLE}, "engine": {"kind": "plain"}, "optim": {"clip": None}}
+    boxes = {"path": str(folder / "boxes"), "image_size": 32, "channels": 1, "lanes": 4, "labels": "boxes"}
+    scenes = write_scenes(folder / "scenes", train=WHOLE)
+    return {
+        "pretrain": shared | {"data": data, "model": vit, "decoder": {"width": 16, "depth": 1, "heads": 2}},
+        "distill": shared | {"data": data, "teacher": str(teachers["plain"])},
+        "finetune": shared | {"data": data, "model": vit, "init": None, "drop_path": 0.1, "label_smoothing": 0.1},
+        "segment": scene_tree(scenes, segment={}, class_weights=[0.5, 2, 1], batch={"images": WHOLE}),
+        "detect": shared
+        | {"data": boxes | {"augment": {"scale": [0.8, 1.0]}, "mean": [0.5], "std": [0.25]}, "model": vit}
+        | {"detect": {"width": 32, "layers": 1, "strides": [4, 8, 16], "each_class": True}, "drop_path": 0.1},
+    }
+
+
+CASES = [
+    *(("pretrain", name, words) for name, words in PRETRAINING.items()),
+    *(("distill", name, (*words, f"teacher={name}")) for name, words in LESSONS.items()),
+    *(("finetune", name, words) for name, words in FINETUNING.items()),
+    *(("segment", name, (f"segment={kind}",)) for name, kind in SEGMENTATION.items()),
+    ("detect", "boxes", ()),
+]
+
+
+def learned(parts: Parts[Any], batches: list[Batch]) -> dict[str, torch.Tensor]:
+    """The sums over a step: loss, numbers, weight, and the gradient of each parameter."""
+    parts.model.zero_grad()
+    found: dict[str, Any] = {}
+    for batch in batches:
+        total, numbers = parts.objective(parts.model, batch)
+        total.backward()
+        weight = torch.as_tensor(parts.objective.weight(batch), dtype=torch.float64)
+        for name, value in ({"loss": total, "weight": weight} | numbers).items():
+            found[name] = found.get(name, 0.0) + value.detach().double()
+    gradients = {f"gradient of {n}": p.grad.double() for n, p in parts.model.named_parameters() if p.grad is not None}
+    return found | gradients
+
+
+@pytest.mark.parametrize(("kind", "name", "words"), CASES, ids=[f"{kind}, {name}" for kind, name, _ in CASES])
+def test_parts_add_up(
+    kind: str, name: str, words: tuple[str, ...], trees: dict[str, Any], teachers: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "it.yaml").write_text(yaml.safe_dump(trees[kind]))
+    stage = stage_named(kind if kind in ("pretrain", "distill") else "finetune")
+    if kind == "distill":
+        words = (*words[:-1], f"teacher={teachers['classes' if name in IN_CLASSES else 'plain']}")
+        words = words if "model=null" in words else (f"model={STUDENT}", *words)
+    words = tuple(word.replace("CLASSIFIER", str(teachers["classes"])) for word in words)
+    sums = []
+    for at_once in PARTS:
+        cfg = stage.config.load(tmp_path / "it.yaml", [*words, f"batch.at_once={at_once}", "run.dir=runs/x"])
+        plan = stage.plan(cfg, 1)
+        parts = stage.parts(plan, DEVICE)
+        parts.model.train()
+        with train_batches(plan.training, cfg.data, rank=0, size=1, at_once=at_once, start=0, stop=1) as batches:
+            micros = list(batches)
+        assert len(micros) == WHOLE // at_once
+        sums.append(learned(parts, micros))
+    whole = sums[0]
+    # A bias before a norm has a gradient of rounding alone: what is small is measured by what is large.
+    steepest = max(value.abs().max().item() for each, value in whole.items() if each.startswith("gradient"))
+    for other in sums[1:]:
+        assert other.keys() == whole.keys()
+        for each, value in whole.items():
+            nothing = 1e-6 * steepest if each.startswith("gradient") else 1e-9
+            assert other[each].numpy() == pytest.approx(value.numpy(), rel=1e-4, abs=nothing), each
