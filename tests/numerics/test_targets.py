@@ -70,7 +70,7 @@ def test_resumed_is_never_stopped(
     alone: Any, configs: dict[str, Path], one_rank: Ranks, two_ranks: Ranks, tmp_path: Path
 ) -> None:
     """Average and all: bit for bit in one process; and on two ranks under ZeRO 3 from where another had stopped."""
-    run, settings = tmp_path / "run", (*SHORT, *TARGETS["latents and image"])
+    run, settings = tmp_path / "run", (*SHORT, *TARGETS["latents and image"], *SHARDED)
     one_rank.train(PRETRAIN, configs["pretrain"], run, *settings, "engine.kind=plain", "run.stop_at=5")
     moved = shutil.copytree(run, tmp_path / "moved")
     rows = one_rank.train(PRETRAIN, configs["pretrain"], run, *settings, "engine.kind=plain")
@@ -78,7 +78,7 @@ def test_resumed_is_never_stopped(
     assert losses(rows) == expected
     ours, hers = (load_file(folder / "export" / "model.safetensors") for folder in (run, whole))
     assert all(torch.equal(ours[name], hers[name]) for name in hers)
-    rows = two_ranks.train(PRETRAIN, configs["pretrain"], moved, *settings, "engine.zero=3", *SHARDED)
+    rows = two_ranks.train(PRETRAIN, configs["pretrain"], moved, *settings, "engine.zero=3")
     assert losses(rows) == pytest.approx(expected, rel=1e-5)
 
 
