@@ -2,7 +2,7 @@
 # make test    what a change can break: every promise once, at most 12 minutes on two idle cores
 #              make test PYTEST='-x tests/unit'
 # make test-rest       the tests that are marked thorough
-# make test-all        both, at most 30 minutes
+# make test-all        both, at most 30 minutes; make test-all PYTEST=tests/chaos
 # make test-durations  both, and what each file took into tests/durations.json
 # make ui      MLflow's page on what was run  make ui PORT=5001
 # make check   lint, format, types, make test
