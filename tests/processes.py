@@ -17,10 +17,18 @@ from foveal.tracking.jsonl import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = Path(sys.executable)
-_PATIENCE = 150  # seconds that a command, or a wait for a row, may take on a busy machine
+PATIENCE = 150  # seconds that a command, or a wait for a row, may take on a busy machine
 _LOOKS = 0.01  # seconds between two looks at a file
 # What a test process may have from its own launcher or from the worlds it joined.
 _FOREIGN = ("SLURM_", "ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "TORCHELASTIC_")
+
+
+def lone(cwd: Path) -> dict[str, str]:
+    """The environment of a command that nobody launched."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN)}
+    # A user's own configuration of Accelerate lies under HF_HOME, and would change what a bare launch does.
+    ours |= {"OMP_NUM_THREADS": "1", "HF_HOME": str(cwd / "nobody")}
+    return ours | {"PATH": f"{PYTHON.parent}{os.pathsep}{os.environ['PATH']}"}
 
 
 @dataclass(frozen=True)
@@ -36,14 +44,10 @@ class Started:
     """A command that is running."""
 
     def __init__(self, command: Sequence[str | Path], cwd: Path, **environment: str) -> None:
-        lone = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN)}
-        # A user's own configuration of Accelerate lies under HF_HOME, and would change what a bare launch does.
-        lone |= {"OMP_NUM_THREADS": "1", "HF_HOME": str(cwd / "nobody")}
-        lone |= {"PATH": f"{PYTHON.parent}{os.pathsep}{os.environ['PATH']}"} | environment
         self.process = subprocess.Popen(
             [str(word) for word in command],
             cwd=cwd,
-            env=lone,
+            env=lone(cwd) | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -53,14 +57,14 @@ class Started:
     def ended(self) -> Ended:
         """Wait for the end."""
         try:
-            out, err = self.process.communicate(timeout=_PATIENCE)
+            out, err = self.process.communicate(timeout=PATIENCE)
         except subprocess.TimeoutExpired:
-            pytest.fail(f"still running after {_PATIENCE} s:\n{self._killed()}")
+            pytest.fail(f"still running after {PATIENCE} s:\n{self._killed()}")
         return Ended(self.process.returncode, out, err)
 
     def reaches(self, run: Path, step: int) -> None:
         """Wait until the run directory has a row of that step."""
-        file, patience = run / "metrics.jsonl", time.monotonic() + _PATIENCE
+        file, patience = run / "metrics.jsonl", time.monotonic() + PATIENCE
         while not (file.exists() and any(row["step"] >= step for row in read_rows(file))):
             if self.process.poll() is not None or time.monotonic() > patience:
                 pytest.fail(f"{run} has not reached step {step}:\n{self._killed()}")

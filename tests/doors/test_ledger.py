@@ -3,7 +3,6 @@
 What is compared is what the loop consumed, read from the files that every rank wrote, by the command a user types.
 """
 
-import contextlib
 import gzip
 import os
 import random
@@ -12,10 +11,10 @@ import signal
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
-from processes import PYTHON, Started, ended
+from forked import Forked, free_port, ranks_of
+from processes import PATIENCE, PYTHON, ended
 
 from foveal.data.audit import audit, read_record
 from foveal.tracking.jsonl import read_rows
@@ -40,6 +39,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "epochs": 2,
         "data": {"path": str(folder), "image_size": 32, "ledger": True, "mean": [0.5] * 3, "std": [0.25] * 3},
         "batch": {"images": _BATCH, "at_once": 512},
+        "engine": {"kind": "accelerate"},  # that of the shortest start
         "model": {"name": "vit_tiny_patch16_224", "patch": 8, "width": 32, "depth": 1, "heads": 2},
         "decoder": {"width": 16, "depth": 1, "heads": 2},
         "optim": {"lr_per_256": 1.0e-3, "warmup_epochs": 0.1},
@@ -56,27 +56,35 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def killed_thrice(config: Path, run: Path, ranks: int, at_once: int, threads: int) -> Path:
     """Train on so many ranks, and SIGKILL all of them three times on the way."""
     settings = [config, f"run.dir={run}", f"batch.at_once={at_once}", f"data.threads={threads}"]
-    launch = [PYTHON] if ranks == 1 else ["torchrun", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [*launch, "-m", "pretrain.run", *settings, f"data.ahead={threads + 1}"]
+    settings += [f"data.ahead={threads + 1}"]
     moment = random.Random(ranks)
+
+    def start() -> list[Forked]:
+        port = free_port()
+        places = ranks_of(ranks, port) if ranks > 1 else [{}]
+        return [Forked("pretrain.run", settings, run.parent, **place) for place in places]
+
     for earliest, latest in _KILLS:
-        started = Started(command, run.parent)
-        started.reaches(run, moment.randint(earliest, latest))
+        started = start()
+        reached(run, moment.randint(earliest, latest), started)
         time.sleep(moment.uniform(0, 0.2))
-        kill(started)
+        for each in started:
+            each.process.kill()
+        for each in started:
+            assert each.ended().code == -signal.SIGKILL
         assert read_rows(run / "metrics.jsonl")[-1]["step"] < _STEPS
-    last = ended(command, run.parent)
-    assert last.code == 0, last.err
+    for last in [each.ended() for each in start()]:
+        assert last.code == 0, last.err
     return run
 
 
-def kill(started: Started) -> None:
-    """SIGKILL to the command and everything it started, ranks first: torchrun would ask those that are left to leave."""
-    me = psutil.Process(started.process.pid)
-    for process in [*me.children(recursive=True), me]:
-        with contextlib.suppress(psutil.Error):
-            process.send_signal(signal.SIGKILL)
-    started.process.communicate()
+def reached(run: Path, step: int, started: list[Forked]) -> None:
+    """Wait until the run directory has a row of that step."""
+    file, patience = run / "metrics.jsonl", time.monotonic() + PATIENCE
+    while not (file.exists() and any(row["step"] >= step for row in read_rows(file))):
+        if time.monotonic() > patience or not all(each.process.is_alive() for each in started):
+            pytest.fail(f"{run} has not reached step {step}: {[each.ended() for each in started]}")
+        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,8 @@
 """A rank is killed, stopped, or hangs: every other rank ends in bounded time, and the logs say who it was and where."""
 
-import contextlib
 import os
 import re
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -12,7 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from processes import PYTHON, Ended, Started
+from forked import Forked, free_port, ranks_of
+from processes import Ended, Started
 
 from foveal.errors import Hung, LaunchError
 
@@ -29,24 +28,18 @@ class Ranks:
     """Processes that know one another only by RANK and WORLD_SIZE: no launcher ends the others when one is gone."""
 
     folder: Path
-    started: dict[int, Started] = field(default_factory=dict)
+    started: dict[int, Forked] = field(default_factory=dict)
 
     def start(self, size: int, how: str, who: int, *, absent: int | None = None, timeout: int = TIMEOUT) -> None:
-        with contextlib.closing(socket.socket()) as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        for rank in range(size):
+        for rank, place in enumerate(ranks_of(size, free_port())):
             if rank != absent:
-                place = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
-                address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                command = [PYTHON, SCRIPT, self.folder, str(timeout), how, str(who)]
-                self.started[rank] = Started(command, self.folder, **place, **address)
+                self.started[rank] = Forked(SCRIPT, [self.folder, timeout, how, who], self.folder, **place)
 
     def signal(self, rank: int, number: signal.Signals, *, after: int = 1) -> None:
         """Send it once the rank has made so many steps."""
         file = self.folder / f"rank-{rank:03d}.step"
         wait_for(lambda: file.exists() and int(file.read_text() or 0) >= after, self.folder)
-        self.started[rank].process.send_signal(number)
+        self.started[rank].send_signal(number)
 
     def ended(self, rank: int) -> Ended:
         return self.started[rank].ended()
@@ -60,8 +53,7 @@ class Ranks:
     def close(self) -> None:
         for each in self.started.values():
             each.process.kill()
-            with contextlib.suppress(ValueError):  # read to the end already
-                each.process.communicate()
+            each.process.join()
 
 
 def wait_for(there: Callable[[], bool], folder: Path) -> None:
@@ -123,7 +115,7 @@ def test_a_stopped_rank_is_named_by_the_others_and_ends_when_it_goes_on(ranks) -
             assert "in most" in log or "in sum" in log, "the stacks show the collective that waits"
             assert re.search(r"rank 1 on \S+ in step \d+: (data|training)\b.*, then silent", log)
     finally:
-        ranks.started[1].process.send_signal(signal.SIGCONT)
+        ranks.started[1].send_signal(signal.SIGCONT)
     assert ranks.ended(1).code in {Hung.exit_code, 1}  # its own collective, or faulthandler's alarm
 
 
@@ -136,7 +128,7 @@ def test_where_rank_0_is_stopped_its_store_is_too(ranks) -> None:
         assert f"{STACKS}1" in ranks.log(1)
         assert "look at rank 0 first" in ranks.log(1)
     finally:
-        ranks.started[0].process.send_signal(signal.SIGCONT)
+        ranks.started[0].send_signal(signal.SIGCONT)
     assert ranks.ended(0).code in {Hung.exit_code, 1}
 
 

@@ -1,0 +1,82 @@
+"""Real processes that start in a moment: forks of a server that has imported torch and a stage already.
+
+A start of Python with all that costs five seconds of a processor. What is tried here (a kill, a stop, a lost rank) is the
+same in a fork: a process and session of its own, with its own environment, folder, and outputs.
+"""
+
+import contextlib
+import itertools
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+from processes import PATIENCE, Ended, lone
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+# Not what is run itself: runpy runs a module that nobody has imported.
+_CONTEXT.set_forkserver_preload(["accelerate", "foveal.door", "pretrain.config", "pretrain.objective"])
+_numbers = itertools.count()
+
+
+class Forked:
+    """``python SCRIPT ARGUMENTS``, or ``python -m MODULE ARGUMENTS`` where ``script`` is no path."""
+
+    def __init__(self, script: str | Path, arguments: Sequence[object], cwd: Path, **environment: str) -> None:
+        number = next(_numbers)
+        self._outputs = [cwd / f".forked-{os.getpid()}-{number}-{name}" for name in ("out", "err")]
+        words = [str(word) for word in arguments]
+        told = (script, words, cwd, lone(cwd) | environment, self._outputs)
+        self.process: BaseProcess = _CONTEXT.Process(target=_become, args=told)
+        self.process.start()
+
+    def send_signal(self, number: signal.Signals) -> None:
+        assert self.process.pid is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, number)
+
+    def ended(self) -> Ended:
+        """Wait for the end."""
+        self.process.join(PATIENCE)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+            pytest.fail(f"still running after {PATIENCE} s:\n{self._said()}")
+        return Ended(self.process.exitcode, *self._said())
+
+    def _said(self) -> list[str]:
+        return [file.read_text() if file.exists() else "" for file in self._outputs]
+
+
+def ranks_of(size: int, port: int) -> list[dict[str, str]]:
+    """What each of so many ranks on this machine has in its environment."""
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+
+
+def free_port() -> int:
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _become(
+    script: str | Path, arguments: Sequence[str], cwd: Path, environment: Mapping[str, str], outputs: Sequence[Path]
+) -> None:
+    os.setsid()
+    for file, descriptor in zip(outputs, (1, 2), strict=True):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = [str(script), *arguments]
+    if isinstance(script, Path):
+        runpy.run_path(str(script), run_name="__main__")
+    else:
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
