@@ -7,7 +7,7 @@ from harness import Cluster
 from processes import ROOT, column, rows_of
 from ranks import Ranks, stage_named
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.thorough, pytest.mark.slow, pytest.mark.timeout(600)]
 
 # Rank 1 of the first step and rank 0 of the second come late, as from a cold disk.
 SCRIPT = """\

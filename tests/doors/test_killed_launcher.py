@@ -5,7 +5,7 @@ import signal
 import psutil
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.thorough, pytest.mark.slow, pytest.mark.timeout(600)]
 _PATIENCE = 60  # seconds, on a busy machine
 
 

@@ -65,6 +65,7 @@ def test_stale_variables_under_srun_are_one_sentence(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.thorough
 def test_deepspeeds_own_launcher_starts_ranks(configs: dict[str, Path], port: str, tmp_path: Path) -> None:
     """It gives every rank its number twice: in the environment, and as an argument."""
     world = urlsafe_b64encode(json.dumps({"localhost": [0, 1]}).encode()).decode()

@@ -20,7 +20,7 @@ thorough = pytest.mark.thorough
 
 # Each is trained once whole, for the curve, and once in parts, for the bits.
 MACHINES = [
-    pytest.param("pretrain", "one", ("engine.kind=plain", "batch.at_once=8"), id="pretrain, plain accumulated"),
+    pytest.param("pretrain", "one", ("engine.kind=plain", "batch.at_once=8"), marks=thorough, id="pretrain, plain"),
     pytest.param("pretrain", "one", ("engine.zero=3",), marks=thorough, id="pretrain, zero 3 alone"),
     pytest.param("pretrain", "two", ("engine.zero=0",), marks=thorough, id="pretrain, zero 0"),
     pytest.param("pretrain", "two", ("engine.zero=1", "batch.at_once=8"), id="pretrain, zero 1 accumulated"),
@@ -84,7 +84,7 @@ BF16 = [
     pytest.param("pretrain", "two", "engine.zero=2", marks=thorough),
     pytest.param("pretrain", "two", "engine.zero=3"),
     pytest.param("distill", "two", "engine.zero=1", marks=thorough),
-    pytest.param("finetune", "two", "engine.kind=accelerate"),
+    pytest.param("finetune", "two", "engine.kind=accelerate", marks=thorough),
 ]
 
 
@@ -118,7 +118,9 @@ JOURNEYS = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(each, marks=thorough if each == "distill" else ()) for each in JOURNEYS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=() if each == "pretrain" else thorough) for each in JOURNEYS]
+)
 def test_a_run_moves_to_other_ranks_and_engines(
     name: str, reference: Any, configs: dict[str, Path], one_rank: Ranks, two_ranks: Ranks, tmp_path: Path
 ) -> None:

@@ -105,6 +105,7 @@ def test_interruptions_change_nothing(alone: Path, configs, one_rank: Ranks, tmp
     assert outcome(run) == outcome(alone)
 
 
+@pytest.mark.thorough
 def test_ranks_stop_together(alone: Path, configs, one_rank: Ranks, two_ranks: Ranks, tmp_path: Path) -> None:
     """From one rank to two: the same stop and the same best, the numbers to rel 1e-5."""
     run = tmp_path / "run"

@@ -82,6 +82,7 @@ def test_resumed_is_never_stopped(
     assert losses(rows) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.thorough
 def test_a_weight_of_zero_is_plain_masked_autoencoding(
     configs: dict[str, Path], one_rank: Ranks, tmp_path: Path
 ) -> None:

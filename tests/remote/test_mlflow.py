@@ -250,6 +250,7 @@ def test_a_wrong_address_from_the_start_and_synced_to_the_right_one(healthy: Ser
     check_equal(healthy, run)
 
 
+@pytest.mark.thorough
 def test_a_server_that_says_no(healthy: Server, spoiler: Spoiler, tmp_path: Path, caplog) -> None:
     """Each no is said as what it is, at once and once; when the experiment is back, so is its run, and gets the rest."""
     run, client = tmp_path / "run", MlflowClient(healthy.uri)

@@ -80,7 +80,10 @@ def test_a_decoder_whose_sizes_do_not_fit_is_one_sentence(sizes: dict[str, int])
         DecoderConfig.checked(sizes, "run.yaml")
 
 
-@pytest.mark.parametrize(("name", "positions"), GRAPHS)
+@pytest.mark.parametrize(
+    ("name", "positions"),
+    [GRAPHS[0], *(pytest.param(*each, marks=pytest.mark.thorough) for each in GRAPHS[1:])],
+)
 def test_each_model_is_one_graph(name: str, positions: Positions | None) -> None:
     images, draws = torch.rand(2, 3, 16, 16), torch.rand(2, 2, 16)
     model = autoencoder_of(name, positions)
