@@ -6,7 +6,7 @@ import re
 import torch
 
 from foveal.distributed.lost import chain
-from foveal.distributed.world import seat
+from foveal.distributed.launcher import seat
 from foveal.errors import FovealError, OutOfMemory
 from foveal.stage import Plan
 

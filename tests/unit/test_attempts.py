@@ -319,7 +319,9 @@ def test_attempts_without_progress_come_to_an_end(tmp_path: Path) -> None:
 
 
 def test_attempts_that_never_began_come_to_an_end_too(tmp_path: Path) -> None:
-    taken(tmp_path)._over.set()  # it vanishes
+    gone = taken(tmp_path)
+    gone._over.set()  # it vanishes,
+    gone._thread.join()  # and a beat that it had begun is no sign of life
     (tmp_path / "attempts" / "0001.json").write_text(json.dumps({"host": "gone"}))
     done(tmp_path, "no such library", restarts=2)
     with pytest.raises(
