@@ -124,4 +124,4 @@ def test_parts_add_up(
         assert other.keys() == whole.keys()
         for each, value in whole.items():
             nothing = 1e-6 * steepest if each.startswith("gradient") else 1e-9
-            assert other[each].numpy() == pytest.approx(value.numpy(), rel=1e-4, abs=nothing), each
+            torch.testing.assert_close(other[each], value, rtol=1e-4, atol=nothing, msg=each)
