@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -65,11 +66,11 @@ def by_hand(rank: int, size: int) -> Seat:
     return Seat(rank, size, rank, "environment")
 
 
-def a_run(size: int, directory: str = "A", **settings: object) -> RunIdentity:
+def a_run(size: int, directory: str = "A", **settings: Any) -> RunIdentity:
     return RunIdentity({"launcher": "environment"}, size, "pretrain", directory, {"seed": 1} | settings)
 
 
-def an_attempt(size: int, restart: int = 0, step: int = 0, **settings: object) -> RunIdentity:
+def an_attempt(size: int, restart: int = 0, step: int = 0, **settings: Any) -> RunIdentity:
     return replace(a_run(size, **settings), launch={"job": "77", "step": str(step), "restart": str(restart)})
 
 
