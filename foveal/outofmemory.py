@@ -5,8 +5,8 @@ import re
 
 import torch
 
-from foveal.distributed.lost import chain
 from foveal.distributed.launcher import seat
+from foveal.distributed.lost import chain
 from foveal.errors import FovealError, OutOfMemory
 from foveal.stage import Plan
 
