@@ -25,7 +25,8 @@ import torch
 from machine import described
 
 from foveal.checkpoint.store import CheckpointConfig, Store, TrainState
-from foveal.distributed.engine import EngineConfig, build_engine
+from foveal.distributed.build import build_engine
+from foveal.distributed.engine import EngineConfig
 from foveal.distributed.world import World, joined
 from foveal.optim import OptimConfig, parameter_groups
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from distill.config import DistillConfig
 from distill.lesson import IN_BLOCKS, IN_CLASSES, Lesson
 from foveal.checkpoint.export import Card
 from foveal.data.sources import Source
@@ -26,9 +27,6 @@ from foveal.models.backbone import (
 from foveal.models.outline import oddity_of_queries
 from foveal.models.patches import count_kept
 from foveal.models.vit import EncoderCard, SizedVit, VitConfig, encoder_card
-
-if TYPE_CHECKING:  # the settings' own module plans with what is here
-    from distill.config import DistillConfig
 
 _DEEP = 0.75  # of the depth: where DMAE and TinyMIM found the best layer
 
@@ -85,7 +83,7 @@ class Pupil:
         return f": {self.model.name} of width {self.model.width} and depth {self.model.depth}{blocks}"
 
 
-def taught_by(cfg: "DistillConfig", card: Card) -> Taught:
+def taught_by(cfg: DistillConfig, card: Card) -> Taught:
     """What the teacher of this card is asked. Errors: ConfigError, ExportError."""
     where, size = cfg.teacher, cfg.data.image_size
     told = card_of(card.encoder, f"{where}/card.json")
@@ -119,7 +117,7 @@ def taught_by(cfg: "DistillConfig", card: Card) -> Taught:
     )
 
 
-def fitted(cfg: "DistillConfig", taught: Taught, name: str, model: VitConfig | None, backbone: str | None) -> Pupil:
+def fitted(cfg: DistillConfig, taught: Taught, name: str, model: VitConfig | None, backbone: str | None) -> Pupil:
     """A student that can follow. Errors: ConfigError, ExportError."""
     size, channels = cfg.data.image_size, cfg.data.channels
     called = f"students.{name}." if name else ""
@@ -147,7 +145,7 @@ def fitted(cfg: "DistillConfig", taught: Taught, name: str, model: VitConfig | N
     return Pupil(name, sizes, None, shape, _blocks(cfg, taught, sizes, called), card)
 
 
-def _lesson(cfg: "DistillConfig", encoder: EncoderCard | None) -> Lesson:
+def _lesson(cfg: DistillConfig, encoder: EncoderCard | None) -> Lesson:
     if cfg.lesson not in IN_BLOCKS:
         return Lesson(cfg.lesson, patches=cfg.patch_weight > 0)
     assert encoder is not None
@@ -159,7 +157,7 @@ def _lesson(cfg: "DistillConfig", encoder: EncoderCard | None) -> Lesson:
     return Lesson(cfg.lesson, blocks, encoder.heads, encoder.patch)
 
 
-def _blocks(cfg: "DistillConfig", taught: Taught, student: SizedVit, called: str) -> tuple[int, ...]:
+def _blocks(cfg: DistillConfig, taught: Taught, student: SizedVit, called: str) -> tuple[int, ...]:
     """The student's blocks that are compared, once the pairs exist and can be."""
     if cfg.lesson not in IN_BLOCKS:
         return ()
@@ -185,11 +183,11 @@ def _blocks(cfg: "DistillConfig", taught: Taught, student: SizedVit, called: str
     return blocks
 
 
-def _compares_places(cfg: "DistillConfig") -> bool:
+def _compares_places(cfg: DistillConfig) -> bool:
     return cfg.lesson in IN_BLOCKS or (cfg.lesson == "features" and cfg.patch_weight > 0)
 
 
-def _check_grids(cfg: "DistillConfig", taught: Taught, student: str, shape: Shape | None) -> None:
+def _check_grids(cfg: DistillConfig, taught: Taught, student: str, shape: Shape | None) -> None:
     """Features are compared place by place. Errors: ConfigError."""
     if not _compares_places(cfg) or taught.shape is None or shape is None or taught.shape.grid == shape.grid:
         return
@@ -200,7 +198,7 @@ def _check_grids(cfg: "DistillConfig", taught: Taught, student: str, shape: Shap
     )
 
 
-def _check_token(called: str, model: VitConfig | None, backbone: str | None, cfg: "DistillConfig") -> None:
+def _check_token(called: str, model: VitConfig | None, backbone: str | None, cfg: DistillConfig) -> None:
     if model is not None:
         fits = model.resolved().registers > 0
     else:
@@ -212,7 +210,7 @@ def _check_token(called: str, model: VitConfig | None, backbone: str | None, cfg
         )
 
 
-def _mixes(cfg: "DistillConfig", backbone: str) -> bool:
+def _mixes(cfg: DistillConfig, backbone: str) -> bool:
     """Whether a model of timm has BatchNorm. Errors: ConfigError where it is to recompute activations and cannot."""
     size, channels = cfg.data.image_size, cfg.data.channels
     if cfg.engine.recompute:
@@ -221,7 +219,7 @@ def _mixes(cfg: "DistillConfig", backbone: str) -> bool:
     return depends_on_others(backbone_outline(backbone, size, channels))
 
 
-def agreed_classes(cfg: "DistillConfig", taught: Taught, sources: Sequence[Source]) -> tuple[str, ...]:
+def agreed_classes(cfg: DistillConfig, taught: Taught, sources: Sequence[Source]) -> tuple[str, ...]:
     """The names of the classes: the data's are the teacher's, and labels are among them. Errors: DataError, ConfigError."""
     ours = sources[0].dataset.classes
     names = taught.classes if taught.named or ours is None else ours
@@ -237,7 +235,7 @@ def agreed_classes(cfg: "DistillConfig", taught: Taught, sources: Sequence[Sourc
     return names
 
 
-def _check_labels(cfg: "DistillConfig", classes: tuple[str, ...], sources: Sequence[Source]) -> None:
+def _check_labels(cfg: DistillConfig, classes: tuple[str, ...], sources: Sequence[Source]) -> None:
     if not cfg.label_weight:
         return
     folder, weight = sources[0].dataset.folder, f"label_weight={cfg.label_weight:g}"
@@ -273,7 +271,7 @@ def _shape_of_vit(sizes: SizedVit, size: int | tuple[int, int]) -> Shape:
     return Shape(sizes.width, sizes.width, sizes.grid(size))
 
 
-def _shape_of_backbone(cfg: "DistillConfig", name: str) -> Shape:
+def _shape_of_backbone(cfg: DistillConfig, name: str) -> Shape:
     """Without patches its last map, if it has one, is not looked at."""
     size, channels = cfg.data.image_size, cfg.data.channels
     if not cfg.patch_weight:
@@ -282,7 +280,7 @@ def _shape_of_backbone(cfg: "DistillConfig", name: str) -> Shape:
     return Shape(whole, place, (rows, columns))
 
 
-def _shape_of_card(cfg: "DistillConfig", told: EncoderCard | BackboneCard) -> Shape:
+def _shape_of_card(cfg: DistillConfig, told: EncoderCard | BackboneCard) -> Shape:
     if isinstance(told, EncoderCard):
         return _shape_of_vit(told, cfg.data.image_size)
     return _shape_of_backbone(cfg, told.timm)

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 
 from distill.cache import Lessons, Part, check_bound
-from distill.config import DistillConfig, DistillPlan, plan
+from distill.config import DistillConfig
 from distill.objective import Imitate
+from distill.plan import DistillPlan, plan
 from distill.students import build_students
 from distill.teacher import Teacher
 from foveal.config import height_and_width
-from foveal.distributed.engine import build_engine
+from foveal.distributed.build import build_engine
 from foveal.door import Stage, main
 from foveal.loop import Parts, due
 from foveal.models.backbone import undecayed_of

@@ -5,7 +5,8 @@ from finetune.model import exported
 from finetune.planning import FinetunePlan
 from finetune.tasks import TASKS
 from foveal.data.subset import PartName, judge
-from foveal.distributed.engine import Engine, build_engine
+from foveal.distributed.build import build_engine
+from foveal.distributed.engine import Engine
 from foveal.errors import DataError
 from foveal.loop import due
 from foveal.runtime import Run

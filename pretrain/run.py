@@ -2,7 +2,8 @@
 
 import torch
 
-from foveal.distributed.engine import Engine, build_engine
+from foveal.distributed.build import build_engine
+from foveal.distributed.engine import Engine
 from foveal.door import Stage, main
 from foveal.inspect.reconstruction import reconstruction_sheet
 from foveal.loop import Parts, Step, due

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from foveal.checkpoint.pieces import fill_pieces, write_pieces
-from foveal.distributed.engine import Engine, EngineConfig, Outcome, build_engine
+from foveal.distributed.build import build_engine
+from foveal.distributed.engine import Engine, EngineConfig, Outcome
 from foveal.distributed.world import World
 from foveal.optim import OptimConfig, parameter_groups
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from foveal.checkpoint.pieces import Piece, whole
 from foveal.config import Config, machine, science
 from foveal.distributed.world import World
-from foveal.errors import ConfigError
-from foveal.optim import Guard, OptimConfig, count_from, guarded, moments, updates_of
+from foveal.optim import Guard, count_from, moments, updates_of
 
 Precision = Literal["fp32", "bf16"]
 
@@ -212,97 +211,3 @@ class Whole:
 
     def weights(self) -> dict[str, Tensor]:
         return {name: exported(value) for name, value in self._module.state_dict().items()}
-
-
-class Plain(Whole):
-    """One process and nothing else: the reference that the other engines must equal."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        groups: list[dict[str, Any]],
-        optim: OptimConfig,
-        cfg: EngineConfig,
-        world: World,
-        accumulate: int,
-    ) -> None:
-        assert world.size == 1, "check_engine refuses more"
-        super().__init__(model.to(world.device), guarded(groups, optim), cfg, world)
-        self._accumulate = accumulate
-
-    @contextmanager
-    def micro(self, *, last: bool) -> Iterator[None]:
-        with autocast(self.device, self._precision):
-            yield
-
-    def backward(self, loss: Tensor) -> None:
-        with autocast(self.device, "fp32"):
-            (loss / self._accumulate).backward()
-
-
-def check_engine(cfg: EngineConfig, optim: OptimConfig, ranks: int, *, at_once: int, accumulate: int) -> None:
-    """Refuse, before a run begins, what its engine would refuse. Errors: ConfigError."""
-    if cfg.kind == "plain" and ranks > 1:
-        raise ConfigError(f"engine.kind=plain runs in one process, this run has {ranks}; use deepspeed or accelerate")
-    if cfg.sharding != "ddp" and cfg.kind != "accelerate":
-        raise ConfigError(
-            f"engine.sharding={cfg.sharding} is Accelerate's, and engine.kind is {cfg.kind}; remove one of them"
-        )
-    if optim.kind == "lars" and cfg.sharding == "fsdp2":
-        raise ConfigError(
-            "optim.kind=lars wants the norms of whole weights, which engine.sharding=fsdp2 cuts up; use ddp, or sgd or adamw"
-        )
-    if "deepspeed" in (cfg.kind, cfg.sharding):
-        if optim.kind != "adamw":
-            raise ConfigError(
-                f"optim.kind={optim.kind} does not run on DeepSpeed, which takes adamw only; use engine.kind=accelerate with "
-                f"engine.sharding=ddp{'' if optim.kind == 'lars' else ' or fsdp2'}"
-            )
-        from foveal.distributed.deepspeed import settings
-
-        config = settings(optim, cfg, ranks, at_once, accumulate)
-        if cfg.deepspeed:
-            from foveal.distributed.deepspeedkeys import check_keys
-
-            del config["train_batch_size"]  # DeepSpeed would compare it with the ranks that this process knows of
-            check_keys(config, cfg.deepspeed)
-
-
-def set_products(cfg: EngineConfig) -> None:
-    """How this process multiplies in float32."""
-    torch.set_float32_matmul_precision(cfg.matmul)
-    torch.backends.cudnn.allow_tf32 = cfg.matmul != "highest"  # convolutions have a switch of their own, on by default
-    torch.backends.cudnn.deterministic = True  # or a backward of convolutions may add in another order each time
-
-
-def build_engine(
-    model: nn.Module,
-    groups: list[dict[str, Any]],
-    optim: OptimConfig,
-    cfg: EngineConfig,
-    world: World,
-    *,
-    at_once: int,
-    accumulate: int,
-) -> Engine:
-    """The engine that ``cfg.kind`` names, holding the model on the device.
-
-    Its library is imported only here: DeepSpeed alone takes longer to import than torch.
-    """
-    set_products(cfg)
-    if cfg.recompute:
-        cast(Any, model).set_grad_checkpointing(enable=True)
-    if cfg.compile:
-        model.compile()  # in place, so that no `_orig_mod.` prefix reaches a file
-    if cfg.kind == "deepspeed":
-        from foveal.distributed.deepspeed import DeepSpeed
-
-        return DeepSpeed(model, groups, optim, cfg, world, at_once, accumulate)
-    if cfg.kind == "accelerate":
-        from foveal.distributed.accelerate import Accelerate, AcceleratedDeepSpeed, FullySharded
-
-        if cfg.sharding == "deepspeed":
-            return AcceleratedDeepSpeed(model, groups, optim, cfg, world, at_once, accumulate)
-        engine = FullySharded if cfg.sharding == "fsdp2" else Accelerate
-        return engine(model, groups, optim, cfg, world, accumulate)
-    return Plain(model, groups, optim, cfg, world, accumulate)

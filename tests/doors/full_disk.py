@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from foveal.checkpoint.store import CheckpointConfig, Store, TrainState
-from foveal.distributed.engine import Engine, EngineConfig, build_engine
+from foveal.distributed.build import build_engine
+from foveal.distributed.engine import Engine, EngineConfig
 from foveal.distributed.world import World
 from foveal.optim import OptimConfig, parameter_groups
 

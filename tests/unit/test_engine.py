@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from foveal.distributed.accelerate import _accelerator
+from foveal.distributed.build import check_engine
 from foveal.distributed.deepspeed import settings
-from foveal.distributed.engine import EngineConfig, check_engine
+from foveal.distributed.engine import EngineConfig
 from foveal.distributed.world import World
 from foveal.errors import ConfigError, LaunchError
 from foveal.optim import OptimConfig

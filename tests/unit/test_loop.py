@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from finetune.objective import Classify
 from foveal.data import Batch
-from foveal.distributed.engine import EngineConfig, Plain, build_engine
+from foveal.distributed.build import build_engine
+from foveal.distributed.engine import EngineConfig
+from foveal.distributed.plain import Plain
 from foveal.distributed.world import World
 from foveal.loop import Course, due, steps
 from foveal.optim import OptimConfig, parameter_groups

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lessons import DIGITS, DISTILLED, TEACHER, backbone_export, config, encoder_export
 
-from distill.config import plan
+from distill.plan import plan
 from distill.run import parts
 from distill.students import build_students
 from foveal.data import Dataset

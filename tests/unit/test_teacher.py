@@ -9,9 +9,10 @@ from lessons import DIGITS, backbone_export, encoder_export
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from distill.config import DistillConfig, plan
+from distill.config import DistillConfig
 from distill.lesson import Lesson
 from distill.objective import Imitate
+from distill.plan import plan
 from distill.teacher import Teacher
 from foveal.checkpoint.export import Card, read_export, write_export
 from foveal.data import Batch
