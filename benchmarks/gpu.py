@@ -25,8 +25,8 @@ from safetensors.torch import load_file
 from foveal.data import train_batches
 from foveal.doctor.finding import Report
 from foveal.doctor.node import rates
-from foveal.door import load
 from foveal.plan.forecast import Forecast, Machine
+from foveal.training.cli import load
 from pretrain.run import STAGE
 
 EVERY = 20  # steps between checkpoints

@@ -5,7 +5,7 @@ from distill.losses import Distance
 from foveal.config import Config, machine, science
 from foveal.models.mae import DecoderConfig
 from foveal.models.vit import Pooling, VitConfig
-from foveal.stage import StageConfig
+from foveal.training.plan import StageConfig
 
 
 class StudentVit(VitConfig):

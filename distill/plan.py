@@ -10,7 +10,7 @@ from foveal.config import check_plain
 from foveal.errors import ConfigError
 from foveal.models.backbone import times
 from foveal.origin import Origin, origin_of
-from foveal.stage import Plan, planned
+from foveal.training.plan import Plan, planned
 
 _FILES = {"card.json", "model.safetensors"}
 

@@ -14,13 +14,13 @@ from distill.students import build_students
 from distill.teacher import Teacher
 from foveal.config import height_and_width
 from foveal.distributed.build import build_engine
-from foveal.door import Stage, main
-from foveal.loop import Parts, due
 from foveal.models.backbone import undecayed_of
 from foveal.models.patches import count_kept
 from foveal.optim import parameter_groups
-from foveal.provenance import versions
-from foveal.runtime import Run
+from foveal.training.cli import Stage, main
+from foveal.training.loop import Parts, due
+from foveal.training.provenance import versions
+from foveal.training.run import Run
 
 # The settings that what a teacher says of a view depends on, beside what is inherited; the seed only where views differ.
 _SEEN = ("teacher_name", "mask_ratio", "data.image_size", "data.channels", "data.augment", "data.jpeg_scaling")

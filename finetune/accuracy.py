@@ -14,7 +14,7 @@ from foveal.data import Batch, normalise
 from foveal.data.subset import PartName
 from foveal.distributed.engine import Engine
 from foveal.errors import DataError
-from foveal.runtime import Run
+from foveal.training.run import Run
 
 
 def accuracy(engine: Engine, run: Run, step: int, *, split: str, part: PartName) -> dict[str, float]:

@@ -15,7 +15,7 @@ from foveal.distributed.engine import Engine
 from foveal.errors import DataError
 from foveal.inspect.boxes import box_sheet
 from foveal.models.fcos import Found, found, losses
-from foveal.runtime import Run
+from foveal.training.run import Run
 
 # Of an image: what scores less changes no average precision that is any good, and COCO looks at a hundred.
 _KEPT = {"lowest": 0.05, "overlap": 0.6, "candidates": 1000, "most": 100}

@@ -9,7 +9,7 @@ from foveal.distributed.engine import EngineConfig
 from foveal.models.detect import DetectCard, DetectorSizes
 from foveal.models.segment import SegmentCard, SegmentHead
 from foveal.models.vit import Pooling, VitConfig
-from foveal.stage import StageConfig
+from foveal.training.plan import StageConfig
 
 
 class FinetuneEngine(EngineConfig):

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from finetune.model import encoder_below, groups, model_from_export
 from finetune.planning import FinetunePlan
 from foveal.data import Batch, normalise
-from foveal.loop import Parts
 from foveal.models.detect import Detector, build_detector
 from foveal.models.droppath import drop_path_sites
 from foveal.models.fcos import losses
 from foveal.seeding import key, uniforms
+from foveal.training.loop import Parts
 
 
 @dataclass(frozen=True)

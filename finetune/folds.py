@@ -21,7 +21,7 @@ from finetune.planning import plan as plan_of
 from finetune.several import Fit, Summary, each_of, folder_of, is_finished
 from foveal.distributed.world import World, array_task
 from foveal.errors import ConfigError, Held, LaunchError
-from foveal.runtime import Run
+from foveal.training.run import Run
 
 _JUDGED = ("fold_", "holdout_")
 _WAIT = 1.0  # seconds between two looks whether another task has closed the run

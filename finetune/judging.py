@@ -4,7 +4,7 @@ from foveal.config import Config, science
 from foveal.data import LabelKind
 from foveal.data.subset import judge
 from foveal.errors import ConfigError
-from foveal.stage import StageConfig
+from foveal.training.plan import StageConfig
 
 
 class EarlyStoppingConfig(Config):

@@ -14,9 +14,9 @@ from finetune.model import classifier, groups
 from finetune.planning import FinetunePlan
 from finetune.teacher import Teacher, teacher_of
 from foveal.data import Batch, LabelKind, normalise
-from foveal.loop import Parts
 from foveal.models.norms import norms_of, statistics_kept
 from foveal.seeding import key, uniforms
+from foveal.training.loop import Parts
 
 _UNLABELLED = -1
 

@@ -18,7 +18,7 @@ from foveal.distributed.engine import Engine
 from foveal.errors import DataError
 from foveal.inspect.overlay import overlay_sheet
 from foveal.models.windows import by_windows
-from foveal.runtime import Run
+from foveal.training.run import Run
 
 _SHOWN = 4  # images on a sheet
 _UNNAMEABLE = re.compile(r"[^\w. -]")  # what MLflow takes in no name of a number

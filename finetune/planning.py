@@ -44,7 +44,7 @@ from foveal.models.vit import EncoderCard, encoder_card
 from foveal.models.windows import corners
 from foveal.origin import Origin, origin_of
 from foveal.patience import answered
-from foveal.stage import Plan, inherited_science, planned
+from foveal.training.plan import Plan, inherited_science, planned
 
 
 @dataclass(frozen=True)

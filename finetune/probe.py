@@ -26,9 +26,9 @@ from finetune.probeplan import ProbePlan
 from foveal.data import Batch, normalise
 from foveal.distributed.build import set_products
 from foveal.files import write_json
-from foveal.loop import Parts
 from foveal.optim import parameter_groups
-from foveal.runtime import Run
+from foveal.training.loop import Parts
+from foveal.training.run import Run
 
 _FOLDER = "probes"
 _log = logging.getLogger("foveal.finetune")

@@ -31,8 +31,8 @@ from foveal.models.backbone import whole_alone
 from foveal.models.probes import read_layers
 from foveal.models.resize import resized_from_card
 from foveal.models.vit import encoder_from_card
-from foveal.runtime import Run
 from foveal.seeding import key
+from foveal.training.run import Run
 
 Look = Callable[[Tensor], tuple[Tensor, Tensor | None]]  # images to (features [S, B, F], patches [S, B, L, D])
 FOLDER = "features"

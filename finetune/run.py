@@ -23,9 +23,9 @@ from finetune.timetable import fit
 from finetune.trials import compare
 from foveal.data.pack import pack_digits
 from foveal.distributed.launcher import seat
-from foveal.door import Stage, main
-from foveal.loop import Parts
-from foveal.runtime import Run
+from foveal.training.cli import Stage, main
+from foveal.training.loop import Parts
+from foveal.training.run import Run
 
 _log = logging.getLogger("foveal.finetune")
 

@@ -16,10 +16,10 @@ from finetune.model import encoder_below, groups, model_from_export
 from finetune.planning import FinetunePlan
 from foveal.data import Batch, normalise
 from foveal.data.labels import NOTHING
-from foveal.loop import Parts
 from foveal.models.droppath import drop_path_sites
 from foveal.models.segment import Segmenter, build_segmenter
 from foveal.seeding import key, uniforms
+from foveal.training.loop import Parts
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from finetune.config import FinetuneConfig
 from finetune.planning import FinetunePlan
 from finetune.planning import plan as plan_of
 from foveal.data.subset import judge
-from foveal.opening import opened
-from foveal.runtime import Run
+from foveal.training.run import Run
+from foveal.training.run_directory import opened
 
 Fit = Callable[[FinetunePlan, Run], None]
 Summary = dict[str, float]

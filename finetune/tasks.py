@@ -16,8 +16,8 @@ from finetune.segment import segment, segment_head
 from foveal.data import LabelKind
 from foveal.data.subset import PartName
 from foveal.distributed.engine import Engine
-from foveal.loop import Parts
-from foveal.runtime import Run
+from foveal.training.loop import Parts
+from foveal.training.run import Run
 
 
 class Measure(Protocol):

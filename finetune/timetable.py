@@ -8,10 +8,10 @@ from foveal.data.subset import PartName, judge
 from foveal.distributed.build import build_engine
 from foveal.distributed.engine import Engine
 from foveal.errors import DataError
-from foveal.loop import due
-from foveal.runtime import Run
 from foveal.schedule import early_average
-from foveal.scores import best_step, is_over, until
+from foveal.training.evaluations import best_step, is_over, until
+from foveal.training.loop import due
+from foveal.training.run import Run
 
 
 def fit(plan: FinetunePlan, run: Run) -> None:

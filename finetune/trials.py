@@ -8,7 +8,7 @@ import statistics
 
 from finetune.planning import FinetunePlan, trial
 from finetune.several import Fit, Summary, each_of
-from foveal.runtime import Run
+from foveal.training.run import Run
 
 
 def compare(plan: FinetunePlan, run: Run, fit: Fit) -> None:

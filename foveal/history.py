@@ -8,8 +8,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from foveal.attempts import attempts_of
 from foveal.errors import CheckpointError
+from foveal.training.lease import attempts_of
 
 
 def attempts(run: Annotated[Path, typer.Argument(help="The run directory.")]) -> None:

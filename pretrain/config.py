@@ -10,7 +10,7 @@ from foveal.models.mae import DecoderConfig
 from foveal.models.masks import Masking, mask_side
 from foveal.models.vit import VitConfig
 from foveal.schedule import rising_average
-from foveal.stage import Plan, StageConfig, planned
+from foveal.training.plan import Plan, StageConfig, planned
 from pretrain.init import Start, started
 from pretrain.objective import Target
 

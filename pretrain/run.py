@@ -4,14 +4,14 @@ import torch
 
 from foveal.distributed.build import build_engine
 from foveal.distributed.engine import Engine
-from foveal.door import Stage, main
 from foveal.inspect.reconstruction import reconstruction_sheet
-from foveal.loop import Parts, Step, due
 from foveal.models.mae import MaskedAutoencoder
 from foveal.models.vit import build_encoder, encoder_card
 from foveal.optim import parameter_groups
-from foveal.runtime import Run
 from foveal.seeding import key
+from foveal.training.cli import Stage, main
+from foveal.training.loop import Parts, Step, due
+from foveal.training.run import Run
 from pretrain.config import PretrainConfig, PretrainPlan, plan
 from pretrain.init import load_start
 from pretrain.objective import Reconstruct

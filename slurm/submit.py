@@ -31,7 +31,7 @@ from finetune.config import FinetuneConfig
 from foveal.config import parse_yaml, read_yaml
 from foveal.distributed.launcher_process import LAUNCHER, Process
 from foveal.errors import ConfigError, FovealError, LaunchError
-from foveal.stage import StageConfig, config_file
+from foveal.training.plan import StageConfig, config_file
 from pretrain.config import PretrainConfig
 
 _STAGES: dict[str, tuple[type[StageConfig], str]] = {

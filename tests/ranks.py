@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from foveal.distributed.world import World, joined
-from foveal.door import Stage, enter, load
 from foveal.errors import FovealError
 from foveal.tracking.jsonl import read_rows
+from foveal.training.cli import Stage, enter, load
 
 _PATIENCE = 240  # seconds for one call
 _COLLECTIVE = 120  # seconds for one collective: a rank that waits for another that failed gives up

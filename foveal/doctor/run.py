@@ -17,8 +17,8 @@ from foveal.doctor.finding import Report, kind_of
 from foveal.errors import FovealError
 from foveal.files import FULL, in_gigabytes
 from foveal.plan.forecast import Forecast, Machine
-from foveal.provenance import versions
-from foveal.stage import Plan
+from foveal.training.plan import Plan
+from foveal.training.provenance import versions
 
 _WRITTEN = 64 << 20  # bytes
 _PIECE = 4 << 20

@@ -51,11 +51,11 @@ def plan_command(
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """What CONFIG needs and takes on so many GPUs, and what will not do; needs no GPU. Exit code 2 if it cannot run."""
-    from foveal.door import load
     from foveal.plan.forecast import Forecast, Machine
     from foveal.plan.hardware import gpu_named
     from foveal.plan.problems import problems_of
     from foveal.plan.report import lines_of, tree_of
+    from foveal.training.cli import load
 
     found = stage_named(stage_of(config, stage))
     cfg = load(found.config, found.name, config, overrides or [])

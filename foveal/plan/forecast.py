@@ -5,10 +5,10 @@ from functools import cached_property
 from typing import Any
 
 from foveal.distributed.engine import EngineConfig, Precision
-from foveal.door import Stage
 from foveal.plan.memory import Memory, memory_of, zero_stage
 from foveal.plan.trace import Flops, Trace, Weights, flops_of, trace_of, weights_of
-from foveal.stage import Plan, StageConfig
+from foveal.training.cli import Stage
+from foveal.training.plan import Plan, StageConfig
 
 _FP32, _BF16 = 4, 2
 _PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")

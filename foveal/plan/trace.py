@@ -23,8 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from foveal.data import Batch, LabelKind
 from foveal.distributed.engine import Precision, autocast
 from foveal.errors import ConfigError
-from foveal.loop import Parts
 from foveal.models.backbone import depends_on_others
+from foveal.training.loop import Parts
 
 # A processor's fused attention saves what a GPU's does: queries, keys, values, the output and its logarithmic sums.
 _DEVICE = torch.device("cpu")

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import typer
 
-from foveal.attempts import attempts_of
 from foveal.config import read_yaml
 from foveal.errors import CheckpointError, ConfigError, Diverged, FovealError, Superseded
 from foveal.files import write_json
@@ -14,6 +13,7 @@ from foveal.tracking import courier_of
 from foveal.tracking.sqlite import file_of
 from foveal.tracking.tail import Tail, read_json
 from foveal.tracking.tracker import State, TrackingConfig
+from foveal.training.lease import attempts_of
 
 app = typer.Typer(help="Tracking: sync.", no_args_is_help=True)
 

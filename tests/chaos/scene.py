@@ -15,9 +15,9 @@ from typing import Any
 from harness import STILL_GOING, Cluster, Rank
 from server import Server
 
-from foveal.attempts import Told, attempts_of
 from foveal.files import json_lines
 from foveal.tracking.tail import read_lines
+from foveal.training.lease import Told, attempts_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = (

@@ -12,8 +12,8 @@ from processes import PYTHON, Ended, column, ended
 from scene import SETTINGS, STEPS_PER_EPOCH, Scene, checkout
 from verdict import compare
 
-from foveal.attempts import Told
 from foveal.errors import Superseded
+from foveal.training.lease import Told
 
 pytestmark = [pytest.mark.thorough, pytest.mark.slow, pytest.mark.timeout(900)]
 _EPOCHS = 2

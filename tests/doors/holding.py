@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from foveal.runtime import Run
+from foveal.training.run import Run
 
 _end = os._exit
 _LOOKS = 0.01  # seconds

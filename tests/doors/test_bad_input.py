@@ -10,8 +10,8 @@ from processes import PYTHON, ended
 from ranks import Ranks, stage_named
 
 from foveal.data.cli import app as data_commands
-from foveal.door import main
 from foveal.errors import DataError
+from foveal.training.cli import main
 
 Refused = Callable[..., str]
 

@@ -8,7 +8,7 @@ import pytest
 from processes import PYTHON, ROOT, Ended, column, ended, rows_of
 from ranks import Ranks, stage_named
 
-from foveal.door import main
+from foveal.training.cli import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # of real processes, each several seconds
 

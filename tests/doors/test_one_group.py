@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from processes import PYTHON, ROOT, Started, ended, rows_of
 
-from foveal.door import main
+from foveal.training.cli import main
 from pretrain.run import STAGE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # of real processes, each several seconds

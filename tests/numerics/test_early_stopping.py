@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from finetune.objective import Classify
 from foveal.data.ledger import ROW, rows_file
 from foveal.distributed.world import World
-from foveal.door import enter, load
-from foveal.runtime import Run
 from foveal.tracking.jsonl import read_rows
+from foveal.training.cli import enter, load
+from foveal.training.run import Run
 
 # SGD at a rate that is too high at first: of 44 steps it takes 20, the best evaluation is after 12, and the rate drops.
 STEERED = (

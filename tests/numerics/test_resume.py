@@ -8,10 +8,10 @@ from ranks import stage_named
 
 from foveal.cli import app
 from foveal.distributed.world import World
-from foveal.door import enter, load
 from foveal.errors import CheckpointError
-from foveal.runtime import Run
 from foveal.tracking.jsonl import read_rows
+from foveal.training.cli import enter, load
+from foveal.training.run import Run
 
 
 def test_rows_after_the_checkpoint_are_void(configs, one_rank, two_ranks, tmp_path, capfd) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from foveal.data.ledger import ROW, rows_file
 from foveal.distributed.world import World
-from foveal.door import enter, load
 from foveal.errors import Diverged
 from foveal.tracking.jsonl import read_rows
+from foveal.training.cli import enter, load
 from pretrain.objective import Reconstruct
 
 # Where it goes back to depends on the cadence, and what is restored there on the engine.

@@ -13,9 +13,9 @@ from scenes import scene_tree, write_scenes
 from finetune.segment import segmenter_from_export
 from foveal.checkpoint.export import read_card, read_head
 from foveal.distributed.world import World
-from foveal.door import enter, load
 from foveal.errors import DataError, ExportError
-from foveal.runtime import Run
+from foveal.training.cli import enter, load
+from foveal.training.run import Run
 
 STAGE = stage_named("finetune")
 # That the parts of a batch add up: test_splits.py.

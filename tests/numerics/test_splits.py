@@ -16,7 +16,7 @@ from rectangles import pack_rectangles
 from scenes import scene_tree, write_scenes
 
 from foveal.data import Batch, train_batches
-from foveal.loop import Parts
+from foveal.training.loop import Parts
 
 WHOLE, PARTS = 64, (64, 16, 2)  # images of a step, and of a micro
 DEVICE = torch.device("cpu")

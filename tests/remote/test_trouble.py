@@ -16,10 +16,10 @@ from ranks import stage_named
 
 from foveal.data import DataConfig, Dataset, train_batches, training_set
 from foveal.data.remote import NotThere, Remote
-from foveal.door import main
 from foveal.errors import ConfigError, DataError
 from foveal.redact import redact
-from foveal.saving import Saving
+from foveal.training.checkpointing import Saving
+from foveal.training.cli import main
 
 Configure = Callable[..., DataConfig]
 

@@ -20,9 +20,9 @@ from finetune.timetable import fit
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.world import ArrayTask, World
 from foveal.errors import ConfigError, FovealError, Held, LaunchError
-from foveal.opening import opened
-from foveal.runtime import Run
 from foveal.tracking.jsonl import read_rows
+from foveal.training.run import Run
+from foveal.training.run_directory import opened
 
 ALONE = World(0, 1, 0, "none", torch.device("cpu"))
 Fit = Callable[[FinetunePlan, Run], None]

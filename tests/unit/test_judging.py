@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from ranks import stage_named
 
-from foveal.door import load
 from foveal.errors import ConfigError
-from foveal.stage import Plan
+from foveal.training.cli import load
+from foveal.training.plan import Plan
 
 STOPPING = "early_stopping={metric: val_top1, patience: 2}"
 HELD = "data.holdout_per_class=3"

@@ -10,9 +10,9 @@ import torch
 from plans import forecast
 from torch import nn
 
-from foveal.loop import Parts
 from foveal.plan.forecast import Forecast, Machine
 from foveal.plan.trace import _batch, _Watch, flops_of, trace_of, weights_of
+from foveal.training.loop import Parts
 
 VIT_B = ("model={name: vit_base_patch16_224}", "decoder={width: 512, depth: 8, heads: 16}")
 FULL_SIZE = ("data.image_size=224", "data.channels=3")

@@ -24,10 +24,10 @@ from foveal.distributed.preemption import (
     seconds_left,
 )
 from foveal.distributed.world import World
-from foveal.door import enter, load
-from foveal.runtime import Run
-from foveal.stage import Plan
 from foveal.tracking.jsonl import read_rows
+from foveal.training.cli import enter, load
+from foveal.training.plan import Plan
+from foveal.training.run import Run
 
 ALONE = World(0, 1, 0, "none", torch.device("cpu"))
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)

@@ -26,8 +26,8 @@ from foveal.models.backbone import backbone_card, build_backbone
 from foveal.models.encode import features
 from foveal.models.probes import read_layers
 from foveal.models.vit import VitConfig, build_encoder, encoder_card
-from foveal.opening import opened
-from foveal.runtime import Run
+from foveal.training.run import Run
+from foveal.training.run_directory import opened
 
 ALONE = World(0, 1, 0, "none", torch.device("cpu"))
 TINY = VitConfig(name="vit_tiny_patch16_224", patch=4, width=16, depth=2, heads=2)

@@ -19,8 +19,8 @@ from foveal.distributed.preemption import Preemption
 from foveal.distributed.world import World
 from foveal.errors import ConfigError, DataError, ExportError
 from foveal.models.vit import VitConfig, build_encoder, encoder_card
-from foveal.opening import opened
-from foveal.runtime import Run
+from foveal.training.run import Run
+from foveal.training.run_directory import opened
 
 ALONE = World(0, 1, 0, "none", torch.device("cpu"))
 TINY = VitConfig(name="vit_tiny_patch16_224", patch=4, width=16, depth=1, heads=2)

@@ -17,9 +17,9 @@ from ranks import Ranks, stage_named
 from foveal.data import Batch, DataConfig, Dataset, eval_batches, train_batches, training_set
 from foveal.data.index import index_folder
 from foveal.distributed.world import World
-from foveal.door import enter, load
 from foveal.errors import DataError
 from foveal.tracking.jsonl import read_rows
+from foveal.training.cli import enter, load
 
 BATCH = 64
 Configure = Callable[..., DataConfig]

@@ -9,7 +9,7 @@ from stores import state
 
 from foveal.checkpoint.state import read_state
 from foveal.files import write_json
-from foveal.scores import Scores, best_step, is_over, until, values
+from foveal.training.evaluations import Scores, best_step, is_over, until, values
 
 
 def scores(*numbers: float, metric: str = "val_top1") -> Scores:

@@ -18,10 +18,10 @@ from foveal.distributed.build import check_engine
 from foveal.distributed.engine import EngineConfig
 from foveal.errors import ConfigError, ExportError
 from foveal.optim import OptimConfig
-from foveal.recovery import RecoveryConfig
 from foveal.schedule import dropped, plateau_drops, warmup_constant, warmup_cosine
-from foveal.scores import higher_is_better
 from foveal.tracking.tracker import TrackingConfig
+from foveal.training.evaluations import higher_is_better
+from foveal.training.rollback import RecoveryConfig
 
 
 class BatchConfig(Config):

@@ -13,8 +13,8 @@ from foveal.distributed.engine import Engine
 from foveal.distributed.world import World
 from foveal.errors import CheckpointError, ExportError
 from foveal.files import drafted
-from foveal.provenance import versions
-from foveal.stage import Plan
+from foveal.training.plan import Plan
+from foveal.training.provenance import versions
 
 
 class Exports:

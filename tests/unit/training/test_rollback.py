@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from foveal.errors import CheckpointError, Diverged
-from foveal.recovery import Recovery, RecoveryConfig, read_journal
+from foveal.training.rollback import Recovery, RecoveryConfig, read_journal
 
 
 def refused(recovery: Recovery, *steps: int) -> list[bool]:

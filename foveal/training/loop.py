@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from foveal.data import Batch
 from foveal.distributed.engine import Engine
 from foveal.distributed.world import World
-from foveal.telemetry.pace import Pace
-from foveal.telemetry.stragglers import Stragglers
-from foveal.telemetry.totals import Totals
+from foveal.training.meters.step_metrics import Totals
+from foveal.training.meters.stragglers import Stragglers
+from foveal.training.meters.throughput import Pace
 
 
 class Objective(Protocol):

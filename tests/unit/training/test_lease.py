@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from foveal import attempts
-from foveal.attempts import Holder, Lease, attempts_of, starts_of, take, this_process
 from foveal.errors import CheckpointError, Restarting
+from foveal.training import lease as module
+from foveal.training.lease import Holder, Lease, attempts_of, starts_of, take, this_process
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["foveal.attempts"])
+_CONTEXT.set_forkserver_preload(["foveal.training.lease"])
 WAIT = 60  # seconds for a process to answer on a busy machine
 BEAT, PATIENCE, ROUNDS = 0.05, 3.0, 20
 
@@ -94,8 +94,8 @@ def test_thousands_of_attempts_are_not_read(tmp_path: Path, monkeypatch: pytest.
             (".end", {"code": 0}),
         ):
             (folder / f"{number:04d}{part}.json").write_text(json.dumps(content))
-    read, calls = attempts._content, []
-    monkeypatch.setattr(attempts, "_content", lambda file: (calls.append(file), read(file))[1])
+    read, calls = module._content, []
+    monkeypatch.setattr(module, "_content", lambda file: (calls.append(file), read(file))[1])
     lease = taken(tmp_path)
     lease.started(3000)
     assert (lease.number, lease.starts) == (3001, {3000: 3000})
@@ -216,7 +216,7 @@ def test_a_live_holder_refuses_by_name(tmp_path: Path, others) -> None:
 
 
 def test_a_killed_holder_on_this_host_is_followed_at_once(tmp_path: Path, others, monkeypatch) -> None:
-    monkeypatch.setattr(attempts, "_beats", lambda *_: pytest.fail("its heartbeat was waited for"))
+    monkeypatch.setattr(module, "_beats", lambda *_: pytest.fail("its heartbeat was waited for"))
     other = others(tmp_path)
     assert other.says() == 1
     other.signalled(signal.SIGKILL)
@@ -235,9 +235,9 @@ def test_another_process_with_the_same_number_is_not_the_holder(tmp_path: Path) 
 
 def test_a_dead_process_that_its_parent_has_not_buried_is_dead() -> None:
     with subprocess.Popen(["true"]) as process:
-        until(lambda: attempts._born(process.pid) is None)
+        until(lambda: module._born(process.pid) is None)
         assert Path(f"/proc/{process.pid}").exists()
-    assert attempts._born(os.getpid()) == this_process(1, {}).born
+    assert module._born(os.getpid()) == this_process(1, {}).born
 
 
 def test_a_frozen_holder_elsewhere_is_followed_when_it_gives_no_sign_of_life(tmp_path: Path, others) -> None:
@@ -286,7 +286,7 @@ def test_slurm_is_asked_about_another_job(
     (tmp_path / "scontrol").write_text(f"#!/bin/sh\n{answer}\n")
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(attempts, "_SCONTROL", 30.0 if answer != ANSWERS["hangs"][0] else 0.2)
+    monkeypatch.setattr(module, "_SCONTROL", 30.0 if answer != ANSWERS["hangs"][0] else 0.2)
     cluster = {"slurm_cluster_name": "one"}
     old = taken(tmp_path / "run", {"slurm_job_id": "17", **cluster}, host="node1")
     with pytest.raises(CheckpointError, match=r"job 17 on node1"):

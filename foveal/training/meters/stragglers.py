@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from foveal.telemetry.totals import Row
+from foveal.training.meters.step_metrics import Row
 
 
 class Stragglers:

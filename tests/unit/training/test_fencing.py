@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from stores import ALONE, Tensors, name, names, saved, state
 
-from foveal.attempts import Lease, starts_of, take, this_process
 from foveal.checkpoint.store import CheckpointConfig, Store
 from foveal.errors import Superseded
+from foveal.training.lease import Lease, starts_of, take, this_process
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "foveal.attempts", "foveal.checkpoint.store", "stores"])
+_CONTEXT.set_forkserver_preload(["torch", "foveal.training.lease", "foveal.checkpoint.store", "stores"])
 WAIT = 60  # seconds for an answer on a busy machine
 BEAT, PATIENCE = 0.05, 3.0
 

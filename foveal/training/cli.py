@@ -19,12 +19,12 @@ from foveal.distributed.lost import lost_peer
 from foveal.distributed.preemption import Preemption, deaf, listening
 from foveal.distributed.world import World, joined
 from foveal.errors import ConfigError, FovealError, Hung, LaunchError, OutOfMemory, Superseded
-from foveal.loop import Parts
-from foveal.opening import opened
-from foveal.outofmemory import out_of_memory
 from foveal.redact import RedactingFormatter, redact_tracebacks
-from foveal.runtime import Run
-from foveal.stage import Plan, StageConfig, config_file
+from foveal.training.loop import Parts
+from foveal.training.out_of_memory import out_of_memory
+from foveal.training.plan import Plan, StageConfig, config_file
+from foveal.training.run import Run
+from foveal.training.run_directory import opened
 
 C = TypeVar("C", bound=StageConfig)
 P = TypeVar("P", bound=Plan)

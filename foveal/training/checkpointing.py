@@ -11,11 +11,11 @@ from foveal.distributed.preemption import NOTICE, notice
 from foveal.distributed.watch import Watch
 from foveal.distributed.world import World
 from foveal.errors import CheckpointError, LaunchError
-from foveal.provenance import versions
-from foveal.scores import Scores
-from foveal.stage import Plan
-from foveal.telemetry.pace import Pace
-from foveal.telemetry.totals import Row
+from foveal.training.evaluations import Scores
+from foveal.training.meters.step_metrics import Row
+from foveal.training.meters.throughput import Pace
+from foveal.training.plan import Plan
+from foveal.training.provenance import versions
 
 _log = logging.getLogger(__name__)
 

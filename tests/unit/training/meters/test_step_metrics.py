@@ -5,8 +5,8 @@ import torch
 from clock import Clock
 from torch import Tensor
 
-from foveal.telemetry.pace import Pace
-from foveal.telemetry.totals import Row, Totals
+from foveal.training.meters.step_metrics import Row, Totals
+from foveal.training.meters.throughput import Pace
 
 
 def host(step: int) -> Row:

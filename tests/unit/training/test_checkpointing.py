@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from ranks import Ranks, stage_named
 
-from foveal import saving
 from foveal.distributed.preemption import Notice
 from foveal.distributed.world import World
-from foveal.door import enter, load
 from foveal.errors import LaunchError
 from foveal.tracking.jsonl import read_rows
+from foveal.training import checkpointing
+from foveal.training.cli import enter, load
 
 
 def _run(world: World, config: str, run: str, told: float | None, took: float, *overrides: str) -> list[str]:
@@ -24,16 +24,16 @@ def _run(world: World, config: str, run: str, told: float | None, took: float, *
             said.append(record.getMessage())
 
     stage, handler = stage_named("pretrain"), Told(logging.WARNING)
-    note = saving.Saving._note
+    note = checkpointing.Saving._note
 
-    def slow(self: saving.Saving, saved: Any) -> None:
+    def slow(self: checkpointing.Saving, saved: Any) -> None:
         if saved is not None:
-            saved = saving.Saved(saved.step, saved.stall_seconds, took, took, saved.bytes)
+            saved = checkpointing.Saved(saved.step, saved.stall_seconds, took, took, saved.bytes)
         note(self, saved)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saving, "notice", lambda: None if told is None else Notice(told, "--signal in the script"))
-        patch.setattr(saving.Saving, "_note", slow)
+        patch.setattr(checkpointing, "notice", lambda: None if told is None else Notice(told, "--signal in the script"))
+        patch.setattr(checkpointing.Saving, "_note", slow)
         logging.getLogger("foveal").addHandler(handler)
         try:
             words = [f"run.dir={run}", "tracking.uri=null", "engine.kind=plain", *overrides]

@@ -9,11 +9,11 @@ import torch
 import yaml
 from ranks import Ranks, stage_named
 
-from foveal.attempts import take, this_process
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.world import World
-from foveal.door import load
 from foveal.errors import ConfigError, Restarting
+from foveal.training.cli import load
+from foveal.training.lease import take, this_process
 
 
 def folders(run: Path) -> list[str]:
@@ -33,7 +33,7 @@ def test_a_requeued_job_goes_on_in_the_sibling_it_made(
     configs, one_rank: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Slurm starts it with the same command line; another start in the same job is fresh again."""
-    from foveal import opening
+    from foveal.training import run_directory
 
     stage, run = stage_named("pretrain"), tmp_path / "run"
     one_rank.train(stage, configs["pretrain"], run, "engine.kind=plain", "run.stop_at=2")
@@ -47,8 +47,8 @@ def test_a_requeued_job_goes_on_in_the_sibling_it_made(
         ({"slurm_job_id": "78", "slurm_restart_count": "1"}, "run-3"),
         ({}, "run-3"),
     ):
-        monkeypatch.setattr(opening, "slurm_job", lambda variables=variables: variables)
-        assert opening._directory(cfg).name == expected
+        monkeypatch.setattr(run_directory, "slurm_job", lambda variables=variables: variables)
+        assert run_directory._directory(cfg).name == expected
     assert yaml.safe_load((run / "config.yaml").read_text())["run"]["dir"] == str(run)
 
 
@@ -74,33 +74,33 @@ def test_a_folder_that_is_not_to_be_looked_into_is_one_sentence(
     configs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not tried on a real one: the tests may run as root, who may look anywhere."""
-    from foveal import opening
+    from foveal.training import run_directory
 
     def barred(_: object) -> Path:
         raise PermissionError(errno.EACCES, "Permission denied", "run")
 
     stage = stage_named("pretrain")
     cfg = load(stage.config, "pretrain", str(configs["pretrain"]), [f"run.dir={tmp_path / 'run'}"])
-    monkeypatch.setattr(opening, "_directory", barred)
+    monkeypatch.setattr(run_directory, "_directory", barred)
     with pytest.raises(
         ConfigError, match=r"run cannot be a run directory \(Permission denied\); set run.dir to a place"
     ):
-        opening._looked_at(stage.plan(cfg, 1))
+        run_directory._looked_at(stage.plan(cfg, 1))
 
 
 def test_a_run_that_another_attempt_finishes_meanwhile_is_let_alone(
     configs, one_rank: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was not finished when it was looked at, and is when the directory is free."""
-    from foveal import opening
+    from foveal.training import run_directory
 
     stage, run = stage_named("pretrain"), tmp_path / "run"
     cfg = load(stage.config, "pretrain", str(configs["pretrain"]), [f"run.dir={run}"])
     run.mkdir()
     (run / "finished.json").write_text("{}")
-    monkeypatch.setattr(opening, "_looked_at", lambda _: (run, False))
+    monkeypatch.setattr(run_directory, "_looked_at", lambda _: (run, False))
     alone = World(0, 1, 0, "none", torch.device("cpu"))
-    with opening.opened("pretrain", stage.plan(cfg, 1), alone, Preemption(alone)) as opened:
+    with run_directory.opened("pretrain", stage.plan(cfg, 1), alone, Preemption(alone)) as opened:
         assert opened is None
     assert json.loads((run / "attempts/0001.end.json").read_text())["code"] == 0
     assert folders(run / "finished.json") == ["attempts", "finished.json"]

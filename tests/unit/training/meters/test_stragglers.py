@@ -7,7 +7,7 @@ import pytest
 import torch
 from clock import Clock
 
-from foveal.telemetry.stragglers import Stragglers
+from foveal.training.meters.stragglers import Stragglers
 
 CPU = torch.device("cpu")
 

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from foveal.errors import DataError, OutOfMemory
-from foveal.outofmemory import out_of_memory
-from foveal.stage import Plan
+from foveal.training.out_of_memory import out_of_memory
+from foveal.training.plan import Plan
 from pretrain.config import PretrainConfig
 from pretrain.config import plan as plan_of
 

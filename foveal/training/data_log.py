@@ -10,7 +10,7 @@ from foveal.data.ledger import Ledger, begin_attempt
 from foveal.data.quarantine import Entry, Quarantine, entry_of, read_entries
 from foveal.distributed.world import World
 from foveal.files import Growing
-from foveal.stage import Plan
+from foveal.training.plan import Plan
 
 
 class Accounts:

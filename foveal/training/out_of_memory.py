@@ -8,7 +8,7 @@ import torch
 from foveal.distributed.launcher import seat
 from foveal.distributed.lost import chain
 from foveal.errors import FovealError, OutOfMemory
-from foveal.stage import Plan
+from foveal.training.plan import Plan
 
 # Of torch's allocator on the host, of libraries on a GPU, and of NCCL, whose errors look like those of a lost peer.
 _WORDS = re.compile(

@@ -12,9 +12,9 @@ import torch
 from ranks import Ranks, stage_named
 
 from foveal.errors import ConfigError
-from foveal.stage import LogConfig
-from foveal.telemetry import profiler
-from foveal.telemetry.profiler import profiled
+from foveal.training.meters import profiler
+from foveal.training.meters.profiler import profiled
+from foveal.training.plan import LogConfig
 
 
 def some(start: int, stop: int) -> Iterator[int]:

@@ -17,11 +17,11 @@ from foveal.distributed.build import build_engine
 from foveal.distributed.engine import EngineConfig
 from foveal.distributed.plain import Plain
 from foveal.distributed.world import World
-from foveal.loop import Course, due, steps
 from foveal.optim import OptimConfig, parameter_groups
-from foveal.telemetry.pace import Pace
-from foveal.telemetry.stragglers import Stragglers
-from foveal.telemetry.totals import Row, Totals
+from foveal.training.loop import Course, due, steps
+from foveal.training.meters.step_metrics import Row, Totals
+from foveal.training.meters.stragglers import Stragglers
+from foveal.training.meters.throughput import Pace
 
 ALONE = World(0, 1, 0, "none", torch.device("cpu"))
 STEPS, IMAGES, CLASSES = 3, 8, 3

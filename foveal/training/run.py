@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from foveal.accounts import Accounts
-from foveal.attempts import Attempt, Lease
 from foveal.checkpoint.store import Store, check_same_science
 from foveal.data import Batch, eval_batches, train_batches
 from foveal.data.subset import PartName
@@ -17,21 +15,23 @@ from foveal.distributed.preemption import Preemption
 from foveal.distributed.watch import Watch
 from foveal.distributed.world import World
 from foveal.errors import CheckpointError, Superseded
-from foveal.exports import Exports
 from foveal.files import Growing, dispensable, write_json
-from foveal.loop import Course, Objective, Step, steps
-from foveal.progress import Progress
-from foveal.provenance import attempt_facts, warn_of_versions
-from foveal.recovery import Recovery, read_journal
-from foveal.saving import Saving
-from foveal.scores import Scores, until, values
-from foveal.stage import Plan
-from foveal.telemetry.pace import Pace, peak_memory
-from foveal.telemetry.profiler import profiled
-from foveal.telemetry.stragglers import Stragglers
-from foveal.telemetry.totals import Row, Totals
 from foveal.tracking import open_tracker
 from foveal.tracking.tracker import Silent, Tracker
+from foveal.training.checkpointing import Saving
+from foveal.training.data_log import Accounts
+from foveal.training.evaluations import Scores, until, values
+from foveal.training.exporting import Exports
+from foveal.training.lease import Attempt, Lease
+from foveal.training.loop import Course, Objective, Step, steps
+from foveal.training.meters.profiler import profiled
+from foveal.training.meters.step_metrics import Row, Totals
+from foveal.training.meters.stragglers import Stragglers
+from foveal.training.meters.throughput import Pace, peak_memory
+from foveal.training.plan import Plan
+from foveal.training.progress import Progress
+from foveal.training.provenance import attempt_facts, warn_of_versions
+from foveal.training.rollback import Recovery, read_journal
 
 _log = logging.getLogger(__name__)
 

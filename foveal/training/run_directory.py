@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from foveal import __version__
-from foveal.attempts import Attempt, Lease, take, this_process
 from foveal.checkpoint.store import Store, check_same_science
 from foveal.distributed.lost import lost_peer
 from foveal.distributed.preemption import Preemption
@@ -18,14 +17,15 @@ from foveal.distributed.watch import Watch, watching
 from foveal.distributed.world import World, describe, slurm_job
 from foveal.errors import ConfigError, Diverged, FovealError, Hung, Restarting, Superseded
 from foveal.files import read_json, write_json
-from foveal.outofmemory import out_of_memory
 from foveal.redact import RedactingFormatter, redact
-from foveal.runtime import Run
-from foveal.saving import Saving
-from foveal.stage import Plan, StageConfig
-from foveal.telemetry.stragglers import Stragglers
 from foveal.tracking import report_end
 from foveal.tracking.tracker import Silent, State
+from foveal.training.checkpointing import Saving
+from foveal.training.lease import Attempt, Lease, take, this_process
+from foveal.training.meters.stragglers import Stragglers
+from foveal.training.out_of_memory import out_of_memory
+from foveal.training.plan import Plan, StageConfig
+from foveal.training.run import Run
 
 _BARRED = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}  # no later look finds it otherwise
 _log = logging.getLogger(__name__)

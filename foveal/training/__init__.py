@@ -1,0 +1,1 @@
+"""One attempt at a run: its command line, its directory, its loop, its checkpoints and its exports."""
