@@ -25,9 +25,9 @@ import torch
 from machine import described
 
 from foveal.checkpoint.store import CheckpointConfig, Store, TrainState
-from foveal.distributed.build import build_engine
-from foveal.distributed.engine import EngineConfig
 from foveal.distributed.world import World, joined
+from foveal.engines.base import EngineConfig
+from foveal.engines.build import build_engine
 from foveal.optim import OptimConfig, parameter_groups
 
 GPUS = torch.cuda.device_count()

@@ -28,9 +28,9 @@ from memory_cases import ON_A_CPU, ON_A_GPU, Case
 from foveal.checkpoint.export import Card, write_export
 from foveal.data import Batch
 from foveal.data.pack import pack_digits
-from foveal.distributed.build import build_engine
-from foveal.distributed.engine import autocast
 from foveal.distributed.world import World, joined
+from foveal.engines.base import autocast
+from foveal.engines.build import build_engine
 from foveal.models.vit import VitConfig, build_encoder, encoder_card
 from foveal.plan.forecast import Forecast, Machine
 

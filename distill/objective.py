@@ -12,7 +12,7 @@ from distill.lesson import LessonKind
 from distill.losses import DISTANCES, label_loss, relation_losses
 from distill.teacher import Teacher
 from foveal.data import Batch, normalise
-from foveal.distributed.engine import autocast
+from foveal.engines.base import autocast
 from foveal.models.patches import patch_losses, split_by_noise, targets
 from foveal.seeding import key, uniforms
 from foveal.teaching import soft_loss

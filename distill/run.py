@@ -13,7 +13,7 @@ from distill.plan import DistillPlan, plan
 from distill.students import build_students
 from distill.teacher import Teacher
 from foveal.config import height_and_width
-from foveal.distributed.build import build_engine
+from foveal.engines.build import build_engine
 from foveal.models.backbone import undecayed_of
 from foveal.models.patches import count_kept
 from foveal.optim import parameter_groups

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distill.lesson import IN_BLOCKS, Lesson, LessonKind
 from foveal.checkpoint.export import Card
-from foveal.distributed.engine import Precision, autocast
+from foveal.engines.base import Precision, autocast
 from foveal.models.backbone import whole_alone, whole_and_places
 from foveal.models.encode import encode_layers, features, without_registers
 from foveal.teaching import frozen, teacher_model

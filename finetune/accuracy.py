@@ -12,7 +12,7 @@ from finetune.objective import hits
 from finetune.planning import FinetunePlan
 from foveal.data import Batch, normalise
 from foveal.data.subset import PartName
-from foveal.distributed.engine import Engine
+from foveal.engines.base import Engine
 from foveal.errors import DataError
 from foveal.training.run import Run
 

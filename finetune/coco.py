@@ -11,7 +11,7 @@ from finetune.planning import FinetunePlan
 from foveal.average_precision import THRESHOLDS, Seen, average_precisions
 from foveal.data import Batch, normalise
 from foveal.data.subset import PartName
-from foveal.distributed.engine import Engine
+from foveal.engines.base import Engine
 from foveal.errors import DataError
 from foveal.inspect.boxes import box_sheet
 from foveal.models.fcos import Found, found, losses

@@ -5,7 +5,7 @@ from typing import Literal
 from finetune.judging import EarlyStoppingConfig
 from finetune.probeconfig import ProbeConfig
 from foveal.config import Config, machine, science
-from foveal.distributed.engine import EngineConfig
+from foveal.engines.base import EngineConfig
 from foveal.models.detect import DetectCard, DetectorSizes
 from foveal.models.segment import SegmentCard, SegmentHead
 from foveal.models.vit import Pooling, VitConfig

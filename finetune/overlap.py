@@ -14,7 +14,7 @@ from finetune.planning import FinetunePlan
 from foveal.data import normalise
 from foveal.data.labels import NOTHING
 from foveal.data.subset import PartName
-from foveal.distributed.engine import Engine
+from foveal.engines.base import Engine
 from foveal.errors import DataError
 from foveal.inspect.overlay import overlay_sheet
 from foveal.models.windows import by_windows

@@ -24,7 +24,7 @@ from finetune.probeknn import knn
 from finetune.probelogistic import logistic
 from finetune.probeplan import ProbePlan
 from foveal.data import Batch, normalise
-from foveal.distributed.build import set_products
+from foveal.engines.build import set_products
 from foveal.files import write_json
 from foveal.optim import parameter_groups
 from foveal.training.loop import Parts

@@ -24,7 +24,7 @@ from finetune.model import classifier
 from finetune.probeplan import ProbePlan, Shapes
 from foveal.checkpoint.export import load_strictly
 from foveal.data import Batch, normalise
-from foveal.distributed.engine import autocast
+from foveal.engines.base import autocast
 from foveal.errors import CheckpointError, DataError, ExportError
 from foveal.files import publish, write_json
 from foveal.models.backbone import whole_alone

@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from finetune.probefeatures import Part
 from finetune.probeplan import ProbePlan
-from foveal.distributed.engine import autocast
+from foveal.engines.base import autocast
 from foveal.models.probes import AttentiveHead, linear_heads
 from foveal.optim import parameter_groups
 from foveal.schedule import warmup_cosine

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune.config import FinetuneConfig, TeacherConfig
-from foveal.distributed.engine import Precision, autocast
+from foveal.engines.base import Precision, autocast
 from foveal.errors import ExportError
 from foveal.models.backbone import card_of
 from foveal.origin import Origin, origin_of

@@ -5,8 +5,8 @@ from finetune.model import exported
 from finetune.planning import FinetunePlan
 from finetune.tasks import TASKS
 from foveal.data.subset import PartName, judge
-from foveal.distributed.build import build_engine
-from foveal.distributed.engine import Engine
+from foveal.engines.base import Engine
+from foveal.engines.build import build_engine
 from foveal.errors import DataError
 from foveal.schedule import early_average
 from foveal.training.evaluations import best_step, is_over, until

@@ -2,8 +2,8 @@
 
 import torch
 
-from foveal.distributed.build import build_engine
-from foveal.distributed.engine import Engine
+from foveal.engines.base import Engine
+from foveal.engines.build import build_engine
 from foveal.inspect.reconstruction import reconstruction_sheet
 from foveal.models.mae import MaskedAutoencoder
 from foveal.models.vit import build_encoder, encoder_card

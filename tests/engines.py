@@ -12,9 +12,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from foveal.checkpoint.pieces import fill_pieces, write_pieces
-from foveal.distributed.build import build_engine
-from foveal.distributed.engine import Engine, EngineConfig, Outcome
 from foveal.distributed.world import World
+from foveal.engines.base import Engine, EngineConfig, Outcome
+from foveal.engines.build import build_engine
 from foveal.optim import OptimConfig, parameter_groups
 
 IMAGES, WIDTH, MICROS = 8, 7, 2

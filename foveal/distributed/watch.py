@@ -38,7 +38,12 @@ from foveal.errors import Hung, OutOfMemory
 _REMEMBERED = 64  # durations of steps in the running median
 _ALARMS = 10  # looks between two settings of faulthandler's alarm
 _LAST_WORDS = 20.0  # seconds that writing down why may take before the end
-_WAITS = ("torch.distributed", "deepspeed.comm", "foveal.distributed")  # where a rank waits for others
+_WAITS = (
+    "torch.distributed",
+    "deepspeed.comm",
+    "foveal.distributed",
+    "foveal.engines",
+)  # where a rank waits for others
 _WORKS = ("foveal", "pretrain", "distill", "finetune", "__main__")
 _log = logging.getLogger(__name__)
 
@@ -233,7 +238,7 @@ def watching(
 def place_of(frame: FrameType | None) -> tuple[str, bool]:
     """Where a thread is, in our code or in what waits for other ranks, and whether it is the latter.
 
-    Only foveal/distributed speaks to other processes, so who is inside of it may be waiting for one. On a GPU the main
+    Only foveal/distributed and foveal/engines speak to other processes, so who is inside of it may be waiting for one. On a GPU the main
     thread waits for the device wherever it reads a number from it, and is found there.
     """
     while frame is not None:

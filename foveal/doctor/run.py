@@ -12,8 +12,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from foveal.data.decode import decoder_name
-from foveal.distributed.engine import EngineConfig
 from foveal.doctor.finding import Report, kind_of
+from foveal.engines.base import EngineConfig
 from foveal.errors import FovealError
 from foveal.files import FULL, in_gigabytes
 from foveal.plan.forecast import Forecast, Machine
@@ -54,7 +54,7 @@ def engine(report: Report, cfg: EngineConfig) -> None:
     """Whether the engine's library can be imported."""
     if cfg.kind != "deepspeed":
         return
-    from foveal.distributed.deepspeed import library
+    from foveal.engines.deepspeed import library
 
     try:
         library()

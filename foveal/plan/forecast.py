@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from foveal.distributed.engine import EngineConfig, Precision
+from foveal.engines.base import EngineConfig, Precision
 from foveal.plan.memory import Memory, memory_of, zero_stage
 from foveal.plan.trace import Flops, Trace, Weights, flops_of, trace_of, weights_of
 from foveal.training.cli import Stage

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from foveal.distributed.engine import EngineConfig
+from foveal.engines.base import EngineConfig
 from foveal.errors import ConfigError
 
 

@@ -7,7 +7,7 @@ Weights are fp32 under bf16 too: what autocast copies lives in the micro. What D
 from dataclasses import dataclass
 from typing import Any
 
-from foveal.distributed.engine import EngineConfig
+from foveal.engines.base import EngineConfig
 from foveal.optim import OptimConfig
 from foveal.plan.trace import Trace, Weights
 

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from foveal.data import Batch, LabelKind
-from foveal.distributed.engine import Precision, autocast
+from foveal.engines.base import Precision, autocast
 from foveal.errors import ConfigError
 from foveal.models.backbone import depends_on_others
 from foveal.training.loop import Parts

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from foveal.checkpoint.store import Saved, Store, TrainState
-from foveal.distributed.engine import Engine
 from foveal.distributed.preemption import NOTICE, notice
 from foveal.distributed.watch import Watch
 from foveal.distributed.world import World
+from foveal.engines.base import Engine
 from foveal.errors import CheckpointError, LaunchError
 from foveal.training.evaluations import Scores
 from foveal.training.meters.step_metrics import Row

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from foveal.data import Batch
-from foveal.distributed.engine import Engine
 from foveal.distributed.world import World
+from foveal.engines.base import Engine
 from foveal.training.meters.step_metrics import Totals
 from foveal.training.meters.stragglers import Stragglers
 from foveal.training.meters.throughput import Pace

@@ -14,8 +14,8 @@ from foveal.config import Config, height_and_width, machine, science
 from foveal.data import DataConfig, Dataset, LabelKind, TrainingSet, described, training_set
 from foveal.data.decode import decoder_name
 from foveal.data.order import rank_slots
-from foveal.distributed.build import check_engine
-from foveal.distributed.engine import EngineConfig
+from foveal.engines.base import EngineConfig
+from foveal.engines.build import check_engine
 from foveal.errors import ConfigError, ExportError
 from foveal.optim import OptimConfig
 from foveal.schedule import dropped, plateau_drops, warmup_constant, warmup_cosine

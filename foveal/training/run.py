@@ -10,10 +10,10 @@ from typing import Any
 from foveal.checkpoint.store import Store, check_same_science
 from foveal.data import Batch, eval_batches, train_batches
 from foveal.data.subset import PartName
-from foveal.distributed.engine import Engine
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.watch import Watch
 from foveal.distributed.world import World
+from foveal.engines.base import Engine
 from foveal.errors import CheckpointError, Superseded
 from foveal.files import Growing, dispensable, write_json
 from foveal.tracking import open_tracker

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from foveal.checkpoint.store import CheckpointConfig, Store, TrainState
-from foveal.distributed.build import build_engine
-from foveal.distributed.engine import Engine, EngineConfig
 from foveal.distributed.world import World
+from foveal.engines.base import Engine, EngineConfig
+from foveal.engines.build import build_engine
 from foveal.optim import OptimConfig, parameter_groups
 
 ALONE = World(0, 1, 0, "none", torch.device("cpu"))

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from foveal.checkpoint.export import Card, read_card, write_export
-from foveal.distributed.build import build_engine
-from foveal.distributed.engine import EngineConfig
 from foveal.distributed.world import World
+from foveal.engines.base import EngineConfig
+from foveal.engines.build import build_engine
 from foveal.models.backbone import backbone_card, backbone_from_card, build_backbone
 from foveal.optim import OptimConfig, parameter_groups
 

@@ -13,7 +13,7 @@ from plans import forecast
 from typer.testing import CliRunner
 
 from foveal.cli import app
-from foveal.distributed.engine import EngineConfig
+from foveal.engines.base import EngineConfig
 from foveal.errors import ConfigError
 from foveal.optim import OptimConfig
 from foveal.plan.cli import stage_of

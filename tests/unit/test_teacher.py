@@ -16,7 +16,7 @@ from distill.plan import plan
 from distill.teacher import Teacher
 from foveal.checkpoint.export import Card, read_export, write_export
 from foveal.data import Batch
-from foveal.distributed.engine import Precision
+from foveal.engines.base import Precision
 from foveal.errors import ConfigError, ExportError
 from foveal.models.encode import features
 from foveal.models.students import FeatureStudent, Students

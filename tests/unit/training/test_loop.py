@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from finetune.objective import Classify
 from foveal.data import Batch
-from foveal.distributed.build import build_engine
-from foveal.distributed.engine import EngineConfig
-from foveal.distributed.plain import Plain
 from foveal.distributed.world import World
+from foveal.engines.base import EngineConfig
+from foveal.engines.build import build_engine
+from foveal.engines.plain import Plain
 from foveal.optim import OptimConfig, parameter_groups
 from foveal.training.loop import Course, due, steps
 from foveal.training.meters.step_metrics import Row, Totals

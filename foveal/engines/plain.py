@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from foveal.distributed.engine import EngineConfig, Whole, autocast
 from foveal.distributed.world import World
+from foveal.engines.base import EngineConfig, Whole, autocast
 from foveal.optim import OptimConfig, guarded
 
 

@@ -12,10 +12,10 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from foveal.checkpoint.pieces import Piece
-from foveal.distributed import fsdp
-from foveal.distributed.deepspeed import DeepSpeed
-from foveal.distributed.engine import EngineConfig, Outcome, Whole, autocast, buffers, followed
 from foveal.distributed.world import World
+from foveal.engines import fsdp
+from foveal.engines.base import EngineConfig, Outcome, Whole, autocast, buffers, followed
+from foveal.engines.deepspeed import DeepSpeed
 from foveal.errors import LaunchError
 from foveal.optim import OptimConfig, guarded
 

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ValidationError
 
-from foveal.distributed.deepspeed import library
+from foveal.engines.deepspeed import library
 from foveal.errors import ConfigError
 
 _WHERE = "engine.deepspeed"

@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from foveal.checkpoint.pieces import Piece
-from foveal.distributed.engine import exported
 from foveal.distributed.world import World
+from foveal.engines.base import exported
 from foveal.optim import Guard, GuardedAdamW, GuardedSGD, OptimConfig, moments
 
 

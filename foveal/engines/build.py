@@ -5,9 +5,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from foveal.distributed.engine import Engine, EngineConfig
-from foveal.distributed.plain import Plain
 from foveal.distributed.world import World
+from foveal.engines.base import Engine, EngineConfig
+from foveal.engines.plain import Plain
 from foveal.errors import ConfigError
 from foveal.optim import OptimConfig
 
@@ -30,11 +30,11 @@ def check_engine(cfg: EngineConfig, optim: OptimConfig, ranks: int, *, at_once: 
                 f"optim.kind={optim.kind} does not run on DeepSpeed, which takes adamw only; use engine.kind=accelerate with "
                 f"engine.sharding=ddp{'' if optim.kind == 'lars' else ' or fsdp2'}"
             )
-        from foveal.distributed.deepspeed import settings
+        from foveal.engines.deepspeed import settings
 
         config = settings(optim, cfg, ranks, at_once, accumulate)
         if cfg.deepspeed:
-            from foveal.distributed.deepspeedkeys import check_keys
+            from foveal.engines.deepspeed_keys import check_keys
 
             del config["train_batch_size"]  # DeepSpeed would compare it with the ranks that this process knows of
             check_keys(config, cfg.deepspeed)
@@ -67,11 +67,11 @@ def build_engine(
     if cfg.compile:
         model.compile()  # in place, so that no `_orig_mod.` prefix reaches a file
     if cfg.kind == "deepspeed":
-        from foveal.distributed.deepspeed import DeepSpeed
+        from foveal.engines.deepspeed import DeepSpeed
 
         return DeepSpeed(model, groups, optim, cfg, world, at_once, accumulate)
     if cfg.kind == "accelerate":
-        from foveal.distributed.accelerate import Accelerate, AcceleratedDeepSpeed, FullySharded
+        from foveal.engines.accelerate import Accelerate, AcceleratedDeepSpeed, FullySharded
 
         if cfg.sharding == "deepspeed":
             return AcceleratedDeepSpeed(model, groups, optim, cfg, world, at_once, accumulate)

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from foveal.distributed.accelerate import _accelerator
-from foveal.distributed.build import check_engine
-from foveal.distributed.deepspeed import settings
-from foveal.distributed.engine import EngineConfig
 from foveal.distributed.world import World
+from foveal.engines.accelerate import _accelerator
+from foveal.engines.base import EngineConfig
+from foveal.engines.build import check_engine
+from foveal.engines.deepspeed import settings
 from foveal.errors import ConfigError, LaunchError
 from foveal.optim import OptimConfig
 

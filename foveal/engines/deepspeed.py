@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from foveal.checkpoint.pieces import Piece
-from foveal.distributed.engine import (
+from foveal.distributed.world import World
+from foveal.engines.base import (
     EngineConfig,
     Outcome,
     apply_lr,
@@ -23,8 +24,7 @@ from foveal.distributed.engine import (
     kept_buffers,
     whole_parameters,
 )
-from foveal.distributed.world import World
-from foveal.distributed.zero import average_shards, refresh, sharded_parameters
+from foveal.engines.zero import average_shards, refresh, sharded_parameters
 from foveal.errors import ConfigError
 from foveal.optim import GuardedAdamW, OptimConfig, count_from, plain_adamw, updates_of
 

@@ -1,0 +1,1 @@
+"""What turns a loss into an update: DeepSpeed, Accelerate, FSDP2, or plain PyTorch."""
