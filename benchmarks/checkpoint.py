@@ -28,7 +28,7 @@ from foveal.checkpoint.store import CheckpointConfig, Store, TrainState
 from foveal.distributed.world import World, joined
 from foveal.engines.base import EngineConfig
 from foveal.engines.build import build_engine
-from foveal.optim import OptimConfig, parameter_groups
+from foveal.optim.optimizers import OptimConfig, parameter_groups
 
 GPUS = torch.cuda.device_count()
 MODEL, ZERO, RANKS = "vit_base_patch16_224", 2, GPUS or 2

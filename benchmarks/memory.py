@@ -25,7 +25,6 @@ import torch
 from machine import described
 from memory_cases import ON_A_CPU, ON_A_GPU, Case
 
-from foveal.checkpoint.export import Card, write_export
 from foveal.data import Batch
 from foveal.data.pack import pack_digits
 from foveal.distributed.world import World, joined
@@ -33,6 +32,7 @@ from foveal.engines.base import autocast
 from foveal.engines.build import build_engine
 from foveal.models.vit import VitConfig, build_encoder, encoder_card
 from foveal.plan.forecast import Forecast, Machine
+from foveal.weights.export import Card, write_export
 
 STEPS = 3
 _SMALLEST = "16384"  # bytes from which glibc gives an allocation a mapping of its own

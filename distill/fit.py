@@ -8,7 +8,6 @@ import torch
 
 from distill.config import DistillConfig
 from distill.lesson import IN_BLOCKS, IN_CLASSES, Lesson
-from foveal.checkpoint.export import Card
 from foveal.data.sources import Source
 from foveal.errors import ConfigError, DataError, ExportError
 from foveal.models.backbone import (
@@ -27,6 +26,7 @@ from foveal.models.backbone import (
 from foveal.models.outline import oddity_of_queries
 from foveal.models.patches import count_kept
 from foveal.models.vit import EncoderCard, SizedVit, VitConfig, encoder_card
+from foveal.weights.export import Card
 
 _DEEP = 0.75  # of the depth: where DMAE and TinyMIM found the best layer
 

@@ -15,7 +15,7 @@ from foveal.data import Batch, normalise
 from foveal.engines.base import autocast
 from foveal.models.patches import patch_losses, split_by_noise, targets
 from foveal.seeding import key, uniforms
-from foveal.teaching import soft_loss
+from foveal.weights.teacher import soft_loss
 
 Answer = tuple[Tensor, ...]
 Told = tuple[Tensor, dict[str, Tensor]]

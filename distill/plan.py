@@ -9,8 +9,8 @@ from distill.lesson import IN_CLASSES, Lesson
 from foveal.config import check_plain
 from foveal.errors import ConfigError
 from foveal.models.backbone import times
-from foveal.origin import Origin, origin_of
 from foveal.training.plan import Plan, planned
+from foveal.weights.pretrained import Origin, origin_of
 
 _FILES = {"card.json", "model.safetensors"}
 

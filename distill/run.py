@@ -16,7 +16,7 @@ from foveal.config import height_and_width
 from foveal.engines.build import build_engine
 from foveal.models.backbone import undecayed_of
 from foveal.models.patches import count_kept
-from foveal.optim import parameter_groups
+from foveal.optim.optimizers import parameter_groups
 from foveal.training.cli import Stage, main
 from foveal.training.loop import Parts, due
 from foveal.training.provenance import versions

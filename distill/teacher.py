@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from distill.lesson import IN_BLOCKS, Lesson, LessonKind
-from foveal.checkpoint.export import Card
 from foveal.engines.base import Precision, autocast
 from foveal.models.backbone import whole_alone, whole_and_places
 from foveal.models.encode import encode_layers, features, without_registers
-from foveal.teaching import frozen, teacher_model
+from foveal.weights.export import Card
+from foveal.weights.teacher import frozen, teacher_model
 
 
 class Teacher:

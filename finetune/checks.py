@@ -2,13 +2,13 @@
 
 from finetune.config import FinetuneConfig
 from foveal.average_precision import check_library
-from foveal.checkpoint.export import Card
 from foveal.data import LabelKind
 from foveal.errors import ConfigError, ExportError
 from foveal.models.backbone import BackboneCard, backbone_outline, check_training, has_distillation_token, times
 from foveal.models.detect import check_detector
 from foveal.models.segment import check_segmenter
 from foveal.models.vit import EncoderCard, Pooling
+from foveal.weights.export import Card
 
 _EVERY_PATCH: tuple[LabelKind, ...] = ("mask", "boxes")  # whose head reads every patch, and no pooled feature
 _OF_CLASSES = ("mixup", "cutmix", "erase", "dropout", "average")

@@ -9,14 +9,14 @@ from torch import nn
 
 from finetune.config import FinetuneConfig
 from finetune.planning import FinetunePlan
-from foveal.checkpoint.export import load_strictly, read_export, read_head
 from foveal.models.backbone import backbone_from_card, head_names, layers_of, undecayed_of
 from foveal.models.heads import Classifier
 from foveal.models.resize import resized_from_card
 from foveal.models.vit import encoder_from_card
-from foveal.optim import parameter_groups
+from foveal.optim.optimizers import parameter_groups
 from foveal.seeding import key
-from foveal.teaching import frozen
+from foveal.weights.export import load_strictly, read_export, read_head
+from foveal.weights.teacher import frozen
 
 
 def classifier(plan: FinetunePlan) -> Classifier:

@@ -22,7 +22,6 @@ from finetune.checks import (
 from finetune.config import FinetuneConfig
 from finetune.judging import check_judging, judged
 from finetune.teacher import teachers_origin
-from foveal.checkpoint.export import Card
 from foveal.config import check_plain, set_dotted
 from foveal.data import Dataset
 from foveal.data.labels import labels_of
@@ -42,9 +41,10 @@ from foveal.models.backbone import (
 )
 from foveal.models.vit import EncoderCard, encoder_card
 from foveal.models.windows import corners
-from foveal.origin import Origin, origin_of
 from foveal.patience import answered
 from foveal.training.plan import Plan, inherited_science, planned
+from foveal.weights.export import Card
+from foveal.weights.pretrained import Origin, origin_of
 
 
 @dataclass(frozen=True)

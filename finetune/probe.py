@@ -26,7 +26,7 @@ from finetune.probeplan import ProbePlan
 from foveal.data import Batch, normalise
 from foveal.engines.build import set_products
 from foveal.files import write_json
-from foveal.optim import parameter_groups
+from foveal.optim.optimizers import parameter_groups
 from foveal.training.loop import Parts
 from foveal.training.run import Run
 

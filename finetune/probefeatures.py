@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from finetune.model import classifier
 from finetune.probeplan import ProbePlan, Shapes
-from foveal.checkpoint.export import load_strictly
 from foveal.data import Batch, normalise
 from foveal.engines.base import autocast
 from foveal.errors import CheckpointError, DataError, ExportError
@@ -33,6 +32,7 @@ from foveal.models.resize import resized_from_card
 from foveal.models.vit import encoder_from_card
 from foveal.seeding import key
 from foveal.training.run import Run
+from foveal.weights.export import load_strictly
 
 Look = Callable[[Tensor], tuple[Tensor, Tensor | None]]  # images to (features [S, B, F], patches [S, B, L, D])
 FOLDER = "features"

@@ -19,8 +19,8 @@ from finetune.probefeatures import Part
 from finetune.probeplan import ProbePlan
 from foveal.engines.base import autocast
 from foveal.models.probes import AttentiveHead, linear_heads
-from foveal.optim import parameter_groups
-from foveal.schedule import warmup_cosine
+from foveal.optim.optimizers import parameter_groups
+from foveal.optim.schedule import warmup_cosine
 from foveal.seeding import key, permutation
 
 T = TypeVar("T")

@@ -11,8 +11,8 @@ from finetune.config import FinetuneConfig, TeacherConfig
 from foveal.engines.base import Precision, autocast
 from foveal.errors import ExportError
 from foveal.models.backbone import card_of
-from foveal.origin import Origin, origin_of
-from foveal.teaching import frozen, soft_loss, teacher_model
+from foveal.weights.pretrained import Origin, origin_of
+from foveal.weights.teacher import frozen, soft_loss, teacher_model
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from foveal.data.subset import PartName, judge
 from foveal.engines.base import Engine
 from foveal.engines.build import build_engine
 from foveal.errors import DataError
-from foveal.schedule import early_average
+from foveal.optim.schedule import early_average
 from foveal.training.evaluations import best_step, is_over, until
 from foveal.training.loop import due
 from foveal.training.run import Run

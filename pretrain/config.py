@@ -9,7 +9,7 @@ from foveal.errors import ConfigError
 from foveal.models.mae import DecoderConfig
 from foveal.models.masks import Masking, mask_side
 from foveal.models.vit import VitConfig
-from foveal.schedule import rising_average
+from foveal.optim.schedule import rising_average
 from foveal.training.plan import Plan, StageConfig, planned
 from pretrain.init import Start, started
 from pretrain.objective import Target

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveal.checkpoint.export import Card, fitting, load_strictly, read_export
-from foveal.checkpoint.foreign import heads_beside, read_weights, weights_file
 from foveal.data import DataConfig
 from foveal.errors import ExportError
 from foveal.models.backbone import BackboneCard, card_of
@@ -18,6 +16,8 @@ from foveal.models.positions import sincos_positions
 from foveal.models.resize import resized
 from foveal.models.vit import SizedVit, build_encoder
 from foveal.patience import answered
+from foveal.weights.export import Card, fitting, load_strictly, read_export
+from foveal.weights.foreign import heads_beside, read_weights, weights_file
 
 # What an encoder for pretraining has no place for: heads, and decoders of whoever pretrained before.
 _UNUSED = (

@@ -7,7 +7,7 @@ from foveal.engines.build import build_engine
 from foveal.inspect.reconstruction import reconstruction_sheet
 from foveal.models.mae import MaskedAutoencoder
 from foveal.models.vit import build_encoder, encoder_card
-from foveal.optim import parameter_groups
+from foveal.optim.optimizers import parameter_groups
 from foveal.seeding import key
 from foveal.training.cli import Stage, main
 from foveal.training.loop import Parts, Step, due

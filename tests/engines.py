@@ -11,11 +11,11 @@ from ranks import devices
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from foveal.checkpoint.pieces import fill_pieces, write_pieces
+from foveal.checkpoint.chunks import fill_pieces, write_pieces
 from foveal.distributed.world import World
 from foveal.engines.base import Engine, EngineConfig, Outcome
 from foveal.engines.build import build_engine
-from foveal.optim import OptimConfig, parameter_groups
+from foveal.optim.optimizers import OptimConfig, parameter_groups
 
 IMAGES, WIDTH, MICROS = 8, 7, 2
 OPTIM = OptimConfig(lr_per_256=1e-2, weight_decay=0.3, betas=(0.8, 0.9), eps=1e-6, clip=0.5)

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from distill.config import DistillConfig
-from foveal.checkpoint.export import Card, write_export
 from foveal.models.backbone import backbone_card, build_backbone
 from foveal.models.vit import Pooling, VitConfig, build_encoder, encoder_card
+from foveal.weights.export import Card, write_export
 
 MEAN, STD = (0.3,), (0.4,)
 DIGITS = tuple(str(digit) for digit in range(10))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveal.checkpoint.pieces import Piece
+from foveal.checkpoint.chunks import Piece
 from foveal.checkpoint.store import CheckpointConfig, Store, TrainState
 from foveal.distributed.world import World
 

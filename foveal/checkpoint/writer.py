@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from foveal.checkpoint.pieces import Piece
+from foveal.checkpoint.chunks import Piece
 
 _ALIGNED = 64  # bytes: where a run may begin, whatever its elements are
 

@@ -4,8 +4,8 @@ import os
 
 import torch
 
-from foveal.distributed.examine import node_name, nodes_of_ranks
 from foveal.distributed.launcher import Seat
+from foveal.distributed.preflight import node_name, nodes_of_ranks
 from foveal.errors import BadNode, LaunchError
 
 

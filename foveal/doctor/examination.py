@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from foveal.distributed.examine import Meeting, leave, meeting, nodes_of_ranks
+from foveal.distributed.preflight import Meeting, leave, meeting, nodes_of_ranks
 from foveal.doctor import node, run
 from foveal.doctor.finding import Report, kind_of
 from foveal.doctor.table import lines_of

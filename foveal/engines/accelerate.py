@@ -11,13 +11,13 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from foveal.checkpoint.pieces import Piece
+from foveal.checkpoint.chunks import Piece
 from foveal.distributed.world import World
 from foveal.engines import fsdp
 from foveal.engines.base import EngineConfig, Outcome, Whole, autocast, buffers, followed
 from foveal.engines.deepspeed import DeepSpeed
 from foveal.errors import LaunchError
-from foveal.optim import OptimConfig, guarded
+from foveal.optim.optimizers import OptimConfig, guarded
 
 # What accelerate launch tells its processes, and the setting that says the same.
 _LAUNCHED = {"ACCELERATE_USE_DEEPSPEED": "deepspeed", "ACCELERATE_USE_FSDP": "fsdp2"}

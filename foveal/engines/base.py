@@ -8,10 +8,10 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from foveal.checkpoint.pieces import Piece, whole
+from foveal.checkpoint.chunks import Piece, whole
 from foveal.config import Config, machine, science
 from foveal.distributed.world import World
-from foveal.optim import Guard, count_from, moments, updates_of
+from foveal.optim.optimizers import Guard, count_from, moments, updates_of
 
 Precision = Literal["fp32", "bf16"]
 

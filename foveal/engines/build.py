@@ -9,7 +9,7 @@ from foveal.distributed.world import World
 from foveal.engines.base import Engine, EngineConfig
 from foveal.engines.plain import Plain
 from foveal.errors import ConfigError
-from foveal.optim import OptimConfig
+from foveal.optim.optimizers import OptimConfig
 
 
 def check_engine(cfg: EngineConfig, optim: OptimConfig, ranks: int, *, at_once: int, accumulate: int) -> None:

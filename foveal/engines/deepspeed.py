@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from foveal.checkpoint.pieces import Piece
+from foveal.checkpoint.chunks import Piece
 from foveal.distributed.world import World
 from foveal.engines.base import (
     EngineConfig,
@@ -26,7 +26,7 @@ from foveal.engines.base import (
 )
 from foveal.engines.zero import average_shards, refresh, sharded_parameters
 from foveal.errors import ConfigError
-from foveal.optim import GuardedAdamW, OptimConfig, count_from, plain_adamw, updates_of
+from foveal.optim.optimizers import GuardedAdamW, OptimConfig, count_from, plain_adamw, updates_of
 
 _OFFLOAD = ("offload_optimizer", "offload_param")
 _OURS = {"amp", "bf16", "fp16", "optimizer", "scheduler"}

@@ -10,10 +10,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from foveal.checkpoint.pieces import Piece
+from foveal.checkpoint.chunks import Piece
 from foveal.distributed.world import World
 from foveal.engines.base import exported
-from foveal.optim import Guard, GuardedAdamW, GuardedSGD, OptimConfig, moments
+from foveal.optim.optimizers import Guard, GuardedAdamW, GuardedSGD, OptimConfig, moments
 
 
 class _Sharded(Guard):

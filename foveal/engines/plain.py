@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from foveal.distributed.world import World
 from foveal.engines.base import EngineConfig, Whole, autocast
-from foveal.optim import OptimConfig, guarded
+from foveal.optim.optimizers import OptimConfig, guarded
 
 
 class Plain(Whole):

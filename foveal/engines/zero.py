@@ -8,9 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from foveal.checkpoint.pieces import Piece, whole
+from foveal.checkpoint.chunks import Piece, whole
 from foveal.distributed.world import World
-from foveal.optim import moments
+from foveal.optim.optimizers import moments
 
 
 def sharded_parameters(module: nn.Module, optimizer: Any, stage: int, world: World) -> list[Piece]:

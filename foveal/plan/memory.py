@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from foveal.engines.base import EngineConfig
-from foveal.optim import OptimConfig
+from foveal.optim.optimizers import OptimConfig
 from foveal.plan.trace import Trace, Weights
 
 _FP32, _BF16 = 4, 2

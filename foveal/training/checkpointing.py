@@ -7,7 +7,7 @@ from pathlib import Path
 
 from foveal.checkpoint.store import Saved, Store, TrainState
 from foveal.distributed.preemption import NOTICE, notice
-from foveal.distributed.watch import Watch
+from foveal.distributed.watchdog import Watch
 from foveal.distributed.world import World
 from foveal.engines.base import Engine
 from foveal.errors import CheckpointError, LaunchError

@@ -15,7 +15,7 @@ import torch
 from foveal.distributed.gpus import check_gpus
 from foveal.distributed.identity import RunIdentity
 from foveal.distributed.launcher import Seat, seat
-from foveal.distributed.lost import lost_peer
+from foveal.distributed.peer_failure import lost_peer
 from foveal.distributed.preemption import Preemption, deaf, listening
 from foveal.distributed.world import World, joined
 from foveal.errors import ConfigError, FovealError, Hung, LaunchError, OutOfMemory, Superseded

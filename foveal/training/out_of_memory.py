@@ -6,7 +6,7 @@ import re
 import torch
 
 from foveal.distributed.launcher import seat
-from foveal.distributed.lost import chain
+from foveal.distributed.peer_failure import chain
 from foveal.errors import FovealError, OutOfMemory
 from foveal.training.plan import Plan
 

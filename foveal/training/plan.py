@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Self, TypeVar
 
 from pydantic import model_validator
 
-from foveal.checkpoint.export import Card
 from foveal.checkpoint.store import CheckpointConfig
 from foveal.config import Config, height_and_width, machine, science
 from foveal.data import DataConfig, Dataset, LabelKind, TrainingSet, described, training_set
@@ -17,11 +16,12 @@ from foveal.data.order import rank_slots
 from foveal.engines.base import EngineConfig
 from foveal.engines.build import check_engine
 from foveal.errors import ConfigError, ExportError
-from foveal.optim import OptimConfig
-from foveal.schedule import dropped, plateau_drops, warmup_constant, warmup_cosine
+from foveal.optim.optimizers import OptimConfig
+from foveal.optim.schedule import dropped, plateau_drops, warmup_constant, warmup_cosine
 from foveal.tracking.tracker import TrackingConfig
 from foveal.training.evaluations import higher_is_better
 from foveal.training.rollback import RecoveryConfig
+from foveal.weights.export import Card
 
 
 class BatchConfig(Config):

@@ -11,7 +11,7 @@ from foveal.checkpoint.store import Store, check_same_science
 from foveal.data import Batch, eval_batches, train_batches
 from foveal.data.subset import PartName
 from foveal.distributed.preemption import Preemption
-from foveal.distributed.watch import Watch
+from foveal.distributed.watchdog import Watch
 from foveal.distributed.world import World
 from foveal.engines.base import Engine
 from foveal.errors import CheckpointError, Superseded

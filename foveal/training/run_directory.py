@@ -11,9 +11,9 @@ from pathlib import Path
 
 from foveal import __version__
 from foveal.checkpoint.store import Store, check_same_science
-from foveal.distributed.lost import lost_peer
+from foveal.distributed.peer_failure import lost_peer
 from foveal.distributed.preemption import Preemption
-from foveal.distributed.watch import Watch, watching
+from foveal.distributed.watchdog import Watch, watching
 from foveal.distributed.world import World, describe, slurm_job
 from foveal.errors import ConfigError, Diverged, FovealError, Hung, Restarting, Superseded
 from foveal.files import read_json, write_json

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from foveal.distributed.lost import lost_peer
-from foveal.distributed.watch import Patience, watching
+from foveal.distributed.peer_failure import lost_peer
+from foveal.distributed.watchdog import Patience, watching
 from foveal.distributed.world import World, joined
 from foveal.errors import FovealError, Hung
 

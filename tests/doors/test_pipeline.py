@@ -10,8 +10,8 @@ import pytest
 from processes import column, rows_of
 
 from foveal import summary
-from foveal.checkpoint.export import load_strictly, read_export
 from foveal.models.vit import encoder_from_card
+from foveal.weights.export import load_strictly, read_export
 
 pytestmark = [
     pytest.mark.thorough,

@@ -17,9 +17,9 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("pydantic", "pydantic_core", "yaml"),
     ),
     "foveal.seeding": ((), ("numpy", "torch")),
-    "foveal.schedule": ((), ()),
+    "foveal.optim.schedule": ((), ()),
     "foveal.training.evaluations": ((), ()),
-    "foveal.optim": (CONFIGURED, ("pydantic", "timm", "torch")),
+    "foveal.optim.optimizers": (CONFIGURED, ("pydantic", "timm", "torch")),
     "foveal.data": (
         (*CONFIGURED, "foveal.files", "foveal.patience", "foveal.seeding"),
         ("numpy", "torch", "torchvision", "PIL", "simplejpeg", "fsspec", "pydantic", "safetensors"),
@@ -41,11 +41,11 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("torch",),
     ),
     "foveal.distributed": (
-        (*CONFIGURED, "foveal.checkpoint.pieces", "foveal.files", "foveal.optim", "foveal.patience"),
+        (*CONFIGURED, "foveal.checkpoint.chunks", "foveal.files", "foveal.optim.optimizers", "foveal.patience"),
         ("torch", "torch.distributed", "deepspeed", "accelerate", "pydantic"),
     ),
     "foveal.engines": (
-        (*CONFIGURED, "foveal.checkpoint.pieces", "foveal.distributed", "foveal.optim"),
+        (*CONFIGURED, "foveal.checkpoint.chunks", "foveal.distributed", "foveal.optim.optimizers"),
         ("torch", "torch.distributed", "deepspeed", "accelerate", "pydantic"),
     ),
     "foveal.checkpoint": ((*CONFIGURED, "foveal.files", "foveal.patience"), ("pydantic", "torch", "safetensors")),
@@ -90,6 +90,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "foveal.training.exporting": (
         (
             "foveal.checkpoint",
+            "foveal.weights",
             "foveal.distributed",
             "foveal.engines",
             "foveal.errors",
@@ -115,12 +116,13 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (
             *CONFIGURED,
             "foveal.checkpoint",
+            "foveal.weights",
             "foveal.data",
             "foveal.distributed",
             "foveal.engines",
-            "foveal.optim",
+            "foveal.optim.optimizers",
             "foveal.training.rollback",
-            "foveal.schedule",
+            "foveal.optim.schedule",
             "foveal.training.evaluations",
             "foveal.tracking",
         ),
@@ -190,7 +192,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "foveal.training.cli",
             "foveal.training.loop",
             "foveal.models.backbone",
-            "foveal.optim",
+            "foveal.optim.optimizers",
             "foveal.training.plan",
         ),
         ("torch",),
@@ -227,11 +229,19 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "foveal.summary": (("foveal.errors", "foveal.files"), ("rich",)),
     "foveal.reference": (("foveal.config", *STAGE_CONFIGS), ("pydantic", "pydantic_core")),
-    "foveal.origin": (
-        (*CONFIGURED, "foveal.checkpoint", "foveal.data", "foveal.models", "foveal.patience"),
+    "foveal.weights": ((*CONFIGURED, "foveal.files", "foveal.patience"), ("pydantic", "torch", "safetensors")),
+    "foveal.weights.pretrained": (
+        (
+            *CONFIGURED,
+            "foveal.weights.export",
+            "foveal.weights.foreign",
+            "foveal.data",
+            "foveal.models",
+            "foveal.patience",
+        ),
         ("torch",),
     ),
-    "foveal.teaching": (("foveal.checkpoint", "foveal.models"), ("torch",)),
+    "foveal.weights.teacher": (("foveal.weights.export", "foveal.weights.foreign", "foveal.models"), ("torch",)),
     **dict.fromkeys(STAGES, (("foveal",), ("torch",))),
     "finetune": (
         ("foveal", "finetune.probeconfig"),

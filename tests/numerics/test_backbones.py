@@ -8,12 +8,12 @@ from ranks import Ranks, stage_named
 from safetensors.torch import load_file
 from torch import nn
 
-from foveal.checkpoint.export import Card, read_card, write_export
 from foveal.distributed.world import World
 from foveal.engines.base import EngineConfig
 from foveal.engines.build import build_engine
 from foveal.models.backbone import backbone_card, backbone_from_card, build_backbone
-from foveal.optim import OptimConfig, parameter_groups
+from foveal.optim.optimizers import OptimConfig, parameter_groups
+from foveal.weights.export import Card, read_card, write_export
 
 STAGE = stage_named("finetune")
 SWIN = "swin_tiny_patch4_window7_224"

@@ -14,8 +14,8 @@ from torch import Tensor
 from distill.cache import Lessons, Part
 from distill.lesson import Lesson
 from distill.teacher import Teacher
-from foveal.checkpoint.export import read_export
 from foveal.errors import ConfigError
+from foveal.weights.export import read_export
 
 SHORT = ("data.per_class=20",)  # three steps
 PLAIN = "engine.kind=plain"

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from scenes import scene_tree, write_scenes
 
 from finetune.segment import segmenter_from_export
-from foveal.checkpoint.export import read_card, read_head
 from foveal.distributed.world import World
 from foveal.errors import DataError, ExportError
 from foveal.training.cli import enter, load
 from foveal.training.run import Run
+from foveal.weights.export import read_card, read_head
 
 STAGE = stage_named("finetune")
 # That the parts of a batch add up: test_splits.py.

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from foveal.models.encode import features
 from foveal.models.mae import DecoderConfig, MaskedAutoencoder
 from foveal.models.vit import VitConfig, build_encoder
-from foveal.schedule import rising_average
+from foveal.optim.schedule import rising_average
 
 PRETRAIN = stage_named("pretrain")
 SHORT = ("data.per_class=20", "epochs=4", "average=0.9")  # twelve steps

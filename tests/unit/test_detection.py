@@ -16,10 +16,10 @@ from finetune.config import FinetuneConfig
 from finetune.detect import detector, detector_from_export
 from finetune.model import groups
 from finetune.planning import FinetunePlan, plan
-from foveal.checkpoint.export import Card, read_card, read_export, write_export
 from foveal.errors import ConfigError, DataError, ExportError
 from foveal.models.fcos import losses
 from foveal.models.vit import VitConfig, build_encoder, encoder_card
+from foveal.weights.export import Card, read_card, read_export, write_export
 
 TINY = {"name": "vit_tiny_patch16_224", "patch": 8, "width": 16, "depth": 2, "heads": 2}
 ENCODERS: dict[str, dict[str, Any]] = {

@@ -12,9 +12,9 @@ import pytest
 import torch
 from plans import forecast
 
-from foveal.distributed.examine import hosts, nodes_of_ranks
 from foveal.distributed.gpus import check_gpus
 from foveal.distributed.launcher import Seat
+from foveal.distributed.preflight import hosts, nodes_of_ranks
 from foveal.doctor import node, run
 from foveal.doctor.finding import Report, kind_of
 from foveal.doctor.table import lines_of

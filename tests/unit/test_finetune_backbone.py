@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 from finetune.config import FinetuneConfig
 from finetune.model import classifier, groups
 from finetune.planning import plan, trial
-from foveal.checkpoint.export import Card, write_export
 from foveal.config import read_yaml
 from foveal.errors import ConfigError, ExportError
 from foveal.models.backbone import BackboneCard, backbone_card, build_backbone
 from foveal.models.vit import VitConfig, build_encoder, encoder_card
+from foveal.weights.export import Card, write_export
 
 TINY = VitConfig(name="vit_tiny_patch16_224", patch=4, width=16, depth=1, heads=2)
 SWIN = "swin_tiny_patch4_window7_224"

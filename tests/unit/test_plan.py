@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from foveal.cli import app
 from foveal.engines.base import EngineConfig
 from foveal.errors import ConfigError
-from foveal.optim import OptimConfig
+from foveal.optim.optimizers import OptimConfig
 from foveal.plan.cli import stage_of
 from foveal.plan.cluster import Partition, Request, partition_named, partitions, request_of, seconds_of
 from foveal.plan.forecast import Forecast, Machine

@@ -17,7 +17,6 @@ from finetune.probe import Told, results
 from finetune.probeconfig import Kind
 from finetune.probefeatures import frozen, read_part
 from finetune.probeplan import ProbePlan, plan
-from foveal.checkpoint.export import Card, write_export
 from foveal.data import eval_batches, normalise
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.world import World
@@ -28,6 +27,7 @@ from foveal.models.probes import read_layers
 from foveal.models.vit import VitConfig, build_encoder, encoder_card
 from foveal.training.run import Run
 from foveal.training.run_directory import opened
+from foveal.weights.export import Card, write_export
 
 ALONE = World(0, 1, 0, "none", torch.device("cpu"))
 TINY = VitConfig(name="vit_tiny_patch16_224", patch=4, width=16, depth=2, heads=2)

@@ -14,13 +14,13 @@ from distill.lesson import Lesson
 from distill.objective import Imitate
 from distill.plan import plan
 from distill.teacher import Teacher
-from foveal.checkpoint.export import Card, read_export, write_export
 from foveal.data import Batch
 from foveal.engines.base import Precision
 from foveal.errors import ConfigError, ExportError
 from foveal.models.encode import features
 from foveal.models.students import FeatureStudent, Students
 from foveal.models.vit import Pooling, VitConfig, build_encoder, encoder_card
+from foveal.weights.export import Card, read_export, write_export
 
 CPU = torch.device("cpu")
 TINY = VitConfig(name="vit_tiny_patch16_224", patch=4, width=16, depth=2, heads=2)

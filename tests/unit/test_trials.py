@@ -13,7 +13,6 @@ import torch
 from finetune.config import FinetuneConfig
 from finetune.planning import FinetunePlan, _classes, plan, trial
 from finetune.trials import _chosen, compare
-from foveal.checkpoint.export import Card, write_export
 from foveal.data.subset import choose
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.world import World
@@ -21,6 +20,7 @@ from foveal.errors import ConfigError, DataError, ExportError
 from foveal.models.vit import VitConfig, build_encoder, encoder_card
 from foveal.training.run import Run
 from foveal.training.run_directory import opened
+from foveal.weights.export import Card, write_export
 
 ALONE = World(0, 1, 0, "none", torch.device("cpu"))
 TINY = VitConfig(name="vit_tiny_patch16_224", patch=4, width=16, depth=1, heads=2)

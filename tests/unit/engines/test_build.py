@@ -11,7 +11,7 @@ from foveal.engines.base import EngineConfig
 from foveal.engines.build import check_engine
 from foveal.engines.deepspeed import settings
 from foveal.errors import ConfigError, LaunchError
-from foveal.optim import OptimConfig
+from foveal.optim.optimizers import OptimConfig
 
 
 def check(ranks: int = 2, **chosen: Any) -> None:

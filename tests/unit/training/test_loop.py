@@ -17,7 +17,7 @@ from foveal.distributed.world import World
 from foveal.engines.base import EngineConfig
 from foveal.engines.build import build_engine
 from foveal.engines.plain import Plain
-from foveal.optim import OptimConfig, parameter_groups
+from foveal.optim.optimizers import OptimConfig, parameter_groups
 from foveal.training.loop import Course, due, steps
 from foveal.training.meters.step_metrics import Row, Totals
 from foveal.training.meters.stragglers import Stragglers

@@ -30,8 +30,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from foveal.distributed.beats import LOST, Beat, Beats
-from foveal.distributed.lost import dump_recorder, lost_peer, record_into
+from foveal.distributed.heartbeat import LOST, Beat, Beats
+from foveal.distributed.peer_failure import dump_recorder, lost_peer, record_into
 from foveal.distributed.world import World
 from foveal.errors import Hung, OutOfMemory
 

@@ -11,7 +11,7 @@ from finetune.model import _depth_of
 from foveal.models.heads import Classifier
 from foveal.models.mae import DecoderConfig, MaskedAutoencoder
 from foveal.models.vit import VitConfig, build_encoder
-from foveal.optim import GuardedAdamW, OptimConfig, parameter_groups, plain_adamw
+from foveal.optim.optimizers import GuardedAdamW, OptimConfig, parameter_groups, plain_adamw
 
 TINY = VitConfig(name="vit_tiny_patch16_224", patch=4, width=8, depth=2, heads=2)
 

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from foveal.checkpoint.export import Card, load_strictly, write_export
 from foveal.data import DataConfig
 from foveal.errors import ConfigError, ExportError
 from foveal.files import sha256
@@ -18,7 +17,8 @@ from foveal.models.backbone import BackboneCard, backbone_card, backbone_from_ca
 from foveal.models.encode import features
 from foveal.models.resize import resized_from_card
 from foveal.models.vit import EncoderCard, VitConfig, build_encoder, encoder_card, encoder_from_card
-from foveal.origin import origin_of
+from foveal.weights.export import Card, load_strictly, write_export
+from foveal.weights.pretrained import origin_of
 
 SWIN = "swin_tiny_patch4_window7_224"
 VIT = "vit_tiny_patch16_224"

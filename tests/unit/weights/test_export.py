@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from foveal.checkpoint.export import Card, load_strictly, read_card, read_export, read_head, write_export
 from foveal.errors import ExportError, Unreachable
 from foveal.files import sha256
+from foveal.weights.export import Card, load_strictly, read_card, read_export, read_head, write_export
 
 CARD = Card(
     stage="pretrain",

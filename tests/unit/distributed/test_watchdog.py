@@ -15,9 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from foveal.distributed import beats, watch
-from foveal.distributed.beats import Beat, Beats, accusation
-from foveal.distributed.watch import Patience, Watch, place_of, watching
+from foveal.distributed import heartbeat, watchdog
+from foveal.distributed.heartbeat import Beat, Beats, accusation
+from foveal.distributed.watchdog import Patience, Watch, place_of, watching
 from foveal.distributed.world import World
 
 ALONE = World(0, 1, 0, "none", torch.device("cpu"))
@@ -43,9 +43,9 @@ def said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> C
     def leave(code: int) -> None:
         raise Ended(code)
 
-    monkeypatch.setattr(watch, "_aside", lambda call, *arguments: call(*arguments))
-    monkeypatch.setattr(watch.os, "_exit", leave)
-    monkeypatch.setattr(watch.faulthandler, "dump_traceback_later", lambda *_, **__: None)
+    monkeypatch.setattr(watchdog, "_aside", lambda call, *arguments: call(*arguments))
+    monkeypatch.setattr(watchdog.os, "_exit", leave)
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda *_, **__: None)
     return lambda: [record.getMessage() for record in caplog.records]
 
 
@@ -136,7 +136,7 @@ def test_faulthandler_is_the_last_line_and_only_kills_among_others(
 ) -> None:
     alarms: list[tuple[float, bool]] = []
     monkeypatch.setattr(
-        watch.faulthandler, "dump_traceback_later", lambda late, **how: alarms.append((late, how["exit"]))
+        watchdog.faulthandler, "dump_traceback_later", lambda late, **how: alarms.append((late, how["exit"]))
     )
     looks(Watch(ALONE, log, 30.0, QUICK, print), 11)
     looks(Watch(replace(ALONE, size=2), log, 30.0, QUICK, print), 1)
@@ -172,7 +172,7 @@ def test_alone_it_begins_and_ends_without_a_store(tmp_path: Path, monkeypatch: p
             "rank 1 on a in step 12: ended by ValueError",
         ),
         (
-            {1: replace(HERE, doing=beats.LOST, looks=-1), 2: replace(HERE, step=11)},
+            {1: replace(HERE, doing=heartbeat.LOST, looks=-1), 2: replace(HERE, step=11)},
             (1, 2),
             "rank 2 on a in step 11: data, then silent (stopped, dead, or inside a C call that lets no Python run)",
         ),
@@ -251,13 +251,13 @@ def test_two_ranks_hear_who_is_silent(store) -> None:
 
 
 def test_of_many_ranks_the_first_compare(store) -> None:
-    late = beats_of(beats._COMPARE, 1000, 0.05, lambda: HERE)
+    late = beats_of(heartbeat._COMPARE, 1000, 0.05, lambda: HERE)
     assert late.compare() == "who is behind stands in the logs of ranks 0-63"
     late.close("left")
 
 
 def test_a_store_that_is_gone_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(beats, "Lifeline", _refuse)
+    monkeypatch.setattr(heartbeat, "Lifeline", _refuse)
     alone = beats_of(1, 2, 0.01, lambda: HERE)
     alone._thread.join()
     assert alone.compare() == "the store of the ranks, on the node of rank 0, is gone: the log of rank 0 says more"
@@ -279,7 +279,7 @@ def test_who_lost_a_peer_says_once_who_it_was(store, tmp_path: Path, caplog: pyt
         _loses_a_peer(tmp_path)
     errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert [error.partition(" on ")[0] for error in errors] == ["step 7: rank 1"]
-    assert json.loads(store.get("foveal//beat/0"))["doing"] == beats.LOST
+    assert json.loads(store.get("foveal//beat/0"))["doing"] == heartbeat.LOST
     other.close("left")
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foveal.checkpoint.export import Card, load_strictly
 from foveal.models.backbone import backbone_from_card
 from foveal.models.resize import resized_from_card
 from foveal.models.vit import encoder_from_card
+from foveal.weights.export import Card, load_strictly
 
 
 def teacher_model(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from foveal.optim import Guard, OptimConfig, count_from, guarded, moments, parameter_groups, updates_of
+from foveal.optim.optimizers import Guard, OptimConfig, count_from, guarded, moments, parameter_groups, updates_of
 
 KINDS = ("sgd", "lars")
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
-from foveal.checkpoint.pieces import _DTYPES, Piece, fill_pieces, whole, write_pieces
+from foveal.checkpoint.chunks import _DTYPES, Piece, fill_pieces, whole, write_pieces
 from foveal.errors import CheckpointError
 
 PARTS = {"weight": 0, "exp_avg": 1000, "exp_avg_sq": 2000}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from stores import name, names, saved, state, store
 
-from foveal.checkpoint import shelf
+from foveal.checkpoint import retention
 
 
 def test_only_so_many_are_kept(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_what_cannot_be_removed_is_warned_of(
 
 def test_half_deleted_ones_are_never_met(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder loses its name before its files: killed in between, it is none that a reader would look into."""
-    monkeypatch.setattr(shelf, "_delete", lambda _: None)
+    monkeypatch.setattr(retention, "_delete", lambda _: None)
     made = store(tmp_path, keep=1)
     saved(made, 10)
     saved(made, 20)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from foveal.distributed.identity import RunIdentity
 from foveal.distributed.launcher import Seat, seat
-from foveal.distributed.lost import break_away
+from foveal.distributed.peer_failure import break_away
 from foveal.distributed.tcp_store import in_short, open_store
 from foveal.distributed.world import device_of, tell_libraries
 from foveal.errors import LaunchError

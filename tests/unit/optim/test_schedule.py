@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foveal.schedule import dropped, plateau_drops, warmup_constant, warmup_cosine
+from foveal.optim.schedule import dropped, plateau_drops, warmup_constant, warmup_cosine
 
 
 def test_the_corners() -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from foveal.checkpoint.pieces import Piece
+from foveal.checkpoint.chunks import Piece
 
 
 class Ranks(Protocol):

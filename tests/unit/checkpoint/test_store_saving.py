@@ -13,7 +13,7 @@ from ranks import Ranks
 from stores import PARTS, SHAPES, Tensors, name, names, saved, state, store
 
 from foveal.checkpoint import store as module
-from foveal.checkpoint.pieces import Piece
+from foveal.checkpoint.chunks import Piece
 from foveal.checkpoint.writer import Writer, bytes_of
 from foveal.distributed.world import World
 from foveal.errors import Superseded

@@ -9,8 +9,6 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from foveal.checkpoint.export import Card, fitting, read_card, read_export
-from foveal.checkpoint.foreign import config_beside, heads_beside, read_weights, weights_file
 from foveal.config import height_and_width
 from foveal.data import DataConfig
 from foveal.errors import ConfigError, ExportError
@@ -26,6 +24,8 @@ from foveal.models.backbone import (
 from foveal.models.outline import has_table, outline, sizes_of
 from foveal.models.vit import Pooling, VitConfig, encoder_card, encoder_from_card
 from foveal.patience import PATIENCE, answered
+from foveal.weights.export import Card, fitting, read_card, read_export
+from foveal.weights.foreign import config_beside, heads_beside, read_weights, weights_file
 
 FOREIGN = "foreign"  # the stage of a card that is made up
 # What others' files hold beside an encoder and its head: poolers, and decoders of whoever pretrained.

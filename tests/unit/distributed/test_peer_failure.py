@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from foveal.distributed import lost
-from foveal.distributed.lost import dump_recorder, lost_peer, prepare_recorder, record_into
+from foveal.distributed import peer_failure
+from foveal.distributed.peer_failure import dump_recorder, lost_peer, prepare_recorder, record_into
 from foveal.distributed.world import joined
 
 GLOO = "[/src/third_party/gloo/gloo/transport/tcp/"
-NAMES = (*lost._EVENTS, *lost._DUMPS, *lost._FILES)
+NAMES = (*peer_failure._EVENTS, *peer_failure._DUMPS, *peer_failure._FILES)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,1 @@
+"""Weights that leave a run and weights that a run starts from."""
