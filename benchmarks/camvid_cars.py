@@ -21,7 +21,7 @@ from scipy import ndimage
 from webdataset import WebDataset
 from webdataset.writer import TarWriter
 
-from foveal.data.index import index_folder
+from foveal.data.indexing.index import index_folder
 
 CAR = 8  # its id in the masks
 AREA = 200  # pixels

@@ -57,7 +57,7 @@ def ours_full(folder: Path, output: str, cores: int) -> Pass:
 
 def ours_pillow(folder: Path, output: str, cores: int) -> Pass:
     """Where simplejpeg is not installed."""
-    from foveal.data import decode
+    from foveal.data.image import decode
 
     decode.simplejpeg = None
     return ours(folder, output, cores)

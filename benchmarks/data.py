@@ -28,7 +28,7 @@ from machine import described
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from foveal.data.index import index_folder
+from foveal.data.indexing.index import index_folder
 
 SHARDS = 4
 QUALITY = 90

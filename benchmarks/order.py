@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from machine import described
 
-from foveal.data.manifest import read_manifest
-from foveal.data.order import Order, rank_slots
+from foveal.data.format.manifest import read_manifest
+from foveal.data.sampling.order import Order, rank_slots
 
 BATCH, RANKS, NODE = 4096, 64, 8  # images per step; ranks of the run, and of one of its nodes
 HUGE_SHARDS, HUGE_SAMPLES = 200_000, 10_000

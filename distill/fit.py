@@ -8,7 +8,7 @@ import torch
 
 from distill.config import DistillConfig
 from distill.lesson import IN_BLOCKS, IN_CLASSES, Lesson
-from foveal.data.sources import Source
+from foveal.data.sampling.sources import Source
 from foveal.errors import ConfigError, DataError, ExportError
 from foveal.models.backbone import (
     BackboneCard,

@@ -11,7 +11,7 @@ from finetune.attack import Attack, attack_of
 from finetune.objective import hits
 from finetune.planning import FinetunePlan
 from foveal.data import Batch, normalise
-from foveal.data.subset import PartName
+from foveal.data.sampling.subset import PartName
 from foveal.engines.base import Engine
 from foveal.errors import DataError
 from foveal.training.run import Run

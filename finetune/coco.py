@@ -10,7 +10,7 @@ from finetune.overlap import nameable
 from finetune.planning import FinetunePlan
 from foveal.average_precision import THRESHOLDS, Seen, average_precisions
 from foveal.data import Batch, normalise
-from foveal.data.subset import PartName
+from foveal.data.sampling.subset import PartName
 from foveal.engines.base import Engine
 from foveal.errors import DataError
 from foveal.inspect.boxes import box_sheet

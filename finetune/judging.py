@@ -2,7 +2,7 @@
 
 from foveal.config import Config, science
 from foveal.data import LabelKind
-from foveal.data.subset import judge
+from foveal.data.sampling.subset import judge
 from foveal.errors import ConfigError
 from foveal.training.plan import StageConfig
 

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from finetune.planning import FinetunePlan
 from foveal.data import normalise
-from foveal.data.labels import NOTHING
-from foveal.data.subset import PartName
+from foveal.data.image.targets import NOTHING
+from foveal.data.sampling.subset import PartName
 from foveal.engines.base import Engine
 from foveal.errors import DataError
 from foveal.inspect.overlay import overlay_sheet

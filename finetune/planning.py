@@ -24,8 +24,8 @@ from finetune.judging import check_judging, judged
 from finetune.teacher import teachers_origin
 from foveal.config import check_plain, set_dotted
 from foveal.data import Dataset
-from foveal.data.labels import labels_of
-from foveal.data.subset import judge
+from foveal.data.image.targets import labels_of
+from foveal.data.sampling.subset import judge
 from foveal.errors import ConfigError, DataError, ExportError
 from foveal.models.backbone import (
     BackboneCard,

@@ -10,7 +10,7 @@ from finetune.config import FinetuneConfig
 from finetune.planning import FinetunePlan
 from finetune.planning import plan as plan_of_training
 from finetune.probeconfig import CHOICES, Kind, ProbeConfig
-from foveal.data.subset import PartName, choose
+from foveal.data.sampling.subset import PartName, choose
 from foveal.errors import ConfigError
 from foveal.files import in_gigabytes
 from foveal.models.backbone import width_of

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from finetune.model import encoder_below, groups, model_from_export
 from finetune.planning import FinetunePlan
 from foveal.data import Batch, normalise
-from foveal.data.labels import NOTHING
+from foveal.data.image.targets import NOTHING
 from foveal.models.droppath import drop_path_sites
 from foveal.models.segment import Segmenter, build_segmenter
 from foveal.seeding import key, uniforms

@@ -11,7 +11,7 @@ from pathlib import Path
 from finetune.config import FinetuneConfig
 from finetune.planning import FinetunePlan
 from finetune.planning import plan as plan_of
-from foveal.data.subset import judge
+from foveal.data.sampling.subset import judge
 from foveal.training.run import Run
 from foveal.training.run_directory import opened
 

@@ -14,7 +14,7 @@ from finetune.overlap import overlap
 from finetune.planning import FinetunePlan
 from finetune.segment import segment, segment_head
 from foveal.data import LabelKind
-from foveal.data.subset import PartName
+from foveal.data.sampling.subset import PartName
 from foveal.engines.base import Engine
 from foveal.training.loop import Parts
 from foveal.training.run import Run

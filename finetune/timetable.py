@@ -4,7 +4,7 @@ from finetune.config import FinetuneConfig
 from finetune.model import exported
 from finetune.planning import FinetunePlan
 from finetune.tasks import TASKS
-from foveal.data.subset import PartName, judge
+from foveal.data.sampling.subset import PartName, judge
 from foveal.engines.base import Engine
 from foveal.engines.build import build_engine
 from foveal.errors import DataError

@@ -6,7 +6,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from foveal import __version__
-from foveal.data.cli import app as data
+from foveal.data.tools.cli import app as data
 from foveal.doctor.cli import doctor_command
 from foveal.errors import FovealError
 from foveal.history import attempts

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from foveal.data.index import index_folder
+from foveal.data.indexing.index import index_folder
 
 CLASSES = ("light", "dark")
 EMPTY = 4  # every so many images have no box

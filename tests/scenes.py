@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from finetune.config import FinetuneConfig
-from foveal.data.index import index_folder
+from foveal.data.indexing.index import index_folder
 
 CLASSES = ("sky", "road", "a car (parked)")
 IGNORED = 9

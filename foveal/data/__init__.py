@@ -3,9 +3,9 @@
 from foveal.data.batch import Batch
 from foveal.data.config import AugmentConfig, DataConfig, LabelKind
 from foveal.data.dataset import Dataset
+from foveal.data.image.transforms import normalise
 from foveal.data.loader import eval_batches, train_batches
-from foveal.data.sources import TrainingSet, described, training_set
-from foveal.data.transforms import normalise
+from foveal.data.sampling.sources import TrainingSet, described, training_set
 
 __all__ = [
     "AugmentConfig",

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from foveal.data.cache import Cache, cache_of
 from foveal.data.config import CacheConfig, DataConfig, expanded, is_remote
-from foveal.data.folder import Folder
-from foveal.data.manifest import NAME, Manifest, Split, parse_manifest, read_manifest
-from foveal.data.prefetch import Prefetch
-from foveal.data.reader import CachedReader, LocalReader, Reader
-from foveal.data.remote import NotThere, Remote
-from foveal.data.shardindex import SUFFIX, ShardIndex
+from foveal.data.format.manifest import NAME, Manifest, Split, parse_manifest, read_manifest
+from foveal.data.format.shard_index import SUFFIX, ShardIndex
+from foveal.data.storage.cache import Cache, cache_of
+from foveal.data.storage.folder import Folder
+from foveal.data.storage.prefetch import Prefetch
+from foveal.data.storage.reader import CachedReader, LocalReader, Reader
+from foveal.data.storage.remote import NotThere, Remote
 from foveal.errors import DataError, Unreachable
 from foveal.patience import AWAY, answered
 from foveal.redact import redact_urls

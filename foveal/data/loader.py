@@ -12,14 +12,14 @@ import torch
 from foveal.data.batch import Bad, Batch
 from foveal.data.config import DataConfig
 from foveal.data.dataset import Dataset
-from foveal.data.decode import Undecodable, View, pixels
-from foveal.data.labels import Labels, Seen, labels_of
-from foveal.data.order import batch_of, micros_per_step, rank_slots
-from foveal.data.randaugment import COLUMNS as CHANGE_COLUMNS
-from foveal.data.randaugment import rand_augment
-from foveal.data.sources import Place, Source, TrainingSet
-from foveal.data.subset import PartName, choose
-from foveal.data.transforms import COLUMNS, Box, evaluation_view, training_view
+from foveal.data.image.decode import Undecodable, View, pixels
+from foveal.data.image.randaugment import COLUMNS as CHANGE_COLUMNS
+from foveal.data.image.randaugment import rand_augment
+from foveal.data.image.targets import Labels, Seen, labels_of
+from foveal.data.image.transforms import COLUMNS, Box, evaluation_view, training_view
+from foveal.data.sampling.order import batch_of, micros_per_step, rank_slots
+from foveal.data.sampling.sources import Place, Source, TrainingSet
+from foveal.data.sampling.subset import PartName, choose
 from foveal.data.workers import Crew, Worker
 from foveal.errors import DataError, Unreachable
 from foveal.seeding import key, uniforms_numpy

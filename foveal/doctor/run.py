@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from foveal.data.decode import decoder_name
+from foveal.data.image.decode import decoder_name
 from foveal.doctor.finding import Report, kind_of
 from foveal.engines.base import EngineConfig
 from foveal.errors import FovealError

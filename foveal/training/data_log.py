@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from foveal.data import Batch
-from foveal.data.ledger import Ledger, begin_attempt
-from foveal.data.quarantine import Entry, Quarantine, entry_of, read_entries
+from foveal.data.records.ledger import Ledger, begin_attempt
+from foveal.data.records.quarantine import Entry, Quarantine, entry_of, read_entries
 from foveal.distributed.world import World
 from foveal.files import Growing
 from foveal.training.plan import Plan

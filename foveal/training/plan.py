@@ -11,8 +11,8 @@ from pydantic import model_validator
 from foveal.checkpoint.store import CheckpointConfig
 from foveal.config import Config, height_and_width, machine, science
 from foveal.data import DataConfig, Dataset, LabelKind, TrainingSet, described, training_set
-from foveal.data.decode import decoder_name
-from foveal.data.order import rank_slots
+from foveal.data.image.decode import decoder_name
+from foveal.data.sampling.order import rank_slots
 from foveal.engines.base import EngineConfig
 from foveal.engines.build import check_engine
 from foveal.errors import ConfigError, ExportError

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from foveal.config import Config, machine, science
-from foveal.data.order import batch_of
+from foveal.data.sampling.order import batch_of
 from foveal.errors import CheckpointError, Diverged
 from foveal.files import Growing, content_of, object_of
 

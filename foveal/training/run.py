@@ -9,7 +9,7 @@ from typing import Any
 
 from foveal.checkpoint.store import Store, check_same_science
 from foveal.data import Batch, eval_batches, train_batches
-from foveal.data.subset import PartName
+from foveal.data.sampling.subset import PartName
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.watchdog import Watch
 from foveal.distributed.world import World

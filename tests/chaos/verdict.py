@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from foveal.data.audit import read_record
+from foveal.data.records.audit import read_record
 from foveal.tracking.tail import read_lines
 
 _ROUNDING = 1e-5  # relative, between runs on different numbers of ranks

@@ -9,7 +9,7 @@ import pytest
 from processes import PYTHON, ended
 from ranks import Ranks, stage_named
 
-from foveal.data.cli import app as data_commands
+from foveal.data.tools.cli import app as data_commands
 from foveal.errors import DataError
 from foveal.training.cli import main
 

@@ -9,7 +9,7 @@ from processes import ROOT
 
 from distill.config import DistillConfig
 from finetune.config import FinetuneConfig
-from foveal.data.order import Order, rank_slots
+from foveal.data.sampling.order import Order, rank_slots
 from foveal.errors import ConfigError
 from foveal.training.plan import StageConfig
 from pretrain.config import PretrainConfig

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from processes import PYTHON, ROOT, Ended, column, ended, rows_of
 
-from foveal.data.audit import read_record
+from foveal.data.records.audit import read_record
 
 SCRIPT = ROOT / "tests" / "doors" / "full_disk.py"
 

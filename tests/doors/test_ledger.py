@@ -16,7 +16,7 @@ import yaml
 from forked import Forked, free_port, ranks_of
 from processes import PATIENCE, PYTHON, ended
 
-from foveal.data.audit import audit, read_record
+from foveal.data.records.audit import audit, read_record
 from foveal.tracking.jsonl import read_rows
 
 pytestmark = [pytest.mark.thorough, pytest.mark.slow, pytest.mark.timeout(900)]

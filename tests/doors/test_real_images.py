@@ -16,7 +16,7 @@ from processes import ROOT, column
 from ranks import Ranks, stage_named
 
 from foveal.cli import app
-from foveal.data.manifest import read_manifest
+from foveal.data.format.manifest import read_manifest
 
 _STEPS = 3
 # Three steps that a CPU takes in seconds; what the configs say of data, model and recipe stays.

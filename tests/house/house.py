@@ -27,7 +27,7 @@ def syntax(file: Path) -> ast.Module:
 
 
 def module_of(file: Path) -> str:
-    """``foveal.data.order`` for foveal/data/order.py; a package is its __init__."""
+    """``foveal.data.sampling.order`` for foveal/data/sampling/order.py; a package is its __init__."""
     return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 

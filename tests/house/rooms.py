@@ -24,8 +24,8 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (*CONFIGURED, "foveal.files", "foveal.patience", "foveal.seeding"),
         ("numpy", "torch", "torchvision", "PIL", "simplejpeg", "fsspec", "pydantic", "safetensors"),
     ),
-    "foveal.data.bar": ((), ("rich",)),
-    "foveal.data.cli": ((*CONFIGURED, "foveal.data"), ("typer",)),
+    "foveal.data.tools.bar": ((), ("rich",)),
+    "foveal.data.tools.cli": ((*CONFIGURED, "foveal.data"), ("typer",)),
     "foveal.data.pack": (
         (*CONFIGURED, "foveal.data", "foveal.files", "foveal.seeding"),
         ("numpy", "PIL", "pydantic", "webdataset", "sklearn", "datasets", "pyarrow"),
@@ -73,7 +73,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (),
     ),
     "foveal.history": (("foveal.training.lease", "foveal.errors"), ("typer", "rich")),
-    "foveal.training.rollback": ((*CONFIGURED, "foveal.data.order", "foveal.files"), ()),
+    "foveal.training.rollback": ((*CONFIGURED, "foveal.data.sampling.order", "foveal.files"), ()),
     "foveal.training.checkpointing": (
         (
             "foveal.checkpoint",
@@ -218,7 +218,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "foveal.cli": (
         (
             "foveal.errors",
-            "foveal.data.cli",
+            "foveal.data.tools.cli",
             "foveal.doctor.cli",
             "foveal.history",
             "foveal.plan.cli",

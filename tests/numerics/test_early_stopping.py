@@ -11,7 +11,7 @@ from ranks import Ranks, stage_named
 from safetensors.torch import load_file
 
 from finetune.objective import Classify
-from foveal.data.ledger import ROW, rows_file
+from foveal.data.records.ledger import ROW, rows_file
 from foveal.distributed.world import World
 from foveal.tracking.jsonl import read_rows
 from foveal.training.cli import enter, load

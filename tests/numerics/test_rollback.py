@@ -9,7 +9,7 @@ from ranks import Ranks, stage_named
 from safetensors.torch import load_file
 from torch import Tensor
 
-from foveal.data.ledger import ROW, rows_file
+from foveal.data.records.ledger import ROW, rows_file
 from foveal.distributed.world import World
 from foveal.errors import Diverged
 from foveal.tracking.jsonl import read_rows

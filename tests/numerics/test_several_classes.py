@@ -20,7 +20,7 @@ from finetune.config import FinetuneConfig
 from finetune.model import classifier
 from finetune.planning import plan
 from foveal.data import Dataset, eval_batches, normalise
-from foveal.data.index import index_folder
+from foveal.data.indexing.index import index_folder
 from foveal.errors import DataError
 from foveal.plan.forecast import Forecast, Machine
 

@@ -76,7 +76,7 @@ def test_http(
 def test_a_large_file_comes_in_pieces(
     here: list[Batch], http: Proxy, configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("foveal.data.remote.PIECE", 100_000)
+    monkeypatch.setattr("foveal.data.storage.remote.PIECE", 100_000)
     assert same(here, trained(configure(f"http://127.0.0.1:{http.port}/digits")))
     assert http.gets("train-000001.tar HTTP") == 6  # of 501,760 bytes
 
@@ -84,6 +84,6 @@ def test_a_large_file_comes_in_pieces(
 def test_a_server_that_ignores_ranges_sends_a_file_once(
     here: list[Batch], http: Proxy, configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("foveal.data.remote.PIECE", 100_000)
+    monkeypatch.setattr("foveal.data.storage.remote.PIECE", 100_000)
     assert same(here, trained(configure(f"http://127.0.0.1:{http.port}/plain/digits")))
     assert http.gets("train-000001.tar HTTP") == 1

@@ -15,7 +15,7 @@ from proxy import Proxy
 from ranks import stage_named
 
 from foveal.data import DataConfig, Dataset, train_batches, training_set
-from foveal.data.remote import NotThere, Remote
+from foveal.data.storage.remote import NotThere, Remote
 from foveal.errors import ConfigError, DataError
 from foveal.redact import redact
 from foveal.training.checkpointing import Saving

@@ -9,7 +9,7 @@ import pytest
 
 from foveal.config import Config, machine
 from foveal.data.config import DataConfig, expanded
-from foveal.data.remote import Remote
+from foveal.data.storage.remote import Remote
 from foveal.errors import ConfigError, DataError
 from foveal.redact import RedactingFormatter, redact, redact_tracebacks, redact_urls, written_secret
 from foveal.tracking.tracker import TrackingConfig

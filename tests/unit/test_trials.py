@@ -13,7 +13,7 @@ import torch
 from finetune.config import FinetuneConfig
 from finetune.planning import FinetunePlan, _classes, plan, trial
 from finetune.trials import _chosen, compare
-from foveal.data.subset import choose
+from foveal.data.sampling.subset import choose
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.world import World
 from foveal.errors import ConfigError, DataError, ExportError

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from foveal.data.manifest import read_manifest
+from foveal.data.format.manifest import read_manifest
 from foveal.data.pack.digits import pack_digits
 from foveal.data.pack.folder import pack_folder
 from foveal.data.pack.hf import pack_hf

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from foveal.data.manifest import NAME, read_manifest
+from foveal.data.format.manifest import NAME, read_manifest
 from foveal.errors import DataError
 
 _LOCK = ".packing"

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from foveal.data.format.shard_index import IMAGES
 from foveal.data.pack.recipe import Recipe
 from foveal.data.pack.samples import Contents, Part, Sample, hashed, key_of, parts_of
 from foveal.data.pack.write import write
-from foveal.data.shardindex import IMAGES
 from foveal.errors import DataError
 
 _SPLITS = ("train", "val", "test")

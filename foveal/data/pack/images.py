@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from foveal.data.decode import Undecodable, decode
+from foveal.data.image.decode import Undecodable, decode
 from foveal.data.pack.recipe import Recipe
 from foveal.data.pack.samples import Sample, Statistics
 from foveal.errors import DataError

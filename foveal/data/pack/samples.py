@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from foveal.data.tarheaders import MOST_CLASSES
+from foveal.data.indexing.tar import MOST_CLASSES
 from foveal.errors import DataError
 from foveal.seeding import key, ranks_of
 

@@ -12,14 +12,14 @@ from typing import IO, TypeVar
 
 import numpy as np
 
-from foveal.data.bar import bar
-from foveal.data.index import describe, index_shard
-from foveal.data.manifest import Manifest, Shard, Split, write_manifest
+from foveal.data.format.manifest import Manifest, Shard, Split, write_manifest
+from foveal.data.format.shard_index import write_index
+from foveal.data.indexing.index import describe, index_shard
 from foveal.data.pack.draft import drafted, is_packed
 from foveal.data.pack.images import Bad, Moments, Ready, prepare, statistics_of
 from foveal.data.pack.recipe import Recipe
 from foveal.data.pack.samples import Contents, Part
-from foveal.data.shardindex import write_index
+from foveal.data.tools.bar import bar
 from foveal.errors import DataError
 from foveal.files import force
 

@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from foveal.data import DataConfig, Dataset, eval_batches, training_set
-from foveal.data.cli import app
-from foveal.data.subset import choose
+from foveal.data.sampling.subset import choose
+from foveal.data.tools.cli import app
 from foveal.errors import ConfigError, DataError, FovealError
 
 

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from foveal.data import Batch, DataConfig, Dataset, eval_batches, normalise, train_batches, training_set
-from foveal.data.decode import decode
-from foveal.data.index import index_folder
-from foveal.data.subset import PartName
+from foveal.data.image.decode import decode
+from foveal.data.indexing.index import index_folder
+from foveal.data.sampling.subset import PartName
 from foveal.errors import ConfigError, DataError
 
 BATCH = 64

@@ -209,7 +209,7 @@ def _frame(module: str) -> FrameType:
         ("torch.distributed.distributed_c10d", True),
         ("deepspeed.comm.torch", True),
         ("foveal.distributed.world", True),
-        ("foveal.data.reader", False),
+        ("foveal.data.storage.reader", False),
         ("pretrain.objective", False),
         ("__main__", False),
     ],

@@ -1,0 +1,1 @@
+"""Indices for shards that others wrote."""

@@ -1,0 +1,1 @@
+"""What a run consumed and what was bad, and the audit of both."""

@@ -1,0 +1,1 @@
+"""Which sample stands in which slot of which step."""

@@ -1,0 +1,1 @@
+"""Bytes of shards from folders, object stores and the node's cache."""

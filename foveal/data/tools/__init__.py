@@ -1,0 +1,1 @@
+"""`foveal data`: index, verify, show, audit."""

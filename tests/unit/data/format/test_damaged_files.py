@@ -1,0 +1,176 @@
+"""Whatever stands in place of a manifest or an index: one sentence, soon."""
+
+import copy
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from foveal.data import DataConfig, Dataset, training_set
+from foveal.data.format.shard_index import map_index, write_index
+from foveal.errors import DataError, Unreachable
+
+WRONG: list[Any] = ["a", None, -1, 0, 1e400, 10**15, 10**30, [], {}, True, ["a"], 1.5, "", "x" * 300, "a\0b"]
+
+
+@pytest.fixture
+def folder(digits: Path, tmp_path: Path) -> Path:
+    """A copy of the digits to be damaged."""
+    shutil.copytree(digits, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def look(folder: Path) -> None:
+    """What a plan reads of a set."""
+    tree = {"path": str(folder), "image_size": 8, "channels": 1, "patience_seconds": 0.3}
+    cfg = DataConfig.checked(tree, "the test")
+    dataset = Dataset.open(cfg)
+    training_set(dataset, cfg, seed=0, batch=64)
+    dataset.class_counts("train")
+    assert dataset.mean, dataset.std
+
+
+def places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to every value, of lists to the first two."""
+    yield path
+    for key in tree if isinstance(tree, dict) else range(min(2, len(tree))) if isinstance(tree, list) else ():
+        yield from places(tree[key], (*path, key))
+
+
+def changed(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
+    if not path:
+        return value
+    whole = inner = copy.deepcopy(tree)
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return whole
+
+
+def refused_or_read(folder: Path, case: object) -> None:
+    said = ""
+    try:
+        look(folder)
+    except DataError as error:
+        said = str(error)
+    assert "\n" not in said, case
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "train-000000.tar", "train-000000.tar.index"])
+def test_what_never_answers_is_named_within_the_patience(name: str, folder: Path) -> None:
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    began = time.monotonic()
+    with pytest.raises(Unreachable, match=rf"{name} cannot be read \(no answer within 0.3 s\)"):
+        look(folder)
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "train-000000.tar", "train-000000.tar.index"])
+def test_a_folder_in_place_of_a_file(name: str, folder: Path) -> None:
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    with pytest.raises(DataError, match=name.removesuffix(".index")):
+        look(folder)
+
+
+def test_every_value_of_a_manifest_may_be_wrong(folder: Path) -> None:
+    file = folder / "manifest.json"
+    tree = json.loads(file.read_text())
+    for path in places(tree):
+        for value in WRONG:
+            file.write_text(json.dumps(changed(tree, path, value)))
+            refused_or_read(folder, (path, value))
+
+
+def test_more_samples_than_there_are_bytes(folder: Path) -> None:
+    file = folder / "manifest.json"
+    tree = json.loads(file.read_text())
+    train = tree["splits"]["train"]
+    train["samples"] += 10**15 - train["shards"][0]["samples"]
+    train["shards"][0]["samples"] = 10**15
+    file.write_text(json.dumps(tree))
+    with pytest.raises(DataError, match=r"bytes have no room for 1000000000000000 samples"):
+        look(folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"\0",
+        b"NaN",
+        b"9" * 5000,
+        b"[]",
+        b"\xef\xbb\xbf{}",
+        "{}".encode("utf-16"),
+    ],
+)
+def test_what_is_no_manifest(text: bytes, folder: Path) -> None:
+    (folder / "manifest.json").write_bytes(text)
+    with pytest.raises(DataError, match=r"manifest\.json"):
+        look(folder)
+
+
+def test_every_value_of_an_index_may_be_wrong(folder: Path) -> None:
+    file = folder / "train-000000.tar.index"
+    data = file.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    about = json.loads(header["__metadata__"]["index"])
+
+    def write(header: Any) -> None:
+        text = json.dumps(header).encode()
+        file.write_bytes(len(text).to_bytes(8, "little") + text + data[start:])
+
+    for path in places(header):
+        for value in WRONG:
+            write(changed(header, path, value))
+            refused_or_read(folder, (path, value))
+    for path in places(about):
+        for value in WRONG:
+            write(header | {"__metadata__": {"index": json.dumps(changed(about, path, value))}})
+            refused_or_read(folder, (path, value))
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) -> Path:
+    """Write the first index anew, in another shape."""
+    file = folder / "train-000000.tar.index"
+    index, _ = map_index(file)
+    arrays = {name: getattr(index, name).copy() for name in ("offsets", "sizes", "labels", "key_ends", "keys")}
+    change(arrays)
+    for name, array in arrays.items():
+        object.__setattr__(index, name, array)
+    write_index(index, file)
+    return file
+
+
+def test_an_image_outside_of_its_shard(folder: Path) -> None:
+    def far(arrays: dict[str, np.ndarray]) -> None:
+        arrays["offsets"][0] = 10**15
+
+    index, _ = map_index(rewritten(folder, far))
+    with pytest.raises(
+        DataError, match=r"train-000000\.tar: the index has '.*' at byte 1000000000000000, outside of the"
+    ):
+        index.image(0)
+
+
+def test_a_label_beyond_the_classes(folder: Path) -> None:
+    def high(arrays: dict[str, np.ndarray]) -> None:
+        arrays["labels"][0] = 10**12
+
+    digest = map_index(rewritten(folder, high))[1]
+    tree = json.loads((folder / "manifest.json").read_text())
+    tree["splits"]["train"]["shards"][0]["index"] = digest
+    (folder / "manifest.json").write_text(json.dumps(tree))
+    with pytest.raises(DataError, match=r"split 'train' has label 1000000000000, and manifest.json has 10 classes"):
+        look(folder)

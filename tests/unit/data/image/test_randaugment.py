@@ -1,0 +1,95 @@
+"""RandAugment: each change against Pillow or timm, draws that belong to samples, evaluation untouched."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import timm.data.auto_augment as theirs
+from PIL import Image
+
+from foveal.data import AugmentConfig, DataConfig, Dataset, eval_batches, train_batches, training_set
+from foveal.data.image.randaugment import _CHANGES, COLUMNS, rand_augment
+
+NAMES = (
+    *("AutoContrast", "Equalize", "Invert", "Rotate", "PosterizeIncreasing", "SolarizeIncreasing", "SolarizeAdd"),
+    *("ColorIncreasing", "ContrastIncreasing", "BrightnessIncreasing", "SharpnessIncreasing"),
+    *("ShearX", "ShearY", "TranslateXRel", "TranslateYRel"),
+)
+# What is interpolated, or rounded at another place, differs by a little in few pixels.
+ROUGH = {
+    "Rotate",
+    "ShearX",
+    "ShearY",
+    "TranslateXRel",
+    "TranslateYRel",
+    "SharpnessIncreasing",
+    "AutoContrast",
+    "Equalize",
+}
+
+
+def photograph() -> np.ndarray:
+    rows, columns = np.mgrid[0:40, 0:48]
+    noise = np.random.default_rng(0).integers(0, 20, (40, 48))
+    return np.stack([rows * 5 + noise, columns * 4 + noise, (rows + columns) * 2 + noise]).clip(0, 235).astype(np.uint8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("magnitude", [3.0, 9.0])
+def test_a_change_is_timms(name: str, magnitude: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    image, number = photograph(), NAMES.index(name)
+    monkeypatch.setattr(theirs.random, "random", lambda: 0.0)  # never negated
+    hparams = {"img_mean": (128, 128, 128), "interpolation": Image.Resampling.BILINEAR}
+    op = theirs.AugmentOp(name, prob=1.0, magnitude=int(magnitude), hparams=hparams)
+    expected = np.asarray(op(Image.fromarray(image.transpose(1, 2, 0)))).transpose(2, 0, 1).astype(int)
+    row = np.zeros((1, COLUMNS), np.float32)
+    row[0, 1] = (number + 0.5) / len(_CHANGES)  # which; done, positive, and a normal number of 0
+    found = rand_augment(image, row, AugmentConfig(operations=1, magnitude=magnitude)).astype(int)
+    assert found.shape == image.shape
+    near = np.abs(found - expected) <= 2
+    assert near.mean() > (0.9 if name in ROUGH else 0.999), near.mean()
+    if name != "AutoContrast":
+        assert (found != image).mean() > 0.05, "it does something"
+
+
+def test_there_are_as_many_as_timm_has() -> None:
+    assert len(_CHANGES) == len(NAMES) == len(theirs._RAND_INCREASING_TRANSFORMS)
+    assert set(NAMES) == set(theirs._RAND_INCREASING_TRANSFORMS)
+
+
+def test_half_of_the_operations_are_done_and_a_draw_is_always_the_same() -> None:
+    image, augment = photograph(), AugmentConfig(operations=1)
+    numbers = np.random.default_rng(1).random((400, 1, COLUMNS), dtype=np.float32)
+    changed = [bool((rand_augment(image, row, augment) != image).any()) for row in numbers]
+    assert 0.4 < np.mean(changed) < 0.55
+    assert all(
+        np.array_equal(rand_augment(image, row, augment), rand_augment(image, row, augment)) for row in numbers[:5]
+    )
+
+
+def test_only_training_is_changed_and_on_any_ranks_alike(configure: Callable[..., DataConfig]) -> None:
+    still = {"scale": [1.0, 1.0], "ratio": [1.0, 1.0], "flip": 0.0}
+    plain, cfg = (configure(augment=still | {"operations": n}) for n in (0, 2))
+    assert plain.augment.still
+    assert not cfg.augment.still
+
+    def images(of: DataConfig, size: int = 1) -> np.ndarray:
+        training = training_set(Dataset.open(of), of, seed=0, batch=32)
+        place: dict[str, Any] = {"size": size, "at_once": 8, "start": 0, "stop": 2}
+        found = []
+        for rank in range(size):
+            with train_batches(training, of, rank=rank, **place) as batches:
+                found.append(np.concatenate([batch.images.numpy() for batch in batches]).reshape(2, 32 // size, -1))
+        return np.concatenate(found, axis=1)
+
+    assert np.array_equal(images(cfg), images(cfg, 2))
+    differ = (images(cfg) != images(plain)).any(axis=2)
+    assert 0.4 < differ.mean() < 0.95
+    looks = [
+        next(
+            iter(eval_batches(Dataset.open(of), of, split="val", part="all", seed=0, rank=0, size=1, at_once=16))
+        ).images
+        for of in (plain, cfg)
+    ]
+    assert looks[0].equal(looks[1])

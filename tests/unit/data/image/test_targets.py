@@ -1,0 +1,169 @@
+"""Labels that are more than a class: seen as their image is seen, on any ranks; what is no label is one sentence."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from foveal.data import DataConfig, Dataset, eval_batches, train_batches, training_set
+from foveal.data.image.targets import NOTHING
+from foveal.data.indexing.index import index_folder
+from foveal.errors import DataError
+
+Make = Callable[..., Dataset]
+SIDE, SAMPLES, IGNORED = 24, 8, 9
+CLASSES = ("sky", "road", "car")
+
+
+def stripes(number: int) -> np.ndarray:
+    """Ids that tell every place apart a little: classes by column, a corner that is ignored."""
+    ids = (np.arange(SIDE)[None, :] // 4 + np.arange(SIDE)[:, None] // 8 + number) % 3
+    ids[:4, :4] = IGNORED
+    return ids.astype(np.uint8)
+
+
+def png(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(array).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def members(number: int) -> dict[str, bytes]:
+    ids = stripes(number)
+    boxes = [
+        {"bbox": [4, 8, 8, 12], "category_id": number % 3},
+        {"bbox": [0, 0, 24, 24], "category_id": 1, "iscrowd": 1},
+        {"bbox": [0, 0, 20, 24], "category_id": 1, "iscrowd": True},
+    ]
+    told = {"annotations": boxes, "labels": [number % 3, 2]}
+    return {"png": png(ids * 20), "mask.png": png(ids), "json": json.dumps(told).encode()}
+
+
+@pytest.fixture
+def scenes(tmp_path: Path, write_tar: Callable[..., Path]) -> Callable[..., tuple[Dataset, DataConfig]]:
+    """A set of scenes whose image is its mask times 20, with some members changed, and its config with some settings."""
+
+    def make(changed: dict[str, bytes] | None = None, /, **settings: Any) -> tuple[Dataset, DataConfig]:
+        rows = [(f"{n:03d}.{name}", data) for n in range(SAMPLES) for name, data in members(n).items()]
+        rows = [(name, (changed or {}).get(name, data)) for name, data in rows if (changed or {}).get(name) != b""]
+        write_tar(tmp_path / "train-000000.tar", rows)
+        index_folder(str(tmp_path), classes=CLASSES, tell=lambda _: None)
+        tree = {"path": str(tmp_path), "image_size": SIDE, "channels": 1, "lanes": 2, "val": "train", "crop_ratio": 1.0}
+        tree |= {"mean": [0.5], "std": [0.5], "ignore_id": IGNORED, "max_bad": 0.5} | settings
+        cfg = DataConfig.checked(tree, "the test")
+        return Dataset.open(cfg), cfg
+
+    return make
+
+
+def evaluated(dataset: Dataset, cfg: DataConfig, size: int = 1, at_once: int = 3) -> list[Any]:
+    place = {"split": "train", "part": "all", "seed": 0, "size": size, "at_once": at_once}
+    return [batch for rank in range(size) for batch in eval_batches(dataset, cfg, rank=rank, **place)]  # type: ignore[arg-type]
+
+
+def trained(dataset: Dataset, cfg: DataConfig) -> list[Any]:
+    training = training_set(dataset, cfg, seed=0, batch=4)
+    with train_batches(training, cfg, rank=0, size=1, at_once=4, start=0, stop=4) as batches:
+        return list(batches)
+
+
+def test_a_mask_is_seen_as_its_image_is_seen(scenes: Callable[..., tuple[Dataset, DataConfig]]) -> None:
+    # Crops of half and of the whole at their own resolution are resized by whole factors, bilinear of flat 4 x 4 cells:
+    # away from edges every pixel of the image is 20 times that of the mask.
+    dataset, cfg = scenes(
+        labels="mask", augment={"scale": [0.3, 1.0], "ratio": [1.0, 1.0], "interpolation": "bilinear"}
+    )
+    flipped = 0
+    for batch in trained(dataset, cfg):
+        assert batch.marks.shape == (4, SIDE, SIDE)
+        ids = batch.marks.numpy().astype(int)
+        ids[ids == NOTHING] = IGNORED
+        inside = np.abs(batch.images.numpy()[:, 0].astype(int) - 20 * ids) <= 1
+        assert inside.mean() > 0.6, "edges alone may differ"
+        corner = ids == IGNORED
+        flipped += int((corner[:, 0, -1] & ~corner[:, 0, 0]).sum())
+    assert flipped, "some are flipped, and their masks with them"
+
+
+def test_an_evaluated_mask_is_whole_on_any_ranks(scenes: Callable[..., tuple[Dataset, DataConfig]]) -> None:
+    dataset, cfg = scenes(labels="mask", image_size=12, val_size=SIDE)
+    for size in (1, 2):
+        found = {int(i): m for b in evaluated(dataset, cfg, size) for i, m in zip(b.ids, b.marks, strict=True)}
+        padding = found.pop(-1, None)
+        assert padding is None or (padding == NOTHING).all()
+        for number in range(SAMPLES):
+            ids = stripes(number).astype(int)
+            np.testing.assert_array_equal(found[number].numpy(), np.where(ids == IGNORED, NOTHING, ids))
+
+
+def test_boxes_follow_crop_flip_and_size(scenes: Callable[..., tuple[Dataset, DataConfig]]) -> None:
+    dataset, cfg = scenes(labels="boxes", image_size=48)
+    batch = evaluated(dataset, cfg)[1]
+    assert batch.marks.tolist() == [[[8, 16, 24, 40, n % 3]] for n in (3, 4, 5)], "twice the size; crowds are left out"
+    whole = {"scale": [1.0, 1.0], "ratio": [1.0, 1.0], "flip": 1.0}
+    dataset, cfg = scenes(labels="boxes", augment=whole)
+    assert trained(dataset, cfg)[0].marks[0, 0, :4].tolist() == [12, 8, 20, 20]
+    dataset, cfg = scenes(labels="boxes", crop_ratio=0.5)
+    assert evaluated(dataset, cfg)[0].marks[0].tolist() == [[0, 4, 12, 24, 0]], "from 6 to 18, clipped, doubled"
+
+
+def test_several_classes(scenes: Callable[..., tuple[Dataset, DataConfig]]) -> None:
+    dataset, cfg = scenes(labels="classes")
+    assert evaluated(dataset, cfg)[0].marks.tolist() == [[1, 0, 1], [0, 1, 1], [0, 0, 1]]
+
+
+def test_a_mask_that_does_not_decode_is_a_bad_sample(scenes: Callable[..., tuple[Dataset, DataConfig]]) -> None:
+    dataset, cfg = scenes({"002.mask.png": png(stripes(2))[:60]}, labels="mask")
+    batches = evaluated(dataset, cfg)
+    assert [bad.key for batch in batches for bad in batch.bad] == ["002"]
+    assert not batches[0].valid[2]
+    assert (batches[0].marks[2] == NOTHING).all()
+    bad = [bad for batch in trained(dataset, cfg) for bad in batch.bad]
+    assert {one.key for one in bad} == {"002"}
+    assert all("its mask" in one.reason and one.by >= 0 for one in bad)
+
+
+@pytest.mark.parametrize(
+    ("labels", "member", "data", "sentence"),
+    [
+        ("mask", "001.mask.png", png(np.full((SIDE, SIDE), 7, np.uint8)), "id 7 in its mask, and there are 3 classes"),
+        ("mask", "001.mask.png", png(np.zeros((SIDE, 5), np.uint8)), "a mask of 5 x 24 pixels and an image of 24 x 24"),
+        ("mask", "001.mask.png", b"", "has no member .mask.png"),
+        ("boxes", "001.json", b'[{"bbox": [20, 0, 9, 5], "category_id": 0}]', "not inside its image of 24 x 24"),
+        ("boxes", "001.json", b'[{"bbox": [2, 0, 0, 5], "category_id": 0}]', "not inside its image"),
+        ("boxes", "001.json", b'[{"bbox": [2, 0, 3, 5], "category_id": 3}]', "label 3, and labels are 0 to 2"),
+        ("boxes", "001.json", b'[{"bbox": [2, 0], "category_id": 1}]', "no box with bbox and category_id"),
+        ("boxes", "001.json", b'[{"bbox": [2, NaN, 3, 5], "category_id": 1}]', "[2.0, nan, 3.0, 5.0]"),
+        ("boxes", "001.json", b'[{"bbox": [NaN, 2, 3, 5], "category_id": 1}]', "not inside its image"),
+        ("boxes", "001.json", b'[{"bbox": [2, 0, Infinity, 5], "category_id": 1}]', "not inside its image"),
+        ("boxes", "001.json", b'[{"bbox": [-Infinity, 0, Infinity, 5], "category_id": 1}]', "not inside its image"),
+        ("boxes", "001.json", b'[{"bbox": [1%s, 0, 1, 1], "category_id": 1}]' % (b"0" * 400), "no box with bbox"),
+        ("boxes", "001.json", b'[{"bbox": [2, 0, 3, 5], "category_id": 1, "iscrowd": "no"}]', "has iscrowd 'no'"),
+        (
+            "boxes",
+            "001.json",
+            b'[{"bbox": [2, 0, 3, 5], "category_id": 1, "iscrowd": null}]',
+            "has iscrowd None, which is 0 or 1",
+        ),
+        ("classes", "001.json", b'{"labels": [1, 5]}', "label 5, and labels are 0 to 2"),
+        ("classes", "001.json", b'{"label": 1}', "nor an object with a list 'labels'"),
+    ],
+)
+def test_what_is_no_label_is_one_sentence(
+    scenes: Callable[..., tuple[Dataset, DataConfig]], labels: str, member: str, data: bytes, sentence: str
+) -> None:
+    dataset, cfg = scenes({member: data}, labels=labels)
+    with pytest.raises(DataError, match="sample '001'") as caught:
+        evaluated(dataset, cfg)
+    assert sentence in str(caught.value)
+
+
+def test_members_and_names_that_are_not_there(scenes: Callable[..., tuple[Dataset, DataConfig]]) -> None:
+    dataset, cfg = scenes(labels="mask", label_field="seg.png")
+    with pytest.raises(DataError, match=r"reads members .seg.png, and its samples have png, mask.png, json"):
+        evaluated(dataset, cfg)

@@ -1,0 +1,121 @@
+"""Views and normalising: against torchvision and NumPy."""
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torchvision.transforms.v2 import RandomResizedCrop
+
+from foveal.data import normalise
+from foveal.data.config import AugmentConfig
+from foveal.data.image.transforms import COLUMNS, evaluation_view, training_view
+from foveal.seeding import key, uniforms_numpy
+
+
+def test_crops_are_distributed_as_torchvisions() -> None:
+    width, height, draws = 160, 120, 4000
+    augment = AugmentConfig(scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3))
+    numbers = uniforms_numpy(key(0, "test"), np.arange(draws), COLUMNS)
+    ours = np.array([training_view(width, height, row, augment)[0] for row in numbers])
+    torch.manual_seed(0)
+    theirs = RandomResizedCrop(8, scale=augment.scale, ratio=augment.ratio)
+    params = [theirs.make_params([torch.empty(3, height, width)]) for _ in range(draws)]
+    other = np.array([[p["left"], p["top"], p["left"] + p["width"], p["top"] + p["height"]] for p in params])
+    for statistic in (corners, shapes):
+        # 4,000 draws: the standard error of a quantile is under 1 pixel, areas are in units of 150 pixels
+        for level in (0.1, 0.25, 0.5, 0.75, 0.9):
+            difference = np.quantile(statistic(ours), level, axis=0) - np.quantile(statistic(other), level, axis=0)
+            assert np.abs(difference).max() <= 5
+    assert (ours[:, 2] <= width).all()
+    assert (ours[:, 3] <= height).all()
+    assert (ours >= 0).all()
+
+
+def corners(boxes: np.ndarray) -> np.ndarray:
+    return boxes
+
+
+def shapes(boxes: np.ndarray) -> np.ndarray:
+    across, down = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    return np.stack([across * down / 150, across, down, 60 * across / down], axis=1)
+
+
+def test_place_shape_and_flip_are_independent() -> None:
+    numbers = uniforms_numpy(key(4), np.arange(4000), COLUMNS)
+    views = [training_view(100, 100, row, AugmentConfig(scale=(0.2, 0.3))) for row in numbers]
+    boxes = np.array([box for box, _ in views])
+    across, down = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    left, top = boxes[:, 0] / (100 - across), boxes[:, 1] / (100 - down)
+    flips = np.array([float(flipped) for _, flipped in views])
+    between = np.corrcoef(np.stack([left, top, across * down, across / down, flips]))
+    assert np.abs(between - np.eye(5)).max() < 0.08  # five standard errors
+
+
+def test_flips_have_their_probability() -> None:
+    numbers = uniforms_numpy(key(1, "flip"), np.arange(2000), COLUMNS)
+    for flip, low, high in ((0.0, 0, 0), (1.0, 2000, 2000), (0.5, 930, 1070)):
+        count = sum(training_view(8, 8, row, AugmentConfig(flip=flip))[1] for row in numbers)
+        assert low <= count <= high
+
+
+def test_a_view_without_choice_is_the_whole_square() -> None:
+    whole = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)
+    for row in uniforms_numpy(key(2), np.arange(20), COLUMNS):
+        assert training_view(8, 8, row, whole) == ((0, 0, 8, 8), False)
+        assert training_view(30, 10, row, whole) == ((10, 0, 20, 10), False)
+        assert training_view(11, 10, row, whole) == ((0, 0, 10, 10), False), "a pixel off the square: no place is drawn"
+
+
+def test_a_view_without_choice_has_the_shape_of_what_it_becomes() -> None:
+    whole = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)
+    for row in uniforms_numpy(key(2), np.arange(20), COLUMNS):
+        assert training_view(90, 30, row, whole, (8, 16)) == ((15, 0, 75, 30), False)
+        assert training_view(30, 90, row, whole, (8, 16)) == ((0, 37, 30, 52), False)
+    assert evaluation_view(90, 30, 1.0, (8, 16)) == (15, 0, 75, 30)
+    assert evaluation_view(40, 90, 0.5, (8, 16)) == (10, 40, 30, 50)
+
+
+def test_crops_keep_their_shapes_around_that_of_the_image() -> None:
+    numbers = uniforms_numpy(key(5), np.arange(2000), COLUMNS)
+    boxes = np.array([training_view(300, 300, row, AugmentConfig(scale=(0.1, 0.2)), (32, 64))[0] for row in numbers])
+    ratios = (boxes[:, 2] - boxes[:, 0]) / (boxes[:, 3] - boxes[:, 1])
+    assert 1.4 < ratios.min() < 1.55
+    assert 2.6 < ratios.max() < 2.8
+    assert abs(np.median(ratios) - 2) < 0.1
+
+
+def test_extreme_shapes_still_give_a_crop() -> None:
+    numbers = uniforms_numpy(key(3), np.arange(50), COLUMNS)
+    for width, height in ((1, 1), (1, 500), (500, 1), (2, 3)):
+        for row in numbers:
+            (left, top, right, bottom), _ = training_view(width, height, row, AugmentConfig())
+            assert 0 <= left < right <= width
+            assert 0 <= top < bottom <= height
+
+
+def test_normalise_is_the_formula() -> None:
+    images = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 3, 16, 16)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    expected = (images.numpy() / 255.0 - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
+    given = normalise(images, mean, std)
+    assert given.dtype == torch.float32
+    np.testing.assert_allclose(given.numpy(), expected, rtol=0, atol=1e-6)
+
+
+def test_one_statistic_serves_three_channels() -> None:
+    images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    assert torch.equal(normalise(images, (0.5,), (0.25,)), normalise(images, (0.5,) * 3, (0.25,) * 3))
+
+
+def test_normalise_leaves_its_argument_alone() -> None:
+    images = torch.rand(2, 3, 4, 4)
+    before = images.clone()
+    normalise(images, (0.5,), (0.25,))
+    assert torch.equal(images, before)
+
+
+def test_normalise_is_the_same_after_a_step_on_fake_tensors() -> None:
+    """What it keeps between steps was once kept from a plan's trace, after which nothing was normalised."""
+    images, mean, std = torch.full((1, 1, 2, 2), 255, dtype=torch.uint8), (0.375,), (0.125,)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(normalise(images, mean, std), FakeTensor)
+    assert torch.equal(normalise(images, mean, std), torch.full((1, 1, 2, 2), 5.0))

@@ -1,0 +1,105 @@
+"""Shards that others wrote: real ones, from the folder that FOVEAL_TEST_DATA names."""
+
+import gzip
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from foveal.data import DataConfig, Dataset, eval_batches, train_batches, training_set
+from foveal.data.dataset import open_folder
+from foveal.data.indexing.index import index_folder
+from foveal.data.tools.verify import verify
+from foveal.errors import DataError
+
+ROOT = os.environ.get("FOVEAL_TEST_DATA")
+
+pytestmark = pytest.mark.skipif(not ROOT, reason="FOVEAL_TEST_DATA is not set: no foreign shards to read")
+
+
+@pytest.fixture(scope="module")
+def shards() -> Path:
+    return Path(str(ROOT))
+
+
+@pytest.fixture(scope="module")
+def cifar10(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Three of the twelve shards, unpacked; removed afterwards, they are large."""
+    folder = tmp_path_factory.mktemp("foreign") / "cifar10"
+    folder.mkdir()
+    for name in ("train-000000.tar", "train-000001.tar", "val-000000.tar"):
+        (folder / name).write_bytes(gzip.decompress((shards / "cifar10" / f"{name}.gz").read_bytes()))
+    yield folder
+    for file in folder.iterdir():
+        file.unlink()
+
+
+def test_a_folder_that_is_only_read_is_indexed_elsewhere(shards: Path, tmp_path: Path) -> None:
+    folder = shards / "imagenette224"
+    before = sorted(entry.name for entry in folder.iterdir())
+    source = json.loads((folder / "source.json").read_text())
+    manifest = index_folder(str(folder), tmp_path / "index", classes=source["classes"])
+    assert sorted(entry.name for entry in folder.iterdir()) == before
+    assert {name: split.samples for name, split in manifest.splits.items()} == {"train": 2500, "val": 600}
+    cfg = DataConfig.checked(
+        {
+            "path": "${FOVEAL_TEST_DATA}/imagenette224",
+            "index": str(tmp_path / "index"),
+            "image_size": 64,
+            "lanes": 8,
+            "mean": (0.485, 0.456, 0.406),
+            "std": (0.229, 0.224, 0.225),
+        },
+        "the test",
+    )
+    dataset = Dataset.open(cfg)
+    assert dataset.class_counts("train").tolist() == source["splits"]["train"]["per_class"]
+    dealt = training_set(dataset, cfg, seed=0, batch=64)
+    with train_batches(dealt, cfg, rank=1, size=2, at_once=16, start=30, stop=31) as batches:
+        images = next(batches).images
+    assert images.shape == (16, 3, 64, 64)
+    assert images.float().std() > 30
+
+
+def test_samples_are_those_that_webdataset_reads(cifar10: Path, read_tar: Callable) -> None:
+    index_folder(str(cifar10))
+    cfg = DataConfig.checked({"path": str(cifar10), "image_size": 32, "crop_ratio": 1.0}, "the test")
+    dataset = Dataset.open(cfg)
+    assert (dataset.samples("train"), dataset.samples("val")) == (10_000, 5_000)
+    assert dataset.classes == tuple("0123456789")
+    index = dataset.index("val", 0)
+    samples = read_tar(cifar10 / "val-000000.tar")
+    assert len(samples) == len(index)
+    for row, sample in enumerate(samples):
+        assert index.key(row) == sample["__key__"]
+        assert index.labels[row] == int(sample["cls"])
+        assert dataset.read(index.shard, *index.image(row)) == sample["png"]
+    rows = eval_batches(dataset, cfg, split="val", part="all", seed=0, rank=0, size=1, at_once=8)
+    batch = next(rows)
+    rows.close()
+    for row in range(8):
+        picture = Image.open(io.BytesIO(dataset.read(index.shard, *index.image(row)))).convert("RGB")
+        assert np.array_equal(batch.images[row].numpy(), np.asarray(picture).transpose(2, 0, 1))
+
+
+def test_gzipped_shards_are_one_sentence(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"train-000000.tar.gz is compressed, .* unpack it to train-000000.tar and index"
+    ):
+        index_folder(str(shards / "cifar10"), tmp_path / "index")
+    with pytest.raises(DataError, match=r"cifar10: these shards are compressed, which has no random access; unpack"):
+        Dataset.open(DataConfig.checked({"path": str(shards / "cifar10"), "image_size": 32}, "the test"))
+
+
+def test_members_that_are_masks_are_kept_apart(shards: Path, tmp_path: Path) -> None:
+    manifest = index_folder(str(shards / "camvid"), tmp_path / "index")
+    assert manifest.fields == ("jpg", "mask.png")
+    assert manifest.classes is None
+    assert {name: split.samples for name, split in manifest.splits.items()} == {"train": 367, "val": 101}
+    dataset = open_folder(str(shards / "camvid"), str(tmp_path / "index"))
+    assert verify(dataset, full=True, workers=2) == []

@@ -1,0 +1,263 @@
+"""A sample that does not decode: the same stand-in on any ranks and after any resume, and never for a passing fault."""
+
+import json
+import re
+import shutil
+import tarfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import Ranks, stage_named
+
+from foveal.data import Batch, DataConfig, Dataset, eval_batches, train_batches, training_set
+from foveal.data.indexing.index import index_folder
+from foveal.distributed.world import World
+from foveal.errors import DataError
+from foveal.tracking.jsonl import read_rows
+from foveal.training.cli import enter, load
+
+BATCH = 64
+Configure = Callable[..., DataConfig]
+Spoil = Callable[..., Path]
+
+
+@pytest.fixture
+def spoilt(digits: Path, tmp_path: Path) -> Spoil:
+    """A copy of the digits in which the images at some places of a shard are noise; indexed anew, so without sha256."""
+
+    def make(shard: str, rows: slice, *, anew: bool = True) -> Path:
+        folder = tmp_path / "spoilt"
+        shutil.copytree(digits, folder, dirs_exist_ok=True)
+        with tarfile.open(folder / shard) as tar:
+            images = [member for member in tar if member.name.endswith(".png")][rows]
+        data = bytearray((folder / shard).read_bytes())
+        for member in images:
+            data[member.offset_data + 40 : member.offset_data + member.size] = bytes(member.size - 40)
+        (folder / shard).write_bytes(data)
+        if anew:
+            (folder / "manifest.json").unlink()
+            index_folder(str(folder), classes=[str(digit) for digit in range(10)])
+        return folder
+
+    return make
+
+
+def train(cfg: DataConfig, start: int, stop: int, rank: int = 0, size: int = 1, at_once: int = 16) -> list[Batch]:
+    place: dict[str, Any] = {"start": start, "stop": stop, "rank": rank, "size": size, "at_once": at_once}
+    with train_batches(training_set(Dataset.open(cfg), cfg, seed=3, batch=BATCH), cfg, **place) as got:
+        return list(got)
+
+
+def rows(batches: list[Batch]) -> list[tuple[int, int, int, bytes]]:
+    """(step, id, label, pixels) of every row, in order."""
+    found = []
+    for batch in batches:
+        values = zip(batch.ids.tolist(), batch.labels.tolist(), batch.images, strict=True)
+        found += [(batch.step, sample, label, image.numpy().tobytes()) for sample, label, image in values]
+    return found
+
+
+STATISTICS = {"mean": (0.3,), "std": (0.4,)}
+
+
+def test_a_bad_sample_is_replaced_and_nothing_else_changes(configure: Configure, spoilt: Spoil) -> None:
+    clean = rows(train(configure(**STATISTICS), 0, 22))
+    got = train(configure(path=str(spoilt("train-000002.tar", slice(7, 8))), **STATISTICS), 0, 22)
+    (bad,) = [bad for batch in got for bad in batch.bad]
+    assert bad.draw == int(Dataset.open(configure()).counts("train")[:2].sum()) + 7
+    assert (bad.split, bad.shard.rpartition("/")[2]) == ("train", "train-000002.tar")
+    assert bad.key.startswith("digit_")
+    assert bad.reason
+    changed = [(was, now) for was, now in zip(clean, rows(got), strict=True) if was != now]
+    assert len(changed) == 1
+    ((was, now),) = changed
+    assert was[1] == bad.draw
+    assert now[1] == bad.by
+    own = next(row for row in clean if row[1] == bad.by)
+    assert now[2:] == own[2:], "a stand-in looks as it does in its own place of the same epoch"
+
+
+@pytest.mark.parametrize(("size", "at_once", "threads"), [(2, 16, 3), (4, 8, 1), (8, 8, 2)])
+def test_ranks_and_resumes_choose_the_same_stand_in(
+    configure: Configure, spoilt: Spoil, size: int, at_once: int, threads: int
+) -> None:
+    path = str(spoilt("train-000001.tar", slice(0, 12)))
+    whole = train(configure(path=path, **STATISTICS), 0, 30)
+    assert sum(len(batch.bad) for batch in whole) >= 12
+    one = rows(whole)
+    cfg = configure(path=path, threads=threads, **STATISTICS)
+    ranks = [train(cfg, 0, 11, rank, size, at_once) + train(cfg, 11, 30, rank, size, at_once) for rank in range(size)]
+    micros = BATCH // size // at_once
+    dealt = [batch for turn in range(30) for mine in ranks for batch in mine[turn * micros : (turn + 1) * micros]]
+    assert rows(dealt) == one
+
+
+def test_a_shard_that_is_not_what_the_manifest_says_stops_the_run(configure: Configure, spoilt: Spoil) -> None:
+    folder = spoilt("train-000002.tar", slice(7, 8), anew=False)
+    with pytest.raises(DataError, match=r"train-000002.tar .*sha256"):
+        train(configure(path=str(folder)), 0, 22)
+
+
+def test_a_read_that_changes_stops_the_run(
+    configure: Configure, spoilt: Spoil, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = configure(path=str(spoilt("train-000002.tar", slice(7, 8))), **STATISTICS)
+    dataset = Dataset.open(cfg)
+    plain, calls = dataset.read, iter(range(10**6))
+
+    def flickering(shard: str, offset: int, size: int) -> bytes:
+        return plain(shard, offset, size)[:-1] + bytes([next(calls) % 256])
+
+    object.__setattr__(dataset, "read", flickering)
+    place: dict[str, Any] = {"start": 0, "stop": 22, "rank": 0, "size": 1, "at_once": 16}
+    with (
+        train_batches(training_set(dataset, cfg, seed=3, batch=BATCH), cfg, **place) as got,
+        pytest.raises(DataError, match=r"reads differently each time"),
+    ):
+        list(got)
+
+
+def test_a_window_without_one_good_sample_is_a_sentence(configure: Configure, spoilt: Spoil) -> None:
+    folder = spoilt("val-000000.tar", slice(None))
+    spoilt("val-000001.tar", slice(None))
+    cfg = configure(path=str(folder), train="val", **STATISTICS)
+    with pytest.raises(DataError, match=r"does not decode, nor does any of the \d+ samples that could stand in for it"):
+        train(cfg, 0, 1)
+
+
+def test_training_never_leaves_a_row_empty(
+    configure: Configure, spoilt: Spoil, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last window of a lane may be of one sample, which has no other to stand in for it."""
+    cfg = configure(path=str(spoilt("train-000002.tar", slice(7, 8))), **STATISTICS)
+    training = training_set(Dataset.open(cfg), cfg, seed=3, batch=BATCH)
+    monkeypatch.setattr(training.order, "others", lambda _source, _position: iter(()))
+    with (
+        train_batches(training, cfg, rank=0, size=1, at_once=16, start=0, stop=22) as batches,
+        pytest.raises(DataError, match=r"does not decode, nor does any of the 0 samples"),
+    ):
+        list(batches)
+
+
+def test_an_index_that_hangs_is_named_by_its_shard(configure: Configure) -> None:
+    cfg, release = configure(patience_seconds=0.5), threading.Event()
+    dataset = Dataset.open(cfg)
+    object.__setattr__(dataset, "index", lambda _split, _number: release.wait(30))
+    start = time.monotonic()
+    with (
+        train_batches(
+            training_set(dataset, cfg, seed=3, batch=BATCH), cfg, rank=0, size=1, at_once=16, start=0, stop=1
+        ) as batches,
+        pytest.raises(DataError, match=r"the loader is stuck at .*train-00000\d.tar"),
+    ):
+        next(batches)
+    assert time.monotonic() - start < 15
+    release.set()
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_evaluation_leaves_its_row_empty(configure: Configure, spoilt: Spoil, size: int) -> None:
+    cfg = configure(path=str(spoilt("val-000000.tar", slice(5, 7))), **STATISTICS)
+    place: dict[str, Any] = {"split": "val", "part": "all", "seed": 0, "size": size, "at_once": 50}
+    batches = [batch for rank in range(size) for batch in eval_batches(Dataset.open(cfg), cfg, rank=rank, **place)]
+    assert sorted(bad.draw for batch in batches for bad in batch.bad) == [5, 6]
+    assert all(bad.by == -1 for batch in batches for bad in batch.bad)
+    seen = torch.cat([batch.ids[batch.valid] for batch in batches])
+    assert sorted(seen.tolist()) == [sample for sample in range(360) if sample not in {5, 6}]
+    assert all((batch.labels[~batch.valid] == -1).all() for batch in batches)
+
+
+# A whole run
+
+
+def quarantined(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "quarantine.jsonl").read_text().splitlines()]
+
+
+def settings(folder: Path, *further: str) -> list[str]:
+    return [f"data.path={folder}", "data.mean=[0.3]", "data.std=[0.4]", *further]
+
+
+def test_a_run_goes_on_and_says_what_was_bad(
+    two_ranks: Ranks, configs: dict[str, Path], spoilt: Spoil, tmp_path: Path
+) -> None:
+    folder, stage = spoilt("train-000003.tar", slice(9, 10)), stage_named("pretrain")
+    more = settings(folder, "epochs=2", "checkpoint.every=5")
+    whole = two_ranks.train(stage, configs["pretrain"], tmp_path / "whole", *more)
+    assert whole[-1]["bad_samples"] == 1.0
+    (entry,) = quarantined(tmp_path / "whole")
+    assert entry["shard"].endswith("train-000003.tar")
+    for stop in (25, 44):  # resumed in the second epoch, which meets the sample again
+        got = two_ranks.train(stage, configs["pretrain"], tmp_path / "resumed", *more, f"run.stop_at={stop}")
+    assert [row["loss"] for row in got] == [row["loss"] for row in whole]
+    assert quarantined(tmp_path / "resumed") == [entry]
+
+
+def test_too_many_stop_every_rank(two_ranks: Ranks, configs: dict[str, Path], spoilt: Spoil, tmp_path: Path) -> None:
+    folder = spoilt("train-000003.tar", slice(9, 12))
+    with pytest.raises(DataError, match=r"\d samples of split 'train' do not decode, and data.max_bad allows 1.437"):
+        two_ranks.train(stage_named("pretrain"), configs["pretrain"], tmp_path / "run", *settings(folder))
+    assert len(quarantined(tmp_path / "run")) >= 2
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert rows[-1]["bad_samples"] >= 2, "what was trained is on record before the run stops"
+    assert two_ranks.call(_rank) == [0, 1], "both are there for the next run"
+
+
+def test_accuracy_leaves_out_what_does_not_decode(
+    two_ranks: Ranks, configs: dict[str, Path], spoilt: Spoil, tmp_path: Path
+) -> None:
+    more = [f"data.path={spoilt('val-000001.tar', slice(3, 4))}", "data.max_bad=0.01"]
+    two_ranks.train(stage_named("finetune"), configs["finetune"], tmp_path / "run", *more)
+    results = json.loads((tmp_path / "run" / "finished.json").read_text())["summary"]
+    assert round(results["val_top1"] * 359, 6).is_integer()
+    assert [entry["split"] for entry in quarantined(tmp_path / "run")] == ["val"]
+
+
+def _rank(world: World) -> int:
+    return world.rank
+
+
+def _one_hangs(world: World, config: str, overrides: list[str]) -> tuple[str, float]:
+    """Rank 1's reads never end after its first few; what this rank heard of it, and after how many seconds."""
+    stage, reads = stage_named("pretrain"), iter(range(10**6))
+    plain = Dataset.open
+
+    def opened(cfg: DataConfig) -> Dataset:
+        dataset = plain(cfg)
+        read = dataset.read
+
+        def hanging(shard: str, offset: int, size: int) -> bytes:
+            if world.rank == 1 and next(reads) > 200:
+                threading.Event().wait(60)
+            return read(shard, offset, size)
+
+        object.__setattr__(dataset, "read", hanging)
+        return dataset
+
+    start = time.monotonic()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Dataset, "open", opened)
+        try:
+            enter(stage, load(stage.config, "pretrain", config, overrides), world)
+        except DataError as error:
+            return str(error), time.monotonic() - start
+    raise AssertionError
+
+
+def test_a_rank_whose_loader_hangs_fails_all_together(
+    two_ranks: Ranks, configs: dict[str, Path], digits: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    more = [f"data.path={digits}", f"run.dir={run}", "tracking.uri=null", "data.patience_seconds=1.5"]
+    (one, soon), (other, late) = two_ranks.call(_one_hangs, str(configs["pretrain"]), more)
+    assert one == other
+    assert re.search(r"the loader is stuck at .*train-0000\d\d.tar: sample 'digit_\d{4}'", one)
+    assert max(soon, late) < 60
+    assert "hanging" in (run / "logs" / "rank-001.log").read_text(), "the stack of the thread that hangs"
+    assert read_rows(run / "metrics.jsonl") is not None
+    assert "Unreachable" in (run / "logs" / "rank-000.log").read_text()

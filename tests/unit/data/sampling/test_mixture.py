@@ -1,0 +1,118 @@
+"""Several sets in one stream of batches: exact shares, the same on any ranks, and told apart by the ledger."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import Ranks, stage_named
+
+from finetune.config import FinetuneConfig
+from finetune.planning import plan
+from foveal.data import Batch, DataConfig, Dataset, train_batches, training_set
+from foveal.data.records.audit import audit, read_record
+from foveal.errors import ConfigError, DataError
+
+BATCH, TRAIN, VAL = 64, 1437, 360
+Configure = Callable[..., DataConfig]
+
+
+@pytest.fixture
+def mixed(configure: Configure, digits: Path) -> Configure:
+    """The digits' training images, with a share of their validation images as if these were another set."""
+
+    def make(share: float = 0.25, **settings: object) -> DataConfig:
+        return configure(mix=[{"path": str(digits), "split": "val", "share": share}], **settings)
+
+    return make
+
+
+def train(cfg: DataConfig, start: int, stop: int, rank: int = 0, size: int = 1, at_once: int = 16) -> list[Batch]:
+    place: dict[str, Any] = {"start": start, "stop": stop, "rank": rank, "size": size, "at_once": at_once}
+    with train_batches(training_set(Dataset.open(cfg), cfg, seed=3, batch=BATCH), cfg, **place) as got:
+        return list(got)
+
+
+def test_shares_are_exact_and_every_set_keeps_its_epochs(mixed: Configure) -> None:
+    cfg = mixed()
+    steps = training_set(Dataset.open(cfg), cfg, seed=3, batch=BATCH).order.steps_per_epoch
+    assert steps == 1437 // 48
+    draws = torch.cat([batch.draws for batch in train(cfg, 0, 2 * steps)])
+    assert len(draws.unique()) == len(draws), "a sample of a set comes once in an epoch of that set"
+    from_val = (draws % (TRAIN + VAL)) >= TRAIN
+    for epoch in range(2):
+        part = from_val[epoch * steps * BATCH : (epoch + 1) * steps * BATCH]
+        assert int(part.sum()) == steps * BATCH // 4
+    epochs = Counter((draws[from_val] // (TRAIN + VAL)).tolist())
+    assert epochs == {0: 360, 1: 360, 2: 2 * steps * BATCH // 4 - 720}
+
+
+def test_what_comes_again_looks_different(mixed: Configure) -> None:
+    batches = train(mixed(augment={"scale": (0.2, 0.9)}), 0, 29)
+    looks: dict[int, list[bytes]] = {}
+    for batch in batches:
+        for sample, image in zip(batch.ids.tolist(), batch.images, strict=True):
+            looks.setdefault(sample, []).append(image.numpy().tobytes())
+    twice = [seen for seen in looks.values() if len(seen) == 2]
+    assert len(twice) > 50
+    assert sum(one == other for one, other in twice) < 5
+
+
+@pytest.mark.parametrize(("size", "at_once"), [(2, 8), (4, 16), (8, 1)])
+def test_ranks_see_the_same_mixture(mixed: Configure, size: int, at_once: int) -> None:
+    whole = train(mixed(0.3), 20, 26)
+    ranks = [train(mixed(0.3, threads=3), 20, 26, rank, size, at_once) for rank in range(size)]
+    micros = BATCH // size // at_once
+    dealt = [batch for turn in range(6) for one in ranks for batch in one[turn * micros : (turn + 1) * micros]]
+    for name in ("images", "labels", "ids", "draws"):
+        assert torch.equal(*(torch.cat([getattr(batch, name) for batch in found]) for found in (whole, dealt)))
+
+
+def test_a_mixed_run_resumes_and_is_audited(
+    two_ranks: Ranks, configs: dict[str, Path], digits: Path, tmp_path: Path
+) -> None:
+    mix = f"data.mix=[{{path: {digits}, split: val, share: 0.25}}]"
+    stage, more = stage_named("pretrain"), (mix, "data.ledger=true", "epochs=2")
+    whole = two_ranks.train(stage, configs["pretrain"], tmp_path / "whole", *more)
+    assert len(whole) == 58
+    for stop in (31, 58):
+        got = two_ranks.train(stage, configs["pretrain"], tmp_path / "resumed", *more, f"run.stop_at={stop}")
+    assert [row["loss"] for row in got] == [row["loss"] for row in whole]
+    for run in ("whole", "resumed"):
+        found = audit(read_record(tmp_path / run))
+        assert [(one.source, one.epoch) for one in found] == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
+        assert not [one for one in found if one.twice]
+        assert sum(one.seen[1] for one in found if one.source == 1) == 58 * BATCH // 4
+
+
+def test_mixtures_that_cannot_be_are_sentences(
+    mixed: Configure, configure: Configure, digits: Path, configs: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"which leaves path none"):
+        configure(mix=[{"path": str(digits), "share": share} for share in (0.7, 0.2, 0.1)])  # as float64 less than 1
+    with pytest.raises(ConfigError, match=r"mix.0.share"):
+        configure(mix=[{"path": str(digits), "share": 0.0}])
+    with pytest.raises(DataError, match=r"data.path: no such folder: /nowhere"):
+        training_set(Dataset.open(configure()), mixed().model_copy(update={"mix": _nowhere(mixed())}), seed=0, batch=8)
+    manifest = tmp_path / "index"
+    manifest.mkdir()
+    text = (digits / "manifest.json").read_text()
+    for file in digits.glob("*.index"):
+        (manifest / file.name).write_bytes(file.read_bytes())
+    (manifest / "manifest.json").write_text(text.replace('"0",', '"zero",', 1))
+    mix = f"data.mix=[{{path: {digits}, index: {manifest}, split: val, share: 0.25}}]"
+    cfg = FinetuneConfig.load(configs["finetune"], [mix, "run.dir=runs/x"])
+    with pytest.raises(DataError, match=r"\(data.mix\) has other classes than"):
+        plan(cfg, 1)
+
+
+def _nowhere(cfg: DataConfig) -> tuple[object, ...]:
+    return tuple(other.model_copy(update={"path": "/nowhere"}) for other in cfg.mix)
+
+
+def test_a_mixture_does_not_bring_back_what_is_held_out(configure: Configure, digits: Path) -> None:
+    cfg = configure(holdout_per_class=5, mix=[{"path": str(digits), "split": "train", "share": 0.25}])
+    with pytest.raises(ConfigError, match=r"data.mix: .* holds the images that data.holdout_per_class keeps out"):
+        training_set(Dataset.open(cfg), cfg, seed=0, batch=64)
