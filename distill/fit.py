@@ -23,8 +23,8 @@ from foveal.models.backbone import (
     shapes_of,
     width_of,
 )
-from foveal.models.outline import oddity_of_queries
 from foveal.models.patches import count_kept
+from foveal.models.timm_vit import oddity_of_queries
 from foveal.models.vit import EncoderCard, SizedVit, VitConfig, encoder_card
 from foveal.weights.export import Card
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from foveal.data import DataConfig
 from foveal.errors import ExportError
 from foveal.models.backbone import BackboneCard, card_of
-from foveal.models.outline import Encoder
 from foveal.models.positions import sincos_positions
 from foveal.models.resize import resized
+from foveal.models.timm_vit import Encoder
 from foveal.models.vit import SizedVit, build_encoder
 from foveal.patience import answered
 from foveal.weights.export import Card, fitting, load_strictly, read_export

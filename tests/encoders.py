@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from foveal.models.mae import DecoderConfig, MaskedAutoencoder
-from foveal.models.outline import Encoder
+from foveal.models.timm_vit import Encoder
 from foveal.models.vit import Pooling, Positions, VitConfig, build_encoder
 
 # timm's names and what their patches get beside what attention sees.

@@ -24,9 +24,9 @@ from foveal.models.backbone import (
 )
 from foveal.models.droppath import set_drops
 from foveal.models.fcos import Answers, places_of
-from foveal.models.places import read_across, set_kept
 from foveal.models.pyramid import SimplePyramid
 from foveal.models.segment import unread
+from foveal.models.token_positions import read_across, set_kept
 from foveal.models.vit import EncoderCard, build_encoder
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from foveal.models.outline import Encoder
 from foveal.models.patches import patchify, take
-from foveal.models.places import read_across, rotations, set_kept, with_positions
+from foveal.models.timm_vit import Encoder
+from foveal.models.token_positions import read_across, rotations, set_kept, with_positions
 
 
 def encode(encoder: Encoder, images: Tensor, kept: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from foveal.models.backbone import has_distillation_token, set_recompute
 from foveal.models.droppath import drop_path_sites, set_drops
 from foveal.models.norms import split_norms
-from foveal.models.places import read_across, set_kept
+from foveal.models.token_positions import read_across, set_kept
 from foveal.models.vit import HEAD_SCALE
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from foveal.config import Config, science
 from foveal.models.encode import borrowed, encode, features, run_blocks
-from foveal.models.outline import Encoder
 from foveal.models.patches import split_by_noise
 from foveal.models.positions import sincos_positions
+from foveal.models.timm_vit import Encoder
 from foveal.models.vit import TOKEN_SCALE, initialise_linear
 
 NORM_FLOOR = 1e-6  # timm's transformers and the reference implementation of MAE; torch's default is 1e-5

@@ -12,7 +12,7 @@ from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
 from foveal.models.encode import encode_layers
-from foveal.models.outline import Encoder
+from foveal.models.timm_vit import Encoder
 from foveal.models.vit import TOKEN_SCALE, initialise_linear
 
 _HEAD_SCALE = 0.01  # He et al., 2022, appendix A.2

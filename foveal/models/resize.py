@@ -8,7 +8,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 from torch.nn import functional as F
 
-from foveal.models.outline import Encoder
+from foveal.models.timm_vit import Encoder
 from foveal.models.vit import EncoderCard, Positions
 
 

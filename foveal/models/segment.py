@@ -27,9 +27,9 @@ from foveal.models.backbone import (
     times,
 )
 from foveal.models.droppath import set_drops
-from foveal.models.places import read_across, set_kept
 from foveal.models.pyramid import STRIDES, SimplePyramid
 from foveal.models.resize import upsampled
+from foveal.models.token_positions import read_across, set_kept
 from foveal.models.vit import HEAD_SCALE, EncoderCard
 
 SegmentHead = Literal["linear", "pyramid"]

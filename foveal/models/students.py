@@ -16,8 +16,8 @@ from foveal.models.backbone import set_recompute
 from foveal.models.encode import borrowed, encode, encode_layers, features, without_registers
 from foveal.models.heads import distillation_head
 from foveal.models.mae import Decoder, DecoderConfig
-from foveal.models.outline import Encoder
-from foveal.models.places import read_across
+from foveal.models.timm_vit import Encoder
+from foveal.models.token_positions import read_across
 from foveal.models.vit import initialise_linear
 
 Look = Callable[[Any, Tensor], tuple[Tensor, ...]]

@@ -15,9 +15,9 @@ from torch import nn
 from foveal.config import Config, ImageSize, height_and_width, science
 from foveal.errors import ConfigError, ExportError
 from foveal.models.droppath import sample_drops
-from foveal.models.outline import Encoder, has_table, is_rotary, options, outline, sizes_of
-from foveal.models.places import keep_biases
 from foveal.models.positions import check_width, sincos_positions
+from foveal.models.timm_vit import Encoder, has_table, is_rotary, options, outline, sizes_of
+from foveal.models.token_positions import keep_biases
 
 Pooling = Literal["token", "avg"]
 Positions = Literal["sincos", "learned"]

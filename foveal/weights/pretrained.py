@@ -21,7 +21,7 @@ from foveal.models.backbone import (
     classes_in,
     timms_origins,
 )
-from foveal.models.outline import has_table, outline, sizes_of
+from foveal.models.timm_vit import has_table, outline, sizes_of
 from foveal.models.vit import Pooling, VitConfig, encoder_card, encoder_from_card
 from foveal.patience import PATIENCE, answered
 from foveal.weights.export import Card, fitting, read_card, read_export

@@ -9,8 +9,8 @@ from encoders import BOTH, KINDS, PLAIN, RELATIVE, ROTARY, autoencoder_of, encod
 from timm.layers.pos_embed_rel import RelPosMlp
 
 from foveal.config import height_and_width
-from foveal.models.places import KeptBias
 from foveal.models.resize import resized
+from foveal.models.token_positions import KeptBias
 from foveal.models.vit import Positions
 
 

@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from foveal.models.backbone import BackboneCard, build_backbone
 from foveal.models.encode import features
-from foveal.models.outline import Encoder
 from foveal.models.resize import upsampled
 from foveal.models.segment import Laterals, SegmentCard, Segmenter, SegmentHead, build_segmenter
+from foveal.models.timm_vit import Encoder
 from foveal.models.vit import VitConfig, encoder_card
 from foveal.models.windows import by_windows, corners
 

@@ -10,8 +10,8 @@ import torch
 from encoders import KINDS, encoder_of
 
 from foveal.errors import ConfigError, ExportError
-from foveal.models.outline import outline
 from foveal.models.positions import sincos_positions
+from foveal.models.timm_vit import outline
 from foveal.models.vit import (
     EncoderCard,
     Positions,

@@ -8,9 +8,9 @@ from foveal.errors import ConfigError
 from foveal.models.encode import features
 from foveal.models.heads import Classifier
 from foveal.models.mae import DecoderConfig, MaskedAutoencoder
-from foveal.models.outline import Encoder
 from foveal.models.patches import reconstruction_loss, split_by_noise, targets
 from foveal.models.students import FeatureStudent, LayerStudent, Students
+from foveal.models.timm_vit import Encoder
 from foveal.models.vit import Positions, VitConfig, build_encoder
 
 TINY = VitConfig(patch=4, width=32, depth=2, heads=2)

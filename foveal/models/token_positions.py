@@ -11,7 +11,7 @@ from timm.layers.pos_embed_rel import RelPosMlp
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
-from foveal.models.outline import has_table, is_rotary
+from foveal.models.timm_vit import has_table, is_rotary
 
 
 class KeptBias(RelPosMlp):
