@@ -8,11 +8,11 @@ from pathlib import Path
 
 from foveal.files import write_json
 from foveal.redact import redact
-from foveal.tracking.courier import Courier, Posted
-from foveal.tracking.delivery import Delivery, Store
 from foveal.tracking.jsonl import Jsonl
+from foveal.tracking.sync import Delivery, Store
 from foveal.tracking.tail import Tail, read_json
 from foveal.tracking.tracker import Row, State, Tracker, TrackingConfig
+from foveal.tracking.uploader import Courier, Posted
 
 
 def open_tracker(

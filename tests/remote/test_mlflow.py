@@ -19,7 +19,7 @@ from mlflow_server import Server, Spoiler
 from points import comparable, in_jsonl, in_mlflow, run_id
 from processes import PYTHON, ROOT, Ended, Started, ended
 
-from foveal.tracking import courier, delivery, open_tracker
+from foveal.tracking import open_tracker, sync, uploader
 from foveal.tracking.mlflow import MLflow
 from foveal.tracking.refused import refusal
 from foveal.tracking.tracker import Row, State, Tracker, TrackingConfig
@@ -60,9 +60,9 @@ def spoiler(healthy: Server) -> Iterator[Spoiler]:
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorter waits between attempts, so that a test meets many; and as in the command line, the log says what happens."""
-    monkeypatch.setattr(delivery, "_NUMBERS", 60)  # in a request
+    monkeypatch.setattr(sync, "_NUMBERS", 60)  # in a request
     for name, seconds in {"_PAUSE": 0.05, "_SHORTEST": 0.2, "_LONGEST": 1.0}.items():
-        monkeypatch.setattr(courier, name, seconds)
+        monkeypatch.setattr(uploader, name, seconds)
     logging.getLogger("foveal").setLevel(logging.INFO)
 
 

@@ -15,10 +15,10 @@ from points import Numbers, in_jsonl, in_mlflow, row, run_id
 
 from foveal.errors import Superseded
 from foveal.tracking import open_tracker
-from foveal.tracking.courier import Posted
 from foveal.tracking.jsonl import Jsonl, read_rows
 from foveal.tracking.mlflow import MLflow, located
 from foveal.tracking.tracker import Silent, State, Tracker, TrackingConfig
+from foveal.tracking.uploader import Posted
 
 # MLflow's own dependencies have moved on; foveal's command line does not show these either.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -13,20 +13,20 @@ from fake_store import Kept
 from points import in_jsonl, row
 
 from foveal.files import Growing
-from foveal.tracking import courier, delivery
-from foveal.tracking.courier import Courier, Outage, Posted
-from foveal.tracking.delivery import Delivery, _folder, _kept
+from foveal.tracking import sync, uploader
 from foveal.tracking.jsonl import Jsonl
+from foveal.tracking.sync import Delivery, _folder, _kept
 from foveal.tracking.tracker import in_words
+from foveal.tracking.uploader import Courier, Outage, Posted
 
 _USER = "me:secret"
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delivery, "_NUMBERS", 12)
+    monkeypatch.setattr(sync, "_NUMBERS", 12)
     for name, seconds in {"_PAUSE": 0.0, "_SHORTEST": 0.002, "_LONGEST": 0.01}.items():
-        monkeypatch.setattr(courier, name, seconds)
+        monkeypatch.setattr(uploader, name, seconds)
     logging.getLogger("foveal").setLevel(logging.INFO)
 
 
@@ -232,8 +232,8 @@ def test_a_store_of_files_that_fails_holds_up_no_number(store: Kept, tmp_path: P
             tries.append(verb)
             raise PermissionError("no bucket")
 
-    monkeypatch.setattr(courier, "_SHORTEST", 0.3)
-    monkeypatch.setattr(courier, "_LONGEST", 60.0)
+    monkeypatch.setattr(uploader, "_SHORTEST", 0.3)
+    monkeypatch.setattr(uploader, "_LONGEST", 60.0)
     store.before = refuse
     tracker = opened(tmp_path, store, patience=0.05)
     train(tracker, 1, 30)
@@ -282,8 +282,8 @@ def test_a_store_that_lost_the_run_gets_all_of_it(store: Kept, tmp_path: Path) -
 
 
 def test_waits_grow_to_a_limit_and_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(courier, "_SHORTEST", 1.0)
-    monkeypatch.setattr(courier, "_LONGEST", 60.0)
+    monkeypatch.setattr(uploader, "_SHORTEST", 1.0)
+    monkeypatch.setattr(uploader, "_LONGEST", 60.0)
     outage, waits = Outage("it"), []
     for _ in range(9):
         outage.met(ConnectionError(), time.monotonic())

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from foveal.tracking.delivery import Delivery, Superseded
 from foveal.tracking.jsonl import Jsonl
 from foveal.tracking.refused import refusal
+from foveal.tracking.sync import Delivery, Superseded
 from foveal.tracking.tracker import Row, State, in_words
 
 _PAUSE = 1.0  # seconds between two rounds, so that fast steps share requests
