@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from foveal.data import train_batches
 from foveal.doctor.finding import Report
 from foveal.doctor.node import rates
-from foveal.plan.forecast import Forecast, Machine
+from foveal.forecast.forecast import Forecast, Machine
 from foveal.training.cli import load
 from pretrain.run import STAGE
 

@@ -30,8 +30,8 @@ from foveal.data.pack import pack_digits
 from foveal.distributed.world import World, joined
 from foveal.engines.base import autocast
 from foveal.engines.build import build_engine
+from foveal.forecast.forecast import Forecast, Machine
 from foveal.models.vit import VitConfig, build_encoder, encoder_card
-from foveal.plan.forecast import Forecast, Machine
 from foveal.weights.export import Card, write_export
 
 STEPS = 3

@@ -9,8 +9,8 @@ from foveal import __version__
 from foveal.data.tools.cli import app as data
 from foveal.doctor.cli import doctor_command
 from foveal.errors import FovealError
+from foveal.forecast.cli import plan_command
 from foveal.history import attempts
-from foveal.plan.cli import plan_command
 from foveal.redact import redact_tracebacks
 from foveal.tracking.cli import app as track
 

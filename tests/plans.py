@@ -5,7 +5,7 @@ from typing import Any
 
 from ranks import stage_named
 
-from foveal.plan.forecast import Forecast, Machine
+from foveal.forecast.forecast import Forecast, Machine
 
 
 def forecast(name: str, file: Path, *overrides: str, ranks: int = 1, **machine: Any) -> Forecast:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from foveal.plan.cli import stage_of
+from foveal.forecast.cli import stage_of
 
 
 def doctor_command(

@@ -13,8 +13,8 @@ from foveal.doctor.finding import Report, kind_of
 from foveal.doctor.table import lines_of
 from foveal.doctor.verdict import judged
 from foveal.errors import BadNode, FovealError
+from foveal.forecast.cli import stage_named
 from foveal.patience import within
-from foveal.plan.cli import stage_named
 from foveal.training.cli import Stage, load
 
 AnyStage = Stage[Any, Any]

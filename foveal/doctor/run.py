@@ -16,7 +16,7 @@ from foveal.doctor.finding import Report, kind_of
 from foveal.engines.base import EngineConfig
 from foveal.errors import FovealError
 from foveal.files import FULL, in_gigabytes
-from foveal.plan.forecast import Forecast, Machine
+from foveal.forecast.forecast import Forecast, Machine
 from foveal.training.plan import Plan
 from foveal.training.provenance import versions
 

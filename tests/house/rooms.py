@@ -183,7 +183,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
         ("torch",),
     ),
-    "foveal.plan": (
+    "foveal.forecast": (
         (
             "foveal.errors",
             "foveal.data",
@@ -197,7 +197,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
         ("torch",),
     ),
-    "foveal.plan.cli": (("foveal.errors", "foveal.training.cli", "foveal.plan"), ("typer",)),
+    "foveal.forecast.cli": (("foveal.errors", "foveal.training.cli", "foveal.forecast"), ("typer",)),
     "foveal.doctor": (
         (
             "foveal.errors",
@@ -207,21 +207,21 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "foveal.training.cli",
             "foveal.files",
             "foveal.patience",
-            "foveal.plan",
+            "foveal.forecast",
             "foveal.training.provenance",
             "foveal.redact",
             "foveal.training.plan",
         ),
         ("torch", "typer"),
     ),
-    "foveal.doctor.cli": (("foveal.doctor", "foveal.plan"), ("typer",)),
+    "foveal.doctor.cli": (("foveal.doctor", "foveal.forecast"), ("typer",)),
     "foveal.cli": (
         (
             "foveal.errors",
             "foveal.data.tools.cli",
             "foveal.doctor.cli",
             "foveal.history",
-            "foveal.plan.cli",
+            "foveal.forecast.cli",
             "foveal.redact",
             "foveal.tracking",
         ),

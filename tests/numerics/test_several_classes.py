@@ -22,7 +22,7 @@ from finetune.planning import plan
 from foveal.data import Dataset, eval_batches, normalise
 from foveal.data.indexing.index import index_folder
 from foveal.errors import DataError
-from foveal.plan.forecast import Forecast, Machine
+from foveal.forecast.forecast import Forecast, Machine
 
 STAGE = stage_named("finetune")
 NAMES = (*"0123456789", "odd", "prime", "never")

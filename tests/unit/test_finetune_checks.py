@@ -11,10 +11,10 @@ from finetune.config import FinetuneConfig
 from finetune.planning import plan
 from finetune.run import parts
 from foveal.errors import ConfigError, DataError, ExportError, FovealError
+from foveal.forecast.trace import flops_of
 from foveal.models.backbone import build_backbone, head_names
 from foveal.models.heads import Classifier
 from foveal.models.vit import VitConfig, build_encoder, encoder_card
-from foveal.plan.trace import flops_of
 from foveal.weights.export import Card, write_export
 
 TINY = {"name": "vit_tiny_patch16_224", "patch": 4, "width": 16, "depth": 1, "heads": 2}

@@ -19,9 +19,9 @@ from finetune.segment import Segment, segmenter
 from finetune.tasks import TASKS
 from foveal.data import Batch
 from foveal.errors import ConfigError, DataError, ExportError
+from foveal.forecast.forecast import Forecast, Machine
 from foveal.models.backbone import backbone_card, build_backbone
 from foveal.models.vit import VitConfig, build_encoder, encoder_card
-from foveal.plan.forecast import Forecast, Machine
 from foveal.weights.export import Card, write_export
 
 TINY = VitConfig(name="vit_tiny_patch16_224", patch=4, width=32, depth=2, heads=2)

@@ -13,8 +13,8 @@ from distill.run import parts
 from distill.students import build_students
 from foveal.data import Dataset
 from foveal.errors import ConfigError, FovealError
+from foveal.forecast.trace import _batch, flops_of, trace_of, weights_of
 from foveal.models.vit import VitConfig
-from foveal.plan.trace import _batch, flops_of, trace_of, weights_of
 
 TINY = {"name": "vit_tiny_patch16_224", "patch": 4, "width": 16, "depth": 3, "heads": 4}
 EVA = VitConfig(name="eva02_tiny_patch14_224", patch=4, width=32, depth=2, heads=2)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from foveal.engines.base import EngineConfig
+from foveal.forecast.trace import Trace, Weights
 from foveal.optim.optimizers import OptimConfig
-from foveal.plan.trace import Trace, Weights
 
 _FP32, _BF16 = 4, 2
 # DeepSpeed's defaults, in numbers of elements.

@@ -5,8 +5,8 @@ from functools import cached_property
 from typing import Any
 
 from foveal.engines.base import EngineConfig, Precision
-from foveal.plan.memory import Memory, memory_of, zero_stage
-from foveal.plan.trace import Flops, Trace, Weights, flops_of, trace_of, weights_of
+from foveal.forecast.memory import Memory, memory_of, zero_stage
+from foveal.forecast.trace import Flops, Trace, Weights, flops_of, trace_of, weights_of
 from foveal.training.cli import Stage
 from foveal.training.plan import Plan, StageConfig
 

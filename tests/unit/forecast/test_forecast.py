@@ -15,14 +15,14 @@ from typer.testing import CliRunner
 from foveal.cli import app
 from foveal.engines.base import EngineConfig
 from foveal.errors import ConfigError
+from foveal.forecast.cli import stage_of
+from foveal.forecast.cluster import Partition, Request, partition_named, partitions, request_of, seconds_of
+from foveal.forecast.forecast import Forecast, Machine
+from foveal.forecast.hardware import gpu_named
+from foveal.forecast.memory import memory_of
+from foveal.forecast.problems import Limits, attempts_of, problems_of
+from foveal.forecast.trace import Trace, Weights
 from foveal.optim.optimizers import OptimConfig
-from foveal.plan.cli import stage_of
-from foveal.plan.cluster import Partition, Request, partition_named, partitions, request_of, seconds_of
-from foveal.plan.forecast import Forecast, Machine
-from foveal.plan.hardware import gpu_named
-from foveal.plan.memory import memory_of
-from foveal.plan.problems import Limits, attempts_of, problems_of
-from foveal.plan.trace import Trace, Weights
 
 MILLION = 10**6
 WEIGHTS = Weights(MILLION, 900_000, (100_000,) * 9 + (50_000,) * 2, (400_000,) * 2, frozen_bytes=7, kept_bytes=0)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from foveal.errors import ConfigError
-from foveal.plan.cluster import Partition, Request, partition_named, request_of, seconds_of
+from foveal.forecast.cluster import Partition, Request, partition_named, request_of, seconds_of
 
 STAGES = ("pretrain", "distill", "finetune")
 
@@ -51,10 +51,10 @@ def plan_command(
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """What CONFIG needs and takes on so many GPUs, and what will not do; needs no GPU. Exit code 2 if it cannot run."""
-    from foveal.plan.forecast import Forecast, Machine
-    from foveal.plan.hardware import gpu_named
-    from foveal.plan.problems import problems_of
-    from foveal.plan.report import lines_of, tree_of
+    from foveal.forecast.forecast import Forecast, Machine
+    from foveal.forecast.hardware import gpu_named
+    from foveal.forecast.problems import problems_of
+    from foveal.forecast.report import lines_of, tree_of
     from foveal.training.cli import load
 
     found = stage_named(stage_of(config, stage))
@@ -87,7 +87,7 @@ def plan_command(
 
 def _limits(slurm: Partition | None, request: Request | None, time: str | None) -> Any:
     """A job's time: as given, else as its script asks, else what the partition gives; never more than it allows."""
-    from foveal.plan.problems import Limits
+    from foveal.forecast.problems import Limits
 
     asked, whose = (request.time, request.script) if request else (None, "nobody")
     if time is not None:

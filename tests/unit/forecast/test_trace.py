@@ -10,8 +10,8 @@ import torch
 from plans import forecast
 from torch import nn
 
-from foveal.plan.forecast import Forecast, Machine
-from foveal.plan.trace import _batch, _Watch, flops_of, trace_of, weights_of
+from foveal.forecast.forecast import Forecast, Machine
+from foveal.forecast.trace import _batch, _Watch, flops_of, trace_of, weights_of
 from foveal.training.loop import Parts
 
 VIT_B = ("model={name: vit_base_patch16_224}", "decoder={width: 512, depth: 8, heads: 16}")
