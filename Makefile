@@ -38,7 +38,7 @@ demo: $(VENV)/.installed
 	@since=$$(date +%s); export OMP_NUM_THREADS=1; \
 	$(BIN)/foveal data pack digits --out data/digits; \
 	$(BIN)/python slurm/submit.py configs/pipelines/demo.yaml --cluster local; \
-	$(BIN)/python -m foveal.summary runs/demo --since $$since
+	$(BIN)/python -m foveal.commands.summary runs/demo --since $$since
 
 test: TIER := -m 'not thorough'
 test-rest: TIER := -m thorough
@@ -61,7 +61,7 @@ chaos: $(VENV)/.installed-test
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/drive.py --report build/chaos.md $(CHAOS)
 
 docs: $(VENV)/.installed
-	@$(BIN)/python -m foveal.reference > docs/.configuration.md
+	@$(BIN)/python -m foveal.commands.reference > docs/.configuration.md
 	@mv docs/.configuration.md docs/configuration.md
 
 # What other runs left in runs/ is kept, and with it the store that they share.

@@ -6,13 +6,13 @@ from typing import Annotated, NoReturn
 import typer
 
 from foveal import __version__
+from foveal.commands.attempts import attempts
+from foveal.commands.track import app as track
 from foveal.data.tools.cli import app as data
 from foveal.doctor.cli import doctor_command
 from foveal.errors import FovealError
 from foveal.forecast.cli import plan_command
-from foveal.history import attempts
 from foveal.redact import redact_tracebacks
-from foveal.tracking.cli import app as track
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(attempts)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from processes import column, rows_of
 
-from foveal import summary
+from foveal.commands import summary
 from foveal.models.vit import encoder_from_card
 from foveal.weights.export import load_strictly, read_export
 

@@ -11,7 +11,7 @@ import typer
 from house import ROOT, STAGES, is_first_party_module
 
 from foveal.cli import app
-from foveal.reference import settings, stage_configs
+from foveal.commands.reference import settings, stage_configs
 
 # Programs that a document may show without their arguments being looked at.
 FOREIGN = {

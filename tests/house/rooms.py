@@ -59,7 +59,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
         (),
     ),
-    "foveal.tracking.cli": ((*CONFIGURED, "foveal.training.lease", "foveal.files", "foveal.tracking"), ("typer",)),
+    "foveal.commands.track": ((*CONFIGURED, "foveal.training.lease", "foveal.files", "foveal.tracking"), ("typer",)),
     "foveal.tracking.mlflow": (
         ("foveal.redact", "foveal.tracking.refused", "foveal.tracking.sqlite", "foveal.tracking.tracker"),
         ("mlflow",),
@@ -72,7 +72,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("foveal.data", "foveal.distributed", "foveal.engines", "foveal.files", "foveal.training.plan"),
         (),
     ),
-    "foveal.history": (("foveal.training.lease", "foveal.errors"), ("typer", "rich")),
+    "foveal.commands.attempts": (("foveal.training.lease", "foveal.errors"), ("typer", "rich")),
     "foveal.training.rollback": ((*CONFIGURED, "foveal.data.sampling.order", "foveal.files"), ()),
     "foveal.training.checkpointing": (
         (
@@ -220,15 +220,15 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "foveal.errors",
             "foveal.data.tools.cli",
             "foveal.doctor.cli",
-            "foveal.history",
+            "foveal.commands.attempts",
             "foveal.forecast.cli",
             "foveal.redact",
             "foveal.tracking",
         ),
         ("typer",),
     ),
-    "foveal.summary": (("foveal.errors", "foveal.files"), ("rich",)),
-    "foveal.reference": (("foveal.config", *STAGE_CONFIGS), ("pydantic", "pydantic_core")),
+    "foveal.commands.summary": (("foveal.errors", "foveal.files"), ("rich",)),
+    "foveal.commands.reference": (("foveal.config", *STAGE_CONFIGS), ("pydantic", "pydantic_core")),
     "foveal.weights": ((*CONFIGURED, "foveal.files", "foveal.patience"), ("pydantic", "torch", "safetensors")),
     "foveal.weights.pretrained": (
         (

@@ -8,8 +8,8 @@ from house import ROOT
 from pydantic import Field
 from pydantic_core import PydanticUndefined
 
+from foveal.commands.reference import Setting, main, reference, settings, stage_configs
 from foveal.config import Config, machine, science
-from foveal.reference import Setting, main, reference, settings, stage_configs
 
 
 class Kettle(Config):

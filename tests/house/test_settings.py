@@ -8,8 +8,8 @@ import pytest
 from house import PRODUCT, ROOT, STAGES, python_files, syntax
 from submit import jobs_of
 
+from foveal.commands.reference import settings, stage_configs
 from foveal.config import Config
-from foveal.reference import settings, stage_configs
 
 CONFIGS = stage_configs()
 

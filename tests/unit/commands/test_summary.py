@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from ranks import Ranks, stage_named
 
-from foveal import summary
+from foveal.commands import summary
+from foveal.commands.summary import finished_runs
 from foveal.errors import CheckpointError
-from foveal.summary import finished_runs
 
 PRETRAIN = {"step": 1200.0, "loss": 0.123456, "images_per_second": 1234.5, "lr": 0.0}
 COMPARED = {
@@ -76,7 +76,7 @@ def test_all_labels_are_called_so(
 
 
 def test_how_long_it_took(demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("foveal.summary.time.time", lambda: 1000.0)
+    monkeypatch.setattr("foveal.commands.summary.time.time", lambda: 1000.0)
     assert "took 4 min 10 s" in said(monkeypatch, capsys, str(demo), "--since", "750")
 
 

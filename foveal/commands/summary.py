@@ -1,4 +1,4 @@
-"""``python -m foveal.summary runs/demo [--since SECONDS]``: what came of a pipeline, as one short table."""
+"""``python -m foveal.commands.summary runs/demo [--since SECONDS]``: what came of a pipeline, as one short table."""
 
 import argparse
 import sys
@@ -67,7 +67,7 @@ def _arms(runs: dict[str, dict[str, Any]]) -> list[Table]:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(prog="foveal.summary", description=__doc__)
+    parser = argparse.ArgumentParser(prog="foveal.commands.summary", description=__doc__)
     parser.add_argument("pipeline", type=Path)
     parser.add_argument("--since", type=float, help="seconds since the epoch at which the command began")
     options = parser.parse_args()

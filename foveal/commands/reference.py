@@ -1,4 +1,4 @@
-"""The reference of all settings, written from the models themselves: ``python -m foveal.reference > docs/configuration.md``.
+"""The reference of all settings, written from the models themselves: ``python -m foveal.commands.reference > docs/configuration.md``.
 
 The one module of the shared package that looks into the stages, and only at their settings.
 """
@@ -162,7 +162,9 @@ def stage_configs() -> dict[str, type[Config]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the reference to stdout, or say whether a file still is the reference; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m foveal.reference", description="The reference of all settings.")
+    parser = argparse.ArgumentParser(
+        prog="python -m foveal.commands.reference", description="The reference of all settings."
+    )
     parser.add_argument("--check", metavar="FILE", type=Path, help="compare with this file, write nothing")
     options = parser.parse_args(argv)
     text = reference(stage_configs())
