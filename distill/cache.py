@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveal.atomic import FULL, in_gigabytes, write_json
 from foveal.errors import ConfigError
-from foveal.files import FULL, in_gigabytes, write_json
 
 FORMAT = 1
 _MARK = b"kept"  # so that a hole, which reads as zeros, is never a row

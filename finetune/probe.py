@@ -23,9 +23,9 @@ from finetune.probeheads import Breaths, Guess, attentive, linear
 from finetune.probeknn import knn
 from finetune.probelogistic import logistic
 from finetune.probeplan import ProbePlan
+from foveal.atomic import write_json
 from foveal.data import Batch, normalise
 from foveal.engines.build import set_products
-from foveal.files import write_json
 from foveal.optim.optimizers import parameter_groups
 from foveal.training.loop import Parts
 from foveal.training.run import Run

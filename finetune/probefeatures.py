@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from finetune.model import classifier
 from finetune.probeplan import ProbePlan, Shapes
+from foveal.atomic import publish, write_json
 from foveal.data import Batch, normalise
 from foveal.engines.base import autocast
 from foveal.errors import CheckpointError, DataError, ExportError
-from foveal.files import publish, write_json
 from foveal.models.backbone import whole_alone
 from foveal.models.probes import read_layers
 from foveal.models.resize import resized_from_card

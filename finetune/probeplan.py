@@ -10,9 +10,9 @@ from finetune.config import FinetuneConfig
 from finetune.planning import FinetunePlan
 from finetune.planning import plan as plan_of_training
 from finetune.probeconfig import CHOICES, Kind, ProbeConfig
+from foveal.atomic import in_gigabytes
 from foveal.data.sampling.subset import PartName, choose
 from foveal.errors import ConfigError
-from foveal.files import in_gigabytes
 from foveal.models.backbone import width_of
 from foveal.models.vit import SizedVit
 

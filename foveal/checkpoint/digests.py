@@ -5,8 +5,8 @@ import logging
 import time
 from pathlib import Path
 
+from foveal.atomic import read_json, sha256
 from foveal.errors import CheckpointError, Unreachable
-from foveal.files import read_json, sha256
 
 _PAUSES = (0.5, 2.0, 5.0)  # seconds between attempts to read one
 _log = logging.getLogger(__name__)

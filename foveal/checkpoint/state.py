@@ -7,8 +7,8 @@ from typing import Any
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from foveal.atomic import read_json
 from foveal.errors import CheckpointError
-from foveal.files import read_json
 
 FORMAT = 2
 

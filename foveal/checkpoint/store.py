@@ -14,14 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from foveal.checkpoint.chunks import Piece, file_of, fill_pieces, write_pieces
-from foveal.checkpoint.digests import is_whole
-from foveal.checkpoint.protocols import Ranks, Saves
-from foveal.checkpoint.retention import CheckpointConfig, Shelf
-from foveal.checkpoint.state import FORMAT, TrainState, check_same_science, read_state
-from foveal.checkpoint.writer import Work, Writer, bytes_of
-from foveal.errors import CheckpointError, FovealError, Superseded, Unreachable
-from foveal.files import (
+from foveal.atomic import (
     FULL,
     draft_of,
     free_bytes,
@@ -31,6 +24,13 @@ from foveal.files import (
     sha256,
     write_json,
 )
+from foveal.checkpoint.chunks import Piece, file_of, fill_pieces, write_pieces
+from foveal.checkpoint.digests import is_whole
+from foveal.checkpoint.protocols import Ranks, Saves
+from foveal.checkpoint.retention import CheckpointConfig, Shelf
+from foveal.checkpoint.state import FORMAT, TrainState, check_same_science, read_state
+from foveal.checkpoint.writer import Work, Writer, bytes_of
+from foveal.errors import CheckpointError, FovealError, Superseded, Unreachable
 
 __all__ = ["CheckpointConfig", "Saved", "Store", "TrainState", "check_same_science"]
 

@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from foveal.atomic import read_json
 from foveal.errors import CheckpointError, FovealError
-from foveal.files import read_json
 
 
 def finished_runs(pipeline: Path) -> dict[str, dict[str, Any]]:

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
+from foveal.atomic import write_json
 from foveal.config import read_yaml
 from foveal.errors import CheckpointError, ConfigError, Diverged, FovealError, Superseded
-from foveal.files import write_json
 from foveal.tracking import courier_of
 from foveal.tracking.sqlite import file_of
 from foveal.tracking.tail import Tail, read_json

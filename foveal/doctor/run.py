@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from foveal.atomic import FULL, in_gigabytes
 from foveal.data.image.decode import decoder_name
 from foveal.doctor.finding import Report, kind_of
 from foveal.engines.base import EngineConfig
 from foveal.errors import FovealError
-from foveal.files import FULL, in_gigabytes
 from foveal.forecast.forecast import Forecast, Machine
 from foveal.training.plan import Plan
 from foveal.training.provenance import versions

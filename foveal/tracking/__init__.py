@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from foveal.files import write_json
+from foveal.atomic import write_json
 from foveal.redact import redact
 from foveal.tracking.jsonl import Jsonl
 from foveal.tracking.sync import Delivery, Store

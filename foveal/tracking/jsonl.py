@@ -13,7 +13,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from foveal.files import Growing, dispensable, force, write_json
+from foveal.atomic import Growing, dispensable, force, write_json
 from foveal.redact import redact
 from foveal.tracking.tail import Tail, is_named, milliseconds, read_lines
 from foveal.tracking.tracker import Row, State

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from foveal.files import force
+from foveal.atomic import force
 from foveal.tracking.refused import Refused
 
 _URI = re.compile(r"(sqlite(?:\+\w+)?:///(?:file:(?://(?=/))?)?)([^?]*)(.*)")

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from foveal import files
+from foveal import atomic
+from foveal.atomic import object_of
 from foveal.errors import CheckpointError
-from foveal.files import object_of
 from foveal.tracking.tracker import Row
 
 _CHUNK = 1 << 18
@@ -34,7 +34,7 @@ def read_lines(file: Path | int) -> Iterator[dict[str, Any]]:
 
 def read_json(file: Path) -> dict[str, Any]:
     """An object that was written whole; empty where it was not yet."""
-    return files.read_json(file) if file.exists() else {}
+    return atomic.read_json(file) if file.exists() else {}
 
 
 def _name(file: Path | int) -> str:

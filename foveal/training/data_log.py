@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from foveal.atomic import Growing
 from foveal.data import Batch
 from foveal.data.records.ledger import Ledger, begin_attempt
 from foveal.data.records.quarantine import Entry, Quarantine, entry_of, read_entries
 from foveal.distributed.world import World
-from foveal.files import Growing
 from foveal.training.plan import Plan
 
 

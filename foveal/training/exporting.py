@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from foveal.atomic import drafted
 from foveal.distributed.world import World
 from foveal.engines.base import Engine
 from foveal.errors import CheckpointError, ExportError
-from foveal.files import drafted
 from foveal.training.plan import Plan
 from foveal.training.provenance import versions
 from foveal.weights.export import Card, part_of, write_export

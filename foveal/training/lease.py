@@ -22,8 +22,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from foveal.atomic import force, json_bytes, write_json
 from foveal.errors import CheckpointError, Held, Restarting
-from foveal.files import force, json_bytes, write_json
 
 _ATTEMPT = re.compile(r"(\d{4,})\.json")
 _START = re.compile(r"(\d{4,})\.start\.json")

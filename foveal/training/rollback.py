@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from foveal.atomic import Growing, content_of, object_of
 from foveal.config import Config, machine, science
 from foveal.data.sampling.order import batch_of
 from foveal.errors import CheckpointError, Diverged
-from foveal.files import Growing, content_of, object_of
 
 _log = logging.getLogger(__name__)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from foveal.atomic import Growing, dispensable, write_json
 from foveal.checkpoint.store import Store, check_same_science
 from foveal.data import Batch, eval_batches, train_batches
 from foveal.data.sampling.subset import PartName
@@ -15,7 +16,6 @@ from foveal.distributed.watchdog import Watch
 from foveal.distributed.world import World
 from foveal.engines.base import Engine
 from foveal.errors import CheckpointError, Superseded
-from foveal.files import Growing, dispensable, write_json
 from foveal.tracking import open_tracker
 from foveal.tracking.tracker import Silent, Tracker
 from foveal.training.checkpointing import Saving

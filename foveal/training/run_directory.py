@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from foveal import __version__
+from foveal.atomic import read_json, write_json
 from foveal.checkpoint.store import Store, check_same_science
 from foveal.distributed.peer_failure import lost_peer
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.watchdog import Watch, watching
 from foveal.distributed.world import World, describe, slurm_job
 from foveal.errors import ConfigError, Diverged, FovealError, Hung, Restarting, Superseded
-from foveal.files import read_json, write_json
 from foveal.redact import RedactingFormatter, redact
 from foveal.tracking import report_end
 from foveal.tracking.tracker import Silent, State

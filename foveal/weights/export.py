@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from foveal.atomic import drafted, sha256
 from foveal.errors import ExportError
-from foveal.files import drafted, sha256
 from foveal.patience import PATIENCE, answered
 
 FORMAT = 1

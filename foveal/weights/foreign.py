@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from foveal.atomic import sha256
 from foveal.errors import ExportError
-from foveal.files import sha256
 from foveal.patience import PATIENCE, answered
 
 # Hugging Face's names behind "vit.", before transformers 5 and since; what the files of both hold is the older.

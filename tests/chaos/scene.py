@@ -15,7 +15,7 @@ from typing import Any
 from harness import STILL_GOING, Cluster, Rank
 from server import Server
 
-from foveal.files import json_lines
+from foveal.atomic import json_lines
 from foveal.tracking.tail import read_lines
 from foveal.training.lease import Told, attempts_of
 

@@ -6,9 +6,9 @@ from tarfile import BLOCKSIZE
 from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.dataclasses import dataclass
 
+from foveal.atomic import write_json
 from foveal.config import Config
 from foveal.errors import DataError
-from foveal.files import write_json
 
 FORMAT = 1
 NAME = "manifest.json"

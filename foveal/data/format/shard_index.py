@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
+from foveal.atomic import write_whole
 from foveal.errors import DataError
-from foveal.files import write_whole
 from foveal.patience import AWAY
 
 FORMAT = 2

@@ -12,6 +12,7 @@ from typing import IO, TypeVar
 
 import numpy as np
 
+from foveal.atomic import force
 from foveal.data.format.manifest import Manifest, Shard, Split, write_manifest
 from foveal.data.format.shard_index import write_index
 from foveal.data.indexing.index import describe, index_shard
@@ -21,7 +22,6 @@ from foveal.data.pack.recipe import Recipe
 from foveal.data.pack.samples import Contents, Part
 from foveal.data.tools.bar import bar
 from foveal.errors import DataError
-from foveal.files import force
 
 SKIPPED = "skipped.txt"  # split, place and reason of every image that was left out
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from foveal.atomic import Growing, write_json
 from foveal.data.batch import Batch
-from foveal.files import Growing, write_json
 
 FORMAT = 1
 ROW = np.dtype([("step", "<i8"), ("draw", "<i8"), ("by", "<i8")])

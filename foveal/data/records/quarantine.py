@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from foveal.atomic import Growing, content_of, json_lines, object_of, write_whole
 from foveal.data.batch import Bad
 from foveal.errors import CheckpointError, DataError
-from foveal.files import Growing, content_of, json_lines, object_of, write_whole
 
 Entry = dict[str, Any]  # step, split, shard, key, offset, reason
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+from foveal.atomic import sha256
 from foveal.data.format.manifest import NAME, Shard
 from foveal.data.format.shard_index import SUFFIX, ShardIndex, check_index, open_index
 from foveal.data.storage.cache import Cache, Wanted
@@ -15,7 +16,6 @@ from foveal.data.storage.folder import Folder
 from foveal.data.storage.folder import Local as LocalFolder
 from foveal.data.storage.remote import Remote
 from foveal.errors import DataError, Unreachable
-from foveal.files import sha256
 from foveal.patience import answered
 
 _OPEN_SHARDS = 256

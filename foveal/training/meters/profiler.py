@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from foveal.files import dispensable
+from foveal.atomic import dispensable
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)

@@ -12,11 +12,11 @@ import pytest
 from ranks import Ranks
 from stores import SCIENCE, Tensors, name, names, saved, state, store
 
+from foveal.atomic import drafted, sha256, write_json
 from foveal.checkpoint import digests
 from foveal.checkpoint.store import Saved, TrainState, check_same_science
 from foveal.distributed.world import World
 from foveal.errors import CheckpointError, Unreachable
-from foveal.files import drafted, sha256, write_json
 
 PIECES = "pieces-00000.safetensors"
 

@@ -207,7 +207,7 @@ def test_a_mistake_of_the_program_is_no_full_disk(tmp_path: Path, monkeypatch: p
 def test_too_little_room_is_said_before_the_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("foveal.files.free_bytes", lambda _: (100, Path("/disk")))
+    monkeypatch.setattr("foveal.atomic.free_bytes", lambda _: (100, Path("/disk")))
     saved(store(tmp_path), 10)
     (said,) = [record.getMessage() for record in caplog.records]
     assert said == (

@@ -12,7 +12,7 @@ import pytest
 from fake_store import Kept
 from points import in_jsonl, row
 
-from foveal.files import Growing
+from foveal.atomic import Growing
 from foveal.tracking import sync, uploader
 from foveal.tracking.jsonl import Jsonl
 from foveal.tracking.sync import Delivery, _folder, _kept

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from stores import state
 
+from foveal.atomic import write_json
 from foveal.checkpoint.state import read_state
-from foveal.files import write_json
 from foveal.training.evaluations import Scores, best_step, is_over, until, values
 
 

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from foveal.atomic import sha256
 from foveal.errors import ExportError, Unreachable
-from foveal.files import sha256
 from foveal.weights.export import Card, load_strictly, read_card, read_export, read_head, write_export
 
 CARD = Card(

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from foveal.atomic import sha256
 from foveal.data import DataConfig
 from foveal.errors import ConfigError, ExportError
-from foveal.files import sha256
 from foveal.models.backbone import BackboneCard, backbone_card, backbone_from_card, build_backbone, card_of
 from foveal.models.encode import features
 from foveal.models.resize import resized_from_card

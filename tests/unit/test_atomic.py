@@ -8,8 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from foveal.atomic import (
+    Growing,
+    dispensable,
+    force,
+    free_bytes,
+    in_gigabytes,
+    read_json,
+    room,
+    write_json,
+    write_whole,
+)
 from foveal.errors import CheckpointError
-from foveal.files import Growing, dispensable, force, free_bytes, in_gigabytes, read_json, room, write_json, write_whole
 
 
 def refusing(code: int) -> Callable[[int], None]:
