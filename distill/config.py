@@ -1,7 +1,7 @@
 """The settings of distillation."""
 
-from distill.lesson import LessonKind
 from distill.losses import Distance
+from distill.target import LessonKind
 from foveal.config import Config, machine, science
 from foveal.models.mae import DecoderConfig
 from foveal.models.vit import Pooling, VitConfig

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from distill.cache import Lessons
 from distill.config import DistillConfig
-from distill.lesson import LessonKind
 from distill.losses import DISTANCES, label_loss, relation_losses
+from distill.target import LessonKind
 from distill.teacher import Teacher
+from distill.teacher_cache import Lessons
 from foveal.data import Batch, normalise
 from foveal.engines.base import autocast
 from foveal.models.patches import patch_losses, split_by_noise, targets

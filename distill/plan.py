@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from distill.compatibility import Pupil, Taught, agreed_classes, fitted, taught_by
 from distill.config import DistillConfig, StudentConfig, StudentVit
-from distill.fit import Pupil, Taught, agreed_classes, fitted, taught_by
-from distill.lesson import IN_CLASSES, Lesson
+from distill.target import IN_CLASSES, Lesson
 from foveal.config import check_plain
 from foveal.errors import ConfigError
 from foveal.models.backbone import times

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from distill.cache import Lessons, Part, check_bound
 from distill.config import DistillConfig
 from distill.objective import Imitate
 from distill.plan import DistillPlan, plan
 from distill.students import build_students
 from distill.teacher import Teacher
+from distill.teacher_cache import Lessons, Part, check_bound
 from foveal.config import height_and_width
 from foveal.engines.build import build_engine
 from foveal.models.backbone import undecayed_of

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from distill.fit import Pupil
-from distill.lesson import LessonKind
+from distill.compatibility import Pupil
 from distill.plan import DistillPlan
+from distill.target import LessonKind
 from foveal.models.backbone import backbone_from_card, whole_alone, whole_and_places
 from foveal.models.encode import features
 from foveal.models.students import (

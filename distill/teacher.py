@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.lesson import IN_BLOCKS, Lesson, LessonKind
+from distill.target import IN_BLOCKS, Lesson, LessonKind
 from foveal.engines.base import Precision, autocast
 from foveal.models.backbone import whole_alone, whole_and_places
 from foveal.models.encode import encode_layers, features, without_registers

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distill.cache import Lessons, Part
+from distill.teacher_cache import Lessons, Part
 
 ROWS = 16
 PARTS = (Part((1 << 18,), torch.float32),)  # a megabyte: a kill often falls into the writing of one

@@ -11,9 +11,9 @@ from ranks import Ranks, stage_named
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distill.cache import Lessons, Part
-from distill.lesson import Lesson
+from distill.target import Lesson
 from distill.teacher import Teacher
+from distill.teacher_cache import Lessons, Part
 from foveal.errors import ConfigError
 from foveal.weights.export import read_export
 

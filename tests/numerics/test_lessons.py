@@ -10,8 +10,8 @@ import torch
 from lessons import config
 from torch import Tensor, nn
 
-from distill.lesson import Lesson
 from distill.objective import Imitate
+from distill.target import Lesson
 from foveal.data import Batch
 from foveal.seeding import key, uniforms_numpy
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.cache import Lessons, Part, check_bound
+from distill.teacher_cache import Lessons, Part, check_bound
 from foveal.errors import ConfigError
 
 FACTS: dict[str, Any] = {"teacher": "ab", "seed": 3, "mean": [0.25]}
@@ -187,7 +187,7 @@ def test_rows_of_writers_that_were_killed_are_whole_or_not_there(tmp_path: Path)
 FULL = """
 import logging, resource, sys, torch
 from pathlib import Path
-from distill.cache import Lessons, Part
+from distill.teacher_cache import Lessons, Part
 logging.basicConfig(format="%(message)s")
 cache = Lessons(Path(sys.argv[1]), {}, 100, (Part((1000,), torch.float32),))
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))

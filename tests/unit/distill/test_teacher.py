@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distill.config import DistillConfig
-from distill.lesson import Lesson
 from distill.objective import Imitate
 from distill.plan import plan
+from distill.target import Lesson
 from distill.teacher import Teacher
 from foveal.data import Batch
 from foveal.engines.base import Precision

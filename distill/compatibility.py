@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from distill.config import DistillConfig
-from distill.lesson import IN_BLOCKS, IN_CLASSES, Lesson
+from distill.target import IN_BLOCKS, IN_CLASSES, Lesson
 from foveal.data.sampling.sources import Source
 from foveal.errors import ConfigError, DataError, ExportError
 from foveal.models.backbone import (
