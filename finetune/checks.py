@@ -1,7 +1,7 @@
 """What the settings of fine-tuning cannot mean together, or for this kind of label: every sentence why not."""
 
 from finetune.config import FinetuneConfig
-from foveal.average_precision import check_library
+from finetune.tasks.average_precision import check_library
 from foveal.data import LabelKind
 from foveal.errors import ConfigError, ExportError
 from foveal.models.backbone import BackboneCard, backbone_outline, check_training, has_distillation_token, times

@@ -2,8 +2,8 @@
 
 from typing import Literal
 
-from finetune.judging import EarlyStoppingConfig
-from finetune.probeconfig import ProbeConfig
+from finetune.early_stopping import EarlyStoppingConfig
+from finetune.probe.config import ProbeConfig
 from foveal.config import Config, machine, science
 from foveal.engines.base import EngineConfig
 from foveal.models.detect import DetectCard, DetectorSizes

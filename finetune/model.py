@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from finetune.config import FinetuneConfig
-from finetune.planning import FinetunePlan
+from finetune.plan import FinetunePlan
 from foveal.models.backbone import backbone_from_card, head_names, layers_of, undecayed_of
 from foveal.models.heads import Classifier
 from foveal.models.resize import resized_from_card

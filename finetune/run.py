@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
-from finetune import folds
 from finetune.config import FinetuneConfig
-from finetune.planning import FinetunePlan
-from finetune.planning import plan as plan_of_one
-from finetune.probe import parts as probe_parts
-from finetune.probe import probe
-from finetune.probeplan import ProbePlan
-from finetune.probeplan import plan as plan_of_probe
-from finetune.tasks import TASKS
-from finetune.timetable import fit
-from finetune.trials import compare
+from finetune.fit import fit
+from finetune.multirun import cross_validation
+from finetune.multirun.trials import compare
+from finetune.plan import FinetunePlan
+from finetune.plan import plan as plan_of_one
+from finetune.probe.plan import ProbePlan
+from finetune.probe.plan import plan as plan_of_probe
+from finetune.probe.run import parts as probe_parts
+from finetune.probe.run import probe
+from finetune.tasks.registry import TASKS
 from foveal.data.pack import pack_digits
 from foveal.distributed.launcher import seat
 from foveal.training.cli import Stage, main
@@ -35,7 +35,7 @@ def train(plan: FinetunePlan, run: Run) -> None:
     if isinstance(plan, ProbePlan):
         probe(plan, run)
     elif plan.cfg.folds is not None:
-        folds.cross_validate(plan, run, fit)
+        cross_validation.cross_validate(plan, run, fit)
     elif plan.cfg.trials is not None:
         compare(plan, run, fit)
     else:
@@ -46,7 +46,7 @@ def plan(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
     """What is done with these settings, or why not. Errors: ConfigError, DataError, ExportError, LaunchError."""
     if cfg.probe is not None:
         return plan_of_probe(cfg, ranks)
-    return folds.plan(cfg, ranks) if cfg.folds is not None else plan_of_one(cfg, ranks)
+    return cross_validation.plan(cfg, ranks) if cfg.folds is not None else plan_of_one(cfg, ranks)
 
 
 def parts(plan: FinetunePlan, device: torch.device) -> Parts[Any]:
@@ -69,7 +69,7 @@ def demo() -> list[str]:
     return [str(root / "configs" / "finetune" / "digits.yaml"), *([f"init={encoder}", "model=null"] if found else [])]
 
 
-STAGE = Stage("finetune", FinetuneConfig, plan, train, parts, demo, folds.divide)
+STAGE = Stage("finetune", FinetuneConfig, plan, train, parts, demo, cross_validation.divide)
 
 if __name__ == "__main__":
     main(STAGE)

@@ -32,7 +32,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "foveal.data.pack.cli": ((*CONFIGURED, "foveal.data"), ("typer",)),
     "foveal.models": (CONFIGURED, ("torch", "torchvision", "timm", "numpy", "pydantic")),
-    "foveal.average_precision": (("foveal.errors",), ("numpy", "pycocotools")),
+    "finetune.tasks.average_precision": (("foveal.errors",), ("numpy", "pycocotools")),
     "foveal.inspect": (("foveal.models.patches",), ("numpy", "torch", "PIL")),
     "foveal.training.meters": ((), ("torch",)),
     "foveal.training.meters.profiler": (("foveal.atomic",), ("torch",)),
@@ -244,10 +244,10 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "foveal.weights.teacher": (("foveal.weights.export", "foveal.weights.foreign", "foveal.models"), ("torch",)),
     **dict.fromkeys(STAGES, (("foveal",), ("torch",))),
     "finetune": (
-        ("foveal", "finetune.probeconfig"),
+        ("foveal", "finetune.probe.config"),
         ("numpy", "sklearn", "torch"),
     ),  # features of a probe are numpy's files
-    "finetune.probeconfig": (("foveal.config",), ("pydantic",)),
+    "finetune.probe.config": (("foveal.config",), ("pydantic",)),
     "slurm": (
         (
             *CONFIGURED,

@@ -10,7 +10,7 @@ import torch
 from ranks import Ranks, stage_named
 from safetensors.torch import load_file
 
-from finetune.objective import Classify
+from finetune.tasks.classify import Classify
 from foveal.data.records.ledger import ROW, rows_file
 from foveal.distributed.world import World
 from foveal.tracking.jsonl import read_rows

@@ -10,7 +10,7 @@ from ranks import Ranks, stage_named
 from safetensors.torch import load_file
 from scenes import scene_tree, write_scenes
 
-from finetune.segment import segmenter_from_export
+from finetune.tasks.segment import segmenter_from_export
 from foveal.distributed.world import World
 from foveal.errors import DataError, ExportError
 from foveal.training.cli import enter, load

@@ -18,7 +18,7 @@ from sklearn.metrics import average_precision_score, f1_score
 
 from finetune.config import FinetuneConfig
 from finetune.model import classifier
-from finetune.planning import plan
+from finetune.plan import plan
 from foveal.data import Dataset, eval_batches, normalise
 from foveal.data.indexing.index import index_folder
 from foveal.errors import DataError

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from distill.config import DistillConfig
 from distill.losses import DISTANCES, cosine, l1, smooth_l1
 from distill.objective import Imitate
-from finetune.objective import Classify, hits
+from finetune.tasks.classify import Classify, hits
 from foveal.data import Batch
 from foveal.models.mae import Guesses
 from foveal.models.masks import MASKINGS, SHIFTS, Masking

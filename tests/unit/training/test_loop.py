@@ -11,7 +11,7 @@ import torch
 from ranks import Ranks
 from torch import Tensor, nn
 
-from finetune.objective import Classify
+from finetune.tasks.classify import Classify
 from foveal.data import Batch
 from foveal.distributed.world import World
 from foveal.engines.base import EngineConfig

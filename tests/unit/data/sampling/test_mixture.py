@@ -10,7 +10,7 @@ import torch
 from ranks import Ranks, stage_named
 
 from finetune.config import FinetuneConfig
-from finetune.planning import plan
+from finetune.plan import plan
 from foveal.data import Batch, DataConfig, Dataset, train_batches, training_set
 from foveal.data.records.audit import audit, read_record
 from foveal.errors import ConfigError, DataError

@@ -1,0 +1,1 @@
+"""Runs inside a run: folds and trials."""

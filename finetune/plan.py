@@ -1,0 +1,312 @@
+"""What the settings of fine-tuning come to: the encoder, the classes, and all that can be refused before a run begins."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from finetune.checks import (
+    check_boxes,
+    check_comparison,
+    check_kind,
+    check_model,
+    check_norms,
+    check_pairs,
+    check_settings,
+    check_token,
+    pooling,
+)
+from finetune.config import FinetuneConfig
+from finetune.early_stopping import check_judging, judged
+from finetune.regularizers.teacher import teachers_origin
+from foveal.config import check_plain, set_dotted
+from foveal.data import Dataset
+from foveal.data.image.targets import labels_of
+from foveal.data.sampling.subset import judge
+from foveal.errors import ConfigError, DataError, ExportError
+from foveal.models.backbone import (
+    BackboneCard,
+    backbone_card,
+    backbone_outline,
+    build_backbone,
+    card_of,
+    check_resizing,
+    depends_on_others,
+    layers_of,
+    set_recompute,
+    times,
+)
+from foveal.models.vit import EncoderCard, encoder_card
+from foveal.models.windows import corners
+from foveal.patience import answered
+from foveal.training.plan import Plan, inherited_science, planned
+from foveal.weights.export import Card
+from foveal.weights.pretrained import Origin, origin_of
+
+
+@dataclass(frozen=True)
+class FinetunePlan(Plan):
+    """A plan with the encoder it will build and the names of its classes."""
+
+    cfg: FinetuneConfig
+    encoder: dict[str, Any] = None  # type: ignore[assignment]
+    classes: tuple[str, ...] = ()
+    class_weights: tuple[float, ...] = ()
+    start: Origin | None = None
+    teacher: Origin | None = None
+
+    @property
+    def runs(self) -> int:
+        trials, folds = self.cfg.trials, self.cfg.folds
+        if folds is not None:
+            return folds.count * folds.repeats
+        return 1 if trials is None else len(trials.arms) * len(trials.lr_per_256) * trials.repeats
+
+    @property
+    def backbone(self) -> BackboneCard | None:
+        """What it builds, if that is no encoder of foveal's."""
+        card = card_of(self.encoder, "model")
+        return card if isinstance(card, BackboneCard) else None
+
+    def lines(self) -> list[str]:
+        folds = self.cfg.folds
+        many = (
+            []
+            if folds is None
+            else [f"folds     {folds.count} folds x {folds.repeats} repeats = {self.runs} runs like this"]
+        )
+        return [*super().lines(), *self._norm_lines(), *self._measured_lines(), *many]
+
+    def _norm_lines(self) -> list[str]:
+        """That the curve depends on more than is stated."""
+        card = self.backbone
+        if card is None or not _mixes(card) or self.cfg.frozen:
+            return []
+        line = "norm      BatchNorm sees the images that a rank holds at once: the curve depends on the number of ranks and"
+        return [f"{line} on batch.at_once ({self.at_once} images here)"]
+
+    def _measured_lines(self) -> list[str]:
+        """What of an image is measured, and through what."""
+        data = self.cfg.data
+        if data.labels not in ("mask", "boxes"):
+            return []
+        windows = data.labels == "mask"
+        number = len(corners(data.val_sides, data.sides, self.cfg.segment.stride)) if windows else 1
+        part = "whole images" if data.crop_ratio == 1 else f"the middle of images (data.crop_ratio={data.crop_ratio:g})"
+        seen = f"measured  on {part}, as {times(data.val_sides)} pixels"
+        return [f"{seen}, in {number} windows of {times(data.sides)}" if number > 1 else seen]
+
+
+def _mixes(card: BackboneCard) -> bool:
+    """Whether BatchNorm makes a sample depend on others."""
+    return depends_on_others(backbone_outline(*card.shape, card.classes))
+
+
+def plan(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
+    """Everything that can be refused before a run begins; with trials, for every arm.
+
+    Errors: ConfigError, DataError, ExportError.
+    """
+    if cfg.trials is None:
+        return _plan_one(cfg, ranks)
+    check_comparison(cfg)
+    if cfg.run.stop_at is not None:
+        raise ConfigError("run.stop_at and trials exclude each other: a comparison is of whole runs; shorten epochs")
+    if cfg.init is not None:
+        raise ConfigError("init and trials exclude each other: trials.arms says what each arm starts from")
+    rate, *others = cfg.trials.lr_per_256
+    if others and not cfg.data.holdout_per_class:
+        raise ConfigError(
+            "trials.lr_per_256 has several rates, but data.holdout_per_class=0 leaves nothing to choose by; set it"
+        )
+    for arm in cfg.trials.arms:
+        check_plain("trials.arms", arm)
+    if len({*cfg.trials.lr_per_256}) < len(cfg.trials.lr_per_256):
+        raise ConfigError(
+            f"trials.lr_per_256={list(cfg.trials.lr_per_256)} has a rate twice: both would be one run; give each once"
+        )
+    arms = {arm: _plan_one(trial(cfg, arm, 0, rate), ranks) for arm in cfg.trials.arms}
+    first = next(iter(arms.values()))
+    origin = {f"arm.{name}": arm.inherited.get("inherited.init", "scratch") for name, arm in arms.items()}
+    origin |= _origin(first.dataset, cfg, first.classes)
+    shared = {"encoder": first.encoder, "classes": first.classes, "class_weights": first.class_weights}
+    return planned(FinetunePlan, cfg, ranks, origin=origin, **shared)
+
+
+def trial(cfg: FinetuneConfig, arm: str, repeat: int, lr_per_256: float) -> FinetuneConfig:
+    """The settings of one trial, an ordinary run inside the run directory of the comparison."""
+    assert cfg.trials is not None
+    init = cfg.trials.arms[arm]
+    changes = {"init": init, "seed": cfg.seed + repeat, "optim.lr_per_256": lr_per_256}
+    changes |= dict.fromkeys(("model", "backbone") if init else ("init_name",))
+    return inner(cfg, f"trials/{arm}-seed{cfg.seed + repeat}-lr{lr_per_256:g}", changes)
+
+
+def inner(cfg: FinetuneConfig, place: str, changes: dict[str, Any]) -> FinetuneConfig:
+    """The settings of an ordinary run at a place inside the run directory of one that is made of many.
+
+    ``changes`` are dotted settings. MLflow hears of the outer run alone.
+    """
+    tree = cfg.model_dump() | {"trials": None, "folds": None}
+    ours = {"run.dir": f"{cfg.run.dir}/{place}", "run.fresh": False, "tracking.uri": None}
+    for name, value in (changes | ours).items():
+        set_dotted(tree, name, value)
+    return FinetuneConfig.checked(tree, place)
+
+
+def _plan_one(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
+    check_settings(cfg)
+    check_judging(cfg.early_stopping, cfg.evaluate_every, cfg, attacked=cfg.adversarial is not None)
+    start = _start(cfg)
+    card = None if start is None else start.card
+    check_kind(cfg, card)
+    encoder, resized_from = _encoder(cfg, card)
+    plan = planned(FinetunePlan, cfg, ranks, card=card, encoder=encoder, resized_from=resized_from)
+    classes = _classes(plan.dataset, cfg)
+    for other in plan.training.sources[1:]:
+        if other.dataset.classes not in {None, classes}:
+            raise DataError(
+                f"{other.dataset.folder} (data.mix) has other classes than {plan.dataset.folder}: index it with the same "
+                f"names in the same order, or without labels"
+            )
+        labels_of(cfg.data, other.dataset)
+    check_pairs(cfg, plan.at_once)
+    origin = _origin(plan.dataset, cfg, classes) | ({} if card is None else {"init": card.sha256})
+    teacher = teachers_origin(cfg, classes, plan.mean, plan.std)
+    origin |= {} if teacher is None else {"teacher": teacher.card.sha256}
+    inherited = plan.inherited | inherited_science(origin)
+    outputs = len(classes) if cfg.data.labels in ("class", "classes") else 0  # of the encoder's own head
+    weights = _weights(cfg, plan, classes)
+    encoder |= {"classes": outputs}
+    found = {"classes": classes, "class_weights": weights, "start": start, "teacher": teacher}
+    plan = replace(plan, inherited=inherited, encoder=encoder, **found)
+    check_token(cfg, card_of(encoder, "model"))
+    told = plan.backbone
+    check_norms(cfg, encoder.get("timm") or encoder["name"], there=told is not None and _mixes(told))
+    if told is not None:
+        _check_backbone(told, cfg, plan.at_once, len(classes))
+    if cfg.data.labels == "boxes":
+        check_boxes(cfg, card_of(plan.encoder, "model"), plan.at_once, len(classes))
+    return plan
+
+
+def _start(cfg: FinetuneConfig) -> Origin | None:
+    """The weights to start from: an export, or what others left for a model of timm. Errors: ConfigError, ExportError."""
+    if cfg.init is None:
+        if cfg.init_name is not None:
+            raise ConfigError(
+                f"init_name={cfg.init_name} says what init is, and init is null; set init, or leave it out"
+            )
+        return None
+    place = Path(cfg.init)
+    ours = answered(place, cfg.data.patience_seconds, (place / "card.json").exists)
+    return origin_of(place, None if ours else cfg.init_name, cfg.data)
+
+
+def _origin(dataset: Dataset, cfg: FinetuneConfig, classes: tuple[str, ...]) -> dict[str, str]:
+    """What a result is measured on is science too."""
+    judging = judged(cfg.early_stopping, cfg.evaluate_every)
+    return {"val": dataset.digest(judge(cfg.data).split), "classes": ", ".join(classes)} | judging
+
+
+def _encoder(cfg: FinetuneConfig, card: Card | None) -> tuple[dict[str, Any], int | tuple[int, int] | None]:
+    """The card of the classifier's encoder, the export's or that of the model from scratch, and what it is resized from."""
+    data = cfg.data
+    if cfg.model is not None and cfg.backbone is not None:
+        raise ConfigError("model and backbone exclude each other: an encoder of foveal's, or a model of timm as it is")
+    if card is None:
+        if cfg.backbone is not None:
+            return backbone_card(cfg.backbone, data.image_size, data.channels), None
+        if cfg.model is None:
+            raise ConfigError("model is missing: without init, the encoder from scratch must be stated")
+        return encoder_card(cfg.model, data.image_size, data.channels, pooling=pooling(cfg)), None
+    hers = card_of(card.encoder, f"{cfg.init}/card.json")
+    _check_agreement(cfg, hers)
+    size = {"image_size": data.tree()["image_size"]}
+    if isinstance(hers, BackboneCard):
+        check_resizing(hers, data.image_size, f"the export {cfg.init}")
+        return card.encoder | size, None if hers.image_size == data.image_size else hers.image_size
+    return card.encoder | {"pooling": pooling(cfg)} | size, hers.resized_from(data.image_size)
+
+
+def _check_agreement(cfg: FinetuneConfig, hers: EncoderCard | BackboneCard) -> None:
+    """What the config says beside an export must be what the export is. Errors: ExportError."""
+    stated: dict[str, Any] = {"channels": cfg.data.channels}
+    name, other = ("timm", "model") if isinstance(hers, BackboneCard) else ("name", "backbone")
+    if getattr(cfg, other) is not None:
+        raise ExportError(f"the export {cfg.init} is a {getattr(hers, name)}, which {other} does not say; leave it out")
+    if cfg.backbone is not None:
+        stated["timm"] = cfg.backbone
+    if cfg.model is not None:
+        stated |= {name: value for name, value in cfg.model.resolved().tree().items() if name != "name"}
+    for name, value in stated.items():
+        if getattr(hers, name) != value:
+            raise ExportError(
+                f"the export {cfg.init} has {name} {getattr(hers, name)}, the config says {value}; they must be equal"
+            )
+
+
+def _check_backbone(card: BackboneCard, cfg: FinetuneConfig, at_once: int, classes: int) -> None:
+    """What a model of timm must have of what the settings ask for. Errors: ConfigError."""
+    default = FinetuneConfig.model_fields["pooling"].default
+    if cfg.pooling != default:
+        raise ConfigError(f"pooling={cfg.pooling} is of foveal's encoders, {card.timm} has its own; leave it out")
+    check_model(card, cfg, max(2, at_once) if cfg.frozen else at_once, classes)  # what is frozen learns from no batch
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        backbone = build_backbone(*card.shape, classes=card.classes, drop_path=cfg.drop_path)
+    head: Any = backbone
+    if cfg.dropout and not isinstance(head.get_classifier(), nn.Linear):
+        raise ConfigError(
+            f"dropout={cfg.dropout:g} is before one linear head, which {card.timm} does not have; leave it out"
+        )
+    if cfg.optim.layer_decay < 1:
+        layers_of(backbone)
+    if cfg.engine.recompute:
+        set_recompute(backbone, enable=True)
+
+
+def _weights(cfg: FinetuneConfig, plan: FinetunePlan, classes: tuple[str, ...]) -> tuple[float, ...]:
+    """The weight of each class in the loss. Errors: ConfigError, DataError."""
+    told = cfg.class_weights
+    if told is None:
+        return (1.0,) * len(classes)
+    if told != "balanced":
+        if len(told) != len(classes):
+            raise ConfigError(
+                f"class_weights has {len(told)} weights for {len(classes)} classes; give one for each, by label"
+            )
+        if not all(weight > 0 for weight in told):
+            raise ConfigError(f"class_weights={list(told)}: a weight is above 0, or a batch may weigh nothing")
+        return told
+    if cfg.data.mix:
+        raise ConfigError(
+            "class_weights=balanced counts the classes of data.path alone; with data.mix give a list of weights"
+        )
+    source = plan.training.sources[0]
+    labels = source.dataset.labels(source.split)
+    labels = labels if source.part.ids is None else labels[source.part.ids]
+    counts = np.bincount(labels[labels >= 0], minlength=len(classes))
+    if not counts.all():
+        empty = classes[int(counts.argmin())]
+        raise DataError(
+            f"{source.dataset.folder}: class '{empty}' has no sample to train on, which class_weights=balanced needs"
+        )
+    return tuple((counts.sum() / (len(classes) * counts)).tolist())
+
+
+def _classes(dataset: Dataset, cfg: FinetuneConfig) -> tuple[str, ...]:
+    told = labels_of(cfg.data, dataset)
+    if dataset.classes is None:
+        raise DataError(f"{dataset.folder}: its samples have no classes to learn; index shards that hold .cls members")
+    for split in () if told else (cfg.data.train, judge(cfg.data).split):
+        highest = int(dataset.labels(split).max())
+        if highest < 0:
+            raise DataError(f"{dataset.folder}: no sample of split '{split}' has a label")
+        if highest >= len(dataset.classes):
+            raise DataError(
+                f"{dataset.folder}: split '{split}' has label {highest}, but there are {len(dataset.classes)} classes"
+            )
+    return dataset.classes

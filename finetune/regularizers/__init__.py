@@ -1,0 +1,1 @@
+"""What makes fine-tuning harder on purpose: mixing, adversarial images, a teacher."""

@@ -1,0 +1,1 @@
+"""What the kind of a label makes of fine-tuning: model, objective, metrics, head."""

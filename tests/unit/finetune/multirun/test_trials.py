@@ -1,0 +1,242 @@
+"""A comparison that is fair: the same labels for every arm, the rate by the holdout alone, no trial twice."""
+
+import contextlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from finetune.config import FinetuneConfig
+from finetune.multirun.trials import _chosen, compare
+from finetune.plan import FinetunePlan, _classes, plan, trial
+from foveal.data.sampling.subset import choose
+from foveal.distributed.preemption import Preemption
+from foveal.distributed.world import World
+from foveal.errors import ConfigError, DataError, ExportError
+from foveal.models.vit import VitConfig, build_encoder, encoder_card
+from foveal.training.run import Run
+from foveal.training.run_directory import opened
+from foveal.weights.export import Card, write_export
+
+ALONE = World(0, 1, 0, "none", torch.device("cpu"))
+TINY = VitConfig(name="vit_tiny_patch16_224", patch=4, width=16, depth=1, heads=2)
+RATES, REPEATS = (1e-2, 3e-2), 2
+
+
+def seeds(*pairs: tuple[float, float]) -> list[dict[str, float]]:
+    return [{"holdout_top1": holdout, "val_top1": val} for holdout, val in pairs]
+
+
+def test_the_rate_is_chosen_by_the_holdout_and_judged_by_val() -> None:
+    """Arm a: the rate that would be best on val is not taken. Arm b has its own best rate."""
+    found = {
+        ("a", 0.1): seeds((0.6, 0.10), (0.5, 0.30)),
+        ("a", 0.2): seeds((0.7, 0.90), (0.3, 0.90)),
+        ("b", 0.1): seeds((0.2, 0.80), (0.2, 0.80)),
+        ("b", 0.2): seeds((0.1, 0.60), (0.9, 0.50)),
+    }
+    assert _chosen(found) == pytest.approx(
+        {
+            "a_lr_per_256": 0.1,
+            "a_top1": 0.2,
+            "a_top1_lowest": 0.1,
+            "a_top1_highest": 0.3,
+            "a_holdout_top1": 0.55,
+            "b_lr_per_256": 0.2,
+            "b_top1": 0.55,
+            "b_top1_lowest": 0.5,
+            "b_top1_highest": 0.6,
+            "b_holdout_top1": 0.5,
+        }
+    )
+
+
+def test_val_never_decides_between_rates() -> None:
+    """Whatever the numbers on val are, the choice is the same."""
+    holdout = {0.1: (0.3, 0.5), 0.2: (0.6, 0.1), 0.3: (0.2, 0.7)}
+    for shift in range(3):
+        found = {
+            ("a", lr): seeds(*((held, ((place + shift) % 3) / 2) for held in pair))
+            for place, (lr, pair) in enumerate(holdout.items())
+        }
+        assert _chosen(found)["a_lr_per_256"] == 0.3
+
+
+def test_without_a_holdout_no_accuracy_on_it_is_made_up() -> None:
+    chosen = _chosen({("a", 0.1): [{"val_top1": 0.5}, {"val_top1": 0.7}]})
+    assert chosen["a_top1"] == pytest.approx(0.6)
+    assert "a_holdout_top1" not in chosen
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder's export, made without training."""
+    folder = tmp_path_factory.mktemp("teacher") / "export"
+    torch.manual_seed(0)
+    module = build_encoder(TINY, image_size=16, channels=1)
+    write_export(folder, module.state_dict(), Card("pretrain", encoder_card(TINY, 16, 1), (0.3,), (0.4,)))
+    return folder
+
+
+def settings(digits: Path, encoder: Path, folder: Path, **further: Any) -> FinetuneConfig:
+    tree: dict[str, Any] = {
+        "seed": 5,
+        "epochs": 3,
+        "data": {"path": str(digits), "image_size": 16, "channels": 1, "lanes": 4}
+        | {"per_class": 2, "holdout_per_class": 3, "mean": [0.3], "std": [0.4]},
+        "model": TINY.tree(),
+        "batch": {"images": 8},
+        "optim": {},
+        "engine": {"kind": "plain"},
+        "run": {"dir": str(folder)},
+        "tracking": {"uri": None},
+        "trials": {
+            "arms": {"mae": str(encoder), "scratch": None},
+            "lr_per_256": list(RATES),
+            "repeats": REPEATS,
+        },
+    }
+    return FinetuneConfig.checked(tree | further, "here")
+
+
+def test_arms_differ_in_their_start_and_in_nothing_else(digits: Path, encoder: Path, tmp_path: Path) -> None:
+    cfg = settings(digits, encoder, tmp_path / "run")
+    for repeat in range(REPEATS):
+        mae, scratch = (plan(trial(cfg, arm, repeat, RATES[1]), 1) for arm in ("mae", "scratch"))
+        here, there = mae.science(), scratch.science()
+        differing = {name for name in here | there if here.get(name, "no") != there.get(name, "no")}
+        assert {name for name in differing if name != "model" and not name.startswith("model.")} == {"inherited.init"}
+        assert (mae.cfg.seed, mae.cfg.optim.lr_per_256) == (5 + repeat, RATES[1])
+        assert (mae.steps, mae.classes) == (scratch.steps, scratch.classes)
+        assert mae.encoder == scratch.encoder
+        assert mae.cfg.init == str(encoder)
+        assert scratch.cfg.init is None
+        assert mae.cfg.run.dir != scratch.cfg.run.dir
+        assert Path(mae.cfg.run.dir or "").parent == tmp_path / "run" / "trials"
+
+
+def labels_of(found: FinetunePlan) -> dict[str, list[int]]:
+    """The sample ids of the labelled part and of the holdout, and the order of the first steps."""
+    cfg = found.cfg
+    drawn = {}
+    for part in ("train", "holdout"):
+        chosen = choose(found.dataset, cfg.data, split="train", part=part, seed=cfg.seed)
+        assert chosen.ids is not None
+        drawn[part] = chosen.ids.tolist()
+    order = found.training.order
+    return drawn | {"order": np.concatenate([order.slots(step, 0, 8).samples for step in range(4)]).tolist()}
+
+
+def test_arms_share_their_labels_and_seeds_draw_others(digits: Path, encoder: Path, tmp_path: Path) -> None:
+    cfg = settings(digits, encoder, tmp_path / "run")
+    drawn = {
+        (arm, repeat): labels_of(plan(trial(cfg, arm, repeat, RATES[0]), 1))
+        for arm in ("mae", "scratch")
+        for repeat in range(REPEATS)
+    }
+    for repeat in range(REPEATS):
+        assert drawn["mae", repeat] == drawn["scratch", repeat]
+        assert (len(drawn["mae", repeat]["train"]), len(drawn["mae", repeat]["holdout"])) == (20, 30)
+        assert not set(drawn["mae", repeat]["train"]) & set(drawn["mae", repeat]["holdout"])
+    for name in ("train", "holdout", "order"):
+        assert drawn["mae", 0][name] != drawn["mae", 1][name], name
+
+
+class Fit:
+    """Instead of training: writes down which trial it was, gives it an accuracy, and leaves after so many."""
+
+    def __init__(self, leave_after: int = 99) -> None:
+        self.trained: list[str] = []
+        self.leave_after = leave_after
+
+    def __call__(self, plan: FinetunePlan, run: Run) -> None:
+        if len(self.trained) == self.leave_after:
+            run.leave(1)
+            return
+        self.trained.append(run.path.name)
+        if plan.stop == plan.steps:
+            better = plan.cfg.init is not None
+            run.finish({"val_top1": 0.5 + 0.25 * better, "holdout_top1": 10 * plan.cfg.optim.lr_per_256})
+
+
+def compared(cfg: FinetuneConfig, fit: Fit) -> bool:
+    """One attempt at the comparison; whether it was asked to leave. Nothing if it was finished before."""
+    found = plan(cfg, 1)
+    with opened("finetune", found, ALONE, Preemption(ALONE)) as run:
+        if run is None:
+            return False
+        compare(found, run, fit)
+        return run.left
+
+
+def test_finished_trials_are_not_repeated(digits: Path, encoder: Path, tmp_path: Path) -> None:
+    cfg = settings(digits, encoder, tmp_path / "run")
+    every = [f"{arm}-seed{seed}-lr{lr:g}" for arm in ("mae", "scratch") for lr in RATES for seed in (5, 6)]
+    first, second, third = Fit(leave_after=3), Fit(), Fit()
+    assert compared(cfg, first)
+    assert first.trained == every[:3]
+    assert not (tmp_path / "run" / "finished.json").exists()
+    assert not compared(cfg, second)
+    assert second.trained == every[3:]
+    summary = json.loads((tmp_path / "run" / "finished.json").read_text())["summary"]
+    assert (summary["mae_top1"], summary["scratch_top1"], summary["mae_lr_per_256"]) == (0.75, 0.5, RATES[1])
+    assert not compared(cfg, third)
+    assert third.trained == []
+
+
+def test_a_comparison_that_is_to_stop_early_does_not_fall(digits: Path, encoder: Path, tmp_path: Path) -> None:
+    """run.stop_at is of one run: with trials it is refused in a sentence, or has no say in them."""
+    cfg = settings(digits, encoder, tmp_path / "run", run={"dir": str(tmp_path / "run"), "stop_at": 1})
+    with contextlib.suppress(ConfigError):
+        compared(cfg, Fit())
+
+
+@pytest.mark.parametrize(
+    ("further", "kind", "sentence"),
+    [
+        ({"init": "runs/x"}, ConfigError, "init and trials exclude each other"),
+        ({"model": None}, ConfigError, "model is missing: without init, the encoder from scratch must be stated"),
+        (
+            {"trials": {"arms": {"a": "nowhere"}, "lr_per_256": [1e-2]}},
+            ExportError,
+            "nowhere is no export: it has no card.json",
+        ),
+    ],
+)
+def test_a_comparison_that_cannot_be_is_refused_before_it_begins(
+    further: dict[str, Any], kind: type[Exception], sentence: str, digits: Path, encoder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(kind, match=sentence):
+        plan(settings(digits, encoder, tmp_path / "run", **further), 1)
+
+
+def test_several_rates_need_a_holdout_to_choose_by(digits: Path, encoder: Path, tmp_path: Path) -> None:
+    cfg = settings(digits, encoder, tmp_path / "run")
+    tree = cfg.tree()
+    tree["data"]["holdout_per_class"] = 0
+    with pytest.raises(ConfigError, match=r"data\.holdout_per_class=0 leaves nothing to choose by"):
+        plan(FinetuneConfig.checked(tree, "here"), 1)
+    tree["trials"]["lr_per_256"] = [1e-2]
+    assert plan(FinetuneConfig.checked(tree, "here"), 1).classes == tuple("0123456789")
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "sentence"),
+    [
+        ([0, 1, 2], [0, 1], "split 'train' has label 2, but there are 2 classes"),
+        ([0, 1], [5], "split 'val' has label 5, but there are 2 classes"),
+        ([0, 1], [-1, -1], "split 'val'"),  # an accuracy over no images is a division by zero at the end of the run
+        ([-1, -1], [0, 1], "split 'train'"),  # every step would be skipped as 0 / 0
+    ],
+)
+def test_labels_that_cannot_be_learned_are_refused_in_the_plan(
+    train: list[int], val: list[int], sentence: str, digits: Path, encoder: Path, tmp_path: Path
+) -> None:
+    labels = {"train": np.array(train), "val": np.array(val)}
+    dataset: Any = SimpleNamespace(folder="here", classes=("cat", "dog"), labels=labels.__getitem__)
+    with pytest.raises(DataError, match=sentence):
+        _classes(dataset, settings(digits, encoder, tmp_path))

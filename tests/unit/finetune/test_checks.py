@@ -1,0 +1,230 @@
+"""What the settings of fine-tuning cannot mean together is one sentence, before anything is read or written."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from finetune.config import FinetuneConfig
+from finetune.plan import plan
+from finetune.run import parts
+from foveal.errors import ConfigError, DataError, ExportError, FovealError
+from foveal.forecast.trace import flops_of
+from foveal.models.backbone import build_backbone, head_names
+from foveal.models.heads import Classifier
+from foveal.models.vit import VitConfig, build_encoder, encoder_card
+from foveal.weights.export import Card, write_export
+
+TINY = {"name": "vit_tiny_patch16_224", "patch": 4, "width": 16, "depth": 1, "heads": 2}
+DIGITS = tuple("0123456789")
+
+
+def config(digits: Path, **settings: Any) -> FinetuneConfig:
+    tree: dict[str, Any] = {
+        "epochs": 1,
+        "data": {"path": str(digits), "image_size": 8, "channels": 1, "lanes": 8},
+        "batch": {"images": 40, "at_once": 40},
+        "optim": {"lr_per_256": 1e-3},
+        "engine": {"kind": "plain"},
+        "model": TINY,
+        "run": {"dir": "runs/never"},
+    }
+    for name, value in settings.items():
+        tree[name] = tree[name] | value if isinstance(tree.get(name), dict) and value is not None else value
+    return FinetuneConfig.checked(tree, "the test")
+
+
+def export(folder: Path, **changed: Any) -> str:
+    vit = VitConfig(**TINY)
+    told = encoder_card(vit, 8, 1, pooling="avg", classes=10)
+    model = build_encoder(vit, image_size=8, channels=1, pooling="avg", classes=10)
+    card = {"mean": (0.3054,), "std": (0.3763,), "classes": DIGITS} | changed
+    write_export(folder, model.state_dict(), Card("finetune", told, **card))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "sentence"),
+    [
+        ({"mixup": 0.8, "batch": {"images": 40, "at_once": 5}}, ConfigError, "pair images that a rank holds at once, which are 5"),
+        ({"class_weights": [1.0, 2.0]}, ConfigError, "class_weights has 2 weights for 10 classes"),
+        ({"class_weights": [0.0] + [1.0] * 9}, ConfigError, "a weight is above 0"),
+        ({"data": {"val_size": 16}}, ConfigError, "data.val_size is for labels that are masks or boxes"),
+        ({"data": {"label_field": "json"}}, ConfigError, "names a member that is no class"),
+        (
+            {"trials": {"arms": {"a": None}, "lr_per_256": [1e-3]}, "data": {"labels": "classes"}},
+            ConfigError,
+            "trials compares top-1, which data.labels=classes has not",
+        ),
+        (
+            {
+                "trials": {"arms": {"a": None}, "lr_per_256": [1e-3]},
+                "early_stopping": {"metric": "val_top1", "patience": 2},
+                "evaluate_every": 2,
+            },
+            ConfigError,
+            "would judge a trial by what it stopped at",
+        ),
+        ({"trials": {"arms": {"../a": None}, "lr_per_256": [1e-3]}}, ConfigError, "trials.arms='../a' is no plain name"),
+        (
+            {"trials": {"arms": {"a": None}, "lr_per_256": [1e-3, 1e-3]}, "data": {"holdout_per_class": 2}},
+            ConfigError,
+            "has a rate twice",
+        ),
+        (
+            {"adversarial": {"split_norms": True}, "engine": {"kind": "plain", "recompute": True}},
+            ConfigError,
+            "engine.recompute exclude each other",
+        ),
+        ({"data": {"labels": "classes"}, "adversarial": {}}, ConfigError, "adversarial is for images with one class"),
+        (
+            {"model": None, "backbone": "levit_128s", "data": {"image_size": 224}, "dropout": 0.1},
+            ConfigError,
+            "before one linear head, which levit_128s does not have",
+        ),
+        ({"frozen": True, "drop_path": 0.1}, ConfigError, "frozen=true keeps it from it"),
+        ({"adversarial": {"split_norms": True}}, ConfigError, "BatchNorm, which vit_tiny_patch16_224 does not have"),
+        ({"adversarial": {"split_norms": True, "weight": 0.0}}, ConfigError, "set adversarial.weight above 0"),
+        (
+            {"adversarial": {}, "engine": {"kind": "accelerate", "sharding": "deepspeed"}},
+            ConfigError,
+            "engine.sharding=deepspeed does not give",
+        ),
+        ({"data": {"labels": "mask"}}, DataError, "reads members .mask.png, and its samples have"),
+        ({"data": {"labels": "classes"}, "class_weights": "balanced"}, ConfigError, "give a list of weights"),
+        ({"data": {"labels": "mask"}, "class_weights": "balanced"}, ConfigError, "none of data.labels=mask; give a list"),
+        ({"data": {"labels": "boxes"}, "class_weights": [1.0]}, ConfigError, "class_weights is for images that have one class"),
+        ({"data": {"labels": "classes"}, "teacher": {"init": "x"}}, ConfigError, "teacher is for images with one class"),
+        ({"data": {"labels": "mask"}, "mixup": 0.5}, ConfigError, "mixup is for images with classes, and data.labels is mask"),
+        ({"data": {"labels": "boxes", "augment": {"operations": 2}}}, ConfigError, "leave it out with data.labels=boxes"),
+        ({"teacher": {"init": "nowhere"}}, FovealError, "nowhere"),
+    ],
+)  # fmt: skip
+def test_one_sentence(digits: Path, settings: dict[str, Any], error: type[FovealError], sentence: str) -> None:
+    with pytest.raises(error) as caught:
+        plan(config(digits, **settings), 1)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_teacher_of_other_classes_or_pixels(digits: Path, tmp_path: Path) -> None:
+    here = plan(config(digits), 1)
+    same: dict[str, Any] = {"mean": here.mean, "std": here.std}
+    good = export(tmp_path / "good", **same)
+    told = plan(config(digits, teacher={"init": good}), 1)
+    assert "inherited.teacher" in told.science()
+    for name, changed, sentence in (
+        ("classes", {"classes": DIGITS[::-1]}, "has classes"),
+        ("mean", {"mean": (0.5,)}, "has mean"),
+    ):
+        bad = export(tmp_path / name, **same | changed)
+        with pytest.raises(ExportError, match=f"{sentence}.*they must be equal"):
+            plan(config(digits, teacher={"init": bad}), 1)
+    headless = build_encoder(VitConfig(**TINY), image_size=8, channels=1).state_dict()
+    card = Card("finetune", encoder_card(VitConfig(**TINY), 8, 1), **same, classes=DIGITS)
+    write_export(tmp_path / "headless", headless, card)
+    with pytest.raises(ExportError, match="has no head that tells classes of an image"):
+        plan(config(digits, teacher={"init": str(tmp_path / "headless")}), 1)
+
+
+def test_the_class_token_of_an_export_without_a_norm_behind_it(digits: Path, tmp_path: Path) -> None:
+    """The mean of the patches took the norm's place; a probe reads what is there."""
+    init = {"init": export(tmp_path / "export"), "model": None}
+    assert plan(config(digits, **init, pooling="avg"), 1).start is not None
+    with pytest.raises(ExportError, match="pooling=avg and has no norm behind its tokens"):
+        plan(config(digits, **init, pooling="token"), 1)
+
+
+def test_weights_of_others_without_a_name(digits: Path, tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    for place in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(ExportError, match="for weights of others say which model of timm's they are"):
+            plan(config(digits, init=str(place), model=None), 1)
+
+
+TOKENS = {
+    "a register": {"model": TINY | {"registers": 1}, "pooling": "token"},
+    "timm's own": {"model": None, "backbone": "deit_tiny_distilled_patch16_224", "data": {"image_size": 32}},
+}
+
+
+@pytest.mark.parametrize("kind", TOKENS)
+def test_a_token_for_a_teacher(kind: str, digits: Path, tmp_path: Path) -> None:
+    """Its logits are told in training alone, and every weight has its part in them."""
+    here = plan(config(digits), 1)
+    teacher = {"init": export(tmp_path / "teacher", mean=here.mean, std=here.std), "kind": "token"}
+    told = plan(config(digits, teacher=teacher, **TOKENS[kind]), 1)
+    model = parts(told, torch.device("cpu")).model
+    images = torch.randn(3, 1, *told.cfg.data.sides, generator=torch.Generator().manual_seed(0))
+    logits, token = model.train()(images, torch.empty(3, 0))
+    assert logits.shape == token.shape == (3, 10)
+    assert not logits.equal(token)
+    (logits.sum() + token.sum()).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    wanted = logits if kind == "a register" else (logits + token) / 2  # as timm answers
+    torch.testing.assert_close(model.eval()(images), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({}, "the encoder has none; give it model.registers=1"),
+        ({"model": TINY | {"registers": 1}}, "set pooling=token"),
+        ({"model": None, "backbone": "test_vit", "data": {"image_size": 32}}, "which test_vit has not"),
+    ],
+)
+def test_no_token_for_a_teacher(settings: dict[str, Any], sentence: str, digits: Path, tmp_path: Path) -> None:
+    here = plan(config(digits), 1)
+    teacher = {"init": export(tmp_path / "teacher", mean=here.mean, std=here.std), "kind": "token"}
+    with pytest.raises(ConfigError, match=sentence):
+        plan(config(digits, teacher=teacher, **settings), 1)
+
+
+def test_balanced_weights_are_one_on_average(digits: Path) -> None:
+    told = plan(config(digits, class_weights="balanced"), 1)
+    counts = told.dataset.class_counts("train")
+    assert sum(w * n for w, n in zip(told.class_weights, counts, strict=True)) == pytest.approx(counts.sum())
+    assert len({round(w * n, 6) for w, n in zip(told.class_weights, counts, strict=True)}) == 1
+
+
+def test_a_plan_counts_the_search_for_the_worst(digits: Path) -> None:
+    """Two steps of pgd are a forward each and half of a backward, the attacked image one more of both."""
+
+    def work(**settings: Any) -> float:
+        told = plan(config(digits, **settings), 1)
+        return flops_of(lambda device: parts(told, device), 1, (8, 8)).both
+
+    plain = work()
+    assert 3 * plain < work(adversarial={"iterations": 2}) < 4 * plain
+
+
+def test_a_comparison_is_planned_as_its_first_trial_is(digits: Path) -> None:
+    """Weights of classes are the labels' own, and what is planned is what a trial does."""
+    told = plan(config(digits, class_weights="balanced", trials={"arms": {"a": None}, "lr_per_256": [1e-3]}), 1)
+    alone = plan(config(digits, class_weights="balanced"), 1)
+    assert told.class_weights == alone.class_weights
+    work = [flops_of(lambda device, of=of: parts(of, device), 1, (8, 8)).both for of in (told, alone)]
+    assert work[0] == work[1] > 0
+
+
+def test_arms_from_scratch_beside_weights_of_others(digits: Path) -> None:
+    trials = {"arms": {"a": None}, "lr_per_256": [1e-3]}
+    assert plan(config(digits, trials=trials, init_name="test_resnet"), 1).runs == 3
+
+
+def test_a_frozen_networks_own_head_trains_whole() -> None:
+    """A norm inside of the head keeps statistics; everything below keeps those that it came with."""
+    network = build_backbone("repvit_m0_9", 32, 3, classes=5)
+    heads = head_names("repvit_m0_9", 32, 3)
+    model = Classifier(network, trained=heads).train()
+    training = {
+        name for name, module in network.named_modules() if module.training and any(True for _ in module.buffers(False))
+    }
+    assert training
+    assert all(name.startswith("head.") for name in training)
+    model(torch.rand(4, 3, 32, 32))
+    norms = dict(network.named_modules())
+    assert all(int(norms[name].num_batches_tracked) == 1 for name in training)  # type: ignore[arg-type]
+    assert int(network.get_buffer("stem.conv1.bn.num_batches_tracked")) == 0
