@@ -221,9 +221,9 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "foveal.data.tools.cli",
             "foveal.doctor.cli",
             "foveal.commands.attempts",
+            "foveal.commands.track",
             "foveal.forecast.cli",
             "foveal.redact",
-            "foveal.tracking",
         ),
         ("typer",),
     ),
@@ -244,7 +244,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "foveal.weights.teacher": (("foveal.weights.export", "foveal.weights.foreign", "foveal.models"), ("torch",)),
     **dict.fromkeys(STAGES, (("foveal",), ("torch",))),
     "finetune": (
-        ("foveal", "finetune.probe.config"),
+        ("foveal", "finetune.probe.config", "finetune.tasks.average_precision"),
         ("numpy", "sklearn", "torch"),
     ),  # features of a probe are numpy's files
     "finetune.probe.config": (("foveal.config",), ("pydantic",)),

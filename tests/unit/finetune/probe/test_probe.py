@@ -11,17 +11,18 @@ import pytest
 import torch
 
 from finetune.config import FinetuneConfig
+from finetune.probe import features
 from finetune.probe.config import Kind
 from finetune.probe.features import frozen, read_part
 from finetune.probe.plan import ProbePlan, plan
-from finetune.probe.run import Told, features, results
+from finetune.probe.run import Told, results
 from finetune.probe.run import run as probing
 from foveal.data import eval_batches, normalise
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.world import World
 from foveal.errors import CheckpointError, ConfigError, DataError, ExportError, FovealError
+from foveal.models import encode
 from foveal.models.backbone import backbone_card, build_backbone
-from foveal.models.encode import features
 from foveal.models.probes import read_layers
 from foveal.models.vit import VitConfig, build_encoder, encoder_card
 from foveal.training.run import Run
@@ -131,7 +132,7 @@ def test_features_are_the_encoders_of_unchanged_images(
     (batch,) = eval_batches(found.dataset, cfg.data, **place)
     module = frozen(found).eval()
     with torch.no_grad():
-        token, patches = features(module, normalise(batch.images, found.mean, found.std))
+        token, patches = encode.features(module, normalise(batch.images, found.mean, found.std))
     ours = [read_part(whole[0], "val", 1, each, ALONE.device) for each in ("pooled", "patches")]
     torch.testing.assert_close(ours[0].take(slice(None)), patches.mean(dim=1), rtol=1e-4, atol=1e-5)  # pooling=avg
     torch.testing.assert_close(ours[1].take(slice(None)), patches, rtol=1e-3, atol=1e-3)
