@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lessons import DIGITS, LESSONS, MEAN, STD, STUDENT, encoder_export
 from ranks import stage_named
 from rectangles import pack_rectangles
 from scenes import scene_tree, write_scenes
+from teachers import DIGITS, LESSONS, MEAN, STD, STUDENT, encoder_export
 
 from foveal.data import Batch, train_batches
 from foveal.training.loop import Parts

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from lessons import DIGITS, DISTILLED, TEACHER, backbone_export, config, encoder_export
+from teachers import DIGITS, DISTILLED, TEACHER, backbone_export, config, encoder_export
 
 from distill.plan import plan
 from distill.run import parts

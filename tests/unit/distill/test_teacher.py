@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from lessons import DIGITS, backbone_export, encoder_export
 from safetensors.torch import load_file
+from teachers import DIGITS, backbone_export, encoder_export
 from torch import Tensor, nn
 
 from distill.config import DistillConfig

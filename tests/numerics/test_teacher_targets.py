@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lessons import config
+from teachers import config
 from torch import Tensor, nn
 
 from distill.objective import Imitate

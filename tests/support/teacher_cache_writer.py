@@ -1,4 +1,4 @@
-"""Processes that write a teacher's answers until they are killed: ``python tests/lesson_writer.py FOLDER``."""
+"""Processes that write a teacher's answers until they are killed: ``python tests/support/teacher_cache_writer.py FOLDER``."""
 
 import os
 import signal

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from lessons import DIGITS, LESSONS, STUDENT, encoder_export
 from ranks import Ranks, stage_named
 from safetensors.torch import load_file, save_file
+from teachers import DIGITS, LESSONS, STUDENT, encoder_export
 from torch import Tensor
 
 from distill.target import Lesson
