@@ -23,8 +23,8 @@ from machine import described
 from safetensors.torch import load_file
 
 from foveal.data import train_batches
-from foveal.doctor.finding import Report
-from foveal.doctor.node import rates
+from foveal.doctor.node_checks import rates
+from foveal.doctor.report import Report
 from foveal.forecast.forecast import Forecast, Machine
 from foveal.training.cli import load
 from pretrain.run import STAGE

@@ -10,7 +10,7 @@ from torch import nn
 from finetune.config import FinetuneConfig
 from finetune.plan import FinetunePlan
 from foveal.models.backbone import backbone_from_card, head_names, layers_of, undecayed_of
-from foveal.models.heads import Classifier
+from foveal.models.classify import Classifier
 from foveal.models.resize import resized_from_card
 from foveal.models.vit import encoder_from_card
 from foveal.optim.optimizers import parameter_groups

@@ -39,9 +39,9 @@ from foveal.models.backbone import (
     set_recompute,
     times,
 )
+from foveal.models.sliding_window import corners
 from foveal.models.vit import EncoderCard, encoder_card
-from foveal.models.windows import corners
-from foveal.patience import answered
+from foveal.timeouts import answered
 from foveal.training.plan import Plan, inherited_science, planned
 from foveal.weights.export import Card
 from foveal.weights.pretrained import Origin, origin_of

@@ -19,8 +19,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from foveal.errors import ConfigError
-from foveal.patience import within
 from foveal.redact import written_secrets
+from foveal.timeouts import within
 
 _MOST_TEXT, _MOST_VALUES, _MOST_DIGITS = 1 << 18, 100_000, 100  # characters, values, and digits of one, in a config
 _PATIENCE = 20.0  # seconds that storage may take to begin with an answer

@@ -11,11 +11,11 @@ from torch import Tensor
 from foveal.data import DataConfig
 from foveal.errors import ExportError
 from foveal.models.backbone import BackboneCard, card_of
-from foveal.models.positions import sincos_positions
 from foveal.models.resize import resized
+from foveal.models.sincos import sincos_positions
 from foveal.models.timm_vit import Encoder
 from foveal.models.vit import SizedVit, build_encoder
-from foveal.patience import answered
+from foveal.timeouts import answered
 from foveal.weights.export import Card, fitting, load_strictly, read_export
 from foveal.weights.foreign import heads_beside, read_weights, weights_file
 

@@ -14,7 +14,7 @@ from finetune.regularizers.adversarial import Attack, attack_of
 from finetune.regularizers.mixup import erased, mixed, with_partners
 from finetune.regularizers.teacher import Teacher, teacher_of
 from foveal.data import Batch, LabelKind, normalise
-from foveal.models.norms import norms_of, statistics_kept
+from foveal.models.batch_norm import norms_of, statistics_kept
 from foveal.seeding import key, uniforms
 from foveal.training.loop import Parts
 

@@ -7,12 +7,12 @@ from typing import Any, Protocol
 import torch
 
 from finetune.plan import FinetunePlan
-from finetune.tasks.accuracy import accuracy, precision
 from finetune.tasks.classify import classify
-from finetune.tasks.coco import average_precision
+from finetune.tasks.classify_metrics import accuracy, precision
 from finetune.tasks.detect import detect, detect_head
-from finetune.tasks.overlap import overlap
+from finetune.tasks.detect_metrics import average_precision
 from finetune.tasks.segment import segment, segment_head
+from finetune.tasks.segment_metrics import overlap
 from foveal.data import LabelKind
 from foveal.data.sampling.subset import PartName
 from foveal.engines.base import Engine

@@ -10,7 +10,7 @@ from foveal.atomic import write_json
 from foveal.config import read_yaml
 from foveal.errors import CheckpointError, ConfigError, Diverged, FovealError, Superseded
 from foveal.tracking import courier_of
-from foveal.tracking.sqlite import file_of
+from foveal.tracking.sqlite_store import file_of
 from foveal.tracking.tail import Tail, read_json
 from foveal.tracking.tracker import State, TrackingConfig
 from foveal.training.lease import attempts_of

@@ -18,8 +18,8 @@ from foveal.data.storage.prefetch import Prefetch
 from foveal.data.storage.reader import CachedReader, LocalReader, Reader
 from foveal.data.storage.remote import NotThere, Remote
 from foveal.errors import DataError, Unreachable
-from foveal.patience import AWAY, answered
 from foveal.redact import redact_urls
+from foveal.timeouts import AWAY, answered
 
 Statistics = tuple[tuple[float, ...] | None, tuple[float, ...] | None]  # mean and std
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from foveal.patience import within
+from foveal.timeouts import within
 
 # gloo raises plain RuntimeErrors, which name its source files; NCCL's are torch's own classes.
 _GLOO = re.compile(

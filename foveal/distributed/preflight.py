@@ -16,13 +16,13 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from foveal.distributed.identity import RunIdentity
 from foveal.distributed.launcher import Seat, seat
 from foveal.distributed.peer_failure import break_away
+from foveal.distributed.run_identity import RunIdentity
 from foveal.distributed.tcp_store import in_short, open_store
 from foveal.distributed.world import device_of, tell_libraries
 from foveal.errors import LaunchError
-from foveal.patience import within
+from foveal.timeouts import within
 
 _LOOKS = 0.1  # seconds between two looks into the store
 _BEGUN = "begun"

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 
 import torch.distributed as dist
 
-from foveal.distributed.identity import RunIdentity
 from foveal.distributed.launcher import Seat
+from foveal.distributed.run_identity import RunIdentity
 from foveal.distributed.tcp_store import in_short, open_store, serves
 from foveal.errors import LaunchError, RankConflict
 

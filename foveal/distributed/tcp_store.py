@@ -20,10 +20,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from foveal.distributed.identity import RunIdentity
 from foveal.distributed.launcher import Seat, agent_serves, places
+from foveal.distributed.run_identity import RunIdentity
 from foveal.errors import Hung, LaunchError, RankConflict, Superseded
-from foveal.patience import within
+from foveal.timeouts import within
 
 Place = tuple[str, int]  # host and port
 _LOOKS = 0.5  # seconds between two looks, once the first few were quick

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from foveal.distributed.identity import RunIdentity
 from foveal.distributed.launcher import Seat, number_in, seat
 from foveal.distributed.peer_failure import break_away, dump_recorder, lost_peer, prepare_recorder
 from foveal.distributed.rendezvous import meet
+from foveal.distributed.run_identity import RunIdentity
 from foveal.errors import FovealError, Hung, LaunchError, RankConflict
 
 T = TypeVar("T")

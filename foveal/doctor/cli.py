@@ -20,6 +20,6 @@ def doctor_command(
 
     Exit code 6 and `bad nodes: ...` if one is not, 2 if CONFIG is wrong.
     """
-    from foveal.doctor.examination import Order, examine
+    from foveal.doctor.runner import Order, examine
 
     examine(Order(None if config is None else stage_of(config, stage), config or "", overrides or [], slowest, joining))

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from foveal.doctor.finding import Report
+from foveal.doctor.report import Report
 
 
 def lines_of(reports: list[Report], silent: dict[int, tuple[str, str]], bad: list[str]) -> list[str]:

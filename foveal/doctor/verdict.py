@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from foveal.doctor.finding import Report
+from foveal.doctor.report import Report
 from foveal.errors import BadNode, ConfigError, Unreachable
 
 _ALIKE = ("version of ", "decoder", "commit", "device")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from foveal.errors import ConfigError
-from foveal.forecast.cluster import Partition, Request, partition_named, request_of, seconds_of
+from foveal.forecast.slurm_limits import Partition, Request, partition_named, request_of, seconds_of
 
 STAGES = ("pretrain", "distill", "finetune")
 
@@ -52,7 +52,7 @@ def plan_command(
 ) -> None:
     """What CONFIG needs and takes on so many GPUs, and what will not do; needs no GPU. Exit code 2 if it cannot run."""
     from foveal.forecast.forecast import Forecast, Machine
-    from foveal.forecast.hardware import gpu_named
+    from foveal.forecast.gpu_specs import gpu_named
     from foveal.forecast.problems import problems_of
     from foveal.forecast.report import lines_of, tree_of
     from foveal.training.cli import load

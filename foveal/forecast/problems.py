@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from foveal.forecast.cluster import Partition, Request
 from foveal.forecast.forecast import Forecast, sharings
+from foveal.forecast.slurm_limits import Partition, Request
 
 STARTING = 180.0  # seconds from the start of a job to its first step: containers, imports, index, checkpoint; assumed
 

@@ -3,10 +3,10 @@
 from dataclasses import asdict
 from typing import Any
 
-from foveal.forecast.cluster import Partition
 from foveal.forecast.forecast import Forecast
 from foveal.forecast.memory import CONTEXT_BYTES, FRAGMENTED
 from foveal.forecast.problems import STARTING, Limits, Problem, attempts_of
+from foveal.forecast.slurm_limits import Partition
 
 
 def lines_of(forecast: Forecast, limits: Limits, partition: Partition | None) -> list[str]:

@@ -8,8 +8,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from foveal.inspect.overlay import colours
-from foveal.inspect.sheet import sheet
+from foveal.inspect.image_grid import sheet
+from foveal.inspect.segmentation import colours
 
 SMALLEST = 320  # pixels; smaller images are enlarged by a whole factor, so that names hide little
 _LINE = 11  # pixels of a line of text

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from foveal.inspect.sheet import sheet
+from foveal.inspect.image_grid import sheet
 from foveal.models.patches import patch_statistics, patchify, take, unpatchify
 
 GREY = 128  # a masked patch

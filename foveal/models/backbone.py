@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from foveal.config import Config, ImageSize, height_and_width, science
 from foveal.errors import ConfigError, ExportError
+from foveal.models.batch_norm import batch_norms, statistics_kept
 from foveal.models.droppath import sample_drops
-from foveal.models.norms import batch_norms, statistics_kept
 from foveal.models.vit import EncoderCard
 
 # What timm's models raise for sizes that they cannot have.

@@ -76,7 +76,7 @@ class Detector(nn.Module):
         self.head = PyramidHead(inside, stride, head)
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> Answers:
-        """What the head says of normalised images [B, C, H, W]; ``noise`` as in ``foveal.models.heads.Classifier``."""
+        """What the head says of normalised images [B, C, H, W]; ``noise`` as in ``foveal.models.classify.Classifier``."""
         set_drops(self.encoder, noise)
         set_kept(self.encoder, None)
         # An engine may have lowered the weights; under autocast they are float32.

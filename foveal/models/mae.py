@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from foveal.config import Config, science
 from foveal.models.encode import borrowed, encode, features, run_blocks
 from foveal.models.patches import split_by_noise
-from foveal.models.positions import sincos_positions
+from foveal.models.sincos import sincos_positions
 from foveal.models.timm_vit import Encoder
 from foveal.models.vit import TOKEN_SCALE, initialise_linear
 

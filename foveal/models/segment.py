@@ -60,7 +60,7 @@ class Segmenter(nn.Module):
             encoder.get_parameter(name).requires_grad_(False)
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Logits [B, K, H, W] of normalised images [B, C, H, W]; ``noise`` as ``foveal.models.heads.Classifier`` takes it."""
+        """Logits [B, K, H, W] of normalised images [B, C, H, W]; ``noise`` as ``foveal.models.classify.Classifier`` takes it."""
         set_drops(self.encoder, noise)
         set_kept(self.encoder, None)
         # An engine may have lowered the weights; under autocast they are float32.

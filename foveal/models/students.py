@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from foveal.models.backbone import set_recompute
+from foveal.models.classify import distillation_head
 from foveal.models.encode import borrowed, encode, encode_layers, features, without_registers
-from foveal.models.heads import distillation_head
 from foveal.models.mae import Decoder, DecoderConfig
 from foveal.models.timm_vit import Encoder
 from foveal.models.token_positions import read_across

@@ -15,7 +15,7 @@ from torch import nn
 from foveal.config import Config, ImageSize, height_and_width, science
 from foveal.errors import ConfigError, ExportError
 from foveal.models.droppath import sample_drops
-from foveal.models.positions import check_width, sincos_positions
+from foveal.models.sincos import check_width, sincos_positions
 from foveal.models.timm_vit import Encoder, has_table, is_rotary, options, outline, sizes_of
 from foveal.models.token_positions import keep_biases
 

@@ -23,8 +23,8 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
 from foveal.redact import redact, redact_urls
-from foveal.tracking.refused import Refused
-from foveal.tracking.sqlite import alone_with, file_of, located
+from foveal.tracking.sqlite_store import alone_with, file_of, located
+from foveal.tracking.store_errors import Refused
 from foveal.tracking.tracker import Point, TrackingConfig
 
 _PARAMS = 90  # in a request: MLflow takes at most 100 params and as many tags

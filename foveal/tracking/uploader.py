@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from foveal.tracking.jsonl import Jsonl
-from foveal.tracking.refused import refusal
+from foveal.tracking.store_errors import refusal
 from foveal.tracking.sync import Delivery, Superseded
 from foveal.tracking.tracker import Row, State, in_words
 

@@ -12,7 +12,7 @@ from foveal.distributed.world import World
 from foveal.engines.base import Engine
 from foveal.errors import CheckpointError, LaunchError
 from foveal.training.evaluations import Scores
-from foveal.training.meters.step_metrics import Row
+from foveal.training.meters.metric_accumulator import Row
 from foveal.training.meters.throughput import Pace
 from foveal.training.plan import Plan
 from foveal.training.provenance import versions

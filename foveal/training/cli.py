@@ -12,11 +12,11 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 
-from foveal.distributed.gpus import check_gpus
-from foveal.distributed.identity import RunIdentity
+from foveal.distributed.gpu_allocation import check_gpus
 from foveal.distributed.launcher import Seat, seat
 from foveal.distributed.peer_failure import lost_peer
 from foveal.distributed.preemption import Preemption, deaf, listening
+from foveal.distributed.run_identity import RunIdentity
 from foveal.distributed.world import World, joined
 from foveal.errors import ConfigError, FovealError, Hung, LaunchError, OutOfMemory, Superseded
 from foveal.redact import RedactingFormatter, redact_tracebacks

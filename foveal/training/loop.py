@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from foveal.data import Batch
 from foveal.distributed.world import World
 from foveal.engines.base import Engine
-from foveal.training.meters.step_metrics import Totals
+from foveal.training.meters.metric_accumulator import Totals
 from foveal.training.meters.stragglers import Stragglers
 from foveal.training.meters.throughput import Pace
 

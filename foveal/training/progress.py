@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from foveal.training.meters.step_metrics import Row
+from foveal.training.meters.metric_accumulator import Row
 
 _LINE_EVERY = 30.0  # seconds between lines in a log
 _NUMBERS = 6  # of a result in a line

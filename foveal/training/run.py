@@ -24,8 +24,8 @@ from foveal.training.evaluations import Scores, until, values
 from foveal.training.exporting import Exports
 from foveal.training.lease import Attempt, Lease
 from foveal.training.loop import Course, Objective, Step, steps
+from foveal.training.meters.metric_accumulator import Row, Totals
 from foveal.training.meters.profiler import profiled
-from foveal.training.meters.step_metrics import Row, Totals
 from foveal.training.meters.stragglers import Stragglers
 from foveal.training.meters.throughput import Pace, peak_memory
 from foveal.training.plan import Plan

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from foveal.atomic import drafted, sha256
 from foveal.errors import ExportError
-from foveal.patience import PATIENCE, answered
+from foveal.timeouts import PATIENCE, answered
 
 FORMAT = 1
 _LISTS = ("mean", "std", "classes", "resized_from")  # tuples, which JSON does not have

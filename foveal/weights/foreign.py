@@ -15,7 +15,7 @@ from torch import Tensor
 
 from foveal.atomic import sha256
 from foveal.errors import ExportError
-from foveal.patience import PATIENCE, answered
+from foveal.timeouts import PATIENCE, answered
 
 # Hugging Face's names behind "vit.", before transformers 5 and since; what the files of both hold is the older.
 _TOPS = {

@@ -23,7 +23,7 @@ from foveal.models.backbone import (
 )
 from foveal.models.timm_vit import has_table, outline, sizes_of
 from foveal.models.vit import Pooling, VitConfig, encoder_card, encoder_from_card
-from foveal.patience import PATIENCE, answered
+from foveal.timeouts import PATIENCE, answered
 from foveal.weights.export import Card, fitting, read_card, read_export
 from foveal.weights.foreign import config_beside, heads_beside, read_weights, weights_file
 

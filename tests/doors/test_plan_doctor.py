@@ -16,9 +16,9 @@ import psutil
 import pytest
 from processes import PYTHON, Ended, Started, ended
 
-from foveal.distributed.identity import RunIdentity
+from foveal.distributed.run_identity import RunIdentity
 from foveal.distributed.tcp_store import connect
-from foveal.doctor.examination import ENDING
+from foveal.doctor.runner import ENDING
 
 _PATIENCE = 60  # seconds until a rank has come
 _JOINING = 15  # seconds that ranks wait for one that is never started

@@ -21,7 +21,7 @@ from processes import PYTHON, ROOT, Ended, Started, ended
 
 from foveal.tracking import open_tracker, sync, uploader
 from foveal.tracking.mlflow import MLflow
-from foveal.tracking.refused import refusal
+from foveal.tracking.store_errors import refusal
 from foveal.tracking.tracker import Row, State, Tracker, TrackingConfig
 
 pytestmark = [

@@ -20,7 +20,7 @@ import safetensors.numpy
 
 from foveal.atomic import write_whole
 from foveal.errors import DataError
-from foveal.patience import AWAY
+from foveal.timeouts import AWAY
 
 FORMAT = 2
 SUFFIX = ".index"

@@ -11,9 +11,9 @@ from foveal.data.format.manifest import read_manifest
 from foveal.data.pack.digits import pack_digits
 from foveal.data.pack.folder import pack_folder
 from foveal.data.pack.hf import pack_hf
-from foveal.data.pack.recipe import Recipe
+from foveal.data.pack.options import Recipe
 from foveal.data.pack.table import pack_table
-from foveal.data.pack.write import SKIPPED
+from foveal.data.pack.writer import SKIPPED
 
 app = typer.Typer(help="Write images as WebDataset shards with manifest and index.", no_args_is_help=True)
 

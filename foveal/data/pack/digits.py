@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from foveal.data.pack.recipe import Recipe
-from foveal.data.pack.samples import Contents, Part, Sample, divided
-from foveal.data.pack.write import write
+from foveal.data.pack.options import Recipe
+from foveal.data.pack.source import Contents, Part, Sample, divided
+from foveal.data.pack.writer import write
 
 _VAL_PER_CLASS = 36
 _SHARD = 256

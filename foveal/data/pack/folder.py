@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from foveal.data.format.shard_index import IMAGES
-from foveal.data.pack.recipe import Recipe
-from foveal.data.pack.samples import Contents, Part, Sample, hashed, key_of, parts_of
-from foveal.data.pack.write import write
+from foveal.data.pack.options import Recipe
+from foveal.data.pack.source import Contents, Part, Sample, hashed, key_of, parts_of
+from foveal.data.pack.writer import write
 from foveal.errors import DataError
 
 _SPLITS = ("train", "val", "test")

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from foveal.data.pack.recipe import Recipe
-from foveal.data.pack.samples import Contents, Sample, key_of, labels_of, parts_of
-from foveal.data.pack.write import write
+from foveal.data.pack.options import Recipe
+from foveal.data.pack.source import Contents, Sample, key_of, labels_of, parts_of
+from foveal.data.pack.writer import write
 from foveal.errors import DataError
 
 _SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves

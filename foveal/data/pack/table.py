@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from foveal.data.pack.folder import file_sample
-from foveal.data.pack.recipe import Recipe
-from foveal.data.pack.samples import Contents, Sample, labels_of, parts_of
-from foveal.data.pack.write import in_order, write
+from foveal.data.pack.options import Recipe
+from foveal.data.pack.source import Contents, Sample, labels_of, parts_of
+from foveal.data.pack.writer import in_order, write
 from foveal.errors import DataError
 
 _CHUNK = 256  # files that one thread looks for at a time

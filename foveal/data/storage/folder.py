@@ -8,7 +8,7 @@ from typing import IO, Protocol, TypeVar
 from foveal.data.config import is_remote
 from foveal.data.storage.remote import PIECE, Remote
 from foveal.errors import DataError
-from foveal.patience import answered
+from foveal.timeouts import answered
 
 T = TypeVar("T")
 _PATIENCE = 120.0  # seconds for one request with all its attempts; nobody waits for ranks here

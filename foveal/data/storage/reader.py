@@ -16,7 +16,7 @@ from foveal.data.storage.folder import Folder
 from foveal.data.storage.folder import Local as LocalFolder
 from foveal.data.storage.remote import Remote
 from foveal.errors import DataError, Unreachable
-from foveal.patience import answered
+from foveal.timeouts import answered
 
 _OPEN_SHARDS = 256
 _READ = os.O_RDONLY | os.O_CLOEXEC

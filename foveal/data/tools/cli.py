@@ -11,7 +11,7 @@ from foveal.data.format.manifest import Manifest
 from foveal.data.indexing.index import index_folder
 from foveal.data.pack.cli import app as pack_app
 from foveal.data.records.audit import report
-from foveal.data.tools.bar import bar
+from foveal.data.tools.progress_bar import bar
 from foveal.data.tools.show import histogram, save_sheet
 from foveal.data.tools.verify import verify
 

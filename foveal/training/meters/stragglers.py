@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from foveal.training.meters.step_metrics import Row
+from foveal.training.meters.metric_accumulator import Row
 
 
 class Stragglers:

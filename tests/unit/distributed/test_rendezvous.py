@@ -16,12 +16,12 @@ import pytest
 import torch.distributed as dist
 
 from foveal.distributed import rendezvous, tcp_store
-from foveal.distributed.identity import RunIdentity
 from foveal.distributed.launcher import Seat, places
 from foveal.distributed.rendezvous import meet, ranks_in_words
+from foveal.distributed.run_identity import RunIdentity
 from foveal.distributed.tcp_store import Lifeline
 from foveal.errors import FovealError, Hung, LaunchError, RankConflict, Superseded
-from foveal.patience import within
+from foveal.timeouts import within
 
 _JOBS = itertools.count(77)
 STEP = {"SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost", "SLURM_PROCID": "0"}

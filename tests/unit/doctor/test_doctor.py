@@ -12,11 +12,11 @@ import pytest
 import torch
 from plans import forecast
 
-from foveal.distributed.gpus import check_gpus
+from foveal.distributed.gpu_allocation import check_gpus
 from foveal.distributed.launcher import Seat
 from foveal.distributed.preflight import hosts, nodes_of_ranks
-from foveal.doctor import node, run
-from foveal.doctor.finding import Report, kind_of
+from foveal.doctor import node_checks, run_checks
+from foveal.doctor.report import Report, kind_of
 from foveal.doctor.table import lines_of
 from foveal.doctor.verdict import Verdict, judged
 from foveal.errors import BadNode, DataError, LaunchError, Unreachable
@@ -132,22 +132,22 @@ class Usage(NamedTuple):
 
 @pytest.mark.parametrize(("free", "kinds"), [(60e6, ["node"]), (5e8, ["note"]), (8e9, [])])
 def test_shared_memory_that_is_short(free: float, kinds: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node.shutil, "disk_usage", lambda _: Usage(int(16e9), 0, int(free)))
+    monkeypatch.setattr(node_checks.shutil, "disk_usage", lambda _: Usage(int(16e9), 0, int(free)))
     found = report()
-    node.shared_memory(found)
+    node_checks.shared_memory(found)
     assert [kind for kind, _ in found.faults] == kinds
 
 
 def test_few_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 4096))
     found = report()
-    node.limits(found)
+    node_checks.limits(found)
     assert found.faults == [("config", "a process may open 256 files: set `ulimit -n 4096` in the job script")]
 
 
 def test_rates_are_positive_and_of_both_types() -> None:
     found = report()
-    node.rates(found, torch.device("cpu"))
+    node_checks.rates(found, torch.device("cpu"))
     assert found.facts["fp32_rate"] > 1e6
     assert found.facts["bf16_rate"] > 1e6
 
@@ -159,7 +159,7 @@ def smi(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Report:
     file.chmod(file.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
     found = report()
-    node.health(found, "GPU-b", 0)
+    node_checks.health(found, "GPU-b", 0)
     return found
 
 
@@ -223,11 +223,11 @@ def test_the_gpus_that_slurm_gave_are_there_and_used(
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     found, here = report("node2"), Seat(2, 4, 0, "srun")
     if error is None:
-        node.gpus(found, here)
+        node_checks.gpus(found, here)
         assert found.faults == ([("note", sentence)] if sentence else [])
     else:
         with pytest.raises(error, match=re.escape(sentence)) as caught:
-            node.gpus(found, here)
+            node_checks.gpus(found, here)
         assert kind_of(caught.value) == ("node" if error is BadNode else "config")
     monkeypatch.delenv("SLURM_STEP_ID")
     assert check_gpus(here) is None, "outside a step nothing is given"
@@ -256,19 +256,19 @@ def test_what_is_there_already_needs_no_room(
         folder.mkdir(parents=True)
         (folder / "pieces").write_bytes(bytes(made.checkpoint_bytes))
     room = int(free * made.checkpoint_bytes)
-    monkeypatch.setattr(run.shutil, "disk_usage", lambda _: Usage(10 * room, 0, room))
+    monkeypatch.setattr(run_checks.shutil, "disk_usage", lambda _: Usage(10 * room, 0, room))
     found = report()
-    run.disk(found, run.Subject(made.stage, made.plan))
+    run_checks.disk(found, run_checks.Subject(made.stage, made.plan))
     assert [kind for kind, _ in found.faults] == kinds
 
 
 def test_a_tracking_server_that_does_not_answer() -> None:
     found = report()
     for harmless in (None, "sqlite:///runs/mlflow.db"):
-        run.tracking(found, harmless)
+        run_checks.tracking(found, harmless)
     assert found.faults == []
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound and not listening: refused at once
-        run.tracking(found, f"http://127.0.0.1:{taken.getsockname()[1]}")
+        run_checks.tracking(found, f"http://127.0.0.1:{taken.getsockname()[1]}")
     ((kind, sentence),) = found.faults
     assert kind == "note" and "does not answer" in sentence

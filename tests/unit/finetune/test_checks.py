@@ -13,7 +13,7 @@ from finetune.run import parts
 from foveal.errors import ConfigError, DataError, ExportError, FovealError
 from foveal.forecast.trace import flops_of
 from foveal.models.backbone import build_backbone, head_names
-from foveal.models.heads import Classifier
+from foveal.models.classify import Classifier
 from foveal.models.vit import VitConfig, build_encoder, encoder_card
 from foveal.weights.export import Card, write_export
 

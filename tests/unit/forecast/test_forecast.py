@@ -16,11 +16,11 @@ from foveal.cli import app
 from foveal.engines.base import EngineConfig
 from foveal.errors import ConfigError
 from foveal.forecast.cli import stage_of
-from foveal.forecast.cluster import Partition, Request, partition_named, partitions, request_of, seconds_of
 from foveal.forecast.forecast import Forecast, Machine
-from foveal.forecast.hardware import gpu_named
+from foveal.forecast.gpu_specs import gpu_named
 from foveal.forecast.memory import memory_of
 from foveal.forecast.problems import Limits, attempts_of, problems_of
+from foveal.forecast.slurm_limits import Partition, Request, partition_named, partitions, request_of, seconds_of
 from foveal.forecast.trace import Trace, Weights
 from foveal.optim.optimizers import OptimConfig
 

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 from foveal.inspect.boxes import box_sheet
-from foveal.inspect.overlay import colours
-from foveal.inspect.sheet import GAP
+from foveal.inspect.image_grid import GAP
+from foveal.inspect.segmentation import colours
 
 SIDE = 320
 

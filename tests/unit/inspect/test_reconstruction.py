@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
+from foveal.inspect.image_grid import GAP
 from foveal.inspect.reconstruction import GREY, reconstruction_sheet
-from foveal.inspect.sheet import GAP
 from foveal.models.patches import split_by_noise, targets
 
 MEAN, STD = (0.3, 0.5, 0.6), (0.2, 0.25, 0.3)

@@ -28,8 +28,8 @@ from foveal.models.backbone import (
     undecayed_of,
     whole_and_map,
 )
+from foveal.models.classify import Classifier
 from foveal.models.droppath import drop_path_sites
-from foveal.models.heads import Classifier
 from foveal.models.vit import EncoderCard, VitConfig, encoder_card
 
 SWIN = "swin_tiny_patch4_window7_224"

@@ -7,8 +7,8 @@ import torch
 from encoders import KINDS, encoder_of
 from timm.layers.drop import DropPath
 
+from foveal.models.classify import Classifier
 from foveal.models.droppath import SampledDropPath, drop_path_sites, set_drops
-from foveal.models.heads import Classifier
 from foveal.models.vit import Positions, VitConfig, build_encoder
 
 TINY = VitConfig(patch=4, width=32, depth=4, heads=2)

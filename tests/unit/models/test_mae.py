@@ -5,8 +5,8 @@ import torch
 from encoders import KINDS, PLAIN, RELATIVE, autoencoder_of, encoder_of
 
 from foveal.errors import ConfigError
+from foveal.models.classify import Classifier
 from foveal.models.encode import features
-from foveal.models.heads import Classifier
 from foveal.models.mae import DecoderConfig, MaskedAutoencoder
 from foveal.models.patches import reconstruction_loss, split_by_noise, targets
 from foveal.models.students import FeatureStudent, LayerStudent, Students

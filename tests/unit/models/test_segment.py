@@ -10,9 +10,9 @@ from foveal.models.backbone import BackboneCard, build_backbone
 from foveal.models.encode import features
 from foveal.models.resize import upsampled
 from foveal.models.segment import Laterals, SegmentCard, Segmenter, SegmentHead, build_segmenter
+from foveal.models.sliding_window import by_windows, corners
 from foveal.models.timm_vit import Encoder
 from foveal.models.vit import VitConfig, encoder_card
-from foveal.models.windows import by_windows, corners
 
 SIZE = (16, 24)
 HEADS: list[SegmentHead] = ["linear", "pyramid"]

@@ -10,7 +10,7 @@ import torch
 from encoders import KINDS, encoder_of
 
 from foveal.errors import ConfigError, ExportError
-from foveal.models.positions import sincos_positions
+from foveal.models.sincos import sincos_positions
 from foveal.models.timm_vit import outline
 from foveal.models.vit import (
     EncoderCard,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.model import _depth_of
-from foveal.models.heads import Classifier
+from foveal.models.classify import Classifier
 from foveal.models.mae import DecoderConfig, MaskedAutoencoder
 from foveal.models.vit import VitConfig, build_encoder
 from foveal.optim.optimizers import GuardedAdamW, OptimConfig, parameter_groups, plain_adamw

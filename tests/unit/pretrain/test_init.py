@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from foveal.errors import ConfigError, ExportError
 from foveal.models.backbone import backbone_card, build_backbone
-from foveal.models.positions import sincos_positions
+from foveal.models.sincos import sincos_positions
 from foveal.models.vit import Positions, VitConfig, build_encoder, encoder_card
 from foveal.weights.export import Card, write_export
 from pretrain.config import PretrainConfig, plan

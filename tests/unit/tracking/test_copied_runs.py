@@ -16,7 +16,7 @@ from points import in_jsonl, in_mlflow, row, run_id
 
 from foveal.tracking import mlflow, open_tracker
 from foveal.tracking.mlflow import MLflow
-from foveal.tracking.refused import refusal
+from foveal.tracking.store_errors import refusal
 from foveal.tracking.tracker import TrackingConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

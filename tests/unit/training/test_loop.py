@@ -19,7 +19,7 @@ from foveal.engines.build import build_engine
 from foveal.engines.plain import Plain
 from foveal.optim.optimizers import OptimConfig, parameter_groups
 from foveal.training.loop import Course, due, steps
-from foveal.training.meters.step_metrics import Row, Totals
+from foveal.training.meters.metric_accumulator import Row, Totals
 from foveal.training.meters.stragglers import Stragglers
 from foveal.training.meters.throughput import Pace
 

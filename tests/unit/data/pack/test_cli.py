@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from foveal.data.format.manifest import read_manifest
 from foveal.data.pack.cli import app
-from foveal.data.pack.recipe import Recipe
+from foveal.data.pack.options import Recipe
 from foveal.errors import ConfigError
 
 

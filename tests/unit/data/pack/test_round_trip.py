@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from foveal.data.format.manifest import read_manifest
-from foveal.data.pack import draft, pack_folder
-from foveal.data.pack import write as packing
-from foveal.data.pack.images import Ready
-from foveal.data.pack.recipe import Recipe
-from foveal.data.pack.samples import Part, Sample, divided, hashed, key_of
+from foveal.data.pack import atomic_folder, pack_folder
+from foveal.data.pack import writer as packing
+from foveal.data.pack.encode import Ready
+from foveal.data.pack.options import Recipe
+from foveal.data.pack.source import Part, Sample, divided, hashed, key_of
 from foveal.errors import ConfigError, DataError
 
 # The second shard never ends; the test kills the process when it has begun.
@@ -65,7 +65,7 @@ def test_a_killed_pack_leaves_nothing_and_the_next_one_cleans_up(tmp_path: Path,
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "begun\n"
         (dead,) = target.parent.iterdir()
-        draft._sweep(target)
+        atomic_folder._sweep(target)
         assert (dead / "train-000000.tar").is_file(), "a living process lost its draft"
         process.send_signal(signal.SIGKILL)
     assert not target.exists() and dead.is_dir()

@@ -12,7 +12,7 @@ from pyarrow import parquet
 from foveal.data import DataConfig, Dataset
 from foveal.data.format.manifest import read_manifest
 from foveal.data.pack import pack_table
-from foveal.data.pack.samples import labels_of
+from foveal.data.pack.source import labels_of
 from foveal.errors import DataError
 
 Columns = dict[str, list[Any]]

@@ -16,7 +16,7 @@ from finetune.regularizers.mixup import _beta, erased, mixed, with_partners
 from finetune.regularizers.teacher import Teacher
 from finetune.tasks.classify import Classify
 from foveal.data import Batch
-from foveal.models.norms import batch_norms, norms_of, split_norms, statistics_kept
+from foveal.models.batch_norm import batch_norms, norms_of, split_norms, statistics_kept
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 B, K, SIDE = 8, 5, 12

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from finetune.model import groups
 from finetune.plan import plan
 from finetune.run import STAGE
-from finetune.tasks.overlap import Counts
 from finetune.tasks.registry import TASKS
 from finetune.tasks.segment import Segment, segmenter
+from finetune.tasks.segment_metrics import Counts
 from foveal.data import Batch
 from foveal.errors import ConfigError, DataError, ExportError
 from foveal.forecast.forecast import Forecast, Machine

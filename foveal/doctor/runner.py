@@ -8,13 +8,13 @@ from typing import Any
 import typer
 
 from foveal.distributed.preflight import Meeting, leave, meeting, nodes_of_ranks
-from foveal.doctor import node, run
-from foveal.doctor.finding import Report, kind_of
+from foveal.doctor import node_checks, run_checks
+from foveal.doctor.report import Report, kind_of
 from foveal.doctor.table import lines_of
 from foveal.doctor.verdict import judged
 from foveal.errors import BadNode, FovealError
 from foveal.forecast.cli import stage_named
-from foveal.patience import within
+from foveal.timeouts import within
 from foveal.training.cli import Stage, load
 
 AnyStage = Stage[Any, Any]
@@ -71,13 +71,13 @@ def _examined(here: Meeting, stage: AnyStage | None, order: Order) -> int:
 def _alone(here: Meeting, stage: AnyStage | None, order: Order) -> Report:
     """Everything that a rank can find out by itself, each within its own limit."""
     report = Report(here.node, here.seat.rank)
-    subjects: list[run.Subject] = []
+    subjects: list[run_checks.Subject] = []
     first = here.seat.local == 0
 
     def settings(_report: Report) -> None:
         assert stage is not None
         cfg = load(stage.config, stage.name, order.config, order.overrides)
-        subjects.append(run.Subject(stage, stage.plan(cfg, here.seat.size)))
+        subjects.append(run_checks.Subject(stage, stage.plan(cfg, here.seat.size)))
 
     def attempt(what: str, limit: float, check: Callable[[Report], None]) -> None:
         own = Report(report.node, report.rank)
@@ -95,23 +95,23 @@ def _alone(here: Meeting, stage: AnyStage | None, order: Order) -> Report:
         report.facts |= own.facts
         report.faults += own.faults
 
-    attempt("counting its GPUs", 10, lambda own: node.gpus(own, here.seat))
-    attempt("looking at its device", 15, lambda own: node.device(own, here.device))
-    attempt("multiplying matrices", 15, lambda own: node.rates(own, here.device))
+    attempt("counting its GPUs", 10, lambda own: node_checks.gpus(own, here.seat))
+    attempt("looking at its device", 15, lambda own: node_checks.device(own, here.device))
+    attempt("multiplying matrices", 15, lambda own: node_checks.rates(own, here.device))
     if first:
-        attempt("looking at /dev/shm", 5, node.shared_memory)
-    attempt("looking at its limits", 5, node.limits)
-    attempt("looking at its software", 10, run.software)
+        attempt("looking at /dev/shm", 5, node_checks.shared_memory)
+    attempt("looking at its limits", 5, node_checks.limits)
+    attempt("looking at its software", 10, run_checks.software)
     if stage is None:
         return report
     attempt("reading settings and manifest", CHECKING, settings)
     for subject in subjects:
-        attempt("importing the engine", CHECKING, lambda own, cfg=subject.plan.cfg.engine: run.engine(own, cfg))
-        attempt("reading shards", 15, lambda own, subject=subject: run.shards(own, subject))
+        attempt("importing the engine", CHECKING, lambda own, cfg=subject.plan.cfg.engine: run_checks.engine(own, cfg))
+        attempt("reading shards", 15, lambda own, subject=subject: run_checks.shards(own, subject))
         if first:
-            attempt("writing to the run's disk", 20, lambda own, subject=subject: run.disk(own, subject))
+            attempt("writing to the run's disk", 20, lambda own, subject=subject: run_checks.disk(own, subject))
         if here.seat.rank == 0:
-            attempt("reaching MLflow", 8, lambda own, uri=subject.plan.cfg.tracking.uri: run.tracking(own, uri))
+            attempt("reaching MLflow", 8, lambda own, uri=subject.plan.cfg.tracking.uri: run_checks.tracking(own, uri))
     return report
 
 

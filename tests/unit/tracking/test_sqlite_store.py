@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from processes import PYTHON, ROOT
 
-from foveal.tracking import sqlite
-from foveal.tracking.refused import Refused
-from foveal.tracking.sqlite import alone_with, file_of, located
+from foveal.tracking import sqlite_store
+from foveal.tracking.sqlite_store import alone_with, file_of, located
+from foveal.tracking.store_errors import Refused
 
 _BEGIN = """
 import sys
@@ -109,7 +109,7 @@ def test_a_file_system_without_links(tmp_path: Path) -> None:
 def test_a_lock_that_is_left_or_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "mlflow.db"
     (tmp_path / ".mlflow.db.lock").write_text("left behind")
-    monkeypatch.setattr(sqlite, "_PATIENCE", 0.1)
+    monkeypatch.setattr(sqlite_store, "_PATIENCE", 0.1)
 
     def nested(draft: Path) -> None:
         draft.write_bytes(b"")

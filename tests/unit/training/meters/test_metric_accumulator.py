@@ -5,7 +5,7 @@ import torch
 from clock import Clock
 from torch import Tensor
 
-from foveal.training.meters.step_metrics import Row, Totals
+from foveal.training.meters.metric_accumulator import Row, Totals
 from foveal.training.meters.throughput import Pace
 
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from foveal.atomic import force
-from foveal.tracking.refused import Refused
+from foveal.tracking.store_errors import Refused
 
 _URI = re.compile(r"(sqlite(?:\+\w+)?:///(?:file:(?://(?=/))?)?)([^?]*)(.*)")
 _HEAD = b"SQLite format 3\x00"

@@ -9,8 +9,8 @@ from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
 from foveal.models.backbone import has_distillation_token, set_recompute
+from foveal.models.batch_norm import split_norms
 from foveal.models.droppath import drop_path_sites, set_drops
-from foveal.models.norms import split_norms
 from foveal.models.token_positions import read_across, set_kept
 from foveal.models.vit import HEAD_SCALE
 
@@ -34,7 +34,7 @@ class Classifier(nn.Module):
     ) -> None:
         """``trained``: the beginnings of the names of all weights that learn; none: every weight does.
 
-        ``split``: BatchNorm has other weights and statistics for attacked images (``foveal.models.norms``).
+        ``split``: BatchNorm has other weights and statistics for attacked images (``foveal.models.batch_norm``).
         ``tokened``: training gives the logits of a distillation token too, timm's or an encoder's first register, whose
         head is drawn from torch's global generator and is no part of the encoder.
         """

@@ -16,8 +16,8 @@ from foveal.data.image.targets import NOTHING
 from foveal.data.sampling.subset import PartName
 from foveal.engines.base import Engine
 from foveal.errors import DataError
-from foveal.inspect.overlay import overlay_sheet
-from foveal.models.windows import by_windows
+from foveal.inspect.segmentation import overlay_sheet
+from foveal.models.sliding_window import by_windows
 from foveal.training.run import Run
 
 _SHOWN = 4  # images on a sheet

@@ -16,11 +16,11 @@ from foveal.atomic import force
 from foveal.data.format.manifest import Manifest, Shard, Split, write_manifest
 from foveal.data.format.shard_index import write_index
 from foveal.data.indexing.index import describe, index_shard
-from foveal.data.pack.draft import drafted, is_packed
-from foveal.data.pack.images import Bad, Moments, Ready, prepare, statistics_of
-from foveal.data.pack.recipe import Recipe
-from foveal.data.pack.samples import Contents, Part
-from foveal.data.tools.bar import bar
+from foveal.data.pack.atomic_folder import drafted, is_packed
+from foveal.data.pack.encode import Bad, Moments, Ready, prepare, statistics_of
+from foveal.data.pack.options import Recipe
+from foveal.data.pack.source import Contents, Part
+from foveal.data.tools.progress_bar import bar
 from foveal.errors import DataError
 
 SKIPPED = "skipped.txt"  # split, place and reason of every image that was left out

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from mlflow.exceptions import MlflowException, RestException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
-from foveal.tracking.refused import Refused, refusal
+from foveal.tracking.store_errors import Refused, refusal
 
 
 class HTTPError(OSError):

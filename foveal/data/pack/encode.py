@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image
 
 from foveal.data.image.decode import Undecodable, decode
-from foveal.data.pack.recipe import Recipe
-from foveal.data.pack.samples import Sample, Statistics
+from foveal.data.pack.options import Recipe
+from foveal.data.pack.source import Sample, Statistics
 from foveal.errors import DataError
 
 _FIELDS = {

@@ -12,9 +12,9 @@ from PIL import Image, ImageCms
 from foveal.data import DataConfig, Dataset
 from foveal.data.image.decode import decode
 from foveal.data.pack import pack_folder
-from foveal.data.pack.images import Bad, Ready, prepare, statistics_of
-from foveal.data.pack.recipe import Recipe
-from foveal.data.pack.samples import Sample
+from foveal.data.pack.encode import Bad, Ready, prepare, statistics_of
+from foveal.data.pack.options import Recipe
+from foveal.data.pack.source import Sample
 from foveal.errors import DataError
 
 

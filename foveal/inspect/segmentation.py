@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from foveal.inspect.sheet import GAP, SMALLEST, sheet
+from foveal.inspect.image_grid import GAP, SMALLEST, sheet
 
 GREY = 128  # a pixel of no class
 _COVER = 0.6  # of a pixel is the colour of its class, the rest is its brightness

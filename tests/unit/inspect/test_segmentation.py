@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from foveal.inspect.overlay import GREY, colours, overlay_sheet
-from foveal.inspect.sheet import GAP
+from foveal.inspect.image_grid import GAP
+from foveal.inspect.segmentation import GREY, colours, overlay_sheet
 
 
 def test_classes_have_colours_of_their_own() -> None:

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from foveal.atomic import FULL, in_gigabytes
 from foveal.data.image.decode import decoder_name
-from foveal.doctor.finding import Report, kind_of
+from foveal.doctor.report import Report, kind_of
 from foveal.engines.base import EngineConfig
 from foveal.errors import FovealError
 from foveal.forecast.forecast import Forecast, Machine

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from foveal.errors import ConfigError
-from foveal.models.positions import sincos_positions
+from foveal.models.sincos import sincos_positions
 
 
 @pytest.mark.parametrize(("rows", "columns", "width"), [(4, 4, 8), (3, 5, 12), (14, 14, 192)])

@@ -8,7 +8,7 @@ import torch
 
 from finetune.plan import FinetunePlan
 from finetune.tasks.average_precision import THRESHOLDS, Seen, average_precisions
-from finetune.tasks.overlap import nameable
+from finetune.tasks.segment_metrics import nameable
 from foveal.data import Batch, normalise
 from foveal.data.sampling.subset import PartName
 from foveal.engines.base import Engine

@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from foveal.data import DataConfig, Dataset
 from foveal.data.format.manifest import Manifest, read_manifest
 from foveal.data.pack import pack_digits, pack_folder
-from foveal.data.pack import write as packing
+from foveal.data.pack import writer as packing
 from foveal.errors import DataError
 
 # Science: a change of these refuses every run that was made on the digits before.

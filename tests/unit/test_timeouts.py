@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from foveal.errors import Unreachable
-from foveal.patience import answered, within
+from foveal.timeouts import answered, within
 
 
 def test_what_a_call_returns_and_raises_is_ours() -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from foveal.distributed.gpus import check_gpus
+from foveal.distributed.gpu_allocation import check_gpus
 from foveal.distributed.launcher import Seat
-from foveal.doctor.finding import Report
+from foveal.doctor.report import Report
 
 SHM = Path("/dev/shm")  # noqa: S108 - the place itself is what is looked at
 _SHM_LEAST, _SHM_GOOD = 64e6, 1e9  # bytes: Docker's default, with which NCCL fails at once; what never is too little
