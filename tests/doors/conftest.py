@@ -11,7 +11,7 @@ from processes import PYTHON, ROOT, Ended, Started, ended
 
 # Enough steps for several attempts: 88 of 64 images.
 _LONG = ("epochs=4", "checkpoint.every=20", "tracking.uri=null")
-_HOLDING = Path(__file__).with_name("holding.py")
+_HOLDING = Path(__file__).parents[1] / "support" / "holding.py"
 _PATIENCE = 150  # seconds until two ranks are done, on a busy machine
 _LOOKS = 0.01  # seconds between two looks at a file
 

@@ -16,7 +16,7 @@ from processes import Ended, Started
 from foveal.errors import Hung, LaunchError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # of real processes, each several seconds
-SCRIPT = Path(__file__).with_name("stepping.py")
+SCRIPT = Path(__file__).parents[1] / "support" / "stepping.py"
 TIMEOUT = 8  # seconds of a collective
 STACKS = "the stacks of rank "
 _PATIENCE = 150

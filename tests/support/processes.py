@@ -15,7 +15,7 @@ import pytest
 
 from foveal.tracking.jsonl import read_rows
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PYTHON = Path(sys.executable)
 PATIENCE = 150  # seconds that a command, or a wait for a row, may take on a busy machine
 _LOOKS = 0.01  # seconds between two looks at a file

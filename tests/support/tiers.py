@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-DURATIONS = Path(__file__).with_name("durations.json")
+DURATIONS = Path(__file__).parents[1] / "durations.json"
 _SHORTEST = 1.0  # seconds: a file that takes less is not written down
 _SLURM = ("tests/cluster/", "tests/chaos/")  # two clusters at once would be in each other's way
 

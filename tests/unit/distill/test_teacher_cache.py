@@ -22,7 +22,7 @@ from foveal.errors import ConfigError
 FACTS: dict[str, Any] = {"teacher": "ab", "seed": 3, "mean": [0.25]}
 PARTS = (Part((3, 4), torch.float32), Part((), torch.int64), Part((5,), torch.bfloat16))
 ROWS = 100
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def lessons(folder: Path, facts: dict[str, Any] = FACTS, rows: int = ROWS, parts: tuple[Part, ...] = PARTS) -> Lessons:

@@ -145,7 +145,7 @@ def test_a_slurm_that_does_not_answer_is_none(tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_job_scripts_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.chdir(Path(__file__).parents[3])
     assert request_of("pretrain") == Request("slurm/pretrain_mae.sh", 86400, 180)
     monkeypatch.chdir(tmp_path)
     assert request_of("pretrain") is None
@@ -266,7 +266,7 @@ def test_a_plan_that_cannot_be_is_exit_code_2(configs: dict[str, Path]) -> None:
 
 
 def test_the_stage_is_seen_from_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.chdir(Path(__file__).parents[3])
     assert stage_of("configs/distill/mae_vit_s16.yaml", None) == "distill"
     assert stage_of("mae_vit_b16", None) == "pretrain"
     with pytest.raises(ConfigError, match="give --stage"):

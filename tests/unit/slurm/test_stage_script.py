@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SRUN = '#!/bin/sh\ncat "$0.says" >&2\nexit $(cat "$0.code")\n'
 PYTHON = '#!/bin/sh\n[ ! -e "$0.says" ] || { cat "$0.says" >&2; exit 127; }\n'
 SCONTROL = """\

@@ -13,7 +13,7 @@ from foveal.errors import ConfigError, LaunchError
 from slurm import submit
 from slurm.submit import Job, header, jobs_of, run_here
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 DIGITS = ROOT / "configs/pretrain/digits.yaml"
 TWO = f"""\
 - {{name: one, stage: pretrain, config: {DIGITS}, set: {{optim.lr_per_256: 1e-3, data.path: "a: b"}}}}
