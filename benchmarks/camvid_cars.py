@@ -62,7 +62,7 @@ def main() -> None:
                 images += 1
                 count += len(json.loads(sample["json"]))
         print(f"{shard.name}: {images} images, {count} boxes")
-    index_folder(str(folder), classes=("car",), tell=print)
+    index_folder(str(folder), classes=("car",), on_warning=print)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ import timm
 import torch
 from machine import described
 
-from foveal.checkpoint.store import CheckpointConfig, Store, TrainState
-from foveal.distributed.world import World, joined
+from foveal.checkpoint.store import CheckpointConfig, CheckpointStore, TrainState
+from foveal.distributed.world import World, init_world
 from foveal.engines.base import EngineConfig
 from foveal.engines.build import build_engine
 from foveal.optim.optimizers import OptimConfig, parameter_groups
@@ -47,9 +47,9 @@ class Saving:
         model = timm.create_model(MODEL, pretrained=False, img_size=SIDE)
         cfg = EngineConfig(kind="deepspeed", zero=ZERO)
         self.engine: Any = build_engine(
-            model, parameter_groups(model, optim), optim, cfg, world, at_once=IMAGES, accumulate=1
+            model, parameter_groups(model, optim), optim, cfg, world, microbatch_size=IMAGES, accumulation_steps=1
         )
-        self.store = Store(folder / "foveal", CheckpointConfig(keep=1), world, 1, {})
+        self.store = CheckpointStore(folder / "foveal", CheckpointConfig(keep=1), world, 1, {})
         images = torch.randn(IMAGES, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(world.rank))
         self.images = images.to(world.device)
 
@@ -61,7 +61,7 @@ class Saving:
         with self.engine.micro(last=True):
             self.engine.backward(self.engine.model(self.images).square().mean())
         self.engine.step()
-        return max(self.world.gather(time.perf_counter() - began))
+        return max(self.world.all_gather_objects(time.perf_counter() - began))
 
     def deepspeed(self, number: int) -> dict[str, Any]:
         """DeepSpeed's own save, which returns when everything is written (and not forced to disk)."""
@@ -70,7 +70,7 @@ class Saving:
         self.engine._engine.save_checkpoint(  # noqa: SLF001 - the peer under the adapter
             str(self.folder / "deepspeed"), tag=str(number)
         )
-        stall = max(self.world.gather(time.perf_counter() - began))
+        stall = max(self.world.all_gather_objects(time.perf_counter() - began))
         tag = self.folder / "deepspeed" / str(number)
         size = sum(file.stat().st_size for file in tag.iterdir())
         self.world.barrier()
@@ -84,12 +84,12 @@ class Saving:
         state = TrainState(number, 0.0, RANKS, f"deepspeed ZeRO {ZERO}", {})
         self.store.save(self.engine, state)
         steps = []
-        while self.world.any(self.store.busy):
+        while self.world.any_rank(self.store.is_writing):
             steps.append(self.train())
-        saved = self.store.settle()
+        saved = self.store.commit()
         assert saved is not None, "the disk is full"
-        self.store.finish()
-        found = {"who": "foveal", "stall": saved.stall_seconds, "bytes": saved.bytes, "at once": saved.seconds}
+        self.store.wait_and_commit()
+        found = {"who": "foveal", "stall": saved.stall_seconds, "bytes": saved.num_bytes, "at once": saved.sync_seconds}
         return found | {"write": saved.write_seconds, "steps": steps}
 
     def round(self, number: int) -> list[dict[str, Any]]:
@@ -106,7 +106,7 @@ class Saving:
 def work(folder: Path, rounds: int) -> None:
     """What each rank does; the first round is for the memory that both keep, and is not counted."""
     torch.set_num_threads(1)
-    with joined(600) as world:
+    with init_world(600) as world:
         saving = Saving(world, folder)
         saving.train()
         found = [saving.round(number) for number in range(rounds + 1)][1:]

@@ -30,18 +30,20 @@ Pass = Callable[[], int]  # how many items it gave
 
 def ours(folder: Path, output: str, cores: int, **settings: Any) -> Pass:
     """foveal's training loader; ``float``: normalised on the CPU, where a GPU would do it in a run."""
-    from foveal.data import DataConfig, Dataset, normalise, train_batches, training_set
+    from foveal.data import DataConfig, Dataset, build_training_set, normalise, train_batches
 
     tree = {"path": str(folder / "shards"), "image_size": SIDE, "lanes": 8, "threads": cores, **settings}
-    cfg = DataConfig.checked({**tree, "mean": MEAN, "std": STD}, "the benchmark")
-    training = training_set(Dataset.open(cfg), cfg, seed=0, batch=BATCH)
+    cfg = DataConfig.from_dict({**tree, "mean": MEAN, "std": STD}, "the benchmark")
+    training = build_training_set(Dataset.open(cfg), cfg, seed=0, batch_size=BATCH)
     epochs = itertools.count()
 
     def run() -> int:
         start = next(epochs) * training.order.steps_per_epoch
         stop = start + training.order.steps_per_epoch
         count = 0
-        with train_batches(training, cfg, rank=0, size=1, at_once=BATCH, start=start, stop=stop) as batches:
+        with train_batches(
+            training, cfg, rank=0, world_size=1, microbatch_size=BATCH, start_step=start, stop_step=stop
+        ) as batches:
             for batch in batches:
                 images = normalise(batch.images, MEAN, STD) if output == "float" else batch.images
                 count += len(images)
@@ -195,20 +197,23 @@ def dali(folder: Path, output: str, cores: int) -> Pass:
 
 def ours_bytes(folder: Path, *_: Any) -> Pass:
     """foveal: image and label of every sample, by offset, in the shuffled order of training."""
-    from foveal.data import DataConfig, Dataset, training_set
+    from foveal.data import DataConfig, Dataset, build_training_set
 
     tree = {"path": str(folder / "shards"), "image_size": SIDE, "lanes": 8}
-    cfg = DataConfig.checked(tree, "the benchmark")
+    cfg = DataConfig.from_dict(tree, "the benchmark")
     dataset = Dataset.open(cfg)
-    training = training_set(dataset, cfg, seed=0, batch=1000)
+    training = build_training_set(dataset, cfg, seed=0, batch_size=1000)
 
     def run() -> int:
         count = 0
         for step in range(training.order.steps_per_epoch):
-            for draw in training.draws(training.order.slots(step, 0, 1000)):
-                place = training.find(int(draw))
-                index = place.index
-                data, label = dataset.read(index.shard, *index.image(place.row)), index.labels[place.row]
+            for draw in training.sample_keys(training.order.assign_slots(step, 0, 1000)):
+                place = training.locate_sample(int(draw))
+                index = place.shard_index
+                data, label = (
+                    dataset.read_bytes(index.shard, *index.find_image(place.index_row)),
+                    index.labels[place.index_row],
+                )
                 count += len(data) > 0 and int(label) >= 0
         return count
 

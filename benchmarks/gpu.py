@@ -23,10 +23,10 @@ from machine import described
 from safetensors.torch import load_file
 
 from foveal.data import train_batches
-from foveal.doctor.node_checks import rates
-from foveal.doctor.report import Report
-from foveal.forecast.forecast import Forecast, Machine
-from foveal.training.cli import load
+from foveal.doctor.node_checks import measure_matmul_rates
+from foveal.doctor.report import RankReport
+from foveal.forecast.forecast import ClusterSpec, Forecast
+from foveal.training.cli import load_config
 from pretrain.run import STAGE
 
 EVERY = 20  # steps between checkpoints
@@ -76,14 +76,20 @@ class Bench:
 
     def plan(self, config: str, overrides: Sequence[str]) -> Forecast:
         """What foveal plan foresees of a run on this GPU."""
-        cfg = load(STAGE.config, STAGE.name, config, [*self._settings, *overrides])
-        return Forecast(STAGE, STAGE.plan(cfg, 1), Machine(1, 1, 1.0, 1e9))
+        cfg = load_config(STAGE.config_class, STAGE.name, config, [*self._settings, *overrides])
+        return Forecast(STAGE, STAGE.build_plan(cfg, 1), ClusterSpec(1, 1, 1.0, 1e9))
 
     def loader(self, threads: int, batches: int = 12) -> str:
         """Images that the loader makes in a second when nobody trains."""
         plan = self.plan("mae_vit_b16", (f"data.threads={threads}",)).plan
-        place = {"rank": 0, "size": 1, "at_once": plan.at_once, "start": 0, "stop": batches}
-        with train_batches(plan.training, plan.cfg.data, **place) as made:
+        place = {
+            "rank": 0,
+            "world_size": 1,
+            "microbatch_size": plan.microbatch_size,
+            "start_step": 0,
+            "stop_step": batches,
+        }
+        with train_batches(plan.training_set, plan.cfg.data, **place) as made:
             next(made)
             began, images = time.perf_counter(), sum(len(batch.ids) for batch in made)
         return f"{threads}: {images / (time.perf_counter() - began):,.0f} images/s"
@@ -129,8 +135,8 @@ def apart(one: Trained, other: Trained) -> str:
 
 def report(bench: Bench) -> Iterator[str]:
     """All runs, and what they show, line by line: a lease that ends leaves what was measured until then."""
-    peak = Report("here", 0)
-    rates(peak, torch.device("cuda", 0))
+    peak = RankReport("here", 0)
+    measure_matmul_rates(peak, torch.device("cuda", 0))
     gemm = peak.facts["bf16_rate"]
     yield f"Products of 8192 x 8192 matrices in bf16 run at {gemm / 1e12:.0f} TFLOP/s here (`foveal doctor`)."
     yield f"The loader alone, with so many threads: {'; '.join(bench.loader(number) for number in (1, 2, 4, 8, 12, 16))}."
@@ -144,8 +150,8 @@ def report(bench: Bench) -> Iterator[str]:
         stalls, sizes, waits = (run.median(name)[0] for name in ("save_stall_ms", "save_gigabytes", "data_wait"))
         memory = max(row.get("peak_memory_gib", 0.0) for row in run.rows)
         yield (
-            f"| {name} | {pace:,.0f} ({slowest:,.0f}-{fastest:,.0f}) | {pace * plan.flops.both / gemm:.1%} | {waits:.0%} | "
-            f"{memory:.2f} | {plan.memory.peak / 2**30:.2f} | {stalls:.0f} | {sizes:.2f} |"
+            f"| {name} | {pace:,.0f} ({slowest:,.0f}-{fastest:,.0f}) | {pace * plan.flops_per_sample.forward_backward / gemm:.1%} | {waits:.0%} | "
+            f"{memory:.2f} | {plan.memory_estimate.peak / 2**30:.2f} | {stalls:.0f} | {sizes:.2f} |"
         )
     third = bench.steps // 3 // EVERY * EVERY
     stops = [(third + EVERY // 2, signal.SIGKILL), (2 * third + EVERY // 2, signal.SIGTERM)]

@@ -27,10 +27,10 @@ from memory_cases import ON_A_CPU, ON_A_GPU, Case
 
 from foveal.data import Batch
 from foveal.data.pack import pack_digits
-from foveal.distributed.world import World, joined
+from foveal.distributed.world import World, init_world
 from foveal.engines.base import autocast
 from foveal.engines.build import build_engine
-from foveal.forecast.forecast import Forecast, Machine
+from foveal.forecast.forecast import ClusterSpec, Forecast
 from foveal.models.vit import VitConfig, build_encoder, encoder_card
 from foveal.weights.export import Card, write_export
 
@@ -67,7 +67,7 @@ def forecast_of(case: Case, folder: Path) -> Forecast:
     """What foveal plan says of a case."""
     stage = importlib.import_module(f"{case.stage}.run").STAGE
     cfg = stage.config.checked(tree_of(case, folder), case.name)
-    return Forecast(stage, stage.plan(cfg, case.ranks), Machine(1, case.ranks, 1.0, 1e9))
+    return Forecast(stage, stage.plan(cfg, case.ranks), ClusterSpec(1, case.ranks, 1.0, 1e9))
 
 
 class CpuMeter:
@@ -138,15 +138,22 @@ def train(forecast: Forecast, world: World) -> int:
     cfg = plan.cfg
     _warm_up(forecast, world)
     meter = GpuMeter() if world.device.type == "cuda" else CpuMeter()
-    parts = stage.parts(plan, world.device)
-    sizes = {"at_once": plan.at_once, "accumulate": plan.micros}
-    engine = build_engine(parts.model, parts.groups, cfg.optim, cfg.engine, world, **sizes)
+    parts = stage.build(plan, world.device)
+    engine = build_engine(
+        parts.model,
+        parts.param_groups,
+        cfg.optim,
+        cfg.engine,
+        world,
+        microbatch_size=plan.microbatch_size,
+        accumulation_steps=plan.accumulation_steps,
+    )
     for step in range(STEPS):
         engine.set_lr(1e-4)
-        for micro in range(plan.micros):
-            with engine.micro(last=micro == plan.micros - 1):
+        for micro in range(plan.accumulation_steps):
+            with engine.microbatch(last=micro == plan.accumulation_steps - 1):
                 total, _ = parts.objective(engine.model, _batch(forecast, step).to(world.device))
-                engine.backward(total / plan.at_once)
+                engine.backward(total / plan.microbatch_size)
         del total
         engine.step()
     return meter.peak()
@@ -154,7 +161,7 @@ def train(forecast: Forecast, world: World) -> int:
 
 def _warm_up(forecast: Forecast, world: World) -> None:
     """A forward and backward before anything is measured: libraries keep kernels and scratch pads for themselves."""
-    parts = forecast.stage.parts(forecast.plan, world.device)
+    parts = forecast.stage.build(forecast.plan, world.device)
     importlib.import_module(forecast.plan.cfg.engine.kind.replace("plain", "torch"))
     model = parts.model.to(world.device)
     with autocast(world.device, forecast.plan.cfg.engine.precision):
@@ -165,8 +172,8 @@ def _warm_up(forecast: Forecast, world: World) -> None:
 
 
 def _batch(forecast: Forecast, step: int) -> Batch:
-    data, rows = forecast.plan.cfg.data, torch.arange(forecast.plan.at_once)
-    images = torch.zeros(len(rows), data.channels, *data.sides, dtype=torch.uint8)
+    data, rows = forecast.plan.cfg.data, torch.arange(forecast.plan.microbatch_size)
+    images = torch.zeros(len(rows), data.channels, *data.image_hw, dtype=torch.uint8)
     return Batch(images, rows % 10, rows, rows, rows >= 0, step, 0, 0)
 
 
@@ -258,7 +265,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.rank_of is not None:
         torch.set_num_threads(1)
-        with joined(_PATIENCE / 2) as world:
+        with init_world(_PATIENCE / 2) as world:
             print(json.dumps({"peak": train(forecast_of(CASES[options.rank_of], options.folder), world)}), flush=True)
             os._exit(0)  # gloo's threads sometimes abort an interpreter that ends in order
     with tempfile.TemporaryDirectory() as place:
@@ -268,7 +275,7 @@ def main() -> None:
         with ThreadPoolExecutor(_AT_ONCE if torch.cuda.is_available() else 1) as pool:
             rows = []
             for case, peak in zip(cases, pool.map(lambda case: measured(case, folder), cases), strict=True):
-                rows.append((case, forecast_of(case, folder).memory.peak, peak))
+                rows.append((case, forecast_of(case, folder).memory_estimate.peak, peak))
                 print(*table(rows[-1:])[2:], flush=True)
     if options.out and not options.only:
         options.out.write_text(report(rows))

@@ -22,7 +22,7 @@ import numpy as np
 from machine import described
 
 from foveal.data.format.manifest import read_manifest
-from foveal.data.sampling.order import Order, rank_slots
+from foveal.data.sampling.order import SampleOrder, rank_slot_range
 
 BATCH, RANKS, NODE = 4096, 64, 8  # images per step; ranks of the run, and of one of its nodes
 HUGE_SHARDS, HUGE_SAMPLES = 200_000, 10_000
@@ -70,10 +70,12 @@ def _log_choose(among: int, chosen: int) -> float:
     return math.lgamma(among + 1) - math.lgamma(chosen + 1) - math.lgamma(among - chosen + 1)
 
 
-def distinct_classes(shape: Shape, order: Order, steps: int) -> np.ndarray:
+def distinct_classes(shape: Shape, order: SampleOrder, steps: int) -> np.ndarray:
     """Distinct classes in each of ``steps`` batches, spread over three epochs."""
     chosen = np.linspace(0, 3 * order.steps_per_epoch - 1, steps).astype(int)
-    return np.array([len(np.unique(order.slots(int(step), 0, BATCH).samples // shape.per_class)) for step in chosen])
+    return np.array(
+        [len(np.unique(order.assign_slots(int(step), 0, BATCH).subset_positions // shape.per_class)) for step in chosen]
+    )
 
 
 @dataclass(frozen=True)
@@ -85,15 +87,15 @@ class Reading:
     ahead: int
 
 
-def node_reading(shape: Shape, order: Order, node: int) -> Reading:
+def node_reading(shape: Shape, order: SampleOrder, node: int) -> Reading:
     """The first epoch of a node; what lies ahead is asked for at every 16th step."""
     first, last = node_slots(order, node)
     ends, touched, ahead = np.cumsum(shape.counts), [], 0
     for step in range(order.steps_per_epoch):
-        samples = order.slots(step, first, last).samples
+        samples = order.assign_slots(step, first, last).subset_positions
         touched.append(np.unique(np.searchsorted(ends, samples, side="right")).tolist())
         if step % 16 == 0:
-            ahead = max(ahead, len(order.shards(step, first, last)))
+            ahead = max(ahead, len(order.upcoming_shards(step, first, last)))
     return Reading(touched, max(len(each) for each in touched), ahead)
 
 
@@ -113,10 +115,12 @@ def downloaded(shape: Shape, reading: Reading, capacity: float) -> int:
     return total
 
 
-def node_slots(order: Order, node: int) -> tuple[int, int]:
+def node_slots(order: SampleOrder, node: int) -> tuple[int, int]:
     """The slots of a node's ranks, which are neighbours."""
     ranks = range(node * NODE, (node + 1) * NODE)
-    return rank_slots(BATCH, order.lanes, ranks[0], RANKS)[0], rank_slots(BATCH, order.lanes, ranks[-1], RANKS)[1]
+    return rank_slot_range(BATCH, order.num_lanes, ranks[0], RANKS)[0], rank_slot_range(
+        BATCH, order.num_lanes, ranks[-1], RANKS
+    )[1]
 
 
 def mixed_table(steps: int, gigabytes: float) -> Iterator[str]:
@@ -127,7 +131,7 @@ def mixed_table(steps: int, gigabytes: float) -> Iterator[str]:
     )
     yield "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
     for shape, lanes, window in MIXED:
-        order = Order(shape.counts, BATCH, lanes, window, seed=0)
+        order = SampleOrder(shape.counts, BATCH, lanes, window, seed=0)
         classes, uniform = distinct_classes(shape, order, steps), uniform_classes(shape, BATCH)
         nodes = [node_reading(shape, order, node) for node in range(RANKS // NODE)]
         live, ahead = max(node.live for node in nodes), max(node.ahead for node in nodes)
@@ -178,9 +182,9 @@ def plan(folder: Path, rank: int, ranks: int) -> None:
     imports, clock = peak_megabytes(), [time.perf_counter()]
     shards = read_manifest(folder).splits["train"].shards
     clock.append(time.perf_counter())
-    order = Order(np.array([shard.samples for shard in shards]), BATCH, 32, 4, seed=0)
+    order = SampleOrder(np.array([shard.samples for shard in shards]), BATCH, 32, 4, seed=0)
     clock.append(time.perf_counter())
-    samples = order.slots(0, *rank_slots(BATCH, order.lanes, rank, ranks)).samples
+    samples = order.assign_slots(0, *rank_slot_range(BATCH, order.num_lanes, rank, ranks)).subset_positions
     clock.append(time.perf_counter())
     assert len(np.unique(samples)) == BATCH // ranks
     took = dict(zip(("manifest", "order", "ids"), np.diff(clock).tolist(), strict=True))

@@ -7,75 +7,75 @@ from typing import Any
 import torch
 
 from distill.config import DistillConfig
-from distill.target import IN_BLOCKS, IN_CLASSES, Lesson
-from foveal.data.sampling.sources import Source
+from distill.target import BLOCK_METHODS, CLASS_METHODS, TeacherTarget
+from foveal.data.sampling.sources import SampleSource
 from foveal.errors import ConfigError, DataError, ExportError
 from foveal.models.backbone import (
     BackboneCard,
     backbone_card,
-    backbone_outline,
     build_backbone,
-    card_of,
-    check_resizing,
-    depends_on_others,
+    build_meta_backbone,
+    check_resizable,
+    has_batch_norm,
     has_distillation_token,
-    set_recompute,
-    shapes_of,
-    width_of,
+    infer_feature_shapes,
+    infer_pooled_width,
+    parse_encoder_card,
+    set_activation_checkpointing,
 )
-from foveal.models.patches import count_kept
-from foveal.models.timm_vit import oddity_of_queries
-from foveal.models.vit import EncoderCard, SizedVit, VitConfig, encoder_card
+from foveal.models.patches import count_visible
+from foveal.models.timm_vit import explain_no_fused_qkv
+from foveal.models.vit import EncoderCard, ResolvedVitConfig, VitConfig, encoder_card
 from foveal.weights.export import Card
 
-_DEEP = 0.75  # of the depth: where DMAE and TinyMIM found the best layer
+_DEFAULT_DEPTH_FRACTION = 0.75  # of the depth: where DMAE and TinyMIM found the best layer
 
 
 @dataclass(frozen=True)
-class Shape:
+class FeatureShape:
     """Of what a model makes: numbers of a whole image's feature and of a place's, and the places as (rows, columns)."""
 
-    whole: int
-    place: int
+    pooled_width: int
+    patch_width: int
     grid: tuple[int, int]
 
     @property
     def widths(self) -> tuple[int, int]:
-        return self.whole, self.place
+        return self.pooled_width, self.patch_width
 
 
 @dataclass(frozen=True)
-class Taught:
+class TeacherSpec:
     """A teacher as its card has it, and what it is asked. ``encoder`` is nothing for a model of timm as it is."""
 
-    where: str
-    lesson: Lesson
-    shape: Shape | None
+    path: str
+    target: TeacherTarget
+    feature_shape: FeatureShape | None
     encoder: EncoderCard | None
     classes: tuple[str, ...]
-    named: bool
+    has_class_names: bool
     resized_from: int | tuple[int, int] | None
 
 
 @dataclass(frozen=True)
-class Pupil:
+class StudentSpec:
     """A student with all its sizes, and the card of its export; ``blocks`` are those that are compared."""
 
     name: str
-    model: SizedVit | None
+    model: ResolvedVitConfig | None
     backbone: str | None
-    shape: Shape | None
+    feature_shape: FeatureShape | None
     blocks: tuple[int, ...]
     card: dict[str, Any]
-    mixes: bool = False
+    has_batch_norm: bool = False
 
     @property
-    def called(self) -> str:
+    def display_name(self) -> str:
         """Its name, or that it is the only one."""
         return self.name or "the student"
 
     @property
-    def says(self) -> str:
+    def description(self) -> str:
         """What it is, and how deep it is asked."""
         blocks = f", blocks {', '.join(map(str, self.blocks))}" if self.blocks else ""
         if self.model is None:
@@ -83,18 +83,18 @@ class Pupil:
         return f": {self.model.name} of width {self.model.width} and depth {self.model.depth}{blocks}"
 
 
-def taught_by(cfg: DistillConfig, card: Card) -> Taught:
+def build_teacher_spec(cfg: DistillConfig, card: Card) -> TeacherSpec:
     """What the teacher of this card is asked. Errors: ConfigError, ExportError."""
     where, size = cfg.teacher, cfg.data.image_size
-    told = card_of(card.encoder, f"{where}/card.json")
+    told = parse_encoder_card(card.encoder, f"{where}/card.json")
     if told.channels != cfg.data.channels:
-        raise _unequal(where, "channels", told.channels, "data.channels", cfg.data.channels)
-    if cfg.lesson in IN_CLASSES and not told.classes:
+        raise _mismatch_error(where, "channels", told.channels, "data.channels", cfg.data.channels)
+    if cfg.lesson in CLASS_METHODS and not told.classes:
         raise ExportError(
             f"the teacher {where} has no head, and lesson={cfg.lesson} is in classes; give the export of a fine-tuning"
         )
     encoder = told if isinstance(told, EncoderCard) else None
-    if cfg.lesson in IN_BLOCKS and encoder is None:
+    if cfg.lesson in BLOCK_METHODS and encoder is None:
         assert isinstance(told, BackboneCard)
         raise ExportError(
             f"the teacher {where} is timm's {told.timm} as it is, and lesson={cfg.lesson} reads the blocks of a plain "
@@ -105,137 +105,148 @@ def taught_by(cfg: DistillConfig, card: Card) -> Taught:
             f"the teacher {where} was fine-tuned with pooling=avg and has no norm behind its tokens; "
             f"give a pretrained encoder, or one fine-tuned with pooling=token"
         )
-    return Taught(
-        where=where,
-        lesson=_lesson(cfg, encoder),
-        shape=_shape_of_card(cfg, told) if cfg.lesson == "features" else None,
+    return TeacherSpec(
+        path=where,
+        target=_build_target(cfg, encoder),
+        feature_shape=_card_feature_shape(cfg, told) if cfg.lesson == "features" else None,
         encoder=encoder,
         # Foreign weights need not say what their classes are called.
         classes=card.classes or tuple(map(str, range(told.classes))),
-        named=bool(card.classes),
-        resized_from=_resized_from(told, size, where),
+        has_class_names=bool(card.classes),
+        resized_from=_teacher_trained_size(told, size, where),
     )
 
 
-def fitted(cfg: DistillConfig, taught: Taught, name: str, model: VitConfig | None, backbone: str | None) -> Pupil:
+def check_compatible(
+    cfg: DistillConfig, teacher: TeacherSpec, name: str, model: VitConfig | None, backbone: str | None
+) -> StudentSpec:
     """A student that can follow. Errors: ConfigError, ExportError."""
     size, channels = cfg.data.image_size, cfg.data.channels
     called = f"students.{name}." if name else ""
-    classes = len(taught.classes) if cfg.lesson in IN_CLASSES else 0
+    classes = len(teacher.classes) if cfg.lesson in CLASS_METHODS else 0
     if cfg.lesson == "token":
-        _check_token(called, model, backbone, cfg)
+        _check_distillation_token(called, model, backbone, cfg)
     if backbone is not None:
-        if cfg.lesson in IN_BLOCKS:
+        if cfg.lesson in BLOCK_METHODS:
             raise ConfigError(
                 f"lesson={cfg.lesson} reads the blocks of a plain transformer, and {called}backbone={backbone} is timm's "
                 f"as it is; give {called}model instead"
             )
-        shape = _shape_of_backbone(cfg, backbone) if cfg.lesson == "features" else None
-        _check_grids(cfg, taught, f"{called}backbone={backbone}", shape)
+        shape = _backbone_feature_shape(cfg, backbone) if cfg.lesson == "features" else None
+        _check_grids(cfg, teacher, f"{called}backbone={backbone}", shape)
         card = backbone_card(backbone, size, channels, classes)
-        return Pupil(name, None, backbone, shape, (), card, mixes=_mixes(cfg, backbone))
+        return StudentSpec(name, None, backbone, shape, (), card, has_batch_norm=_check_batch_norm(cfg, backbone))
     assert model is not None
-    sizes = model.fitted(size)
-    if taught.encoder is not None and sizes.patch != taught.encoder.patch and _compares_places(cfg):
-        raise _unequal(taught.where, "patch", taught.encoder.patch, f"{called}model.patch", sizes.patch)
-    shape = _shape_of_vit(sizes, size)
-    _check_grids(cfg, taught, f"{called}model", shape)
+    sizes = model.resolve_for_image(size)
+    if teacher.encoder is not None and sizes.patch != teacher.encoder.patch and _compares_patches(cfg):
+        raise _mismatch_error(teacher.path, "patch", teacher.encoder.patch, f"{called}model.patch", sizes.patch)
+    shape = _vit_feature_shape(sizes, size)
+    _check_grids(cfg, teacher, f"{called}model", shape)
     pooling = cfg.pooling if cfg.lesson == "logits" else "token"
-    card = encoder_card(model, size, channels, pooling=pooling, classes=classes)
-    return Pupil(name, sizes, None, shape, _blocks(cfg, taught, sizes, called), card)
+    card = encoder_card(model, size, channels, pooling=pooling, num_classes=classes)
+    return StudentSpec(name, sizes, None, shape, _resolve_student_blocks(cfg, teacher, sizes, called), card)
 
 
-def _lesson(cfg: DistillConfig, encoder: EncoderCard | None) -> Lesson:
-    if cfg.lesson not in IN_BLOCKS:
-        return Lesson(cfg.lesson, patches=cfg.patch_weight > 0)
+def _build_target(cfg: DistillConfig, encoder: EncoderCard | None) -> TeacherTarget:
+    if cfg.lesson not in BLOCK_METHODS:
+        return TeacherTarget(cfg.lesson, patches=cfg.patch_weight > 0)
     assert encoder is not None
-    blocks = tuple(pair[0] for pair in cfg.layers) or (max(1, round(_DEEP * encoder.depth)),)
+    blocks = tuple(pair[0] for pair in cfg.layers) or (max(1, round(_DEFAULT_DEPTH_FRACTION * encoder.depth)),)
     if cfg.lesson == "layers":
-        count_kept(encoder.grid(cfg.data.image_size)[0] * encoder.grid(cfg.data.image_size)[1], cfg.mask_ratio)
-    elif oddity := oddity_of_queries(encoder.name):
+        count_visible(
+            encoder.patch_grid(cfg.data.image_size)[0] * encoder.patch_grid(cfg.data.image_size)[1], cfg.mask_ratio
+        )
+    elif oddity := explain_no_fused_qkv(encoder.name):
         raise ExportError(f"the teacher {cfg.teacher}, '{encoder.name}', has no relations to tell: {oddity}")
-    return Lesson(cfg.lesson, blocks, encoder.heads, encoder.patch)
+    return TeacherTarget(cfg.lesson, blocks, encoder.heads, encoder.patch)
 
 
-def _blocks(cfg: DistillConfig, taught: Taught, student: SizedVit, called: str) -> tuple[int, ...]:
+def _resolve_student_blocks(
+    cfg: DistillConfig, teacher: TeacherSpec, student: ResolvedVitConfig, prefix: str
+) -> tuple[int, ...]:
     """The student's blocks that are compared, once the pairs exist and can be."""
-    if cfg.lesson not in IN_BLOCKS:
+    if cfg.lesson not in BLOCK_METHODS:
         return ()
-    assert taught.encoder is not None
-    deep = student.depth if cfg.lesson == "relations" else max(1, round(_DEEP * student.depth))
+    assert teacher.encoder is not None
+    deep = student.depth if cfg.lesson == "relations" else max(1, round(_DEFAULT_DEPTH_FRACTION * student.depth))
     blocks = tuple(pair[1] for pair in cfg.layers) or (deep,)
-    for hers, his in zip(taught.lesson.blocks, blocks, strict=True):
-        if not 1 <= hers <= taught.encoder.depth or not 1 <= his <= student.depth:
+    for hers, his in zip(teacher.target.blocks, blocks, strict=True):
+        if not 1 <= hers <= teacher.encoder.depth or not 1 <= his <= student.depth:
             raise ConfigError(
-                f"layers has the pair [{hers}, {his}], but the teacher has blocks 1 to {taught.encoder.depth} and "
-                f"{called}model has 1 to {student.depth}"
+                f"layers has the pair [{hers}, {his}], but the teacher has blocks 1 to {teacher.encoder.depth} and "
+                f"{prefix}model has 1 to {student.depth}"
             )
     if cfg.lesson == "relations":
-        heads = taught.encoder.heads
+        heads = teacher.encoder.heads
         if student.width % heads:
             nearest = heads * max(1, round(student.width / heads))
             raise ConfigError(
-                f"{called}model.width={student.width} cannot be divided among the teacher's {heads} heads, in which "
+                f"{prefix}model.width={student.width} cannot be divided among the teacher's {heads} heads, in which "
                 f"relations are compared; {nearest} can"
             )
-        if oddity := oddity_of_queries(student.name):
-            raise ConfigError(f"{called}model.name='{student.name}' has no relations to tell: {oddity}")
+        if oddity := explain_no_fused_qkv(student.name):
+            raise ConfigError(f"{prefix}model.name='{student.name}' has no relations to tell: {oddity}")
     return blocks
 
 
-def _compares_places(cfg: DistillConfig) -> bool:
-    return cfg.lesson in IN_BLOCKS or (cfg.lesson == "features" and cfg.patch_weight > 0)
+def _compares_patches(cfg: DistillConfig) -> bool:
+    return cfg.lesson in BLOCK_METHODS or (cfg.lesson == "features" and cfg.patch_weight > 0)
 
 
-def _check_grids(cfg: DistillConfig, taught: Taught, student: str, shape: Shape | None) -> None:
+def _check_grids(cfg: DistillConfig, teacher: TeacherSpec, student: str, student_shape: FeatureShape | None) -> None:
     """Features are compared place by place. Errors: ConfigError."""
-    if not _compares_places(cfg) or taught.shape is None or shape is None or taught.shape.grid == shape.grid:
+    if (
+        not _compares_patches(cfg)
+        or teacher.feature_shape is None
+        or student_shape is None
+        or teacher.feature_shape.grid == student_shape.grid
+    ):
         return
-    hers, his = (f"{rows} x {columns}" for rows, columns in (taught.shape.grid, shape.grid))
+    hers, his = (f"{rows} x {columns}" for rows, columns in (teacher.feature_shape.grid, student_shape.grid))
     raise ConfigError(
-        f"the teacher {taught.where} has features of {hers} places, {student} has {his}; patch_weight=0 compares the whole "
+        f"the teacher {teacher.path} has features of {hers} places, {student} has {his}; patch_weight=0 compares the whole "
         f"image's alone"
     )
 
 
-def _check_token(called: str, model: VitConfig | None, backbone: str | None, cfg: DistillConfig) -> None:
+def _check_distillation_token(prefix: str, model: VitConfig | None, backbone: str | None, cfg: DistillConfig) -> None:
     if model is not None:
-        fits = model.resolved().registers > 0
+        fits = model.resolve().registers > 0
     else:
-        fits = has_distillation_token(backbone_outline(backbone or "", cfg.data.image_size, cfg.data.channels))
+        fits = has_distillation_token(build_meta_backbone(backbone or "", cfg.data.image_size, cfg.data.channels))
     if not fits:
         raise ConfigError(
-            f"lesson=token teaches a distillation token, which {called}{f'backbone={backbone}' if backbone else 'model'} has "
-            f"not; give {called}model.registers=1, or a backbone such as deit_tiny_distilled_patch16_224"
+            f"lesson=token teaches a distillation token, which {prefix}{f'backbone={backbone}' if backbone else 'model'} has "
+            f"not; give {prefix}model.registers=1, or a backbone such as deit_tiny_distilled_patch16_224"
         )
 
 
-def _mixes(cfg: DistillConfig, backbone: str) -> bool:
+def _check_batch_norm(cfg: DistillConfig, backbone: str) -> bool:
     """Whether a model of timm has BatchNorm. Errors: ConfigError where it is to recompute activations and cannot."""
     size, channels = cfg.data.image_size, cfg.data.channels
     if cfg.engine.recompute:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            set_recompute(build_backbone(backbone, image_size=size, channels=channels), enable=True)
-    return depends_on_others(backbone_outline(backbone, size, channels))
+            set_activation_checkpointing(build_backbone(backbone, image_size=size, channels=channels), enable=True)
+    return has_batch_norm(build_meta_backbone(backbone, size, channels))
 
 
-def agreed_classes(cfg: DistillConfig, taught: Taught, sources: Sequence[Source]) -> tuple[str, ...]:
+def resolve_class_names(cfg: DistillConfig, teacher: TeacherSpec, sources: Sequence[SampleSource]) -> tuple[str, ...]:
     """The names of the classes: the data's are the teacher's, and labels are among them. Errors: DataError, ConfigError."""
     ours = sources[0].dataset.classes
-    names = taught.classes if taught.named or ours is None else ours
-    if len(names) != len(taught.classes):
+    names = teacher.classes if teacher.has_class_names or ours is None else ours
+    if len(names) != len(teacher.classes):
         raise ConfigError(
-            f"the teacher {taught.where} knows {len(taught.classes)} classes, {sources[0].dataset.folder} has {len(names)}; "
+            f"the teacher {teacher.path} knows {len(teacher.classes)} classes, {sources[0].dataset.folder} has {len(names)}; "
             f"they must be equal"
         )
     for source in sources:
         if source.dataset.classes is not None:
-            _check_same(cfg.teacher, names, str(source.dataset.folder), source.dataset.classes)
+            _check_same_classes(cfg.teacher, names, str(source.dataset.folder), source.dataset.classes)
     _check_labels(cfg, names, sources)
     return names
 
 
-def _check_labels(cfg: DistillConfig, classes: tuple[str, ...], sources: Sequence[Source]) -> None:
+def _check_labels(cfg: DistillConfig, classes: tuple[str, ...], sources: Sequence[SampleSource]) -> None:
     if not cfg.label_weight:
         return
     folder, weight = sources[0].dataset.folder, f"label_weight={cfg.label_weight:g}"
@@ -254,47 +265,51 @@ def _check_labels(cfg: DistillConfig, classes: tuple[str, ...], sources: Sequenc
             )
 
 
-def _check_same(teacher: str, hers: tuple[str, ...], folder: str, ours: tuple[str, ...]) -> None:
-    different = next((at for at, (a, b) in enumerate(zip(hers, ours, strict=False)) if a != b), None)
+def _check_same_classes(
+    teacher: str, teacher_classes: tuple[str, ...], folder: str, data_classes: tuple[str, ...]
+) -> None:
+    different = next((at for at, (a, b) in enumerate(zip(teacher_classes, data_classes, strict=False)) if a != b), None)
     if different is not None:
         raise ConfigError(
-            f"class {different} is '{hers[different]}' for the teacher {teacher} and '{ours[different]}' in {folder}; "
+            f"class {different} is '{teacher_classes[different]}' for the teacher {teacher} and '{data_classes[different]}' in {folder}; "
             f"names and order must be equal"
         )
-    if len(hers) != len(ours):
+    if len(teacher_classes) != len(data_classes):
         raise ConfigError(
-            f"the teacher {teacher} knows {len(hers)} classes, {folder} has {len(ours)}; names and order must be equal"
+            f"the teacher {teacher} knows {len(teacher_classes)} classes, {folder} has {len(data_classes)}; names and order must be equal"
         )
 
 
-def _shape_of_vit(sizes: SizedVit, size: int | tuple[int, int]) -> Shape:
-    return Shape(sizes.width, sizes.width, sizes.grid(size))
+def _vit_feature_shape(sizes: ResolvedVitConfig, size: int | tuple[int, int]) -> FeatureShape:
+    return FeatureShape(sizes.width, sizes.width, sizes.patch_grid(size))
 
 
-def _shape_of_backbone(cfg: DistillConfig, name: str) -> Shape:
+def _backbone_feature_shape(cfg: DistillConfig, name: str) -> FeatureShape:
     """Without patches its last map, if it has one, is not looked at."""
     size, channels = cfg.data.image_size, cfg.data.channels
     if not cfg.patch_weight:
-        return Shape(width_of(name, size, channels), 0, (0, 0))
-    whole, (place, rows, columns) = shapes_of(name, size, channels)
-    return Shape(whole, place, (rows, columns))
+        return FeatureShape(infer_pooled_width(name, size, channels), 0, (0, 0))
+    whole, (place, rows, columns) = infer_feature_shapes(name, size, channels)
+    return FeatureShape(whole, place, (rows, columns))
 
 
-def _shape_of_card(cfg: DistillConfig, told: EncoderCard | BackboneCard) -> Shape:
-    if isinstance(told, EncoderCard):
-        return _shape_of_vit(told, cfg.data.image_size)
-    return _shape_of_backbone(cfg, told.timm)
+def _card_feature_shape(cfg: DistillConfig, card: EncoderCard | BackboneCard) -> FeatureShape:
+    if isinstance(card, EncoderCard):
+        return _vit_feature_shape(card, cfg.data.image_size)
+    return _backbone_feature_shape(cfg, card.timm)
 
 
-def _resized_from(
-    told: EncoderCard | BackboneCard, size: int | tuple[int, int], where: str
+def _teacher_trained_size(
+    card: EncoderCard | BackboneCard, size: int | tuple[int, int], where: str
 ) -> int | tuple[int, int] | None:
     """The size of the teacher's own images, if it is another. Errors: ConfigError, ExportError where it cannot be."""
-    if isinstance(told, EncoderCard):
-        return told.resized_from(size)
-    check_resizing(told, size, f"the teacher {where}")
-    return None if told.image_size == size else told.image_size
+    if isinstance(card, EncoderCard):
+        return card.trained_size_if_different(size)
+    check_resizable(card, size, f"the teacher {where}")
+    return None if card.image_size == size else card.image_size
 
 
-def _unequal(where: str, name: str, hers: int, setting: str, his: int) -> ExportError:
-    return ExportError(f"the teacher {where} has {name} {hers}, the student's {setting} is {his}; they must be equal")
+def _mismatch_error(where: str, name: str, teacher_value: int, setting: str, student_value: int) -> ExportError:
+    return ExportError(
+        f"the teacher {where} has {name} {teacher_value}, the student's {setting} is {student_value}; they must be equal"
+    )

@@ -1,14 +1,14 @@
 """The settings of distillation."""
 
 from distill.losses import Distance
-from distill.target import LessonKind
+from distill.target import DistillMethod
 from foveal.config import Config, machine, science
 from foveal.models.mae import DecoderConfig
 from foveal.models.vit import Pooling, VitConfig
 from foveal.training.plan import StageConfig
 
 
-class StudentVit(VitConfig):
+class StudentVitConfig(VitConfig):
     """An encoder that is small unless its name says otherwise."""
 
     name: str = science("vit_small_patch16_224", "timm name of a plain, rotary or relative vision transformer")
@@ -17,12 +17,12 @@ class StudentVit(VitConfig):
 class StudentConfig(Config):
     """One of several students of one teacher."""
 
-    name: str = science(about="Its folder in export/, and the beginning of its numbers' names.")
-    model: StudentVit | None = science(None, "The student.")
+    name: str = science(description="Its folder in export/, and the beginning of its numbers' names.")
+    model: StudentVitConfig | None = science(None, "The student.")
     backbone: str | None = science(None, "Any model of timm as it is, instead of model.")
 
 
-class LessonCacheConfig(Config):
+class TeacherCacheConfig(Config):
     """The teacher's answers on disk, for who trains on the same views again: other students, or images without augmentation."""
 
     dir: str | None = machine(
@@ -34,14 +34,14 @@ class LessonCacheConfig(Config):
 class DistillConfig(StageConfig):
     """Students that learn from a teacher, on the same view of the same image."""
 
-    teacher: str = machine(about="The teacher's export folder; what is in it is science, where it lies is not.")
+    teacher: str = machine(description="The teacher's export folder; what is in it is science, where it lies is not.")
     teacher_name: str | None = science(
         None, "Timm's name of a teacher that is no export: teacher is then a safetensors file, or a folder with one."
     )
-    model: StudentVit | None = science(None, "The student; vit_small_patch16_224, if nothing else is said.")
+    model: StudentVitConfig | None = science(None, "The student; vit_small_patch16_224, if nothing else is said.")
     backbone: str | None = science(None, "Any model of timm as it is, instead of model.")
     students: tuple[StudentConfig, ...] = science((), "Several students at once, instead of model and backbone.")
-    lesson: LessonKind = science(
+    lesson: DistillMethod = science(
         "features",
         "What is imitated: final features; tokens of layers, of visible patches alone (DMAE); relations of queries and "
         "keys and of values (TinyMIM); logits; or the teacher's guess, by a distillation token (DeiT).",
@@ -67,13 +67,13 @@ class DistillConfig(StageConfig):
     pooling: Pooling = science(
         "avg", "What the head of model reads, for logits: the patches' mean, or the class token."
     )
-    lesson_cache: LessonCacheConfig = LessonCacheConfig()
+    lesson_cache: TeacherCacheConfig = TeacherCacheConfig()
 
     @property
-    def exports(self) -> tuple[str, ...]:
+    def export_names(self) -> tuple[str, ...]:
         return tuple(student.name for student in self.students) or ("",)
 
     @property
-    def still(self) -> bool:
+    def has_fixed_targets(self) -> bool:
         """Whether the teacher says the same of an image in every epoch."""
-        return self.data.augment.still and self.lesson != "layers"
+        return self.data.augment.is_deterministic and self.lesson != "layers"

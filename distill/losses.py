@@ -10,47 +10,55 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Distance = Literal["cosine", "smooth_l1", "l1"]
-_UNLABELLED = -1
+_IGNORE_INDEX = -1
 
 
-def cosine(answer: Tensor, lesson: Tensor) -> Tensor:
+def cosine_distance(pred: Tensor, target: Tensor) -> Tensor:
     """1 - cosine similarity of two [..., T], as [...]."""
-    return 1.0 - F.cosine_similarity(answer, lesson, dim=-1)
+    return 1.0 - F.cosine_similarity(pred, target, dim=-1)
 
 
-def smooth_l1(answer: Tensor, lesson: Tensor) -> Tensor:
+def smooth_l1_distance(pred: Tensor, target: Tensor) -> Tensor:
     """The Huber loss with threshold 1 of two [..., T], mean over T, as [...]."""
-    return F.smooth_l1_loss(answer, lesson, reduction="none").mean(dim=-1)
+    return F.smooth_l1_loss(pred, target, reduction="none").mean(dim=-1)
 
 
-def l1(answer: Tensor, lesson: Tensor) -> Tensor:
+def l1_distance(pred: Tensor, target: Tensor) -> Tensor:
     """The absolute difference of two [..., T], mean over T, as [...]."""
-    return (answer - lesson).abs().mean(dim=-1)
+    return (pred - target).abs().mean(dim=-1)
 
 
-DISTANCES: dict[Distance, Callable[[Tensor, Tensor], Tensor]] = {"cosine": cosine, "smooth_l1": smooth_l1, "l1": l1}
+DISTANCES: dict[Distance, Callable[[Tensor, Tensor], Tensor]] = {
+    "cosine": cosine_distance,
+    "smooth_l1": smooth_l1_distance,
+    "l1": l1_distance,
+}
 
 
-def relation_losses(answer: Tensor, lesson: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+def relation_losses(student_qkv: Tensor, teacher_qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     """TinyMIM's relations (Ren et al., 2023): divergences [B] of the Q-K and of the V-V relation, mean over heads and tokens.
 
     ``answer`` [B, N, 3 D] and ``lesson`` [B, N, 3 T] are queries, keys and values side by side. Both are split into the
     teacher's ``heads``, whatever the student's own are, as in MiniLMv2 (Wang et al., 2021): relations [B, heads, N, N]
     have no width.
     """
-    hers, his = (each.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4) for each in (lesson, answer))
-    return _divergence(his[0], his[1], hers[0], hers[1]), _divergence(his[2], his[2], hers[2], hers[2])
+    hers, his = (each.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4) for each in (teacher_qkv, student_qkv))
+    return _relation_divergence(his[0], his[1], hers[0], hers[1]), _relation_divergence(
+        his[2], his[2], hers[2], hers[2]
+    )
 
 
-def label_loss(answer: Tensor, labels: Tensor) -> Tensor:
+def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Softmax cross-entropy [B] of logits [B, K]; 0 for an image without a label."""
-    return F.cross_entropy(answer, labels, reduction="none", ignore_index=_UNLABELLED)
+    return F.cross_entropy(logits, labels, reduction="none", ignore_index=_IGNORE_INDEX)
 
 
-def _divergence(rows: Tensor, columns: Tensor, rows_lesson: Tensor, columns_lesson: Tensor) -> Tensor:
+def _relation_divergence(
+    student_rows: Tensor, student_columns: Tensor, teacher_rows: Tensor, teacher_columns: Tensor
+) -> Tensor:
     """The divergence [B] of two relations softmax(rows columns^T / sqrt(d)) of tokens [B, heads, N, d], the lesson's first."""
     his, hers = (
         (a @ b.transpose(-1, -2) / a.shape[-1] ** 0.5).log_softmax(dim=-1)
-        for a, b in ((rows, columns), (rows_lesson, columns_lesson))
+        for a, b in ((student_rows, student_columns), (teacher_rows, teacher_columns))
     )
     return F.kl_div(his, hers, reduction="none", log_target=True).sum(dim=-1).mean(dim=(1, 2))

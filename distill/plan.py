@@ -3,16 +3,16 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from distill.compatibility import Pupil, Taught, agreed_classes, fitted, taught_by
-from distill.config import DistillConfig, StudentConfig, StudentVit
-from distill.target import IN_CLASSES, Lesson
-from foveal.config import check_plain
+from distill.compatibility import StudentSpec, TeacherSpec, build_teacher_spec, check_compatible, resolve_class_names
+from distill.config import DistillConfig, StudentConfig, StudentVitConfig
+from distill.target import CLASS_METHODS, TeacherTarget
+from foveal.config import check_folder_name
 from foveal.errors import ConfigError
-from foveal.models.backbone import times
-from foveal.training.plan import Plan, planned
-from foveal.weights.pretrained import Origin, origin_of
+from foveal.models.backbone import format_image_size
+from foveal.training.plan import Plan, build_stage_plan
+from foveal.weights.pretrained import PretrainedSource, inspect_pretrained
 
-_FILES = {"card.json", "model.safetensors"}
+_EXPORT_FILES = {"card.json", "model.safetensors"}
 
 
 @dataclass(frozen=True)
@@ -20,63 +20,66 @@ class DistillPlan(Plan):
     """A plan that knows the teacher, what it is asked, and who listens; ``classes`` are those that are learned, if any."""
 
     cfg: DistillConfig
-    origin: Origin = None  # type: ignore[assignment]
-    taught: Taught = None  # type: ignore[assignment]
-    pupils: tuple[Pupil, ...] = ()
+    teacher_source: PretrainedSource = None  # type: ignore[assignment]
+    teacher_spec: TeacherSpec = None  # type: ignore[assignment]
+    student_specs: tuple[StudentSpec, ...] = ()
     classes: tuple[str, ...] = ()
 
     @property
-    def lesson(self) -> Lesson:
-        return self.taught.lesson
+    def target(self) -> TeacherTarget:
+        return self.teacher_spec.target
 
-    def lines(self) -> list[str]:
+    def summary_lines(self) -> list[str]:
         """The plan in words: what is taught to whom, and whose curve is its own on every cluster."""
-        blocks = f", blocks {', '.join(map(str, self.lesson.blocks))}" if self.lesson.blocks else ""
-        lines = [*super().lines(), f"lesson    {self.lesson.kind} of {self.cfg.teacher}{blocks}"]
-        if self.taught.resized_from is not None:
-            was, now = (times(size) for size in (self.taught.resized_from, self.cfg.data.image_size))
+        blocks = f", blocks {', '.join(map(str, self.target.blocks))}" if self.target.blocks else ""
+        lines = [*super().summary_lines(), f"lesson    {self.target.kind} of {self.cfg.teacher}{blocks}"]
+        if self.teacher_spec.resized_from is not None:
+            was, now = (format_image_size(size) for size in (self.teacher_spec.resized_from, self.cfg.data.image_size))
             lines.append(f"teacher   trained on images of {was}, sees {now} pixels")
         if self.cfg.lesson_cache.dir is not None:
             lines.append(f"answers   kept in {self.cfg.lesson_cache.dir}; a forecast counts the teacher in every step")
-        for pupil in self.pupils:
-            lines.append(f"student   {pupil.called}{pupil.says}")
-            if pupil.mixes:
+        for pupil in self.student_specs:
+            lines.append(f"student   {pupil.display_name}{pupil.description}")
+            if pupil.has_batch_norm:
                 lines.append(
-                    f"beware    {pupil.called} has BatchNorm, which sees the images of a micro on its rank: its curve depends "
-                    f"on ranks and images at once ({self.ranks} and {self.at_once} here)"
+                    f"beware    {pupil.display_name} has BatchNorm, which sees the images of a micro on its rank: its curve depends "
+                    f"on ranks and images at once ({self.world_size} and {self.microbatch_size} here)"
                 )
         return lines
 
 
 def plan(cfg: DistillConfig, ranks: int) -> DistillPlan:
     """Everything that can be refused before a run begins. Errors: ConfigError, DataError, ExportError."""
-    students = students_of(cfg)
+    students = resolve_students(cfg)
     _check_settings(cfg)
-    origin = origin_of(Path(cfg.teacher), cfg.teacher_name, cfg.data)
-    card, taught = origin.card, taught_by(cfg, origin.card)
-    pupils = tuple(fitted(cfg, taught, each.name, each.model, each.backbone) for each in students)
-    found = planned(
+    source = inspect_pretrained(Path(cfg.teacher), cfg.teacher_name, cfg.data)
+    teacher_spec = build_teacher_spec(cfg, source.card)
+    student_specs = tuple(
+        check_compatible(cfg, teacher_spec, each.name, each.model, each.backbone) for each in students
+    )
+    found = build_stage_plan(
         DistillPlan,
         cfg,
         ranks,
-        card=card,
-        origin={"teacher": card.sha256} | ({"classes": ", ".join(card.classes)} if cfg.lesson in IN_CLASSES else {}),
-        taught=taught,
-        pupils=pupils,
+        source_card=source.card,
+        extra_science={"teacher": source.card.sha256}
+        | ({"classes": ", ".join(source.card.classes)} if cfg.lesson in CLASS_METHODS else {}),
+        teacher_spec=teacher_spec,
+        student_specs=student_specs,
     )
-    found = replace(found, origin=origin)
-    mixing = next((pupil for pupil in pupils if pupil.mixes), None)
-    if mixing is not None and found.at_once == 1:
+    found = replace(found, teacher_source=source)
+    mixing = next((spec for spec in student_specs if spec.has_batch_norm), None)
+    if mixing is not None and found.microbatch_size == 1:
         raise ConfigError(
-            f"{mixing.called} has BatchNorm, and a rank would hold one image at once: nothing to normalise it by; a larger "
+            f"{mixing.display_name} has BatchNorm, and a rank would hold one image at once: nothing to normalise it by; a larger "
             f"batch.at_once, or fewer ranks"
         )
-    if cfg.lesson in IN_CLASSES:
-        found = replace(found, classes=agreed_classes(cfg, taught, found.training.sources))
+    if cfg.lesson in CLASS_METHODS:
+        found = replace(found, classes=resolve_class_names(cfg, teacher_spec, found.training_set.sources))
     return found
 
 
-def students_of(cfg: DistillConfig) -> tuple[StudentConfig, ...]:
+def resolve_students(cfg: DistillConfig) -> tuple[StudentConfig, ...]:
     """Every student, each with a model or a backbone; a student without a name is the only one. Errors: ConfigError."""
     alone = cfg.model is not None or cfg.backbone is not None
     if alone and cfg.students:
@@ -84,30 +87,36 @@ def students_of(cfg: DistillConfig) -> tuple[StudentConfig, ...]:
             f"{'model' if cfg.model else 'backbone'} and students exclude each other: put it among the students"
         )
     if not cfg.students:
-        return (_one(StudentConfig(name="", model=None if alone else StudentVit()), cfg, "model"),)
+        return (_resolve_student(StudentConfig(name="", model=None if alone else StudentVitConfig()), cfg, "model"),)
     for number, student in enumerate(cfg.students):
-        check_plain(f"students.{number}.name", student.name)
+        check_folder_name(f"students.{number}.name", student.name)
     names = [student.name for student in cfg.students]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ConfigError(f"two students have the name {twice}: each has a folder of its own in export/")
-    if taken := _FILES & set(names):
+    if taken := _EXPORT_FILES & set(names):
         raise ConfigError(f"a student cannot be called {min(taken)}, which is a file of an export")
     if len(names) > 1 and cfg.optim.clip is not None:
         raise ConfigError(
             f"optim.clip={cfg.optim.clip:g} is of the norm of all gradients together, and would let {len(names)} students "
             f"depend on each other: optim.clip=null, or train them one by one"
         )
-    return tuple(_one(student, student, f"students.{number}.model") for number, student in enumerate(cfg.students))
+    return tuple(
+        _resolve_student(student, student, f"students.{number}.model") for number, student in enumerate(cfg.students)
+    )
 
 
-def _one(student: StudentConfig, stated: DistillConfig | StudentConfig, name: str) -> StudentConfig:
+def _resolve_student(
+    student: StudentConfig, settings: DistillConfig | StudentConfig, setting_name: str
+) -> StudentConfig:
     """A student with what is stated of it, a model or a backbone."""
-    model, backbone = stated.model or student.model, stated.backbone
+    model, backbone = settings.model or student.model, settings.backbone
     if model is not None and backbone is not None:
-        raise ConfigError(f"{name} and {name.removesuffix('model')}backbone exclude each other: keep one of them")
+        raise ConfigError(
+            f"{setting_name} and {setting_name.removesuffix('model')}backbone exclude each other: keep one of them"
+        )
     if model is None and backbone is None:
-        raise ConfigError(f"{name} is missing: give it, or {name.removesuffix('model')}backbone")
+        raise ConfigError(f"{setting_name} is missing: give it, or {setting_name.removesuffix('model')}backbone")
     return StudentConfig(name=student.name, model=model, backbone=backbone)
 
 
@@ -121,7 +130,7 @@ def _check_settings(cfg: DistillConfig) -> None:
     twice = next((list(pair) for pair in cfg.layers if cfg.layers.count(pair) > 1), None)
     if twice is not None:
         raise ConfigError(f"layers has the pair {twice} twice")
-    if cfg.lesson_cache.dir is not None and cfg.data.mix and not cfg.still:
+    if cfg.lesson_cache.dir is not None and cfg.data.mix and not cfg.has_fixed_targets:
         raise ConfigError(
             "lesson_cache.dir keeps what the teacher says of each view, and with data.mix their number is not known; leave "
             "one of them out"

@@ -6,65 +6,73 @@ from typing import Any
 import torch
 from torch import nn
 
-from distill.compatibility import Pupil
+from distill.compatibility import StudentSpec
 from distill.plan import DistillPlan
-from distill.target import LessonKind
-from foveal.models.backbone import backbone_from_card, whole_alone, whole_and_places
-from foveal.models.encode import features
+from distill.target import DistillMethod
+from foveal.models.backbone import backbone_from_card, forward_pooled, forward_pooled_and_tokens
+from foveal.models.encode import encode_cls_and_patches
 from foveal.models.students import (
-    ClassStudent,
     FeatureStudent,
     LayerStudent,
-    RegisterStudent,
+    LogitStudent,
+    RegisterTokenStudent,
     RelationStudent,
     Students,
-    TokenStudent,
+    TimmTokenStudent,
 )
 from foveal.models.vit import encoder_from_card
-from foveal.seeding import key
+from foveal.seeding import derive_key
 
 
 def build_students(plan: DistillPlan) -> Students:
     """All students of a plan. Each is drawn from the seed, as if it were alone."""
-    return Students([_drawn(plan, pupil) for pupil in plan.pupils])
+    return Students([_build_student(plan, pupil) for pupil in plan.student_specs])
 
 
-def _drawn(plan: DistillPlan, pupil: Pupil) -> nn.Module:
-    torch.manual_seed(key(plan.cfg.seed, "weights"))
-    made: Any = (encoder_from_card if pupil.backbone is None else backbone_from_card)(pupil.card, pupil.called)
-    return _KINDS[plan.lesson.kind](plan, pupil, made)
+def _build_student(plan: DistillPlan, student: StudentSpec) -> nn.Module:
+    torch.manual_seed(derive_key(plan.cfg.seed, "weights"))
+    made: Any = (encoder_from_card if student.backbone is None else backbone_from_card)(
+        student.card, student.display_name
+    )
+    return _STUDENT_BUILDERS[plan.target.kind](plan, student, made)
 
 
-def _features(plan: DistillPlan, pupil: Pupil, made: Any) -> nn.Module:
-    assert pupil.shape is not None
-    assert plan.taught.shape is not None
-    looks = whole_and_places if plan.lesson.patches else whole_alone
-    look = features if pupil.backbone is None else looks
-    return FeatureStudent(made, look, pupil.shape.widths, plan.taught.shape.widths, patches=plan.lesson.patches)
+def _build_feature_student(plan: DistillPlan, student: StudentSpec, encoder: Any) -> nn.Module:
+    assert student.feature_shape is not None
+    assert plan.teacher_spec.feature_shape is not None
+    looks = forward_pooled_and_tokens if plan.target.patches else forward_pooled
+    look = encode_cls_and_patches if student.backbone is None else looks
+    return FeatureStudent(
+        encoder,
+        look,
+        student.feature_shape.widths,
+        plan.teacher_spec.feature_shape.widths,
+        with_patches=plan.target.patches,
+    )
 
 
-def _layers(plan: DistillPlan, pupil: Pupil, made: Any) -> nn.Module:
-    assert plan.taught.encoder is not None
+def _build_layer_student(plan: DistillPlan, student: StudentSpec, encoder: Any) -> nn.Module:
+    assert plan.teacher_spec.encoder is not None
     decoder = plan.cfg.decoder if plan.cfg.pixel_weight else None
-    return LayerStudent(made, pupil.blocks, plan.taught.encoder.width, decoder)
+    return LayerStudent(encoder, student.blocks, plan.teacher_spec.encoder.width, decoder)
 
 
-def _relations(_plan: DistillPlan, pupil: Pupil, made: Any) -> nn.Module:
-    return RelationStudent(made, pupil.blocks)
+def _build_relation_student(_plan: DistillPlan, student: StudentSpec, encoder: Any) -> nn.Module:
+    return RelationStudent(encoder, student.blocks)
 
 
-def _logits(_plan: DistillPlan, _pupil: Pupil, made: Any) -> nn.Module:
-    return ClassStudent(made)
+def _build_logit_student(_plan: DistillPlan, _student: StudentSpec, encoder: Any) -> nn.Module:
+    return LogitStudent(encoder)
 
 
-def _token(_plan: DistillPlan, pupil: Pupil, made: Any) -> nn.Module:
-    return RegisterStudent(made) if pupil.backbone is None else TokenStudent(made)
+def _build_token_student(_plan: DistillPlan, student: StudentSpec, encoder: Any) -> nn.Module:
+    return RegisterTokenStudent(encoder) if student.backbone is None else TimmTokenStudent(encoder)
 
 
-_KINDS: dict[LessonKind, Callable[[DistillPlan, Pupil, Any], nn.Module]] = {
-    "features": _features,
-    "layers": _layers,
-    "relations": _relations,
-    "logits": _logits,
-    "token": _token,
+_STUDENT_BUILDERS: dict[DistillMethod, Callable[[DistillPlan, StudentSpec, Any], nn.Module]] = {
+    "features": _build_feature_student,
+    "layers": _build_layer_student,
+    "relations": _build_relation_student,
+    "logits": _build_logit_student,
+    "token": _build_token_student,
 }

@@ -6,8 +6,8 @@ from finetune.early_stopping import EarlyStoppingConfig
 from finetune.probe.config import ProbeConfig
 from foveal.config import Config, machine, science
 from foveal.engines.base import EngineConfig
-from foveal.models.detect import DetectCard, DetectorSizes
-from foveal.models.segment import SegmentCard, SegmentHead
+from foveal.models.detect import DetectionHeadCard, DetectorConfig
+from foveal.models.segment import SegmentationHeadCard, SegmentationHeadKind
 from foveal.models.vit import Pooling, VitConfig
 from foveal.training.plan import StageConfig
 
@@ -22,10 +22,10 @@ class TrialsConfig(Config):
     """A fair comparison of ways to start: every arm gets the same labels, steps, augmentation and learning rates."""
 
     arms: dict[str, str | None] = machine(
-        about="Name of each way to start: its export folder, or null for from scratch.", min_length=1
+        description="Name of each way to start: its export folder, or null for from scratch.", min_length=1
     )
     lr_per_256: tuple[float, ...] = science(
-        about="Learning rates; each arm keeps its own best on the held-out part of train.", min_length=1
+        description="Learning rates; each arm keeps its own best on the held-out part of train.", min_length=1
     )
     repeats: int = science(3, "Seeds: each draws other labels, another order and another head.", ge=1)
 
@@ -48,7 +48,7 @@ class AdversarialConfig(Config):
 class TeacherConfig(Config):
     """A teacher beside the labels: Hinton et al., 2015 (soft), or DeiT's (Touvron et al., 2021), with its token or without."""
 
-    init: str = machine(about="The export of a classifier of the same classes. What is in it is science.")
+    init: str = machine(description="The export of a classifier of the same classes. What is in it is science.")
     kind: Literal["soft", "hard", "token"] = science(
         "soft", "Learn the teacher's softened logits, or its guess; or a distillation token learns the guess (DeiT)."
     )
@@ -59,24 +59,24 @@ class TeacherConfig(Config):
 class FoldsConfig(Config):
     """Cross-validation: every part of data.train is once what the training on the others is judged on."""
 
-    count: int = science(about="Folds: parts of data.train, and runs, of a repeat.", ge=2)
+    count: int = science(description="Folds: parts of data.train, and runs, of a repeat.", ge=2)
     repeats: int = science(1, "Seeds: each cuts other folds, and draws another order and another head.", ge=1)
 
 
-class DetectConfig(DetectorSizes):
+class DetectConfig(DetectorConfig):
     """What stands on the encoder where labels are boxes, and what is told of it."""
 
     each_class: bool = machine(False, "Tell the average precision of every class too, as ap_NAME.")
 
-    def card(self, classes: int) -> DetectCard:
+    def head_card(self, num_classes: int) -> DetectionHeadCard:
         """What builds the pyramid and head of so many classes."""
-        return DetectCard(width=self.width, layers=self.layers, strides=self.strides, classes=classes)
+        return DetectionHeadCard(width=self.width, layers=self.layers, strides=self.strides, classes=num_classes)
 
 
 class SegmentConfig(Config):
     """What stands on the encoder where labels are masks, and how images larger than image_size are evaluated."""
 
-    head: SegmentHead = science(
+    head: SegmentationHeadKind = science(
         "linear", "A linear map of the last map's places, or a light pyramid of maps of several resolutions."
     )
     width: int = science(128, "Numbers per place of the pyramid's maps.", ge=1)
@@ -84,15 +84,15 @@ class SegmentConfig(Config):
         0.5, "Where val_size is larger: from one window of image_size to the next, as a share of its side.", gt=0, le=1
     )
 
-    def card(self, classes: int) -> SegmentCard:
+    def head_card(self, num_classes: int) -> SegmentationHeadCard:
         """What builds the head of so many classes."""
-        return SegmentCard(head=self.head, width=self.width, classes=classes)
+        return SegmentationHeadCard(head=self.head, width=self.width, classes=num_classes)
 
 
 class FinetuneConfig(StageConfig):
     """A model with labels, from an export or from scratch: a classifier, or what data.labels makes of it."""
 
-    learns = ("class", "classes", "mask", "boxes")
+    supported_labels = ("class", "classes", "mask", "boxes")
 
     engine: FinetuneEngine = FinetuneEngine()
     init: str | None = machine(None, "The export folder to start from; none: from scratch. What is in it is science.")
@@ -139,5 +139,5 @@ class FinetuneConfig(StageConfig):
     probe: ProbeConfig | None = science(None, "Read the frozen encoder's features instead of training it.")
 
     @property
-    def watched(self) -> str | None:
+    def plateau_metric(self) -> str | None:
         return None if self.early_stopping is None else self.early_stopping.metric

@@ -13,18 +13,18 @@ import torch
 from finetune.config import FinetuneConfig
 from finetune.fit import fit
 from finetune.multirun import cross_validation
-from finetune.multirun.trials import compare
+from finetune.multirun.trials import run_trials
 from finetune.plan import FinetunePlan
-from finetune.plan import plan as plan_of_one
+from finetune.plan import plan_training as plan_of_one
 from finetune.probe.plan import ProbePlan
-from finetune.probe.plan import plan as plan_of_probe
-from finetune.probe.run import parts as probe_parts
-from finetune.probe.run import probe
+from finetune.probe.plan import plan_probe as plan_of_probe
+from finetune.probe.run import build as probe_parts
+from finetune.probe.run import run_probes
 from finetune.tasks.registry import TASKS
 from foveal.data.pack import pack_digits
-from foveal.distributed.launcher import seat
+from foveal.distributed.launcher import read_launch_env
 from foveal.training.cli import Stage, main
-from foveal.training.loop import Parts
+from foveal.training.loop import TrainingSetup
 from foveal.training.run import Run
 
 _log = logging.getLogger("foveal.finetune")
@@ -33,34 +33,34 @@ _log = logging.getLogger("foveal.finetune")
 def train(plan: FinetunePlan, run: Run) -> None:
     """One run, or one that is made of many, or probes of an encoder that stays as it is."""
     if isinstance(plan, ProbePlan):
-        probe(plan, run)
+        run_probes(plan, run)
     elif plan.cfg.folds is not None:
         cross_validation.cross_validate(plan, run, fit)
     elif plan.cfg.trials is not None:
-        compare(plan, run, fit)
+        run_trials(plan, run, fit)
     else:
         fit(plan, run)
 
 
-def plan(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
+def plan_finetuning(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
     """What is done with these settings, or why not. Errors: ConfigError, DataError, ExportError, LaunchError."""
     if cfg.probe is not None:
         return plan_of_probe(cfg, ranks)
-    return cross_validation.plan(cfg, ranks) if cfg.folds is not None else plan_of_one(cfg, ranks)
+    return cross_validation.plan_cross_validation(cfg, ranks) if cfg.folds is not None else plan_of_one(cfg, ranks)
 
 
-def parts(plan: FinetunePlan, device: torch.device) -> Parts[Any]:
+def build(plan: FinetunePlan, device: torch.device) -> TrainingSetup[Any]:
     """What a step of the plan is made of; of a comparison, of its first trial."""
     if isinstance(plan, ProbePlan):
         return probe_parts(plan, device)
-    return TASKS[plan.cfg.data.labels].parts(plan, device)
+    return TASKS[plan.cfg.data.labels].build(plan, device)
 
 
-def demo() -> list[str]:
+def prepare_demo_args() -> list[str]:
     """The command line of a start without CONFIG: the digits, packed if missing, from the demo's encoder if it is there."""
     root = Path(__file__).resolve().parents[1]
     digits, encoder = Path("data/digits"), Path("runs/demo/pretrain/export")
-    if seat().rank == 0:
+    if read_launch_env().rank == 0:
         pack_digits(digits)
     found = (encoder / "card.json").exists()
     _log.info(
@@ -69,7 +69,9 @@ def demo() -> list[str]:
     return [str(root / "configs" / "finetune" / "digits.yaml"), *([f"init={encoder}", "model=null"] if found else [])]
 
 
-STAGE = Stage("finetune", FinetuneConfig, plan, train, parts, demo, cross_validation.divide)
+STAGE = Stage(
+    "finetune", FinetuneConfig, plan_finetuning, train, build, prepare_demo_args, cross_validation.dispatch_folds
+)
 
 if __name__ == "__main__":
     main(STAGE)

@@ -22,16 +22,16 @@ app.command("plan")(plan_command)
 app.command("doctor")(doctor_command)
 
 
-def _version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"foveal {__version__}")
         raise typer.Exit
 
 
 @app.callback()
-def _root(
+def _root_options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Self-supervised pretraining of vision transformers. Training: python -m pretrain.run, distill.run, finetune.run."""

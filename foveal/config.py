@@ -19,24 +19,24 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from foveal.errors import ConfigError
-from foveal.redact import written_secrets
-from foveal.timeouts import within
+from foveal.redact import find_secrets_in_settings
+from foveal.timeouts import call_with_timeout
 
 _MOST_TEXT, _MOST_VALUES, _MOST_DIGITS = 1 << 18, 100_000, 100  # characters, values, and digits of one, in a config
 _PATIENCE = 20.0  # seconds that storage may take to begin with an answer
 
 
-def science(default: Any = PydanticUndefined, about: str = "", **limits: Any) -> Any:
+def science(default: Any = PydanticUndefined, description: str = "", **constraints: Any) -> Any:
     """A field whose value can change a result."""
-    return Field(default, description=about, json_schema_extra={"half": "science"}, **limits)
+    return Field(default, description=description, json_schema_extra={"half": "science"}, **constraints)
 
 
-def machine(default: Any = PydanticUndefined, about: str = "", **limits: Any) -> Any:
+def machine(default: Any = PydanticUndefined, description: str = "", **constraints: Any) -> Any:
     """A field that changes where, how fast or how visibly a result is obtained, not the result."""
-    return Field(default, description=about, json_schema_extra={"half": "machine"}, **limits)
+    return Field(default, description=description, json_schema_extra={"half": "machine"}, **constraints)
 
 
-def _one_size(value: Any) -> Any:
+def _normalize_image_size(value: Any) -> Any:
     """One number for a square, so that a size has one form; what is none is left for the sentence below."""
     sides = value if isinstance(value, tuple) else (value,)
     if len(sides) > 2 or not sides or any(type(side) is not int or side < 1 for side in sides):
@@ -46,7 +46,7 @@ def _one_size(value: Any) -> Any:
 
 
 _Pixels = Annotated[int, Field(ge=1)]
-ImageSize = Annotated[_Pixels | tuple[_Pixels, _Pixels], BeforeValidator(_one_size)]
+ImageSize = Annotated[_Pixels | tuple[_Pixels, _Pixels], BeforeValidator(_normalize_image_size)]
 
 
 def height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -68,14 +68,14 @@ class _StrictDumper(yaml.SafeDumper):
     """Puts quotes round the text 1e3, which the loader above would read as a number."""
 
 
-def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+def _represent_str(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     """Between double quotes where YAML would take one of Unicode's line ends for a fold, and read a blank."""
     return dumper.represent_scalar(
         "tag:yaml.org,2002:str", text, style='"' if set(text) & set("\x85\u2028\u2029") else None
     )
 
 
-_StrictDumper.add_representer(str, _text)
+_StrictDumper.add_representer(str, _represent_str)
 for _twin in (_StrictLoader, _StrictDumper):
     _twin.add_implicit_resolver(
         "tag:yaml.org,2002:float",
@@ -100,43 +100,43 @@ class Config(BaseModel):
         if not isinstance(tree, dict):
             raise ConfigError(f"{file}: a mapping of settings is expected, this is {type(tree).__name__}")
         for override in overrides:
-            _apply(tree, override)
-        cfg = cls.checked(tree, str(file))
+            _apply_override(tree, override)
+        cfg = cls.from_dict(tree, str(file))
         _refuse_secrets(cfg, str(file))
         return cfg
 
     @classmethod
-    def checked(cls, tree: dict[str, Any], where: str) -> Self:
+    def from_dict(cls, values: dict[str, Any], source: str) -> Self:
         """Validate a tree; ``where`` names its origin in the sentence of a mistake."""
         try:
-            return cls.model_validate(_tuples(tree))
+            return cls.model_validate(_lists_to_tuples(values))
         except ValidationError as error:
-            raise ConfigError(f"{where}: {_explain(cls, error)}") from None
+            raise ConfigError(f"{source}: {_explain_errors(cls, error)}") from None
 
-    def tree(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for YAML or JSON."""
         return self.model_dump(mode="json")
 
     def dump(self, file: Path) -> None:
         """Write the resolved settings; the file can be given back to the same command."""
-        file.write_text(yaml.dump(self.tree(), Dumper=_StrictDumper, sort_keys=False, allow_unicode=True, width=120))
+        file.write_text(yaml.dump(self.to_dict(), Dumper=_StrictDumper, sort_keys=False, allow_unicode=True, width=120))
 
-    def science(self) -> dict[str, Any]:
+    def science_settings(self) -> dict[str, Any]:
         """The flat settings that can change a result, ``dotted.key`` to value."""
-        return {name: value for name, value, half in self.leaves() if half == "science"}
+        return {name: value for name, value, half in self.iter_settings() if half == "science"}
 
-    def flat(self) -> dict[str, Any]:
+    def to_flat_dict(self) -> dict[str, Any]:
         """Every setting, ``dotted.key`` to value."""
-        return {name: value for name, value, _ in self.leaves()}
+        return {name: value for name, value, _ in self.iter_settings()}
 
-    def leaves(self, prefix: str = "", inherited: str | None = None) -> Iterator[tuple[str, Any, str]]:
+    def iter_settings(self, prefix: str = "", inherited_kind: str | None = None) -> Iterator[tuple[str, Any, str]]:
         """Every setting as (dotted name, plain value, 'science' or 'machine')."""
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
-            half = inherited or half_of(field)
+            half = inherited_kind or get_setting_kind(field)
             below = "machine" if half == "machine" else None
             if isinstance(value, Config):
-                yield from value.leaves(f"{prefix}{name}.", below)
+                yield from value.iter_settings(f"{prefix}{name}.", below)
             elif isinstance(value, tuple) and value and isinstance(value[0], Config):
                 for number, inner in enumerate(value):
                     yield from inner.leaves(f"{prefix}{name}.{number}.", below)
@@ -144,13 +144,13 @@ class Config(BaseModel):
                 yield f"{prefix}{name}", self.model_dump(mode="json", include={name})[name], half
 
 
-def half_of(field: FieldInfo) -> str:
+def get_setting_kind(field: FieldInfo) -> str:
     """'science' or 'machine'; a field that does not say is science, the careful default."""
     extra = field.json_schema_extra
     return str(extra.get("half", "science")) if isinstance(extra, dict) else "science"
 
 
-def section_of(field: FieldInfo) -> type[Config] | None:
+def get_section_class(field: FieldInfo) -> type[Config] | None:
     """The Config class of a field that is a section (also of ``Section | None``), else nothing."""
     for candidate in (field.annotation, *typing.get_args(field.annotation)):
         if (
@@ -162,17 +162,17 @@ def section_of(field: FieldInfo) -> type[Config] | None:
     return None
 
 
-def secret_in_words(what: str, *, in_url: bool = True) -> str:
+def explain_written_secret(secret: str, *, in_url: bool = True) -> str:
     """Why a setting with a secret written out is refused, and what to do instead."""
     place = "a URL with " if in_url else ""
     advice = "name an environment variable there, such as https://user:${PASSWORD}@host/folder"
     return (
-        f"{place}{what} in it would be written into the run directory and into MLflow: "
+        f"{place}{secret} in it would be written into the run directory and into MLflow: "
         f"{advice if in_url else 'give it to the library that wants it in the environment'}"
     )
 
 
-def check_plain(setting: str, name: str) -> None:
+def check_folder_name(setting: str, name: str) -> None:
     """A name that becomes a folder's stays inside the one it is in. Errors: ConfigError."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII):
         raise ConfigError(
@@ -192,7 +192,7 @@ def parse_yaml(text: str) -> Any:
         node = loader.get_single_node()
         if node is None:
             return None
-        if _spread(node, {}) > _MOST_VALUES:
+        if _count_values(node, {}) > _MOST_VALUES:
             raise ConfigError(
                 f"this is no config: it has more than {_MOST_VALUES:,} values, those behind aliases included"
             )
@@ -203,7 +203,7 @@ def parse_yaml(text: str) -> Any:
         raise yaml.YAMLError(str(error)) from None
 
 
-def _spread(node: yaml.Node, known: dict[int, int]) -> int:
+def _count_values(node: yaml.Node, known: dict[int, int]) -> int:
     """How many values a node has once its aliases are written out. Errors: RecursionError for one inside of itself."""
     if id(node) in known:
         return known[id(node)]
@@ -211,16 +211,16 @@ def _spread(node: yaml.Node, known: dict[int, int]) -> int:
     if not inner and node.tag.endswith(":int") and len(node.value) > _MOST_DIGITS:
         raise ValueError(f"a number of {len(node.value)} digits")
     parts = [part for each in inner for part in (each if isinstance(each, tuple) else (each,))]
-    known[id(node)] = 1 + sum(_spread(part, known) for part in parts)
+    known[id(node)] = 1 + sum(_count_values(part, known) for part in parts)
     return known[id(node)]
 
 
 def read_yaml(file: Path) -> Any:
     """Plain data from a YAML file. Errors: ConfigError, one sentence that names the file."""
     try:
-        return parse_yaml(within(_PATIENCE, lambda: _text_of(file)))
+        return parse_yaml(call_with_timeout(_PATIENCE, lambda: _read_text(file)))
     except FileNotFoundError:
-        raise ConfigError(f"{file}: no such file{_nearest_file(file)}") from None
+        raise ConfigError(f"{file}: no such file{_suggest_file(file)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read ({error})") from None
     except ConfigError as error:
@@ -231,17 +231,17 @@ def read_yaml(file: Path) -> Any:
 
 def _refuse_secrets(cfg: Config, where: str) -> None:
     """Settings are written into the run directory and into MLflow: no secret may stand in them. Errors: ConfigError."""
-    for setting, value in cfg.flat().items():
-        for name, what in written_secrets(value, setting):
-            raise ConfigError(f"{where}: {name}: {secret_in_words(what, in_url=isinstance(value, str))}")
+    for setting, value in cfg.to_flat_dict().items():
+        for name, what in find_secrets_in_settings(value, setting):
+            raise ConfigError(f"{where}: {name}: {explain_written_secret(what, in_url=isinstance(value, str))}")
 
 
-def _text_of(file: Path) -> str:
+def _read_text(file: Path) -> str:
     with file.open() as stream:
         return stream.read(_MOST_TEXT + 1)  # of what has no end, too
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _apply_override(tree: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     if not equals or not name:
         raise ConfigError(f"'{override}' is not an override; write dotted.key=value")
@@ -249,38 +249,38 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         value = parse_yaml(text)
     except yaml.YAMLError:
         value = text
-    set_dotted(tree, name, value)
+    set_by_dotted_key(tree, name, value)
 
 
-def set_dotted(tree: dict[str, Any], name: str, value: Any) -> None:
+def set_by_dotted_key(values: dict[str, Any], dotted_key: str, value: Any) -> None:
     """Set ``a.b.c`` in a tree of mappings, making the sections on the way."""
-    *path, last = name.split(".")
+    *path, last = dotted_key.split(".")
     for part in path:
-        if tree.get(part) is None:
-            tree[part] = {}
-        tree = tree[part]
-        if not isinstance(tree, dict):
-            raise ConfigError(f"'{name}': '{part}' is a value, not a section")
-    tree[last] = value
+        if values.get(part) is None:
+            values[part] = {}
+        values = values[part]
+        if not isinstance(values, dict):
+            raise ConfigError(f"'{dotted_key}': '{part}' is a value, not a section")
+    values[last] = value
 
 
-def _tuples(value: Any) -> Any:
+def _lists_to_tuples(value: Any) -> Any:
     """YAML has lists only; the models have tuples only, because a frozen config must be frozen to the leaf."""
     if isinstance(value, dict):
-        return {key: _tuples(inner) for key, inner in value.items()}
-    return tuple(_tuples(inner) for inner in value) if isinstance(value, list) else value
+        return {key: _lists_to_tuples(inner) for key, inner in value.items()}
+    return tuple(_lists_to_tuples(inner) for inner in value) if isinstance(value, list) else value
 
 
-def _explain(model: type[Config], error: ValidationError) -> str:
+def _explain_errors(model: type[Config], error: ValidationError) -> str:
     """Every mistake as `key: what is wrong`, joined; a typo gets the nearest name."""
-    return "; ".join(_explain_one(model, dict(problem)) for problem in error.errors())
+    return "; ".join(_explain_error(model, dict(problem)) for problem in error.errors())
 
 
-def _explain_one(model: type[Config], problem: dict[str, Any]) -> str:
+def _explain_error(model: type[Config], problem: dict[str, Any]) -> str:
     place = [str(part) for part in problem["loc"]]
     name = ".".join(place) or "the file"
     if problem["type"] == "extra_forbidden":
-        siblings = _names_at(model, place[:-1])
+        siblings = _setting_names_at(model, place[:-1])
         close = [name for name in siblings if name.startswith(place[-1])]
         close += difflib.get_close_matches(place[-1], siblings, n=1, cutoff=0.5)
         return f"{name} is not a setting. " + (
@@ -295,18 +295,18 @@ def _explain_one(model: type[Config], problem: dict[str, Any]) -> str:
     return f"{name}: {message} (given: {problem['input']!r})"
 
 
-def _names_at(model: type[Config], path: list[str]) -> list[str]:
+def _setting_names_at(model: type[Config], path: list[str]) -> list[str]:
     for part in path:
         if part.isdigit():  # one of a list of sections
             continue
-        section = section_of(model.model_fields[part]) if part in model.model_fields else None
+        section = get_section_class(model.model_fields[part]) if part in model.model_fields else None
         if section is None:
             return []
         model = section
     return list(model.model_fields)
 
 
-def _nearest_file(file: Path) -> str:
+def _suggest_file(file: Path) -> str:
     names = [found.name for found in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
     close = difflib.get_close_matches(file.name, names, n=1)
     return f". Did you mean '{file.parent / close[0]}'?" if close else ""

@@ -29,8 +29,8 @@ class FovealError(Exception):
 
     exit_code = 2
 
-    def __init__(self, *said: object) -> None:
-        super().__init__(*(redact(each) if isinstance(each, str) else each for each in said))
+    def __init__(self, *message_parts: object) -> None:
+        super().__init__(*(redact(each) if isinstance(each, str) else each for each in message_parts))
 
 
 class ConfigError(FovealError):
@@ -41,7 +41,7 @@ class DataError(FovealError):
     """Shards, a manifest or an index that cannot be used as asked."""
 
 
-class Unreachable(DataError):
+class StorageUnreachableError(DataError):
     """Storage or network that did not give what it has, after several attempts; another node may fare better."""
 
     exit_code = 5
@@ -51,7 +51,7 @@ class CheckpointError(FovealError):
     """A run directory or checkpoint that cannot be continued."""
 
 
-class Held(CheckpointError):
+class RunInUseError(CheckpointError):
     """A run directory that another attempt is writing."""
 
 
@@ -59,7 +59,7 @@ class ExportError(FovealError):
     """An export that is not whole, or does not fit the model that wants it."""
 
 
-class OutOfMemory(FovealError):
+class OutOfMemoryError(FovealError):
     """A GPU, or a host, that has too little memory for what it is asked: another start would ask the same."""
 
 
@@ -67,41 +67,41 @@ class LaunchError(FovealError):
     """Ranks or devices that are not what the run needs."""
 
 
-class RankConflict(LaunchError):
+class RankConflictError(LaunchError):
     """Ranks of different runs, or two of one number, came to one address."""
 
 
-class NotRequeued(LaunchError):
+class RequeueRefusedError(LaunchError):
     """The run was saved, and Slurm refused to start its job again: the job script may ask once more."""
 
     exit_code = 1
 
 
-class Diverged(FovealError):
+class TrainingDivergedError(FovealError):
     """Loss or gradients became non-finite, going back did not help, and every rank agrees on it."""
 
     exit_code = 3
 
 
-class Superseded(FovealError):
+class AttemptSupersededError(FovealError):
     """Another attempt at the same run has begun: this one writes nothing more."""
 
     exit_code = 4
 
 
-class Hung(FovealError):
+class TrainingHungError(FovealError):
     """A rank was lost, or nothing moved for so long that waiting on would be in vain."""
 
     exit_code = 5
 
 
-class BadNode(FovealError):
+class BadNodeError(FovealError):
     """A node that the preflight found unfit."""
 
     exit_code = 6
 
 
-class Restarting(FovealError):
+class RestartLoopError(FovealError):
     """Attempt after attempt ended without a new checkpoint: another would too."""
 
     exit_code = 7

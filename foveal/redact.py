@@ -30,7 +30,7 @@ _PARTS = re.compile(
     "token|secret|passw|passphrase|signature|credential|apikey|accesskey|authorization|oauth|jwt|bearer"
 )
 _SHORTEST = 8  # letters of a value that is looked for wherever it stands: a shorter one is a part of ordinary words
-HIDDEN = "***"
+REDACTED = "***"
 
 
 @lru_cache(maxsize=1024)
@@ -47,10 +47,10 @@ def redact_urls(text: str) -> str:
 
 def redact(text: str) -> str:
     """``redact_urls``, and without the values of environment variables that are secrets by their names."""
-    return _without(redact_urls(text), _environment())
+    return _replace_secrets(redact_urls(text), _environment_secrets())
 
 
-def written_secret(text: str) -> str | None:
+def find_secret_in_text(text: str) -> str | None:
     """What secret is written out in the URLs of a text, in words; none where there is none, or a variable stands there."""
     for scheme, before in _USER.findall(text):
         user, _, password = before.removesuffix("@").partition(":")
@@ -63,19 +63,19 @@ def written_secret(text: str) -> str | None:
     return None
 
 
-def written_secrets(value: Any, name: str) -> Iterator[tuple[str, str]]:
+def find_secrets_in_settings(value: Any, setting: str) -> Iterator[tuple[str, str]]:
     """(dotted name, what secret) of every secret that is written out in plain data, however deep."""
     if isinstance(value, str):
-        if what := written_secret(value):
-            yield name, what
+        if what := find_secret_in_text(value):
+            yield setting, what
     elif isinstance(value, dict):
         for key, inner in value.items():
             if isinstance(inner, str) and inner and is_secret_name(str(key)):
-                yield f"{name}.{key}", "a secret"
-            yield from written_secrets(inner, f"{name}.{key}")
+                yield f"{setting}.{key}", "a secret"
+            yield from find_secrets_in_settings(inner, f"{setting}.{key}")
     elif isinstance(value, list | tuple):
         for number, inner in enumerate(value):
-            yield from written_secrets(inner, f"{name}.{number}")
+            yield from find_secrets_in_settings(inner, f"{setting}.{number}")
 
 
 class RedactingFormatter(logging.Formatter):
@@ -115,16 +115,16 @@ def _redacted_query(match: re.Match[str]) -> str:
     mark, name, value = match.groups()
     if not value or not is_secret_name(name) or _REFERENCE.search(value):
         return match[0]
-    return f"{mark}{name}={HIDDEN}{value[len(value.rstrip(_CLOSING)) :]}"
+    return f"{mark}{name}={REDACTED}{value[len(value.rstrip(_CLOSING)) :]}"
 
 
-def _environment() -> list[str]:
+def _environment_secrets() -> list[str]:
     """The secrets of the environment, the longest first."""
     found = {value for name, value in os.environ.items() if len(value) >= _SHORTEST and is_secret_name(name)}
     return sorted((value for value in found if not value.startswith(("/", "~"))), key=len, reverse=True)
 
 
-def _without(text: str, secrets: list[str]) -> str:
+def _replace_secrets(text: str, secrets: list[str]) -> str:
     for each in secrets:
-        text = text.replace(each, HIDDEN)
+        text = text.replace(each, REDACTED)
     return text

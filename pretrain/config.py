@@ -7,12 +7,12 @@ from typing import Literal
 from foveal.config import machine, science
 from foveal.errors import ConfigError
 from foveal.models.mae import DecoderConfig
-from foveal.models.masks import Masking, mask_side
+from foveal.models.masks import MaskStrategy, resolve_mask_block_size
 from foveal.models.vit import VitConfig
-from foveal.optim.schedule import rising_average
-from foveal.training.plan import Plan, StageConfig, planned
-from pretrain.init import Start, started
-from pretrain.objective import Target
+from foveal.optim.schedule import cosine_ema_decay
+from foveal.training.plan import Plan, StageConfig, build_stage_plan
+from pretrain.init import InitSource, inspect_init_weights
+from pretrain.objective import PredictionTarget
 
 
 class PretrainConfig(StageConfig):
@@ -26,12 +26,12 @@ class PretrainConfig(StageConfig):
     model: VitConfig = VitConfig()
     decoder: DecoderConfig = DecoderConfig()
     mask_ratio: float = science(0.75, "Share of the patches that the encoder does not see.", gt=0, lt=1)
-    masking: Masking = science(
+    masking: MaskStrategy = science(
         "random", "Patches are masked one by one, in square blocks, or all but one in each cell."
     )
     mask_block: int = science(4, "Side of a block in patches, for masking=block.", ge=2)
     norm_pix: bool = science(True, "Predict pixels normalised patch by patch.")
-    target: Target = science(
+    target: PredictionTarget = science(
         "pixels", "What of the masked patches is predicted: pixels, or an averaged encoder's features."
     )
     image_weight: float = science(
@@ -45,7 +45,7 @@ class PretrainConfig(StageConfig):
     )
 
     @property
-    def averages(self) -> bool:
+    def uses_ema(self) -> bool:
         """Whether a running average of the encoder is kept."""
         return self.target == "latents" or (self.image_weight > 0 and self.image_target == "averaged")
 
@@ -55,35 +55,35 @@ class PretrainPlan(Plan):
     """A plan that knows the side of what is masked at once, in patches, and the weights that it goes on from."""
 
     cfg: PretrainConfig
-    mask_side: int = 1
-    start: Start | None = None
+    mask_block_size: int = 1
+    init_source: InitSource | None = None
 
-    def keeps(self, step: int) -> float:
+    def ema_decay_at(self, step: int) -> float:
         """What the averaged encoder keeps of itself after a step."""
-        return rising_average(step, start=self.cfg.average, total=self.steps)
+        return cosine_ema_decay(step, start_decay=self.cfg.average, total_steps=self.total_steps)
 
-    def lines(self) -> list[str]:
-        return super().lines() + ([] if self.start is None else self.start.lines())
+    def summary_lines(self) -> list[str]:
+        return super().summary_lines() + ([] if self.init_source is None else self.init_source.summary_lines())
 
 
-def plan(cfg: PretrainConfig, ranks: int) -> PretrainPlan:
+def plan_pretraining(cfg: PretrainConfig, world_size: int) -> PretrainPlan:
     """Everything that can be refused before a run begins. Errors: ConfigError, DataError, ExportError."""
     _check_target(cfg)
-    model, size = cfg.model.fitted(cfg.data.image_size), cfg.data.image_size
-    side = mask_side(cfg.masking, *model.grid(size), cfg.mask_ratio, cfg.mask_block)
+    model, size = cfg.model.resolve_for_image(cfg.data.image_size), cfg.data.image_size
+    side = resolve_mask_block_size(cfg.masking, *model.patch_grid(size), cfg.mask_ratio, cfg.mask_block)
     if cfg.init is None:
-        return planned(PretrainPlan, cfg, ranks, mask_side=side)
-    start = started(Path(cfg.init), model, cfg.data)
-    rows, columns = (patches * model.patch for patches in start.grid)
+        return build_stage_plan(PretrainPlan, cfg, world_size, mask_block_size=side)
+    start = inspect_init_weights(Path(cfg.init), model, cfg.data)
+    rows, columns = (patches * model.patch for patches in start.patch_grid)
     was = rows if rows == columns else (rows, columns)
-    return planned(
+    return build_stage_plan(
         PretrainPlan,
         cfg,
-        ranks,
-        card=start.card,
-        origin={"init": start.sha256},
-        mask_side=side,
-        start=start,
+        world_size,
+        source_card=start.card,
+        extra_science={"init": start.sha256},
+        mask_block_size=side,
+        init_source=start,
         resized_from=None if was == size else was,
     )
 

@@ -29,9 +29,9 @@ import yaml
 from distill.config import DistillConfig
 from finetune.config import FinetuneConfig
 from foveal.config import parse_yaml, read_yaml
-from foveal.distributed.launcher_process import LAUNCHER, Process
+from foveal.distributed.launcher_process import LAUNCHER_ENV_VAR, Process
 from foveal.errors import ConfigError, FovealError, LaunchError
-from foveal.training.plan import StageConfig, config_file
+from foveal.training.plan import StageConfig, resolve_config_path
 from pretrain.config import PretrainConfig
 
 _STAGES: dict[str, tuple[type[StageConfig], str]] = {
@@ -45,58 +45,58 @@ _log = logging.getLogger("foveal.submit")
 
 
 @dataclass(frozen=True)
-class Entry:
+class PipelineStage:
     """One element of a pipeline file, as it stands there."""
 
     name: str
     stage: str
     config: str
-    set: Mapping[str, Any]
-    takes: Mapping[str, str]  # setting -> name of the stage whose export it is, or name/student
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, str]  # setting -> name of the stage whose export it is, or name/student
 
 
 @dataclass(frozen=True)
-class Job:
+class StageJob:
     """One stage, ready to be started: ``python -m <stage>.run CONFIG OVERRIDES`` after the jobs it waits for."""
 
     name: str
     stage: str
-    config: Path
+    config_path: Path
     overrides: tuple[str, ...]
-    after: tuple[str, ...]
-    run: Path
-    processes: int | None
-    folds: bool = False  # which the tasks of a Slurm array share
+    depends_on: tuple[str, ...]
+    run_dir: Path
+    num_processes: int | None
+    has_folds: bool = False  # which the tasks of a Slurm array share
 
     @property
-    def line(self) -> list[str]:
+    def python_args(self) -> list[str]:
         """What follows ``python``."""
-        return ["-m", f"{self.stage}.run", str(self.config), *self.overrides]
+        return ["-m", f"{self.stage}.run", str(self.config_path), *self.overrides]
 
 
 # --- from a file to jobs ---
 
 
-def read_pipeline(file: Path) -> list[Entry]:
+def read_pipeline(file: Path) -> list[PipelineStage]:
     """The stages of a pipeline file. Errors: ConfigError, naming the file and the element."""
     listed = read_yaml(file)
     if not isinstance(listed, list) or not listed:
         raise ConfigError(f"{file}: a list of stages is expected, each with {', '.join(_KEYS)}")
-    entries = [_entry(element, f"{file}: element {number}") for number, element in enumerate(listed, 1)]
+    entries = [_parse_stage(element, f"{file}: element {number}") for number, element in enumerate(listed, 1)]
     names = [entry.name for entry in entries]
     for number, entry in enumerate(entries):
         if entry.name in names[:number]:
             raise ConfigError(f"{file}: '{entry.name}' names two stages; give each its own name")
-        for key, place in entry.takes.items():
+        for key, place in entry.inputs.items():
             name = place.partition("/")[0]
             if name not in names[:number]:
                 hint = "it comes later: list it first"
-                hint = hint if name in names else f"there is no such stage{_nearest(name, names)}"
+                hint = hint if name in names else f"there is no such stage{_suggest_nearest(name, names)}"
                 raise ConfigError(f"{file}: stage '{entry.name}': from.{key} wants '{name}', but {hint}")
     return entries
 
 
-def _entry(element: Any, where: str) -> Entry:
+def _parse_stage(element: Any, where: str) -> PipelineStage:
     if not isinstance(element, dict):
         raise ConfigError(f"{where}: a mapping with {', '.join(_KEYS)} is expected, this is {type(element).__name__}")
     for key in element:
@@ -109,68 +109,76 @@ def _entry(element: Any, where: str) -> Entry:
     if not name.replace("-", "").replace("_", "").isalnum() or name == "slurm":
         raise ConfigError(f"{where}: '{name}' cannot be a stage's name; use letters, digits, - and _, and not 'slurm'")
     if stage not in _STAGES:
-        raise ConfigError(f"{where}: there is no stage '{stage}'{_nearest(stage, list(_STAGES))}")
+        raise ConfigError(f"{where}: there is no stage '{stage}'{_suggest_nearest(stage, list(_STAGES))}")
     settings, takes = element.get("set") or {}, element.get("from") or {}
     if not isinstance(settings, dict) or not isinstance(takes, dict):
         raise ConfigError(
             f"{where}: set and from are mappings, of settings to values and of settings to names of stages"
         )
-    return Entry(name, stage, element["config"], settings, {str(key): str(value) for key, value in takes.items()})
+    return PipelineStage(
+        name, stage, element["config"], settings, {str(key): str(value) for key, value in takes.items()}
+    )
 
 
-def jobs_of(file: Path, overrides: Sequence[str]) -> tuple[list[Job], dict[str, str]]:
+def build_jobs(pipeline_file: Path, overrides: Sequence[str]) -> tuple[list[StageJob], dict[str, str]]:
     """A pipeline's jobs, each validated with the very strings it will be started with, and the options of sbatch.
 
     ``run.dir`` is runs/<pipeline>/<name> unless ``set`` or an override says otherwise, whatever the stage's config says.
     Errors: ConfigError, naming the pipeline, the stage and the setting.
     """
-    jobs: dict[str, Job] = {}
+    jobs: dict[str, StageJob] = {}
     exports: dict[str, tuple[str, ...]] = {}
-    entries = read_pipeline(file)
-    given = _by_name(overrides, [*(entry.name for entry in entries), "slurm"])
+    entries = read_pipeline(pipeline_file)
+    given = _group_overrides(overrides, [*(entry.name for entry in entries), "slurm"])
     for entry in entries:
-        settings = {"run.dir": f"runs/{file.stem}/{entry.name}", "run.pipeline": f"runs/{file.stem}", **entry.set}
-        taken = {key: place.partition("/") for key, place in entry.takes.items()}
-        settings |= {key: f"{jobs[name].run}/export{slash}{student}" for key, (name, slash, student) in taken.items()}
-        texts = (*(f"{key}={_as_text(value)}" for key, value in settings.items()), *given[entry.name])
-        config = config_file(entry.stage, entry.config)
+        settings = {
+            "run.dir": f"runs/{pipeline_file.stem}/{entry.name}",
+            "run.pipeline": f"runs/{pipeline_file.stem}",
+            **entry.settings,
+        }
+        taken = {key: place.partition("/") for key, place in entry.inputs.items()}
+        settings |= {
+            key: f"{jobs[name].run_dir}/export{slash}{student}" for key, (name, slash, student) in taken.items()
+        }
+        texts = (*(f"{key}={_format_override_value(value)}" for key, value in settings.items()), *given[entry.name])
+        config = resolve_config_path(entry.stage, entry.config)
         try:
             cfg = _STAGES[entry.stage][0].load(config, texts)
-            exports[entry.name] = cfg.exports
+            exports[entry.name] = cfg.export_names
             if wrong := next((name for name, _, student in taken.values() if student not in exports[name]), None):
                 ways = ", ".join(f"{wrong}/{each}" if each else wrong for each in exports[wrong])
                 raise ConfigError(f"what '{wrong}' leaves is taken as {ways}")
             if cfg.run.fresh or cfg.run.dir is None:
                 raise ConfigError("run.fresh=true and run.dir=null leave the name of the export open; set run.dir")
         except ConfigError as error:
-            raise ConfigError(f"{file}: stage '{entry.name}': {error}") from None
+            raise ConfigError(f"{pipeline_file}: stage '{entry.name}': {error}") from None
         after = tuple(dict.fromkeys(name for name, _, _ in taken.values()))
         folds = isinstance(cfg, FinetuneConfig) and cfg.folds is not None
-        job = Job(entry.name, entry.stage, config, texts, after, Path(cfg.run.dir), cfg.run.processes, folds)
-        if same := [other.name for other in jobs.values() if other.run == job.run]:
+        job = StageJob(entry.name, entry.stage, config, texts, after, Path(cfg.run.dir), cfg.run.processes, folds)
+        if same := [other.name for other in jobs.values() if other.run_dir == job.run_dir]:
             raise ConfigError(
-                f"{file}: '{same[0]}' and '{job.name}' have the same run.dir {job.run}; give each its own"
+                f"{pipeline_file}: '{same[0]}' and '{job.name}' have the same run.dir {job.run_dir}; give each its own"
             )
         jobs[job.name] = job
     options = {name: value for name, _, value in (text.partition("=") for text in given["slurm"])}
-    if "array" in options and not any(job.folds for job in jobs.values()):
-        raise ConfigError(f"{file}: slurm.array is for the stages that have folds, and none has; leave it out")
+    if "array" in options and not any(job.has_folds for job in jobs.values()):
+        raise ConfigError(f"{pipeline_file}: slurm.array is for the stages that have folds, and none has; leave it out")
     return list(jobs.values()), options
 
 
-def _by_name(overrides: Sequence[str], names: list[str]) -> dict[str, list[str]]:
+def _group_overrides(overrides: Sequence[str], names: list[str]) -> dict[str, list[str]]:
     given: dict[str, list[str]] = {name: [] for name in names}
     for override in overrides:
         name, dot, rest = override.partition(".")
         if not dot or "=" in name or "=" not in rest:
             raise ConfigError(f"'{override}' is not an override of a pipeline; write <stage>.<dotted.key>=value")
         if name not in given:
-            raise ConfigError(f"'{override}': there is no stage '{name}'{_nearest(name, names)}")
+            raise ConfigError(f"'{override}': there is no stage '{name}'{_suggest_nearest(name, names)}")
         given[name].append(rest)
     return given
 
 
-def _as_text(value: Any) -> str:
+def _format_override_value(value: Any) -> str:
     """A value as the right-hand side of an override, which the stage reads as YAML."""
     try:
         if isinstance(value, str) and parse_yaml(value) == value:
@@ -180,7 +188,7 @@ def _as_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _nearest(word: str, words: Sequence[str]) -> str:
+def _suggest_nearest(word: str, words: Sequence[str]) -> str:
     close = difflib.get_close_matches(word, words, n=1)
     return f". Did you mean '{close[0]}'?" if close else f"; there are {', '.join(words)}"
 
@@ -188,7 +196,7 @@ def _nearest(word: str, words: Sequence[str]) -> str:
 # --- on Slurm ---
 
 
-def submit(jobs: Sequence[Job], folder: Path, options: Mapping[str, str]) -> dict[str, str]:
+def submit_jobs(jobs: Sequence[StageJob], log_dir: Path, sbatch_options: Mapping[str, str]) -> dict[str, str]:
     """Submit all jobs, each after those it waits for; their ids by name. All of them or none.
 
     Errors: LaunchError where sbatch is missing or refuses a job.
@@ -202,24 +210,28 @@ def submit(jobs: Sequence[Job], folder: Path, options: Mapping[str, str]) -> dic
         script = Path(_STAGES[job.stage][1])
         if not script.exists():
             raise LaunchError(f"{Path.cwd()} has no {script}; call submit.py in the root of the repository")
-        theirs = {name.replace("-", "_"): value for name, value in options.items() if name != "array" or job.folds}
-        resources = header(script) | theirs
-        conditions = [f"afterok:{':'.join(ids[name] for name in job.after)}"] if job.after else []
+        theirs = {
+            name.replace("-", "_"): value for name, value in sbatch_options.items() if name != "array" or job.has_folds
+        }
+        resources = read_sbatch_options(script) | theirs
+        conditions = [f"afterok:{':'.join(ids[name] for name in job.depends_on)}"] if job.depends_on else []
         conditions += [resources["dependency"]] if "dependency" in resources else []
         if conditions:
             resources |= {"dependency": ",".join(conditions), "kill_on_invalid_dep": "yes"}
         try:
-            ids[job.name] = _sbatch(folder, resources, ["bash", str(script), str(job.config), *job.overrides])
+            ids[job.name] = _submit_command(
+                log_dir, resources, ["bash", str(script), str(job.config_path), *job.overrides]
+            )
         except LaunchError as error:
             if ids:
                 subprocess.run(["scancel", *ids.values()], check=False)
             raise LaunchError(f"{job.name}: {error}{'; the jobs before it are cancelled' if ids else ''}") from None
-        wait = f" after {', '.join(f'{ids[name]} ({name})' for name in job.after)}" if job.after else ""
-        sys.stdout.write(f"{ids[job.name]} {job.name}{wait} -> {job.run}\n")
+        wait = f" after {', '.join(f'{ids[name]} ({name})' for name in job.depends_on)}" if job.depends_on else ""
+        sys.stdout.write(f"{ids[job.name]} {job.name}{wait} -> {job.run_dir}\n")
     return ids
 
 
-def header(script: Path) -> dict[str, str]:
+def read_sbatch_options(script: Path) -> dict[str, str]:
     """The options of a script's #SBATCH lines, the one place where a stage's resources stand; a bare one is 'true'."""
     lines = [line.removeprefix("#SBATCH") for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
     words = [word for line in lines for word in shlex.split(line, comments=True)]
@@ -229,7 +241,7 @@ def header(script: Path) -> dict[str, str]:
     return {name.replace("-", "_"): value if equals else "true" for name, equals, value in pairs}
 
 
-def _sbatch(folder: Path, resources: Mapping[str, str], command: Sequence[str]) -> str:
+def _submit_command(folder: Path, resources: Mapping[str, str], command: Sequence[str]) -> str:
     """Submit a command line with submitit, and return the job's id.
 
     The batch script runs the stage's own job script, so that a chained job and an ``sbatch slurm/<stage>.sh`` are the
@@ -253,41 +265,43 @@ def _sbatch(folder: Path, resources: Mapping[str, str], command: Sequence[str]) 
 # --- here ---
 
 
-def run_here(jobs: Sequence[Job]) -> int:
+def run_jobs_locally(jobs: Sequence[StageJob]) -> int:
     """Run the jobs one after another on this machine; 0, or the exit code of the first that did not finish.
 
     A job of several processes is checked in one process first: torchrun turns every exit code into 1.
     """
     for number, job in enumerate(jobs, 1):
-        processes = job.processes or _devices()
-        _log.info("[%d/%d] %s -> %s (processes: %d)", number, len(jobs), job.name, job.run, processes)
+        processes = job.num_processes or _count_devices()
+        _log.info("[%d/%d] %s -> %s (processes: %d)", number, len(jobs), job.name, job.run_dir, processes)
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        commands = [alone := [sys.executable, *job.line]]
+        commands = [alone := [sys.executable, *job.python_args]]
         if processes > 1:
-            commands = [[*alone, "--check", f"--ranks={processes}"], [*launcher, *job.line]]
+            commands = [[*alone, "--check", f"--ranks={processes}"], [*launcher, *job.python_args]]
         for command in commands:
-            if code := _run(command, _environment(processes)):
+            if code := _run_command(command, _child_environment(processes)):
                 _log.error("%s stopped with exit code %d; nothing after it was started", job.name, code)
                 return code
-        if not (job.run / "finished.json").exists():
-            _log.error("%s left before its end; the same command goes on from its checkpoint in %s", job.name, job.run)
+        if not (job.run_dir / "finished.json").exists():
+            _log.error(
+                "%s left before its end; the same command goes on from its checkpoint in %s", job.name, job.run_dir
+            )
             return LaunchError.exit_code
     return 0
 
 
-def _devices() -> int:
+def _count_devices() -> int:
     import torch
 
     return max(1, torch.cuda.device_count())
 
 
-def _environment(processes: int) -> dict[str, str]:
+def _child_environment(processes: int) -> dict[str, str]:
     """Without a word from the user the processes share the cores; torchrun gives each one, and warns of it."""
-    mine = {LAUNCHER: str(Process.of(os.getpid()) or "")}  # the stages leave when we are gone
+    mine = {LAUNCHER_ENV_VAR: str(Process.from_pid(os.getpid()) or "")}  # the stages leave when we are gone
     return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes)), **os.environ, **mine}
 
 
-def _run(command: list[str], environment: Mapping[str, str]) -> int:
+def _run_command(command: list[str], environment: Mapping[str, str]) -> int:
     """Run a command to its end; its exit code as a shell has it, or 128 + the first signal that came meanwhile.
 
     It has a process group of its own, so that Ctrl-C reaches each rank once, by us; they save and leave. torchrun is not
@@ -300,7 +314,7 @@ def _run(command: list[str], environment: Mapping[str, str]) -> int:
         now = number == signal.SIGINT in heard
         heard.append(number)
         for each in child:
-            ranks = _children(each.pid) if "torch.distributed.run" in command else []
+            ranks = _child_pids(each.pid) if "torch.distributed.run" in command else []
             for process in [*ranks, each.pid] if now or not ranks else ranks:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL if now else number)
@@ -316,7 +330,7 @@ def _run(command: list[str], environment: Mapping[str, str]) -> int:
     return 128 + heard[0] if heard else code if code >= 0 else 128 - code
 
 
-def _children(process: int) -> list[int]:
+def _child_pids(process: int) -> list[int]:
     try:
         return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
     except OSError:
@@ -333,13 +347,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="<stage>.<key>=value, slurm.<option>=value")
     options = parser.parse_intermixed_args(argv)
     try:
-        jobs, sbatch = jobs_of(options.pipeline, options.overrides)
+        jobs, sbatch = build_jobs(options.pipeline, options.overrides)
         if options.cluster == "slurm":
-            submit(jobs, Path("runs", options.pipeline.stem, "slurm"), sbatch)
+            submit_jobs(jobs, Path("runs", options.pipeline.stem, "slurm"), sbatch)
             sys.exit(0)
         if sbatch:
             _log.warning("--cluster local asks nothing of Slurm: slurm.%s is ignored", ", slurm.".join(sbatch))
-        sys.exit(run_here(jobs))
+        sys.exit(run_jobs_locally(jobs))
     except FovealError as error:
         sys.stderr.write(f"foveal: {error}\n")
         sys.exit(error.exit_code)

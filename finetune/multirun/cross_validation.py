@@ -14,61 +14,61 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from finetune.checks import check_blind
+from finetune.checks import check_holdout_stopping
 from finetune.config import FinetuneConfig
-from finetune.multirun.nested_runs import Fit, Summary, each_of, folder_of, is_finished
-from finetune.plan import FinetunePlan, inner
-from finetune.plan import plan as plan_of
-from foveal.distributed.world import World, array_task
-from foveal.errors import ConfigError, Held, LaunchError
+from finetune.multirun.nested_runs import FitFn, RunSummary, get_run_dir, is_finished, run_nested
+from finetune.plan import FinetunePlan, nested_run_config
+from finetune.plan import plan_training as plan_of
+from foveal.distributed.world import World, read_slurm_array_task
+from foveal.errors import ConfigError, LaunchError, RunInUseError
 from foveal.training.run import Run
 
-_JUDGED = ("fold_", "holdout_")
-_WAIT = 1.0  # seconds between two looks whether another task has closed the run
+_METRIC_PREFIXES = ("fold_", "holdout_")
+_POLL_SECONDS = 1.0  # seconds between two looks whether another task has closed the run
 _log = logging.getLogger("foveal.finetune")
 
 
-def plan(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
+def plan_cross_validation(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
     """The plan of a cross-validation, which has the steps of its first fold.
 
     Everything that can be refused is refused before a run begins, for every fold: the repeats cut folds of like sizes.
     Errors: ConfigError, DataError, ExportError, LaunchError.
     """
     assert cfg.folds is not None
-    _check(cfg)
-    first, *_ = [plan_of(one, ranks) for one in runs_of(cfg)[: cfg.folds.count]]
+    _check_cross_validation(cfg)
+    first, *_ = [plan_of(one, ranks) for one in fold_configs(cfg)[: cfg.folds.count]]
     return replace(first, cfg=cfg)
 
 
-def runs_of(cfg: FinetuneConfig) -> list[FinetuneConfig]:
+def fold_configs(cfg: FinetuneConfig) -> list[FinetuneConfig]:
     """The settings of every fold of every repeat, in this order."""
     assert cfg.folds is not None
     seeds = range(cfg.seed, cfg.seed + cfg.folds.repeats)
-    return [_fold(cfg, seed, number) for seed in seeds for number in range(cfg.folds.count)]
+    return [_fold_config(cfg, seed, number) for seed in seeds for number in range(cfg.folds.count)]
 
 
-def cross_validate(plan: FinetunePlan, run: Run, fit: Fit) -> None:
+def cross_validate(plan: FinetunePlan, run: Run, fit: FitFn) -> None:
     """Run every fold that is not finished, then write down what they come to.
 
     The numbers of the n-th run are a row of their own at step n.
     """
-    found: list[Summary] = []
-    for number, summary in enumerate(each_of(runs_of(plan.cfg), run, fit), start=1):
-        found.append({name: value for name, value in summary.items() if name.startswith(_JUDGED)})
-        run.tracker.results(found[-1], number)
-    if not run.left:
-        run.finish(spread(found))
+    found: list[RunSummary] = []
+    for number, summary in enumerate(run_nested(fold_configs(plan.cfg), run, fit), start=1):
+        found.append({name: value for name, value in summary.items() if name.startswith(_METRIC_PREFIXES)})
+        run.tracker.log_results(found[-1], number)
+    if not run.is_preempted:
+        run.mark_finished(summarize_folds(found))
 
 
-def spread(found: Sequence[Summary]) -> Summary:
+def summarize_folds(summaries: Sequence[RunSummary]) -> RunSummary:
     """Of each number its mean, standard deviation, lowest and highest over the runs; ``folds``: how many runs.
 
     The deviation is that of a sample (n - 1). It says how much folds differ, not how far the mean may be off: trainings
     share their images, and there is no unbiased estimator of that (Bengio and Grandvalet, JMLR 5, 2004).
     """
-    results: Summary = {"folds": float(len(found))}
-    for name in found[0]:
-        values = [each[name] for each in found]
+    results: RunSummary = {"folds": float(len(summaries))}
+    for name in summaries[0]:
+        values = [each[name] for each in summaries]
         results |= {
             f"{name}_mean": statistics.fmean(values),
             f"{name}_std": statistics.stdev(values),
@@ -78,61 +78,61 @@ def spread(found: Sequence[Summary]) -> Summary:
     return results
 
 
-def divide(cfg: FinetuneConfig, world: World, run: Callable[[FinetuneConfig], bool]) -> None:
+def dispatch_folds(cfg: FinetuneConfig, world: World, execute: Callable[[FinetuneConfig], bool]) -> None:
     """Do with ``run``, which says whether it came to an end, what of a config is this job's.
 
     That is all of it, but for a task of an array its own folds, and then the whole if every fold is finished. A fold is
     finished before its task looks, so the last one finds all of them. Two may find that at once: the directory's lease
     lets one in, and the other waits, to take over from it if it dies. Errors: those of ``plan`` and of the runs.
     """
-    task = array_task()
+    task = read_slurm_array_task()
     if cfg.folds is None or task is None:
-        run(cfg)
+        execute(cfg)
         return
-    _check(cfg)
-    folds = runs_of(cfg)
-    mine = folds[task.number :: task.count]
+    _check_cross_validation(cfg)
+    folds = fold_configs(cfg)
+    mine = folds[task.task_id :: task.task_count]
     if not mine:
-        _log.info("task %d of the array has nothing to do: there are %d folds", task.number, len(folds))
+        _log.info("task %d of the array has nothing to do: there are %d folds", task.task_id, len(folds))
         return
-    if not all(run(one) for one in mine):  # it was asked to leave, and the rest waits for its next start
+    if not all(execute(one) for one in mine):  # it was asked to leave, and the rest waits for its next start
         return
-    left = world.once(lambda: sum(not _is_finished_now(one) for one in folds))
+    left = world.on_rank0(lambda: sum(not _is_finished_uncached(one) for one in folds))
     if left:
         _log.info("%s: %d of %d folds are left to other tasks; the last closes the run", cfg.run.dir, left, len(folds))
         return
-    while not _closed(cfg, run):
-        time.sleep(_WAIT)
+    while not _try_aggregate(cfg, execute):
+        time.sleep(_POLL_SECONDS)
 
 
-def _closed(cfg: FinetuneConfig, run: Callable[[FinetuneConfig], bool]) -> bool:
+def _try_aggregate(cfg: FinetuneConfig, execute: Callable[[FinetuneConfig], bool]) -> bool:
     """Close the run of the whole, unless another task is about to."""
     try:
-        run(cfg)
-    except Held:
+        execute(cfg)
+    except RunInUseError:
         return False
     return True
 
 
-def _is_finished_now(cfg: FinetuneConfig) -> bool:
+def _is_finished_uncached(cfg: FinetuneConfig) -> bool:
     """Whether a run is finished, as the file system's server knows it.
 
     NFS may answer from memory for a minute, also that there is no such file, unless this node changes the folder: two
     tasks that finish at the same time would each miss the other's last fold, and neither would close the run.
     """
-    for folder in (folder_of(cfg).parent, folder_of(cfg)):
+    for folder in (get_run_dir(cfg).parent, get_run_dir(cfg)):
         with suppress(OSError), tempfile.TemporaryFile(dir=folder):
             pass
     return is_finished(cfg)
 
 
-def _fold(cfg: FinetuneConfig, seed: int, number: int) -> FinetuneConfig:
+def _fold_config(cfg: FinetuneConfig, seed: int, fold: int) -> FinetuneConfig:
     assert cfg.folds is not None
-    changes = {"seed": seed, "data.fold": {"of": cfg.folds.count, "number": number}}
-    return inner(cfg, f"folds/seed{seed}-fold{number}", changes)
+    changes = {"seed": seed, "data.fold": {"of": cfg.folds.count, "number": fold}}
+    return nested_run_config(cfg, f"folds/seed{seed}-fold{fold}", changes)
 
 
-def _check(cfg: FinetuneConfig) -> None:
+def _check_cross_validation(cfg: FinetuneConfig) -> None:
     """Refuse settings that folds cannot have, and arrays that cannot share them. Errors: ConfigError, LaunchError."""
     if cfg.trials is not None:
         raise ConfigError("folds and trials exclude each other: cross-validate the arm that a comparison has chosen")
@@ -142,16 +142,16 @@ def _check(cfg: FinetuneConfig) -> None:
         )
     if cfg.data.fold is not None:
         raise ConfigError("data.fold and folds exclude each other: folds trains on every fold in turn; leave one out")
-    check_blind(cfg, "a fold")
-    task = array_task()
+    check_holdout_stopping(cfg, "a fold")
+    task = read_slurm_array_task()
     if task is None:
         return
     if cfg.run.fresh:
         raise ConfigError(
             "run.fresh=true and a Slurm array exclude each other: its tasks share one directory; set run.dir to a new one"
         )
-    if (task.lowest, task.highest) != (0, task.count - 1):
+    if (task.min_task_id, task.max_task_id) != (0, task.task_count - 1):
         raise LaunchError(
-            f"the array has {task.count} tasks with numbers from {task.lowest} to {task.highest}, and folds are shared by "
-            f"number: use --array=0-{task.count - 1}, also to repeat a task (what is finished is not run again)"
+            f"the array has {task.task_count} tasks with numbers from {task.min_task_id} to {task.max_task_id}, and folds are shared by "
+            f"number: use --array=0-{task.task_count - 1}, also to repeat a task (what is finished is not run again)"
         )

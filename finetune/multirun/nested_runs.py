@@ -10,33 +10,33 @@ from pathlib import Path
 
 from finetune.config import FinetuneConfig
 from finetune.plan import FinetunePlan
-from finetune.plan import plan as plan_of
-from foveal.data.sampling.subset import judge
+from finetune.plan import plan_training as plan_of
+from foveal.data.sampling.subset import eval_split
 from foveal.training.run import Run
-from foveal.training.run_directory import opened
+from foveal.training.run_directory import open_run
 
-Fit = Callable[[FinetunePlan, Run], None]
-Summary = dict[str, float]
+FitFn = Callable[[FinetunePlan, Run], None]
+RunSummary = dict[str, float]
 
 
-def each_of(configs: Sequence[FinetuneConfig], run: Run, fit: Fit) -> Iterator[Summary]:
+def run_nested(configs: Sequence[FinetuneConfig], outer_run: Run, fit: FitFn) -> Iterator[RunSummary]:
     """Run what is not finished, and give the summary of each in turn; fewer where the run was asked to leave (``left``).
 
     The outer run's steps are the runs that are finished: an attempt that adds one has got further.
     """
-    run.begin(sum(is_finished(cfg) for cfg in configs), total=len(configs))
+    outer_run.start_attempt(sum(is_finished(cfg) for cfg in configs), total_steps=len(configs))
     for done, cfg in enumerate(configs, start=1):
-        summary = _one(plan_of(cfg, run.world.size), run, fit)
+        summary = _run_or_read_summary(plan_of(cfg, outer_run.world.size), outer_run, fit)
         if summary is None:
-            run.leave(done - 1)
+            outer_run.end_preempted(done - 1)
             return
-        on = f"{judge(cfg.data).name}_"
+        on = f"{eval_split(cfg.data).metric_prefix}_"
         told = next((f", {name} {value:.3f}" for name, value in summary.items() if name.startswith(on)), "")
-        run.progress.tell(done, f"{folder_of(cfg).name}{told}")
+        outer_run.progress.update(done, f"{get_run_dir(cfg).name}{told}")
         yield summary
 
 
-def folder_of(cfg: FinetuneConfig) -> Path:
+def get_run_dir(cfg: FinetuneConfig) -> Path:
     """The run directory."""
     assert cfg.run.dir is not None, "the command line fills it in"
     return Path(cfg.run.dir)
@@ -44,15 +44,17 @@ def folder_of(cfg: FinetuneConfig) -> Path:
 
 def is_finished(cfg: FinetuneConfig) -> bool:
     """Whether the run of these settings is finished."""
-    return (folder_of(cfg) / "finished.json").exists()
+    return (get_run_dir(cfg) / "finished.json").exists()
 
 
-def _one(plan: FinetunePlan, run: Run, fit: Fit) -> Summary | None:
+def _run_or_read_summary(plan: FinetunePlan, outer_run: Run, fit: FitFn) -> RunSummary | None:
     """The summary of one run, made now or before; nothing if it was asked to leave."""
-    with opened("finetune", plan, run.world, run.preemption, within=run) as inner:
+    with open_run("finetune", plan, outer_run.world, outer_run.preemption, outer_run=outer_run) as inner:
         if inner is not None:
             fit(plan, inner)
-            if inner.left:
+            if inner.is_preempted:
                 return None
-    file = folder_of(plan.cfg) / "finished.json"
-    return run.world.broadcast(json.loads(file.read_text())["summary"] if run.world.rank == 0 else None)
+    file = get_run_dir(plan.cfg) / "finished.json"
+    return outer_run.world.broadcast_object(
+        json.loads(file.read_text())["summary"] if outer_run.world.rank == 0 else None
+    )

@@ -6,12 +6,12 @@ then is its accuracy on ``data.val`` looked at.
 
 import statistics
 
-from finetune.multirun.nested_runs import Fit, Summary, each_of
-from finetune.plan import FinetunePlan, trial
+from finetune.multirun.nested_runs import FitFn, RunSummary, run_nested
+from finetune.plan import FinetunePlan, trial_config
 from foveal.training.run import Run
 
 
-def compare(plan: FinetunePlan, run: Run, fit: Fit) -> None:
+def run_trials(plan: FinetunePlan, run: Run, fit: FitFn) -> None:
     """Run every trial that is not finished, then write down each arm's own best."""
     cfg = plan.cfg
     assert cfg.trials is not None
@@ -21,19 +21,19 @@ def compare(plan: FinetunePlan, run: Run, fit: Fit) -> None:
         for lr in cfg.trials.lr_per_256
         for repeat in range(cfg.trials.repeats)
     ]
-    found: dict[tuple[str, float], list[Summary]] = {}
-    summaries = each_of([trial(cfg, *name) for name in names], run, fit)
+    found: dict[tuple[str, float], list[RunSummary]] = {}
+    summaries = run_nested([trial_config(cfg, *name) for name in names], run, fit)
     for (arm, _, lr), summary in zip(names, summaries, strict=False):  # fewer summaries where it was asked to leave
         found.setdefault((arm, lr), []).append(summary)
-    if not run.left:
-        run.finish(_chosen(found))
+    if not run.is_preempted:
+        run.mark_finished(_summarize_trials(found))
 
 
-def _chosen(found: dict[tuple[str, float], list[dict[str, float]]]) -> dict[str, float]:
+def _summarize_trials(summaries: dict[tuple[str, float], list[dict[str, float]]]) -> dict[str, float]:
     """For each arm: its best rate on the held-out part, and mean, lowest and highest top-1 on data.val over the seeds."""
     results: dict[str, float] = {}
-    for arm in dict.fromkeys(arm for arm, _ in found):
-        rates = {lr: seeds for (name, lr), seeds in found.items() if name == arm}
+    for arm in dict.fromkeys(arm for arm, _ in summaries):
+        rates = {lr: seeds for (name, lr), seeds in summaries.items() if name == arm}
         held_out = (
             {lr: statistics.fmean(seed["holdout_top1"] for seed in rates[lr]) for lr in rates} if len(rates) > 1 else {}
         )

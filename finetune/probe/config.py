@@ -7,8 +7,8 @@ from pydantic import Field
 
 from foveal.config import Config, machine, science
 
-Kind = Literal["linear", "logistic", "attentive", "knn"]
-Read = Literal["token", "avg", "both"]
+ProbeKind = Literal["linear", "logistic", "attentive", "knn"]
+FeatureSource = Literal["token", "avg", "both"]
 _Rate = Annotated[float, Field(gt=0)]
 _Count = Annotated[int, Field(ge=1)]
 
@@ -20,7 +20,7 @@ class ProbeConfig(Config):
     LARS, which has no use for AdamW's settings, and attentive by AdamW.
     """
 
-    kinds: tuple[Kind, ...] = science(
+    kinds: tuple[ProbeKind, ...] = science(
         ("linear",),
         "What reads the features: a linear head by LARS (MAE's protocol), scikit-learn's logistic regression, one "
         "query that attends to the patches, or nearest neighbours.",
@@ -29,7 +29,7 @@ class ProbeConfig(Config):
     layers: Literal["all"] | tuple[_Count, ...] | None = science(
         None, "Blocks, from 1, whose output is read, through the encoder's last norm; all; none: the last."
     )
-    features: Read | None = science(
+    features: FeatureSource | None = science(
         None, "What is read of a layer: class token, mean of the patches, or both; none: as pooling says."
     )
     gigabytes: float = machine(50.0, "The most that the kept features may take, in 10^9 bytes.", gt=0)
@@ -49,25 +49,25 @@ class ProbeConfig(Config):
     metric: Literal["cosine", "euclidean"] = science("cosine", "What is near.")
     temperature: float = science(0.07, "Of softmax votes.", gt=0)
 
-    def layers_of(self, depth: int) -> tuple[int, ...]:
+    def resolve_layers(self, depth: int) -> tuple[int, ...]:
         """The blocks that are read, ascending."""
         if self.layers is None:
             return (depth,)
         return tuple(range(1, depth + 1)) if self.layers == "all" else tuple(sorted(set(self.layers)))
 
     @property
-    def pooled(self) -> bool:
+    def reads_pooled(self) -> bool:
         """Whether a feature of the whole image is read."""
         return any(kind != "attentive" for kind in self.kinds)
 
     @property
-    def patches(self) -> bool:
+    def reads_patches(self) -> bool:
         """Whether every patch is read."""
         return "attentive" in self.kinds
 
 
 # What of each kind is chosen on the holdout: its name in the results, and the values that there are.
-CHOICES: dict[Kind, tuple[str, Callable[[ProbeConfig], tuple[float, ...]]]] = {
+HYPERPARAMETERS: dict[ProbeKind, tuple[str, Callable[[ProbeConfig], tuple[float, ...]]]] = {
     "linear": ("lr_per_256", lambda probe: probe.linear_lr_per_256),
     "logistic": ("c", lambda probe: probe.logistic_c),
     "attentive": ("lr_per_256", lambda probe: probe.attentive_lr_per_256),

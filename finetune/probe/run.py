@@ -17,33 +17,40 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from finetune.probe.config import CHOICES, Kind
-from finetune.probe.features import Look, Part, keep, kept, looked_at, read_part
-from finetune.probe.heads import Breaths, Guess, attentive, linear
-from finetune.probe.knn import knn
-from finetune.probe.logistic import logistic
+from finetune.probe.config import HYPERPARAMETERS, ProbeKind
+from finetune.probe.features import (
+    FeatureExtractor,
+    LayerFeatures,
+    build_feature_extractor,
+    extract_features,
+    has_cached_features,
+    load_features,
+)
+from finetune.probe.heads import Predictor, Resumable, fit_attentive_probe, fit_linear_probe
+from finetune.probe.knn import fit_knn_probe
+from finetune.probe.logistic import fit_logistic_probe
 from finetune.probe.plan import ProbePlan
 from foveal.atomic import write_json
 from foveal.data import Batch, normalise
-from foveal.engines.build import set_products
+from foveal.engines.build import set_matmul_precision
 from foveal.optim.optimizers import parameter_groups
-from foveal.training.loop import Parts
+from foveal.training.loop import TrainingSetup
 from foveal.training.run import Run
 
-_FOLDER = "probes"
+_RESULTS_DIR = "probes"
 _log = logging.getLogger("foveal.finetune")
 
 # How each kind learns, and which file of features it reads.
-KINDS: dict[Kind, tuple[Callable[[ProbePlan, Part], Breaths[Guess]], str]] = {
-    "linear": (linear, "pooled"),
-    "logistic": (logistic, "pooled"),
-    "attentive": (attentive, "patches"),
-    "knn": (knn, "pooled"),
+PROBE_METHODS: dict[ProbeKind, tuple[Callable[[ProbePlan, LayerFeatures], Resumable[Predictor]], str]] = {
+    "linear": (fit_linear_probe, "pooled"),
+    "logistic": (fit_logistic_probe, "pooled"),
+    "attentive": (fit_attentive_probe, "patches"),
+    "knn": (fit_knn_probe, "pooled"),
 }
 
 
 @dataclass(frozen=True)
-class Told:
+class ProbeResult:
     """What a unit came to: top-1 on data.val of the choice that was best on the holdout, if there was a choice."""
 
     top1: float
@@ -51,125 +58,131 @@ class Told:
     holdout_top1: float | None = None
 
 
-def probe(plan: ProbePlan, run: Run) -> None:
+def run_probes(plan: ProbePlan, run: Run) -> None:
     """From the features to the numbers; every rank calls it."""
-    set_products(plan.cfg.engine)
-    there = run.world.once(lambda: kept(plan, run.path))
-    found = run.world.once(lambda: _told(plan, run.path) if there else {})  # of features that are gone: void
-    run.begin(len(found) + there, total=len(plan.units) + 1)
-    if not there and not keep(plan, run):
-        return run.leave(0)
-    run.progress.tell(len(found) + 1, "features are kept")
-    left = [unit for unit in plan.units if unit not in found]
+    set_matmul_precision(plan.cfg.engine)
+    there = run.world.on_rank0(lambda: has_cached_features(plan, run.path))
+    found = run.world.on_rank0(
+        lambda: _load_results(plan, run.path) if there else {}
+    )  # of features that are gone: void
+    run.start_attempt(len(found) + there, total_steps=len(plan.kind_layer_pairs) + 1)
+    if not there and not extract_features(plan, run):
+        return run.end_preempted(0)
+    run.progress.update(len(found) + 1, "features are kept")
+    left = [unit for unit in plan.kind_layer_pairs if unit not in found]
     for start in range(0, len(left), run.world.size):
         together = left[start : start + run.world.size]
-        news = _learned(plan, run, together)
+        news = _fit_units(plan, run, together)
         if news is None:
-            return run.leave(len(found) + 1)
+            return run.end_preempted(len(found) + 1)
         found |= news
         if run.world.rank == 0:
-            _write(run.path, news)
+            _save_results(run.path, news)
         for (kind, layer), told in news.items():
-            run.progress.tell(len(found) + 1, f"{kind}{f', block {layer}' if layer else ''}: top-1 {told.top1:.3f}")
-    run.finish(results(plan, found))
+            run.progress.update(len(found) + 1, f"{kind}{f', block {layer}' if layer else ''}: top-1 {told.top1:.3f}")
+    run.mark_finished(summarize_results(plan, found))
     return None
 
 
-def _learned(plan: ProbePlan, run: Run, units: list[tuple[Kind, int]]) -> dict[tuple[Kind, int], Told] | None:
+def _fit_units(
+    plan: ProbePlan, run: Run, units: list[tuple[ProbeKind, int]]
+) -> dict[tuple[ProbeKind, int], ProbeResult] | None:
     """What these units came to, one on each of the first ranks; nothing if the run was asked to leave."""
     rank, found = run.world.rank, None
-    work = _unit(plan, run.path, run.world.device, *units[rank]) if rank < len(units) else None
-    while run.world.any(work is not None):
-        run.watch.beat(run.step, "probing")
-        if run.asked_to_leave():
+    work = _fit_and_evaluate(plan, run.path, run.world.device, *units[rank]) if rank < len(units) else None
+    while run.world.any_rank(work is not None):
+        run.watchdog.heartbeat(run.step, "probing")
+        if run.check_preemption():
             return None
-        work, found = run.world.together(lambda w=work, f=found: (None, f) if w is None else _slice(w))
-    told = zip(units, run.world.gather(found), strict=False)
+        work, found = run.world.run_all_or_raise(lambda w=work, f=found: (None, f) if w is None else _advance(w))
+    told = zip(units, run.world.all_gather_objects(found), strict=False)
     return {unit: each for unit, each in told if each is not None}
 
 
-def _slice(work: Breaths[Told]) -> tuple[Breaths[Told] | None, Told | None]:
+def _advance(task: Resumable[ProbeResult]) -> tuple[Resumable[ProbeResult] | None, ProbeResult | None]:
     """Work until it breathes, or is done: (what is left, what came of it)."""
     try:
-        next(work)
+        next(task)
     except StopIteration as end:
         return None, end.value
-    return work, None
+    return task, None
 
 
-def _unit(plan: ProbePlan, run: Path, device: torch.device, kind: Kind, layer: int) -> Breaths[Told]:
+def _fit_and_evaluate(
+    plan: ProbePlan, run_dir: Path, device: torch.device, kind: ProbeKind, layer: int
+) -> Resumable[ProbeResult]:
     """Learn on train, choose by the holdout, and only then look at val."""
-    fit, column = KINDS[kind]
-    parts = {name: read_part(run, name, plan.layers.index(layer), column, device) for name in plan.parts}
+    fit, column = PROBE_METHODS[kind]
+    parts = {name: load_features(run_dir, name, plan.layers.index(layer), column, device) for name in plan.subsets}
     guess = yield from fit(plan, parts["train"])
-    choices, best, held = CHOICES[kind][1](plan.probe), 0, None
+    choices, best, held = HYPERPARAMETERS[kind][1](plan.probe), 0, None
     if "holdout" in parts:
-        right = accuracies((yield from guess(parts["holdout"])), parts["holdout"])
+        right = compute_top1((yield from guess(parts["holdout"])), parts["holdout"])
         best = max(range(len(right)), key=right.__getitem__)
         held = right[best]
-    top1 = accuracies((yield from guess(parts["val"])), parts["val"])[best]
-    return Told(top1, choices[best], held)
+    top1 = compute_top1((yield from guess(parts["val"])), parts["val"])[best]
+    return ProbeResult(top1, choices[best], held)
 
 
-def accuracies(guesses_GM: Tensor, part: Part) -> list[float]:
+def compute_top1(predictions_GM: Tensor, features: LayerFeatures) -> list[float]:
     """The share of right guesses, for each choice."""
-    return ((guesses_GM == part.labels).sum(dim=1).double() / len(part)).tolist()
+    return ((predictions_GM == features.labels).sum(dim=1).double() / len(features)).tolist()
 
 
-def results(plan: ProbePlan, found: dict[tuple[Kind, int], Told]) -> dict[str, Any]:
+def summarize_results(plan: ProbePlan, unit_results: dict[tuple[ProbeKind, int], ProbeResult]) -> dict[str, Any]:
     """The numbers by name: each kind's on the layer that was best on the holdout, then layer by layer where asked for."""
     numbers: dict[str, Any] = {}
     for kind in dict.fromkeys(plan.probe.kinds):
-        mine = {layer: told for (name, layer), told in found.items() if name == kind}
+        mine = {layer: told for (name, layer), told in unit_results.items() if name == kind}
         best = max(mine, key=lambda layer: (mine[layer].holdout_top1 or 0.0, layer))  # of equal ones the deepest
-        numbers |= _named(kind, mine[best])
+        numbers |= _metrics_of(kind, mine[best])
         if plan.probe.layers is not None:
             numbers[f"{kind}_layer"] = best
             for layer in sorted(mine):
-                numbers |= _named(kind, mine[layer], f"_layer_{layer:02d}")
+                numbers |= _metrics_of(kind, mine[layer], f"_layer_{layer:02d}")
     return numbers
 
 
-def _named(kind: Kind, told: Told, layer: str = "") -> dict[str, float]:
-    numbers = {f"{kind}_top1{layer}": told.top1, f"{kind}_{CHOICES[kind][0]}{layer}": told.choice}
-    return numbers | ({} if told.holdout_top1 is None else {f"{kind}_holdout_top1{layer}": told.holdout_top1})
+def _metrics_of(kind: ProbeKind, result: ProbeResult, suffix: str = "") -> dict[str, float]:
+    numbers = {f"{kind}_top1{suffix}": result.top1, f"{kind}_{HYPERPARAMETERS[kind][0]}{suffix}": result.choice}
+    return numbers | ({} if result.holdout_top1 is None else {f"{kind}_holdout_top1{suffix}": result.holdout_top1})
 
 
 @dataclass(frozen=True)
-class Readable:
+class LinearProbeLoss:
     """What a forecast follows: the frozen model's forward, and a linear head on the last layer that is read."""
 
     plan: ProbePlan
-    look: Look
+    extractor: FeatureExtractor
 
-    def weight(self, batch: Batch) -> float:
+    def batch_weight(self, batch: Batch) -> float:
         """The images."""
         return float(len(batch.labels))
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
-            pooled_SBF, _ = self.look(normalise(batch.images, self.plan.mean, self.plan.std))
+            pooled_SBF, _ = self.extractor(normalise(batch.images, self.plan.mean, self.plan.std))
         return F.cross_entropy(model(pooled_SBF[-1]).float(), batch.labels, reduction="sum"), {}
 
 
-def parts(plan: ProbePlan, device: torch.device) -> Parts[Readable]:
+def build(plan: ProbePlan, device: torch.device) -> TrainingSetup[LinearProbeLoss]:
     """What a probe takes of a rank, for ``foveal plan``; it counts the encoder in every step, where a probe asks it once."""
-    frozen, look = looked_at(plan, device)
-    head = nn.Linear(plan.width, len(plan.classes))
-    return Parts(head, parameter_groups(head, plan.cfg.optim), Readable(plan, look), (frozen,))
+    frozen, look = build_feature_extractor(plan, device)
+    head = nn.Linear(plan.feature_dim, len(plan.classes))
+    return TrainingSetup(head, parameter_groups(head, plan.cfg.optim), LinearProbeLoss(plan, look), (frozen,))
 
 
-def _file(run: Path, unit: tuple[Kind, int]) -> Path:
-    return run / _FOLDER / f"{unit[0]}-{unit[1]:02d}.json"
+def _result_file(run: Path, unit: tuple[ProbeKind, int]) -> Path:
+    return run / _RESULTS_DIR / f"{unit[0]}-{unit[1]:02d}.json"
 
 
-def _told(plan: ProbePlan, run: Path) -> dict[tuple[Kind, int], Told]:
+def _load_results(plan: ProbePlan, run: Path) -> dict[tuple[ProbeKind, int], ProbeResult]:
     """What earlier attempts have written down."""
-    files = {unit: _file(run, unit) for unit in plan.units}
-    return {unit: Told(**json.loads(file.read_text())) for unit, file in files.items() if file.exists()}
+    files = {unit: _result_file(run, unit) for unit in plan.kind_layer_pairs}
+    return {unit: ProbeResult(**json.loads(file.read_text())) for unit, file in files.items() if file.exists()}
 
 
-def _write(run: Path, news: dict[tuple[Kind, int], Told]) -> None:
-    (run / _FOLDER).mkdir(exist_ok=True)
-    for unit, told in news.items():
-        write_json(_file(run, unit), asdict(told))
+def _save_results(run: Path, results: dict[tuple[ProbeKind, int], ProbeResult]) -> None:
+    (run / _RESULTS_DIR).mkdir(exist_ok=True)
+    for unit, told in results.items():
+        write_json(_result_file(run, unit), asdict(told))

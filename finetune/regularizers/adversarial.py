@@ -8,7 +8,7 @@ from torch import Tensor
 
 from finetune.config import AdversarialConfig
 from finetune.plan import FinetunePlan
-from foveal.seeding import key, uniforms
+from foveal.seeding import derive_key, draw_uniform
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Attack:
     mean: Sequence[float]
     std: Sequence[float]
 
-    def __call__(self, loss: Callable[[Tensor], Tensor], images: Tensor, draws_B: Tensor) -> Tensor:
+    def __call__(self, loss_fn: Callable[[Tensor], Tensor], images: Tensor, sample_keys_B: Tensor) -> Tensor:
         """Attacked images [B, C, H, W] of normalised ones; ``loss`` sums over images, each of which has its own part."""
         cfg, clean = self.cfg, images.detach()
         deviation = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
@@ -33,14 +33,14 @@ class Attack:
         lowest, highest = -average / deviation, (1 - average) / deviation
         low, high = torch.maximum(clean - reach, lowest), torch.minimum(clean + reach, highest)
         if cfg.kind == "fgsm":
-            return self._moved(loss, clean, reach, low, high)
-        noise = uniforms(key(self.seed, "attack"), draws_B, clean[0].numel()).view_as(clean)
+            return self._gradient_step(loss_fn, clean, reach, low, high)
+        noise = draw_uniform(derive_key(self.seed, "attack"), sample_keys_B, clean[0].numel()).view_as(clean)
         found = (low + noise * (high - low)).to(clean.dtype)
         for _ in range(cfg.iterations):
-            found = self._moved(loss, found, stride, low, high)
+            found = self._gradient_step(loss_fn, found, stride, low, high)
         return found
 
-    def _moved(
+    def _gradient_step(
         self, loss: Callable[[Tensor], Tensor], images: Tensor, stride: Tensor, low: Tensor, high: Tensor
     ) -> Tensor:
         with torch.enable_grad():
@@ -51,7 +51,7 @@ class Attack:
         return torch.clamp(images.detach() + stride * images.grad.sign(), low, high)
 
 
-def attack_of(plan: FinetunePlan) -> Attack | None:
+def build_attack(plan: FinetunePlan) -> Attack | None:
     """The attack that the settings describe, if they do."""
     cfg = plan.cfg
     return None if cfg.adversarial is None else Attack(cfg.adversarial, cfg.seed, plan.mean, plan.std)

@@ -11,22 +11,22 @@ import numpy as np
 
 from foveal.errors import ConfigError
 
-THRESHOLDS = tuple(round(0.5 + 0.05 * number, 2) for number in range(10))  # of intersection over union
+IOU_THRESHOLDS = tuple(round(0.5 + 0.05 * number, 2) for number in range(10))  # of intersection over union
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class ImageDetections:
     """An image that was looked at: its sample id, what was found, float [N, 6], and what is there, float [M, 5].
 
     Rows are left, top, right, bottom in pixels, the class, and, of what was found, the score.
     """
 
-    image: int
-    found: np.ndarray
-    there: np.ndarray
+    image_id: int
+    predicted: np.ndarray
+    ground_truth: np.ndarray
 
 
-def check_library() -> None:
+def check_pycocotools() -> None:
     """Errors: ConfigError where COCO's library is not installed."""
     if find_spec("pycocotools") is None:
         raise ConfigError(
@@ -34,7 +34,7 @@ def check_library() -> None:
         )
 
 
-def average_precisions(seen: Sequence[Seen], classes: int) -> np.ndarray:
+def compute_average_precision(detections: Sequence[ImageDetections], num_classes: int) -> np.ndarray:
     """The average precision [10, K] at each of ``THRESHOLDS`` of each of K classes; not a number where no box is of one.
 
     The order of the images does not matter: equal scores count in the order of sample ids. Of an image and class, the
@@ -42,10 +42,10 @@ def average_precisions(seen: Sequence[Seen], classes: int) -> np.ndarray:
     """
     from pycocotools.cocoeval import COCOeval
 
-    ordered = sorted(seen, key=lambda one: one.image)
+    ordered = sorted(detections, key=lambda one: one.image_id)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints
-        there = _tables([(one.image, one.there) for one in ordered], classes)
-        found = _tables([(one.image, one.found) for one in ordered], classes)
+        there = _to_coco([(one.image_id, one.ground_truth) for one in ordered], num_classes)
+        found = _to_coco([(one.image_id, one.predicted) for one in ordered], num_classes)
         measured = COCOeval(there, found, "bbox")
         measured.evaluate()
         measured.accumulate()
@@ -54,7 +54,7 @@ def average_precisions(seen: Sequence[Seen], classes: int) -> np.ndarray:
     return np.where(precision < 0, np.nan, precision).mean(axis=1)
 
 
-def _tables(rows: Sequence[tuple[int, np.ndarray]], classes: int) -> Any:
+def _to_coco(rows: Sequence[tuple[int, np.ndarray]], classes: int) -> Any:
     """COCO's tables of boxes: left, top, width, height, and numbers that begin with 1, since it takes 0 for nothing."""
     from pycocotools.coco import COCO
 

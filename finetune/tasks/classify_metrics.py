@@ -8,37 +8,41 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetune.plan import FinetunePlan
-from finetune.regularizers.adversarial import Attack, attack_of
-from finetune.tasks.classify import hits
+from finetune.regularizers.adversarial import Attack, build_attack
+from finetune.tasks.classify import sum_batch_metrics
 from foveal.data import Batch, normalise
-from foveal.data.sampling.subset import PartName
+from foveal.data.sampling.subset import SubsetName
 from foveal.engines.base import Engine
 from foveal.errors import DataError
 from foveal.training.run import Run
 
 
-def accuracy(engine: Engine, run: Run, step: int, *, split: str, part: PartName) -> dict[str, float]:
+def compute_classification_metrics(
+    engine: Engine, run: Run, step: int, *, split: str, subset: SubsetName
+) -> dict[str, float]:
     """``top1``, ``top5`` in [0, 1] and ``loss`` after a step: every image counts once, padding nowhere.
 
     With adversarial training also ``robust_top1``, of images attacked as the settings say. Every rank calls it.
     """
     plan = cast(FinetunePlan, run.plan)
-    attack = attack_of(plan)
+    attack = build_attack(plan)
     counts = torch.zeros(5, dtype=torch.float64, device=engine.device)
-    with engine.looking():
-        for host_batch in run.evaluation(step, split=split, part=part):
+    with engine.eval_mode():
+        for host_batch in run.evaluation_batches(step, split=split, subset=subset):
             batch = host_batch.to(engine.device)
             images = normalise(batch.images, plan.mean, plan.std)
-            counts[:4] += hits(engine.model(images), batch.labels, batch.valid)
+            counts[:4] += sum_batch_metrics(engine.model(images), batch.labels, batch.valid)
             if attack is not None:
-                counts[4] += _withstood(engine, attack, images, batch)
-    top1, top5, loss, images, robust = run.world.sum(counts).tolist()
+                counts[4] += _count_robust(engine, attack, images, batch)
+    top1, top5, loss, images, robust = run.world.all_reduce_sum(counts).tolist()
     images = max(images, 1.0)  # every sample may be bad, where data.max_bad says so
     found = {"top1": top1 / images, "top5": top5 / images, "loss": loss / images}
     return found if attack is None else found | {"robust_top1": robust / images}
 
 
-def precision(engine: Engine, run: Run, step: int, *, split: str, part: PartName) -> dict[str, float]:
+def compute_multilabel_metrics(
+    engine: Engine, run: Run, step: int, *, split: str, subset: SubsetName
+) -> dict[str, float]:
     """Of several classes an image: ``map``, the mean over classes of the average precision (those that no image is of are
     left out), ``f1`` over all answers above a half (micro), and ``loss``, as ``accuracy``. Every rank calls it.
 
@@ -48,18 +52,18 @@ def precision(engine: Engine, run: Run, step: int, *, split: str, part: PartName
 
     plan = cast(FinetunePlan, run.plan)
     scores, truths, losses = [], [], torch.zeros(2, dtype=torch.float64, device=engine.device)
-    with engine.looking():
-        for host_batch in run.evaluation(step, split=split, part=part):
+    with engine.eval_mode():
+        for host_batch in run.evaluation_batches(step, split=split, subset=subset):
             batch = host_batch.to(engine.device)
-            assert batch.marks is not None
+            assert batch.targets is not None
             logits_BK = engine.model(normalise(batch.images, plan.mean, plan.std)).float()[batch.valid]
-            marks_BK = batch.marks[batch.valid]
+            marks_BK = batch.targets[batch.valid]
             loss_BK = F.binary_cross_entropy_with_logits(logits_BK, marks_BK.float(), reduction="none")
             losses += torch.stack([loss_BK.mean(dim=1).double().sum(), batch.valid.double().sum()])
             scores.append(logits_BK.cpu().numpy())
             truths.append(marks_BK.cpu().numpy())
     none = np.zeros((0, len(plan.classes)), np.float32)
-    told = run.world.gather((np.concatenate([none, *scores]), np.concatenate([none, *truths])))
+    told = run.world.all_gather_objects((np.concatenate([none, *scores]), np.concatenate([none, *truths])))
     score, truth = (np.concatenate(each) for each in zip(*told, strict=True))
     seen = truth.any(axis=0)
     if not seen.any():
@@ -68,16 +72,16 @@ def precision(engine: Engine, run: Run, step: int, *, split: str, part: PartName
         )
     mean = float(average_precision_score(truth[:, seen], score[:, seen]))
     right = float(((score > 0) * truth).sum())
-    loss, images = run.world.sum(losses).tolist()
+    loss, images = run.world.all_reduce_sum(losses).tolist()
     f1 = 2 * right / max(1.0, float((score > 0).sum() + truth.sum()))
     return {"map": mean, "f1": f1, "loss": loss / max(images, 1.0)}
 
 
-def _withstood(engine: Engine, attack: Attack, images: Tensor, batch: Batch) -> Tensor:
+def _count_robust(engine: Engine, attack: Attack, images: Tensor, batch: Batch) -> Tensor:
     """How many of the batch's images are still seen right."""
 
     def loss(seen: Tensor) -> Tensor:
         return F.cross_entropy(engine.model(seen).float(), batch.labels, reduction="sum", ignore_index=-1)
 
-    attacked = attack(loss, images, batch.draws)
-    return hits(engine.model(attacked), batch.labels, batch.valid)[0]
+    attacked = attack(loss, images, batch.sample_keys)
+    return sum_batch_metrics(engine.model(attacked), batch.labels, batch.valid)[0]

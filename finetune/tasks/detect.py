@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.model import encoder_below, groups, model_from_export
+from finetune.model import encoder_for_dense_head, model_from_export, param_groups_from_plan
 from finetune.plan import FinetunePlan
 from foveal.data import Batch, normalise
 from foveal.models.detect import Detector, build_detector
-from foveal.models.droppath import drop_path_sites
-from foveal.models.fcos import losses
-from foveal.seeding import key, uniforms
-from foveal.training.loop import Parts
+from foveal.models.droppath import count_drop_paths
+from foveal.models.fcos import compute_fcos_losses
+from foveal.seeding import derive_key, draw_uniform
+from foveal.training.loop import TrainingSetup
 
 
 @dataclass(frozen=True)
-class Detect:
+class DetectionLoss:
     """FCOS's losses, every image divided by its own number of places that answer for an object.
 
     A mean over images, so that its weight is known without a look at the boxes, and it does not matter which images a
@@ -27,38 +27,44 @@ class Detect:
     """
 
     seed: int
-    drop_sites: int
+    num_drop_paths: int
     mean: Sequence[float]
     std: Sequence[float]
 
-    def weight(self, batch: Batch) -> float:
+    def batch_weight(self, batch: Batch) -> float:
         """The number of images."""
         return float(len(batch.ids))
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        assert batch.marks is not None, "data.labels=boxes reads them"
-        drops = uniforms(key(self.seed, "drop path"), batch.draws, self.drop_sites)
-        found = losses(model(normalise(batch.images, self.mean, self.std), drops), batch.marks)
+        assert batch.targets is not None, "data.labels=boxes reads them"
+        drops = draw_uniform(derive_key(self.seed, "drop path"), batch.sample_keys, self.num_drop_paths)
+        found = compute_fcos_losses(model(normalise(batch.images, self.mean, self.std), drops), batch.targets)
         classes, boxes, centres = (each.sum() for each in found)
         return classes + boxes + centres, {"class_loss": classes, "box_loss": boxes, "centre_loss": centres}
 
 
-def detector(plan: FinetunePlan) -> Detector:
+def detector_from_plan(plan: FinetunePlan) -> Detector:
     """The plan's encoder or backbone, as ``encoder_below`` gives it, and a fresh pyramid and head."""
-    return build_detector(encoder_below(plan), plan.encoder, detect_head(plan), f"{plan.cfg.init or 'model'}")
+    return build_detector(
+        encoder_for_dense_head(plan), plan.encoder, detection_head_card(plan), f"{plan.cfg.init or 'model'}"
+    )
 
 
-def detect(plan: FinetunePlan, _device: torch.device) -> Parts[Detect]:
+def build_detection(plan: FinetunePlan, _device: torch.device) -> TrainingSetup[DetectionLoss]:
     """The plan's detector, and what it learns."""
-    model = detector(plan)
-    return Parts(model, groups(plan, model), Detect(plan.cfg.seed, drop_path_sites(model), plan.mean, plan.std))
+    model = detector_from_plan(plan)
+    return TrainingSetup(
+        model,
+        param_groups_from_plan(plan, model),
+        DetectionLoss(plan.cfg.seed, count_drop_paths(model), plan.mean, plan.std),
+    )
 
 
-def detect_head(plan: FinetunePlan) -> dict[str, Any]:
+def detection_head_card(plan: FinetunePlan) -> dict[str, Any]:
     """What builds the pyramid and head again."""
-    return plan.cfg.detect.card(len(plan.classes)).tree()
+    return plan.cfg.detect.head_card(len(plan.classes)).to_dict()
 
 
-def detector_from_export(folder: Path) -> Detector:
+def detector_from_export(export_dir: Path) -> Detector:
     """The model that a run with data.labels=boxes left, in evaluation mode on the CPU. Errors: ExportError."""
-    return model_from_export(folder, "detection", build_detector)
+    return model_from_export(export_dir, "detection", build_detector)

@@ -7,26 +7,26 @@ from typing import Any, Protocol
 import torch
 
 from finetune.plan import FinetunePlan
-from finetune.tasks.classify import classify
-from finetune.tasks.classify_metrics import accuracy, precision
-from finetune.tasks.detect import detect, detect_head
-from finetune.tasks.detect_metrics import average_precision
-from finetune.tasks.segment import segment, segment_head
-from finetune.tasks.segment_metrics import overlap
+from finetune.tasks.classify import build_classification
+from finetune.tasks.classify_metrics import compute_classification_metrics, compute_multilabel_metrics
+from finetune.tasks.detect import build_detection, detection_head_card
+from finetune.tasks.detect_metrics import compute_detection_metrics
+from finetune.tasks.segment import build_segmentation, segmentation_head_card
+from finetune.tasks.segment_metrics import compute_segmentation_metrics
 from foveal.data import LabelKind
-from foveal.data.sampling.subset import PartName
+from foveal.data.sampling.subset import SubsetName
 from foveal.engines.base import Engine
-from foveal.training.loop import Parts
+from foveal.training.loop import TrainingSetup
 from foveal.training.run import Run
 
 
-class Measure(Protocol):
+class ComputeMetrics(Protocol):
     """How well a model does on a part of a split after a step, every sample once; every rank calls it."""
 
-    def __call__(self, engine: Engine, run: Run, step: int, *, split: str, part: PartName) -> dict[str, float]: ...
+    def __call__(self, engine: Engine, run: Run, step: int, *, split: str, subset: SubsetName) -> dict[str, float]: ...
 
 
-def _own(_plan: FinetunePlan) -> None:
+def _no_head_card(_plan: FinetunePlan) -> None:
     """The head is the encoder's own, and its card has it."""
 
 
@@ -34,14 +34,14 @@ def _own(_plan: FinetunePlan) -> None:
 class Task:
     """A row of the table: what a step of a plan is made of on a device, the measure, and the card of the head."""
 
-    parts: Callable[[FinetunePlan, torch.device], Parts[Any]]
-    measure: Measure
-    head: Callable[[FinetunePlan], dict[str, Any] | None] = _own
+    build: Callable[[FinetunePlan, torch.device], TrainingSetup[Any]]
+    compute_metrics: ComputeMetrics
+    head_card: Callable[[FinetunePlan], dict[str, Any] | None] = _no_head_card
 
 
 TASKS: dict[LabelKind, Task] = {
-    "class": Task(classify, accuracy),
-    "classes": Task(classify, precision),
-    "mask": Task(segment, overlap, segment_head),
-    "boxes": Task(detect, average_precision, detect_head),
+    "class": Task(build_classification, compute_classification_metrics),
+    "classes": Task(build_classification, compute_multilabel_metrics),
+    "mask": Task(build_segmentation, compute_segmentation_metrics, segmentation_head_card),
+    "boxes": Task(build_detection, compute_detection_metrics, detection_head_card),
 }

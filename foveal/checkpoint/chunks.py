@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from foveal.errors import CheckpointError, Unreachable
+from foveal.errors import CheckpointError, StorageUnreachableError
 
 _DTYPES = {
     torch.float64: "F64",
@@ -35,7 +35,7 @@ _DTYPES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TensorChunk:
     """A run of consecutive elements of one tensor that this rank holds, as live flat views: filling it fills the engine.
 
     ``parts`` are "weight" and, for what is trained, the optimizer's moments ("exp_avg" and "exp_avg_sq" of AdamW,
@@ -47,37 +47,37 @@ class Piece:
     name: str
     shape: tuple[int, ...]
     start: int
-    parts: dict[str, Tensor]
-    writes: tuple[int, int]
+    tensors: dict[str, Tensor]
+    write_range: tuple[int, int]
 
 
-def whole(name: str, parts: dict[str, Tensor], rank: int, ranks: int) -> Piece:
+def replicated_chunk(name: str, tensors: dict[str, Tensor], rank: int, world_size: int) -> TensorChunk:
     """A tensor that every rank holds alike, whole: each writes its share."""
-    shape = tuple(parts["weight"].shape)
+    shape = tuple(tensors["weight"].shape)
     size = math.prod(shape)
-    flat = {part: value.detach().view(-1) for part, value in parts.items()}
-    return Piece(name, shape, 0, flat, (size * rank // ranks, size * (rank + 1) // ranks))
+    flat = {part: value.detach().view(-1) for part, value in tensors.items()}
+    return TensorChunk(name, shape, 0, flat, (size * rank // world_size, size * (rank + 1) // world_size))
 
 
-def file_of(rank: int) -> str:
+def chunk_file_name(rank: int) -> str:
     """The name of a rank's file."""
     return f"pieces-{rank:05d}.safetensors"
 
 
-def write_pieces(folder: Path, rank: int, pieces: Sequence[Piece]) -> str:
+def write_chunks(folder: Path, rank: int, chunks: Sequence[TensorChunk]) -> str:
     """Write what this rank writes of its pieces, forced to disk; the sha256 of the file's bytes, in hex.
 
     Written here and not by the library, to have room set aside before the first byte (a full disk or a spent quota
     shows at once) and the digest of what was meant to be written. Errors: OSError.
     """
     runs = {
-        f"{part} {piece.start + piece.writes[0]} {piece.name}": value[slice(*piece.writes)]
-        for piece in pieces
-        if piece.writes[0] < piece.writes[1]
-        for part, value in piece.parts.items()
+        f"{part} {piece.start + piece.write_range[0]} {piece.name}": value[slice(*piece.write_range)]
+        for piece in chunks
+        if piece.write_range[0] < piece.write_range[1]
+        for part, value in piece.tensors.items()
     }
     order = sorted(runs, key=lambda key: -runs[key].element_size())  # so that every run is aligned to its elements
-    shapes = json.dumps({piece.name: piece.shape for piece in pieces})
+    shapes = json.dumps({piece.name: piece.shape for piece in chunks})
     header: dict[str, Any] = {"__metadata__": {"shapes": shapes}}
     end = 0
     for key in order:
@@ -86,9 +86,9 @@ def write_pieces(folder: Path, rank: int, pieces: Sequence[Piece]) -> str:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with (folder / file_of(rank)).open("wb") as stream:
+    with (folder / chunk_file_name(rank)).open("wb") as stream:
         os.posix_fallocate(stream.fileno(), 0, 8 + len(text) + end)
-        for chunk in (len(text).to_bytes(8, "little"), text, *(_bytes(runs[key]) for key in order)):
+        for chunk in (len(text).to_bytes(8, "little"), text, *(_tensor_bytes(runs[key]) for key in order)):
             stream.write(chunk)
             digest.update(chunk)
         stream.flush()
@@ -96,17 +96,17 @@ def write_pieces(folder: Path, rank: int, pieces: Sequence[Piece]) -> str:
     return digest.hexdigest()
 
 
-def fill_pieces(folder: Path, pieces: Sequence[Piece]) -> None:
+def load_chunks(folder: Path, chunks: Sequence[TensorChunk]) -> None:
     """Fill pieces from whatever pieces a folder holds; nothing is changed unless everything fits.
 
     Errors: CheckpointError that names the tensor which is missing, left over, incomplete or of another shape or type.
     """
-    index = _Index.of(folder)
-    index.check(pieces)
+    index = _ChunkIndex.from_folder(folder)
+    index.check(chunks)
     ranges: dict[Path, list[tuple[str, slice, Tensor]]] = {}
-    for piece in pieces:
-        for part, value in piece.parts.items():
-            for run in index.runs.get((part, piece.name), []):
+    for piece in chunks:
+        for part, value in piece.tensors.items():
+            for run in index.stored.get((part, piece.name), []):
                 begin, end = max(piece.start, run.start), min(piece.start + len(value), run.stop)
                 if begin < end:
                     there, here = (
@@ -115,13 +115,13 @@ def fill_pieces(folder: Path, pieces: Sequence[Piece]) -> None:
                     )
                     ranges.setdefault(run.file, []).append((f"{part} {run.start} {piece.name}", there, value[here]))
     for file, wanted in ranges.items():
-        with _opened(file) as handle:
+        with _open_safetensors(file) as handle:
             for key, there, value in wanted:
                 value.copy_(handle.get_slice(key)[there])
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
+class _StoredChunk:
     start: int
     stop: int
     dtype: str
@@ -129,33 +129,33 @@ class _Run:
 
 
 @dataclass(frozen=True, slots=True)
-class _Index:
+class _ChunkIndex:
     """What the files of a folder hold, from their headers alone."""
 
     folder: Path
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    runs: dict[tuple[str, str], list[_Run]] = field(default_factory=dict)
+    stored: dict[tuple[str, str], list[_StoredChunk]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, folder: Path) -> "_Index":
+    def from_folder(cls, folder: Path) -> "_ChunkIndex":
         index = cls(folder)
         for file in sorted(folder.glob("pieces-*.safetensors")):
-            with _opened(file) as handle:
+            with _open_safetensors(file) as handle:
                 index.shapes.update(
                     (name, tuple(shape)) for name, shape in json.loads(handle.metadata()["shapes"]).items()
                 )
                 for key in handle.keys():  # noqa: SIM118 - it is no dict
                     part, start, name = key.split(" ", 2)
                     run = handle.get_slice(key)
-                    found = _Run(int(start), int(start) + run.get_shape()[0], run.get_dtype(), file)
-                    index.runs.setdefault((part, name), []).append(found)
-        for runs in index.runs.values():
+                    found = _StoredChunk(int(start), int(start) + run.get_shape()[0], run.get_dtype(), file)
+                    index.stored.setdefault((part, name), []).append(found)
+        for runs in index.stored.values():
             runs.sort(key=lambda run: run.start)
         return index
 
-    def check(self, pieces: Sequence[Piece]) -> None:
+    def check(self, chunks: Sequence[TensorChunk]) -> None:
         """Whether these pieces, and nothing else, can be filled from it. Errors: CheckpointError."""
-        wanted = {piece.name: piece for piece in pieces}
+        wanted = {piece.name: piece for piece in chunks}
         for name in [*wanted, *sorted(self.shapes.keys() - wanted.keys())]:
             if name not in wanted or name not in self.shapes:
                 lacks = "has {}, which the model has not" if name not in wanted else "lacks {}, which the model has"
@@ -163,24 +163,24 @@ class _Index:
                     f"{self.folder} {lacks.format(name)}; go on with the model that it was saved from, or start anew with "
                     f"another run.dir"
                 )
-            self._check(wanted[name])
+            self._check_chunk(wanted[name])
 
-    def _check(self, piece: Piece) -> None:
-        name, shape = piece.name, self.shapes[piece.name]
-        if shape != piece.shape:
+    def _check_chunk(self, chunk: TensorChunk) -> None:
+        name, shape = chunk.name, self.shapes[chunk.name]
+        if shape != chunk.shape:
             raise CheckpointError(
-                f"{self.folder} has {name} in shape {list(shape)}, the model in {list(piece.shape)}; go on with the model "
+                f"{self.folder} has {name} in shape {list(shape)}, the model in {list(chunk.shape)}; go on with the model "
                 f"that it was saved from"
             )
         size = math.prod(shape)
-        parts = {part for part, each in self.runs if each == name} if size else piece.parts.keys()
-        if parts != piece.parts.keys():
-            was, now = ("trained" if len(each) > 1 else "frozen" for each in (parts, piece.parts))
+        parts = {part for part, each in self.stored if each == name} if size else chunk.tensors.keys()
+        if parts != chunk.tensors.keys():
+            was, now = ("trained" if len(each) > 1 else "frozen" for each in (parts, chunk.tensors))
             raise CheckpointError(f"{name} was {was} when {self.folder} was saved and is {now} now; set it back")
-        for part, value in piece.parts.items():
-            runs = self.runs.get((part, name), [])
+        for part, value in chunk.tensors.items():
+            runs = self.stored.get((part, name), [])
             end = 0
-            for run in [*runs, _Run(size, size, "", self.folder)]:
+            for run in [*runs, _StoredChunk(size, size, "", self.folder)]:
                 if run.start != end:
                     fault = (
                         f"lacks elements {end} to {run.start - 1}"
@@ -201,7 +201,7 @@ class _Index:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def _open_safetensors(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, "pt") as handle:
             yield handle
@@ -210,9 +210,9 @@ def _opened(file: Path) -> Iterator[Any]:
             f"{file} cannot be read ({error}); remove its folder to go on from the one before"
         ) from None
     except OSError as error:
-        raise Unreachable(f"{file} cannot be read ({error})") from None
+        raise StorageUnreachableError(f"{file} cannot be read ({error})") from None
 
 
-def _bytes(run: Tensor) -> memoryview:
+def _tensor_bytes(run: Tensor) -> memoryview:
     """A run's bytes, without a copy where it lies on the CPU."""
     return run.cpu().view(torch.uint8).numpy().data

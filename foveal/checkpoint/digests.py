@@ -6,13 +6,13 @@ import time
 from pathlib import Path
 
 from foveal.atomic import read_json, sha256
-from foveal.errors import CheckpointError, Unreachable
+from foveal.errors import CheckpointError, StorageUnreachableError
 
 _PAUSES = (0.5, 2.0, 5.0)  # seconds between attempts to read one
 _log = logging.getLogger(__name__)
 
 
-def is_whole(folder: Path, rank: int, ranks: int) -> bool:
+def has_valid_checksums(folder: Path, rank: int, world_size: int) -> bool:
     """Whether this rank's share of a checkpoint's files has the digests that it was written with.
 
     Errors: Unreachable where they cannot be read, which is another matter than to be torn: a checkpoint that is passed
@@ -20,7 +20,7 @@ def is_whole(folder: Path, rank: int, ranks: int) -> bool:
     """
     for pause in (*_PAUSES, None):
         try:
-            return _agree(folder, rank, ranks)
+            return _checksums_match(folder, rank, world_size)
         except (FileNotFoundError, NotADirectoryError, CheckpointError):
             return False
         except OSError as error:
@@ -30,11 +30,11 @@ def is_whole(folder: Path, rank: int, ranks: int) -> bool:
                 _log.warning("%s cannot be read: %s", folder, error)
                 return False
             else:
-                raise Unreachable(f"{folder} cannot be read ({error})") from None
+                raise StorageUnreachableError(f"{folder} cannot be read ({error})") from None
     raise AssertionError("the last attempt returns or raises")
 
 
-def _agree(folder: Path, rank: int, ranks: int) -> bool:
+def _checksums_match(folder: Path, rank: int, ranks: int) -> bool:
     sums = read_json(folder / "checksums.json")
     there = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
     share = sorted(there.union(sums) - {"checksums.json"})[rank::ranks]

@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 from foveal.atomic import read_json
 from foveal.errors import CheckpointError
 
-FORMAT = 2
+CHECKPOINT_FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid", strict=True))
@@ -31,22 +31,24 @@ class TrainState:
     scores: dict[int, dict[str, Any]] = field(default_factory=dict)
     updates: int = 0
     save_seconds: float = 0.0
-    format: int = FORMAT
+    format: int = CHECKPOINT_FORMAT
 
     @property
-    def shape(self) -> str:
+    def saved_by(self) -> str:
         """By what it was written, in words."""
         return f"{self.ranks} rank{'s' if self.ranks > 1 else ''} under {self.engine}"
 
 
-def read_state(folder: Path) -> TrainState:
+def read_train_state(folder: Path) -> TrainState:
     """The state of a checkpoint; one written before evaluations were kept in it has none.
 
     Errors: OSError, CheckpointError for one of another format.
     """
     tree = read_json(folder / "state.json")
-    if tree.get("format") != FORMAT:
-        raise CheckpointError(f"{folder} has checkpoint format {tree.get('format')}; this foveal reads format {FORMAT}")
+    if tree.get("format") != CHECKPOINT_FORMAT:
+        raise CheckpointError(
+            f"{folder} has checkpoint format {tree.get('format')}; this foveal reads format {CHECKPOINT_FORMAT}"
+        )
     try:
         scores = {int(step): numbers for step, numbers in tree.pop("scores", {}).items()}  # JSON's keys are text
         return TrainState(**tree, scores=scores)
@@ -55,32 +57,32 @@ def read_state(folder: Path) -> TrainState:
         raise CheckpointError(f"{folder}/state.json is not as foveal wrote it ({what}); remove {folder.name}") from None
 
 
-def check_same_science(was: dict[str, Any], now: dict[str, Any], where: Path) -> None:
+def check_same_science(saved: dict[str, Any], current: dict[str, Any], run_folder: Path) -> None:
     """Refuse to go on under other science, and name what differs.
 
     Errors: CheckpointError with every differing setting, old and new value.
     """
-    if not isinstance(was, dict):
+    if not isinstance(saved, dict):
         raise CheckpointError(
-            f"{where} holds no settings of the run it is of: restore its science.json and finished.json"
+            f"{run_folder} holds no settings of the run it is of: restore its science.json and finished.json"
         )
-    names = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
-    unknown = [name for name in names if not any(name == old or name.startswith(f"{old}.") for old in was)]
+    names = sorted(name for name in saved.keys() | current.keys() if saved.get(name) != current.get(name))
+    unknown = [name for name in names if not any(name == old or name.startswith(f"{old}.") for old in saved)]
     if names and unknown == names:
         listed = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
         raise CheckpointError(
-            f"{where} was made by a foveal that knew no {listed}; go on with that version, or start anew with another run.dir "
+            f"{run_folder} was made by a foveal that knew no {listed}; go on with that version, or start anew with another run.dir "
             f"or run.fresh=true"
         )
     if names:
-        changes = ", ".join(f"{name} (was {was.get(name)!r}, is {now.get(name)!r})" for name in names)
+        changes = ", ".join(f"{name} (was {saved.get(name)!r}, is {current.get(name)!r})" for name in names)
         raise CheckpointError(
-            f"{where} was made with other science: {changes}; set it back, or start anew with another run.dir or run.fresh=true"
-            f"{_weights_of(where) if 'init' in now else ''}"
+            f"{run_folder} was made with other science: {changes}; set it back, or start anew with another run.dir or run.fresh=true"
+            f"{_init_hint(run_folder) if 'init' in current else ''}"
         )
 
 
-def _weights_of(run: Path) -> str:
+def _init_hint(run: Path) -> str:
     """How a new run of a stage that takes weights begins with those of this one, once it has left them."""
     export = run / "export"
     return f"; init={export} gives the new run the weights of this one" if (export / "card.json").exists() else ""

@@ -13,14 +13,14 @@ from foveal.atomic import read_json
 from foveal.errors import CheckpointError, FovealError
 
 
-def finished_runs(pipeline: Path) -> dict[str, dict[str, Any]]:
+def read_finished_runs(pipeline_dir: Path) -> dict[str, dict[str, Any]]:
     """Each stage's finished.json, by the name of its run, in the order in which they finished.
 
     Errors: CheckpointError where there is none, or where a run has begun and is not finished.
     """
-    begun = sorted(file.parent for file in pipeline.glob("*/science.json"))
+    begun = sorted(file.parent for file in pipeline_dir.glob("*/science.json"))
     if not begun:
-        raise CheckpointError(f"{pipeline} holds no runs")
+        raise CheckpointError(f"{pipeline_dir} holds no runs")
     open_ends = [str(run) for run in begun if not (run / "finished.json").exists()]
     if open_ends:
         raise CheckpointError(f"{', '.join(open_ends)} not finished; start the pipeline again and it continues")
@@ -28,7 +28,7 @@ def finished_runs(pipeline: Path) -> dict[str, dict[str, Any]]:
     return {file.parent.name: read_json(file) for file in files}
 
 
-def _stages(runs: dict[str, dict[str, Any]]) -> Table:
+def _build_stages_table(runs: dict[str, dict[str, Any]]) -> Table:
     table = Table(title="stages", title_justify="left")
     for name in ("run", "steps", "loss", "images/s", "training"):
         table.add_column(name, justify="left" if name == "run" else "right")
@@ -45,7 +45,7 @@ def _stages(runs: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
-def _arms(runs: dict[str, dict[str, Any]]) -> list[Table]:
+def _build_trials_tables(runs: dict[str, dict[str, Any]]) -> list[Table]:
     """A table for each comparison of ways to start."""
     tables = []
     for name, facts in runs.items():
@@ -73,11 +73,11 @@ def main() -> None:
     options = parser.parse_args()
     console = Console(highlight=False)
     try:
-        runs = finished_runs(options.pipeline)
+        runs = read_finished_runs(options.pipeline)
     except FovealError as error:
         sys.stderr.write(f"foveal: {error}\n")
         sys.exit(error.exit_code)
-    for table in (_stages(runs), *_arms(runs)):
+    for table in (_build_stages_table(runs), *_build_trials_tables(runs)):
         console.print(table)
     pictures = sorted({str(file.parent) for file in options.pipeline.glob("*/pictures/*.png")})
     console.print(f"pictures  {', '.join(pictures)}")

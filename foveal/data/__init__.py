@@ -5,7 +5,7 @@ from foveal.data.config import AugmentConfig, DataConfig, LabelKind
 from foveal.data.dataset import Dataset
 from foveal.data.image.transforms import normalise
 from foveal.data.loader import eval_batches, train_batches
-from foveal.data.sampling.sources import TrainingSet, described, training_set
+from foveal.data.sampling.sources import TrainingSet, build_training_set, collect_mix_digests
 
 __all__ = [
     "AugmentConfig",
@@ -14,9 +14,9 @@ __all__ = [
     "Dataset",
     "LabelKind",
     "TrainingSet",
-    "described",
+    "build_training_set",
+    "collect_mix_digests",
     "eval_batches",
     "normalise",
     "train_batches",
-    "training_set",
 ]

@@ -9,19 +9,19 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Bad:
+class BadSample:
     """A sample that does not decode, and the sample that stands in its row instead; by = -1: the row is left empty.
 
     ``draw`` and ``by`` count as ``Batch.draws``; ``offset`` is where its image begins in the shard, in bytes.
     """
 
     row: int
-    draw: int
-    by: int
+    sample_key: int
+    replacement_key: int
     split: str
     shard: str
-    key: str
-    offset: int
+    webdataset_key: str
+    byte_offset: int
     reason: str
 
 
@@ -32,22 +32,22 @@ class Batch:
     images: Tensor  # uint8 [B, C, H, W]
     labels: Tensor  # int64 [B]; -1: the sample has no label, or the row is padding
     ids: Tensor  # int64 [B]: positions in the manifest, those of data.mix after them; -1: padding
-    draws: Tensor  # int64 [B]: id + epoch * samples, what a row's randomness is keyed by; -1: padding
+    sample_keys: Tensor  # int64 [B]: id + epoch * samples, what a row's randomness is keyed by; -1: padding
     valid: Tensor  # bool [B]; False: a row that only fills up the last batch of an evaluation, or did not decode there
     step: int
     epoch: int
-    micro: int
-    bad: tuple[Bad, ...] = ()
+    microbatch_index: int
+    bad_samples: tuple[BadSample, ...] = ()
     # What ``Labels.together`` says, where a label is more than a class: uint8 [B, K], int16 [B, H, W] or float32 [B, n, 5].
-    marks: Tensor | None = None
+    targets: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """The same batch with its tensors on a device."""
         tensors = {name: getattr(self, name) for name in _TENSORS} | (
-            {} if self.marks is None else {"marks": self.marks}
+            {} if self.targets is None else {"targets": self.targets}
         )
         moved = {name: value.to(device, non_blocking=non_blocking) for name, value in tensors.items()}
         return dataclasses.replace(self, **moved)
 
 
-_TENSORS = ("images", "labels", "ids", "draws", "valid")
+_TENSORS = ("images", "labels", "ids", "sample_keys", "valid")

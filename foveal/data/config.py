@@ -7,9 +7,9 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from foveal.config import Config, ImageSize, height_and_width, machine, science, secret_in_words
+from foveal.config import Config, ImageSize, explain_written_secret, height_and_width, machine, science
 from foveal.errors import ConfigError
-from foveal.redact import written_secret
+from foveal.redact import find_secret_in_text
 
 LabelKind = Literal["class", "classes", "mask", "boxes"]
 
@@ -26,14 +26,14 @@ class AugmentConfig(Config):
     interpolation: Literal["bicubic", "bilinear"] = science("bicubic", "how pixels are resampled, evaluation included")
 
     @property
-    def whole(self) -> bool:
+    def is_max_center_crop(self) -> bool:
         """Whether the crop is the largest of the shape of image_size, in the centre, in every epoch."""
         return self.scale == self.ratio == (1.0, 1.0)
 
     @property
-    def still(self) -> bool:
+    def is_deterministic(self) -> bool:
         """Whether a sample's pixels are the same in every epoch."""
-        return self.whole and self.flip in (0.0, 1.0) and not self.operations
+        return self.is_max_center_crop and self.flip in (0.0, 1.0) and not self.operations
 
     @model_validator(mode="after")
     def _ranges(self) -> Self:
@@ -54,17 +54,17 @@ class CacheConfig(Config):
 class MixConfig(Config):
     """A further set of shards that training images are drawn from. Evaluation knows nothing of it."""
 
-    path: str = machine(about="folder (or URL) of its shards")
+    path: str = machine(description="folder (or URL) of its shards")
     index: str | None = machine(None, "folder (or URL) of its manifest.json and *.index files; default: path")
     split: str = science("train", "the split that is drawn from")
-    share: float = science(about="share of the training images that come from this set", gt=0, lt=1)
+    share: float = science(description="share of the training images that come from this set", gt=0, lt=1)
 
 
 class FoldConfig(Config):
     """One of the parts that a split is cut into: it is what the others are judged on (k-fold cross-validation)."""
 
-    of: int = science(about="parts that data.train is cut into, class by class, drawn by the seed", ge=2)
-    number: int = science(about="the part that is kept out of training, from 0", ge=0)
+    of: int = science(description="parts that data.train is cut into, class by class, drawn by the seed", ge=2)
+    number: int = science(description="the part that is kept out of training, from 0", ge=0)
 
     @model_validator(mode="after")
     def _exists(self) -> Self:
@@ -76,11 +76,11 @@ class FoldConfig(Config):
 class DataConfig(Config):
     """One set of shards and how it is read. Environment variables in paths are expanded."""
 
-    path: str = machine(about="folder (or URL) of the shards")
+    path: str = machine(description="folder (or URL) of the shards")
     index: str | None = machine(None, "folder (or URL) of manifest.json and the *.index files; default: path")
     train: str = science("train", "the split that is trained on")
     val: str = science("val", "the split that is evaluated on")
-    image_size: ImageSize = science(about="pixels of the image that the model sees: its side, or [height, width]")
+    image_size: ImageSize = science(description="pixels of the image that the model sees: its side, or [height, width]")
     channels: Literal[1, 3] = science(3, "1: images are converted to grey, 3: to RGB")
     val_size: ImageSize | None = science(None, "pixels of an evaluated image, where others than image_size are seen")
     labels: LabelKind = science(
@@ -113,14 +113,14 @@ class DataConfig(Config):
     ledger: bool = machine(False, "write down which sample every step consumed, for `foveal data audit`")
 
     @property
-    def sides(self) -> tuple[int, int]:
+    def image_hw(self) -> tuple[int, int]:
         """(height, width) of the image that the model sees."""
         return height_and_width(self.image_size)
 
     @property
-    def val_sides(self) -> tuple[int, int]:
+    def eval_image_hw(self) -> tuple[int, int]:
         """(height, width) of an evaluated image."""
-        return self.sides if self.val_size is None else height_and_width(self.val_size)
+        return self.image_hw if self.val_size is None else height_and_width(self.val_size)
 
     @model_validator(mode="after")
     def _statistics(self) -> Self:
@@ -142,21 +142,23 @@ class DataConfig(Config):
         return self
 
 
-def expanded(text: str, setting: str) -> str:
+def expand_path(path_or_url: str, setting_name: str) -> str:
     """A folder or URL with ``~`` and environment variables replaced.
 
     Errors: ConfigError for a variable that is not set, or a secret that is written out; ``setting`` names the key,
     such as ``data.path``.
     """
-    if what := written_secret(text):
-        raise ConfigError(f"{setting}: {secret_in_words(what)}")
-    place = os.path.expanduser(os.path.expandvars(text))  # noqa: PTH111 - a Path would spoil URLs
+    if what := find_secret_in_text(path_or_url):
+        raise ConfigError(f"{setting_name}: {explain_written_secret(what)}")
+    place = os.path.expanduser(os.path.expandvars(path_or_url))  # noqa: PTH111 - a Path would spoil URLs
     unset = re.search(r"\$\{?(\w+)\}?", place)
     if unset:
-        raise ConfigError(f"{setting}: '{text}' needs the environment variable {unset[1]}, which is not set")
+        raise ConfigError(
+            f"{setting_name}: '{path_or_url}' needs the environment variable {unset[1]}, which is not set"
+        )
     return place
 
 
-def is_remote(place: str) -> bool:
+def is_remote(path_or_url: str) -> bool:
     """Whether a place is a URL, read through fsspec, and not a folder."""
-    return "://" in place
+    return "://" in path_or_url

@@ -9,26 +9,28 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from foveal.data.batch import Bad, Batch
+from foveal.data.batch import BadSample, Batch
 from foveal.data.config import DataConfig
 from foveal.data.dataset import Dataset
-from foveal.data.image.decode import Undecodable, View, pixels
-from foveal.data.image.randaugment import COLUMNS as CHANGE_COLUMNS
+from foveal.data.image.decode import CropFunction, UndecodableError, decode_crop
+from foveal.data.image.randaugment import UNIFORMS_PER_OP as CHANGE_COLUMNS
 from foveal.data.image.randaugment import rand_augment
-from foveal.data.image.targets import Labels, Seen, labels_of
-from foveal.data.image.transforms import COLUMNS, Box, evaluation_view, training_view
-from foveal.data.sampling.order import batch_of, micros_per_step, rank_slots
-from foveal.data.sampling.sources import Place, Source, TrainingSet
-from foveal.data.sampling.subset import PartName, choose
-from foveal.data.workers import Crew, Worker
-from foveal.errors import DataError, Unreachable
-from foveal.seeding import key, uniforms_numpy
+from foveal.data.image.targets import AppliedCrop, LabelReader, make_label_reader
+from foveal.data.image.transforms import UNIFORMS_PER_CROP, CropBox, compute_eval_crop, compute_train_crop
+from foveal.data.sampling.order import batch_index_for_step, microbatches_per_step, rank_slot_range
+from foveal.data.sampling.sources import SampleLocation, SampleSource, TrainingSet
+from foveal.data.sampling.subset import SubsetName, select_subset
+from foveal.data.workers import Worker, WorkerPool
+from foveal.errors import DataError, StorageUnreachableError
+from foveal.seeding import derive_key, draw_uniform_numpy
 
-_CHUNK = 16  # images that one thread decodes before it looks whether it is still wanted: a few hundredths of a second
+_ROWS_PER_JOB = (
+    16  # images that one thread decodes before it looks whether it is still wanted: a few hundredths of a second
+)
 
 
 @dataclass(frozen=True)
-class _Micro:
+class _MicroBatchPlan:
     """A micro-batch still to be read. Its first ``len(draws)`` rows are samples, the rest is padding.
 
     samples: ids that there are, a draw's id is the remainder; find: where the sample of a draw lies; view: how a draw is
@@ -37,82 +39,93 @@ class _Micro:
     becomes of the image of a draw after it was cut.
     """
 
-    draws: np.ndarray
-    samples: int
+    sample_keys: np.ndarray
+    num_ids: int
     rows: int
     step: int
     epoch: int
-    micro: int
-    find: Callable[[int], Place]
-    view: Callable[[int, int], View]
-    others: Callable[[int], Iterator[int]] | None
-    sides: tuple[int, int]
-    labels: Labels | None
-    changed: Callable[[int, np.ndarray], np.ndarray] | None = None
+    microbatch_index: int
+    locate_sample: Callable[[int], SampleLocation]
+    crop_of: Callable[[int, int], CropFunction]
+    replacements: Callable[[int], Iterator[int]] | None
+    output_hw: tuple[int, int]
+    label_reader: LabelReader | None
+    augment_image: Callable[[int, np.ndarray], np.ndarray] | None = None
 
 
 @contextmanager
 def train_batches(
-    training: TrainingSet,
+    training_set: TrainingSet,
     cfg: DataConfig,
     *,
     rank: int,
-    size: int,
-    at_once: int,
-    start: int,
-    stop: int,
-    skipped: Sequence[int] = (),
+    world_size: int,
+    microbatch_size: int,
+    start_step: int,
+    stop_step: int,
+    skipped_batches: Sequence[int] = (),
 ) -> Iterator[Iterator[Batch]]:
     """The micro-batches of one rank for the steps start..stop-1, from micro 0 of ``start``; leaving stops the threads.
 
     at_once: images of a micro-batch; skipped: numbers of the batches that no step takes, ascending.
     Errors: ConfigError if ranks, lanes or at_once do not divide; ``next`` raises DataError that names shard and sample.
     """
-    order = training.order
-    first, last = rank_slots(order.batch, order.lanes, rank, size)
-    micros = micros_per_step(order.batch, size, at_once)
-    assert last - first == micros * at_once
-    place = key(training.seed, "augment")
-    labels, changed = labels_of(cfg, training.sources[0].dataset), _changes(cfg, key(training.seed, "randaugment"))
+    order = training_set.order
+    first, last = rank_slot_range(order.batch_size, order.num_lanes, rank, world_size)
+    micros = microbatches_per_step(order.batch_size, world_size, microbatch_size)
+    assert last - first == micros * microbatch_size
+    place = derive_key(training_set.seed, "augment")
+    labels, changed = (
+        make_label_reader(cfg, training_set.sources[0].dataset),
+        _make_rand_augment(cfg, derive_key(training_set.seed, "randaugment")),
+    )
 
-    def find(draw: int) -> Place:
-        return training.find(draw % training.ids)
+    def find(draw: int) -> SampleLocation:
+        return training_set.locate_sample(draw % training_set.num_ids)
 
-    def plan() -> Iterator[_Micro]:
-        for step in range(start, stop):
-            number = batch_of(step, skipped)
-            training.prefetch(number, first, last)
-            slots = order.slots(number, first, last)
-            draws = training.draws(slots)
+    def plan() -> Iterator[_MicroBatchPlan]:
+        for step in range(start_step, stop_step):
+            number = batch_index_for_step(step, skipped_batches)
+            training_set.prefetch_shards(number, first, last)
+            slots = order.assign_slots(number, first, last)
+            draws = training_set.sample_keys(slots)
             for micro in range(micros):
-                part = slice(micro * at_once, (micro + 1) * at_once)
-                places = [values[part] for values in (slots.sources, slots.positions, slots.epochs)]
+                part = slice(micro * microbatch_size, (micro + 1) * microbatch_size)
+                places = [values[part] for values in (slots.source_numbers, slots.stream_positions, slots.epochs)]
 
                 def others(row: int, places: list[np.ndarray] = places) -> Iterator[int]:
-                    return training.others(*(int(values[row]) for values in places))
+                    return training_set.replacements(*(int(values[row]) for values in places))
 
-                view, epoch = _augmented(cfg, place, draws[part]), order.epoch_of(number)
-                yield _Micro(
-                    draws=draws[part],
-                    samples=training.ids,
-                    rows=at_once,
+                view, epoch = _make_train_crops(cfg, place, draws[part]), order.epoch_at_step(number)
+                yield _MicroBatchPlan(
+                    sample_keys=draws[part],
+                    num_ids=training_set.num_ids,
+                    rows=microbatch_size,
                     step=step,
                     epoch=epoch,
-                    micro=micro,
-                    find=find,
-                    view=view,
-                    others=others,
-                    sides=cfg.sides,
-                    labels=labels,
-                    changed=changed,
+                    microbatch_index=micro,
+                    locate_sample=find,
+                    crop_of=view,
+                    replacements=others,
+                    output_hw=cfg.image_hw,
+                    label_reader=labels,
+                    augment_image=changed,
                 )
 
-    with closing(_read_ahead(cfg, training.pulse, plan())) as batches:
+    with closing(_prefetch_batches(cfg, training_set.progress, plan())) as batches:
         yield batches
 
 
 def eval_batches(
-    dataset: Dataset, cfg: DataConfig, *, split: str, part: PartName, seed: int, rank: int, size: int, at_once: int
+    dataset: Dataset,
+    cfg: DataConfig,
+    *,
+    split: str,
+    subset: SubsetName,
+    seed: int,
+    rank: int,
+    world_size: int,
+    microbatch_size: int,
 ) -> Generator[Batch, None, None]:
     """Every sample of a part exactly once over all ranks, in batches of ``at_once`` rows, centre-cropped.
 
@@ -120,65 +133,79 @@ def eval_batches(
     label and id -1. The micro of a batch counts from 0. Closing the generator stops its threads. ``seed`` is that of
     training: it decides which samples are held out.
     """
-    source = Source(dataset, split, choose(dataset, cfg, split=split, part=part, seed=seed))
-    rounds = -(-len(source.part) // (size * at_once))
-    labels = labels_of(cfg, dataset)
+    source = SampleSource(dataset, split, select_subset(dataset, cfg, split=split, subset=subset, seed=seed))
+    rounds = -(-len(source.subset) // (world_size * microbatch_size))
+    labels = make_label_reader(cfg, dataset)
 
-    def view(_row: int, _draw: int) -> View:
-        return lambda width, height: (evaluation_view(width, height, cfg.crop_ratio, cfg.val_sides), False)
+    def view(_row: int, _draw: int) -> CropFunction:
+        return lambda width, height: (compute_eval_crop(width, height, cfg.crop_ratio, cfg.eval_image_hw), False)
 
-    def plan() -> Iterator[_Micro]:
+    def plan() -> Iterator[_MicroBatchPlan]:
         for turn in range(rounds):
-            begin = (turn * size + rank) * at_once
-            positions = np.arange(begin, max(begin, min(begin + at_once, len(source.part))), dtype=np.int64)
-            ids = source.part.sample_ids(positions)
-            yield _Micro(ids, source.stop, at_once, 0, 0, turn, source.find, view, None, cfg.val_sides, labels)
+            begin = (turn * world_size + rank) * microbatch_size
+            positions = np.arange(begin, max(begin, min(begin + microbatch_size, len(source.subset))), dtype=np.int64)
+            ids = source.subset.to_sample_ids(positions)
+            yield _MicroBatchPlan(
+                ids,
+                source.stop_id,
+                microbatch_size,
+                0,
+                0,
+                turn,
+                source.locate_sample,
+                view,
+                None,
+                cfg.eval_image_hw,
+                labels,
+            )
 
-    return _read_ahead(cfg, dataset.pulse, plan())
+    return _prefetch_batches(cfg, dataset.progress, plan())
 
 
-def _augmented(cfg: DataConfig, place: int, draws: np.ndarray) -> Callable[[int, int], View]:
+def _make_train_crops(cfg: DataConfig, place: int, draws: np.ndarray) -> Callable[[int, int], CropFunction]:
     """How the draws of a micro-batch are cut: their numbers are hashed all at once, those of a stand-in when it comes."""
-    numbers = uniforms_numpy(place, draws, COLUMNS)
+    numbers = draw_uniform_numpy(place, draws, UNIFORMS_PER_CROP)
 
-    def view(row: int, draw: int) -> View:
-        mine = numbers[row] if draw == draws[row] else uniforms_numpy(place, np.array([draw]), COLUMNS)[0]
-        return lambda width, height: training_view(width, height, mine, cfg.augment, cfg.sides)
+    def view(row: int, draw: int) -> CropFunction:
+        mine = numbers[row] if draw == draws[row] else draw_uniform_numpy(place, np.array([draw]), UNIFORMS_PER_CROP)[0]
+        return lambda width, height: compute_train_crop(width, height, mine, cfg.augment, cfg.image_hw)
 
     return view
 
 
-def _changes(cfg: DataConfig, place: int) -> Callable[[int, np.ndarray], np.ndarray] | None:
+def _make_rand_augment(cfg: DataConfig, place: int) -> Callable[[int, np.ndarray], np.ndarray] | None:
     """What RandAugment makes of the image of a draw, if it is asked for."""
     operations = cfg.augment.operations
     if not operations:
         return None
 
     def changed(draw: int, image: np.ndarray) -> np.ndarray:
-        numbers = uniforms_numpy(place, np.array([draw]), operations * CHANGE_COLUMNS)
+        numbers = draw_uniform_numpy(place, np.array([draw]), operations * CHANGE_COLUMNS)
         return rand_augment(image, numbers.reshape(operations, CHANGE_COLUMNS), cfg.augment)
 
     return changed
 
 
-def _read_ahead(cfg: DataConfig, pulse: Callable[[], int], plan: Iterator[_Micro]) -> Generator[Batch, None, None]:
+def _prefetch_batches(
+    cfg: DataConfig, pulse: Callable[[], int], plan: Iterator[_MicroBatchPlan]
+) -> Generator[Batch, None, None]:
     """Batches in the order of the plan; cfg.ahead of them are in work while the caller has one."""
-    crew = Crew(cfg.threads, cfg.patience_seconds, pulse)
-    waiting: collections.deque[tuple[_Begun, list[Future[None]]]] = collections.deque()
+    crew = WorkerPool(cfg.threads, cfg.patience_seconds, pulse)
+    waiting: collections.deque[tuple[_PendingBatch, list[Future[None]]]] = collections.deque()
 
-    def begin(micro: _Micro) -> tuple[_Begun, list[Future[None]]]:
-        begun = _Begun(micro, _empty(cfg, micro), [], [None] * micro.rows)
-        chunk = max(1, min(_CHUNK, -(-len(micro.draws) // cfg.threads)))
+    def begin(micro: _MicroBatchPlan) -> tuple[_PendingBatch, list[Future[None]]]:
+        begun = _PendingBatch(micro, _allocate_batch(cfg, micro), [], [None] * micro.rows)
+        chunk = max(1, min(_ROWS_PER_JOB, -(-len(micro.sample_keys) // cfg.threads)))
         jobs = [
-            crew.submit(_Fill(cfg, begun, range(at, min(at + chunk, len(micro.draws))), crew))
-            for at in range(0, len(micro.draws), chunk)
+            crew.submit(_FillRowsJob(cfg, begun, range(at, min(at + chunk, len(micro.sample_keys))), crew))
+            for at in range(0, len(micro.sample_keys), chunk)
         ]
         return begun, jobs
 
     def finished() -> Batch:
         begun, jobs = waiting.popleft()
-        crew.wait(jobs)
-        return begun.whole()
+        crew.wait_for_jobs(jobs)
+        return begun.to_batch()
 
     try:
         for micro in plan:
@@ -192,149 +219,155 @@ def _read_ahead(cfg: DataConfig, pulse: Callable[[], int], plan: Iterator[_Micro
 
 
 @dataclass(frozen=True)
-class _Begun:
+class _PendingBatch:
     """A micro-batch that is being filled: its tensors, its bad samples, and the labels that no index has, by row."""
 
-    micro: _Micro
+    plan: _MicroBatchPlan
     batch: Batch
-    bad: list[Bad]
-    marks: list[np.ndarray | None]
+    bad_samples: list[BadSample]
+    targets: list[np.ndarray | None]
 
-    def whole(self) -> Batch:
+    def to_batch(self) -> Batch:
         """The batch, once every row is filled."""
-        micro = self.micro
-        marks = None if micro.labels is None else micro.labels.together(self.marks, micro.sides)
-        return replace(self.batch, bad=tuple(sorted(self.bad, key=lambda one: one.row)), marks=marks)
+        micro = self.plan
+        targets = None if micro.label_reader is None else micro.label_reader.collate(self.targets, micro.output_hw)
+        return replace(
+            self.batch, bad_samples=tuple(sorted(self.bad_samples, key=lambda one: one.row)), targets=targets
+        )
 
 
-def _empty(cfg: DataConfig, micro: _Micro) -> Batch:
+def _allocate_batch(cfg: DataConfig, micro: _MicroBatchPlan) -> Batch:
     """Room for a micro-batch, pinned where there is a GPU (by the caller's thread: a worker's would open GPU 0)."""
     pin = torch.cuda.is_available()
-    images = torch.empty((micro.rows, cfg.channels, *micro.sides), dtype=torch.uint8, pin_memory=pin)
-    images[len(micro.draws) :] = 0
+    images = torch.empty((micro.rows, cfg.channels, *micro.output_hw), dtype=torch.uint8, pin_memory=pin)
+    images[len(micro.sample_keys) :] = 0
     ids, draws = (torch.full((micro.rows,), -1, dtype=torch.int64, pin_memory=pin) for _ in range(2))
-    ids[: len(micro.draws)] = torch.from_numpy(micro.draws % micro.samples)
-    draws[: len(micro.draws)] = torch.from_numpy(micro.draws)
+    ids[: len(micro.sample_keys)] = torch.from_numpy(micro.sample_keys % micro.num_ids)
+    draws[: len(micro.sample_keys)] = torch.from_numpy(micro.sample_keys)
     return Batch(
         images=images,
         labels=torch.full_like(ids, -1, pin_memory=pin),
         ids=ids,
-        draws=draws,
+        sample_keys=draws,
         valid=torch.empty(micro.rows, dtype=torch.bool, pin_memory=pin).copy_(ids >= 0),
         step=micro.step,
         epoch=micro.epoch,
-        micro=micro.micro,
+        microbatch_index=micro.microbatch_index,
     )
 
 
 @dataclass(frozen=True)
-class _Fill:
+class _FillRowsJob:
     """A job: read, decode and cut the samples of some rows of a micro-batch into its tensors."""
 
     cfg: DataConfig
-    begun: _Begun
+    pending: _PendingBatch
     rows: range
-    crew: Crew
+    pool: WorkerPool
 
     @property
-    def micro(self) -> _Micro:
-        return self.begun.micro
+    def plan(self) -> _MicroBatchPlan:
+        return self.pending.plan
 
     @property
     def batch(self) -> Batch:
-        return self.begun.batch
+        return self.pending.batch
 
     def __call__(self, worker: Worker) -> None:
         for row in self.rows:
-            if self.crew.stopped.is_set():
+            if self.pool.stop_event.is_set():
                 return
-            self._fill(row, worker)
-            worker.finished += 1
+            self._fill_row(row, worker)
+            worker.num_finished += 1
 
-    def _fill(self, row: int, worker: Worker) -> None:
-        draw = int(self.micro.draws[row])
+    def _fill_row(self, row: int, worker: Worker) -> None:
+        draw = int(self.plan.sample_keys[row])
         try:
-            self._take(row, draw, worker)
-        except Undecodable as error:
-            others = self.micro.others
-            taken = self._leave_empty(row) if others is None else self._replace(row, others(row), worker)
-            place = self.micro.find(draw)
-            key, offset = place.index.key(place.row), place.index.image(place.row)[0]
-            shard = place.dataset.where(place.split, place.shard)
-            self.begun.bad.append(Bad(row, draw, taken, place.split, shard, key, offset, str(error)))
+            self._load_sample(row, draw, worker)
+        except UndecodableError as error:
+            others = self.plan.replacements
+            taken = self._leave_empty(row) if others is None else self._load_replacement(row, others(row), worker)
+            place = self.plan.locate_sample(draw)
+            key, offset = place.shard_index.key(place.index_row), place.shard_index.find_image(place.index_row)[0]
+            shard = place.dataset.shard_display_path(place.split, place.shard_number)
+            self.pending.bad_samples.append(BadSample(row, draw, taken, place.split, shard, key, offset, str(error)))
 
-    def _take(self, row: int, draw: int, worker: Worker) -> None:
+    def _load_sample(self, row: int, draw: int, worker: Worker) -> None:
         """Put the sample of a draw into a row. Errors: Undecodable, DataError."""
-        place = self.micro.find(draw)
+        place = self.plan.locate_sample(draw)
         # What is said of a thread that hangs must not hang itself: reading the index, for the key, can.
-        worker.doing = lambda: place.dataset.where(place.split, place.shard)
-        index, cfg, sides, seen = place.index, self.cfg, self.micro.sides, []
-        worker.doing = lambda: f"{place.dataset.where(place.split, place.shard)}: sample '{index.key(place.row)}'"
+        worker.describe_current = lambda: place.dataset.shard_display_path(place.split, place.shard_number)
+        index, cfg, sides, seen = place.shard_index, self.cfg, self.plan.output_hw, []
+        worker.describe_current = lambda: (
+            f"{place.dataset.shard_display_path(place.split, place.shard_number)}: sample '{index.key(place.index_row)}'"
+        )
 
-        def view(width: int, height: int) -> tuple[Box, bool]:
-            box, flipped = self.micro.view(row, draw)(width, height)
-            seen.append(Seen(width, height, box, flipped, sides))
+        def view(width: int, height: int) -> tuple[CropBox, bool]:
+            box, flipped = self.plan.crop_of(row, draw)(width, height)
+            seen.append(AppliedCrop(width, height, box, flipped, sides))
             return box, flipped
 
         def image(data: bytes) -> np.ndarray:
-            return pixels(data, cfg.channels, view, sides, cfg.augment.interpolation, cfg.jpeg_scaling)
+            return decode_crop(data, cfg.channels, view, sides, cfg.augment.interpolation, cfg.jpeg_scaling)
 
-        found = _read(place, index.image(place.row), image)
-        changed = self.micro.changed
+        found = _read_and_decode(place, index.find_image(place.index_row), image)
+        changed = self.plan.augment_image
         self.batch.images.numpy()[row] = found if changed is None else changed(draw, found)
-        labels = self.micro.labels
+        labels = self.plan.label_reader
         if labels is not None:
-            member = index.member(place.row, labels.field)
+            member = index.find_member(place.index_row, labels.field)
             if member is None:
                 raise DataError(
-                    f"{place.where} has no member .{labels.field}, which is its label: write its shard again"
+                    f"{place.description} has no member .{labels.field}, which is its label: write its shard again"
                 )
-            self.begun.marks[row] = _read(place, member, lambda data: labels.read(data, seen[0], place.where))
-        self.batch.labels.numpy()[row] = index.labels[place.row]
+            self.pending.targets[row] = _read_and_decode(
+                place, member, lambda data: labels.read_label(data, seen[0], place.description)
+            )
+        self.batch.labels.numpy()[row] = index.labels[place.index_row]
 
-    def _replace(self, row: int, others: Iterator[int], worker: Worker) -> int:
+    def _load_replacement(self, row: int, others: Iterator[int], worker: Worker) -> int:
         """Put the first good one of these draws in the row; which one. Errors: DataError if there is none."""
         tried = 0
         for other in others:
             try:
-                self._take(row, other, worker)
-            except Undecodable:
+                self._load_sample(row, other, worker)
+            except UndecodableError:
                 tried += 1
                 continue
             batch = self.batch
-            batch.draws.numpy()[row] = other
-            batch.ids.numpy()[row] = other % self.micro.samples
+            batch.sample_keys.numpy()[row] = other
+            batch.ids.numpy()[row] = other % self.plan.num_ids
             return other
-        place = self.micro.find(int(self.micro.draws[row]))
+        place = self.plan.locate_sample(int(self.plan.sample_keys[row]))
         raise DataError(
-            f"{place.where} does not decode, nor does any of the {tried} samples that could stand in for it: "
+            f"{place.description} does not decode, nor does any of the {tried} samples that could stand in for it: "
             f"run `foveal data verify {place.dataset.folder} --full`"
         )
 
     def _leave_empty(self, row: int) -> int:
         batch = self.batch
         batch.images.numpy()[row] = 0
-        for name in ("ids", "draws", "labels"):
+        for name in ("ids", "sample_keys", "labels"):
             getattr(batch, name).numpy()[row] = -1
         batch.valid.numpy()[row] = False
-        self.begun.marks[row] = None
+        self.pending.targets[row] = None
         return -1
 
 
-def _read(place: Place, member: tuple[int, int], look: Callable[[bytes], np.ndarray]) -> np.ndarray:
+def _read_and_decode(place: SampleLocation, member: tuple[int, int], look: Callable[[bytes], np.ndarray]) -> np.ndarray:
     """What a look at the bytes of a member of a sample gives.
 
     Errors: Undecodable where it does not decode and is bad for good, not for a moment or on this node only; DataError if
     the shard's bytes are not those of the manifest, or change from one read to the next: replacing the sample then would
     give this run another curve than its twin.
     """
-    data = place.dataset.read(place.index.shard, *member)
+    data = place.dataset.read_bytes(place.shard_index.shard, *member)
     try:
         return look(data)
-    except Undecodable:
-        place.dataset.vouch(place.split, place.shard)
-        if place.dataset.read(place.index.shard, *member) != data:
-            raise Unreachable(
-                f"{place.where} reads differently each time: see whether its storage is sound, and start again"
+    except UndecodableError:
+        place.dataset.verify_checksum(place.split, place.shard_number)
+        if place.dataset.read_bytes(place.shard_index.shard, *member) != data:
+            raise StorageUnreachableError(
+                f"{place.description} reads differently each time: see whether its storage is sound, and start again"
             ) from None
         raise

@@ -30,57 +30,57 @@ _TRIES = 16  # ports that rank 0 tries, and the others look at
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
+class LaunchEnv:
     """What the launcher says, before anything is started."""
 
     rank: int
-    size: int
-    local: int
+    world_size: int
+    local_rank: int
     launcher: str
 
 
-def seat() -> Seat:
+def read_launch_env() -> LaunchEnv:
     """Rank and size from torchrun or accelerate, else from a Slurm step, mpirun or the environment, else alone.
 
     A batch script outside ``srun`` sees SLURM_PROCID and SLURM_NTASKS too, but no SLURM_STEP_ID: it is alone.
     Errors: LaunchError where a launcher's variables contradict one another, or those of another launcher.
     """
-    stated = _stated()
+    stated = _read_torch_env()
     if stated is not None and stated.launcher != "environment" and not _child_of_slurmstepd():
-        return _checked(stated)
-    claims = [claim for claim in (_slurm_step(), _mpi_process(), stated) if claim is not None]
+        return _check_ranks(stated)
+    claims = [claim for claim in (_read_slurm_env(), _read_mpi_env(), stated) if claim is not None]
     for claim in claims[1:]:
-        if (claim.rank, claim.size) != (claims[0].rank, claims[0].size):
+        if (claim.rank, claim.world_size) != (claims[0].rank, claims[0].world_size):
             raise LaunchError(
-                f"{claims[0].launcher} says rank {claims[0].rank} of {claims[0].size}, and the environment {_named(claim)}: "
+                f"{claims[0].launcher} says rank {claims[0].rank} of {claims[0].world_size}, and the environment {_format_variables(claim)}: "
                 f"unset what a shell or an earlier launcher has left there, or let torchrun start the ranks"
             )
-    return _checked(claims[0]) if claims else Seat(0, 1, 0, "none")
+    return _check_ranks(claims[0]) if claims else LaunchEnv(0, 1, 0, "none")
 
 
-def _stated() -> Seat | None:
+def _read_torch_env() -> LaunchEnv | None:
     """RANK and WORLD_SIZE, and who has set them."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return None
     launcher = "torchrun" if _ELASTIC in os.environ else "deepspeed" if _DEEPSPEED in os.environ else "environment"
-    return Seat(number_in("RANK"), number_in("WORLD_SIZE"), number_in("LOCAL_RANK", "0"), launcher)
+    return LaunchEnv(read_int_env("RANK"), read_int_env("WORLD_SIZE"), read_int_env("LOCAL_RANK", "0"), launcher)
 
 
-def _slurm_step() -> Seat | None:
+def _read_slurm_env() -> LaunchEnv | None:
     if "SLURM_STEP_ID" not in os.environ or "SLURM_PROCID" not in os.environ:
         return None
-    size = number_in("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))
-    return Seat(number_in("SLURM_PROCID"), size, number_in("SLURM_LOCALID", "0"), "srun")
+    size = read_int_env("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))
+    return LaunchEnv(read_int_env("SLURM_PROCID"), size, read_int_env("SLURM_LOCALID", "0"), "srun")
 
 
-def _mpi_process() -> Seat | None:
+def _read_mpi_env() -> LaunchEnv | None:
     for rank, size, local, _ in _MPI:
         if rank in os.environ and size in os.environ:
-            return Seat(number_in(rank), number_in(size), number_in(local, "0"), "mpirun")
+            return LaunchEnv(read_int_env(rank), read_int_env(size), read_int_env(local, "0"), "mpirun")
     return None
 
 
-def _named(claim: Seat) -> str:
+def _format_variables(claim: LaunchEnv) -> str:
     """A claim in the words of its variables."""
     if claim.launcher == "mpirun":
         names = next(names[:2] for names in _MPI if names[0] in os.environ)
@@ -89,10 +89,10 @@ def _named(claim: Seat) -> str:
     return " and ".join(f"{name}={os.environ[name]}" for name in names)
 
 
-def _checked(claim: Seat) -> Seat:
-    if not 0 <= claim.local <= claim.rank < claim.size:
+def _check_ranks(claim: LaunchEnv) -> LaunchEnv:
+    if not 0 <= claim.local_rank <= claim.rank < claim.world_size:
         raise LaunchError(
-            f"{claim.launcher} says rank {claim.rank} (local rank {claim.local}) of {claim.size}, which cannot be; "
+            f"{claim.launcher} says rank {claim.rank} (local rank {claim.local_rank}) of {claim.world_size}, which cannot be; "
             f"unset what an earlier launcher left in the environment"
         )
     return claim
@@ -108,7 +108,7 @@ def _child_of_slurmstepd() -> bool:
         return False
 
 
-def number_in(name: str, default: str | None = None) -> int:
+def read_int_env(name: str, default: str | None = None) -> int:
     """The number in a launcher's variable. Errors: LaunchError."""
     text = os.environ.get(name, default)
     try:
@@ -117,25 +117,25 @@ def number_in(name: str, default: str | None = None) -> int:
         raise LaunchError(f"the launcher's {name} is {text!r}, which is not a number") from None
 
 
-def launch_facts(here: Seat) -> dict[str, str]:
+def read_launch_id(launch_env: LaunchEnv) -> dict[str, str]:
     """What tells this start of ranks from any other: the same on all its ranks, by the launcher's own numbers."""
-    if here.launcher == "srun":
+    if launch_env.launcher == "srun":
         names = {"job": "SLURM_JOB_ID", "step": "SLURM_STEP_ID", "restart": "SLURM_RESTART_COUNT"}
         return {what: os.environ.get(name, "0") for what, name in names.items()}
-    if here.launcher == "torchrun":
+    if launch_env.launcher == "torchrun":
         return {"torchrun": os.environ[_ELASTIC], "restart": os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")}
-    if here.launcher == "mpirun":
+    if launch_env.launcher == "mpirun":
         job = next((os.environ[name] for name in _MPI_JOB if name in os.environ), "")
-        return {"mpirun": job or (str(os.getppid()) if _on_one_node(here) else "")}
-    return {"launcher": here.launcher}
+        return {"mpirun": job or (str(os.getppid()) if _is_single_node(launch_env) else "")}
+    return {"launcher": launch_env.launcher}
 
 
-def agent_serves() -> bool:
+def is_store_in_agent() -> bool:
     """Whether torchrun's agent serves the store, and rank 0 is a client like the others."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def places(here: Seat) -> list[tuple[str, int]]:
+def rendezvous_addresses(launch_env: LaunchEnv) -> list[tuple[str, int]]:
     """Where the ranks may meet, host and port, in the order in which rank 0 tries them: the same on every rank.
 
     MASTER_ADDR and MASTER_PORT come first. Behind them, where the launcher tells of rank 0's node, come ports that are
@@ -143,11 +143,11 @@ def places(here: Seat) -> list[tuple[str, int]]:
     Errors: LaunchError where nothing says where rank 0 is.
     """
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-    drawn = _drawn_ports(launch_facts(here))
+    drawn = _candidate_ports(read_launch_id(launch_env))
     found: list[tuple[str, int]] = []
-    if host and (port.isdigit() or here.launcher in ("srun", "mpirun")):
+    if host and (port.isdigit() or launch_env.launcher in ("srun", "mpirun")):
         found += [(host, int(port))] if port.isdigit() else [(host, each) for each in drawn]
-    first = _first_node(here)
+    first = _rank0_node(launch_env)
     if first:
         found += [(first, int(port))] if port.isdigit() and not host else []
         found += [(first, each) for each in drawn]
@@ -159,25 +159,25 @@ def places(here: Seat) -> list[tuple[str, int]]:
     return list(dict.fromkeys(found))
 
 
-def _first_node(here: Seat) -> str | None:
+def _rank0_node(launch_env: LaunchEnv) -> str | None:
     """The node of rank 0, where the launcher says it."""
-    if here.launcher == "srun":
-        return first_host(os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"])
-    return "127.0.0.1" if here.launcher == "mpirun" and _on_one_node(here) else None
+    if launch_env.launcher == "srun":
+        return first_node_of_list(os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"])
+    return "127.0.0.1" if launch_env.launcher == "mpirun" and _is_single_node(launch_env) else None
 
 
-def _on_one_node(here: Seat) -> bool:
-    return any(os.environ.get(names[3]) == str(here.size) for names in _MPI if names[0] in os.environ)
+def _is_single_node(launch_env: LaunchEnv) -> bool:
+    return any(os.environ.get(names[3]) == str(launch_env.world_size) for names in _MPI if names[0] in os.environ)
 
 
-def first_host(nodes: str) -> str:
+def first_node_of_list(node_list: str) -> str:
     """The first host of a Slurm node list: ``a[01-03,7]b,c`` gives ``a01b``; scontrol is not in every container."""
-    found = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
+    found = re.match(r"(?:[^,\[]|\[[^\]]*\])*", node_list)
     assert found is not None, "the pattern matches every string"
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", found[0])
 
 
-def _drawn_ports(launch: dict[str, str]) -> list[int]:
+def _candidate_ports(launch_id: dict[str, str]) -> list[int]:
     """Ports that two launches on one node seldom share: by job, step and restart, never by the job alone."""
-    digest = hashlib.sha256(repr(sorted(launch.items())).encode()).digest()
+    digest = hashlib.sha256(repr(sorted(launch_id.items())).encode()).digest()
     return [_FIRST_PORT + int.from_bytes(digest[at : at + 2]) % _PORTS for at in range(0, 2 * _TRIES, 2)]

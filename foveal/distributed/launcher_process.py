@@ -8,7 +8,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-LAUNCHER = "FOVEAL_LAUNCHER"  # the variable in which a chain on this machine names itself: process number and start
+LAUNCHER_ENV_VAR = (
+    "FOVEAL_LAUNCHER"  # the variable in which a chain on this machine names itself: process number and start
+)
 _SHELL = re.compile(r"-?(?:ba|da|z|k|tc|c|fi)?sh|tmux.*|screen|login|sudo|su")
 
 
@@ -17,10 +19,10 @@ class Process:
     """A process of this machine; ``start`` tells it from another that gets its number later."""
 
     pid: int
-    start: str
+    start_time: str
 
     @classmethod
-    def of(cls, pid: int) -> "Process | None":
+    def from_pid(cls, pid: int) -> "Process | None":
         """The process of a number; nothing where it has ended, waited for or not."""
         try:
             name, _, facts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
@@ -30,18 +32,18 @@ class Process:
         return cls(pid, fields[19]) if name and fields[0] not in "ZX" else None
 
     def __str__(self) -> str:
-        return f"{self.pid}:{self.start}"
+        return f"{self.pid}:{self.start_time}"
 
 
-def launchers() -> list[Process]:
+def find_launchers() -> list[Process]:
     """The launchers of this process that live; a number that means another process here is none."""
-    parent, (pid, _, start) = Process.of(os.getppid()), os.environ.get(LAUNCHER, "").partition(":")
-    chain = Process.of(int(pid)) if pid.isascii() and pid.isdigit() else None
-    found = [chain] if chain is not None and chain.start == start else []
-    return [*found, parent] if parent is not None and _launches(parent.pid) else found
+    parent, (pid, _, start) = Process.from_pid(os.getppid()), os.environ.get(LAUNCHER_ENV_VAR, "").partition(":")
+    chain = Process.from_pid(int(pid)) if pid.isascii() and pid.isdigit() else None
+    found = [chain] if chain is not None and chain.start_time == start else []
+    return [*found, parent] if parent is not None and _is_launcher(parent.pid) else found
 
 
-def _launches(pid: int) -> bool:
+def _is_launcher(pid: int) -> bool:
     """Whether our parent is a launcher: a shell that was given a launcher's variables is none, and may end."""
     try:
         name = Path(f"/proc/{pid}/comm").read_text().strip()

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from foveal.forecast.cli import stage_of
+from foveal.forecast.cli import resolve_stage_name
 
 
 def doctor_command(
@@ -20,6 +20,14 @@ def doctor_command(
 
     Exit code 6 and `bad nodes: ...` if one is not, 2 if CONFIG is wrong.
     """
-    from foveal.doctor.runner import Order, examine
+    from foveal.doctor.runner import PreflightOptions, run_preflight
 
-    examine(Order(None if config is None else stage_of(config, stage), config or "", overrides or [], slowest, joining))
+    run_preflight(
+        PreflightOptions(
+            None if config is None else resolve_stage_name(config, stage),
+            config or "",
+            overrides or [],
+            slowest,
+            joining,
+        )
+    )

@@ -7,26 +7,26 @@ from typing import Any
 
 import typer
 
-from foveal.distributed.preflight import Meeting, leave, meeting, nodes_of_ranks
+from foveal.distributed.preflight import PreflightGroup, exit_preflight, join_preflight, node_names_by_rank
 from foveal.doctor import node_checks, run_checks
-from foveal.doctor.report import Report, kind_of
-from foveal.doctor.table import lines_of
-from foveal.doctor.verdict import judged
-from foveal.errors import BadNode, FovealError
-from foveal.forecast.cli import stage_named
-from foveal.timeouts import within
-from foveal.training.cli import Stage, load
+from foveal.doctor.report import RankReport, classify_error
+from foveal.doctor.table import format_node_table
+from foveal.doctor.verdict import judge_reports
+from foveal.errors import BadNodeError, FovealError
+from foveal.forecast.cli import import_stage
+from foveal.timeouts import call_with_timeout
+from foveal.training.cli import Stage, load_config
 
 AnyStage = Stage[Any, Any]
 
-CHECKING = 28.0  # seconds until every rank has looked at itself
-TOGETHER = 7.0  # seconds for the collectives
-ENDING = 60.0  # seconds after which whatever hangs is ended
-_MARGIN = 2.0  # seconds between what ranks wait for and what rank 0 does
+RANK_CHECKS_TIMEOUT = 28.0  # seconds until every rank has looked at itself
+COLLECTIVES_TIMEOUT = 7.0  # seconds for the collectives
+PREFLIGHT_TIMEOUT = 60.0  # seconds after which whatever hangs is ended
+_TIMEOUT_MARGIN = 2.0  # seconds between what ranks wait for and what rank 0 does
 
 
 @dataclass(frozen=True)
-class Order:
+class PreflightOptions:
     """What is to be examined: a stage's run, if there is one to come; and what is asked of the ranks.
 
     slowest: the share of its peers' median rate that will do; joining: seconds until every rank must have come.
@@ -35,107 +35,126 @@ class Order:
     stage: str | None
     config: str
     overrides: list[str]
-    slowest: float
-    joining: float
+    min_relative_rate: float
+    join_timeout: float
 
 
-def examine(order: Order) -> None:
+def run_preflight(options: PreflightOptions) -> None:
     """Be one rank of a preflight, and end this process with its verdict."""
-    stage = None if order.stage is None else stage_named(order.stage)  # imported before any clock runs
-    with meeting(order.joining, ENDING) as here:
-        leave(here, _examined(here, stage, order))
+    stage = None if options.stage is None else import_stage(options.stage)  # imported before any clock runs
+    with join_preflight(options.join_timeout, PREFLIGHT_TIMEOUT) as here:
+        exit_preflight(here, _run_checks(here, stage, options))
 
 
-def _examined(here: Meeting, stage: AnyStage | None, order: Order) -> int:
+def _run_checks(group: PreflightGroup, stage: AnyStage | None, options: PreflightOptions) -> int:
     """The exit code, the same on every rank that lives to hear it."""
-    report = _alone(here, stage, order)
-    here.report("alone", report.tree())
-    if here.seat.rank == 0:
-        reports = here.reports("alone", CHECKING)
-        here.announce("go", {"time": time.time(), "all": len(reports) == here.seat.size})
-    go = here.heard("go", CHECKING + _MARGIN)
+    report = _check_rank(group, stage, options)
+    group.post_report("alone", report.to_dict())
+    if group.launch_env.rank == 0:
+        reports = group.gather_reports("alone", RANK_CHECKS_TIMEOUT)
+        group.announce("go", {"time": time.time(), "all": len(reports) == group.launch_env.world_size})
+    go = group.wait_for_announcement("go", RANK_CHECKS_TIMEOUT + _TIMEOUT_MARGIN)
     if go is None:
-        return _orphaned(here)
+        return _report_lost_rank0(group)
     report.facts["skew"] = time.time() - go["time"]
     if go["all"]:
-        _together(here, report)
-    here.report("together", report.tree())
-    until = CHECKING + _MARGIN + TOGETHER
-    if here.seat.rank == 0:
-        found = {rank: Report.of(tree) for rank, tree in (reports | here.reports("together", until)).items()}
-        here.announce("verdict", _told(here, found, order, hung=set(reports) - set(here.reports("together", 0.0))))
-    verdict = here.heard("verdict", until + _MARGIN)
-    return _orphaned(here) if verdict is None else verdict
+        _check_collectives(group, report)
+    group.post_report("together", report.to_dict())
+    until = RANK_CHECKS_TIMEOUT + _TIMEOUT_MARGIN + COLLECTIVES_TIMEOUT
+    if group.launch_env.rank == 0:
+        found = {
+            rank: RankReport.from_dict(tree)
+            for rank, tree in (reports | group.gather_reports("together", until)).items()
+        }
+        group.announce(
+            "verdict",
+            _print_verdict(group, found, options, hung_ranks=set(reports) - set(group.gather_reports("together", 0.0))),
+        )
+    verdict = group.wait_for_announcement("verdict", until + _TIMEOUT_MARGIN)
+    return _report_lost_rank0(group) if verdict is None else verdict
 
 
-def _alone(here: Meeting, stage: AnyStage | None, order: Order) -> Report:
+def _check_rank(group: PreflightGroup, stage: AnyStage | None, options: PreflightOptions) -> RankReport:
     """Everything that a rank can find out by itself, each within its own limit."""
-    report = Report(here.node, here.seat.rank)
-    subjects: list[run_checks.Subject] = []
-    first = here.seat.local == 0
+    report = RankReport(group.node, group.launch_env.rank)
+    subjects: list[run_checks.PlannedRun] = []
+    first = group.launch_env.local_rank == 0
 
-    def settings(_report: Report) -> None:
+    def settings(_report: RankReport) -> None:
         assert stage is not None
-        cfg = load(stage.config, stage.name, order.config, order.overrides)
-        subjects.append(run_checks.Subject(stage, stage.plan(cfg, here.seat.size)))
+        cfg = load_config(stage.config_class, stage.name, options.config, options.overrides)
+        subjects.append(run_checks.PlannedRun(stage, stage.build_plan(cfg, group.launch_env.world_size)))
 
-    def attempt(what: str, limit: float, check: Callable[[Report], None]) -> None:
-        own = Report(report.node, report.rank)
-        limit = max(0.1, min(limit, CHECKING - _MARGIN - here.seconds))
-        here.doing(what)
+    def attempt(what: str, limit: float, check: Callable[[RankReport], None]) -> None:
+        own = RankReport(report.node, report.rank)
+        limit = max(0.1, min(limit, RANK_CHECKS_TIMEOUT - _TIMEOUT_MARGIN - group.elapsed_seconds))
+        group.post_status(what)
         try:
-            within(limit, lambda: check(own))
+            call_with_timeout(limit, lambda: check(own))
         except TimeoutError:
-            report.fault("reach", f"rank {report.rank}: {what} did not end within {limit:.0f} s")
+            report.add_fault("reach", f"rank {report.rank}: {what} did not end within {limit:.0f} s")
             return
         except FovealError as error:
-            own.fault(kind_of(error), str(error))
+            own.add_fault(classify_error(error), str(error))
         except Exception as error:  # noqa: BLE001 - whatever a broken node raises is the finding
-            own.fault("node", f"rank {report.rank}: {what} failed ({type(error).__name__}: {error})")
+            own.add_fault("node", f"rank {report.rank}: {what} failed ({type(error).__name__}: {error})")
         report.facts |= own.facts
         report.faults += own.faults
 
-    attempt("counting its GPUs", 10, lambda own: node_checks.gpus(own, here.seat))
-    attempt("looking at its device", 15, lambda own: node_checks.device(own, here.device))
-    attempt("multiplying matrices", 15, lambda own: node_checks.rates(own, here.device))
+    attempt("counting its GPUs", 10, lambda own: node_checks.check_gpu_allocation(own, group.launch_env))
+    attempt("looking at its device", 15, lambda own: node_checks.check_device(own, group.device))
+    attempt("multiplying matrices", 15, lambda own: node_checks.measure_matmul_rates(own, group.device))
     if first:
-        attempt("looking at /dev/shm", 5, node_checks.shared_memory)
-    attempt("looking at its limits", 5, node_checks.limits)
-    attempt("looking at its software", 10, run_checks.software)
+        attempt("looking at /dev/shm", 5, node_checks.check_shared_memory)
+    attempt("looking at its limits", 5, node_checks.check_open_file_limit)
+    attempt("looking at its software", 10, run_checks.check_software_versions)
     if stage is None:
         return report
-    attempt("reading settings and manifest", CHECKING, settings)
+    attempt("reading settings and manifest", RANK_CHECKS_TIMEOUT, settings)
     for subject in subjects:
-        attempt("importing the engine", CHECKING, lambda own, cfg=subject.plan.cfg.engine: run_checks.engine(own, cfg))
-        attempt("reading shards", 15, lambda own, subject=subject: run_checks.shards(own, subject))
+        attempt(
+            "importing the engine",
+            RANK_CHECKS_TIMEOUT,
+            lambda own, cfg=subject.plan.cfg.engine: run_checks.check_engine_import(own, cfg),
+        )
+        attempt("reading shards", 15, lambda own, subject=subject: run_checks.check_shards(own, subject))
         if first:
-            attempt("writing to the run's disk", 20, lambda own, subject=subject: run_checks.disk(own, subject))
-        if here.seat.rank == 0:
-            attempt("reaching MLflow", 8, lambda own, uri=subject.plan.cfg.tracking.uri: run_checks.tracking(own, uri))
+            attempt("writing to the run's disk", 20, lambda own, subject=subject: run_checks.check_disk(own, subject))
+        if group.launch_env.rank == 0:
+            attempt(
+                "reaching MLflow",
+                8,
+                lambda own, uri=subject.plan.cfg.tracking.uri: run_checks.check_tracking_server(own, uri),
+            )
     return report
 
 
-def _together(here: Meeting, report: Report) -> None:
-    here.doing("all-reduce")
+def _check_collectives(group: PreflightGroup, report: RankReport) -> None:
+    group.post_status("all-reduce")
     try:
-        report.facts |= here.collective(TOGETHER - _MARGIN)
+        report.facts |= group.benchmark_all_reduce(COLLECTIVES_TIMEOUT - _TIMEOUT_MARGIN)
     except FovealError as error:
-        report.fault("reach", str(error))
+        report.add_fault("reach", str(error))
 
 
-def _told(here: Meeting, found: dict[int, Report], order: Order, hung: set[int]) -> int:
+def _print_verdict(
+    group: PreflightGroup, reports_by_rank: dict[int, RankReport], options: PreflightOptions, hung_ranks: set[int]
+) -> int:
     """Print what came of it; the exit code."""
-    placed = nodes_of_ranks(here.seat.size)
+    placed = node_names_by_rank(group.launch_env.world_size)
     silent: dict[int, tuple[str, str]] = {}
-    for rank in sorted(set(range(here.seat.size)) - set(found) | hung):
-        words = here.last_words(rank)
+    for rank in sorted(set(range(group.launch_env.world_size)) - set(reports_by_rank) | hung_ranks):
+        words = group.last_status(rank)
         if words is None:
-            silent[rank] = (placed[rank] if placed else "", f"rank {rank} did not come within {order.joining:.0f} s")
+            silent[rank] = (
+                placed[rank] if placed else "",
+                f"rank {rank} did not come within {options.join_timeout:.0f} s",
+            )
         else:
             silent[rank] = (words[0], f"rank {rank} said nothing more after it began {words[1]}")
-    reports = [found[rank] for rank in sorted(found)]
-    verdict = judged(reports, silent, order.slowest)
-    for line in lines_of(reports, silent, verdict.bad):
+    reports = [reports_by_rank[rank] for rank in sorted(reports_by_rank)]
+    verdict = judge_reports(reports, silent, options.min_relative_rate)
+    for line in format_node_table(reports, silent, verdict.bad_nodes):
         typer.echo(line)
     links = [each.facts["bandwidth"] for each in reports if "bandwidth" in each.facts]
     if links:
@@ -145,17 +164,19 @@ def _told(here: Meeting, found: dict[int, Report], order: Order, hung: set[int])
         )
     for sentence in verdict.sentences:
         typer.echo(sentence)
-    for name in verdict.bad:
-        why = verdict.why[name]
+    for name in verdict.bad_nodes:
+        why = verdict.reasons[name]
         typer.echo(f"foveal: suspect node {name}: {why}", err=True)
-    if verdict.code == BadNode.exit_code:
-        typer.echo(f"bad nodes: {','.join(verdict.bad) or 'unknown'}")
-    return verdict.code
+    if verdict.exit_code == BadNodeError.exit_code:
+        typer.echo(f"bad nodes: {','.join(verdict.bad_nodes) or 'unknown'}")
+    return verdict.exit_code
 
 
-def _orphaned(here: Meeting) -> int:
+def _report_lost_rank0(group: PreflightGroup) -> int:
     """Rank 0 is gone: the others say so."""
-    nodes = nodes_of_ranks(here.seat.size)
+    nodes = node_names_by_rank(group.launch_env.world_size)
     where = nodes[0] if nodes else "its node"
-    typer.echo(f"foveal: suspect node {where}: rank 0 said nothing more, as rank {here.seat.rank} sees it", err=True)
-    return BadNode.exit_code
+    typer.echo(
+        f"foveal: suspect node {where}: rank 0 said nothing more, as rank {group.launch_env.rank} sees it", err=True
+    )
+    return BadNodeError.exit_code

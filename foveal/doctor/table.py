@@ -3,25 +3,27 @@
 from collections.abc import Callable
 from typing import Any
 
-from foveal.doctor.report import Report
+from foveal.doctor.report import RankReport
 
 
-def lines_of(reports: list[Report], silent: dict[int, tuple[str, str]], bad: list[str]) -> list[str]:
+def format_node_table(
+    reports: list[RankReport], silent_ranks: dict[int, tuple[str, str]], bad_nodes: list[str]
+) -> list[str]:
     """The table: of several ranks of a node, the worst counts."""
-    nodes = dict.fromkeys([*(each.node for each in reports), *(node for node, _ in silent.values())])
+    nodes = dict.fromkeys([*(each.node for each in reports), *(node for node, _ in silent_ranks.values())])
     rows = [("node", *(title for title, _, _ in _COLUMNS), "verdict")]
     for node in nodes:
         here = [each for each in reports if each.node == node]
-        cells = tuple(_cell(here, name, shown) for _, name, shown in _COLUMNS)
-        rows.append((node, *cells, "BAD" if node in bad else "fine"))
+        cells = tuple(_format_cell(here, name, shown) for _, name, shown in _COLUMNS)
+        rows.append((node, *cells, "BAD" if node in bad_nodes else "fine"))
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _cell(here: list[Report], name: str, shown: Callable[[Any], str]) -> str:
+def _format_cell(node_reports: list[RankReport], name: str, shown: Callable[[Any], str]) -> str:
     if name == "ranks":
-        return str(len(here)) if here else "-"
-    values = [each.facts[name] for each in here if name in each.facts]
+        return str(len(node_reports)) if node_reports else "-"
+    values = [each.facts[name] for each in node_reports if name in each.facts]
     if not values:
         return "-"
     worst = max(values, key=abs) if name == "skew" else min(values)

@@ -5,11 +5,11 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from foveal.doctor.report import Report
-from foveal.errors import BadNode, ConfigError, Unreachable
+from foveal.doctor.report import RankReport
+from foveal.errors import BadNodeError, ConfigError, StorageUnreachableError
 
-_ALIKE = ("version of ", "decoder", "commit", "device")
-_SKEW = 5.0  # seconds between two clocks that make logs hard to read
+_FACTS_TO_MATCH = ("version of ", "decoder", "commit", "device")
+_MAX_CLOCK_SKEW_SECONDS = 5.0  # seconds between two clocks that make logs hard to read
 
 
 @dataclass(frozen=True)
@@ -17,27 +17,29 @@ class Verdict:
     """Sentences for the user, the nodes that should not train with the first reason of each, and the exit code."""
 
     sentences: list[str]
-    why: dict[str, str]
-    code: int
+    reasons: dict[str, str]
+    exit_code: int
 
     @property
-    def bad(self) -> list[str]:
+    def bad_nodes(self) -> list[str]:
         """The names of the nodes that should not train."""
-        return list(self.why)
+        return list(self.reasons)
 
 
-def judged(reports: list[Report], silent: dict[int, tuple[str, str]], slowest: float) -> Verdict:
+def judge_reports(
+    reports: list[RankReport], silent_ranks: dict[int, tuple[str, str]], min_relative_rate: float
+) -> Verdict:
     """Compare the ranks. ``silent``: node and sentence of the ranks that said nothing; slowest: share of the median rate."""
-    faults: list[tuple[str, str, str]] = [(node, "node", said) for node, said in silent.values()]
+    faults: list[tuple[str, str, str]] = [(node, "node", said) for node, said in silent_ranks.values()]
     faults += [(each.node, kind, f"{each.node}: {said}") for each in reports for kind, said in each.faults]
-    faults += _slow(reports, slowest) + _unlike(reports) + _clocks(reports)
+    faults += _find_slow_ranks(reports, min_relative_rate) + _find_differing_ranks(reports) + _find_clock_skew(reports)
     nodes = list(dict.fromkeys(each.node for each in reports))
     wrong = {kind: {node for node, each, _ in faults if each == kind} - {""} for kind in ("node", "config", "reach")}
     shared = {kind for kind in ("config", "reach") if wrong[kind] >= set(nodes)}
     bad = wrong["node"].union(*(wrong[kind] for kind in ("config", "reach") if kind not in shared))
     unfit = bool(bad) or any(kind == "node" for _, kind, _ in faults)
     # Storage or a network that answers nobody is no node's fault, and may answer the next start.
-    found = [("config" in shared, ConfigError), (unfit, BadNode), ("reach" in shared, Unreachable)]
+    found = [("config" in shared, ConfigError), (unfit, BadNodeError), ("reach" in shared, StorageUnreachableError)]
     code = next((error.exit_code for there, error in found if there), 0)
     sentences = list(dict.fromkeys(said for _, _, said in faults))
     grave = [(node, said) for node, kind, said in faults if node in bad and kind != "note" and kind not in shared]
@@ -46,19 +48,19 @@ def judged(reports: list[Report], silent: dict[int, tuple[str, str]], slowest: f
     )
 
 
-def _slow(reports: list[Report], slowest: float) -> list[tuple[str, str, str]]:
+def _find_slow_ranks(reports: list[RankReport], min_relative_rate: float) -> list[tuple[str, str, str]]:
     """Ranks whose products are slow against the median of all others."""
     found = []
     for name in ("bf16_rate", "fp32_rate"):
         rated = [each for each in reports if name in each.facts]
         for each in rated:
             peers = [other.facts[name] for other in rated if other is not each]
-            if peers and each.facts[name] < slowest * statistics.median(peers):
-                found.append((each.node, "node", _slowness(each, name, statistics.median(peers))))
+            if peers and each.facts[name] < min_relative_rate * statistics.median(peers):
+                found.append((each.node, "node", _describe_slow_rank(each, name, statistics.median(peers))))
     return found
 
 
-def _slowness(report: Report, name: str, median: float) -> str:
+def _describe_slow_rank(report: RankReport, name: str, median: float) -> str:
     rate = report.facts[name]
     return (
         f"{report.node}: rank {report.rank} multiplies {name[:4]} matrices at {rate / 1e12:.3g} TFLOP/s, {rate / median:.0%} of "
@@ -66,10 +68,10 @@ def _slowness(report: Report, name: str, median: float) -> str:
     )
 
 
-def _unlike(reports: list[Report]) -> list[tuple[str, str, str]]:
+def _find_differing_ranks(reports: list[RankReport]) -> list[tuple[str, str, str]]:
     """Ranks that have something else than most; where two have as many, than the first."""
     found = []
-    names = dict.fromkeys(name for each in reports for name in each.facts if name.startswith(_ALIKE))
+    names = dict.fromkeys(name for each in reports for name in each.facts if name.startswith(_FACTS_TO_MATCH))
     for name in names:
         values = [each.facts.get(name) for each in reports]
         common: Any = Counter(values).most_common(1)[0][0]
@@ -81,7 +83,7 @@ def _unlike(reports: list[Report]) -> list[tuple[str, str, str]]:
     return found
 
 
-def _clocks(reports: list[Report]) -> list[tuple[str, str, str]]:
+def _find_clock_skew(reports: list[RankReport]) -> list[tuple[str, str, str]]:
     return [
         (
             each.node,
@@ -89,5 +91,5 @@ def _clocks(reports: list[Report]) -> list[tuple[str, str, str]]:
             f"{each.node}: its clock is {each.facts['skew']:+.1f} s off that of rank 0; logs will not fit",
         )
         for each in reports
-        if abs(each.facts.get("skew", 0.0)) > _SKEW
+        if abs(each.facts.get("skew", 0.0)) > _MAX_CLOCK_SKEW_SECONDS
     ]

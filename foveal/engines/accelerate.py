@@ -11,26 +11,26 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from foveal.checkpoint.chunks import Piece
+from foveal.checkpoint.chunks import TensorChunk
 from foveal.distributed.world import World
 from foveal.engines import fsdp
-from foveal.engines.base import EngineConfig, Outcome, Whole, autocast, buffers, followed
-from foveal.engines.deepspeed import DeepSpeed
+from foveal.engines.base import EngineConfig, ReplicatedEngine, StepResult, autocast, buffer_chunks, pair_parameters
+from foveal.engines.deepspeed import DeepSpeedEngine
 from foveal.errors import LaunchError
-from foveal.optim.optimizers import OptimConfig, guarded
+from foveal.optim.optimizers import OptimConfig, build_optimizer
 
 # What accelerate launch tells its processes, and the setting that says the same.
-_LAUNCHED = {"ACCELERATE_USE_DEEPSPEED": "deepspeed", "ACCELERATE_USE_FSDP": "fsdp2"}
+_SHARDING_BY_LAUNCH_VARIABLE = {"ACCELERATE_USE_DEEPSPEED": "deepspeed", "ACCELERATE_USE_FSDP": "fsdp2"}
 
 
-def _accelerator(
-    cfg: EngineConfig, world: World, accumulate: int, plugin: DeepSpeedPlugin | None = None
+def _create_accelerator(
+    cfg: EngineConfig, world: World, accumulation_steps: int, plugin: DeepSpeedPlugin | None = None
 ) -> Accelerator:
     """Accelerate as the settings say, whatever an earlier engine of this process told it.
 
     Errors: LaunchError where accelerate launch says otherwise, or where it does not see the launcher's ranks.
     """
-    for name, sharding in _LAUNCHED.items():
+    for name, sharding in _SHARDING_BY_LAUNCH_VARIABLE.items():
         if os.environ.pop(name, "").lower() == "true" and cfg.sharding != sharding:
             raise LaunchError(
                 f"accelerate launch says {name}=true, and engine.sharding is {cfg.sharding}; set engine.sharding={sharding}, "
@@ -45,7 +45,7 @@ def _accelerator(
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and plugin is not None else None,
         deepspeed_plugin=plugin,
         mixed_precision="no",  # precision is the engine's
-        gradient_accumulation_steps=accumulate,
+        gradient_accumulation_steps=accumulation_steps,
     )
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # set by the plugin, for this one
     if accelerator.num_processes != world.size:
@@ -56,25 +56,25 @@ def _accelerator(
     return accelerator
 
 
-class Accelerate(Whole):
+class AccelerateDDPEngine(ReplicatedEngine):
     """The adapter of DDP. Accelerate divides the loss by the accumulation count; DDP averages gradients over ranks."""
 
     def __init__(
         self,
         model: nn.Module,
-        groups: list[dict[str, Any]],
+        param_groups: list[dict[str, Any]],
         optim: OptimConfig,
         cfg: EngineConfig,
         world: World,
-        accumulate: int,
+        accumulation_steps: int,
     ) -> None:
-        self._accelerator = _accelerator(cfg, world, accumulate)
-        super().__init__(model, guarded(groups, optim), cfg, world)
+        self._accelerator = _create_accelerator(cfg, world, accumulation_steps)
+        super().__init__(model, build_optimizer(param_groups, optim), cfg, world)
         self.model = self._accelerator.prepare_model(model)
         self._optimizer = self._accelerator.prepare_optimizer(self._guard)
 
     @contextmanager
-    def micro(self, *, last: bool) -> Iterator[None]:
+    def microbatch(self, *, last: bool) -> Iterator[None]:
         with self._accelerator.accumulate(self.model):
             assert self._accelerator.sync_gradients == last, "Accelerate counts the micros of a step as the loop does"
             with autocast(self.device, self._precision):
@@ -85,64 +85,64 @@ class Accelerate(Whole):
             self._accelerator.backward(loss)
 
 
-class FullySharded(Accelerate):
+class AccelerateFSDP2Engine(AccelerateDDPEngine):
     """The adapter of FSDP2: blocks are sharded by torch itself, since Accelerate's plugin does so on GPUs only."""
 
     def __init__(
         self,
         model: nn.Module,
-        groups: list[dict[str, Any]],
+        param_groups: list[dict[str, Any]],
         optim: OptimConfig,
         cfg: EngineConfig,
         world: World,
-        accumulate: int,
+        accumulation_steps: int,
     ) -> None:
-        self._accelerator = _accelerator(cfg, world, accumulate)
-        groups = fsdp.shard(model.to(world.device), groups, world)
-        Whole.__init__(self, model, fsdp.guarded_shards(groups, optim), cfg, world)
+        self._accelerator = _create_accelerator(cfg, world, accumulation_steps)
+        param_groups = fsdp.apply_fsdp(model.to(world.device), param_groups, world)
+        ReplicatedEngine.__init__(self, model, fsdp.build_sharded_optimizer(param_groups, optim), cfg, world)
 
     @contextmanager
-    def micro(self, *, last: bool) -> Iterator[None]:
+    def microbatch(self, *, last: bool) -> Iterator[None]:
         cast(Any, self.model).set_requires_gradient_sync(last)
         with self._accelerator.accumulate(), autocast(self.device, self._precision):
             yield
 
-    def average(self, onto: str, of: str, weight: float) -> None:
-        fsdp.average_shards(self._module, followed(self._module, onto, of), weight)
+    def update_ema(self, ema_prefix: str, source_prefix: str, lerp_weight: float) -> None:
+        fsdp.update_ema_sharded(self._module, pair_parameters(self._module, ema_prefix, source_prefix), lerp_weight)
 
-    def pieces(self) -> list[Piece]:
-        return fsdp.sharded_parameters(self._module, self._guard) + buffers(self._module, self._world)
+    def state_chunks(self) -> list[TensorChunk]:
+        return fsdp.sharded_parameter_chunks(self._module, self._guard) + buffer_chunks(self._module, self._world)
 
-    def weights(self) -> dict[str, Tensor]:
-        return fsdp.whole_weights(self._module)
+    def full_state_dict(self) -> dict[str, Tensor]:
+        return fsdp.gather_full_state_dict(self._module)
 
 
-class AcceleratedDeepSpeed(DeepSpeed):
+class AccelerateDeepSpeedEngine(DeepSpeedEngine):
     """The adapter of Accelerate's DeepSpeed plugin, which takes DeepSpeed's step inside the last backward."""
 
     def __init__(
         self,
         model: nn.Module,
-        groups: list[dict[str, Any]],
+        param_groups: list[dict[str, Any]],
         optim: OptimConfig,
         cfg: EngineConfig,
         world: World,
-        at_once: int,
-        accumulate: int,
+        microbatch_size: int,
+        accumulation_steps: int,
     ) -> None:
         self._cfg = cfg
-        super().__init__(model, groups, optim, cfg, world, at_once, accumulate)
+        super().__init__(model, param_groups, optim, cfg, world, microbatch_size, accumulation_steps)
 
-    def _begun(
+    def _initialize(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], world: World
     ) -> tuple[Any, Any]:
         plugin = DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
-        self._accelerator = _accelerator(self._cfg, world, config["gradient_accumulation_steps"], plugin)
+        self._accelerator = _create_accelerator(self._cfg, world, config["gradient_accumulation_steps"], plugin)
         engine, wrapped = self._accelerator.prepare(model, optimizer)
         return engine, wrapped.optimizer
 
     @contextmanager
-    def micro(self, *, last: bool) -> Iterator[None]:
+    def microbatch(self, *, last: bool) -> Iterator[None]:
         with self._accelerator.accumulate(self.model):
             assert self._accelerator.sync_gradients == last, "Accelerate counts the micros of a step as the loop does"
             yield
@@ -150,5 +150,5 @@ class AcceleratedDeepSpeed(DeepSpeed):
     def backward(self, loss: Tensor) -> None:
         self._accelerator.backward(loss)
 
-    def step(self) -> Outcome:
-        return self._outcome()
+    def step(self) -> StepResult:
+        return self._step_result()

@@ -8,10 +8,10 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from foveal.checkpoint.chunks import Piece, whole
+from foveal.checkpoint.chunks import TensorChunk, replicated_chunk
 from foveal.config import Config, machine, science
 from foveal.distributed.world import World
-from foveal.optim.optimizers import Guard, count_from, moments, updates_of
+from foveal.optim.optimizers import GuardedOptimizer, get_moments, get_num_updates, set_num_updates
 
 Precision = Literal["fp32", "bf16"]
 
@@ -41,7 +41,7 @@ class EngineConfig(Config):
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class StepResult:
     """What became of an update: whether it was applied, and the gradient norm over all ranks before clipping."""
 
     applied: bool
@@ -58,11 +58,11 @@ class Engine(Protocol):
         """Set the learning rate of the next update; each group multiplies it by its ``lr_scale``."""
         ...
 
-    def micro(self, *, last: bool) -> AbstractContextManager[None]:
+    def microbatch(self, *, last: bool) -> AbstractContextManager[None]:
         """Around one forward and backward; gradients are reduced over ranks in the last one of a step."""
         ...
 
-    def looking(self) -> AbstractContextManager[None]:
+    def eval_mode(self) -> AbstractContextManager[None]:
         """Around forwards without a backward: evaluation mode, no gradients, the engine's precision.
 
         Every rank enters it, and takes rank 0's buffers: running statistics are of what a rank has seen, and an
@@ -74,31 +74,31 @@ class Engine(Protocol):
         """Accumulate the mean over the micros of a step: the engine divides by their number, nobody else does."""
         ...
 
-    def step(self) -> Outcome:
+    def step(self) -> StepResult:
         """Clip, update, clear; on every rank, whatever the gradients are."""
         ...
 
-    def average(self, onto: str, of: str, weight: float) -> None:
+    def update_ema(self, ema_prefix: str, source_prefix: str, lerp_weight: float) -> None:
         """Move what is frozen under the names that begin with ``onto`` by this share towards what ``of`` names; every rank."""
         ...
 
-    def pieces(self) -> list[Piece]:
+    def state_chunks(self) -> list[TensorChunk]:
         """What this rank holds of every tensor, as live views: fp32 weights, moments (zeros before the first update), buffers."""
         ...
 
     @property
-    def updates(self) -> int:
+    def num_updates(self) -> int:
         """Updates applied so far; a skipped step is none."""
         ...
 
-    def restored(self, updates: int) -> None:
+    def on_state_loaded(self, num_updates: int) -> None:
         """After the pieces were filled: hand them to whatever was computed from them, count updates from here.
 
         Every rank calls it. Groups keep their own settings: a checkpoint has none.
         """
         ...
 
-    def weights(self) -> dict[str, Tensor]:
+    def full_state_dict(self) -> dict[str, Tensor]:
         """All weights by the module's own names, fp32 (counts int64) on the CPU, whole on rank 0; every rank calls it.
 
         They may share memory with the live weights: write them before the next step.
@@ -118,9 +118,9 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 
 
 @contextmanager
-def evaluating(model: nn.Module, world: World) -> Iterator[None]:
+def eval_with_rank0_buffers(model: nn.Module, world: World) -> Iterator[None]:
     """Evaluation mode without gradients, with rank 0's buffers, and back to training."""
-    world.take_first(list(kept_buffers(model).values()))
+    world.broadcast_tensors_(list(persistent_buffers(model).values()))
     model.eval()
     try:
         with torch.no_grad():
@@ -129,57 +129,64 @@ def evaluating(model: nn.Module, world: World) -> Iterator[None]:
         model.train()
 
 
-def followed(module: nn.Module, onto: str, of: str) -> list[tuple[nn.Parameter, nn.Parameter]]:
+def pair_parameters(module: nn.Module, ema_prefix: str, source_prefix: str) -> list[tuple[nn.Parameter, nn.Parameter]]:
     """The parameters under one prefix, each with its namesake under another."""
     named = dict(module.named_parameters())
-    return [(each, named[of + name.removeprefix(onto)]) for name, each in named.items() if name.startswith(onto)]
+    return [
+        (each, named[source_prefix + name.removeprefix(ema_prefix)])
+        for name, each in named.items()
+        if name.startswith(ema_prefix)
+    ]
 
 
 @torch.no_grad()
-def average_whole(module: nn.Module, onto: str, of: str, weight: float) -> None:
+def update_ema_replicated(module: nn.Module, ema_prefix: str, source_prefix: str, lerp_weight: float) -> None:
     """``Engine.average`` where a rank holds all weights: nothing is communicated."""
-    for average, parameter in followed(module, onto, of):
-        average.lerp_(parameter, weight)
+    for average, parameter in pair_parameters(module, ema_prefix, source_prefix):
+        average.lerp_(parameter, lerp_weight)
 
 
-def whole_parameters(module: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> list[Piece]:
+def replicated_parameter_chunks(module: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> list[TensorChunk]:
     """The pieces of all parameters, where every rank holds them whole."""
     return [
-        whole(
-            name, {"weight": value} | (moments(optimizer, value) if value.requires_grad else {}), world.rank, world.size
+        replicated_chunk(
+            name,
+            {"weight": value} | (get_moments(optimizer, value) if value.requires_grad else {}),
+            world.rank,
+            world.size,
         )
         for name, value in module.named_parameters()
     ]
 
 
-def buffers(module: nn.Module, world: World) -> list[Piece]:
+def buffer_chunks(module: nn.Module, world: World) -> list[TensorChunk]:
     """The pieces of what a module keeps beside its parameters: rank 0's, which no other rank need have equal."""
     return [
-        replace(whole(name, {"weight": value}, 0, 1), **({} if world.rank == 0 else {"writes": (0, 0)}))
-        for name, value in kept_buffers(module).items()
+        replace(replicated_chunk(name, {"weight": value}, 0, 1), **({} if world.rank == 0 else {"write_range": (0, 0)}))
+        for name, value in persistent_buffers(module).items()
     ]
 
 
-def kept_buffers(module: nn.Module) -> dict[str, Tensor]:
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     """The buffers that a file holds: not those that are computed anew with the module."""
     kept = module.state_dict().keys()
     return {name: value for name, value in module.named_buffers() if name in kept}
 
 
-def exported(value: Tensor) -> Tensor:
+def to_export_tensor(value: Tensor) -> Tensor:
     """A weight as exports have it: fp32 on the CPU; what counts stays whole numbers."""
     return (value.detach().float() if value.is_floating_point() else value.detach()).cpu()
 
 
-class Whole:
+class ReplicatedEngine:
     """What Plain and Accelerate share: every rank holds all weights and moments, and the optimizer guards itself."""
 
-    def __init__(self, module: nn.Module, guard: Guard, cfg: EngineConfig, world: World) -> None:
+    def __init__(self, module: nn.Module, optimizer: GuardedOptimizer, cfg: EngineConfig, world: World) -> None:
         self.device = world.device
         self.model = module
         self._module = module
-        self._guard = guard
-        self._optimizer: torch.optim.Optimizer = guard
+        self._guard = optimizer
+        self._optimizer: torch.optim.Optimizer = optimizer
         self._precision: Precision = cfg.precision
         self._world = world
 
@@ -187,27 +194,29 @@ class Whole:
         apply_lr(self._guard, lr)
 
     @contextmanager
-    def looking(self) -> Iterator[None]:
-        with evaluating(self.model, self._world), autocast(self.device, self._precision):
+    def eval_mode(self) -> Iterator[None]:
+        with eval_with_rank0_buffers(self.model, self._world), autocast(self.device, self._precision):
             yield
 
-    def step(self) -> Outcome:
+    def step(self) -> StepResult:
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return Outcome(self._guard.applied, self._guard.norm)
+        return StepResult(self._guard.step_applied, self._guard.grad_norm)
 
-    def average(self, onto: str, of: str, weight: float) -> None:
-        average_whole(self._module, onto, of, weight)
+    def update_ema(self, ema_prefix: str, source_prefix: str, lerp_weight: float) -> None:
+        update_ema_replicated(self._module, ema_prefix, source_prefix, lerp_weight)
 
-    def pieces(self) -> list[Piece]:
-        return whole_parameters(self._module, self._guard, self._world) + buffers(self._module, self._world)
+    def state_chunks(self) -> list[TensorChunk]:
+        return replicated_parameter_chunks(self._module, self._guard, self._world) + buffer_chunks(
+            self._module, self._world
+        )
 
     @property
-    def updates(self) -> int:
-        return updates_of(self._guard)
+    def num_updates(self) -> int:
+        return get_num_updates(self._guard)
 
-    def restored(self, updates: int) -> None:
-        count_from(self._guard, updates)
+    def on_state_loaded(self, num_updates: int) -> None:
+        set_num_updates(self._guard, num_updates)
 
-    def weights(self) -> dict[str, Tensor]:
-        return {name: exported(value) for name, value in self._module.state_dict().items()}
+    def full_state_dict(self) -> dict[str, Tensor]:
+        return {name: to_export_tensor(value) for name, value in self._module.state_dict().items()}

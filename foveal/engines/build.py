@@ -7,15 +7,19 @@ from torch import nn
 
 from foveal.distributed.world import World
 from foveal.engines.base import Engine, EngineConfig
-from foveal.engines.plain import Plain
+from foveal.engines.plain import PlainEngine
 from foveal.errors import ConfigError
 from foveal.optim.optimizers import OptimConfig
 
 
-def check_engine(cfg: EngineConfig, optim: OptimConfig, ranks: int, *, at_once: int, accumulate: int) -> None:
+def check_engine_config(
+    cfg: EngineConfig, optim: OptimConfig, world_size: int, *, microbatch_size: int, accumulation_steps: int
+) -> None:
     """Refuse, before a run begins, what its engine would refuse. Errors: ConfigError."""
-    if cfg.kind == "plain" and ranks > 1:
-        raise ConfigError(f"engine.kind=plain runs in one process, this run has {ranks}; use deepspeed or accelerate")
+    if cfg.kind == "plain" and world_size > 1:
+        raise ConfigError(
+            f"engine.kind=plain runs in one process, this run has {world_size}; use deepspeed or accelerate"
+        )
     if cfg.sharding != "ddp" and cfg.kind != "accelerate":
         raise ConfigError(
             f"engine.sharding={cfg.sharding} is Accelerate's, and engine.kind is {cfg.kind}; remove one of them"
@@ -30,17 +34,17 @@ def check_engine(cfg: EngineConfig, optim: OptimConfig, ranks: int, *, at_once: 
                 f"optim.kind={optim.kind} does not run on DeepSpeed, which takes adamw only; use engine.kind=accelerate with "
                 f"engine.sharding=ddp{'' if optim.kind == 'lars' else ' or fsdp2'}"
             )
-        from foveal.engines.deepspeed import settings
+        from foveal.engines.deepspeed import build_deepspeed_config
 
-        config = settings(optim, cfg, ranks, at_once, accumulate)
+        config = build_deepspeed_config(optim, cfg, world_size, microbatch_size, accumulation_steps)
         if cfg.deepspeed:
-            from foveal.engines.deepspeed_keys import check_keys
+            from foveal.engines.deepspeed_keys import check_deepspeed_keys
 
             del config["train_batch_size"]  # DeepSpeed would compare it with the ranks that this process knows of
-            check_keys(config, cfg.deepspeed)
+            check_deepspeed_keys(config, cfg.deepspeed)
 
 
-def set_products(cfg: EngineConfig) -> None:
+def set_matmul_precision(cfg: EngineConfig) -> None:
     """How this process multiplies in float32."""
     torch.set_float32_matmul_precision(cfg.matmul)
     torch.backends.cudnn.allow_tf32 = cfg.matmul != "highest"  # convolutions have a switch of their own, on by default
@@ -49,32 +53,34 @@ def set_products(cfg: EngineConfig) -> None:
 
 def build_engine(
     model: nn.Module,
-    groups: list[dict[str, Any]],
+    param_groups: list[dict[str, Any]],
     optim: OptimConfig,
     cfg: EngineConfig,
     world: World,
     *,
-    at_once: int,
-    accumulate: int,
+    microbatch_size: int,
+    accumulation_steps: int,
 ) -> Engine:
     """The engine that ``cfg.kind`` names, holding the model on the device.
 
     Its library is imported only here: DeepSpeed alone takes longer to import than torch.
     """
-    set_products(cfg)
+    set_matmul_precision(cfg)
     if cfg.recompute:
         cast(Any, model).set_grad_checkpointing(enable=True)
     if cfg.compile:
         model.compile()  # in place, so that no `_orig_mod.` prefix reaches a file
     if cfg.kind == "deepspeed":
-        from foveal.engines.deepspeed import DeepSpeed
+        from foveal.engines.deepspeed import DeepSpeedEngine
 
-        return DeepSpeed(model, groups, optim, cfg, world, at_once, accumulate)
+        return DeepSpeedEngine(model, param_groups, optim, cfg, world, microbatch_size, accumulation_steps)
     if cfg.kind == "accelerate":
-        from foveal.engines.accelerate import Accelerate, AcceleratedDeepSpeed, FullySharded
+        from foveal.engines.accelerate import AccelerateDDPEngine, AccelerateDeepSpeedEngine, AccelerateFSDP2Engine
 
         if cfg.sharding == "deepspeed":
-            return AcceleratedDeepSpeed(model, groups, optim, cfg, world, at_once, accumulate)
-        engine = FullySharded if cfg.sharding == "fsdp2" else Accelerate
-        return engine(model, groups, optim, cfg, world, accumulate)
-    return Plain(model, groups, optim, cfg, world, accumulate)
+            return AccelerateDeepSpeedEngine(
+                model, param_groups, optim, cfg, world, microbatch_size, accumulation_steps
+            )
+        engine = AccelerateFSDP2Engine if cfg.sharding == "fsdp2" else AccelerateDDPEngine
+        return engine(model, param_groups, optim, cfg, world, accumulation_steps)
+    return PlainEngine(model, param_groups, optim, cfg, world, accumulation_steps)

@@ -10,29 +10,29 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from foveal.checkpoint.chunks import Piece
+from foveal.checkpoint.chunks import TensorChunk
 from foveal.distributed.world import World
 from foveal.engines.base import (
     EngineConfig,
-    Outcome,
+    StepResult,
     apply_lr,
-    average_whole,
-    buffers,
-    evaluating,
-    exported,
-    followed,
-    kept_buffers,
-    whole_parameters,
+    buffer_chunks,
+    eval_with_rank0_buffers,
+    pair_parameters,
+    persistent_buffers,
+    replicated_parameter_chunks,
+    to_export_tensor,
+    update_ema_replicated,
 )
-from foveal.engines.zero import average_shards, refresh, sharded_parameters
+from foveal.engines.zero import copy_master_weights_to_model, sharded_parameter_chunks, update_ema_sharded
 from foveal.errors import ConfigError
-from foveal.optim.optimizers import GuardedAdamW, OptimConfig, count_from, plain_adamw, updates_of
+from foveal.optim.optimizers import GuardedAdamW, OptimConfig, build_plain_adamw, get_num_updates, set_num_updates
 
-_OFFLOAD = ("offload_optimizer", "offload_param")
-_OURS = {"amp", "bf16", "fp16", "optimizer", "scheduler"}
+_OFFLOAD_KEYS = ("offload_optimizer", "offload_param")
+_RESERVED_KEYS = {"amp", "bf16", "fp16", "optimizer", "scheduler"}
 
 
-def library() -> ModuleType:
+def import_deepspeed() -> ModuleType:
     """Import DeepSpeed the way this machine needs it."""
     os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
     before = logging.root.manager.disable
@@ -48,15 +48,17 @@ def library() -> ModuleType:
     return deepspeed
 
 
-def settings(optim: OptimConfig, cfg: EngineConfig, ranks: int, at_once: int, accumulate: int) -> dict[str, Any]:
+def build_deepspeed_config(
+    optim: OptimConfig, cfg: EngineConfig, world_size: int, microbatch_size: int, accumulation_steps: int
+) -> dict[str, Any]:
     """DeepSpeed's settings, derived. ``engine.deepspeed`` may add keys and not contradict.
 
     Errors: ConfigError for a key that foveal derives, or that would take precision or the optimizer out of its hands.
     """
     derived: dict[str, Any] = {
-        "train_batch_size": at_once * accumulate * ranks,
-        "train_micro_batch_size_per_gpu": at_once,
-        "gradient_accumulation_steps": accumulate,
+        "train_batch_size": microbatch_size * accumulation_steps * world_size,
+        "train_micro_batch_size_per_gpu": microbatch_size,
+        "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": (optim.clip or 0.0) if cfg.zero else 0.0,
         "zero_optimization": {"stage": cfg.zero},
         # fp32 weights under autocast, as in the other engines. DeepSpeed's own bf16 section trains bf16 weights: an
@@ -66,7 +68,7 @@ def settings(optim: OptimConfig, cfg: EngineConfig, ranks: int, at_once: int, ac
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
-    clash = sorted(set(cfg.deepspeed) & (set(derived) - {"zero_optimization"} | _OURS))
+    clash = sorted(set(cfg.deepspeed) & (set(derived) - {"zero_optimization"} | _RESERVED_KEYS))
     if clash:
         raise ConfigError(f"engine.deepspeed.{clash[0]} is derived by foveal from its own settings; remove it")
     extra = dict(cfg.deepspeed)
@@ -75,14 +77,14 @@ def settings(optim: OptimConfig, cfg: EngineConfig, ranks: int, at_once: int, ac
         raise ConfigError(f"engine.deepspeed.zero_optimization: a mapping of settings is expected (given: {zero!r})")
     if "stage" in zero:
         raise ConfigError("engine.deepspeed.zero_optimization.stage is engine.zero; set that")
-    _refuse_hidden_states(zero)
+    _check_zero_options(zero)
     return derived | extra | {"zero_optimization": {"stage": cfg.zero, **zero}}
 
 
-def _refuse_hidden_states(zero: dict[str, Any]) -> None:
+def _check_zero_options(zero: dict[str, Any]) -> None:
     """What keeps weights or moments where a checkpoint does not find them, or lets NaN pass. Errors: ConfigError."""
     where = "engine.deepspeed.zero_optimization"
-    offload = {name: zero[name] for name in _OFFLOAD if isinstance(zero.get(name), dict)}
+    offload = {name: zero[name] for name in _OFFLOAD_KEYS if isinstance(zero.get(name), dict)}
     for name, each in offload.items():
         if each.get("device") == "nvme":
             raise ConfigError(
@@ -95,95 +97,103 @@ def _refuse_hidden_states(zero: dict[str, Any]) -> None:
         raise ConfigError(f"{where}.compute_grad_norm=false: DeepSpeed skips a step by its norm alone; remove it")
 
 
-class DeepSpeed:
+class DeepSpeedEngine:
     """The adapter. DeepSpeed divides the loss by the accumulation count and averages gradients over ranks."""
 
     def __init__(
         self,
         model: nn.Module,
-        groups: list[dict[str, Any]],
+        param_groups: list[dict[str, Any]],
         optim: OptimConfig,
         cfg: EngineConfig,
         world: World,
-        at_once: int,
-        accumulate: int,
+        microbatch_size: int,
+        accumulation_steps: int,
     ) -> None:
-        deepspeed = library()
+        deepspeed = import_deepspeed()
         if cfg.compile and cfg.zero == 3:
             # A parameter that a module reads from its child is gathered by a hook that compiled code does not pass.
             for parameter in cast(Any, model).borrowed_parameters():
                 deepspeed.zero.register_external_parameter(model, parameter)
         self._zero, self._world = cfg.zero, world
-        self._guard = GuardedAdamW(groups, optim) if cfg.zero == 0 else None
-        optimizer = self._guard or plain_adamw(groups, optim)
-        self._engine, self._optimizer = self._begun(
-            model, optimizer, settings(optim, cfg, world.size, at_once, accumulate), world
+        self._guard = GuardedAdamW(param_groups, optim) if cfg.zero == 0 else None
+        optimizer = self._guard or build_plain_adamw(param_groups, optim)
+        self._engine, self._optimizer = self._initialize(
+            model, optimizer, build_deepspeed_config(optim, cfg, world.size, microbatch_size, accumulation_steps), world
         )
         self.model: nn.Module = self._engine
         self.device = world.device
         self._gathered = deepspeed.zero.GatheredParameters
         self._full_fp32 = deepspeed.utils.safe_get_full_fp32_param
 
-    def _begun(
+    def _initialize(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], world: World
     ) -> tuple[Any, Any]:
         """DeepSpeed's engine and its optimizer."""
-        return library().initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[:2]
+        return import_deepspeed().initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[
+            :2
+        ]
 
     def set_lr(self, lr: float) -> None:
         apply_lr(self._optimizer, lr)
 
     @contextmanager
-    def micro(self, *, last: bool) -> Iterator[None]:
+    def microbatch(self, *, last: bool) -> Iterator[None]:
         self._engine.set_gradient_accumulation_boundary(last)
         yield
 
-    def looking(self) -> AbstractContextManager[None]:
-        return evaluating(self.model, self._world)
+    def eval_mode(self) -> AbstractContextManager[None]:
+        return eval_with_rank0_buffers(self.model, self._world)
 
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss)
 
-    def step(self) -> Outcome:
+    def step(self) -> StepResult:
         self._engine.step()
-        return self._outcome()
+        return self._step_result()
 
-    def _outcome(self) -> Outcome:
+    def _step_result(self) -> StepResult:
         if self._guard is not None:
-            return Outcome(self._guard.applied, self._guard.norm)
-        return Outcome(self._engine.was_step_applied(), float(self._engine.get_global_grad_norm()))
+            return StepResult(self._guard.step_applied, self._guard.grad_norm)
+        return StepResult(self._engine.was_step_applied(), float(self._engine.get_global_grad_norm()))
 
-    def average(self, onto: str, of: str, weight: float) -> None:
+    def update_ema(self, ema_prefix: str, source_prefix: str, lerp_weight: float) -> None:
         if self._zero == 3:
-            average_shards(self._optimizer, followed(self._engine.module, onto, of), weight)
+            update_ema_sharded(
+                self._optimizer, pair_parameters(self._engine.module, ema_prefix, source_prefix), lerp_weight
+            )
         else:
-            average_whole(self._engine.module, onto, of, weight)
+            update_ema_replicated(self._engine.module, ema_prefix, source_prefix, lerp_weight)
 
     @property
     def _adamw(self) -> torch.optim.Optimizer:
         """AdamW itself, on flat partitions where there are any."""
         return self._guard or cast(Any, self._optimizer).optimizer
 
-    def pieces(self) -> list[Piece]:
+    def state_chunks(self) -> list[TensorChunk]:
         module = self._engine.module
         if self._guard is not None:
-            return whole_parameters(module, self._guard, self._world) + buffers(module, self._world)
-        return sharded_parameters(module, self._optimizer, self._zero, self._world) + buffers(module, self._world)
+            return replicated_parameter_chunks(module, self._guard, self._world) + buffer_chunks(module, self._world)
+        return sharded_parameter_chunks(module, self._optimizer, self._zero, self._world) + buffer_chunks(
+            module, self._world
+        )
 
     @property
-    def updates(self) -> int:
-        return updates_of(self._adamw)
+    def num_updates(self) -> int:
+        return get_num_updates(self._adamw)
 
-    def restored(self, updates: int) -> None:
-        count_from(self._adamw, updates)
+    def on_state_loaded(self, num_updates: int) -> None:
+        set_num_updates(self._adamw, num_updates)
         if self._zero:
-            refresh(self._optimizer, self._zero)
+            copy_master_weights_to_model(self._optimizer, self._zero)
 
-    def weights(self) -> dict[str, Tensor]:
+    def full_state_dict(self) -> dict[str, Tensor]:
         whole = {}
         for name, parameter in self._engine.module.named_parameters():
             with self._gathered([parameter]):
                 # The fp32 master where there is one: under bf16 the module's own copy has lost digits.
                 master = self._full_fp32(parameter) if self._zero and parameter.requires_grad else None
                 whole[name] = (parameter if master is None else master).detach().float().cpu().clone()
-        return whole | {name: exported(value) for name, value in kept_buffers(self._engine.module).items()}
+        return whole | {
+            name: to_export_tensor(value) for name, value in persistent_buffers(self._engine.module).items()
+        }

@@ -6,62 +6,64 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ValidationError
 
-from foveal.engines.deepspeed import library
+from foveal.engines.deepspeed import import_deepspeed
 from foveal.errors import ConfigError
 
 _WHERE = "engine.deepspeed"
 
 
-def check_keys(config: Mapping[str, Any], given: Iterable[str]) -> None:
+def check_deepspeed_keys(config: Mapping[str, Any], user_keys: Iterable[str]) -> None:
     """Refuse keys that DeepSpeed does not know, and values that it does not take.
 
     ``config`` are all settings that DeepSpeed gets, ``given`` the names of those that a user added.
     Errors: ConfigError, one sentence.
     """
-    library()
-    alone = {name: value for name, value in config.items() if name not in given or name == "zero_optimization"}
-    for name in given:
-        asked = _Asked(alone | {name: config[name]})
-        _parse(asked, name)
-        if name not in asked.names:
-            raise ConfigError(f"{_WHERE}.{name} is not a setting of DeepSpeed's.{_nearest(name, asked.names)}")
-        default = asked.defaults.get(name)
-        if isinstance(default, int | float) and not _is_like(config[name], default):
+    import_deepspeed()
+    alone = {name: value for name, value in config.items() if name not in user_keys or name == "zero_optimization"}
+    for name in user_keys:
+        asked = _RecordingDict(alone | {name: config[name]})
+        _parse_deepspeed_config(asked, name)
+        if name not in asked.requested_keys:
+            raise ConfigError(
+                f"{_WHERE}.{name} is not a setting of DeepSpeed's.{_suggest_name(name, asked.requested_keys)}"
+            )
+        default = asked.requested_defaults.get(name)
+        if isinstance(default, int | float) and not _matches_type(config[name], default):
             raise ConfigError(
                 f"{_WHERE}.{name}: {'true or false' if isinstance(default, bool) else 'a number'} is expected "
                 f"(given: {config[name]!r})"
             )
 
 
-class _Asked(dict[str, Any]):
+class _RecordingDict(dict[str, Any]):
     """Settings that remember which names they were asked for, and with which defaults."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         super().__init__(settings)
-        self.names = {"sequence_parallel_size"}  # which is asked for only among ranks
-        self.defaults: dict[str, Any] = {}
+        self.requested_keys = {"sequence_parallel_size"}  # which is asked for only among ranks
+        self.requested_defaults: dict[str, Any] = {}
 
     def __copy__(self) -> Self:
         return self
 
     def __contains__(self, name: object) -> bool:
-        self.names.add(str(name))
+        self.requested_keys.add(str(name))
         return super().__contains__(name)
 
     def __getitem__(self, name: str) -> Any:
-        self.names.add(name)
+        self.requested_keys.add(name)
         return super().__getitem__(name)
 
     def get(self, name: str, default: Any = None) -> Any:
-        self.names.add(name)
-        self.defaults[name] = default
+        self.requested_keys.add(name)
+        self.requested_defaults[name] = default
         return super().get(name, default)
 
     def keys(self) -> Any:
         return self
 
 
-def _parse(settings: _Asked, name: str) -> None:
+def _parse_deepspeed_config(settings: _RecordingDict, name: str) -> None:
     """Let DeepSpeed read the settings, one of which is a user's. Errors: ConfigError."""
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
@@ -72,7 +74,7 @@ def _parse(settings: _Asked, name: str) -> None:
         place = ".".join(str(part) for part in (_WHERE, name, *first["loc"]))
         if first["type"] == "extra_forbidden":
             raise ConfigError(
-                f"{place} is not a setting of DeepSpeed's.{_nearest(str(first['loc'][-1]), _fields())}"
+                f"{place} is not a setting of DeepSpeed's.{_suggest_name(str(first['loc'][-1]), _deepspeed_field_names())}"
             ) from None
         said = first["msg"][0].lower() + first["msg"][1:]
         raise ConfigError(f"{place}: {said} (given: {first['input']!r:.60})") from None
@@ -91,7 +93,7 @@ def _parse(settings: _Asked, name: str) -> None:
         ) from None
 
 
-def _fields() -> set[str]:
+def _deepspeed_field_names() -> set[str]:
     """The fields of all of DeepSpeed's sections."""
     from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 
@@ -101,10 +103,10 @@ def _fields() -> set[str]:
     return {name for kind in kinds for name in kind.model_fields}
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def _suggest_name(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, sorted(known), n=1)
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
-def _is_like(value: Any, default: bool | float) -> bool:
+def _matches_type(value: Any, default: bool | float) -> bool:
     return isinstance(value, int | float) and (isinstance(default, bool) or not isinstance(value, bool))

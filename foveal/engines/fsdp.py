@@ -10,33 +10,33 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from foveal.checkpoint.chunks import Piece
+from foveal.checkpoint.chunks import TensorChunk
 from foveal.distributed.world import World
-from foveal.engines.base import exported
-from foveal.optim.optimizers import Guard, GuardedAdamW, GuardedSGD, OptimConfig, moments
+from foveal.engines.base import to_export_tensor
+from foveal.optim.optimizers import GuardedAdamW, GuardedOptimizer, GuardedSGD, OptimConfig, get_moments
 
 
-class _Sharded(Guard):
+class _ShardedOptimizer(GuardedOptimizer):
     """The guard over shards: its norm is that of all ranks together, so that they clip and skip alike."""
 
     def total_norm(self, gradients: list[Tensor]) -> Tensor:
         return cast(DTensor, super().total_norm(gradients)).full_tensor()
 
 
-class _ShardedAdamW(_Sharded, GuardedAdamW):
+class _ShardedAdamW(_ShardedOptimizer, GuardedAdamW):
     """AdamW over shards."""
 
 
-class _ShardedSGD(_Sharded, GuardedSGD):
+class _ShardedSGD(_ShardedOptimizer, GuardedSGD):
     """SGD over shards."""
 
 
-def guarded_shards(groups: list[dict[str, Any]], cfg: OptimConfig) -> Guard:
+def build_sharded_optimizer(param_groups: list[dict[str, Any]], cfg: OptimConfig) -> GuardedOptimizer:
     """The optimizer of these settings behind the guard, over shards; LARS, which needs whole weights, is refused before."""
-    return {"adamw": _ShardedAdamW, "sgd": _ShardedSGD}[cfg.kind](groups, cfg)
+    return {"adamw": _ShardedAdamW, "sgd": _ShardedSGD}[cfg.kind](param_groups, cfg)
 
 
-def shard(model: nn.Module, groups: list[dict[str, Any]], world: World) -> list[dict[str, Any]]:
+def apply_fsdp(model: nn.Module, param_groups: list[dict[str, Any]], world: World) -> list[dict[str, Any]]:
     """Shard a model in place, block by block; the same groups, of the parameters that it has now.
 
     A block is a child of a list of modules of one type. What lies outside of blocks is one unit, gathered for the whole
@@ -44,14 +44,14 @@ def shard(model: nn.Module, groups: list[dict[str, Any]], world: World) -> list[
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     mesh = init_device_mesh(world.device.type, (world.size,))
-    for block in reversed(_blocks(model)):
+    for block in reversed(_find_blocks(model)):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     now = dict(model.named_parameters())
-    return [group | {"params": [now[names[id(old)]] for old in group["params"]]} for group in groups]
+    return [group | {"params": [now[names[id(old)]] for old in group["params"]]} for group in param_groups]
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
+def _find_blocks(model: nn.Module) -> list[nn.Module]:
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
     return [
         child
@@ -62,40 +62,40 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-def sharded_parameters(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[Piece]:
+def sharded_parameter_chunks(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[TensorChunk]:
     """The pieces of all parameters: consecutive rows of each."""
-    _put_away(module)
+    _reshard_modules(module)
     found = []
     for name, parameter in module.named_parameters():
-        shards = {"weight": parameter} | (moments(optimizer, parameter) if parameter.requires_grad else {})
+        shards = {"weight": parameter} | (get_moments(optimizer, parameter) if parameter.requires_grad else {})
         parts = {part: cast(DTensor, value.detach()).to_local().view(-1) for part, value in shards.items()}
         whole = cast(DTensor, parameter)
         _, offset = compute_local_shape_and_global_offset(whole.shape, whole.device_mesh, whole.placements)
         row = math.prod(whole.shape[1:])
-        found.append(Piece(name, tuple(whole.shape), offset[0] * row, parts, (0, len(parts["weight"]))))
+        found.append(TensorChunk(name, tuple(whole.shape), offset[0] * row, parts, (0, len(parts["weight"]))))
     return found
 
 
 @torch.no_grad()
-def average_shards(module: nn.Module, pairs: list[tuple[nn.Parameter, nn.Parameter]], weight: float) -> None:
+def update_ema_sharded(module: nn.Module, pairs: list[tuple[nn.Parameter, nn.Parameter]], lerp_weight: float) -> None:
     """Move this rank's rows of each first parameter towards those of the second, which lie alike."""
-    _put_away(module)
+    _reshard_modules(module)
     for average, parameter in pairs:
         mine, hers = (cast(DTensor, each.detach()).to_local() for each in (average, parameter))
-        mine.lerp_(hers, weight)
+        mine.lerp_(hers, lerp_weight)
 
 
-def _put_away(module: nn.Module) -> None:
+def _reshard_modules(module: nn.Module) -> None:
     """Put away what a forward without a backward has gathered."""
     for each in module.modules():
         if isinstance(each, FSDPModule):
             each.reshard()
 
 
-def whole_weights(module: nn.Module) -> dict[str, Tensor]:
+def gather_full_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """All weights, whole, as exports have them; every rank calls it."""
     whole = {}
     for name, value in module.state_dict().items():
         tensor = value.full_tensor() if isinstance(value, DTensor) else value
-        whole[name] = exported(tensor)
+        whole[name] = to_export_tensor(tensor)
     return whole

@@ -7,28 +7,28 @@ from typing import Any
 from torch import Tensor, nn
 
 from foveal.distributed.world import World
-from foveal.engines.base import EngineConfig, Whole, autocast
-from foveal.optim.optimizers import OptimConfig, guarded
+from foveal.engines.base import EngineConfig, ReplicatedEngine, autocast
+from foveal.optim.optimizers import OptimConfig, build_optimizer
 
 
-class Plain(Whole):
+class PlainEngine(ReplicatedEngine):
     """One process and nothing else: the reference that the other engines must equal."""
 
     def __init__(
         self,
         model: nn.Module,
-        groups: list[dict[str, Any]],
+        param_groups: list[dict[str, Any]],
         optim: OptimConfig,
         cfg: EngineConfig,
         world: World,
-        accumulate: int,
+        accumulation_steps: int,
     ) -> None:
         assert world.size == 1, "check_engine refuses more"
-        super().__init__(model.to(world.device), guarded(groups, optim), cfg, world)
-        self._accumulate = accumulate
+        super().__init__(model.to(world.device), build_optimizer(param_groups, optim), cfg, world)
+        self._accumulate = accumulation_steps
 
     @contextmanager
-    def micro(self, *, last: bool) -> Iterator[None]:
+    def microbatch(self, *, last: bool) -> Iterator[None]:
         with autocast(self.device, self._precision):
             yield
 

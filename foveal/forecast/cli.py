@@ -8,27 +8,35 @@ from typing import Annotated, Any
 import typer
 
 from foveal.errors import ConfigError
-from foveal.forecast.slurm_limits import Partition, Request, partition_named, request_of, seconds_of
+from foveal.forecast.slurm_limits import (
+    JobScriptRequest,
+    SlurmPartition,
+    find_slurm_partition,
+    parse_slurm_time,
+    read_job_script_request,
+)
 
-STAGES = ("pretrain", "distill", "finetune")
+STAGE_NAMES = ("pretrain", "distill", "finetune")
 
 
-def stage_of(config: str, stage: str | None) -> str:
+def resolve_stage_name(config: str, stage: str | None) -> str:
     """The stage that a config is of: the one given, or that of its folder. Errors: ConfigError."""
     if stage is not None:
-        if stage not in STAGES:
-            raise ConfigError(f"--stage {stage} does not exist; there are {', '.join(STAGES)}")
+        if stage not in STAGE_NAMES:
+            raise ConfigError(f"--stage {stage} does not exist; there are {', '.join(STAGE_NAMES)}")
         return stage
     folder = Path(config).parent.name
-    if folder in STAGES:
+    if folder in STAGE_NAMES:
         return folder
-    found = [each for each in STAGES if Path("configs", each, f"{config}.yaml").is_file()]
+    found = [each for each in STAGE_NAMES if Path("configs", each, f"{config}.yaml").is_file()]
     if len(found) != 1:
-        raise ConfigError(f"which stage {config} is of cannot be seen from its place; give --stage {'|'.join(STAGES)}")
+        raise ConfigError(
+            f"which stage {config} is of cannot be seen from its place; give --stage {'|'.join(STAGE_NAMES)}"
+        )
     return found[0]
 
 
-def stage_named(name: str) -> Any:
+def import_stage(name: str) -> Any:
     """A stage by name: the stages import foveal, so foveal finds them only when it is asked to."""
     return importlib.import_module(f"{name}.run").STAGE
 
@@ -51,33 +59,33 @@ def plan_command(
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """What CONFIG needs and takes on so many GPUs, and what will not do; needs no GPU. Exit code 2 if it cannot run."""
-    from foveal.forecast.forecast import Forecast, Machine
-    from foveal.forecast.gpu_specs import gpu_named
-    from foveal.forecast.problems import problems_of
-    from foveal.forecast.report import lines_of, tree_of
-    from foveal.training.cli import load
+    from foveal.forecast.forecast import ClusterSpec, Forecast
+    from foveal.forecast.gpu_specs import find_gpu_spec
+    from foveal.forecast.problems import find_problems
+    from foveal.forecast.report import forecast_to_dict, format_forecast
+    from foveal.training.cli import load_config
 
-    found = stage_named(stage_of(config, stage))
-    cfg = load(found.config, found.name, config, overrides or [])
-    card = None if gpu is None else gpu_named(gpu)
-    rate = peak_tflops or (card.rate(cfg.engine) if card else None)
-    size = gpu_memory or (card.gigabytes if card else None)
-    machine = Machine(
+    found = import_stage(resolve_stage_name(config, stage))
+    cfg = load_config(found.config, found.name, config, overrides or [])
+    card = None if gpu is None else find_gpu_spec(gpu)
+    rate = peak_tflops or (card.peak_tflops(cfg.engine) if card else None)
+    size = gpu_memory or (card.memory_gb if card else None)
+    machine = ClusterSpec(
         nodes,
         gpus_per_node,
         mfu,
         write_speed * 1e9,
-        rate=None if rate is None else rate * 1e12,
-        memory=None if size is None else size * 1e9,
+        peak_flops_per_second=None if rate is None else rate * 1e12,
+        gpu_memory_bytes=None if size is None else size * 1e9,
     )
-    forecast = Forecast(found, found.plan(cfg, machine.ranks), machine)
-    slurm, request = partition_named(partition), request_of(found.name)
-    limits = _limits(slurm, request, time)
-    problems = problems_of(forecast, limits, slurm, None if time else request)
+    forecast = Forecast(found, found.plan(cfg, machine.world_size), machine)
+    slurm, request = find_slurm_partition(partition), read_job_script_request(found.name)
+    limits = _job_limits(slurm, request, time)
+    problems = find_problems(forecast, limits, slurm, None if time else request)
     if as_json:
-        typer.echo(json.dumps(tree_of(forecast, limits, slurm, problems), indent=1))
+        typer.echo(json.dumps(forecast_to_dict(forecast, limits, slurm, problems), indent=1))
     else:
-        for line in lines_of(forecast, limits, slurm):
+        for line in format_forecast(forecast, limits, slurm):
             typer.echo(line)
         for problem in problems:
             typer.echo(f"{'cannot' if problem.fatal else 'beware'}    {problem.sentence}")
@@ -85,17 +93,17 @@ def plan_command(
         raise typer.Exit(2)
 
 
-def _limits(slurm: Partition | None, request: Request | None, time: str | None) -> Any:
+def _job_limits(slurm: SlurmPartition | None, request: JobScriptRequest | None, time: str | None) -> Any:
     """A job's time: as given, else as its script asks, else what the partition gives; never more than it allows."""
-    from foveal.forecast.problems import Limits
+    from foveal.forecast.problems import JobLimits
 
-    asked, whose = (request.time, request.script) if request else (None, "nobody")
+    asked, whose = (request.time_seconds, request.script) if request else (None, "nobody")
     if time is not None:
-        asked, whose = seconds_of(time), "--time"
+        asked, whose = parse_slurm_time(time), "--time"
         if asked is None:
             raise ConfigError(f"--time {time} is no time; write minutes, H:M:S or D-H:M:S, as for sbatch")
     if slurm is not None:
         allowed = slurm.longest if asked is not None else slurm.default or slurm.longest
         if allowed is not None and (asked is None or asked > allowed):
             asked, whose = allowed, f"partition {slurm.name}"
-    return Limits(asked, request.notice if request else None, whose)
+    return JobLimits(asked, request.notice_seconds if request else None, whose)

@@ -5,8 +5,8 @@ from functools import cached_property
 from typing import Any
 
 from foveal.engines.base import EngineConfig, Precision
-from foveal.forecast.memory import Memory, memory_of, zero_stage
-from foveal.forecast.trace import Flops, Trace, Weights, flops_of, trace_of, weights_of
+from foveal.forecast.memory import MemoryEstimate, deepspeed_zero_stage, estimate_memory
+from foveal.forecast.trace import MemoryTrace, ParameterCounts, SampleFlops, count_flops, count_parameters, trace_memory
 from foveal.training.cli import Stage
 from foveal.training.plan import Plan, StageConfig
 
@@ -15,23 +15,23 @@ _PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class ClusterSpec:
     """The GPUs that a plan is made for: operations a second at best, the share of them that is reached, bytes.
 
     write_bytes: what all ranks together write a second to the run directory's disk.
     """
 
     nodes: int
-    gpus: int
+    gpus_per_node: int
     mfu: float
-    write_bytes: float
-    rate: float | None = None
-    memory: float | None = None
+    write_bytes_per_second: float
+    peak_flops_per_second: float | None = None
+    gpu_memory_bytes: float | None = None
 
     @property
-    def ranks(self) -> int:
+    def world_size(self) -> int:
         """One for every GPU."""
-        return self.nodes * self.gpus
+        return self.nodes * self.gpus_per_node
 
 
 @dataclass(frozen=True)
@@ -40,143 +40,159 @@ class Forecast:
 
     stage: Stage[Any, Any]
     plan: Plan
-    machine: Machine
+    cluster: ClusterSpec
 
     @cached_property
-    def weights(self) -> Weights:
-        return weights_of(self._build)
+    def parameter_counts(self) -> ParameterCounts:
+        return count_parameters(self._build)
 
     @cached_property
-    def flops(self) -> Flops:
+    def flops_per_sample(self) -> SampleFlops:
         data = self.plan.cfg.data
-        return flops_of(self._build, data.channels, data.sides, data.labels, self._classes)
+        return count_flops(self._build, data.channels, data.image_hw, data.labels, self._num_classes)
 
     @cached_property
-    def memory(self) -> Memory:
-        return self.memory_under(self.plan.cfg.engine)
+    def memory_estimate(self) -> MemoryEstimate:
+        return self.estimate_memory_with(self.plan.cfg.engine)
 
-    def memory_under(self, cfg: EngineConfig, at_once: int | None = None) -> Memory:
+    def estimate_memory_with(self, engine_cfg: EngineConfig, microbatch_size: int | None = None) -> MemoryEstimate:
         """The memory of a rank under another engine, or with fewer images at once."""
         plan = self.plan
-        samples = at_once or plan.at_once
-        micros = plan.at_once * plan.micros // samples
-        trace = self._trace(cfg.precision, samples, recompute=cfg.recompute)
-        return memory_of(self.weights, trace, cfg, plan.cfg.optim, ranks=plan.ranks, micros=micros)
+        samples = microbatch_size or plan.microbatch_size
+        micros = plan.microbatch_size * plan.accumulation_steps // samples
+        trace = self._trace(engine_cfg.precision, samples, recompute=engine_cfg.recompute)
+        return estimate_memory(
+            self.parameter_counts,
+            trace,
+            engine_cfg,
+            plan.cfg.optim,
+            world_size=plan.world_size,
+            num_microbatches=micros,
+        )
 
     @cached_property
-    def choices(self) -> dict[str, dict[str, Memory]]:
+    def memory_by_sharding(self) -> dict[str, dict[str, MemoryEstimate]]:
         """The memory of a rank by how the state is shared, then by precision and recomputation."""
         cfg = self.plan.cfg.engine
         ways = {
             f"{precision}{', recompute' if recompute else ''}": {"precision": precision, "recompute": recompute}
             for precision in _PRECISIONS
-            for recompute in ((False, True) if self.weights.recomputes else (False,))
+            for recompute in ((False, True) if self.parameter_counts.can_recompute else (False,))
         }
         return {
-            name: {way: self.memory_under(cfg.model_copy(update=change | how)) for way, how in ways.items()}
-            for name, change in sharings(self.plan.cfg).items()
+            name: {way: self.estimate_memory_with(cfg.model_copy(update=change | how)) for way, how in ways.items()}
+            for name, change in sharding_options(self.plan.cfg).items()
         }
 
     @property
-    def sharing(self) -> str:
+    def selected_sharding(self) -> str:
         """The row of ``choices`` that the config asks for."""
         cfg = self.plan.cfg.engine
-        return next(name for name, change in sharings(self.plan.cfg).items() if cfg.model_copy(update=change) == cfg)
+        return next(
+            name for name, change in sharding_options(self.plan.cfg).items() if cfg.model_copy(update=change) == cfg
+        )
 
     @property
-    def way(self) -> str:
+    def selected_variant(self) -> str:
         """The column of ``choices`` that the config asks for."""
         cfg = self.plan.cfg.engine
         return f"{cfg.precision}{', recompute' if cfg.recompute else ''}"
 
     @property
-    def step_flops(self) -> float:
+    def flops_per_step(self) -> float:
         """Of all ranks together."""
-        return self.flops.both * self.plan.cfg.batch.images
+        return self.flops_per_sample.forward_backward * self.plan.cfg.batch.images
 
     @property
     def step_seconds(self) -> float | None:
         """At the stated share of the GPUs' rate; nothing where that is not known."""
-        rate = self.machine.rate
-        return None if rate is None else self.step_flops / (self.machine.ranks * rate * self.machine.mfu)
+        rate = self.cluster.peak_flops_per_second
+        return None if rate is None else self.flops_per_step / (self.cluster.world_size * rate * self.cluster.mfu)
 
     @property
-    def seconds(self) -> float | None:
+    def total_seconds(self) -> float | None:
         """From the first step to the last, of every run that it comes to."""
         step = self.step_seconds
-        return None if step is None else step * self.plan.steps * self.plan.runs
+        return None if step is None else step * self.plan.total_steps * self.plan.num_runs
 
     @property
     def checkpoint_bytes(self) -> int:
         """fp32 weights and moments of what is trained, and what else the model keeps."""
-        return (1 + self.plan.cfg.optim.moments) * _FP32 * self.weights.trained + self.weights.kept_bytes
+        return (
+            1 + self.plan.cfg.optim.moments_per_parameter
+        ) * _FP32 * self.parameter_counts.trainable + self.parameter_counts.frozen_checkpoint_bytes
 
     @property
     def save_seconds(self) -> float:
         """To write one checkpoint, by all ranks together."""
-        return self.checkpoint_bytes / self.machine.write_bytes
+        return self.checkpoint_bytes / self.cluster.write_bytes_per_second
 
     @property
-    def image_bytes(self) -> float:
+    def mean_image_bytes(self) -> float:
         """The mean of the first set's samples."""
-        source = self.plan.training.sources[0]
+        source = self.plan.training_set.sources[0]
         shards = source.dataset.manifest.splits[source.split].shards
         return sum(shard.bytes for shard in shards) / max(1, sum(shard.samples for shard in shards))
 
     @property
-    def images_per_second(self) -> float | None:
+    def images_per_second_per_rank(self) -> float | None:
         """That a rank must decode, so that it never waits."""
         step = self.step_seconds
-        return None if step is None else self.plan.cfg.batch.images / self.plan.ranks / step
+        return None if step is None else self.plan.cfg.batch.images / self.plan.world_size / step
 
-    def traffic(self, cfg: EngineConfig) -> float:
+    def network_bytes_per_step(self, engine_cfg: EngineConfig) -> float:
         """Bytes that a rank sends in a step, where collectives go round a ring."""
-        ranks, micros = self.plan.ranks, self.plan.micros
+        ranks, micros = self.plan.world_size, self.plan.accumulation_steps
         share = (ranks - 1) / ranks
-        whole = self.weights.trained * _FP32
+        whole = self.parameter_counts.trainable * _FP32
         # DeepSpeed communicates gradients of linear layers in autocast's type.
-        lowered = whole - (self.weights.products * (_FP32 - _BF16) if cfg.precision == "bf16" else 0)
-        stage = zero_stage(cfg)
+        lowered = whole - (
+            self.parameter_counts.linear_trainable * (_FP32 - _BF16) if engine_cfg.precision == "bf16" else 0
+        )
+        stage = deepspeed_zero_stage(engine_cfg)
         if stage == 3:
             return share * micros * (lowered + lowered)  # weights once a micro, gradients once
         if stage == 2:
             return share * (micros * 2 * lowered + whole)  # all-reduce in every micro, updated weights once
         if stage == 1:
             return share * (2 * lowered + whole)
-        if cfg.kind == "accelerate" and cfg.sharding == "fsdp2":
+        if engine_cfg.kind == "accelerate" and engine_cfg.sharding == "fsdp2":
             return share * micros * 3 * whole  # weights forward and backward, gradients
         return share * 2 * whole
 
     @cached_property
-    def traffics(self) -> dict[str, float]:
+    def network_bytes_by_sharding(self) -> dict[str, float]:
         """By how the state is shared."""
         cfg = self.plan.cfg.engine
-        return {name: self.traffic(cfg.model_copy(update=change)) for name, change in sharings(self.plan.cfg).items()}
+        return {
+            name: self.network_bytes_per_step(cfg.model_copy(update=change))
+            for name, change in sharding_options(self.plan.cfg).items()
+        }
 
     @property
-    def _classes(self) -> int:
+    def _num_classes(self) -> int:
         return len(self.plan.dataset.classes or ())
 
     def _build(self, device: Any) -> Any:
-        return self.stage.parts(self.plan, device)
+        return self.stage.build(self.plan, device)
 
-    def _trace(self, precision: Precision, samples: int, *, recompute: bool) -> Trace:
+    def _trace(self, precision: Precision, samples: int, *, recompute: bool) -> MemoryTrace:
         found = self._traces.get((precision, samples, recompute))
         if found is None:
             data = self.plan.cfg.data
-            seen = self._build, samples, data.channels, data.sides, data.labels, self._classes
-            found = trace_of(*seen, precision=precision, recompute=recompute)
+            seen = self._build, samples, data.channels, data.image_hw, data.labels, self._num_classes
+            found = trace_memory(*seen, precision=precision, recompute=recompute)
             self._traces[precision, samples, recompute] = found
         return found
 
     @cached_property
-    def _traces(self) -> dict[tuple[Precision, int, bool], Trace]:
+    def _traces(self) -> dict[tuple[Precision, int, bool], MemoryTrace]:
         return {}
 
 
-def sharings(settings: StageConfig) -> dict[str, dict[str, Any]]:
+def sharding_options(stage_cfg: StageConfig) -> dict[str, dict[str, Any]]:
     """How the engine of these settings may share its state, by the name that a user knows."""
-    cfg = settings.engine
+    cfg = stage_cfg.engine
     zeros = {f"ZeRO {stage}": {"zero": stage} for stage in (0, 1, 2, 3)}
     if cfg.kind == "deepspeed":
         return zeros
@@ -185,4 +201,4 @@ def sharings(settings: StageConfig) -> dict[str, dict[str, Any]]:
     if cfg.sharding == "deepspeed":
         return zeros
     whole = {"DDP": {"sharding": "ddp"}}
-    return whole if settings.optim.kind == "lars" else whole | {"FSDP2": {"sharding": "fsdp2"}}
+    return whole if stage_cfg.optim.kind == "lars" else whole | {"FSDP2": {"sharding": "fsdp2"}}

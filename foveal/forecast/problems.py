@@ -3,10 +3,12 @@
 import math
 from dataclasses import dataclass
 
-from foveal.forecast.forecast import Forecast, sharings
-from foveal.forecast.slurm_limits import Partition, Request
+from foveal.forecast.forecast import Forecast, sharding_options
+from foveal.forecast.slurm_limits import JobScriptRequest, SlurmPartition
 
-STARTING = 180.0  # seconds from the start of a job to its first step: containers, imports, index, checkpoint; assumed
+STARTUP_SECONDS = (
+    180.0  # seconds from the start of a job to its first step: containers, imports, index, checkpoint; assumed
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +20,7 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class JobLimits:
     """Seconds of a job, and of the notice before its end; nothing where it is not known. ``whose`` says who set them."""
 
     time: float | None
@@ -26,35 +28,35 @@ class Limits:
     whose: str
 
 
-def problems_of(
-    forecast: Forecast, limits: Limits, partition: Partition | None, request: Request | None
+def find_problems(
+    forecast: Forecast, limits: JobLimits, partition: SlurmPartition | None, request: JobScriptRequest | None
 ) -> list[Problem]:
     """All that will not do, the worst first."""
     found = [
-        *_memory(forecast),
-        *_cluster(forecast, partition, request),
-        *_time(forecast, limits),
-        *_disk(forecast),
-        *_timeouts(forecast),
-        *_pace(forecast),
+        *_memory_problems(forecast),
+        *_partition_problems(forecast, partition, request),
+        *_time_problems(forecast, limits),
+        *_disk_problems(forecast),
+        *_timeout_problems(forecast),
+        *_save_interval_problems(forecast),
     ]
     return sorted(found, key=lambda problem: not problem.fatal)
 
 
-def attempts_of(forecast: Forecast, limits: Limits) -> int | None:
+def count_attempts(forecast: Forecast, limits: JobLimits) -> int | None:
     """How many jobs of that length it takes; nothing where it is not known, or where none gets anywhere."""
-    seconds, limit = forecast.seconds, limits.time
+    seconds, limit = forecast.total_seconds, limits.time
     if seconds is None or limit is None:
         return None
-    useful = limit - STARTING - (limits.notice or 0.0)
+    useful = limit - STARTUP_SECONDS - (limits.notice or 0.0)
     return math.ceil(seconds / useful) if useful > 0 else None
 
 
-def _memory(forecast: Forecast) -> list[Problem]:
-    limit, needed = forecast.machine.memory, forecast.memory.needed
+def _memory_problems(forecast: Forecast) -> list[Problem]:
+    limit, needed = forecast.cluster.gpu_memory_bytes, forecast.memory_estimate.required_bytes
     if limit is None or needed <= limit:
         return []
-    way_out = _fitting(forecast, limit)
+    way_out = _find_fitting_settings(forecast, limit)
     return [
         Problem(
             True,
@@ -64,17 +66,19 @@ def _memory(forecast: Forecast) -> list[Problem]:
     ]
 
 
-def _fitting(forecast: Forecast, limit: float) -> str | None:
+def _find_fitting_settings(forecast: Forecast, limit: float) -> str | None:
     """The settings that change least and fit: sharing first, which costs traffic, then fewer at once, then recomputation."""
-    cfg, at_once = forecast.plan.cfg.engine, forecast.plan.at_once
-    ways = list(sharings(forecast.plan.cfg).values())
-    ways = ways[list(sharings(forecast.plan.cfg)).index(forecast.sharing) :]  # what shares less than now needs more
-    weights = forecast.weights
-    for recompute in dict.fromkeys((cfg.recompute, weights.recomputes)):
-        for samples in (at_once, *(n for n in range(at_once - 1, weights.fewest - 1, -1) if at_once % n == 0)):
+    cfg, at_once = forecast.plan.cfg.engine, forecast.plan.microbatch_size
+    ways = list(sharding_options(forecast.plan.cfg).values())
+    ways = ways[
+        list(sharding_options(forecast.plan.cfg)).index(forecast.selected_sharding) :
+    ]  # what shares less than now needs more
+    weights = forecast.parameter_counts
+    for recompute in dict.fromkeys((cfg.recompute, weights.can_recompute)):
+        for samples in (at_once, *(n for n in range(at_once - 1, weights.min_batch_size - 1, -1) if at_once % n == 0)):
             for way in ways:
                 other = cfg.model_copy(update={**way, "recompute": recompute})
-                if forecast.memory_under(other, samples).needed <= limit:
+                if forecast.estimate_memory_with(other, samples).required_bytes <= limit:
                     changes = {f"engine.{name}={value}": value != getattr(cfg, name) for name, value in way.items()}
                     changes |= {
                         f"batch.at_once={samples}": samples != at_once,
@@ -84,24 +88,26 @@ def _fitting(forecast: Forecast, limit: float) -> str | None:
     return None
 
 
-def _cluster(forecast: Forecast, partition: Partition | None, request: Request | None) -> list[Problem]:
+def _partition_problems(
+    forecast: Forecast, partition: SlurmPartition | None, request: JobScriptRequest | None
+) -> list[Problem]:
     if partition is None:
         return []
     found = []
-    if forecast.machine.nodes > partition.nodes:
+    if forecast.cluster.nodes > partition.nodes:
         found.append(
             Problem(
                 True,
                 f"nodes: partition {partition.name} gives a job {partition.nodes}, --nodes asks for "
-                f"{forecast.machine.nodes}; take fewer, or another --partition",
+                f"{forecast.cluster.nodes}; take fewer, or another --partition",
             )
         )
-    if request and request.time and partition.longest and request.time > partition.longest:
+    if request and request.time_seconds and partition.longest and request.time_seconds > partition.longest:
         found.append(
             Problem(
                 False,
-                f"time: {request.script} asks for {_hours(request.time)}, partition {partition.name} allows "
-                f"{_hours(partition.longest)} and would let the job wait for ever; give sbatch "
+                f"time: {request.script} asks for {_format_hours(request.time_seconds)}, partition {partition.name} allows "
+                f"{_format_hours(partition.longest)} and would let the job wait for ever; give sbatch "
                 f"--time={round(partition.longest // 60)}",
             )
         )
@@ -117,7 +123,7 @@ def _cluster(forecast: Forecast, partition: Partition | None, request: Request |
     return found
 
 
-def _time(forecast: Forecast, limits: Limits) -> list[Problem]:
+def _time_problems(forecast: Forecast, limits: JobLimits) -> list[Problem]:
     found = []
     save = forecast.save_seconds
     if limits.notice is not None and limits.notice < save:
@@ -125,31 +131,33 @@ def _time(forecast: Forecast, limits: Limits) -> list[Problem]:
             Problem(
                 True,
                 f"notice: {limits.whose} asks to be told {limits.notice:.0f} s before the end, a checkpoint takes "
-                f"{save:.0f} s at {forecast.machine.write_bytes / 1e9:.3g} GB/s; ask with --signal=USR1@{math.ceil(2 * save)}",
+                f"{save:.0f} s at {forecast.cluster.write_bytes_per_second / 1e9:.3g} GB/s; ask with --signal=USR1@{math.ceil(2 * save)}",
             )
         )
     step, every = forecast.step_seconds, forecast.plan.cfg.checkpoint.every
     if limits.time is None or step is None:
         return found
-    useful = limits.time - STARTING - (limits.notice or 0.0)
+    useful = limits.time - STARTUP_SECONDS - (limits.notice or 0.0)
     interval = step * every
     if useful < step:
         found.append(
-            Problem(True, f"time: of {_hours(limits.time)} nothing is left for a step of {step:.0f} s; ask for more")
+            Problem(
+                True, f"time: of {_format_hours(limits.time)} nothing is left for a step of {step:.0f} s; ask for more"
+            )
         )
-    elif every and interval > useful and forecast.plan.steps > every:
+    elif every and interval > useful and forecast.plan.total_steps > every:
         found.append(
             Problem(
                 True,
-                f"time: a job of {_hours(limits.time)} ends before its first checkpoint, which comes after "
-                f"{_hours(interval)}: a node lost before that costs everything; set checkpoint.every="
+                f"time: a job of {_format_hours(limits.time)} ends before its first checkpoint, which comes after "
+                f"{_format_hours(interval)}: a node lost before that costs everything; set checkpoint.every="
                 f"{max(1, int(useful / step / 4))}",
             )
         )
     return found
 
 
-def _disk(forecast: Forecast) -> list[Problem]:
+def _disk_problems(forecast: Forecast) -> list[Problem]:
     cfg, size = forecast.plan.cfg.checkpoint, forecast.checkpoint_bytes
     if cfg.gigabytes and 2 * size > cfg.gigabytes * 1e9:
         return [
@@ -162,7 +170,7 @@ def _disk(forecast: Forecast) -> list[Problem]:
     return []
 
 
-def _timeouts(forecast: Forecast) -> list[Problem]:
+def _timeout_problems(forecast: Forecast) -> list[Problem]:
     limit, step = 60 * forecast.plan.cfg.engine.timeout_minutes, forecast.step_seconds
     if step is not None and step > limit / 2:
         return [
@@ -175,7 +183,7 @@ def _timeouts(forecast: Forecast) -> list[Problem]:
     return []
 
 
-def _pace(forecast: Forecast) -> list[Problem]:
+def _save_interval_problems(forecast: Forecast) -> list[Problem]:
     step, every = forecast.step_seconds, forecast.plan.cfg.checkpoint.every
     if step is not None and every and step * every < forecast.save_seconds:
         return [
@@ -188,7 +196,7 @@ def _pace(forecast: Forecast) -> list[Problem]:
     return []
 
 
-def _hours(seconds: float) -> str:
+def _format_hours(seconds: float) -> str:
     """2:30:00, as Slurm writes it."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

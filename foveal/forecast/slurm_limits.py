@@ -8,12 +8,12 @@ from pathlib import Path
 
 from foveal.errors import ConfigError
 
-_PATIENCE = 10  # seconds for scontrol
-SCRIPTS = {"pretrain": "slurm/pretrain_mae.sh", "distill": "slurm/distill.sh", "finetune": "slurm/finetune.sh"}
+_SCONTROL_TIMEOUT_SECONDS = 10  # seconds for scontrol
+JOB_SCRIPTS = {"pretrain": "slurm/pretrain_mae.sh", "distill": "slurm/distill.sh", "finetune": "slurm/finetune.sh"}
 
 
 @dataclass(frozen=True, slots=True)
-class Partition:
+class SlurmPartition:
     """A partition's limits, in seconds and nodes; nothing where there is none.
 
     ``grace`` is what a preempted job gets.
@@ -27,32 +27,32 @@ class Partition:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class JobScriptRequest:
     """What a job script asks for: its time, and how long before its end it wants to be told; seconds."""
 
     script: str
-    time: float | None
-    notice: float | None
+    time_seconds: float | None
+    notice_seconds: float | None
 
 
-def partitions() -> list[Partition]:
+def list_slurm_partitions() -> list[SlurmPartition]:
     """Slurm's partitions, the default first; none where there is no Slurm, or it does not answer."""
     if shutil.which("scontrol") is None:
         return []
     command = ["scontrol", "show", "partition", "--oneliner"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PATIENCE)
+        said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SCONTROL_TIMEOUT_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         return []
     lines = said.stdout.splitlines() if said.returncode == 0 else []
     rows = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines]
     rows = [row for row in rows if "PartitionName" in row]
-    return [_partition(row) for row in sorted(rows, key=lambda row: row.get("Default") != "YES")]
+    return [_parse_partition(row) for row in sorted(rows, key=lambda row: row.get("Default") != "YES")]
 
 
-def partition_named(name: str | None) -> Partition | None:
+def find_slurm_partition(name: str | None) -> SlurmPartition | None:
     """The partition of a name, or the default one. Errors: ConfigError for a name that Slurm does not have."""
-    found = partitions()
+    found = list_slurm_partitions()
     if name is None:
         return found[0] if found else None
     for each in found:
@@ -62,29 +62,31 @@ def partition_named(name: str | None) -> Partition | None:
     raise ConfigError(f"--partition {name} does not exist; there are: {there}")
 
 
-def request_of(stage: str) -> Request | None:
+def read_job_script_request(stage: str) -> JobScriptRequest | None:
     """What the stage's job script asks for; nothing where it does not lie below the current folder."""
-    script = Path(SCRIPTS[stage])
+    script = Path(JOB_SCRIPTS[stage])
     if not script.is_file():
         return None
     header = " ".join(line for line in script.read_text().splitlines() if line.startswith("#SBATCH"))
     time, notice = re.search(r"--time=(\S+)", header), re.search(r"--signal=\S*@(\d+)", header)
-    return Request(str(script), seconds_of(time[1]) if time else None, float(notice[1]) if notice else None)
+    return JobScriptRequest(
+        str(script), parse_slurm_time(time[1]) if time else None, float(notice[1]) if notice else None
+    )
 
 
-def _partition(row: dict[str, str]) -> Partition:
-    longest, nodes = seconds_of(row.get("MaxTime", "")), row.get("TotalNodes", "0")
+def _parse_partition(row: dict[str, str]) -> SlurmPartition:
+    longest, nodes = parse_slurm_time(row.get("MaxTime", "")), row.get("TotalNodes", "0")
     most = row.get("MaxNodes", "UNLIMITED")
-    return Partition(
+    return SlurmPartition(
         row["PartitionName"],
         longest,
-        seconds_of(row.get("DefaultTime", "")),
+        parse_slurm_time(row.get("DefaultTime", "")),
         float(row.get("GraceTime", "0") or 0),
         min(int(nodes), int(most)) if most.isdecimal() else int(nodes),
     )
 
 
-def seconds_of(text: str) -> float | None:
+def parse_slurm_time(text: str) -> float | None:
     """Slurm's ``minutes``, ``minutes:seconds``, ``hours:minutes:seconds``, ``days-hours[:minutes[:seconds]]``; else nothing."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
     if match is None:

@@ -8,29 +8,29 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from foveal.inspect.image_grid import sheet
-from foveal.inspect.segmentation import colours
+from foveal.inspect.image_grid import make_image_grid
+from foveal.inspect.segmentation import make_class_palette
 
-SMALLEST = 320  # pixels; smaller images are enlarged by a whole factor, so that names hide little
+MIN_IMAGE_SIDE = 320  # pixels; smaller images are enlarged by a whole factor, so that names hide little
 _LINE = 11  # pixels of a line of text
 
 
-def box_sheet(
-    images: Tensor, there: Sequence[np.ndarray], found: Sequence[np.ndarray], names: Sequence[str]
+def draw_box_grid(
+    images: Tensor, ground_truth: Sequence[np.ndarray], predicted: Sequence[np.ndarray], class_names: Sequence[str]
 ) -> Image.Image:
     """One row per image: with the boxes that are there, and with those that were found.
 
     ``images`` uint8 [B, C, H, W]. Rows of ``there`` [M, 5] are left, top, right, bottom in pixels of the image, and the
     class; those of ``found`` [N, 6] have a score too, which is written in percent. ``names`` are the K classes'.
     """
-    drawn = [_drawn(images.detach().cpu(), rows, names) for rows in (there, found)]
-    return sheet(drawn)
+    drawn = [_draw_boxes(images.detach().cpu(), rows, class_names) for rows in (ground_truth, predicted)]
+    return make_image_grid(drawn)
 
 
-def _drawn(images: Tensor, boxes: Sequence[np.ndarray], names: Sequence[str]) -> Tensor:
+def _draw_boxes(images: Tensor, boxes: Sequence[np.ndarray], names: Sequence[str]) -> Tensor:
     """The images uint8 [B, 3, H, W] with boxes drawn on them, enlarged if they are small."""
-    palette, font = [tuple(colour) for colour in colours(len(names)).tolist()], ImageFont.load_default()
-    scale, drawn = max(1, math.ceil(SMALLEST / max(images.shape[2:]))), []
+    palette, font = [tuple(colour) for colour in make_class_palette(len(names)).tolist()], ImageFont.load_default()
+    scale, drawn = max(1, math.ceil(MIN_IMAGE_SIDE / max(images.shape[2:]))), []
     for image, rows in zip(images, boxes, strict=True):
         picture = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
         picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)

@@ -8,15 +8,15 @@ from torch import Tensor
 
 GAP = 2  # pixels between pictures
 WHITE = 255
-SMALLEST = 64  # pixels; smaller images are enlarged by a whole factor, without smoothing
+MIN_IMAGE_SIDE = 64  # pixels; smaller images are enlarged by a whole factor, without smoothing
 
 
-def sheet(columns: Sequence[Tensor], below: int = 0) -> Image.Image:
+def make_image_grid(columns: Sequence[Tensor], bottom_margin: int = 0) -> Image.Image:
     """Columns of images uint8 [B, 1 or 3, H, W] side by side, one row for each image; ``below``: white pixels under them."""
     batch, _, height, width = columns[0].shape
-    scale = max(1, math.ceil(SMALLEST / max(height, width)))
+    scale = max(1, math.ceil(MIN_IMAGE_SIDE / max(height, width)))
     height, width = height * scale, width * scale
-    size = (len(columns) * (width + GAP) - GAP, batch * (height + GAP) - GAP + below)
+    size = (len(columns) * (width + GAP) - GAP, batch * (height + GAP) - GAP + bottom_margin)
     page = Image.new("RGB", size, (WHITE, WHITE, WHITE))
     for across, column in enumerate(columns):
         for down, image in enumerate(column):

@@ -8,11 +8,11 @@ import torch
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
-from foveal.models.backbone import has_distillation_token, set_recompute
-from foveal.models.batch_norm import split_norms
-from foveal.models.droppath import drop_path_sites, set_drops
-from foveal.models.token_positions import read_across, set_kept
-from foveal.models.vit import HEAD_SCALE
+from foveal.models.backbone import has_distillation_token, set_activation_checkpointing
+from foveal.models.batch_norm import add_auxiliary_batch_norms
+from foveal.models.droppath import count_drop_paths, set_drop_path_noise
+from foveal.models.token_positions import find_cross_module_parameters, set_visible_indices
+from foveal.models.vit import HEAD_INIT_STD
 
 
 class Classifier(nn.Module):
@@ -27,10 +27,10 @@ class Classifier(nn.Module):
         encoder: Any,
         *,
         dropout: float = 0.0,
-        trained: Collection[str] | None = None,
-        averaged: bool = False,
-        split: bool = False,
-        tokened: bool = False,
+        trainable_prefixes: Collection[str] | None = None,
+        with_ema: bool = False,
+        with_auxiliary_batch_norms: bool = False,
+        with_distillation_token: bool = False,
     ) -> None:
         """``trained``: the beginnings of the names of all weights that learn; none: every weight does.
 
@@ -42,33 +42,33 @@ class Classifier(nn.Module):
         assert encoder.num_classes > 0, "build_encoder(classes=...) makes an encoder with a head"
         self.encoder = encoder
         self.dropout = dropout
-        self._partly = trained is not None
-        if trained is not None:
+        self._partially_frozen = trainable_prefixes is not None
+        if trainable_prefixes is not None:
             for name, parameter in encoder.named_parameters():
-                parameter.requires_grad_(parameter.requires_grad and name.startswith(tuple(trained)))
-        self.averaged = copy.deepcopy(encoder).requires_grad_(False) if averaged else None
-        self.twins = split_norms(encoder) if split else None
+                parameter.requires_grad_(parameter.requires_grad and name.startswith(tuple(trainable_prefixes)))
+        self.averaged = copy.deepcopy(encoder).requires_grad_(False) if with_ema else None
+        self.twins = add_auxiliary_batch_norms(encoder) if with_auxiliary_batch_norms else None
         self.head_dist = None
-        if tokened and has_distillation_token(encoder):
+        if with_distillation_token and has_distillation_token(encoder):
             encoder.set_distilled_training(True)
-        elif tokened:
-            self.head_dist = distillation_head(encoder)
+        elif with_distillation_token:
+            self.head_dist = build_distillation_head(encoder)
 
     @property
-    def sites(self) -> int:
+    def drop_noise_size(self) -> int:
         """How many uniform numbers an image takes in training: one per branch with drop path, one per dropped feature."""
-        return drop_path_sites(self.encoder) + (self._width if self.dropout else 0)
+        return count_drop_paths(self.encoder) + (self._head_in_features if self.dropout else 0)
 
-    def forward(self, images: Tensor, noise: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, drop_noise: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [B, classes] of normalised images [B, C, H, W]; in training a distillation token's too, if there is one.
 
         ``noise`` [B, sites] is uniform and decides which sample skips which branch and which of its features are
         dropped; it is needed in training when there are such sites, and not looked at in evaluation.
         """
         encoder = self.encoder if self.training or self.averaged is None else self.averaged
-        branches = drop_path_sites(encoder)
-        set_drops(encoder, None if noise is None else noise[:, :branches])
-        set_kept(encoder, None)
+        branches = count_drop_paths(encoder)
+        set_drop_path_noise(encoder, None if drop_noise is None else drop_noise[:, :branches])
+        set_visible_indices(encoder, None)
         # An engine may have lowered the weights; under autocast they are float32.
         images = images.to(next(encoder.parameters()).dtype)
         if not self.training or (not self.dropout and self.head_dist is None):
@@ -76,15 +76,15 @@ class Classifier(nn.Module):
         tokens = encoder.forward_features(images)
         features = encoder.forward_head(tokens, pre_logits=True)
         if self.dropout:
-            assert noise is not None, "training with dropout takes its draws"
-            features = features * (noise[:, branches:] >= self.dropout) / (1 - self.dropout)
+            assert drop_noise is not None, "training with dropout takes its draws"
+            features = features * (drop_noise[:, branches:] >= self.dropout) / (1 - self.dropout)
         logits = encoder.get_classifier()(features)
         return logits if self.head_dist is None else (logits, self.head_dist(tokens[:, 1]))
 
     def train(self, mode: bool = True) -> Self:
         """As ever, but what is frozen stays in evaluation mode, and an average takes over what is no weight."""
         super().train(mode)
-        if self._partly:
+        if self._partially_frozen:
             for module in self.encoder.modules():
                 module.training = mode and any(each.requires_grad for each in module.parameters(recurse=False))
         if self.averaged is not None:
@@ -95,23 +95,25 @@ class Classifier(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool) -> None:
         """Recompute the blocks in the backward pass. Errors: ConfigError where timm cannot."""
-        set_recompute(self.encoder, enable)
+        set_activation_checkpointing(self.encoder, enable)
 
-    def borrowed_parameters(self) -> list[nn.Parameter]:
+    def external_parameters(self) -> list[nn.Parameter]:
         """The parameters that a part of the encoder reads in another one (see ``foveal.models.encode``)."""
-        return read_across(self.encoder) + ([] if self.averaged is None else read_across(self.averaged))
+        return find_cross_module_parameters(self.encoder) + (
+            [] if self.averaged is None else find_cross_module_parameters(self.averaged)
+        )
 
     @property
-    def _width(self) -> int:
+    def _head_in_features(self) -> int:
         return self.encoder.get_classifier().in_features
 
 
-def distillation_head(encoder: Any) -> nn.Linear:
+def build_distillation_head(encoder: Any) -> nn.Linear:
     """A head for an encoder's first register as distillation token (Touvron et al., "DeiT", 2021).
 
     It is drawn from torch's global generator.
     """
     head = nn.Linear(encoder.embed_dim, encoder.num_classes)
-    trunc_normal_(head.weight, std=HEAD_SCALE)
+    trunc_normal_(head.weight, std=HEAD_INIT_STD)
     nn.init.zeros_(head.bias)
     return head

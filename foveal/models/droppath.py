@@ -4,7 +4,7 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 
-class SampledDropPath(nn.Module):
+class DropPathFromNoise(nn.Module):
     """Drop a residual branch for the samples whose number is below the rate; scale the others by 1 / (1 - rate).
 
     The numbers come from ``set_drops`` and stay until the next one: recomputed activations must see the same.
@@ -27,26 +27,26 @@ class SampledDropPath(nn.Module):
         return f"rate={self.rate:.3f}"
 
 
-def sample_drops(encoder: nn.Module) -> None:
+def replace_drop_paths(encoder: nn.Module) -> None:
     """Replace every timm ``DropPath`` inside an encoder, which draws from the global generator, by a sampled one."""
     for module in list(encoder.modules()):
         for name, child in list(module.named_children()):
             if type(child) is DropPath:
-                setattr(module, name, SampledDropPath(child.drop_prob))
+                setattr(module, name, DropPathFromNoise(child.drop_prob))
 
 
-def drop_path_sites(encoder: nn.Module) -> int:
+def count_drop_paths(encoder: nn.Module) -> int:
     """How many numbers per sample ``set_drops`` takes: one per branch whose rate is not zero."""
-    return len(_sites(encoder))
+    return len(_find_drop_paths(encoder))
 
 
-def set_drops(encoder: nn.Module, noise: Tensor | None) -> None:
+def set_drop_path_noise(encoder: nn.Module, noise: Tensor | None) -> None:
     """Give the draws of the next forward: uniform [B, drop_path_sites(encoder)], column by column in block order."""
-    sites = _sites(encoder)
+    sites = _find_drop_paths(encoder)
     assert noise is None or noise.shape[1] == len(sites), f"{len(sites)} sites, noise of shape {tuple(noise.shape)}"
     for column, site in enumerate(sites):
         site.noise = None if noise is None else noise[:, column]
 
 
-def _sites(encoder: nn.Module) -> list[SampledDropPath]:
-    return [module for module in encoder.modules() if isinstance(module, SampledDropPath)]
+def _find_drop_paths(encoder: nn.Module) -> list[DropPathFromNoise]:
+    return [module for module in encoder.modules() if isinstance(module, DropPathFromNoise)]

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from foveal.models.encode import encode_layers
 from foveal.models.timm_vit import Encoder
-from foveal.models.vit import TOKEN_SCALE, initialise_linear
+from foveal.models.vit import TOKEN_INIT_STD, init_linear_layers
 
-_HEAD_SCALE = 0.01  # He et al., 2022, appendix A.2
+_HEAD_INIT_STD = 0.01  # He et al., 2022, appendix A.2
 
 
-def read_layers(encoder: Encoder, images: Tensor, layers: Sequence[int], features: str) -> tuple[Tensor, Tensor]:
+def encode_probe_features(
+    encoder: Encoder, images: Tensor, layers: Sequence[int], pooling: str
+) -> tuple[Tensor, Tensor]:
     """Features [S, B, F] and patches [S, B, L, D] behind the given blocks (ascending, from 1) of normalised images.
 
     ``features``: ``token``, ``avg`` (the patches' mean) or ``both``, one behind the other. Every layer is read through
@@ -33,19 +35,19 @@ def read_layers(encoder: Encoder, images: Tensor, layers: Sequence[int], feature
     token = normed[:, :, 0]
     patches = normed[:, :, encoder.num_prefix_tokens :]
     mean = norm(tokens[:, :, encoder.num_prefix_tokens :].mean(dim=2)) if behind else patches.mean(dim=2)
-    return {"token": token, "avg": mean, "both": torch.cat([token, mean], dim=2)}[features], patches
+    return {"token": token, "avg": mean, "both": torch.cat([token, mean], dim=2)}[pooling], patches
 
 
 class AttentiveHead(nn.Module):
     """One learned query attends to the patches, then a linear layer (as in CAE, Chen et al., 2022; AIM, El-Nouby et al., 2024)."""
 
-    def __init__(self, width: int, heads: int, classes: int) -> None:
+    def __init__(self, width: int, heads: int, num_classes: int) -> None:
         super().__init__()
         self.pool = AttentionPoolLatent(width, out_features=0, num_heads=heads)
-        self.head = nn.Linear(width, classes)
-        initialise_linear(self.pool)
-        trunc_normal_(self.pool.latent, std=TOKEN_SCALE)
-        trunc_normal_(self.head.weight, std=_HEAD_SCALE)
+        self.head = nn.Linear(width, num_classes)
+        init_linear_layers(self.pool)
+        trunc_normal_(self.pool.latent, std=TOKEN_INIT_STD)
+        trunc_normal_(self.head.weight, std=_HEAD_INIT_STD)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, patches: Tensor) -> Tensor:
@@ -53,7 +55,7 @@ class AttentiveHead(nn.Module):
         return self.head(self.pool(patches))
 
 
-def linear_heads(width: int, classes: int, number: int) -> tuple[Tensor, Tensor]:
+def init_linear_heads(in_features: int, num_classes: int, num_heads: int) -> tuple[Tensor, Tensor]:
     """Weights [number, K, F] and biases [number, K] of heads that begin alike, as MAE's linear probing begins."""
-    weight = trunc_normal_(torch.empty(classes, width), std=_HEAD_SCALE)
-    return weight.repeat(number, 1, 1), torch.zeros(number, classes)
+    weight = trunc_normal_(torch.empty(num_classes, in_features), std=_HEAD_INIT_STD)
+    return weight.repeat(num_heads, 1, 1), torch.zeros(num_heads, num_classes)

@@ -12,16 +12,16 @@ from foveal.models.timm_vit import Encoder
 from foveal.models.vit import EncoderCard, Positions
 
 
-def resized_from_card(
+def resize_weights_from_card(
     weights: dict[str, Tensor], encoder: Encoder, card: dict[str, Any], where: str
 ) -> dict[str, Tensor]:
     """The weights that an encoder's card (read from ``where``) belongs to, for the grid of ``encoder``."""
-    told = EncoderCard.checked(card, where)
-    return resized(weights, encoder, told.positions, told.grid(told.image_size))
+    told = EncoderCard.from_dict(card, where)
+    return resize_weights(weights, encoder, told.positions, told.patch_grid(told.image_size))
 
 
-def resized(
-    weights: dict[str, Tensor], encoder: Encoder, positions: Positions | None, grid: tuple[int, int]
+def resize_weights(
+    weights: dict[str, Tensor], encoder: Encoder, positions: Positions | None, source_grid: tuple[int, int]
 ) -> dict[str, Tensor]:
     """Weights that were trained on a grid (rows, columns) with these positions, for the grid of ``encoder``.
 
@@ -30,24 +30,26 @@ def resized(
     them is resized.
     """
     embed: Any = encoder.patch_embed
-    table, length = weights.get("pos_embed"), math.prod(grid)
+    table, length = weights.get("pos_embed"), math.prod(source_grid)
     # A table that is not of this grid is left as it is: loading it strictly says so.
-    if table is None or grid == embed.grid_size or table.shape[1] - length not in (0, encoder.num_prefix_tokens):
+    if table is None or source_grid == embed.grid_size or table.shape[1] - length not in (0, encoder.num_prefix_tokens):
         return weights
     if positions == "sincos":
         return weights | {"pos_embed": encoder.get_parameter("pos_embed").detach()}
-    return weights | {"pos_embed": resample_abs_pos_embed(table, embed.grid_size, [*grid], table.shape[1] - length)}
+    return weights | {
+        "pos_embed": resample_abs_pos_embed(table, embed.grid_size, [*source_grid], table.shape[1] - length)
+    }
 
 
-def upsampled(maps: Tensor, sides: tuple[int, int]) -> Tensor:
+def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """Maps [B, D, rows, columns] at other sides, bilinearly as ``F.interpolate`` without aligned corners.
 
     As two products: on a GPU the backward of torch's own adds in another order each time.
     """
-    if maps.shape[2:] == sides:
+    if maps.shape[2:] == size:
         return maps
     down, across = (
         F.interpolate(torch.eye(old, device=maps.device)[None], size=new, mode="linear")[0].to(maps.dtype)
-        for old, new in zip(maps.shape[2:], sides, strict=True)
+        for old, new in zip(maps.shape[2:], size, strict=True)
     )
     return ((maps @ across).transpose(2, 3) @ down).transpose(2, 3)

@@ -15,7 +15,7 @@ def sincos_positions(rows: int, columns: int, width: int) -> Tensor:
     position / 10000^(2i / (width / 2)). Published MAE weights have the column first, so it is first here.
     Errors: ConfigError for a width that four does not divide.
     """
-    check_width(width)
+    check_sincos_width(width)
     quarter = width // 4
     # float64: at float32 the phases of a large grid are off by more than the comparison with other libraries allows.
     frequencies = TEMPERATURE ** -(torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
@@ -28,7 +28,7 @@ def sincos_positions(rows: int, columns: int, width: int) -> Tensor:
     return torch.cat([wave(phase) for phase in phases for wave in (torch.sin, torch.cos)], dim=1).float()
 
 
-def check_width(width: int) -> None:
+def check_sincos_width(width: int) -> None:
     """Errors: ConfigError for a width that four does not divide, naming the nearest that it does."""
     if width % 4:
         nearest = max(4, 4 * round(width / 4))

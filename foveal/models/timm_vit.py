@@ -21,7 +21,7 @@ from foveal.errors import ConfigError
 
 Encoder = VisionTransformer | VisionTransformerRelPos | Eva
 
-_FAMILIES = ("vit_*", "deit*", "eva*", "beit*")
+_NAME_PATTERNS = ("vit_*", "deit*", "eva*", "beit*")
 # What the blocks of each kind are made of: (block, its attention, its MLP).
 _BLOCKS: dict[type, tuple[type, tuple[type, ...], tuple[type, ...]]] = {
     VisionTransformer: (Block, (Attention,), (Mlp,)),
@@ -31,13 +31,13 @@ _BLOCKS: dict[type, tuple[type, tuple[type, ...], tuple[type, ...]]] = {
 
 
 @functools.cache
-def outline(name: str) -> Any:
+def build_meta_encoder(name: str) -> Any:
     """The encoder that timm has under a name, without memory for its weights; not to be changed.
 
     Errors: ConfigError unless it is a vision transformer that foveal can train.
     """
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models([*_FAMILIES]), n=3)
+        close = difflib.get_close_matches(name, timm.list_models([*_NAME_PATTERNS]), n=3)
         hint = (
             f"Did you mean {' or '.join(repr(found) for found in close)}?"
             if close
@@ -46,7 +46,7 @@ def outline(name: str) -> Any:
         raise ConfigError(f"'{name}' is not a model of timm {timm.__version__}. {hint}")
     with torch.device("meta"):
         encoder = timm.create_model(name, pretrained=False)
-    oddity = _oddity(encoder)
+    oddity = _explain_unsupported(encoder)
     if oddity:
         raise ConfigError(
             f"'{name}' is not a plain vision transformer ({oddity}); take one such as 'vit_base_patch16_224', "
@@ -55,17 +55,17 @@ def outline(name: str) -> Any:
     return encoder
 
 
-def has_table(encoder: Any) -> bool:
+def has_absolute_positions(encoder: Any) -> bool:
     """Whether positions are added to the patches, fixed or learned."""
     return getattr(encoder, "pos_embed", None) is not None
 
 
-def is_rotary(encoder: Any) -> bool:
+def has_rotary_positions(encoder: Any) -> bool:
     """Whether queries and keys are turned by their places (rotary positions, Su et al., 2021)."""
     return getattr(encoder, "rope", None) is not None
 
 
-def sizes_of(encoder: Any) -> dict[str, Any]:
+def get_encoder_sizes(encoder: Any) -> dict[str, Any]:
     """The sizes that an encoder has, by the names of the settings."""
     block = encoder.blocks[0]
     hidden, width = block.mlp.fc2.in_features, encoder.embed_dim
@@ -82,7 +82,7 @@ def sizes_of(encoder: Any) -> dict[str, Any]:
     }
 
 
-def options(encoder: Any, pooling: str, registers: int) -> dict[str, Any]:
+def get_timm_kwargs(encoder: Any, pooling: str, registers: int) -> dict[str, Any]:
     """What timm must be told beside sizes, so that every kind has one norm: behind the mean, or else before the head."""
     behind = pooling == "avg"
     if isinstance(encoder, VisionTransformerRelPos):
@@ -93,9 +93,9 @@ def options(encoder: Any, pooling: str, registers: int) -> dict[str, Any]:
     return {"reg_tokens": registers}
 
 
-def oddity_of_queries(name: str) -> str | None:
+def explain_no_fused_qkv(name: str) -> str | None:
     """Why the blocks of an encoder have no layer that makes queries, keys and values at once; None if they have."""
-    attention = outline(name).blocks[0].attn
+    attention = build_meta_encoder(name).blocks[0].attn
     if getattr(attention, "qkv", None) is None:
         return "its queries, keys and values have a layer each"
     if getattr(attention, "q_bias", None) is not None:
@@ -103,7 +103,7 @@ def oddity_of_queries(name: str) -> str | None:
     return None
 
 
-def _oddity(encoder: Any) -> str | None:
+def _explain_unsupported(encoder: Any) -> str | None:
     """What makes a model other than patches, a class token, positions, and equal blocks; None if nothing."""
     if type(encoder) not in _BLOCKS:
         return f"timm builds it as {type(encoder).__name__}"
@@ -112,7 +112,7 @@ def _oddity(encoder: Any) -> str | None:
     rope, relative = getattr(encoder, "rope", None), isinstance(encoder, VisionTransformerRelPos)
     oddities = {
         "it has no class token": encoder.cls_token is None,
-        "it has no positions": not (has_table(encoder) or rope is not None or relative),
+        "it has no positions": not (has_absolute_positions(encoder) or rope is not None or relative),
         "its patches are not embedded by one linear map": type(embed) is not PatchEmbed
         or not isinstance(embed.norm, nn.Identity),
         "its blocks are of another kind": type(block) is not kind

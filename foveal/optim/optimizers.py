@@ -45,12 +45,12 @@ class OptimConfig(Config):
     clip: float | None = science(None, "Largest global gradient norm; none: no clipping.", gt=0)
     fused: bool = machine(True, "For adamw: one fused kernel for the update where there is no ZeRO partition.")
 
-    def peak(self, images: int) -> float:
+    def peak_lr(self, batch_size: int) -> float:
         """The peak learning rate of a step of ``images`` images."""
-        return self.lr_per_256 * images / 256
+        return self.lr_per_256 * batch_size / 256
 
     @property
-    def moments(self) -> int:
+    def moments_per_parameter(self) -> int:
         """How many numbers the optimizer keeps of each that it trains."""
         return 2 if self.kind == "adamw" else int(self.momentum > 0)
 
@@ -59,8 +59,8 @@ def parameter_groups(
     model: nn.Module,
     cfg: OptimConfig,
     depth_of: Callable[[str], int] | None = None,
-    deepest: int = 0,
-    undecayed: Collection[str] = (),
+    max_depth: int = 0,
+    no_weight_decay: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Groups for an optimizer: weight decay on matrices only, the learning rate scaled by depth.
 
@@ -73,8 +73,8 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         tokens = {"cls_token", "dist_token", "reg_token", "mask_token", "pos_embed", "freqs"}
-        plain = parameter.ndim <= 1 or name.rsplit(".", 1)[-1] in tokens or name in undecayed
-        depth = depth_of(name) if depth_of else deepest
+        plain = parameter.ndim <= 1 or name.rsplit(".", 1)[-1] in tokens or name in no_weight_decay
+        depth = depth_of(name) if depth_of else max_depth
         title = f"layer {depth}, {'no decay' if plain else 'decay'}"
         group = groups.setdefault(
             title,
@@ -82,7 +82,7 @@ def parameter_groups(
                 "name": title,
                 "params": [],
                 "weight_decay": 0.0 if plain else cfg.weight_decay,
-                "lr_scale": cfg.layer_decay ** (deepest - depth),
+                "lr_scale": cfg.layer_decay ** (max_depth - depth),
                 "always_adapt": not plain,  # LARS alone reads it
             },
         )
@@ -90,7 +90,7 @@ def parameter_groups(
     return list(groups.values())
 
 
-class Guard(torch.optim.Optimizer):
+class GuardedOptimizer(torch.optim.Optimizer):
     """An optimizer that clips, remembers the gradient norm, and does nothing on a gradient that is not finite.
 
     Beside one of torch's in the bases of a class, for the engines that have no such guard of their own (Plain,
@@ -98,46 +98,46 @@ class Guard(torch.optim.Optimizer):
     moments bit for bit as they were. ``updates`` counts those that were applied.
     """
 
-    clip: float | None = None
-    norm = 0.0
-    applied = True
-    updates = 0
+    max_grad_norm: float | None = None
+    grad_norm = 0.0
+    step_applied = True
+    num_updates = 0
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Clip, then update; or skip, and say so in ``applied``."""
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         norm = self.total_norm([p.grad for p in parameters])
-        self.norm = float(norm)
-        self.applied = bool(norm.isfinite())
-        if not self.applied:
+        self.grad_norm = float(norm)
+        self.step_applied = bool(norm.isfinite())
+        if not self.step_applied:
             return
-        if self.clip is not None:
-            clip_grads_with_norm_(parameters, self.clip, norm)
+        if self.max_grad_norm is not None:
+            clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
         super().step(closure)
-        self.updates += 1
+        self.num_updates += 1
 
     def total_norm(self, gradients: list[Tensor]) -> Tensor:
         """The norm of all gradients together; every rank holds them whole."""
         return get_total_norm(gradients)
 
 
-class GuardedAdamW(Guard, torch.optim.AdamW):
+class GuardedAdamW(GuardedOptimizer, torch.optim.AdamW):
     """AdamW behind the guard."""
 
-    def __init__(self, groups: list[dict[str, Any]], cfg: OptimConfig) -> None:
-        super().__init__(groups, lr=cfg.lr_per_256, betas=cfg.betas, eps=cfg.eps, fused=cfg.fused)
-        self.clip = cfg.clip
+    def __init__(self, param_groups: list[dict[str, Any]], cfg: OptimConfig) -> None:
+        super().__init__(param_groups, lr=cfg.lr_per_256, betas=cfg.betas, eps=cfg.eps, fused=cfg.fused)
+        self.max_grad_norm = cfg.clip
 
 
-class GuardedSGD(Guard, torch.optim.SGD):
+class GuardedSGD(GuardedOptimizer, torch.optim.SGD):
     """SGD with momentum behind the guard; weight decay is L2, added to the gradient before the momentum (torch's)."""
 
-    def __init__(self, groups: list[dict[str, Any]], cfg: OptimConfig) -> None:
-        super().__init__(groups, lr=cfg.lr_per_256, momentum=cfg.momentum)
-        self.clip = cfg.clip
+    def __init__(self, param_groups: list[dict[str, Any]], cfg: OptimConfig) -> None:
+        super().__init__(param_groups, lr=cfg.lr_per_256, momentum=cfg.momentum)
+        self.max_grad_norm = cfg.clip
 
 
-class GuardedLars(Guard, timm.optim.Lars):
+class GuardedLARS(GuardedOptimizer, timm.optim.Lars):
     """LARS (You et al., "Large batch training of convolutional networks", 2017) behind the guard, as timm has it.
 
     A matrix moves by 0.001 |w| / (|g| + decay |w|) of its decayed gradient (|g + decay w| below the line in MAE's own).
@@ -146,22 +146,22 @@ class GuardedLars(Guard, timm.optim.Lars):
     in MAE's linear probing (He et al., 2022, A.2).
     """
 
-    def __init__(self, groups: list[dict[str, Any]], cfg: OptimConfig) -> None:
-        super().__init__(groups, lr=cfg.lr_per_256, momentum=cfg.momentum)  # pyright: ignore[reportArgumentType] - annotated by its default, 0
-        self.clip = cfg.clip
+    def __init__(self, param_groups: list[dict[str, Any]], cfg: OptimConfig) -> None:
+        super().__init__(param_groups, lr=cfg.lr_per_256, momentum=cfg.momentum)  # pyright: ignore[reportArgumentType] - annotated by its default, 0
+        self.max_grad_norm = cfg.clip
 
 
-def guarded(groups: list[dict[str, Any]], cfg: OptimConfig) -> Guard:
+def build_optimizer(param_groups: list[dict[str, Any]], cfg: OptimConfig) -> GuardedOptimizer:
     """The optimizer of these settings behind the guard."""
-    return {"adamw": GuardedAdamW, "sgd": GuardedSGD, "lars": GuardedLars}[cfg.kind](groups, cfg)
+    return {"adamw": GuardedAdamW, "sgd": GuardedSGD, "lars": GuardedLARS}[cfg.kind](param_groups, cfg)
 
 
-def plain_adamw(groups: list[dict[str, Any]], cfg: OptimConfig) -> torch.optim.AdamW:
+def build_plain_adamw(param_groups: list[dict[str, Any]], cfg: OptimConfig) -> torch.optim.AdamW:
     """AdamW as torch has it, for an engine (DeepSpeed's ZeRO 1 to 3) that clips and guards by itself."""
-    return torch.optim.AdamW(groups, lr=cfg.lr_per_256, betas=cfg.betas, eps=cfg.eps, fused=cfg.fused)
+    return torch.optim.AdamW(param_groups, lr=cfg.lr_per_256, betas=cfg.betas, eps=cfg.eps, fused=cfg.fused)
 
 
-def moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+def get_moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
     """An optimizer's moments of a parameter; before its first update the zeros that it would begin with.
 
     SGD and LARS begin with the gradient itself, which is what their first update makes of zeros: they do not dampen.
@@ -178,17 +178,17 @@ def moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Te
     return {name: state[name] for name in names}
 
 
-def updates_of(optimizer: torch.optim.Optimizer) -> int:
+def get_num_updates(optimizer: torch.optim.Optimizer) -> int:
     """How many updates were applied: the guard counts them, else AdamW does for its bias correction."""
-    if isinstance(optimizer, Guard):
-        return optimizer.updates
+    if isinstance(optimizer, GuardedOptimizer):
+        return optimizer.num_updates
     return max((int(state["step"]) for state in optimizer.state.values()), default=0)
 
 
-def count_from(optimizer: torch.optim.Optimizer, updates: int) -> None:
+def set_num_updates(optimizer: torch.optim.Optimizer, num_updates: int) -> None:
     """Go on counting updates from here."""
-    if isinstance(optimizer, Guard):
-        optimizer.updates = updates
+    if isinstance(optimizer, GuardedOptimizer):
+        optimizer.num_updates = num_updates
     if isinstance(optimizer, torch.optim.AdamW):
         for state in optimizer.state.values():
-            state["step"].fill_(updates)
+            state["step"].fill_(num_updates)

@@ -23,9 +23,9 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
 from foveal.redact import redact, redact_urls
-from foveal.tracking.sqlite_store import alone_with, file_of, located
-from foveal.tracking.store_errors import Refused
-from foveal.tracking.tracker import Point, TrackingConfig
+from foveal.tracking.sqlite_store import lock_store, parse_sqlite_path, resolve_store_uri
+from foveal.tracking.store_errors import StoreRefusedError
+from foveal.tracking.tracker import MetricPoint, TrackingConfig
 
 _PARAMS = 90  # in a request: MLflow takes at most 100 params and as many tags
 _LONGEST = 6000  # letters of a param; settings.json, among the run's files, has them all
@@ -41,56 +41,60 @@ _STATUS = {"running": "RUNNING", "finished": "FINISHED", "saved-and-left": "KILL
 _log = logging.getLogger(__name__)
 
 
-class MLflow:
+class MLflowRun:
     """A run in an MLflow store, through the client alone: the fluent interface keeps global state.
 
     ``opened`` marks a run that is made here: a request to make one that seemed to fail may have made it.
     """
 
-    def __init__(self, cfg: TrackingConfig, run: Path, pipeline: Path | None, opened: str) -> None:
+    def __init__(self, cfg: TrackingConfig, run_dir: Path, pipeline_dir: Path | None, creation_token: str) -> None:
         assert cfg.uri is not None
         for chatty in ("mlflow", "alembic"):  # importing MLflow sets its level: quieting it earlier does not last
             logging.getLogger(chatty).setLevel(logging.CRITICAL)  # what fails is raised, and the courier says it
-        uri, artifacts = located(_expanded(cfg.uri))
+        uri, artifacts = resolve_store_uri(_expand_variables(cfg.uri))
         for name, value in _OURS.items():
             if not name.is_set():
                 name.set(value)
-        with _made(uri, artifacts):
+        with _lock_or_create_sqlite(uri, artifacts):
             self._client = MlflowClient(tracking_uri=uri)
-            experiment = _experiment(self._client, cfg.experiment, artifacts)
-        place = _Place(self._client, cfg.uri, experiment)
-        self._parent = None if pipeline is None else place.continued(pipeline, {_OPENED: f"{opened}.pipeline"})
+            experiment = _get_or_create_experiment(self._client, cfg.experiment, artifacts)
+        place = _ExperimentRuns(self._client, cfg.uri, experiment)
+        self._parent = (
+            None
+            if pipeline_dir is None
+            else place.resume_or_create_run(pipeline_dir, {_OPENED: f"{creation_token}.pipeline"})
+        )
         above = {} if self._parent is None else {MLFLOW_PARENT_RUN_ID: self._parent}
-        self.run = place.continued(run, {_OPENED: opened, **above})
+        self.run_id = place.resume_or_create_run(run_dir, {_OPENED: creation_token, **above})
 
-    def newest(self) -> dict[str, int]:
-        data = self._client.get_run(self.run).data
+    def get_latest_steps(self) -> dict[str, int]:
+        data = self._client.get_run(self.run_id).data
         return {metric.key: metric.step for metric in data.to_proto().metrics}  # data.metrics knows no steps
 
-    def held(self, name: str) -> dict[int, int]:
+    def get_step_timestamps(self, name: str) -> dict[int, int]:
         made: dict[int, int] = {}
-        for metric in self._client.get_metric_history(self.run, name):
+        for metric in self._client.get_metric_history(self.run_id, name):
             made[metric.step] = max(metric.timestamp, made.get(metric.step, 0))
         return made
 
-    def send(self, points: Sequence[Point]) -> None:
+    def log_points(self, points: Sequence[MetricPoint]) -> None:
         metrics = [Metric(name, value, made, step) for name, value, made, step in points]
-        self._client.log_batch(self.run, metrics=metrics, synchronous=True)
+        self._client.log_batch(self.run_id, metrics=metrics, synchronous=True)
 
-    def facts(self, settings: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+    def set_params_and_tags(self, settings: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         """A param is written once: where a setting was changed since, a tag has its value."""
-        found = self._client.get_run(self.run)
+        found = self._client.get_run(self.run_id)
         known, wanted = found.data.params, {name: redact(str(value))[:_LONGEST] for name, value in settings.items()}
         new = [Param(name, value) for name, value in wanted.items() if name not in known]
         for at in range(0, len(new), _PARAMS):
-            self._client.log_batch(self.run, params=new[at : at + _PARAMS], synchronous=True)
+            self._client.log_batch(self.run_id, params=new[at : at + _PARAMS], synchronous=True)
         told, tags = found.data.tags, {name: redact(value) for name, value in tags.items()}
         changed = {f"changed.{name}": value for name, value in wanted.items() if known.get(name, value) != value}
         back = {tag: value for name, value in wanted.items() if (tag := f"changed.{name}") in told}
         fresh = [RunTag(name, value) for name, value in {**back, **changed, **tags}.items() if told.get(name) != value]
         for at in range(0, len(fresh), _PARAMS):
-            self._client.log_batch(self.run, tags=fresh[at : at + _PARAMS], synchronous=True)
-        for each in filter(None, (self._parent, self.run)):
+            self._client.log_batch(self.run_id, tags=fresh[at : at + _PARAMS], synchronous=True)
+        for each in filter(None, (self._parent, self.run_id)):
             self._turn(each, _STATUS.get(tags["state"], "FAILED"))
 
     def _turn(self, run: str, status: str) -> None:
@@ -100,23 +104,23 @@ class MLflow:
             else:
                 self._client.set_terminated(run, status)
 
-    def files(self) -> dict[str, int]:
-        names = [each for folder in (None, "pictures") for each in self._client.list_artifacts(self.run, folder)]
+    def list_files(self) -> dict[str, int]:
+        names = [each for folder in (None, "pictures") for each in self._client.list_artifacts(self.run_id, folder)]
         return {each.path: each.file_size or 0 for each in names if not each.is_dir}
 
-    def file(self, path: Path, folder: str) -> None:
-        self._client.log_artifact(self.run, str(path), folder or None)
+    def upload_file(self, path: Path, folder: str) -> None:
+        self._client.log_artifact(self.run_id, str(path), folder or None)
 
 
-def _expanded(uri: str) -> str:
+def _expand_variables(uri: str) -> str:
     """A URI with environment variables replaced. Errors: Refused for one that is not set."""
     found = os.path.expandvars(uri)
     if unset := re.search(r"\$\{(\w+)\}", found):
-        raise Refused(f"tracking.uri needs the environment variable {unset[1]}, which is not set")
+        raise StoreRefusedError(f"tracking.uri needs the environment variable {unset[1]}, which is not set")
     return found
 
 
-def _made(uri: str, artifacts: str | None) -> contextlib.AbstractContextManager[None]:
+def _lock_or_create_sqlite(uri: str, artifacts: str | None) -> contextlib.AbstractContextManager[None]:
     """While nobody else makes or upgrades an SQLite store, which is there then."""
 
     def make(draft: Path) -> None:
@@ -124,11 +128,11 @@ def _made(uri: str, artifacts: str | None) -> contextlib.AbstractContextManager[
 
         SqlAlchemyStore(f"sqlite:///{draft}", artifacts).engine.dispose()
 
-    file = file_of(uri)
-    return contextlib.nullcontext() if file is None else alone_with(file, make)
+    file = parse_sqlite_path(uri)
+    return contextlib.nullcontext() if file is None else lock_store(file, make)
 
 
-def _experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
+def _get_or_create_experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
     """The id of an experiment, made where there is none. Errors: Refused for one that is in the trash."""
     known = client.get_experiment_by_name(name)
     if known is None:
@@ -140,19 +144,19 @@ def _experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
         known = client.get_experiment_by_name(name)  # another run was quicker
         assert known is not None
     if known.lifecycle_stage != LifecycleStage.ACTIVE:
-        raise Refused(f"experiment {name} is deleted: restore it or name another (tracking.experiment)")
+        raise StoreRefusedError(f"experiment {name} is deleted: restore it or name another (tracking.experiment)")
     return str(known.experiment_id)
 
 
 @dataclass(frozen=True)
-class _Place:
+class _ExperimentRuns:
     """An experiment of a store, and the runs in it that belong to folders."""
 
     client: MlflowClient
     store: str
     experiment: str
 
-    def continued(self, folder: Path, tags: dict[str, str]) -> str:
+    def resume_or_create_run(self, folder: Path, tags: dict[str, str]) -> str:
         """The id of the run that belongs to a folder: noted there, made where this store has none.
 
         A note names its folder. In a copy of that folder it is not believed while the folder still holds it, so that
@@ -164,21 +168,21 @@ class _Place:
         folder = folder.resolve()  # "." has no name
         note = folder / "mlflow.json"
         place, made, why = note, None, None
-        while (noted := _read(place)) is None or (no := self._not_ours(noted, folder)):
+        while (noted := _read_note(place)) is None or (no := self._not_ours(noted, folder)):
             if noted is not None:
                 place, why = folder / f".mlflow.json.after-{noted['run_id']}", no
                 continue
             made = made or self._made(folder, tags)
-            draft = _draft(note, {"run_id": made, "store": self.store, "folder": str(folder)})
+            draft = _write_draft_note(note, {"run_id": made, "store": self.store, "folder": str(folder)})
             with contextlib.suppress(FileExistsError):
                 place.hardlink_to(draft)
             draft.unlink()
         if noted.get("folder") != str(folder):  # a note of foveal 0.1 does not say
             noted |= {"folder": str(folder)}
             self.client.set_tag(noted["run_id"], _FOLDER, str(folder))
-            _draft(note, noted).replace(note)
+            _write_draft_note(note, noted).replace(note)
         elif place is not note:
-            _draft(note, noted).replace(note)
+            _write_draft_note(note, noted).replace(note)
         if made == noted["run_id"] and why:
             _log.info("tracking: %s has a new run in MLflow, since that of its mlflow.json %s", folder, why)
         elif made is not None and made != noted["run_id"]:
@@ -187,7 +191,7 @@ class _Place:
 
     def _not_ours(self, noted: dict[str, str], folder: Path) -> str | None:
         """Why the run of a note is not the folder's to go on in; nothing where it is."""
-        if _same(noted["store"]) != _same(self.store):
+        if _normalize_store_uri(noted["store"]) != _normalize_store_uri(self.store):
             return "is another store's"
         try:
             found = self.client.get_run(noted["run_id"])
@@ -198,7 +202,7 @@ class _Place:
         if found.info.lifecycle_stage != LifecycleStage.ACTIVE:
             return "is deleted"
         place = Path(noted.get("folder") or found.data.tags.get(_FOLDER) or folder)
-        return f"is that of {place}, of which this is a copy" if _holds(place, noted["run_id"], folder) else None
+        return f"is that of {place}, of which this is a copy" if _has_run_note(place, noted["run_id"], folder) else None
 
     def _made(self, folder: Path, tags: dict[str, str]) -> str:
         mine = f"tags.`{_OPENED}` = '{tags[_OPENED]}'"
@@ -208,12 +212,12 @@ class _Place:
         return str(self.client.create_run(self.experiment, tags=tags).info.run_id)
 
 
-def _same(store: str) -> str:
+def _normalize_store_uri(store: str) -> str:
     """What is equal for two ways to write the URI of a store: with a secret, and with the variable that has it."""
     return redact_urls(os.path.expandvars(store))
 
 
-def _holds(place: Path, run: str, folder: Path) -> bool:
+def _has_run_note(place: Path, run: str, folder: Path) -> bool:
     """Whether a place other than the folder holds the note of a run.
 
     Links and mounts give a folder several names, on several hosts too: what is made under one of them is then seen
@@ -222,26 +226,26 @@ def _holds(place: Path, run: str, folder: Path) -> bool:
     if place == folder:
         return False
     try:
-        theirs = _read(place / "mlflow.json")
+        theirs = _read_note(place / "mlflow.json")
     except (OSError, ValueError) as error:
         return isinstance(error, PermissionError)
     if theirs is None or theirs["run_id"] != run:
         return False
-    probe = _draft(folder / "mlflow.json", {})
+    probe = _write_draft_note(folder / "mlflow.json", {})
     try:
         return not (place / probe.name).exists()
     finally:
         probe.unlink()
 
 
-def _read(note: Path) -> dict[str, str] | None:
+def _read_note(note: Path) -> dict[str, str] | None:
     try:
         return json.loads(note.read_text())
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
-def _draft(note: Path, value: dict[str, str]) -> Path:
+def _write_draft_note(note: Path, value: dict[str, str]) -> Path:
     """A note under a name that nobody else has."""
     draft = note.with_name(f".{note.name}.{uuid.uuid4().hex}")
     draft.write_text(json.dumps(value) + "\n")

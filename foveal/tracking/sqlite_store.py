@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from foveal.atomic import force
-from foveal.tracking.store_errors import Refused
+from foveal.atomic import fsync
+from foveal.tracking.store_errors import StoreRefusedError
 
 _URI = re.compile(r"(sqlite(?:\+\w+)?:///(?:file:(?://(?=/))?)?)([^?]*)(.*)")
 _HEAD = b"SQLite format 3\x00"
@@ -28,13 +28,13 @@ _NO_SERVICE = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.
 _PATIENCE, _LOOKS = 120.0, 0.05  # seconds for another run to make the store, and between two looks at the lock
 
 
-def file_of(uri: str) -> Path | None:
+def parse_sqlite_path(uri: str) -> Path | None:
     """The file of an SQLite store, as the URI names it; nothing where the store is another."""
     found = _URI.fullmatch(uri)
     return Path(found[2]) if found else None
 
 
-def located(uri: str) -> tuple[str, str | None]:
+def resolve_store_uri(uri: str) -> tuple[str, str | None]:
     """An SQLite store's absolute URI, and the folder of its artifacts beside it; a server decides for itself.
 
     Errors: Refused where there is no such place.
@@ -44,48 +44,50 @@ def located(uri: str) -> tuple[str, str | None]:
         return uri, None
     before, name, query = found.groups()
     if name in ("", ":memory:"):
-        raise Refused("tracking.uri names no file, and a store in memory ends with its run: sqlite:///FOLDER/mlflow.db")
+        raise StoreRefusedError(
+            "tracking.uri names no file, and a store in memory ends with its run: sqlite:///FOLDER/mlflow.db"
+        )
     file = Path(name).absolute()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _no_place(file, error) from None
+        raise _path_error(file, error) from None
     return f"{before}{file}{query}", (file.parent / "mlartifacts").as_uri()
 
 
 @contextmanager
-def alone_with(file: Path, make: Callable[[Path], object]) -> Iterator[None]:
+def lock_store(file: Path, create: Callable[[Path], object]) -> Iterator[None]:
     """Hold the lock of a store, whose file is there: made by ``make``, which writes a store to a path, if it was not.
 
     Errors: Refused where there is no such place, or something else; TimeoutError where another run holds the lock.
     """
-    with _locked(file):
+    with _lock_file(file):
         if not file.exists():
-            _made(file, make)
+            _create_store(file, create)
         elif file.is_dir() or not os.access(file, os.R_OK | os.W_OK):
-            raise Refused(f"{file} cannot be written: make it writable, or set tracking.uri to another place")
-        elif _head(file) not in (b"", _HEAD):  # empty: whoever makes it has only begun
-            raise Refused(f"{file} is no SQLite database: set tracking.uri to another place")
+            raise StoreRefusedError(f"{file} cannot be written: make it writable, or set tracking.uri to another place")
+        elif _read_header(file) not in (b"", _HEAD):  # empty: whoever makes it has only begun
+            raise StoreRefusedError(f"{file} is no SQLite database: set tracking.uri to another place")
         yield
 
 
 @contextmanager
-def _locked(file: Path) -> Iterator[None]:
+def _lock_file(file: Path) -> Iterator[None]:
     try:
         lock = os.open(file.with_name(f".{file.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if not file.exists():
-            raise _no_place(file, error) from None
+            raise _path_error(file, error) from None
         yield  # nothing can be made here, nor upgraded
         return
     try:
-        _wait_for(lock, file)
+        _acquire_lock(lock, file)
         yield
     finally:
         os.close(lock)
 
 
-def _wait_for(lock: int, file: Path) -> None:
+def _acquire_lock(lock: int, file: Path) -> None:
     end = time.monotonic() + _PATIENCE
     while True:
         try:
@@ -102,25 +104,25 @@ def _wait_for(lock: int, file: Path) -> None:
             return
 
 
-def _head(file: Path) -> bytes:
+def _read_header(file: Path) -> bytes:
     with file.open("rb") as stream:
         return stream.read(len(_HEAD))
 
 
-def _made(file: Path, make: Callable[[Path], object]) -> None:
+def _create_store(file: Path, make: Callable[[Path], object]) -> None:
     """Give the name to a store that was made aside, unless another has it by now."""
     draft = file.with_name(f".{file.name}.{uuid.uuid4().hex}.draft")
     try:
         make(draft)
-        force(draft)
-        _name(draft, file)
+        fsync(draft)
+        _link_into_place(draft, file)
     finally:
         for each in ("", "-journal", "-wal", "-shm"):
             draft.with_name(draft.name + each).unlink(missing_ok=True)
-    force(file.parent)
+    fsync(file.parent)
 
 
-def _name(draft: Path, file: Path) -> None:
+def _link_into_place(draft: Path, file: Path) -> None:
     with contextlib.suppress(FileExistsError):
         try:
             file.hardlink_to(draft)
@@ -131,7 +133,9 @@ def _name(draft: Path, file: Path) -> None:
                 draft.rename(file)
 
 
-def _no_place(file: Path, error: OSError) -> Exception:
+def _path_error(file: Path, error: OSError) -> Exception:
     if error.errno not in _NO_PLACE:
         return error
-    return Refused(f"{file} cannot be made ({error.strerror}): set tracking.uri to a place that can be written")
+    return StoreRefusedError(
+        f"{file} cannot be made ({error.strerror}): set tracking.uri to a place that can be written"
+    )

@@ -5,7 +5,7 @@ import json
 from http import HTTPStatus
 from typing import Any
 
-from foveal.tracking.tracker import in_words
+from foveal.tracking.tracker import summarize_error
 
 _PASSING = {408, 409, 423, 425, 429, 499}  # HTTP: what the next request need not meet
 _FOR_GOOD = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -15,23 +15,23 @@ _GONE = (
 )  # a run: another is made when the store is asked anew
 
 
-class Refused(Exception):
+class StoreRefusedError(Exception):
     """A store that answered no, in a sentence."""
 
 
-def refusal(error: Exception) -> str | None:
+def explain_refusal(error: Exception) -> str | None:
     """Why a store refused, in a sentence; nothing where it did not answer, or may answer otherwise the next time.
 
     The libraries of MLflow's stores are known by what their errors have, since whoever asks has not imported them.
     """
-    if isinstance(error, Refused):
+    if isinstance(error, StoreRefusedError):
         return str(error)
     said = str(error)
     if any(word in said for word in _GONE):
         return None
     if "database schema" in said or "Can't locate revision" in said:
         return (
-            f"its tables are those of another MLflow ({in_words(error)}): after a backup `mlflow db upgrade` brings an older "
+            f"its tables are those of another MLflow ({summarize_error(error)}): after a backup `mlflow db upgrade` brings an older "
             f"store to the MLflow that is installed here, and a newer store wants the MLflow that made it"
         )
     if "_alembic_tmp_" in said:
@@ -40,12 +40,12 @@ def refusal(error: Exception) -> str | None:
             "track sync RUN` delivers a run to the next one"
         )
     if isinstance(error, OSError) and error.errno in _FOR_GOOD:
-        return in_words(error)
-    status = _status(error)
-    return in_words(error) if status is not None and 400 <= status < 500 and status not in _PASSING else None
+        return summarize_error(error)
+    status = _http_status(error)
+    return summarize_error(error) if status is not None and 400 <= status < 500 and status not in _PASSING else None
 
 
-def _status(error: Any) -> int | None:
+def _http_status(error: Any) -> int | None:
     """The HTTP status of an answer, as far as MLflow's, requests' or boto's error tells."""
     if type(error.__cause__).__module__.startswith("sqlalchemy"):
         return None  # a database's own, to which MLflow gives any status

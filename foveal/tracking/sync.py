@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from foveal.tracking.tail import Tail, milliseconds, read_json, read_lines
-from foveal.tracking.tracker import Point, Row
+from foveal.tracking.tail import MetricsTail, read_json_lines, read_json_or_empty, to_milliseconds
+from foveal.tracking.tracker import MetricPoint, MetricRow
 
 _NUMBERS = 1000  # in a request: the most that MLflow takes
 _FILES = ("config.yaml", "settings.json", "finished.json", "export/card.json")
@@ -25,114 +25,114 @@ _GROWN = 1.25
 _ODD = re.compile(r"[^\w.\- :/]")
 
 
-class Store(Protocol):
+class RemoteRun(Protocol):
     """A run in a tracking store. Every verb may raise whatever the store's library raises."""
 
     @property
-    def run(self) -> str:
+    def run_id(self) -> str:
         """What the store calls the run."""
         ...
 
-    def newest(self) -> dict[str, int]:
+    def get_latest_steps(self) -> dict[str, int]:
         """The highest step of each name."""
         ...
 
-    def held(self, name: str) -> dict[int, int]:
+    def get_step_timestamps(self, name: str) -> dict[int, int]:
         """For each step with that name, when its newest number was made, in milliseconds."""
         ...
 
-    def send(self, points: Sequence[Point]) -> None:
+    def log_points(self, points: Sequence[MetricPoint]) -> None:
         """At most a thousand numbers, which arrive together or not at all."""
         ...
 
-    def facts(self, settings: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+    def set_params_and_tags(self, settings: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         """Settings, tags and with them the state."""
         ...
 
-    def files(self) -> dict[str, int]:
+    def list_files(self) -> dict[str, int]:
         """What is kept of the run's files: ``pictures/a.png`` to its bytes."""
         ...
 
-    def file(self, path: Path, folder: str) -> None:
+    def upload_file(self, path: Path, folder: str) -> None:
         """Keep a file, in a folder of the run's files or, where that is empty, beside them."""
         ...
 
 
-class Superseded(Exception):
+class MetricsFileReplaced(Exception):
     """The run's rows are another attempt's now; this is no failure of the store."""
 
 
 @dataclass
-class Delivered:
+class SyncCounts:
     """Rows that were sent, rows that the store had, and files that were sent."""
 
-    sent: int = 0
-    there: int = 0
-    files: int = 0
+    rows_sent: int = 0
+    rows_present: int = 0
+    files_sent: int = 0
 
 
-class Delivery:
+class RunSync:
     """From one run directory to one store. ``rows`` and ``files`` are one thread's, ``file`` and ``rewind`` another's."""
 
-    def __init__(self, run: Path, tail: Tail, connect: Callable[[], Store]) -> None:
-        self.count = Delivered()
-        self._run, self._tail, self._connect = run, tail, connect
-        self._store: Store | None = None
+    def __init__(self, run_dir: Path, tail: MetricsTail, connect: Callable[[], RemoteRun]) -> None:
+        self.counts = SyncCounts()
+        self._run, self._tail, self._connect = run_dir, tail, connect
+        self._store: RemoteRun | None = None
         self._known = self._searched = ""  # the store's run that has what was delivered, and whose files were compared
         self._told: Any = None
-        self._asked = Asked({})
+        self._asked = RemoteState({})
         self._went_back = False
         self._waiting: deque[Path] = deque()
         self._sizes: dict[Path, int] = {}  # of the tables as they were last sent
 
-    def file(self, path: Path) -> None:
+    def queue_file(self, path: Path) -> None:
         """To be kept, whatever the store has of that name."""
         self._waiting.append(path)
 
-    def rewind(self) -> None:
+    def on_rewind(self) -> None:
         """The file of rows was cut."""
         self._went_back = True
-        self._tail.cut()
+        self._tail.on_truncated()
 
-    def behind(self) -> int:
+    def count_pending_rows(self) -> int:
         """Rows that are not delivered yet."""
-        return self._tail.behind()
+        return self._tail.count_pending_rows()
 
-    def forget(self) -> None:
+    def reset_connection(self) -> None:
         """After a failure: what has arrived is to be asked for."""
         self._store = None
 
-    def rows(self) -> None:
+    def upload_rows(self) -> None:
         """Deliver settings, tags and rows. Errors: Superseded, and whatever the store raises; then ``forget``."""
         store = self._connected()
         if self._tags()["state"] == "running":
             self._tell(store)
-        while (taken := self._tail.take(_NUMBERS)).rows:
+        while (taken := self._tail.read_batch(_NUMBERS)).rows:
             self._fence()
             if self._went_back:
-                self._went_back, self._asked.voids = False, _voids(self._run)
-            self._asked.meet(taken.rows)
-            missing = [points for row in taken.rows if (points := self._asked.missing(row, store))]
+                self._went_back, self._asked.rollbacks = False, _read_rollbacks(self._run)
+            self._asked.register_rows(taken.rows)
+            missing = [points for row in taken.rows if (points := self._asked.find_missing_points(row, store))]
             if missing:
-                store.send([point for points in missing for point in points])
-            self.count.sent += len(missing)
-            self.count.there += len(taken.rows) - len(missing)
-            self._tail.delivered(taken)
+                store.log_points([point for points in missing for point in points])
+            self.counts.rows_sent += len(missing)
+            self.counts.rows_present += len(taken.rows) - len(missing)
+            self._tail.mark_delivered(taken)
         self._tell(store)
 
-    def files(self, *, last: bool) -> None:
+    def upload_files(self, *, final: bool) -> None:
         """Deliver files, the ``last`` time also those that have grown only a little. Errors: as for rows."""
         store = self._connected()
         if self._searched != self._known:
-            self._waiting.extend(_kept(self._run, store.files()))
+            self._waiting.extend(_list_files_to_upload(self._run, store.list_files()))
             self._searched, self._sizes = self._known, {}
-        self._waiting.extend(self._grown(1.0 if last else _GROWN))
+        self._waiting.extend(self._grown(1.0 if final else _GROWN))
         while self._waiting:
             path = self._waiting[0]
             if path.exists():
                 self._fence()
-                store.file(path, _folder(path))
-                self.count.files += 1
+                store.upload_file(path, _remote_folder(path))
+                self.counts.files_sent += 1
             self._waiting.popleft()
 
     def _grown(self, by: float) -> list[Path]:
@@ -149,47 +149,47 @@ class Delivery:
         """Read no more."""
         self._tail.close()
 
-    def _connected(self) -> Store:
+    def _connected(self) -> RemoteRun:
         self._fence()
         if self._store is None:
             store = self._connect()
-            if store.run != self._known:  # the first time, or a store that lost it
-                self._tail.again()
-            self._asked = Asked(store.newest())
-            self._known, self._told, self._went_back, self._store = store.run, None, True, store
+            if store.run_id != self._known:  # the first time, or a store that lost it
+                self._tail.restart()
+            self._asked = RemoteState(store.get_latest_steps())
+            self._known, self._told, self._went_back, self._store = store.run_id, None, True, store
         return self._store
 
     def _fence(self) -> None:
-        if self._tail.superseded:
-            raise Superseded
+        if self._tail.is_replaced:
+            raise MetricsFileReplaced
 
     def _tags(self) -> dict[str, str]:
-        return read_json(self._run / "tags.json") or {"state": "running"}
+        return read_json_or_empty(self._run / "tags.json") or {"state": "running"}
 
-    def _tell(self, store: Store) -> None:
-        facts = read_json(self._run / "settings.json"), self._tags()
+    def _tell(self, store: RemoteRun) -> None:
+        facts = read_json_or_empty(self._run / "settings.json"), self._tags()
         if facts != self._told:
-            store.facts(*facts)
+            store.set_params_and_tags(*facts)
             self._told = facts
 
 
-class Asked:
+class RemoteState:
     """What a store had when it was asked: as little is asked as decides about the rows that are to be delivered.
 
     Names that always come together arrived together: one of them is asked for. A point that was made before the run
     went back behind its step is void, and does not count. ``voids``: (milliseconds, the step gone back to).
     """
 
-    def __init__(self, newest: Mapping[str, int]) -> None:
-        self.voids: list[tuple[int, int]] = []
-        self._newest, self._end = newest, max(newest.values(), default=-1)
+    def __init__(self, latest_steps: Mapping[str, int]) -> None:
+        self.rollbacks: list[tuple[int, int]] = []
+        self._newest, self._end = latest_steps, max(latest_steps.values(), default=-1)
         self._kinds: set[frozenset[str]] = set()
         self._speakers: dict[str, str] = {}
         self._held: dict[str, dict[int, int]] = {}
 
-    def meet(self, rows: Sequence[Row]) -> None:
+    def register_rows(self, rows: Sequence[MetricRow]) -> None:
         """Learn which names come together."""
-        kinds = {frozenset(_numbers(row)) for row in rows}
+        kinds = {frozenset(_numeric_metrics(row)) for row in rows}
         if not kinds <= self._kinds:
             self._kinds |= kinds
             first: dict[tuple[Any, ...], str] = {}
@@ -199,38 +199,42 @@ class Asked:
         if rows[0]["step"] > self._end:
             self._held.clear()  # a long run has a million, and none is asked for again
 
-    def missing(self, row: Row, store: Store) -> list[Point]:
+    def find_missing_points(self, row: MetricRow, store: RemoteRun) -> list[MetricPoint]:
         """Of a row what the store does not have. Errors: whatever the store raises."""
-        step, made = int(row["step"]), milliseconds(row["time"])
-        return [(name, value, made, step) for name, value in _numbers(row).items() if not self._has(name, step, store)]
+        step, made = int(row["step"]), to_milliseconds(row["time"])
+        return [
+            (name, value, made, step)
+            for name, value in _numeric_metrics(row).items()
+            if not self._has(name, step, store)
+        ]
 
-    def _has(self, name: str, step: int, store: Store) -> bool:
+    def _has(self, name: str, step: int, store: RemoteRun) -> bool:
         if self._newest.get(name, -1) < step:
             return False
         speaker = self._speakers[name]
         if speaker not in self._held:
-            self._held[speaker] = store.held(speaker)
+            self._held[speaker] = store.get_step_timestamps(speaker)
         made = self._held[speaker].get(step)
-        return made is not None and made > max((when for when, to in self.voids if to < step), default=-1)
+        return made is not None and made > max((when for when, to in self.rollbacks if to < step), default=-1)
 
 
-def _numbers(row: Row) -> dict[str, float]:
+def _numeric_metrics(row: MetricRow) -> dict[str, float]:
     """A row without its place and time, under names that any store takes: arms of a comparison are a user's words."""
     return {_ODD.sub("_", name): float(value) for name, value in row.items() if name not in ("step", "time")}
 
 
-def _voids(run: Path) -> list[tuple[int, int]]:
-    return [(milliseconds(entry["time"]), entry["to"]) for entry in read_lines(run / "rollbacks.jsonl")]
+def _read_rollbacks(run: Path) -> list[tuple[int, int]]:
+    return [(to_milliseconds(entry["time"]), entry["to"]) for entry in read_json_lines(run / "rollbacks.jsonl")]
 
 
-def _kept(run: Path, there: Mapping[str, int]) -> list[Path]:
+def _list_files_to_upload(run: Path, there: Mapping[str, int]) -> list[Path]:
     """The run's files that a store is to have: the small ones in any case, a picture if the store has none as large."""
     pictures = sorted(run.glob("pictures/*.png"))
     new = [each for each in pictures if there.get(f"pictures/{each.name}") != each.stat().st_size]
     return [run / name for name in _FILES] + sorted(run.glob("export/*/card.json")) + new
 
 
-def _folder(path: Path) -> str:
+def _remote_folder(path: Path) -> str:
     """Where a store keeps a file of the run: pictures, and cards of several exports, have a folder of their own."""
     several = path.name == "card.json" and path.parent.parent.name == "export"
     return path.parent.name if several or path.parent.name == "pictures" else ""

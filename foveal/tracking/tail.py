@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from foveal import atomic
-from foveal.atomic import object_of
+from foveal.atomic import parse_json_object
 from foveal.errors import CheckpointError
-from foveal.tracking.tracker import Row
+from foveal.tracking.tracker import MetricRow
 
 _CHUNK = 1 << 18
 
 
-def read_lines(file: Path | int) -> Iterator[dict[str, Any]]:
+def read_json_lines(file: Path | int) -> Iterator[dict[str, Any]]:
     """The objects of a file of JSON lines, or of an open one; a last line that a kill cut short did not happen.
 
     Each is of a step, or of a roll-back to one. Errors: CheckpointError for a line that is no such object.
@@ -29,30 +29,30 @@ def read_lines(file: Path | int) -> Iterator[dict[str, Any]]:
         stream.seek(0)
         for line in stream:
             if line.endswith(b"\n"):
-                yield _checked(object_of(line, _name(file)), _name(file))
+                yield _check_row(parse_json_object(line, _file_name(file)), _file_name(file))
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json_or_empty(file: Path) -> dict[str, Any]:
     """An object that was written whole; empty where it was not yet."""
     return atomic.read_json(file) if file.exists() else {}
 
 
-def _name(file: Path | int) -> str:
+def _file_name(file: Path | int) -> str:
     return str(file) if isinstance(file, Path) else str(Path(f"/proc/self/fd/{file}").resolve())
 
 
-def _checked(row: dict[str, Any], where: str) -> dict[str, Any]:
+def _check_row(row: dict[str, Any], where: str) -> dict[str, Any]:
     if type(row.get("step", row.get("to"))) not in (int, float):
         raise CheckpointError(f"{where} is damaged ({str(row)[:60]} is of no step): restore it")
     return row
 
 
-def milliseconds(seconds: float) -> int:
+def to_milliseconds(seconds: float) -> int:
     """A ``time`` as a store keeps it."""
     return round(seconds * 1000)
 
 
-def is_named(descriptor: int, file: Path) -> bool:
+def is_same_file(descriptor: int, file: Path) -> bool:
     """Whether a name still means an open file: a later attempt gives it to its own."""
     try:
         return os.path.samestat(os.fstat(descriptor), file.stat())
@@ -61,15 +61,15 @@ def is_named(descriptor: int, file: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class Taken:
+class RowBatch:
     """Rows that were read, the place behind them, and how often the file had been cut by then."""
 
-    rows: list[Row]
-    place: int
-    cuts: int
+    rows: list[MetricRow]
+    end_offset: int
+    num_truncations: int
 
 
-class Tail:
+class MetricsTail:
     """What is still to be delivered of an open metrics.jsonl. It owns the descriptor."""
 
     def __init__(self, descriptor: int, file: Path) -> None:
@@ -79,18 +79,18 @@ class Tail:
         self._cuts: list[int] = []  # to how many bytes
 
     @property
-    def superseded(self) -> bool:
+    def is_replaced(self) -> bool:
         """Whether the run's rows are in another file by now."""
-        return not is_named(self._descriptor, self._file)
+        return not is_same_file(self._descriptor, self._file)
 
-    def take(self, numbers: int) -> Taken:
+    def read_batch(self, max_values: int) -> RowBatch:
         """The next rows, together of at most so many numbers (but one row whatever it holds); none: all is delivered."""
         while True:
             with self._lock:
                 place, cuts = self._place, len(self._cuts)
             lines = self._lines(place)
-            rows: list[Row] = []
-            room = numbers
+            rows: list[MetricRow] = []
+            room = max_values
             for line in lines:
                 row = json.loads(line)
                 room -= len(row) - 2  # step and time are none
@@ -100,25 +100,25 @@ class Tail:
                 place += len(line)
             with self._lock:
                 if cuts == len(self._cuts):
-                    return Taken(rows, place, cuts)
+                    return RowBatch(rows, place, cuts)
 
-    def delivered(self, taken: Taken) -> None:
+    def mark_delivered(self, batch: RowBatch) -> None:
         """Go on behind these, or where the file was cut meanwhile."""
         with self._lock:
-            self._place = min([taken.place, *self._cuts[taken.cuts :]])
+            self._place = min([batch.end_offset, *self._cuts[batch.num_truncations :]])
 
-    def cut(self) -> None:
+    def on_truncated(self) -> None:
         """The file is shorter now: the next rows are those behind what is left of it."""
         with self._lock:
             self._cuts.append(os.fstat(self._descriptor).st_size)
             self._place = min(self._place, self._cuts[-1])
 
-    def again(self) -> None:
+    def restart(self) -> None:
         """Begin anew, for a store that has nothing."""
         with self._lock:
             self._place = 0
 
-    def behind(self) -> int:
+    def count_pending_rows(self) -> int:
         """Rows that are not delivered."""
         with self._lock:
             place = self._place

@@ -7,11 +7,11 @@ from typing import Any, Literal, Protocol
 from pydantic import field_validator
 
 from foveal.config import Config, machine
-from foveal.redact import redact, written_secret
+from foveal.redact import find_secret_in_text, redact
 
-Row = dict[str, float]
-Point = tuple[str, float, int, int]  # of a row: name, value, milliseconds since 1970, step
-State = Literal["running", "finished", "saved-and-left", "failed", "diverged", "superseded"]
+MetricRow = dict[str, float]
+MetricPoint = tuple[str, float, int, int]  # of a row: name, value, milliseconds since 1970, step
+AttemptState = Literal["running", "finished", "saved-and-left", "failed", "diverged", "superseded"]
 _LONGEST = 300  # letters of a library's error; a server's page about a 500 is longer
 
 
@@ -29,7 +29,7 @@ class TrackingConfig(Config):
     @field_validator("uri")
     @classmethod
     def _no_secret(cls, uri: str | None) -> str | None:
-        if uri is not None and (what := written_secret(uri)):
+        if uri is not None and (what := find_secret_in_text(uri)):
             raise ValueError(
                 f"the URI holds {what}, which would stand in every config.yaml; write ${{A_VARIABLE}} for the URI"
             )
@@ -39,48 +39,48 @@ class TrackingConfig(Config):
 class Tracker(Protocol):
     """What every tracker can do. Only rank 0 has one that does anything."""
 
-    def settings(self, flat: dict[str, Any], tags: dict[str, str]) -> None:
+    def log_settings(self, settings: dict[str, Any], tags: dict[str, str]) -> None:
         """The resolved settings, and facts about this attempt, which has begun."""
         ...
 
-    def rows(self, rows: Sequence[Row]) -> None:
+    def log_rows(self, rows: Sequence[MetricRow]) -> None:
         """Finished steps, in order; each row has its ``step``."""
         ...
 
-    def results(self, results: Row, step: int) -> None:
+    def log_results(self, results: MetricRow, step: int) -> None:
         """Numbers that only some steps have: an evaluation, or what came of the whole run."""
         ...
 
-    def file(self, path: Path) -> None:
+    def log_file(self, path: Path) -> None:
         """A file of the run directory worth keeping, and finished: a picture, a config, a card."""
         ...
 
-    def rewind(self, to: int) -> None:
+    def rewind(self, to_step: int) -> None:
         """The run went back to a step: rows past it are void, and come again."""
         ...
 
-    def hurry(self) -> None:
+    def skip_flush(self) -> None:
         """The end is near: what is not delivered by then waits for the next attempt, or for foveal track sync."""
         ...
 
-    def close(self, state: State, why: str = "") -> None:
+    def close(self, state: AttemptState, reason: str = "") -> None:
         """The end of this attempt, and in a sentence why it ended."""
         ...
 
 
-def in_words(error: Exception) -> str:
+def summarize_error(error: Exception) -> str:
     """A library's error in one line, without secrets."""
     said = " ".join(redact(f"{type(error).__name__}: {error}").split())
     return said if len(said) <= _LONGEST else f"{said[:_LONGEST]} ..."
 
 
-class Silent:
+class NullTracker:
     """For the ranks that do not speak."""
 
-    def settings(self, flat: dict[str, Any], tags: dict[str, str]) -> None: ...
-    def rows(self, rows: Sequence[Row]) -> None: ...
-    def results(self, results: Row, step: int) -> None: ...
-    def file(self, path: Path) -> None: ...
-    def rewind(self, to: int) -> None: ...
-    def hurry(self) -> None: ...
-    def close(self, state: State, why: str = "") -> None: ...
+    def log_settings(self, settings: dict[str, Any], tags: dict[str, str]) -> None: ...
+    def log_rows(self, rows: Sequence[MetricRow]) -> None: ...
+    def log_results(self, results: MetricRow, step: int) -> None: ...
+    def log_file(self, path: Path) -> None: ...
+    def rewind(self, to_step: int) -> None: ...
+    def skip_flush(self) -> None: ...
+    def close(self, state: AttemptState, reason: str = "") -> None: ...

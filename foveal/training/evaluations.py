@@ -2,7 +2,9 @@
 
 import math
 
-Scores = dict[int, dict[str, float]]  # step to the numbers of its evaluation, by the names that they are logged under
+Evaluations = dict[
+    int, dict[str, float]
+]  # step to the numbers of its evaluation, by the names that they are logged under
 
 
 def higher_is_better(metric: str) -> bool:
@@ -10,28 +12,28 @@ def higher_is_better(metric: str) -> bool:
     return not metric.endswith("loss")
 
 
-def until(scores: Scores, step: int) -> Scores:
+def filter_up_to_step(evaluations: Evaluations, step: int) -> Evaluations:
     """The evaluations up to a step, that one included."""
-    return {at: numbers for at, numbers in scores.items() if at <= step}
+    return {at: numbers for at, numbers in evaluations.items() if at <= step}
 
 
-def values(scores: Scores, metric: str) -> list[float]:
+def collect_metric_values(evaluations: Evaluations, metric: str) -> list[float]:
     """A metric in the order of the steps."""
-    return [scores[step][metric] for step in sorted(scores)]
+    return [evaluations[step][metric] for step in sorted(evaluations)]
 
 
-def best_step(scores: Scores, metric: str) -> int:
+def find_best_step(evaluations: Evaluations, metric: str) -> int:
     """The step of the best evaluation, the first of equals; one that is not a number is the worst."""
-    signed = {step: _signed(scores[step][metric], metric) for step in sorted(scores)}
+    signed = {step: _sort_key(evaluations[step][metric], metric) for step in sorted(evaluations)}
     return max(signed, key=signed.__getitem__)
 
 
-def is_over(scores: Scores, metric: str, patience: int) -> bool:
+def is_patience_exhausted(evaluations: Evaluations, metric: str, patience: int) -> bool:
     """Whether so many evaluations have come after the best one."""
-    return bool(scores) and sum(step > best_step(scores, metric) for step in scores) >= patience
+    return bool(evaluations) and sum(step > find_best_step(evaluations, metric) for step in evaluations) >= patience
 
 
-def _signed(value: float, metric: str) -> float:
+def _sort_key(value: float, metric: str) -> float:
     if math.isnan(value):
         return -math.inf
     return value if higher_is_better(metric) else -value

@@ -8,29 +8,29 @@ from typing import Any
 
 from torch import Tensor
 
-from foveal.atomic import drafted
+from foveal.atomic import atomic_folder
 from foveal.distributed.world import World
 from foveal.engines.base import Engine
 from foveal.errors import CheckpointError, ExportError
 from foveal.training.plan import Plan
-from foveal.training.provenance import versions
-from foveal.weights.export import Card, part_of, write_export
+from foveal.training.provenance import get_library_versions
+from foveal.weights.export import Card, filter_and_strip_prefix, write_export
 
 
-class Exports:
+class Exporter:
     """The folders export/ and kept/<step>/ of a run. Every method is called by every rank.
 
     Weights are kept aside and never put over the export of a better evaluation before them: a run that is killed, or goes
     back, takes later evaluations anew, and on other ranks they may come out the worse.
     """
 
-    def __init__(self, run: Path, stage: str, plan: Plan, world: World) -> None:
-        self._run, self._stage, self._plan, self._world = run, stage, plan, world
+    def __init__(self, run_dir: Path, stage_name: str, plan: Plan, world: World) -> None:
+        self._run, self._stage, self._plan, self._world = run_dir, stage_name, plan, world
 
-    def write(
+    def write_weights(
         self,
         engine: Engine,
-        encoder: dict[str, Any],
+        encoder_card: dict[str, Any],
         *,
         prefix: str,
         classes: tuple[str, ...],
@@ -38,58 +38,63 @@ class Exports:
         metrics: dict[str, float],
         head: dict[str, Any] | None = None,
         name: str = "",
-        aside: bool = False,
+        as_best: bool = False,
     ) -> Path:
         """Write the weights whose names begin with ``prefix``, without it, and their card; the folder.
 
         ``head``: what builds the head again whose weights' names begin with ``head.``. ``aside``: in kept/<step>/. Errors: ExportError, on every rank, where it cannot be written.
         """
-        folder = self._kept(step) if aside else self._run / "export" / name
-        weights = engine.weights()
-        about = {"step": step, "metrics": metrics, "versions": versions(), "head": head}
-        card = self._plan.card(self._stage, encoder, classes, **about)
-        mine, heads = part_of(weights, prefix), part_of(weights, "head.") if head else None
-        self._world.once(lambda: _written(folder, mine, card, heads))
+        folder = self._best_folder(step) if as_best else self._run / "export" / name
+        weights = engine.full_state_dict()
+        about = {"step": step, "metrics": metrics, "versions": get_library_versions(), "head": head}
+        card = self._plan.build_card(self._stage, encoder_card, classes, **about)
+        mine, heads = (
+            filter_and_strip_prefix(weights, prefix),
+            filter_and_strip_prefix(weights, "head.") if head else None,
+        )
+        self._world.on_rank0(lambda: _write_folder(folder, mine, card, heads))
         return folder
 
-    def leave(self, step: int) -> Path:
+    def publish_best(self, step: int) -> Path:
         """Make what was kept after a step the export; the folder.
 
         Errors: CheckpointError, on every rank, where it is not there any more; ExportError where it cannot be written.
         """
-        return self._world.once(lambda: self._copied(step))
+        return self._world.on_rank0(lambda: self._copy_to_export(step))
 
-    def forget(self, before: int | None = None) -> None:
+    def remove_best(self, before_step: int | None = None) -> None:
         """Remove what was kept before a step; none: all of it."""
         if self._world.rank == 0:
             kept = self._run / "kept"
             gone = (
-                [kept] if before is None else [each for each in kept.glob("*") if each.name < self._kept(before).name]
+                [kept]
+                if before_step is None
+                else [each for each in kept.glob("*") if each.name < self._best_folder(before_step).name]
             )
             for folder in gone:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _kept(self, step: int) -> Path:
+    def _best_folder(self, step: int) -> Path:
         return self._run / "kept" / f"{step:08d}"
 
-    def _copied(self, step: int) -> Path:
-        kept, folder = self._kept(step), self._run / "export"
+    def _copy_to_export(self, step: int) -> Path:
+        kept, folder = self._best_folder(step), self._run / "export"
         if not kept.is_dir():
             raise CheckpointError(
                 f"{kept} is gone, which held the weights of the best evaluation; put it back, or begin anew with run.fresh=true"
             )
-        with _room(folder), drafted(folder) as draft:
+        with _as_export_error(folder), atomic_folder(folder) as draft:
             shutil.copytree(kept, draft, dirs_exist_ok=True)
         return folder
 
 
-def _written(folder: Path, weights: dict[str, Tensor], card: Card, head: dict[str, Tensor] | None) -> None:
-    with _room(folder):
+def _write_folder(folder: Path, weights: dict[str, Tensor], card: Card, head: dict[str, Tensor] | None) -> None:
+    with _as_export_error(folder):
         write_export(folder, weights, card, head)
 
 
 @contextmanager
-def _room(folder: Path) -> Iterator[None]:
+def _as_export_error(folder: Path) -> Iterator[None]:
     """What a file system refuses, in a sentence, so that every rank hears it. Errors: ExportError."""
     try:
         yield

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from foveal.data import Batch
 from foveal.distributed.world import World
 from foveal.engines.base import Engine
-from foveal.training.meters.metric_accumulator import Totals
-from foveal.training.meters.stragglers import Stragglers
-from foveal.training.meters.throughput import Pace
+from foveal.training.meters.metric_accumulator import MetricAccumulator
+from foveal.training.meters.stragglers import StragglerMeter
+from foveal.training.meters.throughput import ThroughputMeter
 
 
 class Objective(Protocol):
@@ -27,7 +27,7 @@ class Objective(Protocol):
     cannot be rescaled afterwards.
     """
 
-    def weight(self, batch: Batch) -> float | Tensor:
+    def batch_weight(self, batch: Batch) -> float | Tensor:
         """The batch's weight. A float says that every batch of this size has the same: no collective is spent on it."""
         ...
 
@@ -36,20 +36,20 @@ class Objective(Protocol):
         ...
 
 
-Goal = TypeVar("Goal", bound=Objective)
+ObjectiveT = TypeVar("ObjectiveT", bound=Objective)
 
 
 @dataclass(frozen=True, slots=True)
-class Parts(Generic[Goal]):
+class TrainingSetup(Generic[ObjectiveT]):
     """What a step is made of before an engine takes it: a model, its parameter groups for the optimizer, and the objective.
 
     ``frozen``: the modules that the objective asks and nothing trains.
     """
 
     model: nn.Module
-    groups: list[dict[str, Any]]
-    objective: Goal
-    frozen: tuple[nn.Module, ...] = ()
+    param_groups: list[dict[str, Any]]
+    objective: ObjectiveT
+    frozen_modules: tuple[nn.Module, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,78 +62,80 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Course:
+class LoopContext:
     """The steps of one attempt, from ``start`` to ``stop``, each of ``accumulate`` micros, and where their numbers go.
 
     ``beat`` hears what every step is doing, ``consumed`` of the micros of every step that has been taken.
     """
 
-    start: int
-    stop: int
-    accumulate: int
-    lr: Callable[[int], float]
+    start_step: int
+    stop_step: int
+    accumulation_steps: int
+    lr_schedule: Callable[[int], float]
     world: World
-    totals: Totals
-    pace: Pace
-    stragglers: Stragglers
-    beat: Callable[[int, str], None]
-    consumed: Callable[[int, Sequence[Batch]], None]
+    metric_accumulator: MetricAccumulator
+    throughput_meter: ThroughputMeter
+    straggler_meter: StragglerMeter
+    heartbeat: Callable[[int, str], None]
+    on_batches_consumed: Callable[[int, Sequence[Batch]], None]
 
 
-def steps(engine: Engine, batches: Iterator[Batch], objective: Objective, course: Course) -> Iterator[Step]:
+def run_steps(engine: Engine, batches: Iterator[Batch], objective: Objective, context: LoopContext) -> Iterator[Step]:
     """Yield after every optimizer step. What happens when is the caller's business.
 
     ``batches`` begins at step ``course.start``. Nothing here reads a number from the device, except what an engine's
     clipping reads.
     """
-    ranks, accumulate = course.world.size, course.accumulate
-    for index in range(course.start, course.stop):
-        rate = course.lr(index)
+    ranks, accumulate = context.world.size, context.accumulation_steps
+    for index in range(context.start_step, context.stop_step):
+        rate = context.lr_schedule(index)
         engine.set_lr(rate)
-        course.beat(index + 1, "data")
-        with course.pace.waiting():
-            micros = course.world.together(partial(_fetched, batches, course))
-        course.beat(index + 1, "training")
-        share = _mean_weight([objective.weight(batch) for batch in micros], course.world)
+        context.heartbeat(index + 1, "data")
+        with context.throughput_meter.time_data_wait():
+            micros = context.world.run_all_or_raise(partial(_fetch_microbatches, batches, context))
+        context.heartbeat(index + 1, "training")
+        share = _mean_batch_weight([objective.batch_weight(batch) for batch in micros], context.world)
         sums: dict[str, Tensor] = {}
         for number, host_batch in enumerate(micros):
             batch = host_batch.to(engine.device, non_blocking=True)
-            with engine.micro(last=number == accumulate - 1):
-                with course.stragglers.working():
+            with engine.microbatch(last=number == accumulate - 1):
+                with context.straggler_meter.time_forward():
                     total, numbers = objective(engine.model, batch)
-                engine.backward(_felt(total) / share)
+                engine.backward(_poison_nonfinite(total) / share)
             for name, value in ({"loss": total} | numbers).items():
                 sums[name] = sums.get(name, 0.0) + (value.detach() / share).double() / (accumulate * ranks)
-        course.beat(index + 1, "updating")
+        context.heartbeat(index + 1, "updating")
         outcome = engine.step()
-        course.totals.add(
+        context.metric_accumulator.add_step(
             sums, {"step": index + 1, "lr": rate, "grad_norm": outcome.grad_norm, "applied": float(outcome.applied)}
         )
-        course.consumed(index + 1, micros)
-        course.pace.count(len(batch.ids) * accumulate * ranks)
+        context.on_batches_consumed(index + 1, micros)
+        context.throughput_meter.add_images(len(batch.ids) * accumulate * ranks)
         yield Step(index + 1, batch, outcome.applied)
 
 
-def _felt(total: Tensor) -> Tensor:
+def _poison_nonfinite(total: Tensor) -> Tensor:
     """A loss that is not finite makes all its gradients so: it may have overflowed where they did not, and the engines'
     guards look at gradients alone.
     """
     return total * torch.where(total.detach().isfinite(), 1.0, math.nan)
 
 
-def _fetched(batches: Iterator[Batch], course: Course) -> list[Batch]:
-    with course.stragglers.fetching():
-        return list(itertools.islice(batches, course.accumulate))
+def _fetch_microbatches(batches: Iterator[Batch], context: LoopContext) -> list[Batch]:
+    with context.straggler_meter.time_data_fetch():
+        return list(itertools.islice(batches, context.accumulation_steps))
 
 
-def _mean_weight(weights: list[float | Tensor], world: World) -> float | Tensor:
+def _mean_batch_weight(weights: list[float | Tensor], world: World) -> float | Tensor:
     """The mean weight of a micro over all ranks: with it, the engine's mean over micros and ranks is sum over weight."""
     if not isinstance(weights[0], Tensor):
         return weights[0]
-    whole = world.sum(torch.stack([torch.as_tensor(weight) for weight in weights]).sum().double().to(world.device))
+    whole = world.all_reduce_sum(
+        torch.stack([torch.as_tensor(weight) for weight in weights]).sum().double().to(world.device)
+    )
     return whole / (len(weights) * world.size)
 
 
-def due(step: int, every: int, stop: int) -> bool:
+def is_due(step: int, interval: int, stop_step: int) -> bool:
     """Whether something that happens every so many steps, and at the end, happens after this step."""
-    return step == stop or (every > 0 and step % every == 0)
+    return step == stop_step or (interval > 0 and step % interval == 0)

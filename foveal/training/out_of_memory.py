@@ -5,9 +5,9 @@ import re
 
 import torch
 
-from foveal.distributed.launcher import seat
-from foveal.distributed.peer_failure import chain
-from foveal.errors import FovealError, OutOfMemory
+from foveal.distributed.launcher import read_launch_env
+from foveal.distributed.peer_failure import iter_exception_chain
+from foveal.errors import FovealError, OutOfMemoryError
 from foveal.training.plan import Plan
 
 # Of torch's allocator on the host, of libraries on a GPU, and of NCCL, whose errors look like those of a lost peer.
@@ -18,7 +18,7 @@ _WORDS = re.compile(
 _SOURCE = re.compile(r"^\[[^]]*\][\s.]*")  # the line of C++ that torch may begin with
 
 
-def out_of_memory(error: BaseException, stage: str, plan: Plan | None = None) -> OutOfMemory | None:
+def diagnose_out_of_memory(error: BaseException, stage: str, plan: Plan | None = None) -> OutOfMemoryError | None:
     """The sentence where this process ran out of memory, of a GPU or of its own; nothing for any other error.
 
     ``plan`` is that of the run, where there is one already: it says how many images a forward holds, and what is left to
@@ -26,22 +26,22 @@ def out_of_memory(error: BaseException, stage: str, plan: Plan | None = None) ->
     """
     if isinstance(error, FovealError):
         return None
-    cause = next((each for each in chain(error) if _is_of_memory(each)), None)
+    cause = next((each for each in iter_exception_chain(error) if _is_memory_error(each)), None)
     if cause is None:
         return None
     words = _SOURCE.sub("", str(cause).strip()).splitlines() or [type(cause).__name__]
     what = words[0].partition(". ")[0].rstrip(".")
     host = not isinstance(cause, torch.OutOfMemoryError) and "CUDA" not in str(cause)
-    where = f"{stage} ran out of memory{' of the host' if host else ''} on rank {seat().rank}"
+    where = f"{stage} ran out of memory{' of the host' if host else ''} on rank {read_launch_env().rank}"
     if plan is None:
-        return OutOfMemory(f"{where} before its first step ({what})")
-    return OutOfMemory(
-        f"{where}, with {plan.at_once} images per forward ({what}): {_remedies(plan)}; none of it changes the curve beyond "
+        return OutOfMemoryError(f"{where} before its first step ({what})")
+    return OutOfMemoryError(
+        f"{where}, with {plan.microbatch_size} images per forward ({what}): {_suggest_remedies(plan)}; none of it changes the curve beyond "
         f"rounding"
     )
 
 
-def _is_of_memory(error: BaseException) -> bool:
+def _is_memory_error(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if isinstance(error, OSError):
@@ -49,11 +49,11 @@ def _is_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _WORDS.search(str(error)) is not None
 
 
-def _remedies(plan: Plan) -> str:
+def _suggest_remedies(plan: Plan) -> str:
     """The settings that would take less memory, of those that are not at their least."""
     engine, ways = plan.cfg.engine, []
-    if plan.at_once > 1:
-        ways.append(f"lower batch.at_once ({plan.at_once})")
+    if plan.microbatch_size > 1:
+        ways.append(f"lower batch.at_once ({plan.microbatch_size})")
     if not engine.recompute:
         ways.append("set engine.recompute=true")
     if "deepspeed" in (engine.kind, engine.sharding) and engine.zero < 3:

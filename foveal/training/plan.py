@@ -10,14 +10,14 @@ from pydantic import model_validator
 
 from foveal.checkpoint.store import CheckpointConfig
 from foveal.config import Config, height_and_width, machine, science
-from foveal.data import DataConfig, Dataset, LabelKind, TrainingSet, described, training_set
-from foveal.data.image.decode import decoder_name
-from foveal.data.sampling.order import rank_slots
+from foveal.data import DataConfig, Dataset, LabelKind, TrainingSet, build_training_set, collect_mix_digests
+from foveal.data.image.decode import jpeg_decoder_name
+from foveal.data.sampling.order import rank_slot_range
 from foveal.engines.base import EngineConfig
-from foveal.engines.build import check_engine
+from foveal.engines.build import check_engine_config
 from foveal.errors import ConfigError, ExportError
 from foveal.optim.optimizers import OptimConfig
-from foveal.optim.schedule import dropped, plateau_drops, warmup_constant, warmup_cosine
+from foveal.optim.schedule import count_plateau_drops, step_decay_lr, warmup_constant, warmup_cosine
 from foveal.tracking.tracker import TrackingConfig
 from foveal.training.evaluations import higher_is_better
 from foveal.training.rollback import RecoveryConfig
@@ -27,12 +27,12 @@ from foveal.weights.export import Card
 class BatchConfig(Config):
     """A batch is a number of images, whatever the cluster; accumulation is derived."""
 
-    images: int = science(about="Images per optimizer step, over all ranks.", gt=0)
+    images: int = science(description="Images per optimizer step, over all ranks.", gt=0)
     at_once: int = machine(64, "The most images that a rank holds in one forward and backward.", gt=0)
 
-    def micros(self, ranks: int) -> tuple[int, int]:
+    def split_into_microbatches(self, world_size: int) -> tuple[int, int]:
         """(images at once, micros per step) on so many ranks, which divide the batch."""
-        mine = self.images // ranks
+        mine = self.images // world_size
         at_once = max(n for n in range(1, min(self.at_once, mine) + 1) if mine % n == 0)
         return at_once, mine // at_once
 
@@ -70,7 +70,7 @@ class StageConfig(Config):
     """The sections that every stage has."""
 
     seed: int = science(0, "Of everything that is drawn.", ge=0)
-    epochs: int = science(about="How often each image is seen.", ge=1)
+    epochs: int = science(description="How often each image is seen.", ge=1)
     data: DataConfig
     batch: BatchConfig
     optim: OptimConfig
@@ -81,15 +81,15 @@ class StageConfig(Config):
     run: RunConfig = RunConfig()
     tracking: TrackingConfig = TrackingConfig()
 
-    learns: ClassVar[tuple[LabelKind, ...]] = ("class",)
+    supported_labels: ClassVar[tuple[LabelKind, ...]] = ("class",)
 
     @property
-    def exports(self) -> tuple[str, ...]:
+    def export_names(self) -> tuple[str, ...]:
         """Names of what it leaves in export/; an empty one is export/ itself."""
         return ("",)
 
     @property
-    def watched(self) -> str | None:
+    def plateau_metric(self) -> str | None:
         """The number of an evaluation that a plateau is judged by; none in a stage that evaluates nothing."""
         return None
 
@@ -103,77 +103,83 @@ class Plan:
     """
 
     cfg: StageConfig
-    ranks: int
+    world_size: int
     dataset: Dataset
-    training: TrainingSet
-    at_once: int
-    micros: int
+    training_set: TrainingSet
+    microbatch_size: int
+    accumulation_steps: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    inherited: dict[str, Any] = field(default_factory=dict)
+    inherited_science: dict[str, Any] = field(default_factory=dict)
     resized_from: int | tuple[int, int] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of an epoch."""
-        return self.training.order.steps_per_epoch
+        return self.training_set.order.steps_per_epoch
 
     @property
-    def steps(self) -> int:
+    def total_steps(self) -> int:
         """Optimizer steps from first to last."""
         return self.steps_per_epoch * self.cfg.epochs
 
     @property
-    def runs(self) -> int:
+    def num_runs(self) -> int:
         """How many runs of these steps it comes to: one, if it is no comparison."""
         return 1
 
     @property
-    def stop(self) -> int:
+    def stop_step(self) -> int:
         """The step after which this attempt ends."""
-        return min(self.steps, self.cfg.run.stop_at or self.steps)
+        return min(self.total_steps, self.cfg.run.stop_at or self.total_steps)
 
-    def lr(self, step: int, watched: Sequence[float] = ()) -> float:
+    def compute_lr(self, step: int, metric_history: Sequence[float] = ()) -> float:
         """The learning rate of the update that follows ``step`` finished ones.
 
         ``watched`` are the values of ``cfg.watched`` in the evaluations up to that step, which only a plateau looks at.
         """
         optim = self.cfg.optim
         rise = {
-            "peak": optim.peak(self.cfg.batch.images),
+            "peak": optim.peak_lr(self.cfg.batch.images),
             "warmup": round(optim.warmup_epochs * self.steps_per_epoch),
         }
         if optim.schedule == "cosine":
-            return warmup_cosine(step, **rise, floor=optim.floor_lr, total=self.steps)
-        drops = self._drops(step, watched)
-        return dropped(warmup_constant(step, **rise), drops=drops, factor=optim.step_factor, floor=optim.floor_lr)
+            return warmup_cosine(step, **rise, min_lr=optim.floor_lr, total_steps=self.total_steps)
+        drops = self._count_drops(step, metric_history)
+        return step_decay_lr(
+            warmup_constant(step, **rise), num_drops=drops, factor=optim.step_factor, min_lr=optim.floor_lr
+        )
 
-    def _drops(self, step: int, watched: Sequence[float]) -> int:
-        optim, metric = self.cfg.optim, self.cfg.watched
+    def _count_drops(self, step: int, metric_history: Sequence[float]) -> int:
+        optim, metric = self.cfg.optim, self.cfg.plateau_metric
         if optim.schedule == "step":
             return sum(step >= round(epoch * self.steps_per_epoch) for epoch in optim.step_epochs)
         if optim.schedule == "plateau" and metric is not None:
-            return plateau_drops(watched, patience=optim.plateau_patience, higher_is_better=higher_is_better(metric))
+            return count_plateau_drops(
+                metric_history, patience=optim.plateau_patience, higher_is_better=higher_is_better(metric)
+            )
         return 0
 
-    def science(self) -> dict[str, Any]:
+    def science_settings(self) -> dict[str, Any]:
         """What guards a resume."""
-        return self.cfg.science() | self.inherited
+        return self.cfg.science_settings() | self.inherited_science
 
-    def card(self, stage: str, encoder: dict[str, Any], classes: tuple[str, ...], **found: Any) -> Card:
+    def build_card(
+        self, stage_name: str, encoder_card: dict[str, Any], classes: tuple[str, ...], **run_facts: Any
+    ) -> Card:
         """The card of what a stage exports: an encoder, with a head for the classes; ``found`` is what the run knows."""
         plain = {"mean": self.mean, "std": self.std, "resized_from": self.resized_from}
-        return Card(stage, encoder, **plain, classes=classes, science=self.science(), **found)
+        return Card(stage_name, encoder_card, **plain, classes=classes, science=self.science_settings(), **run_facts)
 
-    def lines(self) -> list[str]:
+    def summary_lines(self) -> list[str]:
         """The plan in words."""
         cfg = self.cfg
         return [
             *self._data_lines(),
             *self._resize_lines(),
-            f"batch     {cfg.batch.images} images = {self.ranks} ranks x {self.micros} micros x {self.at_once} at once",
-            f"steps     {self.steps} = {cfg.epochs} epochs x {self.steps_per_epoch} (each epoch drops another {self.training.order.dropped} images)",
-            f"lr        {cfg.optim.peak(cfg.batch.images):.3g} at its peak, after {cfg.optim.warmup_epochs:g} epochs; {cfg.optim.schedule}, {cfg.optim.kind}",
+            f"batch     {cfg.batch.images} images = {self.world_size} ranks x {self.accumulation_steps} micros x {self.microbatch_size} at once",
+            f"steps     {self.total_steps} = {cfg.epochs} epochs x {self.steps_per_epoch} (each epoch drops another {self.training_set.order.dropped_per_epoch} images)",
+            f"lr        {cfg.optim.peak_lr(cfg.batch.images):.3g} at its peak, after {cfg.optim.warmup_epochs:g} epochs; {cfg.optim.schedule}, {cfg.optim.kind}",
             f"engine    {cfg.engine.kind}{f' ZeRO {cfg.engine.zero}' if cfg.engine.kind == 'deepspeed' else ''}, {cfg.engine.precision}",
             f"run       {cfg.run.dir}",
         ]
@@ -191,13 +197,13 @@ class Plan:
         """What is read, in which shares, and what of it a node must hold."""
         data = self.cfg.data
         lines = [
-            f"data      {source.dataset.folder}, {source.dataset.samples(source.split):,} images in {source.split}"
-            for source in self.training.sources
+            f"data      {source.dataset.folder}, {source.dataset.num_samples(source.split):,} images in {source.split}"
+            for source in self.training_set.sources
         ]
         for number, other in enumerate(data.mix, start=1):
             lines[number] += f", {other.share:.4g} of every epoch"
-        lines.append(f"decoder   {decoder_name()} for JPEG")
-        shards, size = self.training.held(self.cfg.batch.images // self.ranks)
+        lines.append(f"decoder   {jpeg_decoder_name()} for JPEG")
+        shards, size = self.training_set.cached_size(self.cfg.batch.images // self.world_size)
         if shards:
             lines.append(
                 f"cache     up to {shards} shards ({size / 1e9:.3g} GB) for a rank's windows, this and the next; "
@@ -206,28 +212,32 @@ class Plan:
         return lines
 
 
-P = TypeVar("P", bound=Plan)
+PlanT = TypeVar("PlanT", bound=Plan)
 
 
-def config_file(stage: str, given: str) -> Path:
+def resolve_config_path(stage_name: str, name_or_path: str) -> Path:
     """The YAML file that a command line means: a path, or NAME for configs/<stage>/NAME.yaml."""
-    return Path(given) if given.endswith(".yaml") or "/" in given else Path("configs", stage, f"{given}.yaml")
+    return (
+        Path(name_or_path)
+        if name_or_path.endswith(".yaml") or "/" in name_or_path
+        else Path("configs", stage_name, f"{name_or_path}.yaml")
+    )
 
 
-def inherited_science(facts: dict[str, Any]) -> dict[str, Any]:
+def add_inherited_prefix(facts: dict[str, Any]) -> dict[str, Any]:
     """Science that no setting states, under names that no setting has."""
     return {f"inherited.{name}": value for name, value in facts.items()}
 
 
-def planned(
-    kind: type[P],
+def build_stage_plan(
+    plan_class: type[PlanT],
     cfg: StageConfig,
-    ranks: int,
+    world_size: int,
     *,
-    card: Card | None = None,
-    origin: dict[str, str] | None = None,
-    **further: Any,
-) -> P:
+    source_card: Card | None = None,
+    extra_science: dict[str, str] | None = None,
+    **plan_fields: Any,
+) -> PlanT:
     """Open the data, do the arithmetic, and refuse what cannot be.
 
     ``card`` is that of the export the stage starts from: its pixel statistics are the model's. ``origin`` names the
@@ -236,30 +246,32 @@ def planned(
     """
     _check_labels(cfg)
     dataset = Dataset.open(cfg.data)
-    rank_slots(cfg.batch.images, cfg.data.lanes, 0, ranks)
-    if ranks > 1 and cfg.data.patience_seconds >= 60 * cfg.engine.timeout_minutes:
+    rank_slot_range(cfg.batch.images, cfg.data.lanes, 0, world_size)
+    if world_size > 1 and cfg.data.patience_seconds >= 60 * cfg.engine.timeout_minutes:
         raise ConfigError(
             f"data.patience_seconds={cfg.data.patience_seconds:g} must be below engine.timeout_minutes="
             f"{cfg.engine.timeout_minutes:g}: the other ranks would give up before a loader that hangs is named"
         )
     _check_schedule(cfg)
-    training = training_set(dataset, cfg.data, seed=cfg.seed, batch=cfg.batch.images)
-    at_once, micros = cfg.batch.micros(ranks)
-    check_engine(cfg.engine, cfg.optim, ranks, at_once=at_once, accumulate=micros)
-    mean, std = _statistics(cfg, dataset, card)
+    training = build_training_set(dataset, cfg.data, seed=cfg.seed, batch_size=cfg.batch.images)
+    microbatch_size, accumulation_steps = cfg.batch.split_into_microbatches(world_size)
+    check_engine_config(
+        cfg.engine, cfg.optim, world_size, microbatch_size=microbatch_size, accumulation_steps=accumulation_steps
+    )
+    mean, std = _pixel_statistics(cfg, dataset, source_card)
     facts = {"data": dataset.digest(cfg.data.train), "mean": list(mean), "std": list(std)}
-    facts |= described(training.sources) | (origin or {})
-    return kind(
+    facts |= collect_mix_digests(training.sources) | (extra_science or {})
+    return plan_class(
         cfg=cfg,
-        ranks=ranks,
+        world_size=world_size,
         dataset=dataset,
-        training=training,
-        at_once=at_once,
-        micros=micros,
+        training_set=training,
+        microbatch_size=microbatch_size,
+        accumulation_steps=accumulation_steps,
         mean=mean,
         std=std,
-        inherited=inherited_science(facts),
-        **further,
+        inherited_science=add_inherited_prefix(facts),
+        **plan_fields,
     )
 
 
@@ -275,7 +287,7 @@ def _check_schedule(cfg: StageConfig) -> None:
             f"optim.step_epochs={epochs} must ascend between optim.warmup_epochs={optim.warmup_epochs:g} and "
             f"epochs={cfg.epochs}, neither included"
         )
-    if optim.schedule == "plateau" and cfg.watched is None:
+    if optim.schedule == "plateau" and cfg.plateau_metric is None:
         raise ConfigError(
             "optim.schedule=plateau is of fine-tuning, whose evaluations it follows; take cosine, step or constant here"
         )
@@ -284,7 +296,7 @@ def _check_schedule(cfg: StageConfig) -> None:
 def _check_labels(cfg: StageConfig) -> None:
     """What a stage has no use for. Errors: ConfigError."""
     data = cfg.data
-    if data.labels not in cfg.learns:
+    if data.labels not in cfg.supported_labels:
         raise ConfigError(
             f"data.labels={data.labels} is for fine-tuning; this stage learns from no such label: leave it out"
         )
@@ -299,7 +311,9 @@ def _check_labels(cfg: StageConfig) -> None:
         )
 
 
-def _statistics(cfg: StageConfig, dataset: Dataset, card: Card | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _pixel_statistics(
+    cfg: StageConfig, dataset: Dataset, card: Card | None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The pixels' mean and deviation that the model was or will be trained with."""
     if card is None:
         return dataset.mean, dataset.std

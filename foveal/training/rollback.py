@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from foveal.atomic import Growing, content_of, object_of
+from foveal.atomic import AppendLog, parse_json_object, read_file_bytes
 from foveal.config import Config, machine, science
-from foveal.data.sampling.order import batch_of
-from foveal.errors import CheckpointError, Diverged
+from foveal.data.sampling.order import batch_index_for_step
+from foveal.errors import CheckpointError, TrainingDivergedError
 
 _log = logging.getLogger(__name__)
 
@@ -26,58 +26,63 @@ class RecoveryConfig(Config):
     rollbacks: int = machine(5, "How often a run may go back before it gives up.", ge=0)
 
 
-class Recovery:
+class RollbackController:
     """The refused steps of a run and what was done about them; the same on every rank.
 
     ``rollbacks.jsonl`` remembers what no checkpoint holds yet: a run that is killed right after it went back does not
     meet the same batches again.
     """
 
-    def __init__(self, run: Path, cfg: RecoveryConfig, skipped: list[int], journal: list[dict[str, Any]]) -> None:
-        self._file, self._cfg = Growing(run / "rollbacks.jsonl"), cfg
-        self._journal = journal
-        self.skipped = sorted({*skipped, *(batch for entry in journal for batch in entry["batches"])})
+    def __init__(
+        self, run_dir: Path, cfg: RecoveryConfig, skipped_batches: list[int], rollbacks: list[dict[str, Any]]
+    ) -> None:
+        self._file, self._cfg = AppendLog(run_dir / "rollbacks.jsonl"), cfg
+        self._journal = rollbacks
+        self.skipped_batches = sorted({*skipped_batches, *(batch for entry in rollbacks for batch in entry["batches"])})
         self._refused: list[int] = []
 
-    def met(self, step: int, *, applied: bool) -> bool:
+    def observe_step(self, step: int, *, applied: bool) -> bool:
         """Hear what became of a step; True when it is time to go back."""
         self._refused = [] if applied else [*self._refused, step]
         return len(self._refused) >= self._cfg.after
 
     @property
-    def clean(self) -> bool:
+    def last_update_applied(self) -> bool:
         """Whether the last step was applied: what comes after a refused one is no state to keep."""
         return not self._refused
 
-    def go_back(self, to: int, *, writes: bool) -> None:
+    def record_rollback(self, to_step: int, *, is_writer: bool) -> None:
         """Write down that the run goes back to step ``to`` and past the batches of the refused steps.
 
         Errors: Diverged, on every rank, when it went back too often already.
         """
         first, last = self._refused[0], self._refused[-1]
         if len(self._journal) >= self._cfg.rollbacks:
-            raise Diverged(
+            raise TrainingDivergedError(
                 f"loss or gradients were not finite in the {len(self._refused)} steps {first} to {last}, after "
                 f"{len(self._journal)} roll-backs; none of them changed a weight, and the newest checkpoint is whole: "
                 f"start anew with run.fresh=true and a lower optim.lr_per_256, optim.clip or a longer optim.warmup_epochs"
             )
-        batches = [batch_of(step - 1, self.skipped) for step in self._refused]
-        entry = {"time": time.time(), "to": to, "refused": self._refused, "batches": batches}
-        if writes:
-            self._file.add_json([entry])
+        batches = [batch_index_for_step(step - 1, self.skipped_batches) for step in self._refused]
+        entry = {"time": time.time(), "to": to_step, "refused": self._refused, "batches": batches}
+        if is_writer:
+            self._file.append_json_lines([entry])
         _log.warning(
-            "the updates of steps %d to %d were refused: going back to step %d and past their batches", first, last, to
+            "the updates of steps %d to %d were refused: going back to step %d and past their batches",
+            first,
+            last,
+            to_step,
         )
         self._journal.append(entry)
-        self.skipped = sorted({*self.skipped, *batches})
+        self.skipped_batches = sorted({*self.skipped_batches, *batches})
         self._refused = []
 
 
-def read_journal(run: Path) -> list[dict[str, Any]]:
+def read_rollbacks(run_dir: Path) -> list[dict[str, Any]]:
     """The roll-backs of a run so far; a last line that a kill cut short did not happen. Errors: CheckpointError."""
-    file = run / "rollbacks.jsonl"
-    lines = content_of(file).splitlines(keepends=True) if file.exists() else []
-    journal = [object_of(line, file) for line in lines if line.endswith(b"\n")]
+    file = run_dir / "rollbacks.jsonl"
+    lines = read_file_bytes(file).splitlines(keepends=True) if file.exists() else []
+    journal = [parse_json_object(line, file) for line in lines if line.endswith(b"\n")]
     for entry in journal:
         batches = entry.get("batches")
         if not isinstance(batches, list) or not all(type(batch) is int for batch in batches):

@@ -18,12 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from foveal.atomic import drafted, sha256
+from foveal.atomic import atomic_folder, sha256
 from foveal.errors import ExportError
-from foveal.timeouts import PATIENCE, answered
+from foveal.timeouts import DEFAULT_STALL_TIMEOUT, read_with_timeout
 
-FORMAT = 1
-_LISTS = ("mean", "std", "classes", "resized_from")  # tuples, which JSON does not have
+EXPORT_FORMAT = 1
+_TUPLE_FIELDS = ("mean", "std", "classes", "resized_from")  # tuples, which JSON does not have
 _MODEL, _HEAD = "model.safetensors", "head.safetensors"
 
 
@@ -48,48 +48,50 @@ class Card:
     science: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     sha256: str = ""
-    format: int = FORMAT
+    format: int = EXPORT_FORMAT
     head: dict[str, Any] | None = None
     head_sha256: str = ""
 
 
-def write_export(folder: Path, weights: dict[str, Tensor], card: Card, head: dict[str, Tensor] | None = None) -> None:
+def write_export(
+    folder: Path, weights: dict[str, Tensor], card: Card, head_weights: dict[str, Tensor] | None = None
+) -> None:
     """Write an export, whole or not at all; ``head`` are the weights of what ``card.head`` describes."""
-    assert (head is None) == (card.head is None)
-    with drafted(folder) as draft:
-        tree = asdict(card) | {"sha256": _written(draft / _MODEL, weights)}
-        if head is None:
+    assert (head_weights is None) == (card.head is None)
+    with atomic_folder(folder) as draft:
+        tree = asdict(card) | {"sha256": _write_weights(draft / _MODEL, weights)}
+        if head_weights is None:
             del tree["head"], tree["head_sha256"]
         else:
-            tree["head_sha256"] = _written(draft / _HEAD, head)
+            tree["head_sha256"] = _write_weights(draft / _HEAD, head_weights)
         (draft / "card.json").write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
 
 
-def part_of(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def filter_and_strip_prefix(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Those whose names begin with a prefix, without it."""
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
-def read_card(folder: Path, patience: float = PATIENCE) -> Card:
+def read_card(folder: Path, timeout_seconds: float = DEFAULT_STALL_TIMEOUT) -> Card:
     """The card of an export; ``patience``: seconds that its storage may stand still.
 
     Errors: ExportError where there is no export, or one of another format; Unreachable where storage does not answer.
     """
     file = folder / "card.json"
     try:
-        tree: dict[str, Any] = answered(file, patience, lambda: json.loads(file.read_text()))
+        tree: dict[str, Any] = read_with_timeout(file, timeout_seconds, lambda: json.loads(file.read_text()))
     except (FileNotFoundError, NotADirectoryError):
         inside = sorted(file.parent.name for file in folder.glob("*/card.json"))
         hint = f"one of the exports in it ({', '.join(inside)})" if inside else "the export folder of a finished run"
         raise ExportError(f"{folder} is no export: it has no card.json; give {hint}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ExportError(f"{file} cannot be read ({error})") from None
-    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+    if not isinstance(tree, dict) or tree.get("format") != EXPORT_FORMAT:
         found = tree.get("format") if isinstance(tree, dict) else None
-        raise ExportError(f"{folder} has export format {found}; this foveal reads format {FORMAT}")
+        raise ExportError(f"{folder} has export format {found}; this foveal reads format {EXPORT_FORMAT}")
     try:
         lists: dict[str, Any] = {
-            name: tuple(value) for name, value in tree.items() if name in _LISTS and isinstance(value, list)
+            name: tuple(value) for name, value in tree.items() if name in _TUPLE_FIELDS and isinstance(value, list)
         }
         return Card(**tree | lists)
     except ValidationError as error:
@@ -98,13 +100,13 @@ def read_card(folder: Path, patience: float = PATIENCE) -> Card:
         raise ExportError(f"{file} is not as foveal wrote it ({place!r}: {said}); export it again") from None
 
 
-def read_export(folder: Path, patience: float = PATIENCE) -> tuple[dict[str, Tensor], Card]:
+def read_export(folder: Path, timeout_seconds: float = DEFAULT_STALL_TIMEOUT) -> tuple[dict[str, Tensor], Card]:
     """The weights (fp32, CPU) and card of an export, its digest checked; ``patience`` as in ``read_card``.
 
     Errors: ExportError where it is not whole; Unreachable where storage does not answer.
     """
-    card = read_card(folder, patience)
-    return _read(folder / _MODEL, card.sha256, patience), card
+    card = read_card(folder, timeout_seconds)
+    return _read_weights(folder / _MODEL, card.sha256, timeout_seconds), card
 
 
 def read_head(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -116,10 +118,10 @@ def read_head(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any
     found = None if card.head is None else card.head.get("kind")
     if card.head is None or found != kind:
         raise ExportError(f"{folder} has {f'a head for {found}' if found else 'no head'}, and one for {kind} is wanted")
-    return _read(folder / _HEAD, card.head_sha256, PATIENCE), card.head
+    return _read_weights(folder / _HEAD, card.head_sha256, DEFAULT_STALL_TIMEOUT), card.head
 
 
-def _written(file: Path, weights: dict[str, Tensor]) -> str:
+def _write_weights(file: Path, weights: dict[str, Tensor]) -> str:
     """Write weights; the file's digest. Those that modules share (tied ones) are written under each of their names."""
     apart, storages = {}, set()
     for name, value in weights.items():
@@ -131,29 +133,42 @@ def _written(file: Path, weights: dict[str, Tensor]) -> str:
     return sha256(file)
 
 
-def _read(file: Path, digest: str, patience: float) -> dict[str, Tensor]:
+def _read_weights(file: Path, digest: str, patience: float) -> dict[str, Tensor]:
     def read() -> dict[str, Tensor]:
         if sha256(file) != digest:
             raise ExportError(f"{file} is not the file that its card describes (sha256 differs); export it again")
         return load_file(file)
 
     try:
-        return answered(file, patience, read)
+        return read_with_timeout(file, patience, read)
     except FileNotFoundError:
         raise ExportError(f"{file.parent} is no whole export: {file.name} is missing") from None
     except (OSError, SafetensorError) as error:
         raise ExportError(f"{file} cannot be read ({error})") from None
 
 
-def load_strictly(
-    module: nn.Module, weights: dict[str, Tensor], where: Path, *, new: Sequence[str] = (), unused: Sequence[str] = ()
+def load_weights_strict(
+    module: nn.Module,
+    weights: dict[str, Tensor],
+    source: Path,
+    *,
+    new_prefixes: Sequence[str] = (),
+    unused_prefixes: Sequence[str] = (),
 ) -> None:
     """Load weights into a module, with no difference in names or shapes but the stated ones (see ``fitting``)."""
-    module.load_state_dict(module.state_dict() | fitting(module, weights, where, new=new, unused=unused))
+    module.load_state_dict(
+        module.state_dict()
+        | select_matching_weights(module, weights, source, new_prefixes=new_prefixes, unused_prefixes=unused_prefixes)
+    )
 
 
-def fitting(
-    module: nn.Module, weights: dict[str, Tensor], where: Path, *, new: Sequence[str] = (), unused: Sequence[str] = ()
+def select_matching_weights(
+    module: nn.Module,
+    weights: dict[str, Tensor],
+    source: Path,
+    *,
+    new_prefixes: Sequence[str] = (),
+    unused_prefixes: Sequence[str] = (),
 ) -> dict[str, Tensor]:
     """Those of the weights that a module takes.
 
@@ -161,12 +176,12 @@ def fitting(
     Errors: ExportError that lists what does not fit.
     """
     own = module.state_dict()
-    missing = [name for name in own if name not in weights and not name.startswith(tuple(new))]
-    extra = [name for name in weights if name not in own and not name.startswith(tuple(unused))]
+    missing = [name for name in own if name not in weights and not name.startswith(tuple(new_prefixes))]
+    extra = [name for name in weights if name not in own and not name.startswith(tuple(unused_prefixes))]
     shapes = [
         f"{name} {list(weights[name].shape)} for {list(own[name].shape)}"
         for name in own
-        if name in weights and weights[name].shape != own[name].shape and not name.startswith(tuple(new))
+        if name in weights and weights[name].shape != own[name].shape and not name.startswith(tuple(new_prefixes))
     ]
     for what, names in (
         ("lacks", missing),
@@ -175,6 +190,6 @@ def fitting(
     ):
         if names:
             raise ExportError(
-                f"{where} {what} {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
+                f"{source} {what} {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
             )
-    return {name: value for name, value in weights.items() if name in own and not name.startswith(tuple(new))}
+    return {name: value for name, value in weights.items() if name in own and not name.startswith(tuple(new_prefixes))}

@@ -15,17 +15,17 @@ from torch import Tensor
 
 from foveal.atomic import sha256
 from foveal.errors import ExportError
-from foveal.timeouts import PATIENCE, answered
+from foveal.timeouts import DEFAULT_STALL_TIMEOUT, read_with_timeout
 
 # Hugging Face's names behind "vit.", before transformers 5 and since; what the files of both hold is the older.
-_TOPS = {
+_TOP_LEVEL_NAMES = {
     "embeddings.cls_token": "cls_token",
     "embeddings.position_embeddings": "pos_embed",
     "embeddings.patch_embeddings.projection": "patch_embed.proj",
     "layernorm": "norm",
 }
 _LAYER = re.compile(r"(?:encoder\.layer|layers)\.(\d+)\.(.+)\.(weight|bias)")
-_PARTS = {
+_LAYER_NAMES = {
     "attention.output.dense": "attn.proj",
     "attention.o_proj": "attn.proj",
     "intermediate.dense": "mlp.fc1",
@@ -35,65 +35,65 @@ _PARTS = {
     "layernorm_before": "norm1",
     "layernorm_after": "norm2",
 }
-_THIRDS = {"query": 0, "q_proj": 0, "key": 1, "k_proj": 1, "value": 2, "v_proj": 2}
+_QKV_INDEX = {"query": 0, "q_proj": 0, "key": 1, "k_proj": 1, "value": 2, "v_proj": 2}
 
 
-def weights_file(place: Path, patience: float = PATIENCE) -> Path:
+def find_weights_file(path: Path, timeout_seconds: float = DEFAULT_STALL_TIMEOUT) -> Path:
     """The safetensors file that is meant: the place itself, or the one in it.
 
     patience: seconds that storage may stand still. Errors: ExportError, Unreachable.
     """
-    return answered(place, patience, lambda: _weights_file(place))
+    return read_with_timeout(path, timeout_seconds, lambda: _find_weights_file(path))
 
 
-def _weights_file(place: Path) -> Path:
-    file = place / "model.safetensors" if place.is_dir() else place
-    if place.is_dir() and not file.exists():
-        found = sorted(each.name for each in place.iterdir() if each.is_file())
+def _find_weights_file(path: Path) -> Path:
+    file = path / "model.safetensors" if path.is_dir() else path
+    if path.is_dir() and not file.exists():
+        found = sorted(each.name for each in path.iterdir() if each.is_file())
         raise ExportError(
-            f"{place} has no model.safetensors (it has {', '.join(found[:5]) or 'no files'}); weights are read from "
+            f"{path} has no model.safetensors (it has {', '.join(found[:5]) or 'no files'}); weights are read from "
             f"safetensors alone, no pickle and no parts of one"
         )
     if not file.exists():
-        raise ExportError(f"{place} is not there: give an export, or a file or folder with weights as safetensors")
+        raise ExportError(f"{path} is not there: give an export, or a file or folder with weights as safetensors")
     if file.suffix != ".safetensors":
         raise ExportError(f"{file} is no safetensors file; a pickle is not read: convert it with safetensors.torch")
     return file
 
 
-def read_weights(file: Path, patience: float = PATIENCE) -> tuple[dict[str, Tensor], str]:
+def read_weights_as_timm(file: Path, timeout_seconds: float = DEFAULT_STALL_TIMEOUT) -> tuple[dict[str, Tensor], str]:
     """The weights of a file, fp32 on the CPU, under timm's names where they have one, and the file's sha256.
 
     patience: seconds that storage may stand still. Errors: ExportError, Unreachable.
     """
     try:
-        digest = answered(file, patience, lambda: sha256(file))
-        weights = answered(file, patience, lambda: load_file(file))
+        digest = read_with_timeout(file, timeout_seconds, lambda: sha256(file))
+        weights = read_with_timeout(file, timeout_seconds, lambda: load_file(file))
     except (OSError, SafetensorError) as error:
         raise ExportError(f"{file} cannot be read ({error})") from None
-    return _timms({name: value.float() for name, value in weights.items()}), digest
+    return _to_timm_names({name: value.float() for name, value in weights.items()}), digest
 
 
-def config_beside(file: Path, patience: float = PATIENCE) -> dict[str, Any]:
+def read_hf_config(weights_path: Path, timeout_seconds: float = DEFAULT_STALL_TIMEOUT) -> dict[str, Any]:
     """What Hugging Face's config.json in the same folder says, and weights do not; nothing where there is none.
 
     Errors: Unreachable where it does not answer for ``patience`` seconds.
     """
-    config = file.parent / "config.json"
+    config = weights_path.parent / "config.json"
     try:
-        told: Any = answered(config, patience, lambda: json.loads(config.read_text()))
+        told: Any = read_with_timeout(config, timeout_seconds, lambda: json.loads(config.read_text()))
     except (OSError, ValueError, RecursionError):
         return {}
     return told if isinstance(told, dict) else {}
 
 
-def heads_beside(file: Path, patience: float = PATIENCE) -> int | None:
+def read_num_heads(weights_path: Path, timeout_seconds: float = DEFAULT_STALL_TIMEOUT) -> int | None:
     """The attention heads that the config.json states: no weight tells of them. Errors: Unreachable."""
-    heads = config_beside(file, patience).get("num_attention_heads")
+    heads = read_hf_config(weights_path, timeout_seconds).get("num_attention_heads")
     return heads if isinstance(heads, int) else None
 
 
-def _timms(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _to_timm_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Hugging Face's names as timm's: queries, keys and values are one matrix there."""
     if not any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in weights):
         return weights
@@ -103,13 +103,13 @@ def _timms(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         plain = name.removeprefix("vit.")
         layer = _LAYER.fullmatch(plain)
         stem, _, kind = plain.rpartition(".")
-        if layer and layer[2] in _PARTS:
-            found[f"blocks.{layer[1]}.{_PARTS[layer[2]]}.{layer[3]}"] = value
-        elif layer and (third := _THIRDS.get(layer[2].rpartition(".")[2])) is not None:
+        if layer and layer[2] in _LAYER_NAMES:
+            found[f"blocks.{layer[1]}.{_LAYER_NAMES[layer[2]]}.{layer[3]}"] = value
+        elif layer and (third := _QKV_INDEX.get(layer[2].rpartition(".")[2])) is not None:
             thirds.setdefault(f"blocks.{layer[1]}.attn.qkv.{layer[3]}", {})[third] = value
-        elif plain in _TOPS:
-            found[_TOPS[plain]] = value
+        elif plain in _TOP_LEVEL_NAMES:
+            found[_TOP_LEVEL_NAMES[plain]] = value
         else:
-            found[f"{_TOPS[stem]}.{kind}" if stem in _TOPS else name] = value
+            found[f"{_TOP_LEVEL_NAMES[stem]}.{kind}" if stem in _TOP_LEVEL_NAMES else name] = value
     whole = {name: torch.cat([parts[0], parts[1], parts[2]]) for name, parts in thirds.items() if len(parts) == 3}
     return found | whole

@@ -15,9 +15,9 @@ from typing import Any
 from harness import STILL_GOING, Cluster, Rank
 from server import Server
 
-from foveal.atomic import json_lines
-from foveal.tracking.tail import read_lines
-from foveal.training.lease import Told, attempts_of
+from foveal.atomic import encode_json_lines
+from foveal.tracking.tail import read_json_lines
+from foveal.training.lease import AttemptRecord, list_attempts
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = (
@@ -108,7 +108,7 @@ class Scene:
     def spare(self, rollbacks: list[dict[str, Any]]) -> None:
         """Tell the run, before its first step, which batches it goes past."""
         self.run.mkdir(parents=True)
-        (self.run / "rollbacks.jsonl").write_bytes(json_lines(rollbacks))
+        (self.run / "rollbacks.jsonl").write_bytes(encode_json_lines(rollbacks))
 
     def pace(self) -> float:
         """Seconds of a step, as the times of its rows tell."""
@@ -140,21 +140,21 @@ class Scene:
 
     def rollbacks(self) -> list[dict[str, Any]]:
         """How often the run went back behind steps that were refused, and past which batches."""
-        return list(read_lines(self.run / "rollbacks.jsonl"))
+        return list(read_json_lines(self.run / "rollbacks.jsonl"))
 
     def said(self, pattern: str) -> list[str]:
         """All matches in the log of rank 0, which goes on over attempts."""
         file = self.run / "logs/rank-000.log"
         return re.findall(pattern, file.read_text(errors="replace")) if file.exists() else []
 
-    def attempts(self) -> list[Told]:
+    def attempts(self) -> list[AttemptRecord]:
         """The attempts at the run, the newest last."""
-        return attempts_of(self.run) if (self.run / "attempts").exists() else []
+        return list_attempts(self.run) if (self.run / "attempts").exists() else []
 
     def begun(self) -> tuple[int, int | None]:
         """The newest attempt's number, 0 before the first, and the step it began at, if it knows."""
         found = self.attempts()
-        return (found[-1].number, found[-1].start) if found else (0, None)
+        return (found[-1].number, found[-1].start_step) if found else (0, None)
 
     def checkpoints(self) -> list[Path]:
         """Whole ones, the newest last."""

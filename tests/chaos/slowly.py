@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from foveal.data import Batch
-from pretrain.objective import Reconstruct
+from pretrain.objective import MaskedModelingLoss
 
 _POISONED = 3  # batches in a row: what recovery.after takes for a reason to go back
 _RANK = os.environ.get("SLURM_PROCID", "0")
@@ -30,9 +30,9 @@ _LONGEST_HOLD = 45.0  # seconds: the watchdog finds a step of a minute worth a w
 
 
 def slow_down(seconds: float) -> None:
-    forward = Reconstruct.__call__
+    forward = MaskedModelingLoss.__call__
 
-    def slowly(self: Reconstruct, model: Any, batch: Batch) -> Any:
+    def slowly(self: MaskedModelingLoss, model: Any, batch: Batch) -> Any:
         time.sleep(seconds)
         end = time.monotonic() + _LONGEST_HOLD
         while Path("hold").exists() and time.monotonic() < end:
@@ -43,15 +43,15 @@ def slow_down(seconds: float) -> None:
         total, numbers = forward(self, model, batch)
         return (total * math.nan if poisoned(batch) else total), numbers
 
-    Reconstruct.__call__ = slowly  # pyright: ignore[reportAttributeAccessIssue]
+    MaskedModelingLoss.__call__ = slowly  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def poisoned(batch: Batch) -> bool:
     """Whether this batch is one that gives NaN. A batch is known by its first draw, whatever step it comes in."""
     poison, list_of = Path("poison"), Path("poisoned")
-    if os.environ.get("SLURM_PROCID") != "0" or batch.micro or not (poison.exists() or list_of.exists()):
+    if os.environ.get("SLURM_PROCID") != "0" or batch.microbatch_index or not (poison.exists() or list_of.exists()):
         return False
-    draw, known = int(batch.draws[0]), list_of.read_text().split() if list_of.exists() else []
+    draw, known = int(batch.sample_keys[0]), list_of.read_text().split() if list_of.exists() else []
     if str(draw) in known:
         return True
     first, before = map(int, poison.read_text().split()) if poison.exists() else (math.inf, 0)
@@ -80,9 +80,9 @@ def prepare() -> socket.socket | None:
     Path("meeting").unlink(missing_ok=True)
     if not Path("occupied").exists():
         return None
-    from foveal.distributed.launcher import places, seat
+    from foveal.distributed.launcher import read_launch_env, rendezvous_addresses
 
-    place = places(seat())[0]
+    place = rendezvous_addresses(read_launch_env())[0]
     Path("occupied").write_text(str(place[1]))
     return socket.create_server(place)
 

@@ -12,8 +12,8 @@ from processes import PYTHON, Ended, column, ended
 from scene import SETTINGS, STEPS_PER_EPOCH, Scene, checkout
 from verdict import compare
 
-from foveal.errors import Superseded
-from foveal.training.lease import Told
+from foveal.errors import AttemptSupersededError
+from foveal.training.lease import AttemptRecord
 
 pytestmark = [pytest.mark.thorough, pytest.mark.slow, pytest.mark.timeout(900)]
 _EPOCHS = 2
@@ -27,7 +27,7 @@ class Fenced:
 
     scene: Scene
     alone: Ended
-    attempts: list[Told]  # when the first had ended
+    attempts: list[AttemptRecord]  # when the first had ended
     before: set[str]  # what the first had published when the second took its number
     after: set[str]  # and when it had ended
 
@@ -53,7 +53,7 @@ def fenced(third_node: Cluster, digits: Path, tmp_path_factory: pytest.TempPathF
             alone = ended([PYTHON, "-m", "pretrain.run", *line], place)
             scene.until(lambda: scene.begun()[0] == 2, "there is a second attempt", 240)
             before = published(scene)
-        scene.until(lambda: scene.attempts()[0].code is not None, "the first attempt has ended", 120)
+        scene.until(lambda: scene.attempts()[0].exit_code is not None, "the first attempt has ended", 120)
         scene.until(lambda: 0 not in starts_alive(scene), "the first attempt's rank is gone", 60)
         told, after = scene.attempts(), published(scene)
         scene.finish(240)
@@ -79,9 +79,9 @@ def starts_alive(scene: Scene) -> set[int]:
 
 def test_the_old_attempt_stops_while_its_node_is_still_cut_off(fenced: Fenced) -> None:
     old, new = fenced.attempts
-    assert old.code == Superseded.exit_code
-    assert old.why is not None and "another attempt has taken over" in old.why
-    assert new.code is None, "it goes on"
+    assert old.exit_code == AttemptSupersededError.exit_code
+    assert old.reason is not None and "another attempt has taken over" in old.reason
+    assert new.exit_code is None, "it goes on"
     assert old.holder is not None and new.holder is not None
     assert old.holder.job == new.holder.job
     assert old.holder.nodes != new.holder.nodes
@@ -97,4 +97,4 @@ def test_the_run_is_the_one_that_was_left_alone(fenced: Fenced) -> None:
     assert column(fenced.scene.rows(), "step") == list(range(1, _STEPS + 1))
     verdict = compare(fenced.scene.folder / "runs/alone", fenced.scene.run, exact=True)
     assert verdict.good, "\n".join(verdict.lines)
-    assert [each.code for each in fenced.scene.attempts()] == [Superseded.exit_code, 0]
+    assert [each.exit_code for each in fenced.scene.attempts()] == [AttemptSupersededError.exit_code, 0]

@@ -9,7 +9,7 @@ from processes import ROOT
 
 from distill.config import DistillConfig
 from finetune.config import FinetuneConfig
-from foveal.data.sampling.order import Order, rank_slots
+from foveal.data.sampling.order import SampleOrder, rank_slot_range
 from foveal.errors import ConfigError
 from foveal.training.plan import StageConfig
 from pretrain.config import PretrainConfig
@@ -47,10 +47,10 @@ def clusters(name: str) -> list[int]:
 @pytest.mark.parametrize("name", FILES)
 def test_every_cluster_of_the_header_divides_the_batch(name: str) -> None:
     cfg = loaded(name)
-    order = Order(COUNTS, cfg.batch.images, cfg.data.lanes, cfg.data.window, cfg.seed)
+    order = SampleOrder(COUNTS, cfg.batch.images, cfg.data.lanes, cfg.data.window, cfg.seed)
     for ranks in clusters(name):
-        rank_slots(cfg.batch.images, cfg.data.lanes, ranks - 1, ranks)
-        at_once, micros = cfg.batch.micros(ranks)
+        rank_slot_range(cfg.batch.images, cfg.data.lanes, ranks - 1, ranks)
+        at_once, micros = cfg.batch.split_into_microbatches(ranks)
         assert at_once * micros * ranks == cfg.batch.images
         assert at_once > 1 or cfg.batch.images == ranks
     header = FILES[name].read_text()
@@ -65,7 +65,7 @@ def test_every_cluster_of_the_header_divides_the_batch(name: str) -> None:
 def test_a_batch_of_4096_refuses_what_5760_is_for(ranks: int) -> None:
     cfg = loaded("pretrain/mae_vit_b16.yaml")
     with pytest.raises(ConfigError, match="the nearest batch that fits is"):
-        rank_slots(cfg.batch.images, cfg.data.lanes, 0, ranks)
+        rank_slot_range(cfg.batch.images, cfg.data.lanes, 0, ranks)
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if not name.startswith("finetune")])
@@ -75,6 +75,6 @@ def test_the_encoders_fit_their_images(name: str) -> None:
     found = re.search(r"_([bslh])(\d+)", Path(name).stem)
     assert found is not None
     assert cfg.model is not None
-    sizes = cfg.model.fitted(cfg.data.image_size)
+    sizes = cfg.model.resolve_for_image(cfg.data.image_size)
     assert sizes.patch == int(found[2])
     assert sizes.width == {"s": 384, "b": 768, "l": 1024, "h": 1280}[found[1]]

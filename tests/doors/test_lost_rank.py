@@ -13,7 +13,7 @@ import pytest
 from forked import Forked, free_port, ranks_of
 from processes import Ended, Started
 
-from foveal.errors import Hung, LaunchError
+from foveal.errors import LaunchError, TrainingHungError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # of real processes, each several seconds
 SCRIPT = Path(__file__).parents[1] / "support" / "stepping.py"
@@ -73,7 +73,7 @@ def ranks(tmp_path: Path) -> Iterator[Ranks]:
 def lost(ended: Ended, rank: int) -> bool:
     """Whether a rank ended because it lost another, in a sentence."""
     sentence = f"rank {rank} lost a peer in a collective: "
-    return ended.code == Hung.exit_code and sentence in ended.err and "Traceback" not in ended.err
+    return ended.code == TrainingHungError.exit_code and sentence in ended.err and "Traceback" not in ended.err
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_a_stopped_rank_is_named_by_the_others_and_ends_when_it_goes_on(ranks) -
             assert re.search(r"rank 1 on \S+ in step \d+: (data|training)\b.*, then silent", log)
     finally:
         ranks.started[1].send_signal(signal.SIGCONT)
-    assert ranks.ended(1).code in {Hung.exit_code, 1}  # its own collective, or faulthandler's alarm
+    assert ranks.ended(1).code in {TrainingHungError.exit_code, 1}  # its own collective, or faulthandler's alarm
 
 
 @pytest.mark.thorough
@@ -129,14 +129,14 @@ def test_where_rank_0_is_stopped_its_store_is_too(ranks) -> None:
         assert "look at rank 0 first" in ranks.log(1)
     finally:
         ranks.started[0].send_signal(signal.SIGCONT)
-    assert ranks.ended(0).code in {Hung.exit_code, 1}
+    assert ranks.ended(0).code in {TrainingHungError.exit_code, 1}
 
 
 @pytest.mark.parametrize("how", [pytest.param("loop", marks=pytest.mark.thorough), "sleep"])
 def test_a_rank_that_hangs_by_itself_is_named_and_ended(ranks, how: str) -> None:
     ranks.start(2, how, 1)
     assert lost(ranks.ended(0), 0), ranks.log(0)
-    assert ranks.ended(1).code == Hung.exit_code
+    assert ranks.ended(1).code == TrainingHungError.exit_code
     for rank in (0, 1):
         assert f"{STACKS}{rank}" in ranks.log(rank)
         assert re.search(

@@ -27,7 +27,7 @@ def start(
         raise Left(code)
 
     def run(*words: str) -> int:
-        monkeypatch.setattr("foveal.training.cli._end_now", end)
+        monkeypatch.setattr("foveal.training.cli._exit_process", end)
         place = f"run.dir={tmp_path / 'run'}"
         with pytest.raises(Left) as left:
             main(
@@ -68,7 +68,7 @@ def test_a_plan_that_does_not_fit_is_one_too(
     def full(*_: Any, **__: Any) -> None:
         raise MemoryError("Unable to allocate 7.11 PiB for an array")
 
-    monkeypatch.setattr("foveal.training.plan.training_set", full)
+    monkeypatch.setattr("foveal.training.plan.build_training_set", full)
     assert start("--check") == 2
     assert (
         "pretrain ran out of memory of the host on rank 0 before its first step (Unable to" in capsys.readouterr().err

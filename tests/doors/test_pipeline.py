@@ -11,7 +11,7 @@ from processes import column, rows_of
 
 from foveal.commands import summary
 from foveal.models.vit import encoder_from_card
-from foveal.weights.export import load_strictly, read_export
+from foveal.weights.export import load_weights_strict, read_export
 
 pytestmark = [
     pytest.mark.thorough,
@@ -53,7 +53,9 @@ def test_an_encoders_export_is_whole(run: str, stage: str, pipeline) -> None:
     assert card.metrics["loss"] > 0
     assert card.science["seed"] == 3
     assert {"foveal", "torch", "timm"} <= card.versions.keys()
-    load_strictly(encoder_from_card(card.encoder, "card.json"), weights, Path(run), new=("fc_norm.", "head."))
+    load_weights_strict(
+        encoder_from_card(card.encoder, "card.json"), weights, Path(run), new_prefixes=("fc_norm.", "head.")
+    )
 
 
 def test_a_classifiers_export_is_whole(pipeline) -> None:
@@ -61,7 +63,7 @@ def test_a_classifiers_export_is_whole(pipeline) -> None:
     weights, card = read_export(folder)
     assert card.classes == tuple(str(digit) for digit in range(10))
     assert card.science["inherited.init"] == read_export(pipeline.runs / "pretrain" / "export")[1].sha256
-    load_strictly(encoder_from_card(card.encoder, "card.json"), weights, folder)
+    load_weights_strict(encoder_from_card(card.encoder, "card.json"), weights, folder)
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ import pytest
 from processes import PYTHON, Ended, Started, ended
 
 from foveal.distributed.run_identity import RunIdentity
-from foveal.distributed.tcp_store import connect
-from foveal.doctor.runner import ENDING
+from foveal.distributed.tcp_store import connect_to_store
+from foveal.doctor.runner import PREFLIGHT_TIMEOUT
 
 _PATIENCE = 60  # seconds until a rank has come
 _JOINING = 15  # seconds that ranks wait for one that is never started
@@ -65,7 +65,9 @@ class Job:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("MASTER_ADDR", "127.0.0.1")
             patch.setenv("MASTER_PORT", str(self.port))
-            store = connect(_PATIENCE, RunIdentity({"launcher": "environment"}, self._size, "doctor").key)
+            store = connect_to_store(
+                _PATIENCE, RunIdentity({"launcher": "environment"}, self._size, "doctor").store_key
+            )
         while not store.check([f"doing/{rank}"]):
             assert time.monotonic() < limit, f"rank {rank} has not begun"
             time.sleep(0.01)
@@ -198,4 +200,4 @@ def test_ranks_that_stop_or_never_come_are_named(tmp_path: Path) -> None:
     assert "rank 1 said nothing more after it began " in done.out
     assert f"rank 2 did not come within {_JOINING} s" in done.out
     assert last_line(done) == "bad nodes: node1"
-    assert took < ENDING
+    assert took < PREFLIGHT_TIMEOUT

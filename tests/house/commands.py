@@ -11,7 +11,7 @@ import typer
 from house import ROOT, STAGES, is_first_party_module
 
 from foveal.cli import app
-from foveal.commands.reference import settings, stage_configs
+from foveal.commands.reference import get_stage_configs, iter_setting_docs
 
 # Programs that a document may show without their arguments being looked at.
 FOREIGN = {
@@ -34,7 +34,7 @@ FILE = re.compile(r"[\w./-]+\.(py|sh|yaml|toml|txt|md)")
 OVERRIDE = re.compile(r"([a-z_]\w*(?:\.\w+)*)=.*")
 # What a command makes, or what stands for the reader's own.
 MADE = ("data/", "runs/", "docs/configuration.md", "/")
-_SETTINGS = {stage: {line.name for line in settings(model)} for stage, model in stage_configs().items()}
+_SETTINGS = {stage: {line.name for line in iter_setting_docs(model)} for stage, model in get_stage_configs().items()}
 _TARGETS = set(" ".join(re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)).split())
 
 

@@ -8,7 +8,7 @@ from house import ROOT
 from pydantic import Field
 from pydantic_core import PydanticUndefined
 
-from foveal.commands.reference import Setting, main, reference, settings, stage_configs
+from foveal.commands.reference import SettingDoc, get_stage_configs, iter_setting_docs, main, render_reference
 from foveal.config import Config, machine, science
 
 
@@ -20,7 +20,7 @@ class Kettle(Config):
 class Breakfast(Config):
     """What is eaten first."""
 
-    eggs: int = science(about="How many.", ge=0)
+    eggs: int = science(description="How many.", ge=0)
     style: Literal["boiled", "fried"] | None = science(None, "How.")
     split: tuple[Annotated[float, Field(ge=0)], float] = science((0.5, 0.5), "Between two.")
     kettle: Kettle = Kettle(watts=1000)
@@ -29,35 +29,35 @@ class Breakfast(Config):
 
 
 def test_every_setting_has_its_line() -> None:
-    assert list(settings(Breakfast)) == [
-        Setting("eggs", "integer", PydanticUndefined, "≥ 0", "science", "How many."),
-        Setting("style", "`boiled` or `fried` or null", None, "", "science", "How."),
-        Setting("split", "[number, number]", (0.5, 0.5), "each ≥ 0", "science", "Between two."),
-        Setting("kettle.watts", "integer", 1000, "> 0, ≤ 3000", "science", "What it draws."),
-        Setting("kettle.colours", "list of text", (), "", "machine", "For show | for sale."),
-        Setting("spare", "section or null", None, "", "machine", "Another one."),
-        Setting("spare.watts", "integer", 2000, "> 0, ≤ 3000", "machine", "What it draws."),
-        Setting("spare.colours", "list of text", (), "", "machine", "For show | for sale."),
-        Setting("notes", "mapping", {}, "", "machine", ""),
+    assert list(iter_setting_docs(Breakfast)) == [
+        SettingDoc("eggs", "integer", PydanticUndefined, "≥ 0", "science", "How many."),
+        SettingDoc("style", "`boiled` or `fried` or null", None, "", "science", "How."),
+        SettingDoc("split", "[number, number]", (0.5, 0.5), "each ≥ 0", "science", "Between two."),
+        SettingDoc("kettle.watts", "integer", 1000, "> 0, ≤ 3000", "science", "What it draws."),
+        SettingDoc("kettle.colours", "list of text", (), "", "machine", "For show | for sale."),
+        SettingDoc("spare", "section or null", None, "", "machine", "Another one."),
+        SettingDoc("spare.watts", "integer", 2000, "> 0, ≤ 3000", "machine", "What it draws."),
+        SettingDoc("spare.colours", "list of text", (), "", "machine", "For show | for sale."),
+        SettingDoc("notes", "mapping", {}, "", "machine", ""),
     ]
 
 
 def test_names_and_halves_are_those_of_a_config() -> None:
     """The reference walks the classes, Config walks the values: they must agree on what is science."""
     breakfast = Breakfast(eggs=2, spare=Kettle())
-    halves = {setting.name: setting.half for setting in settings(Breakfast) if setting.name != "spare"}
-    assert list(halves) == list(breakfast.flat())
-    assert [name for name, half in halves.items() if half == "science"] == list(breakfast.science())
+    halves = {setting.name: setting.kind for setting in iter_setting_docs(Breakfast) if setting.name != "spare"}
+    assert list(halves) == list(breakfast.to_flat_dict())
+    assert [name for name, half in halves.items() if half == "science"] == list(breakfast.science_settings())
 
 
 def test_what_stages_share_stands_once() -> None:
     class Supper(Config):
         """What is eaten last."""
 
-        eggs: int = science(about="How many.", ge=0)
+        eggs: int = science(description="How many.", ge=0)
         kettle: Kettle = Kettle(watts=900)
 
-    text = reference({"breakfast": Breakfast, "supper": Supper})
+    text = render_reference({"breakfast": Breakfast, "supper": Supper})
     assert text.count("| `eggs` | integer | required | ≥ 0 | science | How many. |") == 1
     assert text.index("`eggs`") < text.index("## breakfast\n\nWhat is eaten first.\n")
     assert "| `kettle.watts` | integer | `1000` | > 0, ≤ 3000 | science | What it draws. |" in text
@@ -72,6 +72,6 @@ def test_the_document_is_current(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_an_old_document_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old = tmp_path / "configuration.md"
-    old.write_text(reference(stage_configs()).replace("science", "silence"))
+    old.write_text(render_reference(get_stage_configs()).replace("science", "silence"))
     assert main(["--check", str(old)]) == 1
     assert capsys.readouterr().err == f"foveal: {old} is not what the settings say; run make docs\n"

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 from house import PRODUCT, ROOT, STAGES, python_files, syntax
-from submit import jobs_of
+from submit import build_jobs
 
-from foveal.commands.reference import settings, stage_configs
+from foveal.commands.reference import get_stage_configs, iter_setting_docs
 from foveal.config import Config
 
-CONFIGS = stage_configs()
+CONFIGS = get_stage_configs()
 
 # Raising one of these is a decision of its own: say in the change who needs the setting that is new.
 # The data plane brought twelve: jpeg_scaling, max_bad, ledger, patience_seconds, two of the cache, and five of mix (most
@@ -60,19 +60,19 @@ def attributes() -> set[str]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_setting_is_read(stage: str, attributes: set[str]) -> None:
-    unread = [line.name for line in settings(CONFIGS[stage]) if line.name.rpartition(".")[2] not in attributes]
+    unread = [line.name for line in iter_setting_docs(CONFIGS[stage]) if line.name.rpartition(".")[2] not in attributes]
     assert not unread, f"settings that no line reads: {unread}"
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_setting_says_what_it_is(stage: str) -> None:
-    mute = [line.name for line in settings(CONFIGS[stage]) if not line.about]
+    mute = [line.name for line in iter_setting_docs(CONFIGS[stage]) if not line.description]
     assert not mute, f"settings without a description: {mute}"
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_settings_are_few(stage: str) -> None:
-    names = [line.name for line in settings(CONFIGS[stage])]
+    names = [line.name for line in iter_setting_docs(CONFIGS[stage])]
     assert len(names) <= MOST_SETTINGS[stage], f"{stage} has {len(names)} settings: {names}"
 
 
@@ -99,7 +99,7 @@ def test_configs_say_how_to_run_them_and_what_to_expect(stage: str, file: Path) 
 @pytest.mark.parametrize("file", shipped("pipelines"), ids=name_of)
 def test_pipelines_chain_valid_stages(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    jobs, _ = jobs_of(file, ())
+    jobs, _ = build_jobs(file, ())
     assert jobs
 
 
@@ -114,4 +114,4 @@ def test_an_unread_setting_would_be_seen(attributes: set[str]) -> None:
     class Idle(Config):
         nobody_reads_this: int = 0
 
-    assert [line.name for line in settings(Idle) if line.name not in attributes] == ["nobody_reads_this"]
+    assert [line.name for line in iter_setting_docs(Idle) if line.name not in attributes] == ["nobody_reads_this"]

@@ -48,7 +48,7 @@ def test_a_network_with_batch_norm_goes_on_where_it_stopped(
     for key in ("step", "loss", "grad_norm", "lr", "val_top1", "val_loss"):
         assert [row[key] for row in parts if key in row] == [row[key] for row in whole if key in row], key
     ours, theirs = (load_file(tmp_path / each / "export" / "model.safetensors") for each in ("parts", "whole"))
-    assert ours.keys() == theirs.keys() == build_backbone(name, 16, 1, classes=10).state_dict().keys()
+    assert ours.keys() == theirs.keys() == build_backbone(name, 16, 1, num_classes=10).state_dict().keys()
     assert all(ours[each].equal(theirs[each]) for each in ours)
     counted = ours["bn1.num_batches_tracked"]
     assert (counted.dtype, int(counted)) == (torch.int64, 8)
@@ -59,16 +59,18 @@ def _statistics(world: World, sharding: str) -> tuple[list[float], list[float]]:
     torch.manual_seed(0)
     norm = nn.BatchNorm1d(4)
     model, optim = nn.Sequential(nn.Linear(4, 4), norm, nn.Linear(4, 1)), OptimConfig()
-    cfg = EngineConfig.checked({"kind": "accelerate", "sharding": sharding}, "here")
-    engine = build_engine(model, parameter_groups(model, optim), optim, cfg, world, at_once=8, accumulate=1)
+    cfg = EngineConfig.from_dict({"kind": "accelerate", "sharding": sharding}, "here")
+    engine = build_engine(
+        model, parameter_groups(model, optim), optim, cfg, world, microbatch_size=8, accumulation_steps=1
+    )
     rows = torch.randn(8, 4, generator=torch.Generator().manual_seed(world.rank)).to(world.device)
     engine.set_lr(1e-2)
-    with engine.micro(last=True):
+    with engine.microbatch(last=True):
         engine.backward(engine.model(rows).square().mean())
     engine.step()
     assert norm.running_mean is not None
     own = norm.running_mean.tolist()
-    with engine.looking():
+    with engine.eval_mode():
         engine.model(rows)
     return own, norm.running_mean.tolist()
 

@@ -10,11 +10,11 @@ import torch
 from ranks import Ranks, stage_named
 from safetensors.torch import load_file
 
-from finetune.tasks.classify import Classify
-from foveal.data.records.ledger import ROW, rows_file
+from finetune.tasks.classify import ClassificationLoss
+from foveal.data.records.ledger import ROW_DTYPE, ledger_rows_path
 from foveal.distributed.world import World
-from foveal.tracking.jsonl import read_rows
-from foveal.training.cli import enter, load
+from foveal.tracking.jsonl import read_metric_rows
+from foveal.training.cli import load_config, run_stage
 from foveal.training.run import Run
 
 # SGD at a rate that is too high at first: of 44 steps it takes 20, the best evaluation is after 12, and the rate drops.
@@ -37,8 +37,12 @@ def left_at(world: World, config: str, run: str, step: int) -> None:
     """Fine-tune until a step, and be asked to leave there, before its evaluation."""
     stage = stage_named("finetune")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "asked_to_leave", lambda run: run.step == step)
-        enter(stage, load(stage.config, "finetune", config, [f"run.dir={run}", "tracking.uri=null", *STEERED]), world)
+        patch.setattr(Run, "check_preemption", lambda run: run.step == step)
+        run_stage(
+            stage,
+            load_config(stage.config_class, "finetune", config, [f"run.dir={run}", "tracking.uri=null", *STEERED]),
+            world,
+        )
 
 
 def tear(run: Path, step: int) -> None:
@@ -49,7 +53,7 @@ def tear(run: Path, step: int) -> None:
 
 def told(run: Path) -> dict[str, dict[float, float]]:
     """Every number by step, each told once."""
-    rows = read_rows(run / "metrics.jsonl")
+    rows = read_metric_rows(run / "metrics.jsonl")
     columns = {name: [(row["step"], row[name]) for row in rows if name in row] for name in TOLD}
     assert all(len(dict(column)) == len(column) for column in columns.values())
     return {name: dict(sorted(column)) for name, column in columns.items()}
@@ -119,7 +123,7 @@ def test_ranks_stop_together(alone: Path, configs, one_rank: Ranks, two_ranks: R
 
 def poisoned(world: World, config: str, words: list[str], draws: list[int]) -> None:
     """Fine-tune with an objective that is NaN on batches with one of ``draws``."""
-    clean = Classify.__call__
+    clean = ClassificationLoss.__call__
 
     def spoilt(self, model, batch) -> Any:
         total, numbers = clean(self, model, batch)
@@ -127,14 +131,14 @@ def poisoned(world: World, config: str, words: list[str], draws: list[int]) -> N
 
     stage = stage_named("finetune")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Classify, "__call__", spoilt)
-        enter(stage, load(stage.config, "finetune", config, words), world)
+        patch.setattr(ClassificationLoss, "__call__", spoilt)
+        run_stage(stage, load_config(stage.config_class, "finetune", config, words), world)
 
 
 @pytest.mark.thorough
 def test_going_back_forgets_what_was_evaluated_since(alone: Path, configs, one_rank: Ranks, tmp_path: Path) -> None:
     """Three bad steps, with evaluations among them: the outcome is that of a run that never had their batches."""
-    rows = np.fromfile(rows_file(alone / "ledger", 1, 0), dtype=ROW)
+    rows = np.fromfile(ledger_rows_path(alone / "ledger", 1, 0), dtype=ROW_DTYPE)
     draws = [int(rows["draw"][rows["step"] == step][0]) for step in (8, 9, 10)]
     words = [f"run.dir={tmp_path / 'run'}", "tracking.uri=null", *STEERED, "checkpoint.every=6", "epochs=1"]
     one_rank.call(poisoned, str(configs["finetune"]), words, draws)

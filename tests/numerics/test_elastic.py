@@ -68,10 +68,10 @@ def resume_all(world: World, shape: Shape, folders: dict[str, tuple[Path, int]],
     for name, (folder, more) in folders.items():
         trainer.look(_SAVED)
         trainer.load(folder, _SAVED)
-        before = trainer.engine.updates
+        before = trainer.engine.num_updates
         trainer.save(to / name)
         losses = trainer.steps(_SAVED, _SAVED + more)
-        found[name] = Resumed(to / name, losses, trainer.groups(), (before, trainer.engine.updates))
+        found[name] = Resumed(to / name, losses, trainer.groups(), (before, trainer.engine.num_updates))
     return found
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from foveal.models.mae import DecoderConfig, MaskedAutoencoder
-from foveal.models.patches import reconstruction_loss, targets
+from foveal.models.patches import build_reconstruction_targets, reconstruction_loss
 from foveal.models.vit import VitConfig, build_encoder
 
 transformers = pytest.importorskip("transformers", reason="needs transformers, of the test extra")
@@ -122,7 +122,7 @@ def test_same_weights_and_noise_give_the_same_loss_and_gradients(
     images, noise = torch.randn(4, CHANNELS, SIDE, SIDE), torch.rand(4, (SIDE // PATCH) ** 2)
 
     pred, masked, *_ = model(images, noise, RATIO)
-    total, weight = reconstruction_loss(pred, targets(images, masked, PATCH, normalise))
+    total, weight = reconstruction_loss(pred, build_reconstruction_targets(images, masked, PATCH, normalise))
     loss = total / weight
     loss.backward()
     expected = reference(images, noise=noise)

@@ -31,8 +31,8 @@ class Seen:
 def held(trainer: Trainer, prefix: str = "") -> Held:
     """A copy of what the rank holds, as bytes: NaN equals itself."""
     return [
-        {part: value.clone().view(torch.uint8) for part, value in piece.parts.items() if part.startswith(prefix)}
-        for piece in trainer.engine.pieces()
+        {part: value.clone().view(torch.uint8) for part, value in piece.tensors.items() if part.startswith(prefix)}
+        for piece in trainer.engine.state_chunks()
     ]
 
 
@@ -48,7 +48,7 @@ def seen(trainer: Trainer, step: Callable[[], Told], parts: str = "") -> Seen:
     told = step()
     norm, loss = (torch.tensor(value).isfinite().item() for value in (told.outcome.grad_norm, told.loss))
     kept = same(before, held(trainer, parts))
-    return Seen(told.outcome.applied, bool(norm), bool(loss), kept, trainer.engine.updates)
+    return Seen(told.outcome.applied, bool(norm), bool(loss), kept, trainer.engine.num_updates)
 
 
 def bad_batch(trainer: Trainer, number: int, micro: int) -> Told:
@@ -85,14 +85,14 @@ def bad_gradient(trainer: Trainer, number: int, value: float) -> Told:
 def bad_weight(trainer: Trainer) -> Iterator[None]:
     """One number of the weights that one rank holds is NaN; afterwards it is what it was."""
     engine, world = trainer.engine, trainer.world
-    weight = next(piece.parts["weight"] for piece in engine.pieces() if piece.name == "blocks.1.narrow.weight")
+    weight = next(piece.tensors["weight"] for piece in engine.state_chunks() if piece.name == "blocks.1.narrow.weight")
     was, rank = weight.clone(), world.size - 1
     if world.rank == rank:
         weight[-1] = _NAN
-    engine.restored(engine.updates)
+    engine.on_state_loaded(engine.num_updates)
     yield
     weight.copy_(was)
-    engine.restored(engine.updates)
+    engine.on_state_loaded(engine.num_updates)
 
 
 def undisturbed(world: World, shape: Shape) -> list[float]:

@@ -8,8 +8,14 @@ import torch
 from encoders import KINDS, autoencoder_of
 
 from foveal.models.mae import DecoderConfig, MaskedAutoencoder
-from foveal.models.masks import MASKINGS
-from foveal.models.patches import patchify, reconstruction_loss, split_by_noise, targets, unpatchify
+from foveal.models.masks import MASK_NOISE_FUNCTIONS
+from foveal.models.patches import (
+    build_reconstruction_targets,
+    patchify,
+    reconstruction_loss,
+    split_patches_by_noise,
+    unpatchify,
+)
 from foveal.models.vit import Positions, VitConfig, build_encoder
 
 PATCH = 4
@@ -57,9 +63,9 @@ def test_patches(images: torch.Tensor) -> None:
 @pytest.mark.parametrize("normalise", [False, True])
 def test_targets_and_loss(images: torch.Tensor, normalise: bool) -> None:
     torch.manual_seed(0)
-    _, masked = split_by_noise(torch.rand(3, 24), 0.75)
+    _, masked = split_patches_by_noise(torch.rand(3, 24), 0.75)
     expected = targets_by_loops(images.double().numpy(), masked.numpy(), normalise)
-    found = targets(images, masked, PATCH, normalise)
+    found = build_reconstruction_targets(images, masked, PATCH, normalise)
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=2e-6)
 
@@ -76,7 +82,7 @@ def test_targets_and_loss(images: torch.Tensor, normalise: bool) -> None:
 
 def test_a_flat_patch_has_a_finite_target() -> None:
     flat = torch.full((1, 3, 16, 24), 0.7)
-    assert targets(flat, torch.arange(24)[None], PATCH, normalise=True).abs().max() < 1e-3
+    assert build_reconstruction_targets(flat, torch.arange(24)[None], PATCH, norm_pix=True).abs().max() < 1e-3
 
 
 def block_mask_by_loops(numbers: np.ndarray, rows: int, columns: int, side: int, keep: int) -> set[int]:
@@ -105,8 +111,8 @@ def grid_mask_by_loops(numbers: np.ndarray, rows: int, columns: int, side: int) 
 def test_masks_in_blocks_and_on_a_grid(rows: int, columns: int, side: int) -> None:
     numbers = torch.rand(20, rows * columns + 2, generator=torch.Generator().manual_seed(1))
     ratio = math.floor(1e4 * (1 - side**-2)) / 1e4
-    in_blocks, _ = split_by_noise(MASKINGS["block"](numbers, rows, columns, side), 0.6)
-    on_grid, _ = split_by_noise(MASKINGS["grid"](numbers, rows, columns, side), ratio)
+    in_blocks, _ = split_patches_by_noise(MASK_NOISE_FUNCTIONS["block"](numbers, rows, columns, side), 0.6)
+    on_grid, _ = split_patches_by_noise(MASK_NOISE_FUNCTIONS["grid"](numbers, rows, columns, side), ratio)
     for image, row in enumerate(numbers.numpy()):
         assert set(in_blocks[image].tolist()) == block_mask_by_loops(row, rows, columns, side, in_blocks.shape[1])
         assert set(on_grid[image].tolist()) == grid_mask_by_loops(row, rows, columns, side)
@@ -126,14 +132,16 @@ def test_patches_of_any_side(patch: int, size: tuple[int, int]) -> None:
     assert pred.shape == (2, 12, patch * patch)
     by_loops = patches_by_loops(images.double().numpy(), patch)
     wanted = np.stack([by_loops[image, masked[image].numpy()] for image in range(2)])
-    np.testing.assert_allclose(targets(images, masked, patch, normalise=False).numpy(), wanted, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        build_reconstruction_targets(images, masked, patch, norm_pix=False).numpy(), wanted, rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(("name", "positions"), KINDS)
 def test_what_is_masked_cannot_be_seen(name: str, positions: Positions | None) -> None:
     model = autoencoder_of(name, positions)
     images, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16)
-    kept, masked = split_by_noise(noise, 0.75)
+    kept, masked = split_patches_by_noise(noise, 0.75)
     hidden = torch.zeros(2, 16, 3 * PATCH * PATCH).scatter(1, masked[:, :, None].expand(-1, -1, 3 * PATCH * PATCH), 1.0)
     vandalised = torch.where(unpatchify(hidden, PATCH, 4, 4) > 0, torch.nan, images)
     assert vandalised.isnan().sum() == 2 * 12 * 3 * PATCH * PATCH

@@ -31,8 +31,8 @@ def resumed(world: World, shape: Shape, folder: Path, again: Path) -> tuple[list
     trainer = Trainer(world, shape)
     trainer.load(folder, SAVED)
     trainer.save(again)
-    before = trainer.engine.updates
-    return trainer.steps(SAVED, SAVED + MORE), (before, trainer.engine.updates)
+    before = trainer.engine.num_updates
+    return trainer.steps(SAVED, SAVED + MORE), (before, trainer.engine.num_updates)
 
 
 @pytest.mark.parametrize("kind", ["sgd", pytest.param("lars", marks=pytest.mark.thorough)])

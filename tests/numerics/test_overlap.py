@@ -8,7 +8,7 @@ import torch
 from engines import SHAPES, Shape, Trainer
 from ranks import Ranks
 
-from foveal.checkpoint.store import CheckpointConfig, Store, TrainState
+from foveal.checkpoint.store import CheckpointConfig, CheckpointStore, TrainState
 from foveal.distributed.world import World
 
 STEPS = range(4, 9)
@@ -18,11 +18,11 @@ def _saved_in_passing(world: World, shape: Shape, root: Path) -> tuple[list[floa
     """Three steps, a save, and five steps more while and after it is written; their losses."""
     trainer = Trainer(world, shape)
     trainer.steps(1, 4)
-    weights = {name: value.clone() for name, value in trainer.engine.weights().items()}
-    store = Store(root, CheckpointConfig(), world, 1, {})
+    weights = {name: value.clone() for name, value in trainer.engine.full_state_dict().items()}
+    store = CheckpointStore(root, CheckpointConfig(), world, 1, {})
     store.save(trainer.engine, TrainState(3, 0.0, world.size, "", {}))
     losses = [trainer.step(STEPS[0]).loss]
-    store.finish()
+    store.wait_and_commit()
     return losses + [trainer.step(number).loss for number in STEPS[1:]], weights
 
 
@@ -30,12 +30,12 @@ def _gone_back(world: World, shape: Shape, root: Path) -> tuple[list[float], Any
     """Weights of the checkpoint in an engine that had gone elsewhere, and the losses of the same five steps."""
     trainer = Trainer(world, shape)
     trainer.steps(1, 3)
-    store = Store(root, CheckpointConfig(), world, 2, {1: 0})
-    found = store.newest()
+    store = CheckpointStore(root, CheckpointConfig(), world, 2, {1: 0})
+    found = store.find_latest()
     assert found is not None
     store.load(found[0], trainer.engine, found[1])
-    assert found[1].updates == trainer.engine.updates == 3
-    weights = {name: value.clone() for name, value in trainer.engine.weights().items()}
+    assert found[1].updates == trainer.engine.num_updates == 3
+    weights = {name: value.clone() for name, value in trainer.engine.full_state_dict().items()}
     return [trainer.step(number).loss for number in STEPS], weights
 
 

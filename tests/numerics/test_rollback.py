@@ -9,12 +9,12 @@ from ranks import Ranks, stage_named
 from safetensors.torch import load_file
 from torch import Tensor
 
-from foveal.data.records.ledger import ROW, rows_file
+from foveal.data.records.ledger import ROW_DTYPE, ledger_rows_path
 from foveal.distributed.world import World
-from foveal.errors import Diverged
-from foveal.tracking.jsonl import read_rows
-from foveal.training.cli import enter, load
-from pretrain.objective import Reconstruct
+from foveal.errors import TrainingDivergedError
+from foveal.tracking.jsonl import read_metric_rows
+from foveal.training.cli import load_config, run_stage
+from pretrain.objective import MaskedModelingLoss
 
 # Where it goes back to depends on the cadence, and what is restored there on the engine.
 CASES = [
@@ -28,7 +28,7 @@ CASES = [
 
 def _train_poisoned(world: World, config: str, overrides: list[str], draws: list[int]) -> None:
     """Train with an objective that is NaN on the rank whose batch has one of ``draws``."""
-    clean = Reconstruct.__call__
+    clean = MaskedModelingLoss.__call__
 
     def poisoned(self, model, batch) -> tuple[Tensor, dict[str, Tensor]]:
         total, numbers = clean(self, model, batch)
@@ -36,11 +36,11 @@ def _train_poisoned(world: World, config: str, overrides: list[str], draws: list
         return (total * float("nan") if hit else total), numbers
 
     stage = stage_named("pretrain")
-    Reconstruct.__call__ = poisoned
+    MaskedModelingLoss.__call__ = poisoned
     try:
-        enter(stage, load(stage.config, "pretrain", config, overrides), world)
+        run_stage(stage, load_config(stage.config_class, "pretrain", config, overrides), world)
     finally:
-        Reconstruct.__call__ = clean
+        MaskedModelingLoss.__call__ = clean
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +50,13 @@ def first_draws(configs, one_rank: Ranks, tmp_path_factory: pytest.TempPathFacto
     one_rank.train(stage_named("pretrain"), configs["pretrain"], run, "engine.kind=plain", "data.ledger=true")
     import numpy as np
 
-    rows = np.fromfile(rows_file(run / "ledger", 1, 0), dtype=ROW)
+    rows = np.fromfile(ledger_rows_path(run / "ledger", 1, 0), dtype=ROW_DTYPE)
     return {int(step): int(rows["draw"][rows["step"] == step][0]) for step in set(rows["step"].tolist())}
 
 
 def poison(ranks: Ranks, config: Path, run: Path, draws: list[int], *overrides: str) -> list[dict[str, float]]:
     ranks.call(_train_poisoned, str(config), [f"run.dir={run}", "tracking.uri=null", *overrides], draws)
-    return read_rows(run / "metrics.jsonl")
+    return read_metric_rows(run / "metrics.jsonl")
 
 
 def spared(ranks: Ranks, config: Path, run: Path, batches: list[int], *overrides: str) -> list[dict[str, float]]:
@@ -111,9 +111,9 @@ def test_giving_up_leaves_a_whole_checkpoint(configs, first_draws, two_ranks, on
     """Every batch from step 6 on is bad; after two roll-backs the run ends on both ranks, and can be continued."""
     bad = [draw for step, draw in first_draws.items() if step >= 6]
     overrides = ("engine.zero=1", "checkpoint.every=2", "recovery.rollbacks=2", "recovery.after=2")
-    with pytest.raises(Diverged, match=r"in the 2 steps 6 to 7, after 2 roll-backs"):
+    with pytest.raises(TrainingDivergedError, match=r"in the 2 steps 6 to 7, after 2 roll-backs"):
         poison(two_ranks, configs["pretrain"], tmp_path / "run", bad, *overrides)
-    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    rows = read_metric_rows(tmp_path / "run" / "metrics.jsonl")
     assert max(row["step"] for row in rows) <= 7
     again = two_ranks.train(stage_named("pretrain"), configs["pretrain"], tmp_path / "run", *overrides)
     theirs = spared(

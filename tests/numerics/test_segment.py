@@ -13,7 +13,7 @@ from scenes import scene_tree, write_scenes
 from finetune.tasks.segment import segmenter_from_export
 from foveal.distributed.world import World
 from foveal.errors import DataError, ExportError
-from foveal.training.cli import enter, load
+from foveal.training.cli import load_config, run_stage
 from foveal.training.run import Run
 from foveal.weights.export import read_card, read_head
 
@@ -84,16 +84,16 @@ def _logits(world: World, config: str, overrides: list[str], images: torch.Tenso
     """What the trained model says of images, at its export."""
     found = []
     with pytest.MonkeyPatch.context() as patch:
-        leave = Run.export
+        leave = Run.export_weights
 
         def export(run: Run, engine: Any, *told: Any, **more: Any) -> None:
             with engine.looking():
                 found.append(engine.model(images))
             leave(run, engine, *told, **more)
 
-        patch.setattr(Run, "export", export)
+        patch.setattr(Run, "export_weights", export)
         stage = stage_named("finetune")
-        enter(stage, load(stage.config, "finetune", config, overrides), world)
+        run_stage(stage, load_config(stage.config_class, "finetune", config, overrides), world)
     return found
 
 

@@ -17,12 +17,12 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import average_precision_score, f1_score
 
 from finetune.config import FinetuneConfig
-from finetune.model import classifier
-from finetune.plan import plan
+from finetune.model import classifier_from_plan
+from finetune.plan import plan_training
 from foveal.data import Dataset, eval_batches, normalise
 from foveal.data.indexing.index import index_folder
 from foveal.errors import DataError
-from foveal.forecast.forecast import Forecast, Machine
+from foveal.forecast.forecast import ClusterSpec, Forecast
 
 STAGE = stage_named("finetune")
 NAMES = (*"0123456789", "odd", "prime", "never")
@@ -46,7 +46,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     header = tarfile.TarInfo(f"{row:04d}.{name}")
                     header.size = len(data)
                     tar.addfile(header, io.BytesIO(data))
-    index_folder(str(folder), classes=NAMES, tell=lambda _: None)
+    index_folder(str(folder), classes=NAMES, on_warning=lambda _: None)
     data = {"path": str(folder), "labels": "classes", "image_size": 8, "channels": 1, "lanes": 8, "crop_ratio": 1.0}
     tree = {
         "seed": 1,
@@ -95,22 +95,22 @@ def test_images_of_no_class_measure_nothing(config: Path, two_ranks: Ranks, tmp_
 
 
 def test_it_is_planned_without_memory(config: Path) -> None:
-    found = plan(FinetuneConfig.load(config, ["engine.kind=plain", "run.dir=x"]), 1)
-    forecast = Forecast(STAGE, found, Machine(1, 1, 0.5, 1e9))
-    assert forecast.flops.both > 2 * forecast.flops.forward
-    assert forecast.memory.peak > 0
+    found = plan_training(FinetuneConfig.load(config, ["engine.kind=plain", "run.dir=x"]), 1)
+    forecast = Forecast(STAGE, found, ClusterSpec(1, 1, 0.5, 1e9))
+    assert forecast.flops_per_sample.forward_backward > 2 * forecast.flops_per_sample.forward
+    assert forecast.memory_estimate.peak > 0
 
 
 def _answers(config: Path, weights: Path) -> tuple[np.ndarray, np.ndarray]:
     """The exported classifier's logits of every image of val, and the truth."""
-    found = plan(FinetuneConfig.load(config, ["engine.kind=plain", "run.dir=x"]), 1)
-    model = classifier(found).eval()
+    found = plan_training(FinetuneConfig.load(config, ["engine.kind=plain", "run.dir=x"]), 1)
+    model = classifier_from_plan(found).eval()
     model.encoder.load_state_dict(load_file(weights))
-    place = {"split": "val", "part": "all", "seed": 1, "rank": 0, "size": 1, "at_once": 16}
+    place = {"split": "val", "subset": "all", "seed": 1, "rank": 0, "world_size": 1, "microbatch_size": 16}
     scores, truth = [], []
     for batch in eval_batches(Dataset.open(found.cfg.data), found.cfg.data, **place):  # type: ignore[arg-type]
         with torch.no_grad():
             scores.append(model(normalise(batch.images, found.mean, found.std))[batch.valid].numpy())
-        assert batch.marks is not None
-        truth.append(batch.marks[batch.valid].numpy())
+        assert batch.targets is not None
+        truth.append(batch.targets[batch.valid].numpy())
     return np.concatenate(scores), np.concatenate(truth)

@@ -16,7 +16,7 @@ from scenes import scene_tree, write_scenes
 from teachers import DIGITS, LESSONS, MEAN, STD, STUDENT, encoder_export
 
 from foveal.data import Batch, train_batches
-from foveal.training.loop import Parts
+from foveal.training.loop import TrainingSetup
 
 WHOLE, PARTS = 64, (64, 16, 2)  # images of a step, and of a micro
 DEVICE = torch.device("cpu")
@@ -83,7 +83,7 @@ CASES = [
 ]
 
 
-def learned(parts: Parts[Any], batches: list[Batch]) -> dict[str, torch.Tensor]:
+def learned(parts: TrainingSetup[Any], batches: list[Batch]) -> dict[str, torch.Tensor]:
     """The sums over a step: loss, numbers, weight, and the gradient of each parameter."""
     parts.model.zero_grad()
     found: dict[str, Any] = {}
@@ -109,11 +109,13 @@ def test_parts_add_up(
     words = tuple(word.replace("CLASSIFIER", str(teachers["classes"])) for word in words)
     sums = []
     for at_once in PARTS:
-        cfg = stage.config.load(tmp_path / "it.yaml", [*words, f"batch.at_once={at_once}", "run.dir=runs/x"])
-        plan = stage.plan(cfg, 1)
-        parts = stage.parts(plan, DEVICE)
+        cfg = stage.config_class.load(tmp_path / "it.yaml", [*words, f"batch.at_once={at_once}", "run.dir=runs/x"])
+        plan = stage.build_plan(cfg, 1)
+        parts = stage.build(plan, DEVICE)
         parts.model.train()
-        with train_batches(plan.training, cfg.data, rank=0, size=1, at_once=at_once, start=0, stop=1) as batches:
+        with train_batches(
+            plan.training, cfg.data, rank=0, world_size=1, microbatch_size=at_once, start_step=0, stop_step=1
+        ) as batches:
             micros = list(batches)
         assert len(micros) == WHOLE // at_once
         sums.append(learned(parts, micros))

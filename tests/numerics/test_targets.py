@@ -10,10 +10,10 @@ import torch
 from ranks import Ranks, stage_named
 from safetensors.torch import load_file
 
-from foveal.models.encode import features
+from foveal.models.encode import encode_cls_and_patches
 from foveal.models.mae import DecoderConfig, MaskedAutoencoder
 from foveal.models.vit import VitConfig, build_encoder
-from foveal.optim.schedule import rising_average
+from foveal.optim.schedule import cosine_ema_decay
 
 PRETRAIN = stage_named("pretrain")
 SHORT = ("data.per_class=20", "epochs=4", "average=0.9")  # twelve steps
@@ -112,11 +112,11 @@ def test_the_average_is_one(configs: dict[str, Path], one_rank: Ranks, tmp_path:
             for name, value in held.items()
             if name.startswith("weight 0 encoder.")
         }
-        keeps = rising_average(step, start=0.6, total=3)
+        keeps = cosine_ema_decay(step, start_decay=0.6, total_steps=3)
         average = {k: keeps * average[k] + (1 - keeps) * v for k, v in encoder.items()} if average else encoder
         for name, value in average.items():
             torch.testing.assert_close(held[f"weight 0 averaged.{name}"].double(), value, rtol=0, atol=1e-7)
-    assert rising_average(3, start=0.6, total=3) == 1.0
+    assert cosine_ema_decay(3, start_decay=0.6, total_steps=3) == 1.0
 
 
 def test_the_average_sees_the_full_image_and_gets_no_gradient() -> None:
@@ -124,13 +124,13 @@ def test_the_average_sees_the_full_image_and_gets_no_gradient() -> None:
     cfg = VitConfig(patch=4, width=32, depth=2, heads=2)
     encoder = build_encoder(cfg, image_size=16, channels=3)
     small = DecoderConfig(width=16, depth=1, heads=2)
-    model = MaskedAutoencoder(encoder, small, latents=True, image=True, averaged=True)
+    model = MaskedAutoencoder(encoder, small, predict_features=True, predict_image=True, with_ema=True)
     assert model.averaged is not None
     images, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16)
     guesses = model(images, noise, 0.75)
     assert guesses.seen is not None
     assert guesses.image is not None
-    assert torch.equal(guesses.seen, features(encoder, images)[1])
+    assert torch.equal(guesses.seen, encode_cls_and_patches(encoder, images)[1])
     assert guesses.patches.shape == (2, 12, 32)
     (guesses.patches.sum() + guesses.image.sum()).backward()
     assert all(each.grad is None for each in model.averaged.parameters())

@@ -10,10 +10,10 @@ import torch
 from teachers import config
 from torch import Tensor, nn
 
-from distill.objective import Imitate
-from distill.target import Lesson
+from distill.objective import DistillationLoss
+from distill.target import TeacherTarget
 from foveal.data import Batch
-from foveal.seeding import key, uniforms_numpy
+from foveal.seeding import derive_key, draw_uniform_numpy
 
 B, SIZE, PATCH, HEADS, CLASSES = 3, 8, 2, 2, 5
 L, P, WIDTH = (SIZE // PATCH) ** 2, PATCH * PATCH, 6
@@ -26,9 +26,9 @@ Vector = np.ndarray
 class Answers(nn.Module):
     """A teacher or a model that says what it was told to, and remembers what it was asked."""
 
-    def __init__(self, lesson: Lesson, *said: Tensor) -> None:
+    def __init__(self, lesson: TeacherTarget, *said: Tensor) -> None:
         super().__init__()
-        self.lesson, self.said = lesson, said
+        self.target, self.said = lesson, said
         self.asked: tuple[Any, ...] = ()
 
     def forward(self, *asked: Any) -> Any:
@@ -59,16 +59,16 @@ def drawn(*shapes: tuple[int, ...], seed: int) -> list[Tensor]:
 
 
 def learned(
-    lesson: list[Tensor], answer: list[Tensor], asked: Lesson, **settings: Any
+    lesson: list[Tensor], answer: list[Tensor], asked: TeacherTarget, **settings: Any
 ) -> tuple[float, list[Vector], dict[str, float], Answers]:
     """The loss over the weight, its slope in each answer, the numbers over the weight, and the student."""
     for each in answer:
         each.requires_grad_()
     student = Answers(asked, *answer)
     cfg = config(Path("x"), Path("x"), lesson=asked.kind, seed=9, **settings)
-    objective = Imitate(Answers(asked, *lesson), cfg, [""], MEAN, STD)  # pyright: ignore[reportArgumentType]
+    objective = DistillationLoss(Answers(asked, *lesson), cfg, [""], MEAN, STD)  # pyright: ignore[reportArgumentType]
     total, numbers = objective(Model(student), batch())
-    (total / objective.weight(batch())).backward()
+    (total / objective.batch_weight(batch())).backward()
     slopes = [np.zeros(each.shape) if each.grad is None else each.grad.double().numpy() for each in answer]
     return total.item() / B, slopes, {name: value.item() / B for name, value in numbers.items()}, student
 
@@ -110,7 +110,7 @@ def test_features(name: str) -> None:
     shapes = (B, WIDTH), (B, L, WIDTH)
     lesson, answer = drawn(*shapes, seed=1), drawn(*shapes, seed=2)
     loss, slopes, numbers, _ = learned(
-        lesson, answer, Lesson("features"), distance=name, cls_weight=0.5, patch_weight=2.0
+        lesson, answer, TeacherTarget("features"), distance=name, cls_weight=0.5, patch_weight=2.0
     )
     cls, of_cls = tokens_apart(name, answer[0][:, None], lesson[0][:, None])
     patches, of_patches = tokens_apart(name, answer[1], lesson[1])
@@ -122,7 +122,7 @@ def test_features(name: str) -> None:
 
 def test_features_without_patches() -> None:
     (lesson,), (answer,) = drawn((B, WIDTH), seed=1), drawn((B, WIDTH), seed=2)
-    loss, (slope,), numbers, _ = learned([lesson], [answer], Lesson("features", patches=False), patch_weight=0.0)
+    loss, (slope,), numbers, _ = learned([lesson], [answer], TeacherTarget("features", patches=False), patch_weight=0.0)
     cls, of_cls = tokens_apart("cosine", answer[:, None], lesson[:, None])
     close(loss, cls)
     close(slope, of_cls[:, 0])
@@ -136,9 +136,9 @@ def test_layers_and_pixels(name: str, norm_pix: bool) -> None:
     kept, shape = 4, (B, 5, WIDTH)
     lesson, answer = drawn(shape, shape, seed=1), drawn(shape, shape, (B, L - kept, P), seed=2)
     loss, slopes, numbers, student = learned(
-        lesson, answer, Lesson("layers", (1, 2), 2, PATCH), distance=name, pixel_weight=0.7, norm_pix=norm_pix
+        lesson, answer, TeacherTarget("layers", (1, 2), 2, PATCH), distance=name, pixel_weight=0.7, norm_pix=norm_pix
     )
-    noise = uniforms_numpy(key(9, "mask"), np.array(DRAWS), L)
+    noise = draw_uniform_numpy(derive_key(9, "mask"), np.array(DRAWS), L)
     order = noise.argsort(axis=1, kind="stable")
     _, shown, masked = student.asked
     assert np.array_equal(shown.numpy(), order[:, :kept])
@@ -177,7 +177,7 @@ def test_relations() -> None:
     tokens, mine, hers = 5, 8, 12
     lesson = drawn((B, tokens, 3 * hers), (B, tokens, 3 * hers), seed=1)
     answer = drawn((B, tokens, 3 * mine), (B, tokens, 3 * mine), seed=2)
-    loss, slopes, numbers, _ = learned(lesson, answer, Lesson("relations", (1, 2), HEADS, PATCH))
+    loss, slopes, numbers, _ = learned(lesson, answer, TeacherTarget("relations", (1, 2), HEADS, PATCH))
     qk = vv = 0.0
     wanted = [np.zeros((B, tokens, 3 * mine)) for _ in range(2)]
     for pair, image, head in np.ndindex(2, B, HEADS):
@@ -210,7 +210,7 @@ def test_soft_labels(temperature: float, weight: float) -> None:
     """The slope is T (softmax(s / T) - softmax(t / T)) / B; an image without a label has that part alone."""
     (lesson,), (answer,) = drawn((B, CLASSES), seed=1), drawn((B, CLASSES), seed=2)
     loss, (slope,), numbers, _ = learned(
-        [lesson], [answer], Lesson("logits"), temperature=temperature, label_weight=weight
+        [lesson], [answer], TeacherTarget("logits"), temperature=temperature, label_weight=weight
     )
     s, t = answer.detach().double().numpy(), lesson.double().numpy()
     ours, theirs = softmax(s / temperature), softmax(t / temperature)
@@ -233,7 +233,7 @@ def test_soft_labels(temperature: float, weight: float) -> None:
 def test_a_distillation_token(weight: float) -> None:
     """The class token's slope is softmax - label, the distillation token's softmax - the teacher's guess."""
     lesson, answer = torch.tensor([1, 4, 0]), drawn((B, CLASSES), (B, CLASSES), seed=2)
-    loss, slopes, numbers, _ = learned([lesson], answer, Lesson("token"), label_weight=weight)
+    loss, slopes, numbers, _ = learned([lesson], answer, TeacherTarget("token"), label_weight=weight)
     first, second = (softmax(each.detach().double().numpy()) for each in answer)
     label = -sum(math.log(first[image, wanted]) for image, wanted in enumerate(LABELS) if wanted >= 0) / B
     guess = -sum(math.log(second[image, wanted]) for image, wanted in enumerate(lesson.tolist())) / B
@@ -246,11 +246,11 @@ def test_a_distillation_token(weight: float) -> None:
 
 def test_several_students_are_summed_and_told_apart() -> None:
     (lesson,), (one, other) = drawn((B, WIDTH), seed=1), drawn((B, WIDTH), (B, WIDTH), seed=2)
-    asked = Lesson("features", patches=False)
+    asked = TeacherTarget("features", patches=False)
     cfg = config(Path("x"), Path("x"), patch_weight=0.0)
     teacher = Answers(asked, lesson)
     model = Model(Answers(asked, one), Answers(asked, other))
-    total, numbers = Imitate(teacher, cfg, ["a", "b"], MEAN, STD)(model, batch())  # pyright: ignore[reportArgumentType]
+    total, numbers = DistillationLoss(teacher, cfg, ["a", "b"], MEAN, STD)(model, batch())  # pyright: ignore[reportArgumentType]
     assert set(numbers) == {"a/loss", "a/cls_distance", "b/loss", "b/cls_distance"}
     close(total.item(), numbers["a/loss"].item() + numbers["b/loss"].item())
     close(numbers["b/cls_distance"].item() / B, tokens_apart("cosine", other[:, None], lesson[:, None])[0])

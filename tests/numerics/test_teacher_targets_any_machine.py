@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from teachers import DIGITS, LESSONS, STUDENT, encoder_export
 from torch import Tensor
 
-from distill.target import Lesson
+from distill.target import TeacherTarget
 from distill.teacher import Teacher
-from distill.teacher_cache import Lessons, Part
+from distill.teacher_cache import TeacherCache, TensorSpec
 from foveal.errors import ConfigError
 from foveal.weights.export import read_export
 
@@ -137,7 +137,7 @@ def test_stopping_changes_nothing_for_several(
     for name, width in (("small", 16), ("net", 96)):
         ours, theirs = (weights(run / "export" / name) for run in (parts, whole))
         assert all(ours[each].equal(theirs[each]) for each in theirs)
-        folder, asked = parts / "export" / name, Lesson("features", patches=False)
+        folder, asked = parts / "export" / name, TeacherTarget("features", patches=False)
         (feature,) = Teacher(*read_export(folder), asked, torch.device("cpu"), "fp32")(torch.rand(2, 1, 16, 16))
         assert feature.shape == (2, width)
 
@@ -161,8 +161,8 @@ def test_what_the_teacher_has_said_is_not_asked_again(
     assert curve(one_rank.train(stage, configs["distill"], tmp_path / "third", *kept)) == alone
     assert (key / "rows").read_bytes() == rows
     told = json.loads((key / "facts.json").read_text())["facts"]
-    forged = Lessons(folder, told, len(rows) // (2 * 5 * 32 * 4 + 8), [Part((5, 32), torch.float32)] * 2)
-    forged.put(torch.arange(forged.rows), [torch.ones(forged.rows, 5, 32)] * 2)
+    forged = TeacherCache(folder, told, len(rows) // (2 * 5 * 32 * 4 + 8), [TensorSpec((5, 32), torch.float32)] * 2)
+    forged.put(torch.arange(forged.num_rows), [torch.ones(forged.num_rows, 5, 32)] * 2)
     assert curve(one_rank.train(stage, configs["distill"], tmp_path / "fourth", *kept))["loss"] != alone["loss"]
     with pytest.raises(ConfigError, match=r"lesson_cache.gigabytes=1e-05, but the teacher's answers on .* views"):
         one_rank.train(stage, configs["distill"], tmp_path / "fifth", *kept, "lesson_cache.gigabytes=1e-5")

@@ -9,8 +9,8 @@ from encoders import BOTH, KINDS, PLAIN, RELATIVE, ROTARY, autoencoder_of, encod
 from timm.layers.pos_embed_rel import RelPosMlp
 
 from foveal.config import height_and_width
-from foveal.models.resize import resized
-from foveal.models.token_positions import KeptBias
+from foveal.models.resize import resize_weights
+from foveal.models.token_positions import VisibleRelPosMlp
 from foveal.models.vit import Positions
 
 
@@ -81,7 +81,7 @@ def test_another_grid_is_timms(name: str, positions: Positions | None, size: int
     for parameter in ours.parameters():
         if parameter.requires_grad:
             torch.nn.init.zeros_(parameter)
-    ours.load_state_dict(resized(trained.state_dict(), ours, positions, (4, 4)))
+    ours.load_state_dict(resize_weights(trained.state_dict(), ours, positions, (4, 4)))
     theirs.set_input_size(img_size=sides)
     if positions == "sincos":  # a formula, which timm does not know of
         with torch.no_grad():
@@ -94,23 +94,23 @@ def test_another_grid_is_timms(name: str, positions: Positions | None, size: int
 def test_the_same_grid_changes_nothing() -> None:
     encoder = encoder_of("vit_tiny_patch16_224", "learned")
     weights = encoder.state_dict()
-    assert resized(weights, encoder, "learned", (4, 4)) is weights
-    wrong = resized(weights, encoder_of("vit_tiny_patch16_224", "learned", 32), "learned", (5, 5))
+    assert resize_weights(weights, encoder, "learned", (4, 4)) is weights
+    wrong = resize_weights(weights, encoder_of("vit_tiny_patch16_224", "learned", 32), "learned", (5, 5))
     assert wrong is weights  # no table of 25 patches: it is left to the loading to say so
 
 
 def test_a_relative_bias_of_some_patches_is_timms_at_their_places() -> None:
     theirs = RelPosMlp((3, 5), num_heads=2, hidden_dim=8, prefix_tokens=1).eval()
-    ours = KeptBias(theirs).eval()
+    ours = VisibleRelPosMlp(theirs).eval()
     assert ours.load_state_dict(theirs.state_dict())
     shaken(ours)
     theirs.load_state_dict(ours.state_dict())
     whole = theirs.get_bias()
     assert ours.get_bias().equal(whole)
-    ours.kept = torch.tensor([[4, 0, 14], [2, 9, 7]])
+    ours.visible_indices = torch.tensor([[4, 0, 14], [2, 9, 7]])
     found = ours.get_bias()
     assert found.shape == (2, 2, 4, 4)
-    for image, places in enumerate(ours.kept.tolist()):
+    for image, places in enumerate(ours.visible_indices.tolist()):
         rows = [0, *(place + 1 for place in places)]
         for query, row in enumerate(rows):
             for key, column in enumerate(rows):

@@ -110,7 +110,7 @@ def configure(tmp_path: Path) -> Configure:
     def make(path: str, **settings: Any) -> DataConfig:
         tree = {"path": path, "image_size": 8, "channels": 1, "lanes": 8, "patience_seconds": 8.0} | settings
         tree["cache"] = {"dir": str(tmp_path / "cache")} | tree.get("cache", {})
-        return DataConfig.checked(tree, "the test")
+        return DataConfig.from_dict(tree, "the test")
 
     return make
 

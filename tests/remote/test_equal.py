@@ -6,14 +6,16 @@ from pathlib import Path
 import pytest
 from proxy import Proxy
 
-from foveal.data import Batch, DataConfig, Dataset, eval_batches, train_batches, training_set
+from foveal.data import Batch, DataConfig, Dataset, build_training_set, eval_batches, train_batches
 
 Configure = Callable[..., DataConfig]
 
 
 def trained(cfg: DataConfig, steps: int = 6) -> list[Batch]:
-    data = training_set(Dataset.open(cfg), cfg, seed=3, batch=64)
-    with train_batches(data, cfg, rank=0, size=1, at_once=64, start=20, stop=20 + steps) as batches:
+    data = build_training_set(Dataset.open(cfg), cfg, seed=3, batch_size=64)
+    with train_batches(
+        data, cfg, rank=0, world_size=1, microbatch_size=64, start_step=20, stop_step=20 + steps
+    ) as batches:
         return list(batches)
 
 
@@ -38,7 +40,11 @@ def test_s3(digits: Path, here: list[Batch], s3: Proxy, configure: Configure) ->
 
     def evaluated(path: str) -> list[Batch]:
         cfg = configure(path)
-        return list(eval_batches(Dataset.open(cfg), cfg, split="val", part="all", seed=0, rank=0, size=1, at_once=180))
+        return list(
+            eval_batches(
+                Dataset.open(cfg), cfg, split="val", subset="all", seed=0, rank=0, world_size=1, microbatch_size=180
+            )
+        )
 
     assert same(evaluated(str(digits)), evaluated("s3://shards/digits"))
 
@@ -76,7 +82,7 @@ def test_http(
 def test_a_large_file_comes_in_pieces(
     here: list[Batch], http: Proxy, configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("foveal.data.storage.remote.PIECE", 100_000)
+    monkeypatch.setattr("foveal.data.storage.remote.CHUNK_BYTES", 100_000)
     assert same(here, trained(configure(f"http://127.0.0.1:{http.port}/digits")))
     assert http.gets("train-000001.tar HTTP") == 6  # of 501,760 bytes
 
@@ -84,6 +90,6 @@ def test_a_large_file_comes_in_pieces(
 def test_a_server_that_ignores_ranges_sends_a_file_once(
     here: list[Batch], http: Proxy, configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("foveal.data.storage.remote.PIECE", 100_000)
+    monkeypatch.setattr("foveal.data.storage.remote.CHUNK_BYTES", 100_000)
     assert same(here, trained(configure(f"http://127.0.0.1:{http.port}/plain/digits")))
     assert http.gets("train-000001.tar HTTP") == 1

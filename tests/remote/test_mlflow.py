@@ -20,9 +20,9 @@ from points import comparable, in_jsonl, in_mlflow, run_id
 from processes import PYTHON, ROOT, Ended, Started, ended
 
 from foveal.tracking import open_tracker, sync, uploader
-from foveal.tracking.mlflow import MLflow
-from foveal.tracking.store_errors import refusal
-from foveal.tracking.tracker import Row, State, Tracker, TrackingConfig
+from foveal.tracking.mlflow import MLflowRun
+from foveal.tracking.store_errors import explain_refusal
+from foveal.tracking.tracker import AttemptState, MetricRow, Tracker, TrackingConfig
 
 pytestmark = [
     pytest.mark.slow,  # MLflow's server takes ten seconds to start
@@ -66,7 +66,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     logging.getLogger("foveal").setLevel(logging.INFO)
 
 
-def rows_of(first: int, last: int, salt: float = 0.0) -> list[Row]:
+def rows_of(first: int, last: int, salt: float = 0.0) -> list[MetricRow]:
     """The rows of some steps: now and then what is not finite, and in every tenth the numbers of a report."""
     rows = []
     for step in range(first, last + 1):
@@ -81,11 +81,11 @@ def train(
     tracker: Tracker, first: int, last: int, at: Mapping[int, Callable[[], object]] | None = None, pause: float = 0.01
 ) -> None:
     """Steps in reports of five, with an evaluation at every 50th; ``at`` is what happens at a step."""
-    tracker.settings({"optim.lr": 0.1, "epochs": 3}, {"ranks": "1"})
+    tracker.log_settings({"optim.lr": 0.1, "epochs": 3}, {"ranks": "1"})
     for step in range(first, last + 1, 5):
-        tracker.rows(rows_of(step, min(step + 4, last)))
+        tracker.log_rows(rows_of(step, min(step + 4, last)))
         if (step + 4) % 50 == 0:
-            tracker.results({"val_top1": step / 1000}, step + 4)
+            tracker.log_results({"val_top1": step / 1000}, step + 4)
         for when, act in (at or {}).items():
             if step <= when < step + 5:
                 act()
@@ -113,7 +113,7 @@ def check_equal(server: Server, run: Path) -> None:
     assert ours.keys() == theirs.keys()
 
 
-def check_end(server: Server, run: Path, state: State, status: str) -> None:
+def check_end(server: Server, run: Path, state: AttemptState, status: str) -> None:
     """The state, and what else a run is to leave."""
     client = MlflowClient(server.uri)
     found = client.get_run(run_id(run))
@@ -272,8 +272,8 @@ def test_a_server_that_says_no(healthy: Server, spoiler: Spoiler, tmp_path: Path
     for status, uri in {401: spoiler.uri, 403: spoiler.uri, 404: f"{healthy.uri}/wrong/path"}.items():
         spoiler.inject(str(status))
         with pytest.raises(MlflowException) as caught:
-            MLflow(TrackingConfig(uri=uri), tmp_path / str(status), None, "x")
-        assert f"error code {status}" in (refusal(caught.value) or ""), caught.value
+            MLflowRun(TrackingConfig(uri=uri), tmp_path / str(status), None, "x")
+        assert f"error code {status}" in (explain_refusal(caught.value) or ""), caught.value
 
 
 @pytest.mark.thorough
@@ -344,11 +344,11 @@ def test_back_behind_what_was_delivered(healthy: Server, tmp_path: Path) -> None
     with (run / "rollbacks.jsonl").open("a") as stream:
         stream.write(json.dumps({"time": time.time(), "to": 100}) + "\n")
     tracker.rewind(100)
-    tracker.rows(rows_of(101, 130, salt=0.5))
+    tracker.log_rows(rows_of(101, 130, salt=0.5))
     tracker.close("failed")
     tracker, last = open_tracker(run, cfg, None, 120)
     assert last["loss"] == 1 / 120 + 0.5
-    tracker.rows(rows_of(121, _STEPS, salt=0.5))
+    tracker.log_rows(rows_of(121, _STEPS, salt=0.5))
     tracker.close("finished")
     ours, theirs = in_jsonl(run), in_mlflow(MlflowClient(healthy.uri), run)
     assert comparable({place: values[-1:] for place, values in theirs.items() if place in ours}) == comparable(ours)

@@ -22,7 +22,7 @@ def start() -> Iterator[Start]:
     started: list[subprocess.Popen[str]] = []
 
     def begin(cfg: DataConfig) -> subprocess.Popen[str]:
-        command = [sys.executable, str(Path(__file__).with_name("read_all.py")), json.dumps(cfg.tree())]
+        command = [sys.executable, str(Path(__file__).with_name("read_all.py")), json.dumps(cfg.to_dict())]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         started.append(process)
         return process

@@ -14,11 +14,11 @@ import pytest
 from proxy import Proxy
 from ranks import stage_named
 
-from foveal.data import DataConfig, Dataset, train_batches, training_set
-from foveal.data.storage.remote import NotThere, Remote
+from foveal.data import DataConfig, Dataset, build_training_set, train_batches
+from foveal.data.storage.remote import RemoteFolder, RemoteNotFoundError
 from foveal.errors import ConfigError, DataError
 from foveal.redact import redact
-from foveal.training.checkpointing import Saving
+from foveal.training.checkpointing import CheckpointSaver
 from foveal.training.cli import main
 
 Configure = Callable[..., DataConfig]
@@ -44,7 +44,7 @@ def test_a_read_that_stalls(
     shard = dataset.manifest.splits["train"].shards[1].file
     proxy.inject("stall", about=f"{shard} HTTP", times=100)
     with within(12.0, at_least=2.5), pytest.raises(DataError) as caught:
-        dataset.read(shard, 0, 100)
+        dataset.read_bytes(shard, 0, 100)
     shown = url.replace("someone:${SHARDS_PASSWORD}@", "")
     assert str(caught.value).startswith(
         f"{shown}/{shard} cannot be read, 5 attempts failed (TimeoutError: no answer within 0.5 s)"
@@ -52,15 +52,15 @@ def test_a_read_that_stalls(
     proxy.heal()
     proxy.inject("stall", about=f"{shard} HTTP", times=2)
     with within(8.0):
-        assert len(dataset.read(shard, 0, 100)) == 100
+        assert len(dataset.read_bytes(shard, 0, 100)) == 100
 
 
 def test_a_run_whose_server_stalls_ends(s3: Proxy, configure: Configure) -> None:
     cfg = configure("s3://shards/digits", patience_seconds=3.0)
-    data = training_set(Dataset.open(cfg), cfg, seed=3, batch=64)
+    data = build_training_set(Dataset.open(cfg), cfg, seed=3, batch_size=64)
     s3.inject("stall", about=".tar HTTP", times=100)
     with (
-        train_batches(data, cfg, rank=0, size=1, at_once=64, start=0, stop=2) as batches,
+        train_batches(data, cfg, rank=0, world_size=1, microbatch_size=64, start_step=0, stop_step=2) as batches,
         within(30.0),  # the patience begins with the last that has come, and a prefetch may fail before
         pytest.raises(DataError, match=r"s3://shards/digits/train-00000\d.tar"),
     ):
@@ -108,7 +108,7 @@ def test_secrets_of_a_run_stand_nowhere(
     if end == "refused":
         http.inject("403", about="train-000003.tar HTTP", times=10**6)
     elif end == "failed":
-        monkeypatch.setattr(Saving, "begin", lambda *_: _fail(f"https://me:{password}@{place}"))
+        monkeypatch.setattr(CheckpointSaver, "start_checkpoint", lambda *_: _fail(f"https://me:{password}@{place}"))
     with pytest.raises(SystemExit if end != "failed" else RuntimeError) as done:
         main(stage_named("pretrain"), words)
     said = capfd.readouterr()
@@ -142,7 +142,7 @@ def test_nobody_there(configure: Configure, caplog: pytest.LogCaptureFixture) ->
     secret, name = "planted", "a.tar"
     url = f"http://someone:{secret}@127.0.0.1:{port}/digits"
     with caplog.at_level(logging.DEBUG, "foveal"), within(6.0), pytest.raises(DataError) as caught:
-        Remote(url, patience=2.0).read(name, 0, 1)
+        RemoteFolder(url, timeout=2.0).read_range(name, 0, 1)
     assert str(caught.value).startswith(f"http://127.0.0.1:{port}/digits/{name} cannot be read, 5 attempts failed")
     assert [record.message.count(f"attempt {n} of 5") for n, record in enumerate(caplog.records, 1)] == [1, 1, 1, 1]
     assert secret not in caplog.text + str(caught.value)
@@ -154,23 +154,26 @@ def test_what_is_refused_is_not_asked_for_again(s3: Proxy, http: Proxy, configur
         pytest.raises(DataError, match=r"s3://shards/nowhere/manifest.json is not there or .*: run `foveal"),
     ):
         Dataset.open(configure("s3://shards/nowhere", patience_seconds=60.0))
-    with within(5.0), pytest.raises(NotThere, match=r"s3://nobody/x/a.tar is not there or may not be read \("):
-        Remote("s3://nobody/x", 60.0).size("a.tar")
     with (
         within(5.0),
-        pytest.raises(NotThere, match=r"/digits/a.tar is not there or may not be read \(FileNotFoundErro"),
+        pytest.raises(RemoteNotFoundError, match=r"s3://nobody/x/a.tar is not there or may not be read \("),
     ):
-        Remote(f"http://127.0.0.1:{http.port}/digits", 60.0).read("a.tar", 0, 10)
+        RemoteFolder("s3://nobody/x", 60.0).file_size("a.tar")
+    with (
+        within(5.0),
+        pytest.raises(RemoteNotFoundError, match=r"/digits/a.tar is not there or may not be read \(FileNotFoundErro"),
+    ):
+        RemoteFolder(f"http://127.0.0.1:{http.port}/digits", 60.0).read_range("a.tar", 0, 10)
     http.inject("401")
-    with within(5.0), pytest.raises(NotThere, match="may not be read"):
-        Remote(f"http://127.0.0.1:{http.port}/digits", 60.0).read("manifest.json", 0, 10)
+    with within(5.0), pytest.raises(RemoteNotFoundError, match="may not be read"):
+        RemoteFolder(f"http://127.0.0.1:{http.port}/digits", 60.0).read_range("manifest.json", 0, 10)
 
 
 def test_an_outage_is_no_refusal(digits: Path, http: Proxy) -> None:
     """fsspec says of both that there is no such file."""
-    remote = Remote(f"http://127.0.0.1:{http.port}/digits", 8.0)
+    remote = RemoteFolder(f"http://127.0.0.1:{http.port}/digits", 8.0)
     http.inject("503", times=2)  # HEAD, and the GET that fsspec tries then
-    assert remote.size("train-000000.tar") == (digits / "train-000000.tar").stat().st_size
+    assert remote.file_size("train-000000.tar") == (digits / "train-000000.tar").stat().st_size
 
 
 def test_less_than_was_asked_for(digits: Path, s3: Proxy) -> None:
@@ -178,12 +181,12 @@ def test_less_than_was_asked_for(digits: Path, s3: Proxy) -> None:
     with pytest.raises(
         DataError, match=rf"manifest.json cannot be read, .* \(EOFError: 100 bytes from {size - 10} were"
     ):
-        Remote("s3://shards/digits", 8.0).read("manifest.json", size - 10, size + 90)
+        RemoteFolder("s3://shards/digits", 8.0).read_range("manifest.json", size - 10, size + 90)
 
 
 def test_a_page_that_lists_something_else(http: Proxy, configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Remote, "sizes", lambda _: {"about.html": None})
-    assert Dataset.open(configure(f"http://127.0.0.1:{http.port}/digits")).samples("train") == 1437
+    monkeypatch.setattr(RemoteFolder, "file_sizes", lambda _: {"about.html": None})
+    assert Dataset.open(configure(f"http://127.0.0.1:{http.port}/digits")).num_samples("train") == 1437
 
 
 def edited(digits: Path, index: Path, old: str, new: str) -> str:
@@ -209,7 +212,7 @@ def test_a_missing_shard_is_said_at_the_start(
     http.inject("401", about="GET /digits/ ", times=9)
     http.inject("401", about="GET /digits HTTP", times=9)
     dataset = Dataset.open(configure(http_url))
-    assert dataset.read("train-000004.tar", 0, 10)
+    assert dataset.read_bytes("train-000004.tar", 0, 10)
 
 
 def test_a_shard_of_another_size(digits: Path, s3: Proxy, configure: Configure, tmp_path: Path) -> None:
@@ -226,16 +229,16 @@ def test_a_driver_that_is_not_installed(url: str, package: str, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, url[:2], raising=False)
     with pytest.raises(DataError, match=rf"{url} needs the package {package}, which is not installed: `pip install "):
-        Remote(url, 1.0)
+        RemoteFolder(url, 1.0)
 
 
 def test_a_file_to_walk_through(digits: Path, s3: Proxy) -> None:
-    remote = Remote("s3://shards/digits", 8.0)
+    remote = RemoteFolder("s3://shards/digits", 8.0)
     file = digits / "train-000000.tar"
-    assert remote.sizes() == {each.name: each.stat().st_size for each in digits.iterdir()}
-    modified = remote.modified(file.name)
+    assert remote.file_sizes() == {each.name: each.stat().st_size for each in digits.iterdir()}
+    modified = remote.modified_time(file.name)
     assert modified is not None and abs(modified - time.time()) < 600
-    with remote.open(file.name) as stream, file.open("rb") as same:
+    with remote.open_file(file.name) as stream, file.open("rb") as same:
         for offset, size in ((0, 512), (300_000, 512), (512, 5000), (file.stat().st_size - 10, 100)):
             assert stream.seek(offset) == same.seek(offset)
             assert stream.read(size) == same.read(size)

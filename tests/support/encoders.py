@@ -35,7 +35,7 @@ def encoder_of(
     """An encoder of 2 blocks of width 48, patches of 4: every weight is drawn, for layer scales begin at 1e-6."""
     torch.manual_seed(0)
     cfg = VitConfig(name=name, patch=4, width=48, depth=2, heads=3, positions=positions)
-    encoder = build_encoder(cfg, image_size=size, channels=3, drop_path=drop_path, pooling=pooling, classes=classes)
+    encoder = build_encoder(cfg, image_size=size, channels=3, drop_path=drop_path, pooling=pooling, num_classes=classes)
     shaken(encoder)
     return encoder
 

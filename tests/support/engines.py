@@ -11,9 +11,9 @@ from ranks import devices
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from foveal.checkpoint.chunks import fill_pieces, write_pieces
+from foveal.checkpoint.chunks import load_chunks, write_chunks
 from foveal.distributed.world import World
-from foveal.engines.base import Engine, EngineConfig, Outcome
+from foveal.engines.base import Engine, EngineConfig, StepResult
 from foveal.engines.build import build_engine
 from foveal.optim.optimizers import OptimConfig, parameter_groups
 
@@ -104,7 +104,7 @@ class Told:
     """What a step said: the loss over all ranks, and the engine's outcome."""
 
     loss: float
-    outcome: Outcome
+    outcome: StepResult
 
 
 class Trainer:
@@ -116,7 +116,9 @@ class Trainer:
         groups = parameter_groups(self.module, optim.model_copy(update={"layer_decay": 0.5}), depth, 3)
         cfg = shape.config
         at_once = IMAGES // MICROS // world.size
-        self.engine: Engine = build_engine(self.module, groups, optim, cfg, world, at_once=at_once, accumulate=MICROS)
+        self.engine: Engine = build_engine(
+            self.module, groups, optim, cfg, world, microbatch_size=at_once, accumulation_steps=MICROS
+        )
 
     def step(self, number: int, spoil: Callable[[int, Tensor], Tensor] = lambda _micro, rows: rows) -> Told:
         """One step; ``spoil`` changes the rows of a micro on this rank."""
@@ -125,16 +127,16 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=world.device)
         for micro in range(MICROS):
             rows, wanted = (part.to(world.device) for part in batch(number, world.rank, world.size, micro))
-            with engine.micro(last=micro == MICROS - 1):
+            with engine.microbatch(last=micro == MICROS - 1):
                 loss = (engine.model(spoil(micro, rows)).float() - wanted).pow(2).mean()
                 engine.backward(loss)
             total += loss.detach().double() / MICROS / world.size
         outcome = engine.step()
-        return Told(world.sum(total).item(), outcome)
+        return Told(world.all_reduce_sum(total).item(), outcome)
 
     def look(self, number: int) -> Tensor:
         """A forward without a backward, as of an evaluation: it leaves gathered what a backward would put away."""
-        with self.engine.looking():
+        with self.engine.eval_mode():
             return self.engine.model(batch(number, self.world.rank, self.world.size, 0)[0].to(self.world.device))
 
     def steps(self, start: int, stop: int) -> list[float]:
@@ -144,12 +146,12 @@ class Trainer:
         if self.world.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
         self.world.barrier()
-        write_pieces(folder, self.world.rank, self.engine.pieces())
+        write_chunks(folder, self.world.rank, self.engine.state_chunks())
         self.world.barrier()
 
     def load(self, folder: Path, updates: int) -> None:
-        fill_pieces(folder, self.engine.pieces())
-        self.engine.restored(updates)
+        load_chunks(folder, self.engine.state_chunks())
+        self.engine.on_state_loaded(updates)
 
     def groups(self) -> list[tuple[Any, ...]]:
         """What the optimizer's groups are set to."""

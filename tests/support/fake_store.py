@@ -6,21 +6,21 @@ from typing import Any
 
 from points import Numbers
 
-from foveal.tracking.jsonl import Jsonl
-from foveal.tracking.tracker import Point
+from foveal.tracking.jsonl import JsonlTracker
+from foveal.tracking.tracker import MetricPoint
 
 
 class Kept:
     """What a store keeps of one run, and what happens to a request before and after it is carried out."""
 
     def __init__(self) -> None:
-        self.run = "1"
-        self.points: list[Point] = []
+        self.run_id = "1"
+        self.points: list[MetricPoint] = []
         self.settings: dict[str, Any] = {}
         self.tags: dict[str, str] = {}
         self.artifacts: dict[str, bytes] = {}
         self.asked: list[str] = []
-        self.written: list[Jsonl] = []
+        self.written: list[JsonlTracker] = []
         self.requests: list[int] = []
         self.before: Callable[[str], object] = lambda _: None
         self.after: Callable[[str], object] = lambda _: None
@@ -29,10 +29,10 @@ class Kept:
         self._carried_out("connect", lambda: None)
         return self
 
-    def newest(self) -> dict[str, int]:
+    def get_latest_steps(self) -> dict[str, int]:
         return {name: max(step for other, _, _, step in self.points if other == name) for name, *_ in self.points}
 
-    def held(self, name: str) -> dict[int, int]:
+    def get_step_timestamps(self, name: str) -> dict[int, int]:
         self.asked.append(name)
         made: dict[int, int] = {}
         for other, _, when, step in self.points:
@@ -40,17 +40,17 @@ class Kept:
                 made[step] = max(when, made.get(step, 0))
         return made
 
-    def send(self, points: Sequence[Point]) -> None:
+    def log_points(self, points: Sequence[MetricPoint]) -> None:
         self.requests.append(len(points))
         self._carried_out("send", lambda: self.points.extend(points))
 
-    def facts(self, settings: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+    def set_params_and_tags(self, settings: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         self._carried_out("facts", lambda: (self.settings.update(settings), self.tags.update(tags)))
 
-    def files(self) -> dict[str, int]:
+    def list_files(self) -> dict[str, int]:
         return {name: len(data) for name, data in self.artifacts.items()}
 
-    def file(self, path: Path, folder: str) -> None:
+    def upload_file(self, path: Path, folder: str) -> None:
         name = f"{folder}/{path.name}" if folder else path.name
         self._carried_out("file", lambda: self.artifacts.update({name: path.read_bytes()}))
 

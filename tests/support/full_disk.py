@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from foveal.checkpoint.store import CheckpointConfig, Store, TrainState
+from foveal.checkpoint.store import CheckpointConfig, CheckpointStore, TrainState
 from foveal.distributed.world import World
 from foveal.engines.base import Engine, EngineConfig
 from foveal.engines.build import build_engine
@@ -32,18 +32,20 @@ def engine() -> Engine:
     """About 130,000 weights, 1.6 MB of checkpoint."""
     model = nn.Sequential(nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 256))
     groups = parameter_groups(model, OPTIM)
-    return build_engine(model, groups, OPTIM, EngineConfig(kind="plain"), ALONE, at_once=8, accumulate=1)
+    return build_engine(
+        model, groups, OPTIM, EngineConfig(kind="plain"), ALONE, microbatch_size=8, accumulation_steps=1
+    )
 
 
-def store(folder: Path) -> Store:
-    return Store(folder / "checkpoints", CheckpointConfig(keep=1), ALONE, 1, {})
+def store(folder: Path) -> CheckpointStore:
+    return CheckpointStore(folder / "checkpoints", CheckpointConfig(keep=1), ALONE, 1, {})
 
 
 def trained(training: Engine, step: int) -> float:
     """One step; its loss."""
     training.set_lr(1e-3)
     rows = torch.randn(8, 256, generator=torch.Generator().manual_seed(step))
-    with training.micro(last=True):
+    with training.microbatch(last=True):
         loss = (training.model(rows) - rows).pow(2).mean()
         training.backward(loss)
     assert training.step().applied
@@ -66,10 +68,10 @@ def fill(folder: Path, how: str, *, full: bool) -> None:
 def readable(folder: Path, weights: dict[int, torch.Tensor]) -> int:
     """The step that a resume would find, if it is what that step left."""
     reader, fresh = store(folder), engine()
-    found = reader.newest()
+    found = reader.find_latest()
     assert found is not None
     reader.load(found[0], fresh, found[1])
-    assert torch.equal(fresh.weights()["0.weight"], weights[found[1].step])
+    assert torch.equal(fresh.full_state_dict()["0.weight"], weights[found[1].step])
     return found[1].step
 
 
@@ -79,9 +81,9 @@ def main(folder: Path, how: str) -> None:
     for step in STEPS:
         fill(folder, how, full=step in FULL)
         loss = trained(training, step)
-        weights[step] = training.weights()["0.weight"].clone()
+        weights[step] = training.full_state_dict()["0.weight"].clone()
         saving.save(training, TrainState(step, 0.0, 1, "plain", {}))
-        saved = saving.finish()
+        saved = saving.wait_and_commit()
         left = sorted(each.name for each in (folder / "checkpoints").iterdir())
         row = {"step": step, "loss": loss, "saved": saved and saved.step, "found": readable(folder, weights)}
         sys.stdout.write(json.dumps(row | {"left": left}) + "\n")

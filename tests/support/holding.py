@@ -22,15 +22,15 @@ _LONGEST = 120.0  # seconds: whoever holds it may have failed
 
 def hold_after_steps() -> None:
     """Wait before the ranks ask one another whether to leave."""
-    asked_to_leave = Run.asked_to_leave
+    asked_to_leave = Run.check_preemption
 
     def held(self: Run) -> bool:
         end = time.monotonic() + _LONGEST
-        while self.preemption.heard is None and self.step >= _last_step() and time.monotonic() < end:
+        while self.preemption.stop_reason is None and self.step >= _last_step() and time.monotonic() < end:
             time.sleep(_LOOKS)
         return asked_to_leave(self)
 
-    Run.asked_to_leave = held
+    Run.check_preemption = held
 
 
 def _last_step() -> float:

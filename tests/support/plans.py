@@ -5,12 +5,12 @@ from typing import Any
 
 from ranks import stage_named
 
-from foveal.forecast.forecast import Forecast, Machine
+from foveal.forecast.forecast import ClusterSpec, Forecast
 
 
 def forecast(name: str, file: Path, *overrides: str, ranks: int = 1, **machine: Any) -> Forecast:
     """A config's forecast on so many ranks of one node."""
     stage = stage_named(name)
-    cfg = stage.config.load(file, ["run.dir=runs/none", *overrides])
+    cfg = stage.config_class.load(file, ["run.dir=runs/none", *overrides])
     place = {"mfu": 0.4, "write_bytes": 1e9} | machine
-    return Forecast(stage, stage.plan(cfg, ranks), Machine(1, ranks, **place))
+    return Forecast(stage, stage.build_plan(cfg, ranks), ClusterSpec(1, ranks, **place))

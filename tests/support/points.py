@@ -5,8 +5,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from foveal.tracking.jsonl import read_rows
-from foveal.tracking.tracker import Row
+from foveal.tracking.jsonl import read_metric_rows
+from foveal.tracking.tracker import MetricRow
 
 if TYPE_CHECKING:  # not every test that asks a run directory waits for it
     from mlflow.tracking import MlflowClient
@@ -15,7 +15,7 @@ Numbers = dict[tuple[str, int], list[float]]
 _HIGHEST = 1.7976931348623157e308  # what MLflow keeps of what is infinite
 
 
-def row(step: int) -> Row:
+def row(step: int) -> MetricRow:
     return {"step": step, "loss": 1 / step, "lr": step / 100}
 
 
@@ -25,7 +25,7 @@ def run_id(run: Path) -> str:
 
 def in_jsonl(run: Path) -> Numbers:
     found: Numbers = {}
-    for each in read_rows(run / "metrics.jsonl"):
+    for each in read_metric_rows(run / "metrics.jsonl"):
         for name, value in each.items():
             if name != "step":
                 found.setdefault((name, int(each["step"])), []).append(value)

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from foveal.distributed.world import World, joined
+from foveal.distributed.world import World, init_world
 from foveal.errors import FovealError
-from foveal.tracking.jsonl import read_rows
-from foveal.training.cli import Stage, enter, load
+from foveal.tracking.jsonl import read_metric_rows
+from foveal.training.cli import Stage, load_config, run_stage
 
 _PATIENCE = 240  # seconds for one call
 _COLLECTIVE = 120  # seconds for one collective: a rank that waits for another that failed gives up
@@ -64,7 +64,7 @@ class Ranks:
     def train(self, stage: Stage[Any, Any], config: Path, run: Path, *overrides: str) -> list[dict[str, float]]:
         """Run a stage in all ranks; the rows of its metrics.jsonl."""
         self.call(_enter, stage.name, str(config), [f"run.dir={run}", "tracking.uri=null", *overrides])
-        return read_rows(run / "metrics.jsonl")
+        return read_metric_rows(run / "metrics.jsonl")
 
     def close(self) -> None:
         """End the processes."""
@@ -85,7 +85,7 @@ def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    with joined(_COLLECTIVE) as world:
+    with init_world(_COLLECTIVE) as world:
         while (order := pipe.recv()) is not None:
             function, arguments = order
             try:
@@ -106,4 +106,4 @@ def stage_named(name: str) -> Stage[Any, Any]:
 
 def _enter(world: World, stage: str, config: str, overrides: Sequence[str]) -> None:
     found = stage_named(stage)
-    enter(found, load(found.config, stage, config, overrides), world)
+    run_stage(found, load_config(found.config_class, stage, config, overrides), world)

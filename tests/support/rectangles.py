@@ -37,5 +37,5 @@ def pack_rectangles(folder: Path, train: int = 32, val: int = 10, side: int = 32
                 stream = io.BytesIO()
                 Image.fromarray(pixels).save(stream, "PNG")
                 shard.write({"__key__": f"{number:04d}", "png": stream.getvalue(), "json": json.dumps(boxes).encode()})
-    index_folder(str(folder), classes=CLASSES, tell=lambda _: None)
+    index_folder(str(folder), classes=CLASSES, on_warning=lambda _: None)
     return folder

@@ -48,7 +48,7 @@ def write_scenes(
                     header.size = stream.tell()
                     stream.seek(0)
                     tar.addfile(header, stream)
-    index_folder(str(folder), classes=classes, tell=lambda _: None)
+    index_folder(str(folder), classes=classes, on_warning=lambda _: None)
     return folder
 
 
@@ -84,4 +84,4 @@ def scene_tree(folder: Path, **further: Any) -> dict[str, Any]:
 
 def scene_settings(folder: Path, **further: Any) -> FinetuneConfig:
     """As ``scene_tree``, checked."""
-    return FinetuneConfig.checked(yaml.safe_load(yaml.safe_dump(scene_tree(folder, **further))), "here")
+    return FinetuneConfig.from_dict(yaml.safe_load(yaml.safe_dump(scene_tree(folder, **further))), "here")

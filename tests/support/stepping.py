@@ -12,14 +12,16 @@ from pathlib import Path
 
 import torch
 
-from foveal.distributed.peer_failure import lost_peer
-from foveal.distributed.watchdog import Patience, watching
-from foveal.distributed.world import World, joined
-from foveal.errors import FovealError, Hung
+from foveal.distributed.peer_failure import describe_peer_failure
+from foveal.distributed.watchdog import Timeouts, run_watchdog
+from foveal.distributed.world import World, init_world
+from foveal.errors import FovealError, TrainingHungError
 
 _FAILS_AT = 200
 _JOINING = 100.0
-_IMPATIENT = Patience(look=0.1, floor=1.0, margin=4.0, answering=2.0, beginnings=3.0)
+_IMPATIENT = Timeouts(
+    poll_interval=0.1, min_stall_seconds=1.0, hang_margin=4.0, store_timeout=2.0, first_step_factor=3.0
+)
 
 
 def fail(how: str) -> None:
@@ -44,16 +46,18 @@ def steps(world: World, folder: Path, timeout: float, how: str, who: int) -> Non
     def write_down(why: str) -> None:
         (folder / f"{name}.why").write_text(why)
 
-    with watching(world, folder, timeout, write_down, _IMPATIENT) as watch:
+    with run_watchdog(world, folder, timeout, write_down, _IMPATIENT) as watch:
         step, enough = 0, False
         while not enough:
             step += 1
-            watch.beat(step, "data")
-            world.together(lambda now=step: fail(how) if (now, world.rank) == (_FAILS_AT, who) else time.sleep(0.005))
-            watch.beat(step, "training")
-            world.sum(torch.ones(3))
+            watch.heartbeat(step, "data")
+            world.run_all_or_raise(
+                lambda now=step: fail(how) if (now, world.rank) == (_FAILS_AT, who) else time.sleep(0.005)
+            )
+            watch.heartbeat(step, "training")
+            world.all_reduce_sum(torch.ones(3))
             (folder / f"{name}.step").write_text(str(step))
-            enough = world.any((folder / "enough").exists() or (how == "late" and step == 2 * _FAILS_AT))
+            enough = world.any_rank((folder / "enough").exists() or (how == "late" and step == 2 * _FAILS_AT))
 
 
 def main() -> None:
@@ -62,17 +66,17 @@ def main() -> None:
     log = logging.FileHandler(folder / f"rank-{int(os.environ['RANK']):03d}.log")
     logging.basicConfig(level=logging.INFO, handlers=[log])
     try:
-        with joined(timeout, joining_seconds=_JOINING if how != "absent" else timeout) as world:
+        with init_world(timeout, join_timeout_seconds=_JOINING if how != "absent" else timeout) as world:
             steps(world, folder, timeout, how, who)
     except FovealError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(error.exit_code)
     except Exception as error:
-        if (sentence := lost_peer(error)) is None:
+        if (sentence := describe_peer_failure(error)) is None:
             raise
         sys.stderr.write(f"{sentence}\n")
         sys.stderr.flush()
-        os._exit(Hung.exit_code)
+        os._exit(TrainingHungError.exit_code)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveal.checkpoint.chunks import Piece
-from foveal.checkpoint.store import CheckpointConfig, Store, TrainState
+from foveal.checkpoint.chunks import TensorChunk
+from foveal.checkpoint.store import CheckpointConfig, CheckpointStore, TrainState
 from foveal.distributed.world import World
 
 ALONE = World(0, 1, 0, "none", torch.device("cpu"))
@@ -25,7 +25,7 @@ class Tensors:
     value: float
     rank: int = 0
     ranks: int = 1
-    updates: int = 0
+    num_updates: int = 0
     held: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -37,14 +37,14 @@ class Tensors:
         size = torch.Size(shape).numel()
         return size * self.rank // self.ranks, size * (self.rank + 1) // self.ranks
 
-    def pieces(self) -> list[Piece]:
+    def state_chunks(self) -> list[TensorChunk]:
         return [
-            Piece(name, shape, self._share(shape)[0], self.held[name], (0, len(self.held[name]["weight"])))
+            TensorChunk(name, shape, self._share(shape)[0], self.held[name], (0, len(self.held[name]["weight"])))
             for name, shape in SHAPES.items()
         ]
 
-    def restored(self, updates: int) -> None:
-        self.updates = updates
+    def on_state_loaded(self, num_updates: int) -> None:
+        self.num_updates = num_updates
 
     def fill(self, value: float) -> None:
         """A step of training."""
@@ -63,15 +63,15 @@ def state(step: int) -> TrainState:
 
 def store(
     root: Path, attempt: int = 1, starts: Mapping[int, int] | None = None, world: World = ALONE, **settings: Any
-) -> Store:
+) -> CheckpointStore:
     """A store that keeps everything, unless the settings say otherwise."""
-    return Store(root, CheckpointConfig.model_validate({"keep": 99} | settings), world, attempt, starts or {})
+    return CheckpointStore(root, CheckpointConfig.model_validate({"keep": 99} | settings), world, attempt, starts or {})
 
 
-def saved(made: Store, step: int) -> None:
+def saved(made: CheckpointStore, step: int) -> None:
     """Save a step whose every element is its number, and wait for it."""
-    made.save(Tensors(step, updates=step), state(step))
-    made.finish()
+    made.save(Tensors(step, num_updates=step), state(step))
+    made.wait_and_commit()
 
 
 def name(step: int, attempt: int = 1) -> str:

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distill.teacher_cache import Lessons, Part
+from distill.teacher_cache import TeacherCache, TensorSpec
 
 ROWS = 16
-PARTS = (Part((1 << 18,), torch.float32),)  # a megabyte: a kill often falls into the writing of one
+PARTS = (TensorSpec((1 << 18,), torch.float32),)  # a megabyte: a kill often falls into the writing of one
 
 
 def answers(indices: Tensor) -> tuple[Tensor]:
@@ -20,11 +20,11 @@ def answers(indices: Tensor) -> tuple[Tensor]:
     return (indices[:, None].float() + torch.arange(1 << 18) / (1 << 19),)
 
 
-def opened(folder: Path) -> Lessons:
-    return Lessons(folder, {}, ROWS, PARTS)
+def opened(folder: Path) -> TeacherCache:
+    return TeacherCache(folder, {}, ROWS, PARTS)
 
 
-def write(cache: Lessons, seed: int) -> None:
+def write(cache: TeacherCache, seed: int) -> None:
     """Until somebody ends it, or a minute is over."""
     generator, end = torch.Generator().manual_seed(seed), time.monotonic() + 60
     while time.monotonic() < end:

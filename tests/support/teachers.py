@@ -41,7 +41,7 @@ def encoder_export(
     encoder = build_encoder(cfg, **size)  # pyright: ignore[reportArgumentType]
     if classes:
         torch.nn.init.normal_(encoder.get_parameter("head.weight"))
-    told = encoder_card(cfg, image_size, 1, pooling=pooling, classes=len(classes))
+    told = encoder_card(cfg, image_size, 1, pooling=pooling, num_classes=len(classes))
     write_export(folder, encoder.state_dict(), Card("finetune" if classes else "pretrain", told, MEAN, STD, classes))
     return folder
 
@@ -49,7 +49,7 @@ def encoder_export(
 def backbone_export(folder: Path, name: str, *, classes: tuple[str, ...] = (), image_size: int = 32) -> Path:
     """The export of a model of timm as it is."""
     torch.manual_seed(0)
-    model = build_backbone(name, image_size=image_size, channels=1, classes=len(classes))
+    model = build_backbone(name, image_size=image_size, channels=1, num_classes=len(classes))
     told = backbone_card(name, image_size, 1, len(classes))
     write_export(folder, model.state_dict(), Card("finetune", told, MEAN, STD, classes))
     return folder
@@ -65,4 +65,4 @@ def config(digits: Path, teacher: Path, **settings: Any) -> DistillConfig:
         "optim": {} | settings.pop("optim", {}),
         "run": {"dir": "runs/x"},
     }
-    return DistillConfig.checked(tree | settings, "here")
+    return DistillConfig.from_dict(tree | settings, "here")

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from foveal.atomic import (
-    Growing,
-    dispensable,
-    force,
-    free_bytes,
-    in_gigabytes,
+    AppendLog,
+    best_effort,
+    disk_shortage,
+    format_bytes,
+    fsync,
+    get_free_space,
     read_json,
-    room,
+    write_atomic,
     write_json,
-    write_whole,
 )
 from foveal.errors import CheckpointError
 
@@ -30,40 +30,40 @@ def refusing(code: int) -> Callable[[int], None]:
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
-    write_whole(tmp_path / "a", b"old")
+    write_atomic(tmp_path / "a", b"old")
     write_json(tmp_path / "a", {"é": 1})
     assert (tmp_path / "a").read_text() == '{\n "é": 1\n}\n'
     assert [each.name for each in tmp_path.iterdir()] == ["a"]
 
 
 def test_what_cannot_be_written_leaves_what_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_whole(tmp_path / "a", b"old")
+    write_atomic(tmp_path / "a", b"old")
     monkeypatch.setattr(os, "fsync", refusing(errno.EIO))
     with pytest.raises(OSError, match="Input/output error"):
-        write_whole(tmp_path / "a", b"new")
+        write_atomic(tmp_path / "a", b"new")
     assert (tmp_path / "a").read_bytes() == b"old"
     assert [each.name for each in tmp_path.iterdir()] == ["a"]
 
 
 def test_a_file_system_that_cannot_force_names_is_good_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", refusing(errno.EINVAL))
-    force(tmp_path)
+    fsync(tmp_path)
 
 
 def test_room_is_asked_of_the_file_system_that_will_hold_it(tmp_path: Path) -> None:
     place = tmp_path / "not" / "yet"
-    free, mount = free_bytes(place)
+    free, mount = get_free_space(place)
     assert mount.is_mount()
     assert tmp_path.is_relative_to(mount)
-    assert room(place, 0) is None
-    said = room(place, 10 * free)
+    assert disk_shortage(place, 0) is None
+    said = disk_shortage(place, 10 * free)
     assert said is not None
     assert said.startswith(f"{place} has ")
-    assert said.endswith(f"a checkpoint takes {in_gigabytes(10 * free)}; make room, or set run.dir to another disk")
+    assert said.endswith(f"a checkpoint takes {format_bytes(10 * free)}; make room, or set run.dir to another disk")
 
 
 def test_bytes_are_told_as_disks_are_sold() -> None:
-    assert [in_gigabytes(count) for count in (0, 1_234_567, 99_999_999, 1_390_000_000)] == [
+    assert [format_bytes(count) for count in (0, 1_234_567, 99_999_999, 1_390_000_000)] == [
         "0.0 MB",
         "1.2 MB",
         "100.0 MB",
@@ -91,13 +91,13 @@ def full(monkeypatch: pytest.MonkeyPatch, code: int = errno.ENOSPC, room_for: in
 
 def test_what_a_full_disk_has_no_room_for_comes_later_and_whole(tmp_path: Path, caplog) -> None:
     file = tmp_path / "a.jsonl"
-    growing = Growing(file)
-    growing.add_json([{"a": 1}])
+    growing = AppendLog(file)
+    growing.append_json_lines([{"a": 1}])
     with pytest.MonkeyPatch.context() as monkeypatch:
         full(monkeypatch)
-        growing.add_json([{"a": 2}])
+        growing.append_json_lines([{"a": 2}])
         assert file.read_bytes() == b'{"a": 1}\n', "no part of a line"
-        growing.add_json([{"a": 3}])
+        growing.append_json_lines([{"a": 3}])
     assert [record.message.partition(" (")[0] for record in caplog.records] == [f"{file}: no room"]
     growing.close()
     assert file.read_bytes() == b'{"a": 1}\n{"a": 2}\n{"a": 3}\n'
@@ -105,47 +105,47 @@ def test_what_a_full_disk_has_no_room_for_comes_later_and_whole(tmp_path: Path, 
 
 def test_a_stream_that_does_not_append_by_itself_leaves_no_hole(tmp_path: Path) -> None:
     file = tmp_path / "a.rows"
-    growing = Growing(file, FileIO(file, "xb"))
-    growing.add(b"one.")
+    growing = AppendLog(file, FileIO(file, "xb"))
+    growing.append(b"one.")
     with pytest.MonkeyPatch.context() as monkeypatch:
         full(monkeypatch)
-        growing.add(b"two.")
-    growing.add(b"three.")
+        growing.append(b"two.")
+    growing.append(b"three.")
     growing.close()
     assert file.read_bytes() == b"one.two.three."
 
 
 def test_another_fault_of_the_disk_is_raised_and_leaves_no_part(tmp_path: Path, monkeypatch) -> None:
-    growing = Growing(tmp_path / "a.jsonl")
-    growing.add_json([{"a": 1}])
+    growing = AppendLog(tmp_path / "a.jsonl")
+    growing.append_json_lines([{"a": 1}])
     full(monkeypatch, errno.EIO)
     with pytest.raises(OSError, match="Input/output error"):
-        growing.add_json([{"a": 2}])
+        growing.append_json_lines([{"a": 2}])
     assert (tmp_path / "a.jsonl").read_bytes() == b'{"a": 1}\n'
 
 
 def test_a_line_that_a_kill_cut_short_goes_before_the_next_comes(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('{"a": 1}\n{"a": ')
-    Growing(file).add_json([{"a": 2}])
+    AppendLog(file).append_json_lines([{"a": 2}])
     assert file.read_text() == '{"a": 1}\n{"a": 2}\n'
     file.write_text('{"a"')
-    Growing(file).add_json([{"a": 3}])
+    AppendLog(file).append_json_lines([{"a": 3}])
     assert file.read_text() == '{"a": 3}\n'
 
 
 def test_a_file_without_lines_is_not_made(tmp_path: Path) -> None:
-    growing = Growing(tmp_path / "a.jsonl")
-    growing.add_json([])
+    growing = AppendLog(tmp_path / "a.jsonl")
+    growing.append_json_lines([])
     growing.close()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_run_can_do_without_is_let_go_on_a_full_disk_only(caplog) -> None:
-    with dispensable("a picture"):
+    with best_effort("a picture"):
         raise OSError(errno.EDQUOT, "quota")
     assert caplog.messages == ["a picture is not written: quota"]
-    with pytest.raises(PermissionError), dispensable("a picture"):
+    with pytest.raises(PermissionError), best_effort("a picture"):
         raise OSError(errno.EACCES, "not yours")
 
 
@@ -161,6 +161,6 @@ def test_what_is_no_object_is_one_sentence(content: bytes, tmp_path: Path) -> No
 
 def test_a_folder_has_the_name_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "job.json").mkdir()
-    for use in (read_json, lambda file: write_whole(file, b"{}")):
+    for use in (read_json, lambda file: write_atomic(file, b"{}")):
         with pytest.raises(CheckpointError, match=r"job\.json is a folder, and a file is to be there"):
             use(tmp_path / "job.json")

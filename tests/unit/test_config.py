@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from distill.config import DistillConfig
 from finetune.config import FinetuneConfig
 from foveal import config
-from foveal.config import Config, machine, parse_yaml, read_yaml, science, set_dotted
+from foveal.config import Config, machine, parse_yaml, read_yaml, science, set_by_dotted_key
 from foveal.data import DataConfig
 from foveal.errors import ConfigError
 from pretrain.config import PretrainConfig
@@ -206,8 +206,8 @@ def test_a_mistaken_override_is_one_sentence(override: str, sentence: str, tmp_p
 
 def test_set_dotted_makes_the_sections_on_the_way() -> None:
     tree = {"a": None, "b": {"c": 1}}
-    set_dotted(tree, "a.x.y", 2)
-    set_dotted(tree, "b.d", 3)
+    set_by_dotted_key(tree, "a.x.y", 2)
+    set_by_dotted_key(tree, "b.d", 3)
     assert tree == {"a": {"x": {"y": 2}}, "b": {"c": 1, "d": 3}}
 
 
@@ -223,7 +223,7 @@ def test_frozen_to_the_leaf(tmp_path: Path) -> None:
 def test_science_is_what_can_change_a_result(tmp_path: Path) -> None:
     """A field that does not say is science; a section of machine settings is machine to its leaves."""
     cfg = load(tmp_path, WHOLE + "trials: {arms: {a: b}}\ncache: {folder: x, bytes: 7}")
-    assert cfg.science() == {
+    assert cfg.science_settings() == {
         "seed": 0,
         "distance": "cosine",
         "clip": None,
@@ -233,13 +233,13 @@ def test_science_is_what_can_change_a_result(tmp_path: Path) -> None:
         "data.crop.flip": 0.5,
         "trials.rates": [1e-3],
     }
-    assert {name: half for name, _, half in cfg.leaves() if half == "machine"}.keys() == {
+    assert {name: half for name, _, half in cfg.iter_settings() if half == "machine"}.keys() == {
         "data.path",
         "trials.arms",
         "cache.folder",
         "cache.bytes",
     }
-    assert cfg.flat() == cfg.science() | {
+    assert cfg.to_flat_dict() == cfg.science_settings() | {
         "data.path": "here",
         "trials.arms": {"a": "b"},
         "cache.folder": "x",
@@ -249,8 +249,8 @@ def test_science_is_what_can_change_a_result(tmp_path: Path) -> None:
 
 def test_a_section_that_is_not_there_is_one_fact(tmp_path: Path) -> None:
     cfg = load(tmp_path, WHOLE)
-    assert cfg.science()["trials"] is None
-    assert not [name for name in cfg.flat() if name.startswith("trials.")]
+    assert cfg.science_settings()["trials"] is None
+    assert not [name for name in cfg.to_flat_dict() if name.startswith("trials.")]
 
 
 @pytest.mark.parametrize("kind", [PretrainConfig, DistillConfig, FinetuneConfig])
@@ -258,14 +258,14 @@ def test_where_a_run_lies_and_how_fast_it_goes_is_no_science(kind: type[Config],
     tree = {"epochs": 1, "data": {"path": "a", "image_size": 16}, "batch": {"images": 64}, "optim": {}}
     tree |= {"teacher": "a"} if kind is DistillConfig else {}
     file = tmp_path / "stage.yaml"
-    kind.checked(tree, "here").dump(file)
+    kind.from_dict(tree, "here").dump(file)
     moved = ["data.path=b", "batch.at_once=8", "run.dir=c", "log.every=3", "checkpoint.every=7", "data.threads=9"]
     moved += ["engine.kind=plain", "engine.precision=bf16", "optim.fused=false", "tracking.uri=null"]
     here = kind.load(file)
-    assert kind.load(file, moved).science() == here.science()
+    assert kind.load(file, moved).science_settings() == here.science_settings()
     for change in ("seed=1", "epochs=2", "batch.images=32", "optim.clip=1.0", "data.augment.flip=0.1", "data.lanes=8"):
-        changed = kind.load(file, [change]).science()
-        assert {name for name in changed if changed[name] != here.science()[name]} == {change.split("=")[0]}
+        changed = kind.load(file, [change]).science_settings()
+        assert {name for name in changed if changed[name] != here.science_settings()[name]} == {change.split("=")[0]}
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -276,7 +276,7 @@ def test_where_a_run_lies_and_how_fast_it_goes_is_no_science(kind: type[Config],
 )
 def test_what_is_dumped_is_loaded_again(text: str, number: float, rates: list[float], tmp_path: Path) -> None:
     tree = {"data": {"path": text, "image_size": 1}, "clip": number, "unsaid": text}
-    cfg = Study.checked(tree | {"trials": {"arms": {text: text}, "rates": rates}}, "here")
+    cfg = Study.from_dict(tree | {"trials": {"arms": {text: text}, "rates": rates}}, "here")
     cfg.dump(tmp_path / "dump.yaml")
     assert Study.load(tmp_path / "dump.yaml") == cfg
 
@@ -284,9 +284,9 @@ def test_what_is_dumped_is_loaded_again(text: str, number: float, rates: list[fl
 def test_a_typo_in_a_list_of_sections_gets_the_nearest_name() -> None:
     tree = {"path": "x", "image_size": 8, "mix": [{"path": "y", "indx": "z", "share": 0.5}]}
     with pytest.raises(ConfigError, match=r"mix.0.indx is not a setting. Did you mean 'index'\?"):
-        DataConfig.checked(tree, "x.yaml")
+        DataConfig.from_dict(tree, "x.yaml")
     with pytest.raises(ConfigError, match=r"mix: input should be a valid list"):
-        DataConfig.checked(tree | {"mix": "y"}, "x.yaml")
+        DataConfig.from_dict(tree | {"mix": "y"}, "x.yaml")
 
 
 _NINE = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(

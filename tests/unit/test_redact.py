@@ -8,10 +8,10 @@ import threading
 import pytest
 
 from foveal.config import Config, machine
-from foveal.data.config import DataConfig, expanded
-from foveal.data.storage.remote import Remote
+from foveal.data.config import DataConfig, expand_path
+from foveal.data.storage.remote import RemoteFolder
 from foveal.errors import ConfigError, DataError
-from foveal.redact import RedactingFormatter, redact, redact_tracebacks, redact_urls, written_secret
+from foveal.redact import RedactingFormatter, find_secret_in_text, redact, redact_tracebacks, redact_urls
 from foveal.tracking.tracker import TrackingConfig
 
 PLANTED = "pl4nted0secret"
@@ -69,15 +69,15 @@ def test_a_secret_of_any_shape_is_refused_and_redacted(url: str, tmp_path) -> No
     with pytest.raises(
         ConfigError, match=r"^--uri: uri: the URI holds a .*; write \${A_VARIABLE} for the URI"
     ) as caught:
-        TrackingConfig.checked({"uri": url}, "--uri")
+        TrackingConfig.from_dict({"uri": url}, "--uri")
     assert PLANTED not in str(caught.value)
     with pytest.raises(ConfigError, match=r"^data.path: a URL with a"):
-        expanded(url, "data.path")
+        expand_path(url, "data.path")
 
 
 @pytest.mark.parametrize("url", HARMLESS)
 def test_what_is_no_secret_stays(url: str, tmp_path) -> None:
-    assert written_secret(url) is None
+    assert find_secret_in_text(url) is None
     if not url.startswith(("postgresql", "/")):
         assert redact_urls(f"{url}: no such folder") == f"{url}: no such folder"
     file = tmp_path / "config.yaml"
@@ -137,12 +137,17 @@ def test_logs_and_tracebacks_hold_no_secret(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_signature_is_of_every_file_of_a_folder() -> None:
     query = f"?sv=1&sig={PLANTED}"
-    remote = Remote(f"https://host/shards/{query}", 1.0)
+    remote = RemoteFolder(f"https://host/shards/{query}", 1.0)
     assert remote._path("a.index") == f"https://host/shards/a.index{query}"
-    assert (remote.where(), remote.where("a.index")) == ("https://host/shards", "https://host/shards/a.index")
+    assert (remote.display_path(), remote.display_path("a.index")) == (
+        "https://host/shards",
+        "https://host/shards/a.index",
+    )
 
 
 def test_a_variable_changes_no_science(tmp_path) -> None:
     """Where data lies, and with which secret, is a machine's setting."""
-    told = [DataConfig(path=path, image_size=8).science() for path in ("https://a/x", "https://${T}@b?sig=${S}")]
+    told = [
+        DataConfig(path=path, image_size=8).science_settings() for path in ("https://a/x", "https://${T}@b?sig=${S}")
+    ]
     assert told[0] == told[1]

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from foveal.seeding import below, key, permutation, ranks_of, scramble, uniforms, uniforms_numpy
+from foveal.seeding import (
+    derive_key,
+    draw_integer,
+    draw_permutation,
+    draw_uniform,
+    draw_uniform_numpy,
+    hash_ids,
+    splitmix64,
+)
 
 GOLDEN_RATIO = 0x9E3779B97F4A7C15
 
@@ -24,26 +32,26 @@ REFERENCE = {
 @pytest.mark.parametrize("seed", REFERENCE)
 def test_scramble_is_the_finaliser_of_splitmix64(seed: int) -> None:
     states = [(seed + GOLDEN_RATIO * turn) % 2**64 for turn in range(1, len(REFERENCE[seed]) + 1)]
-    words = scramble(np.array(states, dtype=np.uint64).view(np.int64))
+    words = splitmix64(np.array(states, dtype=np.uint64).view(np.int64))
     assert words.view(np.uint64).tolist() == REFERENCE[seed]
 
 
 def test_golden_keys() -> None:
-    assert key(0) == 8493733112532773764
-    assert key(7, 3, "mask") == -6480431070983398698
-    assert key(-1, "a", "b") == -8381630477388542509
+    assert derive_key(0) == 8493733112532773764
+    assert derive_key(7, 3, "mask") == -6480431070983398698
+    assert derive_key(-1, "a", "b") == -8381630477388542509
 
 
 def test_places_do_not_run_into_one_another() -> None:
     places = [(0, 1, "mask"), (0, "1", "mask2"), (0, 1, 2), (0, 12), (1, 2), (0, "augment", 1), (0, "augment1")]
-    assert len({key(*place) for place in places}) == len(places)
+    assert len({derive_key(*place) for place in places}) == len(places)
 
 
 def test_golden_numbers() -> None:
-    assert permutation(key(0, "p"), 10).tolist() == [2, 6, 9, 5, 0, 4, 3, 7, 1, 8]
-    assert [below(key(seed), 1000) for seed in range(5)] == [32, 39, 84, 970, 492]
-    assert ranks_of(key(0, "r"), np.arange(2)).tolist() == [6944603284052609519, 3834641539988212094]
-    drawn = uniforms_numpy(key(0, "u"), np.array([0, 1, 2**40]), 3)
+    assert draw_permutation(derive_key(0, "p"), 10).tolist() == [2, 6, 9, 5, 0, 4, 3, 7, 1, 8]
+    assert [draw_integer(derive_key(seed), 1000) for seed in range(5)] == [32, 39, 84, 970, 492]
+    assert hash_ids(derive_key(0, "r"), np.arange(2)).tolist() == [6944603284052609519, 3834641539988212094]
+    drawn = draw_uniform_numpy(derive_key(0, "u"), np.array([0, 1, 2**40]), 3)
     assert drawn.tolist() == [
         [0.376323401927948, 0.5574364066123962, 0.6479129791259766],
         [0.5318794846534729, 0.2161118984222412, 0.9800357222557068],
@@ -53,22 +61,22 @@ def test_golden_numbers() -> None:
 
 def test_torch_and_numpy_draw_the_same() -> None:
     ids = np.array([0, 1, 2, 1796, 2**31, 2**40, -1])
-    for place in (key(0), key(3, 1, "mask"), -(2**63), 2**63 - 1):
-        drawn = uniforms(place, torch.from_numpy(ids), 50)
+    for place in (derive_key(0), derive_key(3, 1, "mask"), -(2**63), 2**63 - 1):
+        drawn = draw_uniform(place, torch.from_numpy(ids), 50)
         assert drawn.dtype == torch.float32
-        assert torch.equal(drawn, torch.from_numpy(uniforms_numpy(place, ids, 50)))
-        assert torch.equal(scramble(torch.from_numpy(ids)), torch.from_numpy(scramble(ids)))
+        assert torch.equal(drawn, torch.from_numpy(draw_uniform_numpy(place, ids, 50)))
+        assert torch.equal(splitmix64(torch.from_numpy(ids)), torch.from_numpy(splitmix64(ids)))
 
 
 def test_a_row_depends_on_its_sample_alone() -> None:
     ids = np.arange(64)
-    whole = uniforms_numpy(key(5), ids, 7)
-    assert np.array_equal(uniforms_numpy(key(5), ids[40:50], 7), whole[40:50])
-    assert np.array_equal(uniforms_numpy(key(5), ids, 3), whole[:, :3])
+    whole = draw_uniform_numpy(derive_key(5), ids, 7)
+    assert np.array_equal(draw_uniform_numpy(derive_key(5), ids[40:50], 7), whole[40:50])
+    assert np.array_equal(draw_uniform_numpy(derive_key(5), ids, 3), whole[:, :3])
 
 
 def test_numbers_are_uniform_and_uncorrelated() -> None:
-    drawn = uniforms_numpy(key(11, "u"), np.arange(4000), 8).astype(np.float64)
+    drawn = draw_uniform_numpy(derive_key(11, "u"), np.arange(4000), 8).astype(np.float64)
     assert drawn.min() >= 0
     assert drawn.max() < 1
     filled = np.bincount((drawn * 64).astype(int).ravel(), minlength=64)
@@ -82,9 +90,9 @@ def test_numbers_are_uniform_and_uncorrelated() -> None:
 
 @pytest.mark.parametrize("length", [0, 1, 2, 1000])
 def test_a_permutation_holds_everything_once(length: int) -> None:
-    assert sorted(permutation(key(1, length), length).tolist()) == list(range(length))
+    assert sorted(draw_permutation(derive_key(1, length), length).tolist()) == list(range(length))
 
 
 def test_below_stays_below() -> None:
-    assert {below(key(0, turn), 3) for turn in range(50)} == {0, 1, 2}
-    assert below(key(0), 1) == 0
+    assert {draw_integer(derive_key(0, turn), 3) for turn in range(50)} == {0, 1, 2}
+    assert draw_integer(derive_key(0), 1) == 0

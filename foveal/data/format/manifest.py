@@ -10,9 +10,9 @@ from foveal.atomic import write_json
 from foveal.config import Config
 from foveal.errors import DataError
 
-FORMAT = 1
-NAME = "manifest.json"
-_LONGEST = 255 - len(".index")  # bytes of a file's name
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+_MAX_NAME_BYTES = 255 - len(".index")  # bytes of a file's name
 
 
 # Not a Config: 200,000 of them would take three times the memory and the time.
@@ -29,7 +29,7 @@ class Shard:
     @field_validator("file")
     @classmethod
     def _plain(cls, file: str) -> str:
-        if "/" in file or "\0" in file or file in ("", ".", "..") or len(file.encode()) > _LONGEST:
+        if "/" in file or "\0" in file or file in ("", ".", "..") or len(file.encode()) > _MAX_NAME_BYTES:
             raise ValueError("a shard is a plain file name in the data folder")
         return file
 
@@ -51,7 +51,7 @@ class Split(Config):
 class Manifest(Config):
     """A data set. mean and std are per channel, of training pixels in [0, 1]."""
 
-    format: int = Field(default=FORMAT, ge=FORMAT, le=FORMAT)
+    format: int = Field(default=FORMAT_VERSION, ge=FORMAT_VERSION, le=FORMAT_VERSION)
     name: str
     fields: tuple[str, ...]
     classes: tuple[str, ...] | None = None
@@ -73,26 +73,26 @@ def read_manifest(folder: Path) -> Manifest:
 
     Errors: FileNotFoundError if there is none; DataError if it is damaged or of another format.
     """
-    return parse_manifest((folder / NAME).read_bytes(), str(folder / NAME))
+    return parse_manifest((folder / MANIFEST_NAME).read_bytes(), str(folder / MANIFEST_NAME))
 
 
-def parse_manifest(text: bytes, where: str) -> Manifest:
+def parse_manifest(text: bytes, location: str) -> Manifest:
     """The manifest in a text that came from ``where``. Errors: DataError as ``read_manifest``."""
     try:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
-        raise _complaint(where, error) from None
+        raise _format_error(location, error) from None
     if "format" not in manifest.model_fields_set:
-        raise DataError(f"{where} has format None, this foveal reads format {FORMAT}")
+        raise DataError(f"{location} has format None, this foveal reads format {FORMAT_VERSION}")
     return manifest
 
 
-def _complaint(where: str, error: ValidationError) -> DataError:
+def _format_error(where: str, error: ValidationError) -> DataError:
     """The first mistake, in one sentence: one slip of whoever wrote a manifest may repeat for every shard."""
     first = error.errors(include_url=False)[0]
     place = ".".join(str(part) for part in first["loc"])
     if place == "format":
-        return DataError(f"{where} has format {first['input']}, this foveal reads format {FORMAT}")
+        return DataError(f"{where} has format {first['input']}, this foveal reads format {FORMAT_VERSION}")
     again = "run `foveal data index` on its shards again"
     if not place:
         return DataError(f"{where} is damaged ({' '.join(first['msg'].split())}): {again}")
@@ -102,4 +102,4 @@ def _complaint(where: str, error: ValidationError) -> DataError:
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
     """Write a manifest; the file appears whole or not at all."""
-    write_json(folder / NAME, manifest.tree())
+    write_json(folder / MANIFEST_NAME, manifest.to_dict())

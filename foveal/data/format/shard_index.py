@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from foveal.atomic import write_whole
+from foveal.atomic import write_atomic
 from foveal.errors import DataError
-from foveal.timeouts import AWAY
+from foveal.timeouts import STORAGE_AWAY_ERRNOS
 
-FORMAT = 2
-SUFFIX = ".index"
-IMAGES = (
+FORMAT_VERSION = 2
+INDEX_SUFFIX = ".index"
+IMAGE_EXTENSIONS = (
     "jpg",
     "jpeg",
     "png",
@@ -37,13 +37,13 @@ IMAGES = (
     "gif",
 )  # members that are the image, by preference
 
-_ABOUT = ("shard", "bytes", "rules", "note")
+_METADATA_FIELDS = ("shard", "bytes", "rules", "note")
 _TENSORS = ("offsets", "sizes", "labels", "key_ends", "keys")
 _TYPES = {"I64": np.dtype("<i8"), "U8": np.dtype("u1")}
 
 
 @dataclass(frozen=True)
-class Rules:
+class IndexRules:
     """How members become samples with labels.
 
     classes: turn names into labels, and bound the numbers; label_key: the entry of `.json` members that is the label,
@@ -54,7 +54,7 @@ class Rules:
     label_key: str | None = None
     dotted_keys: bool = False
 
-    def noted(self) -> dict[str, str | bool | None]:
+    def to_metadata(self) -> dict[str, str | bool | None]:
         """What an index remembers of the rules that it was made by: of thousands of class names, a digest."""
         names = None if self.classes is None else hashlib.sha256(json.dumps(self.classes).encode()).hexdigest()
         return {"classes": names, "label_key": self.label_key, "dotted_keys": self.dotted_keys}
@@ -75,7 +75,7 @@ class ShardIndex:
     labels: np.ndarray
     key_ends: np.ndarray
     keys: np.ndarray
-    rules: dict[str, str | bool | None] = field(default_factory=Rules().noted)
+    rules: dict[str, str | bool | None] = field(default_factory=IndexRules().to_metadata)
     note: str = ""
     checksum: str = ""
 
@@ -87,75 +87,81 @@ class ShardIndex:
         start = self.key_ends[row - 1] if row else 0
         return bytes(self.keys[start : self.key_ends[row]]).decode(errors="backslashreplace")
 
-    def image(self, row: int) -> tuple[int, int]:
+    def find_image(self, row: int) -> tuple[int, int]:
         """Offset and size, in bytes, of a sample's image in the shard."""
-        for name in IMAGES:
-            if (place := self.member(row, name)) is not None:
+        for name in IMAGE_EXTENSIONS:
+            if (place := self.find_member(row, name)) is not None:
                 return place
-        raise DataError(f"{self.shard}: sample '{self.key(row)}' has no image (looked for: {', '.join(IMAGES)})")
+        raise DataError(
+            f"{self.shard}: sample '{self.key(row)}' has no image (looked for: {', '.join(IMAGE_EXTENSIONS)})"
+        )
 
-    def member(self, row: int, name: str) -> tuple[int, int] | None:
+    def find_member(self, row: int, field_name: str) -> tuple[int, int] | None:
         """Offset and size, in bytes, of a sample's member in the shard; nothing if it has none of this name."""
-        if name not in self.fields:
+        if field_name not in self.fields:
             return None
-        column = self.fields.index(name)
+        column = self.fields.index(field_name)
         size = int(self.sizes[row, column])
         if size < 0:
             return None
         offset = int(self.offsets[row, column])
         if not 0 <= offset <= self.bytes - size:
             raise DataError(
-                f"{self.shard}: the index has '{self.key(row)}.{name}' at byte {offset}, outside of the shard: run `foveal "
+                f"{self.shard}: the index has '{self.key(row)}.{field_name}' at byte {offset}, outside of the shard: run `foveal "
                 f"data index` on its folder again"
             )
         return offset, size
 
-    def digest(self) -> str:
+    def compute_digest(self) -> str:
         """sha256 of keys, sizes and labels: what the samples are, not where they lie."""
         digest = hashlib.sha256()
         for array in (self.keys, self.key_ends, self.sizes, self.labels):
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
-    def sum(self) -> str:
+    def compute_checksum(self) -> str:
         """sha256 of everything in the index, to be compared with ``checksum``."""
-        digest = hashlib.sha256(json.dumps(self.about(), sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(self.to_metadata(), sort_keys=True).encode())
         for name in _TENSORS:
             array = getattr(self, name)
             digest.update(f"{name}{list(array.shape)}".encode())
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
-    def about(self) -> dict:
+    def to_metadata(self) -> dict:
         """What the file says beside the arrays, but for digest and checksum, which are computed."""
-        return {"format": FORMAT, "fields": self.fields, **{name: getattr(self, name) for name in _ABOUT}}
+        return {
+            "format": FORMAT_VERSION,
+            "fields": self.fields,
+            **{name: getattr(self, name) for name in _METADATA_FIELDS},
+        }
 
 
 def make_index(
-    shard: str,
-    size: int,
+    shard_file: str,
+    shard_bytes: int,
     fields: Sequence[str],
-    members: Sequence[tuple[str, dict[str, tuple[int, int]], int]],
-    rules: Rules,
+    samples: Sequence[tuple[str, dict[str, tuple[int, int]], int]],
+    rules: IndexRules,
     note: str = "",
 ) -> ShardIndex:
     """An index from samples given as (key, {field: (offset, size)}, label), found by these rules."""
-    places = np.full((len(members), len(fields), 2), -1, dtype="<i8")
+    places = np.full((len(samples), len(fields), 2), -1, dtype="<i8")
     columns = {name: column for column, name in enumerate(fields)}
-    for row, (_, found, _) in enumerate(members):
+    for row, (_, found, _) in enumerate(samples):
         for name, place in found.items():
             places[row, columns[name]] = place
-    names = [key.encode(errors="surrogateescape") for key, _, _ in members]
+    names = [key.encode(errors="surrogateescape") for key, _, _ in samples]
     return ShardIndex(
-        shard=shard,
-        bytes=size,
+        shard=shard_file,
+        bytes=shard_bytes,
         fields=tuple(fields),
         offsets=places[:, :, 0].copy(),
         sizes=places[:, :, 1].copy(),
-        labels=np.array([label for _, _, label in members], dtype="<i8"),
+        labels=np.array([label for _, _, label in samples], dtype="<i8"),
         key_ends=np.cumsum([len(name) for name in names], dtype="<i8"),
         keys=np.frombuffer(b"".join(names), dtype="u1"),
-        rules=rules.noted(),
+        rules=rules.to_metadata(),
         note=note,
     )
 
@@ -163,54 +169,56 @@ def make_index(
 def write_index(index: ShardIndex, file: Path) -> None:
     """Write an index; the file appears whole or not at all."""
     tensors = {name: getattr(index, name) for name in _TENSORS}
-    about = {**index.about(), "digest": index.digest(), "checksum": index.sum()}
-    write_whole(file, safetensors.numpy.save(tensors, {"index": json.dumps(about)}))
+    about = {**index.to_metadata(), "digest": index.compute_digest(), "checksum": index.compute_checksum()}
+    write_atomic(file, safetensors.numpy.save(tensors, {"index": json.dumps(about)}))
 
 
-def open_index(file: Path, digest: str, samples: int) -> ShardIndex:
+def open_index(file: Path, digest: str, num_samples: int) -> ShardIndex:
     """Map an index whose digest and number of samples the manifest knows.
 
     Errors: DataError if it is missing, of another format, damaged, or not the one that the manifest was written with.
     """
-    index, written = map_index(file)
-    if written != digest or len(index) != samples:
-        raise DataError(f"{file} is not the index that manifest.json was written with: {_again(file)}")
+    index, written = mmap_index(file)
+    if written != digest or len(index) != num_samples:
+        raise DataError(f"{file} is not the index that manifest.json was written with: {_rerun_hint(file)}")
     return index
 
 
-def check_index(file: Path) -> None:
+def verify_index(file: Path) -> None:
     """Read an index from end to end, as is due to one that came from elsewhere.
 
     Errors: DataError if it is missing, of another format, or has a byte that is not as it was written.
     """
-    index, written = map_index(file)
-    if index.sum() != index.checksum or index.digest() != written:
-        raise DataError(f"{file} is damaged, its checksum is not that of what it holds: {_again(file)}")
+    index, written = mmap_index(file)
+    if index.compute_checksum() != index.checksum or index.compute_digest() != written:
+        raise DataError(f"{file} is damaged, its checksum is not that of what it holds: {_rerun_hint(file)}")
 
 
-def map_index(file: Path) -> tuple[ShardIndex, str]:
+def mmap_index(file: Path) -> tuple[ShardIndex, str]:
     """Map an index that nothing is known of; also the digest that it says it has.
 
     Errors: DataError if it is missing, of another format or damaged where that shows at a glance.
     """
     try:
-        header, mapped, start = _header(file)
+        header, mapped, start = _read_header(file)
         about = json.loads(header["__metadata__"]["index"])
-        if about["format"] != FORMAT:
-            raise DataError(f"{file} has format {about['format']}, this foveal reads {FORMAT}: {_again(file)}")
-        arrays = {name: _array(mapped, start, header[name]) for name in _TENSORS}
-        known: dict[str, Any] = {name: about[name] for name in (*_ABOUT, "checksum")} | arrays
+        if about["format"] != FORMAT_VERSION:
+            raise DataError(
+                f"{file} has format {about['format']}, this foveal reads {FORMAT_VERSION}: {_rerun_hint(file)}"
+            )
+        arrays = {name: _map_array(mapped, start, header[name]) for name in _TENSORS}
+        known: dict[str, Any] = {name: about[name] for name in (*_METADATA_FIELDS, "checksum")} | arrays
         index = ShardIndex(fields=tuple(about["fields"]), **known)
         _check_shapes(index)
         return index, about["digest"]
     except FileNotFoundError:
-        raise DataError(f"{file} is missing: {_again(file)}") from None
+        raise DataError(f"{file} is missing: {_rerun_hint(file)}") from None
     except OSError as error:
-        if error.errno in AWAY:
+        if error.errno in STORAGE_AWAY_ERRNOS:
             raise
-        raise DataError(f"{file} cannot be read ({error}): {_again(file)}") from None
+        raise DataError(f"{file} cannot be read ({error}): {_rerun_hint(file)}") from None
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise DataError(f"{file} is no index of a shard ({error}): {_again(file)}") from None
+        raise DataError(f"{file} is no index of a shard ({error}): {_rerun_hint(file)}") from None
 
 
 def _check_shapes(index: ShardIndex) -> None:
@@ -223,18 +231,18 @@ def _check_shapes(index: ShardIndex) -> None:
         raise ValueError("shard and note are text, bytes is a number")
 
 
-def _again(file: Path) -> str:
+def _rerun_hint(file: Path) -> str:
     return f"run `foveal data index {file.parent}` again"
 
 
-def _header(file: Path) -> tuple[dict, mmap.mmap, int]:
+def _read_header(file: Path) -> tuple[dict, mmap.mmap, int]:
     with file.open("rb") as stream:
         mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     start = 8 + int.from_bytes(mapped[:8], "little")
     return json.loads(mapped[8:start]), mapped, start
 
 
-def _array(mapped: mmap.mmap, start: int, entry: dict) -> np.ndarray:
+def _map_array(mapped: mmap.mmap, start: int, entry: dict) -> np.ndarray:
     count = math.prod(entry["shape"])
     array = np.frombuffer(mapped, _TYPES[entry["dtype"]], count, start + entry["data_offsets"][0])
     return array.reshape(entry["shape"])

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import IO
 
 from foveal.data.config import is_remote
-from foveal.data.format.manifest import NAME, Manifest, Shard, Split, read_manifest, write_manifest
-from foveal.data.format.shard_index import SUFFIX, Rules, ShardIndex, make_index, map_index, write_index
-from foveal.data.indexing.tar import walk
-from foveal.data.storage.folder import Folder, folder_at
+from foveal.data.format.manifest import MANIFEST_NAME, Manifest, Shard, Split, read_manifest, write_manifest
+from foveal.data.format.shard_index import INDEX_SUFFIX, IndexRules, ShardIndex, make_index, mmap_index, write_index
+from foveal.data.indexing.tar import scan_tar
+from foveal.data.storage.folder import Folder, resolve_folder
 from foveal.errors import DataError
 from foveal.redact import redact_urls
 
@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Walked:
+class _ShardSummary:
     """What the manifest takes from one index; the index itself would fill the memory 200,000 times."""
 
     shard: Shard | None  # nothing if it has no samples
@@ -34,16 +34,16 @@ class _Walked:
 
 def index_folder(
     folder: str,
-    index: Path | None = None,
+    output_folder: Path | None = None,
     *,
     classes: Sequence[str] | None = None,
     label_key: str | None = None,
     dotted_keys: bool = False,
     name: str | None = None,
     workers: int = 8,
-    again: bool = False,
-    tell: Callable[[str], None] = _log.warning,
-    done: Callable[[int, int], None] = lambda _shards, _all: None,
+    rebuild: bool = False,
+    on_warning: Callable[[str], None] = _log.warning,
+    on_progress: Callable[[int, int], None] = lambda _shards, _all: None,
 ) -> Manifest:
     """Index every shard of a folder or URL, grouped into splits by name, and write manifest.json last.
 
@@ -55,131 +55,139 @@ def index_folder(
     forgets it).
     Errors: DataError in one sentence for shards that are missing, compressed, empty, damaged, or hold a key twice.
     """
-    if index is None and is_remote(folder):
+    if output_folder is None and is_remote(folder):
         raise DataError(f"{redact_urls(folder)} is a URL: say with --index FOLDER where its index is to be written")
-    index = Path(folder) if index is None else index
-    rules = Rules(tuple(classes) if classes else None, label_key, dotted_keys)
-    place = folder_at(folder)
-    groups = _splits(place)
+    output_folder = Path(folder) if output_folder is None else output_folder
+    rules = IndexRules(tuple(classes) if classes else None, label_key, dotted_keys)
+    place = resolve_folder(folder)
+    groups = _group_by_split(place)
     files = [file for group in groups.values() for file in group]
     try:
-        index.mkdir(parents=True, exist_ok=True)
+        output_folder.mkdir(parents=True, exist_ok=True)
         found = {}
         with ThreadPoolExecutor(workers) as pool:
             # An error ends `map`, which takes back what has not begun; what was indexed until then stays.
-            work = functools.partial(_walked, place, rules, index, again)
+            work = functools.partial(_index_or_reuse, place, rules, output_folder, rebuild)
             for file, walked in zip(files, pool.map(work, files), strict=True):
                 found[file] = walked
-                done(len(found), len(files))
-        splits = _told({split: [found[file] for file in group] for split, group in groups.items()}, tell)
+                on_progress(len(found), len(files))
+        splits = _summarize_splits(
+            {split: [found[file] for file in group] for split, group in groups.items()}, on_warning
+        )
         if not splits:
-            raise DataError(f"{place.where()}: none of its {len(files)} shards holds a whole sample: write them again")
+            raise DataError(
+                f"{place.display_path()}: none of its {len(files)} shards holds a whole sample: write them again"
+            )
         if label_key is not None and all(walked.highest < 0 for walked in found.values()):
-            raise DataError(f"{place.where()}: no sample has a label '{label_key}' in its .json: correct --label-key")
-        manifest = _described(place, index, splits, found.values(), rules, name, again, tell)
-        write_manifest(manifest, index)
+            raise DataError(
+                f"{place.display_path()}: no sample has a label '{label_key}' in its .json: correct --label-key"
+            )
+        manifest = _build_manifest(place, output_folder, splits, found.values(), rules, name, rebuild, on_warning)
+        write_manifest(manifest, output_folder)
     except OSError as error:
         raise DataError(
-            f"{index}: an index cannot be written here ({error}); say with --index FOLDER where it can"
+            f"{output_folder}: an index cannot be written here ({error}); say with --index FOLDER where it can"
         ) from None
     return manifest
 
 
-def index_shard(folder: str, file: str, classes: Sequence[str] | None = None) -> ShardIndex:
+def index_shard(folder: str, shard_file: str, classes: Sequence[str] | None = None) -> ShardIndex:
     """The index of one shard. ``classes`` turns names in `.cls` members into labels and bounds the numbers.
 
     A shard without samples has an index of length 0. Errors: as ``index_folder``.
     """
-    return walk_shard(folder_at(folder), file, Rules(tuple(classes) if classes else None))
+    return scan_shard(resolve_folder(folder), shard_file, IndexRules(tuple(classes) if classes else None))
 
 
-def walk_shard(place: Folder, file: str, rules: Rules) -> ShardIndex:
+def scan_shard(folder: Folder, shard_file: str, rules: IndexRules) -> ShardIndex:
     """The index of one shard of a folder, by any rules. Errors: as ``index_folder``."""
     try:
-        with place.open(file) as stream:
-            return walk_stream(stream, place.where(file), file, rules)
+        with folder.open_file(shard_file) as stream:
+            return scan_stream(stream, folder.display_path(shard_file), shard_file, rules)
     except OSError as error:
-        raise DataError(f"{place.where(file)} cannot be read ({error})") from None
+        raise DataError(f"{folder.display_path(shard_file)} cannot be read ({error})") from None
 
 
-def walk_stream(stream: IO[bytes], where: str, file: str, rules: Rules) -> ShardIndex:
+def scan_stream(stream: IO[bytes], location: str, shard_file: str, rules: IndexRules) -> ShardIndex:
     """The index of the shard ``file`` that is open in ``stream``. Errors: OSError, DataError with ``where``."""
     size = stream.seek(0, 2)
     stream.seek(0)
-    samples, note = walk(stream, size, where, rules)
+    samples, note = scan_tar(stream, size, location, rules)
     fields = tuple(dict.fromkeys(name for sample in samples for name in sample.members))
-    return make_index(file, size, fields, samples, rules, note)
+    return make_index(shard_file, size, fields, samples, rules, note)
 
 
-def describe(indices: Sequence[ShardIndex], sha256: Sequence[str] | None = None) -> Split:
+def make_manifest_split(indices: Sequence[ShardIndex], checksums: Sequence[str] | None = None) -> Split:
     """The manifest's entry of a split whose shards have these indices."""
-    hashes = sha256 or [None] * len(indices)
-    shards = tuple(_entry(index, known) for index, known in zip(indices, hashes, strict=True))
+    hashes = checksums or [None] * len(indices)
+    shards = tuple(_manifest_shard(index, known) for index, known in zip(indices, hashes, strict=True))
     return Split(samples=sum(len(index) for index in indices), shards=shards)
 
 
-def fields_of(indices: Iterable[ShardIndex | _Walked]) -> tuple[str, ...]:
+def collect_fields(indices: Iterable[ShardIndex | _ShardSummary]) -> tuple[str, ...]:
     """The kinds of members in any of the shards, as they first appear."""
     return tuple(dict.fromkeys(name for index in indices for name in index.fields))
 
 
-def _entry(index: ShardIndex, sha256: str | None = None) -> Shard:
-    return Shard(file=index.shard, samples=len(index), bytes=index.bytes, sha256=sha256, index=index.digest())
+def _manifest_shard(index: ShardIndex, sha256: str | None = None) -> Shard:
+    return Shard(file=index.shard, samples=len(index), bytes=index.bytes, sha256=sha256, index=index.compute_digest())
 
 
-def _splits(place: Folder) -> dict[str, list[str]]:
+def _group_by_split(place: Folder) -> dict[str, list[str]]:
     """Shards by split, in the order of their numbers.
 
     Errors: DataError if there are none or if one is compressed and not unpacked beside.
     """
-    names = sorted(place.sizes())
+    names = sorted(place.file_sizes())
     for name in names:
         compressed = re.fullmatch(r"(.*\.tar)\.\w+|(.*)\.tgz", name)
         plain = compressed and (compressed[1] or f"{compressed[2]}.tar")
-        if plain and not name.endswith(SUFFIX) and plain not in names:
+        if plain and not name.endswith(INDEX_SUFFIX) and plain not in names:
             raise DataError(
-                f"{place.where(name)} is compressed, which has no random access: unpack it to {plain} and index again"
+                f"{place.display_path(name)} is compressed, which has no random access: unpack it to {plain} and index again"
             )
     groups: dict[str, list[tuple[int, str]]] = {}
     for name in names:
         if found := _SPLIT.fullmatch(name):
             groups.setdefault(found[1] or "train", []).append((int(found[2] or 0), name))
     if not groups:
-        raise DataError(f"{place.where()}: no shards (*.tar) here")
+        raise DataError(f"{place.display_path()}: no shards (*.tar) here")
     return {split: [name for _, name in sorted(found)] for split, found in groups.items()}
 
 
-def _walked(place: Folder, rules: Rules, folder: Path, again: bool, file: str) -> _Walked:
+def _index_or_reuse(place: Folder, rules: IndexRules, folder: Path, again: bool, file: str) -> _ShardSummary:
     """Index one shard, unless its index is there."""
-    target = folder / f"{file}{SUFFIX}"
-    index = None if again else _kept(place, rules, target, file)
+    target = folder / f"{file}{INDEX_SUFFIX}"
+    index = None if again else _load_valid_index(place, rules, target, file)
     if index is None:
-        index = walk_shard(place, file, rules)
+        index = scan_shard(place, file, rules)
         if len(index):
             write_index(index, target)
     if not len(index):
-        return _Walked(None, (), -1, 0, index.note or f"{place.where(file)} holds no samples: it is left out")
+        return _ShardSummary(
+            None, (), -1, 0, index.note or f"{place.display_path(file)} holds no samples: it is left out"
+        )
     unlabelled = int((index.labels < 0).sum())
-    return _Walked(_entry(index), index.fields, int(index.labels.max()), unlabelled, index.note)
+    return _ShardSummary(_manifest_shard(index), index.fields, int(index.labels.max()), unlabelled, index.note)
 
 
-def _kept(place: Folder, rules: Rules, target: Path, file: str) -> ShardIndex | None:
+def _load_valid_index(place: Folder, rules: IndexRules, target: Path, file: str) -> ShardIndex | None:
     """The index that is there, if it is whole, was made by the same rules, and the shard has not changed since."""
     try:
-        index, _ = map_index(target)
+        index, _ = mmap_index(target)
     except DataError:
         return None
-    same = (index.shard, index.bytes, index.rules) == (file, place.size(file), rules.noted())
-    return index if same and _is_older(place, file, target) and index.sum() == index.checksum else None
+    same = (index.shard, index.bytes, index.rules) == (file, place.file_size(file), rules.to_metadata())
+    return index if same and _is_older(place, file, target) and index.compute_checksum() == index.checksum else None
 
 
 def _is_older(place: Folder, file: str, than: Path) -> bool:
     """Whether a shard was last written before a file of ours, as far as its folder says. A tie is no proof."""
-    modified = place.modified(file)
+    modified = place.modified_time(file)
     return modified is None or modified < than.stat().st_mtime
 
 
-def _told(groups: dict[str, list[_Walked]], tell: Callable[[str], None]) -> dict[str, Split]:
+def _summarize_splits(groups: dict[str, list[_ShardSummary]], tell: Callable[[str], None]) -> dict[str, Split]:
     """Say what was found beside sound samples; the splits that have some."""
     splits = {}
     for split, group in groups.items():
@@ -195,12 +203,12 @@ def _told(groups: dict[str, list[_Walked]], tell: Callable[[str], None]) -> dict
     return splits
 
 
-def _described(
+def _build_manifest(
     place: Folder,
     index: Path,
     splits: dict[str, Split],
-    walked: Iterable[_Walked],
-    rules: Rules,
+    walked: Iterable[_ShardSummary],
+    rules: IndexRules,
     name: str | None,
     again: bool,
     tell: Callable[[str], None],
@@ -208,8 +216,8 @@ def _described(
     walked = list(walked)
     highest = max(one.highest for one in walked)
     fresh = Manifest(
-        name=name or place.where().rstrip("/").rsplit("/", 1)[-1],
-        fields=fields_of(walked),
+        name=name or place.display_path().rstrip("/").rsplit("/", 1)[-1],
+        fields=collect_fields(walked),
         classes=rules.classes or tuple(str(label) for label in range(highest + 1)) or None,
         splits=splits,
     )
@@ -218,19 +226,19 @@ def _described(
     except (OSError, DataError):
         return fresh
     if not again:
-        fresh = fresh.model_copy(update={"splits": _with_sha256(place, index / NAME, fresh.splits, before)})
+        fresh = fresh.model_copy(update={"splits": _keep_checksums(place, index / MANIFEST_NAME, fresh.splits, before)})
     kept: dict[str, object] = {"name": name or before.name, "mean": before.mean, "std": before.std}
     if not rules.classes and before.classes is not None and len(before.classes) > highest:
         kept["classes"] = before.classes
-    if _digests(before) != _digests(fresh):
+    if _shard_digests(before) != _shard_digests(fresh):
         tell(
-            f"{index / NAME} was of other samples; its name, class names, mean and std were kept: remove it first if they "
+            f"{index / MANIFEST_NAME} was of other samples; its name, class names, mean and std were kept: remove it first if they "
             f"no longer hold"
         )
     return fresh.model_copy(update=kept)
 
 
-def _with_sha256(place: Folder, file: Path, splits: dict[str, Split], before: Manifest) -> dict[str, Split]:
+def _keep_checksums(place: Folder, file: Path, splits: dict[str, Split], before: Manifest) -> dict[str, Split]:
     """The splits with the sha256 that the manifest in ``file`` knew of shards that were not written since."""
     known = {(shard.file, shard.bytes): shard.sha256 for split in before.splits.values() for shard in split.shards}
 
@@ -244,5 +252,5 @@ def _with_sha256(place: Folder, file: Path, splits: dict[str, Split], before: Ma
     }
 
 
-def _digests(manifest: Manifest) -> dict[str, list[str]]:
+def _shard_digests(manifest: Manifest) -> dict[str, list[str]]:
     return {name: [shard.index for shard in split.shards] for name, split in manifest.splits.items()}

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from foveal.data.format.manifest import NAME, read_manifest
+from foveal.data.format.manifest import MANIFEST_NAME, read_manifest
 from foveal.errors import DataError
 
 _LOCK = ".packing"
@@ -23,7 +23,7 @@ def is_packed(folder: Path) -> bool:
         read_manifest(folder)
     except FileNotFoundError:
         if occupied:
-            raise DataError(f"{folder} holds other files and no {NAME}: choose another folder") from None
+            raise DataError(f"{folder} holds other files and no {MANIFEST_NAME}: choose another folder") from None
         return False
     except NotADirectoryError:
         raise DataError(f"{folder} is a file: choose another folder") from None
@@ -33,31 +33,31 @@ def is_packed(folder: Path) -> bool:
 
 
 @contextmanager
-def drafted(folder: Path) -> Iterator[Path]:
+def atomic_dataset_folder(target_folder: Path) -> Iterator[Path]:
     """An empty folder that gets the name ``folder`` when the block ends, and is removed if it ends badly.
 
     Of two that write the same folder at once, one wins, and the other's draft goes. A draft whose process was killed
     is removed by the next one for the same folder: the kernel gives back the lock that tells them apart.
     Errors: DataError if it cannot be written; a full disk is one of the reasons.
     """
-    target = folder.resolve()  # "." has no name to put a draft beside
+    target = target_folder.resolve()  # "." has no name to put a draft beside
     draft = target.with_name(f".{target.name}.draft-{secrets.token_hex(4)}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target)
+        _remove_dead_drafts(target)
         draft.mkdir()
-        with _locked(draft):
+        with _lock_draft(draft):
             yield draft
             draft.rename(target)
             (target / _LOCK).unlink(missing_ok=True)
     except OSError as error:
-        if not is_packed(folder):
-            raise DataError(f"{folder} cannot be packed ({error})") from None
+        if not is_packed(target_folder):
+            raise DataError(f"{target_folder} cannot be packed ({error})") from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _locked(draft: Path) -> IO[str]:
+def _lock_draft(draft: Path) -> IO[str]:
     """Hold a draft's lock until the result is closed. The file gets its name only when it is locked."""
     nameless = draft / f"{_LOCK}.new"
     stream = nameless.open("w")
@@ -70,7 +70,7 @@ def _locked(draft: Path) -> IO[str]:
     return stream
 
 
-def _sweep(target: Path) -> None:
+def _remove_dead_drafts(target: Path) -> None:
     for draft in target.parent.glob(f".{glob.escape(target.name)}.draft-*"):
         try:
             with (draft / _LOCK).open("r+") as stream:

@@ -11,14 +11,14 @@ from foveal.data.format.manifest import read_manifest
 from foveal.data.pack.digits import pack_digits
 from foveal.data.pack.folder import pack_folder
 from foveal.data.pack.hf import pack_hf
-from foveal.data.pack.options import Recipe
+from foveal.data.pack.options import PackOptions
 from foveal.data.pack.table import pack_table
-from foveal.data.pack.writer import SKIPPED
+from foveal.data.pack.writer import SKIPPED_FILE_NAME
 
 app = typer.Typer(help="Write images as WebDataset shards with manifest and index.", no_args_is_help=True)
 
-Out = Annotated[Path, typer.Option("--out", help="Folder of the shards; made whole or not at all.")]
-LabelColumn = Annotated[str | None, typer.Option(help="Column of labels or class names; empty: no label.")]
+OutOption = Annotated[Path, typer.Option("--out", help="Folder of the shards; made whole or not at all.")]
+LabelColumnOption = Annotated[str | None, typer.Option(help="Column of labels or class names; empty: no label.")]
 
 _OPTIONS: dict[str, Any] = {  # of Recipe, as a command line types them
     "name": str,
@@ -33,11 +33,11 @@ _OPTIONS: dict[str, Any] = {  # of Recipe, as a command line types them
 }
 
 
-def _with_options(command: Callable[..., None]) -> Callable[..., None]:
+def _add_pack_options(command: Callable[..., None]) -> Callable[..., None]:
     """The command with Recipe's options in the place of its ``**options``; typer asks a signature what there is."""
     parameters = list(inspect.signature(command).parameters.values())[:-1]
     for name, kind in _OPTIONS.items():
-        field = Recipe.model_fields[name]
+        field = PackOptions.model_fields[name]
         default = None if field.default_factory else field.default or None
         option = typer.Option(f"--{name.replace('_', '-')}", help=field.description)
         annotation = Annotated[kind if default else kind | None, option]
@@ -48,29 +48,29 @@ def _with_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @app.command("digits")
-def digits(out: Out) -> None:
+def digits_command(out: OutOption) -> None:
     """scikit-learn's 1,797 handwritten digits, 8x8 pixels: the data set of the demo."""
-    _say(out, pack_digits(out))
+    _print_result(out, pack_digits(out))
 
 
 @app.command("folder")
-@_with_options
-def folder(
+@_add_pack_options
+def folder_command(
     path: Annotated[Path, typer.Argument(help="One folder of images per class, or train/ and val/ with these.")],
-    out: Out,
+    out: OutOption,
     **options: Any,
 ) -> None:
     """Your own images in folders, files as they are unless an option says otherwise."""
-    _say(out, pack_folder(path, out, **_given(options)))
+    _print_result(out, pack_folder(path, out, **_drop_unset(options)))
 
 
 @app.command("table")
-@_with_options
-def table(
+@_add_pack_options
+def table_command(
     path: Annotated[Path, typer.Argument(help="Table with one row per image, .csv or .parquet.")],
-    out: Out,
+    out: OutOption,
     image_column: Annotated[str, typer.Option(help="Column of image files.")] = "image",
-    label_column: LabelColumn = None,
+    label_column: LabelColumnOption = None,
     split_column: Annotated[str | None, typer.Option(help="Column of split names, such as train and val.")] = None,
     root: Annotated[
         Path | None, typer.Option(help="Where the files are relative to; default: the table's folder.")
@@ -79,33 +79,35 @@ def table(
 ) -> None:
     """Images that a table names."""
     columns = {"image_column": image_column, "label_column": label_column, "split_column": split_column}
-    _say(out, pack_table(path, out, **columns, root=root, **_given(options)))
+    _print_result(out, pack_table(path, out, **columns, image_root=root, **_drop_unset(options)))
 
 
 @app.command("hf")
-@_with_options
-def hf(
+@_add_pack_options
+def hf_command(
     path: Annotated[Path, typer.Argument(help="Folder of save_to_disk, or one that load_dataset reads.")],
-    out: Out,
+    out: OutOption,
     image_column: Annotated[
         str | None, typer.Option(help="Column of images; default: the only one of type Image.")
     ] = None,
-    label_column: LabelColumn = None,
+    label_column: LabelColumnOption = None,
     **options: Any,
 ) -> None:
     """Images of the Hugging Face `datasets` library, stored bytes as they are unless an option says otherwise."""
-    _say(out, pack_hf(path, out, image_column=image_column, label_column=label_column, **_given(options)))
+    _print_result(out, pack_hf(path, out, image_column=image_column, label_column=label_column, **_drop_unset(options)))
 
 
-def _given(options: dict[str, Any]) -> dict[str, Any]:
+def _drop_unset(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _say(out: Path, written: bool) -> None:
+def _print_result(out: Path, written: bool) -> None:
     manifest = read_manifest(out)
     what = f"{sum(split.samples for split in manifest.splits.values()):,} samples of '{manifest.name}'"
     typer.echo(f"{out}: {f'written, {what}' if written else f'already there, nothing to do; it holds {what}'}")
-    if written and (out / SKIPPED).is_file():
-        bad = (out / SKIPPED).read_text().splitlines()
-        typer.echo(f"{len(bad):,} images do not decode and were left out; {out / SKIPPED} lists them, the first is:")
+    if written and (out / SKIPPED_FILE_NAME).is_file():
+        bad = (out / SKIPPED_FILE_NAME).read_text().splitlines()
+        typer.echo(
+            f"{len(bad):,} images do not decode and were left out; {out / SKIPPED_FILE_NAME} lists them, the first is:"
+        )
         typer.echo(bad[0].replace("\t", "  "))

@@ -7,40 +7,40 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from foveal.data.pack.options import Recipe
-from foveal.data.pack.source import Contents, Part, Sample, divided
-from foveal.data.pack.writer import write
+from foveal.data.pack.options import PackOptions
+from foveal.data.pack.source import PackDataset, PackSample, PackSplit, split_train_val
+from foveal.data.pack.writer import write_dataset
 
 _VAL_PER_CLASS = 36
 _SHARD = 256
 
 
-def pack_digits(folder: Path) -> bool:
+def pack_digits(output_folder: Path) -> bool:
     """scikit-learn's handwritten digits as PNG shards: 1,437 for training, 360 for validation, 36 of each class.
 
     Returns whether they were written now; a folder that holds them already is left alone.
     Errors: DataError if the folder holds something else.
     """
-    return write(folder, _contents, Recipe(samples_per_shard=_SHARD))
+    return write_dataset(output_folder, _load_dataset, PackOptions(samples_per_shard=_SHARD))
 
 
-def _contents() -> Contents:
+def _load_dataset() -> PackDataset:
     from sklearn.datasets import load_digits  # half a second of import that only packing needs
 
     digits: Any = load_digits()
     grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # they come as 0..16
-    train, val = divided(digits.target, lambda counts: np.full_like(counts, _VAL_PER_CLASS))
+    train, val = split_train_val(digits.target, lambda counts: np.full_like(counts, _VAL_PER_CLASS))
 
-    def sample(number: int) -> Sample:
+    def sample(number: int) -> PackSample:
         name = f"digit_{number:04d}"
-        return Sample(name, "png", int(digits.target[number]), lambda: _png(grey[number]), name)
+        return PackSample(name, "png", int(digits.target[number]), lambda: _png(grey[number]), name)
 
     scaled = grey[train] / 255.0
-    return Contents(
+    return PackDataset(
         name="digits",
         classes=tuple(str(digit) for digit in range(10)),
-        parts={"train": Part(train, sample), "val": Part(val, sample)},
-        statistics=((float(scaled.mean()),), (float(scaled.std()),)),
+        splits={"train": PackSplit(train, sample), "val": PackSplit(val, sample)},
+        pixel_stats=((float(scaled.mean()),), (float(scaled.std()),)),
     )
 
 

@@ -9,16 +9,21 @@ from typing import Any
 
 import numpy as np
 
-from foveal.data.pack.options import Recipe
-from foveal.data.pack.source import Contents, Sample, key_of, labels_of, parts_of
-from foveal.data.pack.writer import write
+from foveal.data.pack.options import PackOptions
+from foveal.data.pack.source import PackDataset, PackSample, build_splits, make_webdataset_key, parse_labels
+from foveal.data.pack.writer import write_dataset
 from foveal.errors import DataError
 
 _SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves
 
 
 def pack_hf(
-    source: Path, folder: Path, *, image_column: str | None = None, label_column: str | None = None, **options: Any
+    dataset_folder: Path,
+    output_folder: Path,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    **options: Any,
 ) -> bool:
     """A folder of `datasets`, written by save_to_disk or read by load_dataset, as shards in hashed order.
 
@@ -28,39 +33,43 @@ def pack_hf(
     Errors: DataError if `datasets` is not installed or cannot read the folder, or for a column that is not there or of
     another type; ConfigError for options that cannot be.
     """
-    recipe = Recipe.checked(options, "pack")
-    return write(folder, partial(_contents, source, image_column, label_column, recipe), recipe)
+    recipe = PackOptions.from_dict(options, "pack")
+    return write_dataset(
+        output_folder, partial(_load_dataset, dataset_folder, image_column, label_column, recipe), recipe
+    )
 
 
-def _contents(source: Path, image_column: str | None, label_column: str | None, recipe: Recipe) -> Contents:
-    library = _library(source)
-    splits = _opened(library, source)
+def _load_dataset(source: Path, image_column: str | None, label_column: str | None, recipe: PackOptions) -> PackDataset:
+    library = _import_datasets(source)
+    splits = _open_splits(library, source)
     first = next(iter(splits.values()))
-    image = image_column or _only(source, first.features, library.Image, "--image-column")
+    image = image_column or _find_column(source, first.features, library.Image, "--image-column")
     if image is None or not isinstance(first.features.get(image), library.Image):
         wrong = "no column is" if image is None else f"'{image}' is no column"
-        raise DataError(f"{source}: {wrong} of type Image; the columns are {_columns(first)}")
-    label = label_column or _only(source, first.features, library.ClassLabel, "--label-column")
+        raise DataError(f"{source}: {wrong} of type Image; the columns are {_format_columns(first)}")
+    label = label_column or _find_column(source, first.features, library.ClassLabel, "--label-column")
     if label is not None and label not in first.features:
-        raise DataError(f"{source} has no column '{label}'; the columns are {_columns(first)}")
-    labels, classes = _labels(source, library, splits, label)
+        raise DataError(f"{source} has no column '{label}'; the columns are {_format_columns(first)}")
+    labels, classes = _read_labels(source, library, splits, label)
     rows = [split.select_columns([image]).cast_column(image, library.Image(decode=False)) for split in splits.values()]
     ends = list(itertools.accumulate(len(split) for split in rows))
     names = list(splits)
 
-    def sample(number: int) -> Sample:
+    def sample(number: int) -> PackSample:
         at = int(np.searchsorted(ends, number, side="right"))
         row = number - (ends[at - 1] if at else 0)
         where = f"{source}: row {row} of split '{names[at]}'"
         cell = rows[at][row][image] or {}
         name = Path(cell.get("path") or "image")
-        return Sample(key_of(row, name.stem), None, int(labels[number]), partial(_bytes, cell, where), where)
+        return PackSample(
+            make_webdataset_key(row, name.stem), None, int(labels[number]), partial(_read_image, cell, where), where
+        )
 
     of_split = None if names == ["train"] else [name for name, split in splits.items() for _ in range(len(split))]
-    return Contents(source.resolve().name, classes, parts_of(of_split, labels, recipe.val_fraction, sample))
+    return PackDataset(source.resolve().name, classes, build_splits(of_split, labels, recipe.val_fraction, sample))
 
 
-def _library(source: Path) -> ModuleType:
+def _import_datasets(source: Path) -> ModuleType:
     try:
         import datasets
     except ImportError:
@@ -73,7 +82,7 @@ def _library(source: Path) -> ModuleType:
     return datasets
 
 
-def _opened(library: ModuleType, source: Path) -> dict[str, Any]:
+def _open_splits(library: ModuleType, source: Path) -> dict[str, Any]:
     """The splits of a folder."""
     if not source.is_dir():  # asked here: the library would look for it on a hub
         raise DataError(f"{source}: no such folder")
@@ -91,7 +100,7 @@ def _opened(library: ModuleType, source: Path) -> dict[str, Any]:
     return splits
 
 
-def _only(source: Path, features: dict[str, Any], kind: type, option: str) -> str | None:
+def _find_column(source: Path, features: dict[str, Any], kind: type, option: str) -> str | None:
     """The one column of a type, or none."""
     names = [name for name, feature in features.items() if isinstance(feature, kind)]
     if len(names) > 1:
@@ -101,11 +110,11 @@ def _only(source: Path, features: dict[str, Any], kind: type, option: str) -> st
     return names[0] if names else None
 
 
-def _columns(split: Any) -> str:
+def _format_columns(split: Any) -> str:
     return ", ".join(f"{name} ({type(feature).__name__})" for name, feature in split.features.items())
 
 
-def _labels(
+def _read_labels(
     source: Path, library: ModuleType, splits: dict[str, Any], column: str | None
 ) -> tuple[np.ndarray, tuple[str, ...] | None]:
     """Labels of all rows, split after split, and the names of the classes."""
@@ -117,13 +126,13 @@ def _labels(
         values += split.select_columns([column]).with_format("arrow")[:][column].to_pylist()
     kinds = [split.features.get(column) for split in splits.values()]
     if not isinstance(kinds[0], library.ClassLabel):
-        return labels_of(values, f"{source}, column '{column}'")
+        return parse_labels(values, f"{source}, column '{column}'")
     if any(getattr(kind, "names", None) != kinds[0].names for kind in kinds):
         raise DataError(f"{source}: the splits name the classes of column '{column}' differently")
     return np.array([-1 if value is None else value for value in values], dtype=np.int64), tuple(kinds[0].names)
 
 
-def _bytes(cell: dict[str, Any], where: str) -> bytes:
+def _read_image(cell: dict[str, Any], where: str) -> bytes:
     """The stored bytes of an image, or those of the file that it names."""
     if cell.get("bytes") is not None:
         return cell["bytes"]

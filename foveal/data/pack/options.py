@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from foveal.config import Config
 
 
-class Recipe(Config):
+class PackOptions(Config):
     """The options of a pack. The number of workers cannot change the bytes of a shard, the others can."""
 
     name: str | None = Field(default=None, description="Name of the data set; default: that of the source.")
@@ -45,6 +45,6 @@ class Recipe(Config):
         return self
 
     @property
-    def reencodes(self) -> bool:
+    def may_reencode(self) -> bool:
         """Whether images may be written otherwise than as they came."""
         return (self.resize, self.format, self.quality) != (None, None, None)

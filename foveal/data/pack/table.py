@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from foveal.data.pack.folder import file_sample
-from foveal.data.pack.options import Recipe
-from foveal.data.pack.source import Contents, Sample, labels_of, parts_of
-from foveal.data.pack.writer import in_order, write
+from foveal.data.pack.folder import make_file_sample
+from foveal.data.pack.options import PackOptions
+from foveal.data.pack.source import PackDataset, PackSample, build_splits, parse_labels
+from foveal.data.pack.writer import map_in_order, write_dataset
 from foveal.errors import DataError
 
 _CHUNK = 256  # files that one thread looks for at a time
@@ -21,13 +21,13 @@ Columns = dict[str, list[Any]]
 
 
 def pack_table(
-    table: Path,
-    folder: Path,
+    table_file: Path,
+    output_folder: Path,
     *,
     image_column: str = "image",
     label_column: str | None = None,
     split_column: str | None = None,
-    root: Path | None = None,
+    image_root: Path | None = None,
     **options: Any,
 ) -> bool:
     """The images that a CSV or Parquet table names, as shards in hashed order.
@@ -38,26 +38,28 @@ def pack_table(
     Errors: DataError for a table or image that cannot be read, in one sentence with the row; ConfigError for options
     that cannot be.
     """
-    recipe = Recipe.checked(options, "pack")
+    recipe = PackOptions.from_dict(options, "pack")
 
-    def contents() -> Contents:
+    def contents() -> PackDataset:
         wanted = [name for name in (image_column, label_column, split_column) if name is not None]
-        columns = _read(table, wanted)
-        files = _files(table, image_column, columns[image_column], root or table.parent, recipe.workers)
+        columns = _read_columns(table_file, wanted)
+        files = _find_files(
+            table_file, image_column, columns[image_column], image_root or table_file.parent, recipe.workers
+        )
         values = columns[label_column] if label_column else [None] * len(files)
-        labels, classes = labels_of(values, f"{table}, column '{label_column}'")
-        splits = _texts(table, split_column, columns[split_column]) if split_column else None
-        parts = parts_of(splits, labels, recipe.val_fraction, partial(_sample, table, files, labels))
-        return Contents(table.stem, classes, parts)
+        labels, classes = parse_labels(values, f"{table_file}, column '{label_column}'")
+        splits = _read_texts(table_file, split_column, columns[split_column]) if split_column else None
+        parts = build_splits(splits, labels, recipe.val_fraction, partial(_sample, table_file, files, labels))
+        return PackDataset(table_file.stem, classes, parts)
 
-    return write(folder, contents, recipe)
-
-
-def _sample(table: Path, files: Sequence[Path], labels: np.ndarray, number: int) -> Sample:
-    return file_sample(files, labels, number, f"{files[number]} (row {number + 1} of {table})")
+    return write_dataset(output_folder, contents, recipe)
 
 
-def _read(table: Path, wanted: Sequence[str]) -> Columns:
+def _sample(table: Path, files: Sequence[Path], labels: np.ndarray, number: int) -> PackSample:
+    return make_file_sample(files, labels, number, f"{files[number]} (row {number + 1} of {table})")
+
+
+def _read_columns(table: Path, wanted: Sequence[str]) -> Columns:
     """The wanted columns, one entry for each row.
 
     Errors: DataError for a table that cannot be read, is empty, or lacks a column.
@@ -79,7 +81,7 @@ def _read(table: Path, wanted: Sequence[str]) -> Columns:
 def _read_csv(table: Path, wanted: Sequence[str]) -> Columns:
     with table.open(newline="", encoding="utf-8-sig") as stream:
         rows = csv.DictReader(stream)
-        _require(table, wanted, rows.fieldnames or ())
+        _require_columns(table, wanted, rows.fieldnames or ())
         columns: Columns = {name: [] for name in wanted}
         for row in rows:
             for name in wanted:
@@ -91,11 +93,11 @@ def _read_parquet(table: Path, wanted: Sequence[str]) -> Columns:
     from pyarrow import parquet  # a fifth of a second of import that only this needs
 
     with parquet.ParquetFile(table) as file:
-        _require(table, wanted, file.schema_arrow.names)
+        _require_columns(table, wanted, file.schema_arrow.names)
         return file.read(columns=list(wanted)).to_pydict()
 
 
-def _require(table: Path, wanted: Sequence[str], names: Sequence[str]) -> None:
+def _require_columns(table: Path, wanted: Sequence[str], names: Sequence[str]) -> None:
     for name in wanted:
         if name not in names:
             close = difflib.get_close_matches(name, names, n=1)
@@ -103,7 +105,7 @@ def _require(table: Path, wanted: Sequence[str], names: Sequence[str]) -> None:
             raise DataError(f"{table} has no column '{name}'; {hint}")
 
 
-def _texts(table: Path, column: str, values: Sequence[Any]) -> list[str]:
+def _read_texts(table: Path, column: str, values: Sequence[Any]) -> list[str]:
     """A column in which every row has a text."""
     for row, value in enumerate(values, 1):
         if not isinstance(value, str) or not value.strip():
@@ -111,11 +113,11 @@ def _texts(table: Path, column: str, values: Sequence[Any]) -> list[str]:
     return [value.strip() for value in values]
 
 
-def _files(table: Path, column: str, values: Sequence[Any], root: Path, workers: int) -> list[Path]:
+def _find_files(table: Path, column: str, values: Sequence[Any], root: Path, workers: int) -> list[Path]:
     """The image files; that one is missing is found before the hours of packing, not after."""
-    files = [root / name for name in _texts(table, column, values)]
+    files = [root / name for name in _read_texts(table, column, values)]
     chunks = (files[start : start + _CHUNK] for start in range(0, len(files), _CHUNK))
-    found = in_order(lambda chunk: [file.is_file() for file in chunk], chunks, workers)
+    found = map_in_order(lambda chunk: [file.is_file() for file in chunk], chunks, workers)
     for row, there in enumerate((each for chunk in found for each in chunk), 1):
         if not there:
             raise DataError(f"{table}: row {row} names {files[row - 1]}, and there is no such file; see --root")

@@ -12,33 +12,33 @@ from typing import Any
 
 import numpy as np
 
-from foveal.atomic import Growing, write_json
+from foveal.atomic import AppendLog, write_json
 from foveal.data.batch import Batch
 
-FORMAT = 1
-ROW = np.dtype([("step", "<i8"), ("draw", "<i8"), ("by", "<i8")])
+FORMAT_VERSION = 1
+ROW_DTYPE = np.dtype([("step", "<i8"), ("draw", "<i8"), ("by", "<i8")])
 
 
-class Ledger:
+class LedgerWriter:
     """The rows of one rank in one attempt; they reach the disk with ``flush``."""
 
-    def __init__(self, folder: Path, attempt: int, rank: int) -> None:
+    def __init__(self, ledger_folder: Path, attempt: int, rank: int) -> None:
         self._rows: list[np.ndarray] = []
-        file = rows_file(folder, attempt, rank)
-        self._file = Growing(file, FileIO(file, "xb"))
+        file = ledger_rows_path(ledger_folder, attempt, rank)
+        self._file = AppendLog(file, FileIO(file, "xb"))
 
-    def add(self, step: int, batch: Batch) -> None:
+    def add_batch(self, step: int, batch: Batch) -> None:
         """What one micro-batch of a step held; step counts from 1."""
-        rows = np.empty(len(batch.draws), dtype=ROW)
-        rows["step"], rows["draw"], rows["by"] = step, batch.draws.cpu().numpy(), -1
-        for bad in batch.bad:
-            rows[bad.row] = (step, bad.draw, bad.by)
+        rows = np.empty(len(batch.sample_keys), dtype=ROW_DTYPE)
+        rows["step"], rows["draw"], rows["by"] = step, batch.sample_keys.cpu().numpy(), -1
+        for bad in batch.bad_samples:
+            rows[bad.row] = (step, bad.sample_key, bad.replacement_key)
         self._rows.append(rows)
 
     def flush(self) -> None:
         """Force the rows to disk: a checkpoint that follows finds everything before it written down."""
         rows, self._rows = self._rows, []
-        self._file.add(b"".join(each.tobytes() for each in rows))
+        self._file.append(b"".join(each.tobytes() for each in rows))
 
     def close(self) -> None:
         """Write what is left."""
@@ -46,29 +46,29 @@ class Ledger:
         self._file.close()
 
 
-def attempts(folder: Path) -> list[int]:
+def list_attempts(ledger_folder: Path) -> list[int]:
     """The numbers of the attempts that a ledger holds, ascending."""
-    return sorted(int(file.stem.removeprefix("attempt-")) for file in folder.glob("attempt-*.json"))
+    return sorted(int(file.stem.removeprefix("attempt-")) for file in ledger_folder.glob("attempt-*.json"))
 
 
-def begin_attempt(folder: Path, facts: dict[str, Any]) -> int:
+def begin_attempt(ledger_folder: Path, metadata: dict[str, Any]) -> int:
     """Write down that an attempt begins, on rank 0; its number."""
-    folder.mkdir(parents=True, exist_ok=True)
-    number = max(attempts(folder), default=0) + 1
-    write_json(facts_file(folder, number), {"format": FORMAT} | facts)
+    ledger_folder.mkdir(parents=True, exist_ok=True)
+    number = max(list_attempts(ledger_folder), default=0) + 1
+    write_json(attempt_metadata_path(ledger_folder, number), {"format": FORMAT_VERSION} | metadata)
     return number
 
 
-def read_facts(folder: Path, attempt: int) -> dict[str, Any]:
+def read_attempt_metadata(ledger_folder: Path, attempt: int) -> dict[str, Any]:
     """What ``begin_attempt`` wrote."""
-    return json.loads(facts_file(folder, attempt).read_text())
+    return json.loads(attempt_metadata_path(ledger_folder, attempt).read_text())
 
 
-def facts_file(folder: Path, attempt: int) -> Path:
+def attempt_metadata_path(ledger_folder: Path, attempt: int) -> Path:
     """Where an attempt's facts are."""
-    return folder / f"attempt-{attempt:04d}.json"
+    return ledger_folder / f"attempt-{attempt:04d}.json"
 
 
-def rows_file(folder: Path, attempt: int, rank: int) -> Path:
+def ledger_rows_path(ledger_folder: Path, attempt: int, rank: int) -> Path:
     """Where a rank's rows are."""
-    return folder / f"attempt-{attempt:04d}-rank-{rank:04d}.rows"
+    return ledger_folder / f"attempt-{attempt:04d}-rank-{rank:04d}.rows"

@@ -15,11 +15,11 @@ from fractions import Fraction
 import numpy as np
 
 from foveal.errors import ConfigError, DataError
-from foveal.seeding import below, key, permutation
+from foveal.seeding import derive_key, draw_integer, draw_permutation
 
 
 @dataclass(frozen=True)
-class Slots:
+class SampleSlots:
     """n slots of one step, in slot order; all int64 [n].
 
     sources: 0 is the set of data.path, k is data.mix[k - 1]; positions: place in the source's endless stream of
@@ -27,13 +27,13 @@ class Slots:
     part, 0..N_k-1, in the order of its shards as given.
     """
 
-    sources: np.ndarray
-    positions: np.ndarray
+    source_numbers: np.ndarray
+    stream_positions: np.ndarray
     epochs: np.ndarray
-    samples: np.ndarray
+    subset_positions: np.ndarray
 
 
-class Order:
+class SampleOrder:
     """The order of all epochs of one source of samples, or of a mixture. Serves several threads.
 
     counts: samples per shard of source 0, int64 [S]; batch: images per step over all ranks; lanes: streams per epoch;
@@ -48,63 +48,67 @@ class Order:
 
     def __init__(
         self,
-        counts: np.ndarray,
-        batch: int,
-        lanes: int,
-        window: int,
+        samples_per_shard: np.ndarray,
+        batch_size: int,
+        num_lanes: int,
+        window_shards: int,
         seed: int,
         mix: Sequence[tuple[np.ndarray, float]] = (),
     ) -> None:
-        check_lanes(batch, lanes)
-        self.batch, self.lanes = batch, lanes
-        self.sizes = (int(counts.sum()), *(int(other.sum()) for other, _ in mix))
-        self.samples = self.sizes[0]
-        self.steps_per_epoch, self.quotas = _quotas(self.sizes, batch, lanes, [share for _, share in mix])
-        usable = self.steps_per_epoch * batch if not mix else self.samples // lanes * lanes
-        self.dropped = self.samples - usable
-        self._streams = [_Stream(counts, lanes, usable // lanes, window, seed)]
+        check_lanes(batch_size, num_lanes)
+        self.batch_size, self.num_lanes = batch_size, num_lanes
+        self.source_sizes = (int(samples_per_shard.sum()), *(int(other.sum()) for other, _ in mix))
+        self.num_samples = self.source_sizes[0]
+        self.steps_per_epoch, self.epoch_quotas = _compute_quotas(
+            self.source_sizes, batch_size, num_lanes, [share for _, share in mix]
+        )
+        usable = self.steps_per_epoch * batch_size if not mix else self.num_samples // num_lanes * num_lanes
+        self.dropped_per_epoch = self.num_samples - usable
+        self._streams = [_SourceStream(samples_per_shard, num_lanes, usable // num_lanes, window_shards, seed)]
         for number, (other, _) in enumerate(mix, start=1):
-            length = self.sizes[number] // lanes
-            self._streams.append(_Stream(other, lanes, length, window, key(seed, "source", number)))
+            length = self.source_sizes[number] // num_lanes
+            self._streams.append(
+                _SourceStream(other, num_lanes, length, window_shards, derive_key(seed, "source", number))
+            )
         self._lock = threading.Lock()
 
-    def epoch_of(self, step: int) -> int:
+    def epoch_at_step(self, step: int) -> int:
         """The epoch that a global step belongs to, from 0; of the mixture if there are several sources."""
         return step // self.steps_per_epoch
 
-    def slots(self, step: int, start: int, stop: int) -> Slots:
+    def assign_slots(self, step: int, start_slot: int, stop_slot: int) -> SampleSlots:
         """The slots start..stop-1 of the global step. Lane-major: a run of them touches few lanes."""
-        sources, positions = self._dealt(step, start, stop)
-        found = Slots(sources, positions, np.empty_like(positions), np.empty_like(positions))
-        lanes = positions % self.lanes
+        sources, positions = self._deal_slots(step, start_slot, stop_slot)
+        found = SampleSlots(sources, positions, np.empty_like(positions), np.empty_like(positions))
+        lanes = positions % self.num_lanes
         edges = np.flatnonzero((np.diff(lanes) != 0) | (np.diff(sources) != 0)) + 1
         with self._lock:
-            for run in np.split(np.arange(stop - start), edges) if stop > start else ():
+            for run in np.split(np.arange(stop_slot - start_slot), edges) if stop_slot > start_slot else ():
                 stream = self._streams[sources[run[0]]]
-                found.epochs[run], found.samples[run] = stream.taken(int(lanes[run[0]]), positions[run])
+                found.epochs[run], found.subset_positions[run] = stream.samples_at(int(lanes[run[0]]), positions[run])
         return found
 
-    def others(self, source: int, position: int) -> Iterator[int]:
+    def replacements(self, source_number: int, stream_position: int) -> Iterator[int]:
         """What may stand in for a sample that is bad: those that follow it in its lane's window, wrapping round."""
         with self._lock:
-            samples, offset = self._streams[source].window_at(position)
+            samples, offset = self._streams[source_number].window_at(stream_position)
         for turn in range(1, len(samples)):
             yield int(samples[(offset + turn) % len(samples)])
 
-    def shards(self, step: int, start: int, stop: int) -> list[tuple[int, int]]:
+    def upcoming_shards(self, step: int, start_slot: int, stop_slot: int) -> list[tuple[int, int]]:
         """(source, shard) that the lanes of these slots read: those of the step first, then those of the next windows.
 
         A lane counts for all sources, even one that gives it nothing in this very step. No duplicates.
         """
-        _, positions = self._dealt(step, start, stop)
+        _, positions = self._deal_slots(step, start_slot, stop_slot)
         now: list[tuple[int, int]] = []
         soon: list[tuple[float, list[tuple[int, int]]]] = []
-        before, after = self._given(step), self._given(step + 1)
+        before, after = self._samples_before(step), self._samples_before(step + 1)
         with self._lock:
-            for lane in np.unique(positions % self.lanes):
+            for lane in np.unique(positions % self.num_lanes):
                 for source, stream in enumerate(self._streams):
-                    position = before[source] + (int(lane) - before[source]) % self.lanes
-                    while position < max(after[source], before[source] + self.lanes):
+                    position = before[source] + (int(lane) - before[source]) % self.num_lanes
+                    while position < max(after[source], before[source] + self.num_lanes):
                         now += [(source, shard) for shard in stream.shards_at(position)]
                         position = stream.next_window(position)
                     steps = (position - before[source]) / max(1, after[source] - before[source])
@@ -112,25 +116,26 @@ class Order:
         soon.sort(key=lambda each: each[0])
         return list(dict.fromkeys(now + [shard for _, shards in soon for shard in shards]))
 
-    def _given(self, step: int) -> list[int]:
+    def _samples_before(self, step: int) -> list[int]:
         """Samples that every source has given before a step."""
         epoch, turn = divmod(step, self.steps_per_epoch)
-        others = [epoch * quota + turn * quota // self.steps_per_epoch for quota in self.quotas[1:]]
-        return [step * self.batch - sum(others), *others]
+        others = [epoch * quota + turn * quota // self.steps_per_epoch for quota in self.epoch_quotas[1:]]
+        return [step * self.batch_size - sum(others), *others]
 
-    def _dealt(self, step: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    def _deal_slots(self, step: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Source and position, int64 [stop - start], of slots: all of the step by lane, then source, then position."""
-        assert step >= 0 and 0 <= start <= stop <= self.batch
+        assert step >= 0 and 0 <= start <= stop <= self.batch_size
         runs = [
-            np.arange(*given, dtype=np.int64) for given in zip(self._given(step), self._given(step + 1), strict=True)
+            np.arange(*given, dtype=np.int64)
+            for given in zip(self._samples_before(step), self._samples_before(step + 1), strict=True)
         ]
         sources = np.repeat(np.arange(len(runs), dtype=np.int64), [len(run) for run in runs])
         positions = np.concatenate(runs)
-        chosen = np.argsort(positions % self.lanes, kind="stable")[start:stop]
+        chosen = np.argsort(positions % self.num_lanes, kind="stable")[start:stop]
         return sources[chosen], positions[chosen]
 
 
-class _Stream:
+class _SourceStream:
     """The endless stream of one source: position p lies in lane p mod L, at place p // L of the lanes' epochs."""
 
     def __init__(self, counts: np.ndarray, lanes: int, length: int, window: int, seed: int) -> None:
@@ -143,7 +148,7 @@ class _Stream:
         self._lines: dict[int, tuple[np.ndarray, np.ndarray, int]] = {}
         self._windows: dict[int, tuple[tuple[int, int], np.ndarray]] = {}
 
-    def taken(self, lane: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def samples_at(self, lane: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Epochs and samples, int64 [n], of ascending positions of one lane."""
         epochs, places = np.divmod(positions // self._lanes, self._length)
         blocks, offsets = np.divmod(places, self._window)
@@ -158,7 +163,7 @@ class _Stream:
 
     def window_at(self, position: int) -> tuple[np.ndarray, int]:
         """The samples of the window that a position lies in, in their shuffled order, and where in it that is."""
-        lane, epoch, block, offset = self._where(position)
+        lane, epoch, block, offset = self._locate(position)
         kept = self._windows.get(lane)
         if kept is not None and kept[0] == (epoch, block):
             return kept[1], offset
@@ -166,13 +171,13 @@ class _Stream:
 
     def next_window(self, position: int) -> int:
         """The first position of the window after that of a position, in the same lane."""
-        _, _, block, offset = self._where(position)
+        _, _, block, offset = self._locate(position)
         return position + (self._window_length(block) - offset) * self._lanes
 
     def shards_at(self, position: int) -> list[int]:
         """The shards that the window of a position is read from."""
-        lane, epoch, block, _ = self._where(position)
-        shards, ends, rotation = self._line(epoch)
+        lane, epoch, block, _ = self._locate(position)
+        shards, ends, rotation = self._shard_line(epoch)
         begin = (lane * self._length + block * self._window + rotation) % self._samples
         stop = begin + self._window_length(block)
         pieces = [(begin, min(stop, self._samples)), (0, max(0, stop - self._samples))]
@@ -183,7 +188,7 @@ class _Stream:
                 found += [int(shard) for shard in shards[first : last + 1] if self._counts[shard]]
         return found
 
-    def _where(self, position: int) -> tuple[int, int, int, int]:
+    def _locate(self, position: int) -> tuple[int, int, int, int]:
         """Lane, epoch, number of the window in the lane's epoch, and place in the window."""
         turn, lane = divmod(position, self._lanes)
         epoch, place = divmod(turn, self._length)
@@ -195,39 +200,41 @@ class _Stream:
     def _window_samples(self, lane: int, epoch: int, block: int) -> np.ndarray:
         length = self._window_length(block)
         places = lane * self._length + block * self._window + np.arange(length, dtype=np.int64)
-        shuffle = permutation(key(self._seed, epoch, "window", lane, block), length)
+        shuffle = draw_permutation(derive_key(self._seed, epoch, "window", lane, block), length)
         return self._samples_at(epoch, places)[shuffle]
 
     def _samples_at(self, epoch: int, places: np.ndarray) -> np.ndarray:
         """From places on the epoch's rotated line to samples."""
-        shards, ends, rotation = self._line(epoch)
+        shards, ends, rotation = self._shard_line(epoch)
         places = (places + rotation) % self._samples
         nth = np.searchsorted(ends, places, side="right")
         shard = shards[nth]
         return self._first[shard] + places - (ends[nth] - self._counts[shard])
 
-    def _line(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
+    def _shard_line(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
         """Shards in the epoch's order, where each ends on the line, and how far the line is rotated."""
         if epoch not in self._lines:
-            shards = permutation(key(self._seed, epoch, "shards"), len(self._counts))
-            rotation = below(key(self._seed, epoch, "rotate"), self._samples)
+            shards = draw_permutation(derive_key(self._seed, epoch, "shards"), len(self._counts))
+            rotation = draw_integer(derive_key(self._seed, epoch, "rotate"), self._samples)
             if len(self._lines) == 2:  # this epoch, and the next for those who look ahead
                 del self._lines[min(self._lines)]
             self._lines[epoch] = (shards, np.cumsum(self._counts[shards]), rotation)
         return self._lines[epoch]
 
 
-def batch_of(step: int, skipped: Sequence[int]) -> int:
+def batch_index_for_step(step: int, skipped_batches: Sequence[int]) -> int:
     """The number of the batch that a step takes when the batches in ``skipped`` (ascending) are passed over."""
     number = step
-    for batch in skipped:
+    for batch in skipped_batches:
         if batch > number:
             break
         number += 1
     return number
 
 
-def _quotas(sizes: Sequence[int], batch: int, lanes: int, shares: Sequence[float]) -> tuple[int, tuple[int, ...]]:
+def _compute_quotas(
+    sizes: Sequence[int], batch: int, lanes: int, shares: Sequence[float]
+) -> tuple[int, tuple[int, ...]]:
     """Steps of an epoch, and the samples that every source gives to it: together steps x batch, exactly.
 
     Shares count as the decimal numbers that they are written as, so that 0.3 of 1,000 is 300 on every machine.
@@ -263,50 +270,50 @@ def _quotas(sizes: Sequence[int], batch: int, lanes: int, shares: Sequence[float
     return steps, (steps * batch - sum(others), *others)
 
 
-def check_lanes(batch: int, lanes: int) -> None:
+def check_lanes(batch_size: int, num_lanes: int) -> None:
     """Lanes divide the batch, at least two images each so that mixup finds its partner in its own lane.
 
     Errors: ConfigError that names the nearest number of lanes that fits.
     """
-    fitting = [number for number in divisors(batch) if batch // number >= 2 or batch == 1]
-    if lanes not in fitting:
-        nearest = min(fitting, key=lambda number: (abs(number - lanes), number))
+    fitting = [number for number in divisors(batch_size) if batch_size // number >= 2 or batch_size == 1]
+    if num_lanes not in fitting:
+        nearest = min(fitting, key=lambda number: (abs(number - num_lanes), number))
         raise ConfigError(
-            f"data.lanes={lanes} does not fit a batch of {batch} images: lanes divide the batch, with 2 images or more "
+            f"data.lanes={num_lanes} does not fit a batch of {batch_size} images: lanes divide the batch, with 2 images or more "
             f"in each; the nearest that fits is data.lanes={nearest}"
         )
 
 
-def rank_slots(batch: int, lanes: int, rank: int, size: int) -> tuple[int, int]:
+def rank_slot_range(batch_size: int, num_lanes: int, rank: int, world_size: int) -> tuple[int, int]:
     """The slots [start, stop) of a step that rank ``rank`` of ``size`` takes.
 
     Errors: ConfigError that names the nearest batch and the nearest numbers of ranks that fit.
     """
-    assert 0 <= rank < size
-    if batch % size:
-        unit = math.lcm(size, lanes)
-        fit = max(1, round(batch / unit)) * unit
-        fit = fit if fit >= 2 * lanes else 2 * lanes * size // math.gcd(2 * lanes, size)
+    assert 0 <= rank < world_size
+    if batch_size % world_size:
+        unit = math.lcm(world_size, num_lanes)
+        fit = max(1, round(batch_size / unit)) * unit
+        fit = fit if fit >= 2 * num_lanes else 2 * num_lanes * world_size // math.gcd(2 * num_lanes, world_size)
         raise ConfigError(
-            f"a batch of {batch} images cannot be dealt to {size} ranks equally: the nearest batch that fits is "
-            f"{fit} (batch.images), the nearest numbers of ranks are {_around(batch, size)}"
+            f"a batch of {batch_size} images cannot be dealt to {world_size} ranks equally: the nearest batch that fits is "
+            f"{fit} (batch.images), the nearest numbers of ranks are {_nearest_divisors(batch_size, world_size)}"
         )
-    share = batch // size
+    share = batch_size // world_size
     return rank * share, (rank + 1) * share
 
 
-def micros_per_step(batch: int, size: int, at_once: int) -> int:
+def microbatches_per_step(batch_size: int, world_size: int, microbatch_size: int) -> int:
     """Micro-batches of ``at_once`` images that each of ``size`` ranks takes per step.
 
     Errors: ConfigError that names the nearest values of at_once that fit.
     """
-    share = batch // size
-    if share % at_once:
+    share = batch_size // world_size
+    if share % microbatch_size:
         raise ConfigError(
-            f"batch.at_once={at_once} does not divide the {share} images that each of {size} ranks takes from a batch "
-            f"of {batch}: use {_around(share, at_once)}; it does not change the result"
+            f"batch.at_once={microbatch_size} does not divide the {share} images that each of {world_size} ranks takes from a batch "
+            f"of {batch_size}: use {_nearest_divisors(share, microbatch_size)}; it does not change the result"
         )
-    return share // at_once
+    return share // microbatch_size
 
 
 def divisors(number: int) -> list[int]:
@@ -315,7 +322,7 @@ def divisors(number: int) -> list[int]:
     return sorted({*low, *(number // small for small in low)})
 
 
-def _around(number: int, wanted: int) -> str:
+def _nearest_divisors(number: int, wanted: int) -> str:
     """The divisors of ``number`` just below and just above ``wanted``, as '8 or 16'."""
     fitting = divisors(number)
     near = [max((d for d in fitting if d < wanted), default=0), min((d for d in fitting if d > wanted), default=0)]

@@ -9,55 +9,55 @@ import numpy as np
 from foveal.data.config import DataConfig, is_remote
 from foveal.data.dataset import Dataset
 from foveal.data.format.shard_index import ShardIndex
-from foveal.data.sampling.order import Order, Slots
-from foveal.data.sampling.subset import Part, choose
+from foveal.data.sampling.order import SampleOrder, SampleSlots
+from foveal.data.sampling.subset import SplitSubset, select_subset
 from foveal.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Place:
+class SampleLocation:
     """Where a sample lies: the n-th shard of a split of a set, and its row in that shard's index."""
 
     dataset: Dataset
     split: str
-    shard: int
-    row: int
+    shard_number: int
+    index_row: int
 
     @property
-    def index(self) -> ShardIndex:
+    def shard_index(self) -> ShardIndex:
         """The index of the shard."""
-        return self.dataset.index(self.split, self.shard)
+        return self.dataset.shard_index(self.split, self.shard_number)
 
     @property
-    def where(self) -> str:
+    def description(self) -> str:
         """Shard and key, for a sentence."""
-        return f"{self.dataset.where(self.split, self.shard)}: sample '{self.index.key(self.row)}'"
+        return f"{self.dataset.shard_display_path(self.split, self.shard_number)}: sample '{self.shard_index.key(self.index_row)}'"
 
 
 @dataclass(frozen=True)
-class Source:
+class SampleSource:
     """A part of a split. The ids of its samples are ``first`` and up, in the order of the split's shards."""
 
     dataset: Dataset
     split: str
-    part: Part
-    first: int = 0
+    subset: SplitSubset
+    first_id: int = 0
 
     @cached_property
-    def starts(self) -> np.ndarray:
+    def shard_first_ids(self) -> np.ndarray:
         """The id of every shard's first sample, int64 [S]."""
-        counts = self.dataset.counts(self.split)
-        return self.first + np.cumsum(counts) - counts
+        counts = self.dataset.samples_per_shard(self.split)
+        return self.first_id + np.cumsum(counts) - counts
 
     @property
-    def stop(self) -> int:
+    def stop_id(self) -> int:
         """One more than the last id of the split."""
-        return self.first + self.dataset.samples(self.split)
+        return self.first_id + self.dataset.num_samples(self.split)
 
-    def find(self, sample: int) -> Place:
+    def locate_sample(self, sample_id: int) -> SampleLocation:
         """Where the sample of an id lies."""
-        shard = int(np.searchsorted(self.starts, sample, side="right")) - 1
-        return Place(self.dataset, self.split, shard, int(sample - self.starts[shard]))
+        shard = int(np.searchsorted(self.shard_first_ids, sample_id, side="right")) - 1
+        return SampleLocation(self.dataset, self.split, shard, int(sample_id - self.shard_first_ids[shard]))
 
 
 @dataclass(frozen=True)
@@ -69,67 +69,75 @@ class TrainingSet:
     sample looks different every time it comes.
     """
 
-    sources: tuple[Source, ...]
-    order: Order
+    sources: tuple[SampleSource, ...]
+    order: SampleOrder
     seed: int
 
     @property
-    def ids(self) -> int:
+    def num_ids(self) -> int:
         """How many ids there are: the samples of the splits of all sets."""
-        return self.sources[-1].stop
+        return self.sources[-1].stop_id
 
-    def draws(self, slots: Slots) -> np.ndarray:
+    def sample_keys(self, slots: SampleSlots) -> np.ndarray:
         """The draws of some slots, int64 [n]."""
-        draws = np.empty_like(slots.samples)
+        draws = np.empty_like(slots.subset_positions)
         for number, source in enumerate(self.sources):
-            mine = slots.sources == number
-            draws[mine] = self._draws(source, slots.samples[mine], slots.epochs[mine])
+            mine = slots.source_numbers == number
+            draws[mine] = self._make_sample_keys(source, slots.subset_positions[mine], slots.epochs[mine])
         return draws
 
-    def others(self, source: int, position: int, epoch: int) -> Iterator[int]:
+    def replacements(self, source_number: int, stream_position: int, epoch: int) -> Iterator[int]:
         """The draws that stand in for the one at a position, in this order."""
-        chosen = self.sources[source]
-        for sample in self.order.others(source, position):
-            yield int(self._draws(chosen, np.array([sample]), np.array([epoch]))[0])
+        chosen = self.sources[source_number]
+        for sample in self.order.replacements(source_number, stream_position):
+            yield int(self._make_sample_keys(chosen, np.array([sample]), np.array([epoch]))[0])
 
-    def _draws(self, source: Source, positions: np.ndarray, epochs: np.ndarray) -> np.ndarray:
-        part = source.part
-        return source.first + part.sample_ids(positions) + part.turns(positions, epochs) * self.ids
+    def _make_sample_keys(self, source: SampleSource, positions: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+        part = source.subset
+        return (
+            source.first_id
+            + part.to_sample_ids(positions)
+            + part.count_earlier_visits(positions, epochs) * self.num_ids
+        )
 
-    def find(self, sample: int) -> Place:
+    def locate_sample(self, sample_id: int) -> SampleLocation:
         """Where the sample of an id lies."""
-        return next(source for source in self.sources if sample < source.stop).find(sample)
+        return next(source for source in self.sources if sample_id < source.stop_id).locate_sample(sample_id)
 
-    def prefetch(self, step: int, start: int, stop: int) -> None:
+    def prefetch_shards(self, step: int, start_slot: int, stop_slot: int) -> None:
         """Let the sets behind URLs fetch what the slots start..stop-1 need from this step on."""
         if not any(is_remote(source.dataset.folder) for source in self.sources):
             return
-        wanted = self.order.shards(step, start, stop)
+        wanted = self.order.upcoming_shards(step, start_slot, stop_slot)
         for number, source in enumerate(self.sources):
-            source.dataset.prefetch(source.split, [shard for which, shard in wanted if which == number])
+            source.dataset.prefetch_shards(source.split, [shard for which, shard in wanted if which == number])
 
-    def held(self, stop: int) -> tuple[int, int]:
+    def cached_size(self, stop_slot: int) -> tuple[int, int]:
         """Shards behind URLs that the slots 0..stop-1 read from in this window and the next, and their bytes."""
         sizes = [
             source.dataset.manifest.splits[source.split].shards[shard].bytes
-            for source, shard in ((self.sources[which], shard) for which, shard in self.order.shards(0, 0, stop))
+            for source, shard in (
+                (self.sources[which], shard) for which, shard in self.order.upcoming_shards(0, 0, stop_slot)
+            )
             if is_remote(source.dataset.folder)
         ]
         return len(sizes), sum(sizes)
 
-    def pulse(self) -> int:
+    def progress(self) -> int:
         """A number that grows while bytes arrive."""
-        return sum(source.dataset.pulse() for source in self.sources)
+        return sum(source.dataset.progress() for source in self.sources)
 
 
-def training_set(dataset: Dataset, cfg: DataConfig, *, seed: int, batch: int) -> TrainingSet:
+def build_training_set(dataset: Dataset, cfg: DataConfig, *, seed: int, batch_size: int) -> TrainingSet:
     """The training part of ``dataset`` and of the sets in data.mix, dealt into batches of ``batch`` images.
 
     Errors: those of ``Dataset.open``, ``choose`` and ``Order``.
     """
-    sources = [Source(dataset, cfg.train, choose(dataset, cfg, split=cfg.train, part="train", seed=seed))]
+    sources = [
+        SampleSource(dataset, cfg.train, select_subset(dataset, cfg, split=cfg.train, subset="train", seed=seed))
+    ]
     for other in cfg.mix:
-        one = DataConfig.model_validate(_alone(cfg, other.path, other.index, other.split))
+        one = DataConfig.model_validate(_mix_settings(cfg, other.path, other.index, other.split))
         opened = Dataset.open(one)
         kept_out = "data.fold" if cfg.fold else "data.holdout_per_class" if cfg.holdout_per_class else None
         if kept_out and opened.digest(other.split) == dataset.digest(cfg.train):
@@ -137,17 +145,21 @@ def training_set(dataset: Dataset, cfg: DataConfig, *, seed: int, batch: int) ->
                 f"data.mix: {other.path} holds the images that {kept_out} keeps out of training: mix in another set, or "
                 f"keep nothing out"
             )
-        sources.append(Source(opened, other.split, Part(opened.counts(other.split), None), sources[-1].stop))
-    mix = [(source.part.counts, other.share) for source, other in zip(sources[1:], cfg.mix, strict=True)]
-    order = Order(sources[0].part.counts, batch, cfg.lanes, cfg.window, seed, mix)
+        sources.append(
+            SampleSource(
+                opened, other.split, SplitSubset(opened.samples_per_shard(other.split), None), sources[-1].stop_id
+            )
+        )
+    mix = [(source.subset.samples_per_shard, other.share) for source, other in zip(sources[1:], cfg.mix, strict=True)]
+    order = SampleOrder(sources[0].subset.samples_per_shard, batch_size, cfg.lanes, cfg.window, seed, mix)
     return TrainingSet(tuple(sources), order, seed)
 
 
-def _alone(cfg: DataConfig, path: str, index: str | None, split: str) -> dict[str, object]:
+def _mix_settings(cfg: DataConfig, path: str, index: str | None, split: str) -> dict[str, object]:
     """The settings of a set in the mixture: its own place, everything else as it is."""
     return cfg.model_dump() | {"path": path, "index": index, "train": split, "val": split, "mix": ()}
 
 
-def described(sources: Sequence[Source]) -> dict[str, str]:
+def collect_mix_digests(sources: Sequence[SampleSource]) -> dict[str, str]:
     """What is drawn from besides the first set, for the science of a run: digests by name."""
     return {f"data.mix.{number}": source.dataset.digest(source.split) for number, source in enumerate(sources[1:])}

@@ -6,81 +6,81 @@ from pathlib import Path
 from typing import IO, Protocol, TypeVar
 
 from foveal.data.config import is_remote
-from foveal.data.storage.remote import PIECE, Remote
+from foveal.data.storage.remote import CHUNK_BYTES, RemoteFolder
 from foveal.errors import DataError
-from foveal.timeouts import answered
+from foveal.timeouts import read_with_timeout
 
 T = TypeVar("T")
-_PATIENCE = 120.0  # seconds for one request with all its attempts; nobody waits for ranks here
+_REQUEST_TIMEOUT = 120.0  # seconds for one request with all its attempts; nobody waits for ranks here
 
 
 class Folder(Protocol):
     """What indexing, verifying and showing need of a folder; ``remote.Remote`` says what each verb does."""
 
-    def where(self, name: str = "") -> str: ...
-    def sizes(self) -> dict[str, int | None]: ...
-    def size(self, name: str) -> int: ...
-    def modified(self, name: str) -> float | None: ...
-    def read(self, name: str, start: int, stop: int) -> bytes: ...
-    def pieces(self, name: str, size: int) -> Iterator[bytes]: ...
-    def open(self, name: str) -> IO[bytes]: ...
+    def display_path(self, name: str = "") -> str: ...
+    def file_sizes(self) -> dict[str, int | None]: ...
+    def file_size(self, name: str) -> int: ...
+    def modified_time(self, name: str) -> float | None: ...
+    def read_range(self, name: str, start: int, stop: int) -> bytes: ...
+    def iter_chunks(self, name: str, size: int) -> Iterator[bytes]: ...
+    def open_file(self, name: str) -> IO[bytes]: ...
 
 
-def folder_at(place: str) -> Folder:
+def resolve_folder(path_or_url: str) -> Folder:
     """The folder at a path or URL. Errors: DataError if the URL has no driver."""
-    return Remote(place, _PATIENCE) if is_remote(place) else Local(place)
+    return RemoteFolder(path_or_url, _REQUEST_TIMEOUT) if is_remote(path_or_url) else LocalFolder(path_or_url)
 
 
-class Local:
+class LocalFolder:
     """A folder of this machine.
 
     patience: seconds that a call may stand still. Errors: DataError, one sentence, where the system says OSError;
     Unreachable where it says nothing. What was opened is read without a limit.
     """
 
-    def __init__(self, folder: str, patience: float = _PATIENCE) -> None:
-        self.folder, self._patience = Path(folder), patience
+    def __init__(self, folder: str, timeout: float = _REQUEST_TIMEOUT) -> None:
+        self.folder, self._patience = Path(folder), timeout
 
-    def where(self, name: str = "") -> str:
+    def display_path(self, name: str = "") -> str:
         return str(self.folder / name)
 
-    def sizes(self) -> dict[str, int | None]:
+    def file_sizes(self) -> dict[str, int | None]:
         def listed() -> dict[str, int | None]:
             with os.scandir(self.folder) as entries:
                 return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
 
         try:
-            return answered(self.folder, self._patience, listed)
+            return read_with_timeout(self.folder, self._patience, listed)
         except OSError as error:
             raise DataError(f"{self.folder}: no folder of shards ({error})") from None
 
-    def size(self, name: str) -> int:
-        return self._status(name).st_size
+    def file_size(self, name: str) -> int:
+        return self._stat(name).st_size
 
-    def modified(self, name: str) -> float | None:
-        return self._status(name).st_mtime
+    def modified_time(self, name: str) -> float | None:
+        return self._stat(name).st_mtime
 
-    def read(self, name: str, start: int, stop: int) -> bytes:
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
         def asked() -> bytes:
             with (self.folder / name).open("rb") as stream:
                 stream.seek(start)
                 return stream.read(stop - start)
 
-        return self._of_file(name, asked)
+        return self._call_with_timeout(name, asked)
 
-    def pieces(self, name: str, size: int) -> Iterator[bytes]:
-        with self.open(name) as stream:
-            while piece := stream.read(PIECE):
+    def iter_chunks(self, name: str, size: int) -> Iterator[bytes]:
+        with self.open_file(name) as stream:
+            while piece := stream.read(CHUNK_BYTES):
                 yield piece
 
-    def open(self, name: str) -> IO[bytes]:
-        return self._of_file(name, lambda: (self.folder / name).open("rb"))
+    def open_file(self, name: str) -> IO[bytes]:
+        return self._call_with_timeout(name, lambda: (self.folder / name).open("rb"))
 
-    def _status(self, name: str) -> os.stat_result:
-        return self._of_file(name, (self.folder / name).stat)
+    def _stat(self, name: str) -> os.stat_result:
+        return self._call_with_timeout(name, (self.folder / name).stat)
 
-    def _of_file(self, name: str, call: Callable[[], T]) -> T:
+    def _call_with_timeout(self, name: str, call: Callable[[], T]) -> T:
         try:
-            return answered(self.where(name), self._patience, call)
+            return read_with_timeout(self.display_path(name), self._patience, call)
         except OSError as error:
-            raise DataError(f"{self.where(name)} cannot be read ({error})") from None
+            raise DataError(f"{self.display_path(name)} cannot be read ({error})") from None

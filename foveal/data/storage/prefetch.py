@@ -7,47 +7,47 @@ import threading
 import time
 from collections.abc import Sequence
 
-from foveal.data.storage.cache import Cache, NoRoom, Wanted
+from foveal.data.storage.cache import CacheFullError, DownloadCache, RemoteFile
 from foveal.errors import DataError
 
 _log = logging.getLogger(__name__)
 
-_AT_ONCE = 4  # files
-_AGAIN = 5.0  # seconds after which the same files are looked at again, and noted as in use
+_MAX_THREADS = 4  # files
+_REPEAT_SECONDS = 5.0  # seconds after which the same files are looked at again, and noted as in use
 
 
-class Prefetch:
+class Prefetcher:
     """Daemon threads that copy what was asked for last, in its order, and end when there is nothing left to do."""
 
-    def __init__(self, cache: Cache) -> None:
+    def __init__(self, cache: DownloadCache) -> None:
         self._cache = cache
         self._lock = threading.Lock()
-        self._asked: list[Wanted] = []
+        self._asked: list[RemoteFile] = []
         self._when = 0.0
-        self._waiting: collections.deque[Wanted] = collections.deque()
-        self._busy: set[Wanted] = set()
+        self._waiting: collections.deque[RemoteFile] = collections.deque()
+        self._busy: set[RemoteFile] = set()
         self._threads = 0
 
-    def ask(self, wanted: Sequence[Wanted]) -> None:
+    def request_files(self, files: Sequence[RemoteFile]) -> None:
         """Copy these files in this order; what was asked for before and has not begun is dropped.
 
         Copies that are there are noted as in use, so that room is made from others. Never more than the cache holds.
         """
-        wanted = self._fitting(wanted)
+        files = self._limit_to_cache(files)
         with self._lock:
-            if wanted == self._asked and time.monotonic() - self._when < _AGAIN:
+            if files == self._asked and time.monotonic() - self._when < _REPEAT_SECONDS:
                 return
-            self._asked, self._when = wanted, time.monotonic()
-            self._waiting = collections.deque(each for each in wanted if each not in self._busy)
-            for _ in range(min(_AT_ONCE, len(self._waiting)) - self._threads):
+            self._asked, self._when = files, time.monotonic()
+            self._waiting = collections.deque(each for each in files if each not in self._busy)
+            for _ in range(min(_MAX_THREADS, len(self._waiting)) - self._threads):
                 self._threads += 1
                 threading.Thread(target=self._work, name="foveal-prefetch", daemon=True).start()
 
-    def _fitting(self, wanted: Sequence[Wanted]) -> list[Wanted]:
+    def _limit_to_cache(self, wanted: Sequence[RemoteFile]) -> list[RemoteFile]:
         fitting, total = [], 0
         for each in wanted:
             total += each.size or 0
-            if total > self._cache.limit:
+            if total > self._cache.max_bytes:
                 break
             fitting.append(each)
         return fitting
@@ -61,8 +61,8 @@ class Prefetch:
                 wanted = self._waiting.popleft()
                 self._busy.add(wanted)
             try:
-                os.close(self._cache.open(wanted, ahead=True))
-            except NoRoom:
+                os.close(self._cache.open_file(wanted, is_prefetch=True))
+            except CacheFullError:
                 with self._lock:
                     self._waiting.clear()
             except DataError as error:  # whoever needs it will say so

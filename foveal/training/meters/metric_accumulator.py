@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Row = dict[str, float]
+MetricRow = dict[str, float]
 
 
-class Totals:
+class MetricAccumulator:
     """The rows of the steps since the last read.
 
     Each number is a rank's share of a whole: summing the shares over ranks gives the number. ``host`` values are
@@ -18,17 +18,17 @@ class Totals:
     def __init__(self) -> None:
         self._names: tuple[str, ...] = ()
         self._shares: list[Tensor] = []
-        self._host: list[Row] = []
+        self._host: list[MetricRow] = []
 
-    def add(self, shares: dict[str, Tensor], host: Row) -> None:
+    def add_step(self, rank_sums: dict[str, Tensor], host_values: MetricRow) -> None:
         """One step: ``shares`` are scalars on the device."""
-        names = tuple(shares)
+        names = tuple(rank_sums)
         assert not self._shares or names == self._names, "an objective reports the same numbers every step"
         self._names = names
-        self._shares.append(torch.stack([value.detach().double() for value in shares.values()]))
-        self._host.append(host)
+        self._shares.append(torch.stack([value.detach().double() for value in rank_sums.values()]))
+        self._host.append(host_values)
 
-    def read(self, reduce: Callable[[Tensor], Tensor]) -> list[Row]:
+    def read_rows(self, reduce: Callable[[Tensor], Tensor]) -> list[MetricRow]:
         """Every row since the last read, reduced: one collective and one copy from the device, however many steps."""
         if not self._shares:
             return []

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from foveal.training.meters.metric_accumulator import Row
+from foveal.training.meters.metric_accumulator import MetricRow
 
 
-class Stragglers:
+class StragglerMeter:
     """A rank's own seconds since the last report. ``host`` is what the table calls its node."""
 
     def __init__(self, device: torch.device, host: str, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -35,7 +35,7 @@ class Stragglers:
         self._steps = 0
 
     @contextmanager
-    def fetching(self) -> Iterator[None]:
+    def time_data_fetch(self) -> Iterator[None]:
         """Around this rank's own fetch of a step's data; a step begins with it."""
         start = self._clock()
         yield
@@ -43,7 +43,7 @@ class Stragglers:
         self._steps += 1
 
     @contextmanager
-    def working(self) -> Iterator[None]:
+    def time_forward(self) -> Iterator[None]:
         """Around a forward."""
         if self._cuda:
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -56,7 +56,7 @@ class Stragglers:
             yield
             self._worked += self._clock() - start
 
-    def report(self, step: int, gather: Callable[[Any], list[Any]]) -> tuple[Row, list[dict[str, Any]]]:
+    def report(self, step: int, gather: Callable[[Any], list[Any]]) -> tuple[MetricRow, list[dict[str, Any]]]:
         """Numbers for the row of ``step``, and the table of all ranks; on every rank. One small gather; call it
         where the device's queue has been waited for already, as after reading the losses.
 

@@ -14,48 +14,48 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
-from foveal.checkpoint.chunks import _DTYPES, Piece, fill_pieces, whole, write_pieces
+from foveal.checkpoint.chunks import _DTYPES, TensorChunk, load_chunks, replicated_chunk, write_chunks
 from foveal.errors import CheckpointError
 
 PARTS = {"weight": 0, "exp_avg": 1000, "exp_avg_sq": 2000}
 
 
-def trained(name: str, shape: tuple[int, ...]) -> Piece:
+def trained(name: str, shape: tuple[int, ...]) -> TensorChunk:
     """A trained tensor, each element different in each part."""
     size = torch.Size(shape).numel()
     parts = {part: torch.arange(size, dtype=torch.float32) + first for part, first in PARTS.items()}
-    return Piece(name, shape, 0, parts, (0, size))
+    return TensorChunk(name, shape, 0, parts, (0, size))
 
 
-def frozen(name: str, value: Tensor) -> Piece:
-    return whole(name, {"weight": value}, 0, 1)
+def frozen(name: str, value: Tensor) -> TensorChunk:
+    return replicated_chunk(name, {"weight": value}, 0, 1)
 
 
-def cut(piece: Piece, start: int, stop: int) -> Piece:
+def cut(piece: TensorChunk, start: int, stop: int) -> TensorChunk:
     """A run of it, with tensors of its own."""
     return replace(
         piece,
         start=start,
-        parts={part: value[start:stop].clone() for part, value in piece.parts.items()},
+        parts={part: value[start:stop].clone() for part, value in piece.tensors.items()},
         writes=(0, stop - start),
     )
 
 
-def empty(piece: Piece) -> Piece:
-    return replace(piece, parts={part: torch.full_like(value, -1) for part, value in piece.parts.items()})
+def empty(piece: TensorChunk) -> TensorChunk:
+    return replace(piece, parts={part: torch.full_like(value, -1) for part, value in piece.tensors.items()})
 
 
-def read(folder: Path, pieces: Sequence[Piece]) -> list[Piece]:
+def read(folder: Path, pieces: Sequence[TensorChunk]) -> list[TensorChunk]:
     """The same runs, filled from the folder."""
     blank = [empty(piece) for piece in pieces]
-    fill_pieces(folder, blank)
+    load_chunks(folder, blank)
     return blank
 
 
-def check(found: Sequence[Piece], expected: Sequence[Piece]) -> None:
+def check(found: Sequence[TensorChunk], expected: Sequence[TensorChunk]) -> None:
     for one, other in zip(found, expected, strict=True):
-        assert one.parts.keys() == other.parts.keys()
-        assert all(one.parts[part].equal(other.parts[part]) for part in one.parts), one.name
+        assert one.tensors.keys() == other.tensors.keys()
+        assert all(one.tensors[part].equal(other.tensors[part]) for part in one.tensors), one.name
 
 
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
@@ -63,19 +63,19 @@ MODELS = st.lists(st.tuples(SHAPES, st.booleans()), min_size=1, max_size=4)
 CUTS = st.lists(st.floats(0, 1), max_size=6)
 
 
-def model_of(drawn: Sequence[tuple[tuple[int, ...], bool]]) -> list[Piece]:
+def model_of(drawn: Sequence[tuple[tuple[int, ...], bool]]) -> list[TensorChunk]:
     made = []
     for number, (shape, learns) in enumerate(drawn):
         piece = trained(f"block.{number} x", shape)
-        made.append(piece if learns else frozen(piece.name, piece.parts["weight"].view(shape).to(torch.int64)))
+        made.append(piece if learns else frozen(piece.name, piece.tensors["weight"].view(shape).to(torch.int64)))
     return made
 
 
-def split(model: Sequence[Piece], cuts: Sequence[float], skew: int) -> list[list[Piece]]:
+def split(model: Sequence[TensorChunk], cuts: Sequence[float], skew: int) -> list[list[TensorChunk]]:
     """Ranks that hold the parts between the cuts; each tensor is dealt out beginning with another rank."""
-    ranks: list[list[Piece]] = [[] for _ in range(len(cuts) + 1)]
+    ranks: list[list[TensorChunk]] = [[] for _ in range(len(cuts) + 1)]
     for number, piece in enumerate(model):
-        size = piece.writes[1]
+        size = piece.write_range[1]
         ends = [0, *sorted(int(place * size) for place in cuts), size]
         for rank in range(len(ranks)):
             ranks[(rank + number * skew) % len(ranks)].append(cut(piece, ends[rank], ends[rank + 1]))
@@ -94,7 +94,7 @@ def test_any_split_is_read_by_any_other(
     folder = tmp_path_factory.mktemp("pieces")
     model = model_of(drawn)
     for rank, pieces in enumerate(split(model, written, skews[0])):
-        write_pieces(folder, rank, pieces)
+        write_chunks(folder, rank, pieces)
     for pieces in split(model, wanted, skews[1]):
         check(read(folder, pieces), pieces)
     check(read(folder, model), model)  # and by a rank that holds all
@@ -105,17 +105,17 @@ def test_ranks_that_hold_all_write_a_share_each(ranks: int, tmp_path: Path) -> N
     values = {part: torch.randn(2, 3) for part in PARTS}
     sizes = []
     for rank in range(ranks):
-        sizes.append(len(range(*whole("x", values, rank, ranks).writes)))
-        write_pieces(tmp_path, rank, [whole("x", values, rank, ranks)])
+        sizes.append(len(range(*replicated_chunk("x", values, rank, ranks).write_range)))
+        write_chunks(tmp_path, rank, [replicated_chunk("x", values, rank, ranks)])
     assert sum(sizes) == 6 and max(sizes) - min(sizes) <= 1
-    check(read(tmp_path, [whole("x", values, 0, 1)]), [whole("x", values, 0, 1)])
+    check(read(tmp_path, [replicated_chunk("x", values, 0, 1)]), [replicated_chunk("x", values, 0, 1)])
 
 
 def test_views_are_live(tmp_path: Path) -> None:
     """Filling a piece fills the parameter that it is a view of."""
     layer = torch.nn.Linear(3, 2)
-    write_pieces(tmp_path, 0, [frozen("weight", torch.full((2, 3), 7.0))])
-    fill_pieces(tmp_path, [whole("weight", {"weight": layer.weight}, 0, 1)])
+    write_chunks(tmp_path, 0, [frozen("weight", torch.full((2, 3), 7.0))])
+    load_chunks(tmp_path, [replicated_chunk("weight", {"weight": layer.weight}, 0, 1)])
     assert layer.weight.equal(torch.full((2, 3), 7.0))
 
 
@@ -123,14 +123,14 @@ def test_views_are_live(tmp_path: Path) -> None:
 def test_every_type_keeps_its_bits(dtype: torch.dtype, tmp_path: Path) -> None:
     value = torch.tensor([[0, 1, 1], [1, 0, 1]]).to(dtype)
     odd = frozen("odd", torch.zeros(3, dtype=torch.uint8))  # what comes after it is aligned all the same
-    write_pieces(tmp_path, 0, [odd, frozen("x", value), frozen("scalar", torch.tensor(3.5))])
+    write_chunks(tmp_path, 0, [odd, frozen("x", value), frozen("scalar", torch.tensor(3.5))])
     found = read(tmp_path, [odd, frozen("x", value), frozen("scalar", torch.tensor(3.5))])
-    assert found[1].parts["weight"].equal(value.view(-1))
-    assert found[2].parts["weight"].tolist() == [3.5]
+    assert found[1].tensors["weight"].equal(value.view(-1))
+    assert found[2].tensors["weight"].tolist() == [3.5]
 
 
 def test_the_file_is_an_ordinary_safetensors_file_of_the_digest_that_is_returned(tmp_path: Path) -> None:
-    digest = write_pieces(tmp_path, 3, [cut(trained("a.b", (4, 2)), 2, 5)])
+    digest = write_chunks(tmp_path, 3, [cut(trained("a.b", (4, 2)), 2, 5)])
     file = tmp_path / "pieces-00003.safetensors"
     assert hashlib.sha256(file.read_bytes()).hexdigest() == digest
     with safe_open(file, "pt") as handle:
@@ -156,13 +156,13 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_another_model_is_refused_in_one_sentence_and_nothing_is_filled(case: str, tmp_path: Path) -> None:
     for rank, (start, stop) in enumerate([(0, 3), (3, 8)]):
-        write_pieces(tmp_path, rank, [cut(MODEL[0], start, stop), *([MODEL[1]] if rank else [])])
+        write_chunks(tmp_path, rank, [cut(MODEL[0], start, stop), *([MODEL[1]] if rank else [])])
     pieces, sentence = WRONG[case]
     blank = [empty(piece) for piece in pieces]
     with pytest.raises(CheckpointError, match=sentence) as error:
-        fill_pieces(tmp_path, blank)
+        load_chunks(tmp_path, blank)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
-    assert all((value == -1).all() for piece in blank for value in piece.parts.values())
+    assert all((value == -1).all() for piece in blank for value in piece.tensors.values())
 
 
 TORN = {
@@ -178,21 +178,21 @@ TORN = {
 def test_a_checkpoint_with_a_hole_or_a_double_is_refused(case: str, tmp_path: Path) -> None:
     runs, sentence = TORN[case]
     for rank, (start, stop) in enumerate(runs):
-        write_pieces(tmp_path, rank, [cut(MODEL[0], start, stop)])
+        write_chunks(tmp_path, rank, [cut(MODEL[0], start, stop)])
     with pytest.raises(CheckpointError, match=sentence):
         read(tmp_path, [cut(MODEL[0], 4, 5)])  # though the element that is wanted is there, or not asked for
 
 
 def test_a_rank_that_holds_nothing_of_a_tensor_hears_of_it_too(tmp_path: Path) -> None:
-    write_pieces(tmp_path, 0, MODEL)
+    write_chunks(tmp_path, 0, MODEL)
     nothing = [cut(trained("a", (2, 4)), 0, 0), MODEL[1]]
     with pytest.raises(CheckpointError, match=r"has a in shape"):
-        fill_pieces(tmp_path, nothing)
+        load_chunks(tmp_path, nothing)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 40])
 def test_a_torn_file_is_named(keep: int, tmp_path: Path) -> None:
-    write_pieces(tmp_path, 0, MODEL)
+    write_chunks(tmp_path, 0, MODEL)
     file = tmp_path / "pieces-00000.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match=re.escape(str(file)) + r" cannot be read"):
@@ -203,9 +203,9 @@ def test_only_the_ranges_that_are_needed_are_read(tmp_path: Path) -> None:
     """Three elements of a file of 64 MiB take no 64 MiB of memory."""
     size = 1 << 24
     value = torch.arange(size, dtype=torch.float32)
-    write_pieces(tmp_path, 0, [frozen("big", value)])
-    wanted = Piece("big", (size,), size // 2, {"weight": torch.zeros(3)}, (0, 3))
+    write_chunks(tmp_path, 0, [frozen("big", value)])
+    wanted = TensorChunk("big", (size,), size // 2, {"weight": torch.zeros(3)}, (0, 3))
     before = psutil.Process().memory_info().rss
-    fill_pieces(tmp_path, [wanted])
+    load_chunks(tmp_path, [wanted])
     assert psutil.Process().memory_info().rss - before < size
-    assert wanted.parts["weight"].equal(value[size // 2 : size // 2 + 3])
+    assert wanted.tensors["weight"].equal(value[size // 2 : size // 2 + 3])

@@ -45,7 +45,7 @@ def test_what_is_void_or_torn_makes_way_first(tmp_path: Path) -> None:
         saved(first, step)
     size = sum(file.stat().st_size for file in (tmp_path / name(100)).iterdir())
     made = store(tmp_path, attempt=2, starts={1: 0, 2: 100}, keep=2, gigabytes=2.5 * size / 1e9)
-    assert made.newest() == (tmp_path / name(100), state(100))
+    assert made.find_latest() == (tmp_path / name(100), state(100))
     for step in (150, 200):
         saved(made, step)
     assert names(tmp_path) == [name(150, attempt=2), name(200, attempt=2)]
@@ -58,7 +58,7 @@ def test_torn_ones_do_not_count_and_go_in_time(tmp_path: Path) -> None:
     for step in (20, 30):
         (tmp_path / name(step) / "state.json").write_text("")
     made = store(tmp_path, attempt=2, keep=2, keep_every=10)
-    assert made.newest() == (tmp_path / name(10), state(10))
+    assert made.find_latest() == (tmp_path / name(10), state(10))
     saved(made, 40)
     assert names(tmp_path) == [name(10), name(20), name(30), name(40, attempt=2)]
     saved(made, 50)
@@ -70,7 +70,7 @@ def test_void_ones_do_not_count_and_go_in_time(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         saved(first, step)
     made = store(tmp_path, attempt=3, starts={1: 0, 2: 10}, keep=1, keep_every=10)
-    assert made.newest() == (tmp_path / name(10), state(10))
+    assert made.find_latest() == (tmp_path / name(10), state(10))
     saved(made, 20)
     assert names(tmp_path) == [name(10), name(20, attempt=3), name(30)]
     saved(made, 40)
@@ -103,7 +103,7 @@ def test_what_killed_attempts_left_is_removed_at_the_next_start(tmp_path: Path) 
         (tmp_path / left).mkdir()
         (tmp_path / left / "file").write_text("")
     made = store(tmp_path, attempt=2)
-    made.finish()
+    made.wait_and_commit()
     assert names(tmp_path) == [".draft-notes", name(10)]
 
 
@@ -126,8 +126,8 @@ def test_killed_while_a_checkpoint_is_replaced_one_of_them_survives(
         saved(made, 10)
     monkeypatch.undo()
     again = store(tmp_path, attempt=2)
-    assert again.newest() == (tmp_path / name(10), state(10))
-    again.finish()
+    assert again.find_latest() == (tmp_path / name(10), state(10))
+    again.wait_and_commit()
     assert names(tmp_path) == [name(10)]
 
 
@@ -145,13 +145,13 @@ def test_what_cannot_be_removed_is_warned_of(
 
     monkeypatch.setattr(Path, "rename", refused)
     saved(made, 20)
-    assert made.latest == 20
+    assert made.latest_step == 20
     assert f"{tmp_path / name(10)} cannot be removed ([Errno 13] Permission denied)" in caplog.text
 
 
 def test_half_deleted_ones_are_never_met(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder loses its name before its files: killed in between, it is none that a reader would look into."""
-    monkeypatch.setattr(retention, "_delete", lambda _: None)
+    monkeypatch.setattr(retention, "_delete_folders", lambda _: None)
     made = store(tmp_path, keep=1)
     saved(made, 10)
     saved(made, 20)

@@ -12,11 +12,11 @@ import pytest
 from ranks import Ranks
 from stores import SCIENCE, Tensors, name, names, saved, state, store
 
-from foveal.atomic import drafted, sha256, write_json
+from foveal.atomic import atomic_folder, sha256, write_json
 from foveal.checkpoint import digests
-from foveal.checkpoint.store import Saved, TrainState, check_same_science
+from foveal.checkpoint.store import SaveResult, TrainState, check_same_science
 from foveal.distributed.world import World
-from foveal.errors import CheckpointError, Unreachable
+from foveal.errors import CheckpointError, StorageUnreachableError
 
 PIECES = "pieces-00000.safetensors"
 
@@ -32,15 +32,15 @@ def two(tmp_path: Path) -> Path:
 
 def test_what_was_saved_is_found_and_fills_an_engine(two: Path) -> None:
     made, engine = store(two, attempt=2), Tensors(0)
-    assert made.newest() == (two / name(20), state(20))
+    assert made.find_latest() == (two / name(20), state(20))
     made.load(two / name(20), engine, state(20))
-    assert (engine.values(), engine.updates) == ({20.0}, 20)
+    assert (engine.values(), engine.num_updates) == ({20.0}, 20)
     assert sorted(json.loads((two / name(20) / "checksums.json").read_text())) == [PIECES, "state.json"]
-    assert made.latest == 20
+    assert made.latest_step == 20
 
 
 def test_nothing_is_found_in_nothing(tmp_path: Path) -> None:
-    assert store(tmp_path / "new").newest() is None
+    assert store(tmp_path / "new").find_latest() is None
 
 
 def cut(folder: Path) -> None:
@@ -92,7 +92,7 @@ def test_what_is_not_whole_is_passed_over(
     harm: Callable[[Path], None], two: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     harm(two / name(20))
-    assert store(two).newest() == (two / name(10), state(10))
+    assert store(two).find_latest() == (two / name(10), state(10))
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert said == [f"checkpoint {two / name(20)} is torn or corrupt; the one before it is used"]
 
@@ -101,7 +101,7 @@ def test_where_none_is_whole_the_run_does_not_begin_anew_by_itself(two: Path, ca
     for folder in two.iterdir():
         cut(folder)
     with pytest.raises(CheckpointError, match=r"is whole: restore one, .* or begin anew with run\.fresh=true"):
-        store(two).newest()
+        store(two).find_latest()
     assert len(caplog.records) == 2
 
 
@@ -111,13 +111,13 @@ def test_where_all_are_void_or_gone_the_run_does_not_begin_anew_by_itself(two: P
     with pytest.raises(
         CheckpointError, match=rf"began at step 5 \(past where a later one began: {name(10)}, {name(20)}\)"
     ):
-        gone_back.newest()
+        gone_back.find_latest()
     shutil.rmtree(two)
     with pytest.raises(
         CheckpointError, match=r"is whole, and an attempt at this run began at step 5: restore one, look"
     ):
-        store(two, attempt=3, starts={1: 0, 2: 5}).newest()
-    assert store(two, attempt=2, starts={1: 0}).newest() is None, "one that was killed before its first save"
+        store(two, attempt=3, starts={1: 0, 2: 5}).find_latest()
+    assert store(two, attempt=2, starts={1: 0}).find_latest() is None, "one that was killed before its first save"
 
 
 @pytest.mark.parametrize("code", [errno.ESTALE, errno.EACCES, errno.EMFILE, errno.ETIMEDOUT])
@@ -126,15 +126,15 @@ def test_storage_that_does_not_answer_tears_no_checkpoint(code: int, times: int,
     """What is passed over once is void for good: it is tried again, and then the start is given up, not the checkpoint."""
     failing(monkeypatch, code, times)
     if times == 2:
-        assert store(two).newest() == (two / name(20), state(20))
+        assert store(two).find_latest() == (two / name(20), state(20))
     else:
-        with pytest.raises(Unreachable, match=f"{name(20)} cannot be read"):
-            store(two).newest()
+        with pytest.raises(StorageUnreachableError, match=f"{name(20)} cannot be read"):
+            store(two).find_latest()
 
 
 def test_a_sector_that_is_lost_tears_one(two: Path, monkeypatch) -> None:
     failing(monkeypatch, errno.EIO, 99, only=name(20))
-    assert store(two).newest() == (two / name(10), state(10))
+    assert store(two).find_latest() == (two / name(10), state(10))
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, code: int, times: int, only: str = "step") -> None:
@@ -155,7 +155,7 @@ def test_a_torn_one_is_replaced_by_the_next_save(two: Path) -> None:
     cut(two / name(20))
     made = store(two)
     saved(made, 20)
-    assert made.newest() == (two / name(20), state(20))
+    assert made.find_latest() == (two / name(20), state(20))
     assert names(two) == [name(10), name(20)]
 
 
@@ -164,7 +164,7 @@ def test_a_copy_under_another_name_is_nobodys_business(two: Path) -> None:
     for other in others:
         shutil.copytree(two / name(10), two / other)
     made = store(two, keep=1)
-    assert made.newest() == (two / name(20), state(20))
+    assert made.find_latest() == (two / name(20), state(20))
     saved(made, 30)
     assert names(two) == sorted([*others, name(30)])
 
@@ -173,7 +173,7 @@ def test_the_newest_is_so_by_number(tmp_path: Path) -> None:
     made = store(tmp_path)
     for step in (99_999_999, 100_000_000):
         saved(made, step)
-    assert made.newest() == (tmp_path / name(100_000_000), state(100_000_000))
+    assert made.find_latest() == (tmp_path / name(100_000_000), state(100_000_000))
 
 
 def test_another_format_is_refused_by_number(two: Path) -> None:
@@ -183,14 +183,14 @@ def test_another_format_is_refused_by_number(two: Path) -> None:
     sums = json.loads((folder / "checksums.json").read_text())
     write_json(folder / "checksums.json", sums | {"state.json": sha256(folder / "state.json")})
     with pytest.raises(CheckpointError, match=rf"{name(20)} has checkpoint format 7; this foveal reads format 2$"):
-        store(two).newest()
+        store(two).find_latest()
 
 
 def test_the_format_before_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "step-00000010").mkdir()
     (tmp_path / "step-00000020").mkdir()
     with pytest.raises(CheckpointError, match=r"step-00000020 has checkpoint format 1, .* reads format 2: .*run.fresh"):
-        store(tmp_path).newest()
+        store(tmp_path).find_latest()
 
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
@@ -213,12 +213,12 @@ def test_other_science_is_named_with_both_values(tmp_path: Path) -> None:
 
 def test_a_draft_that_fails_leaves_what_was(tmp_path: Path) -> None:
     folder = tmp_path / "export"
-    with drafted(folder) as draft:
+    with atomic_folder(folder) as draft:
         (draft / "a").write_text("old")
-    with pytest.raises(FileNotFoundError), drafted(folder) as draft:
+    with pytest.raises(FileNotFoundError), atomic_folder(folder) as draft:
         (draft / "a").rename(draft / "b")
     assert (folder / "a").read_text() == "old"
-    with drafted(folder) as draft:
+    with atomic_folder(folder) as draft:
         (draft / "b").write_text("new")
     assert names(folder) == ["b"]
     assert names(tmp_path) == ["export"]
@@ -232,12 +232,12 @@ def test_what_a_later_attempt_went_back_behind_is_void(two: Path, caplog: pytest
     saved(store(two), 30)
     caplog.set_level(logging.INFO)
     late = store(two, attempt=3, starts={1: 0, 2: 10})
-    assert late.newest() == (two / name(10), state(10))
+    assert late.find_latest() == (two / name(10), state(10))
     (said,) = [record for record in caplog.records if record.name.startswith("foveal.checkpoint")]
     assert said.levelno == logging.INFO
     assert f"{two / name(20)}, {two / name(30)}" in said.getMessage()
     saved(store(two, attempt=2, starts={1: 0, 2: 10}), 20)
-    assert store(two, attempt=3, starts={1: 0, 2: 10}).newest() == (two / name(20, attempt=2), state(20))
+    assert store(two, attempt=3, starts={1: 0, 2: 10}).find_latest() == (two / name(20, attempt=2), state(20))
 
 
 def test_where_an_attempt_began_itself_counts_for_it_too(two: Path) -> None:
@@ -246,38 +246,38 @@ def test_where_an_attempt_began_itself_counts_for_it_too(two: Path) -> None:
     file = two / name(20) / "state.json"
     text = file.read_text()
     file.write_text("")
-    assert made.newest() == (two / name(10), state(10))
+    assert made.find_latest() == (two / name(10), state(10))
     file.write_text(text)
-    assert made.newest() == (two / name(10), state(10))
+    assert made.find_latest() == (two / name(10), state(10))
 
 
 def test_of_two_at_the_same_step_the_later_attempt_counts(two: Path) -> None:
     late = store(two, attempt=2, starts={1: 0})
-    late.newest()
+    late.find_latest()
     saved(late, 20)
-    assert late.newest() == (two / name(20, attempt=2), state(20))
+    assert late.find_latest() == (two / name(20, attempt=2), state(20))
     assert names(two) == [name(10), name(20), name(20, attempt=2)]
 
 
 # --- on two ranks ---
 
 
-def _save(world: World, root: Path, step: int) -> Saved | None:
+def _save(world: World, root: Path, step: int) -> SaveResult | None:
     made = store(root, world=world)
-    made.save(Tensors(step, world.rank, world.size, updates=step), state(step))
-    return made.finish()
+    made.save(Tensors(step, world.rank, world.size, num_updates=step), state(step))
+    return made.wait_and_commit()
 
 
 def _newest(world: World, root: Path) -> tuple[Path, TrainState] | None:
-    return store(root, world=world).newest()
+    return store(root, world=world).find_latest()
 
 
 def _load(world: World, root: Path) -> tuple[set[float], int]:
     made, engine = store(root, world=world), Tensors(0, world.rank, world.size)
-    found = made.newest()
+    found = made.find_latest()
     assert found is not None
     made.load(found[0], engine, found[1])
-    return engine.values(), engine.updates
+    return engine.values(), engine.num_updates
 
 
 def test_two_ranks_agree_on_what_is_whole(two_ranks: Ranks, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ MOMENTS = 30
 def _die_at(moment: int, root: Path) -> None:
     """Replace step 10 and publish 20, and be gone before the file operation of this number."""
     made, calls = store(root, keep=1), itertools.count()
-    made.newest()
+    made.find_latest()
 
     def hook(event: str, _arguments: tuple[object, ...]) -> None:
         if event in _CALLS and next(calls) == moment:
@@ -38,7 +38,7 @@ def _die_at(moment: int, root: Path) -> None:
 def _save_for_ever(root: Path, notes: Path, attempt: int) -> None:
     """Steps of training, a save at each; what has been published is noted."""
     made = store(root, attempt)
-    found = made.newest()
+    found = made.find_latest()
     engine = Tensors(0)
     if found is not None:
         made.load(found[0], engine, found[1])
@@ -52,10 +52,10 @@ def _save_for_ever(root: Path, notes: Path, attempt: int) -> None:
 def _content(root: Path, attempt: int) -> tuple[int, set[float]]:
     """The newest step and what it puts into an engine."""
     made, engine = store(root, attempt), Tensors(0)
-    found = made.newest()
+    found = made.find_latest()
     assert found is not None
     made.load(found[0], engine, found[1])
-    made.finish()
+    made.wait_and_commit()
     return found[1].step, engine.values()
 
 

@@ -13,10 +13,10 @@ from ranks import Ranks
 from stores import PARTS, SHAPES, Tensors, name, names, saved, state, store
 
 from foveal.checkpoint import store as module
-from foveal.checkpoint.chunks import Piece
-from foveal.checkpoint.writer import Writer, bytes_of
+from foveal.checkpoint.chunks import TensorChunk
+from foveal.checkpoint.writer import BackgroundWriter, count_bytes
 from foveal.distributed.world import World
-from foveal.errors import Superseded
+from foveal.errors import AttemptSupersededError
 
 WAIT = 60  # seconds that a thread may take on a busy machine
 BYTES = 4 * len(PARTS) * sum(torch.Size(shape).numel() for shape in SHAPES.values())
@@ -27,7 +27,7 @@ class Held:
 
     def __init__(self) -> None:
         self.go = threading.Event()
-        self._write = module.write_pieces
+        self._write = module.write_chunks
 
     def __call__(self, *arguments: Any) -> str:
         assert self.go.wait(WAIT)
@@ -37,7 +37,7 @@ class Held:
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
     made = Held()
-    monkeypatch.setattr(module, "write_pieces", made)
+    monkeypatch.setattr(module, "write_chunks", made)
     yield made
     made.go.set()
 
@@ -59,23 +59,29 @@ def values_at(root: Path, step: int) -> set[float]:
 def test_what_changes_after_the_save_began_is_not_in_it(held: Held, tmp_path: Path) -> None:
     made, engine = store(tmp_path), Tensors(10)
     made.save(engine, state(10))
-    assert (made.pending, made.busy) == (True, True)
+    assert (made.is_save_pending, made.is_writing) == (True, True)
     assert names(tmp_path) == [f".draft-{name(10)}"]
     engine.fill(11)
     held.go.set()
-    got = made.finish()
+    got = made.wait_and_commit()
     assert got is not None
-    assert (got.step, got.bytes, made.pending, made.busy, made.latest) == (10, BYTES, False, False, 10)
+    assert (got.step, got.num_bytes, made.is_save_pending, made.is_writing, made.latest_step) == (
+        10,
+        BYTES,
+        False,
+        False,
+        10,
+    )
     assert got.stall_seconds > 0
-    assert got.write_seconds <= got.seconds
+    assert got.write_seconds <= got.sync_seconds
     assert values_at(tmp_path, 10) == {10.0}
 
 
 def test_the_updates_come_from_the_engine(tmp_path: Path) -> None:
     made = store(tmp_path)
-    made.save(Tensors(10, updates=7), state(10))
-    made.finish()
-    found = made.newest()
+    made.save(Tensors(10, num_updates=7), state(10))
+    made.wait_and_commit()
+    found = made.find_latest()
     assert found is not None
     assert found[1].updates == 7
 
@@ -94,7 +100,7 @@ def test_a_second_save_waits_for_the_first(held: Held, tmp_path: Path, monkeypat
     assert settled is not None
     assert settled.step == 10
     assert settled.stall_seconds >= 0.04  # the wait is part of what it cost
-    made.finish()
+    made.wait_and_commit()
     assert [values_at(tmp_path, step) for step in (10, 20)] == [{10.0}, {20.0}]
 
 
@@ -102,7 +108,7 @@ def test_without_overlap_a_save_is_done_when_it_returns(tmp_path: Path) -> None:
     made = store(tmp_path, overlap=False)
     got = made.save(Tensors(10), state(10))
     assert got is not None
-    assert (got.step, made.pending, names(tmp_path)) == (10, False, [name(10)])
+    assert (got.step, made.is_save_pending, names(tmp_path)) == (10, False, [name(10)])
 
 
 def test_a_disk_that_does_not_answer_is_not_waited_for_without_end(
@@ -111,9 +117,9 @@ def test_a_disk_that_does_not_answer_is_not_waited_for_without_end(
     made = store(tmp_path)
     made._patience = 0.01
     made.save(Tensors(10), state(10))
-    assert made.finish() is None
+    assert made.wait_and_commit() is None
     assert made.save(Tensors(20), state(20)) is None
-    assert made.pending
+    assert made.is_save_pending
     assert [record.getMessage() for record in caplog.records] == [
         "the checkpoint of step 10 is still being written after 0 s",
         "the checkpoint of step 10 is still being written after 0 s",
@@ -121,7 +127,7 @@ def test_a_disk_that_does_not_answer_is_not_waited_for_without_end(
     ]
     held.go.set()
     made._patience = WAIT
-    got = made.finish()
+    got = made.wait_and_commit()
     assert got is not None
     assert names(tmp_path) == [name(10)]
 
@@ -129,26 +135,26 @@ def test_a_disk_that_does_not_answer_is_not_waited_for_without_end(
 def test_the_copies_need_no_new_memory() -> None:
     """Runs of any type and length, empty ones too, share the buffer of the first snapshot; each is what it was."""
     pieces = [
-        Piece("a", (5,), 2, {"weight": torch.arange(3.0), "exp_avg": torch.arange(3.0) + 7}, (1, 3)),
-        Piece("empty", (5,), 5, {"weight": torch.empty(0)}, (0, 0)),
-        Piece("flags", (3,), 0, {"weight": torch.tensor([True, False, True])}, (0, 3)),
-        Piece("count", (1,), 0, {"weight": torch.tensor([1 << 40])}, (0, 1)),
-        Piece("half", (2,), 0, {"weight": torch.tensor([1.5, 2.5], dtype=torch.bfloat16)}, (0, 2)),
+        TensorChunk("a", (5,), 2, {"weight": torch.arange(3.0), "exp_avg": torch.arange(3.0) + 7}, (1, 3)),
+        TensorChunk("empty", (5,), 5, {"weight": torch.empty(0)}, (0, 0)),
+        TensorChunk("flags", (3,), 0, {"weight": torch.tensor([True, False, True])}, (0, 3)),
+        TensorChunk("count", (1,), 0, {"weight": torch.tensor([1 << 40])}, (0, 1)),
+        TensorChunk("half", (2,), 0, {"weight": torch.tensor([1.5, 2.5], dtype=torch.bfloat16)}, (0, 2)),
     ]
-    writer = Writer()
+    writer = BackgroundWriter()
     first = writer.snapshot(pieces)
     place = writer._host.data_ptr()
-    assert (first[0].start, first[0].writes, first[0].shape) == (3, (0, 2), (5,))
+    assert (first[0].start, first[0].write_range, first[0].shape) == (3, (0, 2), (5,))
     for piece, copy in zip(pieces, first, strict=True):
-        for part, value in piece.parts.items():
-            assert torch.equal(copy.parts[part], value[slice(*piece.writes)])
-            assert copy.parts[part].dtype == value.dtype
-    pieces[0].parts["weight"].fill_(9)
-    assert torch.equal(first[0].parts["weight"], torch.tensor([1.0, 2.0]))
+        for part, value in piece.tensors.items():
+            assert torch.equal(copy.tensors[part], value[slice(*piece.write_range)])
+            assert copy.tensors[part].dtype == value.dtype
+    pieces[0].tensors["weight"].fill_(9)
+    assert torch.equal(first[0].tensors["weight"], torch.tensor([1.0, 2.0]))
     second = writer.snapshot(pieces)
     assert writer._host.data_ptr() == place
-    assert torch.equal(second[0].parts["weight"], torch.tensor([9.0, 9.0]))
-    assert bytes_of(pieces) == sum(each.nbytes for copy in second for each in copy.parts.values())
+    assert torch.equal(second[0].tensors["weight"], torch.tensor([9.0, 9.0]))
+    assert count_bytes(pieces) == sum(each.nbytes for copy in second for each in copy.tensors.values())
 
 
 @pytest.mark.gpu
@@ -156,16 +162,16 @@ def test_the_copies_need_no_new_memory() -> None:
 def test_a_gpu_is_copied_to_pinned_memory_in_order() -> None:
     """What is queued before the snapshot is in it, what is queued after it is not."""
     values = torch.zeros(1 << 22, device="cuda")
-    pieces = [Piece("a", (len(values),), 0, {"weight": values}, (0, len(values)))]
-    writer = Writer()
+    pieces = [TensorChunk("a", (len(values),), 0, {"weight": values}, (0, len(values)))]
+    writer = BackgroundWriter()
     for number in range(1, 4):
         for _ in range(100):
             values += 0.01
         (copy,) = writer.snapshot(pieces)
         values += 7
         values -= 7
-        assert copy.parts["weight"].is_pinned()
-        torch.testing.assert_close(copy.parts["weight"], torch.full((len(values),), float(number)), rtol=1e-4, atol=0)
+        assert copy.tensors["weight"].is_pinned()
+        torch.testing.assert_close(copy.tensors["weight"], torch.full((len(values),), float(number)), rtol=1e-4, atol=0)
 
 
 # --- failures ---
@@ -176,38 +182,38 @@ def test_a_full_disk_stops_no_training(
 ) -> None:
     made = store(tmp_path)
     saved(made, 10)
-    monkeypatch.setattr(module, "write_pieces", failing(OSError(28, "No space left on device")))
+    monkeypatch.setattr(module, "write_chunks", failing(OSError(28, "No space left on device")))
     made.save(Tensors(20), state(20))
-    assert made.finish() is None
-    assert (made.pending, made.latest, names(tmp_path)) == (False, 10, [name(10)])
+    assert made.wait_and_commit() is None
+    assert (made.is_save_pending, made.latest_step, names(tmp_path)) == (False, 10, [name(10)])
     (said,) = [record.getMessage() for record in caplog.records]
     assert said.startswith("NO CHECKPOINT AT STEP 20: rank 0: No space left on device (/")
     assert f"{BYTES / 1e6:.1f} MB were to be written); training goes on, the newest is of step 10" in said
     monkeypatch.undo()
     saved(made, 30)
-    assert made.newest() == (tmp_path / name(30), state(30))
+    assert made.find_latest() == (tmp_path / name(30), state(30))
 
 
 def test_a_draft_that_cannot_be_begun_stops_no_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     made = store(tmp_path / "checkpoints")
     shutil.rmtree(tmp_path / "checkpoints")
     assert made.save(Tensors(10), state(10)) is None
-    assert not made.pending
+    assert not made.is_save_pending
     assert "NO CHECKPOINT AT STEP 10: [Errno 2] No such file or directory" in caplog.text
 
 
 def test_a_mistake_of_the_program_is_no_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "write_pieces", failing(ValueError("broken")))
+    monkeypatch.setattr(module, "write_chunks", failing(ValueError("broken")))
     made = store(tmp_path)
     made.save(Tensors(10), state(10))
     with pytest.raises(ValueError, match="broken"):
-        made.finish()
+        made.wait_and_commit()
 
 
 def test_too_little_room_is_said_before_the_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("foveal.atomic.free_bytes", lambda _: (100, Path("/disk")))
+    monkeypatch.setattr("foveal.atomic.get_free_space", lambda _: (100, Path("/disk")))
     saved(store(tmp_path), 10)
     (said,) = [record.getMessage() for record in caplog.records]
     assert said == (
@@ -220,31 +226,31 @@ def test_who_was_superseded_publishes_nothing(tmp_path: Path) -> None:
     saved(made, 10)
     made._superseded = lambda: True
     made.save(Tensors(20), state(20))
-    with pytest.raises(Superseded, match=f"{name(20)} was not published: another attempt"):
-        made.finish()
-    assert made.newest() == (tmp_path / name(10), state(10))
+    with pytest.raises(AttemptSupersededError, match=f"{name(20)} was not published: another attempt"):
+        made.wait_and_commit()
+    assert made.find_latest() == (tmp_path / name(10), state(10))
 
 
 def _save_failing(world: World, root: Path, error: Exception, rank: int) -> tuple[str, bool, list[str]]:
     """One rank's disk fails; what every rank makes of it."""
     made, heard = store(root, world=world), []
     made.save(Tensors(10, world.rank, world.size), state(10))
-    made.finish()
-    write = module.write_pieces
+    made.wait_and_commit()
+    write = module.write_chunks
     if world.rank == rank:
-        module.write_pieces = failing(error)
+        module.write_chunks = failing(error)
     handler = logging.Handler()
     handler.emit = lambda record: heard.append(record.getMessage())
     logging.getLogger("foveal.checkpoint").addHandler(handler)
     try:
         made.save(Tensors(20, world.rank, world.size), state(20))
-        said = str(made.finish())
+        said = str(made.wait_and_commit())
     except (RuntimeError, ValueError) as caught:
         said = repr(caught)
     finally:
-        module.write_pieces = write
+        module.write_chunks = write
         logging.getLogger("foveal.checkpoint").removeHandler(handler)
-    return said, made.pending, heard
+    return said, made.is_save_pending, heard
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -30,7 +30,7 @@ def configure(digits: Path) -> Callable[..., DataConfig]:
 
     def make(**settings: Any) -> DataConfig:
         tree = {"path": str(digits), "image_size": 8, "channels": 1, "lanes": 8, **settings}
-        return DataConfig.checked(tree, "the test")
+        return DataConfig.from_dict(tree, "the test")
 
     return make
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from foveal.data import DataConfig, Dataset, eval_batches, training_set
-from foveal.data.sampling.subset import choose
+from foveal.data import DataConfig, Dataset, build_training_set, eval_batches
+from foveal.data.sampling.subset import select_subset
 from foveal.data.tools.cli import app
 from foveal.errors import ConfigError, DataError, FovealError
 
@@ -24,7 +24,7 @@ def folder(digits: Path, tmp_path: Path) -> Path:
 
 def open_with(folder: Path | str, **settings: Any) -> Dataset:
     tree = {"path": str(folder), "image_size": 8, "channels": 1, **settings}
-    return Dataset.open(DataConfig.checked(tree, "the test"))
+    return Dataset.open(DataConfig.from_dict(tree, "the test"))
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -69,7 +69,7 @@ def test_a_variable_that_is_not_set(monkeypatch: pytest.MonkeyPatch, folder: Pat
     with pytest.raises(ConfigError, match=r"data.index: .* FOVEAL_NOWHERE"):
         open_with(folder, index="$FOVEAL_NOWHERE")
     monkeypatch.setenv("FOVEAL_NOWHERE", str(folder.parent))
-    assert open_with("${FOVEAL_NOWHERE}/copy").samples("val") == 360
+    assert open_with("${FOVEAL_NOWHERE}/copy").num_samples("val") == 360
 
 
 def test_a_url_without_a_manifest(folder: Path, tmp_path: Path) -> None:
@@ -95,9 +95,9 @@ def test_no_such_split(folder: Path) -> None:
 
 def test_a_split_for_evaluation_is_asked_for_when_used(folder: Path) -> None:
     dataset = open_with(folder, val="test")
-    cfg = DataConfig.checked({"path": str(folder), "image_size": 8, "channels": 1}, "the test")
+    cfg = DataConfig.from_dict({"path": str(folder), "image_size": 8, "channels": 1}, "the test")
     with pytest.raises(DataError, match=r"split 'test' does not exist"):
-        eval_batches(dataset, cfg, split="test", part="all", seed=0, rank=0, size=1, at_once=8)
+        eval_batches(dataset, cfg, split="test", subset="all", seed=0, rank=0, world_size=1, microbatch_size=8)
 
 
 def test_an_empty_split(folder: Path) -> None:
@@ -209,20 +209,20 @@ def test_statistics_that_are_not_known_or_do_not_fit(folder: Path) -> None:
 def test_settings_that_cannot_be(settings: dict[str, Any], expected: str) -> None:
     tree = {"path": "x", "image_size": 8, "channels": 1, **settings}
     with pytest.raises(ConfigError, match=expected.removeprefix("the test: data: ")):
-        DataConfig.checked(tree, "the test")
+        DataConfig.from_dict(tree, "the test")
 
 
 def test_an_image_size_has_one_form() -> None:
-    sizes = {name: DataConfig.checked({"path": "x", "image_size": name}, "the test") for name in (8, (8, 8), (8, 16))}
+    sizes = {name: DataConfig.from_dict({"path": "x", "image_size": name}, "the test") for name in (8, (8, 8), (8, 16))}
     assert [cfg.image_size for cfg in sizes.values()] == [8, 8, (8, 16)]
-    assert [cfg.sides for cfg in sizes.values()] == [(8, 8), (8, 8), (8, 16)]
-    assert sizes[8, 16].tree()["image_size"] == [8, 16]
-    assert sizes[8, 8].science() == sizes[8].science()
+    assert [cfg.image_hw for cfg in sizes.values()] == [(8, 8), (8, 8), (8, 16)]
+    assert sizes[8, 16].to_dict()["image_size"] == [8, 16]
+    assert sizes[8, 8].science_settings() == sizes[8].science_settings()
 
 
 def test_what_is_science_and_what_is_not() -> None:
-    cfg = DataConfig.checked({"path": "x", "image_size": 8}, "the test")
-    assert set(cfg.flat()) - set(cfg.science()) == {
+    cfg = DataConfig.from_dict({"path": "x", "image_size": 8}, "the test")
+    assert set(cfg.to_flat_dict()) - set(cfg.science_settings()) == {
         "path",
         "index",
         "threads",
@@ -242,8 +242,8 @@ def test_parts_that_cannot_be_chosen(folder: Path) -> None:
     def order(**settings: Any) -> None:
         part = settings.pop("part", "train")
         tree = {"path": str(folder), "image_size": 8, "channels": 1, "lanes": 2, **settings}
-        cfg = DataConfig.checked(tree, "the test")
-        choose(dataset, cfg, split="train", part=part, seed=0)
+        cfg = DataConfig.from_dict(tree, "the test")
+        select_subset(dataset, cfg, split="train", subset=part, seed=0)
 
     with pytest.raises(ConfigError, match=r"data.holdout_per_class=0 leaves no holdout"):
         order(part="holdout")
@@ -260,11 +260,11 @@ def test_samples_without_labels_cannot_be_chosen_by_class(
 ) -> None:
     write_tar(tmp_path / "train-0.tar", [("a.png", png), ("b.png", png), ("b.cls", b"0")])
     assert CliRunner().invoke(app, ["index", str(tmp_path)]).exit_code == 0
-    cfg = DataConfig.checked({"path": str(tmp_path), "image_size": 8, "channels": 1, "per_class": 1}, "the test")
+    cfg = DataConfig.from_dict({"path": str(tmp_path), "image_size": 8, "channels": 1, "per_class": 1}, "the test")
     with pytest.raises(
         DataError, match=r"1 samples of split 'train' have no label; data.per_class, data.holdout_per_class"
     ):
-        training_set(Dataset.open(cfg), cfg, seed=0, batch=1)
+        build_training_set(Dataset.open(cfg), cfg, seed=0, batch_size=1)
 
 
 def test_the_command_line_packs_indexes_and_shows(tmp_path: Path) -> None:

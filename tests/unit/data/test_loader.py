@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from foveal.data import Batch, DataConfig, Dataset, eval_batches, normalise, train_batches, training_set
-from foveal.data.image.decode import decode
+from foveal.data import Batch, DataConfig, Dataset, build_training_set, eval_batches, normalise, train_batches
+from foveal.data.image.decode import decode_image
 from foveal.data.indexing.index import index_folder
-from foveal.data.sampling.subset import PartName
+from foveal.data.sampling.subset import SubsetName
 from foveal.errors import ConfigError, DataError
 
 BATCH = 64
@@ -25,7 +25,9 @@ Configure = Callable[..., DataConfig]
 def train(cfg: DataConfig, start: int, stop: int, rank: int = 0, size: int = 1, at_once: int = 16) -> list[Batch]:
     dataset = Dataset.open(cfg)
     place: dict[str, Any] = {"start": start, "stop": stop, "rank": rank, "size": size}
-    with train_batches(training_set(dataset, cfg, seed=3, batch=BATCH), cfg, at_once=at_once, **place) as got:
+    with train_batches(
+        build_training_set(dataset, cfg, seed=3, batch_size=BATCH), cfg, microbatch_size=at_once, **place
+    ) as got:
         return list(got)
 
 
@@ -42,18 +44,22 @@ def same(one: list[Batch], other: list[Batch]) -> bool:
 def test_a_batch_is_what_its_ids_say(configure: Configure, dataset: Dataset) -> None:
     cfg = configure(augment={"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "flip": 0.0})
     batches = train(cfg, 0, 2)
-    assert [(batch.step, batch.epoch, batch.micro) for batch in batches[3:6]] == [(0, 0, 3), (1, 0, 0), (1, 0, 1)]
+    assert [(batch.step, batch.epoch, batch.microbatch_index) for batch in batches[3:6]] == [
+        (0, 0, 3),
+        (1, 0, 0),
+        (1, 0, 1),
+    ]
     labels = dataset.labels("train")
-    starts = np.cumsum(dataset.counts("train")) - dataset.counts("train")
+    starts = np.cumsum(dataset.samples_per_shard("train")) - dataset.samples_per_shard("train")
     batch = batches[5]
     assert batch.images.shape == (16, 1, 8, 8)
     assert batch.images.dtype == torch.uint8
     assert batch.valid.all()
     for row, sample in enumerate(batch.ids.tolist()):
         shard = int(np.searchsorted(starts, sample, side="right")) - 1
-        index = dataset.index("train", shard)
-        data = dataset.read(index.shard, *index.image(sample - starts[shard]))
-        assert np.array_equal(batch.images[row, 0].numpy(), np.asarray(decode(data, 1)))
+        index = dataset.shard_index("train", shard)
+        data = dataset.read_bytes(index.shard, *index.find_image(sample - starts[shard]))
+        assert np.array_equal(batch.images[row, 0].numpy(), np.asarray(decode_image(data, 1)))
         assert batch.labels[row] == labels[sample]
 
 
@@ -78,11 +84,11 @@ def test_resuming_is_starting(configure: Configure, start: int) -> None:
 
 def test_skipped_batches_are_passed_over(configure: Configure) -> None:
     cfg = configure()
-    training = training_set(Dataset.open(cfg), cfg, seed=3, batch=BATCH)
-    place: dict[str, Any] = {"rank": 0, "size": 1, "at_once": BATCH}
-    with train_batches(training, cfg, **place, start=0, stop=26) as got:
+    training = build_training_set(Dataset.open(cfg), cfg, seed=3, batch_size=BATCH)
+    place: dict[str, Any] = {"rank": 0, "world_size": 1, "microbatch_size": BATCH}
+    with train_batches(training, cfg, **place, start_step=0, stop_step=26) as got:
         whole = list(got)
-    with train_batches(training, cfg, **place, start=1, stop=23, skipped=(2, 3, 22)) as got:
+    with train_batches(training, cfg, **place, start_step=1, stop_step=23, skipped_batches=(2, 3, 22)) as got:
         passed = list(got)
     kept = [1, *range(4, 22), 23, 24, 25]
     assert same(passed, [whole[number] for number in kept])
@@ -107,15 +113,19 @@ def test_augmentation_changes_with_the_epoch_and_not_with_the_place_in_the_batch
 
 
 def test_the_order_tells_the_plan(configure: Configure, dataset: Dataset) -> None:
-    order = training_set(dataset, configure(), seed=3, batch=BATCH).order
-    assert (order.samples, order.steps_per_epoch, order.dropped) == (1437, 22, 29)
+    order = build_training_set(dataset, configure(), seed=3, batch_size=BATCH).order
+    assert (order.num_samples, order.steps_per_epoch, order.dropped_per_epoch) == (1437, 22, 29)
 
 
 @pytest.mark.parametrize(("size", "at_once"), [(1, 64), (1, 7), (3, 50), (4, 100), (4, 120)])
 def test_evaluation_sees_every_sample_once(configure: Configure, dataset: Dataset, size: int, at_once: int) -> None:
     cfg = configure(crop_ratio=1.0)
     ranks = [
-        list(eval_batches(dataset, cfg, split="val", part="all", seed=0, rank=rank, size=size, at_once=at_once))
+        list(
+            eval_batches(
+                dataset, cfg, split="val", subset="all", seed=0, rank=rank, world_size=size, microbatch_size=at_once
+            )
+        )
         for rank in range(size)
     ]
     assert len({len(one) for one in ranks}) == 1
@@ -130,9 +140,11 @@ def test_evaluation_sees_every_sample_once(configure: Configure, dataset: Datase
 
 
 def test_few_labels_are_nested_and_apart_from_the_holdout(configure: Configure, dataset: Dataset) -> None:
-    def ids(part: PartName, **settings: int) -> list[int]:
+    def ids(part: SubsetName, **settings: int) -> list[int]:
         cfg = configure(**settings)
-        batches = list(eval_batches(dataset, cfg, split="train", part=part, seed=3, rank=0, size=1, at_once=64))
+        batches = list(
+            eval_batches(dataset, cfg, split="train", subset=part, seed=3, rank=0, world_size=1, microbatch_size=64)
+        )
         return joined(batches, "ids")[joined(batches, "valid")].tolist()
 
     two, five = ids("train", per_class=2), ids("train", per_class=5, holdout_per_class=3)
@@ -151,7 +163,14 @@ def test_another_seed_draws_other_labels(configure: Configure, dataset: Dataset)
     chosen = []
     for seed in (0, 1):
         rows = eval_batches(
-            dataset, configure(per_class=2), split="train", part="train", seed=seed, rank=0, size=1, at_once=20
+            dataset,
+            configure(per_class=2),
+            split="train",
+            subset="train",
+            seed=seed,
+            rank=0,
+            world_size=1,
+            microbatch_size=20,
         )
         chosen.append(next(rows).ids.tolist())
         rows.close()
@@ -160,8 +179,8 @@ def test_another_seed_draws_other_labels(configure: Configure, dataset: Dataset)
 
 def test_training_on_few_labels_takes_each_once_per_epoch(configure: Configure) -> None:
     dataset, cfg = Dataset.open(configure(per_class=2, lanes=5)), configure(per_class=2, lanes=5)
-    place: dict[str, Any] = {"rank": 0, "size": 1, "at_once": 20, "start": 0, "stop": 3}
-    with train_batches(training_set(dataset, cfg, seed=0, batch=20), cfg, **place) as batches:
+    place: dict[str, Any] = {"rank": 0, "world_size": 1, "microbatch_size": 20, "start_step": 0, "stop_step": 3}
+    with train_batches(build_training_set(dataset, cfg, seed=0, batch_size=20), cfg, **place) as batches:
         seen = [sorted(batch.ids.tolist()) for batch in batches]
     assert seen[0] == seen[1] == seen[2]
     assert len(set(seen[0])) == 20
@@ -173,12 +192,12 @@ def decoders() -> list[threading.Thread]:
 
 def test_leaving_stops_the_threads(configure: Configure, dataset: Dataset) -> None:
     cfg = configure()
-    place: dict[str, Any] = {"rank": 0, "size": 1, "at_once": 16, "start": 0, "stop": 10**9}
-    with train_batches(training_set(dataset, cfg, seed=0, batch=BATCH), cfg, **place) as batches:
+    place: dict[str, Any] = {"rank": 0, "world_size": 1, "microbatch_size": 16, "start_step": 0, "stop_step": 10**9}
+    with train_batches(build_training_set(dataset, cfg, seed=0, batch_size=BATCH), cfg, **place) as batches:
         next(batches)
         assert decoders()
     assert not decoders()
-    rows = eval_batches(dataset, cfg, split="val", part="all", seed=0, rank=0, size=1, at_once=16)
+    rows = eval_batches(dataset, cfg, split="val", subset="all", seed=0, rank=0, world_size=1, microbatch_size=16)
     next(rows)
     rows.close()
     assert not decoders()
@@ -190,7 +209,7 @@ def test_a_shard_that_is_cut_while_training_is_named(configure: Configure, digit
     cfg = configure(path=str(folder))
     dataset = Dataset.open(cfg)
     (folder / "val-000001.tar").write_bytes(b"")
-    rows = eval_batches(dataset, cfg, split="val", part="all", seed=0, rank=0, size=1, at_once=32)
+    rows = eval_batches(dataset, cfg, split="val", subset="all", seed=0, rank=0, world_size=1, microbatch_size=32)
     with pytest.raises(DataError, match=r"val-000001.tar is cut short: \d+ bytes at \d+ are asked for, 0 left"):
         list(rows)
 
@@ -202,7 +221,7 @@ def test_colour_and_size_are_what_the_config_says(tmp_path: Path, write_tar: Cal
     index_folder(str(tmp_path))
     cfg = configure(path=str(tmp_path), image_size=12, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3, val="train")
     dataset = Dataset.open(cfg)
-    (batch,) = eval_batches(dataset, cfg, split="train", part="all", seed=0, rank=0, size=1, at_once=1)
+    (batch,) = eval_batches(dataset, cfg, split="train", subset="all", seed=0, rank=0, world_size=1, microbatch_size=1)
     assert batch.images.shape == (1, 3, 12, 12)
     assert batch.images[0, :, 5, 5].tolist() == [200, 10, 30]
     assert batch.labels.tolist() == [-1]
@@ -222,7 +241,7 @@ def test_moving_a_batch_keeps_everything(configure: Configure) -> None:
     batch = train(configure(), 5, 6)[1]
     moved = batch.to("cpu", non_blocking=True)
     assert same([batch], [moved])
-    assert (moved.step, moved.epoch, moved.micro) == (5, 0, 1)
+    assert (moved.step, moved.epoch, moved.microbatch_index) == (5, 0, 1)
     assert batch.to("meta").images.device.type == "meta"
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from foveal.data.workers import Crew, Worker
+from foveal.data.workers import Worker, WorkerPool
 from foveal.errors import DataError
 
 
@@ -20,21 +20,21 @@ def release() -> Iterator[threading.Event]:
     event.set()
 
 
-def crew(threads: int = 2, patience: float = 0.2) -> Crew:
-    return Crew(threads, patience, lambda: 0)
+def crew(threads: int = 2, patience: float = 0.2) -> WorkerPool:
+    return WorkerPool(threads, patience, lambda: 0)
 
 
 def test_jobs_are_done_and_their_mistakes_reach_who_waits() -> None:
     done: list[int] = []
     workers = crew()
-    workers.wait([workers.submit(lambda _worker, number=number: done.append(number)) for number in range(20)])
+    workers.wait_for_jobs([workers.submit(lambda _worker, number=number: done.append(number)) for number in range(20)])
     assert sorted(done) == list(range(20))
 
     def fail(_worker: Worker) -> None:
         raise DataError("a shard is gone")
 
     with pytest.raises(DataError, match="a shard is gone"):
-        workers.wait([workers.submit(fail)])
+        workers.wait_for_jobs([workers.submit(fail)])
     workers.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("foveal-decode")]
 
@@ -43,13 +43,13 @@ def test_a_thread_that_hangs_is_named_with_its_sample_and_its_stack(
     release: threading.Event, caplog: pytest.LogCaptureFixture
 ) -> None:
     def hang_in_a_read(worker: Worker) -> None:
-        worker.doing = lambda: "s3://bucket/train-000007.tar: sample 'n01440764_36'"
+        worker.describe_current = lambda: "s3://bucket/train-000007.tar: sample 'n01440764_36'"
         release.wait(30)
 
     workers = crew()
     start = time.monotonic()
     with pytest.raises(DataError, match=r"no data for 0.2 s .* stuck at s3://bucket/train-000007.tar: sample 'n01440"):
-        workers.wait([workers.submit(hang_in_a_read)])
+        workers.wait_for_jobs([workers.submit(hang_in_a_read)])
     assert time.monotonic() - start < 20
     assert "hang_in_a_read" in caplog.text
     assert "MainThread" in caplog.text
@@ -78,14 +78,14 @@ def test_what_moves_does_not_hang(release: threading.Event) -> None:
     def slow(worker: Worker) -> None:
         for _ in range(8):
             time.sleep(0.1)
-            worker.finished += 1
+            worker.num_finished += 1
 
     workers = crew()
-    workers.wait([workers.submit(slow)])
+    workers.wait_for_jobs([workers.submit(slow)])
     workers.close()
     bytes_arrived = iter(range(10**6))
-    downloading = Crew(1, 0.2, lambda: next(bytes_arrived))
-    downloading.wait([downloading.submit(lambda _worker: time.sleep(0.8))])
+    downloading = WorkerPool(1, 0.2, lambda: next(bytes_arrived))
+    downloading.wait_for_jobs([downloading.submit(lambda _worker: time.sleep(0.8))])
     downloading.close()
 
 

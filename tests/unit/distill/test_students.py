@@ -9,11 +9,11 @@ import torch
 from teachers import DIGITS, DISTILLED, TEACHER, backbone_export, config, encoder_export
 
 from distill.plan import plan
-from distill.run import parts
+from distill.run import build
 from distill.students import build_students
 from foveal.data import Dataset
 from foveal.errors import ConfigError, FovealError
-from foveal.forecast.trace import _batch, flops_of, trace_of, weights_of
+from foveal.forecast.trace import _fake_batch, count_flops, count_parameters, trace_memory
 from foveal.models.vit import VitConfig
 
 TINY = {"name": "vit_tiny_patch16_224", "patch": 4, "width": 16, "depth": 3, "heads": 4}
@@ -98,7 +98,7 @@ SENTENCES: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "plain",
-        {"lesson": "relations", "model": EVA.tree()},
+        {"lesson": "relations", "model": EVA.to_dict()},
         "model.name='eva02_tiny_patch14_224' has no relations to tell: its attention adds biases to what its layer makes",
     ),
     (
@@ -183,8 +183,8 @@ def test_layers_that_are_not_named(
     lesson: str, model: dict[str, Any], pairs: Any, digits: Path, teachers: dict[str, Path]
 ) -> None:
     found = plan(config(digits, teachers["plain"], lesson=lesson, model=model), 1)
-    assert (found.lesson.blocks, found.pupils[0].blocks) == pairs
-    assert f"lesson    {lesson} of {teachers['plain']}, blocks 3" in found.lines()
+    assert (found.target.blocks, found.student_specs[0].blocks) == pairs
+    assert f"lesson    {lesson} of {teachers['plain']}, blocks 3" in found.summary_lines()
 
 
 def test_labels_that_are_not_there(digits: Path, teachers: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +214,7 @@ def test_labels_that_are_not_there(digits: Path, teachers: dict[str, Path], monk
         ("resnet", {"lesson": "logits", "model": TINY}),
         ("head", {"lesson": "logits", "backbone": "test_resnet"}),
         ("head", {"lesson": "layers", "model": TINY | {"registers": 2}, "pixel_weight": 0.0}),
-        ("plain", {"lesson": "layers", "model": EVA.tree()}),
+        ("plain", {"lesson": "layers", "model": EVA.to_dict()}),
         ("head", {"lesson": "relations", "model": TINY | {"registers": 2}, "layers": [[1, 1], [4, 2]]}),
     ],
 )
@@ -223,8 +223,8 @@ def test_every_parameter_learns(
 ) -> None:
     """Some by a zero: a parameter without a gradient makes an engine wait that shards weights or reduces gradients."""
     found = plan(config(digits, teachers[teacher], **settings), 1)
-    made = parts(found, torch.device("cpu"))
-    total, _ = made.objective(made.model.train(), _batch(4, 1, (16, 16)))
+    made = build(found, torch.device("cpu"))
+    total, _ = made.objective(made.model.train(), _fake_batch(4, 1, (16, 16)))
     total.backward()
     silent = [name for name, each in made.model.named_parameters() if each.requires_grad and each.grad is None]
     assert not silent
@@ -233,7 +233,7 @@ def test_every_parameter_learns(
 
 def test_the_plan_says_whose_curve_is_its_own(digits: Path, teachers: dict[str, Path]) -> None:
     students = [{"name": "net", "backbone": "test_resnet"}, {"name": "vit", "model": TINY}]
-    lines = plan(config(digits, teachers["plain"], students=students, patch_weight=0.0), 2).lines()
+    lines = plan(config(digits, teachers["plain"], students=students, patch_weight=0.0), 2).summary_lines()
     assert "student   net: test_resnet" in lines
     assert "student   vit: vit_tiny_patch16_224 of width 16 and depth 3" in lines
     (beware,) = [line for line in lines if line.startswith("beware")]
@@ -244,15 +244,15 @@ def test_the_plan_says_whose_curve_is_its_own(digits: Path, teachers: dict[str, 
 def test_tables_of_biases_are_not_decayed(digits: Path, teachers: dict[str, Path]) -> None:
     settings = {"backbone": "swin_tiny_patch4_window7_224", "lesson": "logits", "data": {"image_size": 32}}
     found = plan(config(digits, teachers["head"], **settings), 1)
-    made = parts(found, torch.device("meta"))
+    made = build(found, torch.device("meta"))
     names = {id(each): name for name, each in made.model.named_parameters()}
-    decayed = {names[id(each)] for group in made.groups if group["weight_decay"] for each in group["params"]}
+    decayed = {names[id(each)] for group in made.param_groups if group["weight_decay"] for each in group["params"]}
     assert any("qkv.weight" in name for name in decayed)
     assert not [name for name in decayed if "relative_position_bias_table" in name]
 
 
 def test_a_model_without_a_name_is_a_small_one(digits: Path, teachers: dict[str, Path]) -> None:
-    (pupil,) = plan(config(digits, teachers["plain"], model={"patch": 4, "depth": 2}), 1).pupils
+    (pupil,) = plan(config(digits, teachers["plain"], model={"patch": 4, "depth": 2}), 1).student_specs
     assert (pupil.card["name"], pupil.card["width"], pupil.card["depth"]) == ("vit_small_patch16_224", 384, 2)
 
 
@@ -265,9 +265,9 @@ def test_students_are_drawn_from_the_seed_each(digits: Path, teachers: dict[str,
 
 
 def test_a_plan_without_a_student_has_a_small_one(digits: Path, teachers: dict[str, Path]) -> None:
-    encoder = TEACHER.tree() | {"patch": 16}
+    encoder = TEACHER.to_dict() | {"patch": 16}
     settings = {"lesson": "logits", "data": {"image_size": 16}}
-    (pupil,) = plan(config(digits, teachers["head"], **settings), 1).pupils
+    (pupil,) = plan(config(digits, teachers["head"], **settings), 1).student_specs
     assert (pupil.name, pupil.card["name"], pupil.card["width"]) == ("", "vit_small_patch16_224", 384)
     assert encoder["patch"] == pupil.card["patch"]
 
@@ -287,8 +287,8 @@ def test_a_step_can_be_forecast(
 ) -> None:
     """Without memory, in bf16 and recomputed: every trained number gets its gradient there too."""
     found = plan(config(digits, teachers[teacher], **({"model": TINY} | settings)), 1)
-    build = partial(parts, found)
-    trained = weights_of(build).trained
-    trace = trace_of(build, 4, 1, (16, 16), precision="bf16", recompute=True)
-    assert max(trace.moments) == 4 * trained
-    assert flops_of(build, 1, (16, 16)).both > 0
+    build_setup = partial(build, found)
+    trained = count_parameters(build_setup).trainable
+    trace = trace_memory(build_setup, 4, 1, (16, 16), precision="bf16", recompute=True)
+    assert max(trace.peak_by_gradient_bytes) == 4 * trained
+    assert count_flops(build_setup, 1, (16, 16)).forward_backward > 0

@@ -10,14 +10,14 @@ from teachers import DIGITS, backbone_export, encoder_export
 from torch import Tensor, nn
 
 from distill.config import DistillConfig
-from distill.objective import Imitate
+from distill.objective import DistillationLoss
 from distill.plan import plan
-from distill.target import Lesson
+from distill.target import TeacherTarget
 from distill.teacher import Teacher
 from foveal.data import Batch
 from foveal.engines.base import Precision
 from foveal.errors import ConfigError, ExportError
-from foveal.models.encode import features
+from foveal.models.encode import encode_cls_and_patches
 from foveal.models.students import FeatureStudent, Students
 from foveal.models.vit import Pooling, VitConfig, build_encoder, encoder_card
 from foveal.weights.export import Card, read_export, write_export
@@ -25,19 +25,21 @@ from foveal.weights.export import Card, read_export, write_export
 CPU = torch.device("cpu")
 TINY = VitConfig(name="vit_tiny_patch16_224", patch=4, width=16, depth=2, heads=2)
 MEAN, STD = (0.3,), (0.4,)
-FEATURES = Lesson("features")
+FEATURES = TeacherTarget("features")
 
 
 def export(folder: Path, *, pooling: Pooling = "token", classes: int = 0, **card: Any) -> Path:
     """An encoder's export, made without training; ``card`` tells something else than the weights."""
     torch.manual_seed(0)
-    encoder = build_encoder(TINY, image_size=16, channels=1, pooling=pooling, classes=classes)
-    told = encoder_card(TINY, 16, 1, pooling=pooling, classes=classes) | card
+    encoder = build_encoder(TINY, image_size=16, channels=1, pooling=pooling, num_classes=classes)
+    told = encoder_card(TINY, 16, 1, pooling=pooling, num_classes=classes) | card
     write_export(folder, encoder.state_dict(), Card("pretrain", told, MEAN, STD))
     return folder
 
 
-def taught(folder: Path, precision: Precision = "fp32", image_size: Any = None, lesson: Lesson = FEATURES) -> Teacher:
+def taught(
+    folder: Path, precision: Precision = "fp32", image_size: Any = None, lesson: TeacherTarget = FEATURES
+) -> Teacher:
     """The teacher of an export."""
     return Teacher(*read_export(folder), lesson, CPU, precision, image_size, folder)
 
@@ -74,9 +76,9 @@ def test_no_gradient_reaches_a_teacher(teacher: Teacher) -> None:
 def test_a_step_of_its_student_leaves_it_as_it_was(teacher: Teacher, tmp_path: Path) -> None:
     """Evaluation mode for ever: no train() of a student, or of what holds both, reaches it."""
     encoder = build_encoder(TINY, image_size=16, channels=1)
-    student = Students([FeatureStudent(encoder, features, (16, 16), (16, 16), patches=True)])
+    student = Students([FeatureStudent(encoder, encode_cls_and_patches, (16, 16), (16, 16), with_patches=True)])
     student.teacher = teacher  # pyright: ignore[reportArgumentType]
-    objective = Imitate(teacher, distill(tmp_path, tmp_path), [""], MEAN, STD)
+    objective = DistillationLoss(teacher, distill(tmp_path, tmp_path), [""], MEAN, STD)
     optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
     lesson = teacher(images())
     pixels = torch.randint(0, 256, (4, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
@@ -141,8 +143,8 @@ def test_a_plan_knows_what_is_resized(digits: Path, tmp_path: Path) -> None:
     folder = export(tmp_path / "export")
     assert plan(distill(digits, folder), 1).resized_from is None
     found = plan(distill(digits, folder, data={"image_size": [16, 24]}), 1)
-    assert found.taught.resized_from == 16
-    assert "teacher   trained on images of 16 x 16, sees 16 x 24 pixels" in found.lines()
+    assert found.teacher_spec.resized_from == 16
+    assert "teacher   trained on images of 16 x 16, sees 16 x 24 pixels" in found.summary_lines()
 
 
 def distill(digits: Path, teacher: Path, **settings: Any) -> DistillConfig:
@@ -150,12 +152,12 @@ def distill(digits: Path, teacher: Path, **settings: Any) -> DistillConfig:
         "epochs": 1,
         "teacher": str(teacher),
         "data": {"path": str(digits), "image_size": 16, "channels": 1, "lanes": 8} | settings.get("data", {}),
-        "model": TINY.tree() | {"width": 8} | settings.get("model", {}),
+        "model": TINY.to_dict() | {"width": 8} | settings.get("model", {}),
         "batch": {"images": 64},
         "optim": {},
         "run": {"dir": "runs/x"},
     }
-    return DistillConfig.checked(tree, "here")
+    return DistillConfig.from_dict(tree, "here")
 
 
 def test_a_student_inherits_its_teachers_pixels_and_digest(digits: Path, tmp_path: Path) -> None:
@@ -166,9 +168,11 @@ def test_a_student_inherits_its_teachers_pixels_and_digest(digits: Path, tmp_pat
     other = build_encoder(TINY, image_size=16, channels=1)
     write_export(tmp_path / "other", other.state_dict(), Card("pretrain", encoder_card(TINY, 16, 1), MEAN, STD))
     moved = export(tmp_path / "elsewhere" / "export")
-    assert plan(distill(digits, moved), 1).science() == found.science(), "where a teacher lies is no science"
-    changed = plan(distill(digits, tmp_path / "other"), 1).science()
-    assert {name for name in changed if changed[name] != found.science()[name]} == {"inherited.teacher"}
+    assert plan(distill(digits, moved), 1).science_settings() == found.science_settings(), (
+        "where a teacher lies is no science"
+    )
+    changed = plan(distill(digits, tmp_path / "other"), 1).science_settings()
+    assert {name for name in changed if changed[name] != found.science_settings()[name]} == {"inherited.teacher"}
 
 
 @pytest.mark.parametrize(
@@ -202,10 +206,10 @@ def test_a_student_may_state_what_its_teacher_says(digits: Path, tmp_path: Path)
 def test_no_teacher_is_one_sentence(digits: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="nobody is no export"):
         plan(distill(digits, tmp_path / "nobody"), 1)
-    tree = distill(digits, tmp_path).tree()
+    tree = distill(digits, tmp_path).to_dict()
     del tree["teacher"]
     with pytest.raises(ConfigError, match="teacher is missing"):
-        DistillConfig.checked(tree, "here")
+        DistillConfig.from_dict(tree, "here")
 
 
 def test_a_classifier_that_reads_the_class_token_can_teach(digits: Path, tmp_path: Path) -> None:
@@ -250,7 +254,7 @@ def test_layers_and_relations_are_what_timm_has_inside(
     folder = encoder_export(tmp_path / "export", cfg)
     encoder: Any = taught(folder).model
     bare = [0, *range(registers + 1, registers + 17)]
-    layers, relations = Lesson("layers", (3, 1), 2, 4), Lesson("relations", (3, 1), 2, 4)
+    layers, relations = TeacherTarget("layers", (3, 1), 2, 4), TeacherTarget("relations", (3, 1), 2, 4)
     for lesson, part in ((layers, lambda block: block), (relations, lambda block: block.attn.qkv)):
         told = taught(folder, lesson=lesson)(images())
         for found, number in zip(told, (3, 1), strict=True):
@@ -259,7 +263,7 @@ def test_layers_and_relations_are_what_timm_has_inside(
 
 
 def test_the_lesson_of_visible_patches_is_of_them_alone(tmp_path: Path) -> None:
-    teacher = taught(encoder_export(tmp_path / "export"), lesson=Lesson("layers", (2,), 2, 4))
+    teacher = taught(encoder_export(tmp_path / "export"), lesson=TeacherTarget("layers", (2,), 2, 4))
     kept = torch.tensor([[3, 1], [0, 15], [7, 8]])
     (told,) = teacher(images(), kept)
     assert told.shape == (3, 3, 32)
@@ -273,11 +277,11 @@ def test_a_row_of_a_lesson_is_a_function_of_its_image(tmp_path: Path) -> None:
     folder = encoder_export(tmp_path / "export", pooling="avg", classes=DIGITS)
     resnet = backbone_export(tmp_path / "resnet", "test_resnet", classes=DIGITS, image_size=16)
     for teacher in (
-        taught(folder, lesson=Lesson("relations", (1, 2), 2, 4)),
-        taught(folder, lesson=Lesson("logits")),
-        taught(folder, lesson=Lesson("token")),
-        taught(resnet, lesson=Lesson("features")),
-        taught(resnet, lesson=Lesson("token")),
+        taught(folder, lesson=TeacherTarget("relations", (1, 2), 2, 4)),
+        taught(folder, lesson=TeacherTarget("logits")),
+        taught(folder, lesson=TeacherTarget("token")),
+        taught(resnet, lesson=TeacherTarget("features")),
+        taught(resnet, lesson=TeacherTarget("token")),
     ):
         together, alone = teacher(images()), [teacher(each[None]) for each in images()]
         for part, rows in enumerate(zip(*alone, strict=True)):
@@ -287,12 +291,14 @@ def test_a_row_of_a_lesson_is_a_function_of_its_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lesson", "blocks", "attentions"),
     [
-        (Lesson("features"), 4, 4),
-        (Lesson("layers", (2, 1), 2, 4), 2, 2),
-        (Lesson("relations", (3, 1), 2, 4), 2, 2),  # of the third, only what makes its queries, keys and values
+        (TeacherTarget("features"), 4, 4),
+        (TeacherTarget("layers", (2, 1), 2, 4), 2, 2),
+        (TeacherTarget("relations", (3, 1), 2, 4), 2, 2),  # of the third, only what makes its queries, keys and values
     ],
 )
-def test_no_block_runs_beyond_what_is_asked(lesson: Lesson, blocks: int, attentions: int, tmp_path: Path) -> None:
+def test_no_block_runs_beyond_what_is_asked(
+    lesson: TeacherTarget, blocks: int, attentions: int, tmp_path: Path
+) -> None:
     teacher = taught(encoder_export(tmp_path / "export"), lesson=lesson)
     ran: list[str] = []
     for name, module in teacher.model.named_modules():

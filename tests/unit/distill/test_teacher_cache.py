@@ -16,17 +16,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.teacher_cache import Lessons, Part, check_bound
+from distill.teacher_cache import TeacherCache, TensorSpec, check_cache_size
 from foveal.errors import ConfigError
 
 FACTS: dict[str, Any] = {"teacher": "ab", "seed": 3, "mean": [0.25]}
-PARTS = (Part((3, 4), torch.float32), Part((), torch.int64), Part((5,), torch.bfloat16))
+PARTS = (TensorSpec((3, 4), torch.float32), TensorSpec((), torch.int64), TensorSpec((5,), torch.bfloat16))
 ROWS = 100
 ROOT = Path(__file__).parents[3]
 
 
-def lessons(folder: Path, facts: dict[str, Any] = FACTS, rows: int = ROWS, parts: tuple[Part, ...] = PARTS) -> Lessons:
-    return Lessons(folder, facts, rows, parts)
+def lessons(
+    folder: Path, facts: dict[str, Any] = FACTS, rows: int = ROWS, parts: tuple[TensorSpec, ...] = PARTS
+) -> TeacherCache:
+    return TeacherCache(folder, facts, rows, parts)
 
 
 def answers(indices: Tensor) -> tuple[Tensor, ...]:
@@ -71,12 +73,12 @@ def test_a_teacher_is_asked_once(tmp_path: Path) -> None:
         return answers(indices)
 
     for _ in range(3):
-        assert same(lessons(tmp_path).asked(indices, ask), answers(indices))
+        assert same(lessons(tmp_path).get_or_compute(indices, ask), answers(indices))
     assert len(asked) == 1
 
 
 def test_what_is_not_contiguous_is_kept_as_it_is(tmp_path: Path) -> None:
-    cache = lessons(tmp_path, parts=(Part((2, 3), torch.float32),))
+    cache = lessons(tmp_path, parts=(TensorSpec((2, 3), torch.float32),))
     given = torch.arange(12.0).view(2, 3, 2).transpose(1, 2)
     cache.put(torch.tensor([4, 5]), (given,))
     assert same(cache.get(torch.tensor([4, 5])), (given.contiguous(),))
@@ -124,7 +126,7 @@ def test_other_facts_are_another_file(change: dict[str, Any], tmp_path: Path) ->
 def test_other_parts_are_another_file_and_more_rows_are_not(tmp_path: Path) -> None:
     indices = torch.tensor([99])
     lessons(tmp_path).put(indices, answers(indices))
-    lessons(tmp_path, parts=(*PARTS, Part((1,), torch.float32)))
+    lessons(tmp_path, parts=(*PARTS, TensorSpec((1,), torch.float32)))
     assert len(list(tmp_path.glob("*/rows"))) == 2
     assert same(lessons(tmp_path, rows=10 * ROWS).get(indices), answers(indices))
     assert same(lessons(tmp_path).get(indices), answers(indices))
@@ -146,10 +148,10 @@ def test_a_place_that_is_no_folder_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_too_many_gigabytes_are_refused_before_they_are_taken() -> None:
-    parts = (Part((196, 768), torch.float32),)
-    check_bound(1000, parts, 0.7, "cache.gigabytes")
+    parts = (TensorSpec((196, 768), torch.float32),)
+    check_cache_size(1000, parts, 0.7, "cache.gigabytes")
     with pytest.raises(ConfigError) as caught:
-        check_bound(1_281_167, parts, 100, "cache.gigabytes")
+        check_cache_size(1_281_167, parts, 100, "cache.gigabytes")
     assert str(caught.value) == (
         "cache.gigabytes=100, but the teacher's answers on 1,281,167 views of images take up to 771.4 GB (0.6 MB each): "
         "allow as much, or keep none"

@@ -5,7 +5,13 @@ import os
 import pytest
 
 from foveal.distributed import launcher
-from foveal.distributed.launcher import Seat, first_host, launch_facts, places, seat
+from foveal.distributed.launcher import (
+    LaunchEnv,
+    first_node_of_list,
+    read_launch_env,
+    read_launch_id,
+    rendezvous_addresses,
+)
 from foveal.errors import LaunchError
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "none"}
@@ -27,28 +33,28 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
-        ({}, Seat(0, 1, 0, "none")),
-        (TORCHRUN, Seat(5, 8, 1, "torchrun")),
-        ({"RANK": "0", "WORLD_SIZE": "1"}, Seat(0, 1, 0, "environment")),
-        (STEP, Seat(3, 4, 1, "srun")),
-        ({name: value for name, value in STEP.items() if name != "SLURM_STEP_NUM_TASKS"}, Seat(3, 16, 1, "srun")),
-        (BATCH, Seat(0, 1, 0, "none")),
-        (STEP | TORCHRUN, Seat(5, 8, 1, "torchrun")),  # torchrun inside a step: torchrun dealt the ranks
-        (BATCH | TORCHRUN, Seat(5, 8, 1, "torchrun")),
-        ({"RANK": "3"}, Seat(0, 1, 0, "none")),
-        (TORCHRUN | {"CROSS_RANK": "0", "TORCHELASTIC_RUN_ID": ""}, Seat(5, 8, 1, "torchrun")),
-        (BY_HAND, Seat(3, 4, 1, "environment")),
-        (STEP | BY_HAND, Seat(3, 4, 1, "srun")),  # the same, said twice
-        (BY_HAND | {"CROSS_RANK": "0"}, Seat(3, 4, 1, "deepspeed")),
-        (MPI, Seat(3, 4, 1, "mpirun")),
-        (STEP | MPI, Seat(3, 4, 1, "srun")),  # srun --mpi
-        ({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1"}, Seat(1, 2, 1, "mpirun")),
+        ({}, LaunchEnv(0, 1, 0, "none")),
+        (TORCHRUN, LaunchEnv(5, 8, 1, "torchrun")),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, LaunchEnv(0, 1, 0, "environment")),
+        (STEP, LaunchEnv(3, 4, 1, "srun")),
+        ({name: value for name, value in STEP.items() if name != "SLURM_STEP_NUM_TASKS"}, LaunchEnv(3, 16, 1, "srun")),
+        (BATCH, LaunchEnv(0, 1, 0, "none")),
+        (STEP | TORCHRUN, LaunchEnv(5, 8, 1, "torchrun")),  # torchrun inside a step: torchrun dealt the ranks
+        (BATCH | TORCHRUN, LaunchEnv(5, 8, 1, "torchrun")),
+        ({"RANK": "3"}, LaunchEnv(0, 1, 0, "none")),
+        (TORCHRUN | {"CROSS_RANK": "0", "TORCHELASTIC_RUN_ID": ""}, LaunchEnv(5, 8, 1, "torchrun")),
+        (BY_HAND, LaunchEnv(3, 4, 1, "environment")),
+        (STEP | BY_HAND, LaunchEnv(3, 4, 1, "srun")),  # the same, said twice
+        (BY_HAND | {"CROSS_RANK": "0"}, LaunchEnv(3, 4, 1, "deepspeed")),
+        (MPI, LaunchEnv(3, 4, 1, "mpirun")),
+        (STEP | MPI, LaunchEnv(3, 4, 1, "srun")),  # srun --mpi
+        ({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1"}, LaunchEnv(1, 2, 1, "mpirun")),
     ],
 )
-def test_seat(variables: dict[str, str], expected: Seat, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seat(variables: dict[str, str], expected: LaunchEnv, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert seat() == expected
+    assert read_launch_env() == expected
 
 
 @pytest.mark.parametrize(
@@ -80,7 +86,7 @@ def test_a_launcher_that_contradicts_itself_is_one_sentence(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(LaunchError, match=sentence):
-        seat()
+        read_launch_env()
 
 
 @pytest.mark.parametrize(
@@ -97,7 +103,7 @@ def test_a_launcher_that_contradicts_itself_is_one_sentence(
     ],
 )
 def test_first_host(nodes: str, expected: str) -> None:
-    assert first_host(nodes) == expected
+    assert first_node_of_list(nodes) == expected
 
 
 def test_what_torchrun_has_left_is_not_believed_in_a_child_of_srun(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +112,7 @@ def test_what_torchrun_has_left_is_not_believed_in_a_child_of_srun(monkeypatch: 
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(launcher, "_child_of_slurmstepd", lambda: True)
     with pytest.raises(LaunchError, match="srun says rank 3 of 4, and the environment RANK=5 and WORLD_SIZE=8: unset"):
-        seat()
+        read_launch_env()
 
 
 @pytest.mark.parametrize(
@@ -126,7 +132,7 @@ def test_places(
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    there = places(seat())
+    there = rendezvous_addresses(read_launch_env())
     assert there[0] == first or there[0][0] == first
     assert len(there) == len(set(there)) == count
     assert all(port in (1, 29500) or 20000 <= port < 32000 for _, port in there), "below the kernel's own"
@@ -136,7 +142,7 @@ def test_mpirun_on_several_nodes_wants_an_address(monkeypatch: pytest.MonkeyPatc
     for name, value in (MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(LaunchError, match="set them to the node of rank 0"):
-        places(seat())
+        rendezvous_addresses(read_launch_env())
 
 
 def test_ports_are_drawn_by_job_step_and_restart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,6 +153,6 @@ def test_ports_are_drawn_by_job_step_and_restart(monkeypatch: pytest.MonkeyPatch
             monkeypatch.setenv(name, value)
         for name, value in {"SLURM_JOB_ID": job, "SLURM_STEP_ID": step, "SLURM_RESTART_COUNT": restart}.items():
             monkeypatch.setenv(name, value)
-        assert launch_facts(seat()) == {"job": job, "step": step, "restart": restart}
-        drawn.append(places(seat())[0])
+        assert read_launch_id(read_launch_env()) == {"job": job, "step": step, "restart": restart}
+        drawn.append(rendezvous_addresses(read_launch_env())[0])
     assert len(set(drawn)) == 4

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from submit import _environment
+from submit import _child_environment
 
 from foveal.distributed import launcher_process, preemption
-from foveal.distributed.launcher_process import LAUNCHER, Process, launchers
-from foveal.distributed.preemption import ORPHANED, listening
+from foveal.distributed.launcher_process import LAUNCHER_ENV_VAR, Process, find_launchers
+from foveal.distributed.preemption import LAUNCHER_GONE, handle_stop_signals
 from foveal.distributed.world import World
 
 ALONE = World(0, 1, 0, "none", torch.device("cpu"))
@@ -21,31 +21,31 @@ ALONE = World(0, 1, 0, "none", torch.device("cpu"))
 
 @pytest.fixture(autouse=True)
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("TORCHELASTIC_RUN_ID", LAUNCHER):
+    for name in ("TORCHELASTIC_RUN_ID", LAUNCHER_ENV_VAR):
         monkeypatch.delenv(name, raising=False)
 
 
 def test_a_process_is_known_by_its_start() -> None:
-    ours = Process.of(os.getpid())
-    assert ours == Process.of(os.getpid())
+    ours = Process.from_pid(os.getpid())
+    assert ours == Process.from_pid(os.getpid())
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        there = Process.of(other.pid)
+        there = Process.from_pid(other.pid)
         other.kill()
         deadline = time.monotonic() + 10
-        while Process.of(other.pid) is not None and time.monotonic() < deadline:  # a zombie has ended
+        while Process.from_pid(other.pid) is not None and time.monotonic() < deadline:  # a zombie has ended
             time.sleep(0.01)
         assert there is not None
-        assert Process.of(other.pid) is None
+        assert Process.from_pid(other.pid) is None
 
 
 def test_only_launchers_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert launchers() == []
-    parent = Process.of(os.getppid())
+    assert find_launchers() == []
+    parent = Process.from_pid(os.getppid())
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setattr(launcher_process, "_SHELL", re.compile("nothing"))
-    assert launchers() == [parent]
+    assert find_launchers() == [parent]
     monkeypatch.setattr(launcher_process, "_SHELL", re.compile(Path(f"/proc/{os.getppid()}/comm").read_text().strip()))
-    assert launchers() == []
+    assert find_launchers() == []
 
 
 @pytest.mark.parametrize("name", ["bash", "-bash", "sh", "zsh", "fish", "tmux: server", "screen"])
@@ -54,23 +54,23 @@ def test_shells(name: str) -> None:
 
 
 def test_a_chain_names_itself_to_its_stages(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = _environment(2)[LAUNCHER]
-    monkeypatch.setenv(LAUNCHER, name)
-    assert launchers() == [Process.of(os.getpid())]
+    name = _child_environment(2)[LAUNCHER_ENV_VAR]
+    monkeypatch.setenv(LAUNCHER_ENV_VAR, name)
+    assert find_launchers() == [Process.from_pid(os.getpid())]
     for other in (name + "1", "x:1", "", "999999999:1", "²:1"):  # such as what a job was given on another machine
-        monkeypatch.setenv(LAUNCHER, other)
-        assert launchers() == []
+        monkeypatch.setenv(LAUNCHER_ENV_VAR, other)
+        assert find_launchers() == []
 
 
 def test_its_end_asks_the_run_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preemption, "_LOOKS", 0.02)
+    monkeypatch.setattr(preemption, "_LAUNCHER_POLL_SECONDS", 0.02)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as chain:
-        monkeypatch.setenv(LAUNCHER, str(Process.of(chain.pid)))
-        with listening(ALONE) as heard:
+        monkeypatch.setenv(LAUNCHER_ENV_VAR, str(Process.from_pid(chain.pid)))
+        with handle_stop_signals(ALONE) as heard:
             time.sleep(0.1)
-            assert heard.heard is None
+            assert heard.stop_reason is None
             chain.kill()
             deadline = time.monotonic() + 10
-            while heard.heard is None and time.monotonic() < deadline:
+            while heard.stop_reason is None and time.monotonic() < deadline:
                 time.sleep(0.01)
-            assert heard.heard == ORPHANED
+            assert heard.stop_reason == LAUNCHER_GONE

@@ -8,11 +8,20 @@ import torch
 import torch.distributed as dist
 
 from foveal.distributed import peer_failure
-from foveal.distributed.peer_failure import dump_recorder, lost_peer, prepare_recorder, record_into
-from foveal.distributed.world import joined
+from foveal.distributed.peer_failure import (
+    describe_peer_failure,
+    dump_flight_recorder,
+    enable_flight_recorder,
+    set_flight_recorder_folder,
+)
+from foveal.distributed.world import init_world
 
 GLOO = "[/src/third_party/gloo/gloo/transport/tcp/"
-NAMES = (*peer_failure._EVENTS, *peer_failure._DUMPS, *peer_failure._FILES)
+NAMES = (
+    *peer_failure._BUFFER_SIZE_VARIABLES,
+    *peer_failure._DUMP_ON_TIMEOUT_VARIABLES,
+    *peer_failure._DUMP_FILE_VARIABLES,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +47,7 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_lost_peer_is_a_sentence(error: BaseException, what: str | None) -> None:
-    said = lost_peer(error)
+    said = describe_peer_failure(error)
     assert said is not None
     assert said.startswith(f"rank 0 lost a peer in a collective: {what or ''}")
     assert "\n" not in said and "/src/" not in said
@@ -49,20 +58,20 @@ def test_a_lost_peer_is_a_sentence(error: BaseException, what: str | None) -> No
     "error", [RuntimeError("shapes do not match"), ValueError("Connection closed by peer"), OSError("gloo/x.cc:1")]
 )
 def test_other_errors_are_not(error: BaseException) -> None:
-    assert lost_peer(error) is None
+    assert describe_peer_failure(error) is None
 
 
 def test_what_led_to_an_error_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
     cause = RuntimeError(f"{GLOO}pair.cc:1] Connection reset by peer")
     for error in (_raised_while(cause), _raised_from(cause)):
-        assert (lost_peer(error) or "").startswith("rank 3 lost a peer")
+        assert (describe_peer_failure(error) or "").startswith("rank 3 lost a peer")
     hidden = _raised_from(None, while_=cause)
-    assert lost_peer(hidden) is None
+    assert describe_peer_failure(hidden) is None
     loop = RuntimeError("a")
     loop.__cause__ = RuntimeError("b")
     loop.__cause__.__cause__ = loop
-    assert lost_peer(loop) is None
+    assert describe_peer_failure(loop) is None
 
 
 def _raised_while(handled: BaseException) -> BaseException:
@@ -88,8 +97,8 @@ def _raised_from(cause: BaseException | None, while_: BaseException | None = Non
 def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCH_NCCL_TRACE_BUFFER_SIZE", "17")  # the older name counts too
     monkeypatch.setenv("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", "/elsewhere/")
-    prepare_recorder()
-    record_into(tmp_path)
+    enable_flight_recorder()
+    set_flight_recorder_folder(tmp_path)
     found = {name: os.environ[name] for name in NAMES if name in os.environ}
     assert found == {
         "TORCH_NCCL_TRACE_BUFFER_SIZE": "17",
@@ -100,7 +109,7 @@ def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 def test_without_a_place_nothing_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    dump_recorder(0)
+    dump_flight_recorder(0)
     assert not list(tmp_path.iterdir())
 
 
@@ -112,6 +121,6 @@ def test_every_group_gets_the_timeout_that_was_set() -> None:
         return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
 
     before = torch.distributed.distributed_c10d.default_pg_timeout
-    with joined(7.0):
+    with init_world(7.0):
         assert (seconds(dist.group.WORLD), seconds(dist.new_group([0]))) == (7.0, 7.0)  # type: ignore[arg-type]
     assert torch.distributed.distributed_c10d.default_pg_timeout == before

@@ -15,17 +15,17 @@ import torch
 from ranks import Ranks, stage_named
 
 from foveal.distributed.preemption import (
-    NOTICE,
-    Notice,
+    NOTICE_ENV_VAR,
     Preemption,
-    listening,
-    notice,
-    requeue,
-    seconds_left,
+    ShutdownNotice,
+    handle_stop_signals,
+    read_seconds_left,
+    read_shutdown_notice,
+    requeue_slurm_job,
 )
 from foveal.distributed.world import World
-from foveal.tracking.jsonl import read_rows
-from foveal.training.cli import enter, load
+from foveal.tracking.jsonl import read_metric_rows
+from foveal.training.cli import load_config, run_stage
 from foveal.training.plan import Plan
 from foveal.training.run import Run
 
@@ -71,15 +71,15 @@ def calls(scontrol: Path) -> list[str]:
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_a_signal_sets_a_flag_and_the_handlers_are_put_back(number: signal.Signals) -> None:
     before = [signal.getsignal(each) for each in SIGNALS]
-    with listening(ALONE) as preemption:
-        assert preemption.heard is None
+    with handle_stop_signals(ALONE) as preemption:
+        assert preemption.stop_reason is None
         os.kill(os.getpid(), number)
-        assert preemption.heard == number.name
+        assert preemption.stop_reason == number.name
         if number != signal.SIGINT:
             os.kill(os.getpid(), number)  # Slurm repeats itself; that changes nothing
-            assert (preemption.heard, preemption.again) == (number.name, False)
+            assert (preemption.stop_reason, preemption.asked_again) == (number.name, False)
     assert [signal.getsignal(each) for each in SIGNALS] == before
-    with pytest.raises(RuntimeError, match="a mistake"), listening(ALONE):
+    with pytest.raises(RuntimeError, match="a mistake"), handle_stop_signals(ALONE):
         raise RuntimeError("a mistake")
     assert [signal.getsignal(each) for each in SIGNALS] == before
 
@@ -106,12 +106,12 @@ def test_asked_again_is_in_a_hurry_and_an_echo_is_not(
 ) -> None:
     """Slurm sends TERM to the step and again to the job, within milliseconds."""
     preemption = Preemption(ALONE)
-    preemption.note(signal.SIGUSR1, None)
+    preemption.handle_signal(signal.SIGUSR1, None)
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + later)
-    preemption.note(signal.SIGTERM, None)
-    assert preemption.heard == "SIGUSR1"
-    assert preemption.hurried(0.0) is hurried
+    preemption.handle_signal(signal.SIGTERM, None)
+    assert preemption.stop_reason == "SIGUSR1"
+    assert preemption.is_urgent(0.0) is hurried
 
 
 JOB = (
@@ -170,7 +170,7 @@ def test_the_notice_is_the_shortest_that_slurm_may_give(
     said: dict[str, Any], seconds: float | None, source: str, in_step: Path
 ) -> None:
     describe(in_step, **said)
-    found = notice()
+    found = read_shutdown_notice()
     assert (found and found.seconds) == seconds
     assert found is None or source in found.source
 
@@ -188,24 +188,24 @@ def test_the_seconds_that_are_left_follow_the_end_that_slurm_plans(
     said: dict[str, Any], seconds: float | None, in_step: Path
 ) -> None:
     describe(in_step, **said)
-    assert seconds_left() == seconds
+    assert read_seconds_left() == seconds
     preemption = Preemption(ALONE)
-    preemption.note(signal.SIGTERM, None)
-    assert preemption.hurried(30.0) is (seconds is not None and seconds < 30)
+    preemption.handle_signal(signal.SIGTERM, None)
+    assert preemption.is_urgent(30.0) is (seconds is not None and seconds < 30)
 
 
 def test_outside_slurm_nobody_knows_of_an_end(scontrol: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(scontrol), prepend=os.pathsep)
     describe(scontrol)
-    assert notice() is None
-    assert seconds_left() is None
+    assert read_shutdown_notice() is None
+    assert read_seconds_left() is None
 
 
 def _hurry(world: World, told: Sequence[int]) -> bool:
     preemption = Preemption(world)
     if world.rank in told:
-        preemption.again = True
-    return preemption.hurried(1.0)
+        preemption.asked_again = True
+    return preemption.is_urgent(1.0)
 
 
 @pytest.mark.parametrize(("told", "agreed"), [((), False), ((0,), True), ((1,), True), ((0, 1), True)])
@@ -215,8 +215,8 @@ def test_ranks_are_in_a_hurry_together(told: Sequence[int], agreed: bool, two_ra
 
 def test_a_lead_that_slurm_keeps_to_itself_can_be_stated(in_step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     describe(in_step, how="none")
-    monkeypatch.setenv(NOTICE, "600")
-    assert notice() == Notice(600.0, NOTICE)
+    monkeypatch.setenv(NOTICE_ENV_VAR, "600")
+    assert read_shutdown_notice() == ShutdownNotice(600.0, NOTICE_ENV_VAR)
 
 
 def test_after_the_end_no_signal_is_heard() -> None:
@@ -239,7 +239,7 @@ def test_outside_a_step_nobody_is_asked(
     monkeypatch.setenv("PATH", str(scontrol), prepend=os.pathsep)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert requeue() is None
+    assert requeue_slurm_job() is None
     assert calls(scontrol) == []
 
 
@@ -260,7 +260,7 @@ def test_slurm_is_asked_once_and_its_refusal_is_passed_on(
     monkeypatch.setenv("PATH", str(scontrol), prepend=os.pathsep)
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
-    assert requeue() == answer
+    assert requeue_slurm_job() == answer
     assert calls(scontrol) == ["requeue 77"]
 
 
@@ -287,11 +287,11 @@ def test_slurm_is_asked_where_it_ends_the_job_and_a_sigterm_alone_is_left_to_the
     monkeypatch.setenv("PATH", str(scontrol), prepend=os.pathsep)
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(World, "most", lambda _, mine: [max(pair) for pair in zip(mine, peers, strict=True)])
-    monkeypatch.setattr(World, "once", lambda _, take: take())
+    monkeypatch.setattr(World, "all_reduce_max", lambda _, mine: [max(pair) for pair in zip(mine, peers, strict=True)])
+    monkeypatch.setattr(World, "on_rank0", lambda _, take: take())
     preemption = Preemption(ALONE)
-    preemption.heard = heard
-    preemption.go_on_later()
+    preemption.stop_reason = heard
+    preemption.requeue_if_preempted()
     assert calls(scontrol) == (["requeue 77"] if asked else [])
     assert [each.startswith("foveal: saved and left on SIGTERM") for each in caplog.messages] == [True] * left
 
@@ -302,7 +302,7 @@ def test_a_container_without_scontrol_is_a_refusal_and_no_traceback(
     monkeypatch.setenv("PATH", str(tmp_path))
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
-    assert "scontrol" in (requeue() or "")
+    assert "scontrol" in (requeue_slurm_job() or "")
 
 
 def _told_while_training(world: World, config: Path, run: Path, scontrol: Path, told: int) -> bool:
@@ -314,13 +314,13 @@ def _told_while_training(world: World, config: Path, run: Path, scontrol: Path, 
         if world.rank == told:
             os.kill(os.getpid(), signal.SIGUSR1)
         stage.train(plan, opened)
-        left.append(opened.left)
+        left.append(opened.is_preempted)
 
     before = dict(os.environ)
     os.environ |= STEP | {"PATH": f"{scontrol}{os.pathsep}{os.environ['PATH']}"}
     try:
-        cfg = load(stage.config, "finetune", str(config), [f"run.dir={run}", "tracking.uri=null"])
-        enter(dataclasses.replace(stage, train=train), cfg, world)
+        cfg = load_config(stage.config_class, "finetune", str(config), [f"run.dir={run}", "tracking.uri=null"])
+        run_stage(dataclasses.replace(stage, train=train), cfg, world)
     finally:
         os.environ.clear()
         os.environ |= before
@@ -336,10 +336,10 @@ def test_ranks_leave_together_saved_and_requeued_once(
     assert calls(scontrol) == ["requeue 77"]
     saved = max(int(folder.name.split("-")[1]) for folder in (run / "checkpoints").glob("step-*"))
     assert not (run / "finished.json").exists()
-    assert [row["step"] for row in read_rows(run / "metrics.jsonl")] == list(range(1, saved + 1))
+    assert [row["step"] for row in read_metric_rows(run / "metrics.jsonl")] == list(range(1, saved + 1))
     assert two_ranks.call(_told_while_training, configs["finetune"], run, scontrol, -1) == [False, False]
     assert calls(scontrol) == ["requeue 77"]
     assert (run / "finished.json").exists()
-    steps = [row["step"] for row in read_rows(run / "metrics.jsonl") if "loss" in row]
+    steps = [row["step"] for row in read_metric_rows(run / "metrics.jsonl") if "loss" in row]
     assert steps == list(range(1, len(steps) + 1))
     assert len(steps) > saved

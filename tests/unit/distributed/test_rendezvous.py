@@ -16,12 +16,12 @@ import pytest
 import torch.distributed as dist
 
 from foveal.distributed import rendezvous, tcp_store
-from foveal.distributed.launcher import Seat, places
-from foveal.distributed.rendezvous import meet, ranks_in_words
+from foveal.distributed.launcher import LaunchEnv, rendezvous_addresses
+from foveal.distributed.rendezvous import format_ranks, join_rendezvous
 from foveal.distributed.run_identity import RunIdentity
-from foveal.distributed.tcp_store import Lifeline
-from foveal.errors import FovealError, Hung, LaunchError, RankConflict, Superseded
-from foveal.timeouts import within
+from foveal.distributed.tcp_store import ServerProbe
+from foveal.errors import AttemptSupersededError, FovealError, LaunchError, RankConflictError, TrainingHungError
+from foveal.timeouts import call_with_timeout
 
 _JOBS = itertools.count(77)
 STEP = {"SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost", "SLURM_PROCID": "0"}
@@ -37,7 +37,7 @@ def address(monkeypatch: pytest.MonkeyPatch) -> str:
         monkeypatch.delenv(name)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(port))
-    monkeypatch.setattr(rendezvous, "_LINGERS", 1.0)
+    monkeypatch.setattr(rendezvous, "_SERVER_EXIT_SECONDS", 1.0)
     return f"127.0.0.1:{port}"
 
 
@@ -48,9 +48,9 @@ def step(address, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, i
         monkeypatch.delenv(name)
     for name, value in (STEP | {"SLURM_JOB_ID": str(next(_JOBS))}).items():  # a store may outlive its test by a moment
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(tcp_store, "_ANSWERING", 2.0)
-    there = places(Seat(0, 2, 0, "srun"))
-    monkeypatch.setattr(tcp_store, "places", lambda _: there)  # ``meet`` sets MASTER_PORT, of all threads at once
+    monkeypatch.setattr(tcp_store, "_ANSWER_TIMEOUT_SECONDS", 2.0)
+    there = rendezvous_addresses(LaunchEnv(0, 2, 0, "srun"))
+    monkeypatch.setattr(tcp_store, "rendezvous_addresses", lambda _: there)  # ``join_rendezvous`` sets MASTER_PORT, of all threads at once
     yield there
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
@@ -62,8 +62,8 @@ def pool() -> Iterator[ThreadPoolExecutor]:
         yield threads
 
 
-def by_hand(rank: int, size: int) -> Seat:
-    return Seat(rank, size, rank, "environment")
+def by_hand(rank: int, size: int) -> LaunchEnv:
+    return LaunchEnv(rank, size, rank, "environment")
 
 
 def a_run(size: int, directory: str = "A", **settings: Any) -> RunIdentity:
@@ -77,13 +77,13 @@ def an_attempt(size: int, restart: int = 0, step: int = 0, **settings: Any) -> R
 def come(rank: int, run: RunIdentity, seconds: float = 60.0, launcher: str = "environment") -> dist.Store | FovealError:
     """What a rank gets to know: the store, or why there is none."""
     try:
-        return meet(Seat(rank, run.size, rank, launcher), run, seconds)
+        return join_rendezvous(LaunchEnv(rank, run.world_size, rank, launcher), run, seconds)
     except FovealError as error:
         return error
 
 
 def test_all_ranks_meet_in_one_store(address, pool) -> None:
-    stores = list(pool.map(lambda rank: meet(by_hand(rank, 3), a_run(3), 60.0), range(3)))
+    stores = list(pool.map(lambda rank: join_rendezvous(by_hand(rank, 3), a_run(3), 60.0), range(3)))
     stores[2].set("word", "said")
     assert [store.get("word") for store in stores] == [b"said"] * 3
     host, port = address.split(":")
@@ -110,7 +110,7 @@ def test_a_rank_of_another_run_in_place_of_ones_own_ends_both(
 ) -> None:
     monkeypatch.setattr(rendezvous, "_GRACE", 0.5)
     first, second = pool.map(come, (0, 1), (a_run(2), other))
-    assert isinstance(first, RankConflict) and isinstance(second, RankConflict)
+    assert isinstance(first, RankConflictError) and isinstance(second, RankConflictError)
     assert f"rank 1 of {other}" in str(first)
     assert str(first).endswith(
         f"came to where this run meets, and 1 of 2 ranks came (rank 0 on {socket.gethostname()}), but not rank 1"
@@ -124,7 +124,7 @@ def test_a_stranger_does_not_end_a_run_whose_ranks_come(address, pool) -> None:
     first = pool.submit(come, 0, a_run(3))
     stranger = come(2, a_run(3, "B"))
     late = list(pool.map(come, (1, 2), [a_run(3)] * 2))
-    assert isinstance(stranger, RankConflict)
+    assert isinstance(stranger, RankConflictError)
     assert all(isinstance(each, dist.Store) for each in (first.result(), *late))
 
 
@@ -133,7 +133,7 @@ def test_a_stranger_takes_no_time_from_ranks_that_a_launcher_has_started(
 ) -> None:
     monkeypatch.setattr(rendezvous, "_GRACE", 0.1)
     first = pool.submit(come, 0, an_attempt(2))
-    assert isinstance(come(1, a_run(2)), RankConflict)
+    assert isinstance(come(1, a_run(2)), RankConflictError)
     time.sleep(1)
     assert isinstance(come(1, an_attempt(2)), dist.Store)
     assert isinstance(first.result(), dist.Store)
@@ -147,21 +147,21 @@ def test_two_runs_at_one_address_never_mix(address, pool) -> None:
     met = {name: [isinstance(each, dist.Store) for run, _, each in came if run == name] for name in runs}
     assert sorted(met.values()) == [[False] * 3, [True] * 3], came
     conflicts = [each for _, _, each in came if not isinstance(each, dist.Store)]
-    assert all(isinstance(each, RankConflict) for each in conflicts)
+    assert all(isinstance(each, RankConflictError) for each in conflicts)
 
 
 def test_a_second_rank_0_is_told_whose_address_it_is(address, pool) -> None:
     ranks = [pool.submit(come, rank, a_run(2)) for rank in (0, 1)]
     assert all(isinstance(each.result(), dist.Store) for each in ranks)
     other = come(0, a_run(2, "B"))
-    assert isinstance(other, RankConflict)
+    assert isinstance(other, RankConflictError)
     assert str(other) == f"{address} is where the ranks of {a_run(2)} meet: set another MASTER_PORT for {a_run(2, 'B')}"
 
 
 def test_one_rank_twice_is_a_sentence_for_everybody(address, pool) -> None:
     came = list(pool.map(come, (0, 1, 1), [a_run(3)] * 3))
     said = {str(each) for each in came}
-    assert [type(each) for each in came] == [RankConflict] * 3
+    assert [type(each) for each in came] == [RankConflictError] * 3
     assert len(said) == 1
     assert said.pop().startswith("two processes came as rank 1 of 3, process ")
 
@@ -170,7 +170,7 @@ def test_a_late_rank_of_a_dead_attempt_harms_nobody(address, pool) -> None:
     first = pool.submit(come, 0, an_attempt(2, restart=1))
     late = come(1, an_attempt(2, restart=0))
     own = come(1, an_attempt(2, restart=1))
-    assert isinstance(late, Superseded)
+    assert isinstance(late, AttemptSupersededError)
     assert late.exit_code == 4
     assert isinstance(first.result(), dist.Store) and isinstance(own, dist.Store)
 
@@ -178,7 +178,7 @@ def test_a_late_rank_of_a_dead_attempt_harms_nobody(address, pool) -> None:
 def test_what_a_run_says_another_does_not_read(address, pool) -> None:
     store, _ = pool.map(come, (0, 1), [a_run(2)] * 2)
     assert isinstance(store, dist.Store)
-    other = tcp_store.connect(20.0, a_run(2, "B").key)
+    other = tcp_store.connect_to_store(20.0, a_run(2, "B").store_key)
     other.set("word", "said")
     assert not store.check(["word"])
     assert not other.check(["here/0"])
@@ -193,7 +193,7 @@ def test_two_steps_of_a_job_meet_apart(step, pool, monkeypatch: pytest.MonkeyPat
     assert all(isinstance(each.result(), dist.Store) for each in ranks), [each.result() for each in ranks]
     for name, value in {"MASTER_ADDR": "", "MASTER_PORT": "", "SLURM_STEP_ID": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert set(places(Seat(0, 2, 0, "srun"))).isdisjoint(step)
+    assert set(rendezvous_addresses(LaunchEnv(0, 2, 0, "srun"))).isdisjoint(step)
 
 
 @pytest.mark.parametrize("listens", ["silent", "talking"])
@@ -218,7 +218,7 @@ def _greet(server: socket.socket) -> None:
 def test_an_address_that_a_shell_has_left_is_replaced(
     left: str, step, pool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tcp_store, "places", lambda _: [("elsewhere", 29500), *step])
+    monkeypatch.setattr(tcp_store, "rendezvous_addresses", lambda _: [("elsewhere", 29500), *step])
     real = {name: getattr(socket, name) for name in ("getaddrinfo", "create_connection")}
 
     def resolved(host: str, *rest: object, **how: object) -> object:
@@ -253,9 +253,9 @@ def test_an_address_of_another_machine_is_a_sentence_where_no_launcher_knows_bet
 
 
 def test_a_start_without_a_free_port_is_worth_another(step, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tcp_store, "_bound", _in_use)
+    monkeypatch.setattr(tcp_store, "_bind_listener", _in_use)
     said = come(0, an_attempt(2), launcher="srun")
-    assert isinstance(said, Hung)
+    assert isinstance(said, TrainingHungError)
     assert "another program listens at localhost:" in str(said)
 
 
@@ -267,7 +267,7 @@ def test_a_name_that_is_the_loopback_to_its_own_node_alone_is_served_everywhere(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(socket.AF_INET, 1, 6, "", ("127.0.1.1", 0))])
-    with contextlib.closing(tcp_store._listening("node1", 0)) as listener:
+    with contextlib.closing(tcp_store._open_listener("node1", 0)) as listener:
         assert listener.getsockname()[0] == "0.0.0.0"  # noqa: S104 - that is what is asked
 
 
@@ -290,7 +290,7 @@ def test_rank_0_that_does_not_come_is_a_sentence(address) -> None:
 
 
 def test_another_program_at_the_port_is_a_sentence_for_everybody(address, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tcp_store, "_ANSWERING", 0.5)
+    monkeypatch.setattr(tcp_store, "_ANSWER_TIMEOUT_SECONDS", 0.5)
     with contextlib.closing(socket.create_server(("127.0.0.1", int(address.partition(":")[2])))):
         first = str(come(0, a_run(2), 5.0))
         assert first.startswith(f"rank 0 cannot serve the ranks' store: another program listens at {address}")
@@ -311,17 +311,17 @@ def test_under_torchrun_rank_0_is_a_guest_too(address, pool, monkeypatch: pytest
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     ranks = list(pool.map(come, (1, 0), [a_run(2)] * 2, [60.0] * 2, ["torchrun"] * 2))
     assert all(isinstance(each, dist.Store) for each in ranks), ranks
-    assert agent.get(f"foveal/{a_run(2).key}/came") == b"2"
+    assert agent.get(f"foveal/{a_run(2).store_key}/came") == b"2"
 
 
 def test_a_lifeline_ends_with_its_server(address) -> None:
     server = socket.create_server(("127.0.0.1", int(address.partition(":")[2])))
-    with contextlib.closing(Lifeline(20.0)) as line:
+    with contextlib.closing(ServerProbe(20.0)) as line:
         theirs, _ = server.accept()
-        assert line.holds()
+        assert line.is_alive()
         theirs.close()
         server.close()
-        while line.holds():  # as soon as the kernel has told
+        while line.is_alive():  # as soon as the kernel has told
             pass
 
 
@@ -329,13 +329,13 @@ def test_a_lifeline_ends_with_its_server(address) -> None:
     ("ranks", "words"), [([3], "rank 3"), ([0, 1], "ranks 0-1"), ([5, 0, 1, 2, 7, 8], "ranks 0-2, 5, 7-8")]
 )
 def test_ranks_in_words(ranks: list[int], words: str) -> None:
-    assert ranks_in_words(ranks) == words
+    assert format_ranks(ranks) == words
 
 
 def test_a_call_returns_raises_or_is_left_behind() -> None:
-    assert within(20.0, lambda: 3) == 3
-    assert within(20.0, lambda: None) is None
+    assert call_with_timeout(20.0, lambda: 3) == 3
+    assert call_with_timeout(20.0, lambda: None) is None
     with pytest.raises(KeyError, match="x"):
-        within(20.0, lambda: {}["x"])
+        call_with_timeout(20.0, lambda: {}["x"])
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as silent, pytest.raises(TimeoutError):
-        within(0.1, silent.accept)
+        call_with_timeout(0.1, silent.accept)

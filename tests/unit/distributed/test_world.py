@@ -6,18 +6,18 @@ import pytest
 import torch
 
 from foveal.distributed import world
-from foveal.distributed.launcher import Seat
+from foveal.distributed.launcher import LaunchEnv
 from foveal.distributed.world import (
-    ArrayTask,
+    SlurmArrayTask,
     World,
-    array_task,
-    describe,
-    device_of,
-    job_id,
-    joined,
-    slurm_job,
+    describe_rank,
+    init_world,
+    read_slurm_array_task,
+    select_device,
+    slurm_job_id,
+    slurm_job_tags,
 )
-from foveal.errors import FovealError, Hung, LaunchError, RankConflict
+from foveal.errors import FovealError, LaunchError, RankConflictError, TrainingHungError
 
 STEP = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
 STEP |= {"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "16"}
@@ -34,18 +34,18 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_alone_a_world_needs_nobody_and_leaves_nothing() -> None:
-    with joined(5.0) as world:
-        assert (world.rank, world.size, world.local, world.launcher) == (0, 1, 0, "none")
+    with init_world(5.0) as world:
+        assert (world.rank, world.size, world.local_rank, world.launcher) == (0, 1, 0, "none")
         assert torch.distributed.is_initialized()
-        assert world.any(True) and not world.any(False)
-        assert world.most((3, 0, 5)) == [3, 0, 5]
-        assert world.broadcast("x") == "x"
-        assert world.gather(3) == [3]
-        assert world.sum(torch.tensor([2.0])).item() == 2.0
+        assert world.any_rank(True) and not world.any_rank(False)
+        assert world.all_reduce_max((3, 0, 5)) == [3, 0, 5]
+        assert world.broadcast_object("x") == "x"
+        assert world.all_gather_objects(3) == [3]
+        assert world.all_reduce_sum(torch.tensor([2.0])).item() == 2.0
         world.barrier()
         assert os.environ["WORLD_SIZE"] == "1"
     assert not torch.distributed.is_initialized()
-    with pytest.raises(RuntimeError, match="a mistake"), joined(5.0):
+    with pytest.raises(RuntimeError, match="a mistake"), init_world(5.0):
         raise RuntimeError("a mistake")
     assert not torch.distributed.is_initialized()
 
@@ -58,17 +58,17 @@ def test_a_step_of_slurm_looks_like_torchrun(monkeypatch: pytest.MonkeyPatch) ->
         seen.update(os.environ)
         seen["backend"] = backend
 
-    def meet(here: Seat, run: object, seconds: float) -> None:
-        seen["met"] = f"{here.rank} of {here.size}, {seconds:g} s"
+    def meet(here: LaunchEnv, run: object, seconds: float) -> None:
+        seen["met"] = f"{here.rank} of {here.world_size}, {seconds:g} s"
         os.environ |= {"MASTER_ADDR": "gpu4", "MASTER_PORT": "23456"}
 
-    monkeypatch.setattr(world, "meet", meet)
+    monkeypatch.setattr(world, "join_rendezvous", meet)
     monkeypatch.setattr(torch.distributed, "init_process_group", start)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name, value in (STEP | {"SLURM_JOB_NODELIST": "gpu[3-5]", "SLURM_STEP_NODELIST": "gpu[4-5]"}).items():
         monkeypatch.setenv(name, value)
-    with joined(5.0):
+    with init_world(5.0):
         pass
     assert seen["met"] == "3 of 4, 600 s", "coming together has a limit of its own"
     assert {name: seen[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")} == {
@@ -84,12 +84,12 @@ def test_a_step_of_slurm_looks_like_torchrun(monkeypatch: pytest.MonkeyPatch) ->
 def _verbs(world: World) -> dict[str, object]:
     values = torch.arange(3.0) * (world.rank + 1)
     return {
-        "any": (world.any(world.rank == 1), world.any(False)),
-        "most": world.most([world.rank, 7 - world.rank, 0]),
-        "sum": world.sum(values).tolist(),
+        "any": (world.any_rank(world.rank == 1), world.any_rank(False)),
+        "most": world.all_reduce_max([world.rank, 7 - world.rank, 0]),
+        "sum": world.all_reduce_sum(values).tolist(),
         "mine": values.tolist(),
-        "broadcast": world.broadcast({"from": world.rank}),
-        "gather": world.gather(f"rank {world.rank}"),
+        "broadcast": world.broadcast_object({"from": world.rank}),
+        "gather": world.all_gather_objects(f"rank {world.rank}"),
     }
 
 
@@ -104,24 +104,24 @@ def test_two_ranks_hear_the_same(two_ranks) -> None:
 
 
 def test_the_log_and_the_tags_say_where(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert slurm_job() == {}
+    assert slurm_job_tags() == {}
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-    assert slurm_job() == {"slurm_job_id": "77", "slurm_restart_count": "2"}
-    said = describe(World(3, 4, 1, "srun", torch.device("cpu")))
+    assert slurm_job_tags() == {"slurm_job_id": "77", "slurm_restart_count": "2"}
+    said = describe_rank(World(3, 4, 1, "srun", torch.device("cpu")))
     assert said.startswith("rank 3 of 4 on ")
     assert said.endswith("local rank 1, cpu, launcher srun, SLURM_JOB_ID=77, SLURM_RESTART_COUNT=2")
 
 
 def test_a_task_of_an_array_is_called_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """SLURM_JOB_ID of one of the tasks is that of the whole array."""
-    assert array_task() is None
+    assert read_slurm_array_task() is None
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "77")
     for name, value in {"ID": "4", "COUNT": "5", "MIN": "0", "MAX": "4"}.items():
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
-    assert (job_id(), slurm_job()) == ("77_4", {"slurm_job_id": "77_4"})
-    assert array_task() == ArrayTask(number=4, count=5, lowest=0, highest=4)
+    assert (slurm_job_id(), slurm_job_tags()) == ("77_4", {"slurm_job_id": "77_4"})
+    assert read_slurm_array_task() == SlurmArrayTask(task_id=4, task_count=5, min_task_id=0, max_task_id=4)
 
 
 @pytest.mark.parametrize(("seen", "local", "index"), [(1, 3, 0), (4, 3, 3), (4, 0, 0)])
@@ -131,20 +131,20 @@ def test_one_gpu_for_each_task_or_all_for_every_task(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
-    assert device_of(Seat(local, 8, local, "srun")) == torch.device("cuda", index)
+    assert select_device(LaunchEnv(local, 8, local, "srun")) == torch.device("cuda", index)
 
 
 def test_more_tasks_than_gpus_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(LaunchError, match="local rank 2 has no GPU: this process sees 2; start as many tasks"):
-        device_of(Seat(2, 4, 2, "srun"))
+        select_device(LaunchEnv(2, 4, 2, "srun"))
 
 
 def _agreed(world: World, facts: list[dict[str, object]]) -> str:
     try:
-        world.agree(facts[world.rank])
-    except RankConflict as error:
+        world.check_equal_on_ranks(facts[world.rank])
+    except RankConflictError as error:
         return str(error)
     return "agreed"
 
@@ -162,13 +162,13 @@ def test_ranks_whose_nodes_show_them_other_facts_hear_it(second: dict[str, objec
     assert two_ranks.call(_agreed, [{"data": "abc", "seed": 1}, second]) == [said] * 2
 
 
-@pytest.mark.parametrize(("restarts", "kind"), [(None, LaunchError), ("0", LaunchError), ("2", Hung)])
+@pytest.mark.parametrize(("restarts", "kind"), [(None, LaunchError), ("0", LaunchError), ("2", TrainingHungError)])
 def test_ranks_that_do_not_come_are_worth_another_start_only_in_a_job_that_was_started_before(
     restarts: str | None, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
     if restarts is not None:
         monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
-    with pytest.raises(FovealError) as caught, world._of_a_restart():
+    with pytest.raises(FovealError) as caught, world._hung_if_restarted():
         raise LaunchError("1 of 2 ranks came")
     assert (type(caught.value), str(caught.value)) == (kind, "1 of 2 ranks came")

@@ -6,22 +6,26 @@ import pytest
 import torch
 
 from foveal.distributed.world import World
-from foveal.engines.accelerate import _accelerator
+from foveal.engines.accelerate import _create_accelerator
 from foveal.engines.base import EngineConfig
-from foveal.engines.build import check_engine
-from foveal.engines.deepspeed import settings
+from foveal.engines.build import check_engine_config
+from foveal.engines.deepspeed import build_deepspeed_config
 from foveal.errors import ConfigError, LaunchError
 from foveal.optim.optimizers import OptimConfig
 
 
 def check(ranks: int = 2, **chosen: Any) -> None:
-    check_engine(EngineConfig(**chosen), OptimConfig(), ranks, at_once=1, accumulate=1)
+    check_engine_config(EngineConfig(**chosen), OptimConfig(), ranks, microbatch_size=1, accumulation_steps=1)
 
 
 def test_an_engine_takes_the_optimizers_that_it_can() -> None:
     def take(optimizer: str, **chosen: Any) -> None:
-        check_engine(
-            EngineConfig(**chosen), OptimConfig.model_validate({"kind": optimizer}), 2, at_once=1, accumulate=1
+        check_engine_config(
+            EngineConfig(**chosen),
+            OptimConfig.model_validate({"kind": optimizer}),
+            2,
+            microbatch_size=1,
+            accumulation_steps=1,
         )
 
     for optimizer, where in (("sgd", "ddp or fsdp2"), ("lars", "ddp")):
@@ -73,7 +77,7 @@ def test_what_can_be_is_let_through() -> None:
 
 def test_further_keys_reach_deepspeed() -> None:
     cfg = EngineConfig(zero=3, **zero(sub_group_size=10))
-    assert settings(OptimConfig(clip=0.5), cfg, 2, 4, 3) | {"zero_optimization": {}} == {
+    assert build_deepspeed_config(OptimConfig(clip=0.5), cfg, 2, 4, 3) | {"zero_optimization": {}} == {
         "train_batch_size": 24,
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": 3,
@@ -84,7 +88,10 @@ def test_further_keys_reach_deepspeed() -> None:
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
-    assert settings(OptimConfig(), cfg, 2, 4, 3)["zero_optimization"] == {"stage": 3, "sub_group_size": 10}
+    assert build_deepspeed_config(OptimConfig(), cfg, 2, 4, 3)["zero_optimization"] == {
+        "stage": 3,
+        "sub_group_size": 10,
+    }
 
 
 @pytest.mark.parametrize(("variable", "sharding"), [("DEEPSPEED", "deepspeed"), ("FSDP", "fsdp2")])
@@ -94,7 +101,7 @@ def test_a_launcher_that_says_otherwise_is_refused(
     monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
     world = World(0, 1, 0, "torchrun", torch.device("cpu"))
     with pytest.raises(LaunchError, match=rf"engine\.sharding is ddp; set engine\.sharding={sharding}, or launch"):
-        _accelerator(EngineConfig(kind="accelerate"), world, 1)
+        _create_accelerator(EngineConfig(kind="accelerate"), world, 1)
 
 
 UNKNOWN: list[tuple[dict[str, Any], str]] = [

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 from finetune.config import FinetuneConfig
-from finetune.plan import plan
-from finetune.run import parts
+from finetune.plan import plan_training
+from finetune.run import build
 from foveal.errors import ConfigError, DataError, ExportError, FovealError
-from foveal.forecast.trace import flops_of
-from foveal.models.backbone import build_backbone, head_names
+from foveal.forecast.trace import count_flops
+from foveal.models.backbone import build_backbone, head_parameter_names
 from foveal.models.classify import Classifier
 from foveal.models.vit import VitConfig, build_encoder, encoder_card
 from foveal.weights.export import Card, write_export
@@ -33,13 +33,13 @@ def config(digits: Path, **settings: Any) -> FinetuneConfig:
     }
     for name, value in settings.items():
         tree[name] = tree[name] | value if isinstance(tree.get(name), dict) and value is not None else value
-    return FinetuneConfig.checked(tree, "the test")
+    return FinetuneConfig.from_dict(tree, "the test")
 
 
 def export(folder: Path, **changed: Any) -> str:
     vit = VitConfig(**TINY)
-    told = encoder_card(vit, 8, 1, pooling="avg", classes=10)
-    model = build_encoder(vit, image_size=8, channels=1, pooling="avg", classes=10)
+    told = encoder_card(vit, 8, 1, pooling="avg", num_classes=10)
+    model = build_encoder(vit, image_size=8, channels=1, pooling="avg", num_classes=10)
     card = {"mean": (0.3054,), "std": (0.3763,), "classes": DIGITS} | changed
     write_export(folder, model.state_dict(), Card("finetune", told, **card))
     return str(folder)
@@ -104,44 +104,44 @@ def export(folder: Path, **changed: Any) -> str:
 )  # fmt: skip
 def test_one_sentence(digits: Path, settings: dict[str, Any], error: type[FovealError], sentence: str) -> None:
     with pytest.raises(error) as caught:
-        plan(config(digits, **settings), 1)
+        plan_training(config(digits, **settings), 1)
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_teacher_of_other_classes_or_pixels(digits: Path, tmp_path: Path) -> None:
-    here = plan(config(digits), 1)
+    here = plan_training(config(digits), 1)
     same: dict[str, Any] = {"mean": here.mean, "std": here.std}
     good = export(tmp_path / "good", **same)
-    told = plan(config(digits, teacher={"init": good}), 1)
-    assert "inherited.teacher" in told.science()
+    told = plan_training(config(digits, teacher={"init": good}), 1)
+    assert "inherited.teacher" in told.science_settings()
     for name, changed, sentence in (
         ("classes", {"classes": DIGITS[::-1]}, "has classes"),
         ("mean", {"mean": (0.5,)}, "has mean"),
     ):
         bad = export(tmp_path / name, **same | changed)
         with pytest.raises(ExportError, match=f"{sentence}.*they must be equal"):
-            plan(config(digits, teacher={"init": bad}), 1)
+            plan_training(config(digits, teacher={"init": bad}), 1)
     headless = build_encoder(VitConfig(**TINY), image_size=8, channels=1).state_dict()
     card = Card("finetune", encoder_card(VitConfig(**TINY), 8, 1), **same, classes=DIGITS)
     write_export(tmp_path / "headless", headless, card)
     with pytest.raises(ExportError, match="has no head that tells classes of an image"):
-        plan(config(digits, teacher={"init": str(tmp_path / "headless")}), 1)
+        plan_training(config(digits, teacher={"init": str(tmp_path / "headless")}), 1)
 
 
 def test_the_class_token_of_an_export_without_a_norm_behind_it(digits: Path, tmp_path: Path) -> None:
     """The mean of the patches took the norm's place; a probe reads what is there."""
     init = {"init": export(tmp_path / "export"), "model": None}
-    assert plan(config(digits, **init, pooling="avg"), 1).start is not None
+    assert plan_training(config(digits, **init, pooling="avg"), 1).init_source is not None
     with pytest.raises(ExportError, match="pooling=avg and has no norm behind its tokens"):
-        plan(config(digits, **init, pooling="token"), 1)
+        plan_training(config(digits, **init, pooling="token"), 1)
 
 
 def test_weights_of_others_without_a_name(digits: Path, tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
     for place in (tmp_path, tmp_path / "model.safetensors"):
         with pytest.raises(ExportError, match="for weights of others say which model of timm's they are"):
-            plan(config(digits, init=str(place), model=None), 1)
+            plan_training(config(digits, init=str(place), model=None), 1)
 
 
 TOKENS = {
@@ -153,11 +153,11 @@ TOKENS = {
 @pytest.mark.parametrize("kind", TOKENS)
 def test_a_token_for_a_teacher(kind: str, digits: Path, tmp_path: Path) -> None:
     """Its logits are told in training alone, and every weight has its part in them."""
-    here = plan(config(digits), 1)
+    here = plan_training(config(digits), 1)
     teacher = {"init": export(tmp_path / "teacher", mean=here.mean, std=here.std), "kind": "token"}
-    told = plan(config(digits, teacher=teacher, **TOKENS[kind]), 1)
-    model = parts(told, torch.device("cpu")).model
-    images = torch.randn(3, 1, *told.cfg.data.sides, generator=torch.Generator().manual_seed(0))
+    told = plan_training(config(digits, teacher=teacher, **TOKENS[kind]), 1)
+    model = build(told, torch.device("cpu")).model
+    images = torch.randn(3, 1, *told.cfg.data.image_hw, generator=torch.Generator().manual_seed(0))
     logits, token = model.train()(images, torch.empty(3, 0))
     assert logits.shape == token.shape == (3, 10)
     assert not logits.equal(token)
@@ -176,14 +176,14 @@ def test_a_token_for_a_teacher(kind: str, digits: Path, tmp_path: Path) -> None:
     ],
 )
 def test_no_token_for_a_teacher(settings: dict[str, Any], sentence: str, digits: Path, tmp_path: Path) -> None:
-    here = plan(config(digits), 1)
+    here = plan_training(config(digits), 1)
     teacher = {"init": export(tmp_path / "teacher", mean=here.mean, std=here.std), "kind": "token"}
     with pytest.raises(ConfigError, match=sentence):
-        plan(config(digits, teacher=teacher, **settings), 1)
+        plan_training(config(digits, teacher=teacher, **settings), 1)
 
 
 def test_balanced_weights_are_one_on_average(digits: Path) -> None:
-    told = plan(config(digits, class_weights="balanced"), 1)
+    told = plan_training(config(digits, class_weights="balanced"), 1)
     counts = told.dataset.class_counts("train")
     assert sum(w * n for w, n in zip(told.class_weights, counts, strict=True)) == pytest.approx(counts.sum())
     assert len({round(w * n, 6) for w, n in zip(told.class_weights, counts, strict=True)}) == 1
@@ -193,8 +193,8 @@ def test_a_plan_counts_the_search_for_the_worst(digits: Path) -> None:
     """Two steps of pgd are a forward each and half of a backward, the attacked image one more of both."""
 
     def work(**settings: Any) -> float:
-        told = plan(config(digits, **settings), 1)
-        return flops_of(lambda device: parts(told, device), 1, (8, 8)).both
+        told = plan_training(config(digits, **settings), 1)
+        return count_flops(lambda device: build(told, device), 1, (8, 8)).forward_backward
 
     plain = work()
     assert 3 * plain < work(adversarial={"iterations": 2}) < 4 * plain
@@ -202,23 +202,25 @@ def test_a_plan_counts_the_search_for_the_worst(digits: Path) -> None:
 
 def test_a_comparison_is_planned_as_its_first_trial_is(digits: Path) -> None:
     """Weights of classes are the labels' own, and what is planned is what a trial does."""
-    told = plan(config(digits, class_weights="balanced", trials={"arms": {"a": None}, "lr_per_256": [1e-3]}), 1)
-    alone = plan(config(digits, class_weights="balanced"), 1)
+    told = plan_training(
+        config(digits, class_weights="balanced", trials={"arms": {"a": None}, "lr_per_256": [1e-3]}), 1
+    )
+    alone = plan_training(config(digits, class_weights="balanced"), 1)
     assert told.class_weights == alone.class_weights
-    work = [flops_of(lambda device, of=of: parts(of, device), 1, (8, 8)).both for of in (told, alone)]
+    work = [count_flops(lambda device, of=of: build(of, device), 1, (8, 8)).forward_backward for of in (told, alone)]
     assert work[0] == work[1] > 0
 
 
 def test_arms_from_scratch_beside_weights_of_others(digits: Path) -> None:
     trials = {"arms": {"a": None}, "lr_per_256": [1e-3]}
-    assert plan(config(digits, trials=trials, init_name="test_resnet"), 1).runs == 3
+    assert plan_training(config(digits, trials=trials, init_name="test_resnet"), 1).num_runs == 3
 
 
 def test_a_frozen_networks_own_head_trains_whole() -> None:
     """A norm inside of the head keeps statistics; everything below keeps those that it came with."""
-    network = build_backbone("repvit_m0_9", 32, 3, classes=5)
-    heads = head_names("repvit_m0_9", 32, 3)
-    model = Classifier(network, trained=heads).train()
+    network = build_backbone("repvit_m0_9", 32, 3, num_classes=5)
+    heads = head_parameter_names("repvit_m0_9", 32, 3)
+    model = Classifier(network, trainable_prefixes=heads).train()
     training = {
         name for name, module in network.named_modules() if module.training and any(True for _ in module.buffers(False))
     }

@@ -6,7 +6,7 @@ import pytest
 from ranks import stage_named
 
 from foveal.errors import ConfigError
-from foveal.training.cli import load
+from foveal.training.cli import load_config
 from foveal.training.plan import Plan
 
 STOPPING = "early_stopping={metric: val_top1, patience: 2}"
@@ -16,7 +16,7 @@ NAMES = "val_top1, val_top5, val_loss"
 
 def planned(name: str, config: Path, *words: str) -> Plan:
     stage = stage_named(name)
-    return stage.plan(load(stage.config, name, str(config), [*words, "engine.kind=plain"]), 1)
+    return stage.build_plan(load_config(stage.config_class, name, str(config), [*words, "engine.kind=plain"]), 1)
 
 
 REFUSED = {
@@ -67,7 +67,7 @@ def test_a_plateau_is_of_fine_tuning(configs: dict[str, Path]) -> None:
 
 def test_when_evaluations_decide_their_cadence_is_science(configs: dict[str, Path]) -> None:
     def science(*words: str) -> dict[str, object]:
-        return planned("finetune", configs["finetune"], *words).science()
+        return planned("finetune", configs["finetune"], *words).science_settings()
 
     assert science("evaluate_every=5") == science("evaluate_every=7")
     one, other = (science(f"evaluate_every={every}", STOPPING) for every in (5, 7))
@@ -78,13 +78,13 @@ def test_the_rate_of_a_plan(configs: dict[str, Path]) -> None:
     """22 steps, 4 of them warm-up; the peak is 0.01."""
     steps = ("optim.schedule=step", "optim.step_epochs=[0.5, 0.75]", "optim.floor_lr=2e-4", "optim.warmup_epochs=0.2")
     plan = planned("finetune", configs["finetune"], *steps)
-    assert [plan.lr(step) for step in (0, 3, 10, 11, 15, 16, 21)] == pytest.approx(
+    assert [plan.compute_lr(step) for step in (0, 3, 10, 11, 15, 16, 21)] == pytest.approx(
         [0.0025, 0.01, 0.01, 0.001, 0.001, 2e-4, 2e-4]
     )
     constant = planned("finetune", configs["finetune"], "optim.schedule=constant", "optim.warmup_epochs=0.2")
-    assert [constant.lr(step) for step in (0, 3, 21)] == pytest.approx([0.0025, 0.01, 0.01])
+    assert [constant.compute_lr(step) for step in (0, 3, 21)] == pytest.approx([0.0025, 0.01, 0.01])
     plateau = ("optim.schedule=plateau", "optim.plateau_patience=2", "optim.step_factor=0.5", "evaluate_every=5")
     falling = planned("finetune", configs["finetune"], *plateau, "early_stopping={metric: val_loss, patience: null}")
-    assert falling.lr(21) == pytest.approx(0.01)
-    assert falling.lr(21, [3.0, 2.0, 2.0, 2.5]) == pytest.approx(0.005)
-    assert falling.lr(21, [3.0, 2.0, 1.0, 0.5]) == pytest.approx(0.01)
+    assert falling.compute_lr(21) == pytest.approx(0.01)
+    assert falling.compute_lr(21, [3.0, 2.0, 2.0, 2.5]) == pytest.approx(0.005)
+    assert falling.compute_lr(21, [3.0, 2.0, 1.0, 0.5]) == pytest.approx(0.01)

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from finetune.config import FinetuneConfig
-from finetune.model import classifier, groups
-from finetune.plan import plan, trial
+from finetune.model import classifier_from_plan, param_groups_from_plan
+from finetune.plan import plan_training, trial_config
 from foveal.config import read_yaml
 from foveal.errors import ConfigError, ExportError
 from foveal.models.backbone import BackboneCard, backbone_card, build_backbone
@@ -29,12 +29,12 @@ def settings(digits: Path, **further: Any) -> FinetuneConfig:
         "engine": {"kind": "plain"} | further.pop("engine", {}),
         "run": {"dir": "runs/x"},
     }
-    return FinetuneConfig.checked(tree | further, "here")
+    return FinetuneConfig.from_dict(tree | further, "here")
 
 
 def export(folder: Path, name: str = "test_resnet", size: int = 48, names: tuple[str, ...] = ()) -> Path:
     torch.manual_seed(1)
-    module = build_backbone(name, size, 1, classes=len(names))
+    module = build_backbone(name, size, 1, num_classes=len(names))
     card = Card("distill", backbone_card(name, size, 1, len(names)), (0.3,), (0.4,), classes=names)
     write_export(folder, module.state_dict(), card)
     return folder
@@ -42,36 +42,44 @@ def export(folder: Path, name: str = "test_resnet", size: int = 48, names: tuple
 
 def test_a_plan_says_what_batch_norm_sees(digits: Path) -> None:
     cfg = settings(digits, backbone="resnet18")
-    found = plan(cfg, 1)
+    found = plan_training(cfg, 1)
     assert found.backbone == BackboneCard(timm="resnet18", image_size=32, channels=1, classes=10)
-    (line,) = [line for line in found.lines() if line.startswith("norm")]
+    (line,) = [line for line in found.summary_lines() if line.startswith("norm")]
     assert line == (
         "norm      BatchNorm sees the images that a rank holds at once: the curve depends on the number of ranks and on "
         "batch.at_once (16 images here)"
     )
-    for other in ({"backbone": "pvt_v2_b0"}, {"model": TINY.tree()}):
-        assert not [line for line in plan(settings(digits, **other), 1).lines() if line.startswith("norm")]
+    for other in ({"backbone": "pvt_v2_b0"}, {"model": TINY.to_dict()}):
+        assert not [
+            line for line in plan_training(settings(digits, **other), 1).summary_lines() if line.startswith("norm")
+        ]
 
 
 def test_the_name_is_science_and_the_seed_decides_the_weights(digits: Path) -> None:
-    assert plan(settings(digits, backbone="test_resnet"), 1).science()["backbone"] == "test_resnet"
+    assert plan_training(settings(digits, backbone="test_resnet"), 1).science_settings()["backbone"] == "test_resnet"
     one, same, other = (
-        classifier(plan(settings(digits, backbone="test_resnet", seed=seed), 1)).state_dict() for seed in (1, 1, 2)
+        classifier_from_plan(plan_training(settings(digits, backbone="test_resnet", seed=seed), 1)).state_dict()
+        for seed in (1, 1, 2)
     )
     assert all(value.equal(same[name]) for name, value in one.items())
     assert not one["encoder.fc.weight"].equal(other["encoder.fc.weight"])
 
 
 def test_layers_learn_more_slowly_the_deeper_they_lie(digits: Path) -> None:
-    found = plan(settings(digits, backbone="resnet18", optim={"layer_decay": 0.5}), 1)
-    model = classifier(found)
-    scales = {id(each): group["lr_scale"] for group in groups(found, model) for each in group["params"]}
+    found = plan_training(settings(digits, backbone="resnet18", optim={"layer_decay": 0.5}), 1)
+    model = classifier_from_plan(found)
+    scales = {id(each): group["lr_scale"] for group in param_groups_from_plan(found, model) for each in group["params"]}
     assert len(scales) == len(list(model.parameters()))
     for name, depth in (("conv1.weight", 9), ("layer1.0.conv1.weight", 8), ("layer4.1.bn2.bias", 1), ("fc.weight", 0)):
         assert scales[id(model.encoder.get_parameter(name))] == 0.5**depth
-    found = plan(settings(digits, backbone=SWIN), 1)
-    model = classifier(found)
-    plain = {id(each) for group in groups(found, model) if not group["weight_decay"] for each in group["params"]}
+    found = plan_training(settings(digits, backbone=SWIN), 1)
+    model = classifier_from_plan(found)
+    plain = {
+        id(each)
+        for group in param_groups_from_plan(found, model)
+        if not group["weight_decay"]
+        for each in group["params"]
+    }
     for name, parameter in model.named_parameters():
         assert (id(parameter) in plain) == (parameter.ndim == 1 or "relative_position_bias_table" in name)
 
@@ -81,12 +89,12 @@ def test_an_export_gives_its_weights_and_a_head_of_the_same_classes(
     names: tuple[str, ...], digits: Path, tmp_path: Path
 ) -> None:
     folder = export(tmp_path / "export", names=names)
-    found = plan(settings(digits, init=str(folder)), 1)
+    found = plan_training(settings(digits, init=str(folder)), 1)
     assert (found.mean, found.resized_from) == ((0.3,), 48)
     assert found.encoder == backbone_card("test_resnet", 32, 1, 10)
     torch.manual_seed(1)
-    theirs = build_backbone("test_resnet", 48, 1, classes=len(names)).state_dict()
-    ours = classifier(found).encoder.state_dict()
+    theirs = build_backbone("test_resnet", 48, 1, num_classes=len(names)).state_dict()
+    ours = classifier_from_plan(found).encoder.state_dict()
     kept = {name for name in ours if name in theirs and ours[name].equal(theirs[name])}
     assert ours.keys() - kept == (set() if names == found.classes else {"fc.weight", "fc.bias"})
 
@@ -94,26 +102,26 @@ def test_an_export_gives_its_weights_and_a_head_of_the_same_classes(
 def test_weights_that_others_left_are_a_start_too(digits: Path, tmp_path: Path) -> None:
     """A baseline from a local file: a network of timm's, with its classes or ours, and an encoder whose layers we know."""
     torch.manual_seed(1)
-    theirs = build_backbone("test_resnet", 48, 1, classes=7).state_dict()
+    theirs = build_backbone("test_resnet", 48, 1, num_classes=7).state_dict()
     save_file(theirs, tmp_path / "weights.safetensors")
     pixels = {"data": {"mean": [0.3], "std": [0.4]}}
     start = {"init": str(tmp_path / "weights.safetensors"), "init_name": "test_resnet"}
-    found = plan(settings(digits, **start, **pixels), 1)
+    found = plan_training(settings(digits, **start, **pixels), 1)
     assert found.encoder == backbone_card("test_resnet", 32, 1, 10)
-    assert "inherited.init" in found.science()
-    ours = classifier(found).encoder.state_dict()
+    assert "inherited.init" in found.science_settings()
+    ours = classifier_from_plan(found).encoder.state_dict()
     kept = {name for name in ours if name in theirs and ours[name].equal(theirs[name])}
     assert ours.keys() - kept == {"fc.weight", "fc.bias"}
     vit = VitConfig(name="test_vit", positions="learned")
     save_file(build_encoder(vit, image_size=160, channels=1).state_dict(), tmp_path / "vit.safetensors")
     one = {"init": str(tmp_path / "vit.safetensors"), "init_name": "test_vit"}
-    found = plan(settings(digits, **one, **pixels), 1)
+    found = plan_training(settings(digits, **one, **pixels), 1)
     assert (found.backbone, found.resized_from) == (None, 160)
-    assert classifier(found).encoder.get_parameter("pos_embed").shape[1] == 1 + 4
+    assert classifier_from_plan(found).encoder.get_parameter("pos_embed").shape[1] == 1 + 4
     with pytest.raises(ExportError, match=r"has no card\.json"):
-        plan(settings(digits, init=start["init"], **pixels), 1)
+        plan_training(settings(digits, init=start["init"], **pixels), 1)
     with pytest.raises(ConfigError, match="init_name=test_vit says what init is, and init is null"):
-        plan(settings(digits, init_name="test_vit", model=TINY.tree()), 1)
+        plan_training(settings(digits, init_name="test_vit", model=TINY.to_dict()), 1)
 
 
 def test_arms_of_a_comparison_may_be_of_any_kind(digits: Path, tmp_path: Path) -> None:
@@ -123,19 +131,19 @@ def test_arms_of_a_comparison_may_be_of_any_kind(digits: Path, tmp_path: Path) -
     write_export(tmp_path / "vit", vit.state_dict(), Card("pretrain", encoder_card(TINY, 16, 1), (0.3,), (0.4,)))
     arms = {"cnn": str(export(tmp_path / "cnn")), "scratch": None, "vit": str(tmp_path / "vit")}
     cfg = settings(digits, backbone="test_resnet", trials={"arms": arms, "lr_per_256": [1e-3]})
-    assert plan(cfg, 1).runs == 9
-    kinds = {arm: plan(trial(cfg, arm, 0, 1e-3), 1).backbone for arm in arms}
+    assert plan_training(cfg, 1).num_runs == 9
+    kinds = {arm: plan_training(trial_config(cfg, arm, 0, 1e-3), 1).backbone for arm in arms}
     assert {arm for arm, card in kinds.items() if card is not None} == {"cnn", "scratch"}
     one = settings(digits, backbone="test_resnet")
     one.dump(tmp_path / "config.yaml")
-    again = FinetuneConfig.checked(read_yaml(tmp_path / "config.yaml"), "config.yaml")
-    assert plan(again, 1).science() == plan(one, 1).science()
+    again = FinetuneConfig.from_dict(read_yaml(tmp_path / "config.yaml"), "config.yaml")
+    assert plan_training(again, 1).science_settings() == plan_training(one, 1).science_settings()
 
 
 @pytest.mark.parametrize(
     ("further", "sentence"),
     [
-        ({"model": TINY.tree(), "backbone": "resnet18"}, "model and backbone exclude each other"),
+        ({"model": TINY.to_dict(), "backbone": "resnet18"}, "model and backbone exclude each other"),
         ({"backbone": "resnet18", "pooling": "token"}, "pooling=token is of foveal's encoders, resnet18 has its own"),
         ({"backbone": "resnet19"}, "'resnet19' is not a model of timm"),
         ({"backbone": "densenet121", "drop_path": 0.1}, "'densenet121' has no drop path"),
@@ -147,7 +155,7 @@ def test_arms_of_a_comparison_may_be_of_any_kind(digits: Path, tmp_path: Path) -
 )
 def test_what_cannot_be_is_refused_in_the_plan(further: dict[str, Any], sentence: str, digits: Path) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        plan(settings(digits, **further), 1)
+        plan_training(settings(digits, **further), 1)
 
 
 def test_an_export_that_is_something_else_is_one_sentence(digits: Path, tmp_path: Path) -> None:
@@ -157,9 +165,9 @@ def test_an_export_that_is_something_else_is_one_sentence(digits: Path, tmp_path
         build_encoder(TINY, image_size=16, channels=1).state_dict(),
         Card("pretrain", encoder_card(TINY, 16, 1), (0.3,), (0.4,)),
     )
-    assert plan(settings(digits, init=str(cnn), backbone="test_resnet"), 1).backbone is not None
+    assert plan_training(settings(digits, init=str(cnn), backbone="test_resnet"), 1).backbone is not None
     for folder, further, sentence in (
-        (cnn, {"model": TINY.tree()}, "is a test_resnet, which model does not say; leave it out"),
+        (cnn, {"model": TINY.to_dict()}, "is a test_resnet, which model does not say; leave it out"),
         (cnn, {"backbone": "resnet18"}, "has timm test_resnet, the config says resnet18; they must be equal"),
         (cnn, {"data": {"channels": 3}}, "has channels 1, the config says 3; they must be equal"),
         (
@@ -174,4 +182,4 @@ def test_an_export_that_is_something_else_is_one_sentence(digits: Path, tmp_path
         ),
     ):
         with pytest.raises(ExportError, match=sentence):
-            plan(settings(digits, init=str(folder), **further), 1)
+            plan_training(settings(digits, init=str(folder), **further), 1)

@@ -15,24 +15,33 @@ from typer.testing import CliRunner
 from foveal.cli import app
 from foveal.engines.base import EngineConfig
 from foveal.errors import ConfigError
-from foveal.forecast.cli import stage_of
-from foveal.forecast.forecast import Forecast, Machine
-from foveal.forecast.gpu_specs import gpu_named
-from foveal.forecast.memory import memory_of
-from foveal.forecast.problems import Limits, attempts_of, problems_of
-from foveal.forecast.slurm_limits import Partition, Request, partition_named, partitions, request_of, seconds_of
-from foveal.forecast.trace import Trace, Weights
+from foveal.forecast.cli import resolve_stage_name
+from foveal.forecast.forecast import ClusterSpec, Forecast
+from foveal.forecast.gpu_specs import find_gpu_spec
+from foveal.forecast.memory import estimate_memory
+from foveal.forecast.problems import JobLimits, count_attempts, find_problems
+from foveal.forecast.slurm_limits import (
+    JobScriptRequest,
+    SlurmPartition,
+    find_slurm_partition,
+    list_slurm_partitions,
+    parse_slurm_time,
+    read_job_script_request,
+)
+from foveal.forecast.trace import MemoryTrace, ParameterCounts
 from foveal.optim.optimizers import OptimConfig
 
 MILLION = 10**6
-WEIGHTS = Weights(MILLION, 900_000, (100_000,) * 9 + (50_000,) * 2, (400_000,) * 2, frozen_bytes=7, kept_bytes=0)
-TRACE = Trace({0: 3 * MILLION, 2 * MILLION: 2 * MILLION, 4 * MILLION: MILLION})
+WEIGHTS = ParameterCounts(
+    MILLION, 900_000, (100_000,) * 9 + (50_000,) * 2, (400_000,) * 2, frozen_bytes=7, frozen_checkpoint_bytes=0
+)
+TRACE = MemoryTrace({0: 3 * MILLION, 2 * MILLION: 2 * MILLION, 4 * MILLION: MILLION})
 ADAMW = OptimConfig()
-NOBODY = Limits(None, None, "nobody")
+NOBODY = JobLimits(None, None, "nobody")
 
 
 def held(ranks: int = 4, micros: int = 2, optim: OptimConfig = ADAMW, **engine: Any) -> Any:
-    return memory_of(WEIGHTS, TRACE, EngineConfig(**engine), optim, ranks=ranks, micros=micros)
+    return estimate_memory(WEIGHTS, TRACE, EngineConfig(**engine), optim, world_size=ranks, num_microbatches=micros)
 
 
 # --- what engines hold: W = 4 MB of weights ---
@@ -111,7 +120,7 @@ def test_fsdp2_holds_shards_and_two_blocks() -> None:
     [("30", 1800), ("1:30", 90), ("24:00:00", 86400), ("2-0", 172800), ("1-12:30:00", 131400), ("UNLIMITED", None)],
 )
 def test_slurms_times(text: str, seconds: float | None) -> None:
-    assert seconds_of(text) == seconds
+    assert parse_slurm_time(text) == seconds
 
 
 def scontrol(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
@@ -131,24 +140,24 @@ END"""
 
 def test_partitions_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scontrol(tmp_path, monkeypatch, PARTITIONS)
-    assert partition_named(None) == Partition("short", 14400, 3600, 30, 9)
-    assert partition_named("long") == Partition("long", 604800, None, 0, 2)
+    assert find_slurm_partition(None) == SlurmPartition("short", 14400, 3600, 30, 9)
+    assert find_slurm_partition("long") == SlurmPartition("long", 604800, None, 0, 2)
     with pytest.raises(ConfigError, match=r"--partition middle does not exist; there are: short, long"):
-        partition_named("middle")
+        find_slurm_partition("middle")
 
 
 def test_a_slurm_that_does_not_answer_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scontrol(tmp_path, monkeypatch, "exit 1")
-    assert partitions() == []
+    assert list_slurm_partitions() == []
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    assert partitions() == []
+    assert list_slurm_partitions() == []
 
 
 def test_the_job_scripts_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(Path(__file__).parents[3])
-    assert request_of("pretrain") == Request("slurm/pretrain_mae.sh", 86400, 180)
+    assert read_job_script_request("pretrain") == JobScriptRequest("slurm/pretrain_mae.sh", 86400, 180)
     monkeypatch.chdir(tmp_path)
-    assert request_of("pretrain") is None
+    assert read_job_script_request("pretrain") is None
 
 
 # --- what will not do ---
@@ -166,12 +175,12 @@ def tiny(configs: dict[str, Path]) -> Make:
     return make
 
 
-def sentences(found: Forecast, limits: Limits = NOBODY, *slurm: Any) -> list[tuple[bool, str]]:
-    return [(each.fatal, each.sentence) for each in problems_of(found, limits, *(slurm or (None, None)))]
+def sentences(found: Forecast, limits: JobLimits = NOBODY, *slurm: Any) -> list[tuple[bool, str]]:
+    return [(each.fatal, each.sentence) for each in find_problems(found, limits, *(slurm or (None, None)))]
 
 
 def test_a_small_run_has_no_problems(tiny: Make) -> None:
-    assert sentences(tiny(rate=1e12, memory=80e9), Limits(3600, 180, "x")) == []
+    assert sentences(tiny(rate=1e12, memory=80e9), JobLimits(3600, 180, "x")) == []
 
 
 def test_a_memory_that_is_too_small_is_said_with_a_way_out(tiny: Make) -> None:
@@ -190,20 +199,20 @@ def test_a_memory_that_is_too_small_is_said_with_a_way_out(tiny: Make) -> None:
 
 
 def test_times_that_do_not_fit(tiny: Make) -> None:
-    found = tiny("checkpoint.every=5", rate=tiny().step_flops / 0.4 / 100)  # 100 s a step
+    found = tiny("checkpoint.every=5", rate=tiny().flops_per_step / 0.4 / 100)  # 100 s a step
     assert found.step_seconds == pytest.approx(100)
-    assert found.seconds == pytest.approx(2200)
-    limits = Limits(600, 60, "the script")  # 360 s between start and notice
+    assert found.total_seconds == pytest.approx(2200)
+    limits = JobLimits(600, 60, "the script")  # 360 s between start and notice
     ((fatal, sentence),) = sentences(found, limits)
     assert fatal and "ends before its first checkpoint" in sentence and "checkpoint.every=1" not in sentence[:40]
-    assert attempts_of(found, limits) == 7
-    assert attempts_of(found, Limits(240, 60, "x")) is None
-    assert any("nothing is left for a step of 100 s" in said for _, said in sentences(found, Limits(300, 60, "x")))
+    assert count_attempts(found, limits) == 7
+    assert count_attempts(found, JobLimits(240, 60, "x")) is None
+    assert any("nothing is left for a step of 100 s" in said for _, said in sentences(found, JobLimits(300, 60, "x")))
 
 
 def test_a_notice_shorter_than_a_save(tiny: Make) -> None:
     found = tiny(write_bytes=1e4)
-    ((fatal, sentence),) = sentences(found, Limits(None, 10, "slurm/pretrain_mae.sh"))
+    ((fatal, sentence),) = sentences(found, JobLimits(None, 10, "slurm/pretrain_mae.sh"))
     assert fatal and sentence.startswith(
         "notice: slurm/pretrain_mae.sh asks to be told 10 s before the end, a checkpoint takes "
     )
@@ -211,16 +220,18 @@ def test_a_notice_shorter_than_a_save(tiny: Make) -> None:
 
 
 def test_partitions_that_do_not_fit(tiny: Make) -> None:
-    found = replace(tiny(write_bytes=1e4), machine=Machine(3, 1, 0.4, 1e4))
-    partition = Partition("short", 3600, None, 5, 2)
-    said = sentences(found, Limits(3600, None, "partition short"), partition, Request("slurm/x.sh", 86400, None))
+    found = replace(tiny(write_bytes=1e4), machine=ClusterSpec(3, 1, 0.4, 1e4))
+    partition = SlurmPartition("short", 3600, None, 5, 2)
+    said = sentences(
+        found, JobLimits(3600, None, "partition short"), partition, JobScriptRequest("slurm/x.sh", 86400, None)
+    )
     assert [fatal for fatal, _ in said] == [True, False, False]
     assert [sentence.partition(":")[0] for _, sentence in said] == ["nodes", "time", "preemption"]
     assert "--time=60" in said[1][1]
 
 
 def test_timeouts_and_disks_that_do_not_fit(tiny: Make) -> None:
-    found = tiny("engine.timeout_minutes=1", "data.patience_seconds=5", rate=tiny().step_flops / 0.4 / 100)
+    found = tiny("engine.timeout_minutes=1", "data.patience_seconds=5", rate=tiny().flops_per_step / 0.4 / 100)
     assert [(fatal, said[:7]) for fatal, said in sentences(found)] == [(True, "timeout")]
     quick = tiny("checkpoint.every=1", "checkpoint.gigabytes=0.000001", rate=1e18, write_bytes=1e4)
     assert [said.partition(":")[0] for _, said in sentences(quick)] == ["checkpoints", "checkpoints"]
@@ -228,9 +239,9 @@ def test_timeouts_and_disks_that_do_not_fit(tiny: Make) -> None:
 
 def test_traffic_by_hand(tiny: Make) -> None:
     found = tiny(ranks=2)
-    weights = 4 * found.weights.trained
+    weights = 4 * found.parameter_counts.trainable
     zeros = {0: weights, 1: 1.5 * weights, 2: 1.5 * weights, 3: weights}
-    assert found.traffics == {f"ZeRO {stage}": pytest.approx(sent) for stage, sent in zeros.items()}
+    assert found.network_bytes_by_sharding == {f"ZeRO {stage}": pytest.approx(sent) for stage, sent in zeros.items()}
 
 
 # --- the command ---
@@ -267,18 +278,18 @@ def test_a_plan_that_cannot_be_is_exit_code_2(configs: dict[str, Path]) -> None:
 
 def test_the_stage_is_seen_from_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[3])
-    assert stage_of("configs/distill/mae_vit_s16.yaml", None) == "distill"
-    assert stage_of("mae_vit_b16", None) == "pretrain"
+    assert resolve_stage_name("configs/distill/mae_vit_s16.yaml", None) == "distill"
+    assert resolve_stage_name("mae_vit_b16", None) == "pretrain"
     with pytest.raises(ConfigError, match="give --stage"):
-        stage_of("digits", None)  # three stages have one
+        resolve_stage_name("digits", None)  # three stages have one
     with pytest.raises(ConfigError, match="--stage train does not exist"):
-        stage_of("digits", "train")
+        resolve_stage_name("digits", "train")
 
 
 def test_gpus_have_names() -> None:
-    card = gpu_named("H100")
-    assert card.rate(EngineConfig(precision="bf16")) == 989
-    assert card.rate(EngineConfig()) == 67
-    assert card.rate(EngineConfig(matmul="high")) == 494
+    card = find_gpu_spec("H100")
+    assert card.peak_tflops(EngineConfig(precision="bf16")) == 989
+    assert card.peak_tflops(EngineConfig()) == 67
+    assert card.peak_tflops(EngineConfig(matmul="high")) == 494
     with pytest.raises(ConfigError, match="--gpu k80 is not known"):
-        gpu_named("k80")
+        find_gpu_spec("k80")

@@ -10,9 +10,9 @@ import torch
 from plans import forecast
 from torch import nn
 
-from foveal.forecast.forecast import Forecast, Machine
-from foveal.forecast.trace import _batch, _Watch, flops_of, trace_of, weights_of
-from foveal.training.loop import Parts
+from foveal.forecast.forecast import ClusterSpec, Forecast
+from foveal.forecast.trace import _fake_batch, _MemoryTracer, count_flops, count_parameters, trace_memory
+from foveal.training.loop import TrainingSetup
 
 VIT_B = ("model={name: vit_base_patch16_224}", "decoder={width: 512, depth: 8, heads: 16}")
 FULL_SIZE = ("data.image_size=224", "data.channels=3")
@@ -32,9 +32,9 @@ def block(width: int) -> int:
 def test_parameters_of_the_papers_model(vit_b: Forecast) -> None:
     encoder = 768 + (16 * 16 * 3 * 768 + 768) + 12 * block(768) + 2 * 768  # class token, patches, blocks, last norm
     decoder = (768 * 512 + 512) + 512 + 8 * block(512) + 2 * 512 + (512 * 768 + 768)
-    assert vit_b.weights.trained == encoder + decoder == 111_655_680
+    assert vit_b.parameter_counts.trainable == encoder + decoder == 111_655_680
     positions = 197 * 768 * 4  # fixed, in the encoder's state; the decoder's are a formula and not in it
-    assert vit_b.weights.kept_bytes == positions
+    assert vit_b.parameter_counts.frozen_checkpoint_bytes == positions
     assert vit_b.checkpoint_bytes == 12 * (encoder + decoder) + positions
 
 
@@ -46,15 +46,15 @@ def test_work_is_the_closed_formula(vit_b: Forecast) -> None:
 
     forward = 2 * 49 * 768 * 768 + blocks(50, 768, 12)
     forward += 2 * 50 * 768 * 512 + blocks(197, 512, 8) + 2 * 147 * 512 * 768
-    assert vit_b.flops.forward == pytest.approx(forward, rel=0.02)
-    assert vit_b.flops.both == pytest.approx(
+    assert vit_b.flops_per_sample.forward == pytest.approx(forward, rel=0.02)
+    assert vit_b.flops_per_sample.forward_backward == pytest.approx(
         3 * forward, rel=0.02
     )  # a backward is two products for each of the forward
 
 
 def test_recomputation_and_bf16_save_what_they_should(vit_b: Forecast) -> None:
     """ViT-B at 64 images: by hand, a block saves 34 times its tokens in numbers, and recomputation one."""
-    row = vit_b.choices["ZeRO 0"]
+    row = vit_b.memory_by_sharding["ZeRO 0"]
     saved = 4 * 64 * (12 * 50 * 768 + 8 * 197 * 512)  # one tensor of fp32 a block
     assert row["fp32"].micro == pytest.approx(17 * saved, rel=0.15)
     assert row["fp32, recompute"].micro < row["fp32"].micro / 4
@@ -63,7 +63,7 @@ def test_recomputation_and_bf16_save_what_they_should(vit_b: Forecast) -> None:
 
 def test_looking_ahead_draws_nothing(vit_b: Forecast) -> None:
     state = torch.random.get_rng_state()
-    vit_b.memory_under(vit_b.plan.cfg.engine, 32)
+    vit_b.estimate_memory_with(vit_b.plan.cfg.engine, 32)
     assert torch.random.get_rng_state().equal(state)
 
 
@@ -71,51 +71,57 @@ def test_looking_ahead_draws_nothing(vit_b: Forecast) -> None:
 def test_fake_tensors_take_what_real_ones_take(name: str, configs: dict[str, Path]) -> None:
     """The same micro, watched on real memory."""
     plan = forecast(name, configs[name], "engine.kind=plain")
-    trace = trace_of(plan._build, 16, 1, (16, 16), precision="fp32", recompute=False)
-    parts = plan.stage.parts(plan.plan, torch.device("cpu"))
-    held = [each for module in (parts.model, *parts.frozen) for each in (*module.parameters(), *module.buffers())]
-    watch = _Watch(held)
+    trace = trace_memory(plan._build, 16, 1, (16, 16), precision="fp32", recompute=False)
+    parts = plan.stage.build(plan.plan, torch.device("cpu"))
+    held = [
+        each for module in (parts.model, *parts.frozen_modules) for each in (*module.parameters(), *module.buffers())
+    ]
+    watch = _MemoryTracer(held)
     for parameter in parts.model.parameters():
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(watch.finished)
+            parameter.register_post_accumulate_grad_hook(watch.on_gradient_ready)
     with watch:
-        total, _ = parts.objective(parts.model.train(), _batch(16, 1, (16, 16)))
+        total, _ = parts.objective(parts.model.train(), _fake_batch(16, 1, (16, 16)))
         total.backward()
-    assert max(trace.moments.values()) == pytest.approx(max(watch.moments.values()), rel=0.01)
-    assert max(trace.moments) == max(watch.moments) == 4 * plan.weights.trained
+    assert max(trace.peak_by_gradient_bytes.values()) == pytest.approx(
+        max(watch.peak_by_gradient_bytes.values()), rel=0.01
+    )
+    assert max(trace.peak_by_gradient_bytes) == max(watch.peak_by_gradient_bytes) == 4 * plan.parameter_counts.trainable
 
 
 class Squares:
     """An objective of a plain linear model."""
 
-    def weight(self, batch: Any) -> float:
+    def batch_weight(self, batch: Any) -> float:
         return float(len(batch.ids))
 
     def __call__(self, model: nn.Module, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return model(batch.images.flatten(1).float()).square().sum(), {}
 
 
-def linear(device: torch.device) -> Parts[Squares]:
+def linear(device: torch.device) -> TrainingSetup[Squares]:
     model = nn.Sequential(nn.Linear(12, 100, device=device), nn.Linear(100, 50, bias=False, device=device))
-    return Parts(model, [{"params": list(model.parameters())}], Squares())
+    return TrainingSetup(model, [{"params": list(model.parameters())}], Squares())
 
 
 def test_a_model_that_can_be_counted_by_hand() -> None:
-    weights = weights_of(linear)
-    assert (weights.trained, weights.products, weights.sizes) == (6300, 6300, (1200, 100, 5000))
-    flops = flops_of(linear, 3, (2, 2))
+    weights = count_parameters(linear)
+    assert (weights.trainable, weights.linear_trainable, weights.tensor_sizes) == (6300, 6300, (1200, 100, 5000))
+    flops = count_flops(linear, 3, (2, 2))
     assert flops.forward == 2 * (12 * 100 + 100 * 50)
-    assert flops.both == 3 * flops.forward - 2 * 12 * 100  # the images need no gradient
-    trace = trace_of(linear, 1000, 3, (2, 2), precision="fp32", recompute=False)
+    assert flops.forward_backward == 3 * flops.forward - 2 * 12 * 100  # the images need no gradient
+    trace = trace_memory(linear, 1000, 3, (2, 2), precision="fp32", recompute=False)
     alive = 1000 * (12 + 4 * 12 + 4 * 100 + 4 * 50)  # images, as floats, both outputs
-    assert max(trace.moments) == 4 * 6300
+    assert max(trace.peak_by_gradient_bytes) == 4 * 6300
     # At the last layer's backward: its gradient by the loss and by its input, beside what was saved.
-    assert alive < max(trace.moments.values()) < alive + 4 * 1000 * (50 + 50 + 100) + 4 * 5000 + 100_000
+    assert alive < max(trace.peak_by_gradient_bytes.values()) < alive + 4 * 1000 * (50 + 50 + 100) + 4 * 5000 + 100_000
 
 
 def test_a_forecast_says_what_a_plan_says(vit_b: Forecast) -> None:
-    assert json.dumps(dataclasses.asdict(vit_b.weights))
+    assert json.dumps(dataclasses.asdict(vit_b.parameter_counts))
     assert vit_b.step_seconds is None
-    machine = Machine(2, 4, 0.5, 1e9, rate=1e12)
+    machine = ClusterSpec(2, 4, 0.5, 1e9, peak_flops_per_second=1e12)
     timed = dataclasses.replace(vit_b, machine=machine)
-    assert timed.step_seconds == pytest.approx(vit_b.flops.both * vit_b.plan.cfg.batch.images / (8 * 0.5e12))
+    assert timed.step_seconds == pytest.approx(
+        vit_b.flops_per_sample.forward_backward * vit_b.plan.cfg.batch.images / (8 * 0.5e12)
+    )

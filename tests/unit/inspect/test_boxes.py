@@ -3,18 +3,18 @@
 import numpy as np
 import torch
 
-from foveal.inspect.boxes import box_sheet
+from foveal.inspect.boxes import draw_box_grid
 from foveal.inspect.image_grid import GAP
-from foveal.inspect.segmentation import colours
+from foveal.inspect.segmentation import make_class_palette
 
 SIDE = 320
 
 
 def test_frames_are_where_the_boxes_are() -> None:
-    images, palette = torch.full((3, 1, SIDE, SIDE), 90, dtype=torch.uint8), colours(2).tolist()
+    images, palette = torch.full((3, 1, SIDE, SIDE), 90, dtype=torch.uint8), make_class_palette(2).tolist()
     there = [np.array([[20, 60, 120, 160, 1.0]]), np.empty((0, 5)), np.array([[0, 0, SIDE, SIDE, 0.0]])]
     found = [np.empty((0, 6)), np.empty((0, 6)), np.array([[50, 80, 50, 80, 1, 0.5]])]
-    pixels = np.asarray(box_sheet(images, there, found, ("car", "tree")))
+    pixels = np.asarray(draw_box_grid(images, there, found, ("car", "tree")))
     step = SIDE + GAP
     assert pixels.shape == (3 * step - GAP, 2 * step - GAP, 3)
     first, second, third = (pixels[row * step : row * step + SIDE] for row in range(3))

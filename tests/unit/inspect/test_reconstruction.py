@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from foveal.inspect.image_grid import GAP
-from foveal.inspect.reconstruction import GREY, reconstruction_sheet
-from foveal.models.patches import split_by_noise, targets
+from foveal.inspect.reconstruction import GREY, draw_reconstruction_grid
+from foveal.models.patches import build_reconstruction_targets, split_patches_by_noise
 
 MEAN, STD = (0.3, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -18,8 +18,8 @@ def guessed(
     torch.manual_seed(0)
     images = torch.randint(0, 256, (2, channels, side, side), dtype=torch.uint8)
     mean, std = (torch.tensor(told[:channels]).view(-1, 1, 1) for told in (MEAN, STD))
-    _, masked = split_by_noise(torch.rand(2, (side // patch) ** 2), 0.75)
-    return images, targets((images / 255 - mean) / std, masked, patch, normalise), masked
+    _, masked = split_patches_by_noise(torch.rand(2, (side // patch) ** 2), 0.75)
+    return images, build_reconstruction_targets((images / 255 - mean) / std, masked, patch, normalise), masked
 
 
 def columns(sheet: Image.Image, row: int, side: int) -> list[np.ndarray]:
@@ -32,7 +32,7 @@ def columns(sheet: Image.Image, row: int, side: int) -> list[np.ndarray]:
 @pytest.mark.parametrize("normalise", [False, True])
 def test_a_perfect_guess_gives_back_the_image(channels: int, normalise: bool) -> None:
     images, pred, masked = guessed(channels, normalise)
-    sheet = reconstruction_sheet(images, pred, masked, mean=MEAN[:channels], std=STD[:channels], normalise=normalise)
+    sheet = draw_reconstruction_grid(images, pred, masked, mean=MEAN[:channels], std=STD[:channels], norm_pix=normalise)
     assert sheet.size == (3 * 64 + 2 * GAP, 2 * 64 + GAP)
     for row in range(2):
         original, seen, guess = columns(sheet, row, 64)
@@ -48,7 +48,7 @@ def test_a_perfect_guess_gives_back_the_image(channels: int, normalise: bool) ->
 
 def test_a_wrong_guess_is_pasted_only_where_it_was_made() -> None:
     images, pred, masked = guessed(3, normalise=False)
-    sheet = reconstruction_sheet(images, pred + 100, masked, mean=MEAN, std=STD, normalise=False)
+    sheet = draw_reconstruction_grid(images, pred + 100, masked, mean=MEAN, std=STD, norm_pix=False)
     original, _, guess = columns(sheet, 0, 64)
     changed = (guess != original).any(axis=2).reshape(4, 16, 4, 16).any(axis=(1, 3)).flatten()
     assert np.flatnonzero(changed).tolist() == sorted(masked[0].tolist())
@@ -57,6 +57,6 @@ def test_a_wrong_guess_is_pasted_only_where_it_was_made() -> None:
 
 def test_small_images_are_enlarged() -> None:
     images, pred, masked = guessed(1, normalise=True, side=8, patch=2)
-    sheet = reconstruction_sheet(images, pred, masked, mean=MEAN[:1], std=STD[:1], normalise=True)
+    sheet = draw_reconstruction_grid(images, pred, masked, mean=MEAN[:1], std=STD[:1], norm_pix=True)
     original = columns(sheet, 0, 64)[0]
     assert np.array_equal(original[::8, ::8, 0], images[0, 0].numpy())

@@ -13,23 +13,23 @@ from foveal.models.backbone import (
     BackboneCard,
     backbone_card,
     backbone_from_card,
-    backbone_outline,
     build_backbone,
-    card_of,
-    check_resizing,
-    check_training,
-    classes_in,
-    depends_on_others,
-    head_names,
-    layers_of,
-    set_recompute,
-    shapes_of,
-    timms_origins,
-    undecayed_of,
-    whole_and_map,
+    build_meta_backbone,
+    check_resizable,
+    check_training_forward,
+    count_head_classes,
+    forward_pooled_and_map,
+    get_layer_ids,
+    get_no_weight_decay_names,
+    get_pretrained_info,
+    has_batch_norm,
+    head_parameter_names,
+    infer_feature_shapes,
+    parse_encoder_card,
+    set_activation_checkpointing,
 )
 from foveal.models.classify import Classifier
-from foveal.models.droppath import drop_path_sites
+from foveal.models.droppath import count_drop_paths
 from foveal.models.vit import EncoderCard, VitConfig, encoder_card
 
 SWIN = "swin_tiny_patch4_window7_224"
@@ -53,26 +53,26 @@ def images(count: int = 2, size: int = 64) -> Tensor:
 def test_a_model_is_timms_own_and_its_shapes_are_known(name: str) -> None:
     """On small images, from the same seed, number for number; its pooled feature is what its head reads."""
     torch.manual_seed(3)
-    backbone: Any = build_backbone(name, 64, 3, classes=5)
+    backbone: Any = build_backbone(name, 64, 3, num_classes=5)
     sized: dict[str, Any] = {"img_size": 64} if name in (SWIN, VIT) else {}
     torch.manual_seed(3)
     theirs: Any = timm.create_model(name, num_classes=5, **sized)
     assert all(value.equal(theirs.state_dict()[each]) for each, value in backbone.state_dict().items())
-    pooled, last = whole_and_map(backbone.eval(), images())
+    pooled, last = forward_pooled_and_map(backbone.eval(), images())
     assert backbone(images()).equal(theirs.eval()(images()))
-    assert (pooled.shape[1], tuple(last.shape[1:])) == shapes_of(name, 64, 3) == KINDS[name]
+    assert (pooled.shape[1], tuple(last.shape[1:])) == infer_feature_shapes(name, 64, 3) == KINDS[name]
     with torch.no_grad():
         assert backbone.get_classifier()(pooled).equal(backbone(images()))
-    check_training(name, 64, 3, 5, 2)
+    check_training_forward(name, 64, 3, 5, 2)
 
 
 def test_patches_are_laid_out_as_they_lay_in_the_image() -> None:
     model: Any = build_backbone(VIT, (32, 64), 3).eval()
     tokens = model.forward_features(torch.ones(1, 3, 32, 64))
-    _, last = whole_and_map(model, torch.ones(1, 3, 32, 64))
+    _, last = forward_pooled_and_map(model, torch.ones(1, 3, 32, 64))
     assert last.shape == (1, 192, 2, 4)
     assert last[0, :, 1, 2].equal(tokens[0, 1 + 1 * 4 + 2])
-    assert shapes_of(VIT, (32, 64), 3) == (192, (192, 2, 4))
+    assert infer_feature_shapes(VIT, (32, 64), 3) == (192, (192, 2, 4))
 
 
 def test_a_build_takes_its_own_draws_and_no_others() -> None:
@@ -81,28 +81,28 @@ def test_a_build_takes_its_own_draws_and_no_others() -> None:
     timm.create_model("resnet18", num_classes=5)
     expected = torch.rand(3)
     torch.manual_seed(3)
-    build_backbone("resnet18", 64, 3, classes=5)
+    build_backbone("resnet18", 64, 3, num_classes=5)
     assert torch.rand(3).equal(expected)
     torch.manual_seed(3)
     before = torch.random.get_rng_state()
-    shapes_of("resnet26", 64, 3)
-    head_names("resnet26", 64, 3)
-    check_training("resnet26", 64, 3, 5, 2)
+    infer_feature_shapes("resnet26", 64, 3)
+    head_parameter_names("resnet26", 64, 3)
+    check_training_forward("resnet26", 64, 3, 5, 2)
     assert torch.random.get_rng_state().equal(before)
 
 
 def test_a_card_builds_the_model_again() -> None:
-    card = json.loads(json.dumps(backbone_card("resnet18", (32, 64), 1, classes=3)))
-    told = card_of(card, "card.json")
+    card = json.loads(json.dumps(backbone_card("resnet18", (32, 64), 1, num_classes=3)))
+    told = parse_encoder_card(card, "card.json")
     assert isinstance(told, BackboneCard)
-    assert (told.shape, told.classes) == (("resnet18", (32, 64), 1), 3)
-    shapes = {name: value.shape for name, value in build_backbone(*told.shape, classes=3).state_dict().items()}
+    assert (told.build_args, told.classes) == (("resnet18", (32, 64), 1), 3)
+    shapes = {name: value.shape for name, value in build_backbone(*told.build_args, num_classes=3).state_dict().items()}
     again = backbone_from_card(card, "card.json", drop_path=0.2)
     assert {name: value.shape for name, value in again.state_dict().items()} == shapes
-    assert drop_path_sites(again) == 7
-    bare: Any = backbone_from_card(card, "card.json", classes=0)
+    assert count_drop_paths(again) == 7
+    bare: Any = backbone_from_card(card, "card.json", num_classes=0)
     assert bare.num_classes == 0
-    assert isinstance(card_of(encoder_card(VitConfig(name=VIT), 224, 3), "card.json"), EncoderCard)
+    assert isinstance(parse_encoder_card(encoder_card(VitConfig(name=VIT), 224, 3), "card.json"), EncoderCard)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_model_that_cannot_be_is_one_sentence(name: str, size: int, further: d
 @pytest.mark.parametrize("name", ["test_resnet", "ghostnet_100"])
 def test_no_dropout_is_drawn_wherever_it_is_called(name: str) -> None:
     """Also where a model calls the function, whose rate of 0.2 is timm's default."""
-    backbone, seen = build_backbone(name, 64, 3, classes=5).train(), images()
+    backbone, seen = build_backbone(name, 64, 3, num_classes=5).train(), images()
     backbone.load_state_dict({each: value + 0.01 for each, value in backbone.state_dict().items()})
     torch.manual_seed(0)
     first = backbone(seen)
@@ -153,20 +153,20 @@ def test_no_dropout_is_drawn_wherever_it_is_called(name: str) -> None:
 
 def test_what_training_would_fall_over_is_one_sentence() -> None:
     with pytest.raises(ConfigError, match="'inception_v3' cannot learn from 2 images at once of 16 x 16 pixels: "):
-        check_training("inception_v3", 16, 3, 5, 2)
+        check_training_forward("inception_v3", 16, 3, 5, 2)
     with pytest.raises(
         ConfigError, match="'resnet18' cannot learn from 1 images at once of 32 x 32 pixels: Expected more"
     ):
-        check_training("resnet18", 32, 3, 5, 1)
+        check_training_forward("resnet18", 32, 3, 5, 1)
     with pytest.raises(ConfigError, match="'mixer_s32_224' makes no feature map of images of 32 x 32 pixels"):
-        shapes_of("mixer_s32_224", 32, 3)
+        infer_feature_shapes("mixer_s32_224", 32, 3)
 
 
 @pytest.mark.parametrize("name", ["rexnet_100", "nextvit_small", "swinv2_cr_tiny_ns_224"])
 def test_nothing_is_drawn_in_a_forward(name: str) -> None:
     """Some names of timm bring dropout or a drop path with them; the setting alone decides."""
-    model = backbone_outline(name, 224, 3, 5)
-    assert drop_path_sites(model) == 0
+    model = build_meta_backbone(name, 224, 3, 5)
+    assert count_drop_paths(model) == 0
     assert not [each for each in model.modules() if isinstance(each, nn.Dropout) and each.p]
 
 
@@ -179,42 +179,42 @@ def test_nothing_is_drawn_in_a_forward(name: str) -> None:
     ],
 )
 def test_a_head_is_what_the_classes_need(name: str, head: set[str]) -> None:
-    assert set(head_names(name, 64, 3)) == head
+    assert set(head_parameter_names(name, 64, 3)) == head
     for classes in (0, 3):
-        weights = backbone_outline(name, 64, 3, classes).state_dict()
-        assert classes_in(weights, name, 64, 3) == classes
+        weights = build_meta_backbone(name, 64, 3, classes).state_dict()
+        assert count_head_classes(weights, name, 64, 3) == classes
 
 
 def test_images_of_another_size_where_weights_do_not_depend_on_it() -> None:
-    check_resizing(BackboneCard(timm="resnet18", image_size=224, channels=3), 32, "it")
-    check_resizing(BackboneCard(timm="pvt_v2_b0", image_size=224, channels=3), 64, "it")
+    check_resizable(BackboneCard(timm="resnet18", image_size=224, channels=3), 32, "it")
+    check_resizable(BackboneCard(timm="pvt_v2_b0", image_size=224, channels=3), 64, "it")
     for name, weight in ((SWIN, "relative_position_bias_table"), (VIT, "pos_embed")):
         with pytest.raises(ExportError, match=f"it is a {name} of images of 224 x 224 pixels and .*{weight}") as caught:
-            check_resizing(BackboneCard(timm=name, image_size=224, channels=3), 64, "it")
+            check_resizable(BackboneCard(timm=name, image_size=224, channels=3), 64, "it")
         assert str(caught.value).endswith("data.image_size is 64 x 64")
 
 
 def test_layers_are_timms() -> None:
-    layers = layers_of(backbone_outline("resnet18", 64, 3, 5))
+    layers = get_layer_ids(build_meta_backbone("resnet18", 64, 3, 5))
     names = ("conv1.weight", "layer1.0.conv1.weight", "layer1.1.bn2.bias", "layer4.1.conv2.weight", "fc.bias")
     assert [layers[name] for name in names] == [0, 1, 2, 8, 9]
-    swin = layers_of(backbone_outline(SWIN, 64, 3, 5))
+    swin = get_layer_ids(build_meta_backbone(SWIN, 64, 3, 5))
     assert (swin["patch_embed.proj.weight"], max(swin.values()), swin["head.fc.weight"]) == (0, 13, 13)
     model: Any = build_backbone("test_resnet", 32, 3)
     model.group_matcher = None
     with pytest.raises(ConfigError, match="timm does not number the layers of 'test_resnet'"):
-        layers_of(model)
+        get_layer_ids(model)
 
 
 def test_tables_of_biases_are_not_decayed() -> None:
-    names = undecayed_of(backbone_outline(SWIN, 64, 3))
+    names = get_no_weight_decay_names(build_meta_backbone(SWIN, 64, 3))
     assert len(names) == 12
     assert all(name.endswith("relative_position_bias_table") for name in names)
-    assert undecayed_of(backbone_outline("resnet18", 64, 3)) == set()
+    assert get_no_weight_decay_names(build_meta_backbone("resnet18", 64, 3)) == set()
 
 
 def test_who_depends_on_others() -> None:
-    found = {name: depends_on_others(backbone_outline(name, 64, 3)) for name in KINDS}
+    found = {name: has_batch_norm(build_meta_backbone(name, 64, 3)) for name in KINDS}
     assert found == {name: name in {"resnet18", "densenet121", "efficientnet_b0"} for name in KINDS}
 
 
@@ -224,7 +224,7 @@ def test_recomputing_changes_neither_gradients_nor_running_statistics(name: str)
     states = []
     for recompute in (False, True):
         torch.manual_seed(0)
-        model = Classifier(build_backbone(name, 32, 3, classes=5)).train()
+        model = Classifier(build_backbone(name, 32, 3, num_classes=5)).train()
         model.set_grad_checkpointing(recompute)
         for _ in range(2):
             model(images(4, 32)).square().sum().backward()
@@ -237,11 +237,11 @@ def test_what_cannot_be_recomputed_is_one_sentence() -> None:
     with torch.device("meta"):
         backbone = build_backbone("vgg11", 32, 3)
     with pytest.raises(ConfigError, match=r"cannot recompute the activations of 'vgg11': set engine\.recompute=false"):
-        set_recompute(backbone, enable=True)
+        set_activation_checkpointing(backbone, enable=True)
 
 
 def test_what_timm_says_of_its_weights() -> None:
-    told = timms_origins("resnet18")
-    assert (told.mean, told.image_size, told.first) == ((0.485, 0.456, 0.406), (224, 224), "conv1")
+    told = get_pretrained_info("resnet18")
+    assert (told.mean, told.image_size, told.first_layer) == ((0.485, 0.456, 0.406), (224, 224), "conv1")
     with pytest.raises(ConfigError, match="is not a model of timm"):
-        timms_origins("resnet19")
+        get_pretrained_info("resnet19")

@@ -8,7 +8,7 @@ from encoders import KINDS, encoder_of
 from timm.layers.drop import DropPath
 
 from foveal.models.classify import Classifier
-from foveal.models.droppath import SampledDropPath, drop_path_sites, set_drops
+from foveal.models.droppath import DropPathFromNoise, count_drop_paths, set_drop_path_noise
 from foveal.models.vit import Positions, VitConfig, build_encoder
 
 TINY = VitConfig(patch=4, width=32, depth=4, heads=2)
@@ -17,13 +17,13 @@ TINY = VitConfig(patch=4, width=32, depth=4, heads=2)
 @pytest.fixture
 def classifier() -> Classifier:
     torch.manual_seed(0)
-    encoder = build_encoder(TINY, image_size=16, channels=3, drop_path=0.5, classes=5)
+    encoder = build_encoder(TINY, image_size=16, channels=3, drop_path=0.5, num_classes=5)
     torch.nn.init.normal_(encoder.get_parameter("head.weight"))  # a fresh head is almost silent
     return Classifier(encoder).train()
 
 
 def test_one_branch_against_a_loop() -> None:
-    site = SampledDropPath(0.25).train()
+    site = DropPathFromNoise(0.25).train()
     branch = torch.rand(4, 3, 2)
     site.noise = torch.tensor([0.0, 0.2499, 0.25, 0.9])
     out = site(branch)
@@ -34,13 +34,13 @@ def test_one_branch_against_a_loop() -> None:
 def test_every_drop_of_the_encoder_is_a_given_one(classifier: Classifier) -> None:
     encoder = classifier.encoder
     assert not any(isinstance(module, DropPath) for module in encoder.modules())
-    rates = [module.rate for module in encoder.modules() if isinstance(module, SampledDropPath)]
+    rates = [module.rate for module in encoder.modules() if isinstance(module, DropPathFromNoise)]
     assert rates == pytest.approx([0.5 / 3, 0.5 / 3, 1 / 3, 1 / 3, 0.5, 0.5])  # two per block; the first never drops
-    assert drop_path_sites(encoder) == len(rates)
+    assert count_drop_paths(encoder) == len(rates)
 
 
 def test_the_same_rows_give_the_same_outputs_whatever_the_split(classifier: Classifier) -> None:
-    images, noise = torch.rand(6, 3, 16, 16), torch.rand(6, drop_path_sites(classifier.encoder))
+    images, noise = torch.rand(6, 3, 16, 16), torch.rand(6, count_drop_paths(classifier.encoder))
     whole = classifier(images, noise)
     for size in (1, 2, 3):
         parts = [classifier(*part) for part in zip(images.split(size), noise.split(size), strict=True)]
@@ -66,7 +66,7 @@ def test_every_kind_drops_by_given_numbers(name: str, positions: Positions | Non
     encoder = encoder_of(name, positions, drop_path=0.5, classes=5)
     model = Classifier(encoder).train()
     images, noise = torch.rand(2, 3, 16, 16), torch.tensor([[0.0, 0.0], [1.0, 1.0]])
-    assert drop_path_sites(encoder) == 2
+    assert count_drop_paths(encoder) == 2
     logits = model(images, noise)
     torch.testing.assert_close(model(images.flip(0), noise.flip(0)).flip(0), logits, rtol=1e-4, atol=1e-5)
     shallow = Classifier(encoder_of(name, positions, drop_path=0.5, classes=5)).eval()
@@ -88,7 +88,7 @@ def test_training_without_numbers_or_with_another_batch_is_a_mistake(classifier:
     with pytest.raises(AssertionError, match="set_drops"):
         classifier(images, torch.rand(3, 6))
     with pytest.raises(AssertionError, match="6 sites"):
-        set_drops(classifier.encoder, torch.rand(2, 5))
+        set_drop_path_noise(classifier.encoder, torch.rand(2, 5))
 
 
 def test_recomputed_activations_see_the_same_drops(classifier: Classifier) -> None:

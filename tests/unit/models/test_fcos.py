@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.fcos import FCOS
 
-from foveal.models.fcos import Answers, found, generalised_iou, losses, places_of
+from foveal.models.fcos import FCOSOutput, compute_fcos_losses, compute_locations, decode_detections, generalised_iou
 
 SIDES, STRIDES, CLASSES = (96, 128), (8, 16, 32), 3
 MAPS = [(SIDES[0] // stride, SIDES[1] // stride) for stride in STRIDES]
@@ -21,15 +21,15 @@ MARKS = torch.tensor(
 )
 
 
-def answers(images: int = len(MARKS)) -> Answers:
+def answers(images: int = len(MARKS)) -> FCOSOutput:
     """What an untrained head might say; leaves of autograd."""
-    places, draw = places_of(MAPS, STRIDES, torch.device("cpu")), torch.Generator().manual_seed(0)
+    places, draw = compute_locations(MAPS, STRIDES, torch.device("cpu")), torch.Generator().manual_seed(0)
     logits, reaches, centred = (torch.randn(images, len(places), last, generator=draw) for last in (CLASSES, 4, 1))
     given = [each.requires_grad_() for each in (logits - 1, 2 * reaches.abs(), centred[..., 0])]
-    return Answers(given[0], given[1], given[2], places)
+    return FCOSOutput(given[0], given[1], given[2], places)
 
 
-def gradients(said: Answers, loss: Tensor) -> list[Tensor]:
+def gradients(said: FCOSOutput, loss: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(loss, said[:3], materialize_grads=True))
 
 
@@ -42,24 +42,24 @@ def theirs() -> Any:
     return FCOS(backbone, CLASSES, anchor_generator=AnchorGenerator(sizes, ((1.0,),) * 3), **settings)
 
 
-def told(said: Answers, image: int) -> dict[str, Tensor]:
+def told(said: FCOSOutput, image: int) -> dict[str, Tensor]:
     return {
-        "cls_logits": said.logits[image : image + 1],
-        "bbox_regression": said.reaches[image : image + 1],
-        "bbox_ctrness": said.centred[image : image + 1, :, None],
+        "cls_logits": said.class_logits[image : image + 1],
+        "bbox_regression": said.box_distances[image : image + 1],
+        "bbox_ctrness": said.centerness_logits[image : image + 1, :, None],
     }
 
 
-def anchors_of(said: Answers) -> Tensor:
+def anchors_of(said: FCOSOutput) -> Tensor:
     """Theirs are centred on the corners of cells; the boxes are all that its arithmetic sees of them."""
-    half = said.places[:, 2:] / 2
-    return torch.cat([said.places[:, :2] - half, said.places[:, :2] + half], dim=1)
+    half = said.locations[:, 2:] / 2
+    return torch.cat([said.locations[:, :2] - half, said.locations[:, :2] + half], dim=1)
 
 
 @pytest.mark.parametrize("image", range(len(MARKS)))
 def test_losses_and_gradients_of_an_image(image: int, theirs: FCOS) -> None:
     ours, other = answers(), answers()
-    mine = losses(ours, MARKS)
+    mine = compute_fcos_losses(ours, MARKS)
     boxes = MARKS[image][MARKS[image, :, 4] >= 0]
     targets = [{"boxes": boxes[:, :4], "labels": boxes[:, 4].long()}]
     places = [rows * columns for rows, columns in MAPS]
@@ -78,16 +78,16 @@ def test_losses_and_gradients_of_an_image(image: int, theirs: FCOS) -> None:
 
 def test_an_image_does_not_depend_on_the_others() -> None:
     said = answers()
-    one = [Answers(said[0][i : i + 1], said[1][i : i + 1], said[2][i : i + 1], said.places) for i in range(3)]
-    alone = [losses(each, MARKS[i : i + 1]) for i, each in enumerate(one)]
-    for each, ones in zip(losses(said, MARKS), zip(*alone, strict=True), strict=True):
+    one = [FCOSOutput(said[0][i : i + 1], said[1][i : i + 1], said[2][i : i + 1], said.locations) for i in range(3)]
+    alone = [compute_fcos_losses(each, MARKS[i : i + 1]) for i, each in enumerate(one)]
+    for each, ones in zip(compute_fcos_losses(said, MARKS), zip(*alone, strict=True), strict=True):
         torch.testing.assert_close(each, torch.cat(ones))
 
 
 @pytest.mark.parametrize("rows", [0, 2])
 def test_images_without_boxes_teach_the_background_alone(rows: int) -> None:
     said = answers(2)
-    classes, boxes, centres = losses(said, torch.full((2, rows, 5), -1.0))
+    classes, boxes, centres = compute_fcos_losses(said, torch.full((2, rows, 5), -1.0))
     assert (classes > 0).all()
     assert boxes.tolist() == centres.tolist() == [0, 0]
     logits, reaches, centred = gradients(said, (classes + boxes + centres).sum())
@@ -101,7 +101,9 @@ def test_what_is_found(theirs: FCOS) -> None:
     split = {name: list(each.split([r * c for r, c in MAPS], dim=1)) for name, each in told(said, 0).items()}
     places = list(anchors_of(said).split([r * c for r, c in MAPS]))
     (wanted,) = theirs.postprocess_detections(split, [places], [SIDES])
-    (ours,) = found(said, SIDES, lowest=0.05, overlap=0.6, candidates=10_000, most=100)
+    (ours,) = decode_detections(
+        said, SIDES, score_threshold=0.05, iou_threshold=0.6, max_candidates=10_000, max_detections=100
+    )
     assert len(ours.boxes) == 100
     torch.testing.assert_close(ours.boxes, wanted["boxes"])
     torch.testing.assert_close(ours.scores, wanted["scores"])

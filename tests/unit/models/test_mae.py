@@ -6,9 +6,9 @@ from encoders import KINDS, PLAIN, RELATIVE, autoencoder_of, encoder_of
 
 from foveal.errors import ConfigError
 from foveal.models.classify import Classifier
-from foveal.models.encode import features
+from foveal.models.encode import encode_cls_and_patches
 from foveal.models.mae import DecoderConfig, MaskedAutoencoder
-from foveal.models.patches import reconstruction_loss, split_by_noise, targets
+from foveal.models.patches import build_reconstruction_targets, reconstruction_loss, split_patches_by_noise
 from foveal.models.students import FeatureStudent, LayerStudent, Students
 from foveal.models.timm_vit import Encoder
 from foveal.models.vit import Positions, VitConfig, build_encoder
@@ -30,7 +30,7 @@ def autoencoder() -> MaskedAutoencoder:
 
 def loss_of(model: MaskedAutoencoder, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     pred, masked, *_ = model(images, noise, 0.75)
-    total, weight = reconstruction_loss(pred, targets(images, masked, 4, normalise=True))
+    total, weight = reconstruction_loss(pred, build_reconstruction_targets(images, masked, 4, norm_pix=True))
     return total / weight
 
 
@@ -77,7 +77,7 @@ def test_the_state_is_the_encoder_and_what_the_decoder_learns() -> None:
 @pytest.mark.parametrize("sizes", [{"width": 30, "heads": 2}, {"width": 16, "heads": 3}])
 def test_a_decoder_whose_sizes_do_not_fit_is_one_sentence(sizes: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=r"run.yaml: width=\d+ is not a multiple of 4 and of heads=\d; width=\d+ is"):
-        DecoderConfig.checked(sizes, "run.yaml")
+        DecoderConfig.from_dict(sizes, "run.yaml")
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_each_model_is_one_graph(name: str, positions: Positions | None) -> None
 
 def test_a_compiled_classifier_takes_new_drops_every_step() -> None:
     torch.manual_seed(0)
-    encoder = build_encoder(TINY, image_size=16, channels=3, drop_path=0.5, classes=5)
+    encoder = build_encoder(TINY, image_size=16, channels=3, drop_path=0.5, num_classes=5)
     torch.nn.init.normal_(encoder.get_parameter("head.weight"))
     model, images = Classifier(encoder).train(), torch.rand(2, 3, 16, 16)
     draws = [torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.ones(2, 2), torch.zeros(2, 2)]
@@ -133,7 +133,7 @@ def reads_outside_its_module(model: torch.nn.Module, *inputs: object) -> set[str
 
 def feature_student(encoder: Encoder) -> FeatureStudent:
     width = encoder.embed_dim
-    return FeatureStudent(encoder, features, (width, width), (48, 48), patches=True)
+    return FeatureStudent(encoder, encode_cls_and_patches, (width, width), (48, 48), with_patches=True)
 
 
 @pytest.mark.parametrize(("name", "positions"), KINDS)
@@ -143,14 +143,14 @@ def test_what_is_read_outside_its_module_is_declared(name: str, positions: Posit
     student = Students([feature_student(encoder_of(name, positions))])
     layers = Students([LayerStudent(encoder_of(name, positions), [1], 48, None)])
     for reader in (model, student, layers):
-        borrowed = {id(parameter) for parameter in reader.borrowed_parameters()}
+        borrowed = {id(parameter) for parameter in reader.external_parameters()}
         declared = {name for name, parameter in reader.named_parameters() if id(parameter) in borrowed}
-        inputs = (images, noise, 0.75) if reader is model else (images, *split_by_noise(noise, 0.75))
+        inputs = (images, noise, 0.75) if reader is model else (images, *split_patches_by_noise(noise, 0.75))
         assert reads_outside_its_module(reader, *inputs) == declared
 
 
 def test_a_plain_classifier_reads_nothing_outside_its_modules() -> None:
-    classifier = Classifier(build_encoder(TINY, image_size=16, channels=3, classes=2))
+    classifier = Classifier(build_encoder(TINY, image_size=16, channels=3, num_classes=2))
     assert reads_outside_its_module(classifier, torch.rand(2, 3, 16, 16)) == set()
 
 
@@ -160,7 +160,7 @@ def test_a_student_answers_in_the_width_of_its_teacher() -> None:
     student = feature_student(encoder)
     cls, patches = student(images)
     assert (cls.shape, patches.shape) == ((2, 48), (2, 16, 48))
-    own_cls, own_patches = features(encoder, images)
+    own_cls, own_patches = encode_cls_and_patches(encoder, images)
     assert (own_cls.shape, own_patches.shape) == ((2, 32), (2, 16, 32))
     torch.testing.assert_close(cls, own_cls @ student.project_cls.weight.T, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(
@@ -170,4 +170,4 @@ def test_a_student_answers_in_the_width_of_its_teacher() -> None:
 
 def test_features_are_taken_after_a_norm() -> None:
     with pytest.raises(AssertionError, match="avg"):
-        features(build_encoder(TINY, image_size=16, channels=3, pooling="avg"), torch.rand(1, 3, 16, 16))
+        encode_cls_and_patches(build_encoder(TINY, image_size=16, channels=3, pooling="avg"), torch.rand(1, 3, 16, 16))

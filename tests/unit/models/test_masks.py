@@ -8,19 +8,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foveal.errors import ConfigError
-from foveal.models.masks import MASKINGS, SHIFTS, Masking, mask_side
-from foveal.models.patches import count_kept, split_by_noise
+from foveal.models.masks import MASK_NOISE_FUNCTIONS, NUM_OFFSET_DRAWS, MaskStrategy, resolve_mask_block_size
+from foveal.models.patches import count_visible, split_patches_by_noise
 
 
 def numbers(images: int, rows: int, columns: int) -> torch.Tensor:
-    return torch.rand(images, rows * columns + SHIFTS, generator=torch.Generator().manual_seed(0))
+    return torch.rand(images, rows * columns + NUM_OFFSET_DRAWS, generator=torch.Generator().manual_seed(0))
 
 
-def shown(masking: Masking, rows: int, columns: int, ratio: float, block: int = 2, images: int = 64) -> torch.Tensor:
+def shown(
+    masking: MaskStrategy, rows: int, columns: int, ratio: float, block: int = 2, images: int = 64
+) -> torch.Tensor:
     """True where a patch is shown, [images, rows, columns]."""
-    side = mask_side(masking, rows, columns, ratio, block)
-    noise = MASKINGS[masking](numbers(images, rows, columns), rows, columns, side)
-    kept, masked = split_by_noise(noise, ratio)
+    side = resolve_mask_block_size(masking, rows, columns, ratio, block)
+    noise = MASK_NOISE_FUNCTIONS[masking](numbers(images, rows, columns), rows, columns, side)
+    kept, masked = split_patches_by_noise(noise, ratio)
     places = torch.cat([kept, masked], dim=1).sort(dim=1).values
     assert places.equal(torch.arange(rows * columns).expand(images, -1))
     seen = torch.zeros(images, rows * columns, dtype=torch.bool).scatter(1, kept, value=True)
@@ -29,7 +31,7 @@ def shown(masking: Masking, rows: int, columns: int, ratio: float, block: int = 
 
 def test_at_random_the_numbers_are_the_noise() -> None:
     drawn = numbers(3, 4, 6)
-    assert MASKINGS["random"](drawn, 4, 6, 1).equal(drawn[:, :24])
+    assert MASK_NOISE_FUNCTIONS["random"](drawn, 4, 6, 1).equal(drawn[:, :24])
 
 
 @given(st.integers(2, 20), st.integers(2, 20), st.integers(2, 20), st.floats(0.01, 0.99))
@@ -37,7 +39,7 @@ def test_blocks_show_exactly_as_many_as_random(rows: int, columns: int, block: i
     if block > min(rows, columns) or rows * columns * (1 - ratio) < 1.01:
         return
     seen = shown("block", rows, columns, ratio, block, images=4)
-    assert seen.flatten(1).sum(dim=1).tolist() == [count_kept(rows * columns, ratio)] * 4
+    assert seen.flatten(1).sum(dim=1).tolist() == [count_visible(rows * columns, ratio)] * 4
 
 
 def test_all_blocks_but_one_are_whole() -> None:
@@ -74,11 +76,11 @@ def test_a_grid_shows_one_patch_of_each_cell(ratio: float, side: int) -> None:
     assert len(found) > side**2 / 2  # another one in the next image
 
 
-@pytest.mark.parametrize("masking", MASKINGS)
-def test_a_row_is_masked_as_if_it_were_alone(masking: Masking) -> None:
+@pytest.mark.parametrize("masking", MASK_NOISE_FUNCTIONS)
+def test_a_row_is_masked_as_if_it_were_alone(masking: MaskStrategy) -> None:
     drawn = numbers(5, 8, 8)
-    whole = MASKINGS[masking](drawn, 8, 8, 2)
-    assert torch.cat([MASKINGS[masking](row[None], 8, 8, 2) for row in drawn]).equal(whole)
+    whole = MASK_NOISE_FUNCTIONS[masking](drawn, 8, 8, 2)
+    assert torch.cat([MASK_NOISE_FUNCTIONS[masking](row[None], 8, 8, 2) for row in drawn]).equal(whole)
 
 
 @pytest.mark.parametrize(
@@ -93,15 +95,15 @@ def test_a_row_is_masked_as_if_it_were_alone(masking: Masking) -> None:
     ],
 )
 def test_what_cannot_be_masked_is_one_sentence(
-    masking: Masking, grid: tuple[int, int], ratio: float, block: int, sentence: str
+    masking: MaskStrategy, grid: tuple[int, int], ratio: float, block: int, sentence: str
 ) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        mask_side(masking, *grid, ratio, block)
+        resolve_mask_block_size(masking, *grid, ratio, block)
 
 
 @pytest.mark.parametrize("length", [6, 14, 16, 28, 32, 60])
 def test_the_ratios_that_are_named_are_accepted(length: int) -> None:
     with pytest.raises(ConfigError) as refused:
-        mask_side("grid", length, length, 0.3, 2)
+        resolve_mask_block_size("grid", length, length, 0.3, 2)
     for ratio in re.findall(r"0\.\d+", str(refused.value).rpartition(":")[2]):
-        assert mask_side("grid", length, length, float(ratio), 2) >= 2
+        assert resolve_mask_block_size("grid", length, length, float(ratio), 2) >= 2

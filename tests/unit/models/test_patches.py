@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foveal.errors import ConfigError
-from foveal.models.patches import count_kept, patchify, split_by_noise, take, unpatchify
+from foveal.models.patches import count_visible, gather_patches, patchify, split_patches_by_noise, unpatchify
 
 
 @pytest.mark.parametrize(("channels", "rows", "columns", "patch"), [(3, 2, 3, 4), (1, 4, 4, 2), (3, 1, 1, 5)])
@@ -39,8 +39,8 @@ COUNTS = {
 
 @pytest.mark.parametrize(("length", "ratio"), COUNTS)
 def test_how_many_stay_is_pinned(length: int, ratio: float) -> None:
-    kept, masked = split_by_noise(torch.rand(2, length), ratio)
-    assert count_kept(length, ratio) == COUNTS[length, ratio]
+    kept, masked = split_patches_by_noise(torch.rand(2, length), ratio)
+    assert count_visible(length, ratio) == COUNTS[length, ratio]
     assert kept.shape == (2, COUNTS[length, ratio])
     assert masked.shape == (2, length - COUNTS[length, ratio])
 
@@ -50,41 +50,41 @@ def test_how_many_stay_is_what_real_numbers_say(length: int, thousandths: int) -
     exact = length * (1 - Fraction(thousandths, 1000)) // 1
     if exact < 1:
         with pytest.raises(ConfigError):
-            count_kept(length, thousandths / 1000)
+            count_visible(length, thousandths / 1000)
     else:
-        assert count_kept(length, thousandths / 1000) == exact
+        assert count_visible(length, thousandths / 1000) == exact
 
 
 def test_a_ratio_that_hides_everything_is_one_sentence() -> None:
     with pytest.raises(ConfigError, match=r"mask ratio 0.99 leaves none of 16 patches visible; at most 0.9375"):
-        split_by_noise(torch.rand(1, 16), 0.99)
+        split_patches_by_noise(torch.rand(1, 16), 0.99)
 
 
 def test_the_lowest_are_kept_in_order_of_their_noise() -> None:
-    kept, masked = split_by_noise(torch.tensor([[0.9, 0.1, 0.5, 0.3], [0.2, 0.4, 0.1, 0.3]]), 0.5)
+    kept, masked = split_patches_by_noise(torch.tensor([[0.9, 0.1, 0.5, 0.3], [0.2, 0.4, 0.1, 0.3]]), 0.5)
     assert kept.tolist() == [[1, 3], [2, 0]]
     assert masked.tolist() == [[2, 0], [3, 1]]
 
 
 def test_equal_noise_goes_by_place() -> None:
-    kept, masked = split_by_noise(torch.zeros(1, 300), 0.75)
+    kept, masked = split_patches_by_noise(torch.zeros(1, 300), 0.75)
     assert torch.cat([kept, masked], dim=1).tolist() == [list(range(300))]
 
 
 def test_every_patch_is_kept_or_masked_once() -> None:
-    kept, masked = split_by_noise(torch.rand(5, 196), 0.75)
+    kept, masked = split_patches_by_noise(torch.rand(5, 196), 0.75)
     for row in torch.cat([kept, masked], dim=1).tolist():
         assert sorted(row) == list(range(196))
 
 
 def test_noise_in_half_precision_is_refused() -> None:
     with pytest.raises(AssertionError, match="bfloat16"):
-        split_by_noise(torch.rand(1, 16, dtype=torch.bfloat16), 0.75)
+        split_patches_by_noise(torch.rand(1, 16, dtype=torch.bfloat16), 0.75)
 
 
 def test_take_takes() -> None:
     patches = torch.arange(2 * 4 * 3).reshape(2, 4, 3)
     places = torch.tensor([[3, 0], [1, 1]])
-    taken = take(patches, places)
+    taken = gather_patches(patches, places)
     for image, slot in itertools.product(range(2), range(2)):
         assert torch.equal(taken[image, slot], patches[image, places[image, slot]])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from foveal.models.pyramid import SimplePyramid
+from foveal.models.pyramid import SimpleFeaturePyramid
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ from foveal.models.pyramid import SimplePyramid
     ],
 )
 def test_its_maps_have_the_strides_that_it_says(stride: int, strides: tuple[float, ...], rows: list[int]) -> None:
-    pyramid = SimplePyramid(24, 16, stride)
+    pyramid = SimpleFeaturePyramid(24, 16, stride)
     assert pyramid.strides == strides
     maps = pyramid(torch.randn(2, 24, 6, 3))
     assert [each.shape[1:3] for each in maps] == [(16, row) for row in rows]
@@ -27,6 +27,6 @@ def test_its_maps_have_the_strides_that_it_says(stride: int, strides: tuple[floa
 
 def test_an_image_does_not_depend_on_the_others() -> None:
     torch.manual_seed(0)
-    pyramid, last = SimplePyramid(24, 16, 16), torch.randn(3, 24, 4, 5)
+    pyramid, last = SimpleFeaturePyramid(24, 16, 16), torch.randn(3, 24, 4, 5)
     alone, together = pyramid(last[1:2]), pyramid(last)
     assert all(torch.allclose(a, t[1:2], atol=1e-6) for a, t in zip(alone, together, strict=True))

@@ -7,28 +7,30 @@ from encoders import KINDS, encoder_of, shaken
 from torch.nn import functional as F
 
 from foveal.models.backbone import BackboneCard, build_backbone
-from foveal.models.encode import features
-from foveal.models.resize import upsampled
-from foveal.models.segment import Laterals, SegmentCard, Segmenter, SegmentHead, build_segmenter
-from foveal.models.sliding_window import by_windows, corners
+from foveal.models.encode import encode_cls_and_patches
+from foveal.models.resize import resize_maps
+from foveal.models.segment import LateralConvs, SegmentationHeadCard, SegmentationHeadKind, Segmenter, build_segmenter
+from foveal.models.sliding_window import iter_sliding_window_log_probs, window_corners
 from foveal.models.timm_vit import Encoder
 from foveal.models.vit import VitConfig, encoder_card
 
 SIZE = (16, 24)
-HEADS: list[SegmentHead] = ["linear", "pyramid"]
+HEADS: list[SegmentationHeadKind] = ["linear", "pyramid"]
 
 
-def segmenter(encoder: Encoder, name: str, positions: object, head: SegmentHead) -> Segmenter:
-    cfg = VitConfig.checked(
+def segmenter(encoder: Encoder, name: str, positions: object, head: SegmentationHeadKind) -> Segmenter:
+    cfg = VitConfig.from_dict(
         {"name": name, "patch": 4, "width": 48, "depth": 2, "heads": 3, "positions": positions}, "here"
     )
-    told = SegmentCard(head=head, width=16, classes=5)
-    return build_segmenter(encoder, encoder_card(cfg, SIZE, 3), told.tree(), "here")
+    told = SegmentationHeadCard(head=head, width=16, classes=5)
+    return build_segmenter(encoder, encoder_card(cfg, SIZE, 3), told.to_dict(), "here")
 
 
 @pytest.mark.parametrize(("name", "positions"), [KINDS[0], KINDS[4], KINDS[-4], KINDS[-1]])
 @pytest.mark.parametrize("head", HEADS)
-def test_an_encoder_of_any_kind_gives_every_pixel_its_logits(name: str, positions: object, head: SegmentHead) -> None:
+def test_an_encoder_of_any_kind_gives_every_pixel_its_logits(
+    name: str, positions: object, head: SegmentationHeadKind
+) -> None:
     encoder = encoder_of(name, positions, SIZE)  # type: ignore[arg-type]
     model = segmenter(encoder, name, positions, head)
     shaken(model.head)
@@ -37,7 +39,7 @@ def test_an_encoder_of_any_kind_gives_every_pixel_its_logits(name: str, position
     logits = model.eval()(images)
     assert logits.shape == (2, 5, *SIZE)
     if head == "linear":
-        places = features(encoder, images)[1].transpose(1, 2).unflatten(2, (4, 6))
+        places = encode_cls_and_patches(encoder, images)[1].transpose(1, 2).unflatten(2, (4, 6))
         wanted = F.interpolate(classify(places), size=SIZE, mode="bilinear")
         torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
     logits.square().mean().backward()
@@ -56,11 +58,14 @@ def test_an_encoder_of_any_kind_gives_every_pixel_its_logits(name: str, position
     ],
 )
 def test_a_model_of_timm_learns_wherever_the_head_reads_it(
-    name: str, head: SegmentHead, still: tuple[str, ...]
+    name: str, head: SegmentationHeadKind, still: tuple[str, ...]
 ) -> None:
-    card, told = BackboneCard(timm=name, image_size=32, channels=3), SegmentCard(head=head, width=16, classes=5)
+    card, told = (
+        BackboneCard(timm=name, image_size=32, channels=3),
+        SegmentationHeadCard(head=head, width=16, classes=5),
+    )
     torch.manual_seed(0)
-    model = build_segmenter(build_backbone(*card.shape), card.tree(), told.tree(), "here")
+    model = build_segmenter(build_backbone(*card.build_args), card.to_dict(), told.to_dict(), "here")
     logits = model(torch.randn(2, 3, 32, 32))
     assert logits.shape == (2, 5, 32, 32)
     logits.square().mean().backward()
@@ -69,22 +74,22 @@ def test_a_model_of_timm_learns_wherever_the_head_reads_it(
         f"encoder.{e}" for e in still
     }
     if head == "pyramid" and name != "test_vit":
-        assert isinstance(model.head.get_submodule("pyramid"), Laterals)
+        assert isinstance(model.head.get_submodule("pyramid"), LateralConvs)
 
 
 def test_maps_are_enlarged_as_torch_does() -> None:
     maps = torch.randn(2, 3, 5, 7)
     for sides in ((20, 21), (5, 9), (3, 4), (5, 7)):
         torch.testing.assert_close(
-            upsampled(maps, sides), F.interpolate(maps, size=sides, mode="bilinear"), rtol=1e-5, atol=1e-6
+            resize_maps(maps, sides), F.interpolate(maps, size=sides, mode="bilinear"), rtol=1e-5, atol=1e-6
         )
 
 
 def test_windows_cover_an_image_and_end_with_it() -> None:
-    assert corners((16, 16), (16, 16), 0.5) == [(0, 0)]
-    assert corners((17, 16), (16, 16), 0.5) == [(0, 0), (1, 0)]
-    assert corners((24, 32), (16, 16), 0.5) == [(0, 0), (0, 8), (0, 16), (8, 0), (8, 8), (8, 16)]
-    assert corners((20, 16), (8, 16), 1.0) == [(0, 0), (8, 0), (12, 0)]
+    assert window_corners((16, 16), (16, 16), 0.5) == [(0, 0)]
+    assert window_corners((17, 16), (16, 16), 0.5) == [(0, 0), (1, 0)]
+    assert window_corners((24, 32), (16, 16), 0.5) == [(0, 0), (0, 8), (0, 16), (8, 0), (8, 8), (8, 16)]
+    assert window_corners((20, 16), (8, 16), 1.0) == [(0, 0), (8, 0), (12, 0)]
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -98,7 +103,7 @@ def test_windows_are_averaged_as_probabilities(batch: int) -> None:
         assert windows.shape[0] <= batch
         return windows * weights
 
-    found = list(by_windows(logits_of, images, (8, 6), 0.5))
+    found = list(iter_sliding_window_log_probs(logits_of, images, (8, 6), 0.5))
     assert len(found) == batch
     for image, logs in zip(images.numpy(), found, strict=True):
         total, times = np.zeros((3, 13, 11)), np.zeros((13, 11))
@@ -112,5 +117,5 @@ def test_windows_are_averaged_as_probabilities(batch: int) -> None:
 
 def test_one_window_is_the_image_itself() -> None:
     images = torch.randn(3, 5, 4, 6) * 200
-    found = torch.stack(list(by_windows(lambda windows: windows, images, (4, 6), 0.5)))
+    found = torch.stack(list(iter_sliding_window_log_probs(lambda windows: windows, images, (4, 6), 0.5)))
     assert found.equal(F.log_softmax(images, dim=1))

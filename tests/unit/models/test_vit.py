@@ -11,11 +11,11 @@ from encoders import KINDS, encoder_of
 
 from foveal.errors import ConfigError, ExportError
 from foveal.models.sincos import sincos_positions
-from foveal.models.timm_vit import outline
+from foveal.models.timm_vit import build_meta_encoder
 from foveal.models.vit import (
     EncoderCard,
     Positions,
-    SizedVit,
+    ResolvedVitConfig,
     VitConfig,
     build_encoder,
     encoder_card,
@@ -37,11 +37,11 @@ def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 
 def test_sizes_are_the_names_where_nothing_is_told() -> None:
-    resolved = VitConfig(name="vit_small_patch16_224", depth=3).resolved()
-    assert resolved == SizedVit(
+    resolved = VitConfig(name="vit_small_patch16_224", depth=3).resolve()
+    assert resolved == ResolvedVitConfig(
         name="vit_small_patch16_224", patch=16, width=384, depth=3, heads=6, mlp_ratio=4.0, positions="sincos"
     )
-    assert resolved.resolved() == resolved
+    assert resolved.resolve() == resolved
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_sizes_are_the_names_where_nothing_is_told() -> None:
 )
 def test_resolved_sizes_build_what_the_name_builds(name: str) -> None:
     with torch.device("meta"):
-        ours = build_encoder(VitConfig(name=name).resolved(), image_size=224, channels=3)
+        ours = build_encoder(VitConfig(name=name).resolve(), image_size=224, channels=3)
         theirs = timm.create_model(name, img_size=224, num_classes=0)
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
 
@@ -72,7 +72,7 @@ def test_the_seed_decides_and_timm_does_not(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(("name", "positions"), KINDS)
 def test_the_first_encoder_of_a_process_is_drawn_like_the_second(name: str, positions: Positions | None) -> None:
-    outline.cache_clear()
+    build_meta_encoder.cache_clear()
     first, second = encoder_of(name, positions), encoder_of(name, positions)
     assert same(first, second)
 
@@ -177,12 +177,12 @@ def test_what_cannot_be_is_one_sentence(told: dict[str, Any], sentence: str) -> 
 def test_a_card_brings_the_encoder_back() -> None:
     first = built(VitConfig(patch=8, depth=2, width=32, heads=4, positions="learned"), pooling="avg", classes=3)
     card = encoder_card(
-        VitConfig(patch=8, depth=2, width=32, heads=4, positions="learned"), 16, 3, pooling="avg", classes=3
+        VitConfig(patch=8, depth=2, width=32, heads=4, positions="learned"), 16, 3, pooling="avg", num_classes=3
     )
     assert None not in card.values()
     torch.manual_seed(0)
     assert same(first, encoder_from_card(card, "card.json"))
-    assert encoder_from_card(card, "card.json", classes=0, pooling="token").num_classes == 0
+    assert encoder_from_card(card, "card.json", num_classes=0, pooling="token").num_classes == 0
 
 
 def test_a_card_holds_a_size_that_is_not_square() -> None:

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from finetune.model import _depth_of
+from finetune.model import _vit_layer_index
 from foveal.models.classify import Classifier
 from foveal.models.mae import DecoderConfig, MaskedAutoencoder
 from foveal.models.vit import VitConfig, build_encoder
-from foveal.optim.optimizers import GuardedAdamW, OptimConfig, parameter_groups, plain_adamw
+from foveal.optim.optimizers import GuardedAdamW, OptimConfig, build_plain_adamw, parameter_groups
 
 TINY = VitConfig(name="vit_tiny_patch16_224", patch=4, width=8, depth=2, heads=2)
 
@@ -44,9 +44,9 @@ def test_matrices_decay_and_vectors_tokens_and_positions_do_not() -> None:
 
 
 def test_layers_learn_more_slowly_the_deeper_they_lie() -> None:
-    encoder = build_encoder(TINY, image_size=8, channels=1, pooling="avg", classes=3)
+    encoder = build_encoder(TINY, image_size=8, channels=1, pooling="avg", num_classes=3)
     model = Classifier(encoder)
-    groups = parameter_groups(model, OptimConfig(layer_decay=0.5), _depth_of(2), 3)
+    groups = parameter_groups(model, OptimConfig(layer_decay=0.5), _vit_layer_index(2), 3)
     found = table(groups, model)
     assert "encoder.pos_embed" not in found  # fixed positions do not learn
     assert found.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -71,7 +71,7 @@ def test_what_is_frozen_is_in_no_group() -> None:
 
 
 def test_peak_is_per_256_images() -> None:
-    assert OptimConfig(lr_per_256=1.5e-4).peak(4096) == pytest.approx(2.4e-3)
+    assert OptimConfig(lr_per_256=1.5e-4).peak_lr(4096) == pytest.approx(2.4e-3)
 
 
 def layer() -> nn.Linear:
@@ -112,8 +112,8 @@ def test_with_finite_gradients_it_is_torchs_adamw_bit_for_bit(fused: bool, clip:
         norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip or float("inf"))
         guard.step()
         adamw.step()
-        assert guard.applied
-        assert guard.norm == float(norm) > 0.5
+        assert guard.step_applied
+        assert guard.grad_norm == float(norm) > 0.5
         assert ours.weight.equal(theirs.weight)
         assert ours.bias.equal(theirs.bias)
 
@@ -143,13 +143,13 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad: float, place: str, c
         give(model, gradients(100 + step))
         getattr(model, place).grad.view(-1)[0] = bad
         guard.step()
-        assert not guard.applied
-        assert not torch.isfinite(torch.tensor(guard.norm))
+        assert not guard.step_applied
+        assert not torch.isfinite(torch.tensor(guard.grad_norm))
         same(before, (model.state_dict(), guard.state_dict()["state"]))
         for each, optimizer in ((model, guard), (never, untouched)):
             give(each, gradients(step))
             optimizer.step()
-        assert guard.applied
+        assert guard.step_applied
         assert model.weight.equal(never.weight)
         assert model.bias.equal(never.bias)
 
@@ -175,15 +175,15 @@ def test_a_parameter_without_a_gradient_is_left_out() -> None:
     guard = guarded(model, OptimConfig(clip=1.0))
     model.weight.grad = gradients(0)[0]
     guard.step()
-    assert guard.applied
-    assert guard.norm == pytest.approx(float(gradients(0)[0].norm()), rel=1e-6)
+    assert guard.step_applied
+    assert guard.grad_norm == pytest.approx(float(gradients(0)[0].norm()), rel=1e-6)
     assert model.bias.equal(before)
 
 
 def test_plain_adamw_has_the_settings_and_the_groups() -> None:
     model = layer()
     cfg = OptimConfig(lr_per_256=0.5, betas=(0.1, 0.2), eps=1e-3, weight_decay=0.7, fused=False)
-    optimizer = plain_adamw(parameter_groups(model, cfg), cfg)
+    optimizer = build_plain_adamw(parameter_groups(model, cfg), cfg)
     assert type(optimizer) is torch.optim.AdamW
     told = [(group["lr"], group["betas"], group["eps"], group["fused"]) for group in optimizer.param_groups]
     assert told == [(0.5, (0.1, 0.2), 1e-3, False)] * 2

@@ -8,12 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foveal.optim.schedule import dropped, plateau_drops, warmup_constant, warmup_cosine
+from foveal.optim.schedule import count_plateau_drops, step_decay_lr, warmup_constant, warmup_cosine
 
 
 def test_the_corners() -> None:
     def lr(step: int) -> float:
-        return warmup_cosine(step, peak=8.0, floor=2.0, warmup=4, total=12)
+        return warmup_cosine(step, peak_lr=8.0, min_lr=2.0, warmup_steps=4, total_steps=12)
 
     assert [lr(step) for step in range(5)] == [2.0, 4.0, 6.0, 8.0, 8.0]
     assert lr(8) == pytest.approx((8.0 + 2.0) / 2)
@@ -22,20 +22,24 @@ def test_the_corners() -> None:
 
 
 def test_the_first_step_learns_with_and_without_warmup() -> None:
-    assert warmup_cosine(0, peak=1.0, floor=0.0, warmup=1000, total=2000) == 1e-3
-    assert warmup_cosine(0, peak=1.0, floor=0.0, warmup=0, total=10) == 1.0
-    assert 0 < warmup_cosine(9, peak=1.0, floor=0.0, warmup=0, total=10) < 0.1
+    assert warmup_cosine(0, peak_lr=1.0, min_lr=0.0, warmup_steps=1000, total_steps=2000) == 1e-3
+    assert warmup_cosine(0, peak_lr=1.0, min_lr=0.0, warmup_steps=0, total_steps=10) == 1.0
+    assert 0 < warmup_cosine(9, peak_lr=1.0, min_lr=0.0, warmup_steps=0, total_steps=10) < 0.1
 
 
 def test_warmup_as_long_as_the_run_never_divides_by_zero() -> None:
-    assert [warmup_cosine(step, peak=2.0, floor=0.0, warmup=2, total=2) for step in range(3)] == [1.0, 2.0, 2.0]
+    assert [warmup_cosine(step, peak_lr=2.0, min_lr=0.0, warmup_steps=2, total_steps=2) for step in range(3)] == [
+        1.0,
+        2.0,
+        2.0,
+    ]
 
 
 def test_after_the_warmup_it_is_torchs_cosine() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=3e-3)
     theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40, eta_min=1e-5)
     for step in range(10, 50):
-        ours = warmup_cosine(step, peak=3e-3, floor=1e-5, warmup=10, total=50)
+        ours = warmup_cosine(step, peak_lr=3e-3, min_lr=1e-5, warmup_steps=10, total_steps=50)
         assert ours == pytest.approx(theirs.get_last_lr()[0], rel=1e-9)
         optimizer.step()
         theirs.step()
@@ -47,7 +51,10 @@ def test_it_rises_once_and_falls_once_between_floor_and_peak(
 ) -> None:
     total = warmup + further
     floor = peak * share
-    rates = [warmup_cosine(step, peak=peak, floor=floor, warmup=warmup, total=total) for step in range(total + 1)]
+    rates = [
+        warmup_cosine(step, peak_lr=peak, min_lr=floor, warmup_steps=warmup, total_steps=total)
+        for step in range(total + 1)
+    ]
     assert all(a < b for a, b in pairwise(rates[:warmup]))
     assert all(a >= b for a, b in pairwise(rates[warmup:]))
     assert max(rates) == pytest.approx(peak)
@@ -59,12 +66,14 @@ def test_drops_are_torchs_steps_down_to_the_floor() -> None:
     theirs = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[4, 7], gamma=0.1)
     for step in range(10):
         drops = (step >= 4) + (step >= 7)
-        rate = dropped(warmup_constant(step, peak=0.3, warmup=0), drops=drops, factor=0.1, floor=0.0)
+        rate = step_decay_lr(
+            warmup_constant(step, peak_lr=0.3, warmup_steps=0), num_drops=drops, factor=0.1, min_lr=0.0
+        )
         assert rate == pytest.approx(theirs.get_last_lr()[0], rel=1e-12)
         optimizer.step()
         theirs.step()
-    assert dropped(0.3, drops=2, factor=0.1, floor=0.01) == 0.01
-    assert dropped(0.001, drops=0, factor=0.1, floor=0.01) == 0.001  # a warm-up begins below the floor
+    assert step_decay_lr(0.3, num_drops=2, factor=0.1, min_lr=0.01) == 0.01
+    assert step_decay_lr(0.001, num_drops=0, factor=0.1, min_lr=0.01) == 0.001  # a warm-up begins below the floor
 
 
 @given(st.lists(st.integers(0, 5), max_size=30), st.integers(1, 4), st.booleans())
@@ -77,11 +86,11 @@ def test_a_plateau_drops_when_torchs_does(values: list[int], patience: int, high
     )
     for count, value in enumerate(values, start=1):
         theirs.step(float(value))
-        drops = plateau_drops(map(float, values[:count]), patience=patience, higher_is_better=higher)
+        drops = count_plateau_drops(map(float, values[:count]), patience=patience, higher_is_better=higher)
         assert optimizer.param_groups[0]["lr"] == 0.5**drops
 
 
 def test_what_is_no_number_is_no_better() -> None:
     found = [math.nan, 2.0, math.nan, 1.0, math.nan, math.nan]
-    drops = [plateau_drops(found[:count], patience=2, higher_is_better=False) for count in range(7)]
+    drops = [count_plateau_drops(found[:count], patience=2, higher_is_better=False) for count in range(7)]
     assert drops == [0, 0, 0, 0, 0, 0, 1]

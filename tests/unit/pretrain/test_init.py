@@ -16,8 +16,8 @@ from foveal.models.backbone import backbone_card, build_backbone
 from foveal.models.sincos import sincos_positions
 from foveal.models.vit import Positions, VitConfig, build_encoder, encoder_card
 from foveal.weights.export import Card, write_export
-from pretrain.config import PretrainConfig, plan
-from pretrain.run import parts
+from pretrain.config import PretrainConfig, plan_pretraining
+from pretrain.run import build
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {"patch": 4, "width": 32, "depth": 2, "heads": 2}
@@ -29,17 +29,17 @@ def settings(digits: Path, init: Path | None, positions: Positions = "learned", 
         "epochs": 1,
         "init": None if init is None else str(init),
         "data": {"path": str(digits), "image_size": 16, "channels": 1, "lanes": 8} | further.pop("data", {}),
-        "model": TINY.tree() | {"positions": positions} | further.pop("model", {}),
+        "model": TINY.to_dict() | {"positions": positions} | further.pop("model", {}),
         "decoder": {"width": 16, "depth": 1, "heads": 2},
         "batch": {"images": 64},
         "optim": {"warmup_epochs": 1},
         "run": {"dir": "runs/x"},
     }
-    return PretrainConfig.checked(tree | further, "here")
+    return PretrainConfig.from_dict(tree | further, "here")
 
 
 def encoder_of(cfg: PretrainConfig) -> nn.Module:
-    model: Any = parts(plan(cfg, 1), CPU).model
+    model: Any = build(plan_pretraining(cfg, 1), CPU).model
     return model.encoder.eval()
 
 
@@ -62,11 +62,11 @@ def test_timms_weights_are_used(of_a_file: bool, digits: Path, tmp_path: Path) -
     images = torch.randn(2, 1, 16, 16)
     found: Any = encoder_of(cfg)
     torch.testing.assert_close(found.forward_features(images), model.forward_features(images), rtol=0, atol=0)
-    start = plan(cfg, 1).start
+    start = plan_pretraining(cfg, 1).init_source
     assert start is not None
-    assert set(start.used) == set(found.state_dict())
-    assert (start.new, start.unused) == ((), ("head.bias", "head.weight"))
-    assert [line.split() for line in plan(cfg, 1).lines()[-2:]] == [
+    assert set(start.loaded_keys) == set(found.state_dict())
+    assert (start.missing_keys, start.unexpected_keys) == ((), ("head.bias", "head.weight"))
+    assert [line.split() for line in plan_pretraining(cfg, 1).summary_lines()[-2:]] == [
         ["init", f"{cfg.init},", "30", "weights", "used"],
         ["unused:", "head.bias,", "head.weight"],
     ]
@@ -89,11 +89,11 @@ def test_hugging_faces_weights_are_used(kind: str, names: str, digits: Path, tmp
     expected = (model if kind == "ViTModel" else model.vit)(images).last_hidden_state
     found: Any = encoder_of(settings(digits, tmp_path))
     torch.testing.assert_close(found.forward_features(images), expected, rtol=1e-5, atol=1e-5)
-    start = plan(settings(digits, tmp_path), 1).start
+    start = plan_pretraining(settings(digits, tmp_path), 1).init_source
     assert start is not None
-    assert {name.split(".")[0] for name in start.unused} == {"pooler" if kind == "ViTModel" else "classifier"}
+    assert {name.split(".")[0] for name in start.unexpected_keys} == {"pooler" if kind == "ViTModel" else "classifier"}
     with pytest.raises(ExportError, match=r"has heads 2, model.heads is 4; they must be equal"):
-        plan(settings(digits, tmp_path, model={"heads": 4}), 1)
+        plan_pretraining(settings(digits, tmp_path, model={"heads": 4}), 1)
 
 
 def mae_weights(folder: Path, grid: tuple[int, int] = (4, 4)) -> dict[str, Tensor]:
@@ -109,17 +109,19 @@ def mae_weights(folder: Path, grid: tuple[int, int] = (4, 4)) -> dict[str, Tenso
 def test_a_foreign_masked_autoencoder(digits: Path, tmp_path: Path) -> None:
     weights = mae_weights(tmp_path / "mae", grid=(2, 2))
     cfg = settings(digits, tmp_path / "mae", "sincos")
-    found, start = encoder_of(cfg), plan(cfg, 1).start
+    found, start = encoder_of(cfg), plan_pretraining(cfg, 1).init_source
     assert start is not None
-    assert start.unused == ("decoder_embed.weight", "mask_token")
-    assert plan(cfg, 1).resized_from == 8
+    assert start.unexpected_keys == ("decoder_embed.weight", "mask_token")
+    assert plan_pretraining(cfg, 1).resized_from == 8
     assert found.get_parameter("pos_embed")[0, 1:].equal(sincos_positions(4, 4, 32))
     assert found.get_parameter("blocks.1.attn.qkv.weight").equal(weights["blocks.1.attn.qkv.weight"])
 
 
 def test_the_decoder_is_the_one_of_a_fresh_run(digits: Path, tmp_path: Path) -> None:
     timms(tmp_path / "timm")
-    states = [parts(plan(settings(digits, init), 1), CPU).model.state_dict() for init in (None, tmp_path / "timm")]
+    states = [
+        build(plan_pretraining(settings(digits, init), 1), CPU).model.state_dict() for init in (None, tmp_path / "timm")
+    ]
     same = {name for name, value in states[0].items() if states[1][name].equal(value)}
     assert same == {name for name in states[0] if name.startswith("decoder.")}
 
@@ -133,19 +135,23 @@ def export(folder: Path, size: int | tuple[int, int] = 16, **told: Any) -> Path:
 
 def test_an_export_of_ours_brings_its_pixels_and_its_digest(digits: Path, tmp_path: Path) -> None:
     folder = export(tmp_path / "export", (8, 16))
-    found = plan(settings(digits, folder, "sincos"), 1)
+    found = plan_pretraining(settings(digits, folder, "sincos"), 1)
     assert (found.mean, found.std, found.resized_from) == ((0.3,), (0.4,), (8, 16))
     moved = export(tmp_path / "elsewhere" / "export", (8, 16))
-    assert plan(settings(digits, moved, "sincos"), 1).science() == found.science(), "where weights lie is no science"
-    other = plan(settings(digits, export(tmp_path / "other"), "sincos"), 1).science()
-    assert {name for name in other if other[name] != found.science()[name]} == {"inherited.init"}
+    assert plan_pretraining(settings(digits, moved, "sincos"), 1).science_settings() == found.science_settings(), (
+        "where weights lie is no science"
+    )
+    other = plan_pretraining(settings(digits, export(tmp_path / "other"), "sincos"), 1).science_settings()
+    assert {name for name in other if other[name] != found.science_settings()[name]} == {"inherited.init"}
 
 
 def test_a_classifier_of_the_mean_has_no_last_norm(digits: Path, tmp_path: Path) -> None:
-    start = plan(settings(digits, export(tmp_path / "export", pooling="avg", classes=3), "sincos"), 1).start
+    start = plan_pretraining(
+        settings(digits, export(tmp_path / "export", pooling="avg", classes=3), "sincos"), 1
+    ).init_source
     assert start is not None
-    assert start.new == ("norm.weight", "norm.bias")
-    assert start.unused == ("fc_norm.bias", "fc_norm.weight", "head.bias", "head.weight")
+    assert start.missing_keys == ("norm.weight", "norm.bias")
+    assert start.unexpected_keys == ("fc_norm.bias", "fc_norm.weight", "head.bias", "head.weight")
 
 
 @pytest.mark.parametrize(
@@ -168,7 +174,7 @@ def test_foreign_weights_of_another_encoder_are_one_sentence(
 ) -> None:
     timms(tmp_path / "timm")
     with pytest.raises(ExportError) as caught:
-        plan(settings(digits, tmp_path / "timm", **further), 1)
+        plan_pretraining(settings(digits, tmp_path / "timm", **further), 1)
     assert str(caught.value).startswith(f"{tmp_path / 'timm'} {sentence}")
 
 
@@ -191,7 +197,7 @@ def test_weights_that_are_no_encoder_are_one_sentence(
     weights = load_file(file) | change
     save_file({name: value for name, value in weights.items() if value is not None}, file)
     with pytest.raises(ExportError) as caught:
-        plan(settings(digits, tmp_path / "timm"), 1)
+        plan_pretraining(settings(digits, tmp_path / "timm"), 1)
     assert f"timm {sentence}" in str(caught.value)
 
 
@@ -203,18 +209,18 @@ def test_an_export_of_another_encoder_is_one_sentence(digits: Path, tmp_path: Pa
         ({"heads": 4}, "has heads 2, model.heads is 4"),
     ):
         with pytest.raises(ExportError, match=sentence):
-            plan(settings(digits, folder, "sincos", model=model), 1)
+            plan_pretraining(settings(digits, folder, "sincos", model=model), 1)
     with pytest.raises(ExportError, match=r"leave data\.mean out"):
-        plan(settings(digits, folder, "sincos", data={"mean": [0.5], "std": [0.5]}), 1)
+        plan_pretraining(settings(digits, folder, "sincos", data={"mean": [0.5], "std": [0.5]}), 1)
     with pytest.raises(ConfigError, match="image_size=18 is not a whole number of patches"):
-        plan(settings(digits, folder, "sincos", data={"image_size": 18}), 1)
+        plan_pretraining(settings(digits, folder, "sincos", data={"image_size": 18}), 1)
 
 
 def test_an_export_of_a_network_is_one_sentence(digits: Path, tmp_path: Path) -> None:
     card = Card("finetune", backbone_card("test_resnet", 16, 1), (0.3,), (0.4,))
     write_export(tmp_path / "export", build_backbone("test_resnet", 16, 1).state_dict(), card)
     with pytest.raises(ExportError, match="is a test_resnet of timm as it is; pretraining goes on from an encoder"):
-        plan(settings(digits, tmp_path / "export"), 1)
+        plan_pretraining(settings(digits, tmp_path / "export"), 1)
 
 
 def test_what_is_no_safetensors_file_is_one_sentence(digits: Path, tmp_path: Path) -> None:
@@ -229,24 +235,24 @@ def test_what_is_no_safetensors_file_is_one_sentence(digits: Path, tmp_path: Pat
         (torn, "cannot be read"),
     ):
         with pytest.raises(ExportError, match=sentence):
-            plan(settings(digits, place), 1)
+            plan_pretraining(settings(digits, place), 1)
 
 
 def test_weights_that_change_after_the_plan_are_not_taken(digits: Path, tmp_path: Path) -> None:
     timms(tmp_path / "timm")
-    planned = plan(settings(digits, tmp_path / "timm"), 1)
-    assert planned.start is not None
-    assert math.prod(planned.start.grid) == 16
+    planned = plan_pretraining(settings(digits, tmp_path / "timm"), 1)
+    assert planned.init_source is not None
+    assert math.prod(planned.init_source.patch_grid) == 16
     with pytest.raises(ExportError, match="has changed since the run was planned"):
-        parts(replace(planned, start=replace(planned.start, sha256="0")), CPU)
+        build(replace(planned, start=replace(planned.init_source, sha256="0")), CPU)
 
 
 def test_trained_weights_are_warmed_up(digits: Path, tmp_path: Path) -> None:
     timms(tmp_path / "timm")
     with pytest.raises(ConfigError, match=r"init with optim.warmup_epochs=0: .* set some epochs"):
-        plan(settings(digits, tmp_path / "timm", optim={}), 1)
+        plan_pretraining(settings(digits, tmp_path / "timm", optim={}), 1)
 
 
 def test_one_run_has_one_kind_of_target(digits: Path) -> None:
     with pytest.raises(ConfigError, match="image_target=own and target=latents exclude each other"):
-        plan(settings(digits, None, target="latents", image_weight=1.0, image_target="own"), 1)
+        plan_pretraining(settings(digits, None, target="latents", image_weight=1.0, image_target="own"), 1)

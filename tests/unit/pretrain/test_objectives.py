@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from distill.config import DistillConfig
-from distill.losses import DISTANCES, cosine, l1, smooth_l1
-from distill.objective import Imitate
-from finetune.tasks.classify import Classify, hits
+from distill.losses import DISTANCES, cosine_distance, l1_distance, smooth_l1_distance
+from distill.objective import DistillationLoss
+from finetune.tasks.classify import ClassificationLoss, sum_batch_metrics
 from foveal.data import Batch
-from foveal.models.mae import Guesses
-from foveal.models.masks import MASKINGS, SHIFTS, Masking
+from foveal.models.mae import MAEOutput
+from foveal.models.masks import MASK_NOISE_FUNCTIONS, NUM_OFFSET_DRAWS, MaskStrategy
 from foveal.models.students import Students
-from foveal.seeding import key, uniforms_numpy
-from pretrain.objective import Reconstruct, Target
+from foveal.seeding import derive_key, draw_uniform_numpy
+from pretrain.objective import MaskedModelingLoss, PredictionTarget
 
 MEAN, STD = (0.4,), (0.2,)
 B, SIZE, PATCH = 3, 8, 4
@@ -41,7 +41,7 @@ def pixels(images: Tensor) -> np.ndarray:
 class Given(nn.Module):
     """A model that answers what it was told to, and remembers what it was asked."""
 
-    def __init__(self, *answers: Tensor | Guesses) -> None:
+    def __init__(self, *answers: Tensor | MAEOutput) -> None:
         super().__init__()
         self.answer: Any = answers[0] if len(answers) == 1 else answers
         self.asked: tuple[Any, ...] = ()
@@ -54,9 +54,11 @@ class Given(nn.Module):
 # Pretraining
 
 
-def reconstruct(mask_ratio: float = 0.5, norm_pix: bool = False, masking: Masking = "random") -> Reconstruct:
+def reconstruct(
+    mask_ratio: float = 0.5, norm_pix: bool = False, masking: MaskStrategy = "random"
+) -> MaskedModelingLoss:
     grid = (SIZE // PATCH, SIZE // PATCH)
-    return Reconstruct(9, masking, mask_ratio, 2, norm_pix, PATCH, grid, MEAN, STD)
+    return MaskedModelingLoss(9, masking, mask_ratio, 2, norm_pix, PATCH, grid, MEAN, STD)
 
 
 @pytest.mark.parametrize("norm_pix", [False, True])
@@ -64,7 +66,7 @@ def test_reconstruct_against_a_loop(norm_pix: bool) -> None:
     objective, given = reconstruct(norm_pix=norm_pix), batch()
     masked = torch.tensor([[0, 3], [2, 1], [3, 2]])
     pred = torch.randn(B, 2, P, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    model = Given(Guesses(pred, masked))
+    model = Given(MAEOutput(pred, masked))
     total, numbers = objective(model, given)
     assert numbers == {}
 
@@ -89,7 +91,7 @@ def test_reconstruct_against_a_loop(norm_pix: bool) -> None:
     images, noise, ratio = model.asked
     np.testing.assert_allclose(images.numpy(), pixels(given.images), rtol=1e-5, atol=1e-6)
     assert ratio == 0.5
-    assert np.array_equal(noise.numpy(), uniforms_numpy(key(9, "mask"), np.array([4011, 4003, 4500]), L))
+    assert np.array_equal(noise.numpy(), draw_uniform_numpy(derive_key(9, "mask"), np.array([4011, 4003, 4500]), L))
 
 
 def by_hand(answer: np.ndarray, lesson: np.ndarray, *, huber: bool) -> tuple[float, np.ndarray]:
@@ -105,14 +107,14 @@ def by_hand(answer: np.ndarray, lesson: np.ndarray, *, huber: bool) -> tuple[flo
 
 
 @pytest.mark.parametrize("target", ["pixels", "latents"])
-def test_features_of_patches_and_of_the_image_against_loops(target: Target) -> None:
+def test_features_of_patches_and_of_the_image_against_loops(target: PredictionTarget) -> None:
     width, weight, draw = 6, 0.3, torch.Generator().manual_seed(2)
     masked = torch.tensor([[0, 3], [2, 1], [3, 2]])
     seen = 3 * torch.randn(B, L, width, generator=draw) + 1
     patches = torch.randn(B, 2, P if target == "pixels" else width, generator=draw, requires_grad=True)
     image = torch.randn(B, width, generator=draw, requires_grad=True)
     objective = replace(reconstruct(), target=target, image_weight=weight)
-    total, numbers = objective(Given(Guesses(patches, masked, image, seen)), batch())
+    total, numbers = objective(Given(MAEOutput(patches, masked, image, seen)), batch())
     total.backward()
     assert image.grad is not None
     assert patches.grad is not None
@@ -126,7 +128,7 @@ def test_features_of_patches_and_of_the_image_against_loops(target: Target) -> N
     assert numbers["image_loss"].item() == pytest.approx(whole, rel=1e-5)
     assert total.item() == pytest.approx(numbers["patch_loss"].item() + weight * whole, rel=1e-5)
     if target == "pixels":
-        plain, _ = reconstruct()(Given(Guesses(patches, masked)), batch())
+        plain, _ = reconstruct()(Given(MAEOutput(patches, masked)), batch())
         assert numbers["patch_loss"].item() == plain.item()
         return
     by_loop = 0.0
@@ -140,25 +142,27 @@ def test_features_of_patches_and_of_the_image_against_loops(target: Target) -> N
 
 
 def test_the_weight_is_the_number_of_masked_patches() -> None:
-    assert reconstruct(0.5).weight(batch()) == B * 2
-    assert reconstruct(0.75).weight(batch()) == B * 3
-    assert reconstruct(0.7).weight(batch()) == B * 3  # one patch stays, as in the model
+    assert reconstruct(0.5).batch_weight(batch()) == B * 2
+    assert reconstruct(0.75).batch_weight(batch()) == B * 3
+    assert reconstruct(0.7).batch_weight(batch()) == B * 3  # one patch stays, as in the model
 
 
 @pytest.mark.parametrize("masking", ["block", "grid"])
-def test_masking_is_made_of_the_same_numbers(masking: Masking) -> None:
-    rows = uniforms_numpy(key(9, "mask"), np.array([4011, 4003, 4500]), L + SHIFTS)
-    noise = reconstruct(masking=masking).noise(batch())
-    assert noise.equal(MASKINGS[masking](torch.from_numpy(rows), 2, 2, 2))
+def test_masking_is_made_of_the_same_numbers(masking: MaskStrategy) -> None:
+    rows = draw_uniform_numpy(derive_key(9, "mask"), np.array([4011, 4003, 4500]), L + NUM_OFFSET_DRAWS)
+    noise = reconstruct(masking=masking).draw_mask_noise(batch())
+    assert noise.equal(MASK_NOISE_FUNCTIONS[masking](torch.from_numpy(rows), 2, 2, 2))
 
 
 def test_another_epoch_masks_other_patches_and_another_neighbour_does_not() -> None:
-    noise = reconstruct().noise(batch())
-    assert not noise.equal(reconstruct().noise(batch(epoch=5)))
+    noise = reconstruct().draw_mask_noise(batch())
+    assert not noise.equal(reconstruct().draw_mask_noise(batch(epoch=5)))
     given = batch()
     row = slice(1, 2)
-    alone = Batch(given.images[row], given.labels[row], given.ids[row], given.draws[row], given.valid[row], 7, 4, 1)
-    assert reconstruct().noise(alone).equal(noise[1:2])
+    alone = Batch(
+        given.images[row], given.labels[row], given.ids[row], given.sample_keys[row], given.valid[row], 7, 4, 1
+    )
+    assert reconstruct().draw_mask_noise(alone).equal(noise[1:2])
 
 
 # Distillation
@@ -199,10 +203,10 @@ def test_distances_and_their_gradients_against_loops(name: str) -> None:
 
 def test_a_perfect_answer_is_at_no_distance() -> None:
     lesson = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
-    assert cosine(lesson * 7, lesson).abs().max() < 1e-6
-    assert smooth_l1(lesson, lesson).abs().max() == 0
-    assert l1(lesson, lesson).abs().max() == 0
-    assert cosine(-lesson, lesson).sub(2).abs().max() < 1e-6
+    assert cosine_distance(lesson * 7, lesson).abs().max() < 1e-6
+    assert smooth_l1_distance(lesson, lesson).abs().max() == 0
+    assert l1_distance(lesson, lesson).abs().max() == 0
+    assert cosine_distance(-lesson, lesson).sub(2).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("name", DISTANCES)
@@ -212,12 +216,12 @@ def test_imitate_against_a_loop(name: str, cls_weight: float, patch_weight: floa
     lesson = (torch.randn(B, 5, generator=generator), torch.randn(B, L, 5, generator=generator))
     answer = (torch.randn(B, 5, generator=generator), torch.randn(B, L, 5, generator=generator))
     teacher, pupil = Given(*lesson), Given(*answer)
-    cfg = DistillConfig.checked(
+    cfg = DistillConfig.from_dict(
         {"distance": name, "cls_weight": cls_weight, "patch_weight": patch_weight}
         | {"teacher": "x", "epochs": 1, "data": {"path": "x", "image_size": SIZE}, "batch": {"images": B}, "optim": {}},
         "here",
     )
-    objective = Imitate(teacher, cfg, [""], MEAN, STD)  # pyright: ignore[reportArgumentType]
+    objective = DistillationLoss(teacher, cfg, [""], MEAN, STD)  # pyright: ignore[reportArgumentType]
     total, numbers = objective(Students([pupil]), batch())
 
     cls = [by_loop(name, answer[0][image].numpy(), lesson[0][image].numpy()) for image in range(B)]
@@ -231,7 +235,7 @@ def test_imitate_against_a_loop(name: str, cls_weight: float, patch_weight: floa
     assert numbers["cls_distance"].item() == pytest.approx(sum(cls), rel=1e-5)
     if patch_weight:
         assert numbers["patch_distance"].item() == pytest.approx(sum(patches), rel=1e-5)
-    assert objective.weight(batch()) == B
+    assert objective.batch_weight(batch()) == B
     (seen, _), (shown, *_) = teacher.asked, pupil.asked
     assert seen is shown, "one view for both"
     np.testing.assert_allclose(seen.numpy(), pixels(batch().images), rtol=1e-5, atol=1e-6)
@@ -248,10 +252,10 @@ def cross_entropy(logits: np.ndarray, label: int, smoothing: float) -> float:
     return -sum(share * (value - whole) for share, value in zip(target, logits, strict=True))
 
 
-def classify(seed: int = 0, smoothing: float = 0.0, sites: int = 0, classes: int = 4) -> Classify:
+def classify(seed: int = 0, smoothing: float = 0.0, sites: int = 0, classes: int = 4) -> ClassificationLoss:
     off = {"erase": 0.0, "mixup": 0.0, "cutmix": 0.0}
     cfg: Any = SimpleNamespace(seed=seed, label_smoothing=smoothing, data=SimpleNamespace(labels="class"), **off)
-    return Classify(cfg, MEAN, STD, sites, torch.ones(classes))
+    return ClassificationLoss(cfg, MEAN, STD, sites, torch.ones(classes))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
@@ -276,13 +280,15 @@ def test_classify_against_a_loop_and_torch(smoothing: float) -> None:
     torch.testing.assert_close(logits.grad[labelled].double(), (soft - target)[labelled], rtol=1e-5, atol=1e-6)
 
     _, drops = model.asked
-    assert np.array_equal(drops.numpy(), uniforms_numpy(key(9, "drop path"), np.array([4011, 4003, 4500]), 2))
+    assert np.array_equal(
+        drops.numpy(), draw_uniform_numpy(derive_key(9, "drop path"), np.array([4011, 4003, 4500]), 2)
+    )
     assert set(numbers) == {"train_top1"}
 
 
 def test_the_weight_is_the_number_of_labelled_images() -> None:
     objective = classify()
-    assert [int(objective.weight(batch(labels))) for labels in ((2, -1, 0), (-1, -1, -1), (1, 1, 1))] == [2, 0, 3]
+    assert [int(objective.batch_weight(batch(labels))) for labels in ((2, -1, 0), (-1, -1, -1), (1, 1, 1))] == [2, 0, 3]
 
 
 def test_train_top1_is_the_count_of_right_guesses() -> None:
@@ -297,17 +303,17 @@ def test_hits_counts_every_labelled_image_once_and_padding_nowhere() -> None:
     logits = ranking.repeat(6, 1)
     labels = torch.tensor([0, 4, 5, -1, -1, 0])
     valid = torch.tensor([True, True, True, True, False, False])
-    top1, top5, loss, images = hits(logits, labels, valid).tolist()
+    top1, top5, loss, images = sum_batch_metrics(logits, labels, valid).tolist()
     assert (top1, top5, images) == (1.0, 2.0, 3.0)
     assert loss == pytest.approx(sum(cross_entropy(ranking.numpy(), label, 0.0) for label in (0, 4, 5)), rel=1e-6)
 
 
 def test_hits_of_fewer_than_five_classes_and_of_nothing() -> None:
     logits = torch.tensor([[1.0, 2.0, 3.0]] * 3)
-    found = hits(logits, torch.tensor([0, 1, 2]), torch.ones(3, dtype=torch.bool))
+    found = sum_batch_metrics(logits, torch.tensor([0, 1, 2]), torch.ones(3, dtype=torch.bool))
     assert found.dtype == torch.float64
     assert found.tolist()[:2] == [1.0, 3.0]
-    assert hits(logits, torch.tensor([0, 1, 2]), torch.zeros(3, dtype=torch.bool)).tolist() == [0.0] * 4
+    assert sum_batch_metrics(logits, torch.tensor([0, 1, 2]), torch.zeros(3, dtype=torch.bool)).tolist() == [0.0] * 4
 
 
 def test_hits_of_parts_add_up() -> None:
@@ -315,9 +321,9 @@ def test_hits_of_parts_add_up() -> None:
     logits = torch.randn(20, 7, generator=generator)
     labels = torch.randint(-1, 7, (20,), generator=generator)
     valid = torch.rand(20, generator=generator) < 0.7
-    each = [hits(logits[at : at + 3], labels[at : at + 3], valid[at : at + 3]) for at in range(0, 20, 3)]
+    each = [sum_batch_metrics(logits[at : at + 3], labels[at : at + 3], valid[at : at + 3]) for at in range(0, 20, 3)]
     parts = torch.stack(each).sum(dim=0)
-    torch.testing.assert_close(parts, hits(logits, labels, valid))
+    torch.testing.assert_close(parts, sum_batch_metrics(logits, labels, valid))
     known = valid & (labels >= 0)
     guesses = logits.argsort(dim=1, descending=True)
     assert parts.tolist()[0] == sum(int(guesses[i, 0] == labels[i]) for i in range(20) if known[i])

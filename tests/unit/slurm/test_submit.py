@@ -11,7 +11,7 @@ import pytest
 
 from foveal.errors import ConfigError, LaunchError
 from slurm import submit
-from slurm.submit import Job, header, jobs_of, run_here
+from slurm.submit import StageJob, build_jobs, read_sbatch_options, run_jobs_locally
 
 ROOT = Path(__file__).resolve().parents[3]
 DIGITS = ROOT / "configs/pretrain/digits.yaml"
@@ -44,8 +44,8 @@ def pipeline(folder: Path, text: str) -> Path:
     return file
 
 
-def job(what: str, *, processes: int = 1) -> Job:
-    return Job(f"to-{what}", "pretrain", Path(what), (f"run.dir=runs/{what}",), (), Path("runs", what), processes)
+def job(what: str, *, processes: int = 1) -> StageJob:
+    return StageJob(f"to-{what}", "pretrain", Path(what), (f"run.dir=runs/{what}",), (), Path("runs", what), processes)
 
 
 @pytest.fixture
@@ -89,29 +89,34 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_a_mistake_is_one_sentence(tmp_path: Path, text: str, overrides: list[str], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence) as error:
-        jobs_of(pipeline(tmp_path, text), overrides)
+        build_jobs(pipeline(tmp_path, text), overrides)
     assert "\n" not in str(error.value)
 
 
 def test_a_missing_pipeline_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such file"):
-        jobs_of(tmp_path / "nowhere.yaml", [])
+        build_jobs(tmp_path / "nowhere.yaml", [])
 
 
 def test_settings_reach_the_stage_as_they_were_meant(tmp_path: Path) -> None:
-    jobs, options = jobs_of(pipeline(tmp_path, TWO), ["two.run.dir=elsewhere", "two.epochs=3", "slurm.mem=1=2"])
+    jobs, options = build_jobs(pipeline(tmp_path, TWO), ["two.run.dir=elsewhere", "two.epochs=3", "slurm.mem=1=2"])
     one, two = jobs
-    assert (one.run, one.after, two.run, two.after) == (Path("runs/pair/one"), (), Path("elsewhere"), ("one",))
+    assert (one.run_dir, one.depends_on, two.run_dir, two.depends_on) == (
+        Path("runs/pair/one"),
+        (),
+        Path("elsewhere"),
+        ("one",),
+    )
     assert "teacher=runs/pair/one/export" in two.overrides
     assert "run.pipeline=runs/pair" in two.overrides
     assert two.overrides[-2:] == ("run.dir=elsewhere", "epochs=3")
-    loaded = submit.PretrainConfig.load(one.config, one.overrides)
+    loaded = submit.PretrainConfig.load(one.config_path, one.overrides)
     assert (loaded.optim.lr_per_256, loaded.data.path) == (1e-3, "a: b")
     assert options == {"mem": "1=2"}
 
 
 def test_a_moved_run_is_found_by_the_next_stage(tmp_path: Path) -> None:
-    _, two = jobs_of(pipeline(tmp_path, TWO), ["one.run.dir=elsewhere"])[0]
+    _, two = build_jobs(pipeline(tmp_path, TWO), ["one.run.dir=elsewhere"])[0]
     assert "teacher=elsewhere/export" in two.overrides
 
 
@@ -119,28 +124,30 @@ def test_one_of_several_students_is_taken(tmp_path: Path) -> None:
     tuned = f"- {{{{name: three, stage: finetune, config: {ROOT}/configs/finetune/digits.yaml, from: {{{{init: {{}}}}}}}}}}\n"
     students = "[{name: small, model: {}}, {name: other, backbone: resnet18}]"
     several = TWO.replace("from: {teacher: one}", f"from: {{teacher: one}}, set: {{students: {students}, model: null}}")
-    *_, last = jobs_of(pipeline(tmp_path, several + tuned.format("two/small")), ())[0]
+    *_, last = build_jobs(pipeline(tmp_path, several + tuned.format("two/small")), ())[0]
     assert "init=runs/pair/two/export/small" in last.overrides
-    assert last.after == ("two",)
+    assert last.depends_on == ("two",)
     for text in (several + tuned.format("two"), several + tuned.format("two/smal")):
         with pytest.raises(ConfigError, match="what 'two' leaves is taken as two/small, two/other"):
-            jobs_of(pipeline(tmp_path, text), ())
+            build_jobs(pipeline(tmp_path, text), ())
     with pytest.raises(ConfigError, match="what 'one' leaves is taken as one"):
-        jobs_of(pipeline(tmp_path, TWO.replace("teacher: one", "teacher: one/small")), ())
+        build_jobs(pipeline(tmp_path, TWO.replace("teacher: one", "teacher: one/small")), ())
 
 
 def test_stages_run_here_one_after_another(here: Path) -> None:
-    assert run_here([job("finish"), job("0")]) == LaunchError.exit_code  # the second leaves without having finished
+    assert (
+        run_jobs_locally([job("finish"), job("0")]) == LaunchError.exit_code
+    )  # the second leaves without having finished
     assert (here / "started").read_text() == "- finish run.dir=runs/finish\n- 0 run.dir=runs/0\n"
 
 
 def test_the_first_failure_stops_the_chain_with_its_code(here: Path) -> None:
-    assert run_here([job("7"), job("finish")]) == 7
+    assert run_jobs_locally([job("7"), job("finish")]) == 7
     assert (here / "started").read_text() == "- 7 run.dir=runs/7\n"
 
 
 def test_several_processes_are_checked_then_launched(here: Path) -> None:
-    assert run_here([job("finish", processes=2)]) == 0
+    assert run_jobs_locally([job("finish", processes=2)]) == 0
     check, *ranks = (here / "started").read_text().splitlines()
     assert check == "- finish run.dir=runs/finish --check --ranks=2"
     assert sorted(ranks) == ["0 finish run.dir=runs/finish", "1 finish run.dir=runs/finish"]
@@ -148,7 +155,7 @@ def test_several_processes_are_checked_then_launched(here: Path) -> None:
 
 def test_ctrl_c_reaches_the_stage_and_ends_the_chain(here: Path) -> None:
     before = signal.getsignal(signal.SIGINT)
-    assert run_here([job("interrupt"), job("finish")]) == 130
+    assert run_jobs_locally([job("interrupt"), job("finish")]) == 130
     assert (here / "heard").exists()
     assert len((here / "started").read_text().splitlines()) == 1
     assert signal.getsignal(signal.SIGINT) is before
@@ -173,12 +180,15 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_job_is_the_script_with_its_own_resources(sbatch: Path) -> None:
-    jobs, _ = jobs_of(pipeline(sbatch, TWO), [])
+    jobs, _ = build_jobs(pipeline(sbatch, TWO), [])
     options = {"nodes": "1", "gpus-per-node": "0", "dependency": "afterok:99", "requeue": "true"}
-    assert submit.submit(jobs, sbatch / "submitted", options) == {"one": "1", "two": "2"}
+    assert submit.submit_jobs(jobs, sbatch / "submitted", options) == {"one": "1", "two": "2"}
     first, second = ((sbatch / f"{n}.sh").read_text().splitlines() for n in (1, 2))
     directives = {line.removeprefix("#SBATCH --") for line in first if line.startswith("#SBATCH")}
-    ours = {f"{name.replace('_', '-')}={value}" for name, value in header(ROOT / "slurm/pretrain_mae.sh").items()}
+    ours = {
+        f"{name.replace('_', '-')}={value}"
+        for name, value in read_sbatch_options(ROOT / "slurm/pretrain_mae.sh").items()
+    }
     changed = {"nodes=4", "gpus-per-node=8", "requeue=true"}
     assert changed < ours
     added = {"nodes=1", "gpus-per-node=0", "requeue", "dependency=afterok:99", "kill-on-invalid-dep=yes"}
@@ -195,27 +205,27 @@ def test_an_array_is_for_the_stages_that_have_folds(sbatch: Path) -> None:
         f"- {{name: three, stage: finetune, config: {ROOT}/configs/finetune/digits_folds.yaml, from: {{init: one}}}}\n"
     )
     one, three = TWO.splitlines(keepends=True)[0], folds.replace("from:", "set: {model: null}, from:")
-    jobs, options = jobs_of(pipeline(sbatch, one + three), ["slurm.array=0-4"])
-    submit.submit(jobs, sbatch / "submitted", options)
+    jobs, options = build_jobs(pipeline(sbatch, one + three), ["slurm.array=0-4"])
+    submit.submit_jobs(jobs, sbatch / "submitted", options)
     assert [("#SBATCH --array=0-4" in (sbatch / f"{n}.sh").read_text()) for n in (1, 2)] == [False, True]
     assert "#SBATCH --dependency=afterok:1" in (sbatch / "2.sh").read_text()
     with pytest.raises(
         ConfigError, match=r"slurm\.array is for the stages that have folds, and none has; leave it out"
     ):
-        jobs_of(pipeline(sbatch, TWO), ["slurm.array=0-4"])
+        build_jobs(pipeline(sbatch, TWO), ["slurm.array=0-4"])
 
 
 def test_a_refused_job_cancels_those_before_it(sbatch: Path) -> None:
-    jobs, _ = jobs_of(pipeline(sbatch, f"{TWO}- {{name: three, stage: pretrain, config: {DIGITS}}}"), [])
+    jobs, _ = build_jobs(pipeline(sbatch, f"{TWO}- {{name: three, stage: pretrain, config: {DIGITS}}}"), [])
     with pytest.raises(LaunchError, match="three: sbatch refused the job: no more; the jobs before it are cancelled"):
-        submit.submit(jobs, sbatch / "submitted", {})
+        submit.submit_jobs(jobs, sbatch / "submitted", {})
     assert (sbatch / "cancelled").read_text() == "1 2\n"
 
 
 def test_without_slurm_submitting_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(LaunchError, match="no sbatch and srun here"):
-        submit.submit([job("finish")], tmp_path, {})
+        submit.submit_jobs([job("finish")], tmp_path, {})
 
 
 # Stands in for torchrun: its rank says what it hears and saves; torchrun itself would end with a traceback. It writes

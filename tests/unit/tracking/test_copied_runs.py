@@ -15,8 +15,8 @@ from mlflow.tracking import MlflowClient
 from points import in_jsonl, in_mlflow, row, run_id
 
 from foveal.tracking import mlflow, open_tracker
-from foveal.tracking.mlflow import MLflow
-from foveal.tracking.store_errors import refusal
+from foveal.tracking.mlflow import MLflowRun
+from foveal.tracking.store_errors import explain_refusal
 from foveal.tracking.tracker import TrackingConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -30,8 +30,8 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 def goes_on(run: Path, uri: str, first: int, last: int, pipeline: Path | None = None) -> str:
     """An attempt from one step to another; the run in MLflow that has it."""
     tracker, _ = open_tracker(run, TrackingConfig(uri=uri), str(pipeline) if pipeline else None, first - 1)
-    tracker.settings({}, {})
-    tracker.rows([row(step) for step in range(first, last + 1)])
+    tracker.log_settings({}, {})
+    tracker.log_rows([row(step) for step in range(first, last + 1)])
     tracker.close("finished")
     return run_id(run)
 
@@ -102,14 +102,14 @@ def test_a_place_that_may_not_be_looked_into(tmp_path: Path, uri: str, monkeypat
     run, other = tmp_path / "run", tmp_path / "other"
     mine = goes_on(run, uri, 1, 10)
     plain_copy(run, other)
-    read = mlflow._read
+    read = mlflow._read_note
 
     def barred(note: Path) -> dict[str, str] | None:
         if note == run / "mlflow.json":
             raise PermissionError(13, "no")
         return read(note)
 
-    monkeypatch.setattr(mlflow, "_read", barred)
+    monkeypatch.setattr(mlflow, "_read_note", barred)
     assert goes_on(other, uri, 11, 15) != mine
 
 
@@ -127,30 +127,32 @@ def test_a_copy_of_a_pipeline_has_a_parent_of_its_own(tmp_path: Path, uri: str) 
 
 def test_a_run_and_an_experiment_in_the_trash(tmp_path: Path, uri: str, caplog: pytest.LogCaptureFixture) -> None:
     run, client, cfg = tmp_path / "run", MlflowClient(uri), TrackingConfig(uri=uri, experiment="short-lived")
-    first = MLflow(cfg, run, None, "a").run
+    first = MLflowRun(cfg, run, None, "a").run_id
     client.delete_run(first)
     with caplog.at_level(logging.INFO, "foveal"):
-        assert MLflow(cfg, run, None, "b").run != first
+        assert MLflowRun(cfg, run, None, "b").run_id != first
     assert f"{run} has a new run in MLflow, since that of its mlflow.json is deleted" in caplog.text
     experiment = client.get_experiment_by_name(cfg.experiment)
     assert experiment is not None
     client.delete_experiment(experiment.experiment_id)
     with pytest.raises(Exception, match=r"^experiment short-lived is deleted: restore it or name another") as caught:
-        MLflow(cfg, run, None, "c")
-    assert isinstance(caught.value, Exception) and refusal(caught.value) == str(caught.value)
+        MLflowRun(cfg, run, None, "c")
+    assert isinstance(caught.value, Exception) and explain_refusal(caught.value) == str(caught.value)
     client.restore_experiment(experiment.experiment_id)
-    assert MLflow(cfg, run, None, "d").run
+    assert MLflowRun(cfg, run, None, "d").run_id
 
 
 def test_a_store_of_another_mlflow_is_an_answer(tmp_path: Path, uri: str) -> None:
-    MLflow(TrackingConfig(uri=uri), tmp_path / "any", None, "x")
+    MLflowRun(TrackingConfig(uri=uri), tmp_path / "any", None, "x")
     store = tmp_path / "mlflow.db"
     shutil.copy(uri.removeprefix("sqlite:///"), store)
     with contextlib.closing(sqlite3.connect(store)) as connection, connection:
         connection.execute("update alembic_version set version_num = 'ffffffffffff'")
     with pytest.raises(MlflowException) as caught:
-        MLflow(TrackingConfig(uri=f"sqlite:///{store}"), tmp_path / "run", None, "x")
-    assert (refusal(caught.value) or "").startswith("its tables are those of another MLflow (MlflowException: Detected")
+        MLflowRun(TrackingConfig(uri=f"sqlite:///{store}"), tmp_path / "run", None, "x")
+    assert (explain_refusal(caught.value) or "").startswith(
+        "its tables are those of another MLflow (MlflowException: Detected"
+    )
 
 
 def test_a_variable_instead_of_a_secret_is_the_same_store(tmp_path: Path, uri: str, monkeypatch) -> None:
@@ -160,4 +162,4 @@ def test_a_variable_instead_of_a_secret_is_the_same_store(tmp_path: Path, uri: s
     assert goes_on(run, "${THE_STORE}", 6, 9) == mine
     monkeypatch.delenv("THE_STORE")
     with pytest.raises(Exception, match="needs the environment variable THE_STORE, which is not set"):
-        MLflow(TrackingConfig(uri="${THE_STORE}"), run, None, "x")
+        MLflowRun(TrackingConfig(uri="${THE_STORE}"), run, None, "x")

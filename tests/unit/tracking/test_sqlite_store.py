@@ -13,8 +13,8 @@ import pytest
 from processes import PYTHON, ROOT
 
 from foveal.tracking import sqlite_store
-from foveal.tracking.sqlite_store import alone_with, file_of, located
-from foveal.tracking.store_errors import Refused
+from foveal.tracking.sqlite_store import lock_store, parse_sqlite_path, resolve_store_uri
+from foveal.tracking.store_errors import StoreRefusedError
 
 _BEGIN = """
 import sys
@@ -86,7 +86,7 @@ def test_the_name_is_the_first_ones(tmp_path: Path) -> None:
         draft.write_bytes(b"second")
         file.write_bytes(b"SQLite format 3\x00first")
 
-    with alone_with(file, make):
+    with lock_store(file, make):
         assert file.read_bytes().endswith(b"first")
     assert sorted(each.name for each in tmp_path.iterdir()) == [".mlflow.db.lock", "mlflow.db"]
 
@@ -102,7 +102,7 @@ def no_links(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_links")
 def test_a_file_system_without_links(tmp_path: Path) -> None:
     file = tmp_path / "mlflow.db"
-    with alone_with(file, lambda draft: draft.write_bytes(b"whole")):
+    with lock_store(file, lambda draft: draft.write_bytes(b"whole")):
         assert file.read_bytes() == b"whole"
 
 
@@ -113,10 +113,10 @@ def test_a_lock_that_is_left_or_held(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     def nested(draft: Path) -> None:
         draft.write_bytes(b"")
-        with pytest.raises(TimeoutError, match="is held by another run"), alone_with(file, nested):
+        with pytest.raises(TimeoutError, match="is held by another run"), lock_store(file, nested):
             pass
 
-    with alone_with(file, nested):
+    with lock_store(file, nested):
         pass
 
 
@@ -132,18 +132,18 @@ def a_text(place: Path) -> Path:
 
 @pytest.mark.parametrize(("there", "said"), [(a_folder, "cannot be written"), (a_text, "is no SQLite database")])
 def test_something_else_has_the_name(tmp_path: Path, there: Callable[[Path], Path], said: str) -> None:
-    with pytest.raises(Refused, match=said), alone_with(there(tmp_path), lambda _: None):
+    with pytest.raises(StoreRefusedError, match=said), lock_store(there(tmp_path), lambda _: None):
         pass
 
 
 def test_a_place_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for uri in (f"sqlite:///{tmp_path}/file/mlflow.db", "sqlite:////proc/nowhere/mlflow.db"):
-        with pytest.raises(Refused, match=r"mlflow.db cannot be made \(.*\): set tracking.uri to a place"):
-            located(uri)
+        with pytest.raises(StoreRefusedError, match=r"mlflow.db cannot be made \(.*\): set tracking.uri to a place"):
+            resolve_store_uri(uri)
     for uri in ("sqlite:///", "sqlite:///:memory:"):
-        with pytest.raises(Refused, match="names no file"):
-            located(uri)
+        with pytest.raises(StoreRefusedError, match="names no file"):
+            resolve_store_uri(uri)
 
 
 def test_uris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,6 +156,6 @@ def test_uris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "sqlite:///file:a/m.db?uri=true": f"sqlite:///file:{tmp_path}/a/m.db?uri=true",
         f"sqlite:///file://{tmp_path}/a/m.db?uri=true": f"sqlite:///file://{tmp_path}/a/m.db?uri=true",
     }.items():
-        assert located(uri) == (absolute, beside)
-        assert file_of(absolute) == tmp_path / "a" / "m.db"
-    assert file_of("postgresql://host/a.db") is None
+        assert resolve_store_uri(uri) == (absolute, beside)
+        assert parse_sqlite_path(absolute) == tmp_path / "a" / "m.db"
+    assert parse_sqlite_path("postgresql://host/a.db") is None

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from mlflow.exceptions import MlflowException, RestException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
-from foveal.tracking.store_errors import Refused, refusal
+from foveal.tracking.store_errors import StoreRefusedError, explain_refusal
 
 
 class HTTPError(OSError):
@@ -29,7 +29,7 @@ def test_what_is_an_answer() -> None:
         MlflowException("The run 1 must be in the 'active' state. Current state is deleted.", INVALID_PARAMETER_VALUE)
     ]
     silent += [RestException({"message": "Service Unavailable"}), MlflowException("timed out")]
-    assert [refusal(error) for error in silent] == [None] * len(silent)
+    assert [explain_refusal(error) for error in silent] == [None] * len(silent)
     for error, words in {
         HTTPError(403): "403 Client Error",
         ClientError("no bucket"): "no bucket",
@@ -40,6 +40,6 @@ def test_what_is_an_answer() -> None:
         OSError(30, "Read-only file system"): "Read-only file system",
         MlflowException("Detected out-of-date database schema (found version b"): "`mlflow db upgrade`",
         ValueError("table _alembic_tmp_experiments already exists"): "move the file away",
-        Refused("experiment x is deleted: restore it"): "experiment x is deleted",
+        StoreRefusedError("experiment x is deleted: restore it"): "experiment x is deleted",
     }.items():
-        assert words in (refusal(error) or ""), error
+        assert words in (explain_refusal(error) or ""), error

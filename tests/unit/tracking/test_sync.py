@@ -12,16 +12,16 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from points import in_jsonl, in_mlflow, row, run_id
 
 from foveal import cli
-from foveal.tracking.jsonl import Jsonl
+from foveal.tracking.jsonl import JsonlTracker
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 def left(run: Path, state: str = "finished", **tracking: Any) -> Path:
     """A run that was trained without a word to MLflow."""
-    kept = Jsonl(run, 0)
-    kept.settings({"epochs": 3}, {"ranks": "1"})
-    kept.rows([row(step) for step in range(1, 31)])
+    kept = JsonlTracker(run, 0)
+    kept.log_settings({"epochs": 3}, {"ranks": "1"})
+    kept.log_rows([row(step) for step in range(1, 31)])
     if state != "running":
         kept.close("finished")
     else:

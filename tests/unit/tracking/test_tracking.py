@@ -13,12 +13,12 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from points import Numbers, in_jsonl, in_mlflow, row, run_id
 
-from foveal.errors import Superseded
+from foveal.errors import AttemptSupersededError
 from foveal.tracking import open_tracker
-from foveal.tracking.jsonl import Jsonl, read_rows
-from foveal.tracking.mlflow import MLflow, located
-from foveal.tracking.tracker import Silent, State, Tracker, TrackingConfig
-from foveal.tracking.uploader import Posted
+from foveal.tracking.jsonl import JsonlTracker, read_metric_rows
+from foveal.tracking.mlflow import MLflowRun, resolve_store_uri
+from foveal.tracking.tracker import AttemptState, NullTracker, Tracker, TrackingConfig
+from foveal.tracking.uploader import Uploaded
 
 # MLflow's own dependencies have moved on; foveal's command line does not show these either.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -48,18 +48,18 @@ class Kind:
 def kind(request: pytest.FixtureRequest, uri: str, client: MlflowClient, tmp_path: Path) -> Kind:
     run = tmp_path / "run"
     if request.param == "jsonl":
-        return Kind(lambda start: Jsonl(run, start), lambda: in_jsonl(run))
+        return Kind(lambda start: JsonlTracker(run, start), lambda: in_jsonl(run))
     cfg = TrackingConfig(uri=uri)
     return Kind(lambda start: open_tracker(run, cfg, None, start)[0], lambda: in_mlflow(client, run))
 
 
-def use(tracker: Tracker, first: int, last: int, state: State = "finished") -> None:
+def use(tracker: Tracker, first: int, last: int, state: AttemptState = "finished") -> None:
     """An attempt, from the first step to the last."""
-    tracker.settings({"optim.lr": 0.1, "model": None, "data.mean": [0.5]}, {"ranks": "2"})
+    tracker.log_settings({"optim.lr": 0.1, "model": None, "data.mean": [0.5]}, {"ranks": "2"})
     for step in range(first, last, 2):
-        tracker.rows([row(step), row(step + 1)] if step < last else [row(step)])
-    tracker.rows([])
-    tracker.results({"val_top1": 0.5}, last)
+        tracker.log_rows([row(step), row(step + 1)] if step < last else [row(step)])
+    tracker.log_rows([])
+    tracker.log_results({"val_top1": 0.5}, last)
     tracker.close(state)
 
 
@@ -88,15 +88,15 @@ def test_a_resumed_attempt_goes_on_and_counts_nothing_twice(kind: Kind) -> None:
 def test_an_attempt_that_had_nothing_left_to_do_adds_nothing(kind: Kind) -> None:
     use(kind.opened(0), 1, 6)
     again = kind.opened(6)
-    again.settings({"optim.lr": 0.1}, {})
+    again.log_settings({"optim.lr": 0.1}, {})
     again.close("finished")
     assert kind.numbers() == expected(6, 6)
 
 
 def test_what_is_not_finite_is_kept_too(kind: Kind) -> None:
     tracker = kind.opened(0)
-    tracker.rows([{"step": 1, "loss": float("nan")}, {"step": 2, "loss": float("inf")}, {"step": 3, "loss": 0.5}])
-    tracker.rows([{"step": 4, "loss": float("-inf")}])
+    tracker.log_rows([{"step": 1, "loss": float("nan")}, {"step": 2, "loss": float("inf")}, {"step": 3, "loss": 0.5}])
+    tracker.log_rows([{"step": 4, "loss": float("-inf")}])
     tracker.close("diverged")
     found = kind.numbers()
     assert math.isnan(found[("loss", 1)][0])
@@ -109,28 +109,28 @@ def test_what_is_not_finite_is_kept_too(kind: Kind) -> None:
 
 def test_an_attempt_that_was_superseded_while_it_loaded_leaves_the_rows_alone(tmp_path: Path) -> None:
     """It asks last, when all is ready to take the file."""
-    newer = Jsonl(tmp_path, 0, attempt=2)
-    newer.rows([{"step": 1, "loss": 0.5}])
+    newer = JsonlTracker(tmp_path, 0, attempt=2)
+    newer.log_rows([{"step": 1, "loss": 0.5}])
 
     def superseded() -> None:
         assert list(tmp_path.glob(".metrics.jsonl.1.draft")), "it was ready"
-        raise Superseded("another attempt has taken over")
+        raise AttemptSupersededError("another attempt has taken over")
 
-    with pytest.raises(Superseded):
-        Jsonl(tmp_path, 0, attempt=1, fence=superseded)
-    newer.rows([{"step": 2, "loss": 0.25}])
+    with pytest.raises(AttemptSupersededError):
+        JsonlTracker(tmp_path, 0, attempt=1, check_lease=superseded)
+    newer.log_rows([{"step": 2, "loss": 0.25}])
     newer.close("finished")
-    assert [row["loss"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0.5, 0.25]
+    assert [row["loss"] for row in read_metric_rows(tmp_path / "metrics.jsonl")] == [0.5, 0.25]
     assert sorted(each.name for each in tmp_path.iterdir()) == ["metrics.jsonl"]
 
 
 def test_every_tracker_has_every_verb() -> None:
     verbs = {name for name in vars(Tracker) if not name.startswith("_")}
     assert verbs == {"settings", "rows", "results", "file", "rewind", "hurry", "close"}
-    for each in (Silent, Posted, Jsonl):
+    for each in (NullTracker, Uploaded, JsonlTracker):
         assert verbs <= vars(each).keys(), each
-    use(Silent(), 1, 4)
-    Silent().rewind(2)
+    use(NullTracker(), 1, 4)
+    NullTracker().rewind(2)
 
 
 def test_stages_are_children_of_their_pipeline(uri: str, client: MlflowClient, tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_stages_that_begin_at_once_have_one_parent(
 
     def begin(stage: str) -> None:
         together.wait()
-        MLflow(cfg, pipeline / stage, pipeline, stage)
+        MLflowRun(cfg, pipeline / stage, pipeline, stage)
 
     threads = [threading.Thread(target=begin, args=(stage,)) for stage in stages]
     for thread in threads:
@@ -185,8 +185,8 @@ def test_a_resumed_attempt_is_the_same_run(uri: str, client: MlflowClient, tmp_p
     assert first.info.status == "KILLED"
     assert first.data.params == {"optim.lr": "0.1", "model": "None", "data.mean": "[0.5]"}
     assert (first.data.tags["ranks"], first.data.tags["state"]) == ("2", "saved-and-left")
-    store = MLflow(cfg, run, None, "")
-    store.facts({"optim.lr": 0.1, "log.every": 3, "data.mean": [0.7]}, {"ranks": "4", "state": "running"})
+    store = MLflowRun(cfg, run, None, "")
+    store.set_params_and_tags({"optim.lr": 0.1, "log.every": 3, "data.mean": [0.7]}, {"ranks": "4", "state": "running"})
     second = client.get_run(run_id(run))
     assert second.info.run_id == first.info.run_id
     assert second.info.status == "RUNNING"
@@ -194,7 +194,7 @@ def test_a_resumed_attempt_is_the_same_run(uri: str, client: MlflowClient, tmp_p
     assert second.data.tags["changed.data.mean"] == "[0.7]"
     assert second.data.tags["ranks"] == "4"
     assert not [name for name in second.data.tags if name.startswith("changed.optim")]
-    store.facts({"data.mean": [0.5]}, {"state": "failed", "why_stopped": "a lost rank"})
+    store.set_params_and_tags({"data.mean": [0.5]}, {"state": "failed", "why_stopped": "a lost rank"})
     third = client.get_run(run_id(run))
     assert third.data.tags["changed.data.mean"] == "[0.5]"
     assert (third.info.status, third.data.tags["why_stopped"]) == ("FAILED", "a lost rank")
@@ -203,9 +203,9 @@ def test_a_resumed_attempt_is_the_same_run(uri: str, client: MlflowClient, tmp_p
 def test_more_settings_and_rows_than_one_request_takes(uri: str, client: MlflowClient, tmp_path: Path) -> None:
     run = tmp_path / "run"
     tracker, _ = open_tracker(run, TrackingConfig(uri=uri), None, 0)
-    tracker.settings({f"setting.{number}": "x" * 7000 if number == 3 else number for number in range(205)}, {})
-    tracker.rows([{"step": step, "loss": float(step), "lr": 0.5, "norm": 1.0} for step in range(1, 701)])
-    tracker.results({"an arm+its+top1": 0.5}, 700)
+    tracker.log_settings({f"setting.{number}": "x" * 7000 if number == 3 else number for number in range(205)}, {})
+    tracker.log_rows([{"step": step, "loss": float(step), "lr": 0.5, "norm": 1.0} for step in range(1, 701)])
+    tracker.log_results({"an arm+its+top1": 0.5}, 700)
     tracker.close("finished")
     assert len(client.get_run(run_id(run)).data.params) == 205
     assert in_mlflow(client, run) == {("an arm_its_top1", 700): [0.5]} | {
@@ -222,8 +222,8 @@ def test_files_lie_beside_the_store(uri: str, client: MlflowClient, tmp_path: Pa
     for name, data in {"pictures/a.png": b"a", "pictures/b.png": b"b", "config.yaml": b"seed: 1"}.items():
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_bytes(data)
-    tracker.settings({}, {})
-    tracker.file(run / "pictures" / "a.png")
+    tracker.log_settings({}, {})
+    tracker.log_file(run / "pictures" / "a.png")
     tracker.close("saved-and-left")
     kept = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / run_id(run) / "artifacts"
     assert {each.name for each in kept.rglob("*.*")} == {"a.png", "b.png", "config.yaml", "settings.json"}
@@ -240,8 +240,8 @@ def test_files_lie_beside_the_store(uri: str, client: MlflowClient, tmp_path: Pa
 
 def test_a_relative_store_lies_where_the_command_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert located("sqlite:///runs/mlflow.db") == (
+    assert resolve_store_uri("sqlite:///runs/mlflow.db") == (
         f"sqlite:///{tmp_path}/runs/mlflow.db",
         f"file://{tmp_path}/runs/mlartifacts",
     )
-    assert located("https://mlflow.example.org") == ("https://mlflow.example.org", None)
+    assert resolve_store_uri("https://mlflow.example.org") == ("https://mlflow.example.org", None)

@@ -12,12 +12,12 @@ import pytest
 from fake_store import Kept
 from points import in_jsonl, row
 
-from foveal.atomic import Growing
+from foveal.atomic import AppendLog
 from foveal.tracking import sync, uploader
-from foveal.tracking.jsonl import Jsonl
-from foveal.tracking.sync import Delivery, _folder, _kept
-from foveal.tracking.tracker import in_words
-from foveal.tracking.uploader import Courier, Outage, Posted
+from foveal.tracking.jsonl import JsonlTracker
+from foveal.tracking.sync import RunSync, _list_files_to_upload, _remote_folder
+from foveal.tracking.tracker import summarize_error
+from foveal.tracking.uploader import OutageBackoff, Uploaded, Uploader
 
 _USER = "me:secret"
 
@@ -38,17 +38,17 @@ def store() -> Iterator[Kept]:
         kept._stream.close()
 
 
-def opened(run: Path, store: Kept, start: int = 0, patience: float = 20.0) -> Posted:
-    kept = Jsonl(run, start)
+def opened(run: Path, store: Kept, start: int = 0, patience: float = 20.0) -> Uploaded:
+    kept = JsonlTracker(run, start)
     store.written.append(kept)
-    return Posted(kept, Courier(Delivery(run, kept.tail(), store.connected), run, "here", patience))
+    return Uploaded(kept, Uploader(RunSync(run, kept.open_tail(), store.connected), run, "here", patience))
 
 
-def train(tracker: Posted, first: int, last: int, report: int = 5) -> None:
-    tracker.settings({"seed": 3}, {"ranks": "1"})
+def train(tracker: Uploaded, first: int, last: int, report: int = 5) -> None:
+    tracker.log_settings({"seed": 3}, {"ranks": "1"})
     for step in range(first, last + 1):
-        tracker.rows([row(step) | ({"images_per_second": 7.0} if step % report == 0 else {})])
-    tracker.results({"val_top1": 0.5}, last)
+        tracker.log_rows([row(step) | ({"images_per_second": 7.0} if step % report == 0 else {})])
+    tracker.log_results({"val_top1": 0.5}, last)
 
 
 def fails(draw: random.Random, share: float) -> Callable[[str], None]:
@@ -99,7 +99,7 @@ def test_one_of_the_names_that_come_together_is_asked_for(store: Kept, tmp_path:
     assert store.asked == []
     second = opened(tmp_path, store, 20)
     train(second, 21, 40)
-    second.rows([row(step) for step in range(41, 81)])
+    second.log_rows([row(step) for step in range(41, 81)])
     second.close("finished")
     assert sorted(store.asked) == ["images_per_second", "loss"]
     assert all(len(values) == 1 for values in store.numbers().values())
@@ -123,13 +123,13 @@ def test_what_was_delivered_before_the_run_went_back_comes_again(store: Kept, tm
     tracker = opened(tmp_path, store)
     train(tracker, 1, 30)
     until(lambda: store.tags and ("val_top1", 30) in store.numbers())
-    Growing(tmp_path / "rollbacks.jsonl").add_json([{"time": time.time(), "to": 20}])
+    AppendLog(tmp_path / "rollbacks.jsonl").append_json_lines([{"time": time.time(), "to": 20}])
     tracker.rewind(20)
-    tracker.rows([{"step": step, "loss": 9.0} for step in range(21, 26)])
+    tracker.log_rows([{"step": step, "loss": 9.0} for step in range(21, 26)])
     until(lambda: store.numbers()[("loss", 25)] == [1 / 25, 9.0])
     store.before = fails(random.Random(0), 0.5)
     again = opened(tmp_path, store, 22)
-    again.rows([{"step": step, "loss": 9.0} for step in range(23, 41)])
+    again.log_rows([{"step": step, "loss": 9.0} for step in range(23, 41)])
     again.close("finished")
     losses = {step: values for (name, step), values in store.numbers().items() if name == "loss"}
     assert losses == {
@@ -141,9 +141,9 @@ def test_a_row_that_is_cut_while_it_waits_is_never_sent(store: Kept, tmp_path: P
     away = threading.Event()
     store.before = lambda _: away.wait(20)
     tracker = opened(tmp_path, store)
-    tracker.rows([row(step) for step in range(1, 31)])
+    tracker.log_rows([row(step) for step in range(1, 31)])
     tracker.rewind(10)
-    tracker.rows([{"step": step, "loss": 9.0} for step in range(11, 21)])
+    tracker.log_rows([{"step": step, "loss": 9.0} for step in range(11, 21)])
     away.set()
     tracker.close("finished")
     assert store.numbers() == in_jsonl(tmp_path)
@@ -160,11 +160,11 @@ def test_a_file_that_is_cut_while_rows_are_on_their_way(store: Kept, tmp_path: P
 
     store.before = hold
     tracker = opened(tmp_path, store)
-    tracker.rows([row(step) for step in range(1, 31)])
+    tracker.log_rows([row(step) for step in range(1, 31)])
     under_way.wait(20)
-    Growing(tmp_path / "rollbacks.jsonl").add_json([{"time": time.time(), "to": 2}])
+    AppendLog(tmp_path / "rollbacks.jsonl").append_json_lines([{"time": time.time(), "to": 2}])
     tracker.rewind(2)
-    tracker.rows([{"step": step, "loss": 9.0} for step in range(3, 11)])
+    tracker.log_rows([{"step": step, "loss": 9.0} for step in range(3, 11)])
     away.set()
     tracker.close("finished")
     losses = {step: values for (name, step), values in store.numbers().items() if name == "loss"}
@@ -178,7 +178,7 @@ def test_training_does_not_wait_for_a_store_that_hangs(store: Kept, tmp_path: Pa
     store.before = lambda _: away.wait(60)
     tracker = opened(tmp_path, store, patience=0.05)
     train(tracker, 1, 200)
-    tracker.file(tmp_path / "settings.json")
+    tracker.log_file(tmp_path / "settings.json")
     tracker.close("finished")
     (warning,) = said(caplog, logging.WARNING)
     assert warning.startswith(
@@ -199,9 +199,9 @@ def test_an_outage_is_one_warning_and_one_line(store: Kept, tmp_path: Path, capl
         raise ConnectionError(f"http://{_USER}@there/ is gone " + "x" * 500)
 
     store.before = away
-    tracker.rows([row(11)])
+    tracker.log_rows([row(11)])
     until(lambda: len(attempts) > 10)
-    tracker.rows([row(12)])
+    tracker.log_rows([row(12)])
     store.before = lambda _: None
     until(lambda: ("loss", 12) in store.numbers())
     tracker.close("finished")
@@ -216,7 +216,7 @@ def test_a_store_that_goes_away_between_rows_is_not_taken_for_its_files(store: K
     train(tracker, 1, 10)
     until(lambda: "settings.json" in store.artifacts and store.tags)
     store.before = fails(random.Random(0), 1.0)
-    tracker.file(tmp_path / "settings.json")
+    tracker.log_file(tmp_path / "settings.json")
     until(lambda: said(caplog, logging.WARNING))
     store.before = lambda _: None
     tracker.close("finished")
@@ -238,7 +238,7 @@ def test_a_store_of_files_that_fails_holds_up_no_number(store: Kept, tmp_path: P
     tracker = opened(tmp_path, store, patience=0.05)
     train(tracker, 1, 30)
     for step in range(31, 61):
-        tracker.rows([row(step)])
+        tracker.log_rows([row(step)])
         until(lambda step=step: ("loss", step) in store.numbers())
     assert len(tries) < 10  # of 30 rounds and more
     until(lambda: said(caplog, logging.WARNING))
@@ -256,7 +256,7 @@ def test_a_superseded_attempt_delivers_nothing_more(store: Kept, tmp_path: Path,
     train(old, 1, 10)
     until(lambda: ("val_top1", 10) in store.numbers())
     new = opened(tmp_path, store, 5)
-    old.rows([row(step) for step in range(11, 20)])
+    old.log_rows([row(step) for step in range(11, 20)])
     old.close("superseded", "attempt 2 has begun")
     train(new, 6, 12)
     new.close("finished")
@@ -272,9 +272,9 @@ def test_a_store_that_lost_the_run_gets_all_of_it(store: Kept, tmp_path: Path) -
     tracker = opened(tmp_path, store)
     train(tracker, 1, 10)
     until(lambda: "settings.json" in store.artifacts and ("val_top1", 10) in store.numbers())
-    store.run, store.points, store.artifacts = "2", [], {}
+    store.run_id, store.points, store.artifacts = "2", [], {}
     store.before = fails(random.Random(1), 0.5)
-    until(lambda: tracker.rows([row(11)]) or store.points)
+    until(lambda: tracker.log_rows([row(11)]) or store.points)
     store.before = lambda _: None
     tracker.close("finished")
     assert {name for name, _, _, step in store.points if step == 3} == {"loss", "lr"}
@@ -284,31 +284,31 @@ def test_a_store_that_lost_the_run_gets_all_of_it(store: Kept, tmp_path: Path) -
 def test_waits_grow_to_a_limit_and_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(uploader, "_SHORTEST", 1.0)
     monkeypatch.setattr(uploader, "_LONGEST", 60.0)
-    outage, waits = Outage("it"), []
+    outage, waits = OutageBackoff("it"), []
     for _ in range(9):
-        outage.met(ConnectionError(), time.monotonic())
-        waits.append(outage.wait)
+        outage.record_failure(ConnectionError(), time.monotonic())
+        waits.append(outage.seconds_until_retry)
     for wait, longest in zip(waits, (1, 2, 4, 8, 16, 32, 60, 60, 60), strict=True):
         assert longest / 2 - 0.5 < wait <= longest
-    outage.over("nothing")
-    assert (outage.wait, outage.lasts) == (0.0, 0.0)
-    outage.met(ConnectionError(), time.monotonic())
-    assert outage.wait <= 1
+    outage.record_success("nothing")
+    assert (outage.seconds_until_retry, outage.outage_seconds) == (0.0, 0.0)
+    outage.record_failure(ConnectionError(), time.monotonic())
+    assert outage.seconds_until_retry <= 1
 
 
 def test_no_password_is_said() -> None:
     error = ConnectionError(f"cannot reach https://{_USER}@mlflow.example.org/api\n  or http://{_USER}@x")
-    assert in_words(error) == "ConnectionError: cannot reach https://mlflow.example.org/api or http://x"
+    assert summarize_error(error) == "ConnectionError: cannot reach https://mlflow.example.org/api or http://x"
 
 
 def test_cards_of_several_exports_do_not_replace_each_other(tmp_path: Path) -> None:
     for name in ("small", "wide"):
         (tmp_path / "export" / name).mkdir(parents=True)
         (tmp_path / "export" / name / "card.json").write_text("{}")
-    cards = [each for each in _kept(tmp_path, {}) if each.exists()]
-    assert [_folder(card) for card in cards] == ["small", "wide"]
-    assert _folder(tmp_path / "export" / "card.json") == ""
-    assert _folder(tmp_path / "pictures" / "a.png") == "pictures"
+    cards = [each for each in _list_files_to_upload(tmp_path, {}) if each.exists()]
+    assert [_remote_folder(card) for card in cards] == ["small", "wide"]
+    assert _remote_folder(tmp_path / "export" / "card.json") == ""
+    assert _remote_folder(tmp_path / "pictures" / "a.png") == "pictures"
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
@@ -326,9 +326,9 @@ def test_a_store_that_answers_no_is_not_silent(status: int, store: Kept, tmp_pat
         raise error
 
     store.before = refuse
-    tracker.rows([row(11)])
+    tracker.log_rows([row(11)])
     until(lambda: len(tries) > 5)
-    tracker.rows([row(12)])
+    tracker.log_rows([row(12)])
     began = time.monotonic()
     tracker.close("finished")
     assert time.monotonic() - began < 20

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from ranks import Ranks, stage_named
 
-from foveal.distributed.preemption import Notice
+from foveal.distributed.preemption import ShutdownNotice
 from foveal.distributed.world import World
 from foveal.errors import LaunchError
-from foveal.tracking.jsonl import read_rows
+from foveal.tracking.jsonl import read_metric_rows
 from foveal.training import checkpointing
-from foveal.training.cli import enter, load
+from foveal.training.cli import load_config, run_stage
 
 
 def _run(world: World, config: str, run: str, told: float | None, took: float, *overrides: str) -> list[str]:
@@ -24,20 +24,22 @@ def _run(world: World, config: str, run: str, told: float | None, took: float, *
             said.append(record.getMessage())
 
     stage, handler = stage_named("pretrain"), Told(logging.WARNING)
-    note = checkpointing.Saving._note
+    note = checkpointing.CheckpointSaver._record_saved
 
-    def slow(self: checkpointing.Saving, saved: Any) -> None:
+    def slow(self: checkpointing.CheckpointSaver, saved: Any) -> None:
         if saved is not None:
-            saved = checkpointing.Saved(saved.step, saved.stall_seconds, took, took, saved.bytes)
+            saved = checkpointing.SaveResult(saved.step, saved.stall_seconds, took, took, saved.bytes)
         note(self, saved)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpointing, "notice", lambda: None if told is None else Notice(told, "--signal in the script"))
-        patch.setattr(checkpointing.Saving, "_note", slow)
+        patch.setattr(
+            checkpointing, "notice", lambda: None if told is None else ShutdownNotice(told, "--signal in the script")
+        )
+        patch.setattr(checkpointing.CheckpointSaver, "_record_saved", slow)
         logging.getLogger("foveal").addHandler(handler)
         try:
             words = [f"run.dir={run}", "tracking.uri=null", "engine.kind=plain", *overrides]
-            enter(stage, load(stage.config, "pretrain", config, words), world)
+            run_stage(stage, load_config(stage.config_class, "pretrain", config, words), world)
         finally:
             logging.getLogger("foveal").removeHandler(handler)
     return said
@@ -56,7 +58,7 @@ def test_a_notice_that_is_too_short_is_refused_at_every_start(configs, one_rank:
     ):  # a resumed run has saved nothing yet, and knows it all the same
         one_rank.call(_run, *place, 60.0, 1.0, "run.stop_at=10")
     assert one_rank.call(_run, *place, None, 1.0, "run.stop_at=10") == [[]]
-    assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 11))
+    assert [row["step"] for row in read_metric_rows(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 11))
 
 
 def test_a_save_that_gets_slower_than_the_notice_is_warned_of(configs, one_rank: Ranks, tmp_path: Path) -> None:

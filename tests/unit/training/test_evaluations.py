@@ -8,47 +8,53 @@ from pathlib import Path
 from stores import state
 
 from foveal.atomic import write_json
-from foveal.checkpoint.state import read_state
-from foveal.training.evaluations import Scores, best_step, is_over, until, values
+from foveal.checkpoint.state import read_train_state
+from foveal.training.evaluations import (
+    Evaluations,
+    collect_metric_values,
+    filter_up_to_step,
+    find_best_step,
+    is_patience_exhausted,
+)
 
 
-def scores(*numbers: float, metric: str = "val_top1") -> Scores:
+def scores(*numbers: float, metric: str = "val_top1") -> Evaluations:
     """An evaluation every 10 steps."""
     return {10 * place: {metric: number} for place, number in enumerate(numbers, start=1)}
 
 
 def test_higher_is_better_but_for_losses() -> None:
-    assert best_step(scores(0.1, 0.3, 0.2), "val_top1") == 20
-    assert best_step(scores(0.1, 0.3, 0.05, metric="val_loss"), "val_loss") == 30
+    assert find_best_step(scores(0.1, 0.3, 0.2), "val_top1") == 20
+    assert find_best_step(scores(0.1, 0.3, 0.05, metric="val_loss"), "val_loss") == 30
 
 
 def test_the_first_of_equals_is_the_best_and_no_number_the_worst() -> None:
-    assert best_step(scores(0.1, 0.3, 0.3), "val_top1") == 20
-    assert best_step(scores(math.nan, 0.1), "val_top1") == 20
-    assert best_step(scores(math.nan, 9.0, math.nan, metric="val_loss"), "val_loss") == 20
-    assert best_step(scores(math.nan, math.nan), "val_top1") == 10
+    assert find_best_step(scores(0.1, 0.3, 0.3), "val_top1") == 20
+    assert find_best_step(scores(math.nan, 0.1), "val_top1") == 20
+    assert find_best_step(scores(math.nan, 9.0, math.nan, metric="val_loss"), "val_loss") == 20
+    assert find_best_step(scores(math.nan, math.nan), "val_top1") == 10
 
 
 def test_it_is_over_when_the_best_is_so_many_evaluations_old() -> None:
-    found = [is_over(scores(*(0.5, 0.4, 0.6, 0.6, 0.1)[:count]), "val_top1", 2) for count in range(6)]
+    found = [is_patience_exhausted(scores(*(0.5, 0.4, 0.6, 0.6, 0.1)[:count]), "val_top1", 2) for count in range(6)]
     assert found == [False, False, False, False, False, True]
-    assert is_over(scores(0.5, 0.4), "val_top1", 1)
-    assert is_over(scores(math.nan, math.nan), "val_top1", 1)
+    assert is_patience_exhausted(scores(0.5, 0.4), "val_top1", 1)
+    assert is_patience_exhausted(scores(math.nan, math.nan), "val_top1", 1)
 
 
 def test_the_order_is_that_of_the_steps_and_later_ones_can_be_left_out() -> None:
     found = {30: {"a": 3.0}, 10: {"a": 1.0}, 20: {"a": 2.0}}
-    assert values(found, "a") == [1.0, 2.0, 3.0]
-    assert values(until(found, 20), "a") == [1.0, 2.0]
+    assert collect_metric_values(found, "a") == [1.0, 2.0, 3.0]
+    assert collect_metric_values(filter_up_to_step(found, 20), "a") == [1.0, 2.0]
 
 
 def test_a_checkpoint_keeps_steps_as_numbers_and_an_older_one_has_none(tmp_path: Path) -> None:
     tree = asdict(state(7)) | {"scores": {9: {"val_top1": 0.5}, 10: {"val_top1": math.nan}}}
     write_json(tmp_path / "state.json", tree)
-    found = read_state(tmp_path).scores
+    found = read_train_state(tmp_path).scores
     assert list(found) == [9, 10]
     assert found[9] == {"val_top1": 0.5}
     assert math.isnan(found[10]["val_top1"])
     del tree["scores"]
     (tmp_path / "state.json").write_text(json.dumps(tree))
-    assert read_state(tmp_path) == state(7)
+    assert read_train_state(tmp_path) == state(7)

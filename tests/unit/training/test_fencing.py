@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from stores import ALONE, Tensors, name, names, saved, state
 
-from foveal.checkpoint.store import CheckpointConfig, Store
-from foveal.errors import Superseded
-from foveal.training.lease import Lease, starts_of, take, this_process
+from foveal.checkpoint.store import CheckpointConfig, CheckpointStore
+from foveal.errors import AttemptSupersededError
+from foveal.training.lease import Lease, acquire_lease, describe_this_process, read_start_steps
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "foveal.training.lease", "foveal.checkpoint.store", "stores"])
@@ -23,16 +23,16 @@ WAIT = 60  # seconds for an answer on a busy machine
 BEAT, PATIENCE = 0.05, 3.0
 
 
-def begun(run: Path, host: str, *, looks: bool = True) -> tuple[Lease, Store]:
+def begun(run: Path, host: str, *, looks: bool = True) -> tuple[Lease, CheckpointStore]:
     """An attempt as its rank 0 begins it; ``looks``: whether it looks for later ones before it publishes."""
-    who = replace(this_process(1, {}), host=host)
-    lease = take(run, who, restarts=9, beat=BEAT, patience=PATIENCE)
-    superseded = lease.superseded if looks else lambda: False
-    made = Store(
-        run / "checkpoints", CheckpointConfig(keep=9), ALONE, lease.number, lease.starts, superseded=superseded
+    who = replace(describe_this_process(1, {}), host=host)
+    lease = acquire_lease(run, who, max_attempts_without_progress=9, heartbeat_seconds=BEAT, timeout_seconds=PATIENCE)
+    superseded = lease.check_superseded if looks else lambda: False
+    made = CheckpointStore(
+        run / "checkpoints", CheckpointConfig(keep=9), ALONE, lease.number, lease.start_steps, is_superseded=superseded
     )
-    found = made.newest()
-    lease.started(found[1].step if found else 0)
+    found = made.find_latest()
+    lease.record_start(found[1].step if found else 0)
     return lease, made
 
 
@@ -47,13 +47,13 @@ def _older(pipe: Connection, run: Path, looks: bool) -> None:
         for step in (20, 30):
             saved(made, step)
         pipe.send("saved 30")
-    except Superseded as error:
+    except AttemptSupersededError as error:
         pipe.send(str(error))
     given_up = time.monotonic() + WAIT
-    while not lease.lost and time.monotonic() < given_up:
+    while not lease.is_superseded and time.monotonic() < given_up:
         time.sleep(BEAT)
-    lease.ended("superseded", Superseded.exit_code, 30)
-    pipe.send(lease.lost)
+    lease.record_end("superseded", AttemptSupersededError.exit_code, 30)
+    pipe.send(lease.is_superseded)
 
 
 @pytest.fixture(params=[True, False], ids=["looks", "looked too early"])
@@ -79,7 +79,7 @@ def said(pipe: Connection) -> object:
 def test_an_attempt_that_comes_back_changes_nothing(frozen, tmp_path: Path) -> None:
     process, pipe, looks = frozen
     lease, made = begun(tmp_path, "node2")
-    assert (lease.number, lease.starts, made.latest) == (2, {1: 0}, 10)
+    assert (lease.number, lease.start_steps, made.latest_step) == (2, {1: 0}, 10)
     saved(made, 20)
     os.kill(process.pid, signal.SIGCONT)
     pipe.send("go on")
@@ -92,9 +92,9 @@ def test_an_attempt_that_comes_back_changes_nothing(frozen, tmp_path: Path) -> N
         assert said(pipe) == "saved 30"
         assert names(root) == sorted([*mine, name(20), name(30)])
     assert said(pipe) is True
-    reader, engine = Store(root, CheckpointConfig(), ALONE, 3, starts_of(tmp_path)), Tensors(0)
-    assert reader.newest() == (root / name(20, attempt=2), state(20))
+    reader, engine = CheckpointStore(root, CheckpointConfig(), ALONE, 3, read_start_steps(tmp_path)), Tensors(0)
+    assert reader.find_latest() == (root / name(20, attempt=2), state(20))
     reader.load(root / name(20, attempt=2), engine, state(20))
     assert engine.values() == {20.0}
-    lease.ended("finished", 0, 20)
+    lease.record_end("finished", 0, 20)
     assert not list((tmp_path / "attempts").glob("*.beat"))

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from foveal.errors import DataError, OutOfMemory
-from foveal.training.out_of_memory import out_of_memory
+from foveal.errors import DataError, OutOfMemoryError
+from foveal.training.out_of_memory import diagnose_out_of_memory
 from foveal.training.plan import Plan
 from pretrain.config import PretrainConfig
-from pretrain.config import plan as plan_of
+from pretrain.config import plan_pretraining as plan_of
 
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB"
 ERRORS: list[tuple[Exception, str, str]] = [
@@ -37,7 +37,7 @@ def plan(digits: Path) -> Plan:
     sizes = {"name": "vit_tiny_patch16_224", "patch": 4, "width": 32, "depth": 2, "heads": 2}
     tree = {"epochs": 1, "model": sizes, "decoder": {"width": 16, "depth": 1, "heads": 2}, "optim": {}}
     tree |= {"data": {"path": str(digits), "image_size": 16, "channels": 1}, "batch": {"images": 64, "at_once": 32}}
-    return plan_of(PretrainConfig.checked(tree, "the test"), 2)
+    return plan_of(PretrainConfig.from_dict(tree, "the test"), 2)
 
 
 @pytest.mark.parametrize(("error", "where", "what"), ERRORS)
@@ -45,8 +45,8 @@ def test_the_sentence_names_what_to_lower(error: Exception, where: str, what: st
     wrapped = RuntimeError("the engine could not be made")
     wrapped.__cause__ = error
     for each in (error, wrapped):
-        said = out_of_memory(each, "pretrain", plan)
-        assert isinstance(said, OutOfMemory)
+        said = diagnose_out_of_memory(each, "pretrain", plan)
+        assert isinstance(said, OutOfMemoryError)
         assert said.exit_code == 2
         text = str(said)
         assert text.startswith(f"pretrain ran out of memory{where} on rank 0, with 32 images per forward (")
@@ -59,14 +59,14 @@ def test_only_what_can_still_be_lowered_is_said(plan: Plan) -> None:
     engine = plan.cfg.engine.model_copy(update={"recompute": True, "zero": 3})
     object.__setattr__(plan, "cfg", plan.cfg.model_copy(update={"engine": engine}))
     object.__setattr__(plan, "at_once", 1)
-    assert "): take a smaller model or larger GPUs" in str(out_of_memory(MemoryError(), "pretrain", plan))
+    assert "): take a smaller model or larger GPUs" in str(diagnose_out_of_memory(MemoryError(), "pretrain", plan))
 
 
 def test_other_errors_are_left_alone() -> None:
     for error in (RuntimeError("Connection closed by peer"), DataError("out of memory"), ValueError("out of memory")):
-        assert out_of_memory(error, "pretrain") is None
+        assert diagnose_out_of_memory(error, "pretrain") is None
 
 
 def test_before_there_is_a_plan() -> None:
-    said = str(out_of_memory(MemoryError("Unable to allocate 1 PiB"), "distill"))
+    said = str(diagnose_out_of_memory(MemoryError("Unable to allocate 1 PiB"), "distill"))
     assert said == "distill ran out of memory of the host on rank 0 before its first step (Unable to allocate 1 PiB)"

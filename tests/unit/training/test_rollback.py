@@ -5,58 +5,58 @@ from pathlib import Path
 
 import pytest
 
-from foveal.errors import CheckpointError, Diverged
-from foveal.training.rollback import Recovery, RecoveryConfig, read_journal
+from foveal.errors import CheckpointError, TrainingDivergedError
+from foveal.training.rollback import RecoveryConfig, RollbackController, read_rollbacks
 
 
-def refused(recovery: Recovery, *steps: int) -> list[bool]:
-    return [recovery.met(step, applied=False) for step in steps]
+def refused(recovery: RollbackController, *steps: int) -> list[bool]:
+    return [recovery.observe_step(step, applied=False) for step in steps]
 
 
 def test_only_refusals_in_a_row_count(tmp_path: Path) -> None:
-    recovery = Recovery(tmp_path, RecoveryConfig(after=3), [], [])
+    recovery = RollbackController(tmp_path, RecoveryConfig(after=3), [], [])
     assert refused(recovery, 5, 6) == [False, False]
-    assert not recovery.clean
-    assert not recovery.met(7, applied=True)
-    assert recovery.clean
+    assert not recovery.last_update_applied
+    assert not recovery.observe_step(7, applied=True)
+    assert recovery.last_update_applied
     assert refused(recovery, 8, 9, 10) == [False, False, True]
 
 
 def test_going_back_passes_over_the_refused_batches(tmp_path: Path) -> None:
     """Step 8 takes batch 7 (steps count from 1, batches from 0); with a batch skipped before, one more."""
-    recovery = Recovery(tmp_path, RecoveryConfig(after=2), [3], [])
+    recovery = RollbackController(tmp_path, RecoveryConfig(after=2), [3], [])
     refused(recovery, 8, 9)
-    recovery.go_back(4, writes=True)
-    assert recovery.skipped == [3, 8, 9]
-    assert recovery.clean
+    recovery.record_rollback(4, is_writer=True)
+    assert recovery.skipped_batches == [3, 8, 9]
+    assert recovery.last_update_applied
     refused(recovery, 8, 9)  # the same steps again, now on the batches that follow
-    recovery.go_back(4, writes=True)
-    assert recovery.skipped == [3, 8, 9, 10, 11]
-    assert [entry["batches"] for entry in read_journal(tmp_path)] == [[8, 9], [10, 11]]
+    recovery.record_rollback(4, is_writer=True)
+    assert recovery.skipped_batches == [3, 8, 9, 10, 11]
+    assert [entry["batches"] for entry in read_rollbacks(tmp_path)] == [[8, 9], [10, 11]]
 
 
 def test_a_run_that_is_killed_after_going_back_remembers_it(tmp_path: Path) -> None:
-    recovery = Recovery(tmp_path, RecoveryConfig(after=1, rollbacks=1), [], [])
+    recovery = RollbackController(tmp_path, RecoveryConfig(after=1, rollbacks=1), [], [])
     refused(recovery, 2)
-    recovery.go_back(0, writes=True)
+    recovery.record_rollback(0, is_writer=True)
     with (tmp_path / "rollbacks.jsonl").open("a") as stream:
         stream.write('{"time": 1, "to": 0, "batc')  # a kill in the middle of a line
-    again = Recovery(tmp_path, RecoveryConfig(after=1, rollbacks=1), [], read_journal(tmp_path))
-    assert again.skipped == [1]
+    again = RollbackController(tmp_path, RecoveryConfig(after=1, rollbacks=1), [], read_rollbacks(tmp_path))
+    assert again.skipped_batches == [1]
     refused(again, 2)
-    with pytest.raises(Diverged, match=r"in the 1 steps 2 to 2, after 1 roll-backs"):
-        again.go_back(0, writes=True)
-    more = Recovery(tmp_path, RecoveryConfig(after=1, rollbacks=2), [], read_journal(tmp_path))
+    with pytest.raises(TrainingDivergedError, match=r"in the 1 steps 2 to 2, after 1 roll-backs"):
+        again.record_rollback(0, is_writer=True)
+    more = RollbackController(tmp_path, RecoveryConfig(after=1, rollbacks=2), [], read_rollbacks(tmp_path))
     refused(more, 3)
-    more.go_back(0, writes=True)
-    assert [entry["batches"] for entry in read_journal(tmp_path)] == [[1], [3]], "behind half a line none is readable"
+    more.record_rollback(0, is_writer=True)
+    assert [entry["batches"] for entry in read_rollbacks(tmp_path)] == [[1], [3]], "behind half a line none is readable"
 
 
 def test_one_rank_writes(tmp_path: Path) -> None:
     for writes in (False, True):
-        recovery = Recovery(tmp_path, RecoveryConfig(after=1), [], [])
+        recovery = RollbackController(tmp_path, RecoveryConfig(after=1), [], [])
         refused(recovery, 1)
-        recovery.go_back(0, writes=writes)
+        recovery.record_rollback(0, is_writer=writes)
     lines = (tmp_path / "rollbacks.jsonl").read_text().splitlines()
     assert [json.loads(line)["refused"] for line in lines] == [[1]]
 
@@ -67,10 +67,10 @@ def test_one_rank_writes(tmp_path: Path) -> None:
 def test_a_damaged_journal_is_one_sentence(text: str, tmp_path: Path) -> None:
     (tmp_path / "rollbacks.jsonl").write_text(text + "\n")
     with pytest.raises(CheckpointError, match=r"rollbacks\.jsonl is damaged"):
-        read_journal(tmp_path)
+        read_rollbacks(tmp_path)
 
 
 def test_a_folder_in_place_of_the_journal(tmp_path: Path) -> None:
     (tmp_path / "rollbacks.jsonl").mkdir()
     with pytest.raises(CheckpointError, match=r"rollbacks\.jsonl is a folder"):
-        read_journal(tmp_path)
+        read_rollbacks(tmp_path)

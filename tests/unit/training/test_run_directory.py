@@ -11,9 +11,9 @@ from ranks import Ranks, stage_named
 
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.world import World
-from foveal.errors import ConfigError, Restarting
-from foveal.training.cli import load
-from foveal.training.lease import take, this_process
+from foveal.errors import ConfigError, RestartLoopError
+from foveal.training.cli import load_config
+from foveal.training.lease import acquire_lease, describe_this_process
 
 
 def folders(run: Path) -> list[str]:
@@ -25,7 +25,7 @@ def test_fresh_is_a_numbered_sibling_that_knows_its_place(configs, one_rank: Ran
     for _ in range(3):
         one_rank.train(stage, configs["pretrain"], run, "engine.kind=plain", "run.stop_at=2", "run.fresh=true")
     assert folders(run) == ["run", "run-2", "run-3"]
-    again = load(stage.config, "pretrain", str(tmp_path / "run-3" / "config.yaml"), [])
+    again = load_config(stage.config_class, "pretrain", str(tmp_path / "run-3" / "config.yaml"), [])
     assert (again.run.dir, again.run.fresh) == (str(tmp_path / "run-3"), False)
 
 
@@ -37,7 +37,7 @@ def test_a_requeued_job_goes_on_in_the_sibling_it_made(
 
     stage, run = stage_named("pretrain"), tmp_path / "run"
     one_rank.train(stage, configs["pretrain"], run, "engine.kind=plain", "run.stop_at=2")
-    cfg = load(stage.config, "pretrain", str(configs["pretrain"]), [f"run.dir={run}", "run.fresh=true"])
+    cfg = load_config(stage.config_class, "pretrain", str(configs["pretrain"]), [f"run.dir={run}", "run.fresh=true"])
     made = tmp_path / "run-2"
     made.mkdir()
     (made / "job.json").write_text('{"slurm_job_id": "77"}')
@@ -47,8 +47,8 @@ def test_a_requeued_job_goes_on_in_the_sibling_it_made(
         ({"slurm_job_id": "78", "slurm_restart_count": "1"}, "run-3"),
         ({}, "run-3"),
     ):
-        monkeypatch.setattr(run_directory, "slurm_job", lambda variables=variables: variables)
-        assert run_directory._directory(cfg).name == expected
+        monkeypatch.setattr(run_directory, "slurm_job_tags", lambda variables=variables: variables)
+        assert run_directory._resolve_run_dir(cfg).name == expected
     assert yaml.safe_load((run / "config.yaml").read_text())["run"]["dir"] == str(run)
 
 
@@ -80,12 +80,12 @@ def test_a_folder_that_is_not_to_be_looked_into_is_one_sentence(
         raise PermissionError(errno.EACCES, "Permission denied", "run")
 
     stage = stage_named("pretrain")
-    cfg = load(stage.config, "pretrain", str(configs["pretrain"]), [f"run.dir={tmp_path / 'run'}"])
-    monkeypatch.setattr(run_directory, "_directory", barred)
+    cfg = load_config(stage.config_class, "pretrain", str(configs["pretrain"]), [f"run.dir={tmp_path / 'run'}"])
+    monkeypatch.setattr(run_directory, "_resolve_run_dir", barred)
     with pytest.raises(
         ConfigError, match=r"run cannot be a run directory \(Permission denied\); set run.dir to a place"
     ):
-        run_directory._looked_at(stage.plan(cfg, 1))
+        run_directory._inspect_run_dir(stage.build_plan(cfg, 1))
 
 
 def test_a_run_that_another_attempt_finishes_meanwhile_is_let_alone(
@@ -95,12 +95,12 @@ def test_a_run_that_another_attempt_finishes_meanwhile_is_let_alone(
     from foveal.training import run_directory
 
     stage, run = stage_named("pretrain"), tmp_path / "run"
-    cfg = load(stage.config, "pretrain", str(configs["pretrain"]), [f"run.dir={run}"])
+    cfg = load_config(stage.config_class, "pretrain", str(configs["pretrain"]), [f"run.dir={run}"])
     run.mkdir()
     (run / "finished.json").write_text("{}")
-    monkeypatch.setattr(run_directory, "_looked_at", lambda _: (run, False))
+    monkeypatch.setattr(run_directory, "_inspect_run_dir", lambda _: (run, False))
     alone = World(0, 1, 0, "none", torch.device("cpu"))
-    with run_directory.opened("pretrain", stage.plan(cfg, 1), alone, Preemption(alone)) as opened:
+    with run_directory.open_run("pretrain", stage.build_plan(cfg, 1), alone, Preemption(alone)) as opened:
         assert opened is None
     assert json.loads((run / "attempts/0001.end.json").read_text())["code"] == 0
     assert folders(run / "finished.json") == ["attempts", "finished.json"]
@@ -118,7 +118,7 @@ def test_a_run_that_is_started_in_vain_says_so_where_it_is_watched(configs, one_
             ".end": {"code": 5, "why": "a rank was lost"},
         }.items():
             (run / "attempts" / f"{number:04d}{part}.json").write_text(json.dumps(facts))
-    with pytest.raises(Restarting, match="a rank was lost"):
+    with pytest.raises(RestartLoopError, match="a rank was lost"):
         one_rank.train(stage, configs["pretrain"], run, "engine.kind=plain", "run.restarts=2")
     told = json.loads((run / "tags.json").read_text())
     assert told["state"] == "failed"
@@ -127,9 +127,11 @@ def test_a_run_that_is_started_in_vain_says_so_where_it_is_watched(configs, one_
 
 def test_a_run_that_is_set_back_and_comes_again_goes_in_circles(tmp_path: Path) -> None:
     for step in (0, 100, 50, 100, 50):
-        lease = take(tmp_path, this_process(1, {}), restarts=4)
-        lease.started(step)
-        lease.ended("killed", 137, step)
-    lease = take(tmp_path, this_process(1, {}), restarts=4)
-    with pytest.raises(Restarting, match="each of the last 4 attempts ended without a checkpoint newer than step 100"):
-        lease.started(100)
+        lease = acquire_lease(tmp_path, describe_this_process(1, {}), max_attempts_without_progress=4)
+        lease.record_start(step)
+        lease.record_end("killed", 137, step)
+    lease = acquire_lease(tmp_path, describe_this_process(1, {}), max_attempts_without_progress=4)
+    with pytest.raises(
+        RestartLoopError, match="each of the last 4 attempts ended without a checkpoint newer than step 100"
+    ):
+        lease.record_start(100)

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from foveal.atomic import sha256
-from foveal.errors import ExportError, Unreachable
-from foveal.weights.export import Card, load_strictly, read_card, read_export, read_head, write_export
+from foveal.errors import ExportError, StorageUnreachableError
+from foveal.weights.export import Card, load_weights_strict, read_card, read_export, read_head, write_export
 
 CARD = Card(
     stage="pretrain",
@@ -93,9 +93,11 @@ def test_tied_weights_are_written_under_each_name(tmp_path: Path) -> None:
     found, _ = read_export(tmp_path / "export")
     assert found.keys() == wanted.keys()
     assert all(found[name].equal(value) for name, value in wanted.items())
-    load_strictly(tied, found, tmp_path / "export")
+    load_weights_strict(tied, found, tmp_path / "export")
     with pytest.raises(ExportError, match=r"export lacks 2\.weight"):
-        load_strictly(tied, {name: value for name, value in found.items() if name != "2.weight"}, tmp_path / "export")
+        load_weights_strict(
+            tied, {name: value for name, value in found.items() if name != "2.weight"}, tmp_path / "export"
+        )
 
 
 def test_a_head_lies_beside_the_encoder(tmp_path: Path) -> None:
@@ -224,7 +226,7 @@ def test_a_folder_of_exports_says_which(folder: Path, tmp_path: Path) -> None:
 
 def test_weights_are_loaded_buffers_included() -> None:
     module = model()
-    load_strictly(module, fresh(), Path("export"))
+    load_weights_strict(module, fresh(), Path("export"))
     assert all((value == 7).all() for value in module.state_dict().values())
 
 
@@ -233,7 +235,7 @@ def test_a_new_head_keeps_its_start_and_an_old_one_is_left_over() -> None:
     start = module.state_dict()["2.weight"].clone()
     given["2.weight"] = torch.zeros(9, 9)  # a head of other classes
     given["norm.weight"] = torch.zeros(3)
-    load_strictly(module, given, Path("export"), new=["2."], unused=["norm."])
+    load_weights_strict(module, given, Path("export"), new_prefixes=["2."], unused_prefixes=["norm."])
     assert module.state_dict()["2.weight"].equal(start)
     assert module.state_dict()["0.weight"].eq(7).all()
 
@@ -253,7 +255,7 @@ def test_what_does_not_fit_is_listed_and_nothing_is_loaded(change: dict[str, Ten
     before = {name: value.clone() for name, value in module.state_dict().items()}
     given = {name: value for name, value in (fresh() | change).items() if value is not None}
     with pytest.raises(ExportError) as caught:
-        load_strictly(module, given, Path("export"), unused=["2.unknown"])
+        load_weights_strict(module, given, Path("export"), unused_prefixes=["2.unknown"])
     assert str(caught.value).endswith(sentence)
     assert all(value.equal(before[name]) for name, value in module.state_dict().items())
 
@@ -262,5 +264,5 @@ def test_what_does_not_fit_is_listed_and_nothing_is_loaded(change: dict[str, Ten
 def test_what_never_answers_is_left_within_the_patience(name: str, folder: Path) -> None:
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    with pytest.raises(Unreachable, match=rf"{name} cannot be read \(no answer within 0.2 s\)"):
+    with pytest.raises(StorageUnreachableError, match=rf"{name} cannot be read \(no answer within 0.2 s\)"):
         read_export(folder, 0.2)

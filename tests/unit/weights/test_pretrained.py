@@ -13,19 +13,19 @@ from torch import Tensor
 from foveal.atomic import sha256
 from foveal.data import DataConfig
 from foveal.errors import ConfigError, ExportError
-from foveal.models.backbone import BackboneCard, backbone_card, backbone_from_card, build_backbone, card_of
-from foveal.models.encode import features
-from foveal.models.resize import resized_from_card
+from foveal.models.backbone import BackboneCard, backbone_card, backbone_from_card, build_backbone, parse_encoder_card
+from foveal.models.encode import encode_cls_and_patches
+from foveal.models.resize import resize_weights_from_card
 from foveal.models.vit import EncoderCard, VitConfig, build_encoder, encoder_card, encoder_from_card
-from foveal.weights.export import Card, load_strictly, write_export
-from foveal.weights.pretrained import origin_of
+from foveal.weights.export import Card, load_weights_strict, write_export
+from foveal.weights.pretrained import inspect_pretrained
 
 SWIN = "swin_tiny_patch4_window7_224"
 VIT = "vit_tiny_patch16_224"
 
 
 def data(**further: Any) -> DataConfig:
-    return DataConfig.checked({"path": "x", "image_size": 64, "channels": 3} | further, "here")
+    return DataConfig.from_dict({"path": "x", "image_size": 64, "channels": 3} | further, "here")
 
 
 def timms(folder: Path, name: str, config: dict[str, Any] | None = None, **sizes: Any) -> Any:
@@ -50,15 +50,15 @@ def images(channels: int = 3, size: int = 64) -> Tensor:
 )
 def test_a_model_of_timm_is_found_as_it_is(name: str, sizes: dict[str, Any], tmp_path: Path) -> None:
     model = timms(tmp_path / "timm", name, **sizes)
-    origin = origin_of(tmp_path / "timm", name, data())
-    told = card_of(origin.card.encoder, "card")
+    origin = inspect_pretrained(tmp_path / "timm", name, data())
+    told = parse_encoder_card(origin.card.encoder, "card")
     assert isinstance(told, BackboneCard)
-    assert (told.shape, told.classes) == ((name, 64, 3), sizes.get("num_classes", 7))
+    assert (told.build_args, told.classes) == ((name, 64, 3), sizes.get("num_classes", 7))
     assert (origin.card.stage, origin.card.classes) == ("foreign", ())
     assert origin.card.mean == (0.485, 0.456, 0.406)
     assert origin.card.sha256 == sha256(tmp_path / "timm" / "model.safetensors")
     found = backbone_from_card(origin.card.encoder, "card").eval()
-    load_strictly(found, origin.weights(), origin.place)
+    load_weights_strict(found, origin.load_weights(), origin.path)
     assert found(images()).equal(model(images()))
 
 
@@ -66,14 +66,16 @@ def test_a_model_of_timm_is_found_as_it_is(name: str, sizes: dict[str, Any], tmp
 def test_a_vision_transformer_is_an_encoder_whose_layers_can_teach(size: int, expected: int, tmp_path: Path) -> None:
     """Its grid is that of its positions: 6 x 6 patches, or where that is ours, 4 x 4."""
     model = timms(tmp_path / "timm", VIT, img_size=expected)
-    origin = origin_of(tmp_path / "timm" / "model.safetensors", VIT, data(image_size=size))
-    told = card_of(origin.card.encoder, "card")
+    origin = inspect_pretrained(tmp_path / "timm" / "model.safetensors", VIT, data(image_size=size))
+    told = parse_encoder_card(origin.card.encoder, "card")
     assert isinstance(told, EncoderCard)
     assert (told.image_size, told.positions, told.pooling, told.classes) == (expected, "learned", "token", 7)
     encoder = encoder_from_card(origin.card.encoder | {"image_size": size}, "card").eval()
-    load_strictly(encoder, resized_from_card(origin.weights(), encoder, origin.card.encoder, "card"), origin.place)
+    load_weights_strict(
+        encoder, resize_weights_from_card(origin.load_weights(), encoder, origin.card.encoder, "card"), origin.path
+    )
     if size == expected:
-        cls, patches = features(encoder, images(size=size))
+        cls, patches = encode_cls_and_patches(encoder, images(size=size))
         tokens = model.forward_features(images(size=size))
         torch.testing.assert_close(torch.cat([cls[:, None], patches], dim=1), tokens)
         torch.testing.assert_close(encoder(images(size=size)), model(images(size=size)))
@@ -82,7 +84,7 @@ def test_a_vision_transformer_is_an_encoder_whose_layers_can_teach(size: int, ex
 def test_positions_without_a_table_are_an_encoder_too(tmp_path: Path) -> None:
     name = "vit_relpos_medium_patch16_cls_224"
     timms(tmp_path / "timm", name, img_size=64, embed_dim=512)
-    assert origin_of(tmp_path / "timm", name, data()).card.encoder["positions"] is None
+    assert inspect_pretrained(tmp_path / "timm", name, data()).card.encoder["positions"] is None
 
 
 def test_what_the_hub_says_beside_the_weights_is_taken(tmp_path: Path) -> None:
@@ -91,19 +93,21 @@ def test_what_the_hub_says_beside_the_weights_is_taken(tmp_path: Path) -> None:
     config = {"architecture": "resnet18", "label_names": names}
     pixels = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5]}
     timms(tmp_path / "timm", "resnet18", config | {"pretrained_cfg": pixels})
-    card = origin_of(tmp_path / "timm", "resnet18", data()).card
+    card = inspect_pretrained(tmp_path / "timm", "resnet18", data()).card
     assert (card.mean, card.std, card.classes) == ((0.1, 0.2, 0.3), (0.5, 0.5, 0.5), tuple(names))
     (tmp_path / "timm" / "config.json").write_text(json.dumps(config | {"label_names": names[1:]}))
     stated = data(mean=[0.4, 0.4, 0.4], std=[0.2, 0.2, 0.2])
-    card = origin_of(tmp_path / "timm", "resnet18", stated).card
+    card = inspect_pretrained(tmp_path / "timm", "resnet18", stated).card
     assert (card.mean, card.std, card.classes) == (stated.mean, stated.std, ())
 
 
 def test_pixels_of_other_channels_must_be_stated(tmp_path: Path) -> None:
     timms(tmp_path / "timm", "resnet18", in_chans=1)
     with pytest.raises(ExportError, match=r"images of 1 channels were normalised: set data.mean and data.std"):
-        origin_of(tmp_path / "timm", "resnet18", data(channels=1))
-    assert origin_of(tmp_path / "timm", "resnet18", data(channels=1, mean=[0.3], std=[0.4])).card.mean == (0.3,)
+        inspect_pretrained(tmp_path / "timm", "resnet18", data(channels=1))
+    assert inspect_pretrained(tmp_path / "timm", "resnet18", data(channels=1, mean=[0.3], std=[0.4])).card.mean == (
+        0.3,
+    )
 
 
 def test_hugging_faces_classifier_is_a_head(tmp_path: Path) -> None:
@@ -113,12 +117,12 @@ def test_hugging_faces_classifier_is_a_head(tmp_path: Path) -> None:
     cfg = transformers.ViTConfig(**sizes, image_size=64, patch_size=16, num_labels=5, layer_norm_eps=1e-6)
     model = transformers.ViTForImageClassification(cfg).eval()
     model.save_pretrained(tmp_path)
-    origin = origin_of(tmp_path, VIT, data())
+    origin = inspect_pretrained(tmp_path, VIT, data())
     encoder = encoder_from_card(origin.card.encoder, "card").eval()
-    load_strictly(encoder, origin.weights(), origin.place)
+    load_weights_strict(encoder, origin.load_weights(), origin.path)
     torch.testing.assert_close(encoder(images()), model(images()).logits, rtol=1e-4, atol=1e-5)
     with pytest.raises(ExportError, match="has heads 3, timm's vit_small_patch16_224 has 6; they must be equal"):
-        origin_of(tmp_path, "vit_small_patch16_224", data())
+        inspect_pretrained(tmp_path, "vit_small_patch16_224", data())
 
 
 def export(folder: Path, encoder: dict[str, Any], module: torch.nn.Module) -> Path:
@@ -129,25 +133,27 @@ def export(folder: Path, encoder: dict[str, Any], module: torch.nn.Module) -> Pa
 def test_an_export_of_ours_is_its_own_card(tmp_path: Path) -> None:
     tiny = VitConfig(name=VIT, patch=4, width=16, depth=1, heads=2)
     ours = export(tmp_path / "a", encoder_card(tiny, 16, 1), build_encoder(tiny, image_size=16, channels=1))
-    theirs = export(tmp_path / "b", backbone_card("resnet18", 32, 1, 2), build_backbone("resnet18", 32, 1, classes=2))
+    theirs = export(
+        tmp_path / "b", backbone_card("resnet18", 32, 1, 2), build_backbone("resnet18", 32, 1, num_classes=2)
+    )
     for folder in (ours, theirs):
-        origin = origin_of(folder, None, data(image_size=48, channels=1))
+        origin = inspect_pretrained(folder, None, data(image_size=48, channels=1))
         assert (origin.card.classes, origin.card.stage) == (("a", "b"), "pretrain")
-        assert origin.weights().keys() == load_file(folder / "model.safetensors").keys()
+        assert origin.load_weights().keys() == load_file(folder / "model.safetensors").keys()
     with pytest.raises(ConfigError, match="image_size=18 is not a whole number of patches"):
-        origin_of(ours, None, data(image_size=18, channels=1))
+        inspect_pretrained(ours, None, data(image_size=18, channels=1))
 
 
 def test_weights_that_change_after_the_plan_are_not_taken(tmp_path: Path) -> None:
     timms(tmp_path / "timm", "resnet18")
     ours = export(tmp_path / "b", backbone_card("resnet18", 32, 1), build_backbone("resnet18", 32, 1))
-    origins = [origin_of(tmp_path / "timm", "resnet18", data()), origin_of(ours, None, data())]
+    origins = [inspect_pretrained(tmp_path / "timm", "resnet18", data()), inspect_pretrained(ours, None, data())]
     file = tmp_path / "timm" / "model.safetensors"
     save_file({name: value + 1 for name, value in load_file(file).items()}, file)
     export(ours, backbone_card("resnet18", 32, 1), build_backbone("resnet18", 32, 1))
     for origin in origins:
         with pytest.raises(ExportError, match="has changed since the run was planned"):
-            origin.weights()
+            origin.load_weights()
 
 
 @pytest.mark.parametrize(
@@ -166,26 +172,26 @@ def test_a_name_that_is_not_the_weights_is_one_sentence(
 ) -> None:
     timms(tmp_path / "timm", "resnet18")
     with pytest.raises(kind) as caught:
-        origin_of(tmp_path / "timm", name, data(**further))
+        inspect_pretrained(tmp_path / "timm", name, data(**further))
     assert sentence in str(caught.value)
 
 
 def test_weights_of_one_image_size_are_one_sentence(tmp_path: Path) -> None:
     timms(tmp_path / "timm", SWIN)
     with pytest.raises(ExportError) as caught:
-        origin_of(tmp_path / "timm", SWIN, data())
+        inspect_pretrained(tmp_path / "timm", SWIN, data())
     assert str(caught.value).startswith(
         f"{tmp_path / 'timm'} is a {SWIN} of images of 224 x 224 pixels and has weights"
     )
     assert str(caught.value).endswith("data.image_size is 64 x 64")
-    assert origin_of(tmp_path / "timm", SWIN, data(image_size=224)).card.classes == ()
+    assert inspect_pretrained(tmp_path / "timm", SWIN, data(image_size=224)).card.classes == ()
 
 
 def test_no_weights_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="is not there"):
-        origin_of(tmp_path / "nowhere", "resnet18", data())
+        inspect_pretrained(tmp_path / "nowhere", "resnet18", data())
     with pytest.raises(ExportError, match="is no export"):
-        origin_of(tmp_path, None, data())
+        inspect_pretrained(tmp_path, None, data())
     torch.save({}, tmp_path / "model.pth")
     with pytest.raises(ExportError, match="a pickle is not read"):
-        origin_of(tmp_path / "model.pth", "resnet18", data())
+        inspect_pretrained(tmp_path / "model.pth", "resnet18", data())

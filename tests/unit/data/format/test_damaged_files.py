@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from foveal.data import DataConfig, Dataset, training_set
-from foveal.data.format.shard_index import map_index, write_index
-from foveal.errors import DataError, Unreachable
+from foveal.data import DataConfig, Dataset, build_training_set
+from foveal.data.format.shard_index import mmap_index, write_index
+from foveal.errors import DataError, StorageUnreachableError
 
 WRONG: list[Any] = ["a", None, -1, 0, 1e400, 10**15, 10**30, [], {}, True, ["a"], 1.5, "", "x" * 300, "a\0b"]
 
@@ -29,9 +29,9 @@ def folder(digits: Path, tmp_path: Path) -> Path:
 def look(folder: Path) -> None:
     """What a plan reads of a set."""
     tree = {"path": str(folder), "image_size": 8, "channels": 1, "patience_seconds": 0.3}
-    cfg = DataConfig.checked(tree, "the test")
+    cfg = DataConfig.from_dict(tree, "the test")
     dataset = Dataset.open(cfg)
-    training_set(dataset, cfg, seed=0, batch=64)
+    build_training_set(dataset, cfg, seed=0, batch_size=64)
     dataset.class_counts("train")
     assert dataset.mean, dataset.std
 
@@ -67,7 +67,7 @@ def test_what_never_answers_is_named_within_the_patience(name: str, folder: Path
     (folder / name).unlink()
     os.mkfifo(folder / name)
     began = time.monotonic()
-    with pytest.raises(Unreachable, match=rf"{name} cannot be read \(no answer within 0.3 s\)"):
+    with pytest.raises(StorageUnreachableError, match=rf"{name} cannot be read \(no answer within 0.3 s\)"):
         look(folder)
     assert time.monotonic() - began < 5
 
@@ -144,7 +144,7 @@ def test_every_value_of_an_index_may_be_wrong(folder: Path) -> None:
 def rewritten(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) -> Path:
     """Write the first index anew, in another shape."""
     file = folder / "train-000000.tar.index"
-    index, _ = map_index(file)
+    index, _ = mmap_index(file)
     arrays = {name: getattr(index, name).copy() for name in ("offsets", "sizes", "labels", "key_ends", "keys")}
     change(arrays)
     for name, array in arrays.items():
@@ -157,18 +157,18 @@ def test_an_image_outside_of_its_shard(folder: Path) -> None:
     def far(arrays: dict[str, np.ndarray]) -> None:
         arrays["offsets"][0] = 10**15
 
-    index, _ = map_index(rewritten(folder, far))
+    index, _ = mmap_index(rewritten(folder, far))
     with pytest.raises(
         DataError, match=r"train-000000\.tar: the index has '.*' at byte 1000000000000000, outside of the"
     ):
-        index.image(0)
+        index.find_image(0)
 
 
 def test_a_label_beyond_the_classes(folder: Path) -> None:
     def high(arrays: dict[str, np.ndarray]) -> None:
         arrays["labels"][0] = 10**12
 
-    digest = map_index(rewritten(folder, high))[1]
+    digest = mmap_index(rewritten(folder, high))[1]
     tree = json.loads((folder / "manifest.json").read_text())
     tree["splits"]["train"]["shards"][0]["index"] = digest
     (folder / "manifest.json").write_text(json.dumps(tree))

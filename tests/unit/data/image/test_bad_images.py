@@ -16,8 +16,8 @@ from pictures import encoded, photo
 from PIL import Image, features
 
 from foveal.data.image import decode as module
-from foveal.data.image.decode import Undecodable, decode, pixels
-from foveal.data.image.transforms import Box
+from foveal.data.image.decode import UndecodableError, decode_crop, decode_image
+from foveal.data.image.transforms import CropBox
 
 PHOTO = photo(180, 120)
 FILES = {
@@ -34,7 +34,7 @@ JPEGS = ("JPEG", "progressive", "restarts", "grey")
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's, of broken files; a warning is no reason to refuse one
 
 
-def whole(width: int, height: int) -> tuple[Box, bool]:
+def whole(width: int, height: int) -> tuple[CropBox, bool]:
     return (0, 0, width, height), False
 
 
@@ -45,12 +45,14 @@ def outcomes(data: bytes, channels: int = 3, scaling: bool = False) -> list[np.n
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "simplejpeg", decoder)
             try:
-                found.append(pixels(data, channels, whole, (20, 20) if scaling else (100, 100), "bilinear", scaling))
-            except Undecodable as error:
+                found.append(
+                    decode_crop(data, channels, whole, (20, 20) if scaling else (100, 100), "bilinear", scaling)
+                )
+            except UndecodableError as error:
                 found.append(str(error))
     try:
-        decode(data, channels)
-    except Undecodable as error:
+        decode_image(data, channels)
+    except UndecodableError as error:
         return [*found, str(error)]
     return found
 
@@ -97,8 +99,8 @@ def png(header: bytes, rows: bytes) -> bytes:
     ],
 )
 def test_what_is_no_image_is_refused_with_a_reason(data: bytes, reason: str) -> None:
-    with pytest.raises(Undecodable, match=reason) as caught:
-        decode(data, 3)
+    with pytest.raises(UndecodableError, match=reason) as caught:
+        decode_image(data, 3)
     assert refused(data) == str(caught.value)
     assert "0x" not in str(caught.value)  # an address would differ from run to run
 
@@ -181,8 +183,8 @@ def test_every_mode_of_eight_bits_becomes_grey_or_rgb(mode: str) -> None:
     data = encoded(image, "PNG")
     assert near(accepted(data), image, 0.5 if mode in ("L", "LA", "RGB", "RGBA") else 6)
     assert accepted(data, 1).shape == (1, 100, 100)
-    assert decode(data, 1).mode == "L"
-    assert np.array_equal(np.asarray(decode(data, 3)), np.asarray(image.convert("RGB")))
+    assert decode_image(data, 1).mode == "L"
+    assert np.array_equal(np.asarray(decode_image(data, 3)), np.asarray(image.convert("RGB")))
 
 
 @pytest.mark.filterwarnings("error")
@@ -231,7 +233,9 @@ def test_a_lossless_jpeg_is_never_decoded_scaled() -> None:
     grey = np.asarray(PHOTO.convert("L").resize((100, 100)))
     assert np.array_equal(accepted(lossless_jpeg(grey), 1)[0], grey)
     small = outcomes(lossless_jpeg(grey), 1, scaling=True)
-    assert np.array_equal(small[0], pixels(encoded(Image.fromarray(grey), "PNG"), 1, whole, (20, 20), "bilinear", True))
+    assert np.array_equal(
+        small[0], decode_crop(encoded(Image.fromarray(grey), "PNG"), 1, whole, (20, 20), "bilinear", True)
+    )
     assert np.array_equal(small[0], small[-1])
 
 
@@ -240,7 +244,7 @@ def test_pillow_decodes_where_simplejpeg_sees_another_size(monkeypatch: pytest.M
     expected = accepted(FILES["JPEG"])
     other = SimpleNamespace(decode_jpeg=lambda *_, **__: np.zeros((9, 9, 4), np.uint8))
     monkeypatch.setattr(module, "simplejpeg", other)
-    assert np.array_equal(pixels(FILES["JPEG"], 3, whole, (100, 100), "bilinear", False), expected)
+    assert np.array_equal(decode_crop(FILES["JPEG"], 3, whole, (100, 100), "bilinear", False), expected)
 
 
 @pytest.mark.parametrize("kind", ["WEBP", "GIF", "PNG"])
@@ -285,4 +289,4 @@ def test_running_out_of_memory_is_not_the_images_fault(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Image, "open", exhausted)
     with pytest.raises(MemoryError):
-        decode(FILES["PNG"], 3)
+        decode_image(FILES["PNG"], 3)

@@ -14,30 +14,30 @@ from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, res
 
 from foveal.data.config import AugmentConfig
 from foveal.data.image import decode as module
-from foveal.data.image.decode import View, decode, decoder_name, pixels
-from foveal.data.image.transforms import COLUMNS, Box, evaluation_view, training_view
-from foveal.seeding import key, uniforms_numpy
+from foveal.data.image.decode import CropFunction, decode_crop, decode_image, jpeg_decoder_name
+from foveal.data.image.transforms import UNIFORMS_PER_CROP, CropBox, compute_eval_crop, compute_train_crop
+from foveal.seeding import derive_key, draw_uniform_numpy
 
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 ORIENTATION = 0x0112
 LARGE = photo(640, 480)
 
 
-def seen(box: Box, flipped: bool = False) -> View:
+def seen(box: CropBox, flipped: bool = False) -> CropFunction:
     return lambda _width, _height: (box, flipped)
 
 
-def whole(width: int, height: int) -> tuple[Box, bool]:
+def whole(width: int, height: int) -> tuple[CropBox, bool]:
     return (0, 0, width, height), False
 
 
-def boxes(count: int) -> list[Box]:
+def boxes(count: int) -> list[CropBox]:
     """Crops of LARGE as training draws them."""
-    numbers = uniforms_numpy(key(0, "test"), np.arange(count), COLUMNS)
-    return [training_view(*LARGE.size, row, AugmentConfig())[0] for row in numbers]
+    numbers = draw_uniform_numpy(derive_key(0, "test"), np.arange(count), UNIFORMS_PER_CROP)
+    return [compute_train_crop(*LARGE.size, row, AugmentConfig())[0] for row in numbers]
 
 
-def by_pillow(image: Image.Image, box: Box, side: int, interpolation: str) -> np.ndarray:
+def by_pillow(image: Image.Image, box: CropBox, side: int, interpolation: str) -> np.ndarray:
     left, top, right, bottom = (round(edge) for edge in box)
     cut = image.crop((left, top, right, bottom))
     return np.asarray(cut.resize((side, side), FILTERS[interpolation])).transpose(2, 0, 1)
@@ -52,7 +52,7 @@ def test_a_full_decode_is_pillows_within_rounding(interpolation: str) -> None:
     data = encoded(LARGE, quality=90)
     plain = Image.open(io.BytesIO(data))
     for box in boxes(30):
-        ours = pixels(data, 3, seen(box), (224, 224), interpolation, False)
+        ours = decode_crop(data, 3, seen(box), (224, 224), interpolation, False)
         apart = difference(ours, by_pillow(plain, box, 224, interpolation))
         assert apart.max() <= 3
         assert apart.mean() <= 0.3  # of 255
@@ -68,7 +68,7 @@ def test_a_scaled_decode_shows_what_a_full_one_shows() -> None:
         for box in boxes(300):
             if min(box[2] - box[0], box[3] - box[1]) < scale * side:
                 continue
-            ours = pixels(data, 3, seen(box), (side, side), "bicubic", True)
+            ours = decode_crop(data, 3, seen(box), (side, side), "bicubic", True)
             left, top, right, bottom = (int(edge / scale + 0.5) * scale for edge in box)
             apart = difference(ours, by_pillow(plain, (left, top, right, bottom), side, "bicubic"))
             assert apart.mean() <= 6
@@ -88,9 +88,9 @@ def test_scaling_leaves_every_crop_enough_pixels(data: st.DataObject) -> None:
     box = (left, top, left + across, top + down)
     sizes: list[tuple[int, ...]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_resized", lambda array, *rest: sizes.append(array.shape[:2]) or resized(array, *rest))
+        patch.setattr(module, "_resize", lambda array, *rest: sizes.append(array.shape[:2]) or resized(array, *rest))
         patch.setattr(module, "simplejpeg", module.simplejpeg if installed else None)
-        square = pixels(file, 3, seen(box), (side, side), "bicubic", scaling)
+        square = decode_crop(file, 3, seen(box), (side, side), "bicubic", scaling)
     shorter = min(across, down)
     scale = next((factor for factor in (8, 4, 2) if scaling and shorter >= factor * side), 1)
     assert square.shape == (3, side, side)
@@ -99,7 +99,7 @@ def test_scaling_leaves_every_crop_enough_pixels(data: st.DataObject) -> None:
     assert abs(sizes[0][0] - down / scale) <= 1 and abs(sizes[0][1] - across / scale) <= 1
 
 
-resized = module._resized
+resized = module._resize
 
 
 @pytest.mark.skipif(module.simplejpeg is None, reason="simplejpeg is not installed")
@@ -112,18 +112,18 @@ def test_both_decoders_give_the_same_pixels(
     for channels in (1, 3):
         for side, scaling in ((224, False), (224, True), (100, True), (50, True)):
             monkeypatch.undo()
-            fast = pixels(data, channels, seen((31, 17, 531, 467), True), (side, side), "bicubic", scaling)
+            fast = decode_crop(data, channels, seen((31, 17, 531, 467), True), (side, side), "bicubic", scaling)
             monkeypatch.setattr(module, "simplejpeg", None)
             assert np.array_equal(
-                fast, pixels(data, channels, seen((31, 17, 531, 467), True), (side, side), "bicubic", scaling)
+                fast, decode_crop(data, channels, seen((31, 17, 531, 467), True), (side, side), "bicubic", scaling)
             )
 
 
 def test_the_decoder_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     if module.simplejpeg is not None:
-        assert decoder_name() == f"simplejpeg {version('simplejpeg')}"
+        assert jpeg_decoder_name() == f"simplejpeg {version('simplejpeg')}"
     monkeypatch.setattr(module, "simplejpeg", None)
-    assert decoder_name() == f"Pillow {version('Pillow')}"
+    assert jpeg_decoder_name() == f"Pillow {version('Pillow')}"
 
 
 @pytest.mark.parametrize("orientation", range(10))
@@ -135,19 +135,19 @@ def test_orientation_is_honoured(kind: str, orientation: int, monkeypatch: pytes
     exif[ORIENTATION] = orientation
     data = encoded(small, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)).convert("RGB"))
-    assert np.array_equal(np.asarray(decode(data, 3)), np.asarray(upright))
+    assert np.array_equal(np.asarray(decode_image(data, 3)), np.asarray(upright))
     box = (5, 20, 45, 58)
     plain = encoded(upright, "PNG")
     sizes: list[tuple[int, int]] = []
 
-    def view(width: int, height: int) -> tuple[Box, bool]:
+    def view(width: int, height: int) -> tuple[CropBox, bool]:
         sizes.append((width, height))
         return box, True
 
     for decoder in (module.simplejpeg, None):
         monkeypatch.setattr(module, "simplejpeg", decoder)
-        turned = pixels(data, 3, view, (16, 24), "bicubic", False)
-        assert difference(turned, pixels(plain, 3, view, (16, 24), "bicubic", False)).max() <= 1
+        turned = decode_crop(data, 3, view, (16, 24), "bicubic", False)
+        assert difference(turned, decode_crop(plain, 3, view, (16, 24), "bicubic", False)).max() <= 1
     assert set(sizes) == {upright.size}
 
 
@@ -159,14 +159,16 @@ def test_scaled_and_turned_is_turned_and_scaled() -> None:
     data = encoded(ramp, exif=exif, quality=95)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     for box in ((0, 0, 203, 301), (3, 5, 199, 280), (103, 201, 203, 301)):
-        ours = pixels(data, 3, seen(box), (24, 24), "bicubic", True)
+        ours = decode_crop(data, 3, seen(box), (24, 24), "bicubic", True)
         assert difference(ours, by_pillow(upright, box, 24, "bicubic")).max() <= 6  # 4 brightness steps a coarse pixel
 
 
 def test_evaluation_is_resize_and_centre_crop() -> None:
     """480 is resized to 64 / 0.8 = 80, 640 to 107, and the centre 64 is cut out: all but the rim agrees."""
     image = LARGE.crop((0, 0, 480, 480))
-    ours = pixels(encoded(image, "PNG"), 3, lambda w, h: (evaluation_view(w, h, 0.8), False), (64, 64), "bicubic", True)
+    ours = decode_crop(
+        encoded(image, "PNG"), 3, lambda w, h: (compute_eval_crop(w, h, 0.8), False), (64, 64), "bicubic", True
+    )
     theirs = center_crop(resize(pil_to_tensor(image), [80, 80], FILTERS["bicubic"]), [64, 64]).numpy()
     assert difference(ours, theirs)[:, 2:-2, 2:-2].max() <= 2
     assert difference(ours, theirs).mean() <= 0.5
@@ -174,29 +176,29 @@ def test_evaluation_is_resize_and_centre_crop() -> None:
 
 def test_pixels_are_channel_first_and_flipped_from_left_to_right() -> None:
     data = encoded(LARGE, "PNG")
-    straight = pixels(data, 3, seen((10, 20, 130, 140)), (120, 120), "bilinear", True)
+    straight = decode_crop(data, 3, seen((10, 20, 130, 140)), (120, 120), "bilinear", True)
     assert straight.shape == (3, 120, 120)
     assert straight.dtype == np.uint8
     assert np.array_equal(straight, np.asarray(LARGE)[20:140, 10:130].transpose(2, 0, 1))
-    flipped = pixels(data, 3, seen((10, 20, 130, 140), True), (120, 120), "bilinear", True)
+    flipped = decode_crop(data, 3, seen((10, 20, 130, 140), True), (120, 120), "bilinear", True)
     assert np.array_equal(flipped, straight[:, :, ::-1])
-    assert pixels(data, 1, whole, (5, 5), "bicubic", True).shape == (1, 5, 5)
+    assert decode_crop(data, 1, whole, (5, 5), "bicubic", True).shape == (1, 5, 5)
 
 
 def test_an_image_may_be_wider_than_high() -> None:
     box = (10, 20, 250, 140)
-    found = pixels(encoded(LARGE, "PNG"), 3, seen(box), (24, 48), "bicubic", True)
+    found = decode_crop(encoded(LARGE, "PNG"), 3, seen(box), (24, 48), "bicubic", True)
     by_pillow = np.asarray(LARGE.crop(box).resize((48, 24), FILTERS["bicubic"])).transpose(2, 0, 1)
     assert found.shape == (3, 24, 48)
     assert difference(found, by_pillow).max() <= 2
     flat = seen((10, 20, 250, 60))  # wide enough for half the JPEG's size, not high enough
-    unscaled, scaled = (pixels(encoded(LARGE), 3, flat, (24, 48), "bicubic", scaling) for scaling in (False, True))
+    unscaled, scaled = (decode_crop(encoded(LARGE), 3, flat, (24, 48), "bicubic", scaling) for scaling in (False, True))
     assert np.array_equal(unscaled, scaled)
 
 
 def test_what_a_view_raises_is_not_the_images_fault() -> None:
-    def broken(width: int, height: int) -> tuple[Box, bool]:
+    def broken(width: int, height: int) -> tuple[CropBox, bool]:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        pixels(encoded(LARGE), 3, broken, (8, 8), "bicubic", True)
+        decode_crop(encoded(LARGE), 3, broken, (8, 8), "bicubic", True)

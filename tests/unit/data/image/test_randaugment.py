@@ -8,8 +8,8 @@ import pytest
 import timm.data.auto_augment as theirs
 from PIL import Image
 
-from foveal.data import AugmentConfig, DataConfig, Dataset, eval_batches, train_batches, training_set
-from foveal.data.image.randaugment import _CHANGES, COLUMNS, rand_augment
+from foveal.data import AugmentConfig, DataConfig, Dataset, build_training_set, eval_batches, train_batches
+from foveal.data.image.randaugment import _OPERATIONS, UNIFORMS_PER_OP, rand_augment
 
 NAMES = (
     *("AutoContrast", "Equalize", "Invert", "Rotate", "PosterizeIncreasing", "SolarizeIncreasing", "SolarizeAdd"),
@@ -43,8 +43,8 @@ def test_a_change_is_timms(name: str, magnitude: float, monkeypatch: pytest.Monk
     hparams = {"img_mean": (128, 128, 128), "interpolation": Image.Resampling.BILINEAR}
     op = theirs.AugmentOp(name, prob=1.0, magnitude=int(magnitude), hparams=hparams)
     expected = np.asarray(op(Image.fromarray(image.transpose(1, 2, 0)))).transpose(2, 0, 1).astype(int)
-    row = np.zeros((1, COLUMNS), np.float32)
-    row[0, 1] = (number + 0.5) / len(_CHANGES)  # which; done, positive, and a normal number of 0
+    row = np.zeros((1, UNIFORMS_PER_OP), np.float32)
+    row[0, 1] = (number + 0.5) / len(_OPERATIONS)  # which; done, positive, and a normal number of 0
     found = rand_augment(image, row, AugmentConfig(operations=1, magnitude=magnitude)).astype(int)
     assert found.shape == image.shape
     near = np.abs(found - expected) <= 2
@@ -54,13 +54,13 @@ def test_a_change_is_timms(name: str, magnitude: float, monkeypatch: pytest.Monk
 
 
 def test_there_are_as_many_as_timm_has() -> None:
-    assert len(_CHANGES) == len(NAMES) == len(theirs._RAND_INCREASING_TRANSFORMS)
+    assert len(_OPERATIONS) == len(NAMES) == len(theirs._RAND_INCREASING_TRANSFORMS)
     assert set(NAMES) == set(theirs._RAND_INCREASING_TRANSFORMS)
 
 
 def test_half_of_the_operations_are_done_and_a_draw_is_always_the_same() -> None:
     image, augment = photograph(), AugmentConfig(operations=1)
-    numbers = np.random.default_rng(1).random((400, 1, COLUMNS), dtype=np.float32)
+    numbers = np.random.default_rng(1).random((400, 1, UNIFORMS_PER_OP), dtype=np.float32)
     changed = [bool((rand_augment(image, row, augment) != image).any()) for row in numbers]
     assert 0.4 < np.mean(changed) < 0.55
     assert all(
@@ -71,12 +71,12 @@ def test_half_of_the_operations_are_done_and_a_draw_is_always_the_same() -> None
 def test_only_training_is_changed_and_on_any_ranks_alike(configure: Callable[..., DataConfig]) -> None:
     still = {"scale": [1.0, 1.0], "ratio": [1.0, 1.0], "flip": 0.0}
     plain, cfg = (configure(augment=still | {"operations": n}) for n in (0, 2))
-    assert plain.augment.still
-    assert not cfg.augment.still
+    assert plain.augment.is_deterministic
+    assert not cfg.augment.is_deterministic
 
     def images(of: DataConfig, size: int = 1) -> np.ndarray:
-        training = training_set(Dataset.open(of), of, seed=0, batch=32)
-        place: dict[str, Any] = {"size": size, "at_once": 8, "start": 0, "stop": 2}
+        training = build_training_set(Dataset.open(of), of, seed=0, batch_size=32)
+        place: dict[str, Any] = {"world_size": size, "microbatch_size": 8, "start_step": 0, "stop_step": 2}
         found = []
         for rank in range(size):
             with train_batches(training, of, rank=rank, **place) as batches:
@@ -88,7 +88,11 @@ def test_only_training_is_changed_and_on_any_ranks_alike(configure: Callable[...
     assert 0.4 < differ.mean() < 0.95
     looks = [
         next(
-            iter(eval_batches(Dataset.open(of), of, split="val", part="all", seed=0, rank=0, size=1, at_once=16))
+            iter(
+                eval_batches(
+                    Dataset.open(of), of, split="val", subset="all", seed=0, rank=0, world_size=1, microbatch_size=16
+                )
+            )
         ).images
         for of in (plain, cfg)
     ]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from foveal.data import DataConfig, Dataset, eval_batches, train_batches, training_set
-from foveal.data.image.targets import NOTHING
+from foveal.data import DataConfig, Dataset, build_training_set, eval_batches, train_batches
+from foveal.data.image.targets import NO_CLASS
 from foveal.data.indexing.index import index_folder
 from foveal.errors import DataError
 
@@ -52,23 +52,23 @@ def scenes(tmp_path: Path, write_tar: Callable[..., Path]) -> Callable[..., tupl
         rows = [(f"{n:03d}.{name}", data) for n in range(SAMPLES) for name, data in members(n).items()]
         rows = [(name, (changed or {}).get(name, data)) for name, data in rows if (changed or {}).get(name) != b""]
         write_tar(tmp_path / "train-000000.tar", rows)
-        index_folder(str(tmp_path), classes=CLASSES, tell=lambda _: None)
+        index_folder(str(tmp_path), classes=CLASSES, on_warning=lambda _: None)
         tree = {"path": str(tmp_path), "image_size": SIDE, "channels": 1, "lanes": 2, "val": "train", "crop_ratio": 1.0}
         tree |= {"mean": [0.5], "std": [0.5], "ignore_id": IGNORED, "max_bad": 0.5} | settings
-        cfg = DataConfig.checked(tree, "the test")
+        cfg = DataConfig.from_dict(tree, "the test")
         return Dataset.open(cfg), cfg
 
     return make
 
 
 def evaluated(dataset: Dataset, cfg: DataConfig, size: int = 1, at_once: int = 3) -> list[Any]:
-    place = {"split": "train", "part": "all", "seed": 0, "size": size, "at_once": at_once}
+    place = {"split": "train", "subset": "all", "seed": 0, "world_size": size, "microbatch_size": at_once}
     return [batch for rank in range(size) for batch in eval_batches(dataset, cfg, rank=rank, **place)]  # type: ignore[arg-type]
 
 
 def trained(dataset: Dataset, cfg: DataConfig) -> list[Any]:
-    training = training_set(dataset, cfg, seed=0, batch=4)
-    with train_batches(training, cfg, rank=0, size=1, at_once=4, start=0, stop=4) as batches:
+    training = build_training_set(dataset, cfg, seed=0, batch_size=4)
+    with train_batches(training, cfg, rank=0, world_size=1, microbatch_size=4, start_step=0, stop_step=4) as batches:
         return list(batches)
 
 
@@ -82,7 +82,7 @@ def test_a_mask_is_seen_as_its_image_is_seen(scenes: Callable[..., tuple[Dataset
     for batch in trained(dataset, cfg):
         assert batch.marks.shape == (4, SIDE, SIDE)
         ids = batch.marks.numpy().astype(int)
-        ids[ids == NOTHING] = IGNORED
+        ids[ids == NO_CLASS] = IGNORED
         inside = np.abs(batch.images.numpy()[:, 0].astype(int) - 20 * ids) <= 1
         assert inside.mean() > 0.6, "edges alone may differ"
         corner = ids == IGNORED
@@ -95,10 +95,10 @@ def test_an_evaluated_mask_is_whole_on_any_ranks(scenes: Callable[..., tuple[Dat
     for size in (1, 2):
         found = {int(i): m for b in evaluated(dataset, cfg, size) for i, m in zip(b.ids, b.marks, strict=True)}
         padding = found.pop(-1, None)
-        assert padding is None or (padding == NOTHING).all()
+        assert padding is None or (padding == NO_CLASS).all()
         for number in range(SAMPLES):
             ids = stripes(number).astype(int)
-            np.testing.assert_array_equal(found[number].numpy(), np.where(ids == IGNORED, NOTHING, ids))
+            np.testing.assert_array_equal(found[number].numpy(), np.where(ids == IGNORED, NO_CLASS, ids))
 
 
 def test_boxes_follow_crop_flip_and_size(scenes: Callable[..., tuple[Dataset, DataConfig]]) -> None:
@@ -122,7 +122,7 @@ def test_a_mask_that_does_not_decode_is_a_bad_sample(scenes: Callable[..., tuple
     batches = evaluated(dataset, cfg)
     assert [bad.key for batch in batches for bad in batch.bad] == ["002"]
     assert not batches[0].valid[2]
-    assert (batches[0].marks[2] == NOTHING).all()
+    assert (batches[0].marks[2] == NO_CLASS).all()
     bad = [bad for batch in trained(dataset, cfg) for bad in batch.bad]
     assert {one.key for one in bad} == {"002"}
     assert all("its mask" in one.reason and one.by >= 0 for one in bad)

@@ -7,15 +7,15 @@ from torchvision.transforms.v2 import RandomResizedCrop
 
 from foveal.data import normalise
 from foveal.data.config import AugmentConfig
-from foveal.data.image.transforms import COLUMNS, evaluation_view, training_view
-from foveal.seeding import key, uniforms_numpy
+from foveal.data.image.transforms import UNIFORMS_PER_CROP, compute_eval_crop, compute_train_crop
+from foveal.seeding import derive_key, draw_uniform_numpy
 
 
 def test_crops_are_distributed_as_torchvisions() -> None:
     width, height, draws = 160, 120, 4000
     augment = AugmentConfig(scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3))
-    numbers = uniforms_numpy(key(0, "test"), np.arange(draws), COLUMNS)
-    ours = np.array([training_view(width, height, row, augment)[0] for row in numbers])
+    numbers = draw_uniform_numpy(derive_key(0, "test"), np.arange(draws), UNIFORMS_PER_CROP)
+    ours = np.array([compute_train_crop(width, height, row, augment)[0] for row in numbers])
     torch.manual_seed(0)
     theirs = RandomResizedCrop(8, scale=augment.scale, ratio=augment.ratio)
     params = [theirs.make_params([torch.empty(3, height, width)]) for _ in range(draws)]
@@ -40,8 +40,8 @@ def shapes(boxes: np.ndarray) -> np.ndarray:
 
 
 def test_place_shape_and_flip_are_independent() -> None:
-    numbers = uniforms_numpy(key(4), np.arange(4000), COLUMNS)
-    views = [training_view(100, 100, row, AugmentConfig(scale=(0.2, 0.3))) for row in numbers]
+    numbers = draw_uniform_numpy(derive_key(4), np.arange(4000), UNIFORMS_PER_CROP)
+    views = [compute_train_crop(100, 100, row, AugmentConfig(scale=(0.2, 0.3))) for row in numbers]
     boxes = np.array([box for box, _ in views])
     across, down = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     left, top = boxes[:, 0] / (100 - across), boxes[:, 1] / (100 - down)
@@ -51,32 +51,36 @@ def test_place_shape_and_flip_are_independent() -> None:
 
 
 def test_flips_have_their_probability() -> None:
-    numbers = uniforms_numpy(key(1, "flip"), np.arange(2000), COLUMNS)
+    numbers = draw_uniform_numpy(derive_key(1, "flip"), np.arange(2000), UNIFORMS_PER_CROP)
     for flip, low, high in ((0.0, 0, 0), (1.0, 2000, 2000), (0.5, 930, 1070)):
-        count = sum(training_view(8, 8, row, AugmentConfig(flip=flip))[1] for row in numbers)
+        count = sum(compute_train_crop(8, 8, row, AugmentConfig(flip=flip))[1] for row in numbers)
         assert low <= count <= high
 
 
 def test_a_view_without_choice_is_the_whole_square() -> None:
     whole = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)
-    for row in uniforms_numpy(key(2), np.arange(20), COLUMNS):
-        assert training_view(8, 8, row, whole) == ((0, 0, 8, 8), False)
-        assert training_view(30, 10, row, whole) == ((10, 0, 20, 10), False)
-        assert training_view(11, 10, row, whole) == ((0, 0, 10, 10), False), "a pixel off the square: no place is drawn"
+    for row in draw_uniform_numpy(derive_key(2), np.arange(20), UNIFORMS_PER_CROP):
+        assert compute_train_crop(8, 8, row, whole) == ((0, 0, 8, 8), False)
+        assert compute_train_crop(30, 10, row, whole) == ((10, 0, 20, 10), False)
+        assert compute_train_crop(11, 10, row, whole) == ((0, 0, 10, 10), False), (
+            "a pixel off the square: no place is drawn"
+        )
 
 
 def test_a_view_without_choice_has_the_shape_of_what_it_becomes() -> None:
     whole = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)
-    for row in uniforms_numpy(key(2), np.arange(20), COLUMNS):
-        assert training_view(90, 30, row, whole, (8, 16)) == ((15, 0, 75, 30), False)
-        assert training_view(30, 90, row, whole, (8, 16)) == ((0, 37, 30, 52), False)
-    assert evaluation_view(90, 30, 1.0, (8, 16)) == (15, 0, 75, 30)
-    assert evaluation_view(40, 90, 0.5, (8, 16)) == (10, 40, 30, 50)
+    for row in draw_uniform_numpy(derive_key(2), np.arange(20), UNIFORMS_PER_CROP):
+        assert compute_train_crop(90, 30, row, whole, (8, 16)) == ((15, 0, 75, 30), False)
+        assert compute_train_crop(30, 90, row, whole, (8, 16)) == ((0, 37, 30, 52), False)
+    assert compute_eval_crop(90, 30, 1.0, (8, 16)) == (15, 0, 75, 30)
+    assert compute_eval_crop(40, 90, 0.5, (8, 16)) == (10, 40, 30, 50)
 
 
 def test_crops_keep_their_shapes_around_that_of_the_image() -> None:
-    numbers = uniforms_numpy(key(5), np.arange(2000), COLUMNS)
-    boxes = np.array([training_view(300, 300, row, AugmentConfig(scale=(0.1, 0.2)), (32, 64))[0] for row in numbers])
+    numbers = draw_uniform_numpy(derive_key(5), np.arange(2000), UNIFORMS_PER_CROP)
+    boxes = np.array(
+        [compute_train_crop(300, 300, row, AugmentConfig(scale=(0.1, 0.2)), (32, 64))[0] for row in numbers]
+    )
     ratios = (boxes[:, 2] - boxes[:, 0]) / (boxes[:, 3] - boxes[:, 1])
     assert 1.4 < ratios.min() < 1.55
     assert 2.6 < ratios.max() < 2.8
@@ -84,10 +88,10 @@ def test_crops_keep_their_shapes_around_that_of_the_image() -> None:
 
 
 def test_extreme_shapes_still_give_a_crop() -> None:
-    numbers = uniforms_numpy(key(3), np.arange(50), COLUMNS)
+    numbers = draw_uniform_numpy(derive_key(3), np.arange(50), UNIFORMS_PER_CROP)
     for width, height in ((1, 1), (1, 500), (500, 1), (2, 3)):
         for row in numbers:
-            (left, top, right, bottom), _ = training_view(width, height, row, AugmentConfig())
+            (left, top, right, bottom), _ = compute_train_crop(width, height, row, AugmentConfig())
             assert 0 <= left < right <= width
             assert 0 <= top < bottom <= height
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from foveal.data import DataConfig, Dataset, eval_batches, train_batches, training_set
-from foveal.data.dataset import open_folder
+from foveal.data import DataConfig, Dataset, build_training_set, eval_batches, train_batches
+from foveal.data.dataset import open_dataset
 from foveal.data.indexing.index import index_folder
-from foveal.data.tools.verify import verify
+from foveal.data.tools.verify import verify_dataset
 from foveal.errors import DataError
 
 ROOT = os.environ.get("FOVEAL_TEST_DATA")
@@ -46,7 +46,7 @@ def test_a_folder_that_is_only_read_is_indexed_elsewhere(shards: Path, tmp_path:
     manifest = index_folder(str(folder), tmp_path / "index", classes=source["classes"])
     assert sorted(entry.name for entry in folder.iterdir()) == before
     assert {name: split.samples for name, split in manifest.splits.items()} == {"train": 2500, "val": 600}
-    cfg = DataConfig.checked(
+    cfg = DataConfig.from_dict(
         {
             "path": "${FOVEAL_TEST_DATA}/imagenette224",
             "index": str(tmp_path / "index"),
@@ -59,8 +59,8 @@ def test_a_folder_that_is_only_read_is_indexed_elsewhere(shards: Path, tmp_path:
     )
     dataset = Dataset.open(cfg)
     assert dataset.class_counts("train").tolist() == source["splits"]["train"]["per_class"]
-    dealt = training_set(dataset, cfg, seed=0, batch=64)
-    with train_batches(dealt, cfg, rank=1, size=2, at_once=16, start=30, stop=31) as batches:
+    dealt = build_training_set(dataset, cfg, seed=0, batch_size=64)
+    with train_batches(dealt, cfg, rank=1, world_size=2, microbatch_size=16, start_step=30, stop_step=31) as batches:
         images = next(batches).images
     assert images.shape == (16, 3, 64, 64)
     assert images.float().std() > 30
@@ -68,22 +68,22 @@ def test_a_folder_that_is_only_read_is_indexed_elsewhere(shards: Path, tmp_path:
 
 def test_samples_are_those_that_webdataset_reads(cifar10: Path, read_tar: Callable) -> None:
     index_folder(str(cifar10))
-    cfg = DataConfig.checked({"path": str(cifar10), "image_size": 32, "crop_ratio": 1.0}, "the test")
+    cfg = DataConfig.from_dict({"path": str(cifar10), "image_size": 32, "crop_ratio": 1.0}, "the test")
     dataset = Dataset.open(cfg)
-    assert (dataset.samples("train"), dataset.samples("val")) == (10_000, 5_000)
+    assert (dataset.num_samples("train"), dataset.num_samples("val")) == (10_000, 5_000)
     assert dataset.classes == tuple("0123456789")
-    index = dataset.index("val", 0)
+    index = dataset.shard_index("val", 0)
     samples = read_tar(cifar10 / "val-000000.tar")
     assert len(samples) == len(index)
     for row, sample in enumerate(samples):
         assert index.key(row) == sample["__key__"]
         assert index.labels[row] == int(sample["cls"])
-        assert dataset.read(index.shard, *index.image(row)) == sample["png"]
-    rows = eval_batches(dataset, cfg, split="val", part="all", seed=0, rank=0, size=1, at_once=8)
+        assert dataset.read_bytes(index.shard, *index.find_image(row)) == sample["png"]
+    rows = eval_batches(dataset, cfg, split="val", subset="all", seed=0, rank=0, world_size=1, microbatch_size=8)
     batch = next(rows)
     rows.close()
     for row in range(8):
-        picture = Image.open(io.BytesIO(dataset.read(index.shard, *index.image(row)))).convert("RGB")
+        picture = Image.open(io.BytesIO(dataset.read_bytes(index.shard, *index.find_image(row)))).convert("RGB")
         assert np.array_equal(batch.images[row].numpy(), np.asarray(picture).transpose(2, 0, 1))
 
 
@@ -93,7 +93,7 @@ def test_gzipped_shards_are_one_sentence(shards: Path, tmp_path: Path) -> None:
     ):
         index_folder(str(shards / "cifar10"), tmp_path / "index")
     with pytest.raises(DataError, match=r"cifar10: these shards are compressed, which has no random access; unpack"):
-        Dataset.open(DataConfig.checked({"path": str(shards / "cifar10"), "image_size": 32}, "the test"))
+        Dataset.open(DataConfig.from_dict({"path": str(shards / "cifar10"), "image_size": 32}, "the test"))
 
 
 def test_members_that_are_masks_are_kept_apart(shards: Path, tmp_path: Path) -> None:
@@ -101,5 +101,5 @@ def test_members_that_are_masks_are_kept_apart(shards: Path, tmp_path: Path) -> 
     assert manifest.fields == ("jpg", "mask.png")
     assert manifest.classes is None
     assert {name: split.samples for name, split in manifest.splits.items()} == {"train": 367, "val": 101}
-    dataset = open_folder(str(shards / "camvid"), str(tmp_path / "index"))
-    assert verify(dataset, full=True, workers=2) == []
+    dataset = open_dataset(str(shards / "camvid"), str(tmp_path / "index"))
+    assert verify_dataset(dataset, full=True, workers=2) == []

@@ -15,7 +15,7 @@ import safetensors.numpy
 
 from foveal.data import DataConfig, Dataset, eval_batches
 from foveal.data.format.manifest import read_manifest
-from foveal.data.format.shard_index import ShardIndex, check_index, map_index, open_index, write_index
+from foveal.data.format.shard_index import ShardIndex, mmap_index, open_index, verify_index, write_index
 from foveal.data.indexing.index import index_folder, index_shard
 from foveal.errors import DataError
 
@@ -41,7 +41,7 @@ def test_offsets_are_those_of_tarfile(tmp_path: Path, write_tar: WriteTar, png: 
             expected = {name.lower(): content for name, content in members}.get(f"{stem}.{field}")
             offset, size = index.offsets[row, column], index.sizes[row, column]
             assert (None if size < 0 else data[offset : offset + size]) == expected
-    assert index.image(1) == (index.offsets[1, 0], len(png))
+    assert index.find_image(1) == (index.offsets[1, 0], len(png))
 
 
 @pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -54,7 +54,7 @@ def test_long_and_foreign_names_are_keys(tmp_path: Path, png: bytes, kind: int) 
             tar.addfile(header, io.BytesIO(data))
     index = index_shard(str(tmp_path), "train-0.tar")
     assert index.key(0) == key
-    offset, size = index.image(0)
+    offset, size = index.find_image(0)
     assert (tmp_path / "train-0.tar").read_bytes()[offset : offset + size] == png
 
 
@@ -89,7 +89,7 @@ def test_the_tar_of_the_system_can_be_indexed(tmp_path: Path, png: bytes) -> Non
 def test_an_index_file_is_safetensors_and_reads_back_mapped(tmp_path: Path, digits: Path) -> None:
     index = index_shard(str(digits), "train-000000.tar")
     write_index(index, tmp_path / "x.index")
-    mapped = open_index(tmp_path / "x.index", index.digest(), len(index))
+    mapped = open_index(tmp_path / "x.index", index.compute_digest(), len(index))
     kept = safetensors.numpy.load_file(tmp_path / "x.index")
     for name in ("offsets", "sizes", "labels", "key_ends", "keys"):
         assert np.array_equal(getattr(mapped, name), getattr(index, name))
@@ -102,7 +102,7 @@ def test_an_index_file_is_safetensors_and_reads_back_mapped(tmp_path: Path, digi
 def test_the_digest_knows_keys_sizes_and_labels_and_not_places(tmp_path: Path, write_tar: WriteTar, png: bytes) -> None:
     def digest(*members: tuple[str, bytes]) -> str:
         write_tar(tmp_path / "train-0.tar", members)
-        return index_shard(str(tmp_path), "train-0.tar").digest()
+        return index_shard(str(tmp_path), "train-0.tar").compute_digest()
 
     base = digest(("a.png", png), ("a.cls", b"1"))
     assert digest(("skipped", b"x" * 2000), ("a.png", png), ("a.cls", b"1")) == base
@@ -141,7 +141,7 @@ def test_indexing_what_is_left_of_a_packed_folder_keeps_names_and_statistics(dig
     shutil.copytree(digits, folder)
     (folder / "train-000001.tar").unlink()
     before = read_manifest(folder)
-    manifest = index_folder(str(folder), tell=told.append)
+    manifest = index_folder(str(folder), on_warning=told.append)
     assert manifest.splits["train"].samples < before.splits["train"].samples
     assert (manifest.name, manifest.classes, manifest.mean) == (before.name, before.classes, before.mean)
     assert any("was of other samples; its name, class names, mean and std were kept" in note for note in told)
@@ -150,7 +150,7 @@ def test_indexing_what_is_left_of_a_packed_folder_keeps_names_and_statistics(dig
 def test_indexing_a_packed_folder_keeps_what_the_packer_knew(digits: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(digits, folder)
-    cfg = DataConfig.checked({"path": str(folder), "image_size": 8, "channels": 1}, "the test")
+    cfg = DataConfig.from_dict({"path": str(folder), "image_size": 8, "channels": 1}, "the test")
     packed = Dataset.open(cfg)
     index_folder(str(folder))
     again = Dataset.open(cfg)
@@ -171,9 +171,9 @@ def test_shards_behind_a_url_read_as_those_in_a_folder(digits: Path, tmp_path: P
     batches = []
     for path, index in ((url, str(tmp_path / "index")), (str(digits), None)):
         tree = {"path": path, "index": index, "image_size": 8, "channels": 1}
-        cfg = DataConfig.checked(tree, "the test")
+        cfg = DataConfig.from_dict(tree, "the test")
         dataset = Dataset.open(cfg)
-        rows = eval_batches(dataset, cfg, split="val", part="all", seed=0, rank=0, size=1, at_once=360)
+        rows = eval_batches(dataset, cfg, split="val", subset="all", seed=0, rank=0, world_size=1, microbatch_size=360)
         batches.append(next(rows))
         rows.close()
     assert batches[0].images.equal(batches[1].images)
@@ -278,7 +278,7 @@ def test_an_index_that_does_not_belong_is_refused(tmp_path: Path, digits: Path, 
     index = index_shard(str(digits), "val-000000.tar")
     file = tmp_path / "val-000000.tar.index"
     write_index(index, file)
-    digest, samples = index.digest(), len(index)
+    digest, samples = index.compute_digest(), len(index)
     if damage == "format":
         file.write_bytes(file.read_bytes().replace(b'"format\\": 2', b'"format\\": 1'))
     elif damage == "digest":
@@ -298,28 +298,32 @@ def test_every_byte_of_an_index_is_covered(tmp_path: Path, digits: Path) -> None
     file = tmp_path / "val-000000.tar.index"
     index = index_shard(str(digits), "val-000000.tar")
     write_index(index, file)
-    check_index(file)
+    verify_index(file)
     whole = file.read_bytes()
     start = 8 + int.from_bytes(whole[:8], "little")
     refused = 0
     for place in [*range(0, start, 3), *range(start, len(whole), 211), len(whole) - 1]:
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         try:
-            check_index(file)
+            verify_index(file)
         except DataError:
             refused += 1
         else:
-            found, digest = map_index(file)
-            assert (found.about(), digest, found.checksum) == (index.about(), index.digest(), index.sum())
+            found, digest = mmap_index(file)
+            assert (found.to_metadata(), digest, found.checksum) == (
+                index.to_metadata(),
+                index.compute_digest(),
+                index.compute_checksum(),
+            )
             assert place < start, "a byte of the arrays changed unseen"
     assert refused > len(range(0, start, 3)) * 0.9
     file.write_bytes(whole[:-8])
     with pytest.raises(DataError, match="is no index of a shard"):
-        check_index(file)
+        verify_index(file)
 
 
 def test_a_sample_without_an_image_is_named() -> None:
     none = np.full((1, 1), -1)
     index = ShardIndex("s.tar", 1, ("png",), none, none, np.array([0]), np.array([1]), np.frombuffer(b"k", "u1"))
     with pytest.raises(DataError, match=r"s.tar: sample 'k' has no image"):
-        index.image(0)
+        index.find_image(0)

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foveal.data.format.shard_index import Rules
+from foveal.data.format.shard_index import IndexRules
 from foveal.data.indexing.index import index_folder, index_shard
-from foveal.data.indexing.tar import Sample, walk
+from foveal.data.indexing.tar import TarSample, scan_tar
 from foveal.errors import DataError
 
 WriteTar = Callable[..., Path]
@@ -29,8 +29,8 @@ def tar_of(members: list[tuple[str, bytes]], kind: int) -> bytes:
     return stream.getvalue()
 
 
-def walked(data: bytes) -> tuple[list[Sample], str]:
-    return walk(io.BytesIO(data), len(data), "s.tar", Rules())
+def walked(data: bytes) -> tuple[list[TarSample], str]:
+    return scan_tar(io.BytesIO(data), len(data), "s.tar", IndexRules())
 
 
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -87,7 +87,7 @@ def test_a_cut_shard_is_reported_each_time_and_an_empty_one_left_out(
     )
     for _ in range(2):  # the second time from the index that is there
         told: list[str] = []
-        manifest = index_folder(str(tmp_path), tell=told.append)
+        manifest = index_folder(str(tmp_path), on_warning=told.append)
         shards = [(shard.file, shard.samples) for shard in manifest.splits["train"].shards]
         assert shards == [("train-0.tar", 3), ("train-1.tar", 2)]
         assert list(manifest.splits) == ["train"]

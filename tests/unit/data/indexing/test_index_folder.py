@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from foveal.cli import app
-from foveal.data.format.shard_index import ShardIndex, map_index
+from foveal.data.format.shard_index import ShardIndex, mmap_index
 from foveal.data.indexing import index as indexing
 from foveal.data.indexing.index import index_folder
 from foveal.errors import DataError
@@ -44,14 +44,14 @@ def aged(file: Path) -> Path:
 def walks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The shards that are walked, sorted."""
     names: list[str] = []
-    original = indexing.walk_shard
+    original = indexing.scan_shard
 
     def counted(place: Any, file: str, rules: Any) -> ShardIndex:
         names.append(file)
         names.sort()
         return original(place, file, rules)
 
-    monkeypatch.setattr(indexing, "walk_shard", counted)
+    monkeypatch.setattr(indexing, "scan_shard", counted)
     return names
 
 
@@ -84,7 +84,7 @@ def test_only_what_changed_is_walked_again(folder: Path, walks: list[str], write
     os.utime(folder / "train-0.tar", (2**31, 2**31))  # newer than its index, whatever the clock's grain
     assert run() != first
     assert walked(walks) == "0"
-    assert map_index(folder / "train-0.tar.index")[0].key(0) == "x"
+    assert mmap_index(folder / "train-0.tar.index")[0].key(0) == "x"
     aged(folder / "train-0.tar")
     run(again=True)
     assert walked(walks) == "012"
@@ -122,7 +122,7 @@ def test_sha256_stays_while_the_shard_does(folder: Path) -> None:
     os.utime(folder / "train-1.tar", (2**31, 2**31))
     known = [shard.sha256 for shard in index_folder(str(folder)).splits["train"].shards]
     assert known == ["train-0.tar", None, "train-2.tar"]
-    assert not any(shard.sha256 for shard in index_folder(str(folder), again=True).splits["train"].shards)
+    assert not any(shard.sha256 for shard in index_folder(str(folder), rebuild=True).splits["train"].shards)
 
 
 def test_labels_from_json(tmp_path: Path, write_tar: WriteTar, png: bytes) -> None:
@@ -131,8 +131,8 @@ def test_labels_from_json(tmp_path: Path, write_tar: WriteTar, png: bytes) -> No
     members += [(f"{key}.json", json.dumps(entry).encode()) for key, entry in entries.items() if entry is not None]
     write_tar(tmp_path / "train-0.tar", sorted(members, key=lambda member: member[0]))
     told: list[str] = []
-    manifest = index_folder(str(tmp_path), label_key="label", classes=["cat", "dog", "cow"], tell=told.append)
-    index, _ = map_index(tmp_path / "train-0.tar.index")
+    manifest = index_folder(str(tmp_path), label_key="label", classes=["cat", "dog", "cow"], on_warning=told.append)
+    index, _ = mmap_index(tmp_path / "train-0.tar.index")
     assert index.labels.tolist() == [2, 1, -1, -1, -1]
     assert told == ["train: 3 of 5 samples have no class"]
     assert manifest.fields == ("json", "png")
@@ -164,7 +164,7 @@ def test_dotted_keys(tmp_path: Path, write_tar: WriteTar, png: bytes) -> None:
     with pytest.raises(DataError, match="if keys have dots, index with --dotted-keys"):
         index_folder(str(tmp_path))
     manifest = index_folder(str(tmp_path), dotted_keys=True)
-    index, _ = map_index(tmp_path / "train-0.tar.index")
+    index, _ = mmap_index(tmp_path / "train-0.tar.index")
     assert [index.key(row) for row in range(len(index))] == ["v1.5/img.001", "v1.5/img.002"]
     assert manifest.fields == ("jpg", "cls", "mask.png")
     assert index.labels.tolist() == [3, -1]

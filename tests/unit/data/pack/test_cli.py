@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from foveal.data.format.manifest import read_manifest
 from foveal.data.pack.cli import app
-from foveal.data.pack.options import Recipe
+from foveal.data.pack.options import PackOptions
 from foveal.errors import ConfigError
 
 
@@ -45,7 +45,7 @@ def test_every_option_of_a_recipe_can_be_typed(tmp_path: Path, images: Path) -> 
     manifest = read_manifest(out)
     assert (manifest.name, manifest.classes, manifest.fields) == ("mine", ("even", "odd"), ("cls", "webp"))
     assert sorted(shard.samples for shard in manifest.splits["train"].shards) == [1, 2, 2]
-    assert set(Recipe.model_fields) == {word[2:].replace("-", "_") for word in options.split() if "--" in word} - {
+    assert set(PackOptions.model_fields) == {word[2:].replace("-", "_") for word in options.split() if "--" in word} - {
         "image_column",
         "label_column",
     }

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image, ImageCms
 
 from foveal.data import DataConfig, Dataset
-from foveal.data.image.decode import decode
+from foveal.data.image.decode import decode_image
 from foveal.data.pack import pack_folder
-from foveal.data.pack.encode import Bad, Ready, prepare, statistics_of
-from foveal.data.pack.options import Recipe
-from foveal.data.pack.source import Sample
+from foveal.data.pack.encode import EncodedSample, SkippedSample, compute_pixel_stats, encode_sample
+from foveal.data.pack.options import PackOptions
+from foveal.data.pack.source import PackSample
 from foveal.errors import DataError
 
 
@@ -30,13 +30,15 @@ def coded(image: Image.Image, kind: str, **options: Any) -> bytes:
     return stream.getvalue()
 
 
-def ready(data: bytes, field: str | None = "jpg", measured: bool = False, **options: Any) -> Ready:
-    found = prepare(Sample("k", field, 3, lambda: data, "there"), Recipe.checked(options, "pack"), measured)
-    assert isinstance(found, Ready)
+def ready(data: bytes, field: str | None = "jpg", measured: bool = False, **options: Any) -> EncodedSample:
+    found = encode_sample(
+        PackSample("k", field, 3, lambda: data, "there"), PackOptions.from_dict(options, "pack"), measured
+    )
+    assert isinstance(found, EncodedSample)
     return found
 
 
-def shown(sample: Ready) -> Image.Image:
+def shown(sample: EncodedSample) -> Image.Image:
     return Image.open(io.BytesIO(sample.data))
 
 
@@ -92,7 +94,7 @@ def test_orientation_is_applied_once(orientation: int, options: dict[str, Any]) 
     sample = ready(data, **options)
     assert shown(sample).getexif().get(0x0112, 1) == 1
     assert (sample.data == data) == (orientation == 1 and options == {"resize": 500})
-    before, after = (np.asarray(decode(each, 3), dtype=float) for each in (data, sample.data))
+    before, after = (np.asarray(decode_image(each, 3), dtype=float) for each in (data, sample.data))
     assert before.shape == after.shape
     assert np.abs(before - after).mean() < 3
 
@@ -132,7 +134,7 @@ def test_statistics_are_those_of_the_pixels_that_are_written() -> None:
     pixels = [np.asarray(shown(sample).convert("RGB")).reshape(-1, 3) / 255 for sample in samples]
     mean = np.mean([each.mean(axis=0) for each in pixels], axis=0)
     variance = np.mean([(each**2).mean(axis=0) for each in pixels], axis=0) - mean**2
-    found = statistics_of([sample.moments for sample in samples if sample.moments])
+    found = compute_pixel_stats([sample.moments for sample in samples if sample.moments])
     assert found[0] == pytest.approx(tuple(mean), rel=1e-12)
     assert found[1] == pytest.approx(tuple(np.sqrt(variance)), rel=1e-9)
 
@@ -142,10 +144,12 @@ def test_an_image_that_must_be_decoded_and_cannot_be_is_named(options: dict[str,
     cut = coded(smooth(90, 60), "JPEG")[:-200]
     with pytest.raises(DataError, match=r"there does not decode \(.*truncated.*\): .* --skip-bad"):
         ready(cut, **options)
-    bad = prepare(
-        Sample("k", "jpg", 0, lambda: cut, "there"), Recipe.checked(options | {"skip_bad": True}, "pack"), False
+    bad = encode_sample(
+        PackSample("k", "jpg", 0, lambda: cut, "there"),
+        PackOptions.from_dict(options | {"skip_bad": True}, "pack"),
+        False,
     )
-    assert isinstance(bad, Bad) and bad.where == "there" and "truncated" in bad.reason
+    assert isinstance(bad, SkippedSample) and bad.location == "there" and "truncated" in bad.reason
 
 
 @pytest.fixture
@@ -160,8 +164,8 @@ def mixed(tmp_path: Path) -> Path:
 
 def test_bad_images_are_left_out_and_listed(tmp_path: Path, mixed: Path) -> None:
     pack_folder(mixed, tmp_path / "out", val_fraction=0, skip_bad=True)
-    dataset = Dataset.open(DataConfig.checked({"path": str(tmp_path / "out"), "image_size": 8}, "the test"))
-    index = dataset.index("train", 0)
+    dataset = Dataset.open(DataConfig.from_dict({"path": str(tmp_path / "out"), "image_size": 8}, "the test"))
+    index = dataset.shard_index("train", 0)
     assert sorted(index.key(row).split("_")[1] for row in range(len(index))) == ["0", "1", "3", "4", "6"]
     lines = (tmp_path / "out" / "skipped.txt").read_text().splitlines()
     assert sorted(line.split("\t")[1] for line in lines) == [str(mixed / "a" / f"{at}.jpg") for at in (2, 5)]
@@ -189,8 +193,8 @@ def test_classes_that_are_called_like_numbers_keep_their_images(tmp_path: Path, 
         (tmp_path / "in" / name).mkdir(parents=True)
         smooth(4, 4).save(tmp_path / "in" / name / f"of{name}.png")
     pack_folder(tmp_path / "in", tmp_path / "out", val_fraction=0)
-    dataset = Dataset.open(DataConfig.checked({"path": str(tmp_path / "out"), "image_size": 8}, "the test"))
-    index = dataset.index("train", 0)
+    dataset = Dataset.open(DataConfig.from_dict({"path": str(tmp_path / "out"), "image_size": 8}, "the test"))
+    index = dataset.shard_index("train", 0)
     classes = dataset.classes or ()
     assert classes == ("1", "10", "2")
     for row, sample in enumerate(read_tar(tmp_path / "out" / "train-000000.tar")):
@@ -203,7 +207,7 @@ def test_a_test_folder_is_a_split_and_no_class(tmp_path: Path) -> None:
             (tmp_path / "in" / split / name).mkdir(parents=True)
             smooth(4, 4).save(tmp_path / "in" / split / name / "0.png")
     pack_folder(tmp_path / "in", tmp_path / "out", name="mine")
-    dataset = Dataset.open(DataConfig.checked({"path": str(tmp_path / "out"), "image_size": 8}, "the test"))
+    dataset = Dataset.open(DataConfig.from_dict({"path": str(tmp_path / "out"), "image_size": 8}, "the test"))
     assert dataset.manifest.name == "mine"
     assert {split: dataset.class_counts(split).tolist() for split in dataset.manifest.splits} == {
         "train": [1, 1],

@@ -51,15 +51,18 @@ def made(library: Any) -> Callable[..., Any]:
 
 def rows(dataset: Dataset, split: str) -> dict[int, tuple[int, bytes]]:
     """(label, image bytes) by the number in the name."""
-    index = dataset.index(split, 0)
+    index = dataset.shard_index(split, 0)
     return {
-        int(index.key(row).rsplit("_", 1)[1]): (int(index.labels[row]), dataset.read(index.shard, *index.image(row)))
+        int(index.key(row).rsplit("_", 1)[1]): (
+            int(index.labels[row]),
+            dataset.read_bytes(index.shard, *index.find_image(row)),
+        )
         for row in range(len(index))
     }
 
 
 def opened(folder: Path) -> Dataset:
-    return Dataset.open(DataConfig.checked({"path": str(folder), "image_size": 8}, "the test"))
+    return Dataset.open(DataConfig.from_dict({"path": str(folder), "image_size": 8}, "the test"))
 
 
 def expected(first: int, last: int) -> dict[int, tuple[int, bytes]]:

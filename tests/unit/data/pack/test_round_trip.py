@@ -17,9 +17,9 @@ from PIL import Image
 from foveal.data.format.manifest import read_manifest
 from foveal.data.pack import atomic_folder, pack_folder
 from foveal.data.pack import writer as packing
-from foveal.data.pack.encode import Ready
-from foveal.data.pack.options import Recipe
-from foveal.data.pack.source import Part, Sample, divided, hashed, key_of
+from foveal.data.pack.encode import EncodedSample
+from foveal.data.pack.options import PackOptions
+from foveal.data.pack.source import PackSample, PackSplit, hashed_order, make_webdataset_key, split_train_val
 from foveal.errors import ConfigError, DataError
 
 # The second shard never ends; the test kills the process when it has begun.
@@ -65,7 +65,7 @@ def test_a_killed_pack_leaves_nothing_and_the_next_one_cleans_up(tmp_path: Path,
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "begun\n"
         (dead,) = target.parent.iterdir()
-        atomic_folder._sweep(target)
+        atomic_folder._remove_dead_drafts(target)
         assert (dead / "train-000000.tar").is_file(), "a living process lost its draft"
         process.send_signal(signal.SIGKILL)
     assert not target.exists() and dead.is_dir()
@@ -82,7 +82,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(
     def full(self: Any, data: bytes) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(packing._Hashed, "write", full)
+    monkeypatch.setattr(packing._HashingWriter, "write", full)
     with pytest.raises(DataError, match=r"set cannot be packed \(.*No space left on device\)"):
         pack_folder(source, tmp_path / "out" / "set")
     assert not list((tmp_path / "out").iterdir())
@@ -103,8 +103,8 @@ def test_the_folder_in_which_one_stands_can_be_the_target(
 )
 def test_a_shard_is_closed_before_it_is_larger_than_asked(sizes: list[tuple[int, int]], megabytes: float) -> None:
     """Every shard is at most as large as asked or holds one sample, and no two neighbours fit into one."""
-    samples = [Ready(f"{at:08d}_x", "jpg", label, bytes(size)) for at, (size, label) in enumerate(sizes)]
-    pairs = list(packing._numbered(iter(enumerate(samples)), None, Recipe(shard_mb=megabytes)))  # pyright: ignore[reportArgumentType]
+    samples = [EncodedSample(f"{at:08d}_x", "jpg", label, bytes(size)) for at, (size, label) in enumerate(sizes)]
+    pairs = list(packing._assign_shards(iter(enumerate(samples)), None, PackOptions(shard_mb=megabytes)))  # pyright: ignore[reportArgumentType]
     assert [sample for _, sample in pairs] == samples
     groups = [[sample for number, sample in pairs if number == one] for one in range(pairs[-1][0] + 1)]
     assert all(groups)
@@ -113,7 +113,7 @@ def test_a_shard_is_closed_before_it_is_larger_than_asked(sizes: list[tuple[int,
         assert after is None or _tar_bytes([*group, after[0]]) > megabytes * 1e6
 
 
-def _tar_bytes(samples: Iterable[Ready]) -> int:
+def _tar_bytes(samples: Iterable[EncodedSample]) -> int:
     """What tar writes: a header of 512 bytes and whole blocks for each member, two empty blocks, whole records."""
     members = [part for each in samples for part in (each.data, *([str(each.label)] if each.label >= 0 else []))]
     return -(-(sum(512 + -(-len(part) // 512) * 512 for part in members) + 1024) // 10240) * 10240
@@ -122,7 +122,9 @@ def _tar_bytes(samples: Iterable[Ready]) -> int:
 def test_the_files_are_as_large_as_reckoned(tmp_path: Path) -> None:
     """The longest key included, with which a tar header is still a plain one."""
     for count in (1, 5, 9):
-        samples = [Ready(key_of(at, "ä" * 255), "webp", at, bytes(900 * at + 1)) for at in range(count)]
+        samples = [
+            EncodedSample(make_webdataset_key(at, "ä" * 255), "webp", at, bytes(900 * at + 1)) for at in range(count)
+        ]
         file = tmp_path / f"{count}.tar"
         packing._write_shard(file, samples)
         assert file.stat().st_size == _tar_bytes(samples)
@@ -141,8 +143,8 @@ def test_shards_have_the_size_asked_and_the_bytes_do_not_depend_on_workers(tmp_p
 def test_a_division_takes_the_same_share_of_every_label(labels: list[int], fraction: float) -> None:
     """As a slow and obvious division would: of every label, the first ones in hashed order."""
     given_labels = np.array(labels)
-    train, val = divided(given_labels, lambda counts: np.rint(fraction * counts).astype(np.int64))
-    order = hashed(len(labels)).tolist()
+    train, val = split_train_val(given_labels, lambda counts: np.rint(fraction * counts).astype(np.int64))
+    order = hashed_order(len(labels)).tolist()
     held: set[int] = set()
     for label in set(labels):
         of_label = [number for number in order if labels[number] == label]
@@ -159,11 +161,11 @@ def test_results_come_in_order_and_are_not_read_far_ahead() -> None:
             taken.append(number)
             yield number
 
-    results = packing.in_order(lambda number: 2 * number, items(), 4, 2)
+    results = packing.map_in_order(lambda number: 2 * number, items(), 4, 2)
     assert [next(results) for _ in range(10)] == list(range(0, 20, 2))
     assert len(taken) < 10 + 4 * 2
     results.close()
-    assert list(packing.in_order(str, range(100), 3)) == [str(number) for number in range(100)]
+    assert list(packing.map_in_order(str, range(100), 3)) == [str(number) for number in range(100)]
 
 
 def test_equal_counts_count_what_is_left_out(tmp_path: Path) -> None:
@@ -172,9 +174,9 @@ def test_equal_counts_count_what_is_left_out(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(good[0])
     good[1].write_bytes(b"no image")
     files = [good[0], good[0], good[1], good[1], good[0]]
-    part = Part(np.arange(5), lambda at: Sample(f"{at}", "png", 0, files[at].read_bytes, f"number {at}"))
-    recipe = Recipe(samples_per_shard=2, skip_bad=True, workers=2)
-    notes = packing._Notes()
+    part = PackSplit(np.arange(5), lambda at: PackSample(f"{at}", "png", 0, files[at].read_bytes, f"number {at}"))
+    recipe = PackOptions(samples_per_shard=2, skip_bad=True, workers=2)
+    notes = packing._PackNotes()
     split = packing._write_split(tmp_path, "train", part, recipe, 0, notes)
     assert [(shard.file, shard.samples) for shard in split.shards] == [("train-000000.tar", 2), ("train-000001.tar", 1)]
     assert [line.split("\t")[:2] for line in notes.skipped] == [["train", "number 2"], ["train", "number 3"]]

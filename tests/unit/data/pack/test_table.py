@@ -12,7 +12,7 @@ from pyarrow import parquet
 from foveal.data import DataConfig, Dataset
 from foveal.data.format.manifest import read_manifest
 from foveal.data.pack import pack_table
-from foveal.data.pack.source import labels_of
+from foveal.data.pack.source import parse_labels
 from foveal.errors import DataError
 
 Columns = dict[str, list[Any]]
@@ -47,12 +47,12 @@ def write(request: pytest.FixtureRequest, tmp_path: Path) -> Write:
 
 
 def opened(folder: Path) -> Dataset:
-    return Dataset.open(DataConfig.checked({"path": str(folder), "image_size": 8}, "the test"))
+    return Dataset.open(DataConfig.from_dict({"path": str(folder), "image_size": 8}, "the test"))
 
 
 def labels(dataset: Dataset, split: str) -> dict[int, int]:
     """Label by the number in the name of the file."""
-    index = dataset.index(split, 0)
+    index = dataset.shard_index(split, 0)
     return {int(index.key(row).rsplit("_", 1)[1]): int(index.labels[row]) for row in range(len(index))}
 
 
@@ -85,7 +85,7 @@ def test_labels_are_optional_and_files_may_lie_elsewhere(tmp_path: Path, images:
     table = table.rename(tmp_path / "far" / table.name)
     with pytest.raises(DataError, match=r"row 1 names .*far/even/no.0.png, and there is no such file; see --root"):
         pack_table(table, tmp_path / "out")
-    assert pack_table(table, tmp_path / "out", root=tmp_path, val_fraction=0.2)
+    assert pack_table(table, tmp_path / "out", image_root=tmp_path, val_fraction=0.2)
     dataset = opened(tmp_path / "out")
     assert dataset.classes is None
     assert dataset.manifest.fields == ("png",)
@@ -161,10 +161,10 @@ def test_files_that_are_no_tables_are_sentences(tmp_path: Path, name: str, data:
     ],
 )
 def test_what_a_cell_means(values: list[Any], labels: list[int], classes: tuple[str, ...] | None) -> None:
-    found, names = labels_of(values, "the test")
+    found, names = parse_labels(values, "the test")
     assert (found.tolist(), names) == (labels, classes)
 
 
 def test_numbers_that_are_no_numbering_are_refused() -> None:
     with pytest.raises(DataError, match=r"the test: labels from 7 to 70000000, .* number the classes from 0"):
-        labels_of([7, 70_000_000], "the test")
+        parse_labels([7, 70_000_000], "the test")

@@ -24,16 +24,16 @@ DIGITS_VAL = "6e37ba8c2e9d590207b5e0b686f3e0f50394d23bcd6f4155a66a68f97a60ed60"
 
 def opened(folder: Path, **settings: object) -> Dataset:
     return Dataset.open(
-        DataConfig.checked({"path": str(folder), "image_size": 8, "channels": 1, **settings}, "the test")
+        DataConfig.from_dict({"path": str(folder), "image_size": 8, "channels": 1, **settings}, "the test")
     )
 
 
 def test_digits_are_split_by_class_and_keep_their_digests(digits: Path) -> None:
     dataset = opened(digits)
-    assert (dataset.samples("train"), dataset.samples("val")) == (1437, 360)
+    assert (dataset.num_samples("train"), dataset.num_samples("val")) == (1437, 360)
     assert dataset.class_counts("val").tolist() == [36] * 10
-    assert dataset.counts("train").tolist() == [240, 240, 240, 239, 239, 239]
-    assert dataset.counts("val").tolist() == [180, 180]
+    assert dataset.samples_per_shard("train").tolist() == [240, 240, 240, 239, 239, 239]
+    assert dataset.samples_per_shard("val").tolist() == [180, 180]
     assert dataset.classes == tuple("0123456789")
     assert dataset.digest("train") == DIGITS_TRAIN
     assert dataset.digest("val") == DIGITS_VAL
@@ -55,7 +55,9 @@ def test_digits_are_scikit_learns(digits: Path, read_tar: Callable) -> None:
 def test_statistics_are_those_of_training_pixels(digits: Path) -> None:
     dataset = opened(digits)
     keys = [
-        dataset.index("train", shard).key(row) for shard in range(6) for row in range(dataset.counts("train")[shard])
+        dataset.shard_index("train", shard).key(row)
+        for shard in range(6)
+        for row in range(dataset.samples_per_shard("train")[shard])
     ]
     images, _ = load_digits(return_X_y=True)
     pixels = np.rint(images[[int(key.removeprefix("digit_")) for key in keys]] * 255 / 16) / 255
@@ -111,7 +113,7 @@ def test_of_two_that_pack_at_once_one_wins_and_both_are_right(tmp_path: Path, mo
 
     monkeypatch.setattr(packing, "write_manifest", late)
     assert pack_digits(target)
-    assert opened(target).samples("train") == 1437
+    assert opened(target).num_samples("train") == 1437
     assert [entry.name for entry in tmp_path.iterdir()] == ["digits"]
 
 
@@ -154,14 +156,14 @@ def test_a_folder_of_images_is_packed_as_it_is(tmp_path: Path, pictures: dict[st
     assert dataset.manifest.name == "source"
     assert dataset.class_counts("train").tolist() == [8, 8]
     assert dataset.class_counts("val").tolist() == [2, 2]
-    assert dataset.counts("train").tolist() == [4, 4, 4, 4]
+    assert dataset.samples_per_shard("train").tolist() == [4, 4, 4, 4]
     seen = {}
     for split in ("train", "val"):
-        for shard in range(len(dataset.counts(split))):
-            index = dataset.index(split, shard)
+        for shard in range(len(dataset.samples_per_shard(split))):
+            index = dataset.shard_index(split, shard)
             for row in range(len(index)):
                 name = index.key(row).split("_", 1)[1].replace("_", ".")
-                seen[name] = dataset.read(index.shard, *index.image(row))
+                seen[name] = dataset.read_bytes(index.shard, *index.find_image(row))
                 assert index.labels[row] == (0 if name.startswith("cat") else 1)
     assert seen == pictures
     assert dataset.mean[2] == pytest.approx((200 + 10) / 2 / 255, abs=0.01)

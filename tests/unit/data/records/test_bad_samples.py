@@ -14,12 +14,12 @@ import pytest
 import torch
 from ranks import Ranks, stage_named
 
-from foveal.data import Batch, DataConfig, Dataset, eval_batches, train_batches, training_set
+from foveal.data import Batch, DataConfig, Dataset, build_training_set, eval_batches, train_batches
 from foveal.data.indexing.index import index_folder
 from foveal.distributed.world import World
 from foveal.errors import DataError
-from foveal.tracking.jsonl import read_rows
-from foveal.training.cli import enter, load
+from foveal.tracking.jsonl import read_metric_rows
+from foveal.training.cli import load_config, run_stage
 
 BATCH = 64
 Configure = Callable[..., DataConfig]
@@ -48,8 +48,14 @@ def spoilt(digits: Path, tmp_path: Path) -> Spoil:
 
 
 def train(cfg: DataConfig, start: int, stop: int, rank: int = 0, size: int = 1, at_once: int = 16) -> list[Batch]:
-    place: dict[str, Any] = {"start": start, "stop": stop, "rank": rank, "size": size, "at_once": at_once}
-    with train_batches(training_set(Dataset.open(cfg), cfg, seed=3, batch=BATCH), cfg, **place) as got:
+    place: dict[str, Any] = {
+        "start_step": start,
+        "stop_step": stop,
+        "rank": rank,
+        "world_size": size,
+        "microbatch_size": at_once,
+    }
+    with train_batches(build_training_set(Dataset.open(cfg), cfg, seed=3, batch_size=BATCH), cfg, **place) as got:
         return list(got)
 
 
@@ -68,17 +74,17 @@ STATISTICS = {"mean": (0.3,), "std": (0.4,)}
 def test_a_bad_sample_is_replaced_and_nothing_else_changes(configure: Configure, spoilt: Spoil) -> None:
     clean = rows(train(configure(**STATISTICS), 0, 22))
     got = train(configure(path=str(spoilt("train-000002.tar", slice(7, 8))), **STATISTICS), 0, 22)
-    (bad,) = [bad for batch in got for bad in batch.bad]
-    assert bad.draw == int(Dataset.open(configure()).counts("train")[:2].sum()) + 7
+    (bad,) = [bad for batch in got for bad in batch.bad_samples]
+    assert bad.sample_key == int(Dataset.open(configure()).samples_per_shard("train")[:2].sum()) + 7
     assert (bad.split, bad.shard.rpartition("/")[2]) == ("train", "train-000002.tar")
-    assert bad.key.startswith("digit_")
+    assert bad.webdataset_key.startswith("digit_")
     assert bad.reason
     changed = [(was, now) for was, now in zip(clean, rows(got), strict=True) if was != now]
     assert len(changed) == 1
     ((was, now),) = changed
-    assert was[1] == bad.draw
-    assert now[1] == bad.by
-    own = next(row for row in clean if row[1] == bad.by)
+    assert was[1] == bad.sample_key
+    assert now[1] == bad.replacement_key
+    own = next(row for row in clean if row[1] == bad.replacement_key)
     assert now[2:] == own[2:], "a stand-in looks as it does in its own place of the same epoch"
 
 
@@ -88,7 +94,7 @@ def test_ranks_and_resumes_choose_the_same_stand_in(
 ) -> None:
     path = str(spoilt("train-000001.tar", slice(0, 12)))
     whole = train(configure(path=path, **STATISTICS), 0, 30)
-    assert sum(len(batch.bad) for batch in whole) >= 12
+    assert sum(len(batch.bad_samples) for batch in whole) >= 12
     one = rows(whole)
     cfg = configure(path=path, threads=threads, **STATISTICS)
     ranks = [train(cfg, 0, 11, rank, size, at_once) + train(cfg, 11, 30, rank, size, at_once) for rank in range(size)]
@@ -108,15 +114,15 @@ def test_a_read_that_changes_stops_the_run(
 ) -> None:
     cfg = configure(path=str(spoilt("train-000002.tar", slice(7, 8))), **STATISTICS)
     dataset = Dataset.open(cfg)
-    plain, calls = dataset.read, iter(range(10**6))
+    plain, calls = dataset.read_bytes, iter(range(10**6))
 
     def flickering(shard: str, offset: int, size: int) -> bytes:
         return plain(shard, offset, size)[:-1] + bytes([next(calls) % 256])
 
     object.__setattr__(dataset, "read", flickering)
-    place: dict[str, Any] = {"start": 0, "stop": 22, "rank": 0, "size": 1, "at_once": 16}
+    place: dict[str, Any] = {"start_step": 0, "stop_step": 22, "rank": 0, "world_size": 1, "microbatch_size": 16}
     with (
-        train_batches(training_set(dataset, cfg, seed=3, batch=BATCH), cfg, **place) as got,
+        train_batches(build_training_set(dataset, cfg, seed=3, batch_size=BATCH), cfg, **place) as got,
         pytest.raises(DataError, match=r"reads differently each time"),
     ):
         list(got)
@@ -135,10 +141,10 @@ def test_training_never_leaves_a_row_empty(
 ) -> None:
     """The last window of a lane may be of one sample, which has no other to stand in for it."""
     cfg = configure(path=str(spoilt("train-000002.tar", slice(7, 8))), **STATISTICS)
-    training = training_set(Dataset.open(cfg), cfg, seed=3, batch=BATCH)
-    monkeypatch.setattr(training.order, "others", lambda _source, _position: iter(()))
+    training = build_training_set(Dataset.open(cfg), cfg, seed=3, batch_size=BATCH)
+    monkeypatch.setattr(training.order, "replacements", lambda _source, _position: iter(()))
     with (
-        train_batches(training, cfg, rank=0, size=1, at_once=16, start=0, stop=22) as batches,
+        train_batches(training, cfg, rank=0, world_size=1, microbatch_size=16, start_step=0, stop_step=22) as batches,
         pytest.raises(DataError, match=r"does not decode, nor does any of the 0 samples"),
     ):
         list(batches)
@@ -151,7 +157,13 @@ def test_an_index_that_hangs_is_named_by_its_shard(configure: Configure) -> None
     start = time.monotonic()
     with (
         train_batches(
-            training_set(dataset, cfg, seed=3, batch=BATCH), cfg, rank=0, size=1, at_once=16, start=0, stop=1
+            build_training_set(dataset, cfg, seed=3, batch_size=BATCH),
+            cfg,
+            rank=0,
+            world_size=1,
+            microbatch_size=16,
+            start_step=0,
+            stop_step=1,
         ) as batches,
         pytest.raises(DataError, match=r"the loader is stuck at .*train-00000\d.tar"),
     ):
@@ -163,10 +175,10 @@ def test_an_index_that_hangs_is_named_by_its_shard(configure: Configure) -> None
 @pytest.mark.parametrize("size", [1, 3])
 def test_evaluation_leaves_its_row_empty(configure: Configure, spoilt: Spoil, size: int) -> None:
     cfg = configure(path=str(spoilt("val-000000.tar", slice(5, 7))), **STATISTICS)
-    place: dict[str, Any] = {"split": "val", "part": "all", "seed": 0, "size": size, "at_once": 50}
+    place: dict[str, Any] = {"split": "val", "subset": "all", "seed": 0, "world_size": size, "microbatch_size": 50}
     batches = [batch for rank in range(size) for batch in eval_batches(Dataset.open(cfg), cfg, rank=rank, **place)]
-    assert sorted(bad.draw for batch in batches for bad in batch.bad) == [5, 6]
-    assert all(bad.by == -1 for batch in batches for bad in batch.bad)
+    assert sorted(bad.sample_key for batch in batches for bad in batch.bad_samples) == [5, 6]
+    assert all(bad.replacement_key == -1 for batch in batches for bad in batch.bad_samples)
     seen = torch.cat([batch.ids[batch.valid] for batch in batches])
     assert sorted(seen.tolist()) == [sample for sample in range(360) if sample not in {5, 6}]
     assert all((batch.labels[~batch.valid] == -1).all() for batch in batches)
@@ -203,7 +215,7 @@ def test_too_many_stop_every_rank(two_ranks: Ranks, configs: dict[str, Path], sp
     with pytest.raises(DataError, match=r"\d samples of split 'train' do not decode, and data.max_bad allows 1.437"):
         two_ranks.train(stage_named("pretrain"), configs["pretrain"], tmp_path / "run", *settings(folder))
     assert len(quarantined(tmp_path / "run")) >= 2
-    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    rows = read_metric_rows(tmp_path / "run" / "metrics.jsonl")
     assert rows[-1]["bad_samples"] >= 2, "what was trained is on record before the run stops"
     assert two_ranks.call(_rank) == [0, 1], "both are there for the next run"
 
@@ -229,7 +241,7 @@ def _one_hangs(world: World, config: str, overrides: list[str]) -> tuple[str, fl
 
     def opened(cfg: DataConfig) -> Dataset:
         dataset = plain(cfg)
-        read = dataset.read
+        read = dataset.read_bytes
 
         def hanging(shard: str, offset: int, size: int) -> bytes:
             if world.rank == 1 and next(reads) > 200:
@@ -243,7 +255,7 @@ def _one_hangs(world: World, config: str, overrides: list[str]) -> tuple[str, fl
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Dataset, "open", opened)
         try:
-            enter(stage, load(stage.config, "pretrain", config, overrides), world)
+            run_stage(stage, load_config(stage.config_class, "pretrain", config, overrides), world)
         except DataError as error:
             return str(error), time.monotonic() - start
     raise AssertionError
@@ -259,5 +271,5 @@ def test_a_rank_whose_loader_hangs_fails_all_together(
     assert re.search(r"the loader is stuck at .*train-0000\d\d.tar: sample 'digit_\d{4}'", one)
     assert max(soon, late) < 60
     assert "hanging" in (run / "logs" / "rank-001.log").read_text(), "the stack of the thread that hangs"
-    assert read_rows(run / "metrics.jsonl") is not None
+    assert read_metric_rows(run / "metrics.jsonl") is not None
     assert "Unreachable" in (run / "logs" / "rank-000.log").read_text()

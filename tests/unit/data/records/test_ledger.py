@@ -9,9 +9,9 @@ import pytest
 import torch
 from ranks import Ranks, stage_named
 
-from foveal.data.batch import Bad, Batch
-from foveal.data.records.audit import audit, first_difference, read_record, report
-from foveal.data.records.ledger import ROW, Ledger, begin_attempt, rows_file
+from foveal.data.batch import BadSample, Batch
+from foveal.data.records.audit import audit_epochs, find_first_differing_step, format_audit_report, read_ledger
+from foveal.data.records.ledger import ROW_DTYPE, LedgerWriter, begin_attempt, ledger_rows_path
 from foveal.errors import DataError
 
 SAMPLES, BATCH = 20, 4
@@ -25,27 +25,27 @@ def change_source(run: Path, facts: dict) -> None:
     file.write_text(json.dumps(tree))
 
 
-def batch_of(draws: list[int], bad: tuple[Bad, ...] = ()) -> Batch:
+def batch_of(draws: list[int], bad: tuple[BadSample, ...] = ()) -> Batch:
     rows = torch.tensor(draws)
     standing = rows.clone()
     for one in bad:
-        standing[one.row] = one.by
+        standing[one.row] = one.replacement_key
     return Batch(torch.zeros(len(draws), 1, 2, 2), rows, standing % SAMPLES, standing, rows >= 0, 0, 0, 0, bad)
 
 
-def write(run: Path, start: int, steps: Rows, ranks: int = 2, micros: int = 1, bad: tuple[Bad, ...] = ()) -> Path:
+def write(run: Path, start: int, steps: Rows, ranks: int = 2, micros: int = 1, bad: tuple[BadSample, ...] = ()) -> Path:
     """One attempt; ``bad`` are in the first micro of the first rank's first step."""
     source = {"path": "/nowhere", "index": None, "split": "train", "samples": SAMPLES, "digest": ""}
     facts = {"start": start, "skipped": [], "ranks": ranks, "batch": BATCH, "steps_per_epoch": 5, "sources": [source]}
     attempt = begin_attempt(run / "ledger", facts)
     for rank in range(ranks):
-        ledger = Ledger(run / "ledger", attempt, rank)
+        ledger = LedgerWriter(run / "ledger", attempt, rank)
         share = BATCH // ranks
         for at, (step, draws) in enumerate(steps.items()):
             mine = draws[rank * share : (rank + 1) * share]
             for micro in range(micros):
                 part = mine[micro * share // micros : (micro + 1) * share // micros]
-                ledger.add(step, batch_of(part, bad if (at, rank, micro) == (0, 0, 0) else ()))
+                ledger.add_batch(step, batch_of(part, bad if (at, rank, micro) == (0, 0, 0) else ()))
         ledger.close()
     return run
 
@@ -58,19 +58,23 @@ def epochs(steps: int, seed: int = 0) -> Rows:
 
 
 def test_every_epoch_is_counted(tmp_path: Path) -> None:
-    found = audit(read_record(write(tmp_path, 0, epochs(12))))
-    assert [(one.epoch, one.seen) for one in found] == [(0, (0, 20, 0, 0)), (1, (0, 20, 0, 0)), (2, (12, 8, 0, 0))]
-    assert not any(one.twice or one.replaced for one in found)
+    found = audit_epochs(read_ledger(write(tmp_path, 0, epochs(12))))
+    assert [(one.epoch, one.seen_counts) for one in found] == [
+        (0, (0, 20, 0, 0)),
+        (1, (0, 20, 0, 0)),
+        (2, (12, 8, 0, 0)),
+    ]
+    assert not any(one.duplicate_samples or one.num_replaced for one in found)
 
 
 def test_a_sample_seen_twice_is_named(tmp_path: Path) -> None:
     rows = epochs(5)
     rows[4][1] = rows[2][0]
-    lines, well = report(write(tmp_path, 0, rows), None)
+    lines, well = format_audit_report(write(tmp_path, 0, rows), None)
     assert not well
     assert f"  sample {rows[2][0]} of split 'train' in epoch 0, at the steps 2, 4" in lines
-    (one,) = audit(read_record(tmp_path))
-    assert one.seen == (1, 18, 1, 0)
+    (one,) = audit_epochs(read_ledger(tmp_path))
+    assert one.seen_counts == (1, 18, 1, 0)
 
 
 @pytest.mark.parametrize("place", [{"index": "$NOT_SET_ANYWHERE"}, {"path": "digits"}])
@@ -79,16 +83,16 @@ def test_a_duplicate_is_said_where_its_name_is_not_to_be_had(tmp_path: Path, dig
     rows = epochs(5)
     rows[4][1] = rows[2][0]
     change_source(write(tmp_path, 0, rows), place | ({"path": str(digits)} if "path" in place else {}))
-    lines, well = report(tmp_path, None)
+    lines, well = format_audit_report(tmp_path, None)
     assert not well
     assert lines[-1] == f"  sample {rows[2][0]} of split 'train' in epoch 0, at the steps 2, 4"
 
 
 def test_an_epoch_that_comes_again_later_is_not_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foveal.data.records.audit._ROWS", 8)
+    monkeypatch.setattr("foveal.data.records.audit._ROWS_PER_READ", 8)
     rows = epochs(10)
     rows |= {step: rows[step - 10] for step in range(11, 16)}
-    lines, well = report(write(tmp_path, 0, rows), None)
+    lines, well = format_audit_report(write(tmp_path, 0, rows), None)
     assert not well
     assert lines[-1].startswith("epoch 0 came again after it was over")
 
@@ -99,17 +103,17 @@ def test_no_file_is_kept_open(tmp_path: Path) -> None:
     for step in range(5):
         write(tmp_path, step, {step + 1: whole[step + 1]}, ranks=4)
     before = len(list(Path("/proc/self/fd").iterdir()))
-    record = read_record(tmp_path)
-    (one,) = audit(record)
-    assert one.seen == (0, 20, 0, 0)
+    record = read_ledger(tmp_path)
+    (one,) = audit_epochs(record)
+    assert one.seen_counts == (0, 20, 0, 0)
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_a_stand_in_is_no_duplicate(tmp_path: Path) -> None:
     rows = epochs(5)
-    bad = Bad(1, rows[1][1], rows[3][0], "train", "s", "k", 0, "cut")
-    (one,) = audit(read_record(write(tmp_path, 0, rows, bad=(bad,))))
-    assert (one.seen, one.replaced, one.stood_in, one.twice) == ((1, 19, 0, 0), 1, 1, ())
+    bad = BadSample(1, rows[1][1], rows[3][0], "train", "s", "k", 0, "cut")
+    (one,) = audit_epochs(read_ledger(write(tmp_path, 0, rows, bad=(bad,))))
+    assert (one.seen_counts, one.num_replaced, one.num_replacements, one.duplicate_samples) == ((1, 19, 0, 0), 1, 1, ())
 
 
 def test_rows_past_a_resume_are_void(tmp_path: Path) -> None:
@@ -119,10 +123,10 @@ def test_rows_past_a_resume_are_void(tmp_path: Path) -> None:
     write(tmp_path / "killed", 6, wrong, ranks=4)
     write(tmp_path / "killed", 6, {step: whole[step] for step in range(7, 21)}, ranks=1, micros=4)
     write(tmp_path / "whole", 0, whole, ranks=2, micros=2)
-    record, other = read_record(tmp_path / "killed"), read_record(tmp_path / "whole")
-    assert [(one.start, one.stop) for one in record.attempts] == [(0, 6), (6, 20)]
-    assert first_difference(record, other) is None
-    lines, well = report(tmp_path / "killed", tmp_path / "whole")
+    record, other = read_ledger(tmp_path / "killed"), read_ledger(tmp_path / "whole")
+    assert [(one.after_step, one.last_step) for one in record.attempts] == [(0, 6), (6, 20)]
+    assert find_first_differing_step(record, other) is None
+    lines, well = format_audit_report(tmp_path / "killed", tmp_path / "whole")
     assert well
     assert lines[-1].endswith("in the steps 1 to 20 that both have")
 
@@ -133,51 +137,53 @@ def test_one_slot_that_differs_is_found(tmp_path: Path, step: int) -> None:
     write(tmp_path / "one", 0, rows)
     rows[step][2], rows[step][3] = rows[step][3], rows[step][2]  # the same samples in other slots
     write(tmp_path / "other", 0, rows, ranks=4)
-    assert first_difference(read_record(tmp_path / "one"), read_record(tmp_path / "other")) == step
-    lines, well = report(tmp_path / "one", tmp_path / "other")
+    assert find_first_differing_step(read_ledger(tmp_path / "one"), read_ledger(tmp_path / "other")) == step
+    lines, well = format_audit_report(tmp_path / "one", tmp_path / "other")
     assert not well
     assert lines[-1].endswith(f"step {step} is the first that consumed other samples")
 
 
 def test_what_a_kill_tore_is_left_out(tmp_path: Path) -> None:
     write(tmp_path, 0, epochs(10))
-    file = rows_file(tmp_path / "ledger", 1, 1)
-    file.write_bytes(file.read_bytes()[: -ROW.itemsize - 5])
-    assert read_record(tmp_path).stop == 9
+    file = ledger_rows_path(tmp_path / "ledger", 1, 1)
+    file.write_bytes(file.read_bytes()[: -ROW_DTYPE.itemsize - 5])
+    assert read_ledger(tmp_path).last_step == 9
 
 
 def test_rows_that_must_be_there_are_missed(tmp_path: Path) -> None:
     rows = epochs(10)
     write(tmp_path, 0, {step: rows[step] for step in range(1, 6)})
     write(tmp_path, 5, {step: rows[step] for step in range(6, 11)})
-    file = rows_file(tmp_path / "ledger", 1, 1)
+    file = ledger_rows_path(tmp_path / "ledger", 1, 1)
     whole = file.read_bytes()
-    file.write_bytes(whole[: -ROW.itemsize])
+    file.write_bytes(whole[: -ROW_DTYPE.itemsize])
     with pytest.raises(DataError, match=r"has no rows of the steps 5 to 5: files are missing"):
-        read_record(tmp_path)
-    file.write_bytes(whole[: 2 * ROW.itemsize] + whole[4 * ROW.itemsize :] + whole[: 2 * ROW.itemsize])
+        read_ledger(tmp_path)
+    file.write_bytes(
+        whole[: 2 * ROW_DTYPE.itemsize] + whole[4 * ROW_DTYPE.itemsize :] + whole[: 2 * ROW_DTYPE.itemsize]
+    )
     with pytest.raises(DataError, match=r"attempt-0001-rank-0001.rows is damaged"):
-        audit(read_record(tmp_path))
+        audit_epochs(read_ledger(tmp_path))
 
 
 def test_no_ledger_and_nothing_to_compare_are_sentences(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no ledger: train with data.ledger=true"):
-        read_record(tmp_path)
+        read_ledger(tmp_path)
     (tmp_path / "comparison" / "trials").mkdir(parents=True)
     with pytest.raises(DataError, match=r"audit one of .*comparison/trials"):
-        read_record(tmp_path / "comparison")
+        read_ledger(tmp_path / "comparison")
     one, other = write(tmp_path / "one", 0, epochs(3)), write(tmp_path / "other", 3, epochs(6) | {})
     facts = other / "ledger" / "attempt-0001.json"
     facts.write_text(json.dumps(json.loads(facts.read_text()) | {"batch": 8}))
     with pytest.raises(DataError, match=r"damaged|batches of 4"):
-        report(one, other)
+        format_audit_report(one, other)
 
 
 def test_other_data_is_not_identical(tmp_path: Path) -> None:
     one, other = write(tmp_path / "one", 0, epochs(3)), write(tmp_path / "other", 0, epochs(3))
     change_source(other, {"digest": "another"})
     with pytest.raises(DataError, match=r"are of other data"):
-        report(one, other)
+        format_audit_report(one, other)
 
 
 def test_steps_of_an_attempt_without_a_ledger_are_missed(
@@ -193,7 +199,7 @@ def test_steps_of_an_attempt_without_a_ledger_are_missed(
     train(10, ledger=True)
     shutil.rmtree(next((run / "checkpoints").glob("step-00000010-*")))
     train(10, ledger=False)
-    assert read_record(run).stop == 5
+    assert read_ledger(run).last_step == 5
     train(15, ledger=True)
     with pytest.raises(DataError, match=r"has no rows of the steps 6 to 10"):
-        read_record(run)
+        read_ledger(run)

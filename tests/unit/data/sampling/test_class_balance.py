@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from foveal.data import DataConfig, Dataset, train_batches, training_set
-from foveal.data.sampling.subset import choose
+from foveal.data import DataConfig, Dataset, build_training_set, train_batches
+from foveal.data.sampling.subset import select_subset
 from foveal.errors import DataError
 
 COUNTS = (40, 10, 3)
@@ -22,7 +22,7 @@ class Uneven:
     def __init__(self, labels: np.ndarray, classes: tuple[str, ...] | None = ("cat", "dog", "hen")) -> None:
         self._labels, self.classes = labels, classes
 
-    def counts(self, _split: str) -> np.ndarray:
+    def samples_per_shard(self, _split: str) -> np.ndarray:
         return np.array([20, len(self._labels) - 20])
 
     def labels(self, _split: str) -> np.ndarray:
@@ -34,7 +34,7 @@ def uneven() -> Any:
 
 
 def config(**settings: Any) -> DataConfig:
-    return DataConfig.checked({"path": "here", "image_size": 8, "channels": 1, "lanes": 1} | settings, "the test")
+    return DataConfig.from_dict({"path": "here", "image_size": 8, "channels": 1, "lanes": 1} | settings, "the test")
 
 
 @pytest.mark.parametrize(
@@ -43,60 +43,66 @@ def config(**settings: Any) -> DataConfig:
 )
 def test_classes_come_as_often_as_they_should(balance: float, wanted: tuple[int, ...]) -> None:
     dataset = uneven()
-    part = choose(dataset, config(balance=balance), split="train", part="train", seed=0)
+    part = select_subset(dataset, config(balance=balance), split="train", subset="train", seed=0)
     labels = dataset.labels("train")
-    ids = np.arange(len(labels)) if part.ids is None else part.ids
+    ids = np.arange(len(labels)) if part.chosen_ids is None else part.chosen_ids
     assert tuple(np.bincount(labels[ids])) == wanted
-    assert part.counts.sum() == sum(wanted)
+    assert part.samples_per_shard.sum() == sum(wanted)
     times = Counter(ids.tolist())
     for label in range(3):
         found = {times[int(each)] for each in np.flatnonzero(labels == label)}
         assert max(found) - min(found) <= 1, "no sample of a class comes much more often than another"
-    if part.copies is not None:
-        assert part.ids is not None
-        pairs = set(zip(part.ids.tolist(), part.copies.tolist(), strict=True))
-        assert len(pairs) == len(part.ids), "every time has a number of its own"
-        assert part.copies.max() + 1 == part.most
+    if part.copy_numbers is not None:
+        assert part.chosen_ids is not None
+        pairs = set(zip(part.chosen_ids.tolist(), part.copy_numbers.tolist(), strict=True))
+        assert len(pairs) == len(part.chosen_ids), "every time has a number of its own"
+        assert part.copy_numbers.max() + 1 == part.max_copies
 
 
 def test_what_is_held_out_or_evaluated_is_not_repeated() -> None:
     cfg = config(balance=1.0, holdout_per_class=1)
-    assert len(choose(uneven(), cfg, split="train", part="holdout", seed=0)) == 3
-    assert len(choose(uneven(), cfg, split="train", part="all", seed=0)) == sum(COUNTS)
-    assert len(choose(uneven(), cfg, split="train", part="train", seed=0)) == 3 * 39
+    assert len(select_subset(uneven(), cfg, split="train", subset="holdout", seed=0)) == 3
+    assert len(select_subset(uneven(), cfg, split="train", subset="all", seed=0)) == sum(COUNTS)
+    assert len(select_subset(uneven(), cfg, split="train", subset="train", seed=0)) == 3 * 39
 
 
 def test_labels_are_needed() -> None:
     with pytest.raises(DataError, match=r"have no label; .*data.balance and data.fold need one"):
-        choose(Uneven(np.array([0] * 21 + [-1])), config(balance=1.0), split="train", part="train", seed=0)  # type: ignore[arg-type]
+        select_subset(Uneven(np.array([0] * 21 + [-1])), config(balance=1.0), split="train", subset="train", seed=0)  # type: ignore[arg-type]
 
 
 def test_a_class_without_samples_cannot_come_as_often_as_others() -> None:
     place: dict[str, Any] = {"split": "train", "part": "train", "seed": 0}
     dataset: Any = Uneven(uneven().labels("train"), classes=("cat", "dog", "hen", "owl"))
     with pytest.raises(DataError, match=r"class 'owl' has no sample in split 'train', and data.balance needs some"):
-        choose(dataset, config(balance=0.5), **place)
-    assert choose(dataset, config(), **place).ids is None
+        select_subset(dataset, config(balance=0.5), **place)
+    assert select_subset(dataset, config(), **place).chosen_ids is None
     unnamed: Any = Uneven(dataset.labels("train"), classes=None)
-    assert len(choose(unnamed, config(balance=1.0), **place)) == 120
+    assert len(select_subset(unnamed, config(balance=1.0), **place)) == 120
 
 
 def test_every_time_is_another_draw_and_ranks_see_the_same(configure: Callable[..., DataConfig]) -> None:
     """The digits are uneven by a few: some come twice in an epoch, and are cut out differently."""
     cfg = configure(balance=1.0, lanes=1)
-    training = training_set(Dataset.open(cfg), cfg, seed=0, batch=50)
-    assert training.sources[0].part.most == 2
+    training = build_training_set(Dataset.open(cfg), cfg, seed=0, batch_size=50)
+    assert training.sources[0].subset.max_copies == 2
 
     def draws(size: int) -> np.ndarray:
         found = []
         for rank in range(size):
-            place: dict[str, Any] = {"rank": rank, "size": size, "at_once": 25, "start": 0, "stop": 28}
+            place: dict[str, Any] = {
+                "rank": rank,
+                "world_size": size,
+                "microbatch_size": 25,
+                "start_step": 0,
+                "stop_step": 28,
+            }
             with train_batches(training, cfg, **place) as batches:
-                found.append(np.concatenate([batch.draws.numpy() for batch in batches]).reshape(28, -1))
+                found.append(np.concatenate([batch.sample_keys.numpy() for batch in batches]).reshape(28, -1))
         return np.concatenate(found, axis=1)
 
     alone = draws(1)
     assert np.array_equal(alone, draws(2))
     assert len(np.unique(alone)) == alone.size, "an epoch, and no draw twice"
-    again = Counter((alone % training.ids).reshape(-1).tolist())
+    again = Counter((alone % training.num_ids).reshape(-1).tolist())
     assert set(again.values()) == {1, 2}

@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foveal.data import DataConfig, Dataset, eval_batches, training_set
-from foveal.data.sampling.subset import PartName, choose
+from foveal.data import DataConfig, Dataset, build_training_set, eval_batches
+from foveal.data.sampling.subset import SubsetName, select_subset
 from foveal.errors import ConfigError, DataError
 
 Configure = Callable[..., DataConfig]
 
 
 def settings(**further: Any) -> DataConfig:
-    return DataConfig.checked({"path": "here", "image_size": 8, "channels": 1, **further}, "the test")
+    return DataConfig.from_dict({"path": "here", "image_size": 8, "channels": 1, **further}, "the test")
 
 
 def labelled(labels: np.ndarray, shards: int = 1) -> Any:
@@ -27,12 +27,12 @@ def labelled(labels: np.ndarray, shards: int = 1) -> Any:
     return SimpleNamespace(folder="here", classes=names, counts=lambda _: counts, labels=lambda _: labels)
 
 
-def drawn(dataset: Any, cfg: DataConfig, part: PartName, seed: int = 0) -> np.ndarray:
-    chosen = choose(dataset, cfg, split="train", part=part, seed=seed)
-    assert chosen.ids is not None
-    assert (np.diff(chosen.ids) > 0).all()
-    assert chosen.counts.sum() == len(chosen.ids)
-    return chosen.ids
+def drawn(dataset: Any, cfg: DataConfig, part: SubsetName, seed: int = 0) -> np.ndarray:
+    chosen = select_subset(dataset, cfg, split="train", subset=part, seed=seed)
+    assert chosen.chosen_ids is not None
+    assert (np.diff(chosen.chosen_ids) > 0).all()
+    assert chosen.samples_per_shard.sum() == len(chosen.chosen_ids)
+    return chosen.chosen_ids
 
 
 @given(data=st.data())
@@ -80,12 +80,14 @@ def test_any_number_of_ranks_evaluates_the_fold_and_trains_on_the_rest(
     fold = drawn(dataset, cfg, "fold", 2)
     seen: list[int] = []
     for rank in range(size):
-        for batch in eval_batches(dataset, cfg, split="train", part="fold", seed=2, rank=rank, size=size, at_once=50):
+        for batch in eval_batches(
+            dataset, cfg, split="train", subset="fold", seed=2, rank=rank, world_size=size, microbatch_size=50
+        ):
             seen += batch.ids[batch.valid].tolist()
     assert sorted(seen) == fold.tolist()
-    training = training_set(dataset, cfg, seed=2, batch=48)
-    slots = [training.order.slots(step, rank * 48 // size, (rank + 1) * 48 // size) for step in range(3) for rank in range(size)]  # fmt: skip
-    trained = np.concatenate([training.draws(each) % training.ids for each in slots])
+    training = build_training_set(dataset, cfg, seed=2, batch_size=48)
+    slots = [training.order.assign_slots(step, rank * 48 // size, (rank + 1) * 48 // size) for step in range(3) for rank in range(size)]  # fmt: skip
+    trained = np.concatenate([training.sample_keys(each) % training.num_ids for each in slots])
     assert len(trained) == 144
     assert not set(trained) & set(fold)
 
@@ -135,6 +137,6 @@ def test_a_mixed_set_must_not_bring_the_fold_back(configure: Configure) -> None:
     mixed = configure()
     cfg = configure(fold={"of": 5, "number": 0}, mix=[{"path": mixed.path, "split": "train", "share": 0.25}])
     with pytest.raises(ConfigError, match=r"holds the images that data.fold keeps out of training"):
-        training_set(Dataset.open(cfg), cfg, seed=0, batch=48)
+        build_training_set(Dataset.open(cfg), cfg, seed=0, batch_size=48)
     whole = configure(fold={"of": 5, "number": 0}, mix=[{"path": mixed.path, "split": "val", "share": 0.25}])
-    assert training_set(Dataset.open(whole), whole, seed=0, batch=48).sources[1].part.ids is None
+    assert build_training_set(Dataset.open(whole), whole, seed=0, batch_size=48).sources[1].subset.chosen_ids is None

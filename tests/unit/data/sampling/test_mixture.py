@@ -10,9 +10,9 @@ import torch
 from ranks import Ranks, stage_named
 
 from finetune.config import FinetuneConfig
-from finetune.plan import plan
-from foveal.data import Batch, DataConfig, Dataset, train_batches, training_set
-from foveal.data.records.audit import audit, read_record
+from finetune.plan import plan_training
+from foveal.data import Batch, DataConfig, Dataset, build_training_set, train_batches
+from foveal.data.records.audit import audit_epochs, read_ledger
 from foveal.errors import ConfigError, DataError
 
 BATCH, TRAIN, VAL = 64, 1437, 360
@@ -30,16 +30,22 @@ def mixed(configure: Configure, digits: Path) -> Configure:
 
 
 def train(cfg: DataConfig, start: int, stop: int, rank: int = 0, size: int = 1, at_once: int = 16) -> list[Batch]:
-    place: dict[str, Any] = {"start": start, "stop": stop, "rank": rank, "size": size, "at_once": at_once}
-    with train_batches(training_set(Dataset.open(cfg), cfg, seed=3, batch=BATCH), cfg, **place) as got:
+    place: dict[str, Any] = {
+        "start_step": start,
+        "stop_step": stop,
+        "rank": rank,
+        "world_size": size,
+        "microbatch_size": at_once,
+    }
+    with train_batches(build_training_set(Dataset.open(cfg), cfg, seed=3, batch_size=BATCH), cfg, **place) as got:
         return list(got)
 
 
 def test_shares_are_exact_and_every_set_keeps_its_epochs(mixed: Configure) -> None:
     cfg = mixed()
-    steps = training_set(Dataset.open(cfg), cfg, seed=3, batch=BATCH).order.steps_per_epoch
+    steps = build_training_set(Dataset.open(cfg), cfg, seed=3, batch_size=BATCH).order.steps_per_epoch
     assert steps == 1437 // 48
-    draws = torch.cat([batch.draws for batch in train(cfg, 0, 2 * steps)])
+    draws = torch.cat([batch.sample_keys for batch in train(cfg, 0, 2 * steps)])
     assert len(draws.unique()) == len(draws), "a sample of a set comes once in an epoch of that set"
     from_val = (draws % (TRAIN + VAL)) >= TRAIN
     for epoch in range(2):
@@ -81,10 +87,10 @@ def test_a_mixed_run_resumes_and_is_audited(
         got = two_ranks.train(stage, configs["pretrain"], tmp_path / "resumed", *more, f"run.stop_at={stop}")
     assert [row["loss"] for row in got] == [row["loss"] for row in whole]
     for run in ("whole", "resumed"):
-        found = audit(read_record(tmp_path / run))
+        found = audit_epochs(read_ledger(tmp_path / run))
         assert [(one.source, one.epoch) for one in found] == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
-        assert not [one for one in found if one.twice]
-        assert sum(one.seen[1] for one in found if one.source == 1) == 58 * BATCH // 4
+        assert not [one for one in found if one.duplicate_samples]
+        assert sum(one.seen_counts[1] for one in found if one.source == 1) == 58 * BATCH // 4
 
 
 def test_mixtures_that_cannot_be_are_sentences(
@@ -95,7 +101,9 @@ def test_mixtures_that_cannot_be_are_sentences(
     with pytest.raises(ConfigError, match=r"mix.0.share"):
         configure(mix=[{"path": str(digits), "share": 0.0}])
     with pytest.raises(DataError, match=r"data.path: no such folder: /nowhere"):
-        training_set(Dataset.open(configure()), mixed().model_copy(update={"mix": _nowhere(mixed())}), seed=0, batch=8)
+        build_training_set(
+            Dataset.open(configure()), mixed().model_copy(update={"mix": _nowhere(mixed())}), seed=0, batch_size=8
+        )
     manifest = tmp_path / "index"
     manifest.mkdir()
     text = (digits / "manifest.json").read_text()
@@ -105,7 +113,7 @@ def test_mixtures_that_cannot_be_are_sentences(
     mix = f"data.mix=[{{path: {digits}, index: {manifest}, split: val, share: 0.25}}]"
     cfg = FinetuneConfig.load(configs["finetune"], [mix, "run.dir=runs/x"])
     with pytest.raises(DataError, match=r"\(data.mix\) has other classes than"):
-        plan(cfg, 1)
+        plan_training(cfg, 1)
 
 
 def _nowhere(cfg: DataConfig) -> tuple[object, ...]:
@@ -115,4 +123,4 @@ def _nowhere(cfg: DataConfig) -> tuple[object, ...]:
 def test_a_mixture_does_not_bring_back_what_is_held_out(configure: Configure, digits: Path) -> None:
     cfg = configure(holdout_per_class=5, mix=[{"path": str(digits), "split": "train", "share": 0.25}])
     with pytest.raises(ConfigError, match=r"data.mix: .* holds the images that data.holdout_per_class keeps out"):
-        training_set(Dataset.open(cfg), cfg, seed=0, batch=64)
+        build_training_set(Dataset.open(cfg), cfg, seed=0, batch_size=64)

@@ -5,13 +5,18 @@ import itertools
 import numpy as np
 import pytest
 
-from foveal.data.sampling.order import Order, check_lanes, micros_per_step, rank_slots
+from foveal.data.sampling.order import SampleOrder, check_lanes, microbatches_per_step, rank_slot_range
 from foveal.errors import ConfigError, DataError
 
 
-def epoch_of_samples(order: Order, epoch: int) -> np.ndarray:
+def epoch_of_samples(order: SampleOrder, epoch: int) -> np.ndarray:
     first = epoch * order.steps_per_epoch
-    return np.concatenate([order.slots(first + turn, 0, order.batch).samples for turn in range(order.steps_per_epoch)])
+    return np.concatenate(
+        [
+            order.assign_slots(first + turn, 0, order.batch_size).subset_positions
+            for turn in range(order.steps_per_epoch)
+        ]
+    )
 
 
 GOLDEN = (
@@ -30,90 +35,101 @@ MANY = ([1036176, 946146, 959688, 377114], [1086879, 1046278, 116575, 1087416])
 
 
 def test_golden() -> None:
-    order = Order(np.array([5, 4, 6, 5]), batch=8, lanes=2, window=2, seed=7)
-    assert (order.samples, order.steps_per_epoch, order.dropped) == (20, 2, 4)
-    assert order.slots(0, 0, 8).samples.tolist() == GOLDEN[0]
-    assert order.slots(1, 0, 8).samples.tolist() == GOLDEN[1]
-    assert order.slots(2, 0, 8).samples.tolist() == GOLDEN[2]
-    assert order.slots(1_000_000_001, 2, 6).samples.tolist() == GOLDEN[3]
+    order = SampleOrder(np.array([5, 4, 6, 5]), batch_size=8, num_lanes=2, window_shards=2, seed=7)
+    assert (order.num_samples, order.steps_per_epoch, order.dropped_per_epoch) == (20, 2, 4)
+    assert order.assign_slots(0, 0, 8).subset_positions.tolist() == GOLDEN[0]
+    assert order.assign_slots(1, 0, 8).subset_positions.tolist() == GOLDEN[1]
+    assert order.assign_slots(2, 0, 8).subset_positions.tolist() == GOLDEN[2]
+    assert order.assign_slots(1_000_000_001, 2, 6).subset_positions.tolist() == GOLDEN[3]
 
 
 def test_golden_of_many_shards() -> None:
-    order = Order(np.full(1000, 1281), batch=4096, lanes=32, window=4, seed=0)
-    assert order.slots(0, 0, 4).samples.tolist() == MANY[0]
-    assert order.slots(123_456, 4092, 4096).samples.tolist() == MANY[1]
+    order = SampleOrder(np.full(1000, 1281), batch_size=4096, num_lanes=32, window_shards=4, seed=0)
+    assert order.assign_slots(0, 0, 4).subset_positions.tolist() == MANY[0]
+    assert order.assign_slots(123_456, 4092, 4096).subset_positions.tolist() == MANY[1]
 
 
 def test_golden_of_a_mixture() -> None:
     mix = [(np.array([4, 0, 5]), 0.25), (np.array([3]), 0.125)]
-    order = Order(np.array([5, 4, 6, 5]), batch=16, lanes=2, window=2, seed=7, mix=mix)
-    assert (order.sizes, order.samples, order.steps_per_epoch, order.dropped) == ((20, 9, 3), 20, 2, 0)
-    assert order.quotas == (20, 8, 4)
-    assert order.epoch_of(3) == 1
-    slots = order.slots(3, 0, 16)
-    assert slots.sources.tolist() == MIXED[0]
-    assert slots.positions.tolist() == MIXED[1]
+    order = SampleOrder(np.array([5, 4, 6, 5]), batch_size=16, num_lanes=2, window_shards=2, seed=7, mix=mix)
+    assert (order.source_sizes, order.num_samples, order.steps_per_epoch, order.dropped_per_epoch) == (
+        (20, 9, 3),
+        20,
+        2,
+        0,
+    )
+    assert order.epoch_quotas == (20, 8, 4)
+    assert order.epoch_at_step(3) == 1
+    slots = order.assign_slots(3, 0, 16)
+    assert slots.source_numbers.tolist() == MIXED[0]
+    assert slots.stream_positions.tolist() == MIXED[1]
     assert slots.epochs.tolist() == MIXED[2]
-    assert slots.samples.tolist() == MIXED[3]
+    assert slots.subset_positions.tolist() == MIXED[3]
 
 
 def test_a_mixture_does_not_move_what_a_source_of_its_own_would_give() -> None:
     """Source 0 keeps its seed, so a share that is given away changes when a sample comes, not which come together."""
-    alone = Order(np.full(6, 40), batch=24, lanes=4, window=2, seed=5)
-    mixed = Order(np.full(6, 40), batch=24, lanes=4, window=2, seed=5, mix=[(np.full(6, 40), 0.5)])
-    slots = mixed.slots(0, 0, 24)
-    first, second = (slots.samples[slots.sources == source].tolist() for source in (0, 1))
-    assert set(first) <= set(alone.slots(0, 0, 24).samples.tolist())
+    alone = SampleOrder(np.full(6, 40), batch_size=24, num_lanes=4, window_shards=2, seed=5)
+    mixed = SampleOrder(
+        np.full(6, 40), batch_size=24, num_lanes=4, window_shards=2, seed=5, mix=[(np.full(6, 40), 0.5)]
+    )
+    slots = mixed.assign_slots(0, 0, 24)
+    first, second = (slots.subset_positions[slots.source_numbers == source].tolist() for source in (0, 1))
+    assert set(first) <= set(alone.assign_slots(0, 0, 24).subset_positions.tolist())
     assert first != second  # the same shards twice are not in the same order twice
 
 
 def test_the_next_shards_are_named_by_when_they_are_needed() -> None:
     counts = np.full(100, 10)
-    order = Order(counts, batch=20, lanes=2, window=2, seed=0, mix=[(counts, 0.8)])  # as long, but four times as fast
-    runs = [source for source, _ in itertools.groupby(source for source, _ in order.shards(0, 0, 20))]
+    order = SampleOrder(
+        counts, batch_size=20, num_lanes=2, window_shards=2, seed=0, mix=[(counts, 0.8)]
+    )  # as long, but four times as fast
+    runs = [source for source, _ in itertools.groupby(source for source, _ in order.upcoming_shards(0, 0, 20))]
     assert runs == [0, 1, 0, 1, 0]  # now, lane by lane, and then the next of 1 before those of 0
 
 
 def test_epochs_differ_and_so_does_what_they_drop() -> None:
-    order = Order(np.full(10, 13), batch=24, lanes=4, window=2, seed=1)
+    order = SampleOrder(np.full(10, 13), batch_size=24, num_lanes=4, window_shards=2, seed=1)
     everything = set(range(130))
     dropped = [everything - set(epoch_of_samples(order, epoch).tolist()) for epoch in range(6)]
     assert all(len(one) == 10 for one in dropped)
     assert len({frozenset(one) for one in dropped}) == 6
     assert epoch_of_samples(order, 0).tolist() != epoch_of_samples(order, 1).tolist()
-    assert order.epoch_of(4) == 0
-    assert order.epoch_of(5) == 1
+    assert order.epoch_at_step(4) == 0
+    assert order.epoch_at_step(5) == 1
 
 
 def test_another_seed_is_another_order() -> None:
-    one, other = (Order(np.full(10, 13), 24, 4, 2, seed) for seed in (1, 2))
-    assert one.slots(0, 0, 24).samples.tolist() != other.slots(0, 0, 24).samples.tolist()
+    one, other = (SampleOrder(np.full(10, 13), 24, 4, 2, seed) for seed in (1, 2))
+    assert (
+        one.assign_slots(0, 0, 24).subset_positions.tolist() != other.assign_slots(0, 0, 24).subset_positions.tolist()
+    )
 
 
 def test_a_lane_reads_within_its_window() -> None:
     """Shards open at once per lane: the window and the two it may begin and end in, not the whole set."""
     counts = np.full(64, 100)
-    order = Order(counts, batch=80, lanes=4, window=4, seed=3)
+    order = SampleOrder(counts, batch_size=80, num_lanes=4, window_shards=4, seed=3)
     for step in range(order.steps_per_epoch):
-        samples = order.slots(step, 0, 20).samples  # lane 0
+        samples = order.assign_slots(step, 0, 20).subset_positions  # lane 0
         assert len(np.unique(samples // 100)) <= 6
 
 
 def test_memory_is_that_of_the_lanes_touched() -> None:
     """200,000 shards of 10,000 samples: 2 billion would need 16 GB as one permutation."""
-    order = Order(np.full(200_000, 10_000), batch=4096, lanes=32, window=4, seed=0)
-    samples = order.slots(250_000, 0, 128).samples
+    order = SampleOrder(np.full(200_000, 10_000), batch_size=4096, num_lanes=32, window_shards=4, seed=0)
+    samples = order.assign_slots(250_000, 0, 128).subset_positions
     assert len(np.unique(samples)) == 128
     assert (
         sum(samples.nbytes for _, samples in order._streams[0]._windows.values()) == 39_988 * 8
     )  # of at most 40,000: a lane is cut into equal windows
     for epoch in range(5):
-        order.slots(epoch * order.steps_per_epoch, 0, 1)
+        order.assign_slots(epoch * order.steps_per_epoch, 0, 1)
     assert set(order._streams[0]._lines) == {3, 4}  # each is as long as the list of shards
 
 
 def test_a_batch_of_one_image_has_one_lane() -> None:
-    order = Order(np.array([3]), batch=1, lanes=1, window=4, seed=0)
+    order = SampleOrder(np.array([3]), batch_size=1, num_lanes=1, window_shards=4, seed=0)
     assert sorted(epoch_of_samples(order, 0).tolist()) == [0, 1, 2]
 
 
@@ -129,7 +145,7 @@ def test_a_set_smaller_than_a_batch_is_refused() -> None:
     with pytest.raises(
         DataError, match=r"a batch of 64 images cannot be filled from 50 samples: lower batch.images to 50"
     ):
-        Order(np.array([20, 30]), batch=64, lanes=8, window=4, seed=0)
+        SampleOrder(np.array([20, 30]), batch_size=64, num_lanes=8, window_shards=4, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +166,7 @@ def test_sources_that_cannot_fill_a_mixture_are_refused(
     sizes: tuple[int, int], batch: int, share: float, sentence: str
 ) -> None:
     with pytest.raises(DataError, match=sentence):
-        Order(np.array([sizes[0]]), batch, 4, 4, 0, [(np.array([sizes[1]]), share)])
+        SampleOrder(np.array([sizes[0]]), batch, 4, 4, 0, [(np.array([sizes[1]]), share)])
 
 
 @pytest.mark.parametrize(("batch", "shares"), [(4, (0.3, 0.3, 0.3)), (5, (0.31, 0.31, 0.31)), (2, (0.01,) * 3)])
@@ -159,30 +175,30 @@ def test_a_batch_too_small_for_its_shares_names_one_that_is_not(batch: int, shar
     with pytest.raises(
         ConfigError, match=rf"a batch of {batch} images is too small for the shares .* or more"
     ) as caught:
-        Order(np.array([5000]), batch, 1, 4, 0, mix)
+        SampleOrder(np.array([5000]), batch, 1, 4, 0, mix)
     named = int(str(caught.value).split("raise batch.images to ")[1].split()[0])
-    assert min(Order(np.array([5000]), named, 1, 4, 0, mix).quotas) > 0
+    assert min(SampleOrder(np.array([5000]), named, 1, 4, 0, mix).epoch_quotas) > 0
 
 
 def test_ranks_that_do_not_divide_the_batch_name_what_would() -> None:
     with pytest.raises(ConfigError, match=r"4096 images .* 24 ranks .* is 4128 .* numbers of ranks are 16 or 32$"):
-        rank_slots(4096, 32, 0, 24)
+        rank_slot_range(4096, 32, 0, 24)
 
 
 @pytest.mark.parametrize(("batch", "lanes", "size"), [(4096, 32, 24), (10, 5, 7), (6, 3, 4), (2, 1, 3), (100, 50, 150)])
 def test_the_batch_that_is_named_fits(batch: int, lanes: int, size: int) -> None:
     with pytest.raises(ConfigError) as caught:
-        rank_slots(batch, lanes, 0, size)
+        rank_slot_range(batch, lanes, 0, size)
     named = int(str(caught.value).split("that fits is ")[1].split()[0])
     check_lanes(named, lanes)
-    assert rank_slots(named, lanes, size - 1, size)[1] == named
+    assert rank_slot_range(named, lanes, size - 1, size)[1] == named
 
 
 def test_images_at_once_that_do_not_divide_name_what_would() -> None:
-    assert micros_per_step(4096, 8, 64) == 8
+    assert microbatches_per_step(4096, 8, 64) == 8
     with pytest.raises(
         ConfigError, match=r"batch.at_once=48 does not divide the 512 images .*: use 32 or 64; it does not"
     ):
-        micros_per_step(4096, 8, 48)
+        microbatches_per_step(4096, 8, 48)
     with pytest.raises(ConfigError, match=r"batch.at_once=1024 .*: use 512;"):
-        micros_per_step(4096, 8, 1024)
+        microbatches_per_step(4096, 8, 1024)

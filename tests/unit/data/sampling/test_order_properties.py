@@ -9,8 +9,14 @@ import numpy as np
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from foveal.data.sampling.order import Order, batch_of, divisors, micros_per_step, rank_slots
-from foveal.seeding import below, key, permutation
+from foveal.data.sampling.order import (
+    SampleOrder,
+    batch_index_for_step,
+    divisors,
+    microbatches_per_step,
+    rank_slot_range,
+)
+from foveal.seeding import derive_key, draw_integer, draw_permutation
 
 
 @dataclass(frozen=True)
@@ -24,12 +30,14 @@ class Case:
     seed: int
     mix: tuple[tuple[np.ndarray, float], ...] = ()
 
-    def order(self) -> Order:
-        return Order(self.counts, self.batch, self.lanes, self.window, self.seed, self.mix)
+    def order(self) -> SampleOrder:
+        return SampleOrder(self.counts, self.batch, self.lanes, self.window, self.seed, self.mix)
 
     def sources(self) -> list[tuple[np.ndarray, int]]:
         """Counts and seed of every source."""
-        further = [(other, key(self.seed, "source", number)) for number, (other, _) in enumerate(self.mix, start=1)]
+        further = [
+            (other, derive_key(self.seed, "source", number)) for number, (other, _) in enumerate(self.mix, start=1)
+        ]
         return [(self.counts, self.seed), *further]
 
 
@@ -64,13 +72,13 @@ either = st.one_of(one_source(), mixtures())
 quick = settings(max_examples=60, deadline=None)
 
 
-def steps_of(order: Order, first: int, stop: int) -> tuple[np.ndarray, ...]:
+def steps_of(order: SampleOrder, first: int, stop: int) -> tuple[np.ndarray, ...]:
     """Sources, positions, epochs and samples of whole steps, one after the other."""
     return tuple(np.concatenate(one) for one in zip(*(whole(order, step) for step in range(first, stop)), strict=True))
 
 
-def whole(order: Order, step: int) -> tuple[np.ndarray, ...]:
-    return astuple(order.slots(step, 0, order.batch))
+def whole(order: SampleOrder, step: int) -> tuple[np.ndarray, ...]:
+    return astuple(order.assign_slots(step, 0, order.batch_size))
 
 
 def same(one: Any, other: Any) -> bool:
@@ -80,15 +88,15 @@ def same(one: Any, other: Any) -> bool:
 def written_out(counts: np.ndarray, seed: int, lanes: int, usable: int, window: int, epoch: int) -> list[np.ndarray]:
     """The windows of every lane in turn, as lists of samples: the whole epoch in memory, as DESIGN says it."""
     ids = np.split(np.arange(counts.sum()), np.cumsum(counts)[:-1])
-    line = np.concatenate([ids[shard] for shard in permutation(key(seed, epoch, "shards"), len(counts))])
-    line = np.roll(line, -below(key(seed, epoch, "rotate"), len(line)))[:usable]
+    line = np.concatenate([ids[shard] for shard in draw_permutation(derive_key(seed, epoch, "shards"), len(counts))])
+    line = np.roll(line, -draw_integer(derive_key(seed, epoch, "rotate"), len(line)))[:usable]
     most = -(-window * int(counts.sum()) // len(counts))
     found = []
     for lane, stretch in enumerate(line.reshape(lanes, -1)):
         size = -(-len(stretch) // -(-len(stretch) // most))  # equal windows, none longer than the setting
         for block, start in enumerate(range(0, len(stretch), size)):
             part = stretch[start : start + size]
-            found.append(part[permutation(key(seed, epoch, "window", lane, block), len(part))])
+            found.append(part[draw_permutation(derive_key(seed, epoch, "window", lane, block), len(part))])
     return found
 
 
@@ -118,11 +126,11 @@ def test_an_epoch_has_no_sample_twice_and_drops_exactly_the_remainder(case: Case
     for epoch in (0, 3):
         first = epoch * order.steps_per_epoch
         _, positions, epochs, seen = steps_of(order, first, first + order.steps_per_epoch)
-        assert len(seen) == order.samples - order.dropped == order.quotas[0]
-        assert order.dropped == order.samples % case.batch < case.batch
-        assert np.bincount(seen, minlength=order.samples).max() == 1
-        assert len(np.bincount(seen)) <= order.samples == case.counts.sum()
-        assert set(epochs.tolist()) == {epoch} == {order.epoch_of(first + order.steps_per_epoch - 1)}
+        assert len(seen) == order.num_samples - order.dropped_per_epoch == order.epoch_quotas[0]
+        assert order.dropped_per_epoch == order.num_samples % case.batch < case.batch
+        assert np.bincount(seen, minlength=order.num_samples).max() == 1
+        assert len(np.bincount(seen)) <= order.num_samples == case.counts.sum()
+        assert set(epochs.tolist()) == {epoch} == {order.epoch_at_step(first + order.steps_per_epoch - 1)}
         assert same([np.sort(positions)], [np.arange(len(seen)) + epoch * len(seen)])
 
 
@@ -130,11 +138,11 @@ def test_an_epoch_has_no_sample_twice_and_drops_exactly_the_remainder(case: Case
 @settings(max_examples=25, deadline=None)
 def test_other_samples_are_dropped_in_other_epochs(case: Case) -> None:
     order = case.order()
-    assume(order.samples >= 50 and order.dropped)
+    assume(order.num_samples >= 50 and order.dropped_per_epoch)
     left_out = set()
     for epoch in range(4):  # four alike by chance: below 1e-5
         seen = steps_of(order, epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)[3]
-        left_out.add(tuple(np.setdiff1d(np.arange(order.samples), seen)))
+        left_out.add(tuple(np.setdiff1d(np.arange(order.num_samples), seen)))
     assert len(left_out) > 1
 
 
@@ -148,9 +156,11 @@ def test_any_ranks_and_any_accumulation_see_the_same_batch(case: Case, data: st.
         shares = []
         for rank in range(size):
             order = case.order() if rank % 4 == 0 else one  # ranks that know nothing of each other, and one that does
-            start, stop = rank_slots(case.batch, case.lanes, rank, size)
-            assert micros_per_step(case.batch, size, at_once) * at_once == stop - start
-            shares += [astuple(order.slots(step, micro, micro + at_once)) for micro in range(start, stop, at_once)]
+            start, stop = rank_slot_range(case.batch, case.lanes, rank, size)
+            assert microbatches_per_step(case.batch, size, at_once) * at_once == stop - start
+            shares += [
+                astuple(order.assign_slots(step, micro, micro + at_once)) for micro in range(start, stop, at_once)
+            ]
         assert same([np.concatenate(one) for one in zip(*shares, strict=True)], whole(one, step))
 
 
@@ -158,20 +168,20 @@ def test_any_ranks_and_any_accumulation_see_the_same_batch(case: Case, data: st.
 @quick
 def test_a_run_that_is_resumed_is_one_that_never_stopped(case: Case, skipped: list[int], stop: int) -> None:
     never = case.order()
-    curve = [whole(never, batch_of(step, skipped)) for step in range(stop + 4)]
+    curve = [whole(never, batch_index_for_step(step, skipped)) for step in range(stop + 4)]
     resumed = case.order()
     for step in range(stop, stop + 4):
-        assert same(whole(resumed, batch_of(step, skipped)), curve[step])
+        assert same(whole(resumed, batch_index_for_step(step, skipped)), curve[step])
 
 
 @given(st.lists(st.integers(0, 60), unique=True).map(sorted), st.integers(0, 80))
 @quick
 def test_batches_that_are_skipped_are_passed_over_and_no_others(skipped: list[int], step: int) -> None:
     taken = [number for number in range(200) if number not in skipped]
-    assert [batch_of(one, skipped) for one in range(80)] == taken[:80]
-    found_bad = sorted({*skipped, batch_of(step, skipped)})
-    assert [batch_of(one, found_bad) for one in range(step)] == taken[:step]  # what was trained on stays
-    assert batch_of(step, found_bad) == batch_of(step + 1, skipped)
+    assert [batch_index_for_step(one, skipped) for one in range(80)] == taken[:80]
+    found_bad = sorted({*skipped, batch_index_for_step(step, skipped)})
+    assert [batch_index_for_step(one, found_bad) for one in range(step)] == taken[:step]  # what was trained on stays
+    assert batch_index_for_step(step, found_bad) == batch_index_for_step(step + 1, skipped)
 
 
 @given(mixtures(), st.integers(0, 3))
@@ -180,13 +190,13 @@ def test_an_epoch_of_a_mixture_has_exactly_the_quotas(case: Case, epoch: int) ->
     order = case.order()
     shares = [share for _, share in case.mix]
     steps = order.steps_per_epoch
-    assert steps * case.batch * (1 - sum(shares)) <= order.samples * (1 + 1e-9)
-    assert (steps + 1) * case.batch * (1 - sum(shares)) > order.samples * (1 - 1e-9)
-    for quota, share in zip(order.quotas[1:], shares, strict=True):
+    assert steps * case.batch * (1 - sum(shares)) <= order.num_samples * (1 + 1e-9)
+    assert (steps + 1) * case.batch * (1 - sum(shares)) > order.num_samples * (1 - 1e-9)
+    for quota, share in zip(order.epoch_quotas[1:], shares, strict=True):
         assert abs(quota - steps * case.batch * share) <= 0.5 + 1e-6
     sources, *_ = steps_of(order, epoch * steps, (epoch + 1) * steps)
-    assert tuple(np.bincount(sources, minlength=len(shares) + 1)) == order.quotas
-    for source, quota in enumerate(order.quotas[1:], start=1):  # spread evenly, not in one lump
+    assert tuple(np.bincount(sources, minlength=len(shares) + 1)) == order.epoch_quotas
+    for source, quota in enumerate(order.epoch_quotas[1:], start=1):  # spread evenly, not in one lump
         given_so_far = np.cumsum((sources == source).reshape(steps, case.batch).sum(axis=1))
         assert same([given_so_far], [np.arange(1, steps + 1) * quota // steps])
 
@@ -196,7 +206,7 @@ def test_an_epoch_of_a_mixture_has_exactly_the_quotas(case: Case, epoch: int) ->
 def test_each_source_of_a_mixture_gives_each_sample_at_most_once_in_its_own_epoch(case: Case) -> None:
     order = case.order()
     sources, positions, epochs, samples = steps_of(order, 0, min(2 * order.steps_per_epoch, 60))
-    for source, size in enumerate(order.sizes):
+    for source, size in enumerate(order.source_sizes):
         mine = sources == source
         assert same([np.sort(positions[mine])], [np.arange(mine.sum())])  # nothing is passed over
         for epoch in range(int(epochs[mine].max(initial=-1)) + 1):
@@ -215,13 +225,13 @@ def test_what_replaces_a_sample_is_the_rest_of_its_window(case: Case, data: st.D
     slot = data.draw(st.integers(0, case.batch - 1))
     source, epoch, sample = int(sources[slot]), int(epochs[slot]), int(samples[slot])
     counts, seed = case.sources()[source]
-    usable = int(counts.sum()) // case.lanes * case.lanes if case.mix else order.quotas[0]
+    usable = int(counts.sum()) // case.lanes * case.lanes if case.mix else order.epoch_quotas[0]
     windows = written_out(counts, seed, case.lanes, usable, case.window, epoch)
     window = next(one.tolist() for one in windows if sample in one)
     at = window.index(sample)
-    assert list(order.others(source, int(positions[slot]))) == window[at + 1 :] + window[:at]
+    assert list(order.replacements(source, int(positions[slot]))) == window[at + 1 :] + window[:at]
     whole(order, order.steps_per_epoch * 5)  # what reads ahead has moved on meanwhile
-    assert list(order.others(source, int(positions[slot]))) == window[at + 1 :] + window[:at]
+    assert list(order.replacements(source, int(positions[slot]))) == window[at + 1 :] + window[:at]
 
 
 @given(either, st.data())
@@ -230,8 +240,8 @@ def test_shards_are_those_of_the_current_windows_and_then_of_the_next(case: Case
     order = case.order()
     step = data.draw(st.integers(0, 2 * order.steps_per_epoch))
     size = data.draw(st.sampled_from(divisors(case.batch)))
-    start, stop = rank_slots(case.batch, case.lanes, data.draw(st.integers(0, size - 1)), size)
-    lanes = np.unique(order.slots(step, start, stop).positions % case.lanes)
+    start, stop = rank_slot_range(case.batch, case.lanes, data.draw(st.integers(0, size - 1)), size)
+    lanes = np.unique(order.assign_slots(step, start, stop).stream_positions % case.lanes)
     now, soon = set(), {}
     for source in range(len(case.sources())):
         for lane in lanes:
@@ -239,7 +249,7 @@ def test_shards_are_those_of_the_current_windows_and_then_of_the_next(case: Case
             now |= {(source, shard) for shard in current}
             for shard in following:
                 soon[source, shard] = min(steps, soon.get((source, shard), steps))
-    named = order.shards(step, start, stop)
+    named = order.upcoming_shards(step, start, stop)
     assert len(set(named)) == len(named)
     assert set(named[: len(now)]) == now
     assert set(named) == now | set(soon)
@@ -249,8 +259,8 @@ def test_shards_are_those_of_the_current_windows_and_then_of_the_next(case: Case
 def windows_read(case: Case, step: int, source: int, lane: int) -> tuple[set[int], set[int], float]:
     """The shards of the windows that a step reads of a lane, those of the window after, and how many steps that is off."""
     counts, seed = case.sources()[source]
-    usable = int(counts.sum()) // case.lanes * case.lanes if case.mix else case.order().quotas[0]
-    begin, end = (case.order()._given(one)[source] for one in (step, step + 1))
+    usable = int(counts.sum()) // case.lanes * case.lanes if case.mix else case.order().epoch_quotas[0]
+    begin, end = (case.order()._samples_before(one)[source] for one in (step, step + 1))
     first = begin + (lane - begin) % case.lanes
     last = max([first, *range(first, end, case.lanes)])
     epochs = range(first // usable, last // usable + 2)
@@ -286,7 +296,7 @@ def test_threads_that_share_an_order_do_not_disturb_it() -> None:
     shared, steps = case.order(), range(0, 200, 2)
     for stream in shared._streams:
         stream._windows, stream._lines = Slow(), Slow()
-    expected = [(whole(case.order(), step), case.order().shards(step, 0, 24)) for step in steps]
+    expected = [(whole(case.order(), step), case.order().upcoming_shards(step, 0, 24)) for step in steps]
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda step: (whole(shared, step), shared.shards(step, 0, 24)), steps))
+        found = list(pool.map(lambda step: (whole(shared, step), shared.upcoming_shards(step, 0, 24)), steps))
     assert all(same(one[0], other[0]) and one[1] == other[1] for one, other in zip(found, expected, strict=True))

@@ -66,11 +66,11 @@ def open_files() -> list[str]:
 def test_a_read_that_fails_for_a_moment(folder: Path, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = opened()
     expected = (folder / "train-000000.tar").read_bytes()[100:600]
-    assert dataset.read("train-000000.tar", 100, 500) == expected
+    assert dataset.read_bytes("train-000000.tar", 100, 500) == expected
     asked = failing(monkeypatch, 1, errno.ESTALE)
     opens, true_open = [], os.open
     monkeypatch.setattr(os, "open", lambda file, *how, **more: opens.append(str(file)) or true_open(file, *how, **more))
-    assert dataset.read("train-000000.tar", 100, 500) == expected
+    assert dataset.read_bytes("train-000000.tar", 100, 500) == expected
     assert len(asked) == 2
     assert any(file.endswith("train-000000.tar") for file in opens), "the old descriptor is stale"
 
@@ -79,7 +79,7 @@ def test_a_read_that_fails_for_good(opened: Open, monkeypatch: pytest.MonkeyPatc
     dataset = opened()
     failing(monkeypatch, 99, errno.EIO)
     with pytest.raises(DataError, match=r"copy/train-000000.tar cannot be read \(.*Input/output error\)$"):
-        dataset.read("train-000000.tar", 0, 10)
+        dataset.read_bytes("train-000000.tar", 0, 10)
 
 
 def test_a_read_beyond_the_end(opened: Open) -> None:
@@ -87,24 +87,24 @@ def test_a_read_beyond_the_end(opened: Open) -> None:
     with pytest.raises(
         DataError, match=rf"train-000000.tar is cut short: 20 bytes at {size - 5} are asked for, 5 left"
     ):
-        opened().read("train-000000.tar", size - 5, 20)
+        opened().read_bytes("train-000000.tar", size - 5, 20)
 
 
 def test_a_shard_that_went_away(folder: Path, configure: Callable[..., DataConfig]) -> None:
     dataset = Dataset.open(configure(path=str(folder)))
     (folder / "train-000000.tar").unlink()
     with pytest.raises(DataError, match=r"train-000000.tar cannot be read \(\[Errno 2\] No such file"):
-        dataset.read("train-000000.tar", 0, 10)
+        dataset.read_bytes("train-000000.tar", 0, 10)
 
 
 def test_more_shards_than_stay_open(folder: Path, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "_OPEN_SHARDS", 2)
     dataset = opened()
     files = [shard.file for shard in dataset.manifest.splits["train"].shards]
-    dataset.read(files[0], 0, 10)
+    dataset.read_bytes(files[0], 0, 10)
     before = len(open_files())
     for file in files * 2:
-        assert dataset.read(file, 0, 512) == (folder / file).read_bytes()[:512]
+        assert dataset.read_bytes(file, 0, 512) == (folder / file).read_bytes()[:512]
     assert len(open_files()) <= before + 1
 
 
@@ -113,40 +113,40 @@ def test_a_shard_is_vouched_for_once(folder: Path, opened: Open, monkeypatch: py
     sha256 = reader.sha256
     monkeypatch.setattr(reader, "sha256", lambda file: digests.append(file) or sha256(file))
     for _ in range(2):
-        dataset.vouch("train", 1)
+        dataset.verify_checksum("train", 1)
     assert len(digests) == 1
-    assert dataset.where("train", 1).endswith(f"{folder}/train-000001.tar")
+    assert dataset.shard_display_path("train", 1).endswith(f"{folder}/train-000001.tar")
 
 
 def test_damage_after_the_start(folder: Path, opened: Open, tmp_path: Path) -> None:
     dataset = opened()
-    dataset.read("train-000001.tar", 0, 10)
+    dataset.read_bytes("train-000001.tar", 0, 10)
     shards = [*folder.glob("train-000001.tar"), *(tmp_path / "cache").glob("*train-000001.tar")]
     damaged = shards[-1]  # the copy, where there is one
     with damaged.open("r+b") as stream:
         stream.seek(1000)
         stream.write(b"\xff" * 8)
     with pytest.raises(DataError, match=r"train-000001.tar( in .*cache)? (is|was) damaged"):
-        dataset.vouch("train", 1)
+        dataset.verify_checksum("train", 1)
     if len(shards) == 2:
         assert not damaged.exists()
-        assert dataset.read("train-000001.tar", 1000, 8) == (folder / "train-000001.tar").read_bytes()[1000:1008]
-        dataset.vouch("train", 1)
+        assert dataset.read_bytes("train-000001.tar", 1000, 8) == (folder / "train-000001.tar").read_bytes()[1000:1008]
+        dataset.verify_checksum("train", 1)
 
 
 def test_a_manifest_without_digests_vouches_for_anything(folder: Path, opened: Open) -> None:
     text = (folder / "manifest.json").read_text()
     (folder / "manifest.json").write_text("".join(line for line in text.splitlines(True) if '"sha256"' not in line))
-    opened().vouch("train", 1)
+    opened().verify_checksum("train", 1)
 
 
 def test_an_evicted_copy_is_let_go_and_fetched_again(folder: Path, opened: Open, tmp_path: Path) -> None:
     dataset = opened()
-    dataset.read("train-000001.tar", 0, 10)
+    dataset.read_bytes("train-000001.tar", 0, 10)
     for copy in (tmp_path / "cache").glob("*train-000001.tar"):
         copy.unlink()
     expected = (folder / "train-000001.tar").read_bytes()
-    assert dataset.read("train-000001.tar", 512, 100) == expected[512:612]
+    assert dataset.read_bytes("train-000001.tar", 512, 100) == expected[512:612]
     assert not any("train-000001.tar (deleted)" in name for name in open_files())
 
 
@@ -159,17 +159,17 @@ def test_damaged_and_foreign_indices(folder: Path, configure: Callable[..., Data
     cfg = configure(path=f"file://{folder}", cache={"dir": str(tmp_path / "cache")})
     url = f"file://{folder}/train-000002.tar.index"
     with pytest.raises(DataError, match=rf"^{url} is damaged: 5 downloads brought wrong bytes \({url} is damaged, its"):
-        Dataset.open(cfg).index("train", 2)
+        Dataset.open(cfg).shard_index("train", 2)
     shutil.copy(folder / "train-000003.tar.index", file)
     with pytest.raises(DataError, match=rf"{url} is not the index that manifest.json was written with"):
-        Dataset.open(cfg).index("train", 2)
+        Dataset.open(cfg).shard_index("train", 2)
 
 
 def test_bytes_that_arrive_move_the_pulse(folder: Path, configure: Callable[..., DataConfig], tmp_path: Path) -> None:
     cfg = configure(path=f"file://{folder}", cache={"dir": str(tmp_path / "cache")})
     dataset = Dataset.open(cfg)
-    assert dataset.pulse() == 0
-    dataset.prefetch("train", [3])
-    dataset.read("train-000003.tar", 0, 10)
-    assert dataset.pulse() >= dataset.manifest.splits["train"].shards[3].bytes
-    assert Dataset.open(configure(path=str(folder))).pulse() == 0
+    assert dataset.progress() == 0
+    dataset.prefetch_shards("train", [3])
+    dataset.read_bytes("train-000003.tar", 0, 10)
+    assert dataset.progress() >= dataset.manifest.splits["train"].shards[3].bytes
+    assert Dataset.open(configure(path=str(folder))).progress() == 0

@@ -10,9 +10,18 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from foveal.cli import app
-from foveal.data.dataset import open_folder
+from foveal.data.dataset import open_dataset
 from foveal.data.indexing.index import index_folder
-from foveal.data.tools.show import _CAPTION, _COLUMNS, _GAP, _MISSING, _PAPER, _SIDE, contact_sheet, histogram
+from foveal.data.tools.show import (
+    _CAPTION,
+    _COLUMNS,
+    _GAP,
+    _MISSING,
+    _PAPER,
+    _SIDE,
+    draw_contact_sheet,
+    format_class_histogram,
+)
 from foveal.errors import DataError
 
 WriteTar = Callable[..., Path]
@@ -33,7 +42,7 @@ def square(sheet: Image.Image, number: int) -> np.ndarray:
 
 def test_every_class_has_a_line_and_a_bar() -> None:
     counts = {"train": np.array([40, 10, 0]), "val": np.array([1_000, 0, 3])}
-    assert list(histogram(counts, ("cat", "big dog", "cow"))) == [
+    assert list(format_class_histogram(counts, ("cat", "big dog", "cow"))) == [
         "class         train         val",
         f"cat              40       1,000  {'#' * 40}",
         f"big dog          10           0  {'#' * 10}",
@@ -43,7 +52,7 @@ def test_every_class_has_a_line_and_a_bar() -> None:
 
 def test_of_many_classes_the_ends_are_listed() -> None:
     counts = np.arange(1000)
-    lines = list(histogram({"train": counts}, tuple(f"class {number}" for number in counts)))
+    lines = list(format_class_histogram({"train": counts}, tuple(f"class {number}" for number in counts)))
     assert len(lines) == 22
     assert lines[1].split()[1:3] == ["999", "999"]
     assert lines[11] == "... 980 classes between ..."
@@ -60,15 +69,15 @@ def test_the_sheet_has_images_spread_over_shards_and_classes(tmp_path: Path, wri
         ]
         write_tar(tmp_path / f"train-{shard:02d}.tar", members)
     index_folder(str(tmp_path))
-    sheet = contact_sheet(open_folder(str(tmp_path), None), "train")
+    sheet = draw_contact_sheet(open_dataset(str(tmp_path), None), "train")
     assert sheet.size == (8 * 134 + 6, 6 * 152 + 6)
     greys = [int(np.median(square(sheet, number))) // 10 for number in range(48)]
     assert greys == sorted(greys)
     assert (greys[0], greys[-1], len(set(greys))) == (0, 19, 12)
-    again = contact_sheet(open_folder(f"file://{tmp_path}", None), "train")
+    again = draw_contact_sheet(open_dataset(f"file://{tmp_path}", None), "train")
     assert sheet.tobytes() == again.tobytes()
     index_folder(str(tmp_path), classes=[f"class {shard}" for shard in range(20)])
-    named = contact_sheet(open_folder(str(tmp_path), None), "train")
+    named = draw_contact_sheet(open_dataset(str(tmp_path), None), "train")
     assert all((square(named, number) == square(sheet, number)).all() for number in range(48))
     caption = np.s_[_GAP + _SIDE : 2 * _GAP + _SIDE + _CAPTION, :_SIDE]
     assert (np.asarray(named)[caption] < 128).sum() > 2 * (np.asarray(sheet)[caption] < 128).sum(), "names are longer"
@@ -79,7 +88,7 @@ def test_small_and_large_and_bad_images_fit(tmp_path: Path, write_tar: WriteTar)
     members = [(f"{number}.png", picture(90, size)) for number, size in enumerate(sizes)]
     write_tar(tmp_path / "train-0.tar", [("x" * 90 + "é\n.png", picture(90)[:40]), *members])
     index_folder(str(tmp_path))
-    sheet = contact_sheet(open_folder(str(tmp_path), None), "train")
+    sheet = draw_contact_sheet(open_dataset(str(tmp_path), None), "train")
     assert sheet.size == (7 * 134 + 6, 152 + 6)
     assert (square(sheet, 0) == _MISSING).all(axis=-1).mean() > 0.5
     assert (square(sheet, 1) == 90).all()
@@ -101,4 +110,4 @@ def test_the_command_draws_a_sheet(digits: Path, tmp_path: Path) -> None:
     lost = run.invoke(app, ["data", "show", str(digits), "--sheet", str(tmp_path / "no" / "x.png")])
     assert isinstance(lost.exception, DataError)
     with pytest.raises(DataError, match="split 'test' does not exist; splits with samples: 'train', 'val'"):
-        contact_sheet(open_folder(str(digits), None), "test")
+        draw_contact_sheet(open_dataset(str(digits), None), "test")

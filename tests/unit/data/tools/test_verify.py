@@ -14,12 +14,12 @@ import pytest
 from typer.testing import CliRunner
 
 from foveal.cli import app
-from foveal.data.dataset import open_folder
+from foveal.data.dataset import open_dataset
 from foveal.data.format.manifest import read_manifest
 from foveal.data.format.shard_index import ShardIndex, write_index
 from foveal.data.indexing.index import index_folder, index_shard
 from foveal.data.tools import verify as verifying
-from foveal.data.tools.verify import verify
+from foveal.data.tools.verify import verify_dataset
 from foveal.errors import DataError
 
 WriteTar = Callable[..., Path]
@@ -40,7 +40,7 @@ def folder(tmp_path: Path, write_tar: WriteTar, png: bytes) -> Path:
 def wrong(folder: Path, *, full: bool = False, record: bool = False, url: bool = False) -> list[str]:
     """What is wrong, without the folder in front."""
     place = f"file://{folder}" if url else str(folder)
-    found = verify(open_folder(place, str(folder)), full=full, workers=2, record=record)
+    found = verify_dataset(open_dataset(place, str(folder)), full=full, workers=2, record_checksums=record)
     return [sentence.replace(f"{place}/", "").replace(f"{folder}/", "") for sentence in found]
 
 
@@ -83,7 +83,7 @@ def rewritten(folder: Path, change: Callable[[ShardIndex], None]) -> None:
     index = index_shard(str(folder), "train-0.tar")
     change(index)
     write_index(index, folder / "train-0.tar.index")
-    update = {"index": index.digest()}
+    update = {"index": index.compute_digest()}
     edit(folder, lambda tree: tree["splits"]["train"]["shards"][0].update(update))
 
 
@@ -182,20 +182,20 @@ def test_a_cut_shard_is_wrong_as_long_as_it_is_cut(folder: Path) -> None:
 
 def test_images_of_one_shard_are_decoded_in_parallel(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two threads meet inside one shard, or the barrier breaks."""
-    monkeypatch.setattr(verifying, "_AT_ONCE", 1)
+    monkeypatch.setattr(verifying, "_IMAGES_PER_JOB", 1)
     edit(folder, lambda tree: tree["splits"]["train"]["shards"].pop())
     edit(folder, lambda tree: tree["splits"]["train"].update(samples=5))
     edit(folder, lambda tree: tree["splits"].pop("val"))
     meeting = threading.Barrier(2, timeout=10)
     calls = itertools.count()
-    original = verifying.decode
+    original = verifying.decode_image
 
     def decode(data: bytes, channels: int) -> Any:
         if next(calls) < 2:
             meeting.wait()
         return original(data, channels)
 
-    monkeypatch.setattr(verifying, "decode", decode)
+    monkeypatch.setattr(verifying, "decode_image", decode)
     assert wrong(folder, full=True) == []
 
 
@@ -225,4 +225,4 @@ def test_the_command_exits_with_1_and_the_list(folder: Path) -> None:
 
 def test_a_manifest_behind_a_url_is_not_written(folder: Path) -> None:
     with pytest.raises(DataError, match=r"is a URL, manifest.json can only be written into a folder: copy it first"):
-        verify(open_folder(f"file://{folder}", None), full=False, workers=1, record=True)
+        verify_dataset(open_dataset(f"file://{folder}", None), full=False, workers=1, record_checksums=True)

@@ -14,15 +14,15 @@ import torch
 from finetune.config import FinetuneConfig
 from finetune.fit import fit
 from finetune.multirun import cross_validation
-from finetune.multirun.cross_validation import cross_validate, divide, runs_of, spread
+from finetune.multirun.cross_validation import cross_validate, dispatch_folds, fold_configs, summarize_folds
 from finetune.plan import FinetunePlan
-from finetune.run import plan, train
+from finetune.run import plan_finetuning, train
 from foveal.distributed.preemption import Preemption
-from foveal.distributed.world import ArrayTask, World
-from foveal.errors import ConfigError, FovealError, Held, LaunchError
-from foveal.tracking.jsonl import read_rows
+from foveal.distributed.world import SlurmArrayTask, World
+from foveal.errors import ConfigError, FovealError, LaunchError, RunInUseError
+from foveal.tracking.jsonl import read_metric_rows
 from foveal.training.run import Run
-from foveal.training.run_directory import opened
+from foveal.training.run_directory import open_run
 
 ALONE = World(0, 1, 0, "none", torch.device("cpu"))
 Fit = Callable[[FinetunePlan, Run], None]
@@ -41,7 +41,7 @@ def settings(digits: Path, folder: Path, **further: Any) -> FinetuneConfig:
         "folds": {"count": 2, "repeats": 2},
         "tracking": {"uri": None},
     }
-    return FinetuneConfig.checked(tree | further, "here")
+    return FinetuneConfig.from_dict(tree | further, "here")
 
 
 class Stand:
@@ -53,21 +53,21 @@ class Stand:
     def __call__(self, plan: FinetunePlan, run: Run) -> None:
         self.trained.append(run.path.name)
         assert plan.cfg.data.fold is not None
-        run.begin()
-        run.finish({"fold_top1": 0.2 * plan.cfg.data.fold.number + 0.1 * (plan.cfg.seed - 5)})
+        run.start_attempt()
+        run.mark_finished({"fold_top1": 0.2 * plan.cfg.data.fold.number + 0.1 * (plan.cfg.seed - 5)})
 
 
 def once(cfg: FinetuneConfig, fit: Fit, *, whole: bool = False) -> bool:
     """What a command does with a run, by ``fit`` (of each fold, or of the whole); whether the run is finished."""
-    found = plan(cfg, 1)
-    with opened("finetune", found, ALONE, Preemption(ALONE)) as run:
+    found = plan_finetuning(cfg, 1)
+    with open_run("finetune", found, ALONE, Preemption(ALONE)) as run:
         if run is None:
             return True
         if cfg.folds is None or whole:
             fit(found, run)
         else:
             cross_validate(found, run, fit)
-    return run.finished
+    return run.is_finished
 
 
 def summary(run: Path) -> dict[str, float]:
@@ -78,16 +78,16 @@ def summary(run: Path) -> dict[str, float]:
 def as_task(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Make this thread a task of an array."""
     here = threading.local()
-    monkeypatch.setattr(cross_validation, "array_task", lambda: getattr(here, "task", None))
+    monkeypatch.setattr(cross_validation, "read_slurm_array_task", lambda: getattr(here, "task", None))
 
     def become(number: int, count: int, lowest: int = 0, highest: int | None = None) -> None:
-        here.task = ArrayTask(number, count, lowest, count - 1 if highest is None else highest)
+        here.task = SlurmArrayTask(number, count, lowest, count - 1 if highest is None else highest)
 
     return become
 
 
 def test_the_spread_of_folds() -> None:
-    found = spread([{"fold_top1": 0.5, "holdout_top1": 1.0}, {"fold_top1": 0.7, "holdout_top1": 1.0}])
+    found = summarize_folds([{"fold_top1": 0.5, "holdout_top1": 1.0}, {"fold_top1": 0.7, "holdout_top1": 1.0}])
     top1 = {"mean": 0.6, "std": 0.02**0.5, "lowest": 0.5, "highest": 0.7}
     held = {"mean": 1.0, "std": 0.0, "lowest": 1.0, "highest": 1.0}
     expected = {f"fold_top1_{name}": value for name, value in top1.items()}
@@ -99,7 +99,7 @@ def test_every_fold_is_a_run_and_a_row_of_the_whole(digits: Path, tmp_path: Path
     cfg, stand = settings(digits, tmp_path / "run"), Stand()
     assert once(cfg, stand)
     assert stand.trained == ["seed5-fold0", "seed5-fold1", "seed6-fold0", "seed6-fold1"]
-    *rows, last = read_rows(tmp_path / "run/metrics.jsonl")
+    *rows, last = read_metric_rows(tmp_path / "run/metrics.jsonl")
     assert rows == [
         {"step": n, "fold_top1": pytest.approx(top1)} for n, top1 in enumerate((0.0, 0.2, 0.1, 0.3), start=1)
     ]
@@ -116,7 +116,7 @@ def test_a_fold_that_left_in_the_middle_comes_to_the_same_numbers(digits: Path, 
 
     def interrupted(plan: FinetunePlan, run: Run) -> None:
         began.append(run.path.name)
-        run.preemption.heard = "SIGUSR1" if len(began) == 2 else None
+        run.preemption.stop_reason = "SIGUSR1" if len(began) == 2 else None
         fit(plan, run)
 
     began: list[str] = []
@@ -128,11 +128,11 @@ def test_a_fold_that_left_in_the_middle_comes_to_the_same_numbers(digits: Path, 
     assert json.loads((attempts / "0001.end.json").read_text())["step"] == 1
     assert json.loads((attempts / "0002.start.json").read_text())["step"] == 1
     whole = settings(digits, tmp_path / "whole", folds={"count": 2}, evaluate_every=2)
-    with opened("finetune", plan(whole, 1), ALONE, Preemption(ALONE)) as run:
+    with open_run("finetune", plan_finetuning(whole, 1), ALONE, Preemption(ALONE)) as run:
         assert run is not None
-        train(plan(whole, 1), run)
+        train(plan_finetuning(whole, 1), run)
     assert summary(tmp_path / "left") == summary(tmp_path / "whole")
-    rows = [read_rows(tmp_path / name / "folds/seed5-fold1/metrics.jsonl") for name in ("left", "whole")]
+    rows = [read_metric_rows(tmp_path / name / "folds/seed5-fold1/metrics.jsonl") for name in ("left", "whole")]
     ours, theirs = ({(row["step"], row.get("loss"), row.get("fold_top1")) for row in each} for each in rows)
     assert ours == theirs
     assert not any("val_top1" in row for row in rows[0])
@@ -154,13 +154,13 @@ def test_tasks_share_the_folds_and_the_last_closes(
         assert not (tmp_path / "run/finished.json").exists()
         stand.trained.clear()
         as_task(*task)
-        divide(cfg, ALONE, lambda one: once(one, stand))
+        dispatch_folds(cfg, ALONE, lambda one: once(one, stand))
         assert stand.trained == trained
     assert "task 4 of the array has nothing to do: there are 4 folds" in caplog.text
     assert "1 of 4 folds are left to other tasks; the last closes the run" in caplog.text
     assert summary(tmp_path / "run")["folds"] == 4
     as_task(0, 3)  # requeued after all was done
-    divide(cfg, ALONE, lambda one: once(one, stand))
+    dispatch_folds(cfg, ALONE, lambda one: once(one, stand))
     assert not (tmp_path / "run/attempts/0002.json").exists()
 
 
@@ -169,7 +169,7 @@ def test_a_task_that_is_asked_to_leave_leaves_the_rest(
 ) -> None:
     as_task(0, 2)
     asked: list[str] = []
-    divide(settings(digits, tmp_path / "run"), ALONE, lambda one: bool(asked.append(str(one.run.dir))))
+    dispatch_folds(settings(digits, tmp_path / "run"), ALONE, lambda one: bool(asked.append(str(one.run.dir))))
     assert asked == [f"{tmp_path}/run/folds/seed5-fold0"]
 
 
@@ -186,7 +186,7 @@ class Pair:
             self._looked.wait(20)
         try:
             return once(cfg, self._close if cfg.folds else Stand(), whole=True)
-        except Held:
+        except RunInUseError:
             self._refused.set()
             raise
 
@@ -200,7 +200,7 @@ class Pair:
     def task(self, cfg: FinetuneConfig, become: Callable[[], None]) -> None:
         become()
         try:
-            divide(cfg, ALONE, self.run)
+            dispatch_folds(cfg, ALONE, self.run)
         except RuntimeError:
             self.died += 1
         else:
@@ -213,16 +213,16 @@ def test_of_two_that_finish_at_once_one_closes_and_the_other_waits_for_it(
     dies: bool, digits: Path, tmp_path: Path, as_task: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the one that closes dies of it, the other does it."""
-    monkeypatch.setattr(cross_validation, "_WAIT", 0.01)
+    monkeypatch.setattr(cross_validation, "_POLL_SECONDS", 0.01)
     cfg, pair = settings(digits, tmp_path / "run", folds={"count": 2}), Pair(dies=dies)
-    for one in runs_of(cfg):
+    for one in fold_configs(cfg):
         once(one, Stand())
     with ThreadPoolExecutor(2) as pool:
         for task in [pool.submit(pair.task, cfg, partial(as_task, number, 2)) for number in range(2)]:
             task.result()
     assert (len(pair.closed), len(set(pair.closed)), pair.died) == (1 + dies, 1 + dies, dies)
     assert summary(tmp_path / "run")["folds"] == 2
-    assert [row["step"] for row in read_rows(tmp_path / "run/metrics.jsonl")][:2] == [1, 2]
+    assert [row["step"] for row in read_metric_rows(tmp_path / "run/metrics.jsonl")][:2] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -243,15 +243,15 @@ def test_what_cannot_be_cross_validated_is_refused(
     further: dict[str, Any], sentence: str, digits: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(FovealError, match=sentence) as error:
-        plan(settings(digits, tmp_path / "run", **further), 1)
+        plan_finetuning(settings(digits, tmp_path / "run", **further), 1)
     assert "\n" not in str(error.value)
 
 
 def test_a_fold_of_its_own_excludes_folds(digits: Path, tmp_path: Path) -> None:
-    tree = settings(digits, tmp_path / "run").tree()
+    tree = settings(digits, tmp_path / "run").to_dict()
     tree["data"]["fold"] = {"of": 2, "number": 0}
     with pytest.raises(ConfigError, match=r"data\.fold and folds exclude each other"):
-        plan(FinetuneConfig.checked(tree, "here"), 1)
+        plan_finetuning(FinetuneConfig.from_dict(tree, "here"), 1)
 
 
 def test_arrays_that_cannot_share_the_folds_are_refused(
@@ -260,11 +260,11 @@ def test_arrays_that_cannot_share_the_folds_are_refused(
     cfg = settings(digits, tmp_path / "run")
     as_task(3, 1, 3, 3)
     with pytest.raises(LaunchError, match=r"from 3 to 3, .*: use --array=0-0, also to repeat a task"):
-        plan(cfg, 1)
+        plan_finetuning(cfg, 1)
     as_task(1, 5, 1, 5)
     with pytest.raises(LaunchError, match=r"from 1 to 5, .*: use --array=0-4"):
-        plan(cfg, 1)
+        plan_finetuning(cfg, 1)
     as_task(0, 5)
     with pytest.raises(ConfigError, match=r"run\.fresh=true and a Slurm array exclude each other"):
-        plan(settings(digits, tmp_path / "run", run={"dir": str(tmp_path), "fresh": True}), 1)
-    assert plan(cfg, 1).runs == 4
+        plan_finetuning(settings(digits, tmp_path / "run", run={"dir": str(tmp_path), "fresh": True}), 1)
+    assert plan_finetuning(cfg, 1).num_runs == 4

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from finetune.config import FinetuneConfig
-from finetune.multirun.trials import _chosen, compare
-from finetune.plan import FinetunePlan, _classes, plan, trial
-from foveal.data.sampling.subset import choose
+from finetune.multirun.trials import _summarize_trials, run_trials
+from finetune.plan import FinetunePlan, _resolve_classes, plan_training, trial_config
+from foveal.data.sampling.subset import select_subset
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.world import World
 from foveal.errors import ConfigError, DataError, ExportError
 from foveal.models.vit import VitConfig, build_encoder, encoder_card
 from foveal.training.run import Run
-from foveal.training.run_directory import opened
+from foveal.training.run_directory import open_run
 from foveal.weights.export import Card, write_export
 
 ALONE = World(0, 1, 0, "none", torch.device("cpu"))
@@ -39,7 +39,7 @@ def test_the_rate_is_chosen_by_the_holdout_and_judged_by_val() -> None:
         ("b", 0.1): seeds((0.2, 0.80), (0.2, 0.80)),
         ("b", 0.2): seeds((0.1, 0.60), (0.9, 0.50)),
     }
-    assert _chosen(found) == pytest.approx(
+    assert _summarize_trials(found) == pytest.approx(
         {
             "a_lr_per_256": 0.1,
             "a_top1": 0.2,
@@ -63,11 +63,11 @@ def test_val_never_decides_between_rates() -> None:
             ("a", lr): seeds(*((held, ((place + shift) % 3) / 2) for held in pair))
             for place, (lr, pair) in enumerate(holdout.items())
         }
-        assert _chosen(found)["a_lr_per_256"] == 0.3
+        assert _summarize_trials(found)["a_lr_per_256"] == 0.3
 
 
 def test_without_a_holdout_no_accuracy_on_it_is_made_up() -> None:
-    chosen = _chosen({("a", 0.1): [{"val_top1": 0.5}, {"val_top1": 0.7}]})
+    chosen = _summarize_trials({("a", 0.1): [{"val_top1": 0.5}, {"val_top1": 0.7}]})
     assert chosen["a_top1"] == pytest.approx(0.6)
     assert "a_holdout_top1" not in chosen
 
@@ -88,7 +88,7 @@ def settings(digits: Path, encoder: Path, folder: Path, **further: Any) -> Finet
         "epochs": 3,
         "data": {"path": str(digits), "image_size": 16, "channels": 1, "lanes": 4}
         | {"per_class": 2, "holdout_per_class": 3, "mean": [0.3], "std": [0.4]},
-        "model": TINY.tree(),
+        "model": TINY.to_dict(),
         "batch": {"images": 8},
         "optim": {},
         "engine": {"kind": "plain"},
@@ -100,18 +100,18 @@ def settings(digits: Path, encoder: Path, folder: Path, **further: Any) -> Finet
             "repeats": REPEATS,
         },
     }
-    return FinetuneConfig.checked(tree | further, "here")
+    return FinetuneConfig.from_dict(tree | further, "here")
 
 
 def test_arms_differ_in_their_start_and_in_nothing_else(digits: Path, encoder: Path, tmp_path: Path) -> None:
     cfg = settings(digits, encoder, tmp_path / "run")
     for repeat in range(REPEATS):
-        mae, scratch = (plan(trial(cfg, arm, repeat, RATES[1]), 1) for arm in ("mae", "scratch"))
-        here, there = mae.science(), scratch.science()
+        mae, scratch = (plan_training(trial_config(cfg, arm, repeat, RATES[1]), 1) for arm in ("mae", "scratch"))
+        here, there = mae.science_settings(), scratch.science_settings()
         differing = {name for name in here | there if here.get(name, "no") != there.get(name, "no")}
         assert {name for name in differing if name != "model" and not name.startswith("model.")} == {"inherited.init"}
         assert (mae.cfg.seed, mae.cfg.optim.lr_per_256) == (5 + repeat, RATES[1])
-        assert (mae.steps, mae.classes) == (scratch.steps, scratch.classes)
+        assert (mae.total_steps, mae.classes) == (scratch.total_steps, scratch.classes)
         assert mae.encoder == scratch.encoder
         assert mae.cfg.init == str(encoder)
         assert scratch.cfg.init is None
@@ -124,17 +124,19 @@ def labels_of(found: FinetunePlan) -> dict[str, list[int]]:
     cfg = found.cfg
     drawn = {}
     for part in ("train", "holdout"):
-        chosen = choose(found.dataset, cfg.data, split="train", part=part, seed=cfg.seed)
-        assert chosen.ids is not None
-        drawn[part] = chosen.ids.tolist()
-    order = found.training.order
-    return drawn | {"order": np.concatenate([order.slots(step, 0, 8).samples for step in range(4)]).tolist()}
+        chosen = select_subset(found.dataset, cfg.data, split="train", subset=part, seed=cfg.seed)
+        assert chosen.chosen_ids is not None
+        drawn[part] = chosen.chosen_ids.tolist()
+    order = found.training_set.order
+    return drawn | {
+        "order": np.concatenate([order.assign_slots(step, 0, 8).subset_positions for step in range(4)]).tolist()
+    }
 
 
 def test_arms_share_their_labels_and_seeds_draw_others(digits: Path, encoder: Path, tmp_path: Path) -> None:
     cfg = settings(digits, encoder, tmp_path / "run")
     drawn = {
-        (arm, repeat): labels_of(plan(trial(cfg, arm, repeat, RATES[0]), 1))
+        (arm, repeat): labels_of(plan_training(trial_config(cfg, arm, repeat, RATES[0]), 1))
         for arm in ("mae", "scratch")
         for repeat in range(REPEATS)
     }
@@ -155,22 +157,22 @@ class Fit:
 
     def __call__(self, plan: FinetunePlan, run: Run) -> None:
         if len(self.trained) == self.leave_after:
-            run.leave(1)
+            run.end_preempted(1)
             return
         self.trained.append(run.path.name)
-        if plan.stop == plan.steps:
+        if plan.stop_step == plan.total_steps:
             better = plan.cfg.init is not None
-            run.finish({"val_top1": 0.5 + 0.25 * better, "holdout_top1": 10 * plan.cfg.optim.lr_per_256})
+            run.mark_finished({"val_top1": 0.5 + 0.25 * better, "holdout_top1": 10 * plan.cfg.optim.lr_per_256})
 
 
 def compared(cfg: FinetuneConfig, fit: Fit) -> bool:
     """One attempt at the comparison; whether it was asked to leave. Nothing if it was finished before."""
-    found = plan(cfg, 1)
-    with opened("finetune", found, ALONE, Preemption(ALONE)) as run:
+    found = plan_training(cfg, 1)
+    with open_run("finetune", found, ALONE, Preemption(ALONE)) as run:
         if run is None:
             return False
-        compare(found, run, fit)
-        return run.left
+        run_trials(found, run, fit)
+        return run.is_preempted
 
 
 def test_finished_trials_are_not_repeated(digits: Path, encoder: Path, tmp_path: Path) -> None:
@@ -211,17 +213,17 @@ def test_a_comparison_that_cannot_be_is_refused_before_it_begins(
     further: dict[str, Any], kind: type[Exception], sentence: str, digits: Path, encoder: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(kind, match=sentence):
-        plan(settings(digits, encoder, tmp_path / "run", **further), 1)
+        plan_training(settings(digits, encoder, tmp_path / "run", **further), 1)
 
 
 def test_several_rates_need_a_holdout_to_choose_by(digits: Path, encoder: Path, tmp_path: Path) -> None:
     cfg = settings(digits, encoder, tmp_path / "run")
-    tree = cfg.tree()
+    tree = cfg.to_dict()
     tree["data"]["holdout_per_class"] = 0
     with pytest.raises(ConfigError, match=r"data\.holdout_per_class=0 leaves nothing to choose by"):
-        plan(FinetuneConfig.checked(tree, "here"), 1)
+        plan_training(FinetuneConfig.from_dict(tree, "here"), 1)
     tree["trials"]["lr_per_256"] = [1e-2]
-    assert plan(FinetuneConfig.checked(tree, "here"), 1).classes == tuple("0123456789")
+    assert plan_training(FinetuneConfig.from_dict(tree, "here"), 1).classes == tuple("0123456789")
 
 
 @pytest.mark.parametrize(
@@ -239,4 +241,4 @@ def test_labels_that_cannot_be_learned_are_refused_in_the_plan(
     labels = {"train": np.array(train), "val": np.array(val)}
     dataset: Any = SimpleNamespace(folder="here", classes=("cat", "dog"), labels=labels.__getitem__)
     with pytest.raises(DataError, match=sentence):
-        _classes(dataset, settings(digits, encoder, tmp_path))
+        _resolve_classes(dataset, settings(digits, encoder, tmp_path))

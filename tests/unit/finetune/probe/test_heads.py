@@ -14,10 +14,10 @@ from timm.optim.lars import Lars
 from torch import Tensor
 
 from finetune.probe.config import ProbeConfig
-from finetune.probe.features import Part
-from finetune.probe.heads import Breaths, heavy_ball, lars, linear
-from finetune.probe.knn import _blocks, knn, nearest
-from finetune.probe.logistic import logistic, regression
+from finetune.probe.features import LayerFeatures
+from finetune.probe.heads import Resumable, fit_linear_probe, lars_step, momentum_step
+from finetune.probe.knn import _iter_blocks, find_nearest_neighbors, fit_knn_probe
+from finetune.probe.logistic import fit_logistic_probe, fit_logistic_regression
 
 _DIGITS: Any = load_digits()
 PIXELS: np.ndarray = _DIGITS.data
@@ -25,9 +25,9 @@ LABELS: np.ndarray = _DIGITS.target
 TRAIN, VAL = slice(0, 1000), slice(1000, 1500)
 
 
-def part(rows: slice, features: np.ndarray = PIXELS) -> Part:
+def part(rows: slice, features: np.ndarray = PIXELS) -> LayerFeatures:
     labels = torch.from_numpy(LABELS[rows])
-    return Part(features[rows].astype(np.float32), np.arange(len(labels)), labels)
+    return LayerFeatures(features[rows].astype(np.float32), np.arange(len(labels)), labels)
 
 
 def plan(classes: int = 10, epochs: int = 3, images: int = 128, **probe: Any) -> Any:
@@ -38,7 +38,7 @@ def plan(classes: int = 10, epochs: int = 3, images: int = 128, **probe: Any) ->
     return SimpleNamespace(cfg=cfg, probe=ProbeConfig(**probe), classes=tuple(map(str, range(classes))))
 
 
-def finished(work: Breaths) -> Any:
+def finished(work: Resumable) -> Any:
     while True:
         try:
             next(work)
@@ -46,7 +46,7 @@ def finished(work: Breaths) -> Any:
             return end.value
 
 
-def guesses(fit: Any, plan: Any, train: Part, val: Part) -> np.ndarray:
+def guesses(fit: Any, plan: Any, train: LayerFeatures, val: LayerFeatures) -> np.ndarray:
     return finished(finished(fit(plan, train))(val)).numpy()
 
 
@@ -59,8 +59,8 @@ def test_lars_is_timms_for_every_rate_at_once() -> None:
         weight, bias = (each.repeat(2, *[1] * each.ndim) for each in begin)
         moments = [torch.zeros_like(weight), torch.zeros_like(bias)]
         for slope in slopes:
-            lars(weight, slope[0].expand_as(weight), moments[0], torch.tensor(rates))
-            heavy_ball(bias, slope[1].expand_as(bias), moments[1], torch.tensor(rates))
+            lars_step(weight, slope[0].expand_as(weight), moments[0], torch.tensor(rates))
+            momentum_step(bias, slope[1].expand_as(bias), moments[1], torch.tensor(rates))
         for number, rate in enumerate(rates):
             hers = [torch.nn.Parameter(each.clone()) for each in begin]
             told = [{"params": [hers[0]], "always_adapt": True}, {"params": [hers[1]], "always_adapt": False}]
@@ -74,10 +74,12 @@ def test_lars_is_timms_for_every_rate_at_once() -> None:
 
 def test_a_head_does_not_depend_on_the_others_of_the_sweep() -> None:
     train, val = part(TRAIN), part(VAL)
-    together = guesses(linear, plan(linear_lr_per_256=(0.1, 3.0)), train, val)
+    together = guesses(fit_linear_probe, plan(linear_lr_per_256=(0.1, 3.0)), train, val)
     for number, rate in enumerate((0.1, 3.0)):
-        assert (guesses(linear, plan(linear_lr_per_256=(rate,)), train, val)[0] == together[number]).mean() > 0.998
-    again = guesses(linear, plan(linear_lr_per_256=(0.1, 3.0)), train, val)
+        assert (
+            guesses(fit_linear_probe, plan(linear_lr_per_256=(rate,)), train, val)[0] == together[number]
+        ).mean() > 0.998
+    again = guesses(fit_linear_probe, plan(linear_lr_per_256=(0.1, 3.0)), train, val)
     assert (again == together).all()
     assert (together[0] != together[1]).any()
 
@@ -88,9 +90,9 @@ def test_logistic_regression_is_scikit_learns(c: float, classes: int) -> None:
     chosen = np.isin(LABELS, range(classes))
     rows = (PIXELS[chosen] / 16).astype(np.float32)
     labels = LABELS[chosen]
-    train = Part(rows, np.arange(len(labels)), torch.from_numpy(labels))
+    train = LayerFeatures(rows, np.arange(len(labels)), torch.from_numpy(labels))
     zero, one = torch.zeros(64, dtype=torch.float64), torch.ones(64, dtype=torch.float64)
-    weight, bias = finished(regression(train, c, classes, zero, one))
+    weight, bias = finished(fit_logistic_regression(train, c, classes, zero, one))
     hers = LogisticRegression(C=c, tol=1e-8, max_iter=5000).fit(rows.astype(np.float64), labels)
     ours = torch.cat([weight, bias[:, None]], dim=1)
     theirs = np.concatenate([hers.coef_, hers.intercept_[:, None]], axis=1)
@@ -115,9 +117,9 @@ def test_the_linear_probe_agrees_with_scikit_learn_at_its_default_tolerance() ->
     mean, scale = PIXELS[TRAIN].mean(axis=0), PIXELS[TRAIN].std(axis=0)
     rows = (PIXELS - mean) / np.where(scale > 0, scale, 1)
     hers = LogisticRegression(C=0.1, max_iter=1000).fit(rows[TRAIN], LABELS[TRAIN])
-    ours = guesses(logistic, plan(logistic_c=(0.1,)), train, val)[0]
+    ours = guesses(fit_logistic_probe, plan(logistic_c=(0.1,)), train, val)[0]
     assert (ours == hers.predict(rows[VAL])).mean() > 0.995
-    by_steps = guesses(linear, plan(epochs=60, linear_lr_per_256=(20.0,)), train, val)[0]
+    by_steps = guesses(fit_linear_probe, plan(epochs=60, linear_lr_per_256=(20.0,)), train, val)[0]
     score = hers.score(rows[VAL], LABELS[VAL])
     assert (by_steps == LABELS[VAL]).mean() == pytest.approx(score, abs=0.02)
 
@@ -126,15 +128,17 @@ def test_the_linear_probe_agrees_with_scikit_learn_at_its_default_tolerance() ->
 @pytest.mark.parametrize("features", ["pixels", "coarse", "twice"])
 def test_neighbours_are_scikit_learns(metric: str, features: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Coarse pixels and images that are there twice: many distances are equal, and many votes."""
-    monkeypatch.setattr("finetune.probe.knn._IMAGES", 300)
-    monkeypatch.setattr("finetune.probe.knn._QUERIES", 190)
+    monkeypatch.setattr("finetune.probe.knn._IMAGE_BLOCK_SIZE", 300)
+    monkeypatch.setattr("finetune.probe.knn._QUERY_BLOCK_SIZE", 190)
     rows = {"pixels": PIXELS, "coarse": np.round(PIXELS / 8), "twice": np.concatenate([PIXELS[:500]] * 3)}[features]
     train, val, ks = part(TRAIN, rows), part(slice(1000, 1400), rows), (1, 2, 5, 8)
     if features == "twice":
         ks = (2, 8)
-        train = Part(train.rows, train.known, torch.from_numpy(LABELS[TRAIN]))  # the same image under two labels
-    ours = guesses(knn, plan(k=ks, metric=metric, vote="uniform"), train, val)
-    x, queries = train.rows.astype(np.float64), val.rows.astype(np.float64)
+        train = LayerFeatures(
+            train.memmap, train.labelled_indices, torch.from_numpy(LABELS[TRAIN])
+        )  # the same image under two labels
+    ours = guesses(fit_knn_probe, plan(k=ks, metric=metric, vote="uniform"), train, val)
+    x, queries = train.memmap.astype(np.float64), val.memmap.astype(np.float64)
     if metric == "cosine":
         distances = pairwise_distances(queries, x, metric="cosine")
     else:
@@ -151,19 +155,19 @@ def test_neighbours_are_scikit_learns(metric: str, features: str, monkeypatch: p
 def test_of_equal_distances_the_first_is_nearer_and_of_equal_votes_the_first_class_wins() -> None:
     rows = np.array([[0.0, 2], [0, 2], [2, 0], [2, 0], [1, 0]])
     known, labels = np.arange(5), torch.tensor([3, 1, 2, 0, 1])
-    train = Part(rows, known, labels)
-    queries = Part(np.array([[0.0, 2], [2, 0]]), np.arange(2), labels[:2])
-    ours = guesses(knn, plan(4, k=(1, 2, 4), metric="euclidean", vote="uniform"), train, queries)
+    train = LayerFeatures(rows, known, labels)
+    queries = LayerFeatures(np.array([[0.0, 2], [2, 0]]), np.arange(2), labels[:2])
+    ours = guesses(fit_knn_probe, plan(4, k=(1, 2, 4), metric="euclidean", vote="uniform"), train, queries)
     assert ours.tolist() == [[3, 2], [1, 0], [1, 0]]
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_blocks_change_no_neighbour(metric: str) -> None:
     train, val = part(TRAIN), part(slice(1000, 1100))
-    queries = val.take(slice(None)).double()
-    whole = nearest(queries, _blocks(train, 1000), 20, metric)
+    queries = val.load(slice(None)).double()
+    whole = find_nearest_neighbors(queries, _iter_blocks(train, 1000), 20, metric)
     for size in (7, 64, 999):
-        blocks = nearest(queries, _blocks(train, size), 20, metric)
+        blocks = find_nearest_neighbors(queries, _iter_blocks(train, size), 20, metric)
         assert (blocks[1] == whole[1]).float().mean() > 0.99  # what differs lies within rounding
         torch.testing.assert_close(blocks[0], whole[0], rtol=0, atol=1e-9)
 
@@ -171,8 +175,8 @@ def test_blocks_change_no_neighbour(metric: str) -> None:
 def test_dinos_votes_are_weighed_by_similarity() -> None:
     train, val = part(TRAIN), part(VAL)
     k, temperature = 10, 0.07
-    ours = guesses(knn, plan(k=(k,), temperature=temperature), train, val)[0]
-    distances = pairwise_distances(val.rows.astype(np.float64), train.rows.astype(np.float64), metric="cosine")
+    ours = guesses(fit_knn_probe, plan(k=(k,), temperature=temperature), train, val)[0]
+    distances = pairwise_distances(val.memmap.astype(np.float64), train.memmap.astype(np.float64), metric="cosine")
     order = np.argsort(distances, axis=1, kind="stable")[:, :k]
     weights = np.exp((1 - np.take_along_axis(distances, order, 1)) / temperature)
     votes = np.zeros((len(ours), 10))

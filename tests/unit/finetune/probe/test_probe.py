@@ -12,10 +12,10 @@ import torch
 
 from finetune.config import FinetuneConfig
 from finetune.probe import features
-from finetune.probe.config import Kind
-from finetune.probe.features import frozen, read_part
-from finetune.probe.plan import ProbePlan, plan
-from finetune.probe.run import Told, results
+from finetune.probe.config import ProbeKind
+from finetune.probe.features import load_features, load_frozen_encoder
+from finetune.probe.plan import ProbePlan, plan_probe
+from finetune.probe.run import ProbeResult, summarize_results
 from finetune.probe.run import run as probing
 from foveal.data import eval_batches, normalise
 from foveal.distributed.preemption import Preemption
@@ -23,10 +23,10 @@ from foveal.distributed.world import World
 from foveal.errors import CheckpointError, ConfigError, DataError, ExportError, FovealError
 from foveal.models import encode
 from foveal.models.backbone import backbone_card, build_backbone
-from foveal.models.probes import read_layers
+from foveal.models.probes import encode_probe_features
 from foveal.models.vit import VitConfig, build_encoder, encoder_card
 from foveal.training.run import Run
-from foveal.training.run_directory import opened
+from foveal.training.run_directory import open_run
 from foveal.weights.export import Card, write_export
 
 ALONE = World(0, 1, 0, "none", torch.device("cpu"))
@@ -59,14 +59,14 @@ def settings(digits: Path, export: Path | None, folder: Path, **further: Any) ->
         "init": None if export is None else str(export),
         "probe": further.pop("probe", {}),
     }
-    return FinetuneConfig.checked(tree | further, "here")
+    return FinetuneConfig.from_dict(tree | further, "here")
 
 
 def probed(cfg: FinetuneConfig) -> tuple[Run, dict[str, float]]:
     """One attempt; the run, and its summary if it is finished."""
-    found = plan(cfg, 1)
+    found = plan_probe(cfg, 1)
     assert isinstance(found, ProbePlan)
-    with opened("finetune", found, ALONE, Preemption(ALONE)) as run:
+    with open_run("finetune", found, ALONE, Preemption(ALONE)) as run:
         assert run is not None
         probing.probe(found, run)
     file = run.path / "finished.json"
@@ -95,15 +95,15 @@ def test_every_kind_tells_its_number_layer_by_layer(whole: tuple[Path, dict[str,
 
 def test_the_layer_is_chosen_by_the_holdout_and_judged_by_val(digits: Path, encoder: Path, tmp_path: Path) -> None:
     cfg = settings(digits, encoder, tmp_path, probe={"kinds": ["knn"], "layers": "all"})
-    found = plan(cfg, 1)
+    found = plan_probe(cfg, 1)
     assert isinstance(found, ProbePlan)
     for val in ((0.9, 0.1), (0.1, 0.9)):
-        told: dict[tuple[Kind, int], Told] = {
-            ("knn", n): Told(val[n - 1], 20, held) for n, held in ((1, 0.6), (2, 0.5))
+        told: dict[tuple[ProbeKind, int], ProbeResult] = {
+            ("knn", n): ProbeResult(val[n - 1], 20, held) for n, held in ((1, 0.6), (2, 0.5))
         }
-        assert results(found, told)["knn_top1"] == val[0]
-        told["knn", 2] = Told(val[1], 20, 0.6)
-        assert results(found, told)["knn_layer"] == 2  # of equal ones the deepest
+        assert summarize_results(found, told)["knn_top1"] == val[0]
+        told["knn", 2] = ProbeResult(val[1], 20, 0.6)
+        assert summarize_results(found, told)["knn_layer"] == 2  # of equal ones the deepest
 
 
 def test_the_choice_is_made_on_the_holdout(
@@ -113,45 +113,47 @@ def test_the_choice_is_made_on_the_holdout(
     rights = {3 * 10: [0.2, 0.7, 0.3], 360: [0.9, 0.4, 0.8]}
     monkeypatch.setattr(probing, "accuracies", lambda _guesses, part: rights[len(part)])
     cfg = settings(digits, encoder, whole[0], probe=ALL | {"k": [1, 3, 5]})
-    found = plan(cfg, 1)
+    found = plan_probe(cfg, 1)
     assert isinstance(found, ProbePlan)
     work: Any = probing._unit(found, whole[0], ALONE.device, "knn", 1)
     told = None
     while work is not None:
         work, told = probing._slice(work)
-    assert told == Told(0.4, 3, 0.7)
+    assert told == ProbeResult(0.4, 3, 0.7)
 
 
 def test_features_are_the_encoders_of_unchanged_images(
     digits: Path, encoder: Path, whole: tuple[Path, dict[str, float]]
 ) -> None:
     cfg = settings(digits, encoder, whole[0], probe=ALL)
-    found = plan(cfg, 1)
+    found = plan_probe(cfg, 1)
     assert isinstance(found, ProbePlan)
-    place = {"split": "val", "part": "all", "seed": 5, "rank": 0, "size": 1, "at_once": 360}
+    place = {"split": "val", "subset": "all", "seed": 5, "rank": 0, "world_size": 1, "microbatch_size": 360}
     (batch,) = eval_batches(found.dataset, cfg.data, **place)
-    module = frozen(found).eval()
+    module = load_frozen_encoder(found).eval()
     with torch.no_grad():
-        token, patches = encode.features(module, normalise(batch.images, found.mean, found.std))
-    ours = [read_part(whole[0], "val", 1, each, ALONE.device) for each in ("pooled", "patches")]
-    torch.testing.assert_close(ours[0].take(slice(None)), patches.mean(dim=1), rtol=1e-4, atol=1e-5)  # pooling=avg
-    torch.testing.assert_close(ours[1].take(slice(None)), patches, rtol=1e-3, atol=1e-3)
+        token, patches = encode.encode_cls_and_patches(module, normalise(batch.images, found.mean, found.std))
+    ours = [load_features(whole[0], "val", 1, each, ALONE.device) for each in ("pooled", "patches")]
+    torch.testing.assert_close(ours[0].load(slice(None)), patches.mean(dim=1), rtol=1e-4, atol=1e-5)  # pooling=avg
+    torch.testing.assert_close(ours[1].load(slice(None)), patches, rtol=1e-3, atol=1e-3)
     assert ours[0].labels.equal(batch.labels)
     for name, wanted in (("token", token), ("both", torch.cat([token, patches.mean(dim=1)], dim=1))):
         with torch.no_grad():
-            pooled, _ = read_layers(module, normalise(batch.images, found.mean, found.std), [1, 2], name)
+            pooled, _ = encode_probe_features(module, normalise(batch.images, found.mean, found.std), [1, 2], name)
         torch.testing.assert_close(pooled[1], wanted)
 
 
 def test_an_encoder_that_learned_by_the_mean_is_read_as_it_learned(digits: Path, tmp_path: Path) -> None:
-    module = build_encoder(TINY, image_size=16, channels=1, pooling="avg", classes=10).eval()
-    card = Card("finetune", encoder_card(TINY, 16, 1, pooling="avg", classes=10), (0.3,), (0.4,), tuple("0123456789"))
+    module = build_encoder(TINY, image_size=16, channels=1, pooling="avg", num_classes=10).eval()
+    card = Card(
+        "finetune", encoder_card(TINY, 16, 1, pooling="avg", num_classes=10), (0.3,), (0.4,), tuple("0123456789")
+    )
     write_export(tmp_path / "export", module.state_dict(), card)
-    found = plan(settings(digits, tmp_path / "export", tmp_path / "run"), 1)
+    found = plan_probe(settings(digits, tmp_path / "export", tmp_path / "run"), 1)
     assert isinstance(found, ProbePlan)
     images = torch.randn(3, 1, 16, 16)
     with torch.no_grad():
-        pooled, _ = read_layers(frozen(found).eval(), images, [2], "avg")
+        pooled, _ = encode_probe_features(load_frozen_encoder(found).eval(), images, [2], "avg")
         hers: Any = module
         torch.testing.assert_close(pooled[0], hers.forward_head(hers.forward_features(images), pre_logits=True))
 
@@ -208,9 +210,9 @@ def test_asked_to_leave_it_leaves_and_goes_on_later(
     cfg = settings(digits, encoder, tmp_path / "run", probe=ALL)
     answers: Iterator[bool] = iter([*[False] * calls, True])
     with monkeypatch.context() as patched:
-        patched.setattr(Run, "asked_to_leave", lambda _run: next(answers))
+        patched.setattr(Run, "check_preemption", lambda _run: next(answers))
         run, summary = probed(cfg)
-    assert run.left
+    assert run.is_preempted
     assert not summary
     assert (run.path / "features").exists() == (calls == 20)
     assert probed(cfg)[1] == whole[1]
@@ -221,7 +223,7 @@ def test_features_of_something_else_are_refused(digits: Path, encoder: Path, tmp
     _, summary = probed(cfg)
     (tmp_path / "run" / "finished.json").unlink()
     with pytest.raises(CheckpointError, match=r"holds features of another kind \(differing: precision\): remove"):
-        probed(FinetuneConfig.checked(cfg.tree() | {"engine": {"kind": "plain", "precision": "bf16"}}, "here"))
+        probed(FinetuneConfig.from_dict(cfg.to_dict() | {"engine": {"kind": "plain", "precision": "bf16"}}, "here"))
     (tmp_path / "run" / "features" / "facts.json").write_text("{")
     with pytest.raises(CheckpointError, match="holds features of another kind"):
         probed(cfg)
@@ -240,7 +242,7 @@ def test_a_full_disk_is_said(digits: Path, encoder: Path, tmp_path: Path, monkey
 
 
 def test_random_features_and_any_model_of_timm_are_probed(digits: Path, tmp_path: Path) -> None:
-    _, summary = probed(settings(digits, None, tmp_path / "random", model=TINY.tree()))
+    _, summary = probed(settings(digits, None, tmp_path / "random", model=TINY.to_dict()))
     assert set(summary) == {"linear_top1", "linear_lr_per_256", "linear_holdout_top1"}
     backbone = build_backbone("test_resnet", 32, 1)
     write_export(
@@ -294,7 +296,7 @@ def test_what_cannot_be_is_refused_before_it_begins(
     further: dict[str, Any], kind: type[FovealError], sentence: str, digits: Path, encoder: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(kind, match=sentence):
-        plan(settings(digits, encoder, tmp_path / "run", **further), 1)
+        plan_probe(settings(digits, encoder, tmp_path / "run", **further), 1)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +311,7 @@ def test_of_a_model_of_timm_only_its_feature_is_read(
     told: dict[str, Any], sentence: str, digits: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        plan(settings(digits, None, tmp_path, data={"image_size": 32}, backbone="test_resnet", probe=told), 1)
+        plan_probe(settings(digits, None, tmp_path, data={"image_size": 32}, backbone="test_resnet", probe=told), 1)
 
 
 def test_an_encoder_that_broke_is_said(digits: Path, encoder: Path, tmp_path: Path) -> None:

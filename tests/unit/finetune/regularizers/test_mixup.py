@@ -12,11 +12,16 @@ from torch.nn import functional as F
 
 from finetune.config import AdversarialConfig
 from finetune.regularizers.adversarial import Attack
-from finetune.regularizers.mixup import _beta, erased, mixed, with_partners
-from finetune.regularizers.teacher import Teacher
-from finetune.tasks.classify import Classify
+from finetune.regularizers.mixup import _sample_beta, apply_mixup_cutmix, apply_random_erasing, mix_with_partners
+from finetune.regularizers.teacher import TeacherLoss
+from finetune.tasks.classify import ClassificationLoss
 from foveal.data import Batch
-from foveal.models.batch_norm import batch_norms, norms_of, split_norms, statistics_kept
+from foveal.models.batch_norm import (
+    add_auxiliary_batch_norms,
+    find_batch_norms,
+    preserve_batch_norm_stats,
+    use_auxiliary_batch_norms,
+)
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 B, K, SIDE = 8, 5, 12
@@ -30,10 +35,10 @@ def pictures(seed: int = 0, count: int = B) -> Tensor:
 def batch(labels: list[int] | None = None, marks: Tensor | None = None) -> Batch:
     images = torch.randint(0, 256, (B, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     given = torch.tensor(labels or [n % K for n in range(B)])
-    return Batch(images, given, DRAWS, DRAWS, torch.ones(B, dtype=torch.bool), 3, 0, 0, marks=marks)
+    return Batch(images, given, DRAWS, DRAWS, torch.ones(B, dtype=torch.bool), 3, 0, 0, targets=marks)
 
 
-def objective(kind: str = "class", weights: tuple[float, ...] = (1.0,) * K, **settings: Any) -> Classify:
+def objective(kind: str = "class", weights: tuple[float, ...] = (1.0,) * K, **settings: Any) -> ClassificationLoss:
     told = {
         "seed": 5,
         "label_smoothing": 0.0,
@@ -44,7 +49,7 @@ def objective(kind: str = "class", weights: tuple[float, ...] = (1.0,) * K, **se
     } | settings
     parts = {name: told.pop(name) for name in ("attack", "teacher") if name in told}
     cfg: Any = SimpleNamespace(data=SimpleNamespace(labels=kind), **told)
-    return Classify(cfg, MEAN, STD, 0, torch.tensor(weights), **parts)
+    return ClassificationLoss(cfg, MEAN, STD, 0, torch.tensor(weights), **parts)
 
 
 class Linear(nn.Module):
@@ -64,7 +69,7 @@ class Linear(nn.Module):
 @pytest.mark.parametrize(("mixup", "cutmix", "share"), [(0.8, 0.0, 0.5), (0.0, 1.0, 0.5), (0.8, 1.0, 0.5)])
 def test_a_mixed_image_is_its_own_share_and_its_neighbours(mixup: float, cutmix: float, share: float) -> None:
     images = pictures()
-    found, own = mixed(images, DRAWS, 5, mixup=mixup, cutmix=cutmix, cutmix_share=share)
+    found, own = apply_mixup_cutmix(images, DRAWS, 5, mixup=mixup, cutmix=cutmix, cutmix_share=share)
     boxes = 0
     for row in range(B):
         partner = images[row ^ 1]
@@ -83,9 +88,9 @@ def test_a_mixed_image_is_its_own_share_and_its_neighbours(mixup: float, cutmix:
 
 def test_halves_of_a_step_are_mixed_as_the_whole_is() -> None:
     images, how = pictures(), {"mixup": 0.8, "cutmix": 1.0, "cutmix_share": 0.5}
-    whole, own = mixed(images, DRAWS, 5, **how)
+    whole, own = apply_mixup_cutmix(images, DRAWS, 5, **how)
     for start, stop in itertools.pairwise((0, 2, 6, 8)):
-        part, mine = mixed(images[start:stop], DRAWS[start:stop], 5, **how)
+        part, mine = apply_mixup_cutmix(images[start:stop], DRAWS[start:stop], 5, **how)
         assert torch.equal(part, whole[start:stop])
         assert torch.equal(mine, own[start:stop])
 
@@ -96,21 +101,23 @@ def test_weights_are_beta_distributed(alpha: float) -> None:
 
     # In double: in single precision more than a hundredth of Beta(0.2, 0.2) rounds to 1.
     numbers = torch.rand(20000, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert stats.kstest(_beta(numbers, alpha).numpy(), stats.beta(alpha, alpha).cdf).pvalue > 0.001
+    assert stats.kstest(_sample_beta(numbers, alpha).numpy(), stats.beta(alpha, alpha).cdf).pvalue > 0.001
 
 
 def test_erasing_leaves_a_box_of_noise_in_as_many_images_as_it_should() -> None:
     draws, images = torch.arange(2000), torch.zeros(2000, 1, 16, 16)
-    touched = erased(images, draws, 3, 0.25) != 0
+    touched = apply_random_erasing(images, draws, 3, 0.25) != 0
     share = touched.flatten(1).any(dim=1).float().mean().item()
     assert share == pytest.approx(0.25, abs=0.03)
     areas = touched.flatten(1).float().mean(dim=1)
     assert 0.0 < areas[areas > 0].min() < 0.05
     assert 0.2 < areas.max() <= 0.45
-    noise = erased(images, draws, 3, 1.0)[touched.expand(2000, 1, 16, 16)]
+    noise = apply_random_erasing(images, draws, 3, 1.0)[touched.expand(2000, 1, 16, 16)]
     assert noise.mean().item() == pytest.approx(0.0, abs=0.03)
     assert noise.std().item() == pytest.approx(1.0, abs=0.03)
-    assert torch.equal(erased(images[5:9], draws[5:9], 3, 0.25), erased(images, draws, 3, 0.25)[5:9])
+    assert torch.equal(
+        apply_random_erasing(images[5:9], draws[5:9], 3, 0.25), apply_random_erasing(images, draws, 3, 0.25)[5:9]
+    )
 
 
 # The loss
@@ -121,7 +128,7 @@ def test_class_weights_are_torchs(smoothing: float) -> None:
     weights, labels = (0.5, 2.0, 1.0, 0.0, 3.0), [0, 1, 2, 3, 4, -1, 1, 1]
     of, model, given = objective(weights=weights, label_smoothing=smoothing), Linear(), batch(labels)
     total, numbers = of(model, given)
-    logits = model(of.shown(given)[0])
+    logits = model(of.prepare_batch(given)[0])
     right = [
         weights[label] for label, guess in zip(labels, logits.argmax(dim=1).tolist(), strict=True) if label == guess
     ]
@@ -130,7 +137,7 @@ def test_class_weights_are_torchs(smoothing: float) -> None:
     wanted = F.cross_entropy(
         logits, given.labels, torch.tensor(weights), ignore_index=-1, label_smoothing=smoothing, reduction="mean"
     )
-    assert (total / of.weight(given)).item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert (total / of.batch_weight(given)).item() == pytest.approx(wanted.item(), rel=1e-5)
 
 
 def test_several_classes_are_torchs_binary_cross_entropy() -> None:
@@ -138,15 +145,15 @@ def test_several_classes_are_torchs_binary_cross_entropy() -> None:
     weights = (0.5, 2.0, 1.0, 0.0, 3.0)
     of, model, given = objective("classes", weights), Linear(), batch(marks=marks)
     total, _ = of(model, given)
-    logits = model(of.shown(given)[0])
+    logits = model(of.prepare_batch(given)[0])
     wanted = F.binary_cross_entropy_with_logits(logits, marks.float(), torch.tensor(weights))
-    assert (total / of.weight(given)).item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert (total / of.batch_weight(given)).item() == pytest.approx(wanted.item(), rel=1e-5)
 
 
 def test_goals_are_mixed_as_images_are() -> None:
     of, given = objective(mixup=0.8, cutmix=1.0, label_smoothing=0.1), batch()
-    images, goals = of.shown(given)
-    _, own = mixed(objective().shown(given)[0], DRAWS, 5, mixup=0.8, cutmix=1.0, cutmix_share=0.5)
+    images, goals = of.prepare_batch(given)
+    _, own = apply_mixup_cutmix(objective().prepare_batch(given)[0], DRAWS, 5, mixup=0.8, cutmix=1.0, cutmix_share=0.5)
     plain = 0.9 * F.one_hot(given.labels, K) + 0.1 / K
     for row in range(B):
         wanted = own[row] * plain[row] + (1 - own[row]) * plain[row ^ 1]
@@ -154,16 +161,16 @@ def test_goals_are_mixed_as_images_are() -> None:
     model = Linear()
     total, _ = of(model, given)
     torch.testing.assert_close(total, F.cross_entropy(model(images), goals, reduction="sum"))
-    assert torch.equal(with_partners(goals, torch.ones(B, 1)), goals)
+    assert torch.equal(mix_with_partners(goals, torch.ones(B, 1)), goals)
 
 
 def test_a_teacher_has_its_share() -> None:
     cfg: Any = SimpleNamespace(kind="soft", weight=0.3, temperature=2.0)
     hers = Linear()
     hers.weight.data.mul_(-1)
-    of, model, given = objective(teacher=Teacher(cfg, hers, "fp32")), Linear(), batch([0, 1, -1, 3, 4, 0, 1, 2])
+    of, model, given = objective(teacher=TeacherLoss(cfg, hers, "fp32")), Linear(), batch([0, 1, -1, 3, 4, 0, 1, 2])
     total, numbers = of(model, given)
-    images, _ = of.shown(given)
+    images, _ = of.prepare_batch(given)
     known = given.labels >= 0
     his, told = (each(images).div(2.0).log_softmax(1)[known] for each in (model, hers))
     soft = 4 * (told.exp() * (told - his)).sum()
@@ -188,8 +195,8 @@ def test_a_token_learns_the_guess_and_the_class_the_labels() -> None:
 
     cfg: Any = SimpleNamespace(kind="token", weight=0.3, temperature=2.0)
     hers, model, given = Linear(), Two(), batch([0, 1, -1, 3, 4, 0, 1, 2])
-    of = objective(teacher=Teacher(cfg, hers, "fp32"))
-    images, _ = of.shown(given)
+    of = objective(teacher=TeacherLoss(cfg, hers, "fp32"))
+    images, _ = of.prepare_batch(given)
     known = given.labels >= 0
     logits, token = model(images)
     guess = hers(images).argmax(dim=1)
@@ -213,7 +220,7 @@ def attack(**settings: Any) -> Attack:
 
 def test_fgsm_is_one_step_along_the_sign() -> None:
     model, given = Linear(), batch()
-    images = objective().shown(given)[0]
+    images = objective().prepare_batch(given)[0]
 
     def loss(seen: Tensor) -> Tensor:
         return F.cross_entropy(model(seen), given.labels, reduction="sum")
@@ -229,7 +236,7 @@ def test_fgsm_is_one_step_along_the_sign() -> None:
 
 def test_pgd_stays_in_its_box_gets_worse_and_knows_no_ranks() -> None:
     model, given = Linear(), batch()
-    images = objective().shown(given)[0]
+    images = objective().prepare_batch(given)[0]
 
     def loss(seen: Tensor, rows: slice = slice(None)) -> Tensor:
         return F.cross_entropy(model(seen), given.labels[rows], reduction="sum")
@@ -257,19 +264,19 @@ def test_attacked_images_have_their_share_of_the_loss() -> None:
 
 def test_norms_of_attacked_images_are_others() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    twins = split_norms(model)
+    twins = add_auxiliary_batch_norms(model)
     names = set(model.state_dict())
     clean, attacked = pictures(), pictures(9) + 3
     before = np.array([b.float().sum() for b in model.buffers()])
-    with norms_of(model, attacked=True):
+    with use_auxiliary_batch_norms(model, enabled=True):
         model(attacked)
     assert np.array_equal(before, [b.float().sum() for b in model.buffers()]), "the clean statistics saw nothing"
     assert twins[0].running_mean.abs().sum() > 0  # type: ignore[operator, union-attr]
     model(clean)
     assert not torch.equal(twins[0].running_mean, model[1].running_mean)  # type: ignore[arg-type]
     kept = model[1].running_mean.clone()  # type: ignore[operator]
-    with statistics_kept(model):
+    with preserve_batch_norm_stats(model):
         model(attacked)
     assert torch.equal(kept, model[1].running_mean)  # type: ignore[arg-type]
     assert set(model.state_dict()) == names, "an export knows nothing of twins"
-    assert len(batch_norms(model)) == 1
+    assert len(find_batch_norms(model)) == 1

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from finetune.tasks.average_precision import THRESHOLDS, Seen, average_precisions
+from finetune.tasks.average_precision import IOU_THRESHOLDS, ImageDetections, compute_average_precision
 
 CLASSES, IMAGES = 3, 12
 
@@ -13,7 +13,7 @@ def boxes(draw: np.random.Generator, count: int) -> np.ndarray:
     return np.concatenate([corners, corners + draw.uniform(8, 40, (count, 2))], axis=1)
 
 
-def looked_at(seed: int) -> list[Seen]:
+def looked_at(seed: int) -> list[ImageDetections]:
     """Some found well, some badly, some twice, some where nothing is; no box of the last class, and no equal scores."""
     draw, seen = np.random.default_rng(seed), []
     scores = draw.permutation(np.linspace(0.06, 0.99, 40 * IMAGES)).reshape(IMAGES, 40)
@@ -24,7 +24,7 @@ def looked_at(seed: int) -> list[Seen]:
         found = np.concatenate([near, boxes(draw, 3)])
         kinds = np.concatenate([labels.repeat(2), draw.integers(0, CLASSES, 3)])
         rows = np.concatenate([found, kinds[:, None], scores[image, : len(found), None]], axis=1)
-        seen.append(Seen(image + 7, rows, np.concatenate([there, labels[:, None]], axis=1)))
+        seen.append(ImageDetections(image + 7, rows, np.concatenate([there, labels[:, None]], axis=1)))
     return seen
 
 
@@ -35,13 +35,13 @@ def overlap(one: np.ndarray, other: np.ndarray) -> float:
     return shared / (sum(area) - shared)
 
 
-def by_definition(seen: list[Seen], label: int, threshold: float) -> float:
+def by_definition(seen: list[ImageDetections], label: int, threshold: float) -> float:
     """Best first, each takes the box of its image that it overlaps most and that is not taken yet."""
-    there = {one.image: one.there[one.there[:, 4] == label] for one in seen}
+    there = {one.image_id: one.ground_truth[one.ground_truth[:, 4] == label] for one in seen}
     total = sum(len(rows) for rows in there.values())
     if not total:
         return np.nan
-    rows = [(row[5], one.image, row) for one in seen for row in one.found if row[4] == label]
+    rows = [(row[5], one.image_id, row) for one in seen for row in one.predicted if row[4] == label]
     taken: dict[int, set[int]] = {image: set() for image in there}
     right = []
     for _, image, row in sorted(rows, key=lambda each: -each[0]):
@@ -59,8 +59,8 @@ def by_definition(seen: list[Seen], label: int, threshold: float) -> float:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_against_the_definition(seed: int) -> None:
     seen = looked_at(seed)
-    found = average_precisions(seen, CLASSES)
-    wanted = [[by_definition(seen, label, threshold) for label in range(CLASSES)] for threshold in THRESHOLDS]
+    found = compute_average_precision(seen, CLASSES)
+    wanted = [[by_definition(seen, label, threshold) for label in range(CLASSES)] for threshold in IOU_THRESHOLDS]
     np.testing.assert_allclose(found, wanted, atol=1e-9)
     assert np.isnan(found[:, -1]).all()
     assert 0 < found[0, 0] < 1
@@ -68,8 +68,10 @@ def test_against_the_definition(seed: int) -> None:
 
 def test_nothing_found_nothing_there_and_any_order() -> None:
     seen = looked_at(0)
-    blind = [Seen(one.image, one.found[:0], one.there) for one in seen]
-    assert np.nansum(average_precisions(blind, CLASSES)) == 0
-    empty = [Seen(one.image, one.found, one.there[:0]) for one in seen]
-    assert np.isnan(average_precisions(empty, CLASSES)).all()
-    np.testing.assert_array_equal(average_precisions(seen[::-1], CLASSES), average_precisions(seen, CLASSES))
+    blind = [ImageDetections(one.image_id, one.predicted[:0], one.ground_truth) for one in seen]
+    assert np.nansum(compute_average_precision(blind, CLASSES)) == 0
+    empty = [ImageDetections(one.image_id, one.predicted, one.ground_truth[:0]) for one in seen]
+    assert np.isnan(compute_average_precision(empty, CLASSES)).all()
+    np.testing.assert_array_equal(
+        compute_average_precision(seen[::-1], CLASSES), compute_average_precision(seen, CLASSES)
+    )

@@ -13,11 +13,11 @@ from rectangles import pack_rectangles
 from torch import Tensor
 
 from finetune.config import FinetuneConfig
-from finetune.model import groups
-from finetune.plan import FinetunePlan, plan
-from finetune.tasks.detect import detector, detector_from_export
+from finetune.model import param_groups_from_plan
+from finetune.plan import FinetunePlan, plan_training
+from finetune.tasks.detect import detector_from_export, detector_from_plan
 from foveal.errors import ConfigError, DataError, ExportError
-from foveal.models.fcos import losses
+from foveal.models.fcos import compute_fcos_losses
 from foveal.models.vit import VitConfig, build_encoder, encoder_card
 from foveal.weights.export import Card, read_card, read_export, write_export
 
@@ -51,21 +51,21 @@ def tree(shards: Path, **further: Any) -> dict[str, Any]:
 
 
 def planned(shards: Path, **further: Any) -> FinetunePlan:
-    return plan(FinetuneConfig.checked(tree(shards, **further), "here"), 1)
+    return plan_training(FinetuneConfig.from_dict(tree(shards, **further), "here"), 1)
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_every_encoder_carries_a_detector(kind: str, shards: Path) -> None:
     """Every parameter that learns has a gradient, and layer-wise decay puts pyramid and head above the encoder."""
     found = planned(shards, **ENCODERS[kind], optim={"layer_decay": 0.5})
-    model = detector(found).train()
-    answers = model(torch.randn(2, 1, *found.cfg.data.sides))
+    model = detector_from_plan(found).train()
+    answers = model(torch.randn(2, 1, *found.cfg.data.image_hw))
     assert answers.places[0].tolist() == [4, 4, 8]
     marks = torch.tensor([[[2.0, 3, 20, 28, 1]], [[0, 0, 0, 0, -1]]])
-    torch.stack(losses(answers, marks)).sum().backward()
+    torch.stack(compute_fcos_losses(answers, marks)).sum().backward()
     learned = {name: each for name, each in model.named_parameters() if each.requires_grad}
     assert all(each.grad is not None and each.grad.isfinite().all() for each in learned.values())
-    scales = {id(each): group["lr_scale"] for group in groups(found, model) for each in group["params"]}
+    scales = {id(each): group["lr_scale"] for group in param_groups_from_plan(found, model) for each in group["params"]}
     assert {scales[id(each)] for name, each in learned.items() if name.startswith("head.")} == {1.0}
     assert min(scales.values()) < 0.5
 
@@ -98,7 +98,7 @@ def test_what_cannot_be_is_one_sentence(further: dict[str, Any], sentence: str, 
 
 def test_the_plan_says_what_is_measured_and_networks_read_any_size(shards: Path) -> None:
     found = planned(shards, backbone="test_resnet", data={"val_size": [64, 96], "crop_ratio": 1.0})
-    assert found.lines()[-1] == "measured  on whole images, as 64 x 96 pixels"
+    assert found.summary_lines()[-1] == "measured  on whole images, as 64 x 96 pixels"
 
 
 def test_a_missing_library_has_a_name(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,17 +124,17 @@ def test_it_starts_from_a_pretrained_encoder(pooling: str, shards: Path, tmp_pat
         return
     found = planned(shards, **further)
     assert found.mean == (0.3,)
-    weights = detector(found).encoder.state_dict()
+    weights = detector_from_plan(found).encoder.state_dict()
     assert all(weights[name].equal(value) for name, value in encoder.state_dict().items() if name != "pos_embed")
 
 
 def test_a_step_is_foreseen(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "boxes.yaml").write_text(yaml.safe_dump(tree(shards)))
     seen = forecast("finetune", tmp_path / "boxes.yaml")
-    model = detector(seen.plan)  # type: ignore[arg-type]
-    assert seen.weights.trained == sum(each.numel() for each in model.parameters() if each.requires_grad)
-    assert seen.flops.both > 2 * seen.flops.forward > 0
-    assert seen.memory.micro > 0
+    model = detector_from_plan(seen.plan)  # type: ignore[arg-type]
+    assert seen.parameter_counts.trainable == sum(each.numel() for each in model.parameters() if each.requires_grad)
+    assert seen.flops_per_sample.forward_backward > 2 * seen.flops_per_sample.forward > 0
+    assert seen.memory_estimate.micro > 0
 
 
 def test_what_a_run_leaves_detects_again(shards: Path, one_rank: Ranks, tmp_path: Path) -> None:
@@ -150,10 +150,10 @@ def test_what_a_run_leaves_detects_again(shards: Path, one_rank: Ranks, tmp_path
     encoder, _ = read_export(export)
     ours: dict[str, Tensor] = model.state_dict()
     assert all(ours[f"encoder.{name}"].equal(value) for name, value in encoder.items())
-    fresh = detector(planned(shards, model=TINY, seed=5)).state_dict()
+    fresh = detector_from_plan(planned(shards, model=TINY, seed=5)).state_dict()
     assert not ours["head.fcos.classification_head.cls_logits.weight"].equal(
         fresh["head.fcos.classification_head.cls_logits.weight"]
     )
     # The next stage begins with the encoder, and need not know of the head.
     again = planned(shards, init=str(export), data={"mean": None, "std": None})
-    assert detector(again).encoder.state_dict()["norm.weight"].equal(encoder["norm.weight"])
+    assert detector_from_plan(again).encoder.state_dict()["norm.weight"].equal(encoder["norm.weight"])

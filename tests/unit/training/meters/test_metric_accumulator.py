@@ -5,25 +5,25 @@ import torch
 from clock import Clock
 from torch import Tensor
 
-from foveal.training.meters.metric_accumulator import Row, Totals
-from foveal.training.meters.throughput import Pace
+from foveal.training.meters.metric_accumulator import MetricAccumulator, MetricRow
+from foveal.training.meters.throughput import ThroughputMeter
 
 
-def host(step: int) -> Row:
+def host(step: int) -> MetricRow:
     return {"step": step, "lr": step / 10, "applied": 1.0}
 
 
 def test_rows_are_reduced_once_and_host_numbers_never() -> None:
-    totals = Totals()
+    totals = MetricAccumulator()
     for step in (1, 2, 3):
-        totals.add({"loss": torch.tensor(step / 2), "top1": torch.tensor(0.25)}, host(step))
+        totals.add_step({"loss": torch.tensor(step / 2), "top1": torch.tensor(0.25)}, host(step))
     calls: list[Tensor] = []
 
     def two_equal_ranks(shares: Tensor) -> Tensor:
         calls.append(shares)
         return shares * 2
 
-    rows = totals.read(two_equal_ranks)
+    rows = totals.read_rows(two_equal_ranks)
     assert rows == [{"step": step, "loss": step, "top1": 0.5, "lr": step / 10, "applied": 1.0} for step in (1, 2, 3)]
     assert [next(iter(row)) for row in rows] == ["step"] * 3
     assert len(calls) == 1
@@ -35,84 +35,86 @@ def test_what_was_read_is_gone_and_nothing_costs_no_collective() -> None:
     def never(_: Tensor) -> Tensor:
         raise AssertionError("a collective for no rows")
 
-    totals = Totals()
-    assert totals.read(never) == []
-    totals.add({"loss": torch.tensor(1.0)}, host(1))
-    assert len(totals.read(lambda shares: shares)) == 1
-    assert totals.read(never) == []
-    totals.add({"other": torch.tensor(2.0)}, host(2))  # a new reading may have other names
-    assert totals.read(lambda shares: shares) == [{"step": 2, "other": 2.0, "lr": 0.2, "applied": 1.0}]
+    totals = MetricAccumulator()
+    assert totals.read_rows(never) == []
+    totals.add_step({"loss": torch.tensor(1.0)}, host(1))
+    assert len(totals.read_rows(lambda shares: shares)) == 1
+    assert totals.read_rows(never) == []
+    totals.add_step({"other": torch.tensor(2.0)}, host(2))  # a new reading may have other names
+    assert totals.read_rows(lambda shares: shares) == [{"step": 2, "other": 2.0, "lr": 0.2, "applied": 1.0}]
 
 
 def test_numbers_keep_double_precision() -> None:
-    totals = Totals()
-    totals.add({"loss": torch.tensor(1.0 + 2**-40, dtype=torch.float64)}, host(1))
-    assert totals.read(lambda shares: shares)[0]["loss"] == 1.0 + 2**-40
+    totals = MetricAccumulator()
+    totals.add_step({"loss": torch.tensor(1.0 + 2**-40, dtype=torch.float64)}, host(1))
+    assert totals.read_rows(lambda shares: shares)[0]["loss"] == 1.0 + 2**-40
 
 
 def test_other_numbers_from_one_step_to_the_next_are_a_programmers_mistake() -> None:
-    totals = Totals()
-    totals.add({"loss": torch.tensor(1.0)}, host(1))
+    totals = MetricAccumulator()
+    totals.add_step({"loss": torch.tensor(1.0)}, host(1))
     with pytest.raises(AssertionError, match="same numbers every step"):
-        totals.add({"loss": torch.tensor(1.0), "more": torch.tensor(1.0)}, host(2))
+        totals.add_step({"loss": torch.tensor(1.0), "more": torch.tensor(1.0)}, host(2))
 
 
 def test_a_graph_is_not_kept_alive() -> None:
-    totals = Totals()
-    totals.add({"loss": torch.ones(1, requires_grad=True).sum()}, host(1))
+    totals = MetricAccumulator()
+    totals.add_step({"loss": torch.ones(1, requires_grad=True).sum()}, host(1))
     graphs: list[bool] = []
-    totals.read(lambda shares: graphs.append(shares.requires_grad) or shares)
+    totals.read_rows(lambda shares: graphs.append(shares.requires_grad) or shares)
     assert graphs == [False]
 
 
 def test_images_per_second_and_the_share_of_waiting() -> None:
     clock = Clock()
-    pace = Pace(clock=clock)
+    pace = ThroughputMeter(clock=clock)
     for _ in range(4):
-        with pace.waiting():
+        with pace.time_data_wait():
             clock.pass_(0.5)
         clock.pass_(1.5)
-        pace.count(32)
-    assert pace.read() == {"images_per_second": 16.0, "data_wait": 0.25}
+        pace.add_images(32)
+    assert pace.read_rates() == {"images_per_second": 16.0, "data_wait": 0.25}
     clock.pass_(2.0)
-    pace.count(32)
-    assert pace.read() == {"images_per_second": 16.0, "data_wait": 0.0}, "each reading is of the time since the last"
-    assert pace.seconds == 10.0
+    pace.add_images(32)
+    assert pace.read_rates() == {"images_per_second": 16.0, "data_wait": 0.0}, (
+        "each reading is of the time since the last"
+    )
+    assert pace.training_seconds == 10.0
 
 
 def test_pauses_are_no_training() -> None:
     clock = Clock()
-    pace = Pace(clock=clock)
+    pace = ThroughputMeter(clock=clock)
     clock.pass_(2.0)
-    pace.count(10)
-    with pace.paused():
+    pace.add_images(10)
+    with pace.exclude_time():
         clock.pass_(100.0)
     clock.pass_(3.0)
-    assert pace.read() == {"images_per_second": 2.0, "data_wait": 0.0}
-    with pace.paused():
+    assert pace.read_rates() == {"images_per_second": 2.0, "data_wait": 0.0}
+    with pace.exclude_time():
         clock.pass_(7.0)
-    assert pace.seconds == 5.0
+    assert pace.training_seconds == 5.0
     clock.pass_(1.0)
-    pace.count(8)
-    assert pace.read()["images_per_second"] == 8.0
+    pace.add_images(8)
+    assert pace.read_rates()["images_per_second"] == 8.0
 
 
 def test_a_restart_goes_on_counting_and_does_not_count_the_time_between() -> None:
     clock = Clock()
-    first = Pace(clock=clock)
+    first = ThroughputMeter(clock=clock)
     clock.pass_(60.0)
-    saved = first.seconds
+    saved = first.training_seconds
     clock.pass_(3600.0)
-    second = Pace(saved, clock)
+    second = ThroughputMeter(saved, clock)
     clock.pass_(5.0)
-    second.count(10)
-    assert second.seconds == 65.0
-    assert second.read()["images_per_second"] == 2.0
+    second.add_images(10)
+    assert second.training_seconds == 65.0
+    assert second.read_rates()["images_per_second"] == 2.0
 
 
 def test_no_time_at_all_is_no_division_by_zero() -> None:
-    pace = Pace(clock=Clock())
-    pace.count(1)
-    rates = pace.read()
+    pace = ThroughputMeter(clock=Clock())
+    pace.add_images(1)
+    rates = pace.read_rates()
     assert rates["images_per_second"] > 0
     assert rates["data_wait"] == 0.0

@@ -13,7 +13,7 @@ from ranks import Ranks, stage_named
 
 from foveal.errors import ConfigError
 from foveal.training.meters import profiler
-from foveal.training.meters.profiler import profiled
+from foveal.training.meters.profiler import profile_steps
 from foveal.training.plan import LogConfig
 
 
@@ -25,7 +25,7 @@ def some(start: int, stop: int) -> Iterator[int]:
 
 def taken(folder: Path, start: int, stop: int, span: tuple[int, int] | None) -> list[str]:
     """Take steps; the names of the traces that are there then."""
-    assert list(profiled(some(start, stop), start, span, folder)) == list(range(start + 1, stop + 1))
+    assert list(profile_steps(some(start, stop), start, span, folder)) == list(range(start + 1, stop + 1))
     return sorted(file.name for file in folder.iterdir()) if folder.exists() else []
 
 
@@ -53,7 +53,7 @@ def test_the_trace_is_of_the_steps_that_were_asked_for(
 
 
 def test_who_stops_early_has_what_was_traced(tmp_path: Path) -> None:
-    steps: Any = profiled(some(0, 9), 0, (2, 5), tmp_path)
+    steps: Any = profile_steps(some(0, 9), 0, (2, 5), tmp_path)
     for _ in range(3):
         next(steps)
     steps.close()
@@ -70,7 +70,7 @@ def test_a_disk_without_room_loses_the_trace_alone(
     if how == "refused":
         monkeypatch.setattr(profiler.gzip, "open", full)
     else:
-        monkeypatch.setattr(profiler, "_is_whole", lambda _: False)
+        monkeypatch.setattr(profiler, "_is_complete_json", lambda _: False)
     assert taken(tmp_path / "profile", 0, 3, (1, 2)) == []
     assert "steps-00000001-00000002.json.gz is not written" in caplog.text
 
@@ -78,7 +78,7 @@ def test_a_disk_without_room_loses_the_trace_alone(
 @pytest.mark.parametrize("span", [[3, 2], [0, 2], [-1, 1]])
 def test_no_such_steps(span: list[int]) -> None:
     with pytest.raises(ConfigError, match=r"log\.profile_steps=.* must be \[first, last\], counted from 1"):
-        LogConfig.checked({"profile_steps": span}, "the test")
+        LogConfig.from_dict({"profile_steps": span}, "the test")
 
 
 def test_a_run_is_the_same_with_it(configs: dict[str, Path], one_rank: Ranks, tmp_path: Path) -> None:

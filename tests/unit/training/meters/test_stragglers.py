@@ -7,26 +7,26 @@ import pytest
 import torch
 from clock import Clock
 
-from foveal.training.meters.stragglers import Stragglers
+from foveal.training.meters.stragglers import StragglerMeter
 
 CPU = torch.device("cpu")
 
 
 def rank(clock: Clock, host: str, *, steps: int = 4, fetch: float = 0.5, forward: float = 0.25, micros: int = 2) -> Any:
     """What a rank brings to the gather after some steps; the waits for others cost it ten seconds each."""
-    own = Stragglers(CPU, host, clock)
+    own = StragglerMeter(CPU, host, clock)
     for _ in range(steps):
-        with own.fetching():
+        with own.time_data_fetch():
             clock.pass_(fetch)
         clock.pass_(10.0)
         for _ in range(micros):
-            with own.working():
+            with own.time_forward():
                 clock.pass_(forward)
         clock.pass_(10.0)
     return brought(own)
 
 
-def brought(own: Stragglers) -> Any:
+def brought(own: StragglerMeter) -> Any:
     mine: list[Any] = []
     own.report(1, lambda value: mine.append(value) or mine)
     return mine[0]
@@ -39,10 +39,10 @@ def test_waiting_for_others_is_nobodys_own_time() -> None:
 def test_the_slowest_is_named_and_everybody_is_in_the_table() -> None:
     clock = Clock()
     others = [rank(clock, "a"), rank(clock, "b", fetch=2.5), rank(clock, "b", forward=0.5)]
-    own = Stragglers(CPU, "a", clock)
-    with own.fetching():
+    own = StragglerMeter(CPU, "a", clock)
+    with own.time_data_fetch():
         clock.pass_(0.5)
-    with own.working():
+    with own.time_forward():
         clock.pass_(0.75)
     numbers, table = own.report(40, lambda mine: [mine, *others])
     assert numbers == {
@@ -62,18 +62,18 @@ def test_the_slowest_is_named_and_everybody_is_in_the_table() -> None:
 
 def test_each_report_is_of_the_time_since_the_last() -> None:
     clock = Clock()
-    own = Stragglers(CPU, "a", clock)
+    own = StragglerMeter(CPU, "a", clock)
     for seconds in (1.0, 3.0):
-        with own.fetching():
+        with own.time_data_fetch():
             clock.pass_(seconds)
         assert brought(own)["step_seconds"] == seconds
 
 
 def test_alone_or_before_a_step_there_is_nothing_to_compare() -> None:
     clock = Clock()
-    own = Stragglers(CPU, "a", clock)
+    own = StragglerMeter(CPU, "a", clock)
     assert own.report(0, lambda mine: [mine, mine]) == ({}, [])
-    with own.fetching():
+    with own.time_data_fetch():
         clock.pass_(1.0)
     assert own.report(1, lambda mine: [mine]) == ({}, [])
 
@@ -110,11 +110,11 @@ class Device:
 
 def test_a_gpu_is_timed_by_its_own_queue(monkeypatch: pytest.MonkeyPatch) -> None:
     device, clock = Device(monkeypatch), Clock()
-    own = Stragglers(torch.device("cuda", 0), "a", clock)
-    with own.fetching():
+    own = StragglerMeter(torch.device("cuda", 0), "a", clock)
+    with own.time_data_fetch():
         clock.pass_(0.5)
     for _ in range(2):
-        with own.working(), device.kernels(750.0):
+        with own.time_forward(), device.kernels(750.0):
             clock.pass_(0.001)  # the host only queues
         device.milliseconds += 5000.0
     assert brought(own) == {"host": "a", "step_seconds": 2.0, "data_wait": 0.25}
