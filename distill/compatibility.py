@@ -84,7 +84,7 @@ class StudentSpec:
 
 
 def build_teacher_spec(cfg: DistillConfig, card: Card) -> TeacherSpec:
-    """What the teacher of this card is asked. Errors: ConfigError, ExportError."""
+    """What the teacher of this card is asked. Raises: ConfigError, ExportError."""
     where, size = cfg.teacher, cfg.data.image_size
     told = parse_encoder_card(card.encoder, f"{where}/card.json")
     if told.channels != cfg.data.channels:
@@ -120,7 +120,7 @@ def build_teacher_spec(cfg: DistillConfig, card: Card) -> TeacherSpec:
 def check_compatible(
     cfg: DistillConfig, teacher: TeacherSpec, name: str, model: VitConfig | None, backbone: str | None
 ) -> StudentSpec:
-    """A student that can follow. Errors: ConfigError, ExportError."""
+    """A student that can follow. Raises: ConfigError, ExportError."""
     size, channels = cfg.data.image_size, cfg.data.channels
     called = f"students.{name}." if name else ""
     classes = len(teacher.classes) if cfg.lesson in CLASS_METHODS else 0
@@ -194,7 +194,7 @@ def _compares_patches(cfg: DistillConfig) -> bool:
 
 
 def _check_grids(cfg: DistillConfig, teacher: TeacherSpec, student: str, student_shape: FeatureShape | None) -> None:
-    """Features are compared place by place. Errors: ConfigError."""
+    """Features are compared place by place. Raises: ConfigError."""
     if (
         not _compares_patches(cfg)
         or teacher.feature_shape is None
@@ -222,7 +222,7 @@ def _check_distillation_token(prefix: str, model: VitConfig | None, backbone: st
 
 
 def _check_batch_norm(cfg: DistillConfig, backbone: str) -> bool:
-    """Whether a model of timm has BatchNorm. Errors: ConfigError where it is to recompute activations and cannot."""
+    """Whether a model of timm has BatchNorm. Raises: ConfigError where it is to recompute activations and cannot."""
     size, channels = cfg.data.image_size, cfg.data.channels
     if cfg.engine.recompute:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
@@ -231,7 +231,7 @@ def _check_batch_norm(cfg: DistillConfig, backbone: str) -> bool:
 
 
 def resolve_class_names(cfg: DistillConfig, teacher: TeacherSpec, sources: Sequence[SampleSource]) -> tuple[str, ...]:
-    """The names of the classes: the data's are the teacher's, and labels are among them. Errors: DataError, ConfigError."""
+    """The names of the classes: the data's are the teacher's, and labels are among them. Raises: DataError, ConfigError."""
     ours = sources[0].dataset.classes
     names = teacher.classes if teacher.has_class_names or ours is None else ours
     if len(names) != len(teacher.classes):
@@ -302,7 +302,7 @@ def _card_feature_shape(cfg: DistillConfig, card: EncoderCard | BackboneCard) ->
 def _teacher_trained_size(
     card: EncoderCard | BackboneCard, size: int | tuple[int, int], where: str
 ) -> int | tuple[int, int] | None:
-    """The size of the teacher's own images, if it is another. Errors: ConfigError, ExportError where it cannot be."""
+    """The size of the teacher's own images, if it is another. Raises: ConfigError, ExportError where it cannot be."""
     if isinstance(card, EncoderCard):
         return card.trained_size_if_different(size)
     check_resizable(card, size, f"the teacher {where}")

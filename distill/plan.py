@@ -49,7 +49,7 @@ class DistillPlan(Plan):
 
 
 def plan(cfg: DistillConfig, ranks: int) -> DistillPlan:
-    """Everything that can be refused before a run begins. Errors: ConfigError, DataError, ExportError."""
+    """Everything that can be refused before a run begins. Raises: ConfigError, DataError, ExportError."""
     students = resolve_students(cfg)
     _check_settings(cfg)
     source = inspect_pretrained(Path(cfg.teacher), cfg.teacher_name, cfg.data)
@@ -80,7 +80,7 @@ def plan(cfg: DistillConfig, ranks: int) -> DistillPlan:
 
 
 def resolve_students(cfg: DistillConfig) -> tuple[StudentConfig, ...]:
-    """Every student, each with a model or a backbone; a student without a name is the only one. Errors: ConfigError."""
+    """Every student, each with a model or a backbone; a student without a name is the only one. Raises: ConfigError."""
     alone = cfg.model is not None or cfg.backbone is not None
     if alone and cfg.students:
         raise ConfigError(
@@ -121,7 +121,7 @@ def _resolve_student(
 
 
 def _check_settings(cfg: DistillConfig) -> None:
-    """What no teacher and no student can mend. Errors: ConfigError."""
+    """What no teacher and no student can mend. Raises: ConfigError."""
     if cfg.layers and cfg.lesson not in ("layers", "relations"):
         raise ConfigError(
             f"layers are pairs of blocks, and lesson={cfg.lesson} compares none; remove them, or take lesson=layers or "

@@ -89,7 +89,7 @@ def build(plan: DistillPlan, device: torch.device) -> TrainingSetup[Distillation
 
 
 def _open_teacher_cache(plan: DistillPlan, teacher: Teacher, device: torch.device) -> TeacherCache:
-    """What the teacher has said, under everything that its answers depend on. Errors: ConfigError."""
+    """What the teacher has said, under everything that its answers depend on. Raises: ConfigError."""
     cfg = plan.cfg
     assert cfg.lesson_cache.dir is not None
     height, width = height_and_width(cfg.data.image_size)

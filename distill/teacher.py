@@ -33,7 +33,7 @@ class Teacher:
     ) -> None:
         """``image_size`` is that of the images that it will see; none: of those that it was trained on.
 
-        ``where`` names the weights' folder in the sentence of a mistake. Errors: ExportError.
+        ``where`` names the weights' folder in the sentence of a mistake. Raises: ExportError.
         """
         self.target = target
         looks = forward_pooled_and_tokens if target.patches else forward_pooled

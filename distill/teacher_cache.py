@@ -50,7 +50,7 @@ class TeacherCache:
     ) -> None:
         """``facts`` are all that the answers depend on, as plain data: other facts, or other parts, are another file.
 
-        Errors: ConfigError where the folder cannot be used, or holds a file of the same name and other facts.
+        Raises: ConfigError where the folder cannot be used, or holds a file of the same name and other facts.
         """
         self.num_rows, self.tensor_specs = num_rows, tuple(tensor_specs)
         told = {
@@ -121,7 +121,7 @@ class TeacherCache:
         return read == len(buffer) and buffer[self._row_bytes :] == self._row_trailer(row, buffer[: self._row_bytes])
 
     def _write_row(self, row: int, content: bytes) -> None:
-        """A row and its seal, at its place. Errors: OSError."""
+        """A row and its seal, at its place. Raises: OSError."""
         rest = memoryview(content + self._row_trailer(row, content))
         place = self._row_offset(row)
         while rest:
@@ -161,7 +161,7 @@ class TeacherCache:
 def check_cache_size(
     num_rows: int, tensor_specs: Sequence[TensorSpec], max_gigabytes: float, setting_name: str
 ) -> None:
-    """Refuse what could take more than ``gigabytes`` (10^9 bytes), which ``setting`` says. Errors: ConfigError."""
+    """Refuse what could take more than ``gigabytes`` (10^9 bytes), which ``setting`` says. Raises: ConfigError."""
     row = sum(part.num_bytes for part in tensor_specs) + _TRAILER_BYTES
     if num_rows * row > max_gigabytes * 1e9:
         raise ConfigError(
@@ -171,7 +171,7 @@ def check_cache_size(
 
 
 def _write_or_check_key_fields(file: Path, expected: dict[str, Any]) -> None:
-    """Write the facts down beside the rows, or see that they are the same. Errors: ConfigError."""
+    """Write the facts down beside the rows, or see that they are the same. Raises: ConfigError."""
     try:
         found = json.loads(file.read_text())
     except FileNotFoundError:

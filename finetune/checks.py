@@ -21,7 +21,7 @@ _CLASSIFICATION_SETTINGS = ("mixup", "cutmix", "erase", "dropout", "average")
 
 
 def check_settings(cfg: FinetuneConfig) -> None:
-    """What the settings alone tell. Errors: ConfigError."""
+    """What the settings alone tell. Raises: ConfigError."""
     kind = cfg.data.labels
     default = FinetuneConfig.model_construct()
     if kind in _DENSE_KINDS:
@@ -47,7 +47,7 @@ def check_settings(cfg: FinetuneConfig) -> None:
 
 
 def check_holdout_stopping(cfg: FinetuneConfig, run_kind: str) -> None:
-    """Runs that are compared must not stop by what they are judged on. Errors: ConfigError."""
+    """Runs that are compared must not stop by what they are judged on. Raises: ConfigError."""
     if cfg.plateau_metric is not None and not cfg.plateau_metric.startswith("holdout_"):
         raise ConfigError(
             f"early_stopping.metric={cfg.plateau_metric} would judge {run_kind} by what it stopped at: stop by a holdout_ number, with "
@@ -56,7 +56,7 @@ def check_holdout_stopping(cfg: FinetuneConfig, run_kind: str) -> None:
 
 
 def check_even_microbatch(cfg: FinetuneConfig, microbatch_size: int) -> None:
-    """Mixup and cutmix pair the images of a micro. Errors: ConfigError."""
+    """Mixup and cutmix pair the images of a micro. Raises: ConfigError."""
     if (cfg.mixup or cfg.cutmix) and microbatch_size % 2:
         raise ConfigError(
             f"mixup and cutmix pair images that a rank holds at once, which are {microbatch_size} here: take an even number of "
@@ -65,13 +65,13 @@ def check_even_microbatch(cfg: FinetuneConfig, microbatch_size: int) -> None:
 
 
 def check_split_batchnorm(cfg: FinetuneConfig, model_name: str, *, has_batchnorm: bool) -> None:
-    """Whether there are norms to be split. Errors: ConfigError."""
+    """Whether there are norms to be split. Raises: ConfigError."""
     if cfg.adversarial is not None and cfg.adversarial.split_norms and not has_batchnorm:
         raise ConfigError(f"adversarial.split_norms is for BatchNorm, which {model_name} does not have; leave it out")
 
 
 def check_distillation_token(cfg: FinetuneConfig, card: EncoderCard | BackboneCard) -> None:
-    """Whether there is a distillation token to be taught. Errors: ConfigError."""
+    """Whether there is a distillation token to be taught. Raises: ConfigError."""
     if cfg.teacher is None or cfg.teacher.kind != "token":
         return
     if isinstance(card, BackboneCard):
@@ -97,7 +97,7 @@ def resolve_pooling(cfg: FinetuneConfig) -> Pooling:
 
 
 def check_task_settings(cfg: FinetuneConfig, card: Card | None) -> None:
-    """Errors: ConfigError for settings that this kind of label cannot have, ExportError for an export that it cannot."""
+    """Raises: ConfigError for settings that this kind of label cannot have, ExportError for an export that it cannot."""
     labels = cfg.data.labels
     for name, section, kind in (("segment", cfg.segment, "mask"), ("detect", cfg.detect, "boxes")):
         if labels != kind and section != type(section)():
@@ -126,7 +126,7 @@ def check_task_settings(cfg: FinetuneConfig, card: Card | None) -> None:
 
 
 def check_trials(cfg: FinetuneConfig) -> None:
-    """Errors: ConfigError for a comparison of what has no top-1, or that stops by what it is judged on."""
+    """Raises: ConfigError for a comparison of what has no top-1, or that stops by what it is judged on."""
     check_holdout_stopping(cfg, "a trial")
     if cfg.data.labels != "class":
         raise ConfigError(
@@ -136,7 +136,7 @@ def check_trials(cfg: FinetuneConfig) -> None:
 
 
 def check_backbone_forward(card: BackboneCard, cfg: FinetuneConfig, microbatch_size: int, num_classes: int) -> None:
-    """Errors: ConfigError where a training forward of a model of timm would fail."""
+    """Raises: ConfigError where a training forward of a model of timm would fail."""
     if cfg.data.labels == "mask":
         check_segmenter_training(card, cfg.segment.head_card(num_classes), microbatch_size)
     elif cfg.data.labels != "boxes":  # see ``check_boxes``
@@ -146,7 +146,7 @@ def check_backbone_forward(card: BackboneCard, cfg: FinetuneConfig, microbatch_s
 def check_detector_forward(
     cfg: FinetuneConfig, encoder: EncoderCard | BackboneCard, microbatch_size: int, num_classes: int
 ) -> None:
-    """Errors: ConfigError where a training forward of a detector would fail, or one of evaluated images."""
+    """Raises: ConfigError where a training forward of a detector would fail, or one of evaluated images."""
     head = cfg.detect.head_card(num_classes)
     check_detector(encoder, head, cfg.data.image_hw, microbatch_size, train=True)
     check_detector(encoder, head, cfg.data.eval_image_hw, 1, train=False)

@@ -37,7 +37,7 @@ def evaluation_metric_names(cfg: StageConfig, *, adversarial: bool) -> list[str]
 def check_early_stopping(
     early_stopping: EarlyStoppingConfig | None, evaluate_every: int, cfg: StageConfig, *, adversarial: bool = False
 ) -> None:
-    """Refuse what judges by a number that nobody logs. Errors: ConfigError."""
+    """Refuse what judges by a number that nobody logs. Raises: ConfigError."""
     names = ", ".join(evaluation_metric_names(cfg, adversarial=adversarial))
     if early_stopping is None:
         if cfg.optim.schedule == "plateau":

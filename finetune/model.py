@@ -85,7 +85,7 @@ def model_from_export(
 ) -> Any:
     """The model that a run left with a head of this kind, in evaluation mode on the CPU.
 
-    ``build`` makes it of an encoder, the encoder's card, the head's, and where they were read. Errors: ExportError.
+    ``build`` makes it of an encoder, the encoder's card, the head's, and where they were read. Raises: ExportError.
     """
     weights, card = read_export(export_dir)
     head_weights, head = read_head(export_dir, head_kind)

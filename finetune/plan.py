@@ -107,7 +107,7 @@ def _has_batchnorm(card: BackboneCard) -> bool:
 def plan_training(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
     """Everything that can be refused before a run begins; with trials, for every arm.
 
-    Errors: ConfigError, DataError, ExportError.
+    Raises: ConfigError, DataError, ExportError.
     """
     if cfg.trials is None:
         return _plan_run(cfg, ranks)
@@ -195,7 +195,7 @@ def _plan_run(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
 
 
 def _inspect_init_source(cfg: FinetuneConfig) -> PretrainedSource | None:
-    """The weights to start from: an export, or what others left for a model of timm. Errors: ConfigError, ExportError."""
+    """The weights to start from: an export, or what others left for a model of timm. Raises: ConfigError, ExportError."""
     if cfg.init is None:
         if cfg.init_name is not None:
             raise ConfigError(
@@ -236,7 +236,7 @@ def _resolve_encoder_card(
 
 
 def _check_matches_export(cfg: FinetuneConfig, export_card: EncoderCard | BackboneCard) -> None:
-    """What the config says beside an export must be what the export is. Errors: ExportError."""
+    """What the config says beside an export must be what the export is. Raises: ExportError."""
     stated: dict[str, Any] = {"channels": cfg.data.channels}
     name, other = ("timm", "model") if isinstance(export_card, BackboneCard) else ("name", "backbone")
     if getattr(cfg, other) is not None:
@@ -255,7 +255,7 @@ def _check_matches_export(cfg: FinetuneConfig, export_card: EncoderCard | Backbo
 
 
 def _check_backbone(card: BackboneCard, cfg: FinetuneConfig, at_once: int, classes: int) -> None:
-    """What a model of timm must have of what the settings ask for. Errors: ConfigError."""
+    """What a model of timm must have of what the settings ask for. Raises: ConfigError."""
     default = FinetuneConfig.model_fields["pooling"].default
     if cfg.pooling != default:
         raise ConfigError(f"pooling={cfg.pooling} is of foveal's encoders, {card.timm} has its own; leave it out")
@@ -276,7 +276,7 @@ def _check_backbone(card: BackboneCard, cfg: FinetuneConfig, at_once: int, class
 
 
 def _resolve_class_weights(cfg: FinetuneConfig, plan: FinetunePlan, classes: tuple[str, ...]) -> tuple[float, ...]:
-    """The weight of each class in the loss. Errors: ConfigError, DataError."""
+    """The weight of each class in the loss. Raises: ConfigError, DataError."""
     told = cfg.class_weights
     if told is None:
         return (1.0,) * len(classes)
@@ -322,7 +322,7 @@ def _resolve_classes(dataset: Dataset, cfg: FinetuneConfig) -> tuple[str, ...]:
 def _inspect_teacher(
     cfg: FinetuneConfig, classes: tuple[str, ...], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> PretrainedSource | None:
-    """The settings' teacher, which must have the same classes and see the same pixels. Errors: ExportError."""
+    """The settings' teacher, which must have the same classes and see the same pixels. Raises: ExportError."""
     if cfg.teacher is None:
         return None
     origin = inspect_pretrained(Path(cfg.teacher.init), None, cfg.data)

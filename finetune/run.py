@@ -43,7 +43,7 @@ def train(plan: FinetunePlan, run: Run) -> None:
 
 
 def plan_finetuning(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
-    """What is done with these settings, or why not. Errors: ConfigError, DataError, ExportError, LaunchError."""
+    """What is done with these settings, or why not. Raises: ConfigError, DataError, ExportError, LaunchError."""
     if cfg.probe is not None:
         return plan_of_probe(cfg, ranks)
     return cross_validation.plan_cross_validation(cfg, ranks) if cfg.folds is not None else plan_of_one(cfg, ranks)

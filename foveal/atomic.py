@@ -45,7 +45,7 @@ def write_atomic(file: Path, content: bytes) -> None:
     """Write a file so that a reader sees the old bytes or the new, never a part; on disk when this returns.
 
     The draft has the process's number, so that two processes that write the same file spoil neither.
-    Errors: OSError; CheckpointError where a folder has the name.
+    Raises: OSError; CheckpointError where a folder has the name.
     """
     draft = file.with_name(f".{file.name}.{os.getpid()}.draft")
     try:
@@ -77,13 +77,13 @@ def write_json(file: Path, value: Any) -> None:
 def read_json(file: Path) -> dict[str, Any]:
     """An object of JSON, as foveal writes them into a run directory.
 
-    Errors: FileNotFoundError; CheckpointError, one sentence, where it cannot be read or is no such object.
+    Raises: FileNotFoundError; CheckpointError, one sentence, where it cannot be read or is no such object.
     """
     return parse_json_object(read_file_bytes(file), file)
 
 
 def read_file_bytes(file: Path) -> bytes:
-    """The bytes of a file of a run directory. Errors: OSError; CheckpointError where a folder has its name."""
+    """The bytes of a file of a run directory. Raises: OSError; CheckpointError where a folder has its name."""
     try:
         return file.read_bytes()
     except IsADirectoryError:
@@ -95,7 +95,7 @@ def _not_a_file_error(place: Path) -> CheckpointError:
 
 
 def parse_json_object(text: bytes, source: Path | str) -> dict[str, Any]:
-    """The object that a text of JSON is; ``where`` it comes from. Errors: CheckpointError."""
+    """The object that a text of JSON is; ``where`` it comes from. Raises: CheckpointError."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -120,7 +120,7 @@ class AppendLog:
         self._file, self._stream = file, stream
 
     def append(self, content: bytes) -> None:
-        """Append all that is owed and this, and force it to disk. Errors: OSError where the disk is not just full."""
+        """Append all that is owed and this, and force it to disk. Raises: OSError where the disk is not just full."""
         news, self.pending = not self.pending, self.pending + content
         try:
             with nullcontext(self._stream) if self._stream else FileIO(self._file, "a+b") as stream:

@@ -93,7 +93,7 @@ class Config(BaseModel):
     def load(cls, file: Path, overrides: Sequence[str] = ()) -> Self:
         """Read a YAML file, apply ``dotted.key=value`` overrides, validate.
 
-        Errors: ConfigError, one sentence that names the file and the key and, for a typo, the nearest setting; also
+        Raises: ConfigError, one sentence that names the file and the key and, for a typo, the nearest setting; also
         for a secret that is written out, since the settings are written into the run directory.
         """
         tree = read_yaml(file)
@@ -173,7 +173,7 @@ def explain_written_secret(secret: str, *, in_url: bool = True) -> str:
 
 
 def check_folder_name(setting: str, name: str) -> None:
-    """A name that becomes a folder's stays inside the one it is in. Errors: ConfigError."""
+    """A name that becomes a folder's stays inside the one it is in. Raises: ConfigError."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII):
         raise ConfigError(
             f"{setting}={name!r} is no plain name of a folder: a letter or digit, then letters, digits, '_', '-' and '.'"
@@ -183,7 +183,7 @@ def check_folder_name(setting: str, name: str) -> None:
 def parse_yaml(text: str) -> Any:
     """Plain data from YAML.
 
-    Errors: ConfigError for a key given twice and for more than a config can be, yaml.YAMLError for what is no YAML.
+    Raises: ConfigError for a key given twice and for more than a config can be, yaml.YAMLError for what is no YAML.
     """
     if len(text) > _MOST_TEXT:
         raise ConfigError(f"this is no config: it has more than {_MOST_TEXT:,} characters")
@@ -204,7 +204,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def _count_values(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values a node has once its aliases are written out. Errors: RecursionError for one inside of itself."""
+    """How many values a node has once its aliases are written out. Raises: RecursionError for one inside of itself."""
     if id(node) in known:
         return known[id(node)]
     inner = () if isinstance(node, yaml.ScalarNode) else node.value
@@ -216,7 +216,7 @@ def _count_values(node: yaml.Node, known: dict[int, int]) -> int:
 
 
 def read_yaml(file: Path) -> Any:
-    """Plain data from a YAML file. Errors: ConfigError, one sentence that names the file."""
+    """Plain data from a YAML file. Raises: ConfigError, one sentence that names the file."""
     try:
         return parse_yaml(call_with_timeout(_PATIENCE, lambda: _read_text(file)))
     except FileNotFoundError:
@@ -230,7 +230,7 @@ def read_yaml(file: Path) -> Any:
 
 
 def _refuse_secrets(cfg: Config, where: str) -> None:
-    """Settings are written into the run directory and into MLflow: no secret may stand in them. Errors: ConfigError."""
+    """Settings are written into the run directory and into MLflow: no secret may stand in them. Raises: ConfigError."""
     for setting, value in cfg.to_flat_dict().items():
         for name, what in find_secrets_in_settings(value, setting):
             raise ConfigError(f"{where}: {name}: {explain_written_secret(what, in_url=isinstance(value, str))}")

@@ -18,7 +18,7 @@ _LOOKS = 10  # at the clock of the thread that waits, within the patience
 def read_with_timeout(source: Path | str, stall_timeout: float, read: Callable[[], T]) -> T:
     """What a read of a file or folder returns or raises; ``seconds``: how long it may stand still.
 
-    Errors: Unreachable that names the place, where storage does not answer or says that it is away.
+    Raises: Unreachable that names the place, where storage does not answer or says that it is away.
     """
     try:
         return call_with_timeout(stall_timeout, read, extend_while_busy=True)
@@ -39,7 +39,7 @@ def call_with_timeout(timeout: float, call: Callable[[], T], *, extend_while_bus
 
     while_busy: a call that does not stand still is waited for longer. It stands still while its thread takes no time of a
     processor: a large file on slow storage takes some for every piece.
-    The thread does not keep the process from its end. Errors: TimeoutError; the call is then left behind.
+    The thread does not keep the process from its end. Raises: TimeoutError; the call is then left behind.
     """
     came: list[T] = []
     failed: list[BaseException] = []

@@ -67,7 +67,7 @@ class PretrainPlan(Plan):
 
 
 def plan_pretraining(cfg: PretrainConfig, world_size: int) -> PretrainPlan:
-    """Everything that can be refused before a run begins. Errors: ConfigError, DataError, ExportError."""
+    """Everything that can be refused before a run begins. Raises: ConfigError, DataError, ExportError."""
     _check_target(cfg)
     model, size = cfg.model.resolve_for_image(cfg.data.image_size), cfg.data.image_size
     side = resolve_mask_block_size(cfg.masking, *model.patch_grid(size), cfg.mask_ratio, cfg.mask_block)

@@ -56,7 +56,7 @@ class InitSource:
 def inspect_init_weights(path: Path, model: ResolvedVitConfig, data: DataConfig) -> InitSource:
     """Look at the weights that ``init`` names, and whether they fit an encoder; the encoder is not built.
 
-    Errors: ExportError, one sentence for what does not fit.
+    Raises: ExportError, one sentence for what does not fit.
     """
     patience = data.patience_seconds
     weights, digest, card = _read_init_weights(path, patience)
@@ -94,7 +94,7 @@ def inspect_init_weights(path: Path, model: ResolvedVitConfig, data: DataConfig)
 
 
 def load_init_weights(encoder: Encoder, source: InitSource, model: ResolvedVitConfig) -> None:
-    """Put the weights into an encoder. Errors: ExportError where they are no longer those that were looked at."""
+    """Put the weights into an encoder. Raises: ExportError where they are no longer those that were looked at."""
     weights, digest, _ = _read_init_weights(source.path, source.timeout_seconds)
     if digest != source.sha256:
         raise ExportError(f"{source.path} has changed since the run was planned; start it again")

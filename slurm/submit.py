@@ -78,7 +78,7 @@ class StageJob:
 
 
 def read_pipeline(file: Path) -> list[PipelineStage]:
-    """The stages of a pipeline file. Errors: ConfigError, naming the file and the element."""
+    """The stages of a pipeline file. Raises: ConfigError, naming the file and the element."""
     listed = read_yaml(file)
     if not isinstance(listed, list) or not listed:
         raise ConfigError(f"{file}: a list of stages is expected, each with {', '.join(_KEYS)}")
@@ -124,7 +124,7 @@ def build_jobs(pipeline_file: Path, overrides: Sequence[str]) -> tuple[list[Stag
     """A pipeline's jobs, each validated with the very strings it will be started with, and the options of sbatch.
 
     ``run.dir`` is runs/<pipeline>/<name> unless ``set`` or an override says otherwise, whatever the stage's config says.
-    Errors: ConfigError, naming the pipeline, the stage and the setting.
+    Raises: ConfigError, naming the pipeline, the stage and the setting.
     """
     jobs: dict[str, StageJob] = {}
     exports: dict[str, tuple[str, ...]] = {}
@@ -199,7 +199,7 @@ def _suggest_nearest(word: str, words: Sequence[str]) -> str:
 def submit_jobs(jobs: Sequence[StageJob], log_dir: Path, sbatch_options: Mapping[str, str]) -> dict[str, str]:
     """Submit all jobs, each after those it waits for; their ids by name. All of them or none.
 
-    Errors: LaunchError where sbatch is missing or refuses a job.
+    Raises: LaunchError where sbatch is missing or refuses a job.
     """
     if not shutil.which("sbatch") or not shutil.which("srun"):
         raise LaunchError(

@@ -32,7 +32,7 @@ def plan_cross_validation(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
     """The plan of a cross-validation, which has the steps of its first fold.
 
     Everything that can be refused is refused before a run begins, for every fold: the repeats cut folds of like sizes.
-    Errors: ConfigError, DataError, ExportError, LaunchError.
+    Raises: ConfigError, DataError, ExportError, LaunchError.
     """
     assert cfg.folds is not None
     _check_cross_validation(cfg)
@@ -83,7 +83,7 @@ def dispatch_folds(cfg: FinetuneConfig, world: World, execute: Callable[[Finetun
 
     That is all of it, but for a task of an array its own folds, and then the whole if every fold is finished. A fold is
     finished before its task looks, so the last one finds all of them. Two may find that at once: the directory's lease
-    lets one in, and the other waits, to take over from it if it dies. Errors: those of ``plan`` and of the runs.
+    lets one in, and the other waits, to take over from it if it dies. Raises: those of ``plan`` and of the runs.
     """
     task = read_slurm_array_task()
     if cfg.folds is None or task is None:
@@ -133,7 +133,7 @@ def _fold_config(cfg: FinetuneConfig, seed: int, fold: int) -> FinetuneConfig:
 
 
 def _check_cross_validation(cfg: FinetuneConfig) -> None:
-    """Refuse settings that folds cannot have, and arrays that cannot share them. Errors: ConfigError, LaunchError."""
+    """Refuse settings that folds cannot have, and arrays that cannot share them. Raises: ConfigError, LaunchError."""
     if cfg.trials is not None:
         raise ConfigError("folds and trials exclude each other: cross-validate the arm that a comparison has chosen")
     if cfg.run.stop_at is not None:

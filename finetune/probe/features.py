@@ -69,7 +69,7 @@ def feature_provenance(plan: ProbePlan) -> dict[str, Any]:
 
 
 def has_cached_features(plan: ProbePlan, run_dir: Path) -> bool:
-    """Whether the features are there. Errors: CheckpointError where they are of something else."""
+    """Whether the features are there. Raises: CheckpointError where they are of something else."""
     folder = run_dir / FEATURES_DIR
     if not folder.exists():
         return False
@@ -97,7 +97,7 @@ def _differing_keys(found: Any, told: Any) -> list[str]:
 def extract_features(plan: ProbePlan, run: Run) -> bool:
     """Compute and keep the features of all parts; false if the run was asked to leave. Every rank calls it.
 
-    Errors: DataError, CheckpointError where there is no room.
+    Raises: DataError, CheckpointError where there is no room.
     """
     draft = run.path / f".draft-{FEATURES_DIR}-{run.attempt.number}"  # a superseded attempt writes into no other's
     run.world.on_rank0(lambda: _create_draft(plan, run.path, draft))
@@ -124,7 +124,7 @@ def _extract_batch(
 
 
 def _create_draft(plan: ProbePlan, run_dir: Path, draft: Path) -> None:
-    """An empty draft with room for every row; those of attempts that were killed are gone. Errors: CheckpointError."""
+    """An empty draft with room for every row; those of attempts that were killed are gone. Raises: CheckpointError."""
     for old in run_dir.glob(f".draft-{FEATURES_DIR}-*"):
         shutil.rmtree(old)
     try:
@@ -172,7 +172,7 @@ def load_frozen_encoder(plan: ProbePlan) -> Any:
 
 @torch.no_grad()
 def _compute_columns(plan: ProbePlan, extractor: FeatureExtractor, images: Tensor) -> dict[str, Tensor]:
-    """What goes into each kind of file, on the CPU, of images uint8 [B, C, H, W]. Errors: DataError if it is not finite."""
+    """What goes into each kind of file, on the CPU, of images uint8 [B, C, H, W]. Raises: DataError if it is not finite."""
     probe = plan.probe
     with autocast(images.device, plan.cfg.engine.precision):
         pooled, patches = extractor(normalise(images, plan.mean, plan.std))
@@ -204,7 +204,7 @@ class _FeatureWriter:
     def write(self, first_row: int, columns: dict[str, Tensor]) -> None:
         """Put rows [S, B, ...], or [B] for labels, where the part's image ``first`` is; what is past its end fills up.
 
-        Errors: CheckpointError where there is no room.
+        Raises: CheckpointError where there is no room.
         """
         for column, values in columns.items():
             header, file = self._files[column]
@@ -228,7 +228,7 @@ class _FeatureWriter:
             raise _disk_shortage_error(self._draft, error) from None
 
     def fsync(self) -> None:
-        """All rows of this rank are on disk. Errors: CheckpointError."""
+        """All rows of this rank are on disk. Raises: CheckpointError."""
         for _, file in self._files.values():
             try:
                 os.fsync(file)
@@ -244,7 +244,7 @@ class _FeatureWriter:
 def load_features(run_dir: Path, subset: str, layer_index: int, column: str, device: torch.device) -> LayerFeatures:
     """The kept features of a part: the ``layer``-th of those that are read, ``column`` is pooled or patches.
 
-    Errors: DataError where no image of the part has a label.
+    Raises: DataError where no image of the part has a label.
     """
     folder = run_dir / FEATURES_DIR
     labels = np.load(folder / f"{subset}-labels.npy")

@@ -103,7 +103,7 @@ class ProbePlan(FinetunePlan):
 
 
 def plan_probe(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
-    """The plan of a probe, or of training. Errors: ConfigError, DataError, ExportError."""
+    """The plan of a probe, or of training. Raises: ConfigError, DataError, ExportError."""
     if cfg.probe is None:
         return plan_of_training(cfg, ranks)
     _check_probe_settings(cfg, cfg.probe)
@@ -150,7 +150,7 @@ def _check_probe_settings(cfg: FinetuneConfig, probe: ProbeConfig) -> None:
 
 
 def _check_features(plan: ProbePlan) -> None:
-    """What is read must be there, and fit the disk that is allowed. Errors: ConfigError."""
+    """What is read must be there, and fit the disk that is allowed. Raises: ConfigError."""
     cfg, probe, card = plan.cfg, plan.probe, plan.backbone
     if card is not None:
         given = {"probe.layers": probe.layers, "probe.features": probe.features}
@@ -182,7 +182,7 @@ def _check_features(plan: ProbePlan) -> None:
 
 
 def _check_holdout(plan: ProbePlan) -> None:
-    """Where there is something to choose, it must be chosen by other images than those of data.val. Errors: ConfigError."""
+    """Where there is something to choose, it must be chosen by other images than those of data.val. Raises: ConfigError."""
     if plan.cfg.data.holdout_per_class:
         return
     several = [

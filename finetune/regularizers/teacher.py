@@ -36,7 +36,7 @@ class TeacherLoss:
 def build_teacher_loss(
     cfg: FinetuneConfig, source: PretrainedSource | None, device: torch.device
 ) -> TeacherLoss | None:
-    """The teacher that was looked at, on the device. Errors: ExportError."""
+    """The teacher that was looked at, on the device. Raises: ExportError."""
     if cfg.teacher is None:
         return None
     assert source is not None

@@ -27,7 +27,7 @@ class ImageDetections:
 
 
 def check_pycocotools() -> None:
-    """Errors: ConfigError where COCO's library is not installed."""
+    """Raises: ConfigError where COCO's library is not installed."""
     if find_spec("pycocotools") is None:
         raise ConfigError(
             "data.labels=boxes measures with pycocotools, which is not installed: pip install 'foveal[detection]'"

@@ -46,7 +46,7 @@ def compute_multilabel_metrics(
     """Of several classes an image: ``map``, the mean over classes of the average precision (those that no image is of are
     left out), ``f1`` over all answers above a half (micro), and ``loss``, as ``accuracy``. Every rank calls it.
 
-    Errors: DataError, on every rank, where no image is of any class.
+    Raises: DataError, on every rank, where no image is of any class.
     """
     from sklearn.metrics import average_precision_score  # takes a second
 

@@ -66,5 +66,5 @@ def detection_head_card(plan: FinetunePlan) -> dict[str, Any]:
 
 
 def detector_from_export(export_dir: Path) -> Detector:
-    """The model that a run with data.labels=boxes left, in evaluation mode on the CPU. Errors: ExportError."""
+    """The model that a run with data.labels=boxes left, in evaluation mode on the CPU. Raises: ExportError."""
     return model_from_export(export_dir, "detection", build_detector)

@@ -77,7 +77,7 @@ def segmentation_head_card(plan: FinetunePlan) -> dict[str, Any]:
 
 
 def segmenter_from_export(export_dir: Path) -> Segmenter:
-    """The model that a run with data.labels=mask left, in evaluation mode on the CPU. Errors: ExportError."""
+    """The model that a run with data.labels=mask left, in evaluation mode on the CPU. Raises: ExportError."""
     return model_from_export(export_dir, "segmentation", build_segmenter)
 
 

@@ -49,7 +49,7 @@ class ConfusionMatrix:
     ) -> dict[str, float]:
         """``miou``, ``pixels``, ``loss`` and ``iou_<name>``, over all ranks; every rank calls it.
 
-        Errors: DataError, on every rank, where no pixel of any has a label.
+        Raises: DataError, on every rank, where no pixel of any has a label.
         """
         *pixels, loss = all_reduce_sum(self.sums).tolist()
         met = torch.tensor(pixels, dtype=torch.float64).view(self.num_classes, self.num_classes)  # [true, guessed]
@@ -74,7 +74,7 @@ def compute_segmentation_metrics(
 
     Of all labelled pixels of the part at data.val_size, every image once, padding nowhere. A class that neither masks nor
     guesses have anywhere has no number and no part in the mean. Every rank calls it; rank 0 shows what it met first of
-    data.val. Errors: DataError where no pixel has a label.
+    data.val. Raises: DataError where no pixel has a label.
     """
     plan, shown = run.plan, []
     assert isinstance(plan, FinetunePlan)

@@ -68,7 +68,7 @@ def write_chunks(folder: Path, rank: int, chunks: Sequence[TensorChunk]) -> str:
     """Write what this rank writes of its pieces, forced to disk; the sha256 of the file's bytes, in hex.
 
     Written here and not by the library, to have room set aside before the first byte (a full disk or a spent quota
-    shows at once) and the digest of what was meant to be written. Errors: OSError.
+    shows at once) and the digest of what was meant to be written. Raises: OSError.
     """
     runs = {
         f"{part} {piece.start + piece.write_range[0]} {piece.name}": value[slice(*piece.write_range)]
@@ -99,7 +99,7 @@ def write_chunks(folder: Path, rank: int, chunks: Sequence[TensorChunk]) -> str:
 def load_chunks(folder: Path, chunks: Sequence[TensorChunk]) -> None:
     """Fill pieces from whatever pieces a folder holds; nothing is changed unless everything fits.
 
-    Errors: CheckpointError that names the tensor which is missing, left over, incomplete or of another shape or type.
+    Raises: CheckpointError that names the tensor which is missing, left over, incomplete or of another shape or type.
     """
     index = _ChunkIndex.from_folder(folder)
     index.check(chunks)
@@ -154,7 +154,7 @@ class _ChunkIndex:
         return index
 
     def check(self, chunks: Sequence[TensorChunk]) -> None:
-        """Whether these pieces, and nothing else, can be filled from it. Errors: CheckpointError."""
+        """Whether these pieces, and nothing else, can be filled from it. Raises: CheckpointError."""
         wanted = {piece.name: piece for piece in chunks}
         for name in [*wanted, *sorted(self.shapes.keys() - wanted.keys())]:
             if name not in wanted or name not in self.shapes:

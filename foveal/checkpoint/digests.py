@@ -15,7 +15,7 @@ _log = logging.getLogger(__name__)
 def has_valid_checksums(folder: Path, rank: int, world_size: int) -> bool:
     """Whether this rank's share of a checkpoint's files has the digests that it was written with.
 
-    Errors: Unreachable where they cannot be read, which is another matter than to be torn: a checkpoint that is passed
+    Raises: Unreachable where they cannot be read, which is another matter than to be torn: a checkpoint that is passed
     over once is void for good, and storage that does not answer now may answer the next start.
     """
     for pause in (*_PAUSES, None):

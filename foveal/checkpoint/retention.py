@@ -76,7 +76,7 @@ class CheckpointDirectory:
     def create_and_clean(self) -> None:
         """Make the folder, and undo what earlier attempts that were killed left half done; later ones are let alone.
 
-        Errors: OSError.
+        Raises: OSError.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         passing = [each for each in self.root.iterdir() if _TEMPORARY_NAME.fullmatch(each.name)]

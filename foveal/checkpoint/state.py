@@ -42,7 +42,7 @@ class TrainState:
 def read_train_state(folder: Path) -> TrainState:
     """The state of a checkpoint; one written before evaluations were kept in it has none.
 
-    Errors: OSError, CheckpointError for one of another format.
+    Raises: OSError, CheckpointError for one of another format.
     """
     tree = read_json(folder / "state.json")
     if tree.get("format") != CHECKPOINT_FORMAT:
@@ -60,7 +60,7 @@ def read_train_state(folder: Path) -> TrainState:
 def check_same_science(saved: dict[str, Any], current: dict[str, Any], run_folder: Path) -> None:
     """Refuse to go on under other science, and name what differs.
 
-    Errors: CheckpointError with every differing setting, old and new value.
+    Raises: CheckpointError with every differing setting, old and new value.
     """
     if not isinstance(saved, dict):
         raise CheckpointError(

@@ -132,7 +132,7 @@ class CheckpointStore:
         """The newest whole checkpoint, the same on every rank; torn and corrupt ones are passed over with a warning.
 
         What a later attempt went back behind is passed over too. The step found, or 0, is where this attempt begins.
-        Errors: CheckpointError for a checkpoint of another format, or where a run that has begun has none that is whole;
+        Raises: CheckpointError for a checkpoint of another format, or where a run that has begun has none that is whole;
         Unreachable where one cannot be read now, and may be later.
         """
         found = None
@@ -245,7 +245,7 @@ class CheckpointStore:
 
         Where a rank failed (its disk is full, its quota spent) the draft goes, a warning says why, and nothing is
         returned: training goes on, and the checkpoint before is as it was.
-        Errors: Superseded where another attempt has taken the run; what ended a thread, if that was not the disk.
+        Raises: Superseded where another attempt has taken the run; what ended a thread, if that was not the disk.
         """
         began, begun = time.monotonic(), self._begun
         assert begun is not None, "nothing was begun"

@@ -16,7 +16,7 @@ from foveal.errors import CheckpointError, FovealError
 def read_finished_runs(pipeline_dir: Path) -> dict[str, dict[str, Any]]:
     """Each stage's finished.json, by the name of its run, in the order in which they finished.
 
-    Errors: CheckpointError where there is none, or where a run has begun and is not finished.
+    Raises: CheckpointError where there is none, or where a run has begun and is not finished.
     """
     begun = sorted(file.parent for file in pipeline_dir.glob("*/science.json"))
     if not begun:

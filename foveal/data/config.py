@@ -145,7 +145,7 @@ class DataConfig(Config):
 def expand_path(path_or_url: str, setting_name: str) -> str:
     """A folder or URL with ``~`` and environment variables replaced.
 
-    Errors: ConfigError for a variable that is not set, or a secret that is written out; ``setting`` names the key,
+    Raises: ConfigError for a variable that is not set, or a secret that is written out; ``setting`` names the key,
     such as ``data.path``.
     """
     if what := find_secret_in_text(path_or_url):

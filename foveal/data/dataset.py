@@ -51,7 +51,7 @@ class Dataset:
     def open(cls, cfg: DataConfig) -> "Dataset":
         """Open the shards that ``cfg`` names and check those of its two splits.
 
-        Errors: DataError in one sentence if folder, manifest, index, split or a shard is missing, empty or stale;
+        Raises: DataError in one sentence if folder, manifest, index, split or a shard is missing, empty or stale;
         ConfigError if an environment variable in a path is not set.
         """
         dataset = open_dataset(
@@ -78,7 +78,7 @@ class Dataset:
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """Mean of training pixels in [0, 1], one value per channel or one for all. Errors: DataError if not known."""
+        """Mean of training pixels in [0, 1], one value per channel or one for all. Raises: DataError if not known."""
         return self._require_pixel_stats("mean", self._pixel_stats[0] or self.manifest.mean)
 
     @property
@@ -104,7 +104,7 @@ class Dataset:
         return hashlib.sha256("".join(shard.index for shard in self._get_split(split).shards).encode()).hexdigest()
 
     def labels(self, split: str) -> np.ndarray:
-        """Labels of all samples of a split, int64 [N]; -1 where there is none. Errors: DataError for one of no class."""
+        """Labels of all samples of a split, int64 [N]; -1 where there is none. Raises: DataError for one of no class."""
         shards = range(len(self._get_split(split).shards))
         labels = np.concatenate([self.shard_index(split, number).labels for number in shards])
         if self.classes and labels.max() >= len(self.classes):
@@ -156,13 +156,13 @@ class Dataset:
         return self._shard_reader.folder.display_path(self._get_split(split).shards[shard_number].file)
 
     def read_bytes(self, shard_file: str, offset: int, size: int) -> bytes:
-        """``size`` bytes at ``offset`` of the shard with this file name. Errors: DataError that names it."""
+        """``size`` bytes at ``offset`` of the shard with this file name. Raises: DataError that names it."""
         return self._shard_reader.read_bytes(shard_file, offset, size)
 
     def verify_checksum(self, split: str, shard_number: int) -> None:
         """See, once, that the bytes of the n-th shard of a split have the sha256 that the manifest knows, if it does.
 
-        Errors: DataError if they have not.
+        Raises: DataError if they have not.
         """
         shard = self._get_split(split).shards[shard_number]
         with self._verify_lock:
@@ -220,7 +220,7 @@ def open_dataset(
     """The data set of a folder or URL, its shards not yet checked; ``statistics`` go before the manifest's.
 
     cache: where copies of remote files are kept; patience: seconds to wait for data that does not move.
-    Errors: as ``Dataset.open``.
+    Raises: as ``Dataset.open``.
     """
     folder = expand_path(path, "data.path").rstrip("/") or "/"
     beside = folder if index_path is None else expand_path(index_path, "data.index").rstrip("/") or "/"
@@ -271,7 +271,7 @@ def _list_files(place: ShardReader, wanted: set[str]) -> dict[str, int | None] |
 
 
 def _probe_file(place: ShardReader, name: str) -> None:
-    """Wait for a name that is no plain file, and may never answer. Errors: Unreachable."""
+    """Wait for a name that is no plain file, and may never answer. Raises: Unreachable."""
     if is_remote(place.folder.display_path()):
         return
     try:

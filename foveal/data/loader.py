@@ -68,7 +68,7 @@ def train_batches(
     """The micro-batches of one rank for the steps start..stop-1, from micro 0 of ``start``; leaving stops the threads.
 
     at_once: images of a micro-batch; skipped: numbers of the batches that no step takes, ascending.
-    Errors: ConfigError if ranks, lanes or at_once do not divide; ``next`` raises DataError that names shard and sample.
+    Raises: ConfigError if ranks, lanes or at_once do not divide; ``next`` raises DataError that names shard and sample.
     """
     order = training_set.order
     first, last = rank_slot_range(order.batch_size, order.num_lanes, rank, world_size)
@@ -293,7 +293,7 @@ class _FillRowsJob:
             self.pending.bad_samples.append(BadSample(row, draw, taken, place.split, shard, key, offset, str(error)))
 
     def _load_sample(self, row: int, draw: int, worker: Worker) -> None:
-        """Put the sample of a draw into a row. Errors: Undecodable, DataError."""
+        """Put the sample of a draw into a row. Raises: Undecodable, DataError."""
         place = self.plan.locate_sample(draw)
         # What is said of a thread that hangs must not hang itself: reading the index, for the key, can.
         worker.describe_current = lambda: place.dataset.shard_display_path(place.split, place.shard_number)
@@ -326,7 +326,7 @@ class _FillRowsJob:
         self.batch.labels.numpy()[row] = index.labels[place.index_row]
 
     def _load_replacement(self, row: int, others: Iterator[int], worker: Worker) -> int:
-        """Put the first good one of these draws in the row; which one. Errors: DataError if there is none."""
+        """Put the first good one of these draws in the row; which one. Raises: DataError if there is none."""
         tried = 0
         for other in others:
             try:
@@ -357,7 +357,7 @@ class _FillRowsJob:
 def _read_and_decode(place: SampleLocation, member: tuple[int, int], look: Callable[[bytes], np.ndarray]) -> np.ndarray:
     """What a look at the bytes of a member of a sample gives.
 
-    Errors: Undecodable where it does not decode and is bad for good, not for a moment or on this node only; DataError if
+    Raises: Undecodable where it does not decode and is bad for good, not for a moment or on this node only; DataError if
     the shard's bytes are not those of the manifest, or change from one read to the next: replacing the sample then would
     give this run another curve than its twin.
     """

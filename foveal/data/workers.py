@@ -53,7 +53,7 @@ class WorkerPool:
         return future
 
     def wait_for_jobs(self, futures: Iterable[Future[None]]) -> None:
-        """Until all jobs are done. Errors: what a job raised; DataError when nothing has moved for ``patience`` seconds."""
+        """Until all jobs are done. Raises: what a job raised; DataError when nothing has moved for ``patience`` seconds."""
         waiting = list(futures)
         moved, since = self._progress_state(), time.monotonic()
         look = min(_POLL_SECONDS, self._patience / 4)

@@ -12,7 +12,7 @@ from foveal.errors import BadNodeError, LaunchError
 def check_slurm_gpus(launch_env: LaunchEnv) -> str | None:
     """Compare the GPUs of this step of Slurm on this node with torch's and with the ranks; a sentence about idle ones.
 
-    Nothing outside a step of Slurm, or where it gave no GPUs. Errors: BadNode where torch sees fewer GPUs than this rank
+    Nothing outside a step of Slurm, or where it gave no GPUs. Raises: BadNode where torch sees fewer GPUs than this rank
     has, LaunchError where ranks would have to share one.
     """
     given = _count_allocated_gpus()

@@ -43,7 +43,7 @@ def read_launch_env() -> LaunchEnv:
     """Rank and size from torchrun or accelerate, else from a Slurm step, mpirun or the environment, else alone.
 
     A batch script outside ``srun`` sees SLURM_PROCID and SLURM_NTASKS too, but no SLURM_STEP_ID: it is alone.
-    Errors: LaunchError where a launcher's variables contradict one another, or those of another launcher.
+    Raises: LaunchError where a launcher's variables contradict one another, or those of another launcher.
     """
     stated = _read_torch_env()
     if stated is not None and stated.launcher != "environment" and not _child_of_slurmstepd():
@@ -109,7 +109,7 @@ def _child_of_slurmstepd() -> bool:
 
 
 def read_int_env(name: str, default: str | None = None) -> int:
-    """The number in a launcher's variable. Errors: LaunchError."""
+    """The number in a launcher's variable. Raises: LaunchError."""
     text = os.environ.get(name, default)
     try:
         return int(text or "")
@@ -140,7 +140,7 @@ def rendezvous_addresses(launch_env: LaunchEnv) -> list[tuple[str, int]]:
 
     MASTER_ADDR and MASTER_PORT come first. Behind them, where the launcher tells of rank 0's node, come ports that are
     drawn by the launch: whatever a shell has left in the environment, or already listens somewhere, is passed over.
-    Errors: LaunchError where nothing says where rank 0 is.
+    Raises: LaunchError where nothing says where rank 0 is.
     """
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     drawn = _candidate_ports(read_launch_id(launch_env))

@@ -62,7 +62,7 @@ class Preemption:
         """Have one rank ask Slurm for the next start of a run that was saved, unless it was ended by hand, with Ctrl-C
         or by the end of its launcher.
 
-        Every rank calls it; what one of them heard counts. Errors: NotRequeued where Slurm refuses.
+        Every rank calls it; what one of them heard counts. Raises: NotRequeued where Slurm refuses.
         """
         by_hand, warned = self._world.all_reduce_max(
             [int(self.stop_reason in each) for each in (("SIGINT", LAUNCHER_GONE), _WARNING_SIGNALS)]

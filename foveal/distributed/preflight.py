@@ -89,7 +89,7 @@ class PreflightGroup:
     def benchmark_all_reduce(self, timeout_seconds: float) -> dict[str, float]:
         """All-reduces among all ranks, checked and timed: ``latency`` in seconds, ``bandwidth`` in bytes a second.
 
-        Bandwidth is that of a ring, as NCCL's tests give it. Errors: LaunchError where they fail or do not end in time.
+        Bandwidth is that of a ring, as NCCL's tests give it. Raises: LaunchError where they fail or do not end in time.
         """
         if self.launch_env.world_size == 1:
             return {}
@@ -137,7 +137,7 @@ def join_preflight(join_timeout: float, run_timeout: float) -> Iterator[Prefligh
 
     Nothing that a rank imports from a cold disk is held against it, as long as it comes. From the beginning on, whatever
     hangs, this process ends after ``ending`` seconds.
-    Errors: LaunchError if rank 0, which serves the store, is not there within ``joining`` seconds.
+    Raises: LaunchError if rank 0, which serves the store, is not there within ``joining`` seconds.
     """
     faulthandler.dump_traceback_later(2 * join_timeout + run_timeout, exit=True)
     try:

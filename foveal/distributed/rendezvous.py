@@ -58,7 +58,7 @@ def format_ranks(ranks: Iterable[int]) -> str:
 
 
 def _register_rank(store: dist.Store, launch_env: LaunchEnv) -> None:
-    """Say that this rank is here, where nobody has said so before. Errors: RankConflict."""
+    """Say that this rank is here, where nobody has said so before. Raises: RankConflict."""
     me = f"process {os.getpid()} on {socket.gethostname()}"
     if store.add(f"times/{launch_env.rank}", 1) == 1:
         store.set(f"here/{launch_env.rank}", json.dumps({"host": socket.gethostname(), "process": me}))

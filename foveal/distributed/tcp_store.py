@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 def open_store(launch_env: LaunchEnv, identity: RunIdentity, timeout_seconds: float) -> dist.Store:
     """Serve the store of a run, or connect to it; what ranks write stands under the run's key.
 
-    MASTER_ADDR and MASTER_PORT are set to where it is. Errors: as ``meet``.
+    MASTER_ADDR and MASTER_PORT are set to where it is. Raises: as ``meet``.
     """
     there, deadline = rendezvous_addresses(launch_env), time.monotonic() + timeout_seconds
     if is_store_host(launch_env):
@@ -88,7 +88,7 @@ def _serve_store(addresses: list[Address], identity: RunIdentity, seconds: float
 
 
 def _open_listener(host: str, port: int) -> socket.socket:
-    """A listener on the address that the ranks use. Errors: OSError where that is not this node's, or not free.
+    """A listener on the address that the ranks use. Raises: OSError where that is not this node's, or not free.
 
     On some distributions a node's own name is 127.0.1.1 to itself alone: then on all addresses.
     """
@@ -202,7 +202,7 @@ def _connect_if_own(
 ) -> dist.Store | None:
     """The store at a place if it is of this run; nothing if there are other places, and this one is not.
 
-    Errors: RankConflict where the store is another run's and there is no other place, or the same launch has made it;
+    Raises: RankConflict where the store is another run's and there is no other place, or the same launch has made it;
     Superseded where it is that of a later attempt.
     """
     patience = left if alone else min(left, _ANSWER_TIMEOUT_SECONDS)
@@ -233,7 +233,7 @@ def _connect_if_own(
 
 
 def _connect_client(host: str, port: int, seconds: float) -> dist.TCPStore:
-    """A connection of one's own. Errors: TimeoutError, torch's DistNetworkError.
+    """A connection of one's own. Raises: TimeoutError, torch's DistNetworkError.
 
     torch takes a client for connected only when the server has answered, and waits for ever if that is stopped.
     """
@@ -246,7 +246,7 @@ def _connect_client(host: str, port: int, seconds: float) -> dist.TCPStore:
 def connect_to_store(timeout_seconds: float, store_key: str) -> dist.Store:
     """A further connection to the store where the ranks of a run met, to its words: ``key`` is the run's.
 
-    Errors: TimeoutError, torch's DistNetworkError.
+    Raises: TimeoutError, torch's DistNetworkError.
     """
     return dist.PrefixStore(f"foveal/{store_key}", _connect_client(*_store_address(), timeout_seconds))
 

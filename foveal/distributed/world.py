@@ -113,7 +113,7 @@ class World:
         raise next(each for each in self.all_gather_objects(mistake) if each is not None)
 
     def check_equal_on_ranks(self, facts: Mapping[str, Any]) -> None:
-        """Compare plain facts by name over all ranks. Errors: RankConflict, on every rank, where they are not the same."""
+        """Compare plain facts by name over all ranks. Raises: RankConflict, on every rank, where they are not the same."""
         text = json.dumps(facts, sort_keys=True, default=str)
         digests = self.all_gather_objects(hashlib.sha256(text.encode()).hexdigest())
         if len(set(digests)) == 1:
@@ -138,7 +138,7 @@ def init_world(
     rank that does not come. The variables that libraries read (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT)
     are set for them, so that a Slurm step looks to DeepSpeed and Accelerate like torchrun. Alone, the group is this
     process, in memory.
-    Errors: LaunchError where the ranks do not come together, RankConflict where others came, Superseded where a later
+    Raises: LaunchError where the ranks do not come together, RankConflict where others came, Superseded where a later
     attempt did; Hung in place of a LaunchError in a job that was started before.
     """
     here = read_launch_env()

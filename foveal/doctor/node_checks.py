@@ -53,7 +53,7 @@ def check_device(report: RankReport, device: torch.device) -> None:
 
 
 def check_gpu_allocation(report: RankReport, launch_env: LaunchEnv) -> None:
-    """The GPUs that Slurm gave, as torch sees them and the ranks use them. Errors: those of ``check_gpus``."""
+    """The GPUs that Slurm gave, as torch sees them and the ranks use them. Raises: those of ``check_gpus``."""
     if idle := check_slurm_gpus(launch_env):
         report.add_fault("note", idle)
 

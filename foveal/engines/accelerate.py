@@ -28,7 +28,7 @@ def _create_accelerator(
 ) -> Accelerator:
     """Accelerate as the settings say, whatever an earlier engine of this process told it.
 
-    Errors: LaunchError where accelerate launch says otherwise, or where it does not see the launcher's ranks.
+    Raises: LaunchError where accelerate launch says otherwise, or where it does not see the launcher's ranks.
     """
     for name, sharding in _SHARDING_BY_LAUNCH_VARIABLE.items():
         if os.environ.pop(name, "").lower() == "true" and cfg.sharding != sharding:

@@ -15,7 +15,7 @@ from foveal.optim.optimizers import OptimConfig
 def check_engine_config(
     cfg: EngineConfig, optim: OptimConfig, world_size: int, *, microbatch_size: int, accumulation_steps: int
 ) -> None:
-    """Refuse, before a run begins, what its engine would refuse. Errors: ConfigError."""
+    """Refuse, before a run begins, what its engine would refuse. Raises: ConfigError."""
     if cfg.kind == "plain" and world_size > 1:
         raise ConfigError(
             f"engine.kind=plain runs in one process, this run has {world_size}; use deepspeed or accelerate"

@@ -53,7 +53,7 @@ def build_deepspeed_config(
 ) -> dict[str, Any]:
     """DeepSpeed's settings, derived. ``engine.deepspeed`` may add keys and not contradict.
 
-    Errors: ConfigError for a key that foveal derives, or that would take precision or the optimizer out of its hands.
+    Raises: ConfigError for a key that foveal derives, or that would take precision or the optimizer out of its hands.
     """
     derived: dict[str, Any] = {
         "train_batch_size": microbatch_size * accumulation_steps * world_size,
@@ -82,7 +82,7 @@ def build_deepspeed_config(
 
 
 def _check_zero_options(zero: dict[str, Any]) -> None:
-    """What keeps weights or moments where a checkpoint does not find them, or lets NaN pass. Errors: ConfigError."""
+    """What keeps weights or moments where a checkpoint does not find them, or lets NaN pass. Raises: ConfigError."""
     where = "engine.deepspeed.zero_optimization"
     offload = {name: zero[name] for name in _OFFLOAD_KEYS if isinstance(zero.get(name), dict)}
     for name, each in offload.items():

@@ -16,7 +16,7 @@ def check_deepspeed_keys(config: Mapping[str, Any], user_keys: Iterable[str]) ->
     """Refuse keys that DeepSpeed does not know, and values that it does not take.
 
     ``config`` are all settings that DeepSpeed gets, ``given`` the names of those that a user added.
-    Errors: ConfigError, one sentence.
+    Raises: ConfigError, one sentence.
     """
     import_deepspeed()
     alone = {name: value for name, value in config.items() if name not in user_keys or name == "zero_optimization"}
@@ -64,7 +64,7 @@ class _RecordingDict(dict[str, Any]):
 
 
 def _parse_deepspeed_config(settings: _RecordingDict, name: str) -> None:
-    """Let DeepSpeed read the settings, one of which is a user's. Errors: ConfigError."""
+    """Let DeepSpeed read the settings, one of which is a user's. Raises: ConfigError."""
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
     try:

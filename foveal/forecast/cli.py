@@ -20,7 +20,7 @@ STAGE_NAMES = ("pretrain", "distill", "finetune")
 
 
 def resolve_stage_name(config: str, stage: str | None) -> str:
-    """The stage that a config is of: the one given, or that of its folder. Errors: ConfigError."""
+    """The stage that a config is of: the one given, or that of its folder. Raises: ConfigError."""
     if stage is not None:
         if stage not in STAGE_NAMES:
             raise ConfigError(f"--stage {stage} does not exist; there are {', '.join(STAGE_NAMES)}")

@@ -33,7 +33,7 @@ GPU_SPECS = {
 
 
 def find_gpu_spec(name: str) -> GpuSpec:
-    """The GPU of a name. Errors: ConfigError that lists the names."""
+    """The GPU of a name. Raises: ConfigError that lists the names."""
     found = GPU_SPECS.get(name.lower())
     if found is None:
         raise ConfigError(

@@ -51,7 +51,7 @@ def list_slurm_partitions() -> list[SlurmPartition]:
 
 
 def find_slurm_partition(name: str | None) -> SlurmPartition | None:
-    """The partition of a name, or the default one. Errors: ConfigError for a name that Slurm does not have."""
+    """The partition of a name, or the default one. Raises: ConfigError for a name that Slurm does not have."""
     found = list_slurm_partitions()
     if name is None:
         return found[0] if found else None

@@ -51,7 +51,7 @@ def build_backbone(
     ``classes`` are the outputs of its head; 0: none. Drop path takes its draws from ``foveal.models.droppath.set_drops``.
     The weights are drawn from torch's global generator: ``torch.manual_seed`` before this call makes them a function of
     the seed and of timm's version.
-    Errors: ConfigError for a name that timm does not have, and for sizes or a drop path that the model cannot have.
+    Raises: ConfigError for a name that timm does not have, and for sizes or a drop path that the model cannot have.
     """
     _check_timm_name(name)
     takes = _constructor_parameters(name)
@@ -73,7 +73,7 @@ def build_backbone(
 
 @functools.cache
 def build_meta_backbone(name: str, image_size: int | tuple[int, int], channels: int, num_classes: int = 0) -> Any:
-    """What ``build_backbone`` builds, without memory for its weights; not to be changed. Errors: ConfigError."""
+    """What ``build_backbone`` builds, without memory for its weights; not to be changed. Raises: ConfigError."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return build_backbone(name, image_size=image_size, channels=channels, num_classes=num_classes)
 
@@ -84,14 +84,14 @@ def backbone_card(name: str, image_size: int | tuple[int, int], channels: int, n
 
 
 def parse_encoder_card(card: dict[str, Any], where: str) -> EncoderCard | BackboneCard:
-    """What an export's card says of its model: an encoder of foveal's, or a model of timm. Errors: ConfigError."""
+    """What an export's card says of its model: an encoder of foveal's, or a model of timm. Raises: ConfigError."""
     return (BackboneCard if "timm" in card else EncoderCard).from_dict(card, where)
 
 
 def backbone_from_card(
     card: dict[str, Any], where: str, *, drop_path: float = 0.0, num_classes: int | None = None
 ) -> nn.Module:
-    """A model like the one a card was made for, freshly initialised; the classes may be others. Errors: ExportError."""
+    """A model like the one a card was made for, freshly initialised; the classes may be others. Raises: ExportError."""
     try:
         told = BackboneCard.from_dict(card, where)
         size = {"image_size": told.image_size, "channels": told.channels}
@@ -135,7 +135,7 @@ def forward_pooled_and_tokens(backbone: Any, images: Tensor) -> tuple[Tensor, Te
 
 
 def infer_pooled_width(name: str, image_size: int | tuple[int, int], channels: int) -> int:
-    """The width of a model's pooled feature, found without memory. Errors: ConfigError."""
+    """The width of a model's pooled feature, found without memory. Raises: ConfigError."""
     return _infer_outputs(forward_pooled, name, image_size, channels)[0].shape[1]
 
 
@@ -144,7 +144,7 @@ def infer_feature_shapes(
 ) -> tuple[int, tuple[int, int, int]]:
     """The width of a model's pooled feature, and the (D, rows, columns) of its last map, found without memory.
 
-    Errors: ConfigError, as ``build_backbone``, and for a model that has no such map of images of this size.
+    Raises: ConfigError, as ``build_backbone``, and for a model that has no such map of images of this size.
     """
     pooled, last = _infer_outputs(forward_pooled_and_map, name, image_size, channels)
     width, rows, columns = last.shape[1:]
@@ -155,7 +155,7 @@ def infer_feature_shapes(
 def _infer_outputs(
     forward: Callable[[Any, Tensor], tuple[Tensor, ...]], name: str, image_size: int | tuple[int, int], channels: int
 ) -> tuple[Tensor, ...]:
-    """What a look at images gives, without memory. Errors: ConfigError."""
+    """What a look at images gives, without memory. Raises: ConfigError."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         backbone = build_backbone(name, image_size=image_size, channels=channels).eval()
         try:
@@ -171,7 +171,7 @@ def check_training_forward(
 ) -> None:
     """Refuse what a forward in training would: images that are too small, or too few of them for BatchNorm.
 
-    Errors: ConfigError.
+    Raises: ConfigError.
     """
     model = build_meta_backbone(name, image_size, channels, num_classes)
     images = torch.empty(microbatch_size, channels, *height_and_width(image_size), device="meta")
@@ -189,7 +189,7 @@ def set_activation_checkpointing(backbone: Any, enable: bool) -> None:
     """Recompute a model's activations in the backward pass, with the same result.
 
     The running statistics of BatchNorm follow a batch once, and not again where its forward is recomputed.
-    Errors: ConfigError where timm cannot.
+    Raises: ConfigError where timm cannot.
     """
     try:
         backbone.set_grad_checkpointing(enable)
@@ -202,13 +202,13 @@ def set_activation_checkpointing(backbone: Any, enable: bool) -> None:
 
 
 def head_parameter_names(name: str, image_size: int | tuple[int, int], channels: int) -> tuple[str, ...]:
-    """The names of a model's weights that it has, or has in this shape, only for its classes. Errors: ConfigError."""
+    """The names of a model's weights that it has, or has in this shape, only for its classes. Raises: ConfigError."""
     headed, bare = (build_meta_backbone(name, image_size, channels, classes).state_dict() for classes in (2, 0))
     return tuple(each for each in headed if each not in bare or bare[each].shape != headed[each].shape)
 
 
 def count_head_classes(weights: dict[str, Tensor], name: str, image_size: int | tuple[int, int], channels: int) -> int:
-    """How many classes the head of these weights of a model of timm has; 0: they have no head. Errors: ConfigError."""
+    """How many classes the head of these weights of a model of timm has; 0: they have no head. Raises: ConfigError."""
     headed = build_meta_backbone(name, image_size, channels, 2).state_dict()
     rows = [
         each
@@ -219,7 +219,7 @@ def count_head_classes(weights: dict[str, Tensor], name: str, image_size: int | 
 
 
 def check_resizable(card: BackboneCard, image_size: int | tuple[int, int], where: str) -> None:
-    """The weights of some models of timm are those of one image size. Errors: ConfigError, ExportError."""
+    """The weights of some models of timm are those of one image size. Raises: ConfigError, ExportError."""
     now, was = (
         build_meta_backbone(card.timm, size, card.channels).state_dict() for size in (image_size, card.image_size)
     )
@@ -234,7 +234,7 @@ def check_resizable(card: BackboneCard, image_size: int | tuple[int, int], where
 def get_layer_ids(backbone: Any) -> dict[str, int]:
     """The layer of each parameter as timm numbers them: 0 the stem, the largest the head.
 
-    Errors: ConfigError where it does not.
+    Raises: ConfigError where it does not.
     """
     try:
         return group_parameters(backbone, backbone.group_matcher(coarse=False), reverse=True)
@@ -265,7 +265,7 @@ class PretrainedInfo:
 
 
 def get_pretrained_info(name: str) -> PretrainedInfo:
-    """Errors: ConfigError for a name that timm does not have."""
+    """Raises: ConfigError for a name that timm does not have."""
     _check_timm_name(name)
     told: Any = timm.get_pretrained_cfg(name)
     first = told.first_conv if isinstance(told.first_conv, str) else (told.first_conv or ("",))[0]
@@ -293,7 +293,7 @@ def _check_timm_name(name: str) -> None:
 
 
 def _check_patch_multiple(backbone: Any, name: str, image_size: int | tuple[int, int]) -> None:
-    """timm cuts off what is no whole patch. Errors: ConfigError."""
+    """timm cuts off what is no whole patch. Raises: ConfigError."""
     embed: Any = getattr(backbone, "patch_embed", None)
     if type(embed) is not PatchEmbed:
         return

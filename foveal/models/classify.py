@@ -94,7 +94,7 @@ class Classifier(nn.Module):
         return self
 
     def set_grad_checkpointing(self, enable: bool) -> None:
-        """Recompute the blocks in the backward pass. Errors: ConfigError where timm cannot."""
+        """Recompute the blocks in the backward pass. Raises: ConfigError where timm cannot."""
         set_activation_checkpointing(self.encoder, enable)
 
     def external_parameters(self) -> list[nn.Parameter]:

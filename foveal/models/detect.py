@@ -88,7 +88,7 @@ class Detector(nn.Module):
         return self.head(forward_feature_map(self.encoder, images.to(next(self.encoder.parameters()).dtype)))
 
     def set_grad_checkpointing(self, enable: bool) -> None:
-        """Recompute the encoder's blocks in the backward pass. Errors: ConfigError where timm cannot."""
+        """Recompute the encoder's blocks in the backward pass. Raises: ConfigError where timm cannot."""
         set_activation_checkpointing(self.encoder, enable)
 
     def external_parameters(self) -> list[nn.Parameter]:
@@ -117,7 +117,7 @@ class FCOSPyramidHead(nn.Module):
 def build_detector(encoder: nn.Module, card: dict[str, Any], head_card: dict[str, Any], where: str) -> Detector:
     """A detector on an encoder, or a model of timm, that was built from ``card``, with a fresh head as its card has it.
 
-    ``where`` names the file of the cards in the sentence of a mistake. Errors: ExportError.
+    ``where`` names the file of the cards in the sentence of a mistake. Raises: ExportError.
     """
     try:
         told, wanted = parse_encoder_card(card, where), DetectionHeadCard.from_dict(head_card, f"{where}: head")
@@ -136,7 +136,7 @@ def check_detector(
     *,
     train: bool,
 ) -> None:
-    """Refuse what a forward of so many images of (height, width) pixels would, in training or not. Errors: ConfigError."""
+    """Refuse what a forward of so many images of (height, width) pixels would, in training or not. Raises: ConfigError."""
     inside, stride = _map_width_and_stride(card)
     if 8 * head_card.strides[0] < stride or head_card.strides[-1] > max(image_size):
         raise ConfigError(
@@ -167,7 +167,7 @@ def _build_encoder(card: EncoderCard | BackboneCard) -> nn.Module:
 def _map_width_and_stride(card: EncoderCard | BackboneCard) -> tuple[int, int]:
     """The width of an encoder's last map, and the pixels between its places.
 
-    Errors: ConfigError for a model of timm without such a map.
+    Raises: ConfigError for a model of timm without such a map.
     """
     if isinstance(card, EncoderCard):
         return card.width, card.patch

@@ -67,7 +67,7 @@ MASK_NOISE_FUNCTIONS: dict[MaskStrategy, Callable[[Tensor, int, int, int], Tenso
 def resolve_mask_block_size(strategy: MaskStrategy, rows: int, columns: int, mask_ratio: float, block_size: int) -> int:
     """The side, in patches, of what a kind of masking draws: of a block, of a cell of the grid, or of one patch.
 
-    Errors: ConfigError for a ratio that leaves nothing visible or that no such grid has, and for a block larger than the
+    Raises: ConfigError for a ratio that leaves nothing visible or that no such grid has, and for a block larger than the
     image.
     """
     kept = count_visible(rows * columns, mask_ratio)

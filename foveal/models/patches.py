@@ -40,7 +40,7 @@ def count_visible(num_patches: int, mask_ratio: float) -> int:
 
     The whole part of length * (1 - ratio), but of the real number: in floating point 100 * (1 - 0.9) is 9.999..., which
     would mask one patch too many. At 196 patches it equals the reference implementation for every ratio.
-    Errors: ConfigError when nothing would stay visible.
+    Raises: ConfigError when nothing would stay visible.
     """
     kept = math.floor(num_patches * (1 - mask_ratio) + 1e-6)
     if kept < 1:

@@ -70,7 +70,7 @@ class Segmenter(nn.Module):
         return resize_maps(self.head(maps), (images.shape[2], images.shape[3]))
 
     def set_grad_checkpointing(self, enable: bool) -> None:
-        """Recompute the encoder's blocks in the backward pass. Errors: ConfigError where timm cannot."""
+        """Recompute the encoder's blocks in the backward pass. Raises: ConfigError where timm cannot."""
         set_activation_checkpointing(self.encoder, enable)
 
     def external_parameters(self) -> list[nn.Parameter]:
@@ -127,7 +127,7 @@ class LateralConvs(nn.Module):
 def build_segmenter(encoder: nn.Module, card: dict[str, Any], head_card: dict[str, Any], where: str) -> Segmenter:
     """A segmenter on an encoder, or a model of timm, that was built from ``card``, with a fresh head as its card has it.
 
-    The head is drawn from torch's global generator. ``where`` names the file of the cards. Errors: ExportError.
+    The head is drawn from torch's global generator. ``where`` names the file of the cards. Raises: ExportError.
     """
     try:
         told, wanted = parse_encoder_card(card, where), SegmentationHeadCard.from_dict(head_card, f"{where}: head")
@@ -141,7 +141,7 @@ def build_segmenter(encoder: nn.Module, card: dict[str, Any], head_card: dict[st
 
 
 def check_segmenter_training(card: BackboneCard, head_card: SegmentationHeadCard, microbatch_size: int) -> None:
-    """Refuse what a training forward of a model of timm with such a head would. Errors: ConfigError."""
+    """Refuse what a training forward of a model of timm with such a head would. Raises: ConfigError."""
     infer_feature_shapes(*card.build_args)  # it has a map, or says so
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         look, made = _build_backbone_head(head_card, card)

@@ -13,7 +13,7 @@ def sincos_positions(rows: int, columns: int, width: int) -> Tensor:
 
     The first half of the width codes the column and the second the row, each as sines then cosines of
     position / 10000^(2i / (width / 2)). Published MAE weights have the column first, so it is first here.
-    Errors: ConfigError for a width that four does not divide.
+    Raises: ConfigError for a width that four does not divide.
     """
     check_sincos_width(width)
     quarter = width // 4
@@ -29,7 +29,7 @@ def sincos_positions(rows: int, columns: int, width: int) -> Tensor:
 
 
 def check_sincos_width(width: int) -> None:
-    """Errors: ConfigError for a width that four does not divide, naming the nearest that it does."""
+    """Raises: ConfigError for a width that four does not divide, naming the nearest that it does."""
     if width % 4:
         nearest = max(4, 4 * round(width / 4))
         raise ConfigError(f"width={width}: sine-cosine positions need a multiple of 4; the nearest is {nearest}")

@@ -34,7 +34,7 @@ _BLOCKS: dict[type, tuple[type, tuple[type, ...], tuple[type, ...]]] = {
 def build_meta_encoder(name: str) -> Any:
     """The encoder that timm has under a name, without memory for its weights; not to be changed.
 
-    Errors: ConfigError unless it is a vision transformer that foveal can train.
+    Raises: ConfigError unless it is a vision transformer that foveal can train.
     """
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models([*_NAME_PATTERNS]), n=3)

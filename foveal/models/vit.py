@@ -50,7 +50,7 @@ class VitConfig(Config):
     def resolve(self) -> "ResolvedVitConfig":
         """The same encoder with every size spelled out.
 
-        Errors: ConfigError when timm has no such transformer, or one whose positions are of another kind.
+        Raises: ConfigError when timm has no such transformer, or one whose positions are of another kind.
         """
         encoder = build_meta_encoder(self.name)
         _check_position_kind(self, encoder)
@@ -59,7 +59,7 @@ class VitConfig(Config):
         return ResolvedVitConfig.model_validate({name: sizes[name] for name in VitConfig.model_fields})
 
     def resolve_for_image(self, image_size: int | tuple[int, int]) -> "ResolvedVitConfig":
-        """As ``resolved``, and the sizes fit each other and an image of this side, or (height, width). Errors: ConfigError."""
+        """As ``resolved``, and the sizes fit each other and an image of this side, or (height, width). Raises: ConfigError."""
         sizes = self.resolve()
         _check_sizes(sizes, image_size)
         return sizes
@@ -92,7 +92,7 @@ class EncoderCard(ResolvedVitConfig):
     def trained_size_if_different(self, image_size: int | tuple[int, int]) -> int | tuple[int, int] | None:
         """The size of its images, if images of ``image_size`` are another and still whole patches, else nothing.
 
-        Errors: ConfigError for a size that is no whole number of patches.
+        Raises: ConfigError for a size that is no whole number of patches.
         """
         self.resolve_for_image(image_size)
         return None if self.image_size == image_size else self.image_size
@@ -114,7 +114,7 @@ def build_encoder(
     ``foveal.models.droppath.set_drops``. The weights are drawn from torch's global generator, in an order that is
     foveal's own: ``torch.manual_seed`` before this call makes them a function of the seed.
 
-    Errors: ConfigError for a name that timm does not have or that is no such vision transformer, and for sizes that do
+    Raises: ConfigError for a name that timm does not have or that is no such vision transformer, and for sizes that do
     not fit each other.
     """
     sizes = cfg.resolve_for_image(image_size)
@@ -151,7 +151,7 @@ def encoder_card(
 ) -> dict[str, Any]:
     """Plain data, ready for JSON, from which ``encoder_from_card`` builds the same encoder in any later version.
 
-    Errors: ConfigError, as ``build_encoder``.
+    Raises: ConfigError, as ``build_encoder``.
     """
     sizes = cfg.resolve_for_image(image_size).to_dict()
     card = EncoderCard(**sizes, image_size=image_size, channels=channels, pooling=pooling, classes=num_classes)
@@ -168,7 +168,7 @@ def encoder_from_card(
 ) -> Encoder:
     """An encoder like the one a card was made for, freshly initialised; pooling and classes may be others.
 
-    ``where`` names the card's file in the sentence of a mistake. Errors: ExportError.
+    ``where`` names the card's file in the sentence of a mistake. Raises: ExportError.
     """
     try:
         told = EncoderCard.from_dict(card, where)

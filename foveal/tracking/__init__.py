@@ -58,7 +58,7 @@ def report_attempt_end(
 
 
 def _connect_mlflow(cfg: TrackingConfig, path: Path, pipeline: Path | None, opened: str) -> RemoteRun:
-    """The run in MLflow's store, made where the store has none. Errors: whatever MLflow raises."""
+    """The run in MLflow's store, made where the store has none. Raises: whatever MLflow raises."""
     os.environ.setdefault(
         "MLFLOW_DISABLE_TELEMETRY", "true"
     )  # read when it is imported: nobody is told what a cluster runs

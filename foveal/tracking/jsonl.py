@@ -65,7 +65,7 @@ class JsonlTracker:
     def log_rows(self, rows: Sequence[MetricRow]) -> None:
         """On disk when this returns: a checkpoint may follow. Where the disk is full, with the next ones that find room.
 
-        Errors: OSError where the file cannot be written for another reason.
+        Raises: OSError where the file cannot be written for another reason.
         """
         now = self._now()
         self._lines.append(b"".join(_encode_row({**row, "time": now}) for row in rows))

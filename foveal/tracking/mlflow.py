@@ -113,7 +113,7 @@ class MLflowRun:
 
 
 def _expand_variables(uri: str) -> str:
-    """A URI with environment variables replaced. Errors: Refused for one that is not set."""
+    """A URI with environment variables replaced. Raises: Refused for one that is not set."""
     found = os.path.expandvars(uri)
     if unset := re.search(r"\$\{(\w+)\}", found):
         raise StoreRefusedError(f"tracking.uri needs the environment variable {unset[1]}, which is not set")
@@ -133,7 +133,7 @@ def _lock_or_create_sqlite(uri: str, artifacts: str | None) -> contextlib.Abstra
 
 
 def _get_or_create_experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
-    """The id of an experiment, made where there is none. Errors: Refused for one that is in the trash."""
+    """The id of an experiment, made where there is none. Raises: Refused for one that is in the trash."""
     known = client.get_experiment_by_name(name)
     if known is None:
         try:

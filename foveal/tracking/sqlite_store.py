@@ -37,7 +37,7 @@ def parse_sqlite_path(uri: str) -> Path | None:
 def resolve_store_uri(uri: str) -> tuple[str, str | None]:
     """An SQLite store's absolute URI, and the folder of its artifacts beside it; a server decides for itself.
 
-    Errors: Refused where there is no such place.
+    Raises: Refused where there is no such place.
     """
     found = _URI.fullmatch(uri)
     if not found:
@@ -59,7 +59,7 @@ def resolve_store_uri(uri: str) -> tuple[str, str | None]:
 def lock_store(file: Path, create: Callable[[Path], object]) -> Iterator[None]:
     """Hold the lock of a store, whose file is there: made by ``make``, which writes a store to a path, if it was not.
 
-    Errors: Refused where there is no such place, or something else; TimeoutError where another run holds the lock.
+    Raises: Refused where there is no such place, or something else; TimeoutError where another run holds the lock.
     """
     with _lock_file(file):
         if not file.exists():

@@ -103,7 +103,7 @@ class RunSync:
         self._store = None
 
     def upload_rows(self) -> None:
-        """Deliver settings, tags and rows. Errors: Superseded, and whatever the store raises; then ``forget``."""
+        """Deliver settings, tags and rows. Raises: Superseded, and whatever the store raises; then ``forget``."""
         store = self._connected()
         if self._tags()["state"] == "running":
             self._tell(store)
@@ -121,7 +121,7 @@ class RunSync:
         self._tell(store)
 
     def upload_files(self, *, final: bool) -> None:
-        """Deliver files, the ``last`` time also those that have grown only a little. Errors: as for rows."""
+        """Deliver files, the ``last`` time also those that have grown only a little. Raises: as for rows."""
         store = self._connected()
         if self._searched != self._known:
             self._waiting.extend(_list_files_to_upload(self._run, store.list_files()))
@@ -200,7 +200,7 @@ class RemoteState:
             self._held.clear()  # a long run has a million, and none is asked for again
 
     def find_missing_points(self, row: MetricRow, store: RemoteRun) -> list[MetricPoint]:
-        """Of a row what the store does not have. Errors: whatever the store raises."""
+        """Of a row what the store does not have. Raises: whatever the store raises."""
         step, made = int(row["step"]), to_milliseconds(row["time"])
         return [
             (name, value, made, step)

@@ -19,7 +19,7 @@ _CHUNK = 1 << 18
 def read_json_lines(file: Path | int) -> Iterator[dict[str, Any]]:
     """The objects of a file of JSON lines, or of an open one; a last line that a kill cut short did not happen.
 
-    Each is of a step, or of a roll-back to one. Errors: CheckpointError for a line that is no such object.
+    Each is of a step, or of a roll-back to one. Raises: CheckpointError for a line that is no such object.
     """
     if isinstance(file, Path) and not file.exists():
         return

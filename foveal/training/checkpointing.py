@@ -49,7 +49,7 @@ class CheckpointSaver:
     ) -> None:
         """The checkpoint before any step is taken: it shows that there is room, and how long a save takes.
 
-        Errors: CheckpointError where there is none, LaunchError where Slurm's notice is shorter than a save.
+        Raises: CheckpointError where there is none, LaunchError where Slurm's notice is shorter than a save.
         """
         self.start_checkpoint(engine, step, skipped_batches, {}, throughput_meter)
         self.finish_checkpoint(step, throughput_meter)
@@ -62,7 +62,7 @@ class CheckpointSaver:
     def check_preemption_notice(self, save_seconds: float = 0.0) -> None:
         """Refuse a job that Slurm would end before it has saved. ``seconds``: what a save took in earlier attempts.
 
-        Errors: LaunchError, on every rank.
+        Raises: LaunchError, on every rank.
         """
         self.slowest_save_seconds = max(self.slowest_save_seconds, save_seconds)
         self._notice = self._world.on_rank0(self._compare_notice)

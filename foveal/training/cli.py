@@ -59,7 +59,7 @@ class Stage(Generic[ConfigT, PlanT]):
 def load_config(config_class: type[ConfigT], stage_name: str, name_or_path: str, overrides: Sequence[str]) -> ConfigT:
     """The settings of a stage from a YAML file, or from the name of one in configs/<stage>/.
 
-    ``run.dir`` defaults to runs/<name of the file>. Errors: ConfigError.
+    ``run.dir`` defaults to runs/<name of the file>. Raises: ConfigError.
     """
     file = resolve_config_path(stage_name, name_or_path)
     cfg = config_class.load(file, overrides)
@@ -138,7 +138,7 @@ def run_stage(stage: Stage[Any, Any], cfg: StageConfig, world: World) -> None:
 def _execute_run(stage: Stage[Any, Any], world: World, preemption: Preemption, cfg: StageConfig) -> bool:
     """One run of a stage; whether it is finished, now or since before.
 
-    Errors: RankConflict where what decides a result is another on another rank: the data that its node sees, say.
+    Raises: RankConflict where what decides a result is another on another rank: the data that its node sees, say.
     """
     plan = world.run_all_or_raise(lambda: stage.build_plan(cfg, world.size))
     world.check_equal_on_ranks({"run.dir": cfg.run.dir, **plan.science()})

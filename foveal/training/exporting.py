@@ -42,7 +42,7 @@ class Exporter:
     ) -> Path:
         """Write the weights whose names begin with ``prefix``, without it, and their card; the folder.
 
-        ``head``: what builds the head again whose weights' names begin with ``head.``. ``aside``: in kept/<step>/. Errors: ExportError, on every rank, where it cannot be written.
+        ``head``: what builds the head again whose weights' names begin with ``head.``. ``aside``: in kept/<step>/. Raises: ExportError, on every rank, where it cannot be written.
         """
         folder = self._best_folder(step) if as_best else self._run / "export" / name
         weights = engine.full_state_dict()
@@ -58,7 +58,7 @@ class Exporter:
     def publish_best(self, step: int) -> Path:
         """Make what was kept after a step the export; the folder.
 
-        Errors: CheckpointError, on every rank, where it is not there any more; ExportError where it cannot be written.
+        Raises: CheckpointError, on every rank, where it is not there any more; ExportError where it cannot be written.
         """
         return self._world.on_rank0(lambda: self._copy_to_export(step))
 
@@ -95,7 +95,7 @@ def _write_folder(folder: Path, weights: dict[str, Tensor], card: Card, head: di
 
 @contextmanager
 def _as_export_error(folder: Path) -> Iterator[None]:
-    """What a file system refuses, in a sentence, so that every rank hears it. Errors: ExportError."""
+    """What a file system refuses, in a sentence, so that every rank hears it. Raises: ExportError."""
     try:
         yield
     except OSError as error:

@@ -129,7 +129,7 @@ class Lease(Attempt):
     def record_start(self, step: int) -> None:
         """Write down the step that this attempt begins at, once it is known.
 
-        Errors: Restarting when as many attempts as are allowed began there in a row and came to nothing.
+        Raises: Restarting when as many attempts as are allowed began there in a row and came to nothing.
         """
         self.check_progress(step)
         # Only starts that no later and no lower one makes superfluous are handed on: the list stays short.
@@ -159,7 +159,7 @@ class Lease(Attempt):
     def check_progress(self, step: int = -1) -> None:
         """Refuse to begin at a step, or at one not known yet (-1), where attempt after attempt came to nothing.
 
-        A step that was begun at before is no progress, also where the run was set back in between. Errors: Restarting.
+        A step that was begun at before is no progress, also where the run was set back in between. Raises: Restarting.
         """
         failures = list(itertools.islice(self._failed_attempts(step), self._restarts))
         furthest = max([step, *(start for start, _ in failures)])
@@ -206,7 +206,7 @@ def acquire_lease(
 
     restarts: how many attempts in a row may begin at the same step; beat: seconds between signs of life; patience:
     seconds without one after which an attempt elsewhere counts as dead.
-    Errors: Held where another attempt writes the directory, CheckpointError where nobody can, Restarting as
+    Raises: Held where another attempt writes the directory, CheckpointError where nobody can, Restarting as
     ``Lease.started``.
     """
     folder = run_dir / "attempts"
@@ -281,7 +281,7 @@ def _claim_number(folder: Path, number: int, holder: LeaseHolder) -> bool:
 
 
 def _refuse_if_held(run_dir: Path, number: int, holder: LeaseHolder, timeout_seconds: float) -> None:
-    """Come back if the last attempt is over, or is to be taken over. Errors: Held."""
+    """Come back if the last attempt is over, or is to be taken over. Raises: Held."""
     folder = run_dir / "attempts"
     if (folder / f"{number:04d}.end.json").exists():
         return

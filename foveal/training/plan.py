@@ -242,7 +242,7 @@ def build_stage_plan(
 
     ``card`` is that of the export the stage starts from: its pixel statistics are the model's. ``origin`` names the
     digests of such exports, which are science. ``further`` are the fields that a stage's own plan adds.
-    Errors: DataError, ConfigError, ExportError.
+    Raises: DataError, ConfigError, ExportError.
     """
     _check_labels(cfg)
     dataset = Dataset.open(cfg.data)
@@ -276,7 +276,7 @@ def build_stage_plan(
 
 
 def _check_schedule(cfg: StageConfig) -> None:
-    """Refuse a schedule that does not fit into the run. Errors: ConfigError."""
+    """Refuse a schedule that does not fit into the run. Raises: ConfigError."""
     optim, epochs = cfg.optim, list(cfg.optim.step_epochs)
     if bool(epochs) != (optim.schedule == "step"):
         raise ConfigError(
@@ -294,7 +294,7 @@ def _check_schedule(cfg: StageConfig) -> None:
 
 
 def _check_labels(cfg: StageConfig) -> None:
-    """What a stage has no use for. Errors: ConfigError."""
+    """What a stage has no use for. Raises: ConfigError."""
     data = cfg.data
     if data.labels not in cfg.supported_labels:
         raise ConfigError(

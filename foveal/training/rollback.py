@@ -54,7 +54,7 @@ class RollbackController:
     def record_rollback(self, to_step: int, *, is_writer: bool) -> None:
         """Write down that the run goes back to step ``to`` and past the batches of the refused steps.
 
-        Errors: Diverged, on every rank, when it went back too often already.
+        Raises: Diverged, on every rank, when it went back too often already.
         """
         first, last = self._refused[0], self._refused[-1]
         if len(self._journal) >= self._cfg.rollbacks:
@@ -79,7 +79,7 @@ class RollbackController:
 
 
 def read_rollbacks(run_dir: Path) -> list[dict[str, Any]]:
-    """The roll-backs of a run so far; a last line that a kill cut short did not happen. Errors: CheckpointError."""
+    """The roll-backs of a run so far; a last line that a kill cut short did not happen. Raises: CheckpointError."""
     file = run_dir / "rollbacks.jsonl"
     lines = read_file_bytes(file).splitlines(keepends=True) if file.exists() else []
     journal = [parse_json_object(line, file) for line in lines if line.endswith(b"\n")]

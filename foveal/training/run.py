@@ -92,7 +92,7 @@ class Run:
 
         The checkpoint may be of any number of ranks and any engine. A new run writes one before its first step: it
         shows that there is room, how long a save takes, and it is what a roll-back at the start goes back to.
-        Errors: CheckpointError where the checkpoint is of other science or no room is left, LaunchError where a save
+        Raises: CheckpointError where the checkpoint is of other science or no room is left, LaunchError where a save
         takes longer than the notice that Slurm gives.
         """
         found, took = self.checkpoint_store.find_latest(), 0.0
@@ -120,7 +120,7 @@ class Run:
     def start_attempt(self, step: int = 0, total_steps: int | None = None) -> None:
         """Open the tracker at a step, on rank 0; the progress counts to ``total``, or to the plan's steps.
 
-        Errors: Restarting where attempt after attempt began at this step and came to nothing.
+        Raises: Restarting where attempt after attempt began at this step and came to nothing.
         """
         self.world.on_rank0(lambda: self._start_attempt(step, total_steps))
 
@@ -222,7 +222,7 @@ class Run:
     def evaluation_batches(self, step: int, *, split: str, subset: SubsetName) -> Generator[Batch, None, None]:
         """This rank's share of a part of a split: every sample exactly once over all ranks. Every rank takes part.
 
-        Errors: DataError, on every rank, when one cannot read its data or too many samples do not decode.
+        Raises: DataError, on every rank, when one cannot read its data or too many samples do not decode.
         """
         plan, world = self.plan, self.world
         place = {"rank": world.rank, "world_size": world.size, "microbatch_size": plan.cfg.batch.at_once}
@@ -302,7 +302,7 @@ class Run:
 
         Three integers over all ranks every step: with long steps, asking less often would outlast the notice that
         Slurm gives, and an engine reads the gradient norm from the device in every step anyway.
-        Errors: Superseded, on every rank, where another attempt has taken the run.
+        Raises: Superseded, on every rank, where another attempt has taken the run.
         """
         mine = (self.preemption.stop_reason is not None, self.checkpoint_saver.is_writing, self.attempt.is_superseded)
         asked, busy, lost = self.world.all_reduce_max([int(each) for each in mine])
@@ -318,7 +318,7 @@ class Run:
 
         It does so now, not after the tracker has had its time: the notice may be short. Where it is shorter than a save
         took, or somebody asked twice, the tracker gets none.
-        Errors: NotRequeued where Slurm refuses.
+        Raises: NotRequeued where Slurm refuses.
         """
         self.finish_checkpoint()
         self.is_preempted = True

@@ -45,7 +45,7 @@ def open_run(
     """Open the run directory and all that belongs to it; nothing if the run is finished already.
 
     ``within``: the run that this is a part of; it shows no progress of its own, and has the other's watch.
-    Errors: ConfigError where there can be no directory, CheckpointError where it holds a run of other science, Held where
+    Raises: ConfigError where there can be no directory, CheckpointError where it holds a run of other science, Held where
     another process writes it, Restarting where attempt after attempt got no further, Hung where a rank was lost on the way.
     """
     quiet = outer_run is not None
@@ -134,7 +134,7 @@ class _AttemptEnd:
 
 
 def _inspect_run_dir(plan: Plan) -> tuple[Path, bool]:
-    """The run's directory and whether it is done. Errors: ConfigError, CheckpointError."""
+    """The run's directory and whether it is done. Raises: ConfigError, CheckpointError."""
     try:
         path = _resolve_run_dir(plan.cfg)
         for name in ("science.json", "finished.json"):

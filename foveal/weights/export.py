@@ -75,7 +75,7 @@ def filter_and_strip_prefix(weights: dict[str, Tensor], prefix: str) -> dict[str
 def read_card(folder: Path, timeout_seconds: float = DEFAULT_STALL_TIMEOUT) -> Card:
     """The card of an export; ``patience``: seconds that its storage may stand still.
 
-    Errors: ExportError where there is no export, or one of another format; Unreachable where storage does not answer.
+    Raises: ExportError where there is no export, or one of another format; Unreachable where storage does not answer.
     """
     file = folder / "card.json"
     try:
@@ -103,7 +103,7 @@ def read_card(folder: Path, timeout_seconds: float = DEFAULT_STALL_TIMEOUT) -> C
 def read_export(folder: Path, timeout_seconds: float = DEFAULT_STALL_TIMEOUT) -> tuple[dict[str, Tensor], Card]:
     """The weights (fp32, CPU) and card of an export, its digest checked; ``patience`` as in ``read_card``.
 
-    Errors: ExportError where it is not whole; Unreachable where storage does not answer.
+    Raises: ExportError where it is not whole; Unreachable where storage does not answer.
     """
     card = read_card(folder, timeout_seconds)
     return _read_weights(folder / _MODEL, card.sha256, timeout_seconds), card
@@ -112,7 +112,7 @@ def read_export(folder: Path, timeout_seconds: float = DEFAULT_STALL_TIMEOUT) ->
 def read_head(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The weights (fp32, CPU) of the head of an export, its digest checked, and what builds it again.
 
-    Errors: ExportError where it is not whole, or has no head of this kind.
+    Raises: ExportError where it is not whole, or has no head of this kind.
     """
     card = read_card(folder)
     found = None if card.head is None else card.head.get("kind")
@@ -173,7 +173,7 @@ def select_matching_weights(
     """Those of the weights that a module takes.
 
     ``new`` and ``unused`` are prefixes of names that may be fresh in the module, or left over in the weights.
-    Errors: ExportError that lists what does not fit.
+    Raises: ExportError that lists what does not fit.
     """
     own = module.state_dict()
     missing = [name for name in own if name not in weights and not name.startswith(tuple(new_prefixes))]

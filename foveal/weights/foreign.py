@@ -41,7 +41,7 @@ _QKV_INDEX = {"query": 0, "q_proj": 0, "key": 1, "k_proj": 1, "value": 2, "v_pro
 def find_weights_file(path: Path, timeout_seconds: float = DEFAULT_STALL_TIMEOUT) -> Path:
     """The safetensors file that is meant: the place itself, or the one in it.
 
-    patience: seconds that storage may stand still. Errors: ExportError, Unreachable.
+    patience: seconds that storage may stand still. Raises: ExportError, Unreachable.
     """
     return read_with_timeout(path, timeout_seconds, lambda: _find_weights_file(path))
 
@@ -64,7 +64,7 @@ def _find_weights_file(path: Path) -> Path:
 def read_weights_as_timm(file: Path, timeout_seconds: float = DEFAULT_STALL_TIMEOUT) -> tuple[dict[str, Tensor], str]:
     """The weights of a file, fp32 on the CPU, under timm's names where they have one, and the file's sha256.
 
-    patience: seconds that storage may stand still. Errors: ExportError, Unreachable.
+    patience: seconds that storage may stand still. Raises: ExportError, Unreachable.
     """
     try:
         digest = read_with_timeout(file, timeout_seconds, lambda: sha256(file))
@@ -77,7 +77,7 @@ def read_weights_as_timm(file: Path, timeout_seconds: float = DEFAULT_STALL_TIME
 def read_hf_config(weights_path: Path, timeout_seconds: float = DEFAULT_STALL_TIMEOUT) -> dict[str, Any]:
     """What Hugging Face's config.json in the same folder says, and weights do not; nothing where there is none.
 
-    Errors: Unreachable where it does not answer for ``patience`` seconds.
+    Raises: Unreachable where it does not answer for ``patience`` seconds.
     """
     config = weights_path.parent / "config.json"
     try:
@@ -88,7 +88,7 @@ def read_hf_config(weights_path: Path, timeout_seconds: float = DEFAULT_STALL_TI
 
 
 def read_num_heads(weights_path: Path, timeout_seconds: float = DEFAULT_STALL_TIMEOUT) -> int | None:
-    """The attention heads that the config.json states: no weight tells of them. Errors: Unreachable."""
+    """The attention heads that the config.json states: no weight tells of them. Raises: Unreachable."""
     heads = read_hf_config(weights_path, timeout_seconds).get("num_attention_heads")
     return heads if isinstance(heads, int) else None
 

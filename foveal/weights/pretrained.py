@@ -44,7 +44,7 @@ class PretrainedSource:
     def load_weights(self) -> dict[str, Tensor]:
         """Its weights (fp32, CPU): names and shapes are those of what the card builds.
 
-        Errors: ExportError where they are no longer those that were looked at.
+        Raises: ExportError where they are no longer those that were looked at.
         """
         if self.card.stage == FOREIGN_STAGE:
             file = find_weights_file(self.path, self.stall_timeout)
@@ -62,7 +62,7 @@ def inspect_pretrained(path: Path, timm_name: str | None, data: DataConfig) -> P
 
     Nothing is downloaded, and the model is not built. The card of foreign weights is made up: an encoder's where the
     name is one that foveal can train and the weights are of its sizes, so that its layers can teach, else a backbone's.
-    Errors: ExportError, one sentence for what does not fit; ConfigError for a name that timm does not have, and for
+    Raises: ExportError, one sentence for what does not fit; ConfigError for a name that timm does not have, and for
     images that are no whole number of patches.
     """
     patience = data.patience_seconds
@@ -85,7 +85,7 @@ def _is_foreign_weights(place: Path) -> bool:
 
 
 def _build_foreign_card(place: Path, name: str, data: DataConfig) -> Card:
-    """The card that weights of others would have. Errors: ConfigError, ExportError."""
+    """The card that weights of others would have. Raises: ConfigError, ExportError."""
     patience = data.patience_seconds
     timms, file = get_pretrained_info(name), find_weights_file(place, patience)
     (weights, digest), told = _read_foreign_weights(file, patience), read_hf_config(file, patience)
@@ -158,7 +158,7 @@ def _timm_backbone_card(
 ) -> dict[str, Any]:
     """The card of a model of timm as it is, for our images, or else for those that timm trained it on.
 
-    Errors: ExportError that lists what does not fit.
+    Raises: ExportError that lists what does not fit.
     """
     ours, timms = (
         backbone_card(name, size, data.channels, classes)
@@ -175,7 +175,7 @@ def _timm_backbone_card(
 def _check_weights_fit(
     build: Callable[[dict[str, Any], str], nn.Module], card: dict[str, Any], weights: dict[str, Tensor], place: Path
 ) -> None:
-    """Whether weights are what a card builds, without memory for it. Errors: ExportError."""
+    """Whether weights are what a card builds, without memory for it. Raises: ExportError."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         module = build(card, str(place))
     select_matching_weights(module, weights, place)

@@ -18,7 +18,7 @@ from foveal.weights.export import Card, load_weights_strict
 def build_teacher(
     weights: dict[str, Tensor], card: Card, image_size: int | tuple[int, int] | None, path: Path
 ) -> nn.Module:
-    """The model that a card describes, with its weights, for images of this size. Errors: ExportError."""
+    """The model that a card describes, with its weights, for images of this size. Raises: ExportError."""
     told = card.encoder | ({} if image_size is None else {"image_size": image_size})
     file = f"{path}/card.json"
     if "timm" in told:

@@ -178,7 +178,7 @@ class Scene:
         return self.state()["JobState"] not in STILL_GOING
 
     def until(self, holds: Callable[[], bool], what: str, timeout: float) -> None:
-        """Wait until something holds. Errors: Stuck."""
+        """Wait until something holds. Raises: Stuck."""
         end = time.monotonic() + timeout
         while not holds():
             if time.monotonic() > end:
@@ -186,7 +186,7 @@ class Scene:
             time.sleep(0.05)
 
     def finish(self, timeout: float) -> None:
-        """Wait for the job's end. Errors: Stuck when it does not end, or not well."""
+        """Wait for the job's end. Raises: Stuck when it does not end, or not well."""
         self.until(self.over, "the job is over", timeout)
         if self.state()["JobState"] != "COMPLETED":
             raise Stuck(f"job {self.job} ended as {self.state()['JobState']}\n{self.tail()}")

@@ -86,7 +86,7 @@ class Outsider(Fault):
         return {**place, "RANK": "1", "WORLD_SIZE": size, "LOCAL_RANK": "0"}
 
     def join(self, node: str, environment: Mapping[str, str], line: list[str]) -> None:
-        """Start a rank on a node, and wait until it has been turned away. Errors: Stuck where it is not."""
+        """Start a rank on a node, and wait until it has been turned away. Raises: Stuck where it is not."""
         scene = self.scene
         place = [*scene.cluster.machines.inside(node), "env", f"--chdir={scene.folder}"]
         command = [*place, sys.executable, "-m", "pretrain.run", *line]

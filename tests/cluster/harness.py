@@ -66,7 +66,7 @@ class Cluster:
     """slurmctld, slurmdbd with MariaDB, munged and some slurmd under ``folder`` (short, empty; it is not removed).
 
     ``grace``: seconds that jobs of the partition "low" have to leave; ``more``: further lines of slurm.conf.
-    Errors: ClusterError when a daemon does not answer in time, or a job does not end in time.
+    Raises: ClusterError when a daemon does not answer in time, or a job does not end in time.
     """
 
     def __init__(

@@ -71,13 +71,13 @@ class Manifest(Config):
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a folder.
 
-    Errors: FileNotFoundError if there is none; DataError if it is damaged or of another format.
+    Raises: FileNotFoundError if there is none; DataError if it is damaged or of another format.
     """
     return parse_manifest((folder / MANIFEST_NAME).read_bytes(), str(folder / MANIFEST_NAME))
 
 
 def parse_manifest(text: bytes, location: str) -> Manifest:
-    """The manifest in a text that came from ``where``. Errors: DataError as ``read_manifest``."""
+    """The manifest in a text that came from ``where``. Raises: DataError as ``read_manifest``."""
     try:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:

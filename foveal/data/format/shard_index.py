@@ -176,7 +176,7 @@ def write_index(index: ShardIndex, file: Path) -> None:
 def open_index(file: Path, digest: str, num_samples: int) -> ShardIndex:
     """Map an index whose digest and number of samples the manifest knows.
 
-    Errors: DataError if it is missing, of another format, damaged, or not the one that the manifest was written with.
+    Raises: DataError if it is missing, of another format, damaged, or not the one that the manifest was written with.
     """
     index, written = mmap_index(file)
     if written != digest or len(index) != num_samples:
@@ -187,7 +187,7 @@ def open_index(file: Path, digest: str, num_samples: int) -> ShardIndex:
 def verify_index(file: Path) -> None:
     """Read an index from end to end, as is due to one that came from elsewhere.
 
-    Errors: DataError if it is missing, of another format, or has a byte that is not as it was written.
+    Raises: DataError if it is missing, of another format, or has a byte that is not as it was written.
     """
     index, written = mmap_index(file)
     if index.compute_checksum() != index.checksum or index.compute_digest() != written:
@@ -197,7 +197,7 @@ def verify_index(file: Path) -> None:
 def mmap_index(file: Path) -> tuple[ShardIndex, str]:
     """Map an index that nothing is known of; also the digest that it says it has.
 
-    Errors: DataError if it is missing, of another format or damaged where that shows at a glance.
+    Raises: DataError if it is missing, of another format or damaged where that shows at a glance.
     """
     try:
         header, mapped, start = _read_header(file)
@@ -222,7 +222,7 @@ def mmap_index(file: Path) -> tuple[ShardIndex, str]:
 
 
 def _check_shapes(index: ShardIndex) -> None:
-    """Whether the arrays of an index are of the samples and fields that it has. Errors: ValueError."""
+    """Whether the arrays of an index are of the samples and fields that it has. Raises: ValueError."""
     shapes = [getattr(index, name).shape for name in _TENSORS]
     places = (len(index.labels), len(index.fields))
     if shapes != [places, places, places[:1], places[:1], (len(index.keys),)]:

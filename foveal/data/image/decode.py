@@ -60,7 +60,7 @@ def jpeg_decoder_name() -> str:
 def decode_image(data: bytes, channels: int) -> Image.Image:
     """The whole image, upright, in mode L (1 channel) or RGB (3).
 
-    Transparency is dropped, of 16 bits the upper 8 stay, an animation gives its first frame. Errors: Undecodable.
+    Transparency is dropped, of 16 bits the upper 8 stay, an animation gives its first frame. Raises: Undecodable.
     """
     with _translate_errors():
         image = _open_image(data)
@@ -87,7 +87,7 @@ def decode_crop(
 
     The box is rounded to whole pixels, cut out, and resized (bicubic or bilinear, with antialiasing). ``scaling``: a
     JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the box still has as many pixels on both sides then.
-    Errors: Undecodable, as ``decode``; what ``view`` raises.
+    Raises: Undecodable, as ``decode``; what ``view`` raises.
     """
     with _translate_errors():
         image = _open_image(data)
@@ -119,7 +119,7 @@ def decode_mask_crop(
 ) -> tuple[tuple[int, int], np.ndarray]:
     """(width, height) of a mask, and the ids in a box of it, resized to ``sides`` by the nearest: int32 [height, width].
 
-    A palette's numbers are the ids, as are grey pixels of 8 or 16 bits. Errors: Undecodable.
+    A palette's numbers are the ids, as are grey pixels of 8 or 16 bits. Raises: Undecodable.
     """
     with _translate_errors():
         image = _open_image(data)

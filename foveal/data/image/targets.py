@@ -52,7 +52,7 @@ class LabelReader:
 
         classes: uint8 [K], 1 where it is of a class. mask: int16 [H, W], the class of each pixel or ``NOTHING``. boxes:
         float32 [n, 5]: left, top, right, bottom in pixels of what is seen, and the class.
-        Errors: Undecodable for a mask that is no whole picture, DataError in one sentence for what is no label.
+        Raises: Undecodable for a mask that is no whole picture, DataError in one sentence for what is no label.
         """
         return _READERS[self.kind](self, data, crop, location)
 
@@ -74,7 +74,7 @@ class LabelReader:
 def make_label_reader(cfg: DataConfig, dataset: Dataset) -> LabelReader | None:
     """How the labels of a set with these kinds of members are read; nothing where the index has them all.
 
-    Errors: DataError where no sample can have one.
+    Raises: DataError where no sample can have one.
     """
     if cfg.labels == "class":
         return None

@@ -53,7 +53,7 @@ def index_folder(
     how many of all shards are. Of a manifest that is there already, name, pixel statistics and class names stay
     (``tell`` hears of it if the samples are others), and the sha256 of a shard if it was not written since (``again``
     forgets it).
-    Errors: DataError in one sentence for shards that are missing, compressed, empty, damaged, or hold a key twice.
+    Raises: DataError in one sentence for shards that are missing, compressed, empty, damaged, or hold a key twice.
     """
     if output_folder is None and is_remote(folder):
         raise DataError(f"{redact_urls(folder)} is a URL: say with --index FOLDER where its index is to be written")
@@ -94,13 +94,13 @@ def index_folder(
 def index_shard(folder: str, shard_file: str, classes: Sequence[str] | None = None) -> ShardIndex:
     """The index of one shard. ``classes`` turns names in `.cls` members into labels and bounds the numbers.
 
-    A shard without samples has an index of length 0. Errors: as ``index_folder``.
+    A shard without samples has an index of length 0. Raises: as ``index_folder``.
     """
     return scan_shard(resolve_folder(folder), shard_file, IndexRules(tuple(classes) if classes else None))
 
 
 def scan_shard(folder: Folder, shard_file: str, rules: IndexRules) -> ShardIndex:
-    """The index of one shard of a folder, by any rules. Errors: as ``index_folder``."""
+    """The index of one shard of a folder, by any rules. Raises: as ``index_folder``."""
     try:
         with folder.open_file(shard_file) as stream:
             return scan_stream(stream, folder.display_path(shard_file), shard_file, rules)
@@ -109,7 +109,7 @@ def scan_shard(folder: Folder, shard_file: str, rules: IndexRules) -> ShardIndex
 
 
 def scan_stream(stream: IO[bytes], location: str, shard_file: str, rules: IndexRules) -> ShardIndex:
-    """The index of the shard ``file`` that is open in ``stream``. Errors: OSError, DataError with ``where``."""
+    """The index of the shard ``file`` that is open in ``stream``. Raises: OSError, DataError with ``where``."""
     size = stream.seek(0, 2)
     stream.seek(0)
     samples, note = scan_tar(stream, size, location, rules)
@@ -136,7 +136,7 @@ def _manifest_shard(index: ShardIndex, sha256: str | None = None) -> Shard:
 def _group_by_split(place: Folder) -> dict[str, list[str]]:
     """Shards by split, in the order of their numbers.
 
-    Errors: DataError if there are none or if one is compressed and not unpacked beside.
+    Raises: DataError if there are none or if one is compressed and not unpacked beside.
     """
     names = sorted(place.file_sizes())
     for name in names:

@@ -49,7 +49,7 @@ def scan_tar(stream: IO[bytes], size: int, location: str, rules: IndexRules) -> 
     """The samples of a tar of ``size`` bytes in their order, and what is to be said about it ('' for nothing).
 
     Neighbouring members with one key are one sample, as in WebDataset. Of a tar that is cut short come the samples
-    that are whole. Errors: DataError in one sentence, which begins with ``where``, for a file that is empty,
+    that are whole. Raises: DataError in one sentence, which begins with ``where``, for a file that is empty,
     compressed, damaged or no tar, and for a key that comes twice, a sample without an image, a label that is none.
     """
     return _TarScanner(stream, size, location, rules).samples()

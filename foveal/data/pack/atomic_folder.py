@@ -38,7 +38,7 @@ def atomic_dataset_folder(target_folder: Path) -> Iterator[Path]:
 
     Of two that write the same folder at once, one wins, and the other's draft goes. A draft whose process was killed
     is removed by the next one for the same folder: the kernel gives back the lock that tells them apart.
-    Errors: DataError if it cannot be written; a full disk is one of the reasons.
+    Raises: DataError if it cannot be written; a full disk is one of the reasons.
     """
     target = target_folder.resolve()  # "." has no name to put a draft beside
     draft = target.with_name(f".{target.name}.draft-{secrets.token_hex(4)}")

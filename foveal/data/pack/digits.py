@@ -19,7 +19,7 @@ def pack_digits(output_folder: Path) -> bool:
     """scikit-learn's handwritten digits as PNG shards: 1,437 for training, 360 for validation, 36 of each class.
 
     Returns whether they were written now; a folder that holds them already is left alone.
-    Errors: DataError if the folder holds something else.
+    Raises: DataError if the folder holds something else.
     """
     return write_dataset(output_folder, _load_dataset, PackOptions(samples_per_shard=_SHARD))
 

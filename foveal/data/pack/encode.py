@@ -50,7 +50,7 @@ class SkippedSample:
 def encode_sample(sample: PackSample, options: PackOptions, with_moments: bool) -> EncodedSample | SkippedSample:
     """Read a sample, decode it if the recipe or the statistics need its pixels, and encode it anew if it must change.
 
-    Errors: DataError that names the image if it cannot be read, or does not decode and ``skip_bad`` is off.
+    Raises: DataError that names the image if it cannot be read, or does not decode and ``skip_bad`` is off.
     """
     try:
         data = sample.read_bytes()

@@ -22,7 +22,7 @@ def pack_folder(image_folder: Path, output_folder: Path, **options: Any) -> bool
     With sub-folders `train` and `val` or `test` these are the splits, else ``val_fraction`` of every class is for
     validation. Files go in as they are unless an option of ``Recipe`` says otherwise. mean and std are estimated from
     at most 4,096 training images. Returns whether the shards were written now.
-    Errors: DataError for a missing or empty source, classes that differ between the splits, an image that must be
+    Raises: DataError for a missing or empty source, classes that differ between the splits, an image that must be
     decoded and cannot be, or a target that holds something else; ConfigError for options that cannot be.
     """
     recipe = PackOptions.from_dict(options, "pack")

@@ -30,7 +30,7 @@ def pack_hf(
     image_column, label_column: default, the only column of type Image, and of type ClassLabel if there is one. Images
     go in as the bytes that are stored unless an option of ``Recipe`` says otherwise. A set with the one
     split 'train' is divided as ``pack_folder`` does, 'validation' is called 'val'. Returns whether the shards were written now.
-    Errors: DataError if `datasets` is not installed or cannot read the folder, or for a column that is not there or of
+    Raises: DataError if `datasets` is not installed or cannot read the folder, or for a column that is not there or of
     another type; ConfigError for options that cannot be.
     """
     recipe = PackOptions.from_dict(options, "pack")

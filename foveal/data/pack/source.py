@@ -105,7 +105,7 @@ def parse_labels(values: Sequence[Any], location: str) -> tuple[np.ndarray, tupl
     """Labels int64 [n] (-1: none) and the names of the classes, from what stands in a column.
 
     Whole numbers are labels as they are, -1 and an empty place are no label; anything else names a class, and the
-    names are sorted. Errors: DataError, one sentence that begins with ``what``.
+    names are sorted. Raises: DataError, one sentence that begins with ``what``.
     """
     plain = [_cell_text(value) for value in values]
     known = {value for value in plain if value is not None}

@@ -35,7 +35,7 @@ def pack_table(
     image_column: paths, relative to ``root`` (default: the folder of the table). label_column: labels or names of
     classes, empty for images without. split_column: names of splits; else ``val_fraction`` of every class is for
     validation. options: of ``Recipe``. Returns whether the shards were written now.
-    Errors: DataError for a table or image that cannot be read, in one sentence with the row; ConfigError for options
+    Raises: DataError for a table or image that cannot be read, in one sentence with the row; ConfigError for options
     that cannot be.
     """
     recipe = PackOptions.from_dict(options, "pack")
@@ -62,7 +62,7 @@ def _sample(table: Path, files: Sequence[Path], labels: np.ndarray, number: int)
 def _read_columns(table: Path, wanted: Sequence[str]) -> Columns:
     """The wanted columns, one entry for each row.
 
-    Errors: DataError for a table that cannot be read, is empty, or lacks a column.
+    Raises: DataError for a table that cannot be read, is empty, or lacks a column.
     """
     readers = {".csv": _read_csv, ".parquet": _read_parquet}
     if table.suffix.lower() not in readers:

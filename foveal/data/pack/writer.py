@@ -47,7 +47,7 @@ def write_dataset(output_folder: Path, load_dataset: Callable[[], PackDataset], 
     """Write a data set unless the folder holds one already; returns whether it was written now.
 
     make: lists what is to be written; not called if there is nothing to do.
-    Errors: DataError from the source, for a folder that holds something else, or if nothing is left to write.
+    Raises: DataError from the source, for a folder that holds something else, or if nothing is left to write.
     """
     if is_packed(output_folder):
         return False

@@ -26,7 +26,7 @@ class LedgerAttempt:
     row_files: tuple[Path, ...]  # the rows of each rank; not kept open: a long run on many ranks has thousands
 
     def read_rows(self, after_step: int, last_step: int) -> np.ndarray:
-        """The rows of the steps start+1..stop, [steps, images], in the order of the slots. Errors: DataError."""
+        """The rows of the steps start+1..stop, [steps, images], in the order of the slots. Raises: DataError."""
         wanted = np.arange(after_step + 1, last_step + 1)[:, None]
         ranked = []
         for file in self.row_files:
@@ -80,7 +80,7 @@ def _step_ranges(start: int, stop: int, batch: int) -> Iterator[tuple[int, int]]
 def read_ledger(run_folder: Path) -> RunLedger:
     """The ledger of a run directory.
 
-    Errors: DataError if there is none, if it is of another format, or if steps between its first and last have no rows;
+    Raises: DataError if there is none, if it is of another format, or if steps between its first and last have no rows;
     that rows are damaged is found where they are read.
     """
     if not run_folder.is_dir():
@@ -212,7 +212,7 @@ def find_sample_steps(ledger: RunLedger, source: int, epoch: int, split_position
 def find_first_differing_step(ledger: RunLedger, other_ledger: RunLedger) -> int | None:
     """The first step, of those that both have, whose rows are not the same in every slot; nothing if there is none.
 
-    Errors: DataError if the batches differ in size, the data is not the same, or no step is in both.
+    Raises: DataError if the batches differ in size, the data is not the same, or no step is in both.
     """
     if ledger.metadata["batch"] != other_ledger.metadata["batch"]:
         raise DataError(
@@ -238,7 +238,7 @@ def find_first_differing_step(ledger: RunLedger, other_ledger: RunLedger) -> int
 def format_audit_report(run_folder: Path, other_run_folder: Path | None) -> tuple[list[str], bool]:
     """The audit of a run in words, and whether all is well: no sample twice in an epoch, no step unlike ``against``'s.
 
-    Errors: as ``read_record`` and ``first_difference``.
+    Raises: as ``read_record`` and ``first_difference``.
     """
     record = read_ledger(run_folder)
     facts, epochs = record.metadata, audit_epochs(record)

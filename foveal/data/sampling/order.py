@@ -42,7 +42,7 @@ class SampleOrder:
     of source 0 that its epoch leaves out, others each time. The epoch of a mixture is the steps in which source 0 goes
     once through its samples; the other sources have epochs of their own length.
     Memory: O(S) and one window for each lane touched, never O(N).
-    Errors: ConfigError if the lanes do not fit the batch or the shares cannot be dealt in it, DataError if source 0 has
+    Raises: ConfigError if the lanes do not fit the batch or the shares cannot be dealt in it, DataError if source 0 has
     fewer samples than its part of one batch, or any source fewer than lanes.
     """
 
@@ -273,7 +273,7 @@ def _compute_quotas(
 def check_lanes(batch_size: int, num_lanes: int) -> None:
     """Lanes divide the batch, at least two images each so that mixup finds its partner in its own lane.
 
-    Errors: ConfigError that names the nearest number of lanes that fits.
+    Raises: ConfigError that names the nearest number of lanes that fits.
     """
     fitting = [number for number in divisors(batch_size) if batch_size // number >= 2 or batch_size == 1]
     if num_lanes not in fitting:
@@ -287,7 +287,7 @@ def check_lanes(batch_size: int, num_lanes: int) -> None:
 def rank_slot_range(batch_size: int, num_lanes: int, rank: int, world_size: int) -> tuple[int, int]:
     """The slots [start, stop) of a step that rank ``rank`` of ``size`` takes.
 
-    Errors: ConfigError that names the nearest batch and the nearest numbers of ranks that fit.
+    Raises: ConfigError that names the nearest batch and the nearest numbers of ranks that fit.
     """
     assert 0 <= rank < world_size
     if batch_size % world_size:
@@ -305,7 +305,7 @@ def rank_slot_range(batch_size: int, num_lanes: int, rank: int, world_size: int)
 def microbatches_per_step(batch_size: int, world_size: int, microbatch_size: int) -> int:
     """Micro-batches of ``at_once`` images that each of ``size`` ranks takes per step.
 
-    Errors: ConfigError that names the nearest values of at_once that fit.
+    Raises: ConfigError that names the nearest values of at_once that fit.
     """
     share = batch_size // world_size
     if share % microbatch_size:

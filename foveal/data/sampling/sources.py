@@ -131,7 +131,7 @@ class TrainingSet:
 def build_training_set(dataset: Dataset, cfg: DataConfig, *, seed: int, batch_size: int) -> TrainingSet:
     """The training part of ``dataset`` and of the sets in data.mix, dealt into batches of ``batch`` images.
 
-    Errors: those of ``Dataset.open``, ``choose`` and ``Order``.
+    Raises: those of ``Dataset.open``, ``choose`` and ``Order``.
     """
     sources = [
         SampleSource(dataset, cfg.train, select_subset(dataset, cfg, split=cfg.train, subset="train", seed=seed))

@@ -62,7 +62,7 @@ def select_subset(dataset: Dataset, cfg: DataConfig, *, split: str, subset: Subs
     data.holdout_per_class of every class, and train: data.per_class of every class, or, if that is not set, everything
     but the holdout; with data.balance, samples of small classes several times. The draw depends on the seed and the
     sample ids alone.
-    Errors: ConfigError for an empty holdout or fold, DataError for a class with too few samples (or, with data.balance,
+    Raises: ConfigError for an empty holdout or fold, DataError for a class with too few samples (or, with data.balance,
     none) or samples without labels.
     """
     counts = dataset.samples_per_shard(split)
@@ -106,7 +106,7 @@ def select_subset(dataset: Dataset, cfg: DataConfig, *, split: str, subset: Subs
 
 
 def _refuse_empty(dataset: Dataset, labels: np.ndarray, split: str, setting: str) -> None:
-    """Errors: DataError for a class of the data set that no sample of the split is of."""
+    """Raises: DataError for a class of the data set that no sample of the split is of."""
     names = dataset.classes or ()
     for name, samples in zip(names, np.bincount(labels, minlength=len(names)), strict=False):
         if not samples:
@@ -132,7 +132,7 @@ def _assign_folds(dataset: Dataset, labels: np.ndarray, of: int, place: int) -> 
     """The fold of every sample, int64 [N], in [0, of).
 
     The samples, class by class and shuffled within each, are dealt out in turn as one line: the folds' shares of a class
-    differ by at most one sample, and so do the folds. Errors: DataError for a class that some fold would lack.
+    differ by at most one sample, and so do the folds. Raises: DataError for a class that some fold would lack.
     """
     for label, samples in zip(*np.unique(labels, return_counts=True), strict=True):
         if samples < of:

@@ -83,7 +83,7 @@ class DownloadCache:
         """A descriptor to read the copy of a file from, downloaded if need be; the caller closes it.
 
         ahead: nobody waits for it yet, so it takes no room from copies that are in use.
-        Errors: DataError that names the file: it cannot be read, keeps arriving damaged, or (NoRoom) does not fit.
+        Raises: DataError that names the file: it cannot be read, keeps arriving damaged, or (NoRoom) does not fit.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +132,7 @@ class DownloadCache:
     def _wait_for_lock(self, file: Path, doing: str, done: Callable[[], bool] = lambda: False) -> int | None:
         """A descriptor with the lock on the file of this name; None if ``done`` while another held it.
 
-        Errors: DataError if the other has not written to the file for as long as the patience.
+        Raises: DataError if the other has not written to the file for as long as the patience.
         """
         moved, since, pause = 0, time.monotonic(), _MAX_POLL_SECONDS / 64
         while not done():
@@ -251,7 +251,7 @@ class DownloadCache:
 def open_cache(cfg: CacheConfig, stall_timeout: float) -> DownloadCache:
     """The cache that the settings name.
 
-    Errors: ConfigError for an environment variable that is not set; DataError if the default folder is another's.
+    Raises: ConfigError for an environment variable that is not set; DataError if the default folder is another's.
     """
     limit = int(cfg.gigabytes * 1e9)
     if cfg.dir is not None:

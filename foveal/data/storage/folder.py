@@ -27,14 +27,14 @@ class Folder(Protocol):
 
 
 def resolve_folder(path_or_url: str) -> Folder:
-    """The folder at a path or URL. Errors: DataError if the URL has no driver."""
+    """The folder at a path or URL. Raises: DataError if the URL has no driver."""
     return RemoteFolder(path_or_url, _REQUEST_TIMEOUT) if is_remote(path_or_url) else LocalFolder(path_or_url)
 
 
 class LocalFolder:
     """A folder of this machine.
 
-    patience: seconds that a call may stand still. Errors: DataError, one sentence, where the system says OSError;
+    patience: seconds that a call may stand still. Raises: DataError, one sentence, where the system says OSError;
     Unreachable where it says nothing. What was opened is read without a limit.
     """
 

@@ -37,7 +37,7 @@ class RemoteFolder:
     """A folder behind a URL that fsspec has a driver for (s3, gs, http, https, file). Serves any number of threads.
 
     folder: as given; patience: seconds within which every call ends. One request has an eighth of them.
-    Errors: DataError if no driver is installed; from all methods: NotThere, or DataError after the last attempt.
+    Raises: DataError if no driver is installed; from all methods: NotThere, or DataError after the last attempt.
     """
 
     def __init__(self, folder: str, timeout: float) -> None:

@@ -46,7 +46,7 @@ def format_class_histogram(class_counts: dict[str, np.ndarray], class_names: tup
 def draw_contact_sheet(dataset: Dataset, split: str) -> Image.Image:
     """Up to 48 images of a split, the same each time, spread over its shards, with label or key underneath.
 
-    An image that does not decode is a red square with the reason. Errors: DataError if a shard or index is unreadable.
+    An image that does not decode is a red square with the reason. Raises: DataError if a shard or index is unreadable.
     """
     chosen = _select_images(dataset, split)
     rows = -(-len(chosen) // _COLUMNS)
@@ -115,7 +115,7 @@ def _truncate_text(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def save_contact_sheet(dataset: Dataset, split: str, file: str) -> None:
-    """Write the contact sheet of a split. Errors: as ``contact_sheet``, and DataError if the file cannot be written."""
+    """Write the contact sheet of a split. Raises: as ``contact_sheet``, and DataError if the file cannot be written."""
     sheet = draw_contact_sheet(dataset, split)
     try:
         sheet.save(file, "PNG")

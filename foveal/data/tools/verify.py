@@ -41,7 +41,7 @@ def verify_dataset(
     also sha256, tar headers against index, and every image decoded, in ``workers`` threads; a shard behind a URL is
     fetched into the temporary folder for as long as it is looked at. record: write the sha256 that the manifest does
     not have into it, if nothing is wrong. done: hears how many of all shards are.
-    Errors: DataError if the folder cannot be listed or the manifest not be written.
+    Raises: DataError if the folder cannot be listed or the manifest not be written.
     """
     if record_checksums and is_remote(dataset.index_folder):
         raise DataError(

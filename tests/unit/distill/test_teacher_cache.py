@@ -11,8 +11,8 @@ from pathlib import Path
 from subprocess import PIPE
 from typing import Any
 
-import lesson_writer
 import pytest
+import teacher_cache_writer
 import torch
 from torch import Tensor
 
@@ -161,8 +161,8 @@ def test_too_many_gigabytes_are_refused_before_they_are_taken() -> None:
 def test_rows_of_writers_that_were_killed_are_whole_or_not_there(tmp_path: Path) -> None:
     """Two processes write the same rows at once, and both are killed with SIGKILL in the middle, ten times."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "tests" / "lesson_writer.py"), str(tmp_path)]
-    chance, found, every = random.Random(5), 0, torch.arange(lesson_writer.ROWS)
+    command = [sys.executable, str(ROOT / "tests" / "support" / "teacher_cache_writer.py"), str(tmp_path)]
+    chance, found, every = random.Random(5), 0, torch.arange(teacher_cache_writer.ROWS)
     with subprocess.Popen(command, env=environment, stdin=PIPE, stdout=PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -173,17 +173,17 @@ def test_rows_of_writers_that_were_killed_are_whole_or_not_there(tmp_path: Path)
             time.sleep(chance.uniform(0.0, 0.05))
             for child in children:
                 os.kill(child, signal.SIGKILL)
-            cache = lesson_writer.opened(tmp_path)
+            cache = teacher_cache_writer.opened(tmp_path)
             for row in every.split(1):
                 kept = cache.get(row)
                 found += kept is not None
-                assert kept is None or same(kept, lesson_writer.answers(row))
+                assert kept is None or same(kept, teacher_cache_writer.answers(row))
             cache.close()
         process.stdin.close()
     assert found, "they did write"
-    cache = lesson_writer.opened(tmp_path)
-    cache.put(every, lesson_writer.answers(every))
-    assert same(cache.get(every), lesson_writer.answers(every))
+    cache = teacher_cache_writer.opened(tmp_path)
+    cache.put(every, teacher_cache_writer.answers(every))
+    assert same(cache.get(every), teacher_cache_writer.answers(every))
 
 
 FULL = """

@@ -50,7 +50,9 @@ def step(address, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, i
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(tcp_store, "_ANSWER_TIMEOUT_SECONDS", 2.0)
     there = rendezvous_addresses(LaunchEnv(0, 2, 0, "srun"))
-    monkeypatch.setattr(tcp_store, "rendezvous_addresses", lambda _: there)  # ``join_rendezvous`` sets MASTER_PORT, of all threads at once
+    monkeypatch.setattr(
+        tcp_store, "rendezvous_addresses", lambda _: there
+    )  # ``join_rendezvous`` sets MASTER_PORT, of all threads at once
     yield there
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)

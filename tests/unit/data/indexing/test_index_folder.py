@@ -86,7 +86,7 @@ def test_only_what_changed_is_walked_again(folder: Path, walks: list[str], write
     assert walked(walks) == "0"
     assert mmap_index(folder / "train-0.tar.index")[0].key(0) == "x"
     aged(folder / "train-0.tar")
-    run(again=True)
+    run(rebuild=True)
     assert walked(walks) == "012"
     run(classes=["p", "q", "r", "s", "t", "u", "v", "w"])
     assert walked(walks) == "012"

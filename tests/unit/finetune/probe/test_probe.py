@@ -12,11 +12,11 @@ import torch
 
 from finetune.config import FinetuneConfig
 from finetune.probe import features
+from finetune.probe import run as probing
 from finetune.probe.config import ProbeKind
 from finetune.probe.features import load_features, load_frozen_encoder
 from finetune.probe.plan import ProbePlan, plan_probe
 from finetune.probe.run import ProbeResult, summarize_results
-from finetune.probe.run import run as probing
 from foveal.data import eval_batches, normalise
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.world import World
@@ -68,7 +68,7 @@ def probed(cfg: FinetuneConfig) -> tuple[Run, dict[str, float]]:
     assert isinstance(found, ProbePlan)
     with open_run("finetune", found, ALONE, Preemption(ALONE)) as run:
         assert run is not None
-        probing.probe(found, run)
+        probing.run_probes(found, run)
     file = run.path / "finished.json"
     return run, json.loads(file.read_text())["summary"] if file.exists() else {}
 
@@ -111,14 +111,14 @@ def test_the_choice_is_made_on_the_holdout(
 ) -> None:
     """Three choices: the one that is best on val is not taken."""
     rights = {3 * 10: [0.2, 0.7, 0.3], 360: [0.9, 0.4, 0.8]}
-    monkeypatch.setattr(probing, "accuracies", lambda _guesses, part: rights[len(part)])
+    monkeypatch.setattr(probing, "compute_top1", lambda _guesses, part: rights[len(part)])
     cfg = settings(digits, encoder, whole[0], probe=ALL | {"k": [1, 3, 5]})
     found = plan_probe(cfg, 1)
     assert isinstance(found, ProbePlan)
-    work: Any = probing._unit(found, whole[0], ALONE.device, "knn", 1)
+    work: Any = probing._fit_and_evaluate(found, whole[0], ALONE.device, "knn", 1)
     told = None
     while work is not None:
-        work, told = probing._slice(work)
+        work, told = probing._advance(work)
     assert told == ProbeResult(0.4, 3, 0.7)
 
 
@@ -170,14 +170,14 @@ def test_killed_anywhere_it_ends_with_the_same_numbers_and_repeats_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cfg = settings(digits, encoder, tmp_path / "run", probe=ALL)
-    for name, module, calls in (("_seen", features, 4), ("_slice", probing, 40)):
+    for name, module, calls in (("_compute_columns", features, 4), ("_advance", probing, 40)):
         with monkeypatch.context() as patched:
             counted(patched, module, name, calls)
             with pytest.raises(Killed):
                 probed(cfg)
         kept = tmp_path / "run" / "features"
-        assert kept.exists() == (name == "_slice")
-        assert [each.name for each in (tmp_path / "run").glob(".draft-*")] == [".draft-features-1"] * (name == "_seen")
+        assert kept.exists() == (name == "_advance")
+        assert [each.name for each in (tmp_path / "run").glob(".draft-*")] == [".draft-features-1"] * (name == "_compute_columns")
     done = sorted((tmp_path / "run" / "probes").iterdir())
     assert 0 < len(done) < 8
     before = {file: file.stat().st_mtime_ns for file in [*done, *kept.iterdir()]}
