@@ -104,7 +104,9 @@ def test_an_evaluated_mask_is_whole_on_any_ranks(scenes: Callable[..., tuple[Dat
 def test_boxes_follow_crop_flip_and_size(scenes: Callable[..., tuple[Dataset, DataConfig]]) -> None:
     dataset, cfg = scenes(labels="boxes", image_size=48)
     batch = evaluated(dataset, cfg)[1]
-    assert batch.targets.tolist() == [[[8, 16, 24, 40, n % 3]] for n in (3, 4, 5)], "twice the size; crowds are left out"
+    assert batch.targets.tolist() == [[[8, 16, 24, 40, n % 3]] for n in (3, 4, 5)], (
+        "twice the size; crowds are left out"
+    )
     whole = {"scale": [1.0, 1.0], "ratio": [1.0, 1.0], "flip": 1.0}
     dataset, cfg = scenes(labels="boxes", augment=whole)
     assert trained(dataset, cfg)[0].targets[0, 0, :4].tolist() == [12, 8, 20, 20]
