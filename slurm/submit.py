@@ -1,9 +1,9 @@
 """Chain stages: ``python slurm/submit.py PIPELINE [--cluster slurm|local] [key=value ...]``.
 
-A pipeline is a YAML list of ``{name, stage, config, set: {dotted: value}, from: {dotted: name}}``; ``from`` gives a
-setting the export folder of a stage before it in the list (``name/student``: that of one of several students), and makes
-this stage wait for that one. Every config is validated here before anything is started. Overrides are
-``<name>.<dotted>=value`` for one stage, ``slurm.<option of sbatch>=value`` for every job (array: for those with folds).
+A pipeline is a YAML list of ``{name, stage, config, set: {dotted: value}, from: {dotted: name}}``. ``from`` sets a setting
+to the export folder of an earlier stage of the list (``name/student``: the export of one of several students) and makes
+this stage depend on it. All configs are validated before anything is started. Overrides are ``<name>.<dotted>=value`` for
+one stage and ``slurm.<option of sbatch>=value`` for every job (array: for the jobs with folds).
 """
 
 import argparse
@@ -40,24 +40,24 @@ _STAGES: dict[str, tuple[type[StageConfig], str]] = {
     "finetune": (FinetuneConfig, "slurm/finetune.sh"),
 }
 _KEYS = ("name", "stage", "config", "set", "from")
-_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+_FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _log = logging.getLogger("foveal.submit")
 
 
 @dataclass(frozen=True)
 class PipelineStage:
-    """One element of a pipeline file, as it stands there."""
+    """One element of a pipeline file."""
 
     name: str
     stage: str
     config: str
     settings: Mapping[str, Any]
-    inputs: Mapping[str, str]  # setting -> name of the stage whose export it is, or name/student
+    inputs: Mapping[str, str]  # setting -> stage whose export it gets, or stage/student
 
 
 @dataclass(frozen=True)
 class StageJob:
-    """One stage, ready to be started: ``python -m <stage>.run CONFIG OVERRIDES`` after the jobs it waits for."""
+    """One stage, ready to start: ``python -m <stage>.run CONFIG OVERRIDES`` after its dependencies."""
 
     name: str
     stage: str
@@ -66,11 +66,11 @@ class StageJob:
     depends_on: tuple[str, ...]
     run_dir: Path
     num_processes: int | None
-    has_folds: bool = False  # which the tasks of a Slurm array share
+    has_folds: bool = False  # folds are shared by the tasks of a Slurm array
 
     @property
     def python_args(self) -> list[str]:
-        """What follows ``python``."""
+        """The arguments of ``python``."""
         return ["-m", f"{self.stage}.run", str(self.config_path), *self.overrides]
 
 
@@ -78,17 +78,17 @@ class StageJob:
 
 
 def read_pipeline(file: Path) -> list[PipelineStage]:
-    """The stages of a pipeline file. Raises: ConfigError, naming the file and the element."""
-    listed = read_yaml(file)
-    if not isinstance(listed, list) or not listed:
+    """Read the stages of a pipeline file. Raises: ConfigError, naming the file and the element."""
+    elements = read_yaml(file)
+    if not isinstance(elements, list) or not elements:
         raise ConfigError(f"{file}: a list of stages is expected, each with {', '.join(_KEYS)}")
-    entries = [_parse_stage(element, f"{file}: element {number}") for number, element in enumerate(listed, 1)]
+    entries = [_parse_stage(element, f"{file}: element {number}") for number, element in enumerate(elements, 1)]
     names = [entry.name for entry in entries]
     for number, entry in enumerate(entries):
         if entry.name in names[:number]:
             raise ConfigError(f"{file}: '{entry.name}' names two stages; give each its own name")
-        for key, place in entry.inputs.items():
-            name = place.partition("/")[0]
+        for key, source in entry.inputs.items():
+            name = source.partition("/")[0]
             if name not in names[:number]:
                 hint = "it comes later: list it first"
                 hint = hint if name in names else f"there is no such stage{_suggest_nearest(name, names)}"
@@ -110,76 +110,86 @@ def _parse_stage(element: Any, where: str) -> PipelineStage:
         raise ConfigError(f"{where}: '{name}' cannot be a stage's name; use letters, digits, - and _, and not 'slurm'")
     if stage not in _STAGES:
         raise ConfigError(f"{where}: there is no stage '{stage}'{_suggest_nearest(stage, list(_STAGES))}")
-    settings, takes = element.get("set") or {}, element.get("from") or {}
-    if not isinstance(settings, dict) or not isinstance(takes, dict):
+    settings, inputs = element.get("set") or {}, element.get("from") or {}
+    if not isinstance(settings, dict) or not isinstance(inputs, dict):
         raise ConfigError(
             f"{where}: set and from are mappings, of settings to values and of settings to names of stages"
         )
     return PipelineStage(
-        name, stage, element["config"], settings, {str(key): str(value) for key, value in takes.items()}
+        name, stage, element["config"], settings, {str(key): str(value) for key, value in inputs.items()}
     )
 
 
 def build_jobs(pipeline_file: Path, overrides: Sequence[str]) -> tuple[list[StageJob], dict[str, str]]:
-    """A pipeline's jobs, each validated with the very strings it will be started with, and the options of sbatch.
+    """Return a pipeline's jobs, each validated with the exact strings it will be started with, and the sbatch options.
 
-    ``run.dir`` is runs/<pipeline>/<name> unless ``set`` or an override says otherwise, whatever the stage's config says.
+    ``run.dir`` is runs/<pipeline>/<name> unless ``set`` or an override states another; the stage's config is ignored.
     Raises: ConfigError, naming the pipeline, the stage and the setting.
     """
     jobs: dict[str, StageJob] = {}
     exports: dict[str, tuple[str, ...]] = {}
     entries = read_pipeline(pipeline_file)
-    given = _group_overrides(overrides, [*(entry.name for entry in entries), "slurm"])
+    overrides_by_stage = _group_overrides(overrides, [*(entry.name for entry in entries), "slurm"])
     for entry in entries:
         settings = {
             "run.dir": f"runs/{pipeline_file.stem}/{entry.name}",
             "run.pipeline": f"runs/{pipeline_file.stem}",
             **entry.settings,
         }
-        taken = {key: place.partition("/") for key, place in entry.inputs.items()}
+        inputs = {key: source.partition("/") for key, source in entry.inputs.items()}
         settings |= {
-            key: f"{jobs[name].run_dir}/export{slash}{student}" for key, (name, slash, student) in taken.items()
+            key: f"{jobs[name].run_dir}/export{slash}{student}" for key, (name, slash, student) in inputs.items()
         }
-        texts = (*(f"{key}={_format_override_value(value)}" for key, value in settings.items()), *given[entry.name])
+        texts = (
+            *(f"{key}={_format_override_value(value)}" for key, value in settings.items()),
+            *overrides_by_stage[entry.name],
+        )
         config = resolve_config_path(entry.stage, entry.config)
         try:
             cfg = _STAGES[entry.stage][0].load(config, texts)
             exports[entry.name] = cfg.export_names
-            if wrong := next((name for name, _, student in taken.values() if student not in exports[name]), None):
-                ways = ", ".join(f"{wrong}/{each}" if each else wrong for each in exports[wrong])
-                raise ConfigError(f"what '{wrong}' leaves is taken as {ways}")
+            if wrong := next((name for name, _, student in inputs.values() if student not in exports[name]), None):
+                sources = ", ".join(f"{wrong}/{student}" if student else wrong for student in exports[wrong])
+                raise ConfigError(f"the exports of '{wrong}' are named {sources}")
             if cfg.run.fresh or cfg.run.dir is None:
                 raise ConfigError("run.fresh=true and run.dir=null leave the name of the export open; set run.dir")
         except ConfigError as error:
             raise ConfigError(f"{pipeline_file}: stage '{entry.name}': {error}") from None
-        after = tuple(dict.fromkeys(name for name, _, _ in taken.values()))
-        folds = isinstance(cfg, FinetuneConfig) and cfg.folds is not None
-        job = StageJob(entry.name, entry.stage, config, texts, after, Path(cfg.run.dir), cfg.run.processes, folds)
+        job = StageJob(
+            name=entry.name,
+            stage=entry.stage,
+            config_path=config,
+            overrides=texts,
+            depends_on=tuple(dict.fromkeys(name for name, _, _ in inputs.values())),
+            run_dir=Path(cfg.run.dir),
+            num_processes=cfg.run.processes,
+            has_folds=isinstance(cfg, FinetuneConfig) and cfg.folds is not None,
+        )
         if same := [other.name for other in jobs.values() if other.run_dir == job.run_dir]:
             raise ConfigError(
                 f"{pipeline_file}: '{same[0]}' and '{job.name}' have the same run.dir {job.run_dir}; give each its own"
             )
         jobs[job.name] = job
-    options = {name: value for name, _, value in (text.partition("=") for text in given["slurm"])}
+    options = {name: value for name, _, value in (text.partition("=") for text in overrides_by_stage["slurm"])}
     if "array" in options and not any(job.has_folds for job in jobs.values()):
         raise ConfigError(f"{pipeline_file}: slurm.array is for the stages that have folds, and none has; leave it out")
     return list(jobs.values()), options
 
 
 def _group_overrides(overrides: Sequence[str], names: list[str]) -> dict[str, list[str]]:
-    given: dict[str, list[str]] = {name: [] for name in names}
+    grouped: dict[str, list[str]] = {name: [] for name in names}
     for override in overrides:
         name, dot, rest = override.partition(".")
         if not dot or "=" in name or "=" not in rest:
             raise ConfigError(f"'{override}' is not an override of a pipeline; write <stage>.<dotted.key>=value")
-        if name not in given:
+        if name not in grouped:
             raise ConfigError(f"'{override}': there is no stage '{name}'{_suggest_nearest(name, names)}")
-        given[name].append(rest)
-    return given
+        grouped[name].append(rest)
+    return grouped
 
 
 def _format_override_value(value: Any) -> str:
-    """A value as the right-hand side of an override, which the stage reads as YAML."""
+    """Format a value as the right-hand side of an override, which the stage parses as YAML."""
     try:
         if isinstance(value, str) and parse_yaml(value) == value:
             return value
@@ -197,9 +207,9 @@ def _suggest_nearest(word: str, words: Sequence[str]) -> str:
 
 
 def submit_jobs(jobs: Sequence[StageJob], log_dir: Path, sbatch_options: Mapping[str, str]) -> dict[str, str]:
-    """Submit all jobs, each after those it waits for; their ids by name. All of them or none.
+    """Submit all jobs with their dependencies, or none; return their ids by name.
 
-    Raises: LaunchError where sbatch is missing or refuses a job.
+    Raises: LaunchError if sbatch is missing or refuses a job.
     """
     if not shutil.which("sbatch") or not shutil.which("srun"):
         raise LaunchError(
@@ -210,10 +220,10 @@ def submit_jobs(jobs: Sequence[StageJob], log_dir: Path, sbatch_options: Mapping
         script = Path(_STAGES[job.stage][1])
         if not script.exists():
             raise LaunchError(f"{Path.cwd()} has no {script}; call submit.py in the root of the repository")
-        theirs = {
+        options = {
             name.replace("-", "_"): value for name, value in sbatch_options.items() if name != "array" or job.has_folds
         }
-        resources = read_sbatch_options(script) | theirs
+        resources = read_sbatch_options(script) | options
         conditions = [f"afterok:{':'.join(ids[name] for name in job.depends_on)}"] if job.depends_on else []
         conditions += [resources["dependency"]] if "dependency" in resources else []
         if conditions:
@@ -232,7 +242,7 @@ def submit_jobs(jobs: Sequence[StageJob], log_dir: Path, sbatch_options: Mapping
 
 
 def read_sbatch_options(script: Path) -> dict[str, str]:
-    """The options of a script's #SBATCH lines, the one place where a stage's resources stand; a bare one is 'true'."""
+    """Read the options of a script's #SBATCH lines, where a stage's resources are stated; a bare option is 'true'."""
     lines = [line.removeprefix("#SBATCH") for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
     words = [word for line in lines for word in shlex.split(line, comments=True)]
     if wrong := [word for word in words if not word.startswith("--")]:
@@ -242,11 +252,11 @@ def read_sbatch_options(script: Path) -> dict[str, str]:
 
 
 def _submit_command(folder: Path, resources: Mapping[str, str], command: Sequence[str]) -> str:
-    """Submit a command line with submitit, and return the job's id.
+    """Submit a command line with submitit and return the job's id.
 
-    The batch script runs the stage's own job script, so that a chained job and an ``sbatch slurm/<stage>.sh`` are the
-    same: submitit's pickled function, srun line and signal handler (USR2) are left out. What submitit has no word for
-    goes through its ``additional_parameters``.
+    The batch script runs the stage's own job script, so a chained job equals ``sbatch slurm/<stage>.sh``: submitit's
+    pickled function, srun line and signal handler (USR2) are not used. Options that submitit does not know go through its
+    ``additional_parameters``.
     """
     from submitit.core.utils import FailedJobError, FailedSubmissionError
     from submitit.slurm.slurm import SlurmExecutor
@@ -262,21 +272,22 @@ def _submit_command(folder: Path, resources: Mapping[str, str], command: Sequenc
         raise LaunchError(f"sbatch refused the job: {' '.join(str(error).split())}") from None
 
 
-# --- here ---
+# --- on this machine ---
 
 
 def run_jobs_locally(jobs: Sequence[StageJob]) -> int:
-    """Run the jobs one after another on this machine; 0, or the exit code of the first that did not finish.
+    """Run the jobs one after another on this machine; return 0, or the exit code of the first that did not finish.
 
-    A job of several processes is checked in one process first: torchrun turns every exit code into 1.
+    A job with several processes is validated in one process first, because torchrun turns every exit code into 1.
     """
     for number, job in enumerate(jobs, 1):
         processes = job.num_processes or _count_devices()
         _log.info("[%d/%d] %s -> %s (processes: %d)", number, len(jobs), job.name, job.run_dir, processes)
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        commands = [alone := [sys.executable, *job.python_args]]
+        single_process = [sys.executable, *job.python_args]
+        commands = [single_process]
         if processes > 1:
-            commands = [[*alone, "--check", f"--ranks={processes}"], [*launcher, *job.python_args]]
+            commands = [[*single_process, "--check", f"--ranks={processes}"], [*launcher, *job.python_args]]
         for command in commands:
             if code := _run_command(command, _child_environment(processes)):
                 _log.error("%s stopped with exit code %d; nothing after it was started", job.name, code)
@@ -296,49 +307,54 @@ def _count_devices() -> int:
 
 
 def _child_environment(processes: int) -> dict[str, str]:
-    """Without a word from the user the processes share the cores; torchrun gives each one, and warns of it."""
-    mine = {LAUNCHER_ENV_VAR: str(Process.from_pid(os.getpid()) or "")}  # the stages leave when we are gone
-    return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes)), **os.environ, **mine}
+    """Return the environment of a stage. The cores are shared out unless OMP_NUM_THREADS is set; torchrun would give one each."""
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    launcher = {
+        LAUNCHER_ENV_VAR: str(Process.from_pid(os.getpid()) or "")
+    }  # the stages leave when this process is gone
+    return {"OMP_NUM_THREADS": str(threads), **os.environ, **launcher}
 
 
 def _run_command(command: list[str], environment: Mapping[str, str]) -> int:
-    """Run a command to its end; its exit code as a shell has it, or 128 + the first signal that came meanwhile.
+    """Run a command to its end; return its exit code like a shell, or 128 + the first signal received meanwhile.
 
-    It has a process group of its own, so that Ctrl-C reaches each rank once, by us; they save and leave. torchrun is not
-    told: it would kill its ranks half a minute later, with a traceback. A second Ctrl-C ends all.
+    The command has its own process group, and Ctrl-C is forwarded to each rank once; the ranks save and leave. torchrun
+    does not receive the signal: it would kill its ranks half a minute later, with a traceback. A second Ctrl-C kills all.
     """
-    heard: list[int] = []
-    child: list[subprocess.Popen[bytes]] = []
+    received: list[int] = []
+    children: list[subprocess.Popen[bytes]] = []
 
-    def pass_on(number: int, _frame: FrameType | None) -> None:
-        now = number == signal.SIGINT in heard
-        heard.append(number)
-        for each in child:
-            ranks = _child_pids(each.pid) if "torch.distributed.run" in command else []
-            for process in [*ranks, each.pid] if now or not ranks else ranks:
+    def forward(number: int, _frame: FrameType | None) -> None:
+        kill = number == signal.SIGINT in received
+        received.append(number)
+        for child in children:
+            ranks = _child_pids(child.pid) if "torch.distributed.run" in command else []
+            for pid in [*ranks, child.pid] if kill or not ranks else ranks:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGKILL if now else number)
+                    os.kill(pid, signal.SIGKILL if kill else number)
 
-    before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
+    previous_handlers = {number: signal.signal(number, forward) for number in _FORWARDED_SIGNALS}
     try:
-        out = subprocess.DEVNULL if "--check" in command else None
-        child.append(subprocess.Popen(command, env=dict(environment), stdout=out, process_group=0))
-        code = child[0].wait()
+        stdout = subprocess.DEVNULL if "--check" in command else None
+        children.append(subprocess.Popen(command, env=dict(environment), stdout=stdout, process_group=0))
+        code = children[0].wait()
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
-    return 128 + heard[0] if heard else code if code >= 0 else 128 - code
+    if received:
+        return 128 + received[0]
+    return code if code >= 0 else 128 - code
 
 
-def _child_pids(process: int) -> list[int]:
+def _child_pids(pid: int) -> list[int]:
     try:
-        return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
         return []
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Validate, then submit or run; a user's mistake is one sentence and exit code 2."""
+    """Validate, then submit or run; a mistake of the user is one sentence and exit code 2."""
     logging.basicConfig(format="%(message)s")
     _log.setLevel(logging.INFO)
     parser = argparse.ArgumentParser(prog="submit.py", description="Chain the stages of a pipeline.")

@@ -1,1 +1,1 @@
-"""The commands that look at runs."""
+"""Commands on run directories: attempts, track; and the reference of settings and the demo's summary."""

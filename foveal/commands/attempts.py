@@ -1,4 +1,4 @@
-"""``foveal attempts RUN``: every start of a run, and why it stopped."""
+"""``foveal attempts RUN``: every start of a run and why it ended."""
 
 import time
 from pathlib import Path
@@ -13,25 +13,25 @@ from foveal.training.lease import list_attempts
 
 
 def attempts(run: Annotated[Path, typer.Argument(help="The run directory.")]) -> None:
-    """Every start of a run: job, node, steps, seconds, and why it stopped."""
-    told = list_attempts(run)
-    if not told:
+    """List every start of a run: job, node, steps, seconds, and why it stopped."""
+    records = list_attempts(run)
+    if not records:
         raise CheckpointError(f"{run} holds no attempts; give the directory of a run (run.dir)")
     table = Table(box=None)
     for column in ("attempt", "started", "where", "ranks", "steps", "seconds", "code", "why it stopped"):
         table.add_column(column, overflow="fold")
-    for each in told:
-        who = each.holder
-        job = f"job {who.job} on " if who and who.job else ""
+    for record in records:
+        holder = record.holder
+        job = f"job {holder.job} on " if holder and holder.job else ""
         table.add_row(
-            str(each.number),
-            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(each.started_at)),
-            f"{job}{who.nodes or who.host}" if who else "?",
-            str(who.ranks) if who else "?",
-            f"{_format_number(each.start_step)} to {_format_number(each.end_step)}",
-            _format_number(each.duration_seconds),
-            _format_number(each.exit_code),
-            each.reason or "(no word: it runs, or was killed)",
+            str(record.number),
+            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.started_at)),
+            f"{job}{holder.nodes or holder.host}" if holder else "?",
+            str(holder.ranks) if holder else "?",
+            f"{_format_number(record.start_step)} to {_format_number(record.end_step)}",
+            _format_number(record.duration_seconds),
+            _format_number(record.exit_code),
+            record.reason or "(no record of its end: it is running, or was killed)",
         )
     Console(width=160).print(table)
 

@@ -1,4 +1,4 @@
-"""``python -m foveal.commands.summary runs/demo [--since SECONDS]``: what came of a pipeline, as one short table."""
+"""``python -m foveal.commands.summary runs/demo [--since SECONDS]``: the results of a pipeline as short tables."""
 
 import argparse
 import sys
@@ -14,17 +14,17 @@ from foveal.errors import CheckpointError, FovealError
 
 
 def read_finished_runs(pipeline_dir: Path) -> dict[str, dict[str, Any]]:
-    """Each stage's finished.json, by the name of its run, in the order in which they finished.
+    """Return each run's finished.json by the run's name, in the order in which the runs finished.
 
-    Raises: CheckpointError where there is none, or where a run has begun and is not finished.
+    Raises: CheckpointError if there is no run, or a run that has not finished.
     """
-    begun = sorted(file.parent for file in pipeline_dir.glob("*/science.json"))
-    if not begun:
+    run_dirs = sorted(file.parent for file in pipeline_dir.glob("*/science.json"))
+    if not run_dirs:
         raise CheckpointError(f"{pipeline_dir} holds no runs")
-    open_ends = [str(run) for run in begun if not (run / "finished.json").exists()]
-    if open_ends:
-        raise CheckpointError(f"{', '.join(open_ends)} not finished; start the pipeline again and it continues")
-    files = sorted((run / "finished.json" for run in begun), key=lambda file: file.stat().st_mtime)
+    unfinished = [str(run) for run in run_dirs if not (run / "finished.json").exists()]
+    if unfinished:
+        raise CheckpointError(f"{', '.join(unfinished)} not finished; start the pipeline again and it continues")
+    files = sorted((run / "finished.json" for run in run_dirs), key=lambda file: file.stat().st_mtime)
     return {file.parent.name: read_json(file) for file in files}
 
 
@@ -33,24 +33,24 @@ def _build_stages_table(runs: dict[str, dict[str, Any]]) -> Table:
     for name in ("run", "steps", "loss", "images/s", "training"):
         table.add_column(name, justify="left" if name == "run" else "right")
     for name, facts in runs.items():
-        numbers = facts["summary"]
-        loss, pace = numbers.get("loss"), numbers.get("images_per_second")
+        metrics = facts["summary"]
+        loss, throughput = metrics.get("loss"), metrics.get("images_per_second")
         table.add_row(
             name,
-            f"{numbers['step']:.0f}" if "step" in numbers else "trials" if "trials.repeats" in facts["science"] else "",
+            f"{metrics['step']:.0f}" if "step" in metrics else "trials" if "trials.repeats" in facts["science"] else "",
             f"{loss:.4f}" if loss is not None else "",
-            f"{pace:,.0f}" if pace is not None else "",
+            f"{throughput:,.0f}" if throughput is not None else "",
             f"{facts['seconds']:.0f} s",
         )
     return table
 
 
 def _build_trials_tables(runs: dict[str, dict[str, Any]]) -> list[Table]:
-    """A table for each comparison of ways to start."""
+    """Build one table per run with ``trials``: its arms compared."""
     tables = []
     for name, facts in runs.items():
-        numbers, science = facts["summary"], facts["science"]
-        arms = [key.removesuffix("_top1_lowest") for key in numbers if key.endswith("_top1_lowest")]
+        metrics, science = facts["summary"], facts["science"]
+        arms = [key.removesuffix("_top1_lowest") for key in metrics if key.endswith("_top1_lowest")]
         if not arms:
             continue
         per_class, repeats = science["data.per_class"], science["trials.repeats"]
@@ -59,14 +59,14 @@ def _build_trials_tables(runs: dict[str, dict[str, Any]]) -> list[Table]:
         for column in ("start", "top-1", "lowest to highest", "lr per 256"):
             table.add_column(column, justify="left" if column == "start" else "right")
         for arm in arms:
-            spread = f"{numbers[f'{arm}_top1_lowest']:.3f} to {numbers[f'{arm}_top1_highest']:.3f}"
-            table.add_row(arm, f"{numbers[f'{arm}_top1']:.3f}", spread, f"{numbers[f'{arm}_lr_per_256']:g}")
+            spread = f"{metrics[f'{arm}_top1_lowest']:.3f} to {metrics[f'{arm}_top1_highest']:.3f}"
+            table.add_row(arm, f"{metrics[f'{arm}_top1']:.3f}", spread, f"{metrics[f'{arm}_lr_per_256']:g}")
         tables.append(table)
     return tables
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the tables of a pipeline's results."""
     parser = argparse.ArgumentParser(prog="foveal.commands.summary", description=__doc__)
     parser.add_argument("pipeline", type=Path)
     parser.add_argument("--since", type=float, help="seconds since the epoch at which the command began")

@@ -1,4 +1,4 @@
-"""`foveal track`: what a run's tracking server has not heard yet."""
+"""`foveal track`: upload what a run's MLflow has not received."""
 
 import os
 from pathlib import Path
@@ -20,7 +20,7 @@ app = typer.Typer(help="Tracking: sync.", no_args_is_help=True)
 
 @app.callback()
 def _track() -> None:
-    """Keeps `sync` a word of its own while it is the only one."""
+    """Keep `sync` a subcommand although it is the only one."""
 
 
 @app.command("sync")
@@ -28,24 +28,24 @@ def sync(
     run: Annotated[Path, typer.Argument(help="Directory of a run.")],
     uri: Annotated[str | None, typer.Option(help="Another MLflow than the run's own tracking.uri.")] = None,
 ) -> None:
-    """Deliver to MLflow what it does not have of a run: every number once, settings, tags and files.
+    """Upload to MLflow what it does not have of a run: every metric once, settings, tags and files.
 
-    A run that is being written may be synced too: rows carry their times, so that a store keeps what both deliver once.
+    A run that is under way can be synced too: rows carry timestamps, so a store keeps values sent by both once.
     """
     tree, cfg = _read_tracking_config(run, uri)
     _record_attempt_end(run)
     if not (run / "metrics.jsonl").exists():
         raise CheckpointError(f"{run} has no metrics.jsonl: the run has not begun")
     tail = MetricsTail(os.open(run / "metrics.jsonl", os.O_RDONLY), run / "metrics.jsonl")
-    courier = build_uploader(run, cfg, _resolve_pipeline_dir(run, tree), tail)
-    if not courier.upload_all():
+    uploader = build_uploader(run, cfg, _resolve_pipeline_dir(run, tree), tail)
+    if not uploader.upload_all():
         raise FovealError(
             f"{run} was not delivered: MLflow at {cfg.uri} does not take it (see above); try again when it does, "
             f"or name another with --uri"
         )
-    count = courier.sync.counts
+    counts = uploader.sync.counts
     typer.echo(
-        f"{run}: {count.rows_sent:,} rows and {count.files_sent:,} files delivered, {count.rows_present:,} rows were there"
+        f"{run}: {counts.rows_sent:,} rows and {counts.files_sent:,} files delivered, {counts.rows_present:,} rows were there"
     )
 
 
@@ -67,21 +67,21 @@ def _read_tracking_config(run: Path, uri: str | None) -> tuple[dict[str, Any], T
 
 
 def _resolve_pipeline_dir(run: Path, tree: dict[str, Any]) -> str | None:
-    """The pipeline's folder from here: both paths in the settings begin where the run was started."""
-    place = tree.get("run", {})
-    return str(run / os.path.relpath(place["pipeline"], place["dir"])) if place.get("pipeline") else None
+    """Return the pipeline's folder relative to the run: both settings are relative to where the run was started."""
+    section = tree.get("run", {})
+    return str(run / os.path.relpath(section["pipeline"], section["dir"])) if section.get("pipeline") else None
 
 
 def _record_attempt_end(run: Path) -> None:
-    """An attempt that could not close its tracker has told its directory only."""
-    file, told = run / "tags.json", list_attempts(run)
+    """Correct the tags of an attempt that could not close its tracker: its end is in attempts/ only."""
+    file, records = run / "tags.json", list_attempts(run)
     tags = read_json_or_empty(file)
-    if tags.get("state") != "running" or not told or told[-1].reason is None:
+    if tags.get("state") != "running" or not records or records[-1].reason is None:
         return
     states: dict[int | None, AttemptState] = {
         0: "saved-and-left",
         TrainingDivergedError.exit_code: "diverged",
         AttemptSupersededError.exit_code: "superseded",
     }
-    state = "finished" if (run / "finished.json").exists() else states.get(told[-1].exit_code, "failed")
-    write_json(file, tags | {"state": state, "why_stopped": told[-1].reason})
+    state = "finished" if (run / "finished.json").exists() else states.get(records[-1].exit_code, "failed")
+    write_json(file, tags | {"state": state, "why_stopped": records[-1].reason})

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: its own directory first, and from there to MLflow, which training never waits for."""
+"""Tracking: metrics are written to the run directory first and uploaded to MLflow in the background."""
 
 import os
 import uuid
@@ -12,7 +12,7 @@ from foveal.tracking.jsonl import JsonlTracker
 from foveal.tracking.sync import RemoteRun, RunSync
 from foveal.tracking.tail import MetricsTail, read_json_or_empty
 from foveal.tracking.tracker import AttemptState, MetricRow, Tracker, TrackingConfig
-from foveal.tracking.uploader import Uploaded, Uploader
+from foveal.tracking.uploader import Uploader, UploadingTracker
 
 
 def open_tracker(
@@ -23,19 +23,20 @@ def open_tracker(
     attempt: int = 0,
     check_lease: Callable[[], None] = lambda: None,
 ) -> tuple[Tracker, MetricRow]:
-    """The tracker of an attempt that begins at a step, and the last row of a step up to there (empty: there is none).
+    """Open the tracker of an attempt, and return the last row up to ``start_step`` with it (empty: there is none).
 
-    ``path`` is the run's directory, ``pipeline`` that of its pipeline; ``fence`` raises where the run is another
-    attempt's. Nothing here waits for MLflow: it is imported, asked and told by a thread.
+    ``pipeline_dir`` is the directory of the run's pipeline, if any. ``check_lease`` raises if another attempt has taken
+    the run over. Nothing here waits for MLflow: a thread imports and contacts it.
     """
-    kept = JsonlTracker(run_dir, start_step, attempt, check_lease)
+    jsonl_tracker = JsonlTracker(run_dir, start_step, attempt, check_lease)
     if cfg.uri is None:
-        return kept, kept.last_row
-    return Uploaded(kept, build_uploader(run_dir, cfg, pipeline_dir, kept.open_tail())), kept.last_row
+        return jsonl_tracker, jsonl_tracker.last_row
+    uploader = build_uploader(run_dir, cfg, pipeline_dir, jsonl_tracker.open_tail())
+    return UploadingTracker(jsonl_tracker, uploader), jsonl_tracker.last_row
 
 
 def build_uploader(run_dir: Path, cfg: TrackingConfig, pipeline_dir: str | None, tail: MetricsTail) -> Uploader:
-    """The courier of a run directory, not yet on its way."""
+    """Build the uploader of a run directory; its thread starts with the first ``notify``."""
     assert cfg.uri is not None
     connect = partial(_connect_mlflow, cfg, run_dir, Path(pipeline_dir) if pipeline_dir else None, uuid.uuid4().hex)
     return Uploader(RunSync(run_dir, tail, connect), run_dir, redact(cfg.uri), cfg.patience_seconds)
@@ -44,24 +45,23 @@ def build_uploader(run_dir: Path, cfg: TrackingConfig, pipeline_dir: str | None,
 def report_attempt_end(
     run_dir: Path, cfg: TrackingConfig, pipeline_dir: str | None, state: AttemptState, reason: str
 ) -> None:
-    """The end of an attempt that never opened its tracker: the run's tags say so, and MLflow within its patience.
+    """Record the end of an attempt that never opened its tracker, in the run's tags and in MLflow.
 
-    Whoever watches the state of a run would else see the last attempt's "running" for ever. Of a run that had no attempt
-    before there is nothing to correct.
+    Without it a monitor of the run would see the previous attempt's state "running" for ever. A run without a previous
+    attempt needs no correction. MLflow is waited for at most ``tracking.patience_seconds``.
     """
-    tags, rows = run_dir / "tags.json", run_dir / "metrics.jsonl"
-    if not tags.exists() or not rows.exists():
+    tags_file, rows_file = run_dir / "tags.json", run_dir / "metrics.jsonl"
+    if not tags_file.exists() or not rows_file.exists():
         return
-    write_json(tags, read_json_or_empty(tags) | {"state": state, "why_stopped": redact(reason)})
+    write_json(tags_file, read_json_or_empty(tags_file) | {"state": state, "why_stopped": redact(reason)})
     if cfg.uri is not None:
-        build_uploader(run_dir, cfg, pipeline_dir, MetricsTail(os.open(rows, os.O_RDONLY), rows)).close()
+        build_uploader(run_dir, cfg, pipeline_dir, MetricsTail(os.open(rows_file, os.O_RDONLY), rows_file)).close()
 
 
-def _connect_mlflow(cfg: TrackingConfig, path: Path, pipeline: Path | None, opened: str) -> RemoteRun:
-    """The run in MLflow's store, made where the store has none. Raises: whatever MLflow raises."""
-    os.environ.setdefault(
-        "MLFLOW_DISABLE_TELEMETRY", "true"
-    )  # read when it is imported: nobody is told what a cluster runs
+def _connect_mlflow(cfg: TrackingConfig, run_dir: Path, pipeline_dir: Path | None, creation_token: str) -> RemoteRun:
+    """Resume or create the run in MLflow. Raises: whatever MLflow raises."""
+    # MLflow reads it on import: what a cluster runs is not reported to anybody.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from foveal.tracking.mlflow import MLflowRun
 
-    return MLflowRun(cfg, path, pipeline, opened)
+    return MLflowRun(cfg, run_dir, pipeline_dir, creation_token)

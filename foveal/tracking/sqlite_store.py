@@ -1,10 +1,10 @@
-"""MLflow's store in an SQLite file: where it lies, and how runs that begin at once make it once.
+"""MLflow's store in an SQLite file: its path, and its creation by one of several runs that start at once.
 
-MLflow makes its tables in place, in dozens of steps that are no single transaction: two processes at once, or a kill in
-the middle, leave a file that no MLflow opens again. Here the tables are made in a file aside, which then gets the name:
-that is whole or not there. A lock beside it keeps the runs from making it several times, and from upgrading an older
-one together, which MLflow does in place; the lock is the kernel's and ends with its process. Without locks (some network
-file systems) the name decides.
+MLflow creates its tables in place, in dozens of steps without a common transaction. Two processes at once, or a kill in
+the middle, leave a file that no MLflow opens again. Here the tables are created in a draft, which is then linked to its
+name, so the store is complete or absent. A lock beside it keeps runs from creating the store several times and from
+upgrading an older one together, which MLflow does in place. The kernel releases the lock when its process ends. On file
+systems without locks the link decides.
 """
 
 import contextlib
@@ -22,27 +22,36 @@ from foveal.atomic import fsync
 from foveal.tracking.store_errors import StoreRefusedError
 
 _URI = re.compile(r"(sqlite(?:\+\w+)?:///(?:file:(?://(?=/))?)?)([^?]*)(.*)")
-_HEAD = b"SQLite format 3\x00"
-_NO_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
-_NO_SERVICE = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EMLINK, errno.EINVAL}
-_PATIENCE, _LOOKS = 120.0, 0.05  # seconds for another run to make the store, and between two looks at the lock
+_SQLITE_HEADER = b"SQLite format 3\x00"
+_BAD_PATH_ERRNO = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+}
+_UNSUPPORTED_ERRNO = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EMLINK, errno.EINVAL}
+_LOCK_TIMEOUT = 120.0  # seconds for another run to create the store
+_LOCK_POLL_SECONDS = 0.05
 
 
 def parse_sqlite_path(uri: str) -> Path | None:
-    """The file of an SQLite store, as the URI names it; nothing where the store is another."""
-    found = _URI.fullmatch(uri)
-    return Path(found[2]) if found else None
+    """Return the file in the URI of an SQLite store; None for another kind of store."""
+    match = _URI.fullmatch(uri)
+    return Path(match[2]) if match else None
 
 
 def resolve_store_uri(uri: str) -> tuple[str, str | None]:
-    """An SQLite store's absolute URI, and the folder of its artifacts beside it; a server decides for itself.
+    """Return an SQLite store's absolute URI and the URI of its artifacts beside it; a server's URI is returned as it is.
 
-    Raises: Refused where there is no such place.
+    Raises: StoreRefusedError if the folder cannot be created.
     """
-    found = _URI.fullmatch(uri)
-    if not found:
+    match = _URI.fullmatch(uri)
+    if not match:
         return uri, None
-    before, name, query = found.groups()
+    prefix, name, query = match.groups()
     if name in ("", ":memory:"):
         raise StoreRefusedError(
             "tracking.uri names no file, and a store in memory ends with its run: sqlite:///FOLDER/mlflow.db"
@@ -52,21 +61,22 @@ def resolve_store_uri(uri: str) -> tuple[str, str | None]:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _path_error(file, error) from None
-    return f"{before}{file}{query}", (file.parent / "mlartifacts").as_uri()
+    return f"{prefix}{file}{query}", (file.parent / "mlartifacts").as_uri()
 
 
 @contextmanager
 def lock_store(file: Path, create: Callable[[Path], object]) -> Iterator[None]:
-    """Hold the lock of a store, whose file is there: made by ``make``, which writes a store to a path, if it was not.
+    """Hold the lock of a store, created with ``create(path)`` if it does not exist.
 
-    Raises: Refused where there is no such place, or something else; TimeoutError where another run holds the lock.
+    Raises: StoreRefusedError if the path cannot hold a store, or holds something else; TimeoutError if another run
+    holds the lock for two minutes.
     """
     with _lock_file(file):
         if not file.exists():
             _create_store(file, create)
         elif file.is_dir() or not os.access(file, os.R_OK | os.W_OK):
             raise StoreRefusedError(f"{file} cannot be written: make it writable, or set tracking.uri to another place")
-        elif _read_header(file) not in (b"", _HEAD):  # empty: whoever makes it has only begun
+        elif _read_header(file) not in (b"", _SQLITE_HEADER):  # empty: whoever makes it has only begun
             raise StoreRefusedError(f"{file} is no SQLite database: set tracking.uri to another place")
         yield
 
@@ -78,7 +88,7 @@ def _lock_file(file: Path) -> Iterator[None]:
     except OSError as error:
         if not file.exists():
             raise _path_error(file, error) from None
-        yield  # nothing can be made here, nor upgraded
+        yield  # the folder is read-only: nothing can be created or upgraded here
         return
     try:
         _acquire_lock(lock, file)
@@ -88,16 +98,16 @@ def _lock_file(file: Path) -> Iterator[None]:
 
 
 def _acquire_lock(lock: int, file: Path) -> None:
-    end = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + _LOCK_TIMEOUT
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() > end:
+            if time.monotonic() > deadline:
                 raise TimeoutError(f"{file} is held by another run that makes or upgrades it") from None
-            time.sleep(_LOOKS)
+            time.sleep(_LOCK_POLL_SECONDS)
         except OSError as error:
-            if error.errno in _NO_SERVICE:
+            if error.errno in _UNSUPPORTED_ERRNO:
                 return
             raise
         else:
@@ -106,19 +116,19 @@ def _acquire_lock(lock: int, file: Path) -> None:
 
 def _read_header(file: Path) -> bytes:
     with file.open("rb") as stream:
-        return stream.read(len(_HEAD))
+        return stream.read(len(_SQLITE_HEADER))
 
 
-def _create_store(file: Path, make: Callable[[Path], object]) -> None:
-    """Give the name to a store that was made aside, unless another has it by now."""
+def _create_store(file: Path, create: Callable[[Path], object]) -> None:
+    """Create a store in a draft and link it to its name, unless another run was faster."""
     draft = file.with_name(f".{file.name}.{uuid.uuid4().hex}.draft")
     try:
-        make(draft)
+        create(draft)
         fsync(draft)
         _link_into_place(draft, file)
     finally:
-        for each in ("", "-journal", "-wal", "-shm"):
-            draft.with_name(draft.name + each).unlink(missing_ok=True)
+        for suffix in ("", "-journal", "-wal", "-shm"):
+            draft.with_name(draft.name + suffix).unlink(missing_ok=True)
     fsync(file.parent)
 
 
@@ -127,14 +137,14 @@ def _link_into_place(draft: Path, file: Path) -> None:
         try:
             file.hardlink_to(draft)
         except OSError as error:
-            if error.errno not in _NO_SERVICE:
+            if error.errno not in _UNSUPPORTED_ERRNO:
                 raise
-            if not file.exists():  # a file system without links; the lock is all there is
+            if not file.exists():  # a file system without links has the lock only
                 draft.rename(file)
 
 
 def _path_error(file: Path, error: OSError) -> Exception:
-    if error.errno not in _NO_PLACE:
+    if error.errno not in _BAD_PATH_ERRNO:
         return error
     return StoreRefusedError(
         f"{file} cannot be made ({error.strerror}): set tracking.uri to a place that can be written"

@@ -1,4 +1,4 @@
-"""What a store says when its answer is no, as against one that does not answer."""
+"""Telling a store that refuses a request from one that does not answer."""
 
 import errno
 import json
@@ -7,52 +7,54 @@ from typing import Any
 
 from foveal.tracking.tracker import summarize_error
 
-_PASSING = {408, 409, 423, 425, 429, 499}  # HTTP: what the next request need not meet
-_FOR_GOOD = {errno.EACCES, errno.EPERM, errno.EROFS}
-_GONE = (
-    "RESOURCE_DOES_NOT_EXIST",
-    "must be in the 'active' state",
-)  # a run: another is made when the store is asked anew
+_TRANSIENT_HTTP = {408, 409, 423, 425, 429, 499}  # the next request may succeed
+_PERMANENT_ERRNO = {errno.EACCES, errno.EPERM, errno.EROFS}
+# The run is gone: the next connection makes another.
+_RUN_IS_GONE = ("RESOURCE_DOES_NOT_EXIST", "must be in the 'active' state")
 
 
 class StoreRefusedError(Exception):
-    """A store that answered no, in a sentence."""
+    """A store refused a request; the message is a sentence for the user."""
 
 
 def explain_refusal(error: Exception) -> str | None:
-    """Why a store refused, in a sentence; nothing where it did not answer, or may answer otherwise the next time.
+    """Return why a store refused, in a sentence; None if it did not answer, or may answer differently the next time.
 
-    The libraries of MLflow's stores are known by what their errors have, since whoever asks has not imported them.
+    Errors of the stores' libraries are recognised by their attributes, because the caller has not imported them.
     """
     if isinstance(error, StoreRefusedError):
         return str(error)
-    said = str(error)
-    if any(word in said for word in _GONE):
+    text = str(error)
+    if any(word in text for word in _RUN_IS_GONE):
         return None
-    if "database schema" in said or "Can't locate revision" in said:
+    if "database schema" in text or "Can't locate revision" in text:
         return (
             f"its tables are those of another MLflow ({summarize_error(error)}): after a backup `mlflow db upgrade` brings an older "
             f"store to the MLflow that is installed here, and a newer store wants the MLflow that made it"
         )
-    if "_alembic_tmp_" in said:
+    if "_alembic_tmp_" in text:
         return (
             "its tables were left half made, by runs that made them at once or by a kill: move the file away, and `foveal "
             "track sync RUN` delivers a run to the next one"
         )
-    if isinstance(error, OSError) and error.errno in _FOR_GOOD:
+    if isinstance(error, OSError) and error.errno in _PERMANENT_ERRNO:
         return summarize_error(error)
     status = _http_status(error)
-    return summarize_error(error) if status is not None and 400 <= status < 500 and status not in _PASSING else None
+    return (
+        summarize_error(error) if status is not None and 400 <= status < 500 and status not in _TRANSIENT_HTTP else None
+    )
 
 
 def _http_status(error: Any) -> int | None:
-    """The HTTP status of an answer, as far as MLflow's, requests' or boto's error tells."""
+    """Return the HTTP status in an error of MLflow, requests or boto, if it has one."""
     if type(error.__cause__).__module__.startswith("sqlalchemy"):
-        return None  # a database's own, to which MLflow gives any status
+        return None  # a database error, to which MLflow assigns an arbitrary status
     body = getattr(error, "json", None)
-    if isinstance(body, dict) and "error_code" not in body:  # of a proxy or another server: the status is lost
-        words = json.dumps(body).lower()
-        return next((each.value for each in HTTPStatus if 400 <= each < 500 and each.phrase.lower() in words), None)
+    if isinstance(body, dict) and "error_code" not in body:  # a proxy's answer, which lost its status
+        text = json.dumps(body).lower()
+        return next(
+            (status.value for status in HTTPStatus if 400 <= status < 500 and status.phrase.lower() in text), None
+        )
     if hasattr(error, "get_http_status_code"):
         return int(error.get_http_status_code())
     response = getattr(error, "response", None)

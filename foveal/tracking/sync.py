@@ -1,8 +1,8 @@
-"""What a run directory holds, taken to a store: in order, and each number once, whatever fails on the way.
+"""Upload of a run directory to a store: in order, and each value once, whatever fails on the way.
 
-A row goes into one request whole, so that it has arrived or has not. What has arrived is the store's to say: after every
-failure, and after every start, it is asked anew. Equal rows carry equal times, so that a request which was thought lost
-and arrives after its repetition changes nothing in a store that keeps a point once.
+A row is sent in one request, so it arrives completely or not at all. After every start and every failure the store is
+asked what has arrived. Equal rows carry equal timestamps, so a request that was believed lost and arrives after its
+repetition changes nothing in a store that keeps a point once.
 """
 
 import re
@@ -15,56 +15,56 @@ from typing import Any, Protocol
 from foveal.tracking.tail import MetricsTail, read_json_lines, read_json_or_empty, to_milliseconds
 from foveal.tracking.tracker import MetricPoint, MetricRow
 
-_NUMBERS = 1000  # in a request: the most that MLflow takes
+_MAX_VALUES = 1000  # per request: MLflow's limit
 _FILES = ("config.yaml", "settings.json", "finished.json", "export/card.json")
-# These grow: they are sent at the run's end, and before when they have grown by a part, so that a run of any length sends
-# no more than some times their size.
-_TABLES = ("rollbacks.jsonl", "refused.jsonl", "quarantine.jsonl", "stragglers.jsonl")
-_GROWN = 1.25
+# Growing files are sent at the end of the run, and earlier whenever they have grown by a factor, so that a run of any
+# length sends a few times their size at most.
+_GROWING_FILES = ("rollbacks.jsonl", "refused.jsonl", "quarantine.jsonl", "stragglers.jsonl")
+_GROWTH_FACTOR = 1.25
 
-_ODD = re.compile(r"[^\w.\- :/]")
+_UNSUPPORTED = re.compile(r"[^\w.\- :/]")
 
 
 class RemoteRun(Protocol):
-    """A run in a tracking store. Every verb may raise whatever the store's library raises."""
+    """A run in a tracking store. Every method may raise whatever the store's library raises."""
 
     @property
     def run_id(self) -> str:
-        """What the store calls the run."""
+        """The store's id of the run."""
         ...
 
     def get_latest_steps(self) -> dict[str, int]:
-        """The highest step of each name."""
+        """Return the highest step of each metric."""
         ...
 
     def get_step_timestamps(self, name: str) -> dict[int, int]:
-        """For each step with that name, when its newest number was made, in milliseconds."""
+        """Return the newest timestamp of a metric in milliseconds, by step."""
         ...
 
     def log_points(self, points: Sequence[MetricPoint]) -> None:
-        """At most a thousand numbers, which arrive together or not at all."""
+        """Log at most a thousand points in one request: all or none arrive."""
         ...
 
     def set_params_and_tags(self, settings: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-        """Settings, tags and with them the state."""
+        """Set the settings as params, and the tags, which include the state."""
         ...
 
     def list_files(self) -> dict[str, int]:
-        """What is kept of the run's files: ``pictures/a.png`` to its bytes."""
+        """Return the stored files of the run, as ``pictures/a.png``, and their sizes in bytes."""
         ...
 
     def upload_file(self, path: Path, folder: str) -> None:
-        """Keep a file, in a folder of the run's files or, where that is empty, beside them."""
+        """Upload a file to a folder of the run's files; an empty name is the top folder."""
         ...
 
 
 class MetricsFileReplaced(Exception):
-    """The run's rows are another attempt's now; this is no failure of the store."""
+    """Another attempt has replaced the run's file of rows. This is no failure of the store."""
 
 
 @dataclass
 class SyncCounts:
-    """Rows that were sent, rows that the store had, and files that were sent."""
+    """Rows sent, rows that the store had already, and files sent."""
 
     rows_sent: int = 0
     rows_present: int = 0
@@ -72,169 +72,180 @@ class SyncCounts:
 
 
 class RunSync:
-    """From one run directory to one store. ``rows`` and ``files`` are one thread's, ``file`` and ``rewind`` another's."""
+    """Uploads one run directory to one store.
+
+    ``upload_rows`` and ``upload_files`` run in the uploader's thread, ``queue_file`` and ``on_rewind`` in the training's.
+    """
 
     def __init__(self, run_dir: Path, tail: MetricsTail, connect: Callable[[], RemoteRun]) -> None:
         self.counts = SyncCounts()
         self._run, self._tail, self._connect = run_dir, tail, connect
         self._store: RemoteRun | None = None
-        self._known = self._searched = ""  # the store's run that has what was delivered, and whose files were compared
-        self._told: Any = None
-        self._asked = RemoteState({})
-        self._went_back = False
-        self._waiting: deque[Path] = deque()
-        self._sizes: dict[Path, int] = {}  # of the tables as they were last sent
+        self._synced_run = self._compared_run = ""  # ids: the run with the delivered rows, the run with compared files
+        self._sent_facts: Any = None
+        self._remote = RemoteState({})
+        self._rolled_back = False
+        self._queue: deque[Path] = deque()
+        self._sent_sizes: dict[Path, int] = {}  # bytes of the growing files when they were last sent
 
     def queue_file(self, path: Path) -> None:
-        """To be kept, whatever the store has of that name."""
-        self._waiting.append(path)
+        """Queue a file for upload, whatever the store has of that name."""
+        self._queue.append(path)
 
     def on_rewind(self) -> None:
-        """The file of rows was cut."""
-        self._went_back = True
+        """Note that the file of rows was truncated."""
+        self._rolled_back = True
         self._tail.on_truncated()
 
     def count_pending_rows(self) -> int:
-        """Rows that are not delivered yet."""
+        """Count the rows that are not delivered yet."""
         return self._tail.count_pending_rows()
 
     def reset_connection(self) -> None:
-        """After a failure: what has arrived is to be asked for."""
+        """Reconnect at the next upload, and ask the store again what has arrived."""
         self._store = None
 
     def upload_rows(self) -> None:
-        """Deliver settings, tags and rows. Raises: Superseded, and whatever the store raises; then ``forget``."""
-        store = self._connected()
-        if self._tags()["state"] == "running":
-            self._tell(store)
-        while (taken := self._tail.read_batch(_NUMBERS)).rows:
-            self._fence()
-            if self._went_back:
-                self._went_back, self._asked.rollbacks = False, _read_rollbacks(self._run)
-            self._asked.register_rows(taken.rows)
-            missing = [points for row in taken.rows if (points := self._asked.find_missing_points(row, store))]
+        """Upload settings, tags and rows.
+
+        Raises: MetricsFileReplaced; whatever the store raises, after which ``reset_connection`` is due.
+        """
+        store = self._connect_once()
+        if self._read_tags()["state"] == "running":
+            self._send_facts(store)
+        while (batch := self._tail.read_batch(_MAX_VALUES)).rows:
+            self._check_not_replaced()
+            if self._rolled_back:
+                self._rolled_back = False
+                self._remote.rollbacks = _read_rollbacks(self._run)
+            self._remote.register_rows(batch.rows)
+            missing = [points for row in batch.rows if (points := self._remote.find_missing_points(row, store))]
             if missing:
                 store.log_points([point for points in missing for point in points])
             self.counts.rows_sent += len(missing)
-            self.counts.rows_present += len(taken.rows) - len(missing)
-            self._tail.mark_delivered(taken)
-        self._tell(store)
+            self.counts.rows_present += len(batch.rows) - len(missing)
+            self._tail.mark_delivered(batch)
+        self._send_facts(store)
 
     def upload_files(self, *, final: bool) -> None:
-        """Deliver files, the ``last`` time also those that have grown only a little. Raises: as for rows."""
-        store = self._connected()
-        if self._searched != self._known:
-            self._waiting.extend(_list_files_to_upload(self._run, store.list_files()))
-            self._searched, self._sizes = self._known, {}
-        self._waiting.extend(self._grown(1.0 if final else _GROWN))
-        while self._waiting:
-            path = self._waiting[0]
+        """Upload files, with ``final`` also those that have grown only a little. Raises: as ``upload_rows``."""
+        store = self._connect_once()
+        if self._compared_run != self._synced_run:
+            self._queue.extend(_list_files_to_upload(self._run, store.list_files()))
+            self._compared_run, self._sent_sizes = self._synced_run, {}
+        self._queue.extend(self._list_grown_files(1.0 if final else _GROWTH_FACTOR))
+        while self._queue:
+            path = self._queue[0]
             if path.exists():
-                self._fence()
+                self._check_not_replaced()
                 store.upload_file(path, _remote_folder(path))
                 self.counts.files_sent += 1
-            self._waiting.popleft()
+            self._queue.popleft()
 
-    def _grown(self, by: float) -> list[Path]:
-        """The tables that are so many times as long as they were sent."""
-        found = []
-        for file in (self._run / name for name in _TABLES):
+    def _list_grown_files(self, factor: float) -> list[Path]:
+        """List the growing files that are ``factor`` times as long as when they were last sent."""
+        grown = []
+        for file in (self._run / name for name in _GROWING_FILES):
             size = file.stat().st_size if file.exists() else 0
-            if size > by * self._sizes.get(file, 0) and file not in self._waiting:
-                self._sizes[file] = size
-                found.append(file)
-        return found
+            if size > factor * self._sent_sizes.get(file, 0) and file not in self._queue:
+                self._sent_sizes[file] = size
+                grown.append(file)
+        return grown
 
     def close(self) -> None:
-        """Read no more."""
+        """Close the file of rows."""
         self._tail.close()
 
-    def _connected(self) -> RemoteRun:
-        self._fence()
+    def _connect_once(self) -> RemoteRun:
+        self._check_not_replaced()
         if self._store is None:
             store = self._connect()
-            if store.run_id != self._known:  # the first time, or a store that lost it
+            if store.run_id != self._synced_run:  # the first connection, or the store has lost the run
                 self._tail.restart()
-            self._asked = RemoteState(store.get_latest_steps())
-            self._known, self._told, self._went_back, self._store = store.run_id, None, True, store
+            self._remote = RemoteState(store.get_latest_steps())
+            self._synced_run = store.run_id
+            self._sent_facts = None
+            self._rolled_back = True
+            self._store = store
         return self._store
 
-    def _fence(self) -> None:
+    def _check_not_replaced(self) -> None:
         if self._tail.is_replaced:
             raise MetricsFileReplaced
 
-    def _tags(self) -> dict[str, str]:
+    def _read_tags(self) -> dict[str, str]:
         return read_json_or_empty(self._run / "tags.json") or {"state": "running"}
 
-    def _tell(self, store: RemoteRun) -> None:
-        facts = read_json_or_empty(self._run / "settings.json"), self._tags()
-        if facts != self._told:
+    def _send_facts(self, store: RemoteRun) -> None:
+        facts = read_json_or_empty(self._run / "settings.json"), self._read_tags()
+        if facts != self._sent_facts:
             store.set_params_and_tags(*facts)
-            self._told = facts
+            self._sent_facts = facts
 
 
 class RemoteState:
-    """What a store had when it was asked: as little is asked as decides about the rows that are to be delivered.
+    """What a store had at the last connection, asked for with as few requests as decide which points are missing.
 
-    Names that always come together arrived together: one of them is asked for. A point that was made before the run
-    went back behind its step is void, and does not count. ``voids``: (milliseconds, the step gone back to).
+    Metrics that always occur in the same rows arrived together, so one representative of them is asked for. A point older
+    than a roll-back to before its step does not count. ``rollbacks``: (milliseconds, step the run went back to).
     """
 
     def __init__(self, latest_steps: Mapping[str, int]) -> None:
         self.rollbacks: list[tuple[int, int]] = []
-        self._newest, self._end = latest_steps, max(latest_steps.values(), default=-1)
-        self._kinds: set[frozenset[str]] = set()
-        self._speakers: dict[str, str] = {}
-        self._held: dict[str, dict[int, int]] = {}
+        self._latest_steps, self._last_step = latest_steps, max(latest_steps.values(), default=-1)
+        self._row_kinds: set[frozenset[str]] = set()  # the metric names of each kind of row
+        self._representatives: dict[str, str] = {}
+        self._timestamps: dict[str, dict[int, int]] = {}
 
     def register_rows(self, rows: Sequence[MetricRow]) -> None:
-        """Learn which names come together."""
-        kinds = {frozenset(_numeric_metrics(row)) for row in rows}
-        if not kinds <= self._kinds:
-            self._kinds |= kinds
-            first: dict[tuple[Any, ...], str] = {}
-            for name in sorted(set().union(*self._kinds)):
-                company = frozenset(kind for kind in self._kinds if name in kind), self._newest.get(name)
-                self._speakers[name] = first.setdefault(company, name)
-        if rows[0]["step"] > self._end:
-            self._held.clear()  # a long run has a million, and none is asked for again
+        """Learn which metrics occur in the same rows, and choose their representatives."""
+        row_kinds = {frozenset(_numeric_metrics(row)) for row in rows}
+        if not row_kinds <= self._row_kinds:
+            self._row_kinds |= row_kinds
+            first_names: dict[tuple[Any, ...], str] = {}
+            for name in sorted(set().union(*self._row_kinds)):
+                group = frozenset(kind for kind in self._row_kinds if name in kind), self._latest_steps.get(name)
+                self._representatives[name] = first_names.setdefault(group, name)
+        if rows[0]["step"] > self._last_step:
+            self._timestamps.clear()  # a long run has a million of them, and needs none any more
 
     def find_missing_points(self, row: MetricRow, store: RemoteRun) -> list[MetricPoint]:
-        """Of a row what the store does not have. Raises: whatever the store raises."""
-        step, made = int(row["step"]), to_milliseconds(row["time"])
+        """Return the points of a row that the store does not have. Raises: whatever the store raises."""
+        step, timestamp = int(row["step"]), to_milliseconds(row["time"])
         return [
-            (name, value, made, step)
+            (name, value, timestamp, step)
             for name, value in _numeric_metrics(row).items()
             if not self._has(name, step, store)
         ]
 
     def _has(self, name: str, step: int, store: RemoteRun) -> bool:
-        if self._newest.get(name, -1) < step:
+        if self._latest_steps.get(name, -1) < step:
             return False
-        speaker = self._speakers[name]
-        if speaker not in self._held:
-            self._held[speaker] = store.get_step_timestamps(speaker)
-        made = self._held[speaker].get(step)
-        return made is not None and made > max((when for when, to in self.rollbacks if to < step), default=-1)
+        representative = self._representatives[name]
+        if representative not in self._timestamps:
+            self._timestamps[representative] = store.get_step_timestamps(representative)
+        timestamp = self._timestamps[representative].get(step)
+        last_rollback = max((at for at, to_step in self.rollbacks if to_step < step), default=-1)
+        return timestamp is not None and timestamp > last_rollback
 
 
 def _numeric_metrics(row: MetricRow) -> dict[str, float]:
-    """A row without its place and time, under names that any store takes: arms of a comparison are a user's words."""
-    return {_ODD.sub("_", name): float(value) for name, value in row.items() if name not in ("step", "time")}
+    """Return a row without step and time, under names that every store accepts: users name the arms of a comparison."""
+    return {_UNSUPPORTED.sub("_", name): float(value) for name, value in row.items() if name not in ("step", "time")}
 
 
-def _read_rollbacks(run: Path) -> list[tuple[int, int]]:
-    return [(to_milliseconds(entry["time"]), entry["to"]) for entry in read_json_lines(run / "rollbacks.jsonl")]
+def _read_rollbacks(run_dir: Path) -> list[tuple[int, int]]:
+    return [(to_milliseconds(entry["time"]), entry["to"]) for entry in read_json_lines(run_dir / "rollbacks.jsonl")]
 
 
-def _list_files_to_upload(run: Path, there: Mapping[str, int]) -> list[Path]:
-    """The run's files that a store is to have: the small ones in any case, a picture if the store has none as large."""
-    pictures = sorted(run.glob("pictures/*.png"))
-    new = [each for each in pictures if there.get(f"pictures/{each.name}") != each.stat().st_size]
-    return [run / name for name in _FILES] + sorted(run.glob("export/*/card.json")) + new
+def _list_files_to_upload(run_dir: Path, stored_sizes: Mapping[str, int]) -> list[Path]:
+    """List the small files, and the pictures of which the store has no copy of the same size."""
+    pictures = sorted(run_dir.glob("pictures/*.png"))
+    new = [picture for picture in pictures if stored_sizes.get(f"pictures/{picture.name}") != picture.stat().st_size]
+    return [run_dir / name for name in _FILES] + sorted(run_dir.glob("export/*/card.json")) + new
 
 
 def _remote_folder(path: Path) -> str:
-    """Where a store keeps a file of the run: pictures, and cards of several exports, have a folder of their own."""
-    several = path.name == "card.json" and path.parent.parent.name == "export"
-    return path.parent.name if several or path.parent.name == "pictures" else ""
+    """Return the store's folder of a file: pictures and the cards of several exports have folders of their own."""
+    is_named_export = path.name == "card.json" and path.parent.parent.name == "export"
+    return path.parent.name if is_named_export or path.parent.name == "pictures" else ""

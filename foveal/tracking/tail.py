@@ -1,4 +1,4 @@
-"""A metrics.jsonl, read while it is written: whole lines only, from a place that moves on as they are delivered."""
+"""Reading a metrics.jsonl while it is written: complete lines only, from the offset up to which rows are delivered."""
 
 import json
 import os
@@ -13,13 +13,13 @@ from foveal.atomic import parse_json_object
 from foveal.errors import CheckpointError
 from foveal.tracking.tracker import MetricRow
 
-_CHUNK = 1 << 18
+_CHUNK_BYTES = 1 << 18
 
 
 def read_json_lines(file: Path | int) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines, or of an open one; a last line that a kill cut short did not happen.
+    """Yield the objects of a file of JSON lines, given by path or descriptor; an incomplete last line is ignored.
 
-    Each is of a step, or of a roll-back to one. Raises: CheckpointError for a line that is no such object.
+    Every object has a ``step``, or is a roll-back with ``to``. Raises: CheckpointError for any other line.
     """
     if isinstance(file, Path) and not file.exists():
         return
@@ -33,8 +33,8 @@ def read_json_lines(file: Path | int) -> Iterator[dict[str, Any]]:
 
 
 def read_json_or_empty(file: Path) -> dict[str, Any]:
-    """An object that was written whole; empty where it was not yet."""
-    return atomic.read_json(file) if file.exists() else {}
+    """Read a JSON object that is written atomically; empty if it does not exist yet."""
+    return atomic.read_json_or_empty(file) if file.exists() else {}
 
 
 def _file_name(file: Path | int) -> str:
@@ -48,12 +48,12 @@ def _check_row(row: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def to_milliseconds(seconds: float) -> int:
-    """A ``time`` as a store keeps it."""
+    """Convert a ``time`` to the unit of a store."""
     return round(seconds * 1000)
 
 
 def is_same_file(descriptor: int, file: Path) -> bool:
-    """Whether a name still means an open file: a later attempt gives it to its own."""
+    """Whether a path still leads to an open file: a later attempt replaces the file."""
     try:
         return os.path.samestat(os.fstat(descriptor), file.stat())
     except FileNotFoundError:
@@ -62,7 +62,7 @@ def is_same_file(descriptor: int, file: Path) -> bool:
 
 @dataclass(frozen=True)
 class RowBatch:
-    """Rows that were read, the place behind them, and how often the file had been cut by then."""
+    """Rows that were read, the offset behind them, and the number of truncations of the file by then."""
 
     rows: list[MetricRow]
     end_offset: int
@@ -70,71 +70,71 @@ class RowBatch:
 
 
 class MetricsTail:
-    """What is still to be delivered of an open metrics.jsonl. It owns the descriptor."""
+    """The undelivered rows of an open metrics.jsonl. It owns the descriptor."""
 
     def __init__(self, descriptor: int, file: Path) -> None:
         self._descriptor, self._file = descriptor, file
         self._lock = threading.Lock()
-        self._place = 0
-        self._cuts: list[int] = []  # to how many bytes
+        self._offset = 0
+        self._truncations: list[int] = []  # bytes that were left by each
 
     @property
     def is_replaced(self) -> bool:
-        """Whether the run's rows are in another file by now."""
+        """Whether a later attempt has replaced the run's file."""
         return not is_same_file(self._descriptor, self._file)
 
     def read_batch(self, max_values: int) -> RowBatch:
-        """The next rows, together of at most so many numbers (but one row whatever it holds); none: all is delivered."""
+        """Return the next rows with at most ``max_values`` values together, but at least one row; empty: all are delivered."""
         while True:
             with self._lock:
-                place, cuts = self._place, len(self._cuts)
-            lines = self._lines(place)
+                offset, num_truncations = self._offset, len(self._truncations)
+            lines = self._read_lines(offset)
             rows: list[MetricRow] = []
-            room = max_values
+            values_left = max_values
             for line in lines:
                 row = json.loads(line)
-                room -= len(row) - 2  # step and time are none
-                if rows and room < 0:
+                values_left -= len(row) - 2  # step and time are no values
+                if rows and values_left < 0:
                     break
                 rows.append(row)
-                place += len(line)
+                offset += len(line)
             with self._lock:
-                if cuts == len(self._cuts):
-                    return RowBatch(rows, place, cuts)
+                if num_truncations == len(self._truncations):
+                    return RowBatch(rows, offset, num_truncations)
 
     def mark_delivered(self, batch: RowBatch) -> None:
-        """Go on behind these, or where the file was cut meanwhile."""
+        """Continue behind these rows, or where the file was truncated in the meantime."""
         with self._lock:
-            self._place = min([batch.end_offset, *self._cuts[batch.num_truncations :]])
+            self._offset = min([batch.end_offset, *self._truncations[batch.num_truncations :]])
 
     def on_truncated(self) -> None:
-        """The file is shorter now: the next rows are those behind what is left of it."""
+        """Continue at the new end of the file, if it is now shorter than what was delivered."""
         with self._lock:
-            self._cuts.append(os.fstat(self._descriptor).st_size)
-            self._place = min(self._place, self._cuts[-1])
+            self._truncations.append(os.fstat(self._descriptor).st_size)
+            self._offset = min(self._offset, self._truncations[-1])
 
     def restart(self) -> None:
-        """Begin anew, for a store that has nothing."""
+        """Start from the first row, for a store that has none."""
         with self._lock:
-            self._place = 0
+            self._offset = 0
 
     def count_pending_rows(self) -> int:
-        """Rows that are not delivered."""
+        """Count the rows that are not delivered."""
         with self._lock:
-            place = self._place
+            offset = self._offset
         count = 0
-        while chunk := os.pread(self._descriptor, _CHUNK, place):
-            count, place = count + chunk.count(b"\n"), place + len(chunk)
+        while chunk := os.pread(self._descriptor, _CHUNK_BYTES, offset):
+            count, offset = count + chunk.count(b"\n"), offset + len(chunk)
         return count
 
     def close(self) -> None:
         os.close(self._descriptor)
 
-    def _lines(self, place: int) -> list[bytes]:
-        size = _CHUNK
+    def _read_lines(self, offset: int) -> list[bytes]:
+        size = _CHUNK_BYTES
         while True:
-            chunk = os.pread(self._descriptor, size, place)
-            whole = chunk[: chunk.rfind(b"\n") + 1]
-            if whole or len(chunk) < size:
-                return whole.splitlines(keepends=True)
-            size *= 2  # one line that is longer
+            chunk = os.pread(self._descriptor, size, offset)
+            complete = chunk[: chunk.rfind(b"\n") + 1]
+            if complete or len(chunk) < size:
+                return complete.splitlines(keepends=True)
+            size *= 2  # a single line is longer than the chunk

@@ -1,4 +1,4 @@
-"""What a tracker can do, and its twin that does nothing."""
+"""The protocol of trackers, their settings, and the tracker of the ranks that log nothing."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,72 +10,73 @@ from foveal.config import Config, machine
 from foveal.redact import find_secret_in_text, redact
 
 MetricRow = dict[str, float]
-MetricPoint = tuple[str, float, int, int]  # of a row: name, value, milliseconds since 1970, step
+MetricPoint = tuple[str, float, int, int]  # name, value, milliseconds since 1970, step
 AttemptState = Literal["running", "finished", "saved-and-left", "failed", "diverged", "superseded"]
-_LONGEST = 300  # letters of a library's error; a server's page about a 500 is longer
+_MAX_ERROR_LENGTH = 300  # characters of a library's error; a server's error page is longer
 
 
 class TrackingConfig(Config):
-    """Where MLflow's store is. The run directory's metrics.jsonl is written whatever stands here."""
+    """Settings of MLflow. The run directory's metrics.jsonl is written with any of them."""
 
     uri: str | None = machine(
-        "sqlite:///runs/mlflow.db", "MLflow's tracking URI; a relative SQLite path starts here; none: no MLflow."
+        "sqlite:///runs/mlflow.db",
+        "MLflow's tracking URI; a relative SQLite path starts in the working directory; null: no MLflow.",
     )
     experiment: str = machine("foveal", "MLflow's experiment.")
     patience_seconds: float = machine(
-        20.0, "How long a run that ends waits for MLflow; foveal track sync delivers what is left.", ge=0
+        20.0, "Seconds that the end of a run waits for uploads; foveal track sync delivers the rest.", ge=0
     )
 
     @field_validator("uri")
     @classmethod
     def _no_secret(cls, uri: str | None) -> str | None:
-        if uri is not None and (what := find_secret_in_text(uri)):
+        if uri is not None and (secret := find_secret_in_text(uri)):
             raise ValueError(
-                f"the URI holds {what}, which would stand in every config.yaml; write ${{A_VARIABLE}} for the URI"
+                f"the URI holds {secret}, which would stand in every config.yaml; write ${{A_VARIABLE}} for the URI"
             )
         return uri
 
 
 class Tracker(Protocol):
-    """What every tracker can do. Only rank 0 has one that does anything."""
+    """Records the settings, metrics and files of an attempt. Only rank 0's does; the others have a ``NullTracker``."""
 
     def log_settings(self, settings: dict[str, Any], tags: dict[str, str]) -> None:
-        """The resolved settings, and facts about this attempt, which has begun."""
+        """Log the resolved settings and the tags of an attempt that has begun."""
         ...
 
     def log_rows(self, rows: Sequence[MetricRow]) -> None:
-        """Finished steps, in order; each row has its ``step``."""
+        """Log the rows of finished steps, in order; each row has its ``step``."""
         ...
 
     def log_results(self, results: MetricRow, step: int) -> None:
-        """Numbers that only some steps have: an evaluation, or what came of the whole run."""
+        """Log one row of an evaluation or of the finished run; a repeated row is not written twice."""
         ...
 
     def log_file(self, path: Path) -> None:
-        """A file of the run directory worth keeping, and finished: a picture, a config, a card."""
+        """Log a complete file of the run directory: a picture, a config, a card."""
         ...
 
     def rewind(self, to_step: int) -> None:
-        """The run went back to a step: rows past it are void, and come again."""
+        """Drop the rows after ``to_step``, which the run repeats after a roll-back."""
         ...
 
     def skip_flush(self) -> None:
-        """The end is near: what is not delivered by then waits for the next attempt, or for foveal track sync."""
+        """Let ``close`` not wait for uploads: the next attempt or foveal track sync delivers the rest."""
         ...
 
     def close(self, state: AttemptState, reason: str = "") -> None:
-        """The end of this attempt, and in a sentence why it ended."""
+        """Log the final state of this attempt and the reason, one sentence, and release all resources."""
         ...
 
 
 def summarize_error(error: Exception) -> str:
-    """A library's error in one line, without secrets."""
-    said = " ".join(redact(f"{type(error).__name__}: {error}").split())
-    return said if len(said) <= _LONGEST else f"{said[:_LONGEST]} ..."
+    """Return a library's error in one line, without secrets."""
+    text = " ".join(redact(f"{type(error).__name__}: {error}").split())
+    return text if len(text) <= _MAX_ERROR_LENGTH else f"{text[:_MAX_ERROR_LENGTH]} ..."
 
 
 class NullTracker:
-    """For the ranks that do not speak."""
+    """Tracker of the ranks that log nothing."""
 
     def log_settings(self, settings: dict[str, Any], tags: dict[str, str]) -> None: ...
     def log_rows(self, rows: Sequence[MetricRow]) -> None: ...

@@ -1,4 +1,4 @@
-"""The thread that delivers: it waits for the store, and nobody waits for it."""
+"""The background thread that uploads a run directory; training never waits for it."""
 
 import logging
 import random
@@ -13,94 +13,93 @@ from foveal.tracking.store_errors import explain_refusal
 from foveal.tracking.sync import MetricsFileReplaced, RunSync
 from foveal.tracking.tracker import AttemptState, MetricRow, summarize_error
 
-_PAUSE = 1.0  # seconds between two rounds, so that fast steps share requests
-_SHORTEST, _LONGEST = 1.0, 60.0  # seconds between two attempts while the store does not answer
+_ROUND_SECONDS = 1.0  # between two rounds, so that fast steps share requests
+_MIN_WAIT, _MAX_WAIT = 1.0, 60.0  # seconds between two tries while the store does not answer
 _log = logging.getLogger(__name__)
 
 
 class OutageBackoff:
-    """A store that does not answer: one warning when it stops, one line when it is back, ever longer waits between.
+    """Growing pauses while a store does not answer, one warning at the start of an outage and one line at its end.
 
-    A request that fails alone is not worth a word; the second in a row is. A store that answers no is no outage: what it
-    says is said at once, and once.
+    A single failed request is not logged; the second in a row is. A refusal is no outage: its reason is logged at once,
+    and once.
     """
 
     def __init__(self, store_name: str) -> None:
-        self._what = store_name
-        self._since: float | None = None
+        self._store_name = store_name
+        self._failing_since: float | None = None
         self._warned = False
-        self.last_refusal: str | None = None  # of the last attempt
-        self._wait = _SHORTEST
-        self._next = 0.0
+        self.last_refusal: str | None = None  # of the last try
+        self._wait = _MIN_WAIT
+        self._retry_at = 0.0
 
     def record_failure(self, error: Exception, started: float) -> None:
-        """An attempt that began at a time (monotonic) failed."""
-        before, self.last_refusal = self.last_refusal, explain_refusal(error)
-        alone = self._since is None
-        if self._since is None:
-            self._since, self._wait = started, _SHORTEST
-        if self.last_refusal is not None and self.last_refusal != before:
+        """Record that a try which began at ``started`` (monotonic seconds) failed."""
+        previous_refusal, self.last_refusal = self.last_refusal, explain_refusal(error)
+        is_first = self._failing_since is None
+        if self._failing_since is None:
+            self._failing_since, self._wait = started, _MIN_WAIT
+        if self.last_refusal is not None and self.last_refusal != previous_refusal:
             self._warned = True
             _log.warning(
                 "tracking: %s refuses: %s (metrics.jsonl has every number, and it is tried again now and then)",
-                self._what,
+                self._store_name,
                 self.last_refusal,
             )
-        elif not alone and not self._warned:
+        elif not is_first and not self._warned:
             self._warned = True
             _log.warning(
                 "tracking: %s does not answer (%s); metrics.jsonl has every number, and it is tried again and again",
-                self._what,
+                self._store_name,
                 summarize_error(error),
             )
-        self._next = time.monotonic() + self._wait * random.uniform(0.5, 1.0)  # noqa: S311 - a thousand runs should not knock at once
-        self._wait = min(2 * self._wait, _LONGEST)
+        # Jitter: a thousand runs should not retry at the same moment.
+        self._retry_at = time.monotonic() + self._wait * random.uniform(0.5, 1.0)  # noqa: S311
+        self._wait = min(2 * self._wait, _MAX_WAIT)
 
     def record_success(self, backlog: str) -> None:
-        """An attempt went well; what had waited for it, in words."""
-        self._since, self._next, self.last_refusal = None, 0.0, None
+        """Record a successful try; ``backlog`` says in words what it delivered."""
+        self._failing_since, self._retry_at, self.last_refusal = None, 0.0, None
         if self._warned:
             self._warned = False
-            _log.info("tracking: %s answers again; %s were behind", self._what, backlog)
+            _log.info("tracking: %s answers again; %s were behind", self._store_name, backlog)
 
     @property
     def seconds_until_retry(self) -> float:
-        """Seconds to the next attempt."""
-        return max(0.0, self._next - time.monotonic())
+        """Seconds until the next try."""
+        return max(0.0, self._retry_at - time.monotonic())
 
     @property
     def outage_seconds(self) -> float:
         """Seconds since the store last answered; 0 while it does."""
-        return 0.0 if self._since is None else time.monotonic() - self._since
+        return 0.0 if self._failing_since is None else time.monotonic() - self._failing_since
 
 
 class Uploader:
-    """Delivers a run directory until it is closed and everything is there, or in vain for ``patience`` seconds.
+    """Uploads a run directory until it is closed and everything has arrived, or ``flush_timeout`` seconds have passed.
 
-    ``store`` is what a message calls the store. Nothing is raised into the training, and the thread dies with it.
+    Nothing is raised into the training, and the thread is a daemon. ``store_name`` stands in log lines.
     """
 
     def __init__(self, sync: RunSync, run_dir: Path, store_name: str, flush_timeout: float) -> None:
         self.sync = sync
-        self.is_done = False  # everything is delivered, or is another attempt's to deliver
+        self.is_done = False  # everything has arrived, or another attempt uploads it
         self._run, self.flush_timeout = run_dir, flush_timeout
-        self._rows, self._files = (
-            OutageBackoff(f"MLflow at {store_name}"),
-            OutageBackoff(f"the store of MLflow's files at {store_name}"),
-        )
+        self._row_backoff = OutageBackoff(f"MLflow at {store_name}")
+        self._file_backoff = OutageBackoff(f"the store of MLflow's files at {store_name}")
         self._rows_before = self._files_before = 0
-        self._news, self._closing = threading.Event(), threading.Event()
+        self._has_news, self._closing = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
     def notify(self) -> None:
-        """There is something new in the run directory."""
-        self._news.set()
+        """Wake the thread: the run directory has something new. The first call starts the thread."""
+        self._has_news.set()
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="courier", daemon=True)
+            self._thread = threading.Thread(target=self._work, name="uploader", daemon=True)
             self._thread.start()
 
     def close(self) -> None:
-        """Deliver what is left, or say that there is some."""
+        """Upload the rest within ``flush_timeout``, or log that some is left."""
         self._closing.set()
         self.notify()
         assert self._thread is not None
@@ -113,11 +112,11 @@ class Uploader:
                 self._run,
                 self._run,
             )
-        if not self._thread.is_alive():  # else it reads on, and ends with the process
+        if not self._thread.is_alive():  # a thread that still reads ends with the process
             self.sync.close()
 
     def upload_all(self) -> bool:
-        """Deliver everything in the foreground; whether it is there now."""
+        """Upload everything in the foreground; return whether all has arrived."""
         self._closing.set()
         self._work()
         self.sync.close()
@@ -125,92 +124,96 @@ class Uploader:
 
     def _work(self) -> None:
         try:
-            while not self._round():
+            while not self._run_round():
                 pass
         except MetricsFileReplaced:
             self.is_done = True
             _log.info("tracking: another attempt has taken %s over; this one delivers nothing more", self._run)
 
-    def _round(self) -> bool:
-        """Deliver what is there, and wait for more; True at the end."""
+    def _run_round(self) -> bool:
+        """Upload what is there and wait for more; return True at the end."""
         closing = self._closing.is_set()
-        self._news.clear()
-        well = self._deliver(self._rows, self._deliver_rows) and self._deliver(self._files, self._deliver_files)
-        refused = self._rows.last_refusal or self._files.last_refusal  # who answered would say the same again
-        if closing and well:
+        self._has_news.clear()
+        succeeded = self._try_upload(self._row_backoff, self._upload_rows) and self._try_upload(
+            self._file_backoff, self._upload_files
+        )
+        # A store that refused would refuse again: the end of a run does not wait for it.
+        refused = self._row_backoff.last_refusal or self._file_backoff.last_refusal
+        if closing and succeeded:
             self.is_done = True
         elif closing:
-            time.sleep(0.0 if refused else min(_SHORTEST, self.flush_timeout))
-        elif well:
-            self._news.wait()
-            self._closing.wait(_PAUSE)
-        elif self._rows.seconds_until_retry:
-            self._closing.wait(self._rows.seconds_until_retry)
+            time.sleep(0.0 if refused else min(_MIN_WAIT, self.flush_timeout))
+        elif succeeded:
+            self._has_news.wait()
+            self._closing.wait(_ROUND_SECONDS)
+        elif self._row_backoff.seconds_until_retry:
+            self._closing.wait(self._row_backoff.seconds_until_retry)
         else:
-            self._news.wait(self._files.seconds_until_retry)
-            self._closing.wait(_PAUSE)
-        return closing and bool(
-            well or refused or max(self._rows.outage_seconds, self._files.outage_seconds) >= self.flush_timeout
-        )
+            self._has_news.wait(self._file_backoff.seconds_until_retry)
+            self._closing.wait(_ROUND_SECONDS)
+        outage_seconds = max(self._row_backoff.outage_seconds, self._file_backoff.outage_seconds)
+        return closing and bool(succeeded or refused or outage_seconds >= self.flush_timeout)
 
-    def _deliver(self, outage: OutageBackoff, deliver: Callable[[], str]) -> bool:
-        """Try; whether it went well."""
-        if outage.seconds_until_retry and not self._closing.is_set():
+    def _try_upload(self, backoff: OutageBackoff, upload: Callable[[], str]) -> bool:
+        """Run one upload unless its pause is not over; return whether it succeeded."""
+        if backoff.seconds_until_retry and not self._closing.is_set():
             return False
-        began = time.monotonic()
+        started = time.monotonic()
         try:
-            outage.record_success(deliver())
+            backoff.record_success(upload())
         except MetricsFileReplaced:
             raise
-        except Exception as error:  # noqa: BLE001 - whatever a tracking server does, it is not worth a run
+        except Exception as error:  # noqa: BLE001 - nothing that a tracking server does may end a run
             self.sync.reset_connection()
-            outage.record_failure(error, began)
+            backoff.record_failure(error, started)
             return False
         return True
 
-    def _deliver_rows(self) -> str:
+    def _upload_rows(self) -> str:
         self.sync.upload_rows()
-        before, self._rows_before = self._rows_before, self.sync.counts.rows_sent + self.sync.counts.rows_present
-        return f"{self._rows_before - before} rows"
+        rows_before = self._rows_before
+        self._rows_before = self.sync.counts.rows_sent + self.sync.counts.rows_present
+        return f"{self._rows_before - rows_before} rows"
 
-    def _deliver_files(self) -> str:
+    def _upload_files(self) -> str:
         self.sync.upload_files(final=self._closing.is_set())
-        before, self._files_before = self._files_before, self.sync.counts.files_sent
-        return f"{self._files_before - before} files"
+        files_before = self._files_before
+        self._files_before = self.sync.counts.files_sent
+        return f"{self._files_before - files_before} files"
 
 
-class Uploaded:
-    """The run directory first, and a courier that takes it from there."""
+class UploadingTracker:
+    """Writes to the run directory and wakes the uploader."""
 
     def __init__(self, jsonl_tracker: JsonlTracker, uploader: Uploader) -> None:
-        self._kept, self._courier = jsonl_tracker, uploader
+        self._jsonl_tracker, self._uploader = jsonl_tracker, uploader
 
     def log_settings(self, settings: dict[str, Any], tags: dict[str, str]) -> None:
-        self._kept.log_settings(settings, tags)
-        self._courier.notify()
+        self._jsonl_tracker.log_settings(settings, tags)
+        self._uploader.notify()
 
     def log_rows(self, rows: Sequence[MetricRow]) -> None:
-        self._kept.log_rows(rows)
-        self._courier.notify()
+        self._jsonl_tracker.log_rows(rows)
+        self._uploader.notify()
 
     def log_results(self, results: MetricRow, step: int) -> None:
-        self._kept.log_results(results, step)
-        self._courier.notify()
+        self._jsonl_tracker.log_results(results, step)
+        self._uploader.notify()
 
     def log_file(self, path: Path) -> None:
-        self._courier.sync.queue_file(path)
-        self._courier.notify()
+        self._uploader.sync.queue_file(path)
+        self._uploader.notify()
 
     def rewind(self, to_step: int) -> None:
-        self._kept.rewind(to_step)
-        self._courier.sync.on_rewind()
-        self._courier.notify()
+        self._jsonl_tracker.rewind(to_step)
+        self._uploader.sync.on_rewind()
+        self._uploader.notify()
 
     def skip_flush(self) -> None:
-        self._courier.flush_timeout = 0.0
+        self._uploader.flush_timeout = 0.0
 
     def close(self, state: AttemptState, reason: str = "") -> None:
         try:
-            self._kept.close(state, reason)
+            self._jsonl_tracker.close(state, reason)
         finally:
-            self._courier.close()
+            self._uploader.close()

@@ -88,17 +88,17 @@ def checkouts(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Che
 
 LIMITED = """
 if starts: sys.exit(0)
-if rank == 0: print("notice", slurm().notice(), flush=True)
+if rank == 0: print("notice", slurm().read_shutdown_notice(), flush=True)
 until_asked(100)
 print("heard", heard[0], flush=True)
-if rank == 0: print("left", slurm().seconds_left(), flush=True)
+if rank == 0: print("left", slurm().read_seconds_left(), flush=True)
 heard.clear(); until_asked(100)
 sys.exit(1)
 """
 FAILING = """
 def leave():
     until_asked()
-    if rank == 0: print("asked", heard, slurm().requeue(warned=False), flush=True)
+    if rank == 0: print("asked", heard, slurm().requeue_slurm_job(got_warning=False), flush=True)
 if rank == 0 and starts: slurm()
 if starts == 0:
     if rank == 2: os.kill(os.getpid(), 9)
@@ -194,10 +194,10 @@ def test_a_preempted_job_knows_its_grace_and_asks_for_another_start_itself(check
     """Ranks that leave with 0 in their grace would count as completed."""
     ranks = """
 if starts: sys.exit(0)
-if rank == 0: print("notice", slurm().notice(), flush=True)
+if rank == 0: print("notice", slurm().read_shutdown_notice(), flush=True)
 until_asked()
-if rank == 0: print("left", slurm().seconds_left(), heard, flush=True)
-if rank == 0: print("refused", slurm().requeue(warned=False), flush=True)
+if rank == 0: print("left", slurm().read_seconds_left(), heard, flush=True)
+if rank == 0: print("refused", slurm().requeue_slurm_job(got_warning=False), flush=True)
 """
     job = checkouts.submit(ranks, partition="low", nodes="1", ntasks_per_node="1", cpus_per_task="5")
     checkouts.up(job, "notice")
@@ -207,7 +207,7 @@ if rank == 0: print("refused", slurm().requeue(warned=False), flush=True)
     ended = checkouts.ended(job)
     assert (ended.facts["JobState"], ended.facts["Restarts"]) == ("COMPLETED", "1"), ended.output
     assert checkouts.cluster.wait(other)["JobState"] == "COMPLETED"
-    assert "notice Notice(seconds=20.0, source='GraceTime of partition low')" in ended.output
+    assert "notice ShutdownNotice(seconds=20.0, source='GraceTime of partition low')" in ended.output
     left = re.search(r"left (\S+) \['SIGTERM'\]", ended.output)
     assert left
     assert 10 < float(left[1]) <= 20
@@ -222,7 +222,9 @@ def test_a_job_that_meets_its_time_limit_hears_of_it_and_goes_on_afterwards(
     ended = checkouts.ended(jobs["limited"])
     assert (ended.facts["JobState"], ended.facts["Restarts"]) == ("COMPLETED", "1"), ended.output
     assert ended.output.count("heard SIGUSR1") == 2
-    assert "notice Notice(seconds=180.0, source='--signal in " in ended.output  # of the script: 30 is Slurm's secret
+    assert (
+        "notice ShutdownNotice(seconds=180.0, source='--signal in " in ended.output
+    )  # of the script: 30 is Slurm's secret
     left = re.search(r"left (\S+)", ended.output)
     assert left
     assert 0 < float(left[1]) <= 60

@@ -60,8 +60,8 @@ def spoiler(healthy: Server) -> Iterator[Spoiler]:
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorter waits between attempts, so that a test meets many; and as in the command line, the log says what happens."""
-    monkeypatch.setattr(sync, "_NUMBERS", 60)  # in a request
-    for name, seconds in {"_PAUSE": 0.05, "_SHORTEST": 0.2, "_LONGEST": 1.0}.items():
+    monkeypatch.setattr(sync, "_MAX_VALUES", 60)  # in a request
+    for name, seconds in {"_ROUND_SECONDS": 0.05, "_MIN_WAIT": 0.2, "_MAX_WAIT": 1.0}.items():
         monkeypatch.setattr(uploader, name, seconds)
     logging.getLogger("foveal").setLevel(logging.INFO)
 
@@ -297,11 +297,11 @@ def test_killed_for_good_and_synced_by_hand(healthy: Server, tmp_path: Path, cap
 _ATTEMPT = """
 import sys
 from pathlib import Path
-from foveal.tracking import courier, open_tracker
+from foveal.tracking import open_tracker, uploader
 from foveal.tracking.tracker import TrackingConfig
 from test_mlflow import train
 run, uri, start = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-courier._PAUSE = 0.02
+uploader._ROUND_SECONDS = 0.02
 tracker, _ = open_tracker(run, TrackingConfig(uri=uri, experiment="outages"), None, start)
 train(tracker, start + 1, 1000, pause=0.05)
 """
@@ -313,7 +313,7 @@ def test_attempts_that_are_killed_at_any_moment(healthy: Server, tmp_path: Path)
     run, draw = tmp_path / "run", random.Random(5)
     cfg = configured(run, healthy.uri)
     for start in (0, 40, 90, 130, 170):
-        path = f"{ROOT}:{ROOT}/tests:{ROOT}/tests/remote"
+        path = f"{ROOT}:{ROOT}/tests/support:{ROOT}/tests/remote"
         attempt = Started(
             [PYTHON, "-W", "ignore", "-c", _ATTEMPT, run, healthy.uri, str(start)], tmp_path, PYTHONPATH=path
         )

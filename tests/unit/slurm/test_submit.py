@@ -128,9 +128,9 @@ def test_one_of_several_students_is_taken(tmp_path: Path) -> None:
     assert "init=runs/pair/two/export/small" in last.overrides
     assert last.depends_on == ("two",)
     for text in (several + tuned.format("two"), several + tuned.format("two/smal")):
-        with pytest.raises(ConfigError, match="what 'two' leaves is taken as two/small, two/other"):
+        with pytest.raises(ConfigError, match="the exports of 'two' are named two/small, two/other"):
             build_jobs(pipeline(tmp_path, text), ())
-    with pytest.raises(ConfigError, match="what 'one' leaves is taken as one"):
+    with pytest.raises(ConfigError, match="the exports of 'one' are named one"):
         build_jobs(pipeline(tmp_path, TWO.replace("teacher: one", "teacher: one/small")), ())
 
 

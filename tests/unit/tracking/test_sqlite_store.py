@@ -19,12 +19,12 @@ from foveal.tracking.store_errors import StoreRefusedError
 _BEGIN = """
 import sys
 from pathlib import Path
-from foveal.tracking import mlflow, sqlite
+from foveal.tracking import mlflow, sqlite_store
 from foveal.tracking.tracker import TrackingConfig
 if sys.argv[3] == "unlocked":
-    sqlite._wait_for = lambda lock, file: None
+    sqlite_store._acquire_lock = lambda lock, file: None
 sys.stdin.readline()
-mlflow.MLflow(TrackingConfig(uri=sys.argv[1]), Path(sys.argv[2]), None, sys.argv[2])
+mlflow.MLflowRun(TrackingConfig(uri=sys.argv[1]), Path(sys.argv[2]), None, sys.argv[2])
 """
 
 
@@ -109,7 +109,7 @@ def test_a_file_system_without_links(tmp_path: Path) -> None:
 def test_a_lock_that_is_left_or_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "mlflow.db"
     (tmp_path / ".mlflow.db.lock").write_text("left behind")
-    monkeypatch.setattr(sqlite_store, "_PATIENCE", 0.1)
+    monkeypatch.setattr(sqlite_store, "_LOCK_TIMEOUT", 0.1)
 
     def nested(draft: Path) -> None:
         draft.write_bytes(b"")

@@ -18,7 +18,7 @@ from foveal.tracking import open_tracker
 from foveal.tracking.jsonl import JsonlTracker, read_metric_rows
 from foveal.tracking.mlflow import MLflowRun, resolve_store_uri
 from foveal.tracking.tracker import AttemptState, NullTracker, Tracker, TrackingConfig
-from foveal.tracking.uploader import Uploaded
+from foveal.tracking.uploader import UploadingTracker
 
 # MLflow's own dependencies have moved on; foveal's command line does not show these either.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -127,7 +127,7 @@ def test_an_attempt_that_was_superseded_while_it_loaded_leaves_the_rows_alone(tm
 def test_every_tracker_has_every_verb() -> None:
     verbs = {name for name in vars(Tracker) if not name.startswith("_")}
     assert verbs == {"settings", "rows", "results", "file", "rewind", "hurry", "close"}
-    for each in (NullTracker, Uploaded, JsonlTracker):
+    for each in (NullTracker, UploadingTracker, JsonlTracker):
         assert verbs <= vars(each).keys(), each
     use(NullTracker(), 1, 4)
     NullTracker().rewind(2)

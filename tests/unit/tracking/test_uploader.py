@@ -17,15 +17,15 @@ from foveal.tracking import sync, uploader
 from foveal.tracking.jsonl import JsonlTracker
 from foveal.tracking.sync import RunSync, _list_files_to_upload, _remote_folder
 from foveal.tracking.tracker import summarize_error
-from foveal.tracking.uploader import OutageBackoff, Uploaded, Uploader
+from foveal.tracking.uploader import OutageBackoff, Uploader, UploadingTracker
 
 _USER = "me:secret"
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sync, "_NUMBERS", 12)
-    for name, seconds in {"_PAUSE": 0.0, "_SHORTEST": 0.002, "_LONGEST": 0.01}.items():
+    monkeypatch.setattr(sync, "_MAX_VALUES", 12)
+    for name, seconds in {"_ROUND_SECONDS": 0.0, "_MIN_WAIT": 0.002, "_MAX_WAIT": 0.01}.items():
         monkeypatch.setattr(uploader, name, seconds)
     logging.getLogger("foveal").setLevel(logging.INFO)
 
@@ -38,13 +38,13 @@ def store() -> Iterator[Kept]:
         kept._stream.close()
 
 
-def opened(run: Path, store: Kept, start: int = 0, patience: float = 20.0) -> Uploaded:
+def opened(run: Path, store: Kept, start: int = 0, patience: float = 20.0) -> UploadingTracker:
     kept = JsonlTracker(run, start)
     store.written.append(kept)
-    return Uploaded(kept, Uploader(RunSync(run, kept.open_tail(), store.connected), run, "here", patience))
+    return UploadingTracker(kept, Uploader(RunSync(run, kept.open_tail(), store.connected), run, "here", patience))
 
 
-def train(tracker: Uploaded, first: int, last: int, report: int = 5) -> None:
+def train(tracker: UploadingTracker, first: int, last: int, report: int = 5) -> None:
     tracker.log_settings({"seed": 3}, {"ranks": "1"})
     for step in range(first, last + 1):
         tracker.log_rows([row(step) | ({"images_per_second": 7.0} if step % report == 0 else {})])
@@ -232,8 +232,8 @@ def test_a_store_of_files_that_fails_holds_up_no_number(store: Kept, tmp_path: P
             tries.append(verb)
             raise PermissionError("no bucket")
 
-    monkeypatch.setattr(uploader, "_SHORTEST", 0.3)
-    monkeypatch.setattr(uploader, "_LONGEST", 60.0)
+    monkeypatch.setattr(uploader, "_MIN_WAIT", 0.3)
+    monkeypatch.setattr(uploader, "_MAX_WAIT", 60.0)
     store.before = refuse
     tracker = opened(tmp_path, store, patience=0.05)
     train(tracker, 1, 30)
@@ -282,8 +282,8 @@ def test_a_store_that_lost_the_run_gets_all_of_it(store: Kept, tmp_path: Path) -
 
 
 def test_waits_grow_to_a_limit_and_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploader, "_SHORTEST", 1.0)
-    monkeypatch.setattr(uploader, "_LONGEST", 60.0)
+    monkeypatch.setattr(uploader, "_MIN_WAIT", 1.0)
+    monkeypatch.setattr(uploader, "_MAX_WAIT", 60.0)
     outage, waits = OutageBackoff("it"), []
     for _ in range(9):
         outage.record_failure(ConnectionError(), time.monotonic())
