@@ -1,1 +1,1 @@
-"""The only folder that speaks to other processes: torch.distributed, DeepSpeed and Accelerate are imported nowhere else."""
+"""Communication between processes. Only this folder and foveal/engines import torch.distributed."""

@@ -1,4 +1,4 @@
-"""The GPUs that Slurm gave a node, those that torch sees, and the ranks that are there to use them."""
+"""Compare the GPUs that Slurm allocated on this node with the GPUs that torch sees and with the ranks on the node."""
 
 import os
 
@@ -10,42 +10,45 @@ from foveal.errors import BadNodeError, LaunchError
 
 
 def check_slurm_gpus(launch_env: LaunchEnv) -> str | None:
-    """Compare the GPUs of this step of Slurm on this node with torch's and with the ranks; a sentence about idle ones.
+    """Check the GPUs that this Slurm step has on this node. Return a sentence about idle GPUs.
 
-    Nothing outside a step of Slurm, or where it gave no GPUs. Raises: BadNode where torch sees fewer GPUs than this rank
-    has, LaunchError where ranks would have to share one.
+    None if all GPUs are in use, outside a Slurm step, and if Slurm allocated no GPUs.
+    Raises: BadNodeError if torch sees fewer GPUs than this rank was given; LaunchError if ranks would share a GPU.
     """
-    given = _count_allocated_gpus()
-    if not given:
+    allocated = _count_allocated_gpus()
+    if not allocated:
         return None
     node, visible = current_node_name(), _read_gpu_list("CUDA_VISIBLE_DEVICES")
-    expected = given if visible is None else len(visible)  # of --gpus-per-task a rank is shown its own
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not there:
+    expected = allocated if visible is None else len(visible)  # with --gpus-per-task a rank sees only its own GPUs
+    detected = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not detected:
         raise BadNodeError(
-            f"Slurm gave {_format_gpu_count(given)}, torch sees none on {node}: {_explain_missing_gpus()}"
+            f"Slurm gave {_format_gpu_count(allocated)}, torch sees none on {node}: {_explain_missing_gpus()}"
         )
-    if there < expected:
+    if detected < expected:
         raise BadNodeError(
-            f"Slurm gave this rank {_format_gpu_count(expected)}, torch sees {there} on {node}: what does nvidia-smi say there?"
+            f"Slurm gave this rank {_format_gpu_count(expected)}, torch sees {detected} on {node}: "
+            f"run nvidia-smi on that node"
         )
     ranks = _count_local_ranks(launch_env)
-    if ranks > given:
+    if ranks > allocated:
         raise LaunchError(
-            f"{ranks} ranks share {_format_gpu_count(given)} on {node}: start one a GPU, --ntasks-per-node={given}"
+            f"{ranks} ranks share {_format_gpu_count(allocated)} on {node}: start one rank per GPU, "
+            f"--ntasks-per-node={allocated}"
         )
-    if 0 < ranks < given:
+    if 0 < ranks < allocated:
         return (
-            f"{given - ranks} of {_format_gpu_count(given)} on {node} have no rank: --ntasks-per-node={given} uses all"
+            f"{allocated - ranks} of {_format_gpu_count(allocated)} on {node} have no rank: "
+            f"--ntasks-per-node={allocated} uses all"
         )
     return None
 
 
 def _count_allocated_gpus() -> int:
-    """How many GPUs of this node belong to the step that this process is in."""
+    """Return the number of GPUs on this node that belong to the Slurm step of this process."""
     if "SLURM_STEP_ID" not in os.environ:
         return 0
-    count = os.environ.get("SLURM_GPUS_ON_NODE", "")  # of the whole step, also where every task has its own
+    count = os.environ.get("SLURM_GPUS_ON_NODE", "")  # counts the step's GPUs on the node, also with --gpus-per-task
     return (
         int(count)
         if count.isdecimal()
@@ -54,15 +57,17 @@ def _count_allocated_gpus() -> int:
 
 
 def _read_gpu_list(name: str) -> list[str] | None:
-    """The GPUs that a variable lists; nothing where it is not set."""
+    """Return the GPUs listed in an environment variable; None if the variable is not set."""
     text = os.environ.get(name)
-    return None if text is None else [each for each in text.split(",") if each.strip() not in {"", "-1", "NoDevFiles"}]
+    return None if text is None else [gpu for gpu in text.split(",") if gpu.strip() not in {"", "-1", "NoDevFiles"}]
 
 
 def _count_local_ranks(launch_env: LaunchEnv) -> int:
-    """The ranks on this node; 0 if nobody knows."""
-    local = os.environ.get("LOCAL_WORLD_SIZE", "")  # torchrun's
-    return int(local) if local.isdecimal() else node_names_by_rank(launch_env.world_size).count(current_node_name())
+    """Return the number of ranks on this node; 0 if the launcher does not state it."""
+    local_size = os.environ.get("LOCAL_WORLD_SIZE", "")  # set by torchrun
+    if local_size.isdecimal():
+        return int(local_size)
+    return node_names_by_rank(launch_env.world_size).count(current_node_name())
 
 
 def _explain_missing_gpus() -> str:
@@ -75,5 +80,5 @@ def _explain_missing_gpus() -> str:
     )
 
 
-def _format_gpu_count(number: int) -> str:
-    return "1 GPU" if number == 1 else f"{number} GPUs"
+def _format_gpu_count(count: int) -> str:
+    return "1 GPU" if count == 1 else f"{count} GPUs"

@@ -1,4 +1,4 @@
-"""Where every rank is, in the store in which they met: each says it once a second, and reads the others when it stalls."""
+"""Heartbeats: every rank writes its position into the ranks' store once a second; a stalled rank reads all of them."""
 
 import contextlib
 import json
@@ -12,18 +12,20 @@ from foveal.distributed.rendezvous import format_ranks
 from foveal.distributed.tcp_store import ServerProbe, connect_to_store
 from foveal.distributed.world import World
 
-LOST_PEER = "lost a peer"  # how a rank leaves that another one failed
-_MAX_COMPARING_RANKS = 64  # the first so many ranks read everybody's beats; a thousand that did would drown the store
-_MAX_LOCATIONS_SHOWN = 6  # places in a sentence
-_CONNECT_TIMEOUT_SECONDS = 30.0  # seconds
-_SILENT_AFTER_POLLS = 3  # looks in which a rank must have said something new, or it is silent
+LOST_PEER = "lost a peer"  # the exit reason of a rank that ended because another rank failed
+_MAX_COMPARING_RANKS = 64  # only ranks below this read all heartbeats; a thousand readers would overload the store
+_MAX_LOCATIONS_SHOWN = 6  # groups of ranks in a sentence
+_CONNECT_TIMEOUT_SECONDS = 30.0
+_SILENT_AFTER_POLLS = 3  # a rank without a new heartbeat for this many polls is silent
 
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """Where a rank is: ``quiet`` seconds without a sign from its loop, at its look number ``looks``.
+    """The position of a rank.
 
-    ``place`` is where its main thread stands, and ``waits`` whether that is among what waits for other ranks.
+    ``idle_seconds``: time without progress of the training loop. ``poll_count``: polls of the rank's watchdog so far;
+    -1 after the rank left. ``location``: function and line of the main thread; ``is_waiting``: whether that code waits
+    for other ranks.
     """
 
     step: int
@@ -36,125 +38,133 @@ class Heartbeat:
 
 
 class HeartbeatExchange:
-    """A thread that speaks with the store, and may be kept waiting by it: nobody else is."""
+    """A thread that reads and writes heartbeats, so that a slow store blocks this thread only."""
 
     def __init__(
         self, world: World, poll_interval: float, read_heartbeat: Callable[[], Heartbeat], store_timeout: float = 7.0
     ) -> None:
-        """``answering``: seconds beyond the looks of a comparison that the store may take to answer."""
-        self._rank, self._size, self._key = world.rank, world.size, world.store_key
-        self._look, self._mine, self._answering = poll_interval, read_heartbeat, store_timeout
-        self._over = threading.Event()
-        self._asked = threading.Event()
-        self._answered = threading.Event()
-        self._cut_off = False
-        self._line: ServerProbe
-        self.suspect_nodes: set[str] = set()  # the nodes of those whom the newest verdict blames
-        self._verdict = self._last = ""
-        self._thread = threading.Thread(target=self._run, name="watch-beats", daemon=True)
+        """Start the thread. ``store_timeout``: seconds for the store's answer, on top of the polls of a comparison."""
+        self._rank, self._size, self._store_key = world.rank, world.size, world.store_key
+        self._poll_interval, self._read_heartbeat, self._store_timeout = poll_interval, read_heartbeat, store_timeout
+        self._closed = threading.Event()
+        self._comparison_requested = threading.Event()
+        self._comparison_finished = threading.Event()
+        self._disconnected = False
+        self._probe: ServerProbe
+        self.suspect_nodes: set[str] = set()  # nodes of the ranks that the newest diagnosis blames
+        self._diagnosis = self._exit_reason = ""
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
     def close(self, exit_reason: str) -> None:
-        """The last beat says how this rank left."""
-        self._last = exit_reason
-        self._over.set()
-        self._thread.join(2 * self._look)
+        """Publish a last heartbeat with the reason why this rank leaves, and stop the thread."""
+        self._exit_reason = exit_reason
+        self._closed.set()
+        self._thread.join(2 * self._poll_interval)
 
     def diagnose(self) -> str:
-        """Who is behind, and in what: a sentence, after a few looks."""
+        """Compare the heartbeats of all ranks for a few polls. Return a sentence that names the ranks behind."""
         if self._rank >= _MAX_COMPARING_RANKS:
-            return f"who is behind stands in the logs of ranks 0-{_MAX_COMPARING_RANKS - 1}"
-        self._answered.clear()
-        self._asked.set()
-        answered = self._answered.wait(0 if self._cut_off else _SILENT_AFTER_POLLS * self._look + self._answering)
-        if answered and not self._cut_off:
-            return self._verdict
-        before = f"; before that: {self._verdict}" if self._verdict else ""
-        if self._cut_off:
+            return f"the logs of ranks 0-{_MAX_COMPARING_RANKS - 1} name the ranks that are behind"
+        self._comparison_finished.clear()
+        self._comparison_requested.set()
+        finished = self._comparison_finished.wait(
+            0 if self._disconnected else _SILENT_AFTER_POLLS * self._poll_interval + self._store_timeout
+        )
+        if finished and not self._disconnected:
+            return self._diagnosis
+        before = f"; before that: {self._diagnosis}" if self._diagnosis else ""
+        if self._disconnected:
             return f"the store of the ranks, on the node of rank 0, is gone: the log of rank 0 says more{before}"
         return f"the store of the ranks, on the node of rank 0, does not answer: look at rank 0 first{before}"
 
     def _run(self) -> None:
         with (
             contextlib.suppress(dist.DistError, OSError),
-            contextlib.closing(ServerProbe(_CONNECT_TIMEOUT_SECONDS)) as line,
+            contextlib.closing(ServerProbe(_CONNECT_TIMEOUT_SECONDS)) as probe,
         ):
-            self._line = line
-            store = connect_to_store(_CONNECT_TIMEOUT_SECONDS, self._key)
-            self._publish(store, self._mine())
-            while not self._over.wait(self._look):
-                self._publish(store, self._mine())
-                if self._asked.is_set():
-                    self._asked.clear()
+            self._probe = probe
+            store = connect_to_store(_CONNECT_TIMEOUT_SECONDS, self._store_key)
+            self._publish(store, self._read_heartbeat())
+            while not self._closed.wait(self._poll_interval):
+                self._publish(store, self._read_heartbeat())
+                if self._comparison_requested.is_set():
+                    self._comparison_requested.clear()
                     self._compare_ranks(store)
-            now = self._mine()
-            self._publish(store, Heartbeat(now.step, self._last, 0.0, -1, now.host, "", is_waiting=False))
-        self._cut_off = True
-        self._answered.set()
+            last = self._read_heartbeat()
+            self._publish(store, Heartbeat(last.step, self._exit_reason, 0.0, -1, last.host, "", is_waiting=False))
+        self._disconnected = True
+        self._comparison_finished.set()
 
-    def _publish(self, store: dist.Store, beat: Heartbeat) -> None:
-        if not self._line.is_alive():
+    def _publish(self, store: dist.Store, heartbeat: Heartbeat) -> None:
+        if not self._probe.is_alive():
             raise ConnectionError
-        store.set(f"beat/{self._rank}", json.dumps(asdict(beat)))
+        store.set(f"beat/{self._rank}", json.dumps(asdict(heartbeat)))
 
     def _compare_ranks(self, store: dist.Store) -> None:
-        first = self._read_heartbeats(store)
+        before = self._read_all_heartbeats(store)
         for _ in range(_SILENT_AFTER_POLLS):
-            self._over.wait(self._look)
-            self._publish(store, self._mine())
-        beats = self._read_heartbeats(store)
-        silent = {
-            rank for rank, beat in beats.items() if rank in first and beat.poll_count == first[rank].poll_count >= 0
+            self._closed.wait(self._poll_interval)
+            self._publish(store, self._read_heartbeat())
+        after = self._read_all_heartbeats(store)
+        silent_ranks = {
+            rank
+            for rank, heartbeat in after.items()
+            if rank in before and heartbeat.poll_count == before[rank].poll_count >= 0
         }
-        self._verdict, accused = diagnose_heartbeats(beats, silent - {self._rank}, self._size)
-        self.suspect_nodes = {beat.host for beat in accused.values()}
-        self._answered.set()
+        self._diagnosis, blamed = diagnose_heartbeats(after, silent_ranks - {self._rank}, self._size)
+        self.suspect_nodes = {heartbeat.host for heartbeat in blamed.values()}
+        self._comparison_finished.set()
 
-    def _read_heartbeats(self, store: dist.Store) -> dict[int, Heartbeat]:
-        names = {rank: f"beat/{rank}" for rank in range(self._size)}
-        there = [rank for rank, name in names.items() if store.check([name])]
-        return {rank: Heartbeat(**json.loads(store.get(names[rank]))) for rank in there}
+    def _read_all_heartbeats(self, store: dist.Store) -> dict[int, Heartbeat]:
+        keys = {rank: f"beat/{rank}" for rank in range(self._size)}
+        published = [rank for rank, key in keys.items() if store.check([key])]
+        return {rank: Heartbeat(**json.loads(store.get(keys[rank]))) for rank in published}
 
 
 def diagnose_heartbeats(
     heartbeats: Mapping[int, Heartbeat], silent_ranks: Collection[int], world_size: int
 ) -> tuple[str, dict[int, Heartbeat]]:
-    """Who is behind, and in what: one sentence, and the ranks that it blames.
+    """Return a sentence about the ranks that are behind, and the heartbeats of the ranks that the sentence blames.
 
-    In this order: who is gone or was not heard of, who is silent, who is at an earlier step than others, who works while
-    others wait for it; and where everybody is, if none of these tells. Who left because it lost another is not to blame.
+    The first that applies: ranks that left, never sent a heartbeat or are silent; ranks at an earlier step than others;
+    ranks that work while others wait. Otherwise the sentence states the position of every rank and blames none.
+    A rank that left because it lost a peer is never blamed.
     """
-    gone = {rank: beat for rank, beat in heartbeats.items() if beat.poll_count < 0 and beat.activity != LOST_PEER}
-    here = {rank: beat for rank, beat in heartbeats.items() if beat.poll_count >= 0}
+    left = {rank: beat for rank, beat in heartbeats.items() if beat.poll_count < 0 and beat.activity != LOST_PEER}
+    running = {rank: beat for rank, beat in heartbeats.items() if beat.poll_count >= 0}
     missing = set(range(world_size)) - set(heartbeats)
-    mute = {rank: beat for rank, beat in here.items() if rank in silent_ranks}
-    found = [f"nothing was heard yet of {format_ranks(missing)}"] if missing else []
-    found += [f"{_describe_locations(gone)}"] if gone else []
-    found += (
-        [f"{_describe_locations(mute)}, then silent (stopped, dead, or inside a C call that lets no Python run)"]
-        if mute
-        else []
-    )
-    if found:
-        return "; ".join(found), gone | mute
-    newest = max(beat.step for beat in here.values())
-    behind = {rank: beat for rank, beat in here.items() if beat.step < newest}
+    silent = {rank: beat for rank, beat in running.items() if rank in silent_ranks}
+    problems: list[str] = []
+    if missing:
+        problems.append(f"no heartbeat yet from {format_ranks(missing)}")
+    if left:
+        problems.append(_describe_locations(left))
+    if silent:
+        problems.append(
+            f"{_describe_locations(silent)}, then silent (stopped, dead, or inside a C call that lets no Python run)"
+        )
+    if problems:
+        return "; ".join(problems), left | silent
+    newest = max(beat.step for beat in running.values())
+    behind = {rank: beat for rank, beat in running.items() if beat.step < newest}
     if behind:
         return f"behind, while others are in step {newest}: {_describe_locations(behind)}", behind
-    working = {rank: beat for rank, beat in here.items() if not beat.is_waiting}
-    if working and len(working) < len(here):
+    working = {rank: beat for rank, beat in running.items() if not beat.is_waiting}
+    if working and len(working) < len(running):
         return f"the others wait for {_describe_locations(working)}", working
-    return f"no rank is behind: {_describe_locations(here)}", {}
+    return f"no rank is behind: {_describe_locations(running)}", {}
 
 
-def _describe_locations(beats: Mapping[int, Heartbeat]) -> str:
-    """``rank 3 on node2 in step 12: data (read, reader.py:88)``; ranks that say the same are said together."""
+def _describe_locations(heartbeats: Mapping[int, Heartbeat]) -> str:
+    """Return ``rank 3 on node2 in step 12: data (read, reader.py:88)``; ranks with equal text share one entry."""
     groups: dict[str, list[int]] = {}
-    for rank, beat in beats.items():
-        place = f" ({beat.location})" if beat.location else ""
-        groups.setdefault(f"on {beat.host} in step {beat.step}: {beat.activity}{place}", []).append(rank)
-    shown = [f"{format_ranks(ranks)} {text}" for text, ranks in sorted(groups.items(), key=lambda item: len(item[1]))]
-    more = (
-        [f"and {len(shown) - _MAX_LOCATIONS_SHOWN} groups of ranks more"] if len(shown) > _MAX_LOCATIONS_SHOWN else []
-    )
-    return "; ".join(shown[:_MAX_LOCATIONS_SHOWN] + more)
+    for rank, heartbeat in heartbeats.items():
+        location = f" ({heartbeat.location})" if heartbeat.location else ""
+        text = f"on {heartbeat.host} in step {heartbeat.step}: {heartbeat.activity}{location}"
+        groups.setdefault(text, []).append(rank)
+    entries = [f"{format_ranks(ranks)} {text}" for text, ranks in sorted(groups.items(), key=lambda item: len(item[1]))]
+    shown = entries[:_MAX_LOCATIONS_SHOWN]
+    if len(entries) > _MAX_LOCATIONS_SHOWN:
+        shown.append(f"and {len(entries) - _MAX_LOCATIONS_SHOWN} groups of ranks more")
+    return "; ".join(shown)

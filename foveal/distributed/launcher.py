@@ -1,12 +1,12 @@
-"""Who this process is, as its launcher says it: rank, size, local rank, and the places where the ranks may meet.
+"""Rank, world size, local rank and rendezvous addresses, read from the launcher's environment variables.
 
-launcher       variables                                      rendezvous
-torchrun       RANK, WORLD_SIZE and TORCHELASTIC_RUN_ID       a store of its agent at MASTER_ADDR:MASTER_PORT
-accelerate     the same: it starts torchrun
-srun           SLURM_PROCID, SLURM_STEP_NUM_TASKS             rank 0 serves on a free port of its node
-mpirun         OMPI_COMM_WORLD_RANK, PMI_RANK and the like    rank 0 serves; on several nodes at MASTER_ADDR
-deepspeed      RANK, WORLD_SIZE and CROSS_RANK                rank 0 serves at MASTER_ADDR:MASTER_PORT
-environment    RANK, WORLD_SIZE, set by hand                  rank 0 serves at MASTER_ADDR:MASTER_PORT
+launcher       variables                                      rendezvous store
+torchrun       RANK, WORLD_SIZE and TORCHELASTIC_RUN_ID       torchrun's agent at MASTER_ADDR:MASTER_PORT
+accelerate     as torchrun, which it starts                   as torchrun
+srun           SLURM_PROCID, SLURM_STEP_NUM_TASKS             rank 0, on a free port of its node
+mpirun         OMPI_COMM_WORLD_RANK, PMI_RANK and the like    rank 0; at MASTER_ADDR if the job has several nodes
+deepspeed      RANK, WORLD_SIZE and CROSS_RANK                rank 0 at MASTER_ADDR:MASTER_PORT
+environment    RANK, WORLD_SIZE, set by hand                  rank 0 at MASTER_ADDR:MASTER_PORT
 """
 
 import hashlib
@@ -17,21 +17,23 @@ from pathlib import Path
 
 from foveal.errors import LaunchError
 
-_ELASTIC, _DEEPSPEED = "TORCHELASTIC_RUN_ID", "CROSS_RANK"  # variables that torchrun and deepspeed alone set
-# MPI's launchers: rank, size, local rank, ranks on this node.
-_MPI = (
+_TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"  # set by torchrun only
+_DEEPSPEED_VARIABLE = "CROSS_RANK"  # set by deepspeed only
+# Of each MPI launcher the variables for rank, size, local rank and ranks on this node.
+_MPI_VARIABLES = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 )
-_MPI_JOB = ("PMIX_NAMESPACE", "PMI_JOBID")
-_FIRST_PORT, _PORTS = 20000, 12000  # below the range that Linux gives to outgoing connections
-_TRIES = 16  # ports that rank 0 tries, and the others look at
+_MPI_JOB_VARIABLES = ("PMIX_NAMESPACE", "PMI_JOBID")
+_FIRST_PORT = 20000
+_PORT_COUNT = 12000  # ends below 32768, where Linux's ports for outgoing connections begin
+_CANDIDATE_PORTS = 16  # ports that rank 0 tries to bind and the other ranks try to connect to
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchEnv:
-    """What the launcher says, before anything is started."""
+    """A process's place in the launch: rank, world size, rank on its node, and the launcher's name."""
 
     rank: int
     world_size: int
@@ -40,29 +42,34 @@ class LaunchEnv:
 
 
 def read_launch_env() -> LaunchEnv:
-    """Rank and size from torchrun or accelerate, else from a Slurm step, mpirun or the environment, else alone.
+    """Return the rank and world size stated by torchrun, accelerate or deepspeed, else by a Slurm step, mpirun or RANK.
 
-    A batch script outside ``srun`` sees SLURM_PROCID and SLURM_NTASKS too, but no SLURM_STEP_ID: it is alone.
-    Raises: LaunchError where a launcher's variables contradict one another, or those of another launcher.
+    Without any of them the world size is 1. A batch script outside ``srun`` has SLURM_PROCID and SLURM_NTASKS but no
+    SLURM_STEP_ID: its world size is 1 too.
+    Raises: LaunchError if the variables contradict one another.
     """
-    stated = _read_torch_env()
-    if stated is not None and stated.launcher != "environment" and not _child_of_slurmstepd():
-        return _check_ranks(stated)
-    claims = [claim for claim in (_read_slurm_env(), _read_mpi_env(), stated) if claim is not None]
+    torch_env = _read_torch_env()
+    if torch_env is not None and torch_env.launcher != "environment" and not _child_of_slurmstepd():
+        return _check_ranks(torch_env)
+    claims = [claim for claim in (_read_slurm_env(), _read_mpi_env(), torch_env) if claim is not None]
     for claim in claims[1:]:
         if (claim.rank, claim.world_size) != (claims[0].rank, claims[0].world_size):
             raise LaunchError(
-                f"{claims[0].launcher} says rank {claims[0].rank} of {claims[0].world_size}, and the environment {_format_variables(claim)}: "
+                f"{claims[0].launcher} says rank {claims[0].rank} of {claims[0].world_size}, "
+                f"and the environment {_format_variables(claim)}: "
                 f"unset what a shell or an earlier launcher has left there, or let torchrun start the ranks"
             )
     return _check_ranks(claims[0]) if claims else LaunchEnv(0, 1, 0, "none")
 
 
 def _read_torch_env() -> LaunchEnv | None:
-    """RANK and WORLD_SIZE, and who has set them."""
+    """Read RANK and WORLD_SIZE, and tell torchrun, deepspeed and a user's shell apart."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return None
-    launcher = "torchrun" if _ELASTIC in os.environ else "deepspeed" if _DEEPSPEED in os.environ else "environment"
+    if _TORCHRUN_VARIABLE in os.environ:
+        launcher = "torchrun"
+    else:
+        launcher = "deepspeed" if _DEEPSPEED_VARIABLE in os.environ else "environment"
     return LaunchEnv(read_int_env("RANK"), read_int_env("WORLD_SIZE"), read_int_env("LOCAL_RANK", "0"), launcher)
 
 
@@ -74,16 +81,16 @@ def _read_slurm_env() -> LaunchEnv | None:
 
 
 def _read_mpi_env() -> LaunchEnv | None:
-    for rank, size, local, _ in _MPI:
+    for rank, size, local_rank, _ in _MPI_VARIABLES:
         if rank in os.environ and size in os.environ:
-            return LaunchEnv(read_int_env(rank), read_int_env(size), read_int_env(local, "0"), "mpirun")
+            return LaunchEnv(read_int_env(rank), read_int_env(size), read_int_env(local_rank, "0"), "mpirun")
     return None
 
 
 def _format_variables(claim: LaunchEnv) -> str:
-    """A claim in the words of its variables."""
+    """Return the variables of a claim as ``RANK=0 and WORLD_SIZE=1``."""
     if claim.launcher == "mpirun":
-        names = next(names[:2] for names in _MPI if names[0] in os.environ)
+        names = next(names[:2] for names in _MPI_VARIABLES if names[0] in os.environ)
     else:
         names = ("RANK", "WORLD_SIZE")
     return " and ".join(f"{name}={os.environ[name]}" for name in names)
@@ -92,14 +99,14 @@ def _format_variables(claim: LaunchEnv) -> str:
 def _check_ranks(claim: LaunchEnv) -> LaunchEnv:
     if not 0 <= claim.local_rank <= claim.rank < claim.world_size:
         raise LaunchError(
-            f"{claim.launcher} says rank {claim.rank} (local rank {claim.local_rank}) of {claim.world_size}, which cannot be; "
-            f"unset what an earlier launcher left in the environment"
+            f"{claim.launcher} says rank {claim.rank} (local rank {claim.local_rank}) of {claim.world_size}, "
+            f"which cannot be; unset what an earlier launcher left in the environment"
         )
     return claim
 
 
 def _child_of_slurmstepd() -> bool:
-    """Whether srun itself started this process: what torchrun left in the environment is then an earlier torchrun's."""
+    """Whether srun started this process. torchrun's variables are then left over from an earlier torchrun."""
     if "SLURM_STEP_ID" not in os.environ:
         return False
     try:
@@ -109,7 +116,7 @@ def _child_of_slurmstepd() -> bool:
 
 
 def read_int_env(name: str, default: str | None = None) -> int:
-    """The number in a launcher's variable. Raises: LaunchError."""
+    """Return the integer in a launcher's variable. Raises: LaunchError if it is not an integer."""
     text = os.environ.get(name, default)
     try:
         return int(text or "")
@@ -118,66 +125,74 @@ def read_int_env(name: str, default: str | None = None) -> int:
 
 
 def read_launch_id(launch_env: LaunchEnv) -> dict[str, str]:
-    """What tells this start of ranks from any other: the same on all its ranks, by the launcher's own numbers."""
+    """Return the launcher's own identifiers of this launch: equal on all its ranks, different for another launch."""
     if launch_env.launcher == "srun":
-        names = {"job": "SLURM_JOB_ID", "step": "SLURM_STEP_ID", "restart": "SLURM_RESTART_COUNT"}
-        return {what: os.environ.get(name, "0") for what, name in names.items()}
+        variables = {"job": "SLURM_JOB_ID", "step": "SLURM_STEP_ID", "restart": "SLURM_RESTART_COUNT"}
+        return {key: os.environ.get(variable, "0") for key, variable in variables.items()}
     if launch_env.launcher == "torchrun":
-        return {"torchrun": os.environ[_ELASTIC], "restart": os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")}
+        return {
+            "torchrun": os.environ[_TORCHRUN_VARIABLE],
+            "restart": os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+        }
     if launch_env.launcher == "mpirun":
-        job = next((os.environ[name] for name in _MPI_JOB if name in os.environ), "")
+        job = next((os.environ[name] for name in _MPI_JOB_VARIABLES if name in os.environ), "")
         return {"mpirun": job or (str(os.getppid()) if _is_single_node(launch_env) else "")}
     return {"launcher": launch_env.launcher}
 
 
 def is_store_in_agent() -> bool:
-    """Whether torchrun's agent serves the store, and rank 0 is a client like the others."""
+    """Whether torchrun's agent serves the store, so that rank 0 is a client."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def rendezvous_addresses(launch_env: LaunchEnv) -> list[tuple[str, int]]:
-    """Where the ranks may meet, host and port, in the order in which rank 0 tries them: the same on every rank.
+    """Return the (host, port) pairs at which rank 0 may serve the store, in the order of its tries; equal on all ranks.
 
-    MASTER_ADDR and MASTER_PORT come first. Behind them, where the launcher tells of rank 0's node, come ports that are
-    drawn by the launch: whatever a shell has left in the environment, or already listens somewhere, is passed over.
-    Raises: LaunchError where nothing says where rank 0 is.
+    MASTER_ADDR and MASTER_PORT come first. If the launcher states rank 0's node, ports derived from the launch follow,
+    so that stale variables of a shell and ports in use are passed over.
+    Raises: LaunchError if neither the variables nor the launcher state rank 0's address.
     """
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-    drawn = _candidate_ports(read_launch_id(launch_env))
-    found: list[tuple[str, int]] = []
-    if host and (port.isdigit() or launch_env.launcher in ("srun", "mpirun")):
-        found += [(host, int(port))] if port.isdigit() else [(host, each) for each in drawn]
-    first = _rank0_node(launch_env)
-    if first:
-        found += [(first, int(port))] if port.isdigit() and not host else []
-        found += [(first, each) for each in drawn]
-    if not found:
+    candidates = _candidate_ports(read_launch_id(launch_env))
+    addresses: list[tuple[str, int]] = []
+    if host and port.isdigit():
+        addresses.append((host, int(port)))
+    elif host and launch_env.launcher in ("srun", "mpirun"):
+        addresses += [(host, candidate) for candidate in candidates]
+    rank0_node = _rank0_node(launch_env)
+    if rank0_node:
+        if port.isdigit() and not host:
+            addresses.append((rank0_node, int(port)))
+        addresses += [(rank0_node, candidate) for candidate in candidates]
+    if not addresses:
         raise LaunchError(
-            f"MASTER_ADDR is {host!r} and MASTER_PORT is {port!r}: set them to the node of rank 0 and a port that is free "
-            f"there, or start with torchrun or srun"
+            f"MASTER_ADDR is {host!r} and MASTER_PORT is {port!r}: set them to the node of rank 0 and a port that is "
+            f"free there, or start with torchrun or srun"
         )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(addresses))
 
 
 def _rank0_node(launch_env: LaunchEnv) -> str | None:
-    """The node of rank 0, where the launcher says it."""
+    """Return the node of rank 0; None if the launcher does not state it."""
     if launch_env.launcher == "srun":
         return first_node_of_list(os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"])
     return "127.0.0.1" if launch_env.launcher == "mpirun" and _is_single_node(launch_env) else None
 
 
 def _is_single_node(launch_env: LaunchEnv) -> bool:
-    return any(os.environ.get(names[3]) == str(launch_env.world_size) for names in _MPI if names[0] in os.environ)
+    return any(
+        os.environ.get(names[3]) == str(launch_env.world_size) for names in _MPI_VARIABLES if names[0] in os.environ
+    )
 
 
 def first_node_of_list(node_list: str) -> str:
-    """The first host of a Slurm node list: ``a[01-03,7]b,c`` gives ``a01b``; scontrol is not in every container."""
-    found = re.match(r"(?:[^,\[]|\[[^\]]*\])*", node_list)
-    assert found is not None, "the pattern matches every string"
-    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", found[0])
+    """Return the first host of a Slurm node list, ``a01b`` of ``a[01-03,7]b,c``. Containers may lack scontrol."""
+    match = re.match(r"(?:[^,\[]|\[[^\]]*\])*", node_list)
+    assert match is not None, "the pattern matches every string"
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", match[0])
 
 
 def _candidate_ports(launch_id: dict[str, str]) -> list[int]:
-    """Ports that two launches on one node seldom share: by job, step and restart, never by the job alone."""
+    """Return ports from a hash of the launch (job, step, restart): two launches on one node seldom share a port."""
     digest = hashlib.sha256(repr(sorted(launch_id.items())).encode()).digest()
-    return [_FIRST_PORT + int.from_bytes(digest[at : at + 2]) % _PORTS for at in range(0, 2 * _TRIES, 2)]
+    return [_FIRST_PORT + int.from_bytes(digest[at : at + 2]) % _PORT_COUNT for at in range(0, 2 * _CANDIDATE_PORTS, 2)]

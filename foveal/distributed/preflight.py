@@ -1,4 +1,4 @@
-"""The ranks of a preflight: they talk through the store, so that one that hangs or never comes keeps nobody waiting."""
+"""Communication of a preflight's ranks through a store: a rank that hangs or never joins does not block the others."""
 
 import faulthandler
 import json
@@ -24,18 +24,17 @@ from foveal.distributed.world import select_device, set_rank_env_vars
 from foveal.errors import LaunchError
 from foveal.timeouts import call_with_timeout
 
-_POLL_SECONDS = 0.1  # seconds between two looks into the store
+_POLL_SECONDS = 0.1  # between two reads of the store
 _BEGIN_KEY = "begun"
-_GRACE = 5.0  # seconds beyond what rank 0 waits for the others
-_RANK0_EXIT_SECONDS = 3.0  # seconds that rank 0 waits for the others to leave
-_SMALL, _ROUNDS = 8, 20  # bytes and repetitions for the latency
-_LARGE = {"cuda": 1 << 28, "cpu": 1 << 22}  # bytes for the bandwidth
-_FEW = 5
+_GRACE_SECONDS = 5.0  # beyond the time that rank 0 waits for the others
+_RANK0_EXIT_SECONDS = 3.0  # rank 0 waits this long for the others to leave
+_LATENCY_BYTES, _LATENCY_ROUNDS = 8, 20
+_BANDWIDTH_BYTES, _BANDWIDTH_ROUNDS = {"cuda": 1 << 28, "cpu": 1 << 22}, 5
 
 
 @dataclass(frozen=True)
 class PreflightGroup:
-    """This rank among those that came; what is said here outlives whoever said it."""
+    """This rank and the store that it shares with the other ranks. Entries outlive the rank that wrote them."""
 
     launch_env: LaunchEnv
     device: torch.device
@@ -45,41 +44,41 @@ class PreflightGroup:
 
     @property
     def elapsed_seconds(self) -> float:
-        """Since the ranks began, as this rank saw it."""
+        """Seconds since the preflight began, by this rank's clock."""
         return time.monotonic() - self._began
 
     def post_status(self, status: str) -> None:
-        """Say what comes next, so that it can be told if it never ends."""
+        """Write the next activity of this rank into the store, so that it can be named if it never ends."""
         self._store.set(f"doing/{self.launch_env.rank}", status)
 
     def post_report(self, topic: str, findings: dict[str, Any]) -> None:
-        """Tell everybody."""
+        """Publish this rank's findings on a topic."""
         self._store.set(f"{topic}/{self.launch_env.rank}", json.dumps(findings))
 
     def gather_reports(self, topic: str, deadline: float) -> dict[int, dict[str, Any]]:
-        """What every rank said of a topic, by rank, as soon as all have, and at ``until`` seconds what there is."""
-        found: dict[int, dict[str, Any]] = {}
+        """Wait for all ranks' findings on a topic. Return them by rank; after ``deadline`` seconds those that exist."""
+        reports: dict[int, dict[str, Any]] = {}
         while True:
-            for rank in set(range(self.launch_env.world_size)) - set(found):
+            for rank in set(range(self.launch_env.world_size)) - set(reports):
                 if self._store.check([f"{topic}/{rank}"]):
-                    found[rank] = json.loads(self._store.get(f"{topic}/{rank}"))
-            if len(found) == self.launch_env.world_size or self.elapsed_seconds > deadline:
-                return found
+                    reports[rank] = json.loads(self._store.get(f"{topic}/{rank}"))
+            if len(reports) == self.launch_env.world_size or self.elapsed_seconds > deadline:
+                return reports
             time.sleep(_POLL_SECONDS)
 
     def last_status(self, rank: int) -> tuple[str, str] | None:
-        """The node of a rank and what it was doing last; nothing if it never came."""
+        """Return the node and the last status of a rank; None if the rank never joined."""
         if not self._store.check([f"here/{rank}"]):
             return None
-        doing = self._store.get(f"doing/{rank}").decode() if self._store.check([f"doing/{rank}"]) else "starting"
-        return self._store.get(f"here/{rank}").decode(), doing
+        status = self._store.get(f"doing/{rank}").decode() if self._store.check([f"doing/{rank}"]) else "starting"
+        return self._store.get(f"here/{rank}").decode(), status
 
     def announce(self, key: str, value: Any) -> None:
-        """Rank 0's word to all."""
+        """Publish a value of rank 0."""
         self._store.set(key, json.dumps(value))
 
     def wait_for_announcement(self, key: str, deadline: float) -> Any:
-        """Rank 0's word, and nothing if it did not come in time."""
+        """Return a value that rank 0 announced; None if it is not there after ``deadline`` seconds."""
         while not self._store.check([key]):
             if self.elapsed_seconds > deadline:
                 return None
@@ -87,84 +86,85 @@ class PreflightGroup:
         return json.loads(self._store.get(key))
 
     def benchmark_all_reduce(self, timeout_seconds: float) -> dict[str, float]:
-        """All-reduces among all ranks, checked and timed: ``latency`` in seconds, ``bandwidth`` in bytes a second.
+        """Check and time all-reduces of all ranks. Return ``latency`` in seconds and ``bandwidth`` in bytes per second.
 
-        Bandwidth is that of a ring, as NCCL's tests give it. Raises: LaunchError where they fail or do not end in time.
+        Bandwidth is that of a ring, as in nccl-tests.
+        Raises: LaunchError if an all-reduce fails, is wrong or does not end in time.
         """
         if self.launch_env.world_size == 1:
             return {}
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         try:
-            return call_with_timeout(timeout_seconds, lambda: self._all_reduces(backend, timeout_seconds))
+            return call_with_timeout(timeout_seconds, lambda: self._run_all_reduces(backend, timeout_seconds))
         except LaunchError:
             raise
         except Exception as error:
             abort_process_group()
             raise LaunchError(
-                f"rank {self.launch_env.rank} on {self.node}: an all-reduce over {backend} failed ({str(error).splitlines()[0]}); "
-                f"choose the network interface (slurm/environment.sh: NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME) or leave out "
-                f"the node that cannot be reached"
+                f"rank {self.launch_env.rank} on {self.node}: an all-reduce over {backend} failed "
+                f"({str(error).splitlines()[0]}); choose the network interface (slurm/environment.sh: "
+                f"NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME) or leave out the node that cannot be reached"
             ) from error
 
-    def _all_reduces(self, backend: str, seconds: float) -> dict[str, float]:
+    def _run_all_reduces(self, backend: str, seconds: float) -> dict[str, float]:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         rank, size = self.launch_env.rank, self.launch_env.world_size
         dist.init_process_group(
             backend, store=self._store, rank=rank, world_size=size, timeout=timedelta(seconds=seconds)
         )
-        small = torch.zeros(_SMALL // 4, device=self.device)
-        large = torch.full((_LARGE[self.device.type] // 4,), rank + 1.0, device=self.device)
+        small = torch.zeros(_LATENCY_BYTES // 4, device=self.device)
+        large = torch.full((_BANDWIDTH_BYTES[self.device.type] // 4,), rank + 1.0, device=self.device)
         dist.all_reduce(large)
-        wanted = size * (size + 1) / 2
-        wrong = int((large != wanted).sum())
+        expected = size * (size + 1) / 2
+        wrong = int((large != expected).sum())
         if wrong:
             raise LaunchError(
-                f"rank {rank} on {self.node}: {wrong} of {large.numel()} sums of an all-reduce are wrong; a link or a memory on "
-                f"the way corrupts data"
+                f"rank {rank} on {self.node}: {wrong} of {large.numel()} sums of an all-reduce are wrong; "
+                f"a link or a memory on the way corrupts data"
             )
-        found = {
-            "latency": _time_all_reduce(small, _ROUNDS),
-            "bandwidth": 2 * (size - 1) / size * large.nbytes / _time_all_reduce(large, _FEW),
+        rates = {
+            "latency": _time_all_reduce(small, _LATENCY_ROUNDS),
+            "bandwidth": 2 * (size - 1) / size * large.nbytes / _time_all_reduce(large, _BANDWIDTH_ROUNDS),
         }
         dist.destroy_process_group()
-        return found
+        return rates
 
 
 @contextmanager
 def join_preflight(join_timeout: float, run_timeout: float) -> Iterator[PreflightGroup]:
-    """Come to where the ranks meet, and begin when all have come, or after ``joining`` seconds without those who did not.
+    """Join the ranks of a preflight, and begin once all have joined or ``join_timeout`` seconds are over.
 
-    Nothing that a rank imports from a cold disk is held against it, as long as it comes. From the beginning on, whatever
-    hangs, this process ends after ``ending`` seconds.
-    Raises: LaunchError if rank 0, which serves the store, is not there within ``joining`` seconds.
+    The time before a rank joins, such as imports from a cold disk, does not count against it. This process ends
+    ``run_timeout`` seconds after the beginning, whatever hangs.
+    Raises: LaunchError if rank 0, which serves the store, does not join within ``join_timeout`` seconds.
     """
     faulthandler.dump_traceback_later(2 * join_timeout + run_timeout, exit=True)
     try:
-        here = read_launch_env()
-        device = select_device(here)
+        launch_env = read_launch_env()
+        device = select_device(launch_env)
         node = current_node_name()
-        store = _open_preflight_store(here, join_timeout)
-        set_rank_env_vars(here, device)
-        store.set(f"here/{here.rank}", node)
-        _wait_for_ranks(store, here, node, join_timeout)
+        store = _open_preflight_store(launch_env, join_timeout)
+        set_rank_env_vars(launch_env, device)
+        store.set(f"here/{launch_env.rank}", node)
+        _wait_for_ranks(store, launch_env, node, join_timeout)
         faulthandler.dump_traceback_later(run_timeout, exit=True)
-        yield PreflightGroup(here, device, node, store, time.monotonic())
+        yield PreflightGroup(launch_env, device, node, store, time.monotonic())
     finally:
         faulthandler.cancel_dump_traceback_later()
 
 
 def _wait_for_ranks(store: dist.Store, launch_env: LaunchEnv, node: str, join_timeout: float) -> None:
-    """Rank 0 says when; torchrun's agent serves the store before rank 0 has come."""
-    came = time.monotonic()
+    """Wait for rank 0 to begin the preflight. torchrun's agent may serve the store before rank 0 has joined."""
+    started = time.monotonic()
     if launch_env.rank == 0:
         absent = set(range(launch_env.world_size))
-        while absent and time.monotonic() < came + join_timeout:
+        while absent and time.monotonic() < started + join_timeout:
             absent = {rank for rank in absent if not store.check([f"here/{rank}"])}
             time.sleep(_POLL_SECONDS / 10)
         store.set(_BEGIN_KEY, "")
     while not store.check([_BEGIN_KEY]):
-        if time.monotonic() > came + join_timeout + _GRACE:
+        if time.monotonic() > started + join_timeout + _GRACE_SECONDS:
             raise LaunchError(
                 f"rank 0 did not come within {join_timeout:.0f} s, as rank {launch_env.rank} on {node} sees it"
             )
@@ -172,12 +172,13 @@ def _wait_for_ranks(store: dist.Store, launch_env: LaunchEnv, node: str, join_ti
 
 
 def exit_preflight(group: PreflightGroup, exit_code: int) -> NoReturn:
-    """End this process, once the others have heard what there was to hear, whatever a check has left behind."""
+    """End this process, whatever threads a check left behind; rank 0 waits for the others to read the verdict."""
     if group.launch_env.world_size == 1:
         sys.exit(exit_code)
     group.post_report("left", {})
     if group.launch_env.rank == 0:
-        group.gather_reports("left", group.elapsed_seconds + _RANK0_EXIT_SECONDS)  # who serves the store goes last
+        # Rank 0 serves the store and leaves last.
+        group.gather_reports("left", group.elapsed_seconds + _RANK0_EXIT_SECONDS)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)
@@ -195,8 +196,8 @@ def _open_preflight_store(launch_env: LaunchEnv, join_timeout: float) -> dist.St
 
 
 def _time_all_reduce(tensor: torch.Tensor, rounds: int) -> float:
-    """The median time of an all-reduce."""
-    taken = []
+    """Return the median duration of an all-reduce in seconds."""
+    durations = []
     for _ in range(rounds):
         if tensor.is_cuda:
             torch.cuda.synchronize()
@@ -204,34 +205,34 @@ def _time_all_reduce(tensor: torch.Tensor, rounds: int) -> float:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         if tensor.is_cuda:
             torch.cuda.synchronize()
-        taken.append(time.perf_counter() - start)
-    return sorted(taken)[rounds // 2]
+        durations.append(time.perf_counter() - start)
+    return sorted(durations)[rounds // 2]
 
 
 def current_node_name() -> str:
-    """This node, as Slurm calls it where there is Slurm."""
+    """Return this node's name: Slurm's name under Slurm, else the host name."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def node_names_by_rank(world_size: int) -> list[str]:
-    """Which node Slurm put each rank on, if it dealt them node by node; empty outside of Slurm."""
+    """Return the node of each rank, for ranks that Slurm placed node by node; empty if unknown or outside Slurm."""
     nodes = expand_node_list(os.environ.get("SLURM_STEP_NODELIST", ""))
     counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
     tasks = [int(count) for count, times in counts for _ in range(int(times or 1))]
-    placed = [node for node, count in zip(nodes, tasks, strict=False) for _ in range(count)]
-    return placed if len(placed) == world_size else []
+    nodes_by_rank = [node for node, count in zip(nodes, tasks, strict=False) for _ in range(count)]
+    return nodes_by_rank if len(nodes_by_rank) == world_size else []
 
 
 def expand_node_list(node_list: str) -> list[str]:
-    """Every host of a Slurm node list: ``a[01-03,7],c`` gives a01, a02, a03, a7, c."""
-    found = []
+    """Return every host of a Slurm node list: ``a[01-03,7],c`` gives a01, a02, a03, a7, c."""
+    hosts = []
     for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", node_list):
         names = [""]
         for text, ranges in re.findall(r"([^\[]*)(?:\[([^\]]*)\])?", part):
-            ends = [""] if not ranges else [each for span in ranges.split(",") for each in _expand_range(span)]
-            names = [f"{name}{text}{end}" for name in names for end in ends] if text or ranges else names
-        found += names
-    return found
+            numbers = [""] if not ranges else [number for span in ranges.split(",") for number in _expand_range(span)]
+            names = [f"{name}{text}{number}" for name in names for number in numbers] if text or ranges else names
+        hosts += names
+    return hosts
 
 
 def _expand_range(span: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Where the ranks of one run come together: every rank once, and none of another run."""
+"""Rendezvous: every rank of a run joins the run's store once; ranks of other runs are refused."""
 
 import json
 import logging
@@ -14,20 +14,21 @@ from foveal.distributed.run_identity import RunIdentity
 from foveal.distributed.tcp_store import is_store_host, open_store, summarize_error
 from foveal.errors import LaunchError, RankConflictError
 
-_WARN_AFTER_SECONDS = 30.0  # seconds before a rank says whom it is waiting for
-_POLL_SECONDS = 0.5  # seconds between two looks, once the first few were quick
-_SERVER_EXIT_SECONDS = 4 * _POLL_SECONDS  # seconds that the server stays after giving up, so that the others read why
-_GRACE = 20.0  # seconds that a run's own ranks have after one of another run has come in their place
-_FAILURE_KEY = "ended"  # the word that says why nobody waits any longer
+_WARN_AFTER_SECONDS = 30.0  # a rank logs the number of missing ranks after this time
+_POLL_SECONDS = 0.5  # between two reads of the store; the first few follow one another faster
+_SERVER_EXIT_SECONDS = 4 * _POLL_SECONDS  # rank 0 serves the store this long after a failure, so that others read why
+_GRACE = 20.0  # seconds for the run's own ranks to join after a rank of another run connected
+_FAILURE_KEY = "ended"  # holds the reason for which the rendezvous failed
 _log = logging.getLogger(__name__)
 
 
 def join_rendezvous(launch_env: LaunchEnv, identity: RunIdentity, timeout_seconds: float) -> dist.Store:
-    """Bring the ranks of a run together, and return their store once every rank has come to it, once.
+    """Join the ranks of a run. Return their store once every rank has joined it exactly once.
 
-    MASTER_ADDR and MASTER_PORT are set to where that was.
-    Errors, on every rank that did come: LaunchError after ``seconds`` at most, with the ranks that did not; RankConflict
-    where ranks of different runs, or two of one number, came to one address; Superseded where an earlier attempt did.
+    Sets MASTER_ADDR and MASTER_PORT to the store's address.
+    Raises, on every rank that joined: LaunchError if ranks are missing after ``timeout_seconds``; RankConflictError if
+    ranks of different runs, or one rank twice, came to one address; AttemptSupersededError on a rank of an earlier
+    attempt.
     """
     deadline = time.monotonic() + timeout_seconds
     store = open_store(launch_env, identity, timeout_seconds)
@@ -36,7 +37,8 @@ def join_rendezvous(launch_env: LaunchEnv, identity: RunIdentity, timeout_second
         _wait_for_all_ranks(store, launch_env, timeout_seconds, deadline)
     except (dist.DistNetworkError, dist.DistStoreError, TimeoutError) as error:
         raise LaunchError(
-            f"rank {launch_env.rank} found the ranks' store, but they did not meet there ({summarize_error(error)}); the log of rank 0 says why"
+            f"rank {launch_env.rank} connected to the ranks' store, but not all ranks joined it "
+            f"({summarize_error(error)}); the log of rank 0 says why"
         ) from error
     except LaunchError:
         if is_store_host(launch_env):
@@ -46,40 +48,41 @@ def join_rendezvous(launch_env: LaunchEnv, identity: RunIdentity, timeout_second
 
 
 def format_ranks(ranks: Iterable[int]) -> str:
-    """``rank 3``, ``ranks 0-1, 5``."""
-    runs: list[list[int]] = []
+    """Return ``rank 3`` or ``ranks 0-1, 5``."""
+    spans: list[list[int]] = []
     for rank in sorted(ranks):
-        if runs and runs[-1][-1] == rank - 1:
-            runs[-1][1:] = [rank]
+        if spans and spans[-1][-1] == rank - 1:
+            spans[-1][1:] = [rank]
         else:
-            runs.append([rank])
-    text = ", ".join("-".join(str(end) for end in run) for run in runs)
+            spans.append([rank])
+    text = ", ".join("-".join(str(end) for end in span) for span in spans)
     return f"rank {text}" if text.isdigit() else f"ranks {text}"
 
 
 def _register_rank(store: dist.Store, launch_env: LaunchEnv) -> None:
-    """Say that this rank is here, where nobody has said so before. Raises: RankConflict."""
-    me = f"process {os.getpid()} on {socket.gethostname()}"
+    """Write this rank into the store. Raises: RankConflictError if another process has joined as this rank."""
+    process = f"process {os.getpid()} on {socket.gethostname()}"
     if store.add(f"times/{launch_env.rank}", 1) == 1:
-        store.set(f"here/{launch_env.rank}", json.dumps({"host": socket.gethostname(), "process": me}))
+        store.set(f"here/{launch_env.rank}", json.dumps({"host": socket.gethostname(), "process": process}))
         store.add("came", 1)
         return
-    other = json.loads(store.get(f"here/{launch_env.rank}"))["process"]
+    first_process = json.loads(store.get(f"here/{launch_env.rank}"))["process"]
     sentence = (
-        f"two processes came as rank {launch_env.rank} of {launch_env.world_size}, {other} and {me}: start every rank once, and end what an "
-        f"earlier start has left"
+        f"two processes came as rank {launch_env.rank} of {launch_env.world_size}, {first_process} and {process}: "
+        f"start every rank once, and end what an earlier start has left"
     )
     store.set(_FAILURE_KEY, json.dumps({"conflict": True, "sentence": sentence}))
     raise RankConflictError(sentence)
 
 
 def _wait_for_all_ranks(store: dist.Store, launch_env: LaunchEnv, seconds: float, deadline: float) -> None:
-    """Wait for everybody. A rank asks for two words at a time, whatever the number of ranks."""
-    came, began, warned, stranger = store.add("came", 0), time.monotonic(), False, ""
-    while came < launch_env.world_size:
+    """Wait until every rank has joined. A poll reads two keys, whatever the number of ranks."""
+    joined = store.add("came", 0)
+    began, warned, stranger = time.monotonic(), False, ""
+    while joined < launch_env.world_size:
         if store.check([_FAILURE_KEY]):
-            ended = json.loads(store.get(_FAILURE_KEY))
-            raise (RankConflictError if ended["conflict"] else LaunchError)(ended["sentence"])
+            failure = json.loads(store.get(_FAILURE_KEY))
+            raise (RankConflictError if failure["conflict"] else LaunchError)(failure["sentence"])
         now = time.monotonic()
         if launch_env.rank == 0 and not stranger and store.check(["stranger"]):
             stranger, deadline = store.get("stranger").decode(), min(deadline, now + _GRACE)
@@ -88,13 +91,13 @@ def _wait_for_all_ranks(store: dist.Store, launch_env: LaunchEnv, seconds: float
             continue
         if now - began > _WARN_AFTER_SECONDS and not warned:
             warned = True
-            _log.warning("%d of %d ranks have come; the others are waited for", came, launch_env.world_size)
+            _log.warning("%d of %d ranks have joined; waiting for the others", joined, launch_env.world_size)
         time.sleep(min(_POLL_SECONDS, 0.02 + now - began))
-        came = store.add("came", 0)
+        joined = store.add("came", 0)
 
 
 def _explain_timeout(store: dist.Store, size: int, seconds: float, stranger: str) -> dict[str, object]:
-    """Why the ranks do not go on without those that did not come."""
+    """Return the value of _FAILURE_KEY if ranks are missing. ``stranger``: the rank of another run that came, or ""."""
     absent = _describe_missing_ranks(store, size, None if stranger else seconds)
     if stranger:
         return {"conflict": True, "sentence": f"{stranger}, came to where this run meets, and {absent}"}
@@ -102,15 +105,15 @@ def _explain_timeout(store: dist.Store, size: int, seconds: float, stranger: str
 
 
 def _describe_missing_ranks(store: dist.Store, size: int, seconds: float | None) -> str:
-    here = {
+    host_by_rank = {
         rank: json.loads(store.get(f"here/{rank}"))["host"] for rank in range(size) if store.check([f"here/{rank}"])
     }
     hosts = [
-        f"{format_ranks(rank for rank in here if here[rank] == host)} on {host}"
-        for host in dict.fromkeys(here.values())
+        f"{format_ranks(rank for rank in host_by_rank if host_by_rank[rank] == host)} on {host}"
+        for host in dict.fromkeys(host_by_rank.values())
     ]
-    time_given = "" if seconds is None else f" within {seconds:.0f} s"
+    time_limit = "" if seconds is None else f" within {seconds:.0f} s"
     return (
-        f"{len(here)} of {size} ranks came{time_given} ({'; '.join(hosts)}), but not "
-        f"{format_ranks(set(range(size)) - set(here))}"
+        f"{len(host_by_rank)} of {size} ranks came{time_limit} ({'; '.join(hosts)}), but not "
+        f"{format_ranks(set(range(size)) - set(host_by_rank))}"
     )

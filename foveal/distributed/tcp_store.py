@@ -1,11 +1,11 @@
-"""The store through which ranks speak: torchrun's agent serves it, or else rank 0, on a port that is free.
+"""The ranks' key-value store (torch's TCPStore), served by torchrun's agent or by rank 0 on a free port.
 
-Ranks of several runs may come to one address: two runs given the same MASTER_PORT, a step beside another, a rank that an
-earlier attempt has left. So rank 0 writes down whose the store is (``RunIdentity``), every other rank compares before it
-says a word, and all that ranks say stands under the key of their run.
+Ranks of several runs may connect to one address: two runs with the same MASTER_PORT, two steps of a job, a rank left
+over from an earlier attempt. Rank 0 therefore writes its run's identity (``RunIdentity``) into the store, every other
+rank compares the identity before it writes, and all keys have the run's key as prefix.
 
-The store knows no password. It listens on the address that the ranks use, and whoever reaches that can read and write
-it: it holds settings, host names, and the addresses of the ranks, no data and no weights.
+The store has no password. It listens on the address that the ranks use; any process that reaches the address can read
+and write it. It holds settings, host names and rank addresses, no data and no weights.
 """
 
 import contextlib
@@ -26,24 +26,24 @@ from foveal.errors import AttemptSupersededError, LaunchError, RankConflictError
 from foveal.timeouts import call_with_timeout
 
 Address = tuple[str, int]  # host and port
-_POLL_SECONDS = 0.5  # seconds between two looks, once the first few were quick
-_CONNECT_TIMEOUT_SECONDS = 2.0  # seconds for a connection, where there are several places to look at
-_ANSWER_TIMEOUT_SECONDS = 10.0  # seconds for a store to answer there: another program may listen
-_BACKLOG = 4096  # connections that may wait: all ranks of a large job come at once
+_POLL_SECONDS = 0.5  # between two tries to connect; the first few follow one another faster
+_CONNECT_TIMEOUT_SECONDS = 2.0  # for one connection, if there are several addresses to try
+_ANSWER_TIMEOUT_SECONDS = 10.0  # for the store's answer: another program may listen at the address
+_BACKLOG = 4096  # pending connections: all ranks of a large job connect at once
 _log = logging.getLogger(__name__)
 
 
 def open_store(launch_env: LaunchEnv, identity: RunIdentity, timeout_seconds: float) -> dist.Store:
-    """Serve the store of a run, or connect to it; what ranks write stands under the run's key.
+    """Serve the store of a run on rank 0, or connect to it. Return it with the run's key as prefix of all keys.
 
-    MASTER_ADDR and MASTER_PORT are set to where it is. Raises: as ``meet``.
+    Sets MASTER_ADDR and MASTER_PORT to the store's address. Raises: see ``join_rendezvous``.
     """
-    there, deadline = rendezvous_addresses(launch_env), time.monotonic() + timeout_seconds
+    addresses, deadline = rendezvous_addresses(launch_env), time.monotonic() + timeout_seconds
     if is_store_host(launch_env):
-        store, place = _serve_store(there, identity, timeout_seconds)
+        store, (host, port) = _serve_store(addresses, identity, timeout_seconds)
     else:
-        store, place = _find_store(there, launch_env, identity, deadline, timeout_seconds)
-    os.environ |= {"MASTER_ADDR": place[0], "MASTER_PORT": str(place[1])}
+        store, (host, port) = _find_store(addresses, launch_env, identity, deadline, timeout_seconds)
+    os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
     return dist.PrefixStore(f"foveal/{identity.store_key}", store)
 
 
@@ -56,13 +56,13 @@ def is_store_host(launch_env: LaunchEnv) -> bool:
 
 
 def _serve_store(addresses: list[Address], identity: RunIdentity, seconds: float) -> tuple[dist.Store, Address]:
-    """A store on the first of these places that is this node's and free, with the run's identity in it."""
-    refused: list[str] = []
+    """Serve a store with the run's identity at the first address that belongs to this node and is free."""
+    refusals: list[str] = []
     for host, port in addresses:
         try:
             listener = _open_listener(host, port)
         except OSError as error:
-            refused.append(_explain_bind_error(host, port, error))
+            refusals.append(_explain_bind_error(host, port, error))
             continue
         store = dist.TCPStore(
             host,
@@ -74,41 +74,41 @@ def _serve_store(addresses: list[Address], identity: RunIdentity, seconds: float
             master_listen_fd=listener.detach(),
         )
         store.set(_owner_key(), identity.to_json())
-        if refused:
-            _log.warning("%s; the ranks meet at %s:%d", refused[0], host, port)
+        if refusals:
+            _log.warning("%s; the ranks meet at %s:%d", refusals[0], host, port)
         return store, (host, port)
-    sentence = f"rank 0 cannot serve the ranks' store: {refused[0]}"
-    if len({port for _, port in addresses}) > 1:  # every port that this start could draw: the next one draws others
-        raise TrainingHungError(f"{sentence}, and {len(refused) - 1} further places were not free either")
+    sentence = f"rank 0 cannot serve the ranks' store: {refusals[0]}"
+    if len({port for _, port in addresses}) > 1:  # all candidate ports are in use: the next start derives other ports
+        raise TrainingHungError(f"{sentence}, and {len(refusals) - 1} further addresses were not free either")
     host, port = addresses[0]
-    if refused[0] == _port_in_use_message(host, port) and (owner := _read_owner_at(host, port)):
+    if refusals[0] == _port_in_use_message(host, port) and (owner := _read_owner_at(host, port)):
         advice = "it is started already" if owner == identity else f"set another MASTER_PORT for {identity}"
         raise RankConflictError(f"{host}:{port} is where the ranks of {owner} meet: {advice}")
     raise LaunchError(f"{sentence}; set MASTER_ADDR to this node's name and MASTER_PORT to a port that is free there")
 
 
 def _open_listener(host: str, port: int) -> socket.socket:
-    """A listener on the address that the ranks use. Raises: OSError where that is not this node's, or not free.
+    """Listen at the address that the ranks use. Raises: OSError if it is not an address of this node, or not free.
 
-    On some distributions a node's own name is 127.0.1.1 to itself alone: then on all addresses.
+    Some distributions resolve a node's own name to 127.0.1.1 on that node: the listener then binds all addresses.
     """
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    if all(ipaddress.ip_address(at[0]).is_loopback for *_, at in found) and not _is_loopback(host):
+    candidates = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    if all(ipaddress.ip_address(address[0]).is_loopback for *_, address in candidates) and not _is_loopback(host):
         return _bind_listener(socket.AF_INET, ("", port))
-    failed: list[OSError] = []
-    for family, _, _, _, at in found:
+    errors: list[OSError] = []
+    for family, _, _, _, address in candidates:
         try:
-            return _bind_listener(family, at)
+            return _bind_listener(family, address)
         except OSError as error:
-            failed.append(error)
-    raise next((each for each in failed if each.errno == errno.EADDRINUSE), failed[0])
+            errors.append(error)
+    raise next((error for error in errors if error.errno == errno.EADDRINUSE), errors[0])
 
 
-def _bind_listener(family: int, at: tuple[Any, ...]) -> socket.socket:
+def _bind_listener(family: int, address: tuple[Any, ...]) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # over what the last attempt's connections left
-        listener.bind(at)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of the last attempt may linger
+        listener.bind(address)
         listener.listen(_BACKLOG)
     except OSError:
         listener.close()
@@ -117,7 +117,7 @@ def _bind_listener(family: int, at: tuple[Any, ...]) -> socket.socket:
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether somebody asked for the loopback: by address, or as localhost."""
+    """Whether a host is the loopback, by address or as localhost."""
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
@@ -137,7 +137,7 @@ def _port_in_use_message(host: str, port: int) -> str:
 
 
 def _read_owner_at(host: str, port: int) -> RunIdentity | None:
-    """Whose the store at a place is; nothing where another program listens."""
+    """Return the identity of the run whose store answers at an address; None if another program listens."""
     try:
         return _read_owner(_connect_client(host, port, _ANSWER_TIMEOUT_SECONDS), _CONNECT_TIMEOUT_SECONDS)
     except (dist.DistError, TimeoutError):
@@ -145,97 +145,102 @@ def _read_owner_at(host: str, port: int) -> RunIdentity | None:
 
 
 def _read_owner(store: dist.Store, seconds: float) -> RunIdentity | None:
-    """Whose a store is, as soon as it says so: it is there before its owner has written, torchrun's by minutes."""
-    until = time.monotonic() + seconds
+    """Return the identity in a store; None if it is not there in time.
+
+    A store exists before its owner has written the identity, torchrun's store by minutes.
+    """
+    deadline = time.monotonic() + seconds
     while not store.check([_owner_key()]):
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             return None
         time.sleep(0.05)
     return RunIdentity.from_json(store.get(_owner_key()).decode())
 
 
 def _owner_key() -> str:
-    """An agent's store outlives the attempts of its torchrun."""
+    """Return the key of the identity. It has the restart count, since an agent's store outlives torchrun's restarts."""
     return f"foveal/owner/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
-# --- the others ---
+# --- other ranks ---
 
 
 def _find_store(
     addresses: list[Address], launch_env: LaunchEnv, identity: RunIdentity, deadline: float, seconds: float
 ) -> tuple[dist.Store, Address]:
-    """The store of the run, at the first place where it is found; what other programs and runs serve is passed over."""
-    began, silent, why = time.monotonic(), set(), ""
+    """Return the run's store and its address, passing over addresses of other programs and runs."""
+    began, silent_hosts, reason = time.monotonic(), set(), ""
     while True:
         for host, port in addresses:
-            if host in silent:
+            if host in silent_hosts:
                 continue
-            left = max(1.0, deadline - time.monotonic())
+            seconds_left = max(1.0, deadline - time.monotonic())
+            timeout = seconds_left if len(addresses) == 1 else _CONNECT_TIMEOUT_SECONDS
             try:
-                socket.create_connection(
-                    (host, port), timeout=left if len(addresses) == 1 else _CONNECT_TIMEOUT_SECONDS
-                ).close()
+                socket.create_connection((host, port), timeout=timeout).close()
             except OSError as error:
-                why = summarize_error(error)
+                reason = summarize_error(error)
                 if isinstance(error, TimeoutError | socket.gaierror):
-                    silent.add(host)  # for this round: each further port would take as long
+                    silent_hosts.add(host)  # for this round: its other ports would time out too
                 continue
             try:
-                if store := _connect_if_own(host, port, launch_env, identity, left, alone=len(addresses) == 1):
+                store = _connect_if_own(
+                    host, port, launch_env, identity, seconds_left, only_address=len(addresses) == 1
+                )
+                if store:
                     return store, (host, port)
-                why = "what answers there is no store of this run"
+                reason = "the program that answers there is not the store of this run"
             except (TimeoutError, dist.DistError) as error:
-                why = summarize_error(error)
-        silent.clear()
+                reason = summarize_error(error)
+        silent_hosts.clear()
         if time.monotonic() >= deadline:
             host, port = addresses[0]
             raise LaunchError(
-                f"rank 0 was not there within {seconds:.0f} s: {host}:{port} does not answer ({why}); see why rank 0 did not "
-                f"start, or set MASTER_ADDR and MASTER_PORT to where it is"
+                f"rank 0 was not there within {seconds:.0f} s: {host}:{port} does not answer ({reason}); "
+                f"see why rank 0 did not start, or set MASTER_ADDR and MASTER_PORT to where it is"
             )
         time.sleep(min(_POLL_SECONDS, 0.02 + time.monotonic() - began))
 
 
 def _connect_if_own(
-    host: str, port: int, launch_env: LaunchEnv, identity: RunIdentity, left: float, *, alone: bool
+    host: str, port: int, launch_env: LaunchEnv, identity: RunIdentity, seconds_left: float, *, only_address: bool
 ) -> dist.Store | None:
-    """The store at a place if it is of this run; nothing if there are other places, and this one is not.
+    """Return the store at an address if it belongs to this run; None if it does not and other addresses remain.
 
-    Raises: RankConflict where the store is another run's and there is no other place, or the same launch has made it;
-    Superseded where it is that of a later attempt.
+    Raises: RankConflictError if the store belongs to another run and there is no other address, or to the same launch
+    with other settings; AttemptSupersededError if it belongs to a later attempt.
     """
-    patience = left if alone else min(left, _ANSWER_TIMEOUT_SECONDS)
-    store = _connect_client(host, port, patience)
-    if launch_env.rank == 0:  # torchrun's agent serves
+    timeout = seconds_left if only_address else min(seconds_left, _ANSWER_TIMEOUT_SECONDS)
+    store = _connect_client(host, port, timeout)
+    if launch_env.rank == 0:  # a client only under torchrun, whose agent serves the store
         store.compare_set(_owner_key(), "", identity.to_json())
-    owner = _read_owner(store, patience)
+    owner = _read_owner(store, timeout)
     if owner is None:
         return None
-    kinship = identity.relation_to(owner)
-    if kinship == "same":
+    relation = identity.relation_to(owner)
+    if relation == "same":
         return store
-    if kinship == "newer":
+    if relation == "newer":
         raise AttemptSupersededError(
             f"{host}:{port} is where a later attempt of this job meets; this rank is of an earlier one"
         )
-    if kinship == "older" or (kinship == "stranger" and not alone):
+    if relation == "older" or (relation == "stranger" and not only_address):
         return None
-    if (
-        kinship == "sibling" or not owner.launcher_starts_all_ranks
-    ):  # the run that meets here may miss the rank that came as this
-        said = f"rank {launch_env.rank} of {identity}, on {socket.gethostname()}"
-        store.set(f"foveal/{owner.store_key}/stranger", said)
+    if relation == "sibling" or not owner.launcher_starts_all_ranks:
+        # This process may have come in place of a rank that the owner waits for: tell the owner.
+        stranger = f"rank {launch_env.rank} of {identity}, on {socket.gethostname()}"
+        store.set(f"foveal/{owner.store_key}/stranger", stranger)
     raise RankConflictError(
-        f"{host}:{port} is where the ranks of {owner} meet, and rank {launch_env.rank} is of {identity}: {identity.describe_differences(owner)}; "
+        f"{host}:{port} is where the ranks of {owner} meet, and rank {launch_env.rank} is of {identity}: "
+        f"{identity.describe_differences(owner)}; "
         f"give each run a MASTER_PORT of its own, and all ranks of a run the same settings"
     )
 
 
 def _connect_client(host: str, port: int, seconds: float) -> dist.TCPStore:
-    """A connection of one's own. Raises: TimeoutError, torch's DistNetworkError.
+    """Open a new connection to a store. Raises: TimeoutError or torch's DistNetworkError.
 
-    torch takes a client for connected only when the server has answered, and waits for ever if that is stopped.
+    torch waits for the server's answer, for ever if the server is stopped, so the call has a timeout of its own.
     """
     limit = timedelta(seconds=seconds)
     return call_with_timeout(
@@ -244,42 +249,42 @@ def _connect_client(host: str, port: int, seconds: float) -> dist.TCPStore:
 
 
 def connect_to_store(timeout_seconds: float, store_key: str) -> dist.Store:
-    """A further connection to the store where the ranks of a run met, to its words: ``key`` is the run's.
+    """Open another connection to the store that the ranks joined, with the run's ``store_key`` as prefix of all keys.
 
-    Raises: TimeoutError, torch's DistNetworkError.
+    Raises: TimeoutError or torch's DistNetworkError.
     """
     return dist.PrefixStore(f"foveal/{store_key}", _connect_client(*_store_address(), timeout_seconds))
 
 
 class ServerProbe:
-    """A connection over which nothing is said: it ends when the server does, and unlike torch's it can be asked.
+    """An idle connection to the store's server, which shows whether the server still runs.
 
-    torch writes a page of C++ frames to stderr for each word to a store that is gone.
+    torch has no such query, and writes a page of C++ frames to stderr for each request to a store that is gone.
     """
 
     def __init__(self, timeout_seconds: float) -> None:
-        self._line = socket.create_connection(_store_address(), timeout=timeout_seconds)
-        self._line.setblocking(False)
+        self._connection = socket.create_connection(_store_address(), timeout=timeout_seconds)
+        self._connection.setblocking(False)
 
     def is_alive(self) -> bool:
-        """Whether the server is there, as far as its node's kernel knows."""
+        """Whether the connection is open: the kernel of the server's node closes it when the server ends."""
         try:
-            return self._line.recv(1, socket.MSG_PEEK) != b""
+            return self._connection.recv(1, socket.MSG_PEEK) != b""
         except BlockingIOError:
             return True
         except OSError:
             return False
 
     def close(self) -> None:
-        """End the connection."""
-        self._line.close()
+        """Close the connection."""
+        self._connection.close()
 
 
 def _store_address() -> tuple[str, int]:
-    """Where the ranks have met."""
+    """Return the address of the store that the ranks joined."""
     return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
 
 def summarize_error(error: BaseException) -> str:
-    """The first line of an error."""
+    """Return the first line of an error's message, or its class name if it has no message."""
     return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__

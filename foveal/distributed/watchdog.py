@@ -1,18 +1,20 @@
-"""Whether a rank still moves, and who keeps whom waiting: a thread in each rank looks once a second.
+"""Watchdog: a thread of each rank polls the training loop once a second and reports stalls.
 
-Time is counted in looks, not read from a clock: a process that was stopped, or a machine that was asleep, did not look
-either, and is not called stalled when it wakes up.
+Time is counted in polls, not read from a clock: a stopped process or a suspended machine does not poll, and is not
+reported as stalled when it resumes.
 
-Three lines of defence:
+Three levels:
 
-1. A rank whose step takes ``times`` its running median (and no less than ``floor`` seconds) writes the stacks of all its
-   threads into its log, compares the ranks' beats, and says who is behind and in what. Nothing is ended.
-2. A rank in which nothing moved for longer than any collective may take writes its stacks again, says why, and ends.
-   Waiting for a peer ends earlier, by the collective's own timeout: this is for a rank that hangs by itself. Under gloo
-   that is an error in the loop; NCCL writes its record and aborts the process, and the first line's words are the last.
-3. Where no Python runs any more, because a C call keeps the interpreter to itself, faulthandler's own thread writes the
-   stacks and ends the process, with code 1: it knows no other. Alone in the world a rank is not ended but only written
-   about, because nobody waits for it, and a process that a shell had stopped over lunch must survive.
+1. Stall: a step that takes ``stall_factor`` times its running median, and at least ``min_stall_seconds``. The rank
+   writes the stacks of all its threads into its log, compares the ranks' heartbeats and logs which ranks are behind in
+   which activity. No process is ended.
+2. Hang: no progress for longer than a collective may take. The rank writes its stacks again, logs the reason and ends.
+   Waiting for a peer ends earlier, by the collective's own timeout: this level is for a rank that hangs by itself.
+   Under gloo a timeout is an error in the loop; NCCL dumps its record and aborts the process, and the log ends with the
+   messages of level 1.
+3. No Python code runs, because a C call holds the GIL: faulthandler's own thread writes the stacks and ends the process
+   with code 1, the only code it has. With a world size of 1 it only writes the stacks: no other rank waits, and a
+   process that a shell suspended for hours must survive.
 """
 
 import faulthandler
@@ -35,182 +37,185 @@ from foveal.distributed.peer_failure import describe_peer_failure, dump_flight_r
 from foveal.distributed.world import World
 from foveal.errors import OutOfMemoryError, TrainingHungError
 
-_MEDIAN_WINDOW = 64  # durations of steps in the running median
-_REARM_POLLS = 10  # looks between two settings of faulthandler's alarm
-_REPORT_TIMEOUT_SECONDS = 20.0  # seconds that writing down why may take before the end
-_WAITING_MODULES = (
-    "torch.distributed",
-    "deepspeed.comm",
-    "foveal.distributed",
-    "foveal.engines",
-)  # where a rank waits for others
+_MEDIAN_WINDOW = 64  # step durations in the running median
+_REARM_POLLS = 10  # polls between two settings of faulthandler's alarm
+_REPORT_TIMEOUT_SECONDS = 20.0  # for the report of a hang, before the process ends
+# Modules in which a rank waits for other ranks.
+_WAITING_MODULES = ("torch.distributed", "deepspeed.comm", "foveal.distributed", "foveal.engines")
 _OWN_PACKAGES = ("foveal", "pretrain", "distill", "finetune", "__main__")
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Seconds, counted in looks of ``look`` seconds each."""
+    """Limits of the watchdog, in seconds counted as polls of ``poll_interval`` seconds."""
 
     poll_interval: float = 1.0
-    min_stall_seconds: float = 60.0  # no step that takes less is a stall
-    stall_factor: float = 10.0  # a step that takes so many medians is one
-    hang_margin: float = 60.0  # beyond the timeout of a collective: the peers' errors come first
-    store_timeout: float = 7.0  # for the store, when ranks are compared
-    first_step_factor: float = (
-        4.0  # so many times as long may the first step take, with its compiling and its first data
-    )
+    min_stall_seconds: float = 60.0  # a shorter step is no stall
+    stall_factor: float = 10.0  # a step of this many median durations is a stall
+    hang_margin: float = 60.0  # on top of the collectives' timeout, so that the peers' errors come first
+    store_timeout: float = 7.0  # for the store's answer, when ranks are compared
+    first_step_factor: float = 4.0  # multiplies the hang limit of the first step, which compiles and waits for data
 
 
 class Watchdog:
-    """What the training loop tells: where it is. A beat is an assignment, and costs what an assignment costs."""
+    """Polls the position that the training loop reports. A heartbeat costs one assignment."""
 
     def __init__(
         self, world: World, log_file: IO[str], hang_timeout: float, timeouts: Timeouts, on_hang: Callable[[str], None]
     ) -> None:
         self._world = world
-        self._file = log_file
-        self._end = hang_timeout
-        self._patience = timeouts
-        self._on_hung = on_hang
-        self._host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()  # as Slurm calls it, where it does
-        self._main = threading.main_thread().ident
-        self._now = (0, "starting", 0)
-        self._looks = self._quiet = 0
-        self._last = self._now
-        self._step: tuple[int, int] | None = None  # the step that runs, and the look at which it began
-        self._took: deque[float] = deque(maxlen=_MEDIAN_WINDOW)
-        self._over = threading.Event()
-        self._beats: HeartbeatExchange | None = None
-        self._accused = ""
-        self._stalled: tuple[int, str, int] | None = None
-        self._thread = threading.Thread(target=self._poll_loop, name="watch", daemon=True)
+        self._log_file = log_file
+        self._hang_timeout = hang_timeout
+        self._timeouts = timeouts
+        self._on_hang = on_hang
+        self._host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()  # Slurm's name of the node, if any
+        self._main_thread_id = threading.main_thread().ident
+        self._position = (0, "starting", 0)  # step, activity, number of heartbeats
+        self._last_position = self._position
+        self._poll_count = self._idle_polls = 0
+        self._step_start: tuple[int, int] | None = None  # the current step and the poll at which it began
+        self._step_seconds: deque[float] = deque(maxlen=_MEDIAN_WINDOW)
+        self._stopped = threading.Event()
+        self._exchange: HeartbeatExchange | None = None
+        self._diagnosis = ""
+        self._stall: tuple[int, str, int] | None = None  # step, activity, and the poll of the last progress
+        self._thread = threading.Thread(target=self._poll_loop, name="watchdog", daemon=True)
 
     def heartbeat(self, step: int, activity: str) -> None:
-        """This rank goes on: it works at ``step``, and does what ``doing`` says (``data``, ``training``, ``saving``)."""
-        self._now = (step, activity, self._now[2] + 1)
+        """Report progress of this rank: its step and its activity (``data``, ``training``, ``saving``)."""
+        self._position = (step, activity, self._position[2] + 1)
 
     def start(self) -> None:
-        """Begin to look."""
+        """Start the polling thread and, for several ranks, the exchange of heartbeats."""
         if self._world.size > 1:
-            self._beats = HeartbeatExchange(
-                self._world, self._patience.poll_interval, self._current_heartbeat, self._patience.store_timeout
+            self._exchange = HeartbeatExchange(
+                self._world, self._timeouts.poll_interval, self._current_heartbeat, self._timeouts.store_timeout
             )
         self._thread.start()
 
     def diagnose(self) -> str:
-        """Who is behind, for a rank that has lost a peer and will not look any more; said once. Empty for a lone rank."""
-        if self._beats is not None and not self._accused:
-            self._accused = self._diagnose_ranks()
-            _log.error("step %d: %s", self._now[0], self._accused)
-        return self._accused
+        """Return and log once which ranks are behind, for a rank that lost a peer. Empty for a world size of 1."""
+        if self._exchange is not None and not self._diagnosis:
+            self._diagnosis = self._diagnose_ranks()
+            _log.error("step %d: %s", self._position[0], self._diagnosis)
+        return self._diagnosis
 
     def _diagnose_ranks(self) -> str:
-        """Who is behind, before an end; the job script hears of a node that alone is to blame."""
-        assert self._beats is not None
-        said = self._beats.diagnose()
-        if (
-            len(self._beats.suspect_nodes) == 1 and f"ended by {OutOfMemoryError.__name__}" not in said
-        ):  # which any node would
-            sys.stderr.write(f"foveal: suspect node {min(self._beats.suspect_nodes)}: {said}\n")
-        return said
+        """Return which ranks are behind. If a single node is to blame, name it to the job script on stderr."""
+        assert self._exchange is not None
+        diagnosis = self._exchange.diagnose()
+        nodes = self._exchange.suspect_nodes
+        out_of_memory = f"ended by {OutOfMemoryError.__name__}" in diagnosis  # would happen on any node
+        if len(nodes) == 1 and not out_of_memory:
+            sys.stderr.write(f"foveal: suspect node {min(nodes)}: {diagnosis}\n")
+        return diagnosis
 
     def stop(self, exit_reason: str) -> None:
-        """Look no more; the others read ``how`` this rank left."""
-        self._over.set()
-        self._thread.join(_REPORT_TIMEOUT_SECONDS)  # else it might set faulthandler's alarm once more
+        """Stop polling, and publish the reason why this rank leaves to the other ranks."""
+        self._stopped.set()
+        self._thread.join(_REPORT_TIMEOUT_SECONDS)  # a live thread could set faulthandler's alarm again
         faulthandler.cancel_dump_traceback_later()
-        if self._beats is not None:
-            self._beats.close(exit_reason)
+        if self._exchange is not None:
+            self._exchange.close(exit_reason)
 
     def poll(self) -> None:
-        """Count, and judge. Nothing here may block."""
-        now = self._now
-        self._looks += 1
-        self._quiet = self._quiet + 1 if now == self._last else 0
-        if now != self._last and self._stalled is not None:
-            _run_in_thread(self._report_recovery, self._stalled, self._looks)
-            self._stalled = None
-        self._last = now
-        if now[2]:
-            self._record_step_time(now[0])
+        """Count one poll, and check for a stall and a hang. Must not block."""
+        position = self._position
+        self._poll_count += 1
+        self._idle_polls = self._idle_polls + 1 if position == self._last_position else 0
+        if position != self._last_position and self._stall is not None:
+            _run_in_thread(self._report_recovery, self._stall, self._poll_count)
+            self._stall = None
+        self._last_position = position
+        if position[2]:
+            self._record_step_time(position[0])
         self._check_stall()
 
     def _poll_loop(self) -> None:
-        while not self._over.wait(self._patience.poll_interval):
+        while not self._stopped.wait(self._timeouts.poll_interval):
             self.poll()
 
     def _record_step_time(self, step: int) -> None:
-        if self._step is not None and step == self._step[0]:
+        if self._step_start is not None and step == self._step_start[0]:
             return
-        if self._step is not None and step > self._step[0]:  # not a run that rolled back, nor the next of several runs
-            before, since = self._step
-            self._took.append((self._looks - since) * self._patience.poll_interval / (step - before))
-        self._step = (step, self._looks)
+        if self._step_start is not None and step > self._step_start[0]:  # no roll-back, and no next of several runs
+            last_step, start = self._step_start
+            elapsed = (self._poll_count - start) * self._timeouts.poll_interval
+            self._step_seconds.append(elapsed / (step - last_step))
+        self._step_start = (step, self._poll_count)
 
     def _check_stall(self) -> None:
-        quiet, patience = self._quiet * self._patience.poll_interval, self._patience
-        end = self._end if self._took else self._end * patience.first_step_factor
-        if self._looks % _REARM_POLLS == 1:
-            # The third line, which only a thread that still runs can push back.
-            late = end + patience.hang_margin + _REARM_POLLS * patience.poll_interval
-            faulthandler.dump_traceback_later(late, file=self._file, exit=self._world.size > 1)
-        if quiet >= end:
-            self._end_process(quiet)
-        stalled = self._took and quiet >= max(
-            patience.min_stall_seconds, patience.stall_factor * statistics.median(self._took)
+        timeouts = self._timeouts
+        idle_seconds = self._idle_polls * timeouts.poll_interval
+        hang_timeout = self._hang_timeout if self._step_seconds else self._hang_timeout * timeouts.first_step_factor
+        if self._poll_count % _REARM_POLLS == 1:
+            # Level 3: the alarm fires unless this thread still runs and sets it again.
+            alarm_seconds = hang_timeout + timeouts.hang_margin + _REARM_POLLS * timeouts.poll_interval
+            faulthandler.dump_traceback_later(alarm_seconds, file=self._log_file, exit=self._world.size > 1)
+        if idle_seconds >= hang_timeout:
+            self._end_process(idle_seconds)
+        stalled = self._step_seconds and idle_seconds >= max(
+            timeouts.min_stall_seconds, timeouts.stall_factor * statistics.median(self._step_seconds)
         )
-        if stalled and self._stalled is None:
-            self._stalled = (self._now[0], self._now[1], self._looks - self._quiet)
-            _run_in_thread(self._report_stall, quiet, self._now[0], self._now[1])
+        if stalled and self._stall is None:
+            step, activity, _ = self._position
+            self._stall = (step, activity, self._poll_count - self._idle_polls)
+            _run_in_thread(self._report_stall, idle_seconds, step, activity)
 
-    def _report_stall(self, quiet: float, step: int, doing: str) -> None:
-        _log.warning("nothing has moved here for %.0f s, in step %d: %s", quiet, step, doing)
+    def _report_stall(self, idle_seconds: float, step: int, activity: str) -> None:
+        _log.warning("nothing has moved here for %.0f s, in step %d: %s", idle_seconds, step, activity)
         self._write_stacks()
-        if self._beats is not None:
-            _log.warning("step %d: %s", step, self._beats.diagnose())
+        if self._exchange is not None:
+            _log.warning("step %d: %s", step, self._exchange.diagnose())
 
-    def _report_recovery(self, stalled: tuple[int, str, int], now: int) -> None:
-        step, doing, since = stalled
-        _log.warning("step %d (%s) moves again after %.0f s", step, doing, (now - since) * self._patience.poll_interval)
+    def _report_recovery(self, stall: tuple[int, str, int], poll_count: int) -> None:
+        step, activity, last_progress = stall
+        seconds = (poll_count - last_progress) * self._timeouts.poll_interval
+        _log.warning("step %d (%s) moves again after %.0f s", step, activity, seconds)
 
-    def _end_process(self, quiet: float) -> None:
-        """The end of the process. What is still to be said is said aside: a disk that hangs must not keep us."""
-        if self._world.size > 1:  # the third line must not cut the last words short
-            faulthandler.dump_traceback_later(2 * _REPORT_TIMEOUT_SECONDS, file=self._file, exit=True)
-        done = threading.Event()
+    def _end_process(self, idle_seconds: float) -> None:
+        """Report a hang and end the process. The report runs in a thread: a disk that hangs must not delay the end."""
+        if self._world.size > 1:  # level 3 must not cut the report short
+            faulthandler.dump_traceback_later(2 * _REPORT_TIMEOUT_SECONDS, file=self._log_file, exit=True)
+        reported = threading.Event()
 
-        def say() -> None:
-            step, doing, _ = self._now
+        def report_hang() -> None:
+            step, activity, _ = self._position
             self._write_stacks()
-            why = f"rank {self._world.rank} on {self._host}: nothing moved for {quiet:.0f} s, in step {step}: {doing}"
-            if self._beats is not None:
-                why = f"{why}; {self._diagnose_ranks()}"
+            reason = (
+                f"rank {self._world.rank} on {self._host}: "
+                f"nothing moved for {idle_seconds:.0f} s, in step {step}: {activity}"
+            )
+            if self._exchange is not None:
+                reason = f"{reason}; {self._diagnose_ranks()}"
             try:
-                self._on_hung(why)
-            except Exception:  # noqa: BLE001 - it ends all the same
-                _log.exception("why it ends could not be written down")
-            _log.critical("%s", why)
+                self._on_hang(reason)
+            except Exception:  # noqa: BLE001 - the process ends in any case
+                _log.exception("the reason for the end could not be written down")
+            _log.critical("%s", reason)
             dump_flight_recorder(self._world.rank)
             sys.stderr.flush()
-            done.set()
+            reported.set()
 
-        _run_in_thread(say)
-        done.wait(_REPORT_TIMEOUT_SECONDS)
+        _run_in_thread(report_hang)
+        reported.wait(_REPORT_TIMEOUT_SECONDS)
         os._exit(TrainingHungError.exit_code)
 
     def _current_heartbeat(self) -> Heartbeat:
-        step, doing, _ = self._now
-        place, waits = ("", False)
-        if self._quiet >= 2 and self._main is not None:
-            place, waits = locate_frame(sys._current_frames().get(self._main))  # noqa: SLF001 - the documented way to a stack
-        return Heartbeat(step, doing, self._quiet * self._patience.poll_interval, self._looks, self._host, place, waits)
+        step, activity, _ = self._position
+        location, is_waiting = "", False
+        if self._idle_polls >= 2 and self._main_thread_id is not None:
+            frames = sys._current_frames()  # noqa: SLF001 - the documented access to a stack
+            location, is_waiting = locate_frame(frames.get(self._main_thread_id))
+        idle_seconds = self._idle_polls * self._timeouts.poll_interval
+        return Heartbeat(step, activity, idle_seconds, self._poll_count, self._host, location, is_waiting)
 
     def _write_stacks(self) -> None:
         names = ", ".join(f"{thread.ident or 0:#018x} {thread.name}" for thread in threading.enumerate())
-        self._file.write(f"the stacks of rank {self._world.rank}, innermost call first; threads: {names}\n")
-        self._file.flush()
-        faulthandler.dump_traceback(self._file)
+        self._log_file.write(f"the stacks of rank {self._world.rank}, innermost call first; threads: {names}\n")
+        self._log_file.flush()
+        faulthandler.dump_traceback(self._log_file)
 
 
 @contextmanager
@@ -221,44 +226,45 @@ def run_watchdog(
     on_hang: Callable[[str], None],
     timeouts: Timeouts = Timeouts(),
 ) -> Iterator[Watchdog]:
-    """Watch this rank and compare it with the others; ``timeout_seconds`` is what a collective may take.
+    """Run a watchdog for this rank. ``collective_timeout``: seconds that a collective may take.
 
-    Stacks go into this rank's log in ``logs``. ``on_hung`` hears why before the process ends with Hung's exit code.
+    Stacks go into this rank's log in ``log_folder``. At a hang ``on_hang`` gets the reason before the process ends with
+    TrainingHungError's exit code.
     """
     log_folder.mkdir(parents=True, exist_ok=True)
     set_flight_recorder_folder(log_folder)
     with (log_folder / f"rank-{world.rank:03d}.log").open("a") as file:
-        watch = Watchdog(world, file, collective_timeout + timeouts.hang_margin, timeouts, on_hang)
-        watch.start()
-        how = "left"
+        watchdog = Watchdog(world, file, collective_timeout + timeouts.hang_margin, timeouts, on_hang)
+        watchdog.start()
+        exit_reason = "left"
         try:
-            yield watch
+            yield watchdog
         except BaseException as error:
-            how = f"ended by {type(error).__name__}"
+            exit_reason = f"ended by {type(error).__name__}"
             if describe_peer_failure(error):
-                watch.diagnose()
-                how = LOST_PEER
+                watchdog.diagnose()
+                exit_reason = LOST_PEER
             raise
         finally:
-            watch.stop(how)
+            watchdog.stop(exit_reason)
 
 
 def locate_frame(frame: FrameType | None) -> tuple[str, bool]:
-    """Where a thread is, in our code or in what waits for other ranks, and whether it is the latter.
+    """Return a thread's innermost location in our code or in a module that waits for ranks, and whether it may wait.
 
-    Only foveal/distributed and foveal/engines speak to other processes, so who is inside of it may be waiting for one. On a GPU the main
-    thread waits for the device wherever it reads a number from it, and is found there.
+    Only foveal/distributed and foveal/engines communicate with other processes, so a thread inside them may wait for a
+    rank. On a GPU the main thread waits for the device wherever it reads a number from it; that is its location then.
     """
     while frame is not None:
         module = str(frame.f_globals.get("__name__", ""))
-        waits = module.startswith(_WAITING_MODULES)
-        if waits or module.partition(".")[0] in _OWN_PACKAGES:
+        is_waiting = module.startswith(_WAITING_MODULES)
+        if is_waiting or module.partition(".")[0] in _OWN_PACKAGES:
             file = Path(frame.f_code.co_filename).name
-            return f"{frame.f_code.co_name}, {file}:{frame.f_lineno}", waits
+            return f"{frame.f_code.co_name}, {file}:{frame.f_lineno}", is_waiting
         frame = frame.f_back
     return "", False
 
 
 def _run_in_thread(call: Callable[..., None], *arguments: object) -> None:
-    """In a thread of its own: logs and stores may block."""
-    threading.Thread(target=call, args=arguments, name="watch-aside", daemon=True).start()
+    """Run a call in a thread of its own, since logs and stores may block."""
+    threading.Thread(target=call, args=arguments, name="watchdog-report", daemon=True).start()

@@ -1,4 +1,4 @@
-"""Who else is there: the ranks of one run, joined into a group."""
+"""The process group: ranks of one run, their collectives, and the Slurm job that they belong to."""
 
 import hashlib
 import json
@@ -27,14 +27,14 @@ from foveal.distributed.run_identity import RunIdentity
 from foveal.errors import FovealError, LaunchError, RankConflictError, TrainingHungError
 
 T = TypeVar("T")
-_JOIN_TIMEOUT_SECONDS = 600.0  # seconds that the ranks have to come together: imports from a cold disk take minutes
+_JOIN_TIMEOUT_SECONDS = 600.0  # for all ranks to join: imports from a cold disk take minutes
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """One process among ``size``: its rank in all, its rank on its node, and its device.
+    """A rank of a process group of ``size`` ranks: its rank, its rank on its node, and its device.
 
-    ``key`` is that of the run in the ranks' store.
+    ``store_key``: the prefix of the run's keys in the ranks' store.
     """
 
     rank: int
@@ -50,22 +50,22 @@ class World:
             dist.barrier()
 
     def any_rank(self, flag: bool) -> bool:
-        """True on every rank if the flag is set on any."""
+        """Return on every rank whether the flag is set on any rank."""
         return bool(self.all_reduce_max([int(flag)])[0])
 
     def all_reduce_max(self, values: Sequence[int]) -> list[int]:
-        """The largest over ranks of each number, on every rank: what ranks agree on in one collective of a few bytes.
+        """Return the maximum over ranks of each number, on every rank: one collective of a few bytes.
 
-        The loop spends two of these a step: one before it takes a batch (``together``), one after the update.
+        The loop runs two of these per step: one for the batch (``run_all_or_raise``), one after the update.
         """
         if self.size == 1:
             return list(values)
-        words = torch.tensor(list(values), device=self.device)
-        dist.all_reduce(words, op=dist.ReduceOp.MAX)
-        return words.tolist()
+        maxima = torch.tensor(list(values), device=self.device)
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+        return maxima.tolist()
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks of a tensor of any shape, on every rank; the argument is left alone."""
+        """Return the sum over ranks of a tensor of any shape, on every rank. The argument is not changed."""
         if self.size == 1:
             return tensor
         total = tensor.clone()
@@ -73,7 +73,7 @@ class World:
         return total
 
     def broadcast_object(self, value: T) -> T:
-        """Rank 0's value (anything that pickles), on every rank."""
+        """Return rank 0's value on every rank. The value must pickle."""
         if self.size == 1:
             return value
         box = [value]
@@ -81,14 +81,14 @@ class World:
         return box[0]
 
     def broadcast_tensors_(self, tensors: Sequence[Tensor]) -> None:
-        """Put rank 0's values into these tensors of any type, on every rank."""
+        """Copy rank 0's values into the tensors of every rank, in place."""
         if self.size == 1:
             return
         for value in tensors:
             dist.broadcast(value, src=0)
 
     def all_gather_objects(self, value: T) -> list[T]:
-        """Every rank's value, in rank order, on every rank."""
+        """Return the values of all ranks in rank order, on every rank. The values must pickle."""
         if self.size == 1:
             return [value]
         values: list[T] = [value] * self.size
@@ -96,35 +96,37 @@ class World:
         return values
 
     def on_rank0(self, function: Callable[[], T]) -> T:
-        """What ``take`` returns on rank 0, which alone calls it, on every rank; its mistake is everybody's."""
+        """Call a function on rank 0. Return its result, or raise its FovealError, on every rank."""
         return self.broadcast_object(self.run_all_or_raise(lambda: function() if self.rank == 0 else None))  # pyright: ignore[reportReturnType]
 
     def run_all_or_raise(self, function: Callable[[], T]) -> T:
-        """What ``take`` returns on this rank; a user's mistake on any rank is raised on all of them.
+        """Call a function on every rank and return this rank's result. Raise a FovealError of any rank on all ranks.
 
-        Otherwise the rank that fails would leave the others waiting in their next collective.
+        Without this the other ranks would wait for the failed rank in their next collective.
         """
+        result: T | None = None
+        failure: FovealError | None = None
         try:
-            taken, mistake = function(), None
+            result = function()
         except FovealError as error:
-            taken, mistake = None, error
-        if not self.any_rank(mistake is not None):
-            return taken  # pyright: ignore[reportReturnType]
-        raise next(each for each in self.all_gather_objects(mistake) if each is not None)
+            failure = error
+        if not self.any_rank(failure is not None):
+            return result  # pyright: ignore[reportReturnType]
+        raise next(error for error in self.all_gather_objects(failure) if error is not None)
 
     def check_equal_on_ranks(self, facts: Mapping[str, Any]) -> None:
-        """Compare plain facts by name over all ranks. Raises: RankConflict, on every rank, where they are not the same."""
+        """Compare named facts of all ranks. Raises: RankConflictError on every rank if they differ."""
         text = json.dumps(facts, sort_keys=True, default=str)
         digests = self.all_gather_objects(hashlib.sha256(text.encode()).hexdigest())
         if len(set(digests)) == 1:
             return
-        other = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
+        conflicting_rank = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
         texts = self.all_gather_objects(text)
-        first, unlike = json.loads(texts[0]), json.loads(texts[other])
-        names = [name for name in sorted(first | unlike) if first.get(name) != unlike.get(name)]
+        expected, actual = json.loads(texts[0]), json.loads(texts[conflicting_rank])
+        names = [name for name in sorted(expected | actual) if expected.get(name) != actual.get(name)]
         raise RankConflictError(
-            f"rank {other} is about another run than rank 0: "
-            + "; ".join(f"{name} is {unlike.get(name)} there and {first.get(name)} here" for name in names[:3])
+            f"rank {conflicting_rank} is about another run than rank 0: "
+            + "; ".join(f"{name} is {actual.get(name)} there and {expected.get(name)} here" for name in names[:3])
         )
 
 
@@ -132,41 +134,48 @@ class World:
 def init_world(
     timeout_seconds: float, identity: RunIdentity | None = None, join_timeout_seconds: float = _JOIN_TIMEOUT_SECONDS
 ) -> Iterator[World]:
-    """Join the other ranks of a run, and leave them properly on every way out.
+    """Join the process group of a run, and leave it on every way out.
 
-    No collective of any group waits longer than ``timeout_seconds``, nor anybody longer than ``joining_seconds`` for a
-    rank that does not come. The variables that libraries read (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT)
-    are set for them, so that a Slurm step looks to DeepSpeed and Accelerate like torchrun. Alone, the group is this
-    process, in memory.
-    Raises: LaunchError where the ranks do not come together, RankConflict where others came, Superseded where a later
-    attempt did; Hung in place of a LaunchError in a job that was started before.
+    No collective of any group waits longer than ``timeout_seconds``; the rendezvous waits ``join_timeout_seconds`` for
+    missing ranks. Sets the variables that libraries read (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), so
+    that a Slurm step looks to DeepSpeed and Accelerate like torchrun. With a world size of 1 the group is this process,
+    with a store in memory.
+    Raises: LaunchError if ranks are missing; TrainingHungError in its place if Slurm restarted the job;
+    RankConflictError if ranks of another run came; AttemptSupersededError if this rank is of an earlier attempt.
     """
-    here = read_launch_env()
-    device = select_device(here)
-    identity = identity or RunIdentity.from_launch_env(here)
-    world = World(here.rank, here.world_size, here.local_rank, here.launcher, device, identity.store_key)
+    launch_env = read_launch_env()
+    device = select_device(launch_env)
+    identity = identity or RunIdentity.from_launch_env(launch_env)
+    world = World(
+        launch_env.rank,
+        launch_env.world_size,
+        launch_env.local_rank,
+        launch_env.launcher,
+        device,
+        identity.store_key,
+    )
     enable_flight_recorder()
-    if here.world_size == 1:
+    if launch_env.world_size == 1:
         store: dist.Store = dist.HashStore()
     else:
         with _hung_if_restarted():
-            store = join_rendezvous(here, identity, join_timeout_seconds)
-    set_rank_env_vars(here, device)
+            store = join_rendezvous(launch_env, identity, join_timeout_seconds)
+    set_rank_env_vars(launch_env, device)
     with _default_timeout(timedelta(seconds=timeout_seconds)):
-        _init_process_group("nccl" if device.type == "cuda" else "gloo", here, store)
+        _init_process_group("nccl" if device.type == "cuda" else "gloo", launch_env, store)
         try:
             yield world
         except BaseException as error:
             if describe_peer_failure(error):
-                dump_flight_recorder(here.rank)
+                dump_flight_recorder(launch_env.rank)
             abort_process_group()
             raise
-        dist.destroy_process_group()  # without it a clean exit under gloo sometimes aborted
+        dist.destroy_process_group()  # without this a clean exit under gloo sometimes aborted
 
 
 @contextmanager
 def _hung_if_restarted() -> Iterator[None]:
-    """In a job that Slurm has started before, ranks that do not come are a node's fault, and another start may help."""
+    """Turn a LaunchError into a TrainingHungError in a restarted Slurm job: a node is at fault, a requeue may help."""
     try:
         yield
     except RankConflictError:
@@ -178,24 +187,26 @@ def _hung_if_restarted() -> Iterator[None]:
 
 
 def set_rank_env_vars(launch_env: LaunchEnv, device: torch.device) -> None:
-    """Set what libraries read; of several ranks, ``meet`` has set where."""
+    """Set the variables that libraries read. With several ranks ``open_store`` has set MASTER_ADDR and MASTER_PORT."""
     if launch_env.world_size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29500")
-    # Libraries take LOCAL_RANK for the number of the device, which it is not where each task sees one GPU only.
-    local = launch_env.local_rank if device.index is None else device.index
-    os.environ |= {"RANK": str(launch_env.rank), "WORLD_SIZE": str(launch_env.world_size), "LOCAL_RANK": str(local)}
-    if device.type == "cpu":
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # else DeepSpeed, and Accelerate with it, looks for GPUs and warns
+    # Libraries use LOCAL_RANK as the device index, which differs from it if each task sees one GPU only.
+    local_rank = launch_env.local_rank if device.index is None else device.index
+    os.environ |= {
+        "RANK": str(launch_env.rank),
+        "WORLD_SIZE": str(launch_env.world_size),
+        "LOCAL_RANK": str(local_rank),
+    }
+    if device.type == "cpu":  # without this DeepSpeed, and Accelerate with it, looks for GPUs and warns
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 @contextmanager
 def _default_timeout(timeout: timedelta) -> Iterator[None]:
-    """torch's timeout for every group, also for those that libraries make for themselves without naming one.
+    """Set torch's default timeout, which also holds for groups that libraries create without a timeout.
 
-    DeepSpeed reduces gradients in such a group: it would wait 30 minutes under gloo and 10 under NCCL, whatever was set.
+    DeepSpeed reduces gradients in such a group: it would wait 30 minutes under gloo and 10 under NCCL.
     """
     names = ("default_pg_timeout", "default_pg_nccl_timeout")
     before = {name: getattr(distributed_c10d, name) for name in names}
@@ -215,28 +226,31 @@ def _init_process_group(backend: str, launch_env: LaunchEnv, store: dist.Store) 
         if launch_env.world_size == 1:
             raise
         raise LaunchError(
-            f"rank {launch_env.rank} of {launch_env.world_size} could not connect to the others over {backend} ({str(error).splitlines()[0]}); "
+            f"rank {launch_env.rank} of {launch_env.world_size} could not connect to the others over {backend} "
+            f"({str(error).splitlines()[0]}); "
             f"if another rank stopped, its log says why, else choose the network interface "
             f"(slurm/environment.sh: NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
         ) from error
 
 
 def select_device(launch_env: LaunchEnv) -> torch.device:
+    """Return this rank's device. Raises: LaunchError if there are more ranks on the node than visible GPUs."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    seen = torch.cuda.device_count()
-    # One visible GPU for each task (--gpus-per-task) or all of the node's for every task: both are common.
-    index = launch_env.local_rank if seen > 1 else 0
-    if index >= seen:
+    visible = torch.cuda.device_count()
+    # A task sees either one GPU (--gpus-per-task) or all GPUs of the node: both are common.
+    index = launch_env.local_rank if visible > 1 else 0
+    if index >= visible:
         raise LaunchError(
-            f"local rank {launch_env.local_rank} has no GPU: this process sees {seen}; start as many tasks per node as GPUs"
+            f"local rank {launch_env.local_rank} has no GPU: this process sees {visible}; "
+            f"start as many tasks per node as GPUs"
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
 
 def describe_rank(world: World) -> str:
-    """One line for the head of each rank's log."""
+    """Return a line with rank, host, device, launcher and Slurm job, for the head of each rank's log."""
     slurm = ", ".join(
         f"{name}={os.environ[name]}"
         for name in ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_RESTART_COUNT")
@@ -249,10 +263,10 @@ def describe_rank(world: World) -> str:
 
 
 def slurm_job_id() -> str | None:
-    """What Slurm's commands call this job; nothing outside Slurm.
+    """Return this job's id for Slurm's commands; None outside Slurm.
 
-    SLURM_JOB_ID alone would not do for a task of an array: one of the tasks has the number of the array itself, and
-    ``scontrol requeue`` of that starts every task again.
+    A task of an array is ``<array>_<task>``: one of the tasks has the array's own number as SLURM_JOB_ID, and
+    ``scontrol requeue`` of that number restarts every task.
     """
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID")
@@ -260,7 +274,7 @@ def slurm_job_id() -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class SlurmArrayTask:
-    """A task of a Slurm array: its number, how many tasks there are, and the lowest and the highest number."""
+    """A task of a Slurm array: its id, the number of tasks, and the lowest and highest id."""
 
     task_id: int
     task_count: int
@@ -269,21 +283,15 @@ class SlurmArrayTask:
 
 
 def read_slurm_array_task() -> SlurmArrayTask | None:
-    """The task of a Slurm array that this process belongs to, if it does."""
+    """Return the Slurm array task of this process; None outside an array."""
     if "SLURM_ARRAY_TASK_ID" not in os.environ:
         return None
     return SlurmArrayTask(*(read_int_env(f"SLURM_ARRAY_TASK_{name}") for name in ("ID", "COUNT", "MIN", "MAX")))
 
 
 def slurm_job_tags() -> dict[str, str]:
-    """What Slurm says of this job, for the tracker's tags; empty outside Slurm."""
-    names = (
-        "SLURM_JOB_NAME",
-        "SLURM_JOB_NODELIST",
-        "SLURM_RESTART_COUNT",
-        "SLURM_NTASKS",
-        "SLURM_CLUSTER_NAME",
-    )
-    job = slurm_job_id()
-    named = {} if job is None else {"slurm_job_id": job}
-    return named | {name.lower(): os.environ[name] for name in names if name in os.environ}
+    """Return Slurm's facts of this job as tags for the tracker; empty outside Slurm."""
+    names = ("SLURM_JOB_NAME", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT", "SLURM_NTASKS", "SLURM_CLUSTER_NAME")
+    job_id = slurm_job_id()
+    job_tag = {} if job_id is None else {"slurm_job_id": job_id}
+    return job_tag | {name.lower(): os.environ[name] for name in names if name in os.environ}

@@ -1,1 +1,1 @@
-"""`foveal doctor`: are these nodes fit to train, before they do?"""
+"""`foveal doctor`: check that nodes are fit to train before a run starts."""

@@ -8,17 +8,27 @@ from foveal.forecast.cli import resolve_stage_name
 
 
 def doctor_command(
-    config: Annotated[str | None, typer.Argument(help="The run that is to come: a YAML file, or its name.")] = None,
+    config: Annotated[
+        str | None,
+        typer.Argument(
+            help="Config of the run that will start: a YAML file or its name. Without it only the nodes are checked."
+        ),
+    ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
-    stage: Annotated[str | None, typer.Option(help="pretrain, distill or finetune; default: CONFIG's folder.")] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="pretrain, distill or finetune. Default: the folder of CONFIG.")
+    ] = None,
     slowest: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Share of its peers' median rate that will do.")
+        float,
+        typer.Option(
+            min=0.0, max=1.0, help="Lowest accepted matrix product rate, as a fraction of the other ranks' median."
+        ),
     ] = 0.8,
-    joining: Annotated[float, typer.Option(min=1.0, help="Seconds until every rank must have come.")] = 180.0,
+    joining: Annotated[float, typer.Option(min=1.0, help="Seconds within which every rank must join.")] = 180.0,
 ) -> None:
-    """Are these nodes fit to train? A minute at most, once all ranks have come.
+    """Check that the nodes of this job are fit to train. Takes a minute at most once all ranks have joined.
 
-    Exit code 6 and `bad nodes: ...` if one is not, 2 if CONFIG is wrong.
+    Exit code 6 and `bad nodes: ...` if a node is not fit, 2 if CONFIG is wrong, 5 if storage or network do not answer.
     """
     from foveal.doctor.runner import PreflightOptions, run_preflight
 

@@ -1,4 +1,4 @@
-"""What a check finds."""
+"""Reports of the checks: facts and faults of one rank."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -6,13 +6,13 @@ from typing import Any, Literal
 from foveal.errors import BadNodeError, FovealError, StorageUnreachableError
 from foveal.redact import redact
 
-# node: this node should not train; config: wrong here, and if it is wrong everywhere, the settings are; reach: ranks or
-# storage do not answer, and if that is so everywhere, it is no node's fault in particular; note: beware.
+# node: this node should not train; config: an error of this node, or of the settings if all nodes have it; reach: ranks
+# or storage do not answer, which is the fault of no single node if all nodes have it; note: a warning.
 FaultKind = Literal["node", "config", "reach", "note"]
 
 
 def classify_error(error: FovealError) -> FaultKind:
-    """What a mistake says of the node that met it: storage that did not answer may answer the next start."""
+    """Return the fault kind of an error on a node. Unreachable storage may answer at the next start."""
     if isinstance(error, BadNodeError):
         return "node"
     return "reach" if isinstance(error, StorageUnreachableError) else "config"
@@ -20,7 +20,7 @@ def classify_error(error: FovealError) -> FaultKind:
 
 @dataclass
 class RankReport:
-    """One rank's: facts for the table and for comparison, and faults as (kind, sentence)."""
+    """The report of a rank: facts for the table and for comparison, and faults as (kind, sentence)."""
 
     node: str
     rank: int
@@ -28,14 +28,14 @@ class RankReport:
     faults: list[tuple[FaultKind, str]] = field(default_factory=list)
 
     def add_fault(self, kind: FaultKind, sentence: str) -> None:
-        """One problem, in a sentence, which loses the secrets in it."""
+        """Add a fault, with secrets in the sentence redacted."""
         self.faults.append((kind, redact(sentence)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the report as plain data."""
         return {"node": self.node, "rank": self.rank, "facts": self.facts, "faults": self.faults}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "RankReport":
-        """The reverse of ``tree``."""
-        return cls(data["node"], data["rank"], data["facts"], [(kind, said) for kind, said in data["faults"]])
+        """Return the report of ``to_dict``'s data."""
+        return cls(data["node"], data["rank"], data["facts"], [(kind, sentence) for kind, sentence in data["faults"]])

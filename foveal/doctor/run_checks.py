@@ -1,4 +1,4 @@
-"""Checks of what a run needs on a node: its settings, its disk, its shards, its libraries, its tracking server."""
+"""Checks of a run's needs on a node: libraries, engine, disk, shards, tracking server."""
 
 import errno
 import os
@@ -20,97 +20,97 @@ from foveal.forecast.forecast import ClusterSpec, Forecast
 from foveal.training.plan import Plan
 from foveal.training.provenance import get_library_versions
 
-_TEST_WRITE_BYTES = 64 << 20  # bytes
+_TEST_WRITE_BYTES = 64 << 20
 _TEST_BLOCK_BYTES = 4 << 20
-_SHARDS_TO_READ, _HEAD_BYTES = 4, 512  # how many shards are touched, and how many bytes of each
-_CONNECT_TIMEOUT_SECONDS = 5.0  # seconds for the tracking server
-_PERMANENT_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS}  # what another start would meet again
+_SHARDS_TO_READ, _HEAD_BYTES = 4, 512  # shards of each source, and bytes of each shard
+_CONNECT_TIMEOUT_SECONDS = 5.0  # for the tracking server
+_PERMANENT_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS}  # the next start would fail too
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """The run that is to come: a stage and its plan for these ranks."""
+    """The run that will start: a stage and its plan for these ranks."""
 
     stage: Any
     plan: Plan
 
     @property
     def nearest_existing_folder(self) -> Path:
-        """The nearest folder of the run directory that exists."""
+        """The run directory, or its nearest parent that exists."""
         path = Path(str(self.plan.cfg.run.dir)).absolute()
-        return next(each for each in (path, *path.parents) if each.exists())
+        return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 def check_software_versions(report: RankReport) -> None:
-    """Versions and commit, to be the same everywhere."""
+    """Report library versions, JPEG decoder and commit, which must be equal on all ranks."""
     report.facts |= {f"version of {name}": value for name, value in get_library_versions().items()}
     report.facts["decoder"] = jpeg_decoder_name()
     if shutil.which("git"):
-        said = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-        report.facts["commit"] = said.stdout.strip() if said.returncode == 0 else "none"
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        report.facts["commit"] = done.stdout.strip() if done.returncode == 0 else "none"
 
 
 def check_engine_import(report: RankReport, cfg: EngineConfig) -> None:
-    """Whether the engine's library can be imported."""
+    """Check that the engine's library can be imported."""
     if cfg.kind != "deepspeed":
         return
     from foveal.engines.deepspeed import import_deepspeed
 
     try:
         import_deepspeed()
-    except Exception as error:  # noqa: BLE001 - whatever an import may raise is the finding
+    except Exception as error:  # noqa: BLE001 - any error of an import is a fault
         report.add_fault("config", f"DeepSpeed cannot be imported ({type(error).__name__}: {error})")
 
 
 def check_disk(report: RankReport, planned_run: PlannedRun) -> None:
-    """Room for the checkpoints that are kept and the one that is written, and the speed of a write."""
-    plan = planned_run.plan
+    """Check the free space for ``checkpoint.keep`` checkpoints and the next one, and measure the speed of a write."""
+    plan, folder = planned_run.plan, planned_run.nearest_existing_folder
     size = Forecast(planned_run.stage, plan, ClusterSpec(1, plan.world_size, 1.0, 1.0)).checkpoint_bytes
-    there = sum(file.stat().st_size for file in Path(str(plan.cfg.run.dir)).glob("checkpoints/step-*/*"))
-    free = shutil.disk_usage(planned_run.nearest_existing_folder).free
+    existing = sum(file.stat().st_size for file in Path(str(plan.cfg.run.dir)).glob("checkpoints/step-*/*"))
+    free = shutil.disk_usage(folder).free
     report.facts |= {"disk_free": free, "checkpoint_bytes": size}
     if free < size:
         report.add_fault(
             "config",
-            f"{planned_run.nearest_existing_folder} has {format_bytes(free)} free and a checkpoint needs {format_bytes(size)}; make room, or set "
-            f"run.dir to another disk",
+            f"{folder} has {format_bytes(free)} free and a checkpoint needs {format_bytes(size)}; "
+            f"make room, or set run.dir to another disk",
         )
-    elif free + there < (needed := size * (plan.cfg.checkpoint.keep + 1)):
+    elif free + existing < (needed := size * (plan.cfg.checkpoint.keep + 1)):
         report.add_fault(
             "note",
-            f"{planned_run.nearest_existing_folder} has {format_bytes(free)} free, and checkpoint.keep={plan.cfg.checkpoint.keep} and the next one "
-            f"come to {format_bytes(needed)}",
+            f"{folder} has {format_bytes(free)} free, and checkpoint.keep={plan.cfg.checkpoint.keep} checkpoints and "
+            f"the next one need {format_bytes(needed)}",
         )
-    draft = planned_run.nearest_existing_folder / f".foveal-doctor-{report.node}-{os.getpid()}"
+    test_file = folder / f".foveal-doctor-{report.node}-{os.getpid()}"
     try:
         report.facts["write_speed"] = _measure_write_speed(
-            draft, min(_TEST_WRITE_BYTES, max(_TEST_BLOCK_BYTES, free // 2))
+            test_file, min(_TEST_WRITE_BYTES, max(_TEST_BLOCK_BYTES, free // 2))
         )
     except OSError as error:
         full = error.errno in DISK_FULL_ERRNOS
-        why = "full, or over a quota or limit" if full else "not to be written"
-        settled = full or error.errno in _PERMANENT_ERRNOS
+        problem = "full, or over a quota or limit" if full else "not writable"
+        permanent = full or error.errno in _PERMANENT_ERRNOS
         report.add_fault(
-            "config" if settled else "reach",
-            f"{planned_run.nearest_existing_folder} is {why} ({error.strerror}); set run.dir to a place that can be written",
+            "config" if permanent else "reach",
+            f"{folder} is {problem} ({error.strerror}); set run.dir to a folder that can be written",
         )
     finally:
-        draft.unlink(missing_ok=True)
+        test_file.unlink(missing_ok=True)
 
 
 def _measure_write_speed(file: Path, size: int) -> float:
-    """Bytes a second, down to the disk."""
-    piece, start = os.urandom(_TEST_BLOCK_BYTES), time.perf_counter()
+    """Write a file to the disk (fsync included). Return the bytes per second."""
+    block, start = os.urandom(_TEST_BLOCK_BYTES), time.perf_counter()
     with file.open("wb") as stream:
         for _ in range(size // _TEST_BLOCK_BYTES):
-            stream.write(piece)
+            stream.write(block)
         stream.flush()
         os.fsync(stream.fileno())
     return size // _TEST_BLOCK_BYTES * _TEST_BLOCK_BYTES / (time.perf_counter() - start)
 
 
 def check_shards(report: RankReport, planned_run: PlannedRun) -> None:
-    """The first bytes of a few shards of every set, other ones on every rank, so that together they see many."""
+    """Read the first bytes of a few shards of every source. Each rank reads other shards, so that many are covered."""
     plan = planned_run.plan
     for source in plan.training_set.sources:
         names = [shard.file for shard in source.dataset.manifest.splits[source.split].shards]
@@ -125,12 +125,13 @@ def check_shards(report: RankReport, planned_run: PlannedRun) -> None:
             if len(head) < _HEAD_BYTES:
                 report.add_fault(
                     "config",
-                    f"{source.dataset.shard_folder.display_path(name)} gives {len(head)} of its first {_HEAD_BYTES} bytes",
+                    f"{source.dataset.shard_folder.display_path(name)} has only {len(head)} bytes of its first "
+                    f"{_HEAD_BYTES}",
                 )
 
 
 def check_tracking_server(report: RankReport, uri: str | None) -> None:
-    """Whether MLflow's server takes a connection; a run goes on without it."""
+    """Check that MLflow's server accepts a connection. A fault is only a note, since a run goes on without MLflow."""
     if uri is None:
         return
     target = urlsplit(os.path.expandvars(uri))
@@ -142,5 +143,6 @@ def check_tracking_server(report: RankReport, uri: str | None) -> None:
     except OSError as error:
         report.add_fault(
             "note",
-            f"MLflow's server {target.hostname}:{port} does not answer ({error}); the run keeps its numbers in metrics.jsonl",
+            f"MLflow's server {target.hostname}:{port} does not answer ({error}); "
+            f"the run keeps its numbers in metrics.jsonl",
         )

@@ -1,4 +1,4 @@
-"""The course of a preflight: every rank by itself, all ranks together, one verdict."""
+"""The preflight of `foveal doctor`: checks on each rank, collectives of all ranks, one verdict."""
 
 import time
 from collections.abc import Callable
@@ -19,17 +19,17 @@ from foveal.training.cli import Stage, load_config
 
 AnyStage = Stage[Any, Any]
 
-RANK_CHECKS_TIMEOUT = 28.0  # seconds until every rank has looked at itself
+RANK_CHECKS_TIMEOUT = 28.0  # seconds for the checks of each rank
 COLLECTIVES_TIMEOUT = 7.0  # seconds for the collectives
-PREFLIGHT_TIMEOUT = 60.0  # seconds after which whatever hangs is ended
-_TIMEOUT_MARGIN = 2.0  # seconds between what ranks wait for and what rank 0 does
+PREFLIGHT_TIMEOUT = 60.0  # seconds after which a rank that hangs is ended
+_TIMEOUT_MARGIN = 2.0  # seconds that other ranks wait longer than rank 0
 
 
 @dataclass(frozen=True)
 class PreflightOptions:
-    """What is to be examined: a stage's run, if there is one to come; and what is asked of the ranks.
+    """Options of `foveal doctor`: the run to check, stage None without one, and the limits for ranks.
 
-    slowest: the share of its peers' median rate that will do; joining: seconds until every rank must have come.
+    ``min_relative_rate``: lowest accepted rate, as a fraction of the other ranks' median; ``join_timeout``: seconds.
     """
 
     stage: str | None
@@ -40,14 +40,14 @@ class PreflightOptions:
 
 
 def run_preflight(options: PreflightOptions) -> None:
-    """Be one rank of a preflight, and end this process with its verdict."""
+    """Run one rank of a preflight, and end this process with the verdict's exit code."""
     stage = None if options.stage is None else import_stage(options.stage)  # imported before any clock runs
-    with join_preflight(options.join_timeout, PREFLIGHT_TIMEOUT) as here:
-        exit_preflight(here, _run_checks(here, stage, options))
+    with join_preflight(options.join_timeout, PREFLIGHT_TIMEOUT) as group:
+        exit_preflight(group, _run_checks(group, stage, options))
 
 
 def _run_checks(group: PreflightGroup, stage: AnyStage | None, options: PreflightOptions) -> int:
-    """The exit code, the same on every rank that lives to hear it."""
+    """Return the verdict's exit code, equal on every rank that reads the verdict."""
     report = _check_rank(group, stage, options)
     group.post_report("alone", report.to_dict())
     if group.launch_env.rank == 0:
@@ -60,72 +60,67 @@ def _run_checks(group: PreflightGroup, stage: AnyStage | None, options: Prefligh
     if go["all"]:
         _check_collectives(group, report)
     group.post_report("together", report.to_dict())
-    until = RANK_CHECKS_TIMEOUT + _TIMEOUT_MARGIN + COLLECTIVES_TIMEOUT
+    deadline = RANK_CHECKS_TIMEOUT + _TIMEOUT_MARGIN + COLLECTIVES_TIMEOUT
     if group.launch_env.rank == 0:
-        found = {
-            rank: RankReport.from_dict(tree)
-            for rank, tree in (reports | group.gather_reports("together", until)).items()
+        all_reports = {
+            rank: RankReport.from_dict(data)
+            for rank, data in (reports | group.gather_reports("together", deadline)).items()
         }
-        group.announce(
-            "verdict",
-            _print_verdict(group, found, options, hung_ranks=set(reports) - set(group.gather_reports("together", 0.0))),
-        )
-    verdict = group.wait_for_announcement("verdict", until + _TIMEOUT_MARGIN)
-    return _report_lost_rank0(group) if verdict is None else verdict
+        hung_ranks = set(reports) - set(group.gather_reports("together", 0.0))
+        group.announce("verdict", _print_verdict(group, all_reports, options, hung_ranks))
+    exit_code = group.wait_for_announcement("verdict", deadline + _TIMEOUT_MARGIN)
+    return _report_lost_rank0(group) if exit_code is None else exit_code
 
 
 def _check_rank(group: PreflightGroup, stage: AnyStage | None, options: PreflightOptions) -> RankReport:
-    """Everything that a rank can find out by itself, each within its own limit."""
+    """Run the checks that need no other rank, each with a time limit of its own."""
     report = RankReport(group.node, group.launch_env.rank)
-    subjects: list[run_checks.PlannedRun] = []
-    first = group.launch_env.local_rank == 0
+    planned_runs: list[run_checks.PlannedRun] = []
+    first_on_node = group.launch_env.local_rank == 0
 
-    def settings(_report: RankReport) -> None:
+    def plan_run(_report: RankReport) -> None:
         assert stage is not None
         cfg = load_config(stage.config_class, stage.name, options.config, options.overrides)
-        subjects.append(run_checks.PlannedRun(stage, stage.build_plan(cfg, group.launch_env.world_size)))
+        planned_runs.append(run_checks.PlannedRun(stage, stage.build_plan(cfg, group.launch_env.world_size)))
 
-    def attempt(what: str, limit: float, check: Callable[[RankReport], None]) -> None:
-        own = RankReport(report.node, report.rank)
+    def run_check(activity: str, limit: float, check: Callable[[RankReport], None]) -> None:
+        partial = RankReport(report.node, report.rank)  # merged only if the check ends: its thread may still write
         limit = max(0.1, min(limit, RANK_CHECKS_TIMEOUT - _TIMEOUT_MARGIN - group.elapsed_seconds))
-        group.post_status(what)
+        group.post_status(activity)
         try:
-            call_with_timeout(limit, lambda: check(own))
+            call_with_timeout(limit, lambda: check(partial))
         except TimeoutError:
-            report.add_fault("reach", f"rank {report.rank}: {what} did not end within {limit:.0f} s")
+            report.add_fault("reach", f"rank {report.rank}: {activity} did not end within {limit:.0f} s")
             return
         except FovealError as error:
-            own.add_fault(classify_error(error), str(error))
-        except Exception as error:  # noqa: BLE001 - whatever a broken node raises is the finding
-            own.add_fault("node", f"rank {report.rank}: {what} failed ({type(error).__name__}: {error})")
-        report.facts |= own.facts
-        report.faults += own.faults
+            partial.add_fault(classify_error(error), str(error))
+        except Exception as error:  # noqa: BLE001 - any error of a broken node is a fault
+            partial.add_fault("node", f"rank {report.rank}: {activity} failed ({type(error).__name__}: {error})")
+        report.facts |= partial.facts
+        report.faults += partial.faults
 
-    attempt("counting its GPUs", 10, lambda own: node_checks.check_gpu_allocation(own, group.launch_env))
-    attempt("looking at its device", 15, lambda own: node_checks.check_device(own, group.device))
-    attempt("multiplying matrices", 15, lambda own: node_checks.measure_matmul_rates(own, group.device))
-    if first:
-        attempt("looking at /dev/shm", 5, node_checks.check_shared_memory)
-    attempt("looking at its limits", 5, node_checks.check_open_file_limit)
-    attempt("looking at its software", 10, run_checks.check_software_versions)
+    run_check("counting its GPUs", 10, lambda partial: node_checks.check_gpu_allocation(partial, group.launch_env))
+    run_check("looking at its device", 15, lambda partial: node_checks.check_device(partial, group.device))
+    run_check("multiplying matrices", 15, lambda partial: node_checks.measure_matmul_rates(partial, group.device))
+    if first_on_node:
+        run_check("looking at /dev/shm", 5, node_checks.check_shared_memory)
+    run_check("looking at its limits", 5, node_checks.check_open_file_limit)
+    run_check("looking at its software", 10, run_checks.check_software_versions)
     if stage is None:
         return report
-    attempt("reading settings and manifest", RANK_CHECKS_TIMEOUT, settings)
-    for subject in subjects:
-        attempt(
+    run_check("reading settings and manifest", RANK_CHECKS_TIMEOUT, plan_run)
+    for run in planned_runs:
+        engine, uri = run.plan.cfg.engine, run.plan.cfg.tracking.uri
+        run_check(
             "importing the engine",
             RANK_CHECKS_TIMEOUT,
-            lambda own, cfg=subject.plan.cfg.engine: run_checks.check_engine_import(own, cfg),
+            lambda partial, engine=engine: run_checks.check_engine_import(partial, engine),
         )
-        attempt("reading shards", 15, lambda own, subject=subject: run_checks.check_shards(own, subject))
-        if first:
-            attempt("writing to the run's disk", 20, lambda own, subject=subject: run_checks.check_disk(own, subject))
+        run_check("reading shards", 15, lambda partial, run=run: run_checks.check_shards(partial, run))
+        if first_on_node:
+            run_check("writing to the run's disk", 20, lambda partial, run=run: run_checks.check_disk(partial, run))
         if group.launch_env.rank == 0:
-            attempt(
-                "reaching MLflow",
-                8,
-                lambda own, uri=subject.plan.cfg.tracking.uri: run_checks.check_tracking_server(own, uri),
-            )
+            run_check("reaching MLflow", 8, lambda partial, uri=uri: run_checks.check_tracking_server(partial, uri))
     return report
 
 
@@ -140,43 +135,42 @@ def _check_collectives(group: PreflightGroup, report: RankReport) -> None:
 def _print_verdict(
     group: PreflightGroup, reports_by_rank: dict[int, RankReport], options: PreflightOptions, hung_ranks: set[int]
 ) -> int:
-    """Print what came of it; the exit code."""
-    placed = node_names_by_rank(group.launch_env.world_size)
+    """Print the table and the verdict on rank 0. Return the exit code."""
+    nodes_by_rank = node_names_by_rank(group.launch_env.world_size)
     silent: dict[int, tuple[str, str]] = {}
     for rank in sorted(set(range(group.launch_env.world_size)) - set(reports_by_rank) | hung_ranks):
-        words = group.last_status(rank)
-        if words is None:
-            silent[rank] = (
-                placed[rank] if placed else "",
-                f"rank {rank} did not come within {options.join_timeout:.0f} s",
-            )
+        last_status = group.last_status(rank)
+        if last_status is None:
+            node = nodes_by_rank[rank] if nodes_by_rank else ""
+            silent[rank] = (node, f"rank {rank} did not come within {options.join_timeout:.0f} s")
         else:
-            silent[rank] = (words[0], f"rank {rank} said nothing more after it began {words[1]}")
+            node, activity = last_status
+            silent[rank] = (node, f"rank {rank} said nothing more after it began {activity}")
     reports = [reports_by_rank[rank] for rank in sorted(reports_by_rank)]
     verdict = judge_reports(reports, silent, options.min_relative_rate)
     for line in format_node_table(reports, silent, verdict.bad_nodes):
         typer.echo(line)
-    links = [each.facts["bandwidth"] for each in reports if "bandwidth" in each.facts]
-    if links:
-        delay = max(each.facts["latency"] for each in reports if "latency" in each.facts)
+    bandwidths = [report.facts["bandwidth"] for report in reports if "bandwidth" in report.facts]
+    if bandwidths:
+        latency = max(report.facts["latency"] for report in reports if "latency" in report.facts)
         typer.echo(
-            f"all-reduce among {len(links)} ranks: right, {min(links) / 1e9:.3g} GB/s, {delay * 1e6:.0f} us for 8 bytes"
+            f"all-reduce among {len(bandwidths)} ranks: correct, {min(bandwidths) / 1e9:.3g} GB/s, "
+            f"{latency * 1e6:.0f} us for 8 bytes"
         )
     for sentence in verdict.sentences:
         typer.echo(sentence)
-    for name in verdict.bad_nodes:
-        why = verdict.reasons[name]
-        typer.echo(f"foveal: suspect node {name}: {why}", err=True)
+    for node, reason in verdict.reasons.items():
+        typer.echo(f"foveal: suspect node {node}: {reason}", err=True)
     if verdict.exit_code == BadNodeError.exit_code:
         typer.echo(f"bad nodes: {','.join(verdict.bad_nodes) or 'unknown'}")
     return verdict.exit_code
 
 
 def _report_lost_rank0(group: PreflightGroup) -> int:
-    """Rank 0 is gone: the others say so."""
-    nodes = node_names_by_rank(group.launch_env.world_size)
-    where = nodes[0] if nodes else "its node"
+    """Report that rank 0 did not answer. Return the exit code."""
+    nodes_by_rank = node_names_by_rank(group.launch_env.world_size)
+    node = nodes_by_rank[0] if nodes_by_rank else "its node"
     typer.echo(
-        f"foveal: suspect node {where}: rank 0 said nothing more, as rank {group.launch_env.rank} sees it", err=True
+        f"foveal: suspect node {node}: rank 0 said nothing more, as rank {group.launch_env.rank} sees it", err=True
     )
     return BadNodeError.exit_code

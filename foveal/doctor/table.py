@@ -1,4 +1,4 @@
-"""One line per node."""
+"""The table of `foveal doctor`: one line per node."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,27 +9,28 @@ from foveal.doctor.report import RankReport
 def format_node_table(
     reports: list[RankReport], silent_ranks: dict[int, tuple[str, str]], bad_nodes: list[str]
 ) -> list[str]:
-    """The table: of several ranks of a node, the worst counts."""
-    nodes = dict.fromkeys([*(each.node for each in reports), *(node for node, _ in silent_ranks.values())])
+    """Return the table's lines. Of several ranks of a node the worst value counts."""
+    nodes = dict.fromkeys([*(report.node for report in reports), *(node for node, _ in silent_ranks.values())])
     rows = [("node", *(title for title, _, _ in _COLUMNS), "verdict")]
     for node in nodes:
-        here = [each for each in reports if each.node == node]
-        cells = tuple(_format_cell(here, name, shown) for _, name, shown in _COLUMNS)
+        node_reports = [report for report in reports if report.node == node]
+        cells = tuple(_format_cell(node_reports, fact, format_value) for _, fact, format_value in _COLUMNS)
         rows.append((node, *cells, "BAD" if node in bad_nodes else "fine"))
-    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _format_cell(node_reports: list[RankReport], name: str, shown: Callable[[Any], str]) -> str:
-    if name == "ranks":
+def _format_cell(node_reports: list[RankReport], fact: str, format_value: Callable[[Any], str]) -> str:
+    if fact == "ranks":
         return str(len(node_reports)) if node_reports else "-"
-    values = [each.facts[name] for each in node_reports if name in each.facts]
+    values = [report.facts[fact] for report in node_reports if fact in report.facts]
     if not values:
         return "-"
-    worst = max(values, key=abs) if name == "skew" else min(values)
-    return shown(worst)
+    worst = max(values, key=abs) if fact == "skew" else min(values)
+    return format_value(worst)
 
 
+# Title, fact and format of each column.
 _COLUMNS: list[tuple[str, str, Callable[[Any], str]]] = [
     ("ranks", "ranks", str),
     ("device", "device", str),

@@ -138,7 +138,7 @@ def test_torchrun_finds_two_ranks_fine(digits_config, tmp_path: Path) -> None:
     launcher = ["torchrun", "--standalone", "--nproc-per-node=2", "-m", "foveal.cli"]
     done = ended([*launcher, *digits_config, "--slowest", "0.05"], tmp_path)
     assert done.code == 0, done.out + done.err
-    assert "all-reduce among 2 ranks: right, " in done.out
+    assert "all-reduce among 2 ranks: correct, " in done.out
     assert len(done.out.splitlines()) == 3  # rank 0 alone speaks
 
 

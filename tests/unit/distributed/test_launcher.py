@@ -1,4 +1,4 @@
-"""Who a process is and where ranks may meet, from the variables of every launcher."""
+"""Rank, world size and rendezvous addresses from the variables of every launcher."""
 
 import os
 
@@ -23,8 +23,8 @@ BATCH = {"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM
 
 
 @pytest.fixture(autouse=True)
-def bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No launcher's variables."""
+def no_launcher_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remove the variables of every launcher."""
     launchers = ("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "TORCHELASTIC_", "OMPI_", "PMI", "CROSS_RANK")
     for name in [name for name in os.environ if name.startswith(launchers)]:
         monkeypatch.delenv(name)
@@ -39,19 +39,19 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
         (STEP, LaunchEnv(3, 4, 1, "srun")),
         ({name: value for name, value in STEP.items() if name != "SLURM_STEP_NUM_TASKS"}, LaunchEnv(3, 16, 1, "srun")),
         (BATCH, LaunchEnv(0, 1, 0, "none")),
-        (STEP | TORCHRUN, LaunchEnv(5, 8, 1, "torchrun")),  # torchrun inside a step: torchrun dealt the ranks
+        (STEP | TORCHRUN, LaunchEnv(5, 8, 1, "torchrun")),  # torchrun inside a step numbers the ranks
         (BATCH | TORCHRUN, LaunchEnv(5, 8, 1, "torchrun")),
         ({"RANK": "3"}, LaunchEnv(0, 1, 0, "none")),
         (TORCHRUN | {"CROSS_RANK": "0", "TORCHELASTIC_RUN_ID": ""}, LaunchEnv(5, 8, 1, "torchrun")),
         (BY_HAND, LaunchEnv(3, 4, 1, "environment")),
-        (STEP | BY_HAND, LaunchEnv(3, 4, 1, "srun")),  # the same, said twice
+        (STEP | BY_HAND, LaunchEnv(3, 4, 1, "srun")),  # both state the same
         (BY_HAND | {"CROSS_RANK": "0"}, LaunchEnv(3, 4, 1, "deepspeed")),
         (MPI, LaunchEnv(3, 4, 1, "mpirun")),
         (STEP | MPI, LaunchEnv(3, 4, 1, "srun")),  # srun --mpi
         ({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1"}, LaunchEnv(1, 2, 1, "mpirun")),
     ],
 )
-def test_seat(variables: dict[str, str], expected: LaunchEnv, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launch_env(variables: dict[str, str], expected: LaunchEnv, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert read_launch_env() == expected
@@ -106,8 +106,8 @@ def test_first_host(nodes: str, expected: str) -> None:
     assert first_node_of_list(nodes) == expected
 
 
-def test_what_torchrun_has_left_is_not_believed_in_a_child_of_srun(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job that was submitted from within torchrun carries all of torchrun's variables, its own among them."""
+def test_torchrun_variables_are_ignored_in_a_child_of_srun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that was submitted by a process of torchrun inherits all variables of torchrun."""
     for name, value in (STEP | TORCHRUN).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(launcher, "_child_of_slurmstepd", lambda: True)
@@ -127,18 +127,18 @@ def test_what_torchrun_has_left_is_not_believed_in_a_child_of_srun(monkeypatch: 
         (MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "MASTER_ADDR": "gpu4"}, "gpu4", 16),
     ],
 )
-def test_places(
+def test_rendezvous_addresses(
     variables: dict[str, str], first: str | tuple[str, int], count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    there = rendezvous_addresses(read_launch_env())
-    assert there[0] == first or there[0][0] == first
-    assert len(there) == len(set(there)) == count
-    assert all(port in (1, 29500) or 20000 <= port < 32000 for _, port in there), "below the kernel's own"
+    addresses = rendezvous_addresses(read_launch_env())
+    assert addresses[0] == first or addresses[0][0] == first
+    assert len(addresses) == len(set(addresses)) == count
+    assert all(port in (1, 29500) or 20000 <= port < 32000 for _, port in addresses), "below the kernel's own ports"
 
 
-def test_mpirun_on_several_nodes_wants_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mpirun_on_several_nodes_needs_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(LaunchError, match="set them to the node of rank 0"):
@@ -146,13 +146,13 @@ def test_mpirun_on_several_nodes_wants_an_address(monkeypatch: pytest.MonkeyPatc
 
 
 def test_ports_are_drawn_by_job_step_and_restart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last five digits of a job's number, say, would be the same for all its steps and for every 20,000th job."""
-    drawn = []
+    """Ports of the job id's last digits would be equal for all steps of a job and for every 20,000th job."""
+    first_addresses = []
     for job, step, restart in (("77", "0", "0"), ("77", "1", "0"), ("77", "0", "1"), ("20077", "0", "0")):
         for name, value in (STEP | {"SLURM_STEP_NODELIST": "gpu4"}).items():
             monkeypatch.setenv(name, value)
         for name, value in {"SLURM_JOB_ID": job, "SLURM_STEP_ID": step, "SLURM_RESTART_COUNT": restart}.items():
             monkeypatch.setenv(name, value)
         assert read_launch_id(read_launch_env()) == {"job": job, "step": step, "restart": restart}
-        drawn.append(rendezvous_addresses(read_launch_env())[0])
-    assert len(set(drawn)) == 4
+        first_addresses.append(rendezvous_addresses(read_launch_env())[0])
+    assert len(set(first_addresses)) == 4

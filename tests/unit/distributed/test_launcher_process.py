@@ -1,4 +1,4 @@
-"""A launcher that is killed is noticed; a shell that ends is none."""
+"""The death of a launcher is noticed; a shell is no launcher."""
 
 import os
 import re
@@ -16,26 +16,26 @@ from foveal.distributed.launcher_process import LAUNCHER_ENV_VAR, Process, find_
 from foveal.distributed.preemption import LAUNCHER_GONE, handle_stop_signals
 from foveal.distributed.world import World
 
-ALONE = World(0, 1, 0, "none", torch.device("cpu"))
+SINGLE = World(0, 1, 0, "none", torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)
-def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_launcher_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TORCHELASTIC_RUN_ID", LAUNCHER_ENV_VAR):
         monkeypatch.delenv(name, raising=False)
 
 
 def test_a_process_is_known_by_its_start() -> None:
-    ours = Process.from_pid(os.getpid())
-    assert ours == Process.from_pid(os.getpid())
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        there = Process.from_pid(other.pid)
-        other.kill()
+    current = Process.from_pid(os.getpid())
+    assert current == Process.from_pid(os.getpid())
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        process = Process.from_pid(child.pid)
+        child.kill()
         deadline = time.monotonic() + 10
-        while Process.from_pid(other.pid) is not None and time.monotonic() < deadline:  # a zombie has ended
+        while Process.from_pid(child.pid) is not None and time.monotonic() < deadline:  # a zombie counts as ended
             time.sleep(0.01)
-        assert there is not None
-        assert Process.from_pid(other.pid) is None
+        assert process is not None
+        assert Process.from_pid(child.pid) is None
 
 
 def test_only_launchers_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,24 +53,24 @@ def test_shells(name: str) -> None:
     assert launcher_process._SHELL.fullmatch(name)
 
 
-def test_a_chain_names_itself_to_its_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_pipeline_names_itself_to_its_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     name = _child_environment(2)[LAUNCHER_ENV_VAR]
     monkeypatch.setenv(LAUNCHER_ENV_VAR, name)
     assert find_launchers() == [Process.from_pid(os.getpid())]
-    for other in (name + "1", "x:1", "", "999999999:1", "²:1"):  # such as what a job was given on another machine
-        monkeypatch.setenv(LAUNCHER_ENV_VAR, other)
+    for value in (name + "1", "x:1", "", "999999999:1", "²:1"):  # invalid, or of another machine
+        monkeypatch.setenv(LAUNCHER_ENV_VAR, value)
         assert find_launchers() == []
 
 
-def test_its_end_asks_the_run_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_death_of_a_launcher_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preemption, "_LAUNCHER_POLL_SECONDS", 0.02)
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as chain:
-        monkeypatch.setenv(LAUNCHER_ENV_VAR, str(Process.from_pid(chain.pid)))
-        with handle_stop_signals(ALONE) as heard:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as launcher:
+        monkeypatch.setenv(LAUNCHER_ENV_VAR, str(Process.from_pid(launcher.pid)))
+        with handle_stop_signals(SINGLE) as stop:
             time.sleep(0.1)
-            assert heard.stop_reason is None
-            chain.kill()
+            assert stop.stop_reason is None
+            launcher.kill()
             deadline = time.monotonic() + 10
-            while heard.stop_reason is None and time.monotonic() < deadline:
+            while stop.stop_reason is None and time.monotonic() < deadline:
                 time.sleep(0.01)
-            assert heard.stop_reason == LAUNCHER_GONE
+            assert stop.stop_reason == LAUNCHER_GONE

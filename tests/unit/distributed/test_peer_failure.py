@@ -1,4 +1,4 @@
-"""How a lost peer is recognised, and what torch is told to record."""
+"""Recognition of a lost peer, and the settings of torch's flight recorder."""
 
 import os
 from pathlib import Path
@@ -25,15 +25,15 @@ NAMES = (
 
 
 @pytest.fixture(autouse=True)
-def bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No setting of the recorder; whatever a test sets is put back."""
+def no_recorder_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remove the recorder's variables; they are restored after the test."""
     for name in (*NAMES, "RANK"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 
 
 @pytest.mark.parametrize(
-    ("error", "what"),
+    ("error", "reason"),
     [
         (
             RuntimeError(f"{GLOO}pair.cc:561] Connection closed by peer [10.0.0.1]:1. This is typically caused by x."),
@@ -46,12 +46,12 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
         (dist.DistStoreError(""), "DistStoreError"),
     ],
 )
-def test_a_lost_peer_is_a_sentence(error: BaseException, what: str | None) -> None:
-    said = describe_peer_failure(error)
-    assert said is not None
-    assert said.startswith(f"rank 0 lost a peer in a collective: {what or ''}")
-    assert "\n" not in said and "/src/" not in said
-    assert said.endswith("; the logs of the other ranks say which one stopped, and where")
+def test_a_lost_peer_is_a_sentence(error: BaseException, reason: str | None) -> None:
+    sentence = describe_peer_failure(error)
+    assert sentence is not None
+    assert sentence.startswith(f"rank 0 lost a peer in a collective: {reason or ''}")
+    assert "\n" not in sentence and "/src/" not in sentence
+    assert sentence.endswith("; the logs of the other ranks say which one stopped, and where")
 
 
 @pytest.mark.parametrize(
@@ -61,66 +61,66 @@ def test_other_errors_are_not(error: BaseException) -> None:
     assert describe_peer_failure(error) is None
 
 
-def test_what_led_to_an_error_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_causes_of_an_error_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
     cause = RuntimeError(f"{GLOO}pair.cc:1] Connection reset by peer")
-    for error in (_raised_while(cause), _raised_from(cause)):
+    for error in (_raised_during(cause), _raised_from(cause)):
         assert (describe_peer_failure(error) or "").startswith("rank 3 lost a peer")
-    hidden = _raised_from(None, while_=cause)
-    assert describe_peer_failure(hidden) is None
-    loop = RuntimeError("a")
-    loop.__cause__ = RuntimeError("b")
-    loop.__cause__.__cause__ = loop
-    assert describe_peer_failure(loop) is None
+    suppressed = _raised_from(None, during=cause)
+    assert describe_peer_failure(suppressed) is None
+    cycle = RuntimeError("a")
+    cycle.__cause__ = RuntimeError("b")
+    cycle.__cause__.__cause__ = cycle
+    assert describe_peer_failure(cycle) is None
 
 
-def _raised_while(handled: BaseException) -> BaseException:
+def _raised_during(handled: BaseException) -> BaseException:
     try:
         try:
             raise handled
         except RuntimeError:
-            raise KeyError("in the cleaning up")  # noqa: B904 - that is what is tested
+            raise KeyError("in the clean-up")  # noqa: B904 - the implicit context is tested
     except KeyError as error:
         return error
 
 
-def _raised_from(cause: BaseException | None, while_: BaseException | None = None) -> BaseException:
+def _raised_from(cause: BaseException | None, during: BaseException | None = None) -> BaseException:
     try:
         try:
-            raise while_ or RuntimeError("x")
+            raise during or RuntimeError("x")
         except RuntimeError:
             raise KeyError("y") from cause
     except KeyError as error:
         return error
 
 
-def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_variables_of_the_user_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCH_NCCL_TRACE_BUFFER_SIZE", "17")  # the older name counts too
     monkeypatch.setenv("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", "/elsewhere/")
     enable_flight_recorder()
     set_flight_recorder_folder(tmp_path)
-    found = {name: os.environ[name] for name in NAMES if name in os.environ}
-    assert found == {
+    variables = {name: os.environ[name] for name in NAMES if name in os.environ}
+    assert variables == {
         "TORCH_NCCL_TRACE_BUFFER_SIZE": "17",
         "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "/elsewhere/",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
     }
 
 
-def test_without_a_place_nothing_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_dump_file_nothing_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     dump_flight_recorder(0)
     assert not list(tmp_path.iterdir())
 
 
 def test_every_group_gets_the_timeout_that_was_set() -> None:
-    """Also the groups that a library makes without naming one: DeepSpeed reduces gradients in its own."""
+    """Groups that a library creates without a timeout included: DeepSpeed reduces gradients in such a group."""
 
-    def seconds(group: dist.ProcessGroup | None) -> float:
+    def timeout_seconds(group: dist.ProcessGroup | None) -> float:
         assert group is not None
         return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
 
     before = torch.distributed.distributed_c10d.default_pg_timeout
     with init_world(7.0):
-        assert (seconds(dist.group.WORLD), seconds(dist.new_group([0]))) == (7.0, 7.0)  # type: ignore[arg-type]
+        assert (timeout_seconds(dist.group.WORLD), timeout_seconds(dist.new_group([0]))) == (7.0, 7.0)  # type: ignore[arg-type]
     assert torch.distributed.distributed_c10d.default_pg_timeout == before

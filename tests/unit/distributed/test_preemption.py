@@ -1,4 +1,4 @@
-"""Being asked to leave: a flag, an agreement, a checkpoint, and one requeue."""
+"""Preemption: a flag, an agreement of the ranks, a checkpoint, and one requeue."""
 
 import dataclasses
 import os
@@ -29,33 +29,33 @@ from foveal.training.cli import load_config, run_stage
 from foveal.training.plan import Plan
 from foveal.training.run import Run
 
-ALONE = World(0, 1, 0, "none", torch.device("cpu"))
+SINGLE = World(0, 1, 0, "none", torch.device("cpu"))
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 STEP = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
 
 
 @pytest.fixture(autouse=True)
-def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_slurm_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         monkeypatch.delenv(name)
 
 
 @pytest.fixture
 def scontrol(tmp_path: Path) -> Path:
-    """A folder with a stand-in that shows a running job and writes down what else it is asked, a line for each call."""
+    """A folder with a fake scontrol that shows a running job and writes each other call as a line into ``calls``."""
     folder = tmp_path / "bin"
     folder.mkdir()
     script = folder / "scontrol"
     lines = [
         "#!/bin/sh",
-        'here=$(dirname "$0")',
+        'folder=$(dirname "$0")',
         'case "$1 $2" in',
-        '    "show job") cat "$here/state"; exit 0;;',
-        '    "show partition") cat "$here/partition"; exit 0;;',
-        '    "show config") cat "$here/config"; exit 0;;',
-        '    "write batch_script") cat "$here/script"; exit 0;;',
+        '    "show job") cat "$folder/state"; exit 0;;',
+        '    "show partition") cat "$folder/partition"; exit 0;;',
+        '    "show config") cat "$folder/config"; exit 0;;',
+        '    "write batch_script") cat "$folder/script"; exit 0;;',
         "esac",
-        'echo "$@" >> "$here/calls"',
+        'echo "$@" >> "$folder/calls"',
     ]
     script.write_text("\n".join(lines) + "\n")
     (folder / "state").write_text("JobId=77 JobName=pretrain JobState=RUNNING Reason=None\n")
@@ -70,55 +70,55 @@ def calls(scontrol: Path) -> list[str]:
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_a_signal_sets_a_flag_and_the_handlers_are_put_back(number: signal.Signals) -> None:
-    before = [signal.getsignal(each) for each in SIGNALS]
-    with handle_stop_signals(ALONE) as preemption:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with handle_stop_signals(SINGLE) as preemption:
         assert preemption.stop_reason is None
         os.kill(os.getpid(), number)
         assert preemption.stop_reason == number.name
         if number != signal.SIGINT:
-            os.kill(os.getpid(), number)  # Slurm repeats itself; that changes nothing
+            os.kill(os.getpid(), number)  # a repeat by Slurm changes nothing
             assert (preemption.stop_reason, preemption.asked_again) == (number.name, False)
-    assert [signal.getsignal(each) for each in SIGNALS] == before
-    with pytest.raises(RuntimeError, match="a mistake"), handle_stop_signals(ALONE):
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    with pytest.raises(RuntimeError, match="a mistake"), handle_stop_signals(SINGLE):
         raise RuntimeError("a mistake")
-    assert [signal.getsignal(each) for each in SIGNALS] == before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 def test_a_second_interrupt_ends_the_process_where_it_stands() -> None:
-    """A shell says 130 for it; no handler of Python's could run while a collective waits."""
-    waiting = """
+    """A shell shows exit code 130. A Python handler could not run while a collective waits."""
+    script = """
 import os, signal, torch
-from foveal.distributed.preemption import listening
+from foveal.distributed.preemption import handle_stop_signals
 from foveal.distributed.world import World
-with listening(World(0, 1, 0, "none", torch.device("cpu"))) as preemption:
+with handle_stop_signals(World(0, 1, 0, "none", torch.device("cpu"))) as preemption:
     os.kill(os.getpid(), signal.SIGINT)
-    print(preemption.heard, flush=True)
+    print(preemption.stop_reason, flush=True)
     os.kill(os.getpid(), signal.SIGINT)
-    print("still here", flush=True)
+    print("still running", flush=True)
 """
-    done = subprocess.run([sys.executable, "-c", waiting], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (-signal.SIGINT, "SIGINT\n"), done.stderr
 
 
-@pytest.mark.parametrize(("later", "hurried"), [(0.0, False), (5.0, True)])
-def test_asked_again_is_in_a_hurry_and_an_echo_is_not(
-    later: float, hurried: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("delay", "urgent"), [(0.0, False), (5.0, True)])
+def test_a_second_request_is_urgent_and_an_echo_is_not(
+    delay: float, urgent: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Slurm sends TERM to the step and again to the job, within milliseconds."""
-    preemption = Preemption(ALONE)
+    preemption = Preemption(SINGLE)
     preemption.handle_signal(signal.SIGUSR1, None)
     now = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: now + later)
+    monkeypatch.setattr(time, "monotonic", lambda: now + delay)
     preemption.handle_signal(signal.SIGTERM, None)
     assert preemption.stop_reason == "SIGUSR1"
-    assert preemption.is_urgent(0.0) is hurried
+    assert preemption.is_urgent(0.0) is urgent
 
 
 JOB = (
     "JobId=77 JobName=pretrain JobState={state} Reason={reason} RunTime=00:01:04 TimeLimit={limit} "
     "StartTime=2026-11-21T08:47:54 EndTime={end} Partition=low Command=/shared/train.sh JobState=MINE"
 )
-CONFIG = "KillWait                = 5 sec\nPreemptType             = preempt/{how}"
+CONFIG = "KillWait                = 5 sec\nPreemptType             = preempt/{preempt_type}"
 PARTITIONS = (
     "PartitionName=main GraceTime=0 PriorityTier=10 PreemptMode=REQUEUE State=UP\n"
     "PartitionName=low GraceTime={grace} PriorityTier={tier} PreemptMode={mode} State=UP"
@@ -135,13 +135,13 @@ def describe(
     grace: int = 20,
     tier: int = 1,
     mode: str = "REQUEUE",
-    how: str = "partition_prio",
+    preempt_type: str = "partition_prio",
     signals: str = "--signal=USR1@180 ",
 ) -> None:
-    """What the stand-in says of the job, of its partition, of Slurm and of the batch script."""
+    """Set the fake scontrol's answers about the job, its partition, Slurm's config and the batch script."""
     (scontrol / "state").write_text(JOB.format(state=state, reason=reason, limit=limit, end=end) + "\n")
     (scontrol / "partition").write_text(PARTITIONS.format(grace=grace, tier=tier, mode=mode) + "\n")
-    (scontrol / "config").write_text(CONFIG.format(how=how) + "\n")
+    (scontrol / "config").write_text(CONFIG.format(preempt_type=preempt_type) + "\n")
     (scontrol / "script").write_text(f"#!/bin/bash\n#SBATCH --time=24:00:00 {signals}--requeue\n")
 
 
@@ -154,29 +154,29 @@ def in_step(scontrol: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("said", "seconds", "source"),
+    ("answers", "seconds", "source"),
     [
         ({}, 20, "GraceTime of partition low"),
         ({"grace": 600}, 180, "--signal in /shared/train.sh"),
         ({"grace": 0}, 5, "partition low has no GraceTime"),
         ({"tier": 10}, 180, "--signal in /shared/train.sh"),
         ({"mode": "OFF"}, 180, "--signal in /shared/train.sh"),
-        ({"how": "none", "signals": "--signal=B:TERM "}, 60, "--signal in"),
-        ({"how": "none", "signals": ""}, 5, "no --signal in the batch script"),
-        ({"how": "none", "limit": "UNLIMITED"}, None, ""),
+        ({"preempt_type": "none", "signals": "--signal=B:TERM "}, 60, "--signal in"),
+        ({"preempt_type": "none", "signals": ""}, 5, "no --signal in the batch script"),
+        ({"preempt_type": "none", "limit": "UNLIMITED"}, None, ""),
     ],
 )
 def test_the_notice_is_the_shortest_that_slurm_may_give(
-    said: dict[str, Any], seconds: float | None, source: str, in_step: Path
+    answers: dict[str, Any], seconds: float | None, source: str, in_step: Path
 ) -> None:
-    describe(in_step, **said)
-    found = read_shutdown_notice()
-    assert (found and found.seconds) == seconds
-    assert found is None or source in found.source
+    describe(in_step, **answers)
+    notice = read_shutdown_notice()
+    assert (notice and notice.seconds) == seconds
+    assert notice is None or source in notice.source
 
 
 @pytest.mark.parametrize(
-    ("said", "seconds"),
+    ("answers", "seconds"),
     [
         ({}, 24 * 3600 - 64),
         ({"end": "2026-11-21T08:49:18"}, 20),  # preempted after 64 s, with 20 s of grace
@@ -185,55 +185,55 @@ def test_the_notice_is_the_shortest_that_slurm_may_give(
     ],
 )
 def test_the_seconds_that_are_left_follow_the_end_that_slurm_plans(
-    said: dict[str, Any], seconds: float | None, in_step: Path
+    answers: dict[str, Any], seconds: float | None, in_step: Path
 ) -> None:
-    describe(in_step, **said)
+    describe(in_step, **answers)
     assert read_seconds_left() == seconds
-    preemption = Preemption(ALONE)
+    preemption = Preemption(SINGLE)
     preemption.handle_signal(signal.SIGTERM, None)
     assert preemption.is_urgent(30.0) is (seconds is not None and seconds < 30)
 
 
-def test_outside_slurm_nobody_knows_of_an_end(scontrol: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outside_slurm_no_end_is_known(scontrol: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(scontrol), prepend=os.pathsep)
     describe(scontrol)
     assert read_shutdown_notice() is None
     assert read_seconds_left() is None
 
 
-def _hurry(world: World, told: Sequence[int]) -> bool:
+def _is_urgent(world: World, asked_ranks: Sequence[int]) -> bool:
     preemption = Preemption(world)
-    if world.rank in told:
+    if world.rank in asked_ranks:
         preemption.asked_again = True
     return preemption.is_urgent(1.0)
 
 
-@pytest.mark.parametrize(("told", "agreed"), [((), False), ((0,), True), ((1,), True), ((0, 1), True)])
-def test_ranks_are_in_a_hurry_together(told: Sequence[int], agreed: bool, two_ranks: Ranks) -> None:
-    assert two_ranks.call(_hurry, told) == [agreed, agreed]
+@pytest.mark.parametrize(("asked_ranks", "urgent"), [((), False), ((0,), True), ((1,), True), ((0, 1), True)])
+def test_ranks_agree_on_urgency(asked_ranks: Sequence[int], urgent: bool, two_ranks: Ranks) -> None:
+    assert two_ranks.call(_is_urgent, asked_ranks) == [urgent, urgent]
 
 
 def test_a_lead_that_slurm_keeps_to_itself_can_be_stated(in_step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    describe(in_step, how="none")
+    describe(in_step, preempt_type="none")
     monkeypatch.setenv(NOTICE_ENV_VAR, "600")
     assert read_shutdown_notice() == ShutdownNotice(600.0, NOTICE_ENV_VAR)
 
 
-def test_after_the_end_no_signal_is_heard() -> None:
-    said = """
+def test_after_the_end_signals_are_ignored() -> None:
+    script = """
 import os, signal
-from foveal.distributed.preemption import deaf
-deaf()
+from foveal.distributed.preemption import ignore_signals
+ignore_signals()
 for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
     os.kill(os.getpid(), number)
 """
-    assert subprocess.run([sys.executable, "-c", said], timeout=60, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", script], timeout=60, check=False).returncode == 0
 
 
 @pytest.mark.parametrize(
     "variables", [{}, {"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, {"SLURM_STEP_ID": "0"}]
 )
-def test_outside_a_step_nobody_is_asked(
+def test_outside_a_step_slurm_is_not_asked(
     variables: dict[str, str], scontrol: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(scontrol), prepend=os.pathsep)
@@ -244,7 +244,7 @@ def test_outside_a_step_nobody_is_asked(
 
 
 @pytest.mark.parametrize(
-    ("does", "answer"),
+    ("command", "answer"),
     [
         ("exit 0", None),
         ("echo 'Access/permission denied' >&2; exit 1", "Access/permission denied"),
@@ -253,10 +253,10 @@ def test_outside_a_step_nobody_is_asked(
     ],
 )
 def test_slurm_is_asked_once_and_its_refusal_is_passed_on(
-    does: str, answer: str | None, scontrol: Path, monkeypatch: pytest.MonkeyPatch
+    command: str, answer: str | None, scontrol: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with (scontrol / "scontrol").open("a") as script:
-        script.write(f"{does}\n")
+        script.write(f"{command}\n")
     monkeypatch.setenv("PATH", str(scontrol), prepend=os.pathsep)
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
@@ -265,35 +265,38 @@ def test_slurm_is_asked_once_and_its_refusal_is_passed_on(
 
 
 @pytest.mark.parametrize(
-    ("heard", "peers", "job", "asked", "left"),
+    ("stop_reason", "peers", "job", "requeued", "left_to_script"),
     [
         ("SIGTERM", [0, 0], "RUNNING Reason=None PreemptTime=None", False, True),  # a peer failed, or scancel -s TERM
         ("SIGTERM", [0, 0], "RUNNING Reason=None", False, True),
         ("SIGTERM", [0, 0], "RUNNING Reason=None PreemptTime=2026-11-29T08:44:44", True, False),
         ("SIGTERM", [0, 0], "COMPLETING Reason=TimeLimit PreemptTime=None", True, False),
         ("SIGTERM", [0, 0], "COMPLETING Reason=None PreemptTime=None", False, False),
-        ("SIGTERM", [0, 1], "RUNNING Reason=None PreemptTime=None", True, False),  # another rank heard SIGUSR1
+        ("SIGTERM", [0, 1], "RUNNING Reason=None PreemptTime=None", True, False),  # another rank got SIGUSR1
         ("SIGUSR2", [0, 0], "RUNNING Reason=None PreemptTime=None", True, False),
         ("SIGUSR1", [0, 0], "COMPLETING Reason=None", False, False),
         ("SIGUSR1", [0, 0], "CANCELLED Reason=None", False, False),
-        ("SIGTERM", [1, 0], "RUNNING Reason=None PreemptTime=None", False, False),  # another rank heard SIGINT
+        ("SIGTERM", [1, 0], "RUNNING Reason=None PreemptTime=None", False, False),  # another rank got SIGINT
     ],
 )
 def test_slurm_is_asked_where_it_ends_the_job_and_a_sigterm_alone_is_left_to_the_job_script(
-    heard: str, peers: list[int], job: str, asked: bool, left: bool, scontrol: Path, monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    stop_reason: str, peers: list[int], job: str, requeued: bool, left_to_script: bool, scontrol: Path,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     (scontrol / "state").write_text(f"JobId=77 JobName=pretrain JobState={job}\n")
     monkeypatch.setenv("PATH", str(scontrol), prepend=os.pathsep)
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(World, "all_reduce_max", lambda _, mine: [max(pair) for pair in zip(mine, peers, strict=True)])
-    monkeypatch.setattr(World, "on_rank0", lambda _, take: take())
-    preemption = Preemption(ALONE)
-    preemption.stop_reason = heard
+    monkeypatch.setattr(
+        World, "all_reduce_max", lambda _, flags: [max(pair) for pair in zip(flags, peers, strict=True)]
+    )
+    monkeypatch.setattr(World, "on_rank0", lambda _, function: function())
+    preemption = Preemption(SINGLE)
+    preemption.stop_reason = stop_reason
     preemption.requeue_if_preempted()
-    assert calls(scontrol) == (["requeue 77"] if asked else [])
-    assert [each.startswith("foveal: saved and left on SIGTERM") for each in caplog.messages] == [True] * left
+    assert calls(scontrol) == (["requeue 77"] if requeued else [])
+    messages = [message.startswith("foveal: saved and left on SIGTERM") for message in caplog.messages]
+    assert messages == [True] * left_to_script
 
 
 def test_a_container_without_scontrol_is_a_refusal_and_no_traceback(
@@ -305,16 +308,16 @@ def test_a_container_without_scontrol_is_a_refusal_and_no_traceback(
     assert "scontrol" in (requeue_slurm_job() or "")
 
 
-def _told_while_training(world: World, config: Path, run: Path, scontrol: Path, told: int) -> bool:
-    """Fine-tune inside a step of Slurm; rank ``told`` hears SIGUSR1 before its first step. Whether the run left."""
+def _signalled_while_training(world: World, config: Path, run: Path, scontrol: Path, signalled_rank: int) -> bool:
+    """Fine-tune inside a Slurm step; ``signalled_rank`` gets SIGUSR1 before its first step. Return whether it left."""
     stage = stage_named("finetune")
-    left: list[bool] = []
+    preempted: list[bool] = []
 
     def train(plan: Plan, opened: Run) -> None:
-        if world.rank == told:
+        if world.rank == signalled_rank:
             os.kill(os.getpid(), signal.SIGUSR1)
         stage.train(plan, opened)
-        left.append(opened.is_preempted)
+        preempted.append(opened.is_preempted)
 
     before = dict(os.environ)
     os.environ |= STEP | {"PATH": f"{scontrol}{os.pathsep}{os.environ['PATH']}"}
@@ -324,20 +327,20 @@ def _told_while_training(world: World, config: Path, run: Path, scontrol: Path, 
     finally:
         os.environ.clear()
         os.environ |= before
-    return left[0]
+    return preempted[0]
 
 
 def test_ranks_leave_together_saved_and_requeued_once(
     configs: dict[str, Path], two_ranks: Ranks, scontrol: Path, tmp_path: Path
 ) -> None:
-    """Only rank 1 hears of it. The job that is started again goes on behind the checkpoint, to the end."""
+    """Only rank 1 gets the signal. The requeued job continues from the checkpoint to the end."""
     run = tmp_path / "run"
-    assert two_ranks.call(_told_while_training, configs["finetune"], run, scontrol, 1) == [True, True]
+    assert two_ranks.call(_signalled_while_training, configs["finetune"], run, scontrol, 1) == [True, True]
     assert calls(scontrol) == ["requeue 77"]
     saved = max(int(folder.name.split("-")[1]) for folder in (run / "checkpoints").glob("step-*"))
     assert not (run / "finished.json").exists()
     assert [row["step"] for row in read_metric_rows(run / "metrics.jsonl")] == list(range(1, saved + 1))
-    assert two_ranks.call(_told_while_training, configs["finetune"], run, scontrol, -1) == [False, False]
+    assert two_ranks.call(_signalled_while_training, configs["finetune"], run, scontrol, -1) == [False, False]
     assert calls(scontrol) == ["requeue 77"]
     assert (run / "finished.json").exists()
     steps = [row["step"] for row in read_metric_rows(run / "metrics.jsonl") if "loss" in row]

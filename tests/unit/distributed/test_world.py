@@ -1,4 +1,4 @@
-"""Ranks that are joined into a group, and what each knows of it."""
+"""The process group, its collectives, and the variables of the Slurm job."""
 
 import os
 
@@ -24,16 +24,16 @@ STEP |= {"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "16"}
 
 
 @pytest.fixture(autouse=True)
-def bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No launcher's variables, and everything as it was afterwards."""
+def no_launcher_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remove the launcher's variables; all are restored after the test."""
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         monkeypatch.delenv(name)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR"):
-        monkeypatch.setenv(name, "")  # so that monkeypatch puts back what joined() sets
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores what init_world sets
         monkeypatch.delenv(name)
 
 
-def test_alone_a_world_needs_nobody_and_leaves_nothing() -> None:
+def test_a_world_of_size_1_cleans_up() -> None:
     with init_world(5.0) as world:
         assert (world.rank, world.size, world.local_rank, world.launcher) == (0, 1, 0, "none")
         assert torch.distributed.is_initialized()
@@ -51,70 +51,70 @@ def test_alone_a_world_needs_nobody_and_leaves_nothing() -> None:
 
 
 def test_a_step_of_slurm_looks_like_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What libraries read is set from Slurm's variables, and from where the ranks have met."""
-    seen: dict[str, str] = {}
+    """The variables of libraries are set from Slurm's variables and from the rendezvous address."""
+    recorded: dict[str, str] = {}
 
-    def start(backend: str, **settings: object) -> None:
-        seen.update(os.environ)
-        seen["backend"] = backend
+    def init_process_group(backend: str, **settings: object) -> None:
+        recorded.update(os.environ)
+        recorded["backend"] = backend
 
-    def meet(here: LaunchEnv, run: object, seconds: float) -> None:
-        seen["met"] = f"{here.rank} of {here.world_size}, {seconds:g} s"
+    def join_rendezvous(launch_env: LaunchEnv, run: object, seconds: float) -> None:
+        recorded["joined"] = f"{launch_env.rank} of {launch_env.world_size}, {seconds:g} s"
         os.environ |= {"MASTER_ADDR": "gpu4", "MASTER_PORT": "23456"}
 
-    monkeypatch.setattr(world, "join_rendezvous", meet)
-    monkeypatch.setattr(torch.distributed, "init_process_group", start)
+    monkeypatch.setattr(world, "join_rendezvous", join_rendezvous)
+    monkeypatch.setattr(torch.distributed, "init_process_group", init_process_group)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name, value in (STEP | {"SLURM_JOB_NODELIST": "gpu[3-5]", "SLURM_STEP_NODELIST": "gpu[4-5]"}).items():
         monkeypatch.setenv(name, value)
     with init_world(5.0):
         pass
-    assert seen["met"] == "3 of 4, 600 s", "coming together has a limit of its own"
-    assert {name: seen[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")} == {
+    assert recorded["joined"] == "3 of 4, 600 s", "the rendezvous has a timeout of its own"
+    assert {name: recorded[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")} == {
         "RANK": "3",
         "WORLD_SIZE": "4",
         "LOCAL_RANK": "1",
         "MASTER_ADDR": "gpu4",
         "MASTER_PORT": "23456",
     }
-    assert seen["backend"] == "gloo"
+    assert recorded["backend"] == "gloo"
 
 
-def _verbs(world: World) -> dict[str, object]:
+def _collectives(world: World) -> dict[str, object]:
     values = torch.arange(3.0) * (world.rank + 1)
     return {
         "any": (world.any_rank(world.rank == 1), world.any_rank(False)),
-        "most": world.all_reduce_max([world.rank, 7 - world.rank, 0]),
+        "max": world.all_reduce_max([world.rank, 7 - world.rank, 0]),
         "sum": world.all_reduce_sum(values).tolist(),
-        "mine": values.tolist(),
+        "argument": values.tolist(),
         "broadcast": world.broadcast_object({"from": world.rank}),
         "gather": world.all_gather_objects(f"rank {world.rank}"),
     }
 
 
-def test_two_ranks_hear_the_same(two_ranks) -> None:
-    first, second = two_ranks.call(_verbs)
+def test_collectives_of_two_ranks(two_ranks) -> None:
+    first, second = two_ranks.call(_collectives)
     assert first["any"] == second["any"] == (True, False)
-    assert first["most"] == second["most"] == [1, 7, 0]
+    assert first["max"] == second["max"] == [1, 7, 0]
     assert first["sum"] == second["sum"] == [0.0, 3.0, 6.0]
-    assert (first["mine"], second["mine"]) == ([0.0, 1.0, 2.0], [0.0, 2.0, 4.0]), "the argument is left alone"
+    assert (first["argument"], second["argument"]) == ([0.0, 1.0, 2.0], [0.0, 2.0, 4.0]), "the argument is not changed"
     assert first["broadcast"] == second["broadcast"] == {"from": 0}
     assert first["gather"] == second["gather"] == ["rank 0", "rank 1"]
 
 
-def test_the_log_and_the_tags_say_where(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_line_and_tags_name_the_slurm_job(monkeypatch: pytest.MonkeyPatch) -> None:
     assert slurm_job_tags() == {}
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     assert slurm_job_tags() == {"slurm_job_id": "77", "slurm_restart_count": "2"}
-    said = describe_rank(World(3, 4, 1, "srun", torch.device("cpu")))
-    assert said.startswith("rank 3 of 4 on ")
-    assert said.endswith("local rank 1, cpu, launcher srun, SLURM_JOB_ID=77, SLURM_RESTART_COUNT=2")
+    line = describe_rank(World(3, 4, 1, "srun", torch.device("cpu")))
+    assert line.startswith("rank 3 of 4 on ")
+    assert line.endswith("local rank 1, cpu, launcher srun, SLURM_JOB_ID=77, SLURM_RESTART_COUNT=2")
 
 
 def test_a_task_of_an_array_is_called_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SLURM_JOB_ID of one of the tasks is that of the whole array."""
+    """SLURM_JOB_ID of one of the tasks is the array's own id."""
     assert read_slurm_array_task() is None
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "77")
@@ -124,14 +124,14 @@ def test_a_task_of_an_array_is_called_by_its_number(monkeypatch: pytest.MonkeyPa
     assert read_slurm_array_task() == SlurmArrayTask(task_id=4, task_count=5, min_task_id=0, max_task_id=4)
 
 
-@pytest.mark.parametrize(("seen", "local", "index"), [(1, 3, 0), (4, 3, 3), (4, 0, 0)])
+@pytest.mark.parametrize(("visible", "local_rank", "index"), [(1, 3, 0), (4, 3, 3), (4, 0, 0)])
 def test_one_gpu_for_each_task_or_all_for_every_task(
-    seen: int, local: int, index: int, monkeypatch: pytest.MonkeyPatch
+    visible: int, local_rank: int, index: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
-    assert select_device(LaunchEnv(local, 8, local, "srun")) == torch.device("cuda", index)
+    assert select_device(LaunchEnv(local_rank, 8, local_rank, "srun")) == torch.device("cuda", index)
 
 
 def test_more_tasks_than_gpus_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,25 +141,25 @@ def test_more_tasks_than_gpus_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -
         select_device(LaunchEnv(2, 4, 2, "srun"))
 
 
-def _agreed(world: World, facts: list[dict[str, object]]) -> str:
+def _check_equal(world: World, facts: list[dict[str, object]]) -> str:
     try:
         world.check_equal_on_ranks(facts[world.rank])
     except RankConflictError as error:
         return str(error)
-    return "agreed"
+    return "equal"
 
 
 @pytest.mark.parametrize(
-    ("second", "said"),
+    ("second", "sentence"),
     [
-        ({"seed": 1, "data": "abc"}, "agreed"),
+        ({"seed": 1, "data": "abc"}, "equal"),
         ({"seed": 1, "data": "abd"}, "rank 1 is about another run than rank 0: data is abd there and abc here"),
         ({"seed": 1}, "rank 1 is about another run than rank 0: data is None there and abc here"),
     ],
 )
-def test_ranks_whose_nodes_show_them_other_facts_hear_it(second: dict[str, object], said: str, two_ranks) -> None:
-    """Settings may be the same and data not: every node has its own look at a path."""
-    assert two_ranks.call(_agreed, [{"data": "abc", "seed": 1}, second]) == [said] * 2
+def test_ranks_with_other_facts_raise(second: dict[str, object], sentence: str, two_ranks) -> None:
+    """Settings may be equal and data not: a path may show other data on another node."""
+    assert two_ranks.call(_check_equal, [{"data": "abc", "seed": 1}, second]) == [sentence] * 2
 
 
 @pytest.mark.parametrize(("restarts", "kind"), [(None, LaunchError), ("0", LaunchError), ("2", TrainingHungError)])
