@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 23  # bytes per request for a complete file: few requests, and a stalled request shows soon
 MAX_ATTEMPTS = 5
-_FIRST_WAIT = 0.5  # seconds before the second attempt, then 5 times longer for each further one: outlasts a short outage
+_FIRST_WAIT = 0.5  # seconds before the second attempt, then 5 times longer each time: outlasts a short outage
 _BLOCK = 1 << 20  # read-ahead of `open_file`; an object store sends 1 to 2 MB in the time that a request costs
 _GRACE = 1.0  # seconds that a call may exceed its own limit before the waiting thread abandons it
 
@@ -57,7 +57,8 @@ class RemoteFolder:
         except ValueError as error:
             raise DataError(f"{redact_urls(folder)} cannot be opened ({error})") from None
         self._root, mark, query = root.partition("?") if protocol in ("http", "https") else (root, "", "")
-        self._root, self._query = self._root.rstrip("/"), mark + query  # the signature of a signed URL holds for every file
+        self._root = self._root.rstrip("/")
+        self._query = mark + query  # the signature of a signed URL holds for every file of the folder
         self._ignores_range = False
         self._modified: dict[str, float | None] = {}  # from the last listing
 
@@ -77,9 +78,7 @@ class RemoteFolder:
                 self._filesystem.invalidate_cache()  # `file_size` must not answer from the cache
 
         entries = {
-            entry["name"].rsplit("/", 1)[-1]: entry
-            for entry in self._retry("", list_folder)
-            if entry["type"] == "file"
+            entry["name"].rsplit("/", 1)[-1]: entry for entry in self._retry("", list_folder) if entry["type"] == "file"
         }
         if not entries and self.folder.startswith("http"):
             raise RemoteNotFoundError(f"{self.display_path()}: the server does not list what is there")

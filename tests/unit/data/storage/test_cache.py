@@ -191,7 +191,7 @@ def test_a_check_names_the_url_and_not_the_copy(
         raise DataError(f"{file} is no good: index {file.parent} again")
 
     with pytest.raises(DataError) as caught:
-        cache.open_file(dataclasses.replace(want(0), check=refuse))
+        cache.open_file(dataclasses.replace(want(0), validate=refuse))
     assert f"file://{server}/0.tar is no good: index file://{server} again" in str(caught.value)
     assert str(cache.folder) not in str(caught.value)
 
