@@ -72,7 +72,7 @@ def test_labels_are_needed() -> None:
 
 
 def test_a_class_without_samples_cannot_come_as_often_as_others() -> None:
-    place: dict[str, Any] = {"split": "train", "part": "train", "seed": 0}
+    place: dict[str, Any] = {"split": "train", "subset": "train", "seed": 0}
     dataset: Any = Uneven(uneven().labels("train"), classes=("cat", "dog", "hen", "owl"))
     with pytest.raises(DataError, match=r"class 'owl' has no sample in split 'train', and data.balance needs some"):
         select_subset(dataset, config(balance=0.5), **place)

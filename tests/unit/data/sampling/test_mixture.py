@@ -72,7 +72,7 @@ def test_ranks_see_the_same_mixture(mixed: Configure, size: int, at_once: int) -
     ranks = [train(mixed(0.3, threads=3), 20, 26, rank, size, at_once) for rank in range(size)]
     micros = BATCH // size // at_once
     dealt = [batch for turn in range(6) for one in ranks for batch in one[turn * micros : (turn + 1) * micros]]
-    for name in ("images", "labels", "ids", "draws"):
+    for name in ("images", "labels", "ids", "sample_keys"):
         assert torch.equal(*(torch.cat([getattr(batch, name) for batch in found]) for found in (whole, dealt)))
 
 
