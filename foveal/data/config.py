@@ -29,7 +29,7 @@ class AugmentConfig(Config):
 
     @property
     def is_max_center_crop(self) -> bool:
-        """Whether every crop is the largest centred crop with the aspect ratio of image_size."""
+        """Whether every crop is the largest center crop with the aspect ratio of image_size."""
         return self.scale == self.ratio == (1.0, 1.0)
 
     @property
@@ -65,7 +65,7 @@ class MixConfig(Config):
 
 
 class FoldConfig(Config):
-    """One fold of a k-fold cross-validation: evaluated on, while the other folds are trained on."""
+    """Fold of a k-fold cross-validation that is evaluated on; the other folds are trained on."""
 
     of: int = science(description="number of folds of data.train, stratified by class, drawn from the seed", ge=2)
     number: int = science(description="fold that is excluded from training, from 0", ge=0)
@@ -124,7 +124,9 @@ class DataConfig(Config):
     threads: int = machine(2, "reader and decoder threads per rank", ge=1)
     ahead: int = machine(4, "microbatches prepared ahead of the training loop", ge=1)
     cache: CacheConfig = CacheConfig()
-    patience_seconds: float = machine(600.0, "seconds without progress of a read before the run stops", gt=0)
+    patience_seconds: float = machine(
+        600.0, "seconds that reading data may make no progress before the run stops", gt=0
+    )
     max_bad: float = machine(0.001, "fraction of training images that may fail to decode; more stop the run", ge=0)
     ledger: bool = machine(False, "record the samples of every step, for `foveal data audit`")
 

@@ -49,8 +49,9 @@ def index_folder(
 
     output_folder: folder of indices and manifest (None: ``folder``). classes: class names, by label (None: the labels
     as digits). label_key, dotted_keys: as in ``IndexRules``. on_warning: called for truncated or empty shards, samples
-    without a label, and a manifest of other samples. on_progress: called with the numbers of indexed shards and of all
-    shards. An index that is newer than its shard and was built with the same rules is reused, unless ``rebuild``.
+    without a label, and an existing manifest of other samples. on_progress: called with the numbers of indexed shards
+    and of all shards. An index that is newer than its shard and was built with the same rules is reused, unless
+    ``rebuild``.
     An existing manifest's name, class names and pixel statistics are kept, as is the sha256 of a shard that was not
     modified since, unless ``rebuild``.
     Raises: DataError if shards are missing, compressed, empty, damaged or contain a key twice.
@@ -119,8 +120,8 @@ def scan_stream(stream: IO[bytes], location: str, shard_file: str, rules: IndexR
 
 def make_manifest_split(indices: Sequence[ShardIndex], checksums: Sequence[str] | None = None) -> Split:
     """Return the manifest's entry of a split from its shards' indices and, if known, their sha256."""
-    checksums = checksums or [None] * len(indices)
-    shards = tuple(_manifest_shard(index, checksum) for index, checksum in zip(indices, checksums, strict=True))
+    known_checksums: Sequence[str | None] = checksums or [None] * len(indices)
+    shards = tuple(_manifest_shard(index, checksum) for index, checksum in zip(indices, known_checksums, strict=True))
     return Split(samples=sum(len(index) for index in indices), shards=shards)
 
 

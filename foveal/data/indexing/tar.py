@@ -111,7 +111,7 @@ class _TarScanner:
         try:
             with tarfile.open(fileobj=self._stream, mode="r:") as tar:
                 while (member := tar.next()) is not None:
-                    tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue] - TarFile keeps all headers
+                    tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue] - or all headers stay in memory
                     if member.offset_data + member.size > self._size:
                         self._truncated_at = member.offset
                         return

@@ -280,7 +280,7 @@ def _compute_quotas(
 def check_lanes(batch_size: int, num_lanes: int) -> None:
     """Raise ConfigError, with the nearest valid number, unless the lanes divide the batch into 2 or more images each.
 
-    Mixup takes the partner of an image from the same lane, hence the minimum of 2.
+    Mixup takes the partner of an image from the same lane, hence the minimum of 2; a batch of 1 image has 1 lane.
     """
     fitting = [number for number in divisors(batch_size) if batch_size // number >= 2 or batch_size == 1]
     if num_lanes not in fitting:

@@ -287,9 +287,7 @@ def _open_existing(copy: Path, size: int | None) -> int | None:
     except FileNotFoundError:
         return None
     if size in (None, os.fstat(descriptor).st_size):
-        with contextlib.suppress(
-            PermissionError
-        ):  # of another user's copy in a shared folder, which is usable all the same
+        with contextlib.suppress(PermissionError):  # another user's copy in a shared folder is usable too
             os.utime(descriptor)
         return descriptor
     os.close(descriptor)
