@@ -132,7 +132,7 @@ def test_a_window_without_one_good_sample_is_a_sentence(configure: Configure, sp
     folder = spoilt("val-000000.tar", slice(None))
     spoilt("val-000001.tar", slice(None))
     cfg = configure(path=str(folder), train="val", **STATISTICS)
-    with pytest.raises(DataError, match=r"does not decode, nor does any of the \d+ samples that could stand in for it"):
+    with pytest.raises(DataError, match=r"does not decode, nor does any of the \d+ samples that could replace it"):
         train(cfg, 0, 1)
 
 

@@ -122,7 +122,7 @@ FAST = {
     ),
     "index damaged": (
         lambda folder: flip(folder / "train-0.tar.index", (folder / "train-0.tar.index").stat().st_size - 60),
-        r"train-0.tar: its index is damaged, its checksum is not that of what it holds",
+        r"train-0.tar: its index is damaged, its checksum does not match its content",
     ),
     "labels": (
         lambda folder: rewritten(folder, beyond),
@@ -130,7 +130,7 @@ FAST = {
     ),
     "fields": (
         lambda folder: edit(folder, lambda tree: tree.update(fields=["png"])),
-        r"train-0.tar: manifest.json does not know its members cls",
+        r"train-0.tar: manifest.json does not list its members cls",
     ),
 }
 
@@ -208,7 +208,9 @@ def test_the_command_exits_with_1_and_the_list(folder: Path) -> None:
     )
     edit(folder, lambda tree: [shard.pop("sha256") for shard in tree["splits"]["train"]["shards"]])
     unknown = run.invoke(app, ["data", "verify", str(folder)])
-    assert unknown.output.endswith("as the manifest says; of 2 shards no sha256 is known, --record writes it\n")
+    assert unknown.output.endswith(
+        "as the manifest says; the manifest has no sha256 for 2 shards, --record writes it\n"
+    )
     assert run.invoke(app, ["data", "verify", str(folder), "--record"]).output.endswith("as the manifest says\n")
     flip(folder / "train-1.tar", 512 * 9 + 45)
     (folder / "val-0.tar").unlink()
