@@ -114,6 +114,6 @@ def format_thread_stacks() -> str:
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     parts = [
         f"thread {names.get(number, number)}:\n{''.join(traceback.format_stack(frame))}"
-        for number, frame in sys._current_frames().items()  # noqa: SLF001 - the documented access to other threads' frames
+        for number, frame in sys._current_frames().items()  # noqa: SLF001 - documented access to other threads' frames
     ]
     return "\n".join(parts)

@@ -144,7 +144,7 @@ def decode_mask_crop(
 
 @contextlib.contextmanager
 def _translate_errors() -> Iterator[None]:
-    """Turn any exception of Pillow's readers (OSError, SyntaxError, struct.error, EOFError, ...) into UndecodableError."""
+    """Turn exceptions of Pillow's readers (OSError, SyntaxError, struct.error, EOFError, ...) into UndecodableError."""
     try:
         yield
     except (MemoryError, UndecodableError):
@@ -192,7 +192,7 @@ def _load_pixels(image: Image.Image, channels: int, scale: int) -> Image.Image:
 
 
 def _decode_jpeg(data: bytes, image: Image.Image, channels: int, scale: int) -> np.ndarray:
-    """Decode a JPEG at 1/scale of its size: uint8 [h, w], [h, w, 3], or [h, w, 4] (padding channel: 5 % faster here)."""
+    """Decode a JPEG at 1/scale of its size: uint8 [h, w], [h, w, 3], or [h, w, 4] (a padding channel: 5 % faster)."""
     width, height = -(-image.width // scale), -(-image.height // scale)
     if simplejpeg is not None and image.mode in ("L", "RGB"):
         grey = channels == 1 or image.mode == "L"

@@ -1,7 +1,7 @@
-"""RandAugment (Cubuk et al., 2020) with timm's increasing ranges, as in MAE's fine-tuning; random numbers are arguments.
+"""RandAugment (Cubuk et al., 2020) with timm's increasing ranges, as in MAE's fine-tuning.
 
-Every operation becomes stronger with the magnitude (timm's ``inc1``); a drawn operation is applied with probability
-0.5, as in timm. Geometric operations fill uncovered pixels with grey.
+Random numbers are arguments. Every operation becomes stronger with the magnitude (timm's ``inc1``); a drawn operation
+is applied with probability 0.5, as in timm. Geometric operations fill uncovered pixels with grey.
 """
 
 import math

@@ -115,8 +115,8 @@ def _read_mask(reader: LabelReader, data: bytes, crop: AppliedCrop, location: st
         mask = np.where(mask == reader.ignore_id, NO_CLASS, mask)
     if mask.max(initial=0) >= reader.num_classes:
         raise DataError(
-            f"{location} has id {mask.max()} in its mask, and there are {reader.num_classes} classes; data.ignore_id is "
-            f"the id of ignored pixels"
+            f"{location} has id {mask.max()} in its mask, and there are {reader.num_classes} classes; "
+            f"data.ignore_id is the id of ignored pixels"
         )
     return mask.astype(np.int16)
 
@@ -144,8 +144,8 @@ def _read_boxes(reader: LabelReader, data: bytes, crop: AppliedCrop, location: s
         )
         if outside or not (width > 0 and height > 0 and isfinite(left + top)):
             raise DataError(
-                f"{location}: the box {[left, top, width, height]} (left, top, width, height) is not inside its image of "
-                f"{crop.width} x {crop.height} pixels"
+                f"{location}: the box {[left, top, width, height]} (left, top, width, height) is not inside its image "
+                f"of {crop.width} x {crop.height} pixels"
             )
         boxes.append((left, top, right, bottom, _check_class(reader, label, location)))
     return _crop_boxes(np.array(boxes, np.float64).reshape(-1, 5), crop)

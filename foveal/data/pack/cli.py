@@ -112,6 +112,7 @@ def _print_result(out: Path, written: bool) -> None:
     if written and (out / SKIPPED_FILE_NAME).is_file():
         skipped = (out / SKIPPED_FILE_NAME).read_text().splitlines()
         typer.echo(
-            f"{len(skipped):,} images do not decode and were left out; {out / SKIPPED_FILE_NAME} lists them, the first is:"
+            f"{len(skipped):,} images do not decode and were left out; "
+            f"{out / SKIPPED_FILE_NAME} lists them, the first is:"
         )
         typer.echo(skipped[0].replace("\t", "  "))

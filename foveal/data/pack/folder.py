@@ -61,7 +61,7 @@ def _list_dataset(source: Path, options: PackOptions) -> PackDataset:
 
 
 def _list_images(source: Path) -> tuple[list[str], list[Path], np.ndarray]:
-    """Return class names, image files and their labels, sorted by name. Raises: DataError for a class without images."""
+    """Return class names, image files and their labels, by name. Raises: DataError for a class without images."""
     names = sorted(entry.name for entry in source.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     labelled_files = [
         (file, label)
@@ -73,6 +73,7 @@ def _list_images(source: Path) -> tuple[list[str], list[Path], np.ndarray]:
     if not labelled_files or empty:
         empty_folder = f"{source / names[min(empty)]}" if empty else f"{source}"
         raise DataError(
-            f"{empty_folder} holds no images ({', '.join(IMAGE_EXTENSIONS)}): one folder per class is expected in {source}"
+            f"{empty_folder} holds no images ({', '.join(IMAGE_EXTENSIONS)}): "
+            f"one folder per class is expected in {source}"
         )
     return names, [file for file, _ in labelled_files], np.array([label for _, label in labelled_files])

@@ -97,7 +97,7 @@ def _normalize_split_name(name: str, names: set[str]) -> str:
     """Return foveal's name of a split: 'val' for 'validation'."""
     if not re.fullmatch(rf"[A-Za-z0-9][A-Za-z0-9_-]{{0,{_MAX_SPLIT_LENGTH - 1}}}", name):
         raise DataError(
-            f"'{name[:_MAX_SPLIT_LENGTH]}' cannot name a split, it is part of the shards' file names: use letters and digits"
+            f"'{name[:_MAX_SPLIT_LENGTH]}' cannot name a split: file names of shards contain it, use letters and digits"
         )
     return "val" if name == "validation" and "val" not in names else name
 
@@ -118,8 +118,8 @@ def parse_labels(values: Sequence[Any], location: str) -> tuple[np.ndarray, tupl
         lowest, highest = int(labels.min()), int(labels.max())
         if lowest < -1 or highest >= MAX_CLASSES:
             raise DataError(
-                f"{location}: labels from {lowest} to {highest}, and labels are 0 to {MAX_CLASSES - 1}, or -1 for none: "
-                f"number the classes from 0, or give their names"
+                f"{location}: labels from {lowest} to {highest}, and labels are 0 to {MAX_CLASSES - 1}, "
+                f"or -1 for none: number the classes from 0, or give their names"
             )
         return labels, tuple(str(label) for label in range(highest + 1)) or None
     names = sorted(distinct)

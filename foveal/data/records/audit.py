@@ -105,7 +105,8 @@ def read_ledger(run_folder: Path) -> RunLedger:
     for previous, following in itertools.pairwise(attempts):
         if previous.last_step != following.after_step:
             raise DataError(
-                f"{folder} has no rows of the steps {previous.last_step + 1} to {following.after_step}: files are missing"
+                f"{folder} has no rows of the steps {previous.last_step + 1} to {following.after_step}: "
+                f"files are missing"
             )
     if not attempts:
         raise DataError(f"{folder} has no rows yet: the run has not finished a step")

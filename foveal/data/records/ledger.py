@@ -1,8 +1,8 @@
 """Ledger of consumed samples: one row per slot and step, written from the batches that the training loop received.
 
 ``ledger/attempt-0003.json`` has the first step and the data of an attempt; ``attempt-0003-rank-0002.rows`` has the rows
-of one rank in the order of its slots: three int64 (step from 1, sample key of the slot, sample key of its replacement or
--1). A sample key is id + epoch * number of ids. Rows past the start of a later attempt are void.
+of one rank in the order of its slots: three int64 (step from 1, sample key of the slot, sample key of its replacement
+or -1). A sample key is id + epoch * number of ids. Rows past the start of a later attempt are void.
 """
 
 import json

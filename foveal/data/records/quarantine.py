@@ -46,9 +46,9 @@ class Quarantine:
             bad = [entry for entry in self._entries.values() if entry["split"] == split]
             if len(bad) > limit:
                 raise DataError(
-                    f"{len(bad)} samples of split '{split}' do not decode, and data.max_bad allows {limit:.4g}; the last "
-                    f"is {bad[-1]['shard']}: sample '{bad[-1]['key']}' ({bad[-1]['reason']}); all are in {self._file}: "
-                    f"mend the shards, or raise data.max_bad"
+                    f"{len(bad)} samples of split '{split}' do not decode, and data.max_bad allows {limit:.4g}; "
+                    f"the last is {bad[-1]['shard']}: sample '{bad[-1]['key']}' ({bad[-1]['reason']}); all are in "
+                    f"{self._file}: repair the shards, or raise data.max_bad"
                 )
 
 
@@ -65,7 +65,7 @@ def make_entry(bad_sample: BadSample, step: int) -> QuarantineEntry:
 
 
 def rewind_entries(file: Path, last_step: int) -> list[QuarantineEntry]:
-    """Return the entries of the steps up to ``last_step`` and drop all others, and a partial last line, from the file."""
+    """Return the entries of the steps up to ``last_step``; remove all others and a partial last line from the file."""
     if not file.exists():
         return []
     lines = read_file_bytes(file).split(b"\n")[:-1]  # not splitlines: keys may have other line-ending characters
@@ -78,5 +78,5 @@ def rewind_entries(file: Path, last_step: int) -> list[QuarantineEntry]:
 
 
 def _entry_identity(entry: QuarantineEntry) -> tuple[str, str, str]:
-    """Return split, shard and key, which identify a sample. The shard's folder may change between attempts: it is dropped."""
+    """Return split, shard and key of a sample; without the shard's folder, which may change between attempts."""
     return entry["split"], entry["shard"].rpartition("/")[2], entry["key"]

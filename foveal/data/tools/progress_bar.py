@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextmanager
 def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar; yield a callback (finished parts, all parts), which does nothing if stderr is no terminal."""
+    """Show a progress bar; yield a callback (finished, total), which does nothing if stderr is no terminal."""
     if not sys.stderr.isatty():
         yield lambda _finished, _total: None
         return

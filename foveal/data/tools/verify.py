@@ -112,8 +112,8 @@ class _ShardVerifier:
         if len(outside := np.flatnonzero(index.labels >= num_classes)):
             first = int(outside[0])
             faults.append(
-                f"{path}: {len(outside)} labels are not among the {num_classes} classes of {MANIFEST_NAME}, the first is "
-                f"{index.labels[first]}, of '{index.key(first)}'"
+                f"{path}: {len(outside)} labels are not among the {num_classes} classes of {MANIFEST_NAME}, "
+                f"the first is {index.labels[first]}, of '{index.key(first)}'"
             )
         return index, faults
 
