@@ -36,10 +36,10 @@ def train_batches(
     stop_step: int,
     skipped_batches: Sequence[int] = (),
 ) -> Iterator[Iterator[Batch]]:
-    """Yield an iterator over one rank's microbatches for the steps start_step..stop_step-1; leaving stops its threads.
+    """Yield an iterator over one rank's microbatches for the steps start_step..stop_step-1.
 
     The first microbatch is number 0 of ``start_step``. skipped_batches: numbers of the batches that no step consumes,
-    ascending.
+    ascending. Leaving the context stops the threads.
     Raises: ConfigError if ranks, lanes or microbatch_size do not divide; ``next``: DataError with shard and sample.
     """
     order = training_set.order

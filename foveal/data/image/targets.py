@@ -24,7 +24,7 @@ NO_CLASS = -1  # class of ignored pixels and of padding boxes
 _FIELDS: dict[LabelKind, str] = {"classes": "json", "mask": "mask.png", "boxes": "json"}
 _ENTRIES: dict[LabelKind, str] = {"classes": "labels", "boxes": "annotations"}
 _OUTSIDE_TOLERANCE = 1.0  # pixels that a box may extend outside its image: annotators round
-_MIN_BOX_SIDE = 1.0  # shortest side in pixels of a box that is kept in a crop
+_MIN_BOX_SIDE = 1.0  # shortest side in pixels of a cropped box; smaller boxes are dropped
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def compute_train_crop(
     flipped = bool(uniforms[_FLIP] < augment.flip)
     min_aspect, max_aspect = (bound * (output_hw[1] / output_hw[0]) for bound in augment.ratio)
     low, high = math.log(min_aspect), math.log(max_aspect)
-    # The largest centre crop draws no place: an image one pixel off the shape would be cropped at random, others not.
+    # The largest centre crop draws no shape: an image one pixel off it would get a random crop, other images none.
     for attempt in range(0 if augment.is_max_center_crop else _ATTEMPTS):
         scale, ratio = (float(number) for number in uniforms[_SHAPES + 2 * attempt : _SHAPES + 2 * attempt + 2])
         area = width * height * (augment.scale[0] + scale * (augment.scale[1] - augment.scale[0]))

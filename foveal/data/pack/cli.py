@@ -59,7 +59,8 @@ def digits_command(out: OutOption) -> None:
 @_add_pack_options
 def folder_command(
     path: Annotated[
-        Path, typer.Argument(help="Folder with one sub-folder of images per class, or with train/ and val/ of such.")
+        Path,
+        typer.Argument(help="Folder with one sub-folder of images per class, or with train/ and val/ that have them."),
     ],
     out: OutOption,
     **options: Any,

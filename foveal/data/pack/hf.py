@@ -97,7 +97,7 @@ def _open_splits(library: ModuleType, source: Path) -> dict[str, Any]:
             loaded = library.load_from_disk(str(source))
         else:
             loaded = library.load_dataset(str(source.resolve()))
-    except Exception as error:  # noqa: BLE001 - the library raises its own errors and those of many others
+    except Exception as error:  # noqa: BLE001 - the library raises errors of its own and of other libraries
         cause = error.__cause__ or error  # the reason is in the cause
         raise DataError(f"{source} cannot be read by `datasets` ({' '.join(str(cause).split())})") from None
     splits = dict(loaded) if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
