@@ -142,9 +142,16 @@ class _HeadSchedule:
     def learning_rates(self, peak_lrs: Sequence[float], step: int) -> list[float]:
         """The learning rate of every head at a step."""
         cfg = self.plan.cfg
-        told = {"floor": cfg.optim.floor_lr, "total": cfg.epochs * self.steps_per_epoch}
-        told["warmup"] = round(cfg.optim.warmup_epochs * self.steps_per_epoch)
-        return [warmup_cosine(step, peak_lr=rate * cfg.batch.images / 256, **told) for rate in peak_lrs]
+        return [
+            warmup_cosine(
+                step,
+                peak_lr=rate * cfg.batch.images / 256,
+                min_lr=cfg.optim.floor_lr,
+                warmup_steps=round(cfg.optim.warmup_epochs * self.steps_per_epoch),
+                total_steps=cfg.epochs * self.steps_per_epoch,
+            )
+            for rate in peak_lrs
+        ]
 
 
 def _sum_head_losses(logits_GBK: Tensor, labels_B: Tensor) -> Tensor:

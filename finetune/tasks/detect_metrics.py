@@ -18,7 +18,7 @@ from foveal.models.fcos import Detections, compute_fcos_losses, decode_detection
 from foveal.training.run import Run
 
 # Of an image: what scores less changes no average precision that is any good, and COCO looks at a hundred.
-_DETECTION_LIMITS = {"lowest": 0.05, "overlap": 0.6, "candidates": 1000, "most": 100}
+_DETECTION_LIMITS = {"score_threshold": 0.05, "iou_threshold": 0.6, "max_candidates": 1000, "max_detections": 100}
 _SHEET_IMAGES = 8  # images on a sheet
 _MIN_DRAWN_SCORE = 0.3  # the lowest score that is drawn
 

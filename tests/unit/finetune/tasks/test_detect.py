@@ -60,7 +60,7 @@ def test_every_encoder_carries_a_detector(kind: str, shards: Path) -> None:
     found = planned(shards, **ENCODERS[kind], optim={"layer_decay": 0.5})
     model = detector_from_plan(found).train()
     answers = model(torch.randn(2, 1, *found.cfg.data.image_hw))
-    assert answers.places[0].tolist() == [4, 4, 8]
+    assert answers.locations[0].tolist() == [4, 4, 8]
     marks = torch.tensor([[[2.0, 3, 20, 28, 1]], [[0, 0, 0, 0, -1]]])
     torch.stack(compute_fcos_losses(answers, marks)).sum().backward()
     learned = {name: each for name, each in model.named_parameters() if each.requires_grad}
