@@ -48,7 +48,7 @@ def export(folder: Path, **changed: Any) -> str:
 @pytest.mark.parametrize(
     ("settings", "error", "sentence"),
     [
-        ({"mixup": 0.8, "batch": {"images": 40, "at_once": 5}}, ConfigError, "pair images that a rank holds at once, which are 5"),
+        ({"mixup": 0.8, "batch": {"images": 40, "at_once": 5}}, ConfigError, "pair the images of a microbatch, which has 5 here"),
         ({"class_weights": [1.0, 2.0]}, ConfigError, "class_weights has 2 weights for 10 classes"),
         ({"class_weights": [0.0] + [1.0] * 9}, ConfigError, "a weight is above 0"),
         ({"data": {"val_size": 16}}, ConfigError, "data.val_size is for labels that are masks or boxes"),
@@ -65,7 +65,7 @@ def export(folder: Path, **changed: Any) -> str:
                 "evaluate_every": 2,
             },
             ConfigError,
-            "would judge a trial by what it stopped at",
+            "would stop a trial by the data that it is evaluated on",
         ),
         ({"trials": {"arms": {"../a": None}, "lr_per_256": [1e-3]}}, ConfigError, "trials.arms='../a' is no plain name"),
         (
@@ -84,7 +84,7 @@ def export(folder: Path, **changed: Any) -> str:
             ConfigError,
             "before one linear head, which levit_128s does not have",
         ),
-        ({"frozen": True, "drop_path": 0.1}, ConfigError, "frozen=true keeps it from it"),
+        ({"frozen": True, "drop_path": 0.1}, ConfigError, "frozen=true freezes it"),
         ({"adversarial": {"split_norms": True}}, ConfigError, "BatchNorm, which vit_tiny_patch16_224 does not have"),
         ({"adversarial": {"split_norms": True, "weight": 0.0}}, ConfigError, "set adversarial.weight above 0"),
         (
@@ -125,7 +125,7 @@ def test_a_teacher_of_other_classes_or_pixels(digits: Path, tmp_path: Path) -> N
     headless = build_encoder(VitConfig(**TINY), image_size=8, channels=1).state_dict()
     card = Card("finetune", encoder_card(VitConfig(**TINY), 8, 1), **same, classes=DIGITS)
     write_export(tmp_path / "headless", headless, card)
-    with pytest.raises(ExportError, match="has no head that tells classes of an image"):
+    with pytest.raises(ExportError, match="has no classification head"):
         plan_training(config(digits, teacher={"init": str(tmp_path / "headless")}), 1)
 
 
@@ -172,7 +172,7 @@ def test_a_token_for_a_teacher(kind: str, digits: Path, tmp_path: Path) -> None:
     [
         ({}, "the encoder has none; give it model.registers=1"),
         ({"model": TINY | {"registers": 1}}, "set pooling=token"),
-        ({"model": None, "backbone": "test_vit", "data": {"image_size": 32}}, "which test_vit has not"),
+        ({"model": None, "backbone": "test_vit", "data": {"image_size": 32}}, "which test_vit does not have"),
     ],
 )
 def test_no_token_for_a_teacher(settings: dict[str, Any], sentence: str, digits: Path, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_a_plan_says_what_batch_norm_sees(digits: Path) -> None:
     assert found.backbone == BackboneCard(timm="resnet18", image_size=32, channels=1, classes=10)
     (line,) = [line for line in found.summary_lines() if line.startswith("norm")]
     assert line == (
-        "norm      BatchNorm sees the images that a rank holds at once: the curve depends on the number of ranks and on "
+        "norm      BatchNorm normalizes over a microbatch: the curve depends on the number of ranks and on "
         "batch.at_once (16 images here)"
     )
     for other in ({"backbone": "pvt_v2_b0"}, {"model": TINY.to_dict()}):

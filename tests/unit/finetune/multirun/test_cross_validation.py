@@ -233,7 +233,7 @@ def test_of_two_that_finish_at_once_one_closes_and_the_other_waits_for_it(
         ({"run": {"dir": "x", "stop_at": 3}}, r"run\.stop_at and folds exclude each other"),
         (
             {"early_stopping": {"metric": "fold_top1", "patience": 2}, "evaluate_every": 3},
-            "would judge a fold by what it stopped at",
+            "would stop a fold by the data that it is evaluated on",
         ),
         ({"folds": {"count": 200}}, r"class \d \('\d'\) has 1\d\d samples, too few for 200 folds"),
         ({"batch": {"images": 4096}}, "batch"),
