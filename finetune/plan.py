@@ -80,8 +80,9 @@ class FinetunePlan(Plan):
         card = self.backbone
         if card is None or not _has_batchnorm(card) or self.cfg.frozen:
             return []
-        line = "norm      BatchNorm normalizes over a microbatch: the curve depends on the number of ranks and"
-        return [f"{line} on batch.at_once ({self.microbatch_size} images here)"]
+        cause = "BatchNorm normalizes over a microbatch"
+        settings = f"the number of ranks and on batch.at_once ({self.microbatch_size} images here)"
+        return [f"norm      {cause}: the curve depends on {settings}"]
 
     def _evaluation_lines(self) -> list[str]:
         """Describe the evaluated crop, size and sliding windows of dense tasks."""
