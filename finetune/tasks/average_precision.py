@@ -54,7 +54,7 @@ def compute_average_precision(detections: Sequence[ImageDetections], num_classes
 
 
 def _to_coco(rows: Sequence[tuple[int, np.ndarray]], num_classes: int) -> Any:
-    """Return COCO annotations (left, top, width, height) of boxes by image id; ids start at 1, as COCO ignores id 0."""
+    """Return COCO annotations (left, top, width, height) of boxes by image id; ids start at 1: COCOeval takes id 0 for no match."""
     from pycocotools.coco import COCO
 
     annotations: list[dict[str, Any]] = []
