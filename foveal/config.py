@@ -139,7 +139,7 @@ class Config(BaseModel):
                 yield from value.iter_settings(f"{prefix}{name}.", below)
             elif isinstance(value, tuple) and value and isinstance(value[0], Config):
                 for number, inner in enumerate(value):
-                    yield from inner.leaves(f"{prefix}{name}.{number}.", below)
+                    yield from inner.iter_settings(f"{prefix}{name}.{number}.", below)
             else:
                 yield f"{prefix}{name}", self.model_dump(mode="json", include={name})[name], half
 

@@ -60,8 +60,13 @@ def build(plan: PretrainPlan, _device: torch.device) -> TrainingSetup[MaskedMode
     encoder = build_encoder(cfg.model, image_size=cfg.data.image_size, channels=cfg.data.channels)
     if plan.init_source is not None:
         load_init_weights(encoder, plan.init_source, sizes)
-    wants = {"latents": cfg.target == "latents", "image": cfg.image_weight > 0, "averaged": cfg.uses_ema}
-    model = MaskedAutoencoder(encoder, cfg.decoder, **wants)
+    model = MaskedAutoencoder(
+        encoder,
+        cfg.decoder,
+        predict_features=cfg.target == "latents",
+        predict_image=cfg.image_weight > 0,
+        with_ema=cfg.uses_ema,
+    )
     objective = MaskedModelingLoss(
         seed=cfg.seed,
         mask_strategy=cfg.masking,

@@ -49,9 +49,10 @@ class ProbePlan(FinetunePlan):
     @cached_property
     def image_counts(self) -> dict[str, int]:
         """Images of each part."""
-        told = {"dataset": self.dataset, "cfg": self.cfg.data, "seed": self.cfg.seed}
+        data = self.cfg.data
         return {
-            name: len(select_subset(**told, split=split, subset=part)) for name, (split, part) in self.subsets.items()
+            name: len(select_subset(self.dataset, data, split=split, subset=subset, seed=self.cfg.seed))
+            for name, (split, subset) in self.subsets.items()
         }
 
     @property

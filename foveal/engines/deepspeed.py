@@ -113,7 +113,7 @@ class DeepSpeedEngine:
         deepspeed = import_deepspeed()
         if cfg.compile and cfg.zero == 3:
             # A parameter that a module reads from its child is gathered by a hook that compiled code does not pass.
-            for parameter in cast(Any, model).borrowed_parameters():
+            for parameter in cast(Any, model).external_parameters():
                 deepspeed.zero.register_external_parameter(model, parameter)
         self._zero, self._world = cfg.zero, world
         self._guard = GuardedAdamW(param_groups, optim) if cfg.zero == 0 else None

@@ -49,7 +49,9 @@ class Students(nn.Module):
         return [
             each
             for student in self._students()
-            for each in (find_external_parameters if student.opened else find_cross_module_parameters)(student.encoder)
+            for each in (
+                find_external_parameters if student.bypasses_encoder_forward else find_cross_module_parameters
+            )(student.encoder)
         ]
 
     def _students(self) -> list[Any]:

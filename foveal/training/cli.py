@@ -141,7 +141,7 @@ def _execute_run(stage: Stage[Any, Any], world: World, preemption: Preemption, c
     Raises: RankConflict where what decides a result is another on another rank: the data that its node sees, say.
     """
     plan = world.run_all_or_raise(lambda: stage.build_plan(cfg, world.size))
-    world.check_equal_on_ranks({"run.dir": cfg.run.dir, **plan.science()})
+    world.check_equal_on_ranks({"run.dir": cfg.run.dir, **plan.science_settings()})
     with open_run(stage.name, plan, world, preemption) as run:
         if run is None:
             return True

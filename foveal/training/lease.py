@@ -242,10 +242,17 @@ def list_attempts(run_dir: Path) -> list[AttemptRecord]:
         facts, start, end = (
             _read_json_or_empty(run_dir / "attempts" / f"{number:04d}{part}.json") for part in ("", ".start", ".end")
         )
-        rest = {name: end.get(name) for name in ("code", "why", "seconds")}
-        holder, began = _parse_holder(facts), facts.get("time", 0.0)
         told.append(
-            AttemptRecord(number, holder, began, start_step=start.get("step"), end_step=end.get("step"), **rest)
+            AttemptRecord(
+                number=number,
+                holder=_parse_holder(facts),
+                started_at=facts.get("time", 0.0),
+                start_step=start.get("step"),
+                end_step=end.get("step"),
+                exit_code=end.get("code"),
+                reason=end.get("why"),
+                duration_seconds=end.get("seconds"),
+            )
         )
     return told
 

@@ -139,15 +139,21 @@ class Plan:
         ``watched`` are the values of ``cfg.watched`` in the evaluations up to that step, which only a plateau looks at.
         """
         optim = self.cfg.optim
-        rise = {
-            "peak": optim.peak_lr(self.cfg.batch.images),
-            "warmup": round(optim.warmup_epochs * self.steps_per_epoch),
-        }
+        peak_lr = optim.peak_lr(self.cfg.batch.images)
+        warmup_steps = round(optim.warmup_epochs * self.steps_per_epoch)
         if optim.schedule == "cosine":
-            return warmup_cosine(step, **rise, min_lr=optim.floor_lr, total_steps=self.total_steps)
-        drops = self._count_drops(step, metric_history)
+            return warmup_cosine(
+                step,
+                peak_lr=peak_lr,
+                min_lr=optim.floor_lr,
+                warmup_steps=warmup_steps,
+                total_steps=self.total_steps,
+            )
         return step_decay_lr(
-            warmup_constant(step, **rise), num_drops=drops, factor=optim.step_factor, min_lr=optim.floor_lr
+            warmup_constant(step, peak_lr=peak_lr, warmup_steps=warmup_steps),
+            num_drops=self._count_drops(step, metric_history),
+            factor=optim.step_factor,
+            min_lr=optim.floor_lr,
         )
 
     def _count_drops(self, step: int, metric_history: Sequence[float]) -> int:

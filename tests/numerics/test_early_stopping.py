@@ -127,7 +127,9 @@ def poisoned(world: World, config: str, words: list[str], draws: list[int]) -> N
 
     def spoilt(self, model, batch) -> Any:
         total, numbers = clean(self, model, batch)
-        return (total * float("nan") if torch.isin(batch.draws.cpu(), torch.tensor(draws)).any() else total), numbers
+        return (
+            total * float("nan") if torch.isin(batch.sample_keys.cpu(), torch.tensor(draws)).any() else total
+        ), numbers
 
     stage = stage_named("finetune")
     with pytest.MonkeyPatch.context() as patch:

@@ -32,7 +32,7 @@ def _train_poisoned(world: World, config: str, overrides: list[str], draws: list
 
     def poisoned(self, model, batch) -> tuple[Tensor, dict[str, Tensor]]:
         total, numbers = clean(self, model, batch)
-        hit = torch.isin(batch.draws.cpu(), torch.tensor(draws)).any()
+        hit = torch.isin(batch.sample_keys.cpu(), torch.tensor(draws)).any()
         return (total * float("nan") if hit else total), numbers
 
     stage = stage_named("pretrain")

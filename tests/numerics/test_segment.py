@@ -87,7 +87,7 @@ def _logits(world: World, config: str, overrides: list[str], images: torch.Tenso
         leave = Run.export_weights
 
         def export(run: Run, engine: Any, *told: Any, **more: Any) -> None:
-            with engine.looking():
+            with engine.eval_mode():
                 found.append(engine.model(images))
             leave(run, engine, *told, **more)
 

@@ -37,7 +37,7 @@ def encoder_export(
 ) -> Path:
     """The export of an encoder, with a head if it has classes; its head's weights are large enough to have an opinion."""
     torch.manual_seed(0)
-    size = {"image_size": image_size, "channels": 1, "pooling": pooling, "classes": len(classes)}
+    size = {"image_size": image_size, "channels": 1, "pooling": pooling, "num_classes": len(classes)}
     encoder = build_encoder(cfg, **size)  # pyright: ignore[reportArgumentType]
     if classes:
         torch.nn.init.normal_(encoder.get_parameter("head.weight"))

@@ -105,8 +105,10 @@ def read_ledger(run_folder: Path) -> RunLedger:
         if attempt is not None:
             found.append(attempt)
     for one, other in itertools.pairwise(found):
-        if one.stop != other.start:
-            raise DataError(f"{folder} has no rows of the steps {one.stop + 1} to {other.start}: files are missing")
+        if one.last_step != other.after_step:
+            raise DataError(
+                f"{folder} has no rows of the steps {one.last_step + 1} to {other.after_step}: files are missing"
+            )
     if not found:
         raise DataError(f"{folder} has no rows yet: the run has not finished a step")
     return RunLedger(folder, facts[numbers[-1]], tuple(found))

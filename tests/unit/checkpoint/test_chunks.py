@@ -36,13 +36,13 @@ def cut(piece: TensorChunk, start: int, stop: int) -> TensorChunk:
     return replace(
         piece,
         start=start,
-        parts={part: value[start:stop].clone() for part, value in piece.tensors.items()},
-        writes=(0, stop - start),
+        tensors={part: value[start:stop].clone() for part, value in piece.tensors.items()},
+        write_range=(0, stop - start),
     )
 
 
 def empty(piece: TensorChunk) -> TensorChunk:
-    return replace(piece, parts={part: torch.full_like(value, -1) for part, value in piece.tensors.items()})
+    return replace(piece, tensors={part: torch.full_like(value, -1) for part, value in piece.tensors.items()})
 
 
 def read(folder: Path, pieces: Sequence[TensorChunk]) -> list[TensorChunk]:

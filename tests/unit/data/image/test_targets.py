@@ -80,8 +80,8 @@ def test_a_mask_is_seen_as_its_image_is_seen(scenes: Callable[..., tuple[Dataset
     )
     flipped = 0
     for batch in trained(dataset, cfg):
-        assert batch.marks.shape == (4, SIDE, SIDE)
-        ids = batch.marks.numpy().astype(int)
+        assert batch.targets.shape == (4, SIDE, SIDE)
+        ids = batch.targets.numpy().astype(int)
         ids[ids == NO_CLASS] = IGNORED
         inside = np.abs(batch.images.numpy()[:, 0].astype(int) - 20 * ids) <= 1
         assert inside.mean() > 0.6, "edges alone may differ"
@@ -93,7 +93,7 @@ def test_a_mask_is_seen_as_its_image_is_seen(scenes: Callable[..., tuple[Dataset
 def test_an_evaluated_mask_is_whole_on_any_ranks(scenes: Callable[..., tuple[Dataset, DataConfig]]) -> None:
     dataset, cfg = scenes(labels="mask", image_size=12, val_size=SIDE)
     for size in (1, 2):
-        found = {int(i): m for b in evaluated(dataset, cfg, size) for i, m in zip(b.ids, b.marks, strict=True)}
+        found = {int(i): m for b in evaluated(dataset, cfg, size) for i, m in zip(b.ids, b.targets, strict=True)}
         padding = found.pop(-1, None)
         assert padding is None or (padding == NO_CLASS).all()
         for number in range(SAMPLES):
@@ -104,28 +104,30 @@ def test_an_evaluated_mask_is_whole_on_any_ranks(scenes: Callable[..., tuple[Dat
 def test_boxes_follow_crop_flip_and_size(scenes: Callable[..., tuple[Dataset, DataConfig]]) -> None:
     dataset, cfg = scenes(labels="boxes", image_size=48)
     batch = evaluated(dataset, cfg)[1]
-    assert batch.marks.tolist() == [[[8, 16, 24, 40, n % 3]] for n in (3, 4, 5)], "twice the size; crowds are left out"
+    assert batch.targets.tolist() == [[[8, 16, 24, 40, n % 3]] for n in (3, 4, 5)], (
+        "twice the size; crowds are left out"
+    )
     whole = {"scale": [1.0, 1.0], "ratio": [1.0, 1.0], "flip": 1.0}
     dataset, cfg = scenes(labels="boxes", augment=whole)
-    assert trained(dataset, cfg)[0].marks[0, 0, :4].tolist() == [12, 8, 20, 20]
+    assert trained(dataset, cfg)[0].targets[0, 0, :4].tolist() == [12, 8, 20, 20]
     dataset, cfg = scenes(labels="boxes", crop_ratio=0.5)
-    assert evaluated(dataset, cfg)[0].marks[0].tolist() == [[0, 4, 12, 24, 0]], "from 6 to 18, clipped, doubled"
+    assert evaluated(dataset, cfg)[0].targets[0].tolist() == [[0, 4, 12, 24, 0]], "from 6 to 18, clipped, doubled"
 
 
 def test_several_classes(scenes: Callable[..., tuple[Dataset, DataConfig]]) -> None:
     dataset, cfg = scenes(labels="classes")
-    assert evaluated(dataset, cfg)[0].marks.tolist() == [[1, 0, 1], [0, 1, 1], [0, 0, 1]]
+    assert evaluated(dataset, cfg)[0].targets.tolist() == [[1, 0, 1], [0, 1, 1], [0, 0, 1]]
 
 
 def test_a_mask_that_does_not_decode_is_a_bad_sample(scenes: Callable[..., tuple[Dataset, DataConfig]]) -> None:
     dataset, cfg = scenes({"002.mask.png": png(stripes(2))[:60]}, labels="mask")
     batches = evaluated(dataset, cfg)
-    assert [bad.key for batch in batches for bad in batch.bad] == ["002"]
+    assert [bad.key for batch in batches for bad in batch.bad_samples] == ["002"]
     assert not batches[0].valid[2]
-    assert (batches[0].marks[2] == NO_CLASS).all()
-    bad = [bad for batch in trained(dataset, cfg) for bad in batch.bad]
+    assert (batches[0].targets[2] == NO_CLASS).all()
+    bad = [bad for batch in trained(dataset, cfg) for bad in batch.bad_samples]
     assert {one.key for one in bad} == {"002"}
-    assert all("its mask" in one.reason and one.by >= 0 for one in bad)
+    assert all("its mask" in one.reason and one.replacement_key >= 0 for one in bad)
 
 
 @pytest.mark.parametrize(

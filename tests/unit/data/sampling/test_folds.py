@@ -24,7 +24,7 @@ def labelled(labels: np.ndarray, shards: int = 1) -> Any:
     """A set of these labels in some shards; three classes have names, or as many as there are."""
     counts = np.bincount(np.arange(len(labels)) * shards // max(1, len(labels)), minlength=shards)
     names = ("cat", "dog", "hen")[: labels.max() + 1]
-    return SimpleNamespace(folder="here", classes=names, counts=lambda _: counts, labels=lambda _: labels)
+    return SimpleNamespace(folder="here", classes=names, samples_per_shard=lambda _: counts, labels=lambda _: labels)
 
 
 def drawn(dataset: Any, cfg: DataConfig, part: SubsetName, seed: int = 0) -> np.ndarray:
