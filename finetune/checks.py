@@ -45,7 +45,8 @@ def check_settings(cfg: FinetuneConfig) -> None:
             raise ConfigError(f"{name} is for images with one class, and data.labels is {kind}; leave one of them out")
     if kind != "class" and cfg.class_weights == "balanced":
         raise ConfigError(
-            f"class_weights=balanced counts classes in the index, which has none of data.labels={kind}; give a list of weights"
+            f"class_weights=balanced counts classes in the index, which has none of data.labels={kind}; give a list of "
+            "weights"
         )
     if cfg.frozen and cfg.drop_path:
         raise ConfigError(f"drop_path={cfg.drop_path:g} is for a trained encoder, and frozen=true freezes it; drop one")
@@ -56,8 +57,8 @@ def check_holdout_stopping(cfg: FinetuneConfig, run_kind: str) -> None:
     """Raise ConfigError if a nested run (``run_kind``, such as "a fold") would stop by the data that evaluates it."""
     if cfg.plateau_metric is not None and not cfg.plateau_metric.startswith("holdout_"):
         raise ConfigError(
-            f"early_stopping.metric={cfg.plateau_metric} would stop {run_kind} by the data that it is evaluated on: take a "
-            f"holdout_ metric, with data.holdout_per_class"
+            f"early_stopping.metric={cfg.plateau_metric} would stop {run_kind} by the data that it is evaluated on: "
+            f"take a holdout_ metric, with data.holdout_per_class"
         )
 
 
@@ -65,8 +66,8 @@ def check_even_microbatch(cfg: FinetuneConfig, microbatch_size: int) -> None:
     """Raise ConfigError if mixup or cutmix cannot pair the images of a microbatch."""
     if (cfg.mixup or cfg.cutmix) and microbatch_size % 2:
         raise ConfigError(
-            f"mixup and cutmix pair the images of a microbatch, which has {microbatch_size} here: take an even number of "
-            f"images per rank (batch.images, batch.at_once)"
+            f"mixup and cutmix pair the images of a microbatch, which has {microbatch_size} here: take an even number "
+            f"of images per rank (batch.images, batch.at_once)"
         )
 
 
@@ -83,8 +84,8 @@ def check_distillation_token(cfg: FinetuneConfig, card: EncoderCard | BackboneCa
     if isinstance(card, BackboneCard):
         if not has_distillation_token(build_meta_backbone(*card.build_args, card.classes)):
             raise ConfigError(
-                f"teacher.kind=token trains a distillation token, which {card.timm} does not have; take a backbone such as "
-                f"deit_tiny_distilled_patch16_224, or kind=hard"
+                f"teacher.kind=token trains a distillation token, which {card.timm} does not have; take a backbone "
+                f"such as deit_tiny_distilled_patch16_224, or kind=hard"
             )
     elif not card.registers:
         raise ConfigError(
@@ -115,8 +116,8 @@ def check_task_settings(cfg: FinetuneConfig, card: Card | None) -> None:
     lacks_token_norm = card is not None and card.encoder.get("pooling") == "avg" and resolve_pooling(cfg) == "token"
     if lacks_token_norm and cfg.probe is None:  # a probe reads the encoder with the export's own pooling and norm
         raise ExportError(
-            f"the export {cfg.init} was fine-tuned with pooling=avg and has no norm behind its tokens; give a pretrained "
-            f"encoder, or one fine-tuned with pooling=token"
+            f"the export {cfg.init} was fine-tuned with pooling=avg and has no norm behind its tokens; give a "
+            f"pretrained encoder, or one fine-tuned with pooling=token"
         )
     if labels not in _DENSE_KINDS:
         return
@@ -140,8 +141,8 @@ def check_trials(cfg: FinetuneConfig) -> None:
     check_holdout_stopping(cfg, "a trial")
     if cfg.data.labels != "class":
         raise ConfigError(
-            f"trials compares top-1, which data.labels={cfg.data.labels} has not: start a run for each initialization and "
-            f"learning rate instead"
+            f"trials compares top-1, which data.labels={cfg.data.labels} has not: start a run for each initialization "
+            f"and learning rate instead"
         )
 
 
@@ -192,8 +193,8 @@ def _check_adversarial(cfg: FinetuneConfig) -> None:
         )
     if adversarial.split_norms and cfg.engine.recompute:
         raise ConfigError(
-            "adversarial.split_norms and engine.recompute exclude each other: the recomputation in the backward pass would "
-            "use the clean images' norms; leave one of them out"
+            "adversarial.split_norms and engine.recompute exclude each other: the recomputation in the backward pass "
+            "would use the clean images' norms; leave one of them out"
         )
     if adversarial.split_norms and not adversarial.weight:
         raise ConfigError(

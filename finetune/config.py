@@ -48,18 +48,15 @@ class AdversarialConfig(Config):
 
 
 class TeacherConfig(Config):
-    """Distillation beside the labels: soft targets (Hinton et al., 2015), or DeiT's hard targets, with or without token.
-
-    DeiT: Touvron et al., 2021.
-    """
+    """Distillation beside the labels: soft targets (Hinton et al., 2015), or hard ones (DeiT, Touvron et al., 2021)."""
 
     init: str = machine(
         description="Export folder of a classifier with the same classes. The digest of its weights is science."
     )
     kind: Literal["soft", "hard", "token"] = science(
         "soft",
-        "Target. soft: the teacher's softened logits; hard: its predicted class; token: its predicted class, learned by a "
-        "distillation token (DeiT).",
+        "Target. soft: the teacher's softened logits; hard: its predicted class; token: its predicted class, learned "
+        "by a distillation token (DeiT).",
     )
     weight: float = science(0.5, "Weight of the teacher in the loss; the labels have the rest.", gt=0, le=1)
     temperature: float = science(3.0, "Temperature that divides the logits, for soft.", gt=0)

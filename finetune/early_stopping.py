@@ -28,7 +28,7 @@ TASK_METRICS: dict[LabelKind, tuple[str, ...]] = {  # metrics of an evaluation, 
 
 
 def evaluation_metric_names(cfg: StageConfig, *, adversarial: bool) -> list[str]:
-    """Return the logged names of an evaluation's metrics, on data.val or the fold, and on the holdout if there is one."""
+    """Return the logged names of an evaluation's metrics, on data.val or the fold and on the holdout if any."""
     metrics = (*TASK_METRICS[cfg.data.labels], *(("robust_top1",) if adversarial else ()))
     prefixes = (eval_split(cfg.data).metric_prefix, *(("holdout",) if cfg.data.holdout_per_class else ()))
     return [f"{prefix}_{metric}" for prefix in prefixes for metric in metrics]
@@ -42,8 +42,8 @@ def check_early_stopping(
     if early_stopping is None:
         if cfg.optim.schedule == "plateau":
             raise ConfigError(
-                f"optim.schedule=plateau follows early_stopping.metric, and there is no early_stopping: set it to one of "
-                f"{names} (early_stopping.patience=null trains to the end)"
+                f"optim.schedule=plateau follows early_stopping.metric, and there is no early_stopping: set it to one "
+                f"of {names} (early_stopping.patience=null trains to the end)"
             )
         return
     if early_stopping.metric not in names.split(", "):

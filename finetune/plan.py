@@ -171,8 +171,8 @@ def _plan_run(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
     for source in plan.training_set.sources[1:]:
         if source.dataset.classes not in {None, classes}:
             raise DataError(
-                f"{source.dataset.folder} (data.mix) has other classes than {plan.dataset.folder}: index it with the same "
-                f"names in the same order, or without labels"
+                f"{source.dataset.folder} (data.mix) has other classes than {plan.dataset.folder}: index it with the "
+                f"same names in the same order, or without labels"
             )
         make_label_reader(cfg.data, source.dataset)
     check_even_microbatch(cfg, plan.microbatch_size)
@@ -254,8 +254,8 @@ def _check_matches_export(cfg: FinetuneConfig, export_card: EncoderCard | Backbo
     name_field, wrong_setting = ("timm", "model") if isinstance(export_card, BackboneCard) else ("name", "backbone")
     if getattr(cfg, wrong_setting) is not None:
         raise ExportError(
-            f"the export {cfg.init} is a {getattr(export_card, name_field)}, which {wrong_setting} does not say; leave it "
-            f"out"
+            f"the export {cfg.init} is a {getattr(export_card, name_field)}, which {wrong_setting} does not say; leave "
+            f"it out"
         )
     if cfg.backbone is not None:
         stated["timm"] = cfg.backbone
@@ -264,7 +264,8 @@ def _check_matches_export(cfg: FinetuneConfig, export_card: EncoderCard | Backbo
     for name, value in stated.items():
         if getattr(export_card, name) != value:
             raise ExportError(
-                f"the export {cfg.init} has {name} {getattr(export_card, name)}, the config says {value}; they must be equal"
+                f"the export {cfg.init} has {name} {getattr(export_card, name)}, the config says {value}; they must be "
+                "equal"
             )
 
 
@@ -332,8 +333,8 @@ def _inspect_teacher(
     ):
         if teacher_value != student_value:
             raise ExportError(
-                f"the teacher {cfg.teacher.init} has {name} {_short(teacher_value)}, the student {_short(student_value)}; "
-                f"they must be equal"
+                f"the teacher {cfg.teacher.init} has {name} {_short(teacher_value)}, the student "
+                f"{_short(student_value)}; they must be equal"
             )
     return source
 

@@ -1,7 +1,7 @@
 """Entry point of fine-tuning: ``accelerate launch finetune/run.py [CONFIG] [key=value ...]``, also torchrun and srun.
 
-Without CONFIG the demo runs: it packs the digits data set if it is missing, starts from the demo's pretrained encoder if
-that exists, else from scratch, and logs which.
+Without CONFIG the demo runs: it packs the digits data set if it is missing, starts from the demo's pretrained encoder
+if that exists, else from scratch, and logs which.
 """
 
 import logging

@@ -1,9 +1,9 @@
 """Cross-validation: data.train is split into folds, and each fold evaluates a training on the remaining folds.
 
-Each fold is a run in ``folds/`` of the cross-validation's run directory. Without a Slurm array the folds are nested runs
-(nested_runs.py), one after another. With a Slurm array task i of n runs the folds i, i + n, i + 2n, ..., each as an
-outermost run with its own lease and without MLflow, so that all tasks work in ``folds/`` at the same time. The task that
-finds all folds finished opens the cross-validation's run and writes the aggregated results.
+Each fold is a run in ``folds/`` of the cross-validation's run directory. Without a Slurm array the folds are nested
+runs (nested_runs.py), one after another. With a Slurm array task i of n runs the folds i, i + n, i + 2n, ..., each as
+an outermost run with its own lease and without MLflow, so that all tasks work in ``folds/`` at the same time. The task
+that finds all folds finished opens the cross-validation's run and writes the aggregated results.
 """
 
 import logging
@@ -77,10 +77,10 @@ def summarize_folds(summaries: Sequence[RunSummary]) -> RunSummary:
 def dispatch_folds(cfg: FinetuneConfig, world: World, execute: Callable[[FinetuneConfig], bool]) -> None:
     """Call ``execute``, which returns whether the run finished, for this job's part of a config.
 
-    Without a Slurm array that is the config itself. A task of an array executes its own folds, then the cross-validation
-    if every fold is finished. A task finishes its folds before it checks, so the last task finds all of them finished.
-    Several tasks may find that at the same time: the lease of the run directory admits one, and the others wait and take
-    over if it dies. Raises: the errors of the plan and of the runs.
+    Without a Slurm array that is the config itself. A task of an array executes its own folds, then the
+    cross-validation if every fold is finished. A task finishes its folds before it checks, so the last task finds all
+    of them finished. Several tasks may find that at the same time: the lease of the run directory admits one, and the
+    others wait and take over if it dies. Raises: the errors of the plan and of the runs.
     """
     task = read_slurm_array_task()
     if cfg.folds is None or task is None:
@@ -132,7 +132,7 @@ def _fold_config(cfg: FinetuneConfig, seed: int, fold: int) -> FinetuneConfig:
 
 
 def _check_cross_validation(cfg: FinetuneConfig) -> None:
-    """Check the settings that ``folds`` excludes, and the task ids of a Slurm array. Raises: ConfigError, LaunchError."""
+    """Raise ConfigError for settings that ``folds`` excludes, LaunchError for unsuitable task ids of a Slurm array."""
     if cfg.trials is not None:
         raise ConfigError("folds and trials exclude each other: cross-validate the arm that a comparison has chosen")
     if cfg.run.stop_at is not None:
@@ -147,11 +147,12 @@ def _check_cross_validation(cfg: FinetuneConfig) -> None:
         return
     if cfg.run.fresh:
         raise ConfigError(
-            "run.fresh=true and a Slurm array exclude each other: its tasks share one directory; set run.dir to a new one"
+            "run.fresh=true and a Slurm array exclude each other: its tasks share one directory; set run.dir to a new "
+            "one"
         )
     if (task.min_task_id, task.max_task_id) != (0, task.task_count - 1):
         raise LaunchError(
-            f"the array has {task.task_count} tasks with numbers from {task.min_task_id} to {task.max_task_id}, and folds "
-            f"are assigned by number: use --array=0-{task.task_count - 1}, also to repeat a task (finished folds are not "
-            f"run again)"
+            f"the array has {task.task_count} tasks with numbers from {task.min_task_id} to {task.max_task_id}, and "
+            f"folds are assigned by number: use --array=0-{task.task_count - 1}, also to repeat a task (finished folds "
+            f"are not run again)"
         )

@@ -1,7 +1,7 @@
 """Comparison of initializations: arms x seeds x learning rates, each a nested run in ``trials/`` of the run directory.
 
-Each arm's learning rate is the one with the best mean accuracy over seeds on the holdout part of data.train; accuracy on
-``data.val`` is reported for that learning rate only.
+Each arm's learning rate is the one with the best mean accuracy over seeds on the holdout part of data.train; accuracy
+on ``data.val`` is reported for that learning rate only.
 """
 
 import statistics

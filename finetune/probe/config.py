@@ -16,8 +16,8 @@ _Count = Annotated[int, Field(ge=1)]
 class ProbeConfig(Config):
     """Probes of a frozen encoder, on features that are computed once and cached in the run directory.
 
-    The heads trained by gradient steps use ``epochs``, ``batch.images`` and ``optim`` of the stage: linear heads by LARS,
-    which ignores AdamW's settings, attentive heads by AdamW.
+    The heads trained by gradient steps use ``epochs``, ``batch.images`` and ``optim`` of the stage: linear heads by
+    LARS, which ignores AdamW's settings, attentive heads by AdamW.
     """
 
     kinds: tuple[ProbeKind, ...] = science(

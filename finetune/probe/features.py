@@ -1,9 +1,9 @@
 """Cache of a frozen encoder's features: computed once by all ranks and published atomically in the run directory.
 
-``features/<subset>-pooled.npy`` is float32 [S, N, F] and ``features/<subset>-patches.npy`` float16 [S, N, L, D] (S layers,
-N images of the subset in the order of the split); ``<subset>-labels.npy`` is int64 [N], -1 for an image without a label.
-All ranks write the rows of their images into the same file, so that the files do not depend on the number of ranks. The
-files are written to a draft folder, which is renamed once every rank has synced its rows to disk.
+``features/<subset>-pooled.npy`` is float32 [S, N, F] and ``features/<subset>-patches.npy`` float16 [S, N, L, D] (S
+layers, N images of the subset in the order of the split); ``<subset>-labels.npy`` is int64 [N], -1 for an image without
+a label. All ranks write the rows of their images into the same file, so that the files do not depend on the number of
+ranks. The files are written to a draft folder, which is renamed once every rank has synced its rows to disk.
 """
 
 import json
@@ -82,8 +82,8 @@ def has_cached_features(plan: ProbePlan, run_dir: Path) -> bool:
     differing = details or differing
     if differing:
         raise CheckpointError(
-            f"{folder} holds features of another kind (differing: {', '.join(differing[:5])}): remove that folder, or set "
-            f"run.fresh=true"
+            f"{folder} holds features of another kind (differing: {', '.join(differing[:5])}): remove that folder, or "
+            f"set run.fresh=true"
         )
     return True
 
@@ -194,7 +194,7 @@ def _compute_columns(plan: ProbePlan, extractor: FeatureExtractor, images: Tenso
 
 
 class _FeatureWriter:
-    """Open files of a subset. Several ranks write concurrently, by ``pwrite`` of their own rows, never by mapped pages."""
+    """Open files of a subset. Ranks write concurrently, by ``pwrite`` of their own rows, never by mapped pages."""
 
     def __init__(self, draft: Path, subset: str, shapes: FileShapes) -> None:
         self._draft = draft

@@ -1,7 +1,7 @@
 """Heads trained by gradient steps on cached features: linear heads by LARS, attentive heads by AdamW.
 
-All learning rates train in one pass. Initialization and batches are keyed by the seed, so the same features give the same
-heads. G learning rates, B images of a batch, M images of a subset, F feature dimensions, K classes.
+All learning rates train in one pass. Initialization and batches are keyed by the seed, so the same features give the
+same heads. G learning rates, B images of a batch, M images of a subset, F feature dimensions, K classes.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence

@@ -2,8 +2,8 @@
 
 Uniform votes are scikit-learn's ``KNeighborsClassifier``; softmax votes with cosine similarities are DINO's protocol
 (Caron et al., 2021). The first class wins a tied vote, as in both. The first image in the order of the data wins a tied
-distance; scikit-learn leaves that to its heap. Blocks have fixed sizes, so that memory is bounded and a query's distances
-do not depend on the other queries. Q queries, M images, k neighbours.
+distance; scikit-learn leaves that to its heap. Blocks have fixed sizes, so that memory is bounded and a query's
+distances do not depend on the other queries. Q queries, M images, k neighbours.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
 """Logistic regression on cached features, with the solution of scikit-learn's ``LogisticRegression(C=...)``.
 
-The minimum of the mean cross-entropy plus |W|^2 / (2 C M), biases unpenalized, is unique: converged solvers agree on it.
-This solver stops at 1/1000 of scikit-learn's default tolerance. M images, F feature dimensions, K classes.
+The minimum of the mean cross-entropy plus |W|^2 / (2 C M), biases unpenalized, is unique: converged solvers agree on
+it. This solver stops at 1/1000 of scikit-learn's default tolerance. M images, F feature dimensions, K classes.
 """
 
 import logging
@@ -87,7 +87,7 @@ def _iter_chunks(train: LayerFeatures) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _feature_statistics(train: LayerFeatures) -> tuple[Tensor, Tensor]:
-    """Return mean [F] and standard deviation [F]; that of a constant feature is 1, as in scikit-learn's StandardScaler."""
+    """Return mean [F] and standard deviation [F], which is 1 for a constant feature (scikit-learn's StandardScaler)."""
     mean = sum(rows.sum(dim=0) for rows, _ in _iter_chunks(train)) / len(train)
     variance = sum((rows - mean).square().sum(dim=0) for rows, _ in _iter_chunks(train)) / len(train)
     assert isinstance(mean, Tensor), "train has images"

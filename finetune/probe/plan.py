@@ -156,7 +156,7 @@ def _check_probe_settings(cfg: FinetuneConfig, probe: ProbeConfig) -> None:
 
 
 def _check_features(plan: ProbePlan) -> None:
-    """Raise ConfigError if the encoder lacks the probed features, or their size or the number of images is too small."""
+    """Raise ConfigError if the encoder lacks the features, their size exceeds the limit, or images are too few."""
     cfg, probe, card = plan.cfg, plan.probe, plan.backbone
     if card is not None:
         settings = {"probe.layers": probe.layers, "probe.features": probe.features}
@@ -175,8 +175,8 @@ def _check_features(plan: ProbePlan) -> None:
         largest = "patches" if probe.reads_patches else "features"
         raise ConfigError(
             f"probe.gigabytes={probe.gigabytes:g}, but the {largest} of {sum(plan.image_counts.values()):,} images in "
-            f"{len(plan.layers)} layers take {format_bytes(plan.total_bytes)}: allow as much, or set data.per_class, fewer "
-            f"layers or other kinds"
+            f"{len(plan.layers)} layers take {format_bytes(plan.total_bytes)}: allow as much, or set data.per_class, "
+            f"fewer layers or other kinds"
         )
     if "knn" in probe.kinds and max(probe.k) > plan.image_counts["train"]:
         raise ConfigError(

@@ -1,8 +1,8 @@
 """Run of probes: extract the frozen encoder's features once, then fit every probe kind on every layer.
 
 A unit (a kind on a layer) is fitted by one rank without communication, so that results do not depend on the number of
-ranks. Ranks synchronise between slices of their units, which keeps collectives short and lets all ranks stop together on
-preemption. Each unit's result is saved; a resumed attempt reuses the cached features and saved results.
+ranks. Ranks synchronise between slices of their units, which keeps collectives short and lets all ranks stop together
+on preemption. Each unit's result is saved; a resumed attempt reuses the cached features and saved results.
 """
 
 import json
@@ -50,7 +50,7 @@ PROBE_METHODS: dict[ProbeKind, tuple[Callable[[ProbePlan, LayerFeatures], Resuma
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """Result of a unit: top-1 on data.val with the hyperparameter ``choice``, the best on the holdout if there is one."""
+    """Result of a unit: top-1 on data.val with the hyperparameter ``choice``, the best on the holdout if any."""
 
     top1: float
     choice: float
@@ -129,7 +129,7 @@ def compute_top1(predictions_GM: Tensor, features: LayerFeatures) -> list[float]
 
 
 def summarize_results(plan: ProbePlan, unit_results: dict[tuple[ProbeKind, int], ProbeResult]) -> dict[str, Any]:
-    """Return the metrics of each kind on the layer that is best on the holdout, and with ``probe.layers`` of each layer."""
+    """Return each kind's metrics on the layer that is best on the holdout, and with ``probe.layers`` on each layer."""
     metrics: dict[str, Any] = {}
     for kind in dict.fromkeys(plan.probe.kinds):
         by_layer = {layer: result for (unit_kind, layer), result in unit_results.items() if unit_kind == kind}

@@ -16,7 +16,7 @@ IOU_THRESHOLDS = tuple(round(0.5 + 0.05 * number, 2) for number in range(10))
 
 @dataclass(frozen=True, slots=True)
 class ImageDetections:
-    """Predicted boxes, float [N, 6], and true boxes, float [M, 5], of an evaluated image; ``image_id`` is its sample id.
+    """Predicted boxes, float [N, 6], and true boxes, float [M, 5], of an image; ``image_id`` is its sample id.
 
     Columns: left, top, right, bottom in pixels, class, and for predictions the score.
     """
@@ -37,7 +37,8 @@ def check_pycocotools() -> None:
 def compute_average_precision(detections: Sequence[ImageDetections], num_classes: int) -> np.ndarray:
     """Return the average precision [10, K] by ``IOU_THRESHOLDS`` and class; NaN for a class without true boxes.
 
-    The order of the images does not matter: equal scores rank by sample id. At most 100 boxes per image and class count.
+    The order of the images does not matter: equal scores rank by sample id. At most 100 boxes per image and class
+    count.
     """
     from pycocotools.cocoeval import COCOeval
 
@@ -54,7 +55,7 @@ def compute_average_precision(detections: Sequence[ImageDetections], num_classes
 
 
 def _to_coco(rows: Sequence[tuple[int, np.ndarray]], num_classes: int) -> Any:
-    """Return COCO annotations (left, top, width, height) of boxes by image id; ids start at 1: COCOeval takes id 0 for no match."""
+    """Return COCO's tables of boxes by image id. Annotation ids start at 1: COCOeval takes id 0 for no match."""
     from pycocotools.coco import COCO
 
     annotations: list[dict[str, Any]] = []

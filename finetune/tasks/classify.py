@@ -40,7 +40,7 @@ class ClassificationLoss:
     teacher: TeacherLoss | None = None
 
     def batch_weight(self, batch: Batch) -> Tensor:
-        """Return the sum of image weights: the class weight of a labelled image, 0 without a label, 1 with several classes."""
+        """Return the sum of image weights: class weight, or 0 without a label; with several classes 1 per image."""
         if batch.targets is not None:
             return (batch.ids >= 0).sum()
         labelled = batch.labels != _UNLABELLED
@@ -128,7 +128,7 @@ def build_classification(plan: FinetunePlan, device: torch.device) -> TrainingSe
 
 @torch.no_grad()
 def sum_batch_metrics(logits_BK: Tensor, labels_B: Tensor, valid_B: Tensor) -> Tensor:
-    """Return sums over the labelled images of a batch, float64 [4]: top-1 correct, top-5 correct, cross-entropy, images."""
+    """Return sums over labelled images, float64 [4]: top-1 correct, top-5 correct, cross-entropy, images."""
     labelled_B = valid_B & (labels_B != _UNLABELLED)
     predictions_B5 = logits_BK.topk(min(5, logits_BK.shape[1]), dim=1).indices
     correct_B5 = (predictions_B5 == labels_B[:, None]) & labelled_B[:, None]

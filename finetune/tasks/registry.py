@@ -21,7 +21,7 @@ from foveal.training.run import Run
 
 
 class ComputeMetrics(Protocol):
-    """Computes the metrics of a model on a subset of a split after a step, each sample once. Every rank must call it."""
+    """Compute metrics on a subset of a split after a step, each sample once. Every rank must call it."""
 
     def __call__(self, engine: Engine, run: Run, step: int, *, split: str, subset: SubsetName) -> dict[str, float]: ...
 
