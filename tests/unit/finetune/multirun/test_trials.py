@@ -214,10 +214,10 @@ def test_a_comparison_that_is_to_stop_early_does_not_fall(digits: Path, encoder:
     ],
 )
 def test_a_comparison_that_cannot_be_is_refused_before_it_begins(
-    further: dict[str, Any], kind: type[Exception], sentence: str, digits: Path, encoder: Path, tmp_path: Path
+    overrides: dict[str, Any], kind: type[Exception], sentence: str, digits: Path, encoder: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(kind, match=sentence):
-        plan_training(settings(digits, encoder, tmp_path / "run", **further), 1)
+        plan_training(settings(digits, encoder, tmp_path / "run", **overrides), 1)
 
 
 def test_several_rates_need_a_holdout_to_choose_by(digits: Path, encoder: Path, tmp_path: Path) -> None:
