@@ -173,8 +173,8 @@ def _resolve_student_blocks(
     for teacher_block, student_block in zip(teacher.target.blocks, blocks, strict=True):
         if not 1 <= teacher_block <= teacher.encoder.depth or not 1 <= student_block <= student.depth:
             raise ConfigError(
-                f"layers has the pair [{teacher_block}, {student_block}], but the teacher has blocks 1 to {teacher.encoder.depth} and "
-                f"{prefix}model has 1 to {student.depth}"
+                f"layers has the pair [{teacher_block}, {student_block}], but the teacher has blocks 1 to "
+                f"{teacher.encoder.depth} and {prefix}model has 1 to {student.depth}"
             )
     if cfg.lesson == "relations":
         heads = teacher.encoder.heads
@@ -239,14 +239,14 @@ def _check_batch_norm(cfg: DistillConfig, backbone: str) -> bool:
 def resolve_class_names(cfg: DistillConfig, teacher: TeacherSpec, sources: Sequence[SampleSource]) -> tuple[str, ...]:
     """Return the class names, those of the teacher if it has any.
 
-    Raises: ConfigError, DataError if the data's classes differ from the teacher's, or labels are missing or out of range.
+    Raises: ConfigError, DataError if the data's classes differ from the teacher's, or labels are missing or too high.
     """
     data_classes = sources[0].dataset.classes
     names = teacher.classes if teacher.has_class_names or data_classes is None else data_classes
     if len(names) != len(teacher.classes):
         raise ConfigError(
-            f"the teacher {teacher.path} has {len(teacher.classes)} classes, {sources[0].dataset.folder} has {len(names)}; "
-            f"they must be equal"
+            f"the teacher {teacher.path} has {len(teacher.classes)} classes, {sources[0].dataset.folder} has "
+            f"{len(names)}; they must be equal"
         )
     for source in sources:
         if source.dataset.classes is not None:
@@ -270,7 +270,8 @@ def _check_labels(cfg: DistillConfig, classes: tuple[str, ...], sources: Sequenc
     for source, label in zip(sources, highest, strict=True):
         if label >= len(classes):
             raise DataError(
-                f"{source.dataset.folder}: split '{source.split}' has label {label}, but there are {len(classes)} classes"
+                f"{source.dataset.folder}: split '{source.split}' has label {label}, but there are {len(classes)} "
+                f"classes"
             )
 
 

@@ -36,11 +36,11 @@ DISTANCES: dict[Distance, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def relation_losses(student_qkv: Tensor, teacher_qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    """TinyMIM's relations (Ren et al., 2023): divergences [B] of the Q-K and of the V-V relation, mean over heads and tokens.
+    """TinyMIM's divergences [B] of the Q-K and V-V relations, mean over heads and tokens (Ren et al., 2023).
 
-    ``student_qkv`` [B, N, 3 D] and ``teacher_qkv`` [B, N, 3 T] are concatenated queries, keys and values. Both are split
-    into the teacher's ``num_heads``, whatever the student's own number, as in MiniLMv2 (Wang et al., 2021): relations
-    [B, heads, N, N] do not depend on the width.
+    ``student_qkv`` [B, N, 3 D] and ``teacher_qkv`` [B, N, 3 T] are concatenated queries, keys and values. Both are
+    split into the teacher's ``num_heads``, whatever the student's own number, as in MiniLMv2 (Wang et al., 2021):
+    relations [B, heads, N, N] do not depend on the width.
     """
     teacher, student = _split_qkv(teacher_qkv, num_heads), _split_qkv(student_qkv, num_heads)
     return (

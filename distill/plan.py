@@ -43,8 +43,8 @@ class DistillPlan(Plan):
             lines.append(f"student   {student.display_name}{student.description}")
             if student.has_batch_norm:
                 lines.append(
-                    f"beware    {student.display_name} has BatchNorm, which normalises each microbatch on its rank: results "
-                    f"depend on world size and microbatch size ({self.world_size} and {self.microbatch_size})"
+                    f"beware    {student.display_name} has BatchNorm, which normalises each microbatch on its rank: "
+                    f"results depend on world size and microbatch size ({self.world_size} and {self.microbatch_size})"
                 )
         return lines
 
@@ -72,8 +72,8 @@ def plan(cfg: DistillConfig, ranks: int) -> DistillPlan:
     batch_norm_student = next((spec for spec in student_specs if spec.has_batch_norm), None)
     if batch_norm_student is not None and stage_plan.microbatch_size == 1:
         raise ConfigError(
-            f"{batch_norm_student.display_name} has BatchNorm, which cannot train on microbatches of 1 image; use a larger "
-            f"batch.at_once, or fewer ranks"
+            f"{batch_norm_student.display_name} has BatchNorm, which cannot train on microbatches of 1 image; use a "
+            f"larger batch.at_once, or fewer ranks"
         )
     if cfg.lesson in CLASS_METHODS:
         classes = resolve_class_names(cfg, teacher_spec, stage_plan.training_set.sources)
@@ -103,8 +103,8 @@ def resolve_students(cfg: DistillConfig) -> tuple[StudentConfig, ...]:
         raise ConfigError(f"a student cannot have the name {min(reserved)}, which is a file of an export")
     if len(names) > 1 and cfg.optim.clip is not None:
         raise ConfigError(
-            f"optim.clip={cfg.optim.clip:g} clips the norm of all gradients, which would make {len(names)} students depend "
-            f"on each other: set optim.clip=null, or train them one by one"
+            f"optim.clip={cfg.optim.clip:g} clips the norm of all gradients, which would make {len(names)} students "
+            f"depend on each other: set optim.clip=null, or train them one by one"
         )
     return tuple(
         _resolve_student(student, student, f"students.{number}.model") for number, student in enumerate(cfg.students)
@@ -137,13 +137,13 @@ def _check_settings(cfg: DistillConfig) -> None:
         raise ConfigError(f"layers has the pair {duplicate} twice")
     if cfg.lesson_cache.dir is not None and cfg.data.mix and not cfg.has_fixed_targets:
         raise ConfigError(
-            "lesson_cache.dir needs a fixed number of views, which data.mix does not have if views differ by epoch; remove "
-            "one of the two"
+            "lesson_cache.dir needs a fixed number of views, which data.mix does not have if views differ by epoch; "
+            "remove one of the two"
         )
     if cfg.lesson == "features" and not cfg.cls_weight and not cfg.patch_weight:
         raise ConfigError("cls_weight=0 and patch_weight=0 leave no loss; set one of them above 0")
     if cfg.lesson == "token" and cfg.label_weight in (0, 1):
         raise ConfigError(
-            f"lesson=token trains two heads, and label_weight={cfg.label_weight:g} leaves one without a loss; set it between "
-            f"0 and 1, exclusive, or use lesson=logits"
+            f"lesson=token trains two heads, and label_weight={cfg.label_weight:g} leaves one without a loss; set it "
+            f"between 0 and 1, exclusive, or use lesson=logits"
         )

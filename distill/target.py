@@ -12,8 +12,8 @@ CLASS_METHODS: tuple[DistillMethod, ...] = ("logits", "token")  # need a teacher
 class TeacherTarget:
     """What the teacher computes, the same for all students.
 
-    ``blocks`` are the teacher's blocks, counted from 1, one per pair of layers. ``heads`` and ``patch`` are the number of
-    the teacher's attention heads and its patch size, for methods in blocks. ``patches``: features include patch features.
+    ``blocks`` are the teacher's blocks, counted from 1, one per pair of layers. ``heads`` and ``patch`` are the
+    teacher's number of attention heads and patch size, for methods in blocks. ``patches``: features include patches.
     """
 
     kind: DistillMethod = "features"

@@ -46,10 +46,10 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, visible_indices: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Return the target of normalised images [B, C, H, W], or of their visible patches [B, K]; fp32 tensors [B, ...].
+        """Return the target of normalised images [B, C, H, W], or of their visible patches [B, K]; fp32 [B, ...].
 
-        features: class token [B, T] and patches [B, L, T]. layers: tokens [B, 1 + K, T] of each block. relations: queries,
-        keys and values [B, 1 + L, 3 T] of each block. logits: [B, classes]. token: predicted class, int64 [B].
+        features: class token [B, T] and patches [B, L, T]. layers: tokens [B, 1 + K, T] of each block. relations:
+        queries, keys and values [B, 1 + L, 3 T] of each block. logits: [B, classes]. token: predicted class, int64 [B].
         """
         with autocast(images.device, self._precision):
             outputs = _TARGET_FUNCTIONS[self.target.kind](self, images, visible_indices)

@@ -1,8 +1,8 @@
 """Teacher outputs on disk, for reuse by other students and other attempts.
 
-A file has a row of fixed size for every view of an image in a run. All ranks, and other runs, write concurrently and may
-be killed at any moment: a row is valid only if its checksum over file key, row number and content matches. Rows that are
-not valid are computed again. The file has holes where no row was written.
+A file has a row of fixed size for every view of an image in a run. All ranks, and other runs, write concurrently and
+may be killed at any moment: a row is valid only if its checksum over file key, row number and content matches. Invalid
+rows are computed again. The file has holes where no row was written.
 """
 
 import contextlib
@@ -165,7 +165,8 @@ def check_cache_size(
     if num_rows * row_bytes > max_gigabytes * 1e9:
         raise ConfigError(
             f"{setting_name}={max_gigabytes:g}, but the teacher's outputs for {num_rows:,} views of images take up to "
-            f"{format_bytes(num_rows * row_bytes)} ({format_bytes(row_bytes)} each): raise the limit, or disable the cache"
+            f"{format_bytes(num_rows * row_bytes)} ({format_bytes(row_bytes)} each): raise the limit, or disable the "
+            f"cache"
         )
 
 
