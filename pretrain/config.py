@@ -99,6 +99,6 @@ def _check_target(cfg: PretrainConfig) -> None:
         )
     if cfg.init is not None and not cfg.optim.warmup_epochs:
         raise ConfigError(
-            "init with optim.warmup_epochs=0: the first gradients of an untrained decoder would reach trained weights at "
-            "the full learning rate; set optim.warmup_epochs"
+            "init with optim.warmup_epochs=0: the first gradients of an untrained decoder would reach trained weights "
+            "at the full learning rate; set optim.warmup_epochs"
         )
