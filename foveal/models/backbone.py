@@ -99,9 +99,9 @@ def backbone_from_card(
     Raises: ExportError if the card is invalid.
     """
     with card_errors(where):
-        backbone_card = BackboneCard.from_dict(card, where)
-        num_classes = backbone_card.classes if num_classes is None else num_classes
-        return build_backbone(*backbone_card.build_args, num_classes=num_classes, drop_path=drop_path)
+        parsed_card = BackboneCard.from_dict(card, where)
+        num_classes = parsed_card.classes if num_classes is None else num_classes
+        return build_backbone(*parsed_card.build_args, num_classes=num_classes, drop_path=drop_path)
 
 
 def forward_pooled_and_map(backbone: Any, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,7 +221,7 @@ def count_head_classes(weights: dict[str, Tensor], name: str, image_size: int | 
 
 
 def check_resizable(card: BackboneCard, image_size: int | tuple[int, int], where: str) -> None:
-    """Raise ExportError if a timm model's weights do not fit another image size. Raises: ConfigError."""
+    """Raise ExportError if a timm model's weights do not fit another image size, ConfigError if timm cannot build it."""
     new, trained = (
         build_meta_backbone(card.timm, size, card.channels).state_dict() for size in (image_size, card.image_size)
     )
@@ -267,7 +267,7 @@ class PretrainedInfo:
 
 
 def get_pretrained_info(name: str) -> PretrainedInfo:
-    """Raises: ConfigError if timm has no such name."""
+    """Return timm's description of a name's pretrained weights. Raises: ConfigError if timm has no such name."""
     _check_timm_name(name)
     cfg: Any = timm.get_pretrained_cfg(name)
     first_layer = cfg.first_conv if isinstance(cfg.first_conv, str) else (cfg.first_conv or ("",))[0]

@@ -16,9 +16,9 @@ def resize_weights_from_card(
     weights: dict[str, Tensor], encoder: Encoder, card: dict[str, Any], where: str
 ) -> dict[str, Tensor]:
     """Return the weights of an encoder with this card (read from ``where``), resized to the grid of ``encoder``."""
-    encoder_card = EncoderCard.from_dict(card, where)
-    source_grid = encoder_card.patch_grid(encoder_card.image_size)
-    return resize_weights(weights, encoder, encoder_card.positions, source_grid)
+    parsed_card = EncoderCard.from_dict(card, where)
+    source_grid = parsed_card.patch_grid(parsed_card.image_size)
+    return resize_weights(weights, encoder, parsed_card.positions, source_grid)
 
 
 def resize_weights(

@@ -180,14 +180,14 @@ def encoder_from_card(
     ``where`` names the card's file in error messages. Raises: ExportError if the card is invalid.
     """
     with card_errors(where):
-        encoder_card = EncoderCard.from_dict(card, where)
+        parsed_card = EncoderCard.from_dict(card, where)
         return build_encoder(
-            encoder_card,
-            image_size=encoder_card.image_size,
-            channels=encoder_card.channels,
+            parsed_card,
+            image_size=parsed_card.image_size,
+            channels=parsed_card.channels,
             drop_path=drop_path,
-            pooling=encoder_card.pooling if pooling is None else pooling,
-            num_classes=encoder_card.classes if num_classes is None else num_classes,
+            pooling=parsed_card.pooling if pooling is None else pooling,
+            num_classes=parsed_card.classes if num_classes is None else num_classes,
         )
 
 
