@@ -78,7 +78,7 @@ def test_every_encoder_carries_a_detector(kind: str, shards: Path) -> None:
         ({"model": TINY, "label_smoothing": 0.1}, "label_smoothing is for images that have one class each"),
         ({"model": TINY, "pooling": "token"}, "with data.labels=boxes every patch is read: leave it out"),
         ({"trials": {"arms": {"a": None}, "lr_per_256": [1e-3]}, "model": TINY}, "top-1, which data.labels=boxes has"),
-        ({"data": {"val_size": 64}}, "cannot evaluate 1 at once of 64 x 64"),
+        ({"data": {"val_size": 64}}, "cannot evaluate a microbatch of 1 images of 64 x 64"),
         ({"detect": {"strides": [8, 16, 64]}}, "use strides from 1 to 48"),
         ({"model": TINY | {"patch": 16}, "detect": {"strides": [1, 16]}}, "use strides from 2 to 48"),
         ({"detect": {"strides": [8, 24]}}, "each must be the previous one times 2, 4, 8"),
