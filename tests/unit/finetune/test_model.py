@@ -152,8 +152,8 @@ def test_arms_of_a_comparison_may_be_of_any_kind(digits: Path, tmp_path: Path) -
         ({"backbone": "resnet19"}, "'resnet19' is not a model of timm"),
         ({"backbone": "densenet121", "drop_path": 0.1}, "'densenet121' has no drop path"),
         ({"backbone": "vgg11", "engine": {"recompute": True}}, "timm cannot recompute the activations of 'vgg11'"),
-        ({"backbone": "inception_v3"}, "'inception_v3' cannot learn from 16 images at once of 32 x 32 pixels"),
-        ({"backbone": "resnet18", "batch": {"at_once": 1}}, "'resnet18' cannot learn from 1 images at once"),
+        ({"backbone": "inception_v3"}, "'inception_v3' cannot train on a microbatch of 16 images of 32 x 32 pixels"),
+        ({"backbone": "resnet18", "batch": {"at_once": 1}}, "'resnet18' cannot train on a microbatch of 1 images"),
         ({"backbone": "deepseek_vit_412m_enc", "data": {"image_size": 56}}, "does not make one row of logits"),
     ],
 )

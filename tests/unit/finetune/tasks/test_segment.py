@@ -209,7 +209,7 @@ def test_a_classifier_of_timm_gives_its_weights_and_not_its_head(scenes: Path, t
         (
             {"model": None, "backbone": "resnet18", "batch": {"at_once": 1}},
             ConfigError,
-            "'resnet18' cannot learn to segment from 1 images at once of 16 x 16 pixels",
+            "'resnet18' cannot train segmentation on a microbatch of 1 images of 16 x 16 pixels",
         ),
     ],
 )
