@@ -325,7 +325,7 @@ def test_aliases_and_merges_stay(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["pipe.yaml", "/dev/zero"])
 def test_a_config_without_an_end(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "_PATIENCE", 0.2)
+    monkeypatch.setattr(config, "_READ_TIMEOUT", 0.2)
     os.mkfifo(tmp_path / "pipe.yaml")
     with pytest.raises(ConfigError, match=rf"{place}: "):
         read_yaml(tmp_path / place)
