@@ -1,4 +1,4 @@
-"""A read that stands still is left behind; one that goes on is waited for, however long it takes."""
+"""A stalled read is abandoned; a read with progress may take any time."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""What an engine would refuse, or what would pass it by, is refused before a run begins."""
+"""Engine settings that the engine would refuse or ignore are refused before a run begins."""
 
 from typing import Any
 
@@ -14,25 +14,25 @@ from foveal.errors import ConfigError, LaunchError
 from foveal.optim.optimizers import OptimConfig
 
 
-def check(ranks: int = 2, **chosen: Any) -> None:
-    check_engine_config(EngineConfig(**chosen), OptimConfig(), ranks, microbatch_size=1, accumulation_steps=1)
+def check(ranks: int = 2, **settings: Any) -> None:
+    check_engine_config(EngineConfig(**settings), OptimConfig(), ranks, microbatch_size=1, accumulation_steps=1)
 
 
 def test_an_engine_takes_the_optimizers_that_it_can() -> None:
-    def take(optimizer: str, **chosen: Any) -> None:
+    def take(optimizer: str, **settings: Any) -> None:
         check_engine_config(
-            EngineConfig(**chosen),
+            EngineConfig(**settings),
             OptimConfig.model_validate({"kind": optimizer}),
             2,
             microbatch_size=1,
             accumulation_steps=1,
         )
 
-    for optimizer, where in (("sgd", "ddp or fsdp2"), ("lars", "ddp")):
-        sentence = rf"optim\.kind={optimizer} does not run on DeepSpeed, .*sharding={where}$"
-        for chosen in ({}, {"kind": "accelerate", "sharding": "deepspeed"}):
+    for optimizer, sharding in (("sgd", "ddp or fsdp2"), ("lars", "ddp")):
+        sentence = rf"optim\.kind={optimizer} does not run on DeepSpeed, .*sharding={sharding}$"
+        for settings in ({}, {"kind": "accelerate", "sharding": "deepspeed"}):
             with pytest.raises(ConfigError, match=sentence):
-                take(optimizer, **chosen)
+                take(optimizer, **settings)
         take(optimizer, kind="accelerate")
     take("sgd", kind="accelerate", sharding="fsdp2")
     with pytest.raises(ConfigError, match=r"optim\.kind=lars needs the norms of whole weights"):
@@ -60,12 +60,12 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_is_refused_in_a_sentence(case: str) -> None:
-    chosen, sentence = REFUSED[case]
+    settings, sentence = REFUSED[case]
     with pytest.raises(ConfigError, match=sentence):
-        check(**chosen)
-    if "deepspeed" in chosen:
+        check(**settings)
+    if "deepspeed" in settings:
         with pytest.raises(ConfigError, match=sentence):
-            check(kind="accelerate", sharding="deepspeed", **chosen)
+            check(kind="accelerate", sharding="deepspeed", **settings)
 
 
 def test_what_can_be_is_let_through() -> None:
