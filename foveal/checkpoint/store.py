@@ -126,7 +126,7 @@ class CheckpointStore:
 
     def _prepare_folder(self) -> None:
         try:
-            self._shelf.create_and_clean()
+            self._directory.create_and_clean()
         except OSError as error:
             raise CheckpointError(
                 f"{self._root} cannot be written ({error}); set run.dir to a writable place"
@@ -198,7 +198,7 @@ class CheckpointStore:
 
     def oldest_resumable_step(self) -> int:
         """Return the step of the oldest checkpoint that a resume may use. For rank 0 only."""
-        return self._shelf.step_of_nth_newest(self._cfg.keep)
+        return self._directory.step_of_nth_newest(self._cfg.keep)
 
     # --- saving ---
 
