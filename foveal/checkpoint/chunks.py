@@ -161,12 +161,12 @@ class _ChunkIndex:
         for name in [*by_name, *sorted(self.shapes.keys() - by_name.keys())]:
             if name not in by_name or name not in self.shapes:
                 fault = (
-                    f"has {name}, which the model has not"
+                    f"has {name}, which the model lacks"
                     if name not in by_name
                     else f"lacks {name}, which the model has"
                 )
                 raise CheckpointError(
-                    f"{self.folder} {fault}; go on with the model that it was saved from, or start anew with "
+                    f"{self.folder} {fault}; continue with the model that it was saved from, or start anew with "
                     f"another run.dir"
                 )
             self._check_chunk(by_name[name])
@@ -175,7 +175,7 @@ class _ChunkIndex:
         name, shape = chunk.name, self.shapes[chunk.name]
         if shape != chunk.shape:
             raise CheckpointError(
-                f"{self.folder} has {name} in shape {list(shape)}, the model in {list(chunk.shape)}; go on with the "
+                f"{self.folder} has {name} in shape {list(shape)}, the model in {list(chunk.shape)}; continue with the "
                 f"model that it was saved from"
             )
         size = math.prod(shape)
@@ -195,15 +195,15 @@ class _ChunkIndex:
                         else f"has element {stored.start} twice"
                     )
                     raise CheckpointError(
-                        f"{self.folder} is not whole: it {fault} of {name} ({part}, {size} elements); remove it to "
-                        f"go on from the one before"
+                        f"{self.folder} is incomplete: it {fault} of {name} ({part}, {size} elements); remove it to "
+                        f"continue from the checkpoint before"
                     )
                 end = stored.stop
             for stored in stored_chunks:
                 if stored.dtype != _DTYPES[value.dtype]:
                     raise CheckpointError(
                         f"{stored.file} has {name} ({part}) as {stored.dtype}, the model as {_DTYPES[value.dtype]}; "
-                        f"go on with the model that it was saved from"
+                        f"continue with the model that it was saved from"
                     )
 
 
@@ -214,7 +214,7 @@ def _open_safetensors(file: Path) -> Iterator[Any]:
             yield handle
     except SafetensorError as error:
         raise CheckpointError(
-            f"{file} cannot be read ({error}); remove its folder to go on from the one before"
+            f"{file} cannot be read ({error}); remove its folder to continue from the checkpoint before"
         ) from None
     except OSError as error:
         raise StorageUnreachableError(f"{file} cannot be read ({error})") from None

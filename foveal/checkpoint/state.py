@@ -66,16 +66,14 @@ def check_same_science(saved: dict[str, Any], current: dict[str, Any], run_folde
     Raises: CheckpointError with every differing setting, its old and new value.
     """
     if not isinstance(saved, dict):
-        raise CheckpointError(
-            f"{run_folder} holds no settings of the run it is of: restore its science.json and finished.json"
-        )
+        raise CheckpointError(f"{run_folder} holds no settings of the run: restore its science.json and finished.json")
     names = sorted(name for name in saved.keys() | current.keys() if saved.get(name) != current.get(name))
     unknown = [name for name in names if not any(name == old or name.startswith(f"{old}.") for old in saved)]
     if names and unknown == names:
         listed = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
         raise CheckpointError(
-            f"{run_folder} was made by a foveal that knew no {listed}; go on with that version, or start anew with "
-            f"another run.dir or run.fresh=true"
+            f"{run_folder} was made by a foveal version without {listed}; continue with that version, or start anew "
+            f"with another run.dir or run.fresh=true"
         )
     if names:
         changes = ", ".join(f"{name} (was {saved.get(name)!r}, is {current.get(name)!r})" for name in names)

@@ -10,70 +10,23 @@ attempt's number: a superseded attempt that still publishes does no harm, becaus
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from foveal.atomic import (
-    DISK_FULL_ERRNOS,
-    disk_shortage,
-    draft_path,
-    format_bytes,
-    get_free_space,
-    publish_draft,
-    sha256,
-    write_json,
-)
+from foveal.atomic import disk_shortage, draft_path, publish_draft, sha256, write_json
 from foveal.checkpoint.chunks import TensorChunk, chunk_file_name, load_chunks, write_chunks
 from foveal.checkpoint.digests import has_valid_checksums
 from foveal.checkpoint.protocols import CheckpointableEngine, Communicator
 from foveal.checkpoint.retention import CheckpointConfig, CheckpointDirectory
+from foveal.checkpoint.save_result import PendingSave, RankSaveResult, SaveResult, format_os_error, rank_save_result
 from foveal.checkpoint.state import CHECKPOINT_FORMAT, TrainState, check_same_science, read_train_state
-from foveal.checkpoint.writer import BackgroundWriter, WriteResult, count_bytes
+from foveal.checkpoint.writer import BackgroundWriter, count_bytes
 from foveal.errors import AttemptSupersededError, CheckpointError, FovealError, StorageUnreachableError
 
 __all__ = ["CheckpointConfig", "CheckpointStore", "SaveResult", "TrainState", "check_same_science"]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class SaveResult:
-    """A published checkpoint. All times are those of the slowest rank.
-
-    stall_seconds: pause of training; write_seconds: time of the writing threads; sync_seconds: duration of the same
-    save without overlap, as before an exit.
-    """
-
-    step: int
-    stall_seconds: float
-    write_seconds: float
-    sync_seconds: float
-    num_bytes: int
-
-
-@dataclass
-class _PendingSave:
-    """A save in progress; the times are this rank's."""
-
-    folder: Path
-    state: TrainState
-    num_bytes: int
-    copy_seconds: float
-    wait_seconds: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class _RankSaveResult:
-    """A rank's result of a save, for all ranks; ``is_bug``: the error is no OSError."""
-
-    checksums: dict[str, str]
-    num_bytes: int
-    copy_seconds: float
-    wait_seconds: float
-    write_seconds: float
-    error: str | None
-    is_bug: bool
 
 
 class CheckpointStore:
@@ -101,7 +54,7 @@ class CheckpointStore:
         self._write_timeout = write_timeout_seconds
         self._directory = CheckpointDirectory(root, attempt, attempt_starts)
         self._writer = BackgroundWriter()
-        self._pending: _PendingSave | None = None
+        self._pending: PendingSave | None = None
         self._corrupt: set[Path] = set()
         self.latest_step: int | None = None  # of the checkpoint that was saved or found last
         self._run_on_rank0(self._prepare_folder)
@@ -126,7 +79,7 @@ class CheckpointStore:
 
     def _prepare_folder(self) -> None:
         try:
-            self._shelf.create_and_clean()
+            self._directory.create_and_clean()
         except OSError as error:
             raise CheckpointError(
                 f"{self._root} cannot be written ({error}); set run.dir to a writable place"
@@ -198,7 +151,7 @@ class CheckpointStore:
 
     def oldest_resumable_step(self) -> int:
         """Return the step of the oldest checkpoint that a resume may use. For rank 0 only."""
-        return self._shelf.step_of_nth_newest(self._cfg.keep)
+        return self._directory.step_of_nth_newest(self._cfg.keep)
 
     # --- saving ---
 
@@ -232,7 +185,7 @@ class CheckpointStore:
         state = replace(state, updates=engine.num_updates)
         copies = self._writer.snapshot(chunks)
         self._writer.start(lambda: self._write_files(draft_path(folder), copies, state))
-        self._pending = _PendingSave(folder, state, num_bytes, time.monotonic() - started_at)
+        self._pending = PendingSave(folder, state, num_bytes, time.monotonic() - started_at)
         return committed if self._cfg.overlap else self.wait_and_commit()
 
     def wait_and_commit(self) -> SaveResult | None:
@@ -262,8 +215,8 @@ class CheckpointStore:
         assert pending is not None, "no save is pending"
         write_result = self._writer.result()
         self._pending = None
-        results: list[_RankSaveResult] = self._world.all_gather_objects(
-            _rank_save_result(self._world.rank, pending, write_result)
+        results: list[RankSaveResult] = self._world.all_gather_objects(
+            rank_save_result(self._world.rank, pending, write_result)
         )
         outcome = self._run_on_rank0(lambda: self._publish_draft(pending, results, started_at))
         if any(result.is_bug for result in results):
@@ -285,7 +238,7 @@ class CheckpointStore:
         try:
             draft.mkdir()
         except OSError as error:
-            return _format_os_error(error, self._root, required_bytes)
+            return format_os_error(error, self._root, required_bytes)
         return None
 
     def _write_files(self, draft: Path, copies: Sequence[TensorChunk], state: TrainState) -> dict[str, str]:
@@ -298,7 +251,7 @@ class CheckpointStore:
         return checksums
 
     def _publish_draft(
-        self, pending: _PendingSave, results: list[_RankSaveResult], started_at: float
+        self, pending: PendingSave, results: list[RankSaveResult], started_at: float
     ) -> SaveResult | str:
         """Publish a draft and prune old checkpoints; if a rank failed, remove the draft and return the reason."""
         errors = [result.error for result in results if result.error]
@@ -311,7 +264,7 @@ class CheckpointStore:
                 self._raise_if_superseded(draft, folder)
                 publish_draft(draft, folder)
         except OSError as error:
-            errors = [f"rank 0: {_format_os_error(error, self._root, pending.num_bytes)}"]
+            errors = [f"rank 0: {format_os_error(error, self._root, pending.num_bytes)}"]
         if errors:
             self._raise_if_superseded(draft, folder)  # the error may be the newer attempt's removal of the draft
             self._directory.remove([draft])
@@ -339,30 +292,3 @@ class CheckpointStore:
     def _warn_no_checkpoint(self, step: int, reason: str) -> None:
         before = "there is none before it" if self.latest_step is None else f"the newest is of step {self.latest_step}"
         _log.warning("NO CHECKPOINT AT STEP %d: %s; training goes on, %s", step, reason, before)
-
-
-def _rank_save_result(rank: int, pending: _PendingSave, write_result: WriteResult) -> _RankSaveResult:
-    error = write_result.error
-    message = None
-    if isinstance(error, OSError):
-        message = f"rank {rank}: {_format_os_error(error, pending.folder.parent, pending.num_bytes)}"
-    elif error is not None:
-        message = f"rank {rank}: {error!r}"
-    return _RankSaveResult(
-        checksums=write_result.checksums,
-        num_bytes=pending.num_bytes,
-        copy_seconds=pending.copy_seconds,
-        wait_seconds=pending.wait_seconds,
-        write_seconds=write_result.seconds,
-        error=message,
-        is_bug=error is not None and not isinstance(error, OSError),
-    )
-
-
-def _format_os_error(error: OSError, root: Path, required_bytes: int) -> str:
-    """Return a file system's error; for a full disk with the free and the required space."""
-    if error.errno not in DISK_FULL_ERRNOS:
-        return str(error)
-    free, mount = get_free_space(root)
-    required = format_bytes(required_bytes)
-    return f"{error.strerror} ({mount} has {format_bytes(free)} left, and {required} were to be written)"

@@ -141,8 +141,8 @@ def test_the_file_is_an_ordinary_safetensors_file_of_the_digest_that_is_returned
 
 MODEL = [trained("a", (4, 2)), frozen("b", torch.arange(3.0))]
 WRONG = {
-    "another model has more": ([*MODEL, frozen("c", torch.ones(2))], r"lacks c, which the model has; go on with"),
-    "another model has less": (MODEL[:1], r"has b, which the model has not; go on with"),
+    "another model has more": ([*MODEL, frozen("c", torch.ones(2))], r"lacks c, which the model has; continue with"),
+    "another model has less": (MODEL[:1], r"has b, which the model lacks; continue with"),
     "another shape of the same size": (
         [trained("a", (2, 4)), MODEL[1]],
         r"has a in shape \[4, 2\], the model in \[2, 4\]",

@@ -123,7 +123,7 @@ def test_where_all_are_void_or_gone_the_run_does_not_begin_anew_by_itself(two: P
 @pytest.mark.parametrize("code", [errno.ESTALE, errno.EACCES, errno.EMFILE, errno.ETIMEDOUT])
 @pytest.mark.parametrize("times", [2, 99])
 def test_storage_that_does_not_answer_tears_no_checkpoint(code: int, times: int, two: Path, monkeypatch) -> None:
-    """A skipped checkpoint is invalid for good: reads are retried, then the start fails and no checkpoint is skipped."""
+    """A skipped checkpoint is invalid for good: reads are retried, then the start fails without a skip."""
     failing(monkeypatch, code, times)
     if times == 2:
         assert store(two).find_latest() == (two / name(20), state(20))
@@ -201,7 +201,7 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
 
 def test_other_science_is_named_with_both_values(tmp_path: Path) -> None:
     check_same_science(SCIENCE, dict(SCIENCE), tmp_path)
-    with pytest.raises(CheckpointError, match=r"a foveal that knew no erase, mixup; go on with that version"):
+    with pytest.raises(CheckpointError, match=r"a foveal version without erase, mixup; continue with that version"):
         check_same_science(SCIENCE, SCIENCE | {"mixup": 0.0, "erase": 0.0}, tmp_path)
     with pytest.raises(CheckpointError, match=r"other science: attack\.kind \(was None, is 'pgd'\)"):
         check_same_science(SCIENCE | {"attack": None}, SCIENCE | {"attack.kind": "pgd"}, tmp_path)
