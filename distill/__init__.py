@@ -1,1 +1,1 @@
-"""The second stage: what a frozen teacher knows is the lesson of one student or several."""
+"""Stage 2, distillation: one or several students learn from a frozen teacher."""

@@ -1,4 +1,4 @@
-"""Whether students can follow a teacher: what cards and settings tell of both, and every sentence why not."""
+"""Compatibility of teacher and students, checked from cards and settings before a run begins."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,12 +28,12 @@ from foveal.models.timm_vit import explain_no_fused_qkv
 from foveal.models.vit import EncoderCard, ResolvedVitConfig, VitConfig, encoder_card
 from foveal.weights.export import Card
 
-_DEFAULT_DEPTH_FRACTION = 0.75  # of the depth: where DMAE and TinyMIM found the best layer
+_DEFAULT_DEPTH_FRACTION = 0.75  # of the depth: the best layer in DMAE and TinyMIM
 
 
 @dataclass(frozen=True)
 class FeatureShape:
-    """Of what a model makes: numbers of a whole image's feature and of a place's, and the places as (rows, columns)."""
+    """Widths of a model's pooled feature and of its patch features, and the patch grid as (rows, columns)."""
 
     pooled_width: int
     patch_width: int
@@ -46,7 +46,7 @@ class FeatureShape:
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """A teacher as its card has it, and what it is asked. ``encoder`` is nothing for a model of timm as it is."""
+    """A teacher as its card describes it, and the target it computes. ``encoder`` is None for a timm backbone."""
 
     path: str
     target: TeacherTarget
@@ -59,7 +59,7 @@ class TeacherSpec:
 
 @dataclass(frozen=True)
 class StudentSpec:
-    """A student with all its sizes, and the card of its export; ``blocks`` are those that are compared."""
+    """A student with its resolved sizes and the card of its export; ``blocks`` are the compared blocks, from 1."""
 
     name: str
     model: ResolvedVitConfig | None
@@ -71,12 +71,12 @@ class StudentSpec:
 
     @property
     def display_name(self) -> str:
-        """Its name, or that it is the only one."""
+        """The student's name, or "the student" for a single one."""
         return self.name or "the student"
 
     @property
     def description(self) -> str:
-        """What it is, and how deep it is asked."""
+        """Model, sizes and compared blocks, as shown in the plan."""
         blocks = f", blocks {', '.join(map(str, self.blocks))}" if self.blocks else ""
         if self.model is None:
             return f": {self.backbone}{blocks}"
@@ -84,67 +84,68 @@ class StudentSpec:
 
 
 def build_teacher_spec(cfg: DistillConfig, card: Card) -> TeacherSpec:
-    """What the teacher of this card is asked. Raises: ConfigError, ExportError."""
-    where, size = cfg.teacher, cfg.data.image_size
-    told = parse_encoder_card(card.encoder, f"{where}/card.json")
-    if told.channels != cfg.data.channels:
-        raise _mismatch_error(where, "channels", told.channels, "data.channels", cfg.data.channels)
-    if cfg.lesson in CLASS_METHODS and not told.classes:
+    """Return the teacher of this card with the target it computes. Raises: ConfigError, ExportError."""
+    path = cfg.teacher
+    model_card = parse_encoder_card(card.encoder, f"{path}/card.json")
+    if model_card.channels != cfg.data.channels:
+        raise _mismatch_error(path, "channels", model_card.channels, "data.channels", cfg.data.channels)
+    if cfg.lesson in CLASS_METHODS and not model_card.classes:
         raise ExportError(
-            f"the teacher {where} has no head, and lesson={cfg.lesson} is in classes; give the export of a fine-tuning"
+            f"the teacher {path} has no classification head, and lesson={cfg.lesson} needs one; give the export of a "
+            f"fine-tuning run"
         )
-    encoder = told if isinstance(told, EncoderCard) else None
+    encoder = model_card if isinstance(model_card, EncoderCard) else None
     if cfg.lesson in BLOCK_METHODS and encoder is None:
-        assert isinstance(told, BackboneCard)
+        assert isinstance(model_card, BackboneCard)
         raise ExportError(
-            f"the teacher {where} is timm's {told.timm} as it is, and lesson={cfg.lesson} reads the blocks of a plain "
-            f"transformer; take lesson=features or logits"
+            f"the teacher {path} is the timm backbone {model_card.timm}, and lesson={cfg.lesson} reads the blocks of a "
+            f"foveal encoder; use lesson=features or logits"
         )
     if cfg.lesson == "features" and encoder is not None and encoder.pooling == "avg":
         raise ExportError(
-            f"the teacher {where} was fine-tuned with pooling=avg and has no norm behind its tokens; "
+            f"the teacher {path} was fine-tuned with pooling=avg and has no norm after its tokens; "
             f"give a pretrained encoder, or one fine-tuned with pooling=token"
         )
     return TeacherSpec(
-        path=where,
+        path=path,
         target=_build_target(cfg, encoder),
-        feature_shape=_card_feature_shape(cfg, told) if cfg.lesson == "features" else None,
+        feature_shape=_card_feature_shape(cfg, model_card) if cfg.lesson == "features" else None,
         encoder=encoder,
-        # Foreign weights need not say what their classes are called.
-        classes=card.classes or tuple(map(str, range(told.classes))),
+        # Foreign weights may have no class names.
+        classes=card.classes or tuple(map(str, range(model_card.classes))),
         has_class_names=bool(card.classes),
-        resized_from=_teacher_trained_size(told, size, where),
+        resized_from=_teacher_trained_size(model_card, cfg.data.image_size, path),
     )
 
 
 def check_compatible(
     cfg: DistillConfig, teacher: TeacherSpec, name: str, model: VitConfig | None, backbone: str | None
 ) -> StudentSpec:
-    """A student that can follow. Raises: ConfigError, ExportError."""
+    """Return the student with its resolved sizes. Raises: ConfigError, ExportError if it does not fit the teacher."""
     size, channels = cfg.data.image_size, cfg.data.channels
-    called = f"students.{name}." if name else ""
-    classes = len(teacher.classes) if cfg.lesson in CLASS_METHODS else 0
+    prefix = f"students.{name}." if name else ""
+    num_classes = len(teacher.classes) if cfg.lesson in CLASS_METHODS else 0
     if cfg.lesson == "token":
-        _check_distillation_token(called, model, backbone, cfg)
+        _check_distillation_token(prefix, model, backbone, cfg)
     if backbone is not None:
         if cfg.lesson in BLOCK_METHODS:
             raise ConfigError(
-                f"lesson={cfg.lesson} reads the blocks of a plain transformer, and {called}backbone={backbone} is timm's "
-                f"as it is; give {called}model instead"
+                f"lesson={cfg.lesson} reads the blocks of a foveal encoder, and {prefix}backbone={backbone} is a timm "
+                f"backbone; set {prefix}model instead"
             )
         shape = _backbone_feature_shape(cfg, backbone) if cfg.lesson == "features" else None
-        _check_grids(cfg, teacher, f"{called}backbone={backbone}", shape)
-        card = backbone_card(backbone, size, channels, classes)
+        _check_grids(cfg, teacher, f"{prefix}backbone={backbone}", shape)
+        card = backbone_card(backbone, size, channels, num_classes)
         return StudentSpec(name, None, backbone, shape, (), card, has_batch_norm=_check_batch_norm(cfg, backbone))
     assert model is not None
     sizes = model.resolve_for_image(size)
     if teacher.encoder is not None and sizes.patch != teacher.encoder.patch and _compares_patches(cfg):
-        raise _mismatch_error(teacher.path, "patch", teacher.encoder.patch, f"{called}model.patch", sizes.patch)
+        raise _mismatch_error(teacher.path, "patch", teacher.encoder.patch, f"{prefix}model.patch", sizes.patch)
     shape = _vit_feature_shape(sizes, size)
-    _check_grids(cfg, teacher, f"{called}model", shape)
+    _check_grids(cfg, teacher, f"{prefix}model", shape)
     pooling = cfg.pooling if cfg.lesson == "logits" else "token"
-    card = encoder_card(model, size, channels, pooling=pooling, num_classes=classes)
-    return StudentSpec(name, sizes, None, shape, _resolve_student_blocks(cfg, teacher, sizes, called), card)
+    card = encoder_card(model, size, channels, pooling=pooling, num_classes=num_classes)
+    return StudentSpec(name, sizes, None, shape, _resolve_student_blocks(cfg, teacher, sizes, prefix), card)
 
 
 def _build_target(cfg: DistillConfig, encoder: EncoderCard | None) -> TeacherTarget:
@@ -153,39 +154,38 @@ def _build_target(cfg: DistillConfig, encoder: EncoderCard | None) -> TeacherTar
     assert encoder is not None
     blocks = tuple(pair[0] for pair in cfg.layers) or (max(1, round(_DEFAULT_DEPTH_FRACTION * encoder.depth)),)
     if cfg.lesson == "layers":
-        count_visible(
-            encoder.patch_grid(cfg.data.image_size)[0] * encoder.patch_grid(cfg.data.image_size)[1], cfg.mask_ratio
-        )
-    elif oddity := explain_no_fused_qkv(encoder.name):
-        raise ExportError(f"the teacher {cfg.teacher}, '{encoder.name}', has no relations to tell: {oddity}")
+        rows, columns = encoder.patch_grid(cfg.data.image_size)
+        count_visible(rows * columns, cfg.mask_ratio)  # raises for an unusable ratio
+    elif reason := explain_no_fused_qkv(encoder.name):
+        raise ExportError(f"the teacher {cfg.teacher}, '{encoder.name}', does not support lesson=relations: {reason}")
     return TeacherTarget(cfg.lesson, blocks, encoder.heads, encoder.patch)
 
 
 def _resolve_student_blocks(
     cfg: DistillConfig, teacher: TeacherSpec, student: ResolvedVitConfig, prefix: str
 ) -> tuple[int, ...]:
-    """The student's blocks that are compared, once the pairs exist and can be."""
+    """Return the student's compared blocks. Raises: ConfigError if a pair does not exist or cannot be compared."""
     if cfg.lesson not in BLOCK_METHODS:
         return ()
     assert teacher.encoder is not None
-    deep = student.depth if cfg.lesson == "relations" else max(1, round(_DEFAULT_DEPTH_FRACTION * student.depth))
-    blocks = tuple(pair[1] for pair in cfg.layers) or (deep,)
-    for hers, his in zip(teacher.target.blocks, blocks, strict=True):
-        if not 1 <= hers <= teacher.encoder.depth or not 1 <= his <= student.depth:
+    default = student.depth if cfg.lesson == "relations" else max(1, round(_DEFAULT_DEPTH_FRACTION * student.depth))
+    blocks = tuple(pair[1] for pair in cfg.layers) or (default,)
+    for teacher_block, student_block in zip(teacher.target.blocks, blocks, strict=True):
+        if not 1 <= teacher_block <= teacher.encoder.depth or not 1 <= student_block <= student.depth:
             raise ConfigError(
-                f"layers has the pair [{hers}, {his}], but the teacher has blocks 1 to {teacher.encoder.depth} and "
-                f"{prefix}model has 1 to {student.depth}"
+                f"layers has the pair [{teacher_block}, {student_block}], but the teacher has blocks 1 to "
+                f"{teacher.encoder.depth} and {prefix}model has 1 to {student.depth}"
             )
     if cfg.lesson == "relations":
         heads = teacher.encoder.heads
         if student.width % heads:
             nearest = heads * max(1, round(student.width / heads))
             raise ConfigError(
-                f"{prefix}model.width={student.width} cannot be divided among the teacher's {heads} heads, in which "
-                f"relations are compared; {nearest} can"
+                f"{prefix}model.width={student.width} is not divisible by the teacher's {heads} heads, in which "
+                f"relations are compared; {nearest} is"
             )
-        if oddity := explain_no_fused_qkv(student.name):
-            raise ConfigError(f"{prefix}model.name='{student.name}' has no relations to tell: {oddity}")
+        if reason := explain_no_fused_qkv(student.name):
+            raise ConfigError(f"{prefix}model.name='{student.name}' does not support lesson=relations: {reason}")
     return blocks
 
 
@@ -194,7 +194,7 @@ def _compares_patches(cfg: DistillConfig) -> bool:
 
 
 def _check_grids(cfg: DistillConfig, teacher: TeacherSpec, student: str, student_shape: FeatureShape | None) -> None:
-    """Features are compared place by place. Raises: ConfigError."""
+    """Raise: ConfigError if patch features are compared and the grids differ."""
     if (
         not _compares_patches(cfg)
         or teacher.feature_shape is None
@@ -202,27 +202,33 @@ def _check_grids(cfg: DistillConfig, teacher: TeacherSpec, student: str, student
         or teacher.feature_shape.grid == student_shape.grid
     ):
         return
-    hers, his = (f"{rows} x {columns}" for rows, columns in (teacher.feature_shape.grid, student_shape.grid))
+    teacher_grid, student_grid = (
+        f"{rows} x {columns}" for rows, columns in (teacher.feature_shape.grid, student_shape.grid)
+    )
     raise ConfigError(
-        f"the teacher {teacher.path} has features of {hers} places, {student} has {his}; patch_weight=0 compares the whole "
-        f"image's alone"
+        f"the teacher {teacher.path} has {teacher_grid} patch features, {student} has {student_grid}; patch_weight=0 "
+        f"compares pooled features only"
     )
 
 
 def _check_distillation_token(prefix: str, model: VitConfig | None, backbone: str | None, cfg: DistillConfig) -> None:
     if model is not None:
-        fits = model.resolve().registers > 0
+        has_token = model.resolve().registers > 0
     else:
-        fits = has_distillation_token(build_meta_backbone(backbone or "", cfg.data.image_size, cfg.data.channels))
-    if not fits:
+        has_token = has_distillation_token(build_meta_backbone(backbone or "", cfg.data.image_size, cfg.data.channels))
+    if not has_token:
+        student = f"{prefix}backbone={backbone}" if backbone else f"{prefix}model"
         raise ConfigError(
-            f"lesson=token teaches a distillation token, which {prefix}{f'backbone={backbone}' if backbone else 'model'} has "
-            f"not; give {prefix}model.registers=1, or a backbone such as deit_tiny_distilled_patch16_224"
+            f"lesson=token trains a distillation token, and {student} has none; set {prefix}model.registers=1, or a "
+            f"backbone such as deit_tiny_distilled_patch16_224"
         )
 
 
 def _check_batch_norm(cfg: DistillConfig, backbone: str) -> bool:
-    """Whether a model of timm has BatchNorm. Raises: ConfigError where it is to recompute activations and cannot."""
+    """Return whether a timm backbone has BatchNorm.
+
+    Raises: ConfigError if engine.recompute is set and the backbone does not support it.
+    """
     size, channels = cfg.data.image_size, cfg.data.channels
     if cfg.engine.recompute:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
@@ -231,13 +237,16 @@ def _check_batch_norm(cfg: DistillConfig, backbone: str) -> bool:
 
 
 def resolve_class_names(cfg: DistillConfig, teacher: TeacherSpec, sources: Sequence[SampleSource]) -> tuple[str, ...]:
-    """The names of the classes: the data's are the teacher's, and labels are among them. Raises: DataError, ConfigError."""
-    ours = sources[0].dataset.classes
-    names = teacher.classes if teacher.has_class_names or ours is None else ours
+    """Return the class names, those of the teacher if it has any.
+
+    Raises: ConfigError, DataError if the data's classes differ from the teacher's, or labels are missing or too high.
+    """
+    data_classes = sources[0].dataset.classes
+    names = teacher.classes if teacher.has_class_names or data_classes is None else data_classes
     if len(names) != len(teacher.classes):
         raise ConfigError(
-            f"the teacher {teacher.path} knows {len(teacher.classes)} classes, {sources[0].dataset.folder} has {len(names)}; "
-            f"they must be equal"
+            f"the teacher {teacher.path} has {len(teacher.classes)} classes, {sources[0].dataset.folder} has "
+            f"{len(names)}; they must be equal"
         )
     for source in sources:
         if source.dataset.classes is not None:
@@ -251,9 +260,9 @@ def _check_labels(cfg: DistillConfig, classes: tuple[str, ...], sources: Sequenc
         return
     folder, weight = sources[0].dataset.folder, f"label_weight={cfg.label_weight:g}"
     if all(source.dataset.classes is None for source in sources):
-        way = "" if cfg.lesson == "token" else ", or set label_weight=0"
+        alternative = "" if cfg.lesson == "token" else ", or set label_weight=0"
         raise ConfigError(
-            f"{weight}, but the samples of {folder} have no classes; index shards that hold .cls members{way}"
+            f"{weight}, but the samples of {folder} have no classes; index shards that hold .cls members{alternative}"
         )
     highest = [int(source.dataset.labels(source.split).max()) for source in sources]
     if max(highest) < 0:
@@ -261,22 +270,25 @@ def _check_labels(cfg: DistillConfig, classes: tuple[str, ...], sources: Sequenc
     for source, label in zip(sources, highest, strict=True):
         if label >= len(classes):
             raise DataError(
-                f"{source.dataset.folder}: split '{source.split}' has label {label}, but there are {len(classes)} classes"
+                f"{source.dataset.folder}: split '{source.split}' has label {label}, but there are {len(classes)} "
+                f"classes"
             )
 
 
 def _check_same_classes(
     teacher: str, teacher_classes: tuple[str, ...], folder: str, data_classes: tuple[str, ...]
 ) -> None:
-    different = next((at for at, (a, b) in enumerate(zip(teacher_classes, data_classes, strict=False)) if a != b), None)
-    if different is not None:
+    pairs = enumerate(zip(teacher_classes, data_classes, strict=False))
+    mismatch = next((index for index, (a, b) in pairs if a != b), None)
+    if mismatch is not None:
         raise ConfigError(
-            f"class {different} is '{teacher_classes[different]}' for the teacher {teacher} and '{data_classes[different]}' in {folder}; "
-            f"names and order must be equal"
+            f"class {mismatch} is '{teacher_classes[mismatch]}' for the teacher {teacher} and "
+            f"'{data_classes[mismatch]}' in {folder}; names and order must be equal"
         )
     if len(teacher_classes) != len(data_classes):
         raise ConfigError(
-            f"the teacher {teacher} knows {len(teacher_classes)} classes, {folder} has {len(data_classes)}; names and order must be equal"
+            f"the teacher {teacher} has {len(teacher_classes)} classes, {folder} has {len(data_classes)}; names and "
+            f"order must be equal"
         )
 
 
@@ -285,12 +297,12 @@ def _vit_feature_shape(sizes: ResolvedVitConfig, size: int | tuple[int, int]) ->
 
 
 def _backbone_feature_shape(cfg: DistillConfig, name: str) -> FeatureShape:
-    """Without patches its last map, if it has one, is not looked at."""
+    """Return the feature shape of a timm backbone; without patch_weight it may have no feature map."""
     size, channels = cfg.data.image_size, cfg.data.channels
     if not cfg.patch_weight:
         return FeatureShape(infer_pooled_width(name, size, channels), 0, (0, 0))
-    whole, (place, rows, columns) = infer_feature_shapes(name, size, channels)
-    return FeatureShape(whole, place, (rows, columns))
+    pooled_width, (patch_width, rows, columns) = infer_feature_shapes(name, size, channels)
+    return FeatureShape(pooled_width, patch_width, (rows, columns))
 
 
 def _card_feature_shape(cfg: DistillConfig, card: EncoderCard | BackboneCard) -> FeatureShape:
@@ -300,16 +312,19 @@ def _card_feature_shape(cfg: DistillConfig, card: EncoderCard | BackboneCard) ->
 
 
 def _teacher_trained_size(
-    card: EncoderCard | BackboneCard, size: int | tuple[int, int], where: str
+    card: EncoderCard | BackboneCard, size: int | tuple[int, int], path: str
 ) -> int | tuple[int, int] | None:
-    """The size of the teacher's own images, if it is another. Raises: ConfigError, ExportError where it cannot be."""
+    """Return the teacher's training image size if it is not ``size``.
+
+    Raises: ConfigError, ExportError if the teacher cannot be resized.
+    """
     if isinstance(card, EncoderCard):
         return card.trained_size_if_different(size)
-    check_resizable(card, size, f"the teacher {where}")
+    check_resizable(card, size, f"the teacher {path}")
     return None if card.image_size == size else card.image_size
 
 
-def _mismatch_error(where: str, name: str, teacher_value: int, setting: str, student_value: int) -> ExportError:
+def _mismatch_error(path: str, name: str, teacher_value: int, setting: str, student_value: int) -> ExportError:
     return ExportError(
-        f"the teacher {where} has {name} {teacher_value}, the student's {setting} is {student_value}; they must be equal"
+        f"the teacher {path} has {name} {teacher_value}, the student's {setting} is {student_value}; they must be equal"
     )

@@ -1,4 +1,4 @@
-"""The settings of distillation."""
+"""Settings of distillation."""
 
 from distill.losses import Distance
 from distill.target import DistillMethod
@@ -9,7 +9,7 @@ from foveal.training.plan import StageConfig
 
 
 class StudentVitConfig(VitConfig):
-    """An encoder that is small unless its name says otherwise."""
+    """An encoder, a ViT-S/16 by default."""
 
     name: str = science("vit_small_patch16_224", "timm name of a plain, rotary or relative vision transformer")
 
@@ -17,56 +17,52 @@ class StudentVitConfig(VitConfig):
 class StudentConfig(Config):
     """One of several students of one teacher."""
 
-    name: str = science(description="Its folder in export/, and the beginning of its numbers' names.")
-    model: StudentVitConfig | None = science(None, "The student.")
-    backbone: str | None = science(None, "Any model of timm as it is, instead of model.")
+    name: str = science(description="Name of the student's folder in export/ and prefix of its metrics.")
+    model: StudentVitConfig | None = science(None, "The student encoder.")
+    backbone: str | None = science(None, "timm name of any model, instead of model.")
 
 
 class TeacherCacheConfig(Config):
-    """The teacher's answers on disk, for who trains on the same views again: other students, or images without augmentation."""
+    """Teacher outputs on disk, reused by runs on the same views: other students, or images without augmentation."""
 
     dir: str | None = machine(
-        None, "A folder that all ranks see, or one on each node; none: the teacher is always asked."
+        None, "Folder of the cache, shared or local to each node; null: the teacher runs at every step."
     )
-    gigabytes: float = machine(50.0, "The most that one run's answers may take.", gt=0)
+    gigabytes: float = machine(50.0, "Maximum size of one run's cache, in GB.", gt=0)
 
 
 class DistillConfig(StageConfig):
     """Students that learn from a teacher, on the same view of the same image."""
 
-    teacher: str = machine(description="The teacher's export folder; what is in it is science, where it lies is not.")
+    teacher: str = machine(description="The teacher's export folder. Its content is science, its path is not.")
     teacher_name: str | None = science(
-        None, "Timm's name of a teacher that is no export: teacher is then a safetensors file, or a folder with one."
+        None, "timm name of a teacher without a card; teacher is then a safetensors file or a folder with one."
     )
-    model: StudentVitConfig | None = science(None, "The student; vit_small_patch16_224, if nothing else is said.")
-    backbone: str | None = science(None, "Any model of timm as it is, instead of model.")
-    students: tuple[StudentConfig, ...] = science((), "Several students at once, instead of model and backbone.")
+    model: StudentVitConfig | None = science(None, "The student encoder; null: vit_small_patch16_224.")
+    backbone: str | None = science(None, "timm name of any model, instead of model.")
+    students: tuple[StudentConfig, ...] = science((), "Several students in one run, instead of model and backbone.")
     lesson: DistillMethod = science(
         "features",
-        "What is imitated: final features; tokens of layers, of visible patches alone (DMAE); relations of queries and "
-        "keys and of values (TinyMIM); logits; or the teacher's guess, by a distillation token (DeiT).",
+        "Method: features (final features), layers (block tokens of visible patches, DMAE), relations (query-key and "
+        "value-value relations, TinyMIM), logits (soft labels), token (hard labels for a distillation token, DeiT).",
     )
-    distance: Distance = science(
-        "cosine", "How far a student's token is from the teacher's, for features and layers (DMAE: l1)."
-    )
+    distance: Distance = science("cosine", "Distance between student and teacher tokens, for features and layers.")
     cls_weight: float = science(1.0, "Weight of the class token's distance, for features.", ge=0)
     patch_weight: float = science(1.0, "Weight of the patches' mean distance, for features.", ge=0)
     layers: tuple[tuple[int, int], ...] = science(
         (),
-        "Pairs [teacher's block, student's block], counted from 1, for layers and relations; none: three quarters deep in "
-        "both, for relations with the student's last.",
+        "Pairs [teacher block, student block], counted from 1, for layers and relations; empty: at 3/4 of the depth, "
+        "for relations with the student's last block.",
     )
-    mask_ratio: float = science(0.75, "Share of the patches that nobody sees, for layers.", gt=0, lt=1)
-    pixel_weight: float = science(1.0, "Weight of the student's own reconstruction, for layers; 0: no decoder.", ge=0)
-    norm_pix: bool = science(True, "Reconstruct pixels normalised patch by patch, for layers.")
+    mask_ratio: float = science(0.75, "Fraction of patches masked for teacher and student, for layers.", gt=0, lt=1)
+    pixel_weight: float = science(1.0, "Weight of the student's pixel reconstruction, for layers; 0: no decoder.", ge=0)
+    norm_pix: bool = science(True, "Normalise the reconstructed pixels per patch, for layers.")
     decoder: DecoderConfig = DecoderConfig()
-    temperature: float = science(3.0, "What logits are divided by, for logits.", gt=0)
+    temperature: float = science(3.0, "Softmax temperature, for logits.", gt=0)
     label_weight: float = science(
-        0.5, "Weight of the labels, for logits and token; the teacher has the rest.", ge=0, le=1
+        0.5, "Weight of the label loss, for logits and token; the teacher loss has the rest.", ge=0, le=1
     )
-    pooling: Pooling = science(
-        "avg", "What the head of model reads, for logits: the patches' mean, or the class token."
-    )
+    pooling: Pooling = science("avg", "Input of the encoder's head, for logits: mean of the patches, or class token.")
     lesson_cache: TeacherCacheConfig = TeacherCacheConfig()
 
     @property
@@ -75,5 +71,5 @@ class DistillConfig(StageConfig):
 
     @property
     def has_fixed_targets(self) -> bool:
-        """Whether the teacher says the same of an image in every epoch."""
+        """Whether the teacher's output for an image is the same in every epoch."""
         return self.data.augment.is_deterministic and self.lesson != "layers"

@@ -1,4 +1,4 @@
-"""How far an answer is from a lesson, image by image: arithmetic on tensors, without parameters and without randomness.
+"""Per-image losses between student and teacher outputs, without parameters and without randomness.
 
 B images, N tokens, D student width, T teacher width, K classes.
 """
@@ -19,12 +19,12 @@ def cosine_distance(pred: Tensor, target: Tensor) -> Tensor:
 
 
 def smooth_l1_distance(pred: Tensor, target: Tensor) -> Tensor:
-    """The Huber loss with threshold 1 of two [..., T], mean over T, as [...]."""
+    """Huber loss with threshold 1 of two [..., T], mean over T, as [...]."""
     return F.smooth_l1_loss(pred, target, reduction="none").mean(dim=-1)
 
 
 def l1_distance(pred: Tensor, target: Tensor) -> Tensor:
-    """The absolute difference of two [..., T], mean over T, as [...]."""
+    """Absolute difference of two [..., T], mean over T, as [...]."""
     return (pred - target).abs().mean(dim=-1)
 
 
@@ -36,15 +36,16 @@ DISTANCES: dict[Distance, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def relation_losses(student_qkv: Tensor, teacher_qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    """TinyMIM's relations (Ren et al., 2023): divergences [B] of the Q-K and of the V-V relation, mean over heads and tokens.
+    """TinyMIM's divergences [B] of the Q-K and V-V relations, mean over heads and tokens (Ren et al., 2023).
 
-    ``answer`` [B, N, 3 D] and ``lesson`` [B, N, 3 T] are queries, keys and values side by side. Both are split into the
-    teacher's ``heads``, whatever the student's own are, as in MiniLMv2 (Wang et al., 2021): relations [B, heads, N, N]
-    have no width.
+    ``student_qkv`` [B, N, 3 D] and ``teacher_qkv`` [B, N, 3 T] are concatenated queries, keys and values. Both are
+    split into the teacher's ``num_heads``, whatever the student's own number, as in MiniLMv2 (Wang et al., 2021):
+    relations [B, heads, N, N] do not depend on the width.
     """
-    hers, his = (each.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4) for each in (teacher_qkv, student_qkv))
-    return _relation_divergence(his[0], his[1], hers[0], hers[1]), _relation_divergence(
-        his[2], his[2], hers[2], hers[2]
+    teacher, student = _split_qkv(teacher_qkv, num_heads), _split_qkv(student_qkv, num_heads)
+    return (
+        _relation_divergence(student[0], student[1], teacher[0], teacher[1]),
+        _relation_divergence(student[2], student[2], teacher[2], teacher[2]),
     )
 
 
@@ -53,12 +54,20 @@ def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels, reduction="none", ignore_index=_IGNORE_INDEX)
 
 
+def _split_qkv(qkv: Tensor, num_heads: int) -> Tensor:
+    """Return queries, keys and values [B, N, 3 W] as [3, B, heads, N, W / heads]."""
+    return qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+
+
 def _relation_divergence(
     student_rows: Tensor, student_columns: Tensor, teacher_rows: Tensor, teacher_columns: Tensor
 ) -> Tensor:
-    """The divergence [B] of two relations softmax(rows columns^T / sqrt(d)) of tokens [B, heads, N, d], the lesson's first."""
-    his, hers = (
+    """KL divergence [B] of the student's relation softmax(rows columns^T / sqrt(d)) from the teacher's.
+
+    Rows and columns are [B, heads, N, d].
+    """
+    student, teacher = (
         (a @ b.transpose(-1, -2) / a.shape[-1] ** 0.5).log_softmax(dim=-1)
         for a, b in ((student_rows, student_columns), (teacher_rows, teacher_columns))
     )
-    return F.kl_div(his, hers, reduction="none", log_target=True).sum(dim=-1).mean(dim=(1, 2))
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1).mean(dim=(1, 2))

@@ -1,4 +1,4 @@
-"""What the settings of distillation come to: teacher, students, and all that can be refused before a run begins."""
+"""The plan of a distillation run: teacher, students, and every check possible before the run begins."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ _EXPORT_FILES = {"card.json", "model.safetensors"}
 
 @dataclass(frozen=True)
 class DistillPlan(Plan):
-    """A plan that knows the teacher, what it is asked, and who listens; ``classes`` are those that are learned, if any."""
+    """A plan with the teacher and the students; ``classes`` are the learned class names, empty for methods without."""
 
     cfg: DistillConfig
     teacher_source: PretrainedSource = None  # type: ignore[assignment]
@@ -30,34 +30,35 @@ class DistillPlan(Plan):
         return self.teacher_spec.target
 
     def summary_lines(self) -> list[str]:
-        """The plan in words: what is taught to whom, and whose curve is its own on every cluster."""
+        """Return the plan as text, with a warning for students whose results depend on the cluster."""
         blocks = f", blocks {', '.join(map(str, self.target.blocks))}" if self.target.blocks else ""
         lines = [*super().summary_lines(), f"lesson    {self.target.kind} of {self.cfg.teacher}{blocks}"]
         if self.teacher_spec.resized_from is not None:
-            was, now = (format_image_size(size) for size in (self.teacher_spec.resized_from, self.cfg.data.image_size))
-            lines.append(f"teacher   trained on images of {was}, sees {now} pixels")
+            trained_size = format_image_size(self.teacher_spec.resized_from)
+            size = format_image_size(self.cfg.data.image_size)
+            lines.append(f"teacher   trained on images of {trained_size} pixels, used at {size}")
         if self.cfg.lesson_cache.dir is not None:
-            lines.append(f"answers   kept in {self.cfg.lesson_cache.dir}; a forecast counts the teacher in every step")
-        for pupil in self.student_specs:
-            lines.append(f"student   {pupil.display_name}{pupil.description}")
-            if pupil.has_batch_norm:
+            lines.append(f"cache     {self.cfg.lesson_cache.dir}; a forecast counts the teacher in every step")
+        for student in self.student_specs:
+            lines.append(f"student   {student.display_name}{student.description}")
+            if student.has_batch_norm:
                 lines.append(
-                    f"beware    {pupil.display_name} has BatchNorm, which sees the images of a micro on its rank: its curve depends "
-                    f"on ranks and images at once ({self.world_size} and {self.microbatch_size} here)"
+                    f"beware    {student.display_name} has BatchNorm, which normalises each microbatch on its rank: "
+                    f"results depend on world size and microbatch size ({self.world_size} and {self.microbatch_size})"
                 )
         return lines
 
 
 def plan(cfg: DistillConfig, ranks: int) -> DistillPlan:
-    """Everything that can be refused before a run begins. Raises: ConfigError, DataError, ExportError."""
+    """Return the checked plan of these settings. Raises: ConfigError, DataError, ExportError."""
     students = resolve_students(cfg)
     _check_settings(cfg)
     source = inspect_pretrained(Path(cfg.teacher), cfg.teacher_name, cfg.data)
     teacher_spec = build_teacher_spec(cfg, source.card)
     student_specs = tuple(
-        check_compatible(cfg, teacher_spec, each.name, each.model, each.backbone) for each in students
+        check_compatible(cfg, teacher_spec, student.name, student.model, student.backbone) for student in students
     )
-    found = build_stage_plan(
+    stage_plan = build_stage_plan(
         DistillPlan,
         cfg,
         ranks,
@@ -67,39 +68,43 @@ def plan(cfg: DistillConfig, ranks: int) -> DistillPlan:
         teacher_spec=teacher_spec,
         student_specs=student_specs,
     )
-    found = replace(found, teacher_source=source)
-    mixing = next((spec for spec in student_specs if spec.has_batch_norm), None)
-    if mixing is not None and found.microbatch_size == 1:
+    stage_plan = replace(stage_plan, teacher_source=source)
+    batch_norm_student = next((spec for spec in student_specs if spec.has_batch_norm), None)
+    if batch_norm_student is not None and stage_plan.microbatch_size == 1:
         raise ConfigError(
-            f"{mixing.display_name} has BatchNorm, and a rank would hold one image at once: nothing to normalise it by; a larger "
-            f"batch.at_once, or fewer ranks"
+            f"{batch_norm_student.display_name} has BatchNorm, which cannot train on microbatches of 1 image; use a "
+            f"larger batch.at_once, or fewer ranks"
         )
     if cfg.lesson in CLASS_METHODS:
-        found = replace(found, classes=resolve_class_names(cfg, teacher_spec, found.training_set.sources))
-    return found
+        classes = resolve_class_names(cfg, teacher_spec, stage_plan.training_set.sources)
+        stage_plan = replace(stage_plan, classes=classes)
+    return stage_plan
 
 
 def resolve_students(cfg: DistillConfig) -> tuple[StudentConfig, ...]:
-    """Every student, each with a model or a backbone; a student without a name is the only one. Raises: ConfigError."""
-    alone = cfg.model is not None or cfg.backbone is not None
-    if alone and cfg.students:
-        raise ConfigError(
-            f"{'model' if cfg.model else 'backbone'} and students exclude each other: put it among the students"
-        )
+    """Return all students, each with a model or a backbone; a single student has the empty name.
+
+    Raises: ConfigError if settings exclude each other.
+    """
+    has_single_student = cfg.model is not None or cfg.backbone is not None
+    if has_single_student and cfg.students:
+        setting = "model" if cfg.model else "backbone"
+        raise ConfigError(f"{setting} and students exclude each other: list the {setting} among the students")
     if not cfg.students:
-        return (_resolve_student(StudentConfig(name="", model=None if alone else StudentVitConfig()), cfg, "model"),)
+        default = StudentConfig(name="", model=None if has_single_student else StudentVitConfig())
+        return (_resolve_student(default, cfg, "model"),)
     for number, student in enumerate(cfg.students):
         check_folder_name(f"students.{number}.name", student.name)
     names = [student.name for student in cfg.students]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ConfigError(f"two students have the name {twice}: each has a folder of its own in export/")
-    if taken := _EXPORT_FILES & set(names):
-        raise ConfigError(f"a student cannot be called {min(taken)}, which is a file of an export")
+    duplicate = next((name for name in names if names.count(name) > 1), None)
+    if duplicate is not None:
+        raise ConfigError(f"two students have the name {duplicate}: each needs its own folder in export/")
+    if reserved := _EXPORT_FILES & set(names):
+        raise ConfigError(f"a student cannot have the name {min(reserved)}, which is a file of an export")
     if len(names) > 1 and cfg.optim.clip is not None:
         raise ConfigError(
-            f"optim.clip={cfg.optim.clip:g} is of the norm of all gradients together, and would let {len(names)} students "
-            f"depend on each other: optim.clip=null, or train them one by one"
+            f"optim.clip={cfg.optim.clip:g} clips the norm of all gradients, which would make {len(names)} students "
+            f"depend on each other: set optim.clip=null, or train them one by one"
         )
     return tuple(
         _resolve_student(student, student, f"students.{number}.model") for number, student in enumerate(cfg.students)
@@ -109,7 +114,7 @@ def resolve_students(cfg: DistillConfig) -> tuple[StudentConfig, ...]:
 def _resolve_student(
     student: StudentConfig, settings: DistillConfig | StudentConfig, setting_name: str
 ) -> StudentConfig:
-    """A student with what is stated of it, a model or a backbone."""
+    """Return the student with its model or backbone. Raises: ConfigError unless exactly one is set."""
     model, backbone = settings.model or student.model, settings.backbone
     if model is not None and backbone is not None:
         raise ConfigError(
@@ -121,24 +126,24 @@ def _resolve_student(
 
 
 def _check_settings(cfg: DistillConfig) -> None:
-    """What no teacher and no student can mend. Raises: ConfigError."""
+    """Raise: ConfigError for settings that exclude each other, whatever the teacher and the students."""
     if cfg.layers and cfg.lesson not in ("layers", "relations"):
         raise ConfigError(
-            f"layers are pairs of blocks, and lesson={cfg.lesson} compares none; remove them, or take lesson=layers or "
+            f"layers are pairs of blocks, and lesson={cfg.lesson} compares none; remove them, or use lesson=layers or "
             f"relations"
         )
-    twice = next((list(pair) for pair in cfg.layers if cfg.layers.count(pair) > 1), None)
-    if twice is not None:
-        raise ConfigError(f"layers has the pair {twice} twice")
+    duplicate = next((list(pair) for pair in cfg.layers if cfg.layers.count(pair) > 1), None)
+    if duplicate is not None:
+        raise ConfigError(f"layers has the pair {duplicate} twice")
     if cfg.lesson_cache.dir is not None and cfg.data.mix and not cfg.has_fixed_targets:
         raise ConfigError(
-            "lesson_cache.dir keeps what the teacher says of each view, and with data.mix their number is not known; leave "
-            "one of them out"
+            "lesson_cache.dir needs a fixed number of views, which data.mix does not have if views differ by epoch; "
+            "remove one of the two"
         )
     if cfg.lesson == "features" and not cfg.cls_weight and not cfg.patch_weight:
-        raise ConfigError("cls_weight=0 and patch_weight=0 leave nothing to learn; give one of them a weight")
+        raise ConfigError("cls_weight=0 and patch_weight=0 leave no loss; set one of them above 0")
     if cfg.lesson == "token" and cfg.label_weight in (0, 1):
         raise ConfigError(
-            f"lesson=token has two heads to teach, and label_weight={cfg.label_weight:g} leaves one out; give more than 0 and "
-            f"less than 1, or take lesson=logits"
+            f"lesson=token trains two heads, and label_weight={cfg.label_weight:g} leaves one without a loss; set it "
+            f"between 0 and 1, exclusive, or use lesson=logits"
         )

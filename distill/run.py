@@ -22,7 +22,7 @@ from foveal.training.loop import TrainingSetup, is_due
 from foveal.training.provenance import get_library_versions
 from foveal.training.run import Run
 
-# The settings that what a teacher says of a view depends on, beside what is inherited; the seed only where views differ.
+# Settings on which the teacher's outputs depend, besides inherited science; the seed only if views differ by epoch.
 _TARGET_SETTINGS = (
     "teacher_name",
     "mask_ratio",
@@ -35,7 +35,7 @@ _VERSIONED_LIBRARIES = ("torch", "timm")
 
 
 def train(plan: DistillPlan, run: Run) -> None:
-    """From the first step, or the newest checkpoint, to the export of every student."""
+    """Train from the first step or the newest checkpoint, then export every student."""
     cfg = plan.cfg
     setup = build(plan, run.world.device)
     engine = build_engine(
@@ -52,35 +52,40 @@ def train(plan: DistillPlan, run: Run) -> None:
         for step in steps:
             if is_due(step.index, cfg.log.every, plan.stop_step):
                 run.log_metrics()
-            leaving = run.check_preemption()
-            if leaving or is_due(step.index, cfg.checkpoint.every, plan.stop_step):
+            preempted = run.check_preemption()
+            if preempted or is_due(step.index, cfg.checkpoint.every, plan.stop_step):
                 run.save_checkpoint(engine, step.index)
-            if leaving:
+            if preempted:
                 return run.end_preempted(step.index)
     if plan.stop_step == plan.total_steps:
-        for number, pupil in enumerate(plan.student_specs):
+        for number, student in enumerate(plan.student_specs):
             prefix = f"each.{number}.encoder."
-            run.export_weights(engine, pupil.card, prefix=prefix, classes=plan.classes, name=pupil.name)
+            run.export_weights(engine, student.card, prefix=prefix, classes=plan.classes, name=student.name)
         run.mark_finished()
     return None
 
 
 def build(plan: DistillPlan, device: torch.device) -> TrainingSetup[DistillationLoss]:
-    """The students, freshly drawn, and their teacher on the device."""
-    cfg, origin = plan.cfg, plan.teacher_source
+    """Return the freshly initialised students, and a loss with the teacher on the device."""
+    cfg, source = plan.cfg, plan.teacher_source
     model = build_students(plan)
-    place = device, cfg.engine.precision, cfg.data.image_size, origin.path
-    teacher = Teacher(origin.load_weights(), origin.card, plan.target, *place)
-    lessons = (
-        None if cfg.lesson_cache.dir is None or device.type == "meta" else _open_teacher_cache(plan, teacher, device)
+    teacher = Teacher(
+        source.load_weights(),
+        source.card,
+        plan.target,
+        device,
+        cfg.engine.precision,
+        cfg.data.image_size,
+        source.path,
     )
-    objective = DistillationLoss(
-        teacher, cfg, [pupil.name for pupil in plan.student_specs], plan.mean, plan.std, lessons
-    )
+    uses_cache = cfg.lesson_cache.dir is not None and device.type != "meta"
+    teacher_cache = _open_teacher_cache(plan, teacher, device) if uses_cache else None
+    student_names = [student.name for student in plan.student_specs]
+    objective = DistillationLoss(teacher, cfg, student_names, plan.mean, plan.std, teacher_cache)
     undecayed = {
         f"each.{number}.encoder.{name}"
-        for number, pupil in enumerate(plan.student_specs)
-        if pupil.backbone is not None
+        for number, student in enumerate(plan.student_specs)
+        if student.backbone is not None
         for name in get_no_weight_decay_names(model.get_submodule(f"each.{number}.encoder"))
     }
     return TrainingSetup(
@@ -89,27 +94,32 @@ def build(plan: DistillPlan, device: torch.device) -> TrainingSetup[Distillation
 
 
 def _open_teacher_cache(plan: DistillPlan, teacher: Teacher, device: torch.device) -> TeacherCache:
-    """What the teacher has said, under everything that its answers depend on. Raises: ConfigError."""
+    """Open the cache that is keyed by everything the teacher's outputs depend on. Raises: ConfigError."""
     cfg = plan.cfg
     assert cfg.lesson_cache.dir is not None
     height, width = height_and_width(cfg.data.image_size)
     images = torch.zeros(1, cfg.data.channels, height, width, device=device)
-    kept = None
+    visible_indices = None
     if plan.target.kind == "layers":
-        patches = (height // plan.target.patch) * (width // plan.target.patch)
-        kept = torch.arange(count_visible(patches, cfg.mask_ratio), device=device)[None]
-    parts = [TensorSpec(tuple(each.shape[1:]), each.dtype) for each in teacher(images, kept)]
-    rows = plan.training_set.num_ids * (1 if cfg.has_fixed_targets else cfg.epochs)
-    check_cache_size(rows, parts, cfg.lesson_cache.gigabytes, "lesson_cache.gigabytes")
-    facts: dict[str, Any] = {
+        num_patches = (height // plan.target.patch) * (width // plan.target.patch)
+        visible_indices = torch.arange(count_visible(num_patches, cfg.mask_ratio), device=device)[None]
+    tensor_specs = [TensorSpec(tuple(output.shape[1:]), output.dtype) for output in teacher(images, visible_indices)]
+    num_rows = plan.training_set.num_ids * (1 if cfg.has_fixed_targets else cfg.epochs)
+    check_cache_size(num_rows, tensor_specs, cfg.lesson_cache.gigabytes, "lesson_cache.gigabytes")
+    key_fields: dict[str, Any] = {
         name: value for name, value in cfg.science_settings().items() if name.startswith(_TARGET_SETTINGS)
     }
-    facts |= plan.inherited_science | {"lesson": asdict(plan.target), "precision": cfg.engine.precision}
-    facts |= {"matmul": cfg.engine.matmul, "device": device.type} | (
-        {} if cfg.has_fixed_targets else {"seed": cfg.seed}
-    )
-    facts |= {name: get_library_versions()[name] for name in _VERSIONED_LIBRARIES}
-    return TeacherCache(Path(cfg.lesson_cache.dir), facts, rows, parts)
+    key_fields |= plan.inherited_science
+    key_fields |= {
+        "lesson": asdict(plan.target),
+        "precision": cfg.engine.precision,
+        "matmul": cfg.engine.matmul,
+        "device": device.type,
+    }
+    if not cfg.has_fixed_targets:
+        key_fields["seed"] = cfg.seed
+    key_fields |= {name: get_library_versions()[name] for name in _VERSIONED_LIBRARIES}
+    return TeacherCache(Path(cfg.lesson_cache.dir), key_fields, num_rows, tensor_specs)
 
 
 STAGE = Stage("distill", DistillConfig, plan, train, build)

@@ -1,4 +1,4 @@
-"""Students, freshly drawn, for each kind of lesson."""
+"""Build the students of a plan, freshly initialised, for each method."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,26 +25,24 @@ from foveal.seeding import derive_key
 
 
 def build_students(plan: DistillPlan) -> Students:
-    """All students of a plan. Each is drawn from the seed, as if it were alone."""
-    return Students([_build_student(plan, pupil) for pupil in plan.student_specs])
+    """Return all students of a plan. Each is initialised from the seed as if it were the only one."""
+    return Students([_build_student(plan, student) for student in plan.student_specs])
 
 
 def _build_student(plan: DistillPlan, student: StudentSpec) -> nn.Module:
     torch.manual_seed(derive_key(plan.cfg.seed, "weights"))
-    made: Any = (encoder_from_card if student.backbone is None else backbone_from_card)(
-        student.card, student.display_name
-    )
-    return _STUDENT_BUILDERS[plan.target.kind](plan, student, made)
+    from_card = encoder_from_card if student.backbone is None else backbone_from_card
+    encoder: Any = from_card(student.card, student.display_name)
+    return _STUDENT_BUILDERS[plan.target.kind](plan, student, encoder)
 
 
 def _build_feature_student(plan: DistillPlan, student: StudentSpec, encoder: Any) -> nn.Module:
     assert student.feature_shape is not None
     assert plan.teacher_spec.feature_shape is not None
-    looks = forward_pooled_and_tokens if plan.target.patches else forward_pooled
-    look = encode_cls_and_patches if student.backbone is None else looks
+    backbone_features = forward_pooled_and_tokens if plan.target.patches else forward_pooled
     return FeatureStudent(
         encoder,
-        look,
+        encode_cls_and_patches if student.backbone is None else backbone_features,
         student.feature_shape.widths,
         plan.teacher_spec.feature_shape.widths,
         with_patches=plan.target.patches,

@@ -1,19 +1,19 @@
-"""What is taught, in words that the teacher, its students and the loss share."""
+"""Distillation methods, and the target that teacher, students and loss share."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 DistillMethod = Literal["features", "layers", "relations", "logits", "token"]
-BLOCK_METHODS: tuple[DistillMethod, ...] = ("layers", "relations")  # of a plain transformer, block by block
-CLASS_METHODS: tuple[DistillMethod, ...] = ("logits", "token")  # by a teacher with a head
+BLOCK_METHODS: tuple[DistillMethod, ...] = ("layers", "relations")  # compare blocks of two encoders
+CLASS_METHODS: tuple[DistillMethod, ...] = ("logits", "token")  # need a teacher with a classification head
 
 
 @dataclass(frozen=True)
 class TeacherTarget:
-    """What a teacher is asked, the same for all of its students.
+    """What the teacher computes, the same for all students.
 
-    ``blocks`` are the teacher's, counted from 1, one for each pair of layers; ``heads`` are those of its attention and
-    ``patch`` is its patches' side, where the lesson is in blocks; ``patches``: whether features have those of patches.
+    ``blocks`` are the teacher's blocks, counted from 1, one per pair of layers. ``heads`` and ``patch`` are the
+    teacher's number of attention heads and patch size, for methods in blocks. ``patches``: features include patches.
     """
 
     kind: DistillMethod = "features"

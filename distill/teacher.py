@@ -1,4 +1,4 @@
-"""A frozen teacher. It is no module, so that nothing that trains a model can reach into it."""
+"""The frozen teacher. It is not an nn.Module, so that no code that trains a model can change it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +16,9 @@ from foveal.weights.teacher import build_teacher, freeze_in_eval_mode
 
 
 class Teacher:
-    """A model with weights, on a device, in evaluation mode for ever, and what it is asked.
+    """A model with weights on a device, permanently in evaluation mode, and the target it computes.
 
-    What it says is a function of the images and of nothing else: tensors whose rows are the images.
+    Row b of each output depends on image b only.
     """
 
     def __init__(
@@ -31,34 +31,34 @@ class Teacher:
         image_size: int | tuple[int, int] | None = None,
         where: Path = Path("the teacher"),
     ) -> None:
-        """``image_size`` is that of the images that it will see; none: of those that it was trained on.
+        """Build the model. ``image_size`` is the input size, None the size it was trained on.
 
-        ``where`` names the weights' folder in the sentence of a mistake. Raises: ExportError.
+        ``where`` is the path in error messages. Raises: ExportError if weights and card do not match.
         """
         self.target = target
-        looks = forward_pooled_and_tokens if target.patches else forward_pooled
-        self.extract_features = looks if "timm" in card.encoder else encode_cls_and_patches
+        backbone_features = forward_pooled_and_tokens if target.patches else forward_pooled
+        self.extract_features = backbone_features if "timm" in card.encoder else encode_cls_and_patches
         self.model: Any = build_teacher(weights, card, image_size, where)
         if target.kind in BLOCK_METHODS:
-            self.model.blocks = self.model.blocks[: max(target.blocks)]  # what lies deeper is not asked
+            self.model.blocks = self.model.blocks[: max(target.blocks)]  # deeper blocks are not needed
         freeze_in_eval_mode(self.model.to(device))
         self._precision: Precision = precision
 
     @torch.no_grad()
     def __call__(self, images: Tensor, visible_indices: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The lesson of normalised images [B, C, H, W], or of their kept patches [B, K]; fp32 tensors [B, ...].
+        """Return the target of normalised images [B, C, H, W], or of their visible patches [B, K]; fp32 [B, ...].
 
-        features: class token [B, T] and patches [B, L, T]. layers: tokens [B, 1 + K, T] of each block. relations: queries,
-        keys and values [B, 1 + L, 3 T] of each block. logits: [B, classes]. token: the likeliest class, int64 [B].
+        features: class token [B, T] and patches [B, L, T]. layers: tokens [B, 1 + K, T] of each block. relations:
+        queries, keys and values [B, 1 + L, 3 T] of each block. logits: [B, classes]. token: predicted class, int64 [B].
         """
         with autocast(images.device, self._precision):
-            told = _TARGET_FUNCTIONS[self.target.kind](self, images, visible_indices)
-        return tuple(each.float() if each.is_floating_point() else each for each in told)
+            outputs = _TARGET_FUNCTIONS[self.target.kind](self, images, visible_indices)
+        return tuple(output.float() if output.is_floating_point() else output for output in outputs)
 
 
 def _feature_targets(teacher: Teacher, images: Tensor, _visible_indices: Tensor | None) -> tuple[Tensor, ...]:
-    told = teacher.extract_features(teacher.model, images)
-    return told if teacher.target.patches else told[:1]
+    features = teacher.extract_features(teacher.model, images)
+    return features if teacher.target.patches else features[:1]
 
 
 def _layer_targets(teacher: Teacher, images: Tensor, visible_indices: Tensor | None) -> tuple[Tensor, ...]:
@@ -69,12 +69,10 @@ def _layer_targets(teacher: Teacher, images: Tensor, visible_indices: Tensor | N
 
 
 def _relation_targets(teacher: Teacher, images: Tensor, _visible_indices: Tensor | None) -> tuple[Tensor, ...]:
-    """Of a block: what its layer makes of the tokens that enter it, before norms of queries and keys and before they are
-    turned by their places; the attention itself is not run.
-    """
+    """Outputs of the blocks' qkv layers, before query-key norms and rotary embedding; the attention is not run."""
     model, depths = teacher.model, [number - 1 for number in teacher.target.blocks]
-    entering = zip(depths, encode_layers(model, images, depths), strict=True)
-    blocks = [(model.blocks[depth], drop_registers(model, tokens)) for depth, tokens in entering]
+    inputs = zip(depths, encode_layers(model, images, depths), strict=True)
+    blocks = [(model.blocks[depth], drop_registers(model, tokens)) for depth, tokens in inputs]
     return tuple(block.attn.qkv(block.norm1(tokens)) for block, tokens in blocks)
 
 

@@ -1,1 +1,1 @@
-"""The third stage: an encoder learns classes from labels."""
+"""Fine-tuning, the third stage: train or probe an encoder on labelled data."""

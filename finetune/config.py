@@ -1,4 +1,4 @@
-"""The settings of fine-tuning."""
+"""Settings of fine-tuning."""
 
 from typing import Literal
 
@@ -13,131 +13,146 @@ from foveal.training.plan import StageConfig
 
 
 class FinetuneEngine(EngineConfig):
-    """Accelerate, or one process."""
+    """Settings of the engine: Accelerate, or plain PyTorch in one process."""
 
-    kind: Literal["accelerate", "plain"] = machine("accelerate", "The library behind the update; plain is one process.")
+    kind: Literal["accelerate", "plain"] = machine("accelerate", "The training engine; plain is one process.")
 
 
 class TrialsConfig(Config):
-    """A fair comparison of ways to start: every arm gets the same labels, steps, augmentation and learning rates."""
+    """A comparison of initializations: every arm gets the same labels, steps, augmentation and learning rates."""
 
     arms: dict[str, str | None] = machine(
-        description="Name of each way to start: its export folder, or null for from scratch.", min_length=1
+        description="Initializations by name: an export folder, or null for training from scratch.", min_length=1
     )
     lr_per_256: tuple[float, ...] = science(
-        description="Learning rates; each arm keeps its own best on the held-out part of train.", min_length=1
+        description="Learning rates to try; each arm uses its best on the holdout part of data.train.", min_length=1
     )
-    repeats: int = science(3, "Seeds: each draws other labels, another order and another head.", ge=1)
+    repeats: int = science(
+        3, "Number of seeds; each has its own labelled subset, sample order and head initialization.", ge=1
+    )
 
 
 class AdversarialConfig(Config):
-    """Training on attacked images beside the clean ones, and accuracy under the same attack (Madry et al., 2018)."""
+    """Adversarial training beside clean images, and accuracy under the same attack (Madry et al., 2018)."""
 
     kind: Literal["fgsm", "pgd"] = science(
-        "pgd", "fgsm: one step as long as epsilon; pgd: several from a random place."
+        "pgd", "The attack. fgsm: one step of length epsilon; pgd: several steps from a random start."
     )
-    epsilon: float = science(4.0, "The most that a pixel changes, in 255ths.", gt=0, le=255)
-    step: float = science(1.0, "What one step of pgd changes, in 255ths.", gt=0)
+    epsilon: float = science(4.0, "Largest change of a pixel, in 1/255.", gt=0, le=255)
+    step: float = science(1.0, "Change of a pixel in one step of pgd, in 1/255.", gt=0)
     iterations: int = science(5, "Steps of pgd.", ge=1)
-    weight: float = science(0.5, "Share of the attacked images in the loss; 0: only accuracy under attack.", ge=0, le=1)
-    split_norms: bool = science(
-        False, "BatchNorm keeps statistics and weights of its own for attacked images (AdvProp)."
+    weight: float = science(
+        0.5, "Weight of the attacked images in the loss; 0: only measure accuracy under attack.", ge=0, le=1
     )
+    split_norms: bool = science(False, "Separate BatchNorm statistics and weights for attacked images (AdvProp).")
 
 
 class TeacherConfig(Config):
-    """A teacher beside the labels: Hinton et al., 2015 (soft), or DeiT's (Touvron et al., 2021), with its token or without."""
+    """Distillation beside the labels: soft targets (Hinton et al., 2015), or hard ones (DeiT, Touvron et al., 2021)."""
 
-    init: str = machine(description="The export of a classifier of the same classes. What is in it is science.")
-    kind: Literal["soft", "hard", "token"] = science(
-        "soft", "Learn the teacher's softened logits, or its guess; or a distillation token learns the guess (DeiT)."
+    init: str = machine(
+        description="Export folder of a classifier with the same classes. The digest of its weights is science."
     )
-    weight: float = science(0.5, "Share of the teacher in the loss; the labels have the rest.", gt=0, le=1)
-    temperature: float = science(3.0, "What logits are divided by, for soft.", gt=0)
+    kind: Literal["soft", "hard", "token"] = science(
+        "soft",
+        "Target. soft: the teacher's softened logits; hard: its predicted class; token: its predicted class, learned "
+        "by a distillation token (DeiT).",
+    )
+    weight: float = science(0.5, "Weight of the teacher in the loss; the labels have the rest.", gt=0, le=1)
+    temperature: float = science(3.0, "Temperature that divides the logits, for soft.", gt=0)
 
 
 class FoldsConfig(Config):
-    """Cross-validation: every part of data.train is once what the training on the others is judged on."""
+    """Cross-validation: each fold of data.train evaluates one training on the remaining folds."""
 
-    count: int = science(description="Folds: parts of data.train, and runs, of a repeat.", ge=2)
-    repeats: int = science(1, "Seeds: each cuts other folds, and draws another order and another head.", ge=1)
+    count: int = science(description="Folds of data.train; each repeat has one run per fold.", ge=2)
+    repeats: int = science(1, "Number of seeds; each has its own folds, sample order and head initialization.", ge=1)
 
 
 class DetectConfig(DetectorConfig):
-    """What stands on the encoder where labels are boxes, and what is told of it."""
+    """Settings of the detection head and its metrics."""
 
-    each_class: bool = machine(False, "Tell the average precision of every class too, as ap_NAME.")
+    each_class: bool = machine(False, "Log the average precision of each class too, as ap_NAME.")
 
     def head_card(self, num_classes: int) -> DetectionHeadCard:
-        """What builds the pyramid and head of so many classes."""
+        """Return the card of the pyramid and head for this number of classes."""
         return DetectionHeadCard(width=self.width, layers=self.layers, strides=self.strides, classes=num_classes)
 
 
 class SegmentConfig(Config):
-    """What stands on the encoder where labels are masks, and how images larger than image_size are evaluated."""
+    """Settings of the segmentation head and of its sliding-window evaluation."""
 
     head: SegmentationHeadKind = science(
-        "linear", "A linear map of the last map's places, or a light pyramid of maps of several resolutions."
+        "linear", "linear: a linear layer on the last feature map; pyramid: a light multi-scale feature pyramid."
     )
-    width: int = science(128, "Numbers per place of the pyramid's maps.", ge=1)
+    width: int = science(128, "Channels of the pyramid's feature maps.", ge=1)
     stride: float = science(
-        0.5, "Where val_size is larger: from one window of image_size to the next, as a share of its side.", gt=0, le=1
+        0.5,
+        "Stride of the sliding window where data.val_size exceeds image_size, as a fraction of image_size.",
+        gt=0,
+        le=1,
     )
 
     def head_card(self, num_classes: int) -> SegmentationHeadCard:
-        """What builds the head of so many classes."""
+        """Return the card of the head for this number of classes."""
         return SegmentationHeadCard(head=self.head, width=self.width, classes=num_classes)
 
 
 class FinetuneConfig(StageConfig):
-    """A model with labels, from an export or from scratch: a classifier, or what data.labels makes of it."""
+    """Settings of supervised training, from an export or from scratch; data.labels selects the task."""
 
     supported_labels = ("class", "classes", "mask", "boxes")
 
     engine: FinetuneEngine = FinetuneEngine()
-    init: str | None = machine(None, "The export folder to start from; none: from scratch. What is in it is science.")
+    init: str | None = machine(
+        None, "Export folder to start from; null: from scratch. The digest of its weights is science."
+    )
     init_name: str | None = science(
-        None, "Timm's name of an init that is no export: a safetensors file then, or a folder with one."
+        None, "timm model name of init where init is a safetensors file (or a folder with one), not an export."
     )
     model: VitConfig | None = science(
-        None, "The encoder from scratch; with init its card decides, and this must agree."
+        None, "The encoder to train from scratch; with init it must equal the export's card, or be null."
     )
     backbone: str | None = science(
-        None, "Any model of timm as it is, from scratch; instead of model, and with init it must agree."
+        None, "timm model to train from scratch instead of model; with init it must equal the export's, or be null."
     )
     pooling: Pooling = science(
-        "avg", "What the head reads: the mean of the patches, or the class token; a backbone has its own."
+        "avg", "Input of the head: mean of the patch tokens, or the class token; a timm backbone has its own pooling."
     )
-    drop_path: float = science(0.0, "Stochastic depth at the last block, growing linearly from 0.", ge=0, lt=1)
-    label_smoothing: float = science(0.0, "Share of the target spread over all classes.", ge=0, lt=1)
-    dropout: float = science(0.0, "Share of the features before the head that is dropped.", ge=0, lt=1)
-    mixup: float = science(0.0, "Beta(a, a) of mixup's weights; 0: none.", ge=0, le=1)
-    cutmix: float = science(0.0, "Beta(a, a) of the area that cutmix leaves; 0: none.", ge=0, le=1)
-    cutmix_share: float = science(0.5, "Share of the images that get cutmix, where there is mixup too.", ge=0, le=1)
-    erase: float = science(0.0, "Probability that a box of an image is erased with noise.", ge=0, le=1)
+    drop_path: float = science(
+        0.0, "Stochastic depth rate of the last block; increases linearly from 0 over the blocks.", ge=0, lt=1
+    )
+    label_smoothing: float = science(
+        0.0, "Label smoothing: fraction of the target that is spread over all classes.", ge=0, lt=1
+    )
+    dropout: float = science(0.0, "Dropout rate of the features before the head.", ge=0, lt=1)
+    mixup: float = science(0.0, "Parameter a of mixup's Beta(a, a) weights; 0: no mixup.", ge=0, le=1)
+    cutmix: float = science(0.0, "Parameter a of the Beta(a, a) area that cutmix keeps; 0: no cutmix.", ge=0, le=1)
+    cutmix_share: float = science(0.5, "Fraction of the images with cutmix where mixup is on too.", ge=0, le=1)
+    erase: float = science(0.0, "Probability of random erasing: a box of the image becomes noise.", ge=0, le=1)
     class_weights: Literal["balanced"] | tuple[float, ...] | None = science(
-        None, "Weights of the classes in the loss, by label; balanced: one over their frequency, 1 on average."
+        None,
+        "Class weights in the loss, in label order; balanced: inverse class frequency, 1 on average; null: all 1.",
     )
     average: float | None = science(
-        None,
-        "What a running average of the weights keeps of itself in a step; it is evaluated and exported.",
-        gt=0,
-        lt=1,
+        None, "EMA decay of the weights; the EMA is evaluated and exported. null: no EMA.", gt=0, lt=1
     )
-    frozen: bool = science(False, "Only the head learns.")
-    adversarial: AdversarialConfig | None = science(None, "Train on attacked images too.")
-    teacher: TeacherConfig | None = science(None, "Learn from a teacher too.")
+    frozen: bool = science(False, "Freeze the encoder and train only the head.")
+    adversarial: AdversarialConfig | None = science(None, "Adversarial training; null: none.")
+    teacher: TeacherConfig | None = science(None, "Distillation from a teacher beside the labels; null: none.")
     evaluate_every: int = machine(0, "Steps between evaluations on data.val; 0: only at the end.", ge=0)
     segment: SegmentConfig = SegmentConfig()
     detect: DetectConfig = DetectConfig()
-    trials: TrialsConfig | None = science(None, "Compare ways to start instead of one run.")
+    trials: TrialsConfig | None = science(None, "Compare initializations; null: a single run.")
     early_stopping: EarlyStoppingConfig | None = science(
         None,
-        "Judge the evaluations on the way; none: the last step is what a run leaves. evaluate_every is science then.",
+        "Export the best evaluation instead of the last step, and optionally stop early; null: off. With it, "
+        "evaluate_every is science.",
     )
-    folds: FoldsConfig | None = science(None, "Cross-validate on data.train, not one run; data.val is left alone.")
-    probe: ProbeConfig | None = science(None, "Read the frozen encoder's features instead of training it.")
+    folds: FoldsConfig | None = science(None, "Cross-validation on data.train, without data.val; null: a single run.")
+    probe: ProbeConfig | None = science(None, "Probe the frozen encoder's features; null: train the encoder.")
 
     @property
     def plateau_metric(self) -> str | None:
+        """The metric of schedule=plateau."""
         return None if self.early_stopping is None else self.early_stopping.metric

@@ -1,4 +1,4 @@
-"""The timetable of fine-tuning: what happens after which step, which evaluation is the best, and what is left of a run."""
+"""Timetable of a fine-tuning run: training steps, evaluations, checkpoints, the best evaluation, the export."""
 
 from finetune.config import FinetuneConfig
 from finetune.model import export_prefix
@@ -15,7 +15,7 @@ from foveal.training.run import Run
 
 
 def fit(plan: FinetunePlan, run: Run) -> None:
-    """From the first step, or the newest checkpoint, to the export of the model."""
+    """Train from the first step, or the newest checkpoint, to the exported model."""
     cfg, task = plan.cfg, TASKS[plan.cfg.data.labels]
     setup = task.build(plan, run.world.device)
     engine = build_engine(
@@ -28,33 +28,32 @@ def fit(plan: FinetunePlan, run: Run) -> None:
         accumulation_steps=plan.accumulation_steps,
     )
     start = run.resume(engine)
-    _evaluate_if_due(plan, engine, run, start)  # what an attempt that saved and left had no time for
+    _evaluate_if_due(plan, engine, run, start)  # a preempted attempt may have saved this step without evaluating it
     with run.training_steps(engine, setup.objective, start) as steps:
         while not _should_stop_early(cfg, run) and (step := next(steps, None)) is not None:
             if cfg.average is not None and step.applied:
                 engine.update_ema("averaged.", "encoder.", 1 - warmup_ema_decay(step.index, cfg.average))
             if is_due(step.index, cfg.log.every, plan.stop_step):
                 run.log_metrics()
-            leaving = run.check_preemption()
-            if leaving or is_due(step.index, cfg.checkpoint.every, plan.stop_step):
+            preempted = run.check_preemption()
+            if preempted or is_due(step.index, cfg.checkpoint.every, plan.stop_step):
                 run.save_checkpoint(engine, step.index)
-            if leaving:
+            if preempted:
                 return run.end_preempted(step.index)
             _evaluate_if_due(plan, engine, run, step.index)
     if _should_stop_early(cfg, run):
-        run.log_metrics()  # the last step was not due
+        run.log_metrics()  # log.every need not divide the step that stopped early
     elif plan.stop_step < plan.total_steps:
         return None
     if cfg.early_stopping is None:
-        about = {"prefix": export_prefix(cfg), "classes": plan.classes, "head": task.head_card(plan)}
+        card = {"prefix": export_prefix(cfg), "classes": plan.classes, "head": task.head_card(plan)}
         try:
             results = _evaluate_subsets(cfg, engine, run, plan.total_steps)
         except DataError:
-            run.export_weights(
-                engine, plan.encoder, **about
-            )  # what was learned is not lost with what cannot be measured
+            # The trained weights are exported even if the evaluation data is unusable.
+            run.export_weights(engine, plan.encoder, **card)
             raise
-        run.export_weights(engine, plan.encoder, **about, metrics=results)
+        run.export_weights(engine, plan.encoder, **card, metrics=results)
         run.mark_finished(results)
     else:
         _finish_with_best(cfg.early_stopping.metric, run)
@@ -62,9 +61,9 @@ def fit(plan: FinetunePlan, run: Run) -> None:
 
 
 def _evaluate_if_due(plan: FinetunePlan, engine: Engine, run: Run, step: int) -> None:
-    """Evaluate in the course of the training, where it is due; the same step twice leaves one row.
+    """Evaluate during training if the step is due; repeating a step overwrites its row.
 
-    With early stopping it is due after the last step too, and the weights are kept where it was the best so far.
+    With early stopping the last step is due too, and the weights of the best evaluation so far are kept.
     """
     cfg, early = plan.cfg, plan.cfg.early_stopping
     last = plan.total_steps if early else plan.total_steps - 1
@@ -73,35 +72,32 @@ def _evaluate_if_due(plan: FinetunePlan, engine: Engine, run: Run, step: int) ->
         return
     run.record_evaluation(step, _evaluate_subsets(cfg, engine, run, step, with_holdout=early is not None))
     if early and find_best_step(run.evaluations, early.metric) == step:
-        about = {"prefix": export_prefix(cfg), "classes": plan.classes, "head": TASKS[cfg.data.labels].head_card(plan)}
-        run.exporter.write_weights(
-            engine, plan.encoder, **about, step=step, metrics=run.evaluations[step], as_best=True
-        )
+        card = {"prefix": export_prefix(cfg), "classes": plan.classes, "head": TASKS[cfg.data.labels].head_card(plan)}
+        run.exporter.write_weights(engine, plan.encoder, **card, step=step, metrics=run.evaluations[step], as_best=True)
         if run.world.rank == 0:
-            back = filter_up_to_step(
-                run.evaluations, run.checkpoint_store.oldest_resumable_step() - 1
-            )  # a resume there finds these evaluations
-            run.exporter.remove_best(find_best_step(back, early.metric) if back else 0)
+            # A resume from the oldest checkpoint knows the evaluations before it, and needs the best one's weights.
+            earlier = filter_up_to_step(run.evaluations, run.checkpoint_store.oldest_resumable_step() - 1)
+            run.exporter.remove_best(find_best_step(earlier, early.metric) if earlier else 0)
 
 
 def _evaluate_subsets(
     cfg: FinetuneConfig, engine: Engine, run: Run, step: int, *, with_holdout: bool = True
 ) -> dict[str, float]:
-    """The numbers on data.val, or the fold, and on the part that is held out, by the names they are logged under."""
-    measure = TASKS[cfg.data.labels].compute_metrics
-    on = eval_split(cfg.data)
-    where: dict[str, tuple[str, SubsetName]] = {on.metric_prefix: (on.split, on.subset)}
+    """Return the metrics on data.val or the fold, and on the holdout if there is one, by their logged names."""
+    compute_metrics = TASKS[cfg.data.labels].compute_metrics
+    evaluated = eval_split(cfg.data)
+    subsets: dict[str, tuple[str, SubsetName]] = {evaluated.metric_prefix: (evaluated.split, evaluated.subset)}
     if with_holdout and cfg.data.holdout_per_class:
-        where["holdout"] = cfg.data.train, "holdout"
+        subsets["holdout"] = cfg.data.train, "holdout"
     return {
-        f"{name}_{number}": value
-        for name, (split, part) in where.items()
-        for number, value in measure(engine, run, step, split=split, subset=part).items()
+        f"{prefix}_{metric}": value
+        for prefix, (split, subset) in subsets.items()
+        for metric, value in compute_metrics(engine, run, step, split=split, subset=subset).items()
     }
 
 
 def _should_stop_early(cfg: FinetuneConfig, run: Run) -> bool:
-    """Whether the best evaluation is old enough to stop; not after a refused update, which may be gone back from."""
+    """Return whether patience is exhausted; False after a skipped update, which a rollback may follow."""
     early = cfg.early_stopping
     if early is None or early.patience is None or not run.rollback.last_update_applied:
         return False
@@ -109,7 +105,7 @@ def _should_stop_early(cfg: FinetuneConfig, run: Run) -> bool:
 
 
 def _finish_with_best(metric: str, run: Run) -> None:
-    """The export and the summary are those of the best evaluation."""
+    """Publish the best evaluation's weights and metrics as the run's export and summary."""
     best = find_best_step(run.evaluations, metric)
     run.tracker.log_file(run.exporter.publish_best(best) / "card.json")
     run.mark_finished({"best_step": best}, best_metrics=run.evaluations[best])

@@ -1,4 +1,4 @@
-"""The classifier that a plan builds, and how fast each of its layers learns."""
+"""Models of fine-tuning: construction from a plan or an export, and their parameter groups."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ from foveal.weights.teacher import freeze_in_eval_mode
 
 
 def classifier_from_plan(plan: FinetunePlan) -> Classifier:
-    """The plan's encoder or backbone, with a head of its own."""
+    """Return the plan's encoder or backbone as a classifier."""
     cfg = plan.cfg
     return Classifier(
         encoder_from_plan(plan),
@@ -33,22 +33,22 @@ def classifier_from_plan(plan: FinetunePlan) -> Classifier:
 
 
 def encoder_for_dense_head(plan: FinetunePlan) -> Any:
-    """As ``encoder_of``, for a head that is no part of it: where only the head learns, all of it is frozen."""
+    """Return ``encoder_from_plan`` for a head outside the encoder; with ``frozen`` all of the encoder is frozen."""
     encoder = encoder_from_plan(plan)
     return freeze_in_eval_mode(encoder) if plan.cfg.frozen else encoder
 
 
 def encoder_from_plan(plan: FinetunePlan) -> Any:
-    """The plan's encoder or backbone, freshly drawn, and its weights from the export where there is one.
+    """Return the plan's encoder or backbone: initialized at random, then loaded from the export if there is one.
 
-    It seeds torch's global generator: what is drawn after it is a function of the seed too.
+    Seeds torch's global generator, so that modules initialized afterwards depend on the plan's seed too.
     """
     torch.manual_seed(derive_key(plan.cfg.seed, "weights"))
     return _build_timm_backbone(plan) if plan.backbone is not None else _build_vit_encoder(plan)
 
 
 def export_prefix(cfg: FinetuneConfig) -> str:
-    """The beginning of the names of the weights that an export takes."""
+    """Return the name prefix of the weights that the export gets: the EMA's if the run has an EMA."""
     return "encoder." if cfg.average is None else "averaged."
 
 
@@ -56,54 +56,53 @@ def _build_vit_encoder(plan: FinetunePlan) -> nn.Module:
     cfg = plan.cfg
     encoder = encoder_from_card(plan.encoder, cfg.init or "model", drop_path=cfg.drop_path)
     if plan.init_source is not None:
-        place, card = plan.init_source.path, plan.init_source.card
-        weights = resize_weights_from_card(plan.init_source.load_weights(), encoder, card.encoder, f"{place}/card.json")
-        # The mean of the patches has a norm of its own behind it, and does without the norm before it.
+        path, card = plan.init_source.path, plan.init_source.card
+        weights = resize_weights_from_card(plan.init_source.load_weights(), encoder, card.encoder, f"{path}/card.json")
+        # With average pooling, timm's encoder has ``fc_norm`` after the pooling instead of ``norm`` before it.
         averaged = plan.encoder["pooling"] == "avg"
         new, unused = (("head.", "fc_norm."), ("head.", "norm.")) if averaged else (("head.",), ("head.", "fc_norm."))
-        load_weights_strict(encoder, weights, place, new_prefixes=new, unused_prefixes=unused)
+        load_weights_strict(encoder, weights, path, new_prefixes=new, unused_prefixes=unused)
     return encoder
 
 
 def _build_timm_backbone(plan: FinetunePlan) -> nn.Module:
-    """The head is a fresh one too, unless the export's is of the same classes."""
-    cfg, told = plan.cfg, plan.backbone
-    assert told is not None
+    """Return the timm model; its head is newly initialized unless the export's head has the same classes."""
+    cfg, card = plan.cfg, plan.backbone
+    assert card is not None
     backbone = backbone_from_card(plan.encoder, cfg.init or "backbone", drop_path=cfg.drop_path)
     if plan.init_source is not None:
-        card = plan.init_source.card
-        same = card.classes == plan.classes and card.encoder["classes"] == told.classes
-        head = () if same else head_parameter_names(*told.build_args)
-        load_weights_strict(
-            backbone, plan.init_source.load_weights(), plan.init_source.path, new_prefixes=head, unused_prefixes=head
-        )
+        source = plan.init_source
+        same_classes = source.card.classes == plan.classes and source.card.encoder["classes"] == card.classes
+        head = () if same_classes else head_parameter_names(*card.build_args)
+        load_weights_strict(backbone, source.load_weights(), source.path, new_prefixes=head, unused_prefixes=head)
     return backbone
 
 
 def model_from_export(
     export_dir: Path, head_kind: str, build_model: Callable[[Any, dict[str, Any], dict[str, Any], str], Any]
 ) -> Any:
-    """The model that a run left with a head of this kind, in evaluation mode on the CPU.
+    """Return the exported model with a head of this kind, in evaluation mode on the CPU.
 
-    ``build`` makes it of an encoder, the encoder's card, the head's, and where they were read. Raises: ExportError.
+    ``build_model`` takes the encoder, the encoder's card, the head's card and the path of the card file.
+    Raises: ExportError.
     """
     weights, card = read_export(export_dir)
     head_weights, head = read_head(export_dir, head_kind)
-    where = f"{export_dir}/card.json"
-    encoder = (backbone_from_card if "timm" in card.encoder else encoder_from_card)(card.encoder, where)
+    card_file = f"{export_dir}/card.json"
+    encoder = (backbone_from_card if "timm" in card.encoder else encoder_from_card)(card.encoder, card_file)
     load_weights_strict(encoder, weights, export_dir)
-    model = build_model(encoder, card.encoder, head, where)
+    model = build_model(encoder, card.encoder, head, card_file)
     load_weights_strict(model.head, head_weights, export_dir / "head.safetensors")
     return model.eval()
 
 
 def _head_prefixes(plan: FinetunePlan) -> tuple[str, ...]:
-    """The beginnings of the names of what is fresh, and learns where the rest is frozen."""
+    """Return the name prefixes of the head's parameters, the trainable ones of a frozen model."""
     return ("head.", "fc_norm.") if plan.backbone is None else head_parameter_names(*plan.backbone.build_args)
 
 
 def param_groups_from_plan(plan: FinetunePlan, model: Any) -> list[dict[str, Any]]:
-    """The groups of the optimizer, with layer-wise decay where it is asked for."""
+    """Return the optimizer's parameter groups, with layer-wise learning-rate decay if configured."""
     optim, encoder = plan.cfg.optim, model.encoder
     if plan.backbone is None:
         depth = plan.encoder["depth"]
@@ -117,7 +116,7 @@ def param_groups_from_plan(plan: FinetunePlan, model: Any) -> list[dict[str, Any
 
 
 def _vit_layer_index(depth: int) -> Callable[[str], int]:
-    """A parameter's layer, for layer-wise decay: 0 the embedding, 1.. the blocks, depth + 1 what follows (BEiT, 2021)."""
+    """Map parameter names to layers: 0 embedding, 1 to ``depth`` blocks, depth + 1 head (BEiT, 2021)."""
 
     def layer(name: str) -> int:
         part = name.removeprefix("encoder.").split(".")

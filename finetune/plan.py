@@ -1,15 +1,13 @@
-"""What the settings of fine-tuning come to: the encoder, the classes, and all that can be refused before a run begins."""
+"""Plan of a fine-tuning run: encoder card, classes and class weights, and every check before the run starts."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
 from finetune.checks import (
-    check_backbone_forward,
+    check_backbone,
     check_detector_forward,
     check_distillation_token,
     check_even_microbatch,
@@ -29,14 +27,11 @@ from foveal.errors import ConfigError, DataError, ExportError
 from foveal.models.backbone import (
     BackboneCard,
     backbone_card,
-    build_backbone,
     build_meta_backbone,
     check_resizable,
     format_image_size,
-    get_layer_ids,
     has_batch_norm,
     parse_encoder_card,
-    set_activation_checkpointing,
 )
 from foveal.models.sliding_window import window_corners
 from foveal.models.vit import EncoderCard, encoder_card
@@ -48,7 +43,7 @@ from foveal.weights.pretrained import PretrainedSource, inspect_pretrained
 
 @dataclass(frozen=True)
 class FinetunePlan(Plan):
-    """A plan with the encoder it will build and the names of its classes."""
+    """Plan with the card of the encoder to build, the classes, and the sources of pretrained weights."""
 
     cfg: FinetuneConfig
     encoder: dict[str, Any] = None  # type: ignore[assignment]
@@ -59,6 +54,7 @@ class FinetunePlan(Plan):
 
     @property
     def num_runs(self) -> int:
+        """Number of nested runs; 1 without trials and folds."""
         trials, folds = self.cfg.trials, self.cfg.folds
         if folds is not None:
             return folds.count * folds.repeats
@@ -66,46 +62,47 @@ class FinetunePlan(Plan):
 
     @property
     def backbone(self) -> BackboneCard | None:
-        """What it builds, if that is no encoder of foveal's."""
+        """The card of the timm backbone; None if the plan builds one of foveal's encoders."""
         card = parse_encoder_card(self.encoder, "model")
         return card if isinstance(card, BackboneCard) else None
 
     def summary_lines(self) -> list[str]:
         folds = self.cfg.folds
-        many = (
+        fold_lines = (
             []
             if folds is None
             else [f"folds     {folds.count} folds x {folds.repeats} repeats = {self.num_runs} runs like this"]
         )
-        return [*super().summary_lines(), *self._norm_lines(), *self._evaluation_lines(), *many]
+        return [*super().summary_lines(), *self._norm_lines(), *self._evaluation_lines(), *fold_lines]
 
     def _norm_lines(self) -> list[str]:
-        """That the curve depends on more than is stated."""
+        """Warn that BatchNorm makes the loss curve depend on microbatch size and number of ranks."""
         card = self.backbone
         if card is None or not _has_batchnorm(card) or self.cfg.frozen:
             return []
-        line = "norm      BatchNorm sees the images that a rank holds at once: the curve depends on the number of ranks and"
-        return [f"{line} on batch.at_once ({self.microbatch_size} images here)"]
+        cause = "BatchNorm normalizes over a microbatch"
+        settings = f"the number of ranks and on batch.at_once ({self.microbatch_size} images here)"
+        return [f"norm      {cause}: the curve depends on {settings}"]
 
     def _evaluation_lines(self) -> list[str]:
-        """What of an image is measured, and through what."""
+        """Describe the evaluated crop, size and sliding windows of dense tasks."""
         data = self.cfg.data
         if data.labels not in ("mask", "boxes"):
             return []
-        windows = data.labels == "mask"
-        number = len(window_corners(data.eval_image_hw, data.image_hw, self.cfg.segment.stride)) if windows else 1
-        part = "whole images" if data.crop_ratio == 1 else f"the middle of images (data.crop_ratio={data.crop_ratio:g})"
-        seen = f"measured  on {part}, as {format_image_size(data.eval_image_hw)} pixels"
-        return [f"{seen}, in {number} windows of {format_image_size(data.image_hw)}" if number > 1 else seen]
+        slides = data.labels == "mask"
+        windows = len(window_corners(data.eval_image_hw, data.image_hw, self.cfg.segment.stride)) if slides else 1
+        crop = "whole images" if data.crop_ratio == 1 else f"the middle of images (data.crop_ratio={data.crop_ratio:g})"
+        line = f"measured  on {crop}, as {format_image_size(data.eval_image_hw)} pixels"
+        return [f"{line}, in {windows} windows of {format_image_size(data.image_hw)}" if windows > 1 else line]
 
 
 def _has_batchnorm(card: BackboneCard) -> bool:
-    """Whether BatchNorm makes a sample depend on others."""
+    """Return whether the backbone has BatchNorm, which couples the samples of a microbatch."""
     return has_batch_norm(build_meta_backbone(*card.build_args, card.classes))
 
 
 def plan_training(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
-    """Everything that can be refused before a run begins; with trials, for every arm.
+    """Return the plan of a training or, with ``trials``, of a comparison whose arms are all checked.
 
     Raises: ConfigError, DataError, ExportError.
     """
@@ -116,8 +113,7 @@ def plan_training(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
         raise ConfigError("run.stop_at and trials exclude each other: a comparison is of whole runs; shorten epochs")
     if cfg.init is not None:
         raise ConfigError("init and trials exclude each other: trials.arms says what each arm starts from")
-    rate, *others = cfg.trials.lr_per_256
-    if others and not cfg.data.holdout_per_class:
+    if len(cfg.trials.lr_per_256) > 1 and not cfg.data.holdout_per_class:
         raise ConfigError(
             "trials.lr_per_256 has several rates, but data.holdout_per_class=0 leaves nothing to choose by; set it"
         )
@@ -127,16 +123,23 @@ def plan_training(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
         raise ConfigError(
             f"trials.lr_per_256={list(cfg.trials.lr_per_256)} has a rate twice: both would be one run; give each once"
         )
-    arms = {arm: _plan_run(trial_config(cfg, arm, 0, rate), ranks) for arm in cfg.trials.arms}
+    lr = cfg.trials.lr_per_256[0]
+    arms = {arm: _plan_run(trial_config(cfg, arm, 0, lr), ranks) for arm in cfg.trials.arms}
     first = next(iter(arms.values()))
-    origin = {f"arm.{name}": arm.inherited_science.get("inherited.init", "scratch") for name, arm in arms.items()}
-    origin |= _evaluation_science(first.dataset, cfg, first.classes)
-    shared = {"encoder": first.encoder, "classes": first.classes, "class_weights": first.class_weights}
-    return build_stage_plan(FinetunePlan, cfg, ranks, extra_science=origin, **shared)
+    digests = {f"arm.{name}": arm.inherited_science.get("inherited.init", "scratch") for name, arm in arms.items()}
+    return build_stage_plan(
+        FinetunePlan,
+        cfg,
+        ranks,
+        extra_science=digests | _evaluation_science(first.dataset, cfg, first.classes),
+        encoder=first.encoder,
+        classes=first.classes,
+        class_weights=first.class_weights,
+    )
 
 
 def trial_config(cfg: FinetuneConfig, arm: str, repeat: int, lr_per_256: float) -> FinetuneConfig:
-    """The settings of one trial, an ordinary run inside the run directory of the comparison."""
+    """Return the settings of one trial, a nested run in the run directory of the comparison."""
     assert cfg.trials is not None
     init = cfg.trials.arms[arm]
     changes = {"init": init, "seed": cfg.seed + repeat, "optim.lr_per_256": lr_per_256}
@@ -145,13 +148,13 @@ def trial_config(cfg: FinetuneConfig, arm: str, repeat: int, lr_per_256: float) 
 
 
 def nested_run_config(cfg: FinetuneConfig, subdirectory: str, overrides: dict[str, Any]) -> FinetuneConfig:
-    """The settings of an ordinary run at a place inside the run directory of one that is made of many.
+    """Return the settings of a nested run in a subdirectory of the outer run's directory.
 
-    ``changes`` are dotted settings. MLflow hears of the outer run alone.
+    ``overrides`` are settings by dotted name. Only the outer run is tracked in MLflow.
     """
     tree = cfg.model_dump() | {"trials": None, "folds": None}
-    ours = {"run.dir": f"{cfg.run.dir}/{subdirectory}", "run.fresh": False, "tracking.uri": None}
-    for name, value in (overrides | ours).items():
+    nested = {"run.dir": f"{cfg.run.dir}/{subdirectory}", "run.fresh": False, "tracking.uri": None}
+    for name, value in (overrides | nested).items():
         set_by_dotted_key(tree, name, value)
     return FinetuneConfig.from_dict(tree, subdirectory)
 
@@ -159,64 +162,73 @@ def nested_run_config(cfg: FinetuneConfig, subdirectory: str, overrides: dict[st
 def _plan_run(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
     check_settings(cfg)
     check_early_stopping(cfg.early_stopping, cfg.evaluate_every, cfg, adversarial=cfg.adversarial is not None)
-    start = _inspect_init_source(cfg)
-    card = None if start is None else start.card
+    init_source = _inspect_init_source(cfg)
+    card = None if init_source is None else init_source.card
     check_task_settings(cfg, card)
     encoder, resized_from = _resolve_encoder_card(cfg, card)
     plan = build_stage_plan(FinetunePlan, cfg, ranks, source_card=card, encoder=encoder, resized_from=resized_from)
     classes = _resolve_classes(plan.dataset, cfg)
-    for other in plan.training_set.sources[1:]:
-        if other.dataset.classes not in {None, classes}:
+    for source in plan.training_set.sources[1:]:
+        if source.dataset.classes not in {None, classes}:
             raise DataError(
-                f"{other.dataset.folder} (data.mix) has other classes than {plan.dataset.folder}: index it with the same "
-                f"names in the same order, or without labels"
+                f"{source.dataset.folder} (data.mix) has other classes than {plan.dataset.folder}: index it with the "
+                f"same names in the same order, or without labels"
             )
-        make_label_reader(cfg.data, other.dataset)
+        make_label_reader(cfg.data, source.dataset)
     check_even_microbatch(cfg, plan.microbatch_size)
-    origin = _evaluation_science(plan.dataset, cfg, classes) | ({} if card is None else {"init": card.sha256})
+    digests = _evaluation_science(plan.dataset, cfg, classes) | ({} if card is None else {"init": card.sha256})
     teacher = _inspect_teacher(cfg, classes, plan.mean, plan.std)
-    origin |= {} if teacher is None else {"teacher": teacher.card.sha256}
-    inherited = plan.inherited_science | add_inherited_prefix(origin)
-    outputs = len(classes) if cfg.data.labels in ("class", "classes") else 0  # of the encoder's own head
-    weights = _resolve_class_weights(cfg, plan, classes)
-    encoder |= {"classes": outputs}
-    found = {"classes": classes, "class_weights": weights, "init_source": start, "teacher": teacher}
-    plan = replace(plan, inherited_science=inherited, encoder=encoder, **found)
-    check_distillation_token(cfg, parse_encoder_card(encoder, "model"))
-    told = plan.backbone
-    check_split_batchnorm(
-        cfg, encoder.get("timm") or encoder["name"], has_batchnorm=told is not None and _has_batchnorm(told)
+    digests |= {} if teacher is None else {"teacher": teacher.card.sha256}
+    class_weights = _resolve_class_weights(cfg, plan, classes)
+    # Dense heads are outside the encoder, whose own head then has no classes.
+    encoder |= {"classes": len(classes) if cfg.data.labels in ("class", "classes") else 0}
+    plan = replace(
+        plan,
+        inherited_science=plan.inherited_science | add_inherited_prefix(digests),
+        encoder=encoder,
+        classes=classes,
+        class_weights=class_weights,
+        init_source=init_source,
+        teacher=teacher,
     )
-    if told is not None:
-        _check_backbone(told, cfg, plan.microbatch_size, len(classes))
+    check_distillation_token(cfg, parse_encoder_card(encoder, "model"))
+    backbone = plan.backbone
+    check_split_batchnorm(
+        cfg, encoder.get("timm") or encoder["name"], has_batchnorm=backbone is not None and _has_batchnorm(backbone)
+    )
+    if backbone is not None:
+        check_backbone(backbone, cfg, plan.microbatch_size, len(classes))
     if cfg.data.labels == "boxes":
         check_detector_forward(cfg, parse_encoder_card(plan.encoder, "model"), plan.microbatch_size, len(classes))
     return plan
 
 
 def _inspect_init_source(cfg: FinetuneConfig) -> PretrainedSource | None:
-    """The weights to start from: an export, or what others left for a model of timm. Raises: ConfigError, ExportError."""
+    """Return the weights to start from: an export, or foreign weights named by init_name.
+
+    Raises: ConfigError, ExportError.
+    """
     if cfg.init is None:
         if cfg.init_name is not None:
             raise ConfigError(
                 f"init_name={cfg.init_name} says what init is, and init is null; set init, or leave it out"
             )
         return None
-    place = Path(cfg.init)
-    ours = read_with_timeout(place, cfg.data.patience_seconds, (place / "card.json").exists)
-    return inspect_pretrained(place, None if ours else cfg.init_name, cfg.data)
+    path = Path(cfg.init)
+    is_export = read_with_timeout(path, cfg.data.patience_seconds, (path / "card.json").exists)
+    return inspect_pretrained(path, None if is_export else cfg.init_name, cfg.data)
 
 
 def _evaluation_science(dataset: Dataset, cfg: FinetuneConfig, classes: tuple[str, ...]) -> dict[str, str]:
-    """What a result is measured on is science too."""
-    judging = early_stopping_science(cfg.early_stopping, cfg.evaluate_every)
-    return {"val": dataset.digest(eval_split(cfg.data).split), "classes": ", ".join(classes)} | judging
+    """Return the science of evaluation: digest of the split, classes, and the cadence with early stopping."""
+    cadence = early_stopping_science(cfg.early_stopping, cfg.evaluate_every)
+    return {"val": dataset.digest(eval_split(cfg.data).split), "classes": ", ".join(classes)} | cadence
 
 
 def _resolve_encoder_card(
     cfg: FinetuneConfig, card: Card | None
 ) -> tuple[dict[str, Any], int | tuple[int, int] | None]:
-    """The card of the classifier's encoder, the export's or that of the model from scratch, and what it is resized from."""
+    """Return the encoder's card (the export's or the model's from scratch) and the image size it is resized from."""
     data = cfg.data
     if cfg.model is not None and cfg.backbone is not None:
         raise ConfigError("model and backbone exclude each other: an encoder of foveal's, or a model of timm as it is")
@@ -226,22 +238,24 @@ def _resolve_encoder_card(
         if cfg.model is None:
             raise ConfigError("model is missing: without init, the encoder from scratch must be stated")
         return encoder_card(cfg.model, data.image_size, data.channels, pooling=resolve_pooling(cfg)), None
-    hers = parse_encoder_card(card.encoder, f"{cfg.init}/card.json")
-    _check_matches_export(cfg, hers)
+    exported = parse_encoder_card(card.encoder, f"{cfg.init}/card.json")
+    _check_matches_export(cfg, exported)
     size = {"image_size": data.to_dict()["image_size"]}
-    if isinstance(hers, BackboneCard):
-        check_resizable(hers, data.image_size, f"the export {cfg.init}")
-        return card.encoder | size, None if hers.image_size == data.image_size else hers.image_size
-    return card.encoder | {"pooling": resolve_pooling(cfg)} | size, hers.trained_size_if_different(data.image_size)
+    if isinstance(exported, BackboneCard):
+        check_resizable(exported, data.image_size, f"the export {cfg.init}")
+        return card.encoder | size, None if exported.image_size == data.image_size else exported.image_size
+    pooling = {"pooling": resolve_pooling(cfg)}
+    return card.encoder | pooling | size, exported.trained_size_if_different(data.image_size)
 
 
 def _check_matches_export(cfg: FinetuneConfig, export_card: EncoderCard | BackboneCard) -> None:
-    """What the config says beside an export must be what the export is. Raises: ExportError."""
+    """Raise ExportError if the config states a model that differs from the export."""
     stated: dict[str, Any] = {"channels": cfg.data.channels}
-    name, other = ("timm", "model") if isinstance(export_card, BackboneCard) else ("name", "backbone")
-    if getattr(cfg, other) is not None:
+    name_field, wrong_setting = ("timm", "model") if isinstance(export_card, BackboneCard) else ("name", "backbone")
+    if getattr(cfg, wrong_setting) is not None:
         raise ExportError(
-            f"the export {cfg.init} is a {getattr(export_card, name)}, which {other} does not say; leave it out"
+            f"the export {cfg.init} is a {getattr(export_card, name_field)}, which {wrong_setting} does not say; leave "
+            f"it out"
         )
     if cfg.backbone is not None:
         stated["timm"] = cfg.backbone
@@ -250,44 +264,24 @@ def _check_matches_export(cfg: FinetuneConfig, export_card: EncoderCard | Backbo
     for name, value in stated.items():
         if getattr(export_card, name) != value:
             raise ExportError(
-                f"the export {cfg.init} has {name} {getattr(export_card, name)}, the config says {value}; they must be equal"
+                f"the export {cfg.init} has {name} {getattr(export_card, name)}, the config says {value}; they must be "
+                "equal"
             )
-
-
-def _check_backbone(card: BackboneCard, cfg: FinetuneConfig, at_once: int, classes: int) -> None:
-    """What a model of timm must have of what the settings ask for. Raises: ConfigError."""
-    default = FinetuneConfig.model_fields["pooling"].default
-    if cfg.pooling != default:
-        raise ConfigError(f"pooling={cfg.pooling} is of foveal's encoders, {card.timm} has its own; leave it out")
-    check_backbone_forward(
-        card, cfg, max(2, at_once) if cfg.frozen else at_once, classes
-    )  # what is frozen learns from no batch
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        backbone = build_backbone(*card.build_args, num_classes=card.classes, drop_path=cfg.drop_path)
-    head: Any = backbone
-    if cfg.dropout and not isinstance(head.get_classifier(), nn.Linear):
-        raise ConfigError(
-            f"dropout={cfg.dropout:g} is before one linear head, which {card.timm} does not have; leave it out"
-        )
-    if cfg.optim.layer_decay < 1:
-        get_layer_ids(backbone)
-    if cfg.engine.recompute:
-        set_activation_checkpointing(backbone, enable=True)
 
 
 def _resolve_class_weights(cfg: FinetuneConfig, plan: FinetunePlan, classes: tuple[str, ...]) -> tuple[float, ...]:
-    """The weight of each class in the loss. Raises: ConfigError, DataError."""
-    told = cfg.class_weights
-    if told is None:
+    """Return the weight of each class in the loss. Raises: ConfigError, DataError."""
+    weights = cfg.class_weights
+    if weights is None:
         return (1.0,) * len(classes)
-    if told != "balanced":
-        if len(told) != len(classes):
+    if weights != "balanced":
+        if len(weights) != len(classes):
             raise ConfigError(
-                f"class_weights has {len(told)} weights for {len(classes)} classes; give one for each, by label"
+                f"class_weights has {len(weights)} weights for {len(classes)} classes; give one for each, by label"
             )
-        if not all(weight > 0 for weight in told):
-            raise ConfigError(f"class_weights={list(told)}: a weight is above 0, or a batch may weigh nothing")
-        return told
+        if not all(weight > 0 for weight in weights):
+            raise ConfigError(f"class_weights={list(weights)}: a weight is above 0, or a batch may weigh nothing")
+        return weights
     if cfg.data.mix:
         raise ConfigError(
             "class_weights=balanced counts the classes of data.path alone; with data.mix give a list of weights"
@@ -305,10 +299,11 @@ def _resolve_class_weights(cfg: FinetuneConfig, plan: FinetunePlan, classes: tup
 
 
 def _resolve_classes(dataset: Dataset, cfg: FinetuneConfig) -> tuple[str, ...]:
-    told = make_label_reader(cfg.data, dataset)
+    """Return the names of the classes. Raises: ConfigError, DataError."""
+    target_reader = make_label_reader(cfg.data, dataset)
     if dataset.classes is None:
         raise DataError(f"{dataset.folder}: its samples have no classes to learn; index shards that hold .cls members")
-    for split in () if told else (cfg.data.train, eval_split(cfg.data).split):
+    for split in () if target_reader else (cfg.data.train, eval_split(cfg.data).split):
         highest = int(dataset.labels(split).max())
         if highest < 0:
             raise DataError(f"{dataset.folder}: no sample of split '{split}' has a label")
@@ -322,28 +317,29 @@ def _resolve_classes(dataset: Dataset, cfg: FinetuneConfig) -> tuple[str, ...]:
 def _inspect_teacher(
     cfg: FinetuneConfig, classes: tuple[str, ...], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> PretrainedSource | None:
-    """The settings' teacher, which must have the same classes and see the same pixels. Raises: ExportError."""
+    """Return the teacher's weights, with the student's classes, channels and pixel statistics. Raises: ExportError."""
     if cfg.teacher is None:
         return None
-    origin = inspect_pretrained(Path(cfg.teacher.init), None, cfg.data)
-    if not origin.card.encoder.get("classes"):
-        raise ExportError(
-            f"the teacher {cfg.teacher.init} has no head that tells classes of an image; give the export of a classifier"
-        )
-    channels = parse_encoder_card(origin.card.encoder, f"{cfg.teacher.init}/card.json").channels
-    for name, hers, ours in (
-        ("classes", origin.card.classes, classes),
+    source = inspect_pretrained(Path(cfg.teacher.init), None, cfg.data)
+    card = source.card
+    if not card.encoder.get("classes"):
+        raise ExportError(f"the teacher {cfg.teacher.init} has no classification head; give the export of a classifier")
+    channels = parse_encoder_card(card.encoder, f"{cfg.teacher.init}/card.json").channels
+    for name, teacher_value, student_value in (
+        ("classes", card.classes, classes),
         ("channels", channels, cfg.data.channels),
-        ("mean", origin.card.mean, mean),
-        ("std", origin.card.std, std),
+        ("mean", card.mean, mean),
+        ("std", card.std, std),
     ):
-        if hers != ours:
+        if teacher_value != student_value:
             raise ExportError(
-                f"the teacher {cfg.teacher.init} has {name} {_short(hers)}, the student {_short(ours)}; they must be equal"
+                f"the teacher {cfg.teacher.init} has {name} {_short(teacher_value)}, the student "
+                f"{_short(student_value)}; they must be equal"
             )
-    return origin
+    return source
 
 
 def _short(value: object) -> str:
+    """Return the value as text of at most 60 characters and an ellipsis."""
     text = str(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

@@ -1,7 +1,7 @@
-"""Fine-tuning: ``accelerate launch finetune/run.py [CONFIG] [key=value ...]``, also under torchrun and srun.
+"""Entry point of fine-tuning: ``accelerate launch finetune/run.py [CONFIG] [key=value ...]``, also torchrun and srun.
 
-Without CONFIG it is the demo's: it packs the digits if they are missing, and starts from the demo's pretrained encoder
-if there is one, else from scratch, and says which.
+Without CONFIG the demo runs: it packs the digits data set if it is missing, starts from the demo's pretrained encoder
+if that exists, else from scratch, and logs which.
 """
 
 import logging
@@ -14,11 +14,9 @@ from finetune.config import FinetuneConfig
 from finetune.fit import fit
 from finetune.multirun import cross_validation
 from finetune.multirun.trials import run_trials
-from finetune.plan import FinetunePlan
-from finetune.plan import plan_training as plan_of_one
-from finetune.probe.plan import ProbePlan
-from finetune.probe.plan import plan_probe as plan_of_probe
-from finetune.probe.run import build as probe_parts
+from finetune.plan import FinetunePlan, plan_training
+from finetune.probe.plan import ProbePlan, plan_probe
+from finetune.probe.run import build as build_probe
 from finetune.probe.run import run_probes
 from finetune.tasks.registry import TASKS
 from foveal.data.pack import pack_digits
@@ -31,7 +29,7 @@ _log = logging.getLogger("foveal.finetune")
 
 
 def train(plan: FinetunePlan, run: Run) -> None:
-    """One run, or one that is made of many, or probes of an encoder that stays as it is."""
+    """Run what the plan describes: one training, a cross-validation, trials, or probes."""
     if isinstance(plan, ProbePlan):
         run_probes(plan, run)
     elif plan.cfg.folds is not None:
@@ -43,30 +41,32 @@ def train(plan: FinetunePlan, run: Run) -> None:
 
 
 def plan_finetuning(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
-    """What is done with these settings, or why not. Raises: ConfigError, DataError, ExportError, LaunchError."""
+    """Return the plan of these settings. Raises: ConfigError, DataError, ExportError, LaunchError."""
     if cfg.probe is not None:
-        return plan_of_probe(cfg, ranks)
-    return cross_validation.plan_cross_validation(cfg, ranks) if cfg.folds is not None else plan_of_one(cfg, ranks)
+        return plan_probe(cfg, ranks)
+    return cross_validation.plan_cross_validation(cfg, ranks) if cfg.folds is not None else plan_training(cfg, ranks)
 
 
 def build(plan: FinetunePlan, device: torch.device) -> TrainingSetup[Any]:
-    """What a step of the plan is made of; of a comparison, of its first trial."""
+    """Return model, parameter groups and objective of the plan; for trials, of the first trial."""
     if isinstance(plan, ProbePlan):
-        return probe_parts(plan, device)
+        return build_probe(plan, device)
     return TASKS[plan.cfg.data.labels].build(plan, device)
 
 
 def prepare_demo_args() -> list[str]:
-    """The command line of a start without CONFIG: the digits, packed if missing, from the demo's encoder if it is there."""
+    """Pack the digits data set if missing and return the demo's command line, with the demo's encoder if it exists."""
     root = Path(__file__).resolve().parents[1]
     digits, encoder = Path("data/digits"), Path("runs/demo/pretrain/export")
     if read_launch_env().rank == 0:
         pack_digits(digits)
-    found = (encoder / "card.json").exists()
+    pretrained = (encoder / "card.json").exists()
     _log.info(
-        "no CONFIG: fine-tuning the digits %s", f"from {encoder}" if found else f"from scratch ({encoder} is not there)"
+        "no CONFIG: fine-tuning the digits %s",
+        f"from {encoder}" if pretrained else f"from scratch ({encoder} is not there)",
     )
-    return [str(root / "configs" / "finetune" / "digits.yaml"), *([f"init={encoder}", "model=null"] if found else [])]
+    overrides = [f"init={encoder}", "model=null"] if pretrained else []
+    return [str(root / "configs" / "finetune" / "digits.yaml"), *overrides]
 
 
 STAGE = Stage(

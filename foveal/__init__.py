@@ -1,3 +1,3 @@
-"""foveal: self-supervised pretraining of vision transformers whose loss curve does not know how it was run."""
+"""foveal: pretraining of vision transformers with a loss curve that is independent of hardware and restarts."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Files and folders that exist whole or not at all: written as a draft, forced to disk, named by one rename."""
+"""Atomic files and folders: written as a draft, forced to disk, published by one rename."""
 
 import errno
 import hashlib
@@ -14,14 +14,14 @@ from typing import Any
 
 from foveal.errors import CheckpointError
 
-DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # no room, no quota, no file so large
+DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # disk full, quota exceeded, file too large
 _CHUNK = 1 << 22
 _log = logging.getLogger(__name__)
-_CANNOT = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}  # what a file system answers that has no such service
+_UNSUPPORTED_ERRNOS = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}  # the file system lacks the operation
 
 
 def sha256(file: Path) -> str:
-    """The digest of a file's bytes, in hex."""
+    """Return the sha256 of a file's bytes, in hex."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while chunk := stream.read(_CHUNK):
@@ -30,22 +30,22 @@ def sha256(file: Path) -> str:
 
 
 def fsync(path: Path) -> None:
-    """fsync a file, or the names in a folder."""
+    """fsync a file, or a folder's directory entries."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in _CANNOT:  # some file systems cannot force the names in a folder
+        if error.errno not in _UNSUPPORTED_ERRNOS:  # some file systems cannot fsync a folder
             raise
     finally:
         os.close(descriptor)
 
 
 def write_atomic(file: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old bytes or the new, never a part; on disk when this returns.
+    """Replace a file's content: a reader sees the old bytes or the new, never a part. On disk on return.
 
-    The draft has the process's number, so that two processes that write the same file spoil neither.
-    Raises: OSError; CheckpointError where a folder has the name.
+    The draft's name contains the process id, so that two processes can write the same file.
+    Raises: OSError; CheckpointError if the path is a folder.
     """
     draft = file.with_name(f".{file.name}.{os.getpid()}.draft")
     try:
@@ -60,59 +60,59 @@ def write_atomic(file: Path, content: bytes) -> None:
 
 
 def encode_json(value: Any) -> bytes:
-    """JSON as foveal's files have it."""
+    """Return a value as indented UTF-8 JSON, the form of all foveal files."""
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def encode_json_lines(values: Iterable[Any]) -> bytes:
-    """Each value as a line of JSON."""
+    """Return the values as JSON lines."""
     return b"".join(f"{json.dumps(value, ensure_ascii=False)}\n".encode() for value in values)
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Write JSON, whole or not at all."""
+    """Write a JSON file atomically."""
     write_atomic(file, encode_json(value))
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """An object of JSON, as foveal writes them into a run directory.
+    """Read a JSON object from a file of a run directory.
 
-    Raises: FileNotFoundError; CheckpointError, one sentence, where it cannot be read or is no such object.
+    Raises: OSError; CheckpointError if the path is a folder or the content is not a JSON object.
     """
     return parse_json_object(read_file_bytes(file), file)
 
 
 def read_file_bytes(file: Path) -> bytes:
-    """The bytes of a file of a run directory. Raises: OSError; CheckpointError where a folder has its name."""
+    """Return the bytes of a file of a run directory. Raises: OSError; CheckpointError if the path is a folder."""
     try:
         return file.read_bytes()
     except IsADirectoryError:
         raise _not_a_file_error(file) from None
 
 
-def _not_a_file_error(place: Path) -> CheckpointError:
-    return CheckpointError(f"{place} is a folder, and a file is to be there: move it away")
+def _not_a_file_error(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} is a folder, and a file is to be there: move it away")
 
 
 def parse_json_object(text: bytes, source: Path | str) -> dict[str, Any]:
-    """The object that a text of JSON is; ``where`` it comes from. Raises: CheckpointError."""
+    """Parse a JSON object; error messages name its ``source``. Raises: CheckpointError if the text is anything else."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{source} is damaged ({error}): restore it, or begin anew with run.fresh=true") from None
     if not isinstance(value, dict):
         raise CheckpointError(
-            f"{source} is damaged (an object is expected, this is {type(value).__name__}): restore it, or begin anew with "
-            f"run.fresh=true"
+            f"{source} is damaged (an object is expected, this is {type(value).__name__}): restore it, or begin anew "
+            f"with run.fresh=true"
         )
     return value
 
 
 class AppendLog:
-    """A file that grows at its end: what was added is on disk whole, or not at all.
+    """A file that grows by atomic appends: each is on disk in full, or not at all.
 
-    What a full disk has no room for is ``owed``: kept in memory, and written with the next addition that finds room, so
-    that a run goes on and loses nothing. Without an open ``stream`` the file is one of lines, made with the first.
+    Content that a full disk rejects stays in memory (``pending``) and is written with the next append that fits, so
+    that the run continues without loss. Without an open ``stream`` the file holds lines; the first append creates it.
     """
 
     def __init__(self, file: Path, stream: FileIO | None = None) -> None:
@@ -120,8 +120,9 @@ class AppendLog:
         self._file, self._stream = file, stream
 
     def append(self, content: bytes) -> None:
-        """Append all that is owed and this, and force it to disk. Raises: OSError where the disk is not just full."""
-        news, self.pending = not self.pending, self.pending + content
+        """Append the pending and the new content, and fsync. Raises: OSError other than a full disk."""
+        first_failure = not self.pending
+        self.pending += content
         try:
             with nullcontext(self._stream) if self._stream else FileIO(self._file, "a+b") as stream:
                 if self._stream is None:
@@ -130,34 +131,31 @@ class AppendLog:
         except OSError as error:
             if error.errno not in DISK_FULL_ERRNOS:
                 raise
-            if news:
-                _log.warning(
-                    "%s: no room (%s); what belongs there is kept in memory until there is some", self._file, error
-                )
+            if first_failure:
+                _log.warning("%s: no room (%s); new content stays in memory until there is space", self._file, error)
         else:
             self.pending = b""
 
     def append_json_lines(self, values: Iterable[Any]) -> None:
-        """Append each value as a line of JSON; without any, the file is not touched."""
+        """Append the values as JSON lines; without values the file is not touched."""
         if lines := encode_json_lines(values):
             self.append(lines)
 
     def close(self) -> None:
-        """Add what is owed, if there is room now, and close the stream."""
+        """Write the pending content if the disk has space now, and close the stream."""
         with self._stream or nullcontext():
             if self.pending:
                 self.append(b"")
 
 
 def _append_or_truncate(stream: FileIO, content: bytes) -> None:
-    """All of it or nothing."""
-    size = os.lseek(
-        stream.fileno(), 0, os.SEEK_END
-    )  # also where an addition that failed has left its place behind the end
+    """Append all of the content and fsync; on an error restore the file's old size."""
+    # SEEK_END, because a failed append leaves the position past the end of the truncated file.
+    size = os.lseek(stream.fileno(), 0, os.SEEK_END)
     try:
-        rest = memoryview(content)
-        while rest:
-            rest = rest[os.write(stream.fileno(), rest) :]
+        remaining = memoryview(content)
+        while remaining:
+            remaining = remaining[os.write(stream.fileno(), remaining) :]
         os.fsync(stream.fileno())
     except OSError:
         os.ftruncate(stream.fileno(), size)
@@ -165,7 +163,7 @@ def _append_or_truncate(stream: FileIO, content: bytes) -> None:
 
 
 def _truncate_partial_line(stream: FileIO) -> None:
-    """Let a last line go that a kill has cut short: it was never said, and behind it the next one would be unreadable."""
+    """Remove a last line that a kill cut short: a line appended to it would be unreadable."""
     size = os.fstat(stream.fileno()).st_size
     if size and os.pread(stream.fileno(), 1, size - 1) != b"\n":
         os.ftruncate(stream.fileno(), os.pread(stream.fileno(), size, 0).rfind(b"\n") + 1)
@@ -173,7 +171,7 @@ def _truncate_partial_line(stream: FileIO) -> None:
 
 @contextmanager
 def best_effort(description: str | Path) -> Iterator[None]:
-    """Around writing what a run can do without: on a full disk there is a warning and no such file."""
+    """Wrap the writing of an optional file: a full disk causes a warning instead of an error."""
     try:
         yield
     except OSError as error:
@@ -183,44 +181,47 @@ def best_effort(description: str | Path) -> Iterator[None]:
 
 
 def get_free_space(path: Path) -> tuple[int, Path]:
-    """What is left for us on the file system that holds a place (or will hold it), and where that is mounted."""
-    there = path.absolute()
-    while not there.exists():
-        there = there.parent
-    found = os.statvfs(there)
-    while not there.is_mount():
-        there = there.parent
-    return found.f_bavail * found.f_frsize, there
+    """Return the free bytes of the file system that holds (or will hold) a path, and its mount point.
+
+    Free means available to this user.
+    """
+    folder = path.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    stats = os.statvfs(folder)
+    while not folder.is_mount():
+        folder = folder.parent
+    return stats.f_bavail * stats.f_frsize, folder
 
 
 def disk_shortage(path: Path, required_bytes: int) -> str | None:
-    """A sentence where a file system has less room than ``need`` bytes; nothing where it has enough.
+    """Return a message if a file system has fewer than ``required_bytes`` free, else None.
 
-    A quota is not seen here: it shows when room for a file is taken.
+    A quota is not visible here: it shows when a file's space is allocated.
     """
     free, mount = get_free_space(path)
     if free >= required_bytes:
         return None
     return (
-        f"{path} has {format_bytes(free)} left (on {mount}) and a checkpoint takes {format_bytes(required_bytes)}; make room, or set "
-        f"run.dir to another disk"
+        f"{path} has {format_bytes(free)} left (on {mount}) and a checkpoint takes {format_bytes(required_bytes)}; "
+        f"make room, or set run.dir to another disk"
     )
 
 
 def format_bytes(num_bytes: int) -> str:
-    """Bytes for a reader, in powers of ten as disks are sold and ``df -H`` counts."""
+    """Return a size in MB or GB, in powers of ten as in ``df -H``."""
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def draft_path(folder: Path) -> Path:
-    """Where a folder is written before it gets its name: beside it, so that the rename stays on one file system."""
+    """Return the path of a folder's draft: beside the folder, so that the rename stays on one file system."""
     return folder.with_name(f".draft-{folder.name}")
 
 
 def publish_draft(draft: Path, folder: Path) -> None:
-    """Give a finished draft its name; what had the name before is gone only after the new one is whole on disk."""
-    for names in [*(each for each in draft.rglob("*") if each.is_dir()), draft]:
-        fsync(names)
+    """Rename a finished draft to its folder; an older folder of that name is removed only after the rename."""
+    for subfolder in [*(path for path in draft.rglob("*") if path.is_dir()), draft]:
+        fsync(subfolder)
     if folder.exists():
         old = folder.with_name(f".old-{folder.name}")
         shutil.rmtree(old, ignore_errors=True)
@@ -234,7 +235,7 @@ def publish_draft(draft: Path, folder: Path) -> None:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty draft folder; publish it if the block ends well, remove it if not."""
+    """Yield an empty draft folder; publish it if the block succeeds, else remove it."""
     draft = draft_path(folder)
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The ``foveal`` command. The stages have doors of their own (``python -m pretrain.run``)."""
+"""The ``foveal`` command. Stages have commands of their own (``python -m pretrain.run``)."""
 
 import sys
 from typing import Annotated, NoReturn
@@ -16,14 +16,14 @@ from foveal.redact import redact_tracebacks
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(attempts)
-app.add_typer(data, name="data", help="Build, index and look at shards.")
-app.add_typer(track, name="track", help="Deliver to MLflow what it has not heard of a run.")
+app.add_typer(data, name="data", help="Build, index, verify and display shards.")
+app.add_typer(track, name="track", help="Upload to MLflow the part of a run that it lacks.")
 app.command("plan")(plan_command)
 app.command("doctor")(doctor_command)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"foveal {__version__}")
         raise typer.Exit
 
@@ -34,11 +34,11 @@ def _root_options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Self-supervised pretraining of vision transformers. Training: python -m pretrain.run, distill.run, finetune.run."""
+    """Pretraining of vision transformers. To train: python -m pretrain.run, distill.run or finetune.run."""
 
 
 def main() -> NoReturn:
-    """Run a command; a user's mistake is one sentence and exit code 2."""
+    """Run a command; a FovealError prints one sentence and sets the exit code."""
     redact_tracebacks()
     try:
         app()

@@ -1,48 +1,48 @@
-"""What can go wrong, what a user reads about it, and the exit code that tells a job script what to do.
+"""Errors that a user sees, and the exit code that tells the job script what to do.
 
-    FovealError            one sentence, no traceback                             exit code  requeued
-    ├── ConfigError        a setting: wrong key, type, range or combination               2  no
-    ├── DataError          shards, manifest, index, or a batch that they cannot fill      2  no
-    │   └── Unreachable    storage or network that did not answer, after several attempts      5  yes
-    ├── CheckpointError    a run directory that cannot be continued                       2  no
-    │   └── Held               another attempt is writing it                              2  no
-    ├── ExportError        an export that does not fit what is asked of it                2  no
-    ├── OutOfMemory        a GPU or a host whose memory does not suffice                   2  no
-    ├── LaunchError        ranks, launcher, devices                                       2  no
-    │   ├── RankConflict       ranks of two runs, or one rank twice, at one address       2  no
-    │   └── NotRequeued    a run that has saved and left, and Slurm would not have it back    1  asked again
-    ├── Diverged           training became non-finite, and going back did not help        3  no
-    ├── Superseded         another attempt at the same run has taken over                 4  no
-    ├── Hung               a rank was lost, or nothing moved any more                     5  yes
-    ├── BadNode            a node that should not train                                   6  where it can be left out
-    └── Restarting         a run that is started again and again and gets no further      7  no
+    FovealError                     one sentence, no traceback                       exit code  requeued
+    ├── ConfigError                 a setting: wrong key, type, range or combination         2  no
+    ├── DataError                   shards, manifest or index, or too few samples            2  no
+    │   └── StorageUnreachableError storage or network without an answer after retries       5  yes
+    ├── CheckpointError             a run directory that cannot be continued                 2  no
+    │   └── RunInUseError           a run directory that another attempt is writing          2  no
+    ├── ExportError                 an export that does not fit its use                      2  no
+    ├── OutOfMemoryError            too little memory on a GPU or a host                     2  no
+    ├── LaunchError                 ranks, launcher, devices                                 2  no
+    │   ├── RankConflictError       ranks of two runs, or one rank twice, at one address     2  no
+    │   └── RequeueRefusedError     the run was saved; Slurm refused to requeue its job      1  by the job script
+    ├── TrainingDivergedError       training non-finite in spite of roll-backs               3  no
+    ├── AttemptSupersededError      another attempt at the same run has taken over           4  no
+    ├── TrainingHungError           a lost rank, or no progress                              5  yes
+    ├── BadNodeError                a node that failed the preflight                         6  if excludable
+    └── RestartLoopError            restarts without a new checkpoint                        7  no
 
-Exit code 0: finished, or saved and left as asked. 1: anything else, with its traceback; requeued. A programmer's mistake
-is an ``assert`` or an ordinary exception.
+Exit code 0: the run finished, or was saved and stopped on request. 1: any other exception, with its traceback;
+requeued. A programming error is an ``assert`` or an ordinary exception.
 """
 
 from foveal.redact import redact
 
 
 class FovealError(Exception):
-    """A mistake that its message explains in one sentence, without secrets: what, where, and what to do."""
+    """An error with a one-sentence message: the fault, its place and the remedy. Secrets are redacted."""
 
     exit_code = 2
 
     def __init__(self, *message_parts: object) -> None:
-        super().__init__(*(redact(each) if isinstance(each, str) else each for each in message_parts))
+        super().__init__(*(redact(part) if isinstance(part, str) else part for part in message_parts))
 
 
 class ConfigError(FovealError):
-    """A setting that cannot be."""
+    """An invalid setting or combination of settings."""
 
 
 class DataError(FovealError):
-    """Shards, a manifest or an index that cannot be used as asked."""
+    """Shards, a manifest or an index that do not fit the settings."""
 
 
 class StorageUnreachableError(DataError):
-    """Storage or network that did not give what it has, after several attempts; another node may fare better."""
+    """Storage or network without an answer after several attempts; a start on another node may succeed."""
 
     exit_code = 5
 
@@ -56,52 +56,52 @@ class RunInUseError(CheckpointError):
 
 
 class ExportError(FovealError):
-    """An export that is not whole, or does not fit the model that wants it."""
+    """An export that is incomplete, or does not fit the model that loads it."""
 
 
 class OutOfMemoryError(FovealError):
-    """A GPU, or a host, that has too little memory for what it is asked: another start would ask the same."""
+    """Too little memory on a GPU or a host; a restart would need the same amount."""
 
 
 class LaunchError(FovealError):
-    """Ranks or devices that are not what the run needs."""
+    """Ranks or devices that do not fit the run."""
 
 
 class RankConflictError(LaunchError):
-    """Ranks of different runs, or two of one number, came to one address."""
+    """Ranks of different runs, or two ranks of the same number, at one address."""
 
 
 class RequeueRefusedError(LaunchError):
-    """The run was saved, and Slurm refused to start its job again: the job script may ask once more."""
+    """Slurm refused to requeue the job of a saved run; the job script may retry."""
 
     exit_code = 1
 
 
 class TrainingDivergedError(FovealError):
-    """Loss or gradients became non-finite, going back did not help, and every rank agrees on it."""
+    """Loss or gradients stayed non-finite in spite of roll-backs; raised on every rank."""
 
     exit_code = 3
 
 
 class AttemptSupersededError(FovealError):
-    """Another attempt at the same run has begun: this one writes nothing more."""
+    """Another attempt at the same run has begun; this attempt writes nothing more."""
 
     exit_code = 4
 
 
 class TrainingHungError(FovealError):
-    """A rank was lost, or nothing moved for so long that waiting on would be in vain."""
+    """A rank was lost, or training made no progress within the time limit."""
 
     exit_code = 5
 
 
 class BadNodeError(FovealError):
-    """A node that the preflight found unfit."""
+    """A node that failed the preflight."""
 
     exit_code = 6
 
 
 class RestartLoopError(FovealError):
-    """Attempt after attempt ended without a new checkpoint: another would too."""
+    """Several attempts in a row ended without a new checkpoint."""
 
     exit_code = 7

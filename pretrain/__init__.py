@@ -1,1 +1,1 @@
-"""The first stage: a masked autoencoder learns to see (He et al., "Masked Autoencoders Are Scalable Vision Learners", 2021)."""
+"""Stage 1, pretraining a masked autoencoder (He et al., "Masked Autoencoders Are Scalable Vision Learners", 2021)."""

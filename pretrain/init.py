@@ -1,4 +1,4 @@
-"""Encoder weights to go on from: an export of ours, or what others left under timm's or Hugging Face's names."""
+"""Initial encoder weights: a foveal export, or foreign weights under timm's or Hugging Face's names."""
 
 import math
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from foveal.timeouts import read_with_timeout
 from foveal.weights.export import Card, load_weights_strict, read_export, select_matching_weights
 from foveal.weights.foreign import find_weights_file, read_num_heads, read_weights_as_timm
 
-# What an encoder for pretraining has no place for: heads, and decoders of whoever pretrained before.
+# Weights that a pretraining encoder does not have: heads, and decoders of an earlier pretraining.
 _IGNORED_PREFIXES = (
     "head.",
     "fc_norm.",
@@ -30,12 +30,15 @@ _IGNORED_PREFIXES = (
     "mask_token",
     "embeddings.mask_token",
 )
-_POSITION_TOLERANCE = 1e-4  # how far a stored table of sines and cosines may be from the formula
+_POSITION_TOLERANCE = 1e-4  # maximum distance of a stored sine-cosine table from the formula
 
 
 @dataclass(frozen=True)
 class InitSource:
-    """What a run goes on from. ``grid`` is that of the weights; ``card`` is an export's; the names are the encoder's own."""
+    """Initial weights of a run, and which of them an encoder uses.
+
+    ``patch_grid`` is (rows, columns) in the source; ``card`` is None for foreign weights; keys are timm's names.
+    """
 
     path: Path
     timeout_seconds: float
@@ -47,46 +50,48 @@ class InitSource:
     unexpected_keys: tuple[str, ...]
 
     def summary_lines(self) -> list[str]:
-        """The report in words: which weights were used, which are drawn, which were left."""
+        """Return the report: the number of weights used, and the names that are new or unused."""
         lines = [f"init      {self.path}, {len(self.loaded_keys)} weights used"]
         lines += [f"          new: {', '.join(self.missing_keys)}"] if self.missing_keys else []
         return lines + ([f"          unused: {', '.join(self.unexpected_keys)}"] if self.unexpected_keys else [])
 
 
 def inspect_init_weights(path: Path, model: ResolvedVitConfig, data: DataConfig) -> InitSource:
-    """Look at the weights that ``init`` names, and whether they fit an encoder; the encoder is not built.
+    """Check weights against an encoder, on the meta device, and return which are used.
 
-    Raises: ExportError, one sentence for what does not fit.
+    Raises: ExportError if the weights do not fit.
     """
-    patience = data.patience_seconds
-    weights, digest, card = _read_init_weights(path, patience)
-    told = None if card is None else parse_encoder_card(card.encoder, f"{path}/card.json")
-    if isinstance(told, BackboneCard):
-        raise ExportError(f"{path} is a {told.timm} of timm as it is; pretraining goes on from an encoder of foveal's")
-    if told is None:
-        heads = read_num_heads(find_weights_file(path, patience), patience)
-        stated = _infer_sizes(path, weights) | ({} if heads is None else {"heads": heads})
+    timeout_seconds = data.patience_seconds
+    weights, digest, card = _read_init_weights(path, timeout_seconds)
+    source_card = None if card is None else parse_encoder_card(card.encoder, f"{path}/card.json")
+    if isinstance(source_card, BackboneCard):
+        raise ExportError(f"{path} is the timm backbone {source_card.timm}; pretraining needs a foveal encoder")
+    if source_card is None:
+        heads = read_num_heads(find_weights_file(path, timeout_seconds), timeout_seconds)
+        source_sizes = _infer_sizes(path, weights) | ({} if heads is None else {"heads": heads})
     else:
-        stated = told.to_dict()
-    _check_equal(path, stated, model.to_dict() | {"channels": data.channels})
+        source_sizes = source_card.to_dict()
+    _check_equal(path, source_sizes, model.to_dict() | {"channels": data.channels})
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         encoder = build_encoder(model, image_size=data.image_size, channels=data.channels)
-    grid = _infer_patch_grid(path, weights, encoder, model, data) if told is None else told.patch_grid(told.image_size)
-    _check_positions(path, weights, model, grid)
-    new = _allowed_missing_prefixes(weights, model)
+    if source_card is None:
+        patch_grid = _infer_patch_grid(path, weights, encoder, model, data)
+    else:
+        patch_grid = source_card.patch_grid(source_card.image_size)
+    _check_positions(path, weights, model, patch_grid)
     used = select_matching_weights(
         encoder,
-        resize_weights(weights, encoder, model.positions, grid),
+        resize_weights(weights, encoder, model.positions, patch_grid),
         path,
-        new_prefixes=new,
+        new_prefixes=_allowed_missing_prefixes(weights, model),
         unused_prefixes=_IGNORED_PREFIXES,
     )
     return InitSource(
         path,
-        patience,
+        timeout_seconds,
         digest,
         card,
-        grid,
+        patch_grid,
         loaded_keys=tuple(used),
         missing_keys=tuple(name for name in encoder.state_dict() if name not in used),
         unexpected_keys=tuple(name for name in weights if name not in used),
@@ -94,10 +99,10 @@ def inspect_init_weights(path: Path, model: ResolvedVitConfig, data: DataConfig)
 
 
 def load_init_weights(encoder: Encoder, source: InitSource, model: ResolvedVitConfig) -> None:
-    """Put the weights into an encoder. Raises: ExportError where they are no longer those that were looked at."""
+    """Load the weights into an encoder. Raises: ExportError if the file has changed since the plan."""
     weights, digest, _ = _read_init_weights(source.path, source.timeout_seconds)
     if digest != source.sha256:
-        raise ExportError(f"{source.path} has changed since the run was planned; start it again")
+        raise ExportError(f"{source.path} has changed since the run was planned; start the run again")
     weights = resize_weights(weights, encoder, model.positions, source.patch_grid)
     load_weights_strict(
         encoder,
@@ -109,7 +114,7 @@ def load_init_weights(encoder: Encoder, source: InitSource, model: ResolvedVitCo
 
 
 def _read_init_weights(path: Path, timeout_seconds: float) -> tuple[dict[str, Tensor], str, Card | None]:
-    """Weights under timm's names, their file's sha256, and the card where the place is an export."""
+    """Return weights under timm's names, their file's sha256, and the card if the path is an export."""
     if read_with_timeout(path, timeout_seconds, (path / "card.json").exists):
         weights, card = read_export(path, timeout_seconds)
         return weights, card.sha256, card
@@ -117,47 +122,50 @@ def _read_init_weights(path: Path, timeout_seconds: float) -> tuple[dict[str, Te
 
 
 def _infer_sizes(path: Path, weights: dict[str, Tensor]) -> dict[str, Any]:
-    """What weights say of the sizes of their encoder."""
+    """Return the encoder's sizes from the shapes of its weights. Raises: ExportError without a patch embedding."""
     embed = weights.get("patch_embed.proj.weight")
     if embed is None or embed.ndim != 4:
         raise ExportError(
-            f"{path} has no patch embedding under timm's names or Hugging Face's ViT's (its names begin with "
+            f"{path} has no patch embedding under timm's or Hugging Face's ViT names (its first names are "
             f"{', '.join(sorted(weights)[:3])})"
         )
     blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
-    width, channels, side, _ = embed.shape
+    width, channels, patch_size, _ = embed.shape
     registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
-    return {"patch": side, "channels": channels, "width": width, "depth": len(blocks), "registers": registers}
+    return {"patch": patch_size, "channels": channels, "width": width, "depth": len(blocks), "registers": registers}
 
 
-def _check_equal(path: Path, found_sizes: dict[str, Any], model_sizes: dict[str, Any]) -> None:
+def _check_equal(path: Path, source_sizes: dict[str, Any], model_sizes: dict[str, Any]) -> None:
     for name, value in model_sizes.items():
-        if name in found_sizes and found_sizes[name] != value:
-            where = "data.channels" if name == "channels" else f"model.{name}"
-            raise ExportError(f"{path} has {name} {found_sizes[name]}, {where} is {value}; they must be equal")
+        if name in source_sizes and source_sizes[name] != value:
+            setting = "data.channels" if name == "channels" else f"model.{name}"
+            raise ExportError(f"{path} has {name} {source_sizes[name]}, {setting} is {value}; they must be equal")
 
 
 def _infer_patch_grid(
     path: Path, weights: dict[str, Tensor], encoder: Encoder, model: ResolvedVitConfig, data: DataConfig
 ) -> tuple[int, int]:
-    """(rows, columns) of the patches that foreign weights were trained on: ours, or else a square."""
-    ours, table = model.patch_grid(data.image_size), weights.get("pos_embed")
+    """Return (rows, columns) of foreign weights' position table: the model's grid if the length fits, else a square."""
+    model_grid, table = model.patch_grid(data.image_size), weights.get("pos_embed")
     if model.positions is None or table is None or table.ndim != 3:
-        return ours
-    length = table.shape[1] - encoder.get_parameter("pos_embed").shape[1] + math.prod(ours)
+        return model_grid
+    length = table.shape[1] - encoder.get_parameter("pos_embed").shape[1] + math.prod(model_grid)
+    if length == math.prod(model_grid):
+        return model_grid
     side = math.isqrt(max(length, 0))
-    if length != math.prod(ours) and (side**2 != length or not side):
+    if side**2 != length or not side:
         raise ExportError(
-            f"{path} has positions of {length} patches, which are neither {ours[0]} x {ours[1]} nor a square"
+            f"{path} has positions of {length} patches, which are neither {model_grid[0]} x {model_grid[1]} nor a "
+            f"square"
         )
-    return ours if length == math.prod(ours) else (side, side)
+    return side, side
 
 
 def _check_positions(path: Path, weights: dict[str, Tensor], model: ResolvedVitConfig, grid: tuple[int, int]) -> None:
-    """A table that was learned is not to be taken for sines and cosines, or it would be thrown away."""
+    """Raise: ExportError if positions=sincos would discard a learned table."""
     table = weights.get("pos_embed")
     length = math.prod(grid)
-    # What has another shape is left to the loading to say so.
+    # A table of another shape is refused when the weights are selected.
     if model.positions != "sincos" or table is None or table[:, -length:].shape != (1, length, model.width):
         return
     if (table[0, -length:] - sincos_positions(*grid, model.width)).abs().max() > _POSITION_TOLERANCE:
@@ -165,7 +173,7 @@ def _check_positions(path: Path, weights: dict[str, Tensor], model: ResolvedVitC
 
 
 def _allowed_missing_prefixes(weights: dict[str, Tensor], model: ResolvedVitConfig) -> tuple[str, ...]:
-    """Prefixes of what may be missing: a last norm, where the mean had its own, and positions that are a formula."""
+    """Return prefixes that may be missing: the last norm if the source has fc_norm instead, and sincos positions."""
     pooled = "fc_norm.weight" in weights and "norm.weight" not in weights
     formula = model.positions == "sincos" and "pos_embed" not in weights
     return (("norm.",) if pooled else ()) + (("pos_embed",) if formula else ())

@@ -1,6 +1,6 @@
-"""What is learned from masked images: their pixels (He et al., 2022), their features, and the whole they are part of.
+"""Losses of masked image modelling: pixels (He et al., 2022), features, and the full image's mean feature.
 
-B images, L patches, M masked ones of each, P numbers per patch, D encoder width.
+B images, L patches, M masked patches per image, P values per patch, D encoder width.
 """
 
 import math
@@ -22,9 +22,9 @@ PredictionTarget = Literal["pixels", "latents"]
 
 @dataclass(frozen=True)
 class MaskedModelingLoss:
-    """Guess what was not shown. Which patches are masked depends on (seed, epoch, sample id), on no rank.
+    """Predict the masked patches. Masks depend on (seed, epoch, sample id), not on ranks.
 
-    ``grid`` is (rows, columns) of patches, ``mask_side`` what ``foveal.models.masks.mask_side`` says.
+    ``patch_grid`` is (rows, columns); ``mask_block_size`` comes from ``foveal.models.masks.resolve_mask_block_size``.
     """
 
     seed: int
@@ -40,46 +40,45 @@ class MaskedModelingLoss:
     image_loss_weight: float = 0.0
 
     def draw_mask_noise(self, batch: Batch) -> Tensor:
-        """Noise [B, L]; the patches with the lowest are shown."""
-        numbers = draw_uniform(
-            derive_key(self.seed, "mask"), batch.sample_keys, math.prod(self.patch_grid) + NUM_OFFSET_DRAWS
-        )
-        return MASK_NOISE_FUNCTIONS[self.mask_strategy](numbers, *self.patch_grid, self.mask_block_size)
+        """Return noise [B, L]; the patches with the lowest noise are visible."""
+        num_draws = math.prod(self.patch_grid) + NUM_OFFSET_DRAWS
+        uniforms = draw_uniform(derive_key(self.seed, "mask"), batch.sample_keys, num_draws)
+        return MASK_NOISE_FUNCTIONS[self.mask_strategy](uniforms, *self.patch_grid, self.mask_block_size)
 
     def batch_weight(self, batch: Batch) -> float:
-        """The number of masked patches, the same in every batch."""
-        length = math.prod(self.patch_grid)
-        return float(len(batch.ids) * (length - count_visible(length, self.mask_ratio)))
+        """Return the number of masked patches, the same in every batch."""
+        num_patches = math.prod(self.patch_grid)
+        return float(len(batch.ids) * (num_patches - count_visible(num_patches, self.mask_ratio)))
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        images, guesses = self.predict(model, batch)
-        total = TARGET_LOSSES[self.target](self, images, guesses)
+        images, output = self.predict(model, batch)
+        patch_sum = TARGET_LOSSES[self.target](self, images, output)
         if not self.image_loss_weight:
-            return total, {}
-        # An image counts as often as it has masked patches: the loss is one mean plus another.
-        whole = image_loss(guesses).sum() * guesses.masked_indices.shape[1]
-        return total + self.image_loss_weight * whole, {"patch_loss": total, "image_loss": whole}
+            return patch_sum, {}
+        # Scaled by M, since the denominator is masked patches: the loss is a mean over patches plus one over images.
+        image_sum = image_loss(output).sum() * output.masked_indices.shape[1]
+        return patch_sum + self.image_loss_weight * image_sum, {"patch_loss": patch_sum, "image_loss": image_sum}
 
     def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, MAEOutput]:
-        """Normalised images [B, C, H, W], and what the model says of them."""
+        """Return the normalised images [B, C, H, W] and the model's output for them."""
         images = normalise(batch.images, self.mean, self.std)
         return images, model(images, self.draw_mask_noise(batch), self.mask_ratio)
 
 
 def pixel_loss(objective: MaskedModelingLoss, images: Tensor, output: MAEOutput) -> Tensor:
     """Mean squared error over the P pixels of a patch, summed over masked patches (He et al., 2022, section 3)."""
-    wanted_BMP = build_reconstruction_targets(images, output.masked_indices, objective.patch_size, objective.norm_pix)
-    return reconstruction_loss(output.patch_pred, wanted_BMP)[0]
+    target_BMP = build_reconstruction_targets(images, output.masked_indices, objective.patch_size, objective.norm_pix)
+    return reconstruction_loss(output.patch_pred, target_BMP)[0]
 
 
 def feature_loss(_objective: MaskedModelingLoss, _images: Tensor, output: MAEOutput) -> Tensor:
     """Huber loss with threshold 1, mean over D, summed over masked patches.
 
-    The target is what the averaged encoder makes of the full image, each patch brought to mean 0 and variance 1 (I-JEPA,
-    Assran et al., 2023, sections 3 and A.1; data2vec, Baevski et al., 2022).
+    The target is the EMA encoder's features of the full image, each patch standardised to mean 0 and variance 1
+    (I-JEPA, Assran et al., 2023, sections 3 and A.1; data2vec, Baevski et al., 2022).
     """
-    wanted_BMD = standardize_features(gather_patches(_full_image_features(output), output.masked_indices))
-    return F.smooth_l1_loss(output.patch_pred.float(), wanted_BMD, reduction="none").mean(dim=-1).sum()
+    target_BMD = standardize_features(gather_patches(_full_image_features(output), output.masked_indices))
+    return F.smooth_l1_loss(output.patch_pred.float(), target_BMD, reduction="none").mean(dim=-1).sum()
 
 
 TARGET_LOSSES: dict[PredictionTarget, Callable[[MaskedModelingLoss, Tensor, MAEOutput], Tensor]] = {
@@ -89,20 +88,20 @@ TARGET_LOSSES: dict[PredictionTarget, Callable[[MaskedModelingLoss, Tensor, MAEO
 
 
 def image_loss(output: MAEOutput) -> Tensor:
-    """Squared error [B], mean over D, of the guess of the mean of a full image's patches, brought to mean 0 and variance 1.
+    """Squared error [B], mean over D; the target is the mean of the full image's patches, standardised.
 
-    The mean of patches, and not the class token: what masked patches teach keeps it from being the same for all images.
+    The target is not the class token: only patches are kept from collapse, by the loss of masked patches.
     """
-    assert output.image_pred is not None, "MaskedAutoencoder(image=True) guesses it"
-    wanted_BD = standardize_features(_full_image_features(output).float().mean(dim=1))
-    return (output.image_pred.float() - wanted_BD).square().mean(dim=-1)
+    assert output.image_pred is not None, "needs MaskedAutoencoder(predict_image=True)"
+    target_BD = standardize_features(_full_image_features(output).float().mean(dim=1))
+    return (output.image_pred.float() - target_BD).square().mean(dim=-1)
 
 
 def standardize_features(features: Tensor) -> Tensor:
-    """Features [..., D] brought to mean 0 and variance 1 over D, float32."""
+    """Return features [..., D] standardised to mean 0 and variance 1 over D, in float32."""
     return F.layer_norm(features.float(), features.shape[-1:])
 
 
 def _full_image_features(output: MAEOutput) -> Tensor:
-    assert output.target_features is not None, "MaskedAutoencoder(latents=True or image=True) looks at the full images"
+    assert output.target_features is not None, "needs MaskedAutoencoder(predict_features=True or predict_image=True)"
     return output.target_features

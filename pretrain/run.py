@@ -16,11 +16,11 @@ from pretrain.config import PretrainConfig, PretrainPlan, plan_pretraining
 from pretrain.init import load_init_weights
 from pretrain.objective import MaskedModelingLoss
 
-_MAX_SHEET_IMAGES = 8  # images on a reconstruction sheet
+_MAX_GRID_IMAGES = 8  # images in a reconstruction grid
 
 
 def train(plan: PretrainPlan, run: Run) -> None:
-    """From the first step, or the newest checkpoint, to the export of the encoder."""
+    """Train from the first step or the newest checkpoint, then export the encoder."""
     cfg = plan.cfg
     setup = build(plan, run.world.device)
     engine = build_engine(
@@ -39,10 +39,10 @@ def train(plan: PretrainPlan, run: Run) -> None:
                 engine.update_ema("averaged.", "encoder.", 1 - plan.ema_decay_at(step.index))
             if is_due(step.index, cfg.log.every, plan.stop_step):
                 run.log_metrics()
-            leaving = run.check_preemption()
-            if leaving or is_due(step.index, cfg.checkpoint.every, plan.stop_step):
+            preempted = run.check_preemption()
+            if preempted or is_due(step.index, cfg.checkpoint.every, plan.stop_step):
                 run.save_checkpoint(engine, step.index)
-            if leaving:
+            if preempted:
                 return run.end_preempted(step.index)
             if cfg.target == "pixels" and is_due(step.index, cfg.log.pictures_every, plan.stop_step):
                 save_reconstructions(step, engine, setup.objective, run)
@@ -53,7 +53,7 @@ def train(plan: PretrainPlan, run: Run) -> None:
 
 
 def build(plan: PretrainPlan, _device: torch.device) -> TrainingSetup[MaskedModelingLoss]:
-    """The masked autoencoder, freshly drawn but for what ``init`` brings, and what it learns."""
+    """Return the masked autoencoder, initialised from the seed and ``init``, and its loss."""
     cfg = plan.cfg
     sizes = cfg.model.resolve()
     torch.manual_seed(derive_key(cfg.seed, "weights"))
@@ -84,17 +84,17 @@ def build(plan: PretrainPlan, _device: torch.device) -> TrainingSetup[MaskedMode
 
 
 def save_reconstructions(step: Step, engine: Engine, objective: MaskedModelingLoss, run: Run) -> None:
-    """A sheet of originals, what was shown of them, and what was setup of it; every rank takes part in the forward."""
+    """Save an image grid of originals, visible patches and reconstructions; every rank runs the forward."""
     with run.throughput_meter.exclude_time(), engine.eval_mode():
         pred, masked, *_ = objective.predict(engine.model, step.batch)[1]
-        some = slice(_MAX_SHEET_IMAGES)
+        shown = slice(_MAX_GRID_IMAGES)
         run.save_image(
             "reconstruction",
             step.index,
             lambda: draw_reconstruction_grid(
-                step.batch.images[some],
-                pred[some],
-                masked[some],
+                step.batch.images[shown],
+                pred[shown],
+                masked[shown],
                 mean=objective.mean,
                 std=objective.std,
                 norm_pix=objective.norm_pix,

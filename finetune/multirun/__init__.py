@@ -1,1 +1,1 @@
-"""Runs inside a run: folds and trials."""
+"""Runs that consist of several nested runs: cross-validation and trials."""

@@ -1,7 +1,7 @@
-"""Runs inside a run, in one process: each has a place in the outer run's directory and all that a run has.
+"""Nested runs: several runs in one process, each with its own directory inside the outer run's directory.
 
-It resumes, and it is not repeated once finished. What the outer run is about (trials.py, folds.py) decides which runs
-there are and what their numbers come to.
+A nested run resumes like any run and is not repeated once finished. The outer run (trials.py, cross_validation.py)
+defines the nested runs and aggregates their summaries.
 """
 
 import json
@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from finetune.config import FinetuneConfig
-from finetune.plan import FinetunePlan
-from finetune.plan import plan_training as plan_of
+from finetune.plan import FinetunePlan, plan_training
 from foveal.data.sampling.subset import eval_split
 from foveal.training.run import Run
 from foveal.training.run_directory import open_run
@@ -20,35 +19,35 @@ RunSummary = dict[str, float]
 
 
 def run_nested(configs: Sequence[FinetuneConfig], outer_run: Run, fit: FitFn) -> Iterator[RunSummary]:
-    """Run what is not finished, and give the summary of each in turn; fewer where the run was asked to leave (``left``).
+    """Run every unfinished nested run and yield all summaries in order; stop early on preemption (``is_preempted``).
 
-    The outer run's steps are the runs that are finished: an attempt that adds one has got further.
+    A step of the outer run is a finished nested run, so that an attempt makes progress by finishing one.
     """
     outer_run.start_attempt(sum(is_finished(cfg) for cfg in configs), total_steps=len(configs))
-    for done, cfg in enumerate(configs, start=1):
-        summary = _run_or_read_summary(plan_of(cfg, outer_run.world.size), outer_run, fit)
+    for number, cfg in enumerate(configs, start=1):
+        summary = _run_or_read_summary(plan_training(cfg, outer_run.world.size), outer_run, fit)
         if summary is None:
-            outer_run.end_preempted(done - 1)
+            outer_run.end_preempted(number - 1)
             return
-        on = f"{eval_split(cfg.data).metric_prefix}_"
-        told = next((f", {name} {value:.3f}" for name, value in summary.items() if name.startswith(on)), "")
-        outer_run.progress.update(done, f"{get_run_dir(cfg).name}{told}")
+        prefix = f"{eval_split(cfg.data).metric_prefix}_"
+        metric = next((f", {name} {value:.3f}" for name, value in summary.items() if name.startswith(prefix)), "")
+        outer_run.progress.update(number, f"{get_run_dir(cfg).name}{metric}")
         yield summary
 
 
 def get_run_dir(cfg: FinetuneConfig) -> Path:
-    """The run directory."""
-    assert cfg.run.dir is not None, "the command line fills it in"
+    """Return the run directory."""
+    assert cfg.run.dir is not None, "the command line sets run.dir"
     return Path(cfg.run.dir)
 
 
 def is_finished(cfg: FinetuneConfig) -> bool:
-    """Whether the run of these settings is finished."""
+    """Return whether the run of these settings is finished."""
     return (get_run_dir(cfg) / "finished.json").exists()
 
 
 def _run_or_read_summary(plan: FinetunePlan, outer_run: Run, fit: FitFn) -> RunSummary | None:
-    """The summary of one run, made now or before; nothing if it was asked to leave."""
+    """Return the summary of one run, from this or an earlier attempt; None if the run was preempted."""
     with open_run("finetune", plan, outer_run.world, outer_run.preemption, outer_run=outer_run) as inner:
         if inner is not None:
             fit(plan, inner)

@@ -1,7 +1,7 @@
-"""A fair comparison of ways to start: arms x seeds x learning rates, each an ordinary run in ``trials/`` of the comparison.
+"""Comparison of initializations: arms x seeds x learning rates, each a nested run in ``trials/`` of the run directory.
 
-For every arm the learning rate is the one whose mean accuracy over the seeds is best on the held-out part of train; only
-then is its accuracy on ``data.val`` looked at.
+Each arm's learning rate is the one with the best mean accuracy over seeds on the holdout part of data.train; accuracy
+on ``data.val`` is reported for that learning rate only.
 """
 
 import statistics
@@ -12,38 +12,39 @@ from foveal.training.run import Run
 
 
 def run_trials(plan: FinetunePlan, run: Run, fit: FitFn) -> None:
-    """Run every trial that is not finished, then write down each arm's own best."""
+    """Run every unfinished trial, then record each arm's results at its best learning rate."""
     cfg = plan.cfg
     assert cfg.trials is not None
-    names = [
+    trials = [
         (arm, repeat, lr)
         for arm in cfg.trials.arms
         for lr in cfg.trials.lr_per_256
         for repeat in range(cfg.trials.repeats)
     ]
-    found: dict[tuple[str, float], list[RunSummary]] = {}
-    summaries = run_nested([trial_config(cfg, *name) for name in names], run, fit)
-    for (arm, _, lr), summary in zip(names, summaries, strict=False):  # fewer summaries where it was asked to leave
-        found.setdefault((arm, lr), []).append(summary)
+    results: dict[tuple[str, float], list[RunSummary]] = {}
+    summaries = run_nested([trial_config(cfg, *trial) for trial in trials], run, fit)
+    for (arm, _, lr), summary in zip(trials, summaries, strict=False):  # preemption ends the summaries early
+        results.setdefault((arm, lr), []).append(summary)
     if not run.is_preempted:
-        run.mark_finished(_summarize_trials(found))
+        run.mark_finished(_summarize_trials(results))
 
 
 def _summarize_trials(summaries: dict[tuple[str, float], list[dict[str, float]]]) -> dict[str, float]:
-    """For each arm: its best rate on the held-out part, and mean, lowest and highest top-1 on data.val over the seeds."""
+    """Return for each arm its best learning rate on the holdout, and mean, lowest and highest top-1 on data.val."""
     results: dict[str, float] = {}
     for arm in dict.fromkeys(arm for arm, _ in summaries):
-        rates = {lr: seeds for (name, lr), seeds in summaries.items() if name == arm}
-        held_out = (
-            {lr: statistics.fmean(seed["holdout_top1"] for seed in rates[lr]) for lr in rates} if len(rates) > 1 else {}
+        by_lr = {lr: seeds for (name, lr), seeds in summaries.items() if name == arm}
+        holdout_top1 = (
+            {lr: statistics.fmean(seed["holdout_top1"] for seed in by_lr[lr]) for lr in by_lr} if len(by_lr) > 1 else {}
         )
-        best = max(held_out, key=lambda lr: held_out[lr]) if held_out else next(iter(rates))
-        top1 = [seed["val_top1"] for seed in rates[best]]
+        best = max(holdout_top1, key=lambda lr: holdout_top1[lr]) if holdout_top1 else next(iter(by_lr))
+        top1 = [seed["val_top1"] for seed in by_lr[best]]
         results |= {
             f"{arm}_lr_per_256": best,
             f"{arm}_top1": statistics.fmean(top1),
             f"{arm}_top1_lowest": min(top1),
             f"{arm}_top1_highest": max(top1),
         }
-        results |= {f"{arm}_holdout_top1": held_out[best]} if held_out else {}
+        if holdout_top1:
+            results[f"{arm}_holdout_top1"] = holdout_top1[best]
     return results

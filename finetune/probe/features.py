@@ -1,9 +1,9 @@
-"""Features of a frozen encoder: computed once by all ranks, kept in the run directory whole or not at all.
+"""Cache of a frozen encoder's features: computed once by all ranks and published atomically in the run directory.
 
-``features/<part>-pooled.npy`` is float32 [S, N, F] and ``features/<part>-patches.npy`` float16 [S, N, L, D] (S layers, N
-images of the part in the order of the split); ``<part>-labels.npy`` is int64 [N], -1 where there is nothing to learn or
-to count. A rank writes the rows of its own images into the one file, so the files are the same on any number of ranks.
-All is written into a draft, which gets its name when every rank has forced its rows to disk.
+``features/<subset>-pooled.npy`` is float32 [S, N, F] and ``features/<subset>-patches.npy`` float16 [S, N, L, D] (S
+layers, N images of the subset in the order of the split); ``<subset>-labels.npy`` is int64 [N], -1 for an image without
+a label. All ranks write the rows of their images into the same file, so that the files do not depend on the number of
+ranks. The files are written to a draft folder, which is renamed once every rank has synced its rows to disk.
 """
 
 import json
@@ -34,9 +34,8 @@ from foveal.seeding import derive_key
 from foveal.training.run import Run
 from foveal.weights.export import load_weights_strict
 
-FeatureExtractor = Callable[
-    [Tensor], tuple[Tensor, Tensor | None]
-]  # images to (features [S, B, F], patches [S, B, L, D])
+# Maps images to (pooled features [S, B, F], patch tokens [S, B, L, D]).
+FeatureExtractor = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 FEATURES_DIR = "features"
 PROVENANCE_FILE = "facts.json"
 _FORMAT = 1
@@ -45,105 +44,108 @@ _SCIENCE = ("data.", "inherited.", "model", "backbone", "pooling", "probe.layers
 
 @dataclass(frozen=True)
 class LayerFeatures:
-    """One layer of the kept features of a part of the data, without the images that have no label."""
+    """Cached features of one layer and data subset, restricted to labelled images."""
 
     memmap: np.ndarray  # [N, ...], on disk
-    labelled_indices: np.ndarray  # int64 [M]: the rows that have a label
+    labelled_indices: np.ndarray  # int64 [M]: rows of images with a label
     labels: Tensor  # int64 [M], on the device
 
     def __len__(self) -> int:
         return len(self.labelled_indices)
 
     def load(self, positions: np.ndarray | slice) -> Tensor:
-        """The features of some of the M images, float32 on the device."""
-        chosen = torch.from_numpy(self.memmap[self.labelled_indices[positions]])
-        return chosen.to(self.labels.device).float()
+        """Return the features at these positions among the M images, float32 on the device."""
+        rows = torch.from_numpy(self.memmap[self.labelled_indices[positions]])
+        return rows.to(self.labels.device).float()
 
 
 def feature_provenance(plan: ProbePlan) -> dict[str, Any]:
-    """All that the features depend on, as plain data: the export's sha256 and the data's digests are among it."""
+    """Return everything that the features depend on, as JSON data, including the digests of export and data."""
     science = {name: value for name, value in plan.science_settings().items() if name.startswith(_SCIENCE)}
-    shapes = {name: [list(shape), np.dtype(kind).name] for name, (shape, kind) in plan.file_shapes.items()}
+    shapes = {name: [list(shape), np.dtype(dtype).name] for name, (shape, dtype) in plan.file_shapes.items()}
     precision = plan.cfg.engine.precision
     return json.loads(json.dumps({"format": _FORMAT, "files": shapes, "precision": precision, "science": science}))
 
 
 def has_cached_features(plan: ProbePlan, run_dir: Path) -> bool:
-    """Whether the features are there. Raises: CheckpointError where they are of something else."""
+    """Return whether the features are cached. Raises: CheckpointError if cached features have another provenance."""
     folder = run_dir / FEATURES_DIR
     if not folder.exists():
         return False
     try:
-        found = json.loads((folder / PROVENANCE_FILE).read_text())
+        cached = json.loads((folder / PROVENANCE_FILE).read_text())
     except (OSError, ValueError):
-        found = {}
-    told = feature_provenance(plan)
-    other = [name for name in told if found.get(name) != told[name]]
-    other = [f"{each} of {name}" for name in other for each in _differing_keys(found.get(name), told[name])] or other
-    if other:
+        cached = {}
+    expected = feature_provenance(plan)
+    differing = [name for name in expected if cached.get(name) != expected[name]]
+    details = [f"{key} of {name}" for name in differing for key in _differing_keys(cached.get(name), expected[name])]
+    differing = details or differing
+    if differing:
         raise CheckpointError(
-            f"{folder} holds features of another kind (differing: {', '.join(other[:5])}): remove that folder, or set "
-            f"run.fresh=true"
+            f"{folder} holds features of another kind (differing: {', '.join(differing[:5])}): remove that folder, or "
+            f"set run.fresh=true"
         )
     return True
 
 
-def _differing_keys(found: Any, told: Any) -> list[str]:
-    if not isinstance(found, dict) or not isinstance(told, dict):
+def _differing_keys(cached: Any, expected: Any) -> list[str]:
+    """Return the keys whose values differ; empty if either side is no dict."""
+    if not isinstance(cached, dict) or not isinstance(expected, dict):
         return []
-    return sorted(name for name in found | told if found.get(name) != told.get(name))
+    return sorted(name for name in cached | expected if cached.get(name) != expected.get(name))
 
 
 def extract_features(plan: ProbePlan, run: Run) -> bool:
-    """Compute and keep the features of all parts; false if the run was asked to leave. Every rank calls it.
+    """Compute and cache the features of all subsets; return False on preemption. Every rank must call it.
 
-    Raises: DataError, CheckpointError where there is no room.
+    Raises: DataError, CheckpointError if the disk is full.
     """
-    draft = run.path / f".draft-{FEATURES_DIR}-{run.attempt.number}"  # a superseded attempt writes into no other's
+    # A superseded attempt that is still alive writes to its own draft.
+    draft = run.path / f".draft-{FEATURES_DIR}-{run.attempt.number}"
     run.world.on_rank0(lambda: _create_draft(plan, run.path, draft))
-    _, look = build_feature_extractor(plan, run.world.device)
-    for name, (split, part) in plan.subsets.items():
-        files = _FeatureWriter(draft, name, plan.file_shapes)
-        with closing(files), closing(run.evaluation_batches(0, split=split, subset=part)) as batches:
+    _, extractor = build_feature_extractor(plan, run.world.device)
+    for name, (split, subset) in plan.subsets.items():
+        writer = _FeatureWriter(draft, name, plan.file_shapes)
+        with closing(writer), closing(run.evaluation_batches(0, split=split, subset=subset)) as batches:
             for batch in batches:
-                place = (batch.microbatch_index * run.world.size + run.world.rank) * plan.cfg.batch.at_once
+                first_row = (batch.microbatch_index * run.world.size + run.world.rank) * plan.cfg.batch.at_once
                 run.world.run_all_or_raise(
-                    partial(_extract_batch, plan, look, files, place, batch.to(run.world.device))
+                    partial(_extract_batch, plan, extractor, writer, first_row, batch.to(run.world.device))
                 )
                 if run.check_preemption():
                     return False
-            run.world.run_all_or_raise(files.fsync)
+            run.world.run_all_or_raise(writer.fsync)
     run.world.on_rank0(lambda: publish_draft(draft, run.path / FEATURES_DIR))
     return True
 
 
 def _extract_batch(
-    plan: ProbePlan, extractor: FeatureExtractor, writer: "_FeatureWriter", first: int, batch: Batch
+    plan: ProbePlan, extractor: FeatureExtractor, writer: "_FeatureWriter", first_row: int, batch: Batch
 ) -> None:
-    writer.write(first, _compute_columns(plan, extractor, batch.images) | {"labels": batch.labels.cpu()})
+    writer.write(first_row, _compute_columns(plan, extractor, batch.images) | {"labels": batch.labels.cpu()})
 
 
 def _create_draft(plan: ProbePlan, run_dir: Path, draft: Path) -> None:
-    """An empty draft with room for every row; those of attempts that were killed are gone. Raises: CheckpointError."""
-    for old in run_dir.glob(f".draft-{FEATURES_DIR}-*"):
-        shutil.rmtree(old)
+    """Create a draft with files of their final size, and remove drafts of killed attempts. Raises: CheckpointError."""
+    for old_draft in run_dir.glob(f".draft-{FEATURES_DIR}-*"):
+        shutil.rmtree(old_draft)
     try:
         draft.mkdir()
-        for name, (shape, kind) in plan.file_shapes.items():
-            np.lib.format.open_memmap(draft / name, mode="w+", dtype=kind, shape=shape)
+        for name, (shape, dtype) in plan.file_shapes.items():
+            np.lib.format.open_memmap(draft / name, mode="w+", dtype=dtype, shape=shape)
         write_json(draft / PROVENANCE_FILE, feature_provenance(plan))
     except OSError as error:
         raise _disk_shortage_error(draft, error) from None
 
 
-def _disk_shortage_error(where: Path, error: OSError) -> CheckpointError:
+def _disk_shortage_error(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(
-        f"{where} cannot keep the features ({error.strerror}): make room, or set run.dir to another disk"
+        f"{path} cannot keep the features ({error.strerror}): make room, or set run.dir to another disk"
     )
 
 
 def build_feature_extractor(plan: ProbePlan, device: torch.device) -> tuple[nn.Module, FeatureExtractor]:
-    """The frozen model, and how it is looked at."""
+    """Return the frozen model in evaluation mode on the device, and the function that extracts its features."""
     cfg, probe = plan.cfg, plan.probe
     if plan.backbone:
         backbone = classifier_from_plan(plan).encoder.to(device).eval()
@@ -154,81 +156,81 @@ def build_feature_extractor(plan: ProbePlan, device: torch.device) -> tuple[nn.M
 
 
 def load_frozen_encoder(plan: ProbePlan) -> Any:
-    """The encoder with all that it was exported with but its head: its own norm, before or behind the pooling.
+    """Return the exported encoder without its head, with its own norm before or after the pooling.
 
-    Without an export, one that is freshly drawn: random features are a baseline.
+    Without an export the encoder is randomly initialized: random features are a baseline.
     """
     cfg = plan.cfg
     torch.manual_seed(derive_key(cfg.seed, "weights"))
     if plan.init_source is None:
         return encoder_from_card(plan.encoder, "model", pooling="token", num_classes=0)
-    place, card = plan.init_source.path, plan.init_source.card
+    path, card = plan.init_source.path, plan.init_source.card
     size = {"image_size": cfg.data.to_dict()["image_size"]}
-    encoder = encoder_from_card(card.encoder | size, f"{place}/card.json", num_classes=0)
-    weights = resize_weights_from_card(plan.init_source.load_weights(), encoder, card.encoder, f"{place}/card.json")
-    load_weights_strict(encoder, weights, place, unused_prefixes=("head.",))
+    encoder = encoder_from_card(card.encoder | size, f"{path}/card.json", num_classes=0)
+    weights = resize_weights_from_card(plan.init_source.load_weights(), encoder, card.encoder, f"{path}/card.json")
+    load_weights_strict(encoder, weights, path, unused_prefixes=("head.",))
     return encoder
 
 
 @torch.no_grad()
 def _compute_columns(plan: ProbePlan, extractor: FeatureExtractor, images: Tensor) -> dict[str, Tensor]:
-    """What goes into each kind of file, on the CPU, of images uint8 [B, C, H, W]. Raises: DataError if it is not finite."""
+    """Return the file contents on the CPU by column, of images uint8 [B, C, H, W].
+
+    Raises: ExportError if a feature is not finite.
+    """
     probe = plan.probe
     with autocast(images.device, plan.cfg.engine.precision):
         pooled, patches = extractor(normalise(images, plan.mean, plan.std))
-    found = {"pooled": pooled.float().cpu()} if probe.reads_pooled else {}
+    columns = {"pooled": pooled.float().cpu()} if probe.reads_pooled else {}
     if probe.reads_patches:
-        assert patches is not None, "the plan refuses attentive probes of a model of timm"
-        found["patches"] = (
-            patches.half().cpu()
-        )  # behind a norm numbers are small, and float16 has 3 bits more than bf16
-    if not all(bool(each.isfinite().all()) for each in found.values()):
+        assert patches is not None, "the plan refuses attentive probes of a timm model"
+        # Normalized tokens are small, so that float16 suffices; it has 3 mantissa bits more than bfloat16.
+        columns["patches"] = patches.half().cpu()
+    if not all(bool(values.isfinite().all()) for values in columns.values()):
         raise ExportError(
             f"{plan.cfg.init or 'the model'} gives features that are not finite: nothing can be learned on them"
         )
-    return found
+    return columns
 
 
 class _FeatureWriter:
-    """The open files of a part, which several ranks write at once: each its own rows, never a page of another's."""
+    """Open files of a subset. Ranks write concurrently, by ``pwrite`` of their own rows, never by mapped pages."""
 
     def __init__(self, draft: Path, subset: str, shapes: FileShapes) -> None:
         self._draft = draft
         self._files: dict[str, tuple[np.memmap, int]] = {}
         for name in shapes:
-            of, _, column = name.removesuffix(".npy").partition("-")
-            if of == subset:
+            file_subset, _, column = name.removesuffix(".npy").partition("-")
+            if file_subset == subset:
                 header = np.load(draft / name, mmap_mode="r")
                 self._files[column] = header, os.open(draft / name, os.O_WRONLY)
 
     def write(self, first_row: int, columns: dict[str, Tensor]) -> None:
-        """Put rows [S, B, ...], or [B] for labels, where the part's image ``first`` is; what is past its end fills up.
+        """Write rows [S, B, ...], or [B] for labels, from image ``first_row`` on; rows past the end are padding.
 
-        Raises: CheckpointError where there is no room.
+        Raises: CheckpointError if the disk is full.
         """
         for column, values in columns.items():
             header, file = self._files[column]
             layers = values.numpy()[None] if header.ndim == 1 else values.numpy()
-            images = header.shape[-1] if header.ndim == 1 else header.shape[1]
-            size = header.nbytes // max(1, len(layers) * images)
-            for layer, rows in enumerate(layers):
-                wanted = np.ascontiguousarray(rows[: max(0, images - first_row)])
-                self._pwrite_all(
-                    file,
-                    wanted.data.cast("B") if wanted.size else b"",
-                    header.offset + (layer * images + first_row) * size,
-                )
+            num_images = header.shape[-1] if header.ndim == 1 else header.shape[1]
+            row_bytes = header.nbytes // max(1, len(layers) * num_images)
+            for layer, layer_rows in enumerate(layers):
+                rows = np.ascontiguousarray(layer_rows[: max(0, num_images - first_row)])
+                content = rows.data.cast("B") if rows.size else b""
+                self._pwrite_all(file, content, header.offset + (layer * num_images + first_row) * row_bytes)
 
     def _pwrite_all(self, file: int, content: memoryview | bytes, offset: int) -> None:
         try:
             while content:
                 written = os.pwrite(file, content, offset)
-                content, offset = content[written:], offset + written
+                content = content[written:]
+                offset += written
         except OSError as error:
             raise _disk_shortage_error(self._draft, error) from None
 
     def fsync(self) -> None:
-        """All rows of this rank are on disk. Raises: CheckpointError."""
+        """Sync the rows of this rank to disk. Raises: CheckpointError."""
         for _, file in self._files.values():
             try:
                 os.fsync(file)
@@ -236,20 +238,20 @@ class _FeatureWriter:
                 raise _disk_shortage_error(self._draft, error) from None
 
     def close(self) -> None:
-        """The files are closed."""
+        """Close the files."""
         for _, file in self._files.values():
             os.close(file)
 
 
 def load_features(run_dir: Path, subset: str, layer_index: int, column: str, device: torch.device) -> LayerFeatures:
-    """The kept features of a part: the ``layer``-th of those that are read, ``column`` is pooled or patches.
+    """Return cached features of a subset; ``layer_index`` counts the probed layers, ``column`` is pooled or patches.
 
-    Raises: DataError where no image of the part has a label.
+    Raises: DataError if no image of the subset has a label.
     """
     folder = run_dir / FEATURES_DIR
     labels = np.load(folder / f"{subset}-labels.npy")
-    known = np.flatnonzero(labels >= 0)
-    if not len(known):
+    labelled = np.flatnonzero(labels >= 0)
+    if not len(labelled):
         raise DataError(f"{folder}: no image of the part '{subset}' has a label that can be read")
     rows = np.load(folder / f"{subset}-{column}.npy", mmap_mode="r")[layer_index]
-    return LayerFeatures(rows, known, torch.from_numpy(labels[known]).to(device))
+    return LayerFeatures(rows, labelled, torch.from_numpy(labels[labelled]).to(device))

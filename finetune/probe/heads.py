@@ -1,7 +1,7 @@
-"""Heads that learn by steps on kept features: linear ones by LARS, attentive ones by AdamW, all rates at once.
+"""Heads trained by gradient steps on cached features: linear heads by LARS, attentive heads by AdamW.
 
-G rates, B images of a batch, M of a part, F numbers of a feature, K classes. A head's draws and its batches are keyed by
-the seed, so the same features give the same heads.
+All learning rates train in one pass. Initialization and batches are keyed by the seed, so the same features give the
+same heads. G learning rates, B images of a batch, M images of a subset, F feature dimensions, K classes.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -24,94 +24,98 @@ from foveal.optim.schedule import warmup_cosine
 from foveal.seeding import derive_key, draw_permutation
 
 T = TypeVar("T")
-Resumable = Generator[None, None, T]  # yields now and then, so that ranks can agree on going on
-Predictor = Callable[
-    [LayerFeatures], Resumable[Tensor]
-]  # the classes that each of G choices gives every image, int64 [G, M]
+Resumable = Generator[None, None, T]  # yields between slices of work, so that ranks can agree to continue
+Predictor = Callable[[LayerFeatures], Resumable[Tensor]]  # predicted classes by candidate value, int64 [G, M]
 
 _MOMENTUM = 0.9
 _TRUST_COEFFICIENT, _EPSILON = 1e-3, 1e-8
 
 
 def fit_linear_probe(plan: ProbePlan, train: LayerFeatures) -> Resumable[Predictor]:
-    """Linear heads behind a batch norm without weights, by LARS without decay (He et al., 2022, appendix A.2)."""
-    device, rates, course = train.labels.device, plan.probe.linear_lr_per_256, _HeadSchedule(plan, len(train))
+    """Train linear heads on batch-normalized features (no affine) by LARS without weight decay.
+
+    He et al., 2022, appendix A.2.
+    """
+    device, peak_lrs = train.labels.device, plan.probe.linear_lr_per_256
+    schedule = _HeadSchedule(plan, len(train))
     width = train.memmap.shape[-1]
     with _seeded_init(plan, "linear"):
-        heads = [each.to(device).requires_grad_() for each in init_linear_heads(width, len(plan.classes), len(rates))]
-    weight_GKF, bias_GK = heads
-    moments = [torch.zeros_like(each) for each in heads]
+        weight_GKF, bias_GK = init_linear_heads(width, len(plan.classes), len(peak_lrs))
+    weight_GKF, bias_GK = weight_GKF.to(device).requires_grad_(), bias_GK.to(device).requires_grad_()
+    weight_momentum, bias_momentum = torch.zeros_like(weight_GKF), torch.zeros_like(bias_GK)
     norm = nn.BatchNorm1d(width, affine=False, eps=1e-6).to(device)
 
     def logits(features_BF: Tensor) -> Tensor:
         return torch.einsum("bf,gkf->gbk", norm(features_BF), weight_GKF) + bias_GK[:, None]
 
-    for step, rows in course.batches():
-        slopes = torch.autograd.grad(_sum_head_losses(logits(train.load(rows)), train.labels[rows]), heads)
-        lr_G = torch.tensor(course.learning_rates(rates, step), device=device)
-        lars_step(weight_GKF.detach(), slopes[0], moments[0], lr_G)
-        momentum_step(bias_GK.detach(), slopes[1], moments[1], lr_G)
-        if course.is_epoch_end(step):
+    for step, rows in schedule.batches():
+        loss = _sum_head_losses(logits(train.load(rows)), train.labels[rows])
+        weight_grad, bias_grad = torch.autograd.grad(loss, [weight_GKF, bias_GK])
+        lr_G = torch.tensor(schedule.learning_rates(peak_lrs, step), device=device)
+        lars_step(weight_GKF.detach(), weight_grad, weight_momentum, lr_G)
+        momentum_step(bias_GK.detach(), bias_grad, bias_momentum, lr_G)
+        if schedule.is_epoch_end(step):
             yield
     norm.eval()
-    return lambda part: predict_classes(part, logits, plan.cfg.batch.at_once)
+    return lambda features: predict_classes(features, logits, plan.cfg.batch.at_once)
 
 
 def lars_step(weights: Tensor, grads: Tensor, momentum_buffers: Tensor, lr: Tensor) -> None:
-    """One update of each of G weights [G, ...] by its own rate [G], in place, without decay (You et al., 2017).
+    """Update G weights [G, ...] in place by LARS (You et al., 2017) without decay, with learning rates [G].
 
-    A weight's rate is scaled by 1e-3 of its norm over that of its gradient; both are of that weight alone.
+    Each head has its own trust ratio, 1e-3 times the norm of its weight over the norm of its gradient.
     """
-    size_G, slope_G = weights.flatten(1).norm(dim=1), grads.flatten(1).norm(dim=1)
-    trust_G = torch.where((size_G > 0) & (slope_G > 0), _TRUST_COEFFICIENT * size_G / (slope_G + _EPSILON), 1.0)
+    weight_norm_G, grad_norm_G = weights.flatten(1).norm(dim=1), grads.flatten(1).norm(dim=1)
+    ratio_G = _TRUST_COEFFICIENT * weight_norm_G / (grad_norm_G + _EPSILON)
+    trust_G = torch.where((weight_norm_G > 0) & (grad_norm_G > 0), ratio_G, 1.0)
     momentum_step(weights, grads * _broadcast_per_head(trust_G, weights), momentum_buffers, lr)
 
 
 def momentum_step(weights: Tensor, grads: Tensor, momentum_buffers: Tensor, lr: Tensor) -> None:
-    """One update with momentum of each of G weights [G, ...] by its own rate [G], in place."""
+    """Update G weights [G, ...] in place by SGD with momentum, with learning rates [G]."""
     momentum_buffers.mul_(_MOMENTUM).add_(grads)
     weights.sub_(momentum_buffers * _broadcast_per_head(lr, weights))
 
 
 def _broadcast_per_head(values_G: Tensor, weights: Tensor) -> Tensor:
-    """Numbers [G] in the shape that multiplies weights [G, ...]."""
+    """Return values [G] as [G, 1, ...], which broadcasts with weights [G, ...]."""
     return values_G.view(-1, *[1] * (weights.ndim - 1))
 
 
 def fit_attentive_probe(plan: ProbePlan, train: LayerFeatures) -> Resumable[Predictor]:
-    """One learned query over the patches and a linear head, by AdamW, for each rate."""
-    optim, device, course = plan.cfg.optim, train.labels.device, _HeadSchedule(plan, len(train))
-    rates = plan.probe.attentive_lr_per_256
+    """Train attentive pooling with one query and a linear head by AdamW, one head per learning rate."""
+    optim, device, schedule = plan.cfg.optim, train.labels.device, _HeadSchedule(plan, len(train))
+    peak_lrs = plan.probe.attentive_lr_per_256
     heads, groups = [], []
-    for number in range(len(rates)):
-        with _seeded_init(plan, "attentive"):  # alike: heads differ in their rates alone
+    for index in range(len(peak_lrs)):
+        with _seeded_init(plan, "attentive"):  # heads have equal initial weights and differ only in learning rate
             heads.append(AttentiveHead(train.memmap.shape[-1], plan.encoder["heads"], len(plan.classes)).to(device))
-        mine = parameter_groups(heads[-1], optim, no_weight_decay=("pool.latent",))
-        groups += [group | {"head": number} for group in mine]
+        head_groups = parameter_groups(heads[-1], optim, no_weight_decay=("pool.latent",))
+        groups += [group | {"head": index} for group in head_groups]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=optim.eps)
 
     def logits(patches_BLD: Tensor) -> Tensor:
         with autocast(device, plan.cfg.engine.precision):
             return torch.stack([head(patches_BLD) for head in heads])
 
-    for step, rows in course.batches():
+    for step, rows in schedule.batches():
         _sum_head_losses(logits(train.load(rows)), train.labels[rows]).backward()
         if optim.clip is not None:
             for head in heads:
                 clip_grad_norm_(head.parameters(), optim.clip)
-        lr_G = course.learning_rates(rates, step)
+        lr_G = schedule.learning_rates(peak_lrs, step)
         for group in optimizer.param_groups:
             group["lr"] = lr_G[group["head"]]
         optimizer.step()
         optimizer.zero_grad()
-        if course.is_epoch_end(step):
+        if schedule.is_epoch_end(step):
             yield
-    return lambda part: predict_classes(part, logits, plan.cfg.batch.at_once)
+    return lambda features: predict_classes(features, logits, plan.cfg.batch.at_once)
 
 
 @contextmanager
 def _seeded_init(plan: ProbePlan, kind: str) -> Iterator[None]:
-    """Around drawing a head: what is drawn depends on the seed and the kind alone."""
+    """Seed torch's global generator by the plan's seed and the probe kind; restore its state on exit."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_key(plan.cfg.seed, "probe", kind))
         yield
@@ -119,7 +123,7 @@ def _seeded_init(plan: ProbePlan, kind: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _HeadSchedule:
-    """The steps over so many images. An epoch leaves out what fills no batch, others each time."""
+    """Batches and learning rates of the heads. Each epoch is shuffled and drops its last incomplete batch."""
 
     plan: ProbePlan
     num_images: int
@@ -132,15 +136,15 @@ class _HeadSchedule:
         return (step + 1) % self.steps_per_epoch == 0
 
     def batches(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Every step, from 0, and the positions of its images."""
+        """Yield each step, from 0, and the positions of its images."""
         cfg, size = self.plan.cfg, self.plan.cfg.batch.images
         for epoch in range(cfg.epochs):
             order = draw_permutation(derive_key(cfg.seed, "probe order", epoch), self.num_images)
-            for turn in range(self.steps_per_epoch):
-                yield epoch * self.steps_per_epoch + turn, order[turn * size : (turn + 1) * size]
+            for index in range(self.steps_per_epoch):
+                yield epoch * self.steps_per_epoch + index, order[index * size : (index + 1) * size]
 
     def learning_rates(self, peak_lrs: Sequence[float], step: int) -> list[float]:
-        """The learning rate of every head at a step."""
+        """Return the learning rate of each head at a step."""
         cfg = self.plan.cfg
         return [
             warmup_cosine(
@@ -155,7 +159,7 @@ class _HeadSchedule:
 
 
 def _sum_head_losses(logits_GBK: Tensor, labels_B: Tensor) -> Tensor:
-    """Every head's mean cross-entropy, added up: no head's gradient knows of another's."""
+    """Return the sum over heads of the mean cross-entropy: each head's gradient is that of its own loss."""
     labels = labels_B.repeat(len(logits_GBK))
     return F.cross_entropy(logits_GBK.float().flatten(0, 1), labels, reduction="sum") / len(labels_B)
 
@@ -163,10 +167,10 @@ def _sum_head_losses(logits_GBK: Tensor, labels_B: Tensor) -> Tensor:
 def predict_classes(
     features: LayerFeatures, compute_logits: Callable[[Tensor], Tensor], batch_size: int
 ) -> Resumable[Tensor]:
-    """What the logits [G, B, K] of every image are highest for."""
-    found = []
+    """Return the predicted classes, int64 [G, M], by logits [G, B, K] of batches."""
+    predictions = []
     for start in range(0, len(features), batch_size):
         with torch.no_grad():
-            found.append(compute_logits(features.load(slice(start, start + batch_size))).argmax(dim=2))
+            predictions.append(compute_logits(features.load(slice(start, start + batch_size))).argmax(dim=2))
         yield
-    return torch.cat(found, dim=1)
+    return torch.cat(predictions, dim=1)

@@ -1,4 +1,4 @@
-"""What a probe comes to, and everything about it that can be refused before it begins."""
+"""Plan of a probe, and every check before it starts."""
 
 import functools
 from dataclasses import dataclass, fields
@@ -7,8 +7,7 @@ from functools import cached_property
 import numpy as np
 
 from finetune.config import FinetuneConfig
-from finetune.plan import FinetunePlan
-from finetune.plan import plan_training as plan_of_training
+from finetune.plan import FinetunePlan, plan_training
 from finetune.probe.config import HYPERPARAMETERS, ProbeConfig, ProbeKind
 from foveal.atomic import format_bytes
 from foveal.data.sampling.subset import SubsetName, select_subset
@@ -16,39 +15,42 @@ from foveal.errors import ConfigError
 from foveal.models.backbone import infer_pooled_width
 from foveal.models.vit import ResolvedVitConfig
 
-FileShapes = dict[str, tuple[tuple[int, ...], type[np.generic]]]  # of files, by name
+FileShapes = dict[str, tuple[tuple[int, ...], type[np.generic]]]  # shape and dtype by file name
 
 
 @dataclass(frozen=True)
 class ProbePlan(FinetunePlan):
-    """A plan whose encoder stays as it is."""
+    """Plan of probes on a frozen encoder."""
 
     @property
     def probe(self) -> ProbeConfig:
-        """The section that makes it one."""
+        """The settings of the probe."""
         assert self.cfg.probe is not None
         return self.cfg.probe
 
     @property
     def kind_layer_pairs(self) -> list[tuple[ProbeKind, int]]:
-        """Kinds by layers: what is learned and told one by one."""
+        """All pairs of probe kind and layer; each pair is one unit of work."""
         return [(kind, layer) for kind in dict.fromkeys(self.probe.kinds) for layer in self.layers]
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The blocks that are read, from 1; of a model of timm its one feature, called 0."""
+        """The probed blocks, from 1; (0,) for the pooled feature of a timm backbone."""
         return (0,) if self.backbone else self.probe.resolve_layers(self.encoder["depth"])
 
     @property
     def subsets(self) -> dict[str, tuple[str, SubsetName]]:
-        """The parts whose features are needed: name to split and part."""
+        """Split and subset of the probe's data, by name: train, holdout (if configured), val."""
         data = self.cfg.data
-        held: dict[str, tuple[str, SubsetName]] = {"holdout": (data.train, "holdout")} if data.holdout_per_class else {}
-        return {"train": (data.train, "train"), **held, "val": (data.val, "all")}
+        subsets: dict[str, tuple[str, SubsetName]] = {"train": (data.train, "train")}
+        if data.holdout_per_class:
+            subsets["holdout"] = (data.train, "holdout")
+        subsets["val"] = (data.val, "all")
+        return subsets
 
     @cached_property
     def image_counts(self) -> dict[str, int]:
-        """Images of each part."""
+        """Number of images by subset name."""
         data = self.cfg.data
         return {
             name: len(select_subset(self.dataset, data, split=split, subset=subset, seed=self.cfg.seed))
@@ -57,25 +59,25 @@ class ProbePlan(FinetunePlan):
 
     @property
     def file_shapes(self) -> FileShapes:
-        """Shape and type of each file of features by its name."""
+        """Shape and dtype of each feature file by name."""
         layers, (width, patches) = len(self.layers), self._token_sizes
-        found: FileShapes = {}
+        shapes: FileShapes = {}
         for name, images in self.image_counts.items():
-            found[f"{name}-labels.npy"] = (images,), np.int64
+            shapes[f"{name}-labels.npy"] = (images,), np.int64
             if self.probe.reads_pooled:
-                found[f"{name}-pooled.npy"] = (layers, images, self.feature_dim), np.float32
+                shapes[f"{name}-pooled.npy"] = (layers, images, self.feature_dim), np.float32
             if self.probe.reads_patches:
-                found[f"{name}-patches.npy"] = (layers, images, patches, width), np.float16
-        return found
+                shapes[f"{name}-patches.npy"] = (layers, images, patches, width), np.float16
+        return shapes
 
     @property
     def feature_dim(self) -> int:
-        """Numbers of a feature of the whole image."""
+        """Dimensions of a pooled feature."""
         return self._token_sizes[0] * (2 if self.probe.features == "both" else 1)
 
     @property
     def _token_sizes(self) -> tuple[int, int]:
-        """Width of a token and number of patches."""
+        """Width of a token, and number of patches (0 for a timm backbone)."""
         if self.backbone:
             return infer_pooled_width(*self.backbone.build_args), 0
         sizes = ResolvedVitConfig.model_validate({name: self.encoder[name] for name in ResolvedVitConfig.model_fields})
@@ -84,38 +86,38 @@ class ProbePlan(FinetunePlan):
 
     @property
     def total_bytes(self) -> int:
-        """What all features take."""
-        return sum(int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in self.file_shapes.values())
+        """Size of all feature files, in bytes."""
+        return sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in self.file_shapes.values())
 
     def summary_lines(self) -> list[str]:
-        """The plan in words: that of training, but for the learning rate, which each kind has for itself."""
+        """Return the lines of training, without its learning rate and BatchNorm, plus the probe's candidate values."""
         probe, counts = self.probe, ", ".join(f"{count:,} {name}" for name, count in self.image_counts.items())
-        read = "its pooled feature" if self.backbone else f"blocks {', '.join(map(str, self.layers))}"
-        chosen = [
+        features = "its pooled feature" if self.backbone else f"blocks {', '.join(map(str, self.layers))}"
+        candidates = [
             f"{kind} by {name} of {', '.join(f'{value:g}' for value in values(probe))}"
             for kind, (name, values) in HYPERPARAMETERS.items()
             if kind in probe.kinds
         ]
         return [
             *(line for line in super().summary_lines() if not line.startswith(("lr ", "norm "))),
-            f"probe     {'; '.join(chosen)}",
-            f"features  {read} of {counts} images: {format_bytes(self.total_bytes)}, computed once",
+            f"probe     {'; '.join(candidates)}",
+            f"features  {features} of {counts} images: {format_bytes(self.total_bytes)}, computed once",
         ]
 
 
 def plan_probe(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
-    """The plan of a probe, or of training. Raises: ConfigError, DataError, ExportError."""
+    """Return the plan of a probe, or of a training without ``probe``. Raises: ConfigError, DataError, ExportError."""
     if cfg.probe is None:
-        return plan_of_training(cfg, ranks)
+        return plan_training(cfg, ranks)
     _check_probe_settings(cfg, cfg.probe)
-    found = plan_of_training(cfg, ranks)
-    probed = ProbePlan(**{each.name: getattr(found, each.name) for each in fields(found)})
-    _check_features(probed)
-    _check_holdout(probed)
-    return probed
+    training_plan = plan_training(cfg, ranks)
+    plan = ProbePlan(**{field.name: getattr(training_plan, field.name) for field in fields(training_plan)})
+    _check_features(plan)
+    _check_holdout(plan)
+    return plan
 
 
-# What only a training of the encoder has a use for.
+# Settings that only the training of an encoder uses.
 _TRAINING_ONLY_SETTINGS = (
     *("drop_path", "dropout", "label_smoothing", "mixup", "cutmix", "erase", "class_weights", "average", "frozen"),
     *("adversarial", "teacher", "early_stopping", "evaluate_every", "optim.lr_per_256", "optim.layer_decay"),
@@ -124,12 +126,13 @@ _TRAINING_ONLY_SETTINGS = (
 
 
 def _check_probe_settings(cfg: FinetuneConfig, probe: ProbeConfig) -> None:
+    """Raise ConfigError if settings exclude a probe."""
     for name in ("trials", "folds"):
         if getattr(cfg, name) is not None:
             raise ConfigError(f"probe and {name} exclude each other: a probe trains no encoder; take one of them out")
     if cfg.data.fold is not None or cfg.data.labels != "class":
         raise ConfigError(
-            "probe reads one class of an image, and is judged on data.val: leave out data.labels and data.fold"
+            "probe reads one class of an image, and is evaluated on data.val: leave out data.labels and data.fold"
         )
     if cfg.run.stop_at is not None:
         raise ConfigError("run.stop_at and probe exclude each other: its heads are trained to the end; shorten epochs")
@@ -137,12 +140,14 @@ def _check_probe_settings(cfg: FinetuneConfig, probe: ProbeConfig) -> None:
         raise ConfigError("data.mix and probe exclude each other: features are those of data.path alone; leave mix out")
     default = FinetuneConfig.model_construct(optim=type(cfg.optim)())
     for name in _TRAINING_ONLY_SETTINGS:
-        value, usual = (functools.reduce(getattr, name.split("."), each) for each in (cfg, default))
-        if value != usual:
-            rates = "; the heads' rates are probe.linear_lr_per_256 and probe.attentive_lr_per_256" * ("lr_" in name)
-            given = f"{name}={value:g}" if isinstance(value, int | float) else name
+        value = functools.reduce(getattr, name.split("."), cfg)
+        default_value = functools.reduce(getattr, name.split("."), default)
+        if value != default_value:
+            hint = "; the heads' rates are probe.linear_lr_per_256 and probe.attentive_lr_per_256" * ("lr_" in name)
+            setting = f"{name}={value:g}" if isinstance(value, int | float) else name
             raise ConfigError(
-                f"{given} is for training the encoder, which a probe leaves as it is: leave it out, or as {usual}{rates}"
+                f"{setting} is for training the encoder, which a probe leaves as it is: leave it out, or as "
+                f"{default_value}{hint}"
             )
     if "knn" in probe.kinds and (probe.metric, probe.vote) == ("euclidean", "softmax"):
         raise ConfigError(
@@ -151,15 +156,16 @@ def _check_probe_settings(cfg: FinetuneConfig, probe: ProbeConfig) -> None:
 
 
 def _check_features(plan: ProbePlan) -> None:
-    """What is read must be there, and fit the disk that is allowed. Raises: ConfigError."""
+    """Raise ConfigError if the encoder lacks the features, their size exceeds the limit, or images are too few."""
     cfg, probe, card = plan.cfg, plan.probe, plan.backbone
     if card is not None:
-        given = {"probe.layers": probe.layers, "probe.features": probe.features}
-        asked = [f"{name}={value}" for name, value in given.items() if value is not None]
-        asked += ["probe.kinds with attentive"] if probe.reads_patches else []
-        if asked:
+        settings = {"probe.layers": probe.layers, "probe.features": probe.features}
+        unsupported = [f"{name}={value}" for name, value in settings.items() if value is not None]
+        if probe.reads_patches:
+            unsupported.append("probe.kinds with attentive")
+        if unsupported:
             raise ConfigError(
-                f"{asked[0]}: of a model of timm ({card.timm}) only the pooled feature is read; leave it out"
+                f"{unsupported[0]}: of a model of timm ({card.timm}) only the pooled feature is read; leave it out"
             )
     elif plan.layers[-1] > plan.encoder["depth"]:
         raise ConfigError(
@@ -169,8 +175,8 @@ def _check_features(plan: ProbePlan) -> None:
         largest = "patches" if probe.reads_patches else "features"
         raise ConfigError(
             f"probe.gigabytes={probe.gigabytes:g}, but the {largest} of {sum(plan.image_counts.values()):,} images in "
-            f"{len(plan.layers)} layers take {format_bytes(plan.total_bytes)}: allow as much, or set data.per_class, fewer "
-            f"layers or other kinds"
+            f"{len(plan.layers)} layers take {format_bytes(plan.total_bytes)}: allow as much, or set data.per_class, "
+            f"fewer layers or other kinds"
         )
     if "knn" in probe.kinds and max(probe.k) > plan.image_counts["train"]:
         raise ConfigError(
@@ -183,16 +189,17 @@ def _check_features(plan: ProbePlan) -> None:
 
 
 def _check_holdout(plan: ProbePlan) -> None:
-    """Where there is something to choose, it must be chosen by other images than those of data.val. Raises: ConfigError."""
+    """Raise ConfigError if there are candidates to select from but no holdout to select by."""
     if plan.cfg.data.holdout_per_class:
         return
-    several = [
+    choices = [
         f"probe.{kind}: {len(values(plan.probe))} values of {name}"
         for kind, (name, values) in HYPERPARAMETERS.items()
         if kind in plan.probe.kinds and len(values(plan.probe)) > 1
     ]
-    several += [f"probe.layers: {len(plan.layers)} layers"] if len(plan.layers) > 1 else []
-    if several:
+    if len(plan.layers) > 1:
+        choices.append(f"probe.layers: {len(plan.layers)} layers")
+    if choices:
         raise ConfigError(
-            f"{several[0]} to choose from, but data.holdout_per_class=0 leaves nothing to choose by; set it"
+            f"{choices[0]} to choose from, but data.holdout_per_class=0 leaves nothing to choose by; set it"
         )

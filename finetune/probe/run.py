@@ -1,9 +1,8 @@
-"""Probes of a frozen encoder: its features once, then every kind on every layer, each a small thing learned alone.
+"""Run of probes: extract the frozen encoder's features once, then fit every probe kind on every layer.
 
-A unit (a kind on a layer) is learned by one rank, and units are dealt over the ranks: who learns it decides nothing, so
-the numbers are the same on any number of ranks, and nothing waits on a gradient. All ranks breathe together between the
-slices of their units, which keeps collectives short and lets them leave together. What a unit came to is written down;
-an attempt that goes on finds the features and those, and nothing else was lost.
+A unit (a kind on a layer) is fitted by one rank without communication, so that results do not depend on the number of
+ranks. Ranks synchronise between slices of their units, which keeps collectives short and lets all ranks stop together
+on preemption. Each unit's result is saved; a resumed attempt reuses the cached features and saved results.
 """
 
 import json
@@ -40,7 +39,7 @@ from foveal.training.run import Run
 _RESULTS_DIR = "probes"
 _log = logging.getLogger("foveal.finetune")
 
-# How each kind learns, and which file of features it reads.
+# Fitting function and feature column of each kind.
 PROBE_METHODS: dict[ProbeKind, tuple[Callable[[ProbePlan, LayerFeatures], Resumable[Predictor]], str]] = {
     "linear": (fit_linear_probe, "pooled"),
     "logistic": (fit_logistic_probe, "pooled"),
@@ -51,7 +50,7 @@ PROBE_METHODS: dict[ProbeKind, tuple[Callable[[ProbePlan, LayerFeatures], Resuma
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What a unit came to: top-1 on data.val of the choice that was best on the holdout, if there was a choice."""
+    """Result of a unit: top-1 on data.val with the hyperparameter ``choice``, the best on the holdout if any."""
 
     top1: float
     choice: float
@@ -59,48 +58,47 @@ class ProbeResult:
 
 
 def run_probes(plan: ProbePlan, run: Run) -> None:
-    """From the features to the numbers; every rank calls it."""
+    """Extract features, fit all units, and record the results. Every rank must call it."""
     set_matmul_precision(plan.cfg.engine)
-    there = run.world.on_rank0(lambda: has_cached_features(plan, run.path))
-    found = run.world.on_rank0(
-        lambda: _load_results(plan, run.path) if there else {}
-    )  # of features that are gone: void
-    run.start_attempt(len(found) + there, total_steps=len(plan.kind_layer_pairs) + 1)
-    if not there and not extract_features(plan, run):
+    cached = run.world.on_rank0(lambda: has_cached_features(plan, run.path))
+    # Results are valid only with the features that they were computed from.
+    results = run.world.on_rank0(lambda: _load_results(plan, run.path) if cached else {})
+    run.start_attempt(len(results) + cached, total_steps=len(plan.kind_layer_pairs) + 1)
+    if not cached and not extract_features(plan, run):
         return run.end_preempted(0)
-    run.progress.update(len(found) + 1, "features are kept")
-    left = [unit for unit in plan.kind_layer_pairs if unit not in found]
-    for start in range(0, len(left), run.world.size):
-        together = left[start : start + run.world.size]
-        news = _fit_units(plan, run, together)
-        if news is None:
-            return run.end_preempted(len(found) + 1)
-        found |= news
+    run.progress.update(len(results) + 1, "features are cached")
+    remaining = [unit for unit in plan.kind_layer_pairs if unit not in results]
+    for start in range(0, len(remaining), run.world.size):
+        new_results = _fit_units(plan, run, remaining[start : start + run.world.size])
+        if new_results is None:
+            return run.end_preempted(len(results) + 1)
+        results |= new_results
         if run.world.rank == 0:
-            _save_results(run.path, news)
-        for (kind, layer), told in news.items():
-            run.progress.update(len(found) + 1, f"{kind}{f', block {layer}' if layer else ''}: top-1 {told.top1:.3f}")
-    run.mark_finished(summarize_results(plan, found))
+            _save_results(run.path, new_results)
+        for (kind, layer), result in new_results.items():
+            unit_name = f"{kind}, block {layer}" if layer else kind
+            run.progress.update(len(results) + 1, f"{unit_name}: top-1 {result.top1:.3f}")
+    run.mark_finished(summarize_results(plan, results))
     return None
 
 
 def _fit_units(
     plan: ProbePlan, run: Run, units: list[tuple[ProbeKind, int]]
 ) -> dict[tuple[ProbeKind, int], ProbeResult] | None:
-    """What these units came to, one on each of the first ranks; nothing if the run was asked to leave."""
-    rank, found = run.world.rank, None
-    work = _fit_and_evaluate(plan, run.path, run.world.device, *units[rank]) if rank < len(units) else None
-    while run.world.any_rank(work is not None):
+    """Fit one unit on each of the first ranks; return the results on every rank, or None on preemption."""
+    rank, result = run.world.rank, None
+    task = _fit_and_evaluate(plan, run.path, run.world.device, *units[rank]) if rank < len(units) else None
+    while run.world.any_rank(task is not None):
         run.watchdog.heartbeat(run.step, "probing")
         if run.check_preemption():
             return None
-        work, found = run.world.run_all_or_raise(lambda w=work, f=found: (None, f) if w is None else _advance(w))
-    told = zip(units, run.world.all_gather_objects(found), strict=False)
-    return {unit: each for unit, each in told if each is not None}
+        task, result = run.world.run_all_or_raise(lambda t=task, r=result: (None, r) if t is None else _advance(t))
+    gathered = zip(units, run.world.all_gather_objects(result), strict=False)
+    return {unit: unit_result for unit, unit_result in gathered if unit_result is not None}
 
 
 def _advance(task: Resumable[ProbeResult]) -> tuple[Resumable[ProbeResult] | None, ProbeResult | None]:
-    """Work until it breathes, or is done: (what is left, what came of it)."""
+    """Run the next slice of a task; return (task, None), or (None, result) at its end."""
     try:
         next(task)
     except StopIteration as end:
@@ -111,52 +109,55 @@ def _advance(task: Resumable[ProbeResult]) -> tuple[Resumable[ProbeResult] | Non
 def _fit_and_evaluate(
     plan: ProbePlan, run_dir: Path, device: torch.device, kind: ProbeKind, layer: int
 ) -> Resumable[ProbeResult]:
-    """Learn on train, choose by the holdout, and only then look at val."""
+    """Fit on train, select the hyperparameter on the holdout, evaluate on val."""
     fit, column = PROBE_METHODS[kind]
-    parts = {name: load_features(run_dir, name, plan.layers.index(layer), column, device) for name in plan.subsets}
-    guess = yield from fit(plan, parts["train"])
-    choices, best, held = HYPERPARAMETERS[kind][1](plan.probe), 0, None
-    if "holdout" in parts:
-        right = compute_top1((yield from guess(parts["holdout"])), parts["holdout"])
-        best = max(range(len(right)), key=right.__getitem__)
-        held = right[best]
-    top1 = compute_top1((yield from guess(parts["val"])), parts["val"])[best]
-    return ProbeResult(top1, choices[best], held)
+    subsets = {name: load_features(run_dir, name, plan.layers.index(layer), column, device) for name in plan.subsets}
+    predict = yield from fit(plan, subsets["train"])
+    candidates = HYPERPARAMETERS[kind][1](plan.probe)
+    best, holdout_top1 = 0, None
+    if "holdout" in subsets:
+        accuracies = compute_top1((yield from predict(subsets["holdout"])), subsets["holdout"])
+        best = max(range(len(accuracies)), key=accuracies.__getitem__)
+        holdout_top1 = accuracies[best]
+    top1 = compute_top1((yield from predict(subsets["val"])), subsets["val"])[best]
+    return ProbeResult(top1, candidates[best], holdout_top1)
 
 
 def compute_top1(predictions_GM: Tensor, features: LayerFeatures) -> list[float]:
-    """The share of right guesses, for each choice."""
+    """Return the fraction of correct predictions of each candidate."""
     return ((predictions_GM == features.labels).sum(dim=1).double() / len(features)).tolist()
 
 
 def summarize_results(plan: ProbePlan, unit_results: dict[tuple[ProbeKind, int], ProbeResult]) -> dict[str, Any]:
-    """The numbers by name: each kind's on the layer that was best on the holdout, then layer by layer where asked for."""
-    numbers: dict[str, Any] = {}
+    """Return each kind's metrics on the layer that is best on the holdout, and with ``probe.layers`` on each layer."""
+    metrics: dict[str, Any] = {}
     for kind in dict.fromkeys(plan.probe.kinds):
-        mine = {layer: told for (name, layer), told in unit_results.items() if name == kind}
-        best = max(mine, key=lambda layer: (mine[layer].holdout_top1 or 0.0, layer))  # of equal ones the deepest
-        numbers |= _metrics_of(kind, mine[best])
+        by_layer = {layer: result for (unit_kind, layer), result in unit_results.items() if unit_kind == kind}
+        best = max(by_layer, key=lambda layer: (by_layer[layer].holdout_top1 or 0.0, layer))  # ties: the deepest layer
+        metrics |= _metrics_of(kind, by_layer[best])
         if plan.probe.layers is not None:
-            numbers[f"{kind}_layer"] = best
-            for layer in sorted(mine):
-                numbers |= _metrics_of(kind, mine[layer], f"_layer_{layer:02d}")
-    return numbers
+            metrics[f"{kind}_layer"] = best
+            for layer in sorted(by_layer):
+                metrics |= _metrics_of(kind, by_layer[layer], f"_layer_{layer:02d}")
+    return metrics
 
 
 def _metrics_of(kind: ProbeKind, result: ProbeResult, suffix: str = "") -> dict[str, float]:
-    numbers = {f"{kind}_top1{suffix}": result.top1, f"{kind}_{HYPERPARAMETERS[kind][0]}{suffix}": result.choice}
-    return numbers | ({} if result.holdout_top1 is None else {f"{kind}_holdout_top1{suffix}": result.holdout_top1})
+    metrics = {f"{kind}_top1{suffix}": result.top1, f"{kind}_{HYPERPARAMETERS[kind][0]}{suffix}": result.choice}
+    if result.holdout_top1 is not None:
+        metrics[f"{kind}_holdout_top1{suffix}"] = result.holdout_top1
+    return metrics
 
 
 @dataclass(frozen=True)
 class LinearProbeLoss:
-    """What a forecast follows: the frozen model's forward, and a linear head on the last layer that is read."""
+    """Objective that ``foveal plan`` traces: the frozen model's forward and a linear head on the last probed layer."""
 
     plan: ProbePlan
     extractor: FeatureExtractor
 
     def batch_weight(self, batch: Batch) -> float:
-        """The images."""
+        """Return the number of images."""
         return float(len(batch.labels))
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -166,23 +167,27 @@ class LinearProbeLoss:
 
 
 def build(plan: ProbePlan, device: torch.device) -> TrainingSetup[LinearProbeLoss]:
-    """What a probe takes of a rank, for ``foveal plan``; it counts the encoder in every step, where a probe asks it once."""
-    frozen, look = build_feature_extractor(plan, device)
+    """Return the setup whose cost ``foveal plan`` estimates.
+
+    It runs the encoder in every step, whereas a probe runs it once per image.
+    """
+    frozen, extractor = build_feature_extractor(plan, device)
     head = nn.Linear(plan.feature_dim, len(plan.classes))
-    return TrainingSetup(head, parameter_groups(head, plan.cfg.optim), LinearProbeLoss(plan, look), (frozen,))
+    return TrainingSetup(head, parameter_groups(head, plan.cfg.optim), LinearProbeLoss(plan, extractor), (frozen,))
 
 
-def _result_file(run: Path, unit: tuple[ProbeKind, int]) -> Path:
-    return run / _RESULTS_DIR / f"{unit[0]}-{unit[1]:02d}.json"
+def _result_file(run_dir: Path, unit: tuple[ProbeKind, int]) -> Path:
+    kind, layer = unit
+    return run_dir / _RESULTS_DIR / f"{kind}-{layer:02d}.json"
 
 
-def _load_results(plan: ProbePlan, run: Path) -> dict[tuple[ProbeKind, int], ProbeResult]:
-    """What earlier attempts have written down."""
-    files = {unit: _result_file(run, unit) for unit in plan.kind_layer_pairs}
+def _load_results(plan: ProbePlan, run_dir: Path) -> dict[tuple[ProbeKind, int], ProbeResult]:
+    """Return the results that earlier attempts saved."""
+    files = {unit: _result_file(run_dir, unit) for unit in plan.kind_layer_pairs}
     return {unit: ProbeResult(**json.loads(file.read_text())) for unit, file in files.items() if file.exists()}
 
 
-def _save_results(run: Path, results: dict[tuple[ProbeKind, int], ProbeResult]) -> None:
-    (run / _RESULTS_DIR).mkdir(exist_ok=True)
-    for unit, told in results.items():
-        write_json(_result_file(run, unit), asdict(told))
+def _save_results(run_dir: Path, results: dict[tuple[ProbeKind, int], ProbeResult]) -> None:
+    (run_dir / _RESULTS_DIR).mkdir(exist_ok=True)
+    for unit, result in results.items():
+        write_json(_result_file(run_dir, unit), asdict(result))

@@ -1,1 +1,1 @@
-"""What makes fine-tuning harder on purpose: mixing, adversarial images, a teacher."""
+"""Regularization of fine-tuning: mixup, cutmix and erasing, adversarial examples, a teacher."""

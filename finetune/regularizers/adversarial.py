@@ -1,4 +1,4 @@
-"""Images changed a little, for the worst: adversarial training, and accuracy under attack. B images of C channels."""
+"""Adversarial examples (FGSM, PGD) for training and for robust accuracy. B images of C channels."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from foveal.seeding import derive_key, draw_uniform
 
 @dataclass(frozen=True)
 class Attack:
-    """Steps along the sign of the loss's gradient, inside a box around each image and inside what pixels can be.
+    """L-infinity attack: steps along the sign of the loss gradient, clipped to epsilon and to the valid pixel range.
 
-    fgsm (Goodfellow et al., 2015): one step as long as the box. pgd (Madry et al., 2018): ``iterations`` steps, from a
-    place in the box that depends on (seed, epoch, sample id). ``mean`` and ``std`` are those of normalised images.
+    fgsm (Goodfellow et al., 2015): one step of length epsilon. pgd (Madry et al., 2018): ``iterations`` steps from a
+    random start keyed by (seed, epoch, sample id). ``mean`` and ``std`` are the normalisation of the images.
     """
 
     cfg: AdversarialConfig
@@ -25,33 +25,36 @@ class Attack:
     std: Sequence[float]
 
     def __call__(self, loss_fn: Callable[[Tensor], Tensor], images: Tensor, sample_keys_B: Tensor) -> Tensor:
-        """Attacked images [B, C, H, W] of normalised ones; ``loss`` sums over images, each of which has its own part."""
+        """Return the attacked images [B, C, H, W] of normalised images.
+
+        ``loss_fn`` returns the sum of per-image losses, so that each image's gradient is its own.
+        """
         cfg, clean = self.cfg, images.detach()
-        deviation = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
-        average = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
-        reach, stride = (part / 255 / deviation for part in (cfg.epsilon, cfg.step))
-        lowest, highest = -average / deviation, (1 - average) / deviation
-        low, high = torch.maximum(clean - reach, lowest), torch.minimum(clean + reach, highest)
+        std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
+        mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
+        epsilon, step_size = cfg.epsilon / 255 / std, cfg.step / 255 / std
+        black, white = -mean / std, (1 - mean) / std
+        low, high = torch.maximum(clean - epsilon, black), torch.minimum(clean + epsilon, white)
         if cfg.kind == "fgsm":
-            return self._gradient_step(loss_fn, clean, reach, low, high)
+            return self._gradient_step(loss_fn, clean, epsilon, low, high)
         noise = draw_uniform(derive_key(self.seed, "attack"), sample_keys_B, clean[0].numel()).view_as(clean)
-        found = (low + noise * (high - low)).to(clean.dtype)
+        attacked = (low + noise * (high - low)).to(clean.dtype)
         for _ in range(cfg.iterations):
-            found = self._gradient_step(loss_fn, found, stride, low, high)
-        return found
+            attacked = self._gradient_step(loss_fn, attacked, step_size, low, high)
+        return attacked
 
     def _gradient_step(
-        self, loss: Callable[[Tensor], Tensor], images: Tensor, stride: Tensor, low: Tensor, high: Tensor
+        self, loss_fn: Callable[[Tensor], Tensor], images: Tensor, step_size: Tensor, low: Tensor, high: Tensor
     ) -> Tensor:
         with torch.enable_grad():
             images = images.detach().requires_grad_()
-            # Not autograd.grad, under which nobody can follow modules, as whoever counts operations does.
-            torch.autograd.backward(loss(images), inputs=[images])
+            # Not autograd.grad: a FLOP counter that hooks modules cannot follow it.
+            torch.autograd.backward(loss_fn(images), inputs=[images])
         assert images.grad is not None
-        return torch.clamp(images.detach() + stride * images.grad.sign(), low, high)
+        return torch.clamp(images.detach() + step_size * images.grad.sign(), low, high)
 
 
 def build_attack(plan: FinetunePlan) -> Attack | None:
-    """The attack that the settings describe, if they do."""
+    """Return the configured attack, or None."""
     cfg = plan.cfg
     return None if cfg.adversarial is None else Attack(cfg.adversarial, cfg.seed, plan.mean, plan.std)

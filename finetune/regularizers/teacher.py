@@ -1,4 +1,4 @@
-"""A teacher beside the labels. B images, K classes."""
+"""Distillation loss of a teacher beside the labels. B images, K classes."""
 
 from dataclasses import dataclass
 
@@ -14,29 +14,33 @@ from foveal.weights.teacher import build_teacher, freeze_in_eval_mode, soft_targ
 
 @dataclass(frozen=True)
 class TeacherLoss:
-    """A frozen classifier that sees what the student sees. It is no module, so that no engine can reach into it."""
+    """Loss between student and a frozen teacher on the same images.
+
+    It is not an nn.Module, so that no engine wraps, shards or saves the teacher.
+    """
 
     cfg: TeacherConfig
     model: nn.Module
     precision: Precision
 
     def __call__(self, images: Tensor, logits_BK: Tensor) -> Tensor:
-        """How far the student's logits are from the teacher's, [B]: divergence at a temperature, or its guess as label.
+        """Return the loss [B] of the student's logits; with ``kind=token`` those of the student's distillation token.
 
-        They are those of the student's distillation token where there is one, which learns the guess alone.
+        soft: divergence from the teacher's logits at a temperature. hard, token: cross-entropy with the teacher's
+        predicted class.
         """
         with torch.no_grad(), autocast(images.device, self.precision):
-            told_BK = self.model(images).float()
+            teacher_logits_BK = self.model(images).float()
         with autocast(images.device, "fp32"):
             if self.cfg.kind == "soft":
-                return soft_target_loss(logits_BK, told_BK, self.cfg.temperature)
-            return F.cross_entropy(logits_BK, told_BK.argmax(dim=1), reduction="none")
+                return soft_target_loss(logits_BK, teacher_logits_BK, self.cfg.temperature)
+            return F.cross_entropy(logits_BK, teacher_logits_BK.argmax(dim=1), reduction="none")
 
 
 def build_teacher_loss(
     cfg: FinetuneConfig, source: PretrainedSource | None, device: torch.device
 ) -> TeacherLoss | None:
-    """The teacher that was looked at, on the device. Raises: ExportError."""
+    """Return the loss with the plan's teacher on the device, or None without a teacher. Raises: ExportError."""
     if cfg.teacher is None:
         return None
     assert source is not None

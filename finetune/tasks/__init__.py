@@ -1,1 +1,1 @@
-"""What the kind of a label makes of fine-tuning: model, objective, metrics, head."""
+"""Fine-tuning tasks, selected by the label kind: model, objective, metrics, head card."""

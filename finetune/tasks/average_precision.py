@@ -1,4 +1,4 @@
-"""Average precision as COCO has it (Lin et al., "Microsoft COCO: Common Objects in Context", 2014), by its own library."""
+"""COCO's average precision (Lin et al., "Microsoft COCO: Common Objects in Context", 2014), by pycocotools."""
 
 import contextlib
 import io
@@ -11,14 +11,14 @@ import numpy as np
 
 from foveal.errors import ConfigError
 
-IOU_THRESHOLDS = tuple(round(0.5 + 0.05 * number, 2) for number in range(10))  # of intersection over union
+IOU_THRESHOLDS = tuple(round(0.5 + 0.05 * number, 2) for number in range(10))
 
 
 @dataclass(frozen=True, slots=True)
 class ImageDetections:
-    """An image that was looked at: its sample id, what was found, float [N, 6], and what is there, float [M, 5].
+    """Predicted boxes, float [N, 6], and true boxes, float [M, 5], of an image; ``image_id`` is its sample id.
 
-    Rows are left, top, right, bottom in pixels, the class, and, of what was found, the score.
+    Columns: left, top, right, bottom in pixels, class, and for predictions the score.
     """
 
     image_id: int
@@ -27,7 +27,7 @@ class ImageDetections:
 
 
 def check_pycocotools() -> None:
-    """Raises: ConfigError where COCO's library is not installed."""
+    """Raise ConfigError if pycocotools is not installed."""
     if find_spec("pycocotools") is None:
         raise ConfigError(
             "data.labels=boxes measures with pycocotools, which is not installed: pip install 'foveal[detection]'"
@@ -35,39 +35,47 @@ def check_pycocotools() -> None:
 
 
 def compute_average_precision(detections: Sequence[ImageDetections], num_classes: int) -> np.ndarray:
-    """The average precision [10, K] at each of ``THRESHOLDS`` of each of K classes; not a number where no box is of one.
+    """Return the average precision [10, K] by ``IOU_THRESHOLDS`` and class; NaN for a class without true boxes.
 
-    The order of the images does not matter: equal scores count in the order of sample ids. Of an image and class, the
-    hundred best count.
+    The order of the images does not matter: equal scores rank by sample id. At most 100 boxes per image and class
+    count.
     """
     from pycocotools.cocoeval import COCOeval
 
-    ordered = sorted(detections, key=lambda one: one.image_id)
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints
-        there = _to_coco([(one.image_id, one.ground_truth) for one in ordered], num_classes)
-        found = _to_coco([(one.image_id, one.predicted) for one in ordered], num_classes)
-        measured = COCOeval(there, found, "bbox")
-        measured.evaluate()
-        measured.accumulate()
-    # [thresholds, points of recall, classes, sizes of objects, most boxes of an image]: all sizes, and a hundred boxes
-    precision = np.asarray(measured.eval["precision"])[:, :, :, 0, -1]
+    ordered = sorted(detections, key=lambda image: image.image_id)
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
+        true_boxes = _to_coco([(image.image_id, image.ground_truth) for image in ordered], num_classes)
+        predicted = _to_coco([(image.image_id, image.predicted) for image in ordered], num_classes)
+        evaluation = COCOeval(true_boxes, predicted, "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+    # [IoU thresholds, recall points, classes, area ranges, maximum detections]: all areas, 100 detections
+    precision = np.asarray(evaluation.eval["precision"])[:, :, :, 0, -1]
     return np.where(precision < 0, np.nan, precision).mean(axis=1)
 
 
-def _to_coco(rows: Sequence[tuple[int, np.ndarray]], classes: int) -> Any:
-    """COCO's tables of boxes: left, top, width, height, and numbers that begin with 1, since it takes 0 for nothing."""
+def _to_coco(rows: Sequence[tuple[int, np.ndarray]], num_classes: int) -> Any:
+    """Return COCO's tables of boxes by image id. Annotation ids start at 1: COCOeval takes id 0 for no match."""
     from pycocotools.coco import COCO
 
-    boxes: list[dict[str, Any]] = []
-    for image, table in rows:
-        for left, top, right, bottom, label, *score in table.astype(np.float64).tolist():
+    annotations: list[dict[str, Any]] = []
+    for image_id, boxes in rows:
+        for left, top, right, bottom, label, *score in boxes.astype(np.float64).tolist():
             width, height = right - left, bottom - top
-            one = {"id": len(boxes) + 1, "image_id": image, "category_id": int(label), "iscrowd": 0}
-            boxes.append(one | {"bbox": [left, top, width, height], "area": width * height, "score": (*score, 1.0)[0]})
-    tables: Any = COCO()
-    images, kinds = (
-        [{"id": number} for number in numbers] for numbers in ([image for image, _ in rows], range(classes))
-    )
-    tables.dataset = {"images": images, "categories": kinds, "annotations": boxes}
-    tables.createIndex()
-    return tables
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": int(label),
+                    "iscrowd": 0,
+                    "bbox": [left, top, width, height],
+                    "area": width * height,
+                    "score": score[0] if score else 1.0,
+                }
+            )
+    coco: Any = COCO()
+    images = [{"id": image_id} for image_id, _ in rows]
+    categories = [{"id": label} for label in range(num_classes)]
+    coco.dataset = {"images": images, "categories": categories, "annotations": annotations}
+    coco.createIndex()
+    return coco

@@ -1,4 +1,4 @@
-"""How right a classifier is over a whole part of the data, exact on any number of ranks. B images, K classes."""
+"""Metrics of classifiers on a data subset, exact on any number of ranks. B images, K classes."""
 
 from typing import cast
 
@@ -20,9 +20,9 @@ from foveal.training.run import Run
 def compute_classification_metrics(
     engine: Engine, run: Run, step: int, *, split: str, subset: SubsetName
 ) -> dict[str, float]:
-    """``top1``, ``top5`` in [0, 1] and ``loss`` after a step: every image counts once, padding nowhere.
+    """Return ``top1`` and ``top5`` in [0, 1] and ``loss`` after a step; each image counts once, padding is excluded.
 
-    With adversarial training also ``robust_top1``, of images attacked as the settings say. Every rank calls it.
+    With ``adversarial`` also ``robust_top1``, the top-1 on attacked images. Every rank must call it.
     """
     plan = cast(FinetunePlan, run.plan)
     attack = build_attack(plan)
@@ -35,20 +35,20 @@ def compute_classification_metrics(
             if attack is not None:
                 counts[4] += _count_robust(engine, attack, images, batch)
     top1, top5, loss, images, robust = run.world.all_reduce_sum(counts).tolist()
-    images = max(images, 1.0)  # every sample may be bad, where data.max_bad says so
-    found = {"top1": top1 / images, "top5": top5 / images, "loss": loss / images}
-    return found if attack is None else found | {"robust_top1": robust / images}
+    images = max(images, 1.0)  # data.max_bad may allow that no sample decodes
+    metrics = {"top1": top1 / images, "top5": top5 / images, "loss": loss / images}
+    return metrics if attack is None else metrics | {"robust_top1": robust / images}
 
 
 def compute_multilabel_metrics(
     engine: Engine, run: Run, step: int, *, split: str, subset: SubsetName
 ) -> dict[str, float]:
-    """Of several classes an image: ``map``, the mean over classes of the average precision (those that no image is of are
-    left out), ``f1`` over all answers above a half (micro), and ``loss``, as ``accuracy``. Every rank calls it.
+    """Return ``map``, ``f1`` and ``loss`` of multi-label classification after a step. Every rank must call it.
 
-    Raises: DataError, on every rank, where no image is of any class.
+    ``map``: mean average precision over the classes that occur. ``f1``: micro-averaged F1 at probability 1/2.
+    Raises: DataError, on every rank, if no image has a class.
     """
-    from sklearn.metrics import average_precision_score  # takes a second
+    from sklearn.metrics import average_precision_score  # the import takes a second
 
     plan = cast(FinetunePlan, run.plan)
     scores, truths, losses = [], [], torch.zeros(2, dtype=torch.float64, device=engine.device)
@@ -57,31 +57,31 @@ def compute_multilabel_metrics(
             batch = host_batch.to(engine.device)
             assert batch.targets is not None
             logits_BK = engine.model(normalise(batch.images, plan.mean, plan.std)).float()[batch.valid]
-            marks_BK = batch.targets[batch.valid]
-            loss_BK = F.binary_cross_entropy_with_logits(logits_BK, marks_BK.float(), reduction="none")
+            targets_BK = batch.targets[batch.valid]
+            loss_BK = F.binary_cross_entropy_with_logits(logits_BK, targets_BK.float(), reduction="none")
             losses += torch.stack([loss_BK.mean(dim=1).double().sum(), batch.valid.double().sum()])
             scores.append(logits_BK.cpu().numpy())
-            truths.append(marks_BK.cpu().numpy())
-    none = np.zeros((0, len(plan.classes)), np.float32)
-    told = run.world.all_gather_objects((np.concatenate([none, *scores]), np.concatenate([none, *truths])))
-    score, truth = (np.concatenate(each) for each in zip(*told, strict=True))
-    seen = truth.any(axis=0)
-    if not seen.any():
+            truths.append(targets_BK.cpu().numpy())
+    empty = np.zeros((0, len(plan.classes)), np.float32)  # a rank may have no batch
+    gathered = run.world.all_gather_objects((np.concatenate([empty, *scores]), np.concatenate([empty, *truths])))
+    score, truth = (np.concatenate(arrays) for arrays in zip(*gathered, strict=True))
+    occurring = truth.any(axis=0)
+    if not occurring.any():
         raise DataError(
             f"split '{split}' has no image of any class to measure by: set data.val to a split that has some"
         )
-    mean = float(average_precision_score(truth[:, seen], score[:, seen]))
-    right = float(((score > 0) * truth).sum())
+    mean_precision = float(average_precision_score(truth[:, occurring], score[:, occurring]))
+    true_positives = float(((score > 0) * truth).sum())
     loss, images = run.world.all_reduce_sum(losses).tolist()
-    f1 = 2 * right / max(1.0, float((score > 0).sum() + truth.sum()))
-    return {"map": mean, "f1": f1, "loss": loss / max(images, 1.0)}
+    f1 = 2 * true_positives / max(1.0, float((score > 0).sum() + truth.sum()))
+    return {"map": mean_precision, "f1": f1, "loss": loss / max(images, 1.0)}
 
 
 def _count_robust(engine: Engine, attack: Attack, images: Tensor, batch: Batch) -> Tensor:
-    """How many of the batch's images are still seen right."""
+    """Return the number of attacked images that are classified correctly."""
 
-    def loss(seen: Tensor) -> Tensor:
-        return F.cross_entropy(engine.model(seen).float(), batch.labels, reduction="sum", ignore_index=-1)
+    def loss(images: Tensor) -> Tensor:
+        return F.cross_entropy(engine.model(images).float(), batch.labels, reduction="sum", ignore_index=-1)
 
     attacked = attack(loss, images, batch.sample_keys)
     return sum_batch_metrics(engine.model(attacked), batch.labels, batch.valid)[0]

@@ -1,4 +1,4 @@
-"""Boxes: the detector that a plan builds, and what it learns from images with boxes, and from images without any."""
+"""Object detection: the detector that a plan builds, and its objective on images with and without boxes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,10 +20,11 @@ from foveal.training.loop import TrainingSetup
 
 @dataclass(frozen=True)
 class DetectionLoss:
-    """FCOS's losses, every image divided by its own number of places that answer for an object.
+    """FCOS losses, normalized per image by its number of positive locations.
 
-    A mean over images, so that its weight is known without a look at the boxes, and it does not matter which images a
-    rank or a micro holds. The paper divides by the places of a whole batch: an image of many objects weighs more there.
+    The loss is a mean over images, so that the batch weight does not depend on the boxes, and the split of a step into
+    ranks and microbatches does not matter. The paper divides by the positive locations of the batch, so that an image
+    with many objects weighs more.
     """
 
     seed: int
@@ -32,26 +33,30 @@ class DetectionLoss:
     std: Sequence[float]
 
     def batch_weight(self, batch: Batch) -> float:
-        """The number of images."""
+        """Return the number of images."""
         return float(len(batch.ids))
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        assert batch.targets is not None, "data.labels=boxes reads them"
-        drops = draw_uniform(derive_key(self.seed, "drop path"), batch.sample_keys, self.num_drop_paths)
-        found = compute_fcos_losses(model(normalise(batch.images, self.mean, self.std), drops), batch.targets)
-        classes, boxes, centres = (each.sum() for each in found)
-        return classes + boxes + centres, {"class_loss": classes, "box_loss": boxes, "centre_loss": centres}
+        assert batch.targets is not None, "data.labels=boxes reads targets"
+        drop_noise = draw_uniform(derive_key(self.seed, "drop path"), batch.sample_keys, self.num_drop_paths)
+        losses = compute_fcos_losses(model(normalise(batch.images, self.mean, self.std), drop_noise), batch.targets)
+        class_loss, box_loss, centre_loss = (loss_B.sum() for loss_B in losses)
+        return class_loss + box_loss + centre_loss, {
+            "class_loss": class_loss,
+            "box_loss": box_loss,
+            "centre_loss": centre_loss,
+        }
 
 
 def detector_from_plan(plan: FinetunePlan) -> Detector:
-    """The plan's encoder or backbone, as ``encoder_below`` gives it, and a fresh pyramid and head."""
+    """Return the plan's encoder (see ``encoder_for_dense_head``) with a newly initialized pyramid and head."""
     return build_detector(
         encoder_for_dense_head(plan), plan.encoder, detection_head_card(plan), f"{plan.cfg.init or 'model'}"
     )
 
 
 def build_detection(plan: FinetunePlan, _device: torch.device) -> TrainingSetup[DetectionLoss]:
-    """The plan's detector, and what it learns."""
+    """Return the plan's detector with its objective."""
     model = detector_from_plan(plan)
     return TrainingSetup(
         model,
@@ -61,10 +66,10 @@ def build_detection(plan: FinetunePlan, _device: torch.device) -> TrainingSetup[
 
 
 def detection_head_card(plan: FinetunePlan) -> dict[str, Any]:
-    """What builds the pyramid and head again."""
+    """Return the card of the pyramid and head."""
     return plan.cfg.detect.head_card(len(plan.classes)).to_dict()
 
 
 def detector_from_export(export_dir: Path) -> Detector:
-    """The model that a run with data.labels=boxes left, in evaluation mode on the CPU. Raises: ExportError."""
+    """Return an exported detector, in evaluation mode on the CPU. Raises: ExportError."""
     return model_from_export(export_dir, "detection", build_detector)

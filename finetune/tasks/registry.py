@@ -1,4 +1,4 @@
-"""What the kind of a sample's label makes of fine-tuning: a model, what it learns, and how well it does."""
+"""Table of fine-tuning tasks by label kind: model and objective, metrics, head card."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,18 +21,22 @@ from foveal.training.run import Run
 
 
 class ComputeMetrics(Protocol):
-    """How well a model does on a part of a split after a step, every sample once; every rank calls it."""
+    """Compute metrics on a subset of a split after a step, each sample once. Every rank must call it."""
 
     def __call__(self, engine: Engine, run: Run, step: int, *, split: str, subset: SubsetName) -> dict[str, float]: ...
 
 
 def _no_head_card(_plan: FinetunePlan) -> None:
-    """The head is the encoder's own, and its card has it."""
+    """Return None: a classification head is part of the encoder, whose card describes it."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A row of the table: what a step of a plan is made of on a device, the measure, and the card of the head."""
+    """A fine-tuning task.
+
+    ``build``: model, parameter groups and objective of a plan, for a device. ``head_card``: card of a head outside the
+    encoder, or None.
+    """
 
     build: Callable[[FinetunePlan, torch.device], TrainingSetup[Any]]
     compute_metrics: ComputeMetrics

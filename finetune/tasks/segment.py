@@ -1,6 +1,6 @@
-"""Semantic segmentation: cross-entropy of every pixel; pixels without a label count for nothing.
+"""Semantic segmentation: the segmenter that a plan builds, and its pixel-wise cross-entropy.
 
-B images of H x W pixels, K classes.
+Pixels without a label are ignored. B images of H x W pixels, K classes.
 """
 
 from collections.abc import Sequence
@@ -24,9 +24,9 @@ from foveal.training.loop import TrainingSetup
 
 @dataclass(frozen=True)
 class SegmentationLoss:
-    """Softmax cross-entropy of pixels. Which sample skips which block depends on (seed, epoch, sample id), on no rank.
+    """Pixel-wise softmax cross-entropy, weighted by ``class_weights`` [K], on the host.
 
-    ``weights`` [K] are the classes', on the host.
+    Drop path is keyed by (seed, epoch, sample id), not by rank.
     """
 
     seed: int
@@ -37,34 +37,38 @@ class SegmentationLoss:
     class_weights: Tensor
 
     def batch_weight(self, batch: Batch) -> Tensor:
-        """The sum of the weights of the pixels that have a label: 1, or that of the class."""
-        marks = _targets_of(batch)
-        return (
-            torch.bincount(marks[marks != NO_CLASS], minlength=len(self.class_weights)) * self.class_weights.double()
-        ).sum()
+        """Return the sum of the class weights of all labelled pixels."""
+        targets = _targets_of(batch)
+        counts = torch.bincount(targets[targets != NO_CLASS], minlength=len(self.class_weights))
+        return (counts * self.class_weights.double()).sum()
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        images, marks_BHW = normalise(batch.images, self.mean, self.std), _targets_of(batch).long()
-        drops = draw_uniform(derive_key(self.seed, "drop path"), batch.sample_keys, self.num_drop_paths)
-        logits_BKHW = model(images, drops).float()
+        images, targets_BHW = normalise(batch.images, self.mean, self.std), _targets_of(batch).long()
+        drop_noise = draw_uniform(derive_key(self.seed, "drop path"), batch.sample_keys, self.num_drop_paths)
+        logits_BKHW = model(images, drop_noise).float()
         weights = self.class_weights.to(logits_BKHW.device, non_blocking=True)
-        told = {"weight": weights, "ignore_index": NO_CLASS, "label_smoothing": self.label_smoothing}
-        # Summed behind it: torch's own sum over an image's pixels has no order on a GPU.
-        losses_BHW = F.cross_entropy(logits_BKHW, marks_BHW, reduction="none", **told)
-        guesses_BHW = logits_BKHW.argmax(dim=1)
-        right_BHW = (guesses_BHW == marks_BHW) * weights[guesses_BHW]
-        return losses_BHW.sum(), {"train_pixels": right_BHW.sum()}
+        losses_BHW = F.cross_entropy(
+            logits_BKHW,
+            targets_BHW,
+            weight=weights,
+            ignore_index=NO_CLASS,
+            reduction="none",  # the reduction inside cross_entropy sums pixels in no fixed order on a GPU
+            label_smoothing=self.label_smoothing,
+        )
+        predictions_BHW = logits_BKHW.argmax(dim=1)
+        correct_BHW = (predictions_BHW == targets_BHW) * weights[predictions_BHW]
+        return losses_BHW.sum(), {"train_pixels": correct_BHW.sum()}
 
 
 def segmenter_from_plan(plan: FinetunePlan) -> Segmenter:
-    """The plan's encoder or backbone, with its weights where there is an export, and a head freshly drawn after it."""
+    """Return the plan's encoder or backbone with a newly initialized segmentation head."""
     return build_segmenter(
         encoder_for_dense_head(plan), plan.encoder, segmentation_head_card(plan), plan.cfg.init or "model"
     )
 
 
 def build_segmentation(plan: FinetunePlan, _device: torch.device) -> TrainingSetup[SegmentationLoss]:
-    """The plan's segmenter, and what it learns."""
+    """Return the plan's segmenter with its objective."""
     model = segmenter_from_plan(plan)
     cfg, weights = plan.cfg, torch.tensor(plan.class_weights)
     objective = SegmentationLoss(cfg.seed, cfg.label_smoothing, count_drop_paths(model), plan.mean, plan.std, weights)
@@ -72,15 +76,16 @@ def build_segmentation(plan: FinetunePlan, _device: torch.device) -> TrainingSet
 
 
 def segmentation_head_card(plan: FinetunePlan) -> dict[str, Any]:
-    """What builds the head again."""
+    """Return the card of the head."""
     return plan.cfg.segment.head_card(len(plan.classes)).to_dict()
 
 
 def segmenter_from_export(export_dir: Path) -> Segmenter:
-    """The model that a run with data.labels=mask left, in evaluation mode on the CPU. Raises: ExportError."""
+    """Return an exported segmenter, in evaluation mode on the CPU. Raises: ExportError."""
     return model_from_export(export_dir, "segmentation", build_segmenter)
 
 
 def _targets_of(batch: Batch) -> Tensor:
-    assert batch.targets is not None, "data.labels=mask gives every batch its masks"
+    """Return the masks of a batch, int16 [B, H, W]."""
+    assert batch.targets is not None, "data.labels=mask reads masks as targets"
     return batch.targets

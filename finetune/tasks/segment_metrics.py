@@ -1,4 +1,4 @@
-"""Mean intersection over union, pixel accuracy and loss over a whole part of the data, exact on any number of ranks.
+"""Metrics of segmenters: mean IoU, pixel accuracy and loss on a data subset, exact on any number of ranks.
 
 H x W pixels of an image, K classes.
 """
@@ -20,14 +20,14 @@ from foveal.inspect.segmentation import draw_segmentation_grid
 from foveal.models.sliding_window import iter_sliding_window_log_probs
 from foveal.training.run import Run
 
-_SHEET_IMAGES = 4  # images on a sheet
-_INVALID_METRIC_CHARS = re.compile(r"[^\w. -]")  # what MLflow takes in no name of a number
+_SHEET_IMAGES = 4
+_INVALID_METRIC_CHARS = re.compile(r"[^\w. -]")  # characters that MLflow rejects in metric names
 
 
 class ConfusionMatrix:
-    """What was met of each class and what was guessed there, as one vector that ranks add up.
+    """Confusion matrix of pixels and summed loss, as one vector that is summed over ranks.
 
-    ``sums`` is float64 [K * K + 1]: pixels by class and guess (exact up to 2^53), and the summed loss.
+    ``sums`` is float64 [K * K + 1]: pixels by true and predicted class (exact up to 2^53), and the summed loss.
     """
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
@@ -35,67 +35,70 @@ class ConfusionMatrix:
         self.sums = torch.zeros(num_classes * num_classes + 1, dtype=torch.float64, device=device)
 
     def update(self, log_probs_KHW: Tensor, targets_HW: Tensor) -> Tensor:
-        """Count an image by the logarithms of its probabilities; the guesses [H, W]. Ignored pixels count for nothing."""
-        guess_HW, targets_HW = log_probs_KHW.argmax(dim=0), targets_HW.long()
-        known_HW = targets_HW != NO_CLASS
-        places = (targets_HW * self.num_classes + guess_HW)[known_HW]
+        """Add the labelled pixels of an image with these log-probabilities; return its predictions [H, W]."""
+        predictions_HW, targets_HW = log_probs_KHW.argmax(dim=0), targets_HW.long()
+        labelled_HW = targets_HW != NO_CLASS
+        cells = (targets_HW * self.num_classes + predictions_HW)[labelled_HW]
         losses_HW = F.nll_loss(log_probs_KHW[None], targets_HW[None], ignore_index=NO_CLASS, reduction="none")
-        self.sums[:-1] += torch.bincount(places, minlength=self.num_classes**2)
+        self.sums[:-1] += torch.bincount(cells, minlength=self.num_classes**2)
         self.sums[-1] += losses_HW.double().sum()
-        return guess_HW
+        return predictions_HW
 
     def compute(
         self, all_reduce_sum: Callable[[Tensor], Tensor], class_names: Sequence[str], split: str
     ) -> dict[str, float]:
-        """``miou``, ``pixels``, ``loss`` and ``iou_<name>``, over all ranks; every rank calls it.
+        """Return ``miou``, ``pixels``, ``loss`` and ``iou_<name>`` over all ranks. Every rank must call it.
 
-        Raises: DataError, on every rank, where no pixel of any has a label.
+        Raises: DataError, on every rank, if no pixel on any rank has a label.
         """
-        *pixels, loss = all_reduce_sum(self.sums).tolist()
-        met = torch.tensor(pixels, dtype=torch.float64).view(self.num_classes, self.num_classes)  # [true, guessed]
-        right, union, total = met.diag(), met.sum(dim=0) + met.sum(dim=1) - met.diag(), met.sum()
+        *counts, loss = all_reduce_sum(self.sums).tolist()
+        matrix = torch.tensor(counts, dtype=torch.float64).view(self.num_classes, self.num_classes)  # [true, predicted]
+        correct = matrix.diag()
+        union = matrix.sum(dim=0) + matrix.sum(dim=1) - correct
+        total = matrix.sum()
         if not total:
             raise DataError(
                 f"split '{split}' has no labelled pixel to measure by: set data.val to a split that has some"
             )
-        each = {
-            f"iou_{name}": float(right[number] / union[number])
-            for number, name in enumerate(sanitize_metric_names(class_names))
-            if union[number]
+        ious = {
+            f"iou_{name}": float(correct[index] / union[index])
+            for index, name in enumerate(sanitize_metric_names(class_names))
+            if union[index]
         }
-        mean = sum(each.values()) / len(each)
-        return {"miou": mean, "pixels": float(right.sum() / total), "loss": loss / float(total)} | each
+        mean_iou = sum(ious.values()) / len(ious)
+        return {"miou": mean_iou, "pixels": float(correct.sum() / total), "loss": loss / float(total)} | ious
 
 
 def compute_segmentation_metrics(
     engine: Engine, run: Run, step: int, *, split: str, subset: SubsetName
 ) -> dict[str, float]:
-    """``miou`` and ``pixels`` (the share of pixels that are right) in [0, 1], ``loss``, and ``iou_<class>``, after a step.
+    """Return ``miou``, ``pixels`` (pixel accuracy) and ``iou_<class>`` in [0, 1], and ``loss``, after a step.
 
-    Of all labelled pixels of the part at data.val_size, every image once, padding nowhere. A class that neither masks nor
-    guesses have anywhere has no number and no part in the mean. Every rank calls it; rank 0 shows what it met first of
-    data.val. Raises: DataError where no pixel has a label.
+    All labelled pixels at data.val_size count; each image counts once, padding is excluded. Classes that are neither in
+    the masks nor predicted have no IoU and are not in the mean. Every rank must call it; rank 0 draws its first images
+    of data.val. Raises: DataError if no pixel has a label.
     """
-    plan, shown = run.plan, []
+    plan, drawn = run.plan, []
     assert isinstance(plan, FinetunePlan)
-    data, counts = plan.cfg.data, ConfusionMatrix(len(plan.classes), engine.device)
+    data, confusion = plan.cfg.data, ConfusionMatrix(len(plan.classes), engine.device)
     with engine.eval_mode():
         for host_batch in run.evaluation_batches(step, split=split, subset=subset):
             batch = host_batch.to(engine.device)
             assert batch.targets is not None
             images = normalise(batch.images, plan.mean, plan.std)
-            seen = iter_sliding_window_log_probs(engine.model, images, data.image_hw, plan.cfg.segment.stride)
-            for row, logs_KHW in enumerate(seen):
+            log_probs = iter_sliding_window_log_probs(engine.model, images, data.image_hw, plan.cfg.segment.stride)
+            for row, log_probs_KHW in enumerate(log_probs):
                 if host_batch.valid[row]:
-                    guess_HW = counts.update(logs_KHW, batch.targets[row])
-                    shown += [(batch.images[row], batch.targets[row], guess_HW)] * (len(shown) < _SHEET_IMAGES)
-    if shown and (split, subset) == (data.val, "all"):
-        images, truth, guess = (torch.stack(each) for each in zip(*shown, strict=True))
-        run.save_image("segmentation", step, lambda: draw_segmentation_grid(images, truth, guess, plan.classes))
-    return counts.compute(run.world.all_reduce_sum, plan.classes, split)
+                    predictions_HW = confusion.update(log_probs_KHW, batch.targets[row])
+                    if len(drawn) < _SHEET_IMAGES:
+                        drawn.append((batch.images[row], batch.targets[row], predictions_HW))
+    if drawn and (split, subset) == (data.val, "all"):
+        images, truth, predictions = (torch.stack(tensors) for tensors in zip(*drawn, strict=True))
+        run.save_image("segmentation", step, lambda: draw_segmentation_grid(images, truth, predictions, plan.classes))
+    return confusion.compute(run.world.all_reduce_sum, plan.classes, split)
 
 
 def sanitize_metric_names(names: Sequence[str]) -> list[str]:
-    """Names that numbers may have; each its own."""
-    plain = [_INVALID_METRIC_CHARS.sub("_", name) for name in names]
-    return [name if plain.count(name) == 1 else f"{name}_{number}" for number, name in enumerate(plain)]
+    """Replace characters that MLflow rejects; names that become equal get their index appended."""
+    sanitized = [_INVALID_METRIC_CHARS.sub("_", name) for name in names]
+    return [name if sanitized.count(name) == 1 else f"{name}_{index}" for index, name in enumerate(sanitized)]

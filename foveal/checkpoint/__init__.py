@@ -1,1 +1,1 @@
-"""What lets a run go on (store) and what a stage leaves for the next (export)."""
+"""Checkpoints, from which a run continues."""

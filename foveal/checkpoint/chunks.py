@@ -1,7 +1,7 @@
-"""The one checkpoint format of every engine, rank count and ZeRO stage: runs of elements under the module's own names.
+"""The checkpoint format of every engine, world size and ZeRO stage: ranges of elements under the module's names.
 
-Each rank writes a safetensors file of the runs that it holds; a reader takes the ranges that it needs from all of
-them, whoever wrote them. No pickle is written or read.
+Each rank writes a safetensors file of its ranges; a reader takes the ranges that it needs from all files. No pickle is
+written or read.
 """
 
 import hashlib
@@ -36,12 +36,13 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class TensorChunk:
-    """A run of consecutive elements of one tensor that this rank holds, as live flat views: filling it fills the engine.
+    """A range of consecutive elements of one tensor on this rank, as live flat views: filling them fills the engine.
 
-    ``parts`` are "weight" and, for what is trained, the optimizer's moments ("exp_avg" and "exp_avg_sq" of AdamW,
-    "momentum_buffer" of SGD and LARS), flat and equally long. A rank lists every tensor of the module, those too of which
-    it holds nothing, so that what is missing or left over shows on every rank. ``writes`` is what it writes of the run,
-    counted from ``start``: where several ranks hold the same elements, one of them writes them.
+    ``start`` is the first element's index in the flat tensor of ``shape``. ``tensors`` are "weight" and, for a trained
+    parameter, the optimizer's moments ("exp_avg" and "exp_avg_sq" of AdamW, "momentum_buffer" of SGD and LARS), flat
+    and equally long. A rank lists every tensor of the module, also with an empty range, so that every rank detects
+    missing and surplus tensors. ``write_range`` is the part that this rank writes, relative to ``start``: of several
+    ranks with the same elements only one writes them.
     """
 
     name: str
@@ -52,7 +53,7 @@ class TensorChunk:
 
 
 def replicated_chunk(name: str, tensors: dict[str, Tensor], rank: int, world_size: int) -> TensorChunk:
-    """A tensor that every rank holds alike, whole: each writes its share."""
+    """Return the chunk of a tensor that every rank holds in full; each rank writes an equal part."""
     shape = tuple(tensors["weight"].shape)
     size = math.prod(shape)
     flat = {part: value.detach().view(-1) for part, value in tensors.items()}
@@ -60,64 +61,65 @@ def replicated_chunk(name: str, tensors: dict[str, Tensor], rank: int, world_siz
 
 
 def chunk_file_name(rank: int) -> str:
-    """The name of a rank's file."""
+    """Return the name of a rank's file."""
     return f"pieces-{rank:05d}.safetensors"
 
 
 def write_chunks(folder: Path, rank: int, chunks: Sequence[TensorChunk]) -> str:
-    """Write what this rank writes of its pieces, forced to disk; the sha256 of the file's bytes, in hex.
+    """Write this rank's part of the chunks to its file and fsync; return the sha256 of the file's bytes, in hex.
 
-    Written here and not by the library, to have room set aside before the first byte (a full disk or a spent quota
-    shows at once) and the digest of what was meant to be written. Raises: OSError.
+    foveal writes the safetensors file itself to allocate its space before the first byte (a full disk or an exceeded
+    quota fails at once) and to digest the bytes in memory, not those on disk. Raises: OSError.
     """
-    runs = {
-        f"{part} {piece.start + piece.write_range[0]} {piece.name}": value[slice(*piece.write_range)]
-        for piece in chunks
-        if piece.write_range[0] < piece.write_range[1]
-        for part, value in piece.tensors.items()
+    ranges = {
+        f"{part} {chunk.start + chunk.write_range[0]} {chunk.name}": value[slice(*chunk.write_range)]
+        for chunk in chunks
+        if chunk.write_range[0] < chunk.write_range[1]
+        for part, value in chunk.tensors.items()
     }
-    order = sorted(runs, key=lambda key: -runs[key].element_size())  # so that every run is aligned to its elements
-    shapes = json.dumps({piece.name: piece.shape for piece in chunks})
+    order = sorted(ranges, key=lambda key: -ranges[key].element_size())  # aligns every range to its element size
+    shapes = json.dumps({chunk.name: chunk.shape for chunk in chunks})
     header: dict[str, Any] = {"__metadata__": {"shapes": shapes}}
     end = 0
     for key in order:
-        begin, end = end, end + runs[key].nbytes
-        header[key] = {"dtype": _DTYPES[runs[key].dtype], "shape": [len(runs[key])], "data_offsets": [begin, end]}
+        values = ranges[key]
+        begin = end
+        end += values.nbytes
+        header[key] = {"dtype": _DTYPES[values.dtype], "shape": [len(values)], "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
     with (folder / chunk_file_name(rank)).open("wb") as stream:
         os.posix_fallocate(stream.fileno(), 0, 8 + len(text) + end)
-        for chunk in (len(text).to_bytes(8, "little"), text, *(_tensor_bytes(runs[key]) for key in order)):
-            stream.write(chunk)
-            digest.update(chunk)
+        for content in (len(text).to_bytes(8, "little"), text, *(_tensor_bytes(ranges[key]) for key in order)):
+            stream.write(content)
+            digest.update(content)
         stream.flush()
         os.fsync(stream.fileno())
     return digest.hexdigest()
 
 
 def load_chunks(folder: Path, chunks: Sequence[TensorChunk]) -> None:
-    """Fill pieces from whatever pieces a folder holds; nothing is changed unless everything fits.
+    """Fill chunks from a folder, however its files divide the tensors; changes nothing unless all chunks fit.
 
-    Raises: CheckpointError that names the tensor which is missing, left over, incomplete or of another shape or type.
+    Raises: CheckpointError that names a tensor which is missing, surplus, incomplete, or of another shape or dtype.
     """
     index = _ChunkIndex.from_folder(folder)
     index.check(chunks)
-    ranges: dict[Path, list[tuple[str, slice, Tensor]]] = {}
-    for piece in chunks:
-        for part, value in piece.tensors.items():
-            for run in index.stored.get((part, piece.name), []):
-                begin, end = max(piece.start, run.start), min(piece.start + len(value), run.stop)
+    reads: dict[Path, list[tuple[str, slice, Tensor]]] = {}
+    for chunk in chunks:
+        for part, value in chunk.tensors.items():
+            for stored in index.stored.get((part, chunk.name), []):
+                begin = max(chunk.start, stored.start)
+                end = min(chunk.start + len(value), stored.stop)
                 if begin < end:
-                    there, here = (
-                        slice(begin - run.start, end - run.start),
-                        slice(begin - piece.start, end - piece.start),
-                    )
-                    ranges.setdefault(run.file, []).append((f"{part} {run.start} {piece.name}", there, value[here]))
-    for file, wanted in ranges.items():
+                    source = slice(begin - stored.start, end - stored.start)
+                    target = value[begin - chunk.start : end - chunk.start]
+                    reads.setdefault(stored.file, []).append((f"{part} {stored.start} {chunk.name}", source, target))
+    for file, file_reads in reads.items():
         with _open_safetensors(file) as handle:
-            for key, there, value in wanted:
-                value.copy_(handle.get_slice(key)[there])
+            for key, source, target in file_reads:
+                target.copy_(handle.get_slice(key)[source])
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +132,7 @@ class _StoredChunk:
 
 @dataclass(frozen=True, slots=True)
 class _ChunkIndex:
-    """What the files of a folder hold, from their headers alone."""
+    """The tensors and ranges in a folder's files, read from their headers."""
 
     folder: Path
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -144,59 +146,64 @@ class _ChunkIndex:
                 index.shapes.update(
                     (name, tuple(shape)) for name, shape in json.loads(handle.metadata()["shapes"]).items()
                 )
-                for key in handle.keys():  # noqa: SIM118 - it is no dict
+                for key in handle.keys():  # noqa: SIM118 - the handle is not iterable
                     part, start, name = key.split(" ", 2)
-                    run = handle.get_slice(key)
-                    found = _StoredChunk(int(start), int(start) + run.get_shape()[0], run.get_dtype(), file)
-                    index.stored.setdefault((part, name), []).append(found)
-        for runs in index.stored.values():
-            runs.sort(key=lambda run: run.start)
+                    values = handle.get_slice(key)
+                    stored = _StoredChunk(int(start), int(start) + values.get_shape()[0], values.get_dtype(), file)
+                    index.stored.setdefault((part, name), []).append(stored)
+        for stored_chunks in index.stored.values():
+            stored_chunks.sort(key=lambda stored: stored.start)
         return index
 
     def check(self, chunks: Sequence[TensorChunk]) -> None:
-        """Whether these pieces, and nothing else, can be filled from it. Raises: CheckpointError."""
-        wanted = {piece.name: piece for piece in chunks}
-        for name in [*wanted, *sorted(self.shapes.keys() - wanted.keys())]:
-            if name not in wanted or name not in self.shapes:
-                lacks = "has {}, which the model has not" if name not in wanted else "lacks {}, which the model has"
+        """Check that the folder holds exactly these chunks' tensors. Raises: CheckpointError."""
+        by_name = {chunk.name: chunk for chunk in chunks}
+        for name in [*by_name, *sorted(self.shapes.keys() - by_name.keys())]:
+            if name not in by_name or name not in self.shapes:
+                fault = (
+                    f"has {name}, which the model has not"
+                    if name not in by_name
+                    else f"lacks {name}, which the model has"
+                )
                 raise CheckpointError(
-                    f"{self.folder} {lacks.format(name)}; go on with the model that it was saved from, or start anew with "
+                    f"{self.folder} {fault}; go on with the model that it was saved from, or start anew with "
                     f"another run.dir"
                 )
-            self._check_chunk(wanted[name])
+            self._check_chunk(by_name[name])
 
     def _check_chunk(self, chunk: TensorChunk) -> None:
         name, shape = chunk.name, self.shapes[chunk.name]
         if shape != chunk.shape:
             raise CheckpointError(
-                f"{self.folder} has {name} in shape {list(shape)}, the model in {list(chunk.shape)}; go on with the model "
-                f"that it was saved from"
+                f"{self.folder} has {name} in shape {list(shape)}, the model in {list(chunk.shape)}; go on with the "
+                f"model that it was saved from"
             )
         size = math.prod(shape)
-        parts = {part for part, each in self.stored if each == name} if size else chunk.tensors.keys()
+        parts = {part for part, stored_name in self.stored if stored_name == name} if size else chunk.tensors.keys()
         if parts != chunk.tensors.keys():
-            was, now = ("trained" if len(each) > 1 else "frozen" for each in (parts, chunk.tensors))
-            raise CheckpointError(f"{name} was {was} when {self.folder} was saved and is {now} now; set it back")
+            before = "trained" if len(parts) > 1 else "frozen"
+            now = "trained" if len(chunk.tensors) > 1 else "frozen"
+            raise CheckpointError(f"{name} was {before} when {self.folder} was saved and is {now} now; set it back")
         for part, value in chunk.tensors.items():
-            runs = self.stored.get((part, name), [])
+            stored_chunks = self.stored.get((part, name), [])
             end = 0
-            for run in [*runs, _StoredChunk(size, size, "", self.folder)]:
-                if run.start != end:
+            for stored in [*stored_chunks, _StoredChunk(size, size, "", self.folder)]:
+                if stored.start != end:
                     fault = (
-                        f"lacks elements {end} to {run.start - 1}"
-                        if run.start > end
-                        else f"has element {run.start} twice"
+                        f"lacks elements {end} to {stored.start - 1}"
+                        if stored.start > end
+                        else f"has element {stored.start} twice"
                     )
                     raise CheckpointError(
-                        f"{self.folder} is not whole: it {fault} of {name} ({part}, {size} elements); remove it to go on "
-                        f"from the one before"
+                        f"{self.folder} is not whole: it {fault} of {name} ({part}, {size} elements); remove it to "
+                        f"go on from the one before"
                     )
-                end = run.stop
-            for run in runs:
-                if run.dtype != _DTYPES[value.dtype]:
+                end = stored.stop
+            for stored in stored_chunks:
+                if stored.dtype != _DTYPES[value.dtype]:
                     raise CheckpointError(
-                        f"{run.file} has {name} ({part}) as {run.dtype}, the model as {_DTYPES[value.dtype]}; go on with the "
-                        f"model that it was saved from"
+                        f"{stored.file} has {name} ({part}) as {stored.dtype}, the model as {_DTYPES[value.dtype]}; "
+                        f"go on with the model that it was saved from"
                     )
 
 
@@ -213,6 +220,6 @@ def _open_safetensors(file: Path) -> Iterator[Any]:
         raise StorageUnreachableError(f"{file} cannot be read ({error})") from None
 
 
-def _tensor_bytes(run: Tensor) -> memoryview:
-    """A run's bytes, without a copy where it lies on the CPU."""
-    return run.cpu().view(torch.uint8).numpy().data
+def _tensor_bytes(values: Tensor) -> memoryview:
+    """Return a tensor's bytes, without a copy if the tensor is on the CPU."""
+    return values.cpu().view(torch.uint8).numpy().data

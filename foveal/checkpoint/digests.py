@@ -1,4 +1,4 @@
-"""Whether a checkpoint is as it was written: every rank reads its share of the files."""
+"""Verify a checkpoint's checksums: every rank reads a part of the files."""
 
 import errno
 import logging
@@ -8,15 +8,15 @@ from pathlib import Path
 from foveal.atomic import read_json, sha256
 from foveal.errors import CheckpointError, StorageUnreachableError
 
-_PAUSES = (0.5, 2.0, 5.0)  # seconds between attempts to read one
+_PAUSES = (0.5, 2.0, 5.0)  # seconds between attempts to read a checkpoint
 _log = logging.getLogger(__name__)
 
 
 def has_valid_checksums(folder: Path, rank: int, world_size: int) -> bool:
-    """Whether this rank's share of a checkpoint's files has the digests that it was written with.
+    """Return whether this rank's part of a checkpoint's files matches ``checksums.json``.
 
-    Raises: Unreachable where they cannot be read, which is another matter than to be torn: a checkpoint that is passed
-    over once is void for good, and storage that does not answer now may answer the next start.
+    Raises: StorageUnreachableError if the files cannot be read. That is no corruption: a skipped checkpoint is invalid
+    for good, and storage that does not answer now may answer at the next start.
     """
     for pause in (*_PAUSES, None):
         try:
@@ -26,7 +26,7 @@ def has_valid_checksums(folder: Path, rank: int, world_size: int) -> bool:
         except OSError as error:
             if pause is not None:
                 time.sleep(pause)
-            elif error.errno == errno.EIO:  # so does a disk answer that has lost a sector, now and ever after
+            elif error.errno == errno.EIO:  # also the error of a disk with a lost sector, which is permanent
                 _log.warning("%s cannot be read: %s", folder, error)
                 return False
             else:
@@ -34,8 +34,8 @@ def has_valid_checksums(folder: Path, rank: int, world_size: int) -> bool:
     raise AssertionError("the last attempt returns or raises")
 
 
-def _checksums_match(folder: Path, rank: int, ranks: int) -> bool:
-    sums = read_json(folder / "checksums.json")
-    there = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
-    share = sorted(there.union(sums) - {"checksums.json"})[rank::ranks]
-    return all(sha256(folder / name) == sums.get(name) for name in share)
+def _checksums_match(folder: Path, rank: int, world_size: int) -> bool:
+    checksums = read_json(folder / "checksums.json")
+    files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    rank_files = sorted(files.union(checksums) - {"checksums.json"})[rank::world_size]
+    return all(sha256(folder / name) == checksums.get(name) for name in rank_files)

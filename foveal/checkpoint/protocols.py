@@ -1,4 +1,4 @@
-"""What the store needs of others: of the ranks, and of an engine."""
+"""Protocols of the objects that the checkpoint store uses: the ranks and the engine."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -7,7 +7,7 @@ from foveal.checkpoint.chunks import TensorChunk
 
 
 class Communicator(Protocol):
-    """What the store needs of the world."""
+    """The part of ``World`` that the store uses."""
 
     @property
     def rank(self) -> int: ...
@@ -20,7 +20,7 @@ class Communicator(Protocol):
 
 
 class CheckpointableEngine(Protocol):
-    """What the store needs of an engine."""
+    """The part of ``Engine`` that the store uses."""
 
     @property
     def num_updates(self) -> int: ...

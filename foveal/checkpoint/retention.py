@@ -1,7 +1,7 @@
-"""The folder that holds a run's checkpoints: their names, which of them count, and which of them go.
+"""The folder of a run's checkpoints: their names, which are valid, and which are removed.
 
-A checkpoint is ``step-00000100-attempt-0003``; a name that begins with a dot is on its way in (``.draft-``) or out
-(``.old-``, ``.gone-``). Only names of this form are ever touched.
+A checkpoint is ``step-00000100-attempt-0003``. A name with a leading dot is a checkpoint being written (``.draft-``) or
+removed (``.old-``, ``.gone-``). All other names are left untouched.
 """
 
 import logging
@@ -21,21 +21,21 @@ _log = logging.getLogger(__name__)
 
 
 class CheckpointConfig(Config):
-    """When a checkpoint is written and which are kept."""
+    """When checkpoints are written, and which are kept."""
 
-    every: int = machine(1000, "Steps between checkpoints; 0: only at the end and when asked to leave.", ge=0)
-    keep: int = machine(2, "How many of the newest are kept.", ge=1)
-    keep_every: int = machine(0, "Keep also those whose step is a multiple of this; 0: none.", ge=0)
+    every: int = machine(1000, "Steps between checkpoints; 0: only at the end and on a request to stop.", ge=0)
+    keep: int = machine(2, "Number of newest checkpoints to keep.", ge=1)
+    keep_every: int = machine(0, "Also keep checkpoints whose step is a multiple of this number; 0: none.", ge=0)
     gigabytes: float = machine(
         200.0,
-        "The most that a run's checkpoints may take together; the oldest go, never the newest. 0: no limit.",
+        "Maximum size of a run's checkpoints in GB: the oldest are removed, never the newest. 0: no limit.",
         ge=0,
     )
-    overlap: bool = machine(True, "Write while training goes on; false: training waits for the disk.")
+    overlap: bool = machine(True, "Write checkpoints in the background; false: training waits for the disk.")
 
 
 class CheckpointDirectory:
-    """One attempt's view of the folder. ``starts``: the step that each attempt began at, as far as it is known."""
+    """One attempt's view of the folder. ``attempt_starts``: the first step of each attempt, where it is known."""
 
     def __init__(self, root: Path, attempt: int, attempt_starts: Mapping[int, int]) -> None:
         self.root, self._attempt = root, attempt
@@ -43,108 +43,115 @@ class CheckpointDirectory:
         self._removal = threading.Thread()
 
     def record_start(self, step: int) -> None:
-        """Say where this attempt begins; said again, as after a roll-back, it changes nothing."""
+        """Record the first step of this attempt; a second call, as after a roll-back, has no effect."""
         self._starts.setdefault(self._attempt, step)
 
     @property
     def furthest_start(self) -> int:
-        """The furthest step that an attempt is known to have begun at."""
+        """The highest known first step of an attempt; 0 without any."""
         return max(self._starts.values(), default=0)
 
     def step_of_nth_newest(self, count: int) -> int:
-        """The step of the oldest of so many newest checkpoints; 0 where there are fewer."""
+        """Return the step of the ``count``-th newest checkpoint; 0 if there are fewer."""
         newest = self.list_checkpoints()[-count:]
         return _parse_name(newest[0])[0] if len(newest) == count else 0
 
     def checkpoint_path(self, step: int) -> Path:
-        """Where this attempt publishes a step."""
+        """Return the path of this attempt's checkpoint of a step."""
         return self.root / f"step-{step:08d}-attempt-{self._attempt:04d}"
 
     def list_checkpoints(self) -> list[Path]:
-        """From the first step to the last, and by attempt; a copy under another name is none of ours."""
-        return sorted((each for each in self.root.iterdir() if _NAME.fullmatch(each.name)), key=_parse_name)
+        """Return the checkpoints by ascending step, then attempt; folders with other names are ignored."""
+        return sorted((folder for folder in self.root.iterdir() if _NAME.fullmatch(folder.name)), key=_parse_name)
 
     def list_format1_checkpoints(self) -> list[Path]:
-        """Checkpoints of a foveal before attempts had numbers."""
-        return sorted(each for each in self.root.iterdir() if _FORMAT_1.fullmatch(each.name))
+        """Return the checkpoints of format 1, which had no attempt number."""
+        return sorted(folder for folder in self.root.iterdir() if _FORMAT_1.fullmatch(folder.name))
 
     def is_invalidated(self, folder: Path) -> bool:
-        """Whether a later attempt began at an earlier step: it has made, or will make, this step anew."""
+        """Return whether a later attempt began at an earlier step, and so repeats this checkpoint's step."""
         step, attempt = _parse_name(folder)
         return any(later > attempt and start < step for later, start in self._starts.items())
 
     def create_and_clean(self) -> None:
-        """Make the folder, and undo what earlier attempts that were killed left half done; later ones are let alone.
+        """Create the folder and clean up after killed attempts; later attempts' folders are left untouched.
 
         Raises: OSError.
         """
         self.root.mkdir(parents=True, exist_ok=True)
-        passing = [each for each in self.root.iterdir() if _TEMPORARY_NAME.fullmatch(each.name)]
-        left = []
-        for each in passing:
-            folder = self.root / each.name[each.name.index("step-") :]
+        temporary_folders = [path for path in self.root.iterdir() if _TEMPORARY_NAME.fullmatch(path.name)]
+        obsolete = []
+        for temporary in temporary_folders:
+            folder = self.root / temporary.name[temporary.name.index("step-") :]
             if not self._is_own_or_earlier(folder):
                 continue
-            if each.name.startswith(".old-") and not folder.exists():  # killed between two renames of a replacement
-                each.rename(folder)
+            if (
+                temporary.name.startswith(".old-") and not folder.exists()
+            ):  # killed between the renames of a replacement
+                temporary.rename(folder)
             else:
-                left.append(each)
-        self.remove(left)
+                obsolete.append(temporary)
+        self.remove(obsolete)
 
     def prune(self, newest: Path, corrupt: Collection[Path], cfg: CheckpointConfig) -> None:
-        """Remove what is not to be kept: never ``newest``, and nothing of a later attempt.
+        """Remove checkpoints that the settings do not keep; never ``newest``, and none of a later attempt.
 
-        Torn and void ones do not count among those that are kept, and go when enough newer ones are there.
+        Corrupt and invalidated checkpoints do not count for ``keep`` and are removed once enough newer ones exist.
         """
-        kept: list[Path] = []
-        gone: list[Path] = []
-        sound = 0
-        ours = [each for each in self.list_checkpoints() if self._is_own_or_earlier(each)]
-        useless = {each for each in ours if each != newest and (each in corrupt or self.is_invalidated(each))}
-        for folder in reversed(ours):
-            is_sound = folder not in useless
+        kept_folders: list[Path] = []
+        removals: list[Path] = []
+        num_valid = 0
+        candidates = [folder for folder in self.list_checkpoints() if self._is_own_or_earlier(folder)]
+        unusable = {
+            folder for folder in candidates if folder != newest and (folder in corrupt or self.is_invalidated(folder))
+        }
+        for folder in reversed(candidates):
+            is_valid = folder not in unusable
             step = _parse_name(folder)[0]
-            stays = sound < cfg.keep or (is_sound and cfg.keep_every > 0 and step > 0 and step % cfg.keep_every == 0)
-            sound += is_sound
-            (kept if stays else gone).append(folder)
-        total = 0
-        for folder in (
-            sorted(kept, key=useless.__contains__) if cfg.gigabytes else []
-        ):  # the useless have what room is left
-            total += sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-            if total > cfg.gigabytes * 1e9 and folder != newest:
-                _log.info("checkpoint.gigabytes=%g: %s goes", cfg.gigabytes, folder)
-                gone.append(folder)
-        self.remove(gone)
+            is_multiple = cfg.keep_every > 0 and step > 0 and step % cfg.keep_every == 0
+            keep = num_valid < cfg.keep or (is_valid and is_multiple)
+            num_valid += is_valid
+            (kept_folders if keep else removals).append(folder)
+        if cfg.gigabytes:
+            total = 0
+            for folder in sorted(
+                kept_folders, key=unusable.__contains__
+            ):  # unusable checkpoints get the remaining space
+                total += sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+                if total > cfg.gigabytes * 1e9 and folder != newest:
+                    _log.info("checkpoint.gigabytes=%g: %s is removed", cfg.gigabytes, folder)
+                    removals.append(folder)
+        self.remove(removals)
 
     def remove(self, folders: Sequence[Path]) -> None:
-        """Take the names away at once, so that nothing half deleted is ever met, and the bytes in the background."""
+        """Rename the folders, so that no partly deleted checkpoint is visible, and delete them in the background."""
         for folder in folders:
             try:
                 folder.rename(self.root / f".gone-{secrets.token_hex(8)}")
-            except OSError as error:  # the next attempt tidies up
+            except OSError as error:  # the next attempt cleans up
                 _log.warning("%s cannot be removed (%s)", folder, error)
-        gone = list(self.root.glob(".gone-*"))
-        if gone:
+        renamed = list(self.root.glob(".gone-*"))
+        if renamed:
             self._removal = threading.Thread(
-                target=_delete_folders, args=(gone,), name="checkpoint-removal", daemon=True
+                target=_delete_folders, args=(renamed,), name="checkpoint-removal", daemon=True
             )
             self._removal.start()
 
     def wait_for_removal(self, timeout_seconds: float) -> None:
-        """Wait until the bytes are gone, at most so long."""
+        """Wait for the background deletion, at most ``timeout_seconds``."""
         if self._removal.is_alive():
             self._removal.join(timeout_seconds)
 
     def _is_own_or_earlier(self, folder: Path) -> bool:
-        """Whether a folder is of this attempt or of an earlier one."""
+        """Return whether a checkpoint belongs to this attempt or an earlier one."""
         return _parse_name(folder)[1] <= self._attempt
 
 
 def _parse_name(folder: Path) -> tuple[int, int]:
-    found = _NAME.fullmatch(folder.name)
-    assert found is not None, "only names of ours are asked for"
-    return int(found[1]), int(found[2])
+    """Return (step, attempt) of a checkpoint's name."""
+    match = _NAME.fullmatch(folder.name)
+    assert match is not None, "the caller passes checkpoints only"
+    return int(match[1]), int(match[2])
 
 
 def _delete_folders(folders: list[Path]) -> None:

@@ -1,4 +1,4 @@
-"""The facts beside the weights that decide how a run goes on, and whether it may."""
+"""A checkpoint's training state beside the weights, and the check that a run may continue from it."""
 
 from dataclasses import field
 from pathlib import Path
@@ -15,10 +15,11 @@ CHECKPOINT_FORMAT = 2
 
 @dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid", strict=True))
 class TrainState:
-    """The facts beside the pieces that decide how a run goes on.
+    """The training state beside weights and moments.
 
-    updates: how many were applied, which AdamW's bias correction counts; skipped: batches that no step takes; scores: the
-    numbers of each evaluation before this checkpoint, by step; save_seconds: what the slowest save before this one took.
+    seconds: training time; updates: number of applied updates, for AdamW's bias correction; skipped: batches that no
+    step takes; scores: metrics of each evaluation before this checkpoint, by step; save_seconds: duration of the
+    slowest earlier save.
     """
 
     step: int
@@ -35,14 +36,14 @@ class TrainState:
 
     @property
     def saved_by(self) -> str:
-        """By what it was written, in words."""
+        """World size and engine of the save, in words."""
         return f"{self.ranks} rank{'s' if self.ranks > 1 else ''} under {self.engine}"
 
 
 def read_train_state(folder: Path) -> TrainState:
-    """The state of a checkpoint; one written before evaluations were kept in it has none.
+    """Read the training state of a checkpoint; ``scores`` is empty in checkpoints of versions without that field.
 
-    Raises: OSError, CheckpointError for one of another format.
+    Raises: OSError; CheckpointError for another format.
     """
     tree = read_json(folder / "state.json")
     if tree.get("format") != CHECKPOINT_FORMAT:
@@ -50,17 +51,19 @@ def read_train_state(folder: Path) -> TrainState:
             f"{folder} has checkpoint format {tree.get('format')}; this foveal reads format {CHECKPOINT_FORMAT}"
         )
     try:
-        scores = {int(step): numbers for step, numbers in tree.pop("scores", {}).items()}  # JSON's keys are text
+        scores = {int(step): metrics for step, metrics in tree.pop("scores", {}).items()}  # JSON's keys are strings
         return TrainState(**tree, scores=scores)
     except (AttributeError, TypeError, ValueError) as error:
-        what = " ".join(str(error).split())
-        raise CheckpointError(f"{folder}/state.json is not as foveal wrote it ({what}); remove {folder.name}") from None
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{folder}/state.json is not as foveal wrote it ({reason}); remove {folder.name}"
+        ) from None
 
 
 def check_same_science(saved: dict[str, Any], current: dict[str, Any], run_folder: Path) -> None:
-    """Refuse to go on under other science, and name what differs.
+    """Check that science settings are unchanged.
 
-    Raises: CheckpointError with every differing setting, old and new value.
+    Raises: CheckpointError with every differing setting, its old and new value.
     """
     if not isinstance(saved, dict):
         raise CheckpointError(
@@ -71,18 +74,18 @@ def check_same_science(saved: dict[str, Any], current: dict[str, Any], run_folde
     if names and unknown == names:
         listed = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
         raise CheckpointError(
-            f"{run_folder} was made by a foveal that knew no {listed}; go on with that version, or start anew with another run.dir "
-            f"or run.fresh=true"
+            f"{run_folder} was made by a foveal that knew no {listed}; go on with that version, or start anew with "
+            f"another run.dir or run.fresh=true"
         )
     if names:
         changes = ", ".join(f"{name} (was {saved.get(name)!r}, is {current.get(name)!r})" for name in names)
         raise CheckpointError(
-            f"{run_folder} was made with other science: {changes}; set it back, or start anew with another run.dir or run.fresh=true"
-            f"{_init_hint(run_folder) if 'init' in current else ''}"
+            f"{run_folder} was made with other science: {changes}; set it back, or start anew with another run.dir or "
+            f"run.fresh=true{_init_hint(run_folder) if 'init' in current else ''}"
         )
 
 
-def _init_hint(run: Path) -> str:
-    """How a new run of a stage that takes weights begins with those of this one, once it has left them."""
-    export = run / "export"
+def _init_hint(run_folder: Path) -> str:
+    """Return advice to start a new run from this run's export; empty without an export."""
+    export = run_folder / "export"
     return f"; init={export} gives the new run the weights of this one" if (export / "card.json").exists() else ""

@@ -1,10 +1,10 @@
-"""Checkpoints of a run: whole or not at all, checked before they are believed, found by looking.
+"""The checkpoints of a run: written atomically in the background, verified before use.
 
-A checkpoint is a folder ``step-00000100-attempt-0003`` with a file of pieces from each rank, ``state.json`` and
-``checksums.json``. Each rank copies its pieces to the host and a thread of it writes them into a draft while training
-goes on; between two later steps the ranks compare notes, and the draft gets its name by one rename. The newest whole
-one is found by looking, not by a pointer that can lie. Each attempt at a run publishes under its own number: one that
-was superseded and does not know it yet spoils nothing, because what it publishes is void to readers.
+A checkpoint is a folder ``step-00000100-attempt-0003`` with a chunk file of each rank, ``state.json`` and
+``checksums.json``. Each rank copies its chunks to the host, and a thread writes them into a draft while training
+continues; between two later steps the ranks exchange their results, and one rename publishes the draft. The newest
+complete checkpoint is found by listing the folder; no pointer file can be wrong. A checkpoint's name contains the
+attempt's number: a superseded attempt that still publishes does no harm, because readers ignore its checkpoints.
 """
 
 import logging
@@ -39,10 +39,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class SaveResult:
-    """A checkpoint that has its name. All times are of the slowest rank.
+    """A published checkpoint. All times are those of the slowest rank.
 
-    stall_seconds: how long training stood still for it; write_seconds: how long the threads wrote; seconds: what it
-    would take at once, when nothing else is left to do.
+    stall_seconds: pause of training; write_seconds: time of the writing threads; sync_seconds: duration of the same
+    save without overlap, as before an exit.
     """
 
     step: int
@@ -54,7 +54,7 @@ class SaveResult:
 
 @dataclass
 class _PendingSave:
-    """A checkpoint that was begun and is not settled; the seconds are this rank's."""
+    """A save in progress; the times are this rank's."""
 
     folder: Path
     state: TrainState
@@ -65,7 +65,7 @@ class _PendingSave:
 
 @dataclass(frozen=True, slots=True)
 class _RankSaveResult:
-    """What a rank tells the others of its part; a fault is not the disk's but the program's."""
+    """A rank's result of a save, for all ranks; ``is_bug``: the error is no OSError."""
 
     checksums: dict[str, str]
     num_bytes: int
@@ -77,10 +77,10 @@ class _RankSaveResult:
 
 
 class CheckpointStore:
-    """The checkpoints under one folder, as one attempt writes them. Every method is called by every rank.
+    """The checkpoints in a folder, for one attempt. Every rank calls every method, unless its docstring says otherwise.
 
-    starts: the step that each earlier attempt began at, by its number; superseded: asked by rank 0 before it publishes;
-    patience: seconds that a rank waits for its own thread, to be well below the time limit of a collective.
+    attempt_starts: first step of each earlier attempt, by its number; is_superseded: called on rank 0 before
+    publishing; write_timeout_seconds: a rank's time limit for its own thread, well below that of a collective.
     """
 
     def __init__(
@@ -94,230 +94,246 @@ class CheckpointStore:
         is_superseded: Callable[[], bool] = lambda: False,
         write_timeout_seconds: float = 600.0,
     ) -> None:
-        self._root, self._cfg, self._ranks = root, cfg, world
-        self._superseded, self._patience = is_superseded, write_timeout_seconds
-        self._shelf = CheckpointDirectory(root, attempt, attempt_starts)
+        self._root = root
+        self._cfg = cfg
+        self._world = world
+        self._is_superseded = is_superseded
+        self._write_timeout = write_timeout_seconds
+        self._directory = CheckpointDirectory(root, attempt, attempt_starts)
         self._writer = BackgroundWriter()
-        self._begun: _PendingSave | None = None
-        self._torn: set[Path] = set()
-        self.latest_step: int | None = None  # the step of the checkpoint that was saved or looked up last
+        self._pending: _PendingSave | None = None
+        self._corrupt: set[Path] = set()
+        self.latest_step: int | None = None  # of the checkpoint that was saved or found last
         self._run_on_rank0(self._prepare_folder)
 
     def _run_on_rank0(self, task: Callable[[], Any]) -> Any:
-        """What rank 0 makes of a task, on every rank: file systems answer late, so one looks. A mistake is everybody's."""
-        answer = None
-        if self._ranks.rank == 0:
+        """Run a task on rank 0 and return its result, or raise its error, on every rank.
+
+        Only rank 0 lists folders, because network file systems show changes late.
+        """
+        result = None
+        if self._world.rank == 0:
             try:
-                answer = task()
+                result = task()
             except FovealError as error:
-                answer = error
+                result = error
             except OSError as error:
-                answer = StorageUnreachableError(f"{self._root} does not answer as it should ({error})")
-        answer = self._ranks.broadcast_object(answer)
-        if isinstance(answer, FovealError):
-            raise answer
-        return answer
+                result = StorageUnreachableError(f"{self._root} does not answer as it should ({error})")
+        result = self._world.broadcast_object(result)
+        if isinstance(result, FovealError):
+            raise result
+        return result
 
     def _prepare_folder(self) -> None:
         try:
             self._shelf.create_and_clean()
         except OSError as error:
             raise CheckpointError(
-                f"{self._root} cannot be written ({error}); set run.dir to a place that can"
+                f"{self._root} cannot be written ({error}); set run.dir to a writable place"
             ) from None
 
-    # --- looking ---
+    # --- finding and loading ---
 
     def find_latest(self) -> tuple[Path, TrainState] | None:
-        """The newest whole checkpoint, the same on every rank; torn and corrupt ones are passed over with a warning.
+        """Return the newest valid checkpoint, the same on every rank; corrupt ones are skipped with a warning.
 
-        What a later attempt went back behind is passed over too. The step found, or 0, is where this attempt begins.
-        Raises: CheckpointError for a checkpoint of another format, or where a run that has begun has none that is whole;
-        Unreachable where one cannot be read now, and may be later.
+        Checkpoints that a later attempt invalidated are skipped too. This attempt begins at the returned step, or at 0.
+        Raises: CheckpointError for another format, or if a run that has begun has no valid checkpoint;
+        StorageUnreachableError if a checkpoint cannot be read now.
         """
-        found = None
+        latest = None
         for folder in reversed(self._run_on_rank0(self._list_usable)):
-            whole = self._ranks.run_all_or_raise(
-                lambda folder=folder: has_valid_checksums(folder, self._ranks.rank, self._ranks.size)
+            is_valid = self._world.run_all_or_raise(
+                lambda folder=folder: has_valid_checksums(folder, self._world.rank, self._world.size)
             )
-            if not self._ranks.any_rank(not whole):
-                found = folder, self._run_on_rank0(lambda folder=folder: read_train_state(folder))
+            if not self._world.any_rank(not is_valid):
+                latest = folder, self._run_on_rank0(lambda folder=folder: read_train_state(folder))
                 break
-            self._torn.add(folder)
+            self._corrupt.add(folder)
             _log.warning("checkpoint %s is torn or corrupt; the one before it is used", folder)
-        if found is None and (lost := self._run_on_rank0(self._explain_none_usable)):
-            raise CheckpointError(lost)
-        self.latest_step = found[1].step if found else None
-        self._shelf.record_start(self.latest_step or 0)
-        return found
+        if latest is None and (message := self._run_on_rank0(self._explain_none_usable)):
+            raise CheckpointError(message)
+        self.latest_step = latest[1].step if latest else None
+        self._directory.record_start(self.latest_step or 0)
+        return latest
 
     def load(self, folder: Path, engine: CheckpointableEngine, state: TrainState) -> None:
-        """Put a checkpoint into an engine, whichever engine and however many ranks wrote it.
+        """Load a checkpoint into an engine, independent of the engine and world size that wrote it.
 
-        Errors, on every rank: CheckpointError that names the parameter which does not fit.
+        Raises: CheckpointError, on every rank, that names the parameter which does not fit.
         """
-        pieces = engine.state_chunks()
-        self._ranks.run_all_or_raise(lambda: load_chunks(folder, pieces))
+        chunks = engine.state_chunks()
+        self._world.run_all_or_raise(lambda: load_chunks(folder, chunks))
         engine.on_state_loaded(state.updates)
 
     def _list_usable(self) -> list[Path]:
-        """What may be used, from the first step to the last."""
-        named = self._shelf.list_checkpoints()
-        if not named and (old := self._shelf.list_format1_checkpoints()):
+        """Return the checkpoints that no later attempt invalidated, by ascending step."""
+        checkpoints = self._directory.list_checkpoints()
+        if not checkpoints and (format1 := self._directory.list_format1_checkpoints()):
             raise CheckpointError(
-                f"{old[-1]} has checkpoint format 1, and this foveal reads format {CHECKPOINT_FORMAT}: finish the run with the foveal "
-                f"that began it, or begin anew with run.fresh=true"
+                f"{format1[-1]} has checkpoint format 1, and this foveal reads format {CHECKPOINT_FORMAT}: finish the "
+                f"run with the foveal that began it, or begin anew with run.fresh=true"
             )
-        void = [folder for folder in named if self._shelf.is_invalidated(folder)]
-        if void:
-            _log.info("passed over, because a later attempt went back behind them: %s", ", ".join(map(str, void)))
-        return [folder for folder in named if folder not in void]
+        invalidated = [folder for folder in checkpoints if self._directory.is_invalidated(folder)]
+        if invalidated:
+            _log.info("skipped, because a later attempt began before them: %s", ", ".join(map(str, invalidated)))
+        return [folder for folder in checkpoints if folder not in invalidated]
 
     def _explain_none_usable(self) -> str | None:
-        """What to say where a run that has begun has no checkpoint to use: beginning at 0 would void all that it did."""
-        named, begun = self._shelf.list_checkpoints(), self._shelf.furthest_start
-        if not named and not begun:
+        """Return the message for a run that has begun and has no usable checkpoint; None if it has not begun.
+
+        Such a run must not begin at step 0: that would invalidate all of its checkpoints.
+        """
+        checkpoints = self._directory.list_checkpoints()
+        begun = self._directory.furthest_start
+        if not checkpoints and not begun:
             return None
-        void = ", ".join(folder.name for folder in named if folder not in self._torn)
-        past = f" (past where a later one began: {void})" if void else ""
+        invalidated = ", ".join(folder.name for folder in checkpoints if folder not in self._corrupt)
+        start = f", and an attempt at this run began at step {begun}" if begun else ""
+        past = f" (past where a later one began: {invalidated})" if invalidated else ""
         return (
-            f"no checkpoint in {self._root} is whole{f', and an attempt at this run began at step {begun}' if begun else ''}"
-            f"{past}: restore one, look whether its disk is "
-            f"there, or begin anew with run.fresh=true"
+            f"no checkpoint in {self._root} is whole{start}{past}: restore one, check that its disk is mounted, or begin "
+            f"anew with run.fresh=true"
         )
 
     def oldest_resumable_step(self) -> int:
-        """The step of the oldest checkpoint that a resume may have to begin at. For rank 0."""
+        """Return the step of the oldest checkpoint that a resume may use. For rank 0 only."""
         return self._shelf.step_of_nth_newest(self._cfg.keep)
 
     # --- saving ---
 
     @property
     def is_save_pending(self) -> bool:
-        """Whether a save was begun and is not settled: the same on every rank."""
-        return self._begun is not None
+        """Whether a save was begun and is not committed; the same on every rank."""
+        return self._pending is not None
 
     @property
     def is_writing(self) -> bool:
-        """Whether this rank's thread still writes."""
+        """Whether this rank's thread is writing."""
         return self._writer.is_writing
 
     def save(self, engine: CheckpointableEngine, state: TrainState) -> SaveResult | None:
-        """Begin a checkpoint: copy this rank's pieces to the host, and let the thread write them.
+        """Begin a checkpoint: copy this rank's chunks to the host and start the writing thread.
 
-        One that is unfinished is finished first; should that outlast the patience, there is no checkpoint this time, and
-        a warning says so. With ``overlap`` off it waits until this one has its name. Returns what was settled in here.
+        A pending save is committed first; if that exceeds the time limit, this checkpoint is skipped with a warning.
+        Without ``overlap`` the call returns after this checkpoint is published. Returns the save committed in the call.
         """
-        settled = self.wait_and_commit()
+        committed = self.wait_and_commit()
         if self.is_save_pending:
             self._warn_no_checkpoint(state.step, "the one before is still being written")
-            return settled
-        began = time.monotonic()
-        folder = self._shelf.checkpoint_path(state.step)
-        pieces = engine.state_chunks()
-        share = count_bytes(pieces)
-        if mistake := self._run_on_rank0(lambda: self._create_draft(folder, share * self._ranks.size)):
-            self._warn_no_checkpoint(state.step, mistake)
-            return settled
+            return committed
+        started_at = time.monotonic()
+        folder = self._directory.checkpoint_path(state.step)
+        chunks = engine.state_chunks()
+        num_bytes = count_bytes(chunks)
+        if failure := self._run_on_rank0(lambda: self._create_draft(folder, num_bytes * self._world.size)):
+            self._warn_no_checkpoint(state.step, failure)
+            return committed
         state = replace(state, updates=engine.num_updates)
-        copies = self._writer.snapshot(pieces)
+        copies = self._writer.snapshot(chunks)
         self._writer.start(lambda: self._write_files(draft_path(folder), copies, state))
-        self._begun = _PendingSave(folder, state, share, time.monotonic() - began)
-        return settled if self._cfg.overlap else self.wait_and_commit()
+        self._pending = _PendingSave(folder, state, num_bytes, time.monotonic() - started_at)
+        return committed if self._cfg.overlap else self.wait_and_commit()
 
     def wait_and_commit(self) -> SaveResult | None:
-        """Wait for what was begun, and settle it. Should that outlast the patience it stays pending, with a warning."""
-        saved = None
-        if self._begun is not None:
-            began = time.monotonic()
-            self._writer.wait(self._patience)
-            self._begun.wait_seconds += time.monotonic() - began
-            if self._ranks.any_rank(self.is_writing):
-                step = self._begun.state.step
-                _log.warning("the checkpoint of step %d is still being written after %.0f s", step, self._patience)
+        """Wait for the pending save and commit it. After the time limit it stays pending, with a warning."""
+        committed = None
+        if self._pending is not None:
+            started_at = time.monotonic()
+            self._writer.wait(self._write_timeout)
+            self._pending.wait_seconds += time.monotonic() - started_at
+            if self._world.any_rank(self.is_writing):
+                step = self._pending.state.step
+                _log.warning("the checkpoint of step %d is still being written after %.0f s", step, self._write_timeout)
                 return None
-            saved = self.commit()
-        self._shelf.wait_for_removal(self._patience)
-        return saved
+            committed = self.commit()
+        self._directory.wait_for_removal(self._write_timeout)
+        return committed
 
     def commit(self) -> SaveResult | None:
-        """Compare notes when no rank is busy, and publish what was begun; the same answer on every rank.
+        """Gather the ranks' results of the pending save and publish it; the same return value on every rank.
 
-        Where a rank failed (its disk is full, its quota spent) the draft goes, a warning says why, and nothing is
-        returned: training goes on, and the checkpoint before is as it was.
-        Raises: Superseded where another attempt has taken the run; what ended a thread, if that was not the disk.
+        Call it when no rank is writing. If a rank failed (disk full, quota exceeded), the draft is removed, a warning
+        gives the reason and None is returned: training continues, and the previous checkpoint is unchanged.
+        Raises: AttemptSupersededError if another attempt has taken over; a writing thread's error other than OSError.
         """
-        began, begun = time.monotonic(), self._begun
-        assert begun is not None, "nothing was begun"
-        work = self._writer.result()
-        self._begun = None
-        notes: list[_RankSaveResult] = self._ranks.all_gather_objects(_rank_save_result(self._ranks.rank, begun, work))
-        answer = self._run_on_rank0(lambda: self._publish_draft(begun, notes, began))
-        if any(note.is_bug for note in notes):
-            raise work.error or RuntimeError(answer)
-        if isinstance(answer, str):
-            self._warn_no_checkpoint(begun.state.step, answer)
+        started_at = time.monotonic()
+        pending = self._pending
+        assert pending is not None, "no save is pending"
+        write_result = self._writer.result()
+        self._pending = None
+        results: list[_RankSaveResult] = self._world.all_gather_objects(
+            _rank_save_result(self._world.rank, pending, write_result)
+        )
+        outcome = self._run_on_rank0(lambda: self._publish_draft(pending, results, started_at))
+        if any(result.is_bug for result in results):
+            raise write_result.error or RuntimeError(outcome)
+        if isinstance(outcome, str):
+            self._warn_no_checkpoint(pending.state.step, outcome)
             return None
-        self.latest_step = begun.state.step
-        self._torn.discard(begun.folder)
-        return answer
+        self.latest_step = pending.state.step
+        self._corrupt.discard(pending.folder)
+        return outcome
 
-    def _create_draft(self, folder: Path, need: int) -> str | None:
-        """Make the folder of a draft, or say what is in the way."""
-        if shortage := disk_shortage(self._root, need):
+    def _create_draft(self, folder: Path, required_bytes: int) -> str | None:
+        """Create a draft folder; return the reason of a failure."""
+        if shortage := disk_shortage(self._root, required_bytes):
             _log.warning("%s", shortage)
         draft = draft_path(folder)
-        if draft.exists():  # what could not be removed when an earlier save failed
-            self._shelf.remove([draft])
+        if draft.exists():  # an earlier save failed, and so did the removal of its draft
+            self._directory.remove([draft])
         try:
             draft.mkdir()
         except OSError as error:
-            return _format_os_error(error, self._root, need)
+            return _format_os_error(error, self._root, required_bytes)
         return None
 
     def _write_files(self, draft: Path, copies: Sequence[TensorChunk], state: TrainState) -> dict[str, str]:
-        """The thread's work: this rank's files, forced to disk, and their digests."""
-        rank = self._ranks.rank
-        sums = {chunk_file_name(rank): write_chunks(draft, rank, copies)}
+        """Write this rank's files and fsync, in the thread; return their sha256 by name."""
+        rank = self._world.rank
+        checksums = {chunk_file_name(rank): write_chunks(draft, rank, copies)}
         if rank == 0:
             write_json(draft / "state.json", asdict(state))
-            sums["state.json"] = sha256(draft / "state.json")
-        return sums
+            checksums["state.json"] = sha256(draft / "state.json")
+        return checksums
 
-    def _publish_draft(self, begun: _PendingSave, notes: list[_RankSaveResult], began: float) -> SaveResult | str:
-        """Publish a draft that every rank has written its part of, and remove what is not to be kept; else say why not."""
-        mistakes = [note.error for note in notes if note.error]
-        draft, folder = draft_path(begun.folder), begun.folder
+    def _publish_draft(
+        self, pending: _PendingSave, results: list[_RankSaveResult], started_at: float
+    ) -> SaveResult | str:
+        """Publish a draft and prune old checkpoints; if a rank failed, remove the draft and return the reason."""
+        errors = [result.error for result in results if result.error]
+        folder = pending.folder
+        draft = draft_path(folder)
         try:
-            if not mistakes:
-                write_json(
-                    draft / "checksums.json", {name: each for note in notes for name, each in note.checksums.items()}
-                )
+            if not errors:
+                checksums = {name: digest for result in results for name, digest in result.checksums.items()}
+                write_json(draft / "checksums.json", checksums)
                 self._raise_if_superseded(draft, folder)
                 publish_draft(draft, folder)
         except OSError as error:
-            mistakes = [f"rank 0: {_format_os_error(error, self._root, begun.num_bytes)}"]
-        if mistakes:
-            self._raise_if_superseded(draft, folder)  # whoever took over may have tidied the draft away
-            self._shelf.remove([draft])
-            return "; ".join(mistakes[:3]) + (f"; and {len(mistakes) - 3} ranks more" if len(mistakes) > 3 else "")
+            errors = [f"rank 0: {_format_os_error(error, self._root, pending.num_bytes)}"]
+        if errors:
+            self._raise_if_superseded(draft, folder)  # the error may be the newer attempt's removal of the draft
+            self._directory.remove([draft])
+            return "; ".join(errors[:3]) + (f"; and {len(errors) - 3} ranks more" if len(errors) > 3 else "")
         try:
-            if not self._superseded():
-                self._shelf.prune(folder, self._torn, self._cfg)
+            if not self._is_superseded():
+                self._directory.prune(folder, self._corrupt, self._cfg)
         except OSError as error:
             _log.warning("old checkpoints in %s cannot be removed (%s)", self._root, error)
-        written, settling = max(note.write_seconds for note in notes), time.monotonic() - began
+        write_seconds = max(result.write_seconds for result in results)
+        commit_seconds = time.monotonic() - started_at
         return SaveResult(
-            step=begun.state.step,
-            stall_seconds=max(note.copy_seconds + note.wait_seconds for note in notes) + settling,
-            write_seconds=written,
-            sync_seconds=max(note.copy_seconds for note in notes) + written + settling,
-            num_bytes=sum(note.num_bytes for note in notes),
+            step=pending.state.step,
+            stall_seconds=max(result.copy_seconds + result.wait_seconds for result in results) + commit_seconds,
+            write_seconds=write_seconds,
+            sync_seconds=max(result.copy_seconds for result in results) + write_seconds + commit_seconds,
+            num_bytes=sum(result.num_bytes for result in results),
         )
 
     def _raise_if_superseded(self, draft: Path, folder: Path) -> None:
-        if self._superseded():
-            self._shelf.remove([draft])
+        if self._is_superseded():
+            self._directory.remove([draft])
             raise AttemptSupersededError(f"{folder} was not published: another attempt has taken over the run")
 
     def _warn_no_checkpoint(self, step: int, reason: str) -> None:
@@ -326,29 +342,27 @@ class CheckpointStore:
 
 
 def _rank_save_result(rank: int, pending: _PendingSave, write_result: WriteResult) -> _RankSaveResult:
-    error, fault = write_result.error, write_result.error is not None and not isinstance(write_result.error, OSError)
-    words = None
-    if error is not None:
-        words = (
-            _format_os_error(error, pending.folder.parent, pending.num_bytes)
-            if isinstance(error, OSError)
-            else repr(error)
-        )
-    mistake = f"rank {rank}: {words}" if words else None
+    error = write_result.error
+    message = None
+    if isinstance(error, OSError):
+        message = f"rank {rank}: {_format_os_error(error, pending.folder.parent, pending.num_bytes)}"
+    elif error is not None:
+        message = f"rank {rank}: {error!r}"
     return _RankSaveResult(
-        write_result.checksums,
-        pending.num_bytes,
-        pending.copy_seconds,
-        pending.wait_seconds,
-        write_result.seconds,
-        mistake,
-        fault,
+        checksums=write_result.checksums,
+        num_bytes=pending.num_bytes,
+        copy_seconds=pending.copy_seconds,
+        wait_seconds=pending.wait_seconds,
+        write_seconds=write_result.seconds,
+        error=message,
+        is_bug=error is not None and not isinstance(error, OSError),
     )
 
 
-def _format_os_error(error: OSError, root: Path, need: int) -> str:
-    """What a file system refused; where it is full, how full."""
+def _format_os_error(error: OSError, root: Path, required_bytes: int) -> str:
+    """Return a file system's error; for a full disk with the free and the required space."""
     if error.errno not in DISK_FULL_ERRNOS:
         return str(error)
     free, mount = get_free_space(root)
-    return f"{error.strerror} ({mount} has {format_bytes(free)} left, and {format_bytes(need)} were to be written)"
+    required = format_bytes(required_bytes)
+    return f"{error.strerror} ({mount} has {format_bytes(free)} left, and {required} were to be written)"

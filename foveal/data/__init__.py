@@ -1,4 +1,4 @@
-"""From tar shards to batches, in an order that is arithmetic."""
+"""Data pipeline: tar shards to batches, in a sample order computed from the seed and the step."""
 
 from foveal.data.batch import Batch
 from foveal.data.config import AugmentConfig, DataConfig, LabelKind

@@ -1,4 +1,4 @@
-"""What the loader gives and an objective takes."""
+"""The microbatch that the loader yields and an objective consumes."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -10,9 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that does not decode, and the sample that stands in its row instead; by = -1: the row is left empty.
+    """A sample that does not decode, and its replacement.
 
-    ``draw`` and ``by`` count as ``Batch.draws``; ``offset`` is where its image begins in the shard, in bytes.
+    ``sample_key`` and ``replacement_key`` count as ``Batch.sample_keys``; ``replacement_key`` -1: the row stays empty.
+    ``byte_offset`` is the start of the image in the shard.
     """
 
     row: int
@@ -27,25 +28,25 @@ class BadSample:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of B images with C channels, H = W pixels a side, not normalised yet (see ``normalise``)."""
+    """One microbatch of B images with C channels and H x W pixels, not normalised yet (see ``normalise``)."""
 
     images: Tensor  # uint8 [B, C, H, W]
     labels: Tensor  # int64 [B]; -1: the sample has no label, or the row is padding
-    ids: Tensor  # int64 [B]: positions in the manifest, those of data.mix after them; -1: padding
-    sample_keys: Tensor  # int64 [B]: id + epoch * samples, what a row's randomness is keyed by; -1: padding
-    valid: Tensor  # bool [B]; False: a row that only fills up the last batch of an evaluation, or did not decode there
+    ids: Tensor  # int64 [B]: positions in the split, then those of the data.mix sets; -1: padding
+    sample_keys: Tensor  # int64 [B]: id + epoch * number of ids, the key of a row's randomness; -1: padding
+    valid: Tensor  # bool [B]; False in evaluation only: padding of the last batch, or a sample that does not decode
     step: int
     epoch: int
     microbatch_index: int
     bad_samples: tuple[BadSample, ...] = ()
-    # What ``Labels.together`` says, where a label is more than a class: uint8 [B, K], int16 [B, H, W] or float32 [B, n, 5].
+    # Labels that are more than a class (``LabelReader.collate``): uint8 [B, K], int16 [B, H, W] or float32 [B, n, 5].
     targets: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """The same batch with its tensors on a device."""
-        tensors = {name: getattr(self, name) for name in _TENSORS} | (
-            {} if self.targets is None else {"targets": self.targets}
-        )
+        """Return the batch with its tensors on a device."""
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        if self.targets is not None:
+            tensors["targets"] = self.targets
         moved = {name: value.to(device, non_blocking=non_blocking) for name, value in tensors.items()}
         return dataclasses.replace(self, **moved)
 

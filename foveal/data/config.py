@@ -1,4 +1,4 @@
-"""The settings of the data: what is read, how an epoch is ordered, how an image becomes pixels."""
+"""Data settings: shards, cache, sample order, subsets, augmentation."""
 
 import os
 import re
@@ -17,26 +17,28 @@ LabelKind = Literal["class", "classes", "mask", "boxes"]
 class AugmentConfig(Config):
     """Random resized crop and flip of training images (Szegedy et al., "Going deeper with convolutions", 2015)."""
 
-    scale: tuple[float, float] = science((0.2, 1.0), "share of the image's area that a crop covers, lowest and highest")
-    ratio: tuple[float, float] = science((3 / 4, 4 / 3), "width over height of a crop, over that of image_size")
+    scale: tuple[float, float] = science((0.2, 1.0), "crop area as a fraction of the image's area: [lowest, highest]")
+    ratio: tuple[float, float] = science(
+        (3 / 4, 4 / 3), "aspect ratio (width / height) of a crop relative to image_size: [lowest, highest]"
+    )
     flip: float = science(0.5, "probability of a horizontal flip", ge=0, le=1)
-    operations: int = science(0, "RandAugment: changes of color or shape that a training image gets", ge=0)
-    magnitude: float = science(9.0, "RandAugment: how strong they are, of 10", ge=0, le=10)
-    magnitude_std: float = science(0.5, "RandAugment: deviation of a change's magnitude", ge=0)
-    interpolation: Literal["bicubic", "bilinear"] = science("bicubic", "how pixels are resampled, evaluation included")
+    operations: int = science(0, "RandAugment: number of operations (color or shape) per training image", ge=0)
+    magnitude: float = science(9.0, "RandAugment: mean strength of an operation, of 10", ge=0, le=10)
+    magnitude_std: float = science(0.5, "RandAugment: standard deviation of the strength", ge=0)
+    interpolation: Literal["bicubic", "bilinear"] = science("bicubic", "resampling filter, in training and evaluation")
 
     @property
     def is_max_center_crop(self) -> bool:
-        """Whether the crop is the largest of the shape of image_size, in the centre, in every epoch."""
+        """Whether every crop is the largest center crop with the aspect ratio of image_size."""
         return self.scale == self.ratio == (1.0, 1.0)
 
     @property
     def is_deterministic(self) -> bool:
-        """Whether a sample's pixels are the same in every epoch."""
+        """Whether a sample has the same pixels in every epoch."""
         return self.is_max_center_crop and self.flip in (0.0, 1.0) and not self.operations
 
     @model_validator(mode="after")
-    def _ranges(self) -> Self:
+    def _check_ranges(self) -> Self:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"augment.scale={list(self.scale)} must be [lowest, highest] within (0, 1]")
         if not 0 < self.ratio[0] <= self.ratio[1]:
@@ -45,85 +47,101 @@ class AugmentConfig(Config):
 
 
 class CacheConfig(Config):
-    """The node's own copy of shards that lie behind URLs; all ranks of a node share it, and so may several jobs."""
+    """Local copies of remote shards, shared by all ranks of a node and possibly by several jobs."""
 
-    dir: str | None = machine(None, "folder on the node's own disk; default: foveal-cache-<user id> in $TMPDIR or /tmp")
-    gigabytes: float = machine(100.0, "the most that the folder holds, in 10^9 bytes; what was used last stays", gt=0)
+    dir: str | None = machine(None, "folder on the node's local disk; null: foveal-cache-<user id> in $TMPDIR or /tmp")
+    gigabytes: float = machine(
+        100.0, "limit of the folder in 10^9 bytes; least recently used files are removed first", gt=0
+    )
 
 
 class MixConfig(Config):
-    """A further set of shards that training images are drawn from. Evaluation knows nothing of it."""
+    """Additional data set of the training mixture; evaluation never reads it."""
 
-    path: str = machine(description="folder (or URL) of its shards")
-    index: str | None = machine(None, "folder (or URL) of its manifest.json and *.index files; default: path")
-    split: str = science("train", "the split that is drawn from")
-    share: float = science(description="share of the training images that come from this set", gt=0, lt=1)
+    path: str = machine(description="folder or URL of its shards")
+    index: str | None = machine(None, "folder or URL of its manifest.json and *.index files; null: path")
+    split: str = science("train", "split to draw from")
+    share: float = science(description="fraction of the training images from this data set", gt=0, lt=1)
 
 
 class FoldConfig(Config):
-    """One of the parts that a split is cut into: it is what the others are judged on (k-fold cross-validation)."""
+    """Fold of a k-fold cross-validation that is evaluated on; the other folds are trained on."""
 
-    of: int = science(description="parts that data.train is cut into, class by class, drawn by the seed", ge=2)
-    number: int = science(description="the part that is kept out of training, from 0", ge=0)
+    of: int = science(description="number of folds of data.train, stratified by class, drawn from the seed", ge=2)
+    number: int = science(description="fold that is excluded from training, from 0", ge=0)
 
     @model_validator(mode="after")
-    def _exists(self) -> Self:
+    def _check_number(self) -> Self:
         if self.number >= self.of:
             raise ValueError(f"number={self.number} is none of the {self.of} folds, whose numbers begin at 0")
         return self
 
 
 class DataConfig(Config):
-    """One set of shards and how it is read. Environment variables in paths are expanded."""
+    """One data set and how to read it. Environment variables in paths are expanded."""
 
-    path: str = machine(description="folder (or URL) of the shards")
-    index: str | None = machine(None, "folder (or URL) of manifest.json and the *.index files; default: path")
-    train: str = science("train", "the split that is trained on")
-    val: str = science("val", "the split that is evaluated on")
-    image_size: ImageSize = science(description="pixels of the image that the model sees: its side, or [height, width]")
-    channels: Literal[1, 3] = science(3, "1: images are converted to grey, 3: to RGB")
-    val_size: ImageSize | None = science(None, "pixels of an evaluated image, where others than image_size are seen")
-    labels: LabelKind = science(
-        "class", "what a sample's label is: a class, several, a mask of classes, or COCO's boxes"
+    path: str = machine(description="folder or URL of the shards")
+    index: str | None = machine(None, "folder or URL of manifest.json and *.index files; null: path")
+    train: str = science("train", "split for training")
+    val: str = science("val", "split for evaluation")
+    image_size: ImageSize = science(description="model input size in pixels: side, or [height, width]")
+    channels: Literal[1, 3] = science(3, "1: convert images to grayscale, 3: to RGB")
+    val_size: ImageSize | None = science(None, "input size in evaluation, in pixels; null: image_size")
+    labels: LabelKind = science("class", "kind of label: a class, several classes, a mask of class ids, or COCO boxes")
+    label_field: str | None = science(
+        None, "shard member that holds the label; null: mask.png for masks, json for classes and boxes"
     )
-    label_field: str | None = science(None, "member that is the label; default: mask.png for masks, json for lists")
-    ignore_id: int | None = science(255, "id in masks of what is to be left out", ge=0)
-    lanes: int = science(32, "streams an epoch is dealt into; part of the order, independent of the cluster", ge=1)
-    window: int = science(4, "the most shards that a lane shuffles over; it is cut into equal windows", ge=1)
-    per_class: int | None = science(None, "train on this many samples of every class", ge=1)
+    ignore_id: int | None = science(255, "mask id of pixels without a label; null: none", ge=0)
+    lanes: int = science(
+        32, "streams that an epoch is split into; part of the sample order, independent of the cluster", ge=1
+    )
+    window: int = science(
+        4, "largest shuffle window of a lane, in shards; the windows of a lane have equal length", ge=1
+    )
+    per_class: int | None = science(None, "training samples per class; null: all", ge=1)
     balance: float = science(
         0.0,
-        "1: in an epoch every class comes as often as the largest, 0: as often as it is, between: its power",
+        "oversampling: a class of n samples appears n (largest / n)^balance times per epoch; 0: none, 1: equal classes",
         ge=0,
         le=1,
     )
-    holdout_per_class: int = science(0, "samples of every class kept out of training, as the part 'holdout'", ge=0)
-    fold: FoldConfig | None = science(None, "train on all folds but one, which is evaluated on instead of val")
+    holdout_per_class: int = science(0, "samples per class excluded from training, as the subset 'holdout'", ge=0)
+    fold: FoldConfig | None = science(
+        None, "cross-validation: train on the other folds and evaluate on this fold instead of val; null: off"
+    )
     augment: AugmentConfig = science(AugmentConfig())
-    crop_ratio: float = science(0.875, "evaluation: side of the centre crop over that of the largest one", gt=0, le=1)
-    mean: tuple[float, ...] | None = science(None, "per channel, pixels in [0, 1]; default: the manifest's")
-    std: tuple[float, ...] | None = science(None, "per channel, pixels in [0, 1]; default: the manifest's")
-    jpeg_scaling: bool = science(True, "decode a JPEG at 1/2, 1/4 or 1/8 where the crop still has image_size pixels")
-    mix: tuple[MixConfig, ...] = science((), "further sets, each with its share of the training images")
-    threads: int = machine(2, "threads that read and decode", ge=1)
-    ahead: int = machine(4, "micro-batches prepared ahead", ge=1)
+    crop_ratio: float = science(
+        0.875, "evaluation: side of the center crop as a fraction of the largest possible one", gt=0, le=1
+    )
+    mean: tuple[float, ...] | None = science(None, "pixel mean per channel, in [0, 1]; null: the manifest's")
+    std: tuple[float, ...] | None = science(
+        None, "pixel standard deviation per channel, in [0, 1]; null: the manifest's"
+    )
+    jpeg_scaling: bool = science(
+        True, "decode a JPEG at 1/2, 1/4 or 1/8 if the crop still has at least image_size pixels"
+    )
+    mix: tuple[MixConfig, ...] = science((), "additional data sets, each with its fraction of the training images")
+    threads: int = machine(2, "reader and decoder threads per rank", ge=1)
+    ahead: int = machine(4, "microbatches prepared ahead of the training loop", ge=1)
     cache: CacheConfig = CacheConfig()
-    patience_seconds: float = machine(600.0, "longest wait for data that does not move before the run stops", gt=0)
-    max_bad: float = machine(0.001, "share of the training images that may be undecodable; more stop the run", ge=0)
-    ledger: bool = machine(False, "write down which sample every step consumed, for `foveal data audit`")
+    patience_seconds: float = machine(
+        600.0, "seconds that reading data may make no progress before the run stops", gt=0
+    )
+    max_bad: float = machine(0.001, "fraction of training images that may fail to decode; more stop the run", ge=0)
+    ledger: bool = machine(False, "record the samples of every step, for `foveal data audit`")
 
     @property
     def image_hw(self) -> tuple[int, int]:
-        """(height, width) of the image that the model sees."""
+        """Model input size in pixels, (height, width)."""
         return height_and_width(self.image_size)
 
     @property
     def eval_image_hw(self) -> tuple[int, int]:
-        """(height, width) of an evaluated image."""
+        """Input size in evaluation in pixels, (height, width)."""
         return self.image_hw if self.val_size is None else height_and_width(self.val_size)
 
     @model_validator(mode="after")
-    def _statistics(self) -> Self:
+    def _check_pixel_stats(self) -> Self:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values is not None and len(values) != self.channels:
                 raise ValueError(f"{name} has {len(values)} values for channels={self.channels}")
@@ -136,29 +154,28 @@ class DataConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _shares(self) -> Self:
-        if self.mix and sum(Fraction(repr(other.share)) for other in self.mix) >= 1:
-            raise ValueError(f"the shares in mix are {[other.share for other in self.mix]}, which leaves path none")
+    def _check_mix_shares(self) -> Self:
+        if self.mix and sum(Fraction(repr(entry.share)) for entry in self.mix) >= 1:
+            raise ValueError(f"the shares in mix are {[entry.share for entry in self.mix]}, which leaves path none")
         return self
 
 
 def expand_path(path_or_url: str, setting_name: str) -> str:
-    """A folder or URL with ``~`` and environment variables replaced.
+    """Expand ``~`` and environment variables in a path or URL; ``setting_name`` (``data.path``) is for error messages.
 
-    Raises: ConfigError for a variable that is not set, or a secret that is written out; ``setting`` names the key,
-    such as ``data.path``.
+    Raises: ConfigError if a variable is not set or the text contains a secret.
     """
-    if what := find_secret_in_text(path_or_url):
-        raise ConfigError(f"{setting_name}: {explain_written_secret(what)}")
-    place = os.path.expanduser(os.path.expandvars(path_or_url))  # noqa: PTH111 - a Path would spoil URLs
-    unset = re.search(r"\$\{?(\w+)\}?", place)
+    if secret_kind := find_secret_in_text(path_or_url):
+        raise ConfigError(f"{setting_name}: {explain_written_secret(secret_kind)}")
+    expanded = os.path.expanduser(os.path.expandvars(path_or_url))  # noqa: PTH111 - a Path would spoil URLs
+    unset = re.search(r"\$\{?(\w+)\}?", expanded)
     if unset:
         raise ConfigError(
             f"{setting_name}: '{path_or_url}' needs the environment variable {unset[1]}, which is not set"
         )
-    return place
+    return expanded
 
 
 def is_remote(path_or_url: str) -> bool:
-    """Whether a place is a URL, read through fsspec, and not a folder."""
+    """Whether this is a URL, which is read through fsspec."""
     return "://" in path_or_url

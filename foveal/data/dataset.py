@@ -1,4 +1,4 @@
-"""A data set that is there: manifest, shards and indices checked, before anything trains on it."""
+"""Opened data set: manifest, shards and indices, checked before training starts."""
 
 import functools
 import hashlib
@@ -12,7 +12,7 @@ import numpy as np
 from foveal.data.config import CacheConfig, DataConfig, expand_path, is_remote
 from foveal.data.format.manifest import MANIFEST_NAME, Manifest, Split, parse_manifest, read_manifest
 from foveal.data.format.shard_index import INDEX_SUFFIX, ShardIndex
-from foveal.data.storage.cache import DownloadCache, open_cache
+from foveal.data.storage.cache import DownloadCache, RemoteFile, open_cache
 from foveal.data.storage.folder import Folder
 from foveal.data.storage.prefetch import Prefetcher
 from foveal.data.storage.reader import CachedShardReader, LocalShardReader, ShardReader
@@ -23,15 +23,15 @@ from foveal.timeouts import STORAGE_AWAY_ERRNOS, read_with_timeout
 
 PixelStatsOverride = tuple[tuple[float, ...] | None, tuple[float, ...] | None]  # mean and std
 
-_OPEN_INDICES = 256
+_OPEN_INDICES = 256  # indices that stay mapped
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Shards with their manifest. Sample ids are positions in a split, in the order of its shards.
+    """Shards with their manifest and indices. Thread-safe. Sample ids are positions in a split, in shard order.
 
-    folder, index_folder: where the shards and their indices are, for sentences; index: the mapped index of the n-th
-    shard of a split. Everything serves any number of threads.
+    folder, index_folder: paths or URLs of shards and indices, for messages. shard_index: returns the mapped index of
+    the n-th shard of a split. channels: of the decoded images.
     """
 
     folder: str
@@ -49,10 +49,10 @@ class Dataset:
 
     @classmethod
     def open(cls, cfg: DataConfig) -> "Dataset":
-        """Open the shards that ``cfg`` names and check those of its two splits.
+        """Open the data set of ``cfg`` and check the shards of its training and evaluation splits.
 
-        Raises: DataError in one sentence if folder, manifest, index, split or a shard is missing, empty or stale;
-        ConfigError if an environment variable in a path is not set.
+        Raises: DataError if folder, manifest, index, split or a shard is missing, empty or stale; ConfigError if an
+        environment variable in a path is not set.
         """
         dataset = open_dataset(
             cfg.path,
@@ -62,28 +62,29 @@ class Dataset:
             cache_config=cfg.cache,
             stall_timeout=cfg.patience_seconds,
         )
-        # A set without a split for evaluation can be pretrained on; evaluating on it says what is missing.
-        dataset.check_shards(cfg.train, *(name for name in (cfg.val,) if name in dataset.manifest.splits))
+        # Pretraining needs no evaluation split; a missing split raises in evaluation.
+        eval_splits = [cfg.val] if cfg.val in dataset.manifest.splits else []
+        dataset.check_shards(cfg.train, *eval_splits)
         return dataset
 
     @property
     def shard_folder(self) -> Folder:
-        """The folder of the shards, for those who read more of it than samples."""
+        """Folder of the shards, for access beyond samples."""
         return self._shard_reader.folder
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """Names of the classes, by label; nothing if samples have no labels."""
+        """Class names, by label; None if samples have no labels."""
         return self.manifest.classes
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """Mean of training pixels in [0, 1], one value per channel or one for all. Raises: DataError if not known."""
+        """Mean of training pixels in [0, 1], per channel or one value for all. Raises: DataError if unknown."""
         return self._require_pixel_stats("mean", self._pixel_stats[0] or self.manifest.mean)
 
     @property
     def std(self) -> tuple[float, ...]:
-        """Standard deviation of training pixels in [0, 1], as ``mean``."""
+        """Standard deviation of training pixels in [0, 1], per channel. Raises: DataError if unknown or not above 0."""
         values = self._require_pixel_stats("std", self._pixel_stats[1] or self.manifest.std)
         if min(values) <= 0:
             raise DataError(
@@ -92,77 +93,78 @@ class Dataset:
         return values * (self.channels // len(values))
 
     def num_samples(self, split: str) -> int:
-        """Samples in a split."""
+        """Return the number of samples in a split."""
         return self._get_split(split).samples
 
     def samples_per_shard(self, split: str) -> np.ndarray:
-        """Samples per shard of a split, int64 [S]."""
+        """Return the samples per shard of a split, int64 [S]."""
         return np.array([shard.samples for shard in self._get_split(split).shards], dtype=np.int64)
 
     def digest(self, split: str) -> str:
-        """sha256 of what a split's samples are: their keys, sizes and labels, wherever the shards lie."""
+        """Return the sha256 over keys, sizes and labels of a split's samples; independent of the folder."""
         return hashlib.sha256("".join(shard.index for shard in self._get_split(split).shards).encode()).hexdigest()
 
     def labels(self, split: str) -> np.ndarray:
-        """Labels of all samples of a split, int64 [N]; -1 where there is none. Raises: DataError for one of no class."""
-        shards = range(len(self._get_split(split).shards))
-        labels = np.concatenate([self.shard_index(split, number).labels for number in shards])
+        """Return the labels of a split, int64 [N], -1 for none. Raises: DataError if a label exceeds the classes."""
+        shard_numbers = range(len(self._get_split(split).shards))
+        labels = np.concatenate([self.shard_index(split, number).labels for number in shard_numbers])
         if self.classes and labels.max() >= len(self.classes):
             raise DataError(
-                f"{self.index_folder}: split '{split}' has label {labels.max()}, and {MANIFEST_NAME} has {len(self.classes)} "
-                f"classes: run `foveal data verify {self.folder}`"
+                f"{self.index_folder}: split '{split}' has label {labels.max()}, and {MANIFEST_NAME} has "
+                f"{len(self.classes)} classes: run `foveal data verify {self.folder}`"
             )
         return labels
 
     def class_counts(self, split: str) -> np.ndarray:
-        """Samples of every class of a split, int64 [classes]."""
+        """Return the samples per class of a split, int64 [classes]."""
         labels = self.labels(split)
         return np.bincount(labels[labels >= 0], minlength=len(self.classes or ()))
 
     def check_shards(self, *splits: str) -> None:
-        """See that every shard of these splits is there with the size that the manifest says, and so is its index.
+        """Check that every shard of ``splits`` exists with its size in the manifest, and so does its index.
 
-        What a server does not list (HTTP) is checked when it arrives.
+        A server without listings (HTTP) cannot be checked here; its files are checked after their download.
+        Raises: DataError if a shard is missing, of another size, too large for the cache or without index.
         """
-        wanted = [shard for split in splits for shard in self._get_split(split).shards]
-        names = {shard.file for shard in wanted}
-        found = _list_files(self._shard_reader, names)
-        indices = (
-            found
+        shards = [shard for split in splits for shard in self._get_split(split).shards]
+        names = {shard.file for shard in shards}
+        shard_sizes = _list_files(self._shard_reader, names)
+        index_sizes = (
+            shard_sizes
             if self._index_reader is self._shard_reader
-            else _list_files(self._index_reader, {f"{n}{INDEX_SUFFIX}" for n in names})
+            else _list_files(self._index_reader, {f"{name}{INDEX_SUFFIX}" for name in names})
         )
-        again = f"run `foveal data index {self.folder}{_index_option(self.folder, self.index_folder)}`"
-        for shard in wanted:
-            where = self._shard_reader.folder.display_path(shard.file)
+        remedy = f"run `foveal data index {self.folder}{_index_option(self.folder, self.index_folder)}`"
+        for shard in shards:
+            path = self._shard_reader.folder.display_path(shard.file)
             if self._cache and self._cache.max_bytes < shard.bytes:
-                raise DataError(f"{where} has {shard.bytes / 1e9:.3g} GB, more than data.cache.gigabytes: raise that")
-            if found is not None and shard.file not in found:
+                raise DataError(f"{path} has {shard.bytes / 1e9:.3g} GB, more than data.cache.gigabytes: raise that")
+            if shard_sizes is not None and shard.file not in shard_sizes:
                 _probe_file(self._shard_reader, shard.file)
                 raise DataError(
-                    f"{where} is missing, and {MANIFEST_NAME} lists it: restore it, or index the folder again"
+                    f"{path} is missing, and {MANIFEST_NAME} lists it: restore it, or index the folder again"
                 )
-            size = (found or {}).get(shard.file)
+            size = (shard_sizes or {}).get(shard.file)
             if size not in (None, shard.bytes):
                 raise DataError(
-                    f"{where} has {size} bytes and {MANIFEST_NAME} says {shard.bytes}: restore it, or {again} again"
+                    f"{path} has {size} bytes and {MANIFEST_NAME} says {shard.bytes}: restore it, or {remedy} again"
                 )
-            if indices is not None and f"{shard.file}{INDEX_SUFFIX}" not in indices:
+            if index_sizes is not None and f"{shard.file}{INDEX_SUFFIX}" not in index_sizes:
                 _probe_file(self._index_reader, f"{shard.file}{INDEX_SUFFIX}")
-                raise DataError(f"{where} has no index in {self.index_folder}: {again}")
+                raise DataError(f"{path} has no index in {self.index_folder}: {remedy}")
 
     def shard_display_path(self, split: str, shard_number: int) -> str:
-        """The path or URL of the n-th shard of a split, for sentences."""
+        """Return the path or URL of the n-th shard of a split, for messages."""
         return self._shard_reader.folder.display_path(self._get_split(split).shards[shard_number].file)
 
     def read_bytes(self, shard_file: str, offset: int, size: int) -> bytes:
-        """``size`` bytes at ``offset`` of the shard with this file name. Raises: DataError that names it."""
+        """Return ``size`` bytes at ``offset`` of a shard. Raises: DataError that names the shard."""
         return self._shard_reader.read_bytes(shard_file, offset, size)
 
     def verify_checksum(self, split: str, shard_number: int) -> None:
-        """See, once, that the bytes of the n-th shard of a split have the sha256 that the manifest knows, if it does.
+        """Verify the sha256 of the n-th shard of a split, once per shard, if the manifest has a sha256.
 
-        Raises: DataError if they have not.
+        Raises: DataError if the shard has another sha256.
         """
         shard = self._get_split(split).shards[shard_number]
         with self._verify_lock:
@@ -171,39 +173,38 @@ class Dataset:
                 self._verified_shards.add(shard.file)
 
     def prefetch_shards(self, split: str, shard_numbers: Sequence[int]) -> None:
-        """Let shards that lie behind a URL be copied in the background, in this order; never raises.
+        """Download remote shards and their indices in the background, in this order; never raises.
 
-        Another call replaces what has not begun. What is named stays in the cache, as far as it holds that much.
+        A further call replaces downloads that have not started. The files stay in the cache as far as its size allows.
         """
         if self._prefetcher is None:
             return
-        listed = self._get_split(split).shards
-        files = [
-            each
-            for n in shard_numbers
-            for each in (self._index_reader.remote_index(listed[n]), self._shard_reader.remote_shard(listed[n]))
-        ]
-        self._prefetcher.request_files([each for each in files if each is not None])
+        split_shards = self._get_split(split).shards
+        files: list[RemoteFile | None] = []
+        for number in shard_numbers:
+            shard = split_shards[number]
+            files += [self._index_reader.remote_index(shard), self._shard_reader.remote_shard(shard)]
+        self._prefetcher.request_files([file for file in files if file is not None])
 
     def progress(self) -> int:
-        """Grows while bytes arrive from elsewhere; still where all is in folders."""
+        """Return a counter that grows while remote bytes arrive; 0 for local folders."""
         return self._cache.progress() if self._cache else 0
 
     def _get_split(self, split: str) -> Split:
-        found = self.manifest.splits.get(split)
-        if found is None or not found.samples:
-            names = ", ".join(f"'{name}'" for name, other in self.manifest.splits.items() if other.samples) or "none"
-            state = "is empty" if found else "does not exist"
+        entry = self.manifest.splits.get(split)
+        if entry is None or not entry.samples:
+            names = ", ".join(f"'{name}'" for name, value in self.manifest.splits.items() if value.samples) or "none"
+            state = "is empty" if entry else "does not exist"
             raise DataError(f"{self.folder}: split '{split}' {state}; splits with samples: {names}")
-        return found
+        return entry
 
     def _require_pixel_stats(self, name: str, values: tuple[float, ...] | None) -> tuple[float, ...]:
         if values is None:
             raise DataError(f"{self.folder}: {MANIFEST_NAME} has no pixel statistics; set data.mean and data.std")
         if len(values) not in (1, self.channels):
             raise DataError(
-                f"{self.folder}: the {name} in {MANIFEST_NAME} has {len(values)} values for data.channels={self.channels}; "
-                f"set data.mean and data.std"
+                f"{self.folder}: the {name} in {MANIFEST_NAME} has {len(values)} values for "
+                f"data.channels={self.channels}; set data.mean and data.std"
             )
         return values
 
@@ -217,65 +218,68 @@ def open_dataset(
     cache_config: CacheConfig | None = None,
     stall_timeout: float = 600.0,
 ) -> Dataset:
-    """The data set of a folder or URL, its shards not yet checked; ``statistics`` go before the manifest's.
+    """Open the data set in a folder or behind a URL without checking its shards.
 
-    cache: where copies of remote files are kept; patience: seconds to wait for data that does not move.
+    index_path: folder or URL of manifest and indices (None: ``path``). pixel_stats: replaces the manifest's mean and
+    std. cache_config: of the copies of remote files. stall_timeout: seconds that a read may make no progress.
     Raises: as ``Dataset.open``.
     """
     folder = expand_path(path, "data.path").rstrip("/") or "/"
-    beside = folder if index_path is None else expand_path(index_path, "data.index").rstrip("/") or "/"
-    remotes = {place: RemoteFolder(place, stall_timeout) for place in {folder, beside} if is_remote(place)}
-    if beside in remotes:
-        manifest = _read_remote_manifest(remotes[beside], folder)
+    index_folder = folder if index_path is None else expand_path(index_path, "data.index").rstrip("/") or "/"
+    remotes = {
+        location: RemoteFolder(location, stall_timeout) for location in {folder, index_folder} if is_remote(location)
+    }
+    if index_folder in remotes:
+        manifest = _read_remote_manifest(remotes[index_folder], folder)
     else:
         manifest = read_with_timeout(
-            Path(beside) / MANIFEST_NAME, stall_timeout, lambda: _read_local_manifest(folder, Path(beside))
+            Path(index_folder) / MANIFEST_NAME, stall_timeout, lambda: _read_local_manifest(folder, Path(index_folder))
         )
-    copies = open_cache(cache_config or CacheConfig(), stall_timeout) if remotes else None
+    cache = open_cache(cache_config or CacheConfig(), stall_timeout) if remotes else None
     shards = {shard.file: shard for split in manifest.splits.values() for shard in split.shards}
     readers: dict[str, ShardReader] = {
-        place: (
-            CachedShardReader(remotes[place], copies, shards)
-            if copies and place in remotes
-            else LocalShardReader(place, stall_timeout)
+        location: (
+            CachedShardReader(remotes[location], cache, shards)
+            if cache and location in remotes
+            else LocalShardReader(location, stall_timeout)
         )
-        for place in {folder, beside}
+        for location in {folder, index_folder}
     }
 
     @functools.lru_cache(maxsize=_OPEN_INDICES)
-    def opened(split: str, number: int) -> ShardIndex:
-        return readers[beside].load_index(manifest.splits[split].shards[number])
+    def load_index(split: str, number: int) -> ShardIndex:
+        return readers[index_folder].load_index(manifest.splits[split].shards[number])
 
     return Dataset(
         folder=readers[folder].folder.display_path(),
-        index_folder=readers[beside].folder.display_path(),
+        index_folder=readers[index_folder].folder.display_path(),
         manifest=manifest,
-        shard_index=opened,
+        shard_index=load_index,
         channels=channels,
         _shard_reader=readers[folder],
-        _index_reader=readers[beside],
-        _cache=copies,
-        _prefetcher=Prefetcher(copies) if copies else None,
+        _index_reader=readers[index_folder],
+        _cache=cache,
+        _prefetcher=Prefetcher(cache) if cache else None,
         _pixel_stats=pixel_stats,
     )
 
 
-def _list_files(place: ShardReader, wanted: set[str]) -> dict[str, int | None] | None:
-    """The files of a folder and their sizes; None if it is read but not listed, or what is listed is another thing."""
+def _list_files(reader: ShardReader, expected_names: set[str]) -> dict[str, int | None] | None:
+    """Return the files of a folder and their sizes; None if the server gives no listing of this folder."""
     try:
-        found = place.folder.file_sizes()
+        sizes = reader.folder.file_sizes()
     except RemoteNotFoundError:
         return None
-    is_a_page = None in found.values()  # of links: those of a site's front page, perhaps
-    return None if is_a_page and wanted.isdisjoint(found) else found
+    is_web_page = None in sizes.values()  # HTTP reports the links of any page, for example of a site's front page
+    return None if is_web_page and expected_names.isdisjoint(sizes) else sizes
 
 
-def _probe_file(place: ShardReader, name: str) -> None:
-    """Wait for a name that is no plain file, and may never answer. Raises: Unreachable."""
-    if is_remote(place.folder.display_path()):
+def _probe_file(reader: ShardReader, name: str) -> None:
+    """Read a local file that the listing lacks, for example a FIFO. Raises: StorageUnreachableError if it blocks."""
+    if is_remote(reader.folder.display_path()):
         return
     try:
-        place.folder.read_range(name, 0, 1)
+        reader.folder.read_range(name, 0, 1)
     except StorageUnreachableError:
         raise
     except DataError:
@@ -284,37 +288,38 @@ def _probe_file(place: ShardReader, name: str) -> None:
 
 def _read_remote_manifest(remote: RemoteFolder, folder: str) -> Manifest:
     try:
-        return parse_manifest(
-            remote.read_range(MANIFEST_NAME, 0, remote.file_size(MANIFEST_NAME)), remote.display_path(MANIFEST_NAME)
-        )
+        text = remote.read_range(MANIFEST_NAME, 0, remote.file_size(MANIFEST_NAME))
+        return parse_manifest(text, remote.display_path(MANIFEST_NAME))
     except RemoteNotFoundError as error:
         raise DataError(
-            f"{error}: run `foveal data index {redact_urls(folder)} --index "
-            f"FOLDER` and set data.index to that folder, or correct data.path"
+            f"{error}: run `foveal data index {redact_urls(folder)} --index FOLDER` and set data.index "
+            f"to that folder, or correct data.path"
         ) from None
 
 
 def _index_option(folder: str, index: str) -> str:
-    """How `foveal data index` is told where the index of a folder is, if not beside it."""
+    """Return the --index option of `foveal data index`; empty if the index is in the shards' folder."""
     return "" if folder == index else f" --index {index}"
 
 
-def _read_local_manifest(folder: str, beside: Path) -> Manifest:
+def _read_local_manifest(folder: str, index_folder: Path) -> Manifest:
     if not is_remote(folder) and not Path(folder).is_dir():
         raise DataError(f"data.path: no such folder: {folder}")
     try:
-        return read_manifest(beside)
+        return read_manifest(index_folder)
     except OSError as error:
         if error.errno in STORAGE_AWAY_ERRNOS:
             raise
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
-            raise DataError(f"{beside / MANIFEST_NAME} cannot be read ({error})") from None
+            raise DataError(f"{index_folder / MANIFEST_NAME} cannot be read ({error})") from None
     if is_remote(folder):
         url = redact_urls(folder)
-        raise DataError(f"{url}: no {MANIFEST_NAME} in {beside}; run `foveal data index {url} --index {beside}`")
-    elsewhere = _index_option(folder, str(beside))
+        raise DataError(
+            f"{url}: no {MANIFEST_NAME} in {index_folder}; run `foveal data index {url} --index {index_folder}`"
+        )
+    index_option = _index_option(folder, str(index_folder))
     if any(Path(folder).glob("*.tar")):
-        raise DataError(f"{folder}: these shards have no index; run `foveal data index {folder}{elsewhere}`")
+        raise DataError(f"{folder}: these shards have no index; run `foveal data index {folder}{index_option}`")
     if any(Path(folder).glob("*.tar.*")):
         raise DataError(f"{folder}: these shards are compressed, which has no random access; unpack and index them")
     raise DataError(

@@ -1,1 +1,1 @@
-"""What turns a loss into an update: DeepSpeed, Accelerate, FSDP2, or plain PyTorch."""
+"""Engines, which turn a loss into an update: DeepSpeed, Accelerate (DDP, FSDP2, DeepSpeed's plugin), plain PyTorch."""

@@ -1,4 +1,4 @@
-"""Accelerate behind the engine's verbs, for fine-tuning: DDP, FSDP2 or its DeepSpeed plugin. It is never given the loader."""
+"""Engines on Accelerate, for fine-tuning: DDP, FSDP2 and its DeepSpeed plugin. Accelerate does not load data."""
 
 import os
 from collections.abc import Iterator
@@ -17,37 +17,37 @@ from foveal.engines import fsdp
 from foveal.engines.base import EngineConfig, ReplicatedEngine, StepResult, autocast, buffer_chunks, pair_parameters
 from foveal.engines.deepspeed import DeepSpeedEngine
 from foveal.errors import LaunchError
-from foveal.optim.optimizers import OptimConfig, build_optimizer
+from foveal.optim.optimizers import GuardedOptimizer, OptimConfig, build_optimizer
 
-# What accelerate launch tells its processes, and the setting that says the same.
+# Environment variables of accelerate launch, and the equal value of engine.sharding.
 _SHARDING_BY_LAUNCH_VARIABLE = {"ACCELERATE_USE_DEEPSPEED": "deepspeed", "ACCELERATE_USE_FSDP": "fsdp2"}
 
 
 def _create_accelerator(
     cfg: EngineConfig, world: World, accumulation_steps: int, plugin: DeepSpeedPlugin | None = None
 ) -> Accelerator:
-    """Accelerate as the settings say, whatever an earlier engine of this process told it.
+    """Create an Accelerator of the settings, independent of earlier engines in this process.
 
-    Raises: LaunchError where accelerate launch says otherwise, or where it does not see the launcher's ranks.
+    Raises: LaunchError if accelerate launch contradicts the settings, or if Accelerate's number of ranks is wrong.
     """
     for name, sharding in _SHARDING_BY_LAUNCH_VARIABLE.items():
         if os.environ.pop(name, "").lower() == "true" and cfg.sharding != sharding:
             raise LaunchError(
-                f"accelerate launch says {name}=true, and engine.sharding is {cfg.sharding}; set engine.sharding={sharding}, "
-                f"or launch without it"
+                f"accelerate launch says {name}=true, and engine.sharding is {cfg.sharding}; set "
+                f"engine.sharding={sharding}, or launch without it"
             )
-    AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001 - it keeps one for the life of a process
+    AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001 - a singleton for the life of the process
     on_cpu = world.device.type == "cpu"
     accelerator = Accelerator(
-        # Without cpu=True on a machine without a GPU, each of two launched processes believes that it is alone; with it,
-        # there is no DeepSpeed, which has to be told of gloo instead.
+        # Without cpu=True on a machine without a GPU, each of two launched processes counts one process; with cpu=True
+        # there is no DeepSpeed, which gets gloo through the kwargs handler instead.
         cpu=on_cpu and plugin is None,
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and plugin is not None else None,
         deepspeed_plugin=plugin,
-        mixed_precision="no",  # precision is the engine's
+        mixed_precision="no",  # the engine sets the precision
         gradient_accumulation_steps=accumulation_steps,
     )
-    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # set by the plugin, for this one
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # the plugin sets it, for this Accelerator only
     if accelerator.num_processes != world.size:
         raise LaunchError(
             f"Accelerate counts {accelerator.num_processes} processes where the launcher started {world.size}; "
@@ -57,26 +57,19 @@ def _create_accelerator(
 
 
 class AccelerateDDPEngine(ReplicatedEngine):
-    """The adapter of DDP. Accelerate divides the loss by the accumulation count; DDP averages gradients over ranks."""
+    """DDP. Accelerate divides the loss by the accumulation steps; DDP averages gradients over ranks."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        param_groups: list[dict[str, Any]],
-        optim: OptimConfig,
-        cfg: EngineConfig,
-        world: World,
-        accumulation_steps: int,
-    ) -> None:
-        self._accelerator = _create_accelerator(cfg, world, accumulation_steps)
-        super().__init__(model, build_optimizer(param_groups, optim), cfg, world)
-        self.model = self._accelerator.prepare_model(model)
-        self._optimizer = self._accelerator.prepare_optimizer(self._guard)
+    def _prepare(
+        self, model: nn.Module, param_groups: list[dict[str, Any]], optim: OptimConfig
+    ) -> tuple[nn.Module, GuardedOptimizer, torch.optim.Optimizer]:
+        self._accelerator = _create_accelerator(self._cfg, self._world, self._accumulation_steps)
+        guard = build_optimizer(param_groups, optim)
+        return self._accelerator.prepare_model(model), guard, self._accelerator.prepare_optimizer(guard)
 
     @contextmanager
     def microbatch(self, *, last: bool) -> Iterator[None]:
         with self._accelerator.accumulate(self.model):
-            assert self._accelerator.sync_gradients == last, "Accelerate counts the micros of a step as the loop does"
+            assert self._accelerator.sync_gradients == last, "Accelerate counts microbatches as the loop does"
             with autocast(self.device, self._precision):
                 yield
 
@@ -86,20 +79,15 @@ class AccelerateDDPEngine(ReplicatedEngine):
 
 
 class AccelerateFSDP2Engine(AccelerateDDPEngine):
-    """The adapter of FSDP2: blocks are sharded by torch itself, since Accelerate's plugin does so on GPUs only."""
+    """FSDP2. torch shards the blocks, because Accelerate's plugin shards on GPUs only."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        param_groups: list[dict[str, Any]],
-        optim: OptimConfig,
-        cfg: EngineConfig,
-        world: World,
-        accumulation_steps: int,
-    ) -> None:
-        self._accelerator = _create_accelerator(cfg, world, accumulation_steps)
-        param_groups = fsdp.apply_fsdp(model.to(world.device), param_groups, world)
-        ReplicatedEngine.__init__(self, model, fsdp.build_sharded_optimizer(param_groups, optim), cfg, world)
+    def _prepare(
+        self, model: nn.Module, param_groups: list[dict[str, Any]], optim: OptimConfig
+    ) -> tuple[nn.Module, GuardedOptimizer, torch.optim.Optimizer]:
+        self._accelerator = _create_accelerator(self._cfg, self._world, self._accumulation_steps)
+        param_groups = fsdp.apply_fsdp(model.to(self.device), param_groups, self._world)
+        guard = fsdp.build_sharded_optimizer(param_groups, optim)
+        return model, guard, guard
 
     @contextmanager
     def microbatch(self, *, last: bool) -> Iterator[None]:
@@ -118,33 +106,20 @@ class AccelerateFSDP2Engine(AccelerateDDPEngine):
 
 
 class AccelerateDeepSpeedEngine(DeepSpeedEngine):
-    """The adapter of Accelerate's DeepSpeed plugin, which takes DeepSpeed's step inside the last backward."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        param_groups: list[dict[str, Any]],
-        optim: OptimConfig,
-        cfg: EngineConfig,
-        world: World,
-        microbatch_size: int,
-        accumulation_steps: int,
-    ) -> None:
-        self._cfg = cfg
-        super().__init__(model, param_groups, optim, cfg, world, microbatch_size, accumulation_steps)
+    """Accelerate's DeepSpeed plugin, which takes DeepSpeed's step inside the last backward."""
 
     def _initialize(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], world: World
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]
     ) -> tuple[Any, Any]:
         plugin = DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
-        self._accelerator = _create_accelerator(self._cfg, world, config["gradient_accumulation_steps"], plugin)
+        self._accelerator = _create_accelerator(self._cfg, self._world, config["gradient_accumulation_steps"], plugin)
         engine, wrapped = self._accelerator.prepare(model, optimizer)
         return engine, wrapped.optimizer
 
     @contextmanager
     def microbatch(self, *, last: bool) -> Iterator[None]:
         with self._accelerator.accumulate(self.model):
-            assert self._accelerator.sync_gradients == last, "Accelerate counts the micros of a step as the loop does"
+            assert self._accelerator.sync_gradients == last, "Accelerate counts microbatches as the loop does"
             yield
 
     def backward(self, loss: Tensor) -> None:

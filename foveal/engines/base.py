@@ -1,4 +1,4 @@
-"""What turns a loss into an update: the verbs that three engines share, their settings, and the reference engine."""
+"""The engine protocol, the engine settings, and the base of engines with replicated weights."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -11,45 +11,46 @@ from torch import Tensor, nn
 from foveal.checkpoint.chunks import TensorChunk, replicated_chunk
 from foveal.config import Config, machine, science
 from foveal.distributed.world import World
-from foveal.optim.optimizers import GuardedOptimizer, get_moments, get_num_updates, set_num_updates
+from foveal.optim.optimizers import GuardedOptimizer, OptimConfig, get_moments, get_num_updates, set_num_updates
 
 Precision = Literal["fp32", "bf16"]
 
 
 class EngineConfig(Config):
-    """How the update is computed; nothing here changes it beyond rounding."""
+    """Settings of the engine; except ``deepspeed`` they change the update by rounding at most."""
 
     kind: Literal["deepspeed", "accelerate", "plain"] = machine(
-        "deepspeed", "The library behind the update; plain is one process."
+        "deepspeed", "The library that computes the update; plain: torch alone, one process."
     )
     sharding: Literal["ddp", "fsdp2", "deepspeed"] = machine(
-        "ddp", "What engine.kind=accelerate leaves on each rank: everything, shards of FSDP2, or what engine.zero says."
+        "ddp",
+        "For engine.kind=accelerate: replicated weights (ddp), FSDP2 shards, or DeepSpeed at the stage engine.zero.",
     )
-    zero: Literal[0, 1, 2, 3] = machine(1, "DeepSpeed's ZeRO stage: what is partitioned over ranks.")
-    precision: Precision = machine("fp32", "bf16: products in bf16 under autocast; weights are fp32 either way.")
+    zero: Literal[0, 1, 2, 3] = machine(
+        1, "DeepSpeed's ZeRO stage: over ranks, 1 partitions optimizer states, 2 also gradients, 3 also weights."
+    )
+    precision: Precision = machine("fp32", "bf16: autocast to bf16 products, with fp32 weights; fp32: no autocast.")
     matmul: Literal["highest", "high", "medium"] = machine(
-        "highest", "torch's float32 matmul precision; 'medium' may mean bf16 products on some processors."
+        "highest", "torch's float32 matmul precision; 'medium' computes bf16 products on some processors."
     )
     compile: bool = machine(False, "Compile the model in place with torch.compile.")
     recompute: bool = machine(
         False, "Recompute each block's activations in the backward pass: less memory, same result."
     )
-    timeout_minutes: float = machine(30.0, "How long a collective may take before the rank gives up.", gt=0)
-    deepspeed: dict[str, Any] = science(
-        {}, "Further keys for DeepSpeed's settings; those that foveal derives are refused."
-    )
+    timeout_minutes: float = machine(30.0, "Time limit of a collective, in minutes.", gt=0)
+    deepspeed: dict[str, Any] = science({}, "Further DeepSpeed settings; keys that foveal derives are refused.")
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What became of an update: whether it was applied, and the gradient norm over all ranks before clipping."""
+    """The result of an optimizer step: whether it was applied, and the global gradient norm before clipping."""
 
     applied: bool
     grad_norm: float
 
 
 class Engine(Protocol):
-    """The verbs. ``model`` is called by objectives and never reached into."""
+    """What the training loop needs of an engine. Objectives call ``model`` and do not access its internals."""
 
     model: nn.Module
     device: torch.device
@@ -59,67 +60,70 @@ class Engine(Protocol):
         ...
 
     def microbatch(self, *, last: bool) -> AbstractContextManager[None]:
-        """Around one forward and backward; gradients are reduced over ranks in the last one of a step."""
+        """Context of a forward and backward; gradients are reduced over ranks in the last microbatch of a step."""
         ...
 
     def eval_mode(self) -> AbstractContextManager[None]:
-        """Around forwards without a backward: evaluation mode, no gradients, the engine's precision.
+        """Context of forwards without a backward: evaluation mode, no gradients, the engine's precision.
 
-        Every rank enters it, and takes rank 0's buffers: running statistics are of what a rank has seen, and an
-        evaluation would be by as many models as there are ranks.
+        A collective that gives every rank rank 0's buffers: running statistics differ between ranks, and an evaluation
+        must use the same model on all of them.
         """
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the mean over the micros of a step: the engine divides by their number, nobody else does."""
+        """Accumulate gradients; the engine divides the loss by the number of microbatches in a step."""
         ...
 
     def step(self) -> StepResult:
-        """Clip, update, clear; on every rank, whatever the gradients are."""
+        """Clip gradients, update, clear gradients. Every rank calls it, also with non-finite gradients."""
         ...
 
     def update_ema(self, ema_prefix: str, source_prefix: str, lerp_weight: float) -> None:
-        """Move what is frozen under the names that begin with ``onto`` by this share towards what ``of`` names; every rank."""
+        """Interpolate the parameters under ``ema_prefix`` to those under ``source_prefix``; every rank calls it."""
         ...
 
     def state_chunks(self) -> list[TensorChunk]:
-        """What this rank holds of every tensor, as live views: fp32 weights, moments (zeros before the first update), buffers."""
+        """Return this rank's part of every tensor as live views: fp32 weights, moments (zeros at first), buffers."""
         ...
 
     @property
     def num_updates(self) -> int:
-        """Updates applied so far; a skipped step is none."""
+        """Number of applied updates, without skipped steps."""
         ...
 
     def on_state_loaded(self, num_updates: int) -> None:
-        """After the pieces were filled: hand them to whatever was computed from them, count updates from here.
+        """Update all state that is derived from the chunks, after they were filled, and set the update count.
 
-        Every rank calls it. Groups keep their own settings: a checkpoint has none.
+        Every rank calls it. Parameter groups keep their settings, which a checkpoint does not contain.
         """
         ...
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """All weights by the module's own names, fp32 (counts int64) on the CPU, whole on rank 0; every rank calls it.
+        """Return all weights under the module's names: fp32 (counters int64), on the CPU, complete on rank 0.
 
-        They may share memory with the live weights: write them before the next step.
+        Every rank calls it. The tensors may share memory with the live weights: write them before the next step.
         """
         ...
 
 
 def apply_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give each group its share of the learning rate."""
+    """Set each group's learning rate to ``lr`` times its ``lr_scale``."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    """bf16 products where asked for; fp32 also inside of it, as for a backward, whose types the forward has chosen."""
+    """Return an autocast context: bf16 products, or for fp32 none.
+
+    fp32 also disables an outer autocast, as for a backward, whose types the forward has chosen.
+    """
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 @contextmanager
 def eval_with_rank0_buffers(model: nn.Module, world: World) -> Iterator[None]:
-    """Evaluation mode without gradients, with rank 0's buffers, and back to training."""
+    """Enter evaluation mode without gradients, with rank 0's buffers; return to training mode at the end."""
     world.broadcast_tensors_(list(persistent_buffers(model).values()))
     model.eval()
     try:
@@ -130,24 +134,24 @@ def eval_with_rank0_buffers(model: nn.Module, world: World) -> Iterator[None]:
 
 
 def pair_parameters(module: nn.Module, ema_prefix: str, source_prefix: str) -> list[tuple[nn.Parameter, nn.Parameter]]:
-    """The parameters under one prefix, each with its namesake under another."""
-    named = dict(module.named_parameters())
+    """Return (EMA parameter, source parameter) for every parameter name under ``ema_prefix``."""
+    parameters = dict(module.named_parameters())
     return [
-        (each, named[source_prefix + name.removeprefix(ema_prefix)])
-        for name, each in named.items()
+        (parameter, parameters[source_prefix + name.removeprefix(ema_prefix)])
+        for name, parameter in parameters.items()
         if name.startswith(ema_prefix)
     ]
 
 
 @torch.no_grad()
 def update_ema_replicated(module: nn.Module, ema_prefix: str, source_prefix: str, lerp_weight: float) -> None:
-    """``Engine.average`` where a rank holds all weights: nothing is communicated."""
+    """Update the EMA where every rank holds all weights; without communication."""
     for average, parameter in pair_parameters(module, ema_prefix, source_prefix):
         average.lerp_(parameter, lerp_weight)
 
 
 def replicated_parameter_chunks(module: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> list[TensorChunk]:
-    """The pieces of all parameters, where every rank holds them whole."""
+    """Return the chunks of all parameters where every rank holds all weights."""
     return [
         replicated_chunk(
             name,
@@ -160,35 +164,50 @@ def replicated_parameter_chunks(module: nn.Module, optimizer: torch.optim.Optimi
 
 
 def buffer_chunks(module: nn.Module, world: World) -> list[TensorChunk]:
-    """The pieces of what a module keeps beside its parameters: rank 0's, which no other rank need have equal."""
-    return [
-        replace(replicated_chunk(name, {"weight": value}, 0, 1), **({} if world.rank == 0 else {"write_range": (0, 0)}))
-        for name, value in persistent_buffers(module).items()
-    ]
+    """Return the chunks of a module's buffers. Only rank 0 writes its buffers; other ranks' buffers may differ."""
+    chunks = []
+    for name, value in persistent_buffers(module).items():
+        chunk = replicated_chunk(name, {"weight": value}, 0, 1)
+        chunks.append(chunk if world.rank == 0 else replace(chunk, write_range=(0, 0)))
+    return chunks
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """The buffers that a file holds: not those that are computed anew with the module."""
-    kept = module.state_dict().keys()
-    return {name: value for name, value in module.named_buffers() if name in kept}
+    """Return the buffers of a module's state dict, without those that the constructor computes."""
+    stored_names = module.state_dict().keys()
+    return {name: value for name, value in module.named_buffers() if name in stored_names}
 
 
 def to_export_tensor(value: Tensor) -> Tensor:
-    """A weight as exports have it: fp32 on the CPU; what counts stays whole numbers."""
+    """Return a tensor in the form of exports: on the CPU, floats as fp32, integers unchanged."""
     return (value.detach().float() if value.is_floating_point() else value.detach()).cpu()
 
 
 class ReplicatedEngine:
-    """What Plain and Accelerate share: every rank holds all weights and moments, and the optimizer guards itself."""
+    """Base of the plain and Accelerate engines: every rank holds all weights and moments, with a guarded optimizer."""
 
-    def __init__(self, module: nn.Module, optimizer: GuardedOptimizer, cfg: EngineConfig, world: World) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        param_groups: list[dict[str, Any]],
+        optim: OptimConfig,
+        cfg: EngineConfig,
+        world: World,
+        accumulation_steps: int,
+    ) -> None:
         self.device = world.device
-        self.model = module
-        self._module = module
-        self._guard = optimizer
-        self._optimizer: torch.optim.Optimizer = optimizer
+        self._module = model
+        self._cfg = cfg
         self._precision: Precision = cfg.precision
         self._world = world
+        self._accumulation_steps = accumulation_steps
+        self.model, self._guard, self._optimizer = self._prepare(model, param_groups, optim)
+
+    def _prepare(
+        self, model: nn.Module, param_groups: list[dict[str, Any]], optim: OptimConfig
+    ) -> tuple[nn.Module, GuardedOptimizer, torch.optim.Optimizer]:
+        """Place the model on the device; return the model to call, the guarded optimizer, and the optimizer to step."""
+        raise NotImplementedError
 
     def set_lr(self, lr: float) -> None:
         apply_lr(self._guard, lr)

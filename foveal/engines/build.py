@@ -1,4 +1,4 @@
-"""Which engine a config names: what it would refuse, and the engine itself."""
+"""Check the engine settings and build the engine."""
 
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from foveal.optim.optimizers import OptimConfig
 def check_engine_config(
     cfg: EngineConfig, optim: OptimConfig, world_size: int, *, microbatch_size: int, accumulation_steps: int
 ) -> None:
-    """Refuse, before a run begins, what its engine would refuse. Raises: ConfigError."""
+    """Check the settings of engine and optimizer before a run begins. Raises: ConfigError."""
     if cfg.kind == "plain" and world_size > 1:
         raise ConfigError(
             f"engine.kind=plain runs in one process, this run has {world_size}; use deepspeed or accelerate"
@@ -26,13 +26,14 @@ def check_engine_config(
         )
     if optim.kind == "lars" and cfg.sharding == "fsdp2":
         raise ConfigError(
-            "optim.kind=lars wants the norms of whole weights, which engine.sharding=fsdp2 cuts up; use ddp, or sgd or adamw"
+            "optim.kind=lars needs the norms of whole weights, which engine.sharding=fsdp2 cuts up; use ddp, or sgd or "
+            "adamw"
         )
     if "deepspeed" in (cfg.kind, cfg.sharding):
         if optim.kind != "adamw":
             raise ConfigError(
-                f"optim.kind={optim.kind} does not run on DeepSpeed, which takes adamw only; use engine.kind=accelerate with "
-                f"engine.sharding=ddp{'' if optim.kind == 'lars' else ' or fsdp2'}"
+                f"optim.kind={optim.kind} does not run on DeepSpeed, which takes adamw only; use "
+                f"engine.kind=accelerate with engine.sharding=ddp{'' if optim.kind == 'lars' else ' or fsdp2'}"
             )
         from foveal.engines.deepspeed import build_deepspeed_config
 
@@ -40,15 +41,15 @@ def check_engine_config(
         if cfg.deepspeed:
             from foveal.engines.deepspeed_keys import check_deepspeed_keys
 
-            del config["train_batch_size"]  # DeepSpeed would compare it with the ranks that this process knows of
+            del config["train_batch_size"]  # DeepSpeed would compare it with this process's number of ranks
             check_deepspeed_keys(config, cfg.deepspeed)
 
 
 def set_matmul_precision(cfg: EngineConfig) -> None:
-    """How this process multiplies in float32."""
+    """Set this process's float32 precision of products, and deterministic convolutions."""
     torch.set_float32_matmul_precision(cfg.matmul)
-    torch.backends.cudnn.allow_tf32 = cfg.matmul != "highest"  # convolutions have a switch of their own, on by default
-    torch.backends.cudnn.deterministic = True  # or a backward of convolutions may add in another order each time
+    torch.backends.cudnn.allow_tf32 = cfg.matmul != "highest"  # a separate switch for convolutions, on by default
+    torch.backends.cudnn.deterministic = True  # else a convolution's backward may add in a varying order
 
 
 def build_engine(
@@ -61,9 +62,9 @@ def build_engine(
     microbatch_size: int,
     accumulation_steps: int,
 ) -> Engine:
-    """The engine that ``cfg.kind`` names, holding the model on the device.
+    """Build the engine of ``cfg.kind``, with the model on the device.
 
-    Its library is imported only here: DeepSpeed alone takes longer to import than torch.
+    The engine's library is imported only here: DeepSpeed takes longer to import than torch.
     """
     set_matmul_precision(cfg)
     if cfg.recompute:

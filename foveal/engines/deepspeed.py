@@ -1,4 +1,4 @@
-"""DeepSpeed behind the engine's verbs: ZeRO 0 to 3, on GPUs under NCCL or on CPUs under gloo."""
+"""The DeepSpeed engine: ZeRO 0 to 3, on GPUs under NCCL or on CPUs under gloo."""
 
 import logging
 import os
@@ -33,17 +33,17 @@ _RESERVED_KEYS = {"amp", "bf16", "fp16", "optimizer", "scheduler"}
 
 
 def import_deepspeed() -> ModuleType:
-    """Import DeepSpeed the way this machine needs it."""
+    """Import DeepSpeed without its warnings, and without its shared-memory all-reduce on machines without a GPU."""
     os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # of a machine without a GPU it would warn in the middle of our sentences
+    disabled_level = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # DeepSpeed warns about a machine without a GPU
     import deepspeed
 
-    logging.disable(before)
+    logging.disable(disabled_level)
     deepspeed.utils.logger.setLevel(logging.WARNING)
     if not torch.cuda.is_available():
-        # A shared-memory all-reduce that DeepSpeed would compile at the first start (25 s, and it dies where ninja or
-        # c++ is not on PATH). gloo serves as well on a CPU.
+        # DeepSpeed would compile its shared-memory all-reduce at the first start (25 s, and a crash without ninja or
+        # c++ on PATH). gloo is sufficient on a CPU.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
@@ -51,9 +51,9 @@ def import_deepspeed() -> ModuleType:
 def build_deepspeed_config(
     optim: OptimConfig, cfg: EngineConfig, world_size: int, microbatch_size: int, accumulation_steps: int
 ) -> dict[str, Any]:
-    """DeepSpeed's settings, derived. ``engine.deepspeed`` may add keys and not contradict.
+    """Derive DeepSpeed's settings and add those of ``engine.deepspeed``.
 
-    Raises: ConfigError for a key that foveal derives, or that would take precision or the optimizer out of its hands.
+    Raises: ConfigError for a key that foveal derives, or that would change the precision or the optimizer.
     """
     derived: dict[str, Any] = {
         "train_batch_size": microbatch_size * accumulation_steps * world_size,
@@ -61,10 +61,10 @@ def build_deepspeed_config(
         "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": (optim.clip or 0.0) if cfg.zero else 0.0,
         "zero_optimization": {"stage": cfg.zero},
-        # fp32 weights under autocast, as in the other engines. DeepSpeed's own bf16 section trains bf16 weights: an
-        # update below half a unit in the last place does not reach the forward, and the curve is another (17 % off seen).
+        # fp32 weights under autocast, as in the other engines. DeepSpeed's bf16 section trains bf16 weights: an update
+        # below half a unit in the last place does not reach the forward, and the loss deviates (17 % measured).
         "torch_autocast": {"enabled": cfg.precision == "bf16", "dtype": "bfloat16"},
-        "zero_force_ds_cpu_optimizer": False,  # AdamW is foveal's, also where updates are offloaded to the host
+        "zero_force_ds_cpu_optimizer": False,  # foveal's AdamW, also for updates offloaded to the host
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
@@ -82,23 +82,25 @@ def build_deepspeed_config(
 
 
 def _check_zero_options(zero: dict[str, Any]) -> None:
-    """What keeps weights or moments where a checkpoint does not find them, or lets NaN pass. Raises: ConfigError."""
-    where = "engine.deepspeed.zero_optimization"
+    """Refuse options that hide weights or moments from checkpoints, or let NaN pass. Raises: ConfigError."""
+    section = "engine.deepspeed.zero_optimization"
     offload = {name: zero[name] for name in _OFFLOAD_KEYS if isinstance(zero.get(name), dict)}
-    for name, each in offload.items():
-        if each.get("device") == "nvme":
+    for name, options in offload.items():
+        if options.get("device") == "nvme":
             raise ConfigError(
-                f"{where}.{name}.device=nvme: foveal's checkpoints do not reach what lies on a drive; use cpu"
+                f"{section}.{name}.device=nvme: foveal's checkpoints do not reach tensors on a drive; use cpu"
             )
-    for name, there in (("zenflow", zero), ("super_offload", offload.get("offload_optimizer", {}))):
-        if there.get(name):
-            raise ConfigError(f"{where}: {name} keeps states that foveal's checkpoints do not reach; remove it")
+    for name, options in (("zenflow", zero), ("super_offload", offload.get("offload_optimizer", {}))):
+        if options.get(name):
+            raise ConfigError(f"{section}: {name} keeps states that foveal's checkpoints do not reach; remove it")
     if zero.get("compute_grad_norm", True) is not True:
-        raise ConfigError(f"{where}.compute_grad_norm=false: DeepSpeed skips a step by its norm alone; remove it")
+        raise ConfigError(
+            f"{section}.compute_grad_norm=false: DeepSpeed needs the norm to skip a non-finite step; remove it"
+        )
 
 
 class DeepSpeedEngine:
-    """The adapter. DeepSpeed divides the loss by the accumulation count and averages gradients over ranks."""
+    """DeepSpeed, which divides the loss by the accumulation steps and averages gradients over ranks."""
 
     def __init__(
         self,
@@ -112,27 +114,30 @@ class DeepSpeedEngine:
     ) -> None:
         deepspeed = import_deepspeed()
         if cfg.compile and cfg.zero == 3:
-            # A parameter that a module reads from its child is gathered by a hook that compiled code does not pass.
+            # ZeRO 3 gathers a parameter that a module reads from its child in a hook, which compiled code omits.
             for parameter in cast(Any, model).external_parameters():
                 deepspeed.zero.register_external_parameter(model, parameter)
-        self._zero, self._world = cfg.zero, world
+        self.device = world.device
+        self._cfg = cfg
+        self._zero_stage = cfg.zero
+        self._world = world
         self._guard = GuardedAdamW(param_groups, optim) if cfg.zero == 0 else None
         optimizer = self._guard or build_plain_adamw(param_groups, optim)
         self._engine, self._optimizer = self._initialize(
-            model, optimizer, build_deepspeed_config(optim, cfg, world.size, microbatch_size, accumulation_steps), world
+            model, optimizer, build_deepspeed_config(optim, cfg, world.size, microbatch_size, accumulation_steps)
         )
         self.model: nn.Module = self._engine
-        self.device = world.device
         self._gathered = deepspeed.zero.GatheredParameters
         self._full_fp32 = deepspeed.utils.safe_get_full_fp32_param
 
     def _initialize(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], world: World
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]
     ) -> tuple[Any, Any]:
-        """DeepSpeed's engine and its optimizer."""
-        return import_deepspeed().initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[
-            :2
-        ]
+        """Return DeepSpeed's engine and its optimizer."""
+        engine, wrapped, *_ = import_deepspeed().initialize(
+            model=model, optimizer=optimizer, config=config, dist_init_required=False
+        )
+        return engine, wrapped
 
     def set_lr(self, lr: float) -> None:
         apply_lr(self._optimizer, lr)
@@ -158,7 +163,7 @@ class DeepSpeedEngine:
         return StepResult(self._engine.was_step_applied(), float(self._engine.get_global_grad_norm()))
 
     def update_ema(self, ema_prefix: str, source_prefix: str, lerp_weight: float) -> None:
-        if self._zero == 3:
+        if self._zero_stage == 3:
             update_ema_sharded(
                 self._optimizer, pair_parameters(self._engine.module, ema_prefix, source_prefix), lerp_weight
             )
@@ -167,16 +172,15 @@ class DeepSpeedEngine:
 
     @property
     def _adamw(self) -> torch.optim.Optimizer:
-        """AdamW itself, on flat partitions where there are any."""
+        """AdamW, without DeepSpeed's wrapper; under ZeRO 1 to 3 its parameters are flat partitions."""
         return self._guard or cast(Any, self._optimizer).optimizer
 
     def state_chunks(self) -> list[TensorChunk]:
         module = self._engine.module
         if self._guard is not None:
             return replicated_parameter_chunks(module, self._guard, self._world) + buffer_chunks(module, self._world)
-        return sharded_parameter_chunks(module, self._optimizer, self._zero, self._world) + buffer_chunks(
-            module, self._world
-        )
+        chunks = sharded_parameter_chunks(module, self._optimizer, self._zero_stage, self._world)
+        return chunks + buffer_chunks(module, self._world)
 
     @property
     def num_updates(self) -> int:
@@ -184,16 +188,16 @@ class DeepSpeedEngine:
 
     def on_state_loaded(self, num_updates: int) -> None:
         set_num_updates(self._adamw, num_updates)
-        if self._zero:
-            copy_master_weights_to_model(self._optimizer, self._zero)
+        if self._zero_stage:
+            copy_master_weights_to_model(self._optimizer, self._zero_stage)
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        whole = {}
+        weights = {}
         for name, parameter in self._engine.module.named_parameters():
             with self._gathered([parameter]):
-                # The fp32 master where there is one: under bf16 the module's own copy has lost digits.
-                master = self._full_fp32(parameter) if self._zero and parameter.requires_grad else None
-                whole[name] = (parameter if master is None else master).detach().float().cpu().clone()
-        return whole | {
+                # The fp32 master if it exists: under bf16 the module's own copy is rounded.
+                master = self._full_fp32(parameter) if self._zero_stage and parameter.requires_grad else None
+                weights[name] = (parameter if master is None else master).detach().float().cpu().clone()
+        return weights | {
             name: to_export_tensor(value) for name, value in persistent_buffers(self._engine.module).items()
         }

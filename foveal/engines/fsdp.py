@@ -1,4 +1,4 @@
-"""FSDP2: torch's fully_shard around each block, and where its shards lie."""
+"""FSDP2: apply torch's fully_shard to each block, and find each rank's shards."""
 
 import math
 from typing import Any, cast
@@ -17,85 +17,86 @@ from foveal.optim.optimizers import GuardedAdamW, GuardedOptimizer, GuardedSGD, 
 
 
 class _ShardedOptimizer(GuardedOptimizer):
-    """The guard over shards: its norm is that of all ranks together, so that they clip and skip alike."""
+    """The guard for shards: its gradient norm is global, so that all ranks clip and skip alike."""
 
     def total_norm(self, gradients: list[Tensor]) -> Tensor:
         return cast(DTensor, super().total_norm(gradients)).full_tensor()
 
 
 class _ShardedAdamW(_ShardedOptimizer, GuardedAdamW):
-    """AdamW over shards."""
+    """AdamW for shards."""
 
 
 class _ShardedSGD(_ShardedOptimizer, GuardedSGD):
-    """SGD over shards."""
+    """SGD for shards."""
 
 
 def build_sharded_optimizer(param_groups: list[dict[str, Any]], cfg: OptimConfig) -> GuardedOptimizer:
-    """The optimizer of these settings behind the guard, over shards; LARS, which needs whole weights, is refused before."""
+    """Build the guarded optimizer for shards; ``check_engine_config`` refuses LARS, which needs whole weights."""
     return {"adamw": _ShardedAdamW, "sgd": _ShardedSGD}[cfg.kind](param_groups, cfg)
 
 
 def apply_fsdp(model: nn.Module, param_groups: list[dict[str, Any]], world: World) -> list[dict[str, Any]]:
-    """Shard a model in place, block by block; the same groups, of the parameters that it has now.
+    """Shard a model in place, block by block; return the parameter groups with the sharded parameters.
 
-    A block is a child of a list of modules of one type. What lies outside of blocks is one unit, gathered for the whole
-    of a forward, so that a module may read what its child holds.
+    A block is a child of a module list of one type. All other parameters form one unit that is gathered for the entire
+    forward, so that a module may read its child's parameters.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     mesh = init_device_mesh(world.device.type, (world.size,))
     for block in reversed(_find_blocks(model)):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    now = dict(model.named_parameters())
-    return [group | {"params": [now[names[id(old)]] for old in group["params"]]} for group in param_groups]
+    sharded = dict(model.named_parameters())
+    return [group | {"params": [sharded[names[id(old)]] for old in group["params"]]} for group in param_groups]
 
 
 def _find_blocks(model: nn.Module) -> list[nn.Module]:
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
     return [
         child
-        for each in lists
-        if len(each) > 1 and len({type(child) for child in each}) == 1
-        for child in each
+        for modules in lists
+        if len(modules) > 1 and len({type(child) for child in modules}) == 1
+        for child in modules
         if any(True for _ in child.parameters()) and not isinstance(child, nn.ModuleList | nn.ModuleDict)
     ]
 
 
 def sharded_parameter_chunks(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[TensorChunk]:
-    """The pieces of all parameters: consecutive rows of each."""
+    """Return the chunks of all parameters: consecutive rows of each."""
     _reshard_modules(module)
-    found = []
+    chunks = []
     for name, parameter in module.named_parameters():
         shards = {"weight": parameter} | (get_moments(optimizer, parameter) if parameter.requires_grad else {})
-        parts = {part: cast(DTensor, value.detach()).to_local().view(-1) for part, value in shards.items()}
-        whole = cast(DTensor, parameter)
-        _, offset = compute_local_shape_and_global_offset(whole.shape, whole.device_mesh, whole.placements)
-        row = math.prod(whole.shape[1:])
-        found.append(TensorChunk(name, tuple(whole.shape), offset[0] * row, parts, (0, len(parts["weight"]))))
-    return found
+        tensors = {part: cast(DTensor, value.detach()).to_local().view(-1) for part, value in shards.items()}
+        dtensor = cast(DTensor, parameter)
+        _, offset = compute_local_shape_and_global_offset(dtensor.shape, dtensor.device_mesh, dtensor.placements)
+        row_size = math.prod(dtensor.shape[1:])
+        start = offset[0] * row_size
+        chunks.append(TensorChunk(name, tuple(dtensor.shape), start, tensors, (0, len(tensors["weight"]))))
+    return chunks
 
 
 @torch.no_grad()
 def update_ema_sharded(module: nn.Module, pairs: list[tuple[nn.Parameter, nn.Parameter]], lerp_weight: float) -> None:
-    """Move this rank's rows of each first parameter towards those of the second, which lie alike."""
+    """Interpolate this rank's rows of each EMA parameter to its source, which is sharded alike."""
     _reshard_modules(module)
     for average, parameter in pairs:
-        mine, hers = (cast(DTensor, each.detach()).to_local() for each in (average, parameter))
-        mine.lerp_(hers, lerp_weight)
+        average_rows = cast(DTensor, average.detach()).to_local()
+        average_rows.lerp_(cast(DTensor, parameter.detach()).to_local(), lerp_weight)
 
 
 def _reshard_modules(module: nn.Module) -> None:
-    """Put away what a forward without a backward has gathered."""
-    for each in module.modules():
-        if isinstance(each, FSDPModule):
-            each.reshard()
+    """Free the parameters that a forward without a backward has gathered."""
+    for submodule in module.modules():
+        if isinstance(submodule, FSDPModule):
+            submodule.reshard()
 
 
 def gather_full_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """All weights, whole, as exports have them; every rank calls it."""
-    whole = {}
+    """Return all unsharded weights in the form of exports; every rank calls it."""
+    weights = {}
     for name, value in module.state_dict().items():
         tensor = value.full_tensor() if isinstance(value, DTensor) else value
-        whole[name] = to_export_tensor(tensor)
-    return whole
+        weights[name] = to_export_tensor(tensor)
+    return weights

@@ -1,31 +1,26 @@
-"""The reference engine: one process and nothing else."""
+"""The plain engine: one process, without a library."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from foveal.distributed.world import World
-from foveal.engines.base import EngineConfig, ReplicatedEngine, autocast
-from foveal.optim.optimizers import OptimConfig, build_optimizer
+from foveal.engines.base import ReplicatedEngine, autocast
+from foveal.optim.optimizers import GuardedOptimizer, OptimConfig, build_optimizer
 
 
 class PlainEngine(ReplicatedEngine):
-    """One process and nothing else: the reference that the other engines must equal."""
+    """The reference engine: one process, without a library; all other engines must equal it."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        param_groups: list[dict[str, Any]],
-        optim: OptimConfig,
-        cfg: EngineConfig,
-        world: World,
-        accumulation_steps: int,
-    ) -> None:
-        assert world.size == 1, "check_engine refuses more"
-        super().__init__(model.to(world.device), build_optimizer(param_groups, optim), cfg, world)
-        self._accumulate = accumulation_steps
+    def _prepare(
+        self, model: nn.Module, param_groups: list[dict[str, Any]], optim: OptimConfig
+    ) -> tuple[nn.Module, GuardedOptimizer, torch.optim.Optimizer]:
+        assert self._world.size == 1, "check_engine_config refuses more ranks"
+        model.to(self.device)
+        guard = build_optimizer(param_groups, optim)
+        return model, guard, guard
 
     @contextmanager
     def microbatch(self, *, last: bool) -> Iterator[None]:
@@ -34,4 +29,4 @@ class PlainEngine(ReplicatedEngine):
 
     def backward(self, loss: Tensor) -> None:
         with autocast(self.device, "fp32"):
-            (loss / self._accumulate).backward()
+            (loss / self._accumulation_steps).backward()

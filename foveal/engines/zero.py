@@ -1,6 +1,7 @@
-"""Where DeepSpeed's ZeRO optimizers keep what a rank holds, and how the working weights follow their masters.
+"""Chunks of DeepSpeed's ZeRO partitions, and copies of fp32 master weights to the model.
 
-DeepSpeed 0.19.8's own attributes: its checkpoints can be loaded by as many ranks as wrote them, foveal's by any.
+Uses internal attributes of DeepSpeed 0.19.8, because DeepSpeed's checkpoints load only on the number of ranks that
+wrote them, foveal's on any.
 """
 
 from typing import Any, cast
@@ -14,31 +15,33 @@ from foveal.optim.optimizers import get_moments
 
 
 def sharded_parameter_chunks(module: nn.Module, optimizer: Any, zero_stage: int, world: World) -> list[TensorChunk]:
-    """The pieces of all parameters under ZeRO 1, 2 (masters) and 3."""
-    piece = _zero3_chunk if zero_stage == 3 else _zero12_chunk
-    return [piece(name, value, optimizer, world) for name, value in module.named_parameters()]
+    """Return the chunks of all parameters under ZeRO 1 to 3; the weights are the fp32 masters."""
+    make_chunk = _zero3_chunk if zero_stage == 3 else _zero12_chunk
+    return [make_chunk(name, value, optimizer, world) for name, value in module.named_parameters()]
 
 
 def _zero12_chunk(name: str, parameter: nn.Parameter, optimizer: Any, world: World) -> TensorChunk:
-    """A run that ends where the rank's flat partition of the group does, which may be anywhere, or nothing."""
+    """Return the part of a parameter in the rank's flat partition of its group: any range, or an empty one."""
     if not parameter.requires_grad:
         return replicated_chunk(name, {"weight": parameter}, world.rank, world.size)
-    held: Any = getattr(parameter, "_hp_mapping")  # noqa: B009 - DeepSpeed puts it there
+    mapping: Any = getattr(parameter, "_hp_mapping")  # noqa: B009 - an attribute that DeepSpeed sets
     shape = tuple(parameter.shape)
-    if held is None:
+    if mapping is None:
         flat = optimizer.single_partition_of_fp32_groups[0]
         return _partition_chunk(name, shape, 0, flat, optimizer, 0, 0)
-    flat = optimizer.single_partition_of_fp32_groups[held.param_group_index]
-    place = held.hp_fragment_address
-    return _partition_chunk(name, shape, held.lp_fragment_address.start, flat, optimizer, place.start, place.numel)
+    flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+    start = mapping.lp_fragment_address.start
+    fragment = mapping.hp_fragment_address
+    return _partition_chunk(name, shape, start, flat, optimizer, fragment.start, fragment.numel)
 
 
 def _zero3_chunk(name: str, parameter: nn.Parameter, optimizer: Any, world: World) -> TensorChunk:
-    """An equal share of every parameter; the last ones are padded."""
+    """Return the rank's partition of a parameter; all partitions are equally long, the last ones padded."""
     sharded: Any = parameter
-    share, shape = sharded.partition_numel(), tuple(sharded.ds_shape)
-    start = min(share * world.rank, sharded.ds_numel)
-    size = min(share, sharded.ds_numel - start)
+    partition_size = sharded.partition_numel()
+    shape = tuple(sharded.ds_shape)
+    start = min(partition_size * world.rank, sharded.ds_numel)
+    size = min(partition_size, sharded.ds_numel - start)
     if not parameter.requires_grad:
         return TensorChunk(name, shape, start, {"weight": sharded.ds_tensor.detach().view(-1)[:size]}, (0, size))
     group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
@@ -48,29 +51,30 @@ def _zero3_chunk(name: str, parameter: nn.Parameter, optimizer: Any, world: Worl
 def _partition_chunk(
     name: str, shape: tuple[int, ...], start: int, flat: Tensor, optimizer: Any, offset: int, size: int
 ) -> TensorChunk:
-    parts = {"weight": flat} | get_moments(optimizer.optimizer, flat)
-    return TensorChunk(name, shape, start, {k: v.detach().narrow(0, offset, size) for k, v in parts.items()}, (0, size))
+    partitions = {"weight": flat} | get_moments(optimizer.optimizer, flat)
+    tensors = {part: value.detach().narrow(0, offset, size) for part, value in partitions.items()}
+    return TensorChunk(name, shape, start, tensors, (0, size))
 
 
 @torch.no_grad()
 def update_ema_sharded(optimizer: Any, pairs: list[tuple[nn.Parameter, nn.Parameter]], lerp_weight: float) -> None:
-    """Move this rank's share of each first parameter towards that of the second, under ZeRO 3, on all ranks.
+    """Interpolate this rank's partition of each EMA parameter to its source, under ZeRO 3; every rank calls it.
 
-    Two parameters of one shape are shared out alike.
+    Parameters of equal shape have equal partitions.
     """
-    optimizer.checkpoint_event_prologue()  # puts away what is gathered, which is of the old weights
+    optimizer.checkpoint_event_prologue()  # frees gathered parameters, which hold the old weights
     for average, parameter in pairs:
         cast(Any, average).ds_tensor.lerp_(cast(Any, parameter).ds_tensor, lerp_weight)
-    optimizer.checkpoint_event_epilogue()  # gathers what stays gathered
+    optimizer.checkpoint_event_epilogue()  # gathers persistent parameters again
 
 
 @torch.no_grad()
 def copy_master_weights_to_model(optimizer: Any, zero_stage: int) -> None:
-    """Give the masters' values to the working weights, on all ranks."""
+    """Copy the fp32 master weights to the model's weights; every rank calls it."""
     if zero_stage < 3:
         optimizer.update_lp_params()
         return
-    optimizer.checkpoint_event_prologue()  # puts away what is gathered, which is of the old weights
+    optimizer.checkpoint_event_prologue()  # frees gathered parameters, which hold the old weights
     for group in range(len(optimizer.fp16_groups)):
         optimizer._reassign_or_swap_out_partitioned_parameters(group)  # noqa: SLF001
-    optimizer.checkpoint_event_epilogue()  # gathers what stays gathered
+    optimizer.checkpoint_event_epilogue()  # gathers persistent parameters again

@@ -1,1 +1,1 @@
-"""`foveal plan`: what a config will need and take on so many GPUs, computed on a machine that has none."""
+"""`foveal plan`: memory, time and traffic of a config on a cluster, computed on a machine without GPUs."""

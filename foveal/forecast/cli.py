@@ -1,4 +1,4 @@
-"""`foveal plan`: the command line."""
+"""Command line of `foveal plan`."""
 
 import importlib
 import json
@@ -20,7 +20,7 @@ STAGE_NAMES = ("pretrain", "distill", "finetune")
 
 
 def resolve_stage_name(config: str, stage: str | None) -> str:
-    """The stage that a config is of: the one given, or that of its folder. Raises: ConfigError."""
+    """Return the stage of a config: as given, or from its folder. Raises: ConfigError if unknown or ambiguous."""
     if stage is not None:
         if stage not in STAGE_NAMES:
             raise ConfigError(f"--stage {stage} does not exist; there are {', '.join(STAGE_NAMES)}")
@@ -28,58 +28,60 @@ def resolve_stage_name(config: str, stage: str | None) -> str:
     folder = Path(config).parent.name
     if folder in STAGE_NAMES:
         return folder
-    found = [each for each in STAGE_NAMES if Path("configs", each, f"{config}.yaml").is_file()]
-    if len(found) != 1:
-        raise ConfigError(
-            f"which stage {config} is of cannot be seen from its place; give --stage {'|'.join(STAGE_NAMES)}"
-        )
-    return found[0]
+    candidates = [name for name in STAGE_NAMES if Path("configs", name, f"{config}.yaml").is_file()]
+    if len(candidates) != 1:
+        raise ConfigError(f"the folder of {config} does not determine its stage; give --stage {'|'.join(STAGE_NAMES)}")
+    return candidates[0]
 
 
 def import_stage(name: str) -> Any:
-    """A stage by name: the stages import foveal, so foveal finds them only when it is asked to."""
+    """Return a stage by name. The import is dynamic, because stages import foveal and never the reverse."""
     return importlib.import_module(f"{name}.run").STAGE
 
 
 def plan_command(
     config: Annotated[str, typer.Argument(help="A YAML file, or the name of one in configs/STAGE/.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node; one rank each.")] = 1,
-    stage: Annotated[str | None, typer.Option(help="pretrain, distill or finetune; default: CONFIG's folder.")] = None,
-    gpu: Annotated[str | None, typer.Option(help="a100, a100-40, l40s, h100, h200, b200.")] = None,
-    gpu_memory: Annotated[float | None, typer.Option(help="GB of a GPU, if not --gpu's.")] = None,
-    peak_tflops: Annotated[float | None, typer.Option(help="TFLOP/s of a GPU at best, if not --gpu's.")] = None,
-    mfu: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of that which is reached.")] = 0.4,
-    partition: Annotated[str | None, typer.Option(help="Slurm's partition; default: its default.")] = None,
-    time: Annotated[
-        str | None, typer.Option(help="A job's time as sbatch takes it; default: the job script's.")
+    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs per node, one rank each.")] = 1,
+    stage: Annotated[
+        str | None, typer.Option(help="pretrain, distill or finetune; default: from CONFIG's folder.")
     ] = None,
-    write_speed: Annotated[float, typer.Option(help="GB/s that all ranks write to the run directory.")] = 1.0,
-    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    gpu: Annotated[str | None, typer.Option(help="GPU model: a100, a100-40, l40s, h100, h200, b200.")] = None,
+    gpu_memory: Annotated[float | None, typer.Option(help="GPU memory in GB; default: from --gpu.")] = None,
+    peak_tflops: Annotated[float | None, typer.Option(help="Peak TFLOP/s of a GPU; default: from --gpu.")] = None,
+    mfu: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Model FLOPs utilisation, a fraction of the peak.")
+    ] = 0.4,
+    partition: Annotated[str | None, typer.Option(help="Slurm partition; default: Slurm's default.")] = None,
+    time: Annotated[
+        str | None, typer.Option(help="Time limit of a job, as for sbatch; default: from the job script.")
+    ] = None,
+    write_speed: Annotated[float, typer.Option(help="Write bandwidth to the run directory, all ranks, in GB/s.")] = 1.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """What CONFIG needs and takes on so many GPUs, and what will not do; needs no GPU. Exit code 2 if it cannot run."""
+    """Forecast memory, time and traffic of CONFIG on a cluster, without a GPU. Exit code 2 if it cannot run."""
     from foveal.forecast.forecast import ClusterSpec, Forecast
     from foveal.forecast.gpu_specs import find_gpu_spec
     from foveal.forecast.problems import find_problems
     from foveal.forecast.report import forecast_to_dict, format_forecast
     from foveal.training.cli import load_config
 
-    found = import_stage(resolve_stage_name(config, stage))
-    cfg = load_config(found.config, found.name, config, overrides or [])
-    card = None if gpu is None else find_gpu_spec(gpu)
-    rate = peak_tflops or (card.peak_tflops(cfg.engine) if card else None)
-    size = gpu_memory or (card.memory_gb if card else None)
-    machine = ClusterSpec(
+    planned_stage = import_stage(resolve_stage_name(config, stage))
+    cfg = load_config(planned_stage.config_class, planned_stage.name, config, overrides or [])
+    gpu_spec = None if gpu is None else find_gpu_spec(gpu)
+    tflops = peak_tflops or (gpu_spec.peak_tflops(cfg.engine) if gpu_spec else None)
+    memory_gb = gpu_memory or (gpu_spec.memory_gb if gpu_spec else None)
+    cluster = ClusterSpec(
         nodes,
         gpus_per_node,
         mfu,
         write_speed * 1e9,
-        peak_flops_per_second=None if rate is None else rate * 1e12,
-        gpu_memory_bytes=None if size is None else size * 1e9,
+        peak_flops_per_second=None if tflops is None else tflops * 1e12,
+        gpu_memory_bytes=None if memory_gb is None else memory_gb * 1e9,
     )
-    forecast = Forecast(found, found.plan(cfg, machine.world_size), machine)
-    slurm, request = find_slurm_partition(partition), read_job_script_request(found.name)
+    forecast = Forecast(planned_stage, planned_stage.build_plan(cfg, cluster.world_size), cluster)
+    slurm, request = find_slurm_partition(partition), read_job_script_request(planned_stage.name)
     limits = _job_limits(slurm, request, time)
     problems = find_problems(forecast, limits, slurm, None if time else request)
     if as_json:
@@ -94,16 +96,16 @@ def plan_command(
 
 
 def _job_limits(slurm: SlurmPartition | None, request: JobScriptRequest | None, time: str | None) -> Any:
-    """A job's time: as given, else as its script asks, else what the partition gives; never more than it allows."""
+    """Return a job's time limit: --time, else the job script's, else the partition's default; at most its maximum."""
     from foveal.forecast.problems import JobLimits
 
-    asked, whose = (request.time_seconds, request.script) if request else (None, "nobody")
+    seconds, source = (request.time_seconds, request.script) if request else (None, "nobody")
     if time is not None:
-        asked, whose = parse_slurm_time(time), "--time"
-        if asked is None:
-            raise ConfigError(f"--time {time} is no time; write minutes, H:M:S or D-H:M:S, as for sbatch")
+        seconds, source = parse_slurm_time(time), "--time"
+        if seconds is None:
+            raise ConfigError(f"--time {time} is not a time; write minutes, H:M:S or D-H:M:S, as for sbatch")
     if slurm is not None:
-        allowed = slurm.longest if asked is not None else slurm.default or slurm.longest
-        if allowed is not None and (asked is None or asked > allowed):
-            asked, whose = allowed, f"partition {slurm.name}"
-    return JobLimits(asked, request.notice_seconds if request else None, whose)
+        limit = slurm.longest if seconds is not None else slurm.default or slurm.longest
+        if limit is not None and (seconds is None or seconds > limit):
+            seconds, source = limit, f"partition {slurm.name}"
+    return JobLimits(seconds, request.notice_seconds if request else None, source)

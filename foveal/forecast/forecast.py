@@ -1,4 +1,4 @@
-"""What a plan comes to on a cluster: memory, work, time and traffic, as numbers."""
+"""Memory, FLOPs, time and network traffic of a plan on a cluster."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,9 +16,9 @@ _PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 
 @dataclass(frozen=True, slots=True)
 class ClusterSpec:
-    """The GPUs that a plan is made for: operations a second at best, the share of them that is reached, bytes.
+    """The GPUs of a plan: number, peak FLOP/s and memory of a GPU, and model FLOPs utilisation (``mfu``).
 
-    write_bytes: what all ranks together write a second to the run directory's disk.
+    ``write_bytes_per_second`` is the bandwidth of all ranks to the run directory's disk.
     """
 
     nodes: int
@@ -30,13 +30,13 @@ class ClusterSpec:
 
     @property
     def world_size(self) -> int:
-        """One for every GPU."""
+        """Number of ranks, one per GPU."""
         return self.nodes * self.gpus_per_node
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """A stage's plan on a machine."""
+    """A stage's plan on a cluster."""
 
     stage: Stage[Any, Any]
     plan: Plan
@@ -56,117 +56,119 @@ class Forecast:
         return self.estimate_memory_with(self.plan.cfg.engine)
 
     def estimate_memory_with(self, engine_cfg: EngineConfig, microbatch_size: int | None = None) -> MemoryEstimate:
-        """The memory of a rank under another engine, or with fewer images at once."""
+        """Return the memory of a rank under another engine, or with another microbatch size."""
         plan = self.plan
-        samples = microbatch_size or plan.microbatch_size
-        micros = plan.microbatch_size * plan.accumulation_steps // samples
-        trace = self._trace(engine_cfg.precision, samples, recompute=engine_cfg.recompute)
+        size = microbatch_size or plan.microbatch_size
+        trace = self._trace(engine_cfg.precision, size, recompute=engine_cfg.recompute)
         return estimate_memory(
             self.parameter_counts,
             trace,
             engine_cfg,
             plan.cfg.optim,
             world_size=plan.world_size,
-            num_microbatches=micros,
+            num_microbatches=plan.microbatch_size * plan.accumulation_steps // size,
         )
 
     @cached_property
     def memory_by_sharding(self) -> dict[str, dict[str, MemoryEstimate]]:
-        """The memory of a rank by how the state is shared, then by precision and recomputation."""
+        """Memory of a rank by sharding of the state, then by precision and recomputation."""
         cfg = self.plan.cfg.engine
-        ways = {
+        variants = {
             f"{precision}{', recompute' if recompute else ''}": {"precision": precision, "recompute": recompute}
             for precision in _PRECISIONS
             for recompute in ((False, True) if self.parameter_counts.can_recompute else (False,))
         }
         return {
-            name: {way: self.estimate_memory_with(cfg.model_copy(update=change | how)) for way, how in ways.items()}
-            for name, change in sharding_options(self.plan.cfg).items()
+            sharding: {
+                variant: self.estimate_memory_with(cfg.model_copy(update=sharding_update | variant_update))
+                for variant, variant_update in variants.items()
+            }
+            for sharding, sharding_update in sharding_options(self.plan.cfg).items()
         }
 
     @property
     def selected_sharding(self) -> str:
-        """The row of ``choices`` that the config asks for."""
+        """The row of ``memory_by_sharding`` that the config selects."""
         cfg = self.plan.cfg.engine
         return next(
-            name for name, change in sharding_options(self.plan.cfg).items() if cfg.model_copy(update=change) == cfg
+            name for name, update in sharding_options(self.plan.cfg).items() if cfg.model_copy(update=update) == cfg
         )
 
     @property
     def selected_variant(self) -> str:
-        """The column of ``choices`` that the config asks for."""
+        """The column of ``memory_by_sharding`` that the config selects."""
         cfg = self.plan.cfg.engine
         return f"{cfg.precision}{', recompute' if cfg.recompute else ''}"
 
     @property
     def flops_per_step(self) -> float:
-        """Of all ranks together."""
+        """Floating-point operations of a step, all ranks."""
         return self.flops_per_sample.forward_backward * self.plan.cfg.batch.images
 
     @property
     def step_seconds(self) -> float | None:
-        """At the stated share of the GPUs' rate; nothing where that is not known."""
+        """Seconds per step at ``mfu`` of the GPUs' peak; None if the peak is unknown."""
         rate = self.cluster.peak_flops_per_second
         return None if rate is None else self.flops_per_step / (self.cluster.world_size * rate * self.cluster.mfu)
 
     @property
     def total_seconds(self) -> float | None:
-        """From the first step to the last, of every run that it comes to."""
+        """Seconds from the first step to the last, of all runs of the plan; None if the GPUs' peak is unknown."""
         step = self.step_seconds
         return None if step is None else step * self.plan.total_steps * self.plan.num_runs
 
     @property
     def checkpoint_bytes(self) -> int:
-        """fp32 weights and moments of what is trained, and what else the model keeps."""
+        """fp32 weights and moments of trained parameters, and frozen tensors of the model's state."""
         return (
             1 + self.plan.cfg.optim.moments_per_parameter
         ) * _FP32 * self.parameter_counts.trainable + self.parameter_counts.frozen_checkpoint_bytes
 
     @property
     def save_seconds(self) -> float:
-        """To write one checkpoint, by all ranks together."""
+        """Seconds to write a checkpoint, all ranks in parallel."""
         return self.checkpoint_bytes / self.cluster.write_bytes_per_second
 
     @property
     def mean_image_bytes(self) -> float:
-        """The mean of the first set's samples."""
+        """Mean size of a sample of the first data set, in bytes."""
         source = self.plan.training_set.sources[0]
         shards = source.dataset.manifest.splits[source.split].shards
         return sum(shard.bytes for shard in shards) / max(1, sum(shard.samples for shard in shards))
 
     @property
     def images_per_second_per_rank(self) -> float | None:
-        """That a rank must decode, so that it never waits."""
+        """Images that a rank must decode per second to keep up with training; None if the GPUs' peak is unknown."""
         step = self.step_seconds
         return None if step is None else self.plan.cfg.batch.images / self.plan.world_size / step
 
     def network_bytes_per_step(self, engine_cfg: EngineConfig) -> float:
-        """Bytes that a rank sends in a step, where collectives go round a ring."""
-        ranks, micros = self.plan.world_size, self.plan.accumulation_steps
-        share = (ranks - 1) / ranks
-        whole = self.parameter_counts.trainable * _FP32
-        # DeepSpeed communicates gradients of linear layers in autocast's type.
-        lowered = whole - (
+        """Return the bytes that a rank sends in a step, with ring collectives."""
+        ranks, microbatches = self.plan.world_size, self.plan.accumulation_steps
+        ring = (ranks - 1) / ranks
+        fp32_bytes = self.parameter_counts.trainable * _FP32
+        # DeepSpeed communicates gradients of linear layers in autocast's dtype.
+        autocast_bytes = fp32_bytes - (
             self.parameter_counts.linear_trainable * (_FP32 - _BF16) if engine_cfg.precision == "bf16" else 0
         )
         stage = deepspeed_zero_stage(engine_cfg)
         if stage == 3:
-            return share * micros * (lowered + lowered)  # weights once a micro, gradients once
+            return ring * microbatches * (autocast_bytes + autocast_bytes)  # per microbatch: weights, gradients
         if stage == 2:
-            return share * (micros * 2 * lowered + whole)  # all-reduce in every micro, updated weights once
+            return ring * (microbatches * 2 * autocast_bytes + fp32_bytes)  # all-reduce per microbatch, weights once
         if stage == 1:
-            return share * (2 * lowered + whole)
+            return ring * (2 * autocast_bytes + fp32_bytes)
         if engine_cfg.kind == "accelerate" and engine_cfg.sharding == "fsdp2":
-            return share * micros * 3 * whole  # weights forward and backward, gradients
-        return share * 2 * whole
+            return ring * microbatches * 3 * fp32_bytes  # weights in forward and in backward, gradients
+        return ring * 2 * fp32_bytes
 
     @cached_property
     def network_bytes_by_sharding(self) -> dict[str, float]:
-        """By how the state is shared."""
+        """Bytes that a rank sends in a step, by sharding of the state."""
         cfg = self.plan.cfg.engine
         return {
-            name: self.network_bytes_per_step(cfg.model_copy(update=change))
-            for name, change in sharding_options(self.plan.cfg).items()
+            name: self.network_bytes_per_step(cfg.model_copy(update=update))
+            for name, update in sharding_options(self.plan.cfg).items()
         }
 
     @property
@@ -176,14 +178,22 @@ class Forecast:
     def _build(self, device: Any) -> Any:
         return self.stage.build(self.plan, device)
 
-    def _trace(self, precision: Precision, samples: int, *, recompute: bool) -> MemoryTrace:
-        found = self._traces.get((precision, samples, recompute))
-        if found is None:
+    def _trace(self, precision: Precision, batch_size: int, *, recompute: bool) -> MemoryTrace:
+        trace = self._traces.get((precision, batch_size, recompute))
+        if trace is None:
             data = self.plan.cfg.data
-            seen = self._build, samples, data.channels, data.image_hw, data.labels, self._num_classes
-            found = trace_memory(*seen, precision=precision, recompute=recompute)
-            self._traces[precision, samples, recompute] = found
-        return found
+            trace = trace_memory(
+                self._build,
+                batch_size,
+                data.channels,
+                data.image_hw,
+                data.labels,
+                self._num_classes,
+                precision=precision,
+                recompute=recompute,
+            )
+            self._traces[precision, batch_size, recompute] = trace
+        return trace
 
     @cached_property
     def _traces(self) -> dict[tuple[Precision, int, bool], MemoryTrace]:
@@ -191,14 +201,11 @@ class Forecast:
 
 
 def sharding_options(stage_cfg: StageConfig) -> dict[str, dict[str, Any]]:
-    """How the engine of these settings may share its state, by the name that a user knows."""
+    """Return the engine settings of every sharding that the configured engine supports, by display name."""
     cfg = stage_cfg.engine
-    zeros = {f"ZeRO {stage}": {"zero": stage} for stage in (0, 1, 2, 3)}
-    if cfg.kind == "deepspeed":
-        return zeros
     if cfg.kind == "plain":
         return {"plain": {}}
-    if cfg.sharding == "deepspeed":
-        return zeros
-    whole = {"DDP": {"sharding": "ddp"}}
-    return whole if stage_cfg.optim.kind == "lars" else whole | {"FSDP2": {"sharding": "fsdp2"}}
+    if cfg.kind == "deepspeed" or cfg.sharding == "deepspeed":
+        return {f"ZeRO {stage}": {"zero": stage} for stage in (0, 1, 2, 3)}
+    ddp = {"DDP": {"sharding": "ddp"}}
+    return ddp if stage_cfg.optim.kind == "lars" else ddp | {"FSDP2": {"sharding": "fsdp2"}}

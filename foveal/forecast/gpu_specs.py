@@ -1,4 +1,4 @@
-"""GPUs by name, as their vendors' data sheets describe them (dense rates, without sparsity), and how fast each may go."""
+"""GPU memory and peak rates from vendors' data sheets (dense, without sparsity)."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from foveal.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class GpuSpec:
-    """Memory in 10^9 bytes; rates in 10^12 operations a second for bf16, TF32 and fp32 products."""
+    """Memory in 10^9 bytes; peak rates in 10^12 FLOP/s for bf16, TF32 and fp32 matrix products."""
 
     memory_gb: float
     bf16_tflops: float
@@ -16,7 +16,7 @@ class GpuSpec:
     fp32_tflops: float
 
     def peak_tflops(self, cfg: EngineConfig) -> float:
-        """The highest rate that an engine's products can have."""
+        """Return the peak rate of matrix products under the engine's precision settings."""
         if cfg.precision == "bf16":
             return self.bf16_tflops
         return self.fp32_tflops if cfg.matmul == "highest" else self.tf32_tflops
@@ -33,10 +33,10 @@ GPU_SPECS = {
 
 
 def find_gpu_spec(name: str) -> GpuSpec:
-    """The GPU of a name. Raises: ConfigError that lists the names."""
-    found = GPU_SPECS.get(name.lower())
-    if found is None:
+    """Return the GPU of a name. Raises: ConfigError with the known names."""
+    spec = GPU_SPECS.get(name.lower())
+    if spec is None:
         raise ConfigError(
             f"--gpu {name} is not known; there are {', '.join(GPU_SPECS)}, or give --gpu-memory and --peak-tflops"
         )
-    return found
+    return spec

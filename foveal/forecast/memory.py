@@ -1,7 +1,7 @@
-"""What an engine holds on each GPU besides the micro itself: weights, gradients, moments, and the library's buffers.
+"""Memory of a rank besides the microbatch: weights, gradients, moments, and the engine's buffers.
 
-Weights are fp32 under bf16 too: what autocast copies lives in the micro. What DeepSpeed does was read in its sources
-(0.19, runtime/zero/stage_1_and_2.py and stage3.py); benchmarks/memory.py compares it all with what was allocated.
+Weights are fp32 under bf16 too: autocast's copies count as the microbatch. DeepSpeed's behaviour is from its sources
+(0.19, runtime/zero/stage_1_and_2.py and stage3.py); benchmarks/memory.py compares the estimates with measurements.
 """
 
 from dataclasses import dataclass
@@ -12,20 +12,20 @@ from foveal.forecast.trace import MemoryTrace, ParameterCounts
 from foveal.optim.optimizers import OptimConfig
 
 _FP32, _BF16 = 4, 2
-# DeepSpeed's defaults, in numbers of elements.
+# DeepSpeed's defaults, in elements.
 _BUCKET_ELEMENTS = 5e8
-_PERSISTENCE_THRESHOLD = 1e5  # ZeRO 3 partitions no parameter below this
-_REUSE_ELEMENTS = 1e9  # ZeRO 3 keeps gathered what is needed again within so many
+_PERSISTENCE_THRESHOLD = 1e5  # ZeRO 3 does not partition smaller parameters
+_REUSE_ELEMENTS = 1e9  # ZeRO 3 keeps weights gathered that are reused within this distance
 _PREFETCH_ELEMENTS = 5e7
 
-# What is no tensor: assumed, not measured. CUDA's context, cuBLAS's workspaces, NCCL's channels; fragmentation.
+# Memory outside tensors, assumed, not measured: CUDA context, cuBLAS workspaces, NCCL channels; fragmentation.
 CUDA_CONTEXT_BYTES = 1.5e9
 FRAGMENTATION_FACTOR = 1.08
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes of one rank. ``peak`` is the most that lives at once, while it starts or trains; the rest are its shares."""
+    """Bytes of one rank. ``peak`` is the maximum at any time, start-up included; the other fields are parts of it."""
 
     weights: float
     moments: float
@@ -36,16 +36,17 @@ class MemoryEstimate:
 
     @property
     def required_bytes(self) -> float:
-        """What the GPU must have."""
+        """GPU memory needed, with fragmentation and the CUDA context."""
         return self.peak * FRAGMENTATION_FACTOR + CUDA_CONTEXT_BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class _EngineBytes:
-    """What an engine holds: always, of finished gradients, and in buffers that appear with the first of them.
+    """Bytes that an engine holds: state, gradients, and buffers (``late_buffers`` from the first gradient on).
 
-    grows: gradients stay whole, and a first micro begins without any; flattens: the most that a reduction copies, once so
-    many bytes of gradients are done; start, update: what lives at once while the engine is built and while it updates.
+    ``gradients_accumulate``: gradients are unsharded and appear one by one in the only microbatch. ``flatten_bytes``:
+    a reduction's copy, made once so many bytes of gradients are done. ``init_bytes``: everything held while the engine
+    is built; ``update_bytes``: the extra while it updates.
     """
 
     weights: float
@@ -59,7 +60,7 @@ class _EngineBytes:
     update_bytes: float = 0.0
 
     def bytes_during_backward(self, gradient_bytes_done: int) -> float:
-        """Bytes beside weights and moments while a micro has finished ``done`` bytes of gradients."""
+        """Return bytes beside weights and moments once a microbatch has finished so many bytes of gradients."""
         copy = self.flatten_bytes if self.flatten_bytes and gradient_bytes_done >= self.flatten_bytes else 0.0
         return (
             (gradient_bytes_done if self.gradients_accumulate else self.gradients)
@@ -78,125 +79,126 @@ def estimate_memory(
     world_size: int,
     num_microbatches: int,
 ) -> MemoryEstimate:
-    """The memory of a rank under its engine, when a step has so many micros."""
-    share = _engine_bytes(parameters, cfg, optim, world_size, num_microbatches)
-    state = parameters.frozen_bytes + share.weights + share.moments
+    """Return the memory of a rank under an engine, for a number of microbatches per step."""
+    engine = _engine_bytes(parameters, cfg, optim, world_size, num_microbatches)
+    state = parameters.frozen_bytes + engine.weights + engine.moments
     return MemoryEstimate(
-        weights=parameters.frozen_bytes + share.weights,
-        moments=share.moments,
-        gradients=share.gradients,
-        buffers=share.permanent_buffers + share.late_buffers,
+        weights=parameters.frozen_bytes + engine.weights,
+        moments=engine.moments,
+        gradients=engine.gradients,
+        buffers=engine.permanent_buffers + engine.late_buffers,
         micro=max(trace.peak_by_gradient_bytes.values()),
         peak=max(
-            parameters.frozen_bytes + share.init_bytes,
-            state + trace.peak_bytes(share.bytes_during_backward),
-            state + share.update_bytes,
+            parameters.frozen_bytes + engine.init_bytes,
+            state + trace.peak_bytes(engine.bytes_during_backward),
+            state + engine.update_bytes,
         ),
     )
 
 
 def deepspeed_zero_stage(cfg: EngineConfig) -> int:
-    """DeepSpeed's stage where DeepSpeed partitions, else 0."""
+    """Return DeepSpeed's ZeRO stage, 0 for other engines."""
     return cfg.zero if cfg.kind == "deepspeed" or (cfg.kind == "accelerate" and cfg.sharding == "deepspeed") else 0
 
 
 def _engine_bytes(
-    weights: ParameterCounts, cfg: EngineConfig, optim: OptimConfig, ranks: int, micros: int
+    parameters: ParameterCounts, cfg: EngineConfig, optim: OptimConfig, ranks: int, microbatches: int
 ) -> _EngineBytes:
     stage = deepspeed_zero_stage(cfg)
     if stage == 3:
-        return _zero3_bytes(weights, cfg, ranks)
+        return _zero3_bytes(parameters, cfg, ranks)
     if stage:
-        return _zero12_bytes(weights, cfg, ranks, micros, stage)
+        return _zero12_bytes(parameters, cfg, ranks, microbatches, stage)
     if cfg.kind == "accelerate" and cfg.sharding == "fsdp2":
-        return _fsdp2_bytes(weights, optim, ranks)
-    whole = weights.trainable * _FP32
+        return _fsdp2_bytes(parameters, optim, ranks)
+    weights = parameters.trainable * _FP32
     deepspeed = cfg.kind == "deepspeed"
-    buckets = whole if ranks > 1 and not deepspeed else 0.0  # DDP reduces copies that it keeps
-    flat = min(whole, _BUCKET_ELEMENTS * _FP32) if deepspeed else 0.0
-    spare = 0.0 if optim.kind == "adamw" and optim.fused else whole  # what is not one kernel copies as it computes
+    buckets = weights if ranks > 1 and not deepspeed else 0.0  # DDP keeps copies of the gradients
+    flat = min(weights, _BUCKET_ELEMENTS * _FP32) if deepspeed else 0.0
+    temporary = 0.0 if optim.kind == "adamw" and optim.fused else weights  # unfused optimizers allocate a copy
     return _EngineBytes(
-        whole,
-        optim.moments_per_parameter * whole,
-        whole,
+        weights,
+        optim.moments_per_parameter * weights,
+        weights,
         permanent_buffers=buckets,
-        gradients_accumulate=micros == 1,
-        init_bytes=whole,
-        update_bytes=whole + buckets + max(flat, spare),
+        gradients_accumulate=microbatches == 1,
+        init_bytes=weights,
+        update_bytes=weights + buckets + max(flat, temporary),
     )
 
 
-def _zero12_bytes(weights: ParameterCounts, cfg: EngineConfig, ranks: int, micros: int, stage: int) -> _EngineBytes:
-    """Flat weights, a partition of fp32 masters and moments; stage 2 also keeps a partition of the gradients only."""
+def _zero12_bytes(
+    parameters: ParameterCounts, cfg: EngineConfig, ranks: int, microbatches: int, stage: int
+) -> _EngineBytes:
+    """Flat weights, and partitions of fp32 master weights and moments; in stage 2 also of gradients."""
     zero = _zero_options(cfg)
-    whole = weights.trainable * _FP32
-    part = whole / ranks
-    size = zero.get("reduce_bucket_size", _BUCKET_ELEMENTS) * _FP32
-    # One for every type that is communicated, all of fp32, and twice where the reduction overlaps the backward pass.
-    buckets = size * (2 if cfg.precision == "bf16" else 1) * (2 if zero.get("overlap_comm") else 1)
-    reduced = min(whole, size)
-    if stage == 1:
-        gradients, grows = whole, micros == 1
-        always, late = (buckets, 0.0) if micros > 1 else (0.0, buckets)
+    weights = parameters.trainable * _FP32
+    partition = weights / ranks
+    bucket = zero.get("reduce_bucket_size", _BUCKET_ELEMENTS) * _FP32
+    # One bucket per communicated dtype, all in fp32, and two if the reduction overlaps the backward pass.
+    buckets = bucket * (2 if cfg.precision == "bf16" else 1) * (2 if zero.get("overlap_comm") else 1)
+    reduced = min(weights, bucket)
+    permanent_buffers, late_buffers = 0.0, buckets
+    if stage == 2:
+        gradients = partition if microbatches > 1 else 0.0
     else:
-        gradients, grows = (part if micros > 1 else 0.0), False
-        always, late = 0.0, buckets
+        gradients = weights
+        if microbatches > 1:
+            permanent_buffers, late_buffers = buckets, 0.0
     return _EngineBytes(
-        whole + part,
-        2 * part,
+        weights + partition,
+        2 * partition,
         gradients,
-        permanent_buffers=always,
-        late_buffers=late,
-        gradients_accumulate=grows,
-        flatten_bytes=size if stage == 2 and whole > size else 0.0,
-        init_bytes=2 * whole + part,
-        update_bytes=gradients + buckets + reduced + part,
+        permanent_buffers=permanent_buffers,
+        late_buffers=late_buffers,
+        gradients_accumulate=stage == 1 and microbatches == 1,
+        flatten_bytes=bucket if stage == 2 and weights > bucket else 0.0,
+        init_bytes=2 * weights + partition,
+        update_bytes=gradients + buckets + reduced + partition,
     )
 
 
-def _zero3_bytes(weights: ParameterCounts, cfg: EngineConfig, ranks: int) -> _EngineBytes:
-    """Partitions of weights, masters, moments and gradients; what is gathered for use, and small parameters for ever."""
+def _zero3_bytes(parameters: ParameterCounts, cfg: EngineConfig, ranks: int) -> _EngineBytes:
+    """Partitions of weights, master weights, moments and gradients; gathered weights, and unpartitioned small ones."""
     zero = _zero_options(cfg)
-    part = weights.trainable * _FP32 / ranks
+    partition = parameters.trainable * _FP32 / ranks
     threshold = _zero3_option(zero, "param_persistence_threshold", _PERSISTENCE_THRESHOLD)
-    small = sum(size for size in weights.tensor_sizes if size <= threshold)
-    # A weight is needed again in the backward pass after twice what lies behind it.
+    small = sum(size for size in parameters.tensor_sizes if size <= threshold)
+    # The reuse distance of a weight, from forward to backward, is twice the number of elements behind it.
     reuse = min(
         _zero3_option(zero, "max_reuse_distance", _REUSE_ELEMENTS) / 2,
         _zero3_option(zero, "max_live_parameters", _REUSE_ELEMENTS),
     )
-    large, ahead = weights.trainable - small, _zero3_option(zero, "prefetch_bucket_size", _PREFETCH_ELEMENTS)
-    gathered = min(large, reuse + ahead) * _FP32
-    # They arrive in one piece and are copied out of it: at the start of a forward, or all along where not all are kept.
-    arriving = min(large, ahead) * _FP32
+    large, prefetch = parameters.trainable - small, _zero3_option(zero, "prefetch_bucket_size", _PREFETCH_ELEMENTS)
+    gathered = min(large, reuse + prefetch) * _FP32
+    # An all-gather's flat output, copied into weights: at the start of a forward, or throughout if not all are kept.
+    gather_buffer = min(large, prefetch) * _FP32
     bucket = zero.get("reduce_bucket_size", _BUCKET_ELEMENTS)
     buckets = bucket * (_FP32 + _BF16 if cfg.precision == "bf16" else _FP32)
-    reduced = min(weights.trainable, bucket) * _FP32
+    reduced = min(parameters.trainable, bucket) * _FP32
     return _EngineBytes(
-        2 * part + small * _FP32 + gathered,
-        2 * part,
-        part,
-        permanent_buffers=buckets + (arriving if large > reuse else 0.0),
-        flatten_bytes=bucket * _FP32 if weights.trainable > bucket else 0.0,
-        init_bytes=weights.trainable * _FP32 + 3 * part + buckets,
-        update_bytes=part + buckets + max(reduced - gathered, arriving),
+        2 * partition + small * _FP32 + gathered,
+        2 * partition,
+        partition,
+        permanent_buffers=buckets + (gather_buffer if large > reuse else 0.0),
+        flatten_bytes=bucket * _FP32 if parameters.trainable > bucket else 0.0,
+        init_bytes=parameters.trainable * _FP32 + 3 * partition + buckets,
+        update_bytes=partition + buckets + max(reduced - gathered, gather_buffer),
     )
 
 
-def _fsdp2_bytes(weights: ParameterCounts, optim: OptimConfig, ranks: int) -> _EngineBytes:
-    """Shards of everything; whole are what lies outside of the blocks, and two blocks with their gradients."""
-    part = weights.trainable * _FP32 / ranks
-    outside = max(weights.trainable - sum(weights.block_sizes), 0)
-    largest = max(weights.block_sizes, default=0)
-    gathered = (2 * outside + 4 * largest) * _FP32
-    start = weights.trainable * _FP32 + part
+def _fsdp2_bytes(parameters: ParameterCounts, optim: OptimConfig, ranks: int) -> _EngineBytes:
+    """Shards of everything; gathered are weights and gradients of the root and of two blocks."""
+    shard = parameters.trainable * _FP32 / ranks
+    root = max(parameters.trainable - sum(parameters.block_sizes), 0)
+    largest_block = max(parameters.block_sizes, default=0)
     return _EngineBytes(
-        part,
-        optim.moments_per_parameter * part,
-        part,
-        permanent_buffers=gathered,
-        init_bytes=start,
-        update_bytes=2 * part,
+        shard,
+        optim.moments_per_parameter * shard,
+        shard,
+        permanent_buffers=(2 * root + 4 * largest_block) * _FP32,
+        init_bytes=parameters.trainable * _FP32 + shard,
+        update_bytes=2 * shard,
     )
 
 
@@ -205,5 +207,5 @@ def _zero_options(cfg: EngineConfig) -> dict[str, Any]:
 
 
 def _zero3_option(zero: dict[str, Any], name: str, default: float) -> float:
-    """A setting of ZeRO 3, which DeepSpeed also takes with a prefix."""
+    """Return an option of ZeRO 3, which DeepSpeed accepts with and without the prefix stage3_."""
     return zero.get(name, zero.get(f"stage3_{name}", default))

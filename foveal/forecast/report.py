@@ -1,4 +1,4 @@
-"""A forecast in words, and as a tree for machines."""
+"""A forecast as text, and as data for JSON."""
 
 from dataclasses import asdict
 from typing import Any
@@ -10,7 +10,7 @@ from foveal.forecast.slurm_limits import SlurmPartition
 
 
 def format_forecast(forecast: Forecast, limits: JobLimits, partition: SlurmPartition | None) -> list[str]:
-    """The plan, line by line, and the table of memory."""
+    """Return the lines of the plan and of the forecast."""
     return [
         *forecast.plan.summary_lines(),
         *_model_lines(forecast),
@@ -23,11 +23,11 @@ def format_forecast(forecast: Forecast, limits: JobLimits, partition: SlurmParti
 def forecast_to_dict(
     forecast: Forecast, limits: JobLimits, partition: SlurmPartition | None, problems: list[Problem]
 ) -> dict[str, Any]:
-    """Every number, in seconds, bytes and operations."""
+    """Return every number, in seconds, bytes and FLOPs."""
     plan = forecast.plan
     memory = {
-        name: {way: asdict(each) | {"needed": each.required_bytes} for way, each in row.items()}
-        for name, row in forecast.memory_by_sharding.items()
+        sharding: {variant: asdict(estimate) | {"needed": estimate.required_bytes} for variant, estimate in row.items()}
+        for sharding, row in forecast.memory_by_sharding.items()
     }
     return {
         "stage": forecast.stage.name,
@@ -64,82 +64,83 @@ def forecast_to_dict(
 
 
 def _model_lines(forecast: Forecast) -> list[str]:
-    flops, weights = forecast.flops_per_sample, forecast.parameter_counts
-    frozen = f", and {weights.frozen_bytes / 1e6:.1f} MB that are not trained" if weights.frozen_bytes else ""
+    flops, parameters = forecast.flops_per_sample, forecast.parameter_counts
+    frozen = f", {parameters.frozen_bytes / 1e6:.1f} MB frozen" if parameters.frozen_bytes else ""
     data = forecast.plan.cfg.data
     return [
-        f"order     {data.lanes} lanes, each shuffled within {data.window} shards, whatever the ranks",
-        f"model     {weights.trainable:,} trained parameters{frozen}",
+        f"order     {data.lanes} lanes, each shuffled within {data.window} shards, for any number of ranks",
+        f"model     {parameters.trainable:,} trained parameters{frozen}",
         (
-            f"work      {flops.forward_backward / 1e9:.4g} GFLOP an image ({flops.forward / 1e9:.4g} forward), "
-            f"{forecast.flops_per_step / 1e12:.4g} TFLOP a step; recomputation not counted"
+            f"work      {flops.forward_backward / 1e9:.4g} GFLOP per image ({flops.forward / 1e9:.4g} forward), "
+            f"{forecast.flops_per_step / 1e12:.4g} TFLOP per step, without recomputation"
         ),
     ]
 
 
 def _memory_lines(forecast: Forecast) -> list[str]:
-    limit, mine = forecast.cluster.gpu_memory_bytes, forecast.memory_estimate
-    ways = list(next(iter(forecast.memory_by_sharding.values())))
-    lines = [f"memory    GB a GPU at its peak{'':6}" + "".join(f"{way:>18}" for way in ways)]
-    for name, row in forecast.memory_by_sharding.items():
+    limit, estimate = forecast.cluster.gpu_memory_bytes, forecast.memory_estimate
+    variants = list(next(iter(forecast.memory_by_sharding.values())))
+    lines = [f"memory    peak per GPU in GB{'':8}" + "".join(f"{variant:>18}" for variant in variants)]
+    for sharding, row in forecast.memory_by_sharding.items():
         cells = ""
-        for way, each in row.items():
-            chosen = "*" if (name, way) == (forecast.selected_sharding, forecast.selected_variant) else ""
-            fits = "!" if limit is not None and each.required_bytes > limit else ""
-            cells += f"{fits}{chosen}{each.peak / 1e9:.2f}".rjust(18)
-        lines.append(f"{'':10}{name:26}{cells}")
+        for variant, option in row.items():
+            selected = "*" if (sharding, variant) == (forecast.selected_sharding, forecast.selected_variant) else ""
+            too_large = "!" if limit is not None and option.required_bytes > limit else ""
+            cells += f"{too_large}{selected}{option.peak / 1e9:.2f}".rjust(18)
+        lines.append(f"{'':10}{sharding:26}{cells}")
     lines.append(
-        f"{'':10}* this config: {mine.weights / 1e9:.2f} weights, {mine.moments / 1e9:.2f} moments, "
-        f"{mine.gradients / 1e9:.2f} gradients, {mine.buffers / 1e9:.2f} buffers, {mine.micro / 1e9:.2f} for a micro"
-        + (f"; ! more than {limit / 1e9:.0f} GB" if limit is not None else "")
+        f"{'':10}* this config: {estimate.weights / 1e9:.2f} weights, {estimate.moments / 1e9:.2f} moments, "
+        f"{estimate.gradients / 1e9:.2f} gradients, {estimate.buffers / 1e9:.2f} buffers, {estimate.micro / 1e9:.2f} "
+        f"microbatch" + (f"; ! more than {limit / 1e9:.0f} GB" if limit is not None else "")
     )
     lines.append(
-        f"{'':10}a GPU must have {mine.required_bytes / 1e9:.1f} GB: {FRAGMENTATION_FACTOR:g} times the peak for fragmentation, and "
-        f"{CUDA_CONTEXT_BYTES / 1e9:g} GB for CUDA and NCCL (both assumed)"
+        f"{'':10}a GPU needs {estimate.required_bytes / 1e9:.1f} GB: {FRAGMENTATION_FACTOR:g} times the peak for "
+        f"fragmentation, and {CUDA_CONTEXT_BYTES / 1e9:g} GB for CUDA and NCCL (both assumed)"
     )
     if forecast.plan.cfg.engine.compile:
-        lines.append(f"{'':10}engine.compile usually needs less: it is not modelled")
+        lines.append(f"{'':10}engine.compile is not modelled and usually needs less")
     if "offload_optimizer" in forecast.plan.cfg.engine.deepspeed.get("zero_optimization", {}):
-        lines.append(f"{'':10}offloading is not modelled: masters and moments are counted on the GPU")
+        lines.append(f"{'':10}offloading is not modelled: master weights and moments are counted on the GPU")
     return lines
 
 
 def _disk_and_network_lines(forecast: Forecast) -> list[str]:
     size, cfg = forecast.checkpoint_bytes, forecast.plan.cfg.checkpoint
-    ways = ", ".join(f"{name} {sent / 1e9:.3g}" for name, sent in forecast.network_bytes_by_sharding.items())
+    traffic = ", ".join(f"{name} {sent / 1e9:.3g}" for name, sent in forecast.network_bytes_by_sharding.items())
     return [
         (
-            f"disk      {size / 1e9:.3g} GB a checkpoint in {forecast.plan.world_size} files, {cfg.keep} kept"
-            f"{f' and one in {cfg.keep_every} steps' if cfg.keep_every else ''}; {forecast.save_seconds:.0f} s at "
+            f"disk      {size / 1e9:.3g} GB per checkpoint in {forecast.plan.world_size} files, {cfg.keep} kept"
+            f"{f' and one per {cfg.keep_every} steps' if cfg.keep_every else ''}; {forecast.save_seconds:.0f} s at "
             f"{forecast.cluster.write_bytes_per_second / 1e9:.3g} GB/s"
         ),
-        f"network   GB that a GPU sends in a step: {ways}",
+        f"network   GB sent per GPU and step: {traffic}",
     ]
 
 
 def _time_lines(forecast: Forecast, limits: JobLimits, partition: SlurmPartition | None) -> list[str]:
-    seconds, step, pace = forecast.total_seconds, forecast.step_seconds, forecast.images_per_second_per_rank
-    if seconds is None or step is None or pace is None:
+    seconds, step, rate = forecast.total_seconds, forecast.step_seconds, forecast.images_per_second_per_rank
+    if seconds is None or step is None or rate is None:
         return ["time      unknown: give --gpu, or --peak-tflops"]
-    machine, plan = forecast.cluster, forecast.plan
+    cluster, plan = forecast.cluster, forecast.plan
     runs = f"{plan.num_runs} runs, " if plan.num_runs > 1 else ""
-    assert machine.peak_flops_per_second is not None
+    assert cluster.peak_flops_per_second is not None
+    hours, threads, node_rate = seconds / 3600, plan.cfg.data.threads, rate * cluster.gpus_per_node
     lines = [
         (
-            f"time      {seconds / 3600:.3g} hours ({runs}{step:.3g} s a step) if {machine.mfu:.0%} of "
-            f"{machine.peak_flops_per_second / 1e12:.0f} TFLOP/s is reached: {seconds / 3600 * machine.world_size:.3g} GPU-hours"
+            f"time      {hours:.3g} hours ({runs}{step:.3g} s per step) at {cluster.mfu:.0%} of "
+            f"{cluster.peak_flops_per_second / 1e12:.0f} TFLOP/s: {hours * cluster.world_size:.3g} GPU-hours"
         ),
         (
-            f"loading   {pace:,.0f} images/s a rank to decode, {pace / plan.cfg.data.threads:,.0f} for each of data.threads="
-            f"{plan.cfg.data.threads}, {pace * machine.gpus_per_node:,.0f} a node ({pace * machine.gpus_per_node * forecast.mean_image_bytes / 1e6:,.0f} MB/s)"
+            f"loading   {rate:,.0f} images/s per rank to decode, {rate / threads:,.0f} per thread with data.threads="
+            f"{threads}, {node_rate:,.0f} per node ({node_rate * forecast.mean_image_bytes / 1e6:,.0f} MB/s)"
         ),
     ]
     attempts = count_attempts(forecast, limits)
     if attempts is not None and limits.time is not None:
         lines.append(
             f"slurm     {attempts - 1} requeues: jobs of {limits.time / 3600:.3g} hours ({limits.whose}), of which "
-            f"{(STARTUP_SECONDS + (limits.notice or 0)) / 60:.0f} min go into starting and saving"
+            f"{(STARTUP_SECONDS + (limits.notice or 0)) / 60:.0f} min are start-up and saving"
         )
     if partition is not None and partition.grace:
-        lines.append(f"{'':10}partition {partition.name} gives a preempted job {partition.grace:.0f} s")
+        lines.append(f"{'':10}partition {partition.name} gives preempted jobs {partition.grace:.0f} s of grace")
     return lines

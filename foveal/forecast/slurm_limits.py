@@ -1,4 +1,4 @@
-"""What Slurm would allow: a partition's limits, where there is a Slurm, and what the job scripts ask of it."""
+"""Slurm's limits: those of a partition, from scontrol, and the requests of the job scripts."""
 
 import re
 import shutil
@@ -8,16 +8,13 @@ from pathlib import Path
 
 from foveal.errors import ConfigError
 
-_SCONTROL_TIMEOUT_SECONDS = 10  # seconds for scontrol
+_SCONTROL_TIMEOUT_SECONDS = 10
 JOB_SCRIPTS = {"pretrain": "slurm/pretrain_mae.sh", "distill": "slurm/distill.sh", "finetune": "slurm/finetune.sh"}
 
 
 @dataclass(frozen=True, slots=True)
 class SlurmPartition:
-    """A partition's limits, in seconds and nodes; nothing where there is none.
-
-    ``grace`` is what a preempted job gets.
-    """
+    """Limits of a partition, in seconds and nodes; None without a limit. ``grace`` is the preemption grace time."""
 
     name: str
     longest: float | None
@@ -28,7 +25,7 @@ class SlurmPartition:
 
 @dataclass(frozen=True, slots=True)
 class JobScriptRequest:
-    """What a job script asks for: its time, and how long before its end it wants to be told; seconds."""
+    """A job script's --time, and the notice of its --signal before the end, in seconds."""
 
     script: str
     time_seconds: float | None
@@ -36,34 +33,34 @@ class JobScriptRequest:
 
 
 def list_slurm_partitions() -> list[SlurmPartition]:
-    """Slurm's partitions, the default first; none where there is no Slurm, or it does not answer."""
+    """Return Slurm's partitions, the default first; empty without Slurm, or if scontrol fails."""
     if shutil.which("scontrol") is None:
         return []
     command = ["scontrol", "show", "partition", "--oneliner"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SCONTROL_TIMEOUT_SECONDS)
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SCONTROL_TIMEOUT_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         return []
-    lines = said.stdout.splitlines() if said.returncode == 0 else []
+    lines = result.stdout.splitlines() if result.returncode == 0 else []
     rows = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines]
     rows = [row for row in rows if "PartitionName" in row]
     return [_parse_partition(row) for row in sorted(rows, key=lambda row: row.get("Default") != "YES")]
 
 
 def find_slurm_partition(name: str | None) -> SlurmPartition | None:
-    """The partition of a name, or the default one. Raises: ConfigError for a name that Slurm does not have."""
-    found = list_slurm_partitions()
+    """Return a partition by name, or the default partition. Raises: ConfigError if it does not exist."""
+    partitions = list_slurm_partitions()
     if name is None:
-        return found[0] if found else None
-    for each in found:
-        if each.name == name:
-            return each
-    there = ", ".join(each.name for each in found) or "none that can be asked for here"
-    raise ConfigError(f"--partition {name} does not exist; there are: {there}")
+        return partitions[0] if partitions else None
+    for partition in partitions:
+        if partition.name == name:
+            return partition
+    names = ", ".join(partition.name for partition in partitions) or "none, scontrol lists no partitions"
+    raise ConfigError(f"--partition {name} does not exist; there are: {names}")
 
 
 def read_job_script_request(stage: str) -> JobScriptRequest | None:
-    """What the stage's job script asks for; nothing where it does not lie below the current folder."""
+    """Return the request of the stage's job script; None if it is not below the current folder."""
     script = Path(JOB_SCRIPTS[stage])
     if not script.is_file():
         return None
@@ -76,18 +73,21 @@ def read_job_script_request(stage: str) -> JobScriptRequest | None:
 
 def _parse_partition(row: dict[str, str]) -> SlurmPartition:
     longest, nodes = parse_slurm_time(row.get("MaxTime", "")), row.get("TotalNodes", "0")
-    most = row.get("MaxNodes", "UNLIMITED")
+    max_nodes = row.get("MaxNodes", "UNLIMITED")
     return SlurmPartition(
         row["PartitionName"],
         longest,
         parse_slurm_time(row.get("DefaultTime", "")),
         float(row.get("GraceTime", "0") or 0),
-        min(int(nodes), int(most)) if most.isdecimal() else int(nodes),
+        min(int(nodes), int(max_nodes)) if max_nodes.isdecimal() else int(nodes),
     )
 
 
 def parse_slurm_time(text: str) -> float | None:
-    """Slurm's ``minutes``, ``minutes:seconds``, ``hours:minutes:seconds``, ``days-hours[:minutes[:seconds]]``; else nothing."""
+    """Return the seconds of a Slurm time, None if it has another form.
+
+    Forms: ``minutes``, ``minutes:seconds``, ``hours:minutes:seconds``, ``days-hours[:minutes[:seconds]]``.
+    """
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
     if match is None:
         return None

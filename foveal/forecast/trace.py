@@ -1,7 +1,7 @@
-"""A step without memory: a stage's own model and objective on fake tensors, which have sizes and no bytes.
+"""Trace a step of a stage's own model and objective on fake tensors, which have sizes and no memory.
 
-Every operator of a micro is run in its order, so that what autograd saves, what is computed again and what lives at the
-same time are counted, not estimated.
+Every operator of a microbatch runs in order, so that tensors saved by autograd, recomputation and lifetimes are
+counted, not estimated.
 """
 
 import functools
@@ -26,21 +26,21 @@ from foveal.errors import ConfigError
 from foveal.models.backbone import has_batch_norm
 from foveal.training.loop import TrainingSetup
 
-# A processor's fused attention saves what a GPU's does: queries, keys, values, the output and its logarithmic sums.
+# Fused attention on a CPU saves the same tensors as on a GPU: queries, keys, values, output and log-sum-exp.
 _DEVICE = torch.device("cpu")
 _META = torch.device("meta")
-_BOXES = 16  # of an image that nobody has seen
+_BOXES = 16  # boxes of a fake image
 
 SetupBuilder = Callable[[torch.device], TrainingSetup]
 
 
 @dataclass(frozen=True, slots=True)
 class ParameterCounts:
-    """How many numbers are trained (``products``: those of linear layers), and the bytes of what is not trained.
+    """Numbers of trained elements, and bytes of frozen tensors.
 
-    ``sizes`` are those of every trained parameter, ``blocks`` those of every repeated block; ``kept_bytes`` are the
-    untrained tensors of the model that a checkpoint holds. ``recomputes``: whether activations can be recomputed;
-    ``fewest``: the fewest images at once that it can learn from.
+    ``linear_trainable`` counts linear and convolution layers; ``tensor_sizes`` and ``block_sizes`` are elements per
+    trained parameter and per repeated block. ``frozen_checkpoint_bytes`` are the frozen tensors in a checkpoint;
+    ``min_batch_size`` is 2 with BatchNorm.
     """
 
     trainable: int
@@ -55,47 +55,52 @@ class ParameterCounts:
 
 @dataclass(frozen=True, slots=True)
 class MemoryTrace:
-    """The bytes of a micro besides weights and finished gradients.
+    """Bytes of a microbatch besides weights and finished gradients.
 
-    ``moments``: for so many bytes of finished gradients, the most that lived meanwhile.
+    ``peak_by_gradient_bytes`` maps bytes of finished gradients to the peak bytes alive meanwhile.
     """
 
     peak_by_gradient_bytes: dict[int, int]
 
     def peak_bytes(self, engine_bytes: Callable[[int], float]) -> float:
-        """The most at once, if ``kept(done)`` bytes are what an engine keeps while ``done`` bytes of gradients are done."""
+        """Return the peak with an engine that holds ``engine_bytes(done)`` at ``done`` bytes of finished gradients."""
         return max(alive + engine_bytes(done) for done, alive in self.peak_by_gradient_bytes.items())
 
 
 @dataclass(frozen=True, slots=True)
 class SampleFlops:
-    """Floating-point operations of a sample, two for a multiplication and an addition, without recomputation."""
+    """FLOPs of a sample, 2 per multiply-add, without recomputation."""
 
     forward: float
     forward_backward: float
 
 
 def count_parameters(build_setup: SetupBuilder) -> ParameterCounts:
-    """Count a stage's model and its frozen companions."""
-    parts = _build_on_meta(build_setup)
-    trained = [each for each in parts.model.parameters() if each.requires_grad]
-    linear = [module for module in parts.model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    still = [each for each in parts.model.parameters() if not each.requires_grad]
-    buffers = dict(parts.model.named_buffers())
-    saved = [buffers[name] for name in parts.model.state_dict() if name in buffers]
-    companions = [each for module in parts.frozen_modules for each in (*module.parameters(), *module.buffers())]
+    """Count the parameters of a stage's model, and of its frozen modules."""
+    setup = _build_on_meta(build_setup)
+    trained = [parameter for parameter in setup.model.parameters() if parameter.requires_grad]
+    frozen = [parameter for parameter in setup.model.parameters() if not parameter.requires_grad]
+    linear = [module for module in setup.model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    linear_parameters = [parameter for module in linear for parameter in module.parameters(recurse=False)]
+    buffers = dict(setup.model.named_buffers())
+    saved_buffers = [buffers[name] for name in setup.model.state_dict() if name in buffers]
     return ParameterCounts(
-        trainable=sum(each.numel() for each in trained),
-        linear_trainable=sum(
-            each.numel() for module in linear for each in module.parameters(recurse=False) if each.requires_grad
+        trainable=sum(parameter.numel() for parameter in trained),
+        linear_trainable=sum(parameter.numel() for parameter in linear_parameters if parameter.requires_grad),
+        tensor_sizes=tuple(parameter.numel() for parameter in trained),
+        block_sizes=tuple(
+            sum(parameter.numel() for parameter in block.parameters()) for block in _find_blocks(setup.model)
         ),
-        tensor_sizes=tuple(each.numel() for each in trained),
-        block_sizes=tuple(sum(each.numel() for each in block.parameters()) for block in _find_blocks(parts.model)),
-        frozen_bytes=sum(each.nbytes for each in (*still, *buffers.values(), *companions)),
-        frozen_checkpoint_bytes=sum(each.nbytes for each in (*still, *saved)),
-        can_recompute=_can_recompute(parts.model),
-        min_batch_size=2 if has_batch_norm(parts.model) else 1,
+        frozen_bytes=sum(tensor.nbytes for tensor in (*frozen, *buffers.values(), *_frozen_tensors(setup))),
+        frozen_checkpoint_bytes=sum(tensor.nbytes for tensor in (*frozen, *saved_buffers)),
+        can_recompute=_can_recompute(setup.model),
+        min_batch_size=2 if has_batch_norm(setup.model) else 1,
     )
+
+
+def _frozen_tensors(setup: TrainingSetup) -> list[Tensor]:
+    """Return parameters and buffers of the setup's frozen modules."""
+    return [tensor for module in setup.frozen_modules for tensor in (*module.parameters(), *module.buffers())]
 
 
 def _can_recompute(model: Any) -> bool:
@@ -113,15 +118,14 @@ def count_flops(
     label_kind: LabelKind = "class",
     num_classes: int = 1,
 ) -> SampleFlops:
-    """Count the forward and backward of one sample of these channels and (height, width), with labels of this kind.
+    """Count forward and backward FLOPs of one sample of (height, width), with labels of this kind.
 
-    Attention is counted as plain matrix products: what a fused kernel computes twice in its backward is not work done.
+    Attention is counted as plain matrix products, without the recomputation in a fused kernel's backward.
     """
-    parts = _build_on_meta(build_setup)
-    with _on_fake_tensors(parts) as model, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        total, _ = parts.objective(
-            model, _fake_batch(2, channels, image_size, label_kind, num_classes)
-        )  # BatchNorm learns nothing from one
+    setup = _build_on_meta(build_setup)
+    with _on_fake_tensors(setup) as model, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        batch = _fake_batch(2, channels, image_size, label_kind, num_classes)  # BatchNorm cannot train on one sample
+        total, _ = setup.objective(model, batch)
         forward = counter.get_total_flops()
         total.backward()
     return SampleFlops(forward / 2, counter.get_total_flops() / 2)
@@ -138,33 +142,32 @@ def trace_memory(
     precision: Precision,
     recompute: bool,
 ) -> MemoryTrace:
-    """Follow one micro of so many samples."""
-    parts = _build_on_meta(build_setup)
-    with _on_fake_tensors(parts) as model:
+    """Trace the memory of one microbatch."""
+    setup = _build_on_meta(build_setup)
+    with _on_fake_tensors(setup) as model:
         if recompute:
             cast(Any, model).set_grad_checkpointing(enable=True)
-        known = [*model.parameters(), *model.buffers()]
-        known += [each for module in parts.frozen_modules for each in (*module.parameters(), *module.buffers())]
-        watch = _MemoryTracer(known)
+        tracer = _MemoryTracer([*model.parameters(), *model.buffers(), *_frozen_tensors(setup)])
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(watch.on_gradient_ready)
-        with watch, autocast(_DEVICE, precision):
-            total, _ = parts.objective(model, _fake_batch(batch_size, channels, image_size, label_kind, num_classes))
+                parameter.register_post_accumulate_grad_hook(tracer.on_gradient_ready)
+        with tracer, autocast(_DEVICE, precision):
+            total, _ = setup.objective(model, _fake_batch(batch_size, channels, image_size, label_kind, num_classes))
             with autocast(_DEVICE, "fp32"):
                 total.backward()
-    return MemoryTrace(watch.peak_by_gradient_bytes)
+    return MemoryTrace(tracer.peak_by_gradient_bytes)
 
 
 class _MemoryTracer(TorchDispatchMode):
-    """Counts the bytes of storages that were made since, while they live."""
+    """Count the bytes of living storages that were allocated under this mode; ``excluded`` are not counted."""
 
-    def __init__(self, known: list[Tensor]) -> None:
+    def __init__(self, excluded: list[Tensor]) -> None:
         super().__init__()
         self.peak_by_gradient_bytes: dict[int, int] = {}
-        self._alive = self._done = 0
+        self._alive_bytes = 0
+        self._gradient_bytes = 0
         self._storages: dict[int, weakref.ref] = {}
-        self._known = {_storage_key(each) for each in known}
+        self._excluded = {_storage_key(tensor) for tensor in excluded}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -174,67 +177,73 @@ class _MemoryTracer(TorchDispatchMode):
         return out
 
     def on_gradient_ready(self, parameter: Tensor) -> None:
-        """A gradient is whole, and no longer the micro's."""
+        """Count a finished gradient as the engine's, and release it."""
         assert parameter.grad is not None
-        self._done += parameter.grad.untyped_storage().nbytes()
+        self._gradient_bytes += parameter.grad.untyped_storage().nbytes()
         parameter.grad = None
         self._record_peak()
 
     def _track_storage(self, tensor: Tensor) -> None:
-        storage, place = tensor.untyped_storage(), _storage_key(tensor)
-        if place in self._storages or place in self._known:
+        storage, key = tensor.untyped_storage(), _storage_key(tensor)
+        if key in self._storages or key in self._excluded:
             return
         size = storage.nbytes()
-        self._alive += size
-        self._storages[place] = weakref.ref(storage, functools.partial(self._on_storage_freed, place, size))
+        self._alive_bytes += size
+        self._storages[key] = weakref.ref(storage, functools.partial(self._on_storage_freed, key, size))
         self._record_peak()
 
     def _record_peak(self) -> None:
-        self.peak_by_gradient_bytes[self._done] = max(self.peak_by_gradient_bytes.get(self._done, 0), self._alive)
+        peak = self.peak_by_gradient_bytes.get(self._gradient_bytes, 0)
+        self.peak_by_gradient_bytes[self._gradient_bytes] = max(peak, self._alive_bytes)
 
-    def _on_storage_freed(self, place: int, size: int, _reference: Any) -> None:
-        self._alive -= size
-        del self._storages[place]
+    def _on_storage_freed(self, key: int, size: int, _reference: Any) -> None:
+        self._alive_bytes -= size
+        del self._storages[key]
 
 
 def _storage_key(tensor: Tensor) -> int:
-    """What distinguishes a living storage from all others."""
+    """Return the identity of a living storage."""
     return tensor.untyped_storage()._cdata  # noqa: SLF001 - a fake storage has no address
 
 
 def _build_on_meta(build: SetupBuilder) -> TrainingSetup:
-    """The parts of a stage on the meta device, where weights cost nothing and reading them into it does nothing."""
+    """Build a stage on the meta device, where weights take no memory and loading them does nothing."""
     with torch.random.fork_rng(devices=[]), _META, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return build(_META)
 
 
 @contextmanager
-def _on_fake_tensors(parts: TrainingSetup) -> Iterator[nn.Module]:
-    """The parts' model, training, among fake tensors that behave as on a processor."""
+def _on_fake_tensors(setup: TrainingSetup) -> Iterator[nn.Module]:
+    """Yield the setup's model in training mode, on fake tensors that behave like CPU tensors."""
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for module in parts.frozen_modules:
+        for module in setup.frozen_modules:
             module.to_empty(device=_DEVICE)
-        yield parts.model.to_empty(device=_DEVICE).train()
+        yield setup.model.to_empty(device=_DEVICE).train()
 
 
 def _find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The children of lists of modules of one type: what FSDP2 shards one by one."""
+    """Return the modules that FSDP2 shards one by one: children of lists of two or more modules of one type."""
     lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
-    return [child for each in lists if len(each) > 1 and len({type(child) for child in each}) == 1 for child in each]
+    return [
+        child
+        for children in lists
+        if len(children) > 1 and len({type(child) for child in children}) == 1
+        for child in children
+    ]
 
 
 def _fake_batch(
-    samples: int, channels: int, image_size: tuple[int, int], labels: LabelKind = "class", classes: int = 1
+    batch_size: int, channels: int, image_size: tuple[int, int], label_kind: LabelKind = "class", num_classes: int = 1
 ) -> Batch:
-    numbers = torch.zeros(samples, dtype=torch.int64)
-    images = torch.zeros(samples, channels, *image_size, dtype=torch.uint8)
-    marks = None
-    if labels == "mask":
-        marks = torch.zeros(samples, *image_size, dtype=torch.int16)
-    elif labels == "classes":
-        marks = torch.zeros(samples, classes, dtype=torch.uint8)
-    elif labels == "boxes":
-        marks = torch.zeros(samples, _BOXES, 5)
-    return Batch(images, numbers, numbers, numbers, numbers == 0, step=0, epoch=0, microbatch_index=0, targets=marks)
+    zeros = torch.zeros(batch_size, dtype=torch.int64)
+    images = torch.zeros(batch_size, channels, *image_size, dtype=torch.uint8)
+    targets = None
+    if label_kind == "mask":
+        targets = torch.zeros(batch_size, *image_size, dtype=torch.int16)
+    elif label_kind == "classes":
+        targets = torch.zeros(batch_size, num_classes, dtype=torch.uint8)
+    elif label_kind == "boxes":
+        targets = torch.zeros(batch_size, _BOXES, 5)
+    return Batch(images, zeros, zeros, zeros, zeros == 0, step=0, epoch=0, microbatch_index=0, targets=targets)

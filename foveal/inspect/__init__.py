@@ -1,1 +1,1 @@
-"""Pictures of what a model sees and guesses."""
+"""Images of a model's inputs, targets and predictions."""

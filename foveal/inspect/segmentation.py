@@ -1,4 +1,4 @@
-"""A sheet of segmentations: for every image a row of the image, its mask over it, and the guess over it.
+"""A grid of segmentations: per image a row of the image, and the image under its mask and under the prediction.
 
 B images, C channels, H x W pixels, K classes.
 """
@@ -12,64 +12,66 @@ from torch import Tensor
 
 from foveal.inspect.image_grid import GAP, MIN_IMAGE_SIDE, make_image_grid
 
-GREY = 128  # a pixel of no class
-_COVER = 0.6  # of a pixel is the colour of its class, the rest is its brightness
-_TURN = 0.618034  # of the circle of hues, from one class to the next: so few in a row lie far apart
-_IN_A_SHADE = 5
-_SHADES = ((1.0, 1.0), (0.45, 1.0), (1.0, 0.55))  # saturation and value: classes of like hues are of other shades
-_LINE, _BLOCK = 14, 10  # pixels of a line of names, of a block of colour before a name
-_MOST = 40  # classes that are named under the sheet
+GREY = 128  # value of a pixel without a class
+_OPACITY = 0.6  # of the class's colour over the pixel's brightness
+_HUE_STEP = 0.618034  # of the circle of hues, between consecutive classes: keeps a few consecutive hues far apart
+_CLASSES_PER_SHADE = 5
+_SHADES = ((1.0, 1.0), (0.45, 1.0), (1.0, 0.55))  # (saturation, value): classes of similar hue differ in shade
+_LINE_HEIGHT = 14  # pixels, of the legend
+_SWATCH = 10  # pixels: side of the colour square before a name
+_MAX_LEGEND_CLASSES = 40
 
 
 def make_class_palette(num_classes: int) -> Tensor:
-    """A colour for each class, uint8 [K, 3], the same for a class whatever their number."""
-    shades = [_SHADES[number // _IN_A_SHADE % len(_SHADES)] for number in range(num_classes)]
-    found = [colorsys.hsv_to_rgb(number * _TURN % 1, *shade) for number, shade in enumerate(shades)]
-    return (torch.tensor(found) * 255).round().to(torch.uint8)
+    """Return a colour per class, uint8 [K, 3]; a class's colour does not depend on the number of classes."""
+    shades = [_SHADES[number // _CLASSES_PER_SHADE % len(_SHADES)] for number in range(num_classes)]
+    colours = [colorsys.hsv_to_rgb(number * _HUE_STEP % 1, *shade) for number, shade in enumerate(shades)]
+    return (torch.tensor(colours) * 255).round().to(torch.uint8)
 
 
 def draw_segmentation_grid(
     images: Tensor, ground_truth: Tensor, predicted: Tensor, class_names: Sequence[str]
 ) -> Image.Image:
-    """One row per image: itself, its mask, the guess; under them which colour is which class.
+    """Draw one row per image: the image, its mask, the prediction; below them a legend of the classes' colours.
 
-    ``images`` uint8 [B, C, H, W]; ``truth`` and ``guess`` integers [B, H, W], below 0 for a pixel of no class, which is
-    grey; ``names`` are the K classes'.
+    ``images`` uint8 [B, C, H, W]; ``ground_truth`` and ``predicted`` are integers [B, H, W], negative for pixels
+    without a class, which are drawn grey.
     """
-    images, ground_truth, predicted = (each.detach().cpu() for each in (images, ground_truth, predicted))
+    images, ground_truth, predicted = (tensor.detach().cpu() for tensor in (images, ground_truth, predicted))
     palette = make_class_palette(len(class_names))
     columns = [
         images,
         _blend_mask(images, ground_truth.long(), palette),
         _blend_mask(images, predicted.long(), palette),
     ]
-    across = 3 * max(MIN_IMAGE_SIDE, images.shape[3])
-    places, lines = _layout_legend(class_names[:_MOST], across)
-    page = make_image_grid(columns, bottom_margin=GAP + lines * _LINE)
-    draw, top = ImageDraw.Draw(page), page.height - lines * _LINE
-    for (name, left, line), colour in zip(places, palette.tolist(), strict=False):
-        draw.rectangle(
-            (left, top + line * _LINE + 2, left + _BLOCK, top + line * _LINE + 2 + _BLOCK), fill=tuple(colour)
-        )
-        draw.text((left + _BLOCK + 3, top + line * _LINE), name, fill=(0, 0, 0))
-    return page
+    legend_width = 3 * max(MIN_IMAGE_SIDE, images.shape[3])
+    entries, num_lines = _layout_legend(class_names[:_MAX_LEGEND_CLASSES], legend_width)
+    grid = make_image_grid(columns, bottom_margin=GAP + num_lines * _LINE_HEIGHT)
+    draw, legend_top = ImageDraw.Draw(grid), grid.height - num_lines * _LINE_HEIGHT
+    for (name, x, line), colour in zip(entries, palette.tolist(), strict=False):
+        y = legend_top + line * _LINE_HEIGHT
+        draw.rectangle((x, y + 2, x + _SWATCH, y + 2 + _SWATCH), fill=tuple(colour))
+        draw.text((x + _SWATCH + 3, y), name, fill=(0, 0, 0))
+    return grid
 
 
 def _blend_mask(images: Tensor, ids: Tensor, palette: Tensor) -> Tensor:
-    """Images uint8 [B, 3, H, W] of the classes' colours, with the brightness of the pixels under them."""
+    """Return images uint8 [B, 3, H, W] of the classes' colours blended with the images' brightness."""
     colour_BCHW = torch.where((ids < 0)[..., None], torch.tensor(GREY), palette[ids.clamp(min=0)]).permute(0, 3, 1, 2)
-    bright_B1HW = images.float().mean(dim=1, keepdim=True)
-    return (_COVER * colour_BCHW + (1 - _COVER) * bright_B1HW).round().to(torch.uint8)
+    brightness_B1HW = images.float().mean(dim=1, keepdim=True)
+    return (_OPACITY * colour_BCHW + (1 - _OPACITY) * brightness_B1HW).round().to(torch.uint8)
 
 
-def _layout_legend(names: Sequence[str], across: int) -> tuple[list[tuple[str, int, int]], int]:
-    """Each name as it can be written, with the pixel where it begins and its line, and the number of lines."""
-    font, places, left, line = ImageFont.load_default(), [], 0, 0
+def _layout_legend(names: Sequence[str], width: int) -> tuple[list[tuple[str, int, int]], int]:
+    """Return (name in ASCII, x in pixels, line) per class, and the number of lines."""
+    font = ImageFont.load_default()
+    entries: list[tuple[str, int, int]] = []
+    x, line = 0, 0
     for name in names:
-        plain = name.encode("ascii", "replace").decode()  # what every default font has
-        length = _BLOCK + 3 + int(font.getlength(plain)) + 10
-        if left and left + length > across:
-            left, line = 0, line + 1
-        places.append((plain, left, line))
-        left += length
-    return places, line + 1 if names else 0
+        ascii_name = name.encode("ascii", "replace").decode()  # every default font has ASCII
+        entry_width = _SWATCH + 3 + int(font.getlength(ascii_name)) + 10
+        if x and x + entry_width > width:
+            x, line = 0, line + 1
+        entries.append((ascii_name, x, line))
+        x += entry_width
+    return entries, line + 1 if names else 0

@@ -1,5 +1,5 @@
-"""Encoders that are timm's, the masked autoencoder around one, and the heads of distillation and fine-tuning.
+"""Encoders built by timm, the masked autoencoder, and the heads of distillation and fine-tuning.
 
-Nothing here knows a rank, a device, a file or a random generator: noise is an argument. The modules are imported one by
-one (``foveal.models.patches`` needs torch alone), so that what does not build a model does not wait for timm.
+Nothing here depends on ranks, devices, files or random generators: noise is an argument. Import modules singly
+(``foveal.models.patches`` needs only torch), so that code without a model does not wait for timm.
 """

@@ -1,6 +1,6 @@
-"""Any image model of timm, as it is: convolutional networks and hierarchical transformers beside foveal's encoders.
+"""Image models of timm, unmodified: convolutional networks and hierarchical transformers beside foveal's encoders.
 
-B images, D numbers of a feature, L places on the last feature map, rows by columns.
+B images, D feature width, L = rows * columns locations of the last feature map.
 """
 
 import difflib
@@ -23,47 +23,50 @@ from foveal.config import Config, ImageSize, height_and_width, science
 from foveal.errors import ConfigError, ExportError
 from foveal.models.batch_norm import find_batch_norms, preserve_batch_norm_stats
 from foveal.models.droppath import replace_drop_paths
-from foveal.models.vit import EncoderCard
+from foveal.models.vit import EncoderCard, card_errors
 
-# What timm's models raise for sizes that they cannot have.
+FeatureFn = Callable[[Any, Tensor], tuple[Tensor, ...]]  # (model, normalised images [B, C, H, W]) -> features
+
+# The exceptions of timm's models for sizes that they do not support.
 TIMM_ERRORS = (ArithmeticError, AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError)
 
 
 class BackboneCard(Config):
-    """What it takes to build a model of timm again."""
+    """The name, image format and head from which a model of timm is rebuilt."""
 
-    timm: str = science(description="timm's name")
-    image_size: ImageSize = science(description="pixels of its images: the side, or [height, width]")
-    channels: int = science(description="channels of its images", ge=1)
-    classes: int = science(0, "outputs of its head; 0: it has none", ge=0)
+    timm: str = science(description="timm's name of the model.")
+    image_size: ImageSize = science(description="Image size in pixels: the side, or [height, width].")
+    channels: int = science(description="Image channels.", ge=1)
+    classes: int = science(0, "Outputs of the head; 0: no head.", ge=0)
 
     @property
     def build_args(self) -> tuple[str, int | tuple[int, int], int]:
-        """What all but the head of it depends on: (timm's name, image size, channels)."""
+        """The arguments of ``build_backbone`` for the model without a head: (timm's name, image size, channels)."""
         return self.timm, self.image_size, self.channels
 
 
 def build_backbone(
     name: str, image_size: int | tuple[int, int], channels: int, *, num_classes: int = 0, drop_path: float = 0.0
 ) -> nn.Module:
-    """timm's model of a name on the CPU in float32, freshly initialised as timm does, without dropout.
+    """Build a model of timm by name on the CPU in float32, initialised by timm, without dropout.
 
-    ``classes`` are the outputs of its head; 0: none. Drop path takes its draws from ``foveal.models.droppath.set_drops``.
-    The weights are drawn from torch's global generator: ``torch.manual_seed`` before this call makes them a function of
-    the seed and of timm's version.
-    Raises: ConfigError for a name that timm does not have, and for sizes or a drop path that the model cannot have.
+    ``num_classes`` are the head's outputs; 0: no head. Drop path noise comes from
+    ``foveal.models.droppath.set_drop_path_noise``. Weights are drawn from torch's global generator:
+    ``torch.manual_seed`` before this call makes them a function of the seed and of timm's version.
+    Raises: ConfigError if timm has no such name, or if the model does not support the sizes or the drop path.
     """
     _check_timm_name(name)
-    takes = _constructor_parameters(name)
-    given: dict[str, Any] = {"in_chans": channels, "num_classes": num_classes, "drop_path_rate": drop_path}
-    given |= {"img_size": height_and_width(image_size)}
-    if drop_path and "drop_path_rate" not in takes:
-        raise ConfigError(f"'{name}' has no drop path; drop_path={drop_path:g} cannot be")
+    accepted = _constructor_parameters(name)
+    kwargs: dict[str, Any] = {"in_chans": channels, "num_classes": num_classes, "drop_path_rate": drop_path}
+    kwargs |= {"img_size": height_and_width(image_size)}
+    if drop_path and "drop_path_rate" not in accepted:
+        raise ConfigError(f"'{name}' has no drop path; set drop_path=0 instead of {drop_path:g}")
     try:
-        backbone = timm.create_model(name, pretrained=False, **{k: v for k, v in given.items() if k in takes})
+        backbone = timm.create_model(name, pretrained=False, **{k: v for k, v in kwargs.items() if k in accepted})
     except TIMM_ERRORS as error:
         raise ConfigError(
-            f"timm cannot build '{name}' for images of {format_image_size(image_size)} pixels with {channels} channels: {format_error(error)}"
+            f"timm cannot build '{name}' for images of {format_image_size(image_size)} pixels with {channels} "
+            f"channels: {format_error(error)}"
         ) from None
     _check_patch_multiple(backbone, name, image_size)
     _remove_dropout(backbone, drop_path)
@@ -73,48 +76,51 @@ def build_backbone(
 
 @functools.cache
 def build_meta_backbone(name: str, image_size: int | tuple[int, int], channels: int, num_classes: int = 0) -> Any:
-    """What ``build_backbone`` builds, without memory for its weights; not to be changed. Raises: ConfigError."""
+    """Return ``build_backbone``'s model on the meta device; it is cached, do not modify it. Raises: ConfigError."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return build_backbone(name, image_size=image_size, channels=channels, num_classes=num_classes)
 
 
 def backbone_card(name: str, image_size: int | tuple[int, int], channels: int, num_classes: int = 0) -> dict[str, Any]:
-    """Plain data, ready for JSON, from which ``backbone_from_card`` builds the same model."""
+    """Return the JSON-ready card from which ``backbone_from_card`` builds the same model."""
     return BackboneCard(timm=name, image_size=image_size, channels=channels, classes=num_classes).to_dict()
 
 
 def parse_encoder_card(card: dict[str, Any], where: str) -> EncoderCard | BackboneCard:
-    """What an export's card says of its model: an encoder of foveal's, or a model of timm. Raises: ConfigError."""
+    """Parse an export's card: of a foveal encoder, or of a model of timm. Raises: ConfigError."""
     return (BackboneCard if "timm" in card else EncoderCard).from_dict(card, where)
 
 
 def backbone_from_card(
     card: dict[str, Any], where: str, *, drop_path: float = 0.0, num_classes: int | None = None
 ) -> nn.Module:
-    """A model like the one a card was made for, freshly initialised; the classes may be others. Raises: ExportError."""
-    try:
-        told = BackboneCard.from_dict(card, where)
-        size = {"image_size": told.image_size, "channels": told.channels}
-        return build_backbone(
-            told.timm, **size, num_classes=told.classes if num_classes is None else num_classes, drop_path=drop_path
-        )
-    except ConfigError as error:
-        sentence = str(error)
-        raise ExportError(sentence if sentence.startswith(where) else f"{where}: {sentence}") from None
+    """Build the model that a card describes, freshly initialised; ``num_classes`` overrides the card.
+
+    Raises: ExportError if the card is invalid.
+    """
+    with card_errors(where):
+        parsed_card = BackboneCard.from_dict(card, where)
+        num_classes = parsed_card.classes if num_classes is None else num_classes
+        return build_backbone(*parsed_card.build_args, num_classes=num_classes, drop_path=drop_path)
 
 
 def forward_pooled_and_map(backbone: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    """What a model of timm makes of normalised images [B, C, H, W] before its head: (pooled [B, D], last map [B, D, rows, columns]).
+    """Return (pooled [B, D], last map [B, D, rows, columns]) of normalised images [B, C, H, W].
 
-    A transformer's patches are laid out as the grid that they came from.
+    A transformer's patches are laid out on their grid.
     """
-    last = backbone.forward_features(images)
-    return backbone.forward_head(last, pre_logits=True), _to_feature_map(backbone, last)
+    features = backbone.forward_features(images)
+    return backbone.forward_head(features, pre_logits=True), _to_feature_map(backbone, features)
 
 
 def forward_feature_map(backbone: Any, images: Tensor) -> Tensor:
-    """The last map [B, D, rows, columns] of normalised images [B, C, H, W], of a model of timm or an encoder of foveal's."""
+    """Return the last map [B, D, rows, columns] of normalised images [B, C, H, W], of a model of timm or an encoder."""
     return _to_feature_map(backbone, backbone.forward_features(images))
+
+
+def forward_single_map(backbone: Any, images: Tensor) -> tuple[Tensor, ...]:
+    """Return ``forward_feature_map`` as a tuple, the form of a ``FeatureFn``."""
+    return (forward_feature_map(backbone, images),)
 
 
 def _to_feature_map(backbone: Any, features: Tensor) -> Tensor:
@@ -124,72 +130,71 @@ def _to_feature_map(backbone: Any, features: Tensor) -> Tensor:
 
 
 def forward_pooled(backbone: Any, images: Tensor) -> tuple[Tensor, ...]:
-    """The pooled feature [B, D] of normalised images [B, C, H, W], of any model of timm, whatever its map."""
+    """Return the pooled feature ([B, D],) of normalised images [B, C, H, W]; works for models without a feature map."""
     return (backbone.forward_head(backbone.forward_features(images), pre_logits=True),)
 
 
 def forward_pooled_and_tokens(backbone: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    """As ``whole_and_map``, with the map's places in a row: (pooled [B, D], places [B, L, D])."""
-    pooled, last = forward_pooled_and_map(backbone, images)
-    return pooled, last.flatten(2).transpose(1, 2)
+    """Return (pooled [B, D], the last map's locations [B, L, D]) of normalised images [B, C, H, W]."""
+    pooled, feature_map = forward_pooled_and_map(backbone, images)
+    return pooled, feature_map.flatten(2).transpose(1, 2)
 
 
 def infer_pooled_width(name: str, image_size: int | tuple[int, int], channels: int) -> int:
-    """The width of a model's pooled feature, found without memory. Raises: ConfigError."""
+    """Return the width of a model's pooled feature, from a forward on the meta device. Raises: ConfigError."""
     return _infer_outputs(forward_pooled, name, image_size, channels)[0].shape[1]
 
 
 def infer_feature_shapes(
     name: str, image_size: int | tuple[int, int], channels: int
 ) -> tuple[int, tuple[int, int, int]]:
-    """The width of a model's pooled feature, and the (D, rows, columns) of its last map, found without memory.
+    """Return the width of a model's pooled feature, and (D, rows, columns) of its last map, from the meta device.
 
-    Raises: ConfigError, as ``build_backbone``, and for a model that has no such map of images of this size.
+    Raises: ConfigError, as ``build_backbone``, or if the model makes no such map of images of this size.
     """
-    pooled, last = _infer_outputs(forward_pooled_and_map, name, image_size, channels)
-    width, rows, columns = last.shape[1:]
+    pooled, feature_map = _infer_outputs(forward_pooled_and_map, name, image_size, channels)
+    width, rows, columns = feature_map.shape[1:]
     return pooled.shape[1], (width, rows, columns)
 
 
 @functools.cache
 def _infer_outputs(
-    forward: Callable[[Any, Tensor], tuple[Tensor, ...]], name: str, image_size: int | tuple[int, int], channels: int
+    forward: FeatureFn, name: str, image_size: int | tuple[int, int], channels: int
 ) -> tuple[Tensor, ...]:
-    """What a look at images gives, without memory. Raises: ConfigError."""
+    """Return the outputs of ``forward`` on the meta device. Raises: ConfigError."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         backbone = build_backbone(name, image_size=image_size, channels=channels).eval()
         try:
             return forward(backbone, torch.empty(2, channels, *height_and_width(image_size)))
         except TIMM_ERRORS as error:
             raise ConfigError(
-                f"'{name}' makes no feature map of images of {format_image_size(image_size)} pixels: {format_error(error)}"
+                f"'{name}' makes no feature map of images of {format_image_size(image_size)} pixels: "
+                f"{format_error(error)}"
             ) from None
 
 
 def check_training_forward(
     name: str, image_size: int | tuple[int, int], channels: int, num_classes: int, microbatch_size: int
 ) -> None:
-    """Refuse what a forward in training would: images that are too small, or too few of them for BatchNorm.
-
-    Raises: ConfigError.
-    """
+    """Raise ConfigError if a training forward fails: images too small, or too few for BatchNorm."""
     model = build_meta_backbone(name, image_size, channels, num_classes)
     images = torch.empty(microbatch_size, channels, *height_and_width(image_size), device="meta")
     try:
         logits = model(images)
     except TIMM_ERRORS as error:
         raise ConfigError(
-            f"'{name}' cannot learn from {microbatch_size} images at once of {format_image_size(image_size)} pixels: {format_error(error)}"
+            f"'{name}' cannot train on a microbatch of {microbatch_size} images of {format_image_size(image_size)} "
+            f"pixels: {format_error(error)}"
         ) from None
     if not isinstance(logits, Tensor) or logits.shape != (microbatch_size, num_classes):
-        raise ConfigError(f"'{name}' does not make one row of logits of an image; take another model")
+        raise ConfigError(f"'{name}' does not make one row of logits per image; use another model")
 
 
 def set_activation_checkpointing(backbone: Any, enable: bool) -> None:
-    """Recompute a model's activations in the backward pass, with the same result.
+    """Switch the recomputation of a model's activations in the backward pass on or off; results are the same.
 
-    The running statistics of BatchNorm follow a batch once, and not again where its forward is recomputed.
-    Raises: ConfigError where timm cannot.
+    BatchNorm's running statistics are updated by the forward, not by its recomputation.
+    Raises: ConfigError if timm does not support it for the model.
     """
     try:
         backbone.set_grad_checkpointing(enable)
@@ -202,50 +207,47 @@ def set_activation_checkpointing(backbone: Any, enable: bool) -> None:
 
 
 def head_parameter_names(name: str, image_size: int | tuple[int, int], channels: int) -> tuple[str, ...]:
-    """The names of a model's weights that it has, or has in this shape, only for its classes. Raises: ConfigError."""
+    """Return the names of the weights that exist, or have their shape, only with a head. Raises: ConfigError."""
     headed, bare = (build_meta_backbone(name, image_size, channels, classes).state_dict() for classes in (2, 0))
-    return tuple(each for each in headed if each not in bare or bare[each].shape != headed[each].shape)
+    return tuple(key for key, weight in headed.items() if key not in bare or bare[key].shape != weight.shape)
 
 
 def count_head_classes(weights: dict[str, Tensor], name: str, image_size: int | tuple[int, int], channels: int) -> int:
-    """How many classes the head of these weights of a model of timm has; 0: they have no head. Raises: ConfigError."""
+    """Return the number of classes of the head in a timm model's weights; 0: no head. Raises: ConfigError."""
     headed = build_meta_backbone(name, image_size, channels, 2).state_dict()
-    rows = [
-        each
-        for each in head_parameter_names(name, image_size, channels)
-        if each in weights and headed[each].shape[0] == 2
-    ]
-    return max((weights[each].shape[0] for each in rows), default=0)
+    head_names = head_parameter_names(name, image_size, channels)
+    sizes = [weights[key].shape[0] for key in head_names if key in weights and headed[key].shape[0] == 2]
+    return max(sizes, default=0)
 
 
 def check_resizable(card: BackboneCard, image_size: int | tuple[int, int], where: str) -> None:
-    """The weights of some models of timm are those of one image size. Raises: ConfigError, ExportError."""
-    now, was = (
+    """Raise ExportError if a timm model's weights do not fit another image size, ConfigError if timm cannot build it."""
+    new, trained = (
         build_meta_backbone(card.timm, size, card.channels).state_dict() for size in (image_size, card.image_size)
     )
-    other = [name for name in was if name not in now or now[name].shape != was[name].shape]
-    if other:
+    changed = [name for name in trained if name not in new or new[name].shape != trained[name].shape]
+    if changed:
         raise ExportError(
-            f"{where} is a {card.timm} of images of {format_image_size(card.image_size)} pixels and has weights of that size alone "
-            f"({', '.join(other[:3])}); data.image_size is {format_image_size(image_size)}"
+            f"{where} is a {card.timm} of images of {format_image_size(card.image_size)} pixels and has weights of "
+            f"that size alone ({', '.join(changed[:3])}); data.image_size is {format_image_size(image_size)}"
         )
 
 
 def get_layer_ids(backbone: Any) -> dict[str, int]:
-    """The layer of each parameter as timm numbers them: 0 the stem, the largest the head.
+    """Return timm's layer number of each parameter: 0 the stem, the largest the head.
 
-    Raises: ConfigError where it does not.
+    Raises: ConfigError if timm does not number the model's layers.
     """
     try:
         return group_parameters(backbone, backbone.group_matcher(coarse=False), reverse=True)
     except TIMM_ERRORS:
         raise ConfigError(
-            f"timm does not number the layers of '{_architecture_name(backbone)}', which optim.layer_decay needs: set it to 1"
+            f"timm does not number the layers of '{_architecture_name(backbone)}': set optim.layer_decay=1"
         ) from None
 
 
 def get_no_weight_decay_names(backbone: Any) -> set[str]:
-    """The names of the parameters that timm keeps from weight decay, besides vectors: positions and tables of biases."""
+    """Return the parameters that timm excludes from weight decay, besides vectors: positions and bias tables."""
     patterns = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else ()
     names = [name for name, _ in backbone.named_parameters()]
     return {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
@@ -253,9 +255,9 @@ def get_no_weight_decay_names(backbone: Any) -> set[str]:
 
 @dataclass(frozen=True, slots=True)
 class PretrainedInfo:
-    """What timm says of the weights that it has under a name.
+    """timm's description of a name's pretrained weights.
 
-    ``mean`` and ``std`` are of pixels in [0, 1]; ``image_size`` is (height, width); ``first`` is the first layer's name.
+    ``mean`` and ``std`` are of pixels in [0, 1]; ``image_size`` is (height, width).
     """
 
     mean: tuple[float, ...]
@@ -265,21 +267,21 @@ class PretrainedInfo:
 
 
 def get_pretrained_info(name: str) -> PretrainedInfo:
-    """Raises: ConfigError for a name that timm does not have."""
+    """Return timm's description of a name's pretrained weights. Raises: ConfigError if timm has no such name."""
     _check_timm_name(name)
-    told: Any = timm.get_pretrained_cfg(name)
-    first = told.first_conv if isinstance(told.first_conv, str) else (told.first_conv or ("",))[0]
-    return PretrainedInfo(tuple(told.mean), tuple(told.std), tuple(told.input_size[1:]), first)
+    cfg: Any = timm.get_pretrained_cfg(name)
+    first_layer = cfg.first_conv if isinstance(cfg.first_conv, str) else (cfg.first_conv or ("",))[0]
+    return PretrainedInfo(tuple(cfg.mean), tuple(cfg.std), tuple(cfg.input_size[1:]), first_layer)
 
 
 def has_batch_norm(model: nn.Module) -> bool:
-    """Whether a sample's forward depends on the others of its micro on its rank, as under BatchNorm."""
+    """Return whether a sample's forward depends on the rest of the microbatch, as under BatchNorm."""
     return bool(find_batch_norms(model))
 
 
 def _forward_updating_stats_once(module: Any, forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-    """A forward that leaves the buffers alone where it recomputes, which is inside of a backward."""
-    if torch._C._current_graph_task_id() == -1:  # noqa: SLF001 - torch's own checkpoint asks so
+    """Run a forward that keeps the buffers unchanged during recomputation, that is, inside a backward."""
+    if torch._C._current_graph_task_id() == -1:  # noqa: SLF001 - as torch's own checkpoint does
         return forward(inputs)
     with preserve_batch_norm_stats(module):
         return forward(inputs)
@@ -293,22 +295,23 @@ def _check_timm_name(name: str) -> None:
 
 
 def _check_patch_multiple(backbone: Any, name: str, image_size: int | tuple[int, int]) -> None:
-    """timm cuts off what is no whole patch. Raises: ConfigError."""
-    embed: Any = getattr(backbone, "patch_embed", None)
-    if type(embed) is not PatchEmbed:
+    """Raise ConfigError if the image is not a whole number of patches: timm would crop it silently."""
+    patch_embed: Any = getattr(backbone, "patch_embed", None)
+    if type(patch_embed) is not PatchEmbed:
         return
-    down, across = cast(tuple[int, int], embed.patch_size)
+    patch_height, patch_width = cast(tuple[int, int], patch_embed.patch_size)
     height, width = height_and_width(image_size)
-    if height % down or width % across:
+    if height % patch_height or width % patch_width:
         raise ConfigError(
-            f"image_size={format_image_size(image_size)} is not a whole number of the {down} x {across} patches of '{name}'"
+            f"image_size={format_image_size(image_size)} is not a whole number of the {patch_height} x {patch_width} "
+            f"patches of '{name}'"
         )
 
 
 def _remove_dropout(backbone: nn.Module, drop_path: float) -> None:
-    """Some names of timm bring a dropout, or a drop path, of their own, which draws from the global generator."""
+    """Disable the dropout and drop path that some names of timm bring: both draw from the global generator."""
     for module in list(backbone.modules()):
-        if isinstance(getattr(module, "drop_rate", None), float):  # of those that call a function
+        if isinstance(getattr(module, "drop_rate", None), float):  # modules that call F.dropout
             cast(Any, module).drop_rate = 0.0
         for name, child in list(module.named_children()):
             if type(child) is DropPath and not drop_path:
@@ -318,20 +321,20 @@ def _remove_dropout(backbone: nn.Module, drop_path: float) -> None:
 
 
 def has_distillation_token(model: nn.Module) -> bool:
-    """Whether a model has a token, and a head on it, that learn from a teacher (Touvron et al., "DeiT", 2021)."""
+    """Return whether a model has a distillation token and a head on it (Touvron et al., "DeiT", 2021)."""
     return isinstance(model, VisionTransformerDistilled)
 
 
 @functools.cache
 def _constructor_parameters(name: str) -> frozenset[str]:
-    """What timm passes on to a model of this name."""
+    """Return the parameters of the constructors of a model's class and its bases."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        kind = type(timm.create_model(name, pretrained=False))
-    return frozenset(name for each in kind.__mro__ for name in inspect.signature(each.__init__).parameters)
+        model_class = type(timm.create_model(name, pretrained=False))
+    return frozenset(name for base in model_class.__mro__ for name in inspect.signature(base.__init__).parameters)
 
 
 def format_image_size(image_size: int | tuple[int, int]) -> str:
-    """``224 x 224``: an image size for a reader."""
+    """Return an image size as text: ``224 x 224``."""
     return " x ".join(map(str, height_and_width(image_size)))
 
 
@@ -340,5 +343,5 @@ def _architecture_name(backbone: Any) -> str:
 
 
 def format_error(error: Exception) -> str:
-    """What a refusal of timm's or torch's says, in one line."""
+    """Return the message of an error of timm's or torch's in one line."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Statistics of BatchNorm in adversarial training: separate ones for attacked images, and none kept of an attack's search."""
+"""BatchNorm in adversarial training: separate layers for attacked images, running statistics kept during the attack."""
 
 import copy
 from collections.abc import Iterator
@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 
 def find_batch_norms(model: nn.Module) -> list[Any]:
-    """Every BatchNorm inside a model."""
-    return [each for each in model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]  # noqa: SLF001
+    """Return every BatchNorm layer inside a model."""
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]  # noqa: SLF001
 
 
 def add_auxiliary_batch_norms(model: nn.Module) -> nn.ModuleList:
-    """Twins of every BatchNorm, for attacked images: ``norms_of`` chooses them (Xie et al., "AdvProp", 2020).
+    """Give every BatchNorm a copy for attacked images, and return the copies (Xie et al., "AdvProp", 2020).
 
-    They begin as the norms are, and are no part of the model, whose weights keep their names.
+    ``use_auxiliary_batch_norms`` switches to the copies. They are not submodules of the model, whose weights keep their
+    names.
     """
     twins = nn.ModuleList()
     for norm in find_batch_norms(model):
@@ -30,28 +31,29 @@ def add_auxiliary_batch_norms(model: nn.Module) -> nn.ModuleList:
 
 @contextmanager
 def use_auxiliary_batch_norms(model: nn.Module, *, enabled: bool) -> Iterator[None]:
-    """Let the norms that have a twin pass on to it, or not."""
-    split = [norm for norm in find_batch_norms(model) if hasattr(norm, "attacked")]
-    for norm in split:
+    """Let every BatchNorm that has an auxiliary copy forward through the copy while ``enabled``."""
+    split_norms = [norm for norm in find_batch_norms(model) if hasattr(norm, "attacked")]
+    for norm in split_norms:
         norm.attacked = enabled
     try:
         yield
     finally:
-        for norm in split:
+        for norm in split_norms:
             norm.attacked = False
 
 
 @contextmanager
 def preserve_batch_norm_stats(model: nn.Module) -> Iterator[None]:
-    """Leave running statistics as they are, whatever is shown to the model meanwhile."""
+    """Keep the running statistics of ``model`` unchanged by forwards inside the context."""
     norms = find_batch_norms(model)
-    kept = [norm._buffers for norm in norms]  # noqa: SLF001
-    for norm, buffers in zip(norms, kept, strict=True):
-        norm._buffers = {name: None if each is None else each.clone() for name, each in buffers.items()}  # noqa: SLF001
+    saved_buffers = [norm._buffers for norm in norms]  # noqa: SLF001
+    for norm, buffers in zip(norms, saved_buffers, strict=True):
+        copies = {name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()}
+        norm._buffers = copies  # noqa: SLF001
     try:
         yield
     finally:
-        for norm, buffers in zip(norms, kept, strict=True):
+        for norm, buffers in zip(norms, saved_buffers, strict=True):
             norm._buffers = buffers  # noqa: SLF001
 
 

@@ -1,4 +1,4 @@
-"""What stands on an encoder in fine-tuning. B images."""
+"""The classifier of fine-tuning. B images, K classes."""
 
 import copy
 from collections.abc import Collection
@@ -8,18 +8,19 @@ import torch
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
-from foveal.models.backbone import has_distillation_token, set_activation_checkpointing
+from foveal.models.backbone import has_distillation_token
 from foveal.models.batch_norm import add_auxiliary_batch_norms
-from foveal.models.droppath import count_drop_paths, set_drop_path_noise
-from foveal.models.token_positions import find_cross_module_parameters, set_visible_indices
+from foveal.models.droppath import count_drop_paths
+from foveal.models.encoder_with_head import EncoderWithHead, prepare_encoder
+from foveal.models.token_positions import find_cross_module_parameters
 from foveal.models.vit import HEAD_INIT_STD
 
 
-class Classifier(nn.Module):
-    """An encoder with classes, or any model of timm that has them, whose random draws are arguments.
+class Classifier(EncoderWithHead):
+    """An encoder, or model of timm, with a classification head, whose random numbers are arguments.
 
-    On request the features before its head are dropped at random, all but its head is frozen, or a running average of it
-    follows (an engine moves it, ``Engine.average``), which is what answers in evaluation.
+    Optional: dropout before the head, a partly frozen encoder, and an EMA of the encoder, which an engine updates
+    (``Engine.update_ema``) and which replaces the encoder in evaluation.
     """
 
     def __init__(
@@ -32,15 +33,14 @@ class Classifier(nn.Module):
         with_auxiliary_batch_norms: bool = False,
         with_distillation_token: bool = False,
     ) -> None:
-        """``trained``: the beginnings of the names of all weights that learn; none: every weight does.
+        """``trainable_prefixes``: name prefixes of the weights that are trained; None: all weights.
 
-        ``split``: BatchNorm has other weights and statistics for attacked images (``foveal.models.batch_norm``).
-        ``tokened``: training gives the logits of a distillation token too, timm's or an encoder's first register, whose
-        head is drawn from torch's global generator and is no part of the encoder.
+        ``with_auxiliary_batch_norms``: separate BatchNorm layers for attacked images (``foveal.models.batch_norm``).
+        ``with_distillation_token``: training also returns the logits of a distillation token, timm's own or the first
+        register; the register's head is drawn from torch's global generator and is not part of the encoder.
         """
-        super().__init__()
-        assert encoder.num_classes > 0, "build_encoder(classes=...) makes an encoder with a head"
-        self.encoder = encoder
+        super().__init__(encoder)
+        assert encoder.num_classes > 0, "the encoder has no head: build it with num_classes"
         self.dropout = dropout
         self._partially_frozen = trainable_prefixes is not None
         if trainable_prefixes is not None:
@@ -56,52 +56,45 @@ class Classifier(nn.Module):
 
     @property
     def drop_noise_size(self) -> int:
-        """How many uniform numbers an image takes in training: one per branch with drop path, one per dropped feature."""
+        """Uniform numbers per image in training: one per branch with drop path, and with dropout one per feature."""
         return count_drop_paths(self.encoder) + (self._head_in_features if self.dropout else 0)
 
     def forward(self, images: Tensor, drop_noise: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits [B, classes] of normalised images [B, C, H, W]; in training a distillation token's too, if there is one.
+        """Return logits [B, K] of normalised images [B, C, H, W]; in training also of a distillation token, if any.
 
-        ``noise`` [B, sites] is uniform and decides which sample skips which branch and which of its features are
-        dropped; it is needed in training when there are such sites, and not looked at in evaluation.
+        ``drop_noise`` [B, ``drop_noise_size``] is uniform and selects each sample's dropped branches and features.
+        Training requires it if the size is not 0; evaluation ignores it.
         """
         encoder = self.encoder if self.training or self.averaged is None else self.averaged
-        branches = count_drop_paths(encoder)
-        set_drop_path_noise(encoder, None if drop_noise is None else drop_noise[:, :branches])
-        set_visible_indices(encoder, None)
-        # An engine may have lowered the weights; under autocast they are float32.
-        images = images.to(next(encoder.parameters()).dtype)
+        num_branches = count_drop_paths(encoder)
+        images = prepare_encoder(encoder, images, None if drop_noise is None else drop_noise[:, :num_branches])
         if not self.training or (not self.dropout and self.head_dist is None):
             return encoder(images)
         tokens = encoder.forward_features(images)
         features = encoder.forward_head(tokens, pre_logits=True)
         if self.dropout:
-            assert drop_noise is not None, "training with dropout takes its draws"
-            features = features * (drop_noise[:, branches:] >= self.dropout) / (1 - self.dropout)
+            assert drop_noise is not None, "training with dropout needs drop_noise"
+            features = features * (drop_noise[:, num_branches:] >= self.dropout) / (1 - self.dropout)
         logits = encoder.get_classifier()(features)
         return logits if self.head_dist is None else (logits, self.head_dist(tokens[:, 1]))
 
     def train(self, mode: bool = True) -> Self:
-        """As ever, but what is frozen stays in evaluation mode, and an average takes over what is no weight."""
+        """Set the mode, except that frozen modules stay in evaluation mode; copy the encoder's buffers to its EMA."""
         super().train(mode)
         if self._partially_frozen:
             for module in self.encoder.modules():
-                module.training = mode and any(each.requires_grad for each in module.parameters(recurse=False))
+                trainable = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+                module.training = mode and trainable
         if self.averaged is not None:
             with torch.no_grad():
                 for name, buffer in self.averaged.named_buffers():
                     buffer.copy_(self.encoder.get_buffer(name))
         return self
 
-    def set_grad_checkpointing(self, enable: bool) -> None:
-        """Recompute the blocks in the backward pass. Raises: ConfigError where timm cannot."""
-        set_activation_checkpointing(self.encoder, enable)
-
     def external_parameters(self) -> list[nn.Parameter]:
-        """The parameters that a part of the encoder reads in another one (see ``foveal.models.encode``)."""
-        return find_cross_module_parameters(self.encoder) + (
-            [] if self.averaged is None else find_cross_module_parameters(self.averaged)
-        )
+        """Return those of the encoder and of its EMA."""
+        parameters = super().external_parameters()
+        return parameters if self.averaged is None else parameters + find_cross_module_parameters(self.averaged)
 
     @property
     def _head_in_features(self) -> int:
@@ -109,9 +102,9 @@ class Classifier(nn.Module):
 
 
 def build_distillation_head(encoder: Any) -> nn.Linear:
-    """A head for an encoder's first register as distillation token (Touvron et al., "DeiT", 2021).
+    """Draw a head for an encoder's first register as distillation token (Touvron et al., "DeiT", 2021).
 
-    It is drawn from torch's global generator.
+    Weights are drawn from torch's global generator.
     """
     head = nn.Linear(encoder.embed_dim, encoder.num_classes)
     trunc_normal_(head.weight, std=HEAD_INIT_STD)

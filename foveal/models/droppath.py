@@ -1,13 +1,13 @@
-"""Stochastic depth (Huang et al., 2016) whose draws are given, so that a sample's fate depends on the sample alone."""
+"""Stochastic depth (Huang et al., 2016) with random numbers as arguments, so that a sample's drops are its own."""
 
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 
 class DropPathFromNoise(nn.Module):
-    """Drop a residual branch for the samples whose number is below the rate; scale the others by 1 / (1 - rate).
+    """Stochastic depth: zero a residual branch where a sample's noise is below the rate, else scale by 1 / (1 - rate).
 
-    The numbers come from ``set_drops`` and stay until the next one: recomputed activations must see the same.
+    ``set_drop_path_noise`` sets the noise, which stays until the next call: recomputed activations need the same noise.
     """
 
     def __init__(self, rate: float) -> None:
@@ -16,10 +16,10 @@ class DropPathFromNoise(nn.Module):
         self.noise: Tensor | None = None
 
     def forward(self, branch: Tensor) -> Tensor:
-        """A branch [B, ...] with the dropped samples at zero; in evaluation, the branch itself."""
+        """Return a branch [B, ...] with dropped samples at zero; in evaluation, the branch unchanged."""
         if not self.training:
             return branch
-        assert self.noise is not None and len(self.noise) == len(branch), "set_drops comes before a training forward"
+        assert self.noise is not None and len(self.noise) == len(branch), "a training forward needs set_drop_path_noise"
         scale_B = (self.noise >= self.rate).to(branch.dtype) / (1 - self.rate)
         return branch * scale_B.view(-1, *[1] * (branch.ndim - 1))
 
@@ -28,7 +28,7 @@ class DropPathFromNoise(nn.Module):
 
 
 def replace_drop_paths(encoder: nn.Module) -> None:
-    """Replace every timm ``DropPath`` inside an encoder, which draws from the global generator, by a sampled one."""
+    """Replace every ``DropPath`` of timm's, which draws from the global generator, by ``DropPathFromNoise``."""
     for module in list(encoder.modules()):
         for name, child in list(module.named_children()):
             if type(child) is DropPath:
@@ -36,16 +36,17 @@ def replace_drop_paths(encoder: nn.Module) -> None:
 
 
 def count_drop_paths(encoder: nn.Module) -> int:
-    """How many numbers per sample ``set_drops`` takes: one per branch whose rate is not zero."""
+    """Return the number of noise values per sample: one per branch whose rate is not zero."""
     return len(_find_drop_paths(encoder))
 
 
 def set_drop_path_noise(encoder: nn.Module, noise: Tensor | None) -> None:
-    """Give the draws of the next forward: uniform [B, drop_path_sites(encoder)], column by column in block order."""
-    sites = _find_drop_paths(encoder)
-    assert noise is None or noise.shape[1] == len(sites), f"{len(sites)} sites, noise of shape {tuple(noise.shape)}"
-    for column, site in enumerate(sites):
-        site.noise = None if noise is None else noise[:, column]
+    """Set the noise of the next forward: uniform [B, count_drop_paths(encoder)], a column per branch in block order."""
+    drop_paths = _find_drop_paths(encoder)
+    if noise is not None:
+        assert noise.shape[1] == len(drop_paths), f"{len(drop_paths)} drop paths, noise of shape {tuple(noise.shape)}"
+    for column, drop_path in enumerate(drop_paths):
+        drop_path.noise = None if noise is None else noise[:, column]
 
 
 def _find_drop_paths(encoder: nn.Module) -> list[DropPathFromNoise]:

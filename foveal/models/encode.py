@@ -1,6 +1,6 @@
-"""What an encoder makes of images, or of some of their patches, as far as a given block.
+"""Forward passes of an encoder over all or some patches of an image, up to a given block.
 
-B images, L patches, K kept, R registers, D width, N = 1 + R + K tokens: the class token first, then registers, then patches.
+B images, L patches, K visible, R registers, D width, N = 1 + R + K tokens in the order class token, registers, patches.
 """
 
 import itertools
@@ -23,9 +23,9 @@ from foveal.models.token_positions import (
 
 
 def encode(encoder: Encoder, images: Tensor, visible_indices: Tensor | None = None) -> Tensor:
-    """Features [B, N, D] after the last norm, of normalised images [B, C, H, W]; the kept patches [B, K] in their order.
+    """Return features [B, N, D] after the last norm, of normalised images [B, C, H, W].
 
-    None keeps them all.
+    ``visible_indices`` [B, K] selects and orders the patches; None: all patches.
     """
     return encoder.norm(encode_layers(encoder, images, [len(encoder.blocks)], visible_indices)[0])
 
@@ -33,48 +33,51 @@ def encode(encoder: Encoder, images: Tensor, visible_indices: Tensor | None = No
 def encode_layers(
     encoder: Encoder, images: Tensor, depths: Sequence[int], visible_indices: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """Tokens [B, N, D] as they leave so many blocks (0: as they enter the first), one for each of ``depths``.
+    """Return the tokens [B, N, D] after each of ``depths`` blocks (0: before the first block).
 
-    No block is run beyond the deepest.
+    Blocks beyond the deepest one are not run.
     """
-    blocks, turned, recompute = (
-        list(encoder.blocks),
-        get_rotary_embeddings(encoder, visible_indices),
-        encoder.grad_checkpointing,
-    )
+    blocks = list(encoder.blocks)
+    rotary_embeddings = get_rotary_embeddings(encoder, visible_indices)
+    recompute = encoder.grad_checkpointing
     set_visible_indices(encoder, visible_indices)
-    found = {0: _embed_patches(encoder, images, visible_indices)}
+    tokens_by_depth = {0: _embed_patches(encoder, images, visible_indices)}
     for start, stop in zip([0, *sorted(depths)], sorted(depths), strict=False):
-        found[stop] = run_blocks(blocks[start:stop], found[start], recompute, turned[start:stop])
-    return tuple(found[depth] for depth in depths)
+        tokens = tokens_by_depth[start]
+        tokens_by_depth[stop] = run_blocks(blocks[start:stop], tokens, recompute, rotary_embeddings[start:stop])
+    return tuple(tokens_by_depth[depth] for depth in depths)
 
 
 def encode_cls_and_patches(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
-    """What an encoder makes of normalised images [B, C, H, W] after its last norm: (class token [B, D], patches [B, L, D])."""
+    """Return (class token [B, D], patches [B, L, D]) after the last norm, of normalised images [B, C, H, W]."""
     assert not isinstance(encoder.norm, nn.Identity), "an encoder pooled by 'avg' has its norm after the pooling"
     tokens_BND = encode(encoder, images)
     return tokens_BND[:, 0], tokens_BND[:, encoder.num_prefix_tokens :]
 
 
 def drop_registers(encoder: Encoder, tokens: Tensor) -> Tensor:
-    """The class token and the patches of tokens [B, N, D], as [B, 1 + K, D]: two encoders may differ in registers."""
-    first = encoder.num_prefix_tokens
-    return tokens if first == 1 else torch.cat([tokens[:, :1], tokens[:, first:]], dim=1)
+    """Return tokens [B, N, D] without registers, [B, 1 + K, D], so that encoders with different registers compare."""
+    num_prefix = encoder.num_prefix_tokens
+    return tokens if num_prefix == 1 else torch.cat([tokens[:, :1], tokens[:, num_prefix:]], dim=1)
 
 
 def find_external_parameters(encoder: Encoder) -> list[nn.Parameter]:
-    """The parameters that ``encode_layers`` reads outside the module that owns them.
+    """Return the parameters that ``encode_layers`` reads outside the module that owns them.
 
-    ZeRO 3 gathers a module's parameters when that module is called; a compiled forward must be told of the others
-    (``deepspeed.zero.register_external_parameter``), an eager one finds them.
+    ZeRO 3 gathers a module's parameters when that module is called. Parameters read elsewhere must be registered
+    (``deepspeed.zero.register_external_parameter``) for a compiled forward; an eager forward detects them.
     """
-    parts: Any = encoder
-    embed = parts.patch_embed.proj
-    read = (parts.cls_token, getattr(parts, "reg_token", None), getattr(parts, "pos_embed", None))
-    read += (embed.weight, embed.bias)
-    return [parameter for parameter in read if isinstance(parameter, nn.Parameter)] + find_cross_module_parameters(
-        encoder
+    untyped_encoder: Any = encoder
+    projection = untyped_encoder.patch_embed.proj
+    candidates = (
+        untyped_encoder.cls_token,
+        getattr(untyped_encoder, "reg_token", None),
+        getattr(untyped_encoder, "pos_embed", None),
+        projection.weight,
+        projection.bias,
     )
+    parameters = [candidate for candidate in candidates if isinstance(candidate, nn.Parameter)]
+    return parameters + find_cross_module_parameters(encoder)
 
 
 def run_blocks(
@@ -83,22 +86,22 @@ def run_blocks(
     recompute_activations: bool,
     block_args: Sequence[tuple[Tensor, ...]] = (),
 ) -> Tensor:
-    """Tokens [B, N, D] through the blocks; with ``checkpointing`` each block is recomputed in the backward pass.
+    """Return tokens [B, N, D] after the blocks.
 
-    ``beside`` are further arguments of each block; empty where they take none.
+    ``recompute_activations`` recomputes each block in the backward pass. ``block_args`` holds further arguments of each
+    block; empty if the blocks take none.
     """
     recompute = recompute_activations and torch.is_grad_enabled()
-    for block, more in zip(blocks, block_args or itertools.repeat(()), strict=bool(block_args)):
-        tokens = checkpoint(block, tokens, *more, use_reentrant=False) if recompute else block(tokens, *more)
+    for block, args in zip(blocks, block_args or itertools.repeat(()), strict=bool(block_args)):
+        tokens = checkpoint(block, tokens, *args, use_reentrant=False) if recompute else block(tokens, *args)
     return tokens
 
 
 def _embed_patches(encoder: Any, images: Tensor, visible_indices: Tensor | None) -> Tensor:
     patches = patchify(images, encoder.patch_embed.patch_size[0])
     if visible_indices is not None:
-        patches = gather_patches(
-            patches, visible_indices
-        )  # before the embedding: what is masked costs nothing and cannot leak
+        # Before the embedding, so that masked patches cost nothing and cannot leak.
+        patches = gather_patches(patches, visible_indices)
     weight = encoder.patch_embed.proj.weight.flatten(1)
     tokens = F.linear(patches.to(weight.dtype), weight, encoder.patch_embed.proj.bias)
     tokens = add_positions_and_prefix(encoder, tokens, visible_indices)

@@ -1,6 +1,6 @@
 """The masked autoencoder (He et al., "Masked Autoencoders Are Scalable Vision Learners", 2022).
 
-B images, L patches, K kept, M masked, R registers, N = 1 + R + K tokens, D encoder width, P numbers per patch.
+B images, L patches, K visible, M masked, R registers, N = 1 + R + K tokens, D encoder width, P values per patch.
 """
 
 import copy
@@ -20,16 +20,16 @@ from foveal.models.sincos import sincos_positions
 from foveal.models.timm_vit import Encoder
 from foveal.models.vit import TOKEN_INIT_STD, init_linear_layers
 
-LAYER_NORM_EPS = 1e-6  # timm's transformers and the reference implementation of MAE; torch's default is 1e-5
+LAYER_NORM_EPS = 1e-6  # as in timm's transformers and the reference implementation of MAE; torch's default is 1e-5
 
 
 class DecoderConfig(Config):
-    """The transformer that guesses what is masked; it is thrown away after pretraining."""
+    """The transformer that predicts masked patches; it is discarded after pretraining."""
 
-    width: int = science(512, "numbers per token; a multiple of 4 and of heads", ge=4)
-    depth: int = science(8, "blocks", ge=1)
-    heads: int = science(16, "attention heads", ge=1)
-    mlp_ratio: float = science(4.0, "hidden width of a block's MLP over the token width", gt=0)
+    width: int = science(512, "Token width (embedding dimension); a multiple of 4 and of heads.", ge=4)
+    depth: int = science(8, "Number of blocks.", ge=1)
+    heads: int = science(16, "Attention heads per block.", ge=1)
+    mlp_ratio: float = science(4.0, "Hidden width of a block's MLP over the token width.", gt=0)
 
     @model_validator(mode="after")
     def _check_width(self) -> Self:
@@ -41,18 +41,18 @@ class DecoderConfig(Config):
 
 
 class Decoder(nn.Module):
-    """From the features of visible patches to the pixels, or the features, of masked ones."""
+    """A transformer that predicts the pixels, or features, of masked patches from the features of visible patches."""
 
     positions: Tensor
 
     def __init__(self, cfg: DecoderConfig, encoder: Encoder, out_features: int | None = None) -> None:
-        """``outputs``: how many numbers it guesses of each masked patch; none: its pixels."""
+        """``out_features``: predicted values per masked patch; None: the patch's pixels."""
         super().__init__()
         patch_embed: Any = encoder.patch_embed
         rows, columns = patch_embed.grid_size
         self.embed = nn.Linear(encoder.embed_dim, cfg.width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, cfg.width))
-        # Not a parameter and not in the state: it is a formula, and ZeRO shards only what is learned.
+        # A buffer outside the state: positions follow from a formula, and ZeRO shards only parameters.
         self.register_buffer("positions", sincos_positions(rows, columns, cfg.width), persistent=False)
         self.blocks = nn.Sequential(*(_build_decoder_block(cfg) for _ in range(cfg.depth)))
         self.norm = nn.LayerNorm(cfg.width, eps=LAYER_NORM_EPS)
@@ -62,27 +62,27 @@ class Decoder(nn.Module):
         nn.init.normal_(self.mask_token, std=TOKEN_INIT_STD)
 
     def forward(self, features: Tensor, visible_indices: Tensor, masked_indices: Tensor) -> Tensor:
-        """Guesses [B, M, outputs] of the masked patches, from features [B, N, D] and the places [B, K] and [B, M].
+        """Return predictions [B, M, out_features] of the masked patches, from encoder features [B, N, D].
 
-        The tokens stay in the order class, registers, kept, masked: attention has no order, and the positions say where
-        they are.
+        ``visible_indices`` is [B, K], ``masked_indices`` [B, M]. Tokens stay in the order class, registers, visible,
+        masked: attention ignores order, and position embeddings hold the places.
         """
         tokens = self.embed(features)
-        first = tokens.shape[1] - visible_indices.shape[1]
-        positions = self.positions.to(self.mask_token.dtype)  # engines that lower the weights may leave buffers alone
-        visible = tokens[:, first:] + positions[visible_indices]
-        hidden = self.mask_token + positions[masked_indices]
-        tokens = torch.cat([tokens[:, :first], visible, hidden], dim=1)
+        num_prefix = tokens.shape[1] - visible_indices.shape[1]
+        positions = self.positions.to(self.mask_token.dtype)  # an engine may lower weights but not buffers
+        visible = tokens[:, num_prefix:] + positions[visible_indices]
+        masked = self.mask_token + positions[masked_indices]
+        tokens = torch.cat([tokens[:, :num_prefix], visible, masked], dim=1)
         tokens = run_blocks(self.blocks, tokens, self.grad_checkpointing)
-        return self.predict(self.norm(tokens[:, first + visible_indices.shape[1] :]))
+        return self.predict(self.norm(tokens[:, num_prefix + visible_indices.shape[1] :]))
 
 
 class MAEOutput(NamedTuple):
-    """What a masked autoencoder says of images, and what else its objective needs to know.
+    """Predictions of a masked autoencoder, and the targets that come from an encoder.
 
-    ``patches`` [B, M, P], or [B, M, D] of latents, are those at the places ``masked`` [B, M] int64. ``image`` [B, D] is
-    the guess of the whole image's representation, ``seen`` [B, L, D] what the full images' patches are to the encoder
-    that is imitated, without a gradient; None where the objective asks for none.
+    ``patch_pred`` [B, M, P], or [B, M, D] for features, predicts the patches at ``masked_indices`` [B, M] int64.
+    ``image_pred`` [B, D] predicts the full image's representation; ``target_features`` [B, L, D] are the target
+    encoder's patch features of the full image, without a gradient. Both are None unless the objective uses them.
     """
 
     patch_pred: Tensor
@@ -92,10 +92,10 @@ class MAEOutput(NamedTuple):
 
 
 class MaskedAutoencoder(nn.Module):
-    """An encoder that sees the visible patches alone, and a decoder that guesses the others.
+    """An encoder of the visible patches, and a decoder that predicts the masked patches.
 
-    On request also a head that guesses the whole image's representation from the class token, and a running average of
-    the encoder, which an engine moves (``Engine.average``) and which sees full images.
+    Optional: a head that predicts the full image's representation from the class token, and an EMA of the encoder,
+    which an engine updates (``Engine.update_ema``) and which encodes full images.
     """
 
     def __init__(
@@ -107,11 +107,11 @@ class MaskedAutoencoder(nn.Module):
         predict_image: bool = False,
         with_ema: bool = False,
     ) -> None:
-        """The decoder is drawn from torch's global generator, like the encoder before it (``build_encoder``).
+        """Draw the decoder from torch's global generator, after the encoder (``build_encoder``).
 
-        ``latents``: the decoder guesses features instead of pixels; ``image``: there is a head on the class token, drawn
-        last; ``averaged``: the average begins as the encoder is now. Without the latter, the encoder itself sees the full
-        images, if anything is to be guessed of them.
+        ``predict_features``: the decoder predicts features instead of pixels. ``predict_image``: a head on the class
+        token, drawn last. ``with_ema``: the EMA starts as a copy of the encoder; without it, the encoder computes the
+        target features itself, if any are needed.
         """
         super().__init__()
         self.encoder = encoder
@@ -121,47 +121,46 @@ class MaskedAutoencoder(nn.Module):
         self._needs_target_features = predict_features or predict_image
 
     def forward(self, images: Tensor, noise: Tensor, mask_ratio: float) -> MAEOutput:
-        """Guess the masked patches, and what else there is to guess.
+        """Predict the masked patches and, with ``predict_image``, the image's representation.
 
-        ``images`` [B, C, H, W] are normalised; ``noise`` [B, L], float32 or float64, decides which patches are masked
-        (``split_by_noise``): uniform numbers, or what a kind of masking makes of them (``foveal.models.masks``).
+        ``images`` [B, C, H, W] are normalised; ``noise`` [B, L], float32 or float64, selects the masked patches
+        (``split_patches_by_noise``): uniform numbers, or a mask strategy's noise (``foveal.models.masks``).
         """
-        kept, masked = split_patches_by_noise(noise, mask_ratio)
-        seen = self._compute_target_features(
-            images
-        )  # first: what is computed again in the backward pass must find the kept patches set
-        tokens = self.encode(images, kept)
-        image = None if self.guess_image is None else self.guess_image(tokens[:, 0])
-        return MAEOutput(self.decoder(tokens, kept, masked), masked, image, seen)
+        visible_indices, masked_indices = split_patches_by_noise(noise, mask_ratio)
+        # First: activations recomputed in the backward pass must find the visible indices set last.
+        target_features = self._compute_target_features(images)
+        tokens = self.encode(images, visible_indices)
+        image_pred = None if self.guess_image is None else self.guess_image(tokens[:, 0])
+        patch_pred = self.decoder(tokens, visible_indices, masked_indices)
+        return MAEOutput(patch_pred, masked_indices, image_pred, target_features)
 
     @torch.no_grad()
     def _compute_target_features(self, images: Tensor) -> Tensor | None:
         return encode_cls_and_patches(self.averaged or self.encoder, images)[1] if self._needs_target_features else None
 
     def encode(self, images: Tensor, visible_indices: Tensor | None = None) -> Tensor:
-        """Features [B, N, D] of the class token, the registers and the kept patches [B, K], in their order; None: all."""
+        """Return features [B, N, D] of class token, registers and patches ``visible_indices`` [B, K] (None: all)."""
         return encode(self.encoder, images, visible_indices)
 
     def external_parameters(self) -> list[nn.Parameter]:
-        """The parameters that a forward reads outside the module that owns them (see ``foveal.models.encode``)."""
-        return find_external_parameters(self.encoder) + (
-            [] if self.averaged is None else find_external_parameters(self.averaged)
-        )
+        """Return the parameters that a forward reads outside their own module (see ``foveal.models.encode``)."""
+        encoders = [self.encoder] if self.averaged is None else [self.encoder, self.averaged]
+        return [parameter for encoder in encoders for parameter in find_external_parameters(encoder)]
 
     def set_grad_checkpointing(self, enable: bool) -> None:
-        """Keep only the inputs of the blocks for the backward pass and compute the rest again (less memory, same loss)."""
+        """Recompute the blocks' activations in the backward pass: less memory, the same loss."""
         self.encoder.set_grad_checkpointing(enable)
         self.decoder.grad_checkpointing = enable
 
 
 def _build_decoder_block(cfg: DecoderConfig) -> Block:
     norm = partial(nn.LayerNorm, eps=LAYER_NORM_EPS)
-    # timm declares a class and calls it: anything that makes a norm from a width will do.
+    # timm's annotation asks for a class, but any callable from width to norm works.
     return Block(cfg.width, cfg.heads, mlp_ratio=cfg.mlp_ratio, qkv_bias=True, norm_layer=norm)  # pyright: ignore[reportArgumentType]
 
 
 def _build_predictor(width: int) -> nn.Sequential:
-    """What stands between a token and the representation that it is to resemble (BYOL, 2020), without BatchNorm."""
+    """Return the predictor between a token and its target representation (BYOL, 2020), without BatchNorm."""
     layers = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
     init_linear_layers(layers)
     return layers

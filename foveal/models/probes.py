@@ -1,6 +1,6 @@
-"""What is read of a frozen encoder, and the head that attends to it.
+"""Features of a frozen encoder for probes, and the attentive and linear heads on them.
 
-B images, S layers, L patches, D width, F numbers of a feature (D, or 2 D for both), K classes.
+B images, S layers, L patches, D width, F feature width (D, or 2 D for pooling ``both``), K classes.
 """
 
 from collections.abc import Sequence
@@ -21,25 +21,28 @@ _HEAD_INIT_STD = 0.01  # He et al., 2022, appendix A.2
 def encode_probe_features(
     encoder: Encoder, images: Tensor, layers: Sequence[int], pooling: str
 ) -> tuple[Tensor, Tensor]:
-    """Features [S, B, F] and patches [S, B, L, D] behind the given blocks (ascending, from 1) of normalised images.
+    """Return features [S, B, F] and patches [S, B, L, D] after blocks ``layers`` (ascending, from 1) of images.
 
-    ``features``: ``token``, ``avg`` (the patches' mean) or ``both``, one behind the other. Every layer is read through
-    the encoder's last norm, as DINOv2's evaluation does (Oquab et al., 2023): what the last block gives is then the
-    final feature. An encoder that was trained on the mean of its patches has its norm behind the mean, and so it is read.
+    ``pooling``: ``token``, ``avg`` (the patches' mean) or ``both``, concatenated in this order. The encoder's last norm
+    is applied to every layer, as in DINOv2's evaluation (Oquab et al., 2023), so that the last block gives the final
+    feature. An encoder trained on its patches' mean applies its norm after the mean, here too.
     """
-    parts: Any = encoder
-    behind = isinstance(encoder.norm, nn.Identity)
-    norm = parts.fc_norm if behind else encoder.norm
+    untyped_encoder: Any = encoder
+    norm_after_pooling = isinstance(encoder.norm, nn.Identity)
+    norm = untyped_encoder.fc_norm if norm_after_pooling else encoder.norm
     tokens = torch.stack(encode_layers(encoder, images, layers))
     normed = norm(tokens)
     token = normed[:, :, 0]
     patches = normed[:, :, encoder.num_prefix_tokens :]
-    mean = norm(tokens[:, :, encoder.num_prefix_tokens :].mean(dim=2)) if behind else patches.mean(dim=2)
+    mean = norm(tokens[:, :, encoder.num_prefix_tokens :].mean(dim=2)) if norm_after_pooling else patches.mean(dim=2)
     return {"token": token, "avg": mean, "both": torch.cat([token, mean], dim=2)}[pooling], patches
 
 
 class AttentiveHead(nn.Module):
-    """One learned query attends to the patches, then a linear layer (as in CAE, Chen et al., 2022; AIM, El-Nouby et al., 2024)."""
+    """A learned query that attends to the patches, then a linear layer.
+
+    As in CAE (Chen et al., 2022) and AIM (El-Nouby et al., 2024).
+    """
 
     def __init__(self, width: int, heads: int, num_classes: int) -> None:
         super().__init__()
@@ -51,11 +54,11 @@ class AttentiveHead(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """Logits [B, K] of patches [B, L, D]."""
+        """Return logits [B, K] of patches [B, L, D]."""
         return self.head(self.pool(patches))
 
 
 def init_linear_heads(in_features: int, num_classes: int, num_heads: int) -> tuple[Tensor, Tensor]:
-    """Weights [number, K, F] and biases [number, K] of heads that begin alike, as MAE's linear probing begins."""
+    """Return weights [num_heads, K, F] and biases [num_heads, K] of equal heads, initialised as MAE's linear probe."""
     weight = trunc_normal_(torch.empty(num_classes, in_features), std=_HEAD_INIT_STD)
     return weight.repeat(num_heads, 1, 1), torch.zeros(num_heads, num_classes)

@@ -1,4 +1,4 @@
-"""Maps and weights for another grid of places: weights for other patches, exactly as timm would load them there."""
+"""Resize position embeddings and feature maps to another grid; position embeddings exactly as timm resizes them."""
 
 import math
 from typing import Any
@@ -15,41 +15,48 @@ from foveal.models.vit import EncoderCard, Positions
 def resize_weights_from_card(
     weights: dict[str, Tensor], encoder: Encoder, card: dict[str, Any], where: str
 ) -> dict[str, Tensor]:
-    """The weights that an encoder's card (read from ``where``) belongs to, for the grid of ``encoder``."""
-    told = EncoderCard.from_dict(card, where)
-    return resize_weights(weights, encoder, told.positions, told.patch_grid(told.image_size))
+    """Return the weights of an encoder with this card (read from ``where``), resized to the grid of ``encoder``."""
+    parsed_card = EncoderCard.from_dict(card, where)
+    source_grid = parsed_card.patch_grid(parsed_card.image_size)
+    return resize_weights(weights, encoder, parsed_card.positions, source_grid)
 
 
 def resize_weights(
     weights: dict[str, Tensor], encoder: Encoder, positions: Positions | None, source_grid: tuple[int, int]
 ) -> dict[str, Tensor]:
-    """Weights that were trained on a grid (rows, columns) with these positions, for the grid of ``encoder``.
+    """Return weights trained on ``source_grid`` (rows, columns), resized to the grid of ``encoder``.
 
-    Learned positions are resampled (bicubic, antialiased), the rows of a class token and registers stay; sines and cosines are those
-    of the new grid, which the encoder has. Rotary positions and relative biases are functions of places: nothing of
-    them is resized.
+    Learned positions are resampled (bicubic, antialiased), except the rows of the class token and registers.
+    Sine-cosine positions are taken from ``encoder``. Rotary positions and relative biases are functions of the patches'
+    places and are not resized.
     """
-    embed: Any = encoder.patch_embed
-    table, length = weights.get("pos_embed"), math.prod(source_grid)
-    # A table that is not of this grid is left as it is: loading it strictly says so.
-    if table is None or source_grid == embed.grid_size or table.shape[1] - length not in (0, encoder.num_prefix_tokens):
+    patch_embed: Any = encoder.patch_embed
+    pos_embed, num_patches = weights.get("pos_embed"), math.prod(source_grid)
+    # A pos_embed that does not fit ``source_grid`` is returned unchanged: loading it with strict=True then fails.
+    if (
+        pos_embed is None
+        or source_grid == patch_embed.grid_size
+        or pos_embed.shape[1] - num_patches not in (0, encoder.num_prefix_tokens)
+    ):
         return weights
     if positions == "sincos":
         return weights | {"pos_embed": encoder.get_parameter("pos_embed").detach()}
     return weights | {
-        "pos_embed": resample_abs_pos_embed(table, embed.grid_size, [*source_grid], table.shape[1] - length)
+        "pos_embed": resample_abs_pos_embed(
+            pos_embed, patch_embed.grid_size, [*source_grid], pos_embed.shape[1] - num_patches
+        )
     }
 
 
 def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps [B, D, rows, columns] at other sides, bilinearly as ``F.interpolate`` without aligned corners.
+    """Resize maps [B, D, rows, columns] bilinearly, as ``F.interpolate`` without aligned corners.
 
-    As two products: on a GPU the backward of torch's own adds in another order each time.
+    Two matrix products replace torch's own operator, whose backward on a GPU has no fixed order of summation.
     """
     if maps.shape[2:] == size:
         return maps
-    down, across = (
+    row_weights, column_weights = (
         F.interpolate(torch.eye(old, device=maps.device)[None], size=new, mode="linear")[0].to(maps.dtype)
         for old, new in zip(maps.shape[2:], size, strict=True)
     )
-    return ((maps @ across).transpose(2, 3) @ down).transpose(2, 3)
+    return ((maps @ column_weights).transpose(2, 3) @ row_weights).transpose(2, 3)

@@ -1,6 +1,6 @@
-"""Sliding windows: what a model of small images makes of large ones.
+"""Sliding-window inference: dense predictions for images larger than the model's.
 
-B images, C channels, H x W their pixels, h x w a window's, K classes.
+B images, C channels, H x W pixels of an image, h x w pixels of a window, K classes.
 """
 
 import math
@@ -14,44 +14,48 @@ from torch.nn import functional as F
 def window_corners(
     image_size: tuple[int, int], window_size: tuple[int, int], stride_fraction: float
 ) -> list[tuple[int, int]]:
-    """(top, left) of windows that cover an image of these sides (height, width), in rows.
+    """Return (top, left) of windows that cover an image, row by row; sizes are (height, width).
 
-    ``share`` of a window lies between two of them; the last of a row or column is moved back to end with the image.
+    The stride is ``stride_fraction`` of a window; the last window of a row or column moves back to end with the image.
     """
     tops, lefts = (
-        [min(number * step, side - length) for number in range(math.ceil((side - length) / step) + 1)]
-        for side, length in zip(image_size, window_size, strict=True)
-        for step in [max(1, round(length * stride_fraction))]
+        _window_offsets(image_side, window_side, stride_fraction)
+        for image_side, window_side in zip(image_size, window_size, strict=True)
     )
     return [(top, left) for top in tops for left in lefts]
+
+
+def _window_offsets(image_side: int, window_side: int, stride_fraction: float) -> list[int]:
+    stride = max(1, round(window_side * stride_fraction))
+    last = image_side - window_side
+    return [min(number * stride, last) for number in range(math.ceil(last / stride) + 1)]
 
 
 def iter_sliding_window_log_probs(
     predict_logits: Callable[[Tensor], Tensor], images: Tensor, window_size: tuple[int, int], stride_fraction: float
 ) -> Iterator[Tensor]:
-    """Logarithms of the probabilities [K, H, W] of each of the images [B, C, H, W].
+    """Yield the log-probabilities [K, H, W] of each of the images [B, C, H, W].
 
-    ``logits_of`` takes windows [B, C, h, w] to logits [B, K, h, w]. Where windows overlap, their probabilities are
-    averaged (as those of an ensemble; mmsegmentation's ``slide_inference`` averages logits): the mean is again a
-    distribution, and its logarithm a loss. With one window it is that window's softmax, bit for bit. B windows and one
-    image are held at a time.
+    ``predict_logits`` maps windows [B, C, h, w] to logits [B, K, h, w]. Overlapping windows average their probabilities
+    (mmsegmentation's ``slide_inference`` averages logits): the mean is again a distribution, whose logarithm gives a
+    loss. A single window gives its log-softmax, bit for bit. Memory holds B windows and one output image at a time.
     """
-    batch, sides = len(images), (images.shape[2], images.shape[3])
-    places = window_corners(sides, window_size, stride_fraction)
-    waiting = [(image, top, left) for image in range(batch) for top, left in places]
-    total, times = images.new_empty(0), images.new_empty(0)
-    for begin in range(0, len(waiting), batch):
-        part = waiting[begin : begin + batch]
-        cut = torch.stack([images[image, :, *_window_slices(top, left, window_size)] for image, top, left in part])
-        for (_, top, left), logits in zip(part, F.log_softmax(predict_logits(cut).float(), dim=1), strict=True):
+    batch, image_size = len(images), (images.shape[2], images.shape[3])
+    corners = window_corners(image_size, window_size, stride_fraction)
+    windows = [(image, top, left) for image in range(batch) for top, left in corners]
+    log_sum, counts = images.new_empty(0), images.new_empty(0)
+    for begin in range(0, len(windows), batch):
+        chunk = windows[begin : begin + batch]
+        crops = torch.stack([images[image, :, *_window_slices(top, left, window_size)] for image, top, left in chunk])
+        for (_, top, left), log_probs in zip(chunk, F.log_softmax(predict_logits(crops).float(), dim=1), strict=True):
             area = _window_slices(top, left, window_size)
-            if (top, left) == places[0]:
-                total = logits.new_full((len(logits), *sides), -math.inf)
-                times = logits.new_zeros(sides)
-            total[:, *area] = torch.logaddexp(total[:, *area], logits)
-            times[area] += 1
-            if (top, left) == places[-1]:
-                yield total - times.log()
+            if (top, left) == corners[0]:
+                log_sum = log_probs.new_full((len(log_probs), *image_size), -math.inf)
+                counts = log_probs.new_zeros(image_size)
+            log_sum[:, *area] = torch.logaddexp(log_sum[:, *area], log_probs)
+            counts[area] += 1
+            if (top, left) == corners[-1]:
+                yield log_sum - counts.log()
 
 
 def _window_slices(top: int, left: int, window_size: tuple[int, int]) -> tuple[slice, slice]:

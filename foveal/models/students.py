@@ -1,9 +1,9 @@
-"""What learns in distillation: an encoder, or a model of timm, and what each kind of lesson puts on it.
+"""Students of distillation: an encoder, or a model of timm, with the modules that each method puts on it.
 
-Every student takes (images, kept, masked), of which the last two are places of patches where a lesson masks any, and
-answers with a tuple of tensors. Every parameter has a part in the answers, if only a zero one: an engine that shards
+Every student maps (images, visible_indices, masked_indices) to a tuple of tensors; the indices are None unless the
+method masks patches. Every parameter takes part in the outputs, if only with a zero gradient: an engine that shards
 weights or reduces gradients waits for all of them.
-B images, L patches, K kept, M masked, D student width, T teacher width, P numbers per patch.
+B images, L patches, K visible, M masked, D student width, T teacher width, P values per patch.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveal.models.backbone import set_activation_checkpointing
+from foveal.models.backbone import FeatureFn, set_activation_checkpointing
 from foveal.models.classify import build_distillation_head
 from foveal.models.encode import drop_registers, encode, encode_cls_and_patches, encode_layers, find_external_parameters
 from foveal.models.mae import Decoder, DecoderConfig
@@ -20,50 +20,46 @@ from foveal.models.timm_vit import Encoder
 from foveal.models.token_positions import find_cross_module_parameters
 from foveal.models.vit import init_linear_layers
 
-FeatureFn = Callable[[Any, Tensor], tuple[Tensor, ...]]
-
 
 class Students(nn.Module):
-    """Students that share a lesson and nothing else."""
+    """Students that share the teacher's targets and nothing else."""
 
     def __init__(self, students: Sequence[nn.Module]) -> None:
         super().__init__()
-        # No ModuleList: FSDP2 would take students of one type for the blocks of one model.
+        # No ModuleList: FSDP2 would shard students of the same type as the blocks of one model.
         self.each = nn.ModuleDict({str(number): student for number, student in enumerate(students)})
 
     def forward(
         self, images: Tensor, visible_indices: Tensor | None = None, masked_indices: Tensor | None = None
     ) -> tuple[tuple[Tensor, ...], ...]:
-        """The answers of each student to normalised images [B, C, H, W]."""
+        """Return the outputs of each student for normalised images [B, C, H, W]."""
         return tuple(student(images, visible_indices, masked_indices) for student in self.each.values())
 
     def set_grad_checkpointing(self, enable: bool) -> None:
-        """Recompute the blocks in the backward pass, as ``MaskedAutoencoder`` does."""
+        """Recompute the blocks' activations in the backward pass, as ``MaskedAutoencoder`` does."""
         for student in self._students():
             set_activation_checkpointing(student.encoder, enable)
             if getattr(student, "decoder", None) is not None:
                 student.decoder.grad_checkpointing = enable
 
     def external_parameters(self) -> list[nn.Parameter]:
-        """The parameters that a forward reads outside the module that owns them (see ``foveal.models.encode``)."""
-        return [
-            each
-            for student in self._students()
-            for each in (
-                find_external_parameters if student.bypasses_encoder_forward else find_cross_module_parameters
-            )(student.encoder)
-        ]
+        """Return the parameters that a forward reads outside their own module (see ``foveal.models.encode``)."""
+        parameters: list[nn.Parameter] = []
+        for student in self._students():
+            bypasses = student.bypasses_encoder_forward
+            parameters += (find_external_parameters if bypasses else find_cross_module_parameters)(student.encoder)
+        return parameters
 
     def _students(self) -> list[Any]:
         return list(self.each.values())
 
 
 class FeatureStudent(nn.Module):
-    """Linear maps from what a model makes of an image to a teacher's width.
+    """Linear maps from a model's image and patch features to the teacher's widths.
 
-    ``look`` gives the feature of the whole image and those of its places: ``foveal.models.encode.features`` of an
-    encoder, ``foveal.models.backbone.whole_and_places`` of a model of timm (``whole_alone``: without the latter). ``widths`` are theirs, ``wanted`` the
-    teacher's; without ``patches`` the places are not asked.
+    ``extract_features`` returns the image feature and the patch features: ``encode_cls_and_patches`` of an encoder,
+    ``forward_pooled_and_tokens`` of a model of timm (``forward_pooled``: image feature only). Widths are (image,
+    patches); ``with_patches=False`` ignores the patches.
     """
 
     def __init__(
@@ -75,7 +71,7 @@ class FeatureStudent(nn.Module):
         *,
         with_patches: bool,
     ) -> None:
-        """The maps are drawn from torch's global generator, after the encoder (``build_encoder``)."""
+        """Draw the linear maps from torch's global generator, after the encoder (``build_encoder``)."""
         super().__init__()
         self.encoder = encoder
         self.bypasses_encoder_forward = extract_features is encode_cls_and_patches
@@ -89,14 +85,14 @@ class FeatureStudent(nn.Module):
     def forward(
         self, images: Tensor, _visible_indices: Tensor | None = None, _masked_indices: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """Guesses of the teacher's class token [B, T] and patches [B, L, T], of images [B, C, H, W]."""
-        whole, *places = self._extract_features(self.encoder, images)
-        answer = self.project_cls(whole)
-        return (answer,) if self.project_patches is None else (answer, self.project_patches(places[0]))
+        """Return predictions of the teacher's class token [B, T] and patches [B, L, T], of images [B, C, H, W]."""
+        image_features, *patch_features = self._extract_features(self.encoder, images)
+        cls_pred = self.project_cls(image_features)
+        return (cls_pred,) if self.project_patches is None else (cls_pred, self.project_patches(patch_features[0]))
 
 
 class LayerStudent(nn.Module):
-    """Linear maps from the tokens of some blocks to a teacher's width, beside the student's own decoder, if it has one.
+    """Linear maps from the tokens of some blocks to the teacher's width, and optionally an MAE decoder.
 
     Bai et al., "Masked Autoencoders Enable Efficient Knowledge Distillers", 2023, figure 2. Blocks count from 1.
     """
@@ -106,7 +102,7 @@ class LayerStudent(nn.Module):
     def __init__(
         self, encoder: Encoder, blocks: Sequence[int], teacher_width: int, decoder_cfg: DecoderConfig | None
     ) -> None:
-        """Maps, then decoder, are drawn from torch's global generator, after the encoder (``build_encoder``)."""
+        """Draw the maps, then the decoder, from torch's global generator, after the encoder (``build_encoder``)."""
         super().__init__()
         self.encoder = encoder
         self._depths = (*blocks, len(encoder.blocks))
@@ -115,21 +111,20 @@ class LayerStudent(nn.Module):
         self.decoder = None if decoder_cfg is None else Decoder(decoder_cfg, encoder)
 
     def forward(self, images: Tensor, visible_indices: Tensor, masked_indices: Tensor) -> tuple[Tensor, ...]:
-        """Guesses of the teacher's tokens [B, 1 + K, T], one for each block, and of the masked patches [B, M, P]."""
-        *tokens, last = encode_layers(self.encoder, images, self._depths, visible_indices)
-        pairs = zip(self.project, tokens, strict=True)
-        first, *others = (project(drop_registers(self.encoder, each)) for project, each in pairs)
+        """Return predictions of the teacher's tokens [B, 1 + K, T] per block, and of the masked patches [B, M, P]."""
+        *block_tokens, last = encode_layers(self.encoder, images, self._depths, visible_indices)
+        pairs = zip(self.project, block_tokens, strict=True)
+        first, *rest = (project(drop_registers(self.encoder, tokens)) for project, tokens in pairs)
         last = self.encoder.norm(last)
         if self.decoder is None:
-            return (first + _zero_with_gradient(last), *others)
-        return (first, *others, self.decoder(last, visible_indices, masked_indices))
+            return (first + _zero_with_gradient(last), *rest)
+        return (first, *rest, self.decoder(last, visible_indices, masked_indices))
 
 
 class RelationStudent(nn.Module):
-    """An encoder that tells the queries, keys and values of some of its blocks (Ren et al., "TinyMIM", 2023).
+    """An encoder that returns the queries, keys and values of some blocks (Ren et al., "TinyMIM", 2023).
 
-    They are what the block's layer makes of the tokens that enter it, before norms of queries and keys and before they
-    are turned by their places. Blocks count from 1.
+    These are the outputs of the blocks' qkv layers, before norms and rotary positions. Blocks count from 1.
     """
 
     bypasses_encoder_forward = True
@@ -140,27 +135,27 @@ class RelationStudent(nn.Module):
         self._block_numbers = tuple(blocks)
         self._captured_qkv: dict[int, Tensor] | None = None
         for number in sorted(set(blocks)):
-            # Listened to, not computed beside: an engine that shards block by block gathers a block's weights only while
-            # that block runs.
+            # A hook instead of a second computation: an engine that shards by block gathers a block's weights only
+            # while that block runs.
             layer: Any = encoder.blocks[number - 1]
             layer.attn.qkv.register_forward_hook(self._make_capture_hook(number))
 
     def forward(
         self, images: Tensor, _visible_indices: Tensor | None = None, _masked_indices: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """Queries, keys and values side by side [B, 1 + L, 3 D], one for each block, of images [B, C, H, W]."""
-        self._captured_qkv = heard = {}
+        """Return concatenated queries, keys and values [B, 1 + L, 3 D] per block, of images [B, C, H, W]."""
+        self._captured_qkv = captured_qkv = {}
         last = encode(self.encoder, images)
-        self._captured_qkv = None  # a recomputation in the backward pass is not listened to
-        first, *others = (drop_registers(self.encoder, heard[number]) for number in self._block_numbers)
-        return (first + _zero_with_gradient(last), *others)
+        self._captured_qkv = None  # a recomputation in the backward pass is not captured
+        first, *rest = (drop_registers(self.encoder, captured_qkv[number]) for number in self._block_numbers)
+        return (first + _zero_with_gradient(last), *rest)
 
     def _make_capture_hook(self, number: int) -> Callable[[nn.Module, Any, Tensor], None]:
-        def listen(_layer: nn.Module, _entering: Any, made: Tensor) -> None:
+        def capture(_layer: nn.Module, _inputs: Any, qkv: Tensor) -> None:
             if self._captured_qkv is not None:
-                self._captured_qkv[number] = made
+                self._captured_qkv[number] = qkv
 
-        return listen
+        return capture
 
 
 class LogitStudent(nn.Module):
@@ -175,17 +170,20 @@ class LogitStudent(nn.Module):
     def forward(
         self, images: Tensor, _visible_indices: Tensor | None = None, _masked_indices: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """Logits [B, classes] of normalised images [B, C, H, W]."""
+        """Return logits [B, classes] of normalised images [B, C, H, W]."""
         return (self.encoder(images.to(next(self.encoder.parameters()).dtype)),)
 
 
 class RegisterTokenStudent(nn.Module):
-    """A classifier whose first register is its distillation token (Touvron et al., "DeiT", 2021); the head on it is not kept."""
+    """A classifier whose first register is its distillation token (Touvron et al., "DeiT", 2021).
+
+    The head on the register is not exported.
+    """
 
     bypasses_encoder_forward = True
 
     def __init__(self, encoder: Encoder) -> None:
-        """The head on the register is drawn after the encoder (``build_encoder``)."""
+        """Draw the head on the register, after the encoder (``build_encoder``)."""
         super().__init__()
         self.encoder = encoder
         self.head_dist = build_distillation_head(encoder)
@@ -193,13 +191,13 @@ class RegisterTokenStudent(nn.Module):
     def forward(
         self, images: Tensor, _visible_indices: Tensor | None = None, _masked_indices: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """Logits [B, classes] of the class token and of the distillation token, of normalised images [B, C, H, W]."""
+        """Return logits [B, classes] of the class and the distillation token, of normalised images [B, C, H, W]."""
         tokens = encode(self.encoder, images)
         return self.encoder.forward_head(tokens), self.head_dist(tokens[:, 1])
 
 
 class TimmTokenStudent(nn.Module):
-    """A transformer of timm's with a distillation token and a head on it (Touvron et al., "DeiT", 2021)."""
+    """A transformer of timm with a distillation token and a head on it (Touvron et al., "DeiT", 2021)."""
 
     bypasses_encoder_forward = False
 
@@ -211,10 +209,10 @@ class TimmTokenStudent(nn.Module):
     def forward(
         self, images: Tensor, _visible_indices: Tensor | None = None, _masked_indices: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """Logits [B, classes] of the class token and of the distillation token, in training."""
+        """Return logits [B, classes] of the class and the distillation token, in training mode."""
         return self.encoder(images.to(next(self.encoder.parameters()).dtype))
 
 
 def _zero_with_gradient(tokens: Tensor) -> Tensor:
-    """Zero [B, 1, 1]: the gradient of what made the tokens [B, N, D] is zero with it, and missing without."""
+    """Return zero [B, 1, 1] that depends on tokens [B, N, D]: their parameters get a zero gradient instead of none."""
     return 0.0 * tokens.mean(dim=(1, 2), keepdim=True, dtype=torch.float32)

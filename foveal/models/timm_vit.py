@@ -1,4 +1,4 @@
-"""What timm has under a name: one of three kinds of vision transformer that foveal can train, or a sentence why not."""
+"""timm's vision transformers by name: the three classes that foveal can train, and why others are refused."""
 
 import difflib
 import functools
@@ -22,7 +22,7 @@ from foveal.errors import ConfigError
 Encoder = VisionTransformer | VisionTransformerRelPos | Eva
 
 _NAME_PATTERNS = ("vit_*", "deit*", "eva*", "beit*")
-# What the blocks of each kind are made of: (block, its attention, its MLP).
+# Supported module types of each class: (block, attention, MLP).
 _BLOCKS: dict[type, tuple[type, tuple[type, ...], tuple[type, ...]]] = {
     VisionTransformer: (Block, (Attention,), (Mlp,)),
     VisionTransformerRelPos: (RelPosBlock, (RelPosAttention,), (Mlp,)),
@@ -32,69 +32,65 @@ _BLOCKS: dict[type, tuple[type, tuple[type, ...], tuple[type, ...]]] = {
 
 @functools.cache
 def build_meta_encoder(name: str) -> Any:
-    """The encoder that timm has under a name, without memory for its weights; not to be changed.
+    """Return timm's encoder of this name on the meta device; it is cached, do not modify it.
 
-    Raises: ConfigError unless it is a vision transformer that foveal can train.
+    Raises: ConfigError if timm has no such name, or if the model is not a vision transformer that foveal can train.
     """
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models([*_NAME_PATTERNS]), n=3)
-        hint = (
-            f"Did you mean {' or '.join(repr(found) for found in close)}?"
-            if close
-            else "See timm.list_models('vit_*')."
-        )
+        hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else "See timm.list_models('vit_*')."
         raise ConfigError(f"'{name}' is not a model of timm {timm.__version__}. {hint}")
     with torch.device("meta"):
         encoder = timm.create_model(name, pretrained=False)
-    oddity = _explain_unsupported(encoder)
-    if oddity:
+    reason = _explain_unsupported(encoder)
+    if reason:
         raise ConfigError(
-            f"'{name}' is not a plain vision transformer ({oddity}); take one such as 'vit_base_patch16_224', "
-            "'vit_base_patch16_rope_224' or 'vit_relpos_base_patch16_cls_224' and size it with patch, width, depth and heads"
+            f"'{name}' is not a plain vision transformer ({reason}); use one such as 'vit_base_patch16_224', "
+            "'vit_base_patch16_rope_224' or 'vit_relpos_base_patch16_cls_224' and set its patch, width, depth and heads"
         )
     return encoder
 
 
 def has_absolute_positions(encoder: Any) -> bool:
-    """Whether positions are added to the patches, fixed or learned."""
+    """Return whether positions, fixed or learned, are added to the patches."""
     return getattr(encoder, "pos_embed", None) is not None
 
 
 def has_rotary_positions(encoder: Any) -> bool:
-    """Whether queries and keys are turned by their places (rotary positions, Su et al., 2021)."""
+    """Return whether queries and keys have rotary positions (Su et al., 2021)."""
     return getattr(encoder, "rope", None) is not None
 
 
 def get_encoder_sizes(encoder: Any) -> dict[str, Any]:
-    """The sizes that an encoder has, by the names of the settings."""
+    """Return an encoder's sizes by the names of their settings."""
     block = encoder.blocks[0]
-    hidden, width = block.mlp.fc2.in_features, encoder.embed_dim
-    ratio = hidden / width
-    if int(width * ratio) < hidden:  # timm takes the whole part
-        ratio = math.nextafter(ratio, math.inf)
+    hidden_width, width = block.mlp.fc2.in_features, encoder.embed_dim
+    mlp_ratio = hidden_width / width
+    if int(width * mlp_ratio) < hidden_width:  # timm rounds down
+        mlp_ratio = math.nextafter(mlp_ratio, math.inf)
     return {
         "patch": encoder.patch_embed.patch_size[0],
         "width": width,
         "depth": len(encoder.blocks),
         "heads": block.attn.num_heads,
         "registers": encoder.num_prefix_tokens - 1,
-        "mlp_ratio": ratio,
+        "mlp_ratio": mlp_ratio,
     }
 
 
 def get_timm_kwargs(encoder: Any, pooling: str, registers: int) -> dict[str, Any]:
-    """What timm must be told beside sizes, so that every kind has one norm: behind the mean, or else before the head."""
-    behind = pooling == "avg"
+    """Return timm's arguments beside the sizes that give every class one norm: after the mean, or on all tokens."""
+    norm_after_pooling = pooling == "avg"
     if isinstance(encoder, VisionTransformerRelPos):
-        return {"fc_norm": behind}
+        return {"fc_norm": norm_after_pooling}
     if isinstance(encoder, Eva):
-        norms = {"use_fc_norm": behind, "use_post_transformer_norm": not behind}
+        norms = {"use_fc_norm": norm_after_pooling, "use_post_transformer_norm": not norm_after_pooling}
         return norms | {"dynamic_img_size": False, "num_reg_tokens": registers}
     return {"reg_tokens": registers}
 
 
 def explain_no_fused_qkv(name: str) -> str | None:
-    """Why the blocks of an encoder have no layer that makes queries, keys and values at once; None if they have."""
+    """Return why the blocks' queries, keys and values are not the output of a single layer; None if they are."""
     attention = build_meta_encoder(name).blocks[0].attn
     if getattr(attention, "qkv", None) is None:
         return "its queries, keys and values have a layer each"
@@ -104,22 +100,23 @@ def explain_no_fused_qkv(name: str) -> str | None:
 
 
 def _explain_unsupported(encoder: Any) -> str | None:
-    """What makes a model other than patches, a class token, positions, and equal blocks; None if nothing."""
+    """Return how a model differs from patches, a class token, positions and equal blocks; None if it does not."""
     if type(encoder) not in _BLOCKS:
         return f"timm builds it as {type(encoder).__name__}"
-    block, embed = encoder.blocks[0], encoder.patch_embed
-    kind, attentions, mlps = _BLOCKS[type(encoder)]
-    rope, relative = getattr(encoder, "rope", None), isinstance(encoder, VisionTransformerRelPos)
-    oddities = {
+    block, patch_embed = encoder.blocks[0], encoder.patch_embed
+    block_type, attention_types, mlp_types = _BLOCKS[type(encoder)]
+    rope = getattr(encoder, "rope", None)
+    relative = isinstance(encoder, VisionTransformerRelPos)
+    differences = {
         "it has no class token": encoder.cls_token is None,
         "it has no positions": not (has_absolute_positions(encoder) or rope is not None or relative),
-        "its patches are not embedded by one linear map": type(embed) is not PatchEmbed
-        or not isinstance(embed.norm, nn.Identity),
-        "its blocks are of another kind": type(block) is not kind
-        or type(block.attn) not in attentions
-        or type(block.mlp) not in mlps,
+        "its patches are not embedded by one linear map": type(patch_embed) is not PatchEmbed
+        or not isinstance(patch_embed.norm, nn.Identity),
+        "its blocks are of another kind": type(block) is not block_type
+        or type(block.attn) not in attention_types
+        or type(block.mlp) not in mlp_types,
         "its relative bias is of another kind": relative and type(block.attn.rel_pos) is not RelPosMlp,
         "its rotary positions are of another kind": rope is not None
         and (type(rope) not in (RotaryEmbeddingCat, RotaryEmbeddingMixed) or rope.aug_active),
     }
-    return next((sentence for sentence, found in oddities.items() if found), None)
+    return next((reason for reason, applies in differences.items() if applies), None)

@@ -1,14 +1,16 @@
 """Encoders: timm's vision transformers, sized by a config and initialised as in the MAE paper.
 
-The module is timm's own, so its parameter names are the format in which stages hand weights to each other.
+The module is timm's own, so its parameter names are the weight format between stages.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import timm
 import torch
 from timm.layers.pos_embed_sincos import RotaryEmbeddingMixed, init_random_2d_freqs
-from timm.layers.weight_init import trunc_normal_  # torch draws another sequence in another version
+from timm.layers.weight_init import trunc_normal_  # torch's own draws differ between versions
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
@@ -28,29 +30,34 @@ from foveal.models.token_positions import replace_relative_biases
 
 Pooling = Literal["token", "avg"]
 Positions = Literal["sincos", "learned"]
-HEAD_INIT_STD = 2e-5  # a new classifier starts nearly indifferent, as in the reference fine-tuning of MAE
+HEAD_INIT_STD = 2e-5  # a new head's logits start near 0, as in the reference fine-tuning of MAE
 TOKEN_INIT_STD = 0.02
 
 
 class VitConfig(Config):
-    """A vision transformer of timm, by name; what is given beside the name overrides it."""
+    """A vision transformer of timm, by name; the other settings override the named model's sizes."""
 
-    name: str = science("vit_base_patch16_224", "timm name of a plain, rotary or relative vision transformer")
-    patch: int | None = science(None, "patch side in pixels", ge=1)
-    width: int | None = science(None, "numbers per token", ge=1)
-    depth: int | None = science(None, "blocks", ge=1)
-    heads: int | None = science(None, "attention heads", ge=1)
-    mlp_ratio: float | None = science(None, "hidden width of a block's MLP over the token width", gt=0)
-    registers: int | None = science(None, "further tokens that see all patches and are thrown away", ge=0)
+    name: str = science(
+        "vit_base_patch16_224", "timm's name of a vision transformer with plain, rotary or relative positions."
+    )
+    patch: int | None = science(None, "Patch side in pixels; null: the named model's.", ge=1)
+    width: int | None = science(None, "Token width (embedding dimension); null: the named model's.", ge=1)
+    depth: int | None = science(None, "Number of blocks; null: the named model's.", ge=1)
+    heads: int | None = science(None, "Attention heads per block; null: the named model's.", ge=1)
+    mlp_ratio: float | None = science(
+        None, "Hidden width of a block's MLP over the token width; null: the named model's.", gt=0
+    )
+    registers: int | None = science(
+        None, "Register tokens, which attend to all patches and are discarded; null: the named model's.", ge=0
+    )
     positions: Positions | None = science(
-        "sincos",
-        "what is added to patches: fixed sine-cosine positions, or learned ones; null where the name adds none",
+        "sincos", "Positions added to the patches: fixed sine-cosine, or learned; null for names that add none."
     )
 
     def resolve(self) -> "ResolvedVitConfig":
-        """The same encoder with every size spelled out.
+        """Return the same config with every size filled in.
 
-        Raises: ConfigError when timm has no such transformer, or one whose positions are of another kind.
+        Raises: ConfigError if timm has no such transformer, or if ``positions`` does not suit it.
         """
         encoder = build_meta_encoder(self.name)
         _check_position_kind(self, encoder)
@@ -59,40 +66,43 @@ class VitConfig(Config):
         return ResolvedVitConfig.model_validate({name: sizes[name] for name in VitConfig.model_fields})
 
     def resolve_for_image(self, image_size: int | tuple[int, int]) -> "ResolvedVitConfig":
-        """As ``resolved``, and the sizes fit each other and an image of this side, or (height, width). Raises: ConfigError."""
+        """Return ``resolve()``, checked against an image of this side, or (height, width).
+
+        Raises: ConfigError, as ``resolve``, or if the sizes do not fit each other or the image.
+        """
         sizes = self.resolve()
         _check_sizes(sizes, image_size)
         return sizes
 
 
 class ResolvedVitConfig(VitConfig):
-    """A ``VitConfig`` that leaves nothing to timm's name."""
+    """A ``VitConfig`` with every size filled in."""
 
-    patch: int = science(description="patch side in pixels", ge=1)
-    width: int = science(description="numbers per token", ge=1)
-    depth: int = science(description="blocks", ge=1)
-    heads: int = science(description="attention heads", ge=1)
-    mlp_ratio: float = science(description="hidden width of a block's MLP over the token width", gt=0)
-    registers: int = science(0, "further tokens that see all patches and are thrown away", ge=0)
+    patch: int = science(description="Patch side in pixels.", ge=1)
+    width: int = science(description="Token width (embedding dimension).", ge=1)
+    depth: int = science(description="Number of blocks.", ge=1)
+    heads: int = science(description="Attention heads per block.", ge=1)
+    mlp_ratio: float = science(description="Hidden width of a block's MLP over the token width.", gt=0)
+    registers: int = science(0, "Register tokens, which attend to all patches and are discarded.", ge=0)
 
     def patch_grid(self, image_size: int | tuple[int, int]) -> tuple[int, int]:
-        """(rows, columns) of the patches of an image."""
+        """Return (rows, columns) of an image's patches."""
         height, width = height_and_width(image_size)
         return height // self.patch, width // self.patch
 
 
 class EncoderCard(ResolvedVitConfig):
-    """What it takes to build an encoder again: its sizes, the images it reads, and its head."""
+    """The sizes, image format and head from which an encoder is rebuilt."""
 
-    image_size: ImageSize = science(description="pixels of its images: the side, or [height, width]")
-    channels: int = science(description="channels of its images", ge=1)
-    pooling: Pooling = science("token", "what its head reads: the class token, or the mean of the patches")
-    classes: int = science(0, "outputs of its head; 0: it has none", ge=0)
+    image_size: ImageSize = science(description="Image size in pixels: the side, or [height, width].")
+    channels: int = science(description="Image channels.", ge=1)
+    pooling: Pooling = science("token", "Input of the head: the class token, or the mean of the patches.")
+    classes: int = science(0, "Outputs of the head; 0: no head.", ge=0)
 
     def trained_size_if_different(self, image_size: int | tuple[int, int]) -> int | tuple[int, int] | None:
-        """The size of its images, if images of ``image_size`` are another and still whole patches, else nothing.
+        """Return the card's image size if it differs from ``image_size``, else None.
 
-        Raises: ConfigError for a size that is no whole number of patches.
+        Raises: ConfigError if ``image_size`` is not a whole number of patches.
         """
         self.resolve_for_image(image_size)
         return None if self.image_size == image_size else self.image_size
@@ -107,18 +117,17 @@ def build_encoder(
     pooling: Pooling = "token",
     num_classes: int = 0,
 ) -> Encoder:
-    """A timm vision transformer on the CPU in float32, without dropout, initialised as in He et al., 2022 (appendix A.1).
+    """Build a timm vision transformer on the CPU in float32, without dropout, initialised as in He et al., 2022 (A.1).
 
-    Its forward takes images [B, channels, *image_size] to logits [B, classes], or without classes to the
-    pooled features [B, width]. Drop path grows linearly over the blocks up to ``drop_path`` and takes its draws from
-    ``foveal.models.droppath.set_drops``. The weights are drawn from torch's global generator, in an order that is
-    foveal's own: ``torch.manual_seed`` before this call makes them a function of the seed.
+    The forward maps images [B, channels, *image_size] to logits [B, num_classes], or without classes to pooled features
+    [B, width]. The drop path rate grows linearly over the blocks up to ``drop_path``; its noise comes from
+    ``foveal.models.droppath.set_drop_path_noise``. Weights are drawn from torch's global generator in foveal's own
+    order: ``torch.manual_seed`` before this call makes them a function of the seed.
 
-    Raises: ConfigError for a name that timm does not have or that is no such vision transformer, and for sizes that do
-    not fit each other.
+    Raises: ConfigError if timm has no such vision transformer, or if the sizes do not fit each other.
     """
     sizes = cfg.resolve_for_image(image_size)
-    # timm draws too, and how much may change with its version: the generator is put back before foveal draws.
+    # timm draws too, and its number of draws may change with its version: restore the generator before foveal draws.
     with torch.random.fork_rng(devices=[]):
         encoder: Any = timm.create_model(
             sizes.name,
@@ -149,7 +158,7 @@ def encoder_card(
     pooling: Pooling = "token",
     num_classes: int = 0,
 ) -> dict[str, Any]:
-    """Plain data, ready for JSON, from which ``encoder_from_card`` builds the same encoder in any later version.
+    """Return the JSON-ready card from which ``encoder_from_card`` builds the same encoder in any later version.
 
     Raises: ConfigError, as ``build_encoder``.
     """
@@ -166,27 +175,34 @@ def encoder_from_card(
     pooling: Pooling | None = None,
     num_classes: int | None = None,
 ) -> Encoder:
-    """An encoder like the one a card was made for, freshly initialised; pooling and classes may be others.
+    """Build the encoder that a card describes, freshly initialised; ``pooling`` and ``num_classes`` override the card.
 
-    ``where`` names the card's file in the sentence of a mistake. Raises: ExportError.
+    ``where`` names the card's file in error messages. Raises: ExportError if the card is invalid.
     """
-    try:
-        told = EncoderCard.from_dict(card, where)
+    with card_errors(where):
+        parsed_card = EncoderCard.from_dict(card, where)
         return build_encoder(
-            told,
-            image_size=told.image_size,
-            channels=told.channels,
+            parsed_card,
+            image_size=parsed_card.image_size,
+            channels=parsed_card.channels,
             drop_path=drop_path,
-            pooling=told.pooling if pooling is None else pooling,
-            num_classes=told.classes if num_classes is None else num_classes,
+            pooling=parsed_card.pooling if pooling is None else pooling,
+            num_classes=parsed_card.classes if num_classes is None else num_classes,
         )
+
+
+@contextmanager
+def card_errors(where: str) -> Iterator[None]:
+    """Raise a ConfigError as an ExportError whose message starts with ``where``, the name of a card's file."""
+    try:
+        yield
     except ConfigError as error:
-        sentence = str(error)
-        raise ExportError(sentence if sentence.startswith(where) else f"{where}: {sentence}") from None
+        message = str(error)
+        raise ExportError(message if message.startswith(where) else f"{where}: {message}") from None
 
 
 def init_linear_layers(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases for every linear layer inside a module."""
+    """Draw Xavier-uniform weights and set zero biases in every linear layer inside a module."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.xavier_uniform_(layer.weight)
@@ -198,35 +214,36 @@ def _check_sizes(sizes: ResolvedVitConfig, image_size: int | tuple[int, int]) ->
     sides = height_and_width(image_size)
     if any(side % sizes.patch for side in sides):
         nearest = [sizes.patch * max(1, round(side / sizes.patch)) for side in sides]
-        given, fitting = (image_size, nearest[0]) if isinstance(image_size, int) else (list(image_size), nearest)
+        current, suggestion = (image_size, nearest[0]) if isinstance(image_size, int) else (list(image_size), nearest)
         raise ConfigError(
-            f"image_size={given} is not a whole number of patches of {sizes.patch} pixels; the nearest that is: {fitting}"
+            f"image_size={current} is not a whole number of patches of {sizes.patch} pixels; the nearest that is: "
+            f"{suggestion}"
         )
     if sizes.width % sizes.heads:
-        fitting = [heads for heads in range(1, sizes.width + 1) if sizes.width % heads == 0]
-        nearest = min(fitting, key=lambda heads: abs(heads - sizes.heads))
+        divisors = [heads for heads in range(1, sizes.width + 1) if sizes.width % heads == 0]
+        nearest = min(divisors, key=lambda heads: abs(heads - sizes.heads))
         raise ConfigError(f"width={sizes.width} cannot be divided among heads={sizes.heads}; heads={nearest} fits")
     if sizes.positions == "sincos":
         check_sincos_width(sizes.width)
     if sizes.registers and isinstance(build_meta_encoder(sizes.name), VisionTransformerRelPos):
         raise ConfigError(
-            f"'{sizes.name}' has a relative bias, and timm gives such an encoder no registers: registers=0"
+            f"'{sizes.name}' has a relative bias, and timm gives such an encoder no registers: set registers=0"
         )
     if has_rotary_positions(build_meta_encoder(sizes.name)) and sizes.width // sizes.heads % 4:
         raise ConfigError(
-            f"width={sizes.width} over heads={sizes.heads} leaves {sizes.width // sizes.heads} numbers to a head, and "
-            f"'{sizes.name}' turns them by its rotary positions four at a time: take a multiple of 4"
+            f"width={sizes.width} over heads={sizes.heads} gives {sizes.width // sizes.heads} values per head, but the "
+            f"rotary positions of '{sizes.name}' need a multiple of 4"
         )
 
 
 def _check_position_kind(cfg: VitConfig, encoder: Any) -> None:
     if has_absolute_positions(encoder) and cfg.positions is None:
-        raise ConfigError(f"'{cfg.name}' adds positions to its patches: positions is sincos or learned, not null")
+        raise ConfigError(f"'{cfg.name}' adds positions to its patches: positions must be sincos or learned, not null")
     if not has_absolute_positions(encoder) and cfg.positions is not None:
         kind = "rotary" if has_rotary_positions(encoder) else "a relative bias"
         raise ConfigError(
-            f"'{cfg.name}' adds no positions to its patches (they are {kind}): positions={cfg.positions} cannot be, "
-            f"write positions=null"
+            f"'{cfg.name}' adds no positions to its patches (they are {kind}): set positions=null instead of "
+            f"positions={cfg.positions}"
         )
 
 
@@ -241,14 +258,14 @@ def _init_encoder(encoder: Any, positions: Positions | None) -> None:
     if isinstance(encoder.head, nn.Linear):
         trunc_normal_(encoder.head.weight, std=HEAD_INIT_STD)
     if has_rotary_positions(encoder) and isinstance(encoder.rope, RotaryEmbeddingMixed):
-        rope, size = encoder.rope, encoder.embed_dim // encoder.rope.num_heads
+        rope, head_width = encoder.rope, encoder.embed_dim // encoder.rope.num_heads
         with torch.no_grad():
-            rope.freqs.copy_(init_random_2d_freqs(size, rope.depth, rope.num_heads, temperature=rope.temperature))
+            rope.freqs.copy_(init_random_2d_freqs(head_width, rope.depth, rope.num_heads, temperature=rope.temperature))
     if positions == "learned":
         trunc_normal_(encoder.pos_embed, std=TOKEN_INIT_STD)
     if positions == "sincos":
         rows, columns = encoder.patch_embed.grid_size
         with torch.no_grad():
-            encoder.pos_embed.zero_()  # and so it stays for a class token
+            encoder.pos_embed.zero_()  # a class token's row stays 0
             encoder.pos_embed[0, -rows * columns :] = sincos_positions(rows, columns, encoder.embed_dim)
         encoder.pos_embed.requires_grad_(False)

@@ -1,1 +1,1 @@
-"""Optimizers, parameter groups and schedules."""
+"""Optimizers, parameter groups and learning-rate schedules."""

@@ -34,7 +34,7 @@ def read_json_lines(file: Path | int) -> Iterator[dict[str, Any]]:
 
 def read_json_or_empty(file: Path) -> dict[str, Any]:
     """Read a JSON object that is written atomically; empty if it does not exist yet."""
-    return atomic.read_json_or_empty(file) if file.exists() else {}
+    return atomic.read_json(file) if file.exists() else {}
 
 
 def _file_name(file: Path | int) -> str:

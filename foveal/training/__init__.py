@@ -1,1 +1,1 @@
-"""One attempt at a run: its command line, its directory, its loop, its checkpoints and its exports."""
+"""One attempt at a run: its command line, run directory, training loop, checkpoints and exports."""

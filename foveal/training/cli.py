@@ -1,4 +1,4 @@
-"""The command line of a stage: ``CONFIG [key=value ...] [--check] [--ranks N]``, and what a mistake looks like."""
+"""The command line of a stage, ``CONFIG [key=value ...] [--check] [--ranks N]``, its error messages and exit codes."""
 
 import argparse
 import logging
@@ -40,11 +40,13 @@ _log = logging.getLogger("foveal")
 
 @dataclass(frozen=True)
 class Stage(Generic[ConfigT, PlanT]):
-    """A stage: its settings, how they become a plan on so many ranks, and what is done with the plan.
+    """The functions of a stage.
 
-    ``parts`` builds what a step of the plan is made of, a frozen teacher on the device; ``foveal plan`` builds the same
-    without memory for it. ``default`` gives the command line of a start without CONFIG, and prepares what that needs.
-    ``divide`` makes runs of a config, each by a call that says whether the run is finished; by itself a config is one.
+    ``build_plan``: (config, number of ranks) to a plan. ``train``: execute a plan in an open run. ``build``: the
+    training setup of a plan, with a frozen teacher on the device; ``foveal plan`` builds it on the meta device.
+    ``prepare_default_args``: return the command line of a start without CONFIG, after preparing its inputs.
+    ``dispatch_runs``: split a config into runs and pass each run's config to the callback, which returns whether the
+    run is finished; None: a config is one run.
     """
 
     name: str
@@ -57,7 +59,7 @@ class Stage(Generic[ConfigT, PlanT]):
 
 
 def load_config(config_class: type[ConfigT], stage_name: str, name_or_path: str, overrides: Sequence[str]) -> ConfigT:
-    """The settings of a stage from a YAML file, or from the name of one in configs/<stage>/.
+    """Load the settings of a stage from a YAML file, given by path or by its name in configs/<stage>/.
 
     ``run.dir`` defaults to runs/<name of the file>. Raises: ConfigError.
     """
@@ -69,7 +71,10 @@ def load_config(config_class: type[ConfigT], stage_name: str, name_or_path: str,
 
 
 def main(stage: Stage[Any, Any], argv: Sequence[str] | None = None) -> NoReturn:
-    """Run a stage and exit: 0 done, left or finished already; else a sentence and a code of ``foveal.errors``."""
+    """Run a stage and exit: 0 if finished, preempted or finished before; else an error message and its exit code.
+
+    Exit codes: see ``foveal.errors``.
+    """
     options = _parse_args(stage, argv)
     _configure_logging()
     try:
@@ -80,18 +85,18 @@ def main(stage: Stage[Any, Any], argv: Sequence[str] | None = None) -> NoReturn:
         cfg = load_config(stage.config_class, stage.name, options.config, options.overrides)
         if options.check:
             plan = stage.build_plan(cfg, options.ranks or read_launch_env().world_size)
-            sys.stdout.write("\n".join(plan.lines()) + "\n")
+            sys.stdout.write("\n".join(plan.summary_lines()) + "\n")
             sys.exit(0)
-        here = read_launch_env()
-        if (idle := check_slurm_gpus(here)) and here.local_rank == 0:
-            _log.warning(idle)
-        run = RunIdentity.from_launch_env(here, stage.name, cfg, cfg.run.dir)
-        with init_world(cfg.engine.timeout_minutes * 60, run) as world:
-            world.barrier()  # rank 0 may still prepare what a default needs
+        launch_env = read_launch_env()
+        if (idle_gpus := check_slurm_gpus(launch_env)) and launch_env.local_rank == 0:
+            _log.warning(idle_gpus)
+        identity = RunIdentity.from_launch_env(launch_env, stage.name, cfg, cfg.run.dir)
+        with init_world(cfg.engine.timeout_minutes * 60, identity) as world:
+            world.barrier()  # rank 0 may still prepare the inputs of a default config
             if world.rank:
-                logging.getLogger().handlers[0].setLevel(logging.ERROR)  # the others speak in their own logs
+                logging.getLogger().handlers[0].setLevel(logging.ERROR)  # other ranks log to their own files
             run_stage(stage, cfg, world)
-            ignore_signals()  # all is said and done: a signal that comes now must not make a failure of it
+            ignore_signals()  # the run is complete: a late signal must not turn it into a failure
         if world.size > 1:
             _exit_process(0)
     except (TrainingHungError, OutOfMemoryError) as error:
@@ -101,18 +106,18 @@ def main(stage: Stage[Any, Any], argv: Sequence[str] | None = None) -> NoReturn:
         _print_error(error)
         sys.exit(error.exit_code)
     except Exception as error:
-        if (memory := diagnose_out_of_memory(error, stage.name)) is not None:
-            _print_error(memory)
-            _exit_process(memory.exit_code)
-        if (sentence := describe_peer_failure(error)) is None:
+        if (out_of_memory := diagnose_out_of_memory(error, stage.name)) is not None:
+            _print_error(out_of_memory)
+            _exit_process(out_of_memory.exit_code)
+        if (peer_failure := describe_peer_failure(error)) is None:
             raise
-        _print_error(TrainingHungError(sentence))
+        _print_error(TrainingHungError(peer_failure))
         _exit_process(TrainingHungError.exit_code)
     sys.exit(0)
 
 
 def _exit_process(code: int) -> NoReturn:
-    """Leave without the interpreter's own clearing up, which aborts now and then (code 134) where gloo's threads were."""
+    """Exit without the interpreter's finalization, which sometimes aborts (code 134) after gloo's threads have run."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -127,7 +132,7 @@ def _resolve_default_args(stage: Stage[Any, Any], overrides: list[str]) -> tuple
 
 
 def run_stage(stage: Stage[Any, Any], cfg: StageConfig, world: World) -> None:
-    """Run a stage among the ranks of a world."""
+    """Run a stage on the ranks of a world."""
     with handle_stop_signals(world) as preemption:
         if stage.dispatch_runs is None:
             _execute_run(stage, world, preemption, cfg)
@@ -136,9 +141,9 @@ def run_stage(stage: Stage[Any, Any], cfg: StageConfig, world: World) -> None:
 
 
 def _execute_run(stage: Stage[Any, Any], world: World, preemption: Preemption, cfg: StageConfig) -> bool:
-    """One run of a stage; whether it is finished, now or since before.
+    """Execute one run of a stage and return whether it is finished, by this attempt or an earlier one.
 
-    Raises: RankConflict where what decides a result is another on another rank: the data that its node sees, say.
+    Raises: RankConflictError if science differs between ranks, for example the data that a node sees.
     """
     plan = world.run_all_or_raise(lambda: stage.build_plan(cfg, world.size))
     world.check_equal_on_ranks({"run.dir": cfg.run.dir, **plan.science_settings()})
@@ -152,16 +157,16 @@ def _execute_run(stage: Stage[Any, Any], world: World, preemption: Preemption, c
 
 
 def _print_error(error: FovealError) -> None:
-    """One sentence, from one rank of each node: every rank of a node makes the same mistake."""
+    """Print an error to stderr, on one rank per node unless the error can be specific to a rank."""
     try:
-        here = read_launch_env()
-    except LaunchError:  # who this is, is what is wrong
-        here = LaunchEnv(0, 1, 0, "none")
-    if here.local_rank == 0 or isinstance(
+        launch_env = read_launch_env()
+    except LaunchError:  # the launch environment itself is the error
+        launch_env = LaunchEnv(0, 1, 0, "none")
+    if launch_env.local_rank == 0 or isinstance(
         error, LaunchError | AttemptSupersededError | TrainingHungError | OutOfMemoryError
     ):
-        where = f" (rank {here.rank} of {here.world_size})" if here.rank else ""
-        sys.stderr.write(f"foveal: {error}{where}\n")
+        rank = f" (rank {launch_env.rank} of {launch_env.world_size})" if launch_env.rank else ""
+        sys.stderr.write(f"foveal: {error}{rank}\n")
 
 
 def _parse_args(stage: Stage[Any, Any], argv: Sequence[str] | None) -> argparse.Namespace:
@@ -173,8 +178,8 @@ def _parse_args(stage: Stage[Any, Any], argv: Sequence[str] | None) -> argparse.
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted.key=value")
     parser.add_argument("--check", action="store_true", help="validate, print the plan, exit")
-    parser.add_argument("--ranks", type=int, help="with --check: plan for so many ranks")
-    # deepspeed and torch's old launcher give every rank its number also as an argument; the environment has it.
+    parser.add_argument("--ranks", type=int, help="with --check: the number of ranks to plan for")
+    # deepspeed and torch's old launcher also pass the local rank as an argument; foveal reads it from the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args(argv)
     if options.config is not None and "=" in options.config:  # no CONFIG, overrides only
@@ -184,13 +189,13 @@ def _parse_args(stage: Stage[Any, Any], argv: Sequence[str] | None) -> argparse.
 
 
 def _configure_logging() -> None:
-    """Our log on stderr; of other libraries, warnings that a user can act on."""
+    """Send foveal's log to stderr, and from other libraries only warnings that a user can act on."""
     handler = logging.StreamHandler()
     handler.setFormatter(RedactingFormatter("%(message)s"))
     redact_tracebacks()
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("foveal").setLevel(logging.INFO)
-    for noisy in ("DeepSpeed", "torch.distributed"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    for library in ("DeepSpeed", "torch.distributed"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -1,4 +1,4 @@
-"""What a run owes its auditors: the ledger of what every step consumed, and the quarantine of what did not decode."""
+"""The audit files of a run: the ledger of samples consumed per step, the quarantine of samples that fail to decode."""
 
 import time
 from collections.abc import Sequence
@@ -14,70 +14,69 @@ from foveal.training.plan import Plan
 
 
 class DataLog:
-    """Kept by every rank from the step that an attempt begins at."""
+    """Records consumed, refused and bad samples on every rank, from the start step of an attempt on."""
 
     def __init__(
         self, run_dir: Path, plan: Plan, world: World, start_step: int, skipped_batches: Sequence[int]
     ) -> None:
         self._world = world
-        self._met: list[QuarantineEntry] = []
-        self._newest: Sequence[Batch] = ()
-        self._refused = AppendLog(run_dir / "refused.jsonl")
+        self._pending_entries: list[QuarantineEntry] = []
+        self._latest_batches: Sequence[Batch] = ()
+        self._refused_log = AppendLog(run_dir / "refused.jsonl")
         file = run_dir / "quarantine.jsonl"
         entries = world.broadcast_object(rewind_entries(file, start_step) if world.rank == 0 else [])
         self._quarantine = Quarantine(file, _max_bad_samples(plan), entries)
         self._ledger: LedgerWriter | None = None
+        ledger_dir = run_dir / "ledger"
         if plan.cfg.data.ledger:
-            facts = _ledger_facts(plan) | {"start": start_step, "skipped": list(skipped_batches)}
-            attempt = world.broadcast_object(begin_attempt(run_dir / "ledger", facts) if world.rank == 0 else 0)
-            self._ledger = LedgerWriter(run_dir / "ledger", attempt, world.rank)
-        elif world.rank == 0 and (run_dir / "ledger").is_dir():  # rows past this step are void, though none follow
-            begin_attempt(
-                run_dir / "ledger", _ledger_facts(plan) | {"start": start_step, "skipped": list(skipped_batches)}
-            )
+            metadata = _ledger_metadata(plan) | {"start": start_step, "skipped": list(skipped_batches)}
+            attempt = world.broadcast_object(begin_attempt(ledger_dir, metadata) if world.rank == 0 else 0)
+            self._ledger = LedgerWriter(ledger_dir, attempt, world.rank)
+        elif world.rank == 0 and ledger_dir.is_dir():  # voids rows past this step, although no rows follow
+            begin_attempt(ledger_dir, _ledger_metadata(plan) | {"start": start_step, "skipped": list(skipped_batches)})
 
     def log_consumed(self, step: int, microbatches: Sequence[Batch]) -> None:
-        """This rank's micro-batches of a step that has been taken."""
-        self._newest = microbatches
+        """Record this rank's microbatches of a finished step."""
+        self._latest_batches = microbatches
         for batch in microbatches:
             if self._ledger is not None:
                 self._ledger.add_batch(step, batch)
             self.log_bad_samples(step, batch)
 
     def log_bad_samples(self, step: int, batch: Batch) -> None:
-        """The bad samples of a batch, of training or of an evaluation after a step."""
-        self._met += [make_entry(bad, step) for bad in batch.bad_samples]
+        """Record the bad samples of a batch, of training or of the evaluation after a step."""
+        self._pending_entries += [make_entry(bad, step) for bad in batch.bad_samples]
 
     def log_refused_update(self, step: int) -> None:
-        """Write down the samples of the newest step, whose update was refused. A collective."""
-        mine = [number for batch in self._newest for number in batch.ids.tolist()]
-        ids = [number for rank in self._world.all_gather_objects(mine) for number in rank]
+        """Record the sample ids of the latest step, whose update was refused. A collective."""
+        rank_ids = [sample_id for batch in self._latest_batches for sample_id in batch.ids.tolist()]
+        ids = [sample_id for gathered_ids in self._world.all_gather_objects(rank_ids) for sample_id in gathered_ids]
         if self._world.rank == 0:
-            self._refused.append_json_lines([{"time": time.time(), "step": step, "samples": ids}])
+            self._refused_log.append_json_lines([{"time": time.time(), "step": step, "samples": ids}])
 
     def flush_and_count(self) -> int:
-        """Write everything down; how many bad samples the run has met so far. A collective."""
+        """Write all pending records and return the number of bad samples in the run so far. A collective."""
         if self._ledger is not None:
             self._ledger.flush()
-        met = [entry for rank in self._world.all_gather_objects(self._met) for entry in rank]
-        self._met = []
-        self._quarantine.add_entries(met, is_writer=self._world.rank == 0)
+        entries = [entry for gathered in self._world.all_gather_objects(self._pending_entries) for entry in gathered]
+        self._pending_entries = []
+        self._quarantine.add_entries(entries, is_writer=self._world.rank == 0)
         return len(self._quarantine)
 
     def check_bad_limit(self) -> None:
-        """Raise DataError, on every rank, when a split has more bad samples than data.max_bad allows."""
+        """Raise DataError, on every rank, if a split has more bad samples than data.max_bad allows."""
         self._quarantine.check_limits()
 
     def close(self) -> None:
-        """Write what this rank has; no collective."""
-        self._refused.close()
+        """Write this rank's pending records and close its files; no collective."""
+        self._refused_log.close()
         self._quarantine.close()
         if self._ledger is not None:
             self._ledger.close()
 
 
 def _max_bad_samples(plan: Plan) -> dict[str, float]:
-    """The number of bad samples that every split may have."""
+    """Return the number of bad samples allowed in each split."""
     data = plan.cfg.data
     sizes = {split: entry.samples for split, entry in plan.dataset.manifest.splits.items()}
     for source in plan.training_set.sources[1:]:
@@ -85,10 +84,10 @@ def _max_bad_samples(plan: Plan) -> dict[str, float]:
     return {split: data.max_bad * size for split, size in sizes.items()}
 
 
-def _ledger_facts(plan: Plan) -> dict[str, Any]:
-    """What the rows of a ledger are to be read with."""
+def _ledger_metadata(plan: Plan) -> dict[str, Any]:
+    """Return the facts that a reader of ledger rows needs."""
     data = plan.cfg.data
-    indices = [data.index, *(other.index for other in data.mix)]
+    indices = [data.index, *(mix_entry.index for mix_entry in data.mix)]
     return {
         "ranks": plan.world_size,
         "batch": plan.cfg.batch.images,

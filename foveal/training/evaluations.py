@@ -1,35 +1,33 @@
-"""The evaluations of a run so far, and which of them is the best: pure functions of what a checkpoint holds."""
+"""The evaluations of a run and the best of them: pure functions of what a checkpoint stores."""
 
 import math
 
-Evaluations = dict[
-    int, dict[str, float]
-]  # step to the numbers of its evaluation, by the names that they are logged under
+Evaluations = dict[int, dict[str, float]]  # step -> metrics of the evaluation after that step, by logged name
 
 
 def higher_is_better(metric: str) -> bool:
-    """Of a loss less is better, of everything else more."""
+    """Return False for losses and True for every other metric."""
     return not metric.endswith("loss")
 
 
 def filter_up_to_step(evaluations: Evaluations, step: int) -> Evaluations:
-    """The evaluations up to a step, that one included."""
-    return {at: numbers for at, numbers in evaluations.items() if at <= step}
+    """Return the evaluations up to and including a step."""
+    return {evaluated: metrics for evaluated, metrics in evaluations.items() if evaluated <= step}
 
 
 def collect_metric_values(evaluations: Evaluations, metric: str) -> list[float]:
-    """A metric in the order of the steps."""
+    """Return the values of a metric in ascending order of steps."""
     return [evaluations[step][metric] for step in sorted(evaluations)]
 
 
 def find_best_step(evaluations: Evaluations, metric: str) -> int:
-    """The step of the best evaluation, the first of equals; one that is not a number is the worst."""
-    signed = {step: _sort_key(evaluations[step][metric], metric) for step in sorted(evaluations)}
-    return max(signed, key=signed.__getitem__)
+    """Return the step of the best evaluation: the first among equals; NaN is the worst."""
+    sort_keys = {step: _sort_key(evaluations[step][metric], metric) for step in sorted(evaluations)}
+    return max(sort_keys, key=sort_keys.__getitem__)
 
 
 def is_patience_exhausted(evaluations: Evaluations, metric: str, patience: int) -> bool:
-    """Whether so many evaluations have come after the best one."""
+    """Return whether at least ``patience`` evaluations follow the best one."""
     return bool(evaluations) and sum(step > find_best_step(evaluations, metric) for step in evaluations) >= patience
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves for the next stage: its exports, and the weights of its best evaluations, one of which it may leave."""
+"""Exports of a run: the weights for the next stage, and the weights of the best evaluations, a candidate for export."""
 
 import shutil
 from collections.abc import Iterator
@@ -18,14 +18,14 @@ from foveal.weights.export import Card, filter_and_strip_prefix, write_export
 
 
 class Exporter:
-    """The folders export/ and kept/<step>/ of a run. Every method is called by every rank.
+    """Writes the folders export/ and kept/<step>/ of a run. Every rank calls every method.
 
-    Weights are kept aside and never put over the export of a better evaluation before them: a run that is killed, or goes
-    back, takes later evaluations anew, and on other ranks they may come out the worse.
+    The weights of a better evaluation never overwrite the export directly: a run that is killed or rolled back repeats
+    later evaluations, perhaps on another number of ranks, and the repetition may score lower.
     """
 
     def __init__(self, run_dir: Path, stage_name: str, plan: Plan, world: World) -> None:
-        self._run, self._stage, self._plan, self._world = run_dir, stage_name, plan, world
+        self._run_dir, self._stage_name, self._plan, self._world = run_dir, stage_name, plan, world
 
     def write_weights(
         self,
@@ -40,51 +40,57 @@ class Exporter:
         name: str = "",
         as_best: bool = False,
     ) -> Path:
-        """Write the weights whose names begin with ``prefix``, without it, and their card; the folder.
+        """Write the weights whose names begin with ``prefix``, with the prefix removed, and their card.
 
-        ``head``: what builds the head again whose weights' names begin with ``head.``. ``aside``: in kept/<step>/. Raises: ExportError, on every rank, where it cannot be written.
+        Returns the folder: kept/<step>/ if ``as_best``, else export/<name>. ``head``: how to rebuild the head, whose
+        weights' names begin with ``head.``; None: no head. Raises: ExportError, on every rank, if writing fails.
         """
-        folder = self._best_folder(step) if as_best else self._run / "export" / name
+        folder = self._best_folder(step) if as_best else self._run_dir / "export" / name
         weights = engine.full_state_dict()
-        about = {"step": step, "metrics": metrics, "versions": get_library_versions(), "head": head}
-        card = self._plan.build_card(self._stage, encoder_card, classes, **about)
-        mine, heads = (
-            filter_and_strip_prefix(weights, prefix),
-            filter_and_strip_prefix(weights, "head.") if head else None,
+        card = self._plan.build_card(
+            self._stage_name,
+            encoder_card,
+            classes,
+            step=step,
+            metrics=metrics,
+            versions=get_library_versions(),
+            head=head,
         )
-        self._world.on_rank0(lambda: _write_folder(folder, mine, card, heads))
+        encoder_weights = filter_and_strip_prefix(weights, prefix)
+        head_weights = filter_and_strip_prefix(weights, "head.") if head else None
+        self._world.on_rank0(lambda: _write_folder(folder, encoder_weights, card, head_weights))
         return folder
 
     def publish_best(self, step: int) -> Path:
-        """Make what was kept after a step the export; the folder.
+        """Copy kept/<step>/ to export/ and return export/.
 
-        Raises: CheckpointError, on every rank, where it is not there any more; ExportError where it cannot be written.
+        Raises: CheckpointError, on every rank, if kept/<step>/ does not exist; ExportError if writing fails.
         """
         return self._world.on_rank0(lambda: self._copy_to_export(step))
 
     def remove_best(self, before_step: int | None = None) -> None:
-        """Remove what was kept before a step; none: all of it."""
-        if self._world.rank == 0:
-            kept = self._run / "kept"
-            gone = (
-                [kept]
-                if before_step is None
-                else [each for each in kept.glob("*") if each.name < self._best_folder(before_step).name]
-            )
-            for folder in gone:
-                shutil.rmtree(folder, ignore_errors=True)
+        """Remove the folders kept/<step>/ of the steps before ``before_step``; None: remove kept/."""
+        if self._world.rank != 0:
+            return
+        root = self._run_dir / "kept"
+        if before_step is None:
+            obsolete = [root]
+        else:
+            obsolete = [folder for folder in root.glob("*") if folder.name < self._best_folder(before_step).name]
+        for folder in obsolete:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _best_folder(self, step: int) -> Path:
-        return self._run / "kept" / f"{step:08d}"
+        return self._run_dir / "kept" / f"{step:08d}"
 
     def _copy_to_export(self, step: int) -> Path:
-        kept, folder = self._best_folder(step), self._run / "export"
-        if not kept.is_dir():
+        best, folder = self._best_folder(step), self._run_dir / "export"
+        if not best.is_dir():
             raise CheckpointError(
-                f"{kept} is gone, which held the weights of the best evaluation; put it back, or begin anew with run.fresh=true"
+                f"{best}, the weights of the best evaluation, is gone; put it back, or begin anew with run.fresh=true"
             )
         with _as_export_error(folder), atomic_folder(folder) as draft:
-            shutil.copytree(kept, draft, dirs_exist_ok=True)
+            shutil.copytree(best, draft, dirs_exist_ok=True)
         return folder
 
 
@@ -95,10 +101,11 @@ def _write_folder(folder: Path, weights: dict[str, Tensor], card: Card, head: di
 
 @contextmanager
 def _as_export_error(folder: Path) -> Iterator[None]:
-    """What a file system refuses, in a sentence, so that every rank hears it. Raises: ExportError."""
+    """Turn an OSError into an ExportError, which ``World.on_rank0`` raises on every rank."""
     try:
         yield
     except OSError as error:
         raise ExportError(
-            f"{folder} cannot be written ({error}); make room and start again: the run goes on from its newest checkpoint"
+            f"{folder} cannot be written ({error}); make room and start again: the run goes on from its newest "
+            f"checkpoint"
         ) from None

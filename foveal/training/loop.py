@@ -1,4 +1,4 @@
-"""One optimizer step, said once. A stage writes its own timetable around it."""
+"""The loop over optimizer steps, shared by all stages; logging, evaluation and saving belong to the stage."""
 
 import itertools
 import math
@@ -19,20 +19,20 @@ from foveal.training.meters.throughput import ThroughputMeter
 
 
 class Objective(Protocol):
-    """What a stage learns from a batch.
+    """The loss of a stage.
 
-    The loss of a step is the sum over all images of all ranks and micros, divided by their weight, so that ignored
-    labels, class weights and uneven masks keep many ranks equal to one. The weight is asked for before the forward:
-    the first backward of an accumulated step already needs the whole denominator, and a sharded optimizer's gradients
-    cannot be rescaled afterwards.
+    The loss of a step is the sum over the images of all ranks and microbatches, divided by the sum of their weights:
+    with ignored labels, class weights and uneven masks, many ranks still compute the result of one rank. The weight is
+    known before the forward: the first backward of an accumulated step needs the complete denominator, and the
+    gradients of a sharded optimizer cannot be rescaled afterwards.
     """
 
     def batch_weight(self, batch: Batch) -> float | Tensor:
-        """The batch's weight. A float says that every batch of this size has the same: no collective is spent on it."""
+        """Return the weight of a batch. A float is the weight of every batch of this size and costs no collective."""
         ...
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and further numbers, all summed over the batch: each is reported as its sum over the weight."""
+        """Return the loss and further metrics, all summed over the batch; each is logged as its sum over the weight."""
         ...
 
 
@@ -41,9 +41,9 @@ ObjectiveT = TypeVar("ObjectiveT", bound=Objective)
 
 @dataclass(frozen=True, slots=True)
 class TrainingSetup(Generic[ObjectiveT]):
-    """What a step is made of before an engine takes it: a model, its parameter groups for the optimizer, and the objective.
+    """The inputs of an engine and of the loop: a model, its parameter groups for the optimizer, and the objective.
 
-    ``frozen``: the modules that the objective asks and nothing trains.
+    ``frozen_modules``: modules that the objective calls and no optimizer updates.
     """
 
     model: nn.Module
@@ -54,7 +54,7 @@ class TrainingSetup(Generic[ObjectiveT]):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A finished optimizer step: ``index`` counts from 1; ``batch`` is this rank's last micro, for pictures."""
+    """A finished optimizer step: ``index`` counts from 1; ``batch`` is this rank's last microbatch, for images."""
 
     index: int
     batch: Batch
@@ -63,9 +63,10 @@ class Step:
 
 @dataclass(frozen=True)
 class LoopContext:
-    """The steps of one attempt, from ``start`` to ``stop``, each of ``accumulate`` micros, and where their numbers go.
+    """The range of steps of one attempt (``start_step`` excluded, ``stop_step`` included), its meters and callbacks.
 
-    ``beat`` hears what every step is doing, ``consumed`` of the micros of every step that has been taken.
+    ``heartbeat`` receives the step and its current activity, ``on_batches_consumed`` the microbatches of a finished
+    step.
     """
 
     start_step: int
@@ -81,44 +82,46 @@ class LoopContext:
 
 
 def run_steps(engine: Engine, batches: Iterator[Batch], objective: Objective, context: LoopContext) -> Iterator[Step]:
-    """Yield after every optimizer step. What happens when is the caller's business.
+    """Run optimizer steps and yield after each of them.
 
-    ``batches`` begins at step ``course.start``. Nothing here reads a number from the device, except what an engine's
-    clipping reads.
+    ``batches`` starts at step ``context.start_step``. The loop copies no value from the device to the host; only an
+    engine's gradient clipping does.
     """
-    ranks, accumulate = context.world.size, context.accumulation_steps
+    num_ranks, accumulation_steps = context.world.size, context.accumulation_steps
     for index in range(context.start_step, context.stop_step):
-        rate = context.lr_schedule(index)
-        engine.set_lr(rate)
+        lr = context.lr_schedule(index)
+        engine.set_lr(lr)
         context.heartbeat(index + 1, "data")
         with context.throughput_meter.time_data_wait():
-            micros = context.world.run_all_or_raise(partial(_fetch_microbatches, batches, context))
+            microbatches = context.world.run_all_or_raise(partial(_fetch_microbatches, batches, context))
         context.heartbeat(index + 1, "training")
-        share = _mean_batch_weight([objective.batch_weight(batch) for batch in micros], context.world)
-        sums: dict[str, Tensor] = {}
-        for number, host_batch in enumerate(micros):
+        denominator = _mean_batch_weight([objective.batch_weight(batch) for batch in microbatches], context.world)
+        rank_sums: dict[str, Tensor] = {}
+        for number, host_batch in enumerate(microbatches):
             batch = host_batch.to(engine.device, non_blocking=True)
-            with engine.microbatch(last=number == accumulate - 1):
+            with engine.microbatch(last=number == accumulation_steps - 1):
                 with context.straggler_meter.time_forward():
-                    total, numbers = objective(engine.model, batch)
-                engine.backward(_poison_nonfinite(total) / share)
-            for name, value in ({"loss": total} | numbers).items():
-                sums[name] = sums.get(name, 0.0) + (value.detach() / share).double() / (accumulate * ranks)
+                    loss_sum, metric_sums = objective(engine.model, batch)
+                engine.backward(_poison_nonfinite(loss_sum) / denominator)
+            for name, value in ({"loss": loss_sum} | metric_sums).items():
+                part = (value.detach() / denominator).double() / (accumulation_steps * num_ranks)
+                rank_sums[name] = rank_sums.get(name, 0.0) + part
         context.heartbeat(index + 1, "updating")
-        outcome = engine.step()
+        result = engine.step()
         context.metric_accumulator.add_step(
-            sums, {"step": index + 1, "lr": rate, "grad_norm": outcome.grad_norm, "applied": float(outcome.applied)}
+            rank_sums, {"step": index + 1, "lr": lr, "grad_norm": result.grad_norm, "applied": float(result.applied)}
         )
-        context.on_batches_consumed(index + 1, micros)
-        context.throughput_meter.add_images(len(batch.ids) * accumulate * ranks)
-        yield Step(index + 1, batch, outcome.applied)
+        context.on_batches_consumed(index + 1, microbatches)
+        context.throughput_meter.add_images(len(batch.ids) * accumulation_steps * num_ranks)
+        yield Step(index + 1, batch, result.applied)
 
 
-def _poison_nonfinite(total: Tensor) -> Tensor:
-    """A loss that is not finite makes all its gradients so: it may have overflowed where they did not, and the engines'
-    guards look at gradients alone.
+def _poison_nonfinite(loss_sum: Tensor) -> Tensor:
+    """Make all gradients NaN if the loss is not finite.
+
+    A loss can overflow while its gradients do not, and the engines check gradients only.
     """
-    return total * torch.where(total.detach().isfinite(), 1.0, math.nan)
+    return loss_sum * torch.where(loss_sum.detach().isfinite(), 1.0, math.nan)
 
 
 def _fetch_microbatches(batches: Iterator[Batch], context: LoopContext) -> list[Batch]:
@@ -127,15 +130,18 @@ def _fetch_microbatches(batches: Iterator[Batch], context: LoopContext) -> list[
 
 
 def _mean_batch_weight(weights: list[float | Tensor], world: World) -> float | Tensor:
-    """The mean weight of a micro over all ranks: with it, the engine's mean over micros and ranks is sum over weight."""
+    """Return the mean weight of a microbatch over all ranks.
+
+    The engine averages over microbatches and ranks; a loss sum divided by this mean becomes sum over weight.
+    """
     if not isinstance(weights[0], Tensor):
         return weights[0]
-    whole = world.all_reduce_sum(
+    total_weight = world.all_reduce_sum(
         torch.stack([torch.as_tensor(weight) for weight in weights]).sum().double().to(world.device)
     )
-    return whole / (len(weights) * world.size)
+    return total_weight / (len(weights) * world.size)
 
 
 def is_due(step: int, interval: int, stop_step: int) -> bool:
-    """Whether something that happens every so many steps, and at the end, happens after this step."""
+    """Return whether a periodic action is due after a step: every ``interval`` steps (0: never) and at the end."""
     return step == stop_step or (interval > 0 and step % interval == 0)

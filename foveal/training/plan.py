@@ -1,4 +1,4 @@
-"""What the three stages share: the sections of their configs, and the plan that a config becomes on so many ranks."""
+"""The config sections and the plan that all three stages share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,25 +25,26 @@ from foveal.weights.export import Card
 
 
 class BatchConfig(Config):
-    """A batch is a number of images, whatever the cluster; accumulation is derived."""
+    """The batch size, independent of the number of ranks; gradient accumulation is derived from it."""
 
     images: int = science(description="Images per optimizer step, over all ranks.", gt=0)
-    at_once: int = machine(64, "The most images that a rank holds in one forward and backward.", gt=0)
+    at_once: int = machine(64, "Maximal microbatch size: images per forward and backward of a rank.", gt=0)
 
     def split_into_microbatches(self, world_size: int) -> tuple[int, int]:
-        """(images at once, micros per step) on so many ranks, which divide the batch."""
-        mine = self.images // world_size
-        at_once = max(n for n in range(1, min(self.at_once, mine) + 1) if mine % n == 0)
-        return at_once, mine // at_once
+        """Return (images per microbatch, microbatches per step); ``world_size`` must divide the batch."""
+        rank_images = self.images // world_size
+        sizes = range(1, min(self.at_once, rank_images) + 1)
+        microbatch_size = max(size for size in sizes if rank_images % size == 0)
+        return microbatch_size, rank_images // microbatch_size
 
 
 class LogConfig(Config):
-    """How often a run speaks."""
+    """Intervals of logging, images and profiler traces."""
 
-    every: int = machine(20, "Steps between two deliveries of numbers; every step has its row.", ge=1)
-    pictures_every: int = machine(0, "Steps between pictures; 0: only at the end.", ge=0)
+    every: int = machine(20, "Steps between two writes of metrics; each write has a row for every step.", ge=1)
+    pictures_every: int = machine(0, "Steps between saved images; 0: only at the end of the run.", ge=0)
     profile_steps: tuple[int, int] | None = machine(
-        None, "[first, last]: steps of which rank 0 leaves a trace of torch's profiler in RUN/profile/."
+        None, "[first, last] step, counted from 1, that rank 0 profiles into RUN/profile/. null: no trace."
     )
 
     @model_validator(mode="after")
@@ -54,23 +55,27 @@ class LogConfig(Config):
 
 
 class RunConfig(Config):
-    """The run directory and how the run is started."""
+    """The run directory, and the start and stop of a run."""
 
-    dir: str | None = machine(None, "The run directory; none: runs/<name of the config>.")
-    fresh: bool = machine(False, "Start anew in a numbered sibling of an existing run directory.")
-    stop_at: int | None = machine(None, "Stop after this step, ready to be continued; none: run to the end.", ge=1)
-    restarts: int = machine(
-        5, "Attempts in a row without a new checkpoint, and without being asked to leave, before a job gives up.", ge=1
+    dir: str | None = machine(None, "Run directory. null: runs/<name of the config>.")
+    fresh: bool = machine(False, "Start a new run in a numbered sibling if the run directory exists.")
+    stop_at: int | None = machine(
+        None, "Stop after this step with a checkpoint to resume from. null: run to the end.", ge=1
     )
-    pipeline: str | None = machine(None, "The folder of the pipeline: its stages share one parent run in MLflow.")
-    processes: int | None = machine(None, "Processes for --cluster local; none: one per GPU, or one.", ge=1)
+    restarts: int = machine(
+        5, "Attempts in a row without a new checkpoint, preempted attempts aside, before the job gives up.", ge=1
+    )
+    pipeline: str | None = machine(
+        None, "Folder of the pipeline, whose stages share one parent run in MLflow. null: no pipeline."
+    )
+    processes: int | None = machine(None, "Processes for --cluster local. null: one per GPU, or one in all.", ge=1)
 
 
 class StageConfig(Config):
-    """The sections that every stage has."""
+    """The settings that every stage has."""
 
-    seed: int = science(0, "Of everything that is drawn.", ge=0)
-    epochs: int = science(description="How often each image is seen.", ge=1)
+    seed: int = science(0, "Seed of all random numbers.", ge=0)
+    epochs: int = science(description="Number of passes over the training images.", ge=1)
     data: DataConfig
     batch: BatchConfig
     optim: OptimConfig
@@ -85,21 +90,22 @@ class StageConfig(Config):
 
     @property
     def export_names(self) -> tuple[str, ...]:
-        """Names of what it leaves in export/; an empty one is export/ itself."""
+        """The names of the exports, subfolders of export/; the empty name is export/ itself."""
         return ("",)
 
     @property
     def plateau_metric(self) -> str | None:
-        """The number of an evaluation that a plateau is judged by; none in a stage that evaluates nothing."""
+        """The evaluation metric that the plateau schedule follows; None in a stage without evaluations."""
         return None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a config comes to on so many ranks: everything that can be known, and refused, before a run begins.
+    """A config resolved for a number of ranks: everything that can be computed and checked before a run starts.
 
-    ``inherited`` is science that no setting states: the digests of the data and of the export that the stage starts
-    from, and what that export's card decides. ``resized_from`` is the image size of that export, if it is another.
+    ``inherited_science`` is science that no setting states: the digests of the data and of the export that the stage
+    starts from, and the values that the export's card determines. ``resized_from``: image size of that export, None if
+    it equals this stage's.
     """
 
     cfg: StageConfig
@@ -115,28 +121,28 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of an epoch."""
+        """Optimizer steps per epoch."""
         return self.training_set.order.steps_per_epoch
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps from first to last."""
+        """Optimizer steps of the complete run."""
         return self.steps_per_epoch * self.cfg.epochs
 
     @property
     def num_runs(self) -> int:
-        """How many runs of these steps it comes to: one, if it is no comparison."""
+        """The number of runs of ``total_steps`` each; more than 1 for a comparison."""
         return 1
 
     @property
     def stop_step(self) -> int:
-        """The step after which this attempt ends."""
+        """The last step of this attempt."""
         return min(self.total_steps, self.cfg.run.stop_at or self.total_steps)
 
     def compute_lr(self, step: int, metric_history: Sequence[float] = ()) -> float:
-        """The learning rate of the update that follows ``step`` finished ones.
+        """Return the learning rate of the update after ``step`` finished updates.
 
-        ``watched`` are the values of ``cfg.watched`` in the evaluations up to that step, which only a plateau looks at.
+        ``metric_history``: values of ``cfg.plateau_metric`` up to that step, for the plateau schedule only.
         """
         optim = self.cfg.optim
         peak_lr = optim.peak_lr(self.cfg.batch.images)
@@ -149,12 +155,9 @@ class Plan:
                 warmup_steps=warmup_steps,
                 total_steps=self.total_steps,
             )
-        return step_decay_lr(
-            warmup_constant(step, peak_lr=peak_lr, warmup_steps=warmup_steps),
-            num_drops=self._count_drops(step, metric_history),
-            factor=optim.step_factor,
-            min_lr=optim.floor_lr,
-        )
+        num_drops = self._count_drops(step, metric_history)
+        lr = warmup_constant(step, peak_lr=peak_lr, warmup_steps=warmup_steps)
+        return step_decay_lr(lr, num_drops=num_drops, factor=optim.step_factor, min_lr=optim.floor_lr)
 
     def _count_drops(self, step: int, metric_history: Sequence[float]) -> int:
         optim, metric = self.cfg.optim, self.cfg.plateau_metric
@@ -167,47 +170,59 @@ class Plan:
         return 0
 
     def science_settings(self) -> dict[str, Any]:
-        """What guards a resume."""
+        """Return the settings and inherited facts that must be equal on a resume."""
         return self.cfg.science_settings() | self.inherited_science
 
     def build_card(
         self, stage_name: str, encoder_card: dict[str, Any], classes: tuple[str, ...], **run_facts: Any
     ) -> Card:
-        """The card of what a stage exports: an encoder, with a head for the classes; ``found`` is what the run knows."""
-        plain = {"mean": self.mean, "std": self.std, "resized_from": self.resized_from}
-        return Card(stage_name, encoder_card, **plain, classes=classes, science=self.science_settings(), **run_facts)
+        """Return the card of an export: an encoder, with a head for ``classes``; ``run_facts``: further fields."""
+        return Card(
+            stage_name,
+            encoder_card,
+            mean=self.mean,
+            std=self.std,
+            resized_from=self.resized_from,
+            classes=classes,
+            science=self.science_settings(),
+            **run_facts,
+        )
 
     def summary_lines(self) -> list[str]:
-        """The plan in words."""
-        cfg = self.cfg
+        """Return the plan as lines of text."""
+        cfg, optim, engine, images = self.cfg, self.cfg.optim, self.cfg.engine, self.cfg.batch.images
+        microbatches = f"{self.accumulation_steps} microbatches x {self.microbatch_size} images"
+        dropped = f"each epoch drops {self.training_set.order.dropped_per_epoch} images, different ones each time"
+        peak = f"{optim.peak_lr(images):.3g} at its peak, after {optim.warmup_epochs:g} epochs"
+        zero = f" ZeRO {engine.zero}" if engine.kind == "deepspeed" else ""
         return [
             *self._data_lines(),
             *self._resize_lines(),
-            f"batch     {cfg.batch.images} images = {self.world_size} ranks x {self.accumulation_steps} micros x {self.microbatch_size} at once",
-            f"steps     {self.total_steps} = {cfg.epochs} epochs x {self.steps_per_epoch} (each epoch drops another {self.training_set.order.dropped_per_epoch} images)",
-            f"lr        {cfg.optim.peak_lr(cfg.batch.images):.3g} at its peak, after {cfg.optim.warmup_epochs:g} epochs; {cfg.optim.schedule}, {cfg.optim.kind}",
-            f"engine    {cfg.engine.kind}{f' ZeRO {cfg.engine.zero}' if cfg.engine.kind == 'deepspeed' else ''}, {cfg.engine.precision}",
+            f"batch     {images} images = {self.world_size} ranks x {microbatches}",
+            f"steps     {self.total_steps} = {cfg.epochs} epochs x {self.steps_per_epoch} ({dropped})",
+            f"lr        {peak}; {optim.schedule}, {optim.kind}",
+            f"engine    {engine.kind}{zero}, {engine.precision}",
             f"run       {cfg.run.dir}",
         ]
 
     def _resize_lines(self) -> list[str]:
-        """That weights were trained on images of another size."""
+        """Return a line if the initial weights were trained at another image size."""
         if self.resized_from is None:
             return []
-        was, now = (
+        old, new = (
             " x ".join(map(str, height_and_width(size))) for size in (self.resized_from, self.cfg.data.image_size)
         )
-        return [f"resized   from images of {was} to {now} pixels"]
+        return [f"resized   from images of {old} to {new} pixels"]
 
     def _data_lines(self) -> list[str]:
-        """What is read, in which shares, and what of it a node must hold."""
+        """Return lines about the data sets, their fractions of an epoch, the JPEG decoder and the shard cache."""
         data = self.cfg.data
         lines = [
             f"data      {source.dataset.folder}, {source.dataset.num_samples(source.split):,} images in {source.split}"
             for source in self.training_set.sources
         ]
-        for number, other in enumerate(data.mix, start=1):
-            lines[number] += f", {other.share:.4g} of every epoch"
+        for number, mix_entry in enumerate(data.mix, start=1):
+            lines[number] += f", {mix_entry.share:.4g} of every epoch"
         lines.append(f"decoder   {jpeg_decoder_name()} for JPEG")
         shards, size = self.training_set.cached_size(self.cfg.batch.images // self.world_size)
         if shards:
@@ -222,16 +237,14 @@ PlanT = TypeVar("PlanT", bound=Plan)
 
 
 def resolve_config_path(stage_name: str, name_or_path: str) -> Path:
-    """The YAML file that a command line means: a path, or NAME for configs/<stage>/NAME.yaml."""
-    return (
-        Path(name_or_path)
-        if name_or_path.endswith(".yaml") or "/" in name_or_path
-        else Path("configs", stage_name, f"{name_or_path}.yaml")
-    )
+    """Return the YAML file of a config given by path, or by NAME for configs/<stage>/NAME.yaml."""
+    if name_or_path.endswith(".yaml") or "/" in name_or_path:
+        return Path(name_or_path)
+    return Path("configs", stage_name, f"{name_or_path}.yaml")
 
 
 def add_inherited_prefix(facts: dict[str, Any]) -> dict[str, Any]:
-    """Science that no setting states, under names that no setting has."""
+    """Prefix the names of science that no setting states, so that no name equals a setting's."""
     return {f"inherited.{name}": value for name, value in facts.items()}
 
 
@@ -244,10 +257,10 @@ def build_stage_plan(
     extra_science: dict[str, str] | None = None,
     **plan_fields: Any,
 ) -> PlanT:
-    """Open the data, do the arithmetic, and refuse what cannot be.
+    """Open the data, derive the sizes of a run, and raise an error for any setting that cannot work.
 
-    ``card`` is that of the export the stage starts from: its pixel statistics are the model's. ``origin`` names the
-    digests of such exports, which are science. ``further`` are the fields that a stage's own plan adds.
+    ``source_card``: card of the export that the stage starts from, whose pixel statistics apply. ``extra_science``: the
+    digests of such exports. ``plan_fields``: fields that the stage's plan class adds.
     Raises: DataError, ConfigError, ExportError.
     """
     _check_labels(cfg)
@@ -282,25 +295,26 @@ def build_stage_plan(
 
 
 def _check_schedule(cfg: StageConfig) -> None:
-    """Refuse a schedule that does not fit into the run. Raises: ConfigError."""
+    """Raise ConfigError for a schedule that does not fit into the run."""
     optim, epochs = cfg.optim, list(cfg.optim.step_epochs)
     if bool(epochs) != (optim.schedule == "step"):
         raise ConfigError(
-            f"optim.step_epochs={epochs} with optim.schedule={optim.schedule}: the schedule step has epochs, the others none"
+            f"optim.step_epochs={epochs} with optim.schedule={optim.schedule}: the schedule step has epochs, the "
+            f"others none"
         )
-    if epochs and not all(a < b for a, b in pairwise([optim.warmup_epochs, *epochs, cfg.epochs])):
+    if epochs and not all(earlier < later for earlier, later in pairwise([optim.warmup_epochs, *epochs, cfg.epochs])):
         raise ConfigError(
             f"optim.step_epochs={epochs} must ascend between optim.warmup_epochs={optim.warmup_epochs:g} and "
             f"epochs={cfg.epochs}, neither included"
         )
     if optim.schedule == "plateau" and cfg.plateau_metric is None:
         raise ConfigError(
-            "optim.schedule=plateau is of fine-tuning, whose evaluations it follows; take cosine, step or constant here"
+            "optim.schedule=plateau is of fine-tuning, whose evaluations it follows; use cosine, step or constant here"
         )
 
 
 def _check_labels(cfg: StageConfig) -> None:
-    """What a stage has no use for. Raises: ConfigError."""
+    """Raise ConfigError for label settings that the stage does not use."""
     data = cfg.data
     if data.labels not in cfg.supported_labels:
         raise ConfigError(
@@ -312,24 +326,25 @@ def _check_labels(cfg: StageConfig) -> None:
         )
     if data.label_field is not None and data.labels == "class":
         raise ConfigError(
-            f"data.label_field={data.label_field} names a member that is no class: set data.labels too, or index the shards "
-            f"with --label-key"
+            f"data.label_field={data.label_field} names a member that is no class: set data.labels too, or index the "
+            f"shards with --label-key"
         )
 
 
 def _pixel_statistics(
     cfg: StageConfig, dataset: Dataset, card: Card | None
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The pixels' mean and deviation that the model was or will be trained with."""
+    """Return the mean and standard deviation that normalise pixels: the card's if there is a card, else the data's."""
     if card is None:
         return dataset.mean, dataset.std
-    for name, stated, hers in (("mean", cfg.data.mean, card.mean), ("std", cfg.data.std, card.std)):
-        if stated is not None and stated != hers:
+    for name, setting, card_values in (("mean", cfg.data.mean, card.mean), ("std", cfg.data.std, card.std)):
+        if setting is not None and setting != card_values:
             raise ExportError(
-                f"data.{name} is {list(stated)}, the weights were trained with {list(hers)}; leave data.{name} out (null)"
+                f"data.{name} is {list(setting)}, the weights were trained with {list(card_values)}; leave data.{name} "
+                f"out (null)"
             )
-        if len(hers) not in (1, cfg.data.channels):
+        if len(card_values) not in (1, cfg.data.channels):
             raise ExportError(
-                f"{name} has {len(hers)} values in the card of the weights, data.channels is {cfg.data.channels}"
+                f"{name} has {len(card_values)} values in the card of the weights, data.channels is {cfg.data.channels}"
             )
     return card.mean, card.std

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar on a terminal, a line now and then in a log."""
+"""Progress of a run on stderr: a bar on a terminal, periodic lines in a log."""
 
 import logging
 import sys
@@ -11,17 +11,17 @@ from rich.progress import Progress as Bar
 
 from foveal.training.meters.metric_accumulator import MetricRow
 
-_LINE_EVERY = 30.0  # seconds between lines in a log
-_NUMBERS = 6  # of a result in a line
+_LINE_INTERVAL_SECONDS = 30.0
+_MAX_METRICS_PER_LINE = 6
 _log = logging.getLogger(__name__)
 
 
 class ProgressReporter:
-    """Rank 0's; without a name it is nobody's and shows nothing."""
+    """Reports progress on rank 0; without a name it reports nothing."""
 
     def __init__(self, name: str = "", total: int = 0, initial: int = 0) -> None:
         self._name, self._total = name, total
-        self._spoke = 0.0
+        self._last_line_time = 0.0
         self._bar: Bar | None = None
         if name and sys.stderr.isatty():
             columns = (
@@ -36,28 +36,28 @@ class ProgressReporter:
             self._bar.start()
 
     def show_metrics(self, row: MetricRow) -> None:
-        """The newest row of a run."""
+        """Show loss, learning rate and throughput of a metric row."""
         self.update(
             int(row["step"]), f"loss {row['loss']:.4f}, lr {row['lr']:.2e}, {row['images_per_second']:,.0f} images/s"
         )
 
     def update(self, done: int, text: str) -> None:
-        """How far it is, and one line about it."""
+        """Show the number of finished steps and a text; a log gets a line every 30 s and at the end."""
         if not self._name:
             return
         if self._bar is not None:
             self._bar.update(self._task, completed=done, row=text)
-        elif done == self._total or time.monotonic() - self._spoke > _LINE_EVERY:
-            self._spoke = time.monotonic()
+        elif done == self._total or time.monotonic() - self._last_line_time > _LINE_INTERVAL_SECONDS:
+            self._last_line_time = time.monotonic()
             _log.info("%s: %d of %d, %s", self._name, done, self._total, text)
 
     def log_results(self, step: int, results: Mapping[str, object]) -> None:
-        """A line of what came of a step: the first numbers."""
-        told = [f"{name} {value:.4f}" for name, value in results.items() if isinstance(value, float)]
-        if self._name and told:
-            _log.info("%s: step %d, %s", self._name, step, ", ".join(told[:_NUMBERS]))
+        """Log the first six float results of a step in one line."""
+        metrics = [f"{name} {value:.4f}" for name, value in results.items() if isinstance(value, float)]
+        if self._name and metrics:
+            _log.info("%s: step %d, %s", self._name, step, ", ".join(metrics[:_MAX_METRICS_PER_LINE]))
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Stop the bar in its current state."""
         if self._bar is not None:
             self._bar.stop()

@@ -1,4 +1,4 @@
-"""Opening a run directory for one attempt, and closing it whatever happens."""
+"""The run directory of an attempt: open it, execute the attempt, and record its end on every exit path."""
 
 import errno
 import logging
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from foveal import __version__
@@ -28,13 +29,14 @@ from foveal.redact import RedactingFormatter, redact
 from foveal.tracking import report_attempt_end
 from foveal.tracking.tracker import AttemptState, NullTracker
 from foveal.training.checkpointing import CheckpointSaver
-from foveal.training.lease import Attempt, Lease, acquire_lease, describe_this_process
+from foveal.training.lease import Attempt, Lease, acquire_lease
+from foveal.training.lease_holder import describe_this_process
 from foveal.training.meters.stragglers import StragglerMeter
 from foveal.training.out_of_memory import diagnose_out_of_memory
 from foveal.training.plan import Plan, StageConfig
 from foveal.training.run import Run
 
-_PERMANENT_ERRNOS = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}  # no later look finds it otherwise
+_PERMANENT_ERRNOS = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}  # a retry fails in the same way
 _log = logging.getLogger(__name__)
 
 
@@ -42,70 +44,73 @@ _log = logging.getLogger(__name__)
 def open_run(
     stage_name: str, plan: Plan, world: World, preemption: Preemption, *, outer_run: Run | None = None
 ) -> Iterator[Run | None]:
-    """Open the run directory and all that belongs to it; nothing if the run is finished already.
+    """Open the run directory and yield the run; yield None if the run is finished already.
 
-    ``within``: the run that this is a part of; it shows no progress of its own, and has the other's watch.
-    Raises: ConfigError where there can be no directory, CheckpointError where it holds a run of other science, Held where
-    another process writes it, Restarting where attempt after attempt got no further, Hung where a rank was lost on the way.
+    ``outer_run``: the run that contains this one, which then shows no progress and shares the outer run's watchdog.
+    Raises: ConfigError if the directory cannot exist, CheckpointError if it holds a run of other science,
+    RunInUseError if another process writes it, RestartLoopError if the previous attempts made no progress,
+    TrainingHungError if a rank is lost, OutOfMemoryError if memory does not suffice.
     """
-    quiet = outer_run is not None
-    path, finished = world.on_rank0(lambda: _inspect_run_dir(plan))  # file systems answer late: one rank looks
-    if finished:
-        if world.rank == 0 and not quiet:
+    is_nested = outer_run is not None
+    path, is_finished = world.on_rank0(lambda: _inspect_run_dir(plan))  # rank 0 only: file systems show changes late
+    if is_finished:
+        if world.rank == 0 and not is_nested:
             _log.info("%s is finished already; run.fresh=true starts another beside it", path)
         yield None
         return
-    # What is written down, and what trials derive their folders from, is where the run really is.
-    where = plan.cfg.run.model_copy(update={"dir": str(path), "fresh": False})
-    plan = replace(plan, cfg=plan.cfg.model_copy(update={"run": where}))
+    # The resolved directory goes into config.yaml, and trials derive their folders from it.
+    run_cfg = plan.cfg.run.model_copy(update={"dir": str(path), "fresh": False})
+    plan = replace(plan, cfg=plan.cfg.model_copy(update={"run": run_cfg}))
     attempt = _acquire_attempt(path, plan, world)
     if attempt is None:
         yield None
         return
-    end, begun = _AttemptEnd(), []
+    end = _AttemptEnd()
+    open_runs: list[Run] = []
     logs, timeout = path / "logs", plan.cfg.engine.timeout_minutes * 60
     with ExitStack() as stack:
         stack.enter_context(_log_to_file(logs / f"rank-{world.rank:03d}.log"))
-        _log.log(logging.DEBUG if quiet else logging.INFO, "foveal %s, %s", __version__, describe_rank(world))
+        _log.log(logging.DEBUG if is_nested else logging.INFO, "foveal %s, %s", __version__, describe_rank(world))
         if isinstance(attempt, Lease):
             stack.callback(lambda: attempt.record_end(end.reason, end.exit_code, end.step))
-        watched = (
-            outer_run.watchdog
-            if outer_run
-            else run_watchdog(world, logs, timeout, lambda why: _record_hang(attempt, begun, why))
-        )
-        watch = watched if isinstance(watched, Watchdog) else stack.enter_context(watched)
+        if outer_run is not None:
+            watchdog = outer_run.watchdog
+        else:
+            on_hang = partial(_record_hang, attempt, open_runs)
+            watchdog = stack.enter_context(run_watchdog(world, logs, timeout, on_hang))
         try:
             store = _build_store(path, plan, world, attempt, timeout / 2)
-            saving, stragglers = (
-                CheckpointSaver(path, plan, store, world, watch),
-                StragglerMeter(world.device, socket.gethostname()),
-            )
-            run = Run(stage_name, path, plan, world, preemption, attempt, store, watch, saving, stragglers, quiet)
-            begun.append(run)
+            saver = CheckpointSaver(path, plan, store, world, watchdog)
+            meter = StragglerMeter(world.device, socket.gethostname())
+            run = Run(stage_name, path, plan, world, preemption, attempt, store, watchdog, saver, meter, is_nested)
+            open_runs.append(run)
             stack.callback(lambda: _close_tracker(run, end.state, end.reason))
             stack.callback(run.close)
             stack.callback(lambda: end.set_step(run.step))
             yield run
             run.finish_checkpoint()
         except BaseException as error:
-            if (
-                memory := diagnose_out_of_memory(error, stage_name, plan)
-            ) is not None:  # first: NCCL's looks like a lost peer
-                end.set_error(memory)
-                raise memory from error
-            if (sentence := describe_peer_failure(error)) and not isinstance(error, FovealError):
-                hung = TrainingHungError(f"{sentence}; {watch.diagnose()}")
-                end.set_error(hung)
-                raise hung from error
-            end.set_error(error)
-            raise
+            final_error = _translate_error(error, stage_name, plan, watchdog)
+            end.set_error(final_error)
+            if final_error is error:
+                raise
+            raise final_error from error
         end.set_success(run)
+
+
+def _translate_error(error: BaseException, stage_name: str, plan: Plan, watchdog: Watchdog) -> BaseException:
+    """Return OutOfMemoryError or TrainingHungError in place of a library's error; any other error as it is."""
+    out_of_memory = diagnose_out_of_memory(error, stage_name, plan)
+    if out_of_memory is not None:  # first, because NCCL's out-of-memory error looks like a lost peer
+        return out_of_memory
+    if (peer_failure := describe_peer_failure(error)) and not isinstance(error, FovealError):
+        return TrainingHungError(f"{peer_failure}; {watchdog.diagnose()}")
+    return error
 
 
 @dataclass
 class _AttemptEnd:
-    """Why an attempt ended, for those who ask in the morning."""
+    """The end of an attempt as the lease and the tracker record it."""
 
     state: AttemptState = "failed"
     reason: str = ""
@@ -113,11 +118,11 @@ class _AttemptEnd:
     step: int | None = None
 
     def set_step(self, step: int) -> None:
-        """The step it had come to."""
+        """Set the last step of the attempt."""
         self.step = step
 
     def set_error(self, error: BaseException) -> None:
-        """An attempt that an error ended."""
+        """Set state, reason and exit code from the error that ended the attempt."""
         states: dict[type, AttemptState] = {TrainingDivergedError: "diverged", AttemptSupersededError: "superseded"}
         self.state = states.get(type(error), "failed")
         if isinstance(error, FovealError):
@@ -128,13 +133,13 @@ class _AttemptEnd:
             self.reason, self.exit_code = redact(f"{type(error).__name__}: {error}"), 1
 
     def set_success(self, run: Run) -> None:
-        """An attempt that ended by itself."""
+        """Set state, reason and exit code of an attempt that ended without an error."""
         self.exit_code, self.reason = 0, run.end_reason
         self.state = "finished" if run.is_finished else "saved-and-left"
 
 
 def _inspect_run_dir(plan: Plan) -> tuple[Path, bool]:
-    """The run's directory and whether it is done. Raises: ConfigError, CheckpointError."""
+    """Return the run directory and whether its run is finished. Raises: ConfigError, CheckpointError."""
     try:
         path = _resolve_run_dir(plan.cfg)
         for name in ("science.json", "finished.json"):
@@ -156,76 +161,78 @@ def _unusable_dir_error(path: Path | str | None, error: OSError) -> ConfigError:
 
 
 def _acquire_attempt(path: Path, plan: Plan, world: World) -> Attempt | None:
-    """The next attempt at the run: rank 0's is the lease itself, the others know its facts.
+    """Start the next attempt at the run: return the lease on rank 0, its number and start steps on the other ranks.
 
-    Nothing if the run was finished after ``_looked_at`` looked: nobody finishes it now.
+    None if the previous attempt finished the run after ``_inspect_run_dir``.
     """
-    held: list[Lease] = []
+    leases: list[Lease] = []
 
-    def taken() -> Attempt | None:
+    def acquire() -> Attempt | None:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _unusable_dir_error(path, error) from None
         cfg = plan.cfg
+        holder = describe_this_process(world.size, slurm_job_tags())
         try:
-            held.append(
-                acquire_lease(
-                    path,
-                    describe_this_process(world.size, slurm_job_tags()),
-                    max_attempts_without_progress=cfg.run.restarts,
-                )
-            )
+            lease = acquire_lease(path, holder, max_attempts_without_progress=cfg.run.restarts)
         except RestartLoopError as error:
             report_attempt_end(path, cfg.tracking, cfg.run.pipeline, "failed", str(error))
             raise
         if (path / "finished.json").exists():
-            held.pop().record_end("the attempt before has finished the run", 0)
+            lease.record_end("the attempt before has finished the run", 0)
             return None
+        leases.append(lease)
         cfg.dump(path / "config.yaml")
         write_json(path / "science.json", plan.science_settings())
         write_json(path / "job.json", slurm_job_tags())
-        return Attempt(held[0].number, held[0].start_steps)
+        return Attempt(lease.number, lease.start_steps)
 
-    known = world.on_rank0(taken)
-    return held[0] if held else known
+    attempt = world.on_rank0(acquire)
+    return leases[0] if leases else attempt
 
 
 def _build_store(path: Path, plan: Plan, world: World, attempt: Attempt, timeout_seconds: float) -> CheckpointStore:
-    superseded = attempt.check_superseded if isinstance(attempt, Lease) else lambda: False
-    place = path / "checkpoints", plan.cfg.checkpoint, world, attempt.number, attempt.start_steps
-    return CheckpointStore(*place, is_superseded=superseded, write_timeout_seconds=timeout_seconds)
+    return CheckpointStore(
+        path / "checkpoints",
+        plan.cfg.checkpoint,
+        world,
+        attempt.number,
+        attempt.start_steps,
+        is_superseded=attempt.check_superseded if isinstance(attempt, Lease) else lambda: False,
+        write_timeout_seconds=timeout_seconds,
+    )
 
 
-def _record_hang(attempt: Attempt, begun: list[Run], why: str) -> None:
+def _record_hang(attempt: Attempt, open_runs: list[Run], reason: str) -> None:
     if isinstance(attempt, Lease):
-        attempt.record_end(why, TrainingHungError.exit_code)
-        for run in begun:
-            _close_tracker(run, "failed", why)
+        attempt.record_end(reason, TrainingHungError.exit_code)
+        for run in open_runs:
+            _close_tracker(run, "failed", reason)
 
 
-def _close_tracker(run: Run, state: AttemptState, why: str) -> None:
-    """Close a run's tracker, on rank 0, also where the attempt ended before it had one; another attempt's is let alone."""
+def _close_tracker(run: Run, state: AttemptState, reason: str) -> None:
+    """Close a run's tracker on rank 0; without an open tracker, report the end unless another attempt took over."""
     if not isinstance(run.tracker, NullTracker):
-        run.tracker.close(state, why)
+        run.tracker.close(state, reason)
     elif isinstance(run.attempt, Lease) and not run.attempt.check_superseded() and not run.is_nested:
-        report_attempt_end(run.path, run.plan.cfg.tracking, run.plan.cfg.run.pipeline, state, why)
+        report_attempt_end(run.path, run.plan.cfg.tracking, run.plan.cfg.run.pipeline, state, reason)
 
 
 def _resolve_run_dir(cfg: StageConfig) -> Path:
-    """The run directory; with run.fresh the first numbered sibling that does not exist, or the one this job made.
+    """Return the run directory; with run.fresh, the first numbered sibling that is free or that this job created.
 
-    Slurm starts a requeued job with the same command line: its fresh start was the first one.
+    Slurm starts a requeued job with the same command line, so only the job's first start is a fresh one.
     """
     assert cfg.run.dir is not None, "the command line fills it in"
     path = Path(cfg.run.dir)
     if not cfg.run.fresh:
         return path
-    job, number = slurm_job_tags(), 1
+    job_tags, number = slurm_job_tags(), 1
     while path.exists():
-        note = path / "job.json"
-        made_by = read_json(note).get("slurm_job_id") if note.exists() else None
-        if "slurm_restart_count" in job and made_by == job["slurm_job_id"]:
+        file = path / "job.json"
+        creator = read_json(file).get("slurm_job_id") if file.exists() else None
+        if "slurm_restart_count" in job_tags and creator == job_tags["slurm_job_id"]:
             return path
         number += 1
         path = Path(f"{cfg.run.dir}-{number}")
@@ -234,7 +241,7 @@ def _resolve_run_dir(cfg: StageConfig) -> Path:
 
 @contextmanager
 def _log_to_file(file: Path) -> Iterator[None]:
-    """One log per rank."""
+    """Copy the log of this rank to a file, with the error that ends the attempt."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(file)
     handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -242,13 +249,18 @@ def _log_to_file(file: Path) -> Iterator[None]:
     root.addHandler(handler)
     try:
         yield
-    except BaseException as error:  # here only: who ends the process says it on stderr
-        fact = {"name": __name__, "levelno": logging.ERROR, "levelname": "ERROR"}
-        fact |= {"msg": f"stopped by {type(error).__name__}: {error}"}
-        fact |= {} if isinstance(error, FovealError) and not error.__cause__ else {"exc_info": sys.exc_info()}
-        handler.handle(logging.makeLogRecord(fact))
+    except BaseException as error:  # to this handler only: the caller prints the error on stderr
+        record = {
+            "name": __name__,
+            "levelno": logging.ERROR,
+            "levelname": "ERROR",
+            "msg": f"stopped by {type(error).__name__}: {error}",
+        }
+        if not isinstance(error, FovealError) or error.__cause__:
+            record["exc_info"] = sys.exc_info()
+        handler.handle(logging.makeLogRecord(record))
         raise
     finally:
         root.removeHandler(handler)
-        with suppress(OSError):  # a full disk, which has been told of
+        with suppress(OSError):  # a full disk, already reported
             handler.close()

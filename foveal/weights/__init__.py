@@ -1,1 +1,1 @@
-"""Weights that leave a run and weights that a run starts from."""
+"""Exports of a run's weights, and the weights that a run starts from."""

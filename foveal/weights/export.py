@@ -1,9 +1,8 @@
-"""An export: ``model.safetensors`` under timm's names and ``card.json``, all that a stage hands to the next.
+"""Exports: ``model.safetensors`` under timm's names and ``card.json``, the interface between stages.
 
-The card holds what the weights cannot say: the architecture, grid and position type, the pixels' mean and standard
-deviation, the pooling, the class names, and where it all came from. What stands on the encoder and is no head of timm's
-lies beside it, in ``head.safetensors``: the next stage takes the encoder and need not know. No pickle is read from an
-export.
+The card holds what the weights do not: architecture, grid and position type, mean and standard deviation of pixels,
+pooling, class names and provenance. A head that is not timm's is stored in ``head.safetensors``, so that every export
+is an encoder for the next stage. No pickle is read from an export.
 """
 
 import json
@@ -23,18 +22,18 @@ from foveal.errors import ExportError
 from foveal.timeouts import DEFAULT_STALL_TIMEOUT, read_with_timeout
 
 EXPORT_FORMAT = 1
-_TUPLE_FIELDS = ("mean", "std", "classes", "resized_from")  # tuples, which JSON does not have
+_TUPLE_FIELDS = ("mean", "std", "classes", "resized_from")  # lists in JSON
 _MODEL, _HEAD = "model.safetensors", "head.safetensors"
 
 
 @dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid", strict=True))
 class Card:
-    """What travels with the weights.
+    """The metadata of an export.
 
-    ``encoder`` is what builds the module again (sizes, grid, position type, pooling, channels); ``mean`` and ``std`` are
-    of pixels in [0, 1]; ``classes`` are the names in the order of the head's outputs, none for an encoder;
-    ``resized_from`` is the image size of the export that the stage began with, where it took another one; ``head`` is
-    what builds the head in ``head.safetensors`` again (its ``kind`` first), none where there is no such file.
+    ``encoder`` rebuilds the module (sizes, grid, position type, pooling, channels); ``mean`` and ``std`` are of pixels
+    in [0, 1]; ``classes`` are the class names in the order of the head's outputs, empty for an encoder;
+    ``resized_from`` is the image size of the initial export, if this stage used a different one; ``head`` rebuilds the
+    head in ``head.safetensors`` (its ``kind`` first), None without that file.
     """
 
     stage: str
@@ -56,91 +55,96 @@ class Card:
 def write_export(
     folder: Path, weights: dict[str, Tensor], card: Card, head_weights: dict[str, Tensor] | None = None
 ) -> None:
-    """Write an export, whole or not at all; ``head`` are the weights of what ``card.head`` describes."""
+    """Write an export atomically; ``head_weights`` belong to the head that ``card.head`` describes."""
     assert (head_weights is None) == (card.head is None)
     with atomic_folder(folder) as draft:
-        tree = asdict(card) | {"sha256": _write_weights(draft / _MODEL, weights)}
+        fields = asdict(card) | {"sha256": _write_weights(draft / _MODEL, weights)}
         if head_weights is None:
-            del tree["head"], tree["head_sha256"]
+            del fields["head"], fields["head_sha256"]
         else:
-            tree["head_sha256"] = _write_weights(draft / _HEAD, head_weights)
-        (draft / "card.json").write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
+            fields["head_sha256"] = _write_weights(draft / _HEAD, head_weights)
+        (draft / "card.json").write_text(json.dumps(fields, indent=1, ensure_ascii=False) + "\n")
 
 
 def filter_and_strip_prefix(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Those whose names begin with a prefix, without it."""
+    """Return the weights under a name prefix, with the prefix removed."""
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
 def read_card(folder: Path, timeout_seconds: float = DEFAULT_STALL_TIMEOUT) -> Card:
-    """The card of an export; ``patience``: seconds that its storage may stand still.
+    """Read the card of an export; ``timeout_seconds``: limit for storage without progress.
 
-    Raises: ExportError where there is no export, or one of another format; Unreachable where storage does not answer.
+    Raises: ExportError for a missing or invalid card or another format; StorageUnreachableError.
     """
     file = folder / "card.json"
     try:
-        tree: dict[str, Any] = read_with_timeout(file, timeout_seconds, lambda: json.loads(file.read_text()))
+        fields: dict[str, Any] = read_with_timeout(file, timeout_seconds, lambda: json.loads(file.read_text()))
     except (FileNotFoundError, NotADirectoryError):
-        inside = sorted(file.parent.name for file in folder.glob("*/card.json"))
-        hint = f"one of the exports in it ({', '.join(inside)})" if inside else "the export folder of a finished run"
+        exports = sorted(file.parent.name for file in folder.glob("*/card.json"))
+        hint = f"one of the exports in it ({', '.join(exports)})" if exports else "the export folder of a finished run"
         raise ExportError(f"{folder} is no export: it has no card.json; give {hint}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ExportError(f"{file} cannot be read ({error})") from None
-    if not isinstance(tree, dict) or tree.get("format") != EXPORT_FORMAT:
-        found = tree.get("format") if isinstance(tree, dict) else None
-        raise ExportError(f"{folder} has export format {found}; this foveal reads format {EXPORT_FORMAT}")
+    if not isinstance(fields, dict) or fields.get("format") != EXPORT_FORMAT:
+        export_format = fields.get("format") if isinstance(fields, dict) else None
+        raise ExportError(f"{folder} has export format {export_format}; this foveal reads format {EXPORT_FORMAT}")
     try:
-        lists: dict[str, Any] = {
-            name: tuple(value) for name, value in tree.items() if name in _TUPLE_FIELDS and isinstance(value, list)
+        tuples: dict[str, Any] = {
+            name: tuple(value) for name, value in fields.items() if name in _TUPLE_FIELDS and isinstance(value, list)
         }
-        return Card(**tree | lists)
+        return Card(**fields | tuples)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place, said = ".".join(str(part) for part in first["loc"]), first["msg"]
-        raise ExportError(f"{file} is not as foveal wrote it ({place!r}: {said}); export it again") from None
+        detail = error.errors(include_url=False)[0]
+        field_path = ".".join(str(part) for part in detail["loc"])
+        raise ExportError(
+            f"{file} is not as foveal wrote it ({field_path!r}: {detail['msg']}); export it again"
+        ) from None
 
 
 def read_export(folder: Path, timeout_seconds: float = DEFAULT_STALL_TIMEOUT) -> tuple[dict[str, Tensor], Card]:
-    """The weights (fp32, CPU) and card of an export, its digest checked; ``patience`` as in ``read_card``.
+    """Read the weights (fp32, CPU) and the card of an export, and verify the digest.
 
-    Raises: ExportError where it is not whole; Unreachable where storage does not answer.
+    ``timeout_seconds`` as in ``read_card``. Raises: ExportError for an incomplete or altered export;
+    StorageUnreachableError.
     """
     card = read_card(folder, timeout_seconds)
     return _read_weights(folder / _MODEL, card.sha256, timeout_seconds), card
 
 
 def read_head(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights (fp32, CPU) of the head of an export, its digest checked, and what builds it again.
+    """Read the weights (fp32, CPU) of an export's head, verify the digest, and return them with ``card.head``.
 
-    Raises: ExportError where it is not whole, or has no head of this kind.
+    Raises: ExportError for an incomplete or altered export, or for a head of another kind.
     """
     card = read_card(folder)
-    found = None if card.head is None else card.head.get("kind")
-    if card.head is None or found != kind:
-        raise ExportError(f"{folder} has {f'a head for {found}' if found else 'no head'}, and one for {kind} is wanted")
+    head_kind = None if card.head is None else card.head.get("kind")
+    if card.head is None or head_kind != kind:
+        head = f"a head for {head_kind}" if head_kind else "no head"
+        raise ExportError(f"{folder} has {head}, and one for {kind} is wanted")
     return _read_weights(folder / _HEAD, card.head_sha256, DEFAULT_STALL_TIMEOUT), card.head
 
 
 def _write_weights(file: Path, weights: dict[str, Tensor]) -> str:
-    """Write weights; the file's digest. Those that modules share (tied ones) are written under each of their names."""
-    apart, storages = {}, set()
+    """Write weights and return the file's sha256; tied weights are written under each of their names."""
+    unshared = {}
+    storages = set()
     for name, value in weights.items():
-        whole = value.contiguous()
-        storage = whole.untyped_storage().data_ptr()
-        apart[name] = whole.clone() if storage in storages else whole
+        contiguous = value.contiguous()
+        storage = contiguous.untyped_storage().data_ptr()
+        unshared[name] = contiguous.clone() if storage in storages else contiguous
         storages.add(storage)
-    save_file(apart, file)
+    save_file(unshared, file)
     return sha256(file)
 
 
-def _read_weights(file: Path, digest: str, patience: float) -> dict[str, Tensor]:
+def _read_weights(file: Path, digest: str, timeout_seconds: float) -> dict[str, Tensor]:
     def read() -> dict[str, Tensor]:
         if sha256(file) != digest:
             raise ExportError(f"{file} is not the file that its card describes (sha256 differs); export it again")
         return load_file(file)
 
     try:
-        return read_with_timeout(file, patience, read)
+        return read_with_timeout(file, timeout_seconds, read)
     except FileNotFoundError:
         raise ExportError(f"{file.parent} is no whole export: {file.name} is missing") from None
     except (OSError, SafetensorError) as error:
@@ -155,7 +159,7 @@ def load_weights_strict(
     new_prefixes: Sequence[str] = (),
     unused_prefixes: Sequence[str] = (),
 ) -> None:
-    """Load weights into a module, with no difference in names or shapes but the stated ones (see ``fitting``)."""
+    """Load weights into a module; names and shapes must match as in ``select_matching_weights``."""
     module.load_state_dict(
         module.state_dict()
         | select_matching_weights(module, weights, source, new_prefixes=new_prefixes, unused_prefixes=unused_prefixes)
@@ -170,10 +174,10 @@ def select_matching_weights(
     new_prefixes: Sequence[str] = (),
     unused_prefixes: Sequence[str] = (),
 ) -> dict[str, Tensor]:
-    """Those of the weights that a module takes.
+    """Return the weights that a module takes; all names and shapes must match, with two exceptions.
 
-    ``new`` and ``unused`` are prefixes of names that may be fresh in the module, or left over in the weights.
-    Raises: ExportError that lists what does not fit.
+    Module names under ``new_prefixes`` keep their initial values; weights under ``unused_prefixes`` may be left over.
+    Raises: ExportError that lists the mismatches.
     """
     own = module.state_dict()
     missing = [name for name in own if name not in weights and not name.startswith(tuple(new_prefixes))]
@@ -183,13 +187,13 @@ def select_matching_weights(
         for name in own
         if name in weights and weights[name].shape != own[name].shape and not name.startswith(tuple(new_prefixes))
     ]
-    for what, names in (
+    for problem, names in (
         ("lacks", missing),
         ("has names that are not the model's:", extra),
         ("has other shapes:", shapes),
     ):
         if names:
             raise ExportError(
-                f"{source} {what} {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
+                f"{source} {problem} {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
             )
     return {name: value for name, value in weights.items() if name in own and not name.startswith(tuple(new_prefixes))}

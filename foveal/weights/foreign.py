@@ -1,6 +1,6 @@
-"""Encoder weights that foveal did not write: safetensors under timm's names, or Hugging Face's of ViT and ViTMAE.
+"""Encoder weights from other libraries: safetensors under timm's names, or Hugging Face's names of ViT and ViTMAE.
 
-Nothing is fetched and no pickle is read.
+Nothing is downloaded and no pickle is read.
 """
 
 import json
@@ -17,7 +17,7 @@ from foveal.atomic import sha256
 from foveal.errors import ExportError
 from foveal.timeouts import DEFAULT_STALL_TIMEOUT, read_with_timeout
 
-# Hugging Face's names behind "vit.", before transformers 5 and since; what the files of both hold is the older.
+# Hugging Face's names after "vit.", before transformers 5 and since; files of both versions hold the older names.
 _TOP_LEVEL_NAMES = {
     "embeddings.cls_token": "cls_token",
     "embeddings.position_embeddings": "pos_embed",
@@ -39,9 +39,9 @@ _QKV_INDEX = {"query": 0, "q_proj": 0, "key": 1, "k_proj": 1, "value": 2, "v_pro
 
 
 def find_weights_file(path: Path, timeout_seconds: float = DEFAULT_STALL_TIMEOUT) -> Path:
-    """The safetensors file that is meant: the place itself, or the one in it.
+    """Return the safetensors file: the path itself, or ``model.safetensors`` in the folder.
 
-    patience: seconds that storage may stand still. Raises: ExportError, Unreachable.
+    timeout_seconds: limit for storage without progress. Raises: ExportError, StorageUnreachableError.
     """
     return read_with_timeout(path, timeout_seconds, lambda: _find_weights_file(path))
 
@@ -49,9 +49,9 @@ def find_weights_file(path: Path, timeout_seconds: float = DEFAULT_STALL_TIMEOUT
 def _find_weights_file(path: Path) -> Path:
     file = path / "model.safetensors" if path.is_dir() else path
     if path.is_dir() and not file.exists():
-        found = sorted(each.name for each in path.iterdir() if each.is_file())
+        names = sorted(entry.name for entry in path.iterdir() if entry.is_file())
         raise ExportError(
-            f"{path} has no model.safetensors (it has {', '.join(found[:5]) or 'no files'}); weights are read from "
+            f"{path} has no model.safetensors (it has {', '.join(names[:5]) or 'no files'}); weights are read from "
             f"safetensors alone, no pickle and no parts of one"
         )
     if not file.exists():
@@ -62,9 +62,9 @@ def _find_weights_file(path: Path) -> Path:
 
 
 def read_weights_as_timm(file: Path, timeout_seconds: float = DEFAULT_STALL_TIMEOUT) -> tuple[dict[str, Tensor], str]:
-    """The weights of a file, fp32 on the CPU, under timm's names where they have one, and the file's sha256.
+    """Return the weights of a file (fp32, CPU), under timm's names where these exist, and the file's sha256.
 
-    patience: seconds that storage may stand still. Raises: ExportError, Unreachable.
+    timeout_seconds: limit for storage without progress. Raises: ExportError, StorageUnreachableError.
     """
     try:
         digest = read_with_timeout(file, timeout_seconds, lambda: sha256(file))
@@ -75,41 +75,41 @@ def read_weights_as_timm(file: Path, timeout_seconds: float = DEFAULT_STALL_TIME
 
 
 def read_hf_config(weights_path: Path, timeout_seconds: float = DEFAULT_STALL_TIMEOUT) -> dict[str, Any]:
-    """What Hugging Face's config.json in the same folder says, and weights do not; nothing where there is none.
+    """Return Hugging Face's config.json in the weights' folder; empty if it is missing or invalid.
 
-    Raises: Unreachable where it does not answer for ``patience`` seconds.
+    timeout_seconds: limit for storage without progress. Raises: StorageUnreachableError.
     """
-    config = weights_path.parent / "config.json"
+    file = weights_path.parent / "config.json"
     try:
-        told: Any = read_with_timeout(config, timeout_seconds, lambda: json.loads(config.read_text()))
+        hf_config: Any = read_with_timeout(file, timeout_seconds, lambda: json.loads(file.read_text()))
     except (OSError, ValueError, RecursionError):
         return {}
-    return told if isinstance(told, dict) else {}
+    return hf_config if isinstance(hf_config, dict) else {}
 
 
 def read_num_heads(weights_path: Path, timeout_seconds: float = DEFAULT_STALL_TIMEOUT) -> int | None:
-    """The attention heads that the config.json states: no weight tells of them. Raises: Unreachable."""
+    """Return config.json's number of attention heads, which weights do not show. Raises: StorageUnreachableError."""
     heads = read_hf_config(weights_path, timeout_seconds).get("num_attention_heads")
     return heads if isinstance(heads, int) else None
 
 
 def _to_timm_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Hugging Face's names as timm's: queries, keys and values are one matrix there."""
+    """Rename Hugging Face's weights to timm's names; timm has queries, keys and values in one matrix."""
     if not any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in weights):
         return weights
-    found: dict[str, Tensor] = {}
-    thirds: dict[str, dict[int, Tensor]] = {}
+    renamed: dict[str, Tensor] = {}
+    qkv_parts: dict[str, dict[int, Tensor]] = {}
     for name, value in weights.items():
         plain = name.removeprefix("vit.")
         layer = _LAYER.fullmatch(plain)
-        stem, _, kind = plain.rpartition(".")
+        stem, _, suffix = plain.rpartition(".")
         if layer and layer[2] in _LAYER_NAMES:
-            found[f"blocks.{layer[1]}.{_LAYER_NAMES[layer[2]]}.{layer[3]}"] = value
-        elif layer and (third := _QKV_INDEX.get(layer[2].rpartition(".")[2])) is not None:
-            thirds.setdefault(f"blocks.{layer[1]}.attn.qkv.{layer[3]}", {})[third] = value
+            renamed[f"blocks.{layer[1]}.{_LAYER_NAMES[layer[2]]}.{layer[3]}"] = value
+        elif layer and (index := _QKV_INDEX.get(layer[2].rpartition(".")[2])) is not None:
+            qkv_parts.setdefault(f"blocks.{layer[1]}.attn.qkv.{layer[3]}", {})[index] = value
         elif plain in _TOP_LEVEL_NAMES:
-            found[_TOP_LEVEL_NAMES[plain]] = value
+            renamed[_TOP_LEVEL_NAMES[plain]] = value
         else:
-            found[f"{_TOP_LEVEL_NAMES[stem]}.{kind}" if stem in _TOP_LEVEL_NAMES else name] = value
-    whole = {name: torch.cat([parts[0], parts[1], parts[2]]) for name, parts in thirds.items() if len(parts) == 3}
-    return found | whole
+            renamed[f"{_TOP_LEVEL_NAMES[stem]}.{suffix}" if stem in _TOP_LEVEL_NAMES else name] = value
+    qkv = {name: torch.cat([parts[0], parts[1], parts[2]]) for name, parts in qkv_parts.items() if len(parts) == 3}
+    return renamed | qkv

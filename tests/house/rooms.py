@@ -101,7 +101,8 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "foveal.tracking.sqlite_store": (("foveal.atomic", "foveal.tracking.store_errors"), ()),
     "foveal.tracking": ((*CONFIGURED, "foveal.atomic", "foveal.tracking"), ()),
     # One attempt at a run.
-    "foveal.training.lease": (("foveal.atomic", "foveal.errors"), ()),
+    "foveal.training.lease_holder": ((), ()),
+    "foveal.training.lease": (("foveal.atomic", "foveal.errors", "foveal.training.lease_holder"), ()),
     "foveal.training.meters": (("foveal.atomic",), ("torch",)),
     "foveal.training": (
         (
@@ -114,6 +115,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "foveal.optim",
             "foveal.tracking",
             "foveal.training.lease",
+            "foveal.training.lease_holder",
             "foveal.training.meters",
             "foveal.weights",
         ),

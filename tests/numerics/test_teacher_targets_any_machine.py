@@ -164,7 +164,7 @@ def test_what_the_teacher_has_said_is_not_asked_again(
     forged = TeacherCache(folder, told, len(rows) // (2 * 5 * 32 * 4 + 8), [TensorSpec((5, 32), torch.float32)] * 2)
     forged.put(torch.arange(forged.num_rows), [torch.ones(forged.num_rows, 5, 32)] * 2)
     assert curve(one_rank.train(stage, configs["distill"], tmp_path / "fourth", *kept))["loss"] != alone["loss"]
-    with pytest.raises(ConfigError, match=r"lesson_cache.gigabytes=1e-05, but the teacher's answers on .* views"):
+    with pytest.raises(ConfigError, match=r"lesson_cache.gigabytes=1e-05, but the teacher's outputs for .* views"):
         one_rank.train(stage, configs["distill"], tmp_path / "fifth", *kept, "lesson_cache.gigabytes=1e-5")
 
 
@@ -182,5 +182,5 @@ def test_weights_of_others_teach(configs: dict[str, Path], one_rank: Ranks, tmp_
     assert (card["classes"], card["mean"]) == (list(DIGITS), [0.4])
     eleven = timm.create_model("resnet10t", in_chans=1, num_classes=11)
     save_file(eleven.state_dict(), tmp_path / "model.safetensors")
-    with pytest.raises(ConfigError, match=r"knows 11 classes, .* has 10; they must be equal"):
+    with pytest.raises(ConfigError, match=r"has 11 classes, .* has 10; they must be equal"):
         one_rank.train(stage_named("distill"), configs["distill"], tmp_path / "eleven", *told)

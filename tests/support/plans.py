@@ -8,9 +8,9 @@ from ranks import stage_named
 from foveal.forecast.forecast import ClusterSpec, Forecast
 
 
-def forecast(name: str, file: Path, *overrides: str, ranks: int = 1, **machine: Any) -> Forecast:
-    """A config's forecast on so many ranks of one node."""
+def forecast(name: str, file: Path, *overrides: str, ranks: int = 1, **cluster: Any) -> Forecast:
+    """A config's forecast on so many ranks of one node; ``cluster`` are fields of ClusterSpec."""
     stage = stage_named(name)
     cfg = stage.config_class.load(file, ["run.dir=runs/none", *overrides])
-    place = {"mfu": 0.4, "write_bytes": 1e9} | machine
-    return Forecast(stage, stage.build_plan(cfg, ranks), ClusterSpec(1, ranks, **place))
+    fields = {"mfu": 0.4, "write_bytes_per_second": 1e9} | cluster
+    return Forecast(stage, stage.build_plan(cfg, ranks), ClusterSpec(1, ranks, **fields))

@@ -1,4 +1,4 @@
-"""Processes that write a teacher's answers until they are killed: ``python tests/support/teacher_cache_writer.py FOLDER``."""
+"""Processes that write to a teacher cache until they are killed: ``python tests/support/teacher_cache_writer.py FOLDER``."""
 
 import os
 import signal
@@ -12,11 +12,11 @@ from torch import Tensor
 from distill.teacher_cache import TeacherCache, TensorSpec
 
 ROWS = 16
-PARTS = (TensorSpec((1 << 18,), torch.float32),)  # a megabyte: a kill often falls into the writing of one
+PARTS = (TensorSpec((1 << 18,), torch.float32),)  # a megabyte: a kill often interrupts the write of a row
 
 
 def answers(indices: Tensor) -> tuple[Tensor]:
-    """Rows whose every number is their own, so that a mixture of two would show."""
+    """Rows with distinct values everywhere, so that a mixture of two rows shows."""
     return (indices[:, None].float() + torch.arange(1 << 18) / (1 << 19),)
 
 
@@ -25,7 +25,7 @@ def opened(folder: Path) -> TeacherCache:
 
 
 def write(cache: TeacherCache, seed: int) -> None:
-    """Until somebody ends it, or a minute is over."""
+    """Write random rows until killed, or for a minute."""
     generator, end = torch.Generator().manual_seed(seed), time.monotonic() + 60
     while time.monotonic() < end:
         for rows in torch.randperm(ROWS, generator=generator).split(2):
@@ -33,8 +33,8 @@ def write(cache: TeacherCache, seed: int) -> None:
 
 
 def main(folder: Path) -> None:
-    """For every line of the input: two processes that write; their numbers are printed."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    """Start two writing processes per line of stdin, and print their PIDs."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are not waited for
     for seed, _ in enumerate(sys.stdin):
         children = []
         for number in range(2):

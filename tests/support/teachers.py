@@ -1,4 +1,4 @@
-"""Teachers made without training, and the settings of each kind of lesson, on the digits."""
+"""Untrained teachers, and the settings of each distillation method, on the digits."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ TEACHER = VitConfig(name="vit_tiny_patch16_224", patch=4, width=32, depth=4, hea
 STUDENT = "{name: vit_tiny_patch16_224, patch: 4, width: 16, depth: 3, heads: 4}"
 DISTILLED = "deit_tiny_distilled_patch16_224"
 DECODER = "decoder={width: 16, depth: 1, heads: 2}"
-# By lesson: what a config of features needs beside the teacher; logits and token want one with classes.
+# By method: the settings beside the teacher; logits and token need a teacher with classes.
 LESSONS = {
     "features": ("distance=l1",),
     "layers": ("lesson=layers", "layers=[[3, 2], [1, 1]]", "distance=smooth_l1", DECODER),
@@ -35,28 +35,27 @@ def encoder_export(
     classes: tuple[str, ...] = (),
     image_size: int = 16,
 ) -> Path:
-    """The export of an encoder, with a head if it has classes; its head's weights are large enough to have an opinion."""
+    """Write the export of an encoder, with a head if it has classes; large head weights give distinct logits."""
     torch.manual_seed(0)
-    size = {"image_size": image_size, "channels": 1, "pooling": pooling, "num_classes": len(classes)}
-    encoder = build_encoder(cfg, **size)  # pyright: ignore[reportArgumentType]
+    encoder = build_encoder(cfg, image_size=image_size, channels=1, pooling=pooling, num_classes=len(classes))
     if classes:
         torch.nn.init.normal_(encoder.get_parameter("head.weight"))
-    told = encoder_card(cfg, image_size, 1, pooling=pooling, num_classes=len(classes))
-    write_export(folder, encoder.state_dict(), Card("finetune" if classes else "pretrain", told, MEAN, STD, classes))
+    card = encoder_card(cfg, image_size, 1, pooling=pooling, num_classes=len(classes))
+    write_export(folder, encoder.state_dict(), Card("finetune" if classes else "pretrain", card, MEAN, STD, classes))
     return folder
 
 
 def backbone_export(folder: Path, name: str, *, classes: tuple[str, ...] = (), image_size: int = 32) -> Path:
-    """The export of a model of timm as it is."""
+    """Write the export of a timm backbone."""
     torch.manual_seed(0)
     model = build_backbone(name, image_size=image_size, channels=1, num_classes=len(classes))
-    told = backbone_card(name, image_size, 1, len(classes))
-    write_export(folder, model.state_dict(), Card("finetune", told, MEAN, STD, classes))
+    card = backbone_card(name, image_size, 1, len(classes))
+    write_export(folder, model.state_dict(), Card("finetune", card, MEAN, STD, classes))
     return folder
 
 
 def config(digits: Path, teacher: Path, **settings: Any) -> DistillConfig:
-    """Settings of a distillation on the digits; a section that is given as a mapping adds to what is here."""
+    """Settings of a distillation on the digits; ``data`` and ``optim`` are merged into the defaults."""
     tree: dict[str, Any] = {
         "epochs": 1,
         "teacher": str(teacher),

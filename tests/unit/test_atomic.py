@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and how much room is left for them."""
+"""Atomic files, append logs, and free disk space."""
 
 import errno
 import os
@@ -33,7 +33,7 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     write_atomic(tmp_path / "a", b"old")
     write_json(tmp_path / "a", {"é": 1})
     assert (tmp_path / "a").read_text() == '{\n "é": 1\n}\n'
-    assert [each.name for each in tmp_path.iterdir()] == ["a"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_what_cannot_be_written_leaves_what_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,7 +42,7 @@ def test_what_cannot_be_written_leaves_what_was(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match="Input/output error"):
         write_atomic(tmp_path / "a", b"new")
     assert (tmp_path / "a").read_bytes() == b"old"
-    assert [each.name for each in tmp_path.iterdir()] == ["a"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_a_file_system_that_cannot_force_names_is_good_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,15 +51,15 @@ def test_a_file_system_that_cannot_force_names_is_good_enough(tmp_path: Path, mo
 
 
 def test_room_is_asked_of_the_file_system_that_will_hold_it(tmp_path: Path) -> None:
-    place = tmp_path / "not" / "yet"
-    free, mount = get_free_space(place)
+    folder = tmp_path / "not" / "yet"
+    free, mount = get_free_space(folder)
     assert mount.is_mount()
     assert tmp_path.is_relative_to(mount)
-    assert disk_shortage(place, 0) is None
-    said = disk_shortage(place, 10 * free)
-    assert said is not None
-    assert said.startswith(f"{place} has ")
-    assert said.endswith(f"a checkpoint takes {format_bytes(10 * free)}; make room, or set run.dir to another disk")
+    assert disk_shortage(folder, 0) is None
+    message = disk_shortage(folder, 10 * free)
+    assert message is not None
+    assert message.startswith(f"{folder} has ")
+    assert message.endswith(f"a checkpoint takes {format_bytes(10 * free)}; make room, or set run.dir to another disk")
 
 
 def test_bytes_are_told_as_disks_are_sold() -> None:
@@ -71,17 +71,17 @@ def test_bytes_are_told_as_disks_are_sold() -> None:
     ]
 
 
-# --- files that grow ---
+# --- append logs ---
 
 
 def full(monkeypatch: pytest.MonkeyPatch, code: int = errno.ENOSPC, room_for: int = 3) -> None:
-    """A disk on which so many bytes of every addition find room."""
+    """Simulate a full disk: the next write stores ``room_for`` bytes, all later writes fail."""
     write = os.write
 
     def short(descriptor: int, content: memoryview) -> int:
-        taken = write(descriptor, content[:room_for])
+        count = write(descriptor, content[:room_for])
         monkeypatch.setattr(os, "write", refuse)
-        return taken
+        return count
 
     def refuse(_descriptor: int, _content: memoryview) -> int:
         raise OSError(code, os.strerror(code))
@@ -91,36 +91,36 @@ def full(monkeypatch: pytest.MonkeyPatch, code: int = errno.ENOSPC, room_for: in
 
 def test_what_a_full_disk_has_no_room_for_comes_later_and_whole(tmp_path: Path, caplog) -> None:
     file = tmp_path / "a.jsonl"
-    growing = AppendLog(file)
-    growing.append_json_lines([{"a": 1}])
+    log = AppendLog(file)
+    log.append_json_lines([{"a": 1}])
     with pytest.MonkeyPatch.context() as monkeypatch:
         full(monkeypatch)
-        growing.append_json_lines([{"a": 2}])
+        log.append_json_lines([{"a": 2}])
         assert file.read_bytes() == b'{"a": 1}\n', "no part of a line"
-        growing.append_json_lines([{"a": 3}])
+        log.append_json_lines([{"a": 3}])
     assert [record.message.partition(" (")[0] for record in caplog.records] == [f"{file}: no room"]
-    growing.close()
+    log.close()
     assert file.read_bytes() == b'{"a": 1}\n{"a": 2}\n{"a": 3}\n'
 
 
 def test_a_stream_that_does_not_append_by_itself_leaves_no_hole(tmp_path: Path) -> None:
     file = tmp_path / "a.rows"
-    growing = AppendLog(file, FileIO(file, "xb"))
-    growing.append(b"one.")
+    log = AppendLog(file, FileIO(file, "xb"))
+    log.append(b"one.")
     with pytest.MonkeyPatch.context() as monkeypatch:
         full(monkeypatch)
-        growing.append(b"two.")
-    growing.append(b"three.")
-    growing.close()
+        log.append(b"two.")
+    log.append(b"three.")
+    log.close()
     assert file.read_bytes() == b"one.two.three."
 
 
 def test_another_fault_of_the_disk_is_raised_and_leaves_no_part(tmp_path: Path, monkeypatch) -> None:
-    growing = AppendLog(tmp_path / "a.jsonl")
-    growing.append_json_lines([{"a": 1}])
+    log = AppendLog(tmp_path / "a.jsonl")
+    log.append_json_lines([{"a": 1}])
     full(monkeypatch, errno.EIO)
     with pytest.raises(OSError, match="Input/output error"):
-        growing.append_json_lines([{"a": 2}])
+        log.append_json_lines([{"a": 2}])
     assert (tmp_path / "a.jsonl").read_bytes() == b'{"a": 1}\n'
 
 
@@ -135,9 +135,9 @@ def test_a_line_that_a_kill_cut_short_goes_before_the_next_comes(tmp_path: Path)
 
 
 def test_a_file_without_lines_is_not_made(tmp_path: Path) -> None:
-    growing = AppendLog(tmp_path / "a.jsonl")
-    growing.append_json_lines([])
-    growing.close()
+    log = AppendLog(tmp_path / "a.jsonl")
+    log.append_json_lines([])
+    log.close()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""Settings: every mistake a person makes gets one sentence, and only science guards a resume."""
+"""Settings: every user error gets one sentence, and a resume compares only science."""
 
 import os
 import time
@@ -144,8 +144,8 @@ def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "mae_vit_b16.yaml").touch()
     with pytest.raises(ConfigError) as caught:
         Study.load(tmp_path / "mae_vitb16.yaml")
-    there = tmp_path / "mae_vit_b16.yaml"
-    assert str(caught.value) == f"{tmp_path / 'mae_vitb16.yaml'}: no such file. Did you mean '{there}'?"
+    existing = tmp_path / "mae_vit_b16.yaml"
+    assert str(caught.value) == f"{tmp_path / 'mae_vitb16.yaml'}: no such file. Did you mean '{existing}'?"
     with pytest.raises(ConfigError, match=r"no such file$"):
         Study.load(tmp_path / "nowhere" / "x.yaml")
 
@@ -155,9 +155,9 @@ def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
     [("1e-3", 1e-3), ("1E3", 1000.0), ("-2.5e2", -250.0), ("1.5e-4", 1.5e-4), ("1_0e2", 1000.0), ("12", 12)],
 )
 def test_numbers_are_read_as_people_write_them(text: str, value: float) -> None:
-    found = parse_yaml(text)
-    assert found == value
-    assert type(found) is type(value)
+    parsed = parse_yaml(text)
+    assert parsed == value
+    assert type(parsed) is type(value)
 
 
 @pytest.mark.parametrize("text", ["e3", "1e", "v1e3", "1e3x", "'1e3'"])
@@ -221,7 +221,7 @@ def test_frozen_to_the_leaf(tmp_path: Path) -> None:
 
 
 def test_science_is_what_can_change_a_result(tmp_path: Path) -> None:
-    """A field that does not say is science; a section of machine settings is machine to its leaves."""
+    """A field without a kind is science; all settings in a machine section are machine."""
     cfg = load(tmp_path, WHOLE + "trials: {arms: {a: b}}\ncache: {folder: x, bytes: 7}")
     assert cfg.science_settings() == {
         "seed": 0,
@@ -261,11 +261,13 @@ def test_where_a_run_lies_and_how_fast_it_goes_is_no_science(kind: type[Config],
     kind.from_dict(tree, "here").dump(file)
     moved = ["data.path=b", "batch.at_once=8", "run.dir=c", "log.every=3", "checkpoint.every=7", "data.threads=9"]
     moved += ["engine.kind=plain", "engine.precision=bf16", "optim.fused=false", "tracking.uri=null"]
-    here = kind.load(file)
-    assert kind.load(file, moved).science_settings() == here.science_settings()
+    original = kind.load(file)
+    assert kind.load(file, moved).science_settings() == original.science_settings()
     for change in ("seed=1", "epochs=2", "batch.images=32", "optim.clip=1.0", "data.augment.flip=0.1", "data.lanes=8"):
         changed = kind.load(file, [change]).science_settings()
-        assert {name for name in changed if changed[name] != here.science_settings()[name]} == {change.split("=")[0]}
+        assert {name for name in changed if changed[name] != original.science_settings()[name]} == {
+            change.split("=")[0]
+        }
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -325,7 +327,7 @@ def test_aliases_and_merges_stay(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["pipe.yaml", "/dev/zero"])
 def test_a_config_without_an_end(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "_PATIENCE", 0.2)
+    monkeypatch.setattr(config, "_READ_TIMEOUT", 0.2)
     os.mkfifo(tmp_path / "pipe.yaml")
     with pytest.raises(ConfigError, match=rf"{place}: "):
         read_yaml(tmp_path / place)

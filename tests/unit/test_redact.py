@@ -1,4 +1,4 @@
-"""Secrets of every shape: refused where they are written out, gone from whatever is written or said."""
+"""Secrets of every form: refused as literal settings, redacted in files, logs and messages."""
 
 import io
 import logging
@@ -55,10 +55,10 @@ class Anything(Config):
 
 @pytest.mark.parametrize("url", SECRETS)
 def test_a_secret_of_any_shape_is_refused_and_redacted(url: str, tmp_path) -> None:
-    said = redact_urls(f"'{url}/manifest.json', {url}: 403 (at {url}).")
-    assert PLANTED not in said
-    assert said.endswith(").")
-    assert "host" in said or "://" in said
+    redacted = redact_urls(f"'{url}/manifest.json', {url}: 403 (at {url}).")
+    assert PLANTED not in redacted
+    assert redacted.endswith(").")
+    assert "host" in redacted or "://" in redacted
     assert PLANTED not in str(DataError(f"{url} is damaged"))
     file = tmp_path / "config.yaml"
     for tree in ("free: {deep: [{er: URL}]}", "uri: URL"):
@@ -104,10 +104,10 @@ def test_secrets_of_the_environment_are_said_nowhere(monkeypatch: pytest.MonkeyP
 
 
 def test_logs_and_tracebacks_hold_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = io.StringIO()
-    handler = logging.StreamHandler(said)
+    output = io.StringIO()
+    handler = logging.StreamHandler(output)
     handler.setFormatter(RedactingFormatter("%(levelname)s %(message)s"))
-    monkeypatch.setattr(sys, "stderr", said)
+    monkeypatch.setattr(sys, "stderr", output)
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
     monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
     redact_tracebacks()
@@ -128,7 +128,7 @@ def test_logs_and_tracebacks_hold_no_secret(monkeypatch: pytest.MonkeyPatch) -> 
         handler.handle(
             logging.makeLogRecord({"msg": "at %s", "args": (SECRETS[6],), "exc_info": sys.exc_info(), "levelname": "E"})
         )
-    text = said.getvalue()
+    text = output.getvalue()
     assert PLANTED not in text
     assert text.count("RuntimeError: no answer from https://host:8080/api") == 3
     assert text.count("OSError: cause at https://host/api") == 3
@@ -146,8 +146,8 @@ def test_a_signature_is_of_every_file_of_a_folder() -> None:
 
 
 def test_a_variable_changes_no_science(tmp_path) -> None:
-    """Where data lies, and with which secret, is a machine's setting."""
-    told = [
+    """The data's location, with its secret, is a machine setting."""
+    science = [
         DataConfig(path=path, image_size=8).science_settings() for path in ("https://a/x", "https://${T}@b?sig=${S}")
     ]
-    assert told[0] == told[1]
+    assert science[0] == science[1]

@@ -1,4 +1,4 @@
-"""Randomness: the published splitmix64, golden values, and the same numbers from NumPy and torch."""
+"""Random numbers: the published splitmix64, golden values, and equality of NumPy and torch."""
 
 import numpy as np
 import pytest
@@ -43,16 +43,16 @@ def test_golden_keys() -> None:
 
 
 def test_places_do_not_run_into_one_another() -> None:
-    places = [(0, 1, "mask"), (0, "1", "mask2"), (0, 1, 2), (0, 12), (1, 2), (0, "augment", 1), (0, "augment1")]
-    assert len({derive_key(*place) for place in places}) == len(places)
+    purposes = [(0, 1, "mask"), (0, "1", "mask2"), (0, 1, 2), (0, 12), (1, 2), (0, "augment", 1), (0, "augment1")]
+    assert len({derive_key(*purpose) for purpose in purposes}) == len(purposes)
 
 
 def test_golden_numbers() -> None:
     assert draw_permutation(derive_key(0, "p"), 10).tolist() == [2, 6, 9, 5, 0, 4, 3, 7, 1, 8]
     assert [draw_integer(derive_key(seed), 1000) for seed in range(5)] == [32, 39, 84, 970, 492]
     assert hash_ids(derive_key(0, "r"), np.arange(2)).tolist() == [6944603284052609519, 3834641539988212094]
-    drawn = draw_uniform_numpy(derive_key(0, "u"), np.array([0, 1, 2**40]), 3)
-    assert drawn.tolist() == [
+    uniforms = draw_uniform_numpy(derive_key(0, "u"), np.array([0, 1, 2**40]), 3)
+    assert uniforms.tolist() == [
         [0.376323401927948, 0.5574364066123962, 0.6479129791259766],
         [0.5318794846534729, 0.2161118984222412, 0.9800357222557068],
         [0.05078321695327759, 0.575593113899231, 0.25429296493530273],
@@ -61,29 +61,29 @@ def test_golden_numbers() -> None:
 
 def test_torch_and_numpy_draw_the_same() -> None:
     ids = np.array([0, 1, 2, 1796, 2**31, 2**40, -1])
-    for place in (derive_key(0), derive_key(3, 1, "mask"), -(2**63), 2**63 - 1):
-        drawn = draw_uniform(place, torch.from_numpy(ids), 50)
-        assert drawn.dtype == torch.float32
-        assert torch.equal(drawn, torch.from_numpy(draw_uniform_numpy(place, ids, 50)))
+    for key in (derive_key(0), derive_key(3, 1, "mask"), -(2**63), 2**63 - 1):
+        uniforms = draw_uniform(key, torch.from_numpy(ids), 50)
+        assert uniforms.dtype == torch.float32
+        assert torch.equal(uniforms, torch.from_numpy(draw_uniform_numpy(key, ids, 50)))
         assert torch.equal(splitmix64(torch.from_numpy(ids)), torch.from_numpy(splitmix64(ids)))
 
 
 def test_a_row_depends_on_its_sample_alone() -> None:
     ids = np.arange(64)
-    whole = draw_uniform_numpy(derive_key(5), ids, 7)
-    assert np.array_equal(draw_uniform_numpy(derive_key(5), ids[40:50], 7), whole[40:50])
-    assert np.array_equal(draw_uniform_numpy(derive_key(5), ids, 3), whole[:, :3])
+    all_rows = draw_uniform_numpy(derive_key(5), ids, 7)
+    assert np.array_equal(draw_uniform_numpy(derive_key(5), ids[40:50], 7), all_rows[40:50])
+    assert np.array_equal(draw_uniform_numpy(derive_key(5), ids, 3), all_rows[:, :3])
 
 
 def test_numbers_are_uniform_and_uncorrelated() -> None:
-    drawn = draw_uniform_numpy(derive_key(11, "u"), np.arange(4000), 8).astype(np.float64)
-    assert drawn.min() >= 0
-    assert drawn.max() < 1
-    filled = np.bincount((drawn * 64).astype(int).ravel(), minlength=64)
-    chi = ((filled - 500.0) ** 2 / 500).sum()
+    uniforms = draw_uniform_numpy(derive_key(11, "u"), np.arange(4000), 8).astype(np.float64)
+    assert uniforms.min() >= 0
+    assert uniforms.max() < 1
+    counts = np.bincount((uniforms * 64).astype(int).ravel(), minlength=64)
+    chi = ((counts - 500.0) ** 2 / 500).sum()
     assert chi < 110  # 63 degrees of freedom: exceeded once in 5,000 sound generators
-    between_columns = np.corrcoef(drawn.T) - np.eye(8)
-    between_rows = np.corrcoef(drawn[:-1, 0], drawn[1:, 0])[0, 1]
+    between_columns = np.corrcoef(uniforms.T) - np.eye(8)
+    between_rows = np.corrcoef(uniforms[:-1, 0], uniforms[1:, 0])[0, 1]
     assert np.abs(between_columns).max() < 0.08
     assert abs(between_rows) < 0.08
 

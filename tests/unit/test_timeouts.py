@@ -1,4 +1,4 @@
-"""A read that stands still is left behind; one that goes on is waited for, however long it takes."""
+"""A stalled read is abandoned; a read with progress may take any time."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ def test_what_never_answers_is_named(tmp_path: Path) -> None:
     os.mkfifo(pipe := tmp_path / "manifest.json")
     began = time.monotonic()
     with pytest.raises(
-        StorageUnreachableError, match=rf"{pipe} cannot be read \(no answer within 0.2 s\): see that its storage"
+        StorageUnreachableError, match=rf"{pipe} cannot be read \(no answer within 0.2 s\): check that its storage"
     ):
         read_with_timeout(pipe, 0.2, pipe.read_bytes)
     assert time.monotonic() - began < 5

@@ -1,1 +1,1 @@
-"""The files that describe a data set."""
+"""File formats of a data set: the manifest and the index of a shard."""

@@ -1,4 +1,4 @@
-"""manifest.json: what a data set is. Its shards with their counts and sizes, its classes, its pixel statistics."""
+"""manifest.json of a data set: shards with sample counts and sizes, class names, pixel statistics."""
 
 from pathlib import Path
 from tarfile import BLOCKSIZE
@@ -12,13 +12,13 @@ from foveal.errors import DataError
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-_MAX_NAME_BYTES = 255 - len(".index")  # bytes of a file's name
+_MAX_NAME_BYTES = 255 - len(".index")  # 255: limit of a file name; `<shard>.index` must fit too
 
 
-# Not a Config: 200,000 of them would take three times the memory and the time.
+# A dataclass, not a Config: 200,000 Config instances would take three times the memory and the time.
 @dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid", strict=True))
 class Shard:
-    """One tar file: samples and bytes in it, sha256 of the file where it is known, digest of its index."""
+    """Entry of one tar file: number of samples, size in bytes, sha256 (null: unknown), digest of the shard's index."""
 
     file: str
     samples: int = Field(ge=1)
@@ -28,28 +28,28 @@ class Shard:
 
     @field_validator("file")
     @classmethod
-    def _plain(cls, file: str) -> str:
+    def _check_file_name(cls, file: str) -> str:
         if "/" in file or "\0" in file or file in ("", ".", "..") or len(file.encode()) > _MAX_NAME_BYTES:
             raise ValueError("a shard is a plain file name in the data folder")
         return file
 
     @field_validator("bytes")
     @classmethod
-    def _room(cls, size: int, info: ValidationInfo) -> int:
+    def _check_bytes(cls, size: int, info: ValidationInfo) -> int:
         if info.data.get("samples", 0) * BLOCKSIZE > size:
             raise ValueError(f"{size} bytes have no room for {info.data['samples']} samples")
         return size
 
 
 class Split(Config):
-    """Samples that belong together, in the order of their shards."""
+    """Named part of a data set (train, val, ...); sample order is shard order."""
 
     samples: int = Field(ge=0)
     shards: tuple[Shard, ...]
 
 
 class Manifest(Config):
-    """A data set. mean and std are per channel, of training pixels in [0, 1]."""
+    """Content of manifest.json; mean and std are per channel, of training pixels in [0, 1]."""
 
     format: int = Field(default=FORMAT_VERSION, ge=FORMAT_VERSION, le=FORMAT_VERSION)
     name: str
@@ -61,7 +61,7 @@ class Manifest(Config):
 
     @field_validator("splits")
     @classmethod
-    def _sums(cls, splits: dict[str, Split]) -> dict[str, Split]:
+    def _check_sample_counts(cls, splits: dict[str, Split]) -> dict[str, Split]:
         for name, split in splits.items():
             if split.samples != sum(shard.samples for shard in split.shards):
                 raise ValueError(f"split '{name}' says {split.samples} samples, its shards have another sum")
@@ -69,15 +69,15 @@ class Manifest(Config):
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder.
+    """Return the manifest of a folder.
 
-    Raises: FileNotFoundError if there is none; DataError if it is damaged or of another format.
+    Raises: FileNotFoundError if the file is missing; DataError if it is damaged or has another format version.
     """
     return parse_manifest((folder / MANIFEST_NAME).read_bytes(), str(folder / MANIFEST_NAME))
 
 
 def parse_manifest(text: bytes, location: str) -> Manifest:
-    """The manifest in a text that came from ``where``. Raises: DataError as ``read_manifest``."""
+    """Parse a manifest read from ``location``. Raises: DataError as ``read_manifest``."""
     try:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
@@ -87,19 +87,19 @@ def parse_manifest(text: bytes, location: str) -> Manifest:
     return manifest
 
 
-def _format_error(where: str, error: ValidationError) -> DataError:
-    """The first mistake, in one sentence: one slip of whoever wrote a manifest may repeat for every shard."""
+def _format_error(location: str, error: ValidationError) -> DataError:
+    """Return the first validation error as one sentence: the same mistake may repeat for every shard."""
     first = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in first["loc"])
-    if place == "format":
-        return DataError(f"{where} has format {first['input']}, this foveal reads format {FORMAT_VERSION}")
-    again = "run `foveal data index` on its shards again"
-    if not place:
-        return DataError(f"{where} is damaged ({' '.join(first['msg'].split())}): {again}")
-    said = {"missing": "is missing", "extra_forbidden": "is not a setting"}.get(first["type"])
-    return DataError(f"{where}: {place} {said or first['msg'].removeprefix('Value error, ')}: {again}")
+    key = ".".join(str(part) for part in first["loc"])
+    if key == "format":
+        return DataError(f"{location} has format {first['input']}, this foveal reads format {FORMAT_VERSION}")
+    remedy = "run `foveal data index` on its shards again"
+    if not key:
+        return DataError(f"{location} is damaged ({' '.join(first['msg'].split())}): {remedy}")
+    problem = {"missing": "is missing", "extra_forbidden": "is not a setting"}.get(first["type"])
+    return DataError(f"{location}: {key} {problem or first['msg'].removeprefix('Value error, ')}: {remedy}")
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
-    """Write a manifest; the file appears whole or not at all."""
+    """Write ``manifest`` to ``folder`` atomically."""
     write_json(folder / MANIFEST_NAME, manifest.to_dict())

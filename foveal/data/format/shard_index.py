@@ -1,9 +1,9 @@
-"""The index of one shard: where each sample's members lie in the tar, and its label.
+"""Index of one shard: offsets and sizes of every sample's members in the tar, labels and keys.
 
-A file `<shard>.index` is a safetensors file of offsets and sizes int64 [n, F] (size -1: the sample has no such member),
-labels int64 [n] (-1: none), key_ends int64 [n] and keys uint8. Its metadata is one JSON text: safetensors writes
-several entries in an order that changes from run to run, and the same shard must give the same file.
-It is mapped, not read: safetensors' own reader copies on every access, too slow for a look-up per sample.
+`<shard>.index` is a safetensors file with n samples and F fields: offsets and sizes int64 [n, F] (size -1: the sample
+lacks this member), labels int64 [n] (-1: no label), key_ends int64 [n] and keys uint8. The metadata is one JSON text:
+safetensors writes several entries in an order that changes from run to run, and equal shards must give equal files.
+The file is memory-mapped: safetensors' own reader copies on every access, which is too slow for one look-up per sample.
 """
 
 import hashlib
@@ -24,18 +24,8 @@ from foveal.timeouts import STORAGE_AWAY_ERRNOS
 
 FORMAT_VERSION = 2
 INDEX_SUFFIX = ".index"
-IMAGE_EXTENSIONS = (
-    "jpg",
-    "jpeg",
-    "png",
-    "webp",
-    "bmp",
-    "ppm",
-    "pgm",
-    "tif",
-    "tiff",
-    "gif",
-)  # members that are the image, by preference
+# Fields that hold the image, by preference.
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff", "gif")
 
 _METADATA_FIELDS = ("shard", "bytes", "rules", "note")
 _TENSORS = ("offsets", "sizes", "labels", "key_ends", "keys")
@@ -44,10 +34,11 @@ _TYPES = {"I64": np.dtype("<i8"), "U8": np.dtype("u1")}
 
 @dataclass(frozen=True)
 class IndexRules:
-    """How members become samples with labels.
+    """Rules that turn the members of a tar into labelled samples.
 
-    classes: turn names into labels, and bound the numbers; label_key: the entry of `.json` members that is the label,
-    without it `.cls` members are; dotted_keys: a key ends at the last dot of a name and not at the first.
+    classes: class names, by label; numeric labels must be below their number. label_key: key of the label in `.json`
+    members (None: the label is the `.cls` member). dotted_keys: the sample key ends at the last dot of a member's
+    name, not at the first.
     """
 
     classes: tuple[str, ...] | None = None
@@ -55,16 +46,17 @@ class IndexRules:
     dotted_keys: bool = False
 
     def to_metadata(self) -> dict[str, str | bool | None]:
-        """What an index remembers of the rules that it was made by: of thousands of class names, a digest."""
+        """Return the rules as index metadata; class names, of which there may be thousands, are stored as a sha256."""
         names = None if self.classes is None else hashlib.sha256(json.dumps(self.classes).encode()).hexdigest()
         return {"classes": names, "label_key": self.label_key, "dotted_keys": self.dotted_keys}
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """n samples of one shard with F kinds of members; arrays as in the file.
+    """Index of n samples with F fields; arrays as in the file.
 
-    note: what was not as it should be, such as a shard that is cut short; checksum: of all of this, as the file says.
+    bytes: size of the shard. note: warning about the shard, such as a truncated tar. checksum: ``compute_checksum()``
+    when the file was written.
     """
 
     shard: str
@@ -83,21 +75,24 @@ class ShardIndex:
         return len(self.labels)
 
     def key(self, row: int) -> str:
-        """The name of a sample in its shard."""
+        """Return the key of a sample."""
         start = self.key_ends[row - 1] if row else 0
         return bytes(self.keys[start : self.key_ends[row]]).decode(errors="backslashreplace")
 
     def find_image(self, row: int) -> tuple[int, int]:
-        """Offset and size, in bytes, of a sample's image in the shard."""
+        """Return offset and size, in bytes, of a sample's image. Raises: DataError if the sample has no image."""
         for name in IMAGE_EXTENSIONS:
-            if (place := self.find_member(row, name)) is not None:
-                return place
+            if (span := self.find_member(row, name)) is not None:
+                return span
         raise DataError(
             f"{self.shard}: sample '{self.key(row)}' has no image (looked for: {', '.join(IMAGE_EXTENSIONS)})"
         )
 
     def find_member(self, row: int, field_name: str) -> tuple[int, int] | None:
-        """Offset and size, in bytes, of a sample's member in the shard; nothing if it has none of this name."""
+        """Return offset and size, in bytes, of a sample's member; None if the sample lacks this field.
+
+        Raises: DataError if the member would lie outside the shard.
+        """
         if field_name not in self.fields:
             return None
         column = self.fields.index(field_name)
@@ -107,20 +102,20 @@ class ShardIndex:
         offset = int(self.offsets[row, column])
         if not 0 <= offset <= self.bytes - size:
             raise DataError(
-                f"{self.shard}: the index has '{self.key(row)}.{field_name}' at byte {offset}, outside of the shard: run `foveal "
-                f"data index` on its folder again"
+                f"{self.shard}: the index has '{self.key(row)}.{field_name}' at byte {offset}, outside of the shard: "
+                f"run `foveal data index` on its folder again"
             )
         return offset, size
 
     def compute_digest(self) -> str:
-        """sha256 of keys, sizes and labels: what the samples are, not where they lie."""
+        """Return the sha256 of keys, sizes and labels, which identifies the samples; offsets do not enter."""
         digest = hashlib.sha256()
         for array in (self.keys, self.key_ends, self.sizes, self.labels):
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
     def compute_checksum(self) -> str:
-        """sha256 of everything in the index, to be compared with ``checksum``."""
+        """Return the sha256 of metadata and arrays, to be compared with ``checksum``."""
         digest = hashlib.sha256(json.dumps(self.to_metadata(), sort_keys=True).encode())
         for name in _TENSORS:
             array = getattr(self, name)
@@ -129,7 +124,7 @@ class ShardIndex:
         return digest.hexdigest()
 
     def to_metadata(self) -> dict:
-        """What the file says beside the arrays, but for digest and checksum, which are computed."""
+        """Return the file's metadata without digest and checksum, which are computed on write."""
         return {
             "format": FORMAT_VERSION,
             "fields": self.fields,
@@ -145,72 +140,72 @@ def make_index(
     rules: IndexRules,
     note: str = "",
 ) -> ShardIndex:
-    """An index from samples given as (key, {field: (offset, size)}, label), found by these rules."""
-    places = np.full((len(samples), len(fields), 2), -1, dtype="<i8")
+    """Build an index from samples (key, {field: (offset, size)}, label) that ``rules`` were applied to."""
+    spans = np.full((len(samples), len(fields), 2), -1, dtype="<i8")
     columns = {name: column for column, name in enumerate(fields)}
-    for row, (_, found, _) in enumerate(samples):
-        for name, place in found.items():
-            places[row, columns[name]] = place
-    names = [key.encode(errors="surrogateescape") for key, _, _ in samples]
+    for row, (_, members, _) in enumerate(samples):
+        for name, span in members.items():
+            spans[row, columns[name]] = span
+    keys = [key.encode(errors="surrogateescape") for key, _, _ in samples]
     return ShardIndex(
         shard=shard_file,
         bytes=shard_bytes,
         fields=tuple(fields),
-        offsets=places[:, :, 0].copy(),
-        sizes=places[:, :, 1].copy(),
+        offsets=spans[:, :, 0].copy(),
+        sizes=spans[:, :, 1].copy(),
         labels=np.array([label for _, _, label in samples], dtype="<i8"),
-        key_ends=np.cumsum([len(name) for name in names], dtype="<i8"),
-        keys=np.frombuffer(b"".join(names), dtype="u1"),
+        key_ends=np.cumsum([len(key) for key in keys], dtype="<i8"),
+        keys=np.frombuffer(b"".join(keys), dtype="u1"),
         rules=rules.to_metadata(),
         note=note,
     )
 
 
 def write_index(index: ShardIndex, file: Path) -> None:
-    """Write an index; the file appears whole or not at all."""
+    """Write an index atomically."""
     tensors = {name: getattr(index, name) for name in _TENSORS}
-    about = {**index.to_metadata(), "digest": index.compute_digest(), "checksum": index.compute_checksum()}
-    write_atomic(file, safetensors.numpy.save(tensors, {"index": json.dumps(about)}))
+    metadata = {**index.to_metadata(), "digest": index.compute_digest(), "checksum": index.compute_checksum()}
+    write_atomic(file, safetensors.numpy.save(tensors, {"index": json.dumps(metadata)}))
 
 
 def open_index(file: Path, digest: str, num_samples: int) -> ShardIndex:
-    """Map an index whose digest and number of samples the manifest knows.
+    """Map the index with the digest and number of samples that the manifest states.
 
-    Raises: DataError if it is missing, of another format, damaged, or not the one that the manifest was written with.
+    Raises: DataError if the file is missing, damaged, of another format version, or not the manifest's index.
     """
-    index, written = mmap_index(file)
-    if written != digest or len(index) != num_samples:
+    index, stored_digest = mmap_index(file)
+    if stored_digest != digest or len(index) != num_samples:
         raise DataError(f"{file} is not the index that manifest.json was written with: {_rerun_hint(file)}")
     return index
 
 
 def verify_index(file: Path) -> None:
-    """Read an index from end to end, as is due to one that came from elsewhere.
+    """Read a complete index and verify its checksum and digest, for example after a download.
 
-    Raises: DataError if it is missing, of another format, or has a byte that is not as it was written.
+    Raises: DataError if the file is missing, of another format version, or has a changed byte.
     """
-    index, written = mmap_index(file)
-    if index.compute_checksum() != index.checksum or index.compute_digest() != written:
+    index, stored_digest = mmap_index(file)
+    if index.compute_checksum() != index.checksum or index.compute_digest() != stored_digest:
         raise DataError(f"{file} is damaged, its checksum is not that of what it holds: {_rerun_hint(file)}")
 
 
 def mmap_index(file: Path) -> tuple[ShardIndex, str]:
-    """Map an index that nothing is known of; also the digest that it says it has.
+    """Map an index without expectations; return the index and its stored digest.
 
-    Raises: DataError if it is missing, of another format or damaged where that shows at a glance.
+    Raises: DataError if the file is missing, of another format version, or its header or array shapes are damaged.
     """
     try:
         header, mapped, start = _read_header(file)
-        about = json.loads(header["__metadata__"]["index"])
-        if about["format"] != FORMAT_VERSION:
+        metadata = json.loads(header["__metadata__"]["index"])
+        if metadata["format"] != FORMAT_VERSION:
             raise DataError(
-                f"{file} has format {about['format']}, this foveal reads {FORMAT_VERSION}: {_rerun_hint(file)}"
+                f"{file} has format {metadata['format']}, this foveal reads {FORMAT_VERSION}: {_rerun_hint(file)}"
             )
         arrays = {name: _map_array(mapped, start, header[name]) for name in _TENSORS}
-        known: dict[str, Any] = {name: about[name] for name in (*_METADATA_FIELDS, "checksum")} | arrays
-        index = ShardIndex(fields=tuple(about["fields"]), **known)
+        values: dict[str, Any] = {name: metadata[name] for name in (*_METADATA_FIELDS, "checksum")} | arrays
+        index = ShardIndex(fields=tuple(metadata["fields"]), **values)
         _check_shapes(index)
-        return index, about["digest"]
+        return index, metadata["digest"]
     except FileNotFoundError:
         raise DataError(f"{file} is missing: {_rerun_hint(file)}") from None
     except OSError as error:
@@ -222,10 +217,10 @@ def mmap_index(file: Path) -> tuple[ShardIndex, str]:
 
 
 def _check_shapes(index: ShardIndex) -> None:
-    """Whether the arrays of an index are of the samples and fields that it has. Raises: ValueError."""
+    """Raise ValueError unless array shapes and metadata types are consistent."""
     shapes = [getattr(index, name).shape for name in _TENSORS]
-    places = (len(index.labels), len(index.fields))
-    if shapes != [places, places, places[:1], places[:1], (len(index.keys),)]:
+    table = (len(index.labels), len(index.fields))
+    if shapes != [table, table, table[:1], table[:1], (len(index.keys),)]:
         raise ValueError(f"its arrays have the shapes {shapes}")
     if type(index.shard) is not str or type(index.bytes) is not int or type(index.note) is not str:
         raise ValueError("shard and note are text, bytes is a number")

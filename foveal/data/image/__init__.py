@@ -1,1 +1,1 @@
-"""From the bytes of a sample to pixels and targets."""
+"""Image decoding, cropping, augmentation, and the labels of a sample."""

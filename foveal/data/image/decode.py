@@ -1,8 +1,8 @@
-"""From the bytes of an image file to the uint8 square that a model sees.
+"""Image decoding: from the bytes of an image file to the uint8 pixels of the model's input.
 
-What counts as an image, and every pixel of it, is the same whether simplejpeg is installed or not: Pillow always reads
-the header, simplejpeg may then decode what libjpeg finds no fault with, and Pillow decodes, or refuses, all the rest.
-Resizing is PyTorch's: its uint8 antialiased kernels are Pillow's filters, two to five times as fast.
+Which files decode, and to which pixels, does not depend on simplejpeg: Pillow always reads the header, simplejpeg
+decodes a JPEG that libjpeg accepts without a warning, and Pillow decodes or refuses everything else.
+PyTorch resizes: its uint8 antialiased kernels are Pillow's filters, two to five times as fast.
 """
 
 import contextlib
@@ -24,17 +24,16 @@ try:
 except ImportError:
     simplejpeg = None
 
-CropFunction = Callable[
-    [int, int], tuple[CropBox, bool]
-]  # (width, height) of the upright image -> the crop, and whether flipped
+# (width, height) of the upright image -> (crop, whether it is flipped)
+CropFunction = Callable[[int, int], tuple[CropBox, bool]]
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")  # of Pillow's forty, some start other programs
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")  # some of Pillow's forty formats start other programs
 _EIGHT_BIT = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
 _SIXTEEN_BIT = {"I;16", "I;16B", "I;16L", "I;16N"}
 _SCALES = (8, 4, 2)  # libjpeg's other factors save less than they cost
-_LOSSLESS = re.compile(rb"\xff[\xc3\xc7\xcb\xcf]")  # frames that cannot be scaled: TurboJPEG 3 crashes when it tries
+_LOSSLESS = re.compile(rb"\xff[\xc3\xc7\xcb\xcf]")  # frames that cannot be scaled: TurboJPEG 3 crashes on them
 _ORIENTATION = 0x0112
-# How the stored image becomes the upright one, by EXIF's number: (transposed, then flipped left-right, then top-bottom)
+# EXIF orientation -> steps from the stored to the upright image: (transpose, then flip left-right, then top-bottom)
 _ORIENTATIONS = {
     2: (False, True, False),
     3: (False, True, True),
@@ -48,31 +47,32 @@ _UPRIGHT = (False, False, False)
 
 
 class UndecodableError(ValueError):
-    """Bytes that are no whole image; the text is the reason, the same on every machine."""
+    """Bytes that are not a complete image; the message is the reason, the same on every machine."""
 
 
 def jpeg_decoder_name() -> str:
-    """What decodes JPEGs in this process, with its version."""
+    """Return the name and version of the library that decodes JPEGs in this process."""
     name = "Pillow" if simplejpeg is None else "simplejpeg"
     return f"{name} {version(name)}"
 
 
 def decode_image(data: bytes, channels: int) -> Image.Image:
-    """The whole image, upright, in mode L (1 channel) or RGB (3).
+    """Return the full image, upright, in mode L (1 channel) or RGB (3).
 
-    Transparency is dropped, of 16 bits the upper 8 stay, an animation gives its first frame. Raises: Undecodable.
+    Transparency is dropped, 16-bit pixels keep their upper 8 bits, an animation gives its first frame.
+    Raises: UndecodableError.
     """
     with _translate_errors():
         image = _open_image(data)
-        picture = _load_pixels(image, channels, 1)
+        pixels = _load_pixels(image, channels, 1)
         transposed, mirrored, inverted = _read_orientation(image)
     if transposed:
-        picture = picture.transpose(Image.Transpose.TRANSPOSE)
+        pixels = pixels.transpose(Image.Transpose.TRANSPOSE)
     if mirrored:
-        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        pixels = pixels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if inverted:
-        picture = picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
-    return picture.convert("RGB") if channels == 3 else picture
+        pixels = pixels.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    return pixels.convert("RGB") if channels == 3 else pixels
 
 
 def decode_crop(
@@ -83,65 +83,73 @@ def decode_crop(
     interpolation: str,
     jpeg_scaling: bool,
 ) -> np.ndarray:
-    """The view of an image, resized to ``sides``: uint8 [channels, height, width].
+    """Return a crop of an image, resized to ``output_hw``: uint8 [channels, height, width].
 
-    The box is rounded to whole pixels, cut out, and resized (bicubic or bilinear, with antialiasing). ``scaling``: a
-    JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the box still has as many pixels on both sides then.
-    Raises: Undecodable, as ``decode``; what ``view`` raises.
+    The crop box is rounded to integer pixels, then resized (bicubic or bilinear, with antialiasing). jpeg_scaling:
+    decode a JPEG at 1/2, 1/4 or 1/8 of its size if the crop then still has at least ``output_hw`` pixels.
+    Raises: UndecodableError, as ``decode_image``; any exception of ``choose_crop``.
     """
     with _translate_errors():
         image = _open_image(data)
         stored = None if isinstance(image, JpegImageFile) else _load_pixels(image, channels, 1)
-        transposed, mirrored, inverted = turn = _read_orientation(image)
+        orientation = _read_orientation(image)
+    transposed, mirrored, inverted = orientation
     width, height = image.size[::-1] if transposed else image.size
     box, flipped = choose_crop(width, height)
-    left, top, right, bottom = _stored_box(box, width, height, turn)
-    high, wide = output_hw[::-1] if transposed else output_hw
+    left, top, right, bottom = _stored_box(box, width, height, orientation)
+    stored_hw = output_hw[::-1] if transposed else output_hw
     scale = 1
     if stored is None:
         if jpeg_scaling and not _LOSSLESS.search(data):
-            scale = next((s for s in _SCALES if right - left >= s * wide and bottom - top >= s * high), 1)
+            scale = next(
+                (s for s in _SCALES if right - left >= s * stored_hw[1] and bottom - top >= s * stored_hw[0]), 1
+            )
         with _translate_errors():
             array = _decode_jpeg(data, image, channels, scale)
     else:
         array = np.asarray(stored)
-    across, down = _pixel_slice(left, right, scale, array.shape[1]), _pixel_slice(top, bottom, scale, array.shape[0])
-    seen = _resize(array[down, across], (high, wide), interpolation)
+    columns = _pixel_slice(left, right, scale, array.shape[1])
+    rows = _pixel_slice(top, bottom, scale, array.shape[0])
+    pixels = _resize(array[rows, columns], stored_hw, interpolation)
     if transposed:
-        seen = seen.transpose(-1, -2)
-    turned = [axis for axis, turns in ((-1, mirrored != flipped), (-2, inverted)) if turns]
-    seen = seen.flip(turned) if turned else seen
-    return seen.expand(channels, -1, -1).numpy()
+        pixels = pixels.transpose(-1, -2)
+    flipped_axes = [axis for axis, is_flipped in ((-1, mirrored != flipped), (-2, inverted)) if is_flipped]
+    if flipped_axes:
+        pixels = pixels.flip(flipped_axes)
+    return pixels.expand(channels, -1, -1).numpy()
 
 
 def decode_mask_crop(
     data: bytes, box: CropBox, flipped: bool, output_hw: tuple[int, int]
 ) -> tuple[tuple[int, int], np.ndarray]:
-    """(width, height) of a mask, and the ids in a box of it, resized to ``sides`` by the nearest: int32 [height, width].
+    """Return (width, height) of a mask, and the ids of a crop, nearest-neighbour resized: int32 [height, width].
 
-    A palette's numbers are the ids, as are grey pixels of 8 or 16 bits. Raises: Undecodable.
+    ``output_hw`` is the size of the result. The ids are palette indices, or grey pixels of 8 or 16 bits.
+    Raises: UndecodableError.
     """
     with _translate_errors():
         image = _open_image(data)
         image.load()
         if image.mode not in {"1", "L", "P", "I", *_SIXTEEN_BIT}:
-            raise UndecodableError(f"pixels of mode {image.mode} are no ids; one channel or a palette is")
+            raise UndecodableError(
+                f"pixels of mode {image.mode} are not class ids: one grey channel or a palette is needed"
+            )
         array = np.asarray(image).astype(np.int32)
     left, top, right, bottom = box
-    part = array[_pixel_slice(top, bottom, 1, array.shape[0]), _pixel_slice(left, right, 1, array.shape[1])]
-    rows, columns = (((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(output_hw, part.shape, strict=True))
-    seen = part[rows[:, None], columns[None, :]]
-    return image.size, np.ascontiguousarray(seen[:, ::-1] if flipped else seen)
+    crop = array[_pixel_slice(top, bottom, 1, array.shape[0]), _pixel_slice(left, right, 1, array.shape[1])]
+    rows, columns = (((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(output_hw, crop.shape, strict=True))
+    ids = crop[rows[:, None], columns[None, :]]
+    return image.size, np.ascontiguousarray(ids[:, ::-1] if flipped else ids)
 
 
 @contextlib.contextmanager
 def _translate_errors() -> Iterator[None]:
-    """Turn whatever Pillow's readers raise (OSError, SyntaxError, struct.error, EOFError, ...) into Undecodable."""
+    """Turn exceptions of Pillow's readers (OSError, SyntaxError, struct.error, EOFError, ...) into UndecodableError."""
     try:
         yield
     except (MemoryError, UndecodableError):
         raise
-    except UnidentifiedImageError:  # its text has an address in memory
+    except UnidentifiedImageError:  # its message contains a memory address
         raise UndecodableError(
             f"no image in one of the formats {', '.join(_FORMATS)}, or its header is damaged"
         ) from None
@@ -150,7 +158,7 @@ def _translate_errors() -> Iterator[None]:
 
 
 def _open_image(data: bytes) -> Image.Image:
-    """The header of an image of a sane size."""
+    """Read the header of an image and check its size against Pillow's limit. Raises: UndecodableError."""
     if not data:
         raise UndecodableError("zero bytes")
     image = Image.open(io.BytesIO(data), formats=_FORMATS)
@@ -160,17 +168,17 @@ def _open_image(data: bytes) -> Image.Image:
 
 
 def _read_orientation(image: Image.Image) -> tuple[bool, bool, bool]:
-    """How to turn an image upright; for all formats but JPEG, to be asked after it is loaded."""
+    """Return (transposed, mirrored, inverted) of an image; in formats other than JPEG only valid after loading."""
     if not image.info.keys() & {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}:
         return _UPRIGHT
     try:
         return _ORIENTATIONS.get(image.getexif().get(_ORIENTATION, 1), _UPRIGHT)
-    except Exception:  # noqa: BLE001 - pixels are whole where their description is not
+    except Exception:  # noqa: BLE001 - damaged EXIF data does not make the pixels bad
         return _UPRIGHT
 
 
 def _load_pixels(image: Image.Image, channels: int, scale: int) -> Image.Image:
-    """Pillow's decoded image, as stored, in mode L or RGB; a JPEG's luminance alone where one channel is wanted."""
+    """Decode with Pillow, as stored, to mode L or RGB; for one channel only a JPEG's luminance is decoded."""
     size = (image.width // scale, image.height // scale) if scale > 1 else None
     image.draft("L" if channels == 1 else "RGB", size)
     image.load()
@@ -179,26 +187,26 @@ def _load_pixels(image: Image.Image, channels: int, scale: int) -> Image.Image:
     if image.mode not in _EIGHT_BIT:
         raise UndecodableError(f"pixels of mode {image.mode} are not supported, 8 or 16 bits per channel are")
     if image.mode in ("P", "PA"):
-        image = image.convert("RGBA")  # Pillow wants palettes with transparency to go this way
+        image = image.convert("RGBA")  # Pillow warns unless a palette with transparency goes through RGBA
     return image.convert("L" if channels == 1 or image.mode in ("1", "L", "LA") else "RGB")
 
 
 def _decode_jpeg(data: bytes, image: Image.Image, channels: int, scale: int) -> np.ndarray:
-    """A JPEG at 1/scale of its size: uint8 [h, w], [h, w, 3], or [h, w, 4] (the last is filler: 5 % faster here)."""
+    """Decode a JPEG at 1/scale of its size: uint8 [h, w], [h, w, 3], or [h, w, 4] (a padding channel: 5 % faster)."""
     width, height = -(-image.width // scale), -(-image.height // scale)
     if simplejpeg is not None and image.mode in ("L", "RGB"):
         grey = channels == 1 or image.mode == "L"
-        with contextlib.suppress(ValueError):  # libjpeg warns: Pillow knows whether it is truncated or only odd
+        with contextlib.suppress(ValueError):  # libjpeg warns: Pillow decides whether the file is truncated
             array = simplejpeg.decode_jpeg(data, "GRAY" if grey else "RGBX", min_height=height, min_width=width)
             if array.shape[:2] == (height, width):
                 return array
     return np.asarray(_load_pixels(image, channels, scale))
 
 
-def _stored_box(box: CropBox, width: int, height: int, turn: tuple[bool, bool, bool]) -> CropBox:
-    """Where a box of the upright image of width x height lies in the stored one."""
+def _stored_box(box: CropBox, width: int, height: int, orientation: tuple[bool, bool, bool]) -> CropBox:
+    """Convert a box of the upright image (width x height) to coordinates of the stored image."""
     left, top, right, bottom = box
-    transposed, mirrored, inverted = turn
+    transposed, mirrored, inverted = orientation
     if mirrored:
         left, right = width - right, width - left
     if inverted:
@@ -207,14 +215,14 @@ def _stored_box(box: CropBox, width: int, height: int, turn: tuple[bool, bool, b
 
 
 def _pixel_slice(start: float, stop: float, scale: int, size: int) -> slice:
-    """The pixels from start to stop at 1/scale: halves round up on both sides, so that no pixel of the width is lost."""
+    """Return the pixels from start to stop at 1/scale; both ends round half up, which keeps the width."""
     first = min(math.floor(start / scale + 0.5), size - 1)
     return slice(first, max(first + 1, math.floor(stop / scale + 0.5)))
 
 
 def _resize(array: np.ndarray, size: tuple[int, int], interpolation: str) -> torch.Tensor:
-    """uint8 [h, w] or [h, w, C] to uint8 [C, *size], at most 3 of the channels."""
-    if not array.flags.writeable:  # Pillow's memory; PyTorch warns of it
+    """Resize uint8 [h, w] or [h, w, C] to uint8 [min(C, 3), *size]."""
+    if not array.flags.writeable:  # Pillow's own memory, of which PyTorch warns
         array = array.copy()
     planes = torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)[None]
     return torch.nn.functional.interpolate(planes, size, mode=interpolation, antialias=True)[0, :3]

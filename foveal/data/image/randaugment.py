@@ -1,12 +1,11 @@
-"""RandAugment (Cubuk et al., 2020) with timm's increasing ranges, as MAE fine-tunes with; its draws are arguments.
+"""RandAugment (Cubuk et al., 2020) with timm's increasing ranges, as in MAE's fine-tuning.
 
-What strengthens with the magnitude does so for every operation (timm's ``inc1``); an operation that is drawn is done
-with a probability of a half, as there. What a change of shape leaves bare is grey.
+Random numbers are arguments. Every operation becomes stronger with the magnitude (timm's ``inc1``); a drawn operation
+is applied with probability 0.5, as in timm. Geometric operations fill uncovered pixels with grey.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,24 +13,27 @@ from torch import Tensor
 
 from foveal.data.config import AugmentConfig
 
-_CHANCE, _WHICH, _SIGN, _FIRST, _SECOND = range(5)
-UNIFORMS_PER_OP = 5  # uniform numbers that one operation takes
+_APPLY, _OPERATION, _SIGN, _NORMAL_1, _NORMAL_2 = range(5)  # columns of the uniform numbers
+UNIFORMS_PER_OP = 5  # uniform numbers per operation
 _APPLY_PROB = 0.5
 _FILL_VALUE = 128.0
 
 
 def rand_augment(image: np.ndarray, uniforms: np.ndarray, augment: AugmentConfig) -> np.ndarray:
-    """An image uint8 [C, H, W] after ``augment.operations`` random changes; ``numbers`` is float32 [operations, COLUMNS]."""
-    seen = torch.from_numpy(image)
+    """Apply ``augment.operations`` random operations to an image uint8 [C, H, W].
+
+    ``uniforms`` is float32 [operations, UNIFORMS_PER_OP].
+    """
+    augmented = torch.from_numpy(image)
     for row in uniforms.astype(float):
-        if row[_CHANCE] >= _APPLY_PROB:
+        if row[_APPLY] >= _APPLY_PROB:
             continue
         # Box and Muller, 1958; 1 - u keeps the logarithm finite.
-        normal = math.sqrt(-2 * math.log(1 - row[_FIRST])) * math.cos(2 * math.pi * row[_SECOND])
+        normal = math.sqrt(-2 * math.log(1 - row[_NORMAL_1])) * math.cos(2 * math.pi * row[_NORMAL_2])
         strength = min(max(augment.magnitude + augment.magnitude_std * normal, 0.0), 10.0) / 10
-        change = _OPERATIONS[int(row[_WHICH] * len(_OPERATIONS))]
-        seen = change(seen, strength, strength if row[_SIGN] < 0.5 else -strength)
-    return seen.numpy()
+        operation = _OPERATIONS[int(row[_OPERATION] * len(_OPERATIONS))]
+        augmented = operation(augmented, strength, strength if row[_SIGN] < 0.5 else -strength)
+    return augmented.numpy()
 
 
 def _affine_transform(
@@ -41,39 +43,48 @@ def _affine_transform(
     shear: tuple[float, float] = (0.0, 0.0),
     center: list[float] | None = None,
 ) -> Tensor:
-    from torchvision.transforms.v2 import InterpolationMode, functional  # torchvision takes a second, few sets need it
+    # Imported here: torchvision takes a second to import, and few runs use RandAugment.
+    from torchvision.transforms.v2 import InterpolationMode, functional
 
-    how: Any = {"scale": 1.0, "interpolation": InterpolationMode.BILINEAR, "fill": [_FILL_VALUE], "center": center}
-    return functional.affine(image, angle=angle, translate=list(shift), shear=list(shear), **how)
+    return functional.affine(
+        image,
+        angle=angle,
+        translate=list(shift),
+        scale=1.0,
+        shear=list(shear),
+        interpolation=InterpolationMode.BILINEAR,
+        fill=[_FILL_VALUE],
+        center=center,
+    )
 
 
-def _shear(image: Tensor, across: float, down: float) -> Tensor:
-    """From the upper left corner, as Pillow does it."""
-    degrees = (math.degrees(math.atan(across)), math.degrees(math.atan(down)))
+def _shear(image: Tensor, x_shear: float, y_shear: float) -> Tensor:
+    """Shear around the upper left corner, as Pillow does."""
+    degrees = (math.degrees(math.atan(x_shear)), math.degrees(math.atan(y_shear)))
     return _affine_transform(image, shear=degrees, center=[0.0, 0.0])
 
 
 def _color_adjustment(name: str) -> Callable[[Tensor, float, float], Tensor]:
-    def change(image: Tensor, _strength: float, signed: float) -> Tensor:
+    def apply(image: Tensor, _strength: float, signed: float) -> Tensor:
         from torchvision.transforms.v2 import functional
 
         return getattr(functional, f"adjust_{name}")(image, max(0.1, 1 + 0.9 * signed))
 
-    return change
+    return apply
 
 
 def _unary_operation(name: str) -> Callable[[Tensor, float, float], Tensor]:
-    def change(image: Tensor, _strength: float, _signed: float) -> Tensor:
+    def apply(image: Tensor, _strength: float, _signed: float) -> Tensor:
         from torchvision.transforms.v2 import functional
 
         return getattr(functional, name)(image)
 
-    return change
+    return apply
 
 
 def _posterize(image: Tensor, strength: float, _signed: float) -> Tensor:
-    kept = 4 - int(strength * 4)  # bits
-    return image & (0xFF << (8 - kept) & 0xFF)
+    num_bits = 4 - int(strength * 4)
+    return image & (0xFF << (8 - num_bits) & 0xFF)
 
 
 def _solarize(image: Tensor, strength: float, _signed: float) -> Tensor:
@@ -81,7 +92,7 @@ def _solarize(image: Tensor, strength: float, _signed: float) -> Tensor:
 
 
 def _solarize_add(image: Tensor, strength: float, _signed: float) -> Tensor:
-    """timm's SolarizeAdd: what is dark becomes lighter."""
+    """Lighten pixels below 128 (timm's SolarizeAdd)."""
     return torch.where(image < 128, (image.int() + int(strength * 110)).clamp(max=255).to(torch.uint8), image)
 
 

@@ -1,1 +1,1 @@
-"""Indices for shards that others wrote."""
+"""Indexing of existing tar shards."""

@@ -1,4 +1,4 @@
-"""From images to shards with manifest and index. A folder appears whole or not at all, with the same bytes each time."""
+"""Packing of images into shards with manifest and index: atomic, and the same bytes each time."""
 
 from foveal.data.pack.digits import pack_digits
 from foveal.data.pack.folder import pack_folder

@@ -1,4 +1,8 @@
-"""A folder that is written beside its target and renamed: whole or not there, also after a kill or a full disk."""
+"""Atomic creation of a data set folder: a draft beside the target, renamed when it is complete.
+
+Not ``foveal.atomic.atomic_folder``: its draft has a fixed name, which the next writer removes, and it replaces an
+existing folder. Two packs may run at once, and an existing folder is never replaced.
+"""
 
 import fcntl
 import glob
@@ -16,10 +20,12 @@ _LOCK = ".packing"
 
 
 def is_packed(folder: Path) -> bool:
-    """Whether a folder is a whole data set already; DataError if it is something that must not be overwritten."""
+    """Return whether a folder is a complete data set. Raises: DataError if it holds something else."""
     occupied = False
     try:
-        occupied = folder.is_dir() and any(folder.iterdir())  # asked first: another process may finish in between
+        occupied = folder.is_dir() and any(
+            folder.iterdir()
+        )  # before the manifest: another process may finish in between
         read_manifest(folder)
     except FileNotFoundError:
         if occupied:
@@ -34,13 +40,13 @@ def is_packed(folder: Path) -> bool:
 
 @contextmanager
 def atomic_dataset_folder(target_folder: Path) -> Iterator[Path]:
-    """An empty folder that gets the name ``folder`` when the block ends, and is removed if it ends badly.
+    """Yield an empty draft folder; rename it to the target when the block ends, remove it if the block fails.
 
-    Of two that write the same folder at once, one wins, and the other's draft goes. A draft whose process was killed
-    is removed by the next one for the same folder: the kernel gives back the lock that tells them apart.
-    Raises: DataError if it cannot be written; a full disk is one of the reasons.
+    Of two processes that write the same target at once, the first to finish wins, and the other's draft is removed. A
+    killed process loses the lock on its draft; the next writer of the same target removes unlocked drafts.
+    Raises: DataError if the folder cannot be written, for example on a full disk.
     """
-    target = target_folder.resolve()  # "." has no name to put a draft beside
+    target = target_folder.resolve()  # "." has no name for a draft beside it
     draft = target.with_name(f".{target.name}.draft-{secrets.token_hex(4)}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -58,15 +64,15 @@ def atomic_dataset_folder(target_folder: Path) -> Iterator[Path]:
 
 
 def _lock_draft(draft: Path) -> IO[str]:
-    """Hold a draft's lock until the result is closed. The file gets its name only when it is locked."""
-    nameless = draft / f"{_LOCK}.new"
-    stream = nameless.open("w")
+    """Lock a draft until the returned stream is closed. The lock file gets its name once it is locked."""
+    unlocked = draft / f"{_LOCK}.new"
+    stream = unlocked.open("w")
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # a file system without locks: nobody will take this draft for a dead one
-        nameless.unlink()
+    except OSError:  # a file system without locks: without a lock file, no other process removes this draft
+        unlocked.unlink()
     else:
-        nameless.rename(draft / _LOCK)
+        unlocked.rename(draft / _LOCK)
     return stream
 
 
@@ -76,5 +82,5 @@ def _remove_dead_drafts(target: Path) -> None:
             with (draft / _LOCK).open("r+") as stream:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(draft, ignore_errors=True)
-        except OSError:  # its process lives
+        except OSError:  # the process of this draft is alive, or the draft has no lock file
             continue

@@ -1,4 +1,4 @@
-"""`foveal data pack`: write images as shards."""
+"""`foveal data pack`: write images as shards. One command per source."""
 
 import inspect
 from collections.abc import Callable
@@ -17,10 +17,12 @@ from foveal.data.pack.writer import SKIPPED_FILE_NAME
 
 app = typer.Typer(help="Write images as WebDataset shards with manifest and index.", no_args_is_help=True)
 
-OutOption = Annotated[Path, typer.Option("--out", help="Folder of the shards; made whole or not at all.")]
-LabelColumnOption = Annotated[str | None, typer.Option(help="Column of labels or class names; empty: no label.")]
+OutOption = Annotated[Path, typer.Option("--out", help="Folder of the shards; it appears only when it is complete.")]
+LabelColumnOption = Annotated[
+    str | None, typer.Option(help="Column of labels or class names; an empty cell means no label.")
+]
 
-_OPTIONS: dict[str, Any] = {  # of Recipe, as a command line types them
+_OPTIONS: dict[str, Any] = {  # fields of PackOptions and their types on the command line
     "name": str,
     "shard_mb": float,
     "samples_per_shard": int,
@@ -34,7 +36,7 @@ _OPTIONS: dict[str, Any] = {  # of Recipe, as a command line types them
 
 
 def _add_pack_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with Recipe's options in the place of its ``**options``; typer asks a signature what there is."""
+    """Replace a command's ``**options`` by the fields of PackOptions in the signature that typer reads."""
     parameters = list(inspect.signature(command).parameters.values())[:-1]
     for name, kind in _OPTIONS.items():
         field = PackOptions.model_fields[name]
@@ -49,35 +51,38 @@ def _add_pack_options(command: Callable[..., None]) -> Callable[..., None]:
 
 @app.command("digits")
 def digits_command(out: OutOption) -> None:
-    """scikit-learn's 1,797 handwritten digits, 8x8 pixels: the data set of the demo."""
+    """Pack scikit-learn's 1,797 handwritten digits, 8x8 pixels: the data set of the demo."""
     _print_result(out, pack_digits(out))
 
 
 @app.command("folder")
 @_add_pack_options
 def folder_command(
-    path: Annotated[Path, typer.Argument(help="One folder of images per class, or train/ and val/ with these.")],
+    path: Annotated[
+        Path,
+        typer.Argument(help="Folder with one sub-folder of images per class, or with train/ and val/ that have them."),
+    ],
     out: OutOption,
     **options: Any,
 ) -> None:
-    """Your own images in folders, files as they are unless an option says otherwise."""
+    """Pack folders of images. Files are stored unchanged unless an option changes them."""
     _print_result(out, pack_folder(path, out, **_drop_unset(options)))
 
 
 @app.command("table")
 @_add_pack_options
 def table_command(
-    path: Annotated[Path, typer.Argument(help="Table with one row per image, .csv or .parquet.")],
+    path: Annotated[Path, typer.Argument(help="Table with one row per image: .csv or .parquet.")],
     out: OutOption,
-    image_column: Annotated[str, typer.Option(help="Column of image files.")] = "image",
+    image_column: Annotated[str, typer.Option(help="Column of image paths.")] = "image",
     label_column: LabelColumnOption = None,
     split_column: Annotated[str | None, typer.Option(help="Column of split names, such as train and val.")] = None,
     root: Annotated[
-        Path | None, typer.Option(help="Where the files are relative to; default: the table's folder.")
+        Path | None, typer.Option(help="Folder that relative paths start from; default: the table's folder.")
     ] = None,
     **options: Any,
 ) -> None:
-    """Images that a table names."""
+    """Pack the images that a table lists."""
     columns = {"image_column": image_column, "label_column": label_column, "split_column": split_column}
     _print_result(out, pack_table(path, out, **columns, image_root=root, **_drop_unset(options)))
 
@@ -85,7 +90,7 @@ def table_command(
 @app.command("hf")
 @_add_pack_options
 def hf_command(
-    path: Annotated[Path, typer.Argument(help="Folder of save_to_disk, or one that load_dataset reads.")],
+    path: Annotated[Path, typer.Argument(help="Folder written by save_to_disk, or readable by load_dataset.")],
     out: OutOption,
     image_column: Annotated[
         str | None, typer.Option(help="Column of images; default: the only one of type Image.")
@@ -93,7 +98,7 @@ def hf_command(
     label_column: LabelColumnOption = None,
     **options: Any,
 ) -> None:
-    """Images of the Hugging Face `datasets` library, stored bytes as they are unless an option says otherwise."""
+    """Pack a Hugging Face `datasets` folder. Bytes are stored unchanged unless an option changes them."""
     _print_result(out, pack_hf(path, out, image_column=image_column, label_column=label_column, **_drop_unset(options)))
 
 
@@ -103,11 +108,12 @@ def _drop_unset(options: dict[str, Any]) -> dict[str, Any]:
 
 def _print_result(out: Path, written: bool) -> None:
     manifest = read_manifest(out)
-    what = f"{sum(split.samples for split in manifest.splits.values()):,} samples of '{manifest.name}'"
-    typer.echo(f"{out}: {f'written, {what}' if written else f'already there, nothing to do; it holds {what}'}")
+    summary = f"{sum(split.samples for split in manifest.splits.values()):,} samples of '{manifest.name}'"
+    typer.echo(f"{out}: written, {summary}" if written else f"{out}: already there, nothing to do; it holds {summary}")
     if written and (out / SKIPPED_FILE_NAME).is_file():
-        bad = (out / SKIPPED_FILE_NAME).read_text().splitlines()
+        skipped = (out / SKIPPED_FILE_NAME).read_text().splitlines()
         typer.echo(
-            f"{len(bad):,} images do not decode and were left out; {out / SKIPPED_FILE_NAME} lists them, the first is:"
+            f"{len(skipped):,} images do not decode and were left out; "
+            f"{out / SKIPPED_FILE_NAME} lists them, the first is:"
         )
-        typer.echo(bad[0].replace("\t", "  "))
+        typer.echo(skipped[0].replace("\t", "  "))

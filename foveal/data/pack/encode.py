@@ -1,4 +1,4 @@
-"""What happens to the bytes of one image on its way into a shard."""
+"""Encoding of an image for a shard: unchanged bytes, or re-encoded pixels."""
 
 import io
 from dataclasses import dataclass
@@ -25,12 +25,12 @@ _QUALITY = 90
 _ORIENTATION = 0x0112
 _LEVELS = np.arange(256) / 255
 
-PixelMoments = tuple[np.ndarray, np.ndarray]  # mean and mean square of RGB pixels in [0, 1], float64 [3] each
+PixelMoments = tuple[np.ndarray, np.ndarray]  # mean and mean square of RGB pixels in [0, 1]: float64 [3] each
 
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """A sample as it will stand in the shard. moments: of its pixels, if they were asked for."""
+    """A sample as stored in the shard. moments: of its pixels, if requested."""
 
     key: str
     field: str
@@ -41,16 +41,16 @@ class EncodedSample:
 
 @dataclass(frozen=True)
 class SkippedSample:
-    """An image that is left out because it does not decode."""
+    """An image that is skipped because it does not decode."""
 
     location: str
     reason: str
 
 
 def encode_sample(sample: PackSample, options: PackOptions, with_moments: bool) -> EncodedSample | SkippedSample:
-    """Read a sample, decode it if the recipe or the statistics need its pixels, and encode it anew if it must change.
+    """Read a sample, decode it if options or moments need its pixels, and re-encode it if the options change it.
 
-    Raises: DataError that names the image if it cannot be read, or does not decode and ``skip_bad`` is off.
+    Raises: DataError with the image's location if it cannot be read, or does not decode and ``skip_bad`` is off.
     """
     try:
         data = sample.read_bytes()
@@ -74,65 +74,67 @@ def encode_sample(sample: PackSample, options: PackOptions, with_moments: bool) 
 
 
 def compute_pixel_stats(moments: list[PixelMoments]) -> PixelStats:
-    """Mean and standard deviation of RGB pixels in [0, 1] over images, every image with the same weight."""
-    mean = np.mean([first for first, _ in moments], axis=0)
-    std = np.sqrt(np.maximum(np.mean([second for _, second in moments], axis=0) - mean**2, 0))
+    """Return mean and standard deviation of RGB pixels in [0, 1] over images; every image has the same weight."""
+    mean = np.mean([image_mean for image_mean, _ in moments], axis=0)
+    mean_square = np.mean([image_mean_square for _, image_mean_square in moments], axis=0)
+    std = np.sqrt(np.maximum(mean_square - mean**2, 0))
     return tuple(map(float, mean)), tuple(map(float, std))
 
 
 def _compute_moments(image: Image.Image) -> PixelMoments:
-    """From counts of the 256 levels: exact, and no float per pixel."""
+    """Compute the moments from a histogram of the 256 levels: exact, without a float per pixel."""
     counts = np.array(image.histogram(), dtype=np.float64).reshape(3, 256) / (image.width * image.height)
     return counts @ _LEVELS, counts @ _LEVELS**2
 
 
 def _detect_field(data: bytes) -> str:
-    """The kind of member that an image without a known suffix becomes: what its first bytes say."""
+    """Return the member name of an image without a known suffix, by its header. Raises: UndecodableError."""
     try:
         return _FIELDS[_image_format(Image.open(io.BytesIO(data), formats=tuple(_FIELDS)))]
     except Exception:  # noqa: BLE001 - Pillow's readers raise OSError, SyntaxError, struct.error, EOFError, ...
         raise UndecodableError(f"no image in one of the formats {', '.join(_FIELDS)}") from None
 
 
-def _encode_image(data: bytes, image: Image.Image, recipe: PackOptions) -> tuple[str, bytes, Image.Image]:
-    """Field, bytes and RGB pixels of an image made as the recipe wants it; what is so already keeps its bytes.
+def _encode_image(data: bytes, image: Image.Image, options: PackOptions) -> tuple[str, bytes, Image.Image]:
+    """Return field, bytes and RGB pixels of an image under the options; an image that already fits keeps its bytes.
 
-    A grey image stays grey, a colour profile stays with it, orientation is applied, other notes are dropped.
+    A grey image stays grey, the colour profile is kept, the orientation is applied, other metadata is dropped.
     """
-    before = Image.open(io.BytesIO(data))
-    plain = before.mode in ("L", "RGB")
-    came = _FIELDS.get(_image_format(before))
-    field = recipe.format or (came if came in _FORMATS else "png")
-    shrunk = _shrink(image, recipe.resize)
+    source = Image.open(io.BytesIO(data))
+    keeps_mode = source.mode in ("L", "RGB")
+    source_field = _FIELDS.get(_image_format(source))
+    field = options.format or (source_field if source_field in _FORMATS else "png")
+    resized = _shrink(image, options.resize)
     lossy = field != "png"
-    stays = field == came and shrunk is image and not (lossy and recipe.quality)
-    if stays and plain and _is_upright(before):
+    unchanged = field == source_field and resized is image and not (lossy and options.quality)
+    if unchanged and keeps_mode and _is_upright(source):
         return field, data, image
-    grey = before.mode in ("1", "L", "LA") or before.mode.startswith("I")
-    picture = shrunk.convert("L") if grey else shrunk.copy()
-    picture.info = {}
-    options = {"quality": recipe.quality or _QUALITY} if lossy else {}
+    grey = source.mode in ("1", "L", "LA") or source.mode.startswith("I")
+    encoded = resized.convert("L") if grey else resized.copy()
+    encoded.info = {}
+    icc_profile = source.info.get("icc_profile") if keeps_mode else None
+    quality = {"quality": options.quality or _QUALITY} if lossy else {}
     stream = io.BytesIO()
-    picture.save(stream, _FORMATS[field], icc_profile=before.info.get("icc_profile") if plain else None, **options)
-    return field, stream.getvalue(), shrunk
+    encoded.save(stream, _FORMATS[field], icc_profile=icc_profile, **quality)
+    return field, stream.getvalue(), resized
 
 
 def _image_format(image: Image.Image) -> str:
-    """The format of a file; a JPEG that is followed by others (MPO, as some cameras write) is a JPEG."""
+    """Return the file format; a JPEG followed by further images (MPO, from some cameras) is a JPEG."""
     return (image.format or "").replace("MPO", "JPEG")
 
 
 def _is_upright(image: Image.Image) -> bool:
     try:
         return image.getexif().get(_ORIENTATION, 1) == 1
-    except Exception:  # noqa: BLE001 - notes that cannot be read are better left behind
+    except Exception:  # noqa: BLE001 - re-encoding drops damaged EXIF data
         return False
 
 
-def _shrink(image: Image.Image, shorter: int | None) -> Image.Image:
-    """The image with this shorter side, or itself if that would enlarge it."""
-    if shorter is None or min(image.size) <= shorter:
+def _shrink(image: Image.Image, shorter_side: int | None) -> Image.Image:
+    """Resize an image to a shorter side in pixels; return the same object if that would enlarge it."""
+    if shorter_side is None or min(image.size) <= shorter_side:
         return image
-    factor = shorter / min(image.size)
+    factor = shorter_side / min(image.size)
     width, height = (max(1, round(side * factor)) for side in image.size)
     return image.resize((width, height), Image.Resampling.BICUBIC)

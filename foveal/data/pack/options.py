@@ -1,4 +1,4 @@
-"""How images become shards: what all sources have in common."""
+"""Options of a pack that all sources share."""
 
 import os
 from typing import Literal, Self
@@ -9,15 +9,17 @@ from foveal.config import Config
 
 
 class PackOptions(Config):
-    """The options of a pack. The number of workers cannot change the bytes of a shard, the others can."""
+    """Options of a pack. All but ``workers`` can change the bytes of a shard."""
 
-    name: str | None = Field(default=None, description="Name of the data set; default: that of the source.")
-    shard_mb: float = Field(default=256.0, gt=0, description="The most that a shard holds, in 10^6 bytes.")
+    name: str | None = Field(default=None, description="Name of the data set; default: the source's name.")
+    shard_mb: float = Field(default=256.0, gt=0, description="Largest size of a shard in 10^6 bytes.")
     samples_per_shard: int | None = Field(
-        default=None, ge=1, description="In place of --shard-mb: shards of equal counts, at most this."
+        default=None,
+        ge=1,
+        description="Largest number of samples per shard, in place of --shard-mb; shards get equal counts.",
     )
     val_fraction: float = Field(
-        default=0.1, ge=0, le=0.9, description="Share of every class for validation, where the source has no splits."
+        default=0.1, ge=0, le=0.9, description="Fraction of every class for validation, if the source has no splits."
     )
     workers: int = Field(
         default_factory=lambda: len(os.sched_getaffinity(0)),
@@ -25,26 +27,26 @@ class PackOptions(Config):
         description="Threads that read and encode; default: one per core.",
     )
     resize: int | None = Field(
-        default=None, ge=1, description="Length of the shorter side in pixels; nothing is enlarged."
+        default=None, ge=1, description="Length of the shorter side in pixels; smaller images keep their size."
     )
     format: Literal["jpg", "png", "webp"] | None = Field(
-        default=None, description="jpg, png or webp: re-encode what has another format."
+        default=None, description="Re-encode images of other formats as jpg, png or webp."
     )
     quality: int | None = Field(
         default=None,
         ge=1,
         le=100,
-        description="Re-encode all JPEG and WebP with this; default: 90, and only what must change.",
+        description="Re-encode all JPEG and WebP at this quality; default: 90, and only images that change.",
     )
-    skip_bad: bool = Field(default=False, description="Decode all images; leave out and list those that do not decode.")
+    skip_bad: bool = Field(default=False, description="Decode all images; skip and list images that do not decode.")
 
     @model_validator(mode="after")
     def _lossless(self) -> Self:
         if self.format == "png" and self.quality is not None:
-            raise ValueError(f"quality={self.quality} is for jpg and webp, and format is png, which loses nothing")
+            raise ValueError(f"quality={self.quality} is for jpg and webp, and format=png is lossless")
         return self
 
     @property
     def may_reencode(self) -> bool:
-        """Whether images may be written otherwise than as they came."""
+        """Whether the options may change an image's bytes."""
         return (self.resize, self.format, self.quality) != (None, None, None)

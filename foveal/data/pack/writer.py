@@ -1,10 +1,10 @@
-"""The way from samples to a folder of shards: read and encoded by many threads, written in order by one."""
+"""Writing of shards: many threads read and encode samples, one thread writes them in order."""
 
 import hashlib
 import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +23,11 @@ from foveal.data.pack.source import PackDataset, PackSplit
 from foveal.data.tools.progress_bar import progress_bar
 from foveal.errors import DataError
 
-SKIPPED_FILE_NAME = "skipped.txt"  # split, place and reason of every image that was left out
+SKIPPED_FILE_NAME = "skipped.txt"  # split, location and reason of every skipped image
 
-_STATISTICS = 4096  # training images that mean and std are estimated from
-_AHEAD = 4  # samples in memory for each thread
-_BLOCK, _RECORD = 512, 10240  # bytes that tar counts in
+_NUM_MEASURED = 4096  # training images that mean and std are estimated from
+_PENDING_PER_WORKER = 4  # samples in memory per thread
+_BLOCK, _RECORD = 512, 10240  # units of a tar in bytes
 _BUFFER = 1 << 20
 
 ItemT = TypeVar("ItemT")
@@ -35,36 +35,37 @@ ResultT = TypeVar("ResultT")
 
 
 @dataclass
-class _PackNotes:
-    """What is learned about a set while its shards are written."""
+class _PackReport:
+    """Facts about a data set that are collected while its shards are written."""
 
-    fields: dict[str, None] = field(default_factory=dict)  # as they first appear
+    fields: dict[str, None] = field(default_factory=dict)  # in the order of their first appearance
     moments: list[PixelMoments] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
 
 def write_dataset(output_folder: Path, load_dataset: Callable[[], PackDataset], options: PackOptions) -> bool:
-    """Write a data set unless the folder holds one already; returns whether it was written now.
+    """Write a data set unless the folder holds one; return whether it was written now.
 
-    make: lists what is to be written; not called if there is nothing to do.
-    Raises: DataError from the source, for a folder that holds something else, or if nothing is left to write.
+    load_dataset: lists the samples; only called if the data set is to be written.
+    Raises: DataError from the source, if the folder holds other files, or if no image of a split decodes.
     """
     if is_packed(output_folder):
         return False
-    contents = load_dataset()
-    training = "train" if "train" in contents.splits else next(iter(contents.splits))
+    dataset = load_dataset()
+    training_split = "train" if "train" in dataset.splits else next(iter(dataset.splits))
     with atomic_dataset_folder(output_folder) as draft:
-        splits, notes = {}, _PackNotes()
-        for split, part in contents.splits.items():
-            measured = _STATISTICS if split == training and contents.pixel_stats is None else 0
-            splits[split] = _write_split(draft, split, part, options, measured, notes)
-        if notes.skipped:
-            (draft / SKIPPED_FILE_NAME).write_text("".join(notes.skipped), errors="backslashreplace")
-        mean, std = contents.pixel_stats or compute_pixel_stats(notes.moments)
+        splits: dict[str, Split] = {}
+        report = _PackReport()
+        for name, split in dataset.splits.items():
+            num_measured = _NUM_MEASURED if name == training_split and dataset.pixel_stats is None else 0
+            splits[name] = _write_split(draft, name, split, options, num_measured, report)
+        if report.skipped:
+            (draft / SKIPPED_FILE_NAME).write_text("".join(report.skipped), errors="backslashreplace")
+        mean, std = dataset.pixel_stats or compute_pixel_stats(report.moments)
         manifest = Manifest(
-            name=options.name or contents.name,
-            fields=tuple(notes.fields),
-            classes=contents.classes,
+            name=options.name or dataset.name,
+            fields=tuple(report.fields),
+            classes=dataset.classes,
             mean=mean,
             std=std,
             splits=splits,
@@ -74,80 +75,83 @@ def write_dataset(output_folder: Path, load_dataset: Callable[[], PackDataset], 
 
 
 def map_in_order(
-    function: Callable[[ItemT], ResultT], items: Iterable[ItemT], workers: int, max_pending_per_worker: int = _AHEAD
+    function: Callable[[ItemT], ResultT],
+    items: Iterable[ItemT],
+    workers: int,
+    max_pending_per_worker: int = _PENDING_PER_WORKER,
 ) -> Generator[ResultT, None, None]:
-    """``map`` by threads: the results in the order of the items, at most ``ahead`` per thread of them waiting."""
+    """Map with threads; yield results in the order of the items, with at most ``max_pending_per_worker`` pending."""
     with ThreadPoolExecutor(workers, "pack") as pool:
-        waiting: deque = deque()
+        futures: deque[Future[ResultT]] = deque()
         try:
             for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) >= workers * max_pending_per_worker:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+                futures.append(pool.submit(function, item))
+                if len(futures) >= workers * max_pending_per_worker:
+                    yield futures.popleft().result()
+            while futures:
+                yield futures.popleft().result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _write_split(
-    draft: Path, split: str, part: PackSplit, recipe: PackOptions, measured: int, notes: _PackNotes
+    draft: Path, name: str, split: PackSplit, options: PackOptions, num_measured: int, report: _PackReport
 ) -> Split:
-    """The shards and indices of a split; mean and std are of its first ``measured`` images that decode."""
+    """Write the shards and indices of a split; report the moments of its first ``num_measured`` images that decode."""
     shards: list[Shard] = []
-    with closing(_encode_split(split, part, recipe, measured, notes)) as ready:
-        for number, (_, group) in enumerate(
-            itertools.groupby(_assign_shards(ready, part, recipe), lambda pair: pair[0])
-        ):
-            file = draft / f"{split}-{number:06d}.tar"
+    with closing(_encode_split(name, split, options, num_measured, report)) as samples:
+        numbered_samples = _assign_shards(samples, split, options)
+        for number, (_, group) in enumerate(itertools.groupby(numbered_samples, lambda pair: pair[0])):
+            file = draft / f"{name}-{number:06d}.tar"
             sha256 = _write_shard(file, (sample for _, sample in group))
-            # Not with the names of the classes: one may be called 1, and that is not the label 1.
+            # Without the class names: a class may have the name 1, which is not label 1.
             index = index_shard(str(draft), file.name)
             write_index(index, draft / f"{file.name}.index")
             shards += make_manifest_split([index], [sha256]).shards
-            notes.fields.update(dict.fromkeys(index.fields))
+            report.fields.update(dict.fromkeys(index.fields))
     if not shards:
-        raise DataError(f"no image of the split '{split}' decodes: {len(part.sample_numbers)} were tried")
+        raise DataError(f"no image of the split '{name}' decodes: {len(split.sample_numbers)} were tried")
     return Split(samples=sum(shard.samples for shard in shards), shards=tuple(shards))
 
 
 def _encode_split(
-    split: str, part: PackSplit, recipe: PackOptions, measured: int, notes: _PackNotes
+    name: str, split: PackSplit, options: PackOptions, num_measured: int, report: _PackReport
 ) -> Generator[tuple[int, EncodedSample], None, None]:
-    """(place in the split, sample) for every image that goes into a shard; the others are noted."""
+    """Yield (position in the split, sample) of every image to be written; report the skipped images."""
 
-    def work(place: int) -> EncodedSample | SkippedSample:
-        return encode_sample(part.get_sample(int(part.sample_numbers[place])), recipe, place < measured)
+    def encode(position: int) -> EncodedSample | SkippedSample:
+        sample = split.get_sample(int(split.sample_numbers[position]))
+        return encode_sample(sample, options, position < num_measured)
 
-    count = len(part.sample_numbers)
-    with progress_bar(f"packing {split}") as done:
-        for place, sample in enumerate(map_in_order(work, range(count), recipe.workers)):
-            done(place + 1, count)
+    count = len(split.sample_numbers)
+    with progress_bar(f"packing {name}") as on_progress:
+        for position, sample in enumerate(map_in_order(encode, range(count), options.workers)):
+            on_progress(position + 1, count)
             if isinstance(sample, SkippedSample):
-                notes.skipped.append(f"{split}\t{sample.location}\t{sample.reason}\n")
+                report.skipped.append(f"{name}\t{sample.location}\t{sample.reason}\n")
                 continue
             if sample.moments is not None:
-                notes.moments.append(sample.moments)
-            yield place, sample
+                report.moments.append(sample.moments)
+            yield position, sample
 
 
 def _assign_shards(
-    ready: Iterator[tuple[int, EncodedSample]], part: PackSplit, recipe: PackOptions
+    samples: Iterator[tuple[int, EncodedSample]], split: PackSplit, options: PackOptions
 ) -> Iterator[tuple[int, EncodedSample]]:
-    """Samples with a number that grows where a new shard begins."""
-    if recipe.samples_per_shard is not None:
-        parts = -(-len(part.sample_numbers) // recipe.samples_per_shard)
-        ends = np.cumsum([len(each) for each in np.array_split(part.sample_numbers, parts)])
-        for place, sample in ready:
-            yield int(np.searchsorted(ends, place, side="right")), sample
+    """Yield (shard number, sample). A number may be skipped: its samples do not decode."""
+    if options.samples_per_shard is not None:
+        num_shards = -(-len(split.sample_numbers) // options.samples_per_shard)
+        ends = np.cumsum([len(chunk) for chunk in np.array_split(split.sample_numbers, num_shards)])
+        for position, sample in samples:
+            yield int(np.searchsorted(ends, position, side="right")), sample
         return
-    number, size = 0, 0
-    for _, sample in ready:
+    shard, size = 0, 0
+    for _, sample in samples:
         added = sum(_BLOCK + _round_up(len(data), _BLOCK) for data in _tar_members(sample).values())
-        if size and _round_up(size + added + 2 * _BLOCK, _RECORD) > recipe.shard_mb * 1e6:
-            number, size = number + 1, 0
+        if size and _round_up(size + added + 2 * _BLOCK, _RECORD) > options.shard_mb * 1e6:
+            shard, size = shard + 1, 0
         size += added
-        yield number, sample
+        yield shard, sample
 
 
 def _round_up(size: int, unit: int) -> int:
@@ -155,19 +159,19 @@ def _round_up(size: int, unit: int) -> int:
 
 
 def _tar_members(sample: EncodedSample) -> dict[str, bytes]:
-    """What stands in the tar under a sample's key; without a label there is no `cls`."""
+    """Return the tar members of a sample; without a label there is no `cls`."""
     label = {} if sample.label < 0 else {"cls": str(sample.label).encode()}
     return {sample.field: sample.data, **label}
 
 
 def _write_shard(file: Path, samples: Iterable[EncodedSample]) -> str:
-    """Write one tar in which nothing depends on when or by whom; its sha256."""
-    from webdataset.writer import TarWriter  # 0.3 s of import that only packing needs
+    """Write one tar, whose bytes do not depend on time or user, and return its sha256."""
+    from webdataset.writer import TarWriter  # imported here: 0.3 s that only packing needs
 
     with file.open("wb", _BUFFER) as raw:
         stream = _HashingWriter(raw)
         with TarWriter(
-            stream,  # pyright: ignore[reportArgumentType] - a pipe would do, and that is what it is
+            stream,  # pyright: ignore[reportArgumentType] - TarWriter only writes, as to a pipe
             user="",
             group="",
             mtime=0,
@@ -181,7 +185,7 @@ def _write_shard(file: Path, samples: Iterable[EncodedSample]) -> str:
 
 
 class _HashingWriter:
-    """A file that is only written, and its sha256 on the way."""
+    """A write-only file that computes the sha256 of its bytes."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream

@@ -1,1 +1,1 @@
-"""What a run consumed and what was bad, and the audit of both."""
+"""Records of consumed and of bad samples, and their audit."""

@@ -1,1 +1,1 @@
-"""Which sample stands in which slot of which step."""
+"""Order of samples: subsets of splits, mixtures of sources, and the samples of every step."""

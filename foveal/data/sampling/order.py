@@ -1,9 +1,9 @@
-"""Which sample stands in which slot of which step: arithmetic on (seed, epoch), no state that counts, no I/O.
+"""Assignment of samples to the slots of every step: a pure function of (seed, epoch), without I/O.
 
-An epoch of a source lays its shards end to end in a new order, rotates that line, and cuts it into equal lanes; each
-lane shuffles within windows, and a step takes the next samples of every lane, lane after lane. Nothing depends on the
-number of ranks: rank r of R takes its run of the slots, so any R that divides the batch sees the same global batch.
-Several sources are dealt by quotas in closed form: how many samples each has given before a step is a formula too.
+Every epoch of a source concatenates its shards in a new order, rotates this sequence and splits it into equal lanes.
+Each lane shuffles within windows, and a step takes the next samples of every lane, lane by lane. The order does not
+depend on the world size: rank r of R takes a contiguous range of slots, so every R that divides the batch size sees the
+same global batch. Several sources are mixed by quotas, with the number of samples before a step in closed form.
 """
 
 import math
@@ -20,11 +20,11 @@ from foveal.seeding import derive_key, draw_integer, draw_permutation
 
 @dataclass(frozen=True)
 class SampleSlots:
-    """n slots of one step, in slot order; all int64 [n].
+    """Samples of n slots of one step, in slot order; all fields int64 [n].
 
-    sources: 0 is the set of data.path, k is data.mix[k - 1]; positions: place in the source's endless stream of
-    samples; epochs: epoch of the source, which in a mixture is not the mixture's; samples: position in the source's
-    part, 0..N_k-1, in the order of its shards as given.
+    source_numbers: 0 is data.path, k is data.mix[k - 1]. stream_positions: position in the source's endless stream.
+    epochs: epoch of the source, which differs from the mixture's. subset_positions: position in the source's subset,
+    0..N_k-1, in the order of the shards as given.
     """
 
     source_numbers: np.ndarray
@@ -34,16 +34,17 @@ class SampleSlots:
 
 
 class SampleOrder:
-    """The order of all epochs of one source of samples, or of a mixture. Serves several threads.
+    """Order of all epochs of one source or of a mixture of sources. Thread-safe.
 
-    counts: samples per shard of source 0, int64 [S]; batch: images per step over all ranks; lanes: streams per epoch;
-    window: shards that a lane shuffles over; mix: counts and share of the batch of every further source.
-    samples: of source 0; sizes: samples of every source; quotas: what each gives to an epoch, exactly; dropped: samples
-    of source 0 that its epoch leaves out, others each time. The epoch of a mixture is the steps in which source 0 goes
-    once through its samples; the other sources have epochs of their own length.
-    Memory: O(S) and one window for each lane touched, never O(N).
-    Raises: ConfigError if the lanes do not fit the batch or the shares cannot be dealt in it, DataError if source 0 has
-    fewer samples than its part of one batch, or any source fewer than lanes.
+    samples_per_shard: of source 0, int64 [S]. batch_size: images per step over all ranks. num_lanes: streams per epoch.
+    window_shards: shards that a lane shuffles over. mix: samples per shard and share of the batch of every further
+    source.
+    num_samples: samples of source 0. source_sizes: samples of every source. epoch_quotas: exact number of samples of
+    every source in an epoch. dropped_per_epoch: samples of source 0 that an epoch omits, a different set each time.
+    An epoch of a mixture is one pass over source 0; the other sources have epochs of their own length.
+    Memory: O(S) and one window per lane in use, never O(N).
+    Raises: ConfigError if the lanes do not fit the batch or the batch is too small for the shares; DataError if
+    source 0 has fewer samples than its share of one batch, or any source has fewer samples than lanes.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class SampleOrder:
     ) -> None:
         check_lanes(batch_size, num_lanes)
         self.batch_size, self.num_lanes = batch_size, num_lanes
-        self.source_sizes = (int(samples_per_shard.sum()), *(int(other.sum()) for other, _ in mix))
+        self.source_sizes = (int(samples_per_shard.sum()), *(int(counts.sum()) for counts, _ in mix))
         self.num_samples = self.source_sizes[0]
         self.steps_per_epoch, self.epoch_quotas = _compute_quotas(
             self.source_sizes, batch_size, num_lanes, [share for _, share in mix]
@@ -65,69 +66,71 @@ class SampleOrder:
         usable = self.steps_per_epoch * batch_size if not mix else self.num_samples // num_lanes * num_lanes
         self.dropped_per_epoch = self.num_samples - usable
         self._streams = [_SourceStream(samples_per_shard, num_lanes, usable // num_lanes, window_shards, seed)]
-        for number, (other, _) in enumerate(mix, start=1):
-            length = self.source_sizes[number] // num_lanes
-            self._streams.append(
-                _SourceStream(other, num_lanes, length, window_shards, derive_key(seed, "source", number))
-            )
+        for number, (counts, _) in enumerate(mix, start=1):
+            lane_length = self.source_sizes[number] // num_lanes
+            source_seed = derive_key(seed, "source", number)
+            self._streams.append(_SourceStream(counts, num_lanes, lane_length, window_shards, source_seed))
         self._lock = threading.Lock()
 
     def epoch_at_step(self, step: int) -> int:
-        """The epoch that a global step belongs to, from 0; of the mixture if there are several sources."""
+        """Return the epoch of a global step, from 0; for several sources, the epoch of the mixture."""
         return step // self.steps_per_epoch
 
     def assign_slots(self, step: int, start_slot: int, stop_slot: int) -> SampleSlots:
-        """The slots start..stop-1 of the global step. Lane-major: a run of them touches few lanes."""
+        """Return the samples of slots [start_slot, stop_slot) of a global step.
+
+        Slots are ordered by lane, so that a range of slots touches few lanes.
+        """
         sources, positions = self._deal_slots(step, start_slot, stop_slot)
-        found = SampleSlots(sources, positions, np.empty_like(positions), np.empty_like(positions))
+        slots = SampleSlots(sources, positions, np.empty_like(positions), np.empty_like(positions))
         lanes = positions % self.num_lanes
         edges = np.flatnonzero((np.diff(lanes) != 0) | (np.diff(sources) != 0)) + 1
         with self._lock:
             for run in np.split(np.arange(stop_slot - start_slot), edges) if stop_slot > start_slot else ():
                 stream = self._streams[sources[run[0]]]
-                found.epochs[run], found.subset_positions[run] = stream.samples_at(int(lanes[run[0]]), positions[run])
-        return found
+                slots.epochs[run], slots.subset_positions[run] = stream.samples_at(int(lanes[run[0]]), positions[run])
+        return slots
 
     def replacements(self, source_number: int, stream_position: int) -> Iterator[int]:
-        """What may stand in for a sample that is bad: those that follow it in its lane's window, wrapping round."""
+        """Yield replacements of a bad sample: the samples that follow in its lane's window, wrapping around."""
         with self._lock:
             samples, offset = self._streams[source_number].window_at(stream_position)
-        for turn in range(1, len(samples)):
-            yield int(samples[(offset + turn) % len(samples)])
+        for distance in range(1, len(samples)):
+            yield int(samples[(offset + distance) % len(samples)])
 
     def upcoming_shards(self, step: int, start_slot: int, stop_slot: int) -> list[tuple[int, int]]:
-        """(source, shard) that the lanes of these slots read: those of the step first, then those of the next windows.
+        """Return (source, shard) pairs read by the lanes of these slots: first of this step, then of the next windows.
 
-        A lane counts for all sources, even one that gives it nothing in this very step. No duplicates.
+        Every lane includes all sources, even a source without a sample in this step. No duplicates.
         """
         _, positions = self._deal_slots(step, start_slot, stop_slot)
-        now: list[tuple[int, int]] = []
-        soon: list[tuple[float, list[tuple[int, int]]]] = []
+        current: list[tuple[int, int]] = []
+        upcoming: list[tuple[float, list[tuple[int, int]]]] = []  # steps until the window begins, its shards
         before, after = self._samples_before(step), self._samples_before(step + 1)
         with self._lock:
             for lane in np.unique(positions % self.num_lanes):
                 for source, stream in enumerate(self._streams):
                     position = before[source] + (int(lane) - before[source]) % self.num_lanes
                     while position < max(after[source], before[source] + self.num_lanes):
-                        now += [(source, shard) for shard in stream.shards_at(position)]
+                        current += [(source, shard) for shard in stream.shards_at(position)]
                         position = stream.next_window(position)
                     steps = (position - before[source]) / max(1, after[source] - before[source])
-                    soon.append((steps, [(source, shard) for shard in stream.shards_at(position)]))
-        soon.sort(key=lambda each: each[0])
-        return list(dict.fromkeys(now + [shard for _, shards in soon for shard in shards]))
+                    upcoming.append((steps, [(source, shard) for shard in stream.shards_at(position)]))
+        upcoming.sort(key=lambda item: item[0])
+        return list(dict.fromkeys(current + [shard for _, shards in upcoming for shard in shards]))
 
     def _samples_before(self, step: int) -> list[int]:
-        """Samples that every source has given before a step."""
-        epoch, turn = divmod(step, self.steps_per_epoch)
-        others = [epoch * quota + turn * quota // self.steps_per_epoch for quota in self.epoch_quotas[1:]]
-        return [step * self.batch_size - sum(others), *others]
+        """Return the number of samples that every source contributes before a step."""
+        epoch, epoch_step = divmod(step, self.steps_per_epoch)
+        mixed = [epoch * quota + epoch_step * quota // self.steps_per_epoch for quota in self.epoch_quotas[1:]]
+        return [step * self.batch_size - sum(mixed), *mixed]
 
     def _deal_slots(self, step: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Source and position, int64 [stop - start], of slots: all of the step by lane, then source, then position."""
+        """Return source and stream position of slots, int64 [stop - start]; slot order is lane, source, position."""
         assert step >= 0 and 0 <= start <= stop <= self.batch_size
         runs = [
-            np.arange(*given, dtype=np.int64)
-            for given in zip(self._samples_before(step), self._samples_before(step + 1), strict=True)
+            np.arange(first, end, dtype=np.int64)
+            for first, end in zip(self._samples_before(step), self._samples_before(step + 1), strict=True)
         ]
         sources = np.repeat(np.arange(len(runs), dtype=np.int64), [len(run) for run in runs])
         positions = np.concatenate(runs)
@@ -136,108 +139,113 @@ class SampleOrder:
 
 
 class _SourceStream:
-    """The endless stream of one source: position p lies in lane p mod L, at place p // L of the lanes' epochs."""
+    """Endless stream of one source: position p is element p // L of lane p mod L, over all epochs.
 
-    def __init__(self, counts: np.ndarray, lanes: int, length: int, window: int, seed: int) -> None:
+    num_lanes: L. lane_length: samples of a lane per epoch. window_shards: shards per shuffle window.
+    """
+
+    def __init__(self, counts: np.ndarray, num_lanes: int, lane_length: int, window_shards: int, seed: int) -> None:
         self._counts = counts.astype(np.int64)
         self._first = np.cumsum(self._counts) - self._counts
-        self._samples = int(counts.sum())
-        self._lanes, self._length, self._seed = lanes, length, seed  # length: samples of a lane's epoch
-        most = math.ceil(window * self._samples / len(counts))
-        self._window = math.ceil(length / math.ceil(length / most))  # equal ones: a short last one makes poor batches
+        self._num_samples = int(counts.sum())
+        self._num_lanes, self._lane_length, self._seed = num_lanes, lane_length, seed
+        max_window = math.ceil(window_shards * self._num_samples / len(counts))
+        # Windows of equal length: a short last window would make poorly mixed batches.
+        self._window = math.ceil(lane_length / math.ceil(lane_length / max_window))
         self._lines: dict[int, tuple[np.ndarray, np.ndarray, int]] = {}
         self._windows: dict[int, tuple[tuple[int, int], np.ndarray]] = {}
 
     def samples_at(self, lane: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Epochs and samples, int64 [n], of ascending positions of one lane."""
-        epochs, places = np.divmod(positions // self._lanes, self._length)
-        blocks, offsets = np.divmod(places, self._window)
+        """Return epochs and samples, int64 [n], at ascending positions of one lane."""
+        epochs, lane_positions = np.divmod(positions // self._num_lanes, self._lane_length)
+        blocks, offsets = np.divmod(lane_positions, self._window)
         samples = np.empty_like(positions)
         edges = np.flatnonzero((np.diff(epochs) != 0) | (np.diff(blocks) != 0)) + 1
         for run in np.split(np.arange(len(positions)), edges):
-            place = (int(epochs[run[0]]), int(blocks[run[0]]))
-            if lane not in self._windows or self._windows[lane][0] != place:
-                self._windows[lane] = (place, self._window_samples(lane, *place))
+            epoch, block = int(epochs[run[0]]), int(blocks[run[0]])
+            if lane not in self._windows or self._windows[lane][0] != (epoch, block):
+                self._windows[lane] = ((epoch, block), self._window_samples(lane, epoch, block))
             samples[run] = self._windows[lane][1][offsets[run]]
         return epochs, samples
 
     def window_at(self, position: int) -> tuple[np.ndarray, int]:
-        """The samples of the window that a position lies in, in their shuffled order, and where in it that is."""
+        """Return the shuffled samples of the window that contains a position, and the position's offset in it."""
         lane, epoch, block, offset = self._locate(position)
-        kept = self._windows.get(lane)
-        if kept is not None and kept[0] == (epoch, block):
-            return kept[1], offset
-        return self._window_samples(lane, epoch, block), offset  # not kept: the lane has moved on and will not return
+        cached = self._windows.get(lane)
+        if cached is not None and cached[0] == (epoch, block):
+            return cached[1], offset
+        return self._window_samples(lane, epoch, block), offset  # not cached: the lane has passed this window
 
     def next_window(self, position: int) -> int:
-        """The first position of the window after that of a position, in the same lane."""
+        """Return the first position of the next window in the lane of a position."""
         _, _, block, offset = self._locate(position)
-        return position + (self._window_length(block) - offset) * self._lanes
+        return position + (self._window_length(block) - offset) * self._num_lanes
 
     def shards_at(self, position: int) -> list[int]:
-        """The shards that the window of a position is read from."""
+        """Return the shards that the window of a position reads."""
         lane, epoch, block, _ = self._locate(position)
         shards, ends, rotation = self._shard_line(epoch)
-        begin = (lane * self._length + block * self._window + rotation) % self._samples
-        stop = begin + self._window_length(block)
-        pieces = [(begin, min(stop, self._samples)), (0, max(0, stop - self._samples))]
-        found: list[int] = []
-        for low, high in pieces:
+        start = (lane * self._lane_length + block * self._window + rotation) % self._num_samples
+        stop = start + self._window_length(block)
+        ranges = [(start, min(stop, self._num_samples)), (0, max(0, stop - self._num_samples))]
+        window_shards: list[int] = []
+        for low, high in ranges:
             if high > low:
                 first, last = np.searchsorted(ends, (low, high - 1), side="right")
-                found += [int(shard) for shard in shards[first : last + 1] if self._counts[shard]]
-        return found
+                window_shards += [int(shard) for shard in shards[first : last + 1] if self._counts[shard]]
+        return window_shards
 
     def _locate(self, position: int) -> tuple[int, int, int, int]:
-        """Lane, epoch, number of the window in the lane's epoch, and place in the window."""
-        turn, lane = divmod(position, self._lanes)
-        epoch, place = divmod(turn, self._length)
-        return (lane, epoch, *divmod(place, self._window))
+        """Return lane, epoch, window number in the lane's epoch, and offset in the window."""
+        stream_position, lane = divmod(position, self._num_lanes)
+        epoch, lane_position = divmod(stream_position, self._lane_length)
+        block, offset = divmod(lane_position, self._window)
+        return lane, epoch, block, offset
 
     def _window_length(self, block: int) -> int:
-        return min(self._window, self._length - block * self._window)
+        return min(self._window, self._lane_length - block * self._window)
 
     def _window_samples(self, lane: int, epoch: int, block: int) -> np.ndarray:
         length = self._window_length(block)
-        places = lane * self._length + block * self._window + np.arange(length, dtype=np.int64)
+        line_positions = lane * self._lane_length + block * self._window + np.arange(length, dtype=np.int64)
         shuffle = draw_permutation(derive_key(self._seed, epoch, "window", lane, block), length)
-        return self._samples_at(epoch, places)[shuffle]
+        return self._samples_on_line(epoch, line_positions)[shuffle]
 
-    def _samples_at(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        """From places on the epoch's rotated line to samples."""
+    def _samples_on_line(self, epoch: int, positions: np.ndarray) -> np.ndarray:
+        """Return the samples at positions of the epoch's rotated shard sequence."""
         shards, ends, rotation = self._shard_line(epoch)
-        places = (places + rotation) % self._samples
-        nth = np.searchsorted(ends, places, side="right")
+        positions = (positions + rotation) % self._num_samples
+        nth = np.searchsorted(ends, positions, side="right")
         shard = shards[nth]
-        return self._first[shard] + places - (ends[nth] - self._counts[shard])
+        return self._first[shard] + positions - (ends[nth] - self._counts[shard])
 
     def _shard_line(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """Shards in the epoch's order, where each ends on the line, and how far the line is rotated."""
+        """Return the epoch's shard order, the end of every shard in that sequence, and the rotation."""
         if epoch not in self._lines:
             shards = draw_permutation(derive_key(self._seed, epoch, "shards"), len(self._counts))
-            rotation = draw_integer(derive_key(self._seed, epoch, "rotate"), self._samples)
-            if len(self._lines) == 2:  # this epoch, and the next for those who look ahead
+            rotation = draw_integer(derive_key(self._seed, epoch, "rotate"), self._num_samples)
+            if len(self._lines) == 2:  # this epoch, and the next for prefetching
                 del self._lines[min(self._lines)]
             self._lines[epoch] = (shards, np.cumsum(self._counts[shards]), rotation)
         return self._lines[epoch]
 
 
 def batch_index_for_step(step: int, skipped_batches: Sequence[int]) -> int:
-    """The number of the batch that a step takes when the batches in ``skipped`` (ascending) are passed over."""
-    number = step
-    for batch in skipped_batches:
-        if batch > number:
+    """Return the index of the batch that a step uses when ``skipped_batches`` (ascending) are omitted."""
+    index = step
+    for skipped in skipped_batches:
+        if skipped > index:
             break
-        number += 1
-    return number
+        index += 1
+    return index
 
 
 def _compute_quotas(
     sizes: Sequence[int], batch: int, lanes: int, shares: Sequence[float]
 ) -> tuple[int, tuple[int, ...]]:
-    """Steps of an epoch, and the samples that every source gives to it: together steps x batch, exactly.
+    """Return the steps of an epoch and every source's samples in it, whose sum is exactly steps x batch.
 
-    Shares count as the decimal numbers that they are written as, so that 0.3 of 1,000 is 300 on every machine.
+    Shares are exact decimal fractions, so that 0.3 of 1,000 is 300 on every machine.
     """
     if not shares:
         if sizes[0] < batch:
@@ -247,47 +255,46 @@ def _compute_quotas(
             )
         return sizes[0] // batch, (sizes[0] // batch * batch,)
     exact = [Fraction(repr(float(share))) for share in shares]
-    rest = 1 - sum(exact)
-    assert rest > 0
+    first_share = 1 - sum(exact)  # of source 0
+    assert first_share > 0
     names = ["data.path", *(f"data.mix[{number}]" for number in range(len(shares)))]
     for name, size in zip(names, sizes, strict=True):
         if size < lanes:
             raise DataError(f"{name} has {size} samples for {lanes} lanes: lower data.lanes, or give more data")
-    steps = math.floor(sizes[0] / (batch * rest))
+    steps = math.floor(sizes[0] / (batch * first_share))
     if not steps:
         raise DataError(
-            f"data.path has {sizes[0]} samples, and its share of a batch of {batch} images is {float(batch * rest):g}: "
-            f"lower batch.images, or give more data"
+            f"data.path has {sizes[0]} samples, and its share of a batch of {batch} images is "
+            f"{float(batch * first_share):g}: lower batch.images, or give more data"
         )
-    others = [round(steps * batch * share) for share in exact]
-    if (
-        sum(-(-quota // steps) for quota in others) > batch
-    ):  # source 0 fills up what is left, which must not be negative
+    mixed_quotas = [round(steps * batch * share) for share in exact]
+    # Source 0 fills the rest of every batch, which must not be negative.
+    if sum(-(-quota // steps) for quota in mixed_quotas) > batch:
         raise ConfigError(
             f"a batch of {batch} images is too small for the shares {list(shares)} in data.mix: "
-            f"raise batch.images to {math.ceil(3 * len(shares) / (2 * rest))} or more, or give the sets less"
+            f"raise batch.images to {math.ceil(3 * len(shares) / (2 * first_share))} or more, or give the sets less"
         )
-    return steps, (steps * batch - sum(others), *others)
+    return steps, (steps * batch - sum(mixed_quotas), *mixed_quotas)
 
 
 def check_lanes(batch_size: int, num_lanes: int) -> None:
-    """Lanes divide the batch, at least two images each so that mixup finds its partner in its own lane.
+    """Raise ConfigError, with the nearest valid number, unless the lanes divide the batch into 2 or more images each.
 
-    Raises: ConfigError that names the nearest number of lanes that fits.
+    Mixup takes the partner of an image from the same lane, hence the minimum of 2; a batch of 1 image has 1 lane.
     """
     fitting = [number for number in divisors(batch_size) if batch_size // number >= 2 or batch_size == 1]
     if num_lanes not in fitting:
         nearest = min(fitting, key=lambda number: (abs(number - num_lanes), number))
         raise ConfigError(
-            f"data.lanes={num_lanes} does not fit a batch of {batch_size} images: lanes divide the batch, with 2 images or more "
-            f"in each; the nearest that fits is data.lanes={nearest}"
+            f"data.lanes={num_lanes} does not fit a batch of {batch_size} images: lanes divide the batch, with 2 "
+            f"images or more in each; the nearest that fits is data.lanes={nearest}"
         )
 
 
 def rank_slot_range(batch_size: int, num_lanes: int, rank: int, world_size: int) -> tuple[int, int]:
-    """The slots [start, stop) of a step that rank ``rank`` of ``size`` takes.
+    """Return the slots [start, stop) of a step that a rank takes.
 
-    Raises: ConfigError that names the nearest batch and the nearest numbers of ranks that fit.
+    Raises: ConfigError, with the nearest valid batch size and world sizes, if the ranks do not divide the batch.
     """
     assert 0 <= rank < world_size
     if batch_size % world_size:
@@ -295,35 +302,38 @@ def rank_slot_range(batch_size: int, num_lanes: int, rank: int, world_size: int)
         fit = max(1, round(batch_size / unit)) * unit
         fit = fit if fit >= 2 * num_lanes else 2 * num_lanes * world_size // math.gcd(2 * num_lanes, world_size)
         raise ConfigError(
-            f"a batch of {batch_size} images cannot be dealt to {world_size} ranks equally: the nearest batch that fits is "
-            f"{fit} (batch.images), the nearest numbers of ranks are {_nearest_divisors(batch_size, world_size)}"
+            f"a batch of {batch_size} images cannot be dealt to {world_size} ranks equally: the nearest batch that "
+            f"fits is {fit} (batch.images), the nearest numbers of ranks are "
+            f"{_nearest_divisors(batch_size, world_size)}"
         )
-    share = batch_size // world_size
-    return rank * share, (rank + 1) * share
+    rank_batch = batch_size // world_size
+    return rank * rank_batch, (rank + 1) * rank_batch
 
 
 def microbatches_per_step(batch_size: int, world_size: int, microbatch_size: int) -> int:
-    """Micro-batches of ``at_once`` images that each of ``size`` ranks takes per step.
+    """Return the number of microbatches per rank and optimizer step.
 
-    Raises: ConfigError that names the nearest values of at_once that fit.
+    Raises: ConfigError, with the nearest valid sizes, if the microbatch size does not divide a rank's images per step.
     """
-    share = batch_size // world_size
-    if share % microbatch_size:
+    rank_batch = batch_size // world_size
+    if rank_batch % microbatch_size:
         raise ConfigError(
-            f"batch.at_once={microbatch_size} does not divide the {share} images that each of {world_size} ranks takes from a batch "
-            f"of {batch_size}: use {_nearest_divisors(share, microbatch_size)}; it does not change the result"
+            f"batch.at_once={microbatch_size} does not divide the {rank_batch} images that each of {world_size} ranks "
+            f"takes from a batch of {batch_size}: use {_nearest_divisors(rank_batch, microbatch_size)}; "
+            f"it does not change the result"
         )
-    return share // microbatch_size
+    return rank_batch // microbatch_size
 
 
 def divisors(number: int) -> list[int]:
-    """All divisors, ascending."""
+    """Return all divisors in ascending order."""
     low = [small for small in range(1, math.isqrt(number) + 1) if number % small == 0]
     return sorted({*low, *(number // small for small in low)})
 
 
-def _nearest_divisors(number: int, wanted: int) -> str:
-    """The divisors of ``number`` just below and just above ``wanted``, as '8 or 16'."""
-    fitting = divisors(number)
-    near = [max((d for d in fitting if d < wanted), default=0), min((d for d in fitting if d > wanted), default=0)]
-    return " or ".join(str(divisor) for divisor in near if divisor)
+def _nearest_divisors(number: int, target: int) -> str:
+    """Return the divisors of ``number`` next below and next above ``target``, as '8 or 16'."""
+    all_divisors = divisors(number)
+    below = max((divisor for divisor in all_divisors if divisor < target), default=0)
+    above = min((divisor for divisor in all_divisors if divisor > target), default=0)
+    return " or ".join(str(divisor) for divisor in (below, above) if divisor)

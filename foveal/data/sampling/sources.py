@@ -1,4 +1,4 @@
-"""What training draws from: one set of shards, or several in fixed shares, as one line of sample ids."""
+"""Sources of training samples: one data set or a mixture with fixed shares, under one range of sample ids."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from foveal.errors import ConfigError
 
 @dataclass(frozen=True)
 class SampleLocation:
-    """Where a sample lies: the n-th shard of a split of a set, and its row in that shard's index."""
+    """Location of a sample: data set, split, shard and row in the shard's index."""
 
     dataset: Dataset
     split: str
@@ -25,18 +25,19 @@ class SampleLocation:
 
     @property
     def shard_index(self) -> ShardIndex:
-        """The index of the shard."""
+        """Index of the shard."""
         return self.dataset.shard_index(self.split, self.shard_number)
 
     @property
     def description(self) -> str:
-        """Shard and key, for a sentence."""
-        return f"{self.dataset.shard_display_path(self.split, self.shard_number)}: sample '{self.shard_index.key(self.index_row)}'"
+        """Path of the shard and key of the sample, for messages."""
+        path = self.dataset.shard_display_path(self.split, self.shard_number)
+        return f"{path}: sample '{self.shard_index.key(self.index_row)}'"
 
 
 @dataclass(frozen=True)
 class SampleSource:
-    """A part of a split. The ids of its samples are ``first`` and up, in the order of the split's shards."""
+    """Subset of a split; the split's sample ids start at ``first_id``, in the order of its shards."""
 
     dataset: Dataset
     split: str
@@ -45,28 +46,28 @@ class SampleSource:
 
     @cached_property
     def shard_first_ids(self) -> np.ndarray:
-        """The id of every shard's first sample, int64 [S]."""
+        """Id of every shard's first sample, int64 [S]."""
         counts = self.dataset.samples_per_shard(self.split)
         return self.first_id + np.cumsum(counts) - counts
 
     @property
     def stop_id(self) -> int:
-        """One more than the last id of the split."""
+        """End (exclusive) of the split's ids."""
         return self.first_id + self.dataset.num_samples(self.split)
 
     def locate_sample(self, sample_id: int) -> SampleLocation:
-        """Where the sample of an id lies."""
+        """Return the location of a sample."""
         shard = int(np.searchsorted(self.shard_first_ids, sample_id, side="right")) - 1
         return SampleLocation(self.dataset, self.split, shard, int(sample_id - self.shard_first_ids[shard]))
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """All samples of training and the order they are dealt in, the same on every rank.
+    """All training samples and their order, identical on every rank.
 
-    A draw is a sample in an epoch of its own set: id + epoch * ``ids``; where samples come several times in an epoch
-    (data.balance), each time counts as an epoch. What a row is augmented and masked with is keyed by its draw, so that a
-    sample looks different every time it comes.
+    The sample key, id + epoch * ``num_ids``, identifies one visit of a sample in an epoch of its source; a sample that
+    appears several times in an epoch (data.balance) counts each visit as an epoch. Augmentation and masks derive from
+    the sample key, so that every visit of a sample differs.
     """
 
     sources: tuple[SampleSource, ...]
@@ -75,91 +76,81 @@ class TrainingSet:
 
     @property
     def num_ids(self) -> int:
-        """How many ids there are: the samples of the splits of all sets."""
+        """Number of sample ids: samples in the splits of all sources."""
         return self.sources[-1].stop_id
 
     def sample_keys(self, slots: SampleSlots) -> np.ndarray:
-        """The draws of some slots, int64 [n]."""
-        draws = np.empty_like(slots.subset_positions)
+        """Return the sample keys of ``slots``, int64 [n]."""
+        keys = np.empty_like(slots.subset_positions)
         for number, source in enumerate(self.sources):
-            mine = slots.source_numbers == number
-            draws[mine] = self._make_sample_keys(source, slots.subset_positions[mine], slots.epochs[mine])
-        return draws
+            rows = slots.source_numbers == number
+            keys[rows] = self._make_sample_keys(source, slots.subset_positions[rows], slots.epochs[rows])
+        return keys
 
     def replacements(self, source_number: int, stream_position: int, epoch: int) -> Iterator[int]:
-        """The draws that stand in for the one at a position, in this order."""
-        chosen = self.sources[source_number]
-        for sample in self.order.replacements(source_number, stream_position):
-            yield int(self._make_sample_keys(chosen, np.array([sample]), np.array([epoch]))[0])
+        """Yield the sample keys that replace a bad sample, in order of preference."""
+        source = self.sources[source_number]
+        for position in self.order.replacements(source_number, stream_position):
+            yield int(self._make_sample_keys(source, np.array([position]), np.array([epoch]))[0])
 
     def _make_sample_keys(self, source: SampleSource, positions: np.ndarray, epochs: np.ndarray) -> np.ndarray:
-        part = source.subset
-        return (
-            source.first_id
-            + part.to_sample_ids(positions)
-            + part.count_earlier_visits(positions, epochs) * self.num_ids
-        )
+        sample_ids = source.first_id + source.subset.to_sample_ids(positions)
+        return sample_ids + source.subset.count_earlier_visits(positions, epochs) * self.num_ids
 
     def locate_sample(self, sample_id: int) -> SampleLocation:
-        """Where the sample of an id lies."""
+        """Return the location of a sample."""
         return next(source for source in self.sources if sample_id < source.stop_id).locate_sample(sample_id)
 
     def prefetch_shards(self, step: int, start_slot: int, stop_slot: int) -> None:
-        """Let the sets behind URLs fetch what the slots start..stop-1 need from this step on."""
+        """Prefetch remote shards that slots [start_slot, stop_slot) read from this step on."""
         if not any(is_remote(source.dataset.folder) for source in self.sources):
             return
-        wanted = self.order.upcoming_shards(step, start_slot, stop_slot)
+        upcoming = self.order.upcoming_shards(step, start_slot, stop_slot)
         for number, source in enumerate(self.sources):
-            source.dataset.prefetch_shards(source.split, [shard for which, shard in wanted if which == number])
+            shards = [shard for source_number, shard in upcoming if source_number == number]
+            source.dataset.prefetch_shards(source.split, shards)
 
     def cached_size(self, stop_slot: int) -> tuple[int, int]:
-        """Shards behind URLs that the slots 0..stop-1 read from in this window and the next, and their bytes."""
-        sizes = [
-            source.dataset.manifest.splits[source.split].shards[shard].bytes
-            for source, shard in (
-                (self.sources[which], shard) for which, shard in self.order.upcoming_shards(0, 0, stop_slot)
-            )
-            if is_remote(source.dataset.folder)
-        ]
+        """Return number and bytes of the remote shards that slots [0, stop_slot) read in this window and the next."""
+        sizes = []
+        for source_number, shard in self.order.upcoming_shards(0, 0, stop_slot):
+            source = self.sources[source_number]
+            if is_remote(source.dataset.folder):
+                sizes.append(source.dataset.manifest.splits[source.split].shards[shard].bytes)
         return len(sizes), sum(sizes)
 
     def progress(self) -> int:
-        """A number that grows while bytes arrive."""
+        """Return a counter that grows while bytes arrive."""
         return sum(source.dataset.progress() for source in self.sources)
 
 
 def build_training_set(dataset: Dataset, cfg: DataConfig, *, seed: int, batch_size: int) -> TrainingSet:
-    """The training part of ``dataset`` and of the sets in data.mix, dealt into batches of ``batch`` images.
+    """Return the training subset of ``dataset`` and the data sets of data.mix, in batches of ``batch_size`` images.
 
-    Raises: those of ``Dataset.open``, ``choose`` and ``Order``.
+    Raises: as ``Dataset.open``, ``select_subset`` and ``SampleOrder``.
     """
-    sources = [
-        SampleSource(dataset, cfg.train, select_subset(dataset, cfg, split=cfg.train, subset="train", seed=seed))
-    ]
-    for other in cfg.mix:
-        one = DataConfig.model_validate(_mix_settings(cfg, other.path, other.index, other.split))
-        opened = Dataset.open(one)
-        kept_out = "data.fold" if cfg.fold else "data.holdout_per_class" if cfg.holdout_per_class else None
-        if kept_out and opened.digest(other.split) == dataset.digest(cfg.train):
+    subset = select_subset(dataset, cfg, split=cfg.train, subset="train", seed=seed)
+    sources = [SampleSource(dataset, cfg.train, subset)]
+    for entry in cfg.mix:
+        mixed = Dataset.open(DataConfig.model_validate(_mix_settings(cfg, entry.path, entry.index, entry.split)))
+        excluding_setting = "data.fold" if cfg.fold else "data.holdout_per_class" if cfg.holdout_per_class else None
+        if excluding_setting and mixed.digest(entry.split) == dataset.digest(cfg.train):
             raise ConfigError(
-                f"data.mix: {other.path} holds the images that {kept_out} keeps out of training: mix in another set, or "
-                f"keep nothing out"
+                f"data.mix: {entry.path} holds the images that {excluding_setting} keeps out of training: mix in "
+                f"another set, or keep nothing out"
             )
-        sources.append(
-            SampleSource(
-                opened, other.split, SplitSubset(opened.samples_per_shard(other.split), None), sources[-1].stop_id
-            )
-        )
-    mix = [(source.subset.samples_per_shard, other.share) for source, other in zip(sources[1:], cfg.mix, strict=True)]
+        all_samples = SplitSubset(mixed.samples_per_shard(entry.split), None)
+        sources.append(SampleSource(mixed, entry.split, all_samples, sources[-1].stop_id))
+    mix = [(source.subset.samples_per_shard, entry.share) for source, entry in zip(sources[1:], cfg.mix, strict=True)]
     order = SampleOrder(sources[0].subset.samples_per_shard, batch_size, cfg.lanes, cfg.window, seed, mix)
     return TrainingSet(tuple(sources), order, seed)
 
 
 def _mix_settings(cfg: DataConfig, path: str, index: str | None, split: str) -> dict[str, object]:
-    """The settings of a set in the mixture: its own place, everything else as it is."""
+    """Return ``cfg`` with the path, index and split of a data set of the mixture."""
     return cfg.model_dump() | {"path": path, "index": index, "train": split, "val": split, "mix": ()}
 
 
 def collect_mix_digests(sources: Sequence[SampleSource]) -> dict[str, str]:
-    """What is drawn from besides the first set, for the science of a run: digests by name."""
+    """Return the digests of all sources but the first, by name, for a run's science settings."""
     return {f"data.mix.{number}": source.dataset.digest(source.split) for number, source in enumerate(sources[1:])}

@@ -1,4 +1,4 @@
-"""Which samples of a split take part: all, a few per class, or those kept out of training, held out or as a fold."""
+"""Subsets of a split: all samples, training samples, holdout or cross-validation fold."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,10 +15,11 @@ SubsetName = Literal["train", "holdout", "fold", "all"]
 
 @dataclass(frozen=True)
 class SplitSubset:
-    """counts: samples per shard, int64 [S]; ids: the chosen sample ids, ascending, or nothing for all of the split.
+    """Subset of a split.
 
-    An id that comes several times in an epoch stands there as often: copies numbers them from 0, and no id has more than
-    ``most``.
+    samples_per_shard: int64 [S]. chosen_ids: ascending sample ids (None: the complete split); an oversampled id is
+    repeated. copy_numbers: number of each repetition, from 0 (None: no repetitions). max_copies: most repetitions of an
+    id.
     """
 
     samples_per_shard: np.ndarray
@@ -30,20 +31,20 @@ class SplitSubset:
         return int(self.samples_per_shard.sum())
 
     def count_earlier_visits(self, positions: np.ndarray, epochs: np.ndarray) -> np.ndarray:
-        """How often the samples at positions in this part had their turn before, if each had ``most`` in an epoch.
+        """Return the number of visits before each visit, counting ``max_copies`` visits per epoch, int64 [n].
 
-        It is the epoch, where no sample comes twice in one: what a sample's randomness is keyed by.
+        Without repetitions this is the epoch. A sample's randomness is keyed by this number.
         """
         return epochs if self.copy_numbers is None else epochs * self.max_copies + self.copy_numbers[positions]
 
     def to_sample_ids(self, positions: np.ndarray) -> np.ndarray:
-        """From positions in this part to sample ids in the split."""
+        """Map positions in the subset to sample ids in the split."""
         return positions if self.chosen_ids is None else self.chosen_ids[positions]
 
 
 @dataclass(frozen=True)
 class EvalSplit:
-    """What a run is judged on: the name of its numbers, and a part of a split."""
+    """Evaluation data of a run: prefix of the metrics' names, split and subset."""
 
     metric_prefix: Literal["val", "fold"]
     split: str
@@ -51,28 +52,28 @@ class EvalSplit:
 
 
 def eval_split(cfg: DataConfig) -> EvalSplit:
-    """The samples that say how good a run is: data.val, or the fold that is kept out of training."""
+    """Return the evaluation data: data.val, or the fold excluded from training."""
     return EvalSplit("val", cfg.val, "all") if cfg.fold is None else EvalSplit("fold", cfg.train, "fold")
 
 
 def select_subset(dataset: Dataset, cfg: DataConfig, *, split: str, subset: SubsetName, seed: int) -> SplitSubset:
-    """The samples of a part of a split.
+    """Return a subset of a split.
 
-    all: the whole split. fold: the part that data.fold keeps out of training. Of what it leaves, holdout:
-    data.holdout_per_class of every class, and train: data.per_class of every class, or, if that is not set, everything
-    but the holdout; with data.balance, samples of small classes several times. The draw depends on the seed and the
-    sample ids alone.
-    Raises: ConfigError for an empty holdout or fold, DataError for a class with too few samples (or, with data.balance,
-    none) or samples without labels.
+    all: the complete split. fold: the samples that data.fold excludes from training. holdout: data.holdout_per_class
+    samples of every class outside the fold. train: data.per_class samples of every class outside fold and holdout
+    (null: all of them); data.balance repeats samples of small classes. The selection depends on the seed and the sample
+    ids only.
+    Raises: ConfigError if holdout or fold is empty by configuration; DataError if a class has too few samples (with
+    data.balance: none) or samples have no label.
     """
     counts = dataset.samples_per_shard(split)
     if subset == "holdout" and not cfg.holdout_per_class:
         raise ConfigError("data.holdout_per_class=0 leaves no holdout to evaluate on: set it, or use another part")
     if subset == "fold" and cfg.fold is None:
         raise ConfigError("data.fold=null leaves no fold to evaluate on: set it, or use another part")
-    rest = cfg.per_class is not None or cfg.holdout_per_class > 0
-    balanced = cfg.balance > 0 and subset == "train"
-    if subset == "all" or not (rest or balanced or cfg.fold is not None):
+    samples_classes = cfg.per_class is not None or cfg.holdout_per_class > 0
+    is_balanced = cfg.balance > 0 and subset == "train"
+    if subset == "all" or not (samples_classes or is_balanced or cfg.fold is not None):
         return SplitSubset(counts, None)
     if cfg.fold is not None and cfg.labels != "class":
         raise ConfigError(
@@ -85,28 +86,25 @@ def select_subset(dataset: Dataset, cfg: DataConfig, *, split: str, subset: Subs
             f"{dataset.folder}: {int((labels < 0).sum())} samples of split '{split}' have no label; "
             f"data.per_class, data.holdout_per_class, data.balance and data.fold need one for each"
         )
-    if balanced or cfg.fold is not None:
-        _refuse_empty(dataset, labels, split, "data.balance" if cfg.fold is None else "data.fold")
-    among = np.arange(len(labels))
+    if is_balanced or cfg.fold is not None:
+        _require_all_classes(dataset, labels, split, "data.balance" if cfg.fold is None else "data.fold")
+    chosen_ids = np.arange(len(labels))
     if cfg.fold is not None:
         in_fold = _assign_folds(dataset, labels, cfg.fold.of, derive_key(seed, "folds")) == cfg.fold.number
-        among = among[in_fold if subset == "fold" else ~in_fold]
-    chosen = (
-        _sample_per_class(dataset, cfg, labels, among, subset, derive_key(seed, "per_class"))
-        if rest and subset != "fold"
-        else among
-    )
-    copies, most = None, 1
-    if balanced:
-        times = _repeat_counts(labels[chosen], chosen, cfg.balance, derive_key(seed, "balance"))
-        copies = np.concatenate([np.arange(each) for each in times])
-        chosen, most = np.repeat(chosen, times), int(times.max())
-    per_shard, _ = np.histogram(chosen, bins=np.concatenate([[0], np.cumsum(counts)]))
-    return SplitSubset(per_shard.astype(np.int64), chosen, copies, most)
+        chosen_ids = chosen_ids[in_fold if subset == "fold" else ~in_fold]
+    if samples_classes and subset != "fold":
+        chosen_ids = _sample_per_class(dataset, cfg, labels, chosen_ids, subset, derive_key(seed, "per_class"))
+    copy_numbers, max_copies = None, 1
+    if is_balanced:
+        copies = _count_copies(labels[chosen_ids], chosen_ids, cfg.balance, derive_key(seed, "balance"))
+        copy_numbers = np.concatenate([np.arange(number) for number in copies])
+        chosen_ids, max_copies = np.repeat(chosen_ids, copies), int(copies.max())
+    per_shard, _ = np.histogram(chosen_ids, bins=np.concatenate([[0], np.cumsum(counts)]))
+    return SplitSubset(per_shard.astype(np.int64), chosen_ids, copy_numbers, max_copies)
 
 
-def _refuse_empty(dataset: Dataset, labels: np.ndarray, split: str, setting: str) -> None:
-    """Raises: DataError for a class of the data set that no sample of the split is of."""
+def _require_all_classes(dataset: Dataset, labels: np.ndarray, split: str, setting: str) -> None:
+    """Raise DataError if a class of the data set has no sample in the split."""
     names = dataset.classes or ()
     for name, samples in zip(names, np.bincount(labels, minlength=len(names)), strict=False):
         if not samples:
@@ -115,56 +113,60 @@ def _refuse_empty(dataset: Dataset, labels: np.ndarray, split: str, setting: str
             )
 
 
-def _repeat_counts(labels: np.ndarray, ids: np.ndarray, balance: float, place: int) -> np.ndarray:
-    """How often each sample comes in an epoch: a class of n samples n (largest / n) ** balance times in all, rounded."""
-    times = np.empty(len(ids), dtype=np.int64)
+def _count_copies(labels: np.ndarray, ids: np.ndarray, balance: float, key: int) -> np.ndarray:
+    """Return every sample's copies per epoch, int64 [n].
+
+    A class of n samples gets n (largest / n) ** balance copies in total, rounded.
+    """
+    copies = np.empty(len(ids), dtype=np.int64)
     counts = np.bincount(labels)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        wanted = round(len(members) * float(counts.max() / len(members)) ** balance)
-        whole, rest = divmod(wanted, len(members))
-        times[members] = whole
-        times[members[np.argsort(hash_ids(place, ids[members]), kind="stable")[:rest]]] += 1
-    return times
+        total = round(len(members) * float(counts.max() / len(members)) ** balance)
+        copies_of_all, remainder = divmod(total, len(members))
+        copies[members] = copies_of_all
+        copies[members[np.argsort(hash_ids(key, ids[members]), kind="stable")[:remainder]]] += 1
+    return copies
 
 
-def _assign_folds(dataset: Dataset, labels: np.ndarray, of: int, place: int) -> np.ndarray:
-    """The fold of every sample, int64 [N], in [0, of).
+def _assign_folds(dataset: Dataset, labels: np.ndarray, num_folds: int, key: int) -> np.ndarray:
+    """Return the fold of every sample, int64 [N], in [0, num_folds).
 
-    The samples, class by class and shuffled within each, are dealt out in turn as one line: the folds' shares of a class
-    differ by at most one sample, and so do the folds. Raises: DataError for a class that some fold would lack.
+    Samples are sorted by class, shuffled within each class, and assigned round-robin over the complete sequence: the
+    folds' sizes, in total and per class, differ by at most one sample.
+    Raises: DataError if a class has fewer samples than folds.
     """
     for label, samples in zip(*np.unique(labels, return_counts=True), strict=True):
-        if samples < of:
+        if samples < num_folds:
             name = f" ('{dataset.classes[label]}')" if dataset.classes and label < len(dataset.classes) else ""
             raise DataError(
-                f"{dataset.folder}: class {label}{name} has {samples} samples, too few for {of} folds that each hold some "
-                f"of it: make fewer folds"
+                f"{dataset.folder}: class {label}{name} has {samples} samples, too few for {num_folds} folds that each "
+                f"hold some of it: make fewer folds"
             )
-    line = np.lexsort((hash_ids(place, np.arange(len(labels))), labels))
+    shuffled = np.lexsort((hash_ids(key, np.arange(len(labels))), labels))
     folds = np.empty(len(labels), dtype=np.int64)
-    folds[line] = np.arange(len(labels)) % of
+    folds[shuffled] = np.arange(len(labels)) % num_folds
     return folds
 
 
 def _sample_per_class(
-    dataset: Dataset, cfg: DataConfig, labels: np.ndarray, among: np.ndarray, part: SubsetName, place: int
+    dataset: Dataset, cfg: DataConfig, labels: np.ndarray, candidates: np.ndarray, subset: SubsetName, key: int
 ) -> np.ndarray:
-    """The train or the holdout part of the samples ``among``, ids of the split, ascending."""
-    wanted, theirs = cfg.per_class or 0, labels[among]
-    drawn = []
+    """Return the train or holdout subset of the sample ids ``candidates``, ascending."""
+    num_train, candidate_labels = cfg.per_class or 0, labels[candidates]
+    chosen_ids = []
     for label in np.unique(labels):
-        members = among[theirs == label]
-        needed = wanted + cfg.holdout_per_class
+        members = candidates[candidate_labels == label]
+        needed = num_train + cfg.holdout_per_class
         if len(members) < needed or (cfg.per_class is None and len(members) == needed):
             outside = "" if cfg.fold is None else f" outside fold {cfg.fold.number} of {cfg.fold.of}"
             raise DataError(
                 f"{dataset.folder}: class {int(label)} has {len(members)} samples{outside}, too few for "
-                f"data.per_class={wanted} and data.holdout_per_class={cfg.holdout_per_class}"
+                f"data.per_class={num_train} and data.holdout_per_class={cfg.holdout_per_class}"
             )
-        members = members[np.argsort(hash_ids(place, members), kind="stable")]
-        if part == "holdout":
-            drawn.append(members[wanted:needed])
+        members = members[np.argsort(hash_ids(key, members), kind="stable")]
+        if subset == "holdout":
+            chosen_ids.append(members[num_train:needed])
         else:
-            drawn.append(members[: cfg.per_class] if cfg.per_class else members[needed:])
-    return np.sort(np.concatenate(drawn))
+            chosen_ids.append(members[: cfg.per_class] if cfg.per_class else members[needed:])
+    return np.sort(np.concatenate(chosen_ids))

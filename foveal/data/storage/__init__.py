@@ -1,1 +1,1 @@
-"""Bytes of shards from folders, object stores and the node's cache."""
+"""Access to shard files in local folders, object stores and the node's download cache."""

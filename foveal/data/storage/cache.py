@@ -1,8 +1,9 @@
-"""The node's own copies of files behind URLs, shared by its ranks and jobs. The kernel's file locks are its only state.
+"""Node-local copies of remote files, shared by ranks and jobs; coordinated by the kernel's file locks alone.
 
-A copy is written as `<name>.part` under a lock on that file, checked, and renamed: what has its name is whole. A part
-is made as large as it will be, so that the sizes in the folder are what is promised of the disk; when it was last
-written tells waiters that it moves. A process that dies lets go of its locks, and the next one starts its part anew.
+A download is written to `<name>.part` under a lock on that file, verified, and renamed: a file with its final name is
+complete. A part file is first extended to its final size, so that the sizes in the folder are the reserved disk space;
+its modification time shows waiting processes that the download progresses. A process that dies releases its locks, and
+the next process starts the download anew.
 """
 
 import contextlib
@@ -29,23 +30,21 @@ from foveal.errors import ConfigError, DataError, StorageUnreachableError
 
 _log = logging.getLogger(__name__)
 
-_LOCK = ".lock"  # held while room is made: who makes room sees all that was promised before
+_LOCK = ".lock"  # locked during eviction, so that every process counts all earlier reservations
 _PART = ".part"
-_COPY_NAME = re.compile("[0-9a-f]{20}-")  # whatever else lies in the folder is somebody's, and stays
-_MAX_POLL_SECONDS = 0.05  # longest pause, in seconds, between two looks at a lock that another holds
-_PREFETCH_MIN_IDLE = (
-    120.0  # seconds that a copy must lie unused before a download that nobody waits for may take its room
-)
-_SLACK = 0.05  # share of the limit that stays free after room was made, so that not every download makes some
-_THRASH_SECONDS = 15.0  # seconds: a copy removed so soon after its last use will be wanted again
+_COPY_NAME = re.compile("[0-9a-f]{20}-")  # other files in the folder are foreign and stay
+_MAX_POLL_SECONDS = 0.05  # longest pause between two attempts at a lock
+_PREFETCH_MIN_IDLE = 120.0  # seconds that a copy must be unused before a prefetch may evict it
+_SLACK = 0.05  # fraction of the limit that an eviction leaves free, so that not every download has to evict
+_THRASH_SECONDS = 15.0  # a copy evicted within this time of its last use will be downloaded again
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A remote file and how its copy is known to be right.
+    """Remote file and the properties that its copy must have.
 
-    version: what tells this file from others that had its name; size: in bytes, None: the server is asked;
-    sha256: of its bytes, in hex, where known; check: raises DataError if the file is not what it should be.
+    version: distinguishes contents under the same name. size: in bytes (None: the server's answer). sha256: hex digest
+    (None: unknown). validate: raises DataError if the downloaded file is invalid.
     """
 
     folder: RemoteFolder
@@ -57,69 +56,71 @@ class RemoteFile:
 
     @property
     def cache_name(self) -> str:
-        """The name of its copy, which no other file or version has."""
-        told = json.dumps([self.folder.display_path(), self.name, self.version, self.size, self.sha256])
-        return f"{hashlib.sha256(told.encode()).hexdigest()[:20]}-{self.name[-100:]}"
+        """File name of the copy, unique to file and version."""
+        identity = json.dumps([self.folder.display_path(), self.name, self.version, self.size, self.sha256])
+        return f"{hashlib.sha256(identity.encode()).hexdigest()[:20]}-{self.name[-100:]}"
 
 
 class CacheFullError(DataError):
-    """A copy does not fit into the cache: at all, or now, when nobody waits for it."""
+    """A file does not fit into the cache: never, or, for a prefetch, not now."""
 
 
 class DownloadCache:
-    """A folder of copies that holds at most ``limit`` bytes; those unused for the longest go first.
+    """Folder of copies of at most ``max_bytes``, with least-recently-used eviction.
 
-    Any number of threads, processes and jobs may share the folder. A copy that is removed while it is read stays whole
-    for its readers. patience: seconds to wait for another process whose download does not move.
+    Threads, processes and jobs may share the folder. An evicted copy stays readable through open descriptors.
+    stall_timeout: seconds to wait for another process whose download makes no progress.
     """
 
     def __init__(self, folder: Path, max_bytes: int, stall_timeout: float) -> None:
         self.folder, self.max_bytes, self.stall_timeout = folder, max_bytes, stall_timeout
-        self._pulse = 0
-        self._counting = threading.Lock()
-        self._warned = False
+        self._progress = 0
+        self._progress_lock = threading.Lock()
+        self._has_warned = False
 
     def open_file(self, file: RemoteFile, *, is_prefetch: bool = False) -> int:
-        """A descriptor to read the copy of a file from, downloaded if need be; the caller closes it.
+        """Return a read descriptor of a file's copy, downloaded if necessary; the caller closes it.
 
-        ahead: nobody waits for it yet, so it takes no room from copies that are in use.
-        Raises: DataError that names the file: it cannot be read, keeps arriving damaged, or (NoRoom) does not fit.
+        is_prefetch: no reader waits yet, so copies in use are not evicted.
+        Raises: DataError that names the file if it cannot be read or every download is damaged; CacheFullError if it
+        does not fit.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             return self._open(file, is_prefetch)
         except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            is_disk_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            problem = (
+                "is on a full disk: lower data.cache.gigabytes, or" if is_disk_full else f"cannot be used ({error}):"
+            )
             raise DataError(
-                f"{file.folder.display_path(file.name)} cannot be copied, {self.folder} "
-                f"{'is on a full disk: lower data.cache.gigabytes, or' if full else f'cannot be used ({error}):'} "
+                f"{file.folder.display_path(file.name)} cannot be copied, {self.folder} {problem} "
                 f"set data.cache.dir to another folder"
             ) from None
 
     def progress(self) -> int:
-        """Grows while bytes arrive, here or in another process that this one waits for."""
-        return self._pulse
+        """Return a counter that grows while bytes arrive, in this process or in one that it waits for."""
+        return self._progress
 
     def discard_copy(self, file: RemoteFile) -> None:
-        """Remove a copy that turned out to be damaged; who wants it next downloads it again."""
+        """Remove a damaged copy; the next ``open_file`` downloads it again."""
         (self.folder / file.cache_name).unlink(missing_ok=True)
 
-    def _open(self, wanted: RemoteFile, ahead: bool) -> int:
-        copy = self.folder / wanted.cache_name
+    def _open(self, file: RemoteFile, is_prefetch: bool) -> int:
+        copy = self.folder / file.cache_name
         part = copy.with_name(copy.name + _PART)
         while True:
-            found = _open_existing(copy, wanted.size)
-            if found is not None:
-                return found
-            descriptor = self._wait_for_lock(
-                part, f"{wanted.folder.display_path(wanted.name)} is being copied", copy.exists
-            )
+            existing = _open_existing(copy, file.size)
+            if existing is not None:
+                return existing
+            activity = f"{file.folder.display_path(file.name)} is being copied"
+            descriptor = self._wait_for_lock(part, activity, copy.exists)
             if descriptor is None:
                 continue
             try:
-                if not copy.exists():  # it may have come between the two looks
-                    self._download(wanted, descriptor, part, ahead)
-                    with self._eviction_lock():  # who counts the files meanwhile would see neither name
+                if not copy.exists():  # another process may have finished it before this one got the lock
+                    self._download(file, descriptor, part, is_prefetch)
+                    with self._eviction_lock():  # a scan of the folder during the rename could miss both names
                         part.rename(copy)
                     return descriptor
                 part.unlink()
@@ -129,110 +130,114 @@ class DownloadCache:
                 raise
             os.close(descriptor)
 
-    def _wait_for_lock(self, file: Path, doing: str, done: Callable[[], bool] = lambda: False) -> int | None:
-        """A descriptor with the lock on the file of this name; None if ``done`` while another held it.
+    def _wait_for_lock(self, path: Path, activity: str, is_done: Callable[[], bool] = lambda: False) -> int | None:
+        """Return a descriptor that locks the file at ``path``; None if ``is_done()`` while another process has it.
 
-        Raises: DataError if the other has not written to the file for as long as the patience.
+        Raises: StorageUnreachableError if the other process has not written to the file for ``stall_timeout`` seconds.
         """
-        moved, since, pause = 0, time.monotonic(), _MAX_POLL_SECONDS / 64
-        while not done():
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            if _try_lock(descriptor) and _has_name(descriptor, file):
+        last_write_ns, last_progress, pause = 0, time.monotonic(), _MAX_POLL_SECONDS / 64
+        while not is_done():
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            if _try_lock(descriptor) and _has_name(descriptor, path):
                 return descriptor
-            about = os.fstat(descriptor)
+            status = os.fstat(descriptor)
             os.close(descriptor)
-            if about.st_blocks and about.st_mtime_ns != moved:  # an empty part may be one attempt after another
-                moved, since = about.st_mtime_ns, time.monotonic()
+            # The mtime of an empty part is no progress: every failing attempt may create a part anew.
+            if status.st_blocks and status.st_mtime_ns != last_write_ns:
+                last_write_ns, last_progress = status.st_mtime_ns, time.monotonic()
                 self._add_progress(1)
-            elif time.monotonic() - since > self.stall_timeout:
+            elif time.monotonic() - last_progress > self.stall_timeout:
                 raise StorageUnreachableError(
-                    f"{doing} by another process of this node that has not moved for {self.stall_timeout:g} s: end that "
-                    f"process, or set data.cache.dir to another folder"
+                    f"{activity} by another process of this node that has not moved for {self.stall_timeout:g} s: end "
+                    f"that process, or set data.cache.dir to another folder"
                 )
             time.sleep(pause)
             pause = min(2 * pause, _MAX_POLL_SECONDS)
         return None
 
-    def _download(self, wanted: RemoteFile, descriptor: int, part: Path, ahead: bool) -> None:
-        """Fill a locked part with a file, and see that it is the one wanted."""
-        where = wanted.folder.display_path(wanted.name)
-        size = wanted.folder.file_size(wanted.name)
-        if wanted.size not in (None, size):
+    def _download(self, file: RemoteFile, descriptor: int, part: Path, is_prefetch: bool) -> None:
+        """Download a file into its locked part file and verify the content."""
+        url = file.folder.display_path(file.name)
+        size = file.folder.file_size(file.name)
+        if file.size not in (None, size):
             raise DataError(
-                f"{where} has {size} bytes and {MANIFEST_NAME} says {wanted.size}: restore it, or index it again"
+                f"{url} has {size} bytes and {MANIFEST_NAME} says {file.size}: restore it, or index it again"
             )
-        self._reserve_space(where, size, descriptor, part, ahead)
-        wrong = ""
+        self._reserve_space(url, size, descriptor, part, is_prefetch)
+        fault = ""
         for attempt in range(1, MAX_ATTEMPTS + 1):
-            digest, at = hashlib.sha256(), 0
-            for piece in wanted.folder.iter_chunks(wanted.name, size):
-                digest.update(piece)
-                _write_all(descriptor, piece, at)
-                at += len(piece)
-                self._add_progress(len(piece))
-            wrong = _find_fault(wanted, digest.hexdigest(), part)
-            if not wrong:
-                os.fsync(descriptor)  # or a power cut could leave a name without its bytes
+            digest, offset = hashlib.sha256(), 0
+            for chunk in file.folder.iter_chunks(file.name, size):
+                digest.update(chunk)
+                _write_all(descriptor, chunk, offset)
+                offset += len(chunk)
+                self._add_progress(len(chunk))
+            fault = _find_fault(file, digest.hexdigest(), part)
+            if not fault:
+                os.fsync(descriptor)  # after a power cut the name must not exist without the bytes
                 return
-            _log.warning("%s: attempt %d of %d brought wrong bytes (%s)", where, attempt, MAX_ATTEMPTS, wrong)
+            _log.warning("%s: attempt %d of %d brought wrong bytes (%s)", url, attempt, MAX_ATTEMPTS, fault)
         raise DataError(
-            f"{where} is damaged: {MAX_ATTEMPTS} downloads brought wrong bytes ({wrong}): restore it, or index it again"
+            f"{url} is damaged: {MAX_ATTEMPTS} downloads brought wrong bytes ({fault}): restore it, or index it again"
         )
 
-    def _reserve_space(self, where: str, size: int, descriptor: int, part: Path, ahead: bool) -> None:
-        """Make the part as large as the file will be, once other copies have left that much of the limit."""
+    def _reserve_space(self, url: str, size: int, descriptor: int, part: Path, is_prefetch: bool) -> None:
+        """Evict copies until ``size`` bytes fit, then extend the part file to that size."""
         if size > self.max_bytes:
             raise CacheFullError(
-                f"{where} has {size / 1e9:.3g} GB and the cache {self.folder} may hold {self.max_bytes / 1e9:.3g} GB: "
+                f"{url} has {size / 1e9:.3g} GB and the cache {self.folder} may hold {self.max_bytes / 1e9:.3g} GB: "
                 f"raise data.cache.gigabytes"
             )
-        until = time.monotonic() + self.stall_timeout
+        deadline = time.monotonic() + self.stall_timeout
         while True:
             with self._eviction_lock():
-                if self._evict(size, part, _PREFETCH_MIN_IDLE if ahead else 0.0):
+                if self._evict(size, part, _PREFETCH_MIN_IDLE if is_prefetch else 0.0):
                     os.ftruncate(descriptor, size)
                     return
-            if ahead or time.monotonic() > until:
+            if is_prefetch or time.monotonic() > deadline:
                 raise CacheFullError(
-                    f"{where} does not fit into the cache {self.folder}: its {self.max_bytes / 1e9:.3g} GB are taken by "
+                    f"{url} does not fit into the cache {self.folder}: its {self.max_bytes / 1e9:.3g} GB are taken by "
                     f"downloads under way; raise data.cache.gigabytes"
                 )
             time.sleep(_MAX_POLL_SECONDS)
 
     @contextmanager
     def _eviction_lock(self) -> Iterator[None]:
-        """Alone with the names and promised sizes of the folder's files."""
-        lock = self._wait_for_lock(self.folder / _LOCK, f"{self.folder}: room is being made")
+        """Exclude other processes from changing the names and reserved sizes of the folder's files."""
+        lock = self._wait_for_lock(self.folder / _LOCK, f"{self.folder}: old copies are being removed")
         assert lock is not None
         try:
             yield
         finally:
             os.close(lock)
 
-    def _evict(self, size: int, part: Path, rest: float) -> bool:
-        """Remove what has lain unused for the longest (and for ``rest`` seconds) until ``size`` bytes fit, if they can."""
-        now, taken, old = time.time(), 0, []
+    def _evict(self, size: int, part: Path, min_idle: float) -> bool:
+        """Remove least recently used copies, unused for ``min_idle`` seconds, until ``size`` bytes fit.
+
+        Returns: whether they fit; if they cannot, no copy is removed.
+        """
+        now, used_bytes, candidates = time.time(), 0, []
         with os.scandir(self.folder) as entries:
             for entry in entries:
                 with contextlib.suppress(FileNotFoundError):
                     if entry.name == part.name or not _COPY_NAME.match(entry.name):
                         continue
                     if entry.name.endswith(_PART):
-                        taken += _reserved_bytes(entry.path)
+                        used_bytes += _reserved_bytes(entry.path)
                         continue
-                    about = entry.stat(follow_symlinks=False)
-                    taken += about.st_size
-                    if now - about.st_mtime >= rest:
-                        old.append((about.st_mtime, about.st_size, entry.path))
-        if taken + size <= self.max_bytes:
+                    status = entry.stat(follow_symlinks=False)
+                    used_bytes += status.st_size
+                    if now - status.st_mtime >= min_idle:
+                        candidates.append((status.st_mtime, status.st_size, entry.path))
+        if used_bytes + size <= self.max_bytes:
             return True
-        if taken + size - sum(held for _, held, _ in old) > self.max_bytes:
+        if used_bytes + size - sum(copy_bytes for _, copy_bytes, _ in candidates) > self.max_bytes:
             return False
-        for used, held, path in sorted(old):
-            if taken + size <= max(size, self.max_bytes * (1 - _SLACK)):
+        for last_use, copy_bytes, path in sorted(candidates):
+            if used_bytes + size <= max(size, self.max_bytes * (1 - _SLACK)):
                 break
-            if now - used < _THRASH_SECONDS and not self._warned:
-                self._warned = True
+            if now - last_use < _THRASH_SECONDS and not self._has_warned:
+                self._has_warned = True
                 _log.warning(
                     "%s: the %.3g GB of data.cache.gigabytes are fewer than the shards in use have: they are "
                     "downloaded again and again",
@@ -240,48 +245,49 @@ class DownloadCache:
                     self.max_bytes / 1e9,
                 )
             Path(path).unlink(missing_ok=True)
-            taken -= held
+            used_bytes -= copy_bytes
         return True
 
-    def _add_progress(self, moved: int) -> None:
-        with self._counting:
-            self._pulse += moved
+    def _add_progress(self, amount: int) -> None:
+        with self._progress_lock:
+            self._progress += amount
 
 
 def open_cache(cfg: CacheConfig, stall_timeout: float) -> DownloadCache:
-    """The cache that the settings name.
+    """Return the cache that the settings configure.
 
-    Raises: ConfigError for an environment variable that is not set; DataError if the default folder is another's.
+    Raises: ConfigError if an environment variable is not set or the folder is a URL; DataError if the folder cannot be
+    made, or if other users own or may write to the default folder.
     """
-    limit = int(cfg.gigabytes * 1e9)
+    max_bytes = int(cfg.gigabytes * 1e9)
     if cfg.dir is not None:
-        named = expand_path(cfg.dir, "data.cache.dir")
-        if is_remote(named):
-            raise ConfigError(f"data.cache.dir: {named} is a URL: give a folder on the node's own disk")
+        path = expand_path(cfg.dir, "data.cache.dir")
+        if is_remote(path):
+            raise ConfigError(f"data.cache.dir: {path} is a URL: give a folder on the node's own disk")
         try:
-            Path(named).mkdir(parents=True, exist_ok=True)
+            Path(path).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DataError(f"data.cache.dir: {named} cannot be made ({error}): set it to another folder") from None
-        return DownloadCache(Path(named), limit, stall_timeout)
+            raise DataError(f"data.cache.dir: {path} cannot be made ({error}): set it to another folder") from None
+        return DownloadCache(Path(path), max_bytes, stall_timeout)
     folder = Path(tempfile.gettempdir()) / f"foveal-cache-{os.getuid()}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
-        about = folder.lstat()
+        status = folder.lstat()
     except OSError as error:
         raise DataError(f"{folder} cannot be made ({error}): set data.cache.dir to another folder") from None
-    if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid() or about.st_mode & 0o022:
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise DataError(f"{folder} is not yours alone to write to: set data.cache.dir to another folder")
-    return DownloadCache(folder, limit, stall_timeout)
+    return DownloadCache(folder, max_bytes, stall_timeout)
 
 
 def _open_existing(copy: Path, size: int | None) -> int | None:
-    """A descriptor of a copy that is there, now noted as used. One of a wrong size is damaged, and removed."""
+    """Return a descriptor of an existing copy and renew its modification time; remove a copy of the wrong size."""
     try:
         descriptor = os.open(copy, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     if size in (None, os.fstat(descriptor).st_size):
-        with contextlib.suppress(PermissionError):  # another user's copy in a shared folder serves as well
+        with contextlib.suppress(PermissionError):  # another user's copy in a shared folder is usable too
             os.utime(descriptor)
         return descriptor
     os.close(descriptor)
@@ -289,16 +295,16 @@ def _open_existing(copy: Path, size: int | None) -> int | None:
     return None
 
 
-def _find_fault(wanted: RemoteFile, sha256: str, part: Path) -> str:
-    """What is wrong with a part that has arrived; empty if nothing is."""
-    if wanted.sha256 not in (None, sha256):
-        return f"their sha256 is {sha256[:12]}, {MANIFEST_NAME} says {wanted.sha256[:12]}"
+def _find_fault(file: RemoteFile, sha256: str, part: Path) -> str:
+    """Return the fault of a downloaded part; empty if it is valid."""
+    if file.sha256 not in (None, sha256):
+        return f"their sha256 is {sha256[:12]}, {MANIFEST_NAME} says {file.sha256[:12]}"
     try:
-        if wanted.validate:
-            wanted.validate(part)
+        if file.validate:
+            file.validate(part)
     except DataError as error:
-        where = wanted.folder.display_path
-        return str(error).replace(str(part), where(wanted.name)).replace(str(part.parent), where())
+        url, folder_url = file.folder.display_path(file.name), file.folder.display_path()
+        return str(error).replace(str(part), url).replace(str(part.parent), folder_url)
     return ""
 
 
@@ -310,16 +316,16 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 
-def _has_name(descriptor: int, file: Path) -> bool:
-    """Whether an open file still has this name; another may have renamed or removed it before the lock was ours."""
+def _has_name(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still at ``path``; another process may have renamed or removed it before the lock."""
     try:
-        return os.path.samestat(os.fstat(descriptor), file.stat())
+        return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
 
 
 def _reserved_bytes(part: str) -> int:
-    """Bytes of a part that is being written; one whose process is dead is removed, under its lock."""
+    """Return the bytes that a part file reserves; remove the part, under its lock, if its process is dead."""
     descriptor = os.open(part, os.O_RDWR | os.O_CLOEXEC)
     try:
         if not _try_lock(descriptor):

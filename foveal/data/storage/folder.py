@@ -1,4 +1,4 @@
-"""A folder of shards, here or behind a URL, by the same few verbs."""
+"""Folders of shards, local or remote, behind one protocol."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -11,11 +11,11 @@ from foveal.errors import DataError
 from foveal.timeouts import read_with_timeout
 
 T = TypeVar("T")
-_REQUEST_TIMEOUT = 120.0  # seconds for one request with all its attempts; nobody waits for ranks here
+_REQUEST_TIMEOUT = 120.0  # seconds for a request with all its attempts; no other rank waits for these callers
 
 
 class Folder(Protocol):
-    """What indexing, verifying and showing need of a folder; ``remote.Remote`` says what each verb does."""
+    """Operations on a folder that indexing, verifying and showing need; documented in ``RemoteFolder``."""
 
     def display_path(self, name: str = "") -> str: ...
     def file_sizes(self) -> dict[str, int | None]: ...
@@ -27,30 +27,30 @@ class Folder(Protocol):
 
 
 def resolve_folder(path_or_url: str) -> Folder:
-    """The folder at a path or URL. Raises: DataError if the URL has no driver."""
+    """Return the folder at a path or URL. Raises: DataError if no driver for the URL is installed."""
     return RemoteFolder(path_or_url, _REQUEST_TIMEOUT) if is_remote(path_or_url) else LocalFolder(path_or_url)
 
 
 class LocalFolder:
-    """A folder of this machine.
+    """Folder on this machine.
 
-    patience: seconds that a call may stand still. Raises: DataError, one sentence, where the system says OSError;
-    Unreachable where it says nothing. What was opened is read without a limit.
+    timeout: seconds that a call may make no progress; reads of an open file have no limit.
+    Raises: from all methods DataError for an OSError, StorageUnreachableError if storage does not answer.
     """
 
     def __init__(self, folder: str, timeout: float = _REQUEST_TIMEOUT) -> None:
-        self.folder, self._patience = Path(folder), timeout
+        self.folder, self._timeout = Path(folder), timeout
 
     def display_path(self, name: str = "") -> str:
         return str(self.folder / name)
 
     def file_sizes(self) -> dict[str, int | None]:
-        def listed() -> dict[str, int | None]:
+        def scan() -> dict[str, int | None]:
             with os.scandir(self.folder) as entries:
                 return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
 
         try:
-            return read_with_timeout(self.folder, self._patience, listed)
+            return read_with_timeout(self.folder, self._timeout, scan)
         except OSError as error:
             raise DataError(f"{self.folder}: no folder of shards ({error})") from None
 
@@ -61,17 +61,17 @@ class LocalFolder:
         return self._stat(name).st_mtime
 
     def read_range(self, name: str, start: int, stop: int) -> bytes:
-        def asked() -> bytes:
+        def read() -> bytes:
             with (self.folder / name).open("rb") as stream:
                 stream.seek(start)
                 return stream.read(stop - start)
 
-        return self._call_with_timeout(name, asked)
+        return self._call_with_timeout(name, read)
 
     def iter_chunks(self, name: str, size: int) -> Iterator[bytes]:
         with self.open_file(name) as stream:
-            while piece := stream.read(CHUNK_BYTES):
-                yield piece
+            while chunk := stream.read(CHUNK_BYTES):
+                yield chunk
 
     def open_file(self, name: str) -> IO[bytes]:
         return self._call_with_timeout(name, lambda: (self.folder / name).open("rb"))
@@ -81,6 +81,6 @@ class LocalFolder:
 
     def _call_with_timeout(self, name: str, call: Callable[[], T]) -> T:
         try:
-            return read_with_timeout(self.display_path(name), self._patience, call)
+            return read_with_timeout(self.display_path(name), self._timeout, call)
         except OSError as error:
             raise DataError(f"{self.display_path(name)} cannot be read ({error})") from None

@@ -1,4 +1,4 @@
-"""Files that will be needed, copied into the node's cache before anybody waits for them."""
+"""Background downloads into the node's cache, before any reader waits for the files."""
 
 import collections
 import logging
@@ -12,61 +12,62 @@ from foveal.errors import DataError
 
 _log = logging.getLogger(__name__)
 
-_MAX_THREADS = 4  # files
-_REPEAT_SECONDS = 5.0  # seconds after which the same files are looked at again, and noted as in use
+_MAX_THREADS = 4  # concurrent downloads
+_REFRESH_SECONDS = 5.0  # an unchanged request is repeated only after this time, to mark its copies as in use
 
 
 class Prefetcher:
-    """Daemon threads that copy what was asked for last, in its order, and end when there is nothing left to do."""
+    """Daemon threads that download the most recently requested files, in order, and exit when the queue is empty."""
 
     def __init__(self, cache: DownloadCache) -> None:
         self._cache = cache
         self._lock = threading.Lock()
-        self._asked: list[RemoteFile] = []
-        self._when = 0.0
-        self._waiting: collections.deque[RemoteFile] = collections.deque()
-        self._busy: set[RemoteFile] = set()
+        self._request: list[RemoteFile] = []
+        self._request_time = 0.0
+        self._queue: collections.deque[RemoteFile] = collections.deque()
+        self._in_progress: set[RemoteFile] = set()
         self._threads = 0
 
     def request_files(self, files: Sequence[RemoteFile]) -> None:
-        """Copy these files in this order; what was asked for before and has not begun is dropped.
+        """Download ``files`` in this order, in place of earlier requests that have not started.
 
-        Copies that are there are noted as in use, so that room is made from others. Never more than the cache holds.
+        Existing copies are marked as in use, so that other copies are evicted first. A request is truncated to the size
+        of the cache.
         """
         files = self._limit_to_cache(files)
         with self._lock:
-            if files == self._asked and time.monotonic() - self._when < _REPEAT_SECONDS:
+            if files == self._request and time.monotonic() - self._request_time < _REFRESH_SECONDS:
                 return
-            self._asked, self._when = files, time.monotonic()
-            self._waiting = collections.deque(each for each in files if each not in self._busy)
-            for _ in range(min(_MAX_THREADS, len(self._waiting)) - self._threads):
+            self._request, self._request_time = files, time.monotonic()
+            self._queue = collections.deque(file for file in files if file not in self._in_progress)
+            for _ in range(min(_MAX_THREADS, len(self._queue)) - self._threads):
                 self._threads += 1
                 threading.Thread(target=self._work, name="foveal-prefetch", daemon=True).start()
 
-    def _limit_to_cache(self, wanted: Sequence[RemoteFile]) -> list[RemoteFile]:
+    def _limit_to_cache(self, files: Sequence[RemoteFile]) -> list[RemoteFile]:
         fitting, total = [], 0
-        for each in wanted:
-            total += each.size or 0
+        for file in files:
+            total += file.size or 0
             if total > self._cache.max_bytes:
                 break
-            fitting.append(each)
+            fitting.append(file)
         return fitting
 
     def _work(self) -> None:
         while True:
             with self._lock:
-                if not self._waiting:
+                if not self._queue:
                     self._threads -= 1
                     return
-                wanted = self._waiting.popleft()
-                self._busy.add(wanted)
+                file = self._queue.popleft()
+                self._in_progress.add(file)
             try:
-                os.close(self._cache.open_file(wanted, is_prefetch=True))
+                os.close(self._cache.open_file(file, is_prefetch=True))
             except CacheFullError:
                 with self._lock:
-                    self._waiting.clear()
-            except DataError as error:  # whoever needs it will say so
+                    self._queue.clear()
+            except DataError as error:  # the reader that needs the file raises the error again
                 _log.warning("not fetched ahead: %s", error)
             finally:
                 with self._lock:
-                    self._busy.discard(wanted)
+                    self._in_progress.discard(file)

@@ -1,4 +1,4 @@
-"""One folder behind a URL. Every call ends: it is bounded in time, tried again, and then fails with a sentence."""
+"""Folder behind a URL. Every call has a time limit and a number of attempts, and then raises DataError."""
 
 import asyncio
 import datetime as dt
@@ -16,32 +16,31 @@ from foveal.redact import redact_urls
 
 _log = logging.getLogger(__name__)
 
-CHUNK_BYTES = (
-    1 << 23
-)  # bytes asked for at once where a whole file is wanted: few requests, and soon seen when one stalls
+CHUNK_BYTES = 1 << 23  # bytes per request for a complete file: few requests, and a stalled request shows soon
 MAX_ATTEMPTS = 5
-_FIRST_WAIT = 0.5  # seconds before the second attempt; then five times as long each time, to ride out a short outage
-_BLOCK = 1 << 20  # bytes that `open` reads ahead: what a request costs in time, an object store sends in 1 to 2 MB
-_GRACE = 1.0  # seconds that a call may outlive its own limit before it is given up from outside
+_FIRST_WAIT = 0.5  # seconds before the second attempt, then 5 times longer each time: outlasts a short outage
+_BLOCK = 1 << 20  # read-ahead of `open_file`; an object store sends 1 to 2 MB in the time that a request costs
+_GRACE = 1.0  # seconds that a call may exceed its own limit before the waiting thread abandons it
 
 _DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
-_REFUSALS = (401, 403, 404, 410)  # HTTP: no credentials, forbidden, not there, gone
-_MODIFIED = ("LastModified", "Last-Modified", "mtime", "updated")  # what drivers call it
+_REFUSALS = (401, 403, 404, 410)  # HTTP: unauthorized, forbidden, not found, gone
+_MODIFIED = ("LastModified", "Last-Modified", "mtime", "updated")  # the drivers' keys for it
 
 
 class RemoteNotFoundError(DataError):
-    """A file or folder that does not exist, or that these credentials may not read: asking again cannot help."""
+    """A file or folder does not exist, or these credentials may not read it; a retry cannot help."""
 
 
 class RemoteFolder:
-    """A folder behind a URL that fsspec has a driver for (s3, gs, http, https, file). Serves any number of threads.
+    """Folder behind a URL that fsspec has a driver for (s3, gs, http, https, file). Thread-safe.
 
-    folder: as given; patience: seconds within which every call ends. One request has an eighth of them.
-    Raises: DataError if no driver is installed; from all methods: NotThere, or DataError after the last attempt.
+    timeout: seconds within which every call ends, with all its attempts; one attempt may take an eighth of them.
+    Raises: DataError if no driver is installed. From all methods: RemoteNotFoundError, or StorageUnreachableError after
+    the last attempt.
     """
 
     def __init__(self, folder: str, timeout: float) -> None:
-        import fsspec  # only data behind URLs needs it: 0.1 s of import
+        import fsspec  # takes 0.1 s; only remote data needs it
 
         self.folder = folder.rstrip("/")
         self.timeout = timeout
@@ -58,69 +57,70 @@ class RemoteFolder:
         except ValueError as error:
             raise DataError(f"{redact_urls(folder)} cannot be opened ({error})") from None
         self._root, mark, query = root.partition("?") if protocol in ("http", "https") else (root, "", "")
-        self._root, self._query = self._root.rstrip("/"), mark + query  # a signature is of every file in the folder
+        self._root = self._root.rstrip("/")
+        self._query = mark + query  # the signature of a signed URL holds for every file of the folder
         self._ignores_range = False
-        self._modified: dict[str, float | None] = {}  # as the last listing says
+        self._modified: dict[str, float | None] = {}  # from the last listing
 
     def display_path(self, name: str = "") -> str:
-        """The URL of a file, for sentences: without credentials."""
+        """Return the URL of a file without credentials, for messages."""
         folder = self.folder.removesuffix(self._query).rstrip("/")
         return redact_urls(f"{folder}/{name}".rstrip("/"))
 
     def file_sizes(self) -> dict[str, int | None]:
-        """The files of the folder and their bytes; None where the server does not say (HTTP)."""
+        """Return the files of the folder and their sizes in bytes; None if the server does not report one (HTTP)."""
 
-        def listed() -> Any:
+        def list_folder() -> Any:
             self._filesystem.invalidate_cache()
             try:
                 return self._call_driver("ls", f"{self._root}{self._query}", detail=True)
             finally:
-                self._filesystem.invalidate_cache()  # or `size` would answer from it, whatever became of the file
+                self._filesystem.invalidate_cache()  # `file_size` must not answer from the cache
 
-        found = {
-            entry["name"].rsplit("/", 1)[-1]: entry for entry in self._retry("", listed) if entry["type"] == "file"
+        entries = {
+            entry["name"].rsplit("/", 1)[-1]: entry for entry in self._retry("", list_folder) if entry["type"] == "file"
         }
-        if not found and self.folder.startswith("http"):
+        if not entries and self.folder.startswith("http"):
             raise RemoteNotFoundError(f"{self.display_path()}: the server does not list what is there")
-        self._modified = {name: _parse_modified_time(entry) for name, entry in found.items()}
-        return {name: entry.get("size") for name, entry in found.items()}
+        self._modified = {name: _parse_modified_time(entry) for name, entry in entries.items()}
+        return {name: entry.get("size") for name, entry in entries.items()}
 
     def file_size(self, name: str) -> int:
-        """Bytes of a file."""
+        """Return the size of a file in bytes."""
         size = self._retry(name, lambda: self._call_driver("info", self._path(name))).get("size")
         if size is None:
             raise DataError(f"{self.display_path(name)}: the server does not say how large it is")
         return size
 
     def modified_time(self, name: str) -> float | None:
-        """When a file was written, in seconds since 1970, or None if the server does not say."""
+        """Return the modification time in seconds since 1970; None if the server does not report it."""
         return self._modified.get(name) or _parse_modified_time(
             self._retry(name, lambda: self._call_driver("info", self._path(name)))
         )
 
     def read_range(self, name: str, start: int, stop: int) -> bytes:
-        """The bytes start..stop-1 of a file that has as many."""
+        """Return bytes [start, stop) of a file."""
         return self._read_from(name, start, stop)[: stop - start]
 
     def iter_chunks(self, name: str, size: int) -> Iterator[bytes]:
-        """A whole file of ``size`` bytes from its start, in pieces."""
-        at = 0
-        while at < size:
-            stop = size if self._ignores_range else min(at + CHUNK_BYTES, size)
-            data = self._read_from(name, at, stop)[: size - at]
+        """Yield a file of ``size`` bytes in chunks."""
+        offset = 0
+        while offset < size:
+            stop = size if self._ignores_range else min(offset + CHUNK_BYTES, size)
+            data = self._read_from(name, offset, stop)[: size - offset]
             yield data
-            at += len(data)
+            offset += len(data)
 
     def open_file(self, name: str) -> IO[bytes]:
-        """A file to walk through: seekable, read ahead in blocks of 1 MiB."""
+        """Return a seekable stream with a read-ahead of 1 MiB."""
         return io.BufferedReader(_RemoteStream(self, name, self.file_size(name)), _BLOCK)
 
     def _read_from(self, name: str, start: int, stop: int) -> bytes:
-        """The bytes from ``start``: up to ``stop``, or further if the server sends the file whatever it is asked for."""
+        """Return bytes [start, stop), or more if the server ignores byte ranges and sends the complete file."""
         if start >= stop:
             return b""
 
-        def asked() -> bytes:
+        def fetch() -> bytes:
             data = self._call_driver("cat_file", self._path(name), start=start, end=stop)
             if len(data) > stop - start:
                 self._ignores_range = True
@@ -129,13 +129,13 @@ class RemoteFolder:
                 raise EOFError(f"{stop - start} bytes from {start} were asked for, {len(data)} came")
             return data
 
-        return self._retry(name, asked)
+        return self._retry(name, fetch)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}{self._query}"
 
     def _retry(self, name: str, call: Callable[[], Any]) -> Any:
-        """What ``call`` returns, if need be at a later attempt."""
+        """Return the result of ``call``, which is repeated after transient errors."""
         wait = _FIRST_WAIT
         for attempt in range(1, MAX_ATTEMPTS + 1):
             try:
@@ -149,8 +149,9 @@ class RemoteFolder:
                     ) from None
                 if attempt == MAX_ATTEMPTS:
                     raise StorageUnreachableError(
-                        f"{self.display_path(name)} cannot be read, {MAX_ATTEMPTS} attempts failed ({_format_error(error)}): "
-                        f"see that the server answers (all of it within {self.timeout:g} s, in training data.patience_seconds)"
+                        f"{self.display_path(name)} cannot be read, {MAX_ATTEMPTS} attempts failed "
+                        f"({_format_error(error)}): see that the server answers (all of it within {self.timeout:g} s, "
+                        f"in training data.patience_seconds)"
                     ) from None
                 _log.warning(
                     "%s: attempt %d of %d failed (%s)",
@@ -163,14 +164,14 @@ class RemoteFolder:
             wait *= 5
         raise AssertionError
 
-    def _call_driver(self, method: str, *args: Any, **settings: Any) -> Any:
-        """Call a method of the driver and wait for it no longer than an eighth of the patience."""
+    def _call_driver(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a method of the fsspec driver; wait at most an eighth of ``timeout``."""
         limit = self.timeout / 8
         if self._filesystem.async_impl:
-            coroutine = asyncio.wait_for(getattr(self._filesystem, f"_{method}")(*args, **settings), limit)
+            coroutine = asyncio.wait_for(getattr(self._filesystem, f"_{method}")(*args, **kwargs), limit)
             future = asyncio.run_coroutine_threadsafe(coroutine, self._filesystem.loop)
         else:
-            future = _run_in_thread(lambda: getattr(self._filesystem, method)(*args, **settings))
+            future = _run_in_thread(lambda: getattr(self._filesystem, method)(*args, **kwargs))
             limit -= _GRACE
         try:
             return future.result(limit + _GRACE)
@@ -180,10 +181,10 @@ class RemoteFolder:
 
 
 class _RemoteStream(io.RawIOBase):
-    """A remote file as a raw stream."""
+    """Remote file as a raw stream."""
 
     def __init__(self, remote: RemoteFolder, name: str, size: int) -> None:
-        self._remote, self._name, self._size, self._at = remote, name, size, 0
+        self._remote, self._name, self._size, self._position = remote, name, size, 0
 
     def readable(self) -> bool:
         return True
@@ -192,27 +193,27 @@ class _RemoteStream(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        return self._at
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        return self._position
 
     def tell(self) -> int:
-        return self._at
+        return self._position
 
     def readinto(self, buffer: Any) -> int:
-        data = self._remote.read_range(self._name, self._at, min(self._at + len(buffer), self._size))
+        data = self._remote.read_range(self._name, self._position, min(self._position + len(buffer), self._size))
         buffer[: len(data)] = data
-        self._at += len(data)
+        self._position += len(data)
         return len(data)
 
 
 def _run_in_thread(call: Callable[[], Any]) -> Future[Any]:
-    """Run a call that nothing can interrupt where it may be left behind."""
+    """Run an uninterruptible call in a daemon thread, which the caller may abandon."""
     future: Future[Any] = Future()
 
     def run() -> None:
         try:
             result = call()
-        except Exception as error:  # noqa: BLE001 - it is the caller's, who waits for it
+        except Exception as error:  # noqa: BLE001 - raised again in the caller's thread
             future.set_exception(error)
         else:
             future.set_result(result)
@@ -222,25 +223,25 @@ def _run_in_thread(call: Callable[[], Any]) -> Future[Any]:
 
 
 def _is_permanent(error: BaseException) -> bool:
-    """Whether a server said no, rather than nothing."""
+    """Whether the error is final (refused, missing), so that a retry cannot help."""
     cause = error.__cause__
     if isinstance(error, FileNotFoundError) and cause is not None and type(cause).__module__.startswith("aiohttp"):
-        return _is_permanent(cause)  # fsspec calls every failure of a look at an HTTP file "not found"
+        return _is_permanent(cause)  # fsspec turns every failed HTTP request for a file's info into FileNotFoundError
     if type(error).__name__ == "NoCredentialsError" or getattr(error, "status", None) in _REFUSALS:
         return True
     return isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError)
 
 
 def _format_error(error: BaseException) -> str:
-    """One line about an error, without credentials."""
+    """Return one line about an error, without credentials."""
     text = redact_urls(" ".join(str(error).split()))[:300]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _parse_modified_time(entry: dict[str, Any]) -> float | None:
-    """When a file was written, from what a driver tells of it."""
+    """Return the modification time in seconds since 1970 from a driver's file entry; None if absent."""
     moment = next((entry[key] for key in _MODIFIED if entry.get(key)), None)
     if isinstance(moment, str):
-        iso = moment[:4].isdigit()
-        moment = dt.datetime.fromisoformat(moment) if iso else email.utils.parsedate_to_datetime(moment)
+        is_iso = moment[:4].isdigit()
+        moment = dt.datetime.fromisoformat(moment) if is_iso else email.utils.parsedate_to_datetime(moment)
     return moment.timestamp() if isinstance(moment, dt.datetime) else moment

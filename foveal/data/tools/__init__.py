@@ -1,1 +1,1 @@
-"""`foveal data`: index, verify, show, audit."""
+"""Command line of `foveal data`: index, verify, show, audit."""

@@ -1,4 +1,4 @@
-"""`foveal data`: make shards, index those of others, check them, look at them, prove what a run consumed."""
+"""`foveal data`: pack, index, verify and show shards, and audit the samples that a run consumed."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,10 +18,10 @@ from foveal.data.tools.verify import verify_dataset
 app = typer.Typer(help="Shards: pack, index, verify, show, audit.", no_args_is_help=True)
 app.add_typer(pack_app, name="pack")
 
-_PATIENCE = 60.0  # seconds that a command at a terminal waits for a server
+_STALL_TIMEOUT = 60.0  # seconds without data after which an interactive command gives up
 
 IndexOption = Annotated[
-    str | None, typer.Option("--index", help="Where manifest.json and *.index are, if not in PATH.")
+    str | None, typer.Option("--index", help="Folder or URL of manifest.json and *.index; default: PATH.")
 ]
 WorkersOption = Annotated[int, typer.Option(min=1, help="Threads.")]
 
@@ -30,16 +30,20 @@ WorkersOption = Annotated[int, typer.Option(min=1, help="Threads.")]
 def index_command(
     path: Annotated[str, typer.Argument(help="Folder or URL of plain tar shards, SPLIT-NUMBER.tar.")],
     index: Annotated[Path | None, typer.Option("--index", help="Folder for the index; default: PATH.")] = None,
-    classes: Annotated[str, typer.Option(help="Names of the classes by label, separated by commas.")] = "",
-    label_key: Annotated[str | None, typer.Option(help="Entry of .json members that is the label, not .cls.")] = None,
-    dotted_keys: Annotated[bool, typer.Option("--dotted-keys", help="Keys end at the last dot of a name.")] = False,
-    name: Annotated[str | None, typer.Option(help="Name of the data set; default: that of the folder.")] = None,
+    classes: Annotated[str, typer.Option(help="Class names in the order of the labels, separated by commas.")] = "",
+    label_key: Annotated[
+        str | None, typer.Option(help="Entry of .json members with the label; default: .cls members.")
+    ] = None,
+    dotted_keys: Annotated[
+        bool, typer.Option("--dotted-keys", help="A key ends at the last dot of a name; default: at the first.")
+    ] = False,
+    name: Annotated[str | None, typer.Option(help="Name of the data set; default: the folder's name.")] = None,
     workers: WorkersOption = 8,
-    again: Annotated[bool, typer.Option("--again", help="Walk shards again whose index is there.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Also index shards that have an index.")] = False,
 ) -> None:
-    """Index foreign WebDataset shards: headers are read, images are not, and no shard twice."""
+    """Index existing WebDataset shards. Reads tar headers and labels, not images; indexed shards are skipped."""
     notes: list[str] = []
-    with progress_bar("indexing shards") as done:
+    with progress_bar("indexing shards") as on_progress:
         manifest = index_folder(
             expand_path(path, "PATH"),
             None if index is None else Path(expand_path(str(index), "--index")),
@@ -50,7 +54,7 @@ def index_command(
             workers=workers,
             rebuild=again,
             on_warning=notes.append,
-            on_progress=done,
+            on_progress=on_progress,
         )
     _print_summary(manifest)
     for note in notes:
@@ -61,17 +65,21 @@ def index_command(
 def verify_command(
     path: Annotated[str, typer.Argument(help="Folder or URL of shards.")],
     index: IndexOption = None,
-    full: Annotated[bool, typer.Option("--full", help="Also sha256, tar headers, and every image decoded.")] = False,
-    record: Annotated[bool, typer.Option("--record", help="Write missing sha256 into the manifest.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Also check sha256 and tar headers, and decode every image.")
+    ] = False,
+    record: Annotated[
+        bool, typer.Option("--record", help="Compute missing sha256 and write them into the manifest.")
+    ] = False,
     workers: WorkersOption = 8,
 ) -> None:
-    """Check shards and indices against the manifest; exit code 1 and a list if anything is wrong."""
-    dataset = open_dataset(path, index, stall_timeout=_PATIENCE)
-    with progress_bar("verifying shards") as done:
-        wrong = verify_dataset(dataset, full=full, workers=workers, record_checksums=record, on_progress=done)
-    for sentence in wrong:
-        typer.echo(sentence)
-    if wrong:
+    """Check shards and indices against the manifest; list all faults and exit with 1 if there are any."""
+    dataset = open_dataset(path, index, stall_timeout=_STALL_TIMEOUT)
+    with progress_bar("verifying shards") as on_progress:
+        faults = verify_dataset(dataset, full=full, workers=workers, record_checksums=record, on_progress=on_progress)
+    for fault in faults:
+        typer.echo(fault)
+    if faults:
         raise typer.Exit(1)
     typer.echo(_format_verdict(dataset, full, record))
 
@@ -80,11 +88,13 @@ def verify_command(
 def show_command(
     path: Annotated[str, typer.Argument(help="Folder or URL of shards.")],
     index: IndexOption = None,
-    sheet: Annotated[str | None, typer.Option(metavar="FILE.png", help="Also draw 48 images with labels.")] = None,
-    split: Annotated[str | None, typer.Option(help="Split on the sheet; default: the first in the table.")] = None,
+    sheet: Annotated[
+        str | None, typer.Option(metavar="FILE.png", help="Also write a contact sheet: up to 48 images with labels.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split of the sheet; default: the first in the table.")] = None,
 ) -> None:
-    """Samples, shards and bytes of every split, samples of every class, and a sheet of images."""
-    dataset = open_dataset(path, index, stall_timeout=_PATIENCE)
+    """Print samples, shards and bytes per split and samples per class; optionally write a contact sheet."""
+    dataset = open_dataset(path, index, stall_timeout=_STALL_TIMEOUT)
     _print_summary(dataset.manifest)
     splits = [name for name, entry in dataset.manifest.splits.items() if entry.samples]
     if dataset.classes is not None and splits:
@@ -98,14 +108,14 @@ def show_command(
 
 @app.command("audit")
 def audit_command(
-    run: Annotated[Path, typer.Argument(help="Directory of a run that was trained with data.ledger=true.")],
-    against: Annotated[Path | None, typer.Option(help="Another run, to be compared slot by slot.")] = None,
+    run: Annotated[Path, typer.Argument(help="Directory of a run with data.ledger=true.")],
+    against: Annotated[Path | None, typer.Option(help="Directory of another run, compared slot by slot.")] = None,
 ) -> None:
-    """Prove from a run's ledger how often every sample was seen; exit code 1 if one came twice, or if runs differ."""
-    lines, well = format_audit_report(run, against)
+    """Count from a run's ledger how often it consumed every sample; exit with 1 on duplicates or if two runs differ."""
+    lines, passes = format_audit_report(run, against)
     for line in lines:
         typer.echo(line)
-    if not well:
+    if not passes:
         raise typer.Exit(1)
 
 
@@ -119,8 +129,10 @@ def _print_summary(manifest: Manifest) -> None:
 def _format_verdict(dataset: Dataset, full: bool, record: bool) -> str:
     shards = [shard for entry in dataset.manifest.splits.values() for shard in entry.shards]
     samples = sum(shard.samples for shard in shards)
-    unknown = 0 if record else sum(shard.sha256 is None for shard in shards)
-    said = f"{dataset.folder}: {samples:,} samples in {len(shards):,} shards are as the manifest says"
+    num_without_sha256 = 0 if record else sum(shard.sha256 is None for shard in shards)
+    verdict = f"{dataset.folder}: {samples:,} samples in {len(shards):,} shards are as the manifest says"
     if full:
-        said += ", and every image decodes"
-    return said + (f"; of {unknown:,} shards no sha256 is known, --record writes it" if unknown else "")
+        verdict += ", and every image decodes"
+    if num_without_sha256:
+        verdict += f"; the manifest has no sha256 for {num_without_sha256:,} shards, --record writes it"
+    return verdict

@@ -1,4 +1,4 @@
-"""A progress bar for work that a person waits for: on a terminal, on stderr, gone when the work is done."""
+"""A transient progress bar on stderr."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -10,11 +10,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextmanager
 def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
-    """Show how far ``name`` is; yields what is told (parts that are done, all parts). Without a terminal it is mute."""
+    """Show a progress bar; yield a callback (finished, total), which does nothing if stderr is no terminal."""
     if not sys.stderr.isatty():
-        yield lambda _done, _all: None
+        yield lambda _finished, _total: None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(description, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+        yield lambda finished, total: progress.update(task, completed=finished, total=total)

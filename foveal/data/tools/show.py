@@ -1,4 +1,4 @@
-"""A data set to look at: how many samples of every class, and a sheet of images with their labels."""
+"""`foveal data show`: a histogram of the classes, and a contact sheet of images with their labels."""
 
 from collections.abc import Iterator
 
@@ -11,32 +11,31 @@ from foveal.errors import DataError
 from foveal.seeding import derive_key, draw_permutation
 
 _BAR = 40  # characters of the longest bar
-_LISTED = 100  # classes; of more, the largest and the smallest are shown
-_ENDS = 10  # of these, each
+_MAX_LISTED = 100  # classes; if there are more, only the largest and the smallest are listed
+_NUM_EXTREMES = 10  # largest and smallest classes listed in that case, each
 _NAME = 30  # characters of a class name
 _COLUMNS, _ROWS = 8, 6  # images on a sheet
-_SHARDS = 12  # at most so many are opened for a sheet: each may lie behind a URL
-_SIDE, _CAPTION, _GAP = 128, 18, 6  # pixels of an image, of the line under it, between images
-_SMALL = 10  # points of the captions
+_MAX_SHARDS = 12  # opened for one sheet: each may be remote
+_SIDE, _CAPTION, _GAP = 128, 18, 6  # pixels of an image, of its caption, between images
+_FONT_SIZE = 10  # points of the captions
 _PAPER, _INK, _MISSING = (255, 255, 255), (40, 40, 40), (200, 60, 60)
 
 
 def format_class_histogram(class_counts: dict[str, np.ndarray], class_names: tuple[str, ...]) -> Iterator[str]:
-    """Lines of a table: samples of every class in every split, and a bar of those in the first split.
+    """Yield the lines of a table: samples per class and split, with a bar for the first split.
 
-    Of more than 100 classes, the ten with most and the ten with fewest samples in the first split are listed.
+    Of more than 100 classes, only the ten largest and the ten smallest in the first split are listed.
     """
     first = next(iter(class_counts.values()))
     rows = list(range(len(class_names)))
     gap = None
-    if len(class_names) > _LISTED:
+    if len(class_names) > _MAX_LISTED:
         order = np.argsort(-first, kind="stable").tolist()
-        rows, gap = order[:_ENDS] + order[-_ENDS:], _ENDS
-    width = max(len(class_names[row][:_NAME]) for row in [*rows]) if rows else 0
-    width = max(width, len("class"))
+        rows, gap = order[:_NUM_EXTREMES] + order[-_NUM_EXTREMES:], _NUM_EXTREMES
+    width = max([len("class"), *(len(class_names[row][:_NAME]) for row in rows)])
     yield f"{'class':{width}}" + "".join(f"{split:>12}" for split in class_counts)
-    for place, row in enumerate(rows):
-        if place == gap:
+    for position, row in enumerate(rows):
+        if position == gap:
             yield f"... {len(class_names) - len(rows):,} classes between ..."
         bar = "#" * round(_BAR * int(first[row]) / max(1, int(first.max())))
         numbers = "".join(f"{count[row]:>12,}" for count in class_counts.values())
@@ -44,62 +43,60 @@ def format_class_histogram(class_counts: dict[str, np.ndarray], class_names: tup
 
 
 def draw_contact_sheet(dataset: Dataset, split: str) -> Image.Image:
-    """Up to 48 images of a split, the same each time, spread over its shards, with label or key underneath.
+    """Draw up to 48 images spread over a split's shards, always the same ones, with class name or key as caption.
 
     An image that does not decode is a red square with the reason. Raises: DataError if a shard or index is unreadable.
     """
-    chosen = _select_images(dataset, split)
-    rows = -(-len(chosen) // _COLUMNS)
-    columns = min(len(chosen), _COLUMNS)
-    across, down = _SIDE + _GAP, _SIDE + _CAPTION + _GAP
-    sheet = Image.new("RGB", (columns * across + _GAP, rows * down + _GAP), _PAPER)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_SMALL)
-    for number, (shard, row) in enumerate(chosen):
-        left, top = _GAP + number % _COLUMNS * across, _GAP + number // _COLUMNS * down
+    selection = _select_images(dataset, split)
+    num_rows = -(-len(selection) // _COLUMNS)
+    num_columns = min(len(selection), _COLUMNS)
+    cell_width, cell_height = _SIDE + _GAP, _SIDE + _CAPTION + _GAP
+    sheet = Image.new("RGB", (num_columns * cell_width + _GAP, num_rows * cell_height + _GAP), _PAPER)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_FONT_SIZE)
+    for number, (shard, row) in enumerate(selection):
+        left, top = _GAP + number % _COLUMNS * cell_width, _GAP + number // _COLUMNS * cell_height
         index = dataset.shard_index(split, shard)
         offset, size = index.find_image(row)
-        picture, caption = (
-            _thumbnail(dataset.shard_folder.read_range(index.shard, offset, offset + size)),
-            index.key(row).rsplit("/", 1)[-1],
-        )
+        thumbnail = _make_thumbnail(dataset.shard_folder.read_range(index.shard, offset, offset + size))
+        caption = index.key(row).rsplit("/", 1)[-1]
         label = int(index.labels[row])
         if label >= 0 and dataset.classes is not None:
             caption = dataset.classes[label]
-        inset = ((_SIDE - picture.width) // 2, (_SIDE - picture.height) // 2)
-        sheet.paste(picture, (left + inset[0], top + inset[1]))
+        inset = ((_SIDE - thumbnail.width) // 2, (_SIDE - thumbnail.height) // 2)
+        sheet.paste(thumbnail, (left + inset[0], top + inset[1]))
         draw.text((left, top + _SIDE + 2), _truncate_text(caption, font), fill=_INK, font=font)
     return sheet
 
 
 def _select_images(dataset: Dataset, split: str) -> list[tuple[int, int]]:
-    """(shard, row) of the images on the sheet: of shards spread over the split, hashed places, in their order."""
+    """Return (shard, row) of the sheet's images, ascending: hashed rows of shards spread over the split."""
     counts = dataset.samples_per_shard(split)
-    shards = np.unique(np.linspace(0, len(counts) - 1, min(len(counts), _SHARDS)).round().astype(int))
+    shards = np.unique(np.linspace(0, len(counts) - 1, min(len(counts), _MAX_SHARDS)).round().astype(int))
     samples = [(int(shard), row) for shard in shards for row in _select_rows(int(shard), int(counts[shard]))]
-    places = np.linspace(0, len(samples) - 1, min(len(samples), _COLUMNS * _ROWS)).round().astype(int)
-    return [samples[place] for place in np.unique(places)]
+    positions = np.linspace(0, len(samples) - 1, min(len(samples), _COLUMNS * _ROWS)).round().astype(int)
+    return [samples[position] for position in np.unique(positions)]
 
 
 def _select_rows(shard: int, count: int) -> list[int]:
-    """As many rows of a shard as a sheet can hold, in their order."""
+    """Return hashed rows of a shard, ascending, at most as many as fit on a sheet."""
     return sorted(draw_permutation(derive_key(0, "sheet", shard), count)[: _COLUMNS * _ROWS].tolist())
 
 
-def _thumbnail(data: bytes) -> Image.Image:
-    """An image no larger than its place on the sheet; a small one is enlarged by a whole factor, pixels as squares."""
+def _make_thumbnail(data: bytes) -> Image.Image:
+    """Shrink an image to its cell; enlarge a small image by an integer factor, nearest neighbour."""
     try:
-        picture = decode_image(data, 3)
+        image = decode_image(data, 3)
     except UndecodableError as error:
         square = Image.new("RGB", (_SIDE, _SIDE), _MISSING)
-        font = ImageFont.load_default(_SMALL)
-        words = "\n".join(_truncate_text(line, font) for line in _wrap_text(f"does not decode: {error}"))
-        ImageDraw.Draw(square).multiline_text((4, 4), words, fill=_PAPER, font=font)
+        font = ImageFont.load_default(_FONT_SIZE)
+        reason = "\n".join(_truncate_text(line, font) for line in _wrap_text(f"does not decode: {error}"))
+        ImageDraw.Draw(square).multiline_text((4, 4), reason, fill=_PAPER, font=font)
         return square
-    factor = _SIDE // max(picture.size)
+    factor = _SIDE // max(image.size)
     if factor >= 1:
-        return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    picture.thumbnail((_SIDE, _SIDE))
-    return picture
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    image.thumbnail((_SIDE, _SIDE))
+    return image
 
 
 def _wrap_text(text: str) -> list[str]:
@@ -107,15 +104,15 @@ def _wrap_text(text: str) -> list[str]:
 
 
 def _truncate_text(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """As much of a text as fits under an image."""
-    text = "".join(letter if letter.isprintable() else "?" for letter in text)
+    """Truncate a text to the width of an image and replace unprintable characters."""
+    text = "".join(character if character.isprintable() else "?" for character in text)
     while font.getlength(text) > _SIDE:
         text = f"{text.removesuffix('…')[:-1]}…"
     return text
 
 
 def save_contact_sheet(dataset: Dataset, split: str, file: str) -> None:
-    """Write the contact sheet of a split. Raises: as ``contact_sheet``, and DataError if the file cannot be written."""
+    """Write the contact sheet of a split as PNG. Raises: as ``draw_contact_sheet``; DataError if writing fails."""
     sheet = draw_contact_sheet(dataset, split)
     try:
         sheet.save(file, "PNG")

@@ -1,1 +1,1 @@
-"""What a run measures about itself."""
+"""Meters of a run: metrics, throughput, stragglers and profiler traces."""

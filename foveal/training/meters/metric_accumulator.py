@@ -1,4 +1,4 @@
-"""Numbers that stay on the device until somebody reads them: one row a step, reduced over ranks many rows at a time."""
+"""Metrics that stay on the device until they are read: one row per step, reduced over ranks many rows at a time."""
 
 from collections.abc import Callable
 
@@ -9,32 +9,33 @@ MetricRow = dict[str, float]
 
 
 class MetricAccumulator:
-    """The rows of the steps since the last read.
+    """The metric rows of the steps since the last read.
 
-    Each number is a rank's share of a whole: summing the shares over ranks gives the number. ``host`` values are
-    already the same on every rank (learning rate, gradient norm) and are not reduced.
+    Device values are a rank's summand: the sum over ranks is the metric. Host values (learning rate, gradient norm) are
+    equal on every rank and are not reduced.
     """
 
     def __init__(self) -> None:
         self._names: tuple[str, ...] = ()
-        self._shares: list[Tensor] = []
-        self._host: list[MetricRow] = []
+        self._rank_sums: list[Tensor] = []
+        self._host_rows: list[MetricRow] = []
 
     def add_step(self, rank_sums: dict[str, Tensor], host_values: MetricRow) -> None:
-        """One step: ``shares`` are scalars on the device."""
+        """Add the row of one step; ``rank_sums`` are scalars on the device, ``host_values`` includes ``step``."""
         names = tuple(rank_sums)
-        assert not self._shares or names == self._names, "an objective reports the same numbers every step"
+        assert not self._rank_sums or names == self._names, "an objective reports the same numbers every step"
         self._names = names
-        self._shares.append(torch.stack([value.detach().double() for value in rank_sums.values()]))
-        self._host.append(host_values)
+        self._rank_sums.append(torch.stack([value.detach().double() for value in rank_sums.values()]))
+        self._host_rows.append(host_values)
 
     def read_rows(self, reduce: Callable[[Tensor], Tensor]) -> list[MetricRow]:
-        """Every row since the last read, reduced: one collective and one copy from the device, however many steps."""
-        if not self._shares:
+        """Return the reduced rows since the last read, at the cost of one collective and one copy from the device."""
+        if not self._rank_sums:
             return []
-        whole = reduce(torch.stack(self._shares)).tolist()
+        table = reduce(torch.stack(self._rank_sums)).tolist()
         rows = [
-            dict(zip(self._names, values, strict=True)) | host for values, host in zip(whole, self._host, strict=True)
+            dict(zip(self._names, values, strict=True)) | host_values
+            for values, host_values in zip(table, self._host_rows, strict=True)
         ]
-        self._shares, self._host = [], []
+        self._rank_sums, self._host_rows = [], []
         return [{"step": row.pop("step"), **row} for row in rows]

@@ -1,4 +1,4 @@
-"""A trace of some steps, for who asks where their time goes: torch's profiler on rank 0, in Chrome's format."""
+"""Profiler traces of a range of steps: torch's profiler on rank 0, in Chrome's trace format."""
 
 import errno
 import gzip
@@ -20,10 +20,10 @@ _log = logging.getLogger(__name__)
 def profile_steps(
     steps: Iterator[T], start_step: int, step_range: tuple[int, int] | None, output_dir: Path
 ) -> Iterator[T]:
-    """Hand on optimizer steps, the first of which is number ``start`` + 1, and trace those from ``span[0]`` to ``span[1]``.
+    """Yield optimizer steps and trace those from ``step_range[0]`` to ``step_range[1]``, both included.
 
-    The trace is ``folder``/steps-<first>-<last>.json.gz; steps that end earlier leave the trace of what was taken. What
-    the caller does between two steps is not in it.
+    The first step has number ``start_step`` + 1. The trace is ``output_dir``/steps-<first>-<last>.json.gz; if the steps
+    end early, it covers the traced steps. It excludes the caller's work between two steps. None: no trace.
     """
     if step_range is None:
         yield from steps
@@ -41,8 +41,8 @@ def profile_steps(
                 return
             number += 1
             if trace is not None and number == last:
-                done, trace = trace, None
-                _write_trace(done, output_dir, first, last)
+                finished, trace = trace, None
+                _write_trace(finished, output_dir, first, last)
             yield step
     finally:
         if trace is not None:
@@ -54,32 +54,32 @@ def _activities() -> list[ProfilerActivity]:
 
 
 def _write_trace(trace: Any, folder: Path, first: int, last: int) -> None:
-    """End a trace and write it; a disk without room loses it."""
+    """Stop a trace and write it; on a full disk, log a warning and drop it."""
     trace.stop()
     if last < first:
         return
     file = folder / f"steps-{first:08d}-{last:08d}.json.gz"
-    whole, draft = file.with_suffix(".draft"), file.with_suffix(".gz.draft")
+    raw, draft = file.with_suffix(".draft"), file.with_suffix(".gz.draft")
     with best_effort(file):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            trace.export_chrome_trace(str(whole))
-            if not _is_complete_json(whole):  # torch writes what fits
+            trace.export_chrome_trace(str(raw))
+            if not _is_complete_json(raw):  # on a full disk torch writes a truncated file without an error
                 raise OSError(errno.ENOSPC, "its disk has no room")
-            with whole.open("rb") as source, gzip.open(draft, "wb", compresslevel=3) as target:
+            with raw.open("rb") as source, gzip.open(draft, "wb", compresslevel=3) as target:
                 shutil.copyfileobj(source, target)
             draft.replace(file)
         except RuntimeError as error:
             _log.warning("%s is not written: %s", file, error)
             return
         finally:
-            whole.unlink(missing_ok=True)
+            raw.unlink(missing_ok=True)
             draft.unlink(missing_ok=True)
         _log.info("the trace of steps %d to %d is in %s", first, last, file)
 
 
 def _is_complete_json(file: Path) -> bool:
-    """Whether a file that torch wrote ends as an object does."""
+    """Return whether the file ends with the closing brace of a JSON object."""
     with file.open("rb") as stream:
         size = stream.seek(0, 2)
         stream.seek(max(0, size - 16))

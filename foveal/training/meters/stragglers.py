@@ -1,15 +1,15 @@
-"""Which rank the others wait for: what each does by itself in a step, before a collective makes all equally slow.
+"""Straggler detection: the time that each rank spends in a step before a collective makes all ranks equally slow.
 
-A step takes as long on every rank, because its collectives do: only the time before the first of them tells ranks apart.
-So two spans are taken: a rank's own fetch of the data (not the wait until the others have theirs), and its forwards, which
-come before the gradients are reduced. On a GPU the forwards are timed by events in the device's own queue; on a CPU by the
-clock.
+A step takes equally long on every rank because of its collectives; only the time before the first collective differs
+between ranks. Two durations are measured: a rank's own data fetch (without the wait for the other ranks' fetches) and
+its forwards, which precede the reduction of gradients. On a GPU, events in the device's queue time the forwards; on a
+CPU, the clock does.
 
-It sees: slow storage, slow decoding, a processor that is throttled or shared, a GPU that runs at half its clock.
-It does not see: a slow network (which all ranks wait for), backward passes and updates (they hold the reductions; a device
-that is slow in the forward is slow there too), and single steps: the numbers are means since the last report. Under ZeRO 3
-and FSDP the forward fetches weights from other ranks, and a slow rank's time is spread over all: there the fetch of the
-data still tells.
+Visible: slow storage, slow decoding, a throttled or shared processor, a GPU at half its clock.
+Not visible: a slow network (all ranks wait for it), backward passes and updates (they contain the reductions; a device
+that is slow there is slow in the forward too), and single steps (metrics are means since the last report). Under ZeRO 3
+and FSDP the forward gathers weights from other ranks, which spreads a slow rank's time over all ranks: only the data
+fetch identifies a rank there.
 """
 
 import statistics
@@ -24,60 +24,64 @@ from foveal.training.meters.metric_accumulator import MetricRow
 
 
 class StragglerMeter:
-    """A rank's own seconds since the last report. ``host`` is what the table calls its node."""
+    """A rank's own seconds since the last report. ``host``: name of the node in the table."""
 
     def __init__(self, device: torch.device, host: str, clock: Callable[[], float] = time.perf_counter) -> None:
         self._host = host
         self._clock = clock
-        self._cuda = device.type == "cuda"
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._fetched = self._worked = 0.0
-        self._steps = 0
+        self._is_cuda = device.type == "cuda"
+        self._forward_events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._fetch_seconds = self._forward_seconds = 0.0
+        self._num_steps = 0
 
     @contextmanager
     def time_data_fetch(self) -> Iterator[None]:
-        """Around this rank's own fetch of a step's data; a step begins with it."""
+        """Time this rank's own data fetch, the beginning of a step."""
         start = self._clock()
         yield
-        self._fetched += self._clock() - start
-        self._steps += 1
+        self._fetch_seconds += self._clock() - start
+        self._num_steps += 1
 
     @contextmanager
     def time_forward(self) -> Iterator[None]:
-        """Around a forward."""
-        if self._cuda:
+        """Time a forward."""
+        if self._is_cuda:
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
             yield
             end.record()
-            self._events.append((begin, end))
+            self._forward_events.append((begin, end))
         else:
             start = self._clock()
             yield
-            self._worked += self._clock() - start
+            self._forward_seconds += self._clock() - start
 
     def report(self, step: int, gather: Callable[[Any], list[Any]]) -> tuple[MetricRow, list[dict[str, Any]]]:
-        """Numbers for the row of ``step``, and the table of all ranks; on every rank. One small gather; call it
-        where the device's queue has been waited for already, as after reading the losses.
+        """Return the metrics of the row of ``step`` and a table of all ranks, on every rank, and reset the meter.
 
-        The row: ``slowest_rank``, ``slowest_step_seconds`` and ``median_step_seconds`` over the ranks, and
-        ``slowest_data_wait``, the largest share of its own time that a rank spent on fetching, in [0, 1]. Nothing of a
-        single rank, or before a step.
+        One small gather. Call it after a synchronisation with the device, such as reading the losses.
+        The metrics: ``slowest_rank``, ``slowest_step_seconds`` and ``median_step_seconds`` over the ranks, and
+        ``slowest_data_wait``, the largest fraction of its own time that a rank spent on fetching, in [0, 1]. Both are
+        empty for a single rank and before the first step.
         """
-        for begin, end in self._events:
+        for begin, end in self._forward_events:
             end.synchronize()
-            self._worked += begin.elapsed_time(end) / 1000
-        steps, own = max(self._steps, 1), self._fetched + self._worked
-        mine = {"host": self._host, "step_seconds": own / steps, "data_wait": self._fetched / own if own else 0.0}
-        self._events, self._fetched, self._worked, self._steps = [], 0.0, 0.0, 0
-        table = [{"step": step, "rank": rank} | each for rank, each in enumerate(gather(mine))]
-        seconds = [each["step_seconds"] for each in table]
-        if len(table) == 1 or not any(seconds):
-            return {}, []
-        numbers = {
-            "slowest_rank": float(seconds.index(max(seconds))),
-            "slowest_step_seconds": max(seconds),
-            "median_step_seconds": statistics.median(seconds),
-            "slowest_data_wait": max(each["data_wait"] for each in table),
+            self._forward_seconds += begin.elapsed_time(end) / 1000
+        num_steps, own_seconds = max(self._num_steps, 1), self._fetch_seconds + self._forward_seconds
+        record = {
+            "host": self._host,
+            "step_seconds": own_seconds / num_steps,
+            "data_wait": self._fetch_seconds / own_seconds if own_seconds else 0.0,
         }
-        return numbers, table
+        self._forward_events, self._fetch_seconds, self._forward_seconds, self._num_steps = [], 0.0, 0.0, 0
+        table = [{"step": step, "rank": rank} | rank_record for rank, rank_record in enumerate(gather(record))]
+        step_seconds = [row["step_seconds"] for row in table]
+        if len(table) == 1 or not any(step_seconds):
+            return {}, []
+        metrics = {
+            "slowest_rank": float(step_seconds.index(max(step_seconds))),
+            "slowest_step_seconds": max(step_seconds),
+            "median_step_seconds": statistics.median(step_seconds),
+            "slowest_data_wait": max(row["data_wait"] for row in table),
+        }
+        return metrics, table

@@ -1,4 +1,4 @@
-"""Pieces: what any ranks wrote, any other ranks read; what does not fit is one sentence and changes nothing."""
+"""Chunks: any split over ranks reads any other split; a mismatch raises one sentence and changes nothing."""
 
 import hashlib
 import re
@@ -21,41 +21,41 @@ PARTS = {"weight": 0, "exp_avg": 1000, "exp_avg_sq": 2000}
 
 
 def trained(name: str, shape: tuple[int, ...]) -> TensorChunk:
-    """A trained tensor, each element different in each part."""
+    """A trained tensor with distinct elements in every part."""
     size = torch.Size(shape).numel()
-    parts = {part: torch.arange(size, dtype=torch.float32) + first for part, first in PARTS.items()}
-    return TensorChunk(name, shape, 0, parts, (0, size))
+    tensors = {part: torch.arange(size, dtype=torch.float32) + first for part, first in PARTS.items()}
+    return TensorChunk(name, shape, 0, tensors, (0, size))
 
 
 def frozen(name: str, value: Tensor) -> TensorChunk:
     return replicated_chunk(name, {"weight": value}, 0, 1)
 
 
-def cut(piece: TensorChunk, start: int, stop: int) -> TensorChunk:
-    """A run of it, with tensors of its own."""
+def cut(chunk: TensorChunk, start: int, stop: int) -> TensorChunk:
+    """A range of a chunk, with copied tensors."""
     return replace(
-        piece,
+        chunk,
         start=start,
-        tensors={part: value[start:stop].clone() for part, value in piece.tensors.items()},
+        tensors={part: value[start:stop].clone() for part, value in chunk.tensors.items()},
         write_range=(0, stop - start),
     )
 
 
-def empty(piece: TensorChunk) -> TensorChunk:
-    return replace(piece, tensors={part: torch.full_like(value, -1) for part, value in piece.tensors.items()})
+def empty(chunk: TensorChunk) -> TensorChunk:
+    return replace(chunk, tensors={part: torch.full_like(value, -1) for part, value in chunk.tensors.items()})
 
 
-def read(folder: Path, pieces: Sequence[TensorChunk]) -> list[TensorChunk]:
-    """The same runs, filled from the folder."""
-    blank = [empty(piece) for piece in pieces]
+def read(folder: Path, chunks: Sequence[TensorChunk]) -> list[TensorChunk]:
+    """The same ranges, filled from the folder."""
+    blank = [empty(chunk) for chunk in chunks]
     load_chunks(folder, blank)
     return blank
 
 
-def check(found: Sequence[TensorChunk], expected: Sequence[TensorChunk]) -> None:
-    for one, other in zip(found, expected, strict=True):
-        assert one.tensors.keys() == other.tensors.keys()
-        assert all(one.tensors[part].equal(other.tensors[part]) for part in one.tensors), one.name
+def check(actual: Sequence[TensorChunk], expected: Sequence[TensorChunk]) -> None:
+    for chunk, reference in zip(actual, expected, strict=True):
+        assert chunk.tensors.keys() == reference.tensors.keys()
+        assert all(chunk.tensors[part].equal(reference.tensors[part]) for part in chunk.tensors), chunk.name
 
 
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
@@ -63,41 +63,41 @@ MODELS = st.lists(st.tuples(SHAPES, st.booleans()), min_size=1, max_size=4)
 CUTS = st.lists(st.floats(0, 1), max_size=6)
 
 
-def model_of(drawn: Sequence[tuple[tuple[int, ...], bool]]) -> list[TensorChunk]:
-    made = []
-    for number, (shape, learns) in enumerate(drawn):
-        piece = trained(f"block.{number} x", shape)
-        made.append(piece if learns else frozen(piece.name, piece.tensors["weight"].view(shape).to(torch.int64)))
-    return made
+def build_model(specs: Sequence[tuple[tuple[int, ...], bool]]) -> list[TensorChunk]:
+    chunks = []
+    for number, (shape, is_trained) in enumerate(specs):
+        chunk = trained(f"block.{number} x", shape)
+        chunks.append(chunk if is_trained else frozen(chunk.name, chunk.tensors["weight"].view(shape).to(torch.int64)))
+    return chunks
 
 
 def split(model: Sequence[TensorChunk], cuts: Sequence[float], skew: int) -> list[list[TensorChunk]]:
-    """Ranks that hold the parts between the cuts; each tensor is dealt out beginning with another rank."""
+    """The chunks of each rank: the ranges between the cuts, with ``skew`` ranks between the starts of two tensors."""
     ranks: list[list[TensorChunk]] = [[] for _ in range(len(cuts) + 1)]
-    for number, piece in enumerate(model):
-        size = piece.write_range[1]
-        ends = [0, *sorted(int(place * size) for place in cuts), size]
+    for number, chunk in enumerate(model):
+        size = chunk.write_range[1]
+        ends = [0, *sorted(int(fraction * size) for fraction in cuts), size]
         for rank in range(len(ranks)):
-            ranks[(rank + number * skew) % len(ranks)].append(cut(piece, ends[rank], ends[rank + 1]))
+            ranks[(rank + number * skew) % len(ranks)].append(cut(chunk, ends[rank], ends[rank + 1]))
     return ranks
 
 
 @settings(deadline=None)  # a busy disk is slow
-@given(drawn=MODELS, written=CUTS, wanted=CUTS, skews=st.tuples(st.integers(0, 3), st.integers(0, 3)))
+@given(specs=MODELS, write_cuts=CUTS, read_cuts=CUTS, skews=st.tuples(st.integers(0, 3), st.integers(0, 3)))
 def test_any_split_is_read_by_any_other(
     tmp_path_factory: pytest.TempPathFactory,
-    drawn: list[tuple[tuple[int, ...], bool]],
-    written: list[float],
-    wanted: list[float],
+    specs: list[tuple[tuple[int, ...], bool]],
+    write_cuts: list[float],
+    read_cuts: list[float],
     skews: tuple[int, int],
 ) -> None:
-    folder = tmp_path_factory.mktemp("pieces")
-    model = model_of(drawn)
-    for rank, pieces in enumerate(split(model, written, skews[0])):
-        write_chunks(folder, rank, pieces)
-    for pieces in split(model, wanted, skews[1]):
-        check(read(folder, pieces), pieces)
-    check(read(folder, model), model)  # and by a rank that holds all
+    folder = tmp_path_factory.mktemp("chunks")
+    model = build_model(specs)
+    for rank, chunks in enumerate(split(model, write_cuts, skews[0])):
+        write_chunks(folder, rank, chunks)
+    for chunks in split(model, read_cuts, skews[1]):
+        check(read(folder, chunks), chunks)
+    check(read(folder, model), model)  # also by a rank with all elements
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
@@ -112,7 +112,7 @@ def test_ranks_that_hold_all_write_a_share_each(ranks: int, tmp_path: Path) -> N
 
 
 def test_views_are_live(tmp_path: Path) -> None:
-    """Filling a piece fills the parameter that it is a view of."""
+    """Filling a chunk fills the parameter that it is a view of."""
     layer = torch.nn.Linear(3, 2)
     write_chunks(tmp_path, 0, [frozen("weight", torch.full((2, 3), 7.0))])
     load_chunks(tmp_path, [replicated_chunk("weight", {"weight": layer.weight}, 0, 1)])
@@ -122,11 +122,12 @@ def test_views_are_live(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", list(_DTYPES), ids=str)
 def test_every_type_keeps_its_bits(dtype: torch.dtype, tmp_path: Path) -> None:
     value = torch.tensor([[0, 1, 1], [1, 0, 1]]).to(dtype)
-    odd = frozen("odd", torch.zeros(3, dtype=torch.uint8))  # what comes after it is aligned all the same
-    write_chunks(tmp_path, 0, [odd, frozen("x", value), frozen("scalar", torch.tensor(3.5))])
-    found = read(tmp_path, [odd, frozen("x", value), frozen("scalar", torch.tensor(3.5))])
-    assert found[1].tensors["weight"].equal(value.view(-1))
-    assert found[2].tensors["weight"].tolist() == [3.5]
+    odd = frozen("odd", torch.zeros(3, dtype=torch.uint8))  # must not misalign later tensors
+    chunks = [odd, frozen("x", value), frozen("scalar", torch.tensor(3.5))]
+    write_chunks(tmp_path, 0, chunks)
+    loaded = read(tmp_path, chunks)
+    assert loaded[1].tensors["weight"].equal(value.view(-1))
+    assert loaded[2].tensors["weight"].tolist() == [3.5]
 
 
 def test_the_file_is_an_ordinary_safetensors_file_of_the_digest_that_is_returned(tmp_path: Path) -> None:
@@ -157,12 +158,12 @@ WRONG = {
 def test_another_model_is_refused_in_one_sentence_and_nothing_is_filled(case: str, tmp_path: Path) -> None:
     for rank, (start, stop) in enumerate([(0, 3), (3, 8)]):
         write_chunks(tmp_path, rank, [cut(MODEL[0], start, stop), *([MODEL[1]] if rank else [])])
-    pieces, sentence = WRONG[case]
-    blank = [empty(piece) for piece in pieces]
+    chunks, sentence = WRONG[case]
+    blank = [empty(chunk) for chunk in chunks]
     with pytest.raises(CheckpointError, match=sentence) as error:
         load_chunks(tmp_path, blank)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
-    assert all((value == -1).all() for piece in blank for value in piece.tensors.values())
+    assert all((value == -1).all() for chunk in blank for value in chunk.tensors.values())
 
 
 TORN = {
@@ -176,11 +177,11 @@ TORN = {
 
 @pytest.mark.parametrize("case", TORN)
 def test_a_checkpoint_with_a_hole_or_a_double_is_refused(case: str, tmp_path: Path) -> None:
-    runs, sentence = TORN[case]
-    for rank, (start, stop) in enumerate(runs):
+    ranges, sentence = TORN[case]
+    for rank, (start, stop) in enumerate(ranges):
         write_chunks(tmp_path, rank, [cut(MODEL[0], start, stop)])
     with pytest.raises(CheckpointError, match=sentence):
-        read(tmp_path, [cut(MODEL[0], 4, 5)])  # though the element that is wanted is there, or not asked for
+        read(tmp_path, [cut(MODEL[0], 4, 5)])  # although the fault is outside of the requested range
 
 
 def test_a_rank_that_holds_nothing_of_a_tensor_hears_of_it_too(tmp_path: Path) -> None:
@@ -200,12 +201,12 @@ def test_a_torn_file_is_named(keep: int, tmp_path: Path) -> None:
 
 
 def test_only_the_ranges_that_are_needed_are_read(tmp_path: Path) -> None:
-    """Three elements of a file of 64 MiB take no 64 MiB of memory."""
+    """Reading three elements of a 64 MiB file takes less than 16 MiB of memory."""
     size = 1 << 24
     value = torch.arange(size, dtype=torch.float32)
     write_chunks(tmp_path, 0, [frozen("big", value)])
-    wanted = TensorChunk("big", (size,), size // 2, {"weight": torch.zeros(3)}, (0, 3))
+    chunk = TensorChunk("big", (size,), size // 2, {"weight": torch.zeros(3)}, (0, 3))
     before = psutil.Process().memory_info().rss
-    load_chunks(tmp_path, [wanted])
+    load_chunks(tmp_path, [chunk])
     assert psutil.Process().memory_info().rss - before < size
-    assert wanted.tensors["weight"].equal(value[size // 2 : size // 2 + 3])
+    assert chunk.tensors["weight"].equal(value[size // 2 : size // 2 + 3])

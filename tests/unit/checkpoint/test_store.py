@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, believed only if every byte is there, alone and on two ranks."""
+"""The checkpoint store: atomic saves, verified loads, several attempts, on one and two ranks."""
 
 import errno
 import json
@@ -18,25 +18,25 @@ from foveal.checkpoint.store import SaveResult, TrainState, check_same_science
 from foveal.distributed.world import World
 from foveal.errors import CheckpointError, StorageUnreachableError
 
-PIECES = "pieces-00000.safetensors"
+CHUNKS = "pieces-00000.safetensors"
 
 
 @pytest.fixture
 def two(tmp_path: Path) -> Path:
-    """A folder with whole checkpoints at steps 10 and 20."""
-    made = store(tmp_path)
-    saved(made, 10)
-    saved(made, 20)
+    """A folder with complete checkpoints at steps 10 and 20."""
+    checkpoints = store(tmp_path)
+    saved(checkpoints, 10)
+    saved(checkpoints, 20)
     return tmp_path
 
 
 def test_what_was_saved_is_found_and_fills_an_engine(two: Path) -> None:
-    made, engine = store(two, attempt=2), Tensors(0)
-    assert made.find_latest() == (two / name(20), state(20))
-    made.load(two / name(20), engine, state(20))
+    checkpoints, engine = store(two, attempt=2), Tensors(0)
+    assert checkpoints.find_latest() == (two / name(20), state(20))
+    checkpoints.load(two / name(20), engine, state(20))
     assert (engine.values(), engine.num_updates) == ({20.0}, 20)
-    assert sorted(json.loads((two / name(20) / "checksums.json").read_text())) == [PIECES, "state.json"]
-    assert made.latest_step == 20
+    assert sorted(json.loads((two / name(20) / "checksums.json").read_text())) == [CHUNKS, "state.json"]
+    assert checkpoints.latest_step == 20
 
 
 def test_nothing_is_found_in_nothing(tmp_path: Path) -> None:
@@ -44,12 +44,12 @@ def test_nothing_is_found_in_nothing(tmp_path: Path) -> None:
 
 
 def cut(folder: Path) -> None:
-    file = folder / PIECES
+    file = folder / CHUNKS
     file.write_bytes(file.read_bytes()[:-1])
 
 
 def empty(folder: Path) -> None:
-    (folder / PIECES).write_bytes(b"")
+    (folder / CHUNKS).write_bytes(b"")
 
 
 def flip(file: str) -> Callable[[Path], None]:
@@ -74,10 +74,10 @@ def lose_all_but_the_list(folder: Path) -> None:
 HARM = {
     "cut short": cut,
     "empty": empty,
-    "one bit of the weights": flip(PIECES),
+    "one bit of the weights": flip(CHUNKS),
     "one bit of the state": flip("state.json"),
     "one bit of the list": flip("checksums.json"),
-    "the weights lost": lose(PIECES),
+    "the weights lost": lose(CHUNKS),
     "the state lost": lose("state.json"),
     "the list lost": lose("checksums.json"),
     "all but the list deleted": lose_all_but_the_list,
@@ -93,8 +93,8 @@ def test_what_is_not_whole_is_passed_over(
 ) -> None:
     harm(two / name(20))
     assert store(two).find_latest() == (two / name(10), state(10))
-    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert said == [f"checkpoint {two / name(20)} is torn or corrupt; the one before it is used"]
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warnings == [f"checkpoint {two / name(20)} is torn or corrupt; the one before it is used"]
 
 
 def test_where_none_is_whole_the_run_does_not_begin_anew_by_itself(two: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -106,7 +106,7 @@ def test_where_none_is_whole_the_run_does_not_begin_anew_by_itself(two: Path, ca
 
 
 def test_where_all_are_void_or_gone_the_run_does_not_begin_anew_by_itself(two: Path) -> None:
-    """A later attempt began at step 5, and what it began from was lost: beginning at 0 would void all that was done."""
+    """A later attempt began at step 5 from a lost checkpoint; a start at 0 would invalidate all later checkpoints."""
     gone_back = store(two, attempt=3, starts={1: 0, 2: 5})
     with pytest.raises(
         CheckpointError, match=rf"began at step 5 \(past where a later one began: {name(10)}, {name(20)}\)"
@@ -114,16 +114,16 @@ def test_where_all_are_void_or_gone_the_run_does_not_begin_anew_by_itself(two: P
         gone_back.find_latest()
     shutil.rmtree(two)
     with pytest.raises(
-        CheckpointError, match=r"is whole, and an attempt at this run began at step 5: restore one, look"
+        CheckpointError, match=r"is whole, and an attempt at this run began at step 5: restore one, check"
     ):
         store(two, attempt=3, starts={1: 0, 2: 5}).find_latest()
-    assert store(two, attempt=2, starts={1: 0}).find_latest() is None, "one that was killed before its first save"
+    assert store(two, attempt=2, starts={1: 0}).find_latest() is None, "the run was killed before its first save"
 
 
 @pytest.mark.parametrize("code", [errno.ESTALE, errno.EACCES, errno.EMFILE, errno.ETIMEDOUT])
 @pytest.mark.parametrize("times", [2, 99])
 def test_storage_that_does_not_answer_tears_no_checkpoint(code: int, times: int, two: Path, monkeypatch) -> None:
-    """What is passed over once is void for good: it is tried again, and then the start is given up, not the checkpoint."""
+    """A skipped checkpoint is invalid for good: reads are retried, then the start fails and no checkpoint is skipped."""
     failing(monkeypatch, code, times)
     if times == 2:
         assert store(two).find_latest() == (two / name(20), state(20))
@@ -138,12 +138,12 @@ def test_a_sector_that_is_lost_tears_one(two: Path, monkeypatch) -> None:
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, code: int, times: int, only: str = "step") -> None:
-    """Digests so many times end in an error."""
-    left = [times]
+    """Make the first ``times`` digests of files under ``only`` fail."""
+    remaining = [times]
 
     def digest(file: Path) -> str:
-        if only in str(file) and left[0]:
-            left[0] -= 1
+        if only in str(file) and remaining[0]:
+            remaining[0] -= 1
             raise OSError(code, os.strerror(code))
         return sha256(file)
 
@@ -153,27 +153,27 @@ def failing(monkeypatch: pytest.MonkeyPatch, code: int, times: int, only: str = 
 
 def test_a_torn_one_is_replaced_by_the_next_save(two: Path) -> None:
     cut(two / name(20))
-    made = store(two)
-    saved(made, 20)
-    assert made.find_latest() == (two / name(20), state(20))
+    checkpoints = store(two)
+    saved(checkpoints, 20)
+    assert checkpoints.find_latest() == (two / name(20), state(20))
     assert names(two) == [name(10), name(20)]
 
 
 def test_a_copy_under_another_name_is_nobodys_business(two: Path) -> None:
-    others = [f"{name(10)}.safe", "step-backup", "step-00000030"]
-    for other in others:
-        shutil.copytree(two / name(10), two / other)
-    made = store(two, keep=1)
-    assert made.find_latest() == (two / name(20), state(20))
-    saved(made, 30)
-    assert names(two) == sorted([*others, name(30)])
+    copies = [f"{name(10)}.safe", "step-backup", "step-00000030"]
+    for copy in copies:
+        shutil.copytree(two / name(10), two / copy)
+    checkpoints = store(two, keep=1)
+    assert checkpoints.find_latest() == (two / name(20), state(20))
+    saved(checkpoints, 30)
+    assert names(two) == sorted([*copies, name(30)])
 
 
 def test_the_newest_is_so_by_number(tmp_path: Path) -> None:
-    made = store(tmp_path)
+    checkpoints = store(tmp_path)
     for step in (99_999_999, 100_000_000):
-        saved(made, step)
-    assert made.find_latest() == (tmp_path / name(100_000_000), state(100_000_000))
+        saved(checkpoints, step)
+    assert checkpoints.find_latest() == (tmp_path / name(100_000_000), state(100_000_000))
 
 
 def test_another_format_is_refused_by_number(two: Path) -> None:
@@ -224,31 +224,31 @@ def test_a_draft_that_fails_leaves_what_was(tmp_path: Path) -> None:
     assert names(tmp_path) == ["export"]
 
 
-# --- of several attempts ---
+# --- several attempts ---
 
 
 def test_what_a_later_attempt_went_back_behind_is_void(two: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Attempt 2 found step 20 torn, say, and began at 10; attempt 1 had not noticed and published 30."""
+    """Attempt 2 skipped a corrupt step 20 and began at 10; attempt 1 had not noticed and published 30."""
     saved(store(two), 30)
     caplog.set_level(logging.INFO)
     late = store(two, attempt=3, starts={1: 0, 2: 10})
     assert late.find_latest() == (two / name(10), state(10))
-    (said,) = [record for record in caplog.records if record.name.startswith("foveal.checkpoint")]
-    assert said.levelno == logging.INFO
-    assert f"{two / name(20)}, {two / name(30)}" in said.getMessage()
+    (record,) = [record for record in caplog.records if record.name.startswith("foveal.checkpoint")]
+    assert record.levelno == logging.INFO
+    assert f"{two / name(20)}, {two / name(30)}" in record.getMessage()
     saved(store(two, attempt=2, starts={1: 0, 2: 10}), 20)
     assert store(two, attempt=3, starts={1: 0, 2: 10}).find_latest() == (two / name(20, attempt=2), state(20))
 
 
 def test_where_an_attempt_began_itself_counts_for_it_too(two: Path) -> None:
-    """Step 20 could not be read when attempt 2 began at 10; when it goes back later, 20 is of another course."""
-    made = store(two, attempt=2)
+    """Step 20 was unreadable when attempt 2 began at 10; at a later roll-back step 20 stays invalid."""
+    checkpoints = store(two, attempt=2)
     file = two / name(20) / "state.json"
     text = file.read_text()
     file.write_text("")
-    assert made.find_latest() == (two / name(10), state(10))
+    assert checkpoints.find_latest() == (two / name(10), state(10))
     file.write_text(text)
-    assert made.find_latest() == (two / name(10), state(10))
+    assert checkpoints.find_latest() == (two / name(10), state(10))
 
 
 def test_of_two_at_the_same_step_the_later_attempt_counts(two: Path) -> None:
@@ -263,9 +263,9 @@ def test_of_two_at_the_same_step_the_later_attempt_counts(two: Path) -> None:
 
 
 def _save(world: World, root: Path, step: int) -> SaveResult | None:
-    made = store(root, world=world)
-    made.save(Tensors(step, world.rank, world.size, num_updates=step), state(step))
-    return made.wait_and_commit()
+    checkpoints = store(root, world=world)
+    checkpoints.save(Tensors(step, world.rank, world.size, num_updates=step), state(step))
+    return checkpoints.wait_and_commit()
 
 
 def _newest(world: World, root: Path) -> tuple[Path, TrainState] | None:
@@ -273,10 +273,10 @@ def _newest(world: World, root: Path) -> tuple[Path, TrainState] | None:
 
 
 def _load(world: World, root: Path) -> tuple[set[float], int]:
-    made, engine = store(root, world=world), Tensors(0, world.rank, world.size)
-    found = made.find_latest()
-    assert found is not None
-    made.load(found[0], engine, found[1])
+    checkpoints, engine = store(root, world=world), Tensors(0, world.rank, world.size)
+    latest = checkpoints.find_latest()
+    assert latest is not None
+    checkpoints.load(latest[0], engine, latest[1])
     return engine.values(), engine.num_updates
 
 
@@ -284,16 +284,16 @@ def test_two_ranks_agree_on_what_is_whole(two_ranks: Ranks, tmp_path: Path) -> N
     assert two_ranks.call(_newest, tmp_path) == [None, None]
     for step in (10, 20, 30):
         first, second = two_ranks.call(_save, tmp_path, step)
-        assert first == second  # of the slowest rank: what follows from it is decided alike
+        assert first == second  # times of the slowest rank, so that all ranks decide alike
     last = tmp_path / name(30)
     assert sorted(json.loads((last / "checksums.json").read_text())) == [
-        PIECES,
+        CHUNKS,
         "pieces-00001.safetensors",
         "state.json",
     ]
     assert two_ranks.call(_newest, tmp_path) == [(last, state(30))] * 2
-    flip("pieces-00001.safetensors")(last)  # each rank reads a share: only one of them sees the harm
-    flip(PIECES)(tmp_path / name(20))
+    flip("pieces-00001.safetensors")(last)  # only the rank that reads this file detects the damage
+    flip(CHUNKS)(tmp_path / name(20))
     assert two_ranks.call(_newest, tmp_path) == [(tmp_path / name(10), state(10))] * 2
 
 
@@ -305,15 +305,16 @@ def test_two_ranks_go_on_from_one_and_one_from_two(two_ranks: Ranks, one_rank: R
 
 
 def test_other_science_says_what_can_be_done(tmp_path: Path) -> None:
-    was, now = {"epochs": 4, "init": None}, {"epochs": 6, "init": None}
+    saved_science = {"epochs": 4, "init": None}
+    current = {"epochs": 6, "init": None}
     sentence = (
         r"other science: epochs \(was 4, is 6\); set it back, or start anew with another run\.dir or run\.fresh=true"
     )
     with pytest.raises(CheckpointError, match=rf"{sentence}$"):
-        check_same_science(was, now, tmp_path)
+        check_same_science(saved_science, current, tmp_path)
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "card.json").touch()
     with pytest.raises(CheckpointError, match=rf"{sentence}; init={tmp_path}/export gives the new run the weights"):
-        check_same_science(was, now, tmp_path)
+        check_same_science(saved_science, current, tmp_path)
     with pytest.raises(CheckpointError, match=r"holds no settings of the run"):
-        check_same_science(["epochs"], now, tmp_path)  # pyright: ignore[reportArgumentType]
+        check_same_science(["epochs"], current, tmp_path)  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""Killed while it saves, at every file operation and at random moments: what was published is never lost, or torn."""
+"""Kills during a save, at every file operation and at random moments: a published checkpoint is never lost or torn."""
 
 import itertools
 import multiprocessing
@@ -12,19 +12,19 @@ from pathlib import Path
 import pytest
 from stores import Tensors, name, saved, state, store
 
-# Children of a clean process that has imported torch once; a fork of this one would inherit its threads' locks.
+# Children of a clean process that has imported torch once; a fork of the test process would inherit its threads' locks.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "foveal.checkpoint.store", "stores"])
 WAIT = 120  # seconds for a child
-# What Python tells its audit hooks of: every call that can change a folder or begins to read or write a file.
+# Events of Python's audit hooks: every call that can change a folder, or that opens a file.
 _CALLS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.truncate", "os.link"}
 MOMENTS = 30
 
 
 def _die_at(moment: int, root: Path) -> None:
-    """Replace step 10 and publish 20, and be gone before the file operation of this number."""
-    made, calls = store(root, keep=1), itertools.count()
-    made.find_latest()
+    """Replace step 10 and publish 20; die before the file operation of this number."""
+    checkpoints, calls = store(root, keep=1), itertools.count()
+    checkpoints.find_latest()
 
     def hook(event: str, _arguments: tuple[object, ...]) -> None:
         if event in _CALLS and next(calls) == moment:
@@ -32,31 +32,31 @@ def _die_at(moment: int, root: Path) -> None:
 
     sys.addaudithook(hook)
     for step in (10, 20):
-        saved(made, step)
+        saved(checkpoints, step)
 
 
 def _save_for_ever(root: Path, notes: Path, attempt: int) -> None:
-    """Steps of training, a save at each; what has been published is noted."""
-    made = store(root, attempt)
-    found = made.find_latest()
+    """Save at every step and append published steps to ``notes``."""
+    checkpoints = store(root, attempt)
+    latest = checkpoints.find_latest()
     engine = Tensors(0)
-    if found is not None:
-        made.load(found[0], engine, found[1])
-    for step in itertools.count(found[1].step + 1 if found else 1):
+    if latest is not None:
+        checkpoints.load(latest[0], engine, latest[1])
+    for step in itertools.count(latest[1].step + 1 if latest else 1):
         engine.fill(step)
-        if published := made.save(engine, state(step)):
+        if published := checkpoints.save(engine, state(step)):
             with notes.open("a") as stream:
                 stream.write(f"{published.step}\n")
 
 
 def _content(root: Path, attempt: int) -> tuple[int, set[float]]:
-    """The newest step and what it puts into an engine."""
-    made, engine = store(root, attempt), Tensors(0)
-    found = made.find_latest()
-    assert found is not None
-    made.load(found[0], engine, found[1])
-    made.wait_and_commit()
-    return found[1].step, engine.values()
+    """The newest step, and the values that it loads into an engine."""
+    checkpoints, engine = store(root, attempt), Tensors(0)
+    latest = checkpoints.find_latest()
+    assert latest is not None
+    checkpoints.load(latest[0], engine, latest[1])
+    checkpoints.wait_and_commit()
+    return latest[1].step, engine.values()
 
 
 @pytest.mark.slow
@@ -70,14 +70,14 @@ def test_killed_before_any_file_operation_of_a_save(tmp_path: Path) -> None:
         child.join(WAIT)
         step, values = _content(last, attempt=2)
         assert values == {float(step)}, f"killed before operation {moment}"
-        assert all(each.name.startswith("step-") for each in last.iterdir())
+        assert all(path.name.startswith("step-") for path in last.iterdir())
         survived.add(step)
         if child.exitcode == 0:
             break
         assert child.exitcode == -signal.SIGKILL
     assert survived == {10, 20}
     assert moment > 20, "a save has more operations than that"
-    assert [each.name for each in last.iterdir()] == [name(20)]
+    assert [path.name for path in last.iterdir()] == [name(20)]
 
 
 @pytest.mark.thorough
@@ -89,8 +89,8 @@ def test_killed_at_random_moments_of_a_loop_of_saves(tmp_path: Path) -> None:
         child = _CONTEXT.Process(target=_save_for_ever, args=(root, notes, attempt))
         before = notes.stat().st_size if notes.exists() else 0
         child.start()
-        given_up = time.monotonic() + WAIT
-        while not (notes.exists() and notes.stat().st_size > before) and time.monotonic() < given_up:
+        deadline = time.monotonic() + WAIT
+        while not (notes.exists() and notes.stat().st_size > before) and time.monotonic() < deadline:
             time.sleep(0.002)
         time.sleep(moments.uniform(0, 0.05))
         child.kill()

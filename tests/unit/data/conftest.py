@@ -1,4 +1,4 @@
-"""Real shards for the tests of data: the packed digits, and tars written by hand to be wrong in one way."""
+"""Shards for the data tests: the packed digits, and hand-written tars with a single fault."""
 
 import io
 import tarfile
@@ -26,7 +26,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def configure(digits: Path) -> Callable[..., DataConfig]:
-    """A config of the digits with other settings."""
+    """Return a factory of configs of the digits with other settings."""
 
     def make(**settings: Any) -> DataConfig:
         tree = {"path": str(digits), "image_size": 8, "channels": 1, "lanes": 8, **settings}
@@ -42,7 +42,7 @@ def dataset(configure: Callable[..., DataConfig]) -> Dataset:
 
 @pytest.fixture
 def png() -> bytes:
-    """A grey picture of 4 x 4."""
+    """A grey PNG of 4 x 4 pixels."""
     stream = io.BytesIO()
     Image.new("L", (4, 4), 100).save(stream, "PNG")
     return stream.getvalue()
@@ -50,7 +50,7 @@ def png() -> bytes:
 
 @pytest.fixture
 def write_tar() -> WriteTar:
-    """Write a tar of (member name, bytes)."""
+    """Return a function that writes a tar of (member name, bytes)."""
 
     def write(file: Path, members: Sequence[tuple[str, bytes]]) -> Path:
         with tarfile.open(file, "w") as tar:
@@ -65,7 +65,7 @@ def write_tar() -> WriteTar:
 
 @pytest.fixture
 def read_tar() -> ReadTar:
-    """The samples of a shard as webdataset groups them (its WebDataset class would leave the file open)."""
+    """Return a reader of a shard by webdataset's grouping (the WebDataset class would leave the file open)."""
 
     def read(file: Path) -> list[dict[str, Any]]:
         with file.open("rb") as stream:

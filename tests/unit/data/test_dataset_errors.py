@@ -1,4 +1,4 @@
-"""Every bad input to a data set is one sentence: what, where, what to do."""
+"""Every invalid input to a data set raises a one-line error with problem, location and remedy."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from foveal.errors import ConfigError, DataError, FovealError
 
 @pytest.fixture
 def folder(digits: Path, tmp_path: Path) -> Path:
-    """A copy of the digits to be damaged."""
+    """A copy of the digits data set that tests damage."""
     shutil.copytree(digits, tmp_path / "copy")
     return tmp_path / "copy"
 
@@ -34,7 +34,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     file.write_text(json.dumps(tree))
 
 
-def sentence(caught: pytest.ExceptionInfo[FovealError]) -> str:
+def check_one_line(caught: pytest.ExceptionInfo[FovealError]) -> str:
     text = str(caught.value)
     assert "\n" not in text
     return text
@@ -156,7 +156,7 @@ def test_a_manifest_that_is_wrong(folder: Path, change: Callable[[dict[str, Any]
     edit(folder, change)
     with pytest.raises(DataError, match=expected) as caught:
         open_with(folder)
-    sentence(caught)
+    check_one_line(caught)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\x00\xff"])
@@ -164,15 +164,15 @@ def test_a_manifest_that_is_damaged(folder: Path, text: str) -> None:
     (folder / "manifest.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(DataError, match=r"manifest.json is damaged \(.*\): run `foveal data index`") as caught:
         open_with(folder)
-    sentence(caught)
+    check_one_line(caught)
 
 
 def test_statistics_that_are_not_known_or_do_not_fit(folder: Path) -> None:
     edit(folder, lambda tree: tree.update(mean=None, std=None))
     with pytest.raises(DataError, match=r"manifest.json has no pixel statistics; set data.mean and data.std"):
         _ = open_with(folder).mean
-    given = open_with(folder, mean=(0.5,), std=(0.25,))
-    assert (given.mean, given.std) == ((0.5,), (0.25,))
+    dataset = open_with(folder, mean=(0.5,), std=(0.25,))
+    assert (dataset.mean, dataset.std) == ((0.5,), (0.25,))
     edit(folder, lambda tree: tree.update(mean=[0.1, 0.2, 0.3], std=[0.1, 0.2, 0.3]))
     with pytest.raises(DataError, match=r"the std in manifest.json has 3 values for data.channels=1; set data.mean"):
         _ = open_with(folder).std
@@ -229,7 +229,6 @@ def test_what_is_science_and_what_is_not() -> None:
         "ahead",
         "cache.dir",
         "cache.gigabytes",
-    } | {
         "patience_seconds",
         "max_bad",
         "ledger",
@@ -239,20 +238,20 @@ def test_what_is_science_and_what_is_not() -> None:
 def test_parts_that_cannot_be_chosen(folder: Path) -> None:
     dataset = open_with(folder)
 
-    def order(**settings: Any) -> None:
+    def select(**settings: Any) -> None:
         part = settings.pop("part", "train")
         tree = {"path": str(folder), "image_size": 8, "channels": 1, "lanes": 2, **settings}
         cfg = DataConfig.from_dict(tree, "the test")
         select_subset(dataset, cfg, split="train", subset=part, seed=0)
 
     with pytest.raises(ConfigError, match=r"data.holdout_per_class=0 leaves no holdout"):
-        order(part="holdout")
+        select(part="holdout")
     with pytest.raises(DataError, match=r"class \d has \d+ samples, too few for data.per_class=500 and data.holdout"):
-        order(per_class=500)
+        select(per_class=500)
     with pytest.raises(DataError, match=r"too few for data.per_class=100 and data.holdout_per_class=100"):
-        order(per_class=100, holdout_per_class=100)
+        select(per_class=100, holdout_per_class=100)
     with pytest.raises(DataError, match=r"too few for data.per_class=0 and data.holdout_per_class=150"):
-        order(holdout_per_class=150)
+        select(holdout_per_class=150)
 
 
 def test_samples_without_labels_cannot_be_chosen_by_class(
@@ -268,13 +267,13 @@ def test_samples_without_labels_cannot_be_chosen_by_class(
 
 
 def test_the_command_line_packs_indexes_and_shows(tmp_path: Path) -> None:
-    run = CliRunner()
+    runner = CliRunner()
     target = str(tmp_path / "digits")
-    assert "digits: written" in run.invoke(app, ["pack", "digits", "--out", target]).output
-    assert "already there, nothing to do" in run.invoke(app, ["pack", "digits", "--out", target]).output
-    again = run.invoke(app, ["index", target, "--index", str(tmp_path / "index"), "--name", "numerals"])
+    assert "digits: written" in runner.invoke(app, ["pack", "digits", "--out", target]).output
+    assert "already there, nothing to do" in runner.invoke(app, ["pack", "digits", "--out", target]).output
+    again = runner.invoke(app, ["index", target, "--index", str(tmp_path / "index"), "--name", "numerals"])
     assert again.output.splitlines()[0] == "numerals: members cls, png; 10 classes"
-    shown = run.invoke(app, ["show", target]).output.splitlines()
+    shown = runner.invoke(app, ["show", target]).output.splitlines()
     assert shown[1].split()[:5] == ["train", "1,437", "samples", "6", "shards"]
     assert shown[-1].split()[:3] == ["9", "144", "36"]
-    assert isinstance(run.invoke(app, ["show", str(tmp_path / "nowhere")]).exception, DataError)
+    assert isinstance(runner.invoke(app, ["show", str(tmp_path / "nowhere")]).exception, DataError)

@@ -1,4 +1,4 @@
-"""Batches: the same on any number of ranks, micro-batches and threads, from any step on; evaluation exactly once."""
+"""Batches do not depend on ranks, microbatch size, threads or start step; evaluation covers every sample once."""
 
 import io
 import shutil
@@ -22,22 +22,30 @@ BATCH = 64
 Configure = Callable[..., DataConfig]
 
 
-def train(cfg: DataConfig, start: int, stop: int, rank: int = 0, size: int = 1, at_once: int = 16) -> list[Batch]:
-    dataset = Dataset.open(cfg)
-    place: dict[str, Any] = {"start": start, "stop": stop, "rank": rank, "size": size}
+def train(
+    cfg: DataConfig, start_step: int, stop_step: int, rank: int = 0, world_size: int = 1, microbatch_size: int = 16
+) -> list[Batch]:
+    training_set = build_training_set(Dataset.open(cfg), cfg, seed=3, batch_size=BATCH)
     with train_batches(
-        build_training_set(dataset, cfg, seed=3, batch_size=BATCH), cfg, microbatch_size=at_once, **place
-    ) as got:
-        return list(got)
+        training_set,
+        cfg,
+        rank=rank,
+        world_size=world_size,
+        microbatch_size=microbatch_size,
+        start_step=start_step,
+        stop_step=stop_step,
+    ) as batches:
+        return list(batches)
 
 
-def joined(batches: list[Batch], name: str) -> torch.Tensor:
+def concatenate(batches: list[Batch], name: str) -> torch.Tensor:
     return torch.cat([getattr(batch, name) for batch in batches])
 
 
-def same(one: list[Batch], other: list[Batch]) -> bool:
+def same(batches: list[Batch], other_batches: list[Batch]) -> bool:
     return all(
-        torch.equal(joined(one, name), joined(other, name)) for name in ("images", "labels", "ids", "draws", "valid")
+        torch.equal(concatenate(batches, name), concatenate(other_batches, name))
+        for name in ("images", "labels", "ids", "sample_keys", "valid")
     )
 
 
@@ -64,17 +72,20 @@ def test_a_batch_is_what_its_ids_say(configure: Configure, dataset: Dataset) -> 
 
 
 @pytest.mark.parametrize(
-    ("size", "at_once", "threads", "ahead"), [(2, 16, 1, 1), (4, 8, 3, 7), (1, 64, 2, 1), (8, 1, 2, 4)]
+    ("world_size", "microbatch_size", "threads", "ahead"), [(2, 16, 1, 1), (4, 8, 3, 7), (1, 64, 2, 1), (8, 1, 2, 4)]
 )
 def test_ranks_micros_and_threads_do_not_change_a_step(
-    configure: Configure, size: int, at_once: int, threads: int, ahead: int
+    configure: Configure, world_size: int, microbatch_size: int, threads: int, ahead: int
 ) -> None:
-    whole = train(configure(), 20, 24)  # over the end of epoch 0, which has 22 steps
-    ranks = [train(configure(threads=threads, ahead=ahead), 20, 24, rank, size, at_once) for rank in range(size)]
-    micros = BATCH // size // at_once
-    dealt = [batch for turn in range(4) for one in ranks for batch in one[turn * micros : (turn + 1) * micros]]
-    assert same(whole, dealt)
-    assert [batch.epoch for batch in ranks[0]][::micros] == [0, 0, 1, 1]
+    reference = train(configure(), 20, 24)  # over the end of epoch 0, which has 22 steps
+    cfg = configure(threads=threads, ahead=ahead)
+    ranks = [train(cfg, 20, 24, rank, world_size, microbatch_size) for rank in range(world_size)]
+    count = BATCH // world_size // microbatch_size
+    in_slot_order = [
+        batch for step in range(4) for batches in ranks for batch in batches[step * count : (step + 1) * count]
+    ]
+    assert same(reference, in_slot_order)
+    assert [batch.epoch for batch in ranks[0]][::count] == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("start", [1, 13, 22, 43])
@@ -85,31 +96,32 @@ def test_resuming_is_starting(configure: Configure, start: int) -> None:
 def test_skipped_batches_are_passed_over(configure: Configure) -> None:
     cfg = configure()
     training = build_training_set(Dataset.open(cfg), cfg, seed=3, batch_size=BATCH)
-    place: dict[str, Any] = {"rank": 0, "world_size": 1, "microbatch_size": BATCH}
-    with train_batches(training, cfg, **place, start_step=0, stop_step=26) as got:
-        whole = list(got)
-    with train_batches(training, cfg, **place, start_step=1, stop_step=23, skipped_batches=(2, 3, 22)) as got:
-        passed = list(got)
-    kept = [1, *range(4, 22), 23, 24, 25]
-    assert same(passed, [whole[number] for number in kept])
-    assert [batch.step for batch in passed] == list(range(1, 23))
-    assert [batch.epoch for batch in passed] == [whole[number].epoch for number in kept]
+    rank_arguments: dict[str, Any] = {"rank": 0, "world_size": 1, "microbatch_size": BATCH}
+    with train_batches(training, cfg, **rank_arguments, start_step=0, stop_step=26) as batches:
+        reference = list(batches)
+    skipped = (2, 3, 22)
+    with train_batches(training, cfg, **rank_arguments, start_step=1, stop_step=23, skipped_batches=skipped) as batches:
+        resumed = list(batches)
+    consumed = [1, *range(4, 22), 23, 24, 25]
+    assert same(resumed, [reference[number] for number in consumed])
+    assert [batch.step for batch in resumed] == list(range(1, 23))
+    assert [batch.epoch for batch in resumed] == [reference[number].epoch for number in consumed]
 
 
 def test_augmentation_changes_with_the_epoch_and_not_with_the_place_in_the_batch(configure: Configure) -> None:
     first, second = ({}, {})
     for batch in train(configure(), 0, 44):
-        seen = second if batch.epoch else first
-        seen.update(zip(batch.ids.tolist(), batch.images, strict=True))
-    both = set(first) & set(second)
-    assert len(both) > 1300
-    assert sum(torch.equal(first[sample], second[sample]) for sample in both) < 100
-    lanes = {
+        images = second if batch.epoch else first
+        images.update(zip(batch.ids.tolist(), batch.images, strict=True))
+    common = set(first) & set(second)
+    assert len(common) > 1300
+    assert sum(torch.equal(first[sample], second[sample]) for sample in common) < 100
+    other_lanes = {
         sample: image
         for batch in train(configure(lanes=4), 0, 22)
         for sample, image in zip(batch.ids.tolist(), batch.images, strict=True)
     }
-    assert all(torch.equal(lanes[sample], first[sample]) for sample in set(lanes) & set(first))
+    assert all(torch.equal(other_lanes[sample], first[sample]) for sample in set(other_lanes) & set(first))
 
 
 def test_the_order_tells_the_plan(configure: Configure, dataset: Dataset) -> None:
@@ -117,45 +129,54 @@ def test_the_order_tells_the_plan(configure: Configure, dataset: Dataset) -> Non
     assert (order.num_samples, order.steps_per_epoch, order.dropped_per_epoch) == (1437, 22, 29)
 
 
-@pytest.mark.parametrize(("size", "at_once"), [(1, 64), (1, 7), (3, 50), (4, 100), (4, 120)])
-def test_evaluation_sees_every_sample_once(configure: Configure, dataset: Dataset, size: int, at_once: int) -> None:
+@pytest.mark.parametrize(("world_size", "microbatch_size"), [(1, 64), (1, 7), (3, 50), (4, 100), (4, 120)])
+def test_evaluation_sees_every_sample_once(
+    configure: Configure, dataset: Dataset, world_size: int, microbatch_size: int
+) -> None:
     cfg = configure(crop_ratio=1.0)
     ranks = [
         list(
             eval_batches(
-                dataset, cfg, split="val", subset="all", seed=0, rank=rank, world_size=size, microbatch_size=at_once
+                dataset,
+                cfg,
+                split="val",
+                subset="all",
+                seed=0,
+                rank=rank,
+                world_size=world_size,
+                microbatch_size=microbatch_size,
             )
         )
-        for rank in range(size)
+        for rank in range(world_size)
     ]
-    assert len({len(one) for one in ranks}) == 1
-    batches = [batch for one in ranks for batch in one]
-    assert all(len(batch.ids) == at_once for batch in batches)
-    ids, valid, labels = (joined(batches, name) for name in ("ids", "valid", "labels"))
+    assert len({len(batches) for batches in ranks}) == 1
+    batches = [batch for rank_batches in ranks for batch in rank_batches]
+    assert all(len(batch.ids) == microbatch_size for batch in batches)
+    ids, valid, labels = (concatenate(batches, name) for name in ("ids", "valid", "labels"))
     assert sorted(ids[valid].tolist()) == list(range(360))
     assert (ids[~valid] == -1).all()
     assert (labels[~valid] == -1).all()
-    assert joined(batches, "images")[~valid].eq(0).all()
+    assert concatenate(batches, "images")[~valid].eq(0).all()
     assert torch.equal(labels[valid], torch.from_numpy(dataset.labels("val"))[ids[valid]])
 
 
 def test_few_labels_are_nested_and_apart_from_the_holdout(configure: Configure, dataset: Dataset) -> None:
-    def ids(part: SubsetName, **settings: int) -> list[int]:
+    def ids(subset: SubsetName, **settings: int) -> list[int]:
         cfg = configure(**settings)
         batches = list(
-            eval_batches(dataset, cfg, split="train", subset=part, seed=3, rank=0, world_size=1, microbatch_size=64)
+            eval_batches(dataset, cfg, split="train", subset=subset, seed=3, rank=0, world_size=1, microbatch_size=64)
         )
-        return joined(batches, "ids")[joined(batches, "valid")].tolist()
+        return concatenate(batches, "ids")[concatenate(batches, "valid")].tolist()
 
     two, five = ids("train", per_class=2), ids("train", per_class=5, holdout_per_class=3)
-    held = ids("holdout", per_class=5, holdout_per_class=3)
+    holdout = ids("holdout", per_class=5, holdout_per_class=3)
     assert np.bincount(dataset.labels("train")[two]).tolist() == [2] * 10
-    assert np.bincount(dataset.labels("train")[held]).tolist() == [3] * 10
+    assert np.bincount(dataset.labels("train")[holdout]).tolist() == [3] * 10
     assert set(two) < set(five)
-    assert not set(five) & set(held)
-    rest, kept = ids("train", holdout_per_class=4), ids("holdout", holdout_per_class=4)
-    assert sorted(rest + kept) == list(range(1437))
-    assert len(kept) == 40
+    assert not set(five) & set(holdout)
+    rest, holdout = ids("train", holdout_per_class=4), ids("holdout", holdout_per_class=4)
+    assert sorted(rest + holdout) == list(range(1437))
+    assert len(holdout) == 40
     assert ids("all", per_class=2, holdout_per_class=4) == list(range(1437))
 
 
@@ -179,11 +200,11 @@ def test_another_seed_draws_other_labels(configure: Configure, dataset: Dataset)
 
 def test_training_on_few_labels_takes_each_once_per_epoch(configure: Configure) -> None:
     dataset, cfg = Dataset.open(configure(per_class=2, lanes=5)), configure(per_class=2, lanes=5)
-    place: dict[str, Any] = {"rank": 0, "world_size": 1, "microbatch_size": 20, "start_step": 0, "stop_step": 3}
-    with train_batches(build_training_set(dataset, cfg, seed=0, batch_size=20), cfg, **place) as batches:
-        seen = [sorted(batch.ids.tolist()) for batch in batches]
-    assert seen[0] == seen[1] == seen[2]
-    assert len(set(seen[0])) == 20
+    training = build_training_set(dataset, cfg, seed=0, batch_size=20)
+    with train_batches(training, cfg, rank=0, world_size=1, microbatch_size=20, start_step=0, stop_step=3) as batches:
+        steps = [sorted(batch.ids.tolist()) for batch in batches]
+    assert steps[0] == steps[1] == steps[2]
+    assert len(set(steps[0])) == 20
 
 
 def decoders() -> list[threading.Thread]:
@@ -192,8 +213,10 @@ def decoders() -> list[threading.Thread]:
 
 def test_leaving_stops_the_threads(configure: Configure, dataset: Dataset) -> None:
     cfg = configure()
-    place: dict[str, Any] = {"rank": 0, "world_size": 1, "microbatch_size": 16, "start_step": 0, "stop_step": 10**9}
-    with train_batches(build_training_set(dataset, cfg, seed=0, batch_size=BATCH), cfg, **place) as batches:
+    training = build_training_set(dataset, cfg, seed=0, batch_size=BATCH)
+    with train_batches(
+        training, cfg, rank=0, world_size=1, microbatch_size=16, start_step=0, stop_step=10**9
+    ) as batches:
         next(batches)
         assert decoders()
     assert not decoders()
@@ -230,9 +253,9 @@ def test_colour_and_size_are_what_the_config_says(tmp_path: Path, write_tar: Cal
 
 def test_ranks_and_micros_that_do_not_fit_are_sentences(configure: Configure) -> None:
     with pytest.raises(ConfigError, match=r"cannot be dealt to 3 ranks"):
-        train(configure(), 0, 1, size=3)
+        train(configure(), 0, 1, world_size=3)
     with pytest.raises(ConfigError, match=r"batch.at_once=24 does not divide the 64 images"):
-        train(configure(), 0, 1, at_once=24)
+        train(configure(), 0, 1, microbatch_size=24)
     with pytest.raises(ConfigError, match=r"data.lanes=48 does not fit"):
         train(configure(lanes=48), 0, 1)
 
@@ -249,7 +272,7 @@ def test_moving_a_batch_keeps_everything(configure: Configure) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_batches_come_pinned_and_normalise_on_the_device(configure: Configure, dataset: Dataset) -> None:
     batch = train(configure(), 5, 6)[1]
-    assert all(getattr(batch, name).is_pinned() for name in ("images", "labels", "ids", "draws", "valid"))
+    assert all(getattr(batch, name).is_pinned() for name in ("images", "labels", "ids", "sample_keys", "valid"))
     moved = batch.to("cuda", non_blocking=True)
     assert same([moved.to("cpu")], [batch])
     on_device = normalise(moved.images, dataset.mean, dataset.std).cpu()

@@ -1,4 +1,4 @@
-"""Which student can follow which teacher: every sentence of the plan, and what a plan says of who can."""
+"""Compatibility of teacher and students: every error message of the plan, and the plan of compatible pairs."""
 
 from functools import partial
 from pathlib import Path
@@ -38,16 +38,16 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 SENTENCES: list[tuple[str, dict[str, Any], str]] = [
     ("plain", {"backbone": "test_resnet"}, "model and backbone exclude each other: keep one of them"),
-    ("plain", {"students": [Y]}, "model and students exclude each other: put it among the students"),
+    ("plain", {"students": [Y]}, "model and students exclude each other: list the model among the students"),
     (
         "plain",
         {"model": None, "backbone": "test_resnet", "students": [Y]},
-        "backbone and students exclude each other: put it among the students",
+        "backbone and students exclude each other: list the backbone among the students",
     ),
     (
         "plain",
         {"model": None, "students": [Y, Y]},
-        "two students have the name y: each has a folder of its own in export/",
+        "two students have the name y: each needs its own folder in export/",
     ),
     (
         "plain",
@@ -70,12 +70,12 @@ SENTENCES: list[tuple[str, dict[str, Any], str]] = [
     (
         "plain",
         {"model": None, "students": [Y, Y | {"name": "x"}], "optim": {"clip": 1.0}},
-        "would let 2 students depend on each other: optim.clip=null, or train them one by one",
+        "would make 2 students depend on each other: set optim.clip=null, or train them one by one",
     ),
     ("plain", {"layers": [[1, 1]]}, "layers are pairs of blocks, and lesson=features compares none"),
     ("head", {"lesson": "logits", "layers": [[1, 1]]}, "and lesson=logits compares none"),
     ("plain", {"lesson": "layers", "layers": [[1, 1], [2, 1], [1, 1]]}, "layers has the pair [1, 1] twice"),
-    ("plain", {"cls_weight": 0.0, "patch_weight": 0.0}, "cls_weight=0 and patch_weight=0 leave nothing to learn"),
+    ("plain", {"cls_weight": 0.0, "patch_weight": 0.0}, "cls_weight=0 and patch_weight=0 leave no loss"),
     *(
         (
             "plain",
@@ -94,36 +94,36 @@ SENTENCES: list[tuple[str, dict[str, Any], str]] = [
     (
         "plain",
         {"lesson": "relations", "model": TINY | {"width": 15, "heads": 3, "positions": "learned"}},
-        "model.width=15 cannot be divided among the teacher's 2 heads, in which relations are compared; 16 can",
+        "model.width=15 is not divisible by the teacher's 2 heads, in which relations are compared; 16 is",
     ),
     (
         "plain",
         {"lesson": "relations", "model": EVA.to_dict()},
-        "model.name='eva02_tiny_patch14_224' has no relations to tell: its attention adds biases to what its layer makes",
+        "model.name='eva02_tiny_patch14_224' does not support lesson=relations: its attention adds biases to what its layer makes",
     ),
     (
         "split",
         {"lesson": "relations"},
-        "'eva02_base_patch14_224', has no relations to tell: its queries, keys and values have a layer each",
+        "'eva02_base_patch14_224', does not support lesson=relations: its queries, keys and values have a layer each",
     ),
     *(
         (
             "plain",
             {"lesson": lesson, "model": None, "backbone": "test_resnet"},
-            f"lesson={lesson} reads the blocks of a plain transformer, and backbone=test_resnet is timm's as it is",
+            f"lesson={lesson} reads the blocks of a foveal encoder, and backbone=test_resnet is a timm backbone",
         )
         for lesson in ("layers", "relations")
     ),
-    ("resnet", {"lesson": "layers"}, "is timm's test_resnet as it is, and lesson=layers reads the blocks"),
-    ("plain", {"lesson": "logits"}, "has no head, and lesson=logits is in classes"),
+    ("resnet", {"lesson": "layers"}, "is the timm backbone test_resnet, and lesson=layers reads the blocks"),
+    ("plain", {"lesson": "logits"}, "has no classification head, and lesson=logits needs one"),
     ("resnet", {"data": {"channels": 3}}, "has channels 1, the student's data.channels is 3; they must be equal"),
     (
         "plain",
         {"model": None, "backbone": "test_resnet"},
-        "has features of 4 x 4 places, backbone=test_resnet has 1 x 1; patch_weight=0 compares the whole image's alone",
+        "has 4 x 4 patch features, backbone=test_resnet has 1 x 1; patch_weight=0 compares pooled features only",
     ),
-    ("resnet", {}, "has features of 1 x 1 places, model has 4 x 4; patch_weight=0 compares the whole image's alone"),
-    ("head", {}, "was fine-tuned with pooling=avg and has no norm behind its tokens"),
+    ("resnet", {}, "has 1 x 1 patch features, model has 4 x 4; patch_weight=0 compares pooled features only"),
+    ("head", {}, "was fine-tuned with pooling=avg and has no norm after its tokens"),
     ("plain", {"model": None, "backbone": "resnet10"}, "'resnet10' is not a model of timm"),
     (
         "fixed",
@@ -134,29 +134,29 @@ SENTENCES: list[tuple[str, dict[str, Any], str]] = [
     (
         "plain",
         {"model": None, "students": [Y | {"name": "card.json"}]},
-        "a student cannot be called card.json, which is a file of an export",
+        "a student cannot have the name card.json, which is a file of an export",
     ),
     (
         "plain",
         {"model": None, "backbone": "test_resnet", "patch_weight": 0.0, "batch": {"images": 64, "at_once": 1}},
-        "the student has BatchNorm, and a rank would hold one image at once: nothing to normalise it by",
+        "the student has BatchNorm, which cannot train on microbatches of 1 image; use a larger batch.at_once",
     ),
     (
         "head",
         {"lesson": "token", "label_weight": 1.0},
-        "lesson=token has two heads to teach, and label_weight=1 leaves",
+        "lesson=token trains two heads, and label_weight=1 leaves one without a loss",
     ),
-    ("nine", {"lesson": "logits"}, "knows 9 classes, "),
+    ("nine", {"lesson": "logits"}, "has 9 classes, "),
     ("other", {"lesson": "logits"}, "class 2 is 'two' for the teacher "),
     (
         "head",
         {"lesson": "token"},
-        "lesson=token teaches a distillation token, which model has not; give model.registers=1, or a backbone such as",
+        "lesson=token trains a distillation token, and model has none; set model.registers=1, or a backbone such as",
     ),
     (
         "head",
         {"lesson": "token", "model": None, "backbone": "deit_tiny_patch16_224"},
-        "lesson=token teaches a distillation token, which backbone=deit_tiny_patch16_224 has not",
+        "lesson=token trains a distillation token, and backbone=deit_tiny_patch16_224 has none",
     ),
     (
         "plain",
@@ -182,13 +182,13 @@ def test_what_cannot_be_is_one_sentence(
 def test_layers_that_are_not_named(
     lesson: str, model: dict[str, Any], pairs: Any, digits: Path, teachers: dict[str, Path]
 ) -> None:
-    found = plan(config(digits, teachers["plain"], lesson=lesson, model=model), 1)
-    assert (found.target.blocks, found.student_specs[0].blocks) == pairs
-    assert f"lesson    {lesson} of {teachers['plain']}, blocks 3" in found.summary_lines()
+    distill_plan = plan(config(digits, teachers["plain"], lesson=lesson, model=model), 1)
+    assert (distill_plan.target.blocks, distill_plan.student_specs[0].blocks) == pairs
+    assert f"lesson    {lesson} of {teachers['plain']}, blocks 3" in distill_plan.summary_lines()
 
 
 def test_labels_that_are_not_there(digits: Path, teachers: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without classes, or without one label; soft labels alone do without both."""
+    """Data without classes, or without any label, is refused, except with soft labels only."""
     monkeypatch.setattr(Dataset, "labels", lambda *_: torch.tensor([-1, -1]).numpy())
     with pytest.raises(FovealError, match=r"label_weight=0\.5, but no sample of split 'train' of .* has a label"):
         plan(config(digits, teachers["head"], lesson="logits", model=TINY), 1)
@@ -197,8 +197,8 @@ def test_labels_that_are_not_there(digits: Path, teachers: dict[str, Path], monk
         plan(config(digits, teachers["head"], lesson="logits", model=TINY), 1)
     monkeypatch.setattr(Dataset, "classes", None)
     token = {"lesson": "token", "backbone": DISTILLED}
-    for settings, way in (({"lesson": "logits", "model": TINY}, ", or set label_weight=0"), (token, "")):
-        with pytest.raises(ConfigError, match=rf"have no classes; index shards that hold .cls members{way}$"):
+    for settings, alternative in (({"lesson": "logits", "model": TINY}, ", or set label_weight=0"), (token, "")):
+        with pytest.raises(ConfigError, match=rf"have no classes; index shards that hold .cls members{alternative}$"):
             plan(config(digits, teachers["head"], **settings), 1)
     assert plan(config(digits, teachers["head"], lesson="logits", label_weight=0.0, model=TINY), 1).classes == DIGITS
 
@@ -208,7 +208,7 @@ def test_labels_that_are_not_there(digits: Path, teachers: dict[str, Path], monk
     [
         ("plain", {"backbone": "test_resnet", "patch_weight": 0.0}),
         ("resnet", {"backbone": "test_efficientnet", "cls_weight": 0.0}),
-        ("plain", {"backbone": "resmlp_12_224", "patch_weight": 0.0}),  # it has no map of places
+        ("plain", {"backbone": "resmlp_12_224", "patch_weight": 0.0}),  # without a feature map
         ("head", {"lesson": "token", "model": TINY | {"registers": 1}}),
         ("resnet", {"model": TINY | {"patch": 16}}),
         ("resnet", {"lesson": "logits", "model": TINY}),
@@ -221,13 +221,12 @@ def test_labels_that_are_not_there(digits: Path, teachers: dict[str, Path], monk
 def test_every_parameter_learns(
     teacher: str, settings: dict[str, Any], digits: Path, teachers: dict[str, Path]
 ) -> None:
-    """Some by a zero: a parameter without a gradient makes an engine wait that shards weights or reduces gradients."""
-    found = plan(config(digits, teachers[teacher], **settings), 1)
-    made = build(found, torch.device("cpu"))
-    total, _ = made.objective(made.model.train(), _fake_batch(4, 1, (16, 16)))
+    """Every parameter has a gradient, if only zero: engines that shard weights or reduce gradients wait for all."""
+    setup = build(plan(config(digits, teachers[teacher], **settings), 1), torch.device("cpu"))
+    total, _ = setup.objective(setup.model.train(), _fake_batch(4, 1, (16, 16)))
     total.backward()
-    silent = [name for name, each in made.model.named_parameters() if each.requires_grad and each.grad is None]
-    assert not silent
+    trained = [(name, parameter) for name, parameter in setup.model.named_parameters() if parameter.requires_grad]
+    assert not [name for name, parameter in trained if parameter.grad is None]
     assert total.isfinite()
 
 
@@ -238,38 +237,38 @@ def test_the_plan_says_whose_curve_is_its_own(digits: Path, teachers: dict[str, 
     assert "student   vit: vit_tiny_patch16_224 of width 16 and depth 3" in lines
     (beware,) = [line for line in lines if line.startswith("beware")]
     assert beware.startswith("beware    net has BatchNorm")
-    assert beware.endswith("depends on ranks and images at once (2 and 32 here)")
+    assert beware.endswith("results depend on world size and microbatch size (2 and 32)")
 
 
 def test_tables_of_biases_are_not_decayed(digits: Path, teachers: dict[str, Path]) -> None:
     settings = {"backbone": "swin_tiny_patch4_window7_224", "lesson": "logits", "data": {"image_size": 32}}
-    found = plan(config(digits, teachers["head"], **settings), 1)
-    made = build(found, torch.device("meta"))
-    names = {id(each): name for name, each in made.model.named_parameters()}
-    decayed = {names[id(each)] for group in made.param_groups if group["weight_decay"] for each in group["params"]}
+    setup = build(plan(config(digits, teachers["head"], **settings), 1), torch.device("meta"))
+    names = {id(parameter): name for name, parameter in setup.model.named_parameters()}
+    decayed_groups = [group["params"] for group in setup.param_groups if group["weight_decay"]]
+    decayed = {names[id(parameter)] for group in decayed_groups for parameter in group}
     assert any("qkv.weight" in name for name in decayed)
     assert not [name for name in decayed if "relative_position_bias_table" in name]
 
 
 def test_a_model_without_a_name_is_a_small_one(digits: Path, teachers: dict[str, Path]) -> None:
-    (pupil,) = plan(config(digits, teachers["plain"], model={"patch": 4, "depth": 2}), 1).student_specs
-    assert (pupil.card["name"], pupil.card["width"], pupil.card["depth"]) == ("vit_small_patch16_224", 384, 2)
+    (student,) = plan(config(digits, teachers["plain"], model={"patch": 4, "depth": 2}), 1).student_specs
+    assert (student.card["name"], student.card["width"], student.card["depth"]) == ("vit_small_patch16_224", 384, 2)
 
 
 def test_students_are_drawn_from_the_seed_each(digits: Path, teachers: dict[str, Path]) -> None:
     students = [{"name": "a", "model": TINY}, {"name": "b", "model": TINY}]
-    both = build_students(plan(config(digits, teachers["plain"], students=students), 1))
-    alone = build_students(plan(config(digits, teachers["plain"], model=TINY), 1)).state_dict()
-    for name, value in both.state_dict().items():
-        assert value.equal(alone[name.replace("each.1.", "each.0.")])
+    pair = build_students(plan(config(digits, teachers["plain"], students=students), 1))
+    single = build_students(plan(config(digits, teachers["plain"], model=TINY), 1)).state_dict()
+    for name, value in pair.state_dict().items():
+        assert value.equal(single[name.replace("each.1.", "each.0.")])
 
 
 def test_a_plan_without_a_student_has_a_small_one(digits: Path, teachers: dict[str, Path]) -> None:
     encoder = TEACHER.to_dict() | {"patch": 16}
     settings = {"lesson": "logits", "data": {"image_size": 16}}
-    (pupil,) = plan(config(digits, teachers["head"], **settings), 1).student_specs
-    assert (pupil.name, pupil.card["name"], pupil.card["width"]) == ("", "vit_small_patch16_224", 384)
-    assert encoder["patch"] == pupil.card["patch"]
+    (student,) = plan(config(digits, teachers["head"], **settings), 1).student_specs
+    assert (student.name, student.card["name"], student.card["width"]) == ("", "vit_small_patch16_224", 384)
+    assert encoder["patch"] == student.card["patch"]
 
 
 @pytest.mark.parametrize(
@@ -285,9 +284,8 @@ def test_a_plan_without_a_student_has_a_small_one(digits: Path, teachers: dict[s
 def test_a_step_can_be_forecast(
     teacher: str, settings: dict[str, Any], digits: Path, teachers: dict[str, Path]
 ) -> None:
-    """Without memory, in bf16 and recomputed: every trained number gets its gradient there too."""
-    found = plan(config(digits, teachers[teacher], **({"model": TINY} | settings)), 1)
-    build_setup = partial(build, found)
+    """On fake tensors, in bf16 and with recomputation, every trained parameter gets its gradient too."""
+    build_setup = partial(build, plan(config(digits, teachers[teacher], **({"model": TINY} | settings)), 1))
     trained = count_parameters(build_setup).trainable
     trace = trace_memory(build_setup, 4, 1, (16, 16), precision="bf16", recompute=True)
     assert max(trace.peak_by_gradient_bytes) == 4 * trained

@@ -1,4 +1,4 @@
-"""What the settings of fine-tuning cannot mean together is one sentence, before anything is read or written."""
+"""Unsupported settings of fine-tuning are refused with one sentence, before a run starts."""
 
 from pathlib import Path
 from typing import Any
@@ -38,17 +38,17 @@ def config(digits: Path, **settings: Any) -> FinetuneConfig:
 
 def export(folder: Path, **changed: Any) -> str:
     vit = VitConfig(**TINY)
-    told = encoder_card(vit, 8, 1, pooling="avg", num_classes=10)
+    encoder = encoder_card(vit, 8, 1, pooling="avg", num_classes=10)
     model = build_encoder(vit, image_size=8, channels=1, pooling="avg", num_classes=10)
     card = {"mean": (0.3054,), "std": (0.3763,), "classes": DIGITS} | changed
-    write_export(folder, model.state_dict(), Card("finetune", told, **card))
+    write_export(folder, model.state_dict(), Card("finetune", encoder, **card))
     return str(folder)
 
 
 @pytest.mark.parametrize(
     ("settings", "error", "sentence"),
     [
-        ({"mixup": 0.8, "batch": {"images": 40, "at_once": 5}}, ConfigError, "pair images that a rank holds at once, which are 5"),
+        ({"mixup": 0.8, "batch": {"images": 40, "at_once": 5}}, ConfigError, "pair the images of a microbatch, which has 5 here"),
         ({"class_weights": [1.0, 2.0]}, ConfigError, "class_weights has 2 weights for 10 classes"),
         ({"class_weights": [0.0] + [1.0] * 9}, ConfigError, "a weight is above 0"),
         ({"data": {"val_size": 16}}, ConfigError, "data.val_size is for labels that are masks or boxes"),
@@ -65,7 +65,7 @@ def export(folder: Path, **changed: Any) -> str:
                 "evaluate_every": 2,
             },
             ConfigError,
-            "would judge a trial by what it stopped at",
+            "would stop a trial by the data that it is evaluated on",
         ),
         ({"trials": {"arms": {"../a": None}, "lr_per_256": [1e-3]}}, ConfigError, "trials.arms='../a' is no plain name"),
         (
@@ -84,7 +84,7 @@ def export(folder: Path, **changed: Any) -> str:
             ConfigError,
             "before one linear head, which levit_128s does not have",
         ),
-        ({"frozen": True, "drop_path": 0.1}, ConfigError, "frozen=true keeps it from it"),
+        ({"frozen": True, "drop_path": 0.1}, ConfigError, "frozen=true freezes it"),
         ({"adversarial": {"split_norms": True}}, ConfigError, "BatchNorm, which vit_tiny_patch16_224 does not have"),
         ({"adversarial": {"split_norms": True, "weight": 0.0}}, ConfigError, "set adversarial.weight above 0"),
         (
@@ -110,27 +110,27 @@ def test_one_sentence(digits: Path, settings: dict[str, Any], error: type[Foveal
 
 
 def test_a_teacher_of_other_classes_or_pixels(digits: Path, tmp_path: Path) -> None:
-    here = plan_training(config(digits), 1)
-    same: dict[str, Any] = {"mean": here.mean, "std": here.std}
-    good = export(tmp_path / "good", **same)
-    told = plan_training(config(digits, teacher={"init": good}), 1)
-    assert "inherited.teacher" in told.science_settings()
-    for name, changed, sentence in (
+    student = plan_training(config(digits), 1)
+    statistics: dict[str, Any] = {"mean": student.mean, "std": student.std}
+    matching = export(tmp_path / "good", **statistics)
+    plan = plan_training(config(digits, teacher={"init": matching}), 1)
+    assert "inherited.teacher" in plan.science_settings()
+    for name, changes, sentence in (
         ("classes", {"classes": DIGITS[::-1]}, "has classes"),
         ("mean", {"mean": (0.5,)}, "has mean"),
     ):
-        bad = export(tmp_path / name, **same | changed)
+        folder = export(tmp_path / name, **statistics | changes)
         with pytest.raises(ExportError, match=f"{sentence}.*they must be equal"):
-            plan_training(config(digits, teacher={"init": bad}), 1)
+            plan_training(config(digits, teacher={"init": folder}), 1)
     headless = build_encoder(VitConfig(**TINY), image_size=8, channels=1).state_dict()
-    card = Card("finetune", encoder_card(VitConfig(**TINY), 8, 1), **same, classes=DIGITS)
+    card = Card("finetune", encoder_card(VitConfig(**TINY), 8, 1), **statistics, classes=DIGITS)
     write_export(tmp_path / "headless", headless, card)
-    with pytest.raises(ExportError, match="has no head that tells classes of an image"):
+    with pytest.raises(ExportError, match="has no classification head"):
         plan_training(config(digits, teacher={"init": str(tmp_path / "headless")}), 1)
 
 
 def test_the_class_token_of_an_export_without_a_norm_behind_it(digits: Path, tmp_path: Path) -> None:
-    """The mean of the patches took the norm's place; a probe reads what is there."""
+    """With pooling=avg the export has a norm after the pooling and none for its tokens."""
     init = {"init": export(tmp_path / "export"), "model": None}
     assert plan_training(config(digits, **init, pooling="avg"), 1).init_source is not None
     with pytest.raises(ExportError, match="pooling=avg and has no norm behind its tokens"):
@@ -139,9 +139,9 @@ def test_the_class_token_of_an_export_without_a_norm_behind_it(digits: Path, tmp
 
 def test_weights_of_others_without_a_name(digits: Path, tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
-    for place in (tmp_path, tmp_path / "model.safetensors"):
+    for path in (tmp_path, tmp_path / "model.safetensors"):
         with pytest.raises(ExportError, match="for weights of others say which model of timm's they are"):
-            plan_training(config(digits, init=str(place), model=None), 1)
+            plan_training(config(digits, init=str(path), model=None), 1)
 
 
 TOKENS = {
@@ -152,19 +152,19 @@ TOKENS = {
 
 @pytest.mark.parametrize("kind", TOKENS)
 def test_a_token_for_a_teacher(kind: str, digits: Path, tmp_path: Path) -> None:
-    """Its logits are told in training alone, and every weight has its part in them."""
-    here = plan_training(config(digits), 1)
-    teacher = {"init": export(tmp_path / "teacher", mean=here.mean, std=here.std), "kind": "token"}
-    told = plan_training(config(digits, teacher=teacher, **TOKENS[kind]), 1)
-    model = build(told, torch.device("cpu")).model
-    images = torch.randn(3, 1, *told.cfg.data.image_hw, generator=torch.Generator().manual_seed(0))
+    """The token's logits are returned in training only, and every weight has a gradient."""
+    student = plan_training(config(digits), 1)
+    teacher = {"init": export(tmp_path / "teacher", mean=student.mean, std=student.std), "kind": "token"}
+    plan = plan_training(config(digits, teacher=teacher, **TOKENS[kind]), 1)
+    model = build(plan, torch.device("cpu")).model
+    images = torch.randn(3, 1, *plan.cfg.data.image_hw, generator=torch.Generator().manual_seed(0))
     logits, token = model.train()(images, torch.empty(3, 0))
     assert logits.shape == token.shape == (3, 10)
     assert not logits.equal(token)
     (logits.sum() + token.sum()).backward()
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
-    wanted = logits if kind == "a register" else (logits + token) / 2  # as timm answers
-    torch.testing.assert_close(model.eval()(images), wanted, rtol=1e-4, atol=1e-5)
+    expected = logits if kind == "a register" else (logits + token) / 2  # timm averages both in evaluation
+    torch.testing.assert_close(model.eval()(images), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -172,43 +172,48 @@ def test_a_token_for_a_teacher(kind: str, digits: Path, tmp_path: Path) -> None:
     [
         ({}, "the encoder has none; give it model.registers=1"),
         ({"model": TINY | {"registers": 1}}, "set pooling=token"),
-        ({"model": None, "backbone": "test_vit", "data": {"image_size": 32}}, "which test_vit has not"),
+        ({"model": None, "backbone": "test_vit", "data": {"image_size": 32}}, "which test_vit does not have"),
     ],
 )
 def test_no_token_for_a_teacher(settings: dict[str, Any], sentence: str, digits: Path, tmp_path: Path) -> None:
-    here = plan_training(config(digits), 1)
-    teacher = {"init": export(tmp_path / "teacher", mean=here.mean, std=here.std), "kind": "token"}
+    student = plan_training(config(digits), 1)
+    teacher = {"init": export(tmp_path / "teacher", mean=student.mean, std=student.std), "kind": "token"}
     with pytest.raises(ConfigError, match=sentence):
         plan_training(config(digits, teacher=teacher, **settings), 1)
 
 
 def test_balanced_weights_are_one_on_average(digits: Path) -> None:
-    told = plan_training(config(digits, class_weights="balanced"), 1)
-    counts = told.dataset.class_counts("train")
-    assert sum(w * n for w, n in zip(told.class_weights, counts, strict=True)) == pytest.approx(counts.sum())
-    assert len({round(w * n, 6) for w, n in zip(told.class_weights, counts, strict=True)}) == 1
+    plan = plan_training(config(digits, class_weights="balanced"), 1)
+    counts = plan.dataset.class_counts("train")
+    assert sum(weight * count for weight, count in zip(plan.class_weights, counts, strict=True)) == pytest.approx(
+        counts.sum()
+    )
+    assert len({round(weight * count, 6) for weight, count in zip(plan.class_weights, counts, strict=True)}) == 1
 
 
 def test_a_plan_counts_the_search_for_the_worst(digits: Path) -> None:
-    """Two steps of pgd are a forward each and half of a backward, the attacked image one more of both."""
+    """A step of pgd is a forward and half a backward; the attacked image adds a forward and a backward."""
 
-    def work(**settings: Any) -> float:
-        told = plan_training(config(digits, **settings), 1)
-        return count_flops(lambda device: build(told, device), 1, (8, 8)).forward_backward
+    def training_flops(**settings: Any) -> float:
+        plan = plan_training(config(digits, **settings), 1)
+        return count_flops(lambda device: build(plan, device), 1, (8, 8)).forward_backward
 
-    plain = work()
-    assert 3 * plain < work(adversarial={"iterations": 2}) < 4 * plain
+    clean = training_flops()
+    assert 3 * clean < training_flops(adversarial={"iterations": 2}) < 4 * clean
 
 
 def test_a_comparison_is_planned_as_its_first_trial_is(digits: Path) -> None:
-    """Weights of classes are the labels' own, and what is planned is what a trial does."""
-    told = plan_training(
+    """Class weights are those of the labels, and the planned step is that of a trial."""
+    trials = plan_training(
         config(digits, class_weights="balanced", trials={"arms": {"a": None}, "lr_per_256": [1e-3]}), 1
     )
-    alone = plan_training(config(digits, class_weights="balanced"), 1)
-    assert told.class_weights == alone.class_weights
-    work = [count_flops(lambda device, of=of: build(of, device), 1, (8, 8)).forward_backward for of in (told, alone)]
-    assert work[0] == work[1] > 0
+    single = plan_training(config(digits, class_weights="balanced"), 1)
+    assert trials.class_weights == single.class_weights
+    flops = [
+        count_flops(lambda device, plan=plan: build(plan, device), 1, (8, 8)).forward_backward
+        for plan in (trials, single)
+    ]
+    assert flops[0] == flops[1] > 0
 
 
 def test_arms_from_scratch_beside_weights_of_others(digits: Path) -> None:
@@ -217,16 +222,16 @@ def test_arms_from_scratch_beside_weights_of_others(digits: Path) -> None:
 
 
 def test_a_frozen_networks_own_head_trains_whole() -> None:
-    """A norm inside of the head keeps statistics; everything below keeps those that it came with."""
+    """A BatchNorm inside the head updates its statistics; those below the head are frozen."""
     network = build_backbone("repvit_m0_9", 32, 3, num_classes=5)
-    heads = head_parameter_names("repvit_m0_9", 32, 3)
-    model = Classifier(network, trainable_prefixes=heads).train()
-    training = {
+    prefixes = head_parameter_names("repvit_m0_9", 32, 3)
+    model = Classifier(network, trainable_prefixes=prefixes).train()
+    training_norms = {
         name for name, module in network.named_modules() if module.training and any(True for _ in module.buffers(False))
     }
-    assert training
-    assert all(name.startswith("head.") for name in training)
+    assert training_norms
+    assert all(name.startswith("head.") for name in training_norms)
     model(torch.rand(4, 3, 32, 32))
     norms = dict(network.named_modules())
-    assert all(int(norms[name].num_batches_tracked) == 1 for name in training)  # type: ignore[arg-type]
+    assert all(int(norms[name].num_batches_tracked) == 1 for name in training_norms)  # type: ignore[arg-type]
     assert int(network.get_buffer("stem.conv1.bn.num_batches_tracked")) == 0

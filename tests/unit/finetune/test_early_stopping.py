@@ -1,4 +1,4 @@
-"""A metric that nobody logs, and a schedule that does not fit into its run, are refused before anything is written."""
+"""Metrics that are not logged and schedules that do not fit the run are refused; learning rates of the schedules."""
 
 from pathlib import Path
 
@@ -14,9 +14,9 @@ HELD = "data.holdout_per_class=3"
 NAMES = "val_top1, val_top5, val_loss"
 
 
-def planned(name: str, config: Path, *words: str) -> Plan:
+def planned(name: str, config: Path, *overrides: str) -> Plan:
     stage = stage_named(name)
-    return stage.build_plan(load_config(stage.config_class, name, str(config), [*words, "engine.kind=plain"]), 1)
+    return stage.build_plan(load_config(stage.config_class, name, str(config), [*overrides, "engine.kind=plain"]), 1)
 
 
 REFUSED = {
@@ -53,10 +53,10 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_it_is_refused_in_a_sentence(case: str, configs: dict[str, Path]) -> None:
-    words, sentence = REFUSED[case]
-    with pytest.raises(ConfigError, match=sentence) as told:
-        planned("finetune", configs["finetune"], *words)
-    assert "\n" not in str(told.value)
+    overrides, sentence = REFUSED[case]
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        planned("finetune", configs["finetune"], *overrides)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_plateau_is_of_fine_tuning(configs: dict[str, Path]) -> None:
@@ -66,25 +66,37 @@ def test_a_plateau_is_of_fine_tuning(configs: dict[str, Path]) -> None:
 
 
 def test_when_evaluations_decide_their_cadence_is_science(configs: dict[str, Path]) -> None:
-    def science(*words: str) -> dict[str, object]:
-        return planned("finetune", configs["finetune"], *words).science_settings()
+    def science(*overrides: str) -> dict[str, object]:
+        return planned("finetune", configs["finetune"], *overrides).science_settings()
 
     assert science("evaluate_every=5") == science("evaluate_every=7")
-    one, other = (science(f"evaluate_every={every}", STOPPING) for every in (5, 7))
-    assert {name for name in one if one[name] != other[name]} == {"inherited.evaluate_every"}
+    first, second = (science(f"evaluate_every={cadence}", STOPPING) for cadence in (5, 7))
+    assert {name for name in first if first[name] != second[name]} == {"inherited.evaluate_every"}
 
 
 def test_the_rate_of_a_plan(configs: dict[str, Path]) -> None:
-    """22 steps, 4 of them warm-up; the peak is 0.01."""
-    steps = ("optim.schedule=step", "optim.step_epochs=[0.5, 0.75]", "optim.floor_lr=2e-4", "optim.warmup_epochs=0.2")
-    plan = planned("finetune", configs["finetune"], *steps)
+    """22 steps, 4 of them warm-up, peak learning rate 0.01."""
+    step_schedule = (
+        "optim.schedule=step",
+        "optim.step_epochs=[0.5, 0.75]",
+        "optim.floor_lr=2e-4",
+        "optim.warmup_epochs=0.2",
+    )
+    plan = planned("finetune", configs["finetune"], *step_schedule)
     assert [plan.compute_lr(step) for step in (0, 3, 10, 11, 15, 16, 21)] == pytest.approx(
         [0.0025, 0.01, 0.01, 0.001, 0.001, 2e-4, 2e-4]
     )
     constant = planned("finetune", configs["finetune"], "optim.schedule=constant", "optim.warmup_epochs=0.2")
     assert [constant.compute_lr(step) for step in (0, 3, 21)] == pytest.approx([0.0025, 0.01, 0.01])
-    plateau = ("optim.schedule=plateau", "optim.plateau_patience=2", "optim.step_factor=0.5", "evaluate_every=5")
-    falling = planned("finetune", configs["finetune"], *plateau, "early_stopping={metric: val_loss, patience: null}")
-    assert falling.compute_lr(21) == pytest.approx(0.01)
-    assert falling.compute_lr(21, [3.0, 2.0, 2.0, 2.5]) == pytest.approx(0.005)
-    assert falling.compute_lr(21, [3.0, 2.0, 1.0, 0.5]) == pytest.approx(0.01)
+    plateau_schedule = (
+        "optim.schedule=plateau",
+        "optim.plateau_patience=2",
+        "optim.step_factor=0.5",
+        "evaluate_every=5",
+    )
+    plateau_plan = planned(
+        "finetune", configs["finetune"], *plateau_schedule, "early_stopping={metric: val_loss, patience: null}"
+    )
+    assert plateau_plan.compute_lr(21) == pytest.approx(0.01)
+    assert plateau_plan.compute_lr(21, [3.0, 2.0, 2.0, 2.5]) == pytest.approx(0.005)
+    assert plateau_plan.compute_lr(21, [3.0, 2.0, 1.0, 0.5]) == pytest.approx(0.01)

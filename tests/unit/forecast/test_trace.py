@@ -1,4 +1,4 @@
-"""Parameters, work and bytes of a micro, against what is known by hand and what real tensors do."""
+"""Parameters, FLOPs and bytes of a microbatch, against values by hand and against real tensors."""
 
 import dataclasses
 import json
@@ -20,12 +20,12 @@ FULL_SIZE = ("data.image_size=224", "data.channels=3")
 
 @pytest.fixture(scope="module")
 def vit_b(configs: dict[str, Path]) -> Forecast:
-    """The paper's model; what it would train on matters to none of these numbers."""
+    """The MAE paper's model; the data does not matter for these numbers."""
     return forecast("pretrain", configs["pretrain"], *VIT_B, *FULL_SIZE, "engine.precision=bf16", "batch.at_once=64")
 
 
 def block(width: int) -> int:
-    """Parameters of a transformer block: qkv, projection, two layers of four times the width, two norms."""
+    """Parameters of a transformer block: qkv, projection, an MLP of four times the width, two norms."""
     return 12 * width**2 + 13 * width
 
 
@@ -33,13 +33,13 @@ def test_parameters_of_the_papers_model(vit_b: Forecast) -> None:
     encoder = 768 + (16 * 16 * 3 * 768 + 768) + 12 * block(768) + 2 * 768  # class token, patches, blocks, last norm
     decoder = (768 * 512 + 512) + 512 + 8 * block(512) + 2 * 512 + (512 * 768 + 768)
     assert vit_b.parameter_counts.trainable == encoder + decoder == 111_655_680
-    positions = 197 * 768 * 4  # fixed, in the encoder's state; the decoder's are a formula and not in it
+    positions = 197 * 768 * 4  # in the encoder's state; the decoder's are not
     assert vit_b.parameter_counts.frozen_checkpoint_bytes == positions
     assert vit_b.checkpoint_bytes == 12 * (encoder + decoder) + positions
 
 
 def test_work_is_the_closed_formula(vit_b: Forecast) -> None:
-    """Twice the weights a token, and twice two products of tokens by tokens; a quarter of 196 patches is seen."""
+    """2 FLOPs per weight and token, and 2 products of tokens by tokens; a quarter of 196 patches is visible."""
 
     def blocks(tokens: int, width: int, depth: int) -> int:
         return depth * (2 * 12 * width**2 * tokens + 2 * 2 * tokens**2 * width)
@@ -47,15 +47,14 @@ def test_work_is_the_closed_formula(vit_b: Forecast) -> None:
     forward = 2 * 49 * 768 * 768 + blocks(50, 768, 12)
     forward += 2 * 50 * 768 * 512 + blocks(197, 512, 8) + 2 * 147 * 512 * 768
     assert vit_b.flops_per_sample.forward == pytest.approx(forward, rel=0.02)
-    assert vit_b.flops_per_sample.forward_backward == pytest.approx(
-        3 * forward, rel=0.02
-    )  # a backward is two products for each of the forward
+    # The backward has two products for each of the forward.
+    assert vit_b.flops_per_sample.forward_backward == pytest.approx(3 * forward, rel=0.02)
 
 
 def test_recomputation_and_bf16_save_what_they_should(vit_b: Forecast) -> None:
-    """ViT-B at 64 images: by hand, a block saves 34 times its tokens in numbers, and recomputation one."""
+    """ViT-B at 64 images: by hand, a block saves 17 fp32 tensors of its tokens' size, recomputation one."""
     row = vit_b.memory_by_sharding["ZeRO 0"]
-    saved = 4 * 64 * (12 * 50 * 768 + 8 * 197 * 512)  # one tensor of fp32 a block
+    saved = 4 * 64 * (12 * 50 * 768 + 8 * 197 * 512)  # one fp32 tensor per block
     assert row["fp32"].micro == pytest.approx(17 * saved, rel=0.15)
     assert row["fp32, recompute"].micro < row["fp32"].micro / 4
     assert row["bf16"].micro < 0.7 * row["fp32"].micro
@@ -69,24 +68,21 @@ def test_looking_ahead_draws_nothing(vit_b: Forecast) -> None:
 
 @pytest.mark.parametrize("name", ["pretrain", "distill", "finetune"])
 def test_fake_tensors_take_what_real_ones_take(name: str, configs: dict[str, Path]) -> None:
-    """The same micro, watched on real memory."""
+    """The same microbatch, traced on real tensors."""
     plan = forecast(name, configs[name], "engine.kind=plain")
     trace = trace_memory(plan._build, 16, 1, (16, 16), precision="fp32", recompute=False)
-    parts = plan.stage.build(plan.plan, torch.device("cpu"))
-    held = [
-        each for module in (parts.model, *parts.frozen_modules) for each in (*module.parameters(), *module.buffers())
-    ]
-    watch = _MemoryTracer(held)
-    for parameter in parts.model.parameters():
+    setup = plan.stage.build(plan.plan, torch.device("cpu"))
+    modules = (setup.model, *setup.frozen_modules)
+    tracer = _MemoryTracer([tensor for module in modules for tensor in (*module.parameters(), *module.buffers())])
+    for parameter in setup.model.parameters():
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(watch.on_gradient_ready)
-    with watch:
-        total, _ = parts.objective(parts.model.train(), _fake_batch(16, 1, (16, 16)))
+            parameter.register_post_accumulate_grad_hook(tracer.on_gradient_ready)
+    with tracer:
+        total, _ = setup.objective(setup.model.train(), _fake_batch(16, 1, (16, 16)))
         total.backward()
-    assert max(trace.peak_by_gradient_bytes.values()) == pytest.approx(
-        max(watch.peak_by_gradient_bytes.values()), rel=0.01
-    )
-    assert max(trace.peak_by_gradient_bytes) == max(watch.peak_by_gradient_bytes) == 4 * plan.parameter_counts.trainable
+    fake, real = trace.peak_by_gradient_bytes, tracer.peak_by_gradient_bytes
+    assert max(fake.values()) == pytest.approx(max(real.values()), rel=0.01)
+    assert max(fake) == max(real) == 4 * plan.parameter_counts.trainable
 
 
 class Squares:
@@ -111,17 +107,16 @@ def test_a_model_that_can_be_counted_by_hand() -> None:
     assert flops.forward == 2 * (12 * 100 + 100 * 50)
     assert flops.forward_backward == 3 * flops.forward - 2 * 12 * 100  # the images need no gradient
     trace = trace_memory(linear, 1000, 3, (2, 2), precision="fp32", recompute=False)
-    alive = 1000 * (12 + 4 * 12 + 4 * 100 + 4 * 50)  # images, as floats, both outputs
+    alive = 1000 * (12 + 4 * 12 + 4 * 100 + 4 * 50)  # images, the same as floats, both outputs
     assert max(trace.peak_by_gradient_bytes) == 4 * 6300
-    # At the last layer's backward: its gradient by the loss and by its input, beside what was saved.
+    # At the last layer's backward: gradients of its output and input, beside the saved tensors.
     assert alive < max(trace.peak_by_gradient_bytes.values()) < alive + 4 * 1000 * (50 + 50 + 100) + 4 * 5000 + 100_000
 
 
 def test_a_forecast_says_what_a_plan_says(vit_b: Forecast) -> None:
     assert json.dumps(dataclasses.asdict(vit_b.parameter_counts))
     assert vit_b.step_seconds is None
-    machine = ClusterSpec(2, 4, 0.5, 1e9, peak_flops_per_second=1e12)
-    timed = dataclasses.replace(vit_b, machine=machine)
+    timed = dataclasses.replace(vit_b, cluster=ClusterSpec(2, 4, 0.5, 1e9, peak_flops_per_second=1e12))
     assert timed.step_seconds == pytest.approx(
         vit_b.flops_per_sample.forward_backward * vit_b.plan.cfg.batch.images / (8 * 0.5e12)
     )

@@ -1,4 +1,4 @@
-"""The sheet of boxes: frames where the boxes are, and the image left alone elsewhere."""
+"""The grid of detections: frames at the boxes, unchanged pixels elsewhere."""
 
 import numpy as np
 import torch
@@ -12,16 +12,16 @@ SIDE = 320
 
 def test_frames_are_where_the_boxes_are() -> None:
     images, palette = torch.full((3, 1, SIDE, SIDE), 90, dtype=torch.uint8), make_class_palette(2).tolist()
-    there = [np.array([[20, 60, 120, 160, 1.0]]), np.empty((0, 5)), np.array([[0, 0, SIDE, SIDE, 0.0]])]
-    found = [np.empty((0, 6)), np.empty((0, 6)), np.array([[50, 80, 50, 80, 1, 0.5]])]
-    pixels = np.asarray(draw_box_grid(images, there, found, ("car", "tree")))
+    ground_truth = [np.array([[20, 60, 120, 160, 1.0]]), np.empty((0, 5)), np.array([[0, 0, SIDE, SIDE, 0.0]])]
+    predicted = [np.empty((0, 6)), np.empty((0, 6)), np.array([[50, 80, 50, 80, 1, 0.5]])]
+    pixels = np.asarray(draw_box_grid(images, ground_truth, predicted, ("car", "tree")))
     step = SIDE + GAP
     assert pixels.shape == (3 * step - GAP, 2 * step - GAP, 3)
     first, second, third = (pixels[row * step : row * step + SIDE] for row in range(3))
-    for place in ((159, 70), (100, 20), (100, 119)):
-        assert first[place].tolist() == palette[1]
+    for pixel in ((159, 70), (100, 20), (100, 119)):
+        assert first[pixel].tolist() == palette[1]
     assert (first[100, 30:110] == 90).all()
-    assert (first[:, step:] == 90).all(), "nothing was found"
-    assert (second[:, :SIDE] == 90).all(), "nothing is there"
+    assert (first[:, step:] == 90).all(), "no box was predicted"
+    assert (second[:, :SIDE] == 90).all(), "the image has no boxes"
     assert third[SIDE - 1, SIDE - 1].tolist() == palette[0]
-    assert third[80, step + 50].tolist() == palette[1], "a box without a size is a point, and has a name"
+    assert third[80, step + 50].tolist() == palette[1], "a box of size 0 is a point with a label"

@@ -1,4 +1,4 @@
-"""Models of timm as they are: how they are built, what is known of them without memory, and what cannot be."""
+"""Models of timm, unmodified: construction, shapes from the meta device, cards and refusals."""
 
 import json
 from typing import Any
@@ -51,16 +51,16 @@ def images(count: int = 2, size: int = 64) -> Tensor:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_model_is_timms_own_and_its_shapes_are_known(name: str) -> None:
-    """On small images, from the same seed, number for number; its pooled feature is what its head reads."""
+    """Weights and outputs equal timm's from the same seed; the pooled feature is the head's input."""
     torch.manual_seed(3)
     backbone: Any = build_backbone(name, 64, 3, num_classes=5)
-    sized: dict[str, Any] = {"img_size": 64} if name in (SWIN, VIT) else {}
+    size_kwargs: dict[str, Any] = {"img_size": 64} if name in (SWIN, VIT) else {}
     torch.manual_seed(3)
-    theirs: Any = timm.create_model(name, num_classes=5, **sized)
-    assert all(value.equal(theirs.state_dict()[each]) for each, value in backbone.state_dict().items())
-    pooled, last = forward_pooled_and_map(backbone.eval(), images())
-    assert backbone(images()).equal(theirs.eval()(images()))
-    assert (pooled.shape[1], tuple(last.shape[1:])) == infer_feature_shapes(name, 64, 3) == KINDS[name]
+    timm_model: Any = timm.create_model(name, num_classes=5, **size_kwargs)
+    assert all(value.equal(timm_model.state_dict()[key]) for key, value in backbone.state_dict().items())
+    pooled, feature_map = forward_pooled_and_map(backbone.eval(), images())
+    assert backbone(images()).equal(timm_model.eval()(images()))
+    assert (pooled.shape[1], tuple(feature_map.shape[1:])) == infer_feature_shapes(name, 64, 3) == KINDS[name]
     with torch.no_grad():
         assert backbone.get_classifier()(pooled).equal(backbone(images()))
     check_training_forward(name, 64, 3, 5, 2)
@@ -69,14 +69,14 @@ def test_a_model_is_timms_own_and_its_shapes_are_known(name: str) -> None:
 def test_patches_are_laid_out_as_they_lay_in_the_image() -> None:
     model: Any = build_backbone(VIT, (32, 64), 3).eval()
     tokens = model.forward_features(torch.ones(1, 3, 32, 64))
-    _, last = forward_pooled_and_map(model, torch.ones(1, 3, 32, 64))
-    assert last.shape == (1, 192, 2, 4)
-    assert last[0, :, 1, 2].equal(tokens[0, 1 + 1 * 4 + 2])
+    _, feature_map = forward_pooled_and_map(model, torch.ones(1, 3, 32, 64))
+    assert feature_map.shape == (1, 192, 2, 4)
+    assert feature_map[0, :, 1, 2].equal(tokens[0, 1 + 1 * 4 + 2])
     assert infer_feature_shapes(VIT, (32, 64), 3) == (192, (192, 2, 4))
 
 
 def test_a_build_takes_its_own_draws_and_no_others() -> None:
-    """What is looked up of a model, without memory or with, leaves the generator where timm alone would."""
+    """Builds advance the global generator as timm does; inspections of a model leave it unchanged."""
     torch.manual_seed(3)
     timm.create_model("resnet18", num_classes=5)
     expected = torch.rand(3)
@@ -93,38 +93,39 @@ def test_a_build_takes_its_own_draws_and_no_others() -> None:
 
 def test_a_card_builds_the_model_again() -> None:
     card = json.loads(json.dumps(backbone_card("resnet18", (32, 64), 1, num_classes=3)))
-    told = parse_encoder_card(card, "card.json")
-    assert isinstance(told, BackboneCard)
-    assert (told.build_args, told.classes) == (("resnet18", (32, 64), 1), 3)
-    shapes = {name: value.shape for name, value in build_backbone(*told.build_args, num_classes=3).state_dict().items()}
-    again = backbone_from_card(card, "card.json", drop_path=0.2)
-    assert {name: value.shape for name, value in again.state_dict().items()} == shapes
-    assert count_drop_paths(again) == 7
-    bare: Any = backbone_from_card(card, "card.json", num_classes=0)
-    assert bare.num_classes == 0
+    parsed = parse_encoder_card(card, "card.json")
+    assert isinstance(parsed, BackboneCard)
+    assert (parsed.build_args, parsed.classes) == (("resnet18", (32, 64), 1), 3)
+    direct = build_backbone(*parsed.build_args, num_classes=3)
+    shapes = {name: value.shape for name, value in direct.state_dict().items()}
+    rebuilt = backbone_from_card(card, "card.json", drop_path=0.2)
+    assert {name: value.shape for name, value in rebuilt.state_dict().items()} == shapes
+    assert count_drop_paths(rebuilt) == 7
+    headless: Any = backbone_from_card(card, "card.json", num_classes=0)
+    assert headless.num_classes == 0
     assert isinstance(parse_encoder_card(encoder_card(VitConfig(name=VIT), 224, 3), "card.json"), EncoderCard)
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("change", "message"),
     [
         ({"timm": "resnet19"}, "card.json: 'resnet19' is not a model of timm"),
         ({"colour": "red"}, "card.json: colour is not a setting"),
         ({"channels": 0}, "card.json: channels"),
     ],
 )
-def test_a_card_that_tells_of_none_is_one_sentence(change: dict[str, Any], sentence: str) -> None:
+def test_a_card_that_tells_of_none_is_one_sentence(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ExportError) as caught:
         backbone_from_card(backbone_card("resnet18", 32, 3) | change, "card.json")
-    assert str(caught.value).startswith(sentence)
+    assert str(caught.value).startswith(message)
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "further", "sentence"),
+    ("name", "size", "kwargs", "message"),
     [
         ("resnet19", 32, {}, "'resnet19' is not a model of timm .* Did you mean 'resnet"),
         ("xyz", 32, {}, r"See timm.list_models\(\)"),
-        ("densenet121", 32, {"drop_path": 0.1}, "'densenet121' has no drop path; drop_path=0.1 cannot be"),
+        ("densenet121", 32, {"drop_path": 0.1}, "'densenet121' has no drop path; set drop_path=0 instead of 0.1"),
         (
             "twins_svt_small",
             30,
@@ -135,28 +136,27 @@ def test_a_card_that_tells_of_none_is_one_sentence(change: dict[str, Any], sente
         ("gcvit_xxtiny", 20, {}, "timm cannot build 'gcvit_xxtiny' for images of 20 x 20 pixels with 3 channels: "),
     ],
 )
-def test_a_model_that_cannot_be_is_one_sentence(name: str, size: int, further: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ConfigError, match=sentence):
-        build_backbone(name, size, 3, **further)
+def test_a_model_that_cannot_be_is_one_sentence(name: str, size: int, kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_backbone(name, size, 3, **kwargs)
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "ghostnet_100"])
 def test_no_dropout_is_drawn_wherever_it_is_called(name: str) -> None:
-    """Also where a model calls the function, whose rate of 0.2 is timm's default."""
-    backbone, seen = build_backbone(name, 64, 3, num_classes=5).train(), images()
-    backbone.load_state_dict({each: value + 0.01 for each, value in backbone.state_dict().items()})
+    """Includes models that call F.dropout with timm's default rate of 0.2."""
+    backbone, batch = build_backbone(name, 64, 3, num_classes=5).train(), images()
+    backbone.load_state_dict({key: value + 0.01 for key, value in backbone.state_dict().items()})
     torch.manual_seed(0)
-    first = backbone(seen)
+    first = backbone(batch)
     torch.manual_seed(1)
-    assert backbone(seen).equal(first)
+    assert backbone(batch).equal(first)
 
 
 def test_what_training_would_fall_over_is_one_sentence() -> None:
-    with pytest.raises(ConfigError, match="'inception_v3' cannot learn from 2 images at once of 16 x 16 pixels: "):
+    start = "cannot train on a microbatch of"
+    with pytest.raises(ConfigError, match=f"'inception_v3' {start} 2 images of 16 x 16 pixels: "):
         check_training_forward("inception_v3", 16, 3, 5, 2)
-    with pytest.raises(
-        ConfigError, match="'resnet18' cannot learn from 1 images at once of 32 x 32 pixels: Expected more"
-    ):
+    with pytest.raises(ConfigError, match=f"'resnet18' {start} 1 images of 32 x 32 pixels: Expected more"):
         check_training_forward("resnet18", 32, 3, 5, 1)
     with pytest.raises(ConfigError, match="'mixer_s32_224' makes no feature map of images of 32 x 32 pixels"):
         infer_feature_shapes("mixer_s32_224", 32, 3)
@@ -164,10 +164,10 @@ def test_what_training_would_fall_over_is_one_sentence() -> None:
 
 @pytest.mark.parametrize("name", ["rexnet_100", "nextvit_small", "swinv2_cr_tiny_ns_224"])
 def test_nothing_is_drawn_in_a_forward(name: str) -> None:
-    """Some names of timm bring dropout or a drop path with them; the setting alone decides."""
+    """Some names of timm bring dropout or drop path; only the setting counts."""
     model = build_meta_backbone(name, 224, 3, 5)
     assert count_drop_paths(model) == 0
-    assert not [each for each in model.modules() if isinstance(each, nn.Dropout) and each.p]
+    assert not [module for module in model.modules() if isinstance(module, nn.Dropout) and module.p]
 
 
 @pytest.mark.parametrize(
@@ -198,11 +198,13 @@ def test_layers_are_timms() -> None:
     layers = get_layer_ids(build_meta_backbone("resnet18", 64, 3, 5))
     names = ("conv1.weight", "layer1.0.conv1.weight", "layer1.1.bn2.bias", "layer4.1.conv2.weight", "fc.bias")
     assert [layers[name] for name in names] == [0, 1, 2, 8, 9]
-    swin = get_layer_ids(build_meta_backbone(SWIN, 64, 3, 5))
-    assert (swin["patch_embed.proj.weight"], max(swin.values()), swin["head.fc.weight"]) == (0, 13, 13)
+    layers = get_layer_ids(build_meta_backbone(SWIN, 64, 3, 5))
+    assert (layers["patch_embed.proj.weight"], max(layers.values()), layers["head.fc.weight"]) == (0, 13, 13)
     model: Any = build_backbone("test_resnet", 32, 3)
     model.group_matcher = None
-    with pytest.raises(ConfigError, match="timm does not number the layers of 'test_resnet'"):
+    with pytest.raises(
+        ConfigError, match=r"timm does not number the layers of 'test_resnet': set optim\.layer_decay=1"
+    ):
         get_layer_ids(model)
 
 
@@ -213,14 +215,14 @@ def test_tables_of_biases_are_not_decayed() -> None:
     assert get_no_weight_decay_names(build_meta_backbone("resnet18", 64, 3)) == set()
 
 
-def test_who_depends_on_others() -> None:
-    found = {name: has_batch_norm(build_meta_backbone(name, 64, 3)) for name in KINDS}
-    assert found == {name: name in {"resnet18", "densenet121", "efficientnet_b0"} for name in KINDS}
+def test_which_models_have_batch_norm() -> None:
+    with_batch_norm = {name for name in KINDS if has_batch_norm(build_meta_backbone(name, 64, 3))}
+    assert with_batch_norm == {"resnet18", "densenet121", "efficientnet_b0"}
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
 def test_recomputing_changes_neither_gradients_nor_running_statistics(name: str) -> None:
-    """Two micros: what is followed in a forward is not followed again in its backward."""
+    """Two microbatches: the recomputation in the backward does not update running statistics again."""
     states = []
     for recompute in (False, True):
         torch.manual_seed(0)
@@ -228,9 +230,9 @@ def test_recomputing_changes_neither_gradients_nor_running_statistics(name: str)
         model.set_grad_checkpointing(recompute)
         for _ in range(2):
             model(images(4, 32)).square().sum().backward()
-        gradients = {f"{each} gradient": value.grad for each, value in model.named_parameters()}
+        gradients = {f"{name} gradient": parameter.grad for name, parameter in model.named_parameters()}
         states.append(model.state_dict() | gradients)
-    assert all(value.equal(states[1][each]) for each, value in states[0].items())
+    assert all(value.equal(states[1][key]) for key, value in states[0].items())
 
 
 def test_what_cannot_be_recomputed_is_one_sentence() -> None:
@@ -241,7 +243,7 @@ def test_what_cannot_be_recomputed_is_one_sentence() -> None:
 
 
 def test_what_timm_says_of_its_weights() -> None:
-    told = get_pretrained_info("resnet18")
-    assert (told.mean, told.image_size, told.first_layer) == ((0.485, 0.456, 0.406), (224, 224), "conv1")
+    info = get_pretrained_info("resnet18")
+    assert (info.mean, info.image_size, info.first_layer) == ((0.485, 0.456, 0.406), (224, 224), "conv1")
     with pytest.raises(ConfigError, match="is not a model of timm"):
         get_pretrained_info("resnet19")

@@ -1,4 +1,4 @@
-"""Drop path: what is dropped depends on the sample's own numbers."""
+"""Drop path: a sample's dropped branches depend on its own noise only."""
 
 from typing import Any, cast
 
@@ -18,16 +18,16 @@ TINY = VitConfig(patch=4, width=32, depth=4, heads=2)
 def classifier() -> Classifier:
     torch.manual_seed(0)
     encoder = build_encoder(TINY, image_size=16, channels=3, drop_path=0.5, num_classes=5)
-    torch.nn.init.normal_(encoder.get_parameter("head.weight"))  # a fresh head is almost silent
+    torch.nn.init.normal_(encoder.get_parameter("head.weight"))  # a fresh head's logits are nearly 0
     return Classifier(encoder).train()
 
 
 def test_one_branch_against_a_loop() -> None:
-    site = DropPathFromNoise(0.25).train()
+    drop_path = DropPathFromNoise(0.25).train()
     branch = torch.rand(4, 3, 2)
-    site.noise = torch.tensor([0.0, 0.2499, 0.25, 0.9])
-    out = site(branch)
-    for sample, noise in enumerate(site.noise.tolist()):
+    drop_path.noise = torch.tensor([0.0, 0.2499, 0.25, 0.9])
+    out = drop_path(branch)
+    for sample, noise in enumerate(drop_path.noise.tolist()):
         torch.testing.assert_close(out[sample], branch[sample] * (0 if noise < 0.25 else 1 / 0.75), rtol=1e-6, atol=0)
 
 
@@ -41,12 +41,12 @@ def test_every_drop_of_the_encoder_is_a_given_one(classifier: Classifier) -> Non
 
 def test_the_same_rows_give_the_same_outputs_whatever_the_split(classifier: Classifier) -> None:
     images, noise = torch.rand(6, 3, 16, 16), torch.rand(6, count_drop_paths(classifier.encoder))
-    whole = classifier(images, noise)
+    expected = classifier(images, noise)
     for size in (1, 2, 3):
-        parts = [classifier(*part) for part in zip(images.split(size), noise.split(size), strict=True)]
-        torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-6)
+        logits = [classifier(*part) for part in zip(images.split(size), noise.split(size), strict=True)]
+        torch.testing.assert_close(torch.cat(logits), expected, rtol=1e-5, atol=1e-6)
     order = torch.tensor([3, 1, 5, 0, 4, 2])
-    torch.testing.assert_close(classifier(images[order], noise[order]), whole[order], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(classifier(images[order], noise[order]), expected[order], rtol=1e-5, atol=1e-6)
 
 
 def test_a_sample_whose_branches_all_drop_leaves_only_the_first_block(classifier: Classifier) -> None:
@@ -62,7 +62,7 @@ def test_a_sample_whose_branches_all_drop_leaves_only_the_first_block(classifier
 
 @pytest.mark.parametrize(("name", "positions"), KINDS)
 def test_every_kind_drops_by_given_numbers(name: str, positions: Positions | None) -> None:
-    """Two blocks: the first never drops, the second at 0.5; one image loses both its branches, the other none."""
+    """Two blocks with rates 0 and 0.5: the first image loses both branches of the second block, the second image none."""
     encoder = encoder_of(name, positions, drop_path=0.5, classes=5)
     model = Classifier(encoder).train()
     images, noise = torch.rand(2, 3, 16, 16), torch.tensor([[0.0, 0.0], [1.0, 1.0]])
@@ -83,11 +83,11 @@ def test_evaluation_drops_nothing_and_needs_no_numbers(classifier: Classifier) -
 
 def test_training_without_numbers_or_with_another_batch_is_a_mistake(classifier: Classifier) -> None:
     images = torch.rand(2, 3, 16, 16)
-    with pytest.raises(AssertionError, match="set_drops"):
+    with pytest.raises(AssertionError, match="set_drop_path_noise"):
         classifier(images)
-    with pytest.raises(AssertionError, match="set_drops"):
+    with pytest.raises(AssertionError, match="set_drop_path_noise"):
         classifier(images, torch.rand(3, 6))
-    with pytest.raises(AssertionError, match="6 sites"):
+    with pytest.raises(AssertionError, match="6 drop paths"):
         set_drop_path_noise(classifier.encoder, torch.rand(2, 5))
 
 
@@ -99,7 +99,7 @@ def test_recomputed_activations_see_the_same_drops(classifier: Classifier) -> No
         classifier(images, noise).square().sum().backward()
         return [parameter.grad.clone() for parameter in classifier.parameters() if parameter.grad is not None]
 
-    plain = gradients()
+    expected = gradients()
     classifier.encoder.set_grad_checkpointing(True)
-    for again, once in zip(gradients(), plain, strict=True):
-        torch.testing.assert_close(again, once, rtol=0, atol=0)
+    for gradient, expected_gradient in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""Detection without anchors: losses, gradients and what is found against torchvision's FCOS, image by image."""
+"""Anchor-free detection: losses, gradients and detections compared with torchvision's FCOS, image by image."""
 
 from typing import Any, cast
 
@@ -12,7 +12,7 @@ from foveal.models.fcos import FCOSOutput, compute_fcos_losses, compute_location
 
 SIDES, STRIDES, CLASSES = (96, 128), (8, 16, 32), 3
 MAPS = [(SIDES[0] // stride, SIDES[1] // stride) for stride in STRIDES]
-MARKS = torch.tensor(
+TARGETS = torch.tensor(
     [
         [[3, 5, 60, 70, 1], [20, 20, 34, 41, 2], [70, 8, 125, 95, 0], [70.5, 30, 83, 44.25, 0]],
         [[0, 0, 0, 0, -1]] * 4,
@@ -21,20 +21,27 @@ MARKS = torch.tensor(
 )
 
 
-def answers(images: int = len(MARKS)) -> FCOSOutput:
-    """What an untrained head might say; leaves of autograd."""
-    places, draw = compute_locations(MAPS, STRIDES, torch.device("cpu")), torch.Generator().manual_seed(0)
-    logits, reaches, centred = (torch.randn(images, len(places), last, generator=draw) for last in (CLASSES, 4, 1))
-    given = [each.requires_grad_() for each in (logits - 1, 2 * reaches.abs(), centred[..., 0])]
-    return FCOSOutput(given[0], given[1], given[2], places)
+def random_output(images: int = len(TARGETS)) -> FCOSOutput:
+    """Return a random head output whose tensors are leaves of autograd."""
+    locations = compute_locations(MAPS, STRIDES, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    class_logits, distances, centerness = (
+        torch.randn(images, len(locations), size, generator=generator) for size in (CLASSES, 4, 1)
+    )
+    return FCOSOutput(
+        (class_logits - 1).requires_grad_(),
+        (2 * distances.abs()).requires_grad_(),
+        centerness[..., 0].requires_grad_(),
+        locations,
+    )
 
 
-def gradients(said: FCOSOutput, loss: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(loss, said[:3], materialize_grads=True))
+def gradients(output: FCOSOutput, loss: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, output[:3], materialize_grads=True))
 
 
 @pytest.fixture(scope="module")
-def theirs() -> Any:
+def reference() -> Any:
     backbone: Any = nn.Identity()
     backbone.out_channels = cast(Any, 32)
     sizes = tuple((stride,) for stride in STRIDES)
@@ -42,76 +49,86 @@ def theirs() -> Any:
     return FCOS(backbone, CLASSES, anchor_generator=AnchorGenerator(sizes, ((1.0,),) * 3), **settings)
 
 
-def told(said: FCOSOutput, image: int) -> dict[str, Tensor]:
+def torchvision_output(output: FCOSOutput, image: int) -> dict[str, Tensor]:
     return {
-        "cls_logits": said.class_logits[image : image + 1],
-        "bbox_regression": said.box_distances[image : image + 1],
-        "bbox_ctrness": said.centerness_logits[image : image + 1, :, None],
+        "cls_logits": output.class_logits[image : image + 1],
+        "bbox_regression": output.box_distances[image : image + 1],
+        "bbox_ctrness": output.centerness_logits[image : image + 1, :, None],
     }
 
 
-def anchors_of(said: FCOSOutput) -> Tensor:
-    """Theirs are centred on the corners of cells; the boxes are all that its arithmetic sees of them."""
-    half = said.locations[:, 2:] / 2
-    return torch.cat([said.locations[:, :2] - half, said.locations[:, :2] + half], dim=1)
+def anchors_of(output: FCOSOutput) -> Tensor:
+    """Return anchors centred on the cells; torchvision centres them on the cells' corners, but accepts any boxes."""
+    half = output.locations[:, 2:] / 2
+    return torch.cat([output.locations[:, :2] - half, output.locations[:, :2] + half], dim=1)
 
 
-@pytest.mark.parametrize("image", range(len(MARKS)))
-def test_losses_and_gradients_of_an_image(image: int, theirs: FCOS) -> None:
-    ours, other = answers(), answers()
-    mine = compute_fcos_losses(ours, MARKS)
-    boxes = MARKS[image][MARKS[image, :, 4] >= 0]
-    targets = [{"boxes": boxes[:, :4], "labels": boxes[:, 4].long()}]
-    places = [rows * columns for rows, columns in MAPS]
-    wanted = theirs.compute_loss(targets, told(other, image), [anchors_of(other)], places)
-    for each, name in zip(mine, ("classification", "bbox_regression", "bbox_ctrness"), strict=True):
-        assert each[image].item() == pytest.approx(wanted[name].item(), rel=1e-5), name
-    ours_and_theirs = zip(
-        gradients(ours, torch.stack([each[image] for each in mine]).sum()),
-        gradients(other, torch.stack(list(wanted.values())).sum()),
+@pytest.mark.parametrize("image", range(len(TARGETS)))
+def test_losses_and_gradients_of_an_image(image: int, reference: FCOS) -> None:
+    output, reference_output = random_output(), random_output()
+    losses = compute_fcos_losses(output, TARGETS)
+    boxes = TARGETS[image][TARGETS[image, :, 4] >= 0]
+    reference_targets = [{"boxes": boxes[:, :4], "labels": boxes[:, 4].long()}]
+    expected = reference.compute_loss(
+        reference_targets,
+        torchvision_output(reference_output, image),
+        [anchors_of(reference_output)],
+        [rows * columns for rows, columns in MAPS],
+    )
+    for loss, name in zip(losses, ("classification", "bbox_regression", "bbox_ctrness"), strict=True):
+        assert loss[image].item() == pytest.approx(expected[name].item(), rel=1e-5), name
+    gradient_pairs = zip(
+        gradients(output, torch.stack([loss[image] for loss in losses]).sum()),
+        gradients(reference_output, torch.stack(list(expected.values())).sum()),
         strict=True,
     )
-    for one, two in ours_and_theirs:
-        assert one.isfinite().all()
-        torch.testing.assert_close(one, two)
+    for gradient, expected_gradient in gradient_pairs:
+        assert gradient.isfinite().all()
+        torch.testing.assert_close(gradient, expected_gradient)
 
 
 def test_an_image_does_not_depend_on_the_others() -> None:
-    said = answers()
-    one = [FCOSOutput(said[0][i : i + 1], said[1][i : i + 1], said[2][i : i + 1], said.locations) for i in range(3)]
-    alone = [compute_fcos_losses(each, MARKS[i : i + 1]) for i, each in enumerate(one)]
-    for each, ones in zip(compute_fcos_losses(said, MARKS), zip(*alone, strict=True), strict=True):
-        torch.testing.assert_close(each, torch.cat(ones))
+    output = random_output()
+    losses_per_image = []
+    for image in range(3):
+        single = FCOSOutput(*(tensor[image : image + 1] for tensor in output[:3]), output.locations)
+        losses_per_image.append(compute_fcos_losses(single, TARGETS[image : image + 1]))
+    batch_losses = compute_fcos_losses(output, TARGETS)
+    for loss, single_losses in zip(batch_losses, zip(*losses_per_image, strict=True), strict=True):
+        torch.testing.assert_close(loss, torch.cat(single_losses))
 
 
 @pytest.mark.parametrize("rows", [0, 2])
 def test_images_without_boxes_teach_the_background_alone(rows: int) -> None:
-    said = answers(2)
-    classes, boxes, centres = compute_fcos_losses(said, torch.full((2, rows, 5), -1.0))
-    assert (classes > 0).all()
-    assert boxes.tolist() == centres.tolist() == [0, 0]
-    logits, reaches, centred = gradients(said, (classes + boxes + centres).sum())
-    assert logits.abs().sum() > 0
-    assert reaches.abs().sum() == centred.abs().sum() == 0
-
-
-def test_what_is_found(theirs: FCOS) -> None:
-    said = answers(1)
-    theirs.topk_candidates = 10_000  # theirs are of each map
-    split = {name: list(each.split([r * c for r, c in MAPS], dim=1)) for name, each in told(said, 0).items()}
-    places = list(anchors_of(said).split([r * c for r, c in MAPS]))
-    (wanted,) = theirs.postprocess_detections(split, [places], [SIDES])
-    (ours,) = decode_detections(
-        said, SIDES, score_threshold=0.05, iou_threshold=0.6, max_candidates=10_000, max_detections=100
+    output = random_output(2)
+    class_loss, box_loss, centerness_loss = compute_fcos_losses(output, torch.full((2, rows, 5), -1.0))
+    assert (class_loss > 0).all()
+    assert box_loss.tolist() == centerness_loss.tolist() == [0, 0]
+    class_gradient, box_gradient, centerness_gradient = gradients(
+        output, (class_loss + box_loss + centerness_loss).sum()
     )
-    assert len(ours.boxes) == 100
-    torch.testing.assert_close(ours.boxes, wanted["boxes"])
-    torch.testing.assert_close(ours.scores, wanted["scores"])
-    assert ours.classes.tolist() == wanted["labels"].tolist()
+    assert class_gradient.abs().sum() > 0
+    assert box_gradient.abs().sum() == centerness_gradient.abs().sum() == 0
+
+
+def test_detections_equal_torchvisions(reference: FCOS) -> None:
+    output = random_output(1)
+    reference.topk_candidates = 10_000  # torchvision's limit is per map
+    sizes = [rows * columns for rows, columns in MAPS]
+    output_by_map = {name: list(tensor.split(sizes, dim=1)) for name, tensor in torchvision_output(output, 0).items()}
+    anchors_by_map = list(anchors_of(output).split(sizes))
+    (expected,) = reference.postprocess_detections(output_by_map, [anchors_by_map], [SIDES])
+    (detections,) = decode_detections(
+        output, SIDES, score_threshold=0.05, iou_threshold=0.6, max_candidates=10_000, max_detections=100
+    )
+    assert len(detections.boxes) == 100
+    torch.testing.assert_close(detections.boxes, expected["boxes"])
+    torch.testing.assert_close(detections.scores, expected["scores"])
+    assert detections.classes.tolist() == expected["labels"].tolist()
 
 
 def test_generalised_iou_by_hand() -> None:
-    one, same, beside = torch.tensor([[0.0, 0, 2, 2], [0, 0, 2, 2], [2, 0, 4, 2]])
-    assert generalised_iou(one, same).item() == pytest.approx(1)
-    assert generalised_iou(one, beside).item() == pytest.approx(0, abs=1e-6)
-    assert generalised_iou(one, beside + torch.tensor([2.0, 0, 2, 0])).item() == pytest.approx(-1 / 3)
+    box, equal_box, adjacent_box = torch.tensor([[0.0, 0, 2, 2], [0, 0, 2, 2], [2, 0, 4, 2]])
+    assert generalised_iou(box, equal_box).item() == pytest.approx(1)
+    assert generalised_iou(box, adjacent_box).item() == pytest.approx(0, abs=1e-6)
+    assert generalised_iou(box, adjacent_box + torch.tensor([2.0, 0, 2, 0])).item() == pytest.approx(-1 / 3)

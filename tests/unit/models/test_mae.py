@@ -1,4 +1,4 @@
-"""The masked autoencoder as a module: shapes, gradients, what it refuses, how it compiles."""
+"""The masked autoencoder as a module: gradients, refusals, external parameters and compilation."""
 
 import pytest
 import torch
@@ -43,19 +43,19 @@ def gradients(model: MaskedAutoencoder, images: torch.Tensor, noise: torch.Tenso
 @pytest.mark.parametrize(("name", "positions"), KINDS)
 def test_everything_that_can_learn_does(name: str, positions: Positions | None) -> None:
     model = autoencoder_of(name, positions)
-    found = gradients(model, torch.rand(3, 3, 16, 16), torch.rand(3, 16))
-    assert {name for name, gradient in found.items() if not gradient.any()} == set()
-    assert set(found) == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert ("encoder.pos_embed" in found) == (positions == "learned")
+    gradient_by_name = gradients(model, torch.rand(3, 3, 16, 16), torch.rand(3, 16))
+    assert {name for name, gradient in gradient_by_name.items() if not gradient.any()} == set()
+    assert set(gradient_by_name) == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert ("encoder.pos_embed" in gradient_by_name) == (positions == "learned")
 
 
 @pytest.mark.parametrize(("name", "positions"), KINDS)
 def test_recomputing_the_blocks_changes_nothing(name: str, positions: Positions | None) -> None:
     model, images, noise = autoencoder_of(name, positions), torch.rand(3, 3, 16, 16), torch.rand(3, 16)
-    plain = gradients(model, images, noise)
+    expected = gradients(model, images, noise)
     model.set_grad_checkpointing(True)
-    for each, gradient in gradients(model, images, noise).items():
-        torch.testing.assert_close(gradient, plain[each], rtol=0, atol=0, msg=each)
+    for parameter_name, gradient in gradients(model, images, noise).items():
+        torch.testing.assert_close(gradient, expected[parameter_name], rtol=0, atol=0, msg=parameter_name)
 
 
 @pytest.mark.parametrize(("name", "positions"), KINDS)
@@ -82,7 +82,7 @@ def test_a_decoder_whose_sizes_do_not_fit_is_one_sentence(sizes: dict[str, int])
 
 @pytest.mark.parametrize(
     ("name", "positions"),
-    [GRAPHS[0], *(pytest.param(*each, marks=pytest.mark.thorough) for each in GRAPHS[1:])],
+    [GRAPHS[0], *(pytest.param(*graph, marks=pytest.mark.thorough) for graph in GRAPHS[1:])],
 )
 def test_each_model_is_one_graph(name: str, positions: Positions | None) -> None:
     images, draws = torch.rand(2, 3, 16, 16), torch.rand(2, 2, 16)
@@ -107,9 +107,9 @@ def test_a_compiled_classifier_takes_new_drops_every_step() -> None:
 
 
 def reads_outside_its_module(model: torch.nn.Module, *inputs: object) -> set[str]:
-    """Run a forward in which a parameter is there only while the module that owns it is being called."""
+    """Return the parameters that a forward reads while the module that owns them is not being called."""
     owners = [(name, module) for name, module in model.named_modules() if list(module.parameters(recurse=False))]
-    open_now: set[str] = set()
+    modules_in_call: set[str] = set()
     read: set[str] = set()
 
     class Watched(dict):
@@ -119,14 +119,14 @@ def reads_outside_its_module(model: torch.nn.Module, *inputs: object) -> set[str
 
         def __getitem__(self, key: str) -> torch.nn.Parameter | None:
             parameter = super().__getitem__(key)
-            if self.owner not in open_now and parameter is not None:
+            if self.owner not in modules_in_call and parameter is not None:
                 read.add(f"{self.owner}.{key}")
             return parameter
 
     for name, module in owners:
         module._parameters = Watched(name, module._parameters)
-        module.register_forward_pre_hook(lambda *_, name=name: open_now.add(name))
-        module.register_forward_hook(lambda *_, name=name: open_now.discard(name))
+        module.register_forward_pre_hook(lambda *_, name=name: modules_in_call.add(name))
+        module.register_forward_hook(lambda *_, name=name: modules_in_call.discard(name))
     model(*inputs)
     return read
 
@@ -142,11 +142,11 @@ def test_what_is_read_outside_its_module_is_declared(name: str, positions: Posit
     model = autoencoder_of(name, positions)
     student = Students([feature_student(encoder_of(name, positions))])
     layers = Students([LayerStudent(encoder_of(name, positions), [1], 48, None)])
-    for reader in (model, student, layers):
-        borrowed = {id(parameter) for parameter in reader.external_parameters()}
-        declared = {name for name, parameter in reader.named_parameters() if id(parameter) in borrowed}
-        inputs = (images, noise, 0.75) if reader is model else (images, *split_patches_by_noise(noise, 0.75))
-        assert reads_outside_its_module(reader, *inputs) == declared
+    for tested in (model, student, layers):
+        external_ids = {id(parameter) for parameter in tested.external_parameters()}
+        declared = {name for name, parameter in tested.named_parameters() if id(parameter) in external_ids}
+        inputs = (images, noise, 0.75) if tested is model else (images, *split_patches_by_noise(noise, 0.75))
+        assert reads_outside_its_module(tested, *inputs) == declared
 
 
 def test_a_plain_classifier_reads_nothing_outside_its_modules() -> None:
@@ -160,11 +160,11 @@ def test_a_student_answers_in_the_width_of_its_teacher() -> None:
     student = feature_student(encoder)
     cls, patches = student(images)
     assert (cls.shape, patches.shape) == ((2, 48), (2, 16, 48))
-    own_cls, own_patches = encode_cls_and_patches(encoder, images)
-    assert (own_cls.shape, own_patches.shape) == ((2, 32), (2, 16, 32))
-    torch.testing.assert_close(cls, own_cls @ student.project_cls.weight.T, rtol=1e-5, atol=1e-6)
+    encoder_cls, encoder_patches = encode_cls_and_patches(encoder, images)
+    assert (encoder_cls.shape, encoder_patches.shape) == ((2, 32), (2, 16, 32))
+    torch.testing.assert_close(cls, encoder_cls @ student.project_cls.weight.T, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(
-        patches, own_patches @ student.get_parameter("project_patches.weight").T, rtol=1e-5, atol=1e-6
+        patches, encoder_patches @ student.get_parameter("project_patches.weight").T, rtol=1e-5, atol=1e-6
     )
 
 

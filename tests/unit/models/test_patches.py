@@ -20,7 +20,7 @@ def test_unpatchify_undoes_patchify(channels: int, rows: int, columns: int, patc
     assert torch.equal(unpatchify(patches, patch, rows, columns), images)
 
 
-# (patches, ratio): what the configs ship, the paper's ratios at 224 pixels, and counts that floating point gets wrong.
+# (patches, ratio): the shipped configs, the paper's ratios at 224 pixels, and counts that floating point gets wrong.
 COUNTS = {
     (196, 0.75): 49,
     (196, 0.9): 19,
@@ -39,9 +39,9 @@ COUNTS = {
 
 @pytest.mark.parametrize(("length", "ratio"), COUNTS)
 def test_how_many_stay_is_pinned(length: int, ratio: float) -> None:
-    kept, masked = split_patches_by_noise(torch.rand(2, length), ratio)
+    visible, masked = split_patches_by_noise(torch.rand(2, length), ratio)
     assert count_visible(length, ratio) == COUNTS[length, ratio]
-    assert kept.shape == (2, COUNTS[length, ratio])
+    assert visible.shape == (2, COUNTS[length, ratio])
     assert masked.shape == (2, length - COUNTS[length, ratio])
 
 
@@ -61,19 +61,19 @@ def test_a_ratio_that_hides_everything_is_one_sentence() -> None:
 
 
 def test_the_lowest_are_kept_in_order_of_their_noise() -> None:
-    kept, masked = split_patches_by_noise(torch.tensor([[0.9, 0.1, 0.5, 0.3], [0.2, 0.4, 0.1, 0.3]]), 0.5)
-    assert kept.tolist() == [[1, 3], [2, 0]]
+    visible, masked = split_patches_by_noise(torch.tensor([[0.9, 0.1, 0.5, 0.3], [0.2, 0.4, 0.1, 0.3]]), 0.5)
+    assert visible.tolist() == [[1, 3], [2, 0]]
     assert masked.tolist() == [[2, 0], [3, 1]]
 
 
 def test_equal_noise_goes_by_place() -> None:
-    kept, masked = split_patches_by_noise(torch.zeros(1, 300), 0.75)
-    assert torch.cat([kept, masked], dim=1).tolist() == [list(range(300))]
+    visible, masked = split_patches_by_noise(torch.zeros(1, 300), 0.75)
+    assert torch.cat([visible, masked], dim=1).tolist() == [list(range(300))]
 
 
 def test_every_patch_is_kept_or_masked_once() -> None:
-    kept, masked = split_patches_by_noise(torch.rand(5, 196), 0.75)
-    for row in torch.cat([kept, masked], dim=1).tolist():
+    visible, masked = split_patches_by_noise(torch.rand(5, 196), 0.75)
+    for row in torch.cat([visible, masked], dim=1).tolist():
         assert sorted(row) == list(range(196))
 
 
@@ -82,9 +82,9 @@ def test_noise_in_half_precision_is_refused() -> None:
         split_patches_by_noise(torch.rand(1, 16, dtype=torch.bfloat16), 0.75)
 
 
-def test_take_takes() -> None:
+def test_gather_patches() -> None:
     patches = torch.arange(2 * 4 * 3).reshape(2, 4, 3)
-    places = torch.tensor([[3, 0], [1, 1]])
-    taken = gather_patches(patches, places)
+    indices = torch.tensor([[3, 0], [1, 1]])
+    gathered = gather_patches(patches, indices)
     for image, slot in itertools.product(range(2), range(2)):
-        assert torch.equal(taken[image, slot], patches[image, places[image, slot]])
+        assert torch.equal(gathered[image, slot], patches[image, indices[image, slot]])

@@ -1,4 +1,4 @@
-"""A simple feature pyramid: strides, sizes, and no image that depends on another."""
+"""The simple feature pyramid: strides, sizes, and independence of images."""
 
 import pytest
 import torch
@@ -20,13 +20,13 @@ def test_its_maps_have_the_strides_that_it_says(stride: int, strides: tuple[floa
     pyramid = SimpleFeaturePyramid(24, 16, stride)
     assert pyramid.strides == strides
     maps = pyramid(torch.randn(2, 24, 6, 3))
-    assert [each.shape[1:3] for each in maps] == [(16, row) for row in rows]
-    torch.stack([each.square().sum() for each in maps]).sum().backward()
-    assert all(each.grad is not None for each in pyramid.parameters())
+    assert [feature_map.shape[1:3] for feature_map in maps] == [(16, row) for row in rows]
+    torch.stack([feature_map.square().sum() for feature_map in maps]).sum().backward()
+    assert all(parameter.grad is not None for parameter in pyramid.parameters())
 
 
 def test_an_image_does_not_depend_on_the_others() -> None:
     torch.manual_seed(0)
-    pyramid, last = SimpleFeaturePyramid(24, 16, 16), torch.randn(3, 24, 4, 5)
-    alone, together = pyramid(last[1:2]), pyramid(last)
-    assert all(torch.allclose(a, t[1:2], atol=1e-6) for a, t in zip(alone, together, strict=True))
+    pyramid, feature_map = SimpleFeaturePyramid(24, 16, 16), torch.randn(3, 24, 4, 5)
+    pairs = zip(pyramid(feature_map[1:2]), pyramid(feature_map), strict=True)
+    assert all(torch.allclose(single, batch[1:2], atol=1e-6) for single, batch in pairs)

@@ -1,4 +1,4 @@
-"""Segmenters: every kind of encoder under both heads, models of timm, windows and bilinear maps."""
+"""Segmenters: encoders and models of timm with both heads, sliding windows and bilinear resizing."""
 
 import numpy as np
 import pytest
@@ -22,8 +22,8 @@ def segmenter(encoder: Encoder, name: str, positions: object, head: Segmentation
     cfg = VitConfig.from_dict(
         {"name": name, "patch": 4, "width": 48, "depth": 2, "heads": 3, "positions": positions}, "here"
     )
-    told = SegmentationHeadCard(head=head, width=16, classes=5)
-    return build_segmenter(encoder, encoder_card(cfg, SIZE, 3), told.to_dict(), "here")
+    head_card = SegmentationHeadCard(head=head, width=16, classes=5)
+    return build_segmenter(encoder, encoder_card(cfg, SIZE, 3), head_card.to_dict(), "here")
 
 
 @pytest.mark.parametrize(("name", "positions"), [KINDS[0], KINDS[4], KINDS[-4], KINDS[-1]])
@@ -39,15 +39,16 @@ def test_an_encoder_of_any_kind_gives_every_pixel_its_logits(
     logits = model.eval()(images)
     assert logits.shape == (2, 5, *SIZE)
     if head == "linear":
-        places = encode_cls_and_patches(encoder, images)[1].transpose(1, 2).unflatten(2, (4, 6))
-        wanted = F.interpolate(classify(places), size=SIZE, mode="bilinear")
-        torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
+        feature_map = encode_cls_and_patches(encoder, images)[1].transpose(1, 2).unflatten(2, (4, 6))
+        expected = F.interpolate(classify(feature_map), size=SIZE, mode="bilinear")
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     logits.square().mean().backward()
-    assert not [name for name, each in model.named_parameters() if each.requires_grad and each.grad is None]
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert not [name for name, parameter in trainable if parameter.grad is None]
 
 
 @pytest.mark.parametrize(
-    ("name", "head", "still"),
+    ("name", "head", "unused"),
     [
         ("test_resnet", "linear", ()),
         ("test_resnet", "pyramid", ()),
@@ -58,31 +59,27 @@ def test_an_encoder_of_any_kind_gives_every_pixel_its_logits(
     ],
 )
 def test_a_model_of_timm_learns_wherever_the_head_reads_it(
-    name: str, head: SegmentationHeadKind, still: tuple[str, ...]
+    name: str, head: SegmentationHeadKind, unused: tuple[str, ...]
 ) -> None:
-    card, told = (
-        BackboneCard(timm=name, image_size=32, channels=3),
-        SegmentationHeadCard(head=head, width=16, classes=5),
-    )
+    card = BackboneCard(timm=name, image_size=32, channels=3)
+    head_card = SegmentationHeadCard(head=head, width=16, classes=5)
     torch.manual_seed(0)
-    model = build_segmenter(build_backbone(*card.build_args), card.to_dict(), told.to_dict(), "here")
+    model = build_segmenter(build_backbone(*card.build_args), card.to_dict(), head_card.to_dict(), "here")
     logits = model(torch.randn(2, 3, 32, 32))
     assert logits.shape == (2, 5, 32, 32)
     logits.square().mean().backward()
-    assert {name for name, each in model.named_parameters() if each.grad is None} == {f"encoder.{e}" for e in still}
-    assert {name for name, each in model.named_parameters() if not each.requires_grad} == {
-        f"encoder.{e}" for e in still
-    }
+    frozen = {f"encoder.{name}" for name in unused}
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is None} == frozen
+    assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == frozen
     if head == "pyramid" and name != "test_vit":
         assert isinstance(model.head.get_submodule("pyramid"), LateralConvs)
 
 
 def test_maps_are_enlarged_as_torch_does() -> None:
     maps = torch.randn(2, 3, 5, 7)
-    for sides in ((20, 21), (5, 9), (3, 4), (5, 7)):
-        torch.testing.assert_close(
-            resize_maps(maps, sides), F.interpolate(maps, size=sides, mode="bilinear"), rtol=1e-5, atol=1e-6
-        )
+    for size in ((20, 21), (5, 9), (3, 4), (5, 7)):
+        expected = F.interpolate(maps, size=size, mode="bilinear")
+        torch.testing.assert_close(resize_maps(maps, size), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_windows_cover_an_image_and_end_with_it() -> None:
@@ -94,28 +91,28 @@ def test_windows_cover_an_image_and_end_with_it() -> None:
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_windows_are_averaged_as_probabilities(batch: int) -> None:
-    """Against a loop over pixels and windows; the answer to a window depends on where its pixels stand in it."""
+    """Compare with a loop over windows; the logits depend on a pixel's place in its window."""
     torch.manual_seed(0)
     weights = torch.randn(3, 8, 6)
     images = torch.randn(batch, 1, 13, 11)
 
-    def logits_of(windows: torch.Tensor) -> torch.Tensor:
+    def predict_logits(windows: torch.Tensor) -> torch.Tensor:
         assert windows.shape[0] <= batch
         return windows * weights
 
-    found = list(iter_sliding_window_log_probs(logits_of, images, (8, 6), 0.5))
-    assert len(found) == batch
-    for image, logs in zip(images.numpy(), found, strict=True):
-        total, times = np.zeros((3, 13, 11)), np.zeros((13, 11))
+    log_probs = list(iter_sliding_window_log_probs(predict_logits, images, (8, 6), 0.5))
+    assert len(log_probs) == batch
+    for image, image_log_probs in zip(images.numpy(), log_probs, strict=True):
+        total, counts = np.zeros((3, 13, 11)), np.zeros((13, 11))
         for top in (0, 4, 5):
             for left in (0, 3, 5):
-                each = np.exp(image[:, top : top + 8, left : left + 6] * weights.numpy())
-                total[:, top : top + 8, left : left + 6] += each / each.sum(axis=0)
-                times[top : top + 8, left : left + 6] += 1
-        np.testing.assert_allclose(np.exp(logs.numpy()), total / times, rtol=1e-5)
+                odds = np.exp(image[:, top : top + 8, left : left + 6] * weights.numpy())
+                total[:, top : top + 8, left : left + 6] += odds / odds.sum(axis=0)
+                counts[top : top + 8, left : left + 6] += 1
+        np.testing.assert_allclose(np.exp(image_log_probs.numpy()), total / counts, rtol=1e-5)
 
 
 def test_one_window_is_the_image_itself() -> None:
     images = torch.randn(3, 5, 4, 6) * 200
-    found = torch.stack(list(iter_sliding_window_log_probs(lambda windows: windows, images, (4, 6), 0.5)))
-    assert found.equal(F.log_softmax(images, dim=1))
+    log_probs = torch.stack(list(iter_sliding_window_log_probs(lambda windows: windows, images, (4, 6), 0.5)))
+    assert log_probs.equal(F.log_softmax(images, dim=1))

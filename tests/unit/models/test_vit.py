@@ -1,4 +1,4 @@
-"""Encoders: what is built, how it starts, what is refused, and how a card brings it back."""
+"""Encoders: construction, initialisation, refusals, and rebuilding from a card."""
 
 import json
 import math
@@ -25,15 +25,15 @@ from foveal.models.vit import (
 TINY = VitConfig(patch=4, width=32, depth=2, heads=2)
 
 
-def built(cfg: VitConfig = TINY, seed: int = 0, **told: Any) -> Any:
+def build_tiny(cfg: VitConfig = TINY, seed: int = 0, **kwargs: Any) -> Any:
     torch.manual_seed(seed)
-    settings: dict[str, Any] = {"image_size": 16, "channels": 3} | told
+    settings: dict[str, Any] = {"image_size": 16, "channels": 3} | kwargs
     return build_encoder(cfg, **settings)
 
 
-def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
-    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
-    return all(name == twin and torch.equal(tensor, copy) for (name, tensor), (twin, copy) in pairs)
+def equal_weights(first: torch.nn.Module, second: torch.nn.Module) -> bool:
+    pairs = zip(first.state_dict().items(), second.state_dict().items(), strict=True)
+    return all(name == name_2 and torch.equal(tensor, tensor_2) for (name, tensor), (name_2, tensor_2) in pairs)
 
 
 def test_sizes_are_the_names_where_nothing_is_told() -> None:
@@ -50,35 +50,36 @@ def test_sizes_are_the_names_where_nothing_is_told() -> None:
 )
 def test_resolved_sizes_build_what_the_name_builds(name: str) -> None:
     with torch.device("meta"):
-        ours = build_encoder(VitConfig(name=name).resolve(), image_size=224, channels=3)
-        theirs = timm.create_model(name, img_size=224, num_classes=0)
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+        encoder = build_encoder(VitConfig(name=name).resolve(), image_size=224, channels=3)
+        timm_model = timm.create_model(name, img_size=224, num_classes=0)
+    timm_shapes = {key: weight.shape for key, weight in timm_model.state_dict().items()}
+    assert {key: weight.shape for key, weight in encoder.state_dict().items()} == timm_shapes
 
 
 def test_the_seed_decides_and_timm_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = built(classes=3)
-    assert same(first, built(classes=3))
-    assert not same(first, built(classes=3, seed=1))
+    first = build_tiny(num_classes=3)
+    assert equal_weights(first, build_tiny(num_classes=3))
+    assert not equal_weights(first, build_tiny(num_classes=3, seed=1))
 
     create = timm.create_model
 
-    def restless(*args: Any, **kwargs: Any) -> torch.nn.Module:
+    def create_after_drawing(*args: Any, **kwargs: Any) -> torch.nn.Module:
         torch.rand(7)
         return create(*args, **kwargs)
 
-    monkeypatch.setattr(timm, "create_model", restless)
-    assert same(first, built(classes=3))
+    monkeypatch.setattr(timm, "create_model", create_after_drawing)
+    assert equal_weights(first, build_tiny(num_classes=3))
 
 
 @pytest.mark.parametrize(("name", "positions"), KINDS)
 def test_the_first_encoder_of_a_process_is_drawn_like_the_second(name: str, positions: Positions | None) -> None:
     build_meta_encoder.cache_clear()
     first, second = encoder_of(name, positions), encoder_of(name, positions)
-    assert same(first, second)
+    assert equal_weights(first, second)
 
 
 def test_it_starts_as_in_the_paper() -> None:
-    encoder = built(VitConfig(patch=4, width=64, depth=2, heads=2), classes=5)
+    encoder = build_tiny(VitConfig(patch=4, width=64, depth=2, heads=2), num_classes=5)
     for name, layer in encoder.named_modules():
         if isinstance(layer, torch.nn.Linear) and name != "head":
             bound = math.sqrt(6 / (layer.in_features + layer.out_features))
@@ -92,7 +93,7 @@ def test_it_starts_as_in_the_paper() -> None:
 
 
 def test_fixed_positions_are_not_learned_and_learned_ones_are() -> None:
-    fixed, learned = built(), built(TINY.model_copy(update={"positions": "learned"}))
+    fixed, learned = build_tiny(), build_tiny(TINY.model_copy(update={"positions": "learned"}))
     assert not fixed.pos_embed.requires_grad
     assert not fixed.pos_embed[0, 0].any()
     assert learned.pos_embed.requires_grad
@@ -101,11 +102,11 @@ def test_fixed_positions_are_not_learned_and_learned_ones_are() -> None:
 
 def test_rotary_frequencies_are_drawn_from_the_seed_and_learned() -> None:
     cfg = VitConfig(name="vit_base_patch16_rope_mixed_224", patch=4, width=48, depth=3, heads=3, positions=None)
-    first, other = built(cfg), built(cfg, seed=1)
+    first, second = build_tiny(cfg), build_tiny(cfg, seed=1)
     assert first.rope.freqs.shape == (2, 3, 3, 8)
     assert first.rope.freqs.requires_grad
-    assert not first.rope.freqs.equal(other.rope.freqs)
-    lengths = first.rope.freqs.square().sum(dim=0)  # every pair is a frequency that has been turned
+    assert not first.rope.freqs.equal(second.rope.freqs)
+    lengths = first.rope.freqs.square().sum(dim=0)  # every pair is a rotated frequency
     torch.testing.assert_close(lengths, lengths[:1, :1].expand_as(lengths))
 
 
@@ -117,12 +118,12 @@ def test_nothing_in_an_encoder_draws() -> None:
 
 def test_a_table_without_a_row_for_the_class_token() -> None:
     cfg = VitConfig(name="deit3_small_patch16_224", patch=4, width=32, depth=1, heads=2)
-    assert built(cfg).pos_embed.shape == (1, 16, 32)
-    torch.testing.assert_close(built(cfg).pos_embed[0], sincos_positions(4, 4, 32))
+    assert build_tiny(cfg).pos_embed.shape == (1, 16, 32)
+    torch.testing.assert_close(build_tiny(cfg).pos_embed[0], sincos_positions(4, 4, 32))
 
 
 def test_mean_pooling_ignores_the_class_token_after_the_blocks() -> None:
-    encoder = built(pooling="avg", classes=4).eval()
+    encoder = build_tiny(pooling="avg", num_classes=4).eval()
     assert isinstance(encoder.norm, torch.nn.Identity)
     images = torch.rand(2, 3, 16, 16)
     patches = encoder.forward_features(images)[:, 1:]
@@ -130,7 +131,7 @@ def test_mean_pooling_ignores_the_class_token_after_the_blocks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "sentence"),
+    ("overrides", "message"),
     [
         ({"name": "vit_bse_patch16_224"}, "not a model of timm .* Did you mean 'vit_base_patch16_224'"),
         ({"name": "hf-hub:timm/vit_base_patch16_224"}, "not a model of timm"),
@@ -142,9 +143,12 @@ def test_mean_pooling_ignores_the_class_token_after_the_blocks() -> None:
         ({"name": "vit_relpos_base_patch16_cls_224", "positions": "learned"}, "a relative bias.* positions=null"),
         (
             {"name": "eva02_tiny_patch14_224", "positions": None},
-            "adds positions to its patches: positions is sincos or",
+            "adds positions to its patches: positions must be sincos or",
         ),
-        ({"name": "vit_base_patch16_224", "positions": None}, "adds positions to its patches: positions is sincos or"),
+        (
+            {"name": "vit_base_patch16_224", "positions": None},
+            "adds positions to its patches: positions must be sincos or",
+        ),
         ({"name": "vit_relpos_base_patch16_224"}, "vit_relpos_base_patch16_224' is not a plain .*no class token"),
         ({"name": "vit_relpos_small_patch16_rpn_224"}, "no class token"),
         ({"name": "vit_base_patch16_rope_reg1_gap_256"}, "no class token"),
@@ -154,7 +158,7 @@ def test_mean_pooling_ignores_the_class_token_after_the_blocks() -> None:
         ({"name": "eva02_tiny_patch14_223"}, "Did you mean 'eva02_tiny_patch14_224'"),
         (
             {"name": "vit_base_patch16_rope_224", "positions": None, "width": 36, "heads": 6},
-            "width=36 over heads=6 leaves 6 numbers to a head, .* take a multiple of 4",
+            "width=36 over heads=6 gives 6 values per head, .* need a multiple of 4",
         ),
         ({"name": "deit_base_distilled_patch16_224"}, "VisionTransformerDistilled"),
         ({"name": "vit_base_patch16_gap_224"}, "no class token"),
@@ -168,34 +172,36 @@ def test_mean_pooling_ignores_the_class_token_after_the_blocks() -> None:
         ({"width": 30, "heads": 3}, "width=30: .* the nearest is 32"),
     ],
 )
-def test_what_cannot_be_is_one_sentence(told: dict[str, Any], sentence: str) -> None:
-    size = {"image_size": told.pop("image_size", 16)}
-    with pytest.raises(ConfigError, match=sentence):
-        built(TINY.model_copy(update=told), **size)
+def test_what_cannot_be_is_one_sentence(overrides: dict[str, Any], message: str) -> None:
+    image_size = overrides.pop("image_size", 16)
+    with pytest.raises(ConfigError, match=message):
+        build_tiny(TINY.model_copy(update=overrides), image_size=image_size)
 
 
 def test_a_card_brings_the_encoder_back() -> None:
-    first = built(VitConfig(patch=8, depth=2, width=32, heads=4, positions="learned"), pooling="avg", classes=3)
+    first = build_tiny(
+        VitConfig(patch=8, depth=2, width=32, heads=4, positions="learned"), pooling="avg", num_classes=3
+    )
     card = encoder_card(
         VitConfig(patch=8, depth=2, width=32, heads=4, positions="learned"), 16, 3, pooling="avg", num_classes=3
     )
     assert None not in card.values()
     torch.manual_seed(0)
-    assert same(first, encoder_from_card(card, "card.json"))
+    assert equal_weights(first, encoder_from_card(card, "card.json"))
     assert encoder_from_card(card, "card.json", num_classes=0, pooling="token").num_classes == 0
 
 
 def test_a_card_holds_a_size_that_is_not_square() -> None:
-    first, card = built(image_size=(8, 16)), json.loads(json.dumps(encoder_card(TINY, (8, 16), 3)))
+    first, card = build_tiny(image_size=(8, 16)), json.loads(json.dumps(encoder_card(TINY, (8, 16), 3)))
     assert card["image_size"] == [8, 16]
     torch.manual_seed(0)
-    found = encoder_from_card(card, "card.json")
-    assert same(first, found)
-    assert found.patch_embed.grid_size == (2, 4)
+    encoder = encoder_from_card(card, "card.json")
+    assert equal_weights(first, encoder)
+    assert encoder.patch_embed.grid_size == (2, 4)
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("change", "message"),
     [
         ({"width": "wide"}, "export/card.json: width"),
         ({"colour": 1}, "export/card.json: colour is not a setting"),
@@ -203,9 +209,9 @@ def test_a_card_holds_a_size_that_is_not_square() -> None:
         ({"name": "vit_of_tomorrow"}, "export/card.json: 'vit_of_tomorrow' is not a model of timm"),
     ],
 )
-def test_a_card_that_does_not_fit_is_one_sentence(change: dict[str, Any], sentence: str) -> None:
+def test_a_card_that_does_not_fit_is_one_sentence(change: dict[str, Any], message: str) -> None:
     card = encoder_card(TINY, 16, 3) | change
-    with pytest.raises(ExportError, match=sentence):
+    with pytest.raises(ExportError, match=message):
         encoder_from_card(card, "export/card.json")
 
 

@@ -1,4 +1,4 @@
-"""Groups as a table, AdamW and clipping as torch has them, and steps that leave everything as it was."""
+"""Parameter groups, guarded AdamW and clipping equal to torch, and skipped steps that change nothing."""
 
 import copy
 from typing import Any
@@ -17,7 +17,7 @@ TINY = VitConfig(name="vit_tiny_patch16_224", patch=4, width=8, depth=2, heads=2
 
 
 def table(groups: list[dict[str, Any]], model: nn.Module) -> dict[str, tuple[float, float]]:
-    """Parameter name to (weight decay, factor on the learning rate)."""
+    """Map each parameter's name to (weight decay, learning-rate scale)."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
         names[id(parameter)]: (group["weight_decay"], group["lr_scale"])
@@ -31,25 +31,30 @@ def test_matrices_decay_and_vectors_tokens_and_positions_do_not() -> None:
     model = MaskedAutoencoder(
         build_encoder(learned, image_size=8, channels=1), DecoderConfig(width=8, depth=1, heads=2)
     )
-    found = table(parameter_groups(model, OptimConfig(weight_decay=0.3)), model)
-    assert found.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    plain = {name for name, (decay, _) in found.items() if decay == 0.0}
-    assert {name for name, (decay, _) in found.items() if decay == 0.3} == found.keys() - plain
-    assert plain == {name for name in found if name.endswith((".bias", "_token", "pos_embed"))} | {
-        name for name in found if "norm" in name
+    settings = table(parameter_groups(model, OptimConfig(weight_decay=0.3)), model)
+    assert settings.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    undecayed = {name for name, (decay, _) in settings.items() if decay == 0.0}
+    assert {name for name, (decay, _) in settings.items() if decay == 0.3} == settings.keys() - undecayed
+    assert undecayed == {name for name in settings if name.endswith((".bias", "_token", "pos_embed"))} | {
+        name for name in settings if "norm" in name
     }
-    assert {"encoder.cls_token", "encoder.pos_embed", "decoder.mask_token", "encoder.blocks.0.norm1.weight"} <= plain
-    assert {"encoder.patch_embed.proj.weight", "decoder.predict.weight"} <= found.keys() - plain
-    assert {scale for _, scale in found.values()} == {1.0}
+    assert {
+        "encoder.cls_token",
+        "encoder.pos_embed",
+        "decoder.mask_token",
+        "encoder.blocks.0.norm1.weight",
+    } <= undecayed
+    assert {"encoder.patch_embed.proj.weight", "decoder.predict.weight"} <= settings.keys() - undecayed
+    assert {scale for _, scale in settings.values()} == {1.0}
 
 
 def test_layers_learn_more_slowly_the_deeper_they_lie() -> None:
     encoder = build_encoder(TINY, image_size=8, channels=1, pooling="avg", num_classes=3)
     model = Classifier(encoder)
     groups = parameter_groups(model, OptimConfig(layer_decay=0.5), _vit_layer_index(2), 3)
-    found = table(groups, model)
-    assert "encoder.pos_embed" not in found  # fixed positions do not learn
-    assert found.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    settings = table(groups, model)
+    assert "encoder.pos_embed" not in settings  # fixed positions do not learn
+    assert settings.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     scales = {
         "encoder.cls_token": 0.125,
         "encoder.patch_embed": 0.125,
@@ -58,8 +63,8 @@ def test_layers_learn_more_slowly_the_deeper_they_lie() -> None:
         "encoder.fc_norm": 1.0,
         "encoder.head": 1.0,
     }
-    for name, (decay, scale) in found.items():
-        assert scale == next(wanted for prefix, wanted in scales.items() if name.startswith(prefix)), name
+    for name, (decay, scale) in settings.items():
+        assert scale == next(expected for prefix, expected in scales.items() if name.startswith(prefix)), name
         assert decay == (0.0 if name.endswith(("bias", "token")) or "norm" in name else 0.05), name
     assert [group["name"] for group in groups[:3]] == ["layer 0, no decay", "layer 0, decay", "layer 1, no decay"]
 
@@ -84,7 +89,7 @@ def gradients(step: int, size: float = 1.0) -> list[Tensor]:
     return [size * torch.randn(3, 5, generator=generator), size * torch.randn(3, generator=generator)]
 
 
-def give(model: nn.Module, grads: list[Tensor]) -> None:
+def set_gradients(model: nn.Module, grads: list[Tensor]) -> None:
     for parameter, grad in zip(model.parameters(), grads, strict=True):
         parameter.grad = grad.clone()
 
@@ -97,32 +102,32 @@ def guarded(model: nn.Module, cfg: OptimConfig) -> GuardedAdamW:
 @pytest.mark.parametrize("clip", [None, 0.5])
 def test_with_finite_gradients_it_is_torchs_adamw_bit_for_bit(fused: bool, clip: float | None) -> None:
     cfg = OptimConfig(lr_per_256=1e-2, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-6, clip=clip, fused=fused)
-    ours, theirs = layer(), layer()
-    guard = guarded(ours, cfg)
+    model, torch_model = layer(), layer()
+    guard = guarded(model, cfg)
     adamw = torch.optim.AdamW(
-        [{"params": [theirs.weight], "weight_decay": 0.1}, {"params": [theirs.bias], "weight_decay": 0.0}],
+        [{"params": [torch_model.weight], "weight_decay": 0.1}, {"params": [torch_model.bias], "weight_decay": 0.0}],
         lr=1e-2,
         betas=(0.8, 0.9),
         eps=1e-6,
         fused=fused,
     )
     for step in range(5):
-        give(ours, gradients(step))
-        give(theirs, gradients(step))
-        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip or float("inf"))
+        set_gradients(model, gradients(step))
+        set_gradients(torch_model, gradients(step))
+        norm = torch.nn.utils.clip_grad_norm_(torch_model.parameters(), clip or float("inf"))
         guard.step()
         adamw.step()
         assert guard.step_applied
         assert guard.grad_norm == float(norm) > 0.5
-        assert ours.weight.equal(theirs.weight)
-        assert ours.bias.equal(theirs.bias)
+        assert model.weight.equal(torch_model.weight)
+        assert model.bias.equal(torch_model.bias)
 
 
 def test_a_small_gradient_is_not_clipped_up() -> None:
     clipped, free = layer(), layer()
     for model, clip in ((clipped, 10.0), (free, None)):
         guard = guarded(model, OptimConfig(clip=clip))
-        give(model, gradients(0, 0.01))
+        set_gradients(model, gradients(0, 0.01))
         guard.step()
     assert clipped.weight.grad is not None
     assert clipped.weight.grad.equal(gradients(0, 0.01)[0])
@@ -134,39 +139,39 @@ def test_a_small_gradient_is_not_clipped_up() -> None:
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_gradient_that_is_not_finite_changes_nothing(bad: float, place: str, clip: float | None, fused: bool) -> None:
-    """Weights, moments and step counters stay bit for bit, and later steps are as if it had never been."""
+    """Weights, moments and counters stay bit for bit; later steps equal those of an optimizer without the bad step."""
     cfg = OptimConfig(lr_per_256=1e-2, clip=clip, fused=fused)
-    model, never = layer(), layer()
-    guard, untouched = guarded(model, cfg), guarded(never, cfg)
+    model, reference = layer(), layer()
+    guard, untouched = guarded(model, cfg), guarded(reference, cfg)
     for step in range(4):
         before = copy.deepcopy((model.state_dict(), guard.state_dict()["state"]))
-        give(model, gradients(100 + step))
+        set_gradients(model, gradients(100 + step))
         getattr(model, place).grad.view(-1)[0] = bad
         guard.step()
         assert not guard.step_applied
         assert not torch.isfinite(torch.tensor(guard.grad_norm))
-        same(before, (model.state_dict(), guard.state_dict()["state"]))
-        for each, optimizer in ((model, guard), (never, untouched)):
-            give(each, gradients(step))
+        assert_equal(before, (model.state_dict(), guard.state_dict()["state"]))
+        for updated, optimizer in ((model, guard), (reference, untouched)):
+            set_gradients(updated, gradients(step))
             optimizer.step()
         assert guard.step_applied
-        assert model.weight.equal(never.weight)
-        assert model.bias.equal(never.bias)
+        assert model.weight.equal(reference.weight)
+        assert model.bias.equal(reference.bias)
 
 
-def same(ours: Any, theirs: Any) -> None:
-    """Equal to the bit, tensors inside tuples and dicts included."""
-    if isinstance(ours, Tensor):
-        assert ours.equal(theirs)
-    elif isinstance(ours, dict):
-        assert ours.keys() == theirs.keys()
-        for name, value in ours.items():
-            same(value, theirs[name])
-    elif isinstance(ours, tuple):
-        for one, other in zip(ours, theirs, strict=True):
-            same(one, other)
+def assert_equal(actual: Any, expected: Any) -> None:
+    """Assert bitwise equality, also of tensors inside tuples and dicts."""
+    if isinstance(actual, Tensor):
+        assert actual.equal(expected)
+    elif isinstance(actual, dict):
+        assert actual.keys() == expected.keys()
+        for name, value in actual.items():
+            assert_equal(value, expected[name])
+    elif isinstance(actual, tuple):
+        for value, reference in zip(actual, expected, strict=True):
+            assert_equal(value, reference)
     else:
-        assert ours == theirs
+        assert actual == expected
 
 
 def test_a_parameter_without_a_gradient_is_left_out() -> None:
@@ -185,8 +190,8 @@ def test_plain_adamw_has_the_settings_and_the_groups() -> None:
     cfg = OptimConfig(lr_per_256=0.5, betas=(0.1, 0.2), eps=1e-3, weight_decay=0.7, fused=False)
     optimizer = build_plain_adamw(parameter_groups(model, cfg), cfg)
     assert type(optimizer) is torch.optim.AdamW
-    told = [(group["lr"], group["betas"], group["eps"], group["fused"]) for group in optimizer.param_groups]
-    assert told == [(0.5, (0.1, 0.2), 1e-3, False)] * 2
+    settings = [(group["lr"], group["betas"], group["eps"], group["fused"]) for group in optimizer.param_groups]
+    assert settings == [(0.5, (0.1, 0.2), 1e-3, False)] * 2
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.7, 0.0]
 
 

@@ -1,4 +1,4 @@
-"""The learning rate: its corners, and torch's cosine between them."""
+"""Learning-rate schedules: boundary values, and equality with torch's schedulers."""
 
 import math
 from itertools import pairwise
@@ -37,12 +37,12 @@ def test_warmup_as_long_as_the_run_never_divides_by_zero() -> None:
 
 def test_after_the_warmup_it_is_torchs_cosine() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=3e-3)
-    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40, eta_min=1e-5)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40, eta_min=1e-5)
     for step in range(10, 50):
-        ours = warmup_cosine(step, peak_lr=3e-3, min_lr=1e-5, warmup_steps=10, total_steps=50)
-        assert ours == pytest.approx(theirs.get_last_lr()[0], rel=1e-9)
+        lr = warmup_cosine(step, peak_lr=3e-3, min_lr=1e-5, warmup_steps=10, total_steps=50)
+        assert lr == pytest.approx(scheduler.get_last_lr()[0], rel=1e-9)
         optimizer.step()
-        theirs.step()
+        scheduler.step()
 
 
 @given(st.integers(0, 50), st.integers(1, 100), st.floats(1e-6, 1.0), st.floats(0.0, 1.0))
@@ -63,34 +63,34 @@ def test_it_rises_once_and_falls_once_between_floor_and_peak(
 
 def test_drops_are_torchs_steps_down_to_the_floor() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
-    theirs = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[4, 7], gamma=0.1)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[4, 7], gamma=0.1)
     for step in range(10):
         drops = (step >= 4) + (step >= 7)
         rate = step_decay_lr(
             warmup_constant(step, peak_lr=0.3, warmup_steps=0), num_drops=drops, factor=0.1, min_lr=0.0
         )
-        assert rate == pytest.approx(theirs.get_last_lr()[0], rel=1e-12)
+        assert rate == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12)
         optimizer.step()
-        theirs.step()
+        scheduler.step()
     assert step_decay_lr(0.3, num_drops=2, factor=0.1, min_lr=0.01) == 0.01
     assert step_decay_lr(0.001, num_drops=0, factor=0.1, min_lr=0.01) == 0.001  # a warm-up begins below the floor
 
 
 @given(st.lists(st.integers(0, 5), max_size=30), st.integers(1, 4), st.booleans())
 def test_a_plateau_drops_when_torchs_does(values: list[int], patience: int, higher: bool) -> None:
-    """torch waits for one more than its patience."""
+    """torch drops after one evaluation more than its patience."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     mode = "max" if higher else "min"
-    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
         optimizer, mode, factor=0.5, patience=patience - 1, threshold=0.0, threshold_mode="abs", eps=0.0
     )
     for count, value in enumerate(values, start=1):
-        theirs.step(float(value))
+        scheduler.step(float(value))
         drops = count_plateau_drops(map(float, values[:count]), patience=patience, higher_is_better=higher)
         assert optimizer.param_groups[0]["lr"] == 0.5**drops
 
 
 def test_what_is_no_number_is_no_better() -> None:
-    found = [math.nan, 2.0, math.nan, 1.0, math.nan, math.nan]
-    drops = [count_plateau_drops(found[:count], patience=2, higher_is_better=False) for count in range(7)]
+    values = [math.nan, 2.0, math.nan, 1.0, math.nan, math.nan]
+    drops = [count_plateau_drops(values[:count], patience=2, higher_is_better=False) for count in range(7)]
     assert drops == [0, 0, 0, 0, 0, 0, 1]

@@ -1,4 +1,4 @@
-"""Pretraining that goes on from weights: whose they may be, what is reported, and what fits nowhere."""
+"""Pretraining from initial weights: accepted sources, the report, and refused weights."""
 
 import math
 from dataclasses import replace
@@ -44,7 +44,7 @@ def encoder_of(cfg: PretrainConfig) -> nn.Module:
 
 
 def timms(folder: Path) -> Any:
-    """A model of timm's with 3 classes, and its weights in a folder."""
+    """A timm model with 3 classes, its weights saved in a folder."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4}
     model = timm.create_model(TINY.name, img_size=16, in_chans=1, num_classes=3, **sizes)
@@ -60,12 +60,12 @@ def test_timms_weights_are_used(of_a_file: bool, digits: Path, tmp_path: Path) -
     model = timms(tmp_path / "timm")
     cfg = settings(digits, tmp_path / "timm" / "model.safetensors" if of_a_file else tmp_path / "timm")
     images = torch.randn(2, 1, 16, 16)
-    found: Any = encoder_of(cfg)
-    torch.testing.assert_close(found.forward_features(images), model.forward_features(images), rtol=0, atol=0)
-    start = plan_pretraining(cfg, 1).init_source
-    assert start is not None
-    assert set(start.loaded_keys) == set(found.state_dict())
-    assert (start.missing_keys, start.unexpected_keys) == ((), ("head.bias", "head.weight"))
+    encoder: Any = encoder_of(cfg)
+    torch.testing.assert_close(encoder.forward_features(images), model.forward_features(images), rtol=0, atol=0)
+    source = plan_pretraining(cfg, 1).init_source
+    assert source is not None
+    assert set(source.loaded_keys) == set(encoder.state_dict())
+    assert (source.missing_keys, source.unexpected_keys) == ((), ("head.bias", "head.weight"))
     assert [line.split() for line in plan_pretraining(cfg, 1).summary_lines()[-2:]] == [
         ["init", f"{cfg.init},", "30", "weights", "used"],
         ["unused:", "head.bias,", "head.weight"],
@@ -83,21 +83,21 @@ def test_hugging_faces_weights_are_used(kind: str, names: str, digits: Path, tmp
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(tmp_path)
-    if names == "of the module":  # transformers 5 names modules otherwise than files
+    if names == "of the module":  # transformers 5 names modules differently in files
         save_file(model.state_dict(), tmp_path / "model.safetensors")
     images = torch.randn(2, 1, 16, 16)
     expected = (model if kind == "ViTModel" else model.vit)(images).last_hidden_state
-    found: Any = encoder_of(settings(digits, tmp_path))
-    torch.testing.assert_close(found.forward_features(images), expected, rtol=1e-5, atol=1e-5)
-    start = plan_pretraining(settings(digits, tmp_path), 1).init_source
-    assert start is not None
-    assert {name.split(".")[0] for name in start.unexpected_keys} == {"pooler" if kind == "ViTModel" else "classifier"}
+    encoder: Any = encoder_of(settings(digits, tmp_path))
+    torch.testing.assert_close(encoder.forward_features(images), expected, rtol=1e-5, atol=1e-5)
+    source = plan_pretraining(settings(digits, tmp_path), 1).init_source
+    assert source is not None
+    assert {name.split(".")[0] for name in source.unexpected_keys} == {"pooler" if kind == "ViTModel" else "classifier"}
     with pytest.raises(ExportError, match=r"has heads 2, model.heads is 4; they must be equal"):
         plan_pretraining(settings(digits, tmp_path, model={"heads": 4}), 1)
 
 
 def mae_weights(folder: Path, grid: tuple[int, int] = (4, 4)) -> dict[str, Tensor]:
-    """What a masked autoencoder of others leaves: fixed positions, and a decoder."""
+    """Weights of a foreign masked autoencoder: fixed positions, and a decoder."""
     model = timms(folder)
     weights = {name: value for name, value in model.state_dict().items() if not name.startswith("head.")}
     weights["pos_embed"] = torch.cat([torch.zeros(1, 32), sincos_positions(*grid, 32)])[None]
@@ -109,12 +109,12 @@ def mae_weights(folder: Path, grid: tuple[int, int] = (4, 4)) -> dict[str, Tenso
 def test_a_foreign_masked_autoencoder(digits: Path, tmp_path: Path) -> None:
     weights = mae_weights(tmp_path / "mae", grid=(2, 2))
     cfg = settings(digits, tmp_path / "mae", "sincos")
-    found, start = encoder_of(cfg), plan_pretraining(cfg, 1).init_source
-    assert start is not None
-    assert start.unexpected_keys == ("decoder_embed.weight", "mask_token")
+    encoder, source = encoder_of(cfg), plan_pretraining(cfg, 1).init_source
+    assert source is not None
+    assert source.unexpected_keys == ("decoder_embed.weight", "mask_token")
     assert plan_pretraining(cfg, 1).resized_from == 8
-    assert found.get_parameter("pos_embed")[0, 1:].equal(sincos_positions(4, 4, 32))
-    assert found.get_parameter("blocks.1.attn.qkv.weight").equal(weights["blocks.1.attn.qkv.weight"])
+    assert encoder.get_parameter("pos_embed")[0, 1:].equal(sincos_positions(4, 4, 32))
+    assert encoder.get_parameter("blocks.1.attn.qkv.weight").equal(weights["blocks.1.attn.qkv.weight"])
 
 
 def test_the_decoder_is_the_one_of_a_fresh_run(digits: Path, tmp_path: Path) -> None:
@@ -126,32 +126,31 @@ def test_the_decoder_is_the_one_of_a_fresh_run(digits: Path, tmp_path: Path) -> 
     assert same == {name for name in states[0] if name.startswith("decoder.")}
 
 
-def export(folder: Path, size: int | tuple[int, int] = 16, **told: Any) -> Path:
+def export(folder: Path, size: int | tuple[int, int] = 16, **head: Any) -> Path:
     torch.manual_seed(1)
-    module = build_encoder(TINY, image_size=size, channels=1, **told)
-    write_export(folder, module.state_dict(), Card("pretrain", encoder_card(TINY, size, 1, **told), (0.3,), (0.4,)))
+    encoder = build_encoder(TINY, image_size=size, channels=1, **head)
+    write_export(folder, encoder.state_dict(), Card("pretrain", encoder_card(TINY, size, 1, **head), (0.3,), (0.4,)))
     return folder
 
 
 def test_an_export_of_ours_brings_its_pixels_and_its_digest(digits: Path, tmp_path: Path) -> None:
     folder = export(tmp_path / "export", (8, 16))
-    found = plan_pretraining(settings(digits, folder, "sincos"), 1)
-    assert (found.mean, found.std, found.resized_from) == ((0.3,), (0.4,), (8, 16))
+    first = plan_pretraining(settings(digits, folder, "sincos"), 1)
+    assert (first.mean, first.std, first.resized_from) == ((0.3,), (0.4,), (8, 16))
     moved = export(tmp_path / "elsewhere" / "export", (8, 16))
-    assert plan_pretraining(settings(digits, moved, "sincos"), 1).science_settings() == found.science_settings(), (
-        "where weights lie is no science"
+    assert plan_pretraining(settings(digits, moved, "sincos"), 1).science_settings() == first.science_settings(), (
+        "paths are not science"
     )
-    other = plan_pretraining(settings(digits, export(tmp_path / "other"), "sincos"), 1).science_settings()
-    assert {name for name in other if other[name] != found.science_settings()[name]} == {"inherited.init"}
+    changed = plan_pretraining(settings(digits, export(tmp_path / "other"), "sincos"), 1).science_settings()
+    assert {name for name in changed if changed[name] != first.science_settings()[name]} == {"inherited.init"}
 
 
 def test_a_classifier_of_the_mean_has_no_last_norm(digits: Path, tmp_path: Path) -> None:
-    start = plan_pretraining(
-        settings(digits, export(tmp_path / "export", pooling="avg", classes=3), "sincos"), 1
-    ).init_source
-    assert start is not None
-    assert start.missing_keys == ("norm.weight", "norm.bias")
-    assert start.unexpected_keys == ("fc_norm.bias", "fc_norm.weight", "head.bias", "head.weight")
+    folder = export(tmp_path / "export", pooling="avg", num_classes=3)
+    source = plan_pretraining(settings(digits, folder, "sincos"), 1).init_source
+    assert source is not None
+    assert source.missing_keys == ("norm.weight", "norm.bias")
+    assert source.unexpected_keys == ("fc_norm.bias", "fc_norm.weight", "head.bias", "head.weight")
 
 
 @pytest.mark.parametrize(
@@ -184,7 +183,10 @@ def test_foreign_weights_of_another_encoder_are_one_sentence(
         ({"pos_embed": torch.zeros(1, 8, 32)}, "has positions of 7 patches, which are neither 4 x 4 nor a square"),
         ({"pos_embed": torch.zeros(17, 32)}, "has other shapes: pos_embed [17, 32] for [1, 17, 32]"),
         ({"reg_token": torch.zeros(1, 2, 32)}, "has registers 2, model.registers is 0; they must be equal"),
-        ({"patch_embed.proj.weight": None}, "has no patch embedding under timm's names or Hugging Face's ViT's (its"),
+        (
+            {"patch_embed.proj.weight": None},
+            "has no patch embedding under timm's or Hugging Face's ViT names (its first names",
+        ),
         ({"cls_token": None}, "lacks cls_token"),
         ({"pos_embed": None}, "lacks pos_embed"),
     ],
@@ -219,7 +221,7 @@ def test_an_export_of_another_encoder_is_one_sentence(digits: Path, tmp_path: Pa
 def test_an_export_of_a_network_is_one_sentence(digits: Path, tmp_path: Path) -> None:
     card = Card("finetune", backbone_card("test_resnet", 16, 1), (0.3,), (0.4,))
     write_export(tmp_path / "export", build_backbone("test_resnet", 16, 1).state_dict(), card)
-    with pytest.raises(ExportError, match="is a test_resnet of timm as it is; pretraining goes on from an encoder"):
+    with pytest.raises(ExportError, match="is the timm backbone test_resnet; pretraining needs a foveal encoder"):
         plan_pretraining(settings(digits, tmp_path / "export"), 1)
 
 
@@ -228,14 +230,14 @@ def test_what_is_no_safetensors_file_is_one_sentence(digits: Path, tmp_path: Pat
     torch.save({"cls_token": torch.ones(1)}, pickled)
     empty.mkdir()
     torn.write_bytes(b"\x08\x00")
-    for place, sentence in (
+    for path, sentence in (
         (pickled, "is no safetensors file; a pickle is not read"),
         (empty, r"has no model.safetensors \(it has no files\)"),
         (tmp_path / "nowhere", "is not there: give an export, or a file or folder"),
         (torn, "cannot be read"),
     ):
         with pytest.raises(ExportError, match=sentence):
-            plan_pretraining(settings(digits, place), 1)
+            plan_pretraining(settings(digits, path), 1)
 
 
 def test_weights_that_change_after_the_plan_are_not_taken(digits: Path, tmp_path: Path) -> None:
@@ -244,12 +246,12 @@ def test_weights_that_change_after_the_plan_are_not_taken(digits: Path, tmp_path
     assert planned.init_source is not None
     assert math.prod(planned.init_source.patch_grid) == 16
     with pytest.raises(ExportError, match="has changed since the run was planned"):
-        build(replace(planned, start=replace(planned.init_source, sha256="0")), CPU)
+        build(replace(planned, init_source=replace(planned.init_source, sha256="0")), CPU)
 
 
 def test_trained_weights_are_warmed_up(digits: Path, tmp_path: Path) -> None:
     timms(tmp_path / "timm")
-    with pytest.raises(ConfigError, match=r"init with optim.warmup_epochs=0: .* set some epochs"):
+    with pytest.raises(ConfigError, match=r"init with optim.warmup_epochs=0: .* set optim.warmup_epochs"):
         plan_pretraining(settings(digits, tmp_path / "timm", optim={}), 1)
 
 

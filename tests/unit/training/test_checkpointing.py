@@ -1,6 +1,7 @@
-"""Checkpoints of a run as its steps see them: how long they take, and whether Slurm leaves them the time."""
+"""The duration of saves, compared with Slurm's shutdown notice."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,56 +16,56 @@ from foveal.training import checkpointing
 from foveal.training.cli import load_config, run_stage
 
 
-def _run(world: World, config: str, run: str, told: float | None, took: float, *overrides: str) -> list[str]:
-    """Run a stage under a Slurm that gives ``told`` seconds of notice, where every save takes ``took``; its warnings."""
-    said: list[str] = []
+def _run(
+    world: World, config: str, run: str, notice_seconds: float | None, save_seconds: float, *overrides: str
+) -> list[str]:
+    """Run a stage under a given notice of Slurm and duration of every save; return its warnings."""
+    warnings: list[str] = []
 
-    class Told(logging.Handler):
+    class WarningCollector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage())
+            warnings.append(record.getMessage())
 
-    stage, handler = stage_named("pretrain"), Told(logging.WARNING)
-    note = checkpointing.CheckpointSaver._record_saved
+    stage, handler = stage_named("pretrain"), WarningCollector(logging.WARNING)
+    record_saved = checkpointing.CheckpointSaver._record_saved
+    notice = None if notice_seconds is None else ShutdownNotice(notice_seconds, "--signal in the script")
 
-    def slow(self: checkpointing.CheckpointSaver, saved: Any) -> None:
-        if saved is not None:
-            saved = checkpointing.SaveResult(saved.step, saved.stall_seconds, took, took, saved.bytes)
-        note(self, saved)
+    def slow(self: checkpointing.CheckpointSaver, result: Any) -> None:
+        if result is not None:
+            result = replace(result, write_seconds=save_seconds, sync_seconds=save_seconds)
+        record_saved(self, result)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            checkpointing, "notice", lambda: None if told is None else ShutdownNotice(told, "--signal in the script")
-        )
+        patch.setattr(checkpointing, "read_shutdown_notice", lambda: notice)
         patch.setattr(checkpointing.CheckpointSaver, "_record_saved", slow)
         logging.getLogger("foveal").addHandler(handler)
         try:
-            words = [f"run.dir={run}", "tracking.uri=null", "engine.kind=plain", *overrides]
-            run_stage(stage, load_config(stage.config_class, "pretrain", config, words), world)
+            settings = [f"run.dir={run}", "tracking.uri=null", "engine.kind=plain", *overrides]
+            run_stage(stage, load_config(stage.config_class, "pretrain", config, settings), world)
         finally:
             logging.getLogger("foveal").removeHandler(handler)
-    return said
+    return warnings
 
 
 def test_a_notice_that_is_too_short_is_refused_at_every_start(configs, one_rank: Ranks, tmp_path: Path) -> None:
-    place = str(configs["pretrain"]), str(tmp_path / "run")
+    paths = str(configs["pretrain"]), str(tmp_path / "run")
     for _ in range(2):
         with pytest.raises(
             LaunchError, match=r"takes 90 s here, .* ends a job 60 s .* --signal=USR1@270 .* FOVEAL_NOTICE=N"
         ):
-            one_rank.call(_run, *place, 60.0, 90.0, "run.stop_at=5")
-    assert one_rank.call(_run, *place, 100.0, 90.0, "run.stop_at=5") == [[]]
-    with pytest.raises(
-        LaunchError, match="takes 90 s here"
-    ):  # a resumed run has saved nothing yet, and knows it all the same
-        one_rank.call(_run, *place, 60.0, 1.0, "run.stop_at=10")
-    assert one_rank.call(_run, *place, None, 1.0, "run.stop_at=10") == [[]]
+            one_rank.call(_run, *paths, 60.0, 90.0, "run.stop_at=5")
+    assert one_rank.call(_run, *paths, 100.0, 90.0, "run.stop_at=5") == [[]]
+    # A resumed run has saved nothing yet, but its checkpoint stores the duration of the slowest save.
+    with pytest.raises(LaunchError, match="takes 90 s here"):
+        one_rank.call(_run, *paths, 60.0, 1.0, "run.stop_at=10")
+    assert one_rank.call(_run, *paths, None, 1.0, "run.stop_at=10") == [[]]
     assert [row["step"] for row in read_metric_rows(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 11))
 
 
 def test_a_save_that_gets_slower_than_the_notice_is_warned_of(configs, one_rank: Ranks, tmp_path: Path) -> None:
-    place = str(configs["pretrain"]), str(tmp_path / "run")
-    one_rank.call(_run, *place, 60.0, 1.0, "run.stop_at=2")
-    (said,) = one_rank.call(_run, *place, 60.0, 90.0, "run.stop_at=6", "checkpoint.every=2")
-    assert [words.partition(":")[0] for words in said] == [
-        "a checkpoint took 90 s, and Slurm ends this job 60 s after it was told"
+    paths = str(configs["pretrain"]), str(tmp_path / "run")
+    one_rank.call(_run, *paths, 60.0, 1.0, "run.stop_at=2")
+    (warnings,) = one_rank.call(_run, *paths, 60.0, 90.0, "run.stop_at=6", "checkpoint.every=2")
+    assert [warning.partition(":")[0] for warning in warnings] == [
+        "a checkpoint took 90 s, and Slurm ends this job 60 s after its warning"
     ]

@@ -1,4 +1,4 @@
-"""Which evaluation is the best, when it is old enough, and how a checkpoint holds them."""
+"""The best evaluation, early stopping, and evaluations stored in a checkpoint."""
 
 import json
 import math
@@ -19,8 +19,8 @@ from foveal.training.evaluations import (
 
 
 def scores(*numbers: float, metric: str = "val_top1") -> Evaluations:
-    """An evaluation every 10 steps."""
-    return {10 * place: {metric: number} for place, number in enumerate(numbers, start=1)}
+    """Evaluations every 10 steps."""
+    return {10 * index: {metric: number} for index, number in enumerate(numbers, start=1)}
 
 
 def test_higher_is_better_but_for_losses() -> None:
@@ -36,25 +36,25 @@ def test_the_first_of_equals_is_the_best_and_no_number_the_worst() -> None:
 
 
 def test_it_is_over_when_the_best_is_so_many_evaluations_old() -> None:
-    found = [is_patience_exhausted(scores(*(0.5, 0.4, 0.6, 0.6, 0.1)[:count]), "val_top1", 2) for count in range(6)]
-    assert found == [False, False, False, False, False, True]
+    exhausted = [is_patience_exhausted(scores(*(0.5, 0.4, 0.6, 0.6, 0.1)[:count]), "val_top1", 2) for count in range(6)]
+    assert exhausted == [False, False, False, False, False, True]
     assert is_patience_exhausted(scores(0.5, 0.4), "val_top1", 1)
     assert is_patience_exhausted(scores(math.nan, math.nan), "val_top1", 1)
 
 
 def test_the_order_is_that_of_the_steps_and_later_ones_can_be_left_out() -> None:
-    found = {30: {"a": 3.0}, 10: {"a": 1.0}, 20: {"a": 2.0}}
-    assert collect_metric_values(found, "a") == [1.0, 2.0, 3.0]
-    assert collect_metric_values(filter_up_to_step(found, 20), "a") == [1.0, 2.0]
+    evaluations = {30: {"a": 3.0}, 10: {"a": 1.0}, 20: {"a": 2.0}}
+    assert collect_metric_values(evaluations, "a") == [1.0, 2.0, 3.0]
+    assert collect_metric_values(filter_up_to_step(evaluations, 20), "a") == [1.0, 2.0]
 
 
 def test_a_checkpoint_keeps_steps_as_numbers_and_an_older_one_has_none(tmp_path: Path) -> None:
     tree = asdict(state(7)) | {"scores": {9: {"val_top1": 0.5}, 10: {"val_top1": math.nan}}}
     write_json(tmp_path / "state.json", tree)
-    found = read_train_state(tmp_path).scores
-    assert list(found) == [9, 10]
-    assert found[9] == {"val_top1": 0.5}
-    assert math.isnan(found[10]["val_top1"])
+    stored = read_train_state(tmp_path).scores
+    assert list(stored) == [9, 10]
+    assert stored[9] == {"val_top1": 0.5}
+    assert math.isnan(stored[10]["val_top1"])
     del tree["scores"]
     (tmp_path / "state.json").write_text(json.dumps(tree))
     assert read_train_state(tmp_path) == state(7)

@@ -1,4 +1,4 @@
-"""Two attempts at one run that both live: whatever the older one still does, readers follow the newer one."""
+"""Two live attempts at one run: readers follow the newer one, whatever the older one still writes."""
 
 import multiprocessing
 import os
@@ -15,83 +15,86 @@ from stores import ALONE, Tensors, name, names, saved, state
 
 from foveal.checkpoint.store import CheckpointConfig, CheckpointStore
 from foveal.errors import AttemptSupersededError
-from foveal.training.lease import Lease, acquire_lease, describe_this_process, read_start_steps
+from foveal.training.lease import Lease, acquire_lease, read_start_steps
+from foveal.training.lease_holder import describe_this_process
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "foveal.training.lease", "foveal.checkpoint.store", "stores"])
-WAIT = 60  # seconds for an answer on a busy machine
+WAIT = 60  # seconds until a process answers on a busy machine
 BEAT, PATIENCE = 0.05, 3.0
 
 
-def begun(run: Path, host: str, *, looks: bool = True) -> tuple[Lease, CheckpointStore]:
-    """An attempt as its rank 0 begins it; ``looks``: whether it looks for later ones before it publishes."""
-    who = replace(describe_this_process(1, {}), host=host)
-    lease = acquire_lease(run, who, max_attempts_without_progress=9, heartbeat_seconds=BEAT, timeout_seconds=PATIENCE)
-    superseded = lease.check_superseded if looks else lambda: False
-    made = CheckpointStore(
+def start_attempt(run: Path, host: str, *, checks_lease: bool = True) -> tuple[Lease, CheckpointStore]:
+    """Start an attempt as rank 0 does; ``checks_lease``: whether it looks for later attempts before it publishes."""
+    holder = replace(describe_this_process(1, {}), host=host)
+    lease = acquire_lease(
+        run, holder, max_attempts_without_progress=9, heartbeat_seconds=BEAT, timeout_seconds=PATIENCE
+    )
+    superseded = lease.check_superseded if checks_lease else lambda: False
+    store = CheckpointStore(
         run / "checkpoints", CheckpointConfig(keep=9), ALONE, lease.number, lease.start_steps, is_superseded=superseded
     )
-    found = made.find_latest()
-    lease.record_start(found[1].step if found else 0)
-    return lease, made
+    latest = store.find_latest()
+    lease.record_start(latest[1].step if latest else 0)
+    return lease, store
 
 
-def _older(pipe: Connection, run: Path, looks: bool) -> None:
-    """Save step 10, be frozen, and go on as if nothing had happened."""
-    lease, made = begun(run, "node1", looks=looks)
-    saved(made, 10)
+def _run_older_attempt(pipe: Connection, run: Path, checks_lease: bool) -> None:
+    """Save step 10, wait for a message, and save steps 20 and 30."""
+    lease, store = start_attempt(run, "node1", checks_lease=checks_lease)
+    saved(store, 10)
     pipe.send("saved 10")
     assert pipe.poll(WAIT)
     pipe.recv()
     try:
         for step in (20, 30):
-            saved(made, step)
+            saved(store, step)
         pipe.send("saved 30")
     except AttemptSupersededError as error:
         pipe.send(str(error))
-    given_up = time.monotonic() + WAIT
-    while not lease.is_superseded and time.monotonic() < given_up:
+    deadline = time.monotonic() + WAIT
+    while not lease.is_superseded and time.monotonic() < deadline:
         time.sleep(BEAT)
     lease.record_end("superseded", AttemptSupersededError.exit_code, 30)
     pipe.send(lease.is_superseded)
 
 
-@pytest.fixture(params=[True, False], ids=["looks", "looked too early"])
+@pytest.fixture(params=[True, False], ids=["checks", "checked too early"])
 def frozen(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[BaseProcess, Connection, bool]]:
-    """A holder on another node that has saved step 10 and is frozen, as by a network cut."""
-    here, there = _CONTEXT.Pipe()
-    process = _CONTEXT.Process(target=_older, args=(there, tmp_path, request.param))
+    """Start an attempt on another node that saves step 10 and is then stopped, as by a network cut."""
+    pipe, child_pipe = _CONTEXT.Pipe()
+    process = _CONTEXT.Process(target=_run_older_attempt, args=(child_pipe, tmp_path, request.param))
     process.start()
-    assert here.poll(WAIT)
-    assert here.recv() == "saved 10"
+    assert pipe.poll(WAIT)
+    assert pipe.recv() == "saved 10"
     assert process.pid is not None
     os.kill(process.pid, signal.SIGSTOP)
-    yield process, here, request.param
+    yield process, pipe, request.param
     process.kill()
     process.join(WAIT)
 
 
-def said(pipe: Connection) -> object:
+def receive(pipe: Connection) -> object:
     assert pipe.poll(WAIT)
     return pipe.recv()
 
 
 def test_an_attempt_that_comes_back_changes_nothing(frozen, tmp_path: Path) -> None:
-    process, pipe, looks = frozen
-    lease, made = begun(tmp_path, "node2")
-    assert (lease.number, lease.start_steps, made.latest_step) == (2, {1: 0}, 10)
-    saved(made, 20)
+    process, pipe, checks_lease = frozen
+    lease, store = start_attempt(tmp_path, "node2")
+    assert (lease.number, lease.start_steps, store.latest_step) == (2, {1: 0}, 10)
+    saved(store, 20)
     os.kill(process.pid, signal.SIGCONT)
     pipe.send("go on")
     root = tmp_path / "checkpoints"
-    mine = [name(10), name(20, attempt=2)]
-    if looks:
-        assert said(pipe) == f"{root / name(20)} was not published: another attempt has taken over the run"
-        assert [each for each in names(root) if not each.startswith(".gone-")] == mine
-    else:  # frozen between looking and renaming
-        assert said(pipe) == "saved 30"
-        assert names(root) == sorted([*mine, name(20), name(30)])
-    assert said(pipe) is True
+    valid = [name(10), name(20, attempt=2)]
+    if checks_lease:
+        assert receive(pipe) == f"{root / name(20)} was not published: another attempt has taken over the run"
+        assert [folder for folder in names(root) if not folder.startswith(".gone-")] == valid
+    else:  # stopped between the check and the rename
+        assert receive(pipe) == "saved 30"
+        assert names(root) == sorted([*valid, name(20), name(30)])
+    assert receive(pipe) is True
     reader, engine = CheckpointStore(root, CheckpointConfig(), ALONE, 3, read_start_steps(tmp_path)), Tensors(0)
     assert reader.find_latest() == (root / name(20, attempt=2), state(20))
     reader.load(root / name(20, attempt=2), engine, state(20))

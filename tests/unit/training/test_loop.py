@@ -1,4 +1,4 @@
-"""One step, however it is cut: micros and ranks with unequal weights are one big batch."""
+"""Steps cut into microbatches and ranks of unequal weights give the result of one large batch."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -25,27 +25,36 @@ from foveal.training.meters.throughput import ThroughputMeter
 
 ALONE = World(0, 1, 0, "none", torch.device("cpu"))
 STEPS, IMAGES, CLASSES = 3, 8, 3
-# Labels of the steps; -1 has none. Cut into two ranks of two micros, the parts weigh 2, 1, 0 and 2, and so on.
+# Labels per step; -1: no label. Cut into two ranks with two microbatches each, the first step's weights are 2, 1, 0, 2.
 LABELS = [[0, 1, 2, -1, -1, -1, 1, 1], [-1, -1, -1, -1, -1, -1, -1, 2], [0, 0, 0, 0, 1, 2, 2, 2]]
 OPTIM = OptimConfig(lr_per_256=1e-2, clip=0.05)
+Result = tuple[list[MetricRow], dict[str, Tensor]]  # metric rows and weights by name
 
 
-def nobody(_step: int, _what: object) -> None:
-    """Nobody asks what a step is doing, nor what it consumed."""
+def ignore(_step: int, _argument: object) -> None:
+    """Callback that does nothing."""
 
 
-def a_course(
-    start: int, stop: int, micros: int, lr: Callable[[int], float], world: World, pace: ThroughputMeter | None = None
+def loop_context(
+    start: int, stop: int, micros: int, lr: Callable[[int], float], world: World, meter: ThroughputMeter | None = None
 ) -> LoopContext:
-    """Steps whose numbers nobody else wants."""
-    stragglers = StragglerMeter(world.device, "here")
+    """Build a context with fresh meters and callbacks that do nothing."""
     return LoopContext(
-        start, stop, micros, lr, world, MetricAccumulator(), pace or ThroughputMeter(), stragglers, nobody, nobody
+        start_step=start,
+        stop_step=stop,
+        accumulation_steps=micros,
+        lr_schedule=lr,
+        world=world,
+        metric_accumulator=MetricAccumulator(),
+        throughput_meter=meter or ThroughputMeter(),
+        straggler_meter=StragglerMeter(world.device, "here"),
+        heartbeat=ignore,
+        on_batches_consumed=ignore,
     )
 
 
 class Tiny(nn.Module):
-    """Logits of flat images; it takes drops as a classifier does."""
+    """A linear layer on flat images, with a classifier's argument for drop path."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +66,7 @@ class Tiny(nn.Module):
 
 
 def batches(rank: int, ranks: int, micros: int) -> Iterator[Batch]:
-    """This rank's part of the same steps, in so many micros."""
+    """Yield this rank's part of the same steps, cut into microbatches."""
     generator = torch.Generator().manual_seed(1)
     for step in range(STEPS):
         images = torch.randint(0, 256, (IMAGES, 1, 4, 4), generator=generator, dtype=torch.uint8)
@@ -75,40 +84,40 @@ def classify() -> ClassificationLoss:
     return ClassificationLoss(cfg, (0.5,), (0.25,), 0, torch.ones(CLASSES))
 
 
-def trained(world: World, kind: str, micros: int) -> tuple[list[MetricRow], dict[str, Tensor]]:
-    """Rows and weights after a few steps of a tiny classifier."""
+def trained(world: World, kind: str, micros: int) -> Result:
+    """Return metric rows and weights after a few steps of a tiny classifier."""
     model = Tiny()
     cfg = EngineConfig(kind=kind)  # pyright: ignore[reportArgumentType]
     at_once = IMAGES // world.size // micros
     groups = parameter_groups(model, OPTIM)
     engine = build_engine(model, groups, OPTIM, cfg, world, microbatch_size=at_once, accumulation_steps=micros)
     objective = classify()
-    course = a_course(0, STEPS, micros, lambda step: 1e-2 / (step + 1), world)
-    for _ in run_steps(engine, batches(world.rank, world.size, micros), objective, course):
+    context = loop_context(0, STEPS, micros, lambda step: 1e-2 / (step + 1), world)
+    for _ in run_steps(engine, batches(world.rank, world.size, micros), objective, context):
         pass
-    return course.metric_accumulator.read_rows(world.all_reduce_sum), engine.full_state_dict()
+    return context.metric_accumulator.read_rows(world.all_reduce_sum), engine.full_state_dict()
 
 
 @pytest.fixture(scope="module")
-def whole() -> tuple[list[MetricRow], dict[str, Tensor]]:
+def reference() -> Result:
     return trained(ALONE, "plain", 1)
 
 
-def check(found: tuple[list[MetricRow], dict[str, Tensor]], whole: tuple[list[MetricRow], dict[str, Tensor]]) -> None:
-    for row, expected in zip(found[0], whole[0], strict=True):
+def check_equal(result: Result, reference: Result) -> None:
+    for row, expected in zip(result[0], reference[0], strict=True):
         assert row == pytest.approx(expected, rel=1e-5)
-    for name, value in whole[1].items():
-        torch.testing.assert_close(found[1][name], value, rtol=1e-5, atol=1e-7)
+    for name, value in reference[1].items():
+        torch.testing.assert_close(result[1][name], value, rtol=1e-5, atol=1e-7)
 
 
-def test_a_step_is_the_mean_over_labelled_images(whole: tuple[list[MetricRow], dict[str, Tensor]]) -> None:
-    """The reference itself, against torch's own mean and clipping."""
+def test_a_step_is_the_mean_over_labelled_images(reference: Result) -> None:
+    """Compare the reference with torch's mean and gradient clipping."""
     model = Tiny()
     optimizer = torch.optim.AdamW(
         [{"params": [model.head.weight], "weight_decay": 0.05}, {"params": [model.head.bias], "weight_decay": 0.0}],
         betas=OPTIM.betas,
     )
-    for row, batch in zip(whole[0], batches(0, 1, 1), strict=True):
+    for row, batch in zip(reference[0], batches(0, 1, 1), strict=True):
         images = (batch.images.float() / 255 - 0.5) / 0.25
         logits = model(images, torch.empty(0))
         loss = nn.functional.cross_entropy(logits, batch.labels, ignore_index=-1, label_smoothing=0.1)
@@ -120,37 +129,35 @@ def test_a_step_is_the_mean_over_labelled_images(whole: tuple[list[MetricRow], d
         optimizer.step()
         assert row["loss"] == pytest.approx(loss.item(), rel=1e-5)
         assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
-        assert row["grad_norm"] > 0.05, "else the clipping is not looked at"
-    torch.testing.assert_close(whole[1]["head.weight"], model.head.weight.detach(), rtol=1e-5, atol=1e-7)
+        assert row["grad_norm"] > 0.05, "otherwise the test does not cover clipping"
+    torch.testing.assert_close(reference[1]["head.weight"], model.head.weight.detach(), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("micros", [2, 4, 8])
-def test_micros_of_unequal_weight_are_one_batch(micros: int, whole: tuple[list[MetricRow], dict[str, Tensor]]) -> None:
-    check(trained(ALONE, "plain", micros), whole)
+def test_micros_of_unequal_weight_are_one_batch(micros: int, reference: Result) -> None:
+    check_equal(trained(ALONE, "plain", micros), reference)
 
 
 @pytest.mark.parametrize("micros", [1, 2])
-def test_ranks_of_unequal_weight_are_one_batch(
-    micros: int, whole: tuple[list[MetricRow], dict[str, Tensor]], two_ranks: Ranks
-) -> None:
+def test_ranks_of_unequal_weight_are_one_batch(micros: int, reference: Result, two_ranks: Ranks) -> None:
     first, second = two_ranks.call(trained, "accelerate", micros)
-    check(first, whole)
+    check_equal(first, reference)
     assert second[0] == first[0]
     assert all(second[1][name].equal(value) for name, value in first[1].items())
 
 
 @dataclass
 class Recorder:
-    """An objective whose loss is the weight of the model, and that writes down what it is given."""
+    """An objective whose loss is a sum of model weights; it records the batches it receives."""
 
     weights: float | Tensor = 8.0
-    seen: list[tuple[int, int]] = field(default_factory=list)
+    calls: list[tuple[int, int]] = field(default_factory=list)
 
     def batch_weight(self, batch: Batch) -> float | Tensor:
         return self.weights
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        self.seen.append((batch.step, batch.microbatch_index))
+        self.calls.append((batch.step, batch.microbatch_index))
         return next(model.parameters()).sum() * len(batch.ids), {"micro": torch.tensor(float(batch.microbatch_index))}
 
 
@@ -161,17 +168,17 @@ def plain(micros: int, optim: OptimConfig = OPTIM) -> PlainEngine:
 
 def test_a_course_begins_where_it_is_told_and_takes_no_batch_too_many() -> None:
     engine, objective, world = plain(2), Recorder(4.0), ALONE
-    course = a_course(1, 3, 2, float, world)
+    context = loop_context(1, 3, 2, float, world)
     stream = batches(0, 1, 2)
     for _ in range(2):
         next(stream)  # the loader begins at step 1 too
-    found = list(run_steps(engine, stream, objective, course))
-    assert [step.index for step in found] == [2, 3]
-    assert [step.batch.microbatch_index for step in found] == [1, 1]
-    assert objective.seen == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    steps = list(run_steps(engine, stream, objective, context))
+    assert [step.index for step in steps] == [2, 3]
+    assert [step.batch.microbatch_index for step in steps] == [1, 1]
+    assert objective.calls == [(1, 0), (1, 1), (2, 0), (2, 1)]
     assert next(stream, None) is None
-    rows = course.metric_accumulator.read_rows(world.all_reduce_sum)
-    # micros 0 and 1, summed, over the weight of both
+    rows = context.metric_accumulator.read_rows(world.all_reduce_sum)
+    # the sum of microbatches 0 and 1 over the weight of both
     assert [(row["step"], row["lr"], row["micro"]) for row in rows] == [(2, 1.0, 1 / 8), (3, 2.0, 1 / 8)]
 
 
@@ -180,16 +187,16 @@ def test_nothing_is_taken_after_the_last_step() -> None:
         raise AssertionError("a batch was asked for")
         yield
 
-    course = a_course(3, 3, 1, lambda _: 0.0, ALONE)
-    assert list(run_steps(plain(1), empty(), Recorder(), course)) == []
+    context = loop_context(3, 3, 1, lambda _: 0.0, ALONE)
+    assert list(run_steps(plain(1), empty(), Recorder(), context)) == []
 
 
 def test_the_learning_rate_is_set_before_the_update_and_scaled_by_group() -> None:
     engine = plain(1)
     engine._optimizer.param_groups[1]["lr_scale"] = 0.5
     before = {name: value.clone() for name, value in engine.full_state_dict().items()}
-    course = a_course(0, 1, 1, lambda _: 0.0, ALONE)
-    next(run_steps(engine, batches(0, 1, 1), Recorder(), course))
+    context = loop_context(0, 1, 1, lambda _: 0.0, ALONE)
+    next(run_steps(engine, batches(0, 1, 1), Recorder(), context))
     assert all(value.equal(before[name]) for name, value in engine.full_state_dict().items())
     engine.set_lr(0.2)
     assert [group["lr"] for group in engine._optimizer.param_groups] == [0.2, 0.1]
@@ -202,25 +209,25 @@ def test_a_weight_that_never_changes_costs_no_collective(monkeypatch: pytest.Mon
     monkeypatch.setattr(World, "all_reduce_sum", never)
     monkeypatch.setattr(World, "any_rank", lambda _world, flag: flag)
     world = World(0, 2, 0, "none", torch.device("cpu"))
-    course = a_course(0, 1, 1, lambda _: 0.0, world)
-    next(run_steps(plain(1), batches(0, 1, 1), Recorder(8.0), course))
+    context = loop_context(0, 1, 1, lambda _: 0.0, world)
+    next(run_steps(plain(1), batches(0, 1, 1), Recorder(8.0), context))
     with pytest.raises(AssertionError, match="a collective"):
-        next(run_steps(plain(1), batches(0, 1, 1), Recorder(torch.tensor(8.0)), course))
+        next(run_steps(plain(1), batches(0, 1, 1), Recorder(torch.tensor(8.0)), context))
 
 
 def test_pace_counts_the_images_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Told(ThroughputMeter):
+    class ImageCounter(ThroughputMeter):
         images = 0
 
-        def count(self, images: int) -> None:
+        def add_images(self, images: int) -> None:
             self.images += images
 
     monkeypatch.setattr(World, "any_rank", lambda _world, flag: flag)
-    pace = Told()
-    course = a_course(0, STEPS, 2, lambda _: 0.0, World(0, 4, 0, "none", torch.device("cpu")), pace)
-    for _ in run_steps(plain(2), batches(0, 1, 2), Recorder(), course):
+    meter = ImageCounter()
+    context = loop_context(0, STEPS, 2, lambda _: 0.0, World(0, 4, 0, "none", torch.device("cpu")), meter)
+    for _ in run_steps(plain(2), batches(0, 1, 2), Recorder(), context):
         pass
-    assert pace.images == STEPS * IMAGES * 4
+    assert meter.images == STEPS * IMAGES * 4
 
 
 def test_a_step_that_is_not_finite_is_said_and_not_applied() -> None:
@@ -230,15 +237,15 @@ def test_a_step_that_is_not_finite_is_said_and_not_applied() -> None:
             return total * (float("nan") if batch.step == 1 else 1.0), numbers
 
     engine = plain(1)
-    course = a_course(0, STEPS, 1, lambda _: 1e-2, ALONE)
-    stages = [
+    context = loop_context(0, STEPS, 1, lambda _: 1e-2, ALONE)
+    states = [
         (step.applied, engine.full_state_dict()["head.weight"].clone())
-        for step in run_steps(engine, batches(0, 1, 1), Bad(), course)
+        for step in run_steps(engine, batches(0, 1, 1), Bad(), context)
     ]
-    assert [applied for applied, _ in stages] == [True, False, True]
-    assert stages[0][1].equal(stages[1][1])
-    assert not stages[1][1].equal(stages[2][1])
-    assert [row["applied"] for row in course.metric_accumulator.read_rows(ALONE.all_reduce_sum)] == [1.0, 0.0, 1.0]
+    assert [applied for applied, _ in states] == [True, False, True]
+    assert states[0][1].equal(states[1][1])
+    assert not states[1][1].equal(states[2][1])
+    assert [row["applied"] for row in context.metric_accumulator.read_rows(ALONE.all_reduce_sum)] == [1.0, 0.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -250,7 +257,7 @@ def test_due(step: int, every: int, expected: bool) -> None:
 
 
 class Overflowing:
-    """A loss that has overflowed in some steps, and its gradients have not."""
+    """A loss that is infinite in some steps while its gradients are finite."""
 
     def __init__(self, steps: set[int]) -> None:
         self._inner, self._steps = classify(), steps
@@ -275,9 +282,9 @@ def test_a_loss_that_overflows_alone_is_refused_too(micros: int) -> None:
         microbatch_size=8 // micros,
         accumulation_steps=micros,
     )
-    course, seen = a_course(0, STEPS, micros, lambda _: 1e-2, ALONE), []
+    context, outcomes = loop_context(0, STEPS, micros, lambda _: 1e-2, ALONE), []
     before = model.head.weight.detach().clone()
-    for step in run_steps(engine, batches(0, 1, micros), Overflowing({0, 2}), course):
-        seen.append((step.applied, model.head.weight.equal(before)))
+    for step in run_steps(engine, batches(0, 1, micros), Overflowing({0, 2}), context):
+        outcomes.append((step.applied, model.head.weight.equal(before)))
         before = model.head.weight.detach().clone()
-    assert seen == [(False, True), (True, False), (False, True)]
+    assert outcomes == [(False, True), (True, False), (False, True)]

@@ -1,4 +1,4 @@
-"""Memory that does not suffice is one sentence that says what to lower, and another start would be in vain."""
+"""Out-of-memory errors become one message that names the settings to lower, with an exit code that ends restarts."""
 
 import errno
 from pathlib import Path
@@ -40,17 +40,17 @@ def plan(digits: Path) -> Plan:
     return plan_of(PretrainConfig.from_dict(tree, "the test"), 2)
 
 
-@pytest.mark.parametrize(("error", "where", "what"), ERRORS)
-def test_the_sentence_names_what_to_lower(error: Exception, where: str, what: str, plan: Plan) -> None:
+@pytest.mark.parametrize(("error", "memory", "detail"), ERRORS)
+def test_the_sentence_names_what_to_lower(error: Exception, memory: str, detail: str, plan: Plan) -> None:
     wrapped = RuntimeError("the engine could not be made")
     wrapped.__cause__ = error
-    for each in (error, wrapped):
-        said = diagnose_out_of_memory(each, "pretrain", plan)
-        assert isinstance(said, OutOfMemoryError)
-        assert said.exit_code == 2
-        text = str(said)
-        assert text.startswith(f"pretrain ran out of memory{where} on rank 0, with 32 images per forward (")
-        assert what in text
+    for raised in (error, wrapped):
+        diagnosis = diagnose_out_of_memory(raised, "pretrain", plan)
+        assert isinstance(diagnosis, OutOfMemoryError)
+        assert diagnosis.exit_code == 2
+        text = str(diagnosis)
+        assert text.startswith(f"pretrain ran out of memory{memory} on rank 0, with 32 images per forward (")
+        assert detail in text
         assert "\n" not in text
         assert "lower batch.at_once (32), or set engine.recompute=true, or raise engine.zero (1)" in text
 
@@ -58,7 +58,7 @@ def test_the_sentence_names_what_to_lower(error: Exception, where: str, what: st
 def test_only_what_can_still_be_lowered_is_said(plan: Plan) -> None:
     engine = plan.cfg.engine.model_copy(update={"recompute": True, "zero": 3})
     object.__setattr__(plan, "cfg", plan.cfg.model_copy(update={"engine": engine}))
-    object.__setattr__(plan, "at_once", 1)
+    object.__setattr__(plan, "microbatch_size", 1)
     assert "): take a smaller model or larger GPUs" in str(diagnose_out_of_memory(MemoryError(), "pretrain", plan))
 
 
@@ -68,5 +68,5 @@ def test_other_errors_are_left_alone() -> None:
 
 
 def test_before_there_is_a_plan() -> None:
-    said = str(diagnose_out_of_memory(MemoryError("Unable to allocate 1 PiB"), "distill"))
-    assert said == "distill ran out of memory of the host on rank 0 before its first step (Unable to allocate 1 PiB)"
+    message = str(diagnose_out_of_memory(MemoryError("Unable to allocate 1 PiB"), "distill"))
+    assert message == "distill ran out of memory of the host on rank 0 before its first step (Unable to allocate 1 PiB)"

@@ -1,4 +1,4 @@
-"""Refused updates: counted in a row, gone back from and past their batches, and given up on at last."""
+"""Refused updates: counted in a row, rolled back without their batches, and given up at the limit."""
 
 import json
 from pathlib import Path
@@ -23,13 +23,13 @@ def test_only_refusals_in_a_row_count(tmp_path: Path) -> None:
 
 
 def test_going_back_passes_over_the_refused_batches(tmp_path: Path) -> None:
-    """Step 8 takes batch 7 (steps count from 1, batches from 0); with a batch skipped before, one more."""
+    """Step 8 takes batch 7 (steps count from 1, batches from 0), or batch 8 after a skipped batch."""
     recovery = RollbackController(tmp_path, RecoveryConfig(after=2), [3], [])
     refused(recovery, 8, 9)
     recovery.record_rollback(4, is_writer=True)
     assert recovery.skipped_batches == [3, 8, 9]
     assert recovery.last_update_applied
-    refused(recovery, 8, 9)  # the same steps again, now on the batches that follow
+    refused(recovery, 8, 9)  # the same steps, on the batches after the skipped ones
     recovery.record_rollback(4, is_writer=True)
     assert recovery.skipped_batches == [3, 8, 9, 10, 11]
     assert [entry["batches"] for entry in read_rollbacks(tmp_path)] == [[8, 9], [10, 11]]
@@ -49,14 +49,16 @@ def test_a_run_that_is_killed_after_going_back_remembers_it(tmp_path: Path) -> N
     more = RollbackController(tmp_path, RecoveryConfig(after=1, rollbacks=2), [], read_rollbacks(tmp_path))
     refused(more, 3)
     more.record_rollback(0, is_writer=True)
-    assert [entry["batches"] for entry in read_rollbacks(tmp_path)] == [[1], [3]], "behind half a line none is readable"
+    assert [entry["batches"] for entry in read_rollbacks(tmp_path)] == [[1], [3]], (
+        "a record after half a line would be unreadable"
+    )
 
 
 def test_one_rank_writes(tmp_path: Path) -> None:
-    for writes in (False, True):
+    for is_writer in (False, True):
         recovery = RollbackController(tmp_path, RecoveryConfig(after=1), [], [])
         refused(recovery, 1)
-        recovery.record_rollback(0, is_writer=writes)
+        recovery.record_rollback(0, is_writer=is_writer)
     lines = (tmp_path / "rollbacks.jsonl").read_text().splitlines()
     assert [json.loads(line)["refused"] for line in lines] == [[1]]
 

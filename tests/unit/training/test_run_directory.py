@@ -1,4 +1,4 @@
-"""Where a run lives: its own directory, a fresh sibling, or the sibling that this job made before it was requeued."""
+"""The run directory: its own, a fresh sibling, or the sibling that this job created before its requeue."""
 
 import errno
 import json
@@ -13,11 +13,12 @@ from foveal.distributed.preemption import Preemption
 from foveal.distributed.world import World
 from foveal.errors import ConfigError, RestartLoopError
 from foveal.training.cli import load_config
-from foveal.training.lease import acquire_lease, describe_this_process
+from foveal.training.lease import acquire_lease
+from foveal.training.lease_holder import describe_this_process
 
 
 def folders(run: Path) -> list[str]:
-    return sorted(each.name for each in run.parent.iterdir())
+    return sorted(file.name for file in run.parent.iterdir())
 
 
 def test_fresh_is_a_numbered_sibling_that_knows_its_place(configs, one_rank: Ranks, tmp_path: Path) -> None:
@@ -32,15 +33,15 @@ def test_fresh_is_a_numbered_sibling_that_knows_its_place(configs, one_rank: Ran
 def test_a_requeued_job_goes_on_in_the_sibling_it_made(
     configs, one_rank: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Slurm starts it with the same command line; another start in the same job is fresh again."""
+    """Slurm requeues a job with the same command line; a second start within one job is fresh again."""
     from foveal.training import run_directory
 
     stage, run = stage_named("pretrain"), tmp_path / "run"
     one_rank.train(stage, configs["pretrain"], run, "engine.kind=plain", "run.stop_at=2")
     cfg = load_config(stage.config_class, "pretrain", str(configs["pretrain"]), [f"run.dir={run}", "run.fresh=true"])
-    made = tmp_path / "run-2"
-    made.mkdir()
-    (made / "job.json").write_text('{"slurm_job_id": "77"}')
+    sibling = tmp_path / "run-2"
+    sibling.mkdir()
+    (sibling / "job.json").write_text('{"slurm_job_id": "77"}')
     for variables, expected in (
         ({"slurm_job_id": "77"}, "run-3"),
         ({"slurm_job_id": "77", "slurm_restart_count": "1"}, "run-2"),
@@ -73,15 +74,15 @@ def test_a_place_that_can_be_no_directory_is_one_sentence(
 def test_a_folder_that_is_not_to_be_looked_into_is_one_sentence(
     configs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not tried on a real one: the tests may run as root, who may look anywhere."""
+    """A mock instead of a real folder: the tests may run as root, which may read any folder."""
     from foveal.training import run_directory
 
-    def barred(_: object) -> Path:
+    def forbidden(_: object) -> Path:
         raise PermissionError(errno.EACCES, "Permission denied", "run")
 
     stage = stage_named("pretrain")
     cfg = load_config(stage.config_class, "pretrain", str(configs["pretrain"]), [f"run.dir={tmp_path / 'run'}"])
-    monkeypatch.setattr(run_directory, "_resolve_run_dir", barred)
+    monkeypatch.setattr(run_directory, "_resolve_run_dir", forbidden)
     with pytest.raises(
         ConfigError, match=r"run cannot be a run directory \(Permission denied\); set run.dir to a place"
     ):
@@ -91,7 +92,7 @@ def test_a_folder_that_is_not_to_be_looked_into_is_one_sentence(
 def test_a_run_that_another_attempt_finishes_meanwhile_is_let_alone(
     configs, one_rank: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It was not finished when it was looked at, and is when the directory is free."""
+    """The run is unfinished when the directory is inspected and finished when the lease is acquired."""
     from foveal.training import run_directory
 
     stage, run = stage_named("pretrain"), tmp_path / "run"
@@ -99,15 +100,15 @@ def test_a_run_that_another_attempt_finishes_meanwhile_is_let_alone(
     run.mkdir()
     (run / "finished.json").write_text("{}")
     monkeypatch.setattr(run_directory, "_inspect_run_dir", lambda _: (run, False))
-    alone = World(0, 1, 0, "none", torch.device("cpu"))
-    with run_directory.open_run("pretrain", stage.build_plan(cfg, 1), alone, Preemption(alone)) as opened:
+    world = World(0, 1, 0, "none", torch.device("cpu"))
+    with run_directory.open_run("pretrain", stage.build_plan(cfg, 1), world, Preemption(world)) as opened:
         assert opened is None
     assert json.loads((run / "attempts/0001.end.json").read_text())["code"] == 0
     assert folders(run / "finished.json") == ["attempts", "finished.json"]
 
 
 def test_a_run_that_is_started_in_vain_says_so_where_it_is_watched(configs, one_rank: Ranks, tmp_path: Path) -> None:
-    """The last attempt that opened its tracker was killed, and its state would be "running" for ever."""
+    """Else the tracker would show "running" for ever: the last attempt with an open tracker was killed."""
     stage, run = stage_named("pretrain"), tmp_path / "run"
     one_rank.train(stage, configs["pretrain"], run, "engine.kind=plain", "run.stop_at=2")
     (run / "tags.json").write_text('{"state": "running"}')
@@ -120,9 +121,9 @@ def test_a_run_that_is_started_in_vain_says_so_where_it_is_watched(configs, one_
             (run / "attempts" / f"{number:04d}{part}.json").write_text(json.dumps(facts))
     with pytest.raises(RestartLoopError, match="a rank was lost"):
         one_rank.train(stage, configs["pretrain"], run, "engine.kind=plain", "run.restarts=2")
-    told = json.loads((run / "tags.json").read_text())
-    assert told["state"] == "failed"
-    assert "each of the last 2 attempts ended" in told["why_stopped"]
+    tags = json.loads((run / "tags.json").read_text())
+    assert tags["state"] == "failed"
+    assert "each of the last 2 attempts ended" in tags["why_stopped"]
 
 
 def test_a_run_that_is_set_back_and_comes_again_goes_in_circles(tmp_path: Path) -> None:

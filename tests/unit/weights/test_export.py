@@ -1,4 +1,4 @@
-"""Exports: what goes in comes out, and what is not whole or does not fit is one sentence."""
+"""Exports: a round trip preserves them; damaged and mismatched exports raise one sentence."""
 
 import json
 import os
@@ -47,10 +47,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_what_goes_in_comes_out(folder: Path) -> None:
-    found, card = read_export(folder)
-    assert found.keys() == weights().keys()
-    assert all(found[name].equal(value) for name, value in weights().items())
-    told = json.loads((folder / "card.json").read_text())
+    loaded, card = read_export(folder)
+    assert loaded.keys() == weights().keys()
+    assert all(loaded[name].equal(value) for name, value in weights().items())
+    card_json = json.loads((folder / "card.json").read_text())
     assert card == read_card(folder)
     assert card.sha256 == sha256(folder / "model.safetensors")
     for name in (
@@ -67,14 +67,14 @@ def test_what_goes_in_comes_out(folder: Path) -> None:
         "format",
     ):
         assert getattr(card, name) == getattr(CARD, name), name
-    assert told["format"] == 1
+    assert card_json["format"] == 1
     assert sorted(file.name for file in folder.iterdir()) == ["card.json", "model.safetensors"]
 
 
 def test_a_card_from_before_there_was_resizing(folder: Path) -> None:
-    told = json.loads((folder / "card.json").read_text())
-    del told["resized_from"]
-    (folder / "card.json").write_text(json.dumps(told))
+    card_json = json.loads((folder / "card.json").read_text())
+    del card_json["resized_from"]
+    (folder / "card.json").write_text(json.dumps(card_json))
     assert read_card(folder).resized_from is None
 
 
@@ -82,33 +82,33 @@ HEAD = {"kind": "segmentation", "classes": 2}
 
 
 def test_tied_weights_are_written_under_each_name(tmp_path: Path) -> None:
-    """Whole or in part; what is read fits the model that ties them, strictly."""
+    """Fully or partly tied weights; the export loads strictly into the model that ties them."""
     torch.manual_seed(0)
     first, second, third = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
     third.weight = first.weight
     second.bias = nn.Parameter(first.weight.detach()[1])  # a view
     tied = nn.Sequential(first, second, third)
-    wanted = tied.state_dict()
-    write_export(tmp_path / "export", wanted, CARD)
-    found, _ = read_export(tmp_path / "export")
-    assert found.keys() == wanted.keys()
-    assert all(found[name].equal(value) for name, value in wanted.items())
-    load_weights_strict(tied, found, tmp_path / "export")
+    state = tied.state_dict()
+    write_export(tmp_path / "export", state, CARD)
+    loaded, _ = read_export(tmp_path / "export")
+    assert loaded.keys() == state.keys()
+    assert all(loaded[name].equal(value) for name, value in state.items())
+    load_weights_strict(tied, loaded, tmp_path / "export")
     with pytest.raises(ExportError, match=r"export lacks 2\.weight"):
         load_weights_strict(
-            tied, {name: value for name, value in found.items() if name != "2.weight"}, tmp_path / "export"
+            tied, {name: value for name, value in loaded.items() if name != "2.weight"}, tmp_path / "export"
         )
 
 
 def test_a_head_lies_beside_the_encoder(tmp_path: Path) -> None:
-    """The encoder is read as ever; the head is read by its kind, and is what its card describes."""
+    """The encoder is read as without a head; the head is read by its kind."""
     head, folder = {"classify.weight": torch.ones(2, 3)}, tmp_path / "export"
     write_export(folder, weights(), replace(CARD, head=HEAD), head)
     assert sorted(file.name for file in folder.iterdir()) == ["card.json", "head.safetensors", "model.safetensors"]
     assert read_export(folder)[0].keys() == weights().keys()
-    found, told = read_head(folder, "segmentation")
-    assert told == HEAD
-    assert found["classify.weight"].equal(head["classify.weight"])
+    loaded, card_json = read_head(folder, "segmentation")
+    assert card_json == HEAD
+    assert loaded["classify.weight"].equal(head["classify.weight"])
     with pytest.raises(ExportError, match="has a head for segmentation, and one for detection is wanted"):
         read_head(folder, "detection")
     save_file({"other": torch.ones(1)}, folder / "head.safetensors")
@@ -129,14 +129,14 @@ def test_an_export_without_a_head_says_nothing_of_one(folder: Path) -> None:
 def test_an_export_that_is_made_again_replaces_the_old_one(folder: Path) -> None:
     write_export(folder, {"other": torch.ones(2)}, CARD)
     assert read_export(folder)[0].keys() == {"other"}
-    assert [each.name for each in folder.parent.iterdir()] == ["export"]
+    assert [path.name for path in folder.parent.iterdir()] == ["export"]
 
 
 def test_an_export_that_fails_leaves_the_old_one(folder: Path) -> None:
     with pytest.raises(TypeError, match="not JSON serializable"):
         write_export(folder, {"a": torch.ones(4)}, replace(CARD, science={"clip": object()}))
     assert read_export(folder)[0].keys() == weights().keys()
-    assert [each.name for each in folder.parent.iterdir()] == ["export"]
+    assert [path.name for path in folder.parent.iterdir()] == ["export"]
 
 
 def flip(folder: Path) -> None:
@@ -150,18 +150,18 @@ def swap(folder: Path) -> None:
     save_file({"blocks.0.weight": torch.zeros(4, 3)}, folder / "model.safetensors")
 
 
-def retell(**changes: Any) -> Callable[[Path], None]:
+def edit_card(**changes: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
-        told = json.loads((folder / "card.json").read_text()) | changes
-        told = {name: value for name, value in told.items() if value is not ...}
-        (folder / "card.json").write_text(json.dumps(told))
+        card_json = json.loads((folder / "card.json").read_text()) | changes
+        card_json = {name: value for name, value in card_json.items() if value is not ...}
+        (folder / "card.json").write_text(json.dumps(card_json))
 
     return change
 
 
 def no_safetensors(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"no weights at all")
-    retell(sha256=sha256(folder / "model.safetensors"))(folder)
+    edit_card(sha256=sha256(folder / "model.safetensors"))(folder)
 
 
 HARM: list[tuple[Callable[[Path], Any], str]] = [
@@ -173,20 +173,20 @@ HARM: list[tuple[Callable[[Path], Any], str]] = [
     (lambda folder: (folder / "card.json").write_text("{"), r"card\.json cannot be read"),
     (lambda folder: (folder / "card.json").write_bytes(b"\xff"), r"card\.json cannot be read"),
     (lambda folder: (folder / "card.json").write_text("[]"), "has export format None; this foveal reads format 1"),
-    (retell(format=2), "has export format 2; this foveal reads format 1"),
-    (retell(format=None), "has export format None"),
-    (retell(colour="red"), r"card\.json is not as foveal wrote it \(.*colour"),
-    (retell(mean=...), r"card\.json is not as foveal wrote it \('mean'"),
-    (retell(encoder=...), r"card\.json is not as foveal wrote it \(.*encoder"),
-    (retell(std=0.5), r"card\.json is not as foveal wrote it"),
-    (retell(mean=["a"]), r"card\.json is not as foveal wrote it \('mean\.0'"),
-    (retell(mean=[float("inf")]), r"card\.json is not as foveal wrote it \('mean\.0'"),
-    (retell(std=[0.0]), r"card\.json is not as foveal wrote it \('std\.0'"),
-    (retell(classes={"a": 1}), r"card\.json is not as foveal wrote it \('classes'"),
-    (retell(encoder=[]), r"card\.json is not as foveal wrote it \('encoder'"),
-    (retell(sha256=None), r"card\.json is not as foveal wrote it \('sha256'"),
-    (retell(resized_from="a"), r"card\.json is not as foveal wrote it \('resized_from"),
-    (retell(head=5), r"card\.json is not as foveal wrote it \('head'"),
+    (edit_card(format=2), "has export format 2; this foveal reads format 1"),
+    (edit_card(format=None), "has export format None"),
+    (edit_card(colour="red"), r"card\.json is not as foveal wrote it \(.*colour"),
+    (edit_card(mean=...), r"card\.json is not as foveal wrote it \('mean'"),
+    (edit_card(encoder=...), r"card\.json is not as foveal wrote it \(.*encoder"),
+    (edit_card(std=0.5), r"card\.json is not as foveal wrote it"),
+    (edit_card(mean=["a"]), r"card\.json is not as foveal wrote it \('mean\.0'"),
+    (edit_card(mean=[float("inf")]), r"card\.json is not as foveal wrote it \('mean\.0'"),
+    (edit_card(std=[0.0]), r"card\.json is not as foveal wrote it \('std\.0'"),
+    (edit_card(classes={"a": 1}), r"card\.json is not as foveal wrote it \('classes'"),
+    (edit_card(encoder=[]), r"card\.json is not as foveal wrote it \('encoder'"),
+    (edit_card(sha256=None), r"card\.json is not as foveal wrote it \('sha256'"),
+    (edit_card(resized_from="a"), r"card\.json is not as foveal wrote it \('resized_from"),
+    (edit_card(head=5), r"card\.json is not as foveal wrote it \('head'"),
     (lambda folder: (folder / "card.json").write_text("[" * 100_000), r"card\.json cannot be read"),
     (lambda folder: (folder / "card.json").write_text('\ufeff{"format": 1}'), r"card\.json cannot be read"),
 ]
@@ -231,11 +231,11 @@ def test_weights_are_loaded_buffers_included() -> None:
 
 
 def test_a_new_head_keeps_its_start_and_an_old_one_is_left_over() -> None:
-    module, given = model(), fresh()
+    module, new_weights = model(), fresh()
     start = module.state_dict()["2.weight"].clone()
-    given["2.weight"] = torch.zeros(9, 9)  # a head of other classes
-    given["norm.weight"] = torch.zeros(3)
-    load_weights_strict(module, given, Path("export"), new_prefixes=["2."], unused_prefixes=["norm."])
+    new_weights["2.weight"] = torch.zeros(9, 9)  # a head of other classes
+    new_weights["norm.weight"] = torch.zeros(3)
+    load_weights_strict(module, new_weights, Path("export"), new_prefixes=["2."], unused_prefixes=["norm."])
     assert module.state_dict()["2.weight"].equal(start)
     assert module.state_dict()["0.weight"].eq(7).all()
 
@@ -253,9 +253,9 @@ def test_a_new_head_keeps_its_start_and_an_old_one_is_left_over() -> None:
 def test_what_does_not_fit_is_listed_and_nothing_is_loaded(change: dict[str, Tensor | None], sentence: str) -> None:
     module = model()
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    given = {name: value for name, value in (fresh() | change).items() if value is not None}
+    new_weights = {name: value for name, value in (fresh() | change).items() if value is not None}
     with pytest.raises(ExportError) as caught:
-        load_weights_strict(module, given, Path("export"), unused_prefixes=["2.unknown"])
+        load_weights_strict(module, new_weights, Path("export"), unused_prefixes=["2.unknown"])
     assert str(caught.value).endswith(sentence)
     assert all(value.equal(before[name]) for name, value in module.state_dict().items())
 

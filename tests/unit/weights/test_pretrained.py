@@ -1,4 +1,4 @@
-"""Teachers that foveal did not train: what is found out of their files, and what fits nothing."""
+"""Pretrained models: cards of foreign weights, and refusals of files that do not fit."""
 
 import json
 from pathlib import Path
@@ -24,15 +24,15 @@ SWIN = "swin_tiny_patch4_window7_224"
 VIT = "vit_tiny_patch16_224"
 
 
-def data(**further: Any) -> DataConfig:
-    return DataConfig.from_dict({"path": "x", "image_size": 64, "channels": 3} | further, "here")
+def data(**settings: Any) -> DataConfig:
+    return DataConfig.from_dict({"path": "x", "image_size": 64, "channels": 3} | settings, "here")
 
 
-def timms(folder: Path, name: str, config: dict[str, Any] | None = None, **sizes: Any) -> Any:
-    """A model of timm's, and its weights in a folder as others leave them."""
+def create_timm_model(folder: Path, name: str, config: dict[str, Any] | None = None, **sizes: Any) -> Any:
+    """Create a timm model, and write its weights to a folder as timm does."""
     torch.manual_seed(0)
-    given: dict[str, Any] = {"num_classes": 7} | sizes
-    model = timm.create_model(name, **given).eval()
+    options: dict[str, Any] = {"num_classes": 7} | sizes
+    model = timm.create_model(name, **options).eval()
     folder.mkdir(parents=True)
     save_file(model.state_dict(), folder / "model.safetensors")
     if config is not None:
@@ -49,30 +49,30 @@ def images(channels: int = 3, size: int = 64) -> Tensor:
     [("resnet18", {}), ("resnet18", {"num_classes": 0}), ("densenet121", {}), (SWIN, {"img_size": 64})],
 )
 def test_a_model_of_timm_is_found_as_it_is(name: str, sizes: dict[str, Any], tmp_path: Path) -> None:
-    model = timms(tmp_path / "timm", name, **sizes)
-    origin = inspect_pretrained(tmp_path / "timm", name, data())
-    told = parse_encoder_card(origin.card.encoder, "card")
-    assert isinstance(told, BackboneCard)
-    assert (told.build_args, told.classes) == ((name, 64, 3), sizes.get("num_classes", 7))
-    assert (origin.card.stage, origin.card.classes) == ("foreign", ())
-    assert origin.card.mean == (0.485, 0.456, 0.406)
-    assert origin.card.sha256 == sha256(tmp_path / "timm" / "model.safetensors")
-    found = backbone_from_card(origin.card.encoder, "card").eval()
-    load_weights_strict(found, origin.load_weights(), origin.path)
-    assert found(images()).equal(model(images()))
+    model = create_timm_model(tmp_path / "timm", name, **sizes)
+    source = inspect_pretrained(tmp_path / "timm", name, data())
+    spec = parse_encoder_card(source.card.encoder, "card")
+    assert isinstance(spec, BackboneCard)
+    assert (spec.build_args, spec.classes) == ((name, 64, 3), sizes.get("num_classes", 7))
+    assert (source.card.stage, source.card.classes) == ("foreign", ())
+    assert source.card.mean == (0.485, 0.456, 0.406)
+    assert source.card.sha256 == sha256(tmp_path / "timm" / "model.safetensors")
+    rebuilt = backbone_from_card(source.card.encoder, "card").eval()
+    load_weights_strict(rebuilt, source.load_weights(), source.path)
+    assert rebuilt(images()).equal(model(images()))
 
 
 @pytest.mark.parametrize(("size", "expected"), [(64, 64), (96, 96), (112, 96)])
 def test_a_vision_transformer_is_an_encoder_whose_layers_can_teach(size: int, expected: int, tmp_path: Path) -> None:
-    """Its grid is that of its positions: 6 x 6 patches, or where that is ours, 4 x 4."""
-    model = timms(tmp_path / "timm", VIT, img_size=expected)
-    origin = inspect_pretrained(tmp_path / "timm" / "model.safetensors", VIT, data(image_size=size))
-    told = parse_encoder_card(origin.card.encoder, "card")
-    assert isinstance(told, EncoderCard)
-    assert (told.image_size, told.positions, told.pooling, told.classes) == (expected, "learned", "token", 7)
-    encoder = encoder_from_card(origin.card.encoder | {"image_size": size}, "card").eval()
+    """The card's grid is that of the position table: 6 x 6 patches, or 4 x 4."""
+    model = create_timm_model(tmp_path / "timm", VIT, img_size=expected)
+    source = inspect_pretrained(tmp_path / "timm" / "model.safetensors", VIT, data(image_size=size))
+    spec = parse_encoder_card(source.card.encoder, "card")
+    assert isinstance(spec, EncoderCard)
+    assert (spec.image_size, spec.positions, spec.pooling, spec.classes) == (expected, "learned", "token", 7)
+    encoder = encoder_from_card(source.card.encoder | {"image_size": size}, "card").eval()
     load_weights_strict(
-        encoder, resize_weights_from_card(origin.load_weights(), encoder, origin.card.encoder, "card"), origin.path
+        encoder, resize_weights_from_card(source.load_weights(), encoder, source.card.encoder, "card"), source.path
     )
     if size == expected:
         cls, patches = encode_cls_and_patches(encoder, images(size=size))
@@ -83,16 +83,16 @@ def test_a_vision_transformer_is_an_encoder_whose_layers_can_teach(size: int, ex
 
 def test_positions_without_a_table_are_an_encoder_too(tmp_path: Path) -> None:
     name = "vit_relpos_medium_patch16_cls_224"
-    timms(tmp_path / "timm", name, img_size=64, embed_dim=512)
+    create_timm_model(tmp_path / "timm", name, img_size=64, embed_dim=512)
     assert inspect_pretrained(tmp_path / "timm", name, data()).card.encoder["positions"] is None
 
 
 def test_what_the_hub_says_beside_the_weights_is_taken(tmp_path: Path) -> None:
-    """mean, std and label_names of timm's config.json on the Hugging Face hub."""
+    """timm's config.json on the Hugging Face hub states mean, std and label_names."""
     names = [f"kind {number}" for number in range(7)]
     config = {"architecture": "resnet18", "label_names": names}
     pixels = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5]}
-    timms(tmp_path / "timm", "resnet18", config | {"pretrained_cfg": pixels})
+    create_timm_model(tmp_path / "timm", "resnet18", config | {"pretrained_cfg": pixels})
     card = inspect_pretrained(tmp_path / "timm", "resnet18", data()).card
     assert (card.mean, card.std, card.classes) == ((0.1, 0.2, 0.3), (0.5, 0.5, 0.5), tuple(names))
     (tmp_path / "timm" / "config.json").write_text(json.dumps(config | {"label_names": names[1:]}))
@@ -102,7 +102,7 @@ def test_what_the_hub_says_beside_the_weights_is_taken(tmp_path: Path) -> None:
 
 
 def test_pixels_of_other_channels_must_be_stated(tmp_path: Path) -> None:
-    timms(tmp_path / "timm", "resnet18", in_chans=1)
+    create_timm_model(tmp_path / "timm", "resnet18", in_chans=1)
     with pytest.raises(ExportError, match=r"images of 1 channels were normalised: set data.mean and data.std"):
         inspect_pretrained(tmp_path / "timm", "resnet18", data(channels=1))
     assert inspect_pretrained(tmp_path / "timm", "resnet18", data(channels=1, mean=[0.3], std=[0.4])).card.mean == (
@@ -117,9 +117,9 @@ def test_hugging_faces_classifier_is_a_head(tmp_path: Path) -> None:
     cfg = transformers.ViTConfig(**sizes, image_size=64, patch_size=16, num_labels=5, layer_norm_eps=1e-6)
     model = transformers.ViTForImageClassification(cfg).eval()
     model.save_pretrained(tmp_path)
-    origin = inspect_pretrained(tmp_path, VIT, data())
-    encoder = encoder_from_card(origin.card.encoder, "card").eval()
-    load_weights_strict(encoder, origin.load_weights(), origin.path)
+    source = inspect_pretrained(tmp_path, VIT, data())
+    encoder = encoder_from_card(source.card.encoder, "card").eval()
+    load_weights_strict(encoder, source.load_weights(), source.path)
     torch.testing.assert_close(encoder(images()), model(images()).logits, rtol=1e-4, atol=1e-5)
     with pytest.raises(ExportError, match="has heads 3, timm's vit_small_patch16_224 has 6; they must be equal"):
         inspect_pretrained(tmp_path, "vit_small_patch16_224", data())
@@ -132,32 +132,35 @@ def export(folder: Path, encoder: dict[str, Any], module: torch.nn.Module) -> Pa
 
 def test_an_export_of_ours_is_its_own_card(tmp_path: Path) -> None:
     tiny = VitConfig(name=VIT, patch=4, width=16, depth=1, heads=2)
-    ours = export(tmp_path / "a", encoder_card(tiny, 16, 1), build_encoder(tiny, image_size=16, channels=1))
-    theirs = export(
+    encoder_export = export(tmp_path / "a", encoder_card(tiny, 16, 1), build_encoder(tiny, image_size=16, channels=1))
+    backbone_export = export(
         tmp_path / "b", backbone_card("resnet18", 32, 1, 2), build_backbone("resnet18", 32, 1, num_classes=2)
     )
-    for folder in (ours, theirs):
-        origin = inspect_pretrained(folder, None, data(image_size=48, channels=1))
-        assert (origin.card.classes, origin.card.stage) == (("a", "b"), "pretrain")
-        assert origin.load_weights().keys() == load_file(folder / "model.safetensors").keys()
+    for folder in (encoder_export, backbone_export):
+        source = inspect_pretrained(folder, None, data(image_size=48, channels=1))
+        assert (source.card.classes, source.card.stage) == (("a", "b"), "pretrain")
+        assert source.load_weights().keys() == load_file(folder / "model.safetensors").keys()
     with pytest.raises(ConfigError, match="image_size=18 is not a whole number of patches"):
-        inspect_pretrained(ours, None, data(image_size=18, channels=1))
+        inspect_pretrained(encoder_export, None, data(image_size=18, channels=1))
 
 
 def test_weights_that_change_after_the_plan_are_not_taken(tmp_path: Path) -> None:
-    timms(tmp_path / "timm", "resnet18")
-    ours = export(tmp_path / "b", backbone_card("resnet18", 32, 1), build_backbone("resnet18", 32, 1))
-    origins = [inspect_pretrained(tmp_path / "timm", "resnet18", data()), inspect_pretrained(ours, None, data())]
+    create_timm_model(tmp_path / "timm", "resnet18")
+    backbone_export = export(tmp_path / "b", backbone_card("resnet18", 32, 1), build_backbone("resnet18", 32, 1))
+    sources = [
+        inspect_pretrained(tmp_path / "timm", "resnet18", data()),
+        inspect_pretrained(backbone_export, None, data()),
+    ]
     file = tmp_path / "timm" / "model.safetensors"
     save_file({name: value + 1 for name, value in load_file(file).items()}, file)
-    export(ours, backbone_card("resnet18", 32, 1), build_backbone("resnet18", 32, 1))
-    for origin in origins:
+    export(backbone_export, backbone_card("resnet18", 32, 1), build_backbone("resnet18", 32, 1))
+    for source in sources:
         with pytest.raises(ExportError, match="has changed since the run was planned"):
-            origin.load_weights()
+            source.load_weights()
 
 
 @pytest.mark.parametrize(
-    ("name", "further", "kind", "sentence"),
+    ("name", "settings", "kind", "sentence"),
     [
         ("resnet34", {}, ExportError, "timm lacks layer1.2.conv1.weight, layer1.2.bn1.weight, "),
         ("resnet50", {}, ExportError, "timm lacks layer1.0.conv3.weight, "),
@@ -168,16 +171,16 @@ def test_weights_that_change_after_the_plan_are_not_taken(tmp_path: Path) -> Non
     ],
 )
 def test_a_name_that_is_not_the_weights_is_one_sentence(
-    name: str, further: dict[str, Any], kind: type[Exception], sentence: str, tmp_path: Path
+    name: str, settings: dict[str, Any], kind: type[Exception], sentence: str, tmp_path: Path
 ) -> None:
-    timms(tmp_path / "timm", "resnet18")
+    create_timm_model(tmp_path / "timm", "resnet18")
     with pytest.raises(kind) as caught:
-        inspect_pretrained(tmp_path / "timm", name, data(**further))
+        inspect_pretrained(tmp_path / "timm", name, data(**settings))
     assert sentence in str(caught.value)
 
 
 def test_weights_of_one_image_size_are_one_sentence(tmp_path: Path) -> None:
-    timms(tmp_path / "timm", SWIN)
+    create_timm_model(tmp_path / "timm", SWIN)
     with pytest.raises(ExportError) as caught:
         inspect_pretrained(tmp_path / "timm", SWIN, data())
     assert str(caught.value).startswith(

@@ -1,4 +1,4 @@
-"""Whatever stands in place of a manifest or an index: one sentence, soon."""
+"""Any content in place of a manifest or an index raises DataError in one line, without delay."""
 
 import copy
 import json
@@ -21,13 +21,13 @@ WRONG: list[Any] = ["a", None, -1, 0, 1e400, 10**15, 10**30, [], {}, True, ["a"]
 
 @pytest.fixture
 def folder(digits: Path, tmp_path: Path) -> Path:
-    """A copy of the digits to be damaged."""
+    """A copy of the digits data set that tests damage."""
     shutil.copytree(digits, tmp_path / "copy")
     return tmp_path / "copy"
 
 
-def look(folder: Path) -> None:
-    """What a plan reads of a set."""
+def read_for_plan(folder: Path) -> None:
+    """Read the parts of a data set that a training plan reads."""
     tree = {"path": str(folder), "image_size": 8, "channels": 1, "patience_seconds": 0.3}
     cfg = DataConfig.from_dict(tree, "the test")
     dataset = Dataset.open(cfg)
@@ -36,30 +36,30 @@ def look(folder: Path) -> None:
     assert dataset.mean, dataset.std
 
 
-def places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The way to every value, of lists to the first two."""
+def value_paths(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the path of every value; of lists only the first two items."""
     yield path
     for key in tree if isinstance(tree, dict) else range(min(2, len(tree))) if isinstance(tree, list) else ():
-        yield from places(tree[key], (*path, key))
+        yield from value_paths(tree[key], (*path, key))
 
 
-def changed(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
+def with_value(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
     if not path:
         return value
-    whole = inner = copy.deepcopy(tree)
+    edited = inner = copy.deepcopy(tree)
     for key in path[:-1]:
         inner = inner[key]
     inner[path[-1]] = value
-    return whole
+    return edited
 
 
-def refused_or_read(folder: Path, case: object) -> None:
-    said = ""
+def assert_refused_or_read(folder: Path, case: object) -> None:
+    message = ""
     try:
-        look(folder)
+        read_for_plan(folder)
     except DataError as error:
-        said = str(error)
-    assert "\n" not in said, case
+        message = str(error)
+    assert "\n" not in message, case
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "train-000000.tar", "train-000000.tar.index"])
@@ -68,7 +68,7 @@ def test_what_never_answers_is_named_within_the_patience(name: str, folder: Path
     os.mkfifo(folder / name)
     began = time.monotonic()
     with pytest.raises(StorageUnreachableError, match=rf"{name} cannot be read \(no answer within 0.3 s\)"):
-        look(folder)
+        read_for_plan(folder)
     assert time.monotonic() - began < 5
 
 
@@ -77,16 +77,16 @@ def test_a_folder_in_place_of_a_file(name: str, folder: Path) -> None:
     (folder / name).unlink()
     (folder / name).mkdir()
     with pytest.raises(DataError, match=name.removesuffix(".index")):
-        look(folder)
+        read_for_plan(folder)
 
 
 def test_every_value_of_a_manifest_may_be_wrong(folder: Path) -> None:
     file = folder / "manifest.json"
     tree = json.loads(file.read_text())
-    for path in places(tree):
+    for path in value_paths(tree):
         for value in WRONG:
-            file.write_text(json.dumps(changed(tree, path, value)))
-            refused_or_read(folder, (path, value))
+            file.write_text(json.dumps(with_value(tree, path, value)))
+            assert_refused_or_read(folder, (path, value))
 
 
 def test_more_samples_than_there_are_bytes(folder: Path) -> None:
@@ -97,7 +97,7 @@ def test_more_samples_than_there_are_bytes(folder: Path) -> None:
     train["shards"][0]["samples"] = 10**15
     file.write_text(json.dumps(tree))
     with pytest.raises(DataError, match=r"bytes have no room for 1000000000000000 samples"):
-        look(folder)
+        read_for_plan(folder)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_more_samples_than_there_are_bytes(folder: Path) -> None:
 def test_what_is_no_manifest(text: bytes, folder: Path) -> None:
     (folder / "manifest.json").write_bytes(text)
     with pytest.raises(DataError, match=r"manifest\.json"):
-        look(folder)
+        read_for_plan(folder)
 
 
 def test_every_value_of_an_index_may_be_wrong(folder: Path) -> None:
@@ -125,24 +125,24 @@ def test_every_value_of_an_index_may_be_wrong(folder: Path) -> None:
     data = file.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
-    about = json.loads(header["__metadata__"]["index"])
+    metadata = json.loads(header["__metadata__"]["index"])
 
     def write(header: Any) -> None:
         text = json.dumps(header).encode()
         file.write_bytes(len(text).to_bytes(8, "little") + text + data[start:])
 
-    for path in places(header):
+    for path in value_paths(header):
         for value in WRONG:
-            write(changed(header, path, value))
-            refused_or_read(folder, (path, value))
-    for path in places(about):
+            write(with_value(header, path, value))
+            assert_refused_or_read(folder, (path, value))
+    for path in value_paths(metadata):
         for value in WRONG:
-            write(header | {"__metadata__": {"index": json.dumps(changed(about, path, value))}})
-            refused_or_read(folder, (path, value))
+            write(header | {"__metadata__": {"index": json.dumps(with_value(metadata, path, value))}})
+            assert_refused_or_read(folder, (path, value))
 
 
-def rewritten(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) -> Path:
-    """Write the first index anew, in another shape."""
+def rewrite_index(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) -> Path:
+    """Apply ``change`` to the arrays of the first index and write it; return its file."""
     file = folder / "train-000000.tar.index"
     index, _ = mmap_index(file)
     arrays = {name: getattr(index, name).copy() for name in ("offsets", "sizes", "labels", "key_ends", "keys")}
@@ -157,7 +157,7 @@ def test_an_image_outside_of_its_shard(folder: Path) -> None:
     def far(arrays: dict[str, np.ndarray]) -> None:
         arrays["offsets"][0] = 10**15
 
-    index, _ = mmap_index(rewritten(folder, far))
+    index, _ = mmap_index(rewrite_index(folder, far))
     with pytest.raises(
         DataError, match=r"train-000000\.tar: the index has '.*' at byte 1000000000000000, outside of the"
     ):
@@ -168,9 +168,9 @@ def test_a_label_beyond_the_classes(folder: Path) -> None:
     def high(arrays: dict[str, np.ndarray]) -> None:
         arrays["labels"][0] = 10**12
 
-    digest = mmap_index(rewritten(folder, high))[1]
+    digest = mmap_index(rewrite_index(folder, high))[1]
     tree = json.loads((folder / "manifest.json").read_text())
     tree["splits"]["train"]["shards"][0]["index"] = digest
     (folder / "manifest.json").write_text(json.dumps(tree))
     with pytest.raises(DataError, match=r"split 'train' has label 1000000000000, and manifest.json has 10 classes"):
-        look(folder)
+        read_for_plan(folder)

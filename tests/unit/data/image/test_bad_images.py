@@ -1,4 +1,4 @@
-"""Images that are odd or broken: what each becomes, or why it is refused, alike with simplejpeg and without."""
+"""Unusual and damaged images: their pixels or the reason of the refusal, the same with and without simplejpeg."""
 
 import io
 import struct
@@ -31,30 +31,31 @@ FILES = {
     "TIFF": encoded(PHOTO, "TIFF", compression="tiff_lzw"),
 }
 JPEGS = ("JPEG", "progressive", "restarts", "grey")
-pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's, of broken files; a warning is no reason to refuse one
+pytestmark = pytest.mark.filterwarnings(
+    "ignore"
+)  # Pillow's warnings of damaged files; a warning is no reason to refuse a file
 
 
-def whole(width: int, height: int) -> tuple[CropBox, bool]:
+def full_image(width: int, height: int) -> tuple[CropBox, bool]:
     return (0, 0, width, height), False
 
 
 def outcomes(data: bytes, channels: int = 3, scaling: bool = False) -> list[np.ndarray | str]:
-    """The pixels or the reason: with simplejpeg, without, and the reason, if any, of ``decode``."""
-    found: list[np.ndarray | str] = []
-    for decoder in {id(each): each for each in (module.simplejpeg, None)}.values():
+    """Return pixels or reason with simplejpeg and without it, and the reason, if any, of ``decode_image``."""
+    results: list[np.ndarray | str] = []
+    output_hw = (20, 20) if scaling else (100, 100)
+    for decoder in {id(decoder): decoder for decoder in (module.simplejpeg, None)}.values():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "simplejpeg", decoder)
             try:
-                found.append(
-                    decode_crop(data, channels, whole, (20, 20) if scaling else (100, 100), "bilinear", scaling)
-                )
+                results.append(decode_crop(data, channels, full_image, output_hw, "bilinear", scaling))
             except UndecodableError as error:
-                found.append(str(error))
+                results.append(str(error))
     try:
         decode_image(data, channels)
     except UndecodableError as error:
-        return [*found, str(error)]
-    return found
+        return [*results, str(error)]
+    return results
 
 
 def refused(data: bytes) -> str:
@@ -65,20 +66,20 @@ def refused(data: bytes) -> str:
 
 
 def accepted(data: bytes, channels: int = 3) -> np.ndarray:
-    """Pixels [C, 100, 100] of bytes that everything accepts alike."""
-    found = outcomes(data, channels)
-    assert all(isinstance(each, np.ndarray) and np.array_equal(each, found[0]) for each in found), found
-    return np.asarray(found[0])
+    """Return the pixels [C, 100, 100] of bytes that all decoders accept with the same result."""
+    results = outcomes(data, channels)
+    assert all(isinstance(pixels, np.ndarray) and np.array_equal(pixels, results[0]) for pixels in results), results
+    return np.asarray(results[0])
 
 
-def near(ours: np.ndarray, image: Image.Image, most: float) -> bool:
-    """Whether pixels [3, 100, 100] are those of an image, on average."""
-    theirs = np.asarray(image.convert("RGB").resize((100, 100), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
-    return bool(np.abs(ours.astype(int) - theirs).mean() <= most)
+def near(pixels: np.ndarray, image: Image.Image, max_mean_difference: float) -> bool:
+    """Return whether pixels [3, 100, 100] are those of an image, on average."""
+    expected = np.asarray(image.convert("RGB").resize((100, 100), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    return bool(np.abs(pixels.astype(int) - expected).mean() <= max_mean_difference)
 
 
 def png(header: bytes, rows: bytes) -> bytes:
-    """A PNG of a 13-byte header and uncompressed rows."""
+    """Return a PNG of a 13-byte header and uncompressed rows."""
     parts = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
     chunks = [struct.pack(">I", len(d)) + name + d + struct.pack(">I", zlib.crc32(name + d)) for name, d in parts]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
@@ -107,15 +108,15 @@ def test_what_is_no_image_is_refused_with_a_reason(data: bytes, reason: str) -> 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_cut_file_is_never_padded_with_grey(name: str) -> None:
-    """At 60 places, the header included; in the last few bytes of a file there may be no pixels left to lose."""
+    """Cut at 60 positions, header included; the last few bytes of a file may hold no pixels."""
     data = FILES[name]
     for cut in np.linspace(1, len(data) - 30, 60).astype(int):
         assert refused(data[:cut])
     for cut in range(len(data) - 30, len(data)):
-        found = outcomes(data[:cut])
-        assert len({str(each) for each in found}) == 1
-        if isinstance(found[0], np.ndarray):
-            assert np.array_equal(found[0], accepted(data))
+        results = outcomes(data[:cut])
+        assert len({str(result) for result in results}) == 1
+        if isinstance(results[0], np.ndarray):
+            assert np.array_equal(results[0], accepted(data))
 
 
 @settings(deadline=None, max_examples=150)
@@ -127,7 +128,7 @@ def test_a_cut_file_is_never_padded_with_grey(name: str) -> None:
         st.tuples(st.floats(0, 1, exclude_max=True), st.binary(max_size=40), st.integers(0, 60)), max_size=3
     ),
     ending=st.sampled_from([b"", b"\xff\xd9", b"trailing bytes"]),
-    kept=st.floats(0.05, 1),
+    fraction=st.floats(0.05, 1),
 )
 def test_both_decoders_accept_the_same_broken_jpegs(
     name: str,
@@ -135,16 +136,16 @@ def test_both_decoders_accept_the_same_broken_jpegs(
     channels: int,
     edits: list[tuple[float, bytes, int]],
     ending: bytes,
-    kept: float,
+    fraction: float,
 ) -> None:
-    """And give them the same pixels: bytes overwritten, inserted and taken out anywhere, cut with a forged end."""
+    """The pixels are the same too: bytes overwritten, inserted and removed anywhere, cut with a forged end."""
     data = FILES[name]
-    for place, new, gone in edits:
-        at = int(place * len(data))
-        data = data[:at] + new + data[at + gone :]
-    found = outcomes(data[: int(kept * len(data))] + ending, channels, scaling)
-    assert all(np.array_equal(each, found[0]) for each in found)
-    assert len({isinstance(each, str) for each in found}) == 1
+    for position, inserted, num_removed in edits:
+        start = int(position * len(data))
+        data = data[:start] + inserted + data[start + num_removed :]
+    results = outcomes(data[: int(fraction * len(data))] + ending, channels, scaling)
+    assert all(np.array_equal(result, results[0]) for result in results)
+    assert len({isinstance(result, str) for result in results}) == 1
 
 
 @pytest.mark.parametrize("name", ["PNG", "JPEG", "GIF", "BMP", "PPM"])
@@ -189,7 +190,7 @@ def test_every_mode_of_eight_bits_becomes_grey_or_rgb(mode: str) -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_transparency_is_dropped() -> None:
-    """What lies under it shows: no background is made up."""
+    """The hidden colour is used: no background is invented."""
     clear = PHOTO.copy()
     clear.putalpha(0)
     palette = PHOTO.convert("P")
@@ -199,7 +200,7 @@ def test_transparency_is_dropped() -> None:
 
 
 def test_cmyk_keeps_its_colours() -> None:
-    """As printers' JPEGs store them: inverted, as Adobe does."""
+    """Inverted, as Adobe stores CMYK JPEGs."""
     assert near(accepted(encoded(PHOTO.convert("CMYK"), quality=95)), PHOTO, 5)
 
 
@@ -214,7 +215,7 @@ def test_of_sixteen_bits_the_upper_eight_stay() -> None:
 
 
 def lossless_jpeg(grey: np.ndarray) -> bytes:
-    """A grey JPEG of the lossless kind: each pixel's difference from its left neighbour, with one Huffman table."""
+    """Return a lossless grey JPEG: each pixel's difference from its left neighbour, with one Huffman table."""
     above = np.concatenate([[128], grey[:-1, 0]]).astype(int)
     bits = ""
     for difference in np.diff(grey.astype(int), axis=1, prepend=above[:, None]).ravel().tolist():
@@ -229,12 +230,12 @@ def lossless_jpeg(grey: np.ndarray) -> bytes:
 
 
 def test_a_lossless_jpeg_is_never_decoded_scaled() -> None:
-    """TurboJPEG brings the process down when it is asked to."""
+    """TurboJPEG crashes the process in that case."""
     grey = np.asarray(PHOTO.convert("L").resize((100, 100)))
     assert np.array_equal(accepted(lossless_jpeg(grey), 1)[0], grey)
     small = outcomes(lossless_jpeg(grey), 1, scaling=True)
     assert np.array_equal(
-        small[0], decode_crop(encoded(Image.fromarray(grey), "PNG"), 1, whole, (20, 20), "bilinear", True)
+        small[0], decode_crop(encoded(Image.fromarray(grey), "PNG"), 1, full_image, (20, 20), "bilinear", True)
     )
     assert np.array_equal(small[0], small[-1])
 
@@ -242,9 +243,9 @@ def test_a_lossless_jpeg_is_never_decoded_scaled() -> None:
 @pytest.mark.skipif(module.simplejpeg is None, reason="simplejpeg is not installed")
 def test_pillow_decodes_where_simplejpeg_sees_another_size(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = accepted(FILES["JPEG"])
-    other = SimpleNamespace(decode_jpeg=lambda *_, **__: np.zeros((9, 9, 4), np.uint8))
-    monkeypatch.setattr(module, "simplejpeg", other)
-    assert np.array_equal(decode_crop(FILES["JPEG"], 3, whole, (100, 100), "bilinear", False), expected)
+    wrong_size = SimpleNamespace(decode_jpeg=lambda *_, **__: np.zeros((9, 9, 4), np.uint8))
+    monkeypatch.setattr(module, "simplejpeg", wrong_size)
+    assert np.array_equal(decode_crop(FILES["JPEG"], 3, full_image, (100, 100), "bilinear", False), expected)
 
 
 @pytest.mark.parametrize("kind", ["WEBP", "GIF", "PNG"])
@@ -270,7 +271,7 @@ def test_damage_beside_the_pixels_does_no_harm(damage: Callable[[bytes], bytes])
 
 
 def test_one_wrong_bit_in_a_png_is_refused() -> None:
-    """PNG carries checksums. JPEG has none: there a wrong bit is a wrong pixel, and only the manifest's sha256 tells."""
+    """PNG has checksums. JPEG has none: a wrong bit is a wrong pixel, which only the manifest's sha256 shows."""
     for place in np.linspace(20, len(FILES["PNG"]) - 20, 20).astype(int):
         data = bytearray(FILES["PNG"])
         data[place] ^= 1
@@ -279,7 +280,7 @@ def test_one_wrong_bit_in_a_png_is_refused() -> None:
 
 @pytest.mark.skipif(not features.check("webp"), reason="Pillow without WebP")
 def test_a_name_does_not_decide_what_a_file_is() -> None:
-    """WebP bytes in a member called .jpg decode: only the bytes are looked at."""
+    """WebP bytes in a member with the name .jpg decode: only the bytes count."""
     assert near(accepted(FILES["WEBP"]), PHOTO, 8)
 
 

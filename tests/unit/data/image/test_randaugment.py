@@ -1,11 +1,10 @@
-"""RandAugment: each change against Pillow or timm, draws that belong to samples, evaluation untouched."""
+"""RandAugment: each operation against timm, random numbers per sample, evaluation unchanged."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
-import timm.data.auto_augment as theirs
+import timm.data.auto_augment as timm_augment
 from PIL import Image
 
 from foveal.data import AugmentConfig, DataConfig, Dataset, build_training_set, eval_batches, train_batches
@@ -16,7 +15,7 @@ NAMES = (
     *("ColorIncreasing", "ContrastIncreasing", "BrightnessIncreasing", "SharpnessIncreasing"),
     *("ShearX", "ShearY", "TranslateXRel", "TranslateYRel"),
 )
-# What is interpolated, or rounded at another place, differs by a little in few pixels.
+# Interpolation, or rounding at another step, makes small differences in few pixels.
 ROUGH = {
     "Rotate",
     "ShearX",
@@ -39,32 +38,32 @@ def photograph() -> np.ndarray:
 @pytest.mark.parametrize("magnitude", [3.0, 9.0])
 def test_a_change_is_timms(name: str, magnitude: float, monkeypatch: pytest.MonkeyPatch) -> None:
     image, number = photograph(), NAMES.index(name)
-    monkeypatch.setattr(theirs.random, "random", lambda: 0.0)  # never negated
+    monkeypatch.setattr(timm_augment.random, "random", lambda: 0.0)  # never negated
     hparams = {"img_mean": (128, 128, 128), "interpolation": Image.Resampling.BILINEAR}
-    op = theirs.AugmentOp(name, prob=1.0, magnitude=int(magnitude), hparams=hparams)
+    op = timm_augment.AugmentOp(name, prob=1.0, magnitude=int(magnitude), hparams=hparams)
     expected = np.asarray(op(Image.fromarray(image.transpose(1, 2, 0)))).transpose(2, 0, 1).astype(int)
     row = np.zeros((1, UNIFORMS_PER_OP), np.float32)
-    row[0, 1] = (number + 0.5) / len(_OPERATIONS)  # which; done, positive, and a normal number of 0
-    found = rand_augment(image, row, AugmentConfig(operations=1, magnitude=magnitude)).astype(int)
-    assert found.shape == image.shape
-    near = np.abs(found - expected) <= 2
+    row[0, 1] = (number + 0.5) / len(_OPERATIONS)  # the operation; applied, positive, and a normal number of 0
+    augmented = rand_augment(image, row, AugmentConfig(operations=1, magnitude=magnitude)).astype(int)
+    assert augmented.shape == image.shape
+    near = np.abs(augmented - expected) <= 2
     assert near.mean() > (0.9 if name in ROUGH else 0.999), near.mean()
     if name != "AutoContrast":
-        assert (found != image).mean() > 0.05, "it does something"
+        assert (augmented != image).mean() > 0.05, "the operation changes nothing"
 
 
 def test_there_are_as_many_as_timm_has() -> None:
-    assert len(_OPERATIONS) == len(NAMES) == len(theirs._RAND_INCREASING_TRANSFORMS)
-    assert set(NAMES) == set(theirs._RAND_INCREASING_TRANSFORMS)
+    assert len(_OPERATIONS) == len(NAMES) == len(timm_augment._RAND_INCREASING_TRANSFORMS)
+    assert set(NAMES) == set(timm_augment._RAND_INCREASING_TRANSFORMS)
 
 
 def test_half_of_the_operations_are_done_and_a_draw_is_always_the_same() -> None:
     image, augment = photograph(), AugmentConfig(operations=1)
-    numbers = np.random.default_rng(1).random((400, 1, UNIFORMS_PER_OP), dtype=np.float32)
-    changed = [bool((rand_augment(image, row, augment) != image).any()) for row in numbers]
+    uniforms = np.random.default_rng(1).random((400, 1, UNIFORMS_PER_OP), dtype=np.float32)
+    changed = [bool((rand_augment(image, row, augment) != image).any()) for row in uniforms]
     assert 0.4 < np.mean(changed) < 0.55
     assert all(
-        np.array_equal(rand_augment(image, row, augment), rand_augment(image, row, augment)) for row in numbers[:5]
+        np.array_equal(rand_augment(image, row, augment), rand_augment(image, row, augment)) for row in uniforms[:5]
     )
 
 
@@ -74,26 +73,31 @@ def test_only_training_is_changed_and_on_any_ranks_alike(configure: Callable[...
     assert plain.augment.is_deterministic
     assert not cfg.augment.is_deterministic
 
-    def images(of: DataConfig, size: int = 1) -> np.ndarray:
-        training = build_training_set(Dataset.open(of), of, seed=0, batch_size=32)
-        place: dict[str, Any] = {"world_size": size, "microbatch_size": 8, "start_step": 0, "stop_step": 2}
-        found = []
-        for rank in range(size):
-            with train_batches(training, of, rank=rank, **place) as batches:
-                found.append(np.concatenate([batch.images.numpy() for batch in batches]).reshape(2, 32 // size, -1))
-        return np.concatenate(found, axis=1)
+    def images(cfg: DataConfig, world_size: int = 1) -> np.ndarray:
+        training = build_training_set(Dataset.open(cfg), cfg, seed=0, batch_size=32)
+        rank_images = []
+        for rank in range(world_size):
+            with train_batches(
+                training, cfg, rank=rank, world_size=world_size, microbatch_size=8, start_step=0, stop_step=2
+            ) as batches:
+                pixels = np.concatenate([batch.images.numpy() for batch in batches])
+            rank_images.append(pixels.reshape(2, 32 // world_size, -1))
+        return np.concatenate(rank_images, axis=1)
 
     assert np.array_equal(images(cfg), images(cfg, 2))
     differ = (images(cfg) != images(plain)).any(axis=2)
     assert 0.4 < differ.mean() < 0.95
-    looks = [
-        next(
-            iter(
-                eval_batches(
-                    Dataset.open(of), of, split="val", subset="all", seed=0, rank=0, world_size=1, microbatch_size=16
-                )
-            )
-        ).images
-        for of in (plain, cfg)
-    ]
-    assert looks[0].equal(looks[1])
+    eval_images = []
+    for eval_cfg in (plain, cfg):
+        batches = eval_batches(
+            Dataset.open(eval_cfg),
+            eval_cfg,
+            split="val",
+            subset="all",
+            seed=0,
+            rank=0,
+            world_size=1,
+            microbatch_size=16,
+        )
+        eval_images.append(next(batches).images)
+    assert eval_images[0].equal(eval_images[1])

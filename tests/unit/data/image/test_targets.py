@@ -1,4 +1,4 @@
-"""Labels that are more than a class: seen as their image is seen, on any ranks; what is no label is one sentence."""
+"""Labels other than a class: cropped like their image, on any ranks; an invalid label is an error message."""
 
 import io
 import json
@@ -21,7 +21,7 @@ CLASSES = ("sky", "road", "car")
 
 
 def stripes(number: int) -> np.ndarray:
-    """Ids that tell every place apart a little: classes by column, a corner that is ignored."""
+    """Return ids that vary with the position, with an ignored corner."""
     ids = (np.arange(SIDE)[None, :] // 4 + np.arange(SIDE)[:, None] // 8 + number) % 3
     ids[:4, :4] = IGNORED
     return ids.astype(np.uint8)
@@ -40,13 +40,13 @@ def members(number: int) -> dict[str, bytes]:
         {"bbox": [0, 0, 24, 24], "category_id": 1, "iscrowd": 1},
         {"bbox": [0, 0, 20, 24], "category_id": 1, "iscrowd": True},
     ]
-    told = {"annotations": boxes, "labels": [number % 3, 2]}
-    return {"png": png(ids * 20), "mask.png": png(ids), "json": json.dumps(told).encode()}
+    labels = {"annotations": boxes, "labels": [number % 3, 2]}
+    return {"png": png(ids * 20), "mask.png": png(ids), "json": json.dumps(labels).encode()}
 
 
 @pytest.fixture
 def scenes(tmp_path: Path, write_tar: Callable[..., Path]) -> Callable[..., tuple[Dataset, DataConfig]]:
-    """A set of scenes whose image is its mask times 20, with some members changed, and its config with some settings."""
+    """Return a factory of (data set, config): each image is its mask times 20; members and settings may be replaced."""
 
     def make(changed: dict[str, bytes] | None = None, /, **settings: Any) -> tuple[Dataset, DataConfig]:
         rows = [(f"{n:03d}.{name}", data) for n in range(SAMPLES) for name, data in members(n).items()]
@@ -61,9 +61,14 @@ def scenes(tmp_path: Path, write_tar: Callable[..., Path]) -> Callable[..., tupl
     return make
 
 
-def evaluated(dataset: Dataset, cfg: DataConfig, size: int = 1, at_once: int = 3) -> list[Any]:
-    place = {"split": "train", "subset": "all", "seed": 0, "world_size": size, "microbatch_size": at_once}
-    return [batch for rank in range(size) for batch in eval_batches(dataset, cfg, rank=rank, **place)]  # type: ignore[arg-type]
+def evaluated(dataset: Dataset, cfg: DataConfig, world_size: int = 1) -> list[Any]:
+    return [
+        batch
+        for rank in range(world_size)
+        for batch in eval_batches(
+            dataset, cfg, split="train", subset="all", seed=0, rank=rank, world_size=world_size, microbatch_size=3
+        )
+    ]
 
 
 def trained(dataset: Dataset, cfg: DataConfig) -> list[Any]:
@@ -73,8 +78,7 @@ def trained(dataset: Dataset, cfg: DataConfig) -> list[Any]:
 
 
 def test_a_mask_is_seen_as_its_image_is_seen(scenes: Callable[..., tuple[Dataset, DataConfig]]) -> None:
-    # Crops of half and of the whole at their own resolution are resized by whole factors, bilinear of flat 4 x 4 cells:
-    # away from edges every pixel of the image is 20 times that of the mask.
+    # The cells of 4 x 4 pixels are flat: away from their edges bilinear resizing keeps image = 20 * mask.
     dataset, cfg = scenes(
         labels="mask", augment={"scale": [0.3, 1.0], "ratio": [1.0, 1.0], "interpolation": "bilinear"}
     )
@@ -84,34 +88,35 @@ def test_a_mask_is_seen_as_its_image_is_seen(scenes: Callable[..., tuple[Dataset
         ids = batch.targets.numpy().astype(int)
         ids[ids == NO_CLASS] = IGNORED
         inside = np.abs(batch.images.numpy()[:, 0].astype(int) - 20 * ids) <= 1
-        assert inside.mean() > 0.6, "edges alone may differ"
+        assert inside.mean() > 0.6, "only edges may differ"
         corner = ids == IGNORED
         flipped += int((corner[:, 0, -1] & ~corner[:, 0, 0]).sum())
-    assert flipped, "some are flipped, and their masks with them"
+    assert flipped, "no image is flipped together with its mask"
 
 
 def test_an_evaluated_mask_is_whole_on_any_ranks(scenes: Callable[..., tuple[Dataset, DataConfig]]) -> None:
     dataset, cfg = scenes(labels="mask", image_size=12, val_size=SIDE)
-    for size in (1, 2):
-        found = {int(i): m for b in evaluated(dataset, cfg, size) for i, m in zip(b.ids, b.targets, strict=True)}
-        padding = found.pop(-1, None)
+    for world_size in (1, 2):
+        batches = evaluated(dataset, cfg, world_size)
+        masks = {int(i): mask for b in batches for i, mask in zip(b.ids, b.targets, strict=True)}
+        padding = masks.pop(-1, None)
         assert padding is None or (padding == NO_CLASS).all()
         for number in range(SAMPLES):
             ids = stripes(number).astype(int)
-            np.testing.assert_array_equal(found[number].numpy(), np.where(ids == IGNORED, NO_CLASS, ids))
+            np.testing.assert_array_equal(masks[number].numpy(), np.where(ids == IGNORED, NO_CLASS, ids))
 
 
 def test_boxes_follow_crop_flip_and_size(scenes: Callable[..., tuple[Dataset, DataConfig]]) -> None:
     dataset, cfg = scenes(labels="boxes", image_size=48)
     batch = evaluated(dataset, cfg)[1]
-    assert batch.targets.tolist() == [[[8, 16, 24, 40, n % 3]] for n in (3, 4, 5)], (
-        "twice the size; crowds are left out"
-    )
-    whole = {"scale": [1.0, 1.0], "ratio": [1.0, 1.0], "flip": 1.0}
-    dataset, cfg = scenes(labels="boxes", augment=whole)
+    assert batch.targets.tolist() == [[[8, 16, 24, 40, n % 3]] for n in (3, 4, 5)], "scaled by 2, without crowds"
+    flip_only = {"scale": [1.0, 1.0], "ratio": [1.0, 1.0], "flip": 1.0}
+    dataset, cfg = scenes(labels="boxes", augment=flip_only)
     assert trained(dataset, cfg)[0].targets[0, 0, :4].tolist() == [12, 8, 20, 20]
     dataset, cfg = scenes(labels="boxes", crop_ratio=0.5)
-    assert evaluated(dataset, cfg)[0].targets[0].tolist() == [[0, 4, 12, 24, 0]], "from 6 to 18, clipped, doubled"
+    assert evaluated(dataset, cfg)[0].targets[0].tolist() == [[0, 4, 12, 24, 0]], (
+        "cropped to 6..18, clipped, scaled by 2"
+    )
 
 
 def test_several_classes(scenes: Callable[..., tuple[Dataset, DataConfig]]) -> None:
@@ -122,12 +127,12 @@ def test_several_classes(scenes: Callable[..., tuple[Dataset, DataConfig]]) -> N
 def test_a_mask_that_does_not_decode_is_a_bad_sample(scenes: Callable[..., tuple[Dataset, DataConfig]]) -> None:
     dataset, cfg = scenes({"002.mask.png": png(stripes(2))[:60]}, labels="mask")
     batches = evaluated(dataset, cfg)
-    assert [bad.key for batch in batches for bad in batch.bad_samples] == ["002"]
+    assert [bad.webdataset_key for batch in batches for bad in batch.bad_samples] == ["002"]
     assert not batches[0].valid[2]
     assert (batches[0].targets[2] == NO_CLASS).all()
     bad = [bad for batch in trained(dataset, cfg) for bad in batch.bad_samples]
-    assert {one.key for one in bad} == {"002"}
-    assert all("its mask" in one.reason and one.replacement_key >= 0 for one in bad)
+    assert {sample.webdataset_key for sample in bad} == {"002"}
+    assert all("its mask" in sample.reason and sample.replacement_key >= 0 for sample in bad)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Shards that others wrote: real ones, from the folder that FOVEAL_TEST_DATA names."""
+"""Indexing of real foreign shards, from the folder in FOVEAL_TEST_DATA."""
 
 import gzip
 import io
@@ -29,7 +29,7 @@ def shards() -> Path:
 
 @pytest.fixture(scope="module")
 def cifar10(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Three of the twelve shards, unpacked; removed afterwards, they are large."""
+    """Three of the twelve shards, unpacked; removed afterwards because they are large."""
     folder = tmp_path_factory.mktemp("foreign") / "cifar10"
     folder.mkdir()
     for name in ("train-000000.tar", "train-000001.tar", "val-000000.tar"):
@@ -59,8 +59,8 @@ def test_a_folder_that_is_only_read_is_indexed_elsewhere(shards: Path, tmp_path:
     )
     dataset = Dataset.open(cfg)
     assert dataset.class_counts("train").tolist() == source["splits"]["train"]["per_class"]
-    dealt = build_training_set(dataset, cfg, seed=0, batch_size=64)
-    with train_batches(dealt, cfg, rank=1, world_size=2, microbatch_size=16, start_step=30, stop_step=31) as batches:
+    training = build_training_set(dataset, cfg, seed=0, batch_size=64)
+    with train_batches(training, cfg, rank=1, world_size=2, microbatch_size=16, start_step=30, stop_step=31) as batches:
         images = next(batches).images
     assert images.shape == (16, 3, 64, 64)
     assert images.float().std() > 30

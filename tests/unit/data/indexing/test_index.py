@@ -1,4 +1,4 @@
-"""Indices of foreign shards: every member where tarfile finds it, every broken shard one sentence."""
+"""Indices of foreign shards: the offsets of tarfile, and a one-line error for every broken shard."""
 
 import gzip
 import io
@@ -73,7 +73,7 @@ def test_what_webdataset_skips_is_skipped(tmp_path: Path, write_tar: WriteTar, p
 
 
 def test_the_tar_of_the_system_can_be_indexed(tmp_path: Path, png: bytes) -> None:
-    """Directories, `./` before names, padding to another block size."""
+    """`tar` adds directories, a leading `./` and padding to another block size."""
     (tmp_path / "images").mkdir()
     for name in ("0001", "0002"):
         (tmp_path / "images" / f"{name}.png").write_bytes(png)
@@ -90,10 +90,10 @@ def test_an_index_file_is_safetensors_and_reads_back_mapped(tmp_path: Path, digi
     index = index_shard(str(digits), "train-000000.tar")
     write_index(index, tmp_path / "x.index")
     mapped = open_index(tmp_path / "x.index", index.compute_digest(), len(index))
-    kept = safetensors.numpy.load_file(tmp_path / "x.index")
+    stored = safetensors.numpy.load_file(tmp_path / "x.index")
     for name in ("offsets", "sizes", "labels", "key_ends", "keys"):
         assert np.array_equal(getattr(mapped, name), getattr(index, name))
-        assert np.array_equal(getattr(mapped, name), kept[name])
+        assert np.array_equal(getattr(mapped, name), stored[name])
         assert not getattr(mapped, name).flags.owndata
     assert (mapped.shard, mapped.bytes, mapped.fields) == ("train-000000.tar", index.bytes, ("cls", "png"))
     assert mapped.key(239) == index.key(239)
@@ -106,13 +106,13 @@ def test_the_digest_knows_keys_sizes_and_labels_and_not_places(tmp_path: Path, w
 
     base = digest(("a.png", png), ("a.cls", b"1"))
     assert digest(("skipped", b"x" * 2000), ("a.png", png), ("a.cls", b"1")) == base
-    others = [
+    different = [
         digest(("b.png", png), ("b.cls", b"1")),
         digest(("a.png", png), ("a.cls", b"2")),
         digest(("a.png", png + b"\0"), ("a.cls", b"1")),
         digest(("a.png", png)),
     ]
-    assert len({base, *others}) == 5
+    assert len({base, *different}) == 5
 
 
 def test_shards_are_grouped_by_name_and_ordered_by_number(tmp_path: Path, write_tar: WriteTar, png: bytes) -> None:
@@ -136,15 +136,15 @@ def test_class_names_become_labels(tmp_path: Path, write_tar: WriteTar, png: byt
 
 
 def test_indexing_what_is_left_of_a_packed_folder_keeps_names_and_statistics(digits: Path, tmp_path: Path) -> None:
-    """The repair that a missing shard's sentence proposes must not turn class names into numbers without a word."""
-    folder, told = tmp_path / "left", []
+    """The repair proposed for a missing shard must keep class names and statistics, and warn."""
+    folder, warnings = tmp_path / "left", []
     shutil.copytree(digits, folder)
     (folder / "train-000001.tar").unlink()
     before = read_manifest(folder)
-    manifest = index_folder(str(folder), on_warning=told.append)
+    manifest = index_folder(str(folder), on_warning=warnings.append)
     assert manifest.splits["train"].samples < before.splits["train"].samples
     assert (manifest.name, manifest.classes, manifest.mean) == (before.name, before.classes, before.mean)
-    assert any("was of other samples; its name, class names, mean and std were kept" in note for note in told)
+    assert any("was of other samples; its name, class names, mean and std were kept" in warning for warning in warnings)
 
 
 def test_indexing_a_packed_folder_keeps_what_the_packer_knew(digits: Path, tmp_path: Path) -> None:
@@ -157,12 +157,9 @@ def test_indexing_a_packed_folder_keeps_what_the_packer_knew(digits: Path, tmp_p
     assert again.manifest == packed.manifest
     assert again.manifest.splits["train"].shards[0].sha256 is not None
     shutil.move(folder / "train-000005.tar", folder / "train-000006.tar")
-    assert Dataset.open(cfg.model_copy(update={"index": str(_moved(folder))})).digest("train") == packed.digest("train")
-
-
-def _moved(folder: Path) -> Path:
     index_folder(str(folder), folder / "elsewhere")
-    return folder / "elsewhere"
+    renamed = Dataset.open(cfg.model_copy(update={"index": str(folder / "elsewhere")}))
+    assert renamed.digest("train") == packed.digest("train")
 
 
 def test_shards_behind_a_url_read_as_those_in_a_folder(digits: Path, tmp_path: Path) -> None:
@@ -180,7 +177,7 @@ def test_shards_behind_a_url_read_as_those_in_a_folder(digits: Path, tmp_path: P
     assert batches[0].labels.equal(batches[1].labels)
 
 
-def broken(kind: str, folder: Path, write_tar: WriteTar, png: bytes) -> None:
+def write_broken_shard(kind: str, folder: Path, write_tar: WriteTar, png: bytes) -> None:
     shard = folder / "train-0.tar"
     good = [("a.png", png), ("a.cls", b"1"), ("b.png", png), ("b.cls", b"2")]
     members = {
@@ -196,18 +193,18 @@ def broken(kind: str, folder: Path, write_tar: WriteTar, png: bytes) -> None:
         "word": [("a.png", png), ("a.cls", b"cat")],
         "negative": [("a.png", png), ("a.cls", b"-2")],
     }
-    whole = write_tar(shard, members.get(kind, good)).read_bytes()
+    data = write_tar(shard, members.get(kind, good)).read_bytes()
     if kind == "gzip inside":
-        shard.write_bytes(gzip.compress(whole))
+        shard.write_bytes(gzip.compress(data))
     elif kind == "gzip":
         shard.unlink()
-        (folder / "train-0.tar.gz").write_bytes(gzip.compress(whole))
+        (folder / "train-0.tar.gz").write_bytes(gzip.compress(data))
     elif kind == "zero bytes":
         shard.write_bytes(b"")
     elif kind == "damaged header":
-        shard.write_bytes(whole[: 512 * 2] + b"x" * 512 + whole[512 * 3 :])
+        shard.write_bytes(data[: 512 * 2] + b"x" * 512 + data[512 * 3 :])
     elif kind == "joined":
-        shard.write_bytes(whole + whole)
+        shard.write_bytes(data + data)
     elif kind == "no tar":
         shard.write_bytes(b"hello " * 500)
     elif kind == "link":
@@ -241,7 +238,7 @@ SENTENCES = {
 
 @pytest.mark.parametrize("kind", SENTENCES)
 def test_a_broken_shard_is_one_sentence(tmp_path: Path, write_tar: WriteTar, png: bytes, kind: str) -> None:
-    broken(kind, tmp_path, write_tar, png)
+    write_broken_shard(kind, tmp_path, write_tar, png)
     with pytest.raises(DataError, match=SENTENCES[kind]) as caught:
         index_folder(str(tmp_path))
     assert str(caught.value).startswith(str(tmp_path))
@@ -294,30 +291,30 @@ def test_an_index_that_does_not_belong_is_refused(tmp_path: Path, digits: Path, 
 
 
 def test_every_byte_of_an_index_is_covered(tmp_path: Path, digits: Path) -> None:
-    """What comes from elsewhere is checked: no changed byte gives another index, whether it is refused or padding."""
+    """A changed byte is refused, or is in padding and does not change the index."""
     file = tmp_path / "val-000000.tar.index"
     index = index_shard(str(digits), "val-000000.tar")
     write_index(index, file)
     verify_index(file)
-    whole = file.read_bytes()
-    start = 8 + int.from_bytes(whole[:8], "little")
+    data = file.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
     refused = 0
-    for place in [*range(0, start, 3), *range(start, len(whole), 211), len(whole) - 1]:
-        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    for position in [*range(0, start, 3), *range(start, len(data), 211), len(data) - 1]:
+        file.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
         try:
             verify_index(file)
         except DataError:
             refused += 1
         else:
-            found, digest = mmap_index(file)
-            assert (found.to_metadata(), digest, found.checksum) == (
+            changed, digest = mmap_index(file)
+            assert (changed.to_metadata(), digest, changed.checksum) == (
                 index.to_metadata(),
                 index.compute_digest(),
                 index.compute_checksum(),
             )
-            assert place < start, "a byte of the arrays changed unseen"
+            assert position < start, "a changed byte of the arrays was not detected"
     assert refused > len(range(0, start, 3)) * 0.9
-    file.write_bytes(whole[:-8])
+    file.write_bytes(data[:-8])
     with pytest.raises(DataError, match="is no index of a shard"):
         verify_index(file)
 

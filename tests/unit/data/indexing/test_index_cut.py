@@ -1,4 +1,4 @@
-"""Tars that end too early, and tars whose headers lie: what is whole is indexed, and nothing else."""
+"""Truncated tars and damaged headers: complete samples are indexed, and nothing else."""
 
 import io
 import tarfile
@@ -16,7 +16,7 @@ from foveal.data.indexing.tar import TarSample, scan_tar
 from foveal.errors import DataError
 
 WriteTar = Callable[..., Path]
-LONG = "/".join(["a-long-folder-name"] * 9)  # beyond the 100 characters of a plain header
+LONG = "/".join(["a-long-folder-name"] * 9)  # longer than the 100 characters of a plain header
 
 
 def tar_of(members: list[tuple[str, bytes]], kind: int) -> bytes:
@@ -29,7 +29,7 @@ def tar_of(members: list[tuple[str, bytes]], kind: int) -> bytes:
     return stream.getvalue()
 
 
-def walked(data: bytes) -> tuple[list[TarSample], str]:
+def scan(data: bytes) -> tuple[list[TarSample], str]:
     return scan_tar(io.BytesIO(data), len(data), "s.tar", IndexRules())
 
 
@@ -39,36 +39,35 @@ def test_of_a_shard_cut_anywhere_the_whole_samples_are_indexed(kind: int) -> Non
     members = [
         (f"{folder}/{key}.{name}", b"1" * (700 if name == "png" else 1)) for key in "abc" for name in ("png", "cls")
     ]
-    whole = tar_of(members, kind)
-    samples, note = walked(whole)
+    tar = tar_of(members, kind)
+    samples, note = scan(tar)
     assert (len(samples), note) == (3, "")
     ends = [offset + size for sample in samples for offset, size in sample.members.values()]
-    marked = -(-ends[-1] // 512) * 512 + 512  # one block of zeros behind the last member is a mark
+    marked = -(-ends[-1] // 512) * 512 + 512  # a block of zeros after the last member marks the end
     for size in [*range(512, marked + 1, 32), *ends, *(end - 1 for end in ends)]:
-        found, note = walked(whole[:size])
+        scanned, note = scan(tar[:size])
         complete = sum(end <= size for end in ends[1::2])
-        assert found == samples[: len(found)], "a sample that is not as it was"
-        assert complete - (complete == 1) <= len(found) <= complete
+        assert scanned == samples[: len(scanned)], "a sample differs from the complete tar's"
+        assert complete - (complete == 1) <= len(scanned) <= complete
         assert bool(note) == (size < marked), note
         if note:
-            assert (
-                f"s.tar is cut short after byte {note.split('byte ')[1].split(':')[0]}: its first {len(found)}" in note
-            )
+            position = note.split("byte ")[1].split(":")[0]
+            assert f"s.tar is cut short after byte {position}: its first {len(scanned)}" in note
     for size in range(1, 512, 37):
         with pytest.raises(DataError, match=r"s.tar is not a tar file"):
-            walked(whole[:size])
+            scan(tar[:size])
 
 
 def test_a_last_sample_that_may_miss_members_is_left_out() -> None:
-    """Cut between its members it looks whole; only the others can tell."""
+    """A sample cut between its members looks complete; only the fields of the other samples show the loss."""
     fields = {"a": ("png", "cls"), "b": ("png", "cls"), "c": ("png", "cls")}
     members = [(f"{key}.{name}", b"1") for key, names in fields.items() for name in names]
-    cut = tar_of(members, tarfile.USTAR_FORMAT)[: 5 * 1024]  # in front of c.cls
-    found, note = walked(cut)
-    assert [sample.key for sample in found] == ["a", "b"]
+    cut = tar_of(members, tarfile.USTAR_FORMAT)[: 5 * 1024]  # before c.cls
+    samples, note = scan(cut)
+    assert [sample.key for sample in samples] == ["a", "b"]
     assert "its first 2 samples are indexed, without 'c', which is not known to be whole; copy it again" in note
-    alike, note = walked(tar_of(members[:4], tarfile.USTAR_FORMAT)[: 4 * 1024])
-    assert [sample.key for sample in alike] == ["a", "b"]
+    samples, note = scan(tar_of(members[:4], tarfile.USTAR_FORMAT)[: 4 * 1024])
+    assert [sample.key for sample in samples] == ["a", "b"]
     assert "its first 2 samples are indexed; copy it again" in note
 
 
@@ -81,18 +80,18 @@ def test_a_cut_shard_is_reported_each_time_and_an_empty_one_left_out(
     (tmp_path / "train-1.tar").write_bytes(cut)
     write_tar(tmp_path / "train-2.tar", [])
     write_tar(tmp_path / "val-0.tar", [("note", b"x")])
-    lost = (
+    warning = (
         "is cut short after byte 5120: its first 2 samples are indexed, without 'c', which is not known to be whole; "
         "copy it again, or write it again"
     )
-    for _ in range(2):  # the second time from the index that is there
-        told: list[str] = []
-        manifest = index_folder(str(tmp_path), on_warning=told.append)
+    for _ in range(2):  # the second time from the existing index
+        warnings: list[str] = []
+        manifest = index_folder(str(tmp_path), on_warning=warnings.append)
         shards = [(shard.file, shard.samples) for shard in manifest.splits["train"].shards]
         assert shards == [("train-0.tar", 3), ("train-1.tar", 2)]
         assert list(manifest.splits) == ["train"]
-        assert [line.removeprefix(f"{tmp_path}/") for line in told] == [
-            f"train-1.tar {lost}",
+        assert [line.removeprefix(f"{tmp_path}/") for line in warnings] == [
+            f"train-1.tar {warning}",
             "train-2.tar holds no samples: it is left out",
             "val-0.tar holds no samples: it is left out",
         ]
@@ -102,16 +101,16 @@ def test_a_cut_shard_is_reported_each_time_and_an_empty_one_left_out(
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_rubbish_is_refused_or_is_a_sample_that_tarfile_sees(data: st.DataObject) -> None:
-    """Flipped bytes anywhere: one sentence, or members inside the file. Nothing hangs, nothing else is raised."""
+    """Random changed bytes raise DataError or give members inside the file; no hang and no other exception."""
     keys = data.draw(st.lists(st.sampled_from(["a", "b", "dir/c", LONG]), min_size=1, max_size=4, unique=True))
     kind = data.draw(st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]))
     tar = bytearray(tar_of([(f"{key}.{name}", b"1") for key in keys for name in ("png", "cls")], kind))
     used = len(tar.rstrip(b"\0")) + 1
-    for place in data.draw(st.lists(st.integers(0, used), max_size=4)):
-        tar[place] = data.draw(st.integers(0, 255))
+    for position in data.draw(st.lists(st.integers(0, used), max_size=4)):
+        tar[position] = data.draw(st.integers(0, 255))
     tar = tar[: data.draw(st.one_of(st.just(len(tar)), st.integers(0, len(tar))))]
     try:
-        samples, _ = walked(bytes(tar))
+        samples, _ = scan(bytes(tar))
     except DataError:
         return
     for sample in samples:
@@ -120,7 +119,7 @@ def test_rubbish_is_refused_or_is_a_sample_that_tarfile_sees(data: st.DataObject
 
 
 def test_a_header_that_claims_less_than_nothing_is_damage() -> None:
-    """A negative size would send the walk backwards, for ever."""
+    """A negative size would move the scan backwards in an endless loop."""
     tar = bytearray(tar_of([("a.png", b"1"), ("b.png", b"1")], tarfile.GNU_FORMAT))
     header = tar[1024:1536]
     header[124:136] = (-1024 & (1 << 96) - 1).to_bytes(12, "big")
@@ -128,20 +127,20 @@ def test_a_header_that_claims_less_than_nothing_is_damage() -> None:
     header[148:156] = b"%06o\0 " % sum(header)
     tar[1024:1536] = header
     with pytest.raises(DataError, match=r"s.tar is (damaged after byte 1024|not a tar file)"):
-        walked(bytes(tar))
+        scan(bytes(tar))
 
 
 def test_a_header_with_a_wrong_sum_is_damage_and_not_the_end() -> None:
     tar = bytearray(tar_of([("a.png", b"1"), ("b.png", b"1")], tarfile.GNU_FORMAT))
     tar[1024 + 100] ^= 1
     with pytest.raises(DataError, match=r"s.tar is damaged after byte 1024: copy it again, or write it again"):
-        walked(bytes(tar))
+        scan(bytes(tar))
 
 
 def test_an_index_of_a_cut_shard_opens(tmp_path: Path, write_tar: WriteTar, png: bytes) -> None:
-    whole = write_tar(tmp_path / "train-0.tar", [(f"{key}.png", png) for key in "abcd"]).read_bytes()
+    data = write_tar(tmp_path / "train-0.tar", [(f"{key}.png", png) for key in "abcd"]).read_bytes()
     before = index_shard(str(tmp_path), "train-0.tar")
-    (tmp_path / "train-0.tar").write_bytes(whole[: 3 * 1024 + 512])
+    (tmp_path / "train-0.tar").write_bytes(data[: 3 * 1024 + 512])
     after = index_shard(str(tmp_path), "train-0.tar")
     assert (len(after), after.bytes) == (3, 3 * 1024 + 512)
     assert np.array_equal(after.offsets, before.offsets[:3])

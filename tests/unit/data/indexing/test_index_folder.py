@@ -1,4 +1,4 @@
-"""`foveal data index` on a whole folder: what it takes for a label, what it walks again, what it says."""
+"""`foveal data index` on a folder: labels, reuse of indices, output."""
 
 import json
 import os
@@ -24,85 +24,86 @@ WriteTar = Callable[..., Path]
 
 @pytest.fixture
 def folder(tmp_path: Path, write_tar: WriteTar, png: bytes) -> Path:
-    """Three shards of two samples, written an hour ago."""
+    """Three shards of two samples, modified an hour ago."""
     (tmp_path / "set").mkdir()
     for number in range(3):
         members = [
             (f"{key}.{name}", png if name == "png" else b"%d" % number) for key in "ab" for name in ("png", "cls")
         ]
-        aged(write_tar(tmp_path / "set" / f"train-{number}.tar", members))
+        backdate(write_tar(tmp_path / "set" / f"train-{number}.tar", members))
     return tmp_path / "set"
 
 
-def aged(file: Path) -> Path:
+def backdate(file: Path) -> Path:
+    """Move a file's modification time one hour back."""
     before = file.stat().st_mtime - 3600
     os.utime(file, (before, before))
     return file
 
 
 @pytest.fixture
-def walks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The shards that are walked, sorted."""
+def scans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the scanned shards, sorted."""
     names: list[str] = []
     original = indexing.scan_shard
 
-    def counted(place: Any, file: str, rules: Any) -> ShardIndex:
+    def recording_scan(source: Any, file: str, rules: Any) -> ShardIndex:
         names.append(file)
         names.sort()
-        return original(place, file, rules)
+        return original(source, file, rules)
 
-    monkeypatch.setattr(indexing, "scan_shard", counted)
+    monkeypatch.setattr(indexing, "scan_shard", recording_scan)
     return names
 
 
-def walked(walks: list[str]) -> str:
-    """Numbers of the shards that were walked since this was asked last."""
-    numbers = "".join(name[6] for name in walks)
-    walks.clear()
+def scanned_numbers(scans: list[str]) -> str:
+    """Return the numbers of the shards scanned since the last call."""
+    numbers = "".join(name[6] for name in scans)
+    scans.clear()
     return numbers
 
 
-def test_only_what_changed_is_walked_again(folder: Path, walks: list[str], write_tar: WriteTar, png: bytes) -> None:
+def test_only_what_changed_is_walked_again(folder: Path, scans: list[str], write_tar: WriteTar, png: bytes) -> None:
     run = partial(index_folder, str(folder))
     first = run()
     written = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.glob("*.index")}
-    assert walked(walks) == "012"
+    assert scanned_numbers(scans) == "012"
     assert run() == first
-    assert walked(walks) == ""
+    assert scanned_numbers(scans) == ""
     assert {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.glob("*.index")} == written
     (folder / "train-1.tar.index").unlink()
-    torn = folder / "train-2.tar.index"
-    torn.write_bytes(torn.read_bytes()[:-1] + b"?")
+    damaged = folder / "train-2.tar.index"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     assert run() == first
-    assert walked(walks) == "12"
+    assert scanned_numbers(scans) == "12"
     assert {file: file.read_bytes() for file in folder.glob("*.index")} == {
         file: before for file, (before, _) in written.items()
     }
     size = (folder / "train-0.tar").stat().st_size
     write_tar(folder / "train-0.tar", [("x.png", png), ("x.cls", b"7"), ("y.png", png), ("y.cls", b"7")])
     assert (folder / "train-0.tar").stat().st_size == size
-    os.utime(folder / "train-0.tar", (2**31, 2**31))  # newer than its index, whatever the clock's grain
+    os.utime(folder / "train-0.tar", (2**31, 2**31))  # newer than its index at any time resolution
     assert run() != first
-    assert walked(walks) == "0"
+    assert scanned_numbers(scans) == "0"
     assert mmap_index(folder / "train-0.tar.index")[0].key(0) == "x"
-    aged(folder / "train-0.tar")
+    backdate(folder / "train-0.tar")
     run(rebuild=True)
-    assert walked(walks) == "012"
+    assert scanned_numbers(scans) == "012"
     run(classes=["p", "q", "r", "s", "t", "u", "v", "w"])
-    assert walked(walks) == "012"
+    assert scanned_numbers(scans) == "012"
 
 
-def test_an_interrupted_run_goes_on_where_it_was(folder: Path, walks: list[str]) -> None:
-    whole = (folder / "train-2.tar").read_bytes()
-    aged(folder / "train-2.tar").write_bytes(b"no tar" * 500)
+def test_an_interrupted_run_goes_on_where_it_was(folder: Path, scans: list[str]) -> None:
+    data = (folder / "train-2.tar").read_bytes()
+    backdate(folder / "train-2.tar").write_bytes(b"no tar" * 500)
     for _ in range(2):
         with pytest.raises(DataError, match=r"train-2.tar is not a tar file"):
             index_folder(str(folder), workers=1)
         assert not (folder / "manifest.json").exists()
-    assert walked(walks) == "0122"
-    (folder / "train-2.tar").write_bytes(whole)
+    assert scanned_numbers(scans) == "0122"
+    (folder / "train-2.tar").write_bytes(data)
     assert index_folder(str(folder)).splits["train"].samples == 6
-    assert walked(walks) == "2"
+    assert scanned_numbers(scans) == "2"
 
 
 @pytest.mark.parametrize("damaged", [0, 1, 2])
@@ -120,8 +121,8 @@ def test_sha256_stays_while_the_shard_does(folder: Path) -> None:
         shard["sha256"] = shard["file"]
     (folder / "manifest.json").write_text(json.dumps(tree))
     os.utime(folder / "train-1.tar", (2**31, 2**31))
-    known = [shard.sha256 for shard in index_folder(str(folder)).splits["train"].shards]
-    assert known == ["train-0.tar", None, "train-2.tar"]
+    checksums = [shard.sha256 for shard in index_folder(str(folder)).splits["train"].shards]
+    assert checksums == ["train-0.tar", None, "train-2.tar"]
     assert not any(shard.sha256 for shard in index_folder(str(folder), rebuild=True).splits["train"].shards)
 
 
@@ -130,11 +131,11 @@ def test_labels_from_json(tmp_path: Path, write_tar: WriteTar, png: bytes) -> No
     members = [(f"{key}.png", png) for key in entries]
     members += [(f"{key}.json", json.dumps(entry).encode()) for key, entry in entries.items() if entry is not None]
     write_tar(tmp_path / "train-0.tar", sorted(members, key=lambda member: member[0]))
-    told: list[str] = []
-    manifest = index_folder(str(tmp_path), label_key="label", classes=["cat", "dog", "cow"], on_warning=told.append)
+    warnings: list[str] = []
+    manifest = index_folder(str(tmp_path), label_key="label", classes=["cat", "dog", "cow"], on_warning=warnings.append)
     index, _ = mmap_index(tmp_path / "train-0.tar.index")
     assert index.labels.tolist() == [2, 1, -1, -1, -1]
-    assert told == ["train: 3 of 5 samples have no class"]
+    assert warnings == ["train: 3 of 5 samples have no class"]
     assert manifest.fields == ("json", "png")
     with pytest.raises(DataError, match=r"no sample has a label 'lable' in its .json: correct --label-key"):
         index_folder(str(tmp_path), label_key="lable")
@@ -183,12 +184,12 @@ def test_the_command_says_what_it_found(folder: Path, write_tar: WriteTar, png: 
 
 class _Quiet(SimpleHTTPRequestHandler):
     def log_request(self, *args: Any) -> None:
-        """Not into the output of the tests."""
+        """Keep requests out of the output of the tests."""
 
 
 @contextmanager
 def served(folder: Path) -> Iterator[str]:
-    """A folder behind a plain HTTP server, which lists it and ignores ranges."""
+    """Serve a folder over plain HTTP, with a listing and without byte ranges; yield the URL."""
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(folder))) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -199,14 +200,14 @@ def served(folder: Path) -> Iterator[str]:
             thread.join()
 
 
-def test_shards_behind_http_are_indexed_as_those_in_a_folder(folder: Path, tmp_path: Path, walks: list[str]) -> None:
-    here = index_folder(str(folder), tmp_path / "here", name="set")
-    walks.clear()
+def test_shards_behind_http_are_indexed_as_those_in_a_folder(folder: Path, tmp_path: Path, scans: list[str]) -> None:
+    local = index_folder(str(folder), tmp_path / "local", name="set")
+    scans.clear()
     with served(folder) as url:
-        there = index_folder(url, tmp_path / "there", name="set")
-        assert walked(walks) == "012"
-        assert index_folder(url, tmp_path / "there") == there
-        assert walked(walks) == "", "Last-Modified says that nothing changed"
-    assert there == here
-    for file in (tmp_path / "here").glob("*.index"):
-        assert file.read_bytes() == (tmp_path / "there" / file.name).read_bytes()
+        remote = index_folder(url, tmp_path / "remote", name="set")
+        assert scanned_numbers(scans) == "012"
+        assert index_folder(url, tmp_path / "remote") == remote
+        assert scanned_numbers(scans) == "", "Last-Modified says that nothing changed"
+    assert remote == local
+    for file in (tmp_path / "local").glob("*.index"):
+        assert file.read_bytes() == (tmp_path / "remote" / file.name).read_bytes()

@@ -1,4 +1,4 @@
-"""`foveal data pack` as it is typed."""
+"""The command line of `foveal data pack`."""
 
 from pathlib import Path
 
@@ -12,16 +12,16 @@ from foveal.data.pack.options import PackOptions
 from foveal.errors import ConfigError
 
 
-def typed(*words: object) -> str:
-    """What the command says."""
-    result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+def invoke(*arguments: object) -> str:
+    """Run the command and return its output."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.output
 
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """One class folder, six images, the third of which is cut short, and a table of them."""
+    """One class folder with six images, the third of which is truncated, and a table of them."""
     folder = tmp_path / "in" / "images"
     folder.mkdir(parents=True)
     rows = ["file,kind"]
@@ -35,13 +35,13 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
-def test_every_option_of_a_recipe_can_be_typed(tmp_path: Path, images: Path) -> None:
+def test_every_option_of_a_recipe_can_be_invoke(tmp_path: Path, images: Path) -> None:
     out = tmp_path / "out"
     options = "--shard-mb 1 --samples-per-shard 2 --workers 2 --resize 20 --format webp --quality 70 --skip-bad"
     options += " --val-fraction 0 --name mine --image-column file --label-column kind"
-    said = typed("table", images / "table.csv", "--out", out, *options.split())
-    assert f"{out}: written" in said
-    assert f"1 images do not decode and were left out; {out / 'skipped.txt'} lists them" in said.replace("\n", "")
+    output = invoke("table", images / "table.csv", "--out", out, *options.split())
+    assert f"{out}: written" in output
+    assert f"1 images do not decode and were left out; {out / 'skipped.txt'} lists them" in output.replace("\n", "")
     manifest = read_manifest(out)
     assert (manifest.name, manifest.classes, manifest.fields) == ("mine", ("even", "odd"), ("cls", "webp"))
     assert sorted(shard.samples for shard in manifest.splits["train"].shards) == [1, 2, 2]
@@ -49,19 +49,19 @@ def test_every_option_of_a_recipe_can_be_typed(tmp_path: Path, images: Path) -> 
         "image_column",
         "label_column",
     }
-    assert "already there, nothing to do" in typed("table", images / "table.csv", "--out", out)
+    assert "already there, nothing to do" in invoke("table", images / "table.csv", "--out", out)
 
 
 def test_a_command_without_options_has_those_of_the_recipe(tmp_path: Path, images: Path) -> None:
     Image.new("L", (40, 30)).save(images / "2.jpg")
     for options, counts in ((), {"train": 5, "val": 1}), (("--val-fraction", 0), {"train": 6}):
         out = tmp_path / "outs" / str(len(options))
-        assert typed("folder", images.parent, "--out", out, *options) == f"{out}: written, 6 samples of 'in'\n"
+        assert invoke("folder", images.parent, "--out", out, *options) == f"{out}: written, 6 samples of 'in'\n"
         assert {name: split.samples for name, split in read_manifest(out).splits.items()} == counts
 
 
 @pytest.mark.parametrize("command", ["folder", "table", "hf"])
 def test_a_wrong_option_is_a_sentence(command: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"quality: input should be less than or equal to 100 \(given: 101\)"):
-        typed(command, tmp_path, "--out", tmp_path / "out", "--quality", 101)
-    assert "one per core" in typed(command, "--help")
+        invoke(command, tmp_path, "--out", tmp_path / "out", "--quality", 101)
+    assert "one per core" in invoke(command, "--help")

@@ -1,4 +1,4 @@
-"""What re-encoding does to an image, and what happens to those that do not decode."""
+"""Re-encoding of images, and images that do not decode."""
 
 import io
 from collections.abc import Callable
@@ -19,70 +19,71 @@ from foveal.errors import DataError
 
 
 def smooth(width: int, height: int, mode: str = "RGB") -> Image.Image:
-    """A picture that lossy formats keep well: brighter to the right, redder downwards."""
-    across, down = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
-    return Image.fromarray(np.stack([down, across, 255 - across], axis=2).astype(np.uint8)).convert(mode)
+    """Return an image with small compression losses: greener to the right, redder downwards."""
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack([y, x, 255 - x], axis=2).astype(np.uint8)).convert(mode)
 
 
-def coded(image: Image.Image, kind: str, **options: Any) -> bytes:
+def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
     stream = io.BytesIO()
     image.save(stream, kind, **options)
     return stream.getvalue()
 
 
-def ready(data: bytes, field: str | None = "jpg", measured: bool = False, **options: Any) -> EncodedSample:
-    found = encode_sample(
-        PackSample("k", field, 3, lambda: data, "there"), PackOptions.from_dict(options, "pack"), measured
-    )
-    assert isinstance(found, EncodedSample)
-    return found
+def pack(data: bytes, field: str | None = "jpg", with_moments: bool = False, **options: Any) -> EncodedSample:
+    sample = PackSample("k", field, 3, lambda: data, "there")
+    encoded = encode_sample(sample, PackOptions.from_dict(options, "pack"), with_moments)
+    assert isinstance(encoded, EncodedSample)
+    return encoded
 
 
-def shown(sample: EncodedSample) -> Image.Image:
+def open_image(sample: EncodedSample) -> Image.Image:
     return Image.open(io.BytesIO(sample.data))
 
 
 def test_without_options_bytes_are_not_looked_at() -> None:
-    assert ready(b"not an image").data == b"not an image"
+    assert pack(b"not an image").data == b"not an image"
 
 
 @pytest.mark.parametrize(("size", "expected"), [((90, 60), (45, 30)), ((60, 91), (30, 46)), ((31, 1000), (30, 968))])
 def test_the_shorter_side_gets_the_length(size: tuple[int, int], expected: tuple[int, int]) -> None:
-    sample = ready(coded(smooth(*size), "PNG"), "png", resize=30)
-    assert shown(sample).size == expected
+    sample = pack(encode(smooth(*size), "PNG"), "png", resize=30)
+    assert open_image(sample).size == expected
     smaller = np.asarray(smooth(*expected), dtype=float)
-    assert np.abs(np.asarray(shown(sample), dtype=float) - smaller).max() < 10
+    assert np.abs(np.asarray(open_image(sample), dtype=float) - smaller).max() < 10
 
 
 @pytest.mark.parametrize(
     "options", [{"resize": 60}, {"resize": 200}, {"format": "jpg"}, {"format": "jpg", "resize": 60}]
 )
 def test_what_is_already_so_keeps_its_bytes(options: dict[str, Any]) -> None:
-    data = coded(smooth(90, 60), "JPEG", quality=95)
-    assert ready(data, **options).data == data
+    data = encode(smooth(90, 60), "JPEG", quality=95)
+    assert pack(data, **options).data == data
 
 
 def test_a_quality_is_for_all() -> None:
-    data = coded(smooth(90, 60), "JPEG", quality=95)
-    assert len(ready(data, quality=30).data) < len(data)
-    png = coded(smooth(90, 60), "PNG")
-    assert ready(png, "png", quality=30).data == png
+    data = encode(smooth(90, 60), "JPEG", quality=95)
+    assert len(pack(data, quality=30).data) < len(data)
+    png = encode(smooth(90, 60), "PNG")
+    assert pack(png, "png", quality=30).data == png
 
 
 @pytest.mark.parametrize(("field", "kind"), [("jpg", "JPEG"), ("png", "PNG"), ("webp", "WEBP")])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_formats_keep_colours_and_grey(field: str, kind: str, mode: str) -> None:
     picture = smooth(40, 30, mode)
-    sample = ready(coded(picture, "BMP"), "bmp", format=field, quality=None if field == "png" else 95)
-    assert (sample.field, shown(sample).format) == (field, kind)
-    assert shown(sample).mode == ("RGB" if field == "webp" else mode)  # WebP has no grey
-    difference = np.asarray(shown(sample).convert("RGB"), dtype=float) - np.asarray(picture.convert("RGB"), dtype=float)
+    sample = pack(encode(picture, "BMP"), "bmp", format=field, quality=None if field == "png" else 95)
+    assert (sample.field, open_image(sample).format) == (field, kind)
+    assert open_image(sample).mode == ("RGB" if field == "webp" else mode)  # WebP has no grey
+    difference = np.asarray(open_image(sample).convert("RGB"), dtype=float) - np.asarray(
+        picture.convert("RGB"), dtype=float
+    )
     assert np.abs(difference).mean() < 3
 
 
 def test_other_formats_become_png_when_they_must_change() -> None:
-    sample = ready(coded(smooth(40, 30), "TIFF"), "tif", resize=10)
-    assert (sample.field, shown(sample).size) == ("png", (13, 10))
+    sample = pack(encode(smooth(40, 30), "TIFF"), "tif", resize=10)
+    assert (sample.field, open_image(sample).size) == ("png", (13, 10))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -90,60 +91,60 @@ def test_other_formats_become_png_when_they_must_change() -> None:
 def test_orientation_is_applied_once(orientation: int, options: dict[str, Any]) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = coded(smooth(40, 20), "JPEG", quality=95, exif=exif)
-    sample = ready(data, **options)
-    assert shown(sample).getexif().get(0x0112, 1) == 1
+    data = encode(smooth(40, 20), "JPEG", quality=95, exif=exif)
+    sample = pack(data, **options)
+    assert open_image(sample).getexif().get(0x0112, 1) == 1
     assert (sample.data == data) == (orientation == 1 and options == {"resize": 500})
-    before, after = (np.asarray(decode_image(each, 3), dtype=float) for each in (data, sample.data))
+    before, after = (np.asarray(decode_image(image, 3), dtype=float) for image in (data, sample.data))
     assert before.shape == after.shape
     assert np.abs(before - after).mean() < 3
 
 
 def test_a_profile_stays_and_that_of_other_colours_does_not() -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    kept = ready(coded(smooth(40, 30), "JPEG", icc_profile=profile), resize=10)
-    assert shown(kept).info["icc_profile"] == profile
-    lost = ready(coded(smooth(40, 30, "CMYK"), "JPEG", icc_profile=b"of CMYK"), resize=100)
-    assert "icc_profile" not in shown(lost).info
-    assert shown(lost).mode == "RGB"
+    rgb = pack(encode(smooth(40, 30), "JPEG", icc_profile=profile), resize=10)
+    assert open_image(rgb).info["icc_profile"] == profile
+    cmyk = pack(encode(smooth(40, 30, "CMYK"), "JPEG", icc_profile=b"of CMYK"), resize=100)
+    assert "icc_profile" not in open_image(cmyk).info
+    assert open_image(cmyk).mode == "RGB"
 
 
 def test_notes_on_an_image_are_dropped() -> None:
     exif = Image.Exif()
     exif[0x010E] = "a secret"
-    sample = ready(coded(smooth(40, 30), "JPEG", exif=exif, comment=b"a secret"), resize=10)
+    sample = pack(encode(smooth(40, 30), "JPEG", exif=exif, comment=b"a secret"), resize=10)
     assert b"secret" not in sample.data
 
 
 def test_the_kind_is_that_of_the_bytes_if_nobody_says() -> None:
     kinds = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif", "PPM": "ppm", "GIF": "gif"}
     for kind, field in kinds.items():
-        data = coded(smooth(8, 8), kind)
-        assert (ready(data, None).field, ready(data, None).data) == (field, data)
-    several = coded(smooth(8, 8), "MPO", save_all=True, append_images=[smooth(8, 8)])
-    assert Image.open(io.BytesIO(several)).format == "MPO"
-    assert ready(several, None).field == "jpg"
-    assert ready(coded(smooth(8, 8), "GIF"), None, resize=4).field == "png"
+        data = encode(smooth(8, 8), kind)
+        assert (pack(data, None).field, pack(data, None).data) == (field, data)
+    multi_picture = encode(smooth(8, 8), "MPO", save_all=True, append_images=[smooth(8, 8)])
+    assert Image.open(io.BytesIO(multi_picture)).format == "MPO"
+    assert pack(multi_picture, None).field == "jpg"
+    assert pack(encode(smooth(8, 8), "GIF"), None, resize=4).field == "png"
     with pytest.raises(DataError, match=r"there does not decode \(no image in one of the formats JPEG, .*\)"):
-        ready(b"no image", None)
+        pack(b"no image", None)
 
 
 def test_statistics_are_those_of_the_pixels_that_are_written() -> None:
     images = [smooth(40, 30), Image.new("L", (8, 8), 51)]
-    samples = [ready(coded(image, "PNG"), "png", measured=True, resize=4) for image in images]
-    pixels = [np.asarray(shown(sample).convert("RGB")).reshape(-1, 3) / 255 for sample in samples]
-    mean = np.mean([each.mean(axis=0) for each in pixels], axis=0)
-    variance = np.mean([(each**2).mean(axis=0) for each in pixels], axis=0) - mean**2
-    found = compute_pixel_stats([sample.moments for sample in samples if sample.moments])
-    assert found[0] == pytest.approx(tuple(mean), rel=1e-12)
-    assert found[1] == pytest.approx(tuple(np.sqrt(variance)), rel=1e-9)
+    samples = [pack(encode(image, "PNG"), "png", with_moments=True, resize=4) for image in images]
+    pixels = [np.asarray(open_image(sample).convert("RGB")).reshape(-1, 3) / 255 for sample in samples]
+    mean = np.mean([image.mean(axis=0) for image in pixels], axis=0)
+    variance = np.mean([(image**2).mean(axis=0) for image in pixels], axis=0) - mean**2
+    stats = compute_pixel_stats([sample.moments for sample in samples if sample.moments])
+    assert stats[0] == pytest.approx(tuple(mean), rel=1e-12)
+    assert stats[1] == pytest.approx(tuple(np.sqrt(variance)), rel=1e-9)
 
 
 @pytest.mark.parametrize("options", [{"resize": 8}, {"format": "jpg"}, {"quality": 80}])
 def test_an_image_that_must_be_decoded_and_cannot_be_is_named(options: dict[str, Any]) -> None:
-    cut = coded(smooth(90, 60), "JPEG")[:-200]
+    cut = encode(smooth(90, 60), "JPEG")[:-200]
     with pytest.raises(DataError, match=r"there does not decode \(.*truncated.*\): .* --skip-bad"):
-        ready(cut, **options)
+        pack(cut, **options)
     bad = encode_sample(
         PackSample("k", "jpg", 0, lambda: cut, "there"),
         PackOptions.from_dict(options | {"skip_bad": True}, "pack"),
@@ -154,10 +155,10 @@ def test_an_image_that_must_be_decoded_and_cannot_be_is_named(options: dict[str,
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """Five good and two bad images of one class."""
+    """A folder with five good and two truncated images of one class."""
     (tmp_path / "mixed" / "a").mkdir(parents=True)
     for number in range(7):
-        data = coded(smooth(40 + number, 30), "JPEG")
+        data = encode(smooth(40 + number, 30), "JPEG")
         (tmp_path / "mixed" / "a" / f"{number}.jpg").write_bytes(data[:-99] if number in (2, 5) else data)
     return tmp_path / "mixed"
 
@@ -188,7 +189,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, mixed: Path) -> Non
 
 
 def test_classes_that_are_called_like_numbers_keep_their_images(tmp_path: Path, read_tar: Callable) -> None:
-    """Folder '1' is the first class here, with label 0; a label 1 is not the class called 1."""
+    """Folder '1' is the first class, with label 0; label 1 is not the class with the name 1."""
     for name in ("1", "2", "10"):
         (tmp_path / "in" / name).mkdir(parents=True)
         smooth(4, 4).save(tmp_path / "in" / name / f"of{name}.png")

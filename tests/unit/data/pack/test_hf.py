@@ -1,4 +1,4 @@
-"""Folders of the Hugging Face `datasets` library: saved ones, and local ones that it reads."""
+"""Hugging Face `datasets` folders: written by save_to_disk, or readable by load_dataset."""
 
 import io
 import sys
@@ -18,12 +18,12 @@ NAMES = ["tench", "springer", "church"]
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """`datasets`, with its cache in a folder of the test."""
+    """The `datasets` library with its cache in a temporary folder."""
     datasets = pytest.importorskip("datasets")
-    before = datasets.config.HF_DATASETS_CACHE
+    cache = datasets.config.HF_DATASETS_CACHE
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("cache")
     yield datasets
-    datasets.config.HF_DATASETS_CACHE = before
+    datasets.config.HF_DATASETS_CACHE = cache
 
 
 def jpeg(number: int) -> bytes:
@@ -33,8 +33,8 @@ def jpeg(number: int) -> bytes:
 
 
 @pytest.fixture
-def made(library: Any) -> Callable[..., Any]:
-    """A set of rows first..last with image, ClassLabel and a text; of every fifth row the label is missing."""
+def make_rows(library: Any) -> Callable[..., Any]:
+    """Return a factory of data sets of the rows first..last-1; every fifth row has no label."""
 
     def make(first: int, last: int, **features: Any) -> Any:
         numbers = range(first, last)
@@ -50,7 +50,7 @@ def made(library: Any) -> Callable[..., Any]:
 
 
 def rows(dataset: Dataset, split: str) -> dict[int, tuple[int, bytes]]:
-    """(label, image bytes) by the number in the name."""
+    """Return (label, image bytes) by the number in the name."""
     index = dataset.shard_index(split, 0)
     return {
         int(index.key(row).rsplit("_", 1)[1]): (
@@ -69,8 +69,8 @@ def expected(first: int, last: int) -> dict[int, tuple[int, bytes]]:
     return {number: (-1 if number % 5 == 4 else number % 3, jpeg(number)) for number in range(first, last)}
 
 
-def test_a_saved_set_keeps_splits_classes_and_bytes(tmp_path: Path, library: Any, made: Callable) -> None:
-    library.DatasetDict(train=made(0, 12), validation=made(12, 16)).save_to_disk(str(tmp_path / "saved"))
+def test_a_saved_set_keeps_splits_classes_and_bytes(tmp_path: Path, library: Any, make_rows: Callable) -> None:
+    library.DatasetDict(train=make_rows(0, 12), validation=make_rows(12, 16)).save_to_disk(str(tmp_path / "saved"))
     assert pack_hf(tmp_path / "saved", tmp_path / "out", workers=3)
     dataset = opened(tmp_path / "out")
     assert (dataset.manifest.name, dataset.classes) == ("saved", tuple(NAMES))
@@ -83,8 +83,8 @@ def test_a_saved_set_keeps_splits_classes_and_bytes(tmp_path: Path, library: Any
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
 
 
-def test_one_set_is_divided(tmp_path: Path, made: Callable) -> None:
-    made(0, 20).save_to_disk(str(tmp_path / "saved"))
+def test_one_set_is_divided(tmp_path: Path, make_rows: Callable) -> None:
+    make_rows(0, 20).save_to_disk(str(tmp_path / "saved"))
     pack_hf(tmp_path / "saved", tmp_path / "out", val_fraction=0.25)
     dataset = opened(tmp_path / "out")
     train, val = rows(dataset, "train"), rows(dataset, "val")
@@ -92,18 +92,18 @@ def test_one_set_is_divided(tmp_path: Path, made: Callable) -> None:
     assert sorted(label for label, _ in val.values()) == [-1, 0, 0, 1, 2]
 
 
-def test_rows_are_those_that_the_set_shows(tmp_path: Path, made: Callable) -> None:
-    """A set that was filtered or shuffled keeps all rows on disk and a list of those that it means."""
-    made(0, 12).select([7, 2, 9]).save_to_disk(str(tmp_path / "saved"))
+def test_rows_are_those_that_the_set_shows(tmp_path: Path, make_rows: Callable) -> None:
+    """A filtered or shuffled set keeps all rows on disk, with the indices of its own rows."""
+    make_rows(0, 12).select([7, 2, 9]).save_to_disk(str(tmp_path / "saved"))
     pack_hf(tmp_path / "saved", tmp_path / "out", val_fraction=0.0)
-    found = rows(opened(tmp_path / "out"), "train")
-    assert found == {number: expected(0, 12)[number] for number in (7, 2, 9)}
+    packed = rows(opened(tmp_path / "out"), "train")
+    assert packed == {number: expected(0, 12)[number] for number in (7, 2, 9)}
 
 
-def test_a_local_folder_of_parquet_is_read(tmp_path: Path, library: Any, made: Callable) -> None:
+def test_a_local_folder_of_parquet_is_read(tmp_path: Path, library: Any, make_rows: Callable) -> None:
     (tmp_path / "local").mkdir()
-    made(0, 9).to_parquet(str(tmp_path / "local" / "train-00000-of-00001.parquet"))
-    made(9, 12).to_parquet(str(tmp_path / "local" / "test-00000-of-00001.parquet"))
+    make_rows(0, 9).to_parquet(str(tmp_path / "local" / "train-00000-of-00001.parquet"))
+    make_rows(9, 12).to_parquet(str(tmp_path / "local" / "test-00000-of-00001.parquet"))
     pack_hf(tmp_path / "local", tmp_path / "out")
     dataset = opened(tmp_path / "out")
     assert dataset.classes == tuple(NAMES)
@@ -122,8 +122,8 @@ def test_files_that_are_named_and_not_stored_are_read(tmp_path: Path, library: A
     assert rows(dataset, "train") == {0: (0, jpeg(0)), 1: (1, jpeg(1)), 2: (1, jpeg(2))}
 
 
-def test_a_column_of_texts_names_classes(tmp_path: Path, made: Callable) -> None:
-    made(0, 6).save_to_disk(str(tmp_path / "saved"))
+def test_a_column_of_texts_names_classes(tmp_path: Path, make_rows: Callable) -> None:
+    make_rows(0, 6).save_to_disk(str(tmp_path / "saved"))
     pack_hf(tmp_path / "saved", tmp_path / "out", label_column="text", val_fraction=0.0)
     dataset = opened(tmp_path / "out")
     assert dataset.classes == ("even", "odd")
@@ -131,11 +131,11 @@ def test_a_column_of_texts_names_classes(tmp_path: Path, made: Callable) -> None
 
 
 def test_what_cannot_be_packed_is_a_sentence(
-    tmp_path: Path, library: Any, made: Callable, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, library: Any, make_rows: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made(0, 3).save_to_disk(str(tmp_path / "saved"))
-    made(0, 3).add_column("other", [None] * 3, feature=library.Image()).save_to_disk(str(tmp_path / "two"))
-    made(0, 3).select_columns(["text"]).save_to_disk(str(tmp_path / "text"))
+    make_rows(0, 3).save_to_disk(str(tmp_path / "saved"))
+    make_rows(0, 3).add_column("other", [None] * 3, feature=library.Image()).save_to_disk(str(tmp_path / "two"))
+    make_rows(0, 3).select_columns(["text"]).save_to_disk(str(tmp_path / "text"))
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "train.parquet").write_bytes(b"no table")
     (tmp_path / "shards").mkdir()
@@ -153,7 +153,7 @@ def test_what_cannot_be_packed_is_a_sentence(
     ):
         with pytest.raises(DataError, match=sentence):
             pack_hf(tmp_path / name, tmp_path / "out", **options)
-    monkeypatch.setattr(library, "load_from_disk", lambda _folder: made(0, 0))
+    monkeypatch.setattr(library, "load_from_disk", lambda _folder: make_rows(0, 0))
     with pytest.raises(DataError, match=r"saved has no rows"):
         pack_hf(tmp_path / "saved", tmp_path / "out")
     monkeypatch.setitem(sys.modules, "datasets", None)

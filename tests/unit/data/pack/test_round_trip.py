@@ -1,4 +1,4 @@
-"""A pack is whole or not there: killed with SIGKILL, out of room, twice at once; and shards are as large as asked."""
+"""Packs are atomic under SIGKILL, a full disk and concurrent packs; shards have the requested size."""
 
 import errno
 import signal
@@ -22,13 +22,13 @@ from foveal.data.pack.options import PackOptions
 from foveal.data.pack.source import PackSample, PackSplit, hashed_order, make_webdataset_key, split_train_val
 from foveal.errors import ConfigError, DataError
 
-# The second shard never ends; the test kills the process when it has begun.
+# The write of the second shard never ends; the test kills the process once the write has begun.
 KILLED = """
 import sys, time
 from pathlib import Path
-from foveal.data.pack import pack_folder, write
+from foveal.data.pack import pack_folder, writer
 
-write_shard = write._write_shard
+write_shard = writer._write_shard
 
 def stuck(file, samples):
     if file.name != "train-000001.tar":
@@ -37,14 +37,14 @@ def stuck(file, samples):
     print("begun", flush=True)
     time.sleep(1000)
 
-write._write_shard = stuck
+writer._write_shard = stuck
 pack_folder(Path(sys.argv[1]), Path(sys.argv[2]), samples_per_shard=4)
 """
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Noise in two classes, 16 images of 12 x 9 pixels."""
+    """A folder of noise: two classes, 16 images of 12 x 9 pixels."""
     numbers = np.random.default_rng(0)
     folder = tmp_path / "in" / "source"
     for name in ("a", "b"):
@@ -102,11 +102,11 @@ def test_the_folder_in_which_one_stands_can_be_the_target(
     st.floats(0.01, 0.2),
 )
 def test_a_shard_is_closed_before_it_is_larger_than_asked(sizes: list[tuple[int, int]], megabytes: float) -> None:
-    """Every shard is at most as large as asked or holds one sample, and no two neighbours fit into one."""
+    """Every shard is within the limit or holds one sample, and no shard has room for the next sample."""
     samples = [EncodedSample(f"{at:08d}_x", "jpg", label, bytes(size)) for at, (size, label) in enumerate(sizes)]
     pairs = list(packing._assign_shards(iter(enumerate(samples)), None, PackOptions(shard_mb=megabytes)))  # pyright: ignore[reportArgumentType]
     assert [sample for _, sample in pairs] == samples
-    groups = [[sample for number, sample in pairs if number == one] for one in range(pairs[-1][0] + 1)]
+    groups = [[sample for number, sample in pairs if number == shard] for shard in range(pairs[-1][0] + 1)]
     assert all(groups)
     for group, after in zip(groups, [*groups[1:], None], strict=True):
         assert _tar_bytes(group) <= megabytes * 1e6 or len(group) == 1
@@ -114,13 +114,15 @@ def test_a_shard_is_closed_before_it_is_larger_than_asked(sizes: list[tuple[int,
 
 
 def _tar_bytes(samples: Iterable[EncodedSample]) -> int:
-    """What tar writes: a header of 512 bytes and whole blocks for each member, two empty blocks, whole records."""
-    members = [part for each in samples for part in (each.data, *([str(each.label)] if each.label >= 0 else []))]
-    return -(-(sum(512 + -(-len(part) // 512) * 512 for part in members) + 1024) // 10240) * 10240
+    """Size of a tar: per member a header of 512 bytes and full blocks, then two empty blocks; full records."""
+    members = [
+        data for sample in samples for data in (sample.data, *([str(sample.label)] if sample.label >= 0 else []))
+    ]
+    return -(-(sum(512 + -(-len(data) // 512) * 512 for data in members) + 1024) // 10240) * 10240
 
 
 def test_the_files_are_as_large_as_reckoned(tmp_path: Path) -> None:
-    """The longest key included, with which a tar header is still a plain one."""
+    """Includes the longest key that fits a plain tar header."""
     for count in (1, 5, 9):
         samples = [
             EncodedSample(make_webdataset_key(at, "ä" * 255), "webp", at, bytes(900 * at + 1)) for at in range(count)
@@ -141,45 +143,45 @@ def test_shards_have_the_size_asked_and_the_bytes_do_not_depend_on_workers(tmp_p
 
 @given(st.lists(st.integers(-1, 5), min_size=1, max_size=100), st.floats(0, 0.9))
 def test_a_division_takes_the_same_share_of_every_label(labels: list[int], fraction: float) -> None:
-    """As a slow and obvious division would: of every label, the first ones in hashed order."""
+    """Reference: the first samples of every label in hashed order."""
     given_labels = np.array(labels)
     train, val = split_train_val(given_labels, lambda counts: np.rint(fraction * counts).astype(np.int64))
     order = hashed_order(len(labels)).tolist()
-    held: set[int] = set()
+    expected_val: set[int] = set()
     for label in set(labels):
         of_label = [number for number in order if labels[number] == label]
-        held |= set(of_label[: round(fraction * len(of_label))])
-    assert val.tolist() == [number for number in order if number in held]
-    assert train.tolist() == [number for number in order if number not in held]
+        expected_val |= set(of_label[: round(fraction * len(of_label))])
+    assert val.tolist() == [number for number in order if number in expected_val]
+    assert train.tolist() == [number for number in order if number not in expected_val]
 
 
 def test_results_come_in_order_and_are_not_read_far_ahead() -> None:
-    taken: list[int] = []
+    consumed: list[int] = []
 
     def items() -> Iterator[int]:
         for number in range(1000):
-            taken.append(number)
+            consumed.append(number)
             yield number
 
     results = packing.map_in_order(lambda number: 2 * number, items(), 4, 2)
     assert [next(results) for _ in range(10)] == list(range(0, 20, 2))
-    assert len(taken) < 10 + 4 * 2
+    assert len(consumed) < 10 + 4 * 2
     results.close()
     assert list(packing.map_in_order(str, range(100), 3)) == [str(number) for number in range(100)]
 
 
 def test_equal_counts_count_what_is_left_out(tmp_path: Path) -> None:
-    """With a shard of which nothing decodes, the others keep their places and their numbers have no hole."""
+    """If no image of a shard decodes, the other shards keep their samples and file numbers have no gap."""
     good = (tmp_path / "good.png", tmp_path / "bad.png")
     Image.new("RGB", (4, 4)).save(good[0])
     good[1].write_bytes(b"no image")
     files = [good[0], good[0], good[1], good[1], good[0]]
-    part = PackSplit(np.arange(5), lambda at: PackSample(f"{at}", "png", 0, files[at].read_bytes, f"number {at}"))
-    recipe = PackOptions(samples_per_shard=2, skip_bad=True, workers=2)
-    notes = packing._PackNotes()
-    split = packing._write_split(tmp_path, "train", part, recipe, 0, notes)
+    pack_split = PackSplit(np.arange(5), lambda at: PackSample(f"{at}", "png", 0, files[at].read_bytes, f"number {at}"))
+    options = PackOptions(samples_per_shard=2, skip_bad=True, workers=2)
+    report = packing._PackReport()
+    split = packing._write_split(tmp_path, "train", pack_split, options, 0, report)
     assert [(shard.file, shard.samples) for shard in split.shards] == [("train-000000.tar", 2), ("train-000001.tar", 1)]
-    assert [line.split("\t")[:2] for line in notes.skipped] == [["train", "number 2"], ["train", "number 3"]]
+    assert [line.split("\t")[:2] for line in report.skipped] == [["train", "number 2"], ["train", "number 3"]]
 
 
 @pytest.mark.parametrize(

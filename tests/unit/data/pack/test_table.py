@@ -21,7 +21,7 @@ Write = Callable[[Columns], Path]
 
 @pytest.fixture
 def images(tmp_path: Path) -> list[str]:
-    """Ten images in two folders, named so that rows can be told apart."""
+    """Ten images in two folders, with the row number in the name."""
     names = [f"{'even' if number % 2 == 0 else 'odd'}/no.{number}.png" for number in range(10)]
     for number, name in enumerate(names):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -31,7 +31,7 @@ def images(tmp_path: Path) -> list[str]:
 
 @pytest.fixture(params=["csv", "parquet"])
 def write(request: pytest.FixtureRequest, tmp_path: Path) -> Write:
-    """Write a table of this format."""
+    """Return a function that writes a table of this format."""
 
     def csv(columns: Columns) -> Path:
         rows = [columns, *zip(*columns.values(), strict=True)]
@@ -51,7 +51,7 @@ def opened(folder: Path) -> Dataset:
 
 
 def labels(dataset: Dataset, split: str) -> dict[int, int]:
-    """Label by the number in the name of the file."""
+    """Return the label by the number in the file name."""
     index = dataset.shard_index(split, 0)
     return {int(index.key(row).rsplit("_", 1)[1]): int(index.labels[row]) for row in range(len(index))}
 
@@ -72,11 +72,11 @@ def test_names_become_classes_and_splits_are_kept(tmp_path: Path, images: list[s
 
 
 def test_numbers_are_labels_and_an_empty_place_is_none(tmp_path: Path, images: list[str], write: Write) -> None:
-    given = [3, 0, None, 3, 0, 3, 0, 3, -1, 3]
-    pack_table(write({"image": images, "y": given}), tmp_path / "out", label_column="y", val_fraction=0.0)
+    values = [3, 0, None, 3, 0, 3, 0, 3, -1, 3]
+    pack_table(write({"image": images, "y": values}), tmp_path / "out", label_column="y", val_fraction=0.0)
     dataset = opened(tmp_path / "out")
     assert dataset.classes == ("0", "1", "2", "3")
-    assert labels(dataset, "train") == {row: -1 if label is None else label for row, label in enumerate(given)}
+    assert labels(dataset, "train") == {row: -1 if label is None else label for row, label in enumerate(values)}
 
 
 def test_labels_are_optional_and_files_may_lie_elsewhere(tmp_path: Path, images: list[str], write: Write) -> None:
@@ -101,9 +101,9 @@ def test_the_same_table_gives_the_same_bytes(tmp_path: Path, images: list[str], 
     table = write({"image": images * 3, "label": list("aab") * 10})
     for workers in (1, 4):
         pack_table(table, tmp_path / str(workers), label_column="label", shard_mb=0.02048, workers=workers, resize=2)
-    one, four = ({file.name: file.read_bytes() for file in (tmp_path / each).iterdir()} for each in "14")
-    assert one == four
-    assert len([name for name in one if name.endswith(".tar")]) > 3
+    serial, parallel = ({file.name: file.read_bytes() for file in (tmp_path / workers).iterdir()} for workers in "14")
+    assert serial == parallel
+    assert len([name for name in serial if name.endswith(".tar")]) > 3
 
 
 @pytest.mark.parametrize(
@@ -161,8 +161,8 @@ def test_files_that_are_no_tables_are_sentences(tmp_path: Path, name: str, data:
     ],
 )
 def test_what_a_cell_means(values: list[Any], labels: list[int], classes: tuple[str, ...] | None) -> None:
-    found, names = parse_labels(values, "the test")
-    assert (found.tolist(), names) == (labels, classes)
+    parsed, names = parse_labels(values, "the test")
+    assert (parsed.tolist(), names) == (labels, classes)
 
 
 def test_numbers_that_are_no_numbering_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""Packing: the same bytes each time, whole or not at all, and readable by others."""
+"""Packing: reproducible bytes, atomic folders, and shards that webdataset reads."""
 
 import hashlib
 import io
@@ -17,7 +17,7 @@ from foveal.data.pack import pack_digits, pack_folder
 from foveal.data.pack import writer as packing
 from foveal.errors import DataError
 
-# Science: a change of these refuses every run that was made on the digits before.
+# Science: if these change, no earlier run on the digits can be resumed.
 DIGITS_TRAIN = "3ca11086f22bb1b07e7f43773bd3fc9ba6998891b2b2f223bf474dadd90e12e8"
 DIGITS_VAL = "6e37ba8c2e9d590207b5e0b686f3e0f50394d23bcd6f4155a66a68f97a60ed60"
 
@@ -40,16 +40,16 @@ def test_digits_are_split_by_class_and_keep_their_digests(digits: Path) -> None:
 
 
 def test_digits_are_scikit_learns(digits: Path, read_tar: Callable) -> None:
-    """Read through webdataset, every digit once, pixels and labels as they were."""
+    """Read through webdataset: every digit once, with its pixels and label."""
     images, labels = load_digits(return_X_y=True)
-    seen = set()
+    numbers = set()
     for sample in (sample for file in digits.glob("*.tar") for sample in read_tar(file)):
         number = int(sample["__key__"].removeprefix("digit_"))
         pixels = np.asarray(Image.open(io.BytesIO(sample["png"]))).astype(float)
         assert np.abs(pixels * 16 / 255 - images[number].reshape(8, 8)).max() < 0.05
         assert int(sample["cls"]) == labels[number]
-        seen.add(number)
-    assert seen == set(range(1797))
+        numbers.add(number)
+    assert numbers == set(range(1797))
 
 
 def test_statistics_are_those_of_training_pixels(digits: Path) -> None:
@@ -66,14 +66,14 @@ def test_statistics_are_those_of_training_pixels(digits: Path) -> None:
 
 
 def test_packing_twice_gives_the_same_bytes_and_then_does_nothing(digits: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    assert pack_digits(other)
+    second = tmp_path / "second"
+    assert pack_digits(second)
     for file in digits.iterdir():
-        assert (other / file.name).read_bytes() == file.read_bytes(), file.name
-    times = {file.name: file.stat().st_mtime_ns for file in other.iterdir()}
-    assert not pack_digits(other)
-    assert {file.name: file.stat().st_mtime_ns for file in other.iterdir()} == times
-    assert [entry.name for entry in tmp_path.iterdir()] == ["other"]
+        assert (second / file.name).read_bytes() == file.read_bytes(), file.name
+    times = {file.name: file.stat().st_mtime_ns for file in second.iterdir()}
+    assert not pack_digits(second)
+    assert {file.name: file.stat().st_mtime_ns for file in second.iterdir()} == times
+    assert [entry.name for entry in tmp_path.iterdir()] == ["second"]
 
 
 def test_the_sha256_is_that_of_the_file(digits: Path) -> None:
@@ -105,13 +105,13 @@ def test_of_two_that_pack_at_once_one_wins_and_both_are_right(tmp_path: Path, mo
     target = tmp_path / "digits"
     write_manifest = packing.write_manifest
 
-    def late(manifest: Manifest, draft: Path) -> None:
+    def write_late(manifest: Manifest, draft: Path) -> None:
         monkeypatch.undo()
         monkeypatch.setattr(os, "getpid", lambda: 1)
         assert pack_digits(target)
         write_manifest(manifest, draft)
 
-    monkeypatch.setattr(packing, "write_manifest", late)
+    monkeypatch.setattr(packing, "write_manifest", write_late)
     assert pack_digits(target)
     assert opened(target).num_samples("train") == 1437
     assert [entry.name for entry in tmp_path.iterdir()] == ["digits"]
@@ -132,7 +132,7 @@ def test_a_target_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
         pack_digits(tmp_path / "file" / "digits")
 
 
-def picture(file: Path, colour: tuple[int, int, int]) -> bytes:
+def write_image(file: Path, colour: tuple[int, int, int]) -> bytes:
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (6, 5), colour).save(file)
     return file.read_bytes()
@@ -140,13 +140,15 @@ def picture(file: Path, colour: tuple[int, int, int]) -> bytes:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> dict[str, bytes]:
-    """Two classes with ten pictures each: tmp_path/source."""
-    made = {}
+    """tmp_path/source: two classes with ten images each."""
+    images = {}
     for number in range(10):
-        made[f"cat.{number}"] = picture(tmp_path / "source" / "cat" / f"cat.{number}.jpeg", (number, 100, 200))
-        made[f"dog.{number}"] = picture(tmp_path / "source" / "dog" / "deeper" / f"dog.{number}.PNG", (50, number, 10))
+        images[f"cat.{number}"] = write_image(tmp_path / "source" / "cat" / f"cat.{number}.jpeg", (number, 100, 200))
+        images[f"dog.{number}"] = write_image(
+            tmp_path / "source" / "dog" / "deeper" / f"dog.{number}.PNG", (50, number, 10)
+        )
     (tmp_path / "source" / "dog" / "notes.txt").write_text("not an image")
-    return made
+    return images
 
 
 def test_a_folder_of_images_is_packed_as_it_is(tmp_path: Path, pictures: dict[str, bytes]) -> None:
@@ -157,15 +159,15 @@ def test_a_folder_of_images_is_packed_as_it_is(tmp_path: Path, pictures: dict[st
     assert dataset.class_counts("train").tolist() == [8, 8]
     assert dataset.class_counts("val").tolist() == [2, 2]
     assert dataset.samples_per_shard("train").tolist() == [4, 4, 4, 4]
-    seen = {}
+    packed = {}
     for split in ("train", "val"):
         for shard in range(len(dataset.samples_per_shard(split))):
             index = dataset.shard_index(split, shard)
             for row in range(len(index)):
                 name = index.key(row).split("_", 1)[1].replace("_", ".")
-                seen[name] = dataset.read_bytes(index.shard, *index.find_image(row))
+                packed[name] = dataset.read_bytes(index.shard, *index.find_image(row))
                 assert index.labels[row] == (0 if name.startswith("cat") else 1)
-    assert seen == pictures
+    assert packed == pictures
     assert dataset.mean[2] == pytest.approx((200 + 10) / 2 / 255, abs=0.01)
     assert dataset.std[2] == pytest.approx((200 - 10) / 2 / 255, abs=0.01)
     assert not pack_folder(tmp_path / "source", tmp_path / "out")
@@ -174,13 +176,13 @@ def test_a_folder_of_images_is_packed_as_it_is(tmp_path: Path, pictures: dict[st
 def test_train_and_val_folders_are_the_splits(tmp_path: Path) -> None:
     for split, number in (("train", 3), ("val", 1)):
         for turn in range(number):
-            picture(tmp_path / "source" / split / "b" / f"{turn}.png", (1, 2, 3))
-    picture(tmp_path / "source" / "train" / "a" / "0.png", (1, 2, 3))
+            write_image(tmp_path / "source" / split / "b" / f"{turn}.png", (1, 2, 3))
+    write_image(tmp_path / "source" / "train" / "a" / "0.png", (1, 2, 3))
     pack_folder(tmp_path / "source", tmp_path / "out")
     dataset = opened(tmp_path / "out", channels=3)
     assert dataset.class_counts("train").tolist() == [1, 3]
     assert dataset.class_counts("val").tolist() == [0, 1]
-    picture(tmp_path / "source" / "val" / "c" / "0.png", (1, 2, 3))
+    write_image(tmp_path / "source" / "val" / "c" / "0.png", (1, 2, 3))
     with pytest.raises(DataError, match=r"val has classes that .*train lacks: c"):
         pack_folder(tmp_path / "source", tmp_path / "other")
 

@@ -1,4 +1,4 @@
-"""A sample that does not decode: the same stand-in on any ranks and after any resume, and never for a passing fault."""
+"""Samples that do not decode: the replacement does not depend on ranks or resumes; transient faults replace nothing."""
 
 import json
 import re
@@ -28,9 +28,9 @@ Spoil = Callable[..., Path]
 
 @pytest.fixture
 def spoilt(digits: Path, tmp_path: Path) -> Spoil:
-    """A copy of the digits in which the images at some places of a shard are noise; indexed anew, so without sha256."""
+    """Return a factory of copies of the digits with damaged images in one shard; reindexed, so without sha256."""
 
-    def make(shard: str, rows: slice, *, anew: bool = True) -> Path:
+    def make(shard: str, rows: slice, *, reindex: bool = True) -> Path:
         folder = tmp_path / "spoilt"
         shutil.copytree(digits, folder, dirs_exist_ok=True)
         with tarfile.open(folder / shard) as tar:
@@ -39,7 +39,7 @@ def spoilt(digits: Path, tmp_path: Path) -> Spoil:
         for member in images:
             data[member.offset_data + 40 : member.offset_data + member.size] = bytes(member.size - 40)
         (folder / shard).write_bytes(data)
-        if anew:
+        if reindex:
             (folder / "manifest.json").unlink()
             index_folder(str(folder), classes=[str(digit) for digit in range(10)])
         return folder
@@ -47,25 +47,29 @@ def spoilt(digits: Path, tmp_path: Path) -> Spoil:
     return make
 
 
-def train(cfg: DataConfig, start: int, stop: int, rank: int = 0, size: int = 1, at_once: int = 16) -> list[Batch]:
-    place: dict[str, Any] = {
-        "start_step": start,
-        "stop_step": stop,
-        "rank": rank,
-        "world_size": size,
-        "microbatch_size": at_once,
-    }
-    with train_batches(build_training_set(Dataset.open(cfg), cfg, seed=3, batch_size=BATCH), cfg, **place) as got:
-        return list(got)
+def train(
+    cfg: DataConfig, start_step: int, stop_step: int, rank: int = 0, world_size: int = 1, microbatch_size: int = 16
+) -> list[Batch]:
+    training_set = build_training_set(Dataset.open(cfg), cfg, seed=3, batch_size=BATCH)
+    with train_batches(
+        training_set,
+        cfg,
+        rank=rank,
+        world_size=world_size,
+        microbatch_size=microbatch_size,
+        start_step=start_step,
+        stop_step=stop_step,
+    ) as batches:
+        return list(batches)
 
 
 def rows(batches: list[Batch]) -> list[tuple[int, int, int, bytes]]:
-    """(step, id, label, pixels) of every row, in order."""
-    found = []
+    """Return (step, id, label, pixels) of every row, in order."""
+    values = []
     for batch in batches:
-        values = zip(batch.ids.tolist(), batch.labels.tolist(), batch.images, strict=True)
-        found += [(batch.step, sample, label, image.numpy().tobytes()) for sample, label, image in values]
-    return found
+        columns = zip(batch.ids.tolist(), batch.labels.tolist(), batch.images, strict=True)
+        values += [(batch.step, sample, label, image.numpy().tobytes()) for sample, label, image in columns]
+    return values
 
 
 STATISTICS = {"mean": (0.3,), "std": (0.4,)}
@@ -73,38 +77,42 @@ STATISTICS = {"mean": (0.3,), "std": (0.4,)}
 
 def test_a_bad_sample_is_replaced_and_nothing_else_changes(configure: Configure, spoilt: Spoil) -> None:
     clean = rows(train(configure(**STATISTICS), 0, 22))
-    got = train(configure(path=str(spoilt("train-000002.tar", slice(7, 8))), **STATISTICS), 0, 22)
-    (bad,) = [bad for batch in got for bad in batch.bad_samples]
+    batches = train(configure(path=str(spoilt("train-000002.tar", slice(7, 8))), **STATISTICS), 0, 22)
+    (bad,) = [bad for batch in batches for bad in batch.bad_samples]
     assert bad.sample_key == int(Dataset.open(configure()).samples_per_shard("train")[:2].sum()) + 7
     assert (bad.split, bad.shard.rpartition("/")[2]) == ("train", "train-000002.tar")
     assert bad.webdataset_key.startswith("digit_")
     assert bad.reason
-    changed = [(was, now) for was, now in zip(clean, rows(got), strict=True) if was != now]
+    changed = [pair for pair in zip(clean, rows(batches), strict=True) if pair[0] != pair[1]]
     assert len(changed) == 1
-    ((was, now),) = changed
-    assert was[1] == bad.sample_key
-    assert now[1] == bad.replacement_key
-    own = next(row for row in clean if row[1] == bad.replacement_key)
-    assert now[2:] == own[2:], "a stand-in looks as it does in its own place of the same epoch"
+    ((original, replacement),) = changed
+    assert original[1] == bad.sample_key
+    assert replacement[1] == bad.replacement_key
+    own_row = next(row for row in clean if row[1] == bad.replacement_key)
+    assert replacement[2:] == own_row[2:], "a replacement has the pixels of its own slot in the same epoch"
 
 
-@pytest.mark.parametrize(("size", "at_once", "threads"), [(2, 16, 3), (4, 8, 1), (8, 8, 2)])
+@pytest.mark.parametrize(("world_size", "microbatch_size", "threads"), [(2, 16, 3), (4, 8, 1), (8, 8, 2)])
 def test_ranks_and_resumes_choose_the_same_stand_in(
-    configure: Configure, spoilt: Spoil, size: int, at_once: int, threads: int
+    configure: Configure, spoilt: Spoil, world_size: int, microbatch_size: int, threads: int
 ) -> None:
     path = str(spoilt("train-000001.tar", slice(0, 12)))
-    whole = train(configure(path=path, **STATISTICS), 0, 30)
-    assert sum(len(batch.bad_samples) for batch in whole) >= 12
-    one = rows(whole)
+    reference = train(configure(path=path, **STATISTICS), 0, 30)
+    assert sum(len(batch.bad_samples) for batch in reference) >= 12
     cfg = configure(path=path, threads=threads, **STATISTICS)
-    ranks = [train(cfg, 0, 11, rank, size, at_once) + train(cfg, 11, 30, rank, size, at_once) for rank in range(size)]
-    micros = BATCH // size // at_once
-    dealt = [batch for turn in range(30) for mine in ranks for batch in mine[turn * micros : (turn + 1) * micros]]
-    assert rows(dealt) == one
+    ranks = [
+        train(cfg, 0, 11, rank, world_size, microbatch_size) + train(cfg, 11, 30, rank, world_size, microbatch_size)
+        for rank in range(world_size)
+    ]
+    count = BATCH // world_size // microbatch_size
+    in_slot_order = [
+        batch for step in range(30) for batches in ranks for batch in batches[step * count : (step + 1) * count]
+    ]
+    assert rows(in_slot_order) == rows(reference)
 
 
 def test_a_shard_that_is_not_what_the_manifest_says_stops_the_run(configure: Configure, spoilt: Spoil) -> None:
-    folder = spoilt("train-000002.tar", slice(7, 8), anew=False)
+    folder = spoilt("train-000002.tar", slice(7, 8), reindex=False)
     with pytest.raises(DataError, match=r"train-000002.tar .*sha256"):
         train(configure(path=str(folder)), 0, 22)
 
@@ -114,32 +122,32 @@ def test_a_read_that_changes_stops_the_run(
 ) -> None:
     cfg = configure(path=str(spoilt("train-000002.tar", slice(7, 8))), **STATISTICS)
     dataset = Dataset.open(cfg)
-    plain, calls = dataset.read_bytes, iter(range(10**6))
+    read_bytes, calls = dataset.read_bytes, iter(range(10**6))
 
     def flickering(shard: str, offset: int, size: int) -> bytes:
-        return plain(shard, offset, size)[:-1] + bytes([next(calls) % 256])
+        return read_bytes(shard, offset, size)[:-1] + bytes([next(calls) % 256])
 
-    object.__setattr__(dataset, "read", flickering)
-    place: dict[str, Any] = {"start_step": 0, "stop_step": 22, "rank": 0, "world_size": 1, "microbatch_size": 16}
+    object.__setattr__(dataset, "read_bytes", flickering)
+    training = build_training_set(dataset, cfg, seed=3, batch_size=BATCH)
     with (
-        train_batches(build_training_set(dataset, cfg, seed=3, batch_size=BATCH), cfg, **place) as got,
+        train_batches(training, cfg, rank=0, world_size=1, microbatch_size=16, start_step=0, stop_step=22) as batches,
         pytest.raises(DataError, match=r"reads differently each time"),
     ):
-        list(got)
+        list(batches)
 
 
 def test_a_window_without_one_good_sample_is_a_sentence(configure: Configure, spoilt: Spoil) -> None:
     folder = spoilt("val-000000.tar", slice(None))
     spoilt("val-000001.tar", slice(None))
     cfg = configure(path=str(folder), train="val", **STATISTICS)
-    with pytest.raises(DataError, match=r"does not decode, nor does any of the \d+ samples that could stand in for it"):
+    with pytest.raises(DataError, match=r"does not decode, nor does any of the \d+ samples that could replace it"):
         train(cfg, 0, 1)
 
 
 def test_training_never_leaves_a_row_empty(
     configure: Configure, spoilt: Spoil, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last window of a lane may be of one sample, which has no other to stand in for it."""
+    """The last window of a lane may have a single sample, and so no replacement."""
     cfg = configure(path=str(spoilt("train-000002.tar", slice(7, 8))), **STATISTICS)
     training = build_training_set(Dataset.open(cfg), cfg, seed=3, batch_size=BATCH)
     monkeypatch.setattr(training.order, "replacements", lambda _source, _position: iter(()))
@@ -153,7 +161,7 @@ def test_training_never_leaves_a_row_empty(
 def test_an_index_that_hangs_is_named_by_its_shard(configure: Configure) -> None:
     cfg, release = configure(patience_seconds=0.5), threading.Event()
     dataset = Dataset.open(cfg)
-    object.__setattr__(dataset, "index", lambda _split, _number: release.wait(30))
+    object.__setattr__(dataset, "shard_index", lambda _split, _number: release.wait(30))
     start = time.monotonic()
     with (
         train_batches(
@@ -172,41 +180,53 @@ def test_an_index_that_hangs_is_named_by_its_shard(configure: Configure) -> None
     release.set()
 
 
-@pytest.mark.parametrize("size", [1, 3])
-def test_evaluation_leaves_its_row_empty(configure: Configure, spoilt: Spoil, size: int) -> None:
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_evaluation_leaves_its_row_empty(configure: Configure, spoilt: Spoil, world_size: int) -> None:
     cfg = configure(path=str(spoilt("val-000000.tar", slice(5, 7))), **STATISTICS)
-    place: dict[str, Any] = {"split": "val", "subset": "all", "seed": 0, "world_size": size, "microbatch_size": 50}
-    batches = [batch for rank in range(size) for batch in eval_batches(Dataset.open(cfg), cfg, rank=rank, **place)]
+    batches = [
+        batch
+        for rank in range(world_size)
+        for batch in eval_batches(
+            Dataset.open(cfg),
+            cfg,
+            split="val",
+            subset="all",
+            seed=0,
+            rank=rank,
+            world_size=world_size,
+            microbatch_size=50,
+        )
+    ]
     assert sorted(bad.sample_key for batch in batches for bad in batch.bad_samples) == [5, 6]
     assert all(bad.replacement_key == -1 for batch in batches for bad in batch.bad_samples)
-    seen = torch.cat([batch.ids[batch.valid] for batch in batches])
-    assert sorted(seen.tolist()) == [sample for sample in range(360) if sample not in {5, 6}]
+    ids = torch.cat([batch.ids[batch.valid] for batch in batches])
+    assert sorted(ids.tolist()) == [sample for sample in range(360) if sample not in {5, 6}]
     assert all((batch.labels[~batch.valid] == -1).all() for batch in batches)
 
 
-# A whole run
+# Full runs
 
 
 def quarantined(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "quarantine.jsonl").read_text().splitlines()]
 
 
-def settings(folder: Path, *further: str) -> list[str]:
-    return [f"data.path={folder}", "data.mean=[0.3]", "data.std=[0.4]", *further]
+def settings(folder: Path, *overrides: str) -> list[str]:
+    return [f"data.path={folder}", "data.mean=[0.3]", "data.std=[0.4]", *overrides]
 
 
 def test_a_run_goes_on_and_says_what_was_bad(
     two_ranks: Ranks, configs: dict[str, Path], spoilt: Spoil, tmp_path: Path
 ) -> None:
     folder, stage = spoilt("train-000003.tar", slice(9, 10)), stage_named("pretrain")
-    more = settings(folder, "epochs=2", "checkpoint.every=5")
-    whole = two_ranks.train(stage, configs["pretrain"], tmp_path / "whole", *more)
-    assert whole[-1]["bad_samples"] == 1.0
-    (entry,) = quarantined(tmp_path / "whole")
+    overrides = settings(folder, "epochs=2", "checkpoint.every=5")
+    reference = two_ranks.train(stage, configs["pretrain"], tmp_path / "reference", *overrides)
+    assert reference[-1]["bad_samples"] == 1.0
+    (entry,) = quarantined(tmp_path / "reference")
     assert entry["shard"].endswith("train-000003.tar")
     for stop in (25, 44):  # resumed in the second epoch, which meets the sample again
-        got = two_ranks.train(stage, configs["pretrain"], tmp_path / "resumed", *more, f"run.stop_at={stop}")
-    assert [row["loss"] for row in got] == [row["loss"] for row in whole]
+        resumed = two_ranks.train(stage, configs["pretrain"], tmp_path / "resumed", *overrides, f"run.stop_at={stop}")
+    assert [row["loss"] for row in resumed] == [row["loss"] for row in reference]
     assert quarantined(tmp_path / "resumed") == [entry]
 
 
@@ -216,15 +236,15 @@ def test_too_many_stop_every_rank(two_ranks: Ranks, configs: dict[str, Path], sp
         two_ranks.train(stage_named("pretrain"), configs["pretrain"], tmp_path / "run", *settings(folder))
     assert len(quarantined(tmp_path / "run")) >= 2
     rows = read_metric_rows(tmp_path / "run" / "metrics.jsonl")
-    assert rows[-1]["bad_samples"] >= 2, "what was trained is on record before the run stops"
-    assert two_ranks.call(_rank) == [0, 1], "both are there for the next run"
+    assert rows[-1]["bad_samples"] >= 2, "the metrics of the last step are written before the run stops"
+    assert two_ranks.call(_rank) == [0, 1], "both ranks are free for the next run"
 
 
 def test_accuracy_leaves_out_what_does_not_decode(
     two_ranks: Ranks, configs: dict[str, Path], spoilt: Spoil, tmp_path: Path
 ) -> None:
-    more = [f"data.path={spoilt('val-000001.tar', slice(3, 4))}", "data.max_bad=0.01"]
-    two_ranks.train(stage_named("finetune"), configs["finetune"], tmp_path / "run", *more)
+    overrides = [f"data.path={spoilt('val-000001.tar', slice(3, 4))}", "data.max_bad=0.01"]
+    two_ranks.train(stage_named("finetune"), configs["finetune"], tmp_path / "run", *overrides)
     results = json.loads((tmp_path / "run" / "finished.json").read_text())["summary"]
     assert round(results["val_top1"] * 359, 6).is_integer()
     assert [entry["split"] for entry in quarantined(tmp_path / "run")] == ["val"]
@@ -235,25 +255,25 @@ def _rank(world: World) -> int:
 
 
 def _one_hangs(world: World, config: str, overrides: list[str]) -> tuple[str, float]:
-    """Rank 1's reads never end after its first few; what this rank heard of it, and after how many seconds."""
+    """Hang rank 1's reads after the first 200; return this rank's error message and the seconds until it."""
     stage, reads = stage_named("pretrain"), iter(range(10**6))
-    plain = Dataset.open
+    open_dataset = Dataset.open
 
-    def opened(cfg: DataConfig) -> Dataset:
-        dataset = plain(cfg)
-        read = dataset.read_bytes
+    def open_hanging(cfg: DataConfig) -> Dataset:
+        dataset = open_dataset(cfg)
+        read_bytes = dataset.read_bytes
 
         def hanging(shard: str, offset: int, size: int) -> bytes:
             if world.rank == 1 and next(reads) > 200:
                 threading.Event().wait(60)
-            return read(shard, offset, size)
+            return read_bytes(shard, offset, size)
 
-        object.__setattr__(dataset, "read", hanging)
+        object.__setattr__(dataset, "read_bytes", hanging)
         return dataset
 
     start = time.monotonic()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Dataset, "open", opened)
+        patch.setattr(Dataset, "open", open_hanging)
         try:
             run_stage(stage, load_config(stage.config_class, "pretrain", config, overrides), world)
         except DataError as error:
@@ -265,11 +285,11 @@ def test_a_rank_whose_loader_hangs_fails_all_together(
     two_ranks: Ranks, configs: dict[str, Path], digits: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    more = [f"data.path={digits}", f"run.dir={run}", "tracking.uri=null", "data.patience_seconds=1.5"]
-    (one, soon), (other, late) = two_ranks.call(_one_hangs, str(configs["pretrain"]), more)
-    assert one == other
-    assert re.search(r"the loader is stuck at .*train-0000\d\d.tar: sample 'digit_\d{4}'", one)
-    assert max(soon, late) < 60
+    overrides = [f"data.path={digits}", f"run.dir={run}", "tracking.uri=null", "data.patience_seconds=1.5"]
+    (message_0, seconds_0), (message_1, seconds_1) = two_ranks.call(_one_hangs, str(configs["pretrain"]), overrides)
+    assert message_0 == message_1
+    assert re.search(r"the loader is stuck at .*train-0000\d\d.tar: sample 'digit_\d{4}'", message_0)
+    assert max(seconds_0, seconds_1) < 60
     assert "hanging" in (run / "logs" / "rank-001.log").read_text(), "the stack of the thread that hangs"
     assert read_metric_rows(run / "metrics.jsonl") is not None
     assert "Unreachable" in (run / "logs" / "rank-000.log").read_text()

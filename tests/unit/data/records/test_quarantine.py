@@ -1,4 +1,4 @@
-"""The list of bad samples and its limit."""
+"""The quarantine of bad samples and its limits."""
 
 from pathlib import Path
 
@@ -22,8 +22,8 @@ def test_a_sample_stands_in_the_list_once(tmp_path: Path) -> None:
 
 
 def test_a_sample_is_the_same_after_its_set_was_copied_elsewhere(tmp_path: Path) -> None:
-    before = entry(3, "a") | {"shard": "before/a.tar"}
-    quarantine = Quarantine(tmp_path / "quarantine.jsonl", {"train": 1}, [before])
+    old_entry = entry(3, "a") | {"shard": "before/a.tar"}
+    quarantine = Quarantine(tmp_path / "quarantine.jsonl", {"train": 1}, [old_entry])
     quarantine.add_entries([entry(9, "a") | {"shard": "after/a.tar"}], is_writer=True)
     assert len(quarantine) == 1
 
@@ -47,8 +47,8 @@ def test_more_than_allowed_stop_the_run_and_are_written_down_first(tmp_path: Pat
     quarantine.add_entries([entry(2, "b"), entry(2, "c")], is_writer=True)
     with pytest.raises(DataError, match=r"3 samples of split 'train' do not decode, and data.max_bad allows 2; .*'c'"):
         quarantine.check_limits()
-    assert [one["key"] for one in rewind_entries(file, 100)] == ["c"]
-    other = Quarantine(file, {"train": 2, "val": 0.5}, [])
-    other.add_entries([entry(2, "d", "val")], is_writer=False)
+    assert [line["key"] for line in rewind_entries(file, 100)] == ["c"]
+    val_quarantine = Quarantine(file, {"train": 2, "val": 0.5}, [])
+    val_quarantine.add_entries([entry(2, "d", "val")], is_writer=False)
     with pytest.raises(DataError, match=r"1 samples of split 'val' do not decode, and data.max_bad allows 0.5"):
-        other.check_limits()
+        val_quarantine.check_limits()

@@ -1,4 +1,4 @@
-"""Weighted sampling: small classes come as often as they should, exactly, on any ranks, and each time look different."""
+"""Oversampling of small classes: exact counts on any number of ranks, and a new augmentation for every copy."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from foveal.errors import DataError
 COUNTS = (40, 10, 3)
 
 
-class Uneven:
-    """A data set of which nothing but the labels and the classes' names is asked."""
+class UnevenDataset:
+    """Stand-in for a data set with labels and class names only."""
 
     folder = "here"
 
@@ -30,7 +30,7 @@ class Uneven:
 
 
 def uneven() -> Any:
-    return Uneven(np.random.default_rng(0).permutation(np.repeat(np.arange(3), COUNTS)))
+    return UnevenDataset(np.random.default_rng(0).permutation(np.repeat(np.arange(3), COUNTS)))
 
 
 def config(**settings: Any) -> DataConfig:
@@ -38,24 +38,24 @@ def config(**settings: Any) -> DataConfig:
 
 
 @pytest.mark.parametrize(
-    ("balance", "wanted"),
+    ("balance", "expected"),
     [(1.0, (40, 40, 40)), (0.5, (40, 20, round(3 * (40 / 3) ** 0.5))), (0.0, COUNTS)],
 )
-def test_classes_come_as_often_as_they_should(balance: float, wanted: tuple[int, ...]) -> None:
+def test_classes_come_as_often_as_they_should(balance: float, expected: tuple[int, ...]) -> None:
     dataset = uneven()
     part = select_subset(dataset, config(balance=balance), split="train", subset="train", seed=0)
     labels = dataset.labels("train")
     ids = np.arange(len(labels)) if part.chosen_ids is None else part.chosen_ids
-    assert tuple(np.bincount(labels[ids])) == wanted
-    assert part.samples_per_shard.sum() == sum(wanted)
-    times = Counter(ids.tolist())
+    assert tuple(np.bincount(labels[ids])) == expected
+    assert part.samples_per_shard.sum() == sum(expected)
+    copies = Counter(ids.tolist())
     for label in range(3):
-        found = {times[int(each)] for each in np.flatnonzero(labels == label)}
-        assert max(found) - min(found) <= 1, "no sample of a class comes much more often than another"
+        class_copies = {copies[int(sample)] for sample in np.flatnonzero(labels == label)}
+        assert max(class_copies) - min(class_copies) <= 1, "samples of a class differ by at most one copy"
     if part.copy_numbers is not None:
         assert part.chosen_ids is not None
         pairs = set(zip(part.chosen_ids.tolist(), part.copy_numbers.tolist(), strict=True))
-        assert len(pairs) == len(part.chosen_ids), "every time has a number of its own"
+        assert len(pairs) == len(part.chosen_ids), "every copy has a number of its own"
         assert part.copy_numbers.max() + 1 == part.max_copies
 
 
@@ -68,41 +68,43 @@ def test_what_is_held_out_or_evaluated_is_not_repeated() -> None:
 
 def test_labels_are_needed() -> None:
     with pytest.raises(DataError, match=r"have no label; .*data.balance and data.fold need one"):
-        select_subset(Uneven(np.array([0] * 21 + [-1])), config(balance=1.0), split="train", subset="train", seed=0)  # type: ignore[arg-type]
+        select_subset(
+            UnevenDataset(np.array([0] * 21 + [-1])), config(balance=1.0), split="train", subset="train", seed=0
+        )  # type: ignore[arg-type]
 
 
 def test_a_class_without_samples_cannot_come_as_often_as_others() -> None:
-    place: dict[str, Any] = {"split": "train", "part": "train", "seed": 0}
-    dataset: Any = Uneven(uneven().labels("train"), classes=("cat", "dog", "hen", "owl"))
+    selection: dict[str, Any] = {"split": "train", "subset": "train", "seed": 0}
+    dataset: Any = UnevenDataset(uneven().labels("train"), classes=("cat", "dog", "hen", "owl"))
     with pytest.raises(DataError, match=r"class 'owl' has no sample in split 'train', and data.balance needs some"):
-        select_subset(dataset, config(balance=0.5), **place)
-    assert select_subset(dataset, config(), **place).chosen_ids is None
-    unnamed: Any = Uneven(dataset.labels("train"), classes=None)
-    assert len(select_subset(unnamed, config(balance=1.0), **place)) == 120
+        select_subset(dataset, config(balance=0.5), **selection)
+    assert select_subset(dataset, config(), **selection).chosen_ids is None
+    unnamed: Any = UnevenDataset(dataset.labels("train"), classes=None)
+    assert len(select_subset(unnamed, config(balance=1.0), **selection)) == 120
 
 
 def test_every_time_is_another_draw_and_ranks_see_the_same(configure: Callable[..., DataConfig]) -> None:
-    """The digits are uneven by a few: some come twice in an epoch, and are cut out differently."""
+    """The digits' classes differ by a few samples: some appear twice in an epoch, under two sample keys."""
     cfg = configure(balance=1.0, lanes=1)
     training = build_training_set(Dataset.open(cfg), cfg, seed=0, batch_size=50)
     assert training.sources[0].subset.max_copies == 2
 
-    def draws(size: int) -> np.ndarray:
-        found = []
+    def sample_keys(size: int) -> np.ndarray:
+        rank_keys = []
         for rank in range(size):
-            place: dict[str, Any] = {
+            settings: dict[str, Any] = {
                 "rank": rank,
                 "world_size": size,
                 "microbatch_size": 25,
                 "start_step": 0,
                 "stop_step": 28,
             }
-            with train_batches(training, cfg, **place) as batches:
-                found.append(np.concatenate([batch.sample_keys.numpy() for batch in batches]).reshape(28, -1))
-        return np.concatenate(found, axis=1)
+            with train_batches(training, cfg, **settings) as batches:
+                rank_keys.append(np.concatenate([batch.sample_keys.numpy() for batch in batches]).reshape(28, -1))
+        return np.concatenate(rank_keys, axis=1)
 
-    alone = draws(1)
-    assert np.array_equal(alone, draws(2))
-    assert len(np.unique(alone)) == alone.size, "an epoch, and no draw twice"
-    again = Counter((alone % training.num_ids).reshape(-1).tolist())
-    assert set(again.values()) == {1, 2}
+    keys = sample_keys(1)
+    assert np.array_equal(keys, sample_keys(2))
+    assert len(np.unique(keys)) == keys.size, "an epoch has no sample key twice"
+    visits = Counter((keys % training.num_ids).reshape(-1).tolist())
+    assert set(visits.values()) == {1, 2}

@@ -1,4 +1,4 @@
-"""Folds: every sample is in exactly one, every class in all of them alike, whoever asks."""
+"""Cross-validation folds: a stratified partition of the split, identical on all ranks."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -21,18 +21,18 @@ def settings(**further: Any) -> DataConfig:
 
 
 def labelled(labels: np.ndarray, shards: int = 1) -> Any:
-    """A set of these labels in some shards; three classes have names, or as many as there are."""
+    """Return a stand-in for a data set with these labels; at most three classes have names."""
     counts = np.bincount(np.arange(len(labels)) * shards // max(1, len(labels)), minlength=shards)
     names = ("cat", "dog", "hen")[: labels.max() + 1]
     return SimpleNamespace(folder="here", classes=names, samples_per_shard=lambda _: counts, labels=lambda _: labels)
 
 
-def drawn(dataset: Any, cfg: DataConfig, part: SubsetName, seed: int = 0) -> np.ndarray:
-    chosen = select_subset(dataset, cfg, split="train", subset=part, seed=seed)
-    assert chosen.chosen_ids is not None
-    assert (np.diff(chosen.chosen_ids) > 0).all()
-    assert chosen.samples_per_shard.sum() == len(chosen.chosen_ids)
-    return chosen.chosen_ids
+def select_ids(dataset: Any, cfg: DataConfig, part: SubsetName, seed: int = 0) -> np.ndarray:
+    subset = select_subset(dataset, cfg, split="train", subset=part, seed=seed)
+    assert subset.chosen_ids is not None
+    assert (np.diff(subset.chosen_ids) > 0).all()
+    assert subset.samples_per_shard.sum() == len(subset.chosen_ids)
+    return subset.chosen_ids
 
 
 @given(data=st.data())
@@ -45,8 +45,8 @@ def test_folds_are_a_stratified_partition(data: st.DataObject) -> None:
     folds = []
     for number in range(of):
         cfg = settings(fold={"of": of, "number": number})
-        folds.append(drawn(dataset, cfg, "fold", seed))
-        assert sorted([*folds[-1], *drawn(dataset, cfg, "train", seed)]) == list(range(len(labels)))
+        folds.append(select_ids(dataset, cfg, "fold", seed))
+        assert sorted([*folds[-1], *select_ids(dataset, cfg, "train", seed)]) == list(range(len(labels)))
     assert sorted(np.concatenate(folds)) == list(range(len(labels)))
     shares = np.array([np.bincount(labels[fold], minlength=len(sizes)) for fold in folds])
     assert np.ptp(shares, axis=0).max() <= 1
@@ -57,19 +57,19 @@ def test_holdout_and_few_labels_come_from_the_other_folds() -> None:
     labels = np.arange(90) % 3
     for number in range(5):
         cfg = settings(fold={"of": 5, "number": number}, holdout_per_class=2, per_class=4)
-        fold, train, held = (drawn(labelled(labels), cfg, part) for part in ("fold", "train", "holdout"))
-        assert (len(fold), np.bincount(labels[train]).tolist(), np.bincount(labels[held]).tolist()) == (
+        fold, train, holdout = (select_ids(labelled(labels), cfg, part) for part in ("fold", "train", "holdout"))
+        assert (len(fold), np.bincount(labels[train]).tolist(), np.bincount(labels[holdout]).tolist()) == (
             18,
             [4] * 3,
             [2] * 3,
         )
-        assert len({*fold, *train, *held}) == 18 + 12 + 6
+        assert len({*fold, *train, *holdout}) == 18 + 12 + 6
 
 
 def test_another_seed_cuts_other_folds(dataset: Dataset, configure: Configure) -> None:
     cfg = configure(fold={"of": 5, "number": 0})
-    one, same, other = (drawn(dataset, cfg, "fold", seed).tolist() for seed in (0, 0, 1))
-    assert one == same != other
+    first, repeated, different = (select_ids(dataset, cfg, "fold", seed).tolist() for seed in (0, 0, 1))
+    assert first == repeated != different
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -77,17 +77,18 @@ def test_any_number_of_ranks_evaluates_the_fold_and_trains_on_the_rest(
     size: int, dataset: Dataset, configure: Configure
 ) -> None:
     cfg = configure(fold={"of": 5, "number": 3})
-    fold = drawn(dataset, cfg, "fold", 2)
-    seen: list[int] = []
+    fold = select_ids(dataset, cfg, "fold", 2)
+    evaluated: list[int] = []
     for rank in range(size):
         for batch in eval_batches(
             dataset, cfg, split="train", subset="fold", seed=2, rank=rank, world_size=size, microbatch_size=50
         ):
-            seen += batch.ids[batch.valid].tolist()
-    assert sorted(seen) == fold.tolist()
+            evaluated += batch.ids[batch.valid].tolist()
+    assert sorted(evaluated) == fold.tolist()
     training = build_training_set(dataset, cfg, seed=2, batch_size=48)
-    slots = [training.order.assign_slots(step, rank * 48 // size, (rank + 1) * 48 // size) for step in range(3) for rank in range(size)]  # fmt: skip
-    trained = np.concatenate([training.sample_keys(each) % training.num_ids for each in slots])
+    ranges = [(rank * 48 // size, (rank + 1) * 48 // size) for rank in range(size)]
+    slots = [training.order.assign_slots(step, start, stop) for step in range(3) for start, stop in ranges]
+    trained = np.concatenate([training.sample_keys(step_slots) % training.num_ids for step_slots in slots])
     assert len(trained) == 144
     assert not set(trained) & set(fold)
 
@@ -112,7 +113,7 @@ def test_folds_that_cannot_be_cut(
     labels: list[int], further: dict[str, Any], kind: type[Exception], sentence: str
 ) -> None:
     with pytest.raises(kind, match=sentence):
-        drawn(labelled(np.array(labels)), settings(fold={"of": 5, "number": 0}, **further), "train")
+        select_ids(labelled(np.array(labels)), settings(fold={"of": 5, "number": 0}, **further), "train")
 
 
 @pytest.mark.parametrize(
@@ -130,7 +131,7 @@ def test_folds_that_are_none(fold: dict[str, int], sentence: str) -> None:
 
 def test_without_folds_there_is_none_to_evaluate_on() -> None:
     with pytest.raises(ConfigError, match=r"data\.fold=null leaves no fold to evaluate on"):
-        drawn(labelled(np.zeros(9, int)), settings(), "fold")
+        select_ids(labelled(np.zeros(9, int)), settings(), "fold")
 
 
 def test_a_mixed_set_must_not_bring_the_fold_back(configure: Configure) -> None:
@@ -138,5 +139,5 @@ def test_a_mixed_set_must_not_bring_the_fold_back(configure: Configure) -> None:
     cfg = configure(fold={"of": 5, "number": 0}, mix=[{"path": mixed.path, "split": "train", "share": 0.25}])
     with pytest.raises(ConfigError, match=r"holds the images that data.fold keeps out of training"):
         build_training_set(Dataset.open(cfg), cfg, seed=0, batch_size=48)
-    whole = configure(fold={"of": 5, "number": 0}, mix=[{"path": mixed.path, "split": "val", "share": 0.25}])
-    assert build_training_set(Dataset.open(whole), whole, seed=0, batch_size=48).sources[1].subset.chosen_ids is None
+    cfg = configure(fold={"of": 5, "number": 0}, mix=[{"path": mixed.path, "split": "val", "share": 0.25}])
+    assert build_training_set(Dataset.open(cfg), cfg, seed=0, batch_size=48).sources[1].subset.chosen_ids is None

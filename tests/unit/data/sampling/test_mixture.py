@@ -1,4 +1,4 @@
-"""Several sets in one stream of batches: exact shares, the same on any ranks, and told apart by the ledger."""
+"""Mixtures of data sets: exact shares, the same order on any number of ranks, sources recorded in the ledger."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Configure = Callable[..., DataConfig]
 
 @pytest.fixture
 def mixed(configure: Configure, digits: Path) -> Configure:
-    """The digits' training images, with a share of their validation images as if these were another set."""
+    """The digits' training images mixed with their validation images as a second data set."""
 
     def make(share: float = 0.25, **settings: object) -> DataConfig:
         return configure(mix=[{"path": str(digits), "split": "val", "share": share}], **settings)
@@ -30,28 +30,30 @@ def mixed(configure: Configure, digits: Path) -> Configure:
 
 
 def train(cfg: DataConfig, start: int, stop: int, rank: int = 0, size: int = 1, at_once: int = 16) -> list[Batch]:
-    place: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "start_step": start,
         "stop_step": stop,
         "rank": rank,
         "world_size": size,
         "microbatch_size": at_once,
     }
-    with train_batches(build_training_set(Dataset.open(cfg), cfg, seed=3, batch_size=BATCH), cfg, **place) as got:
-        return list(got)
+    with train_batches(
+        build_training_set(Dataset.open(cfg), cfg, seed=3, batch_size=BATCH), cfg, **settings
+    ) as batches:
+        return list(batches)
 
 
 def test_shares_are_exact_and_every_set_keeps_its_epochs(mixed: Configure) -> None:
     cfg = mixed()
     steps = build_training_set(Dataset.open(cfg), cfg, seed=3, batch_size=BATCH).order.steps_per_epoch
     assert steps == 1437 // 48
-    draws = torch.cat([batch.sample_keys for batch in train(cfg, 0, 2 * steps)])
-    assert len(draws.unique()) == len(draws), "a sample of a set comes once in an epoch of that set"
-    from_val = (draws % (TRAIN + VAL)) >= TRAIN
+    keys = torch.cat([batch.sample_keys for batch in train(cfg, 0, 2 * steps)])
+    assert len(keys.unique()) == len(keys), "a sample appears once in an epoch of its data set"
+    from_val = (keys % (TRAIN + VAL)) >= TRAIN
     for epoch in range(2):
         part = from_val[epoch * steps * BATCH : (epoch + 1) * steps * BATCH]
         assert int(part.sum()) == steps * BATCH // 4
-    epochs = Counter((draws[from_val] // (TRAIN + VAL)).tolist())
+    epochs = Counter((keys[from_val] // (TRAIN + VAL)).tolist())
     assert epochs == {0: 360, 1: 360, 2: 2 * steps * BATCH // 4 - 720}
 
 
@@ -61,43 +63,45 @@ def test_what_comes_again_looks_different(mixed: Configure) -> None:
     for batch in batches:
         for sample, image in zip(batch.ids.tolist(), batch.images, strict=True):
             looks.setdefault(sample, []).append(image.numpy().tobytes())
-    twice = [seen for seen in looks.values() if len(seen) == 2]
-    assert len(twice) > 50
-    assert sum(one == other for one, other in twice) < 5
+    pairs = [views for views in looks.values() if len(views) == 2]
+    assert len(pairs) > 50
+    assert sum(first == second for first, second in pairs) < 5
 
 
 @pytest.mark.parametrize(("size", "at_once"), [(2, 8), (4, 16), (8, 1)])
 def test_ranks_see_the_same_mixture(mixed: Configure, size: int, at_once: int) -> None:
-    whole = train(mixed(0.3), 20, 26)
+    reference = train(mixed(0.3), 20, 26)
     ranks = [train(mixed(0.3, threads=3), 20, 26, rank, size, at_once) for rank in range(size)]
-    micros = BATCH // size // at_once
-    dealt = [batch for turn in range(6) for one in ranks for batch in one[turn * micros : (turn + 1) * micros]]
-    for name in ("images", "labels", "ids", "draws"):
-        assert torch.equal(*(torch.cat([getattr(batch, name) for batch in found]) for found in (whole, dealt)))
+    count = BATCH // size // at_once  # microbatches per rank and step
+    dealt = [batch for step in range(6) for batches in ranks for batch in batches[step * count : (step + 1) * count]]
+    for name in ("images", "labels", "ids", "sample_keys"):
+        assert torch.equal(*(torch.cat([getattr(batch, name) for batch in batches]) for batches in (reference, dealt)))
 
 
 def test_a_mixed_run_resumes_and_is_audited(
     two_ranks: Ranks, configs: dict[str, Path], digits: Path, tmp_path: Path
 ) -> None:
     mix = f"data.mix=[{{path: {digits}, split: val, share: 0.25}}]"
-    stage, more = stage_named("pretrain"), (mix, "data.ledger=true", "epochs=2")
-    whole = two_ranks.train(stage, configs["pretrain"], tmp_path / "whole", *more)
-    assert len(whole) == 58
+    stage, overrides = stage_named("pretrain"), (mix, "data.ledger=true", "epochs=2")
+    uninterrupted = two_ranks.train(stage, configs["pretrain"], tmp_path / "uninterrupted", *overrides)
+    assert len(uninterrupted) == 58
     for stop in (31, 58):
-        got = two_ranks.train(stage, configs["pretrain"], tmp_path / "resumed", *more, f"run.stop_at={stop}")
-    assert [row["loss"] for row in got] == [row["loss"] for row in whole]
-    for run in ("whole", "resumed"):
-        found = audit_epochs(read_ledger(tmp_path / run))
-        assert [(one.source, one.epoch) for one in found] == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
-        assert not [one for one in found if one.duplicate_samples]
-        assert sum(one.seen_counts[1] for one in found if one.source == 1) == 58 * BATCH // 4
+        resumed = two_ranks.train(stage, configs["pretrain"], tmp_path / "resumed", *overrides, f"run.stop_at={stop}")
+    assert [row["loss"] for row in resumed] == [row["loss"] for row in uninterrupted]
+    for run in ("uninterrupted", "resumed"):
+        audits = audit_epochs(read_ledger(tmp_path / run))
+        assert [(audit.source, audit.epoch) for audit in audits] == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
+        assert not [audit for audit in audits if audit.duplicate_samples]
+        assert sum(audit.seen_counts[1] for audit in audits if audit.source == 1) == 58 * BATCH // 4
 
 
 def test_mixtures_that_cannot_be_are_sentences(
     mixed: Configure, configure: Configure, digits: Path, configs: dict[str, Path], tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=r"which leaves path none"):
-        configure(mix=[{"path": str(digits), "share": share} for share in (0.7, 0.2, 0.1)])  # as float64 less than 1
+        configure(
+            mix=[{"path": str(digits), "share": share} for share in (0.7, 0.2, 0.1)]
+        )  # their float64 sum is below 1
     with pytest.raises(ConfigError, match=r"mix.0.share"):
         configure(mix=[{"path": str(digits), "share": 0.0}])
     with pytest.raises(DataError, match=r"data.path: no such folder: /nowhere"):
@@ -117,7 +121,7 @@ def test_mixtures_that_cannot_be_are_sentences(
 
 
 def _nowhere(cfg: DataConfig) -> tuple[object, ...]:
-    return tuple(other.model_copy(update={"path": "/nowhere"}) for other in cfg.mix)
+    return tuple(entry.model_copy(update={"path": "/nowhere"}) for entry in cfg.mix)
 
 
 def test_a_mixture_does_not_bring_back_what_is_held_out(configure: Configure, digits: Path) -> None:

@@ -1,4 +1,4 @@
-"""The order of samples: golden values, memory, and the sentences for what cannot be dealt."""
+"""Sample order: golden values, memory, and errors for invalid lanes, batches and shares."""
 
 import itertools
 
@@ -13,8 +13,8 @@ def epoch_of_samples(order: SampleOrder, epoch: int) -> np.ndarray:
     first = epoch * order.steps_per_epoch
     return np.concatenate(
         [
-            order.assign_slots(first + turn, 0, order.batch_size).subset_positions
-            for turn in range(order.steps_per_epoch)
+            order.assign_slots(first + index, 0, order.batch_size).subset_positions
+            for index in range(order.steps_per_epoch)
         ]
     )
 
@@ -68,46 +68,44 @@ def test_golden_of_a_mixture() -> None:
 
 
 def test_a_mixture_does_not_move_what_a_source_of_its_own_would_give() -> None:
-    """Source 0 keeps its seed, so a share that is given away changes when a sample comes, not which come together."""
-    alone = SampleOrder(np.full(6, 40), batch_size=24, num_lanes=4, window_shards=2, seed=5)
+    """Source 0 keeps its seed: mixing changes the step of a sample, not which samples share a window."""
+    single = SampleOrder(np.full(6, 40), batch_size=24, num_lanes=4, window_shards=2, seed=5)
     mixed = SampleOrder(
         np.full(6, 40), batch_size=24, num_lanes=4, window_shards=2, seed=5, mix=[(np.full(6, 40), 0.5)]
     )
     slots = mixed.assign_slots(0, 0, 24)
     first, second = (slots.subset_positions[slots.source_numbers == source].tolist() for source in (0, 1))
-    assert set(first) <= set(alone.assign_slots(0, 0, 24).subset_positions.tolist())
-    assert first != second  # the same shards twice are not in the same order twice
+    assert set(first) <= set(single.assign_slots(0, 0, 24).subset_positions.tolist())
+    assert first != second  # two sources of the same shards have different orders
 
 
 def test_the_next_shards_are_named_by_when_they_are_needed() -> None:
     counts = np.full(100, 10)
-    order = SampleOrder(
-        counts, batch_size=20, num_lanes=2, window_shards=2, seed=0, mix=[(counts, 0.8)]
-    )  # as long, but four times as fast
+    # Source 1 has as many samples as source 0 and is read four times as fast.
+    order = SampleOrder(counts, batch_size=20, num_lanes=2, window_shards=2, seed=0, mix=[(counts, 0.8)])
     runs = [source for source, _ in itertools.groupby(source for source, _ in order.upcoming_shards(0, 0, 20))]
-    assert runs == [0, 1, 0, 1, 0]  # now, lane by lane, and then the next of 1 before those of 0
+    assert runs == [0, 1, 0, 1, 0]  # of this step, lane by lane; then the next windows of source 1 before those of 0
 
 
 def test_epochs_differ_and_so_does_what_they_drop() -> None:
     order = SampleOrder(np.full(10, 13), batch_size=24, num_lanes=4, window_shards=2, seed=1)
-    everything = set(range(130))
-    dropped = [everything - set(epoch_of_samples(order, epoch).tolist()) for epoch in range(6)]
-    assert all(len(one) == 10 for one in dropped)
-    assert len({frozenset(one) for one in dropped}) == 6
+    all_samples = set(range(130))
+    dropped = [all_samples - set(epoch_of_samples(order, epoch).tolist()) for epoch in range(6)]
+    assert all(len(samples) == 10 for samples in dropped)
+    assert len({frozenset(samples) for samples in dropped}) == 6
     assert epoch_of_samples(order, 0).tolist() != epoch_of_samples(order, 1).tolist()
     assert order.epoch_at_step(4) == 0
     assert order.epoch_at_step(5) == 1
 
 
 def test_another_seed_is_another_order() -> None:
-    one, other = (SampleOrder(np.full(10, 13), 24, 4, 2, seed) for seed in (1, 2))
-    assert (
-        one.assign_slots(0, 0, 24).subset_positions.tolist() != other.assign_slots(0, 0, 24).subset_positions.tolist()
-    )
+    orders = [SampleOrder(np.full(10, 13), 24, 4, 2, seed) for seed in (1, 2)]
+    first, second = (order.assign_slots(0, 0, 24).subset_positions.tolist() for order in orders)
+    assert first != second
 
 
 def test_a_lane_reads_within_its_window() -> None:
-    """Shards open at once per lane: the window and the two it may begin and end in, not the whole set."""
+    """A lane reads the shards of its window and the two at the window's borders, not the complete data set."""
     counts = np.full(64, 100)
     order = SampleOrder(counts, batch_size=80, num_lanes=4, window_shards=4, seed=3)
     for step in range(order.steps_per_epoch):
@@ -116,16 +114,15 @@ def test_a_lane_reads_within_its_window() -> None:
 
 
 def test_memory_is_that_of_the_lanes_touched() -> None:
-    """200,000 shards of 10,000 samples: 2 billion would need 16 GB as one permutation."""
+    """200,000 shards of 10,000 samples: a permutation of 2 billion samples would need 16 GB."""
     order = SampleOrder(np.full(200_000, 10_000), batch_size=4096, num_lanes=32, window_shards=4, seed=0)
     samples = order.assign_slots(250_000, 0, 128).subset_positions
     assert len(np.unique(samples)) == 128
-    assert (
-        sum(samples.nbytes for _, samples in order._streams[0]._windows.values()) == 39_988 * 8
-    )  # of at most 40,000: a lane is cut into equal windows
+    window_bytes = sum(samples.nbytes for _, samples in order._streams[0]._windows.values())
+    assert window_bytes == 39_988 * 8  # at most 40,000 samples: a lane has windows of equal length
     for epoch in range(5):
         order.assign_slots(epoch * order.steps_per_epoch, 0, 1)
-    assert set(order._streams[0]._lines) == {3, 4}  # each is as long as the list of shards
+    assert set(order._streams[0]._lines) == {3, 4}  # the arrays of an epoch have one entry per shard
 
 
 def test_a_batch_of_one_image_has_one_lane() -> None:
@@ -176,8 +173,8 @@ def test_a_batch_too_small_for_its_shares_names_one_that_is_not(batch: int, shar
         ConfigError, match=rf"a batch of {batch} images is too small for the shares .* or more"
     ) as caught:
         SampleOrder(np.array([5000]), batch, 1, 4, 0, mix)
-    named = int(str(caught.value).split("raise batch.images to ")[1].split()[0])
-    assert min(SampleOrder(np.array([5000]), named, 1, 4, 0, mix).epoch_quotas) > 0
+    suggested = int(str(caught.value).split("raise batch.images to ")[1].split()[0])
+    assert min(SampleOrder(np.array([5000]), suggested, 1, 4, 0, mix).epoch_quotas) > 0
 
 
 def test_ranks_that_do_not_divide_the_batch_name_what_would() -> None:
@@ -189,9 +186,9 @@ def test_ranks_that_do_not_divide_the_batch_name_what_would() -> None:
 def test_the_batch_that_is_named_fits(batch: int, lanes: int, size: int) -> None:
     with pytest.raises(ConfigError) as caught:
         rank_slot_range(batch, lanes, 0, size)
-    named = int(str(caught.value).split("that fits is ")[1].split()[0])
-    check_lanes(named, lanes)
-    assert rank_slot_range(named, lanes, size - 1, size)[1] == named
+    suggested = int(str(caught.value).split("that fits is ")[1].split()[0])
+    check_lanes(suggested, lanes)
+    assert rank_slot_range(suggested, lanes, size - 1, size)[1] == suggested
 
 
 def test_images_at_once_that_do_not_divide_name_what_would() -> None:

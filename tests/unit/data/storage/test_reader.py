@@ -1,4 +1,4 @@
-"""Reads of shards: one that fails for a moment is tried again, one that fails for good is a sentence with the shard's name."""
+"""Shard readers: transient errors are retried, permanent errors raise DataError with the shard's name."""
 
 import contextlib
 import errno
@@ -18,13 +18,13 @@ Open = Callable[..., Dataset]
 
 @pytest.fixture
 def folder(digits: Path, tmp_path: Path) -> Path:
-    """A copy of the digits to be damaged."""
+    """A copy of the digits data set that tests damage."""
     return shutil.copytree(digits, tmp_path / "copy")
 
 
 @pytest.fixture(params=["", "file://"])
 def opened(request: pytest.FixtureRequest, folder: Path, configure: Callable[..., DataConfig], tmp_path: Path) -> Open:
-    """The copy by its path, and by a URL: through a cache."""
+    """Open the copy by its path, and by a URL through a cache."""
 
     def make(**settings: object) -> Dataset:
         cache = {"dir": str(tmp_path / "cache")}
@@ -39,45 +39,47 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "_WAITS", (0.01, 0.01))
 
 
-def failing(monkeypatch: pytest.MonkeyPatch, times: int, number: int) -> list[int]:
-    """Let pread fail so often; the descriptors that it was asked for."""
-    asked: list[int] = []
+def make_pread_fail(monkeypatch: pytest.MonkeyPatch, times: int, number: int) -> list[int]:
+    """Make the first ``times`` calls of pread fail with errno ``number``; return the list of requested descriptors."""
+    requests: list[int] = []
     pread = os.pread
 
     def read(descriptor: int, size: int, offset: int) -> bytes:
-        asked.append(descriptor)
-        if len(asked) <= times:
+        requests.append(descriptor)
+        if len(requests) <= times:
             raise OSError(number, os.strerror(number))
         return pread(descriptor, size, offset)
 
     monkeypatch.setattr(os, "pread", read)
-    return asked
+    return requests
 
 
 def open_files() -> list[str]:
-    """The files that this process has open; one that was removed is called `... (deleted)`."""
-    found = []
+    """Return the open files of this process; a removed file ends in ` (deleted)`."""
+    paths = []
     for link in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
-            found.append(str(link.readlink()))
-    return found
+            paths.append(str(link.readlink()))
+    return paths
 
 
 def test_a_read_that_fails_for_a_moment(folder: Path, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = opened()
     expected = (folder / "train-000000.tar").read_bytes()[100:600]
     assert dataset.read_bytes("train-000000.tar", 100, 500) == expected
-    asked = failing(monkeypatch, 1, errno.ESTALE)
+    requests = make_pread_fail(monkeypatch, 1, errno.ESTALE)
     opens, true_open = [], os.open
-    monkeypatch.setattr(os, "open", lambda file, *how, **more: opens.append(str(file)) or true_open(file, *how, **more))
+    monkeypatch.setattr(
+        os, "open", lambda file, *args, **kwargs: opens.append(str(file)) or true_open(file, *args, **kwargs)
+    )
     assert dataset.read_bytes("train-000000.tar", 100, 500) == expected
-    assert len(asked) == 2
+    assert len(requests) == 2
     assert any(file.endswith("train-000000.tar") for file in opens), "the old descriptor is stale"
 
 
 def test_a_read_that_fails_for_good(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = opened()
-    failing(monkeypatch, 99, errno.EIO)
+    make_pread_fail(monkeypatch, 99, errno.EIO)
     with pytest.raises(DataError, match=r"copy/train-000000.tar cannot be read \(.*Input/output error\)$"):
         dataset.read_bytes("train-000000.tar", 0, 10)
 
@@ -122,7 +124,7 @@ def test_damage_after_the_start(folder: Path, opened: Open, tmp_path: Path) -> N
     dataset = opened()
     dataset.read_bytes("train-000001.tar", 0, 10)
     shards = [*folder.glob("train-000001.tar"), *(tmp_path / "cache").glob("*train-000001.tar")]
-    damaged = shards[-1]  # the copy, where there is one
+    damaged = shards[-1]  # the copy in the cache, if any
     with damaged.open("r+b") as stream:
         stream.seek(1000)
         stream.write(b"\xff" * 8)
@@ -151,7 +153,7 @@ def test_an_evicted_copy_is_let_go_and_fetched_again(folder: Path, opened: Open,
 
 
 def test_damaged_and_foreign_indices(folder: Path, configure: Callable[..., DataConfig], tmp_path: Path) -> None:
-    """From a URL every byte of an index is looked at, and the sentence names the URL."""
+    """A downloaded index is verified byte for byte, and the error names the URL."""
     file = folder / "train-000002.tar.index"
     data = bytearray(file.read_bytes())
     data[-3] ^= 1

@@ -1,4 +1,4 @@
-"""`foveal data show`: the numbers of a data set, and a sheet on which every image is where its label says."""
+"""`foveal data show`: the class histogram, and a contact sheet with every image above its label."""
 
 import io
 from collections.abc import Callable
@@ -27,14 +27,14 @@ from foveal.errors import DataError
 WriteTar = Callable[..., Path]
 
 
-def picture(grey: int, size: tuple[int, int] = (32, 32)) -> bytes:
+def encode_png(grey: int, size: tuple[int, int] = (32, 32)) -> bytes:
     stream = io.BytesIO()
     Image.new("L", size, grey).save(stream, "PNG")
     return stream.getvalue()
 
 
 def square(sheet: Image.Image, number: int) -> np.ndarray:
-    """The place of an image on a sheet, uint8 [side, side, 3]."""
+    """Return the cell of an image on a sheet: uint8 [side, side, 3]."""
     left = _GAP + number % _COLUMNS * (_SIDE + _GAP)
     top = _GAP + number // _COLUMNS * (_SIDE + _CAPTION + _GAP)
     return np.asarray(sheet)[top : top + _SIDE, left : left + _SIDE]
@@ -60,10 +60,10 @@ def test_of_many_classes_the_ends_are_listed() -> None:
 
 
 def test_the_sheet_has_images_spread_over_shards_and_classes(tmp_path: Path, write_tar: WriteTar) -> None:
-    """Sorted by class, as many sets are; grey says the class, so that the sheet can be read back."""
+    """Shards sorted by class; the grey level is the class, so that the sheet can be checked."""
     for shard in range(20):
         members = [
-            (f"{row:04d}.{name}", picture(10 * shard) if name == "png" else b"%d" % shard)
+            (f"{row:04d}.{name}", encode_png(10 * shard) if name == "png" else b"%d" % shard)
             for row in range(30)
             for name in ("png", "cls")
         ]
@@ -85,8 +85,8 @@ def test_the_sheet_has_images_spread_over_shards_and_classes(tmp_path: Path, wri
 
 def test_small_and_large_and_bad_images_fit(tmp_path: Path, write_tar: WriteTar) -> None:
     sizes = [(8, 8), (300, 100), (5, 90), (1, 1), (128, 128), (4000, 3)]
-    members = [(f"{number}.png", picture(90, size)) for number, size in enumerate(sizes)]
-    write_tar(tmp_path / "train-0.tar", [("x" * 90 + "é\n.png", picture(90)[:40]), *members])
+    members = [(f"{number}.png", encode_png(90, size)) for number, size in enumerate(sizes)]
+    write_tar(tmp_path / "train-0.tar", [("x" * 90 + "é\n.png", encode_png(90)[:40]), *members])
     index_folder(str(tmp_path))
     sheet = draw_contact_sheet(open_dataset(str(tmp_path), None), "train")
     assert sheet.size == (7 * 134 + 6, 152 + 6)

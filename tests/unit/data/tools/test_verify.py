@@ -1,4 +1,4 @@
-"""`foveal data verify`: every kind of damage is found and named, and a whole set has none."""
+"""`foveal data verify`: finds and names every kind of damage; an undamaged set has no faults."""
 
 import hashlib
 import itertools
@@ -33,20 +33,20 @@ def folder(tmp_path: Path, write_tar: WriteTar, png: bytes) -> Path:
         members = [(f"{k}.{field}", png if field == "png" else b"1") for k in "abcde" for field in ("png", "cls")]
         write_tar(tmp_path / "set" / f"{name}.tar", members)
     index_folder(str(tmp_path / "set"))
-    assert wrong(tmp_path / "set", record=True) == []
+    assert verify(tmp_path / "set", record=True) == []
     return tmp_path / "set"
 
 
-def wrong(folder: Path, *, full: bool = False, record: bool = False, url: bool = False) -> list[str]:
-    """What is wrong, without the folder in front."""
-    place = f"file://{folder}" if url else str(folder)
-    found = verify_dataset(open_dataset(place, str(folder)), full=full, workers=2, record_checksums=record)
-    return [sentence.replace(f"{place}/", "").replace(f"{folder}/", "") for sentence in found]
+def verify(folder: Path, *, full: bool = False, record: bool = False, url: bool = False) -> list[str]:
+    """Return the faults, without the folder in front."""
+    path = f"file://{folder}" if url else str(folder)
+    faults = verify_dataset(open_dataset(path, str(folder)), full=full, workers=2, record_checksums=record)
+    return [fault.replace(f"{path}/", "").replace(f"{folder}/", "") for fault in faults]
 
 
-def flip(file: Path, place: int) -> None:
+def flip(file: Path, offset: int) -> None:
     data = bytearray(file.read_bytes())
-    data[place] ^= 1
+    data[offset] ^= 1
     file.write_bytes(data)
 
 
@@ -59,8 +59,8 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 @pytest.mark.parametrize("url", [False, True])
 @pytest.mark.parametrize("full", [False, True])
 def test_a_whole_set_has_nothing_wrong(digits: Path, folder: Path, full: bool, url: bool) -> None:
-    assert wrong(folder, full=full, url=url) == []
-    assert wrong(digits, full=full, url=url) == []
+    assert verify(folder, full=full, url=url) == []
+    assert verify(digits, full=full, url=url) == []
 
 
 def test_sha256_are_recorded_once(folder: Path) -> None:
@@ -68,18 +68,18 @@ def test_sha256_are_recorded_once(folder: Path) -> None:
         for shard in split.shards:
             assert shard.sha256 == hashlib.sha256((folder / shard.file).read_bytes()).hexdigest()
     edit(folder, lambda tree: tree["splits"]["train"]["shards"][0].update(sha256=None))
-    flip(folder / "train-1.tar", 600)  # its sha256 is known: only --full would see that it is another
-    assert wrong(folder, record=True) == []
-    known = [shard.sha256 for shard in read_manifest(folder).splits["train"].shards]
-    assert known[0] == hashlib.sha256((folder / "train-0.tar").read_bytes()).hexdigest()
-    assert known[1] != hashlib.sha256((folder / "train-1.tar").read_bytes()).hexdigest()
+    flip(folder / "train-1.tar", 600)  # the manifest has its sha256: only --full compares it
+    assert verify(folder, record=True) == []
+    sha256s = [shard.sha256 for shard in read_manifest(folder).splits["train"].shards]
+    assert sha256s[0] == hashlib.sha256((folder / "train-0.tar").read_bytes()).hexdigest()
+    assert sha256s[1] != hashlib.sha256((folder / "train-1.tar").read_bytes()).hexdigest()
     edit(folder, lambda tree: tree["splits"]["train"]["shards"][0].update(sha256=None))
-    assert wrong(folder, full=True, record=True)
-    assert read_manifest(folder).splits["train"].shards[0].sha256 is None, "of a set that is not well nothing is kept"
+    assert verify(folder, full=True, record=True)
+    assert read_manifest(folder).splits["train"].shards[0].sha256 is None, "a damaged set gets no new sha256"
 
 
 def rewritten(folder: Path, change: Callable[[ShardIndex], None]) -> None:
-    """An index of train-0 that is sound as a file and does not belong to its shard."""
+    """Write an index of train-0 that is a valid file and does not match its shard."""
     index = index_shard(str(folder), "train-0.tar")
     change(index)
     write_index(index, folder / "train-0.tar.index")
@@ -122,7 +122,7 @@ FAST = {
     ),
     "index damaged": (
         lambda folder: flip(folder / "train-0.tar.index", (folder / "train-0.tar.index").stat().st_size - 60),
-        r"train-0.tar: its index is damaged, its checksum is not that of what it holds",
+        r"train-0.tar: its index is damaged, its checksum does not match its content",
     ),
     "labels": (
         lambda folder: rewritten(folder, beyond),
@@ -130,7 +130,7 @@ FAST = {
     ),
     "fields": (
         lambda folder: edit(folder, lambda tree: tree.update(fields=["png"])),
-        r"train-0.tar: manifest.json does not know its members cls",
+        r"train-0.tar: manifest.json does not list its members cls",
     ),
 }
 
@@ -139,10 +139,10 @@ FAST = {
 def test_what_shows_without_reading_the_shards(folder: Path, kind: str) -> None:
     damage, sentence = FAST[kind]
     damage(folder)
-    found = wrong(folder)
-    assert len(found) == (3 if kind == "fields" else 1)
-    assert found[0].startswith(sentence.removesuffix(": run"))
-    assert "\n" not in found[0]
+    faults = verify(folder)
+    assert len(faults) == (3 if kind == "fields" else 1)
+    assert faults[0].startswith(sentence.removesuffix(": run"))
+    assert "\n" not in faults[0]
 
 
 FULL = {
@@ -165,56 +165,60 @@ FULL = {
 def test_what_shows_only_in_full(folder: Path, kind: str, url: bool) -> None:
     damage, sentence = FULL[kind]
     damage(folder)
-    assert wrong(folder, url=url) == []
-    found = wrong(folder, full=True, url=url)
-    assert any(said.startswith("train-0.tar") and "\n" not in said for said in found)
-    assert any(re.search(sentence, said) for said in found), found
+    assert verify(folder, url=url) == []
+    faults = verify(folder, full=True, url=url)
+    assert any(fault.startswith("train-0.tar") and "\n" not in fault for fault in faults)
+    assert any(re.search(sentence, fault) for fault in faults), faults
 
 
 def test_a_cut_shard_is_wrong_as_long_as_it_is_cut(folder: Path) -> None:
-    whole = (folder / "train-1.tar").read_bytes()
-    (folder / "train-1.tar").write_bytes(whole[: 512 * 18])
+    data = (folder / "train-1.tar").read_bytes()
+    (folder / "train-1.tar").write_bytes(data[: 512 * 18])
     index_folder(str(folder))
-    found = wrong(folder)
-    assert len(found) == 1
-    assert found[0].startswith("train-1.tar is cut short after byte 9216: its first 4 samples are indexed, without 'e'")
+    faults = verify(folder)
+    assert len(faults) == 1
+    assert faults[0].startswith(
+        "train-1.tar is cut short after byte 9216: its first 4 samples are indexed, without 'e'"
+    )
 
 
 def test_images_of_one_shard_are_decoded_in_parallel(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two threads meet inside one shard, or the barrier breaks."""
+    """Two threads must decode images of one shard at once, or the barrier times out."""
     monkeypatch.setattr(verifying, "_IMAGES_PER_JOB", 1)
     edit(folder, lambda tree: tree["splits"]["train"]["shards"].pop())
     edit(folder, lambda tree: tree["splits"]["train"].update(samples=5))
     edit(folder, lambda tree: tree["splits"].pop("val"))
-    meeting = threading.Barrier(2, timeout=10)
+    barrier = threading.Barrier(2, timeout=10)
     calls = itertools.count()
     original = verifying.decode_image
 
     def decode(data: bytes, channels: int) -> Any:
         if next(calls) < 2:
-            meeting.wait()
+            barrier.wait()
         return original(data, channels)
 
     monkeypatch.setattr(verifying, "decode_image", decode)
-    assert wrong(folder, full=True) == []
+    assert verify(folder, full=True) == []
 
 
 def test_the_command_exits_with_1_and_the_list(folder: Path) -> None:
     run = CliRunner()
-    well = run.invoke(app, ["data", "verify", str(folder), "--full"])
-    assert (well.exit_code, well.output) == (
+    undamaged = run.invoke(app, ["data", "verify", str(folder), "--full"])
+    assert (undamaged.exit_code, undamaged.output) == (
         0,
         f"{folder}: 15 samples in 3 shards are as the manifest says, and every image decodes\n",
     )
     edit(folder, lambda tree: [shard.pop("sha256") for shard in tree["splits"]["train"]["shards"]])
-    unknown = run.invoke(app, ["data", "verify", str(folder)])
-    assert unknown.output.endswith("as the manifest says; of 2 shards no sha256 is known, --record writes it\n")
+    without_sha256 = run.invoke(app, ["data", "verify", str(folder)])
+    assert without_sha256.output.endswith(
+        "as the manifest says; the manifest has no sha256 for 2 shards, --record writes it\n"
+    )
     assert run.invoke(app, ["data", "verify", str(folder), "--record"]).output.endswith("as the manifest says\n")
     flip(folder / "train-1.tar", 512 * 9 + 45)
     (folder / "val-0.tar").unlink()
-    ill = run.invoke(app, ["data", "verify", str(folder), "--full"])
-    assert ill.exit_code == 1
-    assert [line.split("/")[-1][:11] for line in ill.output.splitlines()] == [
+    damaged = run.invoke(app, ["data", "verify", str(folder), "--full"])
+    assert damaged.exit_code == 1
+    assert [line.split("/")[-1][:11] for line in damaged.output.splitlines()] == [
         "train-1.tar",
         "train-1.tar",
         "val-0.tar i",

@@ -1,4 +1,4 @@
-"""A cross-validation: every fold once, by whoever it belongs to, and one who writes down what they come to."""
+"""Cross-validation: each fold runs once, in its task of an array, and one task aggregates the results."""
 
 import json
 import threading
@@ -28,7 +28,7 @@ ALONE = World(0, 1, 0, "none", torch.device("cpu"))
 Fit = Callable[[FinetunePlan, Run], None]
 
 
-def settings(digits: Path, folder: Path, **further: Any) -> FinetuneConfig:
+def settings(digits: Path, folder: Path, **overrides: Any) -> FinetuneConfig:
     tree: dict[str, Any] = {
         "seed": 5,
         "epochs": 1,
@@ -41,11 +41,11 @@ def settings(digits: Path, folder: Path, **further: Any) -> FinetuneConfig:
         "folds": {"count": 2, "repeats": 2},
         "tracking": {"uri": None},
     }
-    return FinetuneConfig.from_dict(tree | further, "here")
+    return FinetuneConfig.from_dict(tree | overrides, "here")
 
 
 class Stand:
-    """Instead of training: says which fold it was and how well it did."""
+    """Stand-in for training: records the fold and reports a fixed accuracy."""
 
     def __init__(self) -> None:
         self.trained: list[str] = []
@@ -57,16 +57,19 @@ class Stand:
         run.mark_finished({"fold_top1": 0.2 * plan.cfg.data.fold.number + 0.1 * (plan.cfg.seed - 5)})
 
 
-def once(cfg: FinetuneConfig, fit: Fit, *, whole: bool = False) -> bool:
-    """What a command does with a run, by ``fit`` (of each fold, or of the whole); whether the run is finished."""
-    found = plan_finetuning(cfg, 1)
-    with open_run("finetune", found, ALONE, Preemption(ALONE)) as run:
+def execute(cfg: FinetuneConfig, fit: Fit, *, aggregate: bool = False) -> bool:
+    """Execute a config as the command line does; return whether the run finished.
+
+    ``fit`` is called for a fold, or with ``aggregate`` for the cross-validation's run.
+    """
+    plan = plan_finetuning(cfg, 1)
+    with open_run("finetune", plan, ALONE, Preemption(ALONE)) as run:
         if run is None:
             return True
-        if cfg.folds is None or whole:
-            fit(found, run)
+        if cfg.folds is None or aggregate:
+            fit(plan, run)
         else:
-            cross_validate(found, run, fit)
+            cross_validate(plan, run, fit)
     return run.is_finished
 
 
@@ -75,29 +78,29 @@ def summary(run: Path) -> dict[str, float]:
 
 
 @pytest.fixture
-def as_task(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Make this thread a task of an array."""
-    here = threading.local()
-    monkeypatch.setattr(cross_validation, "read_slurm_array_task", lambda: getattr(here, "task", None))
+def become_task(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Make the current thread a task of a Slurm array."""
+    thread_state = threading.local()
+    monkeypatch.setattr(cross_validation, "read_slurm_array_task", lambda: getattr(thread_state, "task", None))
 
     def become(number: int, count: int, lowest: int = 0, highest: int | None = None) -> None:
-        here.task = SlurmArrayTask(number, count, lowest, count - 1 if highest is None else highest)
+        thread_state.task = SlurmArrayTask(number, count, lowest, count - 1 if highest is None else highest)
 
     return become
 
 
 def test_the_spread_of_folds() -> None:
-    found = summarize_folds([{"fold_top1": 0.5, "holdout_top1": 1.0}, {"fold_top1": 0.7, "holdout_top1": 1.0}])
+    summary = summarize_folds([{"fold_top1": 0.5, "holdout_top1": 1.0}, {"fold_top1": 0.7, "holdout_top1": 1.0}])
     top1 = {"mean": 0.6, "std": 0.02**0.5, "lowest": 0.5, "highest": 0.7}
-    held = {"mean": 1.0, "std": 0.0, "lowest": 1.0, "highest": 1.0}
+    holdout = {"mean": 1.0, "std": 0.0, "lowest": 1.0, "highest": 1.0}
     expected = {f"fold_top1_{name}": value for name, value in top1.items()}
-    expected |= {f"holdout_top1_{name}": value for name, value in held.items()}
-    assert found == pytest.approx({"folds": 2} | expected)
+    expected |= {f"holdout_top1_{name}": value for name, value in holdout.items()}
+    assert summary == pytest.approx({"folds": 2} | expected)
 
 
 def test_every_fold_is_a_run_and_a_row_of_the_whole(digits: Path, tmp_path: Path) -> None:
     cfg, stand = settings(digits, tmp_path / "run"), Stand()
-    assert once(cfg, stand)
+    assert execute(cfg, stand)
     assert stand.trained == ["seed5-fold0", "seed5-fold1", "seed6-fold0", "seed6-fold1"]
     *rows, last = read_metric_rows(tmp_path / "run/metrics.jsonl")
     assert rows == [
@@ -106,40 +109,42 @@ def test_every_fold_is_a_run_and_a_row_of_the_whole(digits: Path, tmp_path: Path
     assert summary(tmp_path / "run") == {name: value for name, value in last.items() if name != "step"}
     assert last["fold_top1_mean"] == pytest.approx(0.15)
     assert (last["folds"], last["fold_top1_lowest"], last["fold_top1_highest"]) == (4, 0, pytest.approx(0.3))
-    assert once(cfg, Stand())
+    assert execute(cfg, Stand())
     with pytest.raises(FovealError, match=r"was made with other science: folds\.count"):
-        once(settings(digits, tmp_path / "run", folds={"count": 3, "repeats": 2}), stand)
+        execute(settings(digits, tmp_path / "run", folds={"count": 3, "repeats": 2}), stand)
 
 
 def test_a_fold_that_left_in_the_middle_comes_to_the_same_numbers(digits: Path, tmp_path: Path) -> None:
-    """Really trained. The second attempt goes on with the fold where it was left, and does not repeat the one before."""
+    """With real training. The second attempt resumes the preempted fold and does not repeat the finished one."""
 
     def interrupted(plan: FinetunePlan, run: Run) -> None:
-        began.append(run.path.name)
-        run.preemption.stop_reason = "SIGUSR1" if len(began) == 2 else None
+        started.append(run.path.name)
+        run.preemption.stop_reason = "SIGUSR1" if len(started) == 2 else None
         fit(plan, run)
 
-    began: list[str] = []
+    started: list[str] = []
     cfg = settings(digits, tmp_path / "left", folds={"count": 2}, evaluate_every=2)
-    assert not once(cfg, interrupted)
-    assert once(cfg, interrupted)
-    assert began == ["seed5-fold0", "seed5-fold1", "seed5-fold1"]
+    assert not execute(cfg, interrupted)
+    assert execute(cfg, interrupted)
+    assert started == ["seed5-fold0", "seed5-fold1", "seed5-fold1"]
     attempts = tmp_path / "left/folds/seed5-fold1/attempts"
     assert json.loads((attempts / "0001.end.json").read_text())["step"] == 1
     assert json.loads((attempts / "0002.start.json").read_text())["step"] == 1
-    whole = settings(digits, tmp_path / "whole", folds={"count": 2}, evaluate_every=2)
-    with open_run("finetune", plan_finetuning(whole, 1), ALONE, Preemption(ALONE)) as run:
+    uninterrupted = settings(digits, tmp_path / "whole", folds={"count": 2}, evaluate_every=2)
+    with open_run("finetune", plan_finetuning(uninterrupted, 1), ALONE, Preemption(ALONE)) as run:
         assert run is not None
-        train(plan_finetuning(whole, 1), run)
+        train(plan_finetuning(uninterrupted, 1), run)
     assert summary(tmp_path / "left") == summary(tmp_path / "whole")
     rows = [read_metric_rows(tmp_path / name / "folds/seed5-fold1/metrics.jsonl") for name in ("left", "whole")]
-    ours, theirs = ({(row["step"], row.get("loss"), row.get("fold_top1")) for row in each} for each in rows)
-    assert ours == theirs
+    resumed, expected = (
+        {(row["step"], row.get("loss"), row.get("fold_top1")) for row in run_rows} for run_rows in rows
+    )
+    assert resumed == expected
     assert not any("val_top1" in row for row in rows[0])
 
 
 def test_tasks_share_the_folds_and_the_last_closes(
-    digits: Path, tmp_path: Path, as_task: Callable[..., None], caplog: pytest.LogCaptureFixture
+    digits: Path, tmp_path: Path, become_task: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "foveal")
     cfg, stand = settings(digits, tmp_path / "run"), Stand()
@@ -147,34 +152,36 @@ def test_tasks_share_the_folds_and_the_last_closes(
         ((4, 5), []),
         ((1, 3), ["seed5-fold1"]),
         ((0, 3), ["seed5-fold0", "seed6-fold1"]),
-        ((1, 2), []),  # of another array, which shares what is left in another way
+        ((1, 2), []),  # a task of another array, which assigns the remaining folds differently
         ((0, 2), ["seed6-fold0"]),
     ]
     for task, trained in steps:
         assert not (tmp_path / "run/finished.json").exists()
         stand.trained.clear()
-        as_task(*task)
-        dispatch_folds(cfg, ALONE, lambda one: once(one, stand))
+        become_task(*task)
+        dispatch_folds(cfg, ALONE, lambda run_cfg: execute(run_cfg, stand))
         assert stand.trained == trained
     assert "task 4 of the array has nothing to do: there are 4 folds" in caplog.text
     assert "1 of 4 folds are left to other tasks; the last closes the run" in caplog.text
     assert summary(tmp_path / "run")["folds"] == 4
-    as_task(0, 3)  # requeued after all was done
-    dispatch_folds(cfg, ALONE, lambda one: once(one, stand))
+    become_task(0, 3)  # requeued after the run finished
+    dispatch_folds(cfg, ALONE, lambda run_cfg: execute(run_cfg, stand))
     assert not (tmp_path / "run/attempts/0002.json").exists()
 
 
 def test_a_task_that_is_asked_to_leave_leaves_the_rest(
-    digits: Path, tmp_path: Path, as_task: Callable[..., None]
+    digits: Path, tmp_path: Path, become_task: Callable[..., None]
 ) -> None:
-    as_task(0, 2)
-    asked: list[str] = []
-    dispatch_folds(settings(digits, tmp_path / "run"), ALONE, lambda one: bool(asked.append(str(one.run.dir))))
-    assert asked == [f"{tmp_path}/run/folds/seed5-fold0"]
+    become_task(0, 2)
+    executed: list[str] = []
+    dispatch_folds(
+        settings(digits, tmp_path / "run"), ALONE, lambda run_cfg: bool(executed.append(str(run_cfg.run.dir)))
+    )
+    assert executed == [f"{tmp_path}/run/folds/seed5-fold0"]
 
 
 class Pair:
-    """Two tasks that find every fold finished at the same time; the one that closes waits until the other has tried."""
+    """Two tasks that find every fold finished at the same time; the one with the lease waits for the other's try."""
 
     def __init__(self, *, dies: bool) -> None:
         self.dies, self.closed, self.died = dies, list[int](), 0
@@ -185,7 +192,7 @@ class Pair:
             self._here.looked = True
             self._looked.wait(20)
         try:
-            return once(cfg, self._close if cfg.folds else Stand(), whole=True)
+            return execute(cfg, self._close if cfg.folds else Stand(), aggregate=True)
         except RunInUseError:
             self._refused.set()
             raise
@@ -210,15 +217,15 @@ class Pair:
 
 @pytest.mark.parametrize("dies", [False, True])
 def test_of_two_that_finish_at_once_one_closes_and_the_other_waits_for_it(
-    dies: bool, digits: Path, tmp_path: Path, as_task: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    dies: bool, digits: Path, tmp_path: Path, become_task: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the one that closes dies of it, the other does it."""
+    """If the task with the lease dies, the other aggregates."""
     monkeypatch.setattr(cross_validation, "_POLL_SECONDS", 0.01)
     cfg, pair = settings(digits, tmp_path / "run", folds={"count": 2}), Pair(dies=dies)
-    for one in fold_configs(cfg):
-        once(one, Stand())
+    for fold_cfg in fold_configs(cfg):
+        execute(fold_cfg, Stand())
     with ThreadPoolExecutor(2) as pool:
-        for task in [pool.submit(pair.task, cfg, partial(as_task, number, 2)) for number in range(2)]:
+        for task in [pool.submit(pair.task, cfg, partial(become_task, number, 2)) for number in range(2)]:
             task.result()
     assert (len(pair.closed), len(set(pair.closed)), pair.died) == (1 + dies, 1 + dies, dies)
     assert summary(tmp_path / "run")["folds"] == 2
@@ -226,24 +233,24 @@ def test_of_two_that_finish_at_once_one_closes_and_the_other_waits_for_it(
 
 
 @pytest.mark.parametrize(
-    ("further", "sentence"),
+    ("overrides", "sentence"),
     [
         ({"folds": {"count": 1}}, r"folds\.count: input should be greater than or equal to 2"),
         ({"trials": {"arms": {"a": None}, "lr_per_256": [0.1]}}, "folds and trials exclude each other"),
         ({"run": {"dir": "x", "stop_at": 3}}, r"run\.stop_at and folds exclude each other"),
         (
             {"early_stopping": {"metric": "fold_top1", "patience": 2}, "evaluate_every": 3},
-            "would judge a fold by what it stopped at",
+            "would stop a fold by the data that it is evaluated on",
         ),
         ({"folds": {"count": 200}}, r"class \d \('\d'\) has 1\d\d samples, too few for 200 folds"),
         ({"batch": {"images": 4096}}, "batch"),
     ],
 )
 def test_what_cannot_be_cross_validated_is_refused(
-    further: dict[str, Any], sentence: str, digits: Path, tmp_path: Path
+    overrides: dict[str, Any], sentence: str, digits: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(FovealError, match=sentence) as error:
-        plan_finetuning(settings(digits, tmp_path / "run", **further), 1)
+        plan_finetuning(settings(digits, tmp_path / "run", **overrides), 1)
     assert "\n" not in str(error.value)
 
 
@@ -255,16 +262,16 @@ def test_a_fold_of_its_own_excludes_folds(digits: Path, tmp_path: Path) -> None:
 
 
 def test_arrays_that_cannot_share_the_folds_are_refused(
-    digits: Path, tmp_path: Path, as_task: Callable[..., None]
+    digits: Path, tmp_path: Path, become_task: Callable[..., None]
 ) -> None:
     cfg = settings(digits, tmp_path / "run")
-    as_task(3, 1, 3, 3)
+    become_task(3, 1, 3, 3)
     with pytest.raises(LaunchError, match=r"from 3 to 3, .*: use --array=0-0, also to repeat a task"):
         plan_finetuning(cfg, 1)
-    as_task(1, 5, 1, 5)
+    become_task(1, 5, 1, 5)
     with pytest.raises(LaunchError, match=r"from 1 to 5, .*: use --array=0-4"):
         plan_finetuning(cfg, 1)
-    as_task(0, 5)
+    become_task(0, 5)
     with pytest.raises(ConfigError, match=r"run\.fresh=true and a Slurm array exclude each other"):
         plan_finetuning(settings(digits, tmp_path / "run", run={"dir": str(tmp_path), "fresh": True}), 1)
     assert plan_finetuning(cfg, 1).num_runs == 4

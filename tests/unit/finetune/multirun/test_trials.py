@@ -1,4 +1,4 @@
-"""A comparison that is fair: the same labels for every arm, the rate by the holdout alone, no trial twice."""
+"""Trials: the same labels for every arm, learning rates selected on the holdout only, no trial run twice."""
 
 import contextlib
 import json
@@ -32,14 +32,14 @@ def seeds(*pairs: tuple[float, float]) -> list[dict[str, float]]:
 
 
 def test_the_rate_is_chosen_by_the_holdout_and_judged_by_val() -> None:
-    """Arm a: the rate that would be best on val is not taken. Arm b has its own best rate."""
-    found = {
+    """Arm a: the learning rate that is best on val is not selected. Arm b has its own best learning rate."""
+    summaries = {
         ("a", 0.1): seeds((0.6, 0.10), (0.5, 0.30)),
         ("a", 0.2): seeds((0.7, 0.90), (0.3, 0.90)),
         ("b", 0.1): seeds((0.2, 0.80), (0.2, 0.80)),
         ("b", 0.2): seeds((0.1, 0.60), (0.9, 0.50)),
     }
-    assert _summarize_trials(found) == pytest.approx(
+    assert _summarize_trials(summaries) == pytest.approx(
         {
             "a_lr_per_256": 0.1,
             "a_top1": 0.2,
@@ -56,14 +56,14 @@ def test_the_rate_is_chosen_by_the_holdout_and_judged_by_val() -> None:
 
 
 def test_val_never_decides_between_rates() -> None:
-    """Whatever the numbers on val are, the choice is the same."""
+    """The selection does not depend on the accuracies on val."""
     holdout = {0.1: (0.3, 0.5), 0.2: (0.6, 0.1), 0.3: (0.2, 0.7)}
     for shift in range(3):
-        found = {
-            ("a", lr): seeds(*((held, ((place + shift) % 3) / 2) for held in pair))
-            for place, (lr, pair) in enumerate(holdout.items())
+        summaries = {
+            ("a", lr): seeds(*((holdout_top1, ((index + shift) % 3) / 2) for holdout_top1 in pair))
+            for index, (lr, pair) in enumerate(holdout.items())
         }
-        assert _summarize_trials(found)["a_lr_per_256"] == 0.3
+        assert _summarize_trials(summaries)["a_lr_per_256"] == 0.3
 
 
 def test_without_a_holdout_no_accuracy_on_it_is_made_up() -> None:
@@ -74,7 +74,7 @@ def test_without_a_holdout_no_accuracy_on_it_is_made_up() -> None:
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An encoder's export, made without training."""
+    """Export of an untrained encoder."""
     folder = tmp_path_factory.mktemp("teacher") / "export"
     torch.manual_seed(0)
     module = build_encoder(TINY, image_size=16, channels=1)
@@ -82,7 +82,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def settings(digits: Path, encoder: Path, folder: Path, **further: Any) -> FinetuneConfig:
+def settings(digits: Path, encoder: Path, folder: Path, **overrides: Any) -> FinetuneConfig:
     tree: dict[str, Any] = {
         "seed": 5,
         "epochs": 3,
@@ -100,15 +100,19 @@ def settings(digits: Path, encoder: Path, folder: Path, **further: Any) -> Finet
             "repeats": REPEATS,
         },
     }
-    return FinetuneConfig.from_dict(tree | further, "here")
+    return FinetuneConfig.from_dict(tree | overrides, "here")
 
 
 def test_arms_differ_in_their_start_and_in_nothing_else(digits: Path, encoder: Path, tmp_path: Path) -> None:
     cfg = settings(digits, encoder, tmp_path / "run")
     for repeat in range(REPEATS):
         mae, scratch = (plan_training(trial_config(cfg, arm, repeat, RATES[1]), 1) for arm in ("mae", "scratch"))
-        here, there = mae.science_settings(), scratch.science_settings()
-        differing = {name for name in here | there if here.get(name, "no") != there.get(name, "no")}
+        mae_science, scratch_science = mae.science_settings(), scratch.science_settings()
+        differing = {
+            name
+            for name in mae_science | scratch_science
+            if mae_science.get(name, "no") != scratch_science.get(name, "no")
+        }
         assert {name for name in differing if name != "model" and not name.startswith("model.")} == {"inherited.init"}
         assert (mae.cfg.seed, mae.cfg.optim.lr_per_256) == (5 + repeat, RATES[1])
         assert (mae.total_steps, mae.classes) == (scratch.total_steps, scratch.classes)
@@ -119,37 +123,37 @@ def test_arms_differ_in_their_start_and_in_nothing_else(digits: Path, encoder: P
         assert Path(mae.cfg.run.dir or "").parent == tmp_path / "run" / "trials"
 
 
-def labels_of(found: FinetunePlan) -> dict[str, list[int]]:
-    """The sample ids of the labelled part and of the holdout, and the order of the first steps."""
-    cfg = found.cfg
-    drawn = {}
-    for part in ("train", "holdout"):
-        chosen = select_subset(found.dataset, cfg.data, split="train", subset=part, seed=cfg.seed)
-        assert chosen.chosen_ids is not None
-        drawn[part] = chosen.chosen_ids.tolist()
-    order = found.training_set.order
-    return drawn | {
+def labels_of(plan: FinetunePlan) -> dict[str, list[int]]:
+    """Return the sample ids of the train and holdout subsets, and the sample order of the first steps."""
+    cfg = plan.cfg
+    ids = {}
+    for subset in ("train", "holdout"):
+        selected = select_subset(plan.dataset, cfg.data, split="train", subset=subset, seed=cfg.seed)
+        assert selected.chosen_ids is not None
+        ids[subset] = selected.chosen_ids.tolist()
+    order = plan.training_set.order
+    return ids | {
         "order": np.concatenate([order.assign_slots(step, 0, 8).subset_positions for step in range(4)]).tolist()
     }
 
 
 def test_arms_share_their_labels_and_seeds_draw_others(digits: Path, encoder: Path, tmp_path: Path) -> None:
     cfg = settings(digits, encoder, tmp_path / "run")
-    drawn = {
+    ids = {
         (arm, repeat): labels_of(plan_training(trial_config(cfg, arm, repeat, RATES[0]), 1))
         for arm in ("mae", "scratch")
         for repeat in range(REPEATS)
     }
     for repeat in range(REPEATS):
-        assert drawn["mae", repeat] == drawn["scratch", repeat]
-        assert (len(drawn["mae", repeat]["train"]), len(drawn["mae", repeat]["holdout"])) == (20, 30)
-        assert not set(drawn["mae", repeat]["train"]) & set(drawn["mae", repeat]["holdout"])
+        assert ids["mae", repeat] == ids["scratch", repeat]
+        assert (len(ids["mae", repeat]["train"]), len(ids["mae", repeat]["holdout"])) == (20, 30)
+        assert not set(ids["mae", repeat]["train"]) & set(ids["mae", repeat]["holdout"])
     for name in ("train", "holdout", "order"):
-        assert drawn["mae", 0][name] != drawn["mae", 1][name], name
+        assert ids["mae", 0][name] != ids["mae", 1][name], name
 
 
 class Fit:
-    """Instead of training: writes down which trial it was, gives it an accuracy, and leaves after so many."""
+    """Stand-in for training: records the trial, reports an accuracy, and is preempted after a number of trials."""
 
     def __init__(self, leave_after: int = 99) -> None:
         self.trained: list[str] = []
@@ -165,40 +169,40 @@ class Fit:
             run.mark_finished({"val_top1": 0.5 + 0.25 * better, "holdout_top1": 10 * plan.cfg.optim.lr_per_256})
 
 
-def compared(cfg: FinetuneConfig, fit: Fit) -> bool:
-    """One attempt at the comparison; whether it was asked to leave. Nothing if it was finished before."""
-    found = plan_training(cfg, 1)
-    with open_run("finetune", found, ALONE, Preemption(ALONE)) as run:
+def run_attempt(cfg: FinetuneConfig, fit: Fit) -> bool:
+    """Run one attempt of the trials; return whether it was preempted."""
+    plan = plan_training(cfg, 1)
+    with open_run("finetune", plan, ALONE, Preemption(ALONE)) as run:
         if run is None:
             return False
-        run_trials(found, run, fit)
+        run_trials(plan, run, fit)
         return run.is_preempted
 
 
 def test_finished_trials_are_not_repeated(digits: Path, encoder: Path, tmp_path: Path) -> None:
     cfg = settings(digits, encoder, tmp_path / "run")
-    every = [f"{arm}-seed{seed}-lr{lr:g}" for arm in ("mae", "scratch") for lr in RATES for seed in (5, 6)]
+    trials = [f"{arm}-seed{seed}-lr{lr:g}" for arm in ("mae", "scratch") for lr in RATES for seed in (5, 6)]
     first, second, third = Fit(leave_after=3), Fit(), Fit()
-    assert compared(cfg, first)
-    assert first.trained == every[:3]
+    assert run_attempt(cfg, first)
+    assert first.trained == trials[:3]
     assert not (tmp_path / "run" / "finished.json").exists()
-    assert not compared(cfg, second)
-    assert second.trained == every[3:]
+    assert not run_attempt(cfg, second)
+    assert second.trained == trials[3:]
     summary = json.loads((tmp_path / "run" / "finished.json").read_text())["summary"]
     assert (summary["mae_top1"], summary["scratch_top1"], summary["mae_lr_per_256"]) == (0.75, 0.5, RATES[1])
-    assert not compared(cfg, third)
+    assert not run_attempt(cfg, third)
     assert third.trained == []
 
 
 def test_a_comparison_that_is_to_stop_early_does_not_fall(digits: Path, encoder: Path, tmp_path: Path) -> None:
-    """run.stop_at is of one run: with trials it is refused in a sentence, or has no say in them."""
+    """run.stop_at is for a single run: with trials it is refused or has no effect."""
     cfg = settings(digits, encoder, tmp_path / "run", run={"dir": str(tmp_path / "run"), "stop_at": 1})
     with contextlib.suppress(ConfigError):
-        compared(cfg, Fit())
+        run_attempt(cfg, Fit())
 
 
 @pytest.mark.parametrize(
-    ("further", "kind", "sentence"),
+    ("overrides", "kind", "sentence"),
     [
         ({"init": "runs/x"}, ConfigError, "init and trials exclude each other"),
         ({"model": None}, ConfigError, "model is missing: without init, the encoder from scratch must be stated"),
@@ -210,10 +214,10 @@ def test_a_comparison_that_is_to_stop_early_does_not_fall(digits: Path, encoder:
     ],
 )
 def test_a_comparison_that_cannot_be_is_refused_before_it_begins(
-    further: dict[str, Any], kind: type[Exception], sentence: str, digits: Path, encoder: Path, tmp_path: Path
+    overrides: dict[str, Any], kind: type[Exception], sentence: str, digits: Path, encoder: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(kind, match=sentence):
-        plan_training(settings(digits, encoder, tmp_path / "run", **further), 1)
+        plan_training(settings(digits, encoder, tmp_path / "run", **overrides), 1)
 
 
 def test_several_rates_need_a_holdout_to_choose_by(digits: Path, encoder: Path, tmp_path: Path) -> None:
@@ -231,8 +235,8 @@ def test_several_rates_need_a_holdout_to_choose_by(digits: Path, encoder: Path, 
     [
         ([0, 1, 2], [0, 1], "split 'train' has label 2, but there are 2 classes"),
         ([0, 1], [5], "split 'val' has label 5, but there are 2 classes"),
-        ([0, 1], [-1, -1], "split 'val'"),  # an accuracy over no images is a division by zero at the end of the run
-        ([-1, -1], [0, 1], "split 'train'"),  # every step would be skipped as 0 / 0
+        ([0, 1], [-1, -1], "split 'val'"),  # accuracy over no images would divide by zero at the end of the run
+        ([-1, -1], [0, 1], "split 'train'"),  # every step would be 0 / 0 and skipped
     ],
 )
 def test_labels_that_cannot_be_learned_are_refused_in_the_plan(

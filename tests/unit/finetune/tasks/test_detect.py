@@ -1,4 +1,4 @@
-"""Fine-tuning on boxes, as it is planned: what is refused, where it starts, what a step would take, and what it leaves."""
+"""Detection: checks of the plan, initialization, forecast of a step, and export."""
 
 import importlib.util
 from pathlib import Path
@@ -37,74 +37,81 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pack_rectangles(tmp_path_factory.mktemp("rectangles"))
 
 
-def tree(shards: Path, **further: Any) -> dict[str, Any]:
+def tree(shards: Path, **overrides: Any) -> dict[str, Any]:
     data = {"path": str(shards), "image_size": [32, 48], "channels": 1, "lanes": 4, "labels": "boxes"}
     return {
         "epochs": 1,
-        "data": data | {"mean": [0.5], "std": [0.25]} | further.pop("data", {}),
-        "batch": {"images": 16, "at_once": 2} | further.pop("batch", {}),
-        "optim": further.pop("optim", {}),
-        "detect": {"width": 32, "layers": 1, "strides": [8, 16]} | further.pop("detect", {}),
+        "data": data | {"mean": [0.5], "std": [0.25]} | overrides.pop("data", {}),
+        "batch": {"images": 16, "at_once": 2} | overrides.pop("batch", {}),
+        "optim": overrides.pop("optim", {}),
+        "detect": {"width": 32, "layers": 1, "strides": [8, 16]} | overrides.pop("detect", {}),
         "engine": {"kind": "plain"},
         "run": {"dir": "runs/x"},
-    } | (further or {"model": TINY})
+    } | (overrides or {"model": TINY})
 
 
-def planned(shards: Path, **further: Any) -> FinetunePlan:
-    return plan_training(FinetuneConfig.from_dict(tree(shards, **further), "here"), 1)
+def planned(shards: Path, **overrides: Any) -> FinetunePlan:
+    return plan_training(FinetuneConfig.from_dict(tree(shards, **overrides), "here"), 1)
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_every_encoder_carries_a_detector(kind: str, shards: Path) -> None:
-    """Every parameter that learns has a gradient, and layer-wise decay puts pyramid and head above the encoder."""
-    found = planned(shards, **ENCODERS[kind], optim={"layer_decay": 0.5})
-    model = detector_from_plan(found).train()
-    answers = model(torch.randn(2, 1, *found.cfg.data.image_hw))
-    assert answers.locations[0].tolist() == [4, 4, 8]
-    marks = torch.tensor([[[2.0, 3, 20, 28, 1]], [[0, 0, 0, 0, -1]]])
-    torch.stack(compute_fcos_losses(answers, marks)).sum().backward()
-    learned = {name: each for name, each in model.named_parameters() if each.requires_grad}
-    assert all(each.grad is not None and each.grad.isfinite().all() for each in learned.values())
-    scales = {id(each): group["lr_scale"] for group in param_groups_from_plan(found, model) for each in group["params"]}
-    assert {scales[id(each)] for name, each in learned.items() if name.startswith("head.")} == {1.0}
+    """Every trainable parameter has a gradient, and layer-wise decay places pyramid and head above the encoder."""
+    plan = planned(shards, **ENCODERS[kind], optim={"layer_decay": 0.5})
+    model = detector_from_plan(plan).train()
+    output = model(torch.randn(2, 1, *plan.cfg.data.image_hw))
+    assert output.locations[0].tolist() == [4, 4, 8]
+    targets = torch.tensor([[[2.0, 3, 20, 28, 1]], [[0, 0, 0, 0, -1]]])
+    torch.stack(compute_fcos_losses(output, targets)).sum().backward()
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in trainable.values())
+    scales = {
+        id(parameter): group["lr_scale"]
+        for group in param_groups_from_plan(plan, model)
+        for parameter in group["params"]
+    }
+    assert {scales[id(parameter)] for name, parameter in trainable.items() if name.startswith("head.")} == {1.0}
     assert min(scales.values()) < 0.5
 
 
 @pytest.mark.parametrize(
-    ("further", "sentence"),
+    ("overrides", "sentence"),
     [
         ({"data": {"per_class": 2}}, "data.per_class is for images that have one class each"),
         ({"data": {"holdout_per_class": 2}}, "data.holdout_per_class is for images that have one class each"),
         ({"model": TINY, "label_smoothing": 0.1}, "label_smoothing is for images that have one class each"),
         ({"model": TINY, "pooling": "token"}, "with data.labels=boxes every patch is read: leave it out"),
         ({"trials": {"arms": {"a": None}, "lr_per_256": [1e-3]}, "model": TINY}, "top-1, which data.labels=boxes has"),
-        ({"data": {"val_size": 64}}, "cannot evaluate 1 at once of 64 x 64"),
-        ({"detect": {"strides": [8, 16, 64]}}, "take none below 1 nor above 48"),
-        ({"model": TINY | {"patch": 16}, "detect": {"strides": [1, 16]}}, "take none below 2 nor above 48"),
-        ({"detect": {"strides": [8, 24]}}, "each must be the one before times 2, 4, 8"),
+        ({"data": {"val_size": 64}}, "cannot evaluate a microbatch of 1 images of 64 x 64"),
+        ({"detect": {"strides": [8, 16, 64]}}, "use strides from 1 to 48"),
+        ({"model": TINY | {"patch": 16}, "detect": {"strides": [1, 16]}}, "use strides from 2 to 48"),
+        ({"detect": {"strides": [8, 24]}}, "each must be the previous one times 2, 4, 8"),
         ({"detect": {"width": 40}}, "detect.width"),
         ({"backbone": "test_vit3", "data": {"image_size": 40}}, "not a whole number of the 16 x 16 patches"),
         ({"backbone": "mixer_b16_224"}, "'mixer_b16_224' makes no feature map of images of 32 x 48 pixels"),
-        ({"backbone": "resnet18", "data": {"image_size": 32}, "batch": {"at_once": 1}}, "cannot learn from 1 at once"),
+        (
+            {"backbone": "resnet18", "data": {"image_size": 32}, "batch": {"at_once": 1}},
+            "cannot train on a microbatch of 1 images",
+        ),
         ({"data": {"labels": "class"}}, "detect is for data.labels=boxes, and data.labels=class"),
     ],
 )
-def test_what_cannot_be_is_one_sentence(further: dict[str, Any], sentence: str, shards: Path) -> None:
+def test_what_cannot_be_is_one_sentence(overrides: dict[str, Any], sentence: str, shards: Path) -> None:
     with pytest.raises((ConfigError, DataError, ExportError)) as caught:
-        planned(shards, **({"model": TINY} if set(further) <= {"data", "detect"} else {}), **further)
+        planned(shards, **({"model": TINY} if set(overrides) <= {"data", "detect"} else {}), **overrides)
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_the_plan_says_what_is_measured_and_networks_read_any_size(shards: Path) -> None:
-    found = planned(shards, backbone="test_resnet", data={"val_size": [64, 96], "crop_ratio": 1.0})
-    assert found.summary_lines()[-1] == "measured  on whole images, as 64 x 96 pixels"
+    plan = planned(shards, backbone="test_resnet", data={"val_size": [64, 96], "crop_ratio": 1.0})
+    assert plan.summary_lines()[-1] == "measured  on whole images, as 64 x 96 pixels"
 
 
 def test_a_missing_library_has_a_name(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = importlib.util.find_spec
+    find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        "finetune.tasks.average_precision.find_spec", lambda name: None if name == "pycocotools" else real(name)
+        "finetune.tasks.average_precision.find_spec", lambda name: None if name == "pycocotools" else find_spec(name)
     )
     with pytest.raises(ConfigError, match=r"pip install 'foveal\[detection\]'"):
         planned(shards)
@@ -112,29 +119,31 @@ def test_a_missing_library_has_a_name(shards: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("pooling", ["token", "avg"])
 def test_it_starts_from_a_pretrained_encoder(pooling: str, shards: Path, tmp_path: Path) -> None:
-    """Of other images; one that was fine-tuned with the mean of its patches has no norm behind them."""
+    """The image size may differ; an encoder fine-tuned with pooling=avg has no token norm and is refused."""
     vit = VitConfig(**TINY)
     encoder = build_encoder(vit, image_size=64, channels=1, pooling=pooling)  # type: ignore[arg-type]
     card = Card("pretrain", encoder_card(vit, 64, 1, pooling=pooling), (0.3,), (0.4,))  # type: ignore[arg-type]
     write_export(tmp_path / "export", encoder.state_dict(), card)
-    further = {"data": {"mean": None, "std": None}, "init": str(tmp_path / "export")}
+    overrides = {"data": {"mean": None, "std": None}, "init": str(tmp_path / "export")}
     if pooling == "avg":
         with pytest.raises(ExportError, match="no norm behind its tokens"):
-            planned(shards, **further)
+            planned(shards, **overrides)
         return
-    found = planned(shards, **further)
-    assert found.mean == (0.3,)
-    weights = detector_from_plan(found).encoder.state_dict()
+    plan = planned(shards, **overrides)
+    assert plan.mean == (0.3,)
+    weights = detector_from_plan(plan).encoder.state_dict()
     assert all(weights[name].equal(value) for name, value in encoder.state_dict().items() if name != "pos_embed")
 
 
 def test_a_step_is_foreseen(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "boxes.yaml").write_text(yaml.safe_dump(tree(shards)))
-    seen = forecast("finetune", tmp_path / "boxes.yaml")
-    model = detector_from_plan(seen.plan)  # type: ignore[arg-type]
-    assert seen.parameter_counts.trainable == sum(each.numel() for each in model.parameters() if each.requires_grad)
-    assert seen.flops_per_sample.forward_backward > 2 * seen.flops_per_sample.forward > 0
-    assert seen.memory_estimate.micro > 0
+    estimate = forecast("finetune", tmp_path / "boxes.yaml")
+    model = detector_from_plan(estimate.plan)  # type: ignore[arg-type]
+    assert estimate.parameter_counts.trainable == sum(
+        parameter.numel() for parameter in model.parameters() if parameter.requires_grad
+    )
+    assert estimate.flops_per_sample.forward_backward > 2 * estimate.flops_per_sample.forward > 0
+    assert estimate.memory_estimate.micro > 0
 
 
 def test_what_a_run_leaves_detects_again(shards: Path, one_rank: Ranks, tmp_path: Path) -> None:
@@ -148,12 +157,12 @@ def test_what_a_run_leaves_detects_again(shards: Path, one_rank: Ranks, tmp_path
         {"width": 32, "layers": 1, "strides": [8, 16], "kind": "detection", "classes": 2},
     )
     encoder, _ = read_export(export)
-    ours: dict[str, Tensor] = model.state_dict()
-    assert all(ours[f"encoder.{name}"].equal(value) for name, value in encoder.items())
-    fresh = detector_from_plan(planned(shards, model=TINY, seed=5)).state_dict()
-    assert not ours["head.fcos.classification_head.cls_logits.weight"].equal(
-        fresh["head.fcos.classification_head.cls_logits.weight"]
+    weights: dict[str, Tensor] = model.state_dict()
+    assert all(weights[f"encoder.{name}"].equal(value) for name, value in encoder.items())
+    untrained = detector_from_plan(planned(shards, model=TINY, seed=5)).state_dict()
+    assert not weights["head.fcos.classification_head.cls_logits.weight"].equal(
+        untrained["head.fcos.classification_head.cls_logits.weight"]
     )
-    # The next stage begins with the encoder, and need not know of the head.
-    again = planned(shards, init=str(export), data={"mean": None, "std": None})
-    assert detector_from_plan(again).encoder.state_dict()["norm.weight"].equal(encoder["norm.weight"])
+    # The next stage starts from the encoder and ignores the head.
+    next_plan = planned(shards, init=str(export), data={"mean": None, "std": None})
+    assert detector_from_plan(next_plan).encoder.state_dict()["norm.weight"].equal(encoder["norm.weight"])

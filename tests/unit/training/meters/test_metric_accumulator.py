@@ -1,4 +1,4 @@
-"""Numbers that wait on the device, and seconds under a clock that a test moves."""
+"""Metrics accumulated on the device, and throughput under a clock that the test controls."""
 
 import pytest
 import torch
@@ -14,16 +14,16 @@ def host(step: int) -> MetricRow:
 
 
 def test_rows_are_reduced_once_and_host_numbers_never() -> None:
-    totals = MetricAccumulator()
+    accumulator = MetricAccumulator()
     for step in (1, 2, 3):
-        totals.add_step({"loss": torch.tensor(step / 2), "top1": torch.tensor(0.25)}, host(step))
+        accumulator.add_step({"loss": torch.tensor(step / 2), "top1": torch.tensor(0.25)}, host(step))
     calls: list[Tensor] = []
 
     def two_equal_ranks(shares: Tensor) -> Tensor:
         calls.append(shares)
         return shares * 2
 
-    rows = totals.read_rows(two_equal_ranks)
+    rows = accumulator.read_rows(two_equal_ranks)
     assert rows == [{"step": step, "loss": step, "top1": 0.5, "lr": step / 10, "applied": 1.0} for step in (1, 2, 3)]
     assert [next(iter(row)) for row in rows] == ["step"] * 3
     assert len(calls) == 1
@@ -35,68 +35,68 @@ def test_what_was_read_is_gone_and_nothing_costs_no_collective() -> None:
     def never(_: Tensor) -> Tensor:
         raise AssertionError("a collective for no rows")
 
-    totals = MetricAccumulator()
-    assert totals.read_rows(never) == []
-    totals.add_step({"loss": torch.tensor(1.0)}, host(1))
-    assert len(totals.read_rows(lambda shares: shares)) == 1
-    assert totals.read_rows(never) == []
-    totals.add_step({"other": torch.tensor(2.0)}, host(2))  # a new reading may have other names
-    assert totals.read_rows(lambda shares: shares) == [{"step": 2, "other": 2.0, "lr": 0.2, "applied": 1.0}]
+    accumulator = MetricAccumulator()
+    assert accumulator.read_rows(never) == []
+    accumulator.add_step({"loss": torch.tensor(1.0)}, host(1))
+    assert len(accumulator.read_rows(lambda shares: shares)) == 1
+    assert accumulator.read_rows(never) == []
+    accumulator.add_step({"other": torch.tensor(2.0)}, host(2))  # the names may change after a read
+    assert accumulator.read_rows(lambda shares: shares) == [{"step": 2, "other": 2.0, "lr": 0.2, "applied": 1.0}]
 
 
 def test_numbers_keep_double_precision() -> None:
-    totals = MetricAccumulator()
-    totals.add_step({"loss": torch.tensor(1.0 + 2**-40, dtype=torch.float64)}, host(1))
-    assert totals.read_rows(lambda shares: shares)[0]["loss"] == 1.0 + 2**-40
+    accumulator = MetricAccumulator()
+    accumulator.add_step({"loss": torch.tensor(1.0 + 2**-40, dtype=torch.float64)}, host(1))
+    assert accumulator.read_rows(lambda shares: shares)[0]["loss"] == 1.0 + 2**-40
 
 
 def test_other_numbers_from_one_step_to_the_next_are_a_programmers_mistake() -> None:
-    totals = MetricAccumulator()
-    totals.add_step({"loss": torch.tensor(1.0)}, host(1))
+    accumulator = MetricAccumulator()
+    accumulator.add_step({"loss": torch.tensor(1.0)}, host(1))
     with pytest.raises(AssertionError, match="same numbers every step"):
-        totals.add_step({"loss": torch.tensor(1.0), "more": torch.tensor(1.0)}, host(2))
+        accumulator.add_step({"loss": torch.tensor(1.0), "more": torch.tensor(1.0)}, host(2))
 
 
 def test_a_graph_is_not_kept_alive() -> None:
-    totals = MetricAccumulator()
-    totals.add_step({"loss": torch.ones(1, requires_grad=True).sum()}, host(1))
+    accumulator = MetricAccumulator()
+    accumulator.add_step({"loss": torch.ones(1, requires_grad=True).sum()}, host(1))
     graphs: list[bool] = []
-    totals.read_rows(lambda shares: graphs.append(shares.requires_grad) or shares)
+    accumulator.read_rows(lambda shares: graphs.append(shares.requires_grad) or shares)
     assert graphs == [False]
 
 
 def test_images_per_second_and_the_share_of_waiting() -> None:
     clock = Clock()
-    pace = ThroughputMeter(clock=clock)
+    meter = ThroughputMeter(clock=clock)
     for _ in range(4):
-        with pace.time_data_wait():
+        with meter.time_data_wait():
             clock.pass_(0.5)
         clock.pass_(1.5)
-        pace.add_images(32)
-    assert pace.read_rates() == {"images_per_second": 16.0, "data_wait": 0.25}
+        meter.add_images(32)
+    assert meter.read_rates() == {"images_per_second": 16.0, "data_wait": 0.25}
     clock.pass_(2.0)
-    pace.add_images(32)
-    assert pace.read_rates() == {"images_per_second": 16.0, "data_wait": 0.0}, (
-        "each reading is of the time since the last"
+    meter.add_images(32)
+    assert meter.read_rates() == {"images_per_second": 16.0, "data_wait": 0.0}, (
+        "rates cover the time since the last read"
     )
-    assert pace.training_seconds == 10.0
+    assert meter.training_seconds == 10.0
 
 
 def test_pauses_are_no_training() -> None:
     clock = Clock()
-    pace = ThroughputMeter(clock=clock)
+    meter = ThroughputMeter(clock=clock)
     clock.pass_(2.0)
-    pace.add_images(10)
-    with pace.exclude_time():
+    meter.add_images(10)
+    with meter.exclude_time():
         clock.pass_(100.0)
     clock.pass_(3.0)
-    assert pace.read_rates() == {"images_per_second": 2.0, "data_wait": 0.0}
-    with pace.exclude_time():
+    assert meter.read_rates() == {"images_per_second": 2.0, "data_wait": 0.0}
+    with meter.exclude_time():
         clock.pass_(7.0)
-    assert pace.training_seconds == 5.0
+    assert meter.training_seconds == 5.0
     clock.pass_(1.0)
-    pace.add_images(8)
-    assert pace.read_rates()["images_per_second"] == 8.0
+    meter.add_images(8)
+    assert meter.read_rates()["images_per_second"] == 8.0
 
 
 def test_a_restart_goes_on_counting_and_does_not_count_the_time_between() -> None:
@@ -113,8 +113,8 @@ def test_a_restart_goes_on_counting_and_does_not_count_the_time_between() -> Non
 
 
 def test_no_time_at_all_is_no_division_by_zero() -> None:
-    pace = ThroughputMeter(clock=Clock())
-    pace.add_images(1)
-    rates = pace.read_rates()
+    meter = ThroughputMeter(clock=Clock())
+    meter.add_images(1)
+    rates = meter.read_rates()
     assert rates["images_per_second"] > 0
     assert rates["data_wait"] == 0.0

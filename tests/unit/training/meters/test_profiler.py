@@ -1,4 +1,4 @@
-"""A trace of the steps that were asked for, and of no others; a run is the same with it and without."""
+"""The trace covers exactly the configured steps and does not change a run."""
 
 import errno
 import gzip
@@ -17,15 +17,15 @@ from foveal.training.meters.profiler import profile_steps
 from foveal.training.plan import LogConfig
 
 
-def some(start: int, stop: int) -> Iterator[int]:
+def iter_steps(start: int, stop: int) -> Iterator[int]:
     for step in range(start, stop):
         torch.ones(step + 1).sum()
         yield step + 1
 
 
-def taken(folder: Path, start: int, stop: int, span: tuple[int, int] | None) -> list[str]:
-    """Take steps; the names of the traces that are there then."""
-    assert list(profile_steps(some(start, stop), start, span, folder)) == list(range(start + 1, stop + 1))
+def trace_names(folder: Path, start: int, stop: int, span: tuple[int, int] | None) -> list[str]:
+    """Run steps and return the names of the traces written."""
+    assert list(profile_steps(iter_steps(start, stop), start, span, folder)) == list(range(start + 1, stop + 1))
     return sorted(file.name for file in folder.iterdir()) if folder.exists() else []
 
 
@@ -45,7 +45,7 @@ def test_the_trace_is_of_the_steps_that_were_asked_for(
     start: int, stop: int, span: tuple[int, int] | None, name: str | None, tmp_path: Path
 ) -> None:
     folder = tmp_path / "profile"
-    assert taken(folder, start, stop, span) == ([name] if name else [])
+    assert trace_names(folder, start, stop, span) == ([name] if name else [])
     if name and span:
         events = json.loads(gzip.decompress((folder / name).read_bytes()))["traceEvents"]
         ones = [event for event in events if event.get("name") == "aten::ones"]
@@ -53,25 +53,25 @@ def test_the_trace_is_of_the_steps_that_were_asked_for(
 
 
 def test_who_stops_early_has_what_was_traced(tmp_path: Path) -> None:
-    steps: Any = profile_steps(some(0, 9), 0, (2, 5), tmp_path)
+    steps: Any = profile_steps(iter_steps(0, 9), 0, (2, 5), tmp_path)
     for _ in range(3):
         next(steps)
     steps.close()
     assert [file.name for file in tmp_path.iterdir()] == ["steps-00000002-00000003.json.gz"]
 
 
-@pytest.mark.parametrize("how", ["refused", "cut short"])
+@pytest.mark.parametrize("failure", ["refused", "truncated"])
 def test_a_disk_without_room_loses_the_trace_alone(
-    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    failure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    if how == "refused":
+    if failure == "refused":
         monkeypatch.setattr(profiler.gzip, "open", full)
     else:
         monkeypatch.setattr(profiler, "_is_complete_json", lambda _: False)
-    assert taken(tmp_path / "profile", 0, 3, (1, 2)) == []
+    assert trace_names(tmp_path / "profile", 0, 3, (1, 2)) == []
     assert "steps-00000001-00000002.json.gz is not written" in caplog.text
 
 

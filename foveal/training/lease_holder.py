@@ -1,0 +1,112 @@
+"""The process that makes an attempt at a run, and whether it is alive as far as another host can tell."""
+
+import os
+import re
+import socket
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_SCONTROL_TIMEOUT = 20.0  # seconds
+# A job in one of these states may still have processes; in any other it has none (sacct's words, from scontrol).
+_LIVE_JOB_STATES = {
+    "RUNNING",
+    "COMPLETING",
+    "CONFIGURING",
+    "RESIZING",
+    "SIGNALING",
+    "STAGE_OUT",
+    "STOPPED",
+    "SUSPENDED",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseHolder:
+    """The process of rank 0 in an attempt, and its Slurm job if it has one."""
+
+    host: str
+    pid: int
+    born: str  # distinguishes the process from a later one, or one of another container, with the same pid
+    ranks: int
+    job: str | None = None
+    restart: int = 0
+    cluster: str | None = None
+    nodes: str | None = None
+
+    def __str__(self) -> str:
+        job = f"job {self.job} " if self.job else ""
+        return f"{job}on {self.host}, rank 0 pid {self.pid}"
+
+
+def describe_this_process(world_size: int, slurm_info: Mapping[str, str]) -> LeaseHolder:
+    """Return this process as a holder; ``slurm_info``: see ``slurm_job_tags``, empty outside Slurm."""
+    return LeaseHolder(
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        born=_process_identity(os.getpid()) or "",
+        ranks=world_size,
+        job=slurm_info.get("slurm_job_id"),
+        restart=int(slurm_info.get("slurm_restart_count", 0)),
+        cluster=slurm_info.get("slurm_cluster_name"),
+        nodes=slurm_info.get("slurm_job_nodelist"),
+    )
+
+
+def parse_holder(facts: dict[str, Any]) -> LeaseHolder | None:
+    """Return the holder in the content of an attempt's file; None if the file holds something else."""
+    try:
+        return LeaseHolder(**{name: value for name, value in facts.items() if name != "time"})
+    except TypeError:
+        return None
+
+
+def check_alive(previous: LeaseHolder, current: LeaseHolder) -> tuple[bool | None, str]:
+    """Return whether ``previous`` is alive, and if not, the reason; None: this host cannot tell."""
+    job = f"job {previous.job}"
+    if (
+        previous.job is not None
+        and (previous.job, previous.cluster) == (current.job, current.cluster)
+        and previous.restart < current.restart
+    ):
+        return False, f"Slurm has started {job} again"
+    # The same boot of the same host and the same pid namespace: pids are comparable.
+    if previous.host == current.host and previous.born.split()[:-1] == current.born.split()[:-1]:
+        is_alive = _process_identity(previous.pid) == previous.born
+        return is_alive, "" if is_alive else f"process {previous.pid} is gone"
+    if (
+        previous.job is not None
+        and previous.cluster == current.cluster
+        and (state := _job_state(previous.job)) not in {None, *_LIVE_JOB_STATES}
+    ):
+        return False, f"{job} is {state}"
+    return None, ""
+
+
+def _job_state(job: str) -> str | None:
+    """Return a job's state according to Slurm; None if Slurm does not answer."""
+    command = ["scontrol", "show", "job", "--oneliner", job]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SCONTROL_TIMEOUT)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if result.returncode:
+        return "forgotten by Slurm" if "Invalid job id" in result.stderr else None
+    match = re.search(r"\bJobState=(\w+)", result.stdout)
+    return match[1] if match else None
+
+
+def _process_identity(pid: int) -> str | None:
+    """Identify a process among all that ever ran: boot id, pid namespace, start time in ticks since boot.
+
+    None: no such process, or a zombie.
+    """
+    try:
+        # After the name in parentheses, which may hold any character: field 0 is the state, field 19 the start time.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return None if fields[0] in "XZ" else f"{boot} {Path('/proc/self/ns/pid').readlink()} {fields[19]}"
+    except OSError:
+        return None
