@@ -156,7 +156,7 @@ class DataConfig(Config):
     @model_validator(mode="after")
     def _check_mix_shares(self) -> Self:
         if self.mix and sum(Fraction(repr(entry.share)) for entry in self.mix) >= 1:
-            raise ValueError(f"the shares in mix are {[entry.share for entry in self.mix]}, which leaves path none")
+            raise ValueError(f"the shares in mix are {[entry.share for entry in self.mix]}: their sum must be below 1")
         return self
 
 

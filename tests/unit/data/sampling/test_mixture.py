@@ -98,7 +98,7 @@ def test_a_mixed_run_resumes_and_is_audited(
 def test_mixtures_that_cannot_be_are_sentences(
     mixed: Configure, configure: Configure, digits: Path, configs: dict[str, Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=r"which leaves path none"):
+    with pytest.raises(ConfigError, match=r"their sum must be below 1"):
         configure(
             mix=[{"path": str(digits), "share": share} for share in (0.7, 0.2, 0.1)]
         )  # their float64 sum is below 1
