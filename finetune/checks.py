@@ -49,7 +49,9 @@ def check_settings(cfg: FinetuneConfig) -> None:
             "weights"
         )
     if cfg.frozen and cfg.drop_path:
-        raise ConfigError(f"drop_path={cfg.drop_path:g} is for a trained encoder, and frozen=true freezes it; drop one")
+        raise ConfigError(
+            f"drop_path={cfg.drop_path:g} is for a trained encoder, and frozen=true freezes it; leave one out"
+        )
     _check_adversarial(cfg)
 
 
