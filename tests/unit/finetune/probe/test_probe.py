@@ -177,9 +177,7 @@ def test_killed_anywhere_it_ends_with_the_same_numbers_and_repeats_nothing(
                 probed(cfg)
         kept = tmp_path / "run" / "features"
         assert kept.exists() == (name == "_advance")
-        assert [each.name for each in (tmp_path / "run").glob(".draft-*")] == [".draft-features-1"] * (
-            name == "_compute_columns"
-        )
+        assert [each.name for each in (tmp_path / "run").glob(".draft-*")] == [".draft-features-1"] * (name == "_compute_columns")
     done = sorted((tmp_path / "run" / "probes").iterdir())
     assert 0 < len(done) < 8
     before = {file: file.stat().st_mtime_ns for file in [*done, *kept.iterdir()]}
