@@ -46,7 +46,9 @@ class DistillConfig(StageConfig):
         "Method: features (final features), layers (block tokens of visible patches, DMAE), relations (query-key and "
         "value-value relations, TinyMIM), logits (soft labels), token (hard labels for a distillation token, DeiT).",
     )
-    distance: Distance = science("cosine", "Distance between student and teacher tokens, for features and layers.")
+    distance: Distance = science(
+        "cosine", "Distance between student and teacher tokens, for features and layers (DMAE: l1)."
+    )
     cls_weight: float = science(1.0, "Weight of the class token's distance, for features.", ge=0)
     patch_weight: float = science(1.0, "Weight of the patches' mean distance, for features.", ge=0)
     layers: tuple[tuple[int, int], ...] = science(
