@@ -119,11 +119,11 @@ def plan_training(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
         )
     for arm in cfg.trials.arms:
         check_folder_name("trials.arms", arm)
-    if len({*cfg.trials.lr_per_256}) < len(cfg.trials.lr_per_256):
+    if len(set(cfg.trials.lr_per_256)) < len(cfg.trials.lr_per_256):
         raise ConfigError(
             f"trials.lr_per_256={list(cfg.trials.lr_per_256)} has a rate twice: both would be one run; give each once"
         )
-    lr = cfg.trials.lr_per_256[0]
+    lr = next(iter(cfg.trials.lr_per_256))
     arms = {arm: _plan_run(trial_config(cfg, arm, 0, lr), ranks) for arm in cfg.trials.arms}
     first = next(iter(arms.values()))
     digests = {f"arm.{name}": arm.inherited_science.get("inherited.init", "scratch") for name, arm in arms.items()}

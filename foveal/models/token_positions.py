@@ -5,7 +5,7 @@ and keys (rotary); an encoder may have several.
 B images, L patches, K visible, R registers, D width, N = 1 + R + K tokens.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers.pos_embed_rel import RelPosMlp
@@ -84,5 +84,5 @@ def find_cross_module_parameters(encoder: nn.Module) -> list[nn.Parameter]:
         parameters += encoder.get_submodule("rope").parameters()
     for module in encoder.modules():
         if isinstance(module, EvaAttention) and module.qkv is not None and module.q_bias is not None:
-            parameters.append(module.qkv.weight)
+            parameters.append(cast(nn.Parameter, module.qkv.weight))
     return parameters

@@ -109,7 +109,9 @@ def test_an_interrupted_sbatch_goes_on_and_ends_like_one_process(
     ended = cluster.wait(job, timeout=600)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), cluster.output(job)
     assert re.search(r"resumed from \S+step-\d+", cluster.output(job))
-    assert cluster.output(job).count("all-reduce among 4 ranks: correct") == 2, "the nodes are examined before each start"
+    assert cluster.output(job).count("all-reduce among 4 ranks: correct") == 2, (
+        "the nodes are examined before each start"
+    )
     assert_four_ranks_on_two_nodes(run, cluster)
     assert_same_curve(run, first_alone)
 

@@ -97,7 +97,7 @@ def decode_crop(
     width, height = image.size[::-1] if transposed else image.size
     box, flipped = choose_crop(width, height)
     left, top, right, bottom = _stored_box(box, width, height, orientation)
-    stored_hw = output_hw[::-1] if transposed else output_hw
+    stored_hw = (output_hw[1], output_hw[0]) if transposed else output_hw
     scale = 1
     if stored is None:
         if jpeg_scaling and not _LOSSLESS.search(data):

@@ -91,7 +91,8 @@ def test_an_image_does_not_depend_on_the_others() -> None:
     output = random_output()
     losses_per_image = []
     for image in range(3):
-        single = FCOSOutput(*(tensor[image : image + 1] for tensor in output[:3]), output.locations)
+        class_logits, box_distances, centerness_logits = (tensor[image : image + 1] for tensor in output[:3])
+        single = FCOSOutput(class_logits, box_distances, centerness_logits, output.locations)
         losses_per_image.append(compute_fcos_losses(single, TARGETS[image : image + 1]))
     batch_losses = compute_fcos_losses(output, TARGETS)
     for loss, single_losses in zip(batch_losses, zip(*losses_per_image, strict=True), strict=True):

@@ -68,9 +68,8 @@ def test_what_is_held_out_or_evaluated_is_not_repeated() -> None:
 
 def test_labels_are_needed() -> None:
     with pytest.raises(DataError, match=r"have no label; .*data.balance and data.fold need one"):
-        select_subset(
-            UnevenDataset(np.array([0] * 21 + [-1])), config(balance=1.0), split="train", subset="train", seed=0
-        )  # type: ignore[arg-type]
+        unlabelled: Any = UnevenDataset(np.array([0] * 21 + [-1]))
+        select_subset(unlabelled, config(balance=1.0), split="train", subset="train", seed=0)
 
 
 def test_a_class_without_samples_cannot_come_as_often_as_others() -> None:
