@@ -67,8 +67,8 @@ def test_what_is_held_out_or_evaluated_is_not_repeated() -> None:
 
 
 def test_labels_are_needed() -> None:
+    unlabelled: Any = UnevenDataset(np.array([0] * 21 + [-1]))
     with pytest.raises(DataError, match=r"have no label; .*data.balance and data.fold need one"):
-        unlabelled: Any = UnevenDataset(np.array([0] * 21 + [-1]))
         select_subset(unlabelled, config(balance=1.0), split="train", subset="train", seed=0)
 
 
