@@ -84,12 +84,17 @@ class Saving:
         state = TrainState(number, 0.0, RANKS, f"deepspeed ZeRO {ZERO}", {})
         self.store.save(self.engine, state)
         steps = []
-        while self.world.any_rank(self.store.is_writing):
+        while self.world.any_rank(self.store.is_rank_writing):
             steps.append(self.train())
         saved = self.store.commit()
         assert saved is not None, "the disk is full"
         self.store.wait_and_commit()
-        found = {"who": "foveal", "stall": saved.stall_seconds, "bytes": saved.num_bytes, "at once": saved.sync_seconds}
+        found = {
+            "who": "foveal",
+            "stall": saved.stall_seconds,
+            "bytes": saved.num_bytes_all_ranks,
+            "at once": saved.seconds_without_overlap,
+        }
         return found | {"write": saved.write_seconds, "steps": steps}
 
     def round(self, number: int) -> list[dict[str, Any]]:

@@ -211,7 +211,7 @@ def ours_bytes(folder: Path, *_: Any) -> Pass:
                 place = training.locate_sample(int(draw))
                 index = place.shard_index
                 data, label = (
-                    dataset.read_bytes(index.shard, *index.find_image(place.index_row)),
+                    dataset.read_bytes(index.shard, *index.find_image_offset_size(place.index_row)),
                     index.labels[place.index_row],
                 )
                 count += len(data) > 0 and int(label) >= 0

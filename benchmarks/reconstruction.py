@@ -67,7 +67,7 @@ def main() -> None:
     grids = [
         draw_reconstruction_grid(
             images[rows],
-            output.patch_pred[rows],
+            output.masked_patch_pred[rows],
             output.masked_indices[rows],
             mean=plan.mean,
             std=plan.std,

@@ -18,7 +18,7 @@ from foveal.models.backbone import (
     check_resizable,
     has_batch_norm,
     has_distillation_token,
-    infer_feature_shapes,
+    infer_pooled_map_shapes,
     infer_pooled_width,
     parse_encoder_card,
     set_activation_checkpointing,
@@ -37,10 +37,10 @@ class FeatureShape:
 
     pooled_width: int
     patch_width: int
-    grid: tuple[int, int]
+    patch_grid: tuple[int, int]
 
     @property
-    def widths(self) -> tuple[int, int]:
+    def pooled_and_patch_widths(self) -> tuple[int, int]:
         return self.pooled_width, self.patch_width
 
 
@@ -65,7 +65,7 @@ class StudentSpec:
     model: ResolvedVitConfig | None
     backbone: str | None
     feature_shape: FeatureShape | None
-    blocks: tuple[int, ...]
+    block_numbers: tuple[int, ...]
     card: dict[str, Any]
     has_batch_norm: bool = False
 
@@ -75,9 +75,9 @@ class StudentSpec:
         return self.name or "the student"
 
     @property
-    def description(self) -> str:
+    def description_suffix(self) -> str:
         """Model, sizes and compared blocks, as shown in the plan."""
-        blocks = f", blocks {', '.join(map(str, self.blocks))}" if self.blocks else ""
+        blocks = f", blocks {', '.join(map(str, self.block_numbers))}" if self.block_numbers else ""
         if self.model is None:
             return f": {self.backbone}{blocks}"
         return f": {self.model.name} of width {self.model.width} and depth {self.model.depth}{blocks}"
@@ -118,7 +118,7 @@ def build_teacher_spec(cfg: DistillConfig, card: Card) -> TeacherSpec:
     )
 
 
-def check_compatible(
+def build_student_spec(
     cfg: DistillConfig, teacher: TeacherSpec, name: str, model: VitConfig | None, backbone: str | None
 ) -> StudentSpec:
     """Return the student with its resolved sizes. Raises: ConfigError, ExportError if it does not fit the teacher."""
@@ -199,11 +199,11 @@ def _check_grids(cfg: DistillConfig, teacher: TeacherSpec, student: str, student
         not _compares_patches(cfg)
         or teacher.feature_shape is None
         or student_shape is None
-        or teacher.feature_shape.grid == student_shape.grid
+        or teacher.feature_shape.patch_grid == student_shape.patch_grid
     ):
         return
     teacher_grid, student_grid = (
-        f"{rows} x {columns}" for rows, columns in (teacher.feature_shape.grid, student_shape.grid)
+        f"{rows} x {columns}" for rows, columns in (teacher.feature_shape.patch_grid, student_shape.patch_grid)
     )
     raise ConfigError(
         f"the teacher {teacher.path} has {teacher_grid} patch features, {student} has {student_grid}; patch_weight=0 "
@@ -301,7 +301,7 @@ def _backbone_feature_shape(cfg: DistillConfig, name: str) -> FeatureShape:
     size, channels = cfg.data.image_size, cfg.data.channels
     if not cfg.patch_weight:
         return FeatureShape(infer_pooled_width(name, size, channels), 0, (0, 0))
-    pooled_width, (patch_width, rows, columns) = infer_feature_shapes(name, size, channels)
+    pooled_width, (patch_width, rows, columns) = infer_pooled_map_shapes(name, size, channels)
     return FeatureShape(pooled_width, patch_width, (rows, columns))
 
 

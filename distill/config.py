@@ -68,10 +68,10 @@ class DistillConfig(StageConfig):
     lesson_cache: TeacherCacheConfig = TeacherCacheConfig()
 
     @property
-    def export_names(self) -> tuple[str, ...]:
+    def export_subfolders(self) -> tuple[str, ...]:
         return tuple(student.name for student in self.students) or ("",)
 
     @property
-    def has_fixed_targets(self) -> bool:
+    def has_epoch_invariant_targets(self) -> bool:
         """Whether the teacher's output for an image is the same in every epoch."""
         return self.data.augment.is_deterministic and self.lesson != "layers"

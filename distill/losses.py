@@ -35,21 +35,23 @@ DISTANCES: dict[Distance, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def relation_losses(student_qkv: Tensor, teacher_qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+def relation_losses_per_image(
+    student_qkv: Tensor, teacher_qkv: Tensor, teacher_num_heads: int
+) -> tuple[Tensor, Tensor]:
     """TinyMIM's divergences [B] of the Q-K and V-V relations, mean over heads and tokens (Ren et al., 2023).
 
     ``student_qkv`` [B, N, 3 D] and ``teacher_qkv`` [B, N, 3 T] are concatenated queries, keys and values. Both are
     split into the teacher's ``num_heads``, whatever the student's own number, as in MiniLMv2 (Wang et al., 2021):
     relations [B, heads, N, N] do not depend on the width.
     """
-    teacher, student = _split_qkv(teacher_qkv, num_heads), _split_qkv(student_qkv, num_heads)
+    teacher, student = _split_qkv(teacher_qkv, teacher_num_heads), _split_qkv(student_qkv, teacher_num_heads)
     return (
         _relation_divergence(student[0], student[1], teacher[0], teacher[1]),
         _relation_divergence(student[2], student[2], teacher[2], teacher[2]),
     )
 
 
-def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def label_loss_per_image(logits: Tensor, labels: Tensor) -> Tensor:
     """Softmax cross-entropy [B] of logits [B, K]; 0 for an image without a label."""
     return F.cross_entropy(logits, labels, reduction="none", ignore_index=_IGNORE_INDEX)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.config import DistillConfig
-from distill.losses import DISTANCES, label_loss, relation_losses
+from distill.losses import DISTANCES, label_loss_per_image, relation_losses_per_image
 from distill.target import DistillMethod
 from distill.teacher import Teacher
 from distill.teacher_cache import TeacherCache
@@ -15,7 +15,7 @@ from foveal.data import Batch, normalise
 from foveal.engines.base import autocast
 from foveal.models.patches import build_reconstruction_targets, patch_mse, split_patches_by_noise
 from foveal.seeding import derive_key, draw_uniform
-from foveal.weights.teacher import soft_target_loss
+from foveal.weights.teacher import distillation_loss_per_image
 
 TensorTuple = tuple[Tensor, ...]
 LossAndMetrics = tuple[Tensor, dict[str, Tensor]]
@@ -70,7 +70,7 @@ class DistillationLoss:
         """Return the teacher's outputs, from the cache if it has all rows of the batch."""
         if self.teacher_cache is None:
             return self.teacher(images, visible_indices)
-        rows = batch.ids if self.cfg.has_fixed_targets else batch.sample_keys
+        rows = batch.ids if self.cfg.has_epoch_invariant_targets else batch.sample_keys
         outputs = self.teacher_cache.get_or_compute(rows, lambda: self.teacher(images, visible_indices))
         return tuple(output.to(images.device, non_blocking=True) for output in outputs)
 
@@ -118,7 +118,7 @@ def _relation_loss(
 ) -> LossAndMetrics:
     """Mean over pairs of both relations' divergences (Ren et al., 2023)."""
     losses = [
-        relation_losses(student.float(), teacher, objective.teacher.target.heads)
+        relation_losses_per_image(student.float(), teacher, objective.teacher.target.heads)
         for student, teacher in zip(student_outputs, teacher_outputs, strict=True)
     ]
     qk_B, vv_B = (_mean_over_pairs(pair_losses) for pair_losses in zip(*losses, strict=True))
@@ -133,11 +133,11 @@ def _logit_loss(
     The denominator is all images: an unlabelled image counts with its soft part only.
     """
     logits, weight = student_outputs[0].float(), objective.cfg.label_weight
-    soft_B = soft_target_loss(logits, teacher_outputs[0], objective.cfg.temperature)
+    soft_B = distillation_loss_per_image(logits, teacher_outputs[0], objective.cfg.temperature)
     metrics = {"soft_loss": soft_B, "agreement": logits.argmax(dim=1) == teacher_outputs[0].argmax(dim=1)}
     if not weight:
         return soft_B, metrics
-    label_B = label_loss(logits, inputs.labels)
+    label_B = label_loss_per_image(logits, inputs.labels)
     return (1 - weight) * soft_B + weight * label_B, metrics | {"label_loss": label_B}
 
 
@@ -150,7 +150,10 @@ def _token_loss(
     """
     cls_logits, token_logits = (logits.float() for logits in student_outputs)
     weight, teacher_classes = objective.cfg.label_weight, teacher_outputs[0]
-    label_B, teacher_B = label_loss(cls_logits, inputs.labels), label_loss(token_logits, teacher_classes)
+    label_B, teacher_B = (
+        label_loss_per_image(cls_logits, inputs.labels),
+        label_loss_per_image(token_logits, teacher_classes),
+    )
     agreement_B = token_logits.argmax(dim=1) == teacher_classes
     metrics = {"label_loss": label_B, "guess_loss": teacher_B, "agreement": agreement_B}
     return weight * label_B + (1 - weight) * teacher_B, metrics

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from distill.compatibility import StudentSpec, TeacherSpec, build_teacher_spec, check_compatible, resolve_class_names
+from distill.compatibility import StudentSpec, TeacherSpec, build_student_spec, build_teacher_spec, resolve_class_names
 from distill.config import DistillConfig, StudentConfig, StudentVitConfig
 from distill.target import CLASS_METHODS, TeacherTarget
 from foveal.config import check_folder_name
@@ -40,7 +40,7 @@ class DistillPlan(Plan):
         if self.cfg.lesson_cache.dir is not None:
             lines.append(f"cache     {self.cfg.lesson_cache.dir}; a forecast counts the teacher in every step")
         for student in self.student_specs:
-            lines.append(f"student   {student.display_name}{student.description}")
+            lines.append(f"student   {student.display_name}{student.description_suffix}")
             if student.has_batch_norm:
                 lines.append(
                     f"beware    {student.display_name} has BatchNorm, which normalises each microbatch on its rank: "
@@ -49,19 +49,19 @@ class DistillPlan(Plan):
         return lines
 
 
-def plan(cfg: DistillConfig, ranks: int) -> DistillPlan:
+def plan_distillation(cfg: DistillConfig, world_size: int) -> DistillPlan:
     """Return the checked plan of these settings. Raises: ConfigError, DataError, ExportError."""
     students = resolve_students(cfg)
     _check_settings(cfg)
     source = inspect_pretrained(Path(cfg.teacher), cfg.teacher_name, cfg.data)
     teacher_spec = build_teacher_spec(cfg, source.card)
     student_specs = tuple(
-        check_compatible(cfg, teacher_spec, student.name, student.model, student.backbone) for student in students
+        build_student_spec(cfg, teacher_spec, student.name, student.model, student.backbone) for student in students
     )
     stage_plan = build_stage_plan(
         DistillPlan,
         cfg,
-        ranks,
+        world_size,
         source_card=source.card,
         extra_science={"teacher": source.card.sha256}
         | ({"classes": ", ".join(source.card.classes)} if cfg.lesson in CLASS_METHODS else {}),
@@ -135,7 +135,7 @@ def _check_settings(cfg: DistillConfig) -> None:
     duplicate = next((list(pair) for pair in cfg.layers if cfg.layers.count(pair) > 1), None)
     if duplicate is not None:
         raise ConfigError(f"layers has the pair {duplicate} twice")
-    if cfg.lesson_cache.dir is not None and cfg.data.mix and not cfg.has_fixed_targets:
+    if cfg.lesson_cache.dir is not None and cfg.data.mix and not cfg.has_epoch_invariant_targets:
         raise ConfigError(
             "lesson_cache.dir needs a fixed number of views, which data.mix does not have if views differ by epoch; "
             "remove one of the two"

@@ -8,7 +8,7 @@ import torch
 
 from distill.config import DistillConfig
 from distill.objective import DistillationLoss
-from distill.plan import DistillPlan, plan
+from distill.plan import DistillPlan, plan_distillation
 from distill.students import build_students
 from distill.teacher import Teacher
 from distill.teacher_cache import TeacherCache, TensorSpec, check_cache_size
@@ -56,7 +56,7 @@ def train(plan: DistillPlan, run: Run) -> None:
             if preempted or is_due(step.index, cfg.checkpoint.every, plan.stop_step):
                 run.save_checkpoint(engine, step.index)
             if preempted:
-                return run.end_preempted(step.index)
+                return run.mark_preempted(step.index)
     if plan.stop_step == plan.total_steps:
         for number, student in enumerate(plan.student_specs):
             prefix = f"each.{number}.encoder."
@@ -104,7 +104,7 @@ def _open_teacher_cache(plan: DistillPlan, teacher: Teacher, device: torch.devic
         num_patches = (height // plan.target.patch) * (width // plan.target.patch)
         visible_indices = torch.arange(count_visible(num_patches, cfg.mask_ratio), device=device)[None]
     tensor_specs = [TensorSpec(tuple(output.shape[1:]), output.dtype) for output in teacher(images, visible_indices)]
-    num_rows = plan.training_set.num_ids * (1 if cfg.has_fixed_targets else cfg.epochs)
+    num_rows = plan.training_set.num_ids * (1 if cfg.has_epoch_invariant_targets else cfg.epochs)
     check_cache_size(num_rows, tensor_specs, cfg.lesson_cache.gigabytes, "lesson_cache.gigabytes")
     key_fields: dict[str, Any] = {
         name: value for name, value in cfg.science_settings().items() if name.startswith(_TARGET_SETTINGS)
@@ -116,13 +116,13 @@ def _open_teacher_cache(plan: DistillPlan, teacher: Teacher, device: torch.devic
         "matmul": cfg.engine.matmul,
         "device": device.type,
     }
-    if not cfg.has_fixed_targets:
+    if not cfg.has_epoch_invariant_targets:
         key_fields["seed"] = cfg.seed
     key_fields |= {name: get_library_versions()[name] for name in _VERSIONED_LIBRARIES}
     return TeacherCache(Path(cfg.lesson_cache.dir), key_fields, num_rows, tensor_specs)
 
 
-STAGE = Stage("distill", DistillConfig, plan, train, build)
+STAGE = Stage("distill", DistillConfig, plan_distillation, train, build)
 
 if __name__ == "__main__":
     main(STAGE)

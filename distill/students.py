@@ -9,7 +9,7 @@ from torch import nn
 from distill.compatibility import StudentSpec
 from distill.plan import DistillPlan
 from distill.target import DistillMethod
-from foveal.models.backbone import backbone_from_card, forward_pooled, forward_pooled_and_tokens
+from foveal.models.backbone import backbone_from_card, forward_pooled, forward_pooled_and_patches
 from foveal.models.encode import encode_cls_and_patches
 from foveal.models.students import (
     FeatureStudent,
@@ -39,12 +39,12 @@ def _build_student(plan: DistillPlan, student: StudentSpec) -> nn.Module:
 def _build_feature_student(plan: DistillPlan, student: StudentSpec, encoder: Any) -> nn.Module:
     assert student.feature_shape is not None
     assert plan.teacher_spec.feature_shape is not None
-    backbone_features = forward_pooled_and_tokens if plan.target.patches else forward_pooled
+    backbone_features = forward_pooled_and_patches if plan.target.patches else forward_pooled
     return FeatureStudent(
         encoder,
         encode_cls_and_patches if student.backbone is None else backbone_features,
-        student.feature_shape.widths,
-        plan.teacher_spec.feature_shape.widths,
+        student.feature_shape.pooled_and_patch_widths,
+        plan.teacher_spec.feature_shape.pooled_and_patch_widths,
         with_patches=plan.target.patches,
     )
 
@@ -52,11 +52,11 @@ def _build_feature_student(plan: DistillPlan, student: StudentSpec, encoder: Any
 def _build_layer_student(plan: DistillPlan, student: StudentSpec, encoder: Any) -> nn.Module:
     assert plan.teacher_spec.encoder is not None
     decoder = plan.cfg.decoder if plan.cfg.pixel_weight else None
-    return LayerStudent(encoder, student.blocks, plan.teacher_spec.encoder.width, decoder)
+    return LayerStudent(encoder, student.block_numbers, plan.teacher_spec.encoder.width, decoder)
 
 
 def _build_relation_student(_plan: DistillPlan, student: StudentSpec, encoder: Any) -> nn.Module:
-    return RelationStudent(encoder, student.blocks)
+    return RelationStudent(encoder, student.block_numbers)
 
 
 def _build_logit_student(_plan: DistillPlan, _student: StudentSpec, encoder: Any) -> nn.Module:

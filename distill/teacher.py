@@ -9,10 +9,10 @@ from torch import Tensor
 
 from distill.target import BLOCK_METHODS, DistillMethod, TeacherTarget
 from foveal.engines.base import Precision, autocast
-from foveal.models.backbone import forward_pooled, forward_pooled_and_tokens
+from foveal.models.backbone import forward_pooled, forward_pooled_and_patches
 from foveal.models.encode import drop_registers, encode_cls_and_patches, encode_layers
 from foveal.weights.export import Card
-from foveal.weights.teacher import build_teacher, freeze_in_eval_mode
+from foveal.weights.teacher import build_unfrozen_teacher, freeze_in_eval_mode
 
 
 class Teacher:
@@ -29,16 +29,16 @@ class Teacher:
         device: torch.device,
         precision: Precision,
         image_size: int | tuple[int, int] | None = None,
-        where: Path = Path("the teacher"),
+        path: Path = Path("the teacher"),
     ) -> None:
         """Build the model. ``image_size`` is the input size, None the size it was trained on.
 
         ``where`` is the path in error messages. Raises: ExportError if weights and card do not match.
         """
         self.target = target
-        backbone_features = forward_pooled_and_tokens if target.patches else forward_pooled
+        backbone_features = forward_pooled_and_patches if target.patches else forward_pooled
         self.extract_features = backbone_features if "timm" in card.encoder else encode_cls_and_patches
-        self.model: Any = build_teacher(weights, card, image_size, where)
+        self.model: Any = build_unfrozen_teacher(weights, card, image_size, path)
         if target.kind in BLOCK_METHODS:
             self.model.blocks = self.model.blocks[: max(target.blocks)]  # deeper blocks are not needed
         freeze_in_eval_mode(self.model.to(device))

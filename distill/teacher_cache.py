@@ -37,7 +37,7 @@ class TensorSpec:
     dtype: torch.dtype
 
     @property
-    def num_bytes(self) -> int:
+    def bytes_per_row(self) -> int:
         """Size in a row, in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
@@ -59,7 +59,7 @@ class TeacherCache:
             "facts": dict(key_fields),
         }
         self._key = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).digest()
-        self._row_bytes = sum(spec.num_bytes for spec in tensor_specs)
+        self._row_bytes = sum(spec.bytes_per_row for spec in tensor_specs)
         self._fd, self._writable = -1, True
         path = folder / self._key.hex()[:16]
         file_bytes = num_rows * (self._row_bytes + _TRAILER_BYTES)
@@ -74,33 +74,33 @@ class TeacherCache:
                 raise ConfigError(f"{path} cannot be used as the teacher cache ({error})") from None
             self._stop_writing(error)
 
-    def get(self, indices: Tensor) -> tuple[Tensor, ...] | None:
+    def get(self, row_numbers: Tensor) -> tuple[Tensor, ...] | None:
         """Return the tensors of these rows [B], each [B, *shape] on the CPU; None unless every row is valid."""
         if self._fd == -1:
             return None
-        content = torch.empty(len(indices), self._row_bytes + _TRAILER_BYTES, dtype=torch.uint8)
-        for row, buffer in zip(indices.tolist(), content, strict=True):
+        content = torch.empty(len(row_numbers), self._row_bytes + _TRAILER_BYTES, dtype=torch.uint8)
+        for row, buffer in zip(row_numbers.tolist(), content, strict=True):
             if not self._read_row(row, buffer.numpy().data):
                 return None
         return self._unpack_rows(content)
 
-    def put(self, indices: Tensor, tensors: Sequence[Tensor]) -> None:
+    def put(self, row_numbers: Tensor, tensors: Sequence[Tensor]) -> None:
         """Write the tensors, each [B, *shape], as these rows [B]; a disk error stops the caching, not the run."""
         if not self._writable:
             return
-        content = self._pack_rows(len(indices), tensors)
+        content = self._pack_rows(len(row_numbers), tensors)
         try:
-            for row, row_content in zip(indices.tolist(), content, strict=True):
+            for row, row_content in zip(row_numbers.tolist(), content, strict=True):
                 self._write_row(row, row_content.numpy().tobytes())
         except OSError as error:
             self._stop_writing(error)
 
-    def get_or_compute(self, indices: Tensor, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    def get_or_compute(self, row_numbers: Tensor, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Return the tensors of these rows: cached, on the CPU, or else computed and then written."""
-        tensors = self.get(indices)
+        tensors = self.get(row_numbers)
         if tensors is None:
             tensors = compute()
-            self.put(indices, tensors)
+            self.put(row_numbers, tensors)
         return tensors
 
     def close(self) -> None:
@@ -145,7 +145,7 @@ class TeacherCache:
         return torch.cat(columns, dim=1)
 
     def _unpack_rows(self, content: Tensor) -> tuple[Tensor, ...]:
-        columns = content[:, : self._row_bytes].split([spec.num_bytes for spec in self.tensor_specs], dim=1)
+        columns = content[:, : self._row_bytes].split([spec.bytes_per_row for spec in self.tensor_specs], dim=1)
         copies = [column.clone(memory_format=torch.contiguous_format).view(-1) for column in columns]
         return tuple(
             copy.view(spec.dtype).view(len(content), *spec.shape)
@@ -161,7 +161,7 @@ def check_cache_size(
     num_rows: int, tensor_specs: Sequence[TensorSpec], max_gigabytes: float, setting_name: str
 ) -> None:
     """Raise: ConfigError if the rows take more than ``max_gigabytes`` (10^9 bytes), the value of ``setting_name``."""
-    row_bytes = sum(spec.num_bytes for spec in tensor_specs) + _TRAILER_BYTES
+    row_bytes = sum(spec.bytes_per_row for spec in tensor_specs) + _TRAILER_BYTES
     if num_rows * row_bytes > max_gigabytes * 1e9:
         raise ConfigError(
             f"{setting_name}={max_gigabytes:g}, but the teacher's outputs for {num_rows:,} views of images take up to "

@@ -13,13 +13,13 @@ from foveal.models.backbone import (
     BackboneCard,
     build_backbone,
     build_meta_backbone,
-    check_training_forward,
+    check_classifier_training,
     format_image_size,
     get_layer_ids,
     has_distillation_token,
     set_activation_checkpointing,
 )
-from foveal.models.detect import check_detector
+from foveal.models.detect import check_detector_meta_forward
 from foveal.models.segment import check_segmenter_training
 from foveal.models.vit import EncoderCard, Pooling
 from foveal.weights.export import Card
@@ -55,16 +55,16 @@ def check_settings(cfg: FinetuneConfig) -> None:
     _check_adversarial(cfg)
 
 
-def check_holdout_stopping(cfg: FinetuneConfig, run_kind: str) -> None:
+def check_stopping_uses_holdout(cfg: FinetuneConfig, nested_run_phrase: str) -> None:
     """Raise ConfigError if a nested run (``run_kind``, such as "a fold") would stop by the data that evaluates it."""
-    if cfg.plateau_metric is not None and not cfg.plateau_metric.startswith("holdout_"):
+    if cfg.early_stopping_metric is not None and not cfg.early_stopping_metric.startswith("holdout_"):
         raise ConfigError(
-            f"early_stopping.metric={cfg.plateau_metric} would stop {run_kind} by the data that it is evaluated on: "
+            f"early_stopping.metric={cfg.early_stopping_metric} would stop {nested_run_phrase} by the data that it is evaluated on: "
             f"take a holdout_ metric, with data.holdout_per_class"
         )
 
 
-def check_even_microbatch(cfg: FinetuneConfig, microbatch_size: int) -> None:
+def check_mixup_pairing(cfg: FinetuneConfig, microbatch_size: int) -> None:
     """Raise ConfigError if mixup or cutmix cannot pair the images of a microbatch."""
     if (cfg.mixup or cfg.cutmix) and microbatch_size % 2:
         raise ConfigError(
@@ -73,9 +73,9 @@ def check_even_microbatch(cfg: FinetuneConfig, microbatch_size: int) -> None:
         )
 
 
-def check_split_batchnorm(cfg: FinetuneConfig, model_name: str, *, has_batchnorm: bool) -> None:
+def check_split_batch_norm(cfg: FinetuneConfig, model_name: str, *, has_batch_norm: bool) -> None:
     """Raise ConfigError if adversarial.split_norms is set for a model without BatchNorm."""
-    if cfg.adversarial is not None and cfg.adversarial.split_norms and not has_batchnorm:
+    if cfg.adversarial is not None and cfg.adversarial.split_norms and not has_batch_norm:
         raise ConfigError(f"adversarial.split_norms is for BatchNorm, which {model_name} does not have; leave it out")
 
 
@@ -106,7 +106,7 @@ def resolve_pooling(cfg: FinetuneConfig) -> Pooling:
     return "token" if cfg.data.labels in _DENSE_KINDS else cfg.pooling
 
 
-def check_task_settings(cfg: FinetuneConfig, card: Card | None) -> None:
+def check_task_settings(cfg: FinetuneConfig, export_card: Card | None) -> None:
     """Check settings and export against the label kind.
 
     Raises: ConfigError for settings of another task, ExportError for an export that the task cannot start from.
@@ -115,7 +115,9 @@ def check_task_settings(cfg: FinetuneConfig, card: Card | None) -> None:
     for name, section, kind in (("segment", cfg.segment, "mask"), ("detect", cfg.detect, "boxes")):
         if labels != kind and section != type(section)():
             raise ConfigError(f"{name} is for data.labels={kind}, and data.labels={labels}; leave it out")
-    lacks_token_norm = card is not None and card.encoder.get("pooling") == "avg" and resolve_pooling(cfg) == "token"
+    lacks_token_norm = (
+        export_card is not None and export_card.encoder.get("pooling") == "avg" and resolve_pooling(cfg) == "token"
+    )
     if lacks_token_norm and cfg.probe is None:  # a probe reads the encoder with the export's own pooling and norm
         raise ExportError(
             f"the export {cfg.init} was fine-tuned with pooling=avg and has no norm behind its tokens; give a "
@@ -138,9 +140,9 @@ def check_task_settings(cfg: FinetuneConfig, card: Card | None) -> None:
         _check_detection_settings(cfg)
 
 
-def check_trials(cfg: FinetuneConfig) -> None:
+def check_trials_evaluation(cfg: FinetuneConfig) -> None:
     """Raise ConfigError if trials have no top-1 to compare, or would stop by the data that evaluates them."""
-    check_holdout_stopping(cfg, "a trial")
+    check_stopping_uses_holdout(cfg, "a trial")
     if cfg.data.labels != "class":
         raise ConfigError(
             f"trials compares top-1, which data.labels={cfg.data.labels} has not: start a run for each initialization "
@@ -148,7 +150,9 @@ def check_trials(cfg: FinetuneConfig) -> None:
         )
 
 
-def check_backbone(card: BackboneCard, cfg: FinetuneConfig, microbatch_size: int, num_classes: int) -> None:
+def check_backbone_supports_settings(
+    card: BackboneCard, cfg: FinetuneConfig, microbatch_size: int, num_classes: int
+) -> None:
     """Raise ConfigError if the timm model does not support the settings."""
     default = FinetuneConfig.model_fields["pooling"].default
     if cfg.pooling != default:
@@ -172,7 +176,7 @@ def check_backbone_forward(card: BackboneCard, cfg: FinetuneConfig, microbatch_s
     if cfg.data.labels == "mask":
         check_segmenter_training(card, cfg.segment.head_card(num_classes), microbatch_size)
     elif cfg.data.labels != "boxes":  # ``check_detector_forward`` checks detectors
-        check_training_forward(*card.build_args, card.classes, microbatch_size)
+        check_classifier_training(*card.build_args, card.classes, microbatch_size)
 
 
 def check_detector_forward(
@@ -180,8 +184,8 @@ def check_detector_forward(
 ) -> None:
     """Raise ConfigError if a forward of the detector would fail, in training or in evaluation."""
     head = cfg.detect.head_card(num_classes)
-    check_detector(encoder, head, cfg.data.image_hw, microbatch_size, train=True)
-    check_detector(encoder, head, cfg.data.eval_image_hw, 1, train=False)
+    check_detector_meta_forward(encoder, head, cfg.data.image_hw, microbatch_size, train=True)
+    check_detector_meta_forward(encoder, head, cfg.data.eval_image_hw, 1, train=False)
 
 
 def _check_adversarial(cfg: FinetuneConfig) -> None:

@@ -153,6 +153,6 @@ class FinetuneConfig(StageConfig):
     probe: ProbeConfig | None = science(None, "Probe the frozen encoder's features; null: train the encoder.")
 
     @property
-    def plateau_metric(self) -> str | None:
+    def early_stopping_metric(self) -> str | None:
         """The metric of schedule=plateau."""
         return None if self.early_stopping is None else self.early_stopping.metric

@@ -59,6 +59,6 @@ def check_early_stopping(
         )
 
 
-def early_stopping_science(early_stopping: EarlyStoppingConfig | None, evaluate_every: int) -> dict[str, str]:
+def evaluate_every_science(early_stopping: EarlyStoppingConfig | None, evaluate_every: int) -> dict[str, str]:
     """Return ``evaluate_every`` as science if evaluations decide how the run continues, else nothing."""
     return {} if early_stopping is None else {"evaluate_every": str(evaluate_every)}

@@ -1,7 +1,7 @@
 """Timetable of a fine-tuning run: training steps, evaluations, checkpoints, the best evaluation, the export."""
 
 from finetune.config import FinetuneConfig
-from finetune.model import export_prefix
+from finetune.model import exported_weight_prefix
 from finetune.plan import FinetunePlan
 from finetune.tasks.registry import TASKS
 from foveal.data.sampling.subset import SubsetName, eval_split
@@ -39,14 +39,14 @@ def fit(plan: FinetunePlan, run: Run) -> None:
             if preempted or is_due(step.index, cfg.checkpoint.every, plan.stop_step):
                 run.save_checkpoint(engine, step.index)
             if preempted:
-                return run.end_preempted(step.index)
+                return run.mark_preempted(step.index)
             _evaluate_if_due(plan, engine, run, step.index)
     if _should_stop_early(cfg, run):
         run.log_metrics()  # log.every need not divide the step that stopped early
     elif plan.stop_step < plan.total_steps:
         return None
     if cfg.early_stopping is None:
-        card = {"prefix": export_prefix(cfg), "classes": plan.classes, "head": task.head_card(plan)}
+        card = {"prefix": exported_weight_prefix(cfg), "classes": plan.classes, "head": task.head_card(plan)}
         try:
             results = _evaluate_subsets(cfg, engine, run, plan.total_steps)
         except DataError:
@@ -72,7 +72,11 @@ def _evaluate_if_due(plan: FinetunePlan, engine: Engine, run: Run, step: int) ->
         return
     run.record_evaluation(step, _evaluate_subsets(cfg, engine, run, step, with_holdout=early is not None))
     if early and find_best_step(run.evaluations, early.metric) == step:
-        card = {"prefix": export_prefix(cfg), "classes": plan.classes, "head": TASKS[cfg.data.labels].head_card(plan)}
+        card = {
+            "prefix": exported_weight_prefix(cfg),
+            "classes": plan.classes,
+            "head": TASKS[cfg.data.labels].head_card(plan),
+        }
         run.exporter.write_weights(engine, plan.encoder, **card, step=step, metrics=run.evaluations[step], as_best=True)
         if run.world.rank == 0:
             # A resume from the oldest checkpoint knows the evaluations before it, and needs the best one's weights.

@@ -11,7 +11,7 @@ from finetune.config import FinetuneConfig
 from finetune.plan import FinetunePlan
 from foveal.models.backbone import backbone_from_card, get_layer_ids, get_no_weight_decay_names, head_parameter_names
 from foveal.models.classify import Classifier
-from foveal.models.resize import resize_weights_from_card
+from foveal.models.resize import resize_positions_from_card
 from foveal.models.vit import encoder_from_card
 from foveal.optim.optimizers import parameter_groups
 from foveal.seeding import derive_key
@@ -47,7 +47,7 @@ def encoder_from_plan(plan: FinetunePlan) -> Any:
     return _build_timm_backbone(plan) if plan.backbone is not None else _build_vit_encoder(plan)
 
 
-def export_prefix(cfg: FinetuneConfig) -> str:
+def exported_weight_prefix(cfg: FinetuneConfig) -> str:
     """Return the name prefix of the weights that the export gets: the EMA's if the run has an EMA."""
     return "encoder." if cfg.average is None else "averaged."
 
@@ -57,11 +57,13 @@ def _build_vit_encoder(plan: FinetunePlan) -> nn.Module:
     encoder = encoder_from_card(plan.encoder, cfg.init or "model", drop_path=cfg.drop_path)
     if plan.init_source is not None:
         path, card = plan.init_source.path, plan.init_source.card
-        weights = resize_weights_from_card(plan.init_source.load_weights(), encoder, card.encoder, f"{path}/card.json")
+        weights = resize_positions_from_card(
+            plan.init_source.load_weights(), encoder, card.encoder, f"{path}/card.json"
+        )
         # With average pooling, timm's encoder has ``fc_norm`` after the pooling instead of ``norm`` before it.
         averaged = plan.encoder["pooling"] == "avg"
         new, unused = (("head.", "fc_norm."), ("head.", "norm.")) if averaged else (("head.",), ("head.", "fc_norm."))
-        load_weights_strict(encoder, weights, path, new_prefixes=new, unused_prefixes=unused)
+        load_weights_strict(encoder, weights, path, new_module_prefixes=new, unused_prefixes=unused)
     return encoder
 
 
@@ -74,7 +76,9 @@ def _build_timm_backbone(plan: FinetunePlan) -> nn.Module:
         source = plan.init_source
         same_classes = source.card.classes == plan.classes and source.card.encoder["classes"] == card.classes
         head = () if same_classes else head_parameter_names(*card.build_args)
-        load_weights_strict(backbone, source.load_weights(), source.path, new_prefixes=head, unused_prefixes=head)
+        load_weights_strict(
+            backbone, source.load_weights(), source.path, new_module_prefixes=head, unused_prefixes=head
+        )
     return backbone
 
 

@@ -7,18 +7,18 @@ from typing import Any
 import numpy as np
 
 from finetune.checks import (
-    check_backbone,
+    check_backbone_supports_settings,
     check_detector_forward,
     check_distillation_token,
-    check_even_microbatch,
+    check_mixup_pairing,
     check_settings,
-    check_split_batchnorm,
+    check_split_batch_norm,
     check_task_settings,
-    check_trials,
+    check_trials_evaluation,
     resolve_pooling,
 )
 from finetune.config import FinetuneConfig
-from finetune.early_stopping import check_early_stopping, early_stopping_science
+from finetune.early_stopping import check_early_stopping, evaluate_every_science
 from foveal.config import check_folder_name, set_by_dotted_key
 from foveal.data import Dataset
 from foveal.data.image.targets import make_label_reader
@@ -33,7 +33,7 @@ from foveal.models.backbone import (
     has_batch_norm,
     parse_encoder_card,
 )
-from foveal.models.sliding_window import window_corners
+from foveal.models.sliding_window import window_top_lefts
 from foveal.models.vit import EncoderCard, encoder_card
 from foveal.timeouts import read_with_timeout
 from foveal.training.plan import Plan, add_inherited_prefix, build_stage_plan
@@ -90,7 +90,7 @@ class FinetunePlan(Plan):
         if data.labels not in ("mask", "boxes"):
             return []
         slides = data.labels == "mask"
-        windows = len(window_corners(data.eval_image_hw, data.image_hw, self.cfg.segment.stride)) if slides else 1
+        windows = len(window_top_lefts(data.eval_image_hw, data.image_hw, self.cfg.segment.stride)) if slides else 1
         crop = "whole images" if data.crop_ratio == 1 else f"the middle of images (data.crop_ratio={data.crop_ratio:g})"
         line = f"measured  on {crop}, as {format_image_size(data.eval_image_hw)} pixels"
         return [f"{line}, in {windows} windows of {format_image_size(data.image_hw)}" if windows > 1 else line]
@@ -101,14 +101,14 @@ def _has_batchnorm(card: BackboneCard) -> bool:
     return has_batch_norm(build_meta_backbone(*card.build_args, card.classes))
 
 
-def plan_training(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
+def plan_training(cfg: FinetuneConfig, world_size: int) -> FinetunePlan:
     """Return the plan of a training or, with ``trials``, of a comparison whose arms are all checked.
 
     Raises: ConfigError, DataError, ExportError.
     """
     if cfg.trials is None:
-        return _plan_run(cfg, ranks)
-    check_trials(cfg)
+        return _plan_run(cfg, world_size)
+    check_trials_evaluation(cfg)
     if cfg.run.stop_at is not None:
         raise ConfigError("run.stop_at and trials exclude each other: a comparison is of whole runs; shorten epochs")
     if cfg.init is not None:
@@ -124,13 +124,13 @@ def plan_training(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
             f"trials.lr_per_256={list(cfg.trials.lr_per_256)} has a rate twice: both would be one run; give each once"
         )
     lr = next(iter(cfg.trials.lr_per_256))
-    arms = {arm: _plan_run(trial_config(cfg, arm, 0, lr), ranks) for arm in cfg.trials.arms}
+    arms = {arm: _plan_run(trial_config(cfg, arm, 0, lr), world_size) for arm in cfg.trials.arms}
     first = next(iter(arms.values()))
     digests = {f"arm.{name}": arm.inherited_science.get("inherited.init", "scratch") for name, arm in arms.items()}
     return build_stage_plan(
         FinetunePlan,
         cfg,
-        ranks,
+        world_size,
         extra_science=digests | _evaluation_science(first.dataset, cfg, first.classes),
         encoder=first.encoder,
         classes=first.classes,
@@ -175,7 +175,7 @@ def _plan_run(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
                 f"same names in the same order, or without labels"
             )
         make_label_reader(cfg.data, source.dataset)
-    check_even_microbatch(cfg, plan.microbatch_size)
+    check_mixup_pairing(cfg, plan.microbatch_size)
     digests = _evaluation_science(plan.dataset, cfg, classes) | ({} if card is None else {"init": card.sha256})
     teacher = _inspect_teacher(cfg, classes, plan.mean, plan.std)
     digests |= {} if teacher is None else {"teacher": teacher.card.sha256}
@@ -193,11 +193,11 @@ def _plan_run(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
     )
     check_distillation_token(cfg, parse_encoder_card(encoder, "model"))
     backbone = plan.backbone
-    check_split_batchnorm(
-        cfg, encoder.get("timm") or encoder["name"], has_batchnorm=backbone is not None and _has_batchnorm(backbone)
+    check_split_batch_norm(
+        cfg, encoder.get("timm") or encoder["name"], has_batch_norm=backbone is not None and _has_batchnorm(backbone)
     )
     if backbone is not None:
-        check_backbone(backbone, cfg, plan.microbatch_size, len(classes))
+        check_backbone_supports_settings(backbone, cfg, plan.microbatch_size, len(classes))
     if cfg.data.labels == "boxes":
         check_detector_forward(cfg, parse_encoder_card(plan.encoder, "model"), plan.microbatch_size, len(classes))
     return plan
@@ -221,8 +221,8 @@ def _inspect_init_source(cfg: FinetuneConfig) -> PretrainedSource | None:
 
 def _evaluation_science(dataset: Dataset, cfg: FinetuneConfig, classes: tuple[str, ...]) -> dict[str, str]:
     """Return the science of evaluation: digest of the split, classes, and the cadence with early stopping."""
-    cadence = early_stopping_science(cfg.early_stopping, cfg.evaluate_every)
-    return {"val": dataset.digest(eval_split(cfg.data).split), "classes": ", ".join(classes)} | cadence
+    cadence = evaluate_every_science(cfg.early_stopping, cfg.evaluate_every)
+    return {"val": dataset.samples_digest(eval_split(cfg.data).split), "classes": ", ".join(classes)} | cadence
 
 
 def _resolve_encoder_card(
@@ -288,7 +288,7 @@ def _resolve_class_weights(cfg: FinetuneConfig, plan: FinetunePlan, classes: tup
         )
     source = plan.training_set.sources[0]
     labels = source.dataset.labels(source.split)
-    labels = labels if source.subset.chosen_ids is None else labels[source.subset.chosen_ids]
+    labels = labels if source.subset.split_positions is None else labels[source.subset.split_positions]
     counts = np.bincount(labels[labels >= 0], minlength=len(classes))
     if not counts.all():
         empty = classes[int(counts.argmin())]

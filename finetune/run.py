@@ -15,8 +15,8 @@ from finetune.fit import fit
 from finetune.multirun import cross_validation
 from finetune.multirun.trials import run_trials
 from finetune.plan import FinetunePlan, plan_training
-from finetune.probe.plan import ProbePlan, plan_probe
-from finetune.probe.run import build as build_probe
+from finetune.probe.plan import ProbePlan, plan_probe_or_training
+from finetune.probe.run import build_forecast_setup as build_probe
 from finetune.probe.run import run_probes
 from finetune.tasks.registry import TASKS
 from foveal.data.pack import pack_digits
@@ -40,11 +40,15 @@ def train(plan: FinetunePlan, run: Run) -> None:
         fit(plan, run)
 
 
-def plan_finetuning(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
+def plan_finetuning(cfg: FinetuneConfig, world_size: int) -> FinetunePlan:
     """Return the plan of these settings. Raises: ConfigError, DataError, ExportError, LaunchError."""
     if cfg.probe is not None:
-        return plan_probe(cfg, ranks)
-    return cross_validation.plan_cross_validation(cfg, ranks) if cfg.folds is not None else plan_training(cfg, ranks)
+        return plan_probe_or_training(cfg, world_size)
+    return (
+        cross_validation.plan_cross_validation(cfg, world_size)
+        if cfg.folds is not None
+        else plan_training(cfg, world_size)
+    )
 
 
 def build(plan: FinetunePlan, device: torch.device) -> TrainingSetup[Any]:

@@ -180,7 +180,7 @@ def best_effort(description: str | Path) -> Iterator[None]:
         _log.warning("%s is not written: %s", description, error.strerror)
 
 
-def get_free_space(path: Path) -> tuple[int, Path]:
+def free_bytes_and_mount(path: Path) -> tuple[int, Path]:
     """Return the free bytes of the file system that holds (or will hold) a path, and its mount point.
 
     Free means available to this user.
@@ -199,7 +199,7 @@ def disk_shortage(path: Path, required_bytes: int) -> str | None:
 
     A quota is not visible here: it shows when a file's space is allocated.
     """
-    free, mount = get_free_space(path)
+    free, mount = free_bytes_and_mount(path)
     if free >= required_bytes:
         return None
     return (

@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from foveal.errors import ConfigError
-from foveal.redact import find_secrets_in_settings
+from foveal.redact import describe_secrets_in_settings
 from foveal.timeouts import call_with_timeout
 
 _MAX_CHARACTERS = 1 << 18  # of a config
@@ -164,12 +164,12 @@ def get_section_class(field: FieldInfo) -> type[Config] | None:
     return None
 
 
-def explain_written_secret(secret: str, *, in_url: bool = True) -> str:
+def explain_literal_secret(secret_description: str, *, in_url: bool = True) -> str:
     """Return why a literal secret in a setting is refused, and the remedy."""
     subject = "a URL with " if in_url else ""
     advice = "name an environment variable there, such as https://user:${PASSWORD}@host/folder"
     return (
-        f"{subject}{secret} in it would be written into the run directory and into MLflow: "
+        f"{subject}{secret_description} in it would be written into the run directory and into MLflow: "
         f"{advice if in_url else 'pass it to its library in the environment'}"
     )
 
@@ -235,8 +235,8 @@ def read_yaml(file: Path) -> Any:
 def _refuse_secrets(cfg: Config, source: str) -> None:
     """Refuse literal secrets: the run directory and MLflow store the settings. Raises: ConfigError."""
     for setting, value in cfg.to_flat_dict().items():
-        for name, secret in find_secrets_in_settings(value, setting):
-            raise ConfigError(f"{source}: {name}: {explain_written_secret(secret, in_url=isinstance(value, str))}")
+        for name, secret in describe_secrets_in_settings(value, setting):
+            raise ConfigError(f"{source}: {name}: {explain_literal_secret(secret, in_url=isinstance(value, str))}")
 
 
 def _read_text(file: Path) -> str:

@@ -51,17 +51,17 @@ def is_secret_name(name: str) -> bool:
     return plain in _SECRET_NAMES or _SECRET_NAME_PARTS.search(plain) is not None
 
 
-def redact_urls(text: str) -> str:
+def redact_url_secrets(text: str) -> str:
     """Return a text without the users, passwords, tokens and signatures in its URLs."""
     return _QUERY.sub(_redacted_query, _USER.sub(_redacted_user, text))
 
 
 def redact(text: str) -> str:
     """Return ``redact_urls`` of a text, also without the values of environment variables with a secret's name."""
-    return _replace_secrets(redact_urls(text), _environment_secrets())
+    return _replace_secrets(redact_url_secrets(text), _environment_secrets())
 
 
-def find_secret_in_text(text: str) -> str | None:
+def describe_secret_in_urls(text: str) -> str | None:
     """Return a description of the literal secret in a text's URLs; None without one, or for a variable reference."""
     for scheme, userinfo in _USER.findall(text):
         user, _, password = userinfo.removesuffix("@").partition(":")
@@ -74,19 +74,19 @@ def find_secret_in_text(text: str) -> str | None:
     return None
 
 
-def find_secrets_in_settings(value: Any, setting: str) -> Iterator[tuple[str, str]]:
+def describe_secrets_in_settings(value: Any, dotted_name: str) -> Iterator[tuple[str, str]]:
     """Yield (dotted name, description) of every literal secret in nested plain data."""
     if isinstance(value, str):
-        if secret := find_secret_in_text(value):
-            yield setting, secret
+        if secret := describe_secret_in_urls(value):
+            yield dotted_name, secret
     elif isinstance(value, dict):
         for key, inner in value.items():
             if isinstance(inner, str) and inner and is_secret_name(str(key)):
-                yield f"{setting}.{key}", "a secret"
-            yield from find_secrets_in_settings(inner, f"{setting}.{key}")
+                yield f"{dotted_name}.{key}", "a secret"
+            yield from describe_secrets_in_settings(inner, f"{dotted_name}.{key}")
     elif isinstance(value, list | tuple):
         for number, inner in enumerate(value):
-            yield from find_secrets_in_settings(inner, f"{setting}.{number}")
+            yield from describe_secrets_in_settings(inner, f"{dotted_name}.{number}")
 
 
 class RedactingFormatter(logging.Formatter):

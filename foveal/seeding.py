@@ -39,18 +39,18 @@ def _hash_grid(key: int, ids: Int64Array, counter: Int64Array) -> Int64Array:
     return splitmix64(stream[:, None] + (counter + 1)[None, :] * _GOLDEN_RATIO)
 
 
-def draw_uniform(key: int, ids: Tensor, count: int) -> Tensor:
+def draw_uniform(key: int, ids: Tensor, count_per_id: int) -> Tensor:
     """Return uniform float32 in [0, 1) of shape [len(ids), count]; bit for bit the same on every device.
 
     ``key`` comes from ``derive_key``; ``ids`` is int64 [B] (sample ids, so that a row depends on its sample only).
     """
-    counter = torch.arange(count, device=ids.device, dtype=torch.int64)
+    counter = torch.arange(count_per_id, device=ids.device, dtype=torch.int64)
     return ((_hash_grid(key, ids, counter) >> 40) & 0xFFFFFF).float() * 2.0**-24
 
 
-def draw_uniform_numpy(key: int, ids: np.ndarray, count: int) -> np.ndarray:
+def draw_uniform_numpy(key: int, ids: np.ndarray, count_per_id: int) -> np.ndarray:
     """Return the numbers of ``draw_uniform`` as a float32 array, for host code."""
-    words = _hash_grid(key, ids.astype(np.int64), np.arange(count, dtype=np.int64))
+    words = _hash_grid(key, ids.astype(np.int64), np.arange(count_per_id, dtype=np.int64))
     return ((words >> 40) & 0xFFFFFF).astype(np.float32) * np.float32(2.0**-24)
 
 
@@ -59,9 +59,9 @@ def draw_permutation(key: int, length: int) -> np.ndarray:
     return np.argsort(splitmix64(np.arange(length, dtype=np.int64) * _GOLDEN_RATIO + key), kind="stable")
 
 
-def draw_integer(key: int, limit: int) -> int:
+def draw_integer(key: int, exclusive_limit: int) -> int:
     """Return an integer in [0, limit)."""
-    return int(splitmix64(np.array([key], dtype=np.int64)).view(np.uint64)[0]) % limit
+    return int(splitmix64(np.array([key], dtype=np.int64)).view(np.uint64)[0]) % exclusive_limit
 
 
 def hash_ids(key: int, ids: np.ndarray) -> np.ndarray:

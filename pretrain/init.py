@@ -11,12 +11,12 @@ from torch import Tensor
 from foveal.data import DataConfig
 from foveal.errors import ExportError
 from foveal.models.backbone import BackboneCard, parse_encoder_card
-from foveal.models.resize import resize_weights
+from foveal.models.resize import resize_position_embeddings
 from foveal.models.sincos import sincos_positions
 from foveal.models.timm_vit import Encoder
 from foveal.models.vit import ResolvedVitConfig, build_encoder
 from foveal.timeouts import read_with_timeout
-from foveal.weights.export import Card, load_weights_strict, read_export, select_matching_weights
+from foveal.weights.export import Card, check_and_select_weights, load_weights_strict, read_export
 from foveal.weights.foreign import find_weights_file, read_num_heads, read_weights_as_timm
 
 # Weights that a pretraining encoder does not have: heads, and decoders of an earlier pretraining.
@@ -41,7 +41,7 @@ class InitSource:
     """
 
     path: Path
-    timeout_seconds: float
+    read_timeout_seconds: float
     sha256: str
     card: Card | None
     patch_grid: tuple[int, int]
@@ -79,11 +79,11 @@ def inspect_init_weights(path: Path, model: ResolvedVitConfig, data: DataConfig)
     else:
         patch_grid = source_card.patch_grid(source_card.image_size)
     _check_positions(path, weights, model, patch_grid)
-    used = select_matching_weights(
+    used = check_and_select_weights(
         encoder,
-        resize_weights(weights, encoder, model.positions, patch_grid),
+        resize_position_embeddings(weights, encoder, model.positions, patch_grid),
         path,
-        new_prefixes=_allowed_missing_prefixes(weights, model),
+        new_module_prefixes=_allowed_missing_prefixes(weights, model),
         unused_prefixes=_IGNORED_PREFIXES,
     )
     return InitSource(
@@ -100,15 +100,15 @@ def inspect_init_weights(path: Path, model: ResolvedVitConfig, data: DataConfig)
 
 def load_init_weights(encoder: Encoder, source: InitSource, model: ResolvedVitConfig) -> None:
     """Load the weights into an encoder. Raises: ExportError if the file has changed since the plan."""
-    weights, digest, _ = _read_init_weights(source.path, source.timeout_seconds)
+    weights, digest, _ = _read_init_weights(source.path, source.read_timeout_seconds)
     if digest != source.sha256:
         raise ExportError(f"{source.path} has changed since the run was planned; start the run again")
-    weights = resize_weights(weights, encoder, model.positions, source.patch_grid)
+    weights = resize_position_embeddings(weights, encoder, model.positions, source.patch_grid)
     load_weights_strict(
         encoder,
         weights,
         source.path,
-        new_prefixes=_allowed_missing_prefixes(weights, model),
+        new_module_prefixes=_allowed_missing_prefixes(weights, model),
         unused_prefixes=_IGNORED_PREFIXES,
     )
 

@@ -56,7 +56,7 @@ class MaskedModelingLoss:
         if not self.image_loss_weight:
             return patch_sum, {}
         # Scaled by M, since the denominator is masked patches: the loss is a mean over patches plus one over images.
-        image_sum = image_loss(output).sum() * output.masked_indices.shape[1]
+        image_sum = image_loss_per_image(output).sum() * output.masked_indices.shape[1]
         return patch_sum + self.image_loss_weight * image_sum, {"patch_loss": patch_sum, "image_loss": image_sum}
 
     def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, MAEOutput]:
@@ -65,29 +65,29 @@ class MaskedModelingLoss:
         return images, model(images, self.draw_mask_noise(batch), self.mask_ratio)
 
 
-def pixel_loss(objective: MaskedModelingLoss, images: Tensor, output: MAEOutput) -> Tensor:
+def pixel_loss_sum(objective: MaskedModelingLoss, images: Tensor, output: MAEOutput) -> Tensor:
     """Mean squared error over the P pixels of a patch, summed over masked patches (He et al., 2022, section 3)."""
     target_BMP = build_reconstruction_targets(images, output.masked_indices, objective.patch_size, objective.norm_pix)
-    return reconstruction_loss(output.patch_pred, target_BMP)[0]
+    return reconstruction_loss(output.masked_patch_pred, target_BMP)[0]
 
 
-def feature_loss(_objective: MaskedModelingLoss, _images: Tensor, output: MAEOutput) -> Tensor:
+def feature_loss_sum(_objective: MaskedModelingLoss, _images: Tensor, output: MAEOutput) -> Tensor:
     """Huber loss with threshold 1, mean over D, summed over masked patches.
 
     The target is the EMA encoder's features of the full image, each patch standardised to mean 0 and variance 1
     (I-JEPA, Assran et al., 2023, sections 3 and A.1; data2vec, Baevski et al., 2022).
     """
     target_BMD = standardize_features(gather_patches(_full_image_features(output), output.masked_indices))
-    return F.smooth_l1_loss(output.patch_pred.float(), target_BMD, reduction="none").mean(dim=-1).sum()
+    return F.smooth_l1_loss(output.masked_patch_pred.float(), target_BMD, reduction="none").mean(dim=-1).sum()
 
 
 TARGET_LOSSES: dict[PredictionTarget, Callable[[MaskedModelingLoss, Tensor, MAEOutput], Tensor]] = {
-    "pixels": pixel_loss,
-    "latents": feature_loss,
+    "pixels": pixel_loss_sum,
+    "latents": feature_loss_sum,
 }
 
 
-def image_loss(output: MAEOutput) -> Tensor:
+def image_loss_per_image(output: MAEOutput) -> Tensor:
     """Squared error [B], mean over D; the target is the mean of the full image's patches, standardised.
 
     The target is not the class token: only patches are kept from collapse, by the loss of masked patches.

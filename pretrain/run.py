@@ -43,7 +43,7 @@ def train(plan: PretrainPlan, run: Run) -> None:
             if preempted or is_due(step.index, cfg.checkpoint.every, plan.stop_step):
                 run.save_checkpoint(engine, step.index)
             if preempted:
-                return run.end_preempted(step.index)
+                return run.mark_preempted(step.index)
             if cfg.target == "pixels" and is_due(step.index, cfg.log.pictures_every, plan.stop_step):
                 save_reconstructions(step, engine, setup.objective, run)
     if plan.stop_step == plan.total_steps:
@@ -86,13 +86,13 @@ def build(plan: PretrainPlan, _device: torch.device) -> TrainingSetup[MaskedMode
 def save_reconstructions(step: Step, engine: Engine, objective: MaskedModelingLoss, run: Run) -> None:
     """Save an image grid of originals, visible patches and reconstructions; every rank runs the forward."""
     with run.throughput_meter.exclude_time(), engine.eval_mode():
-        pred, masked, *_ = objective.predict(engine.model, step.batch)[1]
+        pred, masked, *_ = objective.predict(engine.model, step.last_microbatch)[1]
         shown = slice(_MAX_GRID_IMAGES)
         run.save_image(
             "reconstruction",
             step.index,
             lambda: draw_reconstruction_grid(
-                step.batch.images[shown],
+                step.last_microbatch.images[shown],
                 pred[shown],
                 masked[shown],
                 mean=objective.mean,

@@ -52,7 +52,7 @@ class PipelineStage:
     stage: str
     config: str
     settings: Mapping[str, Any]
-    inputs: Mapping[str, str]  # setting -> stage whose export it gets, or stage/student
+    export_source_by_setting: Mapping[str, str]  # setting -> stage whose export it gets, or stage/student
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def read_pipeline(file: Path) -> list[PipelineStage]:
     for number, entry in enumerate(entries):
         if entry.name in names[:number]:
             raise ConfigError(f"{file}: '{entry.name}' names two stages; give each its own name")
-        for key, source in entry.inputs.items():
+        for key, source in entry.export_source_by_setting.items():
             name = source.partition("/")[0]
             if name not in names[:number]:
                 hint = "it comes later: list it first"
@@ -120,7 +120,7 @@ def _parse_stage(element: Any, where: str) -> PipelineStage:
     )
 
 
-def build_jobs(pipeline_file: Path, overrides: Sequence[str]) -> tuple[list[StageJob], dict[str, str]]:
+def build_jobs_and_options(pipeline_file: Path, overrides: Sequence[str]) -> tuple[list[StageJob], dict[str, str]]:
     """Return a pipeline's jobs, each validated with the exact strings it will be started with, and the sbatch options.
 
     ``run.dir`` is runs/<pipeline>/<name> unless ``set`` or an override states another; the stage's config is ignored.
@@ -136,7 +136,7 @@ def build_jobs(pipeline_file: Path, overrides: Sequence[str]) -> tuple[list[Stag
             "run.pipeline": f"runs/{pipeline_file.stem}",
             **entry.settings,
         }
-        inputs = {key: source.partition("/") for key, source in entry.inputs.items()}
+        inputs = {key: source.partition("/") for key, source in entry.export_source_by_setting.items()}
         settings |= {
             key: f"{jobs[name].run_dir}/export{slash}{student}" for key, (name, slash, student) in inputs.items()
         }
@@ -147,7 +147,7 @@ def build_jobs(pipeline_file: Path, overrides: Sequence[str]) -> tuple[list[Stag
         config = resolve_config_path(entry.stage, entry.config)
         try:
             cfg = _STAGES[entry.stage][0].load(config, texts)
-            exports[entry.name] = cfg.export_names
+            exports[entry.name] = cfg.export_subfolders
             if wrong := next((name for name, _, student in inputs.values() if student not in exports[name]), None):
                 sources = ", ".join(f"{wrong}/{student}" if student else wrong for student in exports[wrong])
                 raise ConfigError(f"the exports of '{wrong}' are named {sources}")
@@ -363,7 +363,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="<stage>.<key>=value, slurm.<option>=value")
     options = parser.parse_intermixed_args(argv)
     try:
-        jobs, sbatch = build_jobs(options.pipeline, options.overrides)
+        jobs, sbatch = build_jobs_and_options(options.pipeline, options.overrides)
         if options.cluster == "slurm":
             submit_jobs(jobs, Path("runs", options.pipeline.stem, "slurm"), sbatch)
             sys.exit(0)

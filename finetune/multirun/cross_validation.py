@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from finetune.checks import check_holdout_stopping
+from finetune.checks import check_stopping_uses_holdout
 from finetune.config import FinetuneConfig
-from finetune.multirun.nested_runs import FitFn, RunSummary, get_run_dir, is_finished, run_nested
+from finetune.multirun.nested_runs import FitFn, RunSummary, get_run_dir, is_finished, run_or_reuse_nested
 from finetune.plan import FinetunePlan, nested_run_config, plan_training
 from foveal.distributed.world import World, read_slurm_array_task
 from foveal.errors import ConfigError, LaunchError, RunInUseError
@@ -27,7 +27,7 @@ _POLL_SECONDS = 1.0  # between attempts to open the cross-validation's run while
 _log = logging.getLogger("foveal.finetune")
 
 
-def plan_cross_validation(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
+def plan_cross_validation(cfg: FinetuneConfig, world_size: int) -> FinetunePlan:
     """Return the plan of a cross-validation, which has the steps of its first fold.
 
     The folds of the first repeat are planned, and so checked, before any run starts; other repeats have folds of about
@@ -35,7 +35,7 @@ def plan_cross_validation(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
     """
     assert cfg.folds is not None
     _check_cross_validation(cfg)
-    plans = [plan_training(fold_cfg, ranks) for fold_cfg in fold_configs(cfg)[: cfg.folds.count]]
+    plans = [plan_training(fold_cfg, world_size) for fold_cfg in fold_configs(cfg)[: cfg.folds.count]]
     return replace(plans[0], cfg=cfg)
 
 
@@ -49,9 +49,9 @@ def fold_configs(cfg: FinetuneConfig) -> list[FinetuneConfig]:
 def cross_validate(plan: FinetunePlan, run: Run, fit: FitFn) -> None:
     """Run every unfinished fold, then record the aggregated results. The n-th fold's metrics are logged as step n."""
     summaries: list[RunSummary] = []
-    for number, summary in enumerate(run_nested(fold_configs(plan.cfg), run, fit), start=1):
+    for number, summary in enumerate(run_or_reuse_nested(fold_configs(plan.cfg), run, fit), start=1):
         summaries.append({name: value for name, value in summary.items() if name.startswith(_METRIC_PREFIXES)})
-        run.tracker.log_results(summaries[-1], number)
+        run.tracker.log_results_once(summaries[-1], number)
     if not run.is_preempted:
         run.mark_finished(summarize_folds(summaries))
 
@@ -141,7 +141,7 @@ def _check_cross_validation(cfg: FinetuneConfig) -> None:
         )
     if cfg.data.fold is not None:
         raise ConfigError("data.fold and folds exclude each other: folds trains on every fold in turn; leave one out")
-    check_holdout_stopping(cfg, "a fold")
+    check_stopping_uses_holdout(cfg, "a fold")
     task = read_slurm_array_task()
     if task is None:
         return

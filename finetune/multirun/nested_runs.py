@@ -18,7 +18,7 @@ FitFn = Callable[[FinetunePlan, Run], None]
 RunSummary = dict[str, float]
 
 
-def run_nested(configs: Sequence[FinetuneConfig], outer_run: Run, fit: FitFn) -> Iterator[RunSummary]:
+def run_or_reuse_nested(configs: Sequence[FinetuneConfig], outer_run: Run, fit: FitFn) -> Iterator[RunSummary]:
     """Run every unfinished nested run and yield all summaries in order; stop early on preemption (``is_preempted``).
 
     A step of the outer run is a finished nested run, so that an attempt makes progress by finishing one.
@@ -27,7 +27,7 @@ def run_nested(configs: Sequence[FinetuneConfig], outer_run: Run, fit: FitFn) ->
     for number, cfg in enumerate(configs, start=1):
         summary = _run_or_read_summary(plan_training(cfg, outer_run.world.size), outer_run, fit)
         if summary is None:
-            outer_run.end_preempted(number - 1)
+            outer_run.mark_preempted(number - 1)
             return
         prefix = f"{eval_split(cfg.data).metric_prefix}_"
         metric = next((f", {name} {value:.3f}" for name, value in summary.items() if name.startswith(prefix)), "")

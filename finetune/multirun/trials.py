@@ -6,7 +6,7 @@ on ``data.val`` is reported for that learning rate only.
 
 import statistics
 
-from finetune.multirun.nested_runs import FitFn, RunSummary, run_nested
+from finetune.multirun.nested_runs import FitFn, RunSummary, run_or_reuse_nested
 from finetune.plan import FinetunePlan, trial_config
 from foveal.training.run import Run
 
@@ -22,7 +22,7 @@ def run_trials(plan: FinetunePlan, run: Run, fit: FitFn) -> None:
         for repeat in range(cfg.trials.repeats)
     ]
     results: dict[tuple[str, float], list[RunSummary]] = {}
-    summaries = run_nested([trial_config(cfg, *trial) for trial in trials], run, fit)
+    summaries = run_or_reuse_nested([trial_config(cfg, *trial) for trial in trials], run, fit)
     for (arm, _, lr), summary in zip(trials, summaries, strict=False):  # preemption ends the summaries early
         results.setdefault((arm, lr), []).append(summary)
     if not run.is_preempted:

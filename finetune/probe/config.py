@@ -49,7 +49,7 @@ class ProbeConfig(Config):
     metric: Literal["cosine", "euclidean"] = science("cosine", "Distance of the nearest neighbours.")
     temperature: float = science(0.07, "Temperature of softmax votes.", gt=0)
 
-    def resolve_layers(self, depth: int) -> tuple[int, ...]:
+    def resolve_layer_numbers(self, depth: int) -> tuple[int, ...]:
         """Return the probed blocks, ascending."""
         if self.layers is None:
             return (depth,)

@@ -28,7 +28,7 @@ from foveal.engines.base import autocast
 from foveal.errors import CheckpointError, DataError, ExportError
 from foveal.models.backbone import forward_pooled
 from foveal.models.probes import encode_probe_features
-from foveal.models.resize import resize_weights_from_card
+from foveal.models.resize import resize_positions_from_card
 from foveal.models.vit import encoder_from_card
 from foveal.seeding import derive_key
 from foveal.training.run import Run
@@ -46,16 +46,16 @@ _SCIENCE = ("data.", "inherited.", "model", "backbone", "pooling", "probe.layers
 class LayerFeatures:
     """Cached features of one layer and data subset, restricted to labelled images."""
 
-    memmap: np.ndarray  # [N, ...], on disk
+    all_images_memmap: np.ndarray  # [N, ...], on disk
     labelled_indices: np.ndarray  # int64 [M]: rows of images with a label
     labels: Tensor  # int64 [M], on the device
 
     def __len__(self) -> int:
         return len(self.labelled_indices)
 
-    def load(self, positions: np.ndarray | slice) -> Tensor:
+    def load(self, labelled_positions: np.ndarray | slice) -> Tensor:
         """Return the features at these positions among the M images, float32 on the device."""
-        rows = torch.from_numpy(self.memmap[self.labelled_indices[positions]])
+        rows = torch.from_numpy(self.all_images_memmap[self.labelled_indices[labelled_positions]])
         return rows.to(self.labels.device).float()
 
 
@@ -67,7 +67,7 @@ def feature_provenance(plan: ProbePlan) -> dict[str, Any]:
     return json.loads(json.dumps({"format": _FORMAT, "files": shapes, "precision": precision, "science": science}))
 
 
-def has_cached_features(plan: ProbePlan, run_dir: Path) -> bool:
+def check_cached_features(plan: ProbePlan, run_dir: Path) -> bool:
     """Return whether the features are cached. Raises: CheckpointError if cached features have another provenance."""
     folder = run_dir / FEATURES_DIR
     if not folder.exists():
@@ -95,7 +95,7 @@ def _differing_keys(cached: Any, expected: Any) -> list[str]:
     return sorted(name for name in cached | expected if cached.get(name) != expected.get(name))
 
 
-def extract_features(plan: ProbePlan, run: Run) -> bool:
+def extract_and_cache_features(plan: ProbePlan, run: Run) -> bool:
     """Compute and cache the features of all subsets; return False on preemption. Every rank must call it.
 
     Raises: DataError, CheckpointError if the disk is full.
@@ -150,12 +150,12 @@ def build_feature_extractor(plan: ProbePlan, device: torch.device) -> tuple[nn.M
     if plan.backbone:
         backbone = classifier_from_plan(plan).encoder.to(device).eval()
         return backbone, lambda images: (forward_pooled(backbone, images)[0][None], None)
-    encoder = load_frozen_encoder(plan).to(device).eval()
+    encoder = build_probed_encoder(plan).to(device).eval()
     features = probe.features or cfg.pooling
     return encoder, lambda images: encode_probe_features(encoder, images, plan.layers, features)
 
 
-def load_frozen_encoder(plan: ProbePlan) -> Any:
+def build_probed_encoder(plan: ProbePlan) -> Any:
     """Return the exported encoder without its head, with its own norm before or after the pooling.
 
     Without an export the encoder is randomly initialized: random features are a baseline.
@@ -167,7 +167,7 @@ def load_frozen_encoder(plan: ProbePlan) -> Any:
     path, card = plan.init_source.path, plan.init_source.card
     size = {"image_size": cfg.data.to_dict()["image_size"]}
     encoder = encoder_from_card(card.encoder | size, f"{path}/card.json", num_classes=0)
-    weights = resize_weights_from_card(plan.init_source.load_weights(), encoder, card.encoder, f"{path}/card.json")
+    weights = resize_positions_from_card(plan.init_source.load_weights(), encoder, card.encoder, f"{path}/card.json")
     load_weights_strict(encoder, weights, path, unused_prefixes=("head.",))
     return encoder
 
@@ -243,7 +243,9 @@ class _FeatureWriter:
             os.close(file)
 
 
-def load_features(run_dir: Path, subset: str, layer_index: int, column: str, device: torch.device) -> LayerFeatures:
+def load_layer_features(
+    run_dir: Path, subset: str, probed_layer_index: int, column: str, device: torch.device
+) -> LayerFeatures:
     """Return cached features of a subset; ``layer_index`` counts the probed layers, ``column`` is pooled or patches.
 
     Raises: DataError if no image of the subset has a label.
@@ -253,5 +255,5 @@ def load_features(run_dir: Path, subset: str, layer_index: int, column: str, dev
     labelled = np.flatnonzero(labels >= 0)
     if not len(labelled):
         raise DataError(f"{folder}: no image of the part '{subset}' has a label that can be read")
-    rows = np.load(folder / f"{subset}-{column}.npy", mmap_mode="r")[layer_index]
+    rows = np.load(folder / f"{subset}-{column}.npy", mmap_mode="r")[probed_layer_index]
     return LayerFeatures(rows, labelled, torch.from_numpy(labels[labelled]).to(device))

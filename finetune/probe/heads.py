@@ -18,9 +18,9 @@ from torch.nn.utils import clip_grad_norm_
 from finetune.probe.features import LayerFeatures
 from finetune.probe.plan import ProbePlan
 from foveal.engines.base import autocast
-from foveal.models.probes import AttentiveHead, init_linear_heads
+from foveal.models.probes import AttentiveHead, init_equal_linear_heads
 from foveal.optim.optimizers import parameter_groups
-from foveal.optim.schedule import warmup_cosine
+from foveal.optim.schedule import warmup_cosine_lr
 from foveal.seeding import derive_key, draw_permutation
 
 T = TypeVar("T")
@@ -38,9 +38,9 @@ def fit_linear_probe(plan: ProbePlan, train: LayerFeatures) -> Resumable[Predict
     """
     device, peak_lrs = train.labels.device, plan.probe.linear_lr_per_256
     schedule = _HeadSchedule(plan, len(train))
-    width = train.memmap.shape[-1]
+    width = train.all_images_memmap.shape[-1]
     with _seeded_init(plan, "linear"):
-        weight_GKF, bias_GK = init_linear_heads(width, len(plan.classes), len(peak_lrs))
+        weight_GKF, bias_GK = init_equal_linear_heads(width, len(plan.classes), len(peak_lrs))
     weight_GKF, bias_GK = weight_GKF.to(device).requires_grad_(), bias_GK.to(device).requires_grad_()
     weight_momentum, bias_momentum = torch.zeros_like(weight_GKF), torch.zeros_like(bias_GK)
     norm = nn.BatchNorm1d(width, affine=False, eps=1e-6).to(device)
@@ -57,10 +57,10 @@ def fit_linear_probe(plan: ProbePlan, train: LayerFeatures) -> Resumable[Predict
         if schedule.is_epoch_end(step):
             yield
     norm.eval()
-    return lambda features: predict_classes(features, logits, plan.cfg.batch.at_once)
+    return lambda features: predict_classes_per_head(features, logits, plan.cfg.batch.at_once)
 
 
-def lars_step(weights: Tensor, grads: Tensor, momentum_buffers: Tensor, lr: Tensor) -> None:
+def lars_step(weights: Tensor, grads: Tensor, momentum_buffers: Tensor, lr_per_head: Tensor) -> None:
     """Update G weights [G, ...] in place by LARS (You et al., 2017) without decay, with learning rates [G].
 
     Each head has its own trust ratio, 1e-3 times the norm of its weight over the norm of its gradient.
@@ -68,13 +68,13 @@ def lars_step(weights: Tensor, grads: Tensor, momentum_buffers: Tensor, lr: Tens
     weight_norm_G, grad_norm_G = weights.flatten(1).norm(dim=1), grads.flatten(1).norm(dim=1)
     ratio_G = _TRUST_COEFFICIENT * weight_norm_G / (grad_norm_G + _EPSILON)
     trust_G = torch.where((weight_norm_G > 0) & (grad_norm_G > 0), ratio_G, 1.0)
-    momentum_step(weights, grads * _broadcast_per_head(trust_G, weights), momentum_buffers, lr)
+    momentum_step(weights, grads * _broadcast_per_head(trust_G, weights), momentum_buffers, lr_per_head)
 
 
-def momentum_step(weights: Tensor, grads: Tensor, momentum_buffers: Tensor, lr: Tensor) -> None:
+def momentum_step(weights: Tensor, grads: Tensor, momentum_buffers: Tensor, lr_per_head: Tensor) -> None:
     """Update G weights [G, ...] in place by SGD with momentum, with learning rates [G]."""
     momentum_buffers.mul_(_MOMENTUM).add_(grads)
-    weights.sub_(momentum_buffers * _broadcast_per_head(lr, weights))
+    weights.sub_(momentum_buffers * _broadcast_per_head(lr_per_head, weights))
 
 
 def _broadcast_per_head(values_G: Tensor, weights: Tensor) -> Tensor:
@@ -89,7 +89,9 @@ def fit_attentive_probe(plan: ProbePlan, train: LayerFeatures) -> Resumable[Pred
     heads, groups = [], []
     for index in range(len(peak_lrs)):
         with _seeded_init(plan, "attentive"):  # heads have equal initial weights and differ only in learning rate
-            heads.append(AttentiveHead(train.memmap.shape[-1], plan.encoder["heads"], len(plan.classes)).to(device))
+            heads.append(
+                AttentiveHead(train.all_images_memmap.shape[-1], plan.encoder["heads"], len(plan.classes)).to(device)
+            )
         head_groups = parameter_groups(heads[-1], optim, no_weight_decay=("pool.latent",))
         groups += [group | {"head": index} for group in head_groups]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=optim.eps)
@@ -110,7 +112,7 @@ def fit_attentive_probe(plan: ProbePlan, train: LayerFeatures) -> Resumable[Pred
         optimizer.zero_grad()
         if schedule.is_epoch_end(step):
             yield
-    return lambda features: predict_classes(features, logits, plan.cfg.batch.at_once)
+    return lambda features: predict_classes_per_head(features, logits, plan.cfg.batch.at_once)
 
 
 @contextmanager
@@ -147,7 +149,7 @@ class _HeadSchedule:
         """Return the learning rate of each head at a step."""
         cfg = self.plan.cfg
         return [
-            warmup_cosine(
+            warmup_cosine_lr(
                 step,
                 peak_lr=peak_lr * cfg.batch.images / 256,
                 min_lr=cfg.optim.floor_lr,
@@ -164,7 +166,7 @@ def _sum_head_losses(logits_GBK: Tensor, labels_B: Tensor) -> Tensor:
     return F.cross_entropy(logits_GBK.float().flatten(0, 1), labels, reduction="sum") / len(labels_B)
 
 
-def predict_classes(
+def predict_classes_per_head(
     features: LayerFeatures, compute_logits: Callable[[Tensor], Tensor], batch_size: int
 ) -> Resumable[Tensor]:
     """Return the predicted classes, int64 [G, M], by logits [G, B, K] of batches."""

@@ -32,7 +32,7 @@ def _predict_classes(plan: ProbePlan, train: LayerFeatures, features: LayerFeatu
             queries, _iter_blocks(train, _IMAGE_BLOCK_SIZE), max(probe.k), probe.metric
         )
         votes = ((1 - distances) / probe.temperature).exp() if probe.vote == "softmax" else torch.ones_like(distances)
-        predictions.append(majority_vote(votes, train.labels[positions], probe.k, len(plan.classes)))
+        predictions.append(majority_vote_per_k(votes, train.labels[positions], probe.k, len(plan.classes)))
         yield
     return torch.cat(predictions, dim=1)
 
@@ -86,14 +86,14 @@ def _normalize_rows(features: Tensor) -> Tensor:
     return features / torch.where(norm > 0, norm, 1.0)
 
 
-def majority_vote(votes: Tensor, labels: Tensor, ks: tuple[int, ...], num_classes: int) -> Tensor:
+def majority_vote_per_k(vote_weights: Tensor, labels: Tensor, ks: tuple[int, ...], num_classes: int) -> Tensor:
     """Return the class [len(ks), Q] with most votes among the first k neighbours; votes and labels are [Q, max(ks)].
 
     Votes are added from the nearest neighbour on, so that sums are the same on any device.
     """
-    total = votes.new_zeros(len(votes), num_classes)
+    total = vote_weights.new_zeros(len(vote_weights), num_classes)
     winners = {}
-    for rank, (vote, label) in enumerate(zip(votes.unbind(1), labels.unbind(1), strict=True), start=1):
+    for rank, (vote, label) in enumerate(zip(vote_weights.unbind(1), labels.unbind(1), strict=True), start=1):
         total.scatter_add_(1, label[:, None], vote[:, None])
         if rank in ks:
             winners[rank] = total.argmax(dim=1)

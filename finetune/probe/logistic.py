@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetune.probe.features import LayerFeatures
-from finetune.probe.heads import Predictor, Resumable, predict_classes
+from finetune.probe.heads import Predictor, Resumable, predict_classes_per_head
 from finetune.probe.plan import ProbePlan
 
 GRADIENT_TOLERANCE = 1e-7  # on the largest entry of the gradient; scikit-learn's default is 1e-4
@@ -34,14 +34,14 @@ def fit_logistic_probe(plan: ProbePlan, train: LayerFeatures) -> Resumable[Predi
         standardised = (features_BF.double() - mean) / scale
         return torch.einsum("bf,gkf->gbk", standardised, weight_GKF) + bias_GK[:, None]
 
-    return lambda features: predict_classes(features, logits, plan.cfg.batch.at_once)
+    return lambda features: predict_classes_per_head(features, logits, plan.cfg.batch.at_once)
 
 
 def fit_logistic_regression(
     train: LayerFeatures, c: float, num_classes: int, mean: Tensor, scale: Tensor
 ) -> Resumable[tuple[Tensor, Tensor]]:
     """Return weights [K, F] and biases [K] for one C, float64, for features (x - ``mean`` [F]) / ``scale`` [F]."""
-    width, device = train.memmap.shape[-1], train.labels.device
+    width, device = train.all_images_memmap.shape[-1], train.labels.device
     theta = torch.zeros(num_classes, width + 1, dtype=torch.float64, device=device, requires_grad=True)
     # For two classes scikit-learn has one weight vector; two opposite vectors under twice the penalty are equivalent.
     strength = (2 if num_classes == 2 else 1) / (c * len(train))

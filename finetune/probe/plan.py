@@ -36,7 +36,7 @@ class ProbePlan(FinetunePlan):
     @property
     def layers(self) -> tuple[int, ...]:
         """The probed blocks, from 1; (0,) for the pooled feature of a timm backbone."""
-        return (0,) if self.backbone else self.probe.resolve_layers(self.encoder["depth"])
+        return (0,) if self.backbone else self.probe.resolve_layer_numbers(self.encoder["depth"])
 
     @property
     def subsets(self) -> dict[str, tuple[str, SubsetName]]:
@@ -85,7 +85,7 @@ class ProbePlan(FinetunePlan):
         return sizes.width, rows * columns
 
     @property
-    def total_bytes(self) -> int:
+    def feature_files_bytes(self) -> int:
         """Size of all feature files, in bytes."""
         return sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in self.file_shapes.values())
 
@@ -101,16 +101,16 @@ class ProbePlan(FinetunePlan):
         return [
             *(line for line in super().summary_lines() if not line.startswith(("lr ", "norm "))),
             f"probe     {'; '.join(candidates)}",
-            f"features  {features} of {counts} images: {format_bytes(self.total_bytes)}, computed once",
+            f"features  {features} of {counts} images: {format_bytes(self.feature_files_bytes)}, computed once",
         ]
 
 
-def plan_probe(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
+def plan_probe_or_training(cfg: FinetuneConfig, world_size: int) -> FinetunePlan:
     """Return the plan of a probe, or of a training without ``probe``. Raises: ConfigError, DataError, ExportError."""
     if cfg.probe is None:
-        return plan_training(cfg, ranks)
+        return plan_training(cfg, world_size)
     _check_probe_settings(cfg, cfg.probe)
-    training_plan = plan_training(cfg, ranks)
+    training_plan = plan_training(cfg, world_size)
     plan = ProbePlan(**{field.name: getattr(training_plan, field.name) for field in fields(training_plan)})
     _check_features(plan)
     _check_holdout(plan)
@@ -171,11 +171,11 @@ def _check_features(plan: ProbePlan) -> None:
         raise ConfigError(
             f"probe.layers has {plan.layers[-1]}, and the encoder has blocks 1 to {plan.encoder['depth']}"
         )
-    if plan.total_bytes > probe.gigabytes * 1e9:
+    if plan.feature_files_bytes > probe.gigabytes * 1e9:
         largest = "patches" if probe.reads_patches else "features"
         raise ConfigError(
             f"probe.gigabytes={probe.gigabytes:g}, but the {largest} of {sum(plan.image_counts.values()):,} images in "
-            f"{len(plan.layers)} layers take {format_bytes(plan.total_bytes)}: allow as much, or set data.per_class, "
+            f"{len(plan.layers)} layers take {format_bytes(plan.feature_files_bytes)}: allow as much, or set data.per_class, "
             f"fewer layers or other kinds"
         )
     if "knn" in probe.kinds and max(probe.k) > plan.image_counts["train"]:

@@ -21,9 +21,9 @@ from finetune.probe.features import (
     FeatureExtractor,
     LayerFeatures,
     build_feature_extractor,
-    extract_features,
-    has_cached_features,
-    load_features,
+    check_cached_features,
+    extract_and_cache_features,
+    load_layer_features,
 )
 from finetune.probe.heads import Predictor, Resumable, fit_attentive_probe, fit_linear_probe
 from finetune.probe.knn import fit_knn_probe
@@ -31,7 +31,7 @@ from finetune.probe.logistic import fit_logistic_probe
 from finetune.probe.plan import ProbePlan
 from foveal.atomic import write_json
 from foveal.data import Batch, normalise
-from foveal.engines.build import set_matmul_precision
+from foveal.engines.build import set_matmul_and_determinism
 from foveal.optim.optimizers import parameter_groups
 from foveal.training.loop import TrainingSetup
 from foveal.training.run import Run
@@ -59,26 +59,26 @@ class ProbeResult:
 
 def run_probes(plan: ProbePlan, run: Run) -> None:
     """Extract features, fit all units, and record the results. Every rank must call it."""
-    set_matmul_precision(plan.cfg.engine)
-    cached = run.world.on_rank0(lambda: has_cached_features(plan, run.path))
+    set_matmul_and_determinism(plan.cfg.engine)
+    cached = run.world.on_rank0(lambda: check_cached_features(plan, run.path))
     # Results are valid only with the features that they were computed from.
     results = run.world.on_rank0(lambda: _load_results(plan, run.path) if cached else {})
     run.start_attempt(len(results) + cached, total_steps=len(plan.kind_layer_pairs) + 1)
-    if not cached and not extract_features(plan, run):
-        return run.end_preempted(0)
+    if not cached and not extract_and_cache_features(plan, run):
+        return run.mark_preempted(0)
     run.progress.update(len(results) + 1, "features are cached")
     remaining = [unit for unit in plan.kind_layer_pairs if unit not in results]
     for start in range(0, len(remaining), run.world.size):
         new_results = _fit_units(plan, run, remaining[start : start + run.world.size])
         if new_results is None:
-            return run.end_preempted(len(results) + 1)
+            return run.mark_preempted(len(results) + 1)
         results |= new_results
         if run.world.rank == 0:
             _save_results(run.path, new_results)
         for (kind, layer), result in new_results.items():
             unit_name = f"{kind}, block {layer}" if layer else kind
             run.progress.update(len(results) + 1, f"{unit_name}: top-1 {result.top1:.3f}")
-    run.mark_finished(summarize_results(plan, results))
+    run.mark_finished(select_layer_metrics(plan, results))
     return None
 
 
@@ -111,28 +111,32 @@ def _fit_and_evaluate(
 ) -> Resumable[ProbeResult]:
     """Fit on train, select the hyperparameter on the holdout, evaluate on val."""
     fit, column = PROBE_METHODS[kind]
-    subsets = {name: load_features(run_dir, name, plan.layers.index(layer), column, device) for name in plan.subsets}
+    subsets = {
+        name: load_layer_features(run_dir, name, plan.layers.index(layer), column, device) for name in plan.subsets
+    }
     predict = yield from fit(plan, subsets["train"])
     candidates = HYPERPARAMETERS[kind][1](plan.probe)
     best, holdout_top1 = 0, None
     if "holdout" in subsets:
-        accuracies = compute_top1((yield from predict(subsets["holdout"])), subsets["holdout"])
+        accuracies = compute_top1_per_candidate((yield from predict(subsets["holdout"])), subsets["holdout"])
         best = max(range(len(accuracies)), key=accuracies.__getitem__)
         holdout_top1 = accuracies[best]
-    top1 = compute_top1((yield from predict(subsets["val"])), subsets["val"])[best]
+    top1 = compute_top1_per_candidate((yield from predict(subsets["val"])), subsets["val"])[best]
     return ProbeResult(top1, candidates[best], holdout_top1)
 
 
-def compute_top1(predictions_GM: Tensor, features: LayerFeatures) -> list[float]:
+def compute_top1_per_candidate(predictions_GM: Tensor, features: LayerFeatures) -> list[float]:
     """Return the fraction of correct predictions of each candidate."""
     return ((predictions_GM == features.labels).sum(dim=1).double() / len(features)).tolist()
 
 
-def summarize_results(plan: ProbePlan, unit_results: dict[tuple[ProbeKind, int], ProbeResult]) -> dict[str, Any]:
+def select_layer_metrics(
+    plan: ProbePlan, result_by_kind_layer: dict[tuple[ProbeKind, int], ProbeResult]
+) -> dict[str, Any]:
     """Return each kind's metrics on the layer that is best on the holdout, and with ``probe.layers`` on each layer."""
     metrics: dict[str, Any] = {}
     for kind in dict.fromkeys(plan.probe.kinds):
-        by_layer = {layer: result for (unit_kind, layer), result in unit_results.items() if unit_kind == kind}
+        by_layer = {layer: result for (unit_kind, layer), result in result_by_kind_layer.items() if unit_kind == kind}
         best = max(by_layer, key=lambda layer: (by_layer[layer].holdout_top1 or 0.0, layer))  # ties: the deepest layer
         metrics |= _metrics_of(kind, by_layer[best])
         if plan.probe.layers is not None:
@@ -150,7 +154,7 @@ def _metrics_of(kind: ProbeKind, result: ProbeResult, suffix: str = "") -> dict[
 
 
 @dataclass(frozen=True)
-class LinearProbeLoss:
+class LinearProbeForecastLoss:
     """Objective that ``foveal plan`` traces: the frozen model's forward and a linear head on the last probed layer."""
 
     plan: ProbePlan
@@ -166,14 +170,16 @@ class LinearProbeLoss:
         return F.cross_entropy(model(pooled_SBF[-1]).float(), batch.labels, reduction="sum"), {}
 
 
-def build(plan: ProbePlan, device: torch.device) -> TrainingSetup[LinearProbeLoss]:
+def build_forecast_setup(plan: ProbePlan, device: torch.device) -> TrainingSetup[LinearProbeForecastLoss]:
     """Return the setup whose cost ``foveal plan`` estimates.
 
     It runs the encoder in every step, whereas a probe runs it once per image.
     """
     frozen, extractor = build_feature_extractor(plan, device)
     head = nn.Linear(plan.feature_dim, len(plan.classes))
-    return TrainingSetup(head, parameter_groups(head, plan.cfg.optim), LinearProbeLoss(plan, extractor), (frozen,))
+    return TrainingSetup(
+        head, parameter_groups(head, plan.cfg.optim), LinearProbeForecastLoss(plan, extractor), (frozen,)
+    )
 
 
 def _result_file(run_dir: Path, unit: tuple[ProbeKind, int]) -> Path:

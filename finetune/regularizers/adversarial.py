@@ -24,7 +24,7 @@ class Attack:
     mean: Sequence[float]
     std: Sequence[float]
 
-    def __call__(self, loss_fn: Callable[[Tensor], Tensor], images: Tensor, sample_keys_B: Tensor) -> Tensor:
+    def __call__(self, loss_sum_fn: Callable[[Tensor], Tensor], images: Tensor, sample_keys_B: Tensor) -> Tensor:
         """Return the attacked images [B, C, H, W] of normalised images.
 
         ``loss_fn`` returns the sum of per-image losses, so that each image's gradient is its own.
@@ -36,11 +36,11 @@ class Attack:
         black, white = -mean / std, (1 - mean) / std
         low, high = torch.maximum(clean - epsilon, black), torch.minimum(clean + epsilon, white)
         if cfg.kind == "fgsm":
-            return self._gradient_step(loss_fn, clean, epsilon, low, high)
+            return self._gradient_step(loss_sum_fn, clean, epsilon, low, high)
         noise = draw_uniform(derive_key(self.seed, "attack"), sample_keys_B, clean[0].numel()).view_as(clean)
         attacked = (low + noise * (high - low)).to(clean.dtype)
         for _ in range(cfg.iterations):
-            attacked = self._gradient_step(loss_fn, attacked, step_size, low, high)
+            attacked = self._gradient_step(loss_sum_fn, attacked, step_size, low, high)
         return attacked
 
     def _gradient_step(

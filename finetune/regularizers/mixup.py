@@ -34,10 +34,10 @@ def apply_mixup_cutmix(
     side_B = (1 - own_B).sqrt()
     box = _box_masks(x_B * width, y_B * height, side_B * width, side_B * height, height, width)
     own = torch.where(cut_B.view(-1, 1, 1, 1), 1 - box.float(), own_B.view(-1, 1, 1, 1).expand_as(box))
-    return mix_with_partners(images, own), own.mean(dim=(1, 2, 3))
+    return mix_adjacent_pairs(images, own), own.mean(dim=(1, 2, 3))
 
 
-def mix_with_partners(values: Tensor, own_fraction: Tensor) -> Tensor:
+def mix_adjacent_pairs(values: Tensor, own_fraction: Tensor) -> Tensor:
     """Return ``own_fraction`` [B, ...] of each row of values [B, ...] plus the rest of its partner's row."""
     return own_fraction * values + (1 - own_fraction) * values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 

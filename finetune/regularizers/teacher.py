@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from finetune.config import FinetuneConfig, TeacherConfig
 from foveal.engines.base import Precision, autocast
 from foveal.weights.pretrained import PretrainedSource
-from foveal.weights.teacher import build_teacher, freeze_in_eval_mode, soft_target_loss
+from foveal.weights.teacher import build_unfrozen_teacher, distillation_loss_per_image, freeze_in_eval_mode
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TeacherLoss:
             teacher_logits_BK = self.model(images).float()
         with autocast(images.device, "fp32"):
             if self.cfg.kind == "soft":
-                return soft_target_loss(logits_BK, teacher_logits_BK, self.cfg.temperature)
+                return distillation_loss_per_image(logits_BK, teacher_logits_BK, self.cfg.temperature)
             return F.cross_entropy(logits_BK, teacher_logits_BK.argmax(dim=1), reduction="none")
 
 
@@ -44,5 +44,5 @@ def build_teacher_loss(
     if cfg.teacher is None:
         return None
     assert source is not None
-    model = build_teacher(source.load_weights(), source.card, cfg.data.image_size, source.path)
+    model = build_unfrozen_teacher(source.load_weights(), source.card, cfg.data.image_size, source.path)
     return TeacherLoss(cfg.teacher, freeze_in_eval_mode(model.to(device)), cfg.engine.precision)

@@ -34,7 +34,7 @@ def check_pycocotools() -> None:
         )
 
 
-def compute_average_precision(detections: Sequence[ImageDetections], num_classes: int) -> np.ndarray:
+def ap_by_threshold_and_class(detections: Sequence[ImageDetections], num_classes: int) -> np.ndarray:
     """Return the average precision [10, K] by ``IOU_THRESHOLDS`` and class; NaN for a class without true boxes.
 
     The order of the images does not matter: equal scores rank by sample id. At most 100 boxes per image and class

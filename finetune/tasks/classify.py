@@ -14,7 +14,7 @@ from finetune.config import FinetuneConfig
 from finetune.model import classifier_from_plan, param_groups_from_plan
 from finetune.plan import FinetunePlan
 from finetune.regularizers.adversarial import Attack, build_attack
-from finetune.regularizers.mixup import apply_mixup_cutmix, apply_random_erasing, mix_with_partners
+from finetune.regularizers.mixup import apply_mixup_cutmix, apply_random_erasing, mix_adjacent_pairs
 from finetune.regularizers.teacher import TeacherLoss, build_teacher_loss
 from foveal.data import Batch, LabelKind, normalise
 from foveal.models.batch_norm import preserve_batch_norm_stats, use_auxiliary_batch_norms
@@ -34,7 +34,7 @@ class ClassificationLoss:
     cfg: FinetuneConfig
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    drop_noise_size: int
+    drop_noise_per_image: int
     class_weights: Tensor
     attack: Attack | None = None
     teacher: TeacherLoss | None = None
@@ -48,7 +48,7 @@ class ClassificationLoss:
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         images, targets_BK = self.prepare_batch(batch)
-        drop_noise = draw_uniform(derive_key(self.cfg.seed, "drop path"), batch.sample_keys, self.drop_noise_size)
+        drop_noise = draw_uniform(derive_key(self.cfg.seed, "drop path"), batch.sample_keys, self.drop_noise_per_image)
 
         def loss(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             """Return the label loss, its logits, and the distillation token's logits (the same without a token)."""
@@ -91,7 +91,7 @@ class ClassificationLoss:
                 cutmix=cfg.cutmix,
                 cutmix_share=cfg.cutmix_share,
             )
-            targets_BK = mix_with_partners(targets_BK, own_B[:, None])
+            targets_BK = mix_adjacent_pairs(targets_BK, own_B[:, None])
         return images, targets_BK
 
     def _image_weights(self, targets_BK: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ def build_classification(plan: FinetunePlan, device: torch.device) -> TrainingSe
         attack = None  # only evaluation attacks images
     weights = torch.tensor(plan.class_weights)  # on the host, where ``batch_weight`` reads them
     teacher = build_teacher_loss(cfg, plan.teacher, device)
-    objective = ClassificationLoss(cfg, plan.mean, plan.std, model.drop_noise_size, weights, attack, teacher)
+    objective = ClassificationLoss(cfg, plan.mean, plan.std, model.drop_noise_per_image, weights, attack, teacher)
     return TrainingSetup(
         model, param_groups_from_plan(plan, model), objective, () if teacher is None else (teacher.model,)
     )

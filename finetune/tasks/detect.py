@@ -13,7 +13,7 @@ from finetune.plan import FinetunePlan
 from foveal.data import Batch, normalise
 from foveal.models.detect import Detector, build_detector
 from foveal.models.droppath import count_drop_paths
-from foveal.models.fcos import compute_fcos_losses
+from foveal.models.fcos import fcos_losses_per_image
 from foveal.seeding import derive_key, draw_uniform
 from foveal.training.loop import TrainingSetup
 
@@ -39,7 +39,7 @@ class DetectionLoss:
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         assert batch.targets is not None, "data.labels=boxes reads targets"
         drop_noise = draw_uniform(derive_key(self.seed, "drop path"), batch.sample_keys, self.num_drop_paths)
-        losses = compute_fcos_losses(model(normalise(batch.images, self.mean, self.std), drop_noise), batch.targets)
+        losses = fcos_losses_per_image(model(normalise(batch.images, self.mean, self.std), drop_noise), batch.targets)
         class_loss, box_loss, centre_loss = (loss_B.sum() for loss_B in losses)
         return class_loss + box_loss + centre_loss, {
             "class_loss": class_loss,

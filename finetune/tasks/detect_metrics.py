@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 from finetune.plan import FinetunePlan
-from finetune.tasks.average_precision import IOU_THRESHOLDS, ImageDetections, compute_average_precision
+from finetune.tasks.average_precision import IOU_THRESHOLDS, ImageDetections, ap_by_threshold_and_class
 from finetune.tasks.segment_metrics import sanitize_metric_names
 from foveal.data import Batch, normalise
 from foveal.data.sampling.subset import SubsetName
 from foveal.engines.base import Engine
 from foveal.errors import DataError
 from foveal.inspect.boxes import draw_box_grid
-from foveal.models.fcos import Detections, compute_fcos_losses, decode_detections
+from foveal.models.fcos import Detections, decode_detections, fcos_losses_per_image
 from foveal.training.run import Run
 
 # Per image. Detections with lower scores do not change a useful average precision, and COCO counts at most 100.
@@ -42,7 +42,7 @@ def compute_detection_metrics(
             batch = host_batch.to(engine.device)
             assert batch.targets is not None, "data.labels=boxes reads targets"
             output = engine.model(normalise(batch.images, plan.mean, plan.std))
-            losses_B = torch.stack(compute_fcos_losses(output, batch.targets)).sum(dim=0)
+            losses_B = torch.stack(fcos_losses_per_image(output, batch.targets)).sum(dim=0)
             sums += torch.stack([(losses_B * batch.valid).sum(), batch.valid.sum()]).double()
             detections = _pair_with_targets(
                 batch, decode_detections(output, plan.cfg.data.eval_image_hw, **_DETECTION_LIMITS)
@@ -53,7 +53,7 @@ def compute_detection_metrics(
     loss, images = run.world.all_reduce_sum(sums).tolist()
     gathered = run.world.all_gather_objects(local_detections)
     all_detections = [image for rank_detections in gathered for image in rank_detections]
-    ap_TK = torch.from_numpy(run.world.on_rank0(lambda: compute_average_precision(all_detections, len(plan.classes))))
+    ap_TK = torch.from_numpy(run.world.on_rank0(lambda: ap_by_threshold_and_class(all_detections, len(plan.classes))))
     precisions = {
         "map": ap_TK,
         "map_50": ap_TK[IOU_THRESHOLDS.index(0.5)],

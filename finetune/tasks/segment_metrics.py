@@ -24,7 +24,7 @@ _SHEET_IMAGES = 4
 _INVALID_METRIC_CHARS = re.compile(r"[^\w. -]")  # characters that MLflow rejects in metric names
 
 
-class ConfusionMatrix:
+class ConfusionMatrixAndLoss:
     """Confusion matrix of pixels and summed loss, as one vector that is summed over ranks.
 
     ``sums`` is float64 [K * K + 1]: pixels by true and predicted class (exact up to 2^53), and the summed loss.
@@ -80,7 +80,7 @@ def compute_segmentation_metrics(
     """
     plan, drawn = run.plan, []
     assert isinstance(plan, FinetunePlan)
-    data, confusion = plan.cfg.data, ConfusionMatrix(len(plan.classes), engine.device)
+    data, confusion = plan.cfg.data, ConfusionMatrixAndLoss(len(plan.classes), engine.device)
     with engine.eval_mode():
         for host_batch in run.evaluation_batches(step, split=split, subset=subset):
             batch = host_batch.to(engine.device)

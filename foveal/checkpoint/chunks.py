@@ -47,16 +47,16 @@ class TensorChunk:
 
     name: str
     shape: tuple[int, ...]
-    start: int
-    tensors: dict[str, Tensor]
-    write_range: tuple[int, int]
+    flat_start: int
+    flat_views_by_part: dict[str, Tensor]
+    relative_write_range: tuple[int, int]
 
 
-def replicated_chunk(name: str, tensors: dict[str, Tensor], rank: int, world_size: int) -> TensorChunk:
+def replicated_chunk(name: str, tensors_by_part: dict[str, Tensor], rank: int, world_size: int) -> TensorChunk:
     """Return the chunk of a tensor that every rank holds in full; each rank writes an equal part."""
-    shape = tuple(tensors["weight"].shape)
+    shape = tuple(tensors_by_part["weight"].shape)
     size = math.prod(shape)
-    flat = {part: value.detach().view(-1) for part, value in tensors.items()}
+    flat = {part: value.detach().view(-1) for part, value in tensors_by_part.items()}
     return TensorChunk(name, shape, 0, flat, (size * rank // world_size, size * (rank + 1) // world_size))
 
 
@@ -65,17 +65,19 @@ def chunk_file_name(rank: int) -> str:
     return f"pieces-{rank:05d}.safetensors"
 
 
-def write_chunks(folder: Path, rank: int, chunks: Sequence[TensorChunk]) -> str:
+def write_and_hash_chunks(folder: Path, rank: int, chunks: Sequence[TensorChunk]) -> str:
     """Write this rank's part of the chunks to its file and fsync; return the sha256 of the file's bytes, in hex.
 
     foveal writes the safetensors file itself to allocate its space before the first byte (a full disk or an exceeded
     quota fails at once) and to digest the bytes in memory, not those on disk. Raises: OSError.
     """
     ranges = {
-        f"{part} {chunk.start + chunk.write_range[0]} {chunk.name}": value[slice(*chunk.write_range)]
+        f"{part} {chunk.flat_start + chunk.relative_write_range[0]} {chunk.name}": value[
+            slice(*chunk.relative_write_range)
+        ]
         for chunk in chunks
-        if chunk.write_range[0] < chunk.write_range[1]
-        for part, value in chunk.tensors.items()
+        if chunk.relative_write_range[0] < chunk.relative_write_range[1]
+        for part, value in chunk.flat_views_by_part.items()
     }
     order = sorted(ranges, key=lambda key: -ranges[key].element_size())  # aligns every range to its element size
     shapes = json.dumps({chunk.name: chunk.shape for chunk in chunks})
@@ -99,22 +101,22 @@ def write_chunks(folder: Path, rank: int, chunks: Sequence[TensorChunk]) -> str:
     return digest.hexdigest()
 
 
-def load_chunks(folder: Path, chunks: Sequence[TensorChunk]) -> None:
+def load_chunks(folder: Path, target_chunks: Sequence[TensorChunk]) -> None:
     """Fill chunks from a folder, however its files divide the tensors; changes nothing unless all chunks fit.
 
     Raises: CheckpointError that names a tensor which is missing, surplus, incomplete, or of another shape or dtype.
     """
     index = _ChunkIndex.from_folder(folder)
-    index.check(chunks)
+    index.check(target_chunks)
     reads: dict[Path, list[tuple[str, slice, Tensor]]] = {}
-    for chunk in chunks:
-        for part, value in chunk.tensors.items():
+    for chunk in target_chunks:
+        for part, value in chunk.flat_views_by_part.items():
             for stored in index.stored.get((part, chunk.name), []):
-                begin = max(chunk.start, stored.start)
-                end = min(chunk.start + len(value), stored.stop)
+                begin = max(chunk.flat_start, stored.start)
+                end = min(chunk.flat_start + len(value), stored.stop)
                 if begin < end:
                     source = slice(begin - stored.start, end - stored.start)
-                    target = value[begin - chunk.start : end - chunk.start]
+                    target = value[begin - chunk.flat_start : end - chunk.flat_start]
                     reads.setdefault(stored.file, []).append((f"{part} {stored.start} {chunk.name}", source, target))
     for file, file_reads in reads.items():
         with _open_safetensors(file) as handle:
@@ -179,12 +181,16 @@ class _ChunkIndex:
                 f"model that it was saved from"
             )
         size = math.prod(shape)
-        parts = {part for part, stored_name in self.stored if stored_name == name} if size else chunk.tensors.keys()
-        if parts != chunk.tensors.keys():
+        parts = (
+            {part for part, stored_name in self.stored if stored_name == name}
+            if size
+            else chunk.flat_views_by_part.keys()
+        )
+        if parts != chunk.flat_views_by_part.keys():
             before = "trained" if len(parts) > 1 else "frozen"
-            now = "trained" if len(chunk.tensors) > 1 else "frozen"
+            now = "trained" if len(chunk.flat_views_by_part) > 1 else "frozen"
             raise CheckpointError(f"{name} was {before} when {self.folder} was saved and is {now} now; set it back")
-        for part, value in chunk.tensors.items():
+        for part, value in chunk.flat_views_by_part.items():
             stored_chunks = self.stored.get((part, name), [])
             end = 0
             for stored in [*stored_chunks, _StoredChunk(size, size, "", self.folder)]:

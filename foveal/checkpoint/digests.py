@@ -12,7 +12,7 @@ _PAUSES = (0.5, 2.0, 5.0)  # seconds between attempts to read a checkpoint
 _log = logging.getLogger(__name__)
 
 
-def has_valid_checksums(folder: Path, rank: int, world_size: int) -> bool:
+def verify_rank_checksums(folder: Path, rank: int, world_size: int) -> bool:
     """Return whether this rank's part of a checkpoint's files matches ``checksums.json``.
 
     Raises: StorageUnreachableError if the files cannot be read. That is no corruption: a skipped checkpoint is invalid

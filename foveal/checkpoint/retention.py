@@ -37,17 +37,17 @@ class CheckpointConfig(Config):
 class CheckpointDirectory:
     """One attempt's view of the folder. ``attempt_starts``: the first step of each attempt, where it is known."""
 
-    def __init__(self, root: Path, attempt: int, attempt_starts: Mapping[int, int]) -> None:
-        self.root, self._attempt = root, attempt
-        self._starts = dict(attempt_starts)
+    def __init__(self, root: Path, attempt_number: int, start_steps_by_attempt: Mapping[int, int]) -> None:
+        self.root, self._attempt = root, attempt_number
+        self._starts = dict(start_steps_by_attempt)
         self._removal = threading.Thread()
 
-    def record_start(self, step: int) -> None:
+    def remember_first_start(self, step: int) -> None:
         """Record the first step of this attempt; a second call, as after a roll-back, has no effect."""
         self._starts.setdefault(self._attempt, step)
 
     @property
-    def furthest_start(self) -> int:
+    def furthest_start_step(self) -> int:
         """The highest known first step of an attempt; 0 without any."""
         return max(self._starts.values(), default=0)
 
@@ -56,7 +56,7 @@ class CheckpointDirectory:
         newest = self.list_checkpoints()[-count:]
         return _parse_name(newest[0])[0] if len(newest) == count else 0
 
-    def checkpoint_path(self, step: int) -> Path:
+    def own_checkpoint_path(self, step: int) -> Path:
         """Return the path of this attempt's checkpoint of a step."""
         return self.root / f"step-{step:08d}-attempt-{self._attempt:04d}"
 
@@ -68,12 +68,12 @@ class CheckpointDirectory:
         """Return the checkpoints of format 1, which had no attempt number."""
         return sorted(folder for folder in self.root.iterdir() if _FORMAT_1.fullmatch(folder.name))
 
-    def is_invalidated(self, folder: Path) -> bool:
+    def is_invalidated_by_attempt(self, folder: Path) -> bool:
         """Return whether a later attempt began at an earlier step, and so repeats this checkpoint's step."""
         step, attempt = _parse_name(folder)
         return any(later > attempt and start < step for later, start in self._starts.items())
 
-    def create_and_clean(self) -> None:
+    def create_and_remove_leftovers(self) -> None:
         """Create the folder and clean up after killed attempts; later attempts' folders are left untouched.
 
         Raises: OSError.
@@ -91,7 +91,7 @@ class CheckpointDirectory:
                 temporary.rename(folder)
             else:
                 obsolete.append(temporary)
-        self.remove(obsolete)
+        self.remove_in_background(obsolete)
 
     def prune(self, newest: Path, corrupt: Collection[Path], cfg: CheckpointConfig) -> None:
         """Remove checkpoints that the settings do not keep; never ``newest``, and none of a later attempt.
@@ -103,7 +103,9 @@ class CheckpointDirectory:
         num_valid = 0
         candidates = [folder for folder in self.list_checkpoints() if self._is_own_or_earlier(folder)]
         unusable = {
-            folder for folder in candidates if folder != newest and (folder in corrupt or self.is_invalidated(folder))
+            folder
+            for folder in candidates
+            if folder != newest and (folder in corrupt or self.is_invalidated_by_attempt(folder))
         }
         for folder in reversed(candidates):
             is_valid = folder not in unusable
@@ -121,9 +123,9 @@ class CheckpointDirectory:
                 if total > cfg.gigabytes * 1e9 and folder != newest:
                     _log.info("checkpoint.gigabytes=%g: %s is removed", cfg.gigabytes, folder)
                     removals.append(folder)
-        self.remove(removals)
+        self.remove_in_background(removals)
 
-    def remove(self, folders: Sequence[Path]) -> None:
+    def remove_in_background(self, folders: Sequence[Path]) -> None:
         """Rename the folders, so that no partly deleted checkpoint is visible, and delete them in the background."""
         for folder in folders:
             try:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from foveal.atomic import DISK_FULL_ERRNOS, format_bytes, get_free_space
+from foveal.atomic import DISK_FULL_ERRNOS, format_bytes, free_bytes_and_mount
 from foveal.checkpoint.state import TrainState
 from foveal.checkpoint.writer import WriteResult
 
@@ -19,8 +19,8 @@ class SaveResult:
     step: int
     stall_seconds: float
     write_seconds: float
-    sync_seconds: float
-    num_bytes: int
+    seconds_without_overlap: float
+    num_bytes_all_ranks: int
 
 
 @dataclass
@@ -29,7 +29,7 @@ class PendingSave:
 
     folder: Path
     state: TrainState
-    num_bytes: int
+    rank_num_bytes: int
     copy_seconds: float
     wait_seconds: float = 0.0
 
@@ -52,12 +52,12 @@ def rank_save_result(rank: int, pending: PendingSave, write_result: WriteResult)
     error = write_result.error
     message = None
     if isinstance(error, OSError):
-        message = f"rank {rank}: {format_os_error(error, pending.folder.parent, pending.num_bytes)}"
+        message = f"rank {rank}: {format_os_error(error, pending.folder.parent, pending.rank_num_bytes)}"
     elif error is not None:
         message = f"rank {rank}: {error!r}"
     return RankSaveResult(
         checksums=write_result.checksums,
-        num_bytes=pending.num_bytes,
+        num_bytes=pending.rank_num_bytes,
         copy_seconds=pending.copy_seconds,
         wait_seconds=pending.wait_seconds,
         write_seconds=write_result.seconds,
@@ -70,6 +70,6 @@ def format_os_error(error: OSError, root: Path, required_bytes: int) -> str:
     """Return a file system's error; for a full disk with the free and the required space."""
     if error.errno not in DISK_FULL_ERRNOS:
         return str(error)
-    free, mount = get_free_space(root)
+    free, mount = free_bytes_and_mount(root)
     required = format_bytes(required_bytes)
     return f"{error.strerror} ({mount} has {format_bytes(free)} left, and {required} were to be written)"

@@ -60,26 +60,36 @@ def read_train_state(folder: Path) -> TrainState:
         ) from None
 
 
-def check_same_science(saved: dict[str, Any], current: dict[str, Any], run_folder: Path) -> None:
+def check_science_unchanged(
+    saved_science: dict[str, Any], current_science: dict[str, Any], run_or_checkpoint_dir: Path
+) -> None:
     """Check that science settings are unchanged.
 
     Raises: CheckpointError with every differing setting, its old and new value.
     """
-    if not isinstance(saved, dict):
-        raise CheckpointError(f"{run_folder} holds no settings of the run: restore its science.json and finished.json")
-    names = sorted(name for name in saved.keys() | current.keys() if saved.get(name) != current.get(name))
-    unknown = [name for name in names if not any(name == old or name.startswith(f"{old}.") for old in saved)]
+    if not isinstance(saved_science, dict):
+        raise CheckpointError(
+            f"{run_or_checkpoint_dir} holds no settings of the run: restore its science.json and finished.json"
+        )
+    names = sorted(
+        name
+        for name in saved_science.keys() | current_science.keys()
+        if saved_science.get(name) != current_science.get(name)
+    )
+    unknown = [name for name in names if not any(name == old or name.startswith(f"{old}.") for old in saved_science)]
     if names and unknown == names:
         listed = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
         raise CheckpointError(
-            f"{run_folder} was made by a foveal version without {listed}; continue with that version, or start anew "
+            f"{run_or_checkpoint_dir} was made by a foveal version without {listed}; continue with that version, or start anew "
             f"with another run.dir or run.fresh=true"
         )
     if names:
-        changes = ", ".join(f"{name} (was {saved.get(name)!r}, is {current.get(name)!r})" for name in names)
+        changes = ", ".join(
+            f"{name} (was {saved_science.get(name)!r}, is {current_science.get(name)!r})" for name in names
+        )
         raise CheckpointError(
-            f"{run_folder} was made with other science: {changes}; set it back, or start anew with another run.dir or "
-            f"run.fresh=true{_init_hint(run_folder) if 'init' in current else ''}"
+            f"{run_or_checkpoint_dir} was made with other science: {changes}; set it back, or start anew with another run.dir or "
+            f"run.fresh=true{_init_hint(run_or_checkpoint_dir) if 'init' in current_science else ''}"
         )
 
 

@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from foveal.atomic import disk_shortage, draft_path, publish_draft, sha256, write_json
-from foveal.checkpoint.chunks import TensorChunk, chunk_file_name, load_chunks, write_chunks
-from foveal.checkpoint.digests import has_valid_checksums
+from foveal.checkpoint.chunks import TensorChunk, chunk_file_name, load_chunks, write_and_hash_chunks
+from foveal.checkpoint.digests import verify_rank_checksums
 from foveal.checkpoint.protocols import CheckpointableEngine, Communicator
 from foveal.checkpoint.retention import CheckpointConfig, CheckpointDirectory
 from foveal.checkpoint.save_result import PendingSave, RankSaveResult, SaveResult, format_os_error, rank_save_result
-from foveal.checkpoint.state import CHECKPOINT_FORMAT, TrainState, check_same_science, read_train_state
-from foveal.checkpoint.writer import BackgroundWriter, count_bytes
+from foveal.checkpoint.state import CHECKPOINT_FORMAT, TrainState, check_science_unchanged, read_train_state
+from foveal.checkpoint.writer import BackgroundWriter, count_bytes_to_write
 from foveal.errors import AttemptSupersededError, CheckpointError, FovealError, StorageUnreachableError
 
-__all__ = ["CheckpointConfig", "CheckpointStore", "SaveResult", "TrainState", "check_same_science"]
+__all__ = ["CheckpointConfig", "CheckpointStore", "SaveResult", "TrainState", "check_science_unchanged"]
 
 _log = logging.getLogger(__name__)
 
@@ -41,8 +41,8 @@ class CheckpointStore:
         root: Path,
         cfg: CheckpointConfig,
         world: Communicator,
-        attempt: int,
-        attempt_starts: Mapping[int, int],
+        attempt_number: int,
+        start_steps_by_attempt: Mapping[int, int],
         *,
         is_superseded: Callable[[], bool] = lambda: False,
         write_timeout_seconds: float = 600.0,
@@ -52,7 +52,7 @@ class CheckpointStore:
         self._world = world
         self._is_superseded = is_superseded
         self._write_timeout = write_timeout_seconds
-        self._directory = CheckpointDirectory(root, attempt, attempt_starts)
+        self._directory = CheckpointDirectory(root, attempt_number, start_steps_by_attempt)
         self._writer = BackgroundWriter()
         self._pending: PendingSave | None = None
         self._corrupt: set[Path] = set()
@@ -79,7 +79,7 @@ class CheckpointStore:
 
     def _prepare_folder(self) -> None:
         try:
-            self._directory.create_and_clean()
+            self._directory.create_and_remove_leftovers()
         except OSError as error:
             raise CheckpointError(
                 f"{self._root} cannot be written ({error}); set run.dir to a writable place"
@@ -87,7 +87,7 @@ class CheckpointStore:
 
     # --- finding and loading ---
 
-    def find_latest(self) -> tuple[Path, TrainState] | None:
+    def find_latest_valid(self) -> tuple[Path, TrainState] | None:
         """Return the newest valid checkpoint, the same on every rank; corrupt ones are skipped with a warning.
 
         Checkpoints that a later attempt invalidated are skipped too. This attempt begins at the returned step, or at 0.
@@ -97,7 +97,7 @@ class CheckpointStore:
         latest = None
         for folder in reversed(self._run_on_rank0(self._list_usable)):
             is_valid = self._world.run_all_or_raise(
-                lambda folder=folder: has_valid_checksums(folder, self._world.rank, self._world.size)
+                lambda folder=folder: verify_rank_checksums(folder, self._world.rank, self._world.size)
             )
             if not self._world.any_rank(not is_valid):
                 latest = folder, self._run_on_rank0(lambda folder=folder: read_train_state(folder))
@@ -107,7 +107,7 @@ class CheckpointStore:
         if latest is None and (message := self._run_on_rank0(self._explain_none_usable)):
             raise CheckpointError(message)
         self.latest_step = latest[1].step if latest else None
-        self._directory.record_start(self.latest_step or 0)
+        self._directory.remember_first_start(self.latest_step or 0)
         return latest
 
     def load(self, folder: Path, engine: CheckpointableEngine, state: TrainState) -> None:
@@ -127,7 +127,7 @@ class CheckpointStore:
                 f"{format1[-1]} has checkpoint format 1, and this foveal reads format {CHECKPOINT_FORMAT}: finish the "
                 f"run with the foveal that began it, or begin anew with run.fresh=true"
             )
-        invalidated = [folder for folder in checkpoints if self._directory.is_invalidated(folder)]
+        invalidated = [folder for folder in checkpoints if self._directory.is_invalidated_by_attempt(folder)]
         if invalidated:
             _log.info("skipped, because a later attempt began before them: %s", ", ".join(map(str, invalidated)))
         return [folder for folder in checkpoints if folder not in invalidated]
@@ -138,7 +138,7 @@ class CheckpointStore:
         Such a run must not begin at step 0: that would invalidate all of its checkpoints.
         """
         checkpoints = self._directory.list_checkpoints()
-        begun = self._directory.furthest_start
+        begun = self._directory.furthest_start_step
         if not checkpoints and not begun:
             return None
         invalidated = ", ".join(folder.name for folder in checkpoints if folder not in self._corrupt)
@@ -161,7 +161,7 @@ class CheckpointStore:
         return self._pending is not None
 
     @property
-    def is_writing(self) -> bool:
+    def is_rank_writing(self) -> bool:
         """Whether this rank's thread is writing."""
         return self._writer.is_writing
 
@@ -176,14 +176,14 @@ class CheckpointStore:
             self._warn_no_checkpoint(state.step, "the one before is still being written")
             return committed
         started_at = time.monotonic()
-        folder = self._directory.checkpoint_path(state.step)
+        folder = self._directory.own_checkpoint_path(state.step)
         chunks = engine.state_chunks()
-        num_bytes = count_bytes(chunks)
+        num_bytes = count_bytes_to_write(chunks)
         if failure := self._run_on_rank0(lambda: self._create_draft(folder, num_bytes * self._world.size)):
             self._warn_no_checkpoint(state.step, failure)
             return committed
         state = replace(state, updates=engine.num_updates)
-        copies = self._writer.snapshot(chunks)
+        copies = self._writer.copy_to_host_buffer(chunks)
         self._writer.start(lambda: self._write_files(draft_path(folder), copies, state))
         self._pending = PendingSave(folder, state, num_bytes, time.monotonic() - started_at)
         return committed if self._cfg.overlap else self.wait_and_commit()
@@ -195,7 +195,7 @@ class CheckpointStore:
             started_at = time.monotonic()
             self._writer.wait(self._write_timeout)
             self._pending.wait_seconds += time.monotonic() - started_at
-            if self._world.any_rank(self.is_writing):
+            if self._world.any_rank(self.is_rank_writing):
                 step = self._pending.state.step
                 _log.warning("the checkpoint of step %d is still being written after %.0f s", step, self._write_timeout)
                 return None
@@ -234,7 +234,7 @@ class CheckpointStore:
             _log.warning("%s", shortage)
         draft = draft_path(folder)
         if draft.exists():  # an earlier save failed, and so did the removal of its draft
-            self._directory.remove([draft])
+            self._directory.remove_in_background([draft])
         try:
             draft.mkdir()
         except OSError as error:
@@ -244,7 +244,7 @@ class CheckpointStore:
     def _write_files(self, draft: Path, copies: Sequence[TensorChunk], state: TrainState) -> dict[str, str]:
         """Write this rank's files and fsync, in the thread; return their sha256 by name."""
         rank = self._world.rank
-        checksums = {chunk_file_name(rank): write_chunks(draft, rank, copies)}
+        checksums = {chunk_file_name(rank): write_and_hash_chunks(draft, rank, copies)}
         if rank == 0:
             write_json(draft / "state.json", asdict(state))
             checksums["state.json"] = sha256(draft / "state.json")
@@ -264,10 +264,10 @@ class CheckpointStore:
                 self._raise_if_superseded(draft, folder)
                 publish_draft(draft, folder)
         except OSError as error:
-            errors = [f"rank 0: {format_os_error(error, self._root, pending.num_bytes)}"]
+            errors = [f"rank 0: {format_os_error(error, self._root, pending.rank_num_bytes)}"]
         if errors:
             self._raise_if_superseded(draft, folder)  # the error may be the newer attempt's removal of the draft
-            self._directory.remove([draft])
+            self._directory.remove_in_background([draft])
             return "; ".join(errors[:3]) + (f"; and {len(errors) - 3} ranks more" if len(errors) > 3 else "")
         try:
             if not self._is_superseded():
@@ -280,13 +280,13 @@ class CheckpointStore:
             step=pending.state.step,
             stall_seconds=max(result.copy_seconds + result.wait_seconds for result in results) + commit_seconds,
             write_seconds=write_seconds,
-            sync_seconds=max(result.copy_seconds for result in results) + write_seconds + commit_seconds,
-            num_bytes=sum(result.num_bytes for result in results),
+            seconds_without_overlap=max(result.copy_seconds for result in results) + write_seconds + commit_seconds,
+            num_bytes_all_ranks=sum(result.num_bytes for result in results),
         )
 
     def _raise_if_superseded(self, draft: Path, folder: Path) -> None:
         if self._is_superseded():
-            self._directory.remove([draft])
+            self._directory.remove_in_background([draft])
             raise AttemptSupersededError(f"{folder} was not published: another attempt has taken over the run")
 
     def _warn_no_checkpoint(self, step: int, reason: str) -> None:

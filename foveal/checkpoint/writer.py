@@ -40,7 +40,7 @@ class BackgroundWriter:
         if self._thread is not None:
             self._thread.join(timeout_seconds)
 
-    def snapshot(self, chunks: Sequence[TensorChunk]) -> list[TensorChunk]:
+    def copy_to_host_buffer(self, chunks: Sequence[TensorChunk]) -> list[TensorChunk]:
         """Copy this rank's part of the chunks to the host; the copies are valid until the next snapshot.
 
         The copies share a buffer that is allocated once, pinned for a GPU: after its first save a run needs no further
@@ -48,7 +48,10 @@ class BackgroundWriter:
         """
         assert not self.is_writing, "the thread reads the previous snapshot"
         sources = [
-            {part: value.detach()[slice(*chunk.write_range)] for part, value in chunk.tensors.items()}
+            {
+                part: value.detach()[slice(*chunk.relative_write_range)]
+                for part, value in chunk.flat_views_by_part.items()
+            }
             for chunk in chunks
         ]
         values = [value for tensors in sources for value in tensors.values()]
@@ -62,8 +65,15 @@ class BackgroundWriter:
                 copied[part] = self._buffer[begin : begin + value.nbytes].view(value.dtype)
                 copied[part].copy_(value, non_blocking=True)
                 begin += _aligned_size(value)
-            first, last = chunk.write_range
-            copies.append(replace(chunk, start=chunk.start + first, tensors=copied, write_range=(0, last - first)))
+            first, last = chunk.relative_write_range
+            copies.append(
+                replace(
+                    chunk,
+                    flat_start=chunk.flat_start + first,
+                    flat_views_by_part=copied,
+                    relative_write_range=(0, last - first),
+                )
+            )
         for device in devices:
             torch.cuda.synchronize(device)
         return copies
@@ -93,12 +103,12 @@ class BackgroundWriter:
             self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
 
 
-def count_bytes(chunks: Sequence[TensorChunk]) -> int:
+def count_bytes_to_write(chunks: Sequence[TensorChunk]) -> int:
     """Return the number of bytes that this rank writes of its chunks."""
     return sum(
-        value.element_size() * (chunk.write_range[1] - chunk.write_range[0])
+        value.element_size() * (chunk.relative_write_range[1] - chunk.relative_write_range[0])
         for chunk in chunks
-        for value in chunk.tensors.values()
+        for value in chunk.flat_views_by_part.values()
     )
 
 

@@ -13,7 +13,7 @@ from foveal.atomic import read_json
 from foveal.errors import CheckpointError, FovealError
 
 
-def read_finished_runs(pipeline_dir: Path) -> dict[str, dict[str, Any]]:
+def read_completed_pipeline(pipeline_dir: Path) -> dict[str, dict[str, Any]]:
     """Return each run's finished.json by the run's name, in the order in which the runs finished.
 
     Raises: CheckpointError if there is no run, or a run that has not finished.
@@ -73,7 +73,7 @@ def main() -> None:
     options = parser.parse_args()
     console = Console(highlight=False)
     try:
-        runs = read_finished_runs(options.pipeline)
+        runs = read_completed_pipeline(options.pipeline)
     except FovealError as error:
         sys.stderr.write(f"foveal: {error}\n")
         sys.exit(error.exit_code)

@@ -38,14 +38,14 @@ def sync(
         raise CheckpointError(f"{run} has no metrics.jsonl: the run has not begun")
     tail = MetricsTail(os.open(run / "metrics.jsonl", os.O_RDONLY), run / "metrics.jsonl")
     uploader = build_uploader(run, cfg, _resolve_pipeline_dir(run, tree), tail)
-    if not uploader.upload_all():
+    if not uploader.upload_all_and_close():
         raise FovealError(
             f"{run} was not delivered: MLflow at {cfg.uri} does not take it (see above); try again when it does, "
             f"or name another with --uri"
         )
     counts = uploader.sync.counts
     typer.echo(
-        f"{run}: {counts.rows_sent:,} rows and {counts.files_sent:,} files delivered, {counts.rows_present:,} rows were there"
+        f"{run}: {counts.rows_sent:,} rows and {counts.files_sent:,} files delivered, {counts.rows_already_stored:,} rows were there"
     )
 
 

@@ -7,9 +7,9 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from foveal.config import Config, ImageSize, explain_written_secret, height_and_width, machine, science
+from foveal.config import Config, ImageSize, explain_literal_secret, height_and_width, machine, science
 from foveal.errors import ConfigError
-from foveal.redact import find_secret_in_text
+from foveal.redact import describe_secret_in_urls
 
 LabelKind = Literal["class", "classes", "mask", "boxes"]
 
@@ -165,8 +165,8 @@ def expand_path(path_or_url: str, setting_name: str) -> str:
 
     Raises: ConfigError if a variable is not set or the text contains a secret.
     """
-    if secret_kind := find_secret_in_text(path_or_url):
-        raise ConfigError(f"{setting_name}: {explain_written_secret(secret_kind)}")
+    if secret_kind := describe_secret_in_urls(path_or_url):
+        raise ConfigError(f"{setting_name}: {explain_literal_secret(secret_kind)}")
     expanded = os.path.expanduser(os.path.expandvars(path_or_url))  # noqa: PTH111 - a Path would spoil URLs
     unset = re.search(r"\$\{?(\w+)\}?", expanded)
     if unset:
@@ -176,6 +176,6 @@ def expand_path(path_or_url: str, setting_name: str) -> str:
     return expanded
 
 
-def is_remote(path_or_url: str) -> bool:
+def is_url(path_or_url: str) -> bool:
     """Whether this is a URL, which is read through fsspec."""
     return "://" in path_or_url

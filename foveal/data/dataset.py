@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from foveal.data.config import CacheConfig, DataConfig, expand_path, is_remote
+from foveal.data.config import CacheConfig, DataConfig, expand_path, is_url
 from foveal.data.format.manifest import MANIFEST_NAME, Manifest, Split, parse_manifest, read_manifest
 from foveal.data.format.shard_index import INDEX_SUFFIX, ShardIndex
 from foveal.data.storage.cache import DownloadCache, RemoteFile, open_cache
 from foveal.data.storage.folder import Folder
 from foveal.data.storage.prefetch import Prefetcher
 from foveal.data.storage.reader import CachedShardReader, LocalShardReader, ShardReader
-from foveal.data.storage.remote import RemoteFolder, RemoteNotFoundError
+from foveal.data.storage.remote import PermanentRemoteError, RemoteFolder
 from foveal.errors import DataError, StorageUnreachableError
-from foveal.redact import redact_urls
+from foveal.redact import redact_url_secrets
 from foveal.timeouts import STORAGE_AWAY_ERRNOS, read_with_timeout
 
 PixelStatsOverride = tuple[tuple[float, ...] | None, tuple[float, ...] | None]  # mean and std
@@ -54,7 +54,7 @@ class Dataset:
         Raises: DataError if folder, manifest, index, split or a shard is missing, empty or stale; ConfigError if an
         environment variable in a path is not set.
         """
-        dataset = open_dataset(
+        dataset = open_unchecked_dataset(
             cfg.path,
             cfg.index,
             channels=cfg.channels,
@@ -64,7 +64,7 @@ class Dataset:
         )
         # Pretraining needs no evaluation split; a missing split raises in evaluation.
         eval_splits = [cfg.val] if cfg.val in dataset.manifest.splits else []
-        dataset.check_shards(cfg.train, *eval_splits)
+        dataset.check_shard_files(cfg.train, *eval_splits)
         return dataset
 
     @property
@@ -100,7 +100,7 @@ class Dataset:
         """Return the samples per shard of a split, int64 [S]."""
         return np.array([shard.samples for shard in self._get_split(split).shards], dtype=np.int64)
 
-    def digest(self, split: str) -> str:
+    def samples_digest(self, split: str) -> str:
         """Return the sha256 over keys, sizes and labels of a split's samples; independent of the folder."""
         return hashlib.sha256("".join(shard.index for shard in self._get_split(split).shards).encode()).hexdigest()
 
@@ -120,7 +120,7 @@ class Dataset:
         labels = self.labels(split)
         return np.bincount(labels[labels >= 0], minlength=len(self.classes or ()))
 
-    def check_shards(self, *splits: str) -> None:
+    def check_shard_files(self, *splits: str) -> None:
         """Check that every shard of ``splits`` exists with its size in the manifest, and so does its index.
 
         A server without listings (HTTP) cannot be checked here; its files are checked after their download.
@@ -161,7 +161,7 @@ class Dataset:
         """Return ``size`` bytes at ``offset`` of a shard. Raises: DataError that names the shard."""
         return self._shard_reader.read_bytes(shard_file, offset, size)
 
-    def verify_checksum(self, split: str, shard_number: int) -> None:
+    def verify_checksum_once(self, split: str, shard_number: int) -> None:
         """Verify the sha256 of the n-th shard of a split, once per shard, if the manifest has a sha256.
 
         Raises: DataError if the shard has another sha256.
@@ -184,11 +184,11 @@ class Dataset:
         for number in shard_numbers:
             shard = split_shards[number]
             files += [self._index_reader.remote_index(shard), self._shard_reader.remote_shard(shard)]
-        self._prefetcher.request_files([file for file in files if file is not None])
+        self._prefetcher.replace_requests([file for file in files if file is not None])
 
-    def progress(self) -> int:
+    def download_counter(self) -> int:
         """Return a counter that grows while remote bytes arrive; 0 for local folders."""
-        return self._cache.progress() if self._cache else 0
+        return self._cache.download_counter() if self._cache else 0
 
     def _get_split(self, split: str) -> Split:
         entry = self.manifest.splits.get(split)
@@ -209,7 +209,7 @@ class Dataset:
         return values
 
 
-def open_dataset(
+def open_unchecked_dataset(
     path: str,
     index_path: str | None,
     *,
@@ -227,7 +227,7 @@ def open_dataset(
     folder = expand_path(path, "data.path").rstrip("/") or "/"
     index_folder = folder if index_path is None else expand_path(index_path, "data.index").rstrip("/") or "/"
     remotes = {
-        location: RemoteFolder(location, stall_timeout) for location in {folder, index_folder} if is_remote(location)
+        location: RemoteFolder(location, stall_timeout) for location in {folder, index_folder} if is_url(location)
     }
     if index_folder in remotes:
         manifest = _read_remote_manifest(remotes[index_folder], folder)
@@ -268,7 +268,7 @@ def _list_files(reader: ShardReader, expected_names: set[str]) -> dict[str, int 
     """Return the files of a folder and their sizes; None if the server gives no listing of this folder."""
     try:
         sizes = reader.folder.file_sizes()
-    except RemoteNotFoundError:
+    except PermanentRemoteError:
         return None
     is_web_page = None in sizes.values()  # HTTP reports the links of any page, for example of a site's front page
     return None if is_web_page and expected_names.isdisjoint(sizes) else sizes
@@ -276,10 +276,10 @@ def _list_files(reader: ShardReader, expected_names: set[str]) -> dict[str, int 
 
 def _probe_file(reader: ShardReader, name: str) -> None:
     """Read a local file that the listing lacks, for example a FIFO. Raises: StorageUnreachableError if it blocks."""
-    if is_remote(reader.folder.display_path()):
+    if is_url(reader.folder.display_path()):
         return
     try:
-        reader.folder.read_range(name, 0, 1)
+        reader.folder.read_up_to(name, 0, 1)
     except StorageUnreachableError:
         raise
     except DataError:
@@ -288,11 +288,11 @@ def _probe_file(reader: ShardReader, name: str) -> None:
 
 def _read_remote_manifest(remote: RemoteFolder, folder: str) -> Manifest:
     try:
-        text = remote.read_range(MANIFEST_NAME, 0, remote.file_size(MANIFEST_NAME))
+        text = remote.read_up_to(MANIFEST_NAME, 0, remote.file_size(MANIFEST_NAME))
         return parse_manifest(text, remote.display_path(MANIFEST_NAME))
-    except RemoteNotFoundError as error:
+    except PermanentRemoteError as error:
         raise DataError(
-            f"{error}: run `foveal data index {redact_urls(folder)} --index FOLDER` and set data.index "
+            f"{error}: run `foveal data index {redact_url_secrets(folder)} --index FOLDER` and set data.index "
             f"to that folder, or correct data.path"
         ) from None
 
@@ -303,7 +303,7 @@ def _index_option(folder: str, index: str) -> str:
 
 
 def _read_local_manifest(folder: str, index_folder: Path) -> Manifest:
-    if not is_remote(folder) and not Path(folder).is_dir():
+    if not is_url(folder) and not Path(folder).is_dir():
         raise DataError(f"data.path: no such folder: {folder}")
     try:
         return read_manifest(index_folder)
@@ -312,8 +312,8 @@ def _read_local_manifest(folder: str, index_folder: Path) -> Manifest:
             raise
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
             raise DataError(f"{index_folder / MANIFEST_NAME} cannot be read ({error})") from None
-    if is_remote(folder):
-        url = redact_urls(folder)
+    if is_url(folder):
+        url = redact_url_secrets(folder)
         raise DataError(
             f"{url}: no {MANIFEST_NAME} in {index_folder}; run `foveal data index {url} --index {index_folder}`"
         )

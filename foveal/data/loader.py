@@ -61,27 +61,29 @@ def train_batches(
             sample_keys = training_set.sample_keys(slots)
             for microbatch_index in range(num_microbatches):
                 rows = slice(microbatch_index * microbatch_size, (microbatch_index + 1) * microbatch_size)
-                columns = [values[rows] for values in (slots.source_numbers, slots.stream_positions, slots.epochs)]
+                columns = [
+                    values[rows] for values in (slots.source_numbers, slots.stream_positions, slots.source_epochs)
+                ]
 
                 def replacements(row: int, columns: list[np.ndarray] = columns) -> Iterator[int]:
-                    return training_set.replacements(*(int(values[row]) for values in columns))
+                    return training_set.replacement_keys(*(int(values[row]) for values in columns))
 
                 yield MicrobatchPlan(
                     sample_keys=sample_keys[rows],
                     num_ids=training_set.num_ids,
-                    rows=microbatch_size,
+                    num_rows=microbatch_size,
                     step=step,
-                    epoch=order.epoch_at_step(batch_index),
+                    epoch=order.epoch_of_batch(batch_index),
                     microbatch_index=microbatch_index,
-                    locate_sample=locate_sample,
+                    locate_by_key=locate_sample,
                     crop_of=_make_train_crops(cfg, augment_key, sample_keys[rows]),
-                    replacements=replacements,
+                    replacement_keys=replacements,
                     output_hw=cfg.image_hw,
                     label_reader=label_reader,
                     augment_image=augment_image,
                 )
 
-    with closing(_prefetch_batches(cfg, training_set.progress, plan_microbatches())) as batches:
+    with closing(_prefetch_batches(cfg, training_set.download_counter, plan_microbatches())) as batches:
         yield batches
 
 
@@ -91,7 +93,7 @@ def eval_batches(
     *,
     split: str,
     subset: SubsetName,
-    seed: int,
+    training_seed: int,
     rank: int,
     world_size: int,
     microbatch_size: int,
@@ -102,7 +104,7 @@ def eval_batches(
     and id -1. ``microbatch_index`` counts batches from 0. Closing the generator stops its threads. ``seed`` is the
     training seed: it selects the holdout.
     """
-    source = SampleSource(dataset, split, select_subset(dataset, cfg, split=split, subset=subset, seed=seed))
+    source = SampleSource(dataset, split, select_subset(dataset, cfg, split=split, subset=subset, seed=training_seed))
     num_batches = -(-len(source.subset) // (world_size * microbatch_size))
     label_reader = make_label_reader(cfg, dataset)
 
@@ -114,20 +116,20 @@ def eval_batches(
             start = (microbatch_index * world_size + rank) * microbatch_size
             stop = max(start, min(start + microbatch_size, len(source.subset)))
             yield MicrobatchPlan(
-                sample_keys=source.subset.to_sample_ids(np.arange(start, stop, dtype=np.int64)),
+                sample_keys=source.subset.to_split_positions(np.arange(start, stop, dtype=np.int64)),
                 num_ids=source.stop_id,
-                rows=microbatch_size,
+                num_rows=microbatch_size,
                 step=0,
                 epoch=0,
                 microbatch_index=microbatch_index,
-                locate_sample=source.locate_sample,
+                locate_by_key=source.locate_sample,
                 crop_of=crop_of,
-                replacements=None,
+                replacement_keys=None,
                 output_hw=cfg.eval_image_hw,
                 label_reader=label_reader,
             )
 
-    return _prefetch_batches(cfg, dataset.progress, plan_microbatches())
+    return _prefetch_batches(cfg, dataset.download_counter, plan_microbatches())
 
 
 def _make_train_crops(cfg: DataConfig, key: int, sample_keys: np.ndarray) -> Callable[[int, int], CropFunction]:

@@ -13,7 +13,7 @@ from foveal.data.image.decode import CropFunction, UndecodableError, decode_crop
 from foveal.data.image.targets import AppliedCrop, LabelReader
 from foveal.data.image.transforms import CropBox
 from foveal.data.sampling.sources import SampleLocation
-from foveal.data.workers import Worker, WorkerPool
+from foveal.data.workers import WorkerPool, WorkerState
 from foveal.errors import DataError, StorageUnreachableError
 
 
@@ -29,13 +29,13 @@ class MicrobatchPlan:
 
     sample_keys: np.ndarray
     num_ids: int
-    rows: int
+    num_rows: int
     step: int
     epoch: int
     microbatch_index: int
-    locate_sample: Callable[[int], SampleLocation]
+    locate_by_key: Callable[[int], SampleLocation]
     crop_of: Callable[[int, int], CropFunction]
-    replacements: Callable[[int], Iterator[int]] | None
+    replacement_keys: Callable[[int], Iterator[int]] | None
     output_hw: tuple[int, int]
     label_reader: LabelReader | None
     augment_image: Callable[[int, np.ndarray], np.ndarray] | None = None
@@ -53,7 +53,7 @@ class PendingBatch:
     @classmethod
     def allocate(cls, plan: MicrobatchPlan, channels: int) -> Self:
         """Allocate the tensors of a microbatch."""
-        return cls(plan, _allocate_batch(plan, channels), [], [None] * plan.rows)
+        return cls(plan, _allocate_batch(plan, channels), [], [None] * plan.num_rows)
 
     def to_batch(self) -> Batch:
         """Return the batch; every row must be filled."""
@@ -70,9 +70,9 @@ def _allocate_batch(plan: MicrobatchPlan, channels: int) -> Batch:
     """
     pin = torch.cuda.is_available()
     num_samples = len(plan.sample_keys)
-    images = torch.empty((plan.rows, channels, *plan.output_hw), dtype=torch.uint8, pin_memory=pin)
+    images = torch.empty((plan.num_rows, channels, *plan.output_hw), dtype=torch.uint8, pin_memory=pin)
     images[num_samples:] = 0
-    ids, sample_keys = (torch.full((plan.rows,), -1, dtype=torch.int64, pin_memory=pin) for _ in range(2))
+    ids, sample_keys = (torch.full((plan.num_rows,), -1, dtype=torch.int64, pin_memory=pin) for _ in range(2))
     ids[:num_samples] = torch.from_numpy(plan.sample_keys % plan.num_ids)
     sample_keys[:num_samples] = torch.from_numpy(plan.sample_keys)
     return Batch(
@@ -80,7 +80,7 @@ def _allocate_batch(plan: MicrobatchPlan, channels: int) -> Batch:
         labels=torch.full_like(ids, -1, pin_memory=pin),
         ids=ids,
         sample_keys=sample_keys,
-        valid=torch.empty(plan.rows, dtype=torch.bool, pin_memory=pin).copy_(ids >= 0),
+        valid=torch.empty(plan.num_rows, dtype=torch.bool, pin_memory=pin).copy_(ids >= 0),
         step=plan.step,
         epoch=plan.epoch,
         microbatch_index=plan.microbatch_index,
@@ -104,23 +104,23 @@ class FillRowsJob:
     def batch(self) -> Batch:
         return self.pending.batch
 
-    def __call__(self, worker: Worker) -> None:
+    def __call__(self, worker: WorkerState) -> None:
         for row in self.rows:
             if self.pool.stop_event.is_set():
                 return
             self._fill_row(row, worker)
-            worker.num_finished += 1
+            worker.num_finished_samples += 1
 
-    def _fill_row(self, row: int, worker: Worker) -> None:
+    def _fill_row(self, row: int, worker: WorkerState) -> None:
         sample_key = int(self.plan.sample_keys[row])
         try:
             self._load_sample(row, sample_key, worker)
         except UndecodableError as error:
-            if self.plan.replacements is None:
+            if self.plan.replacement_keys is None:
                 replacement_key = self._leave_empty(row)
             else:
-                replacement_key = self._load_replacement(row, self.plan.replacements(row), worker)
-            location = self.plan.locate_sample(sample_key)
+                replacement_key = self._load_replacement(row, self.plan.replacement_keys(row), worker)
+            location = self.plan.locate_by_key(sample_key)
             index = location.shard_index
             bad_sample = BadSample(
                 row=row,
@@ -129,18 +129,20 @@ class FillRowsJob:
                 split=location.split,
                 shard=location.dataset.shard_display_path(location.split, location.shard_number),
                 webdataset_key=index.key(location.index_row),
-                byte_offset=index.find_image(location.index_row)[0],
+                byte_offset=index.find_image_offset_size(location.index_row)[0],
                 reason=str(error),
             )
             self.pending.bad_samples.append(bad_sample)
 
-    def _load_sample(self, row: int, sample_key: int, worker: Worker) -> None:
+    def _load_sample(self, row: int, sample_key: int, worker: WorkerState) -> None:
         """Load a sample into a row. Raises: UndecodableError, DataError."""
-        location = self.plan.locate_sample(sample_key)
+        location = self.plan.locate_by_key(sample_key)
         # Opening the index, which has the key, can hang. Until it is open the description is the shard only.
-        worker.describe_current = lambda: location.dataset.shard_display_path(location.split, location.shard_number)
+        worker.describe_current_sample = lambda: location.dataset.shard_display_path(
+            location.split, location.shard_number
+        )
         index, cfg, output_hw = location.shard_index, self.cfg, self.plan.output_hw
-        worker.describe_current = lambda: (
+        worker.describe_current_sample = lambda: (
             f"{location.dataset.shard_display_path(location.split, location.shard_number)}: "
             f"sample '{index.key(location.index_row)}'"
         )
@@ -154,12 +156,12 @@ class FillRowsJob:
         def decode(data: bytes) -> np.ndarray:
             return decode_crop(data, cfg.channels, choose_crop, output_hw, cfg.augment.interpolation, cfg.jpeg_scaling)
 
-        image = _read_and_decode(location, index.find_image(location.index_row), decode)
+        image = _read_and_decode(location, index.find_image_offset_size(location.index_row), decode)
         augment_image = self.plan.augment_image
         self.batch.images.numpy()[row] = image if augment_image is None else augment_image(sample_key, image)
         reader = self.plan.label_reader
         if reader is not None:
-            member = index.find_member(location.index_row, reader.field)
+            member = index.find_member_offset_size(location.index_row, reader.field)
             if member is None:
                 raise DataError(
                     f"{location.description} has no member .{reader.field}, which is its label: write its shard again"
@@ -169,7 +171,7 @@ class FillRowsJob:
             )
         self.batch.labels.numpy()[row] = index.labels[location.index_row]
 
-    def _load_replacement(self, row: int, replacement_keys: Iterator[int], worker: Worker) -> int:
+    def _load_replacement(self, row: int, replacement_keys: Iterator[int], worker: WorkerState) -> int:
         """Load the first of these samples that decodes and return its key. Raises: DataError if none decodes."""
         num_undecodable = 0
         for replacement_key in replacement_keys:
@@ -182,7 +184,7 @@ class FillRowsJob:
             batch.sample_keys.numpy()[row] = replacement_key
             batch.ids.numpy()[row] = replacement_key % self.plan.num_ids
             return replacement_key
-        location = self.plan.locate_sample(int(self.plan.sample_keys[row]))
+        location = self.plan.locate_by_key(int(self.plan.sample_keys[row]))
         raise DataError(
             f"{location.description} does not decode, nor does any of the {num_undecodable} samples that could replace "
             f"it: run `foveal data verify {location.dataset.folder} --full`"
@@ -212,7 +214,7 @@ def _read_and_decode(
     try:
         return decode(data)
     except UndecodableError:
-        location.dataset.verify_checksum(location.split, location.shard_number)
+        location.dataset.verify_checksum_once(location.split, location.shard_number)
         if location.dataset.read_bytes(location.shard_index.shard, *member) != data:
             raise StorageUnreachableError(
                 f"{location.description} reads differently each time: check its storage, and start again"

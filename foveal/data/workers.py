@@ -16,15 +16,15 @@ _POLL_SECONDS = 1.0  # seconds between two checks of unfinished jobs
 _JOIN_TIMEOUT = 2.0  # seconds for all threads together to finish their current samples
 _log = logging.getLogger(__name__)
 
-Job = Callable[["Worker"], None]
+Job = Callable[["WorkerState"], None]
 
 
-class Worker:
+class WorkerState:
     """State of a worker thread: a description of its current sample, and the number of finished samples."""
 
     def __init__(self) -> None:
-        self.describe_current: Callable[[], str] | None = None
-        self.num_finished = 0
+        self.describe_current_sample: Callable[[], str] | None = None
+        self.num_finished_samples = 0
 
 
 class WorkerPool:
@@ -35,11 +35,11 @@ class WorkerPool:
     arrive from remote storage; ``stall_timeout`` is in seconds.
     """
 
-    def __init__(self, num_threads: int, stall_timeout: float, progress: Callable[[], int]) -> None:
+    def __init__(self, num_threads: int, stall_timeout: float, download_counter: Callable[[], int]) -> None:
         self.stop_event = threading.Event()
-        self._stall_timeout, self._progress = stall_timeout, progress
+        self._stall_timeout, self._progress = stall_timeout, download_counter
         self._jobs: queue.SimpleQueue[tuple[Future[None], Job] | None] = queue.SimpleQueue()
-        self._workers = [Worker() for _ in range(num_threads)]
+        self._workers = [WorkerState() for _ in range(num_threads)]
         self._threads = [
             threading.Thread(target=self._work, args=(worker,), name=f"foveal-decode-{number}", daemon=True)
             for number, worker in enumerate(self._workers)
@@ -82,7 +82,7 @@ class WorkerPool:
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
-    def _work(self, worker: Worker) -> None:
+    def _work(self, worker: WorkerState) -> None:
         while (queued := self._jobs.get()) is not None:
             future, job = queued
             if self.stop_event.is_set():
@@ -94,14 +94,14 @@ class WorkerPool:
             except BaseException as error:  # noqa: BLE001 - the thread that waits for the job handles it
                 future.set_exception(error)
             finally:
-                worker.describe_current = None
+                worker.describe_current_sample = None
 
     def _progress_state(self) -> tuple[int, int]:
-        return sum(worker.num_finished for worker in self._workers), self._progress()
+        return sum(worker.num_finished_samples for worker in self._workers), self._progress()
 
     def _stall_message(self) -> str:
         _log.error("the loader hangs; every thread of this process:\n%s", format_thread_stacks())
-        describers = [worker.describe_current for worker in self._workers]
+        describers = [worker.describe_current_sample for worker in self._workers]
         samples = "; ".join(describe() for describe in describers if describe is not None) or "no sample"
         return (
             f"no data for {self._stall_timeout:g} s (data.patience_seconds), the loader is stuck at {samples}; "

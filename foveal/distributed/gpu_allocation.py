@@ -5,7 +5,7 @@ import os
 import torch
 
 from foveal.distributed.launcher import LaunchEnv
-from foveal.distributed.preflight import current_node_name, node_names_by_rank
+from foveal.distributed.preflight import current_node_name, slurm_nodes_by_rank
 from foveal.errors import BadNodeError, LaunchError
 
 
@@ -67,7 +67,7 @@ def _count_local_ranks(launch_env: LaunchEnv) -> int:
     local_size = os.environ.get("LOCAL_WORLD_SIZE", "")  # set by torchrun
     if local_size.isdecimal():
         return int(local_size)
-    return node_names_by_rank(launch_env.world_size).count(current_node_name())
+    return slurm_nodes_by_rank(launch_env.world_size).count(current_node_name())
 
 
 def _explain_missing_gpus() -> str:

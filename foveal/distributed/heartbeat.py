@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import torch.distributed as dist
 
 from foveal.distributed.rendezvous import format_ranks
-from foveal.distributed.tcp_store import ServerProbe, connect_to_store
+from foveal.distributed.tcp_store import StoreServerProbe, open_extra_store_connection
 from foveal.distributed.world import World
 
 LOST_PEER = "lost a peer"  # the exit reason of a rank that ended because another rank failed
@@ -50,7 +50,7 @@ class HeartbeatExchange:
         self._comparison_requested = threading.Event()
         self._comparison_finished = threading.Event()
         self._disconnected = False
-        self._probe: ServerProbe
+        self._probe: StoreServerProbe
         self.suspect_nodes: set[str] = set()  # nodes of the ranks that the newest diagnosis blames
         self._diagnosis = self._exit_reason = ""
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -81,10 +81,10 @@ class HeartbeatExchange:
     def _run(self) -> None:
         with (
             contextlib.suppress(dist.DistError, OSError),
-            contextlib.closing(ServerProbe(_CONNECT_TIMEOUT_SECONDS)) as probe,
+            contextlib.closing(StoreServerProbe(_CONNECT_TIMEOUT_SECONDS)) as probe,
         ):
             self._probe = probe
-            store = connect_to_store(_CONNECT_TIMEOUT_SECONDS, self._store_key)
+            store = open_extra_store_connection(_CONNECT_TIMEOUT_SECONDS, self._store_key)
             self._publish(store, self._read_heartbeat())
             while not self._closed.wait(self._poll_interval):
                 self._publish(store, self._read_heartbeat())
@@ -123,7 +123,7 @@ class HeartbeatExchange:
 
 
 def diagnose_heartbeats(
-    heartbeats: Mapping[int, Heartbeat], silent_ranks: Collection[int], world_size: int
+    heartbeat_by_rank: Mapping[int, Heartbeat], silent_ranks: Collection[int], world_size: int
 ) -> tuple[str, dict[int, Heartbeat]]:
     """Return a sentence about the ranks that are behind, and the heartbeats of the ranks that the sentence blames.
 
@@ -131,9 +131,11 @@ def diagnose_heartbeats(
     ranks that work while others wait. Otherwise the sentence states the position of every rank and blames none.
     A rank that left because it lost a peer is never blamed.
     """
-    left = {rank: beat for rank, beat in heartbeats.items() if beat.poll_count < 0 and beat.activity != LOST_PEER}
-    running = {rank: beat for rank, beat in heartbeats.items() if beat.poll_count >= 0}
-    missing = set(range(world_size)) - set(heartbeats)
+    left = {
+        rank: beat for rank, beat in heartbeat_by_rank.items() if beat.poll_count < 0 and beat.activity != LOST_PEER
+    }
+    running = {rank: beat for rank, beat in heartbeat_by_rank.items() if beat.poll_count >= 0}
+    missing = set(range(world_size)) - set(heartbeat_by_rank)
     silent = {rank: beat for rank, beat in running.items() if rank in silent_ranks}
     problems: list[str] = []
     if missing:

@@ -70,20 +70,24 @@ def _read_torch_env() -> LaunchEnv | None:
         launcher = "torchrun"
     else:
         launcher = "deepspeed" if _DEEPSPEED_VARIABLE in os.environ else "environment"
-    return LaunchEnv(read_int_env("RANK"), read_int_env("WORLD_SIZE"), read_int_env("LOCAL_RANK", "0"), launcher)
+    return LaunchEnv(
+        read_launcher_int("RANK"), read_launcher_int("WORLD_SIZE"), read_launcher_int("LOCAL_RANK", "0"), launcher
+    )
 
 
 def _read_slurm_env() -> LaunchEnv | None:
     if "SLURM_STEP_ID" not in os.environ or "SLURM_PROCID" not in os.environ:
         return None
-    size = read_int_env("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))
-    return LaunchEnv(read_int_env("SLURM_PROCID"), size, read_int_env("SLURM_LOCALID", "0"), "srun")
+    size = read_launcher_int("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))
+    return LaunchEnv(read_launcher_int("SLURM_PROCID"), size, read_launcher_int("SLURM_LOCALID", "0"), "srun")
 
 
 def _read_mpi_env() -> LaunchEnv | None:
     for rank, size, local_rank, _ in _MPI_VARIABLES:
         if rank in os.environ and size in os.environ:
-            return LaunchEnv(read_int_env(rank), read_int_env(size), read_int_env(local_rank, "0"), "mpirun")
+            return LaunchEnv(
+                read_launcher_int(rank), read_launcher_int(size), read_launcher_int(local_rank, "0"), "mpirun"
+            )
     return None
 
 
@@ -115,7 +119,7 @@ def _child_of_slurmstepd() -> bool:
         return False
 
 
-def read_int_env(name: str, default: str | None = None) -> int:
+def read_launcher_int(name: str, default: str | None = None) -> int:
     """Return the integer in a launcher's variable. Raises: LaunchError if it is not an integer."""
     text = os.environ.get(name, default)
     try:
@@ -140,12 +144,12 @@ def read_launch_id(launch_env: LaunchEnv) -> dict[str, str]:
     return {"launcher": launch_env.launcher}
 
 
-def is_store_in_agent() -> bool:
+def torchrun_agent_serves_store() -> bool:
     """Whether torchrun's agent serves the store, so that rank 0 is a client."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def rendezvous_addresses(launch_env: LaunchEnv) -> list[tuple[str, int]]:
+def candidate_store_addresses(launch_env: LaunchEnv) -> list[tuple[str, int]]:
     """Return the (host, port) pairs at which rank 0 may serve the store, in the order of its tries; equal on all ranks.
 
     MASTER_ADDR and MASTER_PORT come first. If the launcher states rank 0's node, ports derived from the launch follow,
@@ -175,7 +179,7 @@ def rendezvous_addresses(launch_env: LaunchEnv) -> list[tuple[str, int]]:
 def _rank0_node(launch_env: LaunchEnv) -> str | None:
     """Return the node of rank 0; None if the launcher does not state it."""
     if launch_env.launcher == "srun":
-        return first_node_of_list(os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"])
+        return first_slurm_node(os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"])
     return "127.0.0.1" if launch_env.launcher == "mpirun" and _is_single_node(launch_env) else None
 
 
@@ -185,7 +189,7 @@ def _is_single_node(launch_env: LaunchEnv) -> bool:
     )
 
 
-def first_node_of_list(node_list: str) -> str:
+def first_slurm_node(node_list: str) -> str:
     """Return the first host of a Slurm node list, ``a01b`` of ``a[01-03,7]b,c``. Containers may lack scontrol."""
     match = re.match(r"(?:[^,\[]|\[[^\]]*\])*", node_list)
     assert match is not None, "the pattern matches every string"

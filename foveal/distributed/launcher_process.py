@@ -33,7 +33,7 @@ class Process:
         return f"{self.pid}:{self.start_time}"
 
 
-def find_launchers() -> list[Process]:
+def find_own_launchers() -> list[Process]:
     """Return the live launchers of this process. A pid that belongs to another process on this machine is ignored."""
     parent = Process.from_pid(os.getppid())
     pid, _, start_time = os.environ.get(LAUNCHER_ENV_VAR, "").partition(":")

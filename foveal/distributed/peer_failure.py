@@ -61,7 +61,7 @@ def set_flight_recorder_folder(folder: Path) -> None:
         os.environ[_DUMP_FILE_VARIABLES[0]] = str(folder.absolute() / "flight-")
 
 
-def dump_flight_recorder(rank: int) -> None:
+def dump_cpu_flight_recorder(rank: int) -> None:
     """Dump the record of collectives on a CPU if a dump file is set; NCCL dumps its record itself at a timeout."""
     from torch._C import _distributed_c10d
 

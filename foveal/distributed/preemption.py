@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from types import FrameType
 
-from foveal.distributed.launcher_process import Process, find_launchers
+from foveal.distributed.launcher_process import Process, find_own_launchers
 from foveal.distributed.world import World, slurm_job_id
 from foveal.errors import RequeueRefusedError
 
@@ -40,28 +40,30 @@ class Preemption:
         self._world = world
         self._requested_at = 0.0
         self.stop_reason: str | None = None
-        self.asked_again = False
+        self.requested_again = False
 
     def handle_signal(self, signum: int, _frame: FrameType | None) -> None:
         """Record a signal as the stop reason. A second Ctrl-C ends the process at once: exit code 130 in a shell."""
         now = time.monotonic()
-        self.asked_again |= self.stop_reason is not None and now - self._requested_at > _REPEAT_WINDOW_SECONDS
+        self.requested_again |= self.stop_reason is not None and now - self._requested_at > _REPEAT_WINDOW_SECONDS
         if self.stop_reason is None:
             self.stop_reason = signal.Signals(signum).name
             self._requested_at = now
         if signum == signal.SIGINT:
             signal.signal(signum, signal.SIG_DFL)  # a Python handler would have to wait for a collective to return
 
-    def is_urgent(self, needed_seconds: float) -> bool:
+    def any_rank_urgent(self, needed_seconds: float) -> bool:
         """Whether the run must leave at once: the request was repeated, or Slurm leaves less than ``needed_seconds``.
 
         A collective: every rank calls it and gets the same answer. Rank 0 asks Slurm, which may take a moment.
         """
         asks_slurm = self._world.rank == 0 and self.stop_reason != "SIGINT"
-        seconds_left = read_seconds_left() if asks_slurm else None
-        return self._world.any_rank(self.asked_again or (seconds_left is not None and seconds_left < needed_seconds))
+        seconds_left = read_slurm_seconds_left() if asks_slurm else None
+        return self._world.any_rank(
+            self.requested_again or (seconds_left is not None and seconds_left < needed_seconds)
+        )
 
-    def requeue_if_preempted(self) -> None:
+    def requeue_unless_stopped_manually(self) -> None:
         """Have rank 0 ask Slurm to requeue the saved job, unless the run was stopped by Ctrl-C or its launcher's end.
 
         A collective: every rank calls it, and a signal at any rank counts for all.
@@ -79,7 +81,7 @@ def handle_stop_signals(world: World) -> Iterator[Preemption]:
     """Install the signal handlers, watch the launcher in a thread, and restore the previous handlers at the end."""
     preemption, finished = Preemption(world), threading.Event()
     previous = {number: signal.signal(number, preemption.handle_signal) for number in _SIGNALS}
-    if launchers := find_launchers():
+    if launchers := find_own_launchers():
         arguments = (launchers, preemption, finished)
         threading.Thread(target=_watch_launchers, args=arguments, name="launcher", daemon=True).start()
     try:
@@ -97,7 +99,7 @@ def _watch_launchers(launchers: list[Process], preemption: Preemption, finished:
             return
 
 
-def ignore_signals() -> None:
+def ignore_stop_signals() -> None:
     """Ignore all stop signals, once the run has left or finished and the process is about to end."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -126,7 +128,7 @@ def read_shutdown_notice() -> ShutdownNotice | None:
     return min((notice for notice in notices if notice is not None), key=lambda notice: notice.seconds, default=None)
 
 
-def read_seconds_left() -> float | None:
+def read_slurm_seconds_left() -> float | None:
     """Return the seconds until Slurm ends this job, preemption included; None if there is no limit or no answer."""
     job = _show_job()
     if not job:
@@ -141,7 +143,7 @@ def read_seconds_left() -> float | None:
     return None if ran is None else limit.total_seconds() - ran
 
 
-def requeue_slurm_job(*, got_warning: bool = True) -> str | None:
+def requeue_slurm_job_if_due(*, got_warning_signal: bool = True) -> str | None:
     """Ask Slurm to requeue this job. Return Slurm's refusal; None if it agreed or if there is nothing to requeue.
 
     A job that exits with 0 during Slurm's grace time counts as completed, and Slurm does not requeue it by itself.
@@ -160,7 +162,7 @@ def requeue_slurm_job(*, got_warning: bool = True) -> str | None:
         ended = job.get("JobState", "RUNNING") != "RUNNING"
         if ended and job.get("Reason") != "TimeLimit":
             return None
-        if not (got_warning or ended or job.get("PreemptTime", "None") != "None"):
+        if not (got_warning_signal or ended or job.get("PreemptTime", "None") != "None"):
             _log.warning("%s; it requeues the job unless a rank failed", _LEFT_TO_SCRIPT_MESSAGE)
             return None
         answer = _run_scontrol("requeue", job_id)
@@ -170,7 +172,7 @@ def requeue_slurm_job(*, got_warning: bool = True) -> str | None:
 
 
 def _requeue_or_raise(*, got_warning: bool) -> None:
-    if refusal := requeue_slurm_job(got_warning=got_warning):
+    if refusal := requeue_slurm_job_if_due(got_warning_signal=got_warning):
         raise RequeueRefusedError(f"the run was saved, but Slurm did not requeue the job ({refusal}); submit it again")
 
 

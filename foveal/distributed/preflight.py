@@ -55,18 +55,18 @@ class PreflightGroup:
         """Publish this rank's findings on a topic."""
         self._store.set(f"{topic}/{self.launch_env.rank}", json.dumps(findings))
 
-    def gather_reports(self, topic: str, deadline: float) -> dict[int, dict[str, Any]]:
+    def gather_reports_until(self, topic: str, max_elapsed_seconds: float) -> dict[int, dict[str, Any]]:
         """Wait for all ranks' findings on a topic. Return them by rank; after ``deadline`` seconds those that exist."""
         reports: dict[int, dict[str, Any]] = {}
         while True:
             for rank in set(range(self.launch_env.world_size)) - set(reports):
                 if self._store.check([f"{topic}/{rank}"]):
                     reports[rank] = json.loads(self._store.get(f"{topic}/{rank}"))
-            if len(reports) == self.launch_env.world_size or self.elapsed_seconds > deadline:
+            if len(reports) == self.launch_env.world_size or self.elapsed_seconds > max_elapsed_seconds:
                 return reports
             time.sleep(_POLL_SECONDS)
 
-    def last_status(self, rank: int) -> tuple[str, str] | None:
+    def last_node_and_status(self, rank: int) -> tuple[str, str] | None:
         """Return the node and the last status of a rank; None if the rank never joined."""
         if not self._store.check([f"here/{rank}"]):
             return None
@@ -77,15 +77,15 @@ class PreflightGroup:
         """Publish a value of rank 0."""
         self._store.set(key, json.dumps(value))
 
-    def wait_for_announcement(self, key: str, deadline: float) -> Any:
+    def wait_for_announcement(self, key: str, max_elapsed_seconds: float) -> Any:
         """Return a value that rank 0 announced; None if it is not there after ``deadline`` seconds."""
         while not self._store.check([key]):
-            if self.elapsed_seconds > deadline:
+            if self.elapsed_seconds > max_elapsed_seconds:
                 return None
             time.sleep(_POLL_SECONDS / 10)
         return json.loads(self._store.get(key))
 
-    def benchmark_all_reduce(self, timeout_seconds: float) -> dict[str, float]:
+    def check_all_reduce_rates(self, timeout_seconds: float) -> dict[str, float]:
         """Check and time all-reduces of all ranks. Return ``latency`` in seconds and ``bandwidth`` in bytes per second.
 
         Bandwidth is that of a ring, as in nccl-tests.
@@ -132,14 +132,14 @@ class PreflightGroup:
 
 
 @contextmanager
-def join_preflight(join_timeout: float, run_timeout: float) -> Iterator[PreflightGroup]:
+def join_preflight(join_timeout: float, exit_after_seconds: float) -> Iterator[PreflightGroup]:
     """Join the ranks of a preflight, and begin once all have joined or ``join_timeout`` seconds are over.
 
     The time before a rank joins, such as imports from a cold disk, does not count against it. This process ends
     ``run_timeout`` seconds after the beginning, whatever hangs.
     Raises: LaunchError if rank 0, which serves the store, does not join within ``join_timeout`` seconds.
     """
-    faulthandler.dump_traceback_later(2 * join_timeout + run_timeout, exit=True)
+    faulthandler.dump_traceback_later(2 * join_timeout + exit_after_seconds, exit=True)
     try:
         launch_env = read_launch_env()
         device = select_device(launch_env)
@@ -148,7 +148,7 @@ def join_preflight(join_timeout: float, run_timeout: float) -> Iterator[Prefligh
         set_rank_env_vars(launch_env, device)
         store.set(f"here/{launch_env.rank}", node)
         _wait_for_ranks(store, launch_env, node, join_timeout)
-        faulthandler.dump_traceback_later(run_timeout, exit=True)
+        faulthandler.dump_traceback_later(exit_after_seconds, exit=True)
         yield PreflightGroup(launch_env, device, node, store, time.monotonic())
     finally:
         faulthandler.cancel_dump_traceback_later()
@@ -178,7 +178,7 @@ def exit_preflight(group: PreflightGroup, exit_code: int) -> NoReturn:
     group.post_report("left", {})
     if group.launch_env.rank == 0:
         # Rank 0 serves the store and leaves last.
-        group.gather_reports("left", group.elapsed_seconds + _RANK0_EXIT_SECONDS)
+        group.gather_reports_until("left", group.elapsed_seconds + _RANK0_EXIT_SECONDS)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)
@@ -214,16 +214,16 @@ def current_node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def node_names_by_rank(world_size: int) -> list[str]:
+def slurm_nodes_by_rank(world_size: int) -> list[str]:
     """Return the node of each rank, for ranks that Slurm placed node by node; empty if unknown or outside Slurm."""
-    nodes = expand_node_list(os.environ.get("SLURM_STEP_NODELIST", ""))
+    nodes = expand_slurm_node_list(os.environ.get("SLURM_STEP_NODELIST", ""))
     counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
     tasks = [int(count) for count, times in counts for _ in range(int(times or 1))]
     nodes_by_rank = [node for node, count in zip(nodes, tasks, strict=False) for _ in range(count)]
     return nodes_by_rank if len(nodes_by_rank) == world_size else []
 
 
-def expand_node_list(node_list: str) -> list[str]:
+def expand_slurm_node_list(node_list: str) -> list[str]:
     """Return every host of a Slurm node list: ``a[01-03,7],c`` gives a01, a02, a03, a7, c."""
     hosts = []
     for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", node_list):

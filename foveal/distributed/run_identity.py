@@ -64,7 +64,7 @@ class RunIdentity:
         """Return the identity of a text from the store."""
         return cls(**json.loads(text))
 
-    def relation_to(self, other: "RunIdentity") -> IdentityRelation:
+    def relation_of(self, other: "RunIdentity") -> IdentityRelation:
         """Return the relation of another identity to this one.
 
         ``older`` and ``newer``: an attempt of the same Slurm job; ``sibling``: the same launch with other settings.

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from foveal.distributed.launcher import LaunchEnv, is_store_in_agent, rendezvous_addresses
+from foveal.distributed.launcher import LaunchEnv, candidate_store_addresses, torchrun_agent_serves_store
 from foveal.distributed.run_identity import RunIdentity
 from foveal.errors import AttemptSupersededError, LaunchError, RankConflictError, TrainingHungError
 from foveal.timeouts import call_with_timeout
@@ -38,7 +38,7 @@ def open_store(launch_env: LaunchEnv, identity: RunIdentity, timeout_seconds: fl
 
     Sets MASTER_ADDR and MASTER_PORT to the store's address. Raises: see ``join_rendezvous``.
     """
-    addresses, deadline = rendezvous_addresses(launch_env), time.monotonic() + timeout_seconds
+    addresses, deadline = candidate_store_addresses(launch_env), time.monotonic() + timeout_seconds
     if is_store_host(launch_env):
         store, (host, port) = _serve_store(addresses, identity, timeout_seconds)
     else:
@@ -49,7 +49,7 @@ def open_store(launch_env: LaunchEnv, identity: RunIdentity, timeout_seconds: fl
 
 def is_store_host(launch_env: LaunchEnv) -> bool:
     """Whether this rank serves the store: rank 0, unless torchrun's agent does."""
-    return launch_env.rank == 0 and not (launch_env.launcher == "torchrun" and is_store_in_agent())
+    return launch_env.rank == 0 and not (launch_env.launcher == "torchrun" and torchrun_agent_serves_store())
 
 
 # --- rank 0 ---
@@ -217,7 +217,7 @@ def _connect_if_own(
     owner = _read_owner(store, timeout)
     if owner is None:
         return None
-    relation = identity.relation_to(owner)
+    relation = identity.relation_of(owner)
     if relation == "same":
         return store
     if relation == "newer":
@@ -248,7 +248,7 @@ def _connect_client(host: str, port: int, seconds: float) -> dist.TCPStore:
     )
 
 
-def connect_to_store(timeout_seconds: float, store_key: str) -> dist.Store:
+def open_extra_store_connection(timeout_seconds: float, store_key: str) -> dist.Store:
     """Open another connection to the store that the ranks joined, with the run's ``store_key`` as prefix of all keys.
 
     Raises: TimeoutError or torch's DistNetworkError.
@@ -256,7 +256,7 @@ def connect_to_store(timeout_seconds: float, store_key: str) -> dist.Store:
     return dist.PrefixStore(f"foveal/{store_key}", _connect_client(*_store_address(), timeout_seconds))
 
 
-class ServerProbe:
+class StoreServerProbe:
     """An idle connection to the store's server, which shows whether the server still runs.
 
     torch has no such query, and writes a page of C++ frames to stderr for each request to a store that is gone.

@@ -33,7 +33,7 @@ from types import FrameType
 from typing import IO
 
 from foveal.distributed.heartbeat import LOST_PEER, Heartbeat, HeartbeatExchange
-from foveal.distributed.peer_failure import describe_peer_failure, dump_flight_recorder, set_flight_recorder_folder
+from foveal.distributed.peer_failure import describe_peer_failure, dump_cpu_flight_recorder, set_flight_recorder_folder
 from foveal.distributed.world import World
 from foveal.errors import OutOfMemoryError, TrainingHungError
 
@@ -94,7 +94,7 @@ class Watchdog:
             )
         self._thread.start()
 
-    def diagnose(self) -> str:
+    def log_diagnosis_once(self) -> str:
         """Return and log once which ranks are behind, for a rank that lost a peer. Empty for a world size of 1."""
         if self._exchange is not None and not self._diagnosis:
             self._diagnosis = self._diagnose_ranks()
@@ -194,7 +194,7 @@ class Watchdog:
             except Exception:  # noqa: BLE001 - the process ends in any case
                 _log.exception("the reason for the end could not be written down")
             _log.critical("%s", reason)
-            dump_flight_recorder(self._world.rank)
+            dump_cpu_flight_recorder(self._world.rank)
             sys.stderr.flush()
             reported.set()
 
@@ -207,7 +207,7 @@ class Watchdog:
         location, is_waiting = "", False
         if self._idle_polls >= 2 and self._main_thread_id is not None:
             frames = sys._current_frames()  # noqa: SLF001 - the documented access to a stack
-            location, is_waiting = locate_frame(frames.get(self._main_thread_id))
+            location, is_waiting = locate_and_check_waiting(frames.get(self._main_thread_id))
         idle_seconds = self._idle_polls * self._timeouts.poll_interval
         return Heartbeat(step, activity, idle_seconds, self._poll_count, self._host, location, is_waiting)
 
@@ -242,26 +242,26 @@ def run_watchdog(
         except BaseException as error:
             exit_reason = f"ended by {type(error).__name__}"
             if describe_peer_failure(error):
-                watchdog.diagnose()
+                watchdog.log_diagnosis_once()
                 exit_reason = LOST_PEER
             raise
         finally:
             watchdog.stop(exit_reason)
 
 
-def locate_frame(frame: FrameType | None) -> tuple[str, bool]:
+def locate_and_check_waiting(innermost_frame: FrameType | None) -> tuple[str, bool]:
     """Return a thread's innermost location in our code or in a module that waits for ranks, and whether it may wait.
 
     Only foveal/distributed and foveal/engines communicate with other processes, so a thread inside them may wait for a
     rank. On a GPU the main thread waits for the device wherever it reads a number from it; that is its location then.
     """
-    while frame is not None:
-        module = str(frame.f_globals.get("__name__", ""))
+    while innermost_frame is not None:
+        module = str(innermost_frame.f_globals.get("__name__", ""))
         is_waiting = module.startswith(_WAITING_MODULES)
         if is_waiting or module.partition(".")[0] in _OWN_PACKAGES:
-            file = Path(frame.f_code.co_filename).name
-            return f"{frame.f_code.co_name}, {file}:{frame.f_lineno}", is_waiting
-        frame = frame.f_back
+            file = Path(innermost_frame.f_code.co_filename).name
+            return f"{innermost_frame.f_code.co_name}, {file}:{innermost_frame.f_lineno}", is_waiting
+        innermost_frame = innermost_frame.f_back
     return "", False
 
 

@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from foveal.distributed.launcher import LaunchEnv, read_int_env, read_launch_env
+from foveal.distributed.launcher import LaunchEnv, read_launch_env, read_launcher_int
 from foveal.distributed.peer_failure import (
     abort_process_group,
     describe_peer_failure,
-    dump_flight_recorder,
+    dump_cpu_flight_recorder,
     enable_flight_recorder,
 )
 from foveal.distributed.rendezvous import join_rendezvous
@@ -132,7 +132,9 @@ class World:
 
 @contextmanager
 def init_world(
-    timeout_seconds: float, identity: RunIdentity | None = None, join_timeout_seconds: float = _JOIN_TIMEOUT_SECONDS
+    collective_timeout_seconds: float,
+    identity: RunIdentity | None = None,
+    join_timeout_seconds: float = _JOIN_TIMEOUT_SECONDS,
 ) -> Iterator[World]:
     """Join the process group of a run, and leave it on every way out.
 
@@ -161,13 +163,13 @@ def init_world(
         with _hung_if_restarted():
             store = join_rendezvous(launch_env, identity, join_timeout_seconds)
     set_rank_env_vars(launch_env, device)
-    with _default_timeout(timedelta(seconds=timeout_seconds)):
+    with _default_timeout(timedelta(seconds=collective_timeout_seconds)):
         _init_process_group("nccl" if device.type == "cuda" else "gloo", launch_env, store)
         try:
             yield world
         except BaseException as error:
             if describe_peer_failure(error):
-                dump_flight_recorder(launch_env.rank)
+                dump_cpu_flight_recorder(launch_env.rank)
             abort_process_group()
             raise
         dist.destroy_process_group()  # without this a clean exit under gloo sometimes aborted
@@ -286,7 +288,7 @@ def read_slurm_array_task() -> SlurmArrayTask | None:
     """Return the Slurm array task of this process; None outside an array."""
     if "SLURM_ARRAY_TASK_ID" not in os.environ:
         return None
-    return SlurmArrayTask(*(read_int_env(f"SLURM_ARRAY_TASK_{name}") for name in ("ID", "COUNT", "MIN", "MAX")))
+    return SlurmArrayTask(*(read_launcher_int(f"SLURM_ARRAY_TASK_{name}") for name in ("ID", "COUNT", "MIN", "MAX")))
 
 
 def slurm_job_tags() -> dict[str, str]:

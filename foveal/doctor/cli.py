@@ -30,9 +30,9 @@ def doctor_command(
 
     Exit code 6 and `bad nodes: ...` if a node is not fit, 2 if CONFIG is wrong, 5 if storage or network do not answer.
     """
-    from foveal.doctor.runner import PreflightOptions, run_preflight
+    from foveal.doctor.runner import PreflightOptions, run_preflight_and_exit
 
-    run_preflight(
+    run_preflight_and_exit(
         PreflightOptions(
             None if config is None else resolve_stage_name(config, stage),
             config or "",

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from foveal.atomic import DISK_FULL_ERRNOS, format_bytes
-from foveal.data.image.decode import jpeg_decoder_name
+from foveal.data.image.decode import jpeg_decoder_and_version
 from foveal.doctor.report import RankReport, classify_error
 from foveal.engines.base import EngineConfig
 from foveal.errors import FovealError
@@ -41,10 +41,10 @@ class PlannedRun:
         return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
-def check_software_versions(report: RankReport) -> None:
+def record_software_versions(report: RankReport) -> None:
     """Report library versions, JPEG decoder and commit, which must be equal on all ranks."""
     report.facts |= {f"version of {name}": value for name, value in get_library_versions().items()}
-    report.facts["decoder"] = jpeg_decoder_name()
+    report.facts["decoder"] = jpeg_decoder_and_version()
     if shutil.which("git"):
         done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         report.facts["commit"] = done.stdout.strip() if done.returncode == 0 else "none"
@@ -62,7 +62,7 @@ def check_engine_import(report: RankReport, cfg: EngineConfig) -> None:
         report.add_fault("config", f"DeepSpeed cannot be imported ({type(error).__name__}: {error})")
 
 
-def check_disk(report: RankReport, planned_run: PlannedRun) -> None:
+def check_checkpoint_disk(report: RankReport, planned_run: PlannedRun) -> None:
     """Check the free space for ``checkpoint.keep`` checkpoints and the next one, and measure the speed of a write."""
     plan, folder = planned_run.plan, planned_run.nearest_existing_folder
     size = Forecast(planned_run.stage, plan, ClusterSpec(1, plan.world_size, 1.0, 1.0)).checkpoint_bytes
@@ -109,7 +109,7 @@ def _measure_write_speed(file: Path, size: int) -> float:
     return size // _TEST_BLOCK_BYTES * _TEST_BLOCK_BYTES / (time.perf_counter() - start)
 
 
-def check_shards(report: RankReport, planned_run: PlannedRun) -> None:
+def check_some_shard_heads(report: RankReport, planned_run: PlannedRun) -> None:
     """Read the first bytes of a few shards of every source. Each rank reads other shards, so that many are covered."""
     plan = planned_run.plan
     for source in plan.training_set.sources:
@@ -118,7 +118,7 @@ def check_shards(report: RankReport, planned_run: PlannedRun) -> None:
         for number in range(min(_SHARDS_TO_READ, len(names))):
             name = names[(report.rank + number * step) % len(names)]
             try:
-                head = source.dataset.shard_folder.read_range(name, 0, _HEAD_BYTES)
+                head = source.dataset.shard_folder.read_up_to(name, 0, _HEAD_BYTES)
             except FovealError as error:
                 report.add_fault(classify_error(error), str(error))
                 return

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from foveal.distributed.preflight import PreflightGroup, exit_preflight, join_preflight, node_names_by_rank
+from foveal.distributed.preflight import PreflightGroup, exit_preflight, join_preflight, slurm_nodes_by_rank
 from foveal.doctor import node_checks, run_checks
 from foveal.doctor.report import RankReport, classify_error
 from foveal.doctor.table import format_node_table
@@ -35,11 +35,11 @@ class PreflightOptions:
     stage: str | None
     config: str
     overrides: list[str]
-    min_relative_rate: float
+    min_relative_matmul_rate: float
     join_timeout: float
 
 
-def run_preflight(options: PreflightOptions) -> None:
+def run_preflight_and_exit(options: PreflightOptions) -> None:
     """Run one rank of a preflight, and end this process with the verdict's exit code."""
     stage = None if options.stage is None else import_stage(options.stage)  # imported before any clock runs
     with join_preflight(options.join_timeout, PREFLIGHT_TIMEOUT) as group:
@@ -51,7 +51,7 @@ def _run_checks(group: PreflightGroup, stage: AnyStage | None, options: Prefligh
     report = _check_rank(group, stage, options)
     group.post_report("alone", report.to_dict())
     if group.launch_env.rank == 0:
-        reports = group.gather_reports("alone", RANK_CHECKS_TIMEOUT)
+        reports = group.gather_reports_until("alone", RANK_CHECKS_TIMEOUT)
         group.announce("go", {"time": time.time(), "all": len(reports) == group.launch_env.world_size})
     go = group.wait_for_announcement("go", RANK_CHECKS_TIMEOUT + _TIMEOUT_MARGIN)
     if go is None:
@@ -64,9 +64,9 @@ def _run_checks(group: PreflightGroup, stage: AnyStage | None, options: Prefligh
     if group.launch_env.rank == 0:
         all_reports = {
             rank: RankReport.from_dict(data)
-            for rank, data in (reports | group.gather_reports("together", deadline)).items()
+            for rank, data in (reports | group.gather_reports_until("together", deadline)).items()
         }
-        hung_ranks = set(reports) - set(group.gather_reports("together", 0.0))
+        hung_ranks = set(reports) - set(group.gather_reports_until("together", 0.0))
         group.announce("verdict", _print_verdict(group, all_reports, options, hung_ranks))
     exit_code = group.wait_for_announcement("verdict", deadline + _TIMEOUT_MARGIN)
     return _report_lost_rank0(group) if exit_code is None else exit_code
@@ -105,7 +105,7 @@ def _check_rank(group: PreflightGroup, stage: AnyStage | None, options: Prefligh
     if first_on_node:
         run_check("looking at /dev/shm", 5, node_checks.check_shared_memory)
     run_check("looking at its limits", 5, node_checks.check_open_file_limit)
-    run_check("looking at its software", 10, run_checks.check_software_versions)
+    run_check("looking at its software", 10, run_checks.record_software_versions)
     if stage is None:
         return report
     run_check("reading settings and manifest", RANK_CHECKS_TIMEOUT, plan_run)
@@ -116,9 +116,11 @@ def _check_rank(group: PreflightGroup, stage: AnyStage | None, options: Prefligh
             RANK_CHECKS_TIMEOUT,
             lambda partial, engine=engine: run_checks.check_engine_import(partial, engine),
         )
-        run_check("reading shards", 15, lambda partial, run=run: run_checks.check_shards(partial, run))
+        run_check("reading shards", 15, lambda partial, run=run: run_checks.check_some_shard_heads(partial, run))
         if first_on_node:
-            run_check("writing to the run's disk", 20, lambda partial, run=run: run_checks.check_disk(partial, run))
+            run_check(
+                "writing to the run's disk", 20, lambda partial, run=run: run_checks.check_checkpoint_disk(partial, run)
+            )
         if group.launch_env.rank == 0:
             run_check("reaching MLflow", 8, lambda partial, uri=uri: run_checks.check_tracking_server(partial, uri))
     return report
@@ -127,7 +129,7 @@ def _check_rank(group: PreflightGroup, stage: AnyStage | None, options: Prefligh
 def _check_collectives(group: PreflightGroup, report: RankReport) -> None:
     group.post_status("all-reduce")
     try:
-        report.facts |= group.benchmark_all_reduce(COLLECTIVES_TIMEOUT - _TIMEOUT_MARGIN)
+        report.facts |= group.check_all_reduce_rates(COLLECTIVES_TIMEOUT - _TIMEOUT_MARGIN)
     except FovealError as error:
         report.add_fault("reach", str(error))
 
@@ -136,10 +138,10 @@ def _print_verdict(
     group: PreflightGroup, reports_by_rank: dict[int, RankReport], options: PreflightOptions, hung_ranks: set[int]
 ) -> int:
     """Print the table and the verdict on rank 0. Return the exit code."""
-    nodes_by_rank = node_names_by_rank(group.launch_env.world_size)
+    nodes_by_rank = slurm_nodes_by_rank(group.launch_env.world_size)
     silent: dict[int, tuple[str, str]] = {}
     for rank in sorted(set(range(group.launch_env.world_size)) - set(reports_by_rank) | hung_ranks):
-        last_status = group.last_status(rank)
+        last_status = group.last_node_and_status(rank)
         if last_status is None:
             node = nodes_by_rank[rank] if nodes_by_rank else ""
             silent[rank] = (node, f"rank {rank} did not come within {options.join_timeout:.0f} s")
@@ -147,7 +149,7 @@ def _print_verdict(
             node, activity = last_status
             silent[rank] = (node, f"rank {rank} said nothing more after it began {activity}")
     reports = [reports_by_rank[rank] for rank in sorted(reports_by_rank)]
-    verdict = judge_reports(reports, silent, options.min_relative_rate)
+    verdict = judge_reports(reports, silent, options.min_relative_matmul_rate)
     for line in format_node_table(reports, silent, verdict.bad_nodes):
         typer.echo(line)
     bandwidths = [report.facts["bandwidth"] for report in reports if "bandwidth" in report.facts]
@@ -168,7 +170,7 @@ def _print_verdict(
 
 def _report_lost_rank0(group: PreflightGroup) -> int:
     """Report that rank 0 did not answer. Return the exit code."""
-    nodes_by_rank = node_names_by_rank(group.launch_env.world_size)
+    nodes_by_rank = slurm_nodes_by_rank(group.launch_env.world_size)
     node = nodes_by_rank[0] if nodes_by_rank else "its node"
     typer.echo(
         f"foveal: suspect node {node}: rank 0 said nothing more, as rank {group.launch_env.rank} sees it", err=True

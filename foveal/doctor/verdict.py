@@ -27,7 +27,7 @@ class Verdict:
 
 
 def judge_reports(
-    reports: list[RankReport], silent_ranks: dict[int, tuple[str, str]], min_relative_rate: float
+    reports: list[RankReport], silent_ranks: dict[int, tuple[str, str]], min_relative_matmul_rate: float
 ) -> Verdict:
     """Compare the ranks' reports.
 
@@ -37,7 +37,9 @@ def judge_reports(
     faults: list[tuple[str, str, str]] = [(node, "node", sentence) for node, sentence in silent_ranks.values()]
     for report in reports:
         faults += [(report.node, kind, f"{report.node}: {sentence}") for kind, sentence in report.faults]
-    faults += _find_slow_ranks(reports, min_relative_rate) + _find_differing_ranks(reports) + _find_clock_skew(reports)
+    faults += (
+        _find_slow_ranks(reports, min_relative_matmul_rate) + _find_differing_ranks(reports) + _find_clock_skew(reports)
+    )
     nodes = {report.node for report in reports}
     faulty_nodes: dict[str, set[str]] = {"node": set(), "config": set(), "reach": set()}
     for node, kind, _ in faults:

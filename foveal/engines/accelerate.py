@@ -101,7 +101,7 @@ class AccelerateFSDP2Engine(AccelerateDDPEngine):
     def state_chunks(self) -> list[TensorChunk]:
         return fsdp.sharded_parameter_chunks(self._module, self._guard) + buffer_chunks(self._module, self._world)
 
-    def full_state_dict(self) -> dict[str, Tensor]:
+    def gather_full_state_dict(self) -> dict[str, Tensor]:
         return fsdp.gather_full_state_dict(self._module)
 
 

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from foveal.checkpoint.chunks import TensorChunk, replicated_chunk
 from foveal.config import Config, machine, science
 from foveal.distributed.world import World
-from foveal.optim.optimizers import GuardedOptimizer, OptimConfig, get_moments, get_num_updates, set_num_updates
+from foveal.optim.optimizers import (
+    GuardedOptimizer,
+    OptimConfig,
+    get_num_updates,
+    get_or_create_moments,
+    set_num_updates,
+)
 
 Precision = Literal["fp32", "bf16"]
 
@@ -99,7 +105,7 @@ class Engine(Protocol):
         """
         ...
 
-    def full_state_dict(self) -> dict[str, Tensor]:
+    def gather_full_state_dict(self) -> dict[str, Tensor]:
         """Return all weights under the module's names: fp32 (counters int64), on the CPU, complete on rank 0.
 
         Every rank calls it. The tensors may share memory with the live weights: write them before the next step.
@@ -155,7 +161,7 @@ def replicated_parameter_chunks(module: nn.Module, optimizer: torch.optim.Optimi
     return [
         replicated_chunk(
             name,
-            {"weight": value} | (get_moments(optimizer, value) if value.requires_grad else {}),
+            {"weight": value} | (get_or_create_moments(optimizer, value) if value.requires_grad else {}),
             world.rank,
             world.size,
         )
@@ -168,7 +174,7 @@ def buffer_chunks(module: nn.Module, world: World) -> list[TensorChunk]:
     chunks = []
     for name, value in persistent_buffers(module).items():
         chunk = replicated_chunk(name, {"weight": value}, 0, 1)
-        chunks.append(chunk if world.rank == 0 else replace(chunk, write_range=(0, 0)))
+        chunks.append(chunk if world.rank == 0 else replace(chunk, relative_write_range=(0, 0)))
     return chunks
 
 
@@ -178,7 +184,7 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in module.named_buffers() if name in stored_names}
 
 
-def to_export_tensor(value: Tensor) -> Tensor:
+def to_fp32_cpu_tensor(value: Tensor) -> Tensor:
     """Return a tensor in the form of exports: on the CPU, floats as fp32, integers unchanged."""
     return (value.detach().float() if value.is_floating_point() else value.detach()).cpu()
 
@@ -237,5 +243,5 @@ class ReplicatedEngine:
     def on_state_loaded(self, num_updates: int) -> None:
         set_num_updates(self._guard, num_updates)
 
-    def full_state_dict(self) -> dict[str, Tensor]:
-        return {name: to_export_tensor(value) for name, value in self._module.state_dict().items()}
+    def gather_full_state_dict(self) -> dict[str, Tensor]:
+        return {name: to_fp32_cpu_tensor(value) for name, value in self._module.state_dict().items()}

@@ -39,13 +39,13 @@ def check_engine_config(
 
         config = build_deepspeed_config(optim, cfg, world_size, microbatch_size, accumulation_steps)
         if cfg.deepspeed:
-            from foveal.engines.deepspeed_keys import check_deepspeed_keys
+            from foveal.engines.deepspeed_keys import check_deepspeed_settings
 
             del config["train_batch_size"]  # DeepSpeed would compare it with this process's number of ranks
-            check_deepspeed_keys(config, cfg.deepspeed)
+            check_deepspeed_settings(config, cfg.deepspeed)
 
 
-def set_matmul_precision(cfg: EngineConfig) -> None:
+def set_matmul_and_determinism(cfg: EngineConfig) -> None:
     """Set this process's float32 precision of products, and deterministic convolutions."""
     torch.set_float32_matmul_precision(cfg.matmul)
     torch.backends.cudnn.allow_tf32 = cfg.matmul != "highest"  # a separate switch for convolutions, on by default
@@ -66,7 +66,7 @@ def build_engine(
 
     The engine's library is imported only here: DeepSpeed takes longer to import than torch.
     """
-    set_matmul_precision(cfg)
+    set_matmul_and_determinism(cfg)
     if cfg.recompute:
         cast(Any, model).set_grad_checkpointing(enable=True)
     if cfg.compile:

@@ -21,12 +21,12 @@ from foveal.engines.base import (
     pair_parameters,
     persistent_buffers,
     replicated_parameter_chunks,
-    to_export_tensor,
+    to_fp32_cpu_tensor,
     update_ema_replicated,
 )
 from foveal.engines.zero import copy_master_weights_to_model, sharded_parameter_chunks, update_ema_sharded
 from foveal.errors import ConfigError
-from foveal.optim.optimizers import GuardedAdamW, OptimConfig, build_plain_adamw, get_num_updates, set_num_updates
+from foveal.optim.optimizers import GuardedAdamW, OptimConfig, build_unguarded_adamw, get_num_updates, set_num_updates
 
 _OFFLOAD_KEYS = ("offload_optimizer", "offload_param")
 _RESERVED_KEYS = {"amp", "bf16", "fp16", "optimizer", "scheduler"}
@@ -122,7 +122,7 @@ class DeepSpeedEngine:
         self._zero_stage = cfg.zero
         self._world = world
         self._guard = GuardedAdamW(param_groups, optim) if cfg.zero == 0 else None
-        optimizer = self._guard or build_plain_adamw(param_groups, optim)
+        optimizer = self._guard or build_unguarded_adamw(param_groups, optim)
         self._engine, self._optimizer = self._initialize(
             model, optimizer, build_deepspeed_config(optim, cfg, world.size, microbatch_size, accumulation_steps)
         )
@@ -191,7 +191,7 @@ class DeepSpeedEngine:
         if self._zero_stage:
             copy_master_weights_to_model(self._optimizer, self._zero_stage)
 
-    def full_state_dict(self) -> dict[str, Tensor]:
+    def gather_full_state_dict(self) -> dict[str, Tensor]:
         weights = {}
         for name, parameter in self._engine.module.named_parameters():
             with self._gathered([parameter]):
@@ -199,5 +199,5 @@ class DeepSpeedEngine:
                 master = self._full_fp32(parameter) if self._zero_stage and parameter.requires_grad else None
                 weights[name] = (parameter if master is None else master).detach().float().cpu().clone()
         return weights | {
-            name: to_export_tensor(value) for name, value in persistent_buffers(self._engine.module).items()
+            name: to_fp32_cpu_tensor(value) for name, value in persistent_buffers(self._engine.module).items()
         }

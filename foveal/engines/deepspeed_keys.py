@@ -12,26 +12,28 @@ from foveal.errors import ConfigError
 _SECTION = "engine.deepspeed"
 
 
-def check_deepspeed_keys(config: Mapping[str, Any], user_keys: Iterable[str]) -> None:
+def check_deepspeed_settings(full_config: Mapping[str, Any], user_keys: Iterable[str]) -> None:
     """Refuse keys that are unknown to DeepSpeed, and invalid values.
 
     ``config`` holds all of DeepSpeed's settings, ``user_keys`` the keys that a user added.
     Raises: ConfigError.
     """
     import_deepspeed()
-    derived = {name: value for name, value in config.items() if name not in user_keys or name == "zero_optimization"}
+    derived = {
+        name: value for name, value in full_config.items() if name not in user_keys or name == "zero_optimization"
+    }
     for name in user_keys:
-        settings = _RecordingDict(derived | {name: config[name]})
+        settings = _RecordingDict(derived | {name: full_config[name]})
         _parse_deepspeed_config(settings, name)
         if name not in settings.requested_keys:
             raise ConfigError(
                 f"{_SECTION}.{name} is not a setting of DeepSpeed's.{_suggest_name(name, settings.requested_keys)}"
             )
         default = settings.requested_defaults.get(name)
-        if isinstance(default, int | float) and not _matches_type(config[name], default):
+        if isinstance(default, int | float) and not _matches_type(full_config[name], default):
             raise ConfigError(
                 f"{_SECTION}.{name}: {'true or false' if isinstance(default, bool) else 'a number'} is expected "
-                f"(given: {config[name]!r})"
+                f"(given: {full_config[name]!r})"
             )
 
 

@@ -12,8 +12,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from foveal.checkpoint.chunks import TensorChunk
 from foveal.distributed.world import World
-from foveal.engines.base import to_export_tensor
-from foveal.optim.optimizers import GuardedAdamW, GuardedOptimizer, GuardedSGD, OptimConfig, get_moments
+from foveal.engines.base import to_fp32_cpu_tensor
+from foveal.optim.optimizers import GuardedAdamW, GuardedOptimizer, GuardedSGD, OptimConfig, get_or_create_moments
 
 
 class _ShardedOptimizer(GuardedOptimizer):
@@ -67,7 +67,9 @@ def sharded_parameter_chunks(module: nn.Module, optimizer: torch.optim.Optimizer
     _reshard_modules(module)
     chunks = []
     for name, parameter in module.named_parameters():
-        shards = {"weight": parameter} | (get_moments(optimizer, parameter) if parameter.requires_grad else {})
+        shards = {"weight": parameter} | (
+            get_or_create_moments(optimizer, parameter) if parameter.requires_grad else {}
+        )
         tensors = {part: cast(DTensor, value.detach()).to_local().view(-1) for part, value in shards.items()}
         dtensor = cast(DTensor, parameter)
         _, offset = compute_local_shape_and_global_offset(dtensor.shape, dtensor.device_mesh, dtensor.placements)
@@ -98,5 +100,5 @@ def gather_full_state_dict(module: nn.Module) -> dict[str, Tensor]:
     weights = {}
     for name, value in module.state_dict().items():
         tensor = value.full_tensor() if isinstance(value, DTensor) else value
-        weights[name] = to_export_tensor(tensor)
+        weights[name] = to_fp32_cpu_tensor(tensor)
     return weights

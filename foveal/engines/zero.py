@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from foveal.checkpoint.chunks import TensorChunk, replicated_chunk
 from foveal.distributed.world import World
-from foveal.optim.optimizers import get_moments
+from foveal.optim.optimizers import get_or_create_moments
 
 
 def sharded_parameter_chunks(module: nn.Module, optimizer: Any, zero_stage: int, world: World) -> list[TensorChunk]:
@@ -51,7 +51,7 @@ def _zero3_chunk(name: str, parameter: nn.Parameter, optimizer: Any, world: Worl
 def _partition_chunk(
     name: str, shape: tuple[int, ...], start: int, flat: Tensor, optimizer: Any, offset: int, size: int
 ) -> TensorChunk:
-    partitions = {"weight": flat} | get_moments(optimizer.optimizer, flat)
+    partitions = {"weight": flat} | get_or_create_moments(optimizer.optimizer, flat)
     tensors = {part: value.detach().narrow(0, offset, size) for part, value in partitions.items()}
     return TensorChunk(name, shape, start, tensors, (0, size))
 

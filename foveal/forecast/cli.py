@@ -9,11 +9,11 @@ import typer
 
 from foveal.errors import ConfigError
 from foveal.forecast.slurm_limits import (
-    JobScriptRequest,
+    JobScriptTimes,
     SlurmPartition,
     find_slurm_partition,
-    parse_slurm_time,
-    read_job_script_request,
+    read_job_script_times,
+    slurm_time_to_seconds,
 )
 
 STAGE_NAMES = ("pretrain", "distill", "finetune")
@@ -77,11 +77,11 @@ def plan_command(
         gpus_per_node,
         mfu,
         write_speed * 1e9,
-        peak_flops_per_second=None if tflops is None else tflops * 1e12,
+        gpu_flops_per_second=None if tflops is None else tflops * 1e12,
         gpu_memory_bytes=None if memory_gb is None else memory_gb * 1e9,
     )
     forecast = Forecast(planned_stage, planned_stage.build_plan(cfg, cluster.world_size), cluster)
-    slurm, request = find_slurm_partition(partition), read_job_script_request(planned_stage.name)
+    slurm, request = find_slurm_partition(partition), read_job_script_times(planned_stage.name)
     limits = _job_limits(slurm, request, time)
     problems = find_problems(forecast, limits, slurm, None if time else request)
     if as_json:
@@ -95,13 +95,13 @@ def plan_command(
         raise typer.Exit(2)
 
 
-def _job_limits(slurm: SlurmPartition | None, request: JobScriptRequest | None, time: str | None) -> Any:
+def _job_limits(slurm: SlurmPartition | None, request: JobScriptTimes | None, time: str | None) -> Any:
     """Return a job's time limit: --time, else the job script's, else the partition's default; at most its maximum."""
     from foveal.forecast.problems import JobLimits
 
-    seconds, source = (request.time_seconds, request.script) if request else (None, "nobody")
+    seconds, source = (request.time_limit_seconds, request.script) if request else (None, "nobody")
     if time is not None:
-        seconds, source = parse_slurm_time(time), "--time"
+        seconds, source = slurm_time_to_seconds(time), "--time"
         if seconds is None:
             raise ConfigError(f"--time {time} is not a time; write minutes, H:M:S or D-H:M:S, as for sbatch")
     if slurm is not None:

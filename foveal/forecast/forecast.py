@@ -6,7 +6,14 @@ from typing import Any
 
 from foveal.engines.base import EngineConfig, Precision
 from foveal.forecast.memory import MemoryEstimate, deepspeed_zero_stage, estimate_memory
-from foveal.forecast.trace import MemoryTrace, ParameterCounts, SampleFlops, count_flops, count_parameters, trace_memory
+from foveal.forecast.trace import (
+    MemoryTrace,
+    ParameterCounts,
+    SampleFlops,
+    count_parameters,
+    count_sample_flops,
+    trace_microbatch_memory,
+)
 from foveal.training.cli import Stage
 from foveal.training.plan import Plan, StageConfig
 
@@ -25,7 +32,7 @@ class ClusterSpec:
     gpus_per_node: int
     mfu: float
     write_bytes_per_second: float
-    peak_flops_per_second: float | None = None
+    gpu_flops_per_second: float | None = None
     gpu_memory_bytes: float | None = None
 
     @property
@@ -49,7 +56,7 @@ class Forecast:
     @cached_property
     def flops_per_sample(self) -> SampleFlops:
         data = self.plan.cfg.data
-        return count_flops(self._build, data.channels, data.image_hw, data.labels, self._num_classes)
+        return count_sample_flops(self._build, data.channels, data.image_hw, data.labels, self._num_classes)
 
     @cached_property
     def memory_estimate(self) -> MemoryEstimate:
@@ -66,7 +73,7 @@ class Forecast:
             engine_cfg,
             plan.cfg.optim,
             world_size=plan.world_size,
-            num_microbatches=plan.microbatch_size * plan.accumulation_steps // size,
+            accumulation_steps=plan.microbatch_size * plan.accumulation_steps // size,
         )
 
     @cached_property
@@ -83,7 +90,7 @@ class Forecast:
                 variant: self.estimate_memory_with(cfg.model_copy(update=sharding_update | variant_update))
                 for variant, variant_update in variants.items()
             }
-            for sharding, sharding_update in sharding_options(self.plan.cfg).items()
+            for sharding, sharding_update in engine_overrides_by_sharding(self.plan.cfg).items()
         }
 
     @property
@@ -91,7 +98,9 @@ class Forecast:
         """The row of ``memory_by_sharding`` that the config selects."""
         cfg = self.plan.cfg.engine
         return next(
-            name for name, update in sharding_options(self.plan.cfg).items() if cfg.model_copy(update=update) == cfg
+            name
+            for name, update in engine_overrides_by_sharding(self.plan.cfg).items()
+            if cfg.model_copy(update=update) == cfg
         )
 
     @property
@@ -101,18 +110,20 @@ class Forecast:
         return f"{cfg.precision}{', recompute' if cfg.recompute else ''}"
 
     @property
-    def flops_per_step(self) -> float:
+    def global_flops_per_step(self) -> float:
         """Floating-point operations of a step, all ranks."""
         return self.flops_per_sample.forward_backward * self.plan.cfg.batch.images
 
     @property
     def step_seconds(self) -> float | None:
         """Seconds per step at ``mfu`` of the GPUs' peak; None if the peak is unknown."""
-        rate = self.cluster.peak_flops_per_second
-        return None if rate is None else self.flops_per_step / (self.cluster.world_size * rate * self.cluster.mfu)
+        rate = self.cluster.gpu_flops_per_second
+        return (
+            None if rate is None else self.global_flops_per_step / (self.cluster.world_size * rate * self.cluster.mfu)
+        )
 
     @property
-    def total_seconds(self) -> float | None:
+    def all_runs_training_seconds(self) -> float | None:
         """Seconds from the first step to the last, of all runs of the plan; None if the GPUs' peak is unknown."""
         step = self.step_seconds
         return None if step is None else step * self.plan.total_steps * self.plan.num_runs
@@ -125,12 +136,12 @@ class Forecast:
         ) * _FP32 * self.parameter_counts.trainable + self.parameter_counts.frozen_checkpoint_bytes
 
     @property
-    def save_seconds(self) -> float:
+    def seconds_per_save(self) -> float:
         """Seconds to write a checkpoint, all ranks in parallel."""
         return self.checkpoint_bytes / self.cluster.write_bytes_per_second
 
     @property
-    def mean_image_bytes(self) -> float:
+    def mean_stored_sample_bytes(self) -> float:
         """Mean size of a sample of the first data set, in bytes."""
         source = self.plan.training_set.sources[0]
         shards = source.dataset.manifest.splits[source.split].shards
@@ -142,7 +153,7 @@ class Forecast:
         step = self.step_seconds
         return None if step is None else self.plan.cfg.batch.images / self.plan.world_size / step
 
-    def network_bytes_per_step(self, engine_cfg: EngineConfig) -> float:
+    def gpu_network_bytes_per_step(self, engine_cfg: EngineConfig) -> float:
         """Return the bytes that a rank sends in a step, with ring collectives."""
         ranks, microbatches = self.plan.world_size, self.plan.accumulation_steps
         ring = (ranks - 1) / ranks
@@ -167,8 +178,8 @@ class Forecast:
         """Bytes that a rank sends in a step, by sharding of the state."""
         cfg = self.plan.cfg.engine
         return {
-            name: self.network_bytes_per_step(cfg.model_copy(update=update))
-            for name, update in sharding_options(self.plan.cfg).items()
+            name: self.gpu_network_bytes_per_step(cfg.model_copy(update=update))
+            for name, update in engine_overrides_by_sharding(self.plan.cfg).items()
         }
 
     @property
@@ -182,7 +193,7 @@ class Forecast:
         trace = self._traces.get((precision, batch_size, recompute))
         if trace is None:
             data = self.plan.cfg.data
-            trace = trace_memory(
+            trace = trace_microbatch_memory(
                 self._build,
                 batch_size,
                 data.channels,
@@ -200,7 +211,7 @@ class Forecast:
         return {}
 
 
-def sharding_options(stage_cfg: StageConfig) -> dict[str, dict[str, Any]]:
+def engine_overrides_by_sharding(stage_cfg: StageConfig) -> dict[str, dict[str, Any]]:
     """Return the engine settings of every sharding that the configured engine supports, by display name."""
     cfg = stage_cfg.engine
     if cfg.kind == "plain":

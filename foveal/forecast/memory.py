@@ -77,10 +77,10 @@ def estimate_memory(
     optim: OptimConfig,
     *,
     world_size: int,
-    num_microbatches: int,
+    accumulation_steps: int,
 ) -> MemoryEstimate:
     """Return the memory of a rank under an engine, for a number of microbatches per step."""
-    engine = _engine_bytes(parameters, cfg, optim, world_size, num_microbatches)
+    engine = _engine_bytes(parameters, cfg, optim, world_size, accumulation_steps)
     state = parameters.frozen_bytes + engine.weights + engine.moments
     return MemoryEstimate(
         weights=parameters.frozen_bytes + engine.weights,
@@ -90,7 +90,7 @@ def estimate_memory(
         micro=max(trace.peak_by_gradient_bytes.values()),
         peak=max(
             parameters.frozen_bytes + engine.init_bytes,
-            state + trace.peak_bytes(engine.bytes_during_backward),
+            state + trace.peak_bytes_with_engine(engine.bytes_during_backward),
             state + engine.update_bytes,
         ),
     )
@@ -163,7 +163,7 @@ def _zero3_bytes(parameters: ParameterCounts, cfg: EngineConfig, ranks: int) -> 
     zero = _zero_options(cfg)
     partition = parameters.trainable * _FP32 / ranks
     threshold = _zero3_option(zero, "param_persistence_threshold", _PERSISTENCE_THRESHOLD)
-    small = sum(size for size in parameters.tensor_sizes if size <= threshold)
+    small = sum(size for size in parameters.trainable_tensor_numels if size <= threshold)
     # The reuse distance of a weight, from forward to backward, is twice the number of elements behind it.
     reuse = min(
         _zero3_option(zero, "max_reuse_distance", _REUSE_ELEMENTS) / 2,
@@ -190,8 +190,8 @@ def _zero3_bytes(parameters: ParameterCounts, cfg: EngineConfig, ranks: int) -> 
 def _fsdp2_bytes(parameters: ParameterCounts, optim: OptimConfig, ranks: int) -> _EngineBytes:
     """Shards of everything; gathered are weights and gradients of the root and of two blocks."""
     shard = parameters.trainable * _FP32 / ranks
-    root = max(parameters.trainable - sum(parameters.block_sizes), 0)
-    largest_block = max(parameters.block_sizes, default=0)
+    root = max(parameters.trainable - sum(parameters.block_numels), 0)
+    largest_block = max(parameters.block_numels, default=0)
     return _EngineBytes(
         shard,
         optim.moments_per_parameter * shard,

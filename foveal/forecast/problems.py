@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from foveal.forecast.forecast import Forecast, sharding_options
-from foveal.forecast.slurm_limits import JobScriptRequest, SlurmPartition
+from foveal.forecast.forecast import Forecast, engine_overrides_by_sharding
+from foveal.forecast.slurm_limits import JobScriptTimes, SlurmPartition
 
 # From the start of a job to its first step: containers, imports, index, checkpoint; assumed.
 STARTUP_SECONDS = 180.0
@@ -28,7 +28,7 @@ class JobLimits:
 
 
 def find_problems(
-    forecast: Forecast, limits: JobLimits, partition: SlurmPartition | None, request: JobScriptRequest | None
+    forecast: Forecast, limits: JobLimits, partition: SlurmPartition | None, request: JobScriptTimes | None
 ) -> list[Problem]:
     """Return all problems, fatal ones first."""
     problems = [
@@ -44,7 +44,7 @@ def find_problems(
 
 def count_attempts(forecast: Forecast, limits: JobLimits) -> int | None:
     """Return the number of jobs needed; None if it is unknown, or if a job is too short for any step."""
-    seconds, limit = forecast.total_seconds, limits.time
+    seconds, limit = forecast.all_runs_training_seconds, limits.time
     if seconds is None or limit is None:
         return None
     useful = limit - STARTUP_SECONDS - (limits.notice or 0.0)
@@ -63,10 +63,10 @@ def _memory_problems(forecast: Forecast) -> list[Problem]:
 def _find_fitting_settings(forecast: Forecast, limit: float) -> str | None:
     """Return the first settings that fit: more sharding, then smaller microbatches, then recomputation."""
     cfg, current_size = forecast.plan.cfg.engine, forecast.plan.microbatch_size
-    options = sharding_options(forecast.plan.cfg)
+    options = engine_overrides_by_sharding(forecast.plan.cfg)
     shardings = list(options.values())[list(options).index(forecast.selected_sharding) :]  # less sharding needs more
     parameters = forecast.parameter_counts
-    sizes = [n for n in range(current_size - 1, parameters.min_batch_size - 1, -1) if current_size % n == 0]
+    sizes = [n for n in range(current_size - 1, parameters.min_microbatch_size - 1, -1) if current_size % n == 0]
     for recompute in dict.fromkeys((cfg.recompute, parameters.can_recompute)):
         for size in (current_size, *sizes):
             for sharding in shardings:
@@ -80,7 +80,7 @@ def _find_fitting_settings(forecast: Forecast, limit: float) -> str | None:
 
 
 def _partition_problems(
-    forecast: Forecast, partition: SlurmPartition | None, request: JobScriptRequest | None
+    forecast: Forecast, partition: SlurmPartition | None, request: JobScriptTimes | None
 ) -> list[Problem]:
     if partition is None:
         return []
@@ -93,21 +93,21 @@ def _partition_problems(
                 f"{forecast.cluster.nodes}; use fewer, or another --partition",
             )
         )
-    if request and request.time_seconds and partition.longest and request.time_seconds > partition.longest:
+    if request and request.time_limit_seconds and partition.longest and request.time_limit_seconds > partition.longest:
         problems.append(
             Problem(
                 False,
-                f"time: {request.script} requests {_format_hours(request.time_seconds)}, partition {partition.name} "
+                f"time: {request.script} requests {_format_hours(request.time_limit_seconds)}, partition {partition.name} "
                 f"allows {_format_hours(partition.longest)}, so the job would never start; give sbatch "
                 f"--time={round(partition.longest // 60)}",
             )
         )
-    if 0 < partition.grace < forecast.save_seconds:
+    if 0 < partition.grace < forecast.seconds_per_save:
         problems.append(
             Problem(
                 False,
                 f"preemption: partition {partition.name} gives {partition.grace:.0f} s of grace, a checkpoint of "
-                f"{forecast.checkpoint_bytes / 1e9:.2f} GB takes {forecast.save_seconds:.0f} s: steps since the last "
+                f"{forecast.checkpoint_bytes / 1e9:.2f} GB takes {forecast.seconds_per_save:.0f} s: steps since the last "
                 f"checkpoint are lost; lower checkpoint.every",
             )
         )
@@ -116,7 +116,7 @@ def _partition_problems(
 
 def _time_problems(forecast: Forecast, limits: JobLimits) -> list[Problem]:
     problems = []
-    save = forecast.save_seconds
+    save = forecast.seconds_per_save
     if limits.notice is not None and limits.notice < save:
         problems.append(
             Problem(
@@ -179,12 +179,12 @@ def _timeout_problems(forecast: Forecast) -> list[Problem]:
 
 def _save_interval_problems(forecast: Forecast) -> list[Problem]:
     step, every = forecast.step_seconds, forecast.plan.cfg.checkpoint.every
-    if step is not None and every and step * every < forecast.save_seconds:
+    if step is not None and every and step * every < forecast.seconds_per_save:
         return [
             Problem(
                 False,
                 f"checkpoints: {every} steps take {step * every:.0f} s and writing a checkpoint "
-                f"{forecast.save_seconds:.0f} s: training would wait for the disk; raise checkpoint.every",
+                f"{forecast.seconds_per_save:.0f} s: training would wait for the disk; raise checkpoint.every",
             )
         ]
     return []

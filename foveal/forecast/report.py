@@ -46,15 +46,15 @@ def forecast_to_dict(
             "forward": forecast.flops_per_sample.forward,
             "forward_and_backward": forecast.flops_per_sample.forward_backward,
         },
-        "flops_per_step": forecast.flops_per_step,
+        "flops_per_step": forecast.global_flops_per_step,
         "memory": memory,
         "chosen": {"sharing": forecast.selected_sharding, "way": forecast.selected_variant},
         "gpu_bytes": forecast.cluster.gpu_memory_bytes,
         "checkpoint_bytes": forecast.checkpoint_bytes,
-        "save_seconds": forecast.save_seconds,
+        "save_seconds": forecast.seconds_per_save,
         "network_bytes_per_step": forecast.network_bytes_by_sharding,
         "step_seconds": forecast.step_seconds,
-        "seconds": forecast.total_seconds,
+        "seconds": forecast.all_runs_training_seconds,
         "images_per_second_per_rank": forecast.images_per_second_per_rank,
         "partition": None if partition is None else asdict(partition),
         "limits": asdict(limits),
@@ -72,7 +72,7 @@ def _model_lines(forecast: Forecast) -> list[str]:
         f"model     {parameters.trainable:,} trained parameters{frozen}",
         (
             f"work      {flops.forward_backward / 1e9:.4g} GFLOP per image ({flops.forward / 1e9:.4g} forward), "
-            f"{forecast.flops_per_step / 1e12:.4g} TFLOP per step, without recomputation"
+            f"{forecast.global_flops_per_step / 1e12:.4g} TFLOP per step, without recomputation"
         ),
     ]
 
@@ -110,7 +110,7 @@ def _disk_and_network_lines(forecast: Forecast) -> list[str]:
     return [
         (
             f"disk      {size / 1e9:.3g} GB per checkpoint in {forecast.plan.world_size} files, {cfg.keep} kept"
-            f"{f' and one per {cfg.keep_every} steps' if cfg.keep_every else ''}; {forecast.save_seconds:.0f} s at "
+            f"{f' and one per {cfg.keep_every} steps' if cfg.keep_every else ''}; {forecast.seconds_per_save:.0f} s at "
             f"{forecast.cluster.write_bytes_per_second / 1e9:.3g} GB/s"
         ),
         f"network   GB sent per GPU and step: {traffic}",
@@ -118,21 +118,21 @@ def _disk_and_network_lines(forecast: Forecast) -> list[str]:
 
 
 def _time_lines(forecast: Forecast, limits: JobLimits, partition: SlurmPartition | None) -> list[str]:
-    seconds, step, rate = forecast.total_seconds, forecast.step_seconds, forecast.images_per_second_per_rank
+    seconds, step, rate = forecast.all_runs_training_seconds, forecast.step_seconds, forecast.images_per_second_per_rank
     if seconds is None or step is None or rate is None:
         return ["time      unknown: give --gpu, or --peak-tflops"]
     cluster, plan = forecast.cluster, forecast.plan
     runs = f"{plan.num_runs} runs, " if plan.num_runs > 1 else ""
-    assert cluster.peak_flops_per_second is not None
+    assert cluster.gpu_flops_per_second is not None
     hours, threads, node_rate = seconds / 3600, plan.cfg.data.threads, rate * cluster.gpus_per_node
     lines = [
         (
             f"time      {hours:.3g} hours ({runs}{step:.3g} s per step) at {cluster.mfu:.0%} of "
-            f"{cluster.peak_flops_per_second / 1e12:.0f} TFLOP/s: {hours * cluster.world_size:.3g} GPU-hours"
+            f"{cluster.gpu_flops_per_second / 1e12:.0f} TFLOP/s: {hours * cluster.world_size:.3g} GPU-hours"
         ),
         (
             f"loading   {rate:,.0f} images/s per rank to decode, {rate / threads:,.0f} per thread with data.threads="
-            f"{threads}, {node_rate:,.0f} per node ({node_rate * forecast.mean_image_bytes / 1e6:,.0f} MB/s)"
+            f"{threads}, {node_rate:,.0f} per node ({node_rate * forecast.mean_stored_sample_bytes / 1e6:,.0f} MB/s)"
         ),
     ]
     attempts = count_attempts(forecast, limits)

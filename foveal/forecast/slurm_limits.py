@@ -24,11 +24,11 @@ class SlurmPartition:
 
 
 @dataclass(frozen=True, slots=True)
-class JobScriptRequest:
+class JobScriptTimes:
     """A job script's --time, and the notice of its --signal before the end, in seconds."""
 
     script: str
-    time_seconds: float | None
+    time_limit_seconds: float | None
     notice_seconds: float | None
 
 
@@ -59,31 +59,31 @@ def find_slurm_partition(name: str | None) -> SlurmPartition | None:
     raise ConfigError(f"--partition {name} does not exist; there are: {names}")
 
 
-def read_job_script_request(stage: str) -> JobScriptRequest | None:
+def read_job_script_times(stage: str) -> JobScriptTimes | None:
     """Return the request of the stage's job script; None if it is not below the current folder."""
     script = Path(JOB_SCRIPTS[stage])
     if not script.is_file():
         return None
     header = " ".join(line for line in script.read_text().splitlines() if line.startswith("#SBATCH"))
     time, notice = re.search(r"--time=(\S+)", header), re.search(r"--signal=\S*@(\d+)", header)
-    return JobScriptRequest(
-        str(script), parse_slurm_time(time[1]) if time else None, float(notice[1]) if notice else None
+    return JobScriptTimes(
+        str(script), slurm_time_to_seconds(time[1]) if time else None, float(notice[1]) if notice else None
     )
 
 
 def _parse_partition(row: dict[str, str]) -> SlurmPartition:
-    longest, nodes = parse_slurm_time(row.get("MaxTime", "")), row.get("TotalNodes", "0")
+    longest, nodes = slurm_time_to_seconds(row.get("MaxTime", "")), row.get("TotalNodes", "0")
     max_nodes = row.get("MaxNodes", "UNLIMITED")
     return SlurmPartition(
         row["PartitionName"],
         longest,
-        parse_slurm_time(row.get("DefaultTime", "")),
+        slurm_time_to_seconds(row.get("DefaultTime", "")),
         float(row.get("GraceTime", "0") or 0),
         min(int(nodes), int(max_nodes)) if max_nodes.isdecimal() else int(nodes),
     )
 
 
-def parse_slurm_time(text: str) -> float | None:
+def slurm_time_to_seconds(text: str) -> float | None:
     """Return the seconds of a Slurm time, None if it has another form.
 
     Forms: ``minutes``, ``minutes:seconds``, ``hours:minutes:seconds``, ``days-hours[:minutes[:seconds]]``.

@@ -45,12 +45,12 @@ class ParameterCounts:
 
     trainable: int
     linear_trainable: int
-    tensor_sizes: tuple[int, ...]
-    block_sizes: tuple[int, ...]
+    trainable_tensor_numels: tuple[int, ...]
+    block_numels: tuple[int, ...]
     frozen_bytes: int
     frozen_checkpoint_bytes: int
     can_recompute: bool = True
-    min_batch_size: int = 1
+    min_microbatch_size: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class MemoryTrace:
 
     peak_by_gradient_bytes: dict[int, int]
 
-    def peak_bytes(self, engine_bytes: Callable[[int], float]) -> float:
+    def peak_bytes_with_engine(self, engine_bytes: Callable[[int], float]) -> float:
         """Return the peak with an engine that holds ``engine_bytes(done)`` at ``done`` bytes of finished gradients."""
         return max(alive + engine_bytes(done) for done, alive in self.peak_by_gradient_bytes.items())
 
@@ -87,14 +87,14 @@ def count_parameters(build_setup: SetupBuilder) -> ParameterCounts:
     return ParameterCounts(
         trainable=sum(parameter.numel() for parameter in trained),
         linear_trainable=sum(parameter.numel() for parameter in linear_parameters if parameter.requires_grad),
-        tensor_sizes=tuple(parameter.numel() for parameter in trained),
-        block_sizes=tuple(
+        trainable_tensor_numels=tuple(parameter.numel() for parameter in trained),
+        block_numels=tuple(
             sum(parameter.numel() for parameter in block.parameters()) for block in _find_blocks(setup.model)
         ),
         frozen_bytes=sum(tensor.nbytes for tensor in (*frozen, *buffers.values(), *_frozen_tensors(setup))),
         frozen_checkpoint_bytes=sum(tensor.nbytes for tensor in (*frozen, *saved_buffers)),
         can_recompute=_can_recompute(setup.model),
-        min_batch_size=2 if has_batch_norm(setup.model) else 1,
+        min_microbatch_size=2 if has_batch_norm(setup.model) else 1,
     )
 
 
@@ -111,10 +111,10 @@ def _can_recompute(model: Any) -> bool:
     return True
 
 
-def count_flops(
+def count_sample_flops(
     build_setup: SetupBuilder,
     channels: int,
-    image_size: tuple[int, int],
+    image_hw: tuple[int, int],
     label_kind: LabelKind = "class",
     num_classes: int = 1,
 ) -> SampleFlops:
@@ -124,18 +124,18 @@ def count_flops(
     """
     setup = _build_on_meta(build_setup)
     with _on_fake_tensors(setup) as model, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        batch = _fake_batch(2, channels, image_size, label_kind, num_classes)  # BatchNorm cannot train on one sample
+        batch = _fake_batch(2, channels, image_hw, label_kind, num_classes)  # BatchNorm cannot train on one sample
         total, _ = setup.objective(model, batch)
         forward = counter.get_total_flops()
         total.backward()
     return SampleFlops(forward / 2, counter.get_total_flops() / 2)
 
 
-def trace_memory(
+def trace_microbatch_memory(
     build_setup: SetupBuilder,
-    batch_size: int,
+    microbatch_size: int,
     channels: int,
-    image_size: tuple[int, int],
+    image_hw: tuple[int, int],
     label_kind: LabelKind = "class",
     num_classes: int = 1,
     *,
@@ -152,7 +152,7 @@ def trace_memory(
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(tracer.on_gradient_ready)
         with tracer, autocast(_DEVICE, precision):
-            total, _ = setup.objective(model, _fake_batch(batch_size, channels, image_size, label_kind, num_classes))
+            total, _ = setup.objective(model, _fake_batch(microbatch_size, channels, image_hw, label_kind, num_classes))
             with autocast(_DEVICE, "fp32"):
                 total.backward()
     return MemoryTrace(tracer.peak_by_gradient_bytes)

@@ -23,7 +23,7 @@ from foveal.config import Config, ImageSize, height_and_width, science
 from foveal.errors import ConfigError, ExportError
 from foveal.models.batch_norm import find_batch_norms, preserve_batch_norm_stats
 from foveal.models.droppath import replace_drop_paths
-from foveal.models.vit import EncoderCard, card_errors
+from foveal.models.vit import EncoderCard, config_error_as_export
 
 FeatureFn = Callable[[Any, Tensor], tuple[Tensor, ...]]  # (model, normalised images [B, C, H, W]) -> features
 
@@ -66,7 +66,7 @@ def build_backbone(
     except TIMM_ERRORS as error:
         raise ConfigError(
             f"timm cannot build '{name}' for images of {format_image_size(image_size)} pixels with {channels} "
-            f"channels: {format_error(error)}"
+            f"channels: {format_error_one_line(error)}"
         ) from None
     _check_patch_multiple(backbone, name, image_size)
     _remove_dropout(backbone, drop_path)
@@ -86,20 +86,20 @@ def backbone_card(name: str, image_size: int | tuple[int, int], channels: int, n
     return BackboneCard(timm=name, image_size=image_size, channels=channels, classes=num_classes).to_dict()
 
 
-def parse_encoder_card(card: dict[str, Any], where: str) -> EncoderCard | BackboneCard:
+def parse_encoder_card(card: dict[str, Any], source: str) -> EncoderCard | BackboneCard:
     """Parse an export's card: of a foveal encoder, or of a model of timm. Raises: ConfigError."""
-    return (BackboneCard if "timm" in card else EncoderCard).from_dict(card, where)
+    return (BackboneCard if "timm" in card else EncoderCard).from_dict(card, source)
 
 
 def backbone_from_card(
-    card: dict[str, Any], where: str, *, drop_path: float = 0.0, num_classes: int | None = None
+    card: dict[str, Any], source: str, *, drop_path: float = 0.0, num_classes: int | None = None
 ) -> nn.Module:
     """Build the model that a card describes, freshly initialised; ``num_classes`` overrides the card.
 
     Raises: ExportError if the card is invalid.
     """
-    with card_errors(where):
-        parsed_card = BackboneCard.from_dict(card, where)
+    with config_error_as_export(source):
+        parsed_card = BackboneCard.from_dict(card, source)
         num_classes = parsed_card.classes if num_classes is None else num_classes
         return build_backbone(*parsed_card.build_args, num_classes=num_classes, drop_path=drop_path)
 
@@ -134,7 +134,7 @@ def forward_pooled(backbone: Any, images: Tensor) -> tuple[Tensor, ...]:
     return (backbone.forward_head(backbone.forward_features(images), pre_logits=True),)
 
 
-def forward_pooled_and_tokens(backbone: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+def forward_pooled_and_patches(backbone: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     """Return (pooled [B, D], the last map's locations [B, L, D]) of normalised images [B, C, H, W]."""
     pooled, feature_map = forward_pooled_and_map(backbone, images)
     return pooled, feature_map.flatten(2).transpose(1, 2)
@@ -145,7 +145,7 @@ def infer_pooled_width(name: str, image_size: int | tuple[int, int], channels: i
     return _infer_outputs(forward_pooled, name, image_size, channels)[0].shape[1]
 
 
-def infer_feature_shapes(
+def infer_pooled_map_shapes(
     name: str, image_size: int | tuple[int, int], channels: int
 ) -> tuple[int, tuple[int, int, int]]:
     """Return the width of a model's pooled feature, and (D, rows, columns) of its last map, from the meta device.
@@ -169,11 +169,11 @@ def _infer_outputs(
         except TIMM_ERRORS as error:
             raise ConfigError(
                 f"'{name}' makes no feature map of images of {format_image_size(image_size)} pixels: "
-                f"{format_error(error)}"
+                f"{format_error_one_line(error)}"
             ) from None
 
 
-def check_training_forward(
+def check_classifier_training(
     name: str, image_size: int | tuple[int, int], channels: int, num_classes: int, microbatch_size: int
 ) -> None:
     """Raise ConfigError if a training forward fails: images too small, or too few for BatchNorm."""
@@ -184,7 +184,7 @@ def check_training_forward(
     except TIMM_ERRORS as error:
         raise ConfigError(
             f"'{name}' cannot train on a microbatch of {microbatch_size} images of {format_image_size(image_size)} "
-            f"pixels: {format_error(error)}"
+            f"pixels: {format_error_one_line(error)}"
         ) from None
     if not isinstance(logits, Tensor) or logits.shape != (microbatch_size, num_classes):
         raise ConfigError(f"'{name}' does not make one row of logits per image; use another model")
@@ -220,7 +220,7 @@ def count_head_classes(weights: dict[str, Tensor], name: str, image_size: int | 
     return max(sizes, default=0)
 
 
-def check_resizable(card: BackboneCard, image_size: int | tuple[int, int], where: str) -> None:
+def check_resizable(card: BackboneCard, image_size: int | tuple[int, int], source: str) -> None:
     """Raise ExportError if a timm model's weights do not fit another image size, ConfigError if timm cannot build it."""
     new, trained = (
         build_meta_backbone(card.timm, size, card.channels).state_dict() for size in (image_size, card.image_size)
@@ -228,7 +228,7 @@ def check_resizable(card: BackboneCard, image_size: int | tuple[int, int], where
     changed = [name for name in trained if name not in new or new[name].shape != trained[name].shape]
     if changed:
         raise ExportError(
-            f"{where} is a {card.timm} of images of {format_image_size(card.image_size)} pixels and has weights of "
+            f"{source} is a {card.timm} of images of {format_image_size(card.image_size)} pixels and has weights of "
             f"that size alone ({', '.join(changed[:3])}); data.image_size is {format_image_size(image_size)}"
         )
 
@@ -263,7 +263,7 @@ class PretrainedInfo:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     image_size: tuple[int, int]
-    first_layer: str
+    first_layer_name: str
 
 
 def get_pretrained_info(name: str) -> PretrainedInfo:
@@ -342,6 +342,6 @@ def _architecture_name(backbone: Any) -> str:
     return str(backbone.pretrained_cfg["architecture"])
 
 
-def format_error(error: Exception) -> str:
+def format_error_one_line(error: Exception) -> str:
     """Return the message of an error of timm's or torch's in one line."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from foveal.models.backbone import has_distillation_token
 from foveal.models.batch_norm import add_auxiliary_batch_norms
 from foveal.models.droppath import count_drop_paths
-from foveal.models.encoder_with_head import EncoderWithHead, prepare_encoder
+from foveal.models.encoder_with_head import EncoderWithHead, set_noise_cast_images
 from foveal.models.token_positions import find_cross_module_parameters
 from foveal.models.vit import HEAD_INIT_STD
 
@@ -55,7 +55,7 @@ class Classifier(EncoderWithHead):
             self.head_dist = build_distillation_head(encoder)
 
     @property
-    def drop_noise_size(self) -> int:
+    def drop_noise_per_image(self) -> int:
         """Uniform numbers per image in training: one per branch with drop path, and with dropout one per feature."""
         return count_drop_paths(self.encoder) + (self._head_in_features if self.dropout else 0)
 
@@ -67,7 +67,7 @@ class Classifier(EncoderWithHead):
         """
         encoder = self.encoder if self.training or self.averaged is None else self.averaged
         num_branches = count_drop_paths(encoder)
-        images = prepare_encoder(encoder, images, None if drop_noise is None else drop_noise[:, :num_branches])
+        images = set_noise_cast_images(encoder, images, None if drop_noise is None else drop_noise[:, :num_branches])
         if not self.training or (not self.dropout and self.head_dist is None):
             return encoder(images)
         tokens = encoder.forward_features(images)

@@ -15,18 +15,18 @@ from foveal.models.backbone import (
     BackboneCard,
     build_backbone,
     build_meta_backbone,
-    format_error,
+    format_error_one_line,
     format_image_size,
     forward_feature_map,
     forward_single_map,
-    infer_feature_shapes,
+    infer_pooled_map_shapes,
     parse_encoder_card,
 )
-from foveal.models.encoder_with_head import EncoderWithHead, prepare_encoder
-from foveal.models.fcos import FCOSOutput, compute_locations
+from foveal.models.encoder_with_head import EncoderWithHead, set_noise_cast_images
+from foveal.models.fcos import FCOSOutput, compute_locations_with_strides
 from foveal.models.pyramid import SimpleFeaturePyramid
 from foveal.models.segment import find_unused_parameters
-from foveal.models.vit import EncoderCard, build_encoder, card_errors
+from foveal.models.vit import EncoderCard, build_encoder, config_error_as_export
 
 
 class DetectorConfig(Config):
@@ -64,7 +64,7 @@ class Detector(EncoderWithHead):
         self,
         encoder: nn.Module,
         in_channels: int,
-        stride: int,
+        in_stride: int,
         head_card: DetectionHeadCard,
         unused_parameters: tuple[str, ...] = (),
     ) -> None:
@@ -73,71 +73,71 @@ class Detector(EncoderWithHead):
         The head is drawn from torch's global generator, after the encoder (``build_encoder``).
         """
         super().__init__(encoder, unused_parameters)
-        self.head = FCOSPyramidHead(in_channels, stride, head_card)
+        self.head = FCOSPyramidHead(in_channels, in_stride, head_card)
 
     def forward(self, images: Tensor, drop_noise: Tensor | None = None) -> FCOSOutput:
         """Return the head's output for normalised images [B, C, H, W].
 
         ``drop_noise`` [B, drop paths] is uniform; see ``foveal.models.classify.Classifier.forward``.
         """
-        return self.head(forward_feature_map(self.encoder, prepare_encoder(self.encoder, images, drop_noise)))
+        return self.head(forward_feature_map(self.encoder, set_noise_cast_images(self.encoder, images, drop_noise)))
 
 
 class FCOSPyramidHead(nn.Module):
     """The pyramid, and a head shared by its maps."""
 
-    def __init__(self, in_channels: int, stride: int, card: DetectionHeadCard) -> None:
+    def __init__(self, in_channels: int, in_stride: int, head_card: DetectionHeadCard) -> None:
         super().__init__()
-        self.pyramid = SimpleFeaturePyramid(in_channels, card.width, stride, card.strides)
-        self.fcos = FCOSHead(card.width, num_anchors=1, num_classes=card.classes, num_convs=card.layers)
+        self.pyramid = SimpleFeaturePyramid(in_channels, head_card.width, in_stride, head_card.strides)
+        self.fcos = FCOSHead(head_card.width, num_anchors=1, num_classes=head_card.classes, num_convs=head_card.layers)
 
     def forward(self, feature_map: Tensor) -> FCOSOutput:
         """Return the output at each location of the pyramid on a map [B, in_channels, rows, columns]."""
         maps = self.pyramid(feature_map)
         output = self.fcos(list(maps))
         map_sizes = [(level_map.shape[2], level_map.shape[3]) for level_map in maps]
-        locations = compute_locations(map_sizes, self.pyramid.strides, feature_map.device)
+        locations = compute_locations_with_strides(map_sizes, self.pyramid.strides, feature_map.device)
         return FCOSOutput(output["cls_logits"], output["bbox_regression"], output["bbox_ctrness"].squeeze(2), locations)
 
 
-def build_detector(encoder: nn.Module, card: dict[str, Any], head_card: dict[str, Any], where: str) -> Detector:
+def build_detector(encoder: nn.Module, card: dict[str, Any], head_card: dict[str, Any], source: str) -> Detector:
     """Build a detector on an encoder, or a model of timm, that was built from ``card``, with a fresh head.
 
     ``where`` names the cards' file in error messages. Raises: ExportError if a card is invalid.
     """
-    with card_errors(where):
-        encoder_card = parse_encoder_card(card, where)
-        parsed_head_card = DetectionHeadCard.from_dict(head_card, f"{where}: head")
+    with config_error_as_export(source):
+        encoder_card = parse_encoder_card(card, source)
+        parsed_head_card = DetectionHeadCard.from_dict(head_card, f"{source}: head")
         unused_parameters = ()
         if isinstance(encoder_card, BackboneCard):
             unused_parameters = find_unused_parameters(forward_single_map, encoder_card)
         return Detector(encoder, *_map_width_and_stride(encoder_card), parsed_head_card, unused_parameters)
 
 
-def check_detector(
+def check_detector_meta_forward(
     card: EncoderCard | BackboneCard,
     head_card: DetectionHeadCard,
-    image_size: tuple[int, int],
+    image_hw: tuple[int, int],
     num_images: int,
     *,
     train: bool,
 ) -> None:
     """Raise ConfigError if a forward of ``num_images`` images of (height, width) pixels fails, on the meta device."""
     in_channels, stride = _map_width_and_stride(card)
-    if 8 * head_card.strides[0] < stride or head_card.strides[-1] > max(image_size):
+    if 8 * head_card.strides[0] < stride or head_card.strides[-1] > max(image_hw):
         raise ConfigError(
             f"detect.strides={list(head_card.strides)} do not fit an encoder of stride {stride} and images of "
-            f"{format_image_size(image_size)} pixels: use strides from {-(-stride // 8)} to {max(image_size)}"
+            f"{format_image_size(image_hw)} pixels: use strides from {-(-stride // 8)} to {max(image_hw)}"
         )
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         try:
             model = Detector(_build_encoder(card), in_channels, stride, head_card).train(train)
-            model(torch.empty(num_images, card.channels, *image_size))
+            model(torch.empty(num_images, card.channels, *image_hw))
         except TIMM_ERRORS as error:
             action = "train on" if train else "evaluate"
             raise ConfigError(
                 f"a detector of images of {format_image_size(card.image_size)} pixels cannot {action} a microbatch of "
-                f"{num_images} images of {format_image_size(image_size)} pixels: {format_error(error)}"
+                f"{num_images} images of {format_image_size(image_hw)} pixels: {format_error_one_line(error)}"
             ) from None
 
 
@@ -154,7 +154,7 @@ def _map_width_and_stride(card: EncoderCard | BackboneCard) -> tuple[int, int]:
     """
     if isinstance(card, EncoderCard):
         return card.width, card.patch
-    _, (width, *sides) = infer_feature_shapes(*card.build_args)
+    _, (width, *sides) = infer_pooled_map_shapes(*card.build_args)
     stages = getattr(build_meta_backbone(*card.build_args), "feature_info", None)
     stride = stages[-1]["reduction"] if stages else height_and_width(card.image_size)[0] // sides[0]
     if sides != [-(-side // stride) for side in height_and_width(card.image_size)]:

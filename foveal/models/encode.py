@@ -17,8 +17,8 @@ from foveal.models.timm_vit import Encoder
 from foveal.models.token_positions import (
     add_positions_and_prefix,
     find_cross_module_parameters,
-    get_rotary_embeddings,
-    set_visible_indices,
+    rotary_block_args,
+    set_relative_bias_indices,
 )
 
 
@@ -31,21 +31,21 @@ def encode(encoder: Encoder, images: Tensor, visible_indices: Tensor | None = No
 
 
 def encode_layers(
-    encoder: Encoder, images: Tensor, depths: Sequence[int], visible_indices: Tensor | None = None
+    encoder: Encoder, images: Tensor, block_counts: Sequence[int], visible_indices: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     """Return the tokens [B, N, D] after each of ``depths`` blocks (0: before the first block).
 
     Blocks beyond the deepest one are not run.
     """
     blocks = list(encoder.blocks)
-    rotary_embeddings = get_rotary_embeddings(encoder, visible_indices)
+    rotary_embeddings = rotary_block_args(encoder, visible_indices)
     recompute = encoder.grad_checkpointing
-    set_visible_indices(encoder, visible_indices)
+    set_relative_bias_indices(encoder, visible_indices)
     tokens_by_depth = {0: _embed_patches(encoder, images, visible_indices)}
-    for start, stop in zip([0, *sorted(depths)], sorted(depths), strict=False):
+    for start, stop in zip([0, *sorted(block_counts)], sorted(block_counts), strict=False):
         tokens = tokens_by_depth[start]
         tokens_by_depth[stop] = run_blocks(blocks[start:stop], tokens, recompute, rotary_embeddings[start:stop])
-    return tuple(tokens_by_depth[depth] for depth in depths)
+    return tuple(tokens_by_depth[depth] for depth in block_counts)
 
 
 def encode_cls_and_patches(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:

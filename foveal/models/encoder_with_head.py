@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from foveal.models.backbone import set_activation_checkpointing
 from foveal.models.droppath import set_drop_path_noise
-from foveal.models.token_positions import find_cross_module_parameters, set_visible_indices
+from foveal.models.token_positions import find_cross_module_parameters, set_relative_bias_indices
 
 
 class EncoderWithHead(nn.Module):
@@ -29,9 +29,9 @@ class EncoderWithHead(nn.Module):
         return find_cross_module_parameters(self.encoder)
 
 
-def prepare_encoder(encoder: Any, images: Tensor, drop_noise: Tensor | None) -> Tensor:
+def set_noise_cast_images(encoder: Any, images: Tensor, drop_noise: Tensor | None) -> Tensor:
     """Set the drop path noise and all patches for the next forward; return the images in the dtype of the weights."""
     set_drop_path_noise(encoder, drop_noise)
-    set_visible_indices(encoder, None)
+    set_relative_bias_indices(encoder, None)
     # An engine may have lowered the weights; under autocast they are float32.
     return images.to(next(encoder.parameters()).dtype)

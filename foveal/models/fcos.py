@@ -29,7 +29,7 @@ class FCOSOutput(NamedTuple):
     """
 
     class_logits: Tensor
-    box_distances: Tensor
+    box_distances_in_strides: Tensor
     centerness_logits: Tensor
     locations: Tensor
 
@@ -51,7 +51,9 @@ class Detections:
     classes: Tensor
 
 
-def compute_locations(map_sizes: Sequence[tuple[int, int]], strides: Sequence[float], device: torch.device) -> Tensor:
+def compute_locations_with_strides(
+    map_sizes: Sequence[tuple[int, int]], strides: Sequence[float], device: torch.device
+) -> Tensor:
     """Return the cell centres of maps of these (rows, columns), float32 [P, 3]: (x, y, stride) in pixels."""
     locations = []
     for (rows, columns), stride in zip(map_sizes, strides, strict=True):
@@ -62,17 +64,17 @@ def compute_locations(map_sizes: Sequence[tuple[int, int]], strides: Sequence[fl
     return torch.cat(locations)
 
 
-def compute_fcos_losses(output: FCOSOutput, targets: Tensor) -> FCOSLosses:
+def fcos_losses_per_image(output: FCOSOutput, padded_targets: Tensor) -> FCOSLosses:
     """Return the losses of images with targets [B, M, 5]: boxes and their classes, class -1 for padding.
 
     Focal loss of the classes (Lin et al., 2017), generalised IoU of the boxes (Rezatofighi et al., 2019) and
     cross-entropy of the centerness, as in torchvision's FCOS. Each image's losses are divided by its own number of
     assigned locations, or by 1 without any, so that they do not depend on the other images of a rank.
     """
-    targets = F.pad(targets, (0, 0, 0, 1), value=_NO_BOX)  # a padding row, so that M is at least 1
-    assigned_BP = torch.stack([_assign_boxes(output.locations, image_targets) for image_targets in targets])
+    padded_targets = F.pad(padded_targets, (0, 0, 0, 1), value=_NO_BOX)  # a padding row, so that M is at least 1
+    assigned_BP = torch.stack([_assign_boxes(output.locations, image_targets) for image_targets in padded_targets])
     positive_BP = assigned_BP >= 0
-    target_BP5 = targets.gather(1, assigned_BP.clamp(min=0)[:, :, None].expand(-1, -1, 5))
+    target_BP5 = padded_targets.gather(1, assigned_BP.clamp(min=0)[:, :, None].expand(-1, -1, 5))
     classes_BP = torch.where(positive_BP, target_BP5[:, :, 4], _NO_BOX)
     points_P2, stride_P1 = output.locations[:, :2], output.locations[:, 2:]
     # A valid box for unassigned locations keeps the masked losses finite.
@@ -81,7 +83,9 @@ def compute_fcos_losses(output: FCOSOutput, targets: Tensor) -> FCOSLosses:
     logits = output.class_logits.float()
     one_hot_BPK = (classes_BP[:, :, None] == torch.arange(logits.shape[2], device=logits.device)).to(logits.dtype)
     num_positive_B = positive_BP.sum(dim=1).clamp(min=1)
-    box_loss_BP = 1 - generalised_iou(_distances_to_boxes(output.box_distances.float(), output.locations), boxes_BP4)
+    box_loss_BP = 1 - elementwise_generalised_iou(
+        _distances_to_boxes(output.box_distances_in_strides.float(), output.locations), boxes_BP4
+    )
     centerness_loss_BP = F.binary_cross_entropy_with_logits(
         output.centerness_logits.float(), _centerness_targets(output.locations, boxes_BP4), reduction="none"
     )
@@ -95,7 +99,7 @@ def compute_fcos_losses(output: FCOSOutput, targets: Tensor) -> FCOSLosses:
 @torch.no_grad()
 def decode_detections(
     output: FCOSOutput,
-    image_size: tuple[int, int],
+    image_hw: tuple[int, int],
     *,
     score_threshold: float,
     iou_threshold: float,
@@ -107,14 +111,14 @@ def decode_detections(
     A score is the geometric mean of class probability and centerness. Non-maximum suppression per class (IoU above
     ``iou_threshold``) keeps at most ``max_detections`` of the ``max_candidates`` best above ``score_threshold``.
     """
-    outputs = (output.class_logits.float(), output.box_distances.float(), output.centerness_logits.float())
+    outputs = (output.class_logits.float(), output.box_distances_in_strides.float(), output.centerness_logits.float())
     return [
         _decode_image(
             class_logits,
             box_distances,
             centerness_logits,
             output.locations,
-            image_size,
+            image_hw,
             score_threshold=score_threshold,
             iou_threshold=iou_threshold,
             max_candidates=max_candidates,
@@ -177,7 +181,7 @@ def _centerness_targets(locations: Tensor, boxes: Tensor) -> Tensor:
     return _product(ratios).sqrt()
 
 
-def generalised_iou(boxes: Tensor, other_boxes: Tensor) -> Tensor:
+def elementwise_generalised_iou(boxes: Tensor, other_boxes: Tensor) -> Tensor:
     """Return the element-wise generalised intersection over union [...] of boxes [..., 4], in (-1, 1].
 
     As torchvision's ``generalized_box_iou_loss``, without its boolean indexing, whose output size depends on data.

@@ -85,7 +85,7 @@ class MAEOutput(NamedTuple):
     encoder's patch features of the full image, without a gradient. Both are None unless the objective uses them.
     """
 
-    patch_pred: Tensor
+    masked_patch_pred: Tensor
     masked_indices: Tensor
     image_pred: Tensor | None = None
     target_features: Tensor | None = None
@@ -120,13 +120,13 @@ class MaskedAutoencoder(nn.Module):
         self.averaged = copy.deepcopy(encoder).requires_grad_(False) if with_ema else None
         self._needs_target_features = predict_features or predict_image
 
-    def forward(self, images: Tensor, noise: Tensor, mask_ratio: float) -> MAEOutput:
+    def forward(self, images: Tensor, mask_noise: Tensor, mask_ratio: float) -> MAEOutput:
         """Predict the masked patches and, with ``predict_image``, the image's representation.
 
         ``images`` [B, C, H, W] are normalised; ``noise`` [B, L], float32 or float64, selects the masked patches
         (``split_patches_by_noise``): uniform numbers, or a mask strategy's noise (``foveal.models.masks``).
         """
-        visible_indices, masked_indices = split_patches_by_noise(noise, mask_ratio)
+        visible_indices, masked_indices = split_patches_by_noise(mask_noise, mask_ratio)
         # First: activations recomputed in the backward pass must find the visible indices set last.
         target_features = self._compute_target_features(images)
         tokens = self.encode(images, visible_indices)

@@ -45,15 +45,15 @@ def block_mask_noise(uniforms: Tensor, rows: int, columns: int, block_size: int)
     return order_BL.gather(1, block_BL).double() + noise_BL.double()
 
 
-def grid_mask_noise(uniforms: Tensor, rows: int, columns: int, block_size: int) -> Tensor:
+def grid_mask_noise(uniforms: Tensor, rows: int, columns: int, cell_size: int) -> Tensor:
     """Return noise, float64 [B, L], that shows one patch of each square cell (figure 6 of He et al., 2022).
 
     The visible patch has the same place in all cells of an image; the place is drawn per image.
     """
     noise_BL = uniforms[:, : rows * columns]
-    offset_B2 = (uniforms[:, -NUM_OFFSET_DRAWS:] * block_size).long()
+    offset_B2 = (uniforms[:, -NUM_OFFSET_DRAWS:] * cell_size).long()
     row_visible_BR, column_visible_BC = (
-        torch.arange(length, device=uniforms.device) % block_size == offset_B2[:, axis, None]
+        torch.arange(length, device=uniforms.device) % cell_size == offset_B2[:, axis, None]
         for axis, length in enumerate((rows, columns))
     )
     hidden_BL = ~(row_visible_BR[:, :, None] & column_visible_BC[:, None, :]).flatten(1)

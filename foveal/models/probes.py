@@ -19,7 +19,7 @@ _HEAD_INIT_STD = 0.01  # He et al., 2022, appendix A.2
 
 
 def encode_probe_features(
-    encoder: Encoder, images: Tensor, layers: Sequence[int], pooling: str
+    encoder: Encoder, images: Tensor, block_numbers: Sequence[int], pooling: str
 ) -> tuple[Tensor, Tensor]:
     """Return features [S, B, F] and patches [S, B, L, D] after blocks ``layers`` (ascending, from 1) of images.
 
@@ -30,7 +30,7 @@ def encode_probe_features(
     untyped_encoder: Any = encoder
     norm_after_pooling = isinstance(encoder.norm, nn.Identity)
     norm = untyped_encoder.fc_norm if norm_after_pooling else encoder.norm
-    tokens = torch.stack(encode_layers(encoder, images, layers))
+    tokens = torch.stack(encode_layers(encoder, images, block_numbers))
     normed = norm(tokens)
     token = normed[:, :, 0]
     patches = normed[:, :, encoder.num_prefix_tokens :]
@@ -58,7 +58,7 @@ class AttentiveHead(nn.Module):
         return self.head(self.pool(patches))
 
 
-def init_linear_heads(in_features: int, num_classes: int, num_heads: int) -> tuple[Tensor, Tensor]:
+def init_equal_linear_heads(in_features: int, num_classes: int, num_heads: int) -> tuple[Tensor, Tensor]:
     """Return weights [num_heads, K, F] and biases [num_heads, K] of equal heads, initialised as MAE's linear probe."""
     weight = trunc_normal_(torch.empty(num_classes, in_features), std=_HEAD_INIT_STD)
     return weight.repeat(num_heads, 1, 1), torch.zeros(num_heads, num_classes)

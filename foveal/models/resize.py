@@ -12,16 +12,16 @@ from foveal.models.timm_vit import Encoder
 from foveal.models.vit import EncoderCard, Positions
 
 
-def resize_weights_from_card(
-    weights: dict[str, Tensor], encoder: Encoder, card: dict[str, Any], where: str
+def resize_positions_from_card(
+    weights: dict[str, Tensor], encoder: Encoder, card: dict[str, Any], source: str
 ) -> dict[str, Tensor]:
     """Return the weights of an encoder with this card (read from ``where``), resized to the grid of ``encoder``."""
-    parsed_card = EncoderCard.from_dict(card, where)
+    parsed_card = EncoderCard.from_dict(card, source)
     source_grid = parsed_card.patch_grid(parsed_card.image_size)
-    return resize_weights(weights, encoder, parsed_card.positions, source_grid)
+    return resize_position_embeddings(weights, encoder, parsed_card.positions, source_grid)
 
 
-def resize_weights(
+def resize_position_embeddings(
     weights: dict[str, Tensor], encoder: Encoder, positions: Positions | None, source_grid: tuple[int, int]
 ) -> dict[str, Tensor]:
     """Return weights trained on ``source_grid`` (rows, columns), resized to the grid of ``encoder``.
@@ -48,15 +48,15 @@ def resize_weights(
     }
 
 
-def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_maps(maps: Tensor, target_hw: tuple[int, int]) -> Tensor:
     """Resize maps [B, D, rows, columns] bilinearly, as ``F.interpolate`` without aligned corners.
 
     Two matrix products replace torch's own operator, whose backward on a GPU has no fixed order of summation.
     """
-    if maps.shape[2:] == size:
+    if maps.shape[2:] == target_hw:
         return maps
     row_weights, column_weights = (
         F.interpolate(torch.eye(old, device=maps.device)[None], size=new, mode="linear")[0].to(maps.dtype)
-        for old, new in zip(maps.shape[2:], size, strict=True)
+        for old, new in zip(maps.shape[2:], target_hw, strict=True)
     )
     return ((maps @ column_weights).transpose(2, 3) @ row_weights).transpose(2, 3)

@@ -19,16 +19,16 @@ from foveal.models.backbone import (
     FeatureFn,
     build_backbone,
     build_meta_backbone,
-    format_error,
+    format_error_one_line,
     format_image_size,
     forward_single_map,
-    infer_feature_shapes,
+    infer_pooled_map_shapes,
     parse_encoder_card,
 )
-from foveal.models.encoder_with_head import EncoderWithHead, prepare_encoder
+from foveal.models.encoder_with_head import EncoderWithHead, set_noise_cast_images
 from foveal.models.pyramid import DEFAULT_STRIDES, SimpleFeaturePyramid
 from foveal.models.resize import resize_maps
-from foveal.models.vit import HEAD_INIT_STD, EncoderCard, card_errors
+from foveal.models.vit import HEAD_INIT_STD, EncoderCard, config_error_as_export
 
 SegmentationHeadKind = Literal["linear", "pyramid"]
 
@@ -57,11 +57,11 @@ class Segmenter(EncoderWithHead):
 
         ``drop_noise`` [B, drop paths] is uniform; see ``foveal.models.classify.Classifier.forward``.
         """
-        maps = self._extract_maps(self.encoder, prepare_encoder(self.encoder, images, drop_noise))
+        maps = self._extract_maps(self.encoder, set_noise_cast_images(self.encoder, images, drop_noise))
         return resize_maps(self.head(maps), (images.shape[2], images.shape[3]))
 
 
-class LinearSegmentationHead(nn.Module):
+class LastMapLinearHead(nn.Module):
     """A linear map from each location of the last map to logits (DINOv2's linear probe, 2023, without BatchNorm)."""
 
     def __init__(self, in_channels: int, num_classes: int) -> None:
@@ -108,15 +108,15 @@ class LateralConvs(nn.Module):
         return tuple(norm(level(feature_map)) for norm, level, feature_map in layers)
 
 
-def build_segmenter(encoder: nn.Module, card: dict[str, Any], head_card: dict[str, Any], where: str) -> Segmenter:
+def build_segmenter(encoder: nn.Module, card: dict[str, Any], head_card: dict[str, Any], source: str) -> Segmenter:
     """Build a segmenter on an encoder, or a model of timm, that was built from ``card``, with a fresh head.
 
     The head is drawn from torch's global generator. ``where`` names the cards' file in error messages.
     Raises: ExportError if a card is invalid.
     """
-    with card_errors(where):
-        encoder_card = parse_encoder_card(card, where)
-        parsed_head_card = SegmentationHeadCard.from_dict(head_card, f"{where}: head")
+    with config_error_as_export(source):
+        encoder_card = parse_encoder_card(card, source)
+        parsed_head_card = SegmentationHeadCard.from_dict(head_card, f"{source}: head")
         if isinstance(encoder_card, EncoderCard):
             head = _build_last_map_head(parsed_head_card, encoder_card.width, encoder_card.patch)
             return Segmenter(encoder, head, forward_single_map)
@@ -126,7 +126,7 @@ def build_segmenter(encoder: nn.Module, card: dict[str, Any], head_card: dict[st
 
 def check_segmenter_training(card: BackboneCard, head_card: SegmentationHeadCard, microbatch_size: int) -> None:
     """Raise ConfigError if a training forward of a model of timm with this head fails, on the meta device."""
-    infer_feature_shapes(*card.build_args)  # raises ConfigError if there is no map
+    infer_pooled_map_shapes(*card.build_args)  # raises ConfigError if there is no map
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         extract_maps, head = _build_backbone_head(head_card, card)
         model = Segmenter(build_backbone(*card.build_args), head, extract_maps)
@@ -135,13 +135,13 @@ def check_segmenter_training(card: BackboneCard, head_card: SegmentationHeadCard
         except TIMM_ERRORS as error:
             raise ConfigError(
                 f"'{card.timm}' cannot train segmentation on a microbatch of {microbatch_size} images of "
-                f"{format_image_size(card.image_size)} pixels: {format_error(error)}"
+                f"{format_image_size(card.image_size)} pixels: {format_error_one_line(error)}"
             ) from None
 
 
 def _build_last_map_head(head_card: SegmentationHeadCard, in_channels: int, stride: int) -> nn.Module:
     if head_card.head == "linear":
-        return LinearSegmentationHead(in_channels, head_card.classes)
+        return LastMapLinearHead(in_channels, head_card.classes)
     return PyramidSegmentationHead(
         SimpleFeaturePyramid(in_channels, head_card.width, stride), head_card.width, head_card.classes
     )
@@ -149,7 +149,7 @@ def _build_last_map_head(head_card: SegmentationHeadCard, in_channels: int, stri
 
 def _build_backbone_head(head_card: SegmentationHeadCard, card: BackboneCard) -> tuple[FeatureFn, nn.Module]:
     """Return a function that extracts a timm model's maps, of several strides if possible, and a head for them."""
-    _, (in_channels, rows, _) = infer_feature_shapes(*card.build_args)
+    _, (in_channels, rows, _) = infer_pooled_map_shapes(*card.build_args)
     stages = _get_stage_strides(*card.build_args) if head_card.head == "pyramid" else {}
     stage_indices = [index for index, (stride, _) in stages.items() if stride >= min(DEFAULT_STRIDES)]
     if len(stage_indices) < 2:

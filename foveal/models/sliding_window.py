@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def window_corners(
-    image_size: tuple[int, int], window_size: tuple[int, int], stride_fraction: float
+def window_top_lefts(
+    image_hw: tuple[int, int], window_hw: tuple[int, int], stride_fraction: float
 ) -> list[tuple[int, int]]:
     """Return (top, left) of windows that cover an image, row by row; sizes are (height, width).
 
@@ -20,7 +20,7 @@ def window_corners(
     """
     tops, lefts = (
         _window_offsets(image_side, window_side, stride_fraction)
-        for image_side, window_side in zip(image_size, window_size, strict=True)
+        for image_side, window_side in zip(image_hw, window_hw, strict=True)
     )
     return [(top, left) for top in tops for left in lefts]
 
@@ -32,7 +32,7 @@ def _window_offsets(image_side: int, window_side: int, stride_fraction: float) -
 
 
 def iter_sliding_window_log_probs(
-    predict_logits: Callable[[Tensor], Tensor], images: Tensor, window_size: tuple[int, int], stride_fraction: float
+    predict_logits: Callable[[Tensor], Tensor], images: Tensor, window_hw: tuple[int, int], stride_fraction: float
 ) -> Iterator[Tensor]:
     """Yield the log-probabilities [K, H, W] of each of the images [B, C, H, W].
 
@@ -41,14 +41,14 @@ def iter_sliding_window_log_probs(
     loss. A single window gives its log-softmax, bit for bit. Memory holds B windows and one output image at a time.
     """
     batch, image_size = len(images), (images.shape[2], images.shape[3])
-    corners = window_corners(image_size, window_size, stride_fraction)
+    corners = window_top_lefts(image_size, window_hw, stride_fraction)
     windows = [(image, top, left) for image in range(batch) for top, left in corners]
     log_sum, counts = images.new_empty(0), images.new_empty(0)
     for begin in range(0, len(windows), batch):
         chunk = windows[begin : begin + batch]
-        crops = torch.stack([images[image, :, *_window_slices(top, left, window_size)] for image, top, left in chunk])
+        crops = torch.stack([images[image, :, *_window_slices(top, left, window_hw)] for image, top, left in chunk])
         for (_, top, left), log_probs in zip(chunk, F.log_softmax(predict_logits(crops).float(), dim=1), strict=True):
-            area = _window_slices(top, left, window_size)
+            area = _window_slices(top, left, window_hw)
             if (top, left) == corners[0]:
                 log_sum = log_probs.new_full((len(log_probs), *image_size), -math.inf)
                 counts = log_probs.new_zeros(image_size)

@@ -66,8 +66,8 @@ class FeatureStudent(nn.Module):
         self,
         encoder: nn.Module,
         extract_features: FeatureFn,
-        student_widths: tuple[int, int],
-        teacher_widths: tuple[int, int],
+        student_image_patch_widths: tuple[int, int],
+        teacher_image_patch_widths: tuple[int, int],
         *,
         with_patches: bool,
     ) -> None:
@@ -76,8 +76,10 @@ class FeatureStudent(nn.Module):
         self.encoder = encoder
         self.bypasses_encoder_forward = extract_features is encode_cls_and_patches
         self._extract_features = extract_features
-        self.project_cls = nn.Linear(student_widths[0], teacher_widths[0])
-        self.project_patches = nn.Linear(student_widths[1], teacher_widths[1]) if with_patches else None
+        self.project_cls = nn.Linear(student_image_patch_widths[0], teacher_image_patch_widths[0])
+        self.project_patches = (
+            nn.Linear(student_image_patch_widths[1], teacher_image_patch_widths[1]) if with_patches else None
+        )
         init_linear_layers(self.project_cls)
         if self.project_patches is not None:
             init_linear_layers(self.project_patches)
@@ -100,15 +102,19 @@ class LayerStudent(nn.Module):
     bypasses_encoder_forward = True
 
     def __init__(
-        self, encoder: Encoder, blocks: Sequence[int], teacher_width: int, decoder_cfg: DecoderConfig | None
+        self,
+        encoder: Encoder,
+        block_numbers: Sequence[int],
+        teacher_width: int,
+        pixel_decoder_cfg: DecoderConfig | None,
     ) -> None:
         """Draw the maps, then the decoder, from torch's global generator, after the encoder (``build_encoder``)."""
         super().__init__()
         self.encoder = encoder
-        self._depths = (*blocks, len(encoder.blocks))
-        self.project = nn.ModuleList(nn.Linear(encoder.embed_dim, teacher_width) for _ in blocks)
+        self._depths = (*block_numbers, len(encoder.blocks))
+        self.project = nn.ModuleList(nn.Linear(encoder.embed_dim, teacher_width) for _ in block_numbers)
         init_linear_layers(self.project)
-        self.decoder = None if decoder_cfg is None else Decoder(decoder_cfg, encoder)
+        self.decoder = None if pixel_decoder_cfg is None else Decoder(pixel_decoder_cfg, encoder)
 
     def forward(self, images: Tensor, visible_indices: Tensor, masked_indices: Tensor) -> tuple[Tensor, ...]:
         """Return predictions of the teacher's tokens [B, 1 + K, T] per block, and of the masked patches [B, M, P]."""
@@ -129,12 +135,12 @@ class RelationStudent(nn.Module):
 
     bypasses_encoder_forward = True
 
-    def __init__(self, encoder: Encoder, blocks: Sequence[int]) -> None:
+    def __init__(self, encoder: Encoder, block_numbers: Sequence[int]) -> None:
         super().__init__()
         self.encoder = encoder
-        self._block_numbers = tuple(blocks)
+        self._block_numbers = tuple(block_numbers)
         self._captured_qkv: dict[int, Tensor] | None = None
-        for number in sorted(set(blocks)):
+        for number in sorted(set(block_numbers)):
             # A hook instead of a second computation: an engine that shards by block gathers a block's weights only
             # while that block runs.
             layer: Any = encoder.blocks[number - 1]

@@ -78,7 +78,7 @@ def get_encoder_sizes(encoder: Any) -> dict[str, Any]:
     }
 
 
-def get_timm_kwargs(encoder: Any, pooling: str, registers: int) -> dict[str, Any]:
+def get_class_specific_kwargs(encoder: Any, pooling: str, registers: int) -> dict[str, Any]:
     """Return timm's arguments beside the sizes that give every class one norm: after the mean, or on all tokens."""
     norm_after_pooling = pooling == "avg"
     if isinstance(encoder, VisionTransformerRelPos):

@@ -44,7 +44,7 @@ def replace_relative_biases(encoder: nn.Module) -> None:
                 setattr(module, name, VisibleRelPosMlp(child))
 
 
-def set_visible_indices(encoder: nn.Module, visible_indices: Tensor | None) -> None:
+def set_relative_bias_indices(encoder: nn.Module, visible_indices: Tensor | None) -> None:
     """Set the patch indices [B, K] of the next forward's tokens after the class token; None: all patches in order."""
     for module in encoder.modules():
         if isinstance(module, VisibleRelPosMlp):
@@ -65,7 +65,7 @@ def add_positions_and_prefix(encoder: Any, tokens: Tensor, visible_indices: Tens
     return torch.cat([prefix.expand(len(tokens), -1, -1), tokens], dim=1)
 
 
-def get_rotary_embeddings(encoder: Any, visible_indices: Tensor | None) -> list[tuple[Tensor, ...]]:
+def rotary_block_args(encoder: Any, visible_indices: Tensor | None) -> list[tuple[Tensor, ...]]:
     """Return each block's further arguments: rotary sines and cosines [1 or B, 1 or heads, K, 2 D / heads], or none."""
     depth = len(encoder.blocks)
     if not has_rotary_positions(encoder):

@@ -21,8 +21,8 @@ from foveal.models.sincos import check_sincos_width, sincos_positions
 from foveal.models.timm_vit import (
     Encoder,
     build_meta_encoder,
+    get_class_specific_kwargs,
     get_encoder_sizes,
-    get_timm_kwargs,
     has_absolute_positions,
     has_rotary_positions,
 )
@@ -142,7 +142,7 @@ def build_encoder(
             depth=sizes.depth,
             num_heads=sizes.heads,
             mlp_ratio=sizes.mlp_ratio,
-            **get_timm_kwargs(build_meta_encoder(sizes.name), pooling, sizes.registers),
+            **get_class_specific_kwargs(build_meta_encoder(sizes.name), pooling, sizes.registers),
         )
         replace_relative_biases(encoder)
     _init_encoder(encoder, sizes.positions)
@@ -169,7 +169,7 @@ def encoder_card(
 
 def encoder_from_card(
     card: dict[str, Any],
-    where: str,
+    source: str,
     *,
     drop_path: float = 0.0,
     pooling: Pooling | None = None,
@@ -179,8 +179,8 @@ def encoder_from_card(
 
     ``where`` names the card's file in error messages. Raises: ExportError if the card is invalid.
     """
-    with card_errors(where):
-        parsed_card = EncoderCard.from_dict(card, where)
+    with config_error_as_export(source):
+        parsed_card = EncoderCard.from_dict(card, source)
         return build_encoder(
             parsed_card,
             image_size=parsed_card.image_size,
@@ -192,13 +192,13 @@ def encoder_from_card(
 
 
 @contextmanager
-def card_errors(where: str) -> Iterator[None]:
+def config_error_as_export(source: str) -> Iterator[None]:
     """Raise a ConfigError as an ExportError whose message starts with ``where``, the name of a card's file."""
     try:
         yield
     except ConfigError as error:
         message = str(error)
-        raise ExportError(message if message.startswith(where) else f"{where}: {message}") from None
+        raise ExportError(message if message.startswith(source) else f"{source}: {message}") from None
 
 
 def init_linear_layers(module: nn.Module) -> None:

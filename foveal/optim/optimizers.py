@@ -155,12 +155,12 @@ def build_optimizer(param_groups: list[dict[str, Any]], cfg: OptimConfig) -> Gua
     return {"adamw": GuardedAdamW, "sgd": GuardedSGD, "lars": GuardedLARS}[cfg.kind](param_groups, cfg)
 
 
-def build_plain_adamw(param_groups: list[dict[str, Any]], cfg: OptimConfig) -> torch.optim.AdamW:
+def build_unguarded_adamw(param_groups: list[dict[str, Any]], cfg: OptimConfig) -> torch.optim.AdamW:
     """Build torch's AdamW for an engine that clips and guards by itself (DeepSpeed's ZeRO 1 to 3)."""
     return torch.optim.AdamW(param_groups, lr=cfg.lr_per_256, betas=cfg.betas, eps=cfg.eps, fused=cfg.fused)
 
 
-def get_moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+def get_or_create_moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
     """Return a parameter's moments by name; before its first update they are created as zeros.
 
     Zeros are exact for SGD and LARS too: without dampening, the first update of a zero buffer is the gradient itself.

@@ -4,21 +4,23 @@ import math
 from collections.abc import Iterable
 
 
-def warmup_cosine(step: int, *, peak_lr: float, min_lr: float, warmup_steps: int, total_steps: int) -> float:
+def warmup_cosine_lr(
+    finished_steps: int, *, peak_lr: float, min_lr: float, warmup_steps: int, total_steps: int
+) -> float:
     """Return the learning rate of the update after ``step`` finished steps.
 
     Linear from ``peak_lr / warmup_steps`` to ``peak_lr`` over ``warmup_steps``, then half a cosine to ``min_lr`` at
     ``total_steps`` (Loshchilov & Hutter, SGDR, 2017, eq. 5 without restarts).
     """
-    if step < warmup_steps:
-        return warmup_constant(step, peak_lr=peak_lr, warmup_steps=warmup_steps)
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    if finished_steps < warmup_steps:
+        return warmup_constant_lr(finished_steps, peak_lr=peak_lr, warmup_steps=warmup_steps)
+    progress = min(1.0, (finished_steps - warmup_steps) / max(1, total_steps - warmup_steps))
     return min_lr + (peak_lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def warmup_constant(step: int, *, peak_lr: float, warmup_steps: int) -> float:
+def warmup_constant_lr(finished_steps: int, *, peak_lr: float, warmup_steps: int) -> float:
     """Return the learning rate of a linear warm-up to a constant ``peak_lr``."""
-    return peak_lr * (step + 1) / warmup_steps if step < warmup_steps else peak_lr
+    return peak_lr * (finished_steps + 1) / warmup_steps if finished_steps < warmup_steps else peak_lr
 
 
 def step_decay_lr(lr: float, *, num_drops: int, factor: float, min_lr: float) -> float:

@@ -20,7 +20,7 @@ def open_tracker(
     cfg: TrackingConfig,
     pipeline_dir: str | None,
     start_step: int,
-    attempt: int = 0,
+    attempt_number: int = 0,
     check_lease: Callable[[], None] = lambda: None,
 ) -> tuple[Tracker, MetricRow]:
     """Open the tracker of an attempt, and return the last row up to ``start_step`` with it (empty: there is none).
@@ -28,11 +28,11 @@ def open_tracker(
     ``pipeline_dir`` is the directory of the run's pipeline, if any. ``check_lease`` raises if another attempt has taken
     the run over. Nothing here waits for MLflow: a thread imports and contacts it.
     """
-    jsonl_tracker = JsonlTracker(run_dir, start_step, attempt, check_lease)
+    jsonl_tracker = JsonlTracker(run_dir, start_step, attempt_number, check_lease)
     if cfg.uri is None:
-        return jsonl_tracker, jsonl_tracker.last_row
+        return jsonl_tracker, jsonl_tracker.last_training_row
     uploader = build_uploader(run_dir, cfg, pipeline_dir, jsonl_tracker.open_tail())
-    return UploadingTracker(jsonl_tracker, uploader), jsonl_tracker.last_row
+    return UploadingTracker(jsonl_tracker, uploader), jsonl_tracker.last_training_row
 
 
 def build_uploader(run_dir: Path, cfg: TrackingConfig, pipeline_dir: str | None, tail: MetricsTail) -> Uploader:
@@ -42,7 +42,7 @@ def build_uploader(run_dir: Path, cfg: TrackingConfig, pipeline_dir: str | None,
     return Uploader(RunSync(run_dir, tail, connect), run_dir, redact(cfg.uri), cfg.patience_seconds)
 
 
-def report_attempt_end(
+def report_end_without_tracker(
     run_dir: Path, cfg: TrackingConfig, pipeline_dir: str | None, state: AttemptState, reason: str
 ) -> None:
     """Record the end of an attempt that never opened its tracker, in the run's tags and in MLflow.

@@ -15,7 +15,7 @@ from typing import Any
 
 from foveal.atomic import AppendLog, best_effort, fsync, write_json
 from foveal.redact import redact
-from foveal.tracking.tail import MetricsTail, is_same_file, read_json_lines, to_milliseconds
+from foveal.tracking.tail import MetricsTail, is_same_file, read_step_rows, to_milliseconds
 from foveal.tracking.tracker import AttemptState, MetricRow
 
 
@@ -27,18 +27,18 @@ class JsonlTracker:
     """
 
     def __init__(
-        self, run_dir: Path, start_step: int, attempt: int = 0, check_lease: Callable[[], None] = lambda: None
+        self, run_dir: Path, start_step: int, attempt_number: int = 0, check_lease: Callable[[], None] = lambda: None
     ) -> None:
         """``check_lease`` is called last and raises if a later attempt has taken the run over."""
         self._run, self._file = run_dir, run_dir / "metrics.jsonl"
-        self.last_row: MetricRow = {}
+        self.last_training_row: MetricRow = {}
         self._results: set[tuple[float, frozenset[str]]] = set()
-        rollback_times = (to_milliseconds(entry["time"]) for entry in read_json_lines(run_dir / "rollbacks.jsonl"))
+        rollback_times = (to_milliseconds(entry["time"]) for entry in read_step_rows(run_dir / "rollbacks.jsonl"))
         self._latest_ms = max(rollback_times, default=0) + 1
         run_dir.mkdir(parents=True, exist_ok=True)
-        draft = run_dir / f".metrics.jsonl.{attempt}.draft"
+        draft = run_dir / f".metrics.jsonl.{attempt_number}.draft"
         with draft.open("wb") as stream:
-            for row in read_json_lines(self._file):
+            for row in read_step_rows(self._file):
                 if row["step"] <= start_step:
                     stream.write(_encode_row(row))
                     self._remember(row)
@@ -70,7 +70,7 @@ class JsonlTracker:
         now = self._now()
         self._lines.append(b"".join(_encode_row({**row, "time": now}) for row in rows))
 
-    def log_results(self, results: MetricRow, step: int) -> None:
+    def log_results_once(self, results: MetricRow, step: int) -> None:
         """Write one row, unless a killed attempt has written a row of the same step and names."""
         row = {"step": step, **results}
         if _results_key(row) not in self._results:
@@ -85,8 +85,8 @@ class JsonlTracker:
 
     def rewind(self, to_step: int) -> None:
         """Truncate the open file. It is not replaced: a superseded attempt must not touch the new attempt's rows."""
-        num_bytes, self.last_row, self._results = 0, {}, set()
-        for row in read_json_lines(self._stream.fileno()):
+        num_bytes, self.last_training_row, self._results = 0, {}, set()
+        for row in read_step_rows(self._stream.fileno()):
             if row["step"] <= to_step:
                 self._remember(row)
                 num_bytes += len(_encode_row(row))
@@ -108,7 +108,7 @@ class JsonlTracker:
 
     def _remember(self, row: MetricRow) -> None:
         if "loss" in row:
-            self.last_row = {name: value for name, value in row.items() if name != "time"}
+            self.last_training_row = {name: value for name, value in row.items() if name != "time"}
         else:
             self._results.add(_results_key(row))
 
@@ -118,9 +118,9 @@ class JsonlTracker:
         return self._latest_ms / 1000
 
 
-def read_metric_rows(file: Path) -> list[MetricRow]:
+def read_rows_without_time(file: Path) -> list[MetricRow]:
     """Return the rows of a metrics.jsonl without ``time``, which depends on the clock, not on the training."""
-    return [{name: value for name, value in row.items() if name != "time"} for row in read_json_lines(file)]
+    return [{name: value for name, value in row.items() if name != "time"} for row in read_step_rows(file)]
 
 
 def _results_key(row: MetricRow) -> tuple[float, frozenset[str]]:

@@ -22,8 +22,8 @@ from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
-from foveal.redact import redact, redact_urls
-from foveal.tracking.sqlite_store import lock_store, parse_sqlite_path, resolve_store_uri
+from foveal.redact import redact, redact_url_secrets
+from foveal.tracking.sqlite_store import lock_store, parse_sqlite_path, prepare_store_and_artifacts
 from foveal.tracking.store_errors import StoreRefusedError
 from foveal.tracking.tracker import MetricPoint, TrackingConfig
 
@@ -52,7 +52,7 @@ class MLflowRun:
         # Failures are raised and logged by the uploader. Importing MLflow sets the levels, so this must come later.
         for logger_name in ("mlflow", "alembic"):
             logging.getLogger(logger_name).setLevel(logging.CRITICAL)
-        uri, artifacts = resolve_store_uri(_expand_variables(cfg.uri))
+        uri, artifacts = prepare_store_and_artifacts(_expand_variables(cfg.uri))
         for variable, value in _MLFLOW_SETTINGS.items():
             if not variable.is_set():
                 variable.set(value)
@@ -72,9 +72,9 @@ class MLflowRun:
         data = self._client.get_run(self.run_id).data
         return {metric.key: metric.step for metric in data.to_proto().metrics}  # data.metrics has no steps
 
-    def get_step_timestamps(self, name: str) -> dict[int, int]:
+    def get_step_timestamps(self, metric_name: str) -> dict[int, int]:
         timestamps: dict[int, int] = {}
-        for metric in self._client.get_metric_history(self.run_id, name):
+        for metric in self._client.get_metric_history(self.run_id, metric_name):
             timestamps[metric.step] = max(metric.timestamp, timestamps.get(metric.step, 0))
         return timestamps
 
@@ -82,7 +82,7 @@ class MLflowRun:
         metrics = [Metric(name, value, timestamp, step) for name, value, timestamp, step in points]
         self._client.log_batch(self.run_id, metrics=metrics, synchronous=True)
 
-    def set_params_and_tags(self, settings: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+    def set_params_tags_status(self, settings: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         """Set params, tags and status. A param can be written once: the value of a changed setting becomes a tag."""
         run_data = self._client.get_run(self.run_id).data
         stored_params, stored_tags = run_data.params, run_data.tags
@@ -116,8 +116,8 @@ class MLflowRun:
         artifacts = [file for folder in (None, "pictures") for file in self._client.list_artifacts(self.run_id, folder)]
         return {file.path: file.file_size or 0 for file in artifacts if not file.is_dir}
 
-    def upload_file(self, path: Path, folder: str) -> None:
-        self._client.log_artifact(self.run_id, str(path), folder or None)
+    def upload_file(self, path: Path, remote_folder: str) -> None:
+        self._client.log_artifact(self.run_id, str(path), remote_folder or None)
 
 
 def _expand_variables(uri: str) -> str:
@@ -223,7 +223,7 @@ class _ExperimentRuns:
 
 def _normalize_store_uri(store: str) -> str:
     """Return the URI without secrets, so that a secret and the variable that holds it compare equal."""
-    return redact_urls(os.path.expandvars(store))
+    return redact_url_secrets(os.path.expandvars(store))
 
 
 def _has_run_note(other: Path, run_id: str, folder: Path) -> bool:

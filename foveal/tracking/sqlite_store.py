@@ -43,7 +43,7 @@ def parse_sqlite_path(uri: str) -> Path | None:
     return Path(match[2]) if match else None
 
 
-def resolve_store_uri(uri: str) -> tuple[str, str | None]:
+def prepare_store_and_artifacts(uri: str) -> tuple[str, str | None]:
     """Return an SQLite store's absolute URI and the URI of its artifacts beside it; a server's URI is returned as it is.
 
     Raises: StoreRefusedError if the folder cannot be created.
@@ -65,7 +65,7 @@ def resolve_store_uri(uri: str) -> tuple[str, str | None]:
 
 
 @contextmanager
-def lock_store(file: Path, create: Callable[[Path], object]) -> Iterator[None]:
+def lock_store(file: Path, create_if_missing: Callable[[Path], object]) -> Iterator[None]:
     """Hold the lock of a store, created with ``create(path)`` if it does not exist.
 
     Raises: StoreRefusedError if the path cannot hold a store, or holds something else; TimeoutError if another run
@@ -73,7 +73,7 @@ def lock_store(file: Path, create: Callable[[Path], object]) -> Iterator[None]:
     """
     with _lock_file(file):
         if not file.exists():
-            _create_store(file, create)
+            _create_store(file, create_if_missing)
         elif file.is_dir() or not os.access(file, os.R_OK | os.W_OK):
             raise StoreRefusedError(f"{file} cannot be written: make it writable, or set tracking.uri to another place")
         elif _read_header(file) not in (b"", _SQLITE_HEADER):  # empty: whoever makes it has only begun

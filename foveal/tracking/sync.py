@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from foveal.tracking.tail import MetricsTail, read_json_lines, read_json_or_empty, to_milliseconds
+from foveal.tracking.tail import MetricsTail, read_json_or_empty, read_step_rows, to_milliseconds
 from foveal.tracking.tracker import MetricPoint, MetricRow
 
 _MAX_VALUES = 1000  # per request: MLflow's limit
@@ -37,7 +37,7 @@ class RemoteRun(Protocol):
         """Return the highest step of each metric."""
         ...
 
-    def get_step_timestamps(self, name: str) -> dict[int, int]:
+    def get_step_timestamps(self, metric_name: str) -> dict[int, int]:
         """Return the newest timestamp of a metric in milliseconds, by step."""
         ...
 
@@ -45,7 +45,7 @@ class RemoteRun(Protocol):
         """Log at most a thousand points in one request: all or none arrive."""
         ...
 
-    def set_params_and_tags(self, settings: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+    def set_params_tags_status(self, settings: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         """Set the settings as params, and the tags, which include the state."""
         ...
 
@@ -53,7 +53,7 @@ class RemoteRun(Protocol):
         """Return the stored files of the run, as ``pictures/a.png``, and their sizes in bytes."""
         ...
 
-    def upload_file(self, path: Path, folder: str) -> None:
+    def upload_file(self, path: Path, remote_folder: str) -> None:
         """Upload a file to a folder of the run's files; an empty name is the top folder."""
         ...
 
@@ -67,7 +67,7 @@ class SyncCounts:
     """Rows sent, rows that the store had already, and files sent."""
 
     rows_sent: int = 0
-    rows_present: int = 0
+    rows_already_stored: int = 0
     files_sent: int = 0
 
 
@@ -105,7 +105,7 @@ class RunSync:
         """Reconnect at the next upload, and ask the store again what has arrived."""
         self._store = None
 
-    def upload_rows(self) -> None:
+    def upload_rows_and_tags(self) -> None:
         """Upload settings, tags and rows.
 
         Raises: MetricsFileReplaced; whatever the store raises, after which ``reset_connection`` is due.
@@ -117,13 +117,13 @@ class RunSync:
             self._check_not_replaced()
             if self._rolled_back:
                 self._rolled_back = False
-                self._remote.rollbacks = _read_rollbacks(self._run)
-            self._remote.register_rows(batch.rows)
+                self._remote.rollback_ms_and_steps = _read_rollbacks(self._run)
+            self._remote.learn_metric_groups(batch.rows)
             missing = [points for row in batch.rows if (points := self._remote.find_missing_points(row, store))]
             if missing:
                 store.log_points([point for points in missing for point in points])
             self.counts.rows_sent += len(missing)
-            self.counts.rows_present += len(batch.rows) - len(missing)
+            self.counts.rows_already_stored += len(batch.rows) - len(missing)
             self._tail.mark_delivered(batch)
         self._send_facts(store)
 
@@ -179,7 +179,7 @@ class RunSync:
     def _send_facts(self, store: RemoteRun) -> None:
         facts = read_json_or_empty(self._run / "settings.json"), self._read_tags()
         if facts != self._sent_facts:
-            store.set_params_and_tags(*facts)
+            store.set_params_tags_status(*facts)
             self._sent_facts = facts
 
 
@@ -190,14 +190,14 @@ class RemoteState:
     than a roll-back to before its step does not count. ``rollbacks``: (milliseconds, step the run went back to).
     """
 
-    def __init__(self, latest_steps: Mapping[str, int]) -> None:
-        self.rollbacks: list[tuple[int, int]] = []
-        self._latest_steps, self._last_step = latest_steps, max(latest_steps.values(), default=-1)
+    def __init__(self, latest_step_by_metric: Mapping[str, int]) -> None:
+        self.rollback_ms_and_steps: list[tuple[int, int]] = []
+        self._latest_steps, self._last_step = latest_step_by_metric, max(latest_step_by_metric.values(), default=-1)
         self._row_kinds: set[frozenset[str]] = set()  # the metric names of each kind of row
         self._representatives: dict[str, str] = {}
         self._timestamps: dict[str, dict[int, int]] = {}
 
-    def register_rows(self, rows: Sequence[MetricRow]) -> None:
+    def learn_metric_groups(self, rows: Sequence[MetricRow]) -> None:
         """Learn which metrics occur in the same rows, and choose their representatives."""
         row_kinds = {frozenset(_numeric_metrics(row)) for row in rows}
         if not row_kinds <= self._row_kinds:
@@ -225,7 +225,7 @@ class RemoteState:
         if representative not in self._timestamps:
             self._timestamps[representative] = store.get_step_timestamps(representative)
         timestamp = self._timestamps[representative].get(step)
-        last_rollback = max((at for at, to_step in self.rollbacks if to_step < step), default=-1)
+        last_rollback = max((at for at, to_step in self.rollback_ms_and_steps if to_step < step), default=-1)
         return timestamp is not None and timestamp > last_rollback
 
 
@@ -235,7 +235,7 @@ def _numeric_metrics(row: MetricRow) -> dict[str, float]:
 
 
 def _read_rollbacks(run_dir: Path) -> list[tuple[int, int]]:
-    return [(to_milliseconds(entry["time"]), entry["to"]) for entry in read_json_lines(run_dir / "rollbacks.jsonl")]
+    return [(to_milliseconds(entry["time"]), entry["to"]) for entry in read_step_rows(run_dir / "rollbacks.jsonl")]
 
 
 def _list_files_to_upload(run_dir: Path, stored_sizes: Mapping[str, int]) -> list[Path]:

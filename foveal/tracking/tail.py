@@ -16,20 +16,23 @@ from foveal.tracking.tracker import MetricRow
 _CHUNK_BYTES = 1 << 18
 
 
-def read_json_lines(file: Path | int) -> Iterator[dict[str, Any]]:
+def read_step_rows(file_or_descriptor: Path | int) -> Iterator[dict[str, Any]]:
     """Yield the objects of a file of JSON lines, given by path or descriptor; an incomplete last line is ignored.
 
     Every object has a ``step``, or is a roll-back with ``to``. Raises: CheckpointError for any other line.
     """
-    if isinstance(file, Path) and not file.exists():
+    if isinstance(file_or_descriptor, Path) and not file_or_descriptor.exists():
         return
-    if isinstance(file, Path) and file.is_dir():
-        raise CheckpointError(f"{file} is a folder, and a file is to be there: move it away")
-    with open(os.dup(file) if isinstance(file, int) else file, "rb") as stream:  # noqa: PTH123 - or a descriptor
+    if isinstance(file_or_descriptor, Path) and file_or_descriptor.is_dir():
+        raise CheckpointError(f"{file_or_descriptor} is a folder, and a file is to be there: move it away")
+    source = os.dup(file_or_descriptor) if isinstance(file_or_descriptor, int) else file_or_descriptor
+    with open(source, "rb") as stream:  # noqa: PTH123 - or a descriptor
         stream.seek(0)
         for line in stream:
             if line.endswith(b"\n"):
-                yield _check_row(parse_json_object(line, _file_name(file)), _file_name(file))
+                yield _check_row(
+                    parse_json_object(line, _file_name(file_or_descriptor)), _file_name(file_or_descriptor)
+                )
 
 
 def read_json_or_empty(file: Path) -> dict[str, Any]:
@@ -83,14 +86,14 @@ class MetricsTail:
         """Whether a later attempt has replaced the run's file."""
         return not is_same_file(self._descriptor, self._file)
 
-    def read_batch(self, max_values: int) -> RowBatch:
+    def read_batch(self, max_metric_values: int) -> RowBatch:
         """Return the next rows with at most ``max_values`` values together, but at least one row; empty: all are delivered."""
         while True:
             with self._lock:
                 offset, num_truncations = self._offset, len(self._truncations)
             lines = self._read_lines(offset)
             rows: list[MetricRow] = []
-            values_left = max_values
+            values_left = max_metric_values
             for line in lines:
                 row = json.loads(line)
                 values_left -= len(row) - 2  # step and time are no values

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 from pydantic import field_validator
 
 from foveal.config import Config, machine
-from foveal.redact import find_secret_in_text, redact
+from foveal.redact import describe_secret_in_urls, redact
 
 MetricRow = dict[str, float]
 MetricPoint = tuple[str, float, int, int]  # name, value, milliseconds since 1970, step
@@ -30,7 +30,7 @@ class TrackingConfig(Config):
     @field_validator("uri")
     @classmethod
     def _no_secret(cls, uri: str | None) -> str | None:
-        if uri is not None and (secret := find_secret_in_text(uri)):
+        if uri is not None and (secret := describe_secret_in_urls(uri)):
             raise ValueError(
                 f"the URI holds {secret}, which would stand in every config.yaml; write ${{A_VARIABLE}} for the URI"
             )
@@ -48,7 +48,7 @@ class Tracker(Protocol):
         """Log the rows of finished steps, in order; each row has its ``step``."""
         ...
 
-    def log_results(self, results: MetricRow, step: int) -> None:
+    def log_results_once(self, results: MetricRow, step: int) -> None:
         """Log one row of an evaluation or of the finished run; a repeated row is not written twice."""
         ...
 
@@ -80,7 +80,7 @@ class NullTracker:
 
     def log_settings(self, settings: dict[str, Any], tags: dict[str, str]) -> None: ...
     def log_rows(self, rows: Sequence[MetricRow]) -> None: ...
-    def log_results(self, results: MetricRow, step: int) -> None: ...
+    def log_results_once(self, results: MetricRow, step: int) -> None: ...
     def log_file(self, path: Path) -> None: ...
     def rewind(self, to_step: int) -> None: ...
     def skip_flush(self) -> None: ...

@@ -33,12 +33,12 @@ class OutageBackoff:
         self._wait = _MIN_WAIT
         self._retry_at = 0.0
 
-    def record_failure(self, error: Exception, started: float) -> None:
+    def record_failure(self, error: Exception, started_monotonic: float) -> None:
         """Record that a try which began at ``started`` (monotonic seconds) failed."""
         previous_refusal, self.last_refusal = self.last_refusal, explain_refusal(error)
         is_first = self._failing_since is None
         if self._failing_since is None:
-            self._failing_since, self._wait = started, _MIN_WAIT
+            self._failing_since, self._wait = started_monotonic, _MIN_WAIT
         if self.last_refusal is not None and self.last_refusal != previous_refusal:
             self._warned = True
             _log.warning(
@@ -57,12 +57,12 @@ class OutageBackoff:
         self._retry_at = time.monotonic() + self._wait * random.uniform(0.5, 1.0)  # noqa: S311
         self._wait = min(2 * self._wait, _MAX_WAIT)
 
-    def record_success(self, backlog: str) -> None:
+    def record_success(self, delivered_text: str) -> None:
         """Record a successful try; ``backlog`` says in words what it delivered."""
         self._failing_since, self._retry_at, self.last_refusal = None, 0.0, None
         if self._warned:
             self._warned = False
-            _log.info("tracking: %s answers again; %s were behind", self._store_name, backlog)
+            _log.info("tracking: %s answers again; %s were behind", self._store_name, delivered_text)
 
     @property
     def seconds_until_retry(self) -> float:
@@ -115,7 +115,7 @@ class Uploader:
         if not self._thread.is_alive():  # a thread that still reads ends with the process
             self.sync.close()
 
-    def upload_all(self) -> bool:
+    def upload_all_and_close(self) -> bool:
         """Upload everything in the foreground; return whether all has arrived."""
         self._closing.set()
         self._work()
@@ -170,9 +170,9 @@ class Uploader:
         return True
 
     def _upload_rows(self) -> str:
-        self.sync.upload_rows()
+        self.sync.upload_rows_and_tags()
         rows_before = self._rows_before
-        self._rows_before = self.sync.counts.rows_sent + self.sync.counts.rows_present
+        self._rows_before = self.sync.counts.rows_sent + self.sync.counts.rows_already_stored
         return f"{self._rows_before - rows_before} rows"
 
     def _upload_files(self) -> str:
@@ -196,8 +196,8 @@ class UploadingTracker:
         self._jsonl_tracker.log_rows(rows)
         self._uploader.notify()
 
-    def log_results(self, results: MetricRow, step: int) -> None:
-        self._jsonl_tracker.log_results(results, step)
+    def log_results_once(self, results: MetricRow, step: int) -> None:
+        self._jsonl_tracker.log_results_once(results, step)
         self._uploader.notify()
 
     def log_file(self, path: Path) -> None:

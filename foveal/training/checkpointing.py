@@ -39,9 +39,9 @@ class CheckpointSaver:
         return self._store.latest_step
 
     @property
-    def is_writing(self) -> bool:
+    def is_rank_writing(self) -> bool:
         """Whether the background thread of this rank is still writing."""
-        return self._store.is_writing
+        return self._store.is_rank_writing
 
     @property
     def is_pending(self) -> bool:
@@ -62,14 +62,14 @@ class CheckpointSaver:
                 f"{self._run_dir} takes no checkpoint (the line above says why): free some space, or set run.dir to "
                 f"another disk"
             )
-        self.check_preemption_notice()
+        self.check_notice_covers_save()
 
-    def check_preemption_notice(self, save_seconds: float = 0.0) -> None:
+    def check_notice_covers_save(self, slowest_earlier_save_seconds: float = 0.0) -> None:
         """Refuse a job that Slurm would end before a save completes.
 
         ``save_seconds``: duration of the slowest save in earlier attempts. Raises: LaunchError, on every rank.
         """
-        self.slowest_save_seconds = max(self.slowest_save_seconds, save_seconds)
+        self.slowest_save_seconds = max(self.slowest_save_seconds, slowest_earlier_save_seconds)
         self._notice_seconds = self._world.on_rank0(self._compare_notice)
 
     def start_checkpoint(
@@ -122,17 +122,20 @@ class CheckpointSaver:
             return
         self._save_metrics = {
             "save_stall_ms": 1e3 * result.stall_seconds,
-            "save_seconds": result.sync_seconds,
-            "save_gigabytes": result.num_bytes / 1e9,
+            "save_seconds": result.seconds_without_overlap,
+            "save_gigabytes": result.num_bytes_all_ranks / 1e9,
         }
-        if self._notice_seconds is not None and self.slowest_save_seconds <= self._notice_seconds < result.sync_seconds:
+        if (
+            self._notice_seconds is not None
+            and self.slowest_save_seconds <= self._notice_seconds < result.seconds_without_overlap
+        ):
             _log.warning(
                 "a checkpoint took %.0f s, and Slurm ends this job %.0f s after its warning: progress since the last "
                 "checkpoint would be lost, and the next start is refused",
-                result.sync_seconds,
+                result.seconds_without_overlap,
                 self._notice_seconds,
             )
-        self.slowest_save_seconds = max(self.slowest_save_seconds, result.sync_seconds)
+        self.slowest_save_seconds = max(self.slowest_save_seconds, result.seconds_without_overlap)
 
     def _compare_notice(self) -> float | None:
         notice = read_shutdown_notice()

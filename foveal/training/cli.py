@@ -15,7 +15,7 @@ import torch
 from foveal.distributed.gpu_allocation import check_slurm_gpus
 from foveal.distributed.launcher import LaunchEnv, read_launch_env
 from foveal.distributed.peer_failure import describe_peer_failure
-from foveal.distributed.preemption import Preemption, handle_stop_signals, ignore_signals
+from foveal.distributed.preemption import Preemption, handle_stop_signals, ignore_stop_signals
 from foveal.distributed.run_identity import RunIdentity
 from foveal.distributed.world import World, init_world
 from foveal.errors import (
@@ -96,7 +96,7 @@ def main(stage: Stage[Any, Any], argv: Sequence[str] | None = None) -> NoReturn:
             if world.rank:
                 logging.getLogger().handlers[0].setLevel(logging.ERROR)  # other ranks log to their own files
             run_stage(stage, cfg, world)
-            ignore_signals()  # the run is complete: a late signal must not turn it into a failure
+            ignore_stop_signals()  # the run is complete: a late signal must not turn it into a failure
         if world.size > 1:
             _exit_process(0)
     except (TrainingHungError, OutOfMemoryError) as error:

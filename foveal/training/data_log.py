@@ -54,7 +54,7 @@ class DataLog:
         if self._world.rank == 0:
             self._refused_log.append_json_lines([{"time": time.time(), "step": step, "samples": ids}])
 
-    def flush_and_count(self) -> int:
+    def flush_and_count_bad(self) -> int:
         """Write all pending records and return the number of bad samples in the run so far. A collective."""
         if self._ledger is not None:
             self._ledger.flush()
@@ -98,7 +98,7 @@ def _ledger_metadata(plan: Plan) -> dict[str, Any]:
                 "index": index,
                 "split": source.split,
                 "samples": source.dataset.num_samples(source.split),
-                "digest": source.dataset.digest(source.split),
+                "digest": source.dataset.samples_digest(source.split),
             }
             for source, index in zip(plan.training_set.sources, indices, strict=True)
         ],

@@ -46,7 +46,7 @@ class Exporter:
         weights' names begin with ``head.``; None: no head. Raises: ExportError, on every rank, if writing fails.
         """
         folder = self._best_folder(step) if as_best else self._run_dir / "export" / name
-        weights = engine.full_state_dict()
+        weights = engine.gather_full_state_dict()
         card = self._plan.build_card(
             self._stage_name,
             encoder_card,

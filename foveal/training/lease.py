@@ -22,7 +22,7 @@ from typing import Any
 
 from foveal.atomic import encode_json, fsync, write_json
 from foveal.errors import CheckpointError, RestartLoopError, RunInUseError
-from foveal.training.lease_holder import LeaseHolder, check_alive, parse_holder
+from foveal.training.lease_holder import LeaseHolder, get_liveness_and_reason, parse_holder
 
 _ATTEMPT = re.compile(r"(\d{4,})\.json")
 _START = re.compile(r"(\d{4,})\.start\.json")
@@ -39,7 +39,7 @@ class Attempt:
     """An attempt as every rank knows it; ``start_steps``: start steps of earlier attempts that still matter."""
 
     number: int
-    start_steps: dict[int, int] = field(default_factory=dict)
+    start_steps_by_attempt: dict[int, int] = field(default_factory=dict)
     is_superseded: bool = False
 
 
@@ -64,11 +64,11 @@ class Lease(Attempt):
         self,
         run_dir: Path,
         number: int,
-        start_steps: dict[int, int],
+        start_steps_by_attempt: dict[int, int],
         max_attempts_without_progress: int,
-        heartbeat_seconds: float,
+        heartbeat_interval_seconds: float,
     ) -> None:
-        super().__init__(number, start_steps)
+        super().__init__(number, start_steps_by_attempt)
         self._run_dir = run_dir
         self._folder = run_dir / "attempts"
         self._max_attempts_without_progress = max_attempts_without_progress
@@ -76,7 +76,7 @@ class Lease(Attempt):
         self._ended = threading.Event()
         self._heartbeat_file = self._folder / f"{number:04d}{_HEARTBEAT_SUFFIX}"
         self._thread = threading.Thread(
-            target=self._write_heartbeats, args=(heartbeat_seconds,), name="lease", daemon=True
+            target=self._write_heartbeats, args=(heartbeat_interval_seconds,), name="lease", daemon=True
         )
         self._thread.start()
 
@@ -85,19 +85,21 @@ class Lease(Attempt):
 
         Raises: RestartLoopError if the maximal number of attempts in a row started there without progress.
         """
-        self.check_progress(step)
+        self.check_no_restart_loop(step)
         # A start that a later, lower start makes irrelevant is dropped: the list stays short.
-        starts = {number: start for number, start in self.start_steps.items() if start < step} | {self.number: step}
+        starts = {number: start for number, start in self.start_steps_by_attempt.items() if start < step} | {
+            self.number: step
+        }
         write_json(self._file("start"), {"step": step, "starts": starts})
 
-    def check_superseded(self) -> bool:
+    def poll_superseded(self) -> bool:
         """Return whether a later attempt exists."""
         if not self.is_superseded:
             with contextlib.suppress(OSError):  # an unreachable file system is no evidence of a later attempt
                 self.is_superseded = (self._folder / f"{self.number + 1:04d}.json").exists()
         return self.is_superseded
 
-    def record_end(self, reason: str, exit_code: int, step: int | None = None) -> None:
+    def record_end_and_release(self, reason: str, exit_code: int, step: int | None = None) -> None:
         """Record the reason and step of the end and release the directory; only the first call counts."""
         if self._ended.is_set():
             return
@@ -115,7 +117,7 @@ class Lease(Attempt):
         except OSError as error:
             _log.warning("the end of attempt %d cannot be written down (%s)", self.number, error)
 
-    def check_progress(self, step: int = -1) -> None:
+    def check_no_restart_loop(self, step: int = -1) -> None:
         """Refuse to start at a step (-1: not known yet) if the maximal number of attempts in a row made no progress.
 
         A step at which an earlier attempt started is no progress, even if the run was rolled back in between.
@@ -130,7 +132,7 @@ class Lease(Attempt):
                 f"{self._run_dir}: each of the last {limit} attempts ended {progress}, the last because: "
                 f"{failures[0][1]}; remove the cause and start again, which is counted anew"
             )
-            self.record_end(message, RestartLoopError.exit_code, None if step < 0 else step)
+            self.record_end_and_release(message, RestartLoopError.exit_code, None if step < 0 else step)
             raise RestartLoopError(message)
 
     def _failed_attempts(self, unknown_step: int) -> Iterator[tuple[int, str]]:
@@ -149,7 +151,7 @@ class Lease(Attempt):
             with contextlib.suppress(OSError):  # a full or unreachable disk does not stop training
                 _write_in_place(self._heartbeat_file, f"{count:020d}\n".encode(), create=not exists)
                 exists = True
-            self.check_superseded()
+            self.poll_superseded()
             self._ended.wait(interval_seconds)
 
     def _file(self, part: str) -> Path:
@@ -161,8 +163,8 @@ def acquire_lease(
     holder: LeaseHolder,
     *,
     max_attempts_without_progress: int,
-    heartbeat_seconds: float = 5.0,
-    timeout_seconds: float = 60.0,
+    heartbeat_interval_seconds: float = 5.0,
+    heartbeat_timeout_seconds: float = 60.0,
 ) -> Lease:
     """Start the next attempt at a run, on rank 0, if the previous attempt has ended or is dead.
 
@@ -180,7 +182,7 @@ def acquire_lease(
             names = _list_file_names(folder)
             number = max(_parse_numbers(names, _ATTEMPT), default=0) + 1
             if number > 1:
-                _refuse_if_held(run_dir, number - 1, holder, timeout_seconds)
+                _refuse_if_held(run_dir, number - 1, holder, heartbeat_timeout_seconds)
             if _claim_number(folder, number, holder):
                 break
             time.sleep(0.1)
@@ -191,8 +193,10 @@ def acquire_lease(
                 (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written ({error}); set run.dir to a place that can") from None
-    lease = Lease(run_dir, number, _parse_start_steps(folder, names), max_attempts_without_progress, heartbeat_seconds)
-    lease.check_progress()
+    lease = Lease(
+        run_dir, number, _parse_start_steps(folder, names), max_attempts_without_progress, heartbeat_interval_seconds
+    )
+    lease.check_no_restart_loop()
     return lease
 
 
@@ -218,7 +222,7 @@ def list_attempts(run_dir: Path) -> list[AttemptRecord]:
     return records
 
 
-def read_start_steps(run_dir: Path) -> dict[int, int]:
+def read_relevant_start_steps(run_dir: Path) -> dict[int, int]:
     """Return the start steps, by attempt, that still matter: for readers of checkpoints that hold no lease."""
     return _parse_start_steps(run_dir / "attempts", _list_file_names(run_dir / "attempts"))
 
@@ -252,7 +256,7 @@ def _refuse_if_held(run_dir: Path, number: int, holder: LeaseHolder, timeout_sec
     if (folder / f"{number:04d}.end.json").exists():
         return
     previous = parse_holder(_read_json_or_empty(folder / f"{number:04d}.json"))
-    is_alive, reason = check_alive(previous, holder) if previous else (None, "")
+    is_alive, reason = get_liveness_and_reason(previous, holder) if previous else (None, "")
     if is_alive is None:
         _log.info(
             "looking for up to %.0f s whether attempt %d at %s (%s) lives", timeout_seconds, number, run_dir, previous

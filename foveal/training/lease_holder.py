@@ -41,17 +41,17 @@ class LeaseHolder:
         return f"{job}on {self.host}, rank 0 pid {self.pid}"
 
 
-def describe_this_process(world_size: int, slurm_info: Mapping[str, str]) -> LeaseHolder:
+def current_holder(world_size: int, job_tags: Mapping[str, str]) -> LeaseHolder:
     """Return this process as a holder; ``slurm_info``: see ``slurm_job_tags``, empty outside Slurm."""
     return LeaseHolder(
         host=socket.gethostname(),
         pid=os.getpid(),
         born=_process_identity(os.getpid()) or "",
         ranks=world_size,
-        job=slurm_info.get("slurm_job_id"),
-        restart=int(slurm_info.get("slurm_restart_count", 0)),
-        cluster=slurm_info.get("slurm_cluster_name"),
-        nodes=slurm_info.get("slurm_job_nodelist"),
+        job=job_tags.get("slurm_job_id"),
+        restart=int(job_tags.get("slurm_restart_count", 0)),
+        cluster=job_tags.get("slurm_cluster_name"),
+        nodes=job_tags.get("slurm_job_nodelist"),
     )
 
 
@@ -63,7 +63,7 @@ def parse_holder(facts: dict[str, Any]) -> LeaseHolder | None:
         return None
 
 
-def check_alive(previous: LeaseHolder, current: LeaseHolder) -> tuple[bool | None, str]:
+def get_liveness_and_reason(previous: LeaseHolder, current: LeaseHolder) -> tuple[bool | None, str]:
     """Return whether ``previous`` is alive, and if not, the reason; None: this host cannot tell."""
     job = f"job {previous.job}"
     if (

@@ -57,7 +57,7 @@ class Step:
     """A finished optimizer step: ``index`` counts from 1; ``batch`` is this rank's last microbatch, for images."""
 
     index: int
-    batch: Batch
+    last_microbatch: Batch
     applied: bool
 
 
@@ -69,8 +69,8 @@ class LoopContext:
     step.
     """
 
-    start_step: int
-    stop_step: int
+    after_step: int
+    last_step: int
     accumulation_steps: int
     lr_schedule: Callable[[int], float]
     world: World
@@ -88,7 +88,7 @@ def run_steps(engine: Engine, batches: Iterator[Batch], objective: Objective, co
     engine's gradient clipping does.
     """
     num_ranks, accumulation_steps = context.world.size, context.accumulation_steps
-    for index in range(context.start_step, context.stop_step):
+    for index in range(context.after_step, context.last_step):
         lr = context.lr_schedule(index)
         engine.set_lr(lr)
         context.heartbeat(index + 1, "data")
@@ -142,6 +142,6 @@ def _mean_batch_weight(weights: list[float | Tensor], world: World) -> float | T
     return total_weight / (len(weights) * world.size)
 
 
-def is_due(step: int, interval: int, stop_step: int) -> bool:
+def is_due(step: int, interval: int, last_step: int) -> bool:
     """Return whether a periodic action is due after a step: every ``interval`` steps (0: never) and at the end."""
-    return step == stop_step or (interval > 0 and step % interval == 0)
+    return step == last_step or (interval > 0 and step % interval == 0)

@@ -11,13 +11,13 @@ from pydantic import model_validator
 from foveal.checkpoint.store import CheckpointConfig
 from foveal.config import Config, height_and_width, machine, science
 from foveal.data import DataConfig, Dataset, LabelKind, TrainingSet, build_training_set, collect_mix_digests
-from foveal.data.image.decode import jpeg_decoder_name
+from foveal.data.image.decode import jpeg_decoder_and_version
 from foveal.data.sampling.order import rank_slot_range
 from foveal.engines.base import EngineConfig
 from foveal.engines.build import check_engine_config
 from foveal.errors import ConfigError, ExportError
 from foveal.optim.optimizers import OptimConfig
-from foveal.optim.schedule import count_plateau_drops, step_decay_lr, warmup_constant, warmup_cosine
+from foveal.optim.schedule import count_plateau_drops, step_decay_lr, warmup_constant_lr, warmup_cosine_lr
 from foveal.tracking.tracker import TrackingConfig
 from foveal.training.evaluations import higher_is_better
 from foveal.training.rollback import RecoveryConfig
@@ -30,7 +30,7 @@ class BatchConfig(Config):
     images: int = science(description="Images per optimizer step, over all ranks.", gt=0)
     at_once: int = machine(64, "Maximal microbatch size: images per forward and backward of a rank.", gt=0)
 
-    def split_into_microbatches(self, world_size: int) -> tuple[int, int]:
+    def microbatch_size_and_count(self, world_size: int) -> tuple[int, int]:
         """Return (images per microbatch, microbatches per step); ``world_size`` must divide the batch."""
         rank_images = self.images // world_size
         sizes = range(1, min(self.at_once, rank_images) + 1)
@@ -89,12 +89,12 @@ class StageConfig(Config):
     supported_labels: ClassVar[tuple[LabelKind, ...]] = ("class",)
 
     @property
-    def export_names(self) -> tuple[str, ...]:
+    def export_subfolders(self) -> tuple[str, ...]:
         """The names of the exports, subfolders of export/; the empty name is export/ itself."""
         return ("",)
 
     @property
-    def plateau_metric(self) -> str | None:
+    def early_stopping_metric(self) -> str | None:
         """The evaluation metric that the plateau schedule follows; None in a stage without evaluations."""
         return None
 
@@ -139,7 +139,7 @@ class Plan:
         """The last step of this attempt."""
         return min(self.total_steps, self.cfg.run.stop_at or self.total_steps)
 
-    def compute_lr(self, step: int, metric_history: Sequence[float] = ()) -> float:
+    def compute_lr(self, steps_done: int, metric_history: Sequence[float] = ()) -> float:
         """Return the learning rate of the update after ``step`` finished updates.
 
         ``metric_history``: values of ``cfg.plateau_metric`` up to that step, for the plateau schedule only.
@@ -148,19 +148,19 @@ class Plan:
         peak_lr = optim.peak_lr(self.cfg.batch.images)
         warmup_steps = round(optim.warmup_epochs * self.steps_per_epoch)
         if optim.schedule == "cosine":
-            return warmup_cosine(
-                step,
+            return warmup_cosine_lr(
+                steps_done,
                 peak_lr=peak_lr,
                 min_lr=optim.floor_lr,
                 warmup_steps=warmup_steps,
                 total_steps=self.total_steps,
             )
-        num_drops = self._count_drops(step, metric_history)
-        lr = warmup_constant(step, peak_lr=peak_lr, warmup_steps=warmup_steps)
+        num_drops = self._count_drops(steps_done, metric_history)
+        lr = warmup_constant_lr(steps_done, peak_lr=peak_lr, warmup_steps=warmup_steps)
         return step_decay_lr(lr, num_drops=num_drops, factor=optim.step_factor, min_lr=optim.floor_lr)
 
     def _count_drops(self, step: int, metric_history: Sequence[float]) -> int:
-        optim, metric = self.cfg.optim, self.cfg.plateau_metric
+        optim, metric = self.cfg.optim, self.cfg.early_stopping_metric
         if optim.schedule == "step":
             return sum(step >= round(epoch * self.steps_per_epoch) for epoch in optim.step_epochs)
         if optim.schedule == "plateau" and metric is not None:
@@ -174,7 +174,7 @@ class Plan:
         return self.cfg.science_settings() | self.inherited_science
 
     def build_card(
-        self, stage_name: str, encoder_card: dict[str, Any], classes: tuple[str, ...], **run_facts: Any
+        self, stage_name: str, encoder_card: dict[str, Any], classes: tuple[str, ...], **card_fields: Any
     ) -> Card:
         """Return the card of an export: an encoder, with a head for ``classes``; ``run_facts``: further fields."""
         return Card(
@@ -185,7 +185,7 @@ class Plan:
             resized_from=self.resized_from,
             classes=classes,
             science=self.science_settings(),
-            **run_facts,
+            **card_fields,
         )
 
     def summary_lines(self) -> list[str]:
@@ -223,8 +223,8 @@ class Plan:
         ]
         for number, mix_entry in enumerate(data.mix, start=1):
             lines[number] += f", {mix_entry.share:.4g} of every epoch"
-        lines.append(f"decoder   {jpeg_decoder_name()} for JPEG")
-        shards, size = self.training_set.cached_size(self.cfg.batch.images // self.world_size)
+        lines.append(f"decoder   {jpeg_decoder_and_version()} for JPEG")
+        shards, size = self.training_set.required_shards_and_bytes(self.cfg.batch.images // self.world_size)
         if shards:
             lines.append(
                 f"cache     up to {shards} shards ({size / 1e9:.3g} GB) for a rank's windows, this and the next; "
@@ -273,12 +273,12 @@ def build_stage_plan(
         )
     _check_schedule(cfg)
     training = build_training_set(dataset, cfg.data, seed=cfg.seed, batch_size=cfg.batch.images)
-    microbatch_size, accumulation_steps = cfg.batch.split_into_microbatches(world_size)
+    microbatch_size, accumulation_steps = cfg.batch.microbatch_size_and_count(world_size)
     check_engine_config(
         cfg.engine, cfg.optim, world_size, microbatch_size=microbatch_size, accumulation_steps=accumulation_steps
     )
     mean, std = _pixel_statistics(cfg, dataset, source_card)
-    facts = {"data": dataset.digest(cfg.data.train), "mean": list(mean), "std": list(std)}
+    facts = {"data": dataset.samples_digest(cfg.data.train), "mean": list(mean), "std": list(std)}
     facts |= collect_mix_digests(training.sources) | (extra_science or {})
     return plan_class(
         cfg=cfg,
@@ -307,7 +307,7 @@ def _check_schedule(cfg: StageConfig) -> None:
             f"optim.step_epochs={epochs} must ascend between optim.warmup_epochs={optim.warmup_epochs:g} and "
             f"epochs={cfg.epochs}, neither included"
         )
-    if optim.schedule == "plateau" and cfg.plateau_metric is None:
+    if optim.schedule == "plateau" and cfg.early_stopping_metric is None:
         raise ConfigError(
             "optim.schedule=plateau is of fine-tuning, whose evaluations it follows; use cosine, step or constant here"
         )

@@ -41,15 +41,15 @@ class ProgressReporter:
             int(row["step"]), f"loss {row['loss']:.4f}, lr {row['lr']:.2e}, {row['images_per_second']:,.0f} images/s"
         )
 
-    def update(self, done: int, text: str) -> None:
+    def update(self, completed: int, text: str) -> None:
         """Show the number of finished steps and a text; a log gets a line every 30 s and at the end."""
         if not self._name:
             return
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, row=text)
-        elif done == self._total or time.monotonic() - self._last_line_time > _LINE_INTERVAL_SECONDS:
+            self._bar.update(self._task, completed=completed, row=text)
+        elif completed == self._total or time.monotonic() - self._last_line_time > _LINE_INTERVAL_SECONDS:
             self._last_line_time = time.monotonic()
-            _log.info("%s: %d of %d, %s", self._name, done, self._total, text)
+            _log.info("%s: %d of %d, %s", self._name, completed, self._total, text)
 
     def log_results(self, step: int, results: Mapping[str, object]) -> None:
         """Log the first six float results of a step in one line."""

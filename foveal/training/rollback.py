@@ -45,7 +45,7 @@ class RollbackController:
         self.skipped_batches = sorted({*skipped_batches, *(batch for entry in rollbacks for batch in entry["batches"])})
         self._refused_steps: list[int] = []
 
-    def observe_step(self, step: int, *, applied: bool) -> bool:
+    def observe_and_check_rollback(self, step: int, *, applied: bool) -> bool:
         """Record whether a step's update was applied; return True if the run has to roll back."""
         self._refused_steps = [] if applied else [*self._refused_steps, step]
         return len(self._refused_steps) >= self._cfg.after
@@ -55,7 +55,7 @@ class RollbackController:
         """Whether the last update was applied; no checkpoint is saved after a refused update."""
         return not self._refused_steps
 
-    def record_rollback(self, to_step: int, *, is_writer: bool) -> None:
+    def record_rollback_or_raise(self, to_step: int, *, is_writer: bool) -> None:
         """Record a roll-back to ``to_step`` and skip the batches of the refused steps.
 
         Raises: TrainingDivergedError, on every rank, if the maximal number of roll-backs is reached.

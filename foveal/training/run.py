@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from foveal.atomic import AppendLog, best_effort, write_json
-from foveal.checkpoint.store import CheckpointStore, check_same_science
+from foveal.checkpoint.store import CheckpointStore, check_science_unchanged
 from foveal.data import Batch, eval_batches, train_batches
 from foveal.data.sampling.subset import SubsetName
 from foveal.distributed.preemption import Preemption
@@ -93,12 +93,12 @@ class Run:
         Raises: CheckpointError if the checkpoint is of other science or the disk has no room, LaunchError if a save
         takes longer than Slurm's notice.
         """
-        latest = self.checkpoint_store.find_latest()
+        latest = self.checkpoint_store.find_latest_valid()
         skipped_batches: list[int] = []
         save_seconds = 0.0
         if latest is not None:
             folder, state = latest
-            check_same_science(state.science, self.plan.science_settings(), folder)
+            check_science_unchanged(state.science, self.plan.science_settings(), folder)
             self.checkpoint_store.load(folder, engine, state)
             self.step, skipped_batches, save_seconds = state.step, state.skipped, state.save_seconds
             self.evaluations = dict(state.scores)
@@ -110,7 +110,7 @@ class Run:
         self.start_attempt(self.step)
         self._data_log = DataLog(self.path, self.plan, self.world, self.step, self.rollback.skipped_batches)
         if save_seconds:
-            self.checkpoint_saver.check_preemption_notice(save_seconds)
+            self.checkpoint_saver.check_notice_covers_save(save_seconds)
         else:  # no attempt has timed a save yet
             self.checkpoint_saver.save_initial(engine, self.step, self.rollback.skipped_batches, self.throughput_meter)
         return self.step
@@ -140,7 +140,7 @@ class Run:
         )
 
     def _raise_if_superseded(self, lease: Lease) -> None:
-        if lease.check_superseded():
+        if lease.poll_superseded():
             raise AttemptSupersededError(f"another attempt has taken over {self.path}; this one writes nothing more")
 
     # --- steps ---
@@ -158,7 +158,7 @@ class Run:
                 steps = run_steps(engine, batches, objective, self._loop_context(start_step))
                 for step in profile_steps(steps, start_step, profiled_range, self.path / "profile"):
                     self.step = step.index
-                    must_roll_back = self.rollback.observe_step(step.index, applied=step.applied)
+                    must_roll_back = self.rollback.observe_and_check_rollback(step.index, applied=step.applied)
                     if not step.applied:
                         self.data_log.log_refused_update(step.index)
                     yield step
@@ -187,8 +187,8 @@ class Run:
     def _loop_context(self, start_step: int) -> LoopContext:
         self.throughput_meter.start()
         return LoopContext(
-            start_step=start_step,
-            stop_step=self.plan.stop_step,
+            after_step=start_step,
+            last_step=self.plan.stop_step,
             accumulation_steps=self.plan.accumulation_steps,
             lr_schedule=self._compute_lr,
             world=self.world,
@@ -200,7 +200,7 @@ class Run:
         )
 
     def _compute_lr(self, step: int) -> float:
-        metric = self.plan.cfg.plateau_metric
+        metric = self.plan.cfg.early_stopping_metric
         if not metric:
             return self.plan.compute_lr(step)
         return self.plan.compute_lr(step, collect_metric_values(filter_up_to_step(self.evaluations, step), metric))
@@ -208,12 +208,12 @@ class Run:
     def _roll_back(self, engine: Engine) -> int:
         """Restore the newest checkpoint, void the records of later steps, and return the checkpoint's step."""
         self.finish_checkpoint()
-        latest = self.checkpoint_store.find_latest()
+        latest = self.checkpoint_store.find_latest_valid()
         if latest is None:
             raise CheckpointError(f"{self.path} has no complete checkpoint to roll back to")
         folder, state = latest
-        self.rollback.record_rollback(state.step, is_writer=self.world.rank == 0)
-        self.metric_accumulator.read_rows(self.world.all_reduce_sum)  # discards the rows
+        self.rollback.record_rollback_or_raise(state.step, is_writer=self.world.rank == 0)
+        self.metric_accumulator.pop_rows(self.world.all_reduce_sum)  # discards the rows
         self.checkpoint_store.load(folder, engine, state)
         self.evaluations = filter_up_to_step(self.evaluations, state.step)
         self.throughput_meter = ThroughputMeter(state.seconds)
@@ -233,7 +233,7 @@ class Run:
             plan.cfg.data,
             split=split,
             subset=subset,
-            seed=plan.cfg.seed,
+            training_seed=plan.cfg.seed,
             rank=world.rank,
             world_size=world.size,
             microbatch_size=plan.cfg.batch.at_once,
@@ -243,7 +243,7 @@ class Run:
                 self.watchdog.heartbeat(step, "evaluating")
                 self.data_log.log_bad_samples(step, batch)
                 yield batch
-        self.data_log.flush_and_count()
+        self.data_log.flush_and_count_bad()
         self.data_log.check_bad_limit()
 
     # --- metrics ---
@@ -254,14 +254,14 @@ class Run:
         Raises: DataError, on every rank, if too many samples fail to decode.
         """
         self.watchdog.heartbeat(self.step, "reporting")
-        rows = self.metric_accumulator.read_rows(self.world.all_reduce_sum)
+        rows = self.metric_accumulator.pop_rows(self.world.all_reduce_sum)
         if rows:
-            straggler_metrics, straggler_table = self.straggler_meter.report(
+            straggler_metrics, straggler_table = self.straggler_meter.pop_metrics_and_table(
                 int(rows[-1]["step"]), self.world.all_gather_objects
             )
-            bad_samples = float(self.data_log.flush_and_count())
+            bad_samples = float(self.data_log.flush_and_count_bad())
             rows[-1] |= (
-                self.throughput_meter.read_rates()
+                self.throughput_meter.pop_rates()
                 | measure_peak_memory(self.world.device)
                 | {"bad_samples": bad_samples}
                 | straggler_metrics
@@ -280,7 +280,7 @@ class Run:
         """Record and log the metrics of the evaluation after a step, on every rank; a repeated step overwrites them."""
         self.evaluations[step] = metrics
         self.progress.log_results(step, metrics)
-        self.tracker.log_results(metrics, step)
+        self.tracker.log_results_once(metrics, step)
 
     def save_image(self, name: str, step: int, render: Any) -> None:
         """Save the PIL image that ``render()`` returns under pictures/, on rank 0."""
@@ -317,16 +317,22 @@ class Run:
         an engine reads the gradient norm from the device in every step anyway.
         Raises: AttemptSupersededError, on every rank, if another attempt has taken over the run.
         """
-        flags = (self.preemption.stop_reason is not None, self.checkpoint_saver.is_writing, self.attempt.is_superseded)
+        flags = (
+            self.preemption.stop_reason is not None,
+            self.checkpoint_saver.is_rank_writing,
+            self.attempt.is_superseded,
+        )
         is_preempted, is_writing, is_superseded = self.world.all_reduce_max([int(flag) for flag in flags])
         if is_superseded:
             raise AttemptSupersededError(f"another attempt has taken over {self.path}; this one writes nothing more")
         if not is_writing:
             self.finish_checkpoint()
-        self._is_urgent = bool(is_preempted) and self.preemption.is_urgent(self.checkpoint_saver.slowest_save_seconds)
+        self._is_urgent = bool(is_preempted) and self.preemption.any_rank_urgent(
+            self.checkpoint_saver.slowest_save_seconds
+        )
         return bool(is_preempted)
 
-    def end_preempted(self, step: int) -> None:
+    def mark_preempted(self, step: int) -> None:
         """End an attempt that was asked to stop; the outermost run asks Slurm to requeue the job.
 
         The requeue comes before the tracker's flush, because the notice may be short. The tracker skips its flush if
@@ -341,8 +347,8 @@ class Run:
         self.end_reason = f"asked to leave ({self.preemption.stop_reason or 'another rank'}): {progress}{lag}"
         _log.info("%s", self.end_reason)
         if not self.is_nested:
-            self.preemption.requeue_if_preempted()
-        if self._is_urgent or self.preemption.asked_again:
+            self.preemption.requeue_unless_stopped_manually()
+        if self._is_urgent or self.preemption.requested_again:
             self.tracker.skip_flush()
 
     def mark_finished(self, results: dict[str, Any] | None = None, best_metrics: dict[str, Any] | None = None) -> None:
@@ -358,7 +364,7 @@ class Run:
                 "summary": self._last_row | final_metrics,
             }
             if results:
-                self.tracker.log_results(results, step)
+                self.tracker.log_results_once(results, step)
             write_json(
                 self.path / "finished.json", facts
             )  # after the results: later attempts do nothing once it exists

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from foveal import __version__
 from foveal.atomic import read_json, write_json
-from foveal.checkpoint.store import CheckpointStore, check_same_science
+from foveal.checkpoint.store import CheckpointStore, check_science_unchanged
 from foveal.distributed.peer_failure import describe_peer_failure
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.watchdog import Watchdog, run_watchdog
@@ -26,11 +26,11 @@ from foveal.errors import (
     TrainingHungError,
 )
 from foveal.redact import RedactingFormatter, redact
-from foveal.tracking import report_attempt_end
+from foveal.tracking import report_end_without_tracker
 from foveal.tracking.tracker import AttemptState, NullTracker
 from foveal.training.checkpointing import CheckpointSaver
 from foveal.training.lease import Attempt, Lease, acquire_lease
-from foveal.training.lease_holder import describe_this_process
+from foveal.training.lease_holder import current_holder
 from foveal.training.meters.stragglers import StragglerMeter
 from foveal.training.out_of_memory import diagnose_out_of_memory
 from foveal.training.plan import Plan, StageConfig
@@ -72,7 +72,7 @@ def open_run(
         stack.enter_context(_log_to_file(logs / f"rank-{world.rank:03d}.log"))
         _log.log(logging.DEBUG if is_nested else logging.INFO, "foveal %s, %s", __version__, describe_rank(world))
         if isinstance(attempt, Lease):
-            stack.callback(lambda: attempt.record_end(end.reason, end.exit_code, end.step))
+            stack.callback(lambda: attempt.record_end_and_release(end.reason, end.exit_code, end.step))
         if outer_run is not None:
             watchdog = outer_run.watchdog
         else:
@@ -104,7 +104,7 @@ def _translate_error(error: BaseException, stage_name: str, plan: Plan, watchdog
     if out_of_memory is not None:  # first, because NCCL's out-of-memory error looks like a lost peer
         return out_of_memory
     if (peer_failure := describe_peer_failure(error)) and not isinstance(error, FovealError):
-        return TrainingHungError(f"{peer_failure}; {watchdog.diagnose()}")
+        return TrainingHungError(f"{peer_failure}; {watchdog.log_diagnosis_once()}")
     return error
 
 
@@ -146,7 +146,7 @@ def _inspect_run_dir(plan: Plan) -> tuple[Path, bool]:
             file = path / name
             if file.exists():
                 tree = read_json(file)
-                check_same_science(tree.get("science", tree), plan.science_settings(), path)
+                check_science_unchanged(tree.get("science", tree), plan.science_settings(), path)
         return path, (path / "finished.json").exists()
     except OSError as error:
         if error.errno not in _PERMANENT_ERRNOS:
@@ -173,20 +173,20 @@ def _acquire_attempt(path: Path, plan: Plan, world: World) -> Attempt | None:
         except OSError as error:
             raise _unusable_dir_error(path, error) from None
         cfg = plan.cfg
-        holder = describe_this_process(world.size, slurm_job_tags())
+        holder = current_holder(world.size, slurm_job_tags())
         try:
             lease = acquire_lease(path, holder, max_attempts_without_progress=cfg.run.restarts)
         except RestartLoopError as error:
-            report_attempt_end(path, cfg.tracking, cfg.run.pipeline, "failed", str(error))
+            report_end_without_tracker(path, cfg.tracking, cfg.run.pipeline, "failed", str(error))
             raise
         if (path / "finished.json").exists():
-            lease.record_end("the attempt before has finished the run", 0)
+            lease.record_end_and_release("the attempt before has finished the run", 0)
             return None
         leases.append(lease)
         cfg.dump(path / "config.yaml")
         write_json(path / "science.json", plan.science_settings())
         write_json(path / "job.json", slurm_job_tags())
-        return Attempt(lease.number, lease.start_steps)
+        return Attempt(lease.number, lease.start_steps_by_attempt)
 
     attempt = world.on_rank0(acquire)
     return leases[0] if leases else attempt
@@ -198,15 +198,15 @@ def _build_store(path: Path, plan: Plan, world: World, attempt: Attempt, timeout
         plan.cfg.checkpoint,
         world,
         attempt.number,
-        attempt.start_steps,
-        is_superseded=attempt.check_superseded if isinstance(attempt, Lease) else lambda: False,
+        attempt.start_steps_by_attempt,
+        is_superseded=attempt.poll_superseded if isinstance(attempt, Lease) else lambda: False,
         write_timeout_seconds=timeout_seconds,
     )
 
 
 def _record_hang(attempt: Attempt, open_runs: list[Run], reason: str) -> None:
     if isinstance(attempt, Lease):
-        attempt.record_end(reason, TrainingHungError.exit_code)
+        attempt.record_end_and_release(reason, TrainingHungError.exit_code)
         for run in open_runs:
             _close_tracker(run, "failed", reason)
 
@@ -215,8 +215,8 @@ def _close_tracker(run: Run, state: AttemptState, reason: str) -> None:
     """Close a run's tracker on rank 0; without an open tracker, report the end unless another attempt took over."""
     if not isinstance(run.tracker, NullTracker):
         run.tracker.close(state, reason)
-    elif isinstance(run.attempt, Lease) and not run.attempt.check_superseded() and not run.is_nested:
-        report_attempt_end(run.path, run.plan.cfg.tracking, run.plan.cfg.run.pipeline, state, reason)
+    elif isinstance(run.attempt, Lease) and not run.attempt.poll_superseded() and not run.is_nested:
+        report_end_without_tracker(run.path, run.plan.cfg.tracking, run.plan.cfg.run.pipeline, state, reason)
 
 
 def _resolve_run_dir(cfg: StageConfig) -> Path:

@@ -71,14 +71,14 @@ def filter_and_strip_prefix(weights: dict[str, Tensor], prefix: str) -> dict[str
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
-def read_card(folder: Path, timeout_seconds: float = DEFAULT_STALL_TIMEOUT) -> Card:
+def read_card(folder: Path, stall_timeout: float = DEFAULT_STALL_TIMEOUT) -> Card:
     """Read the card of an export; ``timeout_seconds``: limit for storage without progress.
 
     Raises: ExportError for a missing or invalid card or another format; StorageUnreachableError.
     """
     file = folder / "card.json"
     try:
-        fields: dict[str, Any] = read_with_timeout(file, timeout_seconds, lambda: json.loads(file.read_text()))
+        fields: dict[str, Any] = read_with_timeout(file, stall_timeout, lambda: json.loads(file.read_text()))
     except (FileNotFoundError, NotADirectoryError):
         exports = sorted(file.parent.name for file in folder.glob("*/card.json"))
         hint = f"one of the exports in it ({', '.join(exports)})" if exports else "the export folder of a finished run"
@@ -101,26 +101,26 @@ def read_card(folder: Path, timeout_seconds: float = DEFAULT_STALL_TIMEOUT) -> C
         ) from None
 
 
-def read_export(folder: Path, timeout_seconds: float = DEFAULT_STALL_TIMEOUT) -> tuple[dict[str, Tensor], Card]:
+def read_export(folder: Path, stall_timeout: float = DEFAULT_STALL_TIMEOUT) -> tuple[dict[str, Tensor], Card]:
     """Read the weights (fp32, CPU) and the card of an export, and verify the digest.
 
     ``timeout_seconds`` as in ``read_card``. Raises: ExportError for an incomplete or altered export;
     StorageUnreachableError.
     """
-    card = read_card(folder, timeout_seconds)
-    return _read_weights(folder / _MODEL, card.sha256, timeout_seconds), card
+    card = read_card(folder, stall_timeout)
+    return _read_weights(folder / _MODEL, card.sha256, stall_timeout), card
 
 
-def read_head(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_head(folder: Path, expected_kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the weights (fp32, CPU) of an export's head, verify the digest, and return them with ``card.head``.
 
     Raises: ExportError for an incomplete or altered export, or for a head of another kind.
     """
     card = read_card(folder)
     head_kind = None if card.head is None else card.head.get("kind")
-    if card.head is None or head_kind != kind:
+    if card.head is None or head_kind != expected_kind:
         head = f"a head for {head_kind}" if head_kind else "no head"
-        raise ExportError(f"{folder} has {head}, and one for {kind} is wanted")
+        raise ExportError(f"{folder} has {head}, and one for {expected_kind} is wanted")
     return _read_weights(folder / _HEAD, card.head_sha256, DEFAULT_STALL_TIMEOUT), card.head
 
 
@@ -156,22 +156,24 @@ def load_weights_strict(
     weights: dict[str, Tensor],
     source: Path,
     *,
-    new_prefixes: Sequence[str] = (),
+    new_module_prefixes: Sequence[str] = (),
     unused_prefixes: Sequence[str] = (),
 ) -> None:
     """Load weights into a module; names and shapes must match as in ``select_matching_weights``."""
     module.load_state_dict(
         module.state_dict()
-        | select_matching_weights(module, weights, source, new_prefixes=new_prefixes, unused_prefixes=unused_prefixes)
+        | check_and_select_weights(
+            module, weights, source, new_module_prefixes=new_module_prefixes, unused_prefixes=unused_prefixes
+        )
     )
 
 
-def select_matching_weights(
+def check_and_select_weights(
     module: nn.Module,
     weights: dict[str, Tensor],
     source: Path,
     *,
-    new_prefixes: Sequence[str] = (),
+    new_module_prefixes: Sequence[str] = (),
     unused_prefixes: Sequence[str] = (),
 ) -> dict[str, Tensor]:
     """Return the weights that a module takes; all names and shapes must match, with two exceptions.
@@ -180,12 +182,14 @@ def select_matching_weights(
     Raises: ExportError that lists the mismatches.
     """
     own = module.state_dict()
-    missing = [name for name in own if name not in weights and not name.startswith(tuple(new_prefixes))]
+    missing = [name for name in own if name not in weights and not name.startswith(tuple(new_module_prefixes))]
     extra = [name for name in weights if name not in own and not name.startswith(tuple(unused_prefixes))]
     shapes = [
         f"{name} {list(weights[name].shape)} for {list(own[name].shape)}"
         for name in own
-        if name in weights and weights[name].shape != own[name].shape and not name.startswith(tuple(new_prefixes))
+        if name in weights
+        and weights[name].shape != own[name].shape
+        and not name.startswith(tuple(new_module_prefixes))
     ]
     for problem, names in (
         ("lacks", missing),
@@ -196,4 +200,8 @@ def select_matching_weights(
             raise ExportError(
                 f"{source} {problem} {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
             )
-    return {name: value for name, value in weights.items() if name in own and not name.startswith(tuple(new_prefixes))}
+    return {
+        name: value
+        for name, value in weights.items()
+        if name in own and not name.startswith(tuple(new_module_prefixes))
+    }

@@ -38,12 +38,12 @@ _LAYER_NAMES = {
 _QKV_INDEX = {"query": 0, "q_proj": 0, "key": 1, "k_proj": 1, "value": 2, "v_proj": 2}
 
 
-def find_weights_file(path: Path, timeout_seconds: float = DEFAULT_STALL_TIMEOUT) -> Path:
+def find_weights_file(path: Path, stall_timeout: float = DEFAULT_STALL_TIMEOUT) -> Path:
     """Return the safetensors file: the path itself, or ``model.safetensors`` in the folder.
 
     timeout_seconds: limit for storage without progress. Raises: ExportError, StorageUnreachableError.
     """
-    return read_with_timeout(path, timeout_seconds, lambda: _find_weights_file(path))
+    return read_with_timeout(path, stall_timeout, lambda: _find_weights_file(path))
 
 
 def _find_weights_file(path: Path) -> Path:
@@ -61,35 +61,35 @@ def _find_weights_file(path: Path) -> Path:
     return file
 
 
-def read_weights_as_timm(file: Path, timeout_seconds: float = DEFAULT_STALL_TIMEOUT) -> tuple[dict[str, Tensor], str]:
+def read_weights_as_timm(file: Path, stall_timeout: float = DEFAULT_STALL_TIMEOUT) -> tuple[dict[str, Tensor], str]:
     """Return the weights of a file (fp32, CPU), under timm's names where these exist, and the file's sha256.
 
     timeout_seconds: limit for storage without progress. Raises: ExportError, StorageUnreachableError.
     """
     try:
-        digest = read_with_timeout(file, timeout_seconds, lambda: sha256(file))
-        weights = read_with_timeout(file, timeout_seconds, lambda: load_file(file))
+        digest = read_with_timeout(file, stall_timeout, lambda: sha256(file))
+        weights = read_with_timeout(file, stall_timeout, lambda: load_file(file))
     except (OSError, SafetensorError) as error:
         raise ExportError(f"{file} cannot be read ({error})") from None
     return _to_timm_names({name: value.float() for name, value in weights.items()}), digest
 
 
-def read_hf_config(weights_path: Path, timeout_seconds: float = DEFAULT_STALL_TIMEOUT) -> dict[str, Any]:
+def read_hf_config(weights_path: Path, stall_timeout: float = DEFAULT_STALL_TIMEOUT) -> dict[str, Any]:
     """Return Hugging Face's config.json in the weights' folder; empty if it is missing or invalid.
 
     timeout_seconds: limit for storage without progress. Raises: StorageUnreachableError.
     """
     file = weights_path.parent / "config.json"
     try:
-        hf_config: Any = read_with_timeout(file, timeout_seconds, lambda: json.loads(file.read_text()))
+        hf_config: Any = read_with_timeout(file, stall_timeout, lambda: json.loads(file.read_text()))
     except (OSError, ValueError, RecursionError):
         return {}
     return hf_config if isinstance(hf_config, dict) else {}
 
 
-def read_num_heads(weights_path: Path, timeout_seconds: float = DEFAULT_STALL_TIMEOUT) -> int | None:
+def read_num_heads(weights_path: Path, stall_timeout: float = DEFAULT_STALL_TIMEOUT) -> int | None:
     """Return config.json's number of attention heads, which weights do not show. Raises: StorageUnreachableError."""
-    heads = read_hf_config(weights_path, timeout_seconds).get("num_attention_heads")
+    heads = read_hf_config(weights_path, stall_timeout).get("num_attention_heads")
     return heads if isinstance(heads, int) else None
 
 

@@ -24,7 +24,7 @@ from foveal.models.backbone import (
 from foveal.models.timm_vit import build_meta_encoder, get_encoder_sizes, has_absolute_positions
 from foveal.models.vit import Pooling, VitConfig, encoder_card, encoder_from_card
 from foveal.timeouts import DEFAULT_STALL_TIMEOUT, read_with_timeout
-from foveal.weights.export import Card, read_card, read_export, select_matching_weights
+from foveal.weights.export import Card, check_and_select_weights, read_card, read_export
 from foveal.weights.foreign import find_weights_file, read_hf_config, read_num_heads, read_weights_as_timm
 
 FOREIGN_STAGE = "foreign"  # the stage in a card for foreign weights
@@ -91,7 +91,7 @@ def _build_foreign_card(path: Path, name: str, data: DataConfig) -> Card:
     file = find_weights_file(path, data.patience_seconds)
     weights, digest = _read_foreign_weights(file, data.patience_seconds)
     hf_config = read_hf_config(file, data.patience_seconds)
-    first_layer = weights.get(f"{timm_info.first_layer}.weight")
+    first_layer = weights.get(f"{timm_info.first_layer_name}.weight")
     if first_layer is not None and first_layer.ndim == 4 and first_layer.shape[1] != data.channels:
         raise ExportError(
             f"{path} has channels {first_layer.shape[1]}, data.channels is {data.channels}; they must be equal"
@@ -179,7 +179,7 @@ def _check_weights_fit(
     """Check that weights fit the module of a card, built on the meta device. Raises: ExportError."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         module = build(card, str(path))
-    select_matching_weights(module, weights, path)
+    check_and_select_weights(module, weights, path)
 
 
 def _pixel_statistics(

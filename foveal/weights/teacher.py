@@ -7,12 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveal.models.backbone import backbone_from_card
-from foveal.models.resize import resize_weights_from_card
+from foveal.models.resize import resize_positions_from_card
 from foveal.models.vit import encoder_from_card
 from foveal.weights.export import Card, load_weights_strict
 
 
-def build_teacher(
+def build_unfrozen_teacher(
     weights: dict[str, Tensor], card: Card, image_size: int | tuple[int, int] | None, path: Path
 ) -> nn.Module:
     """Build the model of a card with its weights; ``image_size`` None: the card's size. Raises: ExportError."""
@@ -23,7 +23,7 @@ def build_teacher(
         load_weights_strict(model, weights, path)
         return model
     encoder = encoder_from_card(encoder_card, file)
-    load_weights_strict(encoder, resize_weights_from_card(weights, encoder, card.encoder, file), path)
+    load_weights_strict(encoder, resize_positions_from_card(weights, encoder, card.encoder, file), path)
     return encoder
 
 
@@ -35,7 +35,7 @@ def freeze_in_eval_mode(model: nn.Module) -> nn.Module:
     return model
 
 
-def soft_target_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+def distillation_loss_per_image(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """Return T^2 times the KL divergence [B] of logits [B, K] at temperature T, summed over K (Hinton et al., 2015).
 
     A value per image. A mean over the B * K numbers, as in DeiT's code, would be K times too small.

@@ -16,7 +16,7 @@ from harness import STILL_GOING, Cluster, Rank
 from server import Server
 
 from foveal.atomic import encode_json_lines
-from foveal.tracking.tail import read_json_lines
+from foveal.tracking.tail import read_step_rows
 from foveal.training.lease import AttemptRecord, list_attempts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,7 +140,7 @@ class Scene:
 
     def rollbacks(self) -> list[dict[str, Any]]:
         """How often the run went back behind steps that were refused, and past which batches."""
-        return list(read_json_lines(self.run / "rollbacks.jsonl"))
+        return list(read_step_rows(self.run / "rollbacks.jsonl"))
 
     def said(self, pattern: str) -> list[str]:
         """All matches in the log of rank 0, which goes on over attempts."""

@@ -80,9 +80,9 @@ def prepare() -> socket.socket | None:
     Path("meeting").unlink(missing_ok=True)
     if not Path("occupied").exists():
         return None
-    from foveal.distributed.launcher import read_launch_env, rendezvous_addresses
+    from foveal.distributed.launcher import candidate_store_addresses, read_launch_env
 
-    place = rendezvous_addresses(read_launch_env())[0]
+    place = candidate_store_addresses(read_launch_env())[0]
     Path("occupied").write_text(str(place[1]))
     return socket.create_server(place)
 

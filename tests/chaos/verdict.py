@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from foveal.data.records.audit import read_ledger
-from foveal.tracking.tail import read_json_lines
+from foveal.data.records.audit import open_ledger
+from foveal.tracking.tail import read_step_rows
 
 _ROUNDING = 1e-5  # relative, between runs on different numbers of ranks
 COMPARED = ("loss", "lr", "grad_norm")
@@ -50,7 +50,7 @@ def _tracked(run: Path, delivered: Sequence[tuple[str, int, float]], exact: bool
     wanted = {(name, int(row["step"])): row[name] for row in _rows(run) for name in COMPARED}
     void = {
         step
-        for each in read_json_lines(run / "rollbacks.jsonl")
+        for each in read_step_rows(run / "rollbacks.jsonl")
         for step in range(each["to"] + 1, max(each["refused"]) + 1)
     }
     held: dict[tuple[str, int], list[float]] = {}
@@ -84,7 +84,7 @@ def _weights(alone: Path, disturbed: Path, exact: bool) -> tuple[str, bool, str]
 
 
 def _ledger(alone: Path, disturbed: Path) -> tuple[str, bool, str]:
-    ours, theirs = (read_ledger(run) for run in (disturbed, alone))
+    ours, theirs = (open_ledger(run) for run in (disturbed, alone))
     if (ours.after_step, ours.last_step) != (theirs.after_step, theirs.last_step):
         return "ledger", False, f"steps {ours.after_step}-{ours.last_step} for {theirs.after_step}-{theirs.last_step}"
     one, other = ours.read_rows(ours.after_step, ours.last_step), theirs.read_rows(theirs.after_step, theirs.last_step)

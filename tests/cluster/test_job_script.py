@@ -98,7 +98,7 @@ sys.exit(1)
 FAILING = """
 def leave():
     until_asked()
-    if rank == 0: print("asked", heard, slurm().requeue_slurm_job(got_warning=False), flush=True)
+    if rank == 0: print("asked", heard, slurm().requeue_slurm_job_if_due(got_warning_signal=False), flush=True)
 if rank == 0 and starts: slurm()
 if starts == 0:
     if rank == 2: os.kill(os.getpid(), 9)
@@ -197,7 +197,7 @@ if starts: sys.exit(0)
 if rank == 0: print("notice", slurm().read_shutdown_notice(), flush=True)
 until_asked()
 if rank == 0: print("left", slurm().read_seconds_left(), heard, flush=True)
-if rank == 0: print("refused", slurm().requeue_slurm_job(got_warning=False), flush=True)
+if rank == 0: print("refused", slurm().requeue_slurm_job_if_due(got_warning_signal=False), flush=True)
 """
     job = checkouts.submit(ranks, partition="low", nodes="1", ntasks_per_node="1", cpus_per_task="5")
     checkouts.up(job, "notice")

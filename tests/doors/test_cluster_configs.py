@@ -50,7 +50,7 @@ def test_every_cluster_of_the_header_divides_the_batch(name: str) -> None:
     order = SampleOrder(COUNTS, cfg.batch.images, cfg.data.lanes, cfg.data.window, cfg.seed)
     for ranks in clusters(name):
         rank_slot_range(cfg.batch.images, cfg.data.lanes, ranks - 1, ranks)
-        at_once, micros = cfg.batch.split_into_microbatches(ranks)
+        at_once, micros = cfg.batch.microbatch_size_and_count(ranks)
         assert at_once * micros * ranks == cfg.batch.images
         assert at_once > 1 or cfg.batch.images == ranks
     header = FILES[name].read_text()

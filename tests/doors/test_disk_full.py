@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from processes import PYTHON, ROOT, Ended, column, ended, rows_of
 
-from foveal.data.records.audit import read_ledger
+from foveal.data.records.audit import open_ledger
 
 SCRIPT = ROOT / "tests" / "doors" / "full_disk.py"
 
@@ -124,7 +124,7 @@ def test_a_run_of_two_ranks_loses_nothing_to_a_full_disk(disk: Path, configs: di
     assert 30 < int(done.out) < last, "for a second no row found room"
     assert "no room" in done.err
     assert column(rows_of(kept), "step") == list(range(1, last + 1))
-    record = read_ledger(kept)
+    record = open_ledger(kept)
     assert (record.after_step, record.last_step, len(record.read_rows(0, last))) == (0, last, last)
     table = [json.loads(line) for line in (kept / "stragglers.jsonl").read_text().splitlines()]
     assert sorted({(row["step"], row["rank"]) for row in table}) == [

@@ -16,8 +16,8 @@ import yaml
 from forked import Forked, free_port, ranks_of
 from processes import PATIENCE, PYTHON, ended
 
-from foveal.data.records.audit import audit_epochs, read_ledger
-from foveal.tracking.jsonl import read_metric_rows
+from foveal.data.records.audit import audit_epochs, open_ledger
+from foveal.tracking.jsonl import read_rows_without_time
 
 pytestmark = [pytest.mark.thorough, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -72,7 +72,7 @@ def killed_thrice(config: Path, run: Path, ranks: int, at_once: int, threads: in
             each.process.kill()
         for each in started:
             assert each.ended().code == -signal.SIGKILL
-        assert read_metric_rows(run / "metrics.jsonl")[-1]["step"] < _STEPS
+        assert read_rows_without_time(run / "metrics.jsonl")[-1]["step"] < _STEPS
     for last in [each.ended() for each in start()]:
         assert last.code == 0, last.err
     return run
@@ -81,7 +81,7 @@ def killed_thrice(config: Path, run: Path, ranks: int, at_once: int, threads: in
 def reached(run: Path, step: int, started: list[Forked]) -> None:
     """Wait until the run directory has a row of that step."""
     file, patience = run / "metrics.jsonl", time.monotonic() + PATIENCE
-    while not (file.exists() and any(row["step"] >= step for row in read_metric_rows(file))):
+    while not (file.exists() and any(row["step"] >= step for row in read_rows_without_time(file))):
         if time.monotonic() > patience or not all(each.process.is_alive() for each in started):
             pytest.fail(f"{run} has not reached step {step}: {[each.ended() for each in started]}")
         time.sleep(0.01)
@@ -102,12 +102,12 @@ def test_ledgers_are_identical(runs: list[Path]) -> None:
 
 def test_every_run_was_four_attempts_and_saw_no_sample_twice(runs: list[Path]) -> None:
     for run in runs:
-        record = read_ledger(run)
+        record = open_ledger(run)
         assert len(list((run / "ledger").glob("attempt-*.json"))) == 4
         first, second = audit_epochs(record)
         dropped = 50_000 % _BATCH
-        assert first.seen_counts == (dropped, 50_000 - dropped, 0, 0)
-        assert second.seen_counts == (50_000 - 13 * _BATCH, 13 * _BATCH, 0, 0)
+        assert first.samples_by_times_seen == (dropped, 50_000 - dropped, 0, 0)
+        assert second.samples_by_times_seen == (50_000 - 13 * _BATCH, 13 * _BATCH, 0, 0)
 
 
 def test_a_run_with_another_seed_is_not_identical(runs: list[Path], config: Path) -> None:

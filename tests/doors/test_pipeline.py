@@ -54,7 +54,7 @@ def test_an_encoders_export_is_whole(run: str, stage: str, pipeline) -> None:
     assert card.science["seed"] == 3
     assert {"foveal", "torch", "timm"} <= card.versions.keys()
     load_weights_strict(
-        encoder_from_card(card.encoder, "card.json"), weights, Path(run), new_prefixes=("fc_norm.", "head.")
+        encoder_from_card(card.encoder, "card.json"), weights, Path(run), new_module_prefixes=("fc_norm.", "head.")
     )
 
 

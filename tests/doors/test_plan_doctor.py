@@ -17,7 +17,7 @@ import pytest
 from processes import PYTHON, Ended, Started, ended
 
 from foveal.distributed.run_identity import RunIdentity
-from foveal.distributed.tcp_store import connect_to_store
+from foveal.distributed.tcp_store import open_extra_store_connection
 from foveal.doctor.runner import PREFLIGHT_TIMEOUT
 
 _PATIENCE = 60  # seconds until a rank has come
@@ -65,7 +65,7 @@ class Job:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("MASTER_ADDR", "127.0.0.1")
             patch.setenv("MASTER_PORT", str(self.port))
-            store = connect_to_store(
+            store = open_extra_store_connection(
                 _PATIENCE, RunIdentity({"launcher": "environment"}, self._size, "doctor").store_key
             )
         while not store.check([f"doing/{rank}"]):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from house import PRODUCT, ROOT, STAGES, python_files, syntax
-from submit import build_jobs
+from submit import build_jobs_and_options
 
 from foveal.commands.reference import get_stage_configs, iter_setting_docs
 from foveal.config import Config
@@ -99,7 +99,7 @@ def test_configs_say_how_to_run_them_and_what_to_expect(stage: str, file: Path) 
 @pytest.mark.parametrize("file", shipped("pipelines"), ids=name_of)
 def test_pipelines_chain_valid_stages(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    jobs, _ = build_jobs(file, ())
+    jobs, _ = build_jobs_and_options(file, ())
     assert jobs
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from finetune.tasks.classify import ClassificationLoss
 from foveal.data.records.ledger import ROW_DTYPE, ledger_rows_path
 from foveal.distributed.world import World
-from foveal.tracking.jsonl import read_metric_rows
+from foveal.tracking.jsonl import read_rows_without_time
 from foveal.training.cli import load_config, run_stage
 from foveal.training.run import Run
 
@@ -53,7 +53,7 @@ def tear(run: Path, step: int) -> None:
 
 def told(run: Path) -> dict[str, dict[float, float]]:
     """Every number by step, each told once."""
-    rows = read_metric_rows(run / "metrics.jsonl")
+    rows = read_rows_without_time(run / "metrics.jsonl")
     columns = {name: [(row["step"], row[name]) for row in rows if name in row] for name in TOLD}
     assert all(len(dict(column)) == len(column) for column in columns.values())
     return {name: dict(sorted(column)) for name, column in columns.items()}

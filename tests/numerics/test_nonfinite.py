@@ -31,7 +31,11 @@ class Seen:
 def held(trainer: Trainer, prefix: str = "") -> Held:
     """A copy of what the rank holds, as bytes: NaN equals itself."""
     return [
-        {part: value.clone().view(torch.uint8) for part, value in piece.tensors.items() if part.startswith(prefix)}
+        {
+            part: value.clone().view(torch.uint8)
+            for part, value in piece.flat_views_by_part.items()
+            if part.startswith(prefix)
+        }
         for piece in trainer.engine.state_chunks()
     ]
 
@@ -85,7 +89,9 @@ def bad_gradient(trainer: Trainer, number: int, value: float) -> Told:
 def bad_weight(trainer: Trainer) -> Iterator[None]:
     """One number of the weights that one rank holds is NaN; afterwards it is what it was."""
     engine, world = trainer.engine, trainer.world
-    weight = next(piece.tensors["weight"] for piece in engine.state_chunks() if piece.name == "blocks.1.narrow.weight")
+    weight = next(
+        piece.flat_views_by_part["weight"] for piece in engine.state_chunks() if piece.name == "blocks.1.narrow.weight"
+    )
     was, rank = weight.clone(), world.size - 1
     if world.rank == rank:
         weight[-1] = _NAN

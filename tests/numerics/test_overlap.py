@@ -18,7 +18,7 @@ def _saved_in_passing(world: World, shape: Shape, root: Path) -> tuple[list[floa
     """Three steps, a save, and five steps more while and after it is written; their losses."""
     trainer = Trainer(world, shape)
     trainer.steps(1, 4)
-    weights = {name: value.clone() for name, value in trainer.engine.full_state_dict().items()}
+    weights = {name: value.clone() for name, value in trainer.engine.gather_full_state_dict().items()}
     store = CheckpointStore(root, CheckpointConfig(), world, 1, {})
     store.save(trainer.engine, TrainState(3, 0.0, world.size, "", {}))
     losses = [trainer.step(STEPS[0]).loss]
@@ -31,11 +31,11 @@ def _gone_back(world: World, shape: Shape, root: Path) -> tuple[list[float], Any
     trainer = Trainer(world, shape)
     trainer.steps(1, 3)
     store = CheckpointStore(root, CheckpointConfig(), world, 2, {1: 0})
-    found = store.find_latest()
+    found = store.find_latest_valid()
     assert found is not None
     store.load(found[0], trainer.engine, found[1])
     assert found[1].updates == trainer.engine.num_updates == 3
-    weights = {name: value.clone() for name, value in trainer.engine.full_state_dict().items()}
+    weights = {name: value.clone() for name, value in trainer.engine.gather_full_state_dict().items()}
     return [trainer.step(number).loss for number in STEPS], weights
 
 

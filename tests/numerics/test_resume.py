@@ -9,7 +9,7 @@ from ranks import stage_named
 from foveal.cli import app
 from foveal.distributed.world import World
 from foveal.errors import CheckpointError
-from foveal.tracking.jsonl import read_metric_rows
+from foveal.tracking.jsonl import read_rows_without_time
 from foveal.training.cli import load_config, run_stage
 from foveal.training.run import Run
 
@@ -57,7 +57,7 @@ def test_an_evaluation_that_leaving_put_off_is_made_up_for(configs, one_rank, tm
     alone = one_rank.train(stage_named("finetune"), configs["finetune"], tmp_path / "alone", *words)
     run = tmp_path / "run"
     one_rank.call(_leave_at, str(configs["finetune"]), [f"run.dir={run}", "tracking.uri=null", *words], 10)
-    assert [row["step"] for row in read_metric_rows(run / "metrics.jsonl") if "val_top1" in row] == [5]
+    assert [row["step"] for row in read_rows_without_time(run / "metrics.jsonl") if "val_top1" in row] == [5]
     found = one_rank.train(stage_named("finetune"), configs["finetune"], run, *words)
     for name in ("loss", "val_top1", "val_loss"):
         theirs = {row["step"]: row[name] for row in alone if name in row}

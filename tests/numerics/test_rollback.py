@@ -12,7 +12,7 @@ from torch import Tensor
 from foveal.data.records.ledger import ROW_DTYPE, ledger_rows_path
 from foveal.distributed.world import World
 from foveal.errors import TrainingDivergedError
-from foveal.tracking.jsonl import read_metric_rows
+from foveal.tracking.jsonl import read_rows_without_time
 from foveal.training.cli import load_config, run_stage
 from pretrain.objective import MaskedModelingLoss
 
@@ -56,7 +56,7 @@ def first_draws(configs, one_rank: Ranks, tmp_path_factory: pytest.TempPathFacto
 
 def poison(ranks: Ranks, config: Path, run: Path, draws: list[int], *overrides: str) -> list[dict[str, float]]:
     ranks.call(_train_poisoned, str(config), [f"run.dir={run}", "tracking.uri=null", *overrides], draws)
-    return read_metric_rows(run / "metrics.jsonl")
+    return read_rows_without_time(run / "metrics.jsonl")
 
 
 def spared(ranks: Ranks, config: Path, run: Path, batches: list[int], *overrides: str) -> list[dict[str, float]]:
@@ -113,7 +113,7 @@ def test_giving_up_leaves_a_whole_checkpoint(configs, first_draws, two_ranks, on
     overrides = ("engine.zero=1", "checkpoint.every=2", "recovery.rollbacks=2", "recovery.after=2")
     with pytest.raises(TrainingDivergedError, match=r"in the 2 steps 6 to 7, after 2 roll-backs"):
         poison(two_ranks, configs["pretrain"], tmp_path / "run", bad, *overrides)
-    rows = read_metric_rows(tmp_path / "run" / "metrics.jsonl")
+    rows = read_rows_without_time(tmp_path / "run" / "metrics.jsonl")
     assert max(row["step"] for row in rows) <= 7
     again = two_ranks.train(stage_named("pretrain"), configs["pretrain"], tmp_path / "run", *overrides)
     theirs = spared(

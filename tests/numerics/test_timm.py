@@ -9,7 +9,7 @@ from encoders import BOTH, KINDS, PLAIN, RELATIVE, ROTARY, autoencoder_of, encod
 from timm.layers.pos_embed_rel import RelPosMlp
 
 from foveal.config import height_and_width
-from foveal.models.resize import resize_weights
+from foveal.models.resize import resize_position_embeddings
 from foveal.models.token_positions import VisibleRelPosMlp
 from foveal.models.vit import Positions
 
@@ -81,7 +81,7 @@ def test_another_grid_is_timms(name: str, positions: Positions | None, size: int
     for parameter in ours.parameters():
         if parameter.requires_grad:
             torch.nn.init.zeros_(parameter)
-    ours.load_state_dict(resize_weights(trained.state_dict(), ours, positions, (4, 4)))
+    ours.load_state_dict(resize_position_embeddings(trained.state_dict(), ours, positions, (4, 4)))
     theirs.set_input_size(img_size=sides)
     if positions == "sincos":  # a formula, which timm does not know of
         with torch.no_grad():
@@ -94,8 +94,8 @@ def test_another_grid_is_timms(name: str, positions: Positions | None, size: int
 def test_the_same_grid_changes_nothing() -> None:
     encoder = encoder_of("vit_tiny_patch16_224", "learned")
     weights = encoder.state_dict()
-    assert resize_weights(weights, encoder, "learned", (4, 4)) is weights
-    wrong = resize_weights(weights, encoder_of("vit_tiny_patch16_224", "learned", 32), "learned", (5, 5))
+    assert resize_position_embeddings(weights, encoder, "learned", (4, 4)) is weights
+    wrong = resize_position_embeddings(weights, encoder_of("vit_tiny_patch16_224", "learned", 32), "learned", (5, 5))
     assert wrong is weights  # no table of 25 patches: it is left to the loading to say so
 
 

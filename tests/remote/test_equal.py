@@ -42,7 +42,14 @@ def test_s3(digits: Path, here: list[Batch], s3: Proxy, configure: Configure) ->
         cfg = configure(path)
         return list(
             eval_batches(
-                Dataset.open(cfg), cfg, split="val", subset="all", seed=0, rank=0, world_size=1, microbatch_size=180
+                Dataset.open(cfg),
+                cfg,
+                split="val",
+                subset="all",
+                training_seed=0,
+                rank=0,
+                world_size=1,
+                microbatch_size=180,
             )
         )
 

@@ -85,7 +85,7 @@ def train(
     for step in range(first, last + 1, 5):
         tracker.log_rows(rows_of(step, min(step + 4, last)))
         if (step + 4) % 50 == 0:
-            tracker.log_results({"val_top1": step / 1000}, step + 4)
+            tracker.log_results_once({"val_top1": step / 1000}, step + 4)
         for when, act in (at or {}).items():
             if step <= when < step + 5:
                 act()

@@ -15,7 +15,7 @@ from proxy import Proxy
 from ranks import stage_named
 
 from foveal.data import DataConfig, Dataset, build_training_set, train_batches
-from foveal.data.storage.remote import RemoteFolder, RemoteNotFoundError
+from foveal.data.storage.remote import PermanentRemoteError, RemoteFolder
 from foveal.errors import ConfigError, DataError
 from foveal.redact import redact
 from foveal.training.checkpointing import CheckpointSaver
@@ -142,7 +142,7 @@ def test_nobody_there(configure: Configure, caplog: pytest.LogCaptureFixture) ->
     secret, name = "planted", "a.tar"
     url = f"http://someone:{secret}@127.0.0.1:{port}/digits"
     with caplog.at_level(logging.DEBUG, "foveal"), within(6.0), pytest.raises(DataError) as caught:
-        RemoteFolder(url, timeout=2.0).read_range(name, 0, 1)
+        RemoteFolder(url, all_attempts_timeout=2.0).read_up_to(name, 0, 1)
     assert str(caught.value).startswith(f"http://127.0.0.1:{port}/digits/{name} cannot be read, 5 attempts failed")
     assert [record.message.count(f"attempt {n} of 5") for n, record in enumerate(caplog.records, 1)] == [1, 1, 1, 1]
     assert secret not in caplog.text + str(caught.value)
@@ -156,17 +156,17 @@ def test_what_is_refused_is_not_asked_for_again(s3: Proxy, http: Proxy, configur
         Dataset.open(configure("s3://shards/nowhere", patience_seconds=60.0))
     with (
         within(5.0),
-        pytest.raises(RemoteNotFoundError, match=r"s3://nobody/x/a.tar is not there or may not be read \("),
+        pytest.raises(PermanentRemoteError, match=r"s3://nobody/x/a.tar is not there or may not be read \("),
     ):
         RemoteFolder("s3://nobody/x", 60.0).file_size("a.tar")
     with (
         within(5.0),
-        pytest.raises(RemoteNotFoundError, match=r"/digits/a.tar is not there or may not be read \(FileNotFoundErro"),
+        pytest.raises(PermanentRemoteError, match=r"/digits/a.tar is not there or may not be read \(FileNotFoundErro"),
     ):
-        RemoteFolder(f"http://127.0.0.1:{http.port}/digits", 60.0).read_range("a.tar", 0, 10)
+        RemoteFolder(f"http://127.0.0.1:{http.port}/digits", 60.0).read_up_to("a.tar", 0, 10)
     http.inject("401")
-    with within(5.0), pytest.raises(RemoteNotFoundError, match="may not be read"):
-        RemoteFolder(f"http://127.0.0.1:{http.port}/digits", 60.0).read_range("manifest.json", 0, 10)
+    with within(5.0), pytest.raises(PermanentRemoteError, match="may not be read"):
+        RemoteFolder(f"http://127.0.0.1:{http.port}/digits", 60.0).read_up_to("manifest.json", 0, 10)
 
 
 def test_an_outage_is_no_refusal(digits: Path, http: Proxy) -> None:
@@ -181,7 +181,7 @@ def test_less_than_was_asked_for(digits: Path, s3: Proxy) -> None:
     with pytest.raises(
         DataError, match=rf"manifest.json cannot be read, .* \(EOFError: 100 bytes from {size - 10} were"
     ):
-        RemoteFolder("s3://shards/digits", 8.0).read_range("manifest.json", size - 10, size + 90)
+        RemoteFolder("s3://shards/digits", 8.0).read_up_to("manifest.json", size - 10, size + 90)
 
 
 def test_a_page_that_lists_something_else(http: Proxy, configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:

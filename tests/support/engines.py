@@ -11,7 +11,7 @@ from ranks import devices
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from foveal.checkpoint.chunks import load_chunks, write_chunks
+from foveal.checkpoint.chunks import load_chunks, write_and_hash_chunks
 from foveal.distributed.world import World
 from foveal.engines.base import Engine, EngineConfig, StepResult
 from foveal.engines.build import build_engine
@@ -146,7 +146,7 @@ class Trainer:
         if self.world.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
         self.world.barrier()
-        write_chunks(folder, self.world.rank, self.engine.state_chunks())
+        write_and_hash_chunks(folder, self.world.rank, self.engine.state_chunks())
         self.world.barrier()
 
     def load(self, folder: Path, updates: int) -> None:

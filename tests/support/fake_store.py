@@ -32,11 +32,11 @@ class Kept:
     def get_latest_steps(self) -> dict[str, int]:
         return {name: max(step for other, _, _, step in self.points if other == name) for name, *_ in self.points}
 
-    def get_step_timestamps(self, name: str) -> dict[int, int]:
-        self.asked.append(name)
+    def get_step_timestamps(self, metric_name: str) -> dict[int, int]:
+        self.asked.append(metric_name)
         made: dict[int, int] = {}
         for other, _, when, step in self.points:
-            if other == name:
+            if other == metric_name:
                 made[step] = max(when, made.get(step, 0))
         return made
 
@@ -44,14 +44,14 @@ class Kept:
         self.requests.append(len(points))
         self._carried_out("send", lambda: self.points.extend(points))
 
-    def set_params_and_tags(self, settings: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+    def set_params_tags_status(self, settings: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         self._carried_out("facts", lambda: (self.settings.update(settings), self.tags.update(tags)))
 
     def list_files(self) -> dict[str, int]:
         return {name: len(data) for name, data in self.artifacts.items()}
 
-    def upload_file(self, path: Path, folder: str) -> None:
-        name = f"{folder}/{path.name}" if folder else path.name
+    def upload_file(self, path: Path, remote_folder: str) -> None:
+        name = f"{remote_folder}/{path.name}" if remote_folder else path.name
         self._carried_out("file", lambda: self.artifacts.update({name: path.read_bytes()}))
 
     def numbers(self) -> Numbers:

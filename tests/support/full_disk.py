@@ -68,10 +68,10 @@ def fill(folder: Path, how: str, *, full: bool) -> None:
 def readable(folder: Path, weights: dict[int, torch.Tensor]) -> int:
     """The step that a resume would find, if it is what that step left."""
     reader, fresh = store(folder), engine()
-    found = reader.find_latest()
+    found = reader.find_latest_valid()
     assert found is not None
     reader.load(found[0], fresh, found[1])
-    assert torch.equal(fresh.full_state_dict()["0.weight"], weights[found[1].step])
+    assert torch.equal(fresh.gather_full_state_dict()["0.weight"], weights[found[1].step])
     return found[1].step
 
 
@@ -81,7 +81,7 @@ def main(folder: Path, how: str) -> None:
     for step in STEPS:
         fill(folder, how, full=step in FULL)
         loss = trained(training, step)
-        weights[step] = training.full_state_dict()["0.weight"].clone()
+        weights[step] = training.gather_full_state_dict()["0.weight"].clone()
         saving.save(training, TrainState(step, 0.0, 1, "plain", {}))
         saved = saving.wait_and_commit()
         left = sorted(each.name for each in (folder / "checkpoints").iterdir())

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from foveal.tracking.jsonl import read_metric_rows
+from foveal.tracking.jsonl import read_rows_without_time
 from foveal.tracking.tracker import MetricRow
 
 if TYPE_CHECKING:  # not every test that asks a run directory waits for it
@@ -25,7 +25,7 @@ def run_id(run: Path) -> str:
 
 def in_jsonl(run: Path) -> Numbers:
     found: Numbers = {}
-    for each in read_metric_rows(run / "metrics.jsonl"):
+    for each in read_rows_without_time(run / "metrics.jsonl"):
         for name, value in each.items():
             if name != "step":
                 found.setdefault((name, int(each["step"])), []).append(value)

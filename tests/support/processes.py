@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from foveal.tracking.jsonl import read_metric_rows
+from foveal.tracking.jsonl import read_rows_without_time
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = Path(sys.executable)
@@ -65,7 +65,7 @@ class Started:
     def reaches(self, run: Path, step: int) -> None:
         """Wait until the run directory has a row of that step."""
         file, patience = run / "metrics.jsonl", time.monotonic() + PATIENCE
-        while not (file.exists() and any(row["step"] >= step for row in read_metric_rows(file))):
+        while not (file.exists() and any(row["step"] >= step for row in read_rows_without_time(file))):
             if self.process.poll() is not None or time.monotonic() > patience:
                 pytest.fail(f"{run} has not reached step {step}:\n{self._killed()}")
             time.sleep(_LOOKS)
@@ -97,7 +97,7 @@ def ended(command: Sequence[str | Path], cwd: Path, **environment: str) -> Ended
 
 def rows_of(run: Path) -> list[dict[str, float]]:
     """The rows of a run's steps; those of evaluations and results are left out."""
-    return [row for row in read_metric_rows(run / "metrics.jsonl") if "loss" in row]
+    return [row for row in read_rows_without_time(run / "metrics.jsonl") if "loss" in row]
 
 
 def column(rows: list[dict[str, float]], name: str) -> list[float]:

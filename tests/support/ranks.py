@@ -16,7 +16,7 @@ import torch
 
 from foveal.distributed.world import World, init_world
 from foveal.errors import FovealError
-from foveal.tracking.jsonl import read_metric_rows
+from foveal.tracking.jsonl import read_rows_without_time
 from foveal.training.cli import Stage, load_config, run_stage
 
 _PATIENCE = 240  # seconds for one call
@@ -64,7 +64,7 @@ class Ranks:
     def train(self, stage: Stage[Any, Any], config: Path, run: Path, *overrides: str) -> list[dict[str, float]]:
         """Run a stage in all ranks; the rows of its metrics.jsonl."""
         self.call(_enter, stage.name, str(config), [f"run.dir={run}", "tracking.uri=null", *overrides])
-        return read_metric_rows(run / "metrics.jsonl")
+        return read_rows_without_time(run / "metrics.jsonl")
 
     def close(self) -> None:
         """End the processes."""

@@ -13,8 +13,8 @@ from foveal.atomic import (
     best_effort,
     disk_shortage,
     format_bytes,
+    free_bytes_and_mount,
     fsync,
-    get_free_space,
     read_json,
     write_atomic,
     write_json,
@@ -52,7 +52,7 @@ def test_a_file_system_that_cannot_force_names_is_good_enough(tmp_path: Path, mo
 
 def test_room_is_asked_of_the_file_system_that_will_hold_it(tmp_path: Path) -> None:
     folder = tmp_path / "not" / "yet"
-    free, mount = get_free_space(folder)
+    free, mount = free_bytes_and_mount(folder)
     assert mount.is_mount()
     assert tmp_path.is_relative_to(mount)
     assert disk_shortage(folder, 0) is None

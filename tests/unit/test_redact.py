@@ -11,7 +11,7 @@ from foveal.config import Config, machine
 from foveal.data.config import DataConfig, expand_path
 from foveal.data.storage.remote import RemoteFolder
 from foveal.errors import ConfigError, DataError
-from foveal.redact import RedactingFormatter, find_secret_in_text, redact, redact_tracebacks, redact_urls
+from foveal.redact import RedactingFormatter, describe_secret_in_urls, redact, redact_tracebacks, redact_url_secrets
 from foveal.tracking.tracker import TrackingConfig
 
 PLANTED = "pl4nted0secret"
@@ -55,7 +55,7 @@ class Anything(Config):
 
 @pytest.mark.parametrize("url", SECRETS)
 def test_a_secret_of_any_shape_is_refused_and_redacted(url: str, tmp_path) -> None:
-    redacted = redact_urls(f"'{url}/manifest.json', {url}: 403 (at {url}).")
+    redacted = redact_url_secrets(f"'{url}/manifest.json', {url}: 403 (at {url}).")
     assert PLANTED not in redacted
     assert redacted.endswith(").")
     assert "host" in redacted or "://" in redacted
@@ -77,9 +77,9 @@ def test_a_secret_of_any_shape_is_refused_and_redacted(url: str, tmp_path) -> No
 
 @pytest.mark.parametrize("url", HARMLESS)
 def test_what_is_no_secret_stays(url: str, tmp_path) -> None:
-    assert find_secret_in_text(url) is None
+    assert describe_secret_in_urls(url) is None
     if not url.startswith(("postgresql", "/")):
-        assert redact_urls(f"{url}: no such folder") == f"{url}: no such folder"
+        assert redact_url_secrets(f"{url}: no such folder") == f"{url}: no such folder"
     file = tmp_path / "config.yaml"
     file.write_text(f'uri: "{url}"')
     cfg = Anything.load(file)

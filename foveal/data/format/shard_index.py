@@ -79,16 +79,16 @@ class ShardIndex:
         start = self.key_ends[row - 1] if row else 0
         return bytes(self.keys[start : self.key_ends[row]]).decode(errors="backslashreplace")
 
-    def find_image(self, row: int) -> tuple[int, int]:
+    def find_image_offset_size(self, row: int) -> tuple[int, int]:
         """Return offset and size, in bytes, of a sample's image. Raises: DataError if the sample has no image."""
         for name in IMAGE_EXTENSIONS:
-            if (span := self.find_member(row, name)) is not None:
+            if (span := self.find_member_offset_size(row, name)) is not None:
                 return span
         raise DataError(
             f"{self.shard}: sample '{self.key(row)}' has no image (looked for: {', '.join(IMAGE_EXTENSIONS)})"
         )
 
-    def find_member(self, row: int, field_name: str) -> tuple[int, int] | None:
+    def find_member_offset_size(self, row: int, field_name: str) -> tuple[int, int] | None:
         """Return offset and size, in bytes, of a sample's member; None if the sample lacks this field.
 
         Raises: DataError if the member would lie outside the shard.
@@ -107,7 +107,7 @@ class ShardIndex:
             )
         return offset, size
 
-    def compute_digest(self) -> str:
+    def compute_samples_digest(self) -> str:
         """Return the sha256 of keys, sizes and labels, which identifies the samples; offsets do not enter."""
         digest = hashlib.sha256()
         for array in (self.keys, self.key_ends, self.sizes, self.labels):
@@ -164,17 +164,17 @@ def make_index(
 def write_index(index: ShardIndex, file: Path) -> None:
     """Write an index atomically."""
     tensors = {name: getattr(index, name) for name in _TENSORS}
-    metadata = {**index.to_metadata(), "digest": index.compute_digest(), "checksum": index.compute_checksum()}
+    metadata = {**index.to_metadata(), "digest": index.compute_samples_digest(), "checksum": index.compute_checksum()}
     write_atomic(file, safetensors.numpy.save(tensors, {"index": json.dumps(metadata)}))
 
 
-def open_index(file: Path, digest: str, num_samples: int) -> ShardIndex:
+def open_index(file: Path, expected_digest: str, num_samples: int) -> ShardIndex:
     """Map the index with the digest and number of samples that the manifest states.
 
     Raises: DataError if the file is missing, damaged, of another format version, or not the manifest's index.
     """
     index, stored_digest = mmap_index(file)
-    if stored_digest != digest or len(index) != num_samples:
+    if stored_digest != expected_digest or len(index) != num_samples:
         raise DataError(f"{file} is not the index that manifest.json was written with: {_rerun_hint(file)}")
     return index
 
@@ -185,7 +185,7 @@ def verify_index(file: Path) -> None:
     Raises: DataError if the file is missing, of another format version, or has a changed byte.
     """
     index, stored_digest = mmap_index(file)
-    if index.compute_checksum() != index.checksum or index.compute_digest() != stored_digest:
+    if index.compute_checksum() != index.checksum or index.compute_samples_digest() != stored_digest:
         raise DataError(f"{file} is damaged, its checksum is not that of what it holds: {_rerun_hint(file)}")
 
 

@@ -50,7 +50,7 @@ class UndecodableError(ValueError):
     """Bytes that are not a complete image; the message is the reason, the same on every machine."""
 
 
-def jpeg_decoder_name() -> str:
+def jpeg_decoder_and_version() -> str:
     """Return the name and version of the library that decodes JPEGs in this process."""
     name = "Pillow" if simplejpeg is None else "simplejpeg"
     return f"{name} {version(name)}"

@@ -31,8 +31,8 @@ _MIN_BOX_SIDE = 1.0  # shortest side in pixels of a cropped box; smaller boxes a
 class AppliedCrop:
     """Crop of an image of width x height pixels: the box, whether it is flipped, and (H, W) after resizing."""
 
-    width: int
-    height: int
+    image_width: int
+    image_height: int
     box: CropBox
     flipped: bool
     output_hw: tuple[int, int]
@@ -106,9 +106,9 @@ def _read_mask(reader: LabelReader, data: bytes, crop: AppliedCrop, location: st
         size, mask = decode_mask_crop(data, crop.box, crop.flipped, crop.output_hw)
     except UndecodableError as error:
         raise UndecodableError(f"its mask: {error}") from None
-    if size != (crop.width, crop.height):
+    if size != (crop.image_width, crop.image_height):
         raise DataError(
-            f"{location} has a mask of {size[0]} x {size[1]} pixels and an image of {crop.width} x {crop.height}: "
+            f"{location} has a mask of {size[0]} x {size[1]} pixels and an image of {crop.image_width} x {crop.image_height}: "
             f"write its shard again"
         )
     if reader.ignore_id is not None:
@@ -139,13 +139,13 @@ def _read_boxes(reader: LabelReader, data: bytes, crop: AppliedCrop, location: s
         right, bottom = left + width, top + height
         outside = (
             min(left, top) < -_OUTSIDE_TOLERANCE
-            or right > crop.width + _OUTSIDE_TOLERANCE
-            or bottom > crop.height + _OUTSIDE_TOLERANCE
+            or right > crop.image_width + _OUTSIDE_TOLERANCE
+            or bottom > crop.image_height + _OUTSIDE_TOLERANCE
         )
         if outside or not (width > 0 and height > 0 and isfinite(left + top)):
             raise DataError(
                 f"{location}: the box {[left, top, width, height]} (left, top, width, height) is not inside its image "
-                f"of {crop.width} x {crop.height} pixels"
+                f"of {crop.image_width} x {crop.image_height} pixels"
             )
         boxes.append((left, top, right, bottom, _check_class(reader, label, location)))
     return _crop_boxes(np.array(boxes, np.float64).reshape(-1, 5), crop)

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
-from foveal.data.config import is_remote
+from foveal.data.config import is_url
 from foveal.data.format.manifest import MANIFEST_NAME, Manifest, Shard, Split, read_manifest, write_manifest
 from foveal.data.format.shard_index import INDEX_SUFFIX, IndexRules, ShardIndex, make_index, mmap_index, write_index
 from foveal.data.indexing.tar import scan_tar
-from foveal.data.storage.folder import Folder, resolve_folder
+from foveal.data.storage.folder import Folder, open_folder_or_url
 from foveal.errors import DataError
-from foveal.redact import redact_urls
+from foveal.redact import redact_url_secrets
 
 _SPLIT = re.compile(r"(.*?)[-_.]?(\d*)\.tar")  # train-000012.tar: split 'train', number 12
 _log = logging.getLogger(__name__)
@@ -56,11 +56,13 @@ def index_folder(
     modified since, unless ``rebuild``.
     Raises: DataError if shards are missing, compressed, empty, damaged or contain a key twice.
     """
-    if output_folder is None and is_remote(folder):
-        raise DataError(f"{redact_urls(folder)} is a URL: say with --index FOLDER where its index is to be written")
+    if output_folder is None and is_url(folder):
+        raise DataError(
+            f"{redact_url_secrets(folder)} is a URL: say with --index FOLDER where its index is to be written"
+        )
     output_folder = Path(folder) if output_folder is None else output_folder
     rules = IndexRules(tuple(classes) if classes else None, label_key, dotted_keys)
-    source = resolve_folder(folder)
+    source = open_folder_or_url(folder)
     groups = _group_by_split(source)
     files = [file for group in groups.values() for file in group]
     try:
@@ -92,29 +94,29 @@ def index_folder(
     return manifest
 
 
-def index_shard(folder: str, shard_file: str, classes: Sequence[str] | None = None) -> ShardIndex:
+def build_shard_index(folder: str, shard_file: str, classes: Sequence[str] | None = None) -> ShardIndex:
     """Return the index of one shard, of length 0 if the shard has no samples; ``classes`` as in ``IndexRules``.
 
     Raises: as ``index_folder``.
     """
-    return scan_shard(resolve_folder(folder), shard_file, IndexRules(tuple(classes) if classes else None))
+    return scan_shard(open_folder_or_url(folder), shard_file, IndexRules(tuple(classes) if classes else None))
 
 
 def scan_shard(folder: Folder, shard_file: str, rules: IndexRules) -> ShardIndex:
     """Return the index of one shard of ``folder``. Raises: as ``index_folder``."""
     try:
         with folder.open_file(shard_file) as stream:
-            return scan_stream(stream, folder.display_path(shard_file), shard_file, rules)
+            return scan_shard_stream(stream, folder.display_path(shard_file), shard_file, rules)
     except OSError as error:
         raise DataError(f"{folder.display_path(shard_file)} cannot be read ({error})") from None
 
 
-def scan_stream(stream: IO[bytes], location: str, shard_file: str, rules: IndexRules) -> ShardIndex:
+def scan_shard_stream(stream: IO[bytes], location: str, shard_file: str, rules: IndexRules) -> ShardIndex:
     """Return the index of an open shard. Raises: OSError if a read fails, DataError as ``scan_tar``."""
     size = stream.seek(0, 2)
     stream.seek(0)
     samples, note = scan_tar(stream, size, location, rules)
-    fields = tuple(dict.fromkeys(name for sample in samples for name in sample.members))
+    fields = tuple(dict.fromkeys(name for sample in samples for name in sample.offset_size_by_field))
     return make_index(shard_file, size, fields, samples, rules, note)
 
 
@@ -131,7 +133,9 @@ def collect_fields(indices: Iterable[ShardIndex | _ShardSummary]) -> tuple[str, 
 
 
 def _manifest_shard(index: ShardIndex, sha256: str | None = None) -> Shard:
-    return Shard(file=index.shard, samples=len(index), bytes=index.bytes, sha256=sha256, index=index.compute_digest())
+    return Shard(
+        file=index.shard, samples=len(index), bytes=index.bytes, sha256=sha256, index=index.compute_samples_digest()
+    )
 
 
 def _group_by_split(source: Folder) -> dict[str, list[str]]:

@@ -31,7 +31,7 @@ class TarSample(NamedTuple):
     """Sample of a shard: (offset, size) of its members by field, and its label (-1: none)."""
 
     key: str
-    members: dict[str, tuple[int, int]]
+    offset_size_by_field: dict[str, tuple[int, int]]
     label: int
 
 
@@ -84,7 +84,7 @@ class _TarScanner:
             self._fields.add(field)
             if len(self._fields) > _MAX_FIELDS:
                 raise self._naming_error(f"samples have more than {_MAX_FIELDS} kinds of members")
-            samples[-1].members[field] = (data_offset, size)
+            samples[-1].offset_size_by_field[field] = (data_offset, size)
             if field == ("cls" if self._rules.label_key is None else "json"):
                 samples[-1] = samples[-1]._replace(label=self._read_label(key, field, data_offset, size))
         note = self._drop_incomplete(samples)
@@ -97,9 +97,9 @@ class _TarScanner:
         """Remove a truncated tar's last sample if it may lack members; return the warning ('' for a complete tar)."""
         if self._truncated_at is None:
             return ""
-        expected_fields = {field for sample in samples[:-1] for field in sample.members}
+        expected_fields = {field for sample in samples[:-1] for field in sample.offset_size_by_field}
         omission = ""
-        if samples and set(samples[-1].members) != expected_fields:
+        if samples and set(samples[-1].offset_size_by_field) != expected_fields:
             omission = f", without '{samples.pop().key}', which is not known to be whole"
         return (
             f"{self._location} is cut short after byte {self._truncated_at}: its first {len(samples)} samples are "

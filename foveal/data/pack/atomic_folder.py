@@ -39,7 +39,7 @@ def is_packed(folder: Path) -> bool:
 
 
 @contextmanager
-def atomic_dataset_folder(target_folder: Path) -> Iterator[Path]:
+def atomic_new_dataset_folder(target_folder: Path) -> Iterator[Path]:
     """Yield an empty draft folder; rename it to the target when the block ends, remove it if the block fails.
 
     Of two processes that write the same target at once, the first to finish wins, and the other's draft is removed. A

@@ -9,7 +9,7 @@ from PIL import Image
 
 from foveal.data.pack.options import PackOptions
 from foveal.data.pack.source import PackDataset, PackSample, PackSplit, split_train_val
-from foveal.data.pack.writer import write_dataset
+from foveal.data.pack.writer import write_dataset_if_absent
 
 _VAL_PER_CLASS = 36
 _SAMPLES_PER_SHARD = 256
@@ -21,7 +21,7 @@ def pack_digits(output_folder: Path) -> bool:
     Return whether the shards were written now; an existing data set is left unchanged.
     Raises: DataError if the folder holds other files.
     """
-    return write_dataset(output_folder, _load_dataset, PackOptions(samples_per_shard=_SAMPLES_PER_SHARD))
+    return write_dataset_if_absent(output_folder, _load_dataset, PackOptions(samples_per_shard=_SAMPLES_PER_SHARD))
 
 
 def _load_dataset() -> PackDataset:

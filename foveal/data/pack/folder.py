@@ -10,7 +10,7 @@ import numpy as np
 from foveal.data.format.shard_index import IMAGE_EXTENSIONS
 from foveal.data.pack.options import PackOptions
 from foveal.data.pack.source import PackDataset, PackSample, PackSplit, build_splits, hashed_order, make_webdataset_key
-from foveal.data.pack.writer import write_dataset
+from foveal.data.pack.writer import write_dataset_if_absent
 from foveal.errors import DataError
 
 _SPLITS = ("train", "val", "test")
@@ -26,7 +26,7 @@ def pack_folder(image_folder: Path, output_folder: Path, **options: Any) -> bool
     decoded does not decode, or the target holds other files; ConfigError for invalid options.
     """
     pack_options = PackOptions.from_dict(options, "pack")
-    return write_dataset(output_folder, partial(_list_dataset, image_folder, pack_options), pack_options)
+    return write_dataset_if_absent(output_folder, partial(_list_dataset, image_folder, pack_options), pack_options)
 
 
 def make_file_sample(files: Sequence[Path], labels: np.ndarray, number: int, location: str = "") -> PackSample:

@@ -11,7 +11,7 @@ import numpy as np
 
 from foveal.data.pack.options import PackOptions
 from foveal.data.pack.source import PackDataset, PackSample, build_splits, make_webdataset_key, parse_labels
-from foveal.data.pack.writer import write_dataset
+from foveal.data.pack.writer import write_dataset_if_absent
 from foveal.errors import DataError
 
 _SAVED_FILES = ("dataset_dict.json", "state.json")  # written by save_to_disk
@@ -34,7 +34,7 @@ def pack_hf(
     type; ConfigError for invalid options.
     """
     pack_options = PackOptions.from_dict(options, "pack")
-    return write_dataset(
+    return write_dataset_if_absent(
         output_folder, partial(_load_dataset, dataset_folder, image_column, label_column, pack_options), pack_options
     )
 

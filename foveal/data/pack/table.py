@@ -13,7 +13,7 @@ import numpy as np
 from foveal.data.pack.folder import make_file_sample
 from foveal.data.pack.options import PackOptions
 from foveal.data.pack.source import PackDataset, PackSample, build_splits, parse_labels
-from foveal.data.pack.writer import map_in_order, write_dataset
+from foveal.data.pack.writer import map_in_order, write_dataset_if_absent
 from foveal.errors import DataError
 
 _CHUNK = 256  # files per job that checks for missing files
@@ -53,7 +53,7 @@ def pack_table(
         pack_splits = build_splits(split_names, labels, pack_options.val_fraction, get_sample)
         return PackDataset(table_file.stem, classes, pack_splits)
 
-    return write_dataset(output_folder, load_dataset, pack_options)
+    return write_dataset_if_absent(output_folder, load_dataset, pack_options)
 
 
 def _make_sample(table: Path, files: Sequence[Path], labels: np.ndarray, number: int) -> PackSample:

@@ -15,8 +15,8 @@ import numpy as np
 from foveal.atomic import fsync
 from foveal.data.format.manifest import Manifest, Shard, Split, write_manifest
 from foveal.data.format.shard_index import write_index
-from foveal.data.indexing.index import index_shard, make_manifest_split
-from foveal.data.pack.atomic_folder import atomic_dataset_folder, is_packed
+from foveal.data.indexing.index import build_shard_index, make_manifest_split
+from foveal.data.pack.atomic_folder import atomic_new_dataset_folder, is_packed
 from foveal.data.pack.encode import EncodedSample, PixelMoments, SkippedSample, compute_pixel_stats, encode_sample
 from foveal.data.pack.options import PackOptions
 from foveal.data.pack.source import PackDataset, PackSplit
@@ -43,7 +43,7 @@ class _PackReport:
     skipped: list[str] = field(default_factory=list)
 
 
-def write_dataset(output_folder: Path, load_dataset: Callable[[], PackDataset], options: PackOptions) -> bool:
+def write_dataset_if_absent(output_folder: Path, load_dataset: Callable[[], PackDataset], options: PackOptions) -> bool:
     """Write a data set unless the folder holds one; return whether it was written now.
 
     load_dataset: lists the samples; only called if the data set is to be written.
@@ -53,7 +53,7 @@ def write_dataset(output_folder: Path, load_dataset: Callable[[], PackDataset], 
         return False
     dataset = load_dataset()
     training_split = "train" if "train" in dataset.splits else next(iter(dataset.splits))
-    with atomic_dataset_folder(output_folder) as draft:
+    with atomic_new_dataset_folder(output_folder) as draft:
         splits: dict[str, Split] = {}
         report = _PackReport()
         for name, split in dataset.splits.items():
@@ -105,7 +105,7 @@ def _write_split(
             file = draft / f"{name}-{number:06d}.tar"
             sha256 = _write_shard(file, (sample for _, sample in group))
             # Without the class names: a class may have the name 1, which is not label 1.
-            index = index_shard(str(draft), file.name)
+            index = build_shard_index(str(draft), file.name)
             write_index(index, draft / f"{file.name}.index")
             shards += make_manifest_split([index], [sha256]).shards
             report.fields.update(dict.fromkeys(index.fields))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from foveal.data.dataset import open_dataset
+from foveal.data.dataset import open_unchecked_dataset
 from foveal.data.records.ledger import FORMAT_VERSION, ROW_DTYPE, ledger_rows_path, list_attempts, read_attempt_metadata
 from foveal.errors import DataError, FovealError
 
@@ -22,17 +22,17 @@ class LedgerAttempt:
 
     after_step: int
     last_step: int
-    rows_per_rank: int  # rows of a rank per step
+    rank_rows_per_step: int  # rows of a rank per step
     row_files: tuple[Path, ...]  # one per rank; not kept open: a long run on many ranks has thousands
 
     def read_rows(self, after_step: int, last_step: int) -> np.ndarray:
         """Return the rows of the steps after_step+1..last_step, [steps, batch], in slot order. Raises: DataError."""
         steps = np.arange(after_step + 1, last_step + 1)[:, None]
-        count = (last_step - after_step) * self.rows_per_rank
-        offset = (after_step - self.after_step) * self.rows_per_rank * ROW_DTYPE.itemsize
+        count = (last_step - after_step) * self.rank_rows_per_step
+        offset = (after_step - self.after_step) * self.rank_rows_per_step * ROW_DTYPE.itemsize
         rows_of_ranks = []
         for file in self.row_files:
-            rows = np.fromfile(file, ROW_DTYPE, count, offset=offset).reshape(-1, self.rows_per_rank)
+            rows = np.fromfile(file, ROW_DTYPE, count, offset=offset).reshape(-1, self.rank_rows_per_step)
             if (rows["step"] != steps).any():
                 raise DataError(f"{file} is damaged: its steps are not consecutive")
             rows_of_ranks.append(rows)
@@ -66,7 +66,7 @@ class RunLedger:
         ]
         return np.concatenate(rows_of_attempts)
 
-    def step_ranges(self) -> Iterator[tuple[int, int]]:
+    def read_rows_bounds(self) -> Iterator[tuple[int, int]]:
         """Yield ranges that cover all steps with rows: (step before the first, last step)."""
         return _step_ranges(self.after_step, self.last_step, self.metadata["batch"])
 
@@ -76,7 +76,7 @@ def _step_ranges(after_step: int, last_step: int, batch_size: int) -> Iterator[t
     return ((start, min(start + num_steps, last_step)) for start in range(after_step, last_step, num_steps))
 
 
-def read_ledger(run_folder: Path) -> RunLedger:
+def open_ledger(run_folder: Path) -> RunLedger:
     """Open the ledger of a run directory.
 
     Raises: DataError if there is no ledger, it has another format, or steps between its first and last have no rows.
@@ -133,12 +133,12 @@ class EpochAudit:
     that were consumed more than once.
     """
 
-    source: int
+    source_number: int
     epoch: int
-    seen_counts: tuple[int, ...]
+    samples_by_times_seen: tuple[int, ...]
     num_replaced: int
     num_replacements: int
-    duplicate_samples: tuple[int, ...]
+    duplicate_split_positions: tuple[int, ...]
 
 
 class _EpochCounter:
@@ -154,12 +154,12 @@ class _EpochCounter:
             int(np.count_nonzero(mask)) for mask in (self.visits == 1, self.visits == 2, self.visits > 2)
         )
         return EpochAudit(
-            source=source,
+            source_number=source,
             epoch=epoch,
-            seen_counts=(len(self.visits) - once - twice - more, once, twice, more),
+            samples_by_times_seen=(len(self.visits) - once - twice - more, once, twice, more),
             num_replaced=self.num_replaced,
             num_replacements=self.num_replacements,
-            duplicate_samples=tuple(np.flatnonzero(self.visits > 1).tolist()),
+            duplicate_split_positions=tuple(np.flatnonzero(self.visits > 1).tolist()),
         )
 
 
@@ -177,7 +177,7 @@ def audit_epochs(ledger: RunLedger) -> list[EpochAudit]:
         for source, epoch in closed:
             audits.append(counters.pop((source, epoch)).to_epoch_audit(source, epoch))
 
-    for after_step, last_step in ledger.step_ranges():
+    for after_step, last_step in ledger.read_rows_bounds():
         rows = ledger.read_rows(after_step, last_step).reshape(-1)
         first_epochs: dict[int, int] = {}  # of the sources in these rows
         replaced = rows["by"] >= 0
@@ -198,7 +198,7 @@ def audit_epochs(ledger: RunLedger) -> list[EpochAudit]:
                     counter.num_replacements += len(samples)
         close_epochs(first_epochs)
     close_epochs(dict.fromkeys(range(len(sizes)), np.iinfo(np.int64).max))
-    return sorted(audits, key=lambda audit: (audit.source, audit.epoch))
+    return sorted(audits, key=lambda audit: (audit.source_number, audit.epoch))
 
 
 def _group_by_epoch(sample_keys: np.ndarray, sizes: list[int]) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
@@ -210,12 +210,12 @@ def _group_by_epoch(sample_keys: np.ndarray, sizes: list[int]) -> Iterator[tuple
         yield (source, epoch), ids[(sources == source) & (epochs == epoch)] - (ends[source] - sizes[source])
 
 
-def find_sample_steps(ledger: RunLedger, source: int, epoch: int, split_position: int) -> list[int]:
+def find_own_slot_steps(ledger: RunLedger, source_number: int, epoch: int, split_position: int) -> list[int]:
     """Return the steps that consumed a sample of a source in an epoch in its own slot."""
     sizes = [entry["samples"] for entry in ledger.metadata["sources"]]
-    sample_key = sum(sizes[:source]) + split_position + epoch * sum(sizes)
+    sample_key = sum(sizes[:source_number]) + split_position + epoch * sum(sizes)
     steps: list[int] = []
-    for after_step, last_step in ledger.step_ranges():
+    for after_step, last_step in ledger.read_rows_bounds():
         rows = ledger.read_rows(after_step, last_step)
         steps += rows["step"][(rows["draw"] == sample_key) & (rows["by"] < 0)].tolist()
     return steps
@@ -253,17 +253,17 @@ def format_audit_report(run_folder: Path, other_run_folder: Path | None) -> tupl
     It passes if no sample came twice in an epoch and no step differs from the other run's.
     Raises: as ``read_ledger`` and ``find_first_differing_step``.
     """
-    ledger = read_ledger(run_folder)
+    ledger = open_ledger(run_folder)
     metadata, audits = ledger.metadata, audit_epochs(ledger)
     lines = [f"{run_folder}: steps {ledger.after_step + 1} to {ledger.last_step}, {metadata['batch']} images each"]
     for number, source in enumerate(metadata["sources"]):
         lines += ["", f"{source['samples']:,} samples of split '{source['split']}' in {source['path']}"]
         lines += ["epoch    not seen        once       twice        more    replaced replacement"]
         for audit in audits:
-            if audit.source == number:
-                counts = (*audit.seen_counts, audit.num_replaced, audit.num_replacements)
+            if audit.source_number == number:
+                counts = (*audit.samples_by_times_seen, audit.num_replaced, audit.num_replacements)
                 lines.append(f"{audit.epoch:5}" + "".join(f"{count:12,}" for count in counts))
-    duplicates = [(audit, sample) for audit in audits for sample in audit.duplicate_samples]
+    duplicates = [(audit, sample) for audit in audits for sample in audit.duplicate_split_positions]
     if duplicates:
         lines += ["", f"{len(duplicates):,} samples were seen more than once in an epoch:"]
         lines += [_describe_duplicate(ledger, audit, sample) for audit, sample in duplicates[:_MAX_LISTED]]
@@ -271,7 +271,7 @@ def format_audit_report(run_folder: Path, other_run_folder: Path | None) -> tupl
     repeated = [
         audit
         for audit, following in itertools.pairwise(audits)
-        if (audit.source, audit.epoch) == (following.source, following.epoch)
+        if (audit.source_number, audit.epoch) == (following.source_number, following.epoch)
     ]
     lines += [
         f"epoch {audit.epoch} came again after it was over: its lines are parts of one epoch" for audit in repeated
@@ -279,7 +279,7 @@ def format_audit_report(run_folder: Path, other_run_folder: Path | None) -> tupl
     passes = not duplicates and not repeated
     if other_run_folder is None:
         return lines, passes
-    other_ledger = read_ledger(other_run_folder)
+    other_ledger = open_ledger(other_run_folder)
     step = find_first_differing_step(ledger, other_ledger)
     if step is not None:
         lines += ["", f"not identical to {other_run_folder}: step {step} is the first that consumed other samples"]
@@ -295,11 +295,11 @@ def format_audit_report(run_folder: Path, other_run_folder: Path | None) -> tupl
 
 def _describe_duplicate(ledger: RunLedger, audit: EpochAudit, sample: int) -> str:
     """Describe a duplicate by its steps and, if the data can still be opened, by shard and key."""
-    source = ledger.metadata["sources"][audit.source]
-    steps = ", ".join(map(str, find_sample_steps(ledger, audit.source, audit.epoch, sample)))
+    source = ledger.metadata["sources"][audit.source_number]
+    steps = ", ".join(map(str, find_own_slot_steps(ledger, audit.source_number, audit.epoch, sample)))
     try:
-        dataset = open_dataset(source["path"], source["index"])
-        if dataset.digest(source["split"]) != source["digest"]:
+        dataset = open_unchecked_dataset(source["path"], source["index"])
+        if dataset.samples_digest(source["split"]) != source["digest"]:
             raise DataError("the data has changed since the run")
         counts = dataset.samples_per_shard(source["split"])
         shard = int(np.searchsorted(np.cumsum(counts), sample, side="right"))

@@ -18,8 +18,8 @@ class Quarantine:
     resumes from (``rewind_entries``).
     """
 
-    def __init__(self, file: Path, max_bad_per_split: Mapping[str, float], entries: Sequence[QuarantineEntry]) -> None:
-        self._file, self._max_bad_per_split = file, max_bad_per_split
+    def __init__(self, file: Path, max_count_by_split: Mapping[str, float], entries: Sequence[QuarantineEntry]) -> None:
+        self._file, self._max_bad_per_split = file, max_count_by_split
         self._log = AppendLog(file)
         self._entries = {_entry_identity(entry): entry for entry in entries}
 

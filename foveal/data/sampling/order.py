@@ -29,7 +29,7 @@ class SampleSlots:
 
     source_numbers: np.ndarray
     stream_positions: np.ndarray
-    epochs: np.ndarray
+    source_epochs: np.ndarray
     subset_positions: np.ndarray
 
 
@@ -59,12 +59,12 @@ class SampleOrder:
         check_lanes(batch_size, num_lanes)
         self.batch_size, self.num_lanes = batch_size, num_lanes
         self.source_sizes = (int(samples_per_shard.sum()), *(int(counts.sum()) for counts, _ in mix))
-        self.num_samples = self.source_sizes[0]
+        self.first_source_size = self.source_sizes[0]
         self.steps_per_epoch, self.epoch_quotas = _compute_quotas(
             self.source_sizes, batch_size, num_lanes, [share for _, share in mix]
         )
-        usable = self.steps_per_epoch * batch_size if not mix else self.num_samples // num_lanes * num_lanes
-        self.dropped_per_epoch = self.num_samples - usable
+        usable = self.steps_per_epoch * batch_size if not mix else self.first_source_size // num_lanes * num_lanes
+        self.dropped_per_epoch = self.first_source_size - usable
         self._streams = [_SourceStream(samples_per_shard, num_lanes, usable // num_lanes, window_shards, seed)]
         for number, (counts, _) in enumerate(mix, start=1):
             lane_length = self.source_sizes[number] // num_lanes
@@ -72,41 +72,43 @@ class SampleOrder:
             self._streams.append(_SourceStream(counts, num_lanes, lane_length, window_shards, source_seed))
         self._lock = threading.Lock()
 
-    def epoch_at_step(self, step: int) -> int:
+    def epoch_of_batch(self, batch_index: int) -> int:
         """Return the epoch of a global step, from 0; for several sources, the epoch of the mixture."""
-        return step // self.steps_per_epoch
+        return batch_index // self.steps_per_epoch
 
-    def assign_slots(self, step: int, start_slot: int, stop_slot: int) -> SampleSlots:
+    def assign_slots(self, batch_index: int, start_slot: int, stop_slot: int) -> SampleSlots:
         """Return the samples of slots [start_slot, stop_slot) of a global step.
 
         Slots are ordered by lane, so that a range of slots touches few lanes.
         """
-        sources, positions = self._deal_slots(step, start_slot, stop_slot)
+        sources, positions = self._deal_slots(batch_index, start_slot, stop_slot)
         slots = SampleSlots(sources, positions, np.empty_like(positions), np.empty_like(positions))
         lanes = positions % self.num_lanes
         edges = np.flatnonzero((np.diff(lanes) != 0) | (np.diff(sources) != 0)) + 1
         with self._lock:
             for run in np.split(np.arange(stop_slot - start_slot), edges) if stop_slot > start_slot else ():
                 stream = self._streams[sources[run[0]]]
-                slots.epochs[run], slots.subset_positions[run] = stream.samples_at(int(lanes[run[0]]), positions[run])
+                slots.source_epochs[run], slots.subset_positions[run] = stream.samples_at(
+                    int(lanes[run[0]]), positions[run]
+                )
         return slots
 
-    def replacements(self, source_number: int, stream_position: int) -> Iterator[int]:
+    def replacement_subset_positions(self, source_number: int, stream_position: int) -> Iterator[int]:
         """Yield replacements of a bad sample: the samples that follow in its lane's window, wrapping around."""
         with self._lock:
             samples, offset = self._streams[source_number].window_at(stream_position)
         for distance in range(1, len(samples)):
             yield int(samples[(offset + distance) % len(samples)])
 
-    def upcoming_shards(self, step: int, start_slot: int, stop_slot: int) -> list[tuple[int, int]]:
+    def upcoming_shards(self, batch_index: int, start_slot: int, stop_slot: int) -> list[tuple[int, int]]:
         """Return (source, shard) pairs read by the lanes of these slots: first of this step, then of the next windows.
 
         Every lane includes all sources, even a source without a sample in this step. No duplicates.
         """
-        _, positions = self._deal_slots(step, start_slot, stop_slot)
+        _, positions = self._deal_slots(batch_index, start_slot, stop_slot)
         current: list[tuple[int, int]] = []
         upcoming: list[tuple[float, list[tuple[int, int]]]] = []  # steps until the window begins, its shards
-        before, after = self._samples_before(step), self._samples_before(step + 1)
+        before, after = self._samples_before(batch_index), self._samples_before(batch_index + 1)
         with self._lock:
             for lane in np.unique(positions % self.num_lanes):
                 for source, stream in enumerate(self._streams):

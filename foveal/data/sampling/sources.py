@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from foveal.data.config import DataConfig, is_remote
+from foveal.data.config import DataConfig, is_url
 from foveal.data.dataset import Dataset
 from foveal.data.format.shard_index import ShardIndex
 from foveal.data.sampling.order import SampleOrder, SampleSlots
@@ -84,44 +84,44 @@ class TrainingSet:
         keys = np.empty_like(slots.subset_positions)
         for number, source in enumerate(self.sources):
             rows = slots.source_numbers == number
-            keys[rows] = self._make_sample_keys(source, slots.subset_positions[rows], slots.epochs[rows])
+            keys[rows] = self._make_sample_keys(source, slots.subset_positions[rows], slots.source_epochs[rows])
         return keys
 
-    def replacements(self, source_number: int, stream_position: int, epoch: int) -> Iterator[int]:
+    def replacement_keys(self, source_number: int, stream_position: int, epoch: int) -> Iterator[int]:
         """Yield the sample keys that replace a bad sample, in order of preference."""
         source = self.sources[source_number]
-        for position in self.order.replacements(source_number, stream_position):
+        for position in self.order.replacement_subset_positions(source_number, stream_position):
             yield int(self._make_sample_keys(source, np.array([position]), np.array([epoch]))[0])
 
     def _make_sample_keys(self, source: SampleSource, positions: np.ndarray, epochs: np.ndarray) -> np.ndarray:
-        sample_ids = source.first_id + source.subset.to_sample_ids(positions)
-        return sample_ids + source.subset.count_earlier_visits(positions, epochs) * self.num_ids
+        sample_ids = source.first_id + source.subset.to_split_positions(positions)
+        return sample_ids + source.subset.visit_numbers(positions, epochs) * self.num_ids
 
     def locate_sample(self, sample_id: int) -> SampleLocation:
         """Return the location of a sample."""
         return next(source for source in self.sources if sample_id < source.stop_id).locate_sample(sample_id)
 
-    def prefetch_shards(self, step: int, start_slot: int, stop_slot: int) -> None:
+    def prefetch_shards(self, batch_index: int, start_slot: int, stop_slot: int) -> None:
         """Prefetch remote shards that slots [start_slot, stop_slot) read from this step on."""
-        if not any(is_remote(source.dataset.folder) for source in self.sources):
+        if not any(is_url(source.dataset.folder) for source in self.sources):
             return
-        upcoming = self.order.upcoming_shards(step, start_slot, stop_slot)
+        upcoming = self.order.upcoming_shards(batch_index, start_slot, stop_slot)
         for number, source in enumerate(self.sources):
             shards = [shard for source_number, shard in upcoming if source_number == number]
             source.dataset.prefetch_shards(source.split, shards)
 
-    def cached_size(self, stop_slot: int) -> tuple[int, int]:
+    def required_shards_and_bytes(self, stop_slot: int) -> tuple[int, int]:
         """Return number and bytes of the remote shards that slots [0, stop_slot) read in this window and the next."""
         sizes = []
         for source_number, shard in self.order.upcoming_shards(0, 0, stop_slot):
             source = self.sources[source_number]
-            if is_remote(source.dataset.folder):
+            if is_url(source.dataset.folder):
                 sizes.append(source.dataset.manifest.splits[source.split].shards[shard].bytes)
         return len(sizes), sum(sizes)
 
-    def progress(self) -> int:
+    def download_counter(self) -> int:
         """Return a counter that grows while bytes arrive."""
-        return sum(source.dataset.progress() for source in self.sources)
+        return sum(source.dataset.download_counter() for source in self.sources)
 
 
 def build_training_set(dataset: Dataset, cfg: DataConfig, *, seed: int, batch_size: int) -> TrainingSet:
@@ -134,7 +134,7 @@ def build_training_set(dataset: Dataset, cfg: DataConfig, *, seed: int, batch_si
     for entry in cfg.mix:
         mixed = Dataset.open(DataConfig.model_validate(_mix_settings(cfg, entry.path, entry.index, entry.split)))
         excluding_setting = "data.fold" if cfg.fold else "data.holdout_per_class" if cfg.holdout_per_class else None
-        if excluding_setting and mixed.digest(entry.split) == dataset.digest(cfg.train):
+        if excluding_setting and mixed.samples_digest(entry.split) == dataset.samples_digest(cfg.train):
             raise ConfigError(
                 f"data.mix: {entry.path} holds the images that {excluding_setting} keeps out of training: mix in "
                 f"another set, or keep nothing out"
@@ -153,4 +153,6 @@ def _mix_settings(cfg: DataConfig, path: str, index: str | None, split: str) -> 
 
 def collect_mix_digests(sources: Sequence[SampleSource]) -> dict[str, str]:
     """Return the digests of all sources but the first, by name, for a run's science settings."""
-    return {f"data.mix.{number}": source.dataset.digest(source.split) for number, source in enumerate(sources[1:])}
+    return {
+        f"data.mix.{number}": source.dataset.samples_digest(source.split) for number, source in enumerate(sources[1:])
+    }

@@ -23,23 +23,23 @@ class SplitSubset:
     """
 
     samples_per_shard: np.ndarray
-    chosen_ids: np.ndarray | None
+    split_positions: np.ndarray | None
     copy_numbers: np.ndarray | None = None
     max_copies: int = 1
 
     def __len__(self) -> int:
         return int(self.samples_per_shard.sum())
 
-    def count_earlier_visits(self, positions: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+    def visit_numbers(self, subset_positions: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """Return the number of visits before each visit, counting ``max_copies`` visits per epoch, int64 [n].
 
         Without repetitions this is the epoch. A sample's randomness is keyed by this number.
         """
-        return epochs if self.copy_numbers is None else epochs * self.max_copies + self.copy_numbers[positions]
+        return epochs if self.copy_numbers is None else epochs * self.max_copies + self.copy_numbers[subset_positions]
 
-    def to_sample_ids(self, positions: np.ndarray) -> np.ndarray:
+    def to_split_positions(self, subset_positions: np.ndarray) -> np.ndarray:
         """Map positions in the subset to sample ids in the split."""
-        return positions if self.chosen_ids is None else self.chosen_ids[positions]
+        return subset_positions if self.split_positions is None else self.split_positions[subset_positions]
 
 
 @dataclass(frozen=True)

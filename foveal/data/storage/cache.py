@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from foveal.data.config import CacheConfig, expand_path, is_remote
+from foveal.data.config import CacheConfig, expand_path, is_url
 from foveal.data.format.manifest import MANIFEST_NAME
 from foveal.data.storage.remote import MAX_ATTEMPTS, RemoteFolder
 from foveal.errors import ConfigError, DataError, StorageUnreachableError
@@ -72,8 +72,8 @@ class DownloadCache:
     stall_timeout: seconds to wait for another process whose download makes no progress.
     """
 
-    def __init__(self, folder: Path, max_bytes: int, stall_timeout: float) -> None:
-        self.folder, self.max_bytes, self.stall_timeout = folder, max_bytes, stall_timeout
+    def __init__(self, folder: Path, max_bytes: int, other_process_timeout: float) -> None:
+        self.folder, self.max_bytes, self.other_process_timeout = folder, max_bytes, other_process_timeout
         self._progress = 0
         self._progress_lock = threading.Lock()
         self._has_warned = False
@@ -98,7 +98,7 @@ class DownloadCache:
                 f"set data.cache.dir to another folder"
             ) from None
 
-    def progress(self) -> int:
+    def download_counter(self) -> int:
         """Return a counter that grows while bytes arrive, in this process or in one that it waits for."""
         return self._progress
 
@@ -146,9 +146,9 @@ class DownloadCache:
             if status.st_blocks and status.st_mtime_ns != last_write_ns:
                 last_write_ns, last_progress = status.st_mtime_ns, time.monotonic()
                 self._add_progress(1)
-            elif time.monotonic() - last_progress > self.stall_timeout:
+            elif time.monotonic() - last_progress > self.other_process_timeout:
                 raise StorageUnreachableError(
-                    f"{activity} by another process of this node that has not moved for {self.stall_timeout:g} s: end "
+                    f"{activity} by another process of this node that has not moved for {self.other_process_timeout:g} s: end "
                     f"that process, or set data.cache.dir to another folder"
                 )
             time.sleep(pause)
@@ -188,7 +188,7 @@ class DownloadCache:
                 f"{url} has {size / 1e9:.3g} GB and the cache {self.folder} may hold {self.max_bytes / 1e9:.3g} GB: "
                 f"raise data.cache.gigabytes"
             )
-        deadline = time.monotonic() + self.stall_timeout
+        deadline = time.monotonic() + self.other_process_timeout
         while True:
             with self._eviction_lock():
                 if self._evict(size, part, _PREFETCH_MIN_IDLE if is_prefetch else 0.0):
@@ -253,7 +253,7 @@ class DownloadCache:
             self._progress += amount
 
 
-def open_cache(cfg: CacheConfig, stall_timeout: float) -> DownloadCache:
+def open_cache(cfg: CacheConfig, other_process_timeout: float) -> DownloadCache:
     """Return the cache that the settings configure.
 
     Raises: ConfigError if an environment variable is not set or the folder is a URL; DataError if the folder cannot be
@@ -262,13 +262,13 @@ def open_cache(cfg: CacheConfig, stall_timeout: float) -> DownloadCache:
     max_bytes = int(cfg.gigabytes * 1e9)
     if cfg.dir is not None:
         path = expand_path(cfg.dir, "data.cache.dir")
-        if is_remote(path):
+        if is_url(path):
             raise ConfigError(f"data.cache.dir: {path} is a URL: give a folder on the node's own disk")
         try:
             Path(path).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(f"data.cache.dir: {path} cannot be made ({error}): set it to another folder") from None
-        return DownloadCache(Path(path), max_bytes, stall_timeout)
+        return DownloadCache(Path(path), max_bytes, other_process_timeout)
     folder = Path(tempfile.gettempdir()) / f"foveal-cache-{os.getuid()}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -277,7 +277,7 @@ def open_cache(cfg: CacheConfig, stall_timeout: float) -> DownloadCache:
         raise DataError(f"{folder} cannot be made ({error}): set data.cache.dir to another folder") from None
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise DataError(f"{folder} is not yours alone to write to: set data.cache.dir to another folder")
-    return DownloadCache(folder, max_bytes, stall_timeout)
+    return DownloadCache(folder, max_bytes, other_process_timeout)
 
 
 def _open_existing(copy: Path, size: int | None) -> int | None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Protocol, TypeVar
 
-from foveal.data.config import is_remote
+from foveal.data.config import is_url
 from foveal.data.storage.remote import CHUNK_BYTES, RemoteFolder
 from foveal.errors import DataError
 from foveal.timeouts import read_with_timeout
@@ -21,14 +21,14 @@ class Folder(Protocol):
     def file_sizes(self) -> dict[str, int | None]: ...
     def file_size(self, name: str) -> int: ...
     def modified_time(self, name: str) -> float | None: ...
-    def read_range(self, name: str, start: int, stop: int) -> bytes: ...
+    def read_up_to(self, name: str, start: int, stop: int) -> bytes: ...
     def iter_chunks(self, name: str, size: int) -> Iterator[bytes]: ...
     def open_file(self, name: str) -> IO[bytes]: ...
 
 
-def resolve_folder(path_or_url: str) -> Folder:
+def open_folder_or_url(path_or_url: str) -> Folder:
     """Return the folder at a path or URL. Raises: DataError if no driver for the URL is installed."""
-    return RemoteFolder(path_or_url, _REQUEST_TIMEOUT) if is_remote(path_or_url) else LocalFolder(path_or_url)
+    return RemoteFolder(path_or_url, _REQUEST_TIMEOUT) if is_url(path_or_url) else LocalFolder(path_or_url)
 
 
 class LocalFolder:
@@ -60,7 +60,7 @@ class LocalFolder:
     def modified_time(self, name: str) -> float | None:
         return self._stat(name).st_mtime
 
-    def read_range(self, name: str, start: int, stop: int) -> bytes:
+    def read_up_to(self, name: str, start: int, stop: int) -> bytes:
         def read() -> bytes:
             with (self.folder / name).open("rb") as stream:
                 stream.seek(start)

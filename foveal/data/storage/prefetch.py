@@ -28,7 +28,7 @@ class Prefetcher:
         self._in_progress: set[RemoteFile] = set()
         self._threads = 0
 
-    def request_files(self, files: Sequence[RemoteFile]) -> None:
+    def replace_requests(self, files: Sequence[RemoteFile]) -> None:
         """Download ``files`` in this order, in place of earlier requests that have not started.
 
         Existing copies are marked as in use, so that other copies are evicted first. A request is truncated to the size

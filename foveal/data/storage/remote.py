@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from typing import IO, Any
 
 from foveal.errors import DataError, StorageUnreachableError
-from foveal.redact import redact_urls
+from foveal.redact import redact_url_secrets
 
 _log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ _REFUSALS = (401, 403, 404, 410)  # HTTP: unauthorized, forbidden, not found, go
 _MODIFIED = ("LastModified", "Last-Modified", "mtime", "updated")  # the drivers' keys for it
 
 
-class RemoteNotFoundError(DataError):
+class PermanentRemoteError(DataError):
     """A file or folder does not exist, or these credentials may not read it; a retry cannot help."""
 
 
@@ -39,11 +39,11 @@ class RemoteFolder:
     the last attempt.
     """
 
-    def __init__(self, folder: str, timeout: float) -> None:
+    def __init__(self, folder: str, all_attempts_timeout: float) -> None:
         import fsspec  # takes 0.1 s; only remote data needs it
 
         self.folder = folder.rstrip("/")
-        self.timeout = timeout
+        self.all_attempts_timeout = all_attempts_timeout
         protocol = folder.partition("://")[0]
         try:
             self._filesystem, root = fsspec.core.url_to_fs(self.folder)
@@ -52,10 +52,10 @@ class RemoteFolder:
             if package is None:
                 raise
             raise DataError(
-                f"{redact_urls(folder)} needs the package {package}, which is not installed: `pip install {package}`"
+                f"{redact_url_secrets(folder)} needs the package {package}, which is not installed: `pip install {package}`"
             ) from None
         except ValueError as error:
-            raise DataError(f"{redact_urls(folder)} cannot be opened ({error})") from None
+            raise DataError(f"{redact_url_secrets(folder)} cannot be opened ({error})") from None
         self._root, mark, query = root.partition("?") if protocol in ("http", "https") else (root, "", "")
         self._root = self._root.rstrip("/")
         self._query = mark + query  # the signature of a signed URL holds for every file of the folder
@@ -65,7 +65,7 @@ class RemoteFolder:
     def display_path(self, name: str = "") -> str:
         """Return the URL of a file without credentials, for messages."""
         folder = self.folder.removesuffix(self._query).rstrip("/")
-        return redact_urls(f"{folder}/{name}".rstrip("/"))
+        return redact_url_secrets(f"{folder}/{name}".rstrip("/"))
 
     def file_sizes(self) -> dict[str, int | None]:
         """Return the files of the folder and their sizes in bytes; None if the server does not report one (HTTP)."""
@@ -81,7 +81,7 @@ class RemoteFolder:
             entry["name"].rsplit("/", 1)[-1]: entry for entry in self._retry("", list_folder) if entry["type"] == "file"
         }
         if not entries and self.folder.startswith("http"):
-            raise RemoteNotFoundError(f"{self.display_path()}: the server does not list what is there")
+            raise PermanentRemoteError(f"{self.display_path()}: the server does not list what is there")
         self._modified = {name: _parse_modified_time(entry) for name, entry in entries.items()}
         return {name: entry.get("size") for name, entry in entries.items()}
 
@@ -98,7 +98,7 @@ class RemoteFolder:
             self._retry(name, lambda: self._call_driver("info", self._path(name)))
         )
 
-    def read_range(self, name: str, start: int, stop: int) -> bytes:
+    def read_up_to(self, name: str, start: int, stop: int) -> bytes:
         """Return bytes [start, stop) of a file."""
         return self._read_from(name, start, stop)[: stop - start]
 
@@ -144,13 +144,13 @@ class RemoteFolder:
                 if isinstance(error, ImportError):
                     raise
                 if _is_permanent(error):
-                    raise RemoteNotFoundError(
+                    raise PermanentRemoteError(
                         f"{self.display_path(name)} is not there or may not be read ({_format_error(error)})"
                     ) from None
                 if attempt == MAX_ATTEMPTS:
                     raise StorageUnreachableError(
                         f"{self.display_path(name)} cannot be read, {MAX_ATTEMPTS} attempts failed "
-                        f"({_format_error(error)}): see that the server answers (all of it within {self.timeout:g} s, "
+                        f"({_format_error(error)}): see that the server answers (all of it within {self.all_attempts_timeout:g} s, "
                         f"in training data.patience_seconds)"
                     ) from None
                 _log.warning(
@@ -160,13 +160,13 @@ class RemoteFolder:
                     MAX_ATTEMPTS,
                     _format_error(error),
                 )
-            time.sleep(min(wait, self.timeout / 16))
+            time.sleep(min(wait, self.all_attempts_timeout / 16))
             wait *= 5
         raise AssertionError
 
     def _call_driver(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method of the fsspec driver; wait at most an eighth of ``timeout``."""
-        limit = self.timeout / 8
+        limit = self.all_attempts_timeout / 8
         if self._filesystem.async_impl:
             coroutine = asyncio.wait_for(getattr(self._filesystem, f"_{method}")(*args, **kwargs), limit)
             future = asyncio.run_coroutine_threadsafe(coroutine, self._filesystem.loop)
@@ -177,7 +177,7 @@ class RemoteFolder:
             return future.result(limit + _GRACE)
         except TimeoutError as error:
             future.cancel()
-            raise TimeoutError(str(error) or f"no answer within {self.timeout / 8:g} s") from None
+            raise TimeoutError(str(error) or f"no answer within {self.all_attempts_timeout / 8:g} s") from None
 
 
 class _RemoteStream(io.RawIOBase):
@@ -200,7 +200,7 @@ class _RemoteStream(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        data = self._remote.read_range(self._name, self._position, min(self._position + len(buffer), self._size))
+        data = self._remote.read_up_to(self._name, self._position, min(self._position + len(buffer), self._size))
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
@@ -234,7 +234,7 @@ def _is_permanent(error: BaseException) -> bool:
 
 def _format_error(error: BaseException) -> str:
     """Return one line about an error, without credentials."""
-    text = redact_urls(" ".join(str(error).split()))[:300]
+    text = redact_url_secrets(" ".join(str(error).split()))[:300]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from foveal.data.config import expand_path
-from foveal.data.dataset import Dataset, open_dataset
+from foveal.data.dataset import Dataset, open_unchecked_dataset
 from foveal.data.format.manifest import Manifest
 from foveal.data.indexing.index import index_folder
 from foveal.data.pack.cli import app as pack_app
@@ -74,9 +74,11 @@ def verify_command(
     workers: WorkersOption = 8,
 ) -> None:
     """Check shards and indices against the manifest; list all faults and exit with 1 if there are any."""
-    dataset = open_dataset(path, index, stall_timeout=_STALL_TIMEOUT)
+    dataset = open_unchecked_dataset(path, index, stall_timeout=_STALL_TIMEOUT)
     with progress_bar("verifying shards") as on_progress:
-        faults = verify_dataset(dataset, full=full, workers=workers, record_checksums=record, on_progress=on_progress)
+        faults = verify_dataset(
+            dataset, full=full, workers=workers, record_missing_checksums=record, on_progress=on_progress
+        )
     for fault in faults:
         typer.echo(fault)
     if faults:
@@ -94,7 +96,7 @@ def show_command(
     split: Annotated[str | None, typer.Option(help="Split of the sheet; default: the first in the table.")] = None,
 ) -> None:
     """Print samples, shards and bytes per split and samples per class; optionally write a contact sheet."""
-    dataset = open_dataset(path, index, stall_timeout=_STALL_TIMEOUT)
+    dataset = open_unchecked_dataset(path, index, stall_timeout=_STALL_TIMEOUT)
     _print_summary(dataset.manifest)
     splits = [name for name, entry in dataset.manifest.splits.items() if entry.samples]
     if dataset.classes is not None and splits:

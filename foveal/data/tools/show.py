@@ -56,8 +56,8 @@ def draw_contact_sheet(dataset: Dataset, split: str) -> Image.Image:
     for number, (shard, row) in enumerate(selection):
         left, top = _GAP + number % _COLUMNS * cell_width, _GAP + number // _COLUMNS * cell_height
         index = dataset.shard_index(split, shard)
-        offset, size = index.find_image(row)
-        thumbnail = _make_thumbnail(dataset.shard_folder.read_range(index.shard, offset, offset + size))
+        offset, size = index.find_image_offset_size(row)
+        thumbnail = _make_thumbnail(dataset.shard_folder.read_up_to(index.shard, offset, offset + size))
         caption = index.key(row).rsplit("/", 1)[-1]
         label = int(index.labels[row])
         if label >= 0 and dataset.classes is not None:

@@ -12,12 +12,12 @@ from typing import IO
 
 import numpy as np
 
-from foveal.data.config import is_remote
+from foveal.data.config import is_url
 from foveal.data.dataset import Dataset
 from foveal.data.format.manifest import MANIFEST_NAME, Shard, write_manifest
 from foveal.data.format.shard_index import IndexRules, ShardIndex
 from foveal.data.image.decode import UndecodableError, decode_image
-from foveal.data.indexing.index import scan_stream
+from foveal.data.indexing.index import scan_shard_stream
 from foveal.data.storage.folder import Folder
 from foveal.errors import DataError
 
@@ -32,7 +32,7 @@ def verify_dataset(
     *,
     full: bool,
     workers: int,
-    record_checksums: bool = False,
+    record_missing_checksums: bool = False,
     on_progress: Callable[[int, int], None] = lambda _finished, _total: None,
 ) -> list[str]:
     """Return the faults of a data set, one sentence each, in the order of its splits and shards.
@@ -43,7 +43,7 @@ def verify_dataset(
     manifest. on_progress: called with the numbers of finished and of all shards.
     Raises: DataError if the folder cannot be listed or the manifest cannot be written.
     """
-    if record_checksums and is_remote(dataset.index_folder):
+    if record_missing_checksums and is_url(dataset.index_folder):
         raise DataError(
             f"{dataset.index_folder} is a URL, {MANIFEST_NAME} can only be written into a folder: copy it first"
         )
@@ -53,13 +53,13 @@ def verify_dataset(
     sha256_of_shards: dict[tuple[str, int], str | None] = {}
     parallel_shards = _PARALLEL_SHARDS if full else workers
     with ThreadPoolExecutor(workers) as decoders, ThreadPoolExecutor(parallel_shards) as pool:
-        verifier = _ShardVerifier(dataset, dataset.shard_folder, sizes, decoders, full, record_checksums)
+        verifier = _ShardVerifier(dataset, dataset.shard_folder, sizes, decoders, full, record_missing_checksums)
         findings = pool.map(verifier.verify_shard, shards)
         for (split, number), (shard_faults, sha256) in zip(shards, findings, strict=True):
             faults += shard_faults
             sha256_of_shards[split, number] = sha256
             on_progress(len(sha256_of_shards), len(shards))
-    if record_checksums and not faults:
+    if record_missing_checksums and not faults:
         _record_checksums(dataset, sha256_of_shards)
     return faults
 
@@ -101,7 +101,7 @@ class _ShardVerifier:
             index = self.dataset.shard_index(split, number)
         except DataError as error:
             return None, [str(error)]
-        if index.compute_checksum() != index.checksum or index.compute_digest() != shard.index:
+        if index.compute_checksum() != index.checksum or index.compute_samples_digest() != shard.index:
             return None, [f"{path}: its index is damaged, its checksum does not match its content"]
         faults = [index.note] if index.note else []
         if (index.shard, index.bytes) != (shard.file, shard.bytes):
@@ -135,7 +135,7 @@ class _ShardVerifier:
     def _open_hashed(self, shard: Shard, consume: Callable[[bytes], None]) -> Iterator[IO[bytes]]:
         """Pass all bytes of a shard to ``consume``, then yield the shard as an open local file."""
         chunks = self.folder.iter_chunks(shard.file, shard.bytes)
-        if not is_remote(self.dataset.folder):
+        if not is_url(self.dataset.folder):
             for chunk in chunks:
                 consume(chunk)
             with self.folder.open_file(shard.file) as stream:
@@ -153,10 +153,10 @@ class _ShardVerifier:
         label_key, classes = index.rules["label_key"], index.rules["classes"] and self.dataset.classes
         rules = IndexRules(classes or None, str(label_key) if label_key else None, bool(index.rules["dotted_keys"]))
         try:
-            fresh = scan_stream(stream, path, index.shard, rules)
+            fresh = scan_shard_stream(stream, path, index.shard, rules)
         except DataError as error:
             return [str(error)]
-        same = (fresh.fields, fresh.compute_digest()) == (index.fields, index.compute_digest())
+        same = (fresh.fields, fresh.compute_samples_digest()) == (index.fields, index.compute_samples_digest())
         if damaged or (same and np.array_equal(fresh.offsets, index.offsets)):
             return []  # damaged bytes prove nothing about the index
         return [
@@ -178,7 +178,7 @@ class _ShardVerifier:
 
 def _check_image(descriptor: int, path: str, index: ShardIndex, row: int) -> str:
     """Return the fault of a sample's image, or an empty text."""
-    offset, size = index.find_image(row)
+    offset, size = index.find_image_offset_size(row)
     try:
         decode_image(os.pread(descriptor, size, offset), 3)
     except UndecodableError as error:

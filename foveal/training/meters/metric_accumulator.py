@@ -28,7 +28,7 @@ class MetricAccumulator:
         self._rank_sums.append(torch.stack([value.detach().double() for value in rank_sums.values()]))
         self._host_rows.append(host_values)
 
-    def read_rows(self, reduce: Callable[[Tensor], Tensor]) -> list[MetricRow]:
+    def pop_rows(self, reduce: Callable[[Tensor], Tensor]) -> list[MetricRow]:
         """Return the reduced rows since the last read, at the cost of one collective and one copy from the device."""
         if not self._rank_sums:
             return []

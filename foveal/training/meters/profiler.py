@@ -18,17 +18,17 @@ _log = logging.getLogger(__name__)
 
 
 def profile_steps(
-    steps: Iterator[T], start_step: int, step_range: tuple[int, int] | None, output_dir: Path
+    steps: Iterator[T], after_step: int, first_and_last: tuple[int, int] | None, output_dir: Path
 ) -> Iterator[T]:
     """Yield optimizer steps and trace those from ``step_range[0]`` to ``step_range[1]``, both included.
 
     The first step has number ``start_step`` + 1. The trace is ``output_dir``/steps-<first>-<last>.json.gz; if the steps
     end early, it covers the traced steps. It excludes the caller's work between two steps. None: no trace.
     """
-    if step_range is None:
+    if first_and_last is None:
         yield from steps
         return
-    first, last, number = max(step_range[0], start_step + 1), step_range[1], start_step
+    first, last, number = max(first_and_last[0], after_step + 1), first_and_last[1], after_step
     trace: Any = None
     try:
         while True:

@@ -56,7 +56,9 @@ class StragglerMeter:
             yield
             self._forward_seconds += self._clock() - start
 
-    def report(self, step: int, gather: Callable[[Any], list[Any]]) -> tuple[MetricRow, list[dict[str, Any]]]:
+    def pop_metrics_and_table(
+        self, step: int, gather: Callable[[Any], list[Any]]
+    ) -> tuple[MetricRow, list[dict[str, Any]]]:
         """Return the metrics of the row of ``step`` and a table of all ranks, on every rank, and reset the meter.
 
         One small gather. Call it after a synchronisation with the device, such as reading the losses.

@@ -44,11 +44,11 @@ class ThroughputMeter:
         self._paused_seconds += elapsed
         self._last_read += elapsed
 
-    def add_images(self, images: int) -> None:
+    def add_images(self, num_images: int) -> None:
         """Count the images of a step, over all ranks."""
-        self._images += images
+        self._images += num_images
 
-    def read_rates(self) -> dict[str, float]:
+    def pop_rates(self) -> dict[str, float]:
         """Return the rates since the last read: ``images_per_second`` over all ranks, ``data_wait`` in [0, 1]."""
         now = self._clock()
         elapsed = max(now - self._last_read, 1e-9)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
-from foveal.checkpoint.chunks import _DTYPES, TensorChunk, load_chunks, replicated_chunk, write_chunks
+from foveal.checkpoint.chunks import _DTYPES, TensorChunk, load_chunks, replicated_chunk, write_and_hash_chunks
 from foveal.errors import CheckpointError
 
 PARTS = {"weight": 0, "exp_avg": 1000, "exp_avg_sq": 2000}
@@ -35,14 +35,16 @@ def cut(chunk: TensorChunk, start: int, stop: int) -> TensorChunk:
     """A range of a chunk, with copied tensors."""
     return replace(
         chunk,
-        start=start,
-        tensors={part: value[start:stop].clone() for part, value in chunk.tensors.items()},
-        write_range=(0, stop - start),
+        flat_start=start,
+        flat_views_by_part={part: value[start:stop].clone() for part, value in chunk.flat_views_by_part.items()},
+        relative_write_range=(0, stop - start),
     )
 
 
 def empty(chunk: TensorChunk) -> TensorChunk:
-    return replace(chunk, tensors={part: torch.full_like(value, -1) for part, value in chunk.tensors.items()})
+    return replace(
+        chunk, flat_views_by_part={part: torch.full_like(value, -1) for part, value in chunk.flat_views_by_part.items()}
+    )
 
 
 def read(folder: Path, chunks: Sequence[TensorChunk]) -> list[TensorChunk]:
@@ -54,8 +56,11 @@ def read(folder: Path, chunks: Sequence[TensorChunk]) -> list[TensorChunk]:
 
 def check(actual: Sequence[TensorChunk], expected: Sequence[TensorChunk]) -> None:
     for chunk, reference in zip(actual, expected, strict=True):
-        assert chunk.tensors.keys() == reference.tensors.keys()
-        assert all(chunk.tensors[part].equal(reference.tensors[part]) for part in chunk.tensors), chunk.name
+        assert chunk.flat_views_by_part.keys() == reference.flat_views_by_part.keys()
+        assert all(
+            chunk.flat_views_by_part[part].equal(reference.flat_views_by_part[part])
+            for part in chunk.flat_views_by_part
+        ), chunk.name
 
 
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
@@ -67,7 +72,9 @@ def build_model(specs: Sequence[tuple[tuple[int, ...], bool]]) -> list[TensorChu
     chunks = []
     for number, (shape, is_trained) in enumerate(specs):
         chunk = trained(f"block.{number} x", shape)
-        chunks.append(chunk if is_trained else frozen(chunk.name, chunk.tensors["weight"].view(shape).to(torch.int64)))
+        chunks.append(
+            chunk if is_trained else frozen(chunk.name, chunk.flat_views_by_part["weight"].view(shape).to(torch.int64))
+        )
     return chunks
 
 
@@ -75,7 +82,7 @@ def split(model: Sequence[TensorChunk], cuts: Sequence[float], skew: int) -> lis
     """The chunks of each rank: the ranges between the cuts, with ``skew`` ranks between the starts of two tensors."""
     ranks: list[list[TensorChunk]] = [[] for _ in range(len(cuts) + 1)]
     for number, chunk in enumerate(model):
-        size = chunk.write_range[1]
+        size = chunk.relative_write_range[1]
         ends = [0, *sorted(int(fraction * size) for fraction in cuts), size]
         for rank in range(len(ranks)):
             ranks[(rank + number * skew) % len(ranks)].append(cut(chunk, ends[rank], ends[rank + 1]))
@@ -94,7 +101,7 @@ def test_any_split_is_read_by_any_other(
     folder = tmp_path_factory.mktemp("chunks")
     model = build_model(specs)
     for rank, chunks in enumerate(split(model, write_cuts, skews[0])):
-        write_chunks(folder, rank, chunks)
+        write_and_hash_chunks(folder, rank, chunks)
     for chunks in split(model, read_cuts, skews[1]):
         check(read(folder, chunks), chunks)
     check(read(folder, model), model)  # also by a rank with all elements
@@ -105,8 +112,8 @@ def test_ranks_that_hold_all_write_a_share_each(ranks: int, tmp_path: Path) -> N
     values = {part: torch.randn(2, 3) for part in PARTS}
     sizes = []
     for rank in range(ranks):
-        sizes.append(len(range(*replicated_chunk("x", values, rank, ranks).write_range)))
-        write_chunks(tmp_path, rank, [replicated_chunk("x", values, rank, ranks)])
+        sizes.append(len(range(*replicated_chunk("x", values, rank, ranks).relative_write_range)))
+        write_and_hash_chunks(tmp_path, rank, [replicated_chunk("x", values, rank, ranks)])
     assert sum(sizes) == 6 and max(sizes) - min(sizes) <= 1
     check(read(tmp_path, [replicated_chunk("x", values, 0, 1)]), [replicated_chunk("x", values, 0, 1)])
 
@@ -114,7 +121,7 @@ def test_ranks_that_hold_all_write_a_share_each(ranks: int, tmp_path: Path) -> N
 def test_views_are_live(tmp_path: Path) -> None:
     """Filling a chunk fills the parameter that it is a view of."""
     layer = torch.nn.Linear(3, 2)
-    write_chunks(tmp_path, 0, [frozen("weight", torch.full((2, 3), 7.0))])
+    write_and_hash_chunks(tmp_path, 0, [frozen("weight", torch.full((2, 3), 7.0))])
     load_chunks(tmp_path, [replicated_chunk("weight", {"weight": layer.weight}, 0, 1)])
     assert layer.weight.equal(torch.full((2, 3), 7.0))
 
@@ -124,14 +131,14 @@ def test_every_type_keeps_its_bits(dtype: torch.dtype, tmp_path: Path) -> None:
     value = torch.tensor([[0, 1, 1], [1, 0, 1]]).to(dtype)
     odd = frozen("odd", torch.zeros(3, dtype=torch.uint8))  # must not misalign later tensors
     chunks = [odd, frozen("x", value), frozen("scalar", torch.tensor(3.5))]
-    write_chunks(tmp_path, 0, chunks)
+    write_and_hash_chunks(tmp_path, 0, chunks)
     loaded = read(tmp_path, chunks)
-    assert loaded[1].tensors["weight"].equal(value.view(-1))
-    assert loaded[2].tensors["weight"].tolist() == [3.5]
+    assert loaded[1].flat_views_by_part["weight"].equal(value.view(-1))
+    assert loaded[2].flat_views_by_part["weight"].tolist() == [3.5]
 
 
 def test_the_file_is_an_ordinary_safetensors_file_of_the_digest_that_is_returned(tmp_path: Path) -> None:
-    digest = write_chunks(tmp_path, 3, [cut(trained("a.b", (4, 2)), 2, 5)])
+    digest = write_and_hash_chunks(tmp_path, 3, [cut(trained("a.b", (4, 2)), 2, 5)])
     file = tmp_path / "pieces-00003.safetensors"
     assert hashlib.sha256(file.read_bytes()).hexdigest() == digest
     with safe_open(file, "pt") as handle:
@@ -157,13 +164,13 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_another_model_is_refused_in_one_sentence_and_nothing_is_filled(case: str, tmp_path: Path) -> None:
     for rank, (start, stop) in enumerate([(0, 3), (3, 8)]):
-        write_chunks(tmp_path, rank, [cut(MODEL[0], start, stop), *([MODEL[1]] if rank else [])])
+        write_and_hash_chunks(tmp_path, rank, [cut(MODEL[0], start, stop), *([MODEL[1]] if rank else [])])
     chunks, sentence = WRONG[case]
     blank = [empty(chunk) for chunk in chunks]
     with pytest.raises(CheckpointError, match=sentence) as error:
         load_chunks(tmp_path, blank)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
-    assert all((value == -1).all() for chunk in blank for value in chunk.tensors.values())
+    assert all((value == -1).all() for chunk in blank for value in chunk.flat_views_by_part.values())
 
 
 TORN = {
@@ -179,13 +186,13 @@ TORN = {
 def test_a_checkpoint_with_a_hole_or_a_double_is_refused(case: str, tmp_path: Path) -> None:
     ranges, sentence = TORN[case]
     for rank, (start, stop) in enumerate(ranges):
-        write_chunks(tmp_path, rank, [cut(MODEL[0], start, stop)])
+        write_and_hash_chunks(tmp_path, rank, [cut(MODEL[0], start, stop)])
     with pytest.raises(CheckpointError, match=sentence):
         read(tmp_path, [cut(MODEL[0], 4, 5)])  # although the fault is outside of the requested range
 
 
 def test_a_rank_that_holds_nothing_of_a_tensor_hears_of_it_too(tmp_path: Path) -> None:
-    write_chunks(tmp_path, 0, MODEL)
+    write_and_hash_chunks(tmp_path, 0, MODEL)
     nothing = [cut(trained("a", (2, 4)), 0, 0), MODEL[1]]
     with pytest.raises(CheckpointError, match=r"has a in shape"):
         load_chunks(tmp_path, nothing)
@@ -193,7 +200,7 @@ def test_a_rank_that_holds_nothing_of_a_tensor_hears_of_it_too(tmp_path: Path) -
 
 @pytest.mark.parametrize("keep", [0, 4, 40])
 def test_a_torn_file_is_named(keep: int, tmp_path: Path) -> None:
-    write_chunks(tmp_path, 0, MODEL)
+    write_and_hash_chunks(tmp_path, 0, MODEL)
     file = tmp_path / "pieces-00000.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match=re.escape(str(file)) + r" cannot be read"):
@@ -204,9 +211,9 @@ def test_only_the_ranges_that_are_needed_are_read(tmp_path: Path) -> None:
     """Reading three elements of a 64 MiB file takes less than 16 MiB of memory."""
     size = 1 << 24
     value = torch.arange(size, dtype=torch.float32)
-    write_chunks(tmp_path, 0, [frozen("big", value)])
+    write_and_hash_chunks(tmp_path, 0, [frozen("big", value)])
     chunk = TensorChunk("big", (size,), size // 2, {"weight": torch.zeros(3)}, (0, 3))
     before = psutil.Process().memory_info().rss
     load_chunks(tmp_path, [chunk])
     assert psutil.Process().memory_info().rss - before < size
-    assert chunk.tensors["weight"].equal(value[size // 2 : size // 2 + 3])
+    assert chunk.flat_views_by_part["weight"].equal(value[size // 2 : size // 2 + 3])

@@ -46,7 +46,7 @@ def test_what_is_void_or_torn_makes_way_first(tmp_path: Path) -> None:
         saved(first, step)
     size = sum(file.stat().st_size for file in (tmp_path / name(100)).iterdir())
     checkpoints = store(tmp_path, attempt=2, starts={1: 0, 2: 100}, keep=2, gigabytes=2.5 * size / 1e9)
-    assert checkpoints.find_latest() == (tmp_path / name(100), state(100))
+    assert checkpoints.find_latest_valid() == (tmp_path / name(100), state(100))
     for step in (150, 200):
         saved(checkpoints, step)
     assert names(tmp_path) == [name(150, attempt=2), name(200, attempt=2)]
@@ -59,7 +59,7 @@ def test_torn_ones_do_not_count_and_go_in_time(tmp_path: Path) -> None:
     for step in (20, 30):
         (tmp_path / name(step) / "state.json").write_text("")
     checkpoints = store(tmp_path, attempt=2, keep=2, keep_every=10)
-    assert checkpoints.find_latest() == (tmp_path / name(10), state(10))
+    assert checkpoints.find_latest_valid() == (tmp_path / name(10), state(10))
     saved(checkpoints, 40)
     assert names(tmp_path) == [name(10), name(20), name(30), name(40, attempt=2)]
     saved(checkpoints, 50)
@@ -71,7 +71,7 @@ def test_void_ones_do_not_count_and_go_in_time(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         saved(first, step)
     checkpoints = store(tmp_path, attempt=3, starts={1: 0, 2: 10}, keep=1, keep_every=10)
-    assert checkpoints.find_latest() == (tmp_path / name(10), state(10))
+    assert checkpoints.find_latest_valid() == (tmp_path / name(10), state(10))
     saved(checkpoints, 20)
     assert names(tmp_path) == [name(10), name(20, attempt=3), name(30)]
     saved(checkpoints, 40)
@@ -127,7 +127,7 @@ def test_killed_while_a_checkpoint_is_replaced_one_of_them_survives(
         saved(checkpoints, 10)
     monkeypatch.undo()
     restarted = store(tmp_path, attempt=2)
-    assert restarted.find_latest() == (tmp_path / name(10), state(10))
+    assert restarted.find_latest_valid() == (tmp_path / name(10), state(10))
     restarted.wait_and_commit()
     assert names(tmp_path) == [name(10)]
 

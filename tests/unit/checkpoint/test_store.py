@@ -14,7 +14,7 @@ from stores import SCIENCE, Tensors, name, names, saved, state, store
 
 from foveal.atomic import atomic_folder, sha256, write_json
 from foveal.checkpoint import digests
-from foveal.checkpoint.store import SaveResult, TrainState, check_same_science
+from foveal.checkpoint.store import SaveResult, TrainState, check_science_unchanged
 from foveal.distributed.world import World
 from foveal.errors import CheckpointError, StorageUnreachableError
 
@@ -32,7 +32,7 @@ def two(tmp_path: Path) -> Path:
 
 def test_what_was_saved_is_found_and_fills_an_engine(two: Path) -> None:
     checkpoints, engine = store(two, attempt=2), Tensors(0)
-    assert checkpoints.find_latest() == (two / name(20), state(20))
+    assert checkpoints.find_latest_valid() == (two / name(20), state(20))
     checkpoints.load(two / name(20), engine, state(20))
     assert (engine.values(), engine.num_updates) == ({20.0}, 20)
     assert sorted(json.loads((two / name(20) / "checksums.json").read_text())) == [CHUNKS, "state.json"]
@@ -40,7 +40,7 @@ def test_what_was_saved_is_found_and_fills_an_engine(two: Path) -> None:
 
 
 def test_nothing_is_found_in_nothing(tmp_path: Path) -> None:
-    assert store(tmp_path / "new").find_latest() is None
+    assert store(tmp_path / "new").find_latest_valid() is None
 
 
 def cut(folder: Path) -> None:
@@ -92,7 +92,7 @@ def test_what_is_not_whole_is_passed_over(
     harm: Callable[[Path], None], two: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     harm(two / name(20))
-    assert store(two).find_latest() == (two / name(10), state(10))
+    assert store(two).find_latest_valid() == (two / name(10), state(10))
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert warnings == [f"checkpoint {two / name(20)} is torn or corrupt; the one before it is used"]
 
@@ -101,7 +101,7 @@ def test_where_none_is_whole_the_run_does_not_begin_anew_by_itself(two: Path, ca
     for folder in two.iterdir():
         cut(folder)
     with pytest.raises(CheckpointError, match=r"is whole: restore one, .* or begin anew with run\.fresh=true"):
-        store(two).find_latest()
+        store(two).find_latest_valid()
     assert len(caplog.records) == 2
 
 
@@ -111,13 +111,13 @@ def test_where_all_are_void_or_gone_the_run_does_not_begin_anew_by_itself(two: P
     with pytest.raises(
         CheckpointError, match=rf"began at step 5 \(past where a later one began: {name(10)}, {name(20)}\)"
     ):
-        gone_back.find_latest()
+        gone_back.find_latest_valid()
     shutil.rmtree(two)
     with pytest.raises(
         CheckpointError, match=r"is whole, and an attempt at this run began at step 5: restore one, check"
     ):
-        store(two, attempt=3, starts={1: 0, 2: 5}).find_latest()
-    assert store(two, attempt=2, starts={1: 0}).find_latest() is None, "the run was killed before its first save"
+        store(two, attempt=3, starts={1: 0, 2: 5}).find_latest_valid()
+    assert store(two, attempt=2, starts={1: 0}).find_latest_valid() is None, "the run was killed before its first save"
 
 
 @pytest.mark.parametrize("code", [errno.ESTALE, errno.EACCES, errno.EMFILE, errno.ETIMEDOUT])
@@ -126,15 +126,15 @@ def test_storage_that_does_not_answer_tears_no_checkpoint(code: int, times: int,
     """A skipped checkpoint is invalid for good: reads are retried, then the start fails without a skip."""
     failing(monkeypatch, code, times)
     if times == 2:
-        assert store(two).find_latest() == (two / name(20), state(20))
+        assert store(two).find_latest_valid() == (two / name(20), state(20))
     else:
         with pytest.raises(StorageUnreachableError, match=f"{name(20)} cannot be read"):
-            store(two).find_latest()
+            store(two).find_latest_valid()
 
 
 def test_a_sector_that_is_lost_tears_one(two: Path, monkeypatch) -> None:
     failing(monkeypatch, errno.EIO, 99, only=name(20))
-    assert store(two).find_latest() == (two / name(10), state(10))
+    assert store(two).find_latest_valid() == (two / name(10), state(10))
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, code: int, times: int, only: str = "step") -> None:
@@ -155,7 +155,7 @@ def test_a_torn_one_is_replaced_by_the_next_save(two: Path) -> None:
     cut(two / name(20))
     checkpoints = store(two)
     saved(checkpoints, 20)
-    assert checkpoints.find_latest() == (two / name(20), state(20))
+    assert checkpoints.find_latest_valid() == (two / name(20), state(20))
     assert names(two) == [name(10), name(20)]
 
 
@@ -164,7 +164,7 @@ def test_a_copy_under_another_name_is_nobodys_business(two: Path) -> None:
     for copy in copies:
         shutil.copytree(two / name(10), two / copy)
     checkpoints = store(two, keep=1)
-    assert checkpoints.find_latest() == (two / name(20), state(20))
+    assert checkpoints.find_latest_valid() == (two / name(20), state(20))
     saved(checkpoints, 30)
     assert names(two) == sorted([*copies, name(30)])
 
@@ -173,7 +173,7 @@ def test_the_newest_is_so_by_number(tmp_path: Path) -> None:
     checkpoints = store(tmp_path)
     for step in (99_999_999, 100_000_000):
         saved(checkpoints, step)
-    assert checkpoints.find_latest() == (tmp_path / name(100_000_000), state(100_000_000))
+    assert checkpoints.find_latest_valid() == (tmp_path / name(100_000_000), state(100_000_000))
 
 
 def test_another_format_is_refused_by_number(two: Path) -> None:
@@ -183,14 +183,14 @@ def test_another_format_is_refused_by_number(two: Path) -> None:
     sums = json.loads((folder / "checksums.json").read_text())
     write_json(folder / "checksums.json", sums | {"state.json": sha256(folder / "state.json")})
     with pytest.raises(CheckpointError, match=rf"{name(20)} has checkpoint format 7; this foveal reads format 2$"):
-        store(two).find_latest()
+        store(two).find_latest_valid()
 
 
 def test_the_format_before_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "step-00000010").mkdir()
     (tmp_path / "step-00000020").mkdir()
     with pytest.raises(CheckpointError, match=r"step-00000020 has checkpoint format 1, .* reads format 2: .*run.fresh"):
-        store(tmp_path).find_latest()
+        store(tmp_path).find_latest_valid()
 
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
@@ -200,13 +200,13 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_other_science_is_named_with_both_values(tmp_path: Path) -> None:
-    check_same_science(SCIENCE, dict(SCIENCE), tmp_path)
+    check_science_unchanged(SCIENCE, dict(SCIENCE), tmp_path)
     with pytest.raises(CheckpointError, match=r"a foveal version without erase, mixup; continue with that version"):
-        check_same_science(SCIENCE, SCIENCE | {"mixup": 0.0, "erase": 0.0}, tmp_path)
+        check_science_unchanged(SCIENCE, SCIENCE | {"mixup": 0.0, "erase": 0.0}, tmp_path)
     with pytest.raises(CheckpointError, match=r"other science: attack\.kind \(was None, is 'pgd'\)"):
-        check_same_science(SCIENCE | {"attack": None}, SCIENCE | {"attack.kind": "pgd"}, tmp_path)
+        check_science_unchanged(SCIENCE | {"attack": None}, SCIENCE | {"attack.kind": "pgd"}, tmp_path)
     with pytest.raises(CheckpointError) as caught:
-        check_same_science(SCIENCE | {"gone": 1}, SCIENCE | {"seed": 4, "new": None, "more": "x"}, tmp_path)
+        check_science_unchanged(SCIENCE | {"gone": 1}, SCIENCE | {"seed": 4, "new": None, "more": "x"}, tmp_path)
     assert "gone (was 1, is None), more (was None, is 'x'), seed (was 3, is 4)" in str(caught.value)
     assert "optim.betas" not in str(caught.value)
 
@@ -232,12 +232,12 @@ def test_what_a_later_attempt_went_back_behind_is_void(two: Path, caplog: pytest
     saved(store(two), 30)
     caplog.set_level(logging.INFO)
     late = store(two, attempt=3, starts={1: 0, 2: 10})
-    assert late.find_latest() == (two / name(10), state(10))
+    assert late.find_latest_valid() == (two / name(10), state(10))
     (record,) = [record for record in caplog.records if record.name.startswith("foveal.checkpoint")]
     assert record.levelno == logging.INFO
     assert f"{two / name(20)}, {two / name(30)}" in record.getMessage()
     saved(store(two, attempt=2, starts={1: 0, 2: 10}), 20)
-    assert store(two, attempt=3, starts={1: 0, 2: 10}).find_latest() == (two / name(20, attempt=2), state(20))
+    assert store(two, attempt=3, starts={1: 0, 2: 10}).find_latest_valid() == (two / name(20, attempt=2), state(20))
 
 
 def test_where_an_attempt_began_itself_counts_for_it_too(two: Path) -> None:
@@ -246,16 +246,16 @@ def test_where_an_attempt_began_itself_counts_for_it_too(two: Path) -> None:
     file = two / name(20) / "state.json"
     text = file.read_text()
     file.write_text("")
-    assert checkpoints.find_latest() == (two / name(10), state(10))
+    assert checkpoints.find_latest_valid() == (two / name(10), state(10))
     file.write_text(text)
-    assert checkpoints.find_latest() == (two / name(10), state(10))
+    assert checkpoints.find_latest_valid() == (two / name(10), state(10))
 
 
 def test_of_two_at_the_same_step_the_later_attempt_counts(two: Path) -> None:
     late = store(two, attempt=2, starts={1: 0})
-    late.find_latest()
+    late.find_latest_valid()
     saved(late, 20)
-    assert late.find_latest() == (two / name(20, attempt=2), state(20))
+    assert late.find_latest_valid() == (two / name(20, attempt=2), state(20))
     assert names(two) == [name(10), name(20), name(20, attempt=2)]
 
 
@@ -269,12 +269,12 @@ def _save(world: World, root: Path, step: int) -> SaveResult | None:
 
 
 def _newest(world: World, root: Path) -> tuple[Path, TrainState] | None:
-    return store(root, world=world).find_latest()
+    return store(root, world=world).find_latest_valid()
 
 
 def _load(world: World, root: Path) -> tuple[set[float], int]:
     checkpoints, engine = store(root, world=world), Tensors(0, world.rank, world.size)
-    latest = checkpoints.find_latest()
+    latest = checkpoints.find_latest_valid()
     assert latest is not None
     checkpoints.load(latest[0], engine, latest[1])
     return engine.values(), engine.num_updates
@@ -311,10 +311,10 @@ def test_other_science_says_what_can_be_done(tmp_path: Path) -> None:
         r"other science: epochs \(was 4, is 6\); set it back, or start anew with another run\.dir or run\.fresh=true"
     )
     with pytest.raises(CheckpointError, match=rf"{sentence}$"):
-        check_same_science(saved_science, current, tmp_path)
+        check_science_unchanged(saved_science, current, tmp_path)
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "card.json").touch()
     with pytest.raises(CheckpointError, match=rf"{sentence}; init={tmp_path}/export gives the new run the weights"):
-        check_same_science(saved_science, current, tmp_path)
+        check_science_unchanged(saved_science, current, tmp_path)
     with pytest.raises(CheckpointError, match=r"holds no settings of the run"):
-        check_same_science(["epochs"], current, tmp_path)  # pyright: ignore[reportArgumentType]
+        check_science_unchanged(["epochs"], current, tmp_path)  # pyright: ignore[reportArgumentType]

@@ -24,7 +24,7 @@ MOMENTS = 30
 def _die_at(moment: int, root: Path) -> None:
     """Replace step 10 and publish 20; die before the file operation of this number."""
     checkpoints, calls = store(root, keep=1), itertools.count()
-    checkpoints.find_latest()
+    checkpoints.find_latest_valid()
 
     def hook(event: str, _arguments: tuple[object, ...]) -> None:
         if event in _CALLS and next(calls) == moment:
@@ -38,7 +38,7 @@ def _die_at(moment: int, root: Path) -> None:
 def _save_for_ever(root: Path, notes: Path, attempt: int) -> None:
     """Save at every step and append published steps to ``notes``."""
     checkpoints = store(root, attempt)
-    latest = checkpoints.find_latest()
+    latest = checkpoints.find_latest_valid()
     engine = Tensors(0)
     if latest is not None:
         checkpoints.load(latest[0], engine, latest[1])
@@ -52,7 +52,7 @@ def _save_for_ever(root: Path, notes: Path, attempt: int) -> None:
 def _content(root: Path, attempt: int) -> tuple[int, set[float]]:
     """The newest step, and the values that it loads into an engine."""
     checkpoints, engine = store(root, attempt), Tensors(0)
-    latest = checkpoints.find_latest()
+    latest = checkpoints.find_latest_valid()
     assert latest is not None
     checkpoints.load(latest[0], engine, latest[1])
     checkpoints.wait_and_commit()

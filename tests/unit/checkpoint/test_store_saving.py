@@ -14,7 +14,7 @@ from stores import PARTS, SHAPES, Tensors, name, names, saved, state, store
 
 from foveal.checkpoint import store as module
 from foveal.checkpoint.chunks import TensorChunk
-from foveal.checkpoint.writer import BackgroundWriter, count_bytes
+from foveal.checkpoint.writer import BackgroundWriter, count_bytes_to_write
 from foveal.distributed.world import World
 from foveal.errors import AttemptSupersededError
 
@@ -27,7 +27,7 @@ class BlockedDisk:
 
     def __init__(self) -> None:
         self.release = threading.Event()
-        self._write = module.write_chunks
+        self._write = module.write_and_hash_chunks
 
     def __call__(self, *arguments: Any) -> str:
         assert self.release.wait(WAIT)
@@ -37,7 +37,7 @@ class BlockedDisk:
 @pytest.fixture
 def blocked_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[BlockedDisk]:
     disk = BlockedDisk()
-    monkeypatch.setattr(module, "write_chunks", disk)
+    monkeypatch.setattr(module, "write_and_hash_chunks", disk)
     yield disk
     disk.release.set()
 
@@ -59,7 +59,7 @@ def values_at(root: Path, step: int) -> set[float]:
 def test_what_changes_after_the_save_began_is_not_in_it(blocked_disk: BlockedDisk, tmp_path: Path) -> None:
     checkpoints, engine = store(tmp_path), Tensors(10)
     checkpoints.save(engine, state(10))
-    assert (checkpoints.is_save_pending, checkpoints.is_writing) == (True, True)
+    assert (checkpoints.is_save_pending, checkpoints.is_rank_writing) == (True, True)
     assert names(tmp_path) == [f".draft-{name(10)}"]
     engine.fill(11)
     blocked_disk.release.set()
@@ -67,9 +67,9 @@ def test_what_changes_after_the_save_began_is_not_in_it(blocked_disk: BlockedDis
     assert saved_result is not None
     assert (
         saved_result.step,
-        saved_result.num_bytes,
+        saved_result.num_bytes_all_ranks,
         checkpoints.is_save_pending,
-        checkpoints.is_writing,
+        checkpoints.is_rank_writing,
         checkpoints.latest_step,
     ) == (
         10,
@@ -79,7 +79,7 @@ def test_what_changes_after_the_save_began_is_not_in_it(blocked_disk: BlockedDis
         10,
     )
     assert saved_result.stall_seconds > 0
-    assert saved_result.write_seconds <= saved_result.sync_seconds
+    assert saved_result.write_seconds <= saved_result.seconds_without_overlap
     assert values_at(tmp_path, 10) == {10.0}
 
 
@@ -87,7 +87,7 @@ def test_the_updates_come_from_the_engine(tmp_path: Path) -> None:
     checkpoints = store(tmp_path)
     checkpoints.save(Tensors(10, num_updates=7), state(10))
     checkpoints.wait_and_commit()
-    latest = checkpoints.find_latest()
+    latest = checkpoints.find_latest_valid()
     assert latest is not None
     assert latest[1].updates == 7
 
@@ -150,19 +150,21 @@ def test_the_copies_need_no_new_memory() -> None:
         TensorChunk("half", (2,), 0, {"weight": torch.tensor([1.5, 2.5], dtype=torch.bfloat16)}, (0, 2)),
     ]
     writer = BackgroundWriter()
-    first = writer.snapshot(chunks)
+    first = writer.copy_to_host_buffer(chunks)
     place = writer._buffer.data_ptr()
-    assert (first[0].start, first[0].write_range, first[0].shape) == (3, (0, 2), (5,))
+    assert (first[0].flat_start, first[0].relative_write_range, first[0].shape) == (3, (0, 2), (5,))
     for chunk, copy in zip(chunks, first, strict=True):
-        for part, value in chunk.tensors.items():
-            assert torch.equal(copy.tensors[part], value[slice(*chunk.write_range)])
-            assert copy.tensors[part].dtype == value.dtype
-    chunks[0].tensors["weight"].fill_(9)
-    assert torch.equal(first[0].tensors["weight"], torch.tensor([1.0, 2.0]))
-    second = writer.snapshot(chunks)
+        for part, value in chunk.flat_views_by_part.items():
+            assert torch.equal(copy.flat_views_by_part[part], value[slice(*chunk.relative_write_range)])
+            assert copy.flat_views_by_part[part].dtype == value.dtype
+    chunks[0].flat_views_by_part["weight"].fill_(9)
+    assert torch.equal(first[0].flat_views_by_part["weight"], torch.tensor([1.0, 2.0]))
+    second = writer.copy_to_host_buffer(chunks)
     assert writer._buffer.data_ptr() == place
-    assert torch.equal(second[0].tensors["weight"], torch.tensor([9.0, 9.0]))
-    assert count_bytes(chunks) == sum(value.nbytes for copy in second for value in copy.tensors.values())
+    assert torch.equal(second[0].flat_views_by_part["weight"], torch.tensor([9.0, 9.0]))
+    assert count_bytes_to_write(chunks) == sum(
+        value.nbytes for copy in second for value in copy.flat_views_by_part.values()
+    )
 
 
 @pytest.mark.gpu
@@ -175,11 +177,13 @@ def test_a_gpu_is_copied_to_pinned_memory_in_order() -> None:
     for number in range(1, 4):
         for _ in range(100):
             values += 0.01
-        (copy,) = writer.snapshot(chunks)
+        (copy,) = writer.copy_to_host_buffer(chunks)
         values += 7
         values -= 7
-        assert copy.tensors["weight"].is_pinned()
-        torch.testing.assert_close(copy.tensors["weight"], torch.full((len(values),), float(number)), rtol=1e-4, atol=0)
+        assert copy.flat_views_by_part["weight"].is_pinned()
+        torch.testing.assert_close(
+            copy.flat_views_by_part["weight"], torch.full((len(values),), float(number)), rtol=1e-4, atol=0
+        )
 
 
 # --- failures ---
@@ -190,7 +194,7 @@ def test_a_full_disk_stops_no_training(
 ) -> None:
     checkpoints = store(tmp_path)
     saved(checkpoints, 10)
-    monkeypatch.setattr(module, "write_chunks", failing(OSError(28, "No space left on device")))
+    monkeypatch.setattr(module, "write_and_hash_chunks", failing(OSError(28, "No space left on device")))
     checkpoints.save(Tensors(20), state(20))
     assert checkpoints.wait_and_commit() is None
     assert (checkpoints.is_save_pending, checkpoints.latest_step, names(tmp_path)) == (False, 10, [name(10)])
@@ -199,7 +203,7 @@ def test_a_full_disk_stops_no_training(
     assert f"{BYTES / 1e6:.1f} MB were to be written); training goes on, the newest is of step 10" in warning
     monkeypatch.undo()
     saved(checkpoints, 30)
-    assert checkpoints.find_latest() == (tmp_path / name(30), state(30))
+    assert checkpoints.find_latest_valid() == (tmp_path / name(30), state(30))
 
 
 def test_a_draft_that_cannot_be_begun_stops_no_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -211,7 +215,7 @@ def test_a_draft_that_cannot_be_begun_stops_no_training(tmp_path: Path, caplog: 
 
 
 def test_a_mistake_of_the_program_is_no_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "write_chunks", failing(ValueError("broken")))
+    monkeypatch.setattr(module, "write_and_hash_chunks", failing(ValueError("broken")))
     checkpoints = store(tmp_path)
     checkpoints.save(Tensors(10), state(10))
     with pytest.raises(ValueError, match="broken"):
@@ -221,7 +225,7 @@ def test_a_mistake_of_the_program_is_no_full_disk(tmp_path: Path, monkeypatch: p
 def test_too_little_room_is_said_before_the_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("foveal.atomic.get_free_space", lambda _: (100, Path("/disk")))
+    monkeypatch.setattr("foveal.atomic.free_bytes_and_mount", lambda _: (100, Path("/disk")))
     saved(store(tmp_path), 10)
     (warning,) = [record.getMessage() for record in caplog.records]
     assert warning == (
@@ -236,7 +240,7 @@ def test_who_was_superseded_publishes_nothing(tmp_path: Path) -> None:
     checkpoints.save(Tensors(20), state(20))
     with pytest.raises(AttemptSupersededError, match=f"{name(20)} was not published: another attempt"):
         checkpoints.wait_and_commit()
-    assert checkpoints.find_latest() == (tmp_path / name(10), state(10))
+    assert checkpoints.find_latest_valid() == (tmp_path / name(10), state(10))
 
 
 def _save_failing(world: World, root: Path, error: Exception, rank: int) -> tuple[str, bool, list[str]]:
@@ -244,9 +248,9 @@ def _save_failing(world: World, root: Path, error: Exception, rank: int) -> tupl
     checkpoints, messages = store(root, world=world), []
     checkpoints.save(Tensors(10, world.rank, world.size), state(10))
     checkpoints.wait_and_commit()
-    write = module.write_chunks
+    write = module.write_and_hash_chunks
     if world.rank == rank:
-        module.write_chunks = failing(error)
+        module.write_and_hash_chunks = failing(error)
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
     logging.getLogger("foveal.checkpoint").addHandler(handler)
@@ -256,7 +260,7 @@ def _save_failing(world: World, root: Path, error: Exception, rank: int) -> tupl
     except (RuntimeError, ValueError) as caught:
         outcome = repr(caught)
     finally:
-        module.write_chunks = write
+        module.write_and_hash_chunks = write
         logging.getLogger("foveal.checkpoint").removeHandler(handler)
     return outcome, checkpoints.is_save_pending, messages
 

@@ -10,7 +10,7 @@ import pytest
 from ranks import Ranks, stage_named
 
 from foveal.commands import summary
-from foveal.commands.summary import read_finished_runs
+from foveal.commands.summary import read_completed_pipeline
 from foveal.errors import CheckpointError
 
 PRETRAIN = {"step": 1200.0, "loss": 0.123456, "images_per_second": 1234.5, "lr": 0.0}
@@ -52,7 +52,7 @@ def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *w
 
 
 def test_stages_stand_in_the_order_in_which_they_finished(demo: Path) -> None:
-    assert list(read_finished_runs(demo)) == ["pretrain", "distill", "compare"]
+    assert list(read_completed_pipeline(demo)) == ["pretrain", "distill", "compare"]
 
 
 def test_the_table_has_every_stage_and_every_arm(
@@ -95,9 +95,9 @@ def test_an_unfinished_run_is_named_and_no_table_is_printed(
 
 def test_a_pipeline_without_runs_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds no runs$"):
-        read_finished_runs(tmp_path)
+        read_completed_pipeline(tmp_path)
     with pytest.raises(CheckpointError, match=r"nowhere holds no runs$"):
-        read_finished_runs(tmp_path / "nowhere")
+        read_completed_pipeline(tmp_path / "nowhere")
 
 
 def test_a_run_that_was_killed_after_its_last_step_still_has_its_numbers(
@@ -106,8 +106,8 @@ def test_a_run_that_was_killed_after_its_last_step_still_has_its_numbers(
     """Killed between the last checkpoint and finished.json: nothing is left to train, and the summary is the same."""
     folder = tmp_path / "pipeline" / "run"
     one_rank.train(stage_named("distill"), configs["distill"], folder, "engine.kind=plain")
-    whole = read_finished_runs(folder.parent)["run"]["summary"]
+    whole = read_completed_pipeline(folder.parent)["run"]["summary"]
     assert {"step", "loss", "images_per_second"} <= whole.keys()
     (folder / "finished.json").unlink()
     one_rank.train(stage_named("distill"), configs["distill"], folder, "engine.kind=plain")
-    assert read_finished_runs(folder.parent)["run"]["summary"] == whole
+    assert read_completed_pipeline(folder.parent)["run"]["summary"] == whole

@@ -97,7 +97,7 @@ def test_a_split_for_evaluation_is_asked_for_when_used(folder: Path) -> None:
     dataset = open_with(folder, val="test")
     cfg = DataConfig.from_dict({"path": str(folder), "image_size": 8, "channels": 1}, "the test")
     with pytest.raises(DataError, match=r"split 'test' does not exist"):
-        eval_batches(dataset, cfg, split="test", subset="all", seed=0, rank=0, world_size=1, microbatch_size=8)
+        eval_batches(dataset, cfg, split="test", subset="all", training_seed=0, rank=0, world_size=1, microbatch_size=8)
 
 
 def test_an_empty_split(folder: Path) -> None:

@@ -66,7 +66,7 @@ def test_a_batch_is_what_its_ids_say(configure: Configure, dataset: Dataset) -> 
     for row, sample in enumerate(batch.ids.tolist()):
         shard = int(np.searchsorted(starts, sample, side="right")) - 1
         index = dataset.shard_index("train", shard)
-        data = dataset.read_bytes(index.shard, *index.find_image(sample - starts[shard]))
+        data = dataset.read_bytes(index.shard, *index.find_image_offset_size(sample - starts[shard]))
         assert np.array_equal(batch.images[row, 0].numpy(), np.asarray(decode_image(data, 1)))
         assert batch.labels[row] == labels[sample]
 
@@ -126,7 +126,7 @@ def test_augmentation_changes_with_the_epoch_and_not_with_the_place_in_the_batch
 
 def test_the_order_tells_the_plan(configure: Configure, dataset: Dataset) -> None:
     order = build_training_set(dataset, configure(), seed=3, batch_size=BATCH).order
-    assert (order.num_samples, order.steps_per_epoch, order.dropped_per_epoch) == (1437, 22, 29)
+    assert (order.first_source_size, order.steps_per_epoch, order.dropped_per_epoch) == (1437, 22, 29)
 
 
 @pytest.mark.parametrize(("world_size", "microbatch_size"), [(1, 64), (1, 7), (3, 50), (4, 100), (4, 120)])
@@ -141,7 +141,7 @@ def test_evaluation_sees_every_sample_once(
                 cfg,
                 split="val",
                 subset="all",
-                seed=0,
+                training_seed=0,
                 rank=rank,
                 world_size=world_size,
                 microbatch_size=microbatch_size,
@@ -164,7 +164,9 @@ def test_few_labels_are_nested_and_apart_from_the_holdout(configure: Configure, 
     def ids(subset: SubsetName, **settings: int) -> list[int]:
         cfg = configure(**settings)
         batches = list(
-            eval_batches(dataset, cfg, split="train", subset=subset, seed=3, rank=0, world_size=1, microbatch_size=64)
+            eval_batches(
+                dataset, cfg, split="train", subset=subset, training_seed=3, rank=0, world_size=1, microbatch_size=64
+            )
         )
         return concatenate(batches, "ids")[concatenate(batches, "valid")].tolist()
 
@@ -188,7 +190,7 @@ def test_another_seed_draws_other_labels(configure: Configure, dataset: Dataset)
             configure(per_class=2),
             split="train",
             subset="train",
-            seed=seed,
+            training_seed=seed,
             rank=0,
             world_size=1,
             microbatch_size=20,
@@ -220,7 +222,9 @@ def test_leaving_stops_the_threads(configure: Configure, dataset: Dataset) -> No
         next(batches)
         assert decoders()
     assert not decoders()
-    rows = eval_batches(dataset, cfg, split="val", subset="all", seed=0, rank=0, world_size=1, microbatch_size=16)
+    rows = eval_batches(
+        dataset, cfg, split="val", subset="all", training_seed=0, rank=0, world_size=1, microbatch_size=16
+    )
     next(rows)
     rows.close()
     assert not decoders()
@@ -232,7 +236,9 @@ def test_a_shard_that_is_cut_while_training_is_named(configure: Configure, digit
     cfg = configure(path=str(folder))
     dataset = Dataset.open(cfg)
     (folder / "val-000001.tar").write_bytes(b"")
-    rows = eval_batches(dataset, cfg, split="val", subset="all", seed=0, rank=0, world_size=1, microbatch_size=32)
+    rows = eval_batches(
+        dataset, cfg, split="val", subset="all", training_seed=0, rank=0, world_size=1, microbatch_size=32
+    )
     with pytest.raises(DataError, match=r"val-000001.tar is cut short: \d+ bytes at \d+ are asked for, 0 left"):
         list(rows)
 
@@ -244,7 +250,9 @@ def test_colour_and_size_are_what_the_config_says(tmp_path: Path, write_tar: Cal
     index_folder(str(tmp_path))
     cfg = configure(path=str(tmp_path), image_size=12, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3, val="train")
     dataset = Dataset.open(cfg)
-    (batch,) = eval_batches(dataset, cfg, split="train", subset="all", seed=0, rank=0, world_size=1, microbatch_size=1)
+    (batch,) = eval_batches(
+        dataset, cfg, split="train", subset="all", training_seed=0, rank=0, world_size=1, microbatch_size=1
+    )
     assert batch.images.shape == (1, 3, 12, 12)
     assert batch.images[0, :, 5, 5].tolist() == [200, 10, 30]
     assert batch.labels.tolist() == [-1]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from foveal.data.workers import Worker, WorkerPool
+from foveal.data.workers import WorkerPool, WorkerState
 from foveal.errors import DataError
 
 
@@ -30,7 +30,7 @@ def test_jobs_are_done_and_their_mistakes_reach_who_waits() -> None:
     pool.wait_for_jobs([pool.submit(lambda _worker, number=number: finished.append(number)) for number in range(20)])
     assert sorted(finished) == list(range(20))
 
-    def fail(_worker: Worker) -> None:
+    def fail(_worker: WorkerState) -> None:
         raise DataError("a shard is gone")
 
     with pytest.raises(DataError, match="a shard is gone"):
@@ -42,8 +42,8 @@ def test_jobs_are_done_and_their_mistakes_reach_who_waits() -> None:
 def test_a_thread_that_hangs_is_named_with_its_sample_and_its_stack(
     release: threading.Event, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def hang_in_a_read(worker: Worker) -> None:
-        worker.describe_current = lambda: "s3://bucket/train-000007.tar: sample 'n01440764_36'"
+    def hang_in_a_read(worker: WorkerState) -> None:
+        worker.describe_current_sample = lambda: "s3://bucket/train-000007.tar: sample 'n01440764_36'"
         release.wait(30)
 
     pool = make_pool()
@@ -60,7 +60,7 @@ def test_a_thread_that_hangs_is_named_with_its_sample_and_its_stack(
 def test_closing_takes_no_longer_with_many_threads_that_hang(release: threading.Event) -> None:
     pool, begun = make_pool(threads=8), threading.Barrier(9)
 
-    def hang(_worker: Worker) -> None:
+    def hang(_worker: WorkerState) -> None:
         begun.wait(10)
         release.wait(30)
 
@@ -75,10 +75,10 @@ def test_closing_takes_no_longer_with_many_threads_that_hang(release: threading.
 def test_what_moves_does_not_hang(release: threading.Event) -> None:
     """Longer than the stall timeout in total, with progress: samples finish in one case, bytes arrive in the other."""
 
-    def slow(worker: Worker) -> None:
+    def slow(worker: WorkerState) -> None:
         for _ in range(8):
             time.sleep(0.1)
-            worker.num_finished += 1
+            worker.num_finished_samples += 1
 
     pool = make_pool()
     pool.wait_for_jobs([pool.submit(slow)])

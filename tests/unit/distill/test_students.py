@@ -8,12 +8,12 @@ import pytest
 import torch
 from teachers import DIGITS, DISTILLED, TEACHER, backbone_export, config, encoder_export
 
-from distill.plan import plan
+from distill.plan import plan_distillation
 from distill.run import build
 from distill.students import build_students
 from foveal.data import Dataset
 from foveal.errors import ConfigError, FovealError
-from foveal.forecast.trace import _fake_batch, count_flops, count_parameters, trace_memory
+from foveal.forecast.trace import _fake_batch, count_parameters, count_sample_flops, trace_microbatch_memory
 from foveal.models.vit import VitConfig
 
 TINY = {"name": "vit_tiny_patch16_224", "patch": 4, "width": 16, "depth": 3, "heads": 4}
@@ -171,7 +171,7 @@ def test_what_cannot_be_is_one_sentence(
     teacher: str, settings: dict[str, Any], sentence: str, digits: Path, teachers: dict[str, Path]
 ) -> None:
     with pytest.raises(FovealError) as caught:
-        plan(config(digits, teachers[teacher], **({"model": TINY} | settings)), 1)
+        plan_distillation(config(digits, teachers[teacher], **({"model": TINY} | settings)), 1)
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -182,8 +182,8 @@ def test_what_cannot_be_is_one_sentence(
 def test_layers_that_are_not_named(
     lesson: str, model: dict[str, Any], pairs: Any, digits: Path, teachers: dict[str, Path]
 ) -> None:
-    distill_plan = plan(config(digits, teachers["plain"], lesson=lesson, model=model), 1)
-    assert (distill_plan.target.blocks, distill_plan.student_specs[0].blocks) == pairs
+    distill_plan = plan_distillation(config(digits, teachers["plain"], lesson=lesson, model=model), 1)
+    assert (distill_plan.target.blocks, distill_plan.student_specs[0].block_numbers) == pairs
     assert f"lesson    {lesson} of {teachers['plain']}, blocks 3" in distill_plan.summary_lines()
 
 
@@ -191,16 +191,19 @@ def test_labels_that_are_not_there(digits: Path, teachers: dict[str, Path], monk
     """Data without classes, or without any label, is refused, except with soft labels only."""
     monkeypatch.setattr(Dataset, "labels", lambda *_: torch.tensor([-1, -1]).numpy())
     with pytest.raises(FovealError, match=r"label_weight=0\.5, but no sample of split 'train' of .* has a label"):
-        plan(config(digits, teachers["head"], lesson="logits", model=TINY), 1)
+        plan_distillation(config(digits, teachers["head"], lesson="logits", model=TINY), 1)
     monkeypatch.setattr(Dataset, "labels", lambda *_: torch.tensor([-1, 10]).numpy())
     with pytest.raises(FovealError, match="split 'train' has label 10, but there are 10 classes"):
-        plan(config(digits, teachers["head"], lesson="logits", model=TINY), 1)
+        plan_distillation(config(digits, teachers["head"], lesson="logits", model=TINY), 1)
     monkeypatch.setattr(Dataset, "classes", None)
     token = {"lesson": "token", "backbone": DISTILLED}
     for settings, alternative in (({"lesson": "logits", "model": TINY}, ", or set label_weight=0"), (token, "")):
         with pytest.raises(ConfigError, match=rf"have no classes; index shards that hold .cls members{alternative}$"):
-            plan(config(digits, teachers["head"], **settings), 1)
-    assert plan(config(digits, teachers["head"], lesson="logits", label_weight=0.0, model=TINY), 1).classes == DIGITS
+            plan_distillation(config(digits, teachers["head"], **settings), 1)
+    assert (
+        plan_distillation(config(digits, teachers["head"], lesson="logits", label_weight=0.0, model=TINY), 1).classes
+        == DIGITS
+    )
 
 
 @pytest.mark.parametrize(
@@ -222,7 +225,7 @@ def test_every_parameter_learns(
     teacher: str, settings: dict[str, Any], digits: Path, teachers: dict[str, Path]
 ) -> None:
     """Every parameter has a gradient, if only zero: engines that shard weights or reduce gradients wait for all."""
-    setup = build(plan(config(digits, teachers[teacher], **settings), 1), torch.device("cpu"))
+    setup = build(plan_distillation(config(digits, teachers[teacher], **settings), 1), torch.device("cpu"))
     total, _ = setup.objective(setup.model.train(), _fake_batch(4, 1, (16, 16)))
     total.backward()
     trained = [(name, parameter) for name, parameter in setup.model.named_parameters() if parameter.requires_grad]
@@ -232,7 +235,7 @@ def test_every_parameter_learns(
 
 def test_the_plan_says_whose_curve_is_its_own(digits: Path, teachers: dict[str, Path]) -> None:
     students = [{"name": "net", "backbone": "test_resnet"}, {"name": "vit", "model": TINY}]
-    lines = plan(config(digits, teachers["plain"], students=students, patch_weight=0.0), 2).summary_lines()
+    lines = plan_distillation(config(digits, teachers["plain"], students=students, patch_weight=0.0), 2).summary_lines()
     assert "student   net: test_resnet" in lines
     assert "student   vit: vit_tiny_patch16_224 of width 16 and depth 3" in lines
     (beware,) = [line for line in lines if line.startswith("beware")]
@@ -242,7 +245,7 @@ def test_the_plan_says_whose_curve_is_its_own(digits: Path, teachers: dict[str, 
 
 def test_tables_of_biases_are_not_decayed(digits: Path, teachers: dict[str, Path]) -> None:
     settings = {"backbone": "swin_tiny_patch4_window7_224", "lesson": "logits", "data": {"image_size": 32}}
-    setup = build(plan(config(digits, teachers["head"], **settings), 1), torch.device("meta"))
+    setup = build(plan_distillation(config(digits, teachers["head"], **settings), 1), torch.device("meta"))
     names = {id(parameter): name for name, parameter in setup.model.named_parameters()}
     decayed_groups = [group["params"] for group in setup.param_groups if group["weight_decay"]]
     decayed = {names[id(parameter)] for group in decayed_groups for parameter in group}
@@ -251,14 +254,14 @@ def test_tables_of_biases_are_not_decayed(digits: Path, teachers: dict[str, Path
 
 
 def test_a_model_without_a_name_is_a_small_one(digits: Path, teachers: dict[str, Path]) -> None:
-    (student,) = plan(config(digits, teachers["plain"], model={"patch": 4, "depth": 2}), 1).student_specs
+    (student,) = plan_distillation(config(digits, teachers["plain"], model={"patch": 4, "depth": 2}), 1).student_specs
     assert (student.card["name"], student.card["width"], student.card["depth"]) == ("vit_small_patch16_224", 384, 2)
 
 
 def test_students_are_drawn_from_the_seed_each(digits: Path, teachers: dict[str, Path]) -> None:
     students = [{"name": "a", "model": TINY}, {"name": "b", "model": TINY}]
-    pair = build_students(plan(config(digits, teachers["plain"], students=students), 1))
-    single = build_students(plan(config(digits, teachers["plain"], model=TINY), 1)).state_dict()
+    pair = build_students(plan_distillation(config(digits, teachers["plain"], students=students), 1))
+    single = build_students(plan_distillation(config(digits, teachers["plain"], model=TINY), 1)).state_dict()
     for name, value in pair.state_dict().items():
         assert value.equal(single[name.replace("each.1.", "each.0.")])
 
@@ -266,7 +269,7 @@ def test_students_are_drawn_from_the_seed_each(digits: Path, teachers: dict[str,
 def test_a_plan_without_a_student_has_a_small_one(digits: Path, teachers: dict[str, Path]) -> None:
     encoder = TEACHER.to_dict() | {"patch": 16}
     settings = {"lesson": "logits", "data": {"image_size": 16}}
-    (student,) = plan(config(digits, teachers["head"], **settings), 1).student_specs
+    (student,) = plan_distillation(config(digits, teachers["head"], **settings), 1).student_specs
     assert (student.name, student.card["name"], student.card["width"]) == ("", "vit_small_patch16_224", 384)
     assert encoder["patch"] == student.card["patch"]
 
@@ -285,8 +288,10 @@ def test_a_step_can_be_forecast(
     teacher: str, settings: dict[str, Any], digits: Path, teachers: dict[str, Path]
 ) -> None:
     """On fake tensors, in bf16 and with recomputation, every trained parameter gets its gradient too."""
-    build_setup = partial(build, plan(config(digits, teachers[teacher], **({"model": TINY} | settings)), 1))
+    build_setup = partial(
+        build, plan_distillation(config(digits, teachers[teacher], **({"model": TINY} | settings)), 1)
+    )
     trained = count_parameters(build_setup).trainable
-    trace = trace_memory(build_setup, 4, 1, (16, 16), precision="bf16", recompute=True)
+    trace = trace_microbatch_memory(build_setup, 4, 1, (16, 16), precision="bf16", recompute=True)
     assert max(trace.peak_by_gradient_bytes) == 4 * trained
-    assert count_flops(build_setup, 1, (16, 16)).forward_backward > 0
+    assert count_sample_flops(build_setup, 1, (16, 16)).forward_backward > 0

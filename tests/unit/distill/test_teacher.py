@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distill.config import DistillConfig
 from distill.objective import DistillationLoss
-from distill.plan import plan
+from distill.plan import plan_distillation
 from distill.target import TeacherTarget
 from distill.teacher import Teacher
 from foveal.data import Batch
@@ -140,8 +140,8 @@ def test_a_teacher_of_larger_images(tmp_path: Path) -> None:
 
 def test_a_plan_knows_what_is_resized(digits: Path, tmp_path: Path) -> None:
     folder = export(tmp_path / "export")
-    assert plan(distill(digits, folder), 1).resized_from is None
-    resized = plan(distill(digits, folder, data={"image_size": [16, 24]}), 1)
+    assert plan_distillation(distill(digits, folder), 1).resized_from is None
+    resized = plan_distillation(distill(digits, folder, data={"image_size": [16, 24]}), 1)
     assert resized.teacher_spec.resized_from == 16
     assert "teacher   trained on images of 16 x 16 pixels, used at 16 x 24" in resized.summary_lines()
 
@@ -161,14 +161,16 @@ def distill(digits: Path, teacher: Path, **settings: Any) -> DistillConfig:
 
 def test_a_student_inherits_its_teachers_pixels_and_digest(digits: Path, tmp_path: Path) -> None:
     folder = export(tmp_path / "export")
-    first = plan(distill(digits, folder), 1)
+    first = plan_distillation(distill(digits, folder), 1)
     assert (first.mean, first.std) == (MEAN, STD)
     torch.manual_seed(5)
     encoder = build_encoder(TINY, image_size=16, channels=1)
     write_export(tmp_path / "other", encoder.state_dict(), Card("pretrain", encoder_card(TINY, 16, 1), MEAN, STD))
     moved = export(tmp_path / "elsewhere" / "export")
-    assert plan(distill(digits, moved), 1).science_settings() == first.science_settings(), "paths are not science"
-    changed = plan(distill(digits, tmp_path / "other"), 1).science_settings()
+    assert plan_distillation(distill(digits, moved), 1).science_settings() == first.science_settings(), (
+        "paths are not science"
+    )
+    changed = plan_distillation(distill(digits, tmp_path / "other"), 1).science_settings()
     assert {name for name in changed if changed[name] != first.science_settings()[name]} == {"inherited.teacher"}
 
 
@@ -191,18 +193,18 @@ def test_a_student_that_cannot_follow_is_one_sentence(
     settings: dict[str, Any], sentence: str, digits: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ExportError) as caught:
-        plan(distill(digits, export(tmp_path / "export"), **settings), 1)
+        plan_distillation(distill(digits, export(tmp_path / "export"), **settings), 1)
     assert str(caught.value).endswith(sentence)
 
 
 def test_a_student_may_state_what_its_teacher_says(digits: Path, tmp_path: Path) -> None:
     stated = {"data": {"mean": list(MEAN), "std": list(STD)}}
-    assert plan(distill(digits, export(tmp_path / "export"), **stated), 1).mean == MEAN
+    assert plan_distillation(distill(digits, export(tmp_path / "export"), **stated), 1).mean == MEAN
 
 
 def test_no_teacher_is_one_sentence(digits: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="nobody is no export"):
-        plan(distill(digits, tmp_path / "nobody"), 1)
+        plan_distillation(distill(digits, tmp_path / "nobody"), 1)
     tree = distill(digits, tmp_path).to_dict()
     del tree["teacher"]
     with pytest.raises(ConfigError, match="teacher is missing"):
@@ -211,7 +213,7 @@ def test_no_teacher_is_one_sentence(digits: Path, tmp_path: Path) -> None:
 
 def test_a_classifier_that_reads_the_class_token_can_teach(digits: Path, tmp_path: Path) -> None:
     folder = export(tmp_path / "export", classes=10)
-    assert plan(distill(digits, folder), 1).classes == ()
+    assert plan_distillation(distill(digits, folder), 1).classes == ()
     assert load_teacher(folder)(images())[0].shape == (3, 16)
 
 
@@ -219,7 +221,7 @@ def test_a_classifier_that_reads_the_mean_of_the_patches_is_refused_in_the_plan(
     """With pooling=avg the norm follows the mean, so that the tokens have no norm."""
     folder = export(tmp_path / "export", pooling="avg", classes=10)
     with pytest.raises(ExportError, match="pooling"):
-        plan(distill(digits, folder), 1)
+        plan_distillation(distill(digits, folder), 1)
 
 
 # Targets of each method

@@ -7,10 +7,10 @@ import pytest
 from foveal.distributed import launcher
 from foveal.distributed.launcher import (
     LaunchEnv,
-    first_node_of_list,
+    candidate_store_addresses,
+    first_slurm_node,
     read_launch_env,
     read_launch_id,
-    rendezvous_addresses,
 )
 from foveal.errors import LaunchError
 
@@ -103,7 +103,7 @@ def test_a_launcher_that_contradicts_itself_is_one_sentence(
     ],
 )
 def test_first_host(nodes: str, expected: str) -> None:
-    assert first_node_of_list(nodes) == expected
+    assert first_slurm_node(nodes) == expected
 
 
 def test_torchrun_variables_are_ignored_in_a_child_of_srun(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +132,7 @@ def test_rendezvous_addresses(
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    addresses = rendezvous_addresses(read_launch_env())
+    addresses = candidate_store_addresses(read_launch_env())
     assert addresses[0] == first or addresses[0][0] == first
     assert len(addresses) == len(set(addresses)) == count
     assert all(port in (1, 29500) or 20000 <= port < 32000 for _, port in addresses), "below the kernel's own ports"
@@ -142,7 +142,7 @@ def test_mpirun_on_several_nodes_needs_an_address(monkeypatch: pytest.MonkeyPatc
     for name, value in (MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(LaunchError, match="set them to the node of rank 0"):
-        rendezvous_addresses(read_launch_env())
+        candidate_store_addresses(read_launch_env())
 
 
 def test_ports_are_drawn_by_job_step_and_restart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,5 +154,5 @@ def test_ports_are_drawn_by_job_step_and_restart(monkeypatch: pytest.MonkeyPatch
         for name, value in {"SLURM_JOB_ID": job, "SLURM_STEP_ID": step, "SLURM_RESTART_COUNT": restart}.items():
             monkeypatch.setenv(name, value)
         assert read_launch_id(read_launch_env()) == {"job": job, "step": step, "restart": restart}
-        first_addresses.append(rendezvous_addresses(read_launch_env())[0])
+        first_addresses.append(candidate_store_addresses(read_launch_env())[0])
     assert len(set(first_addresses)) == 4

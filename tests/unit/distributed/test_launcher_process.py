@@ -12,7 +12,7 @@ import torch
 from submit import _child_environment
 
 from foveal.distributed import launcher_process, preemption
-from foveal.distributed.launcher_process import LAUNCHER_ENV_VAR, Process, find_launchers
+from foveal.distributed.launcher_process import LAUNCHER_ENV_VAR, Process, find_own_launchers
 from foveal.distributed.preemption import LAUNCHER_GONE, handle_stop_signals
 from foveal.distributed.world import World
 
@@ -39,13 +39,13 @@ def test_a_process_is_known_by_its_start() -> None:
 
 
 def test_only_launchers_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert find_launchers() == []
+    assert find_own_launchers() == []
     parent = Process.from_pid(os.getppid())
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setattr(launcher_process, "_SHELL", re.compile("nothing"))
-    assert find_launchers() == [parent]
+    assert find_own_launchers() == [parent]
     monkeypatch.setattr(launcher_process, "_SHELL", re.compile(Path(f"/proc/{os.getppid()}/comm").read_text().strip()))
-    assert find_launchers() == []
+    assert find_own_launchers() == []
 
 
 @pytest.mark.parametrize("name", ["bash", "-bash", "sh", "zsh", "fish", "tmux: server", "screen"])
@@ -56,10 +56,10 @@ def test_shells(name: str) -> None:
 def test_a_local_pipeline_names_itself_to_its_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     name = _child_environment(2)[LAUNCHER_ENV_VAR]
     monkeypatch.setenv(LAUNCHER_ENV_VAR, name)
-    assert find_launchers() == [Process.from_pid(os.getpid())]
+    assert find_own_launchers() == [Process.from_pid(os.getpid())]
     for value in (name + "1", "x:1", "", "999999999:1", "²:1"):  # invalid, or of another machine
         monkeypatch.setenv(LAUNCHER_ENV_VAR, value)
-        assert find_launchers() == []
+        assert find_own_launchers() == []
 
 
 def test_the_death_of_a_launcher_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

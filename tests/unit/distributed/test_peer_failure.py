@@ -10,7 +10,7 @@ import torch.distributed as dist
 from foveal.distributed import peer_failure
 from foveal.distributed.peer_failure import (
     describe_peer_failure,
-    dump_flight_recorder,
+    dump_cpu_flight_recorder,
     enable_flight_recorder,
     set_flight_recorder_folder,
 )
@@ -109,7 +109,7 @@ def test_variables_of_the_user_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 def test_without_a_dump_file_nothing_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    dump_flight_recorder(0)
+    dump_cpu_flight_recorder(0)
     assert not list(tmp_path.iterdir())
 
 

@@ -19,12 +19,12 @@ from foveal.distributed.preemption import (
     Preemption,
     ShutdownNotice,
     handle_stop_signals,
-    read_seconds_left,
     read_shutdown_notice,
-    requeue_slurm_job,
+    read_slurm_seconds_left,
+    requeue_slurm_job_if_due,
 )
 from foveal.distributed.world import World
-from foveal.tracking.jsonl import read_metric_rows
+from foveal.tracking.jsonl import read_rows_without_time
 from foveal.training.cli import load_config, run_stage
 from foveal.training.plan import Plan
 from foveal.training.run import Run
@@ -77,7 +77,7 @@ def test_a_signal_sets_a_flag_and_the_handlers_are_put_back(number: signal.Signa
         assert preemption.stop_reason == number.name
         if number != signal.SIGINT:
             os.kill(os.getpid(), number)  # a repeat by Slurm changes nothing
-            assert (preemption.stop_reason, preemption.asked_again) == (number.name, False)
+            assert (preemption.stop_reason, preemption.requested_again) == (number.name, False)
     assert [signal.getsignal(number) for number in SIGNALS] == before
     with pytest.raises(RuntimeError, match="a mistake"), handle_stop_signals(SINGLE):
         raise RuntimeError("a mistake")
@@ -111,7 +111,7 @@ def test_a_second_request_is_urgent_and_an_echo_is_not(
     monkeypatch.setattr(time, "monotonic", lambda: now + delay)
     preemption.handle_signal(signal.SIGTERM, None)
     assert preemption.stop_reason == "SIGUSR1"
-    assert preemption.is_urgent(0.0) is urgent
+    assert preemption.any_rank_urgent(0.0) is urgent
 
 
 JOB = (
@@ -188,24 +188,24 @@ def test_the_seconds_that_are_left_follow_the_end_that_slurm_plans(
     answers: dict[str, Any], seconds: float | None, in_step: Path
 ) -> None:
     describe(in_step, **answers)
-    assert read_seconds_left() == seconds
+    assert read_slurm_seconds_left() == seconds
     preemption = Preemption(SINGLE)
     preemption.handle_signal(signal.SIGTERM, None)
-    assert preemption.is_urgent(30.0) is (seconds is not None and seconds < 30)
+    assert preemption.any_rank_urgent(30.0) is (seconds is not None and seconds < 30)
 
 
 def test_outside_slurm_no_end_is_known(scontrol: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(scontrol), prepend=os.pathsep)
     describe(scontrol)
     assert read_shutdown_notice() is None
-    assert read_seconds_left() is None
+    assert read_slurm_seconds_left() is None
 
 
 def _is_urgent(world: World, asked_ranks: Sequence[int]) -> bool:
     preemption = Preemption(world)
     if world.rank in asked_ranks:
-        preemption.asked_again = True
-    return preemption.is_urgent(1.0)
+        preemption.requested_again = True
+    return preemption.any_rank_urgent(1.0)
 
 
 @pytest.mark.parametrize(("asked_ranks", "urgent"), [((), False), ((0,), True), ((1,), True), ((0, 1), True)])
@@ -222,8 +222,8 @@ def test_a_lead_that_slurm_keeps_to_itself_can_be_stated(in_step: Path, monkeypa
 def test_after_the_end_signals_are_ignored() -> None:
     script = """
 import os, signal
-from foveal.distributed.preemption import ignore_signals
-ignore_signals()
+from foveal.distributed.preemption import ignore_stop_signals
+ignore_stop_signals()
 for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
     os.kill(os.getpid(), number)
 """
@@ -239,7 +239,7 @@ def test_outside_a_step_slurm_is_not_asked(
     monkeypatch.setenv("PATH", str(scontrol), prepend=os.pathsep)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert requeue_slurm_job() is None
+    assert requeue_slurm_job_if_due() is None
     assert calls(scontrol) == []
 
 
@@ -260,7 +260,7 @@ def test_slurm_is_asked_once_and_its_refusal_is_passed_on(
     monkeypatch.setenv("PATH", str(scontrol), prepend=os.pathsep)
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
-    assert requeue_slurm_job() == answer
+    assert requeue_slurm_job_if_due() == answer
     assert calls(scontrol) == ["requeue 77"]
 
 
@@ -293,7 +293,7 @@ def test_slurm_is_asked_where_it_ends_the_job_and_a_sigterm_alone_is_left_to_the
     monkeypatch.setattr(World, "on_rank0", lambda _, function: function())
     preemption = Preemption(SINGLE)
     preemption.stop_reason = stop_reason
-    preemption.requeue_if_preempted()
+    preemption.requeue_unless_stopped_manually()
     assert calls(scontrol) == (["requeue 77"] if requeued else [])
     messages = [message.startswith("foveal: saved and left on SIGTERM") for message in caplog.messages]
     assert messages == [True] * left_to_script
@@ -305,7 +305,7 @@ def test_a_container_without_scontrol_is_a_refusal_and_no_traceback(
     monkeypatch.setenv("PATH", str(tmp_path))
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
-    assert "scontrol" in (requeue_slurm_job() or "")
+    assert "scontrol" in (requeue_slurm_job_if_due() or "")
 
 
 def _signalled_while_training(world: World, config: Path, run: Path, scontrol: Path, signalled_rank: int) -> bool:
@@ -339,10 +339,10 @@ def test_ranks_leave_together_saved_and_requeued_once(
     assert calls(scontrol) == ["requeue 77"]
     saved = max(int(folder.name.split("-")[1]) for folder in (run / "checkpoints").glob("step-*"))
     assert not (run / "finished.json").exists()
-    assert [row["step"] for row in read_metric_rows(run / "metrics.jsonl")] == list(range(1, saved + 1))
+    assert [row["step"] for row in read_rows_without_time(run / "metrics.jsonl")] == list(range(1, saved + 1))
     assert two_ranks.call(_signalled_while_training, configs["finetune"], run, scontrol, -1) == [False, False]
     assert calls(scontrol) == ["requeue 77"]
     assert (run / "finished.json").exists()
-    steps = [row["step"] for row in read_metric_rows(run / "metrics.jsonl") if "loss" in row]
+    steps = [row["step"] for row in read_rows_without_time(run / "metrics.jsonl") if "loss" in row]
     assert steps == list(range(1, len(steps) + 1))
     assert len(steps) > saved

@@ -16,10 +16,10 @@ import pytest
 import torch.distributed as dist
 
 from foveal.distributed import rendezvous, tcp_store
-from foveal.distributed.launcher import LaunchEnv, rendezvous_addresses
+from foveal.distributed.launcher import LaunchEnv, candidate_store_addresses
 from foveal.distributed.rendezvous import format_ranks, join_rendezvous
 from foveal.distributed.run_identity import RunIdentity
-from foveal.distributed.tcp_store import ServerProbe
+from foveal.distributed.tcp_store import StoreServerProbe
 from foveal.errors import AttemptSupersededError, FovealError, LaunchError, RankConflictError, TrainingHungError
 from foveal.timeouts import call_with_timeout
 
@@ -49,9 +49,9 @@ def step(address, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, i
     for name, value in (STEP | {"SLURM_JOB_ID": str(next(_JOBS))}).items():  # a store may outlive its test briefly
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(tcp_store, "_ANSWER_TIMEOUT_SECONDS", 2.0)
-    addresses = rendezvous_addresses(LaunchEnv(0, 2, 0, "srun"))
+    addresses = candidate_store_addresses(LaunchEnv(0, 2, 0, "srun"))
     # ``join_rendezvous`` sets MASTER_PORT for all threads of this process.
-    monkeypatch.setattr(tcp_store, "rendezvous_addresses", lambda _: addresses)
+    monkeypatch.setattr(tcp_store, "candidate_store_addresses", lambda _: addresses)
     yield addresses
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
@@ -182,7 +182,7 @@ def test_a_late_rank_of_a_dead_attempt_ends_alone(address, pool) -> None:
 def test_a_run_does_not_read_the_keys_of_another(address, pool) -> None:
     store, _ = pool.map(come, (0, 1), [a_run(2)] * 2)
     assert isinstance(store, dist.Store)
-    other_store = tcp_store.connect_to_store(20.0, a_run(2, "B").store_key)
+    other_store = tcp_store.open_extra_store_connection(20.0, a_run(2, "B").store_key)
     other_store.set("key", "value")
     assert not store.check(["key"])
     assert not other_store.check(["here/0"])
@@ -197,7 +197,7 @@ def test_two_steps_of_a_job_meet_apart(step, pool, monkeypatch: pytest.MonkeyPat
     assert all(isinstance(rank.result(), dist.Store) for rank in ranks), [rank.result() for rank in ranks]
     for name, value in {"MASTER_ADDR": "", "MASTER_PORT": "", "SLURM_STEP_ID": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert set(rendezvous_addresses(LaunchEnv(0, 2, 0, "srun"))).isdisjoint(step)
+    assert set(candidate_store_addresses(LaunchEnv(0, 2, 0, "srun"))).isdisjoint(step)
 
 
 @pytest.mark.parametrize("listens", ["silent", "talking"])
@@ -222,7 +222,7 @@ def _greet(server: socket.socket) -> None:
 def test_a_stale_address_of_a_shell_is_replaced(
     resolves: bool, step, pool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tcp_store, "rendezvous_addresses", lambda _: [("elsewhere", 29500), *step])
+    monkeypatch.setattr(tcp_store, "candidate_store_addresses", lambda _: [("elsewhere", 29500), *step])
     real = {name: getattr(socket, name) for name in ("getaddrinfo", "create_connection")}
 
     def getaddrinfo(host: str, *arguments: object, **options: object) -> object:
@@ -320,7 +320,7 @@ def test_under_torchrun_rank_0_is_a_client(address, pool, monkeypatch: pytest.Mo
 
 def test_a_server_probe_ends_with_its_server(address) -> None:
     server = socket.create_server(("127.0.0.1", int(address.partition(":")[2])))
-    with contextlib.closing(ServerProbe(20.0)) as probe:
+    with contextlib.closing(StoreServerProbe(20.0)) as probe:
         peer, _ = server.accept()
         assert probe.is_alive()
         peer.close()

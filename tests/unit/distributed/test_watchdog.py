@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from foveal.distributed import heartbeat, watchdog
 from foveal.distributed.heartbeat import Heartbeat, HeartbeatExchange, diagnose_heartbeats
-from foveal.distributed.watchdog import Timeouts, Watchdog, locate_frame, run_watchdog
+from foveal.distributed.watchdog import Timeouts, Watchdog, locate_and_check_waiting, run_watchdog
 from foveal.distributed.world import World
 
 SINGLE = World(0, 1, 0, "none", torch.device("cpu"))
@@ -219,13 +219,13 @@ def _frame(module: str) -> FrameType:
     ],
 )
 def test_a_location_is_in_our_code_or_in_a_waiting_module(module: str, is_waiting: bool) -> None:
-    assert locate_frame(_frame(module)) == ("function, <string>:1", is_waiting)
+    assert locate_and_check_waiting(_frame(module)) == ("function, <string>:1", is_waiting)
 
 
 def test_the_location_inside_a_library_is_its_call_in_our_code() -> None:
-    location, is_waiting = locate_frame(_frame("numpy.core"))
+    location, is_waiting = locate_and_check_waiting(_frame("numpy.core"))
     assert not location.startswith("function") and not is_waiting
-    assert locate_frame(None) == ("", False)
+    assert locate_and_check_waiting(None) == ("", False)
 
 
 @pytest.fixture
@@ -260,7 +260,7 @@ def test_of_many_ranks_the_first_compare(store) -> None:
 
 
 def test_a_store_that_is_gone_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heartbeat, "ServerProbe", _refuse)
+    monkeypatch.setattr(heartbeat, "StoreServerProbe", _refuse)
     exchange = exchange_of(1, 2, 0.01, lambda: HERE)
     exchange._thread.join()
     assert exchange.diagnose() == "the store of the ranks, on the node of rank 0, is gone: the log of rank 0 says more"
@@ -289,8 +289,8 @@ def test_a_rank_that_lost_a_peer_names_it_once(store, tmp_path: Path, caplog: py
 def _loses_a_peer(logs: Path) -> NoReturn:
     with run_watchdog(replace(SINGLE, size=2), logs, 60.0, print, Timeouts(poll_interval=0.02)) as watcher:
         watcher.heartbeat(7, "data")
-        raise dist.DistBackendError(watcher.diagnose())
+        raise dist.DistBackendError(watcher.log_diagnosis_once())
 
 
 def test_a_world_of_size_1_has_no_diagnosis(log) -> None:
-    assert Watchdog(SINGLE, log, 30.0, QUICK, print).diagnose() == ""
+    assert Watchdog(SINGLE, log, 30.0, QUICK, print).log_diagnosis_once() == ""

@@ -14,7 +14,7 @@ from plans import forecast
 
 from foveal.distributed.gpu_allocation import check_slurm_gpus
 from foveal.distributed.launcher import LaunchEnv
-from foveal.distributed.preflight import expand_node_list, node_names_by_rank
+from foveal.distributed.preflight import expand_slurm_node_list, slurm_nodes_by_rank
 from foveal.doctor import node_checks, run_checks
 from foveal.doctor.report import RankReport, classify_error
 from foveal.doctor.table import format_node_table
@@ -27,7 +27,7 @@ def report(name: str = "node1", rank: int = 0, **facts: Any) -> RankReport:
 
 
 def judge(*reports: RankReport, silent: dict[int, tuple[str, str]] | None = None) -> Verdict:
-    return judge_reports(list(reports), silent or {}, min_relative_rate=0.8)
+    return judge_reports(list(reports), silent or {}, min_relative_matmul_rate=0.8)
 
 
 # --- the verdict ---
@@ -113,7 +113,7 @@ def test_unreachable_storage_and_wrong_data_differ_in_kind() -> None:
 
 
 def test_expand_node_list() -> None:
-    assert expand_node_list("a[01-03,7],c,d[1-2]x[8-9]") == [
+    assert expand_slurm_node_list("a[01-03,7],c,d[1-2]x[8-9]") == [
         "a01",
         "a02",
         "a03",
@@ -124,14 +124,14 @@ def test_expand_node_list() -> None:
         "d2x8",
         "d2x9",
     ]
-    assert expand_node_list("") == []
+    assert expand_slurm_node_list("") == []
 
 
 def test_node_names_by_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_STEP_NODELIST", "n[1-3]")
     monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "2(x2),1")
-    assert node_names_by_rank(5) == ["n1", "n1", "n2", "n2", "n3"]
-    assert node_names_by_rank(6) == []
+    assert slurm_nodes_by_rank(5) == ["n1", "n1", "n2", "n2", "n3"]
+    assert slurm_nodes_by_rank(6) == []
 
 
 # --- single checks ---
@@ -280,7 +280,7 @@ def test_existing_checkpoints_need_no_more_space(
     free_bytes = int(free * run_forecast.checkpoint_bytes)
     monkeypatch.setattr(run_checks.shutil, "disk_usage", lambda _: Usage(10 * free_bytes, 0, free_bytes))
     rank_report = report()
-    run_checks.check_disk(rank_report, run_checks.PlannedRun(run_forecast.stage, run_forecast.plan))
+    run_checks.check_checkpoint_disk(rank_report, run_checks.PlannedRun(run_forecast.stage, run_forecast.plan))
     assert [kind for kind, _ in rank_report.faults] == kinds
 
 

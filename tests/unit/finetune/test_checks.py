@@ -11,7 +11,7 @@ from finetune.config import FinetuneConfig
 from finetune.plan import plan_training
 from finetune.run import build
 from foveal.errors import ConfigError, DataError, ExportError, FovealError
-from foveal.forecast.trace import count_flops
+from foveal.forecast.trace import count_sample_flops
 from foveal.models.backbone import build_backbone, head_parameter_names
 from foveal.models.classify import Classifier
 from foveal.models.vit import VitConfig, build_encoder, encoder_card
@@ -196,7 +196,7 @@ def test_a_plan_counts_the_search_for_the_worst(digits: Path) -> None:
 
     def training_flops(**settings: Any) -> float:
         plan = plan_training(config(digits, **settings), 1)
-        return count_flops(lambda device: build(plan, device), 1, (8, 8)).forward_backward
+        return count_sample_flops(lambda device: build(plan, device), 1, (8, 8)).forward_backward
 
     clean = training_flops()
     assert 3 * clean < training_flops(adversarial={"iterations": 2}) < 4 * clean
@@ -210,7 +210,7 @@ def test_a_comparison_is_planned_as_its_first_trial_is(digits: Path) -> None:
     single = plan_training(config(digits, class_weights="balanced"), 1)
     assert trials.class_weights == single.class_weights
     flops = [
-        count_flops(lambda device, plan=plan: build(plan, device), 1, (8, 8)).forward_backward
+        count_sample_flops(lambda device, plan=plan: build(plan, device), 1, (8, 8)).forward_backward
         for plan in (trials, single)
     ]
     assert flops[0] == flops[1] > 0

@@ -21,12 +21,12 @@ from foveal.forecast.gpu_specs import find_gpu_spec
 from foveal.forecast.memory import estimate_memory
 from foveal.forecast.problems import JobLimits, count_attempts, find_problems
 from foveal.forecast.slurm_limits import (
-    JobScriptRequest,
+    JobScriptTimes,
     SlurmPartition,
     find_slurm_partition,
     list_slurm_partitions,
-    parse_slurm_time,
-    read_job_script_request,
+    read_job_script_times,
+    slurm_time_to_seconds,
 )
 from foveal.forecast.trace import MemoryTrace, ParameterCounts
 from foveal.optim.optimizers import OptimConfig
@@ -41,7 +41,7 @@ NO_LIMITS = JobLimits(None, None, "nobody")
 
 
 def estimate(ranks: int = 4, micros: int = 2, optim: OptimConfig = ADAMW, **engine: Any) -> Any:
-    return estimate_memory(WEIGHTS, TRACE, EngineConfig(**engine), optim, world_size=ranks, num_microbatches=micros)
+    return estimate_memory(WEIGHTS, TRACE, EngineConfig(**engine), optim, world_size=ranks, accumulation_steps=micros)
 
 
 # --- memory of the engines, for 4 MB of weights ---
@@ -120,7 +120,7 @@ def test_fsdp2_holds_shards_and_two_blocks() -> None:
     [("30", 1800), ("1:30", 90), ("24:00:00", 86400), ("2-0", 172800), ("1-12:30:00", 131400), ("UNLIMITED", None)],
 )
 def test_slurms_times(text: str, seconds: float | None) -> None:
-    assert parse_slurm_time(text) == seconds
+    assert slurm_time_to_seconds(text) == seconds
 
 
 def scontrol(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
@@ -155,9 +155,9 @@ def test_a_slurm_that_does_not_answer_is_none(tmp_path: Path, monkeypatch: pytes
 
 def test_the_job_scripts_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(Path(__file__).parents[3])
-    assert read_job_script_request("pretrain") == JobScriptRequest("slurm/pretrain_mae.sh", 86400, 180)
+    assert read_job_script_times("pretrain") == JobScriptTimes("slurm/pretrain_mae.sh", 86400, 180)
     monkeypatch.chdir(tmp_path)
-    assert read_job_script_request("pretrain") is None
+    assert read_job_script_times("pretrain") is None
 
 
 # --- problems ---
@@ -200,9 +200,9 @@ def test_a_memory_that_is_too_small_is_said_with_a_way_out(tiny: Make) -> None:
 
 
 def test_times_that_do_not_fit(tiny: Make) -> None:
-    slow = tiny("checkpoint.every=5", peak_flops_per_second=tiny().flops_per_step / 0.4 / 100)  # 100 s per step
+    slow = tiny("checkpoint.every=5", peak_flops_per_second=tiny().global_flops_per_step / 0.4 / 100)  # 100 s per step
     assert slow.step_seconds == pytest.approx(100)
-    assert slow.total_seconds == pytest.approx(2200)
+    assert slow.all_runs_training_seconds == pytest.approx(2200)
     limits = JobLimits(600, 60, "the script")  # 360 s between start and notice
     ((fatal, message),) = messages(slow, limits)
     assert fatal and "ends before its first checkpoint" in message and "checkpoint.every=1" not in message[:40]
@@ -224,7 +224,7 @@ def test_a_notice_shorter_than_a_save(tiny: Make) -> None:
 def test_partitions_that_do_not_fit(tiny: Make) -> None:
     three_nodes = replace(tiny(write_bytes_per_second=1e4), cluster=ClusterSpec(3, 1, 0.4, 1e4))
     partition = SlurmPartition("short", 3600, None, 5, 2)
-    limits, request = JobLimits(3600, None, "partition short"), JobScriptRequest("slurm/x.sh", 86400, None)
+    limits, request = JobLimits(3600, None, "partition short"), JobScriptTimes("slurm/x.sh", 86400, None)
     problems = messages(three_nodes, limits, partition, request)
     assert [fatal for fatal, _ in problems] == [True, False, False]
     assert [message.partition(":")[0] for _, message in problems] == ["nodes", "time", "preemption"]
@@ -232,7 +232,7 @@ def test_partitions_that_do_not_fit(tiny: Make) -> None:
 
 
 def test_timeouts_and_disks_that_do_not_fit(tiny: Make) -> None:
-    flops_per_second = tiny().flops_per_step / 0.4 / 100
+    flops_per_second = tiny().global_flops_per_step / 0.4 / 100
     slow = tiny("engine.timeout_minutes=1", "data.patience_seconds=5", peak_flops_per_second=flops_per_second)
     assert [(fatal, message[:7]) for fatal, message in messages(slow)] == [(True, "timeout")]
     quick = tiny(

@@ -11,7 +11,13 @@ from plans import forecast
 from torch import nn
 
 from foveal.forecast.forecast import ClusterSpec, Forecast
-from foveal.forecast.trace import _fake_batch, _MemoryTracer, count_flops, count_parameters, trace_memory
+from foveal.forecast.trace import (
+    _fake_batch,
+    _MemoryTracer,
+    count_parameters,
+    count_sample_flops,
+    trace_microbatch_memory,
+)
 from foveal.training.loop import TrainingSetup
 
 VIT_B = ("model={name: vit_base_patch16_224}", "decoder={width: 512, depth: 8, heads: 16}")
@@ -70,7 +76,7 @@ def test_looking_ahead_draws_nothing(vit_b: Forecast) -> None:
 def test_fake_tensors_take_what_real_ones_take(name: str, configs: dict[str, Path]) -> None:
     """The same microbatch, traced on real tensors."""
     plan = forecast(name, configs[name], "engine.kind=plain")
-    trace = trace_memory(plan._build, 16, 1, (16, 16), precision="fp32", recompute=False)
+    trace = trace_microbatch_memory(plan._build, 16, 1, (16, 16), precision="fp32", recompute=False)
     setup = plan.stage.build(plan.plan, torch.device("cpu"))
     modules = (setup.model, *setup.frozen_modules)
     tracer = _MemoryTracer([tensor for module in modules for tensor in (*module.parameters(), *module.buffers())])
@@ -102,11 +108,15 @@ def linear(device: torch.device) -> TrainingSetup[Squares]:
 
 def test_a_model_that_can_be_counted_by_hand() -> None:
     weights = count_parameters(linear)
-    assert (weights.trainable, weights.linear_trainable, weights.tensor_sizes) == (6300, 6300, (1200, 100, 5000))
-    flops = count_flops(linear, 3, (2, 2))
+    assert (weights.trainable, weights.linear_trainable, weights.trainable_tensor_numels) == (
+        6300,
+        6300,
+        (1200, 100, 5000),
+    )
+    flops = count_sample_flops(linear, 3, (2, 2))
     assert flops.forward == 2 * (12 * 100 + 100 * 50)
     assert flops.forward_backward == 3 * flops.forward - 2 * 12 * 100  # the images need no gradient
-    trace = trace_memory(linear, 1000, 3, (2, 2), precision="fp32", recompute=False)
+    trace = trace_microbatch_memory(linear, 1000, 3, (2, 2), precision="fp32", recompute=False)
     alive = 1000 * (12 + 4 * 12 + 4 * 100 + 4 * 50)  # images, the same as floats, both outputs
     assert max(trace.peak_by_gradient_bytes) == 4 * 6300
     # At the last layer's backward: gradients of its output and input, beside the saved tensors.
@@ -116,7 +126,7 @@ def test_a_model_that_can_be_counted_by_hand() -> None:
 def test_a_forecast_says_what_a_plan_says(vit_b: Forecast) -> None:
     assert json.dumps(dataclasses.asdict(vit_b.parameter_counts))
     assert vit_b.step_seconds is None
-    timed = dataclasses.replace(vit_b, cluster=ClusterSpec(2, 4, 0.5, 1e9, peak_flops_per_second=1e12))
+    timed = dataclasses.replace(vit_b, cluster=ClusterSpec(2, 4, 0.5, 1e9, gpu_flops_per_second=1e12))
     assert timed.step_seconds == pytest.approx(
         vit_b.flops_per_sample.forward_backward * vit_b.plan.cfg.batch.images / (8 * 0.5e12)
     )

@@ -15,8 +15,8 @@ from foveal.models.backbone import (
     backbone_from_card,
     build_backbone,
     build_meta_backbone,
+    check_classifier_training,
     check_resizable,
-    check_training_forward,
     count_head_classes,
     forward_pooled_and_map,
     get_layer_ids,
@@ -24,7 +24,7 @@ from foveal.models.backbone import (
     get_pretrained_info,
     has_batch_norm,
     head_parameter_names,
-    infer_feature_shapes,
+    infer_pooled_map_shapes,
     parse_encoder_card,
     set_activation_checkpointing,
 )
@@ -60,10 +60,10 @@ def test_a_model_is_timms_own_and_its_shapes_are_known(name: str) -> None:
     assert all(value.equal(timm_model.state_dict()[key]) for key, value in backbone.state_dict().items())
     pooled, feature_map = forward_pooled_and_map(backbone.eval(), images())
     assert backbone(images()).equal(timm_model.eval()(images()))
-    assert (pooled.shape[1], tuple(feature_map.shape[1:])) == infer_feature_shapes(name, 64, 3) == KINDS[name]
+    assert (pooled.shape[1], tuple(feature_map.shape[1:])) == infer_pooled_map_shapes(name, 64, 3) == KINDS[name]
     with torch.no_grad():
         assert backbone.get_classifier()(pooled).equal(backbone(images()))
-    check_training_forward(name, 64, 3, 5, 2)
+    check_classifier_training(name, 64, 3, 5, 2)
 
 
 def test_patches_are_laid_out_as_they_lay_in_the_image() -> None:
@@ -72,7 +72,7 @@ def test_patches_are_laid_out_as_they_lay_in_the_image() -> None:
     _, feature_map = forward_pooled_and_map(model, torch.ones(1, 3, 32, 64))
     assert feature_map.shape == (1, 192, 2, 4)
     assert feature_map[0, :, 1, 2].equal(tokens[0, 1 + 1 * 4 + 2])
-    assert infer_feature_shapes(VIT, (32, 64), 3) == (192, (192, 2, 4))
+    assert infer_pooled_map_shapes(VIT, (32, 64), 3) == (192, (192, 2, 4))
 
 
 def test_a_build_takes_its_own_draws_and_no_others() -> None:
@@ -85,9 +85,9 @@ def test_a_build_takes_its_own_draws_and_no_others() -> None:
     assert torch.rand(3).equal(expected)
     torch.manual_seed(3)
     before = torch.random.get_rng_state()
-    infer_feature_shapes("resnet26", 64, 3)
+    infer_pooled_map_shapes("resnet26", 64, 3)
     head_parameter_names("resnet26", 64, 3)
-    check_training_forward("resnet26", 64, 3, 5, 2)
+    check_classifier_training("resnet26", 64, 3, 5, 2)
     assert torch.random.get_rng_state().equal(before)
 
 
@@ -155,11 +155,11 @@ def test_no_dropout_is_drawn_wherever_it_is_called(name: str) -> None:
 def test_what_training_would_fall_over_is_one_sentence() -> None:
     start = "cannot train on a microbatch of"
     with pytest.raises(ConfigError, match=f"'inception_v3' {start} 2 images of 16 x 16 pixels: "):
-        check_training_forward("inception_v3", 16, 3, 5, 2)
+        check_classifier_training("inception_v3", 16, 3, 5, 2)
     with pytest.raises(ConfigError, match=f"'resnet18' {start} 1 images of 32 x 32 pixels: Expected more"):
-        check_training_forward("resnet18", 32, 3, 5, 1)
+        check_classifier_training("resnet18", 32, 3, 5, 1)
     with pytest.raises(ConfigError, match="'mixer_s32_224' makes no feature map of images of 32 x 32 pixels"):
-        infer_feature_shapes("mixer_s32_224", 32, 3)
+        infer_pooled_map_shapes("mixer_s32_224", 32, 3)
 
 
 @pytest.mark.parametrize("name", ["rexnet_100", "nextvit_small", "swinv2_cr_tiny_ns_224"])
@@ -244,6 +244,6 @@ def test_what_cannot_be_recomputed_is_one_sentence() -> None:
 
 def test_what_timm_says_of_its_weights() -> None:
     info = get_pretrained_info("resnet18")
-    assert (info.mean, info.image_size, info.first_layer) == ((0.485, 0.456, 0.406), (224, 224), "conv1")
+    assert (info.mean, info.image_size, info.first_layer_name) == ((0.485, 0.456, 0.406), (224, 224), "conv1")
     with pytest.raises(ConfigError, match="is not a model of timm"):
         get_pretrained_info("resnet19")

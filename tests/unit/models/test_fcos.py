@@ -8,7 +8,13 @@ from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.fcos import FCOS
 
-from foveal.models.fcos import FCOSOutput, compute_fcos_losses, compute_locations, decode_detections, generalised_iou
+from foveal.models.fcos import (
+    FCOSOutput,
+    compute_locations_with_strides,
+    decode_detections,
+    elementwise_generalised_iou,
+    fcos_losses_per_image,
+)
 
 SIDES, STRIDES, CLASSES = (96, 128), (8, 16, 32), 3
 MAPS = [(SIDES[0] // stride, SIDES[1] // stride) for stride in STRIDES]
@@ -23,7 +29,7 @@ TARGETS = torch.tensor(
 
 def random_output(images: int = len(TARGETS)) -> FCOSOutput:
     """Return a random head output whose tensors are leaves of autograd."""
-    locations = compute_locations(MAPS, STRIDES, torch.device("cpu"))
+    locations = compute_locations_with_strides(MAPS, STRIDES, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     class_logits, distances, centerness = (
         torch.randn(images, len(locations), size, generator=generator) for size in (CLASSES, 4, 1)
@@ -52,7 +58,7 @@ def reference() -> Any:
 def torchvision_output(output: FCOSOutput, image: int) -> dict[str, Tensor]:
     return {
         "cls_logits": output.class_logits[image : image + 1],
-        "bbox_regression": output.box_distances[image : image + 1],
+        "bbox_regression": output.box_distances_in_strides[image : image + 1],
         "bbox_ctrness": output.centerness_logits[image : image + 1, :, None],
     }
 
@@ -66,7 +72,7 @@ def anchors_of(output: FCOSOutput) -> Tensor:
 @pytest.mark.parametrize("image", range(len(TARGETS)))
 def test_losses_and_gradients_of_an_image(image: int, reference: FCOS) -> None:
     output, reference_output = random_output(), random_output()
-    losses = compute_fcos_losses(output, TARGETS)
+    losses = fcos_losses_per_image(output, TARGETS)
     boxes = TARGETS[image][TARGETS[image, :, 4] >= 0]
     reference_targets = [{"boxes": boxes[:, :4], "labels": boxes[:, 4].long()}]
     expected = reference.compute_loss(
@@ -93,8 +99,8 @@ def test_an_image_does_not_depend_on_the_others() -> None:
     for image in range(3):
         class_logits, box_distances, centerness_logits = (tensor[image : image + 1] for tensor in output[:3])
         single = FCOSOutput(class_logits, box_distances, centerness_logits, output.locations)
-        losses_per_image.append(compute_fcos_losses(single, TARGETS[image : image + 1]))
-    batch_losses = compute_fcos_losses(output, TARGETS)
+        losses_per_image.append(fcos_losses_per_image(single, TARGETS[image : image + 1]))
+    batch_losses = fcos_losses_per_image(output, TARGETS)
     for loss, single_losses in zip(batch_losses, zip(*losses_per_image, strict=True), strict=True):
         torch.testing.assert_close(loss, torch.cat(single_losses))
 
@@ -102,7 +108,7 @@ def test_an_image_does_not_depend_on_the_others() -> None:
 @pytest.mark.parametrize("rows", [0, 2])
 def test_images_without_boxes_teach_the_background_alone(rows: int) -> None:
     output = random_output(2)
-    class_loss, box_loss, centerness_loss = compute_fcos_losses(output, torch.full((2, rows, 5), -1.0))
+    class_loss, box_loss, centerness_loss = fcos_losses_per_image(output, torch.full((2, rows, 5), -1.0))
     assert (class_loss > 0).all()
     assert box_loss.tolist() == centerness_loss.tolist() == [0, 0]
     class_gradient, box_gradient, centerness_gradient = gradients(
@@ -130,6 +136,6 @@ def test_detections_equal_torchvisions(reference: FCOS) -> None:
 
 def test_generalised_iou_by_hand() -> None:
     box, equal_box, adjacent_box = torch.tensor([[0.0, 0, 2, 2], [0, 0, 2, 2], [2, 0, 4, 2]])
-    assert generalised_iou(box, equal_box).item() == pytest.approx(1)
-    assert generalised_iou(box, adjacent_box).item() == pytest.approx(0, abs=1e-6)
-    assert generalised_iou(box, adjacent_box + torch.tensor([2.0, 0, 2, 0])).item() == pytest.approx(-1 / 3)
+    assert elementwise_generalised_iou(box, equal_box).item() == pytest.approx(1)
+    assert elementwise_generalised_iou(box, adjacent_box).item() == pytest.approx(0, abs=1e-6)
+    assert elementwise_generalised_iou(box, adjacent_box + torch.tensor([2.0, 0, 2, 0])).item() == pytest.approx(-1 / 3)

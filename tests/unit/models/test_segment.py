@@ -10,7 +10,7 @@ from foveal.models.backbone import BackboneCard, build_backbone
 from foveal.models.encode import encode_cls_and_patches
 from foveal.models.resize import resize_maps
 from foveal.models.segment import LateralConvs, SegmentationHeadCard, SegmentationHeadKind, Segmenter, build_segmenter
-from foveal.models.sliding_window import iter_sliding_window_log_probs, window_corners
+from foveal.models.sliding_window import iter_sliding_window_log_probs, window_top_lefts
 from foveal.models.timm_vit import Encoder
 from foveal.models.vit import VitConfig, encoder_card
 
@@ -83,10 +83,10 @@ def test_maps_are_enlarged_as_torch_does() -> None:
 
 
 def test_windows_cover_an_image_and_end_with_it() -> None:
-    assert window_corners((16, 16), (16, 16), 0.5) == [(0, 0)]
-    assert window_corners((17, 16), (16, 16), 0.5) == [(0, 0), (1, 0)]
-    assert window_corners((24, 32), (16, 16), 0.5) == [(0, 0), (0, 8), (0, 16), (8, 0), (8, 8), (8, 16)]
-    assert window_corners((20, 16), (8, 16), 1.0) == [(0, 0), (8, 0), (12, 0)]
+    assert window_top_lefts((16, 16), (16, 16), 0.5) == [(0, 0)]
+    assert window_top_lefts((17, 16), (16, 16), 0.5) == [(0, 0), (1, 0)]
+    assert window_top_lefts((24, 32), (16, 16), 0.5) == [(0, 0), (0, 8), (0, 16), (8, 0), (8, 8), (8, 16)]
+    assert window_top_lefts((20, 16), (8, 16), 1.0) == [(0, 0), (8, 0), (12, 0)]
 
 
 @pytest.mark.parametrize("batch", [1, 4])

@@ -11,8 +11,8 @@ from foveal.optim.optimizers import (
     GuardedOptimizer,
     OptimConfig,
     build_optimizer,
-    get_moments,
     get_num_updates,
+    get_or_create_moments,
     parameter_groups,
     set_num_updates,
 )
@@ -41,7 +41,7 @@ def set_gradients(model: nn.Module, step: int) -> None:
 
 def copy_state(model: nn.Module, guard: GuardedOptimizer) -> list[Tensor]:
     """Copies of the weights and moments."""
-    states = [value for parameter in model.parameters() for value in get_moments(guard, parameter).values()]
+    states = [value for parameter in model.parameters() for value in get_or_create_moments(guard, parameter).values()]
     return [copy.deepcopy(value.detach()) for value in (*model.parameters(), *states)]
 
 
@@ -92,7 +92,7 @@ def test_zeros_before_the_first_update_change_nothing(kind: str) -> None:
     """A checkpoint of step 0, with which every run begins, holds zero moments."""
     inspected, reference = layer(), layer()
     inspected_guard, reference_guard = optimizer(inspected, config(kind)), optimizer(reference, config(kind))
-    names = {name for parameter in inspected.parameters() for name in get_moments(inspected_guard, parameter)}
+    names = {name for parameter in inspected.parameters() for name in get_or_create_moments(inspected_guard, parameter)}
     assert names == {"momentum_buffer"}
     for step in range(3):
         for model, guard in ((inspected, inspected_guard), (reference, reference_guard)):
@@ -107,7 +107,7 @@ def test_zeros_before_the_first_update_change_nothing(kind: str) -> None:
 def test_without_momentum_nothing_is_kept() -> None:
     model = layer()
     guard = optimizer(model, config("sgd", momentum=0.0))
-    assert get_moments(guard, model.weight) == {}
+    assert get_or_create_moments(guard, model.weight) == {}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -146,4 +146,4 @@ def test_updates_are_counted_from_where_a_checkpoint_says(kind: str) -> None:
 def test_plans_count_what_optimizers_keep() -> None:
     for cfg in (config("adamw"), config("sgd"), config("lars"), config("sgd", momentum=0.0)):
         model = layer()
-        assert len(get_moments(optimizer(model, cfg), model.weight)) == cfg.moments_per_parameter
+        assert len(get_or_create_moments(optimizer(model, cfg), model.weight)) == cfg.moments_per_parameter

@@ -11,7 +11,7 @@ from finetune.model import _vit_layer_index
 from foveal.models.classify import Classifier
 from foveal.models.mae import DecoderConfig, MaskedAutoencoder
 from foveal.models.vit import VitConfig, build_encoder
-from foveal.optim.optimizers import GuardedAdamW, OptimConfig, build_plain_adamw, parameter_groups
+from foveal.optim.optimizers import GuardedAdamW, OptimConfig, build_unguarded_adamw, parameter_groups
 
 TINY = VitConfig(name="vit_tiny_patch16_224", patch=4, width=8, depth=2, heads=2)
 
@@ -188,7 +188,7 @@ def test_a_parameter_without_a_gradient_is_left_out() -> None:
 def test_plain_adamw_has_the_settings_and_the_groups() -> None:
     model = layer()
     cfg = OptimConfig(lr_per_256=0.5, betas=(0.1, 0.2), eps=1e-3, weight_decay=0.7, fused=False)
-    optimizer = build_plain_adamw(parameter_groups(model, cfg), cfg)
+    optimizer = build_unguarded_adamw(parameter_groups(model, cfg), cfg)
     assert type(optimizer) is torch.optim.AdamW
     settings = [(group["lr"], group["betas"], group["eps"], group["fused"]) for group in optimizer.param_groups]
     assert settings == [(0.5, (0.1, 0.2), 1e-3, False)] * 2

@@ -8,12 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foveal.optim.schedule import count_plateau_drops, step_decay_lr, warmup_constant, warmup_cosine
+from foveal.optim.schedule import count_plateau_drops, step_decay_lr, warmup_constant_lr, warmup_cosine_lr
 
 
 def test_the_corners() -> None:
     def lr(step: int) -> float:
-        return warmup_cosine(step, peak_lr=8.0, min_lr=2.0, warmup_steps=4, total_steps=12)
+        return warmup_cosine_lr(step, peak_lr=8.0, min_lr=2.0, warmup_steps=4, total_steps=12)
 
     assert [lr(step) for step in range(5)] == [2.0, 4.0, 6.0, 8.0, 8.0]
     assert lr(8) == pytest.approx((8.0 + 2.0) / 2)
@@ -22,13 +22,13 @@ def test_the_corners() -> None:
 
 
 def test_the_first_step_learns_with_and_without_warmup() -> None:
-    assert warmup_cosine(0, peak_lr=1.0, min_lr=0.0, warmup_steps=1000, total_steps=2000) == 1e-3
-    assert warmup_cosine(0, peak_lr=1.0, min_lr=0.0, warmup_steps=0, total_steps=10) == 1.0
-    assert 0 < warmup_cosine(9, peak_lr=1.0, min_lr=0.0, warmup_steps=0, total_steps=10) < 0.1
+    assert warmup_cosine_lr(0, peak_lr=1.0, min_lr=0.0, warmup_steps=1000, total_steps=2000) == 1e-3
+    assert warmup_cosine_lr(0, peak_lr=1.0, min_lr=0.0, warmup_steps=0, total_steps=10) == 1.0
+    assert 0 < warmup_cosine_lr(9, peak_lr=1.0, min_lr=0.0, warmup_steps=0, total_steps=10) < 0.1
 
 
 def test_warmup_as_long_as_the_run_never_divides_by_zero() -> None:
-    assert [warmup_cosine(step, peak_lr=2.0, min_lr=0.0, warmup_steps=2, total_steps=2) for step in range(3)] == [
+    assert [warmup_cosine_lr(step, peak_lr=2.0, min_lr=0.0, warmup_steps=2, total_steps=2) for step in range(3)] == [
         1.0,
         2.0,
         2.0,
@@ -39,7 +39,7 @@ def test_after_the_warmup_it_is_torchs_cosine() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=3e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40, eta_min=1e-5)
     for step in range(10, 50):
-        lr = warmup_cosine(step, peak_lr=3e-3, min_lr=1e-5, warmup_steps=10, total_steps=50)
+        lr = warmup_cosine_lr(step, peak_lr=3e-3, min_lr=1e-5, warmup_steps=10, total_steps=50)
         assert lr == pytest.approx(scheduler.get_last_lr()[0], rel=1e-9)
         optimizer.step()
         scheduler.step()
@@ -52,7 +52,7 @@ def test_it_rises_once_and_falls_once_between_floor_and_peak(
     total = warmup + further
     floor = peak * share
     rates = [
-        warmup_cosine(step, peak_lr=peak, min_lr=floor, warmup_steps=warmup, total_steps=total)
+        warmup_cosine_lr(step, peak_lr=peak, min_lr=floor, warmup_steps=warmup, total_steps=total)
         for step in range(total + 1)
     ]
     assert all(a < b for a, b in pairwise(rates[:warmup]))
@@ -67,7 +67,7 @@ def test_drops_are_torchs_steps_down_to_the_floor() -> None:
     for step in range(10):
         drops = (step >= 4) + (step >= 7)
         rate = step_decay_lr(
-            warmup_constant(step, peak_lr=0.3, warmup_steps=0), num_drops=drops, factor=0.1, min_lr=0.0
+            warmup_constant_lr(step, peak_lr=0.3, warmup_steps=0), num_drops=drops, factor=0.1, min_lr=0.0
         )
         assert rate == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12)
         optimizer.step()

@@ -11,7 +11,7 @@ import pytest
 
 from foveal.errors import ConfigError, LaunchError
 from slurm import submit
-from slurm.submit import StageJob, build_jobs, read_sbatch_options, run_jobs_locally
+from slurm.submit import StageJob, build_jobs_and_options, read_sbatch_options, run_jobs_locally
 
 ROOT = Path(__file__).resolve().parents[3]
 DIGITS = ROOT / "configs/pretrain/digits.yaml"
@@ -89,17 +89,19 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_a_mistake_is_one_sentence(tmp_path: Path, text: str, overrides: list[str], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence) as error:
-        build_jobs(pipeline(tmp_path, text), overrides)
+        build_jobs_and_options(pipeline(tmp_path, text), overrides)
     assert "\n" not in str(error.value)
 
 
 def test_a_missing_pipeline_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such file"):
-        build_jobs(tmp_path / "nowhere.yaml", [])
+        build_jobs_and_options(tmp_path / "nowhere.yaml", [])
 
 
 def test_settings_reach_the_stage_as_they_were_meant(tmp_path: Path) -> None:
-    jobs, options = build_jobs(pipeline(tmp_path, TWO), ["two.run.dir=elsewhere", "two.epochs=3", "slurm.mem=1=2"])
+    jobs, options = build_jobs_and_options(
+        pipeline(tmp_path, TWO), ["two.run.dir=elsewhere", "two.epochs=3", "slurm.mem=1=2"]
+    )
     one, two = jobs
     assert (one.run_dir, one.depends_on, two.run_dir, two.depends_on) == (
         Path("runs/pair/one"),
@@ -116,7 +118,7 @@ def test_settings_reach_the_stage_as_they_were_meant(tmp_path: Path) -> None:
 
 
 def test_a_moved_run_is_found_by_the_next_stage(tmp_path: Path) -> None:
-    _, two = build_jobs(pipeline(tmp_path, TWO), ["one.run.dir=elsewhere"])[0]
+    _, two = build_jobs_and_options(pipeline(tmp_path, TWO), ["one.run.dir=elsewhere"])[0]
     assert "teacher=elsewhere/export" in two.overrides
 
 
@@ -124,14 +126,14 @@ def test_one_of_several_students_is_taken(tmp_path: Path) -> None:
     tuned = f"- {{{{name: three, stage: finetune, config: {ROOT}/configs/finetune/digits.yaml, from: {{{{init: {{}}}}}}}}}}\n"
     students = "[{name: small, model: {}}, {name: other, backbone: resnet18}]"
     several = TWO.replace("from: {teacher: one}", f"from: {{teacher: one}}, set: {{students: {students}, model: null}}")
-    *_, last = build_jobs(pipeline(tmp_path, several + tuned.format("two/small")), ())[0]
+    *_, last = build_jobs_and_options(pipeline(tmp_path, several + tuned.format("two/small")), ())[0]
     assert "init=runs/pair/two/export/small" in last.overrides
     assert last.depends_on == ("two",)
     for text in (several + tuned.format("two"), several + tuned.format("two/smal")):
         with pytest.raises(ConfigError, match="the exports of 'two' are named two/small, two/other"):
-            build_jobs(pipeline(tmp_path, text), ())
+            build_jobs_and_options(pipeline(tmp_path, text), ())
     with pytest.raises(ConfigError, match="the exports of 'one' are named one"):
-        build_jobs(pipeline(tmp_path, TWO.replace("teacher: one", "teacher: one/small")), ())
+        build_jobs_and_options(pipeline(tmp_path, TWO.replace("teacher: one", "teacher: one/small")), ())
 
 
 def test_stages_run_here_one_after_another(here: Path) -> None:
@@ -180,7 +182,7 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_job_is_the_script_with_its_own_resources(sbatch: Path) -> None:
-    jobs, _ = build_jobs(pipeline(sbatch, TWO), [])
+    jobs, _ = build_jobs_and_options(pipeline(sbatch, TWO), [])
     options = {"nodes": "1", "gpus-per-node": "0", "dependency": "afterok:99", "requeue": "true"}
     assert submit.submit_jobs(jobs, sbatch / "submitted", options) == {"one": "1", "two": "2"}
     first, second = ((sbatch / f"{n}.sh").read_text().splitlines() for n in (1, 2))
@@ -205,18 +207,18 @@ def test_an_array_is_for_the_stages_that_have_folds(sbatch: Path) -> None:
         f"- {{name: three, stage: finetune, config: {ROOT}/configs/finetune/digits_folds.yaml, from: {{init: one}}}}\n"
     )
     one, three = TWO.splitlines(keepends=True)[0], folds.replace("from:", "set: {model: null}, from:")
-    jobs, options = build_jobs(pipeline(sbatch, one + three), ["slurm.array=0-4"])
+    jobs, options = build_jobs_and_options(pipeline(sbatch, one + three), ["slurm.array=0-4"])
     submit.submit_jobs(jobs, sbatch / "submitted", options)
     assert [("#SBATCH --array=0-4" in (sbatch / f"{n}.sh").read_text()) for n in (1, 2)] == [False, True]
     assert "#SBATCH --dependency=afterok:1" in (sbatch / "2.sh").read_text()
     with pytest.raises(
         ConfigError, match=r"slurm\.array is for the stages that have folds, and none has; leave it out"
     ):
-        build_jobs(pipeline(sbatch, TWO), ["slurm.array=0-4"])
+        build_jobs_and_options(pipeline(sbatch, TWO), ["slurm.array=0-4"])
 
 
 def test_a_refused_job_cancels_those_before_it(sbatch: Path) -> None:
-    jobs, _ = build_jobs(pipeline(sbatch, f"{TWO}- {{name: three, stage: pretrain, config: {DIGITS}}}"), [])
+    jobs, _ = build_jobs_and_options(pipeline(sbatch, f"{TWO}- {{name: three, stage: pretrain, config: {DIGITS}}}"), [])
     with pytest.raises(LaunchError, match="three: sbatch refused the job: no more; the jobs before it are cancelled"):
         submit.submit_jobs(jobs, sbatch / "submitted", {})
     assert (sbatch / "cancelled").read_text() == "1 2\n"

@@ -11,7 +11,7 @@ import pytest
 from points import row
 
 from foveal.errors import CheckpointError
-from foveal.tracking.jsonl import JsonlTracker, read_metric_rows
+from foveal.tracking.jsonl import JsonlTracker, read_rows_without_time
 from foveal.tracking.tracker import AttemptState
 
 
@@ -19,7 +19,7 @@ def use(tracker: JsonlTracker, first: int, last: int, state: AttemptState = "fin
     """An attempt, from the first step to the last."""
     tracker.log_settings({"optim.lr": 0.1}, {"ranks": "2"})
     tracker.log_rows([row(step) for step in range(first, last + 1)])
-    tracker.log_results({"val_top1": 0.5}, last)
+    tracker.log_results_once({"val_top1": 0.5}, last)
     tracker.close(state)
 
 
@@ -40,16 +40,16 @@ def test_jsonl_forgets_a_line_that_was_cut_short(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     use(JsonlTracker(tmp_path, 0), 1, 6)
     whole = file.read_text()
-    rows = read_metric_rows(file)
+    rows = read_rows_without_time(file)
     for end in (len(whole) - 1, len(whole) - 5, whole.index("\n", 30) + 1, whole.index("\n", 30), 3):
         file.write_text(whole[:end])
-        assert read_metric_rows(file) == rows[: whole[:end].count("\n")]
+        assert read_rows_without_time(file) == rows[: whole[:end].count("\n")]
     file.write_text(whole[:-9])
     tracker = JsonlTracker(tmp_path, 6)
-    assert tracker.last_row == row(6)
+    assert tracker.last_training_row == row(6)
     tracker.log_rows([row(7)])
     tracker.close("finished")
-    assert [found["step"] for found in read_metric_rows(file)] == [1, 2, 3, 4, 5, 6, 7]
+    assert [found["step"] for found in read_rows_without_time(file)] == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_rows_have_their_time_and_readers_do_not_see_it(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_rows_have_their_time_and_readers_do_not_see_it(tmp_path: Path) -> None:
     tracker.log_rows([given])
     tracker.log_rows([row(2)])
     assert given == row(1)
-    assert read_metric_rows(tmp_path / "metrics.jsonl") == [row(1), row(2)]
+    assert read_rows_without_time(tmp_path / "metrics.jsonl") == [row(1), row(2)]
     first, second = (json.loads(line)["time"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert 1.7e9 < first <= second
     tracker.close("finished")
@@ -67,21 +67,21 @@ def test_rows_have_their_time_and_readers_do_not_see_it(tmp_path: Path) -> None:
 def test_a_run_that_goes_back_cuts_its_own_file_and_no_other(tmp_path: Path) -> None:
     file, old = tmp_path / "metrics.jsonl", JsonlTracker(tmp_path, 0)
     old.log_rows([row(step) for step in range(1, 8)])
-    old.log_results({"val_top1": 0.5}, 6)
+    old.log_results_once({"val_top1": 0.5}, 6)
     inode = file.stat().st_ino
     old.rewind(4)
-    assert old.last_row == row(4)
+    assert old.last_training_row == row(4)
     assert file.stat().st_ino == inode
     old.log_rows([row(5)])
-    old.log_results({"val_top1": 0.7}, 5)
-    assert [found["step"] for found in read_metric_rows(file)] == [1, 2, 3, 4, 5, 5]
+    old.log_results_once({"val_top1": 0.7}, 5)
+    assert [found["step"] for found in read_rows_without_time(file)] == [1, 2, 3, 4, 5, 5]
     new = JsonlTracker(tmp_path, 4)
     new.log_settings({}, {"attempt": "2"})
     new.log_rows([row(5)])
     old.log_rows([row(6)])
     old.rewind(0)
     old.close("superseded")
-    assert [found["step"] for found in read_metric_rows(file)] == [1, 2, 3, 4, 5]
+    assert [found["step"] for found in read_rows_without_time(file)] == [1, 2, 3, 4, 5]
     new.close("finished")
     assert json.loads((tmp_path / "tags.json").read_text()) == {
         "attempt": "2",
@@ -122,7 +122,7 @@ def test_a_full_disk_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for step in range(1, 7):
         full[0] = step in (3, 4, 5)
         tracker.log_rows([row(step)])
-        assert [found["step"] for found in read_metric_rows(tmp_path / "metrics.jsonl")] == list(
+        assert [found["step"] for found in read_rows_without_time(tmp_path / "metrics.jsonl")] == list(
             range(1, 3 if full[0] else step + 1)
         )
     full[0] = True
@@ -130,7 +130,7 @@ def test_a_full_disk_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     tracker.rewind(7)
     full[0] = False
     tracker.close("finished")
-    assert read_metric_rows(tmp_path / "metrics.jsonl") == [row(step) for step in range(1, 8)]
+    assert read_rows_without_time(tmp_path / "metrics.jsonl") == [row(step) for step in range(1, 8)]
     warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 2
 
@@ -146,11 +146,11 @@ def test_any_other_trouble_with_the_disk_is_not_hidden(tmp_path: Path, monkeypat
         with pytest.raises(OSError, match="broken"):
             tracker.log_rows([row(1)])
     tracker.close("failed")
-    assert read_metric_rows(tmp_path / "metrics.jsonl") == [row(1)]
+    assert read_rows_without_time(tmp_path / "metrics.jsonl") == [row(1)]
 
 
 @pytest.mark.parametrize("line", ["5", "{}", '{"step": "a"}', "[" * 100_000, "\x00"])
 def test_a_damaged_row_is_one_sentence(line: str, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n')
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl is damaged \("):
-        read_metric_rows(tmp_path / "metrics.jsonl")
+        read_rows_without_time(tmp_path / "metrics.jsonl")

@@ -13,7 +13,7 @@ import pytest
 from processes import PYTHON, ROOT
 
 from foveal.tracking import sqlite_store
-from foveal.tracking.sqlite_store import lock_store, parse_sqlite_path, resolve_store_uri
+from foveal.tracking.sqlite_store import lock_store, parse_sqlite_path, prepare_store_and_artifacts
 from foveal.tracking.store_errors import StoreRefusedError
 
 _BEGIN = """
@@ -140,10 +140,10 @@ def test_a_place_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for uri in (f"sqlite:///{tmp_path}/file/mlflow.db", "sqlite:////proc/nowhere/mlflow.db"):
         with pytest.raises(StoreRefusedError, match=r"mlflow.db cannot be made \(.*\): set tracking.uri to a place"):
-            resolve_store_uri(uri)
+            prepare_store_and_artifacts(uri)
     for uri in ("sqlite:///", "sqlite:///:memory:"):
         with pytest.raises(StoreRefusedError, match="names no file"):
-            resolve_store_uri(uri)
+            prepare_store_and_artifacts(uri)
 
 
 def test_uris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,6 +156,6 @@ def test_uris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "sqlite:///file:a/m.db?uri=true": f"sqlite:///file:{tmp_path}/a/m.db?uri=true",
         f"sqlite:///file://{tmp_path}/a/m.db?uri=true": f"sqlite:///file://{tmp_path}/a/m.db?uri=true",
     }.items():
-        assert resolve_store_uri(uri) == (absolute, beside)
+        assert prepare_store_and_artifacts(uri) == (absolute, beside)
         assert parse_sqlite_path(absolute) == tmp_path / "a" / "m.db"
     assert parse_sqlite_path("postgresql://host/a.db") is None

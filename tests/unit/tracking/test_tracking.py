@@ -15,8 +15,8 @@ from points import Numbers, in_jsonl, in_mlflow, row, run_id
 
 from foveal.errors import AttemptSupersededError
 from foveal.tracking import open_tracker
-from foveal.tracking.jsonl import JsonlTracker, read_metric_rows
-from foveal.tracking.mlflow import MLflowRun, resolve_store_uri
+from foveal.tracking.jsonl import JsonlTracker, read_rows_without_time
+from foveal.tracking.mlflow import MLflowRun, prepare_store_and_artifacts
 from foveal.tracking.tracker import AttemptState, NullTracker, Tracker, TrackingConfig
 from foveal.tracking.uploader import UploadingTracker
 
@@ -59,7 +59,7 @@ def use(tracker: Tracker, first: int, last: int, state: AttemptState = "finished
     for step in range(first, last, 2):
         tracker.log_rows([row(step), row(step + 1)] if step < last else [row(step)])
     tracker.log_rows([])
-    tracker.log_results({"val_top1": 0.5}, last)
+    tracker.log_results_once({"val_top1": 0.5}, last)
     tracker.close(state)
 
 
@@ -109,7 +109,7 @@ def test_what_is_not_finite_is_kept_too(kind: Kind) -> None:
 
 def test_an_attempt_that_was_superseded_while_it_loaded_leaves_the_rows_alone(tmp_path: Path) -> None:
     """It asks last, when all is ready to take the file."""
-    newer = JsonlTracker(tmp_path, 0, attempt=2)
+    newer = JsonlTracker(tmp_path, 0, attempt_number=2)
     newer.log_rows([{"step": 1, "loss": 0.5}])
 
     def superseded() -> None:
@@ -117,10 +117,10 @@ def test_an_attempt_that_was_superseded_while_it_loaded_leaves_the_rows_alone(tm
         raise AttemptSupersededError("another attempt has taken over")
 
     with pytest.raises(AttemptSupersededError):
-        JsonlTracker(tmp_path, 0, attempt=1, check_lease=superseded)
+        JsonlTracker(tmp_path, 0, attempt_number=1, check_lease=superseded)
     newer.log_rows([{"step": 2, "loss": 0.25}])
     newer.close("finished")
-    assert [row["loss"] for row in read_metric_rows(tmp_path / "metrics.jsonl")] == [0.5, 0.25]
+    assert [row["loss"] for row in read_rows_without_time(tmp_path / "metrics.jsonl")] == [0.5, 0.25]
     assert sorted(each.name for each in tmp_path.iterdir()) == ["metrics.jsonl"]
 
 
@@ -186,7 +186,9 @@ def test_a_resumed_attempt_is_the_same_run(uri: str, client: MlflowClient, tmp_p
     assert first.data.params == {"optim.lr": "0.1", "model": "None", "data.mean": "[0.5]"}
     assert (first.data.tags["ranks"], first.data.tags["state"]) == ("2", "saved-and-left")
     store = MLflowRun(cfg, run, None, "")
-    store.set_params_and_tags({"optim.lr": 0.1, "log.every": 3, "data.mean": [0.7]}, {"ranks": "4", "state": "running"})
+    store.set_params_tags_status(
+        {"optim.lr": 0.1, "log.every": 3, "data.mean": [0.7]}, {"ranks": "4", "state": "running"}
+    )
     second = client.get_run(run_id(run))
     assert second.info.run_id == first.info.run_id
     assert second.info.status == "RUNNING"
@@ -194,7 +196,7 @@ def test_a_resumed_attempt_is_the_same_run(uri: str, client: MlflowClient, tmp_p
     assert second.data.tags["changed.data.mean"] == "[0.7]"
     assert second.data.tags["ranks"] == "4"
     assert not [name for name in second.data.tags if name.startswith("changed.optim")]
-    store.set_params_and_tags({"data.mean": [0.5]}, {"state": "failed", "why_stopped": "a lost rank"})
+    store.set_params_tags_status({"data.mean": [0.5]}, {"state": "failed", "why_stopped": "a lost rank"})
     third = client.get_run(run_id(run))
     assert third.data.tags["changed.data.mean"] == "[0.5]"
     assert (third.info.status, third.data.tags["why_stopped"]) == ("FAILED", "a lost rank")
@@ -205,7 +207,7 @@ def test_more_settings_and_rows_than_one_request_takes(uri: str, client: MlflowC
     tracker, _ = open_tracker(run, TrackingConfig(uri=uri), None, 0)
     tracker.log_settings({f"setting.{number}": "x" * 7000 if number == 3 else number for number in range(205)}, {})
     tracker.log_rows([{"step": step, "loss": float(step), "lr": 0.5, "norm": 1.0} for step in range(1, 701)])
-    tracker.log_results({"an arm+its+top1": 0.5}, 700)
+    tracker.log_results_once({"an arm+its+top1": 0.5}, 700)
     tracker.close("finished")
     assert len(client.get_run(run_id(run)).data.params) == 205
     assert in_mlflow(client, run) == {("an arm_its_top1", 700): [0.5]} | {
@@ -240,8 +242,8 @@ def test_files_lie_beside_the_store(uri: str, client: MlflowClient, tmp_path: Pa
 
 def test_a_relative_store_lies_where_the_command_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert resolve_store_uri("sqlite:///runs/mlflow.db") == (
+    assert prepare_store_and_artifacts("sqlite:///runs/mlflow.db") == (
         f"sqlite:///{tmp_path}/runs/mlflow.db",
         f"file://{tmp_path}/runs/mlartifacts",
     )
-    assert resolve_store_uri("https://mlflow.example.org") == ("https://mlflow.example.org", None)
+    assert prepare_store_and_artifacts("https://mlflow.example.org") == ("https://mlflow.example.org", None)

@@ -11,7 +11,7 @@ from ranks import Ranks, stage_named
 from foveal.distributed.preemption import ShutdownNotice
 from foveal.distributed.world import World
 from foveal.errors import LaunchError
-from foveal.tracking.jsonl import read_metric_rows
+from foveal.tracking.jsonl import read_rows_without_time
 from foveal.training import checkpointing
 from foveal.training.cli import load_config, run_stage
 
@@ -32,7 +32,7 @@ def _run(
 
     def slow(self: checkpointing.CheckpointSaver, result: Any) -> None:
         if result is not None:
-            result = replace(result, write_seconds=save_seconds, sync_seconds=save_seconds)
+            result = replace(result, write_seconds=save_seconds, seconds_without_overlap=save_seconds)
         record_saved(self, result)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -59,7 +59,7 @@ def test_a_notice_that_is_too_short_is_refused_at_every_start(configs, one_rank:
     with pytest.raises(LaunchError, match="takes 90 s here"):
         one_rank.call(_run, *paths, 60.0, 1.0, "run.stop_at=10")
     assert one_rank.call(_run, *paths, None, 1.0, "run.stop_at=10") == [[]]
-    assert [row["step"] for row in read_metric_rows(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 11))
+    assert [row["step"] for row in read_rows_without_time(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 11))
 
 
 def test_a_save_that_gets_slower_than_the_notice_is_warned_of(configs, one_rank: Ranks, tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from stores import ALONE, Tensors, name, names, saved, state
 
 from foveal.checkpoint.store import CheckpointConfig, CheckpointStore
 from foveal.errors import AttemptSupersededError
-from foveal.training.lease import Lease, acquire_lease, read_start_steps
-from foveal.training.lease_holder import describe_this_process
+from foveal.training.lease import Lease, acquire_lease, read_relevant_start_steps
+from foveal.training.lease_holder import current_holder
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "foveal.training.lease", "foveal.checkpoint.store", "stores"])
@@ -26,15 +26,24 @@ BEAT, PATIENCE = 0.05, 3.0
 
 def start_attempt(run: Path, host: str, *, checks_lease: bool = True) -> tuple[Lease, CheckpointStore]:
     """Start an attempt as rank 0 does; ``checks_lease``: whether it looks for later attempts before it publishes."""
-    holder = replace(describe_this_process(1, {}), host=host)
+    holder = replace(current_holder(1, {}), host=host)
     lease = acquire_lease(
-        run, holder, max_attempts_without_progress=9, heartbeat_seconds=BEAT, timeout_seconds=PATIENCE
+        run,
+        holder,
+        max_attempts_without_progress=9,
+        heartbeat_interval_seconds=BEAT,
+        heartbeat_timeout_seconds=PATIENCE,
     )
-    superseded = lease.check_superseded if checks_lease else lambda: False
+    superseded = lease.poll_superseded if checks_lease else lambda: False
     store = CheckpointStore(
-        run / "checkpoints", CheckpointConfig(keep=9), ALONE, lease.number, lease.start_steps, is_superseded=superseded
+        run / "checkpoints",
+        CheckpointConfig(keep=9),
+        ALONE,
+        lease.number,
+        lease.start_steps_by_attempt,
+        is_superseded=superseded,
     )
-    latest = store.find_latest()
+    latest = store.find_latest_valid()
     lease.record_start(latest[1].step if latest else 0)
     return lease, store
 
@@ -55,7 +64,7 @@ def _run_older_attempt(pipe: Connection, run: Path, checks_lease: bool) -> None:
     deadline = time.monotonic() + WAIT
     while not lease.is_superseded and time.monotonic() < deadline:
         time.sleep(BEAT)
-    lease.record_end("superseded", AttemptSupersededError.exit_code, 30)
+    lease.record_end_and_release("superseded", AttemptSupersededError.exit_code, 30)
     pipe.send(lease.is_superseded)
 
 
@@ -82,7 +91,7 @@ def receive(pipe: Connection) -> object:
 def test_an_attempt_that_comes_back_changes_nothing(frozen, tmp_path: Path) -> None:
     process, pipe, checks_lease = frozen
     lease, store = start_attempt(tmp_path, "node2")
-    assert (lease.number, lease.start_steps, store.latest_step) == (2, {1: 0}, 10)
+    assert (lease.number, lease.start_steps_by_attempt, store.latest_step) == (2, {1: 0}, 10)
     saved(store, 20)
     os.kill(process.pid, signal.SIGCONT)
     pipe.send("go on")
@@ -95,9 +104,12 @@ def test_an_attempt_that_comes_back_changes_nothing(frozen, tmp_path: Path) -> N
         assert receive(pipe) == "saved 30"
         assert names(root) == sorted([*valid, name(20), name(30)])
     assert receive(pipe) is True
-    reader, engine = CheckpointStore(root, CheckpointConfig(), ALONE, 3, read_start_steps(tmp_path)), Tensors(0)
-    assert reader.find_latest() == (root / name(20, attempt=2), state(20))
+    reader, engine = (
+        CheckpointStore(root, CheckpointConfig(), ALONE, 3, read_relevant_start_steps(tmp_path)),
+        Tensors(0),
+    )
+    assert reader.find_latest_valid() == (root / name(20, attempt=2), state(20))
     reader.load(root / name(20, attempt=2), engine, state(20))
     assert engine.values() == {20.0}
-    lease.record_end("finished", 0, 20)
+    lease.record_end_and_release("finished", 0, 20)
     assert not list((tmp_path / "attempts").glob("*.beat"))

@@ -17,8 +17,8 @@ import pytest
 from foveal.errors import CheckpointError, RestartLoopError
 from foveal.training import lease as module
 from foveal.training import lease_holder
-from foveal.training.lease import Lease, acquire_lease, list_attempts, read_start_steps
-from foveal.training.lease_holder import LeaseHolder, describe_this_process
+from foveal.training.lease import Lease, acquire_lease, list_attempts, read_relevant_start_steps
+from foveal.training.lease_holder import LeaseHolder, current_holder
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["foveal.training.lease"])
@@ -34,11 +34,15 @@ def wait_until(condition: Callable[[], object]) -> None:
 
 def acquire(run: Path, job: dict[str, str] | None = None, host: str | None = None, restarts: int = 99) -> Lease:
     """Acquire the lease for this process, or for a process that claims to run on ``host``."""
-    holder = describe_this_process(1, job or {})
+    holder = current_holder(1, job or {})
     if host is not None:
         holder = replace(holder, host=host)
     return acquire_lease(
-        run, holder, max_attempts_without_progress=restarts, heartbeat_seconds=BEAT, timeout_seconds=PATIENCE
+        run,
+        holder,
+        max_attempts_without_progress=restarts,
+        heartbeat_interval_seconds=BEAT,
+        heartbeat_timeout_seconds=PATIENCE,
     )
 
 
@@ -47,8 +51,8 @@ def run_attempt(run: Path, reason: str = "killed", code: int = 1, start: int | N
     lease = acquire(run, **options)
     if start is not None:
         lease.record_start(start)
-    lease.record_end(reason, code, start)
-    lease.record_end("too late", 0)  # has no effect, as after a watchdog recorded the end
+    lease.record_end_and_release(reason, code, start)
+    lease.record_end_and_release("too late", 0)  # has no effect, as after a watchdog recorded the end
     return lease
 
 
@@ -57,11 +61,11 @@ def run_attempt(run: Path, reason: str = "killed", code: int = 1, start: int | N
 
 def test_attempts_are_numbered_and_tell_their_story(tmp_path: Path) -> None:
     first = acquire(tmp_path, {"slurm_job_id": "17", "slurm_job_nodelist": "node[1-2]"})
-    assert (first.number, first.start_steps, first.is_superseded) == (1, {}, False)
+    assert (first.number, first.start_steps_by_attempt, first.is_superseded) == (1, {}, False)
     first.record_start(0)
-    first.record_end("asked to leave (SIGUSR1)", 0, 120)
+    first.record_end_and_release("asked to leave (SIGUSR1)", 0, 120)
     second = acquire(tmp_path)
-    assert (second.number, second.start_steps) == (2, {1: 0})
+    assert (second.number, second.start_steps_by_attempt) == (2, {1: 0})
     second.record_start(120)
     ended, running = list_attempts(tmp_path)
     assert ended.holder is not None
@@ -69,8 +73,8 @@ def test_attempts_are_numbered_and_tell_their_story(tmp_path: Path) -> None:
     assert (ended.start_step, ended.end_step, ended.exit_code, ended.reason) == (0, 120, 0, "asked to leave (SIGUSR1)")
     assert ended.duration_seconds is not None
     assert (running.number, running.start_step, running.end_step, running.reason) == (2, 120, None, None)
-    second.record_end("finished", 0, 200)
-    assert read_start_steps(tmp_path) == {1: 0, 2: 120}
+    second.record_end_and_release("finished", 0, 200)
+    assert read_relevant_start_steps(tmp_path) == {1: 0, 2: 120}
     assert {file.name for file in (tmp_path / "attempts").iterdir()} == {
         f"{number}{part}.json" for number in ("0001", "0002") for part in ("", ".end", ".start")
     }
@@ -80,12 +84,12 @@ def test_starts_that_a_later_lower_one_makes_superfluous_are_dropped(tmp_path: P
     for step in (0, 100, 200, 50):
         run_attempt(tmp_path, start=step)
     run_attempt(tmp_path)  # without a start step
-    assert acquire(tmp_path).start_steps == read_start_steps(tmp_path) == {1: 0, 4: 50}
+    assert acquire(tmp_path).start_steps_by_attempt == read_relevant_start_steps(tmp_path) == {1: 0, 4: 50}
 
 
 def test_nothing_is_told_of_nothing(tmp_path: Path) -> None:
     assert list_attempts(tmp_path) == []
-    assert read_start_steps(tmp_path) == {}
+    assert read_relevant_start_steps(tmp_path) == {}
 
 
 def test_thousands_of_attempts_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,8 +106,8 @@ def test_thousands_of_attempts_are_not_read(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(module, "_read_bytes_or_empty", lambda file: (calls.append(file), read(file))[1])
     lease = acquire(tmp_path)
     lease.record_start(3000)
-    assert (lease.number, lease.start_steps) == (3001, {3000: 3000})
-    lease.record_end("finished", 0)
+    assert (lease.number, lease.start_steps_by_attempt) == (3001, {3000: 3000})
+    lease.record_end_and_release("finished", 0)
     assert len(calls) < 10
 
 
@@ -116,7 +120,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None
 def test_an_end_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     lease = acquire(tmp_path)
     (tmp_path / "attempts").rename(tmp_path / "elsewhere")
-    lease.record_end("finished", 0)
+    lease.record_end_and_release("finished", 0)
     assert "the end of attempt 1 cannot be written down" in caplog.text
 
 
@@ -148,7 +152,7 @@ def _hold(pipe: Connection, run: Path, job: dict[str, str], host: str | None, st
     pipe.send(lease.number)
     while pipe.poll(WAIT) and (name := pipe.recv()) != "end":
         pipe.send(getattr(lease, name))
-    lease.record_end("requested", 0, 0)
+    lease.record_end_and_release("requested", 0, 0)
     pipe.send("ended")
 
 
@@ -209,7 +213,7 @@ def test_of_two_that_race_exactly_one_wins(tmp_path: Path, start_holder) -> None
 def test_a_live_holder_refuses_by_name(tmp_path: Path, start_holder) -> None:
     holder = start_holder(tmp_path, {"slurm_job_id": "17"})
     assert holder.receive() == 1
-    this_process = describe_this_process(1, {})
+    this_process = current_holder(1, {})
     with pytest.raises(CheckpointError) as caught:
         acquire(tmp_path)
     assert str(caught.value) == (
@@ -228,14 +232,14 @@ def test_a_killed_holder_on_this_host_is_followed_at_once(tmp_path: Path, start_
     holder.send_signal(signal.SIGKILL)
     holder.process.join(WAIT)
     lease = acquire(tmp_path)
-    assert (lease.number, lease.start_steps) == (2, {1: 0})
+    assert (lease.number, lease.start_steps_by_attempt) == (2, {1: 0})
 
 
 def test_another_process_with_the_same_number_is_not_the_holder(tmp_path: Path) -> None:
     """Pids are reused: a process with the holder's pid is alive, but it started at another time."""
-    current = describe_this_process(1, {})
+    current = current_holder(1, {})
     previous = replace(current, born=" ".join([*current.born.split()[:-1], "1"]))
-    acquire_lease(tmp_path, previous, max_attempts_without_progress=9, heartbeat_seconds=BEAT)
+    acquire_lease(tmp_path, previous, max_attempts_without_progress=9, heartbeat_interval_seconds=BEAT)
     assert acquire(tmp_path).number == 2
 
 
@@ -243,7 +247,7 @@ def test_a_dead_process_that_its_parent_has_not_buried_is_dead() -> None:
     with subprocess.Popen(["true"]) as process:
         wait_until(lambda: lease_holder._process_identity(process.pid) is None)
         assert Path(f"/proc/{process.pid}").exists()
-    assert lease_holder._process_identity(os.getpid()) == describe_this_process(1, {}).born
+    assert lease_holder._process_identity(os.getpid()) == current_holder(1, {}).born
 
 
 def test_a_frozen_holder_elsewhere_is_followed_when_it_gives_no_sign_of_life(tmp_path: Path, start_holder) -> None:
@@ -257,7 +261,7 @@ def test_a_frozen_holder_elsewhere_is_followed_when_it_gives_no_sign_of_life(tmp
     assert lease.number == 2
     holder.send_signal(signal.SIGCONT)
     wait_until(lambda: holder.request("is_superseded"))
-    assert not lease.check_superseded()
+    assert not lease.poll_superseded()
 
 
 def test_a_requeued_job_follows_itself_and_the_old_one_learns_of_it(tmp_path: Path) -> None:
@@ -268,9 +272,9 @@ def test_a_requeued_job_follows_itself_and_the_old_one_learns_of_it(tmp_path: Pa
             acquire(tmp_path, job)
     new = acquire(tmp_path, {"slurm_job_id": "17", "slurm_restart_count": "2"})
     assert new.number == 2
-    assert old.check_superseded()
+    assert old.poll_superseded()
     assert old.is_superseded
-    old.record_end("superseded", 4, 10)
+    old.record_end_and_release("superseded", 4, 10)
     assert [record.exit_code for record in list_attempts(tmp_path)] == [4, None]
 
 
@@ -302,7 +306,7 @@ def test_slurm_is_asked_about_another_job(
     else:
         with pytest.raises(CheckpointError, match=r"job 17 on node1"):
             acquire(tmp_path / "run", {"slurm_job_id": "18", **cluster})
-    old.record_end("", 0)
+    old.record_end_and_release("", 0)
 
 
 # --- the loop limit ---

@@ -40,8 +40,8 @@ def loop_context(
 ) -> LoopContext:
     """Build a context with fresh meters and callbacks that do nothing."""
     return LoopContext(
-        start_step=start,
-        stop_step=stop,
+        after_step=start,
+        last_step=stop,
         accumulation_steps=micros,
         lr_schedule=lr,
         world=world,
@@ -95,7 +95,7 @@ def trained(world: World, kind: str, micros: int) -> Result:
     context = loop_context(0, STEPS, micros, lambda step: 1e-2 / (step + 1), world)
     for _ in run_steps(engine, batches(world.rank, world.size, micros), objective, context):
         pass
-    return context.metric_accumulator.read_rows(world.all_reduce_sum), engine.full_state_dict()
+    return context.metric_accumulator.pop_rows(world.all_reduce_sum), engine.gather_full_state_dict()
 
 
 @pytest.fixture(scope="module")
@@ -174,10 +174,10 @@ def test_a_course_begins_where_it_is_told_and_takes_no_batch_too_many() -> None:
         next(stream)  # the loader begins at step 1 too
     steps = list(run_steps(engine, stream, objective, context))
     assert [step.index for step in steps] == [2, 3]
-    assert [step.batch.microbatch_index for step in steps] == [1, 1]
+    assert [step.last_microbatch.microbatch_index for step in steps] == [1, 1]
     assert objective.calls == [(1, 0), (1, 1), (2, 0), (2, 1)]
     assert next(stream, None) is None
-    rows = context.metric_accumulator.read_rows(world.all_reduce_sum)
+    rows = context.metric_accumulator.pop_rows(world.all_reduce_sum)
     # the sum of microbatches 0 and 1 over the weight of both
     assert [(row["step"], row["lr"], row["micro"]) for row in rows] == [(2, 1.0, 1 / 8), (3, 2.0, 1 / 8)]
 
@@ -194,10 +194,10 @@ def test_nothing_is_taken_after_the_last_step() -> None:
 def test_the_learning_rate_is_set_before_the_update_and_scaled_by_group() -> None:
     engine = plain(1)
     engine._optimizer.param_groups[1]["lr_scale"] = 0.5
-    before = {name: value.clone() for name, value in engine.full_state_dict().items()}
+    before = {name: value.clone() for name, value in engine.gather_full_state_dict().items()}
     context = loop_context(0, 1, 1, lambda _: 0.0, ALONE)
     next(run_steps(engine, batches(0, 1, 1), Recorder(), context))
-    assert all(value.equal(before[name]) for name, value in engine.full_state_dict().items())
+    assert all(value.equal(before[name]) for name, value in engine.gather_full_state_dict().items())
     engine.set_lr(0.2)
     assert [group["lr"] for group in engine._optimizer.param_groups] == [0.2, 0.1]
 
@@ -239,13 +239,13 @@ def test_a_step_that_is_not_finite_is_said_and_not_applied() -> None:
     engine = plain(1)
     context = loop_context(0, STEPS, 1, lambda _: 1e-2, ALONE)
     states = [
-        (step.applied, engine.full_state_dict()["head.weight"].clone())
+        (step.applied, engine.gather_full_state_dict()["head.weight"].clone())
         for step in run_steps(engine, batches(0, 1, 1), Bad(), context)
     ]
     assert [applied for applied, _ in states] == [True, False, True]
     assert states[0][1].equal(states[1][1])
     assert not states[1][1].equal(states[2][1])
-    assert [row["applied"] for row in context.metric_accumulator.read_rows(ALONE.all_reduce_sum)] == [1.0, 0.0, 1.0]
+    assert [row["applied"] for row in context.metric_accumulator.pop_rows(ALONE.all_reduce_sum)] == [1.0, 0.0, 1.0]
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,14 @@ from foveal.training.rollback import RecoveryConfig, RollbackController, read_ro
 
 
 def refused(recovery: RollbackController, *steps: int) -> list[bool]:
-    return [recovery.observe_step(step, applied=False) for step in steps]
+    return [recovery.observe_and_check_rollback(step, applied=False) for step in steps]
 
 
 def test_only_refusals_in_a_row_count(tmp_path: Path) -> None:
     recovery = RollbackController(tmp_path, RecoveryConfig(after=3), [], [])
     assert refused(recovery, 5, 6) == [False, False]
     assert not recovery.last_update_applied
-    assert not recovery.observe_step(7, applied=True)
+    assert not recovery.observe_and_check_rollback(7, applied=True)
     assert recovery.last_update_applied
     assert refused(recovery, 8, 9, 10) == [False, False, True]
 
@@ -26,11 +26,11 @@ def test_going_back_passes_over_the_refused_batches(tmp_path: Path) -> None:
     """Step 8 takes batch 7 (steps count from 1, batches from 0), or batch 8 after a skipped batch."""
     recovery = RollbackController(tmp_path, RecoveryConfig(after=2), [3], [])
     refused(recovery, 8, 9)
-    recovery.record_rollback(4, is_writer=True)
+    recovery.record_rollback_or_raise(4, is_writer=True)
     assert recovery.skipped_batches == [3, 8, 9]
     assert recovery.last_update_applied
     refused(recovery, 8, 9)  # the same steps, on the batches after the skipped ones
-    recovery.record_rollback(4, is_writer=True)
+    recovery.record_rollback_or_raise(4, is_writer=True)
     assert recovery.skipped_batches == [3, 8, 9, 10, 11]
     assert [entry["batches"] for entry in read_rollbacks(tmp_path)] == [[8, 9], [10, 11]]
 
@@ -38,17 +38,17 @@ def test_going_back_passes_over_the_refused_batches(tmp_path: Path) -> None:
 def test_a_run_that_is_killed_after_going_back_remembers_it(tmp_path: Path) -> None:
     recovery = RollbackController(tmp_path, RecoveryConfig(after=1, rollbacks=1), [], [])
     refused(recovery, 2)
-    recovery.record_rollback(0, is_writer=True)
+    recovery.record_rollback_or_raise(0, is_writer=True)
     with (tmp_path / "rollbacks.jsonl").open("a") as stream:
         stream.write('{"time": 1, "to": 0, "batc')  # a kill in the middle of a line
     again = RollbackController(tmp_path, RecoveryConfig(after=1, rollbacks=1), [], read_rollbacks(tmp_path))
     assert again.skipped_batches == [1]
     refused(again, 2)
     with pytest.raises(TrainingDivergedError, match=r"in the 1 steps 2 to 2, after 1 roll-backs"):
-        again.record_rollback(0, is_writer=True)
+        again.record_rollback_or_raise(0, is_writer=True)
     more = RollbackController(tmp_path, RecoveryConfig(after=1, rollbacks=2), [], read_rollbacks(tmp_path))
     refused(more, 3)
-    more.record_rollback(0, is_writer=True)
+    more.record_rollback_or_raise(0, is_writer=True)
     assert [entry["batches"] for entry in read_rollbacks(tmp_path)] == [[1], [3]], (
         "a record after half a line would be unreadable"
     )
@@ -58,7 +58,7 @@ def test_one_rank_writes(tmp_path: Path) -> None:
     for is_writer in (False, True):
         recovery = RollbackController(tmp_path, RecoveryConfig(after=1), [], [])
         refused(recovery, 1)
-        recovery.record_rollback(0, is_writer=is_writer)
+        recovery.record_rollback_or_raise(0, is_writer=is_writer)
     lines = (tmp_path / "rollbacks.jsonl").read_text().splitlines()
     assert [json.loads(line)["refused"] for line in lines] == [[1]]
 

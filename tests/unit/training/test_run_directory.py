@@ -14,7 +14,7 @@ from foveal.distributed.world import World
 from foveal.errors import ConfigError, RestartLoopError
 from foveal.training.cli import load_config
 from foveal.training.lease import acquire_lease
-from foveal.training.lease_holder import describe_this_process
+from foveal.training.lease_holder import current_holder
 
 
 def folders(run: Path) -> list[str]:
@@ -128,10 +128,10 @@ def test_a_run_that_is_started_in_vain_says_so_where_it_is_watched(configs, one_
 
 def test_a_run_that_is_set_back_and_comes_again_goes_in_circles(tmp_path: Path) -> None:
     for step in (0, 100, 50, 100, 50):
-        lease = acquire_lease(tmp_path, describe_this_process(1, {}), max_attempts_without_progress=4)
+        lease = acquire_lease(tmp_path, current_holder(1, {}), max_attempts_without_progress=4)
         lease.record_start(step)
-        lease.record_end("killed", 137, step)
-    lease = acquire_lease(tmp_path, describe_this_process(1, {}), max_attempts_without_progress=4)
+        lease.record_end_and_release("killed", 137, step)
+    lease = acquire_lease(tmp_path, current_holder(1, {}), max_attempts_without_progress=4)
     with pytest.raises(
         RestartLoopError, match="each of the last 4 attempts ended without a checkpoint newer than step 100"
     ):

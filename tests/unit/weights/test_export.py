@@ -235,7 +235,7 @@ def test_a_new_head_keeps_its_start_and_an_old_one_is_left_over() -> None:
     start = module.state_dict()["2.weight"].clone()
     new_weights["2.weight"] = torch.zeros(9, 9)  # a head of other classes
     new_weights["norm.weight"] = torch.zeros(3)
-    load_weights_strict(module, new_weights, Path("export"), new_prefixes=["2."], unused_prefixes=["norm."])
+    load_weights_strict(module, new_weights, Path("export"), new_module_prefixes=["2."], unused_prefixes=["norm."])
     assert module.state_dict()["2.weight"].equal(start)
     assert module.state_dict()["0.weight"].eq(7).all()
 

@@ -15,7 +15,7 @@ from foveal.data import DataConfig
 from foveal.errors import ConfigError, ExportError
 from foveal.models.backbone import BackboneCard, backbone_card, backbone_from_card, build_backbone, parse_encoder_card
 from foveal.models.encode import encode_cls_and_patches
-from foveal.models.resize import resize_weights_from_card
+from foveal.models.resize import resize_positions_from_card
 from foveal.models.vit import EncoderCard, VitConfig, build_encoder, encoder_card, encoder_from_card
 from foveal.weights.export import Card, load_weights_strict, write_export
 from foveal.weights.pretrained import inspect_pretrained
@@ -72,7 +72,7 @@ def test_a_vision_transformer_is_an_encoder_whose_layers_can_teach(size: int, ex
     assert (spec.image_size, spec.positions, spec.pooling, spec.classes) == (expected, "learned", "token", 7)
     encoder = encoder_from_card(source.card.encoder | {"image_size": size}, "card").eval()
     load_weights_strict(
-        encoder, resize_weights_from_card(source.load_weights(), encoder, source.card.encoder, "card"), source.path
+        encoder, resize_positions_from_card(source.load_weights(), encoder, source.card.encoder, "card"), source.path
     )
     if size == expected:
         cls, patches = encode_cls_and_patches(encoder, images(size=size))

@@ -161,7 +161,7 @@ def test_an_image_outside_of_its_shard(folder: Path) -> None:
     with pytest.raises(
         DataError, match=r"train-000000\.tar: the index has '.*' at byte 1000000000000000, outside of the"
     ):
-        index.find_image(0)
+        index.find_image_offset_size(0)
 
 
 def test_a_label_beyond_the_classes(folder: Path) -> None:

@@ -14,7 +14,7 @@ from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, res
 
 from foveal.data.config import AugmentConfig
 from foveal.data.image import decode as module
-from foveal.data.image.decode import CropFunction, decode_crop, decode_image, jpeg_decoder_name
+from foveal.data.image.decode import CropFunction, decode_crop, decode_image, jpeg_decoder_and_version
 from foveal.data.image.transforms import UNIFORMS_PER_CROP, CropBox, compute_eval_crop, compute_train_crop
 from foveal.seeding import derive_key, draw_uniform_numpy
 
@@ -125,9 +125,9 @@ def test_both_decoders_give_the_same_pixels(
 
 def test_the_decoder_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     if module.simplejpeg is not None:
-        assert jpeg_decoder_name() == f"simplejpeg {version('simplejpeg')}"
+        assert jpeg_decoder_and_version() == f"simplejpeg {version('simplejpeg')}"
     monkeypatch.setattr(module, "simplejpeg", None)
-    assert jpeg_decoder_name() == f"Pillow {version('Pillow')}"
+    assert jpeg_decoder_and_version() == f"Pillow {version('Pillow')}"
 
 
 @pytest.mark.parametrize("orientation", range(10))

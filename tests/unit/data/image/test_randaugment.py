@@ -94,7 +94,7 @@ def test_only_training_is_changed_and_on_any_ranks_alike(configure: Callable[...
             eval_cfg,
             split="val",
             subset="all",
-            seed=0,
+            training_seed=0,
             rank=0,
             world_size=1,
             microbatch_size=16,

@@ -66,7 +66,14 @@ def evaluated(dataset: Dataset, cfg: DataConfig, world_size: int = 1) -> list[An
         batch
         for rank in range(world_size)
         for batch in eval_batches(
-            dataset, cfg, split="train", subset="all", seed=0, rank=rank, world_size=world_size, microbatch_size=3
+            dataset,
+            cfg,
+            split="train",
+            subset="all",
+            training_seed=0,
+            rank=rank,
+            world_size=world_size,
+            microbatch_size=3,
         )
     ]
 

@@ -16,7 +16,7 @@ import safetensors.numpy
 from foveal.data import DataConfig, Dataset, eval_batches
 from foveal.data.format.manifest import read_manifest
 from foveal.data.format.shard_index import ShardIndex, mmap_index, open_index, verify_index, write_index
-from foveal.data.indexing.index import index_folder, index_shard
+from foveal.data.indexing.index import build_shard_index, index_folder
 from foveal.errors import DataError
 
 WriteTar = Callable[..., Path]
@@ -31,7 +31,7 @@ def test_offsets_are_those_of_tarfile(tmp_path: Path, write_tar: WriteTar, png: 
         ("b.1/0.png", png),
     ]
     shard = write_tar(tmp_path / "train-0.tar", members)
-    index = index_shard(str(tmp_path), shard.name)
+    index = build_shard_index(str(tmp_path), shard.name)
     assert index.fields == ("png", "cls", "seg.png")
     assert [index.key(row) for row in range(len(index))] == ["a/0", "b.1/0"]
     assert index.labels.tolist() == [3, 12]
@@ -41,7 +41,7 @@ def test_offsets_are_those_of_tarfile(tmp_path: Path, write_tar: WriteTar, png: 
             expected = {name.lower(): content for name, content in members}.get(f"{stem}.{field}")
             offset, size = index.offsets[row, column], index.sizes[row, column]
             assert (None if size < 0 else data[offset : offset + size]) == expected
-    assert index.find_image(1) == (index.offsets[1, 0], len(png))
+    assert index.find_image_offset_size(1) == (index.offsets[1, 0], len(png))
 
 
 @pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -52,15 +52,15 @@ def test_long_and_foreign_names_are_keys(tmp_path: Path, png: bytes, kind: int) 
             header = tarfile.TarInfo(name)
             header.size = len(data)
             tar.addfile(header, io.BytesIO(data))
-    index = index_shard(str(tmp_path), "train-0.tar")
+    index = build_shard_index(str(tmp_path), "train-0.tar")
     assert index.key(0) == key
-    offset, size = index.find_image(0)
+    offset, size = index.find_image_offset_size(0)
     assert (tmp_path / "train-0.tar").read_bytes()[offset : offset + size] == png
 
 
 def test_names_are_data_and_never_paths(tmp_path: Path, write_tar: WriteTar, png: bytes) -> None:
     write_tar(tmp_path / "train-0.tar", [("../../escape.png", png), ("/etc/passwd.png", png)])
-    index = index_shard(str(tmp_path), "train-0.tar")
+    index = build_shard_index(str(tmp_path), "train-0.tar")
     assert [index.key(0), index.key(1)] == ["../../escape", "/etc/passwd"]
     assert [entry.name for entry in tmp_path.iterdir()] == ["train-0.tar"]
 
@@ -68,7 +68,7 @@ def test_names_are_data_and_never_paths(tmp_path: Path, write_tar: WriteTar, png
 def test_what_webdataset_skips_is_skipped(tmp_path: Path, write_tar: WriteTar, png: bytes) -> None:
     members = [("README", b"x"), ("._0.png", b"x"), ("__meta__/a.json", b"{}"), ("0.png", png), ("notes", b"x")]
     write_tar(tmp_path / "train-0.tar", members)
-    index = index_shard(str(tmp_path), "train-0.tar")
+    index = build_shard_index(str(tmp_path), "train-0.tar")
     assert (len(index), index.fields) == (1, ("png",))
 
 
@@ -81,15 +81,15 @@ def test_the_tar_of_the_system_can_be_indexed(tmp_path: Path, png: bytes) -> Non
     subprocess.run(
         ["tar", "-b", "128", "--sort=name", "-cf", "train-0.tar", "./images"], cwd=tmp_path, check=True, env=os.environ
     )
-    index = index_shard(str(tmp_path), "train-0.tar")
+    index = build_shard_index(str(tmp_path), "train-0.tar")
     assert [index.key(row) for row in range(2)] == ["./images/0001", "./images/0002"]
     assert index.labels.tolist() == [7, 7]
 
 
 def test_an_index_file_is_safetensors_and_reads_back_mapped(tmp_path: Path, digits: Path) -> None:
-    index = index_shard(str(digits), "train-000000.tar")
+    index = build_shard_index(str(digits), "train-000000.tar")
     write_index(index, tmp_path / "x.index")
-    mapped = open_index(tmp_path / "x.index", index.compute_digest(), len(index))
+    mapped = open_index(tmp_path / "x.index", index.compute_samples_digest(), len(index))
     stored = safetensors.numpy.load_file(tmp_path / "x.index")
     for name in ("offsets", "sizes", "labels", "key_ends", "keys"):
         assert np.array_equal(getattr(mapped, name), getattr(index, name))
@@ -102,7 +102,7 @@ def test_an_index_file_is_safetensors_and_reads_back_mapped(tmp_path: Path, digi
 def test_the_digest_knows_keys_sizes_and_labels_and_not_places(tmp_path: Path, write_tar: WriteTar, png: bytes) -> None:
     def digest(*members: tuple[str, bytes]) -> str:
         write_tar(tmp_path / "train-0.tar", members)
-        return index_shard(str(tmp_path), "train-0.tar").compute_digest()
+        return build_shard_index(str(tmp_path), "train-0.tar").compute_samples_digest()
 
     base = digest(("a.png", png), ("a.cls", b"1"))
     assert digest(("skipped", b"x" * 2000), ("a.png", png), ("a.cls", b"1")) == base
@@ -132,7 +132,7 @@ def test_class_names_become_labels(tmp_path: Path, write_tar: WriteTar, png: byt
     write_tar(tmp_path / "train-0.tar", [("a.png", png), ("a.cls", b"cat"), ("b.png", png), ("b.cls", b"0")])
     manifest = index_folder(str(tmp_path), classes=["dog", "cat"])
     assert manifest.classes == ("dog", "cat")
-    assert index_shard(str(tmp_path), "train-0.tar", ["dog", "cat"]).labels.tolist() == [1, 0]
+    assert build_shard_index(str(tmp_path), "train-0.tar", ["dog", "cat"]).labels.tolist() == [1, 0]
 
 
 def test_indexing_what_is_left_of_a_packed_folder_keeps_names_and_statistics(digits: Path, tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_indexing_a_packed_folder_keeps_what_the_packer_knew(digits: Path, tmp_p
     shutil.move(folder / "train-000005.tar", folder / "train-000006.tar")
     index_folder(str(folder), folder / "elsewhere")
     renamed = Dataset.open(cfg.model_copy(update={"index": str(folder / "elsewhere")}))
-    assert renamed.digest("train") == packed.digest("train")
+    assert renamed.samples_digest("train") == packed.samples_digest("train")
 
 
 def test_shards_behind_a_url_read_as_those_in_a_folder(digits: Path, tmp_path: Path) -> None:
@@ -170,7 +170,9 @@ def test_shards_behind_a_url_read_as_those_in_a_folder(digits: Path, tmp_path: P
         tree = {"path": path, "index": index, "image_size": 8, "channels": 1}
         cfg = DataConfig.from_dict(tree, "the test")
         dataset = Dataset.open(cfg)
-        rows = eval_batches(dataset, cfg, split="val", subset="all", seed=0, rank=0, world_size=1, microbatch_size=360)
+        rows = eval_batches(
+            dataset, cfg, split="val", subset="all", training_seed=0, rank=0, world_size=1, microbatch_size=360
+        )
         batches.append(next(rows))
         rows.close()
     assert batches[0].images.equal(batches[1].images)
@@ -272,10 +274,10 @@ def test_no_shards_and_no_place_to_write_are_sentences(tmp_path: Path, digits: P
 
 @pytest.mark.parametrize("damage", ["format", "digest", "samples", "rubbish", "empty", "missing"])
 def test_an_index_that_does_not_belong_is_refused(tmp_path: Path, digits: Path, damage: str) -> None:
-    index = index_shard(str(digits), "val-000000.tar")
+    index = build_shard_index(str(digits), "val-000000.tar")
     file = tmp_path / "val-000000.tar.index"
     write_index(index, file)
-    digest, samples = index.compute_digest(), len(index)
+    digest, samples = index.compute_samples_digest(), len(index)
     if damage == "format":
         file.write_bytes(file.read_bytes().replace(b'"format\\": 2', b'"format\\": 1'))
     elif damage == "digest":
@@ -293,7 +295,7 @@ def test_an_index_that_does_not_belong_is_refused(tmp_path: Path, digits: Path, 
 def test_every_byte_of_an_index_is_covered(tmp_path: Path, digits: Path) -> None:
     """A changed byte is refused, or is in padding and does not change the index."""
     file = tmp_path / "val-000000.tar.index"
-    index = index_shard(str(digits), "val-000000.tar")
+    index = build_shard_index(str(digits), "val-000000.tar")
     write_index(index, file)
     verify_index(file)
     data = file.read_bytes()
@@ -309,7 +311,7 @@ def test_every_byte_of_an_index_is_covered(tmp_path: Path, digits: Path) -> None
             changed, digest = mmap_index(file)
             assert (changed.to_metadata(), digest, changed.checksum) == (
                 index.to_metadata(),
-                index.compute_digest(),
+                index.compute_samples_digest(),
                 index.compute_checksum(),
             )
             assert position < start, "a changed byte of the arrays was not detected"
@@ -323,4 +325,4 @@ def test_a_sample_without_an_image_is_named() -> None:
     none = np.full((1, 1), -1)
     index = ShardIndex("s.tar", 1, ("png",), none, none, np.array([0]), np.array([1]), np.frombuffer(b"k", "u1"))
     with pytest.raises(DataError, match=r"s.tar: sample 'k' has no image"):
-        index.find_image(0)
+        index.find_image_offset_size(0)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foveal.data.format.shard_index import IndexRules
-from foveal.data.indexing.index import index_folder, index_shard
+from foveal.data.indexing.index import build_shard_index, index_folder
 from foveal.data.indexing.tar import TarSample, scan_tar
 from foveal.errors import DataError
 
@@ -42,7 +42,7 @@ def test_of_a_shard_cut_anywhere_the_whole_samples_are_indexed(kind: int) -> Non
     tar = tar_of(members, kind)
     samples, note = scan(tar)
     assert (len(samples), note) == (3, "")
-    ends = [offset + size for sample in samples for offset, size in sample.members.values()]
+    ends = [offset + size for sample in samples for offset, size in sample.offset_size_by_field.values()]
     marked = -(-ends[-1] // 512) * 512 + 512  # a block of zeros after the last member marks the end
     for size in [*range(512, marked + 1, 32), *ends, *(end - 1 for end in ends)]:
         scanned, note = scan(tar[:size])
@@ -114,7 +114,7 @@ def test_rubbish_is_refused_or_is_a_sample_that_tarfile_sees(data: st.DataObject
     except DataError:
         return
     for sample in samples:
-        for offset, size in sample.members.values():
+        for offset, size in sample.offset_size_by_field.values():
             assert 512 <= offset <= offset + size <= len(tar)
 
 
@@ -139,8 +139,8 @@ def test_a_header_with_a_wrong_sum_is_damage_and_not_the_end() -> None:
 
 def test_an_index_of_a_cut_shard_opens(tmp_path: Path, write_tar: WriteTar, png: bytes) -> None:
     data = write_tar(tmp_path / "train-0.tar", [(f"{key}.png", png) for key in "abcd"]).read_bytes()
-    before = index_shard(str(tmp_path), "train-0.tar")
+    before = build_shard_index(str(tmp_path), "train-0.tar")
     (tmp_path / "train-0.tar").write_bytes(data[: 3 * 1024 + 512])
-    after = index_shard(str(tmp_path), "train-0.tar")
+    after = build_shard_index(str(tmp_path), "train-0.tar")
     assert (len(after), after.bytes) == (3, 3 * 1024 + 512)
     assert np.array_equal(after.offsets, before.offsets[:3])

@@ -55,7 +55,7 @@ def rows(dataset: Dataset, split: str) -> dict[int, tuple[int, bytes]]:
     return {
         int(index.key(row).rsplit("_", 1)[1]): (
             int(index.labels[row]),
-            dataset.read_bytes(index.shard, *index.find_image(row)),
+            dataset.read_bytes(index.shard, *index.find_image_offset_size(row)),
         )
         for row in range(len(index))
     }

@@ -18,7 +18,7 @@ from foveal.data import Batch, DataConfig, Dataset, build_training_set, eval_bat
 from foveal.data.indexing.index import index_folder
 from foveal.distributed.world import World
 from foveal.errors import DataError
-from foveal.tracking.jsonl import read_metric_rows
+from foveal.tracking.jsonl import read_rows_without_time
 from foveal.training.cli import load_config, run_stage
 
 BATCH = 64
@@ -191,7 +191,7 @@ def test_evaluation_leaves_its_row_empty(configure: Configure, spoilt: Spoil, wo
             cfg,
             split="val",
             subset="all",
-            seed=0,
+            training_seed=0,
             rank=rank,
             world_size=world_size,
             microbatch_size=50,
@@ -235,7 +235,7 @@ def test_too_many_stop_every_rank(two_ranks: Ranks, configs: dict[str, Path], sp
     with pytest.raises(DataError, match=r"\d samples of split 'train' do not decode, and data.max_bad allows 1.437"):
         two_ranks.train(stage_named("pretrain"), configs["pretrain"], tmp_path / "run", *settings(folder))
     assert len(quarantined(tmp_path / "run")) >= 2
-    rows = read_metric_rows(tmp_path / "run" / "metrics.jsonl")
+    rows = read_rows_without_time(tmp_path / "run" / "metrics.jsonl")
     assert rows[-1]["bad_samples"] >= 2, "the metrics of the last step are written before the run stops"
     assert two_ranks.call(_rank) == [0, 1], "both ranks are free for the next run"
 
@@ -291,5 +291,5 @@ def test_a_rank_whose_loader_hangs_fails_all_together(
     assert re.search(r"the loader is stuck at .*train-0000\d\d.tar: sample 'digit_\d{4}'", message_0)
     assert max(seconds_0, seconds_1) < 60
     assert "hanging" in (run / "logs" / "rank-001.log").read_text(), "the stack of the thread that hangs"
-    assert read_metric_rows(run / "metrics.jsonl") is not None
+    assert read_rows_without_time(run / "metrics.jsonl") is not None
     assert "Unreachable" in (run / "logs" / "rank-000.log").read_text()

@@ -10,7 +10,7 @@ import torch
 from ranks import Ranks, stage_named
 
 from foveal.data.batch import BadSample, Batch
-from foveal.data.records.audit import audit_epochs, find_first_differing_step, format_audit_report, read_ledger
+from foveal.data.records.audit import audit_epochs, find_first_differing_step, format_audit_report, open_ledger
 from foveal.data.records.ledger import ROW_DTYPE, LedgerWriter, begin_attempt, ledger_rows_path
 from foveal.errors import DataError
 
@@ -63,13 +63,13 @@ def epochs(steps: int, seed: int = 0) -> Rows:
 
 
 def test_every_epoch_is_counted(tmp_path: Path) -> None:
-    audits = audit_epochs(read_ledger(write(tmp_path, 0, epochs(12))))
-    assert [(audit.epoch, audit.seen_counts) for audit in audits] == [
+    audits = audit_epochs(open_ledger(write(tmp_path, 0, epochs(12))))
+    assert [(audit.epoch, audit.samples_by_times_seen) for audit in audits] == [
         (0, (0, 20, 0, 0)),
         (1, (0, 20, 0, 0)),
         (2, (12, 8, 0, 0)),
     ]
-    assert not any(audit.duplicate_samples or audit.num_replaced for audit in audits)
+    assert not any(audit.duplicate_split_positions or audit.num_replaced for audit in audits)
 
 
 def test_a_sample_seen_twice_is_named(tmp_path: Path) -> None:
@@ -78,8 +78,8 @@ def test_a_sample_seen_twice_is_named(tmp_path: Path) -> None:
     lines, passes = format_audit_report(write(tmp_path, 0, rows), None)
     assert not passes
     assert f"  sample {rows[2][0]} of split 'train' in epoch 0, at the steps 2, 4" in lines
-    (audit,) = audit_epochs(read_ledger(tmp_path))
-    assert audit.seen_counts == (1, 18, 1, 0)
+    (audit,) = audit_epochs(open_ledger(tmp_path))
+    assert audit.samples_by_times_seen == (1, 18, 1, 0)
 
 
 @pytest.mark.parametrize("place", [{"index": "$NOT_SET_ANYWHERE"}, {"path": "digits"}])
@@ -108,17 +108,17 @@ def test_no_file_is_kept_open(tmp_path: Path) -> None:
     for step in range(5):
         write(tmp_path, step, {step + 1: rows[step + 1]}, ranks=4)
     before = len(list(Path("/proc/self/fd").iterdir()))
-    (audit,) = audit_epochs(read_ledger(tmp_path))
-    assert audit.seen_counts == (0, 20, 0, 0)
+    (audit,) = audit_epochs(open_ledger(tmp_path))
+    assert audit.samples_by_times_seen == (0, 20, 0, 0)
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_a_stand_in_is_no_duplicate(tmp_path: Path) -> None:
     rows = epochs(5)
     bad = BadSample(1, rows[1][1], rows[3][0], "train", "s", "k", 0, "cut")
-    (audit,) = audit_epochs(read_ledger(write(tmp_path, 0, rows, bad=(bad,))))
-    assert audit.seen_counts == (1, 19, 0, 0)
-    assert (audit.num_replaced, audit.num_replacements, audit.duplicate_samples) == (1, 1, ())
+    (audit,) = audit_epochs(open_ledger(write(tmp_path, 0, rows, bad=(bad,))))
+    assert audit.samples_by_times_seen == (1, 19, 0, 0)
+    assert (audit.num_replaced, audit.num_replacements, audit.duplicate_split_positions) == (1, 1, ())
 
 
 def test_rows_past_a_resume_are_void(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_rows_past_a_resume_are_void(tmp_path: Path) -> None:
     write(tmp_path / "killed", 6, wrong, ranks=4)
     write(tmp_path / "killed", 6, {step: rows[step] for step in range(7, 21)}, ranks=1, microbatches=4)
     write(tmp_path / "reference", 0, rows, ranks=2, microbatches=2)
-    killed, reference = read_ledger(tmp_path / "killed"), read_ledger(tmp_path / "reference")
+    killed, reference = open_ledger(tmp_path / "killed"), open_ledger(tmp_path / "reference")
     assert [(attempt.after_step, attempt.last_step) for attempt in killed.attempts] == [(0, 6), (6, 20)]
     assert find_first_differing_step(killed, reference) is None
     lines, passes = format_audit_report(tmp_path / "killed", tmp_path / "reference")
@@ -142,7 +142,7 @@ def test_one_slot_that_differs_is_found(tmp_path: Path, step: int) -> None:
     write(tmp_path / "one", 0, rows)
     rows[step][2], rows[step][3] = rows[step][3], rows[step][2]  # the same samples in other slots
     write(tmp_path / "other", 0, rows, ranks=4)
-    assert find_first_differing_step(read_ledger(tmp_path / "one"), read_ledger(tmp_path / "other")) == step
+    assert find_first_differing_step(open_ledger(tmp_path / "one"), open_ledger(tmp_path / "other")) == step
     lines, passes = format_audit_report(tmp_path / "one", tmp_path / "other")
     assert not passes
     assert lines[-1].endswith(f"step {step} is the first that consumed other samples")
@@ -152,7 +152,7 @@ def test_what_a_kill_tore_is_left_out(tmp_path: Path) -> None:
     write(tmp_path, 0, epochs(10))
     file = ledger_rows_path(tmp_path / "ledger", 1, 1)
     file.write_bytes(file.read_bytes()[: -ROW_DTYPE.itemsize - 5])
-    assert read_ledger(tmp_path).last_step == 9
+    assert open_ledger(tmp_path).last_step == 9
 
 
 def test_rows_that_must_be_there_are_missed(tmp_path: Path) -> None:
@@ -163,18 +163,18 @@ def test_rows_that_must_be_there_are_missed(tmp_path: Path) -> None:
     data, row_size = file.read_bytes(), ROW_DTYPE.itemsize
     file.write_bytes(data[:-row_size])
     with pytest.raises(DataError, match=r"has no rows of the steps 5 to 5: files are missing"):
-        read_ledger(tmp_path)
+        open_ledger(tmp_path)
     file.write_bytes(data[: 2 * row_size] + data[4 * row_size :] + data[: 2 * row_size])
     with pytest.raises(DataError, match=r"attempt-0001-rank-0001.rows is damaged"):
-        audit_epochs(read_ledger(tmp_path))
+        audit_epochs(open_ledger(tmp_path))
 
 
 def test_no_ledger_and_nothing_to_compare_are_sentences(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no ledger: train with data.ledger=true"):
-        read_ledger(tmp_path)
+        open_ledger(tmp_path)
     (tmp_path / "comparison" / "trials").mkdir(parents=True)
     with pytest.raises(DataError, match=r"audit one of .*comparison/trials"):
-        read_ledger(tmp_path / "comparison")
+        open_ledger(tmp_path / "comparison")
     first_run, second_run = write(tmp_path / "one", 0, epochs(3)), write(tmp_path / "other", 3, epochs(6) | {})
     metadata = second_run / "ledger" / "attempt-0001.json"
     metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"batch": 8}))
@@ -203,7 +203,7 @@ def test_steps_of_an_attempt_without_a_ledger_are_missed(
     train(10, ledger=True)
     shutil.rmtree(next((run / "checkpoints").glob("step-00000010-*")))
     train(10, ledger=False)
-    assert read_ledger(run).last_step == 5
+    assert open_ledger(run).last_step == 5
     train(15, ledger=True)
     with pytest.raises(DataError, match=r"has no rows of the steps 6 to 10"):
-        read_ledger(run)
+        open_ledger(run)

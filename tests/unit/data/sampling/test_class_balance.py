@@ -45,7 +45,7 @@ def test_classes_come_as_often_as_they_should(balance: float, expected: tuple[in
     dataset = uneven()
     part = select_subset(dataset, config(balance=balance), split="train", subset="train", seed=0)
     labels = dataset.labels("train")
-    ids = np.arange(len(labels)) if part.chosen_ids is None else part.chosen_ids
+    ids = np.arange(len(labels)) if part.split_positions is None else part.split_positions
     assert tuple(np.bincount(labels[ids])) == expected
     assert part.samples_per_shard.sum() == sum(expected)
     copies = Counter(ids.tolist())
@@ -53,9 +53,9 @@ def test_classes_come_as_often_as_they_should(balance: float, expected: tuple[in
         class_copies = {copies[int(sample)] for sample in np.flatnonzero(labels == label)}
         assert max(class_copies) - min(class_copies) <= 1, "samples of a class differ by at most one copy"
     if part.copy_numbers is not None:
-        assert part.chosen_ids is not None
-        pairs = set(zip(part.chosen_ids.tolist(), part.copy_numbers.tolist(), strict=True))
-        assert len(pairs) == len(part.chosen_ids), "every copy has a number of its own"
+        assert part.split_positions is not None
+        pairs = set(zip(part.split_positions.tolist(), part.copy_numbers.tolist(), strict=True))
+        assert len(pairs) == len(part.split_positions), "every copy has a number of its own"
         assert part.copy_numbers.max() + 1 == part.max_copies
 
 
@@ -77,7 +77,7 @@ def test_a_class_without_samples_cannot_come_as_often_as_others() -> None:
     dataset: Any = UnevenDataset(uneven().labels("train"), classes=("cat", "dog", "hen", "owl"))
     with pytest.raises(DataError, match=r"class 'owl' has no sample in split 'train', and data.balance needs some"):
         select_subset(dataset, config(balance=0.5), **selection)
-    assert select_subset(dataset, config(), **selection).chosen_ids is None
+    assert select_subset(dataset, config(), **selection).split_positions is None
     unnamed: Any = UnevenDataset(dataset.labels("train"), classes=None)
     assert len(select_subset(unnamed, config(balance=1.0), **selection)) == 120
 

@@ -29,10 +29,10 @@ def labelled(labels: np.ndarray, shards: int = 1) -> Any:
 
 def select_ids(dataset: Any, cfg: DataConfig, part: SubsetName, seed: int = 0) -> np.ndarray:
     subset = select_subset(dataset, cfg, split="train", subset=part, seed=seed)
-    assert subset.chosen_ids is not None
-    assert (np.diff(subset.chosen_ids) > 0).all()
-    assert subset.samples_per_shard.sum() == len(subset.chosen_ids)
-    return subset.chosen_ids
+    assert subset.split_positions is not None
+    assert (np.diff(subset.split_positions) > 0).all()
+    assert subset.samples_per_shard.sum() == len(subset.split_positions)
+    return subset.split_positions
 
 
 @given(data=st.data())
@@ -81,7 +81,7 @@ def test_any_number_of_ranks_evaluates_the_fold_and_trains_on_the_rest(
     evaluated: list[int] = []
     for rank in range(size):
         for batch in eval_batches(
-            dataset, cfg, split="train", subset="fold", seed=2, rank=rank, world_size=size, microbatch_size=50
+            dataset, cfg, split="train", subset="fold", training_seed=2, rank=rank, world_size=size, microbatch_size=50
         ):
             evaluated += batch.ids[batch.valid].tolist()
     assert sorted(evaluated) == fold.tolist()
@@ -140,4 +140,4 @@ def test_a_mixed_set_must_not_bring_the_fold_back(configure: Configure) -> None:
     with pytest.raises(ConfigError, match=r"holds the images that data.fold keeps out of training"):
         build_training_set(Dataset.open(cfg), cfg, seed=0, batch_size=48)
     cfg = configure(fold={"of": 5, "number": 0}, mix=[{"path": mixed.path, "split": "val", "share": 0.25}])
-    assert build_training_set(Dataset.open(cfg), cfg, seed=0, batch_size=48).sources[1].subset.chosen_ids is None
+    assert build_training_set(Dataset.open(cfg), cfg, seed=0, batch_size=48).sources[1].subset.split_positions is None

@@ -12,7 +12,7 @@ from ranks import Ranks, stage_named
 from finetune.config import FinetuneConfig
 from finetune.plan import plan_training
 from foveal.data import Batch, DataConfig, Dataset, build_training_set, train_batches
-from foveal.data.records.audit import audit_epochs, read_ledger
+from foveal.data.records.audit import audit_epochs, open_ledger
 from foveal.errors import ConfigError, DataError
 
 BATCH, TRAIN, VAL = 64, 1437, 360
@@ -89,10 +89,10 @@ def test_a_mixed_run_resumes_and_is_audited(
         resumed = two_ranks.train(stage, configs["pretrain"], tmp_path / "resumed", *overrides, f"run.stop_at={stop}")
     assert [row["loss"] for row in resumed] == [row["loss"] for row in uninterrupted]
     for run in ("uninterrupted", "resumed"):
-        audits = audit_epochs(read_ledger(tmp_path / run))
-        assert [(audit.source, audit.epoch) for audit in audits] == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
-        assert not [audit for audit in audits if audit.duplicate_samples]
-        assert sum(audit.seen_counts[1] for audit in audits if audit.source == 1) == 58 * BATCH // 4
+        audits = audit_epochs(open_ledger(tmp_path / run))
+        assert [(audit.source_number, audit.epoch) for audit in audits] == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
+        assert not [audit for audit in audits if audit.duplicate_split_positions]
+        assert sum(audit.samples_by_times_seen[1] for audit in audits if audit.source_number == 1) == 58 * BATCH // 4
 
 
 def test_mixtures_that_cannot_be_are_sentences(

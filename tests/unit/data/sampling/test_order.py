@@ -36,7 +36,7 @@ MANY = ([1036176, 946146, 959688, 377114], [1086879, 1046278, 116575, 1087416])
 
 def test_golden() -> None:
     order = SampleOrder(np.array([5, 4, 6, 5]), batch_size=8, num_lanes=2, window_shards=2, seed=7)
-    assert (order.num_samples, order.steps_per_epoch, order.dropped_per_epoch) == (20, 2, 4)
+    assert (order.first_source_size, order.steps_per_epoch, order.dropped_per_epoch) == (20, 2, 4)
     assert order.assign_slots(0, 0, 8).subset_positions.tolist() == GOLDEN[0]
     assert order.assign_slots(1, 0, 8).subset_positions.tolist() == GOLDEN[1]
     assert order.assign_slots(2, 0, 8).subset_positions.tolist() == GOLDEN[2]
@@ -52,18 +52,18 @@ def test_golden_of_many_shards() -> None:
 def test_golden_of_a_mixture() -> None:
     mix = [(np.array([4, 0, 5]), 0.25), (np.array([3]), 0.125)]
     order = SampleOrder(np.array([5, 4, 6, 5]), batch_size=16, num_lanes=2, window_shards=2, seed=7, mix=mix)
-    assert (order.source_sizes, order.num_samples, order.steps_per_epoch, order.dropped_per_epoch) == (
+    assert (order.source_sizes, order.first_source_size, order.steps_per_epoch, order.dropped_per_epoch) == (
         (20, 9, 3),
         20,
         2,
         0,
     )
     assert order.epoch_quotas == (20, 8, 4)
-    assert order.epoch_at_step(3) == 1
+    assert order.epoch_of_batch(3) == 1
     slots = order.assign_slots(3, 0, 16)
     assert slots.source_numbers.tolist() == MIXED[0]
     assert slots.stream_positions.tolist() == MIXED[1]
-    assert slots.epochs.tolist() == MIXED[2]
+    assert slots.source_epochs.tolist() == MIXED[2]
     assert slots.subset_positions.tolist() == MIXED[3]
 
 
@@ -94,8 +94,8 @@ def test_epochs_differ_and_so_does_what_they_drop() -> None:
     assert all(len(samples) == 10 for samples in dropped)
     assert len({frozenset(samples) for samples in dropped}) == 6
     assert epoch_of_samples(order, 0).tolist() != epoch_of_samples(order, 1).tolist()
-    assert order.epoch_at_step(4) == 0
-    assert order.epoch_at_step(5) == 1
+    assert order.epoch_of_batch(4) == 0
+    assert order.epoch_of_batch(5) == 1
 
 
 def test_another_seed_is_another_order() -> None:

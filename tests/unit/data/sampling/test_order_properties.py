@@ -129,11 +129,11 @@ def test_an_epoch_has_no_sample_twice_and_drops_exactly_the_remainder(case: Case
     for epoch in (0, 3):
         first = epoch * order.steps_per_epoch
         _, positions, epochs, samples = steps_of(order, first, first + order.steps_per_epoch)
-        assert len(samples) == order.num_samples - order.dropped_per_epoch == order.epoch_quotas[0]
-        assert order.dropped_per_epoch == order.num_samples % case.batch < case.batch
-        assert np.bincount(samples, minlength=order.num_samples).max() == 1
-        assert len(np.bincount(samples)) <= order.num_samples == case.counts.sum()
-        assert set(epochs.tolist()) == {epoch} == {order.epoch_at_step(first + order.steps_per_epoch - 1)}
+        assert len(samples) == order.first_source_size - order.dropped_per_epoch == order.epoch_quotas[0]
+        assert order.dropped_per_epoch == order.first_source_size % case.batch < case.batch
+        assert np.bincount(samples, minlength=order.first_source_size).max() == 1
+        assert len(np.bincount(samples)) <= order.first_source_size == case.counts.sum()
+        assert set(epochs.tolist()) == {epoch} == {order.epoch_of_batch(first + order.steps_per_epoch - 1)}
         assert same([np.sort(positions)], [np.arange(len(samples)) + epoch * len(samples)])
 
 
@@ -141,11 +141,11 @@ def test_an_epoch_has_no_sample_twice_and_drops_exactly_the_remainder(case: Case
 @settings(max_examples=25, deadline=None)
 def test_other_samples_are_dropped_in_other_epochs(case: Case) -> None:
     order = case.order()
-    assume(order.num_samples >= 50 and order.dropped_per_epoch)
+    assume(order.first_source_size >= 50 and order.dropped_per_epoch)
     dropped = set()
     for epoch in range(4):  # probability of four equal sets by chance: below 1e-5
         samples = steps_of(order, epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)[3]
-        dropped.add(tuple(np.setdiff1d(np.arange(order.num_samples), samples)))
+        dropped.add(tuple(np.setdiff1d(np.arange(order.first_source_size), samples)))
     assert len(dropped) > 1
 
 
@@ -193,8 +193,8 @@ def test_an_epoch_of_a_mixture_has_exactly_the_quotas(case: Case, epoch: int) ->
     order = case.order()
     shares = [share for _, share in case.mix]
     steps = order.steps_per_epoch
-    assert steps * case.batch * (1 - sum(shares)) <= order.num_samples * (1 + 1e-9)
-    assert (steps + 1) * case.batch * (1 - sum(shares)) > order.num_samples * (1 - 1e-9)
+    assert steps * case.batch * (1 - sum(shares)) <= order.first_source_size * (1 + 1e-9)
+    assert (steps + 1) * case.batch * (1 - sum(shares)) > order.first_source_size * (1 - 1e-9)
     for quota, share in zip(order.epoch_quotas[1:], shares, strict=True):
         assert abs(quota - steps * case.batch * share) <= 0.5 + 1e-6
     sources, *_ = steps_of(order, epoch * steps, (epoch + 1) * steps)
@@ -232,9 +232,9 @@ def test_what_replaces_a_sample_is_the_rest_of_its_window(case: Case, data: st.D
     windows = reference_windows(counts, seed, case.lanes, usable, case.window, epoch)
     window = next(candidate.tolist() for candidate in windows if sample in candidate)
     at = window.index(sample)
-    assert list(order.replacements(source, int(positions[slot]))) == window[at + 1 :] + window[:at]
+    assert list(order.replacement_subset_positions(source, int(positions[slot]))) == window[at + 1 :] + window[:at]
     all_slots(order, order.steps_per_epoch * 5)  # the cached windows are later ones now
-    assert list(order.replacements(source, int(positions[slot]))) == window[at + 1 :] + window[:at]
+    assert list(order.replacement_subset_positions(source, int(positions[slot]))) == window[at + 1 :] + window[:at]
 
 
 @given(either, st.data())

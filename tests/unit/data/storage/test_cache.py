@@ -70,7 +70,10 @@ def test_many_readers_in_little_room(tmp_path: Path, remote_file: FileFactory) -
     faults: list[object] = []
 
     def read(seed: int) -> None:
-        rng, own_cache = random.Random(seed), DownloadCache(tmp_path / "cache", 3 * SIZE + 10, stall_timeout=30.0)
+        rng, own_cache = (
+            random.Random(seed),
+            DownloadCache(tmp_path / "cache", 3 * SIZE + 10, other_process_timeout=30.0),
+        )
         for _ in range(25):
             file = rng.choice(files)
             try:
@@ -80,7 +83,7 @@ def test_many_readers_in_little_room(tmp_path: Path, remote_file: FileFactory) -
                 faults.append(error)
                 raise
 
-    cache = DownloadCache(tmp_path / "cache", 3 * SIZE + 10, stall_timeout=30.0)
+    cache = DownloadCache(tmp_path / "cache", 3 * SIZE + 10, other_process_timeout=30.0)
     with record_folder_bytes(cache) as sums:
         threads = [threading.Thread(target=read, args=(seed,)) for seed in range(6)]
         for thread in threads:
@@ -102,7 +105,7 @@ def test_a_copy_that_goes_while_it_is_read(cache: DownloadCache, remote_file: Fi
 
 
 def test_a_file_larger_than_the_cache(tmp_path: Path, remote_file: FileFactory) -> None:
-    small = DownloadCache(tmp_path / "cache", SIZE - 1, stall_timeout=1.0)
+    small = DownloadCache(tmp_path / "cache", SIZE - 1, other_process_timeout=1.0)
     with pytest.raises(
         CacheFullError, match=r"0.tar has 0.0001 GB and the cache .* may hold 0.0001 GB: raise data.cache.giga"
     ):
@@ -174,7 +177,7 @@ def test_another_process_that_copies(cache: DownloadCache, remote_file: FileFact
         assert 1 < time.monotonic() - start < 10
         os.close(descriptor)
         return
-    before = cache.progress()
+    before = cache.download_counter()
     reads: list[bytes] = []
     reader = threading.Thread(target=lambda: reads.append(read_copy(cache, remote_file(0))))
     reader.start()
@@ -182,7 +185,7 @@ def test_another_process_that_copies(cache: DownloadCache, remote_file: FileFact
         time.sleep(0.1)
         os.pwrite(descriptor, b"not a valid file", 0)
     assert reader.is_alive()
-    assert cache.progress() >= before + 10
+    assert cache.download_counter() >= before + 10
     os.close(descriptor)  # as the kernel does when a process dies
     reader.join()
     assert hashlib.sha256(reads[0]).hexdigest() == remote_file(0).sha256
@@ -229,7 +232,7 @@ def test_parts_of_the_dead_take_no_room(cache: DownloadCache, remote_file: FileF
 
 
 def test_room_that_downloads_under_way_have_taken(tmp_path: Path, remote_file: FileFactory) -> None:
-    cache = DownloadCache(tmp_path / "cache", 2 * SIZE - 1, stall_timeout=0.3)
+    cache = DownloadCache(tmp_path / "cache", 2 * SIZE - 1, other_process_timeout=0.3)
     cache.folder.mkdir()
     part = os.open(cache.folder / f"{remote_file(1).cache_name}.part", os.O_RDWR | os.O_CREAT)
     fcntl.flock(part, fcntl.LOCK_EX)

@@ -23,7 +23,7 @@ def test_fetching_ahead_takes_no_room_from_what_is_in_use(cache: DownloadCache, 
         read_copy(cache, remote_file(number))
         age(cache, remote_file(number), seconds)
     files = [remote_file(number) for number in (3, 4, 5, 6)]  # of which three would fit into an empty cache
-    Prefetcher(cache).request_files(files)
+    Prefetcher(cache).replace_requests(files)
     time.sleep(0.3)
     assert len(copy_names(cache)) == 3
     assert {"1.tar", "2.tar"} < set(copy_names(cache))
@@ -34,7 +34,7 @@ def test_fetching_ahead_stops_where_the_cache_ends(
 ) -> None:
     """The first files are needed first and stay, however long the others take."""
     monkeypatch.setattr(cache_module, "_PREFETCH_MIN_IDLE", 0.0)
-    Prefetcher(cache).request_files([remote_file(number) for number in range(6)])
+    Prefetcher(cache).replace_requests([remote_file(number) for number in range(6)])
     time.sleep(0.3)
     assert sorted(copy_names(cache)) == ["0.tar", "1.tar", "2.tar"]
 
@@ -43,7 +43,7 @@ def test_fetching_ahead_notes_what_is_there_as_in_use(cache: DownloadCache, remo
     for number in (0, 1, 2):
         read_copy(cache, remote_file(number))
         age(cache, remote_file(number), 1000 - number)
-    Prefetcher(cache).request_files([remote_file(0), remote_file(1), remote_file(3)])
+    Prefetcher(cache).replace_requests([remote_file(0), remote_file(1), remote_file(3)])
     assert wait_for_copies(cache, ["0.tar", "1.tar", "3.tar"])
 
 
@@ -52,7 +52,7 @@ def test_fetching_ahead_says_nothing_of_what_is_not_there(
 ) -> None:
     missing = remote_file(0)
     (server / "0.tar").unlink()
-    Prefetcher(cache).request_files([missing, remote_file(1)])
+    Prefetcher(cache).replace_requests([missing, remote_file(1)])
     until = time.monotonic() + 5
     while "0.tar is not there or may not be read" not in caplog.text and time.monotonic() < until:
         time.sleep(0.01)

@@ -115,7 +115,7 @@ def test_a_shard_is_vouched_for_once(folder: Path, opened: Open, monkeypatch: py
     sha256 = reader.sha256
     monkeypatch.setattr(reader, "sha256", lambda file: digests.append(file) or sha256(file))
     for _ in range(2):
-        dataset.verify_checksum("train", 1)
+        dataset.verify_checksum_once("train", 1)
     assert len(digests) == 1
     assert dataset.shard_display_path("train", 1).endswith(f"{folder}/train-000001.tar")
 
@@ -129,17 +129,17 @@ def test_damage_after_the_start(folder: Path, opened: Open, tmp_path: Path) -> N
         stream.seek(1000)
         stream.write(b"\xff" * 8)
     with pytest.raises(DataError, match=r"train-000001.tar( in .*cache)? (is|was) damaged"):
-        dataset.verify_checksum("train", 1)
+        dataset.verify_checksum_once("train", 1)
     if len(shards) == 2:
         assert not damaged.exists()
         assert dataset.read_bytes("train-000001.tar", 1000, 8) == (folder / "train-000001.tar").read_bytes()[1000:1008]
-        dataset.verify_checksum("train", 1)
+        dataset.verify_checksum_once("train", 1)
 
 
 def test_a_manifest_without_digests_vouches_for_anything(folder: Path, opened: Open) -> None:
     text = (folder / "manifest.json").read_text()
     (folder / "manifest.json").write_text("".join(line for line in text.splitlines(True) if '"sha256"' not in line))
-    opened().verify_checksum("train", 1)
+    opened().verify_checksum_once("train", 1)
 
 
 def test_an_evicted_copy_is_let_go_and_fetched_again(folder: Path, opened: Open, tmp_path: Path) -> None:
@@ -170,8 +170,8 @@ def test_damaged_and_foreign_indices(folder: Path, configure: Callable[..., Data
 def test_bytes_that_arrive_move_the_pulse(folder: Path, configure: Callable[..., DataConfig], tmp_path: Path) -> None:
     cfg = configure(path=f"file://{folder}", cache={"dir": str(tmp_path / "cache")})
     dataset = Dataset.open(cfg)
-    assert dataset.progress() == 0
+    assert dataset.download_counter() == 0
     dataset.prefetch_shards("train", [3])
     dataset.read_bytes("train-000003.tar", 0, 10)
-    assert dataset.progress() >= dataset.manifest.splits["train"].shards[3].bytes
-    assert Dataset.open(configure(path=str(folder))).progress() == 0
+    assert dataset.download_counter() >= dataset.manifest.splits["train"].shards[3].bytes
+    assert Dataset.open(configure(path=str(folder))).download_counter() == 0

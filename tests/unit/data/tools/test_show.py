@@ -10,7 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from foveal.cli import app
-from foveal.data.dataset import open_dataset
+from foveal.data.dataset import open_unchecked_dataset
 from foveal.data.indexing.index import index_folder
 from foveal.data.tools.show import (
     _CAPTION,
@@ -69,15 +69,15 @@ def test_the_sheet_has_images_spread_over_shards_and_classes(tmp_path: Path, wri
         ]
         write_tar(tmp_path / f"train-{shard:02d}.tar", members)
     index_folder(str(tmp_path))
-    sheet = draw_contact_sheet(open_dataset(str(tmp_path), None), "train")
+    sheet = draw_contact_sheet(open_unchecked_dataset(str(tmp_path), None), "train")
     assert sheet.size == (8 * 134 + 6, 6 * 152 + 6)
     greys = [int(np.median(square(sheet, number))) // 10 for number in range(48)]
     assert greys == sorted(greys)
     assert (greys[0], greys[-1], len(set(greys))) == (0, 19, 12)
-    again = draw_contact_sheet(open_dataset(f"file://{tmp_path}", None), "train")
+    again = draw_contact_sheet(open_unchecked_dataset(f"file://{tmp_path}", None), "train")
     assert sheet.tobytes() == again.tobytes()
     index_folder(str(tmp_path), classes=[f"class {shard}" for shard in range(20)])
-    named = draw_contact_sheet(open_dataset(str(tmp_path), None), "train")
+    named = draw_contact_sheet(open_unchecked_dataset(str(tmp_path), None), "train")
     assert all((square(named, number) == square(sheet, number)).all() for number in range(48))
     caption = np.s_[_GAP + _SIDE : 2 * _GAP + _SIDE + _CAPTION, :_SIDE]
     assert (np.asarray(named)[caption] < 128).sum() > 2 * (np.asarray(sheet)[caption] < 128).sum(), "names are longer"
@@ -88,7 +88,7 @@ def test_small_and_large_and_bad_images_fit(tmp_path: Path, write_tar: WriteTar)
     members = [(f"{number}.png", encode_png(90, size)) for number, size in enumerate(sizes)]
     write_tar(tmp_path / "train-0.tar", [("x" * 90 + "é\n.png", encode_png(90)[:40]), *members])
     index_folder(str(tmp_path))
-    sheet = draw_contact_sheet(open_dataset(str(tmp_path), None), "train")
+    sheet = draw_contact_sheet(open_unchecked_dataset(str(tmp_path), None), "train")
     assert sheet.size == (7 * 134 + 6, 152 + 6)
     assert (square(sheet, 0) == _MISSING).all(axis=-1).mean() > 0.5
     assert (square(sheet, 1) == 90).all()
@@ -110,4 +110,4 @@ def test_the_command_draws_a_sheet(digits: Path, tmp_path: Path) -> None:
     lost = run.invoke(app, ["data", "show", str(digits), "--sheet", str(tmp_path / "no" / "x.png")])
     assert isinstance(lost.exception, DataError)
     with pytest.raises(DataError, match="split 'test' does not exist; splits with samples: 'train', 'val'"):
-        draw_contact_sheet(open_dataset(str(digits), None), "test")
+        draw_contact_sheet(open_unchecked_dataset(str(digits), None), "test")

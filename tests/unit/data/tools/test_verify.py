@@ -14,10 +14,10 @@ import pytest
 from typer.testing import CliRunner
 
 from foveal.cli import app
-from foveal.data.dataset import open_dataset
+from foveal.data.dataset import open_unchecked_dataset
 from foveal.data.format.manifest import read_manifest
 from foveal.data.format.shard_index import ShardIndex, write_index
-from foveal.data.indexing.index import index_folder, index_shard
+from foveal.data.indexing.index import build_shard_index, index_folder
 from foveal.data.tools import verify as verifying
 from foveal.data.tools.verify import verify_dataset
 from foveal.errors import DataError
@@ -40,7 +40,9 @@ def folder(tmp_path: Path, write_tar: WriteTar, png: bytes) -> Path:
 def verify(folder: Path, *, full: bool = False, record: bool = False, url: bool = False) -> list[str]:
     """Return the faults, without the folder in front."""
     path = f"file://{folder}" if url else str(folder)
-    faults = verify_dataset(open_dataset(path, str(folder)), full=full, workers=2, record_checksums=record)
+    faults = verify_dataset(
+        open_unchecked_dataset(path, str(folder)), full=full, workers=2, record_missing_checksums=record
+    )
     return [fault.replace(f"{path}/", "").replace(f"{folder}/", "") for fault in faults]
 
 
@@ -80,10 +82,10 @@ def test_sha256_are_recorded_once(folder: Path) -> None:
 
 def rewritten(folder: Path, change: Callable[[ShardIndex], None]) -> None:
     """Write an index of train-0 that is a valid file and does not match its shard."""
-    index = index_shard(str(folder), "train-0.tar")
+    index = build_shard_index(str(folder), "train-0.tar")
     change(index)
     write_index(index, folder / "train-0.tar.index")
-    update = {"index": index.compute_digest()}
+    update = {"index": index.compute_samples_digest()}
     edit(folder, lambda tree: tree["splits"]["train"]["shards"][0].update(update))
 
 
@@ -229,4 +231,6 @@ def test_the_command_exits_with_1_and_the_list(folder: Path) -> None:
 
 def test_a_manifest_behind_a_url_is_not_written(folder: Path) -> None:
     with pytest.raises(DataError, match=r"is a URL, manifest.json can only be written into a folder: copy it first"):
-        verify_dataset(open_dataset(f"file://{folder}", None), full=False, workers=1, record_checksums=True)
+        verify_dataset(
+            open_unchecked_dataset(f"file://{folder}", None), full=False, workers=1, record_missing_checksums=True
+        )

@@ -20,7 +20,7 @@ from finetune.run import plan_finetuning, train
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.world import SlurmArrayTask, World
 from foveal.errors import ConfigError, FovealError, LaunchError, RunInUseError
-from foveal.tracking.jsonl import read_metric_rows
+from foveal.tracking.jsonl import read_rows_without_time
 from foveal.training.run import Run
 from foveal.training.run_directory import open_run
 
@@ -102,7 +102,7 @@ def test_every_fold_is_a_run_and_a_row_of_the_whole(digits: Path, tmp_path: Path
     cfg, stand = settings(digits, tmp_path / "run"), Stand()
     assert execute(cfg, stand)
     assert stand.trained == ["seed5-fold0", "seed5-fold1", "seed6-fold0", "seed6-fold1"]
-    *rows, last = read_metric_rows(tmp_path / "run/metrics.jsonl")
+    *rows, last = read_rows_without_time(tmp_path / "run/metrics.jsonl")
     assert rows == [
         {"step": n, "fold_top1": pytest.approx(top1)} for n, top1 in enumerate((0.0, 0.2, 0.1, 0.3), start=1)
     ]
@@ -135,7 +135,7 @@ def test_a_fold_that_left_in_the_middle_comes_to_the_same_numbers(digits: Path, 
         assert run is not None
         train(plan_finetuning(uninterrupted, 1), run)
     assert summary(tmp_path / "left") == summary(tmp_path / "whole")
-    rows = [read_metric_rows(tmp_path / name / "folds/seed5-fold1/metrics.jsonl") for name in ("left", "whole")]
+    rows = [read_rows_without_time(tmp_path / name / "folds/seed5-fold1/metrics.jsonl") for name in ("left", "whole")]
     resumed, expected = (
         {(row["step"], row.get("loss"), row.get("fold_top1")) for row in run_rows} for run_rows in rows
     )
@@ -229,7 +229,7 @@ def test_of_two_that_finish_at_once_one_closes_and_the_other_waits_for_it(
             task.result()
     assert (len(pair.closed), len(set(pair.closed)), pair.died) == (1 + dies, 1 + dies, dies)
     assert summary(tmp_path / "run")["folds"] == 2
-    assert [row["step"] for row in read_metric_rows(tmp_path / "run/metrics.jsonl")][:2] == [1, 2]
+    assert [row["step"] for row in read_rows_without_time(tmp_path / "run/metrics.jsonl")][:2] == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -129,8 +129,8 @@ def labels_of(plan: FinetunePlan) -> dict[str, list[int]]:
     ids = {}
     for subset in ("train", "holdout"):
         selected = select_subset(plan.dataset, cfg.data, split="train", subset=subset, seed=cfg.seed)
-        assert selected.chosen_ids is not None
-        ids[subset] = selected.chosen_ids.tolist()
+        assert selected.split_positions is not None
+        ids[subset] = selected.split_positions.tolist()
     order = plan.training_set.order
     return ids | {
         "order": np.concatenate([order.assign_slots(step, 0, 8).subset_positions for step in range(4)]).tolist()
@@ -161,7 +161,7 @@ class Fit:
 
     def __call__(self, plan: FinetunePlan, run: Run) -> None:
         if len(self.trained) == self.leave_after:
-            run.end_preempted(1)
+            run.mark_preempted(1)
             return
         self.trained.append(run.path.name)
         if plan.stop_step == plan.total_steps:

@@ -137,9 +137,9 @@ def test_neighbours_are_scikit_learns(metric: str, features: str, monkeypatch: p
     if features == "twice":
         ks = (2, 8)
         # The same image gets two labels.
-        train = LayerFeatures(train.memmap, train.labelled_indices, torch.from_numpy(LABELS[TRAIN]))
+        train = LayerFeatures(train.all_images_memmap, train.labelled_indices, torch.from_numpy(LABELS[TRAIN]))
     predictions = fit_and_predict(fit_knn_probe, plan(k=ks, metric=metric, vote="uniform"), train, val)
-    x, queries = train.memmap.astype(np.float64), val.memmap.astype(np.float64)
+    x, queries = train.all_images_memmap.astype(np.float64), val.all_images_memmap.astype(np.float64)
     if metric == "cosine":
         distances = pairwise_distances(queries, x, metric="cosine")
     else:
@@ -179,7 +179,9 @@ def test_dinos_votes_are_weighed_by_similarity() -> None:
     train, val = labelled_features(TRAIN), labelled_features(VAL)
     k, temperature = 10, 0.07
     predictions = fit_and_predict(fit_knn_probe, plan(k=(k,), temperature=temperature), train, val)[0]
-    distances = pairwise_distances(val.memmap.astype(np.float64), train.memmap.astype(np.float64), metric="cosine")
+    distances = pairwise_distances(
+        val.all_images_memmap.astype(np.float64), train.all_images_memmap.astype(np.float64), metric="cosine"
+    )
     order = np.argsort(distances, axis=1, kind="stable")[:, :k]
     weights = np.exp((1 - np.take_along_axis(distances, order, 1)) / temperature)
     votes = np.zeros((len(predictions), 10))

@@ -14,9 +14,9 @@ from finetune.config import FinetuneConfig
 from finetune.probe import features
 from finetune.probe import run as probing
 from finetune.probe.config import ProbeKind
-from finetune.probe.features import load_features, load_frozen_encoder
-from finetune.probe.plan import ProbePlan, plan_probe
-from finetune.probe.run import ProbeResult, summarize_results
+from finetune.probe.features import build_probed_encoder, load_layer_features
+from finetune.probe.plan import ProbePlan, plan_probe_or_training
+from finetune.probe.run import ProbeResult, select_layer_metrics
 from foveal.data import eval_batches, normalise
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.world import World
@@ -64,7 +64,7 @@ def settings(digits: Path, export: Path | None, folder: Path, **overrides: Any) 
 
 def run_probe(cfg: FinetuneConfig) -> tuple[Run, dict[str, float]]:
     """Run one attempt; return the run, and its summary if it finished."""
-    plan = plan_probe(cfg, 1)
+    plan = plan_probe_or_training(cfg, 1)
     assert isinstance(plan, ProbePlan)
     with open_run("finetune", plan, ALONE, Preemption(ALONE)) as run:
         assert run is not None
@@ -109,15 +109,15 @@ def test_every_kind_tells_its_number_layer_by_layer(complete_run: tuple[Path, di
 
 def test_the_layer_is_chosen_by_the_holdout_and_judged_by_val(digits: Path, encoder: Path, tmp_path: Path) -> None:
     cfg = settings(digits, encoder, tmp_path, probe={"kinds": ["knn"], "layers": "all"})
-    plan = plan_probe(cfg, 1)
+    plan = plan_probe_or_training(cfg, 1)
     assert isinstance(plan, ProbePlan)
     for val in ((0.9, 0.1), (0.1, 0.9)):
         results: dict[tuple[ProbeKind, int], ProbeResult] = {
             ("knn", layer): ProbeResult(val[layer - 1], 20, holdout) for layer, holdout in ((1, 0.6), (2, 0.5))
         }
-        assert summarize_results(plan, results)["knn_top1"] == val[0]
+        assert select_layer_metrics(plan, results)["knn_top1"] == val[0]
         results["knn", 2] = ProbeResult(val[1], 20, 0.6)
-        assert summarize_results(plan, results)["knn_layer"] == 2  # ties: the deepest layer
+        assert select_layer_metrics(plan, results)["knn_layer"] == 2  # ties: the deepest layer
 
 
 def test_the_choice_is_made_on_the_holdout(
@@ -125,9 +125,9 @@ def test_the_choice_is_made_on_the_holdout(
 ) -> None:
     """Of three candidates, the best on val is not selected."""
     accuracies = {3 * 10: [0.2, 0.7, 0.3], 360: [0.9, 0.4, 0.8]}
-    monkeypatch.setattr(probing, "compute_top1", lambda _guesses, part: accuracies[len(part)])
+    monkeypatch.setattr(probing, "compute_top1_per_candidate", lambda _guesses, part: accuracies[len(part)])
     cfg = settings(digits, encoder, complete_run[0], probe=ALL | {"k": [1, 3, 5]})
-    plan = plan_probe(cfg, 1)
+    plan = plan_probe_or_training(cfg, 1)
     assert isinstance(plan, ProbePlan)
     task: Any = probing._fit_and_evaluate(plan, complete_run[0], ALONE.device, "knn", 1)
     result = None
@@ -140,14 +140,14 @@ def test_features_are_the_encoders_of_unchanged_images(
     digits: Path, encoder: Path, complete_run: tuple[Path, dict[str, float]]
 ) -> None:
     cfg = settings(digits, encoder, complete_run[0], probe=ALL)
-    plan = plan_probe(cfg, 1)
+    plan = plan_probe_or_training(cfg, 1)
     assert isinstance(plan, ProbePlan)
     arguments = {"split": "val", "subset": "all", "seed": 5, "rank": 0, "world_size": 1, "microbatch_size": 360}
     (batch,) = eval_batches(plan.dataset, cfg.data, **arguments)
-    module = load_frozen_encoder(plan).eval()
+    module = build_probed_encoder(plan).eval()
     with torch.no_grad():
         token, patches = encode.encode_cls_and_patches(module, normalise(batch.images, plan.mean, plan.std))
-    cached = [load_features(complete_run[0], "val", 1, column, ALONE.device) for column in ("pooled", "patches")]
+    cached = [load_layer_features(complete_run[0], "val", 1, column, ALONE.device) for column in ("pooled", "patches")]
     torch.testing.assert_close(cached[0].load(slice(None)), patches.mean(dim=1), rtol=1e-4, atol=1e-5)  # pooling=avg
     torch.testing.assert_close(cached[1].load(slice(None)), patches, rtol=1e-3, atol=1e-3)
     assert cached[0].labels.equal(batch.labels)
@@ -163,11 +163,11 @@ def test_an_encoder_that_learned_by_the_mean_is_read_as_it_learned(digits: Path,
         "finetune", encoder_card(TINY, 16, 1, pooling="avg", num_classes=10), (0.3,), (0.4,), tuple("0123456789")
     )
     write_export(tmp_path / "export", module.state_dict(), card)
-    plan = plan_probe(settings(digits, tmp_path / "export", tmp_path / "run"), 1)
+    plan = plan_probe_or_training(settings(digits, tmp_path / "export", tmp_path / "run"), 1)
     assert isinstance(plan, ProbePlan)
     images = torch.randn(3, 1, 16, 16)
     with torch.no_grad():
-        pooled, _ = encode_probe_features(load_frozen_encoder(plan).eval(), images, [2], "avg")
+        pooled, _ = encode_probe_features(build_probed_encoder(plan).eval(), images, [2], "avg")
         timm_model: Any = module
         torch.testing.assert_close(
             pooled[0], timm_model.forward_head(timm_model.forward_features(images), pre_logits=True)
@@ -314,7 +314,7 @@ def test_what_cannot_be_is_refused_before_it_begins(
     overrides: dict[str, Any], kind: type[FovealError], sentence: str, digits: Path, encoder: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(kind, match=sentence):
-        plan_probe(settings(digits, encoder, tmp_path / "run", **overrides), 1)
+        plan_probe_or_training(settings(digits, encoder, tmp_path / "run", **overrides), 1)
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,9 @@ def test_of_a_model_of_timm_only_its_feature_is_read(
     probe: dict[str, Any], sentence: str, digits: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        plan_probe(settings(digits, None, tmp_path, data={"image_size": 32}, backbone="test_resnet", probe=probe), 1)
+        plan_probe_or_training(
+            settings(digits, None, tmp_path, data={"image_size": 32}, backbone="test_resnet", probe=probe), 1
+        )
 
 
 def test_an_encoder_that_broke_is_said(digits: Path, encoder: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from finetune.config import AdversarialConfig
 from finetune.regularizers.adversarial import Attack
-from finetune.regularizers.mixup import _sample_beta, apply_mixup_cutmix, apply_random_erasing, mix_with_partners
+from finetune.regularizers.mixup import _sample_beta, apply_mixup_cutmix, apply_random_erasing, mix_adjacent_pairs
 from finetune.regularizers.teacher import TeacherLoss
 from finetune.tasks.classify import ClassificationLoss
 from foveal.data import Batch
@@ -165,7 +165,7 @@ def test_goals_are_mixed_as_images_are() -> None:
     model = Linear()
     total, _ = loss(model, inputs)
     torch.testing.assert_close(total, F.cross_entropy(model(images), targets, reduction="sum"))
-    assert torch.equal(mix_with_partners(targets, torch.ones(B, 1)), targets)
+    assert torch.equal(mix_adjacent_pairs(targets, torch.ones(B, 1)), targets)
 
 
 def test_a_teacher_has_its_share() -> None:

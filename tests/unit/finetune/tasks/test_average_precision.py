@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from finetune.tasks.average_precision import IOU_THRESHOLDS, ImageDetections, compute_average_precision
+from finetune.tasks.average_precision import IOU_THRESHOLDS, ImageDetections, ap_by_threshold_and_class
 
 CLASSES, IMAGES = 3, 12
 
@@ -67,7 +67,7 @@ def reference_average_precision(detections: list[ImageDetections], label: int, t
 @pytest.mark.parametrize("seed", [0, 1])
 def test_against_the_definition(seed: int) -> None:
     detections = make_detections(seed)
-    precision = compute_average_precision(detections, CLASSES)
+    precision = ap_by_threshold_and_class(detections, CLASSES)
     expected = [
         [reference_average_precision(detections, label, threshold) for label in range(CLASSES)]
         for threshold in IOU_THRESHOLDS
@@ -83,12 +83,12 @@ def test_nothing_found_nothing_there_and_any_order() -> None:
         ImageDetections(image_detections.image_id, image_detections.predicted[:0], image_detections.ground_truth)
         for image_detections in detections
     ]
-    assert np.nansum(compute_average_precision(without_predictions, CLASSES)) == 0
+    assert np.nansum(ap_by_threshold_and_class(without_predictions, CLASSES)) == 0
     without_boxes = [
         ImageDetections(image_detections.image_id, image_detections.predicted, image_detections.ground_truth[:0])
         for image_detections in detections
     ]
-    assert np.isnan(compute_average_precision(without_boxes, CLASSES)).all()
+    assert np.isnan(ap_by_threshold_and_class(without_boxes, CLASSES)).all()
     np.testing.assert_array_equal(
-        compute_average_precision(detections[::-1], CLASSES), compute_average_precision(detections, CLASSES)
+        ap_by_threshold_and_class(detections[::-1], CLASSES), ap_by_threshold_and_class(detections, CLASSES)
     )

@@ -17,7 +17,7 @@ from finetune.model import param_groups_from_plan
 from finetune.plan import FinetunePlan, plan_training
 from finetune.tasks.detect import detector_from_export, detector_from_plan
 from foveal.errors import ConfigError, DataError, ExportError
-from foveal.models.fcos import compute_fcos_losses
+from foveal.models.fcos import fcos_losses_per_image
 from foveal.models.vit import VitConfig, build_encoder, encoder_card
 from foveal.weights.export import Card, read_card, read_export, write_export
 
@@ -62,7 +62,7 @@ def test_every_encoder_carries_a_detector(kind: str, shards: Path) -> None:
     output = model(torch.randn(2, 1, *plan.cfg.data.image_hw))
     assert output.locations[0].tolist() == [4, 4, 8]
     targets = torch.tensor([[[2.0, 3, 20, 28, 1]], [[0, 0, 0, 0, -1]]])
-    torch.stack(compute_fcos_losses(output, targets)).sum().backward()
+    torch.stack(fcos_losses_per_image(output, targets)).sum().backward()
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in trainable.values())
     scales = {

@@ -16,7 +16,7 @@ from finetune.plan import plan_training
 from finetune.run import STAGE
 from finetune.tasks.registry import TASKS
 from finetune.tasks.segment import SegmentationLoss, segmenter_from_plan
-from finetune.tasks.segment_metrics import ConfusionMatrix
+from finetune.tasks.segment_metrics import ConfusionMatrixAndLoss
 from foveal.data import Batch
 from foveal.errors import ConfigError, DataError, ExportError
 from foveal.forecast.forecast import ClusterSpec, Forecast
@@ -86,7 +86,7 @@ def test_overlap_is_that_of_scikit_learn() -> None:
     logits = torch.tensor(random.normal(size=(4, 5, 6, 7)), dtype=torch.float32)
     logits[:, 4] = -9.0
     log_probs = F.log_softmax(logits, dim=1)
-    parts = [ConfusionMatrix(5, torch.device("cpu")) for _ in range(2)]
+    parts = [ConfusionMatrixAndLoss(5, torch.device("cpu")) for _ in range(2)]
     predictions = [parts[index // 2].update(log_probs[index], torch.tensor(masks[index])) for index in range(4)]
     metrics = parts[0].compute(lambda sums: sums + parts[1].sums, ("a", "b (1)", "b [1]", "d", "e"), "val")
     labelled = masks >= 0
@@ -101,7 +101,7 @@ def test_overlap_is_that_of_scikit_learn() -> None:
 
 
 def test_nothing_labelled_is_nothing_to_measure_by() -> None:
-    confusion = ConfusionMatrix(2, torch.device("cpu"))
+    confusion = ConfusionMatrixAndLoss(2, torch.device("cpu"))
     confusion.update(torch.zeros(2, 3, 3), torch.full((3, 3), -1))
     with pytest.raises(DataError, match=r"split 'blank' has no labelled pixel to measure by: set data.val to a split"):
         confusion.compute(lambda sums: sums, CLASSES[:2], "blank")

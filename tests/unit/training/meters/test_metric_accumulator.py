@@ -23,7 +23,7 @@ def test_rows_are_reduced_once_and_host_numbers_never() -> None:
         calls.append(shares)
         return shares * 2
 
-    rows = accumulator.read_rows(two_equal_ranks)
+    rows = accumulator.pop_rows(two_equal_ranks)
     assert rows == [{"step": step, "loss": step, "top1": 0.5, "lr": step / 10, "applied": 1.0} for step in (1, 2, 3)]
     assert [next(iter(row)) for row in rows] == ["step"] * 3
     assert len(calls) == 1
@@ -36,18 +36,18 @@ def test_what_was_read_is_gone_and_nothing_costs_no_collective() -> None:
         raise AssertionError("a collective for no rows")
 
     accumulator = MetricAccumulator()
-    assert accumulator.read_rows(never) == []
+    assert accumulator.pop_rows(never) == []
     accumulator.add_step({"loss": torch.tensor(1.0)}, host(1))
-    assert len(accumulator.read_rows(lambda shares: shares)) == 1
-    assert accumulator.read_rows(never) == []
+    assert len(accumulator.pop_rows(lambda shares: shares)) == 1
+    assert accumulator.pop_rows(never) == []
     accumulator.add_step({"other": torch.tensor(2.0)}, host(2))  # the names may change after a read
-    assert accumulator.read_rows(lambda shares: shares) == [{"step": 2, "other": 2.0, "lr": 0.2, "applied": 1.0}]
+    assert accumulator.pop_rows(lambda shares: shares) == [{"step": 2, "other": 2.0, "lr": 0.2, "applied": 1.0}]
 
 
 def test_numbers_keep_double_precision() -> None:
     accumulator = MetricAccumulator()
     accumulator.add_step({"loss": torch.tensor(1.0 + 2**-40, dtype=torch.float64)}, host(1))
-    assert accumulator.read_rows(lambda shares: shares)[0]["loss"] == 1.0 + 2**-40
+    assert accumulator.pop_rows(lambda shares: shares)[0]["loss"] == 1.0 + 2**-40
 
 
 def test_other_numbers_from_one_step_to_the_next_are_a_programmers_mistake() -> None:
@@ -61,7 +61,7 @@ def test_a_graph_is_not_kept_alive() -> None:
     accumulator = MetricAccumulator()
     accumulator.add_step({"loss": torch.ones(1, requires_grad=True).sum()}, host(1))
     graphs: list[bool] = []
-    accumulator.read_rows(lambda shares: graphs.append(shares.requires_grad) or shares)
+    accumulator.pop_rows(lambda shares: graphs.append(shares.requires_grad) or shares)
     assert graphs == [False]
 
 
@@ -73,10 +73,10 @@ def test_images_per_second_and_the_share_of_waiting() -> None:
             clock.pass_(0.5)
         clock.pass_(1.5)
         meter.add_images(32)
-    assert meter.read_rates() == {"images_per_second": 16.0, "data_wait": 0.25}
+    assert meter.pop_rates() == {"images_per_second": 16.0, "data_wait": 0.25}
     clock.pass_(2.0)
     meter.add_images(32)
-    assert meter.read_rates() == {"images_per_second": 16.0, "data_wait": 0.0}, (
+    assert meter.pop_rates() == {"images_per_second": 16.0, "data_wait": 0.0}, (
         "rates cover the time since the last read"
     )
     assert meter.training_seconds == 10.0
@@ -90,13 +90,13 @@ def test_pauses_are_no_training() -> None:
     with meter.exclude_time():
         clock.pass_(100.0)
     clock.pass_(3.0)
-    assert meter.read_rates() == {"images_per_second": 2.0, "data_wait": 0.0}
+    assert meter.pop_rates() == {"images_per_second": 2.0, "data_wait": 0.0}
     with meter.exclude_time():
         clock.pass_(7.0)
     assert meter.training_seconds == 5.0
     clock.pass_(1.0)
     meter.add_images(8)
-    assert meter.read_rates()["images_per_second"] == 8.0
+    assert meter.pop_rates()["images_per_second"] == 8.0
 
 
 def test_a_restart_goes_on_counting_and_does_not_count_the_time_between() -> None:
@@ -109,12 +109,12 @@ def test_a_restart_goes_on_counting_and_does_not_count_the_time_between() -> Non
     clock.pass_(5.0)
     second.add_images(10)
     assert second.training_seconds == 65.0
-    assert second.read_rates()["images_per_second"] == 2.0
+    assert second.pop_rates()["images_per_second"] == 2.0
 
 
 def test_no_time_at_all_is_no_division_by_zero() -> None:
     meter = ThroughputMeter(clock=Clock())
     meter.add_images(1)
-    rates = meter.read_rates()
+    rates = meter.pop_rates()
     assert rates["images_per_second"] > 0
     assert rates["data_wait"] == 0.0

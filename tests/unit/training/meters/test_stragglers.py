@@ -30,7 +30,7 @@ def rank_record(
 
 def own_record(meter: StragglerMeter) -> Any:
     records: list[Any] = []
-    meter.report(1, lambda value: records.append(value) or records)
+    meter.pop_metrics_and_table(1, lambda value: records.append(value) or records)
     return records[0]
 
 
@@ -46,7 +46,7 @@ def test_the_slowest_is_named_and_everybody_is_in_the_table() -> None:
         clock.pass_(0.5)
     with meter.time_forward():
         clock.pass_(0.75)
-    numbers, table = meter.report(40, lambda record: [record, *other_records])
+    numbers, table = meter.pop_metrics_and_table(40, lambda record: [record, *other_records])
     assert numbers == {
         "slowest_rank": 2.0,
         "slowest_step_seconds": 3.0,
@@ -74,10 +74,10 @@ def test_each_report_is_of_the_time_since_the_last() -> None:
 def test_alone_or_before_a_step_there_is_nothing_to_compare() -> None:
     clock = Clock()
     meter = StragglerMeter(CPU, "a", clock)
-    assert meter.report(0, lambda record: [record, record]) == ({}, [])
+    assert meter.pop_metrics_and_table(0, lambda record: [record, record]) == ({}, [])
     with meter.time_data_fetch():
         clock.pass_(1.0)
-    assert meter.report(1, lambda record: [record]) == ({}, [])
+    assert meter.pop_metrics_and_table(1, lambda record: [record]) == ({}, [])
 
 
 class Device:
