@@ -33,7 +33,7 @@ class Teacher:
     ) -> None:
         """Build the model. ``image_size`` is the input size, None the size it was trained on.
 
-        ``where`` is the path in error messages. Raises: ExportError if weights and card do not match.
+        ``path`` is the path in error messages. Raises: ExportError if weights and card do not match.
         """
         self.target = target
         backbone_features = forward_pooled_and_patches if target.patches else forward_pooled

@@ -56,7 +56,7 @@ def check_settings(cfg: FinetuneConfig) -> None:
 
 
 def check_stopping_uses_holdout(cfg: FinetuneConfig, nested_run_phrase: str) -> None:
-    """Raise ConfigError if a nested run (``run_kind``, such as "a fold") would stop by the data that evaluates it."""
+    """Raise ConfigError if a nested run (``nested_run_phrase``, such as "a fold") would stop by the data that evaluates it."""
     if cfg.early_stopping_metric is not None and not cfg.early_stopping_metric.startswith("holdout_"):
         raise ConfigError(
             f"early_stopping.metric={cfg.early_stopping_metric} would stop {nested_run_phrase} by the data that it is evaluated on: "

@@ -1,6 +1,6 @@
 """Secrets: a URL may hold a password, a token or a signature. foveal's files, logs and messages hold none of them.
 
-A setting with a literal secret is refused (``find_secret_in_text``), because a run directory stores its settings. A
+A setting with a literal secret is refused (``describe_secret_in_urls``), because a run directory stores its settings. A
 setting may name an environment variable instead: the reference is stored, and the variable's value is redacted.
 """
 
@@ -57,7 +57,7 @@ def redact_url_secrets(text: str) -> str:
 
 
 def redact(text: str) -> str:
-    """Return ``redact_urls`` of a text, also without the values of environment variables with a secret's name."""
+    """Return ``redact_url_secrets`` of a text, also without the values of environment variables with a secret's name."""
     return _replace_secrets(redact_url_secrets(text), _environment_secrets())
 
 

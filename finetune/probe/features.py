@@ -246,7 +246,7 @@ class _FeatureWriter:
 def load_layer_features(
     run_dir: Path, subset: str, probed_layer_index: int, column: str, device: torch.device
 ) -> LayerFeatures:
-    """Return cached features of a subset; ``layer_index`` counts the probed layers, ``column`` is pooled or patches.
+    """Return cached features of a subset; ``probed_layer_index`` counts the probed layers, ``column`` is pooled or patches.
 
     Raises: DataError if no image of the subset has a label.
     """

@@ -35,7 +35,7 @@ class CheckpointConfig(Config):
 
 
 class CheckpointDirectory:
-    """One attempt's view of the folder. ``attempt_starts``: the first step of each attempt, where it is known."""
+    """One attempt's view of the folder. ``start_steps_by_attempt``: the first step of each attempt, where it is known."""
 
     def __init__(self, root: Path, attempt_number: int, start_steps_by_attempt: Mapping[int, int]) -> None:
         self.root, self._attempt = root, attempt_number

@@ -12,7 +12,7 @@ from foveal.checkpoint.writer import WriteResult
 class SaveResult:
     """A published checkpoint. All times are those of the slowest rank.
 
-    stall_seconds: pause of training; write_seconds: time of the writing threads; sync_seconds: duration of the same
+    stall_seconds: pause of training; write_seconds: time of the writing threads; seconds_without_overlap: duration of the same
     save without overlap, as before an exit.
     """
 

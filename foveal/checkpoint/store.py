@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 class CheckpointStore:
     """The checkpoints in a folder, for one attempt. Every rank calls every method, unless its docstring says otherwise.
 
-    attempt_starts: first step of each earlier attempt, by its number; is_superseded: called on rank 0 before
+    start_steps_by_attempt: first step of each earlier attempt, by its number; is_superseded: called on rank 0 before
     publishing; write_timeout_seconds: a rank's time limit for its own thread, well below that of a collective.
     """
 

@@ -21,7 +21,7 @@ from foveal.errors import DataError, StorageUnreachableError
 class MicrobatchPlan:
     """A microbatch to be read. Its first ``len(sample_keys)`` rows are samples, the rest is padding.
 
-    num_ids: number of ids; an id is the sample key modulo num_ids. locate_sample: from a sample key to its location.
+    num_ids: number of ids; an id is the sample key modulo num_ids. locate_by_key: from a sample key to its location.
     crop_of: from (row, sample key) to the crop. replacements: sample keys that may fill a row whose sample does not
     decode; None: such a row stays empty. output_hw: (height, width) of the decoded images. label_reader: reads labels
     that are not in the index. augment_image: from (sample key, cropped image) to the augmented image.

@@ -56,7 +56,7 @@ class PreflightGroup:
         self._store.set(f"{topic}/{self.launch_env.rank}", json.dumps(findings))
 
     def gather_reports_until(self, topic: str, max_elapsed_seconds: float) -> dict[int, dict[str, Any]]:
-        """Wait for all ranks' findings on a topic. Return them by rank; after ``deadline`` seconds those that exist."""
+        """Wait for all ranks' findings on a topic. Return them by rank; after ``max_elapsed_seconds`` seconds those that exist."""
         reports: dict[int, dict[str, Any]] = {}
         while True:
             for rank in set(range(self.launch_env.world_size)) - set(reports):
@@ -78,7 +78,7 @@ class PreflightGroup:
         self._store.set(key, json.dumps(value))
 
     def wait_for_announcement(self, key: str, max_elapsed_seconds: float) -> Any:
-        """Return a value that rank 0 announced; None if it is not there after ``deadline`` seconds."""
+        """Return a value that rank 0 announced; None if it is not there after ``max_elapsed_seconds`` seconds."""
         while not self._store.check([key]):
             if self.elapsed_seconds > max_elapsed_seconds:
                 return None
@@ -136,7 +136,7 @@ def join_preflight(join_timeout: float, exit_after_seconds: float) -> Iterator[P
     """Join the ranks of a preflight, and begin once all have joined or ``join_timeout`` seconds are over.
 
     The time before a rank joins, such as imports from a cold disk, does not count against it. This process ends
-    ``run_timeout`` seconds after the beginning, whatever hangs.
+    ``exit_after_seconds`` seconds after the beginning, whatever hangs.
     Raises: LaunchError if rank 0, which serves the store, does not join within ``join_timeout`` seconds.
     """
     faulthandler.dump_traceback_later(2 * join_timeout + exit_after_seconds, exit=True)

@@ -138,7 +138,7 @@ def init_world(
 ) -> Iterator[World]:
     """Join the process group of a run, and leave it on every way out.
 
-    No collective of any group waits longer than ``timeout_seconds``; the rendezvous waits ``join_timeout_seconds`` for
+    No collective of any group waits longer than ``collective_timeout_seconds``; the rendezvous waits ``join_timeout_seconds`` for
     missing ranks. Sets the variables that libraries read (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), so
     that a Slurm step looks to DeepSpeed and Accelerate like torchrun. With a world size of 1 the group is this process,
     with a store in memory.

@@ -29,7 +29,7 @@ _TIMEOUT_MARGIN = 2.0  # seconds that other ranks wait longer than rank 0
 class PreflightOptions:
     """Options of `foveal doctor`: the run to check, stage None without one, and the limits for ranks.
 
-    ``min_relative_rate``: lowest accepted rate, as a fraction of the other ranks' median; ``join_timeout``: seconds.
+    ``min_relative_matmul_rate``: lowest accepted rate, as a fraction of the other ranks' median; ``join_timeout``: seconds.
     """
 
     stage: str | None

@@ -15,7 +15,7 @@ _SECTION = "engine.deepspeed"
 def check_deepspeed_settings(full_config: Mapping[str, Any], user_keys: Iterable[str]) -> None:
     """Refuse keys that are unknown to DeepSpeed, and invalid values.
 
-    ``config`` holds all of DeepSpeed's settings, ``user_keys`` the keys that a user added.
+    ``full_config`` holds all of DeepSpeed's settings, ``user_keys`` the keys that a user added.
     Raises: ConfigError.
     """
     import_deepspeed()

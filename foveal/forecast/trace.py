@@ -38,9 +38,9 @@ SetupBuilder = Callable[[torch.device], TrainingSetup]
 class ParameterCounts:
     """Numbers of trained elements, and bytes of frozen tensors.
 
-    ``linear_trainable`` counts linear and convolution layers; ``tensor_sizes`` and ``block_sizes`` are elements per
+    ``linear_trainable`` counts linear and convolution layers; ``trainable_tensor_numels`` and ``block_numels`` are elements per
     trained parameter and per repeated block. ``frozen_checkpoint_bytes`` are the frozen tensors in a checkpoint;
-    ``min_batch_size`` is 2 with BatchNorm.
+    ``min_microbatch_size`` is 2 with BatchNorm.
     """
 
     trainable: int

@@ -62,7 +62,7 @@ class Classifier(EncoderWithHead):
     def forward(self, images: Tensor, drop_noise: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Return logits [B, K] of normalised images [B, C, H, W]; in training also of a distillation token, if any.
 
-        ``drop_noise`` [B, ``drop_noise_size``] is uniform and selects each sample's dropped branches and features.
+        ``drop_noise`` [B, ``drop_noise_per_image``] is uniform and selects each sample's dropped branches and features.
         Training requires it if the size is not 0; evaluation ignores it.
         """
         encoder = self.encoder if self.training or self.averaged is None else self.averaged

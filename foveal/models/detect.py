@@ -103,7 +103,7 @@ class FCOSPyramidHead(nn.Module):
 def build_detector(encoder: nn.Module, card: dict[str, Any], head_card: dict[str, Any], source: str) -> Detector:
     """Build a detector on an encoder, or a model of timm, that was built from ``card``, with a fresh head.
 
-    ``where`` names the cards' file in error messages. Raises: ExportError if a card is invalid.
+    ``source`` names the cards' file in error messages. Raises: ExportError if a card is invalid.
     """
     with config_error_as_export(source):
         encoder_card = parse_encoder_card(card, source)

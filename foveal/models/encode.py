@@ -33,7 +33,7 @@ def encode(encoder: Encoder, images: Tensor, visible_indices: Tensor | None = No
 def encode_layers(
     encoder: Encoder, images: Tensor, block_counts: Sequence[int], visible_indices: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """Return the tokens [B, N, D] after each of ``depths`` blocks (0: before the first block).
+    """Return the tokens [B, N, D] after each of ``block_counts`` blocks (0: before the first block).
 
     Blocks beyond the deepest one are not run.
     """

@@ -15,7 +15,7 @@ from foveal.models.vit import EncoderCard, Positions
 def resize_positions_from_card(
     weights: dict[str, Tensor], encoder: Encoder, card: dict[str, Any], source: str
 ) -> dict[str, Tensor]:
-    """Return the weights of an encoder with this card (read from ``where``), resized to the grid of ``encoder``."""
+    """Return the weights of an encoder with this card (read from ``source``), resized to the grid of ``encoder``."""
     parsed_card = EncoderCard.from_dict(card, source)
     source_grid = parsed_card.patch_grid(parsed_card.image_size)
     return resize_position_embeddings(weights, encoder, parsed_card.positions, source_grid)

@@ -111,7 +111,7 @@ class LateralConvs(nn.Module):
 def build_segmenter(encoder: nn.Module, card: dict[str, Any], head_card: dict[str, Any], source: str) -> Segmenter:
     """Build a segmenter on an encoder, or a model of timm, that was built from ``card``, with a fresh head.
 
-    The head is drawn from torch's global generator. ``where`` names the cards' file in error messages.
+    The head is drawn from torch's global generator. ``source`` names the cards' file in error messages.
     Raises: ExportError if a card is invalid.
     """
     with config_error_as_export(source):

@@ -58,7 +58,7 @@ class FeatureStudent(nn.Module):
     """Linear maps from a model's image and patch features to the teacher's widths.
 
     ``extract_features`` returns the image feature and the patch features: ``encode_cls_and_patches`` of an encoder,
-    ``forward_pooled_and_tokens`` of a model of timm (``forward_pooled``: image feature only). Widths are (image,
+    ``forward_pooled_and_patches`` of a model of timm (``forward_pooled``: image feature only). Widths are (image,
     patches); ``with_patches=False`` ignores the patches.
     """
 

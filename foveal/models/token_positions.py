@@ -18,7 +18,7 @@ from foveal.models.timm_vit import has_absolute_positions, has_rotary_positions
 class VisibleRelPosMlp(RelPosMlp):
     """timm's relative attention bias (Swin V2, 2022), restricted to the visible patches.
 
-    ``set_visible_indices`` sets the patches, which stay until the next call: recomputed activations need the same ones.
+    ``set_relative_bias_indices`` sets the patches, which stay until the next call: recomputed activations need the same ones.
     """
 
     def __init__(self, template: RelPosMlp) -> None:

@@ -177,7 +177,7 @@ def encoder_from_card(
 ) -> Encoder:
     """Build the encoder that a card describes, freshly initialised; ``pooling`` and ``num_classes`` override the card.
 
-    ``where`` names the card's file in error messages. Raises: ExportError if the card is invalid.
+    ``source`` names the card's file in error messages. Raises: ExportError if the card is invalid.
     """
     with config_error_as_export(source):
         parsed_card = EncoderCard.from_dict(card, source)
@@ -193,7 +193,7 @@ def encoder_from_card(
 
 @contextmanager
 def config_error_as_export(source: str) -> Iterator[None]:
-    """Raise a ConfigError as an ExportError whose message starts with ``where``, the name of a card's file."""
+    """Raise a ConfigError as an ExportError whose message starts with ``source``, the name of a card's file."""
     try:
         yield
     except ConfigError as error:

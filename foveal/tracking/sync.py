@@ -74,7 +74,7 @@ class SyncCounts:
 class RunSync:
     """Uploads one run directory to one store.
 
-    ``upload_rows`` and ``upload_files`` run in the uploader's thread, ``queue_file`` and ``on_rewind`` in the training's.
+    ``upload_rows_and_tags`` and ``upload_files`` run in the uploader's thread, ``queue_file`` and ``on_rewind`` in the training's.
     """
 
     def __init__(self, run_dir: Path, tail: MetricsTail, connect: Callable[[], RemoteRun]) -> None:
@@ -128,7 +128,7 @@ class RunSync:
         self._send_facts(store)
 
     def upload_files(self, *, final: bool) -> None:
-        """Upload files, with ``final`` also those that have grown only a little. Raises: as ``upload_rows``."""
+        """Upload files, with ``final`` also those that have grown only a little. Raises: as ``upload_rows_and_tags``."""
         store = self._connect_once()
         if self._compared_run != self._synced_run:
             self._queue.extend(_list_files_to_upload(self._run, store.list_files()))

@@ -87,7 +87,7 @@ class MetricsTail:
         return not is_same_file(self._descriptor, self._file)
 
     def read_batch(self, max_metric_values: int) -> RowBatch:
-        """Return the next rows with at most ``max_values`` values together, but at least one row; empty: all are delivered."""
+        """Return the next rows with at most ``max_metric_values`` values together, but at least one row; empty: all are delivered."""
         while True:
             with self._lock:
                 offset, num_truncations = self._offset, len(self._truncations)

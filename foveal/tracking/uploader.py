@@ -58,7 +58,7 @@ class OutageBackoff:
         self._wait = min(2 * self._wait, _MAX_WAIT)
 
     def record_success(self, delivered_text: str) -> None:
-        """Record a successful try; ``backlog`` says in words what it delivered."""
+        """Record a successful try; ``delivered_text`` says in words what it delivered."""
         self._failing_since, self._retry_at, self.last_refusal = None, 0.0, None
         if self._warned:
             self._warned = False

@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Attempt:
-    """An attempt as every rank knows it; ``start_steps``: start steps of earlier attempts that still matter."""
+    """An attempt as every rank knows it; ``start_steps_by_attempt``: start steps of earlier attempts that still matter."""
 
     number: int
     start_steps_by_attempt: dict[int, int] = field(default_factory=dict)
@@ -168,11 +168,11 @@ def acquire_lease(
 ) -> Lease:
     """Start the next attempt at a run, on rank 0, if the previous attempt has ended or is dead.
 
-    ``max_attempts_without_progress``: attempts in a row that may start at the same step; ``heartbeat_seconds``:
+    ``max_attempts_without_progress``: attempts in a row that may start at the same step; ``heartbeat_interval_seconds``:
     interval between heartbeats; ``timeout_seconds``: time without a heartbeat after which an attempt on another host
     counts as dead.
     Raises: RunInUseError if another attempt writes the directory, CheckpointError if the directory cannot be written,
-    RestartLoopError as ``Lease.check_progress``.
+    RestartLoopError as ``Lease.check_no_restart_loop``.
     """
     folder = run_dir / "attempts"
     names, number = [], 0

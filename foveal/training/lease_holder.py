@@ -42,7 +42,7 @@ class LeaseHolder:
 
 
 def current_holder(world_size: int, job_tags: Mapping[str, str]) -> LeaseHolder:
-    """Return this process as a holder; ``slurm_info``: see ``slurm_job_tags``, empty outside Slurm."""
+    """Return this process as a holder; ``job_tags``: see ``slurm_job_tags``, empty outside Slurm."""
     return LeaseHolder(
         host=socket.gethostname(),
         pid=os.getpid(),

@@ -63,7 +63,7 @@ class Step:
 
 @dataclass(frozen=True)
 class LoopContext:
-    """The range of steps of one attempt (``start_step`` excluded, ``stop_step`` included), its meters and callbacks.
+    """The range of steps of one attempt (``after_step`` excluded, ``last_step`` included), its meters and callbacks.
 
     ``heartbeat`` receives the step and its current activity, ``on_batches_consumed`` the microbatches of a finished
     step.
@@ -84,7 +84,7 @@ class LoopContext:
 def run_steps(engine: Engine, batches: Iterator[Batch], objective: Objective, context: LoopContext) -> Iterator[Step]:
     """Run optimizer steps and yield after each of them.
 
-    ``batches`` starts at step ``context.start_step``. The loop copies no value from the device to the host; only an
+    ``batches`` starts at step ``context.after_step``. The loop copies no value from the device to the host; only an
     engine's gradient clipping does.
     """
     num_ranks, accumulation_steps = context.world.size, context.accumulation_steps

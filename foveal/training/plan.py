@@ -142,7 +142,7 @@ class Plan:
     def compute_lr(self, steps_done: int, metric_history: Sequence[float] = ()) -> float:
         """Return the learning rate of the update after ``step`` finished updates.
 
-        ``metric_history``: values of ``cfg.plateau_metric`` up to that step, for the plateau schedule only.
+        ``metric_history``: values of ``cfg.early_stopping_metric`` up to that step, for the plateau schedule only.
         """
         optim = self.cfg.optim
         peak_lr = optim.peak_lr(self.cfg.batch.images)
@@ -176,7 +176,7 @@ class Plan:
     def build_card(
         self, stage_name: str, encoder_card: dict[str, Any], classes: tuple[str, ...], **card_fields: Any
     ) -> Card:
-        """Return the card of an export: an encoder, with a head for ``classes``; ``run_facts``: further fields."""
+        """Return the card of an export: an encoder, with a head for ``classes``; ``card_fields``: further fields."""
         return Card(
             stage_name,
             encoder_card,

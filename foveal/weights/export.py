@@ -159,7 +159,7 @@ def load_weights_strict(
     new_module_prefixes: Sequence[str] = (),
     unused_prefixes: Sequence[str] = (),
 ) -> None:
-    """Load weights into a module; names and shapes must match as in ``select_matching_weights``."""
+    """Load weights into a module; names and shapes must match as in ``check_and_select_weights``."""
     module.load_state_dict(
         module.state_dict()
         | check_and_select_weights(
@@ -178,7 +178,7 @@ def check_and_select_weights(
 ) -> dict[str, Tensor]:
     """Return the weights that a module takes; all names and shapes must match, with two exceptions.
 
-    Module names under ``new_prefixes`` keep their initial values; weights under ``unused_prefixes`` may be left over.
+    Module names under ``new_module_prefixes`` keep their initial values; weights under ``unused_prefixes`` may be left over.
     Raises: ExportError that lists the mismatches.
     """
     own = module.state_dict()

@@ -41,7 +41,7 @@ _QKV_INDEX = {"query": 0, "q_proj": 0, "key": 1, "k_proj": 1, "value": 2, "v_pro
 def find_weights_file(path: Path, stall_timeout: float = DEFAULT_STALL_TIMEOUT) -> Path:
     """Return the safetensors file: the path itself, or ``model.safetensors`` in the folder.
 
-    timeout_seconds: limit for storage without progress. Raises: ExportError, StorageUnreachableError.
+    stall_timeout: limit for storage without progress. Raises: ExportError, StorageUnreachableError.
     """
     return read_with_timeout(path, stall_timeout, lambda: _find_weights_file(path))
 
@@ -64,7 +64,7 @@ def _find_weights_file(path: Path) -> Path:
 def read_weights_as_timm(file: Path, stall_timeout: float = DEFAULT_STALL_TIMEOUT) -> tuple[dict[str, Tensor], str]:
     """Return the weights of a file (fp32, CPU), under timm's names where these exist, and the file's sha256.
 
-    timeout_seconds: limit for storage without progress. Raises: ExportError, StorageUnreachableError.
+    stall_timeout: limit for storage without progress. Raises: ExportError, StorageUnreachableError.
     """
     try:
         digest = read_with_timeout(file, stall_timeout, lambda: sha256(file))
@@ -77,7 +77,7 @@ def read_weights_as_timm(file: Path, stall_timeout: float = DEFAULT_STALL_TIMEOU
 def read_hf_config(weights_path: Path, stall_timeout: float = DEFAULT_STALL_TIMEOUT) -> dict[str, Any]:
     """Return Hugging Face's config.json in the weights' folder; empty if it is missing or invalid.
 
-    timeout_seconds: limit for storage without progress. Raises: StorageUnreachableError.
+    stall_timeout: limit for storage without progress. Raises: StorageUnreachableError.
     """
     file = weights_path.parent / "config.json"
     try:

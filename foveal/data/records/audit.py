@@ -128,8 +128,8 @@ def _read_attempt(folder: Path, number: int, metadata: dict[str, Any], limit: in
 class EpochAudit:
     """How often the samples of one source were consumed in one of its epochs.
 
-    seen_counts: samples consumed 0, 1, 2 and more times in their own slot. num_replaced: slots whose sample did not
-    decode. num_replacements: samples in the slots of such samples. duplicate_samples: positions in the split of samples
+    samples_by_times_seen: samples consumed 0, 1, 2 and more times in their own slot. num_replaced: slots whose sample did not
+    decode. num_replacements: samples in the slots of such samples. duplicate_split_positions: positions in the split of samples
     that were consumed more than once.
     """
 
@@ -251,7 +251,7 @@ def format_audit_report(run_folder: Path, other_run_folder: Path | None) -> tupl
     """Return the lines of a run's audit, and whether it passes.
 
     It passes if no sample came twice in an epoch and no step differs from the other run's.
-    Raises: as ``read_ledger`` and ``find_first_differing_step``.
+    Raises: as ``open_ledger`` and ``find_first_differing_step``.
     """
     ledger = open_ledger(run_folder)
     metadata, audits = ledger.metadata, audit_epochs(ledger)

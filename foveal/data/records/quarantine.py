@@ -14,7 +14,7 @@ QuarantineEntry = dict[str, Any]  # step, split, shard, key, offset, reason
 class Quarantine:
     """Bad samples of all ranks without duplicates; all ranks hold the same entries, rank 0 writes them.
 
-    max_bad_per_split: largest allowed number of bad samples per split. entries: those up to the step that the run
+    max_count_by_split: largest allowed number of bad samples per split. entries: those up to the step that the run
     resumes from (``rewind_entries``).
     """
 

@@ -39,7 +39,7 @@ class SampleOrder:
     samples_per_shard: of source 0, int64 [S]. batch_size: images per step over all ranks. num_lanes: streams per epoch.
     window_shards: shards that a lane shuffles over. mix: samples per shard and share of the batch of every further
     source.
-    num_samples: samples of source 0. source_sizes: samples of every source. epoch_quotas: exact number of samples of
+    first_source_size: samples of source 0. source_sizes: samples of every source. epoch_quotas: exact number of samples of
     every source in an epoch. dropped_per_epoch: samples of source 0 that an epoch omits, a different set each time.
     An epoch of a mixture is one pass over source 0; the other sources have epochs of their own length.
     Memory: O(S) and one window per lane in use, never O(N).

@@ -17,7 +17,7 @@ SubsetName = Literal["train", "holdout", "fold", "all"]
 class SplitSubset:
     """Subset of a split.
 
-    samples_per_shard: int64 [S]. chosen_ids: ascending sample ids (None: the complete split); an oversampled id is
+    samples_per_shard: int64 [S]. split_positions: ascending sample ids (None: the complete split); an oversampled id is
     repeated. copy_numbers: number of each repetition, from 0 (None: no repetitions). max_copies: most repetitions of an
     id.
     """

@@ -69,7 +69,7 @@ class DownloadCache:
     """Folder of copies of at most ``max_bytes``, with least-recently-used eviction.
 
     Threads, processes and jobs may share the folder. An evicted copy stays readable through open descriptors.
-    stall_timeout: seconds to wait for another process whose download makes no progress.
+    other_process_timeout: seconds to wait for another process whose download makes no progress.
     """
 
     def __init__(self, folder: Path, max_bytes: int, other_process_timeout: float) -> None:

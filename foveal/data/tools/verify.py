@@ -39,7 +39,7 @@ def verify_dataset(
 
     Always: every shard has the size, and its index the digest and count, in the manifest. full: also check sha256 and
     tar headers against the index, and decode every image in ``workers`` threads; a remote shard is downloaded to a
-    temporary file while it is checked. record_checksums: if there are no faults, write missing sha256 into the
+    temporary file while it is checked. record_missing_checksums: if there are no faults, write missing sha256 into the
     manifest. on_progress: called with the numbers of finished and of all shards.
     Raises: DataError if the folder cannot be listed or the manifest cannot be written.
     """
@@ -71,7 +71,7 @@ class _ShardVerifier:
     sizes: dict[str, int | None]
     decoders: ThreadPoolExecutor
     full: bool
-    record_checksums: bool
+    record_missing_checksums: bool
 
     def verify_shard(self, split_and_number: tuple[str, int]) -> ShardFindings:
         split, number = split_and_number

@@ -22,7 +22,7 @@ def profile_steps(
 ) -> Iterator[T]:
     """Yield optimizer steps and trace those from ``step_range[0]`` to ``step_range[1]``, both included.
 
-    The first step has number ``start_step`` + 1. The trace is ``output_dir``/steps-<first>-<last>.json.gz; if the steps
+    The first step has number ``after_step`` + 1. The trace is ``output_dir``/steps-<first>-<last>.json.gz; if the steps
     end early, it covers the traced steps. It excludes the caller's work between two steps. None: no trace.
     """
     if first_and_last is None:
