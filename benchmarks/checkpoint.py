@@ -58,7 +58,7 @@ class Saving:
         self.world.barrier()
         began = time.perf_counter()
         self.engine.set_lr(1e-4)
-        with self.engine.micro(last=True):
+        with self.engine.microbatch(last=True):
             self.engine.backward(self.engine.model(self.images).square().mean())
         self.engine.step()
         return max(self.world.all_gather_objects(time.perf_counter() - began))

@@ -66,8 +66,8 @@ def tree_of(case: Case, folder: Path) -> dict[str, Any]:
 def forecast_of(case: Case, folder: Path) -> Forecast:
     """What foveal plan says of a case."""
     stage = importlib.import_module(f"{case.stage}.run").STAGE
-    cfg = stage.config.from_dict(tree_of(case, folder), case.name)
-    return Forecast(stage, stage.plan(cfg, case.ranks), ClusterSpec(1, case.ranks, 1.0, 1e9))
+    cfg = stage.config_class.from_dict(tree_of(case, folder), case.name)
+    return Forecast(stage, stage.build_plan(cfg, case.ranks), ClusterSpec(1, case.ranks, 1.0, 1e9))
 
 
 class CpuMeter:

@@ -90,7 +90,7 @@ def learned(parts: TrainingSetup[Any], batches: list[Batch]) -> dict[str, torch.
     for batch in batches:
         total, numbers = parts.objective(parts.model, batch)
         total.backward()
-        weight = torch.as_tensor(parts.objective.weight(batch), dtype=torch.float64)
+        weight = torch.as_tensor(parts.objective.batch_weight(batch), dtype=torch.float64)
         for name, value in ({"loss": total, "weight": weight} | numbers).items():
             found[name] = found.get(name, 0.0) + value.detach().double()
     gradients = {f"gradient of {n}": p.grad.double() for n, p in parts.model.named_parameters() if p.grad is not None}
@@ -114,7 +114,7 @@ def test_parts_add_up(
         parts = stage.build(plan, DEVICE)
         parts.model.train()
         with train_batches(
-            plan.training, cfg.data, rank=0, world_size=1, microbatch_size=at_once, start_step=0, stop_step=1
+            plan.training_set, cfg.data, rank=0, world_size=1, microbatch_size=at_once, start_step=0, stop_step=1
         ) as batches:
             micros = list(batches)
         assert len(micros) == WHOLE // at_once
