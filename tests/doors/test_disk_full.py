@@ -12,7 +12,7 @@ from processes import PYTHON, ROOT, Ended, column, ended, rows_of
 
 from foveal.data.records.audit import open_ledger
 
-SCRIPT = ROOT / "tests" / "doors" / "full_disk.py"
+SCRIPT = ROOT / "tests" / "support" / "full_disk.py"
 
 
 def on_a_disk_of(size: str, folder: Path, commands: Sequence[str]) -> Ended:

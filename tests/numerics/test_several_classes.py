@@ -106,7 +106,7 @@ def _answers(config: Path, weights: Path) -> tuple[np.ndarray, np.ndarray]:
     found = plan_training(FinetuneConfig.load(config, ["engine.kind=plain", "run.dir=x"]), 1)
     model = classifier_from_plan(found).eval()
     model.encoder.load_state_dict(load_file(weights))
-    place = {"split": "val", "subset": "all", "seed": 1, "rank": 0, "world_size": 1, "microbatch_size": 16}
+    place = {"split": "val", "subset": "all", "training_seed": 1, "rank": 0, "world_size": 1, "microbatch_size": 16}
     scores, truth = [], []
     for batch in eval_batches(Dataset.open(found.cfg.data), found.cfg.data, **place):  # type: ignore[arg-type]
         with torch.no_grad():

@@ -128,9 +128,9 @@ def test_the_average_sees_the_full_image_and_gets_no_gradient() -> None:
     assert model.averaged is not None
     images, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16)
     guesses = model(images, noise, 0.75)
-    assert guesses.seen is not None
+    assert guesses.target_features is not None
     assert guesses.image_pred is not None
-    assert torch.equal(guesses.seen, encode_cls_and_patches(encoder, images)[1])
+    assert torch.equal(guesses.target_features, encode_cls_and_patches(encoder, images)[1])
     assert guesses.patches.shape == (2, 12, 32)
     (guesses.patches.sum() + guesses.image_pred.sum()).backward()
     assert all(each.grad is None for each in model.averaged.parameters())

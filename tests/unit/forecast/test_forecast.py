@@ -181,7 +181,7 @@ def messages(made_forecast: Forecast, limits: JobLimits = NO_LIMITS, *slurm: Any
 
 
 def test_a_small_run_has_no_problems(tiny: Make) -> None:
-    assert messages(tiny(peak_flops_per_second=1e12, gpu_memory_bytes=80e9), JobLimits(3600, 180, "x")) == []
+    assert messages(tiny(gpu_flops_per_second=1e12, gpu_memory_bytes=80e9), JobLimits(3600, 180, "x")) == []
 
 
 def test_a_memory_that_is_too_small_is_said_with_a_way_out(tiny: Make) -> None:
@@ -200,7 +200,7 @@ def test_a_memory_that_is_too_small_is_said_with_a_way_out(tiny: Make) -> None:
 
 
 def test_times_that_do_not_fit(tiny: Make) -> None:
-    slow = tiny("checkpoint.every=5", peak_flops_per_second=tiny().global_flops_per_step / 0.4 / 100)  # 100 s per step
+    slow = tiny("checkpoint.every=5", gpu_flops_per_second=tiny().global_flops_per_step / 0.4 / 100)  # 100 s per step
     assert slow.step_seconds == pytest.approx(100)
     assert slow.all_runs_training_seconds == pytest.approx(2200)
     limits = JobLimits(600, 60, "the script")  # 360 s between start and notice
@@ -233,10 +233,10 @@ def test_partitions_that_do_not_fit(tiny: Make) -> None:
 
 def test_timeouts_and_disks_that_do_not_fit(tiny: Make) -> None:
     flops_per_second = tiny().global_flops_per_step / 0.4 / 100
-    slow = tiny("engine.timeout_minutes=1", "data.patience_seconds=5", peak_flops_per_second=flops_per_second)
+    slow = tiny("engine.timeout_minutes=1", "data.patience_seconds=5", gpu_flops_per_second=flops_per_second)
     assert [(fatal, message[:7]) for fatal, message in messages(slow)] == [(True, "timeout")]
     quick = tiny(
-        "checkpoint.every=1", "checkpoint.gigabytes=0.000001", peak_flops_per_second=1e18, write_bytes_per_second=1e4
+        "checkpoint.every=1", "checkpoint.gigabytes=0.000001", gpu_flops_per_second=1e18, write_bytes_per_second=1e4
     )
     assert [message.partition(":")[0] for _, message in messages(quick)] == ["checkpoints", "checkpoints"]
 

@@ -251,7 +251,7 @@ sys.exit(subprocess.run([sys.executable, "-c", rank]).returncode)
 @pytest.mark.parametrize(("times", "said"), [(1, "trains\nsaved\n"), (2, "trains\n")])
 def test_ctrl_c_reaches_the_ranks_and_not_their_launcher_and_twice_ends_all(times: int, said: str) -> None:
     words = ["-c", LAUNCHER, "torch.distributed.run"]
-    code = f"import os, sys; from slurm import submit; sys.exit(submit._run([sys.executable, *{words!r}], os.environ))"
+    code = f"import os, sys; from slurm import submit; sys.exit(submit._run_command([sys.executable, *{words!r}], os.environ))"
     line = [sys.executable, "-c", code]
     with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as chain:
         assert chain.stdout is not None

@@ -126,7 +126,7 @@ def test_an_attempt_that_was_superseded_while_it_loaded_leaves_the_rows_alone(tm
 
 def test_every_tracker_has_every_verb() -> None:
     verbs = {name for name in vars(Tracker) if not name.startswith("_")}
-    assert verbs == {"settings", "rows", "results", "file", "rewind", "hurry", "close"}
+    assert verbs == {"log_settings", "log_rows", "log_results_once", "log_file", "rewind", "skip_flush", "close"}
     for each in (NullTracker, UploadingTracker, JsonlTracker):
         assert verbs <= vars(each).keys(), each
     use(NullTracker(), 1, 4)

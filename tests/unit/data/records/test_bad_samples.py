@@ -150,7 +150,7 @@ def test_training_never_leaves_a_row_empty(
     """The last window of a lane may have a single sample, and so no replacement."""
     cfg = configure(path=str(spoilt("train-000002.tar", slice(7, 8))), **STATISTICS)
     training = build_training_set(Dataset.open(cfg), cfg, seed=3, batch_size=BATCH)
-    monkeypatch.setattr(training.order, "replacements", lambda _source, _position: iter(()))
+    monkeypatch.setattr(training.order, "replacement_subset_positions", lambda _source, _position: iter(()))
     with (
         train_batches(training, cfg, rank=0, world_size=1, microbatch_size=16, start_step=0, stop_step=22) as batches,
         pytest.raises(DataError, match=r"does not decode, nor does any of the 0 samples"),

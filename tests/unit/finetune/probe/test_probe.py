@@ -142,7 +142,14 @@ def test_features_are_the_encoders_of_unchanged_images(
     cfg = settings(digits, encoder, complete_run[0], probe=ALL)
     plan = plan_probe_or_training(cfg, 1)
     assert isinstance(plan, ProbePlan)
-    arguments = {"split": "val", "subset": "all", "seed": 5, "rank": 0, "world_size": 1, "microbatch_size": 360}
+    arguments = {
+        "split": "val",
+        "subset": "all",
+        "training_seed": 5,
+        "rank": 0,
+        "world_size": 1,
+        "microbatch_size": 360,
+    }
     (batch,) = eval_batches(plan.dataset, cfg.data, **arguments)
     module = build_probed_encoder(plan).eval()
     with torch.no_grad():
