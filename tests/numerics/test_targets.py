@@ -131,8 +131,8 @@ def test_the_average_sees_the_full_image_and_gets_no_gradient() -> None:
     assert guesses.target_features is not None
     assert guesses.image_pred is not None
     assert torch.equal(guesses.target_features, encode_cls_and_patches(encoder, images)[1])
-    assert guesses.patches.shape == (2, 12, 32)
-    (guesses.patches.sum() + guesses.image_pred.sum()).backward()
+    assert guesses.masked_patch_pred.shape == (2, 12, 32)
+    (guesses.masked_patch_pred.sum() + guesses.image_pred.sum()).backward()
     assert all(each.grad is None for each in model.averaged.parameters())
     assert all(each.grad is not None for each in model.encoder.parameters() if each.requires_grad)
     assert all(each.grad is not None for each in model.decoder.parameters())
