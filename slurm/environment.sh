@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034
-# What is particular to a cluster. The only file under slurm/ that a new cluster edits; the three job scripts source it
-# in the batch shell, in the folder where sbatch was called, and srun hands what is exported here to every rank.
+# The settings of a cluster, and the only file under slurm/ to edit for a new one. The three job scripts source it in the
+# batch shell, in the folder where sbatch was called; srun passes exported variables to every rank.
 # Tested: a virtual environment on a shared filesystem (Slurm 22.05). Written from the manuals, not tested: modules,
 # Apptainer, pyxis.
 

@@ -1,29 +1,29 @@
 # shellcheck shell=bash
-# What the three job scripts have in common; sourced by them in the folder where sbatch was called.
+# The common part of the three job scripts, which source it in the folder where sbatch was called.
 
 source slurm/environment.sh
 declare -p pauses >/dev/null 2>&1 || pauses=(10 30 90)
 
 export PYTHONUNBUFFERED=1
-# sbatch --export=NONE, or one that names variables, is about this shell: what it has now, PATH above all, every rank gets.
+# sbatch --export=NONE, or one that names variables, applies to this shell only: every rank gets this shell's environment.
 export SLURM_EXPORT_ENV=ALL
-# From 22.05 on srun does not take --cpus-per-task from the job: where tasks are bound, every rank would have one CPU.
+# Since 22.05 srun does not inherit --cpus-per-task: with task binding every rank would have one CPU.
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
 
-# What Slurm's commands call this job. One task of an array has the number of the whole array as its SLURM_JOB_ID: to
-# requeue that would start every task again.
+# The job's name for Slurm's commands. One task of an array has the array's number as its SLURM_JOB_ID: requeueing that
+# number would restart every task.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 
-# How many starts came to nothing has to outlast a requeue to another node. Slurm counts all restarts alike, the job's
-# comment is the user's, the log may be /dev/null, and the run directory is not known where Python does not start; but the
-# folder of sbatch is seen by every node, or this file would not have been read.
+# The number of starts without progress must survive a requeue to another node. Slurm counts all restarts alike, the job's
+# comment belongs to the user, the log may be /dev/null, and the run directory is unknown if Python does not start. The
+# folder of sbatch is visible on every node, or this file could not have been read.
 counts=runs/.restarts-${SLURM_CLUSTER_NAME:-slurm}-$job
 
 # arguments_of DEFAULT [CONFIG] [key=value ...]
 # Fills the array `arguments` with the config and the overrides; a first argument with an equals sign that is no file is
-# an override of the default config. What a config's name means is the stage's business.
+# an override of the default config. The stage resolves the config's name.
 arguments_of() {
     local config=$1
     shift
@@ -35,26 +35,27 @@ arguments_of() {
 }
 
 # check_settings MODULE
-# A mistake (a setting, missing shards, a batch that these ranks do not divide) ends the job here, with one sentence and code 2.
+# Validates the settings. A mistake (a setting, missing shards, a batch that the ranks do not divide) ends the job here, with
+# one sentence and code 2.
 check_settings() {
     local mistake_is_said=yes node=${SLURMD_NODENAME:-unknown}
     watched "${check[@]}" -m "$1" "${arguments[@]}" --check --ranks "$SLURM_NTASKS"
 }
 
 # examine_nodes STAGE
-# Looks at every node before each start (foveal doctor). One that should not train is named and ends the job, or is
-# excluded from the next start where environment.sh asks for that.
+# Checks every node before each start (foveal doctor). A bad node is named and ends the job, or is excluded from the next
+# start if environment.sh asks for that.
 examine_nodes() {
     if [ "$preflight" = 1 ]; then
-        local only_named=yes  # it says itself which nodes are to blame
+        local only_named=yes  # the doctor names the bad nodes itself
         run_ranks foveal.cli doctor --stage "$1" --slowest "$slowest" "${arguments[@]}"
     fi
 }
 
 # run_ranks MODULE ARGUMENTS
-# Runs a module as one task of srun per rank. A run that was asked to leave has saved, and ends with 0. It has asked Slurm
-# for another start itself; or it heard a SIGTERM for which Slurm has no reason, and this shell asks, which knows whether
-# srun sent it because another rank had failed. When a node is lost, Slurm requeues the job by itself and kills this shell.
+# Runs a module as one task of srun per rank. A run that was asked to stop has saved and exits with 0. It has requeued the
+# job itself; or it received a SIGTERM for which Slurm has no reason, and this shell requeues, which knows whether srun
+# sent the signal because another rank failed. If a node is lost, Slurm requeues the job itself and kills this shell.
 run_ranks() {
     local node=unknown
     watched srun --kill-on-bad-exit=1 --wait=300 "${srun_options[@]}" "${ranks[@]}" -m "$@"
@@ -64,11 +65,11 @@ run_ranks() {
 }
 
 # watched COMMAND
-# Runs it. If it fails, ends with its exit code, and asks Slurm for another start where one can help.
+# Runs a command. If it fails, exits with its code, after a requeue if another start can help.
 watched() {
     local said errors tee code=0 suspects='' first=''
     said=$(mktemp)
-    # Slurm's TERM is for the ranks, which save and leave: this shell outlives them to decide what comes next.
+    # Slurm's TERM is for the ranks, which save and exit; this shell must survive them to decide about a requeue.
     trap '' TERM
     exec {errors}> >(exec tee "$said" >&2)
     tee=$!
@@ -85,10 +86,10 @@ watched() {
     [ "$code" -eq 0 ] || exit "$code"
 }
 
-# Sets `code` to the exit code of the rank that failed first, `first` to what srun says of it, and `suspects` to the node
-# where that was: srun ends the other ranks, whose codes say less, and returns the highest of all. A run that knows
-# better which node is to blame says so in a line of its own; the examination has one for each bad node.
-# Sets `node` to the first of them, and `why` to the line that tells the cause.
+# Sets `code` to the exit code of the rank that failed first, `first` to srun's line about it, and `suspects` to its node:
+# srun ends the other ranks, whose codes are less specific, and returns the highest of all. A run that knows the faulty
+# node better prints a line of its own; the doctor prints one for each bad node.
+# Sets `node` to the first suspect, and `why` to the line with the cause.
 first_failure() {
     local line named
     line=$(grep -m1 -E '^srun: error: [^ ]+: tasks? [^:]+: ' "$said" || true)
@@ -98,7 +99,7 @@ first_failure() {
     fi
     named=$(sed -nE 's/^foveal: suspect node ([^ :,]+).*/\1/p' "$said" | awk '!seen[$0]++')
     if [ "$code" -ne 6 ]; then
-        named=${named%%$'\n'*}  # ranks that lost one another blame further ones
+        named=${named%%$'\n'*}  # ranks that lost each other name further nodes
     fi
     if [ -n "$named" ]; then
         node=${named%%$'\n'*}
@@ -106,7 +107,7 @@ first_failure() {
     if [ -n "$named" ] || [ -n "${only_named:-}" ]; then
         suspects=$named
     fi
-    # Before srun tells of the first end: the last line that looks like an error, else the last line; else what came late.
+    # The last line before srun's first error that looks like an error, else the last line, else the first line after it.
     why=$(awk '
         /^srun: error: [^ ]+: tasks? / { ended = 1; next }
         /^(srun: |slurmstepd[^ ]*: error: \*\*\*|[[:space:]]*$)/ { if (/^srun: error: / && !ended) srun = $0; next }
@@ -118,7 +119,7 @@ first_failure() {
     why=${why:0:400}
 }
 
-# The exit codes are those of foveal/errors.py; unless the program never ran: then it is a number of Linux's for the reason.
+# The exit codes are those of foveal/errors.py, unless the program never ran: then the code is an errno of Linux.
 start_again_unless_futile() {
     local futile='' ledger='' failed=0 early=0 meaning=$code
     if grep -qE '^slurmstepd[^ ]*: error: execve\(\)' "$said"; then
@@ -159,10 +160,10 @@ start_again_unless_futile() {
     fi
 }
 
-# Sets `ledger` to what is known of the starts so far: how far each run had come (reached STEP RUN), and the last starts in
-# a row that failed since then (failed RESTART NODE BEGUN WHY), this one included; `failed` to their number, and `early` to
-# how many of the last had no attempt. Only a step that was not reached before is progress: a run that is set back may not go
-# in circles. A start that is not in the ledger between two that are ended otherwise: it left, or its node was lost.
+# Sets `ledger` to the record of the starts so far: the furthest step of each run (reached STEP RUN), and the latest failed
+# starts in a row since then (failed RESTART NODE BEGUN WHY), this one included; `failed` to their number, and `early` to
+# the number of the latest without an attempt. Only a step beyond the furthest is progress, so that a run that is set back
+# does not restart for ever. A start missing between two entries ended differently: it saved, or its node was lost.
 count_starts() {
     local before=$counts begun=no restart=${SLURM_RESTART_COUNT:-0}
     if [ "$restart" -eq 0 ]; then
@@ -187,21 +188,21 @@ count_starts() {
     early=$(awk '$1 == "failed" { early = $4 == "no" ? early + 1 : 0 } END { print early + 0 }' <<<"$ledger")
 }
 
-# Writes the ledger down. Where that cannot be, every restart of the job counts, as if none had got further.
+# Stores the ledger. If that fails, every restart of the job counts as one without progress.
 keep_counts() {
     if ! { mkdir -p "${counts%/*}" && echo "$ledger" >"$counts.new" && mv "$counts.new" "$counts"; }; then
         failed=$((${SLURM_RESTART_COUNT:-0} + 1))
     fi
 }
 
-# where_they_failed LAST WITHOUT: the node and the cause of so many starts, without the very last ones.
+# where_they_failed LAST WITHOUT: node and cause of the LAST failed starts, without the newest WITHOUT of them.
 where_they_failed() {
     awk '$1 == "failed"' <<<"$ledger" | head -n "-$2" | tail -n "$1" | awk '
         { same += $3 == node; node = $3; sub(/^[^ ]+ [^ ]+ [^ ]+ [^ ]+ /, ""); why = $0 }
         END { if (NR) printf ", %s first on %s: %s", (NR > 1 && same == NR - 1) ? "each" : "the last", node, why }'
 }
 
-# Waits before another start, the longer the more of them came to nothing; not where Slurm wants the job to end.
+# Waits before another start, longer after more failures; not if Slurm is ending the job.
 pause() {
     local last=$((${#pauses[@]} - 1)) seconds
     if [ "$last" -lt 0 ] || [ "$(of_job JobState)" != RUNNING ] || [ "$(of_job PreemptTime)" != None ]; then
@@ -216,8 +217,8 @@ pause() {
     trap '' TERM
 }
 
-# Another rank may have asked for a start when this one failed; it would meet the same mistake. A shell whose attempt was
-# superseded says nothing of the job that goes on elsewhere.
+# Another rank may have requeued the job when this one failed; the next start would fail in the same way. A shell whose
+# attempt was superseded must not cancel the job that runs elsewhere.
 call_off_restart() {
     if [ "$code" -ne 4 ] && [ "$(of_job JobState)" != RUNNING ] &&
         [ "$(of_job Restarts)" = $((${SLURM_RESTART_COUNT:-0} + 1)) ]; then
@@ -226,14 +227,14 @@ call_off_restart() {
     rm -f "$counts"
 }
 
-# A job that somebody cancels is not RUNNING any more, and neither is one that is requeued already. One that Slurm ended
-# at its time limit, before it could leave, is not either, but is to go on.
+# A cancelled job is not RUNNING any more, and neither is one that is requeued already. A job that Slurm ended at its time
+# limit, before it could save, is not RUNNING either, but must continue.
 going_on() {
     [ "$(of_job JobState)" = RUNNING ] || [ "$(of_job Reason)" = TimeLimit ]
 }
 
-# Does without the suspects from the next start on, if environment.sh asks for that and enough others are left. Slurm
-# refuses this while a job runs, and remembers it in all later restarts.
+# Excludes the suspects from the next start on, if environment.sh asks for that and enough nodes are left. Slurm refuses
+# this while a job runs, and keeps it for all later restarts.
 exclude() {
     local list
     if [ "$exclude_bad_node" != 1 ] || [ -z "$suspects" ] || ! list=$(without_suspects); then
@@ -243,7 +244,7 @@ exclude() {
     fi
 }
 
-# What keeps a job that the examination has stopped from going on without the nodes that it named; nothing if nothing does.
+# Prints why a job that the doctor stopped cannot continue without the named nodes; nothing if it can.
 in_the_way() {
     if [ -z "$suspects" ]; then
         echo "no node in particular is to blame; what is wrong is said above"
@@ -254,7 +255,7 @@ in_the_way() {
     fi
 }
 
-# Prints the job's list of excluded nodes with the suspects in it, if the nodes that are left are enough for the job.
+# Prints the job's list of excluded nodes with the suspects added, if enough nodes are left for the job.
 without_suspects() {
     local list left
     list=$(of_job ExcNodeList)
@@ -269,12 +270,12 @@ without_suspects() {
     echo "$list"
 }
 
-# of_job KEY: what `scontrol show job` says; keys before Command= only, which quotes what the user typed.
+# of_job KEY: the value in `scontrol show job`; keys before Command= only, which quotes the user's command.
 of_job() {
     asked_slurm show job --oneliner "$job" | tr ' ' '\n' | sed -n "1,/^Command=/s/^$1=//p"
 }
 
-# asked_slurm ARGUMENTS OF SCONTROL: some times more while the controller does not answer, five minutes in all.
+# asked_slurm ARGUMENTS OF SCONTROL: retries while the controller does not answer, five minutes in all.
 asked_slurm() {
     local try
     for try in {1..10}; do
