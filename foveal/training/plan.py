@@ -63,7 +63,9 @@ class RunConfig(Config):
         None, "Stop after this step with a checkpoint to resume from. null: run to the end.", ge=1
     )
     restarts: int = machine(
-        5, "Attempts in a row without a step beyond the furthest reached, preemptions aside, before the job gives up.", ge=1
+        5,
+        "Attempts in a row without a step beyond the furthest reached, preemptions aside, before the job gives up.",
+        ge=1,
     )
     pipeline: str | None = machine(
         None, "Folder of the pipeline, whose stages share one parent run in MLflow. null: no pipeline."
