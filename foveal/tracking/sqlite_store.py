@@ -76,7 +76,7 @@ def lock_store(file: Path, create_if_missing: Callable[[Path], object]) -> Itera
             _create_store(file, create_if_missing)
         elif file.is_dir() or not os.access(file, os.R_OK | os.W_OK):
             raise StoreRefusedError(f"{file} cannot be written: make it writable, or set tracking.uri to another place")
-        elif _read_header(file) not in (b"", _SQLITE_HEADER):  # empty: whoever makes it has only begun
+        elif _read_header(file) not in (b"", _SQLITE_HEADER):  # empty: another run has only begun to create it
             raise StoreRefusedError(f"{file} is no SQLite database: set tracking.uri to another place")
         yield
 

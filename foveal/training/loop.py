@@ -54,7 +54,7 @@ class TrainingSetup(Generic[ObjectiveT]):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A finished optimizer step: ``index`` counts from 1; ``batch`` is this rank's last microbatch, for images."""
+    """A finished optimizer step: ``index`` counts from 1; ``last_microbatch`` is this rank's, for images."""
 
     index: int
     last_microbatch: Batch
