@@ -5,7 +5,7 @@ from distill.target import DistillMethod
 from foveal.config import Config, machine, science
 from foveal.models.mae import DecoderConfig
 from foveal.models.vit import Pooling, VitConfig
-from foveal.training.plan import StageConfig
+from foveal.training.config import StageConfig
 
 
 class StudentVitConfig(VitConfig):

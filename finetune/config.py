@@ -9,7 +9,7 @@ from foveal.engines.base import EngineConfig
 from foveal.models.detect import DetectionHeadCard, DetectorConfig
 from foveal.models.segment import SegmentationHeadCard, SegmentationHeadKind
 from foveal.models.vit import Pooling, VitConfig
-from foveal.training.plan import StageConfig
+from foveal.training.config import StageConfig
 
 
 class FinetuneEngine(EngineConfig):

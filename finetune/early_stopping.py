@@ -4,7 +4,7 @@ from foveal.config import Config, science
 from foveal.data import LabelKind
 from foveal.data.sampling.subset import eval_split
 from foveal.errors import ConfigError
-from foveal.training.plan import StageConfig
+from foveal.training.config import StageConfig
 
 
 class EarlyStoppingConfig(Config):

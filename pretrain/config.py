@@ -10,7 +10,8 @@ from foveal.models.mae import DecoderConfig
 from foveal.models.masks import MaskStrategy, resolve_mask_block_size
 from foveal.models.vit import VitConfig
 from foveal.optim.schedule import cosine_ema_decay
-from foveal.training.plan import Plan, StageConfig, build_stage_plan
+from foveal.training.config import StageConfig
+from foveal.training.plan import Plan, build_stage_plan
 from pretrain.init import InitSource, inspect_init_weights
 from pretrain.objective import PredictionTarget
 

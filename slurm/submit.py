@@ -31,7 +31,7 @@ from finetune.config import FinetuneConfig
 from foveal.config import parse_yaml, read_yaml
 from foveal.distributed.launcher_process import LAUNCHER_ENV_VAR, Process
 from foveal.errors import ConfigError, FovealError, LaunchError
-from foveal.training.plan import StageConfig, resolve_config_path
+from foveal.training.config import StageConfig, resolve_config_path
 from pretrain.config import PretrainConfig
 
 _STAGES: dict[str, tuple[type[StageConfig], str]] = {

@@ -15,7 +15,8 @@ from foveal.forecast.trace import (
     trace_microbatch_memory,
 )
 from foveal.training.cli import Stage
-from foveal.training.plan import Plan, StageConfig
+from foveal.training.config import StageConfig
+from foveal.training.plan import Plan
 
 _FP32, _BF16 = 4, 2
 _PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")

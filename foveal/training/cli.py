@@ -27,9 +27,10 @@ from foveal.errors import (
     TrainingHungError,
 )
 from foveal.redact import RedactingFormatter, redact_tracebacks
+from foveal.training.config import StageConfig, resolve_config_path
 from foveal.training.loop import TrainingSetup
 from foveal.training.out_of_memory import diagnose_out_of_memory
-from foveal.training.plan import Plan, StageConfig, resolve_config_path
+from foveal.training.plan import Plan
 from foveal.training.run import Run
 from foveal.training.run_directory import open_run
 

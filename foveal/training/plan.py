@@ -1,104 +1,20 @@
-"""The config sections and the plan that all three stages share."""
+"""The plan that all three stages share: a config resolved for a number of ranks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import model_validator
-
-from foveal.checkpoint.store import CheckpointConfig
-from foveal.config import Config, height_and_width, machine, science
-from foveal.data import DataConfig, Dataset, LabelKind, TrainingSet, build_training_set, collect_mix_digests
+from foveal.config import height_and_width
+from foveal.data import Dataset, TrainingSet, build_training_set, collect_mix_digests
 from foveal.data.image.decode import jpeg_decoder_and_version
 from foveal.data.sampling.order import rank_slot_range
-from foveal.engines.base import EngineConfig
 from foveal.engines.build import check_engine_config
 from foveal.errors import ConfigError, ExportError
-from foveal.optim.optimizers import OptimConfig
 from foveal.optim.schedule import count_plateau_drops, step_decay_lr, warmup_constant_lr, warmup_cosine_lr
-from foveal.tracking.tracker import TrackingConfig
+from foveal.training.config import StageConfig
 from foveal.training.evaluations import higher_is_better
-from foveal.training.rollback import RecoveryConfig
 from foveal.weights.export import Card
-
-
-class BatchConfig(Config):
-    """The batch size, independent of the number of ranks; gradient accumulation is derived from it."""
-
-    images: int = science(description="Images per optimizer step, over all ranks.", gt=0)
-    at_once: int = machine(64, "Maximal microbatch size: images per forward and backward of a rank.", gt=0)
-
-    def microbatch_size_and_count(self, world_size: int) -> tuple[int, int]:
-        """Return (images per microbatch, microbatches per step); ``world_size`` must divide the batch."""
-        rank_images = self.images // world_size
-        sizes = range(1, min(self.at_once, rank_images) + 1)
-        microbatch_size = max(size for size in sizes if rank_images % size == 0)
-        return microbatch_size, rank_images // microbatch_size
-
-
-class LogConfig(Config):
-    """Intervals of logging, images and profiler traces."""
-
-    every: int = machine(20, "Steps between two writes of metrics; each write has a row for every step.", ge=1)
-    pictures_every: int = machine(0, "Steps between saved images; 0: only at the end of the run.", ge=0)
-    profile_steps: tuple[int, int] | None = machine(
-        None, "[first, last] step, counted from 1, that rank 0 profiles into RUN/profile/. null: no trace."
-    )
-
-    @model_validator(mode="after")
-    def _in_order(self) -> Self:
-        if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
-            raise ValueError(f"log.profile_steps={list(self.profile_steps)} must be [first, last], counted from 1")
-        return self
-
-
-class RunConfig(Config):
-    """The run directory, and the start and stop of a run."""
-
-    dir: str | None = machine(None, "Run directory. null: runs/<name of the config>.")
-    fresh: bool = machine(False, "Start a new run in a numbered sibling if the run directory exists.")
-    stop_at: int | None = machine(
-        None, "Stop after this step with a checkpoint to resume from. null: run to the end.", ge=1
-    )
-    restarts: int = machine(
-        5,
-        "Attempts in a row without a step beyond the furthest reached, preemptions aside, before the job gives up.",
-        ge=1,
-    )
-    pipeline: str | None = machine(
-        None, "Folder of the pipeline, whose stages share one parent run in MLflow. null: no pipeline."
-    )
-    processes: int | None = machine(None, "Processes for --cluster local. null: one per GPU, or one in all.", ge=1)
-
-
-class StageConfig(Config):
-    """The settings that every stage has."""
-
-    seed: int = science(0, "Seed of all random numbers.", ge=0)
-    epochs: int = science(description="Number of passes over the training images.", ge=1)
-    data: DataConfig
-    batch: BatchConfig
-    optim: OptimConfig
-    engine: EngineConfig = EngineConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    log: LogConfig = LogConfig()
-    recovery: RecoveryConfig = RecoveryConfig()
-    run: RunConfig = RunConfig()
-    tracking: TrackingConfig = TrackingConfig()
-
-    supported_labels: ClassVar[tuple[LabelKind, ...]] = ("class",)
-
-    @property
-    def export_subfolders(self) -> tuple[str, ...]:
-        """The names of the exports, subfolders of export/; the empty name is export/ itself."""
-        return ("",)
-
-    @property
-    def early_stopping_metric(self) -> str | None:
-        """The evaluation metric that the plateau schedule follows; None in a stage without evaluations."""
-        return None
 
 
 @dataclass(frozen=True)
@@ -142,7 +58,7 @@ class Plan:
         return min(self.total_steps, self.cfg.run.stop_at or self.total_steps)
 
     def compute_lr(self, steps_done: int, metric_history: Sequence[float] = ()) -> float:
-        """Return the learning rate of the update after ``step`` finished updates.
+        """Return the learning rate of the update after ``steps_done`` finished updates.
 
         ``metric_history``: values of ``cfg.early_stopping_metric`` up to that step, for the plateau schedule only.
         """
@@ -236,13 +152,6 @@ class Plan:
 
 
 PlanT = TypeVar("PlanT", bound=Plan)
-
-
-def resolve_config_path(stage_name: str, name_or_path: str) -> Path:
-    """Return the YAML file of a config given by path, or by NAME for configs/<stage>/NAME.yaml."""
-    if name_or_path.endswith(".yaml") or "/" in name_or_path:
-        return Path(name_or_path)
-    return Path("configs", stage_name, f"{name_or_path}.yaml")
 
 
 def add_inherited_prefix(facts: dict[str, Any]) -> dict[str, Any]:

@@ -29,11 +29,12 @@ from foveal.redact import RedactingFormatter, redact
 from foveal.tracking import report_end_without_tracker
 from foveal.tracking.tracker import AttemptState, NullTracker
 from foveal.training.checkpointing import CheckpointSaver
+from foveal.training.config import StageConfig
 from foveal.training.lease import Attempt, Lease, acquire_lease
 from foveal.training.lease_holder import current_holder
 from foveal.training.meters.stragglers import StragglerMeter
 from foveal.training.out_of_memory import diagnose_out_of_memory
-from foveal.training.plan import Plan, StageConfig
+from foveal.training.plan import Plan
 from foveal.training.run import Run
 
 _PERMANENT_ERRNOS = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}  # a retry fails in the same way

@@ -91,7 +91,7 @@ if starts: sys.exit(0)
 if rank == 0: print("notice", slurm().read_shutdown_notice(), flush=True)
 until_asked(100)
 print("heard", heard[0], flush=True)
-if rank == 0: print("left", slurm().read_seconds_left(), flush=True)
+if rank == 0: print("left", slurm().read_slurm_seconds_left(), flush=True)
 heard.clear(); until_asked(100)
 sys.exit(1)
 """
@@ -196,7 +196,7 @@ def test_a_preempted_job_knows_its_grace_and_asks_for_another_start_itself(check
 if starts: sys.exit(0)
 if rank == 0: print("notice", slurm().read_shutdown_notice(), flush=True)
 until_asked()
-if rank == 0: print("left", slurm().read_seconds_left(), heard, flush=True)
+if rank == 0: print("left", slurm().read_slurm_seconds_left(), heard, flush=True)
 if rank == 0: print("refused", slurm().requeue_slurm_job_if_due(got_warning_signal=False), flush=True)
 """
     job = checkouts.submit(ranks, partition="low", nodes="1", ntasks_per_node="1", cpus_per_task="5")

@@ -11,7 +11,7 @@ from distill.config import DistillConfig
 from finetune.config import FinetuneConfig
 from foveal.data.sampling.order import SampleOrder, rank_slot_range
 from foveal.errors import ConfigError
-from foveal.training.plan import StageConfig
+from foveal.training.config import StageConfig
 from pretrain.config import PretrainConfig
 
 # ImageNet-1k about as `foveal data pack folder` deals it: 1,281,167 images of 110 kB in shards of at most 256 MB.

@@ -119,7 +119,7 @@ class _ShardVerifier:
 
     def _check_bytes(self, shard: Shard, path: str, index: ShardIndex | None) -> ShardFindings:
         """Compute a shard's sha256 if it is needed; in full mode also check headers and images."""
-        if not self.full and (not self.record_checksums or shard.sha256):
+        if not self.full and (not self.record_missing_checksums or shard.sha256):
             return [], None
         digest = hashlib.sha256()
         with self._open_hashed(shard, digest.update) as stream:

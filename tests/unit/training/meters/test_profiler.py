@@ -12,9 +12,9 @@ import torch
 from ranks import Ranks, stage_named
 
 from foveal.errors import ConfigError
+from foveal.training.config import LogConfig
 from foveal.training.meters import profiler
 from foveal.training.meters.profiler import profile_steps
-from foveal.training.plan import LogConfig
 
 
 def iter_steps(start: int, stop: int) -> Iterator[int]:
