@@ -58,7 +58,7 @@ class DistillationLoss:
         # Engines differ in whether their autocast includes the objective; losses of small differences need fp32.
         with autocast(images.device, "fp32"):
             for name, student_outputs in zip(self.student_names, all_student_outputs, strict=True):
-                loss_B, student_metrics = _LOSSES[self.cfg.lesson](self, student_outputs, teacher_outputs, inputs)
+                loss_B, student_metrics = _LOSSES[self.cfg.method](self, student_outputs, teacher_outputs, inputs)
                 if name:
                     student_metrics = student_metrics | {"loss": loss_B}
                 prefix = f"{name}/" if name else ""
@@ -76,7 +76,7 @@ class DistillationLoss:
 
     def sample_mask_indices(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         """Return the indices of visible [B, K] and masked patches [B, M]; (None, None) for methods without masking."""
-        if self.cfg.lesson != "layers":
+        if self.cfg.method != "layers":
             return None, None
         height, width = (side // self.teacher.target.patch for side in batch.images.shape[2:])
         noise = draw_uniform(derive_key(self.cfg.seed, "mask"), batch.sample_keys, height * width)
@@ -134,7 +134,7 @@ def _logit_loss(
     """
     logits, weight = student_outputs[0].float(), objective.cfg.label_weight
     soft_B = distillation_loss_per_image(logits, teacher_outputs[0], objective.cfg.temperature)
-    metrics = {"soft_loss": soft_B, "agreement": logits.argmax(dim=1) == teacher_outputs[0].argmax(dim=1)}
+    metrics = {"soft_loss": soft_B, "teacher_agreement": logits.argmax(dim=1) == teacher_outputs[0].argmax(dim=1)}
     if not weight:
         return soft_B, metrics
     label_B = label_loss_per_image(logits, inputs.labels)
@@ -155,7 +155,7 @@ def _token_loss(
         label_loss_per_image(token_logits, teacher_classes),
     )
     agreement_B = token_logits.argmax(dim=1) == teacher_classes
-    metrics = {"label_loss": label_B, "guess_loss": teacher_B, "agreement": agreement_B}
+    metrics = {"label_loss": label_B, "guess_loss": teacher_B, "teacher_agreement": agreement_B}
     return weight * label_B + (1 - weight) * teacher_B, metrics
 
 

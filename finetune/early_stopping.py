@@ -21,9 +21,9 @@ class EarlyStoppingConfig(Config):
 
 TASK_METRICS: dict[LabelKind, tuple[str, ...]] = {  # metrics of an evaluation, without prefix
     "class": ("top1", "top5", "loss"),
-    "classes": ("map", "f1", "loss"),
-    "mask": ("miou", "pixels", "loss"),
-    "boxes": ("map", "map_50", "map_75", "loss"),
+    "classes": ("mAP", "f1", "loss"),
+    "mask": ("miou", "pixel_accuracy", "loss"),
+    "boxes": ("mAP", "mAP_50", "mAP_75", "loss"),
 }
 
 

@@ -1,3 +1,3 @@
 """foveal: pretraining of vision transformers with a loss curve that is independent of hardware and restarts."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -7,6 +7,7 @@ import typer
 
 from foveal import __version__
 from foveal.commands.attempts import attempts
+from foveal.commands.config import app as config
 from foveal.commands.track import app as track
 from foveal.data.tools.cli import app as data
 from foveal.doctor.cli import doctor_command
@@ -16,6 +17,7 @@ from foveal.redact import redact_tracebacks
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command()(attempts)
+app.add_typer(config, name="config", help="Rewrite config files under the names of this version.")
 app.add_typer(data, name="data", help="Build, index, verify and display shards.")
 app.add_typer(track, name="track", help="Upload to MLflow the part of a run that it lacks.")
 app.command("plan")(plan_command)

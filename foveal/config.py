@@ -5,11 +5,11 @@ A resume compares only science; see ``Config.science_settings``.
 """
 
 import difflib
+import logging
 import re
 import types
 import typing
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -20,17 +20,27 @@ from pydantic_core import PydanticUndefined
 
 from foveal.errors import ConfigError
 from foveal.redact import describe_secrets_in_settings
-from foveal.timeouts import call_with_timeout
+from foveal.renames import describe_renames, flatten, translate_settings
+from foveal.strict_yaml import dump_yaml, parse_yaml, read_yaml
 
-_MAX_CHARACTERS = 1 << 18  # of a config
-_MAX_VALUES = 100_000  # of a config
-_MAX_DIGITS = 100  # of an integer
-_READ_TIMEOUT = 20.0  # seconds to read a config file
+_log = logging.getLogger(__name__)
 
 
-def science(default: Any = PydanticUndefined, description: str = "", **constraints: Any) -> Any:
-    """Declare a setting whose value can change a result."""
-    return Field(default, description=description, json_schema_extra={"half": "science"}, **constraints)
+def science(
+    default: Any = PydanticUndefined,
+    description: str = "",
+    *,
+    since: str | None = None,
+    neutral: Any = None,
+    **constraints: Any,
+) -> Any:
+    """Declare a setting whose value can change a result.
+
+    ``since``: for a setting that is added, the version that adds it. Runs of earlier versions have no such setting and
+    continue if its value is ``neutral``, the value, as JSON, that does what those versions did.
+    """
+    extra: dict[str, Any] = {"half": "science"} | ({} if since is None else {"since": since, "neutral": neutral})
+    return Field(default, description=description, json_schema_extra=extra, **constraints)
 
 
 def machine(default: Any = PydanticUndefined, description: str = "", **constraints: Any) -> Any:
@@ -56,44 +66,14 @@ def height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
     return size if isinstance(size, tuple) else (size, size)
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """YAML where a duplicate key is an error and 1e-3 is a number (YAML 1.1 requires 1.0e-3)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        if duplicates := [key for key, count in keys.items() if count > 1]:
-            raise ConfigError(f"line {node.start_mark.line + 1}: '{min(duplicates)}' is given twice")
-        return super().construct_mapping(node, deep)
-
-
-class _StrictDumper(yaml.SafeDumper):
-    """YAML that quotes the text 1e3, which ``_StrictLoader`` would read as a number."""
-
-
-def _represent_str(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    """Double-quote a text with a Unicode line end, which YAML would fold and read as a blank."""
-    return dumper.represent_scalar(
-        "tag:yaml.org,2002:str", text, style='"' if set(text) & set("\x85\u2028\u2029") else None
-    )
-
-
-_StrictDumper.add_representer(str, _represent_str)
-for _yaml_class in (_StrictLoader, _StrictDumper):
-    _yaml_class.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-        list("-+0123456789"),
-    )
-
-
 class Config(BaseModel):
     """Base class of every section: frozen, without unknown keys and silent conversions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     @classmethod
-    def load(cls, file: Path, overrides: Sequence[str] = ()) -> Self:
-        """Read a YAML file, apply ``dotted.key=value`` overrides, validate.
+    def load(cls, file: Path, overrides: Sequence[str] = (), on_warning: Callable[[str], None] = _log.warning) -> Self:
+        """Read a YAML file, apply ``dotted.key=value`` overrides, validate. ``on_warning`` gets one text about old names.
 
         Raises: ConfigError that names the file and the key and, for a typo, the nearest setting; also for a literal
         secret, because the run directory stores the settings.
@@ -101,8 +81,10 @@ class Config(BaseModel):
         tree = read_yaml(file)
         if not isinstance(tree, dict):
             raise ConfigError(f"{file}: a mapping of settings is expected, this is {type(tree).__name__}")
-        for override in overrides:
-            _apply_override(tree, override)
+        tree, renamed = translate_settings(tree, cls.model_fields)
+        renamed |= _apply_overrides(tree, overrides, cls.model_fields)
+        if renamed:
+            on_warning(describe_renames(str(file), renamed))
         cfg = cls.from_dict(tree, str(file))
         _refuse_secrets(cfg, str(file))
         return cfg
@@ -121,11 +103,27 @@ class Config(BaseModel):
 
     def dump(self, file: Path) -> None:
         """Write the resolved settings as a YAML file that ``load`` reads."""
-        file.write_text(yaml.dump(self.to_dict(), Dumper=_StrictDumper, sort_keys=False, allow_unicode=True, width=120))
+        file.write_text(dump_yaml(self.to_dict()))
 
     def science_settings(self) -> dict[str, Any]:
         """Return the science settings, ``dotted.key`` to value."""
         return {name: value for name, value, kind in self.iter_settings() if kind == "science"}
+
+    def neutral_values(self, prefix: str = "") -> dict[str, Any]:
+        """Return the value that equals absence, ``dotted.key`` to value, of the science settings that have one."""
+        values: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            if isinstance(field.json_schema_extra, dict) and "since" in field.json_schema_extra:
+                values[f"{prefix}{name}"] = field.json_schema_extra["neutral"]
+            inner = getattr(self, name)
+            sections = {"": inner} if isinstance(inner, Config) else {}
+            if isinstance(inner, tuple):
+                sections = {
+                    f".{number}": section for number, section in enumerate(inner) if isinstance(section, Config)
+                }
+            for suffix, section in sections.items():
+                values |= section.neutral_values(f"{prefix}{name}{suffix}.")
+        return values
 
     def to_flat_dict(self) -> dict[str, Any]:
         """Return every setting, ``dotted.key`` to value."""
@@ -183,55 +181,6 @@ def check_folder_name(setting: str, name: str) -> None:
         )
 
 
-def parse_yaml(text: str) -> Any:
-    """Parse YAML into plain data.
-
-    Raises: ConfigError for a duplicate key or a text over the limits of a config; yaml.YAMLError for invalid YAML.
-    """
-    if len(text) > _MAX_CHARACTERS:
-        raise ConfigError(f"this is no config: it has more than {_MAX_CHARACTERS:,} characters")
-    try:
-        loader = _StrictLoader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        if _count_values(node, {}) > _MAX_VALUES:
-            raise ConfigError(
-                f"this is no config: it has more than {_MAX_VALUES:,} values, those behind aliases included"
-            )
-        return loader.construct_document(node)
-    except RecursionError:
-        raise ConfigError("this is no config: it is nested too deeply, or inside of itself") from None
-    except (ValueError, OverflowError) as error:  # an impossible date, a number of thousands of digits
-        raise yaml.YAMLError(str(error)) from None
-
-
-def _count_values(node: yaml.Node, counts: dict[int, int]) -> int:
-    """Count the values of a node with its aliases expanded. Raises: RecursionError for a node that contains itself."""
-    if id(node) in counts:
-        return counts[id(node)]
-    items = () if isinstance(node, yaml.ScalarNode) else node.value
-    if not items and node.tag.endswith(":int") and len(node.value) > _MAX_DIGITS:
-        raise ValueError(f"a number of {len(node.value)} digits")
-    children = [child for item in items for child in (item if isinstance(item, tuple) else (item,))]
-    counts[id(node)] = 1 + sum(_count_values(child, counts) for child in children)
-    return counts[id(node)]
-
-
-def read_yaml(file: Path) -> Any:
-    """Read plain data from a YAML file. Raises: ConfigError that names the file."""
-    try:
-        return parse_yaml(call_with_timeout(_READ_TIMEOUT, lambda: _read_text(file)))
-    except FileNotFoundError:
-        raise ConfigError(f"{file}: no such file{_suggest_file(file)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read ({error})") from None
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
-
-
 def _refuse_secrets(cfg: Config, source: str) -> None:
     """Refuse literal secrets: the run directory and MLflow store the settings. Raises: ConfigError."""
     for setting, value in cfg.to_flat_dict().items():
@@ -239,20 +188,34 @@ def _refuse_secrets(cfg: Config, source: str) -> None:
             raise ConfigError(f"{source}: {name}: {explain_literal_secret(secret, in_url=isinstance(value, str))}")
 
 
-def _read_text(file: Path) -> str:
-    with file.open() as stream:
-        return stream.read(_MAX_CHARACTERS + 1)  # a limit, because a device file has no end
+def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str], sections: Container[str]) -> dict[str, str]:
+    """Set the values of ``dotted.key=value`` in order, under their new names; return the renamed ones, new by old."""
+    renamed: dict[str, str] = {}
+    new_names: set[str] = set()
+    for override in overrides:
+        name, value = _parse_override(override)
+        values: dict[str, Any] = {}
+        set_by_dotted_key(values, name, value)
+        translated, found = translate_settings(values, sections)
+        renamed |= found
+        new_names |= set() if found else {name}
+        for key, new_value in flatten(translated) if found else [(name, value)]:
+            set_by_dotted_key(tree, key, new_value)
+    if twice := [old for old, new in renamed.items() if new in new_names]:
+        raise ConfigError(
+            f"{twice[0]} and {renamed[twice[0]]} are one setting: leave out {twice[0]}, its name before 0.2"
+        )
+    return renamed
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def _parse_override(override: str) -> tuple[str, Any]:
     name, equals, text = override.partition("=")
     if not equals or not name:
         raise ConfigError(f"'{override}' is not an override; write dotted.key=value")
     try:
-        value = parse_yaml(text)
+        return name, parse_yaml(text)
     except yaml.YAMLError:
-        value = text
-    set_by_dotted_key(tree, name, value)
+        return name, text
 
 
 def set_by_dotted_key(values: dict[str, Any], dotted_key: str, value: Any) -> None:
@@ -307,9 +270,3 @@ def _setting_names_at(model: type[Config], path: list[str]) -> list[str]:
             return []
         model = section
     return list(model.model_fields)
-
-
-def _suggest_file(file: Path) -> str:
-    names = [candidate.name for candidate in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
-    close = difflib.get_close_matches(file.name, names, n=1)
-    return f". Did you mean '{file.parent / close[0]}'?" if close else ""

@@ -17,7 +17,7 @@ from foveal.models.masks import MASK_NOISE_FUNCTIONS, NUM_OFFSET_DRAWS, MaskStra
 from foveal.models.patches import build_reconstruction_targets, count_visible, gather_patches, reconstruction_loss
 from foveal.seeding import derive_key, draw_uniform
 
-PredictionTarget = Literal["pixels", "latents"]
+PredictionTarget = Literal["pixels", "features"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def feature_loss_sum(_objective: MaskedModelingLoss, _images: Tensor, output: MA
 
 TARGET_LOSSES: dict[PredictionTarget, Callable[[MaskedModelingLoss, Tensor, MAEOutput], Tensor]] = {
     "pixels": pixel_loss_sum,
-    "latents": feature_loss_sum,
+    "features": feature_loss_sum,
 }
 
 

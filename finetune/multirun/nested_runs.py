@@ -4,13 +4,14 @@ A nested run resumes like any run and is not repeated once finished. The outer r
 defines the nested runs and aggregates their summaries.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from finetune.config import FinetuneConfig
 from finetune.plan import FinetunePlan, plan_training
+from foveal.atomic import read_json
 from foveal.data.sampling.subset import eval_split
+from foveal.renames import translate_metrics
 from foveal.training.run import Run
 from foveal.training.run_directory import open_run
 
@@ -55,5 +56,5 @@ def _run_or_read_summary(plan: FinetunePlan, outer_run: Run, fit: FitFn) -> RunS
                 return None
     file = get_run_dir(plan.cfg) / "finished.json"
     return outer_run.world.broadcast_object(
-        json.loads(file.read_text())["summary"] if outer_run.world.rank == 0 else None
+        translate_metrics(read_json(file)["summary"]) if outer_run.world.rank == 0 else None
     )

@@ -30,6 +30,7 @@ from foveal.models.backbone import forward_pooled
 from foveal.models.probes import encode_probe_features
 from foveal.models.resize import resize_positions_from_card
 from foveal.models.vit import encoder_from_card
+from foveal.renames import restore_names
 from foveal.seeding import derive_key
 from foveal.training.run import Run
 from foveal.weights.export import load_weights_strict
@@ -39,7 +40,7 @@ FeatureExtractor = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 FEATURES_DIR = "features"
 PROVENANCE_FILE = "facts.json"
 _FORMAT = 1
-_SCIENCE = ("data.", "inherited.", "model", "backbone", "pooling", "probe.layers", "probe.features", "seed")
+_SCIENCE = ("data.", "task", "inherited.", "model", "backbone", "pooling", "probe.layers", "probe.features", "seed")
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,9 @@ class LayerFeatures:
 
 def feature_provenance(plan: ProbePlan) -> dict[str, Any]:
     """Return everything that the features depend on, as JSON data, including the digests of export and data."""
-    science = {name: value for name, value in plan.science_settings().items() if name.startswith(_SCIENCE)}
+    science = restore_names(  # features that 0.1 has cached stay in use
+        {name: value for name, value in plan.science_settings().items() if name.startswith(_SCIENCE)}
+    )
     shapes = {name: [list(shape), np.dtype(dtype).name] for name, (shape, dtype) in plan.file_shapes.items()}
     precision = plan.cfg.engine.precision
     return json.loads(json.dumps({"format": _FORMAT, "files": shapes, "precision": precision, "science": science}))
@@ -108,7 +111,7 @@ def extract_and_cache_features(plan: ProbePlan, run: Run) -> bool:
         writer = _FeatureWriter(draft, name, plan.file_shapes)
         with closing(writer), closing(run.evaluation_batches(0, split=split, subset=subset)) as batches:
             for batch in batches:
-                first_row = (batch.microbatch_index * run.world.size + run.world.rank) * plan.cfg.batch.at_once
+                first_row = (batch.microbatch_index * run.world.size + run.world.rank) * plan.cfg.batch.max_micro_size
                 run.world.run_all_or_raise(
                     partial(_extract_batch, plan, extractor, writer, first_row, batch.to(run.world.device))
                 )

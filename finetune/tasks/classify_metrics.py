@@ -35,7 +35,7 @@ def compute_classification_metrics(
             if attack is not None:
                 counts[4] += _count_robust(engine, attack, images, batch)
     top1, top5, loss, images, robust = run.world.all_reduce_sum(counts).tolist()
-    images = max(images, 1.0)  # data.max_bad may allow that no sample decodes
+    images = max(images, 1.0)  # data.max_bad_fraction may allow that no sample decodes
     metrics = {"top1": top1 / images, "top5": top5 / images, "loss": loss / images}
     return metrics if attack is None else metrics | {"robust_top1": robust / images}
 
@@ -45,7 +45,7 @@ def compute_multilabel_metrics(
 ) -> dict[str, float]:
     """Return ``map``, ``f1`` and ``loss`` of multi-label classification after a step. Every rank must call it.
 
-    ``map``: mean average precision over the classes that occur. ``f1``: micro-averaged F1 at probability 1/2.
+    ``mAP``: mean average precision over the classes that occur. ``f1``: micro-averaged F1 at probability 1/2.
     Raises: DataError, on every rank, if no image has a class.
     """
     from sklearn.metrics import average_precision_score  # the import takes a second
@@ -74,7 +74,7 @@ def compute_multilabel_metrics(
     true_positives = float(((score > 0) * truth).sum())
     loss, images = run.world.all_reduce_sum(losses).tolist()
     f1 = 2 * true_positives / max(1.0, float((score > 0).sum() + truth.sum()))
-    return {"map": mean_precision, "f1": f1, "loss": loss / max(images, 1.0)}
+    return {"mAP": mean_precision, "f1": f1, "loss": loss / max(images, 1.0)}
 
 
 def _count_robust(engine: Engine, attack: Attack, images: Tensor, batch: Batch) -> Tensor:

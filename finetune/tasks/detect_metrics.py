@@ -26,10 +26,10 @@ _MIN_DRAWN_SCORE = 0.3
 def compute_detection_metrics(
     engine: Engine, run: Run, step: int, *, split: str, subset: SubsetName
 ) -> dict[str, float]:
-    """Return ``map`` (mean over IoU 0.5 to 0.95), ``map_50``, ``map_75``, in [0, 1], and ``loss`` after a step.
+    """Return ``mAP`` (mean over IoU 0.5 to 0.95), ``mAP_50``, ``mAP_75``, in [0, 1], and ``loss`` after a step.
 
     With ``detect.each_class`` also ``ap_<name>``, the average precision of each class over the same IoU thresholds.
-    Boxes are in pixels of the evaluated image (``data.val_size``, else ``data.image_size``). Each image counts once;
+    Boxes are in pixels of the evaluated image (``data.eval_size``, else ``data.image_size``). Each image counts once;
     padding and classes without boxes are excluded. Every rank must call it; rank 0 computes the average precision.
     Raises: DataError if no image has a box.
     """
@@ -55,16 +55,16 @@ def compute_detection_metrics(
     all_detections = [image for rank_detections in gathered for image in rank_detections]
     ap_TK = torch.from_numpy(run.world.on_rank0(lambda: ap_by_threshold_and_class(all_detections, len(plan.classes))))
     precisions = {
-        "map": ap_TK,
-        "map_50": ap_TK[IOU_THRESHOLDS.index(0.5)],
-        "map_75": ap_TK[IOU_THRESHOLDS.index(0.75)],
+        "mAP": ap_TK,
+        "mAP_50": ap_TK[IOU_THRESHOLDS.index(0.5)],
+        "mAP_75": ap_TK[IOU_THRESHOLDS.index(0.75)],
     }
     if plan.cfg.detect.each_class:
         precisions |= {f"ap_{name}": ap_TK[:, k] for k, name in enumerate(sanitize_metric_names(plan.classes))}
     if ap_TK.isnan().all():
         raise DataError(f"split '{split}' has no box to measure by: set data.val to a split that has some")
     metrics = {name: ap.nanmean().item() for name, ap in precisions.items() if not ap.isnan().all()}
-    return metrics | {"loss": loss / max(images, 1.0)}  # data.max_bad may allow that no sample decodes
+    return metrics | {"loss": loss / max(images, 1.0)}  # data.max_bad_fraction may allow that no sample decodes
 
 
 def _pair_with_targets(batch: Batch, detections: Sequence[Detections]) -> list[ImageDetections]:

@@ -57,7 +57,7 @@ class SegmentationLoss:
         )
         predictions_BHW = logits_BKHW.argmax(dim=1)
         correct_BHW = (predictions_BHW == targets_BHW) * weights[predictions_BHW]
-        return losses_BHW.sum(), {"train_pixels": correct_BHW.sum()}
+        return losses_BHW.sum(), {"train_pixel_accuracy": correct_BHW.sum()}
 
 
 def segmenter_from_plan(plan: FinetunePlan) -> Segmenter:

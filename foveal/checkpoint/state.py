@@ -1,5 +1,6 @@
 """A checkpoint's training state beside the weights, and the check that a run may continue from it."""
 
+from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from foveal.atomic import read_json
 from foveal.errors import CheckpointError
+from foveal.renames import translate_metrics, translate_science
 
 CHECKPOINT_FORMAT = 2
 
@@ -51,7 +53,8 @@ def read_train_state(folder: Path) -> TrainState:
             f"{folder} has checkpoint format {tree.get('format')}; this foveal reads format {CHECKPOINT_FORMAT}"
         )
     try:
-        scores = {int(step): metrics for step, metrics in tree.pop("scores", {}).items()}  # JSON's keys are strings
+        # JSON's keys are strings.
+        scores = {int(step): translate_metrics(metrics) for step, metrics in tree.pop("scores", {}).items()}
         return TrainState(**tree, scores=scores)
     except (AttributeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
@@ -61,20 +64,27 @@ def read_train_state(folder: Path) -> TrainState:
 
 
 def check_science_unchanged(
-    saved_science: dict[str, Any], current_science: dict[str, Any], run_or_checkpoint_dir: Path
+    saved_science: dict[str, Any],
+    current_science: dict[str, Any],
+    run_or_checkpoint_dir: Path,
+    neutral_values: Mapping[str, Any] | None = None,
 ) -> None:
-    """Check that science settings are unchanged.
+    """Check that science settings are unchanged; ``saved_science`` may have the names of 0.1.
 
+    ``neutral_values``: for settings that a later version added, the value that equals their absence.
     Raises: CheckpointError with every differing setting, its old and new value.
     """
     if not isinstance(saved_science, dict):
         raise CheckpointError(
             f"{run_or_checkpoint_dir} holds no settings of the run: restore its science.json and finished.json"
         )
+    saved_science = translate_science(saved_science, current_science)
+    absent = {name: value for name, value in (neutral_values or {}).items() if name not in saved_science}
     names = sorted(
         name
         for name in saved_science.keys() | current_science.keys()
         if saved_science.get(name) != current_science.get(name)
+        and not (name in absent and absent[name] == current_science.get(name))
     )
     unknown = [name for name in names if not any(name == old or name.startswith(f"{old}.") for old in saved_science)]
     if names and unknown == names:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from foveal.atomic import read_json
 from foveal.errors import CheckpointError, FovealError
+from foveal.renames import translate_science
 
 
 def read_completed_pipeline(pipeline_dir: Path) -> dict[str, dict[str, Any]]:
@@ -49,11 +50,11 @@ def _build_trials_tables(runs: dict[str, dict[str, Any]]) -> list[Table]:
     """Build one table per run with ``trials``: its arms compared."""
     tables = []
     for name, facts in runs.items():
-        metrics, science = facts["summary"], facts["science"]
+        metrics, science = facts["summary"], translate_science(facts["science"], ())
         arms = [key.removesuffix("_top1_lowest") for key in metrics if key.endswith("_top1_lowest")]
         if not arms:
             continue
-        per_class, repeats = science["data.per_class"], science["trials.repeats"]
+        per_class, repeats = science["data.samples_per_class"], science["trials.repeats"]
         labels = f"{per_class} labels a class" if per_class else "all labels"
         table = Table(title=f"{name}: {labels}, {repeats} seeds, each arm's own best rate", title_justify="left")
         for column in ("start", "top-1", "lowest to highest", "lr per 256"):

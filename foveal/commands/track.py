@@ -7,8 +7,9 @@ from typing import Annotated, Any
 import typer
 
 from foveal.atomic import write_json
-from foveal.config import read_yaml
 from foveal.errors import AttemptSupersededError, CheckpointError, ConfigError, FovealError, TrainingDivergedError
+from foveal.renames import translate_settings
+from foveal.strict_yaml import read_yaml
 from foveal.tracking import build_uploader
 from foveal.tracking.sqlite_store import parse_sqlite_path
 from foveal.tracking.tail import MetricsTail, read_json_or_empty
@@ -53,7 +54,7 @@ def _read_tracking_config(run: Path, uri: str | None) -> tuple[dict[str, Any], T
     file = run / "config.yaml"
     if not file.exists():
         raise CheckpointError(f"{run} is no run directory (it has no config.yaml)")
-    tree = read_yaml(file)
+    tree = translate_settings(read_yaml(file), TrackingConfig.model_fields)[0]
     tracking = tree.get("tracking", {}) | ({} if uri is None else {"uri": uri})
     cfg = TrackingConfig.from_dict(tracking, "--uri" if uri else str(file))
     if cfg.uri is None:

@@ -109,7 +109,7 @@ def eval_batches(
     label_reader = make_label_reader(cfg, dataset)
 
     def crop_of(_row: int, _sample_key: int) -> CropFunction:
-        return lambda width, height: (compute_eval_crop(width, height, cfg.crop_ratio, cfg.eval_image_hw), False)
+        return lambda width, height: (compute_eval_crop(width, height, cfg.eval_crop_ratio, cfg.eval_image_hw), False)
 
     def plan_microbatches() -> Iterator[MicrobatchPlan]:
         for microbatch_index in range(num_batches):
@@ -148,13 +148,13 @@ def _make_train_crops(cfg: DataConfig, key: int, sample_keys: np.ndarray) -> Cal
 
 def _make_rand_augment(cfg: DataConfig, key: int) -> Callable[[int, np.ndarray], np.ndarray] | None:
     """Return RandAugment of (sample key, image), or None where the settings have none."""
-    num_operations = cfg.augment.operations
+    num_operations = cfg.augment.rand_augment.ops
     if not num_operations:
         return None
 
     def augment_image(sample_key: int, image: np.ndarray) -> np.ndarray:
         uniforms = draw_uniform_numpy(key, np.array([sample_key]), num_operations * UNIFORMS_PER_OP)
-        return rand_augment(image, uniforms.reshape(num_operations, UNIFORMS_PER_OP), cfg.augment)
+        return rand_augment(image, uniforms.reshape(num_operations, UNIFORMS_PER_OP), cfg.augment.rand_augment)
 
     return augment_image
 
@@ -163,7 +163,7 @@ def _prefetch_batches(
     cfg: DataConfig, progress: Callable[[], int], plans: Iterator[MicrobatchPlan]
 ) -> Generator[Batch, None, None]:
     """Yield batches in the order of the plans; cfg.ahead further microbatches decode while the caller uses one."""
-    pool = WorkerPool(cfg.threads, cfg.patience_seconds, progress)
+    pool = WorkerPool(cfg.threads, cfg.stall_timeout_seconds, progress)
     queue: collections.deque[tuple[PendingBatch, list[Future[None]]]] = collections.deque()
 
     def submit(plan: MicrobatchPlan) -> tuple[PendingBatch, list[Future[None]]]:
@@ -184,7 +184,7 @@ def _prefetch_batches(
     try:
         for plan in plans:
             queue.append(submit(plan))
-            if len(queue) > cfg.ahead:
+            if len(queue) > cfg.prefetch_batches:
                 yield next_batch()
         while queue:
             yield next_batch()

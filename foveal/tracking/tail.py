@@ -11,6 +11,7 @@ from typing import Any
 from foveal import atomic
 from foveal.atomic import parse_json_object
 from foveal.errors import CheckpointError
+from foveal.renames import translate_metrics
 from foveal.tracking.tracker import MetricRow
 
 _CHUNK_BYTES = 1 << 18
@@ -19,7 +20,7 @@ _CHUNK_BYTES = 1 << 18
 def read_step_rows(file_or_descriptor: Path | int) -> Iterator[dict[str, Any]]:
     """Yield the objects of a file of JSON lines, given by path or descriptor; an incomplete last line is ignored.
 
-    Every object has a ``step``, or is a roll-back with ``to``. Raises: CheckpointError for any other line.
+    Every object has a ``step``, or is a roll-back with ``to``. Metrics of 0.1 get their new names. Raises: CheckpointError for any other line.
     """
     if isinstance(file_or_descriptor, Path) and not file_or_descriptor.exists():
         return
@@ -30,9 +31,8 @@ def read_step_rows(file_or_descriptor: Path | int) -> Iterator[dict[str, Any]]:
         stream.seek(0)
         for line in stream:
             if line.endswith(b"\n"):
-                yield _check_row(
-                    parse_json_object(line, _file_name(file_or_descriptor)), _file_name(file_or_descriptor)
-                )
+                name = _file_name(file_or_descriptor)
+                yield translate_metrics(_check_row(parse_json_object(line, name), name))
 
 
 def read_json_or_empty(file: Path) -> dict[str, Any]:
@@ -95,7 +95,7 @@ class MetricsTail:
             rows: list[MetricRow] = []
             values_left = max_metric_values
             for line in lines:
-                row = json.loads(line)
+                row = translate_metrics(json.loads(line))
                 values_left -= len(row) - 2  # step and time are no values
                 if rows and values_left < 0:
                     break

@@ -59,16 +59,22 @@ class Stage(Generic[ConfigT, PlanT]):
     dispatch_runs: Callable[[ConfigT, World, Callable[[ConfigT], bool]], None] | None = None
 
 
-def load_config(config_class: type[ConfigT], stage_name: str, name_or_path: str, overrides: Sequence[str]) -> ConfigT:
+def load_config(
+    config_class: type[ConfigT],
+    stage_name: str,
+    name_or_path: str,
+    overrides: Sequence[str],
+    on_warning: Callable[[str], None] = _log.warning,
+) -> ConfigT:
     """Load the settings of a stage from a YAML file, given by path or by its name in configs/<stage>/.
 
-    ``run.dir`` defaults to runs/<name of the file>. Raises: ConfigError.
+    ``run.dir`` defaults to runs/<name of the file>; ``on_warning`` gets a text about names of 0.1. Raises: ConfigError.
     """
     file = resolve_config_path(stage_name, name_or_path)
-    cfg = config_class.load(file, overrides)
+    cfg = config_class.load(file, overrides, on_warning)
     if cfg.run.dir is not None:
         return cfg
-    return config_class.load(file, [*overrides, f"run.dir=runs/{file.stem}"])
+    return cfg.model_copy(update={"run": cfg.run.model_copy(update={"dir": f"runs/{file.stem}"})})
 
 
 def main(stage: Stage[Any, Any], argv: Sequence[str] | None = None) -> NoReturn:
@@ -83,12 +89,15 @@ def main(stage: Stage[Any, Any], argv: Sequence[str] | None = None) -> NoReturn:
             raise ConfigError(f"--ranks={options.ranks}: a run has one rank or more")
         if options.config is None:
             options.config, options.overrides = _resolve_default_args(stage, options.overrides)
-        cfg = load_config(stage.config_class, stage.name, options.config, options.overrides)
+        old_names: list[str] = []
+        cfg = load_config(stage.config_class, stage.name, options.config, options.overrides, old_names.append)
         if options.check:
+            _warn_on_rank0(old_names, 0)
             plan = stage.build_plan(cfg, options.ranks or read_launch_env().world_size)
             sys.stdout.write("\n".join(plan.summary_lines()) + "\n")
             sys.exit(0)
         launch_env = read_launch_env()
+        _warn_on_rank0(old_names, launch_env.rank)
         if (idle_gpus := check_slurm_gpus(launch_env)) and launch_env.local_rank == 0:
             _log.warning(idle_gpus)
         identity = RunIdentity.from_launch_env(launch_env, stage.name, cfg, cfg.run.dir)
@@ -115,6 +124,11 @@ def main(stage: Stage[Any, Any], argv: Sequence[str] | None = None) -> NoReturn:
         _print_error(TrainingHungError(peer_failure))
         _exit_process(TrainingHungError.exit_code)
     sys.exit(0)
+
+
+def _warn_on_rank0(texts: Sequence[str], rank: int) -> None:
+    for text in texts if rank == 0 else ():
+        _log.warning(text)
 
 
 def _exit_process(code: int) -> NoReturn:

@@ -109,7 +109,8 @@ def run_steps(engine: Engine, batches: Iterator[Batch], objective: Objective, co
         context.heartbeat(index + 1, "updating")
         result = engine.step()
         context.metric_accumulator.add_step(
-            rank_sums, {"step": index + 1, "lr": lr, "grad_norm": result.grad_norm, "applied": float(result.applied)}
+            rank_sums,
+            {"step": index + 1, "lr": lr, "grad_norm": result.grad_norm, "step_applied": float(result.applied)},
         )
         context.on_batches_consumed(index + 1, microbatches)
         context.throughput_meter.add_images(len(batch.ids) * accumulation_steps * num_ranks)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from foveal.atomic import AppendLog, best_effort, write_json
-from foveal.checkpoint.store import CheckpointStore, check_science_unchanged
+from foveal.checkpoint.store import CheckpointStore
 from foveal.data import Batch, eval_batches, train_batches
 from foveal.data.sampling.subset import SubsetName
 from foveal.distributed.preemption import Preemption
@@ -98,7 +98,7 @@ class Run:
         save_seconds = 0.0
         if latest is not None:
             folder, state = latest
-            check_science_unchanged(state.science, self.plan.science_settings(), folder)
+            self.plan.check_continues(state.science, folder)
             self.checkpoint_store.load(folder, engine, state)
             self.step, skipped_batches, save_seconds = state.step, state.skipped, state.save_seconds
             self.evaluations = dict(state.scores)
@@ -236,7 +236,7 @@ class Run:
             training_seed=plan.cfg.seed,
             rank=world.rank,
             world_size=world.size,
-            microbatch_size=plan.cfg.batch.at_once,
+            microbatch_size=plan.cfg.batch.max_micro_size,
         )
         with closing(batches):
             while (batch := world.run_all_or_raise(lambda: next(batches, None))) is not None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from foveal import __version__
 from foveal.atomic import read_json, write_json
-from foveal.checkpoint.store import CheckpointStore, check_science_unchanged
+from foveal.checkpoint.store import CheckpointStore
 from foveal.distributed.peer_failure import describe_peer_failure
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.watchdog import Watchdog, run_watchdog
@@ -147,7 +147,7 @@ def _inspect_run_dir(plan: Plan) -> tuple[Path, bool]:
             file = path / name
             if file.exists():
                 tree = read_json(file)
-                check_science_unchanged(tree.get("science", tree), plan.science_settings(), path)
+                plan.check_continues(tree.get("science", tree), path)
         return path, (path / "finished.json").exists()
     except OSError as error:
         if error.errno not in _PERMANENT_ERRNOS:
@@ -176,7 +176,7 @@ def _acquire_attempt(path: Path, plan: Plan, world: World) -> Attempt | None:
         cfg = plan.cfg
         holder = current_holder(world.size, slurm_job_tags())
         try:
-            lease = acquire_lease(path, holder, max_attempts_without_progress=cfg.run.restarts)
+            lease = acquire_lease(path, holder, max_attempts_without_progress=cfg.run.max_attempts_without_progress)
         except RestartLoopError as error:
             report_end_without_tracker(path, cfg.tracking, cfg.run.pipeline, "failed", str(error))
             raise

@@ -21,10 +21,10 @@ from foveal.data.format.manifest import read_manifest
 _STEPS = 3
 # Three steps that a CPU takes in seconds; what the configs say of data, model and recipe stays.
 _SMALL = (
-    "batch.images=16",
-    "batch.at_once=8",
+    "batch.global_size=16",
+    "batch.max_micro_size=8",
     "data.lanes=8",
-    f"run.stop_at={_STEPS}",
+    f"run.stop_at_step={_STEPS}",
     "engine.kind=plain",
     "log.every=1",
 )
@@ -76,7 +76,7 @@ def camvid(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def first_steps(stage: str, config: str, run: Path, ranks: Ranks, *overrides: str) -> list[dict[str, float]]:
     rows = ranks.train(stage_named(stage), ROOT / "configs" / stage / f"{config}.yaml", run, *_SMALL, *overrides)
     assert column(rows, "step") == list(range(1, _STEPS + 1))
-    assert all(row["applied"] == 1.0 for row in rows)
+    assert all(row["step_applied"] == 1.0 for row in rows)
     return rows
 
 
@@ -130,12 +130,12 @@ def test_segmentation_of_camvid(camvid: Path, one_rank: Ranks, tmp_path) -> None
     scratch = (
         "init=null",
         "model={name: vit_tiny_patch16_224, patch: 16, width: 48, depth: 1, heads: 3}",
-        "run.stop_at=null",
+        "run.stop_at_step=null",
     )
     config = ROOT / "configs" / "finetune" / "camvid.yaml"
     rows = one_rank.train(stage_named("finetune"), config, tmp_path / "run", *small, *scratch)
     assert rows[0]["loss"] == pytest.approx(2.398, abs=0.05)  # eleven classes, and a head that starts indifferent
-    assert 0 < rows[-1]["val_miou"] < rows[-1]["val_pixels"] < 1
+    assert 0 < rows[-1]["val_miou"] < rows[-1]["val_pixel_accuracy"] < 1
     assert {"val_iou_Sky", "val_iou_Road"} <= rows[-1].keys()
     (picture,) = (tmp_path / "run" / "pictures").glob("segmentation-*.png")
     with Image.open(picture) as sheet:

@@ -2,7 +2,7 @@
 
 from house import STAGES
 
-CONFIGURED = ("foveal.config", "foveal.errors", "foveal.redact")
+CONFIGURED = ("foveal.config", "foveal.errors", "foveal.redact", "foveal.renames", "foveal.strict_yaml")
 STAGE_CONFIGS = ("pretrain.config", "distill.config", "finetune.config")
 
 # room: (rooms it may enter, libraries it may bring). The longest name that fits a module is its room: a folder, or a
@@ -15,8 +15,10 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "foveal.atomic": (("foveal.errors",), ()),
     "foveal.timeouts": (("foveal.errors",), ()),
     "foveal.seeding": ((), ("numpy", "torch")),
+    "foveal.strict_yaml": (("foveal.errors", "foveal.timeouts"), ("yaml",)),
+    "foveal.renames": (("foveal.errors",), ()),
     "foveal.config": (
-        ("foveal.errors", "foveal.redact", "foveal.timeouts"),
+        ("foveal.errors", "foveal.redact", "foveal.renames", "foveal.strict_yaml"),
         ("pydantic", "pydantic_core", "yaml"),
     ),
     # Data: from bytes to batches.
@@ -148,7 +150,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "foveal.commands": (
         (*CONFIGURED, "foveal.atomic", "foveal.tracking", "foveal.training.lease", *STAGE_CONFIGS),
-        ("pydantic", "pydantic_core", "rich", "typer"),
+        ("pydantic", "pydantic_core", "rich", "typer", "yaml"),
     ),
     "foveal.cli": (
         (

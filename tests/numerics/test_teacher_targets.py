@@ -65,7 +65,7 @@ def learned(
     for each in answer:
         each.requires_grad_()
     student = Answers(asked, *answer)
-    cfg = config(Path("x"), Path("x"), lesson=asked.kind, seed=9, **settings)
+    cfg = config(Path("x"), Path("x"), method=asked.kind, seed=9, **settings)
     objective = DistillationLoss(Answers(asked, *lesson), cfg, [""], MEAN, STD)  # pyright: ignore[reportArgumentType]
     total, numbers = objective(Model(student), batch())
     (total / objective.batch_weight(batch())).backward()
@@ -241,7 +241,7 @@ def test_a_distillation_token(weight: float) -> None:
     known = np.array(LABELS)[:, None] >= 0
     close(slopes[0], weight * known * (first - np.eye(CLASSES)[list(LABELS)]) / B)
     close(slopes[1], (1 - weight) * (second - np.eye(CLASSES)[lesson.numpy()]) / B)
-    close(numbers["agreement"], (second.argmax(1) == lesson.numpy()).mean())
+    close(numbers["teacher_agreement"], (second.argmax(1) == lesson.numpy()).mean())
 
 
 def test_several_students_are_summed_and_told_apart() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foveal.data.config import AugmentConfig
+from foveal.data.config import RandAugmentConfig
 
 _APPLY, _OPERATION, _SIGN, _NORMAL_1, _NORMAL_2 = range(5)  # columns of the uniform numbers
 UNIFORMS_PER_OP = 5  # uniform numbers per operation
@@ -19,10 +19,10 @@ _APPLY_PROB = 0.5
 _FILL_VALUE = 128.0
 
 
-def rand_augment(image: np.ndarray, uniforms: np.ndarray, augment: AugmentConfig) -> np.ndarray:
-    """Apply ``augment.operations`` random operations to an image uint8 [C, H, W].
+def rand_augment(image: np.ndarray, uniforms: np.ndarray, cfg: RandAugmentConfig) -> np.ndarray:
+    """Apply ``cfg.ops`` random operations to an image uint8 [C, H, W].
 
-    ``uniforms`` is float32 [operations, UNIFORMS_PER_OP].
+    ``uniforms`` is float32 [ops, UNIFORMS_PER_OP].
     """
     augmented = torch.from_numpy(image)
     for row in uniforms.astype(float):
@@ -30,7 +30,7 @@ def rand_augment(image: np.ndarray, uniforms: np.ndarray, augment: AugmentConfig
             continue
         # Box and Muller, 1958; 1 - u keeps the logarithm finite.
         normal = math.sqrt(-2 * math.log(1 - row[_NORMAL_1])) * math.cos(2 * math.pi * row[_NORMAL_2])
-        strength = min(max(augment.magnitude + augment.magnitude_std * normal, 0.0), 10.0) / 10
+        strength = min(max(cfg.magnitude + cfg.magnitude_std * normal, 0.0), 10.0) / 10
         operation = _OPERATIONS[int(row[_OPERATION] * len(_OPERATIONS))]
         augmented = operation(augmented, strength, strength if row[_SIGN] < 0.5 else -strength)
     return augmented.numpy()

@@ -24,14 +24,14 @@ def test_no_more_bytes_are_kept_than_wanted_but_always_the_newest(
     """The limit is in units of a checkpoint's size."""
     saved(store(tmp_path / "one"), 10)
     size = sum(file.stat().st_size for file in (tmp_path / "one" / name(10)).iterdir())
-    checkpoints = store(tmp_path / "all", keep=keep, gigabytes=limit * size / 1e9)
+    checkpoints = store(tmp_path / "all", keep=keep, max_gigabytes=limit * size / 1e9)
     for step in (10, 20, 30, 40):
         saved(checkpoints, step)
     assert names(tmp_path / "all") == [name(step) for step in steps]
 
 
 def test_the_limit_goes_for_those_that_are_kept_every_so_often_too(tmp_path: Path) -> None:
-    checkpoints = store(tmp_path, keep=1, keep_every=10, gigabytes=3500e-9)
+    checkpoints = store(tmp_path, keep=1, keep_every=10, max_gigabytes=3500e-9)
     for step in (10, 20, 30, 40):
         saved(checkpoints, step)
     sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in tmp_path.iterdir()]
@@ -45,7 +45,7 @@ def test_what_is_void_or_torn_makes_way_first(tmp_path: Path) -> None:
     for step in (100, 400, 500):
         saved(first, step)
     size = sum(file.stat().st_size for file in (tmp_path / name(100)).iterdir())
-    checkpoints = store(tmp_path, attempt=2, starts={1: 0, 2: 100}, keep=2, gigabytes=2.5 * size / 1e9)
+    checkpoints = store(tmp_path, attempt=2, starts={1: 0, 2: 100}, keep=2, max_gigabytes=2.5 * size / 1e9)
     assert checkpoints.find_latest_valid() == (tmp_path / name(100), state(100))
     for step in (150, 200):
         saved(checkpoints, step)

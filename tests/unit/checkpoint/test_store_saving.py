@@ -113,7 +113,7 @@ def test_a_second_save_waits_for_the_first(
 
 
 def test_without_overlap_a_save_is_done_when_it_returns(tmp_path: Path) -> None:
-    checkpoints = store(tmp_path, overlap=False)
+    checkpoints = store(tmp_path, async_save=False)
     saved_result = checkpoints.save(Tensors(10), state(10))
     assert saved_result is not None
     assert (saved_result.step, checkpoints.is_save_pending, names(tmp_path)) == (10, False, [name(10)])

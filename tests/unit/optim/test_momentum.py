@@ -21,7 +21,7 @@ KINDS = ("sgd", "lars")
 
 
 def config(kind: str, **settings: object) -> OptimConfig:
-    return OptimConfig.model_validate({"kind": kind, "lr_per_256": 0.1, "weight_decay": 0.2, **settings})
+    return OptimConfig.model_validate({"name": kind, "lr_per_256": 0.1, "weight_decay": 0.2, **settings})
 
 
 def layer() -> nn.Linear:

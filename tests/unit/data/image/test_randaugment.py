@@ -7,7 +7,8 @@ import pytest
 import timm.data.auto_augment as timm_augment
 from PIL import Image
 
-from foveal.data import AugmentConfig, DataConfig, Dataset, build_training_set, eval_batches, train_batches
+from foveal.data import DataConfig, Dataset, build_training_set, eval_batches, train_batches
+from foveal.data.config import RandAugmentConfig
 from foveal.data.image.randaugment import _OPERATIONS, UNIFORMS_PER_OP, rand_augment
 
 NAMES = (
@@ -44,7 +45,7 @@ def test_a_change_is_timms(name: str, magnitude: float, monkeypatch: pytest.Monk
     expected = np.asarray(op(Image.fromarray(image.transpose(1, 2, 0)))).transpose(2, 0, 1).astype(int)
     row = np.zeros((1, UNIFORMS_PER_OP), np.float32)
     row[0, 1] = (number + 0.5) / len(_OPERATIONS)  # the operation; applied, positive, and a normal number of 0
-    augmented = rand_augment(image, row, AugmentConfig(operations=1, magnitude=magnitude)).astype(int)
+    augmented = rand_augment(image, row, RandAugmentConfig(ops=1, magnitude=magnitude)).astype(int)
     assert augmented.shape == image.shape
     near = np.abs(augmented - expected) <= 2
     assert near.mean() > (0.9 if name in ROUGH else 0.999), near.mean()
@@ -58,7 +59,7 @@ def test_there_are_as_many_as_timm_has() -> None:
 
 
 def test_half_of_the_operations_are_done_and_a_draw_is_always_the_same() -> None:
-    image, augment = photograph(), AugmentConfig(operations=1)
+    image, augment = photograph(), RandAugmentConfig(ops=1)
     uniforms = np.random.default_rng(1).random((400, 1, UNIFORMS_PER_OP), dtype=np.float32)
     changed = [bool((rand_augment(image, row, augment) != image).any()) for row in uniforms]
     assert 0.4 < np.mean(changed) < 0.55
@@ -69,7 +70,7 @@ def test_half_of_the_operations_are_done_and_a_draw_is_always_the_same() -> None
 
 def test_only_training_is_changed_and_on_any_ranks_alike(configure: Callable[..., DataConfig]) -> None:
     still = {"scale": [1.0, 1.0], "ratio": [1.0, 1.0], "flip": 0.0}
-    plain, cfg = (configure(augment=still | {"operations": n}) for n in (0, 2))
+    plain, cfg = (configure(augment=still | {"rand_augment": {"ops": n}}) for n in (0, 2))
     assert plain.augment.is_deterministic
     assert not cfg.augment.is_deterministic
 

@@ -32,13 +32,13 @@ def settings(digits: Path, folder: Path, **overrides: Any) -> FinetuneConfig:
     tree: dict[str, Any] = {
         "seed": 5,
         "epochs": 1,
-        "data": {"path": str(digits), "image_size": 16, "channels": 1, "lanes": 4, "per_class": 8},
+        "data": {"path": str(digits), "image_size": 16, "channels": 1, "lanes": 4, "samples_per_class": 8},
         "model": {"name": "vit_tiny_patch16_224", "patch": 8, "width": 16, "depth": 1, "heads": 2},
-        "batch": {"images": 16},
+        "batch": {"global_size": 16},
         "optim": {},
         "engine": {"kind": "plain"},
         "run": {"dir": str(folder)},
-        "folds": {"count": 2, "repeats": 2},
+        "cross_validation": {"count": 2, "repeats": 2},
         "tracking": {"uri": None},
     }
     return FinetuneConfig.from_dict(tree | overrides, "here")
@@ -66,7 +66,7 @@ def execute(cfg: FinetuneConfig, fit: Fit, *, aggregate: bool = False) -> bool:
     with open_run("finetune", plan, ALONE, Preemption(ALONE)) as run:
         if run is None:
             return True
-        if cfg.folds is None or aggregate:
+        if cfg.cross_validation is None or aggregate:
             fit(plan, run)
         else:
             cross_validate(plan, run, fit)
@@ -111,7 +111,7 @@ def test_every_fold_is_a_run_and_a_row_of_the_whole(digits: Path, tmp_path: Path
     assert (last["folds"], last["fold_top1_lowest"], last["fold_top1_highest"]) == (4, 0, pytest.approx(0.3))
     assert execute(cfg, Stand())
     with pytest.raises(FovealError, match=r"was made with other science: folds\.count"):
-        execute(settings(digits, tmp_path / "run", folds={"count": 3, "repeats": 2}), stand)
+        execute(settings(digits, tmp_path / "run", cross_validation={"count": 3, "repeats": 2}), stand)
 
 
 def test_a_fold_that_left_in_the_middle_comes_to_the_same_numbers(digits: Path, tmp_path: Path) -> None:
@@ -123,14 +123,14 @@ def test_a_fold_that_left_in_the_middle_comes_to_the_same_numbers(digits: Path, 
         fit(plan, run)
 
     started: list[str] = []
-    cfg = settings(digits, tmp_path / "left", folds={"count": 2}, evaluate_every=2)
+    cfg = settings(digits, tmp_path / "left", cross_validation={"count": 2}, evaluate_every=2)
     assert not execute(cfg, interrupted)
     assert execute(cfg, interrupted)
     assert started == ["seed5-fold0", "seed5-fold1", "seed5-fold1"]
     attempts = tmp_path / "left/folds/seed5-fold1/attempts"
     assert json.loads((attempts / "0001.end.json").read_text())["step"] == 1
     assert json.loads((attempts / "0002.start.json").read_text())["step"] == 1
-    uninterrupted = settings(digits, tmp_path / "whole", folds={"count": 2}, evaluate_every=2)
+    uninterrupted = settings(digits, tmp_path / "whole", cross_validation={"count": 2}, evaluate_every=2)
     with open_run("finetune", plan_finetuning(uninterrupted, 1), ALONE, Preemption(ALONE)) as run:
         assert run is not None
         train(plan_finetuning(uninterrupted, 1), run)
@@ -188,11 +188,11 @@ class Pair:
         self._looked, self._here, self._refused = threading.Barrier(2), threading.local(), threading.Event()
 
     def run(self, cfg: FinetuneConfig) -> bool:
-        if cfg.folds is not None and not hasattr(self._here, "looked"):
+        if cfg.cross_validation is not None and not hasattr(self._here, "looked"):
             self._here.looked = True
             self._looked.wait(20)
         try:
-            return execute(cfg, self._close if cfg.folds else Stand(), aggregate=True)
+            return execute(cfg, self._close if cfg.cross_validation else Stand(), aggregate=True)
         except RunInUseError:
             self._refused.set()
             raise
@@ -221,7 +221,7 @@ def test_of_two_that_finish_at_once_one_closes_and_the_other_waits_for_it(
 ) -> None:
     """If the task with the lease dies, the other aggregates."""
     monkeypatch.setattr(cross_validation, "_POLL_SECONDS", 0.01)
-    cfg, pair = settings(digits, tmp_path / "run", folds={"count": 2}), Pair(dies=dies)
+    cfg, pair = settings(digits, tmp_path / "run", cross_validation={"count": 2}), Pair(dies=dies)
     for fold_cfg in fold_configs(cfg):
         execute(fold_cfg, Stand())
     with ThreadPoolExecutor(2) as pool:
@@ -235,15 +235,15 @@ def test_of_two_that_finish_at_once_one_closes_and_the_other_waits_for_it(
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        ({"folds": {"count": 1}}, r"folds\.count: input should be greater than or equal to 2"),
-        ({"trials": {"arms": {"a": None}, "lr_per_256": [0.1]}}, "folds and trials exclude each other"),
-        ({"run": {"dir": "x", "stop_at": 3}}, r"run\.stop_at and folds exclude each other"),
+        ({"cross_validation": {"count": 1}}, r"cross_validation\.count: input should be greater than or equal to 2"),
+        ({"trials": {"arms": {"a": None}, "lr_per_256": [0.1]}}, "cross_validation and trials exclude each other"),
+        ({"run": {"dir": "x", "stop_at_step": 3}}, r"run\.stop_at_step and cross_validation exclude each other"),
         (
             {"early_stopping": {"metric": "fold_top1", "patience": 2}, "evaluate_every": 3},
             "would stop a fold by the data that it is evaluated on",
         ),
-        ({"folds": {"count": 200}}, r"class \d \('\d'\) has 1\d\d samples, too few for 200 folds"),
-        ({"batch": {"images": 4096}}, "batch"),
+        ({"cross_validation": {"count": 200}}, r"class \d \('\d'\) has 1\d\d samples, too few for 200 folds"),
+        ({"batch": {"global_size": 4096}}, "batch"),
     ],
 )
 def test_what_cannot_be_cross_validated_is_refused(
@@ -257,7 +257,7 @@ def test_what_cannot_be_cross_validated_is_refused(
 def test_a_fold_of_its_own_excludes_folds(digits: Path, tmp_path: Path) -> None:
     tree = settings(digits, tmp_path / "run").to_dict()
     tree["data"]["fold"] = {"of": 2, "number": 0}
-    with pytest.raises(ConfigError, match=r"data\.fold and folds exclude each other"):
+    with pytest.raises(ConfigError, match=r"data\.fold and cross_validation exclude each other"):
         plan_finetuning(FinetuneConfig.from_dict(tree, "here"), 1)
 
 

@@ -42,10 +42,10 @@ def objective(kind: str = "class", weights: tuple[float, ...] = (1.0,) * K, **se
     cfg_settings = {
         "seed": 5,
         "label_smoothing": 0.0,
-        "erase": 0.0,
+        "random_erasing": 0.0,
         "mixup": 0.0,
         "cutmix": 0.0,
-        "cutmix_share": 0.5,
+        "mixup_switch_prob": 0.5,
     } | settings
     losses = {name: cfg_settings.pop(name) for name in ("attack", "teacher") if name in cfg_settings}
     cfg: Any = SimpleNamespace(data=SimpleNamespace(labels=kind), **cfg_settings)
@@ -87,7 +87,7 @@ def test_a_mixed_image_is_its_own_share_and_its_neighbours(mixup: float, cutmix:
 
 
 def test_halves_of_a_step_are_mixed_as_the_whole_is() -> None:
-    images, settings = random_images(), {"mixup": 0.8, "cutmix": 1.0, "cutmix_share": 0.5}
+    images, settings = random_images(), {"mixup": 0.8, "cutmix": 1.0, "mixup_switch_prob": 0.5}
     mixed, own = apply_mixup_cutmix(images, SAMPLE_KEYS, 5, **settings)
     for start, stop in itertools.pairwise((0, 2, 6, 8)):
         mixed_part, own_part = apply_mixup_cutmix(images[start:stop], SAMPLE_KEYS[start:stop], 5, **settings)
@@ -215,7 +215,7 @@ def test_a_token_learns_the_guess_and_the_class_the_labels() -> None:
     total, metrics = loss(model, inputs)
     assert total.item() == pytest.approx((0.7 * label_loss + 0.3 * token_loss).item(), rel=1e-5)
     assert metrics["train_top1"] == (logits.argmax(dim=1) == inputs.labels).sum()
-    attacked_loss = objective(attack=attack(kind="fgsm", weight=0.5, epsilon=1e-6))
+    attacked_loss = objective(attack=attack(attack="fgsm", weight=0.5, epsilon=1e-6))
     total, metrics = attacked_loss(model, inputs)
     assert total.item() == pytest.approx(label_loss.item(), rel=1e-4)
     assert metrics["adversarial_top1"] == metrics["train_top1"]
@@ -235,7 +235,7 @@ def test_fgsm_is_one_step_along_the_sign() -> None:
     def loss(images: Tensor) -> Tensor:
         return F.cross_entropy(model(images), inputs.labels, reduction="sum")
 
-    attacked = attack(kind="fgsm", epsilon=8.0)(loss, images, SAMPLE_KEYS)
+    attacked = attack(attack="fgsm", epsilon=8.0)(loss, images, SAMPLE_KEYS)
     logits = images.flatten(1).double() @ model.weight.detach().double().T
     gradient = ((logits.softmax(1) - F.one_hot(inputs.labels, K)) @ model.weight.detach().double()).view_as(images)
     mean, std = (torch.tensor(values).double().view(3, 1, 1) for values in (MEAN, STD))
@@ -251,14 +251,14 @@ def test_pgd_stays_in_its_box_gets_worse_and_knows_no_ranks() -> None:
     def loss(batch_images: Tensor, rows: slice = slice(None)) -> Tensor:
         return F.cross_entropy(model(batch_images), inputs.labels[rows], reduction="sum")
 
-    pgd = attack(epsilon=6.0, step=2.0, iterations=6)
+    pgd = attack(epsilon=6.0, step_size=2.0, steps=6)
     attacked = pgd(loss, images, SAMPLE_KEYS)
     std = torch.tensor(STD).view(3, 1, 1)
     assert ((attacked - images).abs() * std * 255).max() <= 6.0 + 1e-3
     pixels = attacked * std + torch.tensor(MEAN).view(3, 1, 1)
     assert pixels.min() >= -1e-6
     assert pixels.max() <= 1 + 1e-6
-    assert loss(attacked) > loss(attack(kind="fgsm", epsilon=6.0)(loss, images, SAMPLE_KEYS)) - 1e-3 > loss(images)
+    assert loss(attacked) > loss(attack(attack="fgsm", epsilon=6.0)(loss, images, SAMPLE_KEYS)) - 1e-3 > loss(images)
     attacked_part = pgd(lambda batch_images: loss(batch_images, slice(2, 5)), images[2:5], SAMPLE_KEYS[2:5])
     torch.testing.assert_close(attacked_part, attacked[2:5])
 

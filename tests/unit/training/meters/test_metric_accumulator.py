@@ -10,7 +10,7 @@ from foveal.training.meters.throughput import ThroughputMeter
 
 
 def host(step: int) -> MetricRow:
-    return {"step": step, "lr": step / 10, "applied": 1.0}
+    return {"step": step, "lr": step / 10, "step_applied": 1.0}
 
 
 def test_rows_are_reduced_once_and_host_numbers_never() -> None:
@@ -24,7 +24,9 @@ def test_rows_are_reduced_once_and_host_numbers_never() -> None:
         return shares * 2
 
     rows = accumulator.pop_rows(two_equal_ranks)
-    assert rows == [{"step": step, "loss": step, "top1": 0.5, "lr": step / 10, "applied": 1.0} for step in (1, 2, 3)]
+    assert rows == [
+        {"step": step, "loss": step, "top1": 0.5, "lr": step / 10, "step_applied": 1.0} for step in (1, 2, 3)
+    ]
     assert [next(iter(row)) for row in rows] == ["step"] * 3
     assert len(calls) == 1
     assert calls[0].shape == (3, 2)
@@ -41,7 +43,7 @@ def test_what_was_read_is_gone_and_nothing_costs_no_collective() -> None:
     assert len(accumulator.pop_rows(lambda shares: shares)) == 1
     assert accumulator.pop_rows(never) == []
     accumulator.add_step({"other": torch.tensor(2.0)}, host(2))  # the names may change after a read
-    assert accumulator.pop_rows(lambda shares: shares) == [{"step": 2, "other": 2.0, "lr": 0.2, "applied": 1.0}]
+    assert accumulator.pop_rows(lambda shares: shares) == [{"step": 2, "other": 2.0, "lr": 0.2, "step_applied": 1.0}]
 
 
 def test_numbers_keep_double_precision() -> None:

@@ -1,0 +1,192 @@
+"""``foveal config upgrade FILE``: the names of foveal 0.2 in a YAML file of 0.1, with its comments and its order."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from foveal.atomic import draft_path
+from foveal.config import set_by_dotted_key
+from foveal.errors import ConfigError
+from foveal.renames import DROPPED, translate_setting, translate_settings
+from foveal.strict_yaml import parse_yaml, read_yaml
+
+app = typer.Typer(no_args_is_help=True, help="Rewrite config files.")
+
+
+@app.callback()
+def _group() -> None:
+    """Make ``upgrade`` a command of a group, although it is the only one."""
+
+
+@app.command()
+def upgrade(file: Annotated[Path, typer.Argument(help="A stage's settings, or a pipeline.")]) -> None:
+    """Rewrite a YAML file under the names of 0.2; comments, order and everything else stay."""
+    tree = read_yaml(file)
+    text = file.read_text()
+    upgraded = upgrade_text(text)
+    if _translate_document(tree) != _nest_document(parse_yaml(upgraded)):
+        raise ConfigError(f"{file}: anchors or merges keep it from being rewritten; change the names by hand")
+    if upgraded == text:
+        typer.echo(f"{file}: no name of 0.1 is left")
+        return
+    draft = draft_path(file)
+    draft.write_text(upgraded)
+    draft.replace(file)
+    typer.echo(f"{file}: rewritten")
+
+
+def upgrade_text(text: str) -> str:
+    """Return the text of a YAML file with its settings under the names of 0.2."""
+    upgrader = _Upgrader(text)
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    if isinstance(root, yaml.MappingNode):
+        upgrader.visit(root)
+    for element in root.value if isinstance(root, yaml.SequenceNode) else ():
+        for key, settings in element.value if isinstance(element, yaml.MappingNode) else ():
+            if key.value in ("set", "from") and isinstance(settings, yaml.MappingNode):
+                upgrader.visit(settings)
+    return upgrader.apply()
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A key and its value in a mapping; ``path``: its dotted name from the top, as parts."""
+
+    mapping: yaml.MappingNode
+    number: int
+    path: tuple[str, ...]
+    own_length: int  # parts of the path that the key states: more than 1 for a dotted key of a pipeline
+
+    @property
+    def key(self) -> yaml.Node:
+        return self.mapping.value[self.number][0]
+
+    @property
+    def value(self) -> yaml.Node:
+        return self.mapping.value[self.number][1]
+
+
+@dataclass
+class _Upgrader:
+    """Collects replacements of text; nothing but names and values of 0.1 is touched."""
+
+    text: str
+    edits: dict[tuple[int, int], str] = field(default_factory=dict)  # by begin and end
+    new_sections: dict[tuple[int, str], _Entry] = field(default_factory=dict)  # by mapping and name: the first entry
+
+    def visit(self, mapping: yaml.MappingNode, path: tuple[str, ...] = ()) -> None:
+        """Upgrade the entries of a mapping, and of those in it."""
+        for number, (key, value) in enumerate(mapping.value):
+            parts = tuple(str(key.value).split("."))
+            entry = _Entry(mapping, number, path + parts, len(parts))
+            if self._rename_key(entry):
+                continue
+            for prefix, inner in _inner_mappings(value):
+                self.visit(inner, entry.path + prefix)
+            if isinstance(value, yaml.ScalarNode):
+                self._upgrade_value(entry)
+
+    def _rename_key(self, entry: _Entry) -> bool:
+        """Rename a key, or move the entry; return whether it was moved, with its value."""
+        new_name = translate_setting(".".join(entry.path), None)[0].split(".")
+        if tuple(new_name) == entry.path:
+            return False
+        if len(new_name) == len(entry.path):
+            self._replace(entry.key, ".".join(new_name[-entry.own_length :]))
+            return False
+        if entry.own_length == len(entry.path):
+            self._replace(entry.key, ".".join(new_name))
+            return False
+        if len(new_name) > len(entry.path):
+            self._move_into_section(entry, *new_name[-2:])
+        else:
+            self._move_to_top(entry, ".".join(new_name))
+        return True
+
+    def _upgrade_value(self, entry: _Entry) -> None:
+        value = entry.value.value
+        new_value = translate_setting(".".join(entry.path), value)[1]
+        if new_value != value:
+            self._replace(entry.value, new_value)
+
+    def _move_into_section(self, entry: _Entry, section: str, name: str) -> None:
+        """Make an entry one of a section beside it: the first one states the section, the others follow in it."""
+        first = self.new_sections.setdefault((id(entry.mapping), section), entry)
+        span = (first.key.start_mark.index, first.value.end_mark.index)
+        inner = f"{name}: {self._source(entry.value)}"
+        if first is entry:
+            self.edits[span] = f"{section}: {{{inner}}}"
+        else:
+            self.edits[span] = f"{self.edits[span][:-1]}, {inner}}}"
+            self._delete(entry)
+
+    def _move_to_top(self, entry: _Entry, name: str) -> None:
+        """Delete an entry, and state it in a line before the top section that it was in."""
+        value = translate_setting(".".join(entry.path), entry.value.value)[1]
+        self._delete(entry)
+        if DROPPED.get(name) != value:
+            begin = self.text.find(f"\n{entry.path[0]}:") + 1
+            self.edits[begin, begin] = f"{name}: {value}\n"
+
+    def _delete(self, entry: _Entry) -> None:
+        entries, begin, end = entry.mapping.value, entry.key.start_mark.index, entry.value.end_mark.index
+        if not entry.mapping.flow_style:
+            begin = self.text.rfind("\n", 0, begin) + 1
+            end = self.text.find("\n", end) + 1 or len(self.text)
+        elif entry.number:
+            begin = entries[entry.number - 1][1].end_mark.index
+        elif len(entries) > 1:
+            end = entries[1][0].start_mark.index
+        self.edits[begin, end] = ""
+
+    def _replace(self, node: yaml.Node, text: str) -> None:
+        self.edits[node.start_mark.index, node.end_mark.index] = text
+
+    def _source(self, node: yaml.Node) -> str:
+        return self.text[node.start_mark.index : node.end_mark.index]
+
+    def apply(self) -> str:
+        """Return the text with all replacements."""
+        text = self.text
+        for begin, end in sorted(self.edits, reverse=True):
+            text = text[:begin] + self.edits[begin, end] + text[end:]
+        return text
+
+
+def _inner_mappings(value: yaml.Node) -> Iterator[tuple[tuple[str, ...], yaml.MappingNode]]:
+    """Yield the mapping that a value is, or the mappings of the list that it is, each with its part of the path."""
+    if isinstance(value, yaml.MappingNode):
+        yield (), value
+    for number, element in enumerate(value.value if isinstance(value, yaml.SequenceNode) else ()):
+        if isinstance(element, yaml.MappingNode):
+            yield (str(number),), element
+
+
+def _translate_document(document: Any) -> Any:
+    """Return a config or a pipeline with nested settings under their new names."""
+    if isinstance(document, dict):
+        return translate_settings(document, ())[0]
+    nested = _nest_document(document)
+    return [_with_settings(element, lambda tree: translate_settings(tree, ())[0]) for element in nested]
+
+
+def _nest_document(document: Any) -> Any:
+    """Return a config as it is, and a pipeline with nested settings in place of dotted names."""
+    return document if isinstance(document, dict) else [_with_settings(element, _nest) for element in document or ()]
+
+
+def _with_settings(element: Any, change: Any) -> Any:
+    if not isinstance(element, dict):
+        return element
+    return element | {key: change(element[key]) for key in ("set", "from") if isinstance(element.get(key), dict)}
+
+
+def _nest(settings: dict[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for name, value in settings.items():
+        set_by_dotted_key(nested, str(name), value)
+    return nested

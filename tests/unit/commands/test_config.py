@@ -1,0 +1,82 @@
+"""``foveal config upgrade``: the same settings under the new names, with every comment, in place."""
+
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from foveal.cli import app
+from foveal.commands.config import upgrade_text
+
+STAGE = """\
+# A comment with batch.images in it stays.
+epochs: 2  # two
+lesson: layers
+data:
+  path: data/digits  # where
+  crop_ratio: 1.0
+  augment: {scale: [0.2, 1.0], flip: 0.5, operations: 2, magnitude: 9.0, magnitude_std: 0.5}
+  mix:
+    - {path: more, share: 0.25}
+batch: {images: 8, "at_once": 4}
+lesson_cache:
+  gigabytes: 3.0
+  dir: cache
+early_stopping: {metric: val_map, patience: 2}
+"""
+UPGRADED = """\
+# A comment with batch.images in it stays.
+epochs: 2  # two
+method: layers
+data:
+  path: data/digits  # where
+  eval_crop_ratio: 1.0
+  augment: {scale: [0.2, 1.0], hflip: 0.5, rand_augment: {ops: 2, magnitude: 9.0, magnitude_std: 0.5}}
+  mix:
+    - {path: more, fraction: 0.25}
+batch: {global_size: 8, max_micro_size: 4}
+teacher_cache:
+  max_gigabytes: 3.0
+  dir: cache
+early_stopping: {metric: val_mAP, patience: 2}
+"""
+BLOCK = "data:\n  path: x\n  augment:\n    operations: 2  # two\n    flip: 0.5\n    magnitude: 7.0\n"
+PIPELINE = """\
+- name: a
+  stage: finetune
+  config: configs/finetune/digits.yaml
+  set: {batch.images: 8, data.augment.operations: 1, folds: {count: 2}}
+"""
+
+
+def upgrade(file: Path, text: str) -> tuple[str, str]:
+    file.write_text(text)
+    result = CliRunner().invoke(app, ["config", "upgrade", str(file)], catch_exceptions=False)
+    assert result.exit_code == 0
+    return file.read_text(), result.output
+
+
+def test_a_stage_keeps_its_comments_and_its_order(tmp_path: Path) -> None:
+    text, said = upgrade(tmp_path / "stage.yaml", STAGE)
+    assert (text, "rewritten" in said) == (UPGRADED, True)
+    text, said = upgrade(tmp_path / "stage.yaml", UPGRADED)
+    assert (text, "no name of 0.1" in said) == (UPGRADED, True)
+
+
+def test_settings_that_moved_into_a_section() -> None:
+    expected = "data:\n  path: x\n  augment:\n    rand_augment: {ops: 2, magnitude: 7.0}  # two\n    hflip: 0.5\n"
+    assert upgrade_text(BLOCK) == expected
+
+
+def test_a_pipeline(tmp_path: Path) -> None:
+    text, _ = upgrade(tmp_path / "pipeline.yaml", PIPELINE)
+    wanted = "set: {batch.global_size: 8, data.augment.rand_augment.ops: 1, cross_validation: {count: 2}}"
+    assert wanted in text
+    assert text.count("\n") == PIPELINE.count("\n")
+
+
+def test_what_cannot_be_rewritten_is_left_as_it_is(tmp_path: Path) -> None:
+    text = "base: &a {operations: 2}\ndata: {path: x, augment: {<<: *a, flip: 0.5}}\n"
+    (tmp_path / "anchors.yaml").write_text(text)
+    result = CliRunner().invoke(app, ["config", "upgrade", str(tmp_path / "anchors.yaml")])
+    assert "by hand" in str(result.exception)
+    assert (tmp_path / "anchors.yaml").read_text() == text

@@ -1,0 +1,152 @@
+"""Names of 0.1: translated wherever 0.1 wrote them or a user gives them, with one warning; both names at once are an error."""
+
+from pathlib import Path
+
+import pytest
+
+import foveal.renames
+from distill.config import DistillConfig
+from finetune.config import FinetuneConfig
+from foveal.checkpoint.state import check_science_unchanged
+from foveal.commands.reference import iter_setting_docs
+from foveal.config import Config, science
+from foveal.errors import CheckpointError, ConfigError
+from foveal.renames import (
+    DROPPED,
+    SETTINGS,
+    VALUES,
+    restore_names,
+    translate_metric,
+    translate_science,
+    translate_setting,
+    translate_settings,
+)
+from pretrain.config import PretrainConfig
+
+STAGES: tuple[type[Config], ...] = (PretrainConfig, DistillConfig, FinetuneConfig)
+PRETRAIN_01 = """
+epochs: 2
+masking: block
+mask_block: 2
+target: latents
+data: {path: data/digits, image_size: 16, augment: {flip: 0.25, operations: 2, magnitude: 7.0}}
+batch: {images: 32, at_once: 8}
+optim: {lr_per_256: 1.0e-3, warmup_epochs: 1, kind: sgd, clip: 2.0}
+"""
+
+
+def load(tmp_path: Path, text: str, *overrides: str, warnings: list[str] | None = None) -> PretrainConfig:
+    (tmp_path / "old.yaml").write_text(text)
+    return PretrainConfig.load(tmp_path / "old.yaml", overrides, (warnings if warnings is not None else []).append)
+
+
+def test_every_new_name_is_a_setting_and_no_old_one_is() -> None:
+    names = {setting.name.replace(".N.", ".*.") for stage in STAGES for setting in iter_setting_docs(stage)}
+    known = names | {name.rpartition(".")[0] for name in names}
+    assert not [new for new in SETTINGS.values() if new not in known]
+    assert not [old for old in SETTINGS if old in known]
+    assert not [name for name in (*VALUES, *DROPPED) if name not in known]
+
+
+def test_a_yaml_of_0_1_loads_under_the_new_names_with_one_warning(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    cfg = load(tmp_path, PRETRAIN_01, "masking=grid", "data.augment.magnitude_std=0.1", warnings=warnings)
+    assert (cfg.mask_strategy, cfg.mask_block_size, cfg.target) == ("grid", 2, "features")
+    assert (cfg.batch.global_size, cfg.batch.max_micro_size, cfg.optim.name) == (32, 8, "sgd")
+    assert cfg.data.augment.rand_augment.to_dict() == {"ops": 2, "magnitude": 7.0, "magnitude_std": 0.1}
+    (warning,) = warnings
+    for words in ("batch.at_once is now batch.max_micro_size", "target=latents is now target=features", "upgrade FILE"):
+        assert words in warning
+
+
+def test_a_yaml_of_0_2_gives_no_warning(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    cfg = load(tmp_path, PRETRAIN_01)
+    cfg.dump(tmp_path / "new.yaml")
+    assert PretrainConfig.load(tmp_path / "new.yaml", ("batch.global_size=32",), warnings.append) == cfg
+    assert not warnings
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "names"),
+    [
+        (PRETRAIN_01 + "mask_strategy: grid\n", (), "masking and mask_strategy"),
+        (PRETRAIN_01, ("batch.images=8", "batch.global_size=8"), "batch.images and batch.global_size"),
+    ],
+)
+def test_both_names_at_once_are_refused(text: str, overrides: tuple[str, ...], names: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{names} are one setting: leave out"):
+        load(tmp_path, text, *overrides)
+
+
+def test_an_old_command_line_goes_on_beside_an_upgraded_file(tmp_path: Path) -> None:
+    load(tmp_path, PRETRAIN_01).dump(tmp_path / "new.yaml")
+    cfg = PretrainConfig.load(tmp_path / "new.yaml", ["batch.images=64", "data.augment={flip: 0.75}"])
+    assert (cfg.batch.global_size, cfg.data.augment.hflip, cfg.data.augment.rand_augment.ops) == (64, 0.75, 2)
+
+
+def test_from_0_3_on_an_old_name_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(foveal.renames, "__version__", "0.3.0")
+    with pytest.raises(ConfigError, match=r"batch\.images is now batch\.global_size"):
+        load(tmp_path, PRETRAIN_01)
+
+
+def test_a_section_that_was_renamed_is_moved_as_a_whole() -> None:
+    tree = {"lesson_cache": {"dir": "a", "gigabytes": 2.0}, "data": {"mix": [{"path": "p", "share": 0.5}]}}
+    translated, renamed = translate_settings(tree, DistillConfig.model_fields)
+    assert translated == {
+        "teacher_cache": {"dir": "a", "max_gigabytes": 2.0},
+        "data": {"mix": [{"path": "p", "fraction": 0.5}]},
+    }
+    assert renamed["lesson_cache.gigabytes"] == "teacher_cache.max_gigabytes"
+    assert renamed["data.mix.0.share"] == "data.mix.0.fraction"
+    assert translate_settings({"folds": None}, FinetuneConfig.model_fields)[0] == {"cross_validation": None}
+
+
+def test_stored_science_is_compared_under_the_new_names(tmp_path: Path) -> None:
+    cfg = load(tmp_path, PRETRAIN_01)
+    stored = restore_names(cfg.science_settings())
+    assert {"batch.images", "masking", "data.augment.flip"} <= stored.keys()
+    assert stored["target"] == "latents"
+    assert translate_science(stored, cfg.science_settings()) == cfg.science_settings()
+    check_science_unchanged(stored, cfg.science_settings(), tmp_path)
+    with pytest.raises(CheckpointError, match=r"mask_block_size \(was 4, is 2\)"):
+        check_science_unchanged(stored | {"mask_block": 4}, cfg.science_settings(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("applied", "step_applied"),
+        ("val_map", "val_mAP"),
+        ("fold_map_50_mean", "fold_mAP_50_mean"),
+        ("train_pixels", "train_pixel_accuracy"),
+        ("small/agreement", "small/teacher_agreement"),
+        ("val_ap_map", "val_ap_map"),
+        ("val_miou", "val_miou"),
+        ("loss", "loss"),
+    ],
+)
+def test_metrics(old: str, new: str) -> None:
+    assert translate_metric(old) == new
+    assert translate_metric(new) == new
+    assert translate_setting("early_stopping.metric", old)[1] == new
+
+
+class _Grown(PretrainConfig):
+    """Pretraining of a later version, with a new science setting."""
+
+    colour_weight: float = science(0.0, "Weight of a new loss.", since="0.2", neutral=0.0)
+
+
+def test_a_setting_that_was_added_refuses_no_run_in_flight(tmp_path: Path) -> None:
+    """Absence equals the neutral value; every other value is other science."""
+    stored = load(tmp_path, PRETRAIN_01).science_settings()
+    cfg = _Grown.load(tmp_path / "old.yaml")
+    check_science_unchanged(stored, cfg.science_settings(), tmp_path, cfg.neutral_values())
+    changed = _Grown.load(tmp_path / "old.yaml", ["colour_weight=0.5"])
+    with pytest.raises(CheckpointError, match="colour_weight"):
+        check_science_unchanged(stored, changed.science_settings(), tmp_path, changed.neutral_values())
+    check_science_unchanged(changed.science_settings(), changed.science_settings(), tmp_path, changed.neutral_values())
+    with pytest.raises(CheckpointError, match=r"colour_weight \(was 0\.5, is 0\.0\)"):
+        check_science_unchanged(changed.science_settings(), cfg.science_settings(), tmp_path, cfg.neutral_values())
