@@ -101,7 +101,7 @@ def translate_settings(tree: dict[str, Any], sections: Container[str]) -> tuple[
                 raise ConfigError(f"{old} and {new} are one setting: leave out {old}, its name before 0.2")
             _remove(translated, path)
         found[old if new_path != path else f"{old}={value}"] = new if new_path != path else f"{new}={new_value}"
-        if str(new_path[0]) in sections or DROPPED.get(new) != new_value:
+        if str(new_path[0]) in sections or (new, new_value) not in DROPPED.items():
             _set(translated, new_path, new_value)
     return translated, found
 
@@ -115,7 +115,7 @@ def translate_setting(name: str, value: Any) -> tuple[str, Any]:
 def translate_science(saved: Mapping[str, Any], current: Container[str]) -> dict[str, Any]:
     """Return a run's stored science under its new names, without what the stage no longer has among ``current``."""
     translated = dict(translate_setting(name, value) for name, value in saved.items())
-    return {name: value for name, value in translated.items() if name in current or DROPPED.get(name) != value}
+    return {name: value for name, value in translated.items() if name in current or (name, value) not in DROPPED.items()}
 
 
 def restore_names(science: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,18 +17,18 @@ _ASPECT_RANGE = (0.3, 1 / 0.3)  # aspect ratio of the erased box (Zhong et al.)
 
 
 def apply_mixup_cutmix(
-    images: Tensor, sample_keys_B: Tensor, seed: int, *, mixup: float, cutmix: float, cutmix_share: float
+    images: Tensor, sample_keys_B: Tensor, seed: int, *, mixup: float, cutmix: float, switch_prob: float
 ) -> tuple[Tensor, Tensor]:
     """Mix each image with its partner; return the images and the fraction of each that is its own, [B] in [0, 1].
 
     mixup (Zhang et al., 2018): weighted mean, weights from Beta(mixup, mixup). cutmix (Yun et al., 2019): a box of the
     partner's image, whose area fraction is from Beta(cutmix, cutmix), clipped at the edges. If both are on, a sample
-    gets cutmix with probability ``cutmix_share``. 0 turns either off.
+    gets cutmix with probability ``switch_prob``. 0 turns either off.
     """
     height, width = images.shape[2:]
     uniform = draw_uniform(derive_key(seed, "mixing"), sample_keys_B, 2 * _MAX_REJECTIONS + 3)
     choice_B, x_B, y_B = uniform[:, :3].T
-    cutmix_prob = cutmix_share if mixup and cutmix else float(bool(cutmix))
+    cutmix_prob = switch_prob if mixup and cutmix else float(bool(cutmix))
     cut_B = choice_B < cutmix_prob
     own_B = torch.where(cut_B, _sample_beta(uniform[:, 3:], cutmix or 1.0), _sample_beta(uniform[:, 3:], mixup or 1.0))
     side_B = (1 - own_B).sqrt()

@@ -89,7 +89,7 @@ class ClassificationLoss:
                 cfg.seed,
                 mixup=cfg.mixup,
                 cutmix=cfg.cutmix,
-                cutmix_share=cfg.mixup_switch_prob,
+                switch_prob=cfg.mixup_switch_prob,
             )
             targets_BK = mix_adjacent_pairs(targets_BK, own_B[:, None])
         return images, targets_BK

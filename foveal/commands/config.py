@@ -128,7 +128,7 @@ class _Upgrader:
         """Delete an entry, and state it in a line before the top section that it was in."""
         value = translate_setting(".".join(entry.path), entry.value.value)[1]
         self._delete(entry)
-        if DROPPED.get(name) != value:
+        if (name, value) not in DROPPED.items():
             begin = self.text.find(f"\n{entry.path[0]}:") + 1
             self.edits[begin, begin] = f"{name}: {value}\n"
 

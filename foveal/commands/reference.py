@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from foveal.config import Config, get_section_class, get_setting_kind
+from foveal.renames import METRICS, SETTINGS, VALUES
 
 _INTRODUCTION = """\
 # Configuration
@@ -141,7 +142,22 @@ def render_reference(stage_configs: Mapping[str, type[Config]]) -> str:
         about = (model.__doc__ or "").strip().split("\n\n", 1)[0]
         own = [lines for name, lines in listed[stage].items() if name not in shared]
         chapters.append(_render_chapter(stage, about, own))
-    return "\n\n".join([_INTRODUCTION, *chapters]) + "\n"
+    return "\n\n".join([_INTRODUCTION, *chapters, _render_renames()]) + "\n"
+
+
+def _render_renames() -> str:
+    """Return the chapter on the names of 0.1."""
+    about = (
+        "Settings, overrides and pipelines with a name of 0.1 are read with one warning up to 0.2 and are an error from "
+        "0.3 on. `foveal config upgrade FILE` rewrites a YAML file. Runs and checkpoints of 0.1 continue as they are."
+    )
+    values = {f"{name}={old}": f"{name}={new}" for name, pairs in VALUES.items() for old, new in pairs.items()}
+    tables = [
+        f"| {title} of 0.1 | since 0.2 |\n|---|---|\n"
+        + "\n".join(f"| `{old}` | `{new}` |" for old, new in rows.items())
+        for title, rows in (("setting", SETTINGS), ("value", values), ("metric", METRICS))
+    ]
+    return "\n\n".join(["## Names of 0.1", about, *tables])
 
 
 def _group_by_section(model: type[Config]) -> dict[str, list[SettingDoc]]:

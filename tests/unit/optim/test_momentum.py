@@ -49,7 +49,7 @@ def copy_state(model: nn.Module, guard: GuardedOptimizer) -> list[Tensor]:
 @pytest.mark.parametrize("clip", [None, 0.5])
 def test_sgd_is_torchs_bit_for_bit(momentum: float, clip: float | None) -> None:
     model, torch_model = layer(), layer()
-    guard = optimizer(model, config("sgd", momentum=momentum, clip=clip))
+    guard = optimizer(model, config("sgd", momentum=momentum, max_grad_norm=clip))
     groups = [{"params": [torch_model.weight], "weight_decay": 0.2}, {"params": [torch_model.bias]}]
     sgd = torch.optim.SGD(groups, lr=0.1, momentum=momentum)
     for step in range(4):
@@ -114,7 +114,7 @@ def test_without_momentum_nothing_is_kept() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_changes_nothing(kind: str, bad: float) -> None:
     model, reference = layer(), layer()
-    guard, untouched = optimizer(model, config(kind, clip=1.0)), optimizer(reference, config(kind, clip=1.0))
+    guard, untouched = optimizer(model, config(kind, max_grad_norm=1.0)), optimizer(reference, config(kind, max_grad_norm=1.0))
     for step in range(3):
         before = copy_state(model, guard)
         set_gradients(model, 100 + step)

@@ -110,7 +110,7 @@ def test_every_fold_is_a_run_and_a_row_of_the_whole(digits: Path, tmp_path: Path
     assert last["fold_top1_mean"] == pytest.approx(0.15)
     assert (last["folds"], last["fold_top1_lowest"], last["fold_top1_highest"]) == (4, 0, pytest.approx(0.3))
     assert execute(cfg, Stand())
-    with pytest.raises(FovealError, match=r"was made with other science: folds\.count"):
+    with pytest.raises(FovealError, match=r"was made with other science: cross_validation\.count"):
         execute(settings(digits, tmp_path / "run", cross_validation={"count": 3, "repeats": 2}), stand)
 
 

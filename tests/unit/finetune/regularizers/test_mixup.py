@@ -66,10 +66,10 @@ class Linear(nn.Module):
 # Mixing
 
 
-@pytest.mark.parametrize(("mixup", "cutmix", "cutmix_share"), [(0.8, 0.0, 0.5), (0.0, 1.0, 0.5), (0.8, 1.0, 0.5)])
-def test_a_mixed_image_is_its_own_share_and_its_neighbours(mixup: float, cutmix: float, cutmix_share: float) -> None:
+@pytest.mark.parametrize(("mixup", "cutmix", "switch_prob"), [(0.8, 0.0, 0.5), (0.0, 1.0, 0.5), (0.8, 1.0, 0.5)])
+def test_a_mixed_image_is_its_own_share_and_its_neighbours(mixup: float, cutmix: float, switch_prob: float) -> None:
     images = random_images()
-    mixed, own = apply_mixup_cutmix(images, SAMPLE_KEYS, 5, mixup=mixup, cutmix=cutmix, cutmix_share=cutmix_share)
+    mixed, own = apply_mixup_cutmix(images, SAMPLE_KEYS, 5, mixup=mixup, cutmix=cutmix, switch_prob=switch_prob)
     num_boxes = 0
     for row in range(B):
         partner = images[row ^ 1]
@@ -87,7 +87,7 @@ def test_a_mixed_image_is_its_own_share_and_its_neighbours(mixup: float, cutmix:
 
 
 def test_halves_of_a_step_are_mixed_as_the_whole_is() -> None:
-    images, settings = random_images(), {"mixup": 0.8, "cutmix": 1.0, "mixup_switch_prob": 0.5}
+    images, settings = random_images(), {"mixup": 0.8, "cutmix": 1.0, "switch_prob": 0.5}
     mixed, own = apply_mixup_cutmix(images, SAMPLE_KEYS, 5, **settings)
     for start, stop in itertools.pairwise((0, 2, 6, 8)):
         mixed_part, own_part = apply_mixup_cutmix(images[start:stop], SAMPLE_KEYS[start:stop], 5, **settings)
@@ -156,7 +156,7 @@ def test_goals_are_mixed_as_images_are() -> None:
     loss, inputs = objective(mixup=0.8, cutmix=1.0, label_smoothing=0.1), batch()
     images, targets = loss.prepare_batch(inputs)
     _, own = apply_mixup_cutmix(
-        objective().prepare_batch(inputs)[0], SAMPLE_KEYS, 5, mixup=0.8, cutmix=1.0, cutmix_share=0.5
+        objective().prepare_batch(inputs)[0], SAMPLE_KEYS, 5, mixup=0.8, cutmix=1.0, switch_prob=0.5
     )
     unmixed = 0.9 * F.one_hot(inputs.labels, K) + 0.1 / K
     for row in range(B):
