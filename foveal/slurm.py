@@ -146,7 +146,8 @@ def slurm_job_tags() -> dict[str, str]:
 
 def slurm_restart_count() -> int:
     """Return how often Slurm has restarted this job; 0 outside Slurm."""
-    return read_env_int("SLURM_RESTART_COUNT", "0")
+    text = os.environ.get("SLURM_RESTART_COUNT", "")
+    return int(text) if text.isdecimal() else 0
 
 
 def describe_slurm_task() -> str:

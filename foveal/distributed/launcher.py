@@ -74,7 +74,7 @@ def _read_torch_env() -> LaunchEnv | None:
 
 def _read_slurm_env() -> LaunchEnv | None:
     task = read_slurm_task()
-    return task and LaunchEnv(task.rank, task.world_size, task.local_rank, "srun")
+    return None if task is None else LaunchEnv(task.rank, task.world_size, task.local_rank, "srun")
 
 
 def _read_mpi_env() -> LaunchEnv | None:
