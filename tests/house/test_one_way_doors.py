@@ -134,11 +134,12 @@ def test_the_environment_is_read_by_few() -> None:
 
 def _names_of_slurm(tree: ast.Module) -> list[str]:
     """The strings of code that name a variable or a command of Slurm; a docstring is no code."""
-    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     docstrings = {
         id(node.body[0].value)
         for node in ast.walk(tree)
-        if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
     }
     return [
         node.value
