@@ -117,7 +117,8 @@ def test_models_know_no_machine() -> None:
 def test_the_environment_is_read_by_few() -> None:
     """Which launcher is the business of foveal/distributed and foveal/engines, which job that of foveal/slurm.py.
 
-    A path may name variables.     MLflow reads one when it is imported, and is told by foveal/tracking. What the environment has of secrets is redacted.
+    A path may name variables. MLflow reads one when it is imported, and is told by foveal/tracking. What the
+    environment has of secrets is redacted.
     """
     readers = {
         module_of(file)
