@@ -115,7 +115,9 @@ def translate_setting(name: str, value: Any) -> tuple[str, Any]:
 def translate_science(saved: Mapping[str, Any], current: Container[str]) -> dict[str, Any]:
     """Return a run's stored science under its new names, without what the stage no longer has among ``current``."""
     translated = dict(translate_setting(name, value) for name, value in saved.items())
-    return {name: value for name, value in translated.items() if name in current or (name, value) not in DROPPED.items()}
+    return {
+        name: value for name, value in translated.items() if name in current or (name, value) not in DROPPED.items()
+    }
 
 
 def restore_names(science: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from distill.config import DistillConfig
 from finetune.config import FinetuneConfig
 from foveal.distributed.launcher_process import LAUNCHER_ENV_VAR, Process
 from foveal.errors import ConfigError, FovealError, LaunchError
+from foveal.slurm import can_submit_jobs, cancel_jobs, parse_sbatch_options
 from foveal.strict_yaml import parse_yaml, read_yaml
 from foveal.training.config import StageConfig, resolve_config_path
 from pretrain.config import PretrainConfig
@@ -211,7 +211,7 @@ def submit_jobs(jobs: Sequence[StageJob], log_dir: Path, sbatch_options: Mapping
 
     Raises: LaunchError if sbatch is missing or refuses a job.
     """
-    if not shutil.which("sbatch") or not shutil.which("srun"):
+    if not can_submit_jobs():
         raise LaunchError(
             "there is no sbatch and srun here; submit from a login node, or run the chain here with --cluster local"
         )
@@ -234,7 +234,7 @@ def submit_jobs(jobs: Sequence[StageJob], log_dir: Path, sbatch_options: Mapping
             )
         except LaunchError as error:
             if ids:
-                subprocess.run(["scancel", *ids.values()], check=False)
+                cancel_jobs(ids.values())
             raise LaunchError(f"{job.name}: {error}{'; the jobs before it are cancelled' if ids else ''}") from None
         wait = f" after {', '.join(f'{ids[name]} ({name})' for name in job.depends_on)}" if job.depends_on else ""
         sys.stdout.write(f"{ids[job.name]} {job.name}{wait} -> {job.run_dir}\n")
@@ -243,12 +243,10 @@ def submit_jobs(jobs: Sequence[StageJob], log_dir: Path, sbatch_options: Mapping
 
 def read_sbatch_options(script: Path) -> dict[str, str]:
     """Read the options of a script's #SBATCH lines, where a stage's resources are stated; a bare option is 'true'."""
-    lines = [line.removeprefix("#SBATCH") for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
-    words = [word for line in lines for word in shlex.split(line, comments=True)]
-    if wrong := [word for word in words if not word.startswith("--")]:
-        raise LaunchError(f"{script}: '{wrong[0]}' in an #SBATCH line: write options as --name=value")
-    pairs = [word.removeprefix("--").partition("=") for word in words]
-    return {name.replace("-", "_"): value if equals else "true" for name, equals, value in pairs}
+    options = parse_sbatch_options(script.read_text())
+    if options.other_words:
+        raise LaunchError(f"{script}: '{options.other_words[0]}' in an #SBATCH line: write options as --name=value")
+    return dict(options.values)
 
 
 def _submit_command(folder: Path, resources: Mapping[str, str], command: Sequence[str]) -> str:

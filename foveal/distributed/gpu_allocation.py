@@ -5,8 +5,8 @@ import os
 import torch
 
 from foveal.distributed.launcher import LaunchEnv
-from foveal.distributed.preflight import current_node_name, slurm_nodes_by_rank
 from foveal.errors import BadNodeError, LaunchError
+from foveal.slurm import count_allocated_gpus, current_node_name, read_gpu_list, slurm_nodes_by_rank
 
 
 def check_slurm_gpus(launch_env: LaunchEnv) -> str | None:
@@ -15,10 +15,10 @@ def check_slurm_gpus(launch_env: LaunchEnv) -> str | None:
     None if all GPUs are in use, outside a Slurm step, and if Slurm allocated no GPUs.
     Raises: BadNodeError if torch sees fewer GPUs than this rank was given; LaunchError if ranks would share a GPU.
     """
-    allocated = _count_allocated_gpus()
+    allocated = count_allocated_gpus()
     if not allocated:
         return None
-    node, visible = current_node_name(), _read_gpu_list("CUDA_VISIBLE_DEVICES")
+    node, visible = current_node_name(), read_gpu_list("CUDA_VISIBLE_DEVICES")
     expected = allocated if visible is None else len(visible)  # with --gpus-per-task a rank sees only its own GPUs
     detected = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not detected:
@@ -44,24 +44,6 @@ def check_slurm_gpus(launch_env: LaunchEnv) -> str | None:
     return None
 
 
-def _count_allocated_gpus() -> int:
-    """Return the number of GPUs on this node that belong to the Slurm step of this process."""
-    if "SLURM_STEP_ID" not in os.environ:
-        return 0
-    count = os.environ.get("SLURM_GPUS_ON_NODE", "")  # counts the step's GPUs on the node, also with --gpus-per-task
-    return (
-        int(count)
-        if count.isdecimal()
-        else len(_read_gpu_list("SLURM_STEP_GPUS") or _read_gpu_list("SLURM_JOB_GPUS") or [])
-    )
-
-
-def _read_gpu_list(name: str) -> list[str] | None:
-    """Return the GPUs listed in an environment variable; None if the variable is not set."""
-    text = os.environ.get(name)
-    return None if text is None else [gpu for gpu in text.split(",") if gpu.strip() not in {"", "-1", "NoDevFiles"}]
-
-
 def _count_local_ranks(launch_env: LaunchEnv) -> int:
     """Return the number of ranks on this node; 0 if the launcher does not state it."""
     local_size = os.environ.get("LOCAL_WORLD_SIZE", "")  # set by torchrun
@@ -73,7 +55,7 @@ def _count_local_ranks(launch_env: LaunchEnv) -> int:
 def _explain_missing_gpus() -> str:
     if torch.version.cuda is None and torch.version.hip is None:
         return f"torch {torch.__version__} is built for the CPU; install one for GPUs, or ask for --gpus-per-node=0"
-    if _read_gpu_list("CUDA_VISIBLE_DEVICES") == []:
+    if read_gpu_list("CUDA_VISIBLE_DEVICES") == []:
         return f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']!r} hides them"
     return (
         f"the driver does not fit torch {torch.__version__}, a container was started without its GPUs, or they are lost"

@@ -11,11 +11,10 @@ environment    RANK, WORLD_SIZE, set by hand                  rank 0 at MASTER_A
 
 import hashlib
 import os
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from foveal.errors import LaunchError
+from foveal.slurm import is_child_of_srun, rank0_slurm_node, read_env_int, read_slurm_launch_id, read_slurm_task
 
 _TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"  # set by torchrun only
 _DEEPSPEED_VARIABLE = "CROSS_RANK"  # set by deepspeed only
@@ -49,7 +48,7 @@ def read_launch_env() -> LaunchEnv:
     Raises: LaunchError if the variables contradict one another.
     """
     torch_env = _read_torch_env()
-    if torch_env is not None and torch_env.launcher != "environment" and not _child_of_slurmstepd():
+    if torch_env is not None and torch_env.launcher != "environment" and not is_child_of_srun():
         return _check_ranks(torch_env)
     claims = [claim for claim in (_read_slurm_env(), _read_mpi_env(), torch_env) if claim is not None]
     for claim in claims[1:]:
@@ -70,24 +69,18 @@ def _read_torch_env() -> LaunchEnv | None:
         launcher = "torchrun"
     else:
         launcher = "deepspeed" if _DEEPSPEED_VARIABLE in os.environ else "environment"
-    return LaunchEnv(
-        read_launcher_int("RANK"), read_launcher_int("WORLD_SIZE"), read_launcher_int("LOCAL_RANK", "0"), launcher
-    )
+    return LaunchEnv(read_env_int("RANK"), read_env_int("WORLD_SIZE"), read_env_int("LOCAL_RANK", "0"), launcher)
 
 
 def _read_slurm_env() -> LaunchEnv | None:
-    if "SLURM_STEP_ID" not in os.environ or "SLURM_PROCID" not in os.environ:
-        return None
-    size = read_launcher_int("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))
-    return LaunchEnv(read_launcher_int("SLURM_PROCID"), size, read_launcher_int("SLURM_LOCALID", "0"), "srun")
+    task = read_slurm_task()
+    return None if task is None else LaunchEnv(task.rank, task.world_size, task.local_rank, "srun")
 
 
 def _read_mpi_env() -> LaunchEnv | None:
     for rank, size, local_rank, _ in _MPI_VARIABLES:
         if rank in os.environ and size in os.environ:
-            return LaunchEnv(
-                read_launcher_int(rank), read_launcher_int(size), read_launcher_int(local_rank, "0"), "mpirun"
-            )
+            return LaunchEnv(read_env_int(rank), read_env_int(size), read_env_int(local_rank, "0"), "mpirun")
     return None
 
 
@@ -109,30 +102,10 @@ def _check_ranks(claim: LaunchEnv) -> LaunchEnv:
     return claim
 
 
-def _child_of_slurmstepd() -> bool:
-    """Whether srun started this process. torchrun's variables are then left over from an earlier torchrun."""
-    if "SLURM_STEP_ID" not in os.environ:
-        return False
-    try:
-        return Path(f"/proc/{os.getppid()}/comm").read_text().strip() == "slurmstepd"
-    except OSError:
-        return False
-
-
-def read_launcher_int(name: str, default: str | None = None) -> int:
-    """Return the integer in a launcher's variable. Raises: LaunchError if it is not an integer."""
-    text = os.environ.get(name, default)
-    try:
-        return int(text or "")
-    except ValueError:
-        raise LaunchError(f"the launcher's {name} is {text!r}, which is not a number") from None
-
-
 def read_launch_id(launch_env: LaunchEnv) -> dict[str, str]:
     """Return the launcher's own identifiers of this launch: equal on all its ranks, different for another launch."""
     if launch_env.launcher == "srun":
-        variables = {"job": "SLURM_JOB_ID", "step": "SLURM_STEP_ID", "restart": "SLURM_RESTART_COUNT"}
-        return {key: os.environ.get(variable, "0") for key, variable in variables.items()}
+        return read_slurm_launch_id()
     if launch_env.launcher == "torchrun":
         return {
             "torchrun": os.environ[_TORCHRUN_VARIABLE],
@@ -179,7 +152,7 @@ def candidate_store_addresses(launch_env: LaunchEnv) -> list[tuple[str, int]]:
 def _rank0_node(launch_env: LaunchEnv) -> str | None:
     """Return the node of rank 0; None if the launcher does not state it."""
     if launch_env.launcher == "srun":
-        return first_slurm_node(os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"])
+        return rank0_slurm_node()
     return "127.0.0.1" if launch_env.launcher == "mpirun" and _is_single_node(launch_env) else None
 
 
@@ -187,13 +160,6 @@ def _is_single_node(launch_env: LaunchEnv) -> bool:
     return any(
         os.environ.get(names[3]) == str(launch_env.world_size) for names in _MPI_VARIABLES if names[0] in os.environ
     )
-
-
-def first_slurm_node(node_list: str) -> str:
-    """Return the first host of a Slurm node list, ``a01b`` of ``a[01-03,7]b,c``. Containers may lack scontrol."""
-    match = re.match(r"(?:[^,\[]|\[[^\]]*\])*", node_list)
-    assert match is not None, "the pattern matches every string"
-    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", match[0])
 
 
 def _candidate_ports(launch_id: dict[str, str]) -> list[int]:

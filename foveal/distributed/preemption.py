@@ -5,28 +5,37 @@ Signal handlers do nothing else.
 
 import logging
 import os
-import re
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from types import FrameType
 
 from foveal.distributed.launcher_process import Process, find_own_launchers
-from foveal.distributed.world import World, slurm_job_id
+from foveal.distributed.world import World
 from foveal.errors import RequeueRefusedError
+from foveal.slurm import (
+    SlurmConfig,
+    SlurmJobStatus,
+    SlurmUnavailableError,
+    list_slurm_partitions,
+    parse_scontrol_time,
+    read_batch_script,
+    read_slurm_config,
+    requeue_job,
+    show_job,
+    show_step_job,
+    step_job_id,
+)
 
 # USR1: our scripts' warning before the time limit; USR2: submitit's; TERM: Slurm's preemption; INT: Ctrl-C.
 _SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 LAUNCHER_GONE = "the launcher is gone"  # a stop reason; without a launcher no requeue is asked for
 _LAUNCHER_POLL_SECONDS = 1.0
 _REPEAT_WINDOW_SECONDS = 1.0  # within it, a second signal may be Slurm's repeat: one for the step, one for the job
-_SCONTROL_TIMEOUT_SECONDS = 20.0
-NOTICE_ENV_VAR = "FOVEAL_NOTICE"  # states sbatch's --signal lead, which scontrol does not show
+NOTICE_ENV_VAR = "FOVEAL_NOTICE"  # states sbatch's --signal lead, which Slurm does not show
 _WARNING_SIGNALS = ("SIGUSR1", "SIGUSR2")  # signals that are never sent because a rank failed
 # slurm/stage.sh searches for the beginning of this message.
 _LEFT_TO_SCRIPT_MESSAGE = "foveal: saved and left on SIGTERM, which is left to the job script"
@@ -116,31 +125,26 @@ class ShutdownNotice:
 def read_shutdown_notice() -> ShutdownNotice | None:
     """Return the shortest notice that Slurm may give this job; None outside Slurm or if nothing ends the job.
 
-    For the time limit the notice is the lead of ``--signal``. scontrol does not show it: it is read from the batch
+    For the time limit the notice is the lead of ``--signal``. Slurm does not show it: it is read from the batch
     script or, if it was an option of sbatch's command line, from the variable FOVEAL_NOTICE. For preemption it is the
     partition's GraceTime. Without either, Slurm kills the job KillWait seconds after its SIGTERM.
     """
-    job = _show_job()
-    if not job:
+    job = show_step_job()
+    if job is None:
         return None
-    slurm_config = _show_slurm_config()
-    notices = [_time_limit_notice(job, slurm_config), _preemption_notice(job, slurm_config)]
+    config = read_slurm_config()
+    notices = [_time_limit_notice(job, config), _preemption_notice(job, config)]
     return min((notice for notice in notices if notice is not None), key=lambda notice: notice.seconds, default=None)
 
 
 def read_slurm_seconds_left() -> float | None:
     """Return the seconds until Slurm ends this job, preemption included; None if there is no limit or no answer."""
-    job = _show_job()
-    if not job:
+    job = show_step_job()
+    if job is None:
         return None
-    if job.get("JobState") != "RUNNING":  # Slurm has begun to end it
-        return _parse_slurm_seconds(_show_slurm_config().get("KillWait", ""))
-    ran = _parse_slurm_seconds(job.get("RunTime", ""))
-    try:  # both times are of one clock, the controller's
-        limit = datetime.fromisoformat(job["EndTime"]) - datetime.fromisoformat(job["StartTime"])
-    except (KeyError, ValueError):  # EndTime=Unknown: there is no limit
-        return None
-    return None if ran is None else limit.total_seconds() - ran
+    if not job.is_running:
+        return read_slurm_config().kill_wait
+    return None if job.planned_time is None or job.run_time is None else job.planned_time - job.run_time
 
 
 def requeue_slurm_job_if_due(*, got_warning_signal: bool = True) -> str | None:
@@ -149,26 +153,24 @@ def requeue_slurm_job_if_due(*, got_warning_signal: bool = True) -> str | None:
     A job that exits with 0 during Slurm's grace time counts as completed, and Slurm does not requeue it by itself.
     A cancelled job gets the same SIGTERM, and Slurm would requeue it too: its state is no longer RUNNING, and it is
     left to end. A job at its time limit is not RUNNING either and is requeued.
-    ``got_warning``: whether a rank got a signal that only warns of an end. srun (--kill-on-bad-exit) and torchrun send
-    SIGTERM if another rank failed, which looks to Slurm like a user's ``scancel --signal=TERM``: a job that is neither
-    preempted nor ended is left to the job script, which sees whether a rank failed.
+    ``got_warning_signal``: whether a rank got a signal that only warns of an end. srun (--kill-on-bad-exit) and torchrun
+    send SIGTERM if another rank failed, which looks to Slurm like a user's ``scancel --signal=TERM``: a job that is
+    neither preempted nor ended is left to the job script, which sees whether a rank failed.
     """
-    job_id = _current_job_id()
+    job_id = step_job_id()
     if job_id is None:
         return None
     try:
-        shown = _run_scontrol("show", "job", "--oneliner", job_id)
-        job = _parse_key_values(shown.stdout) if shown.returncode == 0 else {}
-        ended = job.get("JobState", "RUNNING") != "RUNNING"
-        if ended and job.get("Reason") != "TimeLimit":
+        job = show_job(job_id)
+        if job is not None and not job.is_running and job.reason != "TimeLimit":
             return None
-        if not (got_warning_signal or ended or job.get("PreemptTime", "None") != "None"):
+        goes_on = job is None or (job.is_running and not job.is_preempted)
+        if goes_on and not got_warning_signal:
             _log.warning("%s; it requeues the job unless a rank failed", _LEFT_TO_SCRIPT_MESSAGE)
             return None
-        answer = _run_scontrol("requeue", job_id)
-    except (OSError, subprocess.TimeoutExpired) as error:  # a container without scontrol, a controller without answer
+        return requeue_job(job_id)
+    except SlurmUnavailableError as error:
         return str(error)
-    return answer.stderr.strip() or f"scontrol ended with {answer.returncode}" if answer.returncode else None
 
 
 def _requeue_or_raise(*, got_warning: bool) -> None:
@@ -176,78 +178,29 @@ def _requeue_or_raise(*, got_warning: bool) -> None:
         raise RequeueRefusedError(f"the run was saved, but Slurm did not requeue the job ({refusal}); submit it again")
 
 
-def _time_limit_notice(job: dict[str, str], slurm_config: dict[str, str]) -> ShutdownNotice | None:
-    if _parse_slurm_seconds(job.get("TimeLimit", "")) is None:
+def _time_limit_notice(job: SlurmJobStatus, config: SlurmConfig) -> ShutdownNotice | None:
+    if job.time_limit is None:
         return None
-    if (stated := _parse_slurm_seconds(os.environ.get(NOTICE_ENV_VAR, ""))) is not None:
+    if (stated := parse_scontrol_time(os.environ.get(NOTICE_ENV_VAR, ""))) is not None:
         return ShutdownNotice(stated, NOTICE_ENV_VAR)
-    script = _scontrol_output("write", "batch_script", job["JobId"], "-")
-    leads = re.findall(r"^#SBATCH\b.*\s--signal=(?:B:)?\w+(?:@(\d+))?", script, re.MULTILINE)
-    if leads:
-        return ShutdownNotice(float(leads[-1] or 60), f"--signal in {job.get('Command', 'the batch script')}")
-    kill_wait = _parse_slurm_seconds(slurm_config.get("KillWait", ""))
-    if kill_wait is None:
+    if (lead := read_batch_script(job.job_id).signal_lead) is not None:
+        return ShutdownNotice(lead, f"--signal in {job.batch_script}")
+    return _kill_wait_notice(config, "there is no --signal in the batch script")
+
+
+def _preemption_notice(job: SlurmJobStatus, config: SlurmConfig) -> ShutdownNotice | None:
+    if config.preempt_type != "preempt/partition_prio":  # with preempt/qos, the grace belongs to the QOS
         return None
-    return ShutdownNotice(kill_wait, "KillWait of this Slurm; there is no --signal in the batch script")
-
-
-def _preemption_notice(job: dict[str, str], slurm_config: dict[str, str]) -> ShutdownNotice | None:
-    if slurm_config.get("PreemptType") != "preempt/partition_prio":  # with preempt/qos, the grace belongs to the QOS
+    partitions = {partition.name: partition for partition in list_slurm_partitions()}
+    partition = partitions.get(job.partition)
+    if partition is None or partition.preempt_mode not in {"REQUEUE", "CANCEL"}:
         return None
-    partitions = [_parse_key_values(line) for line in _scontrol_output("show", "partition", "--oneliner").splitlines()]
-    tiers = {row.get("PartitionName", ""): int(row.get("PriorityTier", 0)) for row in partitions}
-    name = job.get("Partition", "")
-    partition = next((row for row in partitions if row.get("PartitionName") == name), {})
-    if partition.get("PreemptMode") not in {"REQUEUE", "CANCEL"} or tiers[name] == max(tiers.values()):
+    if partition.priority_tier == max(other.priority_tier for other in partitions.values()):
         return None
-    grace = _parse_slurm_seconds(partition.get("GraceTime", ""))
-    if grace:
-        return ShutdownNotice(grace, f"GraceTime of partition {name}")
-    kill_wait = _parse_slurm_seconds(slurm_config.get("KillWait", ""))
-    if kill_wait is None:
-        return None
-    return ShutdownNotice(kill_wait, f"KillWait of this Slurm; partition {name} has no GraceTime")
+    if partition.grace:
+        return ShutdownNotice(partition.grace, f"GraceTime of partition {partition.name}")
+    return _kill_wait_notice(config, f"partition {partition.name} has no GraceTime")
 
 
-def _parse_slurm_seconds(text: str) -> float | None:
-    """Parse Slurm's durations, ``1-02:03:04``, ``02:03:04``, ``20``, ``5 sec``; None for UNLIMITED and the like."""
-    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(?:(\d+):)?(\d+)(?: sec)?", text)
-    if match is None:
-        return None
-    days, first, second, last = (int(part or 0) for part in match.groups())
-    hours, minutes = (first, second) if match[3] is not None else (0, first)
-    return float(((days * 24 + hours) * 60 + minutes) * 60 + last)
-
-
-def _show_job() -> dict[str, str]:
-    """Return the fields of ``scontrol show job`` for this job; empty outside a Slurm step or without an answer."""
-    job_id = _current_job_id()
-    return {} if job_id is None else _parse_key_values(_scontrol_output("show", "job", "--oneliner", job_id))
-
-
-def _show_slurm_config() -> dict[str, str]:
-    lines = (line.partition("=") for line in _scontrol_output("show", "config").splitlines())
-    return {name.strip(): value.strip() for name, _, value in lines}
-
-
-def _parse_key_values(line: str) -> dict[str, str]:
-    """Parse ``Key=value Key=value``. The first value of a key counts: a quoted command may contain the same key."""
-    return dict(reversed(re.findall(r"(\S+?)=(\S*)", line)))
-
-
-def _scontrol_output(*arguments: str) -> str:
-    try:
-        return _run_scontrol(*arguments).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-
-
-def _current_job_id() -> str | None:
-    """Return the job of this process as Slurm's commands name it; None outside a Slurm step."""
-    return slurm_job_id() if "SLURM_STEP_ID" in os.environ else None
-
-
-def _run_scontrol(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["scontrol", *arguments], capture_output=True, text=True, check=False, timeout=_SCONTROL_TIMEOUT_SECONDS
-    )
+def _kill_wait_notice(config: SlurmConfig, reason: str) -> ShutdownNotice | None:
+    return None if config.kill_wait is None else ShutdownNotice(config.kill_wait, f"KillWait of this Slurm; {reason}")

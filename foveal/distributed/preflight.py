@@ -3,8 +3,6 @@
 import faulthandler
 import json
 import os
-import re
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -22,6 +20,7 @@ from foveal.distributed.run_identity import RunIdentity
 from foveal.distributed.tcp_store import open_store, summarize_error
 from foveal.distributed.world import select_device, set_rank_env_vars
 from foveal.errors import LaunchError
+from foveal.slurm import current_node_name
 from foveal.timeouts import call_with_timeout
 
 _POLL_SECONDS = 0.1  # between two reads of the store
@@ -207,34 +206,3 @@ def _time_all_reduce(tensor: torch.Tensor, rounds: int) -> float:
             torch.cuda.synchronize()
         durations.append(time.perf_counter() - start)
     return sorted(durations)[rounds // 2]
-
-
-def current_node_name() -> str:
-    """Return this node's name: Slurm's name under Slurm, else the host name."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-
-
-def slurm_nodes_by_rank(world_size: int) -> list[str]:
-    """Return the node of each rank, for ranks that Slurm placed node by node; empty if unknown or outside Slurm."""
-    nodes = expand_slurm_node_list(os.environ.get("SLURM_STEP_NODELIST", ""))
-    counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
-    tasks = [int(count) for count, times in counts for _ in range(int(times or 1))]
-    nodes_by_rank = [node for node, count in zip(nodes, tasks, strict=False) for _ in range(count)]
-    return nodes_by_rank if len(nodes_by_rank) == world_size else []
-
-
-def expand_slurm_node_list(node_list: str) -> list[str]:
-    """Return every host of a Slurm node list: ``a[01-03,7],c`` gives a01, a02, a03, a7, c."""
-    hosts = []
-    for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", node_list):
-        names = [""]
-        for text, ranges in re.findall(r"([^\[]*)(?:\[([^\]]*)\])?", part):
-            numbers = [""] if not ranges else [number for span in ranges.split(",") for number in _expand_range(span)]
-            names = [f"{name}{text}{number}" for name in names for number in numbers] if text or ranges else names
-        hosts += names
-    return hosts
-
-
-def _expand_range(span: str) -> list[str]:
-    first, _, last = span.partition("-")
-    return [str(number).zfill(len(first)) for number in range(int(first), int(last or first) + 1)]

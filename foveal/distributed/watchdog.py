@@ -20,7 +20,6 @@ Three levels:
 import faulthandler
 import logging
 import os
-import socket
 import statistics
 import sys
 import threading
@@ -36,6 +35,7 @@ from foveal.distributed.heartbeat import LOST_PEER, Heartbeat, HeartbeatExchange
 from foveal.distributed.peer_failure import describe_peer_failure, dump_cpu_flight_recorder, set_flight_recorder_folder
 from foveal.distributed.world import World
 from foveal.errors import OutOfMemoryError, TrainingHungError
+from foveal.slurm import current_node_name
 
 _MEDIAN_WINDOW = 64  # step durations in the running median
 _REARM_POLLS = 10  # polls between two settings of faulthandler's alarm
@@ -69,7 +69,7 @@ class Watchdog:
         self._hang_timeout = hang_timeout
         self._timeouts = timeouts
         self._on_hang = on_hang
-        self._host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()  # Slurm's name of the node, if any
+        self._host = current_node_name()
         self._main_thread_id = threading.main_thread().ident
         self._position = (0, "starting", 0)  # step, activity, number of heartbeats
         self._last_position = self._position

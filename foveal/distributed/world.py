@@ -1,4 +1,4 @@
-"""The process group: ranks of one run, their collectives, and the Slurm job that they belong to."""
+"""The process group: ranks of one run and their collectives."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from foveal.distributed.launcher import LaunchEnv, read_launch_env, read_launcher_int
+from foveal.distributed.launcher import LaunchEnv, read_launch_env
 from foveal.distributed.peer_failure import (
     abort_process_group,
     describe_peer_failure,
@@ -25,6 +25,7 @@ from foveal.distributed.peer_failure import (
 from foveal.distributed.rendezvous import join_rendezvous
 from foveal.distributed.run_identity import RunIdentity
 from foveal.errors import FovealError, LaunchError, RankConflictError, TrainingHungError
+from foveal.slurm import describe_slurm_task, slurm_restart_count
 
 T = TypeVar("T")
 _JOIN_TIMEOUT_SECONDS = 600.0  # for all ranks to join: imports from a cold disk take minutes
@@ -183,7 +184,7 @@ def _hung_if_restarted() -> Iterator[None]:
     except RankConflictError:
         raise
     except LaunchError as error:
-        if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+        if slurm_restart_count():
             raise TrainingHungError(str(error)) from None
         raise
 
@@ -253,47 +254,8 @@ def select_device(launch_env: LaunchEnv) -> torch.device:
 
 def describe_rank(world: World) -> str:
     """Return a line with rank, host, device, launcher and Slurm job, for the head of each rank's log."""
-    slurm = ", ".join(
-        f"{name}={os.environ[name]}"
-        for name in ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_RESTART_COUNT")
-        if name in os.environ
-    )
+    slurm = describe_slurm_task()
     return (
         f"rank {world.rank} of {world.size} on {socket.gethostname()}, local rank {world.local_rank}, {world.device}, "
         f"launcher {world.launcher}{', ' + slurm if slurm else ''}"
     )
-
-
-def slurm_job_id() -> str | None:
-    """Return this job's id for Slurm's commands; None outside Slurm.
-
-    A task of an array is ``<array>_<task>``: one of the tasks has the array's own number as SLURM_JOB_ID, and
-    ``scontrol requeue`` of that number restarts every task.
-    """
-    array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID")
-
-
-@dataclass(frozen=True, slots=True)
-class SlurmArrayTask:
-    """A task of a Slurm array: its id, the number of tasks, and the lowest and highest id."""
-
-    task_id: int
-    task_count: int
-    min_task_id: int
-    max_task_id: int
-
-
-def read_slurm_array_task() -> SlurmArrayTask | None:
-    """Return the Slurm array task of this process; None outside an array."""
-    if "SLURM_ARRAY_TASK_ID" not in os.environ:
-        return None
-    return SlurmArrayTask(*(read_launcher_int(f"SLURM_ARRAY_TASK_{name}") for name in ("ID", "COUNT", "MIN", "MAX")))
-
-
-def slurm_job_tags() -> dict[str, str]:
-    """Return Slurm's facts of this job as tags for the tracker; empty outside Slurm."""
-    names = ("SLURM_JOB_NAME", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT", "SLURM_NTASKS", "SLURM_CLUSTER_NAME")
-    job_id = slurm_job_id()
-    job_tag = {} if job_id is None else {"slurm_job_id": job_id}
-    return job_tag | {name.lower(): os.environ[name] for name in names if name in os.environ}

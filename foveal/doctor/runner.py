@@ -7,13 +7,14 @@ from typing import Any
 
 import typer
 
-from foveal.distributed.preflight import PreflightGroup, exit_preflight, join_preflight, slurm_nodes_by_rank
+from foveal.distributed.preflight import PreflightGroup, exit_preflight, join_preflight
 from foveal.doctor import node_checks, run_checks
 from foveal.doctor.report import RankReport, classify_error
 from foveal.doctor.table import format_node_table
 from foveal.doctor.verdict import judge_reports
 from foveal.errors import BadNodeError, FovealError
 from foveal.forecast.cli import import_stage
+from foveal.slurm import slurm_nodes_by_rank
 from foveal.timeouts import call_with_timeout
 from foveal.training.cli import Stage, load_config
 

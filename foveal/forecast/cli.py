@@ -8,13 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from foveal.errors import ConfigError
-from foveal.forecast.slurm_limits import (
-    JobScriptTimes,
-    SlurmPartition,
-    find_slurm_partition,
-    read_job_script_times,
-    slurm_time_to_seconds,
-)
+from foveal.forecast.slurm_limits import JobScriptTimes, find_slurm_partition, read_job_script_times
+from foveal.slurm import SlurmPartition, parse_sbatch_time
 
 STAGE_NAMES = ("pretrain", "distill", "finetune")
 
@@ -101,7 +96,7 @@ def _job_limits(slurm: SlurmPartition | None, request: JobScriptTimes | None, ti
 
     seconds, source = (request.time_limit_seconds, request.script) if request else (None, "nobody")
     if time is not None:
-        seconds, source = slurm_time_to_seconds(time), "--time"
+        seconds, source = parse_sbatch_time(time), "--time"
         if seconds is None:
             raise ConfigError(f"--time {time} is not a time; write minutes, H:M:S or D-H:M:S, as for sbatch")
     if slurm is not None:

@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 
 from foveal.forecast.forecast import Forecast, engine_overrides_by_sharding
-from foveal.forecast.slurm_limits import JobScriptTimes, SlurmPartition
+from foveal.forecast.slurm_limits import JobScriptTimes
+from foveal.slurm import SlurmPartition
 
 # From the start of a job to its first step: containers, imports, index, checkpoint; assumed.
 STARTUP_SECONDS = 180.0

@@ -6,7 +6,7 @@ from typing import Any
 from foveal.forecast.forecast import Forecast
 from foveal.forecast.memory import CUDA_CONTEXT_BYTES, FRAGMENTATION_FACTOR
 from foveal.forecast.problems import STARTUP_SECONDS, JobLimits, Problem, count_attempts
-from foveal.forecast.slurm_limits import SlurmPartition
+from foveal.slurm import SlurmPartition
 
 
 def format_forecast(forecast: Forecast, limits: JobLimits, partition: SlurmPartition | None) -> list[str]:

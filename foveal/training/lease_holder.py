@@ -1,26 +1,12 @@
 """The process that makes an attempt at a run, and whether it is alive as far as another host can tell."""
 
 import os
-import re
 import socket
-import subprocess
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-_SCONTROL_TIMEOUT = 20.0  # seconds
-# A job in one of these states may still have processes; in any other it has none (sacct's words, from scontrol).
-_LIVE_JOB_STATES = {
-    "RUNNING",
-    "COMPLETING",
-    "CONFIGURING",
-    "RESIZING",
-    "SIGNALING",
-    "STAGE_OUT",
-    "STOPPED",
-    "SUSPENDED",
-}
+from foveal.slurm import SlurmJob, end_state_of_job
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +27,12 @@ class LeaseHolder:
         return f"{job}on {self.host}, rank 0 pid {self.pid}"
 
 
-def current_holder(world_size: int, job_tags: Mapping[str, str]) -> LeaseHolder:
-    """Return this process as a holder; ``job_tags``: see ``slurm_job_tags``, empty outside Slurm."""
-    return LeaseHolder(
-        host=socket.gethostname(),
-        pid=os.getpid(),
-        born=_process_identity(os.getpid()) or "",
-        ranks=world_size,
-        job=job_tags.get("slurm_job_id"),
-        restart=int(job_tags.get("slurm_restart_count", 0)),
-        cluster=job_tags.get("slurm_cluster_name"),
-        nodes=job_tags.get("slurm_job_nodelist"),
-    )
+def current_holder(world_size: int, job: SlurmJob | None = None) -> LeaseHolder:
+    """Return this process as a holder; ``job``: its Slurm job, None outside Slurm."""
+    holder = LeaseHolder(socket.gethostname(), os.getpid(), _process_identity(os.getpid()) or "", world_size)
+    if not job:
+        return holder
+    return replace(holder, job=job.job_id, restart=job.restart_count, cluster=job.cluster, nodes=job.node_list)
 
 
 def parse_holder(facts: dict[str, Any]) -> LeaseHolder | None:
@@ -79,23 +59,10 @@ def get_liveness_and_reason(previous: LeaseHolder, current: LeaseHolder) -> tupl
     if (
         previous.job is not None
         and previous.cluster == current.cluster
-        and (state := _job_state(previous.job)) not in {None, *_LIVE_JOB_STATES}
+        and (state := end_state_of_job(previous.job)) is not None
     ):
         return False, f"{job} is {state}"
     return None, ""
-
-
-def _job_state(job: str) -> str | None:
-    """Return a job's state according to Slurm; None if Slurm does not answer."""
-    command = ["scontrol", "show", "job", "--oneliner", job]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SCONTROL_TIMEOUT)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if result.returncode:
-        return "forgotten by Slurm" if "Invalid job id" in result.stderr else None
-    match = re.search(r"\bJobState=(\w+)", result.stdout)
-    return match[1] if match else None
 
 
 def _process_identity(pid: int) -> str | None:

@@ -7,7 +7,8 @@ import subprocess
 import time
 
 from foveal import __version__
-from foveal.distributed.world import World, slurm_job_tags
+from foveal.distributed.world import World
+from foveal.slurm import slurm_job_tags
 
 _log = logging.getLogger(__name__)
 

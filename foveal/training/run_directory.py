@@ -16,7 +16,7 @@ from foveal.checkpoint.store import CheckpointStore
 from foveal.distributed.peer_failure import describe_peer_failure
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.watchdog import Watchdog, run_watchdog
-from foveal.distributed.world import World, describe_rank, slurm_job_tags
+from foveal.distributed.world import World, describe_rank
 from foveal.errors import (
     AttemptSupersededError,
     ConfigError,
@@ -26,6 +26,7 @@ from foveal.errors import (
     TrainingHungError,
 )
 from foveal.redact import RedactingFormatter, redact
+from foveal.slurm import read_slurm_job, slurm_job_tags
 from foveal.tracking import report_end_without_tracker
 from foveal.tracking.tracker import AttemptState, NullTracker
 from foveal.training.checkpointing import CheckpointSaver
@@ -174,7 +175,7 @@ def _acquire_attempt(path: Path, plan: Plan, world: World) -> Attempt | None:
         except OSError as error:
             raise _unusable_dir_error(path, error) from None
         cfg = plan.cfg
-        holder = current_holder(world.size, slurm_job_tags())
+        holder = current_holder(world.size, read_slurm_job())
         try:
             lease = acquire_lease(path, holder, max_attempts_without_progress=cfg.run.max_attempts_without_progress)
         except RestartLoopError as error:
@@ -229,11 +230,11 @@ def _resolve_run_dir(cfg: StageConfig) -> Path:
     path = Path(cfg.run.dir)
     if not cfg.run.fresh:
         return path
-    job_tags, number = slurm_job_tags(), 1
+    job, number = read_slurm_job(), 1
     while path.exists():
         file = path / "job.json"
         creator = read_json(file).get("slurm_job_id") if file.exists() else None
-        if "slurm_restart_count" in job_tags and creator == job_tags["slurm_job_id"]:
+        if job is not None and job.restart_count and creator == job.job_id:
             return path
         number += 1
         path = Path(f"{cfg.run.dir}-{number}")

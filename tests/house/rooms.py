@@ -14,6 +14,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "foveal.errors": (("foveal.redact",), ()),
     "foveal.atomic": (("foveal.errors",), ()),
     "foveal.timeouts": (("foveal.errors",), ()),
+    "foveal.slurm": (("foveal.errors",), ()),
     "foveal.seeding": ((), ("numpy", "torch")),
     "foveal.strict_yaml": (("foveal.errors", "foveal.timeouts"), ("yaml",)),
     "foveal.renames": (("foveal.errors",), ()),
@@ -84,7 +85,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "foveal.optim": (CONFIGURED, ("pydantic", "timm", "torch")),
     "foveal.checkpoint": ((*CONFIGURED, "foveal.atomic", "foveal.timeouts"), ("pydantic", "torch", "safetensors")),
     "foveal.distributed": (
-        (*CONFIGURED, "foveal.atomic", "foveal.timeouts"),
+        (*CONFIGURED, "foveal.atomic", "foveal.slurm", "foveal.timeouts"),
         ("torch", "torch.distributed", "pydantic"),
     ),
     "foveal.engines": (
@@ -103,7 +104,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "foveal.tracking.sqlite_store": (("foveal.atomic", "foveal.tracking.store_errors"), ()),
     "foveal.tracking": ((*CONFIGURED, "foveal.atomic", "foveal.tracking"), ()),
     # One attempt at a run.
-    "foveal.training.lease_holder": ((), ()),
+    "foveal.training.lease_holder": (("foveal.slurm",), ()),
     "foveal.training.lease": (("foveal.atomic", "foveal.errors", "foveal.training.lease_holder"), ()),
     "foveal.training.meters": (("foveal.atomic",), ("torch",)),
     "foveal.training": (
@@ -115,6 +116,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "foveal.distributed",
             "foveal.engines",
             "foveal.optim",
+            "foveal.slurm",
             "foveal.tracking",
             "foveal.training.lease",
             "foveal.training.lease_holder",
@@ -131,6 +133,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "foveal.errors",
             "foveal.models",
             "foveal.optim",
+            "foveal.slurm",
             "foveal.training",
         ),
         ("torch", "typer"),
@@ -143,6 +146,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "foveal.distributed",
             "foveal.engines",
             "foveal.forecast",
+            "foveal.slurm",
             "foveal.timeouts",
             "foveal.training",
         ),
@@ -181,7 +185,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "finetune.fit": (("foveal", "finetune"), ("torch",)),
     "finetune.run": (("foveal", "finetune"), ("torch",)),
     "slurm": (
-        (*CONFIGURED, "foveal.distributed.launcher_process", "foveal.training", *STAGE_CONFIGS),
+        (*CONFIGURED, "foveal.distributed.launcher_process", "foveal.slurm", "foveal.training", *STAGE_CONFIGS),
         ("submitit", "torch", "yaml"),
     ),
 }

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 import tomllib
@@ -15,6 +16,8 @@ from rooms import ROOMS, STAGE_CONFIGS
 
 # A model knows neither the machine nor the process that it runs in.
 MODELS_DO_WITHOUT = {"os", "socket", "subprocess", "multiprocessing", "pathlib"}
+# Sentences for the user that name a command of Slurm.
+SLURM_IN_MESSAGES = {("foveal.forecast.slurm_limits", "none, scontrol lists no partitions")}
 DISTRIBUTION_OF = {"PIL": "pillow", "pydantic_core": "pydantic", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 
 
@@ -112,9 +115,10 @@ def test_models_know_no_machine() -> None:
 
 
 def test_the_environment_is_read_by_few() -> None:
-    """Which launcher and which job is the business of foveal/distributed and foveal/engines; a path may name variables.
+    """Which launcher is the business of foveal/distributed and foveal/engines, which job that of foveal/slurm.py.
 
-    MLflow reads one when it is imported, and is told by foveal/tracking. What the environment has of secrets is redacted.
+    A path may name variables. MLflow reads one when it is imported, and is told by foveal/tracking. What the
+    environment has of secrets is redacted.
     """
     readers = {
         module_of(file)
@@ -124,9 +128,46 @@ def test_the_environment_is_read_by_few() -> None:
     }
     assert not {
         module
-        for module in readers - {"foveal.tracking", "foveal.redact"}
+        for module in readers - {"foveal.tracking", "foveal.redact", "foveal.slurm"}
         if not module.startswith(("foveal.distributed.", "foveal.engines."))
     }
+
+
+def _names_of_slurm(tree: ast.Module) -> list[str]:
+    """The strings of code that name a variable or a command of Slurm; a docstring is no code."""
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    return [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and id(node) not in docstrings
+        and re.search(r"\bSLURMD?_|\b(scontrol|squeue|sacct|scancel|slurmstepd)\b", node.value)
+    ]
+
+
+def test_slurm_is_known_in_one_file() -> None:
+    known = {
+        (module_of(file), text)
+        for file in python_files(*PRODUCT)
+        if module_of(file) != "foveal.slurm"
+        for text in _names_of_slurm(syntax(file))
+    }
+    assert known == SLURM_IN_MESSAGES
+
+
+@pytest.mark.parametrize(
+    "line", ['os.environ["SLURM_JOB_ID"]', 'f"SLURM_ARRAY_TASK_{name}"', 'call(["scontrol", "show", "job"])']
+)
+def test_a_second_reader_of_slurm_is_seen(line: str) -> None:
+    assert _names_of_slurm(ast.parse(line))
+    assert not _names_of_slurm(ast.parse('def read():\n    """Read SLURM_JOB_ID; see scontrol."""'))
 
 
 def test_scripts_shadow_nothing() -> None:

@@ -8,7 +8,6 @@ from foveal.distributed import launcher
 from foveal.distributed.launcher import (
     LaunchEnv,
     candidate_store_addresses,
-    first_slurm_node,
     read_launch_env,
     read_launch_id,
 )
@@ -89,28 +88,11 @@ def test_a_launcher_that_contradicts_itself_is_one_sentence(
         read_launch_env()
 
 
-@pytest.mark.parametrize(
-    ("nodes", "expected"),
-    [
-        ("gpu7", "gpu7"),
-        ("gpu7,gpu9", "gpu7"),
-        ("gpu[3-5]", "gpu3"),
-        ("gpu[003-005,7],cpu1", "gpu003"),
-        ("gpu[12]", "gpu12"),
-        ("a[01-03,7]b,c", "a01b"),
-        ("rack[2-3]-node[04-05]", "rack2-node04"),
-        ("node-a-1.cluster.org,node[2-3]", "node-a-1.cluster.org"),
-    ],
-)
-def test_first_host(nodes: str, expected: str) -> None:
-    assert first_slurm_node(nodes) == expected
-
-
 def test_torchrun_variables_are_ignored_in_a_child_of_srun(monkeypatch: pytest.MonkeyPatch) -> None:
     """A job that was submitted by a process of torchrun inherits all variables of torchrun."""
     for name, value in (STEP | TORCHRUN).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(launcher, "_child_of_slurmstepd", lambda: True)
+    monkeypatch.setattr(launcher, "is_child_of_srun", lambda: True)
     with pytest.raises(LaunchError, match="srun says rank 3 of 4, and the environment RANK=5 and WORLD_SIZE=8: unset"):
         read_launch_env()
 

@@ -1,4 +1,4 @@
-"""The process group, its collectives, and the variables of the Slurm job."""
+"""The process group and its collectives."""
 
 import os
 
@@ -8,14 +8,10 @@ import torch
 from foveal.distributed import world
 from foveal.distributed.launcher import LaunchEnv
 from foveal.distributed.world import (
-    SlurmArrayTask,
     World,
     describe_rank,
     init_world,
-    read_slurm_array_task,
     select_device,
-    slurm_job_id,
-    slurm_job_tags,
 )
 from foveal.errors import FovealError, LaunchError, RankConflictError, TrainingHungError
 
@@ -103,25 +99,12 @@ def test_collectives_of_two_ranks(two_ranks) -> None:
     assert first["gather"] == second["gather"] == ["rank 0", "rank 1"]
 
 
-def test_rank_line_and_tags_name_the_slurm_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert slurm_job_tags() == {}
+def test_the_rank_line_names_the_slurm_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-    assert slurm_job_tags() == {"slurm_job_id": "77", "slurm_restart_count": "2"}
     line = describe_rank(World(3, 4, 1, "srun", torch.device("cpu")))
     assert line.startswith("rank 3 of 4 on ")
     assert line.endswith("local rank 1, cpu, launcher srun, SLURM_JOB_ID=77, SLURM_RESTART_COUNT=2")
-
-
-def test_a_task_of_an_array_is_called_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SLURM_JOB_ID of one of the tasks is the array's own id."""
-    assert read_slurm_array_task() is None
-    monkeypatch.setenv("SLURM_JOB_ID", "77")
-    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "77")
-    for name, value in {"ID": "4", "COUNT": "5", "MIN": "0", "MAX": "4"}.items():
-        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
-    assert (slurm_job_id(), slurm_job_tags()) == ("77_4", {"slurm_job_id": "77_4"})
-    assert read_slurm_array_task() == SlurmArrayTask(task_id=4, task_count=5, min_task_id=0, max_task_id=4)
 
 
 @pytest.mark.parametrize(("visible", "local_rank", "index"), [(1, 3, 0), (4, 3, 3), (4, 0, 0)])

@@ -14,7 +14,6 @@ from plans import forecast
 
 from foveal.distributed.gpu_allocation import check_slurm_gpus
 from foveal.distributed.launcher import LaunchEnv
-from foveal.distributed.preflight import expand_slurm_node_list, slurm_nodes_by_rank
 from foveal.doctor import node_checks, run_checks
 from foveal.doctor.report import RankReport, classify_error
 from foveal.doctor.table import format_node_table
@@ -107,31 +106,6 @@ def test_unreachable_storage_and_wrong_data_differ_in_kind() -> None:
         "reach",
         "config",
     )
-
-
-# --- Slurm's names ---
-
-
-def test_expand_node_list() -> None:
-    assert expand_slurm_node_list("a[01-03,7],c,d[1-2]x[8-9]") == [
-        "a01",
-        "a02",
-        "a03",
-        "a7",
-        "c",
-        "d1x8",
-        "d1x9",
-        "d2x8",
-        "d2x9",
-    ]
-    assert expand_slurm_node_list("") == []
-
-
-def test_node_names_by_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_STEP_NODELIST", "n[1-3]")
-    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "2(x2),1")
-    assert slurm_nodes_by_rank(5) == ["n1", "n1", "n2", "n2", "n3"]
-    assert slurm_nodes_by_rank(6) == []
 
 
 # --- single checks ---

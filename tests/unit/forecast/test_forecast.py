@@ -1,8 +1,6 @@
 """`foveal plan`: memory of the engines, Slurm's limits, problems, and the command line."""
 
 import json
-import shutil
-import stat
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,21 +13,16 @@ from typer.testing import CliRunner
 from foveal.cli import app
 from foveal.engines.base import EngineConfig
 from foveal.errors import ConfigError
+from foveal.forecast import slurm_limits
 from foveal.forecast.cli import resolve_stage_name
 from foveal.forecast.forecast import ClusterSpec, Forecast
 from foveal.forecast.gpu_specs import find_gpu_spec
 from foveal.forecast.memory import estimate_memory
 from foveal.forecast.problems import JobLimits, count_attempts, find_problems
-from foveal.forecast.slurm_limits import (
-    JobScriptTimes,
-    SlurmPartition,
-    find_slurm_partition,
-    list_slurm_partitions,
-    read_job_script_times,
-    slurm_time_to_seconds,
-)
+from foveal.forecast.slurm_limits import JobScriptTimes, find_slurm_partition, read_job_script_times
 from foveal.forecast.trace import MemoryTrace, ParameterCounts
 from foveal.optim.optimizers import OptimConfig
+from foveal.slurm import SlurmPartition
 
 MILLION = 10**6
 WEIGHTS = ParameterCounts(
@@ -115,42 +108,16 @@ def test_fsdp2_holds_shards_and_two_blocks() -> None:
 # --- Slurm ---
 
 
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("30", 1800), ("1:30", 90), ("24:00:00", 86400), ("2-0", 172800), ("1-12:30:00", 131400), ("UNLIMITED", None)],
-)
-def test_slurms_times(text: str, seconds: float | None) -> None:
-    assert slurm_time_to_seconds(text) == seconds
-
-
-def scontrol(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    """Put a fake scontrol first in PATH."""
-    file = folder / "scontrol"
-    file.write_text(f"#!/bin/sh\n{script}\n")
-    file.chmod(file.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
-
-
-PARTITIONS = """\
-cat <<'END'
-PartitionName=long AllowGroups=ALL Default=NO DefaultTime=NONE GraceTime=0 MaxNodes=2 MaxTime=7-00:00:00 TotalNodes=9
-PartitionName=short AllowGroups=ALL Default=YES DefaultTime=01:00:00 GraceTime=30 MaxNodes=UNLIMITED MaxTime=4:00:00 TotalNodes=9
-END"""
-
-
-def test_partitions_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scontrol(tmp_path, monkeypatch, PARTITIONS)
-    assert find_slurm_partition(None) == SlurmPartition("short", 14400, 3600, 30, 9)
-    assert find_slurm_partition("long") == SlurmPartition("long", 604800, None, 0, 2)
+def test_a_partition_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    short, long = SlurmPartition("short", 14400, 3600, 30, 9), SlurmPartition("long", 604800, None, 0, 2)
+    monkeypatch.setattr(slurm_limits, "list_slurm_partitions", lambda _: [short, long])
+    assert (find_slurm_partition(None), find_slurm_partition("long")) == (short, long)
     with pytest.raises(ConfigError, match=r"--partition middle does not exist; there are: short, long"):
         find_slurm_partition("middle")
-
-
-def test_a_slurm_that_does_not_answer_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scontrol(tmp_path, monkeypatch, "exit 1")
-    assert list_slurm_partitions() == []
-    monkeypatch.setattr(shutil, "which", lambda _: None)
-    assert list_slurm_partitions() == []
+    monkeypatch.setattr(slurm_limits, "list_slurm_partitions", lambda _: [])
+    assert find_slurm_partition(None) is None
+    with pytest.raises(ConfigError, match=r"there are: none, scontrol lists no partitions"):
+        find_slurm_partition("short")
 
 
 def test_the_job_scripts_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

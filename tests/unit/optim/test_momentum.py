@@ -114,7 +114,10 @@ def test_without_momentum_nothing_is_kept() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_changes_nothing(kind: str, bad: float) -> None:
     model, reference = layer(), layer()
-    guard, untouched = optimizer(model, config(kind, max_grad_norm=1.0)), optimizer(reference, config(kind, max_grad_norm=1.0))
+    guard, untouched = (
+        optimizer(model, config(kind, max_grad_norm=1.0)),
+        optimizer(reference, config(kind, max_grad_norm=1.0)),
+    )
     for step in range(3):
         before = copy_state(model, guard)
         set_gradients(model, 100 + step)

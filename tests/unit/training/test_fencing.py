@@ -26,7 +26,7 @@ BEAT, PATIENCE = 0.05, 3.0
 
 def start_attempt(run: Path, host: str, *, checks_lease: bool = True) -> tuple[Lease, CheckpointStore]:
     """Start an attempt as rank 0 does; ``checks_lease``: whether it looks for later attempts before it publishes."""
-    holder = replace(current_holder(1, {}), host=host)
+    holder = replace(current_holder(1), host=host)
     lease = acquire_lease(
         run,
         holder,

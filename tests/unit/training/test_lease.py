@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
+from foveal import slurm
 from foveal.errors import CheckpointError, RestartLoopError
+from foveal.slurm import SlurmJob
 from foveal.training import lease as module
 from foveal.training import lease_holder
 from foveal.training.lease import Lease, acquire_lease, list_attempts, read_relevant_start_steps
@@ -32,9 +34,9 @@ def wait_until(condition: Callable[[], object]) -> None:
         assert time.monotonic() < deadline
 
 
-def acquire(run: Path, job: dict[str, str] | None = None, host: str | None = None, restarts: int = 99) -> Lease:
+def acquire(run: Path, job: SlurmJob | None = None, host: str | None = None, restarts: int = 99) -> Lease:
     """Acquire the lease for this process, or for a process that claims to run on ``host``."""
-    holder = current_holder(1, job or {})
+    holder = current_holder(1, job)
     if host is not None:
         holder = replace(holder, host=host)
     return acquire_lease(
@@ -60,7 +62,7 @@ def run_attempt(run: Path, reason: str = "killed", code: int = 1, start: int | N
 
 
 def test_attempts_are_numbered_and_tell_their_story(tmp_path: Path) -> None:
-    first = acquire(tmp_path, {"slurm_job_id": "17", "slurm_job_nodelist": "node[1-2]"})
+    first = acquire(tmp_path, SlurmJob("17", node_list="node[1-2]"))
     assert (first.number, first.start_steps_by_attempt, first.is_superseded) == (1, {}, False)
     first.record_start(0)
     first.record_end_and_release("asked to leave (SIGUSR1)", 0, 120)
@@ -139,7 +141,7 @@ def test_a_lost_answer_of_nfs_is_no_lost_race(tmp_path: Path, monkeypatch: pytes
 # --- real processes ---
 
 
-def _hold(pipe: Connection, run: Path, job: dict[str, str], host: str | None, start_time: float = 0.0) -> None:
+def _hold(pipe: Connection, run: Path, job: SlurmJob | None, host: str | None, start_time: float = 0.0) -> None:
     """Acquire the lease and hold it until the message "end"; any other message names an attribute to send."""
     while time.time() < start_time:
         pass
@@ -160,10 +162,10 @@ class HolderProcess:
     """A process that acquires the lease and holds it."""
 
     def __init__(
-        self, run: Path, job: dict[str, str] | None = None, host: str | None = None, start_time: float = 0.0
+        self, run: Path, job: SlurmJob | None = None, host: str | None = None, start_time: float = 0.0
     ) -> None:
         self.pipe, child_pipe = _CONTEXT.Pipe()
-        self.process = _CONTEXT.Process(target=_hold, args=(child_pipe, run, job or {}, host, start_time))
+        self.process = _CONTEXT.Process(target=_hold, args=(child_pipe, run, job, host, start_time))
         self.process.start()
 
     def receive(self) -> Any:
@@ -211,9 +213,9 @@ def test_of_two_that_race_exactly_one_wins(tmp_path: Path, start_holder) -> None
 
 
 def test_a_live_holder_refuses_by_name(tmp_path: Path, start_holder) -> None:
-    holder = start_holder(tmp_path, {"slurm_job_id": "17"})
+    holder = start_holder(tmp_path, SlurmJob("17"))
     assert holder.receive() == 1
-    this_process = current_holder(1, {})
+    this_process = current_holder(1)
     with pytest.raises(CheckpointError) as caught:
         acquire(tmp_path)
     assert str(caught.value) == (
@@ -237,7 +239,7 @@ def test_a_killed_holder_on_this_host_is_followed_at_once(tmp_path: Path, start_
 
 def test_another_process_with_the_same_number_is_not_the_holder(tmp_path: Path) -> None:
     """Pids are reused: a process with the holder's pid is alive, but it started at another time."""
-    current = current_holder(1, {})
+    current = current_holder(1)
     previous = replace(current, born=" ".join([*current.born.split()[:-1], "1"]))
     acquire_lease(tmp_path, previous, max_attempts_without_progress=9, heartbeat_interval_seconds=BEAT)
     assert acquire(tmp_path).number == 2
@@ -247,7 +249,7 @@ def test_a_dead_process_that_its_parent_has_not_buried_is_dead() -> None:
     with subprocess.Popen(["true"]) as process:
         wait_until(lambda: lease_holder._process_identity(process.pid) is None)
         assert Path(f"/proc/{process.pid}").exists()
-    assert lease_holder._process_identity(os.getpid()) == current_holder(1, {}).born
+    assert lease_holder._process_identity(os.getpid()) == current_holder(1).born
 
 
 def test_a_frozen_holder_elsewhere_is_followed_when_it_gives_no_sign_of_life(tmp_path: Path, start_holder) -> None:
@@ -266,11 +268,11 @@ def test_a_frozen_holder_elsewhere_is_followed_when_it_gives_no_sign_of_life(tmp
 
 def test_a_requeued_job_follows_itself_and_the_old_one_learns_of_it(tmp_path: Path) -> None:
     """After a network cut, the old ranks may still run when Slurm requeues the job."""
-    old = acquire(tmp_path, {"slurm_job_id": "17", "slurm_restart_count": "1"}, host="node1")
-    for job in ({"slurm_job_id": "17", "slurm_restart_count": "1"}, {"slurm_job_id": "18"}):
+    old = acquire(tmp_path, SlurmJob("17", 1), host="node1")
+    for job in (SlurmJob("17", 1), SlurmJob("18")):
         with pytest.raises(CheckpointError, match="attempt 1"):
             acquire(tmp_path, job)
-    new = acquire(tmp_path, {"slurm_job_id": "17", "slurm_restart_count": "2"})
+    new = acquire(tmp_path, SlurmJob("17", 2))
     assert new.number == 2
     assert old.poll_superseded()
     assert old.is_superseded
@@ -296,16 +298,15 @@ def test_slurm_is_asked_about_another_job(
     (tmp_path / "scontrol").write_text(f"#!/bin/sh\n{answer}\n")
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(lease_holder, "_SCONTROL_TIMEOUT", 30.0 if answer != ANSWERS["hangs"][0] else 0.2)
-    cluster = {"slurm_cluster_name": "one"}
-    old = acquire(tmp_path / "run", {"slurm_job_id": "17", **cluster}, host="node1")
+    monkeypatch.setattr(slurm, "_SCONTROL_TIMEOUT_SECONDS", 30.0 if answer != ANSWERS["hangs"][0] else 0.2)
+    old = acquire(tmp_path / "run", SlurmJob("17", cluster="one"), host="node1")
     with pytest.raises(CheckpointError, match=r"job 17 on node1"):
-        acquire(tmp_path / "run", {"slurm_job_id": "18", "slurm_cluster_name": "two"})
+        acquire(tmp_path / "run", SlurmJob("18", cluster="two"))
     if over:
-        assert acquire(tmp_path / "run", {"slurm_job_id": "18", **cluster}).number == 2
+        assert acquire(tmp_path / "run", SlurmJob("18", cluster="one")).number == 2
     else:
         with pytest.raises(CheckpointError, match=r"job 17 on node1"):
-            acquire(tmp_path / "run", {"slurm_job_id": "18", **cluster})
+            acquire(tmp_path / "run", SlurmJob("18", cluster="one"))
     old.record_end_and_release("", 0)
 
 

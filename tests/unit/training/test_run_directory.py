@@ -12,6 +12,7 @@ from ranks import Ranks, stage_named
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.world import World
 from foveal.errors import ConfigError, RestartLoopError
+from foveal.slurm import SlurmJob
 from foveal.training.cli import load_config
 from foveal.training.lease import acquire_lease
 from foveal.training.lease_holder import current_holder
@@ -42,13 +43,13 @@ def test_a_requeued_job_goes_on_in_the_sibling_it_made(
     sibling = tmp_path / "run-2"
     sibling.mkdir()
     (sibling / "job.json").write_text('{"slurm_job_id": "77"}')
-    for variables, expected in (
-        ({"slurm_job_id": "77"}, "run-3"),
-        ({"slurm_job_id": "77", "slurm_restart_count": "1"}, "run-2"),
-        ({"slurm_job_id": "78", "slurm_restart_count": "1"}, "run-3"),
-        ({}, "run-3"),
+    for job, expected in (
+        (SlurmJob("77"), "run-3"),
+        (SlurmJob("77", restart_count=1), "run-2"),
+        (SlurmJob("78", restart_count=1), "run-3"),
+        (None, "run-3"),
     ):
-        monkeypatch.setattr(run_directory, "slurm_job_tags", lambda variables=variables: variables)
+        monkeypatch.setattr(run_directory, "read_slurm_job", lambda job=job: job)
         assert run_directory._resolve_run_dir(cfg).name == expected
     assert yaml.safe_load((run / "config.yaml").read_text())["run"]["dir"] == str(run)
 
@@ -128,10 +129,10 @@ def test_a_run_that_is_started_in_vain_says_so_where_it_is_watched(configs, one_
 
 def test_a_run_that_is_set_back_and_comes_again_goes_in_circles(tmp_path: Path) -> None:
     for step in (0, 100, 50, 100, 50):
-        lease = acquire_lease(tmp_path, current_holder(1, {}), max_attempts_without_progress=4)
+        lease = acquire_lease(tmp_path, current_holder(1), max_attempts_without_progress=4)
         lease.record_start(step)
         lease.record_end_and_release("killed", 137, step)
-    lease = acquire_lease(tmp_path, current_holder(1, {}), max_attempts_without_progress=4)
+    lease = acquire_lease(tmp_path, current_holder(1), max_attempts_without_progress=4)
     with pytest.raises(
         RestartLoopError, match="each of the last 4 attempts ended without a checkpoint newer than step 100"
     ):

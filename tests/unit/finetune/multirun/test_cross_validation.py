@@ -18,8 +18,9 @@ from finetune.multirun.cross_validation import cross_validate, dispatch_folds, f
 from finetune.plan import FinetunePlan
 from finetune.run import plan_finetuning, train
 from foveal.distributed.preemption import Preemption
-from foveal.distributed.world import SlurmArrayTask, World
+from foveal.distributed.world import World
 from foveal.errors import ConfigError, FovealError, LaunchError, RunInUseError
+from foveal.slurm import SlurmArrayTask
 from foveal.tracking.jsonl import read_rows_without_time
 from foveal.training.run import Run
 from foveal.training.run_directory import open_run
