@@ -86,13 +86,14 @@ def build(plan: PretrainPlan, _device: torch.device) -> TrainingSetup[MaskedMode
 def save_reconstructions(step: Step, engine: Engine, objective: MaskedModelingLoss, run: Run) -> None:
     """Save an image grid of originals, visible patches and reconstructions; every rank runs the forward."""
     with run.throughput_meter.exclude_time(), engine.eval_mode():
-        pred, masked, *_ = objective.predict(engine.model, step.last_microbatch)[1]
+        batch = step.last_microbatch.to(engine.device)
+        pred, masked, *_ = objective.predict(engine.model, batch)[1]
         shown = slice(_MAX_GRID_IMAGES)
         run.save_image(
             "reconstruction",
             step.index,
             lambda: draw_reconstruction_grid(
-                step.last_microbatch.images[shown],
+                batch.images[shown],
                 pred[shown],
                 masked[shown],
                 mean=objective.mean,

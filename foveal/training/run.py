@@ -158,8 +158,11 @@ class Run:
                 steps = run_steps(engine, batches, objective, self._loop_context(start_step))
                 for step in profile_steps(steps, start_step, profiled_range, self.path / "profile"):
                     self.step = step.index
-                    must_roll_back = self.rollback.observe_and_check_rollback(step.index, applied=step.applied)
-                    if not step.applied:
+                    has_update = step.applied or step.refused  # a step without weight interrupts no row of refusals
+                    must_roll_back = has_update and self.rollback.observe_and_check_rollback(
+                        step.index, applied=step.applied
+                    )
+                    if step.refused:
                         self.data_log.log_refused_update(step.index)
                     yield step
                     if must_roll_back:

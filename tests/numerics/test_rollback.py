@@ -9,6 +9,8 @@ from ranks import Ranks, stage_named
 from safetensors.torch import load_file
 from torch import Tensor
 
+from finetune.tasks.classify import ClassificationLoss
+from foveal.data import Batch
 from foveal.data.records.ledger import ROW_DTYPE, ledger_rows_path
 from foveal.distributed.world import World
 from foveal.errors import TrainingDivergedError
@@ -120,3 +122,27 @@ def test_giving_up_leaves_a_whole_checkpoint(configs, first_draws, two_ranks, on
         two_ranks, configs["pretrain"], tmp_path / "theirs", [5, 6, 7, 8], "engine.zero=1", "recovery.after=2"
     )
     same(again, theirs)
+
+
+def _finetune_without_labels(world: World, config: str, overrides: list[str], unlabelled_steps: list[int]) -> None:
+    """Fine-tune with all labels ignored in some steps."""
+    stage, labelled = stage_named("finetune"), ClassificationLoss.batch_weight
+
+    def batch_weight(self: ClassificationLoss, batch: Batch) -> Tensor:
+        return labelled(self, batch) * (batch.step + 1 not in unlabelled_steps)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ClassificationLoss, "batch_weight", batch_weight)
+        run_stage(stage, load_config(stage.config_class, "finetune", config, overrides), world)
+
+
+def test_steps_without_a_label_are_no_refusals(configs, one_rank, tmp_path) -> None:
+    """Four in a row, one of them due for a checkpoint: no roll-back, no entry, and training goes on after them."""
+    run, unlabelled = tmp_path / "run", [3, 4, 5, 6]
+    overrides = [f"run.dir={run}", "tracking.uri=null", "engine.kind=plain", "checkpoint.every=4", "run.stop_at=8"]
+    one_rank.call(_finetune_without_labels, str(configs["finetune"]), overrides, unlabelled)
+    rows = [row for row in read_rows_without_time(run / "metrics.jsonl") if "loss" in row]
+    assert [(row["step"], row["applied"]) for row in rows] == [(step, step not in unlabelled) for step in range(1, 9)]
+    assert [row["loss"] == 0 for row in rows] == [step in unlabelled for step in range(1, 9)]
+    assert not (run / "refused.jsonl").exists() and not (run / "rollbacks.jsonl").exists()
+    assert sorted(folder.name[5:13] for folder in (run / "checkpoints").iterdir()) == ["00000004", "00000008"]
