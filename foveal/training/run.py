@@ -30,7 +30,7 @@ from foveal.training.meters.stragglers import StragglerMeter
 from foveal.training.meters.throughput import ThroughputMeter, measure_peak_memory
 from foveal.training.plan import Plan
 from foveal.training.progress import ProgressReporter
-from foveal.training.provenance import collect_attempt_tags, warn_if_versions_changed
+from foveal.training.provenance import collect_attempt_tags, warn_if_rounding_changed
 from foveal.training.rollback import RollbackController, read_rollbacks
 
 _log = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class Run:
             self.step, skipped_batches, save_seconds = state.step, state.skipped, state.save_seconds
             self.evaluations = dict(state.scores)
             self.throughput_meter = ThroughputMeter(state.seconds)
-            warn_if_versions_changed(state.versions)
+            warn_if_rounding_changed(state, self.plan.cfg)
             _log.info("resumed from %s, which %s wrote", folder, state.saved_by)
         rollbacks = self.world.on_rank0(lambda: read_rollbacks(self.path))
         self._rollback = RollbackController(self.path, self.plan.cfg.recovery, skipped_batches, rollbacks)
