@@ -124,6 +124,19 @@ def test_giving_up_leaves_a_whole_checkpoint(configs, first_draws, two_ranks, on
     same(again, theirs)
 
 
+def test_a_refused_update_is_listed_once(configs, first_draws, one_rank, tmp_path) -> None:
+    """A roll-back from 12 to 5 repeats step 7, and a resume at 5 again; the batches rolled back past never come again."""
+    run, bad = tmp_path / "run", [first_draws[step] for step in (7, 10, 11, 12)]
+    overrides = ("engine.kind=plain", "checkpoint.every=5", "checkpoint.keep=9")
+    poison(one_rank, configs["pretrain"], run, bad, *overrides, "run.stop_at=13")
+    for step in (10, 13):
+        (newest,) = (run / "checkpoints").glob(f"step-{step:08d}-*")
+        next(newest.glob("*.safetensors")).write_bytes(b"torn")
+    poison(one_rank, configs["pretrain"], run, bad, *overrides, "run.stop_at=15")
+    refused = [json.loads(line) for line in (run / "refused.jsonl").read_text().splitlines()]
+    assert sorted((entry["step"], entry["batch"]) for entry in refused) == [(7, 6), (10, 9), (11, 10), (12, 11)]
+
+
 def _finetune_without_labels(world: World, config: str, overrides: list[str], unlabelled_steps: list[int]) -> None:
     """Fine-tune with all labels ignored in some steps."""
     stage, labelled = stage_named("finetune"), ClassificationLoss.batch_weight
