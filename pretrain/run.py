@@ -12,6 +12,7 @@ from foveal.seeding import derive_key
 from foveal.training.cli import Stage, main
 from foveal.training.loop import Step, TrainingSetup, is_due
 from foveal.training.run import Run
+from foveal.training.steps import training_steps
 from pretrain.config import PretrainConfig, PretrainPlan, plan_pretraining
 from pretrain.init import load_init_weights
 from pretrain.objective import MaskedModelingLoss
@@ -33,7 +34,7 @@ def train(plan: PretrainPlan, run: Run) -> None:
         accumulation_steps=plan.accumulation_steps,
     )
     start = run.resume(engine)
-    with run.training_steps(engine, setup.objective, start) as steps:
+    with training_steps(run, engine, setup.objective, start) as steps:
         for step in steps:
             if cfg.uses_ema and step.applied:
                 engine.update_ema("averaged.", "encoder.", 1 - plan.ema_decay_at(step.index))

@@ -108,6 +108,18 @@ def test_no_checkpoint_after_a_refused_update(configs, first_draws, one_rank, tm
     assert names == ["00000000", "00000009", "00000014"]
 
 
+def test_a_stop_at_a_refused_update_names_the_checkpoint_that_is_left(configs, first_draws, one_rank, tmp_path) -> None:
+    run, overrides = tmp_path / "run", ("engine.kind=plain", "checkpoint.every=5", "run.stop_at=8")
+    poison(one_rank, configs["pretrain"], run, [first_draws[8]], *overrides)
+    end = json.loads((run / "attempts" / "0001.end.json").read_text())
+    reason = (
+        "stopped at step 8, whose update was refused: no checkpoint of it; the next attempt repeats the steps after 5"
+    )
+    assert (end["why"], end["code"], end["step"]) == (reason, 0, 8)
+    assert f"WARNING foveal.training.steps: {reason}" in (run / "logs" / "rank-000.log").read_text()
+    assert max(folder.name[5:13] for folder in (run / "checkpoints").iterdir()) == "00000005"
+
+
 @pytest.mark.thorough
 def test_giving_up_leaves_a_whole_checkpoint(configs, first_draws, two_ranks, one_rank, tmp_path) -> None:
     """Every batch from step 6 on is bad; after two roll-backs the run ends on both ranks, and can be continued."""
