@@ -22,6 +22,7 @@ from foveal.training.cli import Stage, main
 from foveal.training.loop import TrainingSetup, is_due
 from foveal.training.provenance import get_library_versions
 from foveal.training.run import Run
+from foveal.training.steps import training_steps
 
 # Settings on which the teacher's outputs depend, besides inherited science; the seed only if views differ by epoch.
 _TARGET_SETTINGS = (
@@ -49,7 +50,7 @@ def train(plan: DistillPlan, run: Run) -> None:
         accumulation_steps=plan.accumulation_steps,
     )
     start = run.resume(engine)
-    with run.training_steps(engine, setup.objective, start) as steps:
+    with training_steps(run, engine, setup.objective, start) as steps:
         for step in steps:
             if is_due(step.index, cfg.log.every, plan.stop_step):
                 run.log_metrics()

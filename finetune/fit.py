@@ -12,6 +12,7 @@ from foveal.optim.schedule import warmup_ema_decay
 from foveal.training.evaluations import filter_up_to_step, find_best_step, is_patience_exhausted
 from foveal.training.loop import is_due
 from foveal.training.run import Run
+from foveal.training.steps import training_steps
 
 
 def fit(plan: FinetunePlan, run: Run) -> None:
@@ -29,7 +30,7 @@ def fit(plan: FinetunePlan, run: Run) -> None:
     )
     start = run.resume(engine)
     _evaluate_if_due(plan, engine, run, start)  # a preempted attempt may have saved this step without evaluating it
-    with run.training_steps(engine, setup.objective, start) as steps:
+    with training_steps(run, engine, setup.objective, start) as steps:
         while not _should_stop_early(cfg, run) and (step := next(steps, None)) is not None:
             if cfg.ema_decay is not None and step.applied:
                 engine.update_ema("averaged.", "encoder.", 1 - warmup_ema_decay(step.index, cfg.ema_decay))

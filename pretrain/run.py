@@ -12,6 +12,7 @@ from foveal.seeding import derive_key
 from foveal.training.cli import Stage, main
 from foveal.training.loop import Step, TrainingSetup, is_due
 from foveal.training.run import Run
+from foveal.training.steps import training_steps
 from pretrain.config import PretrainConfig, PretrainPlan, plan_pretraining
 from pretrain.init import load_init_weights
 from pretrain.objective import MaskedModelingLoss
@@ -33,7 +34,7 @@ def train(plan: PretrainPlan, run: Run) -> None:
         accumulation_steps=plan.accumulation_steps,
     )
     start = run.resume(engine)
-    with run.training_steps(engine, setup.objective, start) as steps:
+    with training_steps(run, engine, setup.objective, start) as steps:
         for step in steps:
             if cfg.uses_ema and step.applied:
                 engine.update_ema("averaged.", "encoder.", 1 - plan.ema_decay_at(step.index))
@@ -86,13 +87,14 @@ def build(plan: PretrainPlan, _device: torch.device) -> TrainingSetup[MaskedMode
 def save_reconstructions(step: Step, engine: Engine, objective: MaskedModelingLoss, run: Run) -> None:
     """Save an image grid of originals, visible patches and reconstructions; every rank runs the forward."""
     with run.throughput_meter.exclude_time(), engine.eval_mode():
-        pred, masked, *_ = objective.predict(engine.model, step.last_microbatch)[1]
+        batch = step.last_microbatch.to(engine.device)
+        pred, masked, *_ = objective.predict(engine.model, batch)[1]
         shown = slice(_MAX_GRID_IMAGES)
         run.save_image(
             "reconstruction",
             step.index,
             lambda: draw_reconstruction_grid(
-                step.last_microbatch.images[shown],
+                batch.images[shown],
                 pred[shown],
                 masked[shown],
                 mean=objective.mean,

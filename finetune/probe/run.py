@@ -64,8 +64,10 @@ def run_probes(plan: ProbePlan, run: Run) -> None:
     # Results are valid only with the features that they were computed from.
     results = run.world.on_rank0(lambda: _load_results(plan, run.path) if cached else {})
     run.start_attempt(len(results) + cached, total_steps=len(plan.kind_layer_pairs) + 1)
-    if not cached and not extract_and_cache_features(plan, run):
-        return run.mark_preempted(0)
+    if not cached:
+        run.open_data_log()
+        if not extract_and_cache_features(plan, run):
+            return run.mark_preempted(0)
     run.progress.update(len(results) + 1, "features are cached")
     remaining = [unit for unit in plan.kind_layer_pairs if unit not in results]
     for start in range(0, len(remaining), run.world.size):

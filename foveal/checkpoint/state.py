@@ -21,7 +21,7 @@ class TrainState:
 
     seconds: training time; updates: number of applied updates, for AdamW's bias correction; skipped: batches that no
     step takes; scores: metrics of each evaluation before this checkpoint, by step; save_seconds: duration of the
-    slowest earlier save.
+    slowest earlier save; rounding: the machine settings that change rounding noticeably, by name.
     """
 
     step: int
@@ -34,6 +34,7 @@ class TrainState:
     scores: dict[int, dict[str, Any]] = field(default_factory=dict)
     updates: int = 0
     save_seconds: float = 0.0
+    rounding: dict[str, Any] = field(default_factory=dict)
     format: int = CHECKPOINT_FORMAT
 
     @property
@@ -43,7 +44,7 @@ class TrainState:
 
 
 def read_train_state(folder: Path) -> TrainState:
-    """Read the training state of a checkpoint; ``scores`` is empty in checkpoints of versions without that field.
+    """Read the training state of a checkpoint; ``scores`` and ``rounding`` are empty in checkpoints of versions without them.
 
     Raises: OSError; CheckpointError for another format.
     """

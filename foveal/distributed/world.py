@@ -57,7 +57,7 @@ class World:
     def all_reduce_max(self, values: Sequence[int]) -> list[int]:
         """Return the maximum over ranks of each number, on every rank: one collective of a few bytes.
 
-        The loop runs two of these per step: one for the batch (``run_all_or_raise``), one after the update.
+        The loop runs two of these per step: one for the batch (``run_all_and_any``), one after the update.
         """
         if self.size == 1:
             return list(values)
@@ -105,14 +105,24 @@ class World:
 
         Without this the other ranks would wait for the failed rank in their next collective.
         """
+        return self.run_all_and_any(function, lambda _: False)[0]
+
+    def run_all_and_any(self, function: Callable[[], T], predicate: Callable[[T], bool]) -> tuple[T, bool]:
+        """Do as ``run_all_or_raise``; also return whether the predicate holds for any rank's result.
+
+        One collective, the same as without a predicate.
+        """
         result: T | None = None
         failure: FovealError | None = None
+        holds = False
         try:
             result = function()
+            holds = predicate(result)
         except FovealError as error:
             failure = error
-        if not self.any_rank(failure is not None):
-            return result  # pyright: ignore[reportReturnType]
+        any_failed, any_holds = self.all_reduce_max([int(failure is not None), int(holds)])
+        if not any_failed:
+            return result, bool(any_holds)  # pyright: ignore[reportReturnType]
         raise next(error for error in self.all_gather_objects(failure) if error is not None)
 
     def check_equal_on_ranks(self, facts: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from foveal.training.evaluations import Evaluations
 from foveal.training.meters.metric_accumulator import MetricRow
 from foveal.training.meters.throughput import ThroughputMeter
 from foveal.training.plan import Plan
-from foveal.training.provenance import get_library_versions
+from foveal.training.provenance import get_library_versions, get_rounding_settings
 
 _log = logging.getLogger(__name__)
 
@@ -115,6 +115,7 @@ class CheckpointSaver:
             skipped=list(skipped_batches),
             scores=dict(evaluations),
             save_seconds=self.slowest_save_seconds,
+            rounding=get_rounding_settings(self._plan.cfg),
         )
 
     def _record_saved(self, result: SaveResult | None) -> None:

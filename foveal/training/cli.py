@@ -84,6 +84,7 @@ def main(stage: Stage[Any, Any], argv: Sequence[str] | None = None) -> NoReturn:
     """
     options = _parse_args(stage, argv)
     _configure_logging()
+    exit_code, skips_finalization = 0, False
     try:
         if options.ranks is not None and options.ranks < 1:
             raise ConfigError(f"--ranks={options.ranks}: a run has one rank or more")
@@ -101,29 +102,35 @@ def main(stage: Stage[Any, Any], argv: Sequence[str] | None = None) -> NoReturn:
         if (idle_gpus := check_slurm_gpus(launch_env)) and launch_env.local_rank == 0:
             _log.warning(idle_gpus)
         identity = RunIdentity.from_launch_env(launch_env, stage.name, cfg, cfg.run.dir)
+        skips_finalization = launch_env.world_size > 1
         with init_world(cfg.engine.timeout_minutes * 60, identity) as world:
             world.barrier()  # rank 0 may still prepare the inputs of a default config
             if world.rank:
                 logging.getLogger().handlers[0].setLevel(logging.ERROR)  # other ranks log to their own files
             run_stage(stage, cfg, world)
             ignore_stop_signals()  # the run is complete: a late signal must not turn it into a failure
-        if world.size > 1:
-            _exit_process(0)
-    except (TrainingHungError, OutOfMemoryError) as error:
-        _print_error(error)
-        _exit_process(error.exit_code)
-    except FovealError as error:
-        _print_error(error)
-        sys.exit(error.exit_code)
     except Exception as error:
-        if (out_of_memory := diagnose_out_of_memory(error, stage.name)) is not None:
-            _print_error(out_of_memory)
-            _exit_process(out_of_memory.exit_code)
-        if (peer_failure := describe_peer_failure(error)) is None:
+        known_error = error if isinstance(error, FovealError) else _diagnose(error, stage.name)
+        if known_error is not None:
+            _print_error(known_error)
+            exit_code = known_error.exit_code
+            skips_finalization |= isinstance(known_error, TrainingHungError | OutOfMemoryError)
+        elif skips_finalization:
+            sys.excepthook(type(error), error, error.__traceback__)
+            exit_code = 1
+        else:
             raise
-        _print_error(TrainingHungError(peer_failure))
-        _exit_process(TrainingHungError.exit_code)
-    sys.exit(0)
+    if skips_finalization:
+        _exit_process(exit_code)
+    sys.exit(exit_code)
+
+
+def _diagnose(error: Exception, stage_name: str) -> FovealError | None:
+    """Return OutOfMemoryError or TrainingHungError for a library's error that means it; None for any other."""
+    if (out_of_memory := diagnose_out_of_memory(error, stage_name)) is not None:
+        return out_of_memory
+    peer_failure = describe_peer_failure(error)
+    return TrainingHungError(peer_failure) if peer_failure is not None else None
 
 
 def _warn_on_rank0(texts: Sequence[str], rank: int) -> None:

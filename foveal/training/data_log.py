@@ -8,13 +8,19 @@ from typing import Any
 from foveal.atomic import AppendLog
 from foveal.data import Batch
 from foveal.data.records.ledger import LedgerWriter, begin_attempt
-from foveal.data.records.quarantine import Quarantine, QuarantineEntry, make_entry, rewind_entries
+from foveal.data.records.quarantine import Quarantine, QuarantineEntry, make_entry
+from foveal.data.records.rewind import rewind_entries
+from foveal.data.sampling.order import batch_index_for_step
 from foveal.distributed.world import World
 from foveal.training.plan import Plan
 
 
 class DataLog:
-    """Records consumed, refused and bad samples on every rank, from the start step of an attempt on."""
+    """Records consumed, refused and bad samples on every rank, from the start step of an attempt on.
+
+    Opening it is a collective. Entries of later steps, which are repeated, are removed from the quarantine and from
+    refused.jsonl; there the batches stay that no step repeats, because a roll-back skips them.
+    """
 
     def __init__(
         self, run_dir: Path, plan: Plan, world: World, start_step: int, skipped_batches: Sequence[int]
@@ -22,9 +28,11 @@ class DataLog:
         self._world = world
         self._pending_entries: list[QuarantineEntry] = []
         self._latest_batches: Sequence[Batch] = ()
+        self._skipped_batches = skipped_batches
         self._refused_log = AppendLog(run_dir / "refused.jsonl")
         file = run_dir / "quarantine.jsonl"
-        entries = world.broadcast_object(rewind_entries(file, start_step) if world.rank == 0 else [])
+        entries = world.on_rank0(lambda: rewind_entries(file, start_step))
+        world.on_rank0(lambda: rewind_entries(run_dir / "refused.jsonl", start_step, self._is_refused_for_good))
         self._quarantine = Quarantine(file, _max_bad_samples(plan), entries)
         self._ledger: LedgerWriter | None = None
         ledger_dir = run_dir / "ledger"
@@ -48,11 +56,17 @@ class DataLog:
         self._pending_entries += [make_entry(bad, step) for bad in batch.bad_samples]
 
     def log_refused_update(self, step: int) -> None:
-        """Record the sample ids of the latest step, whose update was refused. A collective."""
+        """Record batch and sample ids of the latest step, whose update was refused. A collective."""
         rank_ids = [sample_id for batch in self._latest_batches for sample_id in batch.ids.tolist()]
         ids = [sample_id for gathered_ids in self._world.all_gather_objects(rank_ids) for sample_id in gathered_ids]
         if self._world.rank == 0:
-            self._refused_log.append_json_lines([{"time": time.time(), "step": step, "samples": ids}])
+            batch = batch_index_for_step(step - 1, self._skipped_batches)
+            entry = {"time": time.time(), "step": step, "batch": batch, "samples": ids}
+            self._refused_log.append_json_lines([entry])
+
+    def _is_refused_for_good(self, entry: dict[str, Any]) -> bool:
+        """Return whether no later step repeats a refused batch: a roll-back skips it; foveal 0.1 wrote no batch."""
+        return entry.get("batch") is None or entry["batch"] in self._skipped_batches
 
     def flush_and_count_bad(self) -> int:
         """Write all pending records and return the number of bad samples in the run so far. A collective."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from foveal.data import Batch
 from foveal.distributed.world import World
-from foveal.engines.base import Engine
+from foveal.engines.base import Engine, StepResult
 from foveal.training.meters.metric_accumulator import MetricAccumulator
 from foveal.training.meters.stragglers import StragglerMeter
 from foveal.training.meters.throughput import ThroughputMeter
@@ -24,11 +24,15 @@ class Objective(Protocol):
     The loss of a step is the sum over the images of all ranks and microbatches, divided by the sum of their weights:
     with ignored labels, class weights and uneven masks, many ranks still compute the result of one rank. The weight is
     known before the forward: the first backward of an accumulated step needs the complete denominator, and the
-    gradients of a sharded optimizer cannot be rescaled afterwards.
+    gradients of a sharded optimizer cannot be rescaled afterwards. A step whose weight is 0 on all ranks has no loss:
+    it ends without a forward and without an update.
     """
 
     def batch_weight(self, batch: Batch) -> float | Tensor:
-        """Return the weight of a batch. A float is the weight of every batch of this size and costs no collective."""
+        """Return the weight of a batch on the host, at least 0.
+
+        A float is the weight of every batch of this size and costs no collective.
+        """
         ...
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -54,11 +58,16 @@ class TrainingSetup(Generic[ObjectiveT]):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A finished optimizer step: ``index`` counts from 1; ``last_microbatch`` is this rank's, for images."""
+    """A finished optimizer step: ``index`` counts from 1; ``last_microbatch`` is this rank's, on the host.
+
+    ``applied``: the weights were updated. ``refused``: the update was refused, because loss or gradients are not
+    finite. A step without weight is neither.
+    """
 
     index: int
     last_microbatch: Batch
     applied: bool
+    refused: bool
 
 
 @dataclass(frozen=True)
@@ -85,36 +94,57 @@ def run_steps(engine: Engine, batches: Iterator[Batch], objective: Objective, co
     """Run optimizer steps and yield after each of them.
 
     ``batches`` starts at step ``context.after_step``. The loop copies no value from the device to the host; only an
-    engine's gradient clipping does.
+    engine's gradient clipping does. The engine does not see a step without weight: weights, moments, gradients and
+    running statistics stay as they are. Its row has loss, gradient norm and ``step_applied`` 0 and no other metric.
     """
-    num_ranks, accumulation_steps = context.world.size, context.accumulation_steps
     for index in range(context.after_step, context.last_step):
         lr = context.lr_schedule(index)
         engine.set_lr(lr)
         context.heartbeat(index + 1, "data")
         with context.throughput_meter.time_data_wait():
-            microbatches = context.world.run_all_or_raise(partial(_fetch_microbatches, batches, context))
-        context.heartbeat(index + 1, "training")
-        denominator = _mean_batch_weight([objective.batch_weight(batch) for batch in microbatches], context.world)
-        rank_sums: dict[str, Tensor] = {}
-        for number, host_batch in enumerate(microbatches):
-            batch = host_batch.to(engine.device, non_blocking=True)
-            with engine.microbatch(last=number == accumulation_steps - 1):
-                with context.straggler_meter.time_forward():
-                    loss_sum, metric_sums = objective(engine.model, batch)
-                engine.backward(_poison_nonfinite(loss_sum) / denominator)
-            for name, value in ({"loss": loss_sum} | metric_sums).items():
-                part = (value.detach() / denominator).double() / (accumulation_steps * num_ranks)
-                rank_sums[name] = rank_sums.get(name, 0.0) + part
-        context.heartbeat(index + 1, "updating")
-        result = engine.step()
-        context.metric_accumulator.add_step(
-            rank_sums,
-            {"step": index + 1, "lr": lr, "grad_norm": result.grad_norm, "step_applied": float(result.applied)},
-        )
+            (microbatches, weights), has_weight = context.world.run_all_and_any(
+                partial(_fetch_microbatches, batches, objective, context), lambda fetched: any(fetched[1])
+            )
+        if has_weight:
+            rank_sums, result = _update(engine, objective, microbatches, weights, context, index + 1)
+        else:
+            rank_sums, result = {}, StepResult(applied=False, grad_norm=0.0)
+        host_values = {
+            "step": index + 1,
+            "lr": lr,
+            "grad_norm": result.grad_norm,
+            "step_applied": float(result.applied),
+        }
+        context.metric_accumulator.add_step(rank_sums, host_values if has_weight else {"loss": 0.0} | host_values)
         context.on_batches_consumed(index + 1, microbatches)
-        context.throughput_meter.add_images(len(batch.ids) * accumulation_steps * num_ranks)
-        yield Step(index + 1, batch, result.applied)
+        context.throughput_meter.add_images(sum(len(batch.ids) for batch in microbatches) * context.world.size)
+        yield Step(index + 1, microbatches[-1], result.applied, refused=has_weight and not result.applied)
+
+
+def _update(
+    engine: Engine,
+    objective: Objective,
+    microbatches: Sequence[Batch],
+    weights: Sequence[float | Tensor],
+    context: LoopContext,
+    step: int,
+) -> tuple[dict[str, Tensor], StepResult]:
+    """Run forward and backward of a step's microbatches and the update; return this rank's summand of each metric."""
+    context.heartbeat(step, "training")
+    accumulation_steps = context.accumulation_steps
+    denominator = _mean_batch_weight(weights, context.world)
+    rank_sums: dict[str, Tensor] = {}
+    for number, host_batch in enumerate(microbatches):
+        batch = host_batch.to(engine.device, non_blocking=True)
+        with engine.microbatch(last=number == accumulation_steps - 1):
+            with context.straggler_meter.time_forward():
+                loss_sum, metric_sums = objective(engine.model, batch)
+            engine.backward(_poison_nonfinite(loss_sum) / denominator)
+        for name, value in ({"loss": loss_sum} | metric_sums).items():
+            part = (value.detach() / denominator).double() / (accumulation_steps * context.world.size)
+            rank_sums[name] = rank_sums.get(name, 0.0) + part
+    context.heartbeat(step, "updating")
+    return rank_sums, engine.step()
 
 
 def _poison_nonfinite(loss_sum: Tensor) -> Tensor:
@@ -125,12 +155,16 @@ def _poison_nonfinite(loss_sum: Tensor) -> Tensor:
     return loss_sum * torch.where(loss_sum.detach().isfinite(), 1.0, math.nan)
 
 
-def _fetch_microbatches(batches: Iterator[Batch], context: LoopContext) -> list[Batch]:
+def _fetch_microbatches(
+    batches: Iterator[Batch], objective: Objective, context: LoopContext
+) -> tuple[list[Batch], list[float | Tensor]]:
+    """Return this rank's microbatches of a step, and their weights."""
     with context.straggler_meter.time_data_fetch():
-        return list(itertools.islice(batches, context.accumulation_steps))
+        microbatches = list(itertools.islice(batches, context.accumulation_steps))
+    return microbatches, [objective.batch_weight(batch) for batch in microbatches]
 
 
-def _mean_batch_weight(weights: list[float | Tensor], world: World) -> float | Tensor:
+def _mean_batch_weight(weights: Sequence[float | Tensor], world: World) -> float | Tensor:
     """Return the mean weight of a microbatch over all ranks.
 
     The engine averages over microbatches and ranks; a loss sum divided by this mean becomes sum over weight.

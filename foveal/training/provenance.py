@@ -5,11 +5,15 @@ import logging
 import shutil
 import subprocess
 import time
+from typing import Any
 
 from foveal import __version__
+from foveal.checkpoint.state import TrainState
+from foveal.config import Config
 from foveal.distributed.world import World
 from foveal.slurm import slurm_job_tags
 
+_CONSEQUENCE = "numbers may move in their last digits"
 _log = logging.getLogger(__name__)
 
 
@@ -19,18 +23,27 @@ def get_library_versions() -> dict[str, str]:
     return {"foveal": __version__, **{name: importlib.metadata.version(name) for name in names}}
 
 
-def warn_if_versions_changed(saved_versions: dict[str, str]) -> None:
-    """Log a warning with the libraries whose versions differ from those that wrote a checkpoint."""
-    changes = [
-        f"{name} {saved_versions.get(name)} -> {current}"
-        for name, current in get_library_versions().items()
-        if saved_versions.get(name) != current
-    ]
-    if changes:
-        _log.warning(
-            "the checkpoint was written by other versions (%s); numbers may move in their last digits",
-            ", ".join(changes),
-        )
+def get_rounding_settings(cfg: Config) -> dict[str, Any]:
+    """Return the machine settings that change rounding noticeably, by name."""
+    settings = cfg.to_flat_dict()
+    return {name: settings[name] for name in ("engine.precision", "engine.float32_matmul_precision", "engine.compile")}
+
+
+def warn_if_rounding_changed(state: TrainState, cfg: Config) -> None:
+    """Log the library versions and rounding settings that differ from those under which a checkpoint was written.
+
+    Checkpoints of versions that did not store the settings cause no warning about them.
+    """
+    if versions := _list_changes(state.versions, get_library_versions()):
+        _log.warning("the checkpoint was written by other versions (%s); %s", versions, _CONSEQUENCE)
+    settings = {name: value for name, value in get_rounding_settings(cfg).items() if name in state.rounding}
+    if changes := _list_changes(state.rounding, settings):
+        _log.warning("the checkpoint was written under other settings (%s); %s", changes, _CONSEQUENCE)
+
+
+def _list_changes(saved: dict[str, Any], current: dict[str, Any]) -> str:
+    """Return "name old -> new" for every current value that differs from the saved one."""
+    return ", ".join(f"{name} {saved.get(name)} -> {now}" for name, now in current.items() if saved.get(name) != now)
 
 
 def collect_attempt_tags(world: World) -> dict[str, str]:

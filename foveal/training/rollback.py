@@ -46,7 +46,7 @@ class RollbackController:
         self._refused_steps: list[int] = []
 
     def observe_and_check_rollback(self, step: int, *, applied: bool) -> bool:
-        """Record whether a step's update was applied; return True if the run has to roll back."""
+        """Record whether a step's update was applied or refused; return True if the run has to roll back."""
         self._refused_steps = [] if applied else [*self._refused_steps, step]
         return len(self._refused_steps) >= self._cfg.rollback_after_skips
 

@@ -1,36 +1,34 @@
-"""One attempt at a run, as a stage uses it: steps, metrics, checkpoints, exports and the end."""
+"""One attempt at a run, as a stage uses it: metrics, checkpoints, exports and the end. Its steps: ``steps``."""
 
 import logging
-from collections.abc import Generator, Iterator
-from contextlib import AbstractContextManager, closing
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from foveal.atomic import AppendLog, best_effort, write_json
 from foveal.checkpoint.store import CheckpointStore
-from foveal.data import Batch, eval_batches, train_batches
+from foveal.data import Batch, eval_batches
 from foveal.data.sampling.subset import SubsetName
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.watchdog import Watchdog
 from foveal.distributed.world import World
 from foveal.engines.base import Engine
-from foveal.errors import AttemptSupersededError, CheckpointError
+from foveal.errors import AttemptSupersededError
 from foveal.tracking import open_tracker
 from foveal.tracking.tracker import NullTracker, Tracker
 from foveal.training.checkpointing import CheckpointSaver
 from foveal.training.data_log import DataLog
-from foveal.training.evaluations import Evaluations, collect_metric_values, filter_up_to_step
+from foveal.training.evaluations import Evaluations
 from foveal.training.exporting import Exporter
 from foveal.training.lease import Attempt, Lease
-from foveal.training.loop import LoopContext, Objective, Step, run_steps
 from foveal.training.meters.metric_accumulator import MetricAccumulator, MetricRow
-from foveal.training.meters.profiler import profile_steps
 from foveal.training.meters.stragglers import StragglerMeter
 from foveal.training.meters.throughput import ThroughputMeter, measure_peak_memory
 from foveal.training.plan import Plan
 from foveal.training.progress import ProgressReporter
-from foveal.training.provenance import collect_attempt_tags, warn_if_versions_changed
+from foveal.training.provenance import collect_attempt_tags, warn_if_rounding_changed
 from foveal.training.rollback import RollbackController, read_rollbacks
 
 _log = logging.getLogger(__name__)
@@ -60,9 +58,9 @@ class Run:
     step: int = 0
     evaluations: Evaluations = field(default_factory=dict)  # all so far, the same on every rank and after any resume
     end_reason: str = ""
+    is_checkpoint_owed: bool = False  # a due checkpoint was postponed because of a refused update
     _data_log: DataLog | None = None
     _rollback: RollbackController | None = None
-    _is_checkpoint_owed: bool = False  # a due checkpoint was postponed because of a refused update
     _is_urgent: bool = False  # preempted with little time left
     _last_row: MetricRow = field(default_factory=dict)
 
@@ -72,9 +70,8 @@ class Run:
 
     @property
     def data_log(self) -> DataLog:
-        """The ledger and the quarantine, opened by ``resume`` or on first use, which is then a collective."""
-        if self._data_log is None:
-            self._data_log = DataLog(self.path, self.plan, self.world, self.step, [])
+        """The ledger and the quarantine, opened by ``resume`` or ``open_data_log``."""
+        assert self._data_log is not None, "resume or open_data_log opens it"
         return self._data_log
 
     @property
@@ -103,17 +100,26 @@ class Run:
             self.step, skipped_batches, save_seconds = state.step, state.skipped, state.save_seconds
             self.evaluations = dict(state.scores)
             self.throughput_meter = ThroughputMeter(state.seconds)
-            warn_if_versions_changed(state.versions)
+            warn_if_rounding_changed(state, self.plan.cfg)
             _log.info("resumed from %s, which %s wrote", folder, state.saved_by)
         rollbacks = self.world.on_rank0(lambda: read_rollbacks(self.path))
         self._rollback = RollbackController(self.path, self.plan.cfg.recovery, skipped_batches, rollbacks)
         self.start_attempt(self.step)
-        self._data_log = DataLog(self.path, self.plan, self.world, self.step, self.rollback.skipped_batches)
+        self.open_data_log(self.step, self.rollback.skipped_batches)
         if save_seconds:
             self.checkpoint_saver.check_notice_covers_save(save_seconds)
         else:  # no attempt has timed a save yet
             self.checkpoint_saver.save_initial(engine, self.step, self.rollback.skipped_batches, self.throughput_meter)
         return self.step
+
+    def open_data_log(self, step: int = 0, skipped_batches: Sequence[int] = ()) -> None:
+        """Open the ledger and the quarantine at a step, in place of those that are open. A collective.
+
+        ``resume`` does it; a run that evaluates without training has to.
+        """
+        if self._data_log is not None:
+            self._data_log.close()
+        self._data_log = DataLog(self.path, self.plan, self.world, step, skipped_batches)
 
     def start_attempt(self, step: int = 0, total_steps: int | None = None) -> None:
         """Record the start step and open the tracker, on rank 0; progress counts to ``total_steps`` (None: the plan's).
@@ -143,84 +149,7 @@ class Run:
         if lease.poll_superseded():
             raise AttemptSupersededError(f"another attempt has taken over {self.path}; this one writes nothing more")
 
-    # --- steps ---
-
-    def training_steps(
-        self, engine: Engine, objective: Objective, start_step: int
-    ) -> AbstractContextManager[Iterator[Step]]:
-        """Iterate over the remaining steps of this attempt; a roll-back repeats the steps since the checkpoint."""
-        return closing(self._iterate_steps(engine, objective, start_step))
-
-    def _iterate_steps(self, engine: Engine, objective: Objective, start_step: int) -> Generator[Step, None, None]:
-        profiled_range = self.plan.cfg.log.profile_steps if self.world.rank == 0 else None
-        while True:
-            with self.training_batches(start_step) as batches:
-                steps = run_steps(engine, batches, objective, self._loop_context(start_step))
-                for step in profile_steps(steps, start_step, profiled_range, self.path / "profile"):
-                    self.step = step.index
-                    must_roll_back = self.rollback.observe_and_check_rollback(step.index, applied=step.applied)
-                    if not step.applied:
-                        self.data_log.log_refused_update(step.index)
-                    yield step
-                    if must_roll_back:
-                        break
-                    if self._is_checkpoint_owed and step.applied:
-                        self.save_checkpoint(engine, step.index)
-                else:
-                    return
-            start_step = self._roll_back(engine)
-
-    def training_batches(self, start_step: int) -> AbstractContextManager[Iterator[Batch]]:
-        """Open this rank's training batches from ``start_step`` to the plan's stop step."""
-        plan = self.plan
-        return train_batches(
-            plan.training_set,
-            plan.cfg.data,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            microbatch_size=plan.microbatch_size,
-            start_step=start_step,
-            stop_step=plan.stop_step,
-            skipped_batches=self.rollback.skipped_batches,
-        )
-
-    def _loop_context(self, start_step: int) -> LoopContext:
-        self.throughput_meter.start()
-        return LoopContext(
-            after_step=start_step,
-            last_step=self.plan.stop_step,
-            accumulation_steps=self.plan.accumulation_steps,
-            lr_schedule=self._compute_lr,
-            world=self.world,
-            metric_accumulator=self.metric_accumulator,
-            throughput_meter=self.throughput_meter,
-            straggler_meter=self.straggler_meter,
-            heartbeat=self.watchdog.heartbeat,
-            on_batches_consumed=self.data_log.log_consumed,
-        )
-
-    def _compute_lr(self, step: int) -> float:
-        metric = self.plan.cfg.early_stopping_metric
-        if not metric:
-            return self.plan.compute_lr(step)
-        return self.plan.compute_lr(step, collect_metric_values(filter_up_to_step(self.evaluations, step), metric))
-
-    def _roll_back(self, engine: Engine) -> int:
-        """Restore the newest checkpoint, void the records of later steps, and return the checkpoint's step."""
-        self.finish_checkpoint()
-        latest = self.checkpoint_store.find_latest_valid()
-        if latest is None:
-            raise CheckpointError(f"{self.path} has no complete checkpoint to roll back to")
-        folder, state = latest
-        self.rollback.record_rollback_or_raise(state.step, is_writer=self.world.rank == 0)
-        self.metric_accumulator.pop_rows(self.world.all_reduce_sum)  # discards the rows
-        self.checkpoint_store.load(folder, engine, state)
-        self.evaluations = filter_up_to_step(self.evaluations, state.step)
-        self.throughput_meter = ThroughputMeter(state.seconds)
-        self.data_log.close()
-        self._data_log = DataLog(self.path, self.plan, self.world, state.step, self.rollback.skipped_batches)
-        self.tracker.rewind(state.step)
-        return state.step
+    # --- data and metrics ---
 
     def evaluation_batches(self, step: int, *, split: str, subset: SubsetName) -> Generator[Batch, None, None]:
         """Yield this rank's batches of a subset of a split: every sample exactly once over all ranks. A collective.
@@ -245,8 +174,6 @@ class Run:
                 yield batch
         self.data_log.flush_and_count_bad()
         self.data_log.check_bad_limit()
-
-    # --- metrics ---
 
     def log_metrics(self) -> MetricRow:
         """Reduce and log the rows of the steps since the last call; return the last row, which also has rates.
@@ -300,8 +227,8 @@ class Run:
         After a refused update, the checkpoint waits for the next applied update: weights that give NaN are useless.
         """
         self.log_metrics()
-        self._is_checkpoint_owed = not self.rollback.last_update_applied
-        if self._is_checkpoint_owed:
+        self.is_checkpoint_owed = not self.rollback.last_update_applied
+        if self.is_checkpoint_owed:
             _log.warning("no checkpoint at step %d, whose update was refused", step)
         elif self._is_urgent and self.checkpoint_saver.is_pending:
             _log.warning("no checkpoint at step %d: the time only suffices to finish the checkpoint in progress", step)

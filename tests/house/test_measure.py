@@ -11,7 +11,6 @@ LONGEST_FUNCTION = 60
 
 # "path" or "path:function", and the reason.
 LARGER: dict[str, str] = {
-    "foveal/training/run.py": "what a timetable may ask of a run, in one class; folding two lines of it would hide, not shorten",
     "foveal/slurm.py": "Slurm's variables, formats and commands stand in one file, so that no second reader of them is written",
     "slurm/submit.py": "one script, which a shell calls by its path: a pipeline file, its submission, its run on one machine",
     "tests/unit/training/test_lease.py": "processes that race for one directory; two files would share every helper",

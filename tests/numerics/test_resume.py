@@ -43,6 +43,25 @@ def test_other_science_is_refused_by_name_and_nothing_is_lost(configs, one_rank,
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
 
 
+def test_settings_that_change_rounding_are_warned_of(configs, one_rank, tmp_path) -> None:
+    stage, run = stage_named("pretrain"), tmp_path / "run"
+    one_rank.train(stage, configs["pretrain"], run, "engine.kind=plain", "run.stop_at_step=1")
+    settings = (
+        "engine.kind=plain",
+        "engine.activation_checkpointing=true",
+        "engine.precision=bf16",
+        "engine.float32_matmul_precision=medium",
+    )
+    for stop in (2, 3):
+        one_rank.train(stage, configs["pretrain"], run, *settings, f"run.stop_at_step={stop}")
+    warnings = [line for line in (run / "logs" / "rank-000.log").read_text().splitlines() if "last digits" in line]
+    assert len(warnings) == 1
+    assert warnings[0].endswith(
+        "the checkpoint was written under other settings (engine.precision fp32 -> bf16, engine.float32_matmul_precision highest -> "
+        "medium); numbers may move in their last digits"
+    )
+
+
 def _leave_at(world: World, config: str, overrides: list[str], step: int) -> None:
     """Fine-tune until a step, and be asked to leave there."""
     stage = stage_named("finetune")

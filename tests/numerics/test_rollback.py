@@ -9,6 +9,8 @@ from ranks import Ranks, stage_named
 from safetensors.torch import load_file
 from torch import Tensor
 
+from finetune.tasks.classify import ClassificationLoss
+from foveal.data import Batch
 from foveal.data.records.ledger import ROW_DTYPE, ledger_rows_path
 from foveal.distributed.world import World
 from foveal.errors import TrainingDivergedError
@@ -106,6 +108,18 @@ def test_no_checkpoint_after_a_refused_update(configs, first_draws, one_rank, tm
     assert names == ["00000000", "00000009", "00000014"]
 
 
+def test_a_stop_at_a_refused_update_names_the_checkpoint_that_is_left(configs, first_draws, one_rank, tmp_path) -> None:
+    run, overrides = tmp_path / "run", ("engine.kind=plain", "checkpoint.every=5", "run.stop_at_step=8")
+    poison(one_rank, configs["pretrain"], run, [first_draws[8]], *overrides)
+    end = json.loads((run / "attempts" / "0001.end.json").read_text())
+    reason = (
+        "stopped at step 8, whose update was refused: no checkpoint of it; the next attempt repeats the steps after 5"
+    )
+    assert (end["why"], end["code"], end["step"]) == (reason, 0, 8)
+    assert f"WARNING foveal.training.steps: {reason}" in (run / "logs" / "rank-000.log").read_text()
+    assert max(folder.name[5:13] for folder in (run / "checkpoints").iterdir()) == "00000005"
+
+
 @pytest.mark.thorough
 def test_giving_up_leaves_a_whole_checkpoint(configs, first_draws, two_ranks, one_rank, tmp_path) -> None:
     """Every batch from step 6 on is bad; after two roll-backs the run ends on both ranks, and can be continued."""
@@ -125,3 +139,40 @@ def test_giving_up_leaves_a_whole_checkpoint(configs, first_draws, two_ranks, on
         "recovery.rollback_after_skips=2",
     )
     same(again, theirs)
+
+
+def test_a_refused_update_is_listed_once(configs, first_draws, one_rank, tmp_path) -> None:
+    """A roll-back from 12 to 5 repeats step 7, and a resume at 5 again; the batches rolled back past never come again."""
+    run, bad = tmp_path / "run", [first_draws[step] for step in (7, 10, 11, 12)]
+    overrides = ("engine.kind=plain", "checkpoint.every=5", "checkpoint.keep=9")
+    poison(one_rank, configs["pretrain"], run, bad, *overrides, "run.stop_at_step=13")
+    for step in (10, 13):
+        (newest,) = (run / "checkpoints").glob(f"step-{step:08d}-*")
+        next(newest.glob("*.safetensors")).write_bytes(b"torn")
+    poison(one_rank, configs["pretrain"], run, bad, *overrides, "run.stop_at_step=15")
+    refused = [json.loads(line) for line in (run / "refused.jsonl").read_text().splitlines()]
+    assert sorted((entry["step"], entry["batch"]) for entry in refused) == [(7, 6), (10, 9), (11, 10), (12, 11)]
+
+
+def _finetune_without_labels(world: World, config: str, overrides: list[str], unlabelled_steps: list[int]) -> None:
+    """Fine-tune with all labels ignored in some steps."""
+    stage, labelled = stage_named("finetune"), ClassificationLoss.batch_weight
+
+    def batch_weight(self: ClassificationLoss, batch: Batch) -> Tensor:
+        return labelled(self, batch) * (batch.step + 1 not in unlabelled_steps)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ClassificationLoss, "batch_weight", batch_weight)
+        run_stage(stage, load_config(stage.config_class, "finetune", config, overrides), world)
+
+
+def test_steps_without_a_label_are_no_refusals(configs, one_rank, tmp_path) -> None:
+    """Four in a row, one of them due for a checkpoint: no roll-back, no entry, and training goes on after them."""
+    run, unlabelled = tmp_path / "run", [3, 4, 5, 6]
+    overrides = [f"run.dir={run}", "tracking.uri=null", "engine.kind=plain", "checkpoint.every=4", "run.stop_at_step=8"]
+    one_rank.call(_finetune_without_labels, str(configs["finetune"]), overrides, unlabelled)
+    rows = [row for row in read_rows_without_time(run / "metrics.jsonl") if "loss" in row]
+    assert [(row["step"], row["step_applied"]) for row in rows] == [(step, step not in unlabelled) for step in range(1, 9)]
+    assert [row["loss"] == 0 for row in rows] == [step in unlabelled for step in range(1, 9)]
+    assert not (run / "refused.jsonl").exists() and not (run / "rollbacks.jsonl").exists()
+    assert sorted(folder.name[5:13] for folder in (run / "checkpoints").iterdir()) == ["00000004", "00000008"]

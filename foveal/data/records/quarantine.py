@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from foveal.atomic import AppendLog, encode_json_lines, parse_json_object, read_file_bytes, write_atomic
+from foveal.atomic import AppendLog
 from foveal.data.batch import BadSample
-from foveal.errors import CheckpointError, DataError
+from foveal.errors import DataError
 
 QuarantineEntry = dict[str, Any]  # step, split, shard, key, offset, reason
 
@@ -15,7 +15,7 @@ class Quarantine:
     """Bad samples of all ranks without duplicates; all ranks hold the same entries, rank 0 writes them.
 
     max_count_by_split: largest allowed number of bad samples per split. entries: those up to the step that the run
-    resumes from (``rewind_entries``).
+    resumes from (``foveal.data.records.rewind``).
     """
 
     def __init__(self, file: Path, max_count_by_split: Mapping[str, float], entries: Sequence[QuarantineEntry]) -> None:
@@ -62,19 +62,6 @@ def make_entry(bad_sample: BadSample, step: int) -> QuarantineEntry:
         "offset": bad_sample.byte_offset,
         "reason": bad_sample.reason,
     }
-
-
-def rewind_entries(file: Path, last_step: int) -> list[QuarantineEntry]:
-    """Return the entries of the steps up to ``last_step``; remove all others and a partial last line from the file."""
-    if not file.exists():
-        return []
-    lines = read_file_bytes(file).split(b"\n")[:-1]  # not splitlines: keys may have other line-ending characters
-    entries = [parse_json_object(line, file) for line in lines]
-    if not all(type(entry.get("step")) is int for entry in entries):
-        raise CheckpointError(f"{file} is damaged (an entry has no step): restore it")
-    valid = [entry for entry in entries if entry["step"] <= last_step]
-    write_atomic(file, encode_json_lines(valid))
-    return valid
 
 
 def _entry_identity(entry: QuarantineEntry) -> tuple[str, str, str]:

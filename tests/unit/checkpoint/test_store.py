@@ -14,6 +14,7 @@ from stores import SCIENCE, Tensors, name, names, saved, state, store
 
 from foveal.atomic import atomic_folder, sha256, write_json
 from foveal.checkpoint import digests
+from foveal.checkpoint.state import read_train_state
 from foveal.checkpoint.store import SaveResult, TrainState, check_science_unchanged
 from foveal.distributed.world import World
 from foveal.errors import CheckpointError, StorageUnreachableError
@@ -37,6 +38,14 @@ def test_what_was_saved_is_found_and_fills_an_engine(two: Path) -> None:
     assert (engine.values(), engine.num_updates) == ({20.0}, 20)
     assert sorted(json.loads((two / name(20) / "checksums.json").read_text())) == [CHUNKS, "state.json"]
     assert checkpoints.latest_step == 20
+
+
+def test_a_state_of_an_older_version_lacks_fields(two: Path) -> None:
+    file = two / name(20) / "state.json"
+    tree = json.loads(file.read_text())
+    write_json(file, {key: value for key, value in tree.items() if key not in ("rounding", "scores")})
+    assert "rounding" in tree
+    assert read_train_state(two / name(20)) == state(20)
 
 
 def test_nothing_is_found_in_nothing(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from engines import SHAPES, Shape
 from ranks import Ranks
 from torch import Tensor, nn
 
@@ -65,12 +66,12 @@ class Tiny(nn.Module):
         return self.head(images.flatten(1))
 
 
-def batches(rank: int, ranks: int, micros: int) -> Iterator[Batch]:
+def batches(rank: int, ranks: int, micros: int, labels_by_step: list[list[int]] = LABELS) -> Iterator[Batch]:
     """Yield this rank's part of the same steps, cut into microbatches."""
     generator = torch.Generator().manual_seed(1)
     for step in range(STEPS):
         images = torch.randint(0, 256, (IMAGES, 1, 4, 4), generator=generator, dtype=torch.uint8)
-        labels, ids = torch.tensor(LABELS[step]), torch.arange(IMAGES)
+        labels, ids = torch.tensor(labels_by_step[step]), torch.arange(IMAGES)
         size = IMAGES // ranks // micros
         for micro in range(micros):
             part = slice(start := (rank * micros + micro) * size, start + size)
@@ -146,6 +147,49 @@ def test_ranks_of_unequal_weight_are_one_batch(micros: int, reference: Result, t
     assert all(second[1][name].equal(value) for name, value in first[1].items())
 
 
+_SHAPES = [
+    pytest.param(name, marks=() if name in ("plain", "zero 0, 2 ranks", "zero 3, 2 ranks") else pytest.mark.thorough)
+    for name in SHAPES
+    if name == "plain" or "1 ranks" not in name
+]
+
+
+def run_unlabelled_step(world: World, shape: Shape) -> tuple[list[tuple[bool, bool, bool, int]], list[MetricRow]]:
+    """Train three steps, the second without a label: per step applied, refused, state kept, updates; and the rows."""
+    model, micros = Tiny(), 2
+    engine = build_engine(
+        model,
+        parameter_groups(model, OPTIM),
+        OPTIM,
+        shape.config,
+        world,
+        microbatch_size=IMAGES // world.size // micros,
+        accumulation_steps=micros,
+    )
+    context, results = loop_context(0, STEPS, micros, lambda _: 1e-2, world), []
+    stream = batches(world.rank, world.size, micros, [LABELS[0], [-1] * IMAGES, LABELS[2]])
+
+    def copy_state() -> list[Tensor]:
+        return [value.clone() for chunk in engine.state_chunks() for value in chunk.flat_views_by_part.values()]
+
+    before = copy_state()
+    for step in run_steps(engine, stream, classify(), context):
+        state = copy_state()
+        kept = all(map(torch.equal, state, before))
+        results.append((step.applied, step.refused, kept, engine.num_updates))
+        before = state
+    return results, context.metric_accumulator.pop_rows(world.all_reduce_sum)
+
+
+@pytest.mark.parametrize("name", _SHAPES)
+def test_a_step_without_weight_changes_nothing(name: str, one_rank: Ranks, two_ranks: Ranks) -> None:
+    pool = {1: one_rank, 2: two_ranks}[SHAPES[name].ranks]
+    for results, rows in pool.call(run_unlabelled_step, SHAPES[name]):
+        assert results == [(True, False, False, 1), (False, False, True, 1), (True, False, False, 2)]
+        assert rows[1] == {"step": 2, "loss": 0.0, "lr": 1e-2, "grad_norm": 0.0, "step_applied": 0.0}
+        assert all(row["loss"] > 0 and row["step_applied"] == 1 for row in (rows[0], rows[2]))
+
+
 @dataclass
 class Recorder:
     """An objective whose loss is a sum of model weights; it records the batches it receives."""
@@ -207,7 +251,7 @@ def test_a_weight_that_never_changes_costs_no_collective(monkeypatch: pytest.Mon
         raise AssertionError("a collective for a weight that is known")
 
     monkeypatch.setattr(World, "all_reduce_sum", never)
-    monkeypatch.setattr(World, "any_rank", lambda _world, flag: flag)
+    monkeypatch.setattr(World, "all_reduce_max", lambda _world, values: list(values))
     world = World(0, 2, 0, "none", torch.device("cpu"))
     context = loop_context(0, 1, 1, lambda _: 0.0, world)
     next(run_steps(plain(1), batches(0, 1, 1), Recorder(8.0), context))
@@ -222,7 +266,7 @@ def test_pace_counts_the_images_of_all_ranks(monkeypatch: pytest.MonkeyPatch) ->
         def add_images(self, images: int) -> None:
             self.images += images
 
-    monkeypatch.setattr(World, "any_rank", lambda _world, flag: flag)
+    monkeypatch.setattr(World, "all_reduce_max", lambda _world, values: list(values))
     meter = ImageCounter()
     context = loop_context(0, STEPS, 2, lambda _: 0.0, World(0, 4, 0, "none", torch.device("cpu")), meter)
     for _ in run_steps(plain(2), batches(0, 1, 2), Recorder(), context):

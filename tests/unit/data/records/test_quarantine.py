@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from foveal.data.records.quarantine import Quarantine, QuarantineEntry, rewind_entries
+from foveal.data.records.quarantine import Quarantine, QuarantineEntry
+from foveal.data.records.rewind import rewind_entries
 from foveal.errors import DataError
 
 

@@ -74,6 +74,7 @@ def test_the_loss_is_that_of_the_labelled_pixels(smoothing: float, weights: tupl
         gradient[row, :, y, x] = probabilities * target.sum() - target
     assert float(total.detach()) == pytest.approx(loss, rel=1e-5)
     assert float(objective.batch_weight(batch)) == pytest.approx(labelled_weight)
+    assert float(objective.batch_weight(batch_of(torch.full((2, 4, 5), -1, dtype=torch.int16)))) == 0
     assert float(metrics["train_pixel_accuracy"]) == pytest.approx(correct)
     assert model.logits.grad is not None
     np.testing.assert_allclose(model.logits.grad, gradient, atol=1e-6)

@@ -46,6 +46,17 @@ def test_what_was_read_is_gone_and_nothing_costs_no_collective() -> None:
     assert accumulator.pop_rows(lambda shares: shares) == [{"step": 2, "other": 2.0, "lr": 0.2, "step_applied": 1.0}]
 
 
+def test_a_row_without_sums_keeps_its_place() -> None:
+    accumulator = MetricAccumulator()
+    accumulator.add_step({}, host(1))
+    assert accumulator.pop_rows(lambda _: pytest.fail("a collective for no sums")) == [host(1)]
+    accumulator.add_step({"loss": torch.tensor(1.0)}, host(2))
+    accumulator.add_step({}, host(3))
+    accumulator.add_step({"loss": torch.tensor(4.0)}, host(4))
+    rows = accumulator.pop_rows(lambda shares: shares)
+    assert rows == [host(2) | {"loss": 1.0}, host(3), host(4) | {"loss": 4.0}]
+
+
 def test_numbers_keep_double_precision() -> None:
     accumulator = MetricAccumulator()
     accumulator.add_step({"loss": torch.tensor(1.0 + 2**-40, dtype=torch.float64)}, host(1))

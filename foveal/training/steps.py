@@ -1,0 +1,119 @@
+"""The steps of one attempt at a run, and the roll-backs that repeat a part of them."""
+
+import logging
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, closing
+
+from foveal.data import Batch, train_batches
+from foveal.engines.base import Engine
+from foveal.errors import CheckpointError
+from foveal.training.evaluations import collect_metric_values, filter_up_to_step
+from foveal.training.loop import LoopContext, Objective, Step, run_steps
+from foveal.training.meters.profiler import profile_steps
+from foveal.training.meters.throughput import ThroughputMeter
+from foveal.training.run import Run
+
+_log = logging.getLogger(__name__)
+
+
+def training_steps(
+    run: Run, engine: Engine, objective: Objective, start_step: int
+) -> AbstractContextManager[Iterator[Step]]:
+    """Iterate over the remaining steps of an attempt; a roll-back repeats the steps since the checkpoint."""
+    return closing(_iterate_steps(run, engine, objective, start_step))
+
+
+def _iterate_steps(run: Run, engine: Engine, objective: Objective, start_step: int) -> Generator[Step, None, None]:
+    profiled_range = run.plan.cfg.log.profile_steps if run.world.rank == 0 else None
+    while True:
+        with _training_batches(run, start_step) as batches:
+            steps = run_steps(engine, batches, objective, _loop_context(run, start_step))
+            for step in profile_steps(steps, start_step, profiled_range, run.path / "profile"):
+                run.step = step.index
+                must_roll_back = _observe_update(run, step)
+                yield step
+                if must_roll_back:
+                    break
+                if run.is_checkpoint_owed and step.applied:
+                    run.save_checkpoint(engine, step.index)
+            else:
+                if run.is_checkpoint_owed and run.step < run.plan.total_steps:
+                    _report_stop_without_checkpoint(run)
+                return
+        start_step = _roll_back(run, engine)
+
+
+def _observe_update(run: Run, step: Step) -> bool:
+    """Record a refused update, and return whether the run has to roll back.
+
+    A step without weight has no update: refusals before and after it are in a row.
+    """
+    if step.refused:
+        run.data_log.log_refused_update(step.index)
+    has_update = step.applied or step.refused
+    return has_update and run.rollback.observe_and_check_rollback(step.index, applied=step.applied)
+
+
+def _training_batches(run: Run, start_step: int) -> AbstractContextManager[Iterator[Batch]]:
+    """Open this rank's training batches from ``start_step`` to the plan's stop step."""
+    plan = run.plan
+    return train_batches(
+        plan.training_set,
+        plan.cfg.data,
+        rank=run.world.rank,
+        world_size=run.world.size,
+        microbatch_size=plan.microbatch_size,
+        start_step=start_step,
+        stop_step=plan.stop_step,
+        skipped_batches=run.rollback.skipped_batches,
+    )
+
+
+def _loop_context(run: Run, start_step: int) -> LoopContext:
+    run.throughput_meter.start()
+    return LoopContext(
+        after_step=start_step,
+        last_step=run.plan.stop_step,
+        accumulation_steps=run.plan.accumulation_steps,
+        lr_schedule=lambda step: _compute_lr(run, step),
+        world=run.world,
+        metric_accumulator=run.metric_accumulator,
+        throughput_meter=run.throughput_meter,
+        straggler_meter=run.straggler_meter,
+        heartbeat=run.watchdog.heartbeat,
+        on_batches_consumed=run.data_log.log_consumed,
+    )
+
+
+def _compute_lr(run: Run, step: int) -> float:
+    metric = run.plan.cfg.early_stopping_metric
+    if not metric:
+        return run.plan.compute_lr(step)
+    return run.plan.compute_lr(step, collect_metric_values(filter_up_to_step(run.evaluations, step), metric))
+
+
+def _roll_back(run: Run, engine: Engine) -> int:
+    """Restore the newest checkpoint, void the records of later steps, and return the checkpoint's step."""
+    run.finish_checkpoint()
+    latest = run.checkpoint_store.find_latest_valid()
+    if latest is None:
+        raise CheckpointError(f"{run.path} has no complete checkpoint to roll back to")
+    folder, state = latest
+    run.rollback.record_rollback_or_raise(state.step, is_writer=run.world.rank == 0)
+    run.metric_accumulator.pop_rows(run.world.all_reduce_sum)  # discards the rows
+    run.checkpoint_store.load(folder, engine, state)
+    run.evaluations = filter_up_to_step(run.evaluations, state.step)
+    run.throughput_meter = ThroughputMeter(state.seconds)
+    run.open_data_log(state.step, run.rollback.skipped_batches)
+    run.tracker.rewind(state.step)
+    return state.step
+
+
+def _report_stop_without_checkpoint(run: Run) -> None:
+    """Log, and record as the attempt's end, from which checkpoint the next attempt repeats steps."""
+    run.finish_checkpoint()
+    run.end_reason = (
+        f"stopped at step {run.step}, whose update was refused: no checkpoint of it; the next attempt repeats the "
+        f"steps after {run.checkpoint_saver.latest_step}"
+    )
+    _log.warning("%s", run.end_reason)
