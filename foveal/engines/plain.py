@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from foveal.engines.base import ReplicatedEngine, autocast
 from foveal.optim.config import OptimConfig
-from foveal.optim.optimizers import GuardedOptimizer, build_optimizer
+from foveal.optim.guard import GuardedOptimizer
+from foveal.optim.optimizers import build_optimizer
 
 
 class PlainEngine(ReplicatedEngine):
