@@ -21,8 +21,8 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
     torch orthogonalizes by five Newton-Schulz iterations in bf16, whatever the engine's precision. Replicated ranks
     compute the same bits from the same reduced gradient, if their devices are of one kind. Another number of ranks, or
-    another split into microbatches, changes a gradient in its last bits; the rounding to bf16 then changes single
-    entries of the update by up to 1 %, more than the rounding of AdamW.
+    another split into microbatches, changes a gradient in its last bits. An entry that then rounds to another bf16
+    number changes the update by up to a few percent of its norm, because the iterations enlarge small singular values.
     """
 
     def __init__(self, param_groups: list[dict[str, Any]], cfg: OptimConfig) -> None:

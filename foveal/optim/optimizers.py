@@ -122,7 +122,8 @@ _UNDECAYED = {"cls_token", "dist_token", "reg_token", "mask_token", "pos_embed",
 # Modules with matrices that are not hidden: embeddings of patches and positions, and output layers.
 _NOT_HIDDEN = {
     *("patch_embed", "rel_pos", "rel_pos_bias", "rel_pos_mlp", "relative_position_bias_table"),
-    *("head", "head_dist", "fc", "classifier", "predict", "guess_image", "project", "project_cls", "project_patches"),
+    *("head", "predict", "guess_image", "project", "project_cls", "project_patches"),
+    *("head_dist", "heads", "heads_dist", "aux_head", "fc", "classifier", "classif", "last_linear"),  # timm's heads
 }
 
 

@@ -5,7 +5,9 @@ import logging
 
 import numpy as np
 import pytest
+import timm
 import torch
+from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from foveal.models.mae import DecoderConfig, MaskedAutoencoder
@@ -76,6 +78,14 @@ def test_matrices_of_blocks_are_muons() -> None:
 def test_matrices_of_outputs_and_positions_are_adamws(name: str) -> None:
     assert not is_hidden_matrix(name, torch.zeros(4, 4))
     assert is_hidden_matrix("encoder.blocks.0.mlp.fc1.weight", torch.zeros(4, 4))
+
+
+def test_every_classifier_of_timm_is_an_output() -> None:
+    names: set[str] = set()
+    for cfg in filter(None, map(get_pretrained_cfg, timm.list_models())):
+        names |= set(cfg.classifier if isinstance(cfg.classifier, tuple) else (cfg.classifier or "head",))
+    assert len(names) > 10
+    assert not [name for name in names if is_hidden_matrix(f"encoder.{name}.weight", torch.zeros(4, 4))]
 
 
 def orthogonalized(matrix: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The table of optimizers: whoever trains, saves, forecasts or refuses reads a row, so a row is all a new one needs."""
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import pytest
 import torch
@@ -89,7 +89,9 @@ def test_the_forecast_counts_what_an_optimizer_keeps(kind: str, signs: OptimConf
     trainer.step(0)
     engine: Any = trainer.engine
     kept = sum(value.nbytes for state in engine._guard.state.values() for value in state.values() if value.ndim)
-    counts = count_parameters(lambda _device: TrainingSetup(model := Tiny(), parameter_groups(model, optim), None))
+    counts = count_parameters(
+        lambda _device: TrainingSetup(model := Tiny(), parameter_groups(model, optim), cast(Any, None))
+    )
     cfg, trace = EngineConfig(kind="plain"), MemoryTrace({0: 0})
     assert estimate_memory(counts, trace, cfg, optim, world_size=1, accumulation_steps=1).moments == kept > 0
 
