@@ -39,24 +39,26 @@ def check_engine_config(
 
 def _check_optimizer_runs(cfg: EngineConfig, optim: OptimConfig) -> None:
     """Refuse an optimizer that the engine cannot run, by the table of optimizers. Raises: ConfigError."""
-    unsupported = OPTIMIZERS[optim.kind].unsupported
+    unsupported = OPTIMIZERS[optim.name].unsupported
     if "deepspeed" in (cfg.kind, cfg.sharding) and "deepspeed" in unsupported:
         raise ConfigError(
-            f"optim.kind={optim.kind} {unsupported['deepspeed']}; use engine.kind=plain for one process, or "
+            f"optim.name={optim.name} {unsupported['deepspeed']}; use engine.kind=plain for one process, or "
             f"engine.kind=accelerate with engine.sharding=ddp{'' if 'fsdp2' in unsupported else ' or fsdp2'}"
         )
     if cfg.sharding == "fsdp2" and "fsdp2" in unsupported:
         others = [name for name, spec in OPTIMIZERS.items() if "fsdp2" not in spec.unsupported]
         raise ConfigError(
-            f"optim.kind={optim.kind} {unsupported['fsdp2']}; use engine.sharding=ddp, or optim.kind="
+            f"optim.name={optim.name} {unsupported['fsdp2']}; use engine.sharding=ddp, or optim.name="
             f"{' or '.join(others)}"
         )
 
 
 def set_matmul_and_determinism(cfg: EngineConfig) -> None:
     """Set this process's float32 precision of products, and deterministic convolutions."""
-    torch.set_float32_matmul_precision(cfg.matmul)
-    torch.backends.cudnn.allow_tf32 = cfg.matmul != "highest"  # a separate switch for convolutions, on by default
+    torch.set_float32_matmul_precision(cfg.float32_matmul_precision)
+    torch.backends.cudnn.allow_tf32 = (
+        cfg.float32_matmul_precision != "highest"
+    )  # a separate switch for convolutions, on by default
     torch.backends.cudnn.deterministic = True  # else a convolution's backward may add in a varying order
 
 
@@ -75,7 +77,7 @@ def build_engine(
     The engine's library is imported only here: DeepSpeed takes longer to import than torch.
     """
     set_matmul_and_determinism(cfg)
-    if cfg.recompute:
+    if cfg.activation_checkpointing:
         cast(Any, model).set_grad_checkpointing(enable=True)
     if cfg.compile:
         model.compile()  # in place, so that no `_orig_mod.` prefix reaches a file

@@ -33,7 +33,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
                 matrices, lr=cfg.lr_per_256, momentum=cfg.momentum, adjust_lr_fn="match_rms_adamw"
             )
         else:
-            _log.warning("optim.kind=muon: the model has no hidden matrix to train, AdamW updates all parameters")
+            _log.warning("optim.name=muon: the model has no hidden matrix to train, AdamW updates all parameters")
         if others := self._groups(hidden_matrices=False):
             self._optimizers[False] = torch.optim.AdamW(
                 others, lr=cfg.lr_per_256, betas=cfg.betas, eps=cfg.eps, fused=cfg.fused
@@ -56,4 +56,4 @@ class GuardedMuon(GuardedOptimizer, MuonAndAdamW):
 
     def __init__(self, param_groups: list[dict[str, Any]], cfg: OptimConfig) -> None:
         super().__init__(param_groups, cfg)
-        self.max_grad_norm = cfg.clip
+        self.max_grad_norm = cfg.max_grad_norm

@@ -22,7 +22,7 @@ class GuardedAdamW(GuardedOptimizer, torch.optim.AdamW):
 
     def __init__(self, param_groups: list[dict[str, Any]], cfg: OptimConfig) -> None:
         super().__init__(param_groups, lr=cfg.lr_per_256, betas=cfg.betas, eps=cfg.eps, fused=cfg.fused)
-        self.max_grad_norm = cfg.clip
+        self.max_grad_norm = cfg.max_grad_norm
 
 
 class GuardedSGD(GuardedOptimizer, torch.optim.SGD):
@@ -30,7 +30,7 @@ class GuardedSGD(GuardedOptimizer, torch.optim.SGD):
 
     def __init__(self, param_groups: list[dict[str, Any]], cfg: OptimConfig) -> None:
         super().__init__(param_groups, lr=cfg.lr_per_256, momentum=cfg.momentum)
-        self.max_grad_norm = cfg.clip
+        self.max_grad_norm = cfg.max_grad_norm
 
 
 class GuardedLARS(GuardedOptimizer, timm.optim.Lars):
@@ -43,7 +43,7 @@ class GuardedLARS(GuardedOptimizer, timm.optim.Lars):
 
     def __init__(self, param_groups: list[dict[str, Any]], cfg: OptimConfig) -> None:
         super().__init__(param_groups, lr=cfg.lr_per_256, momentum=cfg.momentum)  # pyright: ignore[reportArgumentType] - annotated by its default, 0
-        self.max_grad_norm = cfg.clip
+        self.max_grad_norm = cfg.max_grad_norm
 
 
 def build_unguarded_adamw(param_groups: list[dict[str, Any]], cfg: OptimConfig) -> torch.optim.AdamW:
@@ -145,7 +145,7 @@ def parameter_groups(
     ``no_weight_decay`` names further parameters without weight decay. A group has ``lr_scale``, the ``rule`` of its
     update and a readable ``name``; groups are in order of first appearance.
     """
-    spec = OPTIMIZERS[cfg.kind]
+    spec = OPTIMIZERS[cfg.name]
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -173,12 +173,12 @@ def parameter_groups(
 
 def build_optimizer(param_groups: list[dict[str, Any]], cfg: OptimConfig) -> GuardedOptimizer:
     """Build the guarded optimizer of the settings."""
-    return OPTIMIZERS[cfg.kind].build(param_groups, cfg)
+    return OPTIMIZERS[cfg.name].build(param_groups, cfg)
 
 
 def build_unguarded_optimizer(param_groups: list[dict[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
     """Build the optimizer of the settings for an engine that clips and guards by itself (DeepSpeed's ZeRO 1 to 3)."""
-    build = OPTIMIZERS[cfg.kind].build_unguarded
+    build = OPTIMIZERS[cfg.name].build_unguarded
     assert build is not None, "check_engine_config refuses an optimizer that DeepSpeed cannot run"
     return build(param_groups, cfg)
 
@@ -230,6 +230,6 @@ def count_temporary_elements(cfg: OptimConfig, trained: int, hidden: int) -> int
 
 
 def _sum_over_rules(cfg: OptimConfig, trained: int, hidden: int, weight: Callable[[UpdateRule], int]) -> int:
-    spec = OPTIMIZERS[cfg.kind]
+    spec = OPTIMIZERS[cfg.name]
     matrix_rule = spec.matrix_rule or spec.rule
     return weight(spec.rule(cfg)) * (trained - hidden) + weight(matrix_rule(cfg)) * hidden

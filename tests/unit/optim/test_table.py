@@ -39,7 +39,7 @@ class Signs(torch.optim.Optimizer):
 class GuardedSigns(GuardedOptimizer, Signs):
     def __init__(self, param_groups: list[dict[str, Any]], cfg: OptimConfig) -> None:
         super().__init__(param_groups, cfg.lr_per_256)
-        self.max_grad_norm = cfg.clip
+        self.max_grad_norm = cfg.max_grad_norm
 
 
 SIGNS = OptimizerSpec(
@@ -57,7 +57,7 @@ def signs(monkeypatch: pytest.MonkeyPatch) -> OptimConfig:
 
 
 def test_a_row_trains_and_continues_bit_for_bit(signs: OptimConfig, tmp_path: Path) -> None:
-    shape = Shape(1, "plain", optim=signs.kind)
+    shape = Shape(1, "plain", optim=signs.name)
     trainer, resumed = Trainer(ALONE, shape), Trainer(ALONE, shape)
     initial = [value.clone() for value in trainer.module.parameters()]
     trainer.steps(0, 3)
