@@ -39,8 +39,8 @@ class TensorChunk:
     """A range of consecutive elements of one tensor on this rank, as live flat views: filling them fills the engine.
 
     ``start`` is the first element's index in the flat tensor of ``shape``. ``tensors`` are "weight" and, for a trained
-    parameter, the optimizer's moments ("exp_avg" and "exp_avg_sq" of AdamW, "momentum_buffer" of SGD and LARS), flat
-    and equally long. A rank lists every tensor of the module, also with an empty range, so that every rank detects
+    parameter, the optimizer's moments under their names in its state (AdamW: "exp_avg" and "exp_avg_sq"), flat and
+    equally long. A rank lists every tensor of the module, also with an empty range, so that every rank detects
     missing and surplus tensors. ``relative_write_range`` is the part that this rank writes, relative to ``start``: of several
     ranks with the same elements only one writes them.
     """

@@ -9,7 +9,8 @@ from foveal.distributed.world import World
 from foveal.engines.base import Engine, EngineConfig
 from foveal.engines.plain import PlainEngine
 from foveal.errors import ConfigError
-from foveal.optim.optimizers import OptimConfig
+from foveal.optim.config import OptimConfig
+from foveal.optim.optimizers import OPTIMIZERS
 
 
 def check_engine_config(
@@ -24,17 +25,8 @@ def check_engine_config(
         raise ConfigError(
             f"engine.sharding={cfg.sharding} is Accelerate's, and engine.kind is {cfg.kind}; remove one of them"
         )
-    if optim.name == "lars" and cfg.sharding == "fsdp2":
-        raise ConfigError(
-            "optim.name=lars needs the norms of whole weights, which engine.sharding=fsdp2 cuts up; use ddp, or sgd or "
-            "adamw"
-        )
+    _check_optimizer_runs(cfg, optim)
     if "deepspeed" in (cfg.kind, cfg.sharding):
-        if optim.name != "adamw":
-            raise ConfigError(
-                f"optim.name={optim.name} does not run on DeepSpeed, which takes adamw only; use "
-                f"engine.kind=accelerate with engine.sharding=ddp{'' if optim.name == 'lars' else ' or fsdp2'}"
-            )
         from foveal.engines.deepspeed import build_deepspeed_config
 
         config = build_deepspeed_config(optim, cfg, world_size, microbatch_size, accumulation_steps)
@@ -43,6 +35,22 @@ def check_engine_config(
 
             del config["train_batch_size"]  # DeepSpeed would compare it with this process's number of ranks
             check_deepspeed_settings(config, cfg.deepspeed)
+
+
+def _check_optimizer_runs(cfg: EngineConfig, optim: OptimConfig) -> None:
+    """Refuse an optimizer that the engine cannot run, by the table of optimizers. Raises: ConfigError."""
+    unsupported = OPTIMIZERS[optim.name].unsupported
+    if "deepspeed" in (cfg.kind, cfg.sharding) and "deepspeed" in unsupported:
+        raise ConfigError(
+            f"optim.name={optim.name} {unsupported['deepspeed']}; use engine.kind=plain for one process, or "
+            f"engine.kind=accelerate with engine.sharding=ddp{'' if 'fsdp2' in unsupported else ' or fsdp2'}"
+        )
+    if cfg.sharding == "fsdp2" and "fsdp2" in unsupported:
+        others = [name for name, spec in OPTIMIZERS.items() if "fsdp2" not in spec.unsupported]
+        raise ConfigError(
+            f"optim.name={optim.name} {unsupported['fsdp2']}; use engine.sharding=ddp, or optim.name="
+            f"{' or '.join(others)}"
+        )
 
 
 def set_matmul_and_determinism(cfg: EngineConfig) -> None:

@@ -26,7 +26,8 @@ from foveal.engines.base import (
 )
 from foveal.engines.zero import copy_master_weights_to_model, sharded_parameter_chunks, update_ema_sharded
 from foveal.errors import ConfigError
-from foveal.optim.optimizers import GuardedAdamW, OptimConfig, build_unguarded_adamw, get_num_updates, set_num_updates
+from foveal.optim.config import OptimConfig
+from foveal.optim.optimizers import build_optimizer, build_unguarded_optimizer, get_num_updates, set_num_updates
 
 _OFFLOAD_KEYS = ("offload_optimizer", "offload_param")
 _RESERVED_KEYS = {"amp", "bf16", "fp16", "optimizer", "scheduler"}
@@ -121,8 +122,8 @@ class DeepSpeedEngine:
         self._cfg = cfg
         self._zero_stage = cfg.zero
         self._world = world
-        self._guard = GuardedAdamW(param_groups, optim) if cfg.zero == 0 else None
-        optimizer = self._guard or build_unguarded_adamw(param_groups, optim)
+        self._guard = build_optimizer(param_groups, optim) if cfg.zero == 0 else None
+        optimizer = self._guard or build_unguarded_optimizer(param_groups, optim)
         self._engine, self._optimizer = self._initialize(
             model, optimizer, build_deepspeed_config(optim, cfg, world.size, microbatch_size, accumulation_steps)
         )
@@ -171,8 +172,8 @@ class DeepSpeedEngine:
             update_ema_replicated(self._engine.module, ema_prefix, source_prefix, lerp_weight)
 
     @property
-    def _adamw(self) -> torch.optim.Optimizer:
-        """AdamW, without DeepSpeed's wrapper; under ZeRO 1 to 3 its parameters are flat partitions."""
+    def _base_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer without DeepSpeed's wrapper; under ZeRO 1 to 3 its parameters are flat partitions."""
         return self._guard or cast(Any, self._optimizer).optimizer
 
     def state_chunks(self) -> list[TensorChunk]:
@@ -184,10 +185,10 @@ class DeepSpeedEngine:
 
     @property
     def num_updates(self) -> int:
-        return get_num_updates(self._adamw)
+        return get_num_updates(self._base_optimizer)
 
     def on_state_loaded(self, num_updates: int) -> None:
-        set_num_updates(self._adamw, num_updates)
+        set_num_updates(self._base_optimizer, num_updates)
         if self._zero_stage:
             copy_master_weights_to_model(self._optimizer, self._zero_stage)
 

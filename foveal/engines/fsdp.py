@@ -9,31 +9,25 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.nn.utils import get_total_norm
 
 from foveal.checkpoint.chunks import TensorChunk
 from foveal.distributed.world import World
 from foveal.engines.base import to_fp32_cpu_tensor
-from foveal.optim.optimizers import GuardedAdamW, GuardedOptimizer, GuardedSGD, OptimConfig, get_or_create_moments
-
-
-class _ShardedOptimizer(GuardedOptimizer):
-    """The guard for shards: its gradient norm is global, so that all ranks clip and skip alike."""
-
-    def total_norm(self, gradients: list[Tensor]) -> Tensor:
-        return cast(DTensor, super().total_norm(gradients)).full_tensor()
-
-
-class _ShardedAdamW(_ShardedOptimizer, GuardedAdamW):
-    """AdamW for shards."""
-
-
-class _ShardedSGD(_ShardedOptimizer, GuardedSGD):
-    """SGD for shards."""
+from foveal.optim.config import OptimConfig
+from foveal.optim.guard import GuardedOptimizer
+from foveal.optim.optimizers import build_optimizer, get_or_create_moments
 
 
 def build_sharded_optimizer(param_groups: list[dict[str, Any]], cfg: OptimConfig) -> GuardedOptimizer:
-    """Build the guarded optimizer for shards; ``check_engine_config`` refuses LARS, which needs whole weights."""
-    return {"adamw": _ShardedAdamW, "sgd": _ShardedSGD}[cfg.name](param_groups, cfg)
+    """Build the guarded optimizer for shards; its gradient norm is global, so that all ranks clip and skip alike."""
+    guard = build_optimizer(param_groups, cfg)
+    guard.total_norm = _global_norm
+    return guard
+
+
+def _global_norm(gradients: list[Tensor]) -> Tensor:
+    return cast(DTensor, get_total_norm(gradients)).full_tensor()
 
 
 def apply_fsdp(model: nn.Module, param_groups: list[dict[str, Any]], world: World) -> list[dict[str, Any]]:

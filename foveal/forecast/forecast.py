@@ -14,6 +14,7 @@ from foveal.forecast.trace import (
     count_sample_flops,
     trace_microbatch_memory,
 )
+from foveal.optim.optimizers import OPTIMIZERS, count_moment_elements
 from foveal.training.cli import Stage
 from foveal.training.config import StageConfig
 from foveal.training.plan import Plan
@@ -132,9 +133,9 @@ class Forecast:
     @property
     def checkpoint_bytes(self) -> int:
         """fp32 weights and moments of trained parameters, and frozen tensors of the model's state."""
-        return (
-            1 + self.plan.cfg.optim.moments_per_parameter
-        ) * _FP32 * self.parameter_counts.trainable + self.parameter_counts.frozen_checkpoint_bytes
+        counts = self.parameter_counts
+        moments = count_moment_elements(self.plan.cfg.optim, counts.trainable, counts.hidden_matrices)
+        return (counts.trainable + moments) * _FP32 + counts.frozen_checkpoint_bytes
 
     @property
     def seconds_per_save(self) -> float:
@@ -220,4 +221,4 @@ def engine_overrides_by_sharding(stage_cfg: StageConfig) -> dict[str, dict[str, 
     if cfg.kind == "deepspeed" or cfg.sharding == "deepspeed":
         return {f"ZeRO {stage}": {"zero": stage} for stage in (0, 1, 2, 3)}
     ddp = {"DDP": {"sharding": "ddp"}}
-    return ddp if stage_cfg.optim.name == "lars" else ddp | {"FSDP2": {"sharding": "fsdp2"}}
+    return ddp if "fsdp2" in OPTIMIZERS[stage_cfg.optim.name].unsupported else ddp | {"FSDP2": {"sharding": "fsdp2"}}

@@ -9,7 +9,8 @@ from typing import Any
 
 from foveal.engines.base import EngineConfig
 from foveal.forecast.trace import MemoryTrace, ParameterCounts
-from foveal.optim.optimizers import OptimConfig
+from foveal.optim.config import OptimConfig
+from foveal.optim.optimizers import count_moment_elements, count_temporary_elements
 
 _FP32, _BF16 = 4, 2
 # DeepSpeed's defaults, in elements.
@@ -105,20 +106,21 @@ def _engine_bytes(
     parameters: ParameterCounts, cfg: EngineConfig, optim: OptimConfig, ranks: int, microbatches: int
 ) -> _EngineBytes:
     stage = deepspeed_zero_stage(cfg)
+    moments = _FP32 * count_moment_elements(optim, parameters.trainable, parameters.hidden_matrices)
     if stage == 3:
-        return _zero3_bytes(parameters, cfg, ranks)
+        return _zero3_bytes(parameters, cfg, moments, ranks)
     if stage:
-        return _zero12_bytes(parameters, cfg, ranks, microbatches, stage)
+        return _zero12_bytes(parameters, cfg, moments, ranks, microbatches, stage)
     if cfg.kind == "accelerate" and cfg.sharding == "fsdp2":
-        return _fsdp2_bytes(parameters, optim, ranks)
+        return _fsdp2_bytes(parameters, moments, ranks)
     weights = parameters.trainable * _FP32
     deepspeed = cfg.kind == "deepspeed"
     buckets = weights if ranks > 1 and not deepspeed else 0.0  # DDP keeps copies of the gradients
     flat = min(weights, _BUCKET_ELEMENTS * _FP32) if deepspeed else 0.0
-    temporary = 0.0 if optim.name == "adamw" and optim.fused else weights  # unfused optimizers allocate a copy
+    temporary = _FP32 * count_temporary_elements(optim, parameters.trainable, parameters.hidden_matrices)
     return _EngineBytes(
         weights,
-        optim.moments_per_parameter * weights,
+        moments,
         weights,
         permanent_buffers=buckets,
         gradients_accumulate=microbatches == 1,
@@ -128,7 +130,7 @@ def _engine_bytes(
 
 
 def _zero12_bytes(
-    parameters: ParameterCounts, cfg: EngineConfig, ranks: int, microbatches: int, stage: int
+    parameters: ParameterCounts, cfg: EngineConfig, moments: float, ranks: int, microbatches: int, stage: int
 ) -> _EngineBytes:
     """Flat weights, and partitions of fp32 master weights and moments; in stage 2 also of gradients."""
     zero = _zero_options(cfg)
@@ -147,7 +149,7 @@ def _zero12_bytes(
             permanent_buffers, late_buffers = buckets, 0.0
     return _EngineBytes(
         weights + partition,
-        2 * partition,
+        moments / ranks,
         gradients,
         permanent_buffers=permanent_buffers,
         late_buffers=late_buffers,
@@ -158,7 +160,7 @@ def _zero12_bytes(
     )
 
 
-def _zero3_bytes(parameters: ParameterCounts, cfg: EngineConfig, ranks: int) -> _EngineBytes:
+def _zero3_bytes(parameters: ParameterCounts, cfg: EngineConfig, moments: float, ranks: int) -> _EngineBytes:
     """Partitions of weights, master weights, moments and gradients; gathered weights, and unpartitioned small ones."""
     zero = _zero_options(cfg)
     partition = parameters.trainable * _FP32 / ranks
@@ -178,7 +180,7 @@ def _zero3_bytes(parameters: ParameterCounts, cfg: EngineConfig, ranks: int) -> 
     reduced = min(parameters.trainable, bucket) * _FP32
     return _EngineBytes(
         2 * partition + small * _FP32 + gathered,
-        2 * partition,
+        moments / ranks,
         partition,
         permanent_buffers=buckets + (gather_buffer if large > reuse else 0.0),
         flatten_bytes=bucket * _FP32 if parameters.trainable > bucket else 0.0,
@@ -187,14 +189,14 @@ def _zero3_bytes(parameters: ParameterCounts, cfg: EngineConfig, ranks: int) -> 
     )
 
 
-def _fsdp2_bytes(parameters: ParameterCounts, optim: OptimConfig, ranks: int) -> _EngineBytes:
+def _fsdp2_bytes(parameters: ParameterCounts, moments: float, ranks: int) -> _EngineBytes:
     """Shards of everything; gathered are weights and gradients of the root and of two blocks."""
     shard = parameters.trainable * _FP32 / ranks
     root = max(parameters.trainable - sum(parameters.block_numels), 0)
     largest_block = max(parameters.block_numels, default=0)
     return _EngineBytes(
         shard,
-        optim.moments_per_parameter * shard,
+        moments / ranks,
         shard,
         permanent_buffers=(2 * root + 4 * largest_block) * _FP32,
         init_bytes=parameters.trainable * _FP32 + shard,

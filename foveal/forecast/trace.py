@@ -38,7 +38,8 @@ SetupBuilder = Callable[[torch.device], TrainingSetup]
 class ParameterCounts:
     """Numbers of trained elements, and bytes of frozen tensors.
 
-    ``linear_trainable`` counts linear and convolution layers; ``trainable_tensor_numels`` and ``block_numels`` are elements per
+    ``linear_trainable`` counts linear and convolution layers, ``hidden_matrices`` the matrices that the optimizer
+    updates by a rule of their own; ``trainable_tensor_numels`` and ``block_numels`` are elements per
     trained parameter and per repeated block. ``frozen_checkpoint_bytes`` are the frozen tensors in a checkpoint;
     ``min_microbatch_size`` is 2 with BatchNorm.
     """
@@ -51,6 +52,7 @@ class ParameterCounts:
     frozen_checkpoint_bytes: int
     can_recompute: bool = True
     min_microbatch_size: int = 1
+    hidden_matrices: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,12 @@ def count_parameters(build_setup: SetupBuilder) -> ParameterCounts:
         frozen_checkpoint_bytes=sum(tensor.nbytes for tensor in (*frozen, *saved_buffers)),
         can_recompute=_can_recompute(setup.model),
         min_microbatch_size=2 if has_batch_norm(setup.model) else 1,
+        hidden_matrices=sum(
+            parameter.numel()
+            for group in setup.param_groups
+            if group["hidden_matrices"]
+            for parameter in group["params"]
+        ),
     )
 
 

@@ -1,122 +1,20 @@
-"""AdamW, SGD and LARS, their parameter groups, and the guard against non-finite gradients."""
+"""The table of optimizers, and what is built from it: parameter groups, optimizers, moments.
 
-from collections.abc import Callable, Collection
-from typing import Annotated, Any, Literal
+Engines, checkpoints and the forecast know of an optimizer what its row in ``OPTIMIZERS`` says. A further optimizer is a
+class here (or in a module of its own), a row, and a value of ``OptimConfig.kind``.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import timm.optim
 import torch
-from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from foveal.config import Config, machine, science
-
-Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
-
-
-class OptimConfig(Config):
-    """An optimizer (AdamW: Loshchilov & Hutter, 2019) with warm-up and learning-rate schedule."""
-
-    name: Literal["adamw", "sgd", "lars"] = science(
-        "adamw", "The optimizer: AdamW, SGD with momentum, or LARS (You et al., 2017)."
-    )
-    lr_per_256: float = science(
-        1.5e-4, "Peak learning rate for a step of 256 images; scaled by batch.global_size / 256.", gt=0
-    )
-    min_lr: float = science(0.0, "Minimum learning rate: the cosine's last value, and the lower bound of drops.", ge=0)
-    warmup_epochs: float = science(0.0, "Epochs of linear warm-up.", ge=0)
-    schedule: Literal["cosine", "step", "constant", "plateau"] = science(
-        "cosine", "Learning rate after the warm-up; plateau (fine-tuning only) follows early_stopping.metric."
-    )
-    step_epochs: tuple[float, ...] = science((), "For step: ascending epochs after which the learning rate drops.")
-    step_factor: float = science(0.1, "For step and plateau: the learning rate's factor at a drop.", gt=0, lt=1)
-    plateau_patience: int = science(
-        3, "For plateau: evaluations in a row without improvement before the learning rate drops.", ge=1
-    )
-    weight_decay: float = science(
-        0.05, "Decoupled for AdamW, L2 for SGD and LARS; vectors, tokens and positions are excluded.", ge=0
-    )
-    momentum: float = science(0.9, "For sgd and lars: momentum coefficient.", ge=0, lt=1)
-    betas: Betas = science((0.9, 0.95), "For adamw: decay rates of the two moments.")
-    eps: float = science(1e-8, "For adamw: epsilon of the denominator.", gt=0)
-    layer_decay: float = science(1.0, "Factor on the learning rate per block below the head (BEiT, 2021).", gt=0, le=1)
-    max_grad_norm: float | None = science(None, "Maximum global gradient norm; null: no clipping.", gt=0)
-    fused: bool = machine(True, "For adamw: use torch's fused kernel.")
-
-    def peak_lr(self, batch_size: int) -> float:
-        """Return the peak learning rate for a global batch size in images."""
-        return self.lr_per_256 * batch_size / 256
-
-    @property
-    def moments_per_parameter(self) -> int:
-        """Number of optimizer moments per trained parameter element."""
-        return 2 if self.name == "adamw" else int(self.momentum > 0)
-
-
-def parameter_groups(
-    model: nn.Module,
-    cfg: OptimConfig,
-    depth_of: Callable[[str], int] | None = None,
-    max_depth: int = 0,
-    no_weight_decay: Collection[str] = (),
-) -> list[dict[str, Any]]:
-    """Return parameter groups: weight decay on matrices only, the learning rate scaled by depth.
-
-    ``depth_of`` maps a parameter's name to its layer, 0 (embedding) to ``max_depth`` (head); None: a single depth.
-    ``no_weight_decay`` names further parameters without weight decay. A group has ``lr_scale`` and a readable ``name``;
-    groups are in order of first appearance.
-    """
-    groups: dict[str, dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        tokens = {"cls_token", "dist_token", "reg_token", "mask_token", "pos_embed", "freqs"}
-        undecayed = parameter.ndim <= 1 or name.rsplit(".", 1)[-1] in tokens or name in no_weight_decay
-        depth = depth_of(name) if depth_of else max_depth
-        title = f"layer {depth}, {'no decay' if undecayed else 'decay'}"
-        group = groups.setdefault(
-            title,
-            {
-                "name": title,
-                "params": [],
-                "weight_decay": 0.0 if undecayed else cfg.weight_decay,
-                "lr_scale": cfg.layer_decay ** (max_depth - depth),
-                "always_adapt": not undecayed,  # only LARS reads it
-            },
-        )
-        group["params"].append(parameter)
-    return list(groups.values())
-
-
-class GuardedOptimizer(torch.optim.Optimizer):
-    """An optimizer that clips, records the gradient norm, and skips a step with a non-finite gradient.
-
-    A base class, listed before a torch optimizer, for engines without a guard of their own (plain, Accelerate, and
-    DeepSpeed's ZeRO 0, which in fp32 would write NaN into the weights). A skipped step leaves weights and moments bit
-    for bit as they were. ``num_updates`` counts applied updates.
-    """
-
-    max_grad_norm: float | None = None
-    grad_norm = 0.0
-    step_applied = True
-    num_updates = 0
-
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Clip and update, or skip; ``step_applied`` records which."""
-        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = self.total_norm([p.grad for p in parameters])
-        self.grad_norm = float(norm)
-        self.step_applied = bool(norm.isfinite())
-        if not self.step_applied:
-            return
-        if self.max_grad_norm is not None:
-            clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
-        super().step(closure)
-        self.num_updates += 1
-
-    def total_norm(self, gradients: list[Tensor]) -> Tensor:
-        """Return the global norm of the gradients, which every rank holds in full."""
-        return get_total_norm(gradients)
+from foveal.optim.config import OptimConfig
+from foveal.optim.guard import GuardedOptimizer
+from foveal.optim.muon import GuardedMuon
 
 
 class GuardedAdamW(GuardedOptimizer, torch.optim.AdamW):
@@ -148,14 +46,141 @@ class GuardedLARS(GuardedOptimizer, timm.optim.Lars):
         self.max_grad_norm = cfg.max_grad_norm
 
 
-def build_optimizer(param_groups: list[dict[str, Any]], cfg: OptimConfig) -> GuardedOptimizer:
-    """Build the guarded optimizer of the settings."""
-    return {"adamw": GuardedAdamW, "sgd": GuardedSGD, "lars": GuardedLARS}[cfg.name](param_groups, cfg)
-
-
 def build_unguarded_adamw(param_groups: list[dict[str, Any]], cfg: OptimConfig) -> torch.optim.AdamW:
     """Build torch's AdamW for an engine that clips and guards by itself (DeepSpeed's ZeRO 1 to 3)."""
     return torch.optim.AdamW(param_groups, lr=cfg.lr_per_256, betas=cfg.betas, eps=cfg.eps, fused=cfg.fused)
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """What an update keeps and allocates for a parameter.
+
+    ``moments``: names of the tensors of the parameter's shape and dtype in the optimizer's state; a checkpoint stores
+    them under these names. ``counts_steps``: the state also has a counter ``step``. ``temporary_copies``: copies of all
+    parameters of this rule that exist during an update; temporaries of one parameter at a time do not count.
+    """
+
+    moments: tuple[str, ...]
+    counts_steps: bool = False
+    temporary_copies: int = 0
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """A row of the table.
+
+    ``build``: the optimizer with the guard, from parameter groups and settings. ``rule``: of all parameters, or with
+    ``matrix_rule`` of all but the hidden matrices (``is_hidden_matrix``), which then have groups of their own.
+    ``build_unguarded``: the optimizer for DeepSpeed's ZeRO 1 to 3; its groups have one rule. ``unsupported``: the
+    shardings that exclude the optimizer, and a clause that says why; plain and ddp take every optimizer.
+    """
+
+    build: Callable[[list[dict[str, Any]], OptimConfig], GuardedOptimizer]
+    rule: Callable[[OptimConfig], UpdateRule]
+    matrix_rule: Callable[[OptimConfig], UpdateRule] | None = None
+    build_unguarded: Callable[[list[dict[str, Any]], OptimConfig], torch.optim.Optimizer] | None = None
+    unsupported: Mapping[Literal["fsdp2", "deepspeed"], str] = field(default_factory=dict)
+
+
+def _adamw_rule(cfg: OptimConfig) -> UpdateRule:
+    return UpdateRule(("exp_avg", "exp_avg_sq"), counts_steps=True, temporary_copies=0 if cfg.fused else 1)
+
+
+def _momentum_rule(cfg: OptimConfig) -> UpdateRule:
+    return UpdateRule(("momentum_buffer",) if cfg.momentum > 0 else (), temporary_copies=1)
+
+
+def _muon_matrix_rule(_cfg: OptimConfig) -> UpdateRule:
+    return UpdateRule(("momentum_buffer",))  # torch updates one matrix after the other
+
+
+_ADAMW_ONLY = "does not run on DeepSpeed, which takes adamw only"
+
+OPTIMIZERS: dict[str, OptimizerSpec] = {
+    "adamw": OptimizerSpec(GuardedAdamW, _adamw_rule, build_unguarded=build_unguarded_adamw),
+    "sgd": OptimizerSpec(GuardedSGD, _momentum_rule, unsupported={"deepspeed": _ADAMW_ONLY}),
+    "lars": OptimizerSpec(
+        GuardedLARS,
+        _momentum_rule,
+        unsupported={
+            "fsdp2": "needs the norms of whole weights, which engine.sharding=fsdp2 cuts up",
+            "deepspeed": _ADAMW_ONLY,
+        },
+    ),
+    "muon": OptimizerSpec(
+        GuardedMuon,
+        _adamw_rule,
+        matrix_rule=_muon_matrix_rule,
+        unsupported={
+            "fsdp2": "needs whole matrices, which engine.sharding=fsdp2 cuts up",
+            "deepspeed": "does not run on DeepSpeed, whose ZeRO flattens the matrices that it needs",
+        },
+    ),
+}
+
+_UNDECAYED = {"cls_token", "dist_token", "reg_token", "mask_token", "pos_embed", "freqs"}
+# Modules with matrices that are not hidden: embeddings of patches and positions, and output layers.
+_NOT_HIDDEN = {
+    *("patch_embed", "rel_pos", "rel_pos_bias", "rel_pos_mlp", "relative_position_bias_table"),
+    *("head", "predict", "guess_image", "project", "project_cls", "project_patches"),
+    *("head_dist", "heads", "heads_dist", "aux_head", "fc", "classifier", "classif", "last_linear"),  # timm's heads
+}
+
+
+def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter is the matrix of a hidden layer: two dimensions, in no embedding and no output layer."""
+    return parameter.ndim == 2 and _NOT_HIDDEN.isdisjoint(name.split("."))
+
+
+def parameter_groups(
+    model: nn.Module,
+    cfg: OptimConfig,
+    depth_of: Callable[[str], int] | None = None,
+    max_depth: int = 0,
+    no_weight_decay: Collection[str] = (),
+) -> list[dict[str, Any]]:
+    """Return parameter groups: weight decay on matrices only, the learning rate scaled by depth.
+
+    ``depth_of`` maps a parameter's name to its layer, 0 (embedding) to ``max_depth`` (head); None: a single depth.
+    ``no_weight_decay`` names further parameters without weight decay. A group has ``lr_scale``, the ``rule`` of its
+    update and a readable ``name``; groups are in order of first appearance.
+    """
+    spec = OPTIMIZERS[cfg.name]
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        undecayed = parameter.ndim <= 1 or name.rsplit(".", 1)[-1] in _UNDECAYED or name in no_weight_decay
+        hidden = spec.matrix_rule is not None and not undecayed and is_hidden_matrix(name, parameter)
+        rule = spec.matrix_rule if spec.matrix_rule is not None and hidden else spec.rule
+        depth = depth_of(name) if depth_of else max_depth
+        title = f"layer {depth}, {'no decay' if undecayed else 'decay'}{', hidden matrices' if hidden else ''}"
+        group = groups.setdefault(
+            title,
+            {
+                "name": title,
+                "params": [],
+                "weight_decay": 0.0 if undecayed else cfg.weight_decay,
+                "lr_scale": cfg.layer_decay ** (max_depth - depth),
+                "rule": rule(cfg),
+                "hidden_matrices": hidden,
+                "always_adapt": not undecayed,  # only LARS reads it
+            },
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def build_optimizer(param_groups: list[dict[str, Any]], cfg: OptimConfig) -> GuardedOptimizer:
+    """Build the guarded optimizer of the settings."""
+    return OPTIMIZERS[cfg.name].build(param_groups, cfg)
+
+
+def build_unguarded_optimizer(param_groups: list[dict[str, Any]], cfg: OptimConfig) -> torch.optim.Optimizer:
+    """Build the optimizer of the settings for an engine that clips and guards by itself (DeepSpeed's ZeRO 1 to 3)."""
+    build = OPTIMIZERS[cfg.name].build_unguarded
+    assert build is not None, "check_engine_config refuses an optimizer that DeepSpeed cannot run"
+    return build(param_groups, cfg)
 
 
 def get_or_create_moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
@@ -163,17 +188,19 @@ def get_or_create_moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -
 
     Zeros are exact for SGD and LARS too: without dampening, the first update of a zero buffer is the gradient itself.
     """
+    group = next(
+        (group for group in optimizer.param_groups if any(member is parameter for member in group["params"])),
+        optimizer.param_groups[0],  # ZeRO 3 lends its partitions to the groups during a step; all have the same rule
+    )
+    rule: UpdateRule = group["rule"]
     state = optimizer.state[parameter]
-    if isinstance(optimizer, torch.optim.AdamW):
-        names = ("exp_avg", "exp_avg_sq")
-        # AdamW's step counter is on the device for the fused kernel, else on the CPU.
-        counter_device = parameter.device if optimizer.defaults["fused"] else "cpu"
-        counter = {} if state else {"step": torch.zeros((), device=counter_device)}
-    else:
-        names = ("momentum_buffer",) if optimizer.defaults["momentum"] else ()
-        counter = {}
-    state |= counter | {name: torch.zeros_like(parameter, requires_grad=False) for name in names if name not in state}
-    return {name: state[name] for name in names}
+    if rule.counts_steps and "step" not in state:
+        # The counter of a fused kernel is on the device, else on the CPU.
+        state["step"] = torch.zeros((), device=parameter.device if group.get("fused") else "cpu")
+    for name in rule.moments:
+        if name not in state:
+            state[name] = torch.zeros_like(parameter, requires_grad=False)
+    return {name: state[name] for name in rule.moments}
 
 
 def get_num_updates(optimizer: torch.optim.Optimizer) -> int:
@@ -187,6 +214,22 @@ def set_num_updates(optimizer: torch.optim.Optimizer, num_updates: int) -> None:
     """Set the number of applied updates, as after loading a checkpoint."""
     if isinstance(optimizer, GuardedOptimizer):
         optimizer.num_updates = num_updates
-    if isinstance(optimizer, torch.optim.AdamW):
-        for state in optimizer.state.values():
+    for state in optimizer.state.values():
+        if "step" in state:
             state["step"].fill_(num_updates)
+
+
+def count_moment_elements(cfg: OptimConfig, trained: int, hidden: int) -> int:
+    """Return the elements of all moments, of ``trained`` elements of which ``hidden`` follow the matrix rule."""
+    return _sum_over_rules(cfg, trained, hidden, lambda rule: len(rule.moments))
+
+
+def count_temporary_elements(cfg: OptimConfig, trained: int, hidden: int) -> int:
+    """Return the elements that an update allocates, of ``trained`` of which ``hidden`` follow the matrix rule."""
+    return _sum_over_rules(cfg, trained, hidden, lambda rule: rule.temporary_copies)
+
+
+def _sum_over_rules(cfg: OptimConfig, trained: int, hidden: int, weight: Callable[[UpdateRule], int]) -> int:
+    spec = OPTIMIZERS[cfg.name]
+    matrix_rule = spec.matrix_rule or spec.rule
+    return weight(spec.rule(cfg)) * (trained - hidden) + weight(matrix_rule(cfg)) * hidden

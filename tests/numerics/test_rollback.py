@@ -172,7 +172,9 @@ def test_steps_without_a_label_are_no_refusals(configs, one_rank, tmp_path) -> N
     overrides = [f"run.dir={run}", "tracking.uri=null", "engine.kind=plain", "checkpoint.every=4", "run.stop_at_step=8"]
     one_rank.call(_finetune_without_labels, str(configs["finetune"]), overrides, unlabelled)
     rows = [row for row in read_rows_without_time(run / "metrics.jsonl") if "loss" in row]
-    assert [(row["step"], row["step_applied"]) for row in rows] == [(step, step not in unlabelled) for step in range(1, 9)]
+    assert [(row["step"], row["step_applied"]) for row in rows] == [
+        (step, step not in unlabelled) for step in range(1, 9)
+    ]
     assert [row["loss"] == 0 for row in rows] == [step in unlabelled for step in range(1, 9)]
     assert not (run / "refused.jsonl").exists() and not (run / "rollbacks.jsonl").exists()
     assert sorted(folder.name[5:13] for folder in (run / "checkpoints").iterdir()) == ["00000004", "00000008"]

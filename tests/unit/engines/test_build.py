@@ -11,7 +11,7 @@ from foveal.engines.base import EngineConfig
 from foveal.engines.build import check_engine_config
 from foveal.engines.deepspeed import build_deepspeed_config
 from foveal.errors import ConfigError, LaunchError
-from foveal.optim.optimizers import OptimConfig
+from foveal.optim.config import OptimConfig
 
 
 def check(ranks: int = 2, **settings: Any) -> None:
@@ -28,8 +28,10 @@ def test_an_engine_takes_the_optimizers_that_it_can() -> None:
             accumulation_steps=1,
         )
 
-    for optimizer, sharding in (("sgd", "ddp or fsdp2"), ("lars", "ddp")):
-        sentence = rf"optim\.kind={optimizer} does not run on DeepSpeed, .*sharding={sharding}$"
+    for optimizer, sharding in (("sgd", "ddp or fsdp2"), ("lars", "ddp"), ("muon", "ddp")):
+        sentence = (
+            rf"optim\.kind={optimizer} does not run on DeepSpeed, .* use engine\.kind=plain .*sharding={sharding}$"
+        )
         for settings in ({}, {"kind": "accelerate", "sharding": "deepspeed"}):
             with pytest.raises(ConfigError, match=sentence):
                 take(optimizer, **settings)
@@ -37,6 +39,8 @@ def test_an_engine_takes_the_optimizers_that_it_can() -> None:
     take("sgd", kind="accelerate", sharding="fsdp2")
     with pytest.raises(ConfigError, match=r"optim\.kind=lars needs the norms of whole weights"):
         take("lars", kind="accelerate", sharding="fsdp2")
+    with pytest.raises(ConfigError, match=r"optim\.kind=muon needs whole matrices, .*; use engine\.sharding=ddp, or"):
+        take("muon", kind="accelerate", sharding="fsdp2")
 
 
 def zero(**keys: Any) -> dict[str, Any]:

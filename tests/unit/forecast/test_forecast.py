@@ -21,7 +21,7 @@ from foveal.forecast.memory import estimate_memory
 from foveal.forecast.problems import JobLimits, count_attempts, find_problems
 from foveal.forecast.slurm_limits import JobScriptTimes, find_slurm_partition, read_job_script_times
 from foveal.forecast.trace import MemoryTrace, ParameterCounts
-from foveal.optim.optimizers import OptimConfig
+from foveal.optim.config import OptimConfig
 from foveal.slurm import SlurmPartition
 
 MILLION = 10**6

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from foveal.optim.config import OptimConfig
+from foveal.optim.guard import GuardedOptimizer
 from foveal.optim.optimizers import (
-    GuardedOptimizer,
-    OptimConfig,
     build_optimizer,
+    count_moment_elements,
     get_num_updates,
     get_or_create_moments,
     parameter_groups,
@@ -149,4 +150,4 @@ def test_updates_are_counted_from_where_a_checkpoint_says(kind: str) -> None:
 def test_plans_count_what_optimizers_keep() -> None:
     for cfg in (config("adamw"), config("sgd"), config("lars"), config("sgd", momentum=0.0)):
         model = layer()
-        assert len(get_or_create_moments(optimizer(model, cfg), model.weight)) == cfg.moments_per_parameter
+        assert len(get_or_create_moments(optimizer(model, cfg), model.weight)) == count_moment_elements(cfg, 1, 0)
