@@ -103,6 +103,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # One attempt at a run.
     "foveal.training.lease_holder": ((), ()),
     "foveal.training.lease": (("foveal.atomic", "foveal.errors", "foveal.training.lease_holder"), ()),
+    "foveal.training.lineage": (("foveal.atomic", "foveal.errors"), ()),
     "foveal.training.meters": (("foveal.atomic",), ("torch",)),
     "foveal.training": (
         (
@@ -116,6 +117,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "foveal.tracking",
             "foveal.training.lease",
             "foveal.training.lease_holder",
+            "foveal.training.lineage",
             "foveal.training.meters",
             "foveal.weights",
         ),
@@ -147,7 +149,14 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("torch", "typer"),
     ),
     "foveal.commands": (
-        (*CONFIGURED, "foveal.atomic", "foveal.tracking", "foveal.training.lease", *STAGE_CONFIGS),
+        (
+            *CONFIGURED,
+            "foveal.atomic",
+            "foveal.tracking",
+            "foveal.training.lease",
+            "foveal.training.lineage",
+            *STAGE_CONFIGS,
+        ),
         ("pydantic", "pydantic_core", "rich", "typer"),
     ),
     "foveal.cli": (
