@@ -187,8 +187,8 @@ def _hold_checkpoint(checkpoint: Path, run_dir: Path) -> Path:
     if checkpoint == held:
         return held
     release_checkpoint(run_dir)
-    held.parent.mkdir()
     try:
+        held.parent.mkdir()
         with atomic_folder(held) as draft:
             for file in checkpoint.iterdir():
                 (draft / file.name).hardlink_to(file)
