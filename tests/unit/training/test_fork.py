@@ -5,6 +5,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from foveal.atomic import read_json, sha256
 from foveal.config import set_by_dotted_key
 from foveal.errors import CheckpointError
 from foveal.training import fork as forks
+from foveal.training import fork_source
 from foveal.training.fork import begin_fork, plan_fork, release_checkpoint
 from foveal.training.fork_source import parse_fork
 from foveal.training.lineage import ORDER_SETTINGS, Fork, read_fork, write_fork
@@ -187,19 +189,35 @@ def test_a_run_in_progress_may_remove_what_is_read(plan_of: Callable[[str], Any]
     assert len(found) > 1
 
 
-def test_a_checkpoint_that_is_gone_when_it_is_linked(
-    plan_of: Callable[[str], Any], copy: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("moment", ["read", "linked"])
+def test_a_checkpoint_that_is_gone_when_it_is_used(
+    moment: str, plan_of: Callable[[str], Any], copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The newest that is left takes its place; a named step ends with a sentence."""
-    run, hold = copy.parent / "run", forks._hold_checkpoint
+    run, hold, choose = copy.parent / "run", forks._hold_checkpoint, fork_source._choose_checkpoint
 
-    def remove_first(checkpoint: Path, run_dir: Path) -> Path:
+    def remove_newest(checkpoint: Path) -> Path:
         if checkpoint.name.startswith("step-00000003"):
             shutil.rmtree(checkpoint)
-        return hold(checkpoint, run_dir)
+        return checkpoint
 
-    monkeypatch.setattr(forks, "_hold_checkpoint", remove_first)
+    if moment == "read":
+        monkeypatch.setattr(fork_source, "_choose_checkpoint", lambda *named: remove_newest(choose(*named)))
+    else:
+        monkeypatch.setattr(forks, "_hold_checkpoint", lambda folder, into: hold(remove_newest(folder), into))
     again = Path(shutil.copytree(copy, copy.parent / "again"))
     assert begin_fork(plan_of(str(copy)), run).fork.step == 2
     with pytest.raises(CheckpointError, match="of step 3 there is none; there are the steps 0, 2"):
         begin_fork(plan_of(f"{again}@3"), run)
+
+
+def test_pixels_are_normalised_as_for_the_weights(plan_of: Callable[[str], Any], copy: Path) -> None:
+    """Of two data sets the source's has the say; a setting and the card of an export come before it."""
+    plan = plan_of(str(copy))
+    fork = replace(plan_fork(plan, copy.parent / "run").fork, mean=[0.25], std=[0.125])
+    forked = plan.with_fork(fork)
+    assert (forked.mean, forked.std, forked.science_settings()["inherited.mean"]) == ((0.25,), (0.125,), [0.25])
+    data = plan.cfg.data.model_copy(update={"mean": (0.5,), "std": (0.5,)})
+    stated = replace(plan, cfg=plan.cfg.model_copy(update={"data": data}), mean=(0.5,), std=(0.5,))
+    for other in (stated, replace(plan, has_source_card=True)):
+        assert (other.with_fork(fork).mean, other.with_fork(fork).std) == (other.mean, other.std)
