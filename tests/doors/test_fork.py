@@ -150,7 +150,8 @@ def test_after_its_first_checkpoint_it_needs_no_source(configs, one_rank, source
     assert [row["step"] for row in rows if "loss" in row] == list(range(7, 23))
     science = read_card(run / "export").science
     assert (science["inherited.fork.run"], science["inherited.fork.step"]) == (str(copy), 6)
-    one_rank.train(stage, configs["pretrain"], run, *words)  # finished: nothing to do
+    for same in (words, [*PLAIN, "optim.lr_per_256=2e-3"]):  # finished: nothing to do, with run.fork or without
+        one_rank.train(stage, configs["pretrain"], run, *same)
     with pytest.raises(CheckpointError, match=rf"is a fork of {copy}, step 6, and run\.fork={source} names another"):
         one_rank.train(stage, configs["pretrain"], run, *PLAIN, f"run.fork={source}")
 
