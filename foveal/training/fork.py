@@ -108,7 +108,7 @@ def load_fork(
     state = world.on_rank0(lambda: read_train_state(folder))
     chunks = engine.state_chunks()
     parts = world.run_all_or_raise(lambda: stored_parts(folder))
-    same_moments = not fork.differs_in(["optim.kind"]) and all(
+    same_moments = not fork.differs_in(["optim.name"]) and all(
         parts.get(chunk.name, chunk.flat_views_by_part.keys()) == chunk.flat_views_by_part.keys() for chunk in chunks
     )
     world.run_all_or_raise(

@@ -10,8 +10,8 @@ from foveal.errors import CheckpointError
 
 # Science that decides which samples a step takes.
 ORDER_SETTINGS = (
-    *("seed", "batch.images", "inherited.data", "data.train", "data.lanes", "data.window", "data.mix"),
-    *("data.per_class", "data.balance", "data.holdout_per_class", "data.fold"),
+    *("seed", "batch.global_size", "inherited.data", "data.train", "data.lanes", "data.window", "data.mix"),
+    *("data.samples_per_class", "data.balance", "data.holdout_per_class", "data.fold"),
 )
 _FILE = "fork.json"
 

@@ -80,7 +80,7 @@ def log_of(ranks: Ranks, config: Path, run: Path, *overrides: str) -> str:
 def source(configs: dict[str, Path], one_rank: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 22 steps that stands at step 6, with the checkpoints 0, 4 and 6. Tests only read it."""
     run = tmp_path_factory.mktemp("source") / "run"
-    settings = (*PLAIN, "run.stop_at=6", "checkpoint.every=4", "data.ledger=true")
+    settings = (*PLAIN, "run.stop_at_step=6", "checkpoint.every=4", "data.ledger=true")
     one_rank.train(stage_named("pretrain"), configs["pretrain"], run, *settings)
     (run / "mlflow.json").write_text('{"run_id": "abc"}')
     return run
@@ -91,7 +91,7 @@ def test_without_a_change_it_is_the_source_bit_for_bit(
 ) -> None:
     """Weights, moments, update counter, schedule and order cross; so does what the audit reads."""
     run, stage = tmp_path / "run", stage_named("pretrain")
-    settings = (*PLAIN, f"run.fork={source}@4", "data.ledger=true", "run.stop_at=6")
+    settings = (*PLAIN, f"run.fork={source}@4", "data.ledger=true", "run.stop_at_step=6")
     rows = one_rank.train(stage, configs["pretrain"], run, *settings)
     assert [row["step"] for row in rows] == [5, 6]
     for step in (4, 6):
@@ -105,8 +105,8 @@ def test_without_a_change_it_is_the_source_bit_for_bit(
 
 def test_a_distillation_forks_like_any_stage(configs, one_rank, tmp_path) -> None:
     source, run, stage = tmp_path / "source", tmp_path / "run", stage_named("distill")
-    rows = one_rank.train(stage, configs["distill"], source, *PLAIN, "checkpoint.every=2", "run.stop_at=3")
-    settings = (*PLAIN, f"run.fork={source}@2", "run.stop_at=3")
+    rows = one_rank.train(stage, configs["distill"], source, *PLAIN, "checkpoint.every=2", "run.stop_at_step=3")
+    settings = (*PLAIN, f"run.fork={source}@2", "run.stop_at_step=3")
     assert one_rank.train(stage, configs["distill"], run, *settings)[0]["loss"] == rows[2]["loss"]
 
 
@@ -115,15 +115,15 @@ def test_longer_and_slower_it_goes_on_at_the_source_s_step(
 ) -> None:
     """What differs is named, the rate is the new schedule's, and the lineage stands wherever a run is looked at."""
     run, stage = tmp_path / "run", stage_named("pretrain")
-    changes = ("epochs=2", "optim.lr_per_256=2e-3", "optim.clip=0.5")
-    log = log_of(one_rank, configs["pretrain"], run, f"run.fork={source}", *changes, "run.stop_at=8")
+    changes = ("epochs=2", "optim.lr_per_256=2e-3", "optim.max_grad_norm=0.5")
+    log = log_of(one_rank, configs["pretrain"], run, f"run.fork={source}", *changes, "run.stop_at_step=8")
     rows = read_rows_without_time(run / "metrics.jsonl")
     assert not differing(gathered(checkpoint(run, 6)), gathered(checkpoint(source, 6)))
     plan = stage.build_plan(stage.config_class.load(configs["pretrain"], changes), 1)
     assert [row["lr"] for row in rows] == [plan.compute_lr(step) for step in (6, 7)]
     assert f"of {source}, step 6; goes on at that step" in log
     assert f"after step 6 of 44, learning rate {plan.compute_lr(6):.3g} there" in log
-    assert "epochs (was 1, is 2), optim.clip (was 1.0, is 0.5), optim.lr_per_256 (was 0.004, is 0.002)" in log
+    assert "epochs (was 1, is 2), optim.max_grad_norm (was 1.0, is 0.5), optim.lr_per_256 (was 0.004, is 0.002)" in log
     tags = json.loads((run / "tags.json").read_text())
     assert (tags["fork.run"], tags["fork.step"], tags["fork.mlflow_run_id"]) == (str(source), "6", "abc")
     assert "inherited.fork" in json.loads((run / "science.json").read_text())
@@ -142,7 +142,7 @@ def test_after_its_first_checkpoint_it_needs_no_source(configs, one_rank, source
     one_rank.call(_train_and_die, str(configs["pretrain"]), [f"run.dir={run}", "tracking.uri=null", *words])
     assert steps(run) == []
     shutil.rmtree(checkpoint(copy, 6))
-    one_rank.train(stage, configs["pretrain"], run, *words, "run.stop_at=7")
+    one_rank.train(stage, configs["pretrain"], run, *words, "run.stop_at_step=7")
     assert steps(run) == [6, 7]
     assert not differing(gathered(checkpoint(run, 6)), gathered(checkpoint(source, 6)))
     shutil.rmtree(copy)
@@ -163,7 +163,7 @@ def test_killed_where_nothing_could_be_linked_it_forks_from_what_is_there(config
     one_rank.call(_train_and_die, str(configs["pretrain"]), [f"run.dir={run}", "tracking.uri=null", *words])
     shutil.rmtree(run / "fork")
     shutil.rmtree(checkpoint(copy, 6))
-    one_rank.train(stage_named("pretrain"), configs["pretrain"], run, *words, "run.stop_at=5")
+    one_rank.train(stage_named("pretrain"), configs["pretrain"], run, *words, "run.stop_at_step=5")
     assert steps(run) == [4, 5]
     assert not differing(gathered(checkpoint(run, 4)), gathered(checkpoint(source, 4)))
 
@@ -177,9 +177,9 @@ def test_another_order_is_a_schedule_of_its_own(configs, one_rank, source, tmp_p
     write_json(
         file.with_name("checksums.json"), read_json(file.with_name("checksums.json")) | {file.name: sha256(file)}
     )
-    one_rank.train(stage_named("pretrain"), configs["pretrain"], same, *PLAIN, f"run.fork={copy}", "run.stop_at=7")
+    one_rank.train(stage_named("pretrain"), configs["pretrain"], same, *PLAIN, f"run.fork={copy}", "run.stop_at_step=7")
     assert state(same, 6)["skipped"] == [2]
-    log = log_of(one_rank, configs["pretrain"], run, f"run.fork={copy}", "batch.images=32", "run.stop_at=2")
+    log = log_of(one_rank, configs["pretrain"], run, f"run.fork={copy}", "batch.global_size=32", "run.stop_at_step=2")
     assert [row["step"] for row in read_rows_without_time(run / "metrics.jsonl")] == [1, 2]
     assert not differing(gathered(checkpoint(run, 0)), gathered(checkpoint(source, 6)))
     assert (state(run, 0)["updates"], state(run, 0)["skipped"]) == (6, [])
@@ -190,8 +190,10 @@ def test_another_optimizer_begins_with_fresh_moments(configs, one_rank, source, 
     """SGD has other moments than AdamW; LARS has SGD's names for moments that mean something else."""
     ancestor = source
     for step, kind in ((6, "sgd"), (7, "lars")):
-        run, changes = tmp_path / kind, (f"optim.kind={kind}", "optim.lr_per_256=0.1")
-        log = log_of(one_rank, configs["pretrain"], run, f"run.fork={ancestor}", *changes, f"run.stop_at={step + 1}")
+        run, changes = tmp_path / kind, (f"optim.name={kind}", "optim.lr_per_256=0.1")
+        log = log_of(
+            one_rank, configs["pretrain"], run, f"run.fork={ancestor}", *changes, f"run.stop_at_step={step + 1}"
+        )
         mine, theirs = gathered(checkpoint(run, step)), gathered(checkpoint(ancestor, step))
         assert all(mine[key].equal(theirs[key]) for key in mine if key.startswith("weight "))
         assert all(not mine[key].any() for key in mine if key.startswith("momentum_buffer "))
@@ -207,7 +209,7 @@ def test_other_shapes_are_refused_and_the_directory_is_not_spoilt(configs, one_r
     ) as met:
         one_rank.train(stage, configs["pretrain"], run, *PLAIN, f"run.fork={source}", "decoder.width=24")
     assert met.value.exit_code == 2
-    one_rank.train(stage, configs["pretrain"], run, *PLAIN, f"run.fork={source}", "run.stop_at=7")
+    one_rank.train(stage, configs["pretrain"], run, *PLAIN, f"run.fork={source}", "run.stop_at_step=7")
     assert steps(run) == [6, 7]
 
 
@@ -217,24 +219,24 @@ def test_a_torn_checkpoint_is_one_sentence(configs, one_rank, source, tmp_path) 
     next(checkpoint(copy, 6).glob("*.safetensors")).write_bytes(b"torn")
     with pytest.raises(CheckpointError, match=r"step 6 of .*copy is torn or corrupt; name another step"):
         one_rank.train(stage, configs["pretrain"], run, *PLAIN, f"run.fork={copy}")
-    one_rank.train(stage, configs["pretrain"], run, *PLAIN, f"run.fork={copy}@4", "run.stop_at=5")
+    one_rank.train(stage, configs["pretrain"], run, *PLAIN, f"run.fork={copy}@4", "run.stop_at_step=5")
     assert steps(run) == [4, 5]
 
 
 def test_out_of_a_divergence_with_a_lower_rate(configs, one_rank, tmp_path) -> None:
     """The run's own sentence names the fork; the fork is trained."""
     diverged, run, stage = tmp_path / "diverged", tmp_path / "run", stage_named("pretrain")
-    wild = ("optim.lr_per_256=1e30", "optim.clip=null", "optim.warmup_epochs=0.0", "recovery.rollbacks=0")
+    wild = ("optim.lr_per_256=1e30", "optim.max_grad_norm=null", "optim.warmup_epochs=0.0", "recovery.max_rollbacks=0")
     with pytest.raises(TrainingDivergedError, match=rf"run\.fork={diverged}, another run\.dir and a lower"):
         one_rank.train(stage, configs["pretrain"], diverged, *PLAIN, *wild)
-    rows = one_rank.train(stage, configs["pretrain"], run, *PLAIN, f"run.fork={diverged}", "run.stop_at=2")
+    rows = one_rank.train(stage, configs["pretrain"], run, *PLAIN, f"run.fork={diverged}", "run.stop_at_step=2")
     assert [row["step"] for row in rows] == [1, 2]
     assert all(row["applied"] for row in rows)
 
 
 def test_two_ranks_of_another_engine_begin_in_the_same_checkpoint(configs, two_ranks, source, tmp_path) -> None:
     run = tmp_path / "run"
-    settings = ("engine.kind=accelerate", "checkpoint.keep=9", f"run.fork={source}", "epochs=2", "run.stop_at=7")
+    settings = ("engine.kind=accelerate", "checkpoint.keep=9", f"run.fork={source}", "epochs=2", "run.stop_at_step=7")
     two_ranks.train(stage_named("pretrain"), configs["pretrain"], run, *settings)
     assert not differing(gathered(checkpoint(run, 6)), gathered(checkpoint(source, 6)))
     assert steps(run) == [6, 7]
@@ -245,11 +247,11 @@ def test_evaluations_cross_with_the_weights_of_the_best(configs, one_rank, tmp_p
     stage, run = stage_named("finetune"), tmp_path / "run"
     stop = "early_stopping={metric: holdout_loss, patience: %d}"
     words = (*PLAIN, "evaluate_every=2", "data.holdout_per_class=4")
-    one_rank.train(stage, configs["finetune"], run, *words, stop % 4, "run.stop_at=4")
+    one_rank.train(stage, configs["finetune"], run, *words, stop % 4, "run.stop_at_step=4")
     kept = sorted(folder.name for folder in (run / "kept").iterdir())
-    for name, change, crossing in (("same", stop % 9, True), ("other", "data.crop_ratio=1.0", False)):
+    for name, change, crossing in (("same", stop % 9, True), ("other", "data.eval_crop_ratio=1.0", False)):
         fork = tmp_path / name
-        fork_words = (*words, stop % 4, change, f"run.fork={run}", "run.stop_at=5")
+        fork_words = (*words, stop % 4, change, f"run.fork={run}", "run.stop_at_step=5")
         one_rank.train(stage, configs["finetune"], fork, *fork_words)
         assert state(fork, 4)["scores"] == (state(run, 4)["scores"] if crossing else {})
         if crossing:
@@ -288,7 +290,7 @@ def test_nothing_left_to_train_is_one_sentence(configs, one_rank, source, tmp_pa
 def test_a_fresh_fork_of_the_run_it_stands_beside(configs, one_rank, source, tmp_path) -> None:
     run, stage = tmp_path / "run", stage_named("pretrain")
     shutil.copytree(source, run)
-    words = (*PLAIN, f"run.fork={run}", "epochs=2", "run.stop_at=7")
+    words = (*PLAIN, f"run.fork={run}", "epochs=2", "run.stop_at_step=7")
     with pytest.raises(CheckpointError, match=r"holds a run that is no fork"):
         one_rank.train(stage, configs["pretrain"], run, *words)
     one_rank.train(stage, configs["pretrain"], run, *words, "run.fresh=true")
@@ -306,7 +308,7 @@ def test_check_says_what_it_forks_from(configs, source, tmp_path, capsys: pytest
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("section", ["folds={count: 2}", "probe={}"])
+@pytest.mark.parametrize("section", ["cross_validation={count: 2}", "probe={}"])
 def test_nested_runs_refuse_it(section, configs, source, tmp_path) -> None:
     stage = stage_named("finetune")
     cfg = load_config(stage.config_class, "finetune", str(configs["finetune"]), [f"run.fork={source}", section])

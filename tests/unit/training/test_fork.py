@@ -29,7 +29,7 @@ STAGE = stage_named("pretrain")
 def source(configs: dict[str, Path], one_rank: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that stands at step 3, with the checkpoints 0, 2 and 3. Tests only read it."""
     run = tmp_path_factory.mktemp("source") / "run"
-    settings = ("engine.kind=plain", "checkpoint.keep=9", "run.stop_at=3", "checkpoint.every=2")
+    settings = ("engine.kind=plain", "checkpoint.keep=9", "run.stop_at_step=3", "checkpoint.every=2")
     one_rank.train(STAGE, configs["pretrain"], run, *settings)
     return run
 
@@ -76,18 +76,18 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_names_match_a_setting_or_its_section() -> None:
-    changes = {"data.mix.0.share": [None, 0.5], "data.windows": [1, 2], "seed": [0, 1]}
+    changes = {"data.mix.0.fraction": [None, 0.5], "data.windows": [1, 2], "seed": [0, 1]}
     fork = Fork("a", "/a", 3, "d", 3, 3, None, None, changes)
-    assert fork.differs_in(["data.mix", "data.window"]) == ["data.mix.0.share"]
+    assert fork.differs_in(["data.mix", "data.window"]) == ["data.mix.0.fraction"]
     assert not fork.has_same_order
 
 
 CHANGED = {
     "seed": 4,
-    "batch.images": 32,
+    "batch.global_size": 32,
     "data.lanes": 4,
     "data.window": 1,
-    "data.per_class": 50,
+    "data.samples_per_class": 50,
     "data.balance": 1.0,
     "data.holdout_per_class": 5,
     "data.fold": {"of": 3, "number": 0},
