@@ -55,6 +55,14 @@ def check_settings(cfg: FinetuneConfig) -> None:
     _check_adversarial(cfg)
 
 
+def check_no_fork(cfg: FinetuneConfig, section: str) -> None:
+    """Raise ConfigError for run.fork with a section (trials, folds, probe) whose runs have no checkpoint to begin from."""
+    if cfg.run.fork is not None:
+        raise ConfigError(
+            f"run.fork and {section} exclude each other: a fork is one run that goes on from another run's checkpoint"
+        )
+
+
 def check_stopping_uses_holdout(cfg: FinetuneConfig, nested_run_phrase: str) -> None:
     """Raise ConfigError if a nested run (``nested_run_phrase``, such as "a fold") would stop by the data that evaluates it."""
     if cfg.early_stopping_metric is not None and not cfg.early_stopping_metric.startswith("holdout_"):

@@ -11,6 +11,7 @@ from finetune.checks import (
     check_detector_forward,
     check_distillation_token,
     check_mixup_pairing,
+    check_no_fork,
     check_settings,
     check_split_batch_norm,
     check_task_settings,
@@ -113,6 +114,7 @@ def plan_training(cfg: FinetuneConfig, world_size: int) -> FinetunePlan:
     if cfg.trials is None:
         return _plan_run(cfg, world_size)
     check_trials_evaluation(cfg)
+    check_no_fork(cfg, "trials")
     if cfg.run.stop_at_step is not None:
         raise ConfigError(
             "run.stop_at_step and trials exclude each other: a comparison is of whole runs; shorten epochs"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from finetune.checks import check_stopping_uses_holdout
+from finetune.checks import check_no_fork, check_stopping_uses_holdout
 from finetune.config import FinetuneConfig
 from finetune.multirun.nested_runs import FitFn, RunSummary, get_run_dir, is_finished, run_or_reuse_nested
 from finetune.plan import FinetunePlan, nested_run_config, plan_training
@@ -138,6 +138,7 @@ def _check_cross_validation(cfg: FinetuneConfig) -> None:
         raise ConfigError(
             "cross_validation and trials exclude each other: cross-validate the arm that a comparison has chosen"
         )
+    check_no_fork(cfg, "cross_validation")
     if cfg.run.stop_at_step is not None:
         raise ConfigError(
             "run.stop_at_step and cross_validation exclude each other: a cross-validation is of whole runs; shorten epochs"

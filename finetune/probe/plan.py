@@ -6,6 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
+from finetune.checks import check_no_fork
 from finetune.config import FinetuneConfig
 from finetune.plan import FinetunePlan, plan_training
 from finetune.probe.config import HYPERPARAMETERS, ProbeConfig, ProbeKind
@@ -140,6 +141,7 @@ def _check_probe_settings(cfg: FinetuneConfig, probe: ProbeConfig) -> None:
     for name in ("trials", "cross_validation"):
         if getattr(cfg, name) is not None:
             raise ConfigError(f"probe and {name} exclude each other: a probe trains no encoder; take one of them out")
+    check_no_fork(cfg, "probe")
     if cfg.data.fold is not None or cfg.data.labels != "class":
         raise ConfigError(
             "probe reads one class of an image, and is evaluated on data.val: leave out data.labels and data.fold"

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +101,26 @@ def write_and_hash_chunks(folder: Path, rank: int, chunks: Sequence[TensorChunk]
     return digest.hexdigest()
 
 
-def load_chunks(folder: Path, target_chunks: Sequence[TensorChunk]) -> None:
+def stored_parts(folder: Path) -> dict[str, set[str]]:
+    """Return the parts ("weight", moments) that a folder has of every tensor with elements, by its name."""
+    parts: dict[str, set[str]] = {}
+    for part, name in _ChunkIndex.from_folder(folder).stored:
+        parts.setdefault(name, set()).add(part)
+    return parts
+
+
+def load_chunks(folder: Path, target_chunks: Sequence[TensorChunk], *, weights_only: bool = False) -> None:
     """Fill chunks from a folder, however its files divide the tensors; changes nothing unless all chunks fit.
 
+    ``weights_only``: leave the moments as they are, whatever moments the folder has.
     Raises: CheckpointError that names a tensor which is missing, surplus, incomplete, or of another shape or dtype.
     """
     index = _ChunkIndex.from_folder(folder)
+    if weights_only:
+        index = replace(index, stored={key: ranges for key, ranges in index.stored.items() if key[0] == "weight"})
+        target_chunks = [
+            replace(chunk, flat_views_by_part={"weight": chunk.flat_views_by_part["weight"]}) for chunk in target_chunks
+        ]
     index.check(target_chunks)
     reads: dict[Path, list[tuple[str, slice, Tensor]]] = {}
     for chunk in target_chunks:

@@ -13,6 +13,8 @@ from foveal.errors import CheckpointError
 from foveal.renames import translate_metrics, translate_science
 
 CHECKPOINT_FORMAT = 2
+_SHAPE_SECTIONS = {"model", "decoder", "backbone"}
+_NESTED_SECTIONS = {"trials", "cross_validation", "probe"}
 
 
 @dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid", strict=True))
@@ -101,6 +103,7 @@ def check_science_unchanged(
         raise CheckpointError(
             f"{run_or_checkpoint_dir} was made with other science: {changes}; set it back, or start anew with another run.dir or "
             f"run.fresh=true{_init_hint(run_or_checkpoint_dir) if 'init' in current_science else ''}"
+            f"{_fork_hint(run_or_checkpoint_dir, names, current_science)}"
         )
 
 
@@ -108,3 +111,13 @@ def _init_hint(run_folder: Path) -> str:
     """Return advice to start a new run from this run's export; empty without an export."""
     export = run_folder / "export"
     return f"; init={export} gives the new run the weights of this one" if (export / "card.json").exists() else ""
+
+
+def _fork_hint(run_or_checkpoint_dir: Path, differing: list[str], science: dict[str, Any]) -> str:
+    """Return advice to fork the run; empty where a shape differs or the run is made of nested runs."""
+    sections = {name.split(".")[0] for name in differing}
+    if sections & _SHAPE_SECTIONS or any(name.split(".")[0] in _NESTED_SECTIONS for name in science if "." in name):
+        return ""
+    in_run = run_or_checkpoint_dir.parent.name == "checkpoints"
+    run = run_or_checkpoint_dir.parents[1] if in_run else run_or_checkpoint_dir
+    return f"; run.fork={run} with another run.dir goes on from its newest checkpoint under the new settings"

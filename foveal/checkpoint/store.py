@@ -32,8 +32,9 @@ _log = logging.getLogger(__name__)
 class CheckpointStore:
     """The checkpoints in a folder, for one attempt. Every rank calls every method, unless its docstring says otherwise.
 
-    start_steps_by_attempt: first step of each earlier attempt, by its number; is_superseded: called on rank 0 before
-    publishing; write_timeout_seconds: a rank's time limit for its own thread, well below that of a collective.
+    start_steps_by_attempt: first step of each earlier attempt, by its number; first_step: where the run begins without
+    a checkpoint; is_superseded: called on rank 0 before publishing; write_timeout_seconds: a rank's time limit for its
+    own thread, well below that of a collective.
     """
 
     def __init__(
@@ -44,12 +45,14 @@ class CheckpointStore:
         attempt_number: int,
         start_steps_by_attempt: Mapping[int, int],
         *,
+        first_step: int = 0,
         is_superseded: Callable[[], bool] = lambda: False,
         write_timeout_seconds: float = 600.0,
     ) -> None:
         self._root = root
         self._cfg = cfg
         self._world = world
+        self._first_step = first_step
         self._is_superseded = is_superseded
         self._write_timeout = write_timeout_seconds
         self._directory = CheckpointDirectory(root, attempt_number, start_steps_by_attempt)
@@ -90,7 +93,8 @@ class CheckpointStore:
     def find_latest_valid(self) -> tuple[Path, TrainState] | None:
         """Return the newest valid checkpoint, the same on every rank; corrupt ones are skipped with a warning.
 
-        Checkpoints that a later attempt invalidated are skipped too. This attempt begins at the returned step, or at 0.
+        Checkpoints that a later attempt invalidated are skipped too. This attempt begins at the returned step, or at
+        the run's first step.
         Raises: CheckpointError for another format, or if a run that has begun has no valid checkpoint;
         StorageUnreachableError if a checkpoint cannot be read now.
         """
@@ -107,7 +111,7 @@ class CheckpointStore:
         if latest is None and (message := self._run_on_rank0(self._explain_none_usable)):
             raise CheckpointError(message)
         self.latest_step = latest[1].step if latest else None
-        self._directory.remember_first_start(self.latest_step or 0)
+        self._directory.remember_first_start(self._first_step if latest is None else latest[1].step)
         return latest
 
     def load(self, folder: Path, engine: CheckpointableEngine, state: TrainState) -> None:
@@ -135,11 +139,11 @@ class CheckpointStore:
     def _explain_none_usable(self) -> str | None:
         """Return the message for a run that has begun and has no usable checkpoint; None if it has not begun.
 
-        Such a run must not begin at step 0: that would invalidate all of its checkpoints.
+        Such a run must not begin at its first step: that would invalidate all of its checkpoints.
         """
         checkpoints = self._directory.list_checkpoints()
         begun = self._directory.furthest_start_step
-        if not checkpoints and not begun:
+        if not checkpoints and begun <= self._first_step:
             return None
         invalidated = ", ".join(folder.name for folder in checkpoints if folder not in self._corrupt)
         start = f", and an attempt at this run began at step {begun}" if begun else ""

@@ -10,10 +10,11 @@ from rich.table import Table
 
 from foveal.errors import CheckpointError
 from foveal.training.lease import list_attempts
+from foveal.training.lineage import read_fork
 
 
 def attempts(run: Annotated[Path, typer.Argument(help="The run directory.")]) -> None:
-    """List every start of a run: job, node, steps, seconds, and why it stopped."""
+    """List every start of a run: job, node, steps, seconds, and why it stopped; of a fork also where it began."""
     records = list_attempts(run)
     if not records:
         raise CheckpointError(f"{run} holds no attempts; give the directory of a run (run.dir)")
@@ -33,7 +34,11 @@ def attempts(run: Annotated[Path, typer.Argument(help="The run directory.")]) ->
             _format_number(record.exit_code),
             record.reason or "(no record of its end: it is running, or was killed)",
         )
-    Console(width=160).print(table)
+    console = Console(width=160)
+    if (fork := read_fork(run)) is not None:
+        for line in fork.summary_lines():
+            console.print(line, markup=False, highlight=False)
+    console.print(table)
 
 
 def _format_number(value: float | None) -> str:

@@ -61,6 +61,7 @@ def plan_command(
     from foveal.forecast.problems import find_problems
     from foveal.forecast.report import forecast_to_dict, format_forecast
     from foveal.training.cli import load_config
+    from foveal.training.run_directory import preview_fork
 
     planned_stage = import_stage(resolve_stage_name(config, stage))
     cfg = load_config(planned_stage.config_class, planned_stage.name, config, overrides or [])
@@ -75,7 +76,8 @@ def plan_command(
         gpu_flops_per_second=None if tflops is None else tflops * 1e12,
         gpu_memory_bytes=None if memory_gb is None else memory_gb * 1e9,
     )
-    forecast = Forecast(planned_stage, planned_stage.build_plan(cfg, cluster.world_size), cluster)
+    plan = preview_fork(planned_stage.build_plan(cfg, cluster.world_size))
+    forecast = Forecast(planned_stage, plan, cluster)
     slurm, request = find_slurm_partition(partition), read_job_script_times(planned_stage.name)
     limits = _job_limits(slurm, request, time)
     problems = find_problems(forecast, limits, slurm, None if time else request)

@@ -49,13 +49,18 @@ class CheckpointSaver:
         return self._store.is_save_pending
 
     def save_initial(
-        self, engine: Engine, step: int, skipped_batches: Sequence[int], throughput_meter: ThroughputMeter
+        self,
+        engine: Engine,
+        step: int,
+        skipped_batches: Sequence[int],
+        evaluations: Evaluations,
+        throughput_meter: ThroughputMeter,
     ) -> None:
         """Save a checkpoint before the first step, to prove that the disk has room and to time a save.
 
         Raises: CheckpointError if the disk has no room, LaunchError if Slurm's notice is shorter than a save.
         """
-        self.start_checkpoint(engine, step, skipped_batches, {}, throughput_meter)
+        self.start_checkpoint(engine, step, skipped_batches, evaluations, throughput_meter)
         self.finish_checkpoint(step, throughput_meter)
         if self.latest_step is None:
             raise CheckpointError(

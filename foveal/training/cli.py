@@ -32,7 +32,7 @@ from foveal.training.loop import TrainingSetup
 from foveal.training.out_of_memory import diagnose_out_of_memory
 from foveal.training.plan import Plan
 from foveal.training.run import Run
-from foveal.training.run_directory import open_run
+from foveal.training.run_directory import open_run, preview_fork
 
 ConfigT = TypeVar("ConfigT", bound=StageConfig)
 PlanT = TypeVar("PlanT", bound=Plan)
@@ -94,7 +94,7 @@ def main(stage: Stage[Any, Any], argv: Sequence[str] | None = None) -> NoReturn:
         cfg = load_config(stage.config_class, stage.name, options.config, options.overrides, old_names.append)
         if options.check:
             _warn_on_rank0(old_names, 0)
-            plan = stage.build_plan(cfg, options.ranks or read_launch_env().world_size)
+            plan = preview_fork(stage.build_plan(cfg, options.ranks or read_launch_env().world_size))
             sys.stdout.write("\n".join(plan.summary_lines()) + "\n")
             sys.exit(0)
         launch_env = read_launch_env()

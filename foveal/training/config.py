@@ -49,6 +49,11 @@ class RunConfig(Config):
 
     dir: str | None = machine(None, "Run directory. null: runs/<name of the config>.")
     fresh: bool = machine(False, "Start a new run in a numbered sibling if the run directory exists.")
+    fork: str | None = machine(
+        None,
+        "Begin a new run from a checkpoint of another one under other science: RUN (its newest) or RUN@STEP. The digest "
+        "of the checkpoint is science. null: no fork.",
+    )
     stop_at_step: int | None = machine(
         None, "Stop after this step with a checkpoint to resume from. null: run to the end.", ge=1
     )

@@ -14,7 +14,7 @@ from foveal.engines.base import Engine
 from foveal.errors import CheckpointError, ExportError
 from foveal.training.plan import Plan
 from foveal.training.provenance import get_library_versions
-from foveal.weights.export import Card, filter_and_strip_prefix, write_export
+from foveal.weights.export import Card, filter_and_strip_prefix, read_card, write_export
 
 
 class Exporter:
@@ -67,6 +67,23 @@ class Exporter:
         Raises: CheckpointError, on every rank, if kept/<step>/ does not exist; ExportError if writing fails.
         """
         return self._world.on_rank0(lambda: self._copy_to_export(step))
+
+    def adopt_best(self, other_run_dir: Path, step: int) -> bool:
+        """Copy kept/<step>/ of another run, or its export of that step, to kept/<step>/. For rank 0.
+
+        Returns whether the weights were there.
+        """
+        best = self._best_folder(step)
+        for folder in (other_run_dir / "kept" / best.name, other_run_dir / "export"):
+            try:
+                if read_card(folder).step != step:
+                    continue
+                with atomic_folder(best) as draft:
+                    shutil.copytree(folder, draft, dirs_exist_ok=True)
+            except (ExportError, OSError):  # its run has removed it, perhaps while it was copied
+                continue
+            return True
+        return False
 
     def remove_best(self, before_step: int | None = None) -> None:
         """Remove the folders kept/<step>/ of the steps before ``before_step``; None: remove kept/."""

@@ -1,10 +1,10 @@
 """The plan that all three stages share: a config resolved for a number of ranks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from foveal.checkpoint.state import check_science_unchanged
 from foveal.config import height_and_width
@@ -16,6 +16,7 @@ from foveal.errors import ConfigError, ExportError
 from foveal.optim.schedule import count_plateau_drops, step_decay_lr, warmup_constant_lr, warmup_cosine_lr
 from foveal.training.config import StageConfig
 from foveal.training.evaluations import higher_is_better
+from foveal.training.lineage import Fork
 from foveal.weights.export import Card
 
 
@@ -25,7 +26,8 @@ class Plan:
 
     ``inherited_science`` is science that no setting states: the digests of the data and of the export that the stage
     starts from, and the values that the export's card determines. ``resized_from``: image size of that export, None if
-    it equals this stage's.
+    it equals this stage's. ``has_source_card``: mean and std are of an export's card. ``fork``: the run's beginning in
+    another run, known once its directory is.
     """
 
     cfg: StageConfig
@@ -38,6 +40,8 @@ class Plan:
     std: tuple[float, ...]
     inherited_science: dict[str, Any] = field(default_factory=dict)
     resized_from: int | tuple[int, int] | None = None
+    has_source_card: bool = False
+    fork: Fork | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -99,6 +103,18 @@ class Plan:
             saved_science, self.science_settings(), run_or_checkpoint_dir, self.cfg.neutral_values()
         )
 
+    def with_fork(self, fork: Fork) -> Self:
+        """Return the plan of a fork: with the digest of its source, and the pixel statistics of its source's weights.
+
+        An export that the stage starts from, and data.mean where it is set, have other statistics and decide.
+        """
+        mean, std = self.mean, self.std
+        if not self.has_source_card and self.cfg.data.mean is None and fork.mean and fork.std:
+            mean, std = tuple(fork.mean), tuple(fork.std)
+        facts = {"fork": fork.digest, "mean": list(mean), "std": list(std)}
+        science = self.inherited_science | add_inherited_prefix(facts)
+        return replace(self, fork=fork, mean=mean, std=std, inherited_science=science)
+
     def build_card(
         self, stage_name: str, encoder_card: dict[str, Any], classes: tuple[str, ...], **card_fields: Any
     ) -> Card:
@@ -110,7 +126,7 @@ class Plan:
             std=self.std,
             resized_from=self.resized_from,
             classes=classes,
-            science=self.science_settings(),
+            science=self.science_settings() | (self.fork.card_facts() if self.fork else {}),
             **card_fields,
         )
 
@@ -129,7 +145,17 @@ class Plan:
             f"lr        {peak}; {optim.schedule}, {optim.name}",
             f"engine    {engine.kind}{zero}, {engine.precision}",
             f"run       {cfg.run.dir}",
+            *self._fork_lines(),
         ]
+
+    def _fork_lines(self) -> list[str]:
+        """Return lines about the run's beginning in another run: the source, its schedule from there, what differs."""
+        if self.fork is None:
+            return []
+        source_line, changes_line = self.fork.summary_lines()
+        step = self.fork.start_step
+        rate = "" if self.cfg.optim.schedule == "plateau" else f", learning rate {self.compute_lr(step):.3g} there"
+        return [source_line, f"start     after step {step} of {self.total_steps}{rate}", changes_line]
 
     def _resize_lines(self) -> list[str]:
         """Return a line if the initial weights were trained at another image size."""
@@ -209,6 +235,7 @@ def build_stage_plan(
         mean=mean,
         std=std,
         inherited_science=add_inherited_prefix(facts),
+        has_source_card=source_card is not None,
         **plan_fields,
     )
 

@@ -40,7 +40,7 @@ class RollbackController:
     def __init__(
         self, run_dir: Path, cfg: RecoveryConfig, skipped_batches: list[int], rollbacks: list[dict[str, Any]]
     ) -> None:
-        self._file, self._cfg = AppendLog(run_dir / "rollbacks.jsonl"), cfg
+        self._run_dir, self._file, self._cfg = run_dir, AppendLog(run_dir / "rollbacks.jsonl"), cfg
         self._rollbacks = rollbacks
         self.skipped_batches = sorted({*skipped_batches, *(batch for entry in rollbacks for batch in entry["batches"])})
         self._refused_steps: list[int] = []
@@ -65,8 +65,8 @@ class RollbackController:
             raise TrainingDivergedError(
                 f"loss or gradients were not finite in the {len(self._refused_steps)} steps {first} to {last}, after "
                 f"{len(self._rollbacks)} roll-backs; none of them changed a weight, and the newest checkpoint is "
-                f"intact: start anew with run.fresh=true and a lower optim.lr_per_256, optim.max_grad_norm or a longer "
-                f"optim.warmup_epochs"
+                f"intact: go on from it in a new run with run.fork={self._run_dir}, another run.dir and a lower "
+                f"optim.lr_per_256 or optim.max_grad_norm, or start anew with run.fresh=true"
             )
         batches = [batch_index_for_step(step - 1, self.skipped_batches) for step in self._refused_steps]
         entry = {"time": time.time(), "to": to_step, "refused": self._refused_steps, "batches": batches}

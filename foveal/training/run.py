@@ -22,6 +22,7 @@ from foveal.training.checkpointing import CheckpointSaver
 from foveal.training.data_log import DataLog
 from foveal.training.evaluations import Evaluations
 from foveal.training.exporting import Exporter
+from foveal.training.fork import load_fork, release_checkpoint
 from foveal.training.lease import Attempt, Lease
 from foveal.training.meters.metric_accumulator import MetricAccumulator, MetricRow
 from foveal.training.meters.stragglers import StragglerMeter
@@ -85,23 +86,26 @@ class Run:
     def resume(self, engine: Engine) -> int:
         """Load the newest complete checkpoint, open the tracker at its step and return that step, 0 for a new run.
 
-        The checkpoint may come from any number of ranks and any engine. A new run saves one before its first step: to
+        A fork without a checkpoint begins in its source's. The checkpoint may come from any number of ranks and any
+        engine. A new run saves one before its first step: to
         prove that the disk has room, to time a save, and as the target of an early roll-back.
         Raises: CheckpointError if the checkpoint is of other science or the disk has no room, LaunchError if a save
         takes longer than Slurm's notice.
         """
         latest = self.checkpoint_store.find_latest_valid()
-        skipped_batches: list[int] = []
-        save_seconds = 0.0
+        state, skipped_batches, save_seconds = None, [], 0.0
         if latest is not None:
             folder, state = latest
             self.plan.check_continues(state.science, folder)
             self.checkpoint_store.load(folder, engine, state)
+            _log.info("resumed from %s, which %s wrote", folder, state.saved_by)
+        elif self.plan.fork is not None:
+            state = load_fork(self.plan.fork, self.plan.cfg, engine, self.world, self.exporter.adopt_best)
+        if state is not None:
             self.step, skipped_batches, save_seconds = state.step, state.skipped, state.save_seconds
             self.evaluations = dict(state.scores)
             self.throughput_meter = ThroughputMeter(state.seconds)
             warn_if_rounding_changed(state, self.plan.cfg)
-            _log.info("resumed from %s, which %s wrote", folder, state.saved_by)
         rollbacks = self.world.on_rank0(lambda: read_rollbacks(self.path))
         self._rollback = RollbackController(self.path, self.plan.cfg.recovery, skipped_batches, rollbacks)
         self.start_attempt(self.step)
@@ -109,7 +113,10 @@ class Run:
         if save_seconds:
             self.checkpoint_saver.check_notice_covers_save(save_seconds)
         else:  # no attempt has timed a save yet
-            self.checkpoint_saver.save_initial(engine, self.step, self.rollback.skipped_batches, self.throughput_meter)
+            self.checkpoint_saver.save_initial(
+                engine, self.step, self.rollback.skipped_batches, self.evaluations, self.throughput_meter
+            )
+            self.world.on_rank0(lambda: release_checkpoint(self.path))
         return self.step
 
     def open_data_log(self, step: int = 0, skipped_batches: Sequence[int] = ()) -> None:
@@ -139,8 +146,10 @@ class Run:
         self.tracker, self._last_row = open_tracker(
             self.path, cfg.tracking, cfg.run.pipeline, step, lease.number, lambda: self._raise_if_superseded(lease)
         )
-        self.tracker.log_settings(cfg.to_flat_dict() | self.plan.inherited_science, collect_attempt_tags(self.world))
-        self.tracker.log_file(self.path / "config.yaml")
+        tags = collect_attempt_tags(self.world) | (self.plan.fork.tags() if self.plan.fork else {})
+        self.tracker.log_settings(cfg.to_flat_dict() | self.plan.inherited_science, tags)
+        for name in ("config.yaml", *(["fork.json"] if self.plan.fork else [])):
+            self.tracker.log_file(self.path / name)
         self.progress = ProgressReporter(
             "" if self.is_nested else self.path.name, total_steps or self.plan.total_steps, step
         )

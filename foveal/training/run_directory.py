@@ -31,11 +31,13 @@ from foveal.tracking import report_end_without_tracker
 from foveal.tracking.tracker import AttemptState, NullTracker
 from foveal.training.checkpointing import CheckpointSaver
 from foveal.training.config import StageConfig
+from foveal.training.fork import begin_fork, plan_fork
 from foveal.training.lease import Attempt, Lease, acquire_lease
 from foveal.training.lease_holder import current_holder
+from foveal.training.lineage import Fork
 from foveal.training.meters.stragglers import StragglerMeter
 from foveal.training.out_of_memory import diagnose_out_of_memory
-from foveal.training.plan import Plan
+from foveal.training.plan import Plan, PlanT
 from foveal.training.run import Run
 
 _PERMANENT_ERRNOS = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}  # a retry fails in the same way
@@ -63,10 +65,11 @@ def open_run(
     # The resolved directory goes into config.yaml, and trials derive their folders from it.
     run_cfg = plan.cfg.run.model_copy(update={"dir": str(path), "fresh": False})
     plan = replace(plan, cfg=plan.cfg.model_copy(update={"run": run_cfg}))
-    attempt = _acquire_attempt(path, plan, world)
+    attempt, fork = _acquire_attempt(path, plan, world)
     if attempt is None:
         yield None
         return
+    plan = plan.with_fork(fork) if fork else plan
     end = _AttemptEnd()
     open_runs: list[Run] = []
     logs, timeout = path / "logs", plan.cfg.engine.timeout_minutes * 60
@@ -144,6 +147,9 @@ def _inspect_run_dir(plan: Plan) -> tuple[Path, bool]:
     """Return the run directory and whether its run is finished. Raises: ConfigError, CheckpointError."""
     try:
         path = _resolve_run_dir(plan.cfg)
+        plan = plan_fork(plan, path)
+        if plan.fork is not None and plan.fork.checkpoint is not None:
+            return path, False  # nothing has been trained here
         for name in ("science.json", "finished.json"):
             file = path / name
             if file.exists():
@@ -156,20 +162,26 @@ def _inspect_run_dir(plan: Plan) -> tuple[Path, bool]:
         raise _unusable_dir_error(plan.cfg.run.dir, error) from None
 
 
+def preview_fork(plan: PlanT) -> PlanT:
+    """Return the plan with what it forks from, if it does, without writing anything. Raises: as ``plan_fork``."""
+    return plan if plan.cfg.run.fork is None else plan_fork(plan, _resolve_run_dir(plan.cfg))
+
+
 def _unusable_dir_error(path: Path | str | None, error: OSError) -> ConfigError:
     return ConfigError(
         f"run.dir={path} cannot be a run directory ({error.strerror}); set run.dir to a place that can be written"
     )
 
 
-def _acquire_attempt(path: Path, plan: Plan, world: World) -> Attempt | None:
+def _acquire_attempt(path: Path, plan: Plan, world: World) -> tuple[Attempt | None, Fork | None]:
     """Start the next attempt at the run: return the lease on rank 0, its number and start steps on the other ranks.
 
-    None if the previous attempt finished the run after ``_inspect_run_dir``.
+    With it the run's beginning in another run, if it is a fork. The attempt is None if the previous attempt finished
+    the run after ``_inspect_run_dir``.
     """
     leases: list[Lease] = []
 
-    def acquire() -> Attempt | None:
+    def acquire() -> tuple[Attempt | None, Fork | None]:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -183,15 +195,20 @@ def _acquire_attempt(path: Path, plan: Plan, world: World) -> Attempt | None:
             raise
         if (path / "finished.json").exists():
             lease.record_end_and_release("the attempt before has finished the run", 0)
-            return None
+            return None, None
+        try:
+            forked = begin_fork(plan, path)
+        except FovealError as error:
+            lease.record_end_and_release(str(error), error.exit_code)
+            raise
         leases.append(lease)
         cfg.dump(path / "config.yaml")
-        write_json(path / "science.json", plan.science_settings())
+        write_json(path / "science.json", forked.science_settings())
         write_json(path / "job.json", slurm_job_tags())
-        return Attempt(lease.number, lease.start_steps_by_attempt)
+        return Attempt(lease.number, lease.start_steps_by_attempt), forked.fork
 
-    attempt = world.on_rank0(acquire)
-    return leases[0] if leases else attempt
+    attempt, fork = world.on_rank0(acquire)
+    return leases[0] if leases else attempt, fork
 
 
 def _build_store(path: Path, plan: Plan, world: World, attempt: Attempt, timeout_seconds: float) -> CheckpointStore:
@@ -201,6 +218,7 @@ def _build_store(path: Path, plan: Plan, world: World, attempt: Attempt, timeout
         world,
         attempt.number,
         attempt.start_steps_by_attempt,
+        first_step=plan.fork.highest_start_step if plan.fork else 0,
         is_superseded=attempt.poll_superseded if isinstance(attempt, Lease) else lambda: False,
         write_timeout_seconds=timeout_seconds,
     )

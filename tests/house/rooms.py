@@ -106,6 +106,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # One attempt at a run.
     "foveal.training.lease_holder": (("foveal.slurm",), ()),
     "foveal.training.lease": (("foveal.atomic", "foveal.errors", "foveal.training.lease_holder"), ()),
+    "foveal.training.lineage": (("foveal.atomic", "foveal.errors"), ()),
     "foveal.training.meters": (("foveal.atomic",), ("torch",)),
     "foveal.training": (
         (
@@ -120,6 +121,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "foveal.tracking",
             "foveal.training.lease",
             "foveal.training.lease_holder",
+            "foveal.training.lineage",
             "foveal.training.meters",
             "foveal.weights",
         ),
@@ -153,7 +155,14 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("torch", "typer"),
     ),
     "foveal.commands": (
-        (*CONFIGURED, "foveal.atomic", "foveal.tracking", "foveal.training.lease", *STAGE_CONFIGS),
+        (
+            *CONFIGURED,
+            "foveal.atomic",
+            "foveal.tracking",
+            "foveal.training.lease",
+            "foveal.training.lineage",
+            *STAGE_CONFIGS,
+        ),
         ("pydantic", "pydantic_core", "rich", "typer", "yaml"),
     ),
     "foveal.cli": (

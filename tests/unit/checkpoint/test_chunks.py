@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
-from foveal.checkpoint.chunks import _DTYPES, TensorChunk, load_chunks, replicated_chunk, write_and_hash_chunks
+from foveal.checkpoint.chunks import (
+    _DTYPES,
+    TensorChunk,
+    load_chunks,
+    replicated_chunk,
+    stored_parts,
+    write_and_hash_chunks,
+)
 from foveal.errors import CheckpointError
 
 PARTS = {"weight": 0, "exp_avg": 1000, "exp_avg_sq": 2000}
@@ -61,6 +68,19 @@ def check(actual: Sequence[TensorChunk], expected: Sequence[TensorChunk]) -> Non
             chunk.flat_views_by_part[part].equal(reference.flat_views_by_part[part])
             for part in chunk.flat_views_by_part
         ), chunk.name
+
+
+def test_weights_without_moments(tmp_path: Path) -> None:
+    """Whatever moments the folder has; the ones in place stay as they are."""
+    write_and_hash_chunks(tmp_path, 0, [trained("layer", (4, 3)), frozen("scale", torch.ones(2))])
+    parts = {"weight": torch.zeros(12), "momentum_buffer": torch.full((12,), 7.0)}
+    chunks = [replace(trained("layer", (4, 3)), flat_views_by_part=parts), frozen("scale", torch.zeros(2))]
+    with pytest.raises(CheckpointError):
+        load_chunks(tmp_path, chunks)
+    load_chunks(tmp_path, chunks, weights_only=True)
+    assert parts["weight"].equal(torch.arange(12.0))
+    assert parts["momentum_buffer"].equal(torch.full((12,), 7.0))
+    assert stored_parts(tmp_path) == {"layer": {"weight", "exp_avg", "exp_avg_sq"}, "scale": {"weight"}}
 
 
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)

@@ -321,8 +321,13 @@ def test_other_science_says_what_can_be_done(tmp_path: Path) -> None:
     sentence = (
         r"other science: epochs \(was 4, is 6\); set it back, or start anew with another run\.dir or run\.fresh=true"
     )
-    with pytest.raises(CheckpointError, match=rf"{sentence}$"):
+    fork = rf"; run\.fork={tmp_path} with another run\.dir goes on from its newest checkpoint under the new settings"
+    with pytest.raises(CheckpointError, match=rf"{sentence}{fork}$"):
         check_science_unchanged(saved_science, current, tmp_path)
+    with pytest.raises(CheckpointError, match=rf"{sentence}{fork}$"):
+        check_science_unchanged(saved_science, current, tmp_path / "checkpoints" / "step-00000004-attempt-0001")
+    with pytest.raises(CheckpointError, match=r"model\.depth \(was 2, is 3\); set it back.*run\.fresh=true$"):
+        check_science_unchanged({"model.depth": 2}, {"model.depth": 3}, tmp_path)
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "card.json").touch()
     with pytest.raises(CheckpointError, match=rf"{sentence}; init={tmp_path}/export gives the new run the weights"):
