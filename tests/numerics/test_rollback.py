@@ -25,6 +25,8 @@ CASES = [
     pytest.param("two", "engine.zero=3", 4),
 ]
 
+EVALUATED = ("evaluate_every=6",)
+
 
 def _train_poisoned(world: World, config: str, overrides: list[str], draws: list[int]) -> None:
     """Train with an objective that is NaN on the rank whose batch has one of ``draws``."""
@@ -68,7 +70,7 @@ def spared(ranks: Ranks, config: Path, run: Path, batches: list[int], *overrides
 
 
 def same(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> None:
-    for name in ("step", "loss", "grad_norm", "lr", "applied"):
+    for name in ("step", "loss", "grad_norm", "lr", "applied", "val_loss", "val_knn_top1"):
         assert [row[name] for row in ours if name in row] == [row[name] for row in theirs if name in row], name
 
 
@@ -76,14 +78,18 @@ def same(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> None:
 def test_going_back_is_never_having_met_the_batches(
     ranks, engine, cadence, configs, first_draws, one_rank, two_ranks, tmp_path
 ) -> None:
-    """Three bad steps in a row, wherever the newest checkpoint is: the rows are those of the replay, bit for bit."""
+    """Three bad steps in a row, wherever the newest checkpoint is: the rows are those of the replay, bit for bit.
+
+    The evaluations after steps 6 and 12 too, of which the second is made twice: the first time after a bad step.
+    """
     world: Ranks = {"one": one_rank, "two": two_ranks}[ranks]
     bad = [first_draws[step] for step in (10, 11, 12)]
     every = f"checkpoint.every={cadence}"
-    ours = poison(world, configs["pretrain"], tmp_path / "ours", bad, engine, every)
-    theirs = spared(world, configs["pretrain"], tmp_path / "theirs", [9, 10, 11], engine)
+    ours = poison(world, configs["pretrain"], tmp_path / "ours", bad, engine, every, *EVALUATED)
+    theirs = spared(world, configs["pretrain"], tmp_path / "theirs", [9, 10, 11], engine, *EVALUATED)
     same(ours, theirs)
-    assert all(row["applied"] for row in ours)
+    assert all(row["applied"] for row in ours if "loss" in row)
+    assert [row["step"] for row in ours if "val_loss" in row] == [6, 12, 18, 22]
     weights = [load_file(tmp_path / each / "export" / "model.safetensors") for each in ("ours", "theirs")]
     assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
     refused = [json.loads(line) for line in (tmp_path / "ours" / "refused.jsonl").read_text().splitlines()]
