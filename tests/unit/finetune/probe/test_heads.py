@@ -18,6 +18,7 @@ from finetune.probe.features import LayerFeatures
 from finetune.probe.heads import Resumable, fit_linear_probe, lars_step, momentum_step
 from finetune.probe.knn import _iter_blocks, fit_knn_probe
 from finetune.probe.logistic import fit_logistic_probe, fit_logistic_regression
+from foveal.training.knn import find_nearest_neighbors
 
 _DIGITS: Any = load_digits()
 PIXELS: np.ndarray = _DIGITS.data
