@@ -47,13 +47,13 @@ def evaluate_encoders(
     """Return the objective's loss and metrics on data.val or the fold, and ``knn_top1`` of every encoder.
 
     Every image of the split counts once, on any number of ranks. Names have the prefix ``val_`` or ``fold_``, and k-NN
-    of a named encoder is ``val_<name>/knn_top1``. There is no k-NN if the images of the bank or of the split have no
-    labels. ``engine.model(images, features_only=True)`` returns the features [B, F] of every encoder. Every rank calls
+    of a named encoder is ``val_<name>/knn_top1``. There is no k-NN without ``encoder_names``, or if the images of the
+    bank or of the split have no labels. ``engine.model(images, features_only=True)`` returns the features [B, F] of every encoder. Every rank calls
     it. Raises: DataError, on every rank, as ``Run.evaluation_batches``.
     """
     evaluated = eval_split(run.plan.cfg.data)
     with engine.eval_mode():
-        bank = _encode_bank(engine, run, step)
+        bank = _encode_bank(engine, run, step) if encoder_names else None
         sums, labels = _MetricSums(), []
         features: list[list[Tensor]] = [[] for _ in encoder_names]
         for host_batch in run.evaluation_batches(step, split=evaluated.split, subset=evaluated.subset):

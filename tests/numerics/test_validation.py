@@ -15,6 +15,7 @@ from foveal.tracking.jsonl import read_rows_without_time
 PRETRAIN, DISTILL = stage_named("pretrain"), stage_named("distill")
 SHORT = ("data.per_class=20", "epochs=4")  # twelve steps
 EVALUATED = ("evaluate_every=5",)
+ZERO_3 = ("engine.zero=3", "engine.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 40}}")
 
 
 def training_rows(rows: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -53,10 +54,7 @@ def test_the_training_is_the_same_without(
 @pytest.mark.parametrize(
     "engine",
     [
-        pytest.param(
-            ("engine.zero=3", "engine.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 40}}"),
-            id="zero 3",
-        ),
+        pytest.param(ZERO_3, id="zero 3"),
         pytest.param(("engine.kind=accelerate", "engine.sharding=fsdp2"), id="fsdp2"),
         pytest.param(("engine.kind=accelerate",), marks=pytest.mark.thorough, id="ddp"),
     ],
@@ -112,6 +110,25 @@ def test_students(configs: dict[str, Path], one_rank: Ranks, tmp_path: Path) -> 
     }
     assert last["val_loss"] == pytest.approx(last["val_a/loss"] + last["val_b/loss"])
     assert all(0.2 < last[f"val_{name}/knn_top1"] <= 1 for name in "ab")
+
+
+@pytest.mark.parametrize(
+    ("engine", "has_knn"),
+    [
+        pytest.param(ZERO_3, False, id="zero 3"),
+        pytest.param(("engine.kind=accelerate", "engine.sharding=fsdp2"), True, id="fsdp2"),
+    ],
+)
+@pytest.mark.thorough
+def test_students_on_any_machine(
+    engine: tuple[str, ...], has_knn: bool, configs: dict[str, Path], one_rank: Ranks, two_ranks: Ranks, tmp_path: Path
+) -> None:
+    settings = ("data.per_class=20", "epochs=2", "evaluate_every=4", "batch.at_once=40")
+    one = one_rank.train(DISTILL, configs["distill"], tmp_path / "one", *settings, "engine.kind=plain")
+    two = two_ranks.train(DISTILL, configs["distill"], tmp_path / "two", *settings, *engine)
+    for step, expected in evaluations(one).items():
+        known = {name: value for name, value in expected.items() if has_knn or "knn" not in name}
+        assert evaluations(two)[step] == pytest.approx(known, rel=1e-5)
 
 
 def test_images_without_classes_have_no_neighbours(configs: dict[str, Path], one_rank: Ranks, tmp_path: Path) -> None:
