@@ -105,7 +105,7 @@ class _MetricSums:
         """Return the sums over the weight, each over all ranks."""
         weight = torch.as_tensor(self._weight, dtype=torch.float64, device=run.world.device)
         totals = run.world.all_reduce_sum(torch.stack([weight, *self._sums.values()])).tolist()
-        total_weight = totals[0] or 1.0  # data.max_bad may allow that no sample decodes
+        total_weight = totals[0] or 1.0  # data.max_bad_fraction may allow that no sample decodes
         return {name: total / total_weight for name, total in zip(self._sums, totals[1:], strict=True)}
 
 

@@ -13,7 +13,7 @@ from foveal.errors import ConfigError
 from foveal.tracking.jsonl import read_rows_without_time
 
 PRETRAIN, DISTILL = stage_named("pretrain"), stage_named("distill")
-SHORT = ("data.per_class=20", "epochs=4")  # twelve steps
+SHORT = ("data.samples_per_class=20", "epochs=4")  # twelve steps
 EVALUATED = ("evaluate_every=5",)
 ZERO_3 = ("engine.zero=3", "engine.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 40}}")
 
@@ -62,7 +62,7 @@ def test_the_training_is_the_same_without(
 def test_on_any_machine(
     engine: tuple[str, ...], evaluated: Any, configs: dict[str, Path], two_ranks: Ranks, tmp_path: Path
 ) -> None:
-    settings = (*SHORT, *engine, "batch.at_once=40")
+    settings = (*SHORT, *engine, "batch.max_micro_size=40")
     rows = two_ranks.train(PRETRAIN, configs["pretrain"], tmp_path / "run", *settings, *EVALUATED)
     for step, expected in evaluations(evaluated[1]).items():
         assert evaluations(rows)[step] == pytest.approx(expected, rel=1e-5)
@@ -76,7 +76,7 @@ def test_a_resume_has_the_same_history(
     """Stopped where an evaluation is due and where none is."""
     run, settings = tmp_path / "run", (*SHORT, *EVALUATED, "engine.kind=plain")
     for stop in (5, 7):
-        one_rank.train(PRETRAIN, configs["pretrain"], run, *settings, f"run.stop_at={stop}")
+        one_rank.train(PRETRAIN, configs["pretrain"], run, *settings, f"run.stop_at_step={stop}")
         assert list(evaluations(read_rows_without_time(run / "metrics.jsonl"))) == [5]
     (state_file,) = run.glob("checkpoints/step-00000007-*/state.json")
     assert list(json.loads(state_file.read_text())["scores"]) == ["5"]
@@ -94,8 +94,8 @@ def test_students(configs: dict[str, Path], one_rank: Ranks, tmp_path: Path) -> 
     students = (
         "students=[{name: a, model: {patch: 4, width: 16, depth: 1, heads: 2}}, {name: b, backbone: test_resnet}]"
     )
-    settings = (*SHORT, "model=null", students, "patch_weight=0", "optim.clip=null", "engine.kind=plain")
-    cached = (*settings, f"lesson_cache.dir={tmp_path}/cache")
+    settings = (*SHORT, "model=null", students, "patch_weight=0", "optim.max_grad_norm=null", "engine.kind=plain")
+    cached = (*settings, f"teacher_cache.dir={tmp_path}/cache")
     rows, again, silent = (
         one_rank.train(DISTILL, configs["distill"], tmp_path / name, *each)
         for name, each in (("run", (*settings, *EVALUATED)), ("cached", (*cached, *EVALUATED)), ("silent", cached))
@@ -123,7 +123,7 @@ def test_students(configs: dict[str, Path], one_rank: Ranks, tmp_path: Path) -> 
 def test_students_on_any_machine(
     engine: tuple[str, ...], has_knn: bool, configs: dict[str, Path], one_rank: Ranks, two_ranks: Ranks, tmp_path: Path
 ) -> None:
-    settings = ("data.per_class=20", "epochs=2", "evaluate_every=4", "batch.at_once=40")
+    settings = ("data.samples_per_class=20", "epochs=2", "evaluate_every=4", "batch.max_micro_size=40")
     one = one_rank.train(DISTILL, configs["distill"], tmp_path / "one", *settings, "engine.kind=plain")
     two = two_ranks.train(DISTILL, configs["distill"], tmp_path / "two", *settings, *engine)
     for step, expected in evaluations(one).items():
@@ -133,7 +133,7 @@ def test_students_on_any_machine(
 
 def test_images_without_classes_have_no_neighbours(configs: dict[str, Path], one_rank: Ranks, tmp_path: Path) -> None:
     data = [f"data.path={write_scenes(tmp_path / 'data', classes=None)}", "data.mean=[0.5]", "data.std=[0.2]"]
-    settings = (*data, "data.lanes=4", "batch.images=8", "engine.kind=plain", "evaluate_every=1")
+    settings = (*data, "data.lanes=4", "batch.global_size=8", "engine.kind=plain", "evaluate_every=1")
     rows = one_rank.train(PRETRAIN, configs["pretrain"], tmp_path / "run", *settings)
     assert [row.keys() for row in rows if "val_loss" in row] == [{"step", "val_loss"}] * 2
 

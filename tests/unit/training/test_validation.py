@@ -33,7 +33,7 @@ class Rehearsal:
     """A run of one rank on the digits, as far as an evaluation needs one."""
 
     def __init__(self, digits: Path, **data: Any) -> None:
-        tree = {"path": str(digits), "image_size": 16, "channels": 1, "lanes": 8, "per_class": 30} | data
+        tree = {"path": str(digits), "image_size": 16, "channels": 1, "lanes": 8, "samples_per_class": 30} | data
         self.world = World(0, 1, 0, "test", torch.device("cpu"))
         cfg = SimpleNamespace(data=DataConfig.from_dict(tree, "here"), seed=SEED, evaluate_every=10)
         dataset = Dataset.open(cfg.data)
@@ -149,7 +149,7 @@ def test_a_feature_that_is_no_number_is_near_to_none(run: Any, setup: Any) -> No
 
 def test_the_bank_is_bounded_and_has_every_sample_once(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples that data.balance repeats, and samples without a label."""
-    run: Any = Rehearsal(digits, per_class=None, balance=1.0)
+    run: Any = Rehearsal(digits, samples_per_class=None, balance=1.0)
     dataset, data = run.plan.dataset, run.plan.cfg.data
 
     def bank() -> np.ndarray:
