@@ -1,6 +1,6 @@
 """Distillation: ``python -m distill.run CONFIG [key=value ...]``, alone, under torchrun, or under srun."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,16 @@ from distill.students import build_students
 from distill.teacher import Teacher
 from distill.teacher_cache import TeacherCache, TensorSpec, check_cache_size
 from foveal.config import height_and_width
-from foveal.engines.build import build_engine
 from foveal.models.backbone import get_no_weight_decay_names
 from foveal.models.patches import count_visible
 from foveal.optim.optimizers import parameter_groups
 from foveal.renames import restore_names
 from foveal.training.cli import Stage, main
-from foveal.training.loop import TrainingSetup, is_due
+from foveal.training.loop import TrainingSetup, build_stage_engine, is_due
 from foveal.training.provenance import get_library_versions
 from foveal.training.run import Run
 from foveal.training.steps import training_steps
+from foveal.training.validation import evaluate_encoders, evaluate_if_due
 
 # Settings on which the teacher's outputs depend, besides inherited science; the seed only if views differ by epoch.
 _TARGET_SETTINGS = (
@@ -40,16 +40,17 @@ def train(plan: DistillPlan, run: Run) -> None:
     """Train from the first step or the newest checkpoint, then export every student."""
     cfg = plan.cfg
     setup = build(plan, run.world.device)
-    engine = build_engine(
-        setup.model,
-        setup.param_groups,
-        cfg.optim,
-        cfg.engine,
-        run.world,
-        microbatch_size=plan.microbatch_size,
-        accumulation_steps=plan.accumulation_steps,
-    )
+    engine = build_stage_engine(setup, plan, run.world)
     start = run.resume(engine)
+    # ZeRO 3 does not gather the weights that a forward of the encoders alone reads outside their modules.
+    is_zero_3 = "deepspeed" in (cfg.engine.kind, cfg.engine.sharding) and cfg.engine.zero == 3
+    knn_names = () if is_zero_3 else [student.name for student in plan.student_specs]
+    uncached_objective = replace(setup.objective, teacher_cache=None)  # the cache has rows of training images only
+
+    def evaluate(step: int) -> None:
+        evaluate_if_due(run, step, lambda: evaluate_encoders(engine, run, uncached_objective, step, knn_names))
+
+    evaluate(start)  # a preempted attempt may have saved this step without evaluating it
     with training_steps(run, engine, setup.objective, start) as steps:
         for step in steps:
             if is_due(step.index, cfg.log.every, plan.stop_step):
@@ -59,11 +60,15 @@ def train(plan: DistillPlan, run: Run) -> None:
                 run.save_checkpoint(engine, step.index)
             if preempted:
                 return run.mark_preempted(step.index)
+            evaluate(step.index)
     if plan.stop_step == plan.total_steps:
+        metrics = run.evaluations.get(plan.total_steps, {})
         for number, student in enumerate(plan.student_specs):
             prefix = f"each.{number}.encoder."
-            run.export_weights(engine, student.card, prefix=prefix, classes=plan.classes, name=student.name)
-        run.mark_finished()
+            run.export_weights(
+                engine, student.card, prefix=prefix, classes=plan.classes, name=student.name, metrics=metrics
+            )
+        run.mark_finished(metrics)
     return None
 
 

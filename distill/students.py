@@ -4,13 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distill.compatibility import StudentSpec
 from distill.plan import DistillPlan
 from distill.target import DistillMethod
 from foveal.models.backbone import backbone_from_card, forward_pooled, forward_pooled_and_patches
 from foveal.models.encode import encode_cls_and_patches
+from foveal.models.probes import encode_patch_mean
 from foveal.models.students import (
     FeatureStudent,
     LayerStudent,
@@ -26,7 +27,14 @@ from foveal.seeding import derive_key
 
 def build_students(plan: DistillPlan) -> Students:
     """Return all students of a plan. Each is initialised from the seed as if it were the only one."""
-    return Students([_build_student(plan, student) for student in plan.student_specs])
+    return Students(
+        [_build_student(plan, student) for student in plan.student_specs],
+        [encode_patch_mean if student.backbone is None else _pool_backbone for student in plan.student_specs],
+    )
+
+
+def _pool_backbone(backbone: Any, images: Tensor) -> Tensor:
+    return forward_pooled(backbone, images)[0]
 
 
 def _build_student(plan: DistillPlan, student: StudentSpec) -> nn.Module:

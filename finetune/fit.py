@@ -6,28 +6,20 @@ from finetune.plan import FinetunePlan
 from finetune.tasks.registry import TASKS
 from foveal.data.sampling.subset import SubsetName, eval_split
 from foveal.engines.base import Engine
-from foveal.engines.build import build_engine
 from foveal.errors import DataError
 from foveal.optim.schedule import warmup_ema_decay
 from foveal.training.evaluations import filter_up_to_step, find_best_step, is_patience_exhausted
-from foveal.training.loop import is_due
+from foveal.training.loop import build_stage_engine, is_due
 from foveal.training.run import Run
 from foveal.training.steps import training_steps
+from foveal.training.validation import evaluate_if_due
 
 
 def fit(plan: FinetunePlan, run: Run) -> None:
     """Train from the first step, or the newest checkpoint, to the exported model."""
     cfg, task = plan.cfg, TASKS[plan.cfg.data.labels]
     setup = task.build(plan, run.world.device)
-    engine = build_engine(
-        setup.model,
-        setup.param_groups,
-        cfg.optim,
-        cfg.engine,
-        run.world,
-        microbatch_size=plan.microbatch_size,
-        accumulation_steps=plan.accumulation_steps,
-    )
+    engine = build_stage_engine(setup, plan, run.world)
     start = run.resume(engine)
     _evaluate_if_due(plan, engine, run, start)  # a preempted attempt may have saved this step without evaluating it
     with training_steps(run, engine, setup.objective, start) as steps:
@@ -68,11 +60,13 @@ def _evaluate_if_due(plan: FinetunePlan, engine: Engine, run: Run, step: int) ->
     """
     cfg, early = plan.cfg, plan.cfg.early_stopping
     last = plan.total_steps if early else plan.total_steps - 1
-    due_now = cfg.evaluate_every and (step % cfg.evaluate_every == 0 or step == plan.total_steps)
-    if not due_now or not 0 < step <= last:
-        return
-    run.record_evaluation(step, _evaluate_subsets(cfg, engine, run, step, with_holdout=early is not None))
-    if early and find_best_step(run.evaluations, early.metric) == step:
+    is_evaluated = evaluate_if_due(
+        run,
+        step,
+        lambda: _evaluate_subsets(cfg, engine, run, step, with_holdout=early is not None),
+        last_step=last,
+    )
+    if is_evaluated and early and find_best_step(run.evaluations, early.metric) == step:
         card = {
             "prefix": exported_weight_prefix(cfg),
             "classes": plan.classes,

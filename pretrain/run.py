@@ -3,16 +3,16 @@
 import torch
 
 from foveal.engines.base import Engine
-from foveal.engines.build import build_engine
 from foveal.inspect.reconstruction import draw_reconstruction_grid
 from foveal.models.mae import MaskedAutoencoder
 from foveal.models.vit import build_encoder, encoder_card
 from foveal.optim.optimizers import parameter_groups
 from foveal.seeding import derive_key
 from foveal.training.cli import Stage, main
-from foveal.training.loop import Step, TrainingSetup, is_due
+from foveal.training.loop import Step, TrainingSetup, build_stage_engine, is_due
 from foveal.training.run import Run
 from foveal.training.steps import training_steps
+from foveal.training.validation import evaluate_encoders, evaluate_if_due
 from pretrain.config import PretrainConfig, PretrainPlan, plan_pretraining
 from pretrain.init import load_init_weights
 from pretrain.objective import MaskedModelingLoss
@@ -24,16 +24,13 @@ def train(plan: PretrainPlan, run: Run) -> None:
     """Train from the first step or the newest checkpoint, then export the encoder."""
     cfg = plan.cfg
     setup = build(plan, run.world.device)
-    engine = build_engine(
-        setup.model,
-        setup.param_groups,
-        cfg.optim,
-        cfg.engine,
-        run.world,
-        microbatch_size=plan.microbatch_size,
-        accumulation_steps=plan.accumulation_steps,
-    )
+    engine = build_stage_engine(setup, plan, run.world)
     start = run.resume(engine)
+
+    def evaluate(step: int) -> None:
+        evaluate_if_due(run, step, lambda: evaluate_encoders(engine, run, setup.objective, step))
+
+    evaluate(start)  # a preempted attempt may have saved this step without evaluating it
     with training_steps(run, engine, setup.objective, start) as steps:
         for step in steps:
             if cfg.uses_ema and step.applied:
@@ -45,11 +42,14 @@ def train(plan: PretrainPlan, run: Run) -> None:
                 run.save_checkpoint(engine, step.index)
             if preempted:
                 return run.mark_preempted(step.index)
+            evaluate(step.index)
             if cfg.target == "pixels" and is_due(step.index, cfg.log.images_every, plan.stop_step):
                 save_reconstructions(step, engine, setup.objective, run)
     if plan.stop_step == plan.total_steps:
-        run.export_weights(engine, encoder_card(cfg.model, cfg.data.image_size, cfg.data.channels), prefix="encoder.")
-        run.mark_finished()
+        metrics = run.evaluations.get(plan.total_steps, {})
+        card = encoder_card(cfg.model, cfg.data.image_size, cfg.data.channels)
+        run.export_weights(engine, card, prefix="encoder.", metrics=metrics)
+        run.mark_finished(metrics)
     return None
 
 

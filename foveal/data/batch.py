@@ -50,5 +50,12 @@ class Batch:
         moved = {name: value.to(device, non_blocking=non_blocking) for name, value in tensors.items()}
         return dataclasses.replace(self, **moved)
 
+    def select_rows(self, rows: Tensor) -> Self:
+        """Return the batch of these rows, int64 [n]; ``bad_samples`` keep their row numbers in this batch."""
+        tensors = {name: getattr(self, name)[rows] for name in _TENSORS}
+        if self.targets is not None:
+            tensors["targets"] = self.targets[rows]
+        return dataclasses.replace(self, **tensors)
+
 
 _TENSORS = ("images", "labels", "ids", "sample_keys", "valid")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from foveal.config import Config, science
 from foveal.models.encode import encode, encode_cls_and_patches, find_external_parameters, run_blocks
 from foveal.models.patches import split_patches_by_noise
+from foveal.models.probes import encode_patch_mean
 from foveal.models.sincos import sincos_positions
 from foveal.models.timm_vit import Encoder
 from foveal.models.vit import TOKEN_INIT_STD, init_linear_layers
@@ -120,12 +121,24 @@ class MaskedAutoencoder(nn.Module):
         self.averaged = copy.deepcopy(encoder).requires_grad_(False) if with_ema else None
         self._needs_target_features = predict_features or predict_image
 
-    def forward(self, images: Tensor, mask_noise: Tensor, mask_ratio: float) -> MAEOutput:
+    def forward(
+        self,
+        images: Tensor,
+        mask_noise: Tensor | None = None,
+        mask_ratio: float = 0.0,
+        *,
+        features_only: bool = False,
+    ) -> MAEOutput | tuple[Tensor]:
         """Predict the masked patches and, with ``predict_image``, the image's representation.
 
-        ``images`` [B, C, H, W] are normalised; ``noise`` [B, L], float32 or float64, selects the masked patches
+        ``images`` [B, C, H, W] are normalised; ``mask_noise`` [B, L], float32 or float64, selects the masked patches
         (``split_patches_by_noise``): uniform numbers, or a mask strategy's noise (``foveal.models.masks``).
+        ``features_only``: return the encoder's feature ([B, D],) of the full images instead, without masks. It is part
+        of the forward because an engine that shards weights gathers them there.
         """
+        if features_only:
+            return (encode_patch_mean(self.encoder, images),)
+        assert mask_noise is not None, "needed for predictions"
         visible_indices, masked_indices = split_patches_by_noise(mask_noise, mask_ratio)
         # First: activations recomputed in the backward pass must find the visible indices set last.
         target_features = self._compute_target_features(images)

@@ -38,6 +38,11 @@ def encode_probe_features(
     return {"token": token, "avg": mean, "both": torch.cat([token, mean], dim=2)}[pooling], patches
 
 
+def encode_patch_mean(encoder: Encoder, images: Tensor) -> Tensor:
+    """Return the patches' mean [B, D] after the last block: the feature that a probe reads with pooling ``avg``."""
+    return encode_probe_features(encoder, images, [len(encoder.blocks)], "avg")[0][0]
+
+
 class AttentiveHead(nn.Module):
     """A learned query that attends to the patches, then a linear layer.
 

@@ -16,6 +16,7 @@ from foveal.models.backbone import FeatureFn, set_activation_checkpointing
 from foveal.models.classify import build_distillation_head
 from foveal.models.encode import drop_registers, encode, encode_cls_and_patches, encode_layers, find_external_parameters
 from foveal.models.mae import Decoder, DecoderConfig
+from foveal.models.probes import encode_patch_mean
 from foveal.models.timm_vit import Encoder
 from foveal.models.token_positions import find_cross_module_parameters
 from foveal.models.vit import init_linear_layers
@@ -24,15 +25,32 @@ from foveal.models.vit import init_linear_layers
 class Students(nn.Module):
     """Students that share the teacher's targets and nothing else."""
 
-    def __init__(self, students: Sequence[nn.Module]) -> None:
+    def __init__(
+        self,
+        students: Sequence[nn.Module],
+        pool_features: Sequence[Callable[[Any, Tensor], Tensor]] | None = None,
+    ) -> None:
+        """``pool_features``: by student, its encoder's feature [B, D] of images; None: the patches' mean of each."""
         super().__init__()
+        self._pool_features = pool_features or [encode_patch_mean] * len(students)
         # No ModuleList: FSDP2 would shard students of the same type as the blocks of one model.
         self.each = nn.ModuleDict({str(number): student for number, student in enumerate(students)})
 
     def forward(
-        self, images: Tensor, visible_indices: Tensor | None = None, masked_indices: Tensor | None = None
-    ) -> tuple[tuple[Tensor, ...], ...]:
-        """Return the outputs of each student for normalised images [B, C, H, W]."""
+        self,
+        images: Tensor,
+        visible_indices: Tensor | None = None,
+        masked_indices: Tensor | None = None,
+        *,
+        features_only: bool = False,
+    ) -> tuple[tuple[Tensor, ...], ...] | tuple[Tensor, ...]:
+        """Return the outputs of each student for normalised images [B, C, H, W].
+
+        ``features_only``: return the feature [B, D] of each student's encoder instead, as ``MaskedAutoencoder`` does.
+        """
+        if features_only:
+            pairs = zip(self._pool_features, self._students(), strict=True)
+            return tuple(pool(student.encoder, images) for pool, student in pairs)
         return tuple(student(images, visible_indices, masked_indices) for student in self.each.values())
 
     def set_grad_checkpointing(self, enable: bool) -> None:
@@ -212,10 +230,16 @@ class TimmTokenStudent(nn.Module):
         self.encoder = encoder
         encoder.set_distilled_training(True)
 
+    def train(self, mode: bool = True) -> "TimmTokenStudent":
+        """Set the mode of the encoder's modules, but not its own flag: timm returns both logits in training mode only."""
+        super().train(mode)
+        self.encoder.training = True
+        return self
+
     def forward(
         self, images: Tensor, _visible_indices: Tensor | None = None, _masked_indices: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """Return logits [B, classes] of the class and the distillation token, in training mode."""
+        """Return logits [B, classes] of the class and the distillation token, of normalised images [B, C, H, W]."""
         return self.encoder(images.to(next(self.encoder.parameters()).dtype))
 
 

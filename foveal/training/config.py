@@ -78,6 +78,9 @@ class StageConfig(Config):
     optim: OptimConfig
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluate_every: int = machine(
+        0, "Steps between evaluations on data.val, of which the last step has one too; 0: no evaluation.", ge=0
+    )
     log: LogConfig = LogConfig()
     recovery: RecoveryConfig = RecoveryConfig()
     run: RunConfig = RunConfig()

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from foveal.data import Batch
 from foveal.distributed.world import World
 from foveal.engines.base import Engine, StepResult
+from foveal.engines.build import build_engine
 from foveal.training.meters.metric_accumulator import MetricAccumulator
 from foveal.training.meters.stragglers import StragglerMeter
 from foveal.training.meters.throughput import ThroughputMeter
+from foveal.training.plan import Plan
 
 
 class Objective(Protocol):
@@ -54,6 +56,19 @@ class TrainingSetup(Generic[ObjectiveT]):
     param_groups: list[dict[str, Any]]
     objective: ObjectiveT
     frozen_modules: tuple[nn.Module, ...] = ()
+
+
+def build_stage_engine(setup: TrainingSetup[Any], plan: Plan, world: World) -> Engine:
+    """Build the engine of a plan's settings, with the model on the device. It takes over the setup's model."""
+    return build_engine(
+        setup.model,
+        setup.param_groups,
+        plan.cfg.optim,
+        plan.cfg.engine,
+        world,
+        microbatch_size=plan.microbatch_size,
+        accumulation_steps=plan.accumulation_steps,
+    )
 
 
 @dataclass(frozen=True, slots=True)

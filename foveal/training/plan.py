@@ -11,8 +11,9 @@ from foveal.config import height_and_width
 from foveal.data import Dataset, TrainingSet, build_training_set, collect_mix_digests
 from foveal.data.image.decode import jpeg_decoder_and_version
 from foveal.data.sampling.order import rank_slot_range
+from foveal.data.sampling.subset import eval_split
 from foveal.engines.build import check_engine_config
-from foveal.errors import ConfigError, ExportError
+from foveal.errors import ConfigError, DataError, ExportError
 from foveal.optim.schedule import count_plateau_drops, step_decay_lr, warmup_constant_lr, warmup_cosine_lr
 from foveal.training.config import StageConfig
 from foveal.training.evaluations import higher_is_better
@@ -143,6 +144,7 @@ class Plan:
             f"batch     {images} images = {self.world_size} ranks x {microbatches}",
             f"steps     {self.total_steps} = {cfg.epochs} epochs x {self.steps_per_epoch} ({dropped})",
             f"lr        {peak}; {optim.schedule}, {optim.name}",
+            *self._validation_lines(),
             f"engine    {engine.kind}{zero}, {engine.precision}",
             f"run       {cfg.run.dir}",
             *self._fork_lines(),
@@ -156,6 +158,14 @@ class Plan:
         step = self.fork.start_step
         rate = "" if self.cfg.optim.schedule == "plateau" else f", learning rate {self.compute_lr(step):.3g} there"
         return [source_line, f"start     after step {step} of {self.total_steps}{rate}", changes_line]
+
+    def _validation_lines(self) -> list[str]:
+        """Return a line if the run is evaluated while it trains."""
+        if not self.cfg.evaluate_every:
+            return []
+        split = eval_split(self.cfg.data).split
+        images = f"{self.dataset.num_samples(split):,} images of {split}"
+        return [f"evaluate  every {self.cfg.evaluate_every} steps and at the end: {images}"]
 
     def _resize_lines(self) -> list[str]:
         """Return a line if the initial weights were trained at another image size."""
@@ -217,6 +227,7 @@ def build_stage_plan(
             f"{cfg.engine.timeout_minutes:g}: the other ranks would give up before a loader that hangs is named"
         )
     _check_schedule(cfg)
+    _check_evaluation_data(cfg, dataset)
     training = build_training_set(dataset, cfg.data, seed=cfg.seed, batch_size=cfg.batch.global_size)
     microbatch_size, accumulation_steps = cfg.batch.microbatch_size_and_count(world_size)
     check_engine_config(
@@ -257,6 +268,20 @@ def _check_schedule(cfg: StageConfig) -> None:
         raise ConfigError(
             "optim.schedule=plateau is of fine-tuning, whose evaluations it follows; use cosine, step or constant here"
         )
+
+
+def _check_evaluation_data(cfg: StageConfig, dataset: Dataset) -> None:
+    """Raise ConfigError if there are evaluations and nothing to evaluate on, DataError if a label is no class."""
+    if not cfg.evaluate_every:
+        return
+    split = eval_split(cfg.data).split
+    try:
+        dataset.num_samples(split)
+    except DataError as error:
+        raise ConfigError(f"evaluate_every={cfg.evaluate_every} needs images to evaluate on: {error}") from None
+    if dataset.classes:
+        for labelled_split in (cfg.data.train, split):
+            dataset.labels(labelled_split)
 
 
 def _check_labels(cfg: StageConfig) -> None:

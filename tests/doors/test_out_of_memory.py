@@ -39,7 +39,7 @@ def start(
     return run
 
 
-@pytest.mark.parametrize("where", ["build_engine", "build"])
+@pytest.mark.parametrize("where", ["build_stage_engine", "build"])
 def test_it_is_one_sentence_and_no_requeue(
     where: str,
     start: Callable[..., int],

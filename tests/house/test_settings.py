@@ -41,7 +41,8 @@ CONFIGS = get_stage_configs()
 # Weights of others to fine-tune from brought their name.
 # Where a step's time goes brought one: which steps the profiler traces.
 # A new run from another run's checkpoint brought one.
-MOST_SETTINGS = {"pretrain": 110, "distill": 130, "finetune": 154}
+# Whether an encoder gets better while it trains brought evaluate_every to pretraining and distillation.
+MOST_SETTINGS = {"pretrain": 111, "distill": 131, "finetune": 154}
 
 
 def shipped(folder: str) -> list[Path]:

@@ -27,14 +27,16 @@ CASES = [
     pytest.param("two", "engine.zero=3", 4),
 ]
 
+EVALUATED = ("evaluate_every=6",)
+
 
 def _train_poisoned(world: World, config: str, overrides: list[str], draws: list[int]) -> None:
-    """Train with an objective that is NaN on the rank whose batch has one of ``draws``."""
+    """Train with an objective that is NaN on the rank whose training batch has one of ``draws``."""
     clean = MaskedModelingLoss.__call__
 
     def poisoned(self, model, batch) -> tuple[Tensor, dict[str, Tensor]]:
         total, numbers = clean(self, model, batch)
-        hit = torch.isin(batch.sample_keys.cpu(), torch.tensor(draws)).any()
+        hit = torch.is_grad_enabled() and torch.isin(batch.sample_keys.cpu(), torch.tensor(draws)).any()
         return (total * float("nan") if hit else total), numbers
 
     stage = stage_named("pretrain")
@@ -70,22 +72,28 @@ def spared(ranks: Ranks, config: Path, run: Path, batches: list[int], *overrides
 
 
 def same(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> None:
-    for name in ("step", "loss", "grad_norm", "lr", "step_applied"):
-        assert [row[name] for row in ours if name in row] == [row[name] for row in theirs if name in row], name
+    """Rows of training are written in groups, and may come behind those of an evaluation of a later step."""
+    for name in ("step", "loss", "grad_norm", "lr", "step_applied", "val_loss", "val_knn_top1"):
+        left, right = (sorted((row["step"], row[name]) for row in rows if name in row) for rows in (ours, theirs))
+        assert left == right, name
 
 
 @pytest.mark.parametrize(("ranks", "engine", "cadence"), CASES)
 def test_going_back_is_never_having_met_the_batches(
     ranks, engine, cadence, configs, first_draws, one_rank, two_ranks, tmp_path
 ) -> None:
-    """Three bad steps in a row, wherever the newest checkpoint is: the rows are those of the replay, bit for bit."""
+    """Three bad steps in a row, wherever the newest checkpoint is: the rows are those of the replay, bit for bit.
+
+    The evaluations after steps 6 and 12 too, of which the second is made twice: the first time after a bad step.
+    """
     world: Ranks = {"one": one_rank, "two": two_ranks}[ranks]
     bad = [first_draws[step] for step in (10, 11, 12)]
     every = f"checkpoint.every={cadence}"
-    ours = poison(world, configs["pretrain"], tmp_path / "ours", bad, engine, every)
-    theirs = spared(world, configs["pretrain"], tmp_path / "theirs", [9, 10, 11], engine)
+    ours = poison(world, configs["pretrain"], tmp_path / "ours", bad, engine, every, *EVALUATED)
+    theirs = spared(world, configs["pretrain"], tmp_path / "theirs", [9, 10, 11], engine, *EVALUATED)
     same(ours, theirs)
-    assert all(row["step_applied"] for row in ours)
+    assert all(row["step_applied"] for row in ours if "loss" in row)
+    assert [row["step"] for row in ours if "val_loss" in row] == [6, 12, 18, 22]
     weights = [load_file(tmp_path / each / "export" / "model.safetensors") for each in ("ours", "theirs")]
     assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
     refused = [json.loads(line) for line in (tmp_path / "ours" / "refused.jsonl").read_text().splitlines()]

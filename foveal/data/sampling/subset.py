@@ -10,7 +10,10 @@ from foveal.data.dataset import Dataset
 from foveal.errors import ConfigError, DataError
 from foveal.seeding import derive_key, hash_ids
 
-SubsetName = Literal["train", "holdout", "fold", "all"]
+SubsetName = Literal["train", "holdout", "fold", "all", "bank"]
+
+# Features of 50,000 images of width 1024 are 0.2 GB; CIFAR-10 fits completely, ImageNet-1k keeps 50 images per class.
+MAX_BANK_IMAGES = 50_000
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,16 @@ def select_subset(dataset: Dataset, cfg: DataConfig, *, split: str, subset: Subs
 
     all: the complete split. fold: the samples that data.fold excludes from training. holdout: data.holdout_per_class
     samples of every class outside the fold. train: data.samples_per_class samples of every class outside fold and holdout
-    (null: all of them); data.balance repeats samples of small classes. The selection depends on the seed and the sample
-    ids only.
+    (null: all of them); data.balance repeats samples of small classes. bank: at most ``MAX_BANK_IMAGES`` labelled samples
+    of train, each once, among whose features a query's nearest neighbours are searched. The selection depends on the
+    seed and the sample ids only.
     Raises: ConfigError if holdout or fold is empty by configuration; DataError if a class has too few samples (with
     data.balance: none) or samples have no label.
     """
     counts = dataset.samples_per_shard(split)
+    if subset == "bank":
+        train = select_subset(dataset, cfg, split=split, subset="train", seed=seed)
+        return _sample_bank(train, dataset.labels(split), counts, derive_key(seed, "bank"))
     if subset == "holdout" and not cfg.holdout_per_class:
         raise ConfigError("data.holdout_per_class=0 leaves no holdout to evaluate on: set it, or use another part")
     if subset == "fold" and cfg.fold is None:
@@ -99,8 +106,21 @@ def select_subset(dataset: Dataset, cfg: DataConfig, *, split: str, subset: Subs
         copies = _count_copies(labels[chosen_ids], chosen_ids, cfg.balance, derive_key(seed, "balance"))
         copy_numbers = np.concatenate([np.arange(number) for number in copies])
         chosen_ids, max_copies = np.repeat(chosen_ids, copies), int(copies.max())
-    per_shard, _ = np.histogram(chosen_ids, bins=np.concatenate([[0], np.cumsum(counts)]))
-    return SplitSubset(per_shard.astype(np.int64), chosen_ids, copy_numbers, max_copies)
+    return SplitSubset(_count_per_shard(chosen_ids, counts), chosen_ids, copy_numbers, max_copies)
+
+
+def _count_per_shard(sample_ids: np.ndarray, samples_per_shard: np.ndarray) -> np.ndarray:
+    """Return how many of the ids lie in each shard, int64 [S]."""
+    per_shard, _ = np.histogram(sample_ids, bins=np.concatenate([[0], np.cumsum(samples_per_shard)]))
+    return per_shard.astype(np.int64)
+
+
+def _sample_bank(train: SplitSubset, labels: np.ndarray, samples_per_shard: np.ndarray, key: int) -> SplitSubset:
+    """Return at most ``MAX_BANK_IMAGES`` distinct labelled samples of the training subset."""
+    ids = np.unique(train.to_split_positions(np.arange(len(train))))
+    ids = ids[labels[ids] >= 0]
+    ids = np.sort(ids[np.argsort(hash_ids(key, ids), kind="stable")[:MAX_BANK_IMAGES]])
+    return SplitSubset(_count_per_shard(ids, samples_per_shard), ids)
 
 
 def _require_all_classes(dataset: Dataset, labels: np.ndarray, split: str, setting: str) -> None:

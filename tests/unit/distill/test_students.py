@@ -238,6 +238,29 @@ def test_every_parameter_learns(
     assert total.isfinite()
 
 
+@pytest.mark.parametrize(
+    ("teacher", "settings"),
+    [
+        ("plain", {"method": "layers", "model": TINY}),
+        ("plain", {"method": "relations", "model": TINY}),
+        ("head", {"method": "logits", "model": TINY}),
+        ("head", {"method": "token", "backbone": DISTILLED}),
+        ("head", {"method": "token", "model": TINY | {"registers": 1}}),
+    ],
+)
+@torch.no_grad()
+def test_an_evaluation_has_the_loss_of_training(
+    teacher: str, settings: dict[str, Any], digits: Path, teachers: dict[str, Path]
+) -> None:
+    """timm's distilled model returns one tensor in evaluation, the mean of two. Features are of the student's width."""
+    setup = build(plan_distillation(config(digits, teachers[teacher], **settings), 1), torch.device("cpu"))
+    batch = _fake_batch(4, 1, (16, 16))
+    trained, _ = setup.objective(setup.model.train(), batch)
+    assert setup.objective(setup.model.eval(), batch)[0].equal(trained)
+    (features,) = setup.model(torch.rand(4, 1, 16, 16), features_only=True)
+    assert features.shape == (4, setup.model.get_submodule("each.0.encoder").num_features)
+
+
 def test_the_plan_says_whose_curve_is_its_own(digits: Path, teachers: dict[str, Path]) -> None:
     students = [{"name": "net", "backbone": "test_resnet"}, {"name": "vit", "model": TINY}]
     lines = plan_distillation(config(digits, teachers["plain"], students=students, patch_weight=0.0), 2).summary_lines()

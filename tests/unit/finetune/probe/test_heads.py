@@ -16,8 +16,9 @@ from torch import Tensor
 from finetune.probe.config import ProbeConfig
 from finetune.probe.features import LayerFeatures
 from finetune.probe.heads import Resumable, fit_linear_probe, lars_step, momentum_step
-from finetune.probe.knn import _iter_blocks, find_nearest_neighbors, fit_knn_probe
+from finetune.probe.knn import _iter_blocks, fit_knn_probe
 from finetune.probe.logistic import fit_logistic_probe, fit_logistic_regression
+from foveal.training.knn import find_nearest_neighbors
 
 _DIGITS: Any = load_digits()
 PIXELS: np.ndarray = _DIGITS.data
@@ -130,8 +131,8 @@ def test_the_linear_probe_agrees_with_scikit_learn_at_its_default_tolerance() ->
 @pytest.mark.parametrize("features", ["pixels", "coarse", "twice"])
 def test_neighbours_are_scikit_learns(metric: str, features: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Coarse pixels and repeated images give many tied distances and votes."""
-    monkeypatch.setattr("finetune.probe.knn._IMAGE_BLOCK_SIZE", 300)
-    monkeypatch.setattr("finetune.probe.knn._QUERY_BLOCK_SIZE", 190)
+    monkeypatch.setattr("finetune.probe.knn.IMAGE_BLOCK_SIZE", 300)
+    monkeypatch.setattr("finetune.probe.knn.QUERY_BLOCK_SIZE", 190)
     rows = {"pixels": PIXELS, "coarse": np.round(PIXELS / 8), "twice": np.concatenate([PIXELS[:500]] * 3)}[features]
     train, val, ks = labelled_features(TRAIN, rows), labelled_features(slice(1000, 1400), rows), (1, 2, 5, 8)
     if features == "twice":
