@@ -182,6 +182,7 @@ class Run:
             start_step=start_step,
             stop_step=plan.stop_step,
             skipped_batches=self.rollback.skipped_batches,
+            label_reader=plan.label_reader,
         )
 
     def _loop_context(self, start_step: int) -> LoopContext:
@@ -200,10 +201,10 @@ class Run:
         )
 
     def _compute_lr(self, step: int) -> float:
-        metric = self.plan.cfg.early_stopping_metric
-        if not metric:
+        metric = self.plan.selection_metric
+        if metric is None:
             return self.plan.compute_lr(step)
-        return self.plan.compute_lr(step, collect_metric_values(filter_up_to_step(self.evaluations, step), metric))
+        return self.plan.compute_lr(step, collect_metric_values(filter_up_to_step(self.evaluations, step), metric.name))
 
     def _roll_back(self, engine: Engine) -> int:
         """Restore the newest checkpoint, void the records of later steps, and return the checkpoint's step."""
@@ -237,6 +238,7 @@ class Run:
             rank=world.rank,
             world_size=world.size,
             microbatch_size=plan.cfg.batch.at_once,
+            label_reader=plan.label_reader,
         )
         with closing(batches):
             while (batch := world.run_all_or_raise(lambda: next(batches, None))) is not None:
