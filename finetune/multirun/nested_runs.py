@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from finetune.config import FinetuneConfig
-from finetune.plan import FinetunePlan, plan_training
+from finetune.plan import plan_training
+from finetune.task import FinetunePlan
 from foveal.data.sampling.subset import eval_split
 from foveal.training.run import Run
 from foveal.training.run_directory import open_run

@@ -7,8 +7,9 @@ from functools import cached_property
 import numpy as np
 
 from finetune.config import FinetuneConfig
-from finetune.plan import FinetunePlan, plan_training
+from finetune.plan import plan_training
 from finetune.probe.config import HYPERPARAMETERS, ProbeConfig, ProbeKind
+from finetune.task import FinetunePlan
 from foveal.atomic import format_bytes
 from foveal.data.sampling.subset import SubsetName, select_subset
 from foveal.errors import ConfigError
@@ -130,10 +131,8 @@ def _check_probe_settings(cfg: FinetuneConfig, probe: ProbeConfig) -> None:
     for name in ("trials", "folds"):
         if getattr(cfg, name) is not None:
             raise ConfigError(f"probe and {name} exclude each other: a probe trains no encoder; take one of them out")
-    if cfg.data.fold is not None or cfg.data.labels != "class":
-        raise ConfigError(
-            "probe reads one class of an image, and is evaluated on data.val: leave out data.labels and data.fold"
-        )
+    if cfg.data.fold is not None:
+        raise ConfigError("probe is evaluated on data.val: leave out data.fold")
     if cfg.run.stop_at is not None:
         raise ConfigError("run.stop_at and probe exclude each other: its heads are trained to the end; shorten epochs")
     if cfg.data.mix:

@@ -166,14 +166,16 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "finetune.probe.config": (("foveal.config",), ("pydantic",)),
     "finetune.tasks.average_precision": (("foveal.errors",), ("numpy", "pycocotools")),
     "finetune": (
-        ("foveal", "finetune.probe.config", "finetune.tasks.average_precision"),
-        ("numpy", "torch"),
+        ("foveal", "finetune.probe.config"),
+        ("torch",),
     ),
     "finetune.regularizers": (("foveal", "finetune"), ("torch",)),
     "finetune.tasks": (
         ("foveal", "finetune", "finetune.regularizers", "finetune.tasks.average_precision"),
         ("numpy", "sklearn", "torch"),
     ),
+    "finetune.checks": (("foveal", "finetune"), ("torch",)),
+    "finetune.plan": (("foveal", "finetune"), ("numpy",)),
     "finetune.multirun": (("foveal", "finetune"), ()),
     "finetune.probe": (("foveal", "finetune"), ("numpy", "torch")),
     "finetune.fit": (("foveal", "finetune"), ("torch",)),

@@ -83,13 +83,13 @@ class MultiLabelReader(LabelReader):
     field: str
     classes: tuple[str, ...]
 
-    def read_label(self, data: bytes, crop: AppliedCrop, location: str) -> np.ndarray:  # noqa: ARG002 - no geometry
+    def read_label(self, data: bytes, crop: AppliedCrop, location: str) -> np.ndarray:
         targets = self.empty_label((0, 0))
         for label in _parse_list(data, self.field, "labels", location):
             targets[_check_class(label, len(self.classes), location)] = 1
         return targets
 
-    def empty_label(self, output_hw: tuple[int, int]) -> np.ndarray:  # noqa: ARG002
+    def empty_label(self, output_hw: tuple[int, int]) -> np.ndarray:
         return np.zeros(len(self.classes), np.uint8)
 
     def describe_label(self, label: np.ndarray) -> str:
@@ -170,13 +170,13 @@ class BoxReader(LabelReader):
             boxes.append((left, top, right, bottom, _check_class(label, len(self.classes), location)))
         return _crop_boxes(np.array(boxes, np.float64).reshape(-1, 5), crop)
 
-    def empty_label(self, output_hw: tuple[int, int]) -> np.ndarray:  # noqa: ARG002
+    def empty_label(self, output_hw: tuple[int, int]) -> np.ndarray:
         return np.zeros((0, 5), np.float32)
 
-    def example_label(self, output_hw: tuple[int, int]) -> np.ndarray:  # noqa: ARG002
+    def example_label(self, output_hw: tuple[int, int]) -> np.ndarray:
         return np.zeros((_EXAMPLE_BOXES, 5), np.float32)
 
-    def collate(self, labels: Sequence[np.ndarray | None], output_hw: tuple[int, int]) -> Tensor:  # noqa: ARG002
+    def collate(self, labels: Sequence[np.ndarray | None], output_hw: tuple[int, int]) -> Tensor:
         """Return float32 [B, largest number of boxes, 5]; padding boxes have the class ``NO_CLASS``."""
         max_boxes = max((len(row) for row in labels if row is not None), default=0)
         boxes = np.zeros((len(labels), max_boxes, 5), np.float32)
