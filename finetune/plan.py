@@ -100,8 +100,8 @@ def nested_run_config(cfg: FinetuneConfig, subdirectory: str, overrides: dict[st
 
 def _plan_run(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
     task = find_task(cfg.task)
-    check_settings(cfg, task)
     check_other_sections(cfg, tuple(TASKS.values()))
+    check_settings(cfg, task)
     selection_metric = find_selection_metric(cfg, task)
     init_source = _inspect_init_source(cfg)
     card = None if init_source is None else init_source.card

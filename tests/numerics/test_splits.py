@@ -61,7 +61,7 @@ def trees(digits: Path, teachers: dict[str, Path], tmp_path_factory: pytest.Temp
     data = {"path": str(digits), "image_size": 16, "channels": 1, "lanes": 8, "mean": list(MEAN), "std": list(STD)}
     vit = {"name": "vit_tiny_patch16_224", "patch": 4, "width": 32, "depth": 2, "heads": 2}
     shared = {"seed": 3, "epochs": 1, "batch": {"images": WHOLE}, "engine": {"kind": "plain"}, "optim": {"clip": None}}
-    boxes = {"path": str(folder / "boxes"), "image_size": 32, "channels": 1, "lanes": 4, "labels": "boxes"}
+    boxes = {"path": str(folder / "boxes"), "image_size": 32, "channels": 1, "lanes": 4}
     scenes = write_scenes(folder / "scenes", train=WHOLE)
     return {
         "pretrain": shared | {"data": data, "model": vit, "decoder": {"width": 16, "depth": 1, "heads": 2}},
@@ -69,7 +69,11 @@ def trees(digits: Path, teachers: dict[str, Path], tmp_path_factory: pytest.Temp
         "finetune": shared | {"data": data, "model": vit, "init": None, "drop_path": 0.1, "label_smoothing": 0.1},
         "segment": scene_tree(scenes, segment={}, class_weights=[0.5, 2, 1], batch={"images": WHOLE}),
         "detect": shared
-        | {"data": boxes | {"augment": {"scale": [0.8, 1.0]}, "mean": [0.5], "std": [0.25]}, "model": vit}
+        | {
+            "task": "detection",
+            "data": boxes | {"augment": {"scale": [0.8, 1.0]}, "mean": [0.5], "std": [0.25]},
+            "model": vit,
+        }
         | {"detect": {"width": 32, "layers": 1, "strides": [4, 8, 16], "each_class": True}, "drop_path": 0.1},
     }
 
@@ -113,9 +117,9 @@ def test_parts_add_up(
         plan = stage.build_plan(cfg, 1)
         parts = stage.build(plan, DEVICE)
         parts.model.train()
-        with train_batches(
-            plan.training_set, cfg.data, rank=0, world_size=1, microbatch_size=at_once, start_step=0, stop_step=1
-        ) as batches:
+        reader = plan.label_reader
+        place = {"rank": 0, "world_size": 1, "microbatch_size": at_once, "start_step": 0, "stop_step": 1}
+        with train_batches(plan.training_set, cfg.data, label_reader=reader, **place) as batches:
             micros = list(batches)
         assert len(micros) == WHOLE // at_once
         sums.append(learned(parts, micros))

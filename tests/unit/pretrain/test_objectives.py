@@ -255,7 +255,7 @@ def cross_entropy(logits: np.ndarray, label: int, smoothing: float) -> float:
 
 def classify(seed: int = 0, smoothing: float = 0.0, sites: int = 0, classes: int = 4) -> ClassificationLoss:
     off = {"erase": 0.0, "mixup": 0.0, "cutmix": 0.0}
-    cfg: Any = SimpleNamespace(seed=seed, label_smoothing=smoothing, data=SimpleNamespace(labels="class"), **off)
+    cfg: Any = SimpleNamespace(seed=seed, label_smoothing=smoothing, **off)
     return ClassificationLoss(cfg, MEAN, STD, sites, torch.ones(classes))
 
 

@@ -79,7 +79,7 @@ def batches(rank: int, ranks: int, micros: int) -> Iterator[Batch]:
 
 
 def classify() -> ClassificationLoss:
-    off = {"erase": 0.0, "mixup": 0.0, "cutmix": 0.0, "data": SimpleNamespace(labels="class")}
+    off = {"erase": 0.0, "mixup": 0.0, "cutmix": 0.0}
     cfg: Any = SimpleNamespace(seed=0, label_smoothing=0.1, **off)
     return ClassificationLoss(cfg, (0.5,), (0.25,), 0, torch.ones(CLASSES))
 
