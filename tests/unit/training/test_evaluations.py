@@ -18,7 +18,6 @@ from foveal.training.evaluations import (
     is_patience_exhausted,
 )
 
-
 TOP1, LOSS = Metric("val_top1", higher_is_better=True), Metric("val_loss", higher_is_better=False)
 ERROR = Metric("val_error", higher_is_better=False)
 
