@@ -40,8 +40,7 @@ def train_batches(
     """Yield an iterator over one rank's microbatches for the steps start_step..stop_step-1.
 
     The first microbatch is number 0 of ``start_step``. skipped_batches: numbers of the batches that no step consumes,
-    ascending. label_reader: reads labels that are not in the index into ``Batch.targets``. Leaving the context stops
-    the threads.
+    ascending. label_reader: reads ``Batch.targets``, if any. Leaving the context stops the threads.
     Raises: ConfigError if ranks, lanes or microbatch_size do not divide; ``next``: DataError with shard and sample.
     """
     order = training_set.order
