@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from distill.config import DistillConfig
 from distill.losses import DISTANCES, cosine_distance, l1_distance, smooth_l1_distance
 from distill.objective import DistillationLoss
-from finetune.tasks.classify import ClassificationLoss, sum_batch_metrics
+from finetune.tasks.classify import ClassificationLoss
+from finetune.tasks.classify_metrics import sum_batch_metrics
 from foveal.data import Batch
 from foveal.models.mae import MAEOutput
 from foveal.models.masks import MASK_NOISE_FUNCTIONS, NUM_OFFSET_DRAWS, MaskStrategy

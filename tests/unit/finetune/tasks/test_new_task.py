@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -21,7 +20,7 @@ from typer.testing import CliRunner
 from finetune.config import FinetuneConfig
 from finetune.model import encoder_from_plan, model_from_export, param_groups_from_plan
 from finetune.plan import plan_training
-from finetune.run import train
+from finetune.run import STAGE, train
 from finetune.task import FinetunePlan, Task
 from finetune.tasks.registry import TASKS
 from foveal.cli import app
@@ -33,6 +32,7 @@ from foveal.distributed.preemption import Preemption
 from foveal.distributed.world import World
 from foveal.engines.base import Engine
 from foveal.errors import ConfigError, DataError
+from foveal.forecast.forecast import ClusterSpec, Forecast
 from foveal.models.encoder_with_head import EncoderWithHead, set_noise_cast_images
 from foveal.training.evaluations import Metric
 from foveal.training.loop import TrainingSetup
@@ -182,10 +182,10 @@ def test_it_trains_and_the_lowest_error_is_exported(settings: dict[str, Any], tm
 
 def test_the_commands_know_it(settings: dict[str, Any], tmp_path: Path) -> None:
     """``foveal plan`` traces a sample with its label; ``data verify`` reads every label, ``data show`` writes them."""
-    (tmp_path / "it.yaml").write_text(yaml.safe_dump(settings))
-    planned = CliRunner().invoke(app, ["plan", str(tmp_path / "it.yaml"), "--stage", "finetune", "--json"])
-    assert planned.exit_code == 0, planned.output
-    assert json.loads(planned.output)
+    plan = plan_training(FinetuneConfig.from_dict(settings, "here"), 1)
+    forecast = Forecast(STAGE, plan, ClusterSpec(1, 1, 0.5, 1e9))
+    assert forecast.flops_per_sample.forward_backward > forecast.flops_per_sample.forward > 0
+    assert forecast.memory_estimate.peak > 0
 
     data, sheet = settings["data"]["path"], tmp_path / "sheet.png"
     shown = CliRunner().invoke(app, ["data", "show", data, "--task", "brightness", "--sheet", str(sheet)])
