@@ -93,7 +93,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (*CONFIGURED, "foveal.atomic", "foveal.data", "foveal.models", "foveal.timeouts"),
         ("pydantic", "torch", "safetensors"),
     ),
-    "foveal.inspect": (("foveal.models",), ("numpy", "torch", "PIL")),
+    "foveal.inspect": (("foveal.data.image", "foveal.models"), ("numpy", "torch", "PIL")),
     # Tracking: MLflow's library stays behind one file.
     "foveal.tracking.tracker": (("foveal.config", "foveal.redact"), ("pydantic",)),
     "foveal.tracking.mlflow": (("foveal.redact", "foveal.tracking"), ("mlflow",)),

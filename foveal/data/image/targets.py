@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from foveal.data.config import DataConfig
 from foveal.data.dataset import Dataset
 from foveal.data.image.decode import UndecodableError, decode_mask_crop
+from foveal.data.image.label_drawing import draw_box_outlines, draw_mask
 from foveal.data.image.transforms import CropBox
 from foveal.errors import DataError
 
@@ -74,6 +76,10 @@ class LabelReader(ABC):
     def describe_label(self, label: np.ndarray) -> str:
         """Return a label in few words, as a caption of its image."""
         return str(label)
+
+    def draw_label(self, image: Image.Image, label: np.ndarray) -> Image.Image:
+        """Return an RGB image with its label drawn on it, if a label within an image can be drawn."""
+        return image
 
 
 @dataclass(frozen=True)
@@ -130,6 +136,9 @@ class MaskReader(LabelReader):
         shares = np.bincount(label[label != NO_CLASS].ravel(), minlength=len(self.classes)) / max(1, label.size)
         largest = [number for number in np.argsort(-shares, kind="stable") if shares[number]]
         return ", ".join(f"{self.classes[number]} {100 * shares[number]:.0f}%" for number in largest) or "no class"
+
+    def draw_label(self, image: Image.Image, label: np.ndarray) -> Image.Image:
+        return draw_mask(image, label, len(self.classes))
 
 
 @dataclass(frozen=True)
@@ -189,6 +198,9 @@ class BoxReader(LabelReader):
     def describe_label(self, label: np.ndarray) -> str:
         counts = Counter(self.classes[int(number)] for number in label[:, 4])
         return ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "no box"
+
+    def draw_label(self, image: Image.Image, label: np.ndarray) -> Image.Image:
+        return draw_box_outlines(image, label, len(self.classes))
 
 
 def resolve_label_field(cfg: DataConfig, dataset: Dataset, default: str, task: str) -> str:

@@ -76,23 +76,25 @@ def _draw_sample(
     except UndecodableError as error:
         return _make_error_square(str(error)), key
     if label_reader is not None:
-        return _make_thumbnail(image), _describe_label(dataset, index, row, label_reader, image.size)
+        image, caption = _draw_label(dataset, index, row, label_reader, image)
+        return _make_thumbnail(image), caption
     label = int(index.labels[row])
     return _make_thumbnail(image), dataset.classes[label] if label >= 0 and dataset.classes is not None else key
 
 
-def _describe_label(
-    dataset: Dataset, index: ShardIndex, row: int, label_reader: LabelReader, image_size: tuple[int, int]
-) -> str:
-    """Return the label of a sample in words, or what is wrong with it."""
+def _draw_label(
+    dataset: Dataset, index: ShardIndex, row: int, label_reader: LabelReader, image: Image.Image
+) -> tuple[Image.Image, str]:
+    """Return the image with its label, and the label in words or what is wrong with it."""
     member = index.find_member_offset_size(row, label_reader.field)
     if member is None:
-        return f"no member .{label_reader.field}"
+        return image, f"no member .{label_reader.field}"
     try:
         data = _read_member(dataset, index, member)
-        return label_reader.describe_label(label_reader.read_label(data, AppliedCrop.whole_image(*image_size), "it"))
+        label = label_reader.read_label(data, AppliedCrop.whole_image(*image.size), index.key(row))
     except (UndecodableError, DataError) as error:
-        return f"! {error}"
+        return image, f"! {error}"
+    return label_reader.draw_label(image, label), label_reader.describe_label(label)
 
 
 def _read_member(dataset: Dataset, index: ShardIndex, offset_and_size: tuple[int, int]) -> bytes:
