@@ -117,9 +117,16 @@ def test_parts_add_up(
         plan = stage.build_plan(cfg, 1)
         parts = stage.build(plan, DEVICE)
         parts.model.train()
-        reader = plan.label_reader
-        place = {"rank": 0, "world_size": 1, "microbatch_size": at_once, "start_step": 0, "stop_step": 1}
-        with train_batches(plan.training_set, cfg.data, label_reader=reader, **place) as batches:
+        with train_batches(
+            plan.training_set,
+            cfg.data,
+            rank=0,
+            world_size=1,
+            microbatch_size=at_once,
+            start_step=0,
+            stop_step=1,
+            label_reader=plan.label_reader,
+        ) as batches:
             micros = list(batches)
         assert len(micros) == WHOLE // at_once
         sums.append(learned(parts, micros))

@@ -82,8 +82,17 @@ def evaluated(dataset: Dataset, cfg: DataConfig, task: str, world_size: int = 1)
 
 def trained(dataset: Dataset, cfg: DataConfig, task: str) -> list[Any]:
     training = build_training_set(dataset, cfg, seed=0, batch_size=4)
-    place = {"rank": 0, "world_size": 1, "microbatch_size": 4, "start_step": 0, "stop_step": 4}
-    with train_batches(training, cfg, label_reader=find_task(task).make_label_reader(cfg, dataset), **place) as batches:
+    reader = find_task(task).make_label_reader(cfg, dataset)
+    with train_batches(
+        training,
+        cfg,
+        rank=0,
+        world_size=1,
+        microbatch_size=4,
+        start_step=0,
+        stop_step=4,
+        label_reader=reader,
+    ) as batches:
         return list(batches)
 
 
