@@ -28,7 +28,7 @@ class TeacherCacheConfig(Config):
     dir: str | None = machine(
         None, "Folder of the cache, shared or local to each node; null: the teacher runs at every step."
     )
-    gigabytes: float = machine(50.0, "Maximum size of one run's cache, in GB.", gt=0)
+    max_gigabytes: float = machine(50.0, "Maximum size of one run's cache, in GB.", gt=0)
 
 
 class DistillConfig(StageConfig):
@@ -41,7 +41,7 @@ class DistillConfig(StageConfig):
     model: StudentVitConfig | None = science(None, "The student encoder; null: vit_small_patch16_224.")
     backbone: str | None = science(None, "timm name of any model, instead of model.")
     students: tuple[StudentConfig, ...] = science((), "Several students in one run, instead of model and backbone.")
-    lesson: DistillMethod = science(
+    method: DistillMethod = science(
         "features",
         "Method: features (final features), layers (block tokens of visible patches, DMAE), relations (query-key and "
         "value-value relations, TinyMIM), logits (soft labels), token (hard labels for a distillation token, DeiT).",
@@ -65,7 +65,7 @@ class DistillConfig(StageConfig):
         0.5, "Weight of the label loss, for logits and token; the teacher loss has the rest.", ge=0, le=1
     )
     pooling: Pooling = science("avg", "Input of the encoder's head, for logits: mean of the patches, or class token.")
-    lesson_cache: TeacherCacheConfig = TeacherCacheConfig()
+    teacher_cache: TeacherCacheConfig = TeacherCacheConfig()
 
     @property
     def export_subfolders(self) -> tuple[str, ...]:
@@ -74,4 +74,4 @@ class DistillConfig(StageConfig):
     @property
     def has_epoch_invariant_targets(self) -> bool:
         """Whether the teacher's output for an image is the same in every epoch."""
-        return self.data.augment.is_deterministic and self.lesson != "layers"
+        return self.data.augment.is_deterministic and self.method != "layers"

@@ -37,8 +37,8 @@ class DistillPlan(Plan):
             trained_size = format_image_size(self.teacher_spec.resized_from)
             size = format_image_size(self.cfg.data.image_size)
             lines.append(f"teacher   trained on images of {trained_size} pixels, used at {size}")
-        if self.cfg.lesson_cache.dir is not None:
-            lines.append(f"cache     {self.cfg.lesson_cache.dir}; a forecast counts the teacher in every step")
+        if self.cfg.teacher_cache.dir is not None:
+            lines.append(f"cache     {self.cfg.teacher_cache.dir}; a forecast counts the teacher in every step")
         for student in self.student_specs:
             lines.append(f"student   {student.display_name}{student.description_suffix}")
             if student.has_batch_norm:
@@ -64,7 +64,7 @@ def plan_distillation(cfg: DistillConfig, world_size: int) -> DistillPlan:
         world_size,
         source_card=source.card,
         extra_science={"teacher": source.card.sha256}
-        | ({"classes": ", ".join(source.card.classes)} if cfg.lesson in CLASS_METHODS else {}),
+        | ({"classes": ", ".join(source.card.classes)} if cfg.method in CLASS_METHODS else {}),
         teacher_spec=teacher_spec,
         student_specs=student_specs,
     )
@@ -73,9 +73,9 @@ def plan_distillation(cfg: DistillConfig, world_size: int) -> DistillPlan:
     if batch_norm_student is not None and stage_plan.microbatch_size == 1:
         raise ConfigError(
             f"{batch_norm_student.display_name} has BatchNorm, which cannot train on microbatches of 1 image; use a "
-            f"larger batch.at_once, or fewer ranks"
+            f"larger batch.max_micro_size, or fewer ranks"
         )
-    if cfg.lesson in CLASS_METHODS:
+    if cfg.method in CLASS_METHODS:
         classes = resolve_class_names(cfg, teacher_spec, stage_plan.training_set.sources)
         stage_plan = replace(stage_plan, classes=classes)
     return stage_plan
@@ -101,10 +101,10 @@ def resolve_students(cfg: DistillConfig) -> tuple[StudentConfig, ...]:
         raise ConfigError(f"two students have the name {duplicate}: each needs its own folder in export/")
     if reserved := _EXPORT_FILES & set(names):
         raise ConfigError(f"a student cannot have the name {min(reserved)}, which is a file of an export")
-    if len(names) > 1 and cfg.optim.clip is not None:
+    if len(names) > 1 and cfg.optim.max_grad_norm is not None:
         raise ConfigError(
-            f"optim.clip={cfg.optim.clip:g} clips the norm of all gradients, which would make {len(names)} students "
-            f"depend on each other: set optim.clip=null, or train them one by one"
+            f"optim.max_grad_norm={cfg.optim.max_grad_norm:g} clips the norm of all gradients, which would make {len(names)} students "
+            f"depend on each other: set optim.max_grad_norm=null, or train them one by one"
         )
     return tuple(
         _resolve_student(student, student, f"students.{number}.model") for number, student in enumerate(cfg.students)
@@ -127,23 +127,23 @@ def _resolve_student(
 
 def _check_settings(cfg: DistillConfig) -> None:
     """Raise: ConfigError for settings that exclude each other, whatever the teacher and the students."""
-    if cfg.layers and cfg.lesson not in ("layers", "relations"):
+    if cfg.layers and cfg.method not in ("layers", "relations"):
         raise ConfigError(
-            f"layers are pairs of blocks, and lesson={cfg.lesson} compares none; remove them, or use lesson=layers or "
+            f"layers are pairs of blocks, and method={cfg.method} compares none; remove them, or use method=layers or "
             f"relations"
         )
     duplicate = next((list(pair) for pair in cfg.layers if cfg.layers.count(pair) > 1), None)
     if duplicate is not None:
         raise ConfigError(f"layers has the pair {duplicate} twice")
-    if cfg.lesson_cache.dir is not None and cfg.data.mix and not cfg.has_epoch_invariant_targets:
+    if cfg.teacher_cache.dir is not None and cfg.data.mix and not cfg.has_epoch_invariant_targets:
         raise ConfigError(
-            "lesson_cache.dir needs a fixed number of views, which data.mix does not have if views differ by epoch; "
+            "teacher_cache.dir needs a fixed number of views, which data.mix does not have if views differ by epoch; "
             "remove one of the two"
         )
-    if cfg.lesson == "features" and not cfg.cls_weight and not cfg.patch_weight:
+    if cfg.method == "features" and not cfg.cls_weight and not cfg.patch_weight:
         raise ConfigError("cls_weight=0 and patch_weight=0 leave no loss; set one of them above 0")
-    if cfg.lesson == "token" and cfg.label_weight in (0, 1):
+    if cfg.method == "token" and cfg.label_weight in (0, 1):
         raise ConfigError(
-            f"lesson=token trains two heads, and label_weight={cfg.label_weight:g} leaves one without a loss; set it "
-            f"between 0 and 1, exclusive, or use lesson=logits"
+            f"method=token trains two heads, and label_weight={cfg.label_weight:g} leaves one without a loss; set it "
+            f"between 0 and 1, exclusive, or use method=logits"
         )

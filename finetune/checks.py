@@ -34,9 +34,9 @@ def check_settings(cfg: FinetuneConfig, task: Task) -> None:
             f"class_weights=balanced counts classes in the index, which has none of task={task.name}; give a list of "
             "weights"
         )
-    if cfg.frozen and cfg.drop_path:
+    if cfg.freeze_encoder and cfg.drop_path:
         raise ConfigError(
-            f"drop_path={cfg.drop_path:g} is for a trained encoder, and frozen=true freezes it; leave one out"
+            f"drop_path={cfg.drop_path:g} is for a trained encoder, and freeze_encoder=true freezes it; leave one out"
         )
     _check_adversarial(cfg)
     task.check_settings(cfg)
@@ -95,14 +95,16 @@ def check_mixup_pairing(cfg: FinetuneConfig, microbatch_size: int) -> None:
     if (cfg.mixup or cfg.cutmix) and microbatch_size % 2:
         raise ConfigError(
             f"mixup and cutmix pair the images of a microbatch, which has {microbatch_size} here: take an even number "
-            f"of images per rank (batch.images, batch.at_once)"
+            f"of images per rank (batch.global_size, batch.max_micro_size)"
         )
 
 
 def check_split_batch_norm(cfg: FinetuneConfig, model_name: str, *, has_batch_norm: bool) -> None:
-    """Raise ConfigError if adversarial.split_norms is set for a model without BatchNorm."""
-    if cfg.adversarial is not None and cfg.adversarial.split_norms and not has_batch_norm:
-        raise ConfigError(f"adversarial.split_norms is for BatchNorm, which {model_name} does not have; leave it out")
+    """Raise ConfigError if adversarial.separate_batchnorm is set for a model without BatchNorm."""
+    if cfg.adversarial is not None and cfg.adversarial.separate_batchnorm and not has_batch_norm:
+        raise ConfigError(
+            f"adversarial.separate_batchnorm is for BatchNorm, which {model_name} does not have; leave it out"
+        )
 
 
 def check_distillation_token(cfg: FinetuneConfig, card: EncoderCard | BackboneCard) -> None:
@@ -165,7 +167,7 @@ def check_backbone_supports_settings(card: BackboneCard, cfg: FinetuneConfig) ->
         )
     if cfg.optim.layer_decay < 1:
         get_layer_ids(backbone)
-    if cfg.engine.recompute:
+    if cfg.engine.activation_checkpointing:
         set_activation_checkpointing(backbone, enable=True)
 
 
@@ -178,14 +180,14 @@ def _check_adversarial(cfg: FinetuneConfig) -> None:
         raise ConfigError(
             "adversarial needs gradients of images, which engine.sharding=deepspeed does not give; use ddp or fsdp2"
         )
-    if adversarial.split_norms and cfg.engine.recompute:
+    if adversarial.separate_batchnorm and cfg.engine.activation_checkpointing:
         raise ConfigError(
-            "adversarial.split_norms and engine.recompute exclude each other: the recomputation in the backward pass "
+            "adversarial.separate_batchnorm and engine.activation_checkpointing exclude each other: the recomputation in the backward pass "
             "would use the clean images' norms; leave one of them out"
         )
-    if adversarial.split_norms and not adversarial.weight:
+    if adversarial.separate_batchnorm and not adversarial.weight:
         raise ConfigError(
-            "adversarial.split_norms=true needs attacked images in the loss: set adversarial.weight above 0"
+            "adversarial.separate_batchnorm=true needs attacked images in the loss: set adversarial.weight above 0"
         )
 
 

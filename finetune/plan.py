@@ -46,8 +46,10 @@ def plan_training(cfg: FinetuneConfig, world_size: int) -> FinetunePlan:
     if cfg.trials is None:
         return _plan_run(cfg, world_size)
     check_trials_evaluation(cfg, find_task(cfg.task))
-    if cfg.run.stop_at is not None:
-        raise ConfigError("run.stop_at and trials exclude each other: a comparison is of whole runs; shorten epochs")
+    if cfg.run.stop_at_step is not None:
+        raise ConfigError(
+            "run.stop_at_step and trials exclude each other: a comparison is of whole runs; shorten epochs"
+        )
     if cfg.init is not None:
         raise ConfigError("init and trials exclude each other: trials.arms says what each arm starts from")
     if len(cfg.trials.lr_per_256) > 1 and not cfg.data.holdout_per_class:
@@ -164,7 +166,7 @@ def _inspect_init_source(cfg: FinetuneConfig) -> PretrainedSource | None:
             )
         return None
     path = Path(cfg.init)
-    is_export = read_with_timeout(path, cfg.data.patience_seconds, (path / "card.json").exists)
+    is_export = read_with_timeout(path, cfg.data.stall_timeout_seconds, (path / "card.json").exists)
     return inspect_pretrained(path, None if is_export else cfg.init_name, cfg.data)
 
 

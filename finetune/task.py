@@ -35,11 +35,11 @@ TASK_SETTINGS = {
     "class_weights": "is for classes of images or pixels",
     "label_smoothing": "is for classes of images or pixels",
     "pooling": "is of tasks that read one feature of an image",
-    "data.per_class": "is for images that have one class each",
+    "data.samples_per_class": "is for images that have one class each",
     "data.holdout_per_class": "is for images that have one class each",
     "data.fold": "is cut class by class",
-    "data.augment.operations": "transforms images but not labels within them",
-    "data.val_size": "is for labels within images; other images are evaluated as data.image_size says",
+    "data.augment.rand_augment.ops": "transforms images but not labels within them",
+    "data.eval_size": "is for labels within images; other images are evaluated as data.image_size says",
     "data.label_field": "names a member with the label; `foveal data index --label-key` reads a class from another one",
 }
 
@@ -62,7 +62,7 @@ class FinetunePlan(Plan):
     @property
     def num_runs(self) -> int:
         """Number of nested runs; 1 without trials and folds."""
-        trials, folds = self.cfg.trials, self.cfg.folds
+        trials, folds = self.cfg.trials, self.cfg.cross_validation
         if folds is not None:
             return folds.count * folds.repeats
         return 1 if trials is None else len(trials.arms) * len(trials.lr_per_256) * trials.repeats
@@ -80,7 +80,7 @@ class FinetunePlan(Plan):
         return card is not None and has_batch_norm(build_meta_backbone(*card.build_args, card.classes))
 
     def summary_lines(self) -> list[str]:
-        folds = self.cfg.folds
+        folds = self.cfg.cross_validation
         fold_lines = (
             []
             if folds is None
@@ -90,10 +90,10 @@ class FinetunePlan(Plan):
 
     def _norm_lines(self) -> list[str]:
         """Warn that BatchNorm makes the loss curve depend on microbatch size and number of ranks."""
-        if self.cfg.frozen or not self.has_batch_norm:
+        if self.cfg.freeze_encoder or not self.has_batch_norm:
             return []
         cause = "BatchNorm normalizes over a microbatch"
-        settings = f"the number of ranks and on batch.at_once ({self.microbatch_size} images here)"
+        settings = f"the number of ranks and on batch.max_micro_size ({self.microbatch_size} images here)"
         return [f"norm      {cause}: the curve depends on {settings}"]
 
 

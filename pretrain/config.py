@@ -27,27 +27,27 @@ class PretrainConfig(StageConfig):
     model: VitConfig = VitConfig()
     decoder: DecoderConfig = DecoderConfig()
     mask_ratio: float = science(0.75, "Fraction of patches masked.", gt=0, lt=1)
-    masking: MaskStrategy = science(
+    mask_strategy: MaskStrategy = science(
         "random", "Patches are masked one by one (random), in square blocks (block), or all but one per cell (grid)."
     )
-    mask_block: int = science(4, "Side of a block, in patches, for masking=block.", ge=2)
+    mask_block_size: int = science(4, "Side of a block, in patches, for mask_strategy=block.", ge=2)
     norm_pix: bool = science(True, "Normalise the target pixels per patch.")
     target: PredictionTarget = science(
         "pixels", "Prediction target of masked patches: pixels, or features of the EMA encoder (latents)."
     )
-    image_weight: float = science(
+    image_loss_weight: float = science(
         0.0, "Weight of predicting the full image's mean feature from the class token; 0: off.", ge=0
     )
     image_target: Literal["averaged", "own"] = science(
         "averaged",
         "Encoder of the full image: the EMA encoder (averaged), or the trained encoder without gradient (own).",
     )
-    average: float = science(0.996, "EMA decay per step at the start; rises to 1 along half a cosine.", ge=0, lt=1)
+    ema_decay: float = science(0.996, "EMA decay per step at the start; rises to 1 along half a cosine.", ge=0, lt=1)
 
     @property
     def uses_ema(self) -> bool:
         """Whether the model has an EMA encoder."""
-        return self.target == "latents" or (self.image_weight > 0 and self.image_target == "averaged")
+        return self.target == "latents" or (self.image_loss_weight > 0 and self.image_target == "averaged")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class PretrainPlan(Plan):
 
     def ema_decay_at(self, step: int) -> float:
         """Return the EMA decay after a step."""
-        return cosine_ema_decay(step, start_decay=self.cfg.average, total_steps=self.total_steps)
+        return cosine_ema_decay(step, start_decay=self.cfg.ema_decay, total_steps=self.total_steps)
 
     def summary_lines(self) -> list[str]:
         return super().summary_lines() + ([] if self.init_source is None else self.init_source.summary_lines())
@@ -70,7 +70,9 @@ def plan_pretraining(cfg: PretrainConfig, world_size: int) -> PretrainPlan:
     """Return the checked plan of these settings. Raises: ConfigError, DataError, ExportError."""
     _check_target(cfg)
     model, size = cfg.model.resolve_for_image(cfg.data.image_size), cfg.data.image_size
-    mask_block_size = resolve_mask_block_size(cfg.masking, *model.patch_grid(size), cfg.mask_ratio, cfg.mask_block)
+    mask_block_size = resolve_mask_block_size(
+        cfg.mask_strategy, *model.patch_grid(size), cfg.mask_ratio, cfg.mask_block_size
+    )
     if cfg.init is None:
         return build_stage_plan(PretrainPlan, cfg, world_size, mask_block_size=mask_block_size)
     init_source = inspect_init_weights(Path(cfg.init), model, cfg.data)
@@ -89,14 +91,14 @@ def plan_pretraining(cfg: PretrainConfig, world_size: int) -> PretrainPlan:
 
 
 def _check_target(cfg: PretrainConfig) -> None:
-    if cfg.target == "latents" and cfg.image_weight and cfg.image_target == "own":
+    if cfg.target == "latents" and cfg.image_loss_weight and cfg.image_target == "own":
         raise ConfigError(
-            "image_target=own and target=latents exclude each other: target=latents uses the EMA encoder; set "
-            "image_target=averaged"
+            "image_target=online and target=features exclude each other: target=features uses the EMA encoder; set "
+            "image_target=ema"
         )
-    if cfg.target == "latents" and cfg.log.pictures_every:
+    if cfg.target == "latents" and cfg.log.images_every:
         raise ConfigError(
-            "log.pictures_every shows reconstructed pixels, and target=latents reconstructs none; remove it"
+            "log.images_every shows reconstructed pixels, and target=features reconstructs none; remove it"
         )
     if cfg.init is not None and not cfg.optim.warmup_epochs:
         raise ConfigError(

@@ -83,8 +83,8 @@ class ClassificationLoss:
         """Return normalised images after random erasing, mixup and cutmix, and their targets [B, K]."""
         cfg, images = self.cfg, normalise(batch.images, self.mean, self.std)
         targets_BK = self.compute_targets(batch)
-        if cfg.erase:
-            images = apply_random_erasing(images, batch.sample_keys, cfg.seed, cfg.erase)
+        if cfg.random_erasing:
+            images = apply_random_erasing(images, batch.sample_keys, cfg.seed, cfg.random_erasing)
         if cfg.mixup or cfg.cutmix:
             images, own_B = apply_mixup_cutmix(
                 images,
@@ -92,7 +92,7 @@ class ClassificationLoss:
                 cfg.seed,
                 mixup=cfg.mixup,
                 cutmix=cfg.cutmix,
-                cutmix_share=cfg.cutmix_share,
+                cutmix_share=cfg.mixup_switch_prob,
             )
             targets_BK = mix_adjacent_pairs(targets_BK, own_B[:, None])
         return images, targets_BK
@@ -135,7 +135,7 @@ class Classification(Task):
     name = "classification"
     predicts_classes = True
     has_index_labels = True
-    supported_settings = frozenset(TASK_SETTINGS) - {"data.val_size", "data.label_field"}
+    supported_settings = frozenset(TASK_SETTINGS) - {"data.eval_size", "data.label_field"}
     loss_class = ClassificationLoss
 
     def make_label_reader(self, cfg: DataConfig, dataset: Dataset) -> LabelReader | None:
@@ -145,7 +145,7 @@ class Classification(Task):
         if plan.backbone is not None:
             card, size = plan.backbone, plan.microbatch_size
             # A frozen backbone has no training forward of its own, so that a microbatch of 1 is no error there.
-            check_classifier_training(*card.build_args, card.classes, max(2, size) if plan.cfg.frozen else size)
+            check_classifier_training(*card.build_args, card.classes, max(2, size) if plan.cfg.freeze_encoder else size)
 
     def build(self, plan: FinetunePlan, device: torch.device) -> TrainingSetup[Any]:
         cfg, attack, model = plan.cfg, build_attack(plan), classifier_from_plan(plan)

@@ -78,7 +78,7 @@ class Detection(Task):
 
     name = "detection"
     predicts_classes = True
-    supported_settings = frozenset({"data.val_size", "data.label_field"})
+    supported_settings = frozenset({"data.eval_size", "data.label_field"})
     settings_section = "detect"
 
     def make_label_reader(self, cfg: DataConfig, dataset: Dataset) -> LabelReader:

@@ -99,9 +99,9 @@ class Segmentation(Task):
         {
             "label_smoothing",
             "class_weights",
-            "data.per_class",
+            "data.samples_per_class",
             "data.holdout_per_class",
-            "data.val_size",
+            "data.eval_size",
             "data.label_field",
         }
     )
@@ -118,13 +118,13 @@ class Segmentation(Task):
         """Raise ConfigError if an evaluated image is smaller than a window."""
         if any(val < side for val, side in zip(cfg.data.eval_image_hw, cfg.data.image_hw, strict=True)):
             raise ConfigError(
-                f"data.val_size is {format_image_size(cfg.data.eval_image_hw)} and data.image_size "
+                f"data.eval_size is {format_image_size(cfg.data.eval_image_hw)} and data.image_size "
                 f"{format_image_size(cfg.data.image_hw)}: an evaluated image must hold at least one window of image_size"
             )
 
     def check_model(self, plan: FinetunePlan) -> None:
         if plan.backbone is not None:
-            size = max(2, plan.microbatch_size) if plan.cfg.frozen else plan.microbatch_size
+            size = max(2, plan.microbatch_size) if plan.cfg.freeze_encoder else plan.microbatch_size
             check_segmenter_training(plan.backbone, plan.cfg.segment.head_card(len(plan.classes)), size)
 
     def summary_lines(self, cfg: FinetuneConfig) -> list[str]:
@@ -158,5 +158,9 @@ class Segmentation(Task):
 
 def format_evaluated_area(data: DataConfig) -> str:
     """Return a line of the printed plan: what part of an image is evaluated, at what size."""
-    crop = "whole images" if data.crop_ratio == 1 else f"the middle of images (data.crop_ratio={data.crop_ratio:g})"
+    crop = (
+        "whole images"
+        if data.eval_crop_ratio == 1
+        else f"the middle of images (data.eval_crop_ratio={data.eval_crop_ratio:g})"
+    )
     return f"measured  on {crop}, as {format_image_size(data.eval_image_hw)} pixels"

@@ -26,12 +26,12 @@ class CheckpointConfig(Config):
     every: int = machine(1000, "Steps between checkpoints; 0: only at the end and on a request to stop.", ge=0)
     keep: int = machine(2, "Number of newest checkpoints to keep.", ge=1)
     keep_every: int = machine(0, "Also keep checkpoints whose step is a multiple of this number; 0: none.", ge=0)
-    gigabytes: float = machine(
+    max_gigabytes: float = machine(
         200.0,
         "Maximum size of a run's checkpoints in GB: the oldest are removed, never the newest. 0: no limit.",
         ge=0,
     )
-    overlap: bool = machine(True, "Write checkpoints in the background; false: training waits for the disk.")
+    async_save: bool = machine(True, "Write checkpoints in the background; false: training waits for the disk.")
 
 
 class CheckpointDirectory:
@@ -114,14 +114,14 @@ class CheckpointDirectory:
             keep = num_valid < cfg.keep or (is_valid and is_multiple)
             num_valid += is_valid
             (kept_folders if keep else removals).append(folder)
-        if cfg.gigabytes:
+        if cfg.max_gigabytes:
             total = 0
             for folder in sorted(
                 kept_folders, key=unusable.__contains__
             ):  # unusable checkpoints get the remaining space
                 total += sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-                if total > cfg.gigabytes * 1e9 and folder != newest:
-                    _log.info("checkpoint.gigabytes=%g: %s is removed", cfg.gigabytes, folder)
+                if total > cfg.max_gigabytes * 1e9 and folder != newest:
+                    _log.info("checkpoint.max_gigabytes=%g: %s is removed", cfg.max_gigabytes, folder)
                     removals.append(folder)
         self.remove_in_background(removals)
 

@@ -31,7 +31,7 @@ def settings(digits: Path, init: Path | None, positions: Positions = "learned", 
         "data": {"path": str(digits), "image_size": 16, "channels": 1, "lanes": 8} | further.pop("data", {}),
         "model": TINY.to_dict() | {"positions": positions} | further.pop("model", {}),
         "decoder": {"width": 16, "depth": 1, "heads": 2},
-        "batch": {"images": 64},
+        "batch": {"global_size": 64},
         "optim": {"warmup_epochs": 1},
         "run": {"dir": "runs/x"},
     }
@@ -256,5 +256,5 @@ def test_trained_weights_are_warmed_up(digits: Path, tmp_path: Path) -> None:
 
 
 def test_one_run_has_one_kind_of_target(digits: Path) -> None:
-    with pytest.raises(ConfigError, match="image_target=own and target=latents exclude each other"):
-        plan_pretraining(settings(digits, None, target="latents", image_weight=1.0, image_target="own"), 1)
+    with pytest.raises(ConfigError, match="image_target=online and target=features exclude each other"):
+        plan_pretraining(settings(digits, None, target="latents", image_loss_weight=1.0, image_target="own"), 1)

@@ -148,7 +148,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "epochs": 10,
         "data": {"path": str(folder), "image_size": SIDE, "channels": 1, "lanes": 4, "mean": [0.5], "std": [0.25]},
         "model": {"name": "vit_tiny_patch16_224", "patch": 8, "width": 16, "depth": 1, "heads": 2},
-        "batch": {"images": 16},
+        "batch": {"global_size": 16},
         "optim": {"lr_per_256": 0.1, "warmup_epochs": 0},
         "engine": {"kind": "plain"},
         "run": {"dir": str(tmp_path / "run")},
