@@ -1,51 +1,37 @@
 """Checks of fine-tuning's settings: combinations that exclude each other, and settings that a task does not support."""
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from finetune.config import FinetuneConfig
-from finetune.tasks.average_precision import check_pycocotools
-from foveal.data import LabelKind
+from finetune.task import TASK_SETTINGS, Task
+from foveal.data.sampling.subset import eval_split
 from foveal.errors import ConfigError, ExportError
 from foveal.models.backbone import (
     BackboneCard,
     build_backbone,
     build_meta_backbone,
-    check_classifier_training,
-    format_image_size,
     get_layer_ids,
     has_distillation_token,
     set_activation_checkpointing,
 )
-from foveal.models.detect import check_detector_meta_forward
-from foveal.models.segment import check_segmenter_training
-from foveal.models.vit import EncoderCard, Pooling
+from foveal.models.vit import EncoderCard
+from foveal.training.evaluations import Metric
 from foveal.weights.export import Card
 
-_DENSE_KINDS: tuple[LabelKind, ...] = ("mask", "boxes")  # the head reads every patch and no pooled feature
-_CLASSIFICATION_SETTINGS = ("mixup", "cutmix", "random_erasing", "dropout", "ema_decay")
 
-
-def check_settings(cfg: FinetuneConfig) -> None:
-    """Raise ConfigError if settings exclude each other, as far as the config alone tells."""
-    kind = cfg.data.labels
-    default = FinetuneConfig.model_construct()
-    if kind in _DENSE_KINDS:
-        for name in _CLASSIFICATION_SETTINGS:
-            if getattr(cfg, name) != getattr(default, name):
-                raise ConfigError(f"{name} is for images with classes, and data.labels is {kind}; leave it out")
-    if kind in _DENSE_KINDS and cfg.data.augment.rand_augment.ops:
+def check_settings(cfg: FinetuneConfig, task: Task) -> None:
+    """Raise ConfigError if the task does not support a setting, or settings exclude each other."""
+    for name, purpose in TASK_SETTINGS.items():
+        if name not in task.supported_settings and _is_set(cfg, name):
+            raise ConfigError(f"{name} {purpose}, and task={task.name} does not support it: leave it out")
+    if cfg.class_weights == "balanced" and not task.has_index_labels:
         raise ConfigError(
-            f"data.augment.rand_augment.ops transforms images but not their {kind}; leave it out with data.labels={kind}"
-        )
-    for name in ("teacher", "adversarial"):
-        if kind != "class" and getattr(cfg, name) is not None:
-            raise ConfigError(f"{name} is for images with one class, and data.labels is {kind}; leave one of them out")
-    if kind != "class" and cfg.class_weights == "balanced":
-        raise ConfigError(
-            f"class_weights=balanced counts classes in the index, which has none of data.labels={kind}; give a list of "
+            f"class_weights=balanced counts classes in the index, which has none of task={task.name}; give a list of "
             "weights"
         )
     if cfg.freeze_encoder and cfg.drop_path:
@@ -53,6 +39,46 @@ def check_settings(cfg: FinetuneConfig) -> None:
             f"drop_path={cfg.drop_path:g} is for a trained encoder, and freeze_encoder=true freezes it; leave one out"
         )
     _check_adversarial(cfg)
+    task.check_settings(cfg)
+
+
+def check_other_sections(cfg: FinetuneConfig, tasks: Sequence[Task]) -> None:
+    """Raise ConfigError if the section of another task than the config's is set."""
+    for task in tasks:
+        section = task.settings_section
+        if section is not None and task.name != cfg.task and _is_set(cfg, section):
+            raise ConfigError(f"{section} is for task={task.name}, and task={cfg.task}; leave it out")
+
+
+def find_selection_metric(cfg: FinetuneConfig, task: Task) -> Metric | None:
+    """Return the metric of early stopping by its logged name; None without early stopping.
+
+    Raises: ConfigError if early stopping or the plateau schedule follows a metric that evaluations do not log.
+    """
+    prefixes = (eval_split(cfg.data).metric_prefix, *(("holdout",) if cfg.data.holdout_per_class else ()))
+    metrics = [metric.with_prefix(prefix) for prefix in prefixes for metric in task.metrics(cfg)]
+    names = ", ".join(metric.name for metric in metrics)
+    early_stopping = cfg.early_stopping
+    if early_stopping is None:
+        if cfg.optim.schedule == "plateau":
+            raise ConfigError(
+                f"optim.schedule=plateau follows early_stopping.metric, and there is no early_stopping: set it to one "
+                f"of {names} (early_stopping.patience=null trains to the end)"
+            )
+        return None
+    metric = next((metric for metric in metrics if metric.name == early_stopping.metric), None)
+    if metric is None:
+        can_hold_out = task.has_index_labels and not cfg.data.holdout_per_class
+        hint = "; data.holdout_per_class adds the metrics of the holdout" if can_hold_out else ""
+        raise ConfigError(
+            f"early_stopping.metric={early_stopping.metric} is not among what every evaluation logs: {names}{hint}"
+        )
+    if not cfg.evaluate_every:
+        raise ConfigError(
+            f"early_stopping.metric={early_stopping.metric} is logged only at the end, because evaluate_every=0: set "
+            f"evaluate_every to the steps between evaluations, each of which logs {names}"
+        )
+    return metric
 
 
 def check_no_fork(cfg: FinetuneConfig, section: str) -> None:
@@ -111,64 +137,36 @@ def check_distillation_token(cfg: FinetuneConfig, card: EncoderCard | BackboneCa
         )
 
 
-def resolve_pooling(cfg: FinetuneConfig) -> Pooling:
-    """Return the encoder's pooling; dense heads read all tokens, so they get "token", which normalizes every token."""
-    return "token" if cfg.data.labels in _DENSE_KINDS else cfg.pooling
-
-
-def check_task_settings(cfg: FinetuneConfig, export_card: Card | None) -> None:
-    """Check settings and export against the label kind.
-
-    Raises: ConfigError for settings of another task, ExportError for an export that the task cannot start from.
-    """
-    labels = cfg.data.labels
-    for name, section, kind in (("segment", cfg.segment, "mask"), ("detect", cfg.detect, "boxes")):
-        if labels != kind and section != type(section)():
-            raise ConfigError(f"{name} is for data.labels={kind}, and data.labels={labels}; leave it out")
+def check_export_fits(cfg: FinetuneConfig, task: Task, export_card: Card | None) -> None:
+    """Raise ExportError if the task reads tokens that the export does not normalize."""
     lacks_token_norm = (
-        export_card is not None and export_card.encoder.get("pooling") == "avg" and resolve_pooling(cfg) == "token"
+        export_card is not None and export_card.encoder.get("pooling") == "avg" and task.resolve_pooling(cfg) == "token"
     )
     if lacks_token_norm and cfg.probe is None:  # a probe reads the encoder with the export's own pooling and norm
         raise ExportError(
             f"the export {cfg.init} was fine-tuned with pooling=avg and has no norm behind its tokens; give a "
             f"pretrained encoder, or one fine-tuned with pooling=token"
         )
-    if labels not in _DENSE_KINDS:
-        return
-    if cfg.pooling != FinetuneConfig.model_fields["pooling"].default:
-        raise ConfigError(
-            f"pooling={cfg.pooling} is of classifiers; with data.labels={labels} every patch is read: leave it out"
-        )
-    if labels == "mask" and any(
-        val < side for val, side in zip(cfg.data.eval_image_hw, cfg.data.image_hw, strict=True)
-    ):
-        raise ConfigError(
-            f"data.eval_size is {format_image_size(cfg.data.eval_image_hw)} and data.image_size "
-            f"{format_image_size(cfg.data.image_hw)}: an evaluated image must hold at least one window of image_size"
-        )
-    if labels == "boxes":
-        _check_detection_settings(cfg)
 
 
-def check_trials_evaluation(cfg: FinetuneConfig) -> None:
+def check_trials_evaluation(cfg: FinetuneConfig, task: Task) -> None:
     """Raise ConfigError if trials have no top-1 to compare, or would stop by the data that evaluates them."""
     check_stopping_uses_holdout(cfg, "a trial")
-    if cfg.data.labels != "class":
+    if "top1" not in {metric.name for metric in task.metrics(cfg)}:
         raise ConfigError(
-            f"trials compares top-1, which data.labels={cfg.data.labels} has not: start a run for each initialization "
-            f"and learning rate instead"
+            f"trials compares top-1, which task={task.name} has not: start a run for each initialization and learning "
+            f"rate instead"
         )
 
 
-def check_backbone_supports_settings(
-    card: BackboneCard, cfg: FinetuneConfig, microbatch_size: int, num_classes: int
-) -> None:
-    """Raise ConfigError if the timm model does not support the settings."""
-    default = FinetuneConfig.model_fields["pooling"].default
-    if cfg.pooling != default:
+def check_backbone_pooling(card: BackboneCard, cfg: FinetuneConfig) -> None:
+    """Raise ConfigError if a pooling is set, which the timm model has itself."""
+    if _is_set(cfg, "pooling"):
         raise ConfigError(f"pooling={cfg.pooling} is of foveal's encoders, {card.timm} has its own; leave it out")
-    # A frozen backbone has no training forward of its own, so that a microbatch of 1 is no error there.
-    check_backbone_forward(card, cfg, max(2, microbatch_size) if cfg.freeze_encoder else microbatch_size, num_classes)
+
+
+def check_backbone_supports_settings(card: BackboneCard, cfg: FinetuneConfig) -> None:
+    """Raise ConfigError if the timm model does not support the settings."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         backbone: Any = build_backbone(*card.build_args, num_classes=card.classes, drop_path=cfg.drop_path)
     if cfg.dropout and not isinstance(backbone.get_classifier(), nn.Linear):
@@ -179,23 +177,6 @@ def check_backbone_supports_settings(
         get_layer_ids(backbone)
     if cfg.engine.activation_checkpointing:
         set_activation_checkpointing(backbone, enable=True)
-
-
-def check_backbone_forward(card: BackboneCard, cfg: FinetuneConfig, microbatch_size: int, num_classes: int) -> None:
-    """Raise ConfigError if a training forward of the timm model would fail."""
-    if cfg.data.labels == "mask":
-        check_segmenter_training(card, cfg.segment.head_card(num_classes), microbatch_size)
-    elif cfg.data.labels != "boxes":  # ``check_detector_forward`` checks detectors
-        check_classifier_training(*card.build_args, card.classes, microbatch_size)
-
-
-def check_detector_forward(
-    cfg: FinetuneConfig, encoder: EncoderCard | BackboneCard, microbatch_size: int, num_classes: int
-) -> None:
-    """Raise ConfigError if a forward of the detector would fail, in training or in evaluation."""
-    head = cfg.detect.head_card(num_classes)
-    check_detector_meta_forward(encoder, head, cfg.data.image_hw, microbatch_size, train=True)
-    check_detector_meta_forward(encoder, head, cfg.data.eval_image_hw, 1, train=False)
 
 
 def _check_adversarial(cfg: FinetuneConfig) -> None:
@@ -218,15 +199,8 @@ def _check_adversarial(cfg: FinetuneConfig) -> None:
         )
 
 
-def _check_detection_settings(cfg: FinetuneConfig) -> None:
-    """Raise ConfigError if settings of one class an image are set, or pycocotools is missing."""
-    classification_only = {
-        "label_smoothing": cfg.label_smoothing,
-        "class_weights": cfg.class_weights,
-        "data.samples_per_class": cfg.data.samples_per_class,
-        "data.holdout_per_class": cfg.data.holdout_per_class,
-    }
-    for name, value in classification_only.items():
-        if value:
-            raise ConfigError(f"{name} is for images that have one class each, and data.labels=boxes; leave it out")
-    check_pycocotools()
+def _is_set(cfg: FinetuneConfig, dotted_name: str) -> bool:
+    """Return whether a setting differs from its default."""
+    *sections, name = dotted_name.split(".")
+    section = functools.reduce(getattr, sections, cfg)
+    return getattr(section, name) != type(section).model_fields[name].get_default(call_default_factory=True)

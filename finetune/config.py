@@ -2,7 +2,6 @@
 
 from typing import Literal
 
-from finetune.early_stopping import EarlyStoppingConfig
 from finetune.probe.config import ProbeConfig
 from foveal.config import Config, machine, science
 from foveal.engines.base import EngineConfig
@@ -71,6 +70,18 @@ class CrossValidationConfig(Config):
     repeats: int = science(1, "Number of seeds; each has its own folds, sample order and head initialization.", ge=1)
 
 
+class EarlyStoppingConfig(Config):
+    """Early stopping by an evaluation metric; the run exports the weights of its best evaluation."""
+
+    metric: str = science(
+        description="Metric to select by, such as val_top1 or holdout_loss; the task says whether higher is better."
+    )
+    patience: int | None = science(
+        description="Evaluations without improvement after which the run stops; null: the run trains to the end.",
+        ge=1,
+    )
+
+
 class DetectConfig(DetectorConfig):
     """Settings of the detection head and its metrics."""
 
@@ -101,10 +112,11 @@ class SegmentConfig(Config):
 
 
 class FinetuneConfig(StageConfig):
-    """Settings of supervised training, from an export or from scratch; data.labels selects the task."""
+    """Settings of supervised training, from an export or from scratch."""
 
-    supported_labels = ("class", "classes", "mask", "boxes")
+    refused_data_settings = ()  # each task refuses what it does not read
 
+    task: str = science("classification", "What is learned: classification, multilabel, segmentation or detection.")
     engine: FinetuneEngine = FinetuneEngine()
     init: str | None = machine(
         None, "Export folder to start from; null: from scratch. The digest of its weights is science."

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from finetune.config import FinetuneConfig
-from finetune.plan import FinetunePlan
+from finetune.task import FinetunePlan
 from foveal.models.backbone import backbone_from_card, get_layer_ids, get_no_weight_decay_names, head_parameter_names
 from foveal.models.classify import Classifier
 from foveal.models.resize import resize_positions_from_card

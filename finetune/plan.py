@@ -1,109 +1,42 @@
-"""Plan of a fine-tuning run: encoder card, classes and class weights, and every check before the run starts."""
+"""Planning of a fine-tuning run: encoder card, classes and class weights, and every check before the run starts."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from finetune.checks import (
+    check_backbone_pooling,
     check_backbone_supports_settings,
-    check_detector_forward,
     check_distillation_token,
+    check_export_fits,
     check_mixup_pairing,
     check_no_fork,
+    check_other_sections,
     check_settings,
     check_split_batch_norm,
-    check_task_settings,
     check_trials_evaluation,
-    resolve_pooling,
+    find_selection_metric,
 )
 from finetune.config import FinetuneConfig
-from finetune.early_stopping import check_early_stopping, evaluate_every_science
+from finetune.task import FinetunePlan, Task
+from finetune.tasks.registry import TASKS, find_task
 from foveal.config import check_folder_name, set_by_dotted_key
 from foveal.data import Dataset
-from foveal.data.image.targets import make_label_reader
 from foveal.data.sampling.subset import eval_split
 from foveal.errors import ConfigError, DataError, ExportError
 from foveal.models.backbone import (
     BackboneCard,
     backbone_card,
-    build_meta_backbone,
     check_resizable,
-    format_image_size,
-    has_batch_norm,
     parse_encoder_card,
 )
-from foveal.models.sliding_window import window_top_lefts
 from foveal.models.vit import EncoderCard, encoder_card
 from foveal.timeouts import read_with_timeout
-from foveal.training.plan import Plan, add_inherited_prefix, build_stage_plan
+from foveal.training.plan import add_inherited_prefix, build_stage_plan
 from foveal.weights.export import Card
 from foveal.weights.pretrained import PretrainedSource, inspect_pretrained
-
-
-@dataclass(frozen=True)
-class FinetunePlan(Plan):
-    """Plan with the card of the encoder to build, the classes, and the sources of pretrained weights."""
-
-    cfg: FinetuneConfig
-    encoder: dict[str, Any] = None  # type: ignore[assignment]
-    classes: tuple[str, ...] = ()
-    class_weights: tuple[float, ...] = ()
-    init_source: PretrainedSource | None = None
-    teacher: PretrainedSource | None = None
-
-    @property
-    def num_runs(self) -> int:
-        """Number of nested runs; 1 without trials and folds."""
-        trials, folds = self.cfg.trials, self.cfg.cross_validation
-        if folds is not None:
-            return folds.count * folds.repeats
-        return 1 if trials is None else len(trials.arms) * len(trials.lr_per_256) * trials.repeats
-
-    @property
-    def backbone(self) -> BackboneCard | None:
-        """The card of the timm backbone; None if the plan builds one of foveal's encoders."""
-        card = parse_encoder_card(self.encoder, "model")
-        return card if isinstance(card, BackboneCard) else None
-
-    def summary_lines(self) -> list[str]:
-        folds = self.cfg.cross_validation
-        fold_lines = (
-            []
-            if folds is None
-            else [f"folds     {folds.count} folds x {folds.repeats} repeats = {self.num_runs} runs like this"]
-        )
-        return [*super().summary_lines(), *self._norm_lines(), *self._evaluation_lines(), *fold_lines]
-
-    def _norm_lines(self) -> list[str]:
-        """Warn that BatchNorm makes the loss curve depend on microbatch size and number of ranks."""
-        card = self.backbone
-        if card is None or not _has_batchnorm(card) or self.cfg.freeze_encoder:
-            return []
-        cause = "BatchNorm normalizes over a microbatch"
-        settings = f"the number of ranks and on batch.max_micro_size ({self.microbatch_size} images here)"
-        return [f"norm      {cause}: the curve depends on {settings}"]
-
-    def _evaluation_lines(self) -> list[str]:
-        """Describe the evaluated crop, size and sliding windows of dense tasks."""
-        data = self.cfg.data
-        if data.labels not in ("mask", "boxes"):
-            return []
-        slides = data.labels == "mask"
-        windows = len(window_top_lefts(data.eval_image_hw, data.image_hw, self.cfg.segment.stride)) if slides else 1
-        crop = (
-            "whole images"
-            if data.eval_crop_ratio == 1
-            else f"the middle of images (data.eval_crop_ratio={data.eval_crop_ratio:g})"
-        )
-        line = f"measured  on {crop}, as {format_image_size(data.eval_image_hw)} pixels"
-        return [f"{line}, in {windows} windows of {format_image_size(data.image_hw)}" if windows > 1 else line]
-
-
-def _has_batchnorm(card: BackboneCard) -> bool:
-    """Return whether the backbone has BatchNorm, which couples the samples of a microbatch."""
-    return has_batch_norm(build_meta_backbone(*card.build_args, card.classes))
 
 
 def plan_training(cfg: FinetuneConfig, world_size: int) -> FinetunePlan:
@@ -113,7 +46,7 @@ def plan_training(cfg: FinetuneConfig, world_size: int) -> FinetunePlan:
     """
     if cfg.trials is None:
         return _plan_run(cfg, world_size)
-    check_trials_evaluation(cfg)
+    check_trials_evaluation(cfg, find_task(cfg.task))
     check_no_fork(cfg, "trials")
     if cfg.run.stop_at_step is not None:
         raise ConfigError(
@@ -140,6 +73,8 @@ def plan_training(cfg: FinetuneConfig, world_size: int) -> FinetunePlan:
         cfg,
         world_size,
         extra_science=digests | _evaluation_science(first.dataset, cfg, first.classes),
+        task=first.task,
+        label_reader=first.label_reader,
         encoder=first.encoder,
         classes=first.classes,
         class_weights=first.class_weights,
@@ -168,28 +103,32 @@ def nested_run_config(cfg: FinetuneConfig, subdirectory: str, overrides: dict[st
 
 
 def _plan_run(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
-    check_settings(cfg)
-    check_early_stopping(cfg.early_stopping, cfg.evaluate_every, cfg, adversarial=cfg.adversarial is not None)
+    task = find_task(cfg.task)
+    check_other_sections(cfg, tuple(TASKS.values()))
+    check_settings(cfg, task)
+    selection_metric = find_selection_metric(cfg, task)
     init_source = _inspect_init_source(cfg)
     card = None if init_source is None else init_source.card
-    check_task_settings(cfg, card)
-    encoder, resized_from = _resolve_encoder_card(cfg, card)
-    plan = build_stage_plan(FinetunePlan, cfg, ranks, source_card=card, encoder=encoder, resized_from=resized_from)
-    classes = _resolve_classes(plan.dataset, cfg)
+    check_export_fits(cfg, task, card)
+    encoder, resized_from = _resolve_encoder_card(cfg, task, card)
+    plan = build_stage_plan(
+        FinetunePlan, cfg, ranks, source_card=card, task=task, encoder=encoder, resized_from=resized_from
+    )
+    label_reader = task.make_label_reader(cfg.data, plan.dataset)
+    classes = _resolve_classes(plan.dataset, cfg, task) if task.predicts_classes else ()
     for source in plan.training_set.sources[1:]:
-        if source.dataset.classes not in {None, classes}:
+        if task.predicts_classes and source.dataset.classes not in {None, classes}:
             raise DataError(
                 f"{source.dataset.folder} (data.mix) has other classes than {plan.dataset.folder}: index it with the "
                 f"same names in the same order, or without labels"
             )
-        make_label_reader(cfg.data, source.dataset)
+        task.make_label_reader(cfg.data, source.dataset)
     check_mixup_pairing(cfg, plan.microbatch_size)
     digests = _evaluation_science(plan.dataset, cfg, classes) | ({} if card is None else {"init": card.sha256})
     teacher = _inspect_teacher(cfg, classes, plan.mean, plan.std)
     digests |= {} if teacher is None else {"teacher": teacher.card.sha256}
     class_weights = _resolve_class_weights(cfg, plan, classes)
-    # Dense heads are outside the encoder, whose own head then has no classes.
-    encoder |= {"classes": len(classes) if cfg.data.labels in ("class", "classes") else 0}
+    encoder |= {"classes": task.num_encoder_outputs(classes)}
     plan = replace(
         plan,
         inherited_science=plan.inherited_science | add_inherited_prefix(digests),
@@ -198,17 +137,23 @@ def _plan_run(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
         class_weights=class_weights,
         init_source=init_source,
         teacher=teacher,
+        label_reader=label_reader,
+        selection_metric=selection_metric,
     )
-    check_distillation_token(cfg, parse_encoder_card(encoder, "model"))
-    backbone = plan.backbone
-    check_split_batch_norm(
-        cfg, encoder.get("timm") or encoder["name"], has_batch_norm=backbone is not None and _has_batchnorm(backbone)
-    )
-    if backbone is not None:
-        check_backbone_supports_settings(backbone, cfg, plan.microbatch_size, len(classes))
-    if cfg.data.labels == "boxes":
-        check_detector_forward(cfg, parse_encoder_card(plan.encoder, "model"), plan.microbatch_size, len(classes))
+    _check_model(plan)
     return plan
+
+
+def _check_model(plan: FinetunePlan) -> None:
+    """Raise ConfigError if the plan's encoder, or its model, does not support the settings."""
+    cfg, encoder, backbone = plan.cfg, plan.encoder, plan.backbone
+    check_distillation_token(cfg, parse_encoder_card(encoder, "model"))
+    check_split_batch_norm(cfg, encoder.get("timm") or encoder["name"], has_batch_norm=plan.has_batch_norm)
+    if backbone is not None:
+        check_backbone_pooling(backbone, cfg)
+    plan.task.check_model(plan)
+    if backbone is not None:
+        check_backbone_supports_settings(backbone, cfg)
 
 
 def _inspect_init_source(cfg: FinetuneConfig) -> PretrainedSource | None:
@@ -229,12 +174,12 @@ def _inspect_init_source(cfg: FinetuneConfig) -> PretrainedSource | None:
 
 def _evaluation_science(dataset: Dataset, cfg: FinetuneConfig, classes: tuple[str, ...]) -> dict[str, str]:
     """Return the science of evaluation: digest of the split, classes, and the cadence with early stopping."""
-    cadence = evaluate_every_science(cfg.early_stopping, cfg.evaluate_every)
+    cadence = {} if cfg.early_stopping is None else {"evaluate_every": str(cfg.evaluate_every)}
     return {"val": dataset.samples_digest(eval_split(cfg.data).split), "classes": ", ".join(classes)} | cadence
 
 
 def _resolve_encoder_card(
-    cfg: FinetuneConfig, card: Card | None
+    cfg: FinetuneConfig, task: Task, card: Card | None
 ) -> tuple[dict[str, Any], int | tuple[int, int] | None]:
     """Return the encoder's card (the export's or the model's from scratch) and the image size it is resized from."""
     data = cfg.data
@@ -245,14 +190,14 @@ def _resolve_encoder_card(
             return backbone_card(cfg.backbone, data.image_size, data.channels), None
         if cfg.model is None:
             raise ConfigError("model is missing: without init, the encoder from scratch must be stated")
-        return encoder_card(cfg.model, data.image_size, data.channels, pooling=resolve_pooling(cfg)), None
+        return encoder_card(cfg.model, data.image_size, data.channels, pooling=task.resolve_pooling(cfg)), None
     exported = parse_encoder_card(card.encoder, f"{cfg.init}/card.json")
     _check_matches_export(cfg, exported)
     size = {"image_size": data.to_dict()["image_size"]}
     if isinstance(exported, BackboneCard):
         check_resizable(exported, data.image_size, f"the export {cfg.init}")
         return card.encoder | size, None if exported.image_size == data.image_size else exported.image_size
-    pooling = {"pooling": resolve_pooling(cfg)}
+    pooling = {"pooling": task.resolve_pooling(cfg)}
     return card.encoder | pooling | size, exported.trained_size_if_different(data.image_size)
 
 
@@ -306,12 +251,11 @@ def _resolve_class_weights(cfg: FinetuneConfig, plan: FinetunePlan, classes: tup
     return tuple((counts.sum() / (len(classes) * counts)).tolist())
 
 
-def _resolve_classes(dataset: Dataset, cfg: FinetuneConfig) -> tuple[str, ...]:
-    """Return the names of the classes. Raises: ConfigError, DataError."""
-    target_reader = make_label_reader(cfg.data, dataset)
+def _resolve_classes(dataset: Dataset, cfg: FinetuneConfig, task: Task) -> tuple[str, ...]:
+    """Return the names of the classes. Raises: DataError if there are none, or labels of the index are not theirs."""
     if dataset.classes is None:
         raise DataError(f"{dataset.folder}: its samples have no classes to learn; index shards that hold .cls members")
-    for split in () if target_reader else (cfg.data.train, eval_split(cfg.data).split):
+    for split in (cfg.data.train, eval_split(cfg.data).split) if task.has_index_labels else ():
         highest = int(dataset.labels(split).max())
         if highest < 0:
             raise DataError(f"{dataset.folder}: no sample of split '{split}' has a label")

@@ -14,11 +14,11 @@ from finetune.config import FinetuneConfig
 from finetune.fit import fit
 from finetune.multirun import cross_validation
 from finetune.multirun.trials import run_trials
-from finetune.plan import FinetunePlan, plan_training
+from finetune.plan import plan_training
 from finetune.probe.plan import ProbePlan, plan_probe_or_training
 from finetune.probe.run import build_forecast_setup as build_probe
 from finetune.probe.run import run_probes
-from finetune.tasks.registry import TASKS
+from finetune.task import FinetunePlan
 from foveal.data.pack import pack_digits
 from foveal.distributed.launcher import read_launch_env
 from foveal.training.cli import Stage, main
@@ -55,7 +55,7 @@ def build(plan: FinetunePlan, device: torch.device) -> TrainingSetup[Any]:
     """Return model, parameter groups and objective of the plan; for trials, of the first trial."""
     if isinstance(plan, ProbePlan):
         return build_probe(plan, device)
-    return TASKS[plan.cfg.data.labels].build(plan, device)
+    return plan.task.build(plan, device)
 
 
 def prepare_demo_args() -> list[str]:

@@ -17,6 +17,7 @@ SETTINGS: dict[str, str] = {
     "batch.images": "batch.global_size",
     "batch.at_once": "batch.max_micro_size",
     "data.ahead": "data.prefetch_batches",
+    "data.labels": "task",
     "data.max_bad": "data.max_bad_fraction",
     "data.patience_seconds": "data.stall_timeout_seconds",
     "data.per_class": "data.samples_per_class",

@@ -17,7 +17,8 @@ from dataclasses import replace
 from finetune.checks import check_no_fork, check_stopping_uses_holdout
 from finetune.config import FinetuneConfig
 from finetune.multirun.nested_runs import FitFn, RunSummary, get_run_dir, is_finished, run_or_reuse_nested
-from finetune.plan import FinetunePlan, nested_run_config, plan_training
+from finetune.plan import nested_run_config, plan_training
+from finetune.task import FinetunePlan
 from foveal.distributed.world import World
 from foveal.errors import ConfigError, LaunchError, RunInUseError
 from foveal.slurm import read_slurm_array_task

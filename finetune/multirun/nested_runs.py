@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from finetune.config import FinetuneConfig
-from finetune.plan import FinetunePlan, plan_training
+from finetune.plan import plan_training
+from finetune.task import FinetunePlan
 from foveal.atomic import read_json
 from foveal.data.sampling.subset import eval_split
 from foveal.renames import translate_metrics

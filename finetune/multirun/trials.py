@@ -7,7 +7,8 @@ on ``data.val`` is reported for that learning rate only.
 import statistics
 
 from finetune.multirun.nested_runs import FitFn, RunSummary, run_or_reuse_nested
-from finetune.plan import FinetunePlan, trial_config
+from finetune.plan import trial_config
+from finetune.task import FinetunePlan
 from foveal.training.run import Run
 
 

@@ -8,8 +8,9 @@ import numpy as np
 
 from finetune.checks import check_no_fork
 from finetune.config import FinetuneConfig
-from finetune.plan import FinetunePlan, plan_training
+from finetune.plan import plan_training
 from finetune.probe.config import HYPERPARAMETERS, ProbeConfig, ProbeKind
+from finetune.task import FinetunePlan
 from foveal.atomic import format_bytes
 from foveal.data.sampling.subset import SubsetName, select_subset
 from foveal.errors import ConfigError
@@ -142,10 +143,8 @@ def _check_probe_settings(cfg: FinetuneConfig, probe: ProbeConfig) -> None:
         if getattr(cfg, name) is not None:
             raise ConfigError(f"probe and {name} exclude each other: a probe trains no encoder; take one of them out")
     check_no_fork(cfg, "probe")
-    if cfg.data.fold is not None or cfg.data.labels != "class":
-        raise ConfigError(
-            "probe reads one class of an image, and is evaluated on data.val: leave out data.labels and data.fold"
-        )
+    if cfg.data.fold is not None:
+        raise ConfigError("probe is evaluated on data.val: leave out data.fold")
     if cfg.run.stop_at_step is not None:
         raise ConfigError(
             "run.stop_at_step and probe exclude each other: its heads are trained to the end; shorten epochs"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from finetune.config import AdversarialConfig
-from finetune.plan import FinetunePlan
+from finetune.task import FinetunePlan
 from foveal.seeding import derive_key, draw_uniform
 
 

@@ -1,1 +1,1 @@
-"""Fine-tuning tasks, selected by the label kind: model, objective, metrics, head card."""
+"""The tasks of fine-tuning, each a subclass of ``finetune.task.Task`` with its loss and its metrics."""

@@ -30,7 +30,7 @@ def check_pycocotools() -> None:
     """Raise ConfigError if pycocotools is not installed."""
     if find_spec("pycocotools") is None:
         raise ConfigError(
-            "data.labels=boxes measures with pycocotools, which is not installed: pip install 'foveal[detection]'"
+            "task=detection measures with pycocotools, which is not installed: pip install 'foveal[detection]'"
         )
 
 

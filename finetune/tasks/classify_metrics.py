@@ -2,19 +2,18 @@
 
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetune.plan import FinetunePlan
 from finetune.regularizers.adversarial import Attack, build_attack
-from finetune.tasks.classify import sum_batch_metrics
+from finetune.task import FinetunePlan
 from foveal.data import Batch, normalise
 from foveal.data.sampling.subset import SubsetName
 from foveal.engines.base import Engine
-from foveal.errors import DataError
 from foveal.training.run import Run
+
+UNLABELLED = -1
 
 
 def compute_classification_metrics(
@@ -40,48 +39,21 @@ def compute_classification_metrics(
     return metrics if attack is None else metrics | {"robust_top1": robust / images}
 
 
-def compute_multilabel_metrics(
-    engine: Engine, run: Run, step: int, *, split: str, subset: SubsetName
-) -> dict[str, float]:
-    """Return ``map``, ``f1`` and ``loss`` of multi-label classification after a step. Every rank must call it.
-
-    ``mAP``: mean average precision over the classes that occur. ``f1``: micro-averaged F1 at probability 1/2.
-    Raises: DataError, on every rank, if no image has a class.
-    """
-    from sklearn.metrics import average_precision_score  # the import takes a second
-
-    plan = cast(FinetunePlan, run.plan)
-    scores, truths, losses = [], [], torch.zeros(2, dtype=torch.float64, device=engine.device)
-    with engine.eval_mode():
-        for host_batch in run.evaluation_batches(step, split=split, subset=subset):
-            batch = host_batch.to(engine.device)
-            assert batch.targets is not None
-            logits_BK = engine.model(normalise(batch.images, plan.mean, plan.std)).float()[batch.valid]
-            targets_BK = batch.targets[batch.valid]
-            loss_BK = F.binary_cross_entropy_with_logits(logits_BK, targets_BK.float(), reduction="none")
-            losses += torch.stack([loss_BK.mean(dim=1).double().sum(), batch.valid.double().sum()])
-            scores.append(logits_BK.cpu().numpy())
-            truths.append(targets_BK.cpu().numpy())
-    empty = np.zeros((0, len(plan.classes)), np.float32)  # a rank may have no batch
-    gathered = run.world.all_gather_objects((np.concatenate([empty, *scores]), np.concatenate([empty, *truths])))
-    score, truth = (np.concatenate(arrays) for arrays in zip(*gathered, strict=True))
-    occurring = truth.any(axis=0)
-    if not occurring.any():
-        raise DataError(
-            f"split '{split}' has no image of any class to measure by: set data.val to a split that has some"
-        )
-    mean_precision = float(average_precision_score(truth[:, occurring], score[:, occurring]))
-    true_positives = float(((score > 0) * truth).sum())
-    loss, images = run.world.all_reduce_sum(losses).tolist()
-    f1 = 2 * true_positives / max(1.0, float((score > 0).sum() + truth.sum()))
-    return {"mAP": mean_precision, "f1": f1, "loss": loss / max(images, 1.0)}
+@torch.no_grad()
+def sum_batch_metrics(logits_BK: Tensor, labels_B: Tensor, valid_B: Tensor) -> Tensor:
+    """Return sums over labelled images, float64 [4]: top-1 correct, top-5 correct, cross-entropy, images."""
+    labelled_B = valid_B & (labels_B != UNLABELLED)
+    predictions_B5 = logits_BK.topk(min(5, logits_BK.shape[1]), dim=1).indices
+    correct_B5 = (predictions_B5 == labels_B[:, None]) & labelled_B[:, None]
+    losses_B = F.cross_entropy(logits_BK.float(), labels_B, reduction="none", ignore_index=UNLABELLED) * labelled_B
+    return torch.stack([correct_B5[:, 0].sum(), correct_B5.sum(), losses_B.double().sum(), labelled_B.sum()]).double()
 
 
 def _count_robust(engine: Engine, attack: Attack, images: Tensor, batch: Batch) -> Tensor:
     """Return the number of attacked images that are classified correctly."""
 
     def loss(images: Tensor) -> Tensor:
-        return F.cross_entropy(engine.model(images).float(), batch.labels, reduction="sum", ignore_index=-1)
+        return F.cross_entropy(engine.model(images).float(), batch.labels, reduction="sum", ignore_index=UNLABELLED)
 
     attacked = attack(loss, images, batch.sample_keys)
     return sum_batch_metrics(engine.model(attacked), batch.labels, batch.valid)[0]

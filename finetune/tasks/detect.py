@@ -8,14 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finetune.config import FinetuneConfig
 from finetune.model import encoder_for_dense_head, model_from_export, param_groups_from_plan
-from finetune.plan import FinetunePlan
-from foveal.data import Batch, normalise
-from foveal.models.detect import Detector, build_detector
+from finetune.task import FinetunePlan, Task
+from finetune.tasks.average_precision import check_pycocotools
+from finetune.tasks.detect_metrics import compute_detection_metrics
+from finetune.tasks.segment import format_evaluated_area
+from foveal.data import Batch, DataConfig, Dataset, normalise
+from foveal.data.image.targets import BoxReader, LabelReader, require_class_names, resolve_label_field
+from foveal.data.sampling.subset import SubsetName
+from foveal.engines.base import Engine
+from foveal.models.backbone import parse_encoder_card
+from foveal.models.detect import Detector, build_detector, check_detector_meta_forward
 from foveal.models.droppath import count_drop_paths
 from foveal.models.fcos import fcos_losses_per_image
+from foveal.models.vit import Pooling
 from foveal.seeding import derive_key, draw_uniform
+from foveal.training.evaluations import Metric
 from foveal.training.loop import TrainingSetup
+from foveal.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,7 @@ class DetectionLoss:
         return float(len(batch.ids))
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        assert batch.targets is not None, "data.labels=boxes reads targets"
+        assert batch.targets is not None, "task=detection reads targets"
         drop_noise = draw_uniform(derive_key(self.seed, "drop path"), batch.sample_keys, self.num_drop_paths)
         losses = fcos_losses_per_image(model(normalise(batch.images, self.mean, self.std), drop_noise), batch.targets)
         class_loss, box_loss, centre_loss = (loss_B.sum() for loss_B in losses)
@@ -50,26 +61,63 @@ class DetectionLoss:
 
 def detector_from_plan(plan: FinetunePlan) -> Detector:
     """Return the plan's encoder (see ``encoder_for_dense_head``) with a newly initialized pyramid and head."""
-    return build_detector(
-        encoder_for_dense_head(plan), plan.encoder, detection_head_card(plan), f"{plan.cfg.init or 'model'}"
-    )
-
-
-def build_detection(plan: FinetunePlan, _device: torch.device) -> TrainingSetup[DetectionLoss]:
-    """Return the plan's detector with its objective."""
-    model = detector_from_plan(plan)
-    return TrainingSetup(
-        model,
-        param_groups_from_plan(plan, model),
-        DetectionLoss(plan.cfg.seed, count_drop_paths(model), plan.mean, plan.std),
-    )
-
-
-def detection_head_card(plan: FinetunePlan) -> dict[str, Any]:
-    """Return the card of the pyramid and head."""
-    return plan.cfg.detect.head_card(len(plan.classes)).to_dict()
+    return build_detector(encoder_for_dense_head(plan), plan.encoder, _head_card(plan), plan.cfg.init or "model")
 
 
 def detector_from_export(export_dir: Path) -> Detector:
     """Return an exported detector, in evaluation mode on the CPU. Raises: ExportError."""
     return model_from_export(export_dir, "detection", build_detector)
+
+
+def _head_card(plan: FinetunePlan) -> dict[str, Any]:
+    return plan.cfg.detect.head_card(len(plan.classes)).to_dict()
+
+
+class Detection(Task):
+    """Objects and their boxes, from COCO annotations; the head is outside the encoder and reads every patch."""
+
+    name = "detection"
+    predicts_classes = True
+    supported_settings = frozenset({"data.eval_size", "data.label_field"})
+    settings_section = "detect"
+
+    def make_label_reader(self, cfg: DataConfig, dataset: Dataset) -> LabelReader:
+        field = resolve_label_field(cfg, dataset, "json", self.name)
+        return BoxReader(field, require_class_names(dataset))
+
+    def resolve_pooling(self, cfg: FinetuneConfig) -> Pooling:
+        return "token"
+
+    def check_settings(self, cfg: FinetuneConfig) -> None:
+        """Raise ConfigError if pycocotools is missing."""
+        check_pycocotools()
+
+    def check_model(self, plan: FinetunePlan) -> None:
+        data, head = plan.cfg.data, plan.cfg.detect.head_card(len(plan.classes))
+        encoder = parse_encoder_card(plan.encoder, "model")
+        check_detector_meta_forward(encoder, head, data.image_hw, plan.microbatch_size, train=True)
+        check_detector_meta_forward(encoder, head, data.eval_image_hw, 1, train=False)
+
+    def summary_lines(self, cfg: FinetuneConfig) -> list[str]:
+        return [format_evaluated_area(cfg.data)]
+
+    def build(self, plan: FinetunePlan, device: torch.device) -> TrainingSetup[DetectionLoss]:
+        model = detector_from_plan(plan)
+        objective = DetectionLoss(plan.cfg.seed, count_drop_paths(model), plan.mean, plan.std)
+        return TrainingSetup(model, param_groups_from_plan(plan, model), objective)
+
+    def head_card(self, plan: FinetunePlan) -> dict[str, Any]:
+        return _head_card(plan)
+
+    def metrics(self, cfg: FinetuneConfig) -> tuple[Metric, ...]:
+        return (
+            Metric("mAP", higher_is_better=True),
+            Metric("mAP_50", higher_is_better=True),
+            Metric("mAP_75", higher_is_better=True),
+            Metric("loss", higher_is_better=False),
+        )
+
+    def compute_metrics(
+        self, engine: Engine, run: Run, step: int, *, split: str, subset: SubsetName
+    ) -> dict[str, float]:
+        return compute_detection_metrics(engine, run, step, split=split, subset=subset)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from finetune.plan import FinetunePlan
+from finetune.task import FinetunePlan
 from finetune.tasks.average_precision import IOU_THRESHOLDS, ImageDetections, ap_by_threshold_and_class
 from finetune.tasks.segment_metrics import sanitize_metric_names
 from foveal.data import Batch, normalise
@@ -40,7 +40,7 @@ def compute_detection_metrics(
     with engine.eval_mode():
         for number, host_batch in enumerate(run.evaluation_batches(step, split=split, subset=subset)):
             batch = host_batch.to(engine.device)
-            assert batch.targets is not None, "data.labels=boxes reads targets"
+            assert batch.targets is not None, "task=detection reads targets"
             output = engine.model(normalise(batch.images, plan.mean, plan.std))
             losses_B = torch.stack(fcos_losses_per_image(output, batch.targets)).sum(dim=0)
             sums += torch.stack([(losses_B * batch.valid).sum(), batch.valid.sum()]).double()

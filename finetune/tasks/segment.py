@@ -12,14 +12,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from finetune.config import FinetuneConfig
 from finetune.model import encoder_for_dense_head, model_from_export, param_groups_from_plan
-from finetune.plan import FinetunePlan
-from foveal.data import Batch, normalise
-from foveal.data.image.targets import NO_CLASS
+from finetune.task import FinetunePlan, Task
+from finetune.tasks.segment_metrics import compute_segmentation_metrics
+from foveal.data import Batch, DataConfig, Dataset, normalise
+from foveal.data.image.targets import NO_CLASS, LabelReader, MaskReader, require_class_names, resolve_label_field
+from foveal.data.sampling.subset import SubsetName
+from foveal.engines.base import Engine
+from foveal.errors import ConfigError
+from foveal.models.backbone import format_image_size
 from foveal.models.droppath import count_drop_paths
-from foveal.models.segment import Segmenter, build_segmenter
+from foveal.models.segment import Segmenter, build_segmenter, check_segmenter_training
+from foveal.models.sliding_window import window_top_lefts
+from foveal.models.vit import Pooling
 from foveal.seeding import derive_key, draw_uniform
+from foveal.training.evaluations import Metric
 from foveal.training.loop import TrainingSetup
+from foveal.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -62,22 +72,7 @@ class SegmentationLoss:
 
 def segmenter_from_plan(plan: FinetunePlan) -> Segmenter:
     """Return the plan's encoder or backbone with a newly initialized segmentation head."""
-    return build_segmenter(
-        encoder_for_dense_head(plan), plan.encoder, segmentation_head_card(plan), plan.cfg.init or "model"
-    )
-
-
-def build_segmentation(plan: FinetunePlan, _device: torch.device) -> TrainingSetup[SegmentationLoss]:
-    """Return the plan's segmenter with its objective."""
-    model = segmenter_from_plan(plan)
-    cfg, weights = plan.cfg, torch.tensor(plan.class_weights)
-    objective = SegmentationLoss(cfg.seed, cfg.label_smoothing, count_drop_paths(model), plan.mean, plan.std, weights)
-    return TrainingSetup(model, param_groups_from_plan(plan, model), objective)
-
-
-def segmentation_head_card(plan: FinetunePlan) -> dict[str, Any]:
-    """Return the card of the head."""
-    return plan.cfg.segment.head_card(len(plan.classes)).to_dict()
+    return build_segmenter(encoder_for_dense_head(plan), plan.encoder, _head_card(plan), plan.cfg.init or "model")
 
 
 def segmenter_from_export(export_dir: Path) -> Segmenter:
@@ -87,5 +82,85 @@ def segmenter_from_export(export_dir: Path) -> Segmenter:
 
 def _targets_of(batch: Batch) -> Tensor:
     """Return the masks of a batch, int16 [B, H, W]."""
-    assert batch.targets is not None, "data.labels=mask reads masks as targets"
+    assert batch.targets is not None, "task=segmentation reads masks as targets"
     return batch.targets
+
+
+def _head_card(plan: FinetunePlan) -> dict[str, Any]:
+    return plan.cfg.segment.head_card(len(plan.classes)).to_dict()
+
+
+class Segmentation(Task):
+    """A class for every pixel, from a mask; the head is outside the encoder and reads every patch."""
+
+    name = "segmentation"
+    predicts_classes = True
+    supported_settings = frozenset(
+        {
+            "label_smoothing",
+            "class_weights",
+            "data.samples_per_class",
+            "data.holdout_per_class",
+            "data.eval_size",
+            "data.label_field",
+        }
+    )
+    settings_section = "segment"
+
+    def make_label_reader(self, cfg: DataConfig, dataset: Dataset) -> LabelReader:
+        field = resolve_label_field(cfg, dataset, "mask.png", self.name)
+        return MaskReader(field, require_class_names(dataset), cfg.ignore_id)
+
+    def resolve_pooling(self, cfg: FinetuneConfig) -> Pooling:
+        return "token"
+
+    def check_settings(self, cfg: FinetuneConfig) -> None:
+        """Raise ConfigError if an evaluated image is smaller than a window."""
+        if any(val < side for val, side in zip(cfg.data.eval_image_hw, cfg.data.image_hw, strict=True)):
+            raise ConfigError(
+                f"data.eval_size is {format_image_size(cfg.data.eval_image_hw)} and data.image_size "
+                f"{format_image_size(cfg.data.image_hw)}: an evaluated image must hold at least one window of image_size"
+            )
+
+    def check_model(self, plan: FinetunePlan) -> None:
+        if plan.backbone is not None:
+            size = max(2, plan.microbatch_size) if plan.cfg.freeze_encoder else plan.microbatch_size
+            check_segmenter_training(plan.backbone, plan.cfg.segment.head_card(len(plan.classes)), size)
+
+    def summary_lines(self, cfg: FinetuneConfig) -> list[str]:
+        windows = len(window_top_lefts(cfg.data.eval_image_hw, cfg.data.image_hw, cfg.segment.stride))
+        line = format_evaluated_area(cfg.data)
+        return [f"{line}, in {windows} windows of {format_image_size(cfg.data.image_hw)}" if windows > 1 else line]
+
+    def build(self, plan: FinetunePlan, device: torch.device) -> TrainingSetup[SegmentationLoss]:
+        model = segmenter_from_plan(plan)
+        cfg, weights = plan.cfg, torch.tensor(plan.class_weights)
+        objective = SegmentationLoss(
+            cfg.seed, cfg.label_smoothing, count_drop_paths(model), plan.mean, plan.std, weights
+        )
+        return TrainingSetup(model, param_groups_from_plan(plan, model), objective)
+
+    def head_card(self, plan: FinetunePlan) -> dict[str, Any]:
+        return _head_card(plan)
+
+    def metrics(self, cfg: FinetuneConfig) -> tuple[Metric, ...]:
+        return (
+            Metric("miou", higher_is_better=True),
+            Metric("pixel_accuracy", higher_is_better=True),
+            Metric("loss", higher_is_better=False),
+        )
+
+    def compute_metrics(
+        self, engine: Engine, run: Run, step: int, *, split: str, subset: SubsetName
+    ) -> dict[str, float]:
+        return compute_segmentation_metrics(engine, run, step, split=split, subset=subset)
+
+
+def format_evaluated_area(data: DataConfig) -> str:
+    """Return a line of the printed plan: what part of an image is evaluated, at what size."""
+    crop = (
+        "whole images"
+        if data.eval_crop_ratio == 1
+        else f"the middle of images (data.eval_crop_ratio={data.eval_crop_ratio:g})"
+    )
+    return f"measured  on {crop}, as {format_image_size(data.eval_image_hw)} pixels"

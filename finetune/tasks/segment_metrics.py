@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetune.plan import FinetunePlan
+from finetune.task import FinetunePlan
 from foveal.data import normalise
 from foveal.data.image.targets import NO_CLASS
 from foveal.data.sampling.subset import SubsetName

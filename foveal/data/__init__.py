@@ -1,7 +1,7 @@
 """Data pipeline: tar shards to batches, in a sample order computed from the seed and the step."""
 
 from foveal.data.batch import Batch
-from foveal.data.config import AugmentConfig, DataConfig, LabelKind
+from foveal.data.config import AugmentConfig, DataConfig
 from foveal.data.dataset import Dataset
 from foveal.data.image.transforms import normalise
 from foveal.data.loader import eval_batches, train_batches
@@ -12,7 +12,6 @@ __all__ = [
     "Batch",
     "DataConfig",
     "Dataset",
-    "LabelKind",
     "TrainingSet",
     "build_training_set",
     "collect_mix_digests",

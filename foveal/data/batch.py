@@ -39,7 +39,7 @@ class Batch:
     epoch: int
     microbatch_index: int
     bad_samples: tuple[BadSample, ...] = ()
-    # Labels that are more than a class (``LabelReader.collate``): uint8 [B, K], int16 [B, H, W] or float32 [B, n, 5].
+    # Labels that a ``LabelReader`` reads: uint8 [B, K], int16 [B, H, W] or float32 [B, n, 5].
     targets: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:

@@ -11,8 +11,6 @@ from foveal.config import Config, ImageSize, explain_literal_secret, height_and_
 from foveal.errors import ConfigError
 from foveal.redact import describe_secret_in_urls
 
-LabelKind = Literal["class", "classes", "mask", "boxes"]
-
 
 class RandAugmentConfig(Config):
     """RandAugment of training images (Cubuk et al., 2020), with timm's increasing ranges."""
@@ -93,9 +91,8 @@ class DataConfig(Config):
     image_size: ImageSize = science(description="model input size in pixels: side, or [height, width]")
     channels: Literal[1, 3] = science(3, "1: convert images to grayscale, 3: to RGB")
     eval_size: ImageSize | None = science(None, "input size in evaluation, in pixels; null: image_size")
-    labels: LabelKind = science("class", "kind of label: a class, several classes, a mask of class ids, or COCO boxes")
     label_field: str | None = science(
-        None, "shard member that holds the label; null: mask.png for masks, json for classes and boxes"
+        None, "shard member that holds the label; null: the task's own, such as mask.png for segmentation"
     )
     ignore_id: int | None = science(255, "mask id of pixels without a label; null: none", ge=0)
     lanes: int = science(

@@ -12,7 +12,7 @@ from foveal.data.config import DataConfig
 from foveal.data.dataset import Dataset
 from foveal.data.image.decode import CropFunction
 from foveal.data.image.randaugment import UNIFORMS_PER_OP, rand_augment
-from foveal.data.image.targets import make_label_reader
+from foveal.data.image.targets import LabelReader
 from foveal.data.image.transforms import UNIFORMS_PER_CROP, compute_eval_crop, compute_train_crop
 from foveal.data.microbatch import FillRowsJob, MicrobatchPlan, PendingBatch
 from foveal.data.sampling.order import batch_index_for_step, microbatches_per_step, rank_slot_range
@@ -35,11 +35,12 @@ def train_batches(
     start_step: int,
     stop_step: int,
     skipped_batches: Sequence[int] = (),
+    label_reader: LabelReader | None = None,
 ) -> Iterator[Iterator[Batch]]:
     """Yield an iterator over one rank's microbatches for the steps start_step..stop_step-1.
 
     The first microbatch is number 0 of ``start_step``. skipped_batches: numbers of the batches that no step consumes,
-    ascending. Leaving the context stops the threads.
+    ascending. label_reader: reads ``Batch.targets``, if any. Leaving the context stops the threads.
     Raises: ConfigError if ranks, lanes or microbatch_size do not divide; ``next``: DataError with shard and sample.
     """
     order = training_set.order
@@ -47,7 +48,6 @@ def train_batches(
     num_microbatches = microbatches_per_step(order.batch_size, world_size, microbatch_size)
     assert stop_slot - first_slot == num_microbatches * microbatch_size
     augment_key = derive_key(training_set.seed, "augment")
-    label_reader = make_label_reader(cfg, training_set.sources[0].dataset)
     augment_image = _make_rand_augment(cfg, derive_key(training_set.seed, "randaugment"))
 
     def locate_sample(sample_key: int) -> SampleLocation:
@@ -97,16 +97,16 @@ def eval_batches(
     rank: int,
     world_size: int,
     microbatch_size: int,
+    label_reader: LabelReader | None = None,
 ) -> Generator[Batch, None, None]:
     """Yield every sample of a subset exactly once over all ranks, in batches of ``microbatch_size`` centre crops.
 
     All ranks get the same number of batches. Padding rows and samples that do not decode have valid=False, label -1
-    and id -1. ``microbatch_index`` counts batches from 0. Closing the generator stops its threads. ``seed`` is the
-    training seed: it selects the holdout.
+    and id -1. ``microbatch_index`` counts batches from 0. Closing the generator stops its threads.
+    ``training_seed`` selects the holdout; ``label_reader`` as in ``train_batches``.
     """
     source = SampleSource(dataset, split, select_subset(dataset, cfg, split=split, subset=subset, seed=training_seed))
     num_batches = -(-len(source.subset) // (world_size * microbatch_size))
-    label_reader = make_label_reader(cfg, dataset)
 
     def crop_of(_row: int, _sample_key: int) -> CropFunction:
         return lambda width, height: (compute_eval_crop(width, height, cfg.eval_crop_ratio, cfg.eval_image_hw), False)

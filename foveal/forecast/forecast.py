@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
+
 from foveal.engines.base import EngineConfig, Precision
 from foveal.forecast.memory import MemoryEstimate, deepspeed_zero_stage, estimate_memory
 from foveal.forecast.trace import (
@@ -58,7 +60,7 @@ class Forecast:
     @cached_property
     def flops_per_sample(self) -> SampleFlops:
         data = self.plan.cfg.data
-        return count_sample_flops(self._build, data.channels, data.image_hw, data.labels, self._num_classes)
+        return count_sample_flops(self._build, data.channels, data.image_hw, self._example_targets)
 
     @cached_property
     def memory_estimate(self) -> MemoryEstimate:
@@ -185,8 +187,10 @@ class Forecast:
         }
 
     @property
-    def _num_classes(self) -> int:
-        return len(self.plan.dataset.classes or ())
+    def _example_targets(self) -> Tensor | None:
+        """Targets of one sample; None if the index has the labels."""
+        reader, image_hw = self.plan.label_reader, self.plan.cfg.data.image_hw
+        return None if reader is None else reader.collate([reader.example_label(image_hw)], image_hw)
 
     def _build(self, device: Any) -> Any:
         return self.stage.build(self.plan, device)
@@ -200,8 +204,7 @@ class Forecast:
                 batch_size,
                 data.channels,
                 data.image_hw,
-                data.labels,
-                self._num_classes,
+                self._example_targets,
                 precision=precision,
                 recompute=recompute,
             )

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from foveal.data import Batch, LabelKind
+from foveal.data import Batch
 from foveal.engines.base import Precision, autocast
 from foveal.errors import ConfigError
 from foveal.models.backbone import has_batch_norm
@@ -29,7 +29,6 @@ from foveal.training.loop import TrainingSetup
 # Fused attention on a CPU saves the same tensors as on a GPU: queries, keys, values, output and log-sum-exp.
 _DEVICE = torch.device("cpu")
 _META = torch.device("meta")
-_BOXES = 16  # boxes of a fake image
 
 SetupBuilder = Callable[[torch.device], TrainingSetup]
 
@@ -123,16 +122,15 @@ def count_sample_flops(
     build_setup: SetupBuilder,
     channels: int,
     image_hw: tuple[int, int],
-    label_kind: LabelKind = "class",
-    num_classes: int = 1,
+    example_targets: Tensor | None = None,
 ) -> SampleFlops:
-    """Count forward and backward FLOPs of one sample of (height, width), with labels of this kind.
+    """Count forward and backward FLOPs of one sample of (height, width), with targets like these [1, ...].
 
     Attention is counted as plain matrix products, without the recomputation in a fused kernel's backward.
     """
     setup = _build_on_meta(build_setup)
     with _on_fake_tensors(setup) as model, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        batch = _fake_batch(2, channels, image_hw, label_kind, num_classes)  # BatchNorm cannot train on one sample
+        batch = _fake_batch(2, channels, image_hw, example_targets)  # BatchNorm cannot train on one sample
         total, _ = setup.objective(model, batch)
         forward = counter.get_total_flops()
         total.backward()
@@ -144,8 +142,7 @@ def trace_microbatch_memory(
     microbatch_size: int,
     channels: int,
     image_hw: tuple[int, int],
-    label_kind: LabelKind = "class",
-    num_classes: int = 1,
+    example_targets: Tensor | None = None,
     *,
     precision: Precision,
     recompute: bool,
@@ -160,7 +157,7 @@ def trace_microbatch_memory(
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(tracer.on_gradient_ready)
         with tracer, autocast(_DEVICE, precision):
-            total, _ = setup.objective(model, _fake_batch(microbatch_size, channels, image_hw, label_kind, num_classes))
+            total, _ = setup.objective(model, _fake_batch(microbatch_size, channels, image_hw, example_targets))
             with autocast(_DEVICE, "fp32"):
                 total.backward()
     return MemoryTrace(tracer.peak_by_gradient_bytes)
@@ -243,15 +240,11 @@ def _find_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _fake_batch(
-    batch_size: int, channels: int, image_size: tuple[int, int], label_kind: LabelKind = "class", num_classes: int = 1
+    batch_size: int, channels: int, image_size: tuple[int, int], example_targets: Tensor | None = None
 ) -> Batch:
     zeros = torch.zeros(batch_size, dtype=torch.int64)
     images = torch.zeros(batch_size, channels, *image_size, dtype=torch.uint8)
     targets = None
-    if label_kind == "mask":
-        targets = torch.zeros(batch_size, *image_size, dtype=torch.int16)
-    elif label_kind == "classes":
-        targets = torch.zeros(batch_size, num_classes, dtype=torch.uint8)
-    elif label_kind == "boxes":
-        targets = torch.zeros(batch_size, _BOXES, 5)
+    if example_targets is not None:
+        targets = torch.zeros(batch_size, *example_targets.shape[1:], dtype=example_targets.dtype)
     return Batch(images, zeros, zeros, zeros, zeros == 0, step=0, epoch=0, microbatch_index=0, targets=targets)

@@ -8,8 +8,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from foveal.data.image.label_drawing import make_class_palette
 from foveal.inspect.image_grid import make_image_grid
-from foveal.inspect.segmentation import make_class_palette
 
 MIN_IMAGE_SIDE = 320  # pixels; smaller images are enlarged by an integer factor, so that labels cover little
 _LINE_HEIGHT = 11  # pixels of a line of text

@@ -3,30 +3,17 @@
 B images, C channels, H x W pixels, K classes.
 """
 
-import colorsys
 from collections.abc import Sequence
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from foveal.data.image.label_drawing import blend_masks, make_class_palette
 from foveal.inspect.image_grid import GAP, MIN_IMAGE_SIDE, make_image_grid
 
-GREY = 128  # value of a pixel without a class
-_OPACITY = 0.6  # of the class's colour over the pixel's brightness
-_HUE_STEP = 0.618034  # of the circle of hues, between consecutive classes: keeps a few consecutive hues far apart
-_CLASSES_PER_SHADE = 5
-_SHADES = ((1.0, 1.0), (0.45, 1.0), (1.0, 0.55))  # (saturation, value): classes of similar hue differ in shade
 _LINE_HEIGHT = 14  # pixels, of the legend
 _SWATCH = 10  # pixels: side of the colour square before a name
 _MAX_LEGEND_CLASSES = 40
-
-
-def make_class_palette(num_classes: int) -> Tensor:
-    """Return a colour per class, uint8 [K, 3]; a class's colour does not depend on the number of classes."""
-    shades = [_SHADES[number // _CLASSES_PER_SHADE % len(_SHADES)] for number in range(num_classes)]
-    colours = [colorsys.hsv_to_rgb(number * _HUE_STEP % 1, *shade) for number, shade in enumerate(shades)]
-    return (torch.tensor(colours) * 255).round().to(torch.uint8)
 
 
 def draw_segmentation_grid(
@@ -41,8 +28,8 @@ def draw_segmentation_grid(
     palette = make_class_palette(len(class_names))
     columns = [
         images,
-        _blend_mask(images, ground_truth.long(), palette),
-        _blend_mask(images, predicted.long(), palette),
+        blend_masks(images, ground_truth.long(), palette),
+        blend_masks(images, predicted.long(), palette),
     ]
     legend_width = 3 * max(MIN_IMAGE_SIDE, images.shape[3])
     entries, num_lines = _layout_legend(class_names[:_MAX_LEGEND_CLASSES], legend_width)
@@ -53,13 +40,6 @@ def draw_segmentation_grid(
         draw.rectangle((x, y + 2, x + _SWATCH, y + 2 + _SWATCH), fill=tuple(colour))
         draw.text((x + _SWATCH + 3, y), name, fill=(0, 0, 0))
     return grid
-
-
-def _blend_mask(images: Tensor, ids: Tensor, palette: Tensor) -> Tensor:
-    """Return images uint8 [B, 3, H, W] of the classes' colours blended with the images' brightness."""
-    colour_BCHW = torch.where((ids < 0)[..., None], torch.tensor(GREY), palette[ids.clamp(min=0)]).permute(0, 3, 1, 2)
-    brightness_B1HW = images.float().mean(dim=1, keepdim=True)
-    return (_OPACITY * colour_BCHW + (1 - _OPACITY) * brightness_B1HW).round().to(torch.uint8)
 
 
 def _layout_legend(names: Sequence[str], width: int) -> tuple[list[tuple[str, int, int]], int]:

@@ -7,7 +7,7 @@ from pydantic import model_validator
 
 from foveal.checkpoint.store import CheckpointConfig
 from foveal.config import Config, machine, science
-from foveal.data import DataConfig, LabelKind
+from foveal.data import DataConfig
 from foveal.engines.base import EngineConfig
 from foveal.optim.config import OptimConfig
 from foveal.tracking.tracker import TrackingConfig
@@ -86,7 +86,7 @@ class StageConfig(Config):
     run: RunConfig = RunConfig()
     tracking: TrackingConfig = TrackingConfig()
 
-    supported_labels: ClassVar[tuple[LabelKind, ...]] = ("class",)
+    refused_data_settings: ClassVar[tuple[str, ...]] = ("val_size", "label_field")  # they are for tasks of fine-tuning
 
     @property
     def export_subfolders(self) -> tuple[str, ...]:

@@ -1,13 +1,21 @@
 """The evaluations of a run and the best of them: pure functions of what a checkpoint stores."""
 
 import math
+from dataclasses import dataclass
 
 Evaluations = dict[int, dict[str, float]]  # step -> metrics of the evaluation after that step, by logged name
 
 
-def higher_is_better(metric: str) -> bool:
-    """Return False for losses and True for every other metric."""
-    return not metric.endswith("loss")
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A metric of an evaluation, by which a run can be selected, and its direction."""
+
+    name: str
+    higher_is_better: bool
+
+    def with_prefix(self, prefix: str) -> "Metric":
+        """Return the metric under its logged name, such as ``val_top1`` for the prefix ``val``."""
+        return Metric(f"{prefix}_{self.name}", self.higher_is_better)
 
 
 def filter_up_to_step(evaluations: Evaluations, step: int) -> Evaluations:
@@ -20,18 +28,18 @@ def collect_metric_values(evaluations: Evaluations, metric: str) -> list[float]:
     return [evaluations[step][metric] for step in sorted(evaluations)]
 
 
-def find_best_step(evaluations: Evaluations, metric: str) -> int:
+def find_best_step(evaluations: Evaluations, metric: Metric) -> int:
     """Return the step of the best evaluation: the first among equals; NaN is the worst."""
-    sort_keys = {step: _sort_key(evaluations[step][metric], metric) for step in sorted(evaluations)}
+    sort_keys = {step: _sort_key(evaluations[step][metric.name], metric) for step in sorted(evaluations)}
     return max(sort_keys, key=sort_keys.__getitem__)
 
 
-def is_patience_exhausted(evaluations: Evaluations, metric: str, patience: int) -> bool:
+def is_patience_exhausted(evaluations: Evaluations, metric: Metric, patience: int) -> bool:
     """Return whether at least ``patience`` evaluations follow the best one."""
     return bool(evaluations) and sum(step > find_best_step(evaluations, metric) for step in evaluations) >= patience
 
 
-def _sort_key(value: float, metric: str) -> float:
+def _sort_key(value: float, metric: Metric) -> float:
     if math.isnan(value):
         return -math.inf
-    return value if higher_is_better(metric) else -value
+    return value if metric.higher_is_better else -value

@@ -22,14 +22,13 @@ from foveal.distributed.world import World
 from foveal.engines.base import Engine
 from foveal.errors import CheckpointError, ConfigError
 from foveal.renames import translate_science
-from foveal.training.config import StageConfig
-from foveal.training.evaluations import find_best_step
+from foveal.training.evaluations import Metric, find_best_step
 from foveal.training.fork_source import find_source, list_checkpoints, parse_fork
 from foveal.training.lineage import Fork, read_fork, write_fork
 from foveal.training.plan import PlanT
 
 # Science under which an evaluation may give other numbers for the same weights.
-_EVALUATION_SECTIONS = ("data", "inherited", "segment", "detect")
+_EVALUATION_SECTIONS = ("task", "data", "inherited", "segment", "detect")
 _TRAINING_ONLY_PREFIX = "data.augment."
 _HELD = "fork"  # folder of the linked checkpoint, in the fork's run directory
 _MAX_TRIES = 5  # of linking a checkpoint before its run removes it
@@ -91,7 +90,7 @@ def begin_fork(plan: PlanT, run_dir: Path) -> PlanT:
 
 def load_fork(
     fork: Fork,
-    cfg: StageConfig,
+    selection_metric: Metric | None,
     engine: Engine,
     world: World,
     adopt_best: Callable[[Path, int], bool],
@@ -123,7 +122,9 @@ def load_fork(
         _log.info("the optimizer is another one, or has other parameters: its moments start at zero")
     if not fork.has_same_order:
         return replace(state, step=0, skipped=[], scores={}, seconds=0.0, save_seconds=0.0)
-    scores = state.scores if world.on_rank0(lambda: _do_evaluations_apply(fork, state, cfg, adopt_best)) else {}
+    scores = (
+        state.scores if world.on_rank0(lambda: _do_evaluations_apply(fork, state, selection_metric, adopt_best)) else {}
+    )
     return replace(state, scores=scores, save_seconds=0.0)
 
 
@@ -224,16 +225,15 @@ def _as_fork_error(fork: Fork, load: Callable[[], None]) -> None:
 
 
 def _do_evaluations_apply(
-    fork: Fork, state: TrainState, cfg: StageConfig, adopt_best: Callable[[Path, int], bool]
+    fork: Fork, state: TrainState, metric: Metric | None, adopt_best: Callable[[Path, int], bool]
 ) -> bool:
     """Return whether the source's evaluations count in the fork, after copying the weights of the best one."""
     differing = [name for name in fork.differs_in(_EVALUATION_SECTIONS) if not name.startswith(_TRAINING_ONLY_PREFIX)]
-    metric = cfg.early_stopping_metric
     if not state.scores or differing:
         return False
     if metric is None:
         return True
-    if any(metric not in scores for scores in state.scores.values()):
+    if any(metric.name not in scores for scores in state.scores.values()):
         return False
     best = find_best_step(state.scores, metric)
     if adopt_best(Path(fork.run), best):

@@ -10,13 +10,14 @@ from foveal.checkpoint.state import check_science_unchanged
 from foveal.config import height_and_width
 from foveal.data import Dataset, TrainingSet, build_training_set, collect_mix_digests
 from foveal.data.image.decode import jpeg_decoder_and_version
+from foveal.data.image.targets import LabelReader
 from foveal.data.sampling.order import rank_slot_range
 from foveal.data.sampling.subset import eval_split
 from foveal.engines.build import check_engine_config
 from foveal.errors import ConfigError, DataError, ExportError
 from foveal.optim.schedule import count_plateau_drops, step_decay_lr, warmup_constant_lr, warmup_cosine_lr
 from foveal.training.config import StageConfig
-from foveal.training.evaluations import higher_is_better
+from foveal.training.evaluations import Metric
 from foveal.training.lineage import Fork
 from foveal.weights.export import Card
 
@@ -28,7 +29,8 @@ class Plan:
     ``inherited_science`` is science that no setting states: the digests of the data and of the export that the stage
     starts from, and the values that the export's card determines. ``resized_from``: image size of that export, None if
     it equals this stage's. ``has_source_card``: mean and std are of an export's card. ``fork``: the run's beginning in
-    another run, known once its directory is.
+    another run, known once its directory is. ``label_reader`` reads labels that are not in the index.
+    ``selection_metric``: the metric, by its logged name, that early stopping and the plateau schedule follow.
     """
 
     cfg: StageConfig
@@ -43,6 +45,8 @@ class Plan:
     resized_from: int | tuple[int, int] | None = None
     has_source_card: bool = False
     fork: Fork | None = None
+    label_reader: LabelReader | None = None
+    selection_metric: Metric | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -67,7 +71,7 @@ class Plan:
     def compute_lr(self, steps_done: int, metric_history: Sequence[float] = ()) -> float:
         """Return the learning rate of the update after ``steps_done`` finished updates.
 
-        ``metric_history``: values of ``cfg.early_stopping_metric`` up to that step, for the plateau schedule only.
+        ``metric_history``: values of ``selection_metric`` up to that step, for the plateau schedule only.
         """
         optim = self.cfg.optim
         peak_lr = optim.peak_lr(self.cfg.batch.global_size)
@@ -85,12 +89,12 @@ class Plan:
         return step_decay_lr(lr, num_drops=num_drops, factor=optim.step_factor, min_lr=optim.min_lr)
 
     def _count_drops(self, step: int, metric_history: Sequence[float]) -> int:
-        optim, metric = self.cfg.optim, self.cfg.early_stopping_metric
+        optim, metric = self.cfg.optim, self.selection_metric
         if optim.schedule == "step":
             return sum(step >= round(epoch * self.steps_per_epoch) for epoch in optim.step_epochs)
         if optim.schedule == "plateau" and metric is not None:
             return count_plateau_drops(
-                metric_history, patience=optim.plateau_patience, higher_is_better=higher_is_better(metric)
+                metric_history, patience=optim.plateau_patience, higher_is_better=metric.higher_is_better
             )
         return 0
 
@@ -218,7 +222,7 @@ def build_stage_plan(
     digests of such exports. ``plan_fields``: fields that the stage's plan class adds.
     Raises: DataError, ConfigError, ExportError.
     """
-    _check_labels(cfg)
+    _check_data_settings(cfg)
     dataset = Dataset.open(cfg.data)
     rank_slot_range(cfg.batch.global_size, cfg.data.lanes, 0, world_size)
     if world_size > 1 and cfg.data.stall_timeout_seconds >= 60 * cfg.engine.timeout_minutes:
@@ -284,22 +288,11 @@ def _check_evaluation_data(cfg: StageConfig, dataset: Dataset) -> None:
             dataset.labels(labelled_split)
 
 
-def _check_labels(cfg: StageConfig) -> None:
-    """Raise ConfigError for label settings that the stage does not use."""
-    data = cfg.data
-    if data.labels not in cfg.supported_labels:
-        raise ConfigError(
-            f"data.labels={data.labels} is for fine-tuning; this stage learns from no such label: leave it out"
-        )
-    if data.eval_size is not None and data.labels not in ("mask", "boxes"):
-        raise ConfigError(
-            "data.eval_size is for labels that are masks or boxes; other images are evaluated as image_size says"
-        )
-    if data.label_field is not None and data.labels == "class":
-        raise ConfigError(
-            f"data.label_field={data.label_field} names a member that is no class: set data.labels too, or index the "
-            f"shards with --label-key"
-        )
+def _check_data_settings(cfg: StageConfig) -> None:
+    """Raise ConfigError for data settings that the stage does not use."""
+    for name in cfg.refused_data_settings:
+        if getattr(cfg.data, name) is not None:
+            raise ConfigError(f"data.{name} is for fine-tuning, by tasks such as segmentation: leave it out")
 
 
 def _pixel_statistics(

@@ -100,7 +100,7 @@ class Run:
             self.checkpoint_store.load(folder, engine, state)
             _log.info("resumed from %s, which %s wrote", folder, state.saved_by)
         elif self.plan.fork is not None:
-            state = load_fork(self.plan.fork, self.plan.cfg, engine, self.world, self.exporter.adopt_best)
+            state = load_fork(self.plan.fork, self.plan.selection_metric, engine, self.world, self.exporter.adopt_best)
         if state is not None:
             self.step, skipped_batches, save_seconds = state.step, state.skipped, state.save_seconds
             self.evaluations = dict(state.scores)
@@ -175,6 +175,7 @@ class Run:
             rank=world.rank,
             world_size=world.size,
             microbatch_size=plan.cfg.batch.max_micro_size,
+            label_reader=plan.label_reader,
         )
         with closing(batches):
             while (batch := world.run_all_or_raise(lambda: next(batches, None))) is not None:

@@ -66,6 +66,7 @@ def _training_batches(run: Run, start_step: int) -> AbstractContextManager[Itera
         start_step=start_step,
         stop_step=plan.stop_step,
         skipped_batches=run.rollback.skipped_batches,
+        label_reader=plan.label_reader,
     )
 
 
@@ -86,10 +87,10 @@ def _loop_context(run: Run, start_step: int) -> LoopContext:
 
 
 def _compute_lr(run: Run, step: int) -> float:
-    metric = run.plan.cfg.early_stopping_metric
-    if not metric:
+    metric = run.plan.selection_metric
+    if metric is None:
         return run.plan.compute_lr(step)
-    return run.plan.compute_lr(step, collect_metric_values(filter_up_to_step(run.evaluations, step), metric))
+    return run.plan.compute_lr(step, collect_metric_values(filter_up_to_step(run.evaluations, step), metric.name))
 
 
 def _roll_back(run: Run, engine: Engine) -> int:

@@ -96,7 +96,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (*CONFIGURED, "foveal.atomic", "foveal.data", "foveal.models", "foveal.timeouts"),
         ("pydantic", "torch", "safetensors"),
     ),
-    "foveal.inspect": (("foveal.models",), ("numpy", "torch", "PIL")),
+    "foveal.inspect": (("foveal.data.image", "foveal.models"), ("numpy", "torch", "PIL")),
     # Tracking: MLflow's library stays behind one file.
     "foveal.tracking.tracker": (("foveal.config", "foveal.redact"), ("pydantic",)),
     "foveal.tracking.mlflow": (("foveal.redact", "foveal.tracking"), ("mlflow",)),
@@ -181,14 +181,16 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "finetune.probe.config": (("foveal.config",), ("pydantic",)),
     "finetune.tasks.average_precision": (("foveal.errors",), ("numpy", "pycocotools")),
     "finetune": (
-        ("foveal", "finetune.probe.config", "finetune.tasks.average_precision"),
-        ("numpy", "torch"),
+        ("foveal", "finetune.probe.config"),
+        ("torch",),
     ),
     "finetune.regularizers": (("foveal", "finetune"), ("torch",)),
     "finetune.tasks": (
         ("foveal", "finetune", "finetune.regularizers", "finetune.tasks.average_precision"),
         ("numpy", "sklearn", "torch"),
     ),
+    "finetune.checks": (("foveal", "finetune"), ("torch",)),
+    "finetune.plan": (("foveal", "finetune"), ("numpy",)),
     "finetune.multirun": (("foveal", "finetune"), ()),
     "finetune.probe": (("foveal", "finetune"), ("numpy", "torch")),
     "finetune.fit": (("foveal", "finetune"), ("torch",)),

@@ -20,10 +20,11 @@ FSDP2 = ("engine.kind=accelerate", "engine.sharding=fsdp2", "batch.max_micro_siz
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rectangles")
     pack_rectangles(folder / "data")
-    data = {"path": str(folder / "data"), "image_size": 32, "channels": 1, "lanes": 4, "labels": "boxes"}
+    data = {"path": str(folder / "data"), "image_size": 32, "channels": 1, "lanes": 4}
     tree = {
         "seed": 3,
         "epochs": 8,
+        "task": "detection",
         "data": data | {"eval_crop_ratio": 1.0, "augment": {"scale": [0.8, 1.0]}, "mean": [0.5], "std": [0.25]},
         "batch": {"global_size": 16, "max_micro_size": 16},
         "model": {"name": "vit_tiny_patch16_224", "patch": 4, "width": 32, "depth": 2, "heads": 2},

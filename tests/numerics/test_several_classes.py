@@ -47,17 +47,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     header.size = len(data)
                     tar.addfile(header, io.BytesIO(data))
     index_folder(str(folder), classes=NAMES, on_warning=lambda _: None)
-    data = {
-        "path": str(folder),
-        "labels": "classes",
-        "image_size": 8,
-        "channels": 1,
-        "lanes": 8,
-        "eval_crop_ratio": 1.0,
-    }
+    data = {"path": str(folder), "image_size": 8, "channels": 1, "lanes": 8, "eval_crop_ratio": 1.0}
     tree = {
         "seed": 1,
         "epochs": 3,
+        "task": "multilabel",
         "data": data | {"augment": {"hflip": 0.0, "scale": [0.8, 1.0]}, "mean": [0.3], "std": [0.37]},
         "batch": {"global_size": 32, "max_micro_size": 16},
         "model": {"name": "vit_tiny_patch16_224", "patch": 2, "width": 32, "depth": 2, "heads": 2},
@@ -115,7 +109,7 @@ def _answers(config: Path, weights: Path) -> tuple[np.ndarray, np.ndarray]:
     model.encoder.load_state_dict(load_file(weights))
     place = {"split": "val", "subset": "all", "training_seed": 1, "rank": 0, "world_size": 1, "microbatch_size": 16}
     scores, truth = [], []
-    for batch in eval_batches(Dataset.open(found.cfg.data), found.cfg.data, **place):  # type: ignore[arg-type]
+    for batch in eval_batches(Dataset.open(found.cfg.data), found.cfg.data, label_reader=found.label_reader, **place):  # type: ignore[arg-type]
         with torch.no_grad():
             scores.append(model(normalise(batch.images, found.mean, found.std))[batch.valid].numpy())
         assert batch.targets is not None

@@ -67,7 +67,7 @@ def trees(digits: Path, teachers: dict[str, Path], tmp_path_factory: pytest.Temp
         "engine": {"kind": "plain"},
         "optim": {"max_grad_norm": None},
     }
-    boxes = {"path": str(folder / "boxes"), "image_size": 32, "channels": 1, "lanes": 4, "labels": "boxes"}
+    boxes = {"path": str(folder / "boxes"), "image_size": 32, "channels": 1, "lanes": 4}
     scenes = write_scenes(folder / "scenes", train=WHOLE)
     return {
         "pretrain": shared | {"data": data, "model": vit, "decoder": {"width": 16, "depth": 1, "heads": 2}},
@@ -75,7 +75,11 @@ def trees(digits: Path, teachers: dict[str, Path], tmp_path_factory: pytest.Temp
         "finetune": shared | {"data": data, "model": vit, "init": None, "drop_path": 0.1, "label_smoothing": 0.1},
         "segment": scene_tree(scenes, segment={}, class_weights=[0.5, 2, 1], batch={"global_size": WHOLE}),
         "detect": shared
-        | {"data": boxes | {"augment": {"scale": [0.8, 1.0]}, "mean": [0.5], "std": [0.25]}, "model": vit}
+        | {
+            "task": "detection",
+            "data": boxes | {"augment": {"scale": [0.8, 1.0]}, "mean": [0.5], "std": [0.25]},
+            "model": vit,
+        }
         | {"detect": {"width": 32, "layers": 1, "strides": [4, 8, 16], "each_class": True}, "drop_path": 0.1},
     }
 
@@ -122,7 +126,14 @@ def test_parts_add_up(
         parts = stage.build(plan, DEVICE)
         parts.model.train()
         with train_batches(
-            plan.training_set, cfg.data, rank=0, world_size=1, microbatch_size=at_once, start_step=0, stop_step=1
+            plan.training_set,
+            cfg.data,
+            rank=0,
+            world_size=1,
+            microbatch_size=at_once,
+            start_step=0,
+            stop_step=1,
+            label_reader=plan.label_reader,
         ) as batches:
             micros = list(batches)
         assert len(micros) == WHOLE // at_once

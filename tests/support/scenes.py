@@ -56,7 +56,6 @@ def scene_tree(folder: Path, **further: Any) -> dict[str, Any]:
     """Settings of a segmentation of them in four steps: windows of 16 pixels on whole images of 24 x 32."""
     data: dict[str, Any] = {
         "path": str(folder),
-        "labels": "mask",
         "ignore_id": IGNORED,
         "image_size": 16,
         "eval_size": [HEIGHT, WIDTH],
@@ -69,6 +68,7 @@ def scene_tree(folder: Path, **further: Any) -> dict[str, Any]:
     tree: dict[str, Any] = {
         "seed": 3,
         "epochs": 2,
+        "task": "segmentation",
         "data": data | further.pop("data", {}),
         "batch": {"global_size": 8, "max_micro_size": 4} | further.pop("batch", {}),
         "model": {"name": "vit_tiny_patch16_224", "patch": 4, "width": 32, "depth": 2, "heads": 2},

@@ -82,11 +82,6 @@ def select_subset(dataset: Dataset, cfg: DataConfig, *, split: str, subset: Subs
     is_balanced = cfg.balance > 0 and subset == "train"
     if subset == "all" or not (samples_classes or is_balanced or cfg.fold is not None):
         return SplitSubset(counts, None)
-    if cfg.fold is not None and cfg.labels != "class":
-        raise ConfigError(
-            f"data.fold is cut class by class, and data.labels={cfg.labels} gives an image no class of its own: "
-            f"cross-validate with data.labels=class"
-        )
     labels = dataset.labels(split)
     if labels.min() < 0:
         raise DataError(

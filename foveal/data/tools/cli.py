@@ -1,19 +1,22 @@
 """`foveal data`: pack, index, verify and show shards, and audit the samples that a run consumed."""
 
+import importlib
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from foveal.data.config import expand_path
+from foveal.data.config import DataConfig, expand_path
 from foveal.data.dataset import Dataset, open_unchecked_dataset
 from foveal.data.format.manifest import Manifest
+from foveal.data.image.targets import LabelReader
 from foveal.data.indexing.index import index_folder
 from foveal.data.pack.cli import app as pack_app
 from foveal.data.records.audit import format_audit_report
 from foveal.data.tools.progress_bar import progress_bar
 from foveal.data.tools.show import format_class_histogram, save_contact_sheet
 from foveal.data.tools.verify import verify_dataset
+from foveal.errors import ConfigError
 
 app = typer.Typer(help="Shards: pack, index, verify, show, audit.", no_args_is_help=True)
 app.add_typer(pack_app, name="pack")
@@ -24,6 +27,8 @@ IndexOption = Annotated[
     str | None, typer.Option("--index", help="Folder or URL of manifest.json and *.index; default: PATH.")
 ]
 WorkersOption = Annotated[int, typer.Option(min=1, help="Threads.")]
+LabelFieldOption = Annotated[str | None, typer.Option(help="With --task: as data.label_field; default: the task's.")]
+IgnoreIdOption = Annotated[int, typer.Option(min=0, help="With --task: as data.ignore_id.")]
 
 
 @app.command("index")
@@ -71,13 +76,26 @@ def verify_command(
     record: Annotated[
         bool, typer.Option("--record", help="Compute missing sha256 and write them into the manifest.")
     ] = False,
+    task: Annotated[
+        str | None, typer.Option(help="With --full: also read every label as this task of fine-tuning does.")
+    ] = None,
+    label_field: LabelFieldOption = None,
+    ignore_id: IgnoreIdOption = 255,
     workers: WorkersOption = 8,
 ) -> None:
     """Check shards and indices against the manifest; list all faults and exit with 1 if there are any."""
+    if task is not None and not full:
+        raise ConfigError(f"--task {task} is for --full, which reads samples: give both")
     dataset = open_unchecked_dataset(path, index, stall_timeout=_STALL_TIMEOUT)
+    label_reader = _make_label_reader(dataset, task, label_field, ignore_id)
     with progress_bar("verifying shards") as on_progress:
         faults = verify_dataset(
-            dataset, full=full, workers=workers, record_missing_checksums=record, on_progress=on_progress
+            dataset,
+            full=full,
+            workers=workers,
+            label_reader=label_reader,
+            record_missing_checksums=record,
+            on_progress=on_progress,
         )
     for fault in faults:
         typer.echo(fault)
@@ -94,8 +112,15 @@ def show_command(
         str | None, typer.Option(metavar="FILE.png", help="Also write a contact sheet: up to 48 images with labels.")
     ] = None,
     split: Annotated[str | None, typer.Option(help="Split of the sheet; default: the first in the table.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Show labels on the sheet as this task of fine-tuning reads them.")
+    ] = None,
+    label_field: LabelFieldOption = None,
+    ignore_id: IgnoreIdOption = 255,
 ) -> None:
     """Print samples, shards and bytes per split and samples per class; optionally write a contact sheet."""
+    if task is not None and sheet is None:
+        raise ConfigError(f"--task {task} is for --sheet, which shows labels: give both")
     dataset = open_unchecked_dataset(path, index, stall_timeout=_STALL_TIMEOUT)
     _print_summary(dataset.manifest)
     splits = [name for name, entry in dataset.manifest.splits.items() if entry.samples]
@@ -104,7 +129,8 @@ def show_command(
         for line in format_class_histogram({name: dataset.class_counts(name) for name in splits}, dataset.classes):
             typer.echo(line)
     if sheet is not None:
-        save_contact_sheet(dataset, split or next(iter(splits), "train"), sheet)
+        label_reader = _make_label_reader(dataset, task, label_field, ignore_id)
+        save_contact_sheet(dataset, split or next(iter(splits), "train"), sheet, label_reader)
         typer.echo(f"\n{sheet}: written")
 
 
@@ -119,6 +145,21 @@ def audit_command(
         typer.echo(line)
     if not passes:
         raise typer.Exit(1)
+
+
+def _make_label_reader(
+    dataset: Dataset, task: str | None, label_field: str | None, ignore_id: int
+) -> LabelReader | None:
+    """Return the task's reader of labels; None without a task, or for labels of the index.
+
+    Raises: ConfigError for an unknown task, DataError if the data set has no such labels.
+    """
+    if task is None:
+        return None
+    # The import is dynamic, because tasks import foveal and never the reverse.
+    find_task = importlib.import_module("finetune.tasks.registry").find_task
+    cfg = DataConfig(path=dataset.folder, image_size=1, label_field=label_field, ignore_id=ignore_id)
+    return find_task(task).make_label_reader(cfg, dataset)
 
 
 def _print_summary(manifest: Manifest) -> None:

@@ -6,7 +6,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from foveal.data.dataset import Dataset
+from foveal.data.format.shard_index import ShardIndex
 from foveal.data.image.decode import UndecodableError, decode_image
+from foveal.data.image.targets import AppliedCrop, LabelReader
 from foveal.errors import DataError
 from foveal.seeding import derive_key, draw_permutation
 
@@ -42,10 +44,11 @@ def format_class_histogram(class_counts: dict[str, np.ndarray], class_names: tup
         yield f"{class_names[row][:_NAME]:{width}}{numbers}  {bar}".rstrip()
 
 
-def draw_contact_sheet(dataset: Dataset, split: str) -> Image.Image:
-    """Draw up to 48 images spread over a split's shards, always the same ones, with class name or key as caption.
+def draw_contact_sheet(dataset: Dataset, split: str, label_reader: LabelReader | None = None) -> Image.Image:
+    """Draw up to 48 images spread over a split's shards, always the same ones, each with a caption.
 
-    An image that does not decode is a red square with the reason. Raises: DataError if a shard or index is unreadable.
+    The caption is the label that ``label_reader`` reads, or without a reader the class name, or the key. An image that
+    does not decode is a red square with the reason. Raises: DataError if a shard or index is unreadable.
     """
     selection = _select_images(dataset, split)
     num_rows = -(-len(selection) // _COLUMNS)
@@ -56,16 +59,47 @@ def draw_contact_sheet(dataset: Dataset, split: str) -> Image.Image:
     for number, (shard, row) in enumerate(selection):
         left, top = _GAP + number % _COLUMNS * cell_width, _GAP + number // _COLUMNS * cell_height
         index = dataset.shard_index(split, shard)
-        offset, size = index.find_image_offset_size(row)
-        thumbnail = _make_thumbnail(dataset.shard_folder.read_up_to(index.shard, offset, offset + size))
-        caption = index.key(row).rsplit("/", 1)[-1]
-        label = int(index.labels[row])
-        if label >= 0 and dataset.classes is not None:
-            caption = dataset.classes[label]
+        thumbnail, caption = _draw_sample(dataset, index, row, label_reader)
         inset = ((_SIDE - thumbnail.width) // 2, (_SIDE - thumbnail.height) // 2)
         sheet.paste(thumbnail, (left + inset[0], top + inset[1]))
         draw.text((left, top + _SIDE + 2), _truncate_text(caption, font), fill=_INK, font=font)
     return sheet
+
+
+def _draw_sample(
+    dataset: Dataset, index: ShardIndex, row: int, label_reader: LabelReader | None
+) -> tuple[Image.Image, str]:
+    """Return the thumbnail and the caption of a sample."""
+    key = index.key(row).rsplit("/", 1)[-1]
+    try:
+        image = decode_image(_read_member(dataset, index, index.find_image_offset_size(row)), 3)
+    except UndecodableError as error:
+        return _make_error_square(str(error)), key
+    if label_reader is not None:
+        image, caption = _draw_label(dataset, index, row, label_reader, image)
+        return _make_thumbnail(image), caption
+    label = int(index.labels[row])
+    return _make_thumbnail(image), dataset.classes[label] if label >= 0 and dataset.classes is not None else key
+
+
+def _draw_label(
+    dataset: Dataset, index: ShardIndex, row: int, label_reader: LabelReader, image: Image.Image
+) -> tuple[Image.Image, str]:
+    """Return the image with its label, and the label in words or what is wrong with it."""
+    member = index.find_member_offset_size(row, label_reader.field)
+    if member is None:
+        return image, f"no member .{label_reader.field}"
+    try:
+        data = _read_member(dataset, index, member)
+        label = label_reader.read_label(data, AppliedCrop.whole_image(*image.size), index.key(row))
+    except (UndecodableError, DataError) as error:
+        return image, f"! {error}"
+    return label_reader.draw_label(image, label), label_reader.describe_label(label)
+
+
+def _read_member(dataset: Dataset, index: ShardIndex, offset_and_size: tuple[int, int]) -> bytes:
+    offset, size = offset_and_size
+    return dataset.shard_folder.read_up_to(index.shard, offset, offset + size)
 
 
 def _select_images(dataset: Dataset, split: str) -> list[tuple[int, int]]:
@@ -82,16 +116,16 @@ def _select_rows(shard: int, count: int) -> list[int]:
     return sorted(draw_permutation(derive_key(0, "sheet", shard), count)[: _COLUMNS * _ROWS].tolist())
 
 
-def _make_thumbnail(data: bytes) -> Image.Image:
+def _make_error_square(error: str) -> Image.Image:
+    square = Image.new("RGB", (_SIDE, _SIDE), _MISSING)
+    font = ImageFont.load_default(_FONT_SIZE)
+    reason = "\n".join(_truncate_text(line, font) for line in _wrap_text(f"does not decode: {error}"))
+    ImageDraw.Draw(square).multiline_text((4, 4), reason, fill=_PAPER, font=font)
+    return square
+
+
+def _make_thumbnail(image: Image.Image) -> Image.Image:
     """Shrink an image to its cell; enlarge a small image by an integer factor, nearest neighbour."""
-    try:
-        image = decode_image(data, 3)
-    except UndecodableError as error:
-        square = Image.new("RGB", (_SIDE, _SIDE), _MISSING)
-        font = ImageFont.load_default(_FONT_SIZE)
-        reason = "\n".join(_truncate_text(line, font) for line in _wrap_text(f"does not decode: {error}"))
-        ImageDraw.Draw(square).multiline_text((4, 4), reason, fill=_PAPER, font=font)
-        return square
     factor = _SIDE // max(image.size)
     if factor >= 1:
         return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
@@ -111,9 +145,9 @@ def _truncate_text(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
     return text
 
 
-def save_contact_sheet(dataset: Dataset, split: str, file: str) -> None:
+def save_contact_sheet(dataset: Dataset, split: str, file: str, label_reader: LabelReader | None = None) -> None:
     """Write the contact sheet of a split as PNG. Raises: as ``draw_contact_sheet``; DataError if writing fails."""
-    sheet = draw_contact_sheet(dataset, split)
+    sheet = draw_contact_sheet(dataset, split, label_reader)
     try:
         sheet.save(file, "PNG")
     except OSError as error:

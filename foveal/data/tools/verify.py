@@ -17,6 +17,7 @@ from foveal.data.dataset import Dataset
 from foveal.data.format.manifest import MANIFEST_NAME, Shard, write_manifest
 from foveal.data.format.shard_index import IndexRules, ShardIndex
 from foveal.data.image.decode import UndecodableError, decode_image
+from foveal.data.image.targets import AppliedCrop, LabelReader
 from foveal.data.indexing.index import scan_shard_stream
 from foveal.data.storage.folder import Folder
 from foveal.errors import DataError
@@ -32,14 +33,16 @@ def verify_dataset(
     *,
     full: bool,
     workers: int,
+    label_reader: LabelReader | None = None,
     record_missing_checksums: bool = False,
     on_progress: Callable[[int, int], None] = lambda _finished, _total: None,
 ) -> list[str]:
     """Return the faults of a data set, one sentence each, in the order of its splits and shards.
 
     Always: every shard has the size, and its index the digest and count, in the manifest. full: also check sha256 and
-    tar headers against the index, and decode every image in ``workers`` threads; a remote shard is downloaded to a
-    temporary file while it is checked. record_missing_checksums: if there are no faults, write missing sha256 into the
+    tar headers against the index, decode every image in ``workers`` threads, and read every label with
+    ``label_reader`` if there is one; a remote shard is downloaded to a temporary file while it is checked.
+    record_missing_checksums: if there are no faults, write missing sha256 into the
     manifest. on_progress: called with the numbers of finished and of all shards.
     Raises: DataError if the folder cannot be listed or the manifest cannot be written.
     """
@@ -53,7 +56,9 @@ def verify_dataset(
     sha256_of_shards: dict[tuple[str, int], str | None] = {}
     parallel_shards = _PARALLEL_SHARDS if full else workers
     with ThreadPoolExecutor(workers) as decoders, ThreadPoolExecutor(parallel_shards) as pool:
-        verifier = _ShardVerifier(dataset, dataset.shard_folder, sizes, decoders, full, record_missing_checksums)
+        verifier = _ShardVerifier(
+            dataset, dataset.shard_folder, sizes, decoders, full, record_missing_checksums, label_reader
+        )
         findings = pool.map(verifier.verify_shard, shards)
         for (split, number), (shard_faults, sha256) in zip(shards, findings, strict=True):
             faults += shard_faults
@@ -72,6 +77,7 @@ class _ShardVerifier:
     decoders: ThreadPoolExecutor
     full: bool
     record_missing_checksums: bool
+    label_reader: LabelReader | None
 
     def verify_shard(self, split_and_number: tuple[str, int]) -> ShardFindings:
         split, number = split_and_number
@@ -128,7 +134,7 @@ class _ShardVerifier:
                 faults.append(f"{path} is damaged, its sha256 is {sha256} and {MANIFEST_NAME} says {shard.sha256}")
             if self.full and index is not None:
                 headers = self._check_headers(stream, path, index, damaged=bool(faults))
-                faults += [*headers, *self._check_images(stream, path, index)]
+                faults += [*headers, *self._check_samples(stream, path, index)]
         return faults, sha256
 
     @contextmanager
@@ -163,26 +169,40 @@ class _ShardVerifier:
             f"{path}: its members or labels are not those that its index was made from: `foveal data index --again`"
         ]
 
-    def _check_images(self, stream: IO[bytes], path: str, index: ShardIndex) -> Iterator[str]:
-        """Decode every image of a shard in parallel; yield the faults."""
+    def _check_samples(self, stream: IO[bytes], path: str, index: ShardIndex) -> Iterator[str]:
+        """Decode every image of a shard, and read every label, in parallel; yield the faults."""
 
-        def check_images(rows: range) -> list[str]:
-            return [fault for row in rows if (fault := _check_image(stream.fileno(), path, index, row))]
+        def check_samples(rows: range) -> list[str]:
+            faults = (_check_sample(stream.fileno(), path, index, row, self.label_reader) for row in rows)
+            return [fault for fault in faults if fault]
 
         jobs = [
             range(start, min(start + _IMAGES_PER_JOB, len(index))) for start in range(0, len(index), _IMAGES_PER_JOB)
         ]
-        for faults in self.decoders.map(check_images, jobs):
+        for faults in self.decoders.map(check_samples, jobs):
             yield from faults
 
 
-def _check_image(descriptor: int, path: str, index: ShardIndex, row: int) -> str:
-    """Return the fault of a sample's image, or an empty text."""
+def _check_sample(descriptor: int, path: str, index: ShardIndex, row: int, label_reader: LabelReader | None) -> str:
+    """Return the fault of a sample's image or label, or an empty text."""
     offset, size = index.find_image_offset_size(row)
     try:
-        decode_image(os.pread(descriptor, size, offset), 3)
+        image = decode_image(os.pread(descriptor, size, offset), 3)
     except UndecodableError as error:
         return f"{path}: the image of '{index.key(row)}' does not decode ({error})"
+    if label_reader is None:
+        return ""
+    location = f"{path}: sample '{index.key(row)}'"
+    member = index.find_member_offset_size(row, label_reader.field)
+    if member is None:
+        return f"{location} has no member .{label_reader.field}, which is its label"
+    offset, size = member
+    try:
+        label_reader.read_label(os.pread(descriptor, size, offset), AppliedCrop.whole_image(*image.size), location)
+    except UndecodableError as error:
+        return f"{location} does not decode ({error})"
+    except DataError as error:
+        return str(error)
     return ""
 
 

@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
+from foveal.data.image.label_drawing import make_class_palette
 from foveal.inspect.boxes import draw_box_grid
 from foveal.inspect.image_grid import GAP
-from foveal.inspect.segmentation import make_class_palette
 
 SIDE = 320
 

@@ -3,8 +3,9 @@
 import numpy as np
 import torch
 
+from foveal.data.image.label_drawing import GREY, make_class_palette
 from foveal.inspect.image_grid import GAP
-from foveal.inspect.segmentation import GREY, draw_segmentation_grid, make_class_palette
+from foveal.inspect.segmentation import draw_segmentation_grid
 
 
 def test_classes_have_colours_of_their_own() -> None:

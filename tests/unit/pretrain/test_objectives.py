@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from distill.config import DistillConfig
 from distill.losses import DISTANCES, cosine_distance, l1_distance, smooth_l1_distance
 from distill.objective import DistillationLoss
-from finetune.tasks.classify import ClassificationLoss, sum_batch_metrics
+from finetune.tasks.classify import ClassificationLoss
+from finetune.tasks.classify_metrics import sum_batch_metrics
 from foveal.data import Batch
 from foveal.models.mae import MAEOutput
 from foveal.models.masks import MASK_NOISE_FUNCTIONS, NUM_OFFSET_DRAWS, MaskStrategy
@@ -261,7 +262,7 @@ def cross_entropy(logits: np.ndarray, label: int, smoothing: float) -> float:
 
 def classify(seed: int = 0, smoothing: float = 0.0, sites: int = 0, classes: int = 4) -> ClassificationLoss:
     off = {"random_erasing": 0.0, "mixup": 0.0, "cutmix": 0.0}
-    cfg: Any = SimpleNamespace(seed=seed, label_smoothing=smoothing, data=SimpleNamespace(labels="class"), **off)
+    cfg: Any = SimpleNamespace(seed=seed, label_smoothing=smoothing, **off)
     return ClassificationLoss(cfg, MEAN, STD, sites, torch.ones(classes))
 
 

@@ -11,11 +11,15 @@ from foveal.atomic import write_json
 from foveal.checkpoint.state import read_train_state
 from foveal.training.evaluations import (
     Evaluations,
+    Metric,
     collect_metric_values,
     filter_up_to_step,
     find_best_step,
     is_patience_exhausted,
 )
+
+TOP1, LOSS = Metric("val_top1", higher_is_better=True), Metric("val_loss", higher_is_better=False)
+ERROR = Metric("val_error", higher_is_better=False)
 
 
 def scores(*numbers: float, metric: str = "val_top1") -> Evaluations:
@@ -23,23 +27,24 @@ def scores(*numbers: float, metric: str = "val_top1") -> Evaluations:
     return {10 * index: {metric: number} for index, number in enumerate(numbers, start=1)}
 
 
-def test_higher_is_better_but_for_losses() -> None:
-    assert find_best_step(scores(0.1, 0.3, 0.2), "val_top1") == 20
-    assert find_best_step(scores(0.1, 0.3, 0.05, metric="val_loss"), "val_loss") == 30
+def test_the_metric_says_which_evaluation_is_better_and_not_its_name() -> None:
+    assert find_best_step(scores(0.1, 0.3, 0.2), TOP1) == 20
+    assert find_best_step(scores(0.1, 0.3, 0.05, metric="val_loss"), LOSS) == 30
+    assert find_best_step(scores(0.1, 0.3, 0.05, metric="val_error"), ERROR) == 30
 
 
 def test_the_first_of_equals_is_the_best_and_no_number_the_worst() -> None:
-    assert find_best_step(scores(0.1, 0.3, 0.3), "val_top1") == 20
-    assert find_best_step(scores(math.nan, 0.1), "val_top1") == 20
-    assert find_best_step(scores(math.nan, 9.0, math.nan, metric="val_loss"), "val_loss") == 20
-    assert find_best_step(scores(math.nan, math.nan), "val_top1") == 10
+    assert find_best_step(scores(0.1, 0.3, 0.3), TOP1) == 20
+    assert find_best_step(scores(math.nan, 0.1), TOP1) == 20
+    assert find_best_step(scores(math.nan, 9.0, math.nan, metric="val_loss"), LOSS) == 20
+    assert find_best_step(scores(math.nan, math.nan), TOP1) == 10
 
 
 def test_it_is_over_when_the_best_is_so_many_evaluations_old() -> None:
-    exhausted = [is_patience_exhausted(scores(*(0.5, 0.4, 0.6, 0.6, 0.1)[:count]), "val_top1", 2) for count in range(6)]
+    exhausted = [is_patience_exhausted(scores(*(0.5, 0.4, 0.6, 0.6, 0.1)[:count]), TOP1, 2) for count in range(6)]
     assert exhausted == [False, False, False, False, False, True]
-    assert is_patience_exhausted(scores(0.5, 0.4), "val_top1", 1)
-    assert is_patience_exhausted(scores(math.nan, math.nan), "val_top1", 1)
+    assert is_patience_exhausted(scores(0.5, 0.4), TOP1, 1)
+    assert is_patience_exhausted(scores(math.nan, math.nan), TOP1, 1)
 
 
 def test_the_order_is_that_of_the_steps_and_later_ones_can_be_left_out() -> None:

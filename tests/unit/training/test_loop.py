@@ -81,7 +81,7 @@ def batches(rank: int, ranks: int, micros: int, labels_by_step: list[list[int]] 
 
 
 def classify() -> ClassificationLoss:
-    off = {"random_erasing": 0.0, "mixup": 0.0, "cutmix": 0.0, "data": SimpleNamespace(labels="class")}
+    off = {"random_erasing": 0.0, "mixup": 0.0, "cutmix": 0.0}
     cfg: Any = SimpleNamespace(seed=0, label_smoothing=0.1, **off)
     return ClassificationLoss(cfg, (0.5,), (0.25,), 0, torch.ones(CLASSES))
 

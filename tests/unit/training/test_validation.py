@@ -44,7 +44,7 @@ class Rehearsal:
 
     def evaluation_batches(self, _step: int, *, split: str, subset: Any, size: int = 64) -> Iterator[Batch]:
         plan = self.plan
-        parts = {"rank": 0, "world_size": 1, "microbatch_size": size, "training_seed": SEED}
+        parts: dict[str, Any] = {"rank": 0, "world_size": 1, "microbatch_size": size, "training_seed": SEED}
         return eval_batches(plan.dataset, plan.cfg.data, split=split, subset=subset, **parts)
 
     def record_evaluation(self, step: int, metrics: dict[str, float]) -> None:

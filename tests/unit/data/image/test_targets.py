@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from finetune.tasks.registry import find_task
 from foveal.data import DataConfig, Dataset, build_training_set, eval_batches, train_batches
 from foveal.data.image.targets import NO_CLASS
 from foveal.data.indexing.index import index_folder
@@ -68,7 +69,7 @@ def scenes(tmp_path: Path, write_tar: Callable[..., Path]) -> Callable[..., tupl
     return make
 
 
-def evaluated(dataset: Dataset, cfg: DataConfig, world_size: int = 1) -> list[Any]:
+def evaluated(dataset: Dataset, cfg: DataConfig, task: str, world_size: int = 1) -> list[Any]:
     return [
         batch
         for rank in range(world_size)
@@ -81,23 +82,32 @@ def evaluated(dataset: Dataset, cfg: DataConfig, world_size: int = 1) -> list[An
             rank=rank,
             world_size=world_size,
             microbatch_size=3,
+            label_reader=find_task(task).make_label_reader(cfg, dataset),
         )
     ]
 
 
-def trained(dataset: Dataset, cfg: DataConfig) -> list[Any]:
+def trained(dataset: Dataset, cfg: DataConfig, task: str) -> list[Any]:
     training = build_training_set(dataset, cfg, seed=0, batch_size=4)
-    with train_batches(training, cfg, rank=0, world_size=1, microbatch_size=4, start_step=0, stop_step=4) as batches:
+    reader = find_task(task).make_label_reader(cfg, dataset)
+    with train_batches(
+        training,
+        cfg,
+        rank=0,
+        world_size=1,
+        microbatch_size=4,
+        start_step=0,
+        stop_step=4,
+        label_reader=reader,
+    ) as batches:
         return list(batches)
 
 
 def test_a_mask_is_seen_as_its_image_is_seen(scenes: Callable[..., tuple[Dataset, DataConfig]]) -> None:
     # The cells of 4 x 4 pixels are flat: away from their edges bilinear resizing keeps image = 20 * mask.
-    dataset, cfg = scenes(
-        labels="mask", augment={"scale": [0.3, 1.0], "ratio": [1.0, 1.0], "interpolation": "bilinear"}
-    )
+    dataset, cfg = scenes(augment={"scale": [0.3, 1.0], "ratio": [1.0, 1.0], "interpolation": "bilinear"})
     flipped = 0
-    for batch in trained(dataset, cfg):
+    for batch in trained(dataset, cfg, "segmentation"):
         assert batch.targets.shape == (4, SIDE, SIDE)
         ids = batch.targets.numpy().astype(int)
         ids[ids == NO_CLASS] = IGNORED
@@ -109,9 +119,9 @@ def test_a_mask_is_seen_as_its_image_is_seen(scenes: Callable[..., tuple[Dataset
 
 
 def test_an_evaluated_mask_is_whole_on_any_ranks(scenes: Callable[..., tuple[Dataset, DataConfig]]) -> None:
-    dataset, cfg = scenes(labels="mask", image_size=12, eval_size=SIDE)
+    dataset, cfg = scenes(image_size=12, eval_size=SIDE)
     for world_size in (1, 2):
-        batches = evaluated(dataset, cfg, world_size)
+        batches = evaluated(dataset, cfg, "segmentation", world_size)
         masks = {int(i): mask for b in batches for i, mask in zip(b.ids, b.targets, strict=True)}
         padding = masks.pop(-1, None)
         assert padding is None or (padding == NO_CLASS).all()
@@ -121,70 +131,80 @@ def test_an_evaluated_mask_is_whole_on_any_ranks(scenes: Callable[..., tuple[Dat
 
 
 def test_boxes_follow_crop_flip_and_size(scenes: Callable[..., tuple[Dataset, DataConfig]]) -> None:
-    dataset, cfg = scenes(labels="boxes", image_size=48)
-    batch = evaluated(dataset, cfg)[1]
+    dataset, cfg = scenes(image_size=48)
+    batch = evaluated(dataset, cfg, "detection")[1]
     assert batch.targets.tolist() == [[[8, 16, 24, 40, n % 3]] for n in (3, 4, 5)], "scaled by 2, without crowds"
     flip_only = {"scale": [1.0, 1.0], "ratio": [1.0, 1.0], "flip": 1.0}
-    dataset, cfg = scenes(labels="boxes", augment=flip_only)
-    assert trained(dataset, cfg)[0].targets[0, 0, :4].tolist() == [12, 8, 20, 20]
-    dataset, cfg = scenes(labels="boxes", eval_crop_ratio=0.5)
-    assert evaluated(dataset, cfg)[0].targets[0].tolist() == [[0, 4, 12, 24, 0]], (
+    dataset, cfg = scenes(augment=flip_only)
+    assert trained(dataset, cfg, "detection")[0].targets[0, 0, :4].tolist() == [12, 8, 20, 20]
+    dataset, cfg = scenes(eval_crop_ratio=0.5)
+    assert evaluated(dataset, cfg, "detection")[0].targets[0].tolist() == [[0, 4, 12, 24, 0]], (
         "cropped to 6..18, clipped, scaled by 2"
     )
 
 
 def test_several_classes(scenes: Callable[..., tuple[Dataset, DataConfig]]) -> None:
-    dataset, cfg = scenes(labels="classes")
-    assert evaluated(dataset, cfg)[0].targets.tolist() == [[1, 0, 1], [0, 1, 1], [0, 0, 1]]
+    dataset, cfg = scenes()
+    assert evaluated(dataset, cfg, "multilabel")[0].targets.tolist() == [[1, 0, 1], [0, 1, 1], [0, 0, 1]]
 
 
 def test_a_mask_that_does_not_decode_is_a_bad_sample(scenes: Callable[..., tuple[Dataset, DataConfig]]) -> None:
-    dataset, cfg = scenes({"002.mask.png": png(stripes(2))[:60]}, labels="mask")
-    batches = evaluated(dataset, cfg)
+    dataset, cfg = scenes({"002.mask.png": png(stripes(2))[:60]})
+    batches = evaluated(dataset, cfg, "segmentation")
     assert [bad.webdataset_key for batch in batches for bad in batch.bad_samples] == ["002"]
     assert not batches[0].valid[2]
     assert (batches[0].targets[2] == NO_CLASS).all()
-    bad = [bad for batch in trained(dataset, cfg) for bad in batch.bad_samples]
+    bad = [bad for batch in trained(dataset, cfg, "segmentation") for bad in batch.bad_samples]
     assert {sample.webdataset_key for sample in bad} == {"002"}
     assert all("its mask" in sample.reason and sample.replacement_key >= 0 for sample in bad)
 
 
 @pytest.mark.parametrize(
-    ("labels", "member", "data", "sentence"),
+    ("task", "member", "data", "sentence"),
     [
-        ("mask", "001.mask.png", png(np.full((SIDE, SIDE), 7, np.uint8)), "id 7 in its mask, and there are 3 classes"),
-        ("mask", "001.mask.png", png(np.zeros((SIDE, 5), np.uint8)), "a mask of 5 x 24 pixels and an image of 24 x 24"),
-        ("mask", "001.mask.png", b"", "has no member .mask.png"),
-        ("boxes", "001.json", b'[{"bbox": [20, 0, 9, 5], "category_id": 0}]', "not inside its image of 24 x 24"),
-        ("boxes", "001.json", b'[{"bbox": [2, 0, 0, 5], "category_id": 0}]', "not inside its image"),
-        ("boxes", "001.json", b'[{"bbox": [2, 0, 3, 5], "category_id": 3}]', "label 3, and labels are 0 to 2"),
-        ("boxes", "001.json", b'[{"bbox": [2, 0], "category_id": 1}]', "no box with bbox and category_id"),
-        ("boxes", "001.json", b'[{"bbox": [2, NaN, 3, 5], "category_id": 1}]', "[2.0, nan, 3.0, 5.0]"),
-        ("boxes", "001.json", b'[{"bbox": [NaN, 2, 3, 5], "category_id": 1}]', "not inside its image"),
-        ("boxes", "001.json", b'[{"bbox": [2, 0, Infinity, 5], "category_id": 1}]', "not inside its image"),
-        ("boxes", "001.json", b'[{"bbox": [-Infinity, 0, Infinity, 5], "category_id": 1}]', "not inside its image"),
-        ("boxes", "001.json", b'[{"bbox": [1%s, 0, 1, 1], "category_id": 1}]' % (b"0" * 400), "no box with bbox"),
-        ("boxes", "001.json", b'[{"bbox": [2, 0, 3, 5], "category_id": 1, "iscrowd": "no"}]', "has iscrowd 'no'"),
         (
-            "boxes",
+            "segmentation",
+            "001.mask.png",
+            png(np.full((SIDE, SIDE), 7, np.uint8)),
+            "id 7 in its mask, and there are 3 classes",
+        ),
+        (
+            "segmentation",
+            "001.mask.png",
+            png(np.zeros((SIDE, 5), np.uint8)),
+            "a mask of 5 x 24 pixels and an image of 24 x 24",
+        ),
+        ("segmentation", "001.mask.png", b"", "has no member .mask.png"),
+        ("detection", "001.json", b'[{"bbox": [20, 0, 9, 5], "category_id": 0}]', "not inside its image of 24 x 24"),
+        ("detection", "001.json", b'[{"bbox": [2, 0, 0, 5], "category_id": 0}]', "not inside its image"),
+        ("detection", "001.json", b'[{"bbox": [2, 0, 3, 5], "category_id": 3}]', "label 3, and labels are 0 to 2"),
+        ("detection", "001.json", b'[{"bbox": [2, 0], "category_id": 1}]', "no box with bbox and category_id"),
+        ("detection", "001.json", b'[{"bbox": [2, NaN, 3, 5], "category_id": 1}]', "[2.0, nan, 3.0, 5.0]"),
+        ("detection", "001.json", b'[{"bbox": [NaN, 2, 3, 5], "category_id": 1}]', "not inside its image"),
+        ("detection", "001.json", b'[{"bbox": [2, 0, Infinity, 5], "category_id": 1}]', "not inside its image"),
+        ("detection", "001.json", b'[{"bbox": [-Infinity, 0, Infinity, 5], "category_id": 1}]', "not inside its image"),
+        ("detection", "001.json", b'[{"bbox": [1%s, 0, 1, 1], "category_id": 1}]' % (b"0" * 400), "no box with bbox"),
+        ("detection", "001.json", b'[{"bbox": [2, 0, 3, 5], "category_id": 1, "iscrowd": "no"}]', "has iscrowd 'no'"),
+        (
+            "detection",
             "001.json",
             b'[{"bbox": [2, 0, 3, 5], "category_id": 1, "iscrowd": null}]',
             "has iscrowd None, which is 0 or 1",
         ),
-        ("classes", "001.json", b'{"labels": [1, 5]}', "label 5, and labels are 0 to 2"),
-        ("classes", "001.json", b'{"label": 1}', "nor an object with a list 'labels'"),
+        ("multilabel", "001.json", b'{"labels": [1, 5]}', "label 5, and labels are 0 to 2"),
+        ("multilabel", "001.json", b'{"label": 1}', "nor an object with a list 'labels'"),
     ],
 )
 def test_what_is_no_label_is_one_sentence(
-    scenes: Callable[..., tuple[Dataset, DataConfig]], labels: str, member: str, data: bytes, sentence: str
+    scenes: Callable[..., tuple[Dataset, DataConfig]], task: str, member: str, data: bytes, sentence: str
 ) -> None:
-    dataset, cfg = scenes({member: data}, labels=labels)
+    dataset, cfg = scenes({member: data})
     with pytest.raises(DataError, match="sample '001'") as caught:
-        evaluated(dataset, cfg)
+        evaluated(dataset, cfg, task)
     assert sentence in str(caught.value)
 
 
 def test_members_and_names_that_are_not_there(scenes: Callable[..., tuple[Dataset, DataConfig]]) -> None:
-    dataset, cfg = scenes(labels="mask", label_field="seg.png")
+    dataset, cfg = scenes(label_field="seg.png")
     with pytest.raises(DataError, match=r"reads members .seg.png, and its samples have png, mask.png, json"):
-        evaluated(dataset, cfg)
+        evaluated(dataset, cfg, "segmentation")

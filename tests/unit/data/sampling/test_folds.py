@@ -100,7 +100,6 @@ def test_any_number_of_ranks_evaluates_the_fold_and_trains_on_the_rest(
         ([0, 1, 2] * 9 + [7] * 3, {}, DataError, "class 7 has 3 samples, too few for 5 folds"),
         ([0, 2] * 9, {}, DataError, "class 'dog' has no sample in split 'train', and data.fold needs some of each"),
         ([0] * 9 + [-1], {}, DataError, "1 samples of split 'train' have no label"),
-        ([0] * 9, {"labels": "mask"}, ConfigError, "data.labels=mask gives an image no class of its own"),
         (
             [0] * 9,
             {"samples_per_class": 9},

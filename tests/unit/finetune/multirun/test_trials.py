@@ -12,7 +12,9 @@ import torch
 
 from finetune.config import FinetuneConfig
 from finetune.multirun.trials import _summarize_trials, run_trials
-from finetune.plan import FinetunePlan, _resolve_classes, plan_training, trial_config
+from finetune.plan import _resolve_classes, plan_training, trial_config
+from finetune.task import FinetunePlan
+from finetune.tasks.classify import Classification
 from foveal.data.sampling.subset import select_subset
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.world import World
@@ -245,4 +247,4 @@ def test_labels_that_cannot_be_learned_are_refused_in_the_plan(
     labels = {"train": np.array(train), "val": np.array(val)}
     dataset: Any = SimpleNamespace(folder="here", classes=("cat", "dog"), labels=labels.__getitem__)
     with pytest.raises(DataError, match=sentence):
-        _resolve_classes(dataset, settings(digits, encoder, tmp_path))
+        _resolve_classes(dataset, settings(digits, encoder, tmp_path), Classification())

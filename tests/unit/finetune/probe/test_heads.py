@@ -18,7 +18,7 @@ from finetune.probe.features import LayerFeatures
 from finetune.probe.heads import Resumable, fit_linear_probe, lars_step, momentum_step
 from finetune.probe.knn import _iter_blocks, fit_knn_probe
 from finetune.probe.logistic import fit_logistic_probe, fit_logistic_regression
-from foveal.training.knn import find_nearest_neighbors
+from foveal.training.knn import KnnMetric, find_nearest_neighbors
 
 _DIGITS: Any = load_digits()
 PIXELS: np.ndarray = _DIGITS.data
@@ -166,7 +166,7 @@ def test_of_equal_distances_the_first_is_nearer_and_of_equal_votes_the_first_cla
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-def test_blocks_change_no_neighbour(metric: str) -> None:
+def test_blocks_change_no_neighbour(metric: KnnMetric) -> None:
     train, val = labelled_features(TRAIN), labelled_features(slice(1000, 1100))
     queries = val.load(slice(None)).double()
     expected = find_nearest_neighbors(queries, _iter_blocks(train, 1000), 20, metric)

@@ -15,6 +15,7 @@ from finetune.regularizers.adversarial import Attack
 from finetune.regularizers.mixup import _sample_beta, apply_mixup_cutmix, apply_random_erasing, mix_adjacent_pairs
 from finetune.regularizers.teacher import TeacherLoss
 from finetune.tasks.classify import ClassificationLoss
+from finetune.tasks.multilabel import MultiLabelLoss
 from foveal.data import Batch
 from foveal.models.batch_norm import (
     add_auxiliary_batch_norms,
@@ -38,7 +39,9 @@ def batch(labels: list[int] | None = None, targets: Tensor | None = None) -> Bat
     return Batch(images, label_ids, SAMPLE_KEYS, SAMPLE_KEYS, torch.ones(B, dtype=torch.bool), 3, 0, 0, targets=targets)
 
 
-def objective(kind: str = "class", weights: tuple[float, ...] = (1.0,) * K, **settings: Any) -> ClassificationLoss:
+def objective(
+    loss_class: type[ClassificationLoss] = ClassificationLoss, weights: tuple[float, ...] = (1.0,) * K, **settings: Any
+) -> ClassificationLoss:
     cfg_settings = {
         "seed": 5,
         "label_smoothing": 0.0,
@@ -48,8 +51,8 @@ def objective(kind: str = "class", weights: tuple[float, ...] = (1.0,) * K, **se
         "mixup_switch_prob": 0.5,
     } | settings
     losses = {name: cfg_settings.pop(name) for name in ("attack", "teacher") if name in cfg_settings}
-    cfg: Any = SimpleNamespace(data=SimpleNamespace(labels=kind), **cfg_settings)
-    return ClassificationLoss(cfg, MEAN, STD, 0, torch.tensor(weights), **losses)
+    cfg: Any = SimpleNamespace(**cfg_settings)
+    return loss_class(cfg, MEAN, STD, 0, torch.tensor(weights), **losses)
 
 
 class Linear(nn.Module):
@@ -145,7 +148,7 @@ def test_class_weights_are_torchs(smoothing: float) -> None:
 def test_several_classes_are_torchs_binary_cross_entropy() -> None:
     targets = (torch.rand(B, K, generator=torch.Generator().manual_seed(4)) < 0.4).to(torch.uint8)
     weights = (0.5, 2.0, 1.0, 0.0, 3.0)
-    loss, model, inputs = objective("classes", weights), Linear(), batch(targets=targets)
+    loss, model, inputs = objective(MultiLabelLoss, weights), Linear(), batch(targets=targets)
     total, _ = loss(model, inputs)
     logits = model(loss.prepare_batch(inputs)[0])
     expected = F.binary_cross_entropy_with_logits(logits, targets.float(), torch.tensor(weights))

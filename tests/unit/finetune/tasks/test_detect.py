@@ -14,7 +14,8 @@ from torch import Tensor
 
 from finetune.config import FinetuneConfig
 from finetune.model import param_groups_from_plan
-from finetune.plan import FinetunePlan, plan_training
+from finetune.plan import plan_training
+from finetune.task import FinetunePlan
 from finetune.tasks.detect import detector_from_export, detector_from_plan
 from foveal.errors import ConfigError, DataError, ExportError
 from foveal.models.fcos import fcos_losses_per_image
@@ -38,9 +39,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tree(shards: Path, **overrides: Any) -> dict[str, Any]:
-    data = {"path": str(shards), "image_size": [32, 48], "channels": 1, "lanes": 4, "labels": "boxes"}
+    data = {"path": str(shards), "image_size": [32, 48], "channels": 1, "lanes": 4}
     return {
         "epochs": 1,
+        "task": overrides.pop("task", "detection"),
         "data": data | {"mean": [0.5], "std": [0.25]} | overrides.pop("data", {}),
         "batch": {"global_size": 16, "max_micro_size": 2} | overrides.pop("batch", {}),
         "optim": overrides.pop("optim", {}),
@@ -79,9 +81,9 @@ def test_every_encoder_carries_a_detector(kind: str, shards: Path) -> None:
     [
         ({"data": {"samples_per_class": 2}}, "data.samples_per_class is for images that have one class each"),
         ({"data": {"holdout_per_class": 2}}, "data.holdout_per_class is for images that have one class each"),
-        ({"model": TINY, "label_smoothing": 0.1}, "label_smoothing is for images that have one class each"),
-        ({"model": TINY, "pooling": "token"}, "with data.labels=boxes every patch is read: leave it out"),
-        ({"trials": {"arms": {"a": None}, "lr_per_256": [1e-3]}, "model": TINY}, "top-1, which data.labels=boxes has"),
+        ({"model": TINY, "label_smoothing": 0.1}, "label_smoothing is for classes of images or pixels"),
+        ({"model": TINY, "pooling": "token"}, "pooling is of tasks that read one feature of an image"),
+        ({"trials": {"arms": {"a": None}, "lr_per_256": [1e-3]}, "model": TINY}, "top-1, which task=detection has"),
         ({"data": {"eval_size": 64}}, "cannot evaluate a microbatch of 1 images of 64 x 64"),
         ({"detect": {"strides": [8, 16, 64]}}, "use strides from 1 to 48"),
         ({"model": TINY | {"patch": 16}, "detect": {"strides": [1, 16]}}, "use strides from 2 to 48"),
@@ -93,7 +95,7 @@ def test_every_encoder_carries_a_detector(kind: str, shards: Path) -> None:
             {"backbone": "resnet18", "data": {"image_size": 32}, "batch": {"max_micro_size": 1}},
             "cannot train on a microbatch of 1 images",
         ),
-        ({"data": {"labels": "class"}}, "detect is for data.labels=boxes, and data.labels=class"),
+        ({"model": TINY, "task": "classification"}, "detect is for task=detection, and task=classification"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(overrides: dict[str, Any], sentence: str, shards: Path) -> None:

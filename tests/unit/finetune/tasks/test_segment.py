@@ -141,7 +141,12 @@ def test_planning_runs_it_without_memory(scenes: Path) -> None:
     assert forecast.flops_per_sample.forward_backward > forecast.flops_per_sample.forward > 0
     assert forecast.memory_estimate.peak > 0
     assert plan.encoder["pooling"] == "token"
-    assert TASKS["mask"].head_card(plan) == {"kind": "segmentation", "head": "pyramid", "width": 16, "classes": 3}
+    assert TASKS["segmentation"].head_card(plan) == {
+        "kind": "segmentation",
+        "head": "pyramid",
+        "width": 16,
+        "classes": 3,
+    }
 
 
 def test_a_plan_says_what_is_measured(scenes: Path) -> None:
@@ -182,7 +187,7 @@ def test_a_classifier_of_timm_gives_its_weights_and_not_its_head(scenes: Path, t
         (
             {"pooling": "token"},
             ConfigError,
-            "pooling=token is of classifiers; with data.labels=mask every patch is read",
+            "pooling is of tasks that read one feature of an image, and task=segmentation does not",
         ),
         (
             {"data": {"eval_size": 12}},
@@ -194,11 +199,11 @@ def test_a_classifier_of_timm_gives_its_weights_and_not_its_head(scenes: Path, t
         ({"data": {"samples_per_class": 2}}, DataError, "data.balance and data.fold need one for each"),
         ({"data": {"holdout_per_class": 2}}, DataError, "data.balance and data.fold need one for each"),
         ({"data": {"label_field": "ids.png"}}, DataError, r"reads members \.ids\.png, and its samples have"),
-        ({"data": {"labels": "class"}, "segment": {"width": 8}}, ConfigError, "segment is for data.labels=mask"),
+        ({"task": "classification", "segment": {"width": 8}}, ConfigError, "segment is for task=segmentation"),
         (
             {"trials": {"arms": {"scratch": None}, "lr_per_256": [1e-3]}},
             ConfigError,
-            "trials compares top-1, which data.lab",
+            "trials compares top-1, which task=seg",
         ),
         ({"segment": {"head": "fpn"}}, ConfigError, "segment.head"),
         ({"segment": {"stride": 0.0}}, ConfigError, "segment.stride"),

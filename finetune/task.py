@@ -1,0 +1,172 @@
+"""What fine-tuning asks of a task, and the plan of a run. Each task is one object of one module in ``finetune/tasks/``.
+
+No other module distinguishes tasks: a new one is a subclass of ``Task`` and a line in ``finetune/tasks/registry.py``.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from finetune.config import FinetuneConfig
+from foveal.data import DataConfig, Dataset
+from foveal.data.image.targets import LabelReader
+from foveal.data.sampling.subset import SubsetName
+from foveal.engines.base import Engine
+from foveal.models.backbone import BackboneCard, build_meta_backbone, has_batch_norm, parse_encoder_card
+from foveal.models.vit import Pooling
+from foveal.training.evaluations import Metric
+from foveal.training.loop import TrainingSetup
+from foveal.training.plan import Plan
+from foveal.training.run import Run
+from foveal.weights.pretrained import PretrainedSource
+
+# Settings that not every task supports, by dotted name, and what they are for. ``Task.supported_settings`` selects.
+TASK_SETTINGS = {
+    "mixup": "is for images with classes",
+    "cutmix": "is for images with classes",
+    "random_erasing": "is for images with classes",
+    "dropout": "is for images with classes",
+    "ema_decay": "is for images with classes",
+    "teacher": "is for images with one class",
+    "adversarial": "is for images with one class",
+    "probe": "reads one class of an image",
+    "class_weights": "is for classes of images or pixels",
+    "label_smoothing": "is for classes of images or pixels",
+    "pooling": "is of tasks that read one feature of an image",
+    "data.samples_per_class": "is for images that have one class each",
+    "data.holdout_per_class": "is for images that have one class each",
+    "data.fold": "is cut class by class",
+    "data.augment.rand_augment.ops": "transforms images but not labels within them",
+    "data.eval_size": "is for labels within images; other images are evaluated as data.image_size says",
+    "data.label_field": "names a member with the label; `foveal data index --label-key` reads a class from another one",
+}
+
+
+@dataclass(frozen=True)
+class FinetunePlan(Plan):
+    """Plan with the task, the card of the encoder to build, the classes, and the sources of pretrained weights.
+
+    ``classes`` and ``class_weights`` are empty for a task without classes.
+    """
+
+    cfg: FinetuneConfig
+    task: "Task" = None  # type: ignore[assignment]
+    encoder: dict[str, Any] = None  # type: ignore[assignment]
+    classes: tuple[str, ...] = ()
+    class_weights: tuple[float, ...] = ()
+    init_source: PretrainedSource | None = None
+    teacher: PretrainedSource | None = None
+
+    @property
+    def num_runs(self) -> int:
+        """Number of nested runs; 1 without trials and folds."""
+        trials, folds = self.cfg.trials, self.cfg.cross_validation
+        if folds is not None:
+            return folds.count * folds.repeats
+        return 1 if trials is None else len(trials.arms) * len(trials.lr_per_256) * trials.repeats
+
+    @property
+    def backbone(self) -> BackboneCard | None:
+        """The card of the timm backbone; None if the plan builds one of foveal's encoders."""
+        card = parse_encoder_card(self.encoder, "model")
+        return card if isinstance(card, BackboneCard) else None
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether the backbone has BatchNorm, which couples the samples of a microbatch."""
+        card = self.backbone
+        return card is not None and has_batch_norm(build_meta_backbone(*card.build_args, card.classes))
+
+    def summary_lines(self) -> list[str]:
+        folds = self.cfg.cross_validation
+        fold_lines = (
+            []
+            if folds is None
+            else [f"folds     {folds.count} folds x {folds.repeats} repeats = {self.num_runs} runs like this"]
+        )
+        return [*super().summary_lines(), *self._norm_lines(), *self.task.summary_lines(self.cfg), *fold_lines]
+
+    def _norm_lines(self) -> list[str]:
+        """Warn that BatchNorm makes the loss curve depend on microbatch size and number of ranks."""
+        if self.cfg.freeze_encoder or not self.has_batch_norm:
+            return []
+        cause = "BatchNorm normalizes over a microbatch"
+        settings = f"the number of ranks and on batch.max_micro_size ({self.microbatch_size} images here)"
+        return [f"norm      {cause}: the curve depends on {settings}"]
+
+
+class Task(ABC):
+    """A kind of label, and everything that fine-tuning does because of it.
+
+    name: value of the setting ``task``.
+    predicts_classes: whether the outputs are the classes that the manifest names.
+    has_index_labels: whether the label is the one class of an image that the index holds.
+    supported_settings: those of ``TASK_SETTINGS`` that the task supports; it refuses the others.
+    settings_section: section of ``FinetuneConfig`` that only this task reads, such as ``segment``.
+    """
+
+    name: ClassVar[str]
+    predicts_classes: ClassVar[bool] = False
+    has_index_labels: ClassVar[bool] = False
+    supported_settings: ClassVar[frozenset[str]] = frozenset()
+    settings_section: ClassVar[str | None] = None
+
+    # --- labels ---
+
+    @abstractmethod
+    def make_label_reader(self, cfg: DataConfig, dataset: Dataset) -> LabelReader | None:
+        """Return the reader of a data set's labels; None if they are those of the index.
+
+        The reader applies the crop and the flip of an image to its label; ``foveal data verify`` and ``show`` use it too.
+        Raises: DataError if the data set has no such labels.
+        """
+
+    # --- settings ---
+
+    def resolve_pooling(self, cfg: FinetuneConfig) -> Pooling:
+        """Return the encoder's pooling. A head that reads all tokens needs "token", which normalizes every token."""
+        return cfg.pooling
+
+    def check_settings(self, cfg: FinetuneConfig) -> None:  # noqa: B027 - most tasks have nothing to check
+        """Raise ConfigError if settings that the task supports do not fit each other or the machine."""
+
+    def check_model(self, plan: FinetunePlan) -> None:  # noqa: B027
+        """Raise ConfigError if a forward of the plan's model would fail, in training or in evaluation."""
+
+    def summary_lines(self, cfg: FinetuneConfig) -> list[str]:
+        """Return lines for the printed plan, for example on how evaluation sees an image."""
+        return []
+
+    # --- model ---
+
+    @abstractmethod
+    def build(self, plan: FinetunePlan, device: torch.device) -> TrainingSetup[Any]:
+        """Return model, parameter groups and objective; frozen modules are on the device. Seeds with the plan's seed."""
+
+    def num_encoder_outputs(self, classes: tuple[str, ...]) -> int:
+        """Return the outputs of the encoder's own head; 0 if the task's head is outside the encoder."""
+        return 0
+
+    @abstractmethod
+    def head_card(self, plan: FinetunePlan) -> dict[str, Any] | None:
+        """Return the card of the head outside the encoder, its ``kind`` first; None if there is no such head.
+
+        An export holds a head that has a card: the weights of the model's module ``head``.
+        """
+
+    # --- evaluation ---
+
+    @abstractmethod
+    def metrics(self, cfg: FinetuneConfig) -> tuple[Metric, ...]:
+        """Return the metrics that every evaluation has, by which early stopping may select."""
+
+    @abstractmethod
+    def compute_metrics(
+        self, engine: Engine, run: Run, step: int, *, split: str, subset: SubsetName
+    ) -> dict[str, float]:
+        """Return at least the values of ``metrics`` on a subset of a split after a step, each sample once.
+
+        Every rank must call it.
+        """
