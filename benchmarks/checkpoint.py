@@ -28,7 +28,8 @@ from foveal.checkpoint.store import CheckpointConfig, CheckpointStore, TrainStat
 from foveal.distributed.world import World, init_world
 from foveal.engines.base import EngineConfig
 from foveal.engines.build import build_engine
-from foveal.optim.optimizers import OptimConfig, parameter_groups
+from foveal.optim.config import OptimConfig
+from foveal.optim.optimizers import parameter_groups
 
 GPUS = torch.cuda.device_count()
 MODEL, ZERO, RANKS = "vit_base_patch16_224", 2, GPUS or 2

@@ -17,7 +17,8 @@ from foveal.engines import fsdp
 from foveal.engines.base import EngineConfig, ReplicatedEngine, StepResult, autocast, buffer_chunks, pair_parameters
 from foveal.engines.deepspeed import DeepSpeedEngine
 from foveal.errors import LaunchError
-from foveal.optim.optimizers import GuardedOptimizer, OptimConfig, build_optimizer
+from foveal.optim.config import OptimConfig
+from foveal.optim.optimizers import GuardedOptimizer, build_optimizer
 
 # Environment variables of accelerate launch, and the equal value of engine.sharding.
 _SHARDING_BY_LAUNCH_VARIABLE = {"ACCELERATE_USE_DEEPSPEED": "deepspeed", "ACCELERATE_USE_FSDP": "fsdp2"}

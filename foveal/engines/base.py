@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from foveal.checkpoint.chunks import TensorChunk, replicated_chunk
 from foveal.config import Config, machine, science
 from foveal.distributed.world import World
+from foveal.optim.config import OptimConfig
 from foveal.optim.optimizers import (
     GuardedOptimizer,
-    OptimConfig,
     get_num_updates,
     get_or_create_moments,
     set_num_updates,

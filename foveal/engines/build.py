@@ -9,7 +9,7 @@ from foveal.distributed.world import World
 from foveal.engines.base import Engine, EngineConfig
 from foveal.engines.plain import PlainEngine
 from foveal.errors import ConfigError
-from foveal.optim.optimizers import OptimConfig
+from foveal.optim.config import OptimConfig
 
 
 def check_engine_config(

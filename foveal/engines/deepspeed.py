@@ -26,7 +26,8 @@ from foveal.engines.base import (
 )
 from foveal.engines.zero import copy_master_weights_to_model, sharded_parameter_chunks, update_ema_sharded
 from foveal.errors import ConfigError
-from foveal.optim.optimizers import GuardedAdamW, OptimConfig, build_unguarded_adamw, get_num_updates, set_num_updates
+from foveal.optim.config import OptimConfig
+from foveal.optim.optimizers import GuardedAdamW, build_unguarded_adamw, get_num_updates, set_num_updates
 
 _OFFLOAD_KEYS = ("offload_optimizer", "offload_param")
 _RESERVED_KEYS = {"amp", "bf16", "fp16", "optimizer", "scheduler"}

@@ -13,7 +13,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from foveal.checkpoint.chunks import TensorChunk
 from foveal.distributed.world import World
 from foveal.engines.base import to_fp32_cpu_tensor
-from foveal.optim.optimizers import GuardedAdamW, GuardedOptimizer, GuardedSGD, OptimConfig, get_or_create_moments
+from foveal.optim.config import OptimConfig
+from foveal.optim.optimizers import GuardedAdamW, GuardedOptimizer, GuardedSGD, get_or_create_moments
 
 
 class _ShardedOptimizer(GuardedOptimizer):

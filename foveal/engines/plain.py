@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from foveal.engines.base import ReplicatedEngine, autocast
-from foveal.optim.optimizers import GuardedOptimizer, OptimConfig, build_optimizer
+from foveal.optim.config import OptimConfig
+from foveal.optim.optimizers import GuardedOptimizer, build_optimizer
 
 
 class PlainEngine(ReplicatedEngine):

@@ -9,7 +9,7 @@ from typing import Any
 
 from foveal.engines.base import EngineConfig
 from foveal.forecast.trace import MemoryTrace, ParameterCounts
-from foveal.optim.optimizers import OptimConfig
+from foveal.optim.config import OptimConfig
 
 _FP32, _BF16 = 4, 2
 # DeepSpeed's defaults, in elements.

@@ -9,7 +9,7 @@ from foveal.checkpoint.store import CheckpointConfig
 from foveal.config import Config, machine, science
 from foveal.data import DataConfig, LabelKind
 from foveal.engines.base import EngineConfig
-from foveal.optim.optimizers import OptimConfig
+from foveal.optim.config import OptimConfig
 from foveal.tracking.tracker import TrackingConfig
 from foveal.training.rollback import RecoveryConfig
 

@@ -12,7 +12,8 @@ from foveal.distributed.world import World
 from foveal.engines.base import EngineConfig
 from foveal.engines.build import build_engine
 from foveal.models.backbone import backbone_card, backbone_from_card, build_backbone
-from foveal.optim.optimizers import OptimConfig, parameter_groups
+from foveal.optim.config import OptimConfig
+from foveal.optim.optimizers import parameter_groups
 from foveal.weights.export import Card, read_card, write_export
 
 STAGE = stage_named("finetune")

@@ -15,7 +15,8 @@ from foveal.checkpoint.chunks import load_chunks, write_and_hash_chunks
 from foveal.distributed.world import World
 from foveal.engines.base import Engine, EngineConfig, StepResult
 from foveal.engines.build import build_engine
-from foveal.optim.optimizers import OptimConfig, parameter_groups
+from foveal.optim.config import OptimConfig
+from foveal.optim.optimizers import parameter_groups
 
 IMAGES, WIDTH, MICROS = 8, 7, 2
 OPTIM = OptimConfig(lr_per_256=1e-2, weight_decay=0.3, betas=(0.8, 0.9), eps=1e-6, clip=0.5)

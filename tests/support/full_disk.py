@@ -20,7 +20,8 @@ from foveal.checkpoint.store import CheckpointConfig, CheckpointStore, TrainStat
 from foveal.distributed.world import World
 from foveal.engines.base import Engine, EngineConfig
 from foveal.engines.build import build_engine
-from foveal.optim.optimizers import OptimConfig, parameter_groups
+from foveal.optim.config import OptimConfig
+from foveal.optim.optimizers import parameter_groups
 
 ALONE = World(0, 1, 0, "none", torch.device("cpu"))
 STEPS, FULL = range(1, 7), range(3, 5)

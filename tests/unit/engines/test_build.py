@@ -11,7 +11,7 @@ from foveal.engines.base import EngineConfig
 from foveal.engines.build import check_engine_config
 from foveal.engines.deepspeed import build_deepspeed_config
 from foveal.errors import ConfigError, LaunchError
-from foveal.optim.optimizers import OptimConfig
+from foveal.optim.config import OptimConfig
 
 
 def check(ranks: int = 2, **settings: Any) -> None:

@@ -29,7 +29,7 @@ from foveal.forecast.slurm_limits import (
     slurm_time_to_seconds,
 )
 from foveal.forecast.trace import MemoryTrace, ParameterCounts
-from foveal.optim.optimizers import OptimConfig
+from foveal.optim.config import OptimConfig
 
 MILLION = 10**6
 WEIGHTS = ParameterCounts(

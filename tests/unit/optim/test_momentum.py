@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from foveal.optim.config import OptimConfig
 from foveal.optim.optimizers import (
     GuardedOptimizer,
-    OptimConfig,
     build_optimizer,
     get_num_updates,
     get_or_create_moments,

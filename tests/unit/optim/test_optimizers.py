@@ -11,7 +11,8 @@ from finetune.model import _vit_layer_index
 from foveal.models.classify import Classifier
 from foveal.models.mae import DecoderConfig, MaskedAutoencoder
 from foveal.models.vit import VitConfig, build_encoder
-from foveal.optim.optimizers import GuardedAdamW, OptimConfig, build_unguarded_adamw, parameter_groups
+from foveal.optim.config import OptimConfig
+from foveal.optim.optimizers import GuardedAdamW, build_unguarded_adamw, parameter_groups
 
 TINY = VitConfig(name="vit_tiny_patch16_224", patch=4, width=8, depth=2, heads=2)
 

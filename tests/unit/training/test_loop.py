@@ -17,7 +17,8 @@ from foveal.distributed.world import World
 from foveal.engines.base import EngineConfig
 from foveal.engines.build import build_engine
 from foveal.engines.plain import PlainEngine
-from foveal.optim.optimizers import OptimConfig, parameter_groups
+from foveal.optim.config import OptimConfig
+from foveal.optim.optimizers import parameter_groups
 from foveal.training.loop import LoopContext, is_due, run_steps
 from foveal.training.meters.metric_accumulator import MetricAccumulator, MetricRow
 from foveal.training.meters.stragglers import StragglerMeter
