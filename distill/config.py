@@ -1,10 +1,8 @@
 """Settings of distillation."""
 
-from distill.losses import Distance
-from distill.target import DistillMethod
+from distill.target import Distance, DistillMethod
 from foveal.config import Config, machine, science
-from foveal.models.mae import DecoderConfig
-from foveal.models.vit import Pooling, VitConfig
+from foveal.models.config import DecoderConfig, Pooling, VitConfig
 from foveal.training.config import StageConfig
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from finetune.config import FinetuneConfig
 from finetune.tasks.average_precision import check_pycocotools
-from foveal.data import LabelKind
+from foveal.data.config import LabelKind
 from foveal.errors import ConfigError, ExportError
 from foveal.models.backbone import (
     BackboneCard,
@@ -19,9 +19,10 @@ from foveal.models.backbone import (
     has_distillation_token,
     set_activation_checkpointing,
 )
+from foveal.models.config import Pooling
 from foveal.models.detect import check_detector_meta_forward
 from foveal.models.segment import check_segmenter_training
-from foveal.models.vit import EncoderCard, Pooling
+from foveal.models.vit import EncoderCard
 from foveal.weights.export import Card
 
 _DENSE_KINDS: tuple[LabelKind, ...] = ("mask", "boxes")  # the head reads every patch and no pooled feature

@@ -2,13 +2,17 @@
 
 from typing import Literal
 
-from finetune.early_stopping import EarlyStoppingConfig
 from finetune.probe.config import ProbeConfig
 from foveal.config import Config, machine, science
-from foveal.engines.base import EngineConfig
-from foveal.models.detect import DetectionHeadCard, DetectorConfig
-from foveal.models.segment import SegmentationHeadCard, SegmentationHeadKind
-from foveal.models.vit import Pooling, VitConfig
+from foveal.engines.config import EngineConfig
+from foveal.models.config import (
+    DetectionHeadCard,
+    DetectorConfig,
+    Pooling,
+    SegmentationHeadCard,
+    SegmentationHeadKind,
+    VitConfig,
+)
 from foveal.training.config import StageConfig
 
 
@@ -60,6 +64,18 @@ class TeacherConfig(Config):
     )
     weight: float = science(0.5, "Weight of the teacher in the loss; the labels have the rest.", gt=0, le=1)
     temperature: float = science(3.0, "Temperature that divides the logits, for soft.", gt=0)
+
+
+class EarlyStoppingConfig(Config):
+    """Early stopping by an evaluation metric; the run exports the weights of its best evaluation."""
+
+    metric: str = science(
+        description="Metric to select by, such as val_top1 or holdout_loss; higher is better unless it ends in loss."
+    )
+    patience: int | None = science(
+        description="Evaluations without improvement after which the run stops; null: the run trains to the end.",
+        ge=1,
+    )
 
 
 class FoldsConfig(Config):

@@ -1,23 +1,10 @@
 """Settings of early stopping and best-checkpoint selection, and their checks."""
 
-from foveal.config import Config, science
-from foveal.data import LabelKind
+from finetune.config import EarlyStoppingConfig
+from foveal.data.config import LabelKind
 from foveal.data.sampling.subset import eval_split
 from foveal.errors import ConfigError
 from foveal.training.config import StageConfig
-
-
-class EarlyStoppingConfig(Config):
-    """Early stopping by an evaluation metric; the run exports the weights of its best evaluation."""
-
-    metric: str = science(
-        description="Metric to select by, such as val_top1 or holdout_loss; higher is better unless it ends in loss."
-    )
-    patience: int | None = science(
-        description="Evaluations without improvement after which the run stops; null: the run trains to the end.",
-        ge=1,
-    )
-
 
 TASK_METRICS: dict[LabelKind, tuple[str, ...]] = {  # metrics of an evaluation, without prefix
     "class": ("top1", "top5", "loss"),

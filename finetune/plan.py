@@ -20,7 +20,7 @@ from finetune.checks import (
 from finetune.config import FinetuneConfig
 from finetune.early_stopping import check_early_stopping, evaluate_every_science
 from foveal.config import check_folder_name, set_by_dotted_key
-from foveal.data import Dataset
+from foveal.data.dataset import Dataset
 from foveal.data.image.targets import make_label_reader
 from foveal.data.sampling.subset import eval_split
 from foveal.errors import ConfigError, DataError, ExportError
@@ -34,7 +34,7 @@ from foveal.models.backbone import (
     parse_encoder_card,
 )
 from foveal.models.sliding_window import window_top_lefts
-from foveal.models.vit import EncoderCard, encoder_card
+from foveal.models.vit import EncoderCard, encoder_card, resolve_sizes
 from foveal.timeouts import read_with_timeout
 from foveal.training.plan import Plan, add_inherited_prefix, build_stage_plan
 from foveal.weights.export import Card
@@ -260,7 +260,7 @@ def _check_matches_export(cfg: FinetuneConfig, export_card: EncoderCard | Backbo
     if cfg.backbone is not None:
         stated["timm"] = cfg.backbone
     if cfg.model is not None:
-        stated |= {name: value for name, value in cfg.model.resolve().to_dict().items() if name != "name"}
+        stated |= {name: value for name, value in resolve_sizes(cfg.model).to_dict().items() if name != "name"}
     for name, value in stated.items():
         if getattr(export_card, name) != value:
             raise ExportError(

@@ -16,7 +16,9 @@ from finetune.plan import FinetunePlan
 from finetune.regularizers.adversarial import Attack, build_attack
 from finetune.regularizers.mixup import apply_mixup_cutmix, apply_random_erasing, mix_adjacent_pairs
 from finetune.regularizers.teacher import TeacherLoss, build_teacher_loss
-from foveal.data import Batch, LabelKind, normalise
+from foveal.data.batch import Batch
+from foveal.data.config import LabelKind
+from foveal.data.image.transforms import normalise
 from foveal.models.batch_norm import preserve_batch_norm_stats, use_auxiliary_batch_norms
 from foveal.seeding import derive_key, draw_uniform
 from foveal.training.loop import TrainingSetup

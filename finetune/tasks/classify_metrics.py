@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from finetune.plan import FinetunePlan
 from finetune.regularizers.adversarial import Attack, build_attack
 from finetune.tasks.classify import sum_batch_metrics
-from foveal.data import Batch, normalise
+from foveal.data.batch import Batch
+from foveal.data.image.transforms import normalise
 from foveal.data.sampling.subset import SubsetName
 from foveal.engines.base import Engine
 from foveal.errors import DataError

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from finetune.model import encoder_for_dense_head, model_from_export, param_groups_from_plan
 from finetune.plan import FinetunePlan
-from foveal.data import Batch, normalise
+from foveal.data.batch import Batch
+from foveal.data.image.transforms import normalise
 from foveal.models.detect import Detector, build_detector
 from foveal.models.droppath import count_drop_paths
 from foveal.models.fcos import fcos_losses_per_image

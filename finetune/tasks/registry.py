@@ -13,7 +13,7 @@ from finetune.tasks.detect import build_detection, detection_head_card
 from finetune.tasks.detect_metrics import compute_detection_metrics
 from finetune.tasks.segment import build_segmentation, segmentation_head_card
 from finetune.tasks.segment_metrics import compute_segmentation_metrics
-from foveal.data import LabelKind
+from foveal.data.config import LabelKind
 from foveal.data.sampling.subset import SubsetName
 from foveal.engines.base import Engine
 from foveal.training.loop import TrainingSetup

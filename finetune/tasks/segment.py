@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from finetune.model import encoder_for_dense_head, model_from_export, param_groups_from_plan
 from finetune.plan import FinetunePlan
-from foveal.data import Batch, normalise
+from foveal.data.batch import Batch
 from foveal.data.image.targets import NO_CLASS
+from foveal.data.image.transforms import normalise
 from foveal.models.droppath import count_drop_paths
 from foveal.models.segment import Segmenter, build_segmenter
 from foveal.seeding import derive_key, draw_uniform

@@ -15,7 +15,8 @@ from foveal.doctor.verdict import judge_reports
 from foveal.errors import BadNodeError, FovealError
 from foveal.forecast.cli import import_stage
 from foveal.timeouts import call_with_timeout
-from foveal.training.cli import Stage, load_config
+from foveal.training.cli import load_config
+from foveal.training.stage import Stage
 
 AnyStage = Stage[Any, Any]
 
@@ -81,7 +82,7 @@ def _check_rank(group: PreflightGroup, stage: AnyStage | None, options: Prefligh
     def plan_run(_report: RankReport) -> None:
         assert stage is not None
         cfg = load_config(stage.config_class, stage.name, options.config, options.overrides)
-        planned_runs.append(run_checks.PlannedRun(stage, stage.build_plan(cfg, group.launch_env.world_size)))
+        planned_runs.append(run_checks.PlannedRun(stage, stage.functions.build_plan(cfg, group.launch_env.world_size)))
 
     def run_check(activity: str, limit: float, check: Callable[[RankReport], None]) -> None:
         partial = RankReport(report.node, report.rank)  # merged only if the check ends: its thread may still write

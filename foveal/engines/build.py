@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from foveal.distributed.world import World
-from foveal.engines.base import Engine, EngineConfig
+from foveal.engines.base import Engine
+from foveal.engines.config import EngineConfig
 from foveal.engines.plain import PlainEngine
 from foveal.errors import ConfigError
 from foveal.optim.config import OptimConfig

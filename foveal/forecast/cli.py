@@ -80,7 +80,7 @@ def plan_command(
         gpu_flops_per_second=None if tflops is None else tflops * 1e12,
         gpu_memory_bytes=None if memory_gb is None else memory_gb * 1e9,
     )
-    forecast = Forecast(planned_stage, planned_stage.build_plan(cfg, cluster.world_size), cluster)
+    forecast = Forecast(planned_stage, planned_stage.functions.build_plan(cfg, cluster.world_size), cluster)
     slurm, request = find_slurm_partition(partition), read_job_script_times(planned_stage.name)
     limits = _job_limits(slurm, request, time)
     problems = find_problems(forecast, limits, slurm, None if time else request)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from foveal.engines.base import EngineConfig, Precision
+from foveal.engines.config import EngineConfig, Precision
 from foveal.forecast.memory import MemoryEstimate, deepspeed_zero_stage, estimate_memory
 from foveal.forecast.trace import (
     MemoryTrace,
@@ -14,9 +14,9 @@ from foveal.forecast.trace import (
     count_sample_flops,
     trace_microbatch_memory,
 )
-from foveal.training.cli import Stage
 from foveal.training.config import StageConfig
 from foveal.training.plan import Plan
+from foveal.training.stage import Stage
 
 _FP32, _BF16 = 4, 2
 _PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
@@ -188,7 +188,7 @@ class Forecast:
         return len(self.plan.dataset.classes or ())
 
     def _build(self, device: Any) -> Any:
-        return self.stage.build(self.plan, device)
+        return self.stage.functions.build(self.plan, device)
 
     def _trace(self, precision: Precision, batch_size: int, *, recompute: bool) -> MemoryTrace:
         trace = self._traces.get((precision, batch_size, recompute))

@@ -5,13 +5,12 @@ from typing import ClassVar, Self
 
 from pydantic import model_validator
 
-from foveal.checkpoint.store import CheckpointConfig
+from foveal.checkpoint.config import CheckpointConfig
 from foveal.config import Config, machine, science
-from foveal.data import DataConfig, LabelKind
-from foveal.engines.base import EngineConfig
+from foveal.data.config import DataConfig, LabelKind
+from foveal.engines.config import EngineConfig
 from foveal.optim.config import OptimConfig
 from foveal.tracking.tracker import TrackingConfig
-from foveal.training.rollback import RecoveryConfig
 
 
 class BatchConfig(Config):
@@ -42,6 +41,17 @@ class LogConfig(Config):
         if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
             raise ValueError(f"log.profile_steps={list(self.profile_steps)} must be [first, last], counted from 1")
         return self
+
+
+class RecoveryConfig(Config):
+    """The limits at which a run rolls back to its newest checkpoint and at which it gives up."""
+
+    after: int = science(
+        3,
+        "Refused updates in a row after which the run rolls back to its newest checkpoint and skips their batches.",
+        ge=1,
+    )
+    rollbacks: int = machine(5, "Maximal number of roll-backs before the run gives up.", ge=0)
 
 
 class RunConfig(Config):

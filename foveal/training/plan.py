@@ -6,9 +6,10 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 from foveal.config import height_and_width
-from foveal.data import Dataset, TrainingSet, build_training_set, collect_mix_digests
+from foveal.data.dataset import Dataset
 from foveal.data.image.decode import jpeg_decoder_and_version
 from foveal.data.sampling.order import rank_slot_range
+from foveal.data.sampling.sources import TrainingSet, build_training_set, collect_mix_digests
 from foveal.engines.build import check_engine_config
 from foveal.errors import ConfigError, ExportError
 from foveal.optim.schedule import count_plateau_drops, step_decay_lr, warmup_constant_lr, warmup_cosine_lr

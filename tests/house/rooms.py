@@ -177,7 +177,8 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "finetune.multirun": (("foveal", "finetune"), ()),
     "finetune.probe": (("foveal", "finetune"), ("numpy", "torch")),
     "finetune.fit": (("foveal", "finetune"), ("torch",)),
-    "finetune.run": (("foveal", "finetune"), ("torch",)),
+    "finetune.train": (("foveal", "finetune"), ("torch",)),
+    "finetune.run": (("foveal", "finetune"), ()),
     "slurm": (
         (*CONFIGURED, "foveal.distributed.launcher_process", "foveal.training", *STAGE_CONFIGS),
         ("submitit", "torch", "yaml"),

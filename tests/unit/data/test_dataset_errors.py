@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from foveal.data import DataConfig, Dataset, build_training_set, eval_batches
+from foveal.data.config import DataConfig
+from foveal.data.dataset import Dataset
+from foveal.data.loader import eval_batches
+from foveal.data.sampling.sources import build_training_set
 from foveal.data.sampling.subset import select_subset
 from foveal.data.tools.cli import app
 from foveal.errors import ConfigError, DataError, FovealError

@@ -9,12 +9,12 @@ import torch
 from teachers import DIGITS, DISTILLED, TEACHER, backbone_export, config, encoder_export
 
 from distill.plan import plan_distillation
-from distill.run import build
 from distill.students import build_students
-from foveal.data import Dataset
+from distill.train import build
+from foveal.data.dataset import Dataset
 from foveal.errors import ConfigError, FovealError
 from foveal.forecast.trace import _fake_batch, count_parameters, count_sample_flops, trace_microbatch_memory
-from foveal.models.vit import VitConfig
+from foveal.models.config import VitConfig
 
 TINY = {"name": "vit_tiny_patch16_224", "patch": 4, "width": 16, "depth": 3, "heads": 4}
 EVA = VitConfig(name="eva02_tiny_patch14_224", patch=4, width=32, depth=2, heads=2)

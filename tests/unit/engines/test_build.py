@@ -7,8 +7,8 @@ import torch
 
 from foveal.distributed.world import World
 from foveal.engines.accelerate import _create_accelerator
-from foveal.engines.base import EngineConfig
 from foveal.engines.build import check_engine_config
+from foveal.engines.config import EngineConfig
 from foveal.engines.deepspeed import build_deepspeed_config
 from foveal.errors import ConfigError, LaunchError
 from foveal.optim.config import OptimConfig

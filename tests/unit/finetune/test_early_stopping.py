@@ -16,7 +16,9 @@ NAMES = "val_top1, val_top5, val_loss"
 
 def planned(name: str, config: Path, *overrides: str) -> Plan:
     stage = stage_named(name)
-    return stage.build_plan(load_config(stage.config_class, name, str(config), [*overrides, "engine.kind=plain"]), 1)
+    return stage.functions.build_plan(
+        load_config(stage.config_class, name, str(config), [*overrides, "engine.kind=plain"]), 1
+    )
 
 
 REFUSED = {

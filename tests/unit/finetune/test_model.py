@@ -13,7 +13,8 @@ from finetune.plan import plan_training, trial_config
 from foveal.config import read_yaml
 from foveal.errors import ConfigError, ExportError
 from foveal.models.backbone import BackboneCard, backbone_card, build_backbone
-from foveal.models.vit import VitConfig, build_encoder, encoder_card
+from foveal.models.config import VitConfig
+from foveal.models.vit import build_encoder, encoder_card
 from foveal.weights.export import Card, write_export
 
 TINY = VitConfig(name="vit_tiny_patch16_224", patch=4, width=16, depth=1, heads=2)

@@ -13,7 +13,7 @@ from plans import forecast
 from typer.testing import CliRunner
 
 from foveal.cli import app
-from foveal.engines.base import EngineConfig
+from foveal.engines.config import EngineConfig
 from foveal.errors import ConfigError
 from foveal.forecast.cli import resolve_stage_name
 from foveal.forecast.forecast import ClusterSpec, Forecast

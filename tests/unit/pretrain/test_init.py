@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from foveal.errors import ConfigError, ExportError
 from foveal.models.backbone import backbone_card, build_backbone
+from foveal.models.config import Positions, VitConfig
 from foveal.models.sincos import sincos_positions
-from foveal.models.vit import Positions, VitConfig, build_encoder, encoder_card
+from foveal.models.vit import build_encoder, encoder_card
 from foveal.weights.export import Card, write_export
-from pretrain.config import PretrainConfig, plan_pretraining
-from pretrain.run import build
+from pretrain.config import PretrainConfig
+from pretrain.plan import plan_pretraining
+from pretrain.train import build
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {"patch": 4, "width": 32, "depth": 2, "heads": 2}

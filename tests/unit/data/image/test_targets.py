@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from foveal.data import DataConfig, Dataset, build_training_set, eval_batches, train_batches
+from foveal.data.config import DataConfig
+from foveal.data.dataset import Dataset
 from foveal.data.image.targets import NO_CLASS
 from foveal.data.indexing.index import index_folder
+from foveal.data.loader import eval_batches, train_batches
+from foveal.data.sampling.sources import build_training_set
 from foveal.errors import DataError
 
 Make = Callable[..., Dataset]

@@ -15,7 +15,7 @@ from finetune.regularizers.adversarial import Attack
 from finetune.regularizers.mixup import _sample_beta, apply_mixup_cutmix, apply_random_erasing, mix_adjacent_pairs
 from finetune.regularizers.teacher import TeacherLoss
 from finetune.tasks.classify import ClassificationLoss
-from foveal.data import Batch
+from foveal.data.batch import Batch
 from foveal.models.batch_norm import (
     add_auxiliary_batch_norms,
     find_batch_norms,
