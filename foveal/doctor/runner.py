@@ -42,7 +42,9 @@ class PreflightOptions:
 
 def run_preflight_and_exit(options: PreflightOptions) -> None:
     """Run one rank of a preflight, and end this process with the verdict's exit code."""
-    stage = None if options.stage is None else import_stage(options.stage)  # imported before any clock runs
+    stage = None if options.stage is None else import_stage(options.stage)
+    if stage is not None:
+        stage.import_functions()  # torch and timm, before any clock runs
     with join_preflight(options.join_timeout, PREFLIGHT_TIMEOUT) as group:
         exit_preflight(group, _run_checks(group, stage, options))
 

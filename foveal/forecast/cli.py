@@ -61,14 +61,15 @@ def plan_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Forecast memory, time and traffic of CONFIG on a cluster, without a GPU. Exit code 2 if it cannot run."""
-    from foveal.forecast.forecast import ClusterSpec, Forecast
-    from foveal.forecast.gpu_specs import find_gpu_spec
-    from foveal.forecast.problems import find_problems
-    from foveal.forecast.report import forecast_to_dict, format_forecast
     from foveal.training.cli import load_config
 
     planned_stage = import_stage(resolve_stage_name(config, stage))
     cfg = load_config(planned_stage.config_class, planned_stage.name, config, overrides or [])
+    from foveal.forecast.forecast import ClusterSpec, Forecast  # with torch: after the settings
+    from foveal.forecast.gpu_specs import find_gpu_spec
+    from foveal.forecast.problems import find_problems
+    from foveal.forecast.report import forecast_to_dict, format_forecast
+
     gpu_spec = None if gpu is None else find_gpu_spec(gpu)
     tflops = peak_tflops or (gpu_spec.peak_tflops(cfg.engine) if gpu_spec else None)
     memory_gb = gpu_memory or (gpu_spec.memory_gb if gpu_spec else None)

@@ -47,8 +47,9 @@ def main(stage: Stage[Any, Any], argv: Sequence[str] | None = None) -> NoReturn:
         if options.config is None:
             options.config, options.overrides = _resolve_default_args(stage, options.overrides)
         cfg = load_config(stage.config_class, stage.name, options.config, options.overrides)
+        functions = stage.functions  # imports torch and timm: after the settings, and before ranks wait for each other
         if options.check:
-            plan = stage.functions.build_plan(cfg, options.ranks or read_launch_env().world_size)
+            plan = functions.build_plan(cfg, options.ranks or read_launch_env().world_size)
             sys.stdout.write("\n".join(plan.summary_lines()) + "\n")
             sys.exit(0)
         from foveal.training.launch import join_and_run
