@@ -4,7 +4,8 @@ from typing import Literal
 
 from foveal.config import machine, science
 from foveal.models.config import DecoderConfig, MaskStrategy, VitConfig
-from foveal.training.config import StageConfig
+from foveal.rules import excludes, requires
+from foveal.training.config import WITHOUT_EVALUATIONS, StageConfig
 
 PredictionTarget = Literal["pixels", "latents"]
 
@@ -36,6 +37,30 @@ class PretrainConfig(StageConfig):
         "Encoder of the full image: the EMA encoder (averaged), or the trained encoder without gradient (own).",
     )
     average: float = science(0.996, "EMA decay per step at the start; rises to 1 along half a cosine.", ge=0, lt=1)
+
+    rules = (
+        *StageConfig.rules,
+        WITHOUT_EVALUATIONS,
+        excludes(
+            "target=latents",
+            "image_weight>0",
+            "image_target=own",
+            because="target=latents has an EMA encoder, which image_target=own leaves unused",
+            remedy="set image_target=averaged",
+        ),
+        excludes(
+            "target=latents",
+            "log.pictures_every>0",
+            because="pictures show reconstructed pixels, and target=latents reconstructs none",
+            remedy="remove log.pictures_every",
+        ),
+        requires(
+            "init",
+            "optim.warmup_epochs>0",
+            because="an untrained decoder's first gradients would reach trained weights at the full learning rate",
+            remedy="set optim.warmup_epochs",
+        ),
+    )
 
     @property
     def uses_ema(self) -> bool:

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from foveal.errors import ConfigError
 from foveal.models.masks import resolve_mask_block_size
 from foveal.models.vit import resolve_sizes_for_image
 from foveal.optim.schedule import cosine_ema_decay
@@ -30,7 +29,6 @@ class PretrainPlan(Plan):
 
 def plan_pretraining(cfg: PretrainConfig, world_size: int) -> PretrainPlan:
     """Return the checked plan of these settings. Raises: ConfigError, DataError, ExportError."""
-    _check_target(cfg)
     model, size = resolve_sizes_for_image(cfg.model, cfg.data.image_size), cfg.data.image_size
     mask_block_size = resolve_mask_block_size(cfg.masking, *model.patch_grid(size), cfg.mask_ratio, cfg.mask_block)
     if cfg.init is None:
@@ -48,20 +46,3 @@ def plan_pretraining(cfg: PretrainConfig, world_size: int) -> PretrainPlan:
         init_source=init_source,
         resized_from=None if trained_size == size else trained_size,
     )
-
-
-def _check_target(cfg: PretrainConfig) -> None:
-    if cfg.target == "latents" and cfg.image_weight and cfg.image_target == "own":
-        raise ConfigError(
-            "image_target=own and target=latents exclude each other: target=latents uses the EMA encoder; set "
-            "image_target=averaged"
-        )
-    if cfg.target == "latents" and cfg.log.pictures_every:
-        raise ConfigError(
-            "log.pictures_every shows reconstructed pixels, and target=latents reconstructs none; remove it"
-        )
-    if cfg.init is not None and not cfg.optim.warmup_epochs:
-        raise ConfigError(
-            "init with optim.warmup_epochs=0: the first gradients of an untrained decoder would reach trained weights "
-            "at the full learning rate; set optim.warmup_epochs"
-        )

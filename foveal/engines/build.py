@@ -21,10 +21,6 @@ def check_engine_config(
         raise ConfigError(
             f"engine.kind=plain runs in one process, this run has {world_size}; use deepspeed or accelerate"
         )
-    if cfg.sharding != "ddp" and cfg.kind != "accelerate":
-        raise ConfigError(
-            f"engine.sharding={cfg.sharding} is Accelerate's, and engine.kind is {cfg.kind}; remove one of them"
-        )
     if optim.kind == "lars" and cfg.sharding == "fsdp2":
         raise ConfigError(
             "optim.kind=lars needs the norms of whole weights, which engine.sharding=fsdp2 cuts up; use ddp, or sgd or "

@@ -10,6 +10,7 @@ from foveal.config import Config, machine, science
 from foveal.data.config import DataConfig, LabelKind
 from foveal.engines.config import EngineConfig
 from foveal.optim.config import OptimConfig
+from foveal.rules import Rule, excludes, explain_first_broken, requires
 from foveal.tracking.tracker import TrackingConfig
 
 
@@ -73,8 +74,15 @@ class RunConfig(Config):
     processes: int | None = machine(None, "Processes for --cluster local. null: one per GPU, or one in all.", ge=1)
 
 
+WITHOUT_EVALUATIONS = excludes(
+    "optim.schedule=plateau",
+    because="the schedule follows the evaluations of fine-tuning",
+    remedy="use cosine, step or constant here",
+)
+
+
 class StageConfig(Config):
-    """The settings that every stage has."""
+    """The settings that every stage has, and the ``rules`` of their combinations; a stage adds its own."""
 
     seed: int = science(0, "Seed of all random numbers.", ge=0)
     epochs: int = science(description="Number of passes over the training images.", ge=1)
@@ -89,6 +97,38 @@ class StageConfig(Config):
     tracking: TrackingConfig = TrackingConfig()
 
     supported_labels: ClassVar[tuple[LabelKind, ...]] = ("class",)
+    rules: ClassVar[tuple[Rule, ...]] = (
+        requires(
+            "optim.schedule=step",
+            "optim.step_epochs",
+            because="the learning rate drops after these epochs",
+            remedy="set optim.step_epochs, or use another schedule",
+        ),
+        requires(
+            "optim.step_epochs",
+            "optim.schedule=step",
+            because="no other schedule drops the learning rate after given epochs",
+            remedy="remove optim.step_epochs, or set optim.schedule=step",
+        ),
+        requires(
+            "engine.sharding!=ddp",
+            "engine.kind=accelerate",
+            because="no other engine reads it (DeepSpeed shards by engine.zero)",
+            remedy="remove engine.sharding, or set engine.kind=accelerate",
+        ),
+        requires(
+            "data.mean", "data.std", because="they replace the manifest's as a pair", remedy="set both or neither"
+        ),
+        requires(
+            "data.std", "data.mean", because="they replace the manifest's as a pair", remedy="set both or neither"
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _check_rules(self) -> Self:
+        if refusal := explain_first_broken(self.rules, self):
+            raise ValueError(refusal)
+        return self
 
     @property
     def export_subfolders(self) -> tuple[str, ...]:

@@ -209,19 +209,10 @@ def build_stage_plan(
 def _check_schedule(cfg: StageConfig) -> None:
     """Raise ConfigError for a schedule that does not fit into the run."""
     optim, epochs = cfg.optim, list(cfg.optim.step_epochs)
-    if bool(epochs) != (optim.schedule == "step"):
-        raise ConfigError(
-            f"optim.step_epochs={epochs} with optim.schedule={optim.schedule}: the schedule step has epochs, the "
-            f"others none"
-        )
     if epochs and not all(earlier < later for earlier, later in pairwise([optim.warmup_epochs, *epochs, cfg.epochs])):
         raise ConfigError(
             f"optim.step_epochs={epochs} must ascend between optim.warmup_epochs={optim.warmup_epochs:g} and "
             f"epochs={cfg.epochs}, neither included"
-        )
-    if optim.schedule == "plateau" and cfg.early_stopping_metric is None:
-        raise ConfigError(
-            "optim.schedule=plateau is of fine-tuning, whose evaluations it follows; use cosine, step or constant here"
         )
 
 

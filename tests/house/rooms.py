@@ -19,6 +19,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("foveal.errors", "foveal.redact", "foveal.timeouts"),
         ("pydantic", "pydantic_core", "yaml"),
     ),
+    "foveal.rules": (("foveal.config",), ()),
     # Data: from bytes to batches.
     "foveal.data.config": (CONFIGURED, ("pydantic",)),
     "foveal.data.batch": ((), ("torch",)),
@@ -113,6 +114,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "foveal.distributed",
             "foveal.engines",
             "foveal.optim",
+            "foveal.rules",
             "foveal.tracking",
             "foveal.training.lease",
             "foveal.training.lease_holder",
@@ -147,7 +149,15 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("torch", "typer"),
     ),
     "foveal.commands": (
-        (*CONFIGURED, "foveal.atomic", "foveal.tracking", "foveal.training.lease", *STAGE_CONFIGS),
+        (
+            *CONFIGURED,
+            "foveal.atomic",
+            "foveal.rules",
+            "foveal.tracking",
+            "foveal.training.config",
+            "foveal.training.lease",
+            *STAGE_CONFIGS,
+        ),
         ("pydantic", "pydantic_core", "rich", "typer"),
     ),
     "foveal.cli": (

@@ -45,7 +45,6 @@ def zero(**keys: Any) -> dict[str, Any]:
 
 REFUSED = {
     "plain on many": ({"kind": "plain"}, r"engine\.kind=plain runs in one process, this run has 2"),
-    "sharding without accelerate": ({"sharding": "fsdp2"}, r"engine\.sharding=fsdp2 is Accelerate's, and .* deepspeed"),
     "offload to a drive": (zero(offload_optimizer={"device": "nvme"}), r"offload_optimizer\.device=nvme: .* use cpu"),
     "weights on a drive": (zero(offload_param={"device": "nvme"}), r"offload_param\.device=nvme: .* use cpu"),
     "a second optimizer": (zero(zenflow={"topk_ratio": 0.1}), r"zenflow keeps states .* remove it"),

@@ -249,14 +249,3 @@ def test_weights_that_change_after_the_plan_are_not_taken(digits: Path, tmp_path
     assert math.prod(planned.init_source.patch_grid) == 16
     with pytest.raises(ExportError, match="has changed since the run was planned"):
         build(replace(planned, init_source=replace(planned.init_source, sha256="0")), CPU)
-
-
-def test_trained_weights_are_warmed_up(digits: Path, tmp_path: Path) -> None:
-    timms(tmp_path / "timm")
-    with pytest.raises(ConfigError, match=r"init with optim.warmup_epochs=0: .* set optim.warmup_epochs"):
-        plan_pretraining(settings(digits, tmp_path / "timm", optim={}), 1)
-
-
-def test_one_run_has_one_kind_of_target(digits: Path) -> None:
-    with pytest.raises(ConfigError, match="image_target=own and target=latents exclude each other"):
-        plan_pretraining(settings(digits, None, target="latents", image_weight=1.0, image_target="own"), 1)
