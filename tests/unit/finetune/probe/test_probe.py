@@ -86,12 +86,8 @@ def complete_run(
 
 def test_every_kind_tells_its_number_layer_by_layer(complete_run: tuple[Path, dict[str, float]]) -> None:
     run, summary = complete_run
-    for kind, hyperparameter in (
-        ("linear", "lr_per_256"),
-        ("logistic", "c"),
-        ("attentive", "lr_per_256"),
-        ("knn", "k"),
-    ):
+    hyperparameters = {"linear": "lr_per_256", "logistic": "c", "attentive": "lr_per_256", "knn": "k"}
+    for kind, hyperparameter in hyperparameters.items():
         names = {name for name in summary if name.startswith(f"{kind}_")}
         metrics = {f"{kind}_{name}" for name in ("top1", hyperparameter, "holdout_top1")}
         assert names == metrics | {f"{kind}_layer"} | {
