@@ -4,7 +4,7 @@ from distill.target import Distance, DistillMethod
 from foveal.config import Config, machine, science
 from foveal.models.config import DecoderConfig, Pooling, VitConfig
 from foveal.rules import excludes, requires
-from foveal.training.config import WITHOUT_EVALUATIONS, StageConfig
+from foveal.training.config import NO_PLATEAU_SCHEDULE, StageConfig
 
 
 class StudentVitConfig(VitConfig):
@@ -68,7 +68,7 @@ class DistillConfig(StageConfig):
 
     rules = (
         *StageConfig.rules,
-        WITHOUT_EVALUATIONS,
+        NO_PLATEAU_SCHEDULE,
         excludes(
             "model",
             "students",

@@ -5,7 +5,7 @@ from typing import Literal
 from foveal.config import machine, science
 from foveal.models.config import DecoderConfig, MaskStrategy, VitConfig
 from foveal.rules import excludes, requires
-from foveal.training.config import WITHOUT_EVALUATIONS, StageConfig
+from foveal.training.config import NO_PLATEAU_SCHEDULE, StageConfig
 
 PredictionTarget = Literal["pixels", "latents"]
 
@@ -40,7 +40,7 @@ class PretrainConfig(StageConfig):
 
     rules = (
         *StageConfig.rules,
-        WITHOUT_EVALUATIONS,
+        NO_PLATEAU_SCHEDULE,
         excludes(
             "target=latents",
             "image_weight>0",

@@ -74,9 +74,9 @@ class RunConfig(Config):
     processes: int | None = machine(None, "Processes for --cluster local. null: one per GPU, or one in all.", ge=1)
 
 
-WITHOUT_EVALUATIONS = excludes(
+NO_PLATEAU_SCHEDULE = excludes(
     "optim.schedule=plateau",
-    because="the schedule follows the evaluations of fine-tuning",
+    because="the schedule follows early_stopping.metric, which only fine-tuning has",
     remedy="use cosine, step or constant here",
 )
 
