@@ -9,7 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import pytest
 from house import ROOT, STAGES
 
-from foveal.commands.reference import get_stage_configs
+from foveal.commands.reference import get_stage_configs, render_rules
 from foveal.config import Config, get_section_class, machine, read_yaml, set_by_dotted_key
 from foveal.errors import ConfigError
 from foveal.rules import Condition, Rule
@@ -76,6 +76,11 @@ def test_a_rule_refuses_what_it_names_and_nothing_less(stage: str, rule: Rule) -
     assert all(condition.setting in sentence for condition in broken)
     for condition, met in broken.items():
         load(stage, rule, broken | {condition: not met})
+
+
+def test_the_reference_lists_every_rule_once() -> None:
+    text = render_rules(CONFIGS)
+    assert [rule for _, rule in CASES if text.count(f"| `{rule}` |") != 1] == []
 
 
 def test_conditions_read_what_they_print() -> None:
