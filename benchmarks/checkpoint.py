@@ -137,7 +137,7 @@ def table(found: list[dict[str, Any]]) -> list[str]:
         "|---|--:|--:|",
         f"| DeepSpeed `save_checkpoint` | {spread([one['stall'] for one in theirs])} | {theirs[0]['bytes'] / 1e6:,.0f} MB |",
         f"| foveal | {spread([one['stall'] for one in ours])} | {ours[0]['bytes'] / 1e6:,.0f} MB |",
-        f"| foveal, `checkpoint.overlap=false` | {spread([one['at once'] for one in ours])} | the same |",
+        f"| foveal, `checkpoint.async_save=false` | {spread([one['at once'] for one in ours])} | the same |",
         "",
         (
             f"foveal to DeepSpeed, median over the rounds: **{spread(ratios, 1.0, 2)}**; the goal is at most {GOAL}. foveal's "

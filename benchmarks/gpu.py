@@ -33,8 +33,8 @@ EVERY = 20  # steps between checkpoints
 _PATIENCE = 300  # seconds for one start
 _WARM = 30  # steps that no rate counts: the compiler, the first data
 SETTINGS = (
-    "batch.images=256", "epochs=40", "optim.warmup_epochs=4", "data.lanes=16", "data.threads=12", "log.every=10",
-    "log.pictures_every=0", f"checkpoint.every={EVERY}", "checkpoint.keep=1", "tracking.uri=null",
+    "batch.global_size=256", "epochs=40", "optim.warmup_epochs=4", "data.lanes=16", "data.threads=12", "log.every=10",
+    "log.images_every=0", f"checkpoint.every={EVERY}", "checkpoint.keep=1", "tracking.uri=null",
 )  # fmt: skip
 
 
@@ -42,7 +42,7 @@ WAYS = {
     "ViT-B/16": ("mae_vit_b16", ()),
     "ViT-B/16, compiled": ("mae_vit_b16", ("engine.compile=true",)),
     "ViT-B/16, 2 threads": ("mae_vit_b16", ("data.threads=2",)),
-    "ViT-L/16": ("mae_vit_l16", ("batch.at_once=256",)),
+    "ViT-L/16": ("mae_vit_l16", ("batch.max_micro_size=256",)),
 }
 
 
@@ -72,7 +72,7 @@ class Bench:
         self.folder, self.steps = folder, steps
         index = folder / "index"
         subprocess.run([sys.executable, "-m", "foveal.cli", "data", "index", data, "--index", index], check=True)
-        self._settings = (*SETTINGS, f"data.path={data}", f"data.index={index}", f"run.stop_at={steps}")
+        self._settings = (*SETTINGS, f"data.path={data}", f"data.index={index}", f"run.stop_at_step={steps}")
 
     def plan(self, config: str, overrides: Sequence[str]) -> Forecast:
         """What foveal plan foresees of a run on this GPU."""

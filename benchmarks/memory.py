@@ -48,7 +48,7 @@ def tree_of(case: Case, folder: Path) -> dict[str, Any]:
     tree: dict[str, Any] = {
         "epochs": 1,
         "data": {"path": str(folder / "digits"), "channels": 3, "lanes": 8},
-        "batch": {"images": 64, "at_once": 16},
+        "batch": {"global_size": 64, "max_micro_size": 16},
         "optim": {},
         "model": {"name": "vit_tiny_patch16_224", "patch": 8, "width": 192, "depth": 6, "heads": 3},
         "decoder": {"width": 96, "depth": 2, "heads": 3},

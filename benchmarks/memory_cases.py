@@ -25,9 +25,9 @@ WIDE = {
     "decoder": {"width": 128, "depth": 3, "heads": 4},
 }
 DEEP = {"model": {"name": "vit_tiny_patch16_224", "patch": 16, "width": 160, "depth": 14, "heads": 5}}
-LARGE = {"batch": {"images": 64, "at_once": 32}}
-EIGHT = {"batch": {"images": 32, "at_once": 8}}
-FEW = {"batch": {"images": 16, "at_once": 4}}
+LARGE = {"batch": {"global_size": 64, "max_micro_size": 32}}
+EIGHT = {"batch": {"global_size": 32, "max_micro_size": 8}}
+FEW = {"batch": {"global_size": 16, "max_micro_size": 4}}
 PLAIN = {"kind": "plain"}
 DEEPSPEED = {"kind": "deepspeed", "deepspeed": _BUCKET}
 TIGHT = {"kind": "deepspeed", "deepspeed": _SMALL_BUCKET}
@@ -40,9 +40,12 @@ ON_A_CPU = [
     Case("small, 2 micros", 2, DEEPSPEED | {"zero": 2}, seen=True),
     Case("small, 2 micros", 2, DEEPSPEED | {"zero": 3}, seen=True),
     Case("small, 2 micros", 2, DEEPSPEED | {"zero": 1, "precision": "bf16"}, seen=True),
-    Case("wide, 1 micro of 64", 1, PLAIN, change=WIDE | {"batch": {"images": 64}}),
+    Case("wide, 1 micro of 64", 1, PLAIN, change=WIDE | {"batch": {"global_size": 64}}),
     Case(
-        "wide, 16 micros of 4", 1, PLAIN | {"precision": "bf16"}, change=WIDE | {"batch": {"images": 64, "at_once": 4}}
+        "wide, 16 micros of 4",
+        1,
+        PLAIN | {"precision": "bf16"},
+        change=WIDE | {"batch": {"global_size": 64, "max_micro_size": 4}},
     ),
     Case("deep, 2 micros of 32", 1, PLAIN | {"recompute": True}, change=DEEP | LARGE),
     Case("deep, 2 micros of 32", 1, PLAIN | {"recompute": True, "precision": "bf16"}, change=DEEP | LARGE),
@@ -60,7 +63,7 @@ ON_A_CPU = [
         "small, 1 micro of 8",
         2,
         TIGHT | {"zero": 3, "precision": "bf16"},
-        change={"batch": {"images": 16, "at_once": 8}},
+        change={"batch": {"global_size": 16, "max_micro_size": 8}},
     ),
     Case("small, DeepSpeed's own buckets", 2, {"kind": "deepspeed", "zero": 1}, change=LARGE),
     Case("distillation, wide", 2, DEEPSPEED | {"zero": 2}, "distill", WIDE | LARGE),
@@ -74,7 +77,7 @@ LARGE_VIT = {"model": {"name": "vit_large_patch16_224"}, "decoder": {}}
 
 
 def _whole(at_once: int, micros: int = 1) -> dict[str, Any]:
-    return {"batch": {"images": at_once * micros, "at_once": at_once}}
+    return {"batch": {"global_size": at_once * micros, "max_micro_size": at_once}}
 
 
 # The paper's models at their real size, each alone on a card.

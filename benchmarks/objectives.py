@@ -70,7 +70,7 @@ class Study:
 SMALL = "model={name: vit_tiny_patch16_224, patch: 4, width: 64, depth: 4, heads: 4}"
 _SMALL_CIFAR = SMALL.replace("patch: 4", "patch: 8")
 _CIFAR_VIT = "model={name: vit_tiny_patch16_224, patch: 8, width: 96, depth: 6, heads: 4}"
-_THOUSAND = ("data.per_class=1000", "epochs=4", "optim.warmup_epochs=1")
+_THOUSAND = ("data.samples_per_class=1000", "epochs=4", "optim.warmup_epochs=1")
 _CONVOLUTIONS = ("resnet18", "densenet121", "efficientnet_b0")
 _RATES = (1e-2, 3e-2, 1e-1)
 _PRETRAINED = ("mae", "image", "latents")
@@ -93,8 +93,8 @@ DIGITS = Study(
     comparisons=(
         Labels("2 labels a class", "digits", ("scratch", *_PRETRAINED), _RATES),
         Labels("2 labels a class, small", "digits", ("scratch", *_STUDENTS), _RATES, (SMALL,)),
-        Labels("14 labels a class", "digits", ("scratch", "mae"), _RATES, ("data.per_class=14",)),
-        Labels("all labels", "digits", ("scratch", "mae"), _RATES, ("data.per_class=null", "epochs=12")),
+        Labels("14 labels a class", "digits", ("scratch", "mae"), _RATES, ("data.samples_per_class=14",)),
+        Labels("all labels", "digits", ("scratch", "mae"), _RATES, ("data.samples_per_class=null", "epochs=12")),
     ),
     probed=_PRETRAINED,
 )

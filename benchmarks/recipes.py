@@ -28,14 +28,14 @@ RECIPES: dict[str, tuple[tuple[float, ...], tuple[str, ...]]] = {
     "mixup 0.8": (_ADAMW, ("mixup=0.8",)),
     "cutmix 1.0": (_ADAMW, ("cutmix=1.0",)),
     "mixup and cutmix": (_ADAMW, ("mixup=0.8", "cutmix=1.0")),
-    "RandAugment 2, 9": (_ADAMW, ("data.augment.operations=2",)),
-    "erasing 0.25": (_ADAMW, ("erase=0.25",)),
-    "average 0.99": (_ADAMW, ("average=0.99",)),
+    "RandAugment 2, 9": (_ADAMW, ("data.augment.rand_augment.ops=2",)),
+    "erasing 0.25": (_ADAMW, ("random_erasing=0.25",)),
+    "average 0.99": (_ADAMW, ("ema_decay=0.99",)),
     "steps at 40 and 60": (_ADAMW, ("optim.schedule=step", "optim.step_epochs=[40, 60]")),
     "early stopping": (_ADAMW, ("evaluate_every=4", "early_stopping={metric: holdout_loss, patience: 5}")),
     "a teacher of all labels": (_ADAMW, ("teacher={init: CLASSIFIER}",)),
-    "SGD, momentum 0.9": ((0.1, 0.3, 1.0), ("optim.kind=sgd",)),
-    "frozen, a new head": ((3e-2, 1e-1, 3e-1), ("frozen=true",)),
+    "SGD, momentum 0.9": ((0.1, 0.3, 1.0), ("optim.name=sgd",)),
+    "frozen, a new head": ((3e-2, 1e-1, 3e-1), ("freeze_encoder=true",)),
     "attacks measured": (_ADAMW, (_ATTACK.format(weight=0),)),
     "PGD, half of the loss": (_ADAMW, (_ATTACK.format(weight=0.5),)),
 }
@@ -43,7 +43,9 @@ STUDY = Study(
     data="digits",
     arms={"mae": Arm("pretrain", "digits")},
     classifiers={
-        "classifier": Arm("finetune", "digits", ("model=null", "data.per_class=null", "epochs=12"), teacher="mae"),
+        "classifier": Arm(
+            "finetune", "digits", ("model=null", "data.samples_per_class=null", "epochs=12"), teacher="mae"
+        ),
     },
     comparisons=tuple(Labels(name, "digits", ("mae",), *told) for name, told in RECIPES.items()),
     probed=("scratch", "mae"),

@@ -33,7 +33,7 @@ EVERY = 5  # steps in a report
 CONFIG = {
     "seed": 0,
     "data": {"image_size": 16, "channels": 1, "lanes": 8},
-    "batch": {"images": 64, "at_once": 64},
+    "batch": {"global_size": 64, "max_micro_size": 64},
     "model": {"name": "vit_tiny_patch16_224", "patch": 4, "width": 96, "depth": 6, "heads": 3},
     "decoder": {"width": 64, "depth": 2, "heads": 2},
     "optim": {"lr_per_256": 4.0e-3, "warmup_epochs": 1},
@@ -89,7 +89,7 @@ def train(config: Path, run: Path, uri: str | None) -> tuple[float, float]:
     command = [sys.executable, "-m", "pretrain.run", str(config), f"run.dir={run}", f"tracking.uri={given}"]
     began = time.time()
     done = subprocess.run(
-        [*command, "tracking.patience_seconds=1"],
+        [*command, "tracking.flush_timeout_seconds=1"],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -90,19 +90,19 @@ def build_teacher_spec(cfg: DistillConfig, card: Card) -> TeacherSpec:
     model_card = parse_encoder_card(card.encoder, f"{path}/card.json")
     if model_card.channels != cfg.data.channels:
         raise _mismatch_error(path, "channels", model_card.channels, "data.channels", cfg.data.channels)
-    if cfg.lesson in CLASS_METHODS and not model_card.classes:
+    if cfg.method in CLASS_METHODS and not model_card.classes:
         raise ExportError(
-            f"the teacher {path} has no classification head, and lesson={cfg.lesson} needs one; give the export of a "
+            f"the teacher {path} has no classification head, and method={cfg.method} needs one; give the export of a "
             f"fine-tuning run"
         )
     encoder = model_card if isinstance(model_card, EncoderCard) else None
-    if cfg.lesson in BLOCK_METHODS and encoder is None:
+    if cfg.method in BLOCK_METHODS and encoder is None:
         assert isinstance(model_card, BackboneCard)
         raise ExportError(
-            f"the teacher {path} is the timm backbone {model_card.timm}, and lesson={cfg.lesson} reads the blocks of a "
-            f"foveal encoder; use lesson=features or logits"
+            f"the teacher {path} is the timm backbone {model_card.timm}, and method={cfg.method} reads the blocks of a "
+            f"foveal encoder; use method=features or logits"
         )
-    if cfg.lesson == "features" and encoder is not None and encoder.pooling == "avg":
+    if cfg.method == "features" and encoder is not None and encoder.pooling == "avg":
         raise ExportError(
             f"the teacher {path} was fine-tuned with pooling=avg and has no norm after its tokens; "
             f"give a pretrained encoder, or one fine-tuned with pooling=token"
@@ -110,7 +110,7 @@ def build_teacher_spec(cfg: DistillConfig, card: Card) -> TeacherSpec:
     return TeacherSpec(
         path=path,
         target=_build_target(cfg, encoder),
-        feature_shape=_card_feature_shape(cfg, model_card) if cfg.lesson == "features" else None,
+        feature_shape=_card_feature_shape(cfg, model_card) if cfg.method == "features" else None,
         encoder=encoder,
         # Foreign weights may have no class names.
         classes=card.classes or tuple(map(str, range(model_card.classes))),
@@ -125,16 +125,16 @@ def build_student_spec(
     """Return the student with its resolved sizes. Raises: ConfigError, ExportError if it does not fit the teacher."""
     size, channels = cfg.data.image_size, cfg.data.channels
     prefix = f"students.{name}." if name else ""
-    num_classes = len(teacher.classes) if cfg.lesson in CLASS_METHODS else 0
-    if cfg.lesson == "token":
+    num_classes = len(teacher.classes) if cfg.method in CLASS_METHODS else 0
+    if cfg.method == "token":
         _check_distillation_token(prefix, model, backbone, cfg)
     if backbone is not None:
-        if cfg.lesson in BLOCK_METHODS:
+        if cfg.method in BLOCK_METHODS:
             raise ConfigError(
-                f"lesson={cfg.lesson} reads the blocks of a foveal encoder, and {prefix}backbone={backbone} is a timm "
+                f"method={cfg.method} reads the blocks of a foveal encoder, and {prefix}backbone={backbone} is a timm "
                 f"backbone; set {prefix}model instead"
             )
-        shape = _backbone_feature_shape(cfg, backbone) if cfg.lesson == "features" else None
+        shape = _backbone_feature_shape(cfg, backbone) if cfg.method == "features" else None
         _check_grids(cfg, teacher, f"{prefix}backbone={backbone}", shape)
         card = backbone_card(backbone, size, channels, num_classes)
         return StudentSpec(name, None, backbone, shape, (), card, has_batch_norm=_check_batch_norm(cfg, backbone))
@@ -144,32 +144,32 @@ def build_student_spec(
         raise _mismatch_error(teacher.path, "patch", teacher.encoder.patch, f"{prefix}model.patch", sizes.patch)
     shape = _vit_feature_shape(sizes, size)
     _check_grids(cfg, teacher, f"{prefix}model", shape)
-    pooling = cfg.pooling if cfg.lesson == "logits" else "token"
+    pooling = cfg.pooling if cfg.method == "logits" else "token"
     card = encoder_card(model, size, channels, pooling=pooling, num_classes=num_classes)
     return StudentSpec(name, sizes, None, shape, _resolve_student_blocks(cfg, teacher, sizes, prefix), card)
 
 
 def _build_target(cfg: DistillConfig, encoder: EncoderCard | None) -> TeacherTarget:
-    if cfg.lesson not in BLOCK_METHODS:
-        return TeacherTarget(cfg.lesson, patches=cfg.patch_weight > 0)
+    if cfg.method not in BLOCK_METHODS:
+        return TeacherTarget(cfg.method, patches=cfg.patch_weight > 0)
     assert encoder is not None
     blocks = tuple(pair[0] for pair in cfg.layers) or (max(1, round(_DEFAULT_DEPTH_FRACTION * encoder.depth)),)
-    if cfg.lesson == "layers":
+    if cfg.method == "layers":
         rows, columns = encoder.patch_grid(cfg.data.image_size)
         count_visible(rows * columns, cfg.mask_ratio)  # raises for an unusable ratio
     elif reason := explain_no_fused_qkv(encoder.name):
-        raise ExportError(f"the teacher {cfg.teacher}, '{encoder.name}', does not support lesson=relations: {reason}")
-    return TeacherTarget(cfg.lesson, blocks, encoder.heads, encoder.patch)
+        raise ExportError(f"the teacher {cfg.teacher}, '{encoder.name}', does not support method=relations: {reason}")
+    return TeacherTarget(cfg.method, blocks, encoder.heads, encoder.patch)
 
 
 def _resolve_student_blocks(
     cfg: DistillConfig, teacher: TeacherSpec, student: ResolvedVitConfig, prefix: str
 ) -> tuple[int, ...]:
     """Return the student's compared blocks. Raises: ConfigError if a pair does not exist or cannot be compared."""
-    if cfg.lesson not in BLOCK_METHODS:
+    if cfg.method not in BLOCK_METHODS:
         return ()
     assert teacher.encoder is not None
-    default = student.depth if cfg.lesson == "relations" else max(1, round(_DEFAULT_DEPTH_FRACTION * student.depth))
+    default = student.depth if cfg.method == "relations" else max(1, round(_DEFAULT_DEPTH_FRACTION * student.depth))
     blocks = tuple(pair[1] for pair in cfg.layers) or (default,)
     for teacher_block, student_block in zip(teacher.target.blocks, blocks, strict=True):
         if not 1 <= teacher_block <= teacher.encoder.depth or not 1 <= student_block <= student.depth:
@@ -177,7 +177,7 @@ def _resolve_student_blocks(
                 f"layers has the pair [{teacher_block}, {student_block}], but the teacher has blocks 1 to "
                 f"{teacher.encoder.depth} and {prefix}model has 1 to {student.depth}"
             )
-    if cfg.lesson == "relations":
+    if cfg.method == "relations":
         heads = teacher.encoder.heads
         if student.width % heads:
             nearest = heads * max(1, round(student.width / heads))
@@ -186,12 +186,12 @@ def _resolve_student_blocks(
                 f"relations are compared; {nearest} is"
             )
         if reason := explain_no_fused_qkv(student.name):
-            raise ConfigError(f"{prefix}model.name='{student.name}' does not support lesson=relations: {reason}")
+            raise ConfigError(f"{prefix}model.name='{student.name}' does not support method=relations: {reason}")
     return blocks
 
 
 def _compares_patches(cfg: DistillConfig) -> bool:
-    return cfg.lesson in BLOCK_METHODS or (cfg.lesson == "features" and cfg.patch_weight > 0)
+    return cfg.method in BLOCK_METHODS or (cfg.method == "features" and cfg.patch_weight > 0)
 
 
 def _check_grids(cfg: DistillConfig, teacher: TeacherSpec, student: str, student_shape: FeatureShape | None) -> None:
@@ -220,7 +220,7 @@ def _check_distillation_token(prefix: str, model: VitConfig | None, backbone: st
     if not has_token:
         student = f"{prefix}backbone={backbone}" if backbone else f"{prefix}model"
         raise ConfigError(
-            f"lesson=token trains a distillation token, and {student} has none; set {prefix}model.registers=1, or a "
+            f"method=token trains a distillation token, and {student} has none; set {prefix}model.registers=1, or a "
             f"backbone such as deit_tiny_distilled_patch16_224"
         )
 
@@ -228,10 +228,10 @@ def _check_distillation_token(prefix: str, model: VitConfig | None, backbone: st
 def _check_batch_norm(cfg: DistillConfig, backbone: str) -> bool:
     """Return whether a timm backbone has BatchNorm.
 
-    Raises: ConfigError if engine.recompute is set and the backbone does not support it.
+    Raises: ConfigError if engine.activation_checkpointing is set and the backbone does not support it.
     """
     size, channels = cfg.data.image_size, cfg.data.channels
-    if cfg.engine.recompute:
+    if cfg.engine.activation_checkpointing:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             set_activation_checkpointing(build_backbone(backbone, image_size=size, channels=channels), enable=True)
     return has_batch_norm(build_meta_backbone(backbone, size, channels))
@@ -261,7 +261,7 @@ def _check_labels(cfg: DistillConfig, classes: tuple[str, ...], sources: Sequenc
         return
     folder, weight = sources[0].dataset.folder, f"label_weight={cfg.label_weight:g}"
     if all(source.dataset.classes is None for source in sources):
-        alternative = "" if cfg.lesson == "token" else ", or set label_weight=0"
+        alternative = "" if cfg.method == "token" else ", or set label_weight=0"
         raise ConfigError(
             f"{weight}, but the samples of {folder} have no classes; index shards that hold .cls members{alternative}"
         )

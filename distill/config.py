@@ -27,7 +27,7 @@ class TeacherCacheConfig(Config):
     dir: str | None = machine(
         None, "Folder of the cache, shared or local to each node; null: the teacher runs at every step."
     )
-    gigabytes: float = machine(50.0, "Maximum size of one run's cache, in GB.", gt=0)
+    max_gigabytes: float = machine(50.0, "Maximum size of one run's cache, in GB.", gt=0)
 
 
 class DistillConfig(StageConfig):
@@ -40,7 +40,7 @@ class DistillConfig(StageConfig):
     model: StudentVitConfig | None = science(None, "The student encoder; null: vit_small_patch16_224.")
     backbone: str | None = science(None, "timm name of any model, instead of model.")
     students: tuple[StudentConfig, ...] = science((), "Several students in one run, instead of model and backbone.")
-    lesson: DistillMethod = science(
+    method: DistillMethod = science(
         "features",
         "Method: features (final features), layers (block tokens of visible patches, DMAE), relations (query-key and "
         "value-value relations, TinyMIM), logits (soft labels), token (hard labels for a distillation token, DeiT).",
@@ -64,7 +64,7 @@ class DistillConfig(StageConfig):
         0.5, "Weight of the label loss, for logits and token; the teacher loss has the rest.", ge=0, le=1
     )
     pooling: Pooling = science("avg", "Input of the encoder's head, for logits: mean of the patches, or class token.")
-    lesson_cache: TeacherCacheConfig = TeacherCacheConfig()
+    teacher_cache: TeacherCacheConfig = TeacherCacheConfig()
 
     rules = (
         *StageConfig.rules,
@@ -83,28 +83,28 @@ class DistillConfig(StageConfig):
         ),
         excludes(
             "students>1",
-            "optim.clip",
+            "optim.max_grad_norm",
             because="the clipped norm is of all gradients and would make the students depend on each other",
-            remedy="set optim.clip=null, or train the students one by one",
+            remedy="set optim.max_grad_norm=null, or train the students one by one",
         ),
         requires(
             "layers",
-            "lesson=layers|relations",
+            "method=layers|relations",
             because="layers are pairs of blocks, and no other lesson compares blocks",
             remedy="remove layers, or use one of these lessons",
         ),
         excludes(
-            "lesson=features",
+            "method=features",
             "cls_weight=0",
             "patch_weight=0",
             because="they leave no loss",
             remedy="set one of the weights above 0",
         ),
         excludes(
-            "lesson=token",
+            "method=token",
             "label_weight=0|1",
             because="the lesson trains two heads, and such a weight leaves one without a loss",
-            remedy="set label_weight between 0 and 1, exclusive, or use lesson=logits",
+            remedy="set label_weight between 0 and 1, exclusive, or use method=logits",
         ),
     )
 
@@ -115,4 +115,4 @@ class DistillConfig(StageConfig):
     @property
     def has_epoch_invariant_targets(self) -> bool:
         """Whether the teacher's output for an image is the same in every epoch."""
-        return self.data.augment.is_deterministic and self.lesson != "layers"
+        return self.data.augment.is_deterministic and self.method != "layers"

@@ -59,7 +59,7 @@ class DistillationLoss:
         # Engines differ in whether their autocast includes the objective; losses of small differences need fp32.
         with autocast(images.device, "fp32"):
             for name, student_outputs in zip(self.student_names, all_student_outputs, strict=True):
-                loss_B, student_metrics = _LOSSES[self.cfg.lesson](self, student_outputs, teacher_outputs, inputs)
+                loss_B, student_metrics = _LOSSES[self.cfg.method](self, student_outputs, teacher_outputs, inputs)
                 if name:
                     student_metrics = student_metrics | {"loss": loss_B}
                 prefix = f"{name}/" if name else ""
@@ -77,7 +77,7 @@ class DistillationLoss:
 
     def sample_mask_indices(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         """Return the indices of visible [B, K] and masked patches [B, M]; (None, None) for methods without masking."""
-        if self.cfg.lesson != "layers":
+        if self.cfg.method != "layers":
             return None, None
         height, width = (side // self.teacher.target.patch for side in batch.images.shape[2:])
         noise = draw_uniform(derive_key(self.cfg.seed, "mask"), batch.sample_keys, height * width)

@@ -37,8 +37,8 @@ class DistillPlan(Plan):
             trained_size = format_image_size(self.teacher_spec.resized_from)
             size = format_image_size(self.cfg.data.image_size)
             lines.append(f"teacher   trained on images of {trained_size} pixels, used at {size}")
-        if self.cfg.lesson_cache.dir is not None:
-            lines.append(f"cache     {self.cfg.lesson_cache.dir}; a forecast counts the teacher in every step")
+        if self.cfg.teacher_cache.dir is not None:
+            lines.append(f"cache     {self.cfg.teacher_cache.dir}; a forecast counts the teacher in every step")
         for student in self.student_specs:
             lines.append(f"student   {student.display_name}{student.description_suffix}")
             if student.has_batch_norm:
@@ -64,7 +64,7 @@ def plan_distillation(cfg: DistillConfig, world_size: int) -> DistillPlan:
         world_size,
         source_card=source.card,
         extra_science={"teacher": source.card.sha256}
-        | ({"classes": ", ".join(source.card.classes)} if cfg.lesson in CLASS_METHODS else {}),
+        | ({"classes": ", ".join(source.card.classes)} if cfg.method in CLASS_METHODS else {}),
         teacher_spec=teacher_spec,
         student_specs=student_specs,
     )
@@ -73,9 +73,9 @@ def plan_distillation(cfg: DistillConfig, world_size: int) -> DistillPlan:
     if batch_norm_student is not None and stage_plan.microbatch_size == 1:
         raise ConfigError(
             f"{batch_norm_student.display_name} has BatchNorm, which cannot train on microbatches of 1 image; use a "
-            f"larger batch.at_once, or fewer ranks"
+            f"larger batch.max_micro_size, or fewer ranks"
         )
-    if cfg.lesson in CLASS_METHODS:
+    if cfg.method in CLASS_METHODS:
         classes = resolve_class_names(cfg, teacher_spec, stage_plan.training_set.sources)
         stage_plan = replace(stage_plan, classes=classes)
     return stage_plan
@@ -122,8 +122,8 @@ def _check_settings(cfg: DistillConfig) -> None:
     duplicate = next((list(pair) for pair in cfg.layers if cfg.layers.count(pair) > 1), None)
     if duplicate is not None:
         raise ConfigError(f"layers has the pair {duplicate} twice")
-    if cfg.lesson_cache.dir is not None and cfg.data.mix and not cfg.has_epoch_invariant_targets:
+    if cfg.teacher_cache.dir is not None and cfg.data.mix and not cfg.has_epoch_invariant_targets:
         raise ConfigError(
-            "lesson_cache.dir needs a fixed number of views, which data.mix does not have if views differ by epoch; "
+            "teacher_cache.dir needs a fixed number of views, which data.mix does not have if views differ by epoch; "
             "remove one of the two"
         )

@@ -77,7 +77,7 @@ def build(plan: DistillPlan, device: torch.device) -> TrainingSetup[Distillation
         cfg.data.image_size,
         source.path,
     )
-    uses_cache = cfg.lesson_cache.dir is not None and device.type != "meta"
+    uses_cache = cfg.teacher_cache.dir is not None and device.type != "meta"
     teacher_cache = _open_teacher_cache(plan, teacher, device) if uses_cache else None
     student_names = [student.name for student in plan.student_specs]
     objective = DistillationLoss(teacher, cfg, student_names, plan.mean, plan.std, teacher_cache)
@@ -95,7 +95,7 @@ def build(plan: DistillPlan, device: torch.device) -> TrainingSetup[Distillation
 def _open_teacher_cache(plan: DistillPlan, teacher: Teacher, device: torch.device) -> TeacherCache:
     """Open the cache that is keyed by everything the teacher's outputs depend on. Raises: ConfigError."""
     cfg = plan.cfg
-    assert cfg.lesson_cache.dir is not None
+    assert cfg.teacher_cache.dir is not None
     height, width = height_and_width(cfg.data.image_size)
     images = torch.zeros(1, cfg.data.channels, height, width, device=device)
     visible_indices = None
@@ -104,7 +104,7 @@ def _open_teacher_cache(plan: DistillPlan, teacher: Teacher, device: torch.devic
         visible_indices = torch.arange(count_visible(num_patches, cfg.mask_ratio), device=device)[None]
     tensor_specs = [TensorSpec(tuple(output.shape[1:]), output.dtype) for output in teacher(images, visible_indices)]
     num_rows = plan.training_set.num_ids * (1 if cfg.has_epoch_invariant_targets else cfg.epochs)
-    check_cache_size(num_rows, tensor_specs, cfg.lesson_cache.gigabytes, "lesson_cache.gigabytes")
+    check_cache_size(num_rows, tensor_specs, cfg.teacher_cache.max_gigabytes, "teacher_cache.max_gigabytes")
     key_fields: dict[str, Any] = {
         name: value for name, value in cfg.science_settings().items() if name.startswith(_TARGET_SETTINGS)
     }
@@ -112,13 +112,13 @@ def _open_teacher_cache(plan: DistillPlan, teacher: Teacher, device: torch.devic
     key_fields |= {
         "lesson": asdict(plan.target),
         "precision": cfg.engine.precision,
-        "matmul": cfg.engine.matmul,
+        "matmul": cfg.engine.float32_matmul_precision,
         "device": device.type,
     }
     if not cfg.has_epoch_invariant_targets:
         key_fields["seed"] = cfg.seed
     key_fields |= {name: get_library_versions()[name] for name in _VERSIONED_LIBRARIES}
-    return TeacherCache(Path(cfg.lesson_cache.dir), key_fields, num_rows, tensor_specs)
+    return TeacherCache(Path(cfg.teacher_cache.dir), key_fields, num_rows, tensor_specs)
 
 
 FUNCTIONS = StageFunctions(plan_distillation, train, build)

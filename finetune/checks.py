@@ -39,7 +39,7 @@ def check_settings(cfg: FinetuneConfig) -> None:
                 raise ConfigError(f"{name} is for images with classes, and data.labels is {kind}; leave it out")
     if kind in _DENSE_KINDS and cfg.data.augment.operations:
         raise ConfigError(
-            f"data.augment.operations transforms images but not their {kind}; leave it out with data.labels={kind}"
+            f"data.augment.rand_augment.ops transforms images but not their {kind}; leave it out with data.labels={kind}"
         )
     for name in ("teacher", "adversarial"):
         if kind != "class" and getattr(cfg, name) is not None:
@@ -49,9 +49,9 @@ def check_settings(cfg: FinetuneConfig) -> None:
             f"class_weights=balanced counts classes in the index, which has none of data.labels={kind}; give a list of "
             "weights"
         )
-    if cfg.frozen and cfg.drop_path:
+    if cfg.freeze_encoder and cfg.drop_path:
         raise ConfigError(
-            f"drop_path={cfg.drop_path:g} is for a trained encoder, and frozen=true freezes it; leave one out"
+            f"drop_path={cfg.drop_path:g} is for a trained encoder, and freeze_encoder=true freezes it; leave one out"
         )
     _check_adversarial(cfg)
 
@@ -70,14 +70,16 @@ def check_mixup_pairing(cfg: FinetuneConfig, microbatch_size: int) -> None:
     if (cfg.mixup or cfg.cutmix) and microbatch_size % 2:
         raise ConfigError(
             f"mixup and cutmix pair the images of a microbatch, which has {microbatch_size} here: take an even number "
-            f"of images per rank (batch.images, batch.at_once)"
+            f"of images per rank (batch.global_size, batch.max_micro_size)"
         )
 
 
 def check_split_batch_norm(cfg: FinetuneConfig, model_name: str, *, has_batch_norm: bool) -> None:
-    """Raise ConfigError if adversarial.split_norms is set for a model without BatchNorm."""
-    if cfg.adversarial is not None and cfg.adversarial.split_norms and not has_batch_norm:
-        raise ConfigError(f"adversarial.split_norms is for BatchNorm, which {model_name} does not have; leave it out")
+    """Raise ConfigError if adversarial.separate_batchnorm is set for a model without BatchNorm."""
+    if cfg.adversarial is not None and cfg.adversarial.separate_batchnorm and not has_batch_norm:
+        raise ConfigError(
+            f"adversarial.separate_batchnorm is for BatchNorm, which {model_name} does not have; leave it out"
+        )
 
 
 def check_distillation_token(cfg: FinetuneConfig, card: EncoderCard | BackboneCard) -> None:
@@ -134,7 +136,7 @@ def check_task_settings(cfg: FinetuneConfig, export_card: Card | None) -> None:
         val < side for val, side in zip(cfg.data.eval_image_hw, cfg.data.image_hw, strict=True)
     ):
         raise ConfigError(
-            f"data.val_size is {format_image_size(cfg.data.eval_image_hw)} and data.image_size "
+            f"data.eval_size is {format_image_size(cfg.data.eval_image_hw)} and data.image_size "
             f"{format_image_size(cfg.data.image_hw)}: an evaluated image must hold at least one window of image_size"
         )
     if labels == "boxes":
@@ -159,7 +161,7 @@ def check_backbone_supports_settings(
     if cfg.pooling != default:
         raise ConfigError(f"pooling={cfg.pooling} is of foveal's encoders, {card.timm} has its own; leave it out")
     # A frozen backbone has no training forward of its own, so that a microbatch of 1 is no error there.
-    check_backbone_forward(card, cfg, max(2, microbatch_size) if cfg.frozen else microbatch_size, num_classes)
+    check_backbone_forward(card, cfg, max(2, microbatch_size) if cfg.freeze_encoder else microbatch_size, num_classes)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         backbone: Any = build_backbone(*card.build_args, num_classes=card.classes, drop_path=cfg.drop_path)
     if cfg.dropout and not isinstance(backbone.get_classifier(), nn.Linear):
@@ -168,7 +170,7 @@ def check_backbone_supports_settings(
         )
     if cfg.optim.layer_decay < 1:
         get_layer_ids(backbone)
-    if cfg.engine.recompute:
+    if cfg.engine.activation_checkpointing:
         set_activation_checkpointing(backbone, enable=True)
 
 
@@ -198,14 +200,14 @@ def _check_adversarial(cfg: FinetuneConfig) -> None:
         raise ConfigError(
             "adversarial needs gradients of images, which engine.sharding=deepspeed does not give; use ddp or fsdp2"
         )
-    if adversarial.split_norms and cfg.engine.recompute:
+    if adversarial.separate_batchnorm and cfg.engine.activation_checkpointing:
         raise ConfigError(
-            "adversarial.split_norms and engine.recompute exclude each other: the recomputation in the backward pass "
+            "adversarial.separate_batchnorm and engine.activation_checkpointing exclude each other: the recomputation in the backward pass "
             "would use the clean images' norms; leave one of them out"
         )
-    if adversarial.split_norms and not adversarial.weight:
+    if adversarial.separate_batchnorm and not adversarial.weight:
         raise ConfigError(
-            "adversarial.split_norms=true needs attacked images in the loss: set adversarial.weight above 0"
+            "adversarial.separate_batchnorm=true needs attacked images in the loss: set adversarial.weight above 0"
         )
 
 
@@ -214,7 +216,7 @@ def _check_detection_settings(cfg: FinetuneConfig) -> None:
     classification_only = {
         "label_smoothing": cfg.label_smoothing,
         "class_weights": cfg.class_weights,
-        "data.per_class": cfg.data.per_class,
+        "data.samples_per_class": cfg.data.samples_per_class,
         "data.holdout_per_class": cfg.data.holdout_per_class,
     }
     for name, value in classification_only.items():

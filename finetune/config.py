@@ -39,16 +39,18 @@ class TrialsConfig(Config):
 class AdversarialConfig(Config):
     """Adversarial training beside clean images, and accuracy under the same attack (Madry et al., 2018)."""
 
-    kind: Literal["fgsm", "pgd"] = science(
+    attack: Literal["fgsm", "pgd"] = science(
         "pgd", "The attack. fgsm: one step of length epsilon; pgd: several steps from a random start."
     )
     epsilon: float = science(4.0, "Largest change of a pixel, in 1/255.", gt=0, le=255)
-    step: float = science(1.0, "Change of a pixel in one step of pgd, in 1/255.", gt=0)
-    iterations: int = science(5, "Steps of pgd.", ge=1)
+    step_size: float = science(1.0, "Change of a pixel in one step of pgd, in 1/255.", gt=0)
+    steps: int = science(5, "Steps of pgd.", ge=1)
     weight: float = science(
         0.5, "Weight of the attacked images in the loss; 0: only measure accuracy under attack.", ge=0, le=1
     )
-    split_norms: bool = science(False, "Separate BatchNorm statistics and weights for attacked images (AdvProp).")
+    separate_batchnorm: bool = science(
+        False, "Separate BatchNorm statistics and weights for attacked images (AdvProp)."
+    )
 
 
 class TeacherConfig(Config):
@@ -104,7 +106,7 @@ class SegmentConfig(Config):
     width: int = science(128, "Channels of the pyramid's feature maps.", ge=1)
     stride: float = science(
         0.5,
-        "Stride of the sliding window where data.val_size exceeds image_size, as a fraction of image_size.",
+        "Stride of the sliding window where data.eval_size exceeds image_size, as a fraction of image_size.",
         gt=0,
         le=1,
     )
@@ -144,16 +146,16 @@ class FinetuneConfig(StageConfig):
     dropout: float = science(0.0, "Dropout rate of the features before the head.", ge=0, lt=1)
     mixup: float = science(0.0, "Parameter a of mixup's Beta(a, a) weights; 0: no mixup.", ge=0, le=1)
     cutmix: float = science(0.0, "Parameter a of the Beta(a, a) area that cutmix keeps; 0: no cutmix.", ge=0, le=1)
-    cutmix_share: float = science(0.5, "Fraction of the images with cutmix where mixup is on too.", ge=0, le=1)
-    erase: float = science(0.0, "Probability of random erasing: a box of the image becomes noise.", ge=0, le=1)
+    mixup_switch_prob: float = science(0.5, "Fraction of the images with cutmix where mixup is on too.", ge=0, le=1)
+    random_erasing: float = science(0.0, "Probability of random erasing: a box of the image becomes noise.", ge=0, le=1)
     class_weights: Literal["balanced"] | tuple[float, ...] | None = science(
         None,
         "Class weights in the loss, in label order; balanced: inverse class frequency, 1 on average; null: all 1.",
     )
-    average: float | None = science(
+    ema_decay: float | None = science(
         None, "EMA decay of the weights; the EMA is evaluated and exported. null: no EMA.", gt=0, lt=1
     )
-    frozen: bool = science(False, "Freeze the encoder and train only the head.")
+    freeze_encoder: bool = science(False, "Freeze the encoder and train only the head.")
     adversarial: AdversarialConfig | None = science(None, "Adversarial training; null: none.")
     teacher: TeacherConfig | None = science(None, "Distillation from a teacher beside the labels; null: none.")
     evaluate_every: int = machine(0, "Steps between evaluations on data.val; 0: only at the end.", ge=0)
@@ -165,7 +167,9 @@ class FinetuneConfig(StageConfig):
         "Export the best evaluation instead of the last step, and optionally stop early; null: off. With it, "
         "evaluate_every is science.",
     )
-    folds: FoldsConfig | None = science(None, "Cross-validation on data.train, without data.val; null: a single run.")
+    cross_validation: FoldsConfig | None = science(
+        None, "Cross-validation on data.train, without data.val; null: a single run."
+    )
     probe: ProbeConfig | None = science(None, "Probe the frozen encoder's features; null: train the encoder.")
 
     @property

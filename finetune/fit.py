@@ -31,8 +31,8 @@ def fit(plan: FinetunePlan, run: Run) -> None:
     _evaluate_if_due(plan, engine, run, start)  # a preempted attempt may have saved this step without evaluating it
     with run.training_steps(engine, setup.objective, start) as steps:
         while not _should_stop_early(cfg, run) and (step := next(steps, None)) is not None:
-            if cfg.average is not None and step.applied:
-                engine.update_ema("averaged.", "encoder.", 1 - warmup_ema_decay(step.index, cfg.average))
+            if cfg.ema_decay is not None and step.applied:
+                engine.update_ema("averaged.", "encoder.", 1 - warmup_ema_decay(step.index, cfg.ema_decay))
             if is_due(step.index, cfg.log.every, plan.stop_step):
                 run.log_metrics()
             preempted = run.check_preemption()

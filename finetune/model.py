@@ -25,9 +25,9 @@ def classifier_from_plan(plan: FinetunePlan) -> Classifier:
     return Classifier(
         encoder_from_plan(plan),
         dropout=cfg.dropout,
-        trainable_prefixes=_head_prefixes(plan) if cfg.frozen else None,
-        with_ema=cfg.average is not None,
-        with_auxiliary_batch_norms=cfg.adversarial is not None and cfg.adversarial.split_norms,
+        trainable_prefixes=_head_prefixes(plan) if cfg.freeze_encoder else None,
+        with_ema=cfg.ema_decay is not None,
+        with_auxiliary_batch_norms=cfg.adversarial is not None and cfg.adversarial.separate_batchnorm,
         with_distillation_token=cfg.teacher is not None and cfg.teacher.kind == "token",
     )
 
@@ -35,7 +35,7 @@ def classifier_from_plan(plan: FinetunePlan) -> Classifier:
 def encoder_for_dense_head(plan: FinetunePlan) -> Any:
     """Return ``encoder_from_plan`` for a head outside the encoder; with ``frozen`` all of the encoder is frozen."""
     encoder = encoder_from_plan(plan)
-    return freeze_in_eval_mode(encoder) if plan.cfg.frozen else encoder
+    return freeze_in_eval_mode(encoder) if plan.cfg.freeze_encoder else encoder
 
 
 def encoder_from_plan(plan: FinetunePlan) -> Any:
@@ -49,7 +49,7 @@ def encoder_from_plan(plan: FinetunePlan) -> Any:
 
 def exported_weight_prefix(cfg: FinetuneConfig) -> str:
     """Return the name prefix of the weights that the export gets: the EMA's if the run has an EMA."""
-    return "encoder." if cfg.average is None else "averaged."
+    return "encoder." if cfg.ema_decay is None else "averaged."
 
 
 def _build_vit_encoder(plan: FinetunePlan) -> nn.Module:

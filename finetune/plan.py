@@ -55,7 +55,7 @@ class FinetunePlan(Plan):
     @property
     def num_runs(self) -> int:
         """Number of nested runs; 1 without trials and folds."""
-        trials, folds = self.cfg.trials, self.cfg.folds
+        trials, folds = self.cfg.trials, self.cfg.cross_validation
         if folds is not None:
             return folds.count * folds.repeats
         return 1 if trials is None else len(trials.arms) * len(trials.lr_per_256) * trials.repeats
@@ -67,7 +67,7 @@ class FinetunePlan(Plan):
         return card if isinstance(card, BackboneCard) else None
 
     def summary_lines(self) -> list[str]:
-        folds = self.cfg.folds
+        folds = self.cfg.cross_validation
         fold_lines = (
             []
             if folds is None
@@ -78,10 +78,10 @@ class FinetunePlan(Plan):
     def _norm_lines(self) -> list[str]:
         """Warn that BatchNorm makes the loss curve depend on microbatch size and number of ranks."""
         card = self.backbone
-        if card is None or not _has_batchnorm(card) or self.cfg.frozen:
+        if card is None or not _has_batchnorm(card) or self.cfg.freeze_encoder:
             return []
         cause = "BatchNorm normalizes over a microbatch"
-        settings = f"the number of ranks and on batch.at_once ({self.microbatch_size} images here)"
+        settings = f"the number of ranks and on batch.max_micro_size ({self.microbatch_size} images here)"
         return [f"norm      {cause}: the curve depends on {settings}"]
 
     def _evaluation_lines(self) -> list[str]:
@@ -91,7 +91,11 @@ class FinetunePlan(Plan):
             return []
         slides = data.labels == "mask"
         windows = len(window_top_lefts(data.eval_image_hw, data.image_hw, self.cfg.segment.stride)) if slides else 1
-        crop = "whole images" if data.crop_ratio == 1 else f"the middle of images (data.crop_ratio={data.crop_ratio:g})"
+        crop = (
+            "whole images"
+            if data.eval_crop_ratio == 1
+            else f"the middle of images (data.eval_crop_ratio={data.eval_crop_ratio:g})"
+        )
         line = f"measured  on {crop}, as {format_image_size(data.eval_image_hw)} pixels"
         return [f"{line}, in {windows} windows of {format_image_size(data.image_hw)}" if windows > 1 else line]
 
@@ -109,8 +113,10 @@ def plan_training(cfg: FinetuneConfig, world_size: int) -> FinetunePlan:
     if cfg.trials is None:
         return _plan_run(cfg, world_size)
     check_trials_evaluation(cfg)
-    if cfg.run.stop_at is not None:
-        raise ConfigError("run.stop_at and trials exclude each other: a comparison is of whole runs; shorten epochs")
+    if cfg.run.stop_at_step is not None:
+        raise ConfigError(
+            "run.stop_at_step and trials exclude each other: a comparison is of whole runs; shorten epochs"
+        )
     if cfg.init is not None:
         raise ConfigError("init and trials exclude each other: trials.arms says what each arm starts from")
     if len(cfg.trials.lr_per_256) > 1 and not cfg.data.holdout_per_class:
@@ -215,7 +221,7 @@ def _inspect_init_source(cfg: FinetuneConfig) -> PretrainedSource | None:
             )
         return None
     path = Path(cfg.init)
-    is_export = read_with_timeout(path, cfg.data.patience_seconds, (path / "card.json").exists)
+    is_export = read_with_timeout(path, cfg.data.stall_timeout_seconds, (path / "card.json").exists)
     return inspect_pretrained(path, None if is_export else cfg.init_name, cfg.data)
 
 

@@ -22,7 +22,7 @@ def train(plan: FinetunePlan, run: Run) -> None:
     """Run what the plan describes: one training, a cross-validation, trials, or probes."""
     if isinstance(plan, ProbePlan):
         run_probes(plan, run)
-    elif plan.cfg.folds is not None:
+    elif plan.cfg.cross_validation is not None:
         cross_validation.cross_validate(plan, run, fit)
     elif plan.cfg.trials is not None:
         run_trials(plan, run, fit)
@@ -36,7 +36,7 @@ def plan_finetuning(cfg: FinetuneConfig, world_size: int) -> FinetunePlan:
         return plan_probe_or_training(cfg, world_size)
     return (
         cross_validation.plan_cross_validation(cfg, world_size)
-        if cfg.folds is not None
+        if cfg.cross_validation is not None
         else plan_training(cfg, world_size)
     )
 

@@ -3,9 +3,9 @@
 A condition is text about one setting, under its dotted name:
 
     init                        set: neither null nor empty
-    target=latents              equal to a value, or to one of several (lesson=layers|relations)
+    target=features              equal to a value, or to one of several (method=layers|relations)
     engine.sharding!=ddp        unequal to a value
-    log.pictures_every>0        above a number; a list's length is compared
+    log.images_every>0        above a number; a list's length is compared
 """
 
 import operator
@@ -30,7 +30,7 @@ class Condition:
 
     @classmethod
     def parse(cls, text: str) -> "Condition":
-        """Return the condition of a text such as ``log.pictures_every>0``."""
+        """Return the condition of a text such as ``log.images_every>0``."""
         match = _CONDITION.fullmatch(text)
         assert match is not None, f"{text} is not a condition"
         values = () if match["values"] is None else tuple(map(parse_yaml, match["values"].split("|")))

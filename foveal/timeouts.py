@@ -10,7 +10,7 @@ from typing import TypeVar
 from foveal.errors import StorageUnreachableError
 
 T = TypeVar("T")
-DEFAULT_STALL_TIMEOUT = 600.0  # seconds; the default of data.patience_seconds
+DEFAULT_STALL_TIMEOUT = 600.0  # seconds; the default of data.stall_timeout_seconds
 STORAGE_AWAY_ERRNOS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EREMOTEIO, errno.ENOTCONN}
 _POLLS_PER_TIMEOUT = 10
 
@@ -24,7 +24,7 @@ def read_with_timeout(source: Path | str, stall_timeout: float, read: Callable[[
         return call_with_timeout(stall_timeout, read, extend_while_busy=True)
     except TimeoutError as error:
         raise StorageUnreachableError(
-            f"{source} cannot be read ({error}): check that its storage answers (data.patience_seconds sets the time "
+            f"{source} cannot be read ({error}): check that its storage answers (data.stall_timeout_seconds sets the time "
             f"limit)"
         ) from None
     except OSError as error:

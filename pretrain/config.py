@@ -21,38 +21,38 @@ class PretrainConfig(StageConfig):
     model: VitConfig = VitConfig()
     decoder: DecoderConfig = DecoderConfig()
     mask_ratio: float = science(0.75, "Fraction of patches masked.", gt=0, lt=1)
-    masking: MaskStrategy = science(
+    mask_strategy: MaskStrategy = science(
         "random", "Patches are masked one by one (random), in square blocks (block), or all but one per cell (grid)."
     )
-    mask_block: int = science(4, "Side of a block, in patches, for masking=block.", ge=2)
+    mask_block_size: int = science(4, "Side of a block, in patches, for mask_strategy=block.", ge=2)
     norm_pix: bool = science(True, "Normalise the target pixels per patch.")
     target: PredictionTarget = science(
         "pixels", "Prediction target of masked patches: pixels, or features of the EMA encoder (latents)."
     )
-    image_weight: float = science(
+    image_loss_weight: float = science(
         0.0, "Weight of predicting the full image's mean feature from the class token; 0: off.", ge=0
     )
     image_target: Literal["averaged", "own"] = science(
         "averaged",
         "Encoder of the full image: the EMA encoder (averaged), or the trained encoder without gradient (own).",
     )
-    average: float = science(0.996, "EMA decay per step at the start; rises to 1 along half a cosine.", ge=0, lt=1)
+    ema_decay: float = science(0.996, "EMA decay per step at the start; rises to 1 along half a cosine.", ge=0, lt=1)
 
     rules = (
         *StageConfig.rules,
         NO_PLATEAU_SCHEDULE,
         excludes(
-            "target=latents",
+            "target=features",
             "image_weight>0",
-            "image_target=own",
-            because="target=latents has an EMA encoder, which image_target=own leaves unused",
-            remedy="set image_target=averaged",
+            "image_target=online",
+            because="target=features has an EMA encoder, which image_target=online leaves unused",
+            remedy="set image_target=ema",
         ),
         excludes(
-            "target=latents",
-            "log.pictures_every>0",
-            because="pictures show reconstructed pixels, and target=latents reconstructs none",
-            remedy="remove log.pictures_every",
+            "target=features",
+            "log.images_every>0",
+            because="pictures show reconstructed pixels, and target=features reconstructs none",
+            remedy="remove log.images_every",
         ),
         requires(
             "init",
@@ -65,4 +65,4 @@ class PretrainConfig(StageConfig):
     @property
     def uses_ema(self) -> bool:
         """Whether the model has an EMA encoder."""
-        return self.target == "latents" or (self.image_weight > 0 and self.image_target == "averaged")
+        return self.target == "latents" or (self.image_loss_weight > 0 and self.image_target == "averaged")

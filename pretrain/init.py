@@ -62,7 +62,7 @@ def inspect_init_weights(path: Path, model: ResolvedVitConfig, data: DataConfig)
 
     Raises: ExportError if the weights do not fit.
     """
-    timeout_seconds = data.patience_seconds
+    timeout_seconds = data.stall_timeout_seconds
     weights, digest, card = _read_init_weights(path, timeout_seconds)
     source_card = None if card is None else parse_encoder_card(card.encoder, f"{path}/card.json")
     if isinstance(source_card, BackboneCard):

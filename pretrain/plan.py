@@ -21,7 +21,7 @@ class PretrainPlan(Plan):
 
     def ema_decay_at(self, step: int) -> float:
         """Return the EMA decay after a step."""
-        return cosine_ema_decay(step, start_decay=self.cfg.average, total_steps=self.total_steps)
+        return cosine_ema_decay(step, start_decay=self.cfg.ema_decay, total_steps=self.total_steps)
 
     def summary_lines(self) -> list[str]:
         return super().summary_lines() + ([] if self.init_source is None else self.init_source.summary_lines())
@@ -30,7 +30,9 @@ class PretrainPlan(Plan):
 def plan_pretraining(cfg: PretrainConfig, world_size: int) -> PretrainPlan:
     """Return the checked plan of these settings. Raises: ConfigError, DataError, ExportError."""
     model, size = resolve_sizes_for_image(cfg.model, cfg.data.image_size), cfg.data.image_size
-    mask_block_size = resolve_mask_block_size(cfg.masking, *model.patch_grid(size), cfg.mask_ratio, cfg.mask_block)
+    mask_block_size = resolve_mask_block_size(
+        cfg.mask_strategy, *model.patch_grid(size), cfg.mask_ratio, cfg.mask_block_size
+    )
     if cfg.init is None:
         return build_stage_plan(PretrainPlan, cfg, world_size, mask_block_size=mask_block_size)
     init_source = inspect_init_weights(Path(cfg.init), model, cfg.data)

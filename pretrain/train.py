@@ -44,7 +44,7 @@ def train(plan: PretrainPlan, run: Run) -> None:
                 run.save_checkpoint(engine, step.index)
             if preempted:
                 return run.mark_preempted(step.index)
-            if cfg.target == "pixels" and is_due(step.index, cfg.log.pictures_every, plan.stop_step):
+            if cfg.target == "pixels" and is_due(step.index, cfg.log.images_every, plan.stop_step):
                 save_reconstructions(step, engine, setup.objective, run)
     if plan.stop_step == plan.total_steps:
         run.export_weights(engine, encoder_card(cfg.model, cfg.data.image_size, cfg.data.channels), prefix="encoder.")
@@ -64,17 +64,17 @@ def build(plan: PretrainPlan, _device: torch.device) -> TrainingSetup[MaskedMode
         encoder,
         cfg.decoder,
         predict_features=cfg.target == "latents",
-        predict_image=cfg.image_weight > 0,
+        predict_image=cfg.image_loss_weight > 0,
         with_ema=cfg.uses_ema,
     )
     objective = MaskedModelingLoss(
         seed=cfg.seed,
-        mask_strategy=cfg.masking,
+        mask_strategy=cfg.mask_strategy,
         mask_ratio=cfg.mask_ratio,
         mask_block_size=plan.mask_block_size,
         norm_pix=cfg.norm_pix,
         target=cfg.target,
-        image_loss_weight=cfg.image_weight,
+        image_loss_weight=cfg.image_loss_weight,
         patch_size=sizes.patch,
         patch_grid=sizes.patch_grid(cfg.data.image_size),
         mean=plan.mean,

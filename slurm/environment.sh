@@ -35,7 +35,7 @@ srun_options=()
 # --- 5. What happens after a failure. The job is requeued, after a pause that grows with every start that came to nothing;
 #     the last one stays. As many starts in a row as there are pauses may fail again before any attempt has begun (the
 #     environment is missing on a node, a library cannot be imported, ranks die in the preflight): then the job ends and
-#     names the node. An attempt that began and saved nothing new counts for run.restarts of the settings. max_restarts
+#     names the node. An attempt that began and saved nothing new counts for run.max_attempts_without_progress of the settings. max_restarts
 #     bounds whatever else came to nothing, storage that does not answer above all; a start that gets further than any
 #     before sets all counts back, and being preempted counts for nothing. No node is excluded unless that is asked for,
 #     since a mistake that shows on every node would use them up one by one.

@@ -163,7 +163,7 @@ def build_jobs_and_options(pipeline_file: Path, overrides: Sequence[str]) -> tup
             depends_on=tuple(dict.fromkeys(name for name, _, _ in inputs.values())),
             run_dir=Path(cfg.run.dir),
             num_processes=cfg.run.processes,
-            has_folds=isinstance(cfg, FinetuneConfig) and cfg.folds is not None,
+            has_folds=isinstance(cfg, FinetuneConfig) and cfg.cross_validation is not None,
         )
         if same := [other.name for other in jobs.values() if other.run_dir == job.run_dir]:
             raise ConfigError(

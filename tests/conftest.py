@@ -67,8 +67,8 @@ def configs(digits: Path, one_rank: Ranks, tmp_path_factory: pytest.TempPathFact
         "seed": 3,
         "epochs": 1,
         "data": data,
-        "batch": {"images": 64, "at_once": 32},
-        "optim": {"lr_per_256": 4.0e-3, "warmup_epochs": 0.2, "clip": 1.0},
+        "batch": {"global_size": 64, "max_micro_size": 32},
+        "optim": {"lr_per_256": 4.0e-3, "warmup_epochs": 0.2, "max_grad_norm": 1.0},
         "log": {"every": 5},
         "checkpoint": {"every": 0},
     }

@@ -33,17 +33,17 @@ def plan_cross_validation(cfg: FinetuneConfig, world_size: int) -> FinetunePlan:
     The folds of the first repeat are planned, and so checked, before any run starts; other repeats have folds of about
     the same sizes. Raises: ConfigError, DataError, ExportError, LaunchError.
     """
-    assert cfg.folds is not None
+    assert cfg.cross_validation is not None
     _check_cross_validation(cfg)
-    plans = [plan_training(fold_cfg, world_size) for fold_cfg in fold_configs(cfg)[: cfg.folds.count]]
+    plans = [plan_training(fold_cfg, world_size) for fold_cfg in fold_configs(cfg)[: cfg.cross_validation.count]]
     return replace(plans[0], cfg=cfg)
 
 
 def fold_configs(cfg: FinetuneConfig) -> list[FinetuneConfig]:
     """Return the settings of all folds of all repeats, repeat by repeat."""
-    assert cfg.folds is not None
-    seeds = range(cfg.seed, cfg.seed + cfg.folds.repeats)
-    return [_fold_config(cfg, seed, fold) for seed in seeds for fold in range(cfg.folds.count)]
+    assert cfg.cross_validation is not None
+    seeds = range(cfg.seed, cfg.seed + cfg.cross_validation.repeats)
+    return [_fold_config(cfg, seed, fold) for seed in seeds for fold in range(cfg.cross_validation.count)]
 
 
 def cross_validate(plan: FinetunePlan, run: Run, fit: FitFn) -> None:
@@ -83,7 +83,7 @@ def dispatch_folds(cfg: FinetuneConfig, world: World, execute: Callable[[Finetun
     others wait and take over if it dies. Raises: the errors of the plan and of the runs.
     """
     task = read_slurm_array_task()
-    if cfg.folds is None or task is None:
+    if cfg.cross_validation is None or task is None:
         execute(cfg)
         return
     _check_cross_validation(cfg)
@@ -126,8 +126,8 @@ def _is_finished_uncached(cfg: FinetuneConfig) -> bool:
 
 
 def _fold_config(cfg: FinetuneConfig, seed: int, fold: int) -> FinetuneConfig:
-    assert cfg.folds is not None
-    changes = {"seed": seed, "data.fold": {"of": cfg.folds.count, "number": fold}}
+    assert cfg.cross_validation is not None
+    changes = {"seed": seed, "data.fold": {"of": cfg.cross_validation.count, "number": fold}}
     return nested_run_config(cfg, f"folds/seed{seed}-fold{fold}", changes)
 
 
@@ -135,9 +135,9 @@ def _check_cross_validation(cfg: FinetuneConfig) -> None:
     """Raise ConfigError for settings that ``folds`` excludes, LaunchError for unsuitable task ids of a Slurm array."""
     if cfg.trials is not None:
         raise ConfigError("folds and trials exclude each other: cross-validate the arm that a comparison has chosen")
-    if cfg.run.stop_at is not None:
+    if cfg.run.stop_at_step is not None:
         raise ConfigError(
-            "run.stop_at and folds exclude each other: a cross-validation is of whole runs; shorten epochs"
+            "run.stop_at_step and folds exclude each other: a cross-validation is of whole runs; shorten epochs"
         )
     if cfg.data.fold is not None:
         raise ConfigError("data.fold and folds exclude each other: folds trains on every fold in turn; leave one out")

@@ -16,7 +16,7 @@ _Count = Annotated[int, Field(ge=1)]
 class ProbeConfig(Config):
     """Probes of a frozen encoder, on features that are computed once and cached in the run directory.
 
-    The heads trained by gradient steps use ``epochs``, ``batch.images`` and ``optim`` of the stage: linear heads by
+    The heads trained by gradient steps use ``epochs``, ``batch.global_size`` and ``optim`` of the stage: linear heads by
     LARS, which ignores AdamW's settings, attentive heads by AdamW.
     """
 
@@ -32,7 +32,7 @@ class ProbeConfig(Config):
     features: FeatureSource | None = science(
         None, "Feature of a layer: class token, mean of the patch tokens, or both; null: as pooling."
     )
-    gigabytes: float = machine(50.0, "Largest size of the cached features, in 10^9 bytes.", gt=0)
+    max_gigabytes: float = machine(50.0, "Largest size of the cached features, in 10^9 bytes.", gt=0)
     linear_lr_per_256: tuple[_Rate, ...] = science(
         (0.1,), "Learning rates of the linear heads; all heads train in one pass.", min_length=1
     )

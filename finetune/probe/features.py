@@ -109,7 +109,7 @@ def extract_and_cache_features(plan: ProbePlan, run: Run) -> bool:
         writer = _FeatureWriter(draft, name, plan.file_shapes)
         with closing(writer), closing(run.evaluation_batches(0, split=split, subset=subset)) as batches:
             for batch in batches:
-                first_row = (batch.microbatch_index * run.world.size + run.world.rank) * plan.cfg.batch.at_once
+                first_row = (batch.microbatch_index * run.world.size + run.world.rank) * plan.cfg.batch.max_micro_size
                 run.world.run_all_or_raise(
                     partial(_extract_batch, plan, extractor, writer, first_row, batch.to(run.world.device))
                 )

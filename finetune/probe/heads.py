@@ -57,7 +57,7 @@ def fit_linear_probe(plan: ProbePlan, train: LayerFeatures) -> Resumable[Predict
         if schedule.is_epoch_end(step):
             yield
     norm.eval()
-    return lambda features: predict_classes_per_head(features, logits, plan.cfg.batch.at_once)
+    return lambda features: predict_classes_per_head(features, logits, plan.cfg.batch.max_micro_size)
 
 
 def lars_step(weights: Tensor, grads: Tensor, momentum_buffers: Tensor, lr_per_head: Tensor) -> None:
@@ -102,9 +102,9 @@ def fit_attentive_probe(plan: ProbePlan, train: LayerFeatures) -> Resumable[Pred
 
     for step, rows in schedule.batches():
         _sum_head_losses(logits(train.load(rows)), train.labels[rows]).backward()
-        if optim.clip is not None:
+        if optim.max_grad_norm is not None:
             for head in heads:
-                clip_grad_norm_(head.parameters(), optim.clip)
+                clip_grad_norm_(head.parameters(), optim.max_grad_norm)
         lr_G = schedule.learning_rates(peak_lrs, step)
         for group in optimizer.param_groups:
             group["lr"] = lr_G[group["head"]]
@@ -112,7 +112,7 @@ def fit_attentive_probe(plan: ProbePlan, train: LayerFeatures) -> Resumable[Pred
         optimizer.zero_grad()
         if schedule.is_epoch_end(step):
             yield
-    return lambda features: predict_classes_per_head(features, logits, plan.cfg.batch.at_once)
+    return lambda features: predict_classes_per_head(features, logits, plan.cfg.batch.max_micro_size)
 
 
 @contextmanager
@@ -132,14 +132,14 @@ class _HeadSchedule:
 
     @property
     def steps_per_epoch(self) -> int:
-        return max(1, self.num_images // self.plan.cfg.batch.images)
+        return max(1, self.num_images // self.plan.cfg.batch.global_size)
 
     def is_epoch_end(self, step: int) -> bool:
         return (step + 1) % self.steps_per_epoch == 0
 
     def batches(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield each step, from 0, and the positions of its images."""
-        cfg, size = self.plan.cfg, self.plan.cfg.batch.images
+        cfg, size = self.plan.cfg, self.plan.cfg.batch.global_size
         for epoch in range(cfg.epochs):
             order = draw_permutation(derive_key(cfg.seed, "probe order", epoch), self.num_images)
             for index in range(self.steps_per_epoch):
@@ -151,8 +151,8 @@ class _HeadSchedule:
         return [
             warmup_cosine_lr(
                 step,
-                peak_lr=peak_lr * cfg.batch.images / 256,
-                min_lr=cfg.optim.floor_lr,
+                peak_lr=peak_lr * cfg.batch.global_size / 256,
+                min_lr=cfg.optim.min_lr,
                 warmup_steps=round(cfg.optim.warmup_epochs * self.steps_per_epoch),
                 total_steps=cfg.epochs * self.steps_per_epoch,
             )

@@ -34,7 +34,7 @@ def fit_logistic_probe(plan: ProbePlan, train: LayerFeatures) -> Resumable[Predi
         standardised = (features_BF.double() - mean) / scale
         return torch.einsum("bf,gkf->gbk", standardised, weight_GKF) + bias_GK[:, None]
 
-    return lambda features: predict_classes_per_head(features, logits, plan.cfg.batch.at_once)
+    return lambda features: predict_classes_per_head(features, logits, plan.cfg.batch.max_micro_size)
 
 
 def fit_logistic_regression(

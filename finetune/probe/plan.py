@@ -121,7 +121,7 @@ def plan_probe_or_training(cfg: FinetuneConfig, world_size: int) -> FinetunePlan
 _TRAINING_ONLY_SETTINGS = (
     *("drop_path", "dropout", "label_smoothing", "mixup", "cutmix", "erase", "class_weights", "average", "frozen"),
     *("adversarial", "teacher", "early_stopping", "evaluate_every", "optim.lr_per_256", "optim.layer_decay"),
-    *("optim.kind", "optim.momentum", "optim.schedule", "optim.step_epochs"),
+    *("optim.name", "optim.momentum", "optim.schedule", "optim.step_epochs"),
 )
 
 
@@ -134,8 +134,10 @@ def _check_probe_settings(cfg: FinetuneConfig, probe: ProbeConfig) -> None:
         raise ConfigError(
             "probe reads one class of an image, and is evaluated on data.val: leave out data.labels and data.fold"
         )
-    if cfg.run.stop_at is not None:
-        raise ConfigError("run.stop_at and probe exclude each other: its heads are trained to the end; shorten epochs")
+    if cfg.run.stop_at_step is not None:
+        raise ConfigError(
+            "run.stop_at_step and probe exclude each other: its heads are trained to the end; shorten epochs"
+        )
     if cfg.data.mix:
         raise ConfigError("data.mix and probe exclude each other: features are those of data.path alone; leave mix out")
     default = FinetuneConfig.model_construct(optim=type(cfg.optim)())
@@ -171,20 +173,20 @@ def _check_features(plan: ProbePlan) -> None:
         raise ConfigError(
             f"probe.layers has {plan.layers[-1]}, and the encoder has blocks 1 to {plan.encoder['depth']}"
         )
-    if plan.feature_files_bytes > probe.gigabytes * 1e9:
+    if plan.feature_files_bytes > probe.max_gigabytes * 1e9:
         largest = "patches" if probe.reads_patches else "features"
         raise ConfigError(
-            f"probe.gigabytes={probe.gigabytes:g}, but the {largest} of {sum(plan.image_counts.values()):,} images in "
-            f"{len(plan.layers)} layers take {format_bytes(plan.feature_files_bytes)}: allow as much, or set data.per_class, "
+            f"probe.max_gigabytes={probe.max_gigabytes:g}, but the {largest} of {sum(plan.image_counts.values()):,} images in "
+            f"{len(plan.layers)} layers take {format_bytes(plan.feature_files_bytes)}: allow as much, or set data.samples_per_class, "
             f"fewer layers or other kinds"
         )
     if "knn" in probe.kinds and max(probe.k) > plan.image_counts["train"]:
         raise ConfigError(
             f"probe.k has {max(probe.k)}, and there are {plan.image_counts['train']} images to be neighbours"
         )
-    if cfg.batch.images > plan.image_counts["train"]:
+    if cfg.batch.global_size > plan.image_counts["train"]:
         raise ConfigError(
-            f"batch.images={cfg.batch.images}, and there are {plan.image_counts['train']} images to learn from"
+            f"batch.global_size={cfg.batch.global_size}, and there are {plan.image_counts['train']} images to learn from"
         )
 
 

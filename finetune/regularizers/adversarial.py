@@ -32,14 +32,14 @@ class Attack:
         cfg, clean = self.cfg, images.detach()
         std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
         mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
-        epsilon, step_size = cfg.epsilon / 255 / std, cfg.step / 255 / std
+        epsilon, step_size = cfg.epsilon / 255 / std, cfg.step_size / 255 / std
         black, white = -mean / std, (1 - mean) / std
         low, high = torch.maximum(clean - epsilon, black), torch.minimum(clean + epsilon, white)
-        if cfg.kind == "fgsm":
+        if cfg.attack == "fgsm":
             return self._gradient_step(loss_sum_fn, clean, epsilon, low, high)
         noise = draw_uniform(derive_key(self.seed, "attack"), sample_keys_B, clean[0].numel()).view_as(clean)
         attacked = (low + noise * (high - low)).to(clean.dtype)
-        for _ in range(cfg.iterations):
+        for _ in range(cfg.steps):
             attacked = self._gradient_step(loss_sum_fn, attacked, step_size, low, high)
         return attacked
 

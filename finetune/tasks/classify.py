@@ -82,8 +82,8 @@ class ClassificationLoss:
         """Return normalised images after random erasing, mixup and cutmix, and their targets [B, K]."""
         cfg, images = self.cfg, normalise(batch.images, self.mean, self.std)
         targets_BK = _TARGETS[cfg.data.labels](batch, len(self.class_weights), cfg.label_smoothing)
-        if cfg.erase:
-            images = apply_random_erasing(images, batch.sample_keys, cfg.seed, cfg.erase)
+        if cfg.random_erasing:
+            images = apply_random_erasing(images, batch.sample_keys, cfg.seed, cfg.random_erasing)
         if cfg.mixup or cfg.cutmix:
             images, own_B = apply_mixup_cutmix(
                 images,
@@ -91,7 +91,7 @@ class ClassificationLoss:
                 cfg.seed,
                 mixup=cfg.mixup,
                 cutmix=cfg.cutmix,
-                cutmix_share=cfg.cutmix_share,
+                cutmix_share=cfg.mixup_switch_prob,
             )
             targets_BK = mix_adjacent_pairs(targets_BK, own_B[:, None])
         return images, targets_BK

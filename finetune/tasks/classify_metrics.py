@@ -36,7 +36,7 @@ def compute_classification_metrics(
             if attack is not None:
                 counts[4] += _count_robust(engine, attack, images, batch)
     top1, top5, loss, images, robust = run.world.all_reduce_sum(counts).tolist()
-    images = max(images, 1.0)  # data.max_bad may allow that no sample decodes
+    images = max(images, 1.0)  # data.max_bad_fraction may allow that no sample decodes
     metrics = {"top1": top1 / images, "top5": top5 / images, "loss": loss / images}
     return metrics if attack is None else metrics | {"robust_top1": robust / images}
 

@@ -30,7 +30,7 @@ def compute_detection_metrics(
     """Return ``map`` (mean over IoU 0.5 to 0.95), ``map_50``, ``map_75``, in [0, 1], and ``loss`` after a step.
 
     With ``detect.each_class`` also ``ap_<name>``, the average precision of each class over the same IoU thresholds.
-    Boxes are in pixels of the evaluated image (``data.val_size``, else ``data.image_size``). Each image counts once;
+    Boxes are in pixels of the evaluated image (``data.eval_size``, else ``data.image_size``). Each image counts once;
     padding and classes without boxes are excluded. Every rank must call it; rank 0 computes the average precision.
     Raises: DataError if no image has a box.
     """
@@ -65,7 +65,7 @@ def compute_detection_metrics(
     if ap_TK.isnan().all():
         raise DataError(f"split '{split}' has no box to measure by: set data.val to a split that has some")
     metrics = {name: ap.nanmean().item() for name, ap in precisions.items() if not ap.isnan().all()}
-    return metrics | {"loss": loss / max(images, 1.0)}  # data.max_bad may allow that no sample decodes
+    return metrics | {"loss": loss / max(images, 1.0)}  # data.max_bad_fraction may allow that no sample decodes
 
 
 def _pair_with_targets(batch: Batch, detections: Sequence[Detections]) -> list[ImageDetections]:

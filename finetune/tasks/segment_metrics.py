@@ -74,7 +74,7 @@ def compute_segmentation_metrics(
 ) -> dict[str, float]:
     """Return ``miou``, ``pixels`` (pixel accuracy) and ``iou_<class>`` in [0, 1], and ``loss``, after a step.
 
-    All labelled pixels at data.val_size count; each image counts once, padding is excluded. Classes that are neither in
+    All labelled pixels at data.eval_size count; each image counts once, padding is excluded. Classes that are neither in
     the masks nor predicted have no IoU and are not in the mean. Every rank must call it; rank 0 draws its first images
     of data.val. Raises: DataError if no pixel has a label.
     """

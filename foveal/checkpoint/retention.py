@@ -100,14 +100,14 @@ class CheckpointDirectory:
             keep = num_valid < cfg.keep or (is_valid and is_multiple)
             num_valid += is_valid
             (kept_folders if keep else removals).append(folder)
-        if cfg.gigabytes:
+        if cfg.max_gigabytes:
             total = 0
             for folder in sorted(
                 kept_folders, key=unusable.__contains__
             ):  # unusable checkpoints get the remaining space
                 total += sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-                if total > cfg.gigabytes * 1e9 and folder != newest:
-                    _log.info("checkpoint.gigabytes=%g: %s is removed", cfg.gigabytes, folder)
+                if total > cfg.max_gigabytes * 1e9 and folder != newest:
+                    _log.info("checkpoint.max_gigabytes=%g: %s is removed", cfg.max_gigabytes, folder)
                     removals.append(folder)
         self.remove_in_background(removals)
 

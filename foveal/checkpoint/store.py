@@ -187,7 +187,7 @@ class CheckpointStore:
         copies = self._writer.copy_to_host_buffer(chunks)
         self._writer.start(lambda: self._write_files(draft_path(folder), copies, state))
         self._pending = PendingSave(folder, state, num_bytes, time.monotonic() - started_at)
-        return committed if self._cfg.overlap else self.wait_and_commit()
+        return committed if self._cfg.async_save else self.wait_and_commit()
 
     def wait_and_commit(self) -> SaveResult | None:
         """Wait for the pending save and commit it. After the time limit it stays pending, with a warning."""

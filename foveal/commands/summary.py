@@ -53,7 +53,7 @@ def _build_trials_tables(runs: dict[str, dict[str, Any]]) -> list[Table]:
         arms = [key.removesuffix("_top1_lowest") for key in metrics if key.endswith("_top1_lowest")]
         if not arms:
             continue
-        per_class, repeats = science["data.per_class"], science["trials.repeats"]
+        per_class, repeats = science["data.samples_per_class"], science["trials.repeats"]
         labels = f"{per_class} labels a class" if per_class else "all labels"
         table = Table(title=f"{name}: {labels}, {repeats} seeds, each arm's own best rate", title_justify="left")
         for column in ("start", "top-1", "lowest to highest", "lr per 256"):

@@ -21,7 +21,7 @@ class AugmentConfig(Config):
     ratio: tuple[float, float] = science(
         (3 / 4, 4 / 3), "aspect ratio (width / height) of a crop relative to image_size: [lowest, highest]"
     )
-    flip: float = science(0.5, "probability of a horizontal flip", ge=0, le=1)
+    hflip: float = science(0.5, "probability of a horizontal flip", ge=0, le=1)
     operations: int = science(0, "RandAugment: number of operations (color or shape) per training image", ge=0)
     magnitude: float = science(9.0, "RandAugment: mean strength of an operation, of 10", ge=0, le=10)
     magnitude_std: float = science(0.5, "RandAugment: standard deviation of the strength", ge=0)
@@ -35,7 +35,7 @@ class AugmentConfig(Config):
     @property
     def is_deterministic(self) -> bool:
         """Whether a sample has the same pixels in every epoch."""
-        return self.is_max_center_crop and self.flip in (0.0, 1.0) and not self.operations
+        return self.is_max_center_crop and self.hflip in (0.0, 1.0) and not self.operations
 
     @model_validator(mode="after")
     def _check_ranges(self) -> Self:
@@ -50,7 +50,7 @@ class CacheConfig(Config):
     """Local copies of remote shards, shared by all ranks of a node and possibly by several jobs."""
 
     dir: str | None = machine(None, "folder on the node's local disk; null: foveal-cache-<user id> in $TMPDIR or /tmp")
-    gigabytes: float = machine(
+    max_gigabytes: float = machine(
         100.0, "limit of the folder in 10^9 bytes; least recently used files are removed first", gt=0
     )
 
@@ -61,7 +61,7 @@ class MixConfig(Config):
     path: str = machine(description="folder or URL of its shards")
     index: str | None = machine(None, "folder or URL of its manifest.json and *.index files; null: path")
     split: str = science("train", "split to draw from")
-    share: float = science(description="fraction of the training images from this data set", gt=0, lt=1)
+    fraction: float = science(description="fraction of the training images from this data set", gt=0, lt=1)
 
 
 class FoldConfig(Config):
@@ -86,7 +86,7 @@ class DataConfig(Config):
     val: str = science("val", "split for evaluation")
     image_size: ImageSize = science(description="model input size in pixels: side, or [height, width]")
     channels: Literal[1, 3] = science(3, "1: convert images to grayscale, 3: to RGB")
-    val_size: ImageSize | None = science(None, "input size in evaluation, in pixels; null: image_size")
+    eval_size: ImageSize | None = science(None, "input size in evaluation, in pixels; null: image_size")
     labels: LabelKind = science("class", "kind of label: a class, several classes, a mask of class ids, or COCO boxes")
     label_field: str | None = science(
         None, "shard member that holds the label; null: mask.png for masks, json for classes and boxes"
@@ -98,7 +98,7 @@ class DataConfig(Config):
     window: int = science(
         4, "largest shuffle window of a lane, in shards; the windows of a lane have equal length", ge=1
     )
-    per_class: int | None = science(None, "training samples per class; null: all", ge=1)
+    samples_per_class: int | None = science(None, "training samples per class; null: all", ge=1)
     balance: float = science(
         0.0,
         "oversampling: a class of n samples appears n (largest / n)^balance times per epoch; 0: none, 1: equal classes",
@@ -110,7 +110,7 @@ class DataConfig(Config):
         None, "cross-validation: train on the other folds and evaluate on this fold instead of val; null: off"
     )
     augment: AugmentConfig = science(AugmentConfig())
-    crop_ratio: float = science(
+    eval_crop_ratio: float = science(
         0.875, "evaluation: side of the center crop as a fraction of the largest possible one", gt=0, le=1
     )
     mean: tuple[float, ...] | None = science(None, "pixel mean per channel, in [0, 1]; null: the manifest's")
@@ -122,12 +122,14 @@ class DataConfig(Config):
     )
     mix: tuple[MixConfig, ...] = science((), "additional data sets, each with its fraction of the training images")
     threads: int = machine(2, "reader and decoder threads per rank", ge=1)
-    ahead: int = machine(4, "microbatches prepared ahead of the training loop", ge=1)
+    prefetch_batches: int = machine(4, "microbatches prepared ahead of the training loop", ge=1)
     cache: CacheConfig = CacheConfig()
-    patience_seconds: float = machine(
+    stall_timeout_seconds: float = machine(
         600.0, "seconds that reading data may make no progress before the run stops", gt=0
     )
-    max_bad: float = machine(0.001, "fraction of training images that may fail to decode; more stop the run", ge=0)
+    max_bad_fraction: float = machine(
+        0.001, "fraction of training images that may fail to decode; more stop the run", ge=0
+    )
     ledger: bool = machine(False, "record the samples of every step, for `foveal data audit`")
 
     @property
@@ -138,7 +140,7 @@ class DataConfig(Config):
     @property
     def eval_image_hw(self) -> tuple[int, int]:
         """Input size in evaluation in pixels, (height, width)."""
-        return self.image_hw if self.val_size is None else height_and_width(self.val_size)
+        return self.image_hw if self.eval_size is None else height_and_width(self.eval_size)
 
     @model_validator(mode="after")
     def _check_pixel_stats(self) -> Self:
@@ -153,8 +155,10 @@ class DataConfig(Config):
 
     @model_validator(mode="after")
     def _check_mix_shares(self) -> Self:
-        if self.mix and sum(Fraction(repr(entry.share)) for entry in self.mix) >= 1:
-            raise ValueError(f"the shares in mix are {[entry.share for entry in self.mix]}: their sum must be below 1")
+        if self.mix and sum(Fraction(repr(entry.fraction)) for entry in self.mix) >= 1:
+            raise ValueError(
+                f"the shares in mix are {[entry.fraction for entry in self.mix]}: their sum must be below 1"
+            )
         return self
 
 

@@ -60,7 +60,7 @@ class Dataset:
             channels=cfg.channels,
             pixel_stats=(cfg.mean, cfg.std),
             cache_config=cfg.cache,
-            stall_timeout=cfg.patience_seconds,
+            stall_timeout=cfg.stall_timeout_seconds,
         )
         # Pretraining needs no evaluation split; a missing split raises in evaluation.
         eval_splits = [cfg.val] if cfg.val in dataset.manifest.splits else []
@@ -138,7 +138,9 @@ class Dataset:
         for shard in shards:
             path = self._shard_reader.folder.display_path(shard.file)
             if self._cache and self._cache.max_bytes < shard.bytes:
-                raise DataError(f"{path} has {shard.bytes / 1e9:.3g} GB, more than data.cache.gigabytes: raise that")
+                raise DataError(
+                    f"{path} has {shard.bytes / 1e9:.3g} GB, more than data.cache.max_gigabytes: raise that"
+                )
             if shard_sizes is not None and shard.file not in shard_sizes:
                 _probe_file(self._shard_reader, shard.file)
                 raise DataError(

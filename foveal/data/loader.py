@@ -109,7 +109,7 @@ def eval_batches(
     label_reader = make_label_reader(cfg, dataset)
 
     def crop_of(_row: int, _sample_key: int) -> CropFunction:
-        return lambda width, height: (compute_eval_crop(width, height, cfg.crop_ratio, cfg.eval_image_hw), False)
+        return lambda width, height: (compute_eval_crop(width, height, cfg.eval_crop_ratio, cfg.eval_image_hw), False)
 
     def plan_microbatches() -> Iterator[MicrobatchPlan]:
         for microbatch_index in range(num_batches):
@@ -163,7 +163,7 @@ def _prefetch_batches(
     cfg: DataConfig, progress: Callable[[], int], plans: Iterator[MicrobatchPlan]
 ) -> Generator[Batch, None, None]:
     """Yield batches in the order of the plans; cfg.ahead further microbatches decode while the caller uses one."""
-    pool = WorkerPool(cfg.threads, cfg.patience_seconds, progress)
+    pool = WorkerPool(cfg.threads, cfg.stall_timeout_seconds, progress)
     queue: collections.deque[tuple[PendingBatch, list[Future[None]]]] = collections.deque()
 
     def submit(plan: MicrobatchPlan) -> tuple[PendingBatch, list[Future[None]]]:
@@ -184,7 +184,7 @@ def _prefetch_batches(
     try:
         for plan in plans:
             queue.append(submit(plan))
-            if len(queue) > cfg.ahead:
+            if len(queue) > cfg.prefetch_batches:
                 yield next_batch()
         while queue:
             yield next_batch()

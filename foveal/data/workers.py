@@ -104,7 +104,7 @@ class WorkerPool:
         describers = [worker.describe_current_sample for worker in self._workers]
         samples = "; ".join(describe() for describe in describers if describe is not None) or "no sample"
         return (
-            f"no data for {self._stall_timeout:g} s (data.patience_seconds), the loader is stuck at {samples}; "
+            f"no data for {self._stall_timeout:g} s (data.stall_timeout_seconds), the loader is stuck at {samples}; "
             f"the stacks of all threads are in the log: check that the storage answers, and start again"
         )
 

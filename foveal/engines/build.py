@@ -21,16 +21,16 @@ def check_engine_config(
         raise ConfigError(
             f"engine.kind=plain runs in one process, this run has {world_size}; use deepspeed or accelerate"
         )
-    if optim.kind == "lars" and cfg.sharding == "fsdp2":
+    if optim.name == "lars" and cfg.sharding == "fsdp2":
         raise ConfigError(
-            "optim.kind=lars needs the norms of whole weights, which engine.sharding=fsdp2 cuts up; use ddp, or sgd or "
+            "optim.name=lars needs the norms of whole weights, which engine.sharding=fsdp2 cuts up; use ddp, or sgd or "
             "adamw"
         )
     if "deepspeed" in (cfg.kind, cfg.sharding):
-        if optim.kind != "adamw":
+        if optim.name != "adamw":
             raise ConfigError(
-                f"optim.kind={optim.kind} does not run on DeepSpeed, which takes adamw only; use "
-                f"engine.kind=accelerate with engine.sharding=ddp{'' if optim.kind == 'lars' else ' or fsdp2'}"
+                f"optim.name={optim.name} does not run on DeepSpeed, which takes adamw only; use "
+                f"engine.kind=accelerate with engine.sharding=ddp{'' if optim.name == 'lars' else ' or fsdp2'}"
             )
         from foveal.engines.deepspeed import build_deepspeed_config
 
@@ -44,8 +44,10 @@ def check_engine_config(
 
 def set_matmul_and_determinism(cfg: EngineConfig) -> None:
     """Set this process's float32 precision of products, and deterministic convolutions."""
-    torch.set_float32_matmul_precision(cfg.matmul)
-    torch.backends.cudnn.allow_tf32 = cfg.matmul != "highest"  # a separate switch for convolutions, on by default
+    torch.set_float32_matmul_precision(cfg.float32_matmul_precision)
+    torch.backends.cudnn.allow_tf32 = (
+        cfg.float32_matmul_precision != "highest"
+    )  # a separate switch for convolutions, on by default
     torch.backends.cudnn.deterministic = True  # else a convolution's backward may add in a varying order
 
 
@@ -64,7 +66,7 @@ def build_engine(
     The engine's library is imported only here: DeepSpeed takes longer to import than torch.
     """
     set_matmul_and_determinism(cfg)
-    if cfg.recompute:
+    if cfg.activation_checkpointing:
         cast(Any, model).set_grad_checkpointing(enable=True)
     if cfg.compile:
         model.compile()  # in place, so that no `_orig_mod.` prefix reaches a file

@@ -21,11 +21,11 @@ class EngineConfig(Config):
         1, "DeepSpeed's ZeRO stage: over ranks, 1 partitions optimizer states, 2 also gradients, 3 also weights."
     )
     precision: Precision = machine("fp32", "bf16: autocast to bf16 products, with fp32 weights; fp32: no autocast.")
-    matmul: Literal["highest", "high", "medium"] = machine(
+    float32_matmul_precision: Literal["highest", "high", "medium"] = machine(
         "highest", "torch's float32 matmul precision; 'medium' computes bf16 products on some processors."
     )
     compile: bool = machine(False, "Compile the model in place with torch.compile.")
-    recompute: bool = machine(
+    activation_checkpointing: bool = machine(
         False, "Recompute each block's activations in the backward pass: less memory, same result."
     )
     timeout_minutes: float = machine(30.0, "Time limit of a collective, in minutes.", gt=0)

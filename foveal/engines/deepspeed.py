@@ -60,7 +60,7 @@ def build_deepspeed_config(
         "train_batch_size": microbatch_size * accumulation_steps * world_size,
         "train_micro_batch_size_per_gpu": microbatch_size,
         "gradient_accumulation_steps": accumulation_steps,
-        "gradient_clipping": (optim.clip or 0.0) if cfg.zero else 0.0,
+        "gradient_clipping": (optim.max_grad_norm or 0.0) if cfg.zero else 0.0,
         "zero_optimization": {"stage": cfg.zero},
         # fp32 weights under autocast, as in the other engines. DeepSpeed's bf16 section trains bf16 weights: an update
         # below half a unit in the last place does not reach the forward, and the loss deviates (17 % measured).

@@ -34,7 +34,7 @@ class _ShardedSGD(_ShardedOptimizer, GuardedSGD):
 
 def build_sharded_optimizer(param_groups: list[dict[str, Any]], cfg: OptimConfig) -> GuardedOptimizer:
     """Build the guarded optimizer for shards; ``check_engine_config`` refuses LARS, which needs whole weights."""
-    return {"adamw": _ShardedAdamW, "sgd": _ShardedSGD}[cfg.kind](param_groups, cfg)
+    return {"adamw": _ShardedAdamW, "sgd": _ShardedSGD}[cfg.name](param_groups, cfg)
 
 
 def apply_fsdp(model: nn.Module, param_groups: list[dict[str, Any]], world: World) -> list[dict[str, Any]]:

@@ -67,7 +67,7 @@ class Forecast:
         """Return the memory of a rank under another engine, or with another microbatch size."""
         plan = self.plan
         size = microbatch_size or plan.microbatch_size
-        trace = self._trace(engine_cfg.precision, size, recompute=engine_cfg.recompute)
+        trace = self._trace(engine_cfg.precision, size, recompute=engine_cfg.activation_checkpointing)
         return estimate_memory(
             self.parameter_counts,
             trace,
@@ -108,12 +108,12 @@ class Forecast:
     def selected_variant(self) -> str:
         """The column of ``memory_by_sharding`` that the config selects."""
         cfg = self.plan.cfg.engine
-        return f"{cfg.precision}{', recompute' if cfg.recompute else ''}"
+        return f"{cfg.precision}{', recompute' if cfg.activation_checkpointing else ''}"
 
     @property
     def global_flops_per_step(self) -> float:
         """Floating-point operations of a step, all ranks."""
-        return self.flops_per_sample.forward_backward * self.plan.cfg.batch.images
+        return self.flops_per_sample.forward_backward * self.plan.cfg.batch.global_size
 
     @property
     def step_seconds(self) -> float | None:
@@ -152,7 +152,7 @@ class Forecast:
     def images_per_second_per_rank(self) -> float | None:
         """Images that a rank must decode per second to keep up with training; None if the GPUs' peak is unknown."""
         step = self.step_seconds
-        return None if step is None else self.plan.cfg.batch.images / self.plan.world_size / step
+        return None if step is None else self.plan.cfg.batch.global_size / self.plan.world_size / step
 
     def gpu_network_bytes_per_step(self, engine_cfg: EngineConfig) -> float:
         """Return the bytes that a rank sends in a step, with ring collectives."""
@@ -220,4 +220,4 @@ def engine_overrides_by_sharding(stage_cfg: StageConfig) -> dict[str, dict[str, 
     if cfg.kind == "deepspeed" or cfg.sharding == "deepspeed":
         return {f"ZeRO {stage}": {"zero": stage} for stage in (0, 1, 2, 3)}
     ddp = {"DDP": {"sharding": "ddp"}}
-    return ddp if stage_cfg.optim.kind == "lars" else ddp | {"FSDP2": {"sharding": "fsdp2"}}
+    return ddp if stage_cfg.optim.name == "lars" else ddp | {"FSDP2": {"sharding": "fsdp2"}}

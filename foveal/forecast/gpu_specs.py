@@ -19,7 +19,7 @@ class GpuSpec:
         """Return the peak rate of matrix products under the engine's precision settings."""
         if cfg.precision == "bf16":
             return self.bf16_tflops
-        return self.fp32_tflops if cfg.matmul == "highest" else self.tf32_tflops
+        return self.fp32_tflops if cfg.float32_matmul_precision == "highest" else self.tf32_tflops
 
 
 GPU_SPECS = {

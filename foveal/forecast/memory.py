@@ -115,7 +115,7 @@ def _engine_bytes(
     deepspeed = cfg.kind == "deepspeed"
     buckets = weights if ranks > 1 and not deepspeed else 0.0  # DDP keeps copies of the gradients
     flat = min(weights, _BUCKET_ELEMENTS * _FP32) if deepspeed else 0.0
-    temporary = 0.0 if optim.kind == "adamw" and optim.fused else weights  # unfused optimizers allocate a copy
+    temporary = 0.0 if optim.name == "adamw" and optim.fused else weights  # unfused optimizers allocate a copy
     return _EngineBytes(
         weights,
         optim.moments_per_parameter * weights,

@@ -56,7 +56,9 @@ def _memory_problems(forecast: Forecast) -> list[Problem]:
     if limit is None or needed <= limit:
         return []
     settings = _find_fitting_settings(forecast, limit)
-    remedy = f"set {settings}" if settings else "no sharding, recomputation or smaller batch.at_once makes it fit"
+    remedy = (
+        f"set {settings}" if settings else "no sharding, recomputation or smaller batch.max_micro_size makes it fit"
+    )
     return [Problem(True, f"memory: a GPU needs {needed / 1e9:.1f} GB and has {limit / 1e9:.0f}; {remedy}")]
 
 
@@ -67,14 +69,16 @@ def _find_fitting_settings(forecast: Forecast, limit: float) -> str | None:
     shardings = list(options.values())[list(options).index(forecast.selected_sharding) :]  # less sharding needs more
     parameters = forecast.parameter_counts
     sizes = [n for n in range(current_size - 1, parameters.min_microbatch_size - 1, -1) if current_size % n == 0]
-    for recompute in dict.fromkeys((cfg.recompute, parameters.can_recompute)):
+    for recompute in dict.fromkeys((cfg.activation_checkpointing, parameters.can_recompute)):
         for size in (current_size, *sizes):
             for sharding in shardings:
                 candidate = cfg.model_copy(update={**sharding, "recompute": recompute})
                 if forecast.estimate_memory_with(candidate, size).required_bytes <= limit:
                     changes = [f"engine.{key}={value}" for key, value in sharding.items() if value != getattr(cfg, key)]
-                    changes += [f"batch.at_once={size}"] if size != current_size else []
-                    changes += ["engine.recompute=true"] if recompute != cfg.recompute else []
+                    changes += [f"batch.max_micro_size={size}"] if size != current_size else []
+                    changes += (
+                        ["engine.activation_checkpointing=true"] if recompute != cfg.activation_checkpointing else []
+                    )
                     return " ".join(changes)
     return None
 
@@ -153,11 +157,11 @@ def _time_problems(forecast: Forecast, limits: JobLimits) -> list[Problem]:
 
 def _disk_problems(forecast: Forecast) -> list[Problem]:
     cfg, size = forecast.plan.cfg.checkpoint, forecast.checkpoint_bytes
-    if cfg.gigabytes and 2 * size > cfg.gigabytes * 1e9:
+    if cfg.max_gigabytes and 2 * size > cfg.max_gigabytes * 1e9:
         return [
             Problem(
                 False,
-                f"checkpoints: checkpoint.gigabytes={cfg.gigabytes:g} is less than two checkpoints of {size / 1e9:.2f} "
+                f"checkpoints: checkpoint.max_gigabytes={cfg.max_gigabytes:g} is less than two checkpoints of {size / 1e9:.2f} "
                 f"GB: no older one is left if the newest is damaged; raise it",
             )
         ]

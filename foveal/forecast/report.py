@@ -36,11 +36,11 @@ def forecast_to_dict(
         "runs": plan.num_runs,
         "epochs": plan.cfg.epochs,
         "steps_per_epoch": plan.steps_per_epoch,
-        "images": plan.cfg.batch.images,
+        "images": plan.cfg.batch.global_size,
         "at_once": plan.microbatch_size,
         "micros": plan.accumulation_steps,
         "lanes": plan.cfg.data.lanes,
-        "lr": plan.cfg.optim.peak_lr(plan.cfg.batch.images),
+        "lr": plan.cfg.optim.peak_lr(plan.cfg.batch.global_size),
         "parameters": forecast.parameter_counts.trainable,
         "flops_per_image": {
             "forward": forecast.flops_per_sample.forward,

@@ -200,7 +200,7 @@ def set_activation_checkpointing(backbone: Any, enable: bool) -> None:
         backbone.set_grad_checkpointing(enable)
     except TIMM_ERRORS:
         raise ConfigError(
-            f"timm cannot recompute the activations of '{_architecture_name(backbone)}': set engine.recompute=false"
+            f"timm cannot recompute the activations of '{_architecture_name(backbone)}': set engine.activation_checkpointing=false"
         ) from None
     for norm in find_batch_norms(backbone) if enable else []:
         norm.forward = functools.partial(_forward_updating_stats_once, norm, norm.forward)

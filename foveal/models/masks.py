@@ -75,7 +75,7 @@ def resolve_mask_block_size(strategy: MaskStrategy, rows: int, columns: int, mas
     if strategy == "block":
         if block_size > min(rows, columns):
             raise ConfigError(
-                f"mask_block={block_size} is larger than an image of {rows} x {columns} patches; at most "
+                f"mask_block_size={block_size} is larger than an image of {rows} x {columns} patches; at most "
                 f"{min(rows, columns)} fits"
             )
         return block_size
@@ -92,13 +92,13 @@ def _grid_cell_size(rows: int, columns: int, num_visible: int, mask_ratio: float
         return side_by_num_cells[num_visible]
     if not sides:
         raise ConfigError(
-            f"masking=grid cannot divide {rows} x {columns} patches into equal square cells; use masking=random"
+            f"mask_strategy=grid cannot divide {rows} x {columns} patches into equal square cells; use mask_strategy=random"
         )
     ratios = [1 - 1 / side**2 for side in sides]
     nearest = sorted(sorted(ratios, key=lambda ratio: abs(ratio - mask_ratio))[:2])
     # Rounded down: a ratio rounded up could be refused in turn.
     suggestions = " or ".join(f"{math.floor(1e4 * ratio) / 1e4:g}" for ratio in nearest)
     raise ConfigError(
-        f"mask_ratio={mask_ratio:g} is impossible with masking=grid, which shows one patch of each square cell of "
+        f"mask_ratio={mask_ratio:g} is impossible with mask_strategy=grid, which shows one patch of each square cell of "
         f"{rows} x {columns} patches; the nearest possible: {suggestions}"
     )

@@ -12,15 +12,13 @@ Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, 
 class OptimConfig(Config):
     """An optimizer (AdamW: Loshchilov & Hutter, 2019) with warm-up and learning-rate schedule."""
 
-    kind: Literal["adamw", "sgd", "lars"] = science(
+    name: Literal["adamw", "sgd", "lars"] = science(
         "adamw", "The optimizer: AdamW, SGD with momentum, or LARS (You et al., 2017)."
     )
     lr_per_256: float = science(
-        1.5e-4, "Peak learning rate for a step of 256 images; scaled by batch.images / 256.", gt=0
+        1.5e-4, "Peak learning rate for a step of 256 images; scaled by batch.global_size / 256.", gt=0
     )
-    floor_lr: float = science(
-        0.0, "Minimum learning rate: the cosine's last value, and the lower bound of drops.", ge=0
-    )
+    min_lr: float = science(0.0, "Minimum learning rate: the cosine's last value, and the lower bound of drops.", ge=0)
     warmup_epochs: float = science(0.0, "Epochs of linear warm-up.", ge=0)
     schedule: Literal["cosine", "step", "constant", "plateau"] = science(
         "cosine", "Learning rate after the warm-up; plateau (fine-tuning only) follows early_stopping.metric."
@@ -37,7 +35,7 @@ class OptimConfig(Config):
     betas: Betas = science((0.9, 0.95), "For adamw: decay rates of the two moments.")
     eps: float = science(1e-8, "For adamw: epsilon of the denominator.", gt=0)
     layer_decay: float = science(1.0, "Factor on the learning rate per block below the head (BEiT, 2021).", gt=0, le=1)
-    clip: float | None = science(None, "Maximum global gradient norm; null: no clipping.", gt=0)
+    max_grad_norm: float | None = science(None, "Maximum global gradient norm; null: no clipping.", gt=0)
     fused: bool = machine(True, "For adamw: use torch's fused kernel.")
 
     def peak_lr(self, batch_size: int) -> float:
@@ -47,4 +45,4 @@ class OptimConfig(Config):
     @property
     def moments_per_parameter(self) -> int:
         """Number of optimizer moments per trained parameter element."""
-        return 2 if self.kind == "adamw" else int(self.momentum > 0)
+        return 2 if self.name == "adamw" else int(self.momentum > 0)

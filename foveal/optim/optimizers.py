@@ -82,7 +82,7 @@ class GuardedAdamW(GuardedOptimizer, torch.optim.AdamW):
 
     def __init__(self, param_groups: list[dict[str, Any]], cfg: OptimConfig) -> None:
         super().__init__(param_groups, lr=cfg.lr_per_256, betas=cfg.betas, eps=cfg.eps, fused=cfg.fused)
-        self.max_grad_norm = cfg.clip
+        self.max_grad_norm = cfg.max_grad_norm
 
 
 class GuardedSGD(GuardedOptimizer, torch.optim.SGD):
@@ -90,7 +90,7 @@ class GuardedSGD(GuardedOptimizer, torch.optim.SGD):
 
     def __init__(self, param_groups: list[dict[str, Any]], cfg: OptimConfig) -> None:
         super().__init__(param_groups, lr=cfg.lr_per_256, momentum=cfg.momentum)
-        self.max_grad_norm = cfg.clip
+        self.max_grad_norm = cfg.max_grad_norm
 
 
 class GuardedLARS(GuardedOptimizer, timm.optim.Lars):
@@ -103,12 +103,12 @@ class GuardedLARS(GuardedOptimizer, timm.optim.Lars):
 
     def __init__(self, param_groups: list[dict[str, Any]], cfg: OptimConfig) -> None:
         super().__init__(param_groups, lr=cfg.lr_per_256, momentum=cfg.momentum)  # pyright: ignore[reportArgumentType] - annotated by its default, 0
-        self.max_grad_norm = cfg.clip
+        self.max_grad_norm = cfg.max_grad_norm
 
 
 def build_optimizer(param_groups: list[dict[str, Any]], cfg: OptimConfig) -> GuardedOptimizer:
     """Build the guarded optimizer of the settings."""
-    return {"adamw": GuardedAdamW, "sgd": GuardedSGD, "lars": GuardedLARS}[cfg.kind](param_groups, cfg)
+    return {"adamw": GuardedAdamW, "sgd": GuardedSGD, "lars": GuardedLARS}[cfg.name](param_groups, cfg)
 
 
 def build_unguarded_adamw(param_groups: list[dict[str, Any]], cfg: OptimConfig) -> torch.optim.AdamW:

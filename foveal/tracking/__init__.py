@@ -39,7 +39,7 @@ def build_uploader(run_dir: Path, cfg: TrackingConfig, pipeline_dir: str | None,
     """Build the uploader of a run directory; its thread starts with the first ``notify``."""
     assert cfg.uri is not None
     connect = partial(_connect_mlflow, cfg, run_dir, Path(pipeline_dir) if pipeline_dir else None, uuid.uuid4().hex)
-    return Uploader(RunSync(run_dir, tail, connect), run_dir, redact(cfg.uri), cfg.patience_seconds)
+    return Uploader(RunSync(run_dir, tail, connect), run_dir, redact(cfg.uri), cfg.flush_timeout_seconds)
 
 
 def report_end_without_tracker(
@@ -48,7 +48,7 @@ def report_end_without_tracker(
     """Record the end of an attempt that never opened its tracker, in the run's tags and in MLflow.
 
     Without it a monitor of the run would see the previous attempt's state "running" for ever. A run without a previous
-    attempt needs no correction. MLflow is waited for at most ``tracking.patience_seconds``.
+    attempt needs no correction. MLflow is waited for at most ``tracking.flush_timeout_seconds``.
     """
     tags_file, rows_file = run_dir / "tags.json", run_dir / "metrics.jsonl"
     if not tags_file.exists() or not rows_file.exists():

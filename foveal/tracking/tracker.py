@@ -23,7 +23,7 @@ class TrackingConfig(Config):
         "MLflow's tracking URI; a relative SQLite path starts in the working directory; null: no MLflow.",
     )
     experiment: str = machine("foveal", "MLflow's experiment.")
-    patience_seconds: float = machine(
+    flush_timeout_seconds: float = machine(
         20.0, "Seconds that the end of a run waits for uploads; foveal track sync delivers the rest.", ge=0
     )
 

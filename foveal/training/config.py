@@ -17,13 +17,13 @@ from foveal.tracking.tracker import TrackingConfig
 class BatchConfig(Config):
     """The batch size, independent of the number of ranks; gradient accumulation is derived from it."""
 
-    images: int = science(description="Images per optimizer step, over all ranks.", gt=0)
-    at_once: int = machine(64, "Maximal microbatch size: images per forward and backward of a rank.", gt=0)
+    global_size: int = science(description="Images per optimizer step, over all ranks.", gt=0)
+    max_micro_size: int = machine(64, "Maximal microbatch size: images per forward and backward of a rank.", gt=0)
 
     def microbatch_size_and_count(self, world_size: int) -> tuple[int, int]:
         """Return (images per microbatch, microbatches per step); ``world_size`` must divide the batch."""
-        rank_images = self.images // world_size
-        sizes = range(1, min(self.at_once, rank_images) + 1)
+        rank_images = self.global_size // world_size
+        sizes = range(1, min(self.max_micro_size, rank_images) + 1)
         microbatch_size = max(size for size in sizes if rank_images % size == 0)
         return microbatch_size, rank_images // microbatch_size
 
@@ -32,7 +32,7 @@ class LogConfig(Config):
     """Intervals of logging, images and profiler traces."""
 
     every: int = machine(20, "Steps between two writes of metrics; each write has a row for every step.", ge=1)
-    pictures_every: int = machine(0, "Steps between saved images; 0: only at the end of the run.", ge=0)
+    images_every: int = machine(0, "Steps between saved images; 0: only at the end of the run.", ge=0)
     profile_steps: tuple[int, int] | None = machine(
         None, "[first, last] step, counted from 1, that rank 0 profiles into RUN/profile/. null: no trace."
     )
@@ -47,12 +47,12 @@ class LogConfig(Config):
 class RecoveryConfig(Config):
     """The limits at which a run rolls back to its newest checkpoint and at which it gives up."""
 
-    after: int = science(
+    rollback_after_skips: int = science(
         3,
         "Refused updates in a row after which the run rolls back to its newest checkpoint and skips their batches.",
         ge=1,
     )
-    rollbacks: int = machine(5, "Maximal number of roll-backs before the run gives up.", ge=0)
+    max_rollbacks: int = machine(5, "Maximal number of roll-backs before the run gives up.", ge=0)
 
 
 class RunConfig(Config):
@@ -60,10 +60,10 @@ class RunConfig(Config):
 
     dir: str | None = machine(None, "Run directory. null: runs/<name of the config>.")
     fresh: bool = machine(False, "Start a new run in a numbered sibling if the run directory exists.")
-    stop_at: int | None = machine(
+    stop_at_step: int | None = machine(
         None, "Stop after this step with a checkpoint to resume from. null: run to the end.", ge=1
     )
-    restarts: int = machine(
+    max_attempts_without_progress: int = machine(
         5,
         "Attempts in a row without a step beyond the furthest reached, preemptions aside, before the job gives up.",
         ge=1,

@@ -64,7 +64,7 @@ class DataLog:
         return len(self._quarantine)
 
     def check_bad_limit(self) -> None:
-        """Raise DataError, on every rank, if a split has more bad samples than data.max_bad allows."""
+        """Raise DataError, on every rank, if a split has more bad samples than data.max_bad_fraction allows."""
         self._quarantine.check_limits()
 
     def close(self) -> None:
@@ -81,7 +81,7 @@ def _max_bad_samples(plan: Plan) -> dict[str, float]:
     sizes = {split: entry.samples for split, entry in plan.dataset.manifest.splits.items()}
     for source in plan.training_set.sources[1:]:
         sizes[source.split] = sizes.get(source.split, 0) + source.dataset.num_samples(source.split)
-    return {split: data.max_bad * size for split, size in sizes.items()}
+    return {split: data.max_bad_fraction * size for split, size in sizes.items()}
 
 
 def _ledger_metadata(plan: Plan) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def _ledger_metadata(plan: Plan) -> dict[str, Any]:
     indices = [data.index, *(mix_entry.index for mix_entry in data.mix)]
     return {
         "ranks": plan.world_size,
-        "batch": plan.cfg.batch.images,
+        "batch": plan.cfg.batch.global_size,
         "steps_per_epoch": plan.steps_per_epoch,
         "sources": [
             {

@@ -53,9 +53,9 @@ def _suggest_remedies(plan: Plan) -> str:
     """Return the settings that lower memory use, except those at their limit."""
     engine, remedies = plan.cfg.engine, []
     if plan.microbatch_size > 1:
-        remedies.append(f"lower batch.at_once ({plan.microbatch_size})")
-    if not engine.recompute:
-        remedies.append("set engine.recompute=true")
+        remedies.append(f"lower batch.max_micro_size ({plan.microbatch_size})")
+    if not engine.activation_checkpointing:
+        remedies.append("set engine.activation_checkpointing=true")
     if "deepspeed" in (engine.kind, engine.sharding) and engine.zero < 3:
         remedies.append(f"raise engine.zero ({engine.zero})")
     elif engine.kind == "accelerate" and engine.sharding == "ddp":

@@ -56,7 +56,7 @@ class Plan:
     @property
     def stop_step(self) -> int:
         """The last step of this attempt."""
-        return min(self.total_steps, self.cfg.run.stop_at or self.total_steps)
+        return min(self.total_steps, self.cfg.run.stop_at_step or self.total_steps)
 
     def compute_lr(self, steps_done: int, metric_history: Sequence[float] = ()) -> float:
         """Return the learning rate of the update after ``steps_done`` finished updates.
@@ -64,19 +64,19 @@ class Plan:
         ``metric_history``: values of ``cfg.early_stopping_metric`` up to that step, for the plateau schedule only.
         """
         optim = self.cfg.optim
-        peak_lr = optim.peak_lr(self.cfg.batch.images)
+        peak_lr = optim.peak_lr(self.cfg.batch.global_size)
         warmup_steps = round(optim.warmup_epochs * self.steps_per_epoch)
         if optim.schedule == "cosine":
             return warmup_cosine_lr(
                 steps_done,
                 peak_lr=peak_lr,
-                min_lr=optim.floor_lr,
+                min_lr=optim.min_lr,
                 warmup_steps=warmup_steps,
                 total_steps=self.total_steps,
             )
         num_drops = self._count_drops(steps_done, metric_history)
         lr = warmup_constant_lr(steps_done, peak_lr=peak_lr, warmup_steps=warmup_steps)
-        return step_decay_lr(lr, num_drops=num_drops, factor=optim.step_factor, min_lr=optim.floor_lr)
+        return step_decay_lr(lr, num_drops=num_drops, factor=optim.step_factor, min_lr=optim.min_lr)
 
     def _count_drops(self, step: int, metric_history: Sequence[float]) -> int:
         optim, metric = self.cfg.optim, self.cfg.early_stopping_metric
@@ -109,7 +109,7 @@ class Plan:
 
     def summary_lines(self) -> list[str]:
         """Return the plan as lines of text."""
-        cfg, optim, engine, images = self.cfg, self.cfg.optim, self.cfg.engine, self.cfg.batch.images
+        cfg, optim, engine, images = self.cfg, self.cfg.optim, self.cfg.engine, self.cfg.batch.global_size
         microbatches = f"{self.accumulation_steps} microbatches x {self.microbatch_size} images"
         dropped = f"each epoch drops {self.training_set.order.dropped_per_epoch} images, different ones each time"
         peak = f"{optim.peak_lr(images):.3g} at its peak, after {optim.warmup_epochs:g} epochs"
@@ -119,7 +119,7 @@ class Plan:
             *self._resize_lines(),
             f"batch     {images} images = {self.world_size} ranks x {microbatches}",
             f"steps     {self.total_steps} = {cfg.epochs} epochs x {self.steps_per_epoch} ({dropped})",
-            f"lr        {peak}; {optim.schedule}, {optim.kind}",
+            f"lr        {peak}; {optim.schedule}, {optim.name}",
             f"engine    {engine.kind}{zero}, {engine.precision}",
             f"run       {cfg.run.dir}",
         ]
@@ -141,13 +141,13 @@ class Plan:
             for source in self.training_set.sources
         ]
         for number, mix_entry in enumerate(data.mix, start=1):
-            lines[number] += f", {mix_entry.share:.4g} of every epoch"
+            lines[number] += f", {mix_entry.fraction:.4g} of every epoch"
         lines.append(f"decoder   {jpeg_decoder_and_version()} for JPEG")
-        shards, size = self.training_set.required_shards_and_bytes(self.cfg.batch.images // self.world_size)
+        shards, size = self.training_set.required_shards_and_bytes(self.cfg.batch.global_size // self.world_size)
         if shards:
             lines.append(
                 f"cache     up to {shards} shards ({size / 1e9:.3g} GB) for a rank's windows, this and the next; "
-                f"data.cache.gigabytes={data.cache.gigabytes:g} for all ranks of a node"
+                f"data.cache.max_gigabytes={data.cache.max_gigabytes:g} for all ranks of a node"
             )
         return lines
 
@@ -177,14 +177,14 @@ def build_stage_plan(
     """
     _check_labels(cfg)
     dataset = Dataset.open(cfg.data)
-    rank_slot_range(cfg.batch.images, cfg.data.lanes, 0, world_size)
-    if world_size > 1 and cfg.data.patience_seconds >= 60 * cfg.engine.timeout_minutes:
+    rank_slot_range(cfg.batch.global_size, cfg.data.lanes, 0, world_size)
+    if world_size > 1 and cfg.data.stall_timeout_seconds >= 60 * cfg.engine.timeout_minutes:
         raise ConfigError(
-            f"data.patience_seconds={cfg.data.patience_seconds:g} must be below engine.timeout_minutes="
+            f"data.stall_timeout_seconds={cfg.data.stall_timeout_seconds:g} must be below engine.timeout_minutes="
             f"{cfg.engine.timeout_minutes:g}: the other ranks would give up before a loader that hangs is named"
         )
     _check_schedule(cfg)
-    training = build_training_set(dataset, cfg.data, seed=cfg.seed, batch_size=cfg.batch.images)
+    training = build_training_set(dataset, cfg.data, seed=cfg.seed, batch_size=cfg.batch.global_size)
     microbatch_size, accumulation_steps = cfg.batch.microbatch_size_and_count(world_size)
     check_engine_config(
         cfg.engine, cfg.optim, world_size, microbatch_size=microbatch_size, accumulation_steps=accumulation_steps
@@ -223,9 +223,9 @@ def _check_labels(cfg: StageConfig) -> None:
         raise ConfigError(
             f"data.labels={data.labels} is for fine-tuning; this stage learns from no such label: leave it out"
         )
-    if data.val_size is not None and data.labels not in ("mask", "boxes"):
+    if data.eval_size is not None and data.labels not in ("mask", "boxes"):
         raise ConfigError(
-            "data.val_size is for labels that are masks or boxes; other images are evaluated as image_size says"
+            "data.eval_size is for labels that are masks or boxes; other images are evaluated as image_size says"
         )
     if data.label_field is not None and data.labels == "class":
         raise ConfigError(

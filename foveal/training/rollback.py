@@ -37,7 +37,7 @@ class RollbackController:
     def observe_and_check_rollback(self, step: int, *, applied: bool) -> bool:
         """Record whether a step's update was applied; return True if the run has to roll back."""
         self._refused_steps = [] if applied else [*self._refused_steps, step]
-        return len(self._refused_steps) >= self._cfg.after
+        return len(self._refused_steps) >= self._cfg.rollback_after_skips
 
     @property
     def last_update_applied(self) -> bool:
@@ -50,11 +50,11 @@ class RollbackController:
         Raises: TrainingDivergedError, on every rank, if the maximal number of roll-backs is reached.
         """
         first, last = self._refused_steps[0], self._refused_steps[-1]
-        if len(self._rollbacks) >= self._cfg.rollbacks:
+        if len(self._rollbacks) >= self._cfg.max_rollbacks:
             raise TrainingDivergedError(
                 f"loss or gradients were not finite in the {len(self._refused_steps)} steps {first} to {last}, after "
                 f"{len(self._rollbacks)} roll-backs; none of them changed a weight, and the newest checkpoint is "
-                f"intact: start anew with run.fresh=true and a lower optim.lr_per_256, optim.clip or a longer "
+                f"intact: start anew with run.fresh=true and a lower optim.lr_per_256, optim.max_grad_norm or a longer "
                 f"optim.warmup_epochs"
             )
         batches = [batch_index_for_step(step - 1, self.skipped_batches) for step in self._refused_steps]

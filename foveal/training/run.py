@@ -237,7 +237,7 @@ class Run:
             training_seed=plan.cfg.seed,
             rank=world.rank,
             world_size=world.size,
-            microbatch_size=plan.cfg.batch.at_once,
+            microbatch_size=plan.cfg.batch.max_micro_size,
         )
         with closing(batches):
             while (batch := world.run_all_or_raise(lambda: next(batches, None))) is not None:

@@ -176,7 +176,7 @@ def _acquire_attempt(path: Path, plan: Plan, world: World) -> Attempt | None:
         cfg = plan.cfg
         holder = current_holder(world.size, slurm_job_tags())
         try:
-            lease = acquire_lease(path, holder, max_attempts_without_progress=cfg.run.restarts)
+            lease = acquire_lease(path, holder, max_attempts_without_progress=cfg.run.max_attempts_without_progress)
         except RestartLoopError as error:
             report_end_without_tracker(path, cfg.tracking, cfg.run.pipeline, "failed", str(error))
             raise

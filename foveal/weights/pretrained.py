@@ -67,7 +67,7 @@ def inspect_pretrained(path: Path, timm_name: str | None, data: DataConfig) -> P
     Raises: ExportError for weights that do not fit; ConfigError for a name unknown to timm, and for an image size that
     is no multiple of the patch size.
     """
-    stall_timeout = data.patience_seconds
+    stall_timeout = data.stall_timeout_seconds
     if timm_name is None and read_with_timeout(path, stall_timeout, lambda: _is_foreign_weights(path)):
         raise ExportError(
             f"{path} has no card.json, so it is no export of foveal's; for weights of others say which model of timm's "
@@ -89,9 +89,9 @@ def _is_foreign_weights(path: Path) -> bool:
 def _build_foreign_card(path: Path, name: str, data: DataConfig) -> Card:
     """Build the card for foreign weights. Raises: ConfigError, ExportError."""
     timm_info = get_pretrained_info(name)
-    file = find_weights_file(path, data.patience_seconds)
-    weights, digest = _read_foreign_weights(file, data.patience_seconds)
-    hf_config = read_hf_config(file, data.patience_seconds)
+    file = find_weights_file(path, data.stall_timeout_seconds)
+    weights, digest = _read_foreign_weights(file, data.stall_timeout_seconds)
+    hf_config = read_hf_config(file, data.stall_timeout_seconds)
     first_layer = weights.get(f"{timm_info.first_layer_name}.weight")
     if first_layer is not None and first_layer.ndim == 4 and first_layer.shape[1] != data.channels:
         raise ExportError(
@@ -127,7 +127,7 @@ def _try_encoder_card(
     except ConfigError:
         return None
     sizes = get_encoder_sizes(meta_encoder)
-    num_heads = read_num_heads(file, data.patience_seconds)
+    num_heads = read_num_heads(file, data.stall_timeout_seconds)
     if num_heads not in (None, sizes["heads"]):
         raise ExportError(f"{file} has heads {num_heads}, timm's {name} has {sizes['heads']}; they must be equal")
     size = data.image_size

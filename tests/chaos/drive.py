@@ -160,7 +160,7 @@ class Trial:
         steps = self.steps // STEPS_PER_EPOCH * STEPS_PER_EPOCH
         scene = Scene(cluster, place, name, steps, self.every, random.Random(self.seed), tasks=self.tasks)
         scene.partition = "low"
-        scene.settings = ["engine.timeout_minutes=1", "data.patience_seconds=20"] if "stop" in self.kinds else []
+        scene.settings = ["engine.timeout_minutes=1", "data.stall_timeout_seconds=20"] if "stop" in self.kinds else []
         return scene
 
 

@@ -22,7 +22,7 @@ from foveal.training.lease import AttemptRecord, list_attempts
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = (
     "model.width=32", "model.depth=2", "model.heads=2", "decoder.width=32", "decoder.depth=1", "decoder.heads=2",
-    "batch.images=128", "batch.at_once=32", "log.every=1", "log.pictures_every=0", "data.ledger=true",
+    "batch.global_size=128", "batch.max_micro_size=32", "log.every=1", "log.images_every=0", "data.ledger=true",
     "optim.warmup_epochs=1", "checkpoint.keep=3",
 )  # fmt: skip
 STEPS_PER_EPOCH = 11  # 1,437 images in batches of 128

@@ -23,7 +23,7 @@ import torch
 from foveal.data.batch import Batch
 from pretrain.objective import MaskedModelingLoss
 
-_POISONED = 3  # batches in a row: what recovery.after takes for a reason to go back
+_POISONED = 3  # batches in a row: what recovery.rollback_after_skips takes for a reason to go back
 _RANK = os.environ.get("SLURM_PROCID", "0")
 _LONGEST_DELAY = 150.0  # seconds
 _LONGEST_HOLD = 45.0  # seconds: the watchdog finds a step of a minute worth a word

@@ -13,7 +13,14 @@ pytestmark = [pytest.mark.thorough, pytest.mark.slow, pytest.mark.timeout(600)]
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = {"array": "0-1", "nodes": "1", "ntasks-per-node": "1", "cpus-per-task": "1", "gpus-per-node": "0"}
 TINY = ["model.width=16", "model.depth=1", "model.heads=2", "log.every=1", "tracking.uri=null", "engine.kind=plain"]
-RUN = ["folds.count=2", "data.per_class=20", "data.threads=1", "epochs=12", "run.dir=runs/folds", *TINY]
+RUN = [
+    "cross_validation.count=2",
+    "data.samples_per_class=20",
+    "data.threads=1",
+    "epochs=12",
+    "run.dir=runs/folds",
+    *TINY,
+]
 
 
 def rows(fold: Path) -> int:

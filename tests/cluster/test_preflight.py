@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.thorough, pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE_RANK = ["--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0"]
-SHORT = ("epochs=1", "batch.images=128", "tracking.uri=null", "log.pictures_every=0", "checkpoint.every=0")
+SHORT = ("epochs=1", "batch.global_size=128", "tracking.uri=null", "log.images_every=0", "checkpoint.every=0")
 # The node of the first start has hardly any shared memory, as in a container that was started with Docker's defaults.
 LAUNCHER = """\
 #!/bin/sh

@@ -17,7 +17,7 @@ FOUR_RANKS = {"nodes": "2", "ntasks-per-node": "2", "cpus-per-task": "1", "gpus-
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "FOVEAL_PREFLIGHT": "0"}
 # Four ranks on the cores of a small machine do not multiply at like speeds.
 EXAMINED = ONE_THREAD | {"FOVEAL_PREFLIGHT": "1", "FOVEAL_SLOWEST": "0.05"}
-SHORT = "epochs: 4, batch.images: 128, batch.at_once: 16, tracking.uri: null, checkpoint.every: 0"
+SHORT = "epochs: 4, batch.global_size: 128, batch.max_micro_size: 16, tracking.uri: null, checkpoint.every: 0"
 PIPELINE = f"""\
 - name: first
   stage: pretrain
@@ -31,7 +31,7 @@ PIPELINE = f"""\
 - name: third
   stage: finetune
   config: digits
-  set: {{epochs: 8, batch.images: 20, tracking.uri: null}}
+  set: {{epochs: 8, batch.global_size: 20, tracking.uri: null}}
   from: {{init: first}}
 """
 

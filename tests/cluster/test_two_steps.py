@@ -24,7 +24,7 @@ def test_two_steps_of_a_job_train_apart(
     cluster: Cluster, configs: dict[str, Path], one_rank: Ranks, tmp_path: Path
 ) -> None:
     (tmp_path / "job.sh").write_text(f"#!/bin/bash\n{SCRIPT}")
-    settings = ("tracking.uri=null", "run.stop_at=6")
+    settings = ("tracking.uri=null", "run.stop_at_step=6")
     options = ["--nodes=1", "--ntasks=4", "--cpus-per-task=1", "--output=job.log"]
     stale = {"MASTER_ADDR": "node.of.yesterday.invalid", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     job = cluster.submit("job.sh", str(configs["pretrain"]), *settings, options=options, cwd=tmp_path, env=stale)

@@ -121,9 +121,9 @@ _PIPELINE = """\
     epochs: 2
     model: {{name: vit_tiny_patch16_224, patch: 4, width: 32, depth: 2, heads: 2}}
     data.lanes: 10
-    data.per_class: 2
+    data.samples_per_class: 2
     data.holdout_per_class: 4
-    batch.images: 20
+    batch.global_size: 20
     trials.repeats: 2
     trials.lr_per_256: [1.0e-2, 4.0e-2]
     trials.arms.scratch: null

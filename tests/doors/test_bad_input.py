@@ -54,9 +54,9 @@ def refused(own_environment, tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: 
         ("epochs=0", "epochs: "),
         ("mask_ratio=1.5", "mask_ratio: "),
         ("mask_ratio=0.99", "mask ratio 0.99 leaves none of 16 patches visible"),
-        ("masking=blocks", "masking: "),
+        ("mask_strategy=blocks", "masking: "),
         ("init=nowhere", "nowhere is not there: give an export, or a file or folder"),
-        ("mask_block=1", "mask_block: "),
+        ("mask_block_size=1", "mask_block: "),
         ("norm_pix=3", "norm_pix: "),
         ("optim.betas=[0.9]", "optim.betas"),
         ("engine.kind=accelrate", "engine.kind: "),
@@ -140,7 +140,7 @@ def test_lanes_that_do_not_divide_the_batch(configs, refused: Refused) -> None:
 
 
 def test_a_set_smaller_than_a_batch(configs, refused: Refused) -> None:
-    said = refused("pretrain", configs["pretrain"], "batch.images=2048")
+    said = refused("pretrain", configs["pretrain"], "batch.global_size=2048")
     assert "a batch of 2048 images cannot be filled from 1437 samples" in said
 
 
@@ -204,7 +204,7 @@ def test_a_split_that_is_not_there(configs, refused: Refused) -> None:
 
 def test_a_checkpoint_from_other_science(configs, refused: Refused, one_rank: Ranks, tmp_path_factory) -> None:
     run = tmp_path_factory.mktemp("other") / "run"
-    one_rank.train(stage_named("pretrain"), configs["pretrain"], run, "engine.kind=plain", "run.stop_at=2")
+    one_rank.train(stage_named("pretrain"), configs["pretrain"], run, "engine.kind=plain", "run.stop_at_step=2")
     before = {file: file.stat().st_mtime_ns for file in run.rglob("*")}
     said = refused(
         "pretrain", configs["pretrain"], "engine.kind=plain", f"run.dir={run}", "seed=4", "epochs=2", ways=["--run"]
@@ -269,7 +269,7 @@ def test_a_real_process(configs, tmp_path) -> None:
 @pytest.mark.thorough
 @pytest.mark.slow
 def test_two_ranks_say_it_once(configs, tmp_path) -> None:
-    settings = [configs["pretrain"], "batch.images=63", "data.lanes=7"]
+    settings = [configs["pretrain"], "batch.global_size=63", "data.lanes=7"]
     done = ended(["torchrun", "--standalone", "--nproc-per-node=2", "-m", "pretrain.run", *settings], tmp_path)
     assert done.code != 0
     assert done.err.count("foveal: ") == 1

@@ -48,12 +48,12 @@ def clusters(name: str) -> list[int]:
 @pytest.mark.parametrize("name", FILES)
 def test_every_cluster_of_the_header_divides_the_batch(name: str) -> None:
     cfg = loaded(name)
-    order = SampleOrder(COUNTS, cfg.batch.images, cfg.data.lanes, cfg.data.window, cfg.seed)
+    order = SampleOrder(COUNTS, cfg.batch.global_size, cfg.data.lanes, cfg.data.window, cfg.seed)
     for ranks in clusters(name):
-        rank_slot_range(cfg.batch.images, cfg.data.lanes, ranks - 1, ranks)
+        rank_slot_range(cfg.batch.global_size, cfg.data.lanes, ranks - 1, ranks)
         at_once, micros = cfg.batch.microbatch_size_and_count(ranks)
-        assert at_once * micros * ranks == cfg.batch.images
-        assert at_once > 1 or cfg.batch.images == ranks
+        assert at_once * micros * ranks == cfg.batch.global_size
+        assert at_once > 1 or cfg.batch.global_size == ranks
     header = FILES[name].read_text()
     for ranks in ODD if "b5760" in name else ():
         assert str(ranks) in header
@@ -66,7 +66,7 @@ def test_every_cluster_of_the_header_divides_the_batch(name: str) -> None:
 def test_a_batch_of_4096_refuses_what_5760_is_for(ranks: int) -> None:
     cfg = loaded("pretrain/mae_vit_b16.yaml")
     with pytest.raises(ConfigError, match="the nearest batch that fits is"):
-        rank_slot_range(cfg.batch.images, cfg.data.lanes, 0, ranks)
+        rank_slot_range(cfg.batch.global_size, cfg.data.lanes, 0, ranks)
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if not name.startswith("finetune")])

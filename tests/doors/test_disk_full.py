@@ -68,7 +68,7 @@ def test_a_file_that_may_not_be_so_large(tmp_path: Path) -> None:
 # --- a run, as a user starts it ---
 
 STEPS = 22  # an epoch of the tiny config
-ALONE = ("engine.kind=plain", "tracking.uri=null", "log.pictures_every=0")
+ALONE = ("engine.kind=plain", "tracking.uri=null", "log.images_every=0")
 
 
 def command(config: Path, run: Path, *settings: str) -> str:
@@ -81,7 +81,7 @@ def command(config: Path, run: Path, *settings: str) -> str:
 def test_a_run_fills_its_disk_and_goes_on(disk: Path, configs: dict[str, Path], tmp_path: Path) -> None:
     """All checkpoints are kept until the disk is full; then its user makes room, and starts it again."""
     run, kept = disk / "run", tmp_path / "kept"
-    first = command(configs["pretrain"], run, "checkpoint.every=2", "checkpoint.keep=99", "run.stop_at=20")
+    first = command(configs["pretrain"], run, "checkpoint.every=2", "checkpoint.keep=99", "run.stop_at_step=20")
     make_room = f"ls -d '{run}'/checkpoints/step-* | head -n -1 | xargs rm -r"
     again = command(configs["pretrain"], run, "checkpoint.keep=1")
     done = on_a_disk_of("3m", disk, [first, f"ls '{run}/checkpoints'", make_room, again, f"cp -r '{run}' '{kept}'"])
@@ -105,7 +105,7 @@ def test_a_run_fills_its_disk_and_goes_on(disk: Path, configs: dict[str, Path], 
 def test_a_run_of_two_ranks_loses_nothing_to_a_full_disk(disk: Path, configs: dict[str, Path], tmp_path: Path) -> None:
     """All that it writes beside its checkpoints lies on the disk too: rows, ledger, stragglers, pictures, last words."""
     run, kept, epochs = disk / "run", tmp_path / "kept", 40
-    settings = ["engine.kind=accelerate", "log.pictures_every=40", "data.ledger=true", "tracking.uri=null"]
+    settings = ["engine.kind=accelerate", "log.images_every=40", "data.ledger=true", "tracking.uri=null"]
     words = [configs["pretrain"], f"run.dir={run}", f"epochs={epochs}", *settings]
     ranks = " ".join(["torchrun --standalone --nproc-per-node=2 -m pretrain.run", *(f"'{word}'" for word in words)])
     rows = f"cat '{run}/metrics.jsonl' 2>/dev/null | wc -l"

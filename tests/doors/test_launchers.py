@@ -39,7 +39,7 @@ def is_world_of(size: int, run: Path) -> None:
 def alone(configs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ended, Path]:
     """One process, by the path of its Python, with nothing on PATH: neither ninja, nor c++, nor git."""
     folder = tmp_path_factory.mktemp("alone")
-    settings = [configs["pretrain"], "epochs=4", f"run.stop_at={_STEPS}", "tracking.uri=null", "run.dir=run"]
+    settings = [configs["pretrain"], "epochs=4", f"run.stop_at_step={_STEPS}", "tracking.uri=null", "run.dir=run"]
     return ended([PYTHON, "-m", "pretrain.run", *settings], folder, PATH=""), folder / "run"
 
 
@@ -64,7 +64,7 @@ def reference(one_rank: Ranks, configs, tmp_path_factory: pytest.TempPathFactory
     """The curve of fine-tuning in one process that no launcher started."""
     run = tmp_path_factory.mktemp("finetune") / "run"
     return one_rank.train(
-        stage_named("finetune"), configs["finetune"], run, "engine.kind=plain", f"run.stop_at={_STEPS}"
+        stage_named("finetune"), configs["finetune"], run, "engine.kind=plain", f"run.stop_at_step={_STEPS}"
     )
 
 
@@ -76,7 +76,7 @@ def reference(one_rank: Ranks, configs, tmp_path_factory: pytest.TempPathFactory
     ],
 )
 def test_accelerate_starts_two_ranks_that_talk(options: Sequence[str], reference, configs, tmp_path) -> None:
-    settings = [configs["finetune"], f"run.stop_at={_STEPS}", f"run.dir={tmp_path / 'run'}", "tracking.uri=null"]
+    settings = [configs["finetune"], f"run.stop_at_step={_STEPS}", f"run.dir={tmp_path / 'run'}", "tracking.uri=null"]
     done = ended(["accelerate", "launch", *options, "finetune/run.py", *settings], ROOT, HF_HOME=str(tmp_path / "hf"))
     assert done.code == 0, done.err
     is_world_of(2, tmp_path / "run")

@@ -38,14 +38,14 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = {
         "epochs": 2,
         "data": {"path": str(folder), "image_size": 32, "ledger": True, "mean": [0.5] * 3, "std": [0.25] * 3},
-        "batch": {"images": _BATCH, "at_once": 512},
+        "batch": {"global_size": _BATCH, "max_micro_size": 512},
         "engine": {"kind": "accelerate"},  # that of the shortest start
         "model": {"name": "vit_tiny_patch16_224", "patch": 8, "width": 32, "depth": 1, "heads": 2},
         "decoder": {"width": 16, "depth": 1, "heads": 2},
         "optim": {"lr_per_256": 1.0e-3, "warmup_epochs": 0.1},
         "log": {"every": 1},
         "checkpoint": {"every": 10},
-        "run": {"stop_at": _STEPS},
+        "run": {"stop_at_step": _STEPS},
         "tracking": {"uri": None},
     }
     file = folder / "cifar10.yaml"
@@ -55,8 +55,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def killed_thrice(config: Path, run: Path, ranks: int, at_once: int, threads: int) -> Path:
     """Train on so many ranks, and SIGKILL all of them three times on the way."""
-    settings = [config, f"run.dir={run}", f"batch.at_once={at_once}", f"data.threads={threads}"]
-    settings += [f"data.ahead={threads + 1}"]
+    settings = [config, f"run.dir={run}", f"batch.max_micro_size={at_once}", f"data.threads={threads}"]
+    settings += [f"data.prefetch_batches={threads + 1}"]
     moment = random.Random(ranks)
 
     def start() -> list[Forked]:
@@ -112,7 +112,7 @@ def test_every_run_was_four_attempts_and_saw_no_sample_twice(runs: list[Path]) -
 
 def test_a_run_with_another_seed_is_not_identical(runs: list[Path], config: Path) -> None:
     other = config.parent / "other"
-    command = [PYTHON, "-m", "pretrain.run", config, f"run.dir={other}", "seed=1", "run.stop_at=2"]
+    command = [PYTHON, "-m", "pretrain.run", config, f"run.dir={other}", "seed=1", "run.stop_at_step=2"]
     assert ended(command, config.parent).code == 0
     audited = ended([PYTHON.parent / "foveal", "data", "audit", runs[0], "--against", other], config.parent)
     assert audited.code == 1

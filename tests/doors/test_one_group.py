@@ -70,7 +70,7 @@ def test_deepspeeds_own_launcher_starts_ranks(configs: dict[str, Path], port: st
     """It gives every rank its number twice: in the environment, and as an argument."""
     world = urlsafe_b64encode(json.dumps({"localhost": [0, 1]}).encode()).decode()
     launcher = [PYTHON, "-m", "deepspeed.launcher.launch", f"--world_info={world}", f"--master_port={port}"]
-    script = [ROOT / "pretrain/run.py", configs["pretrain"], "tracking.uri=null", "run.dir=run", "run.stop_at=2"]
+    script = [ROOT / "pretrain/run.py", configs["pretrain"], "tracking.uri=null", "run.dir=run", "run.stop_at_step=2"]
     done = ended([*launcher, *script], tmp_path, DS_ACCELERATOR="cpu")
     assert done.code == 0, done.err
     assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2]

@@ -21,10 +21,10 @@ from foveal.data.format.manifest import read_manifest
 _STEPS = 3
 # Three steps that a CPU takes in seconds; what the configs say of data, model and recipe stays.
 _SMALL = (
-    "batch.images=16",
-    "batch.at_once=8",
+    "batch.global_size=16",
+    "batch.max_micro_size=8",
     "data.lanes=8",
-    f"run.stop_at={_STEPS}",
+    f"run.stop_at_step={_STEPS}",
     "engine.kind=plain",
     "log.every=1",
 )
@@ -130,7 +130,7 @@ def test_segmentation_of_camvid(camvid: Path, one_rank: Ranks, tmp_path) -> None
     scratch = (
         "init=null",
         "model={name: vit_tiny_patch16_224, patch: 16, width: 48, depth: 1, heads: 3}",
-        "run.stop_at=null",
+        "run.stop_at_step=null",
     )
     config = ROOT / "configs" / "finetune" / "camvid.yaml"
     rows = one_rank.train(stage_named("finetune"), config, tmp_path / "run", *small, *scratch)

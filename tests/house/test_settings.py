@@ -16,7 +16,7 @@ CONFIGS = get_stage_configs()
 # Raising one of these is a decision of its own: say in the change who needs the setting that is new.
 # The data plane brought twelve: jpeg_scaling, max_bad, ledger, patience_seconds, two of the cache, and five of mix (most
 # runs leave all of them alone). Surviving the night brought seven: when to go back and when to give up (recovery, two),
-# run.restarts, how much room checkpoints may take and whether they are written aside, how long the end waits for MLflow,
+# run.max_attempts_without_progress, how much room checkpoints may take and whether they are written aside, how long the end waits for MLflow,
 # and how Accelerate shards. Kinds of masking brought two: the kind, for who compares with figure 6 of the paper, and the
 # side of a block, which is small on the digits' 4 x 4 patches and large on 14 x 14. Going on from public weights brought
 # init to pretraining. Registers are a size of an encoder. What is predicted, of what, and how an average follows: four.

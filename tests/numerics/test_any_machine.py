@@ -15,24 +15,26 @@ _BF16 = (
 )
 _DDP, _FSDP2 = "engine.kind=accelerate", "engine.sharding=fsdp2"
 _ACCELERATED = (_DDP, "engine.sharding=deepspeed", "engine.zero=2")
-_SGD = ("optim.kind=sgd", "optim.schedule=step", "optim.step_epochs=[0.5]")
+_SGD = ("optim.name=sgd", "optim.schedule=step", "optim.step_epochs=[0.5]")
 thorough = pytest.mark.thorough
 
 # Each is trained once whole, for the curve, and once in parts, for the bits.
 MACHINES = [
-    pytest.param("pretrain", "one", ("engine.kind=plain", "batch.at_once=8"), marks=thorough, id="pretrain, plain"),
+    pytest.param(
+        "pretrain", "one", ("engine.kind=plain", "batch.max_micro_size=8"), marks=thorough, id="pretrain, plain"
+    ),
     pytest.param("pretrain", "one", ("engine.zero=3",), marks=thorough, id="pretrain, zero 3 alone"),
     pytest.param("pretrain", "two", ("engine.zero=0",), marks=thorough, id="pretrain, zero 0"),
-    pytest.param("pretrain", "two", ("engine.zero=1", "batch.at_once=8"), id="pretrain, zero 1 accumulated"),
+    pytest.param("pretrain", "two", ("engine.zero=1", "batch.max_micro_size=8"), id="pretrain, zero 1 accumulated"),
     pytest.param("pretrain", "two", ("engine.zero=2",), marks=thorough, id="pretrain, zero 2"),
-    pytest.param("pretrain", "two", ("engine.zero=3", "batch.at_once=16"), id="pretrain, zero 3 accumulated"),
-    pytest.param("distill", "two", ("engine.zero=2", "batch.at_once=8"), id="distill, zero 2 accumulated"),
-    pytest.param("finetune", "one", (_DDP, "batch.at_once=16"), marks=thorough, id="finetune, accelerate alone"),
-    pytest.param("finetune", "two", (_DDP, "batch.at_once=8"), id="finetune, ddp accumulated"),
+    pytest.param("pretrain", "two", ("engine.zero=3", "batch.max_micro_size=16"), id="pretrain, zero 3 accumulated"),
+    pytest.param("distill", "two", ("engine.zero=2", "batch.max_micro_size=8"), id="distill, zero 2 accumulated"),
+    pytest.param("finetune", "one", (_DDP, "batch.max_micro_size=16"), marks=thorough, id="finetune, accelerate alone"),
+    pytest.param("finetune", "two", (_DDP, "batch.max_micro_size=8"), id="finetune, ddp accumulated"),
     pytest.param("finetune", "two", (_DDP, *_SGD), marks=thorough, id="finetune, ddp and sgd"),
-    pytest.param("finetune", "two", (_DDP, _FSDP2, "batch.at_once=8"), id="finetune, fsdp2 accumulated"),
+    pytest.param("finetune", "two", (_DDP, _FSDP2, "batch.max_micro_size=8"), id="finetune, fsdp2 accumulated"),
     pytest.param(
-        "finetune", "two", (*_ACCELERATED, "batch.at_once=8"), marks=thorough, id="finetune, accelerated zero 2"
+        "finetune", "two", (*_ACCELERATED, "batch.max_micro_size=8"), marks=thorough, id="finetune, accelerated zero 2"
     ),
 ]
 
@@ -47,7 +49,7 @@ def reference(
     def curve(name: str, *settings: str) -> list[dict[str, float]]:
         if (name, *settings) not in curves:
             run = tmp_path_factory.mktemp("reference") / name
-            overrides = ("engine.kind=plain", "batch.at_once=64", *settings)
+            overrides = ("engine.kind=plain", "batch.max_micro_size=64", *settings)
             curves[name, *settings] = one_rank.train(stage_named(name), configs[name], run, *overrides)
         return curves[name, *settings]
 
@@ -71,7 +73,7 @@ def test_one_curve_and_stopping_changes_nothing(
     theirs = columns(reference(name, *(each for each in engine if each in _SGD)), *ours)
     for key, expected in theirs.items():
         assert ours[key] == pytest.approx(expected, rel=_REL), key
-    world.train(stage, config, tmp_path / "parts", *engine, "run.stop_at=7")
+    world.train(stage, config, tmp_path / "parts", *engine, "run.stop_at_step=7")
     assert columns(world.train(stage, config, tmp_path / "parts", *engine), *ours) == ours
     left, right = (load_file(tmp_path / each / "export" / "model.safetensors") for each in ("parts", "whole"))
     assert left.keys() == right.keys()
@@ -130,7 +132,7 @@ def test_a_run_moves_to_other_ranks_and_engines(
     """
     worlds = {"one": one_rank, "two": two_ranks}
     for stop, ranks, engine in JOURNEYS[name]:
-        end = () if stop == 2 * _STEPS else (f"run.stop_at={stop}",)
+        end = () if stop == 2 * _STEPS else (f"run.stop_at_step={stop}",)
         rows = worlds[ranks].train(stage_named(name), configs[name], tmp_path / "run", engine, "epochs=2", *end)
     found, stayed = columns(rows, "step", "loss", "grad_norm"), reference(name, "epochs=2")
     assert found["step"][: 2 * _STEPS] == list(range(1, 2 * _STEPS + 1))

@@ -18,14 +18,14 @@ from foveal.weights.export import Card, read_card, write_export
 
 STAGE = stage_named("finetune")
 SWIN = "swin_tiny_patch4_window7_224"
-SCRATCH = ("init=null", "data.per_class=26", "drop_path=0.1")  # four steps
+SCRATCH = ("init=null", "data.samples_per_class=26", "drop_path=0.1")  # four steps
 MACHINES = {
     "plain": ("one", "resnet18", "engine.kind=plain"),
-    "ddp": ("two", "test_resnet", "engine.kind=accelerate", "batch.at_once=16"),
-    "fsdp2": ("two", "test_resnet", "engine.kind=accelerate", "engine.sharding=fsdp2", "batch.at_once=16"),
+    "ddp": ("two", "test_resnet", "engine.kind=accelerate", "batch.max_micro_size=16"),
+    "fsdp2": ("two", "test_resnet", "engine.kind=accelerate", "engine.sharding=fsdp2", "batch.max_micro_size=16"),
     "zero2": (
         *("two", "test_resnet", "engine.kind=accelerate", "engine.sharding=deepspeed"),
-        *("engine.zero=2", "batch.at_once=16"),
+        *("engine.zero=2", "batch.max_micro_size=16"),
     ),
 }
 
@@ -44,7 +44,7 @@ def test_a_network_with_batch_norm_goes_on_where_it_stopped(
     ranks, name, *engine = MACHINES[machine]
     world, words = {"one": one_rank, "two": two_ranks}[ranks], (f"backbone={name}", *SCRATCH, *engine)
     whole = world.train(STAGE, configs["finetune"], tmp_path / "whole", *words, "evaluate_every=2")
-    world.train(STAGE, configs["finetune"], tmp_path / "parts", *words, "evaluate_every=2", "run.stop_at=3")
+    world.train(STAGE, configs["finetune"], tmp_path / "parts", *words, "evaluate_every=2", "run.stop_at_step=3")
     parts = world.train(STAGE, configs["finetune"], tmp_path / "parts", *words, "evaluate_every=2")
     for key in ("step", "loss", "grad_norm", "lr", "val_top1", "val_loss"):
         assert [row[key] for row in parts if key in row] == [row[key] for row in whole if key in row], key
@@ -89,10 +89,10 @@ def test_a_network_without_batch_norm_has_one_curve(
     configs: dict[str, Path], one_rank: Ranks, two_ranks: Ranks, tmp_path: Path
 ) -> None:
     """Drop path and all: it is drawn by sample, also in a model that is timm's own."""
-    words = (f"backbone={SWIN}", *SCRATCH, "optim.lr_per_256=1e-3", "data.image_size=32", "batch.images=16")
-    words = (*words, "run.stop_at=2")
+    words = (f"backbone={SWIN}", *SCRATCH, "optim.lr_per_256=1e-3", "data.image_size=32", "batch.global_size=16")
+    words = (*words, "run.stop_at_step=2")
     alone = one_rank.train(STAGE, configs["finetune"], tmp_path / "alone", *words, "engine.kind=plain")
-    fsdp2 = ("engine.kind=accelerate", "engine.sharding=fsdp2", "batch.at_once=4")
+    fsdp2 = ("engine.kind=accelerate", "engine.sharding=fsdp2", "batch.max_micro_size=4")
     shared = two_ranks.train(STAGE, configs["finetune"], tmp_path / "fsdp2", *words, *fsdp2)
     assert losses(shared) == pytest.approx(losses(alone), rel=1e-5)
 
@@ -106,7 +106,7 @@ def test_fine_tuning_goes_on_from_a_student_that_is_a_backbone(
     student = build_backbone("test_resnet", 32, 1)
     card = Card("distill", backbone_card("test_resnet", 32, 1), (0.3,), (0.4,))
     write_export(tmp_path / "student", student.state_dict(), card)
-    words = ("data.per_class=26",)  # four steps
+    words = ("data.samples_per_class=26",)  # four steps
     for init, run, ranks in (
         (tmp_path / "student", "first", two_ranks),
         (tmp_path / "first" / "export", "second", one_rank),

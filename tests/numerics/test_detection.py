@@ -13,7 +13,7 @@ STAGE = stage_named("finetune")
 ROWS = ("step", "loss", "class_loss", "box_loss", "centre_loss", "grad_norm")
 MEASURED = ("map", "map_50", "map_75", "loss", "ap_light", "ap_dark")
 # That the parts of a batch add up: test_splits.py.
-FSDP2 = ("engine.kind=accelerate", "engine.sharding=fsdp2", "batch.at_once=4")
+FSDP2 = ("engine.kind=accelerate", "engine.sharding=fsdp2", "batch.max_micro_size=4")
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +24,13 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = {
         "seed": 3,
         "epochs": 8,
-        "data": data | {"crop_ratio": 1.0, "augment": {"scale": [0.8, 1.0]}, "mean": [0.5], "std": [0.25]},
-        "batch": {"images": 16, "at_once": 16},
+        "data": data | {"eval_crop_ratio": 1.0, "augment": {"scale": [0.8, 1.0]}, "mean": [0.5], "std": [0.25]},
+        "batch": {"global_size": 16, "max_micro_size": 16},
         "model": {"name": "vit_tiny_patch16_224", "patch": 4, "width": 32, "depth": 2, "heads": 2},
         "detect": {"width": 32, "layers": 1, "strides": [4, 8, 16], "each_class": True},
         "drop_path": 0.1,
-        "optim": {"lr_per_256": 1.5e-2, "warmup_epochs": 1, "clip": 1.0, "layer_decay": 0.9},
-        "log": {"every": 5, "pictures_every": 8},
+        "optim": {"lr_per_256": 1.5e-2, "warmup_epochs": 1, "max_grad_norm": 1.0, "layer_decay": 0.9},
+        "log": {"every": 5, "images_every": 8},
     }
     (folder / "boxes.yaml").write_text(yaml.safe_dump(tree))
     return folder / "boxes.yaml"
@@ -51,7 +51,7 @@ def rows_of(run: Path, *names: str) -> list[list[float]]:
 
 def test_one_curve(config: Path, whole: Path, two_ranks: Ranks, tmp_path: Path) -> None:
     """A quarter of the images have no box: a rank or a micro may hold only such."""
-    two_ranks.train(STAGE, config, tmp_path / "run", *FSDP2, "run.stop_at=8")
+    two_ranks.train(STAGE, config, tmp_path / "run", *FSDP2, "run.stop_at_step=8")
     ours, theirs = rows_of(tmp_path / "run", *ROWS), rows_of(whole, *ROWS)[:8]
     assert len(ours) == 8
     for mine, reference in zip(ours, theirs, strict=True):
@@ -63,7 +63,7 @@ def test_it_goes_on_where_it_stopped_and_on_other_ranks(
     config: Path, whole: Path, one_rank: Ranks, two_ranks: Ranks, tmp_path: Path
 ) -> None:
     words = ("engine.kind=plain", "evaluate_every=8")
-    one_rank.train(STAGE, config, tmp_path / "parts", *words, "run.stop_at=5")
+    one_rank.train(STAGE, config, tmp_path / "parts", *words, "run.stop_at_step=5")
     one_rank.train(STAGE, config, tmp_path / "parts", *words)
     assert rows_of(tmp_path / "parts", *ROWS) == rows_of(whole, *ROWS)
     measured = [f"val_{name}" for name in MEASURED]
@@ -71,7 +71,7 @@ def test_it_goes_on_where_it_stopped_and_on_other_ranks(
     ours, theirs = (load_file(run / "export" / "model.safetensors") for run in (tmp_path / "parts", whole))
     assert all(ours[each].equal(theirs[each]) for each in theirs)
 
-    one_rank.train(STAGE, config, tmp_path / "moved", *words, "run.stop_at=14")
+    one_rank.train(STAGE, config, tmp_path / "moved", *words, "run.stop_at_step=14")
     two_ranks.train(STAGE, config, tmp_path / "moved", "engine.kind=accelerate", "evaluate_every=8")
     for mine, reference in zip(rows_of(tmp_path / "moved", *ROWS), rows_of(whole, *ROWS), strict=True):
         assert mine == pytest.approx(reference, rel=1e-5)

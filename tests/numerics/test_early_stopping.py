@@ -21,7 +21,7 @@ from foveal.training.run import Run
 # SGD at a rate that is too high at first: of 44 steps it takes 20, the best evaluation is after 12, and the rate drops.
 STEERED = (
     *("init=null", "model={name: vit_tiny_patch16_224, patch: 4, width: 32, depth: 2, heads: 2}", "drop_path=0.1"),
-    *("optim.kind=sgd", "optim.lr_per_256=1.0", "optim.layer_decay=1.0", "label_smoothing=0.0"),
+    *("optim.name=sgd", "optim.lr_per_256=1.0", "optim.layer_decay=1.0", "label_smoothing=0.0"),
     *("optim.schedule=plateau", "optim.plateau_patience=2", "evaluate_every=2", "epochs=2"),
     *("data.holdout_per_class=4", "early_stopping={metric: holdout_loss, patience: 4}", "engine.kind=accelerate"),
     *("checkpoint.keep=9",),
@@ -92,7 +92,7 @@ def test_it_stops_and_leaves_the_best(alone: Path, configs, one_rank: Ranks, tmp
     assert (card["step"], card["metrics"]["holdout_loss"]) == (BEST, losses[BEST])
     assert not (alone / "kept").exists()
     # Its weights are those of a run that ends there.
-    train(one_rank, configs["finetune"], tmp_path / "short", f"run.stop_at={BEST}")
+    train(one_rank, configs["finetune"], tmp_path / "short", f"run.stop_at_step={BEST}")
     ours = load_file(alone / "export" / "model.safetensors")
     kept = load_file(tmp_path / "short" / "kept" / f"{BEST:08d}" / "model.safetensors")
     assert all(ours[name].equal(kept[name]) for name in ours)
@@ -101,8 +101,8 @@ def test_it_stops_and_leaves_the_best(alone: Path, configs, one_rank: Ranks, tmp
 def test_interruptions_change_nothing(alone: Path, configs, one_rank: Ranks, tmp_path: Path) -> None:
     """Stopped, killed after the best evaluation with the checkpoint behind it lost, and asked to leave where it stops."""
     run = tmp_path / "run"
-    train(one_rank, configs["finetune"], run, "run.stop_at=5")
-    train(one_rank, configs["finetune"], run, "run.stop_at=13")
+    train(one_rank, configs["finetune"], run, "run.stop_at_step=5")
+    train(one_rank, configs["finetune"], run, "run.stop_at_step=13")
     tear(run, 13)
     one_rank.call(left_at, str(configs["finetune"]), str(run), STOP)
     assert not (run / "finished.json").exists()
@@ -114,7 +114,7 @@ def test_interruptions_change_nothing(alone: Path, configs, one_rank: Ranks, tmp
 def test_ranks_stop_together(alone: Path, configs, one_rank: Ranks, two_ranks: Ranks, tmp_path: Path) -> None:
     """From one rank to two: the same stop and the same best, the numbers to rel 1e-5."""
     run = tmp_path / "run"
-    train(one_rank, configs["finetune"], run, "run.stop_at=7")
+    train(one_rank, configs["finetune"], run, "run.stop_at_step=7")
     train(two_ranks, configs["finetune"], run)
     ours, theirs = told(run), told(alone)
     for name, column in theirs.items():

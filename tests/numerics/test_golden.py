@@ -13,7 +13,7 @@ _STEPS = 20
 @pytest.mark.parametrize("name", ["pretrain", "distill", "finetune"])
 def test_golden_curve(name, configs, one_rank, tmp_path, request: pytest.FixtureRequest) -> None:
     rows = one_rank.train(
-        stage_named(name), configs[name], tmp_path / "run", "engine.kind=plain", f"run.stop_at={_STEPS}"
+        stage_named(name), configs[name], tmp_path / "run", "engine.kind=plain", f"run.stop_at_step={_STEPS}"
     )
     losses = [row["loss"] for row in rows]
     file = _GOLDEN / f"{name}.json"

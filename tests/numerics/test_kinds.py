@@ -30,11 +30,11 @@ def card_of(run: Path) -> dict[str, Any]:
 def test_a_kind_of_encoder_goes_through_all_stages(
     kind: str, configs: dict[str, Path], one_rank: Ranks, two_ranks: Ranks, tmp_path: Path
 ) -> None:
-    shared = (_SIZE, "data.per_class=20", "epochs=2")  # six steps
-    pretraining = (ENCODERS[kind], f"masking={MASKINGS[kind]}", "mask_block=2", *shared)
+    shared = (_SIZE, "data.samples_per_class=20", "epochs=2")  # six steps
+    pretraining = (ENCODERS[kind], f"mask_strategy={MASKINGS[kind]}", "mask_block_size=2", *shared)
     stage, config = stage_named("pretrain"), configs["pretrain"]
     alone = one_rank.train(stage, config, tmp_path / "alone", *pretraining, "engine.kind=plain")
-    zero3 = two_ranks.train(stage, config, tmp_path / "zero3", *pretraining, "engine.zero=3", "batch.at_once=16")
+    zero3 = two_ranks.train(stage, config, tmp_path / "zero3", *pretraining, "engine.zero=3", "batch.max_micro_size=16")
     assert losses(zero3) == pytest.approx(losses(alone), rel=1e-5)
     assert losses(alone)[-1] < losses(alone)[0]
 

@@ -16,7 +16,7 @@ def test_features_and_numbers_are_the_same_on_any_ranks(
 ) -> None:
     tree = yaml.safe_load(configs["finetune"].read_text())
     tree = {name: value for name, value in tree.items() if name not in ("drop_path", "label_smoothing", "optim")}
-    tree |= {"optim": {"warmup_epochs": 1}, "data": tree["data"] | {"per_class": 13, "holdout_per_class": 3}}
+    tree |= {"optim": {"warmup_epochs": 1}, "data": tree["data"] | {"samples_per_class": 13, "holdout_per_class": 3}}
     (tmp_path / "probe.yaml").write_text(yaml.safe_dump(tree | {"epochs": 2, "probe": PROBE}))
     summaries = []
     for ranks, name, kind in ((one_rank, "one", "plain"), (two_ranks, "two", "accelerate")):

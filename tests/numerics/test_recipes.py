@@ -7,17 +7,24 @@ from ranks import Ranks, stage_named
 from safetensors.torch import load_file
 
 STAGE = stage_named("finetune")
-FEW = ("data.per_class=26", "epochs=2", "evaluate_every=3")  # eight steps
+FEW = ("data.samples_per_class=26", "epochs=2", "evaluate_every=3")  # eight steps
 # Everything at once: whoever shares a draw with another sample, or takes one from a generator, shows in some step.
 ALL = (
-    *("mixup=0.8", "cutmix=1.0", "erase=0.5", "dropout=0.2", "average=0.9", "data.augment.operations=2"),
+    *(
+        "mixup=0.8",
+        "cutmix=1.0",
+        "random_erasing=0.5",
+        "dropout=0.2",
+        "ema_decay=0.9",
+        "data.augment.rand_augment.ops=2",
+    ),
     *("class_weights=[1, 2, 1, 1, 1, 1, 1, 1, 0.5, 1]", "adversarial={epsilon: 8, step: 3, iterations: 2}"),
     "teacher={init: TEACHER, weight: 0.3}",
 )
-PLAIN = ("engine.kind=plain", "batch.at_once=64")
+PLAIN = ("engine.kind=plain", "batch.max_micro_size=64")
 MACHINES = {
-    "ddp": ("engine.kind=accelerate", "batch.at_once=16"),
-    "fsdp2": ("engine.kind=accelerate", "engine.sharding=fsdp2", "batch.at_once=32"),
+    "ddp": ("engine.kind=accelerate", "batch.max_micro_size=16"),
+    "fsdp2": ("engine.kind=accelerate", "engine.sharding=fsdp2", "batch.max_micro_size=32"),
 }
 
 
@@ -27,7 +34,7 @@ def everything(
 ) -> tuple[tuple[str, ...], Path, list[dict[str, float]]]:
     """The settings with a teacher that was fine-tuned for a moment, the run under Plain, and its rows."""
     folder = tmp_path_factory.mktemp("recipes")
-    one_rank.train(STAGE, configs["finetune"], folder / "teacher", "engine.kind=plain", "data.per_class=26")
+    one_rank.train(STAGE, configs["finetune"], folder / "teacher", "engine.kind=plain", "data.samples_per_class=26")
     words = (*FEW, *(word.replace("TEACHER", str(folder / "teacher" / "export")) for word in ALL))
     return words, folder / "alone", one_rank.train(STAGE, configs["finetune"], folder / "alone", *words, *PLAIN)
 
@@ -77,7 +84,7 @@ def test_stopping_changes_nothing(
     one_rank: Ranks, tmp_path: Path,
 ) -> None:  # fmt: skip
     words, folder, whole = everything
-    for stop in ("run.stop_at=3", "run.stop_at=7", "seed=3"):
+    for stop in ("run.stop_at_step=3", "run.stop_at_step=7", "seed=3"):
         rows = one_rank.train(STAGE, configs["finetune"], tmp_path / "run", *words, *PLAIN, stop)
     for name in ("lr", "loss", "grad_norm", "val_loss", "val_robust_top1"):
         assert [row[name] for row in rows if name in row] == [row[name] for row in whole if name in row], name
@@ -91,7 +98,7 @@ def test_what_is_evaluated_and_exported_is_the_average(
     one_rank: Ranks, tmp_path: Path,
 ) -> None:  # fmt: skip
     words, folder, _ = everything
-    rows = one_rank.train(STAGE, configs["finetune"], tmp_path / "run", *words, *PLAIN, "average=null")
+    rows = one_rank.train(STAGE, configs["finetune"], tmp_path / "run", *words, *PLAIN, "ema_decay=null")
     with_average = load_file(folder / "export" / "model.safetensors")
     without = load_file(tmp_path / "run" / "export" / "model.safetensors")
     assert with_average.keys() == without.keys()
@@ -105,7 +112,7 @@ def test_what_is_evaluated_and_exported_is_the_average(
 def test_a_frozen_encoder_stays_as_it_was(
     configs: dict[str, Path], one_rank: Ranks, two_ranks: Ranks, tmp_path: Path
 ) -> None:
-    words = (*FEW, "frozen=true", "drop_path=0", "dropout=0.1")
+    words = (*FEW, "freeze_encoder=true", "drop_path=0", "dropout=0.1")
     alone = one_rank.train(STAGE, configs["finetune"], tmp_path / "alone", *words, *PLAIN)
     rows = two_ranks.train(STAGE, configs["finetune"], tmp_path / "run", *words, "engine.kind=accelerate")
     losses = [[row["loss"] for row in each if "loss" in row] for each in (rows, alone)]
@@ -122,10 +129,10 @@ def test_networks_with_norms_of_their_own_for_attacked_images(
     sharding: str, configs: dict[str, Path], two_ranks: Ranks, tmp_path: Path
 ) -> None:
     """Stopped and continued on two ranks, bit for bit; the export has the names of the network and no twins."""
-    words = ("backbone=test_resnet", "init=null", "data.per_class=26", "engine.kind=accelerate", "drop_path=0")
+    words = ("backbone=test_resnet", "init=null", "data.samples_per_class=26", "engine.kind=accelerate", "drop_path=0")
     words += (f"engine.sharding={sharding}", "adversarial={kind: fgsm, split_norms: true, epsilon: 8}")
     whole = two_ranks.train(STAGE, configs["finetune"], tmp_path / "whole", *words)
-    two_ranks.train(STAGE, configs["finetune"], tmp_path / "parts", *words, "run.stop_at=2")
+    two_ranks.train(STAGE, configs["finetune"], tmp_path / "parts", *words, "run.stop_at_step=2")
     parts = two_ranks.train(STAGE, configs["finetune"], tmp_path / "parts", *words)
     for name in ("loss", "adversarial_loss", "val_robust_top1"):
         assert [row[name] for row in parts if name in row] == [row[name] for row in whole if name in row], name

@@ -22,14 +22,14 @@ def test_rows_after_the_checkpoint_are_void(configs, one_rank, two_ranks, tmp_pa
     """
     stage, run = stage_named("pretrain"), tmp_path / "run"
     overrides = ("engine.kind=plain", "checkpoint.every=10", "checkpoint.keep=9", "data.ledger=true")
-    one_rank.train(stage, configs["pretrain"], run, *overrides, "run.stop_at=15")
+    one_rank.train(stage, configs["pretrain"], run, *overrides, "run.stop_at_step=15")
     (newest,) = (run / "checkpoints").glob("step-00000015-*")
     next(newest.glob("*.safetensors")).write_bytes(b"torn")
-    rows = one_rank.train(stage, configs["pretrain"], run, *overrides, "run.stop_at=20")
+    rows = one_rank.train(stage, configs["pretrain"], run, *overrides, "run.stop_at_step=20")
     assert [row["step"] for row in rows] == list(range(1, 21))
-    whole = one_rank.train(stage, configs["pretrain"], tmp_path / "whole", "engine.kind=plain", "run.stop_at=20")
+    whole = one_rank.train(stage, configs["pretrain"], tmp_path / "whole", "engine.kind=plain", "run.stop_at_step=20")
     assert [row["loss"] for row in rows] == [row["loss"] for row in whole]
-    settings = ("engine.zero=1", "batch.at_once=8", "data.threads=3", "data.ledger=true", "run.stop_at=20")
+    settings = ("engine.zero=1", "batch.max_micro_size=8", "data.threads=3", "data.ledger=true", "run.stop_at_step=20")
     two_ranks.train(stage, configs["pretrain"], tmp_path / "two", *settings)
     app(["data", "audit", str(run), "--against", str(tmp_path / "two")], standalone_mode=False)
     assert "slot by slot, in the steps 1 to 20 that both have" in capfd.readouterr().out
@@ -37,7 +37,7 @@ def test_rows_after_the_checkpoint_are_void(configs, one_rank, two_ranks, tmp_pa
 
 def test_other_science_is_refused_by_name_and_nothing_is_lost(configs, one_rank, tmp_path) -> None:
     stage, run = stage_named("pretrain"), tmp_path / "run"
-    one_rank.train(stage, configs["pretrain"], run, "engine.kind=plain", "run.stop_at=4")
+    one_rank.train(stage, configs["pretrain"], run, "engine.kind=plain", "run.stop_at_step=4")
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     with pytest.raises(CheckpointError, match=r"optim\.lr_per_256 \(was 0\.004, is 0\.008\)"):
         one_rank.train(stage, configs["pretrain"], run, "engine.kind=plain", "optim.lr_per_256=8e-3")

@@ -101,7 +101,7 @@ def test_a_lone_bad_step_is_passed_over(configs, first_draws, one_rank, tmp_path
 @pytest.mark.thorough
 def test_no_checkpoint_after_a_refused_update(configs, first_draws, one_rank, tmp_path) -> None:
     """Due at 8, when the update is refused: written at 9."""
-    overrides = ("engine.kind=plain", "checkpoint.every=8", "checkpoint.keep=9", "run.stop_at=14")
+    overrides = ("engine.kind=plain", "checkpoint.every=8", "checkpoint.keep=9", "run.stop_at_step=14")
     poison(one_rank, configs["pretrain"], tmp_path / "run", [first_draws[8]], *overrides)
     names = sorted(folder.name[5:13] for folder in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == ["00000000", "00000009", "00000014"]
@@ -111,13 +111,18 @@ def test_no_checkpoint_after_a_refused_update(configs, first_draws, one_rank, tm
 def test_giving_up_leaves_a_whole_checkpoint(configs, first_draws, two_ranks, one_rank, tmp_path) -> None:
     """Every batch from step 6 on is bad; after two roll-backs the run ends on both ranks, and can be continued."""
     bad = [draw for step, draw in first_draws.items() if step >= 6]
-    overrides = ("engine.zero=1", "checkpoint.every=2", "recovery.rollbacks=2", "recovery.after=2")
+    overrides = ("engine.zero=1", "checkpoint.every=2", "recovery.max_rollbacks=2", "recovery.rollback_after_skips=2")
     with pytest.raises(TrainingDivergedError, match=r"in the 2 steps 6 to 7, after 2 roll-backs"):
         poison(two_ranks, configs["pretrain"], tmp_path / "run", bad, *overrides)
     rows = read_rows_without_time(tmp_path / "run" / "metrics.jsonl")
     assert max(row["step"] for row in rows) <= 7
     again = two_ranks.train(stage_named("pretrain"), configs["pretrain"], tmp_path / "run", *overrides)
     theirs = spared(
-        two_ranks, configs["pretrain"], tmp_path / "theirs", [5, 6, 7, 8], "engine.zero=1", "recovery.after=2"
+        two_ranks,
+        configs["pretrain"],
+        tmp_path / "theirs",
+        [5, 6, 7, 8],
+        "engine.zero=1",
+        "recovery.rollback_after_skips=2",
     )
     same(again, theirs)

@@ -20,7 +20,7 @@ from foveal.weights.export import read_card, read_head
 
 STAGE = stage_named("finetune")
 # That the parts of a batch add up: test_splits.py.
-FSDP2 = ("engine.kind=accelerate", "engine.sharding=fsdp2", "batch.at_once=2")
+FSDP2 = ("engine.kind=accelerate", "engine.sharding=fsdp2", "batch.max_micro_size=2")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def alone(
 ) -> tuple[Path, list[dict[str, float]]]:
     """The run of one rank that holds its whole batch at once, and its rows."""
     run = tmp_path_factory.mktemp("alone") / "run"
-    return run, one_rank.train(STAGE, config, run, "batch.at_once=8")
+    return run, one_rank.train(STAGE, config, run, "batch.max_micro_size=8")
 
 
 def test_one_curve_and_one_measure(config: Path, alone: Any, two_ranks: Ranks, tmp_path: Path) -> None:
@@ -57,8 +57,8 @@ def test_one_curve_and_one_measure(config: Path, alone: Any, two_ranks: Ranks, t
 
 def test_stopping_changes_nothing(config: Path, alone: Any, one_rank: Ranks, tmp_path: Path) -> None:
     """Bit for bit: rows, evaluations, and both files of the export."""
-    one_rank.train(STAGE, config, tmp_path / "run", "batch.at_once=8", "run.stop_at=3")
-    rows = one_rank.train(STAGE, config, tmp_path / "run", "batch.at_once=8")
+    one_rank.train(STAGE, config, tmp_path / "run", "batch.max_micro_size=8", "run.stop_at_step=3")
+    rows = one_rank.train(STAGE, config, tmp_path / "run", "batch.max_micro_size=8")
     for key in ("step", "loss", "grad_norm", "val_miou", "val_loss"):
         assert [row[key] for row in rows if key in row] == [row[key] for row in alone[1] if key in row], key
     for name in ("model", "head"):
@@ -74,7 +74,7 @@ def test_what_cannot_be_measured_was_learned_and_is_left(alone: Any, one_rank: R
     tree["class_weights"] = [0.5, 2, 1]
     (tmp_path / "segment.yaml").write_text(yaml.safe_dump(tree))
     with pytest.raises(DataError, match="7"):
-        one_rank.train(STAGE, tmp_path / "segment.yaml", tmp_path / "run", "batch.at_once=8")
+        one_rank.train(STAGE, tmp_path / "segment.yaml", tmp_path / "run", "batch.max_micro_size=8")
     for name in ("model", "head"):
         ours, theirs = (load_file(run / "export" / f"{name}.safetensors") for run in (tmp_path / "run", alone[0]))
         assert all(ours[each].equal(theirs[each]) for each in theirs)

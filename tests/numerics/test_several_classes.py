@@ -49,12 +49,19 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     header.size = len(data)
                     tar.addfile(header, io.BytesIO(data))
     index_folder(str(folder), classes=NAMES, on_warning=lambda _: None)
-    data = {"path": str(folder), "labels": "classes", "image_size": 8, "channels": 1, "lanes": 8, "crop_ratio": 1.0}
+    data = {
+        "path": str(folder),
+        "labels": "classes",
+        "image_size": 8,
+        "channels": 1,
+        "lanes": 8,
+        "eval_crop_ratio": 1.0,
+    }
     tree = {
         "seed": 1,
         "epochs": 3,
-        "data": data | {"augment": {"flip": 0.0, "scale": [0.8, 1.0]}, "mean": [0.3], "std": [0.37]},
-        "batch": {"images": 32, "at_once": 16},
+        "data": data | {"augment": {"hflip": 0.0, "scale": [0.8, 1.0]}, "mean": [0.3], "std": [0.37]},
+        "batch": {"global_size": 32, "max_micro_size": 16},
         "model": {"name": "vit_tiny_patch16_224", "patch": 2, "width": 32, "depth": 2, "heads": 2},
         "optim": {"lr_per_256": 4.0e-2},
         "mixup": 0.8,
@@ -71,8 +78,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.thorough
 def test_ranks_stops_and_measures(config: Path, one_rank: Ranks, two_ranks: Ranks, tmp_path: Path) -> None:
     alone = one_rank.train(STAGE, config, tmp_path / "alone", "engine.kind=plain")
-    rows = two_ranks.train(STAGE, config, tmp_path / "two", "engine.kind=accelerate", "batch.at_once=8")
-    one_rank.train(STAGE, config, tmp_path / "parts", "engine.kind=plain", "run.stop_at=7")
+    rows = two_ranks.train(STAGE, config, tmp_path / "two", "engine.kind=accelerate", "batch.max_micro_size=8")
+    one_rank.train(STAGE, config, tmp_path / "parts", "engine.kind=plain", "run.stop_at_step=7")
     parts = one_rank.train(STAGE, config, tmp_path / "parts", "engine.kind=plain")
     for name in ("loss", "val_map", "val_f1", "val_loss"):
         found, two, again = ([row[name] for row in each if name in row] for each in (alone, rows, parts))
@@ -93,7 +100,7 @@ def test_ranks_stops_and_measures(config: Path, one_rank: Ranks, two_ranks: Rank
 @pytest.mark.thorough
 def test_images_of_no_class_measure_nothing(config: Path, two_ranks: Ranks, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"split 'blank' has no image of any class to measure by: set data.val to"):
-        two_ranks.train(STAGE, config, tmp_path, "engine.kind=accelerate", "batch.at_once=8", "data.val=blank")
+        two_ranks.train(STAGE, config, tmp_path, "engine.kind=accelerate", "batch.max_micro_size=8", "data.val=blank")
 
 
 def test_it_is_planned_without_memory(config: Path) -> None:

@@ -23,16 +23,16 @@ WHOLE, PARTS = 64, (64, 16, 2)  # images of a step, and of a micro
 DEVICE = torch.device("cpu")
 PRETRAINING = {
     "pixels": ("norm_pix=true",),
-    "blocks": ("masking=block", "mask_block=2"),
-    "latents": ("target=latents",),
-    "latents and image": ("target=latents", "image_weight=0.5", "model.registers=2"),
-    "image, own": ("image_weight=0.5", "image_target=own"),
+    "blocks": ("mask_strategy=block", "mask_block_size=2"),
+    "latents": ("target=features",),
+    "latents and image": ("target=features", "image_loss_weight=0.5", "model.registers=2"),
+    "image, own": ("image_loss_weight=0.5", "image_target=online"),
 }
 IN_CLASSES = ("logits", "token", "register")
 FINETUNING = {
     "classes": (),
     "everything that draws": (
-        *("mixup=0.8", "cutmix=1.0", "erase=0.5", "dropout=0.2", "data.augment.operations=2"),
+        *("mixup=0.8", "cutmix=1.0", "random_erasing=0.5", "dropout=0.2", "data.augment.rand_augment.ops=2"),
         *("class_weights=[1, 2, 1, 1, 1, 1, 1, 1, 0.5, 1]", "adversarial={epsilon: 8, step: 3, iterations: 2}"),
         "teacher={init: CLASSIFIER, weight: 0.3}",
     ),
@@ -40,7 +40,7 @@ FINETUNING = {
         *("pooling=token", "model={name: vit_tiny_patch16_224, patch: 4, registers: 1, width: 16, depth: 2, heads: 2}"),
         "teacher={init: CLASSIFIER, weight: 0.3, kind: token}",
     ),
-    "a frozen encoder": ("init=CLASSIFIER", "model=null", "frozen=true", "drop_path=0"),
+    "a frozen encoder": ("init=CLASSIFIER", "model=null", "freeze_encoder=true", "drop_path=0"),
 }
 SEGMENTATION = {"linear": {"head": "linear"}, "pyramid": {"head": "pyramid", "width": 16}}
 
@@ -61,14 +61,20 @@ def trees(digits: Path, teachers: dict[str, Path], tmp_path_factory: pytest.Temp
     pack_rectangles(folder / "boxes", train=WHOLE)
     data = {"path": str(digits), "image_size": 16, "channels": 1, "lanes": 8, "mean": list(MEAN), "std": list(STD)}
     vit = {"name": "vit_tiny_patch16_224", "patch": 4, "width": 32, "depth": 2, "heads": 2}
-    shared = {"seed": 3, "epochs": 1, "batch": {"images": WHOLE}, "engine": {"kind": "plain"}, "optim": {"clip": None}}
+    shared = {
+        "seed": 3,
+        "epochs": 1,
+        "batch": {"global_size": WHOLE},
+        "engine": {"kind": "plain"},
+        "optim": {"max_grad_norm": None},
+    }
     boxes = {"path": str(folder / "boxes"), "image_size": 32, "channels": 1, "lanes": 4, "labels": "boxes"}
     scenes = write_scenes(folder / "scenes", train=WHOLE)
     return {
         "pretrain": shared | {"data": data, "model": vit, "decoder": {"width": 16, "depth": 1, "heads": 2}},
         "distill": shared | {"data": data, "teacher": str(teachers["plain"])},
         "finetune": shared | {"data": data, "model": vit, "init": None, "drop_path": 0.1, "label_smoothing": 0.1},
-        "segment": scene_tree(scenes, segment={}, class_weights=[0.5, 2, 1], batch={"images": WHOLE}),
+        "segment": scene_tree(scenes, segment={}, class_weights=[0.5, 2, 1], batch={"global_size": WHOLE}),
         "detect": shared
         | {"data": boxes | {"augment": {"scale": [0.8, 1.0]}, "mean": [0.5], "std": [0.25]}, "model": vit}
         | {"detect": {"width": 32, "layers": 1, "strides": [4, 8, 16], "each_class": True}, "drop_path": 0.1},
@@ -110,7 +116,9 @@ def test_parts_add_up(
     words = tuple(word.replace("CLASSIFIER", str(teachers["classes"])) for word in words)
     sums = []
     for at_once in PARTS:
-        cfg = stage.config_class.load(tmp_path / "it.yaml", [*words, f"batch.at_once={at_once}", "run.dir=runs/x"])
+        cfg = stage.config_class.load(
+            tmp_path / "it.yaml", [*words, f"batch.max_micro_size={at_once}", "run.dir=runs/x"]
+        )
         plan = stage.functions.build_plan(cfg, 1)
         parts = stage.functions.build(plan, DEVICE)
         parts.model.train()

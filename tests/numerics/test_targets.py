@@ -17,12 +17,12 @@ from foveal.models.vit import build_encoder
 from foveal.optim.schedule import cosine_ema_decay
 
 PRETRAIN = stage_named("pretrain")
-SHORT = ("data.per_class=20", "epochs=4", "average=0.9")  # twelve steps
+SHORT = ("data.samples_per_class=20", "epochs=4", "ema_decay=0.9")  # twelve steps
 TARGETS = {
-    "latents": ("target=latents",),
-    "latents and image": ("target=latents", "image_weight=0.5", "model.registers=2"),
-    "image": ("image_weight=0.5",),
-    "image, own": ("image_weight=0.5", "image_target=own"),
+    "latents": ("target=features",),
+    "latents and image": ("target=features", "image_loss_weight=0.5", "model.registers=2"),
+    "image": ("image_loss_weight=0.5",),
+    "image, own": ("image_loss_weight=0.5", "image_target=online"),
 }
 # Under ZeRO 3 some parameters rest in shards and some stay gathered, also those of an average.
 SHARDED = ("engine.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 40}}",)
@@ -62,7 +62,7 @@ def alone(
 def test_on_any_machine(
     target: str, engine: tuple[str, ...], alone: Any, configs: dict[str, Path], two_ranks: Ranks, tmp_path: Path
 ) -> None:
-    settings = (*SHORT, *TARGETS[target], *engine, "batch.at_once=16")
+    settings = (*SHORT, *TARGETS[target], *engine, "batch.max_micro_size=16")
     found = losses(two_ranks.train(PRETRAIN, configs["pretrain"], tmp_path / "run", *settings))
     assert found == pytest.approx(alone(target)[1], rel=1e-5)
 
@@ -72,7 +72,7 @@ def test_resumed_is_never_stopped(
 ) -> None:
     """Average and all: bit for bit in one process; and on two ranks under ZeRO 3 from where another had stopped."""
     run, settings = tmp_path / "run", (*SHORT, *TARGETS["latents and image"], *SHARDED)
-    one_rank.train(PRETRAIN, configs["pretrain"], run, *settings, "engine.kind=plain", "run.stop_at=5")
+    one_rank.train(PRETRAIN, configs["pretrain"], run, *settings, "engine.kind=plain", "run.stop_at_step=5")
     moved = shutil.copytree(run, tmp_path / "moved")
     rows = one_rank.train(PRETRAIN, configs["pretrain"], run, *settings, "engine.kind=plain")
     whole, expected = alone("latents and image")
@@ -87,10 +87,10 @@ def test_resumed_is_never_stopped(
 def test_a_weight_of_zero_is_plain_masked_autoencoding(
     configs: dict[str, Path], one_rank: Ranks, tmp_path: Path
 ) -> None:
-    short = ("data.per_class=20", "epochs=2", "engine.kind=plain")
+    short = ("data.samples_per_class=20", "epochs=2", "engine.kind=plain")
     plain = one_rank.train(PRETRAIN, configs["pretrain"], tmp_path / "plain", *short)
-    zero = one_rank.train(PRETRAIN, configs["pretrain"], tmp_path / "zero", *short, "image_weight=0.0")
-    other = one_rank.train(PRETRAIN, configs["pretrain"], tmp_path / "other", *short, "image_weight=1.0e-3")
+    zero = one_rank.train(PRETRAIN, configs["pretrain"], tmp_path / "zero", *short, "image_loss_weight=0.0")
+    other = one_rank.train(PRETRAIN, configs["pretrain"], tmp_path / "other", *short, "image_loss_weight=1.0e-3")
     assert losses(zero) == losses(plain)
     assert {name for row in zero for name in row} == {name for row in plain for name in row}
     # The head is drawn last: what it stands on begins as it would without it.
@@ -100,7 +100,7 @@ def test_a_weight_of_zero_is_plain_masked_autoencoding(
 
 def test_the_average_is_one(configs: dict[str, Path], one_rank: Ranks, tmp_path: Path) -> None:
     """After n updates it is the sum that the formula says, of the encoders of all steps."""
-    settings = ("data.per_class=20", "epochs=1", "target=latents", "average=0.6", "engine.kind=plain")
+    settings = ("data.samples_per_class=20", "epochs=1", "target=features", "ema_decay=0.6", "engine.kind=plain")
     settings += ("checkpoint.every=1", "checkpoint.keep=9")
     one_rank.train(PRETRAIN, configs["pretrain"], tmp_path / "run", *settings)
     average: dict[str, Any] = {}

@@ -65,7 +65,7 @@ def learned(
     for each in answer:
         each.requires_grad_()
     student = Answers(asked, *answer)
-    cfg = config(Path("x"), Path("x"), lesson=asked.kind, seed=9, **settings)
+    cfg = config(Path("x"), Path("x"), method=asked.kind, seed=9, **settings)
     objective = DistillationLoss(Answers(asked, *lesson), cfg, [""], MEAN, STD)  # pyright: ignore[reportArgumentType]
     total, numbers = objective(Model(student), batch())
     (total / objective.batch_weight(batch())).backward()

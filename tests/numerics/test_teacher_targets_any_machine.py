@@ -17,12 +17,12 @@ from distill.teacher_cache import TeacherCache, TensorSpec
 from foveal.errors import ConfigError
 from foveal.weights.export import read_export
 
-SHORT = ("data.per_class=20",)  # three steps
+SHORT = ("data.samples_per_class=20",)  # three steps
 PLAIN = "engine.kind=plain"
 THOROUGH = pytest.mark.thorough
-ZERO_3 = ("engine.zero=3", "batch.at_once=16")
+ZERO_3 = ("engine.zero=3", "batch.max_micro_size=16")
 DDP = ("engine.kind=accelerate",)
-FSDP_2 = ("engine.kind=accelerate", "engine.sharding=fsdp2", "batch.at_once=16")
+FSDP_2 = ("engine.kind=accelerate", "engine.sharding=fsdp2", "batch.max_micro_size=16")
 # One each: that the parts of a batch add up is test_splits.py's, and what an engine makes of it test_any_machine.py's.
 # What opens an encoder is tried under FSDP2 too, whose blocks are gathered one by one; what calls a model of timm, under DDP.
 MACHINES = {
@@ -90,7 +90,7 @@ def test_bf16_is_one_curve_where_differences_are_small(
     """Engines differ in how far their autocast reaches; a divergence is made of differences, and cannot be negative."""
     stage, told = (
         stage_named("distill"),
-        (*settings("relations", teachers), "engine.precision=bf16", "batch.at_once=64"),
+        (*settings("relations", teachers), "engine.precision=bf16", "batch.max_micro_size=64"),
     )
     plain = curve(one_rank.train(stage, configs["distill"], tmp_path / "plain", *told, PLAIN))
     zero = curve(one_rank.train(stage, configs["distill"], tmp_path / "zero", *told, "engine.zero=1"))
@@ -103,7 +103,7 @@ def test_students_together_are_the_students_alone(
     teachers: dict[str, Path], configs: dict[str, Path], one_rank: Ranks, tmp_path: Path
 ) -> None:
     """Bit for bit, in weights and in numbers: they share nothing but the teacher's lesson."""
-    stage, free = stage_named("distill"), (PLAIN, "optim.clip=null")
+    stage, free = stage_named("distill"), (PLAIN, "optim.max_grad_norm=null")
     for lesson in ("features", "layers"):
         told = settings(lesson, teachers, TWO)
         rows = one_rank.train(stage, configs["distill"], tmp_path / lesson, *told, *free, "model=null")
@@ -129,10 +129,16 @@ def test_stopping_changes_nothing_for_several(
 ) -> None:
     """Nor the averages of BatchNorm that one of them has; and what is exported can teach."""
     net = f"students=[{{name: small, model: {STUDENT}}}, {{name: net, backbone: test_resnet}}]"
-    told = (*settings("features", teachers, net), "model=null", "optim.clip=null", "patch_weight=0", "engine.zero=2")
+    told = (
+        *settings("features", teachers, net),
+        "model=null",
+        "optim.max_grad_norm=null",
+        "patch_weight=0",
+        "engine.zero=2",
+    )
     stage, whole, parts = stage_named("distill"), tmp_path / "whole", tmp_path / "parts"
     rows = two_ranks.train(stage, configs["distill"], whole, *told)
-    two_ranks.train(stage, configs["distill"], parts, *told, "run.stop_at=2")
+    two_ranks.train(stage, configs["distill"], parts, *told, "run.stop_at_step=2")
     assert curve(two_ranks.train(stage, configs["distill"], parts, *told)) == curve(rows)
     for name, width in (("small", 16), ("net", 96)):
         ours, theirs = (weights(run / "export" / name) for run in (parts, whole))
@@ -149,7 +155,7 @@ def test_what_the_teacher_has_said_is_not_asked_again(
     """Bit for bit the same, also where rows are lost; and what is kept is what is learned from."""
     stage, folder = stage_named("distill"), tmp_path / "lessons"
     told = (*settings("layers", teachers), PLAIN, "epochs=2")
-    kept = (*told, f"lesson_cache.dir={folder}")
+    kept = (*told, f"teacher_cache.dir={folder}")
     alone = curve(one_rank.train(stage, configs["distill"], tmp_path / "alone", *told))
     assert curve(one_rank.train(stage, configs["distill"], tmp_path / "first", *kept)) == alone
     (key,) = folder.iterdir()
@@ -164,8 +170,8 @@ def test_what_the_teacher_has_said_is_not_asked_again(
     forged = TeacherCache(folder, told, len(rows) // (2 * 5 * 32 * 4 + 8), [TensorSpec((5, 32), torch.float32)] * 2)
     forged.put(torch.arange(forged.num_rows), [torch.ones(forged.num_rows, 5, 32)] * 2)
     assert curve(one_rank.train(stage, configs["distill"], tmp_path / "fourth", *kept))["loss"] != alone["loss"]
-    with pytest.raises(ConfigError, match=r"lesson_cache.gigabytes=1e-05, but the teacher's outputs for .* views"):
-        one_rank.train(stage, configs["distill"], tmp_path / "fifth", *kept, "lesson_cache.gigabytes=1e-5")
+    with pytest.raises(ConfigError, match=r"teacher_cache.max_gigabytes=1e-05, but the teacher's outputs for .* views"):
+        one_rank.train(stage, configs["distill"], tmp_path / "fifth", *kept, "teacher_cache.max_gigabytes=1e-5")
 
 
 @pytest.mark.thorough
@@ -175,7 +181,7 @@ def test_weights_of_others_teach(configs: dict[str, Path], one_rank: Ranks, tmp_
     network = timm.create_model("resnet10t", in_chans=1, num_classes=10)
     save_file(network.state_dict(), tmp_path / "model.safetensors")
     told = (*SHORT, f"teacher={tmp_path}", "teacher_name=resnet10t", "data.mean=[0.4]", "data.std=[0.3]")
-    told += ("lesson=logits", "label_weight=0", f"model={STUDENT}", PLAIN)
+    told += ("method=logits", "label_weight=0", f"model={STUDENT}", PLAIN)
     found = curve(one_rank.train(stage_named("distill"), configs["distill"], tmp_path / "run", *told))
     assert found["loss"][-1] < found["loss"][0]
     card = json.loads((tmp_path / "run" / "export" / "card.json").read_text())

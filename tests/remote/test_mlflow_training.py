@@ -31,7 +31,7 @@ def test_a_server_that_dies_and_comes_back(configs: dict[str, Path], server: Ser
     quiet = ended([*shared, "tracking.uri=null", f"run.dir={tmp_path / 'quiet'}"], tmp_path)
     assert quiet.code == 0, quiet.err
     run = tmp_path / "run"
-    told = [*shared, f"tracking.uri={server.uri}", "tracking.patience_seconds=120", f"run.dir={run}"]
+    told = [*shared, f"tracking.uri={server.uri}", "tracking.flush_timeout_seconds=120", f"run.dir={run}"]
     training = Started(told, tmp_path)
     training.reaches(run, 20)
     server.kill()

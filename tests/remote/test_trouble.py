@@ -107,7 +107,7 @@ def test_secrets_of_a_run_stand_nowhere(
     run = tmp_path / "run"
     words = [str(configs["pretrain"]), "engine.kind=plain", f"run.dir={run}", "tracking.uri=${STORE}"]
     words += [f"data.path=http://me:${{SHARDS_PASSWORD}}@{place.replace(signature, '${SHARDS_SIGNATURE}')}"]
-    words += [f"data.cache.dir={tmp_path}/cache", "tracking.patience_seconds=0.5", "data.patience_seconds=8"]
+    words += [f"data.cache.dir={tmp_path}/cache", "tracking.flush_timeout_seconds=0.5", "data.stall_timeout_seconds=8"]
     if end == "refused":
         http.inject("403", about="train-000003.tar HTTP", times=10**6)
     elif end == "failed":

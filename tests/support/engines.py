@@ -20,7 +20,7 @@ from foveal.optim.config import OptimConfig
 from foveal.optim.optimizers import parameter_groups
 
 IMAGES, WIDTH, MICROS = 8, 7, 2
-OPTIM = OptimConfig(lr_per_256=1e-2, weight_decay=0.3, betas=(0.8, 0.9), eps=1e-6, clip=0.5)
+OPTIM = OptimConfig(lr_per_256=1e-2, weight_decay=0.3, betas=(0.8, 0.9), eps=1e-6, max_grad_norm=0.5)
 # Under ZeRO 3 some parameters are sharded while they rest and some stay gathered, and a group has several flat partitions.
 _STAGE_3 = {"stage3_param_persistence_threshold": 2 * WIDTH, "sub_group_size": 4 * WIDTH}
 

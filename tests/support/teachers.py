@@ -20,11 +20,11 @@ DECODER = "decoder={width: 16, depth: 1, heads: 2}"
 # By method: the settings beside the teacher; logits and token need a teacher with classes.
 LESSONS = {
     "features": ("distance=l1",),
-    "layers": ("lesson=layers", "layers=[[3, 2], [1, 1]]", "distance=smooth_l1", DECODER),
-    "relations": ("lesson=relations", "layers=[[3, 2], [4, 3]]"),
-    "logits": ("lesson=logits", "label_weight=0.3"),
-    "token": ("lesson=token", "model=null", f"backbone={DISTILLED}"),
-    "register": ("lesson=token", "model.registers=1"),
+    "layers": ("method=layers", "layers=[[3, 2], [1, 1]]", "distance=smooth_l1", DECODER),
+    "relations": ("method=relations", "layers=[[3, 2], [4, 3]]"),
+    "logits": ("method=logits", "label_weight=0.3"),
+    "token": ("method=token", "model=null", f"backbone={DISTILLED}"),
+    "register": ("method=token", "model.registers=1"),
 }
 
 
@@ -61,7 +61,7 @@ def config(digits: Path, teacher: Path, **settings: Any) -> DistillConfig:
         "epochs": 1,
         "teacher": str(teacher),
         "data": {"path": str(digits), "image_size": 16, "channels": 1, "lanes": 8} | settings.pop("data", {}),
-        "batch": {"images": 64, "at_once": 32},
+        "batch": {"global_size": 64, "max_micro_size": 32},
         "optim": {} | settings.pop("optim", {}),
         "run": {"dir": "runs/x"},
     }

@@ -255,15 +255,29 @@ def test_a_section_that_is_not_there_is_one_fact(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [PretrainConfig, DistillConfig, FinetuneConfig])
 def test_where_a_run_lies_and_how_fast_it_goes_is_no_science(kind: type[Config], tmp_path: Path) -> None:
-    tree = {"epochs": 1, "data": {"path": "a", "image_size": 16}, "batch": {"images": 64}, "optim": {}}
+    tree = {"epochs": 1, "data": {"path": "a", "image_size": 16}, "batch": {"global_size": 64}, "optim": {}}
     tree |= {"teacher": "a"} if kind is DistillConfig else {}
     file = tmp_path / "stage.yaml"
     kind.from_dict(tree, "here").dump(file)
-    moved = ["data.path=b", "batch.at_once=8", "run.dir=c", "log.every=3", "checkpoint.every=7", "data.threads=9"]
+    moved = [
+        "data.path=b",
+        "batch.max_micro_size=8",
+        "run.dir=c",
+        "log.every=3",
+        "checkpoint.every=7",
+        "data.threads=9",
+    ]
     moved += ["engine.kind=plain", "engine.precision=bf16", "optim.fused=false", "tracking.uri=null"]
     original = kind.load(file)
     assert kind.load(file, moved).science_settings() == original.science_settings()
-    for change in ("seed=1", "epochs=2", "batch.images=32", "optim.clip=1.0", "data.augment.flip=0.1", "data.lanes=8"):
+    for change in (
+        "seed=1",
+        "epochs=2",
+        "batch.global_size=32",
+        "optim.max_grad_norm=1.0",
+        "data.augment.hflip=0.1",
+        "data.lanes=8",
+    ):
         changed = kind.load(file, [change]).science_settings()
         assert {name for name in changed if changed[name] != original.science_settings()[name]} == {
             change.split("=")[0]
@@ -284,7 +298,7 @@ def test_what_is_dumped_is_loaded_again(text: str, number: float, rates: list[fl
 
 
 def test_a_typo_in_a_list_of_sections_gets_the_nearest_name() -> None:
-    tree = {"path": "x", "image_size": 8, "mix": [{"path": "y", "indx": "z", "share": 0.5}]}
+    tree = {"path": "x", "image_size": 8, "mix": [{"path": "y", "indx": "z", "fraction": 0.5}]}
     with pytest.raises(ConfigError, match=r"mix.0.indx is not a setting. Did you mean 'index'\?"):
         DataConfig.from_dict(tree, "x.yaml")
     with pytest.raises(ConfigError, match=r"mix: input should be a valid list"):

@@ -31,7 +31,7 @@ def compute_train_crop(
     that of ``output_hw``, the size after resizing: 1 preserves the aspect ratio. scale = ratio = (1, 1) is the largest
     centre crop that preserves it.
     """
-    flipped = bool(uniforms[_FLIP] < augment.flip)
+    flipped = bool(uniforms[_FLIP] < augment.hflip)
     min_aspect, max_aspect = (bound * (output_hw[1] / output_hw[0]) for bound in augment.ratio)
     low, high = math.log(min_aspect), math.log(max_aspect)
     # The largest centre crop draws no shape: an image one pixel off it would get a random crop, other images none.

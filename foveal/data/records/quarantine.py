@@ -46,9 +46,9 @@ class Quarantine:
             bad = [entry for entry in self._entries.values() if entry["split"] == split]
             if len(bad) > limit:
                 raise DataError(
-                    f"{len(bad)} samples of split '{split}' do not decode, and data.max_bad allows {limit:.4g}; "
+                    f"{len(bad)} samples of split '{split}' do not decode, and data.max_bad_fraction allows {limit:.4g}; "
                     f"the last is {bad[-1]['shard']}: sample '{bad[-1]['key']}' ({bad[-1]['reason']}); all are in "
-                    f"{self._file}: repair the shards, or raise data.max_bad"
+                    f"{self._file}: repair the shards, or raise data.max_bad_fraction"
                 )
 
 

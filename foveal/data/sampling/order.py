@@ -253,7 +253,7 @@ def _compute_quotas(
         if sizes[0] < batch:
             raise DataError(
                 f"a batch of {batch} images cannot be filled from {sizes[0]} samples: "
-                f"lower batch.images to {sizes[0]} or less, or give more data"
+                f"lower batch.global_size to {sizes[0]} or less, or give more data"
             )
         return sizes[0] // batch, (sizes[0] // batch * batch,)
     exact = [Fraction(repr(float(share))) for share in shares]
@@ -267,14 +267,14 @@ def _compute_quotas(
     if not steps:
         raise DataError(
             f"data.path has {sizes[0]} samples, and its share of a batch of {batch} images is "
-            f"{float(batch * first_share):g}: lower batch.images, or give more data"
+            f"{float(batch * first_share):g}: lower batch.global_size, or give more data"
         )
     mixed_quotas = [round(steps * batch * share) for share in exact]
     # Source 0 fills the rest of every batch, which must not be negative.
     if sum(-(-quota // steps) for quota in mixed_quotas) > batch:
         raise ConfigError(
             f"a batch of {batch} images is too small for the shares {list(shares)} in data.mix: "
-            f"raise batch.images to {math.ceil(3 * len(shares) / (2 * first_share))} or more, or give the sets less"
+            f"raise batch.global_size to {math.ceil(3 * len(shares) / (2 * first_share))} or more, or give the sets less"
         )
     return steps, (steps * batch - sum(mixed_quotas), *mixed_quotas)
 
@@ -305,7 +305,7 @@ def rank_slot_range(batch_size: int, num_lanes: int, rank: int, world_size: int)
         fit = fit if fit >= 2 * num_lanes else 2 * num_lanes * world_size // math.gcd(2 * num_lanes, world_size)
         raise ConfigError(
             f"a batch of {batch_size} images cannot be dealt to {world_size} ranks equally: the nearest batch that "
-            f"fits is {fit} (batch.images), the nearest numbers of ranks are "
+            f"fits is {fit} (batch.global_size), the nearest numbers of ranks are "
             f"{_nearest_divisors(batch_size, world_size)}"
         )
     rank_batch = batch_size // world_size
@@ -320,7 +320,7 @@ def microbatches_per_step(batch_size: int, world_size: int, microbatch_size: int
     rank_batch = batch_size // world_size
     if rank_batch % microbatch_size:
         raise ConfigError(
-            f"batch.at_once={microbatch_size} does not divide the {rank_batch} images that each of {world_size} ranks "
+            f"batch.max_micro_size={microbatch_size} does not divide the {rank_batch} images that each of {world_size} ranks "
             f"takes from a batch of {batch_size}: use {_nearest_divisors(rank_batch, microbatch_size)}; "
             f"it does not change the result"
         )

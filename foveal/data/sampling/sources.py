@@ -141,7 +141,9 @@ def build_training_set(dataset: Dataset, cfg: DataConfig, *, seed: int, batch_si
             )
         all_samples = SplitSubset(mixed.samples_per_shard(entry.split), None)
         sources.append(SampleSource(mixed, entry.split, all_samples, sources[-1].stop_id))
-    mix = [(source.subset.samples_per_shard, entry.share) for source, entry in zip(sources[1:], cfg.mix, strict=True)]
+    mix = [
+        (source.subset.samples_per_shard, entry.fraction) for source, entry in zip(sources[1:], cfg.mix, strict=True)
+    ]
     order = SampleOrder(sources[0].subset.samples_per_shard, batch_size, cfg.lanes, cfg.window, seed, mix)
     return TrainingSet(tuple(sources), order, seed)
 

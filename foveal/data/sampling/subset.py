@@ -60,7 +60,7 @@ def select_subset(dataset: Dataset, cfg: DataConfig, *, split: str, subset: Subs
     """Return a subset of a split.
 
     all: the complete split. fold: the samples that data.fold excludes from training. holdout: data.holdout_per_class
-    samples of every class outside the fold. train: data.per_class samples of every class outside fold and holdout
+    samples of every class outside the fold. train: data.samples_per_class samples of every class outside fold and holdout
     (null: all of them); data.balance repeats samples of small classes. The selection depends on the seed and the sample
     ids only.
     Raises: ConfigError if holdout or fold is empty by configuration; DataError if a class has too few samples (with
@@ -71,7 +71,7 @@ def select_subset(dataset: Dataset, cfg: DataConfig, *, split: str, subset: Subs
         raise ConfigError("data.holdout_per_class=0 leaves no holdout to evaluate on: set it, or use another part")
     if subset == "fold" and cfg.fold is None:
         raise ConfigError("data.fold=null leaves no fold to evaluate on: set it, or use another part")
-    samples_classes = cfg.per_class is not None or cfg.holdout_per_class > 0
+    samples_classes = cfg.samples_per_class is not None or cfg.holdout_per_class > 0
     is_balanced = cfg.balance > 0 and subset == "train"
     if subset == "all" or not (samples_classes or is_balanced or cfg.fold is not None):
         return SplitSubset(counts, None)
@@ -84,7 +84,7 @@ def select_subset(dataset: Dataset, cfg: DataConfig, *, split: str, subset: Subs
     if labels.min() < 0:
         raise DataError(
             f"{dataset.folder}: {int((labels < 0).sum())} samples of split '{split}' have no label; "
-            f"data.per_class, data.holdout_per_class, data.balance and data.fold need one for each"
+            f"data.samples_per_class, data.holdout_per_class, data.balance and data.fold need one for each"
         )
     if is_balanced or cfg.fold is not None:
         _require_all_classes(dataset, labels, split, "data.balance" if cfg.fold is None else "data.fold")
@@ -153,20 +153,20 @@ def _sample_per_class(
     dataset: Dataset, cfg: DataConfig, labels: np.ndarray, candidates: np.ndarray, subset: SubsetName, key: int
 ) -> np.ndarray:
     """Return the train or holdout subset of the sample ids ``candidates``, ascending."""
-    num_train, candidate_labels = cfg.per_class or 0, labels[candidates]
+    num_train, candidate_labels = cfg.samples_per_class or 0, labels[candidates]
     chosen_ids = []
     for label in np.unique(labels):
         members = candidates[candidate_labels == label]
         needed = num_train + cfg.holdout_per_class
-        if len(members) < needed or (cfg.per_class is None and len(members) == needed):
+        if len(members) < needed or (cfg.samples_per_class is None and len(members) == needed):
             outside = "" if cfg.fold is None else f" outside fold {cfg.fold.number} of {cfg.fold.of}"
             raise DataError(
                 f"{dataset.folder}: class {int(label)} has {len(members)} samples{outside}, too few for "
-                f"data.per_class={num_train} and data.holdout_per_class={cfg.holdout_per_class}"
+                f"data.samples_per_class={num_train} and data.holdout_per_class={cfg.holdout_per_class}"
             )
         members = members[np.argsort(hash_ids(key, members), kind="stable")]
         if subset == "holdout":
             chosen_ids.append(members[num_train:needed])
         else:
-            chosen_ids.append(members[: cfg.per_class] if cfg.per_class else members[needed:])
+            chosen_ids.append(members[: cfg.samples_per_class] if cfg.samples_per_class else members[needed:])
     return np.sort(np.concatenate(chosen_ids))

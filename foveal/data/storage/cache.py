@@ -91,7 +91,9 @@ class DownloadCache:
         except OSError as error:
             is_disk_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             problem = (
-                "is on a full disk: lower data.cache.gigabytes, or" if is_disk_full else f"cannot be used ({error}):"
+                "is on a full disk: lower data.cache.max_gigabytes, or"
+                if is_disk_full
+                else f"cannot be used ({error}):"
             )
             raise DataError(
                 f"{file.folder.display_path(file.name)} cannot be copied, {self.folder} {problem} "
@@ -186,7 +188,7 @@ class DownloadCache:
         if size > self.max_bytes:
             raise CacheFullError(
                 f"{url} has {size / 1e9:.3g} GB and the cache {self.folder} may hold {self.max_bytes / 1e9:.3g} GB: "
-                f"raise data.cache.gigabytes"
+                f"raise data.cache.max_gigabytes"
             )
         deadline = time.monotonic() + self.other_process_timeout
         while True:
@@ -197,7 +199,7 @@ class DownloadCache:
             if is_prefetch or time.monotonic() > deadline:
                 raise CacheFullError(
                     f"{url} does not fit into the cache {self.folder}: its {self.max_bytes / 1e9:.3g} GB are taken by "
-                    f"downloads under way; raise data.cache.gigabytes"
+                    f"downloads under way; raise data.cache.max_gigabytes"
                 )
             time.sleep(_MAX_POLL_SECONDS)
 
@@ -239,7 +241,7 @@ class DownloadCache:
             if now - last_use < _THRASH_SECONDS and not self._has_warned:
                 self._has_warned = True
                 _log.warning(
-                    "%s: the %.3g GB of data.cache.gigabytes are fewer than the shards in use have: they are "
+                    "%s: the %.3g GB of data.cache.max_gigabytes are fewer than the shards in use have: they are "
                     "downloaded again and again",
                     self.folder,
                     self.max_bytes / 1e9,
@@ -259,7 +261,7 @@ def open_cache(cfg: CacheConfig, other_process_timeout: float) -> DownloadCache:
     Raises: ConfigError if an environment variable is not set or the folder is a URL; DataError if the folder cannot be
     made, or if other users own or may write to the default folder.
     """
-    max_bytes = int(cfg.gigabytes * 1e9)
+    max_bytes = int(cfg.max_gigabytes * 1e9)
     if cfg.dir is not None:
         path = expand_path(cfg.dir, "data.cache.dir")
         if is_url(path):

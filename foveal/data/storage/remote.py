@@ -151,7 +151,7 @@ class RemoteFolder:
                     raise StorageUnreachableError(
                         f"{self.display_path(name)} cannot be read, {MAX_ATTEMPTS} attempts failed "
                         f"({_format_error(error)}): see that the server answers (all of it within {self.all_attempts_timeout:g} s, "
-                        f"in training data.patience_seconds)"
+                        f"in training data.stall_timeout_seconds)"
                     ) from None
                 _log.warning(
                     "%s: attempt %d of %d failed (%s)",

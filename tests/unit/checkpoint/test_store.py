@@ -202,7 +202,7 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
 def test_other_science_is_named_with_both_values(tmp_path: Path) -> None:
     check_science_unchanged(SCIENCE, dict(SCIENCE), tmp_path)
     with pytest.raises(CheckpointError, match=r"a foveal version without erase, mixup; continue with that version"):
-        check_science_unchanged(SCIENCE, SCIENCE | {"mixup": 0.0, "erase": 0.0}, tmp_path)
+        check_science_unchanged(SCIENCE, SCIENCE | {"mixup": 0.0, "random_erasing": 0.0}, tmp_path)
     with pytest.raises(CheckpointError, match=r"other science: attack\.kind \(was None, is 'pgd'\)"):
         check_science_unchanged(SCIENCE | {"attack": None}, SCIENCE | {"attack.kind": "pgd"}, tmp_path)
     with pytest.raises(CheckpointError) as caught:

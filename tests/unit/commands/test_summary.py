@@ -34,7 +34,7 @@ def run(folder: Path, at: int, numbers: dict[str, float] | None, seconds: float 
 def demo(tmp_path: Path) -> Path:
     pipeline = tmp_path / "demo"
     run(pipeline / "pretrain", 100, PRETRAIN)
-    run(pipeline / "compare", 300, COMPARED, **{"data.per_class": 2, "trials.repeats": 3})
+    run(pipeline / "compare", 300, COMPARED, **{"data.samples_per_class": 2, "trials.repeats": 3})
     run(pipeline / "distill", 200, {"step": 600.0, "loss": 0.05})
     run(pipeline / "compare" / "trials" / "mae-seed0", 250, PRETRAIN)  # a run inside a run is no stage
     (pipeline / "pretrain" / "pictures").mkdir()
@@ -71,7 +71,7 @@ def test_the_table_has_every_stage_and_every_arm(
 def test_all_labels_are_called_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(tmp_path / "compare", 1, COMPARED, **{"data.per_class": None, "trials.repeats": 1})
+    run(tmp_path / "compare", 1, COMPARED, **{"data.samples_per_class": None, "trials.repeats": 1})
     assert "compare: all labels, 1 seeds, each arm's own best rate" in said(monkeypatch, capsys, str(tmp_path))
 
 

@@ -202,7 +202,7 @@ def test_statistics_that_are_not_known_or_do_not_fit(folder: Path) -> None:
         ({"image_size": [8, 8, 3]}, r"image_size: a number of pixels .* \(given: \[8, 8, 3\]\)"),
         ({"image_size": "8"}, r"image_size: a number of pixels .* \(given: '8'\)"),
         ({"lanes": 0}, "lanes: "),
-        ({"crop_ratio": 1.5}, "crop_ratio: "),
+        ({"eval_crop_ratio": 1.5}, "crop_ratio: "),
         ({"augment": {"scale": (0.5, 1.5)}}, r"augment.scale=\[0.5, 1.5\] must be \[lowest, highest\] within \(0, 1\]"),
         ({"augment": {"ratio": (2.0, 1.0)}}, r"augment.ratio=\[2.0, 1.0\] must be \[lowest, highest\]"),
         ({"windows": 4}, "windows is not a setting. Did you mean 'window'"),
@@ -248,11 +248,13 @@ def test_parts_that_cannot_be_chosen(folder: Path) -> None:
 
     with pytest.raises(ConfigError, match=r"data.holdout_per_class=0 leaves no holdout"):
         select(part="holdout")
-    with pytest.raises(DataError, match=r"class \d has \d+ samples, too few for data.per_class=500 and data.holdout"):
-        select(per_class=500)
-    with pytest.raises(DataError, match=r"too few for data.per_class=100 and data.holdout_per_class=100"):
-        select(per_class=100, holdout_per_class=100)
-    with pytest.raises(DataError, match=r"too few for data.per_class=0 and data.holdout_per_class=150"):
+    with pytest.raises(
+        DataError, match=r"class \d has \d+ samples, too few for data.samples_per_class=500 and data.holdout"
+    ):
+        select(samples_per_class=500)
+    with pytest.raises(DataError, match=r"too few for data.samples_per_class=100 and data.holdout_per_class=100"):
+        select(samples_per_class=100, holdout_per_class=100)
+    with pytest.raises(DataError, match=r"too few for data.samples_per_class=0 and data.holdout_per_class=150"):
         select(holdout_per_class=150)
 
 
@@ -261,9 +263,11 @@ def test_samples_without_labels_cannot_be_chosen_by_class(
 ) -> None:
     write_tar(tmp_path / "train-0.tar", [("a.png", png), ("b.png", png), ("b.cls", b"0")])
     assert CliRunner().invoke(app, ["index", str(tmp_path)]).exit_code == 0
-    cfg = DataConfig.from_dict({"path": str(tmp_path), "image_size": 8, "channels": 1, "per_class": 1}, "the test")
+    cfg = DataConfig.from_dict(
+        {"path": str(tmp_path), "image_size": 8, "channels": 1, "samples_per_class": 1}, "the test"
+    )
     with pytest.raises(
-        DataError, match=r"1 samples of split 'train' have no label; data.per_class, data.holdout_per_class"
+        DataError, match=r"1 samples of split 'train' have no label; data.samples_per_class, data.holdout_per_class"
     ):
         build_training_set(Dataset.open(cfg), cfg, seed=0, batch_size=1)
 

@@ -55,7 +55,7 @@ def same(batches: list[Batch], other_batches: list[Batch]) -> bool:
 
 
 def test_a_batch_is_what_its_ids_say(configure: Configure, dataset: Dataset) -> None:
-    cfg = configure(augment={"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "flip": 0.0})
+    cfg = configure(augment={"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0})
     batches = train(cfg, 0, 2)
     assert [(batch.step, batch.epoch, batch.microbatch_index) for batch in batches[3:6]] == [
         (0, 0, 3),
@@ -138,7 +138,7 @@ def test_the_order_tells_the_plan(configure: Configure, dataset: Dataset) -> Non
 def test_evaluation_sees_every_sample_once(
     configure: Configure, dataset: Dataset, world_size: int, microbatch_size: int
 ) -> None:
-    cfg = configure(crop_ratio=1.0)
+    cfg = configure(eval_crop_ratio=1.0)
     ranks = [
         list(
             eval_batches(
@@ -175,8 +175,8 @@ def test_few_labels_are_nested_and_apart_from_the_holdout(configure: Configure, 
         )
         return concatenate(batches, "ids")[concatenate(batches, "valid")].tolist()
 
-    two, five = ids("train", per_class=2), ids("train", per_class=5, holdout_per_class=3)
-    holdout = ids("holdout", per_class=5, holdout_per_class=3)
+    two, five = ids("train", samples_per_class=2), ids("train", samples_per_class=5, holdout_per_class=3)
+    holdout = ids("holdout", samples_per_class=5, holdout_per_class=3)
     assert np.bincount(dataset.labels("train")[two]).tolist() == [2] * 10
     assert np.bincount(dataset.labels("train")[holdout]).tolist() == [3] * 10
     assert set(two) < set(five)
@@ -184,7 +184,7 @@ def test_few_labels_are_nested_and_apart_from_the_holdout(configure: Configure, 
     rest, holdout = ids("train", holdout_per_class=4), ids("holdout", holdout_per_class=4)
     assert sorted(rest + holdout) == list(range(1437))
     assert len(holdout) == 40
-    assert ids("all", per_class=2, holdout_per_class=4) == list(range(1437))
+    assert ids("all", samples_per_class=2, holdout_per_class=4) == list(range(1437))
 
 
 def test_another_seed_draws_other_labels(configure: Configure, dataset: Dataset) -> None:
@@ -192,7 +192,7 @@ def test_another_seed_draws_other_labels(configure: Configure, dataset: Dataset)
     for seed in (0, 1):
         rows = eval_batches(
             dataset,
-            configure(per_class=2),
+            configure(samples_per_class=2),
             split="train",
             subset="train",
             training_seed=seed,
@@ -206,7 +206,7 @@ def test_another_seed_draws_other_labels(configure: Configure, dataset: Dataset)
 
 
 def test_training_on_few_labels_takes_each_once_per_epoch(configure: Configure) -> None:
-    dataset, cfg = Dataset.open(configure(per_class=2, lanes=5)), configure(per_class=2, lanes=5)
+    dataset, cfg = Dataset.open(configure(samples_per_class=2, lanes=5)), configure(samples_per_class=2, lanes=5)
     training = build_training_set(dataset, cfg, seed=0, batch_size=20)
     with train_batches(training, cfg, rank=0, world_size=1, microbatch_size=20, start_step=0, stop_step=3) as batches:
         steps = [sorted(batch.ids.tolist()) for batch in batches]
@@ -267,7 +267,7 @@ def test_colour_and_size_are_what_the_config_says(tmp_path: Path, write_tar: Cal
 def test_ranks_and_micros_that_do_not_fit_are_sentences(configure: Configure) -> None:
     with pytest.raises(ConfigError, match=r"cannot be dealt to 3 ranks"):
         train(configure(), 0, 1, world_size=3)
-    with pytest.raises(ConfigError, match=r"batch.at_once=24 does not divide the 64 images"):
+    with pytest.raises(ConfigError, match=r"batch.max_micro_size=24 does not divide the 64 images"):
         train(configure(), 0, 1, microbatch_size=24)
     with pytest.raises(ConfigError, match=r"data.lanes=48 does not fit"):
         train(configure(lanes=48), 0, 1)

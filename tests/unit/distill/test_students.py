@@ -61,47 +61,47 @@ SENTENCES: list[tuple[str, dict[str, Any], str]] = [
         )
         for name in ("", "..", "a/b", "ä", "a b")
     ),
-    ("plain", {"lesson": "layers", "layers": [[1, 1], [2, 1], [1, 1]]}, "layers has the pair [1, 1] twice"),
+    ("plain", {"method": "layers", "layers": [[1, 1], [2, 1], [1, 1]]}, "layers has the pair [1, 1] twice"),
     *(
         (
             "plain",
-            {"lesson": lesson, "layers": [[1, 1], pair]},
+            {"method": lesson, "layers": [[1, 1], pair]},
             f"layers has the pair {pair}, but the teacher has blocks 1 to 4 and model has 1 to 3",
         )
         for lesson, pair in (("layers", [5, 1]), ("relations", [1, 4]), ("layers", [0, 1]), ("relations", [1, 0]))
     ),
     (
         "plain",
-        {"lesson": "layers", "model": None, "students": [{"name": "deep.1", "model": TINY}], "layers": [[4, 4]]},
+        {"method": "layers", "model": None, "students": [{"name": "deep.1", "model": TINY}], "layers": [[4, 4]]},
         "the teacher has blocks 1 to 4 and students.deep.1.model has 1 to 3",
     ),
-    ("plain", {"lesson": "layers", "mask_ratio": 0.99}, "mask ratio 0.99 leaves none of 16 patches visible"),
-    ("plain", {"lesson": "relations", "model": TINY | {"patch": 8}}, "has patch 4, the student's model.patch is 8"),
+    ("plain", {"method": "layers", "mask_ratio": 0.99}, "mask ratio 0.99 leaves none of 16 patches visible"),
+    ("plain", {"method": "relations", "model": TINY | {"patch": 8}}, "has patch 4, the student's model.patch is 8"),
     (
         "plain",
-        {"lesson": "relations", "model": TINY | {"width": 15, "heads": 3, "positions": "learned"}},
+        {"method": "relations", "model": TINY | {"width": 15, "heads": 3, "positions": "learned"}},
         "model.width=15 is not divisible by the teacher's 2 heads, in which relations are compared; 16 is",
     ),
     (
         "plain",
-        {"lesson": "relations", "model": EVA.to_dict()},
-        "model.name='eva02_tiny_patch14_224' does not support lesson=relations: its attention adds biases to what its layer makes",
+        {"method": "relations", "model": EVA.to_dict()},
+        "model.name='eva02_tiny_patch14_224' does not support method=relations: its attention adds biases to what its layer makes",
     ),
     (
         "split",
-        {"lesson": "relations"},
-        "'eva02_base_patch14_224', does not support lesson=relations: its queries, keys and values have a layer each",
+        {"method": "relations"},
+        "'eva02_base_patch14_224', does not support method=relations: its queries, keys and values have a layer each",
     ),
     *(
         (
             "plain",
-            {"lesson": lesson, "model": None, "backbone": "test_resnet"},
-            f"lesson={lesson} reads the blocks of a foveal encoder, and backbone=test_resnet is a timm backbone",
+            {"method": lesson, "model": None, "backbone": "test_resnet"},
+            f"method={lesson} reads the blocks of a foveal encoder, and backbone=test_resnet is a timm backbone",
         )
         for lesson in ("layers", "relations")
     ),
-    ("resnet", {"lesson": "layers"}, "is the timm backbone test_resnet, and lesson=layers reads the blocks"),
-    ("plain", {"lesson": "logits"}, "has no classification head, and lesson=logits needs one"),
+    ("resnet", {"method": "layers"}, "is the timm backbone test_resnet, and method=layers reads the blocks"),
+    ("plain", {"method": "logits"}, "has no classification head, and method=logits needs one"),
     ("resnet", {"data": {"channels": 3}}, "has channels 1, the student's data.channels is 3; they must be equal"),
     (
         "plain",
@@ -124,25 +124,30 @@ SENTENCES: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "plain",
-        {"model": None, "backbone": "test_resnet", "patch_weight": 0.0, "batch": {"images": 64, "at_once": 1}},
-        "the student has BatchNorm, which cannot train on microbatches of 1 image; use a larger batch.at_once",
+        {
+            "model": None,
+            "backbone": "test_resnet",
+            "patch_weight": 0.0,
+            "batch": {"global_size": 64, "max_micro_size": 1},
+        },
+        "the student has BatchNorm, which cannot train on microbatches of 1 image; use a larger batch.max_micro_size",
     ),
-    ("nine", {"lesson": "logits"}, "has 9 classes, "),
-    ("other", {"lesson": "logits"}, "class 2 is 'two' for the teacher "),
+    ("nine", {"method": "logits"}, "has 9 classes, "),
+    ("other", {"method": "logits"}, "class 2 is 'two' for the teacher "),
     (
         "head",
-        {"lesson": "token"},
-        "lesson=token trains a distillation token, and model has none; set model.registers=1, or a backbone such as",
+        {"method": "token"},
+        "method=token trains a distillation token, and model has none; set model.registers=1, or a backbone such as",
     ),
     (
         "head",
-        {"lesson": "token", "model": None, "backbone": "deit_tiny_patch16_224"},
-        "lesson=token trains a distillation token, and backbone=deit_tiny_patch16_224 has none",
+        {"method": "token", "model": None, "backbone": "deit_tiny_patch16_224"},
+        "method=token trains a distillation token, and backbone=deit_tiny_patch16_224 has none",
     ),
     (
         "plain",
-        {"model": None, "backbone": "selecsls42", "patch_weight": 0.0, "engine": {"recompute": True}},
-        "timm cannot recompute the activations of 'selecsls42': set engine.recompute=false",
+        {"model": None, "backbone": "selecsls42", "patch_weight": 0.0, "engine": {"activation_checkpointing": True}},
+        "timm cannot recompute the activations of 'selecsls42': set engine.activation_checkpointing=false",
     ),
 ]
 
@@ -163,7 +168,7 @@ def test_what_cannot_be_is_one_sentence(
 def test_layers_that_are_not_named(
     lesson: str, model: dict[str, Any], pairs: Any, digits: Path, teachers: dict[str, Path]
 ) -> None:
-    distill_plan = plan_distillation(config(digits, teachers["plain"], lesson=lesson, model=model), 1)
+    distill_plan = plan_distillation(config(digits, teachers["plain"], method=lesson, model=model), 1)
     assert (distill_plan.target.blocks, distill_plan.student_specs[0].block_numbers) == pairs
     assert f"lesson    {lesson} of {teachers['plain']}, blocks 3" in distill_plan.summary_lines()
 
@@ -172,17 +177,17 @@ def test_labels_that_are_not_there(digits: Path, teachers: dict[str, Path], monk
     """Data without classes, or without any label, is refused, except with soft labels only."""
     monkeypatch.setattr(Dataset, "labels", lambda *_: torch.tensor([-1, -1]).numpy())
     with pytest.raises(FovealError, match=r"label_weight=0\.5, but no sample of split 'train' of .* has a label"):
-        plan_distillation(config(digits, teachers["head"], lesson="logits", model=TINY), 1)
+        plan_distillation(config(digits, teachers["head"], method="logits", model=TINY), 1)
     monkeypatch.setattr(Dataset, "labels", lambda *_: torch.tensor([-1, 10]).numpy())
     with pytest.raises(FovealError, match="split 'train' has label 10, but there are 10 classes"):
-        plan_distillation(config(digits, teachers["head"], lesson="logits", model=TINY), 1)
+        plan_distillation(config(digits, teachers["head"], method="logits", model=TINY), 1)
     monkeypatch.setattr(Dataset, "classes", None)
-    token = {"lesson": "token", "backbone": DISTILLED}
-    for settings, alternative in (({"lesson": "logits", "model": TINY}, ", or set label_weight=0"), (token, "")):
+    token = {"method": "token", "backbone": DISTILLED}
+    for settings, alternative in (({"method": "logits", "model": TINY}, ", or set label_weight=0"), (token, "")):
         with pytest.raises(ConfigError, match=rf"have no classes; index shards that hold .cls members{alternative}$"):
             plan_distillation(config(digits, teachers["head"], **settings), 1)
     assert (
-        plan_distillation(config(digits, teachers["head"], lesson="logits", label_weight=0.0, model=TINY), 1).classes
+        plan_distillation(config(digits, teachers["head"], method="logits", label_weight=0.0, model=TINY), 1).classes
         == DIGITS
     )
 
@@ -193,13 +198,13 @@ def test_labels_that_are_not_there(digits: Path, teachers: dict[str, Path], monk
         ("plain", {"backbone": "test_resnet", "patch_weight": 0.0}),
         ("resnet", {"backbone": "test_efficientnet", "cls_weight": 0.0}),
         ("plain", {"backbone": "resmlp_12_224", "patch_weight": 0.0}),  # without a feature map
-        ("head", {"lesson": "token", "model": TINY | {"registers": 1}}),
+        ("head", {"method": "token", "model": TINY | {"registers": 1}}),
         ("resnet", {"model": TINY | {"patch": 16}}),
-        ("resnet", {"lesson": "logits", "model": TINY}),
-        ("head", {"lesson": "logits", "backbone": "test_resnet"}),
-        ("head", {"lesson": "layers", "model": TINY | {"registers": 2}, "pixel_weight": 0.0}),
-        ("plain", {"lesson": "layers", "model": EVA.to_dict()}),
-        ("head", {"lesson": "relations", "model": TINY | {"registers": 2}, "layers": [[1, 1], [4, 2]]}),
+        ("resnet", {"method": "logits", "model": TINY}),
+        ("head", {"method": "logits", "backbone": "test_resnet"}),
+        ("head", {"method": "layers", "model": TINY | {"registers": 2}, "pixel_weight": 0.0}),
+        ("plain", {"method": "layers", "model": EVA.to_dict()}),
+        ("head", {"method": "relations", "model": TINY | {"registers": 2}, "layers": [[1, 1], [4, 2]]}),
     ],
 )
 def test_every_parameter_learns(
@@ -225,7 +230,7 @@ def test_the_plan_says_whose_curve_is_its_own(digits: Path, teachers: dict[str, 
 
 
 def test_tables_of_biases_are_not_decayed(digits: Path, teachers: dict[str, Path]) -> None:
-    settings = {"backbone": "swin_tiny_patch4_window7_224", "lesson": "logits", "data": {"image_size": 32}}
+    settings = {"backbone": "swin_tiny_patch4_window7_224", "method": "logits", "data": {"image_size": 32}}
     setup = build(plan_distillation(config(digits, teachers["head"], **settings), 1), torch.device("meta"))
     names = {id(parameter): name for name, parameter in setup.model.named_parameters()}
     decayed_groups = [group["params"] for group in setup.param_groups if group["weight_decay"]]
@@ -249,7 +254,7 @@ def test_students_are_drawn_from_the_seed_each(digits: Path, teachers: dict[str,
 
 def test_a_plan_without_a_student_has_a_small_one(digits: Path, teachers: dict[str, Path]) -> None:
     encoder = TEACHER.to_dict() | {"patch": 16}
-    settings = {"lesson": "logits", "data": {"image_size": 16}}
+    settings = {"method": "logits", "data": {"image_size": 16}}
     (student,) = plan_distillation(config(digits, teachers["head"], **settings), 1).student_specs
     assert (student.name, student.card["name"], student.card["width"]) == ("", "vit_small_patch16_224", 384)
     assert encoder["patch"] == student.card["patch"]
@@ -258,10 +263,10 @@ def test_a_plan_without_a_student_has_a_small_one(digits: Path, teachers: dict[s
 @pytest.mark.parametrize(
     ("teacher", "settings"),
     [
-        ("plain", {"lesson": "layers", "decoder": {"width": 16, "depth": 2, "heads": 2}}),
-        ("plain", {"lesson": "relations"}),
-        ("head", {"lesson": "logits"}),
-        ("head", {"lesson": "token", "model": None, "backbone": DISTILLED}),
+        ("plain", {"method": "layers", "decoder": {"width": 16, "depth": 2, "heads": 2}}),
+        ("plain", {"method": "relations"}),
+        ("head", {"method": "logits"}),
+        ("head", {"method": "token", "model": None, "backbone": DISTILLED}),
         ("plain", {"patch_weight": 0.0, "model": None, "students": [Y, {"name": "net", "backbone": "test_resnet"}]}),
     ],
 )

@@ -153,7 +153,7 @@ def distill(digits: Path, teacher: Path, **settings: Any) -> DistillConfig:
         "teacher": str(teacher),
         "data": {"path": str(digits), "image_size": 16, "channels": 1, "lanes": 8} | settings.get("data", {}),
         "model": TINY.to_dict() | {"width": 8} | settings.get("model", {}),
-        "batch": {"images": 64},
+        "batch": {"global_size": 64},
         "optim": {},
         "run": {"dir": "runs/x"},
     }

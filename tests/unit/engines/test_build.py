@@ -76,7 +76,7 @@ def test_what_can_be_is_let_through() -> None:
 
 def test_further_keys_reach_deepspeed() -> None:
     cfg = EngineConfig(zero=3, **zero(sub_group_size=10))
-    assert build_deepspeed_config(OptimConfig(clip=0.5), cfg, 2, 4, 3) | {"zero_optimization": {}} == {
+    assert build_deepspeed_config(OptimConfig(max_grad_norm=0.5), cfg, 2, 4, 3) | {"zero_optimization": {}} == {
         "train_batch_size": 24,
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": 3,

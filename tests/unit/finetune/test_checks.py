@@ -26,7 +26,7 @@ def config(digits: Path, **settings: Any) -> FinetuneConfig:
     tree: dict[str, Any] = {
         "epochs": 1,
         "data": {"path": str(digits), "image_size": 8, "channels": 1, "lanes": 8},
-        "batch": {"images": 40, "at_once": 40},
+        "batch": {"global_size": 40, "max_micro_size": 40},
         "optim": {"lr_per_256": 1e-3},
         "engine": {"kind": "plain"},
         "model": TINY,
@@ -49,10 +49,10 @@ def export(folder: Path, **changed: Any) -> str:
 @pytest.mark.parametrize(
     ("settings", "error", "sentence"),
     [
-        ({"mixup": 0.8, "batch": {"images": 40, "at_once": 5}}, ConfigError, "pair the images of a microbatch, which has 5 here"),
+        ({"mixup": 0.8, "batch": {"global_size": 40, "max_micro_size": 5}}, ConfigError, "pair the images of a microbatch, which has 5 here"),
         ({"class_weights": [1.0, 2.0]}, ConfigError, "class_weights has 2 weights for 10 classes"),
         ({"class_weights": [0.0] + [1.0] * 9}, ConfigError, "a weight is above 0"),
-        ({"data": {"val_size": 16}}, ConfigError, "data.val_size is for labels that are masks or boxes"),
+        ({"data": {"eval_size": 16}}, ConfigError, "data.eval_size is for labels that are masks or boxes"),
         ({"data": {"label_field": "json"}}, ConfigError, "names a member that is no class"),
         (
             {"trials": {"arms": {"a": None}, "lr_per_256": [1e-3]}, "data": {"labels": "classes"}},
@@ -75,9 +75,9 @@ def export(folder: Path, **changed: Any) -> str:
             "has a rate twice",
         ),
         (
-            {"adversarial": {"split_norms": True}, "engine": {"kind": "plain", "recompute": True}},
+            {"adversarial": {"separate_batchnorm": True}, "engine": {"kind": "plain", "activation_checkpointing": True}},
             ConfigError,
-            "engine.recompute exclude each other",
+            "engine.activation_checkpointing exclude each other",
         ),
         ({"data": {"labels": "classes"}, "adversarial": {}}, ConfigError, "adversarial is for images with one class"),
         (
@@ -85,9 +85,9 @@ def export(folder: Path, **changed: Any) -> str:
             ConfigError,
             "before one linear head, which levit_128s does not have",
         ),
-        ({"frozen": True, "drop_path": 0.1}, ConfigError, "frozen=true freezes it"),
-        ({"adversarial": {"split_norms": True}}, ConfigError, "BatchNorm, which vit_tiny_patch16_224 does not have"),
-        ({"adversarial": {"split_norms": True, "weight": 0.0}}, ConfigError, "set adversarial.weight above 0"),
+        ({"freeze_encoder": True, "drop_path": 0.1}, ConfigError, "freeze_encoder=true freezes it"),
+        ({"adversarial": {"separate_batchnorm": True}}, ConfigError, "BatchNorm, which vit_tiny_patch16_224 does not have"),
+        ({"adversarial": {"separate_batchnorm": True, "weight": 0.0}}, ConfigError, "set adversarial.weight above 0"),
         (
             {"adversarial": {}, "engine": {"kind": "accelerate", "sharding": "deepspeed"}},
             ConfigError,
@@ -200,7 +200,7 @@ def test_a_plan_counts_the_search_for_the_worst(digits: Path) -> None:
         return count_sample_flops(lambda device: build(plan, device), 1, (8, 8)).forward_backward
 
     clean = training_flops()
-    assert 3 * clean < training_flops(adversarial={"iterations": 2}) < 4 * clean
+    assert 3 * clean < training_flops(adversarial={"steps": 2}) < 4 * clean
 
 
 def test_a_comparison_is_planned_as_its_first_trial_is(digits: Path) -> None:

@@ -73,7 +73,7 @@ def test_the_rate_of_a_plan(configs: dict[str, Path]) -> None:
     step_schedule = (
         "optim.schedule=step",
         "optim.step_epochs=[0.5, 0.75]",
-        "optim.floor_lr=2e-4",
+        "optim.min_lr=2e-4",
         "optim.warmup_epochs=0.2",
     )
     plan = planned("finetune", configs["finetune"], *step_schedule)

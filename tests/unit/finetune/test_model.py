@@ -25,7 +25,7 @@ def settings(digits: Path, **overrides: Any) -> FinetuneConfig:
     tree: dict[str, Any] = {
         "epochs": 1,
         "data": {"path": str(digits), "image_size": 32, "channels": 1, "lanes": 4} | overrides.pop("data", {}),
-        "batch": {"images": 64, "at_once": 16} | overrides.pop("batch", {}),
+        "batch": {"global_size": 64, "max_micro_size": 16} | overrides.pop("batch", {}),
         "optim": overrides.pop("optim", {}),
         "engine": {"kind": "plain"} | overrides.pop("engine", {}),
         "run": {"dir": "runs/x"},
@@ -48,7 +48,7 @@ def test_a_plan_says_what_batch_norm_sees(digits: Path) -> None:
     (line,) = [line for line in plan.summary_lines() if line.startswith("norm")]
     assert line == (
         "norm      BatchNorm normalizes over a microbatch: the curve depends on the number of ranks and on "
-        "batch.at_once (16 images here)"
+        "batch.max_micro_size (16 images here)"
     )
     for model in ({"backbone": "pvt_v2_b0"}, {"model": TINY.to_dict()}):
         assert not [
@@ -152,9 +152,15 @@ def test_arms_of_a_comparison_may_be_of_any_kind(digits: Path, tmp_path: Path) -
         ({"backbone": "resnet18", "pooling": "token"}, "pooling=token is of foveal's encoders, resnet18 has its own"),
         ({"backbone": "resnet19"}, "'resnet19' is not a model of timm"),
         ({"backbone": "densenet121", "drop_path": 0.1}, "'densenet121' has no drop path"),
-        ({"backbone": "vgg11", "engine": {"recompute": True}}, "timm cannot recompute the activations of 'vgg11'"),
+        (
+            {"backbone": "vgg11", "engine": {"activation_checkpointing": True}},
+            "timm cannot recompute the activations of 'vgg11'",
+        ),
         ({"backbone": "inception_v3"}, "'inception_v3' cannot train on a microbatch of 16 images of 32 x 32 pixels"),
-        ({"backbone": "resnet18", "batch": {"at_once": 1}}, "'resnet18' cannot train on a microbatch of 1 images"),
+        (
+            {"backbone": "resnet18", "batch": {"max_micro_size": 1}},
+            "'resnet18' cannot train on a microbatch of 1 images",
+        ),
         ({"backbone": "deepseek_vit_412m_enc", "data": {"image_size": 56}}, "does not make one row of logits"),
     ],
 )

@@ -58,7 +58,7 @@ def test_sgd_and_lars_keep_one_moment_and_none_without_momentum() -> None:
     for kind, momentum, moments in (("sgd", 0.9, 4e6), ("lars", 0.9, 4e6), ("sgd", 0.0, 0.0)):
         optim = OptimConfig.model_validate({"kind": kind, "momentum": momentum})
         assert estimate(1, optim=optim, kind="plain").moments == moments
-    assert estimate(4, optim=OptimConfig(kind="sgd"), kind="accelerate", sharding="fsdp2").moments == 1e6
+    assert estimate(4, optim=OptimConfig(name="sgd"), kind="accelerate", sharding="fsdp2").moments == 1e6
 
 
 def test_ddp_keeps_copies_to_reduce() -> None:
@@ -189,13 +189,17 @@ def test_a_memory_that_is_too_small_is_said_with_a_way_out(tiny: Make) -> None:
     small_forecast = tiny("engine.zero=1", ranks=2, gpu_memory_bytes=size)
     ((fatal, message),) = messages(small_forecast)
     assert fatal and message.startswith("memory: a GPU needs ")
-    assert message.endswith("no sharding, recomputation or smaller batch.at_once makes it fit")  # DeepSpeed's buckets
+    assert message.endswith(
+        "no sharding, recomputation or smaller batch.max_micro_size makes it fit"
+    )  # DeepSpeed's buckets
     small = "engine.deepspeed={zero_optimization: {reduce_bucket_size: 1000}}"
-    large = tiny("batch.images=1024", "batch.at_once=1024", "data.image_size=64", small, gpu_memory_bytes=size)
+    large = tiny(
+        "batch.global_size=1024", "batch.max_micro_size=1024", "data.image_size=64", small, gpu_memory_bytes=size
+    )
     ((fatal, message),) = messages(large)
     remedy = message.rpartition("; set ")[2].split()
     assert fatal and remedy
-    overrides = ("batch.images=1024", "batch.at_once=1024", "data.image_size=64", small)
+    overrides = ("batch.global_size=1024", "batch.max_micro_size=1024", "data.image_size=64", small)
     assert messages(tiny(*overrides, *remedy, gpu_memory_bytes=size)) == []
 
 
@@ -233,10 +237,10 @@ def test_partitions_that_do_not_fit(tiny: Make) -> None:
 
 def test_timeouts_and_disks_that_do_not_fit(tiny: Make) -> None:
     flops_per_second = tiny().global_flops_per_step / 0.4 / 100
-    slow = tiny("engine.timeout_minutes=1", "data.patience_seconds=5", gpu_flops_per_second=flops_per_second)
+    slow = tiny("engine.timeout_minutes=1", "data.stall_timeout_seconds=5", gpu_flops_per_second=flops_per_second)
     assert [(fatal, message[:7]) for fatal, message in messages(slow)] == [(True, "timeout")]
     quick = tiny(
-        "checkpoint.every=1", "checkpoint.gigabytes=0.000001", gpu_flops_per_second=1e18, write_bytes_per_second=1e4
+        "checkpoint.every=1", "checkpoint.max_gigabytes=0.000001", gpu_flops_per_second=1e18, write_bytes_per_second=1e4
     )
     assert [message.partition(":")[0] for _, message in messages(quick)] == ["checkpoints", "checkpoints"]
 
@@ -296,6 +300,6 @@ def test_gpus_have_names() -> None:
     h100 = find_gpu_spec("H100")
     assert h100.peak_tflops(EngineConfig(precision="bf16")) == 989
     assert h100.peak_tflops(EngineConfig()) == 67
-    assert h100.peak_tflops(EngineConfig(matmul="high")) == 494
+    assert h100.peak_tflops(EngineConfig(float32_matmul_precision="high")) == 494
     with pytest.raises(ConfigError, match="--gpu k80 is not known"):
         find_gpu_spec("k80")

@@ -27,7 +27,9 @@ FULL_SIZE = ("data.image_size=224", "data.channels=3")
 @pytest.fixture(scope="module")
 def vit_b(configs: dict[str, Path]) -> Forecast:
     """The MAE paper's model; the data does not matter for these numbers."""
-    return forecast("pretrain", configs["pretrain"], *VIT_B, *FULL_SIZE, "engine.precision=bf16", "batch.at_once=64")
+    return forecast(
+        "pretrain", configs["pretrain"], *VIT_B, *FULL_SIZE, "engine.precision=bf16", "batch.max_micro_size=64"
+    )
 
 
 def block(width: int) -> int:
@@ -128,5 +130,5 @@ def test_a_forecast_says_what_a_plan_says(vit_b: Forecast) -> None:
     assert vit_b.step_seconds is None
     timed = dataclasses.replace(vit_b, cluster=ClusterSpec(2, 4, 0.5, 1e9, gpu_flops_per_second=1e12))
     assert timed.step_seconds == pytest.approx(
-        vit_b.flops_per_sample.forward_backward * vit_b.plan.cfg.batch.images / (8 * 0.5e12)
+        vit_b.flops_per_sample.forward_backward * vit_b.plan.cfg.batch.global_size / (8 * 0.5e12)
     )

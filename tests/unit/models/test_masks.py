@@ -88,11 +88,17 @@ def test_a_row_is_masked_as_if_it_were_alone(masking: MaskStrategy) -> None:
     ("masking", "grid", "ratio", "block", "message"),
     [
         ("random", (4, 4), 0.99, 2, "mask ratio 0.99 leaves none of 16 patches visible"),
-        ("block", (4, 6), 0.5, 5, "mask_block=5 is larger than an image of 4 x 6 patches; at most 4 fits"),
-        ("grid", (14, 14), 0.5, 2, r"mask_ratio=0.5 is impossible with masking=grid.*nearest possible: 0.75 or 0.9795"),
+        ("block", (4, 6), 0.5, 5, "mask_block_size=5 is larger than an image of 4 x 6 patches; at most 4 fits"),
+        (
+            "grid",
+            (14, 14),
+            0.5,
+            2,
+            r"mask_ratio=0.5 is impossible with mask_strategy=grid.*nearest possible: 0.75 or 0.9795",
+        ),
         ("grid", (14, 14), 0.8, 2, "nearest possible: 0.75 or 0.9795"),
         ("grid", (16, 16), 0.9, 2, "nearest possible: 0.9375 or 0.9843"),
-        ("grid", (7, 9), 0.75, 2, "cannot divide 7 x 9 patches into equal square cells; use masking=random"),
+        ("grid", (7, 9), 0.75, 2, "cannot divide 7 x 9 patches into equal square cells; use mask_strategy=random"),
     ],
 )
 def test_what_cannot_be_masked_is_one_sentence(

@@ -103,7 +103,7 @@ def guarded(model: nn.Module, cfg: OptimConfig) -> GuardedAdamW:
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("clip", [None, 0.5])
 def test_with_finite_gradients_it_is_torchs_adamw_bit_for_bit(fused: bool, clip: float | None) -> None:
-    cfg = OptimConfig(lr_per_256=1e-2, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-6, clip=clip, fused=fused)
+    cfg = OptimConfig(lr_per_256=1e-2, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-6, max_grad_norm=clip, fused=fused)
     model, torch_model = layer(), layer()
     guard = guarded(model, cfg)
     adamw = torch.optim.AdamW(
@@ -128,7 +128,7 @@ def test_with_finite_gradients_it_is_torchs_adamw_bit_for_bit(fused: bool, clip:
 def test_a_small_gradient_is_not_clipped_up() -> None:
     clipped, free = layer(), layer()
     for model, clip in ((clipped, 10.0), (free, None)):
-        guard = guarded(model, OptimConfig(clip=clip))
+        guard = guarded(model, OptimConfig(max_grad_norm=clip))
         set_gradients(model, gradients(0, 0.01))
         guard.step()
     assert clipped.weight.grad is not None
@@ -142,7 +142,7 @@ def test_a_small_gradient_is_not_clipped_up() -> None:
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_gradient_that_is_not_finite_changes_nothing(bad: float, place: str, clip: float | None, fused: bool) -> None:
     """Weights, moments and counters stay bit for bit; later steps equal those of an optimizer without the bad step."""
-    cfg = OptimConfig(lr_per_256=1e-2, clip=clip, fused=fused)
+    cfg = OptimConfig(lr_per_256=1e-2, max_grad_norm=clip, fused=fused)
     model, reference = layer(), layer()
     guard, untouched = guarded(model, cfg), guarded(reference, cfg)
     for step in range(4):
@@ -179,7 +179,7 @@ def assert_equal(actual: Any, expected: Any) -> None:
 def test_a_parameter_without_a_gradient_is_left_out() -> None:
     model = layer()
     before = model.bias.clone()
-    guard = guarded(model, OptimConfig(clip=1.0))
+    guard = guarded(model, OptimConfig(max_grad_norm=1.0))
     model.weight.grad = gradients(0)[0]
     guard.step()
     assert guard.step_applied

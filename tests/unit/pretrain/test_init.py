@@ -33,7 +33,7 @@ def settings(digits: Path, init: Path | None, positions: Positions = "learned", 
         "data": {"path": str(digits), "image_size": 16, "channels": 1, "lanes": 8} | further.pop("data", {}),
         "model": TINY.to_dict() | {"positions": positions} | further.pop("model", {}),
         "decoder": {"width": 16, "depth": 1, "heads": 2},
-        "batch": {"images": 64},
+        "batch": {"global_size": 64},
         "optim": {"warmup_epochs": 1},
         "run": {"dir": "runs/x"},
     }

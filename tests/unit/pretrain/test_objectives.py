@@ -218,7 +218,13 @@ def test_imitate_against_a_loop(name: str, cls_weight: float, patch_weight: floa
     teacher, student = FixedOutput(*teacher_outputs), FixedOutput(*student_outputs)
     cfg = DistillConfig.from_dict(
         {"distance": name, "cls_weight": cls_weight, "patch_weight": patch_weight}
-        | {"teacher": "x", "epochs": 1, "data": {"path": "x", "image_size": SIZE}, "batch": {"images": B}, "optim": {}},
+        | {
+            "teacher": "x",
+            "epochs": 1,
+            "data": {"path": "x", "image_size": SIZE},
+            "batch": {"global_size": B},
+            "optim": {},
+        },
         "here",
     )
     objective = DistillationLoss(teacher, cfg, [""], MEAN, STD)  # pyright: ignore[reportArgumentType]
@@ -256,7 +262,7 @@ def cross_entropy(logits: np.ndarray, label: int, smoothing: float) -> float:
 
 
 def classify(seed: int = 0, smoothing: float = 0.0, sites: int = 0, classes: int = 4) -> ClassificationLoss:
-    off = {"erase": 0.0, "mixup": 0.0, "cutmix": 0.0}
+    off = {"random_erasing": 0.0, "mixup": 0.0, "cutmix": 0.0}
     cfg: Any = SimpleNamespace(seed=seed, label_smoothing=smoothing, data=SimpleNamespace(labels="class"), **off)
     return ClassificationLoss(cfg, MEAN, STD, sites, torch.ones(classes))
 

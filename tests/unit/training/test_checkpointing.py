@@ -54,19 +54,19 @@ def test_a_notice_that_is_too_short_is_refused_at_every_start(configs, one_rank:
         with pytest.raises(
             LaunchError, match=r"takes 90 s here, .* ends a job 60 s .* --signal=USR1@270 .* FOVEAL_NOTICE=N"
         ):
-            one_rank.call(_run, *paths, 60.0, 90.0, "run.stop_at=5")
-    assert one_rank.call(_run, *paths, 100.0, 90.0, "run.stop_at=5") == [[]]
+            one_rank.call(_run, *paths, 60.0, 90.0, "run.stop_at_step=5")
+    assert one_rank.call(_run, *paths, 100.0, 90.0, "run.stop_at_step=5") == [[]]
     # A resumed run has saved nothing yet, but its checkpoint stores the duration of the slowest save.
     with pytest.raises(LaunchError, match="takes 90 s here"):
-        one_rank.call(_run, *paths, 60.0, 1.0, "run.stop_at=10")
-    assert one_rank.call(_run, *paths, None, 1.0, "run.stop_at=10") == [[]]
+        one_rank.call(_run, *paths, 60.0, 1.0, "run.stop_at_step=10")
+    assert one_rank.call(_run, *paths, None, 1.0, "run.stop_at_step=10") == [[]]
     assert [row["step"] for row in read_rows_without_time(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 11))
 
 
 def test_a_save_that_gets_slower_than_the_notice_is_warned_of(configs, one_rank: Ranks, tmp_path: Path) -> None:
     paths = str(configs["pretrain"]), str(tmp_path / "run")
-    one_rank.call(_run, *paths, 60.0, 1.0, "run.stop_at=2")
-    (warnings,) = one_rank.call(_run, *paths, 60.0, 90.0, "run.stop_at=6", "checkpoint.every=2")
+    one_rank.call(_run, *paths, 60.0, 1.0, "run.stop_at_step=2")
+    (warnings,) = one_rank.call(_run, *paths, 60.0, 90.0, "run.stop_at_step=6", "checkpoint.every=2")
     assert [warning.partition(":")[0] for warning in warnings] == [
         "a checkpoint took 90 s, and Slurm ends this job 60 s after its warning"
     ]

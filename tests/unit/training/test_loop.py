@@ -28,7 +28,7 @@ ALONE = World(0, 1, 0, "none", torch.device("cpu"))
 STEPS, IMAGES, CLASSES = 3, 8, 3
 # Labels per step; -1: no label. Cut into two ranks with two microbatches each, the first step's weights are 2, 1, 0, 2.
 LABELS = [[0, 1, 2, -1, -1, -1, 1, 1], [-1, -1, -1, -1, -1, -1, -1, 2], [0, 0, 0, 0, 1, 2, 2, 2]]
-OPTIM = OptimConfig(lr_per_256=1e-2, clip=0.05)
+OPTIM = OptimConfig(lr_per_256=1e-2, max_grad_norm=0.05)
 Result = tuple[list[MetricRow], dict[str, Tensor]]  # metric rows and weights by name
 
 
@@ -80,7 +80,7 @@ def batches(rank: int, ranks: int, micros: int) -> Iterator[Batch]:
 
 
 def classify() -> ClassificationLoss:
-    off = {"erase": 0.0, "mixup": 0.0, "cutmix": 0.0, "data": SimpleNamespace(labels="class")}
+    off = {"random_erasing": 0.0, "mixup": 0.0, "cutmix": 0.0, "data": SimpleNamespace(labels="class")}
     cfg: Any = SimpleNamespace(seed=0, label_smoothing=0.1, **off)
     return ClassificationLoss(cfg, (0.5,), (0.25,), 0, torch.ones(CLASSES))
 

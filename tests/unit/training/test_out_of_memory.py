@@ -36,7 +36,10 @@ ERRORS: list[tuple[Exception, str, str]] = [
 def plan(digits: Path) -> Plan:
     sizes = {"name": "vit_tiny_patch16_224", "patch": 4, "width": 32, "depth": 2, "heads": 2}
     tree = {"epochs": 1, "model": sizes, "decoder": {"width": 16, "depth": 1, "heads": 2}, "optim": {}}
-    tree |= {"data": {"path": str(digits), "image_size": 16, "channels": 1}, "batch": {"images": 64, "at_once": 32}}
+    tree |= {
+        "data": {"path": str(digits), "image_size": 16, "channels": 1},
+        "batch": {"global_size": 64, "max_micro_size": 32},
+    }
     return plan_of(PretrainConfig.from_dict(tree, "the test"), 2)
 
 
@@ -52,7 +55,10 @@ def test_the_sentence_names_what_to_lower(error: Exception, memory: str, detail:
         assert text.startswith(f"pretrain ran out of memory{memory} on rank 0, with 32 images per forward (")
         assert detail in text
         assert "\n" not in text
-        assert "lower batch.at_once (32), or set engine.recompute=true, or raise engine.zero (1)" in text
+        assert (
+            "lower batch.max_micro_size (32), or set engine.activation_checkpointing=true, or raise engine.zero (1)"
+            in text
+        )
 
 
 def test_only_what_can_still_be_lowered_is_said(plan: Plan) -> None:

@@ -15,7 +15,7 @@ def refused(recovery: RollbackController, *steps: int) -> list[bool]:
 
 
 def test_only_refusals_in_a_row_count(tmp_path: Path) -> None:
-    recovery = RollbackController(tmp_path, RecoveryConfig(after=3), [], [])
+    recovery = RollbackController(tmp_path, RecoveryConfig(rollback_after_skips=3), [], [])
     assert refused(recovery, 5, 6) == [False, False]
     assert not recovery.last_update_applied
     assert not recovery.observe_and_check_rollback(7, applied=True)
@@ -25,7 +25,7 @@ def test_only_refusals_in_a_row_count(tmp_path: Path) -> None:
 
 def test_going_back_passes_over_the_refused_batches(tmp_path: Path) -> None:
     """Step 8 takes batch 7 (steps count from 1, batches from 0), or batch 8 after a skipped batch."""
-    recovery = RollbackController(tmp_path, RecoveryConfig(after=2), [3], [])
+    recovery = RollbackController(tmp_path, RecoveryConfig(rollback_after_skips=2), [3], [])
     refused(recovery, 8, 9)
     recovery.record_rollback_or_raise(4, is_writer=True)
     assert recovery.skipped_batches == [3, 8, 9]
@@ -37,17 +37,21 @@ def test_going_back_passes_over_the_refused_batches(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_killed_after_going_back_remembers_it(tmp_path: Path) -> None:
-    recovery = RollbackController(tmp_path, RecoveryConfig(after=1, rollbacks=1), [], [])
+    recovery = RollbackController(tmp_path, RecoveryConfig(rollback_after_skips=1, max_rollbacks=1), [], [])
     refused(recovery, 2)
     recovery.record_rollback_or_raise(0, is_writer=True)
     with (tmp_path / "rollbacks.jsonl").open("a") as stream:
         stream.write('{"time": 1, "to": 0, "batc')  # a kill in the middle of a line
-    again = RollbackController(tmp_path, RecoveryConfig(after=1, rollbacks=1), [], read_rollbacks(tmp_path))
+    again = RollbackController(
+        tmp_path, RecoveryConfig(rollback_after_skips=1, max_rollbacks=1), [], read_rollbacks(tmp_path)
+    )
     assert again.skipped_batches == [1]
     refused(again, 2)
     with pytest.raises(TrainingDivergedError, match=r"in the 1 steps 2 to 2, after 1 roll-backs"):
         again.record_rollback_or_raise(0, is_writer=True)
-    more = RollbackController(tmp_path, RecoveryConfig(after=1, rollbacks=2), [], read_rollbacks(tmp_path))
+    more = RollbackController(
+        tmp_path, RecoveryConfig(rollback_after_skips=1, max_rollbacks=2), [], read_rollbacks(tmp_path)
+    )
     refused(more, 3)
     more.record_rollback_or_raise(0, is_writer=True)
     assert [entry["batches"] for entry in read_rollbacks(tmp_path)] == [[1], [3]], (
@@ -57,7 +61,7 @@ def test_a_run_that_is_killed_after_going_back_remembers_it(tmp_path: Path) -> N
 
 def test_one_rank_writes(tmp_path: Path) -> None:
     for is_writer in (False, True):
-        recovery = RollbackController(tmp_path, RecoveryConfig(after=1), [], [])
+        recovery = RollbackController(tmp_path, RecoveryConfig(rollback_after_skips=1), [], [])
         refused(recovery, 1)
         recovery.record_rollback_or_raise(0, is_writer=is_writer)
     lines = (tmp_path / "rollbacks.jsonl").read_text().splitlines()

@@ -24,7 +24,7 @@ def folders(run: Path) -> list[str]:
 def test_fresh_is_a_numbered_sibling_that_knows_its_place(configs, one_rank: Ranks, tmp_path: Path) -> None:
     stage, run = stage_named("pretrain"), tmp_path / "run"
     for _ in range(3):
-        one_rank.train(stage, configs["pretrain"], run, "engine.kind=plain", "run.stop_at=2", "run.fresh=true")
+        one_rank.train(stage, configs["pretrain"], run, "engine.kind=plain", "run.stop_at_step=2", "run.fresh=true")
     assert folders(run) == ["run", "run-2", "run-3"]
     again = load_config(stage.config_class, "pretrain", str(tmp_path / "run-3" / "config.yaml"), [])
     assert (again.run.dir, again.run.fresh) == (str(tmp_path / "run-3"), False)
@@ -37,7 +37,7 @@ def test_a_requeued_job_goes_on_in_the_sibling_it_made(
     from foveal.training import run_directory
 
     stage, run = stage_named("pretrain"), tmp_path / "run"
-    one_rank.train(stage, configs["pretrain"], run, "engine.kind=plain", "run.stop_at=2")
+    one_rank.train(stage, configs["pretrain"], run, "engine.kind=plain", "run.stop_at_step=2")
     cfg = load_config(stage.config_class, "pretrain", str(configs["pretrain"]), [f"run.dir={run}", "run.fresh=true"])
     sibling = tmp_path / "run-2"
     sibling.mkdir()
@@ -110,7 +110,7 @@ def test_a_run_that_another_attempt_finishes_meanwhile_is_let_alone(
 def test_a_run_that_is_started_in_vain_says_so_where_it_is_watched(configs, one_rank: Ranks, tmp_path: Path) -> None:
     """Else the tracker would show "running" for ever: the last attempt with an open tracker was killed."""
     stage, run = stage_named("pretrain"), tmp_path / "run"
-    one_rank.train(stage, configs["pretrain"], run, "engine.kind=plain", "run.stop_at=2")
+    one_rank.train(stage, configs["pretrain"], run, "engine.kind=plain", "run.stop_at_step=2")
     (run / "tags.json").write_text('{"state": "running"}')
     for number in (2, 3):
         for part, facts in {
@@ -120,7 +120,7 @@ def test_a_run_that_is_started_in_vain_says_so_where_it_is_watched(configs, one_
         }.items():
             (run / "attempts" / f"{number:04d}{part}.json").write_text(json.dumps(facts))
     with pytest.raises(RestartLoopError, match="a rank was lost"):
-        one_rank.train(stage, configs["pretrain"], run, "engine.kind=plain", "run.restarts=2")
+        one_rank.train(stage, configs["pretrain"], run, "engine.kind=plain", "run.max_attempts_without_progress=2")
     tags = json.loads((run / "tags.json").read_text())
     assert tags["state"] == "failed"
     assert "each of the last 2 attempts ended" in tags["why_stopped"]

@@ -56,8 +56,15 @@ def scenes(tmp_path: Path, write_tar: Callable[..., Path]) -> Callable[..., tupl
         rows = [(name, (changed or {}).get(name, data)) for name, data in rows if (changed or {}).get(name) != b""]
         write_tar(tmp_path / "train-000000.tar", rows)
         index_folder(str(tmp_path), classes=CLASSES, on_warning=lambda _: None)
-        tree = {"path": str(tmp_path), "image_size": SIDE, "channels": 1, "lanes": 2, "val": "train", "crop_ratio": 1.0}
-        tree |= {"mean": [0.5], "std": [0.5], "ignore_id": IGNORED, "max_bad": 0.5} | settings
+        tree = {
+            "path": str(tmp_path),
+            "image_size": SIDE,
+            "channels": 1,
+            "lanes": 2,
+            "val": "train",
+            "eval_crop_ratio": 1.0,
+        }
+        tree |= {"mean": [0.5], "std": [0.5], "ignore_id": IGNORED, "max_bad_fraction": 0.5} | settings
         cfg = DataConfig.from_dict(tree, "the test")
         return Dataset.open(cfg), cfg
 
@@ -105,7 +112,7 @@ def test_a_mask_is_seen_as_its_image_is_seen(scenes: Callable[..., tuple[Dataset
 
 
 def test_an_evaluated_mask_is_whole_on_any_ranks(scenes: Callable[..., tuple[Dataset, DataConfig]]) -> None:
-    dataset, cfg = scenes(labels="mask", image_size=12, val_size=SIDE)
+    dataset, cfg = scenes(labels="mask", image_size=12, eval_size=SIDE)
     for world_size in (1, 2):
         batches = evaluated(dataset, cfg, world_size)
         masks = {int(i): mask for b in batches for i, mask in zip(b.ids, b.targets, strict=True)}
@@ -123,7 +130,7 @@ def test_boxes_follow_crop_flip_and_size(scenes: Callable[..., tuple[Dataset, Da
     flip_only = {"scale": [1.0, 1.0], "ratio": [1.0, 1.0], "flip": 1.0}
     dataset, cfg = scenes(labels="boxes", augment=flip_only)
     assert trained(dataset, cfg)[0].targets[0, 0, :4].tolist() == [12, 8, 20, 20]
-    dataset, cfg = scenes(labels="boxes", crop_ratio=0.5)
+    dataset, cfg = scenes(labels="boxes", eval_crop_ratio=0.5)
     assert evaluated(dataset, cfg)[0].targets[0].tolist() == [[0, 4, 12, 24, 0]], (
         "cropped to 6..18, clipped, scaled by 2"
     )

@@ -52,12 +52,12 @@ def test_place_shape_and_flip_are_independent() -> None:
 def test_flips_have_their_probability() -> None:
     uniforms = draw_uniform_numpy(derive_key(1, "flip"), np.arange(2000), UNIFORMS_PER_CROP)
     for flip, low, high in ((0.0, 0, 0), (1.0, 2000, 2000), (0.5, 930, 1070)):
-        count = sum(compute_train_crop(8, 8, row, AugmentConfig(flip=flip))[1] for row in uniforms)
+        count = sum(compute_train_crop(8, 8, row, AugmentConfig(hflip=flip))[1] for row in uniforms)
         assert low <= count <= high
 
 
 def test_a_view_without_choice_is_the_whole_square() -> None:
-    augment = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)
+    augment = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0)
     for row in draw_uniform_numpy(derive_key(2), np.arange(20), UNIFORMS_PER_CROP):
         assert compute_train_crop(8, 8, row, augment) == ((0, 0, 8, 8), False)
         assert compute_train_crop(30, 10, row, augment) == ((10, 0, 20, 10), False)
@@ -67,7 +67,7 @@ def test_a_view_without_choice_is_the_whole_square() -> None:
 
 
 def test_a_view_without_choice_has_the_shape_of_what_it_becomes() -> None:
-    augment = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)
+    augment = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0)
     for row in draw_uniform_numpy(derive_key(2), np.arange(20), UNIFORMS_PER_CROP):
         assert compute_train_crop(90, 30, row, augment, (8, 16)) == ((15, 0, 75, 30), False)
         assert compute_train_crop(30, 90, row, augment, (8, 16)) == ((0, 37, 30, 52), False)

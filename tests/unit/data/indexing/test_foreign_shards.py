@@ -70,7 +70,7 @@ def test_a_folder_that_is_only_read_is_indexed_elsewhere(shards: Path, tmp_path:
 
 def test_samples_are_those_that_webdataset_reads(cifar10: Path, read_tar: Callable) -> None:
     index_folder(str(cifar10))
-    cfg = DataConfig.from_dict({"path": str(cifar10), "image_size": 32, "crop_ratio": 1.0}, "the test")
+    cfg = DataConfig.from_dict({"path": str(cifar10), "image_size": 32, "eval_crop_ratio": 1.0}, "the test")
     dataset = Dataset.open(cfg)
     assert (dataset.num_samples("train"), dataset.num_samples("val")) == (10_000, 5_000)
     assert dataset.classes == tuple("0123456789")

@@ -230,14 +230,18 @@ def test_a_run_goes_on_and_says_what_was_bad(
     (entry,) = quarantined(tmp_path / "reference")
     assert entry["shard"].endswith("train-000003.tar")
     for stop in (25, 44):  # resumed in the second epoch, which meets the sample again
-        resumed = two_ranks.train(stage, configs["pretrain"], tmp_path / "resumed", *overrides, f"run.stop_at={stop}")
+        resumed = two_ranks.train(
+            stage, configs["pretrain"], tmp_path / "resumed", *overrides, f"run.stop_at_step={stop}"
+        )
     assert [row["loss"] for row in resumed] == [row["loss"] for row in reference]
     assert quarantined(tmp_path / "resumed") == [entry]
 
 
 def test_too_many_stop_every_rank(two_ranks: Ranks, configs: dict[str, Path], spoilt: Spoil, tmp_path: Path) -> None:
     folder = spoilt("train-000003.tar", slice(9, 12))
-    with pytest.raises(DataError, match=r"\d samples of split 'train' do not decode, and data.max_bad allows 1.437"):
+    with pytest.raises(
+        DataError, match=r"\d samples of split 'train' do not decode, and data.max_bad_fraction allows 1.437"
+    ):
         two_ranks.train(stage_named("pretrain"), configs["pretrain"], tmp_path / "run", *settings(folder))
     assert len(quarantined(tmp_path / "run")) >= 2
     rows = read_rows_without_time(tmp_path / "run" / "metrics.jsonl")
@@ -248,7 +252,7 @@ def test_too_many_stop_every_rank(two_ranks: Ranks, configs: dict[str, Path], sp
 def test_accuracy_leaves_out_what_does_not_decode(
     two_ranks: Ranks, configs: dict[str, Path], spoilt: Spoil, tmp_path: Path
 ) -> None:
-    overrides = [f"data.path={spoilt('val-000001.tar', slice(3, 4))}", "data.max_bad=0.01"]
+    overrides = [f"data.path={spoilt('val-000001.tar', slice(3, 4))}", "data.max_bad_fraction=0.01"]
     two_ranks.train(stage_named("finetune"), configs["finetune"], tmp_path / "run", *overrides)
     results = json.loads((tmp_path / "run" / "finished.json").read_text())["summary"]
     assert round(results["val_top1"] * 359, 6).is_integer()
@@ -290,7 +294,7 @@ def test_a_rank_whose_loader_hangs_fails_all_together(
     two_ranks: Ranks, configs: dict[str, Path], digits: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    overrides = [f"data.path={digits}", f"run.dir={run}", "tracking.uri=null", "data.patience_seconds=1.5"]
+    overrides = [f"data.path={digits}", f"run.dir={run}", "tracking.uri=null", "data.stall_timeout_seconds=1.5"]
     (message_0, seconds_0), (message_1, seconds_1) = two_ranks.call(_one_hangs, str(configs["pretrain"]), overrides)
     assert message_0 == message_1
     assert re.search(r"the loader is stuck at .*train-0000\d\d.tar: sample 'digit_\d{4}'", message_0)

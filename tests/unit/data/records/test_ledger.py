@@ -196,7 +196,7 @@ def test_steps_of_an_attempt_without_a_ledger_are_missed(
     run = tmp_path / "run"
 
     def train(stop: int, *, ledger: bool) -> None:
-        overrides = ["engine.kind=plain", "checkpoint.every=5", f"run.stop_at={stop}"]
+        overrides = ["engine.kind=plain", "checkpoint.every=5", f"run.stop_at_step={stop}"]
         overrides.append(f"data.ledger={str(ledger).lower()}")
         one_rank.train(stage_named("pretrain"), configs["pretrain"], run, *overrides)
 

@@ -45,10 +45,14 @@ def test_more_than_allowed_stop_the_run_and_are_written_down_first(tmp_path: Pat
     quarantine = Quarantine(file, {"train": 2, "val": 0.5}, [entry(1, "a"), entry(1, "b")])
     quarantine.check_limits()
     quarantine.add_entries([entry(2, "b"), entry(2, "c")], is_writer=True)
-    with pytest.raises(DataError, match=r"3 samples of split 'train' do not decode, and data.max_bad allows 2; .*'c'"):
+    with pytest.raises(
+        DataError, match=r"3 samples of split 'train' do not decode, and data.max_bad_fraction allows 2; .*'c'"
+    ):
         quarantine.check_limits()
     assert [line["key"] for line in rewind_entries(file, 100)] == ["c"]
     val_quarantine = Quarantine(file, {"train": 2, "val": 0.5}, [])
     val_quarantine.add_entries([entry(2, "d", "val")], is_writer=False)
-    with pytest.raises(DataError, match=r"1 samples of split 'val' do not decode, and data.max_bad allows 0.5"):
+    with pytest.raises(
+        DataError, match=r"1 samples of split 'val' do not decode, and data.max_bad_fraction allows 0.5"
+    ):
         val_quarantine.check_limits()

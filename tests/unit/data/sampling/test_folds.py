@@ -59,7 +59,7 @@ def test_folds_are_a_stratified_partition(data: st.DataObject) -> None:
 def test_holdout_and_few_labels_come_from_the_other_folds() -> None:
     labels = np.arange(90) % 3
     for number in range(5):
-        cfg = settings(fold={"of": 5, "number": number}, holdout_per_class=2, per_class=4)
+        cfg = settings(fold={"of": 5, "number": number}, holdout_per_class=2, samples_per_class=4)
         fold, train, holdout = (select_ids(labelled(labels), cfg, part) for part in ("fold", "train", "holdout"))
         assert (len(fold), np.bincount(labels[train]).tolist(), np.bincount(labels[holdout]).tolist()) == (
             18,
@@ -106,9 +106,9 @@ def test_any_number_of_ranks_evaluates_the_fold_and_trains_on_the_rest(
         ([0] * 9, {"labels": "mask"}, ConfigError, "data.labels=mask gives an image no class of its own"),
         (
             [0] * 9,
-            {"per_class": 9},
+            {"samples_per_class": 9},
             DataError,
-            "class 0 has 7 samples outside fold 0 of 5, too few for data.per_class=9",
+            "class 0 has 7 samples outside fold 0 of 5, too few for data.samples_per_class=9",
         ),
     ],
 )
@@ -139,8 +139,8 @@ def test_without_folds_there_is_none_to_evaluate_on() -> None:
 
 def test_a_mixed_set_must_not_bring_the_fold_back(configure: Configure) -> None:
     mixed = configure()
-    cfg = configure(fold={"of": 5, "number": 0}, mix=[{"path": mixed.path, "split": "train", "share": 0.25}])
+    cfg = configure(fold={"of": 5, "number": 0}, mix=[{"path": mixed.path, "split": "train", "fraction": 0.25}])
     with pytest.raises(ConfigError, match=r"holds the images that data.fold keeps out of training"):
         build_training_set(Dataset.open(cfg), cfg, seed=0, batch_size=48)
-    cfg = configure(fold={"of": 5, "number": 0}, mix=[{"path": mixed.path, "split": "val", "share": 0.25}])
+    cfg = configure(fold={"of": 5, "number": 0}, mix=[{"path": mixed.path, "split": "val", "fraction": 0.25}])
     assert build_training_set(Dataset.open(cfg), cfg, seed=0, batch_size=48).sources[1].subset.split_positions is None

@@ -28,7 +28,7 @@ def mixed(configure: Configure, digits: Path) -> Configure:
     """The digits' training images mixed with their validation images as a second data set."""
 
     def make(share: float = 0.25, **settings: object) -> DataConfig:
-        return configure(mix=[{"path": str(digits), "split": "val", "share": share}], **settings)
+        return configure(mix=[{"path": str(digits), "split": "val", "fraction": share}], **settings)
 
     return make
 
@@ -90,7 +90,9 @@ def test_a_mixed_run_resumes_and_is_audited(
     uninterrupted = two_ranks.train(stage, configs["pretrain"], tmp_path / "uninterrupted", *overrides)
     assert len(uninterrupted) == 58
     for stop in (31, 58):
-        resumed = two_ranks.train(stage, configs["pretrain"], tmp_path / "resumed", *overrides, f"run.stop_at={stop}")
+        resumed = two_ranks.train(
+            stage, configs["pretrain"], tmp_path / "resumed", *overrides, f"run.stop_at_step={stop}"
+        )
     assert [row["loss"] for row in resumed] == [row["loss"] for row in uninterrupted]
     for run in ("uninterrupted", "resumed"):
         audits = audit_epochs(open_ledger(tmp_path / run))
@@ -107,7 +109,7 @@ def test_mixtures_that_cannot_be_are_sentences(
             mix=[{"path": str(digits), "share": share} for share in (0.7, 0.2, 0.1)]
         )  # their float64 sum is below 1
     with pytest.raises(ConfigError, match=r"mix.0.share"):
-        configure(mix=[{"path": str(digits), "share": 0.0}])
+        configure(mix=[{"path": str(digits), "fraction": 0.0}])
     with pytest.raises(DataError, match=r"data.path: no such folder: /nowhere"):
         build_training_set(
             Dataset.open(configure()), mixed().model_copy(update={"mix": _nowhere(mixed())}), seed=0, batch_size=8
@@ -129,6 +131,6 @@ def _nowhere(cfg: DataConfig) -> tuple[object, ...]:
 
 
 def test_a_mixture_does_not_bring_back_what_is_held_out(configure: Configure, digits: Path) -> None:
-    cfg = configure(holdout_per_class=5, mix=[{"path": str(digits), "split": "train", "share": 0.25}])
+    cfg = configure(holdout_per_class=5, mix=[{"path": str(digits), "split": "train", "fraction": 0.25}])
     with pytest.raises(ConfigError, match=r"data.mix: .* holds the images that data.holdout_per_class keeps out"):
         build_training_set(Dataset.open(cfg), cfg, seed=0, batch_size=64)

@@ -140,7 +140,7 @@ def test_lanes_that_do_not_fit_name_the_nearest_that_do(batch: int, lanes: int, 
 
 def test_a_set_smaller_than_a_batch_is_refused() -> None:
     with pytest.raises(
-        DataError, match=r"a batch of 64 images cannot be filled from 50 samples: lower batch.images to 50"
+        DataError, match=r"a batch of 64 images cannot be filled from 50 samples: lower batch.global_size to 50"
     ):
         SampleOrder(np.array([20, 30]), batch_size=64, num_lanes=8, window_shards=4, seed=0)
 
@@ -155,7 +155,7 @@ def test_a_set_smaller_than_a_batch_is_refused() -> None:
             (7, 100),
             16,
             0.5,
-            r"^data.path has 7 samples, and its share of a batch of 16 images is 8: lower batch.images",
+            r"^data.path has 7 samples, and its share of a batch of 16 images is 8: lower batch.global_size",
         ),
     ],
 )
@@ -173,7 +173,7 @@ def test_a_batch_too_small_for_its_shares_names_one_that_is_not(batch: int, shar
         ConfigError, match=rf"a batch of {batch} images is too small for the shares .* or more"
     ) as caught:
         SampleOrder(np.array([5000]), batch, 1, 4, 0, mix)
-    suggested = int(str(caught.value).split("raise batch.images to ")[1].split()[0])
+    suggested = int(str(caught.value).split("raise batch.global_size to ")[1].split()[0])
     assert min(SampleOrder(np.array([5000]), suggested, 1, 4, 0, mix).epoch_quotas) > 0
 
 
@@ -194,8 +194,8 @@ def test_the_batch_that_is_named_fits(batch: int, lanes: int, size: int) -> None
 def test_images_at_once_that_do_not_divide_name_what_would() -> None:
     assert microbatches_per_step(4096, 8, 64) == 8
     with pytest.raises(
-        ConfigError, match=r"batch.at_once=48 does not divide the 512 images .*: use 32 or 64; it does not"
+        ConfigError, match=r"batch.max_micro_size=48 does not divide the 512 images .*: use 32 or 64; it does not"
     ):
         microbatches_per_step(4096, 8, 48)
-    with pytest.raises(ConfigError, match=r"batch.at_once=1024 .*: use 512;"):
+    with pytest.raises(ConfigError, match=r"batch.max_micro_size=1024 .*: use 512;"):
         microbatches_per_step(4096, 8, 1024)

@@ -250,14 +250,16 @@ def test_a_full_disk(cache: DownloadCache, remote_file: FileFactory, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(DataError, match=r"0.tar cannot be copied, .* is on a full disk: lower data.cache.gigabytes"):
+    with pytest.raises(
+        DataError, match=r"0.tar cannot be copied, .* is on a full disk: lower data.cache.max_gigabytes"
+    ):
         cache.open_file(remote_file(0))
     assert copy_names(cache) == []
 
 
 def test_the_default_folder_is_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_module.tempfile, "gettempdir", lambda: str(tmp_path))
-    folder = open_cache(CacheConfig(gigabytes=2.0), 1.0).folder
+    folder = open_cache(CacheConfig(max_gigabytes=2.0), 1.0).folder
     assert folder == tmp_path / f"foveal-cache-{os.getuid()}"
     assert folder.stat().st_mode & 0o777 == 0o700
     folder.chmod(0o777)

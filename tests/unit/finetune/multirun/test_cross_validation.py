@@ -32,9 +32,9 @@ def settings(digits: Path, folder: Path, **overrides: Any) -> FinetuneConfig:
     tree: dict[str, Any] = {
         "seed": 5,
         "epochs": 1,
-        "data": {"path": str(digits), "image_size": 16, "channels": 1, "lanes": 4, "per_class": 8},
+        "data": {"path": str(digits), "image_size": 16, "channels": 1, "lanes": 4, "samples_per_class": 8},
         "model": {"name": "vit_tiny_patch16_224", "patch": 8, "width": 16, "depth": 1, "heads": 2},
-        "batch": {"images": 16},
+        "batch": {"global_size": 16},
         "optim": {},
         "engine": {"kind": "plain"},
         "run": {"dir": str(folder)},
@@ -66,7 +66,7 @@ def execute(cfg: FinetuneConfig, fit: Fit, *, aggregate: bool = False) -> bool:
     with open_run("finetune", plan, ALONE, Preemption(ALONE)) as run:
         if run is None:
             return True
-        if cfg.folds is None or aggregate:
+        if cfg.cross_validation is None or aggregate:
             fit(plan, run)
         else:
             cross_validate(plan, run, fit)
@@ -188,11 +188,11 @@ class Pair:
         self._looked, self._here, self._refused = threading.Barrier(2), threading.local(), threading.Event()
 
     def run(self, cfg: FinetuneConfig) -> bool:
-        if cfg.folds is not None and not hasattr(self._here, "looked"):
+        if cfg.cross_validation is not None and not hasattr(self._here, "looked"):
             self._here.looked = True
             self._looked.wait(20)
         try:
-            return execute(cfg, self._close if cfg.folds else Stand(), aggregate=True)
+            return execute(cfg, self._close if cfg.cross_validation else Stand(), aggregate=True)
         except RunInUseError:
             self._refused.set()
             raise
@@ -237,13 +237,13 @@ def test_of_two_that_finish_at_once_one_closes_and_the_other_waits_for_it(
     [
         ({"folds": {"count": 1}}, r"folds\.count: input should be greater than or equal to 2"),
         ({"trials": {"arms": {"a": None}, "lr_per_256": [0.1]}}, "folds and trials exclude each other"),
-        ({"run": {"dir": "x", "stop_at": 3}}, r"run\.stop_at and folds exclude each other"),
+        ({"run": {"dir": "x", "stop_at_step": 3}}, r"run\.stop_at and folds exclude each other"),
         (
             {"early_stopping": {"metric": "fold_top1", "patience": 2}, "evaluate_every": 3},
             "would stop a fold by the data that it is evaluated on",
         ),
         ({"folds": {"count": 200}}, r"class \d \('\d'\) has 1\d\d samples, too few for 200 folds"),
-        ({"batch": {"images": 4096}}, "batch"),
+        ({"batch": {"global_size": 4096}}, "batch"),
     ],
 )
 def test_what_cannot_be_cross_validated_is_refused(

@@ -88,9 +88,9 @@ def settings(digits: Path, encoder: Path, folder: Path, **overrides: Any) -> Fin
         "seed": 5,
         "epochs": 3,
         "data": {"path": str(digits), "image_size": 16, "channels": 1, "lanes": 4}
-        | {"per_class": 2, "holdout_per_class": 3, "mean": [0.3], "std": [0.4]},
+        | {"samples_per_class": 2, "holdout_per_class": 3, "mean": [0.3], "std": [0.4]},
         "model": TINY.to_dict(),
-        "batch": {"images": 8},
+        "batch": {"global_size": 8},
         "optim": {},
         "engine": {"kind": "plain"},
         "run": {"dir": str(folder)},
@@ -196,8 +196,8 @@ def test_finished_trials_are_not_repeated(digits: Path, encoder: Path, tmp_path:
 
 
 def test_a_comparison_that_is_to_stop_early_does_not_fall(digits: Path, encoder: Path, tmp_path: Path) -> None:
-    """run.stop_at is for a single run: with trials it is refused or has no effect."""
-    cfg = settings(digits, encoder, tmp_path / "run", run={"dir": str(tmp_path / "run"), "stop_at": 1})
+    """run.stop_at_step is for a single run: with trials it is refused or has no effect."""
+    cfg = settings(digits, encoder, tmp_path / "run", run={"dir": str(tmp_path / "run"), "stop_at_step": 1})
     with contextlib.suppress(ConfigError):
         run_attempt(cfg, Fit())
 

@@ -32,8 +32,8 @@ def labelled_features(rows: slice, features: np.ndarray = PIXELS) -> LayerFeatur
 
 def plan(classes: int = 10, epochs: int = 3, images: int = 128, **probe: Any) -> Any:
     """Return a stand-in with the fields of a plan that the probes read."""
-    optim = SimpleNamespace(floor_lr=0.0, warmup_epochs=1)
-    batch = SimpleNamespace(images=images, at_once=64)
+    optim = SimpleNamespace(min_lr=0.0, warmup_epochs=1)
+    batch = SimpleNamespace(images=images, max_micro_size=64)
     cfg = SimpleNamespace(seed=1, epochs=epochs, batch=batch, optim=optim)
     return SimpleNamespace(cfg=cfg, probe=ProbeConfig(**probe), classes=tuple(map(str, range(classes))))
 

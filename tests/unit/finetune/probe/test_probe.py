@@ -51,9 +51,9 @@ def settings(digits: Path, export: Path | None, folder: Path, **overrides: Any) 
         "seed": 5,
         "epochs": 2,
         "data": {"path": str(digits), "image_size": 16, "channels": 1, "lanes": 4}
-        | {"per_class": 8, "holdout_per_class": 3, "crop_ratio": 1.0}
+        | {"samples_per_class": 8, "holdout_per_class": 3, "eval_crop_ratio": 1.0}
         | overrides.pop("data", {}),
-        "batch": {"images": 32, "at_once": 32} | overrides.pop("batch", {}),
+        "batch": {"global_size": 32, "max_micro_size": 32} | overrides.pop("batch", {}),
         "optim": overrides.pop("optim", {}),
         "engine": {"kind": "plain"},
         "run": {"dir": str(folder)} | overrides.pop("run", {}),
@@ -283,8 +283,8 @@ def test_random_features_and_any_model_of_timm_are_probed(digits: Path, tmp_path
     ("overrides", "kind", "sentence"),
     [
         ({"trials": {"arms": {"a": None}, "lr_per_256": [1.0]}}, ConfigError, "probe and trials exclude each other"),
-        ({"run": {"stop_at": 3}}, ConfigError, "run.stop_at and probe exclude each other"),
-        ({"data": {"mix": [{"path": "x", "share": 0.1}]}}, ConfigError, "data.mix and probe exclude each other"),
+        ({"run": {"stop_at_step": 3}}, ConfigError, "run.stop_at_step and probe exclude each other"),
+        ({"data": {"mix": [{"path": "x", "fraction": 0.1}]}}, ConfigError, "data.mix and probe exclude each other"),
         ({"drop_path": 0.1}, ConfigError, "drop_path=0.1 is for training the encoder, which a probe leaves as it is"),
         ({"optim": {"lr_per_256": 1.0}}, ConfigError, r"the heads' rates are probe.linear_lr_per_256 and"),
         ({"probe": {"layers": [1, 3]}}, ConfigError, "probe.layers has 3, and the encoder has blocks 1 to 2"),
@@ -294,12 +294,12 @@ def test_random_features_and_any_model_of_timm_are_probed(digits: Path, tmp_path
         ({"probe": {"kinds": ["knn"], "k": [81]}}, ConfigError, "probe.k has 81, and there are 80 images"),
         ({"probe": {"kinds": ["knn"], "metric": "euclidean"}}, ConfigError, "probe.vote=softmax weighs cosine"),
         (
-            {"probe": {"gigabytes": 1e-6}},
+            {"probe": {"max_gigabytes": 1e-6}},
             ConfigError,
-            r"probe.gigabytes=1e-06, but the features of 470 images in 1 layers",
+            r"probe.max_gigabytes=1e-06, but the features of 470 images in 1 layers",
         ),
-        ({"probe": {"kinds": ["attentive"], "gigabytes": 1e-4}}, ConfigError, "but the patches of 470 images"),
-        ({"batch": {"images": 128}}, Exception, "128"),
+        ({"probe": {"kinds": ["attentive"], "max_gigabytes": 1e-4}}, ConfigError, "but the patches of 470 images"),
+        ({"batch": {"global_size": 128}}, Exception, "128"),
         (
             {"data": {"holdout_per_class": 0}, "probe": {"linear_lr_per_256": [0.1, 1.0]}},
             ConfigError,

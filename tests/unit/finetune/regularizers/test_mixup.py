@@ -42,10 +42,10 @@ def objective(kind: str = "class", weights: tuple[float, ...] = (1.0,) * K, **se
     cfg_settings = {
         "seed": 5,
         "label_smoothing": 0.0,
-        "erase": 0.0,
+        "random_erasing": 0.0,
         "mixup": 0.0,
         "cutmix": 0.0,
-        "cutmix_share": 0.5,
+        "mixup_switch_prob": 0.5,
     } | settings
     losses = {name: cfg_settings.pop(name) for name in ("attack", "teacher") if name in cfg_settings}
     cfg: Any = SimpleNamespace(data=SimpleNamespace(labels=kind), **cfg_settings)
@@ -87,7 +87,7 @@ def test_a_mixed_image_is_its_own_share_and_its_neighbours(mixup: float, cutmix:
 
 
 def test_halves_of_a_step_are_mixed_as_the_whole_is() -> None:
-    images, settings = random_images(), {"mixup": 0.8, "cutmix": 1.0, "cutmix_share": 0.5}
+    images, settings = random_images(), {"mixup": 0.8, "cutmix": 1.0, "mixup_switch_prob": 0.5}
     mixed, own = apply_mixup_cutmix(images, SAMPLE_KEYS, 5, **settings)
     for start, stop in itertools.pairwise((0, 2, 6, 8)):
         mixed_part, own_part = apply_mixup_cutmix(images[start:stop], SAMPLE_KEYS[start:stop], 5, **settings)

@@ -43,7 +43,7 @@ def tree(shards: Path, **overrides: Any) -> dict[str, Any]:
     return {
         "epochs": 1,
         "data": data | {"mean": [0.5], "std": [0.25]} | overrides.pop("data", {}),
-        "batch": {"images": 16, "at_once": 2} | overrides.pop("batch", {}),
+        "batch": {"global_size": 16, "max_micro_size": 2} | overrides.pop("batch", {}),
         "optim": overrides.pop("optim", {}),
         "detect": {"width": 32, "layers": 1, "strides": [8, 16]} | overrides.pop("detect", {}),
         "engine": {"kind": "plain"},
@@ -78,12 +78,12 @@ def test_every_encoder_carries_a_detector(kind: str, shards: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        ({"data": {"per_class": 2}}, "data.per_class is for images that have one class each"),
+        ({"data": {"samples_per_class": 2}}, "data.samples_per_class is for images that have one class each"),
         ({"data": {"holdout_per_class": 2}}, "data.holdout_per_class is for images that have one class each"),
         ({"model": TINY, "label_smoothing": 0.1}, "label_smoothing is for images that have one class each"),
         ({"model": TINY, "pooling": "token"}, "with data.labels=boxes every patch is read: leave it out"),
         ({"trials": {"arms": {"a": None}, "lr_per_256": [1e-3]}, "model": TINY}, "top-1, which data.labels=boxes has"),
-        ({"data": {"val_size": 64}}, "cannot evaluate a microbatch of 1 images of 64 x 64"),
+        ({"data": {"eval_size": 64}}, "cannot evaluate a microbatch of 1 images of 64 x 64"),
         ({"detect": {"strides": [8, 16, 64]}}, "use strides from 1 to 48"),
         ({"model": TINY | {"patch": 16}, "detect": {"strides": [1, 16]}}, "use strides from 2 to 48"),
         ({"detect": {"strides": [8, 24]}}, "each must be the previous one times 2, 4, 8"),
@@ -91,7 +91,7 @@ def test_every_encoder_carries_a_detector(kind: str, shards: Path) -> None:
         ({"backbone": "test_vit3", "data": {"image_size": 40}}, "not a whole number of the 16 x 16 patches"),
         ({"backbone": "mixer_b16_224"}, "'mixer_b16_224' makes no feature map of images of 32 x 48 pixels"),
         (
-            {"backbone": "resnet18", "data": {"image_size": 32}, "batch": {"at_once": 1}},
+            {"backbone": "resnet18", "data": {"image_size": 32}, "batch": {"max_micro_size": 1}},
             "cannot train on a microbatch of 1 images",
         ),
         ({"data": {"labels": "class"}}, "detect is for data.labels=boxes, and data.labels=class"),
@@ -105,7 +105,7 @@ def test_what_cannot_be_is_one_sentence(overrides: dict[str, Any], sentence: str
 
 
 def test_the_plan_says_what_is_measured_and_networks_read_any_size(shards: Path) -> None:
-    plan = planned(shards, backbone="test_resnet", data={"val_size": [64, 96], "crop_ratio": 1.0})
+    plan = planned(shards, backbone="test_resnet", data={"eval_size": [64, 96], "eval_crop_ratio": 1.0})
     assert plan.summary_lines()[-1] == "measured  on whole images, as 64 x 96 pixels"
 
 

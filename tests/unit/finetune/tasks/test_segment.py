@@ -124,7 +124,7 @@ def test_the_head_learns_fastest_and_the_seed_decides_the_weights(scenes: Path) 
 
 
 def test_of_a_frozen_encoder_only_the_head_learns(scenes: Path) -> None:
-    plan = plan_training(scene_settings(scenes, frozen=True, drop_path=0.0), 1)
+    plan = plan_training(scene_settings(scenes, freeze_encoder=True, drop_path=0.0), 1)
     model = segmenter_from_plan(plan).train()
     assert model.head.training
     assert not any(module.training for module in model.encoder.modules())
@@ -147,10 +147,10 @@ def test_planning_runs_it_without_memory(scenes: Path) -> None:
 def test_a_plan_says_what_is_measured(scenes: Path) -> None:
     for data, line in (
         ({}, "measured  on whole images, as 24 x 32 pixels, in 6 windows of 16 x 16"),
-        ({"val_size": None}, "measured  on whole images, as 16 x 16 pixels"),
+        ({"eval_size": None}, "measured  on whole images, as 16 x 16 pixels"),
         (
-            {"val_size": 16, "crop_ratio": 0.5},
-            "measured  on the middle of images (data.crop_ratio=0.5), as 16 x 16 pixels",
+            {"eval_size": 16, "eval_crop_ratio": 0.5},
+            "measured  on the middle of images (data.eval_crop_ratio=0.5), as 16 x 16 pixels",
         ),
     ):
         assert plan_training(scene_settings(scenes, data=data), 1).summary_lines()[-1] == line
@@ -185,13 +185,13 @@ def test_a_classifier_of_timm_gives_its_weights_and_not_its_head(scenes: Path, t
             "pooling=token is of classifiers; with data.labels=mask every patch is read",
         ),
         (
-            {"data": {"val_size": 12}},
+            {"data": {"eval_size": 12}},
             ConfigError,
             "val_size is 12 x 12 and data.image_size 16 x 16: an evaluated image must",
         ),
-        ({"data": {"val_size": [24, 8]}}, ConfigError, "val_size is 24 x 8"),
+        ({"data": {"eval_size": [24, 8]}}, ConfigError, "val_size is 24 x 8"),
         ({"data": {"image_size": 18}}, ConfigError, "image_size=18 is not a whole number of patches of 4 pixels"),
-        ({"data": {"per_class": 2}}, DataError, "data.balance and data.fold need one for each"),
+        ({"data": {"samples_per_class": 2}}, DataError, "data.balance and data.fold need one for each"),
         ({"data": {"holdout_per_class": 2}}, DataError, "data.balance and data.fold need one for each"),
         ({"data": {"label_field": "ids.png"}}, DataError, r"reads members \.ids\.png, and its samples have"),
         ({"data": {"labels": "class"}, "segment": {"width": 8}}, ConfigError, "segment is for data.labels=mask"),
@@ -208,7 +208,7 @@ def test_a_classifier_of_timm_gives_its_weights_and_not_its_head(scenes: Path, t
             "'mixer_s16_224' makes no feature map of images of",
         ),
         (
-            {"model": None, "backbone": "resnet18", "batch": {"at_once": 1}},
+            {"model": None, "backbone": "resnet18", "batch": {"max_micro_size": 1}},
             ConfigError,
             "'resnet18' cannot train segmentation on a microbatch of 1 images of 16 x 16 pixels",
         ),

@@ -82,7 +82,7 @@ def test_no_such_steps(span: list[int]) -> None:
 
 
 def test_a_run_is_the_same_with_it(configs: dict[str, Path], one_rank: Ranks, tmp_path: Path) -> None:
-    stage, plain = stage_named("pretrain"), ("engine.kind=plain", "run.stop_at=4")
+    stage, plain = stage_named("pretrain"), ("engine.kind=plain", "run.stop_at_step=4")
     without = one_rank.train(stage, configs["pretrain"], tmp_path / "without", *plain)
     traced = one_rank.train(stage, configs["pretrain"], tmp_path / "with", *plain, "log.profile_steps=[2, 3]")
     for name in ("loss", "grad_norm"):
