@@ -24,10 +24,11 @@ import timm
 import torch
 from machine import described
 
-from foveal.checkpoint.store import CheckpointConfig, CheckpointStore, TrainState
+from foveal.checkpoint.config import CheckpointConfig
+from foveal.checkpoint.store import CheckpointStore, TrainState
 from foveal.distributed.world import World, init_world
-from foveal.engines.base import EngineConfig
 from foveal.engines.build import build_engine
+from foveal.engines.config import EngineConfig
 from foveal.optim.config import OptimConfig
 from foveal.optim.optimizers import parameter_groups
 

@@ -30,7 +30,11 @@ Pass = Callable[[], int]  # how many items it gave
 
 def ours(folder: Path, output: str, cores: int, **settings: Any) -> Pass:
     """foveal's training loader; ``float``: normalised on the CPU, where a GPU would do it in a run."""
-    from foveal.data import DataConfig, Dataset, build_training_set, normalise, train_batches
+    from foveal.data.config import DataConfig
+    from foveal.data.dataset import Dataset
+    from foveal.data.image.transforms import normalise
+    from foveal.data.loader import train_batches
+    from foveal.data.sampling.sources import build_training_set
 
     tree = {"path": str(folder / "shards"), "image_size": SIDE, "lanes": 8, "threads": cores, **settings}
     cfg = DataConfig.from_dict({**tree, "mean": MEAN, "std": STD}, "the benchmark")
@@ -197,7 +201,9 @@ def dali(folder: Path, output: str, cores: int) -> Pass:
 
 def ours_bytes(folder: Path, *_: Any) -> Pass:
     """foveal: image and label of every sample, by offset, in the shuffled order of training."""
-    from foveal.data import DataConfig, Dataset, build_training_set
+    from foveal.data.config import DataConfig
+    from foveal.data.dataset import Dataset
+    from foveal.data.sampling.sources import build_training_set
 
     tree = {"path": str(folder / "shards"), "image_size": SIDE, "lanes": 8}
     cfg = DataConfig.from_dict(tree, "the benchmark")

@@ -22,7 +22,7 @@ import torch
 from machine import described
 from safetensors.torch import load_file
 
-from foveal.data import train_batches
+from foveal.data.loader import train_batches
 from foveal.doctor.node_checks import measure_matmul_rates
 from foveal.doctor.report import RankReport
 from foveal.forecast.forecast import ClusterSpec, Forecast
@@ -77,7 +77,7 @@ class Bench:
     def plan(self, config: str, overrides: Sequence[str]) -> Forecast:
         """What foveal plan foresees of a run on this GPU."""
         cfg = load_config(STAGE.config_class, STAGE.name, config, [*self._settings, *overrides])
-        return Forecast(STAGE, STAGE.build_plan(cfg, 1), ClusterSpec(1, 1, 1.0, 1e9))
+        return Forecast(STAGE, STAGE.functions.build_plan(cfg, 1), ClusterSpec(1, 1, 1.0, 1e9))
 
     def loader(self, threads: int, batches: int = 12) -> str:
         """Images that the loader makes in a second when nobody trains."""

@@ -25,13 +25,14 @@ import torch
 from machine import described
 from memory_cases import ON_A_CPU, ON_A_GPU, Case
 
-from foveal.data import Batch
+from foveal.data.batch import Batch
 from foveal.data.pack import pack_digits
 from foveal.distributed.world import World, init_world
 from foveal.engines.base import autocast
 from foveal.engines.build import build_engine
 from foveal.forecast.forecast import ClusterSpec, Forecast
-from foveal.models.vit import VitConfig, build_encoder, encoder_card
+from foveal.models.config import VitConfig
+from foveal.models.vit import build_encoder, encoder_card
 from foveal.weights.export import Card, write_export
 
 STEPS = 3
@@ -67,7 +68,7 @@ def forecast_of(case: Case, folder: Path) -> Forecast:
     """What foveal plan says of a case."""
     stage = importlib.import_module(f"{case.stage}.run").STAGE
     cfg = stage.config_class.from_dict(tree_of(case, folder), case.name)
-    return Forecast(stage, stage.build_plan(cfg, case.ranks), ClusterSpec(1, case.ranks, 1.0, 1e9))
+    return Forecast(stage, stage.functions.build_plan(cfg, case.ranks), ClusterSpec(1, case.ranks, 1.0, 1e9))
 
 
 class CpuMeter:
@@ -138,7 +139,7 @@ def train(forecast: Forecast, world: World) -> int:
     cfg = plan.cfg
     _warm_up(forecast, world)
     meter = GpuMeter() if world.device.type == "cuda" else CpuMeter()
-    parts = stage.build(plan, world.device)
+    parts = stage.functions.build(plan, world.device)
     engine = build_engine(
         parts.model,
         parts.param_groups,
@@ -161,7 +162,7 @@ def train(forecast: Forecast, world: World) -> int:
 
 def _warm_up(forecast: Forecast, world: World) -> None:
     """A forward and backward before anything is measured: libraries keep kernels and scratch pads for themselves."""
-    parts = forecast.stage.build(forecast.plan, world.device)
+    parts = forecast.stage.functions.build(forecast.plan, world.device)
     importlib.import_module(forecast.plan.cfg.engine.kind.replace("plain", "torch"))
     model = parts.model.to(world.device)
     with autocast(world.device, forecast.plan.cfg.engine.precision):

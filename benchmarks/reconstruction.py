@@ -15,12 +15,13 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from foveal.checkpoint.chunks import load_chunks
-from foveal.data import Batch
+from foveal.data.batch import Batch
 from foveal.distributed.world import World
 from foveal.engines.plain import PlainEngine
 from foveal.inspect.reconstruction import draw_reconstruction_grid
-from pretrain.config import PretrainConfig, plan_pretraining
-from pretrain.run import build
+from pretrain.config import PretrainConfig
+from pretrain.plan import plan_pretraining
+from pretrain.train import build
 
 CROPS = ((0, 90), (0, 200), (1, 60), (1, 160))  # photograph and left edge of a square of its height
 COLUMNS = 2  # of image triples

@@ -23,9 +23,10 @@ from foveal.models.backbone import (
     parse_encoder_card,
     set_activation_checkpointing,
 )
+from foveal.models.config import ResolvedVitConfig, VitConfig
 from foveal.models.patches import count_visible
 from foveal.models.timm_vit import explain_no_fused_qkv
-from foveal.models.vit import EncoderCard, ResolvedVitConfig, VitConfig, encoder_card
+from foveal.models.vit import EncoderCard, encoder_card, resolve_sizes, resolve_sizes_for_image
 from foveal.weights.export import Card
 
 _DEFAULT_DEPTH_FRACTION = 0.75  # of the depth: the best layer in DMAE and TinyMIM
@@ -138,7 +139,7 @@ def build_student_spec(
         card = backbone_card(backbone, size, channels, num_classes)
         return StudentSpec(name, None, backbone, shape, (), card, has_batch_norm=_check_batch_norm(cfg, backbone))
     assert model is not None
-    sizes = model.resolve_for_image(size)
+    sizes = resolve_sizes_for_image(model, size)
     if teacher.encoder is not None and sizes.patch != teacher.encoder.patch and _compares_patches(cfg):
         raise _mismatch_error(teacher.path, "patch", teacher.encoder.patch, f"{prefix}model.patch", sizes.patch)
     shape = _vit_feature_shape(sizes, size)
@@ -213,7 +214,7 @@ def _check_grids(cfg: DistillConfig, teacher: TeacherSpec, student: str, student
 
 def _check_distillation_token(prefix: str, model: VitConfig | None, backbone: str | None, cfg: DistillConfig) -> None:
     if model is not None:
-        has_token = model.resolve().registers > 0
+        has_token = resolve_sizes(model).registers > 0
     else:
         has_token = has_distillation_token(build_meta_backbone(backbone or "", cfg.data.image_size, cfg.data.channels))
     if not has_token:

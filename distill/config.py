@@ -1,11 +1,10 @@
 """Settings of distillation."""
 
-from distill.losses import Distance
-from distill.target import DistillMethod
+from distill.target import Distance, DistillMethod
 from foveal.config import Config, machine, science
-from foveal.models.mae import DecoderConfig
-from foveal.models.vit import Pooling, VitConfig
-from foveal.training.config import StageConfig
+from foveal.models.config import DecoderConfig, Pooling, VitConfig
+from foveal.rules import excludes, requires
+from foveal.training.config import NO_PLATEAU_SCHEDULE, StageConfig
 
 
 class StudentVitConfig(VitConfig):
@@ -66,6 +65,48 @@ class DistillConfig(StageConfig):
     )
     pooling: Pooling = science("avg", "Input of the encoder's head, for logits: mean of the patches, or class token.")
     teacher_cache: TeacherCacheConfig = TeacherCacheConfig()
+
+    rules = (
+        *StageConfig.rules,
+        NO_PLATEAU_SCHEDULE,
+        excludes(
+            "model",
+            "students",
+            because="model is a single student",
+            remedy="list the model among the students",
+        ),
+        excludes(
+            "backbone",
+            "students",
+            because="backbone is a single student",
+            remedy="list the backbone among the students",
+        ),
+        excludes(
+            "students>1",
+            "optim.max_grad_norm",
+            because="the clipped norm is of all gradients and would make the students depend on each other",
+            remedy="set optim.max_grad_norm=null, or train the students one by one",
+        ),
+        requires(
+            "layers",
+            "method=layers|relations",
+            because="layers are pairs of blocks, and no other lesson compares blocks",
+            remedy="remove layers, or use one of these lessons",
+        ),
+        excludes(
+            "method=features",
+            "cls_weight=0",
+            "patch_weight=0",
+            because="they leave no loss",
+            remedy="set one of the weights above 0",
+        ),
+        excludes(
+            "method=token",
+            "label_weight=0|1",
+            because="the lesson trains two heads, and such a weight leaves one without a loss",
+            remedy="set label_weight between 0 and 1, exclusive, or use method=logits",
+        ),
+    )
 
     @property
     def export_subfolders(self) -> tuple[str, ...]:

@@ -4,12 +4,12 @@ B images, N tokens, D student width, T teacher width, K classes.
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 from torch import Tensor
 from torch.nn import functional as F
 
-Distance = Literal["cosine", "smooth_l1", "l1"]
+from distill.target import Distance
+
 _IGNORE_INDEX = -1
 
 

@@ -11,7 +11,8 @@ from distill.losses import DISTANCES, label_loss_per_image, relation_losses_per_
 from distill.target import DistillMethod
 from distill.teacher import Teacher
 from distill.teacher_cache import TeacherCache
-from foveal.data import Batch, normalise
+from foveal.data.batch import Batch
+from foveal.data.image.transforms import normalise
 from foveal.engines.base import autocast
 from foveal.models.patches import build_reconstruction_targets, patch_mse, split_patches_by_noise
 from foveal.seeding import derive_key, draw_uniform

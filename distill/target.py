@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 DistillMethod = Literal["features", "layers", "relations", "logits", "token"]
+Distance = Literal["cosine", "smooth_l1", "l1"]
 BLOCK_METHODS: tuple[DistillMethod, ...] = ("layers", "relations")  # compare blocks of two encoders
 CLASS_METHODS: tuple[DistillMethod, ...] = ("logits", "token")  # need a teacher with a classification head
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from distill.target import BLOCK_METHODS, DistillMethod, TeacherTarget
-from foveal.engines.base import Precision, autocast
+from foveal.engines.base import autocast
+from foveal.engines.config import Precision
 from foveal.models.backbone import forward_pooled, forward_pooled_and_patches
 from foveal.models.encode import drop_registers, encode_cls_and_patches, encode_layers
 from foveal.weights.export import Card

@@ -4,10 +4,15 @@ from typing import Literal
 
 from finetune.probe.config import ProbeConfig
 from foveal.config import Config, machine, science
-from foveal.engines.base import EngineConfig
-from foveal.models.detect import DetectionHeadCard, DetectorConfig
-from foveal.models.segment import SegmentationHeadCard, SegmentationHeadKind
-from foveal.models.vit import Pooling, VitConfig
+from foveal.engines.config import EngineConfig
+from foveal.models.config import (
+    DetectionHeadCard,
+    DetectorConfig,
+    Pooling,
+    SegmentationHeadCard,
+    SegmentationHeadKind,
+    VitConfig,
+)
 from foveal.training.config import StageConfig
 
 

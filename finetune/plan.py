@@ -23,7 +23,7 @@ from finetune.config import FinetuneConfig
 from finetune.task import FinetunePlan, Task
 from finetune.tasks.registry import TASKS, find_task
 from foveal.config import check_folder_name, set_by_dotted_key
-from foveal.data import Dataset
+from foveal.data.dataset import Dataset
 from foveal.data.sampling.subset import eval_split
 from foveal.errors import ConfigError, DataError, ExportError
 from foveal.models.backbone import (
@@ -32,7 +32,7 @@ from foveal.models.backbone import (
     check_resizable,
     parse_encoder_card,
 )
-from foveal.models.vit import EncoderCard, encoder_card
+from foveal.models.vit import EncoderCard, encoder_card, resolve_sizes
 from foveal.timeouts import read_with_timeout
 from foveal.training.plan import add_inherited_prefix, build_stage_plan
 from foveal.weights.export import Card
@@ -213,7 +213,7 @@ def _check_matches_export(cfg: FinetuneConfig, export_card: EncoderCard | Backbo
     if cfg.backbone is not None:
         stated["timm"] = cfg.backbone
     if cfg.model is not None:
-        stated |= {name: value for name, value in cfg.model.resolve().to_dict().items() if name != "name"}
+        stated |= {name: value for name, value in resolve_sizes(cfg.model).to_dict().items() if name != "name"}
     for name, value in stated.items():
         if getattr(export_card, name) != value:
             raise ExportError(

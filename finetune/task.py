@@ -10,12 +10,13 @@ from typing import Any, ClassVar
 import torch
 
 from finetune.config import FinetuneConfig
-from foveal.data import DataConfig, Dataset
+from foveal.data.config import DataConfig
+from foveal.data.dataset import Dataset
 from foveal.data.image.targets import LabelReader
 from foveal.data.sampling.subset import SubsetName
 from foveal.engines.base import Engine
 from foveal.models.backbone import BackboneCard, build_meta_backbone, has_batch_norm, parse_encoder_card
-from foveal.models.vit import Pooling
+from foveal.models.config import Pooling
 from foveal.training.evaluations import Metric
 from foveal.training.loop import TrainingSetup
 from foveal.training.plan import Plan

@@ -1,19 +1,13 @@
-"""Settings and plan of pretraining."""
+"""Settings of pretraining."""
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from foveal.config import machine, science
-from foveal.errors import ConfigError
-from foveal.models.mae import DecoderConfig
-from foveal.models.masks import MaskStrategy, resolve_mask_block_size
-from foveal.models.vit import VitConfig
-from foveal.optim.schedule import cosine_ema_decay
-from foveal.training.config import StageConfig
-from foveal.training.plan import Plan, build_stage_plan
-from pretrain.init import InitSource, inspect_init_weights
-from pretrain.objective import PredictionTarget
+from foveal.models.config import DecoderConfig, MaskStrategy, VitConfig
+from foveal.rules import excludes, requires
+from foveal.training.config import NO_PLATEAU_SCHEDULE, StageConfig
+
+PredictionTarget = Literal["pixels", "features"]
 
 
 class PretrainConfig(StageConfig):
@@ -43,64 +37,31 @@ class PretrainConfig(StageConfig):
     )
     ema_decay: float = science(0.996, "EMA decay per step at the start; rises to 1 along half a cosine.", ge=0, lt=1)
 
+    rules = (
+        *StageConfig.rules,
+        NO_PLATEAU_SCHEDULE,
+        excludes(
+            "target=features",
+            "image_loss_weight>0",
+            "image_target=online",
+            because="target=features has an EMA encoder, which image_target=online leaves unused",
+            remedy="set image_target=ema",
+        ),
+        excludes(
+            "target=features",
+            "log.images_every>0",
+            because="pictures show reconstructed pixels, and target=features reconstructs none",
+            remedy="remove log.images_every",
+        ),
+        requires(
+            "init",
+            "optim.warmup_epochs>0",
+            because="an untrained decoder's first gradients would reach trained weights at the full learning rate",
+            remedy="set optim.warmup_epochs",
+        ),
+    )
+
     @property
     def uses_ema(self) -> bool:
         """Whether the model has an EMA encoder."""
         return self.target == "features" or (self.image_loss_weight > 0 and self.image_target == "ema")
-
-
-@dataclass(frozen=True)
-class PretrainPlan(Plan):
-    """A plan with the side of a mask block, in patches, and the source of the initial weights."""
-
-    cfg: PretrainConfig
-    mask_block_size: int = 1
-    init_source: InitSource | None = None
-
-    def ema_decay_at(self, step: int) -> float:
-        """Return the EMA decay after a step."""
-        return cosine_ema_decay(step, start_decay=self.cfg.ema_decay, total_steps=self.total_steps)
-
-    def summary_lines(self) -> list[str]:
-        return super().summary_lines() + ([] if self.init_source is None else self.init_source.summary_lines())
-
-
-def plan_pretraining(cfg: PretrainConfig, world_size: int) -> PretrainPlan:
-    """Return the checked plan of these settings. Raises: ConfigError, DataError, ExportError."""
-    _check_target(cfg)
-    model, size = cfg.model.resolve_for_image(cfg.data.image_size), cfg.data.image_size
-    mask_block_size = resolve_mask_block_size(
-        cfg.mask_strategy, *model.patch_grid(size), cfg.mask_ratio, cfg.mask_block_size
-    )
-    if cfg.init is None:
-        return build_stage_plan(PretrainPlan, cfg, world_size, mask_block_size=mask_block_size)
-    init_source = inspect_init_weights(Path(cfg.init), model, cfg.data)
-    height, width = (patches * model.patch for patches in init_source.patch_grid)
-    trained_size = height if height == width else (height, width)
-    return build_stage_plan(
-        PretrainPlan,
-        cfg,
-        world_size,
-        source_card=init_source.card,
-        extra_science={"init": init_source.sha256},
-        mask_block_size=mask_block_size,
-        init_source=init_source,
-        resized_from=None if trained_size == size else trained_size,
-    )
-
-
-def _check_target(cfg: PretrainConfig) -> None:
-    if cfg.target == "features" and cfg.image_loss_weight and cfg.image_target == "online":
-        raise ConfigError(
-            "image_target=online and target=features exclude each other: target=features uses the EMA encoder; set "
-            "image_target=ema"
-        )
-    if cfg.target == "features" and cfg.log.images_every:
-        raise ConfigError(
-            "log.images_every shows reconstructed pixels, and target=features reconstructs none; remove it"
-        )
-    if cfg.init is not None and not cfg.optim.warmup_epochs:
-        raise ConfigError(
-            "init with optim.warmup_epochs=0: the first gradients of an untrained decoder would reach trained weights "
-            "at the full learning rate; set optim.warmup_epochs"
-        )

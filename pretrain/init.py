@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveal.data import DataConfig
+from foveal.data.config import DataConfig
 from foveal.errors import ExportError
 from foveal.models.backbone import BackboneCard, parse_encoder_card
+from foveal.models.config import ResolvedVitConfig
 from foveal.models.resize import resize_position_embeddings
 from foveal.models.sincos import sincos_positions
 from foveal.models.timm_vit import Encoder
-from foveal.models.vit import ResolvedVitConfig, build_encoder
+from foveal.models.vit import build_encoder
 from foveal.timeouts import read_with_timeout
 from foveal.weights.export import Card, check_and_select_weights, load_weights_strict, read_export
 from foveal.weights.foreign import find_weights_file, read_num_heads, read_weights_as_timm

@@ -6,18 +6,18 @@ B images, L patches, M masked patches per image, P values per patch, D encoder w
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foveal.data import Batch, normalise
+from foveal.data.batch import Batch
+from foveal.data.image.transforms import normalise
+from foveal.models.config import MaskStrategy
 from foveal.models.mae import MAEOutput
-from foveal.models.masks import MASK_NOISE_FUNCTIONS, NUM_OFFSET_DRAWS, MaskStrategy
+from foveal.models.masks import MASK_NOISE_FUNCTIONS, NUM_OFFSET_DRAWS
 from foveal.models.patches import build_reconstruction_targets, count_visible, gather_patches, reconstruction_loss
 from foveal.seeding import derive_key, draw_uniform
-
-PredictionTarget = Literal["pixels", "features"]
+from pretrain.config import PredictionTarget
 
 
 @dataclass(frozen=True)

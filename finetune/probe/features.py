@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from finetune.model import classifier_from_plan
 from finetune.probe.plan import FileShapes, ProbePlan
 from foveal.atomic import publish_draft, write_json
-from foveal.data import Batch, normalise
+from foveal.data.batch import Batch
+from foveal.data.image.transforms import normalise
 from foveal.engines.base import autocast
 from foveal.errors import CheckpointError, DataError, ExportError
 from foveal.models.backbone import forward_pooled

@@ -15,7 +15,7 @@ from foveal.atomic import format_bytes
 from foveal.data.sampling.subset import SubsetName, select_subset
 from foveal.errors import ConfigError
 from foveal.models.backbone import infer_pooled_width
-from foveal.models.vit import ResolvedVitConfig
+from foveal.models.config import ResolvedVitConfig
 
 FileShapes = dict[str, tuple[tuple[int, ...], type[np.generic]]]  # shape and dtype by file name
 

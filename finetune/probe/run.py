@@ -30,7 +30,8 @@ from finetune.probe.knn import fit_knn_probe
 from finetune.probe.logistic import fit_logistic_probe
 from finetune.probe.plan import ProbePlan
 from foveal.atomic import write_json
-from foveal.data import Batch, normalise
+from foveal.data.batch import Batch
+from foveal.data.image.transforms import normalise
 from foveal.engines.build import set_matmul_and_determinism
 from foveal.optim.optimizers import parameter_groups
 from foveal.training.loop import TrainingSetup

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune.config import FinetuneConfig, TeacherConfig
-from foveal.engines.base import Precision, autocast
+from foveal.engines.base import autocast
+from foveal.engines.config import Precision
 from foveal.weights.pretrained import PretrainedSource
 from foveal.weights.teacher import build_unfrozen_teacher, distillation_loss_per_image, freeze_in_eval_mode
 

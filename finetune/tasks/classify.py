@@ -17,8 +17,11 @@ from finetune.regularizers.mixup import apply_mixup_cutmix, apply_random_erasing
 from finetune.regularizers.teacher import TeacherLoss, build_teacher_loss
 from finetune.task import TASK_SETTINGS, FinetunePlan, Task
 from finetune.tasks.classify_metrics import UNLABELLED, compute_classification_metrics
-from foveal.data import Batch, DataConfig, Dataset, normalise
+from foveal.data.batch import Batch
+from foveal.data.config import DataConfig
+from foveal.data.dataset import Dataset
 from foveal.data.image.targets import LabelReader
+from foveal.data.image.transforms import normalise
 from foveal.data.sampling.subset import SubsetName
 from foveal.engines.base import Engine
 from foveal.models.backbone import check_classifier_training

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from finetune.regularizers.adversarial import Attack, build_attack
 from finetune.task import FinetunePlan
-from foveal.data import Batch, normalise
+from foveal.data.batch import Batch
+from foveal.data.image.transforms import normalise
 from foveal.data.sampling.subset import SubsetName
 from foveal.engines.base import Engine
 from foveal.training.run import Run

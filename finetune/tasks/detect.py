@@ -14,15 +14,18 @@ from finetune.task import FinetunePlan, Task
 from finetune.tasks.average_precision import check_pycocotools
 from finetune.tasks.detect_metrics import compute_detection_metrics
 from finetune.tasks.segment import format_evaluated_area
-from foveal.data import Batch, DataConfig, Dataset, normalise
+from foveal.data.batch import Batch
+from foveal.data.config import DataConfig
+from foveal.data.dataset import Dataset
 from foveal.data.image.targets import BoxReader, LabelReader, require_class_names, resolve_label_field
+from foveal.data.image.transforms import normalise
 from foveal.data.sampling.subset import SubsetName
 from foveal.engines.base import Engine
 from foveal.models.backbone import parse_encoder_card
+from foveal.models.config import Pooling
 from foveal.models.detect import Detector, build_detector, check_detector_meta_forward
 from foveal.models.droppath import count_drop_paths
 from foveal.models.fcos import fcos_losses_per_image
-from foveal.models.vit import Pooling
 from foveal.seeding import derive_key, draw_uniform
 from foveal.training.evaluations import Metric
 from foveal.training.loop import TrainingSetup

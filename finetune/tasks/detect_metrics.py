@@ -9,7 +9,8 @@ import torch
 from finetune.task import FinetunePlan
 from finetune.tasks.average_precision import IOU_THRESHOLDS, ImageDetections, ap_by_threshold_and_class
 from finetune.tasks.segment_metrics import sanitize_metric_names
-from foveal.data import Batch, normalise
+from foveal.data.batch import Batch
+from foveal.data.image.transforms import normalise
 from foveal.data.sampling.subset import SubsetName
 from foveal.engines.base import Engine
 from foveal.errors import DataError

@@ -11,8 +11,11 @@ from torch.nn import functional as F
 from finetune.config import FinetuneConfig
 from finetune.task import FinetunePlan
 from finetune.tasks.classify import Classification, ClassificationLoss, is_largest_target
-from foveal.data import Batch, DataConfig, Dataset, normalise
+from foveal.data.batch import Batch
+from foveal.data.config import DataConfig
+from foveal.data.dataset import Dataset
 from foveal.data.image.targets import LabelReader, MultiLabelReader, require_class_names, resolve_label_field
+from foveal.data.image.transforms import normalise
 from foveal.data.sampling.subset import SubsetName
 from foveal.engines.base import Engine
 from foveal.errors import DataError

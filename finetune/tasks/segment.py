@@ -16,16 +16,19 @@ from finetune.config import FinetuneConfig
 from finetune.model import encoder_for_dense_head, model_from_export, param_groups_from_plan
 from finetune.task import FinetunePlan, Task
 from finetune.tasks.segment_metrics import compute_segmentation_metrics
-from foveal.data import Batch, DataConfig, Dataset, normalise
+from foveal.data.batch import Batch
+from foveal.data.config import DataConfig
+from foveal.data.dataset import Dataset
 from foveal.data.image.targets import NO_CLASS, LabelReader, MaskReader, require_class_names, resolve_label_field
+from foveal.data.image.transforms import normalise
 from foveal.data.sampling.subset import SubsetName
 from foveal.engines.base import Engine
 from foveal.errors import ConfigError
 from foveal.models.backbone import format_image_size
+from foveal.models.config import Pooling
 from foveal.models.droppath import count_drop_paths
 from foveal.models.segment import Segmenter, build_segmenter, check_segmenter_training
 from foveal.models.sliding_window import window_top_lefts
-from foveal.models.vit import Pooling
 from foveal.seeding import derive_key, draw_uniform
 from foveal.training.evaluations import Metric
 from foveal.training.loop import TrainingSetup

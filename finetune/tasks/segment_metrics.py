@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetune.task import FinetunePlan
-from foveal.data import normalise
 from foveal.data.image.targets import NO_CLASS
+from foveal.data.image.transforms import normalise
 from foveal.data.sampling.subset import SubsetName
 from foveal.engines.base import Engine
 from foveal.errors import DataError

@@ -16,9 +16,10 @@ from typing import Any
 
 from foveal.atomic import disk_shortage, draft_path, publish_draft, sha256, write_json
 from foveal.checkpoint.chunks import TensorChunk, chunk_file_name, load_chunks, write_and_hash_chunks
+from foveal.checkpoint.config import CheckpointConfig
 from foveal.checkpoint.digests import verify_rank_checksums
 from foveal.checkpoint.protocols import CheckpointableEngine, Communicator
-from foveal.checkpoint.retention import CheckpointConfig, CheckpointDirectory
+from foveal.checkpoint.retention import CheckpointDirectory
 from foveal.checkpoint.save_result import PendingSave, RankSaveResult, SaveResult, format_os_error, rank_save_result
 from foveal.checkpoint.state import CHECKPOINT_FORMAT, TrainState, check_science_unchanged, read_train_state
 from foveal.checkpoint.writer import BackgroundWriter, count_bytes_to_write

@@ -18,6 +18,8 @@ from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from foveal.config import Config, get_section_class, get_setting_kind
 from foveal.renames import METRICS, SETTINGS, VALUES
+from foveal.rules import Rule
+from foveal.training.config import StageConfig
 
 _INTRODUCTION = """\
 # Configuration
@@ -29,6 +31,10 @@ result; a run continues only under the same science) or **machine** (it changes 
 is obtained, and may differ at every restart). A setting that is not listed here is refused."""
 
 _HEADER = "| setting | type | default | range | kind | description |\n|---|---|---|---|---|---|"
+_RULES_INTRODUCTION = """\
+A name alone means that the setting is set: neither null nor empty. Refusals that depend on the data, the weights or the \
+number of ranks are not listed."""
+_RULES_HEADER = "| combination | stages | because | remedy |\n|---|---|---|---|"
 _WORDS = {types.NoneType: "null", Any: "anything", bool: "true or false", int: "integer", float: "number", str: "text"}
 _SIGNS = {
     "gt": "> {:g}",
@@ -160,6 +166,24 @@ def _render_renames() -> str:
     return "\n\n".join(["## Names of 0.1", about, *tables])
 
 
+def render_rules(stage_configs: Mapping[str, type[StageConfig]]) -> str:
+    """Return the chapter of refused combinations in Markdown: one row per rule, with the stages that have it."""
+    stages_by_rule: dict[Rule, list[str]] = {}
+    for stage, model in stage_configs.items():
+        for rule in model.rules:
+            stages_by_rule.setdefault(rule, []).append(stage)
+    rows = [
+        _render_cells(
+            f"`{rule}`",
+            "all" if len(stages) == len(stage_configs) else ", ".join(stages),
+            rule.because,
+            rule.remedy,
+        )
+        for rule, stages in stages_by_rule.items()
+    ]
+    return f"## Refused combinations\n\n{_RULES_INTRODUCTION}\n\n{_RULES_HEADER}\n" + "\n".join(rows) + "\n"
+
+
 def _group_by_section(model: type[Config]) -> dict[str, list[SettingDoc]]:
     sections: dict[str, list[SettingDoc]] = {}
     for setting in iter_setting_docs(model):
@@ -175,10 +199,14 @@ def _render_chapter(title: str, about: str, sections: Sequence[Sequence[SettingD
 def _render_row(setting: SettingDoc) -> str:
     default = "required" if setting.default is PydanticUndefined else f"`{_format_value(setting.default)}`"
     cells = (f"`{setting.name}`", setting.type_text, default, setting.allowed_range, setting.kind, setting.description)
+    return _render_cells(*cells)
+
+
+def _render_cells(*cells: str) -> str:
     return "| " + " | ".join(" ".join(cell.split()).replace("|", r"\|") for cell in cells) + " |"
 
 
-def get_stage_configs() -> dict[str, type[Config]]:
+def get_stage_configs() -> dict[str, type[StageConfig]]:
     """Return the config classes of the stages, in the order of a pipeline."""
     from distill.config import DistillConfig
     from finetune.config import FinetuneConfig
@@ -194,7 +222,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--check", metavar="FILE", type=Path, help="compare with this file, write nothing")
     options = parser.parse_args(argv)
-    text = render_reference(get_stage_configs())
+    stage_configs = get_stage_configs()
+    text = f"{render_reference(stage_configs)}\n{render_rules(stage_configs)}"
     if options.check is None:
         sys.stdout.write(text)
         return 0

@@ -150,8 +150,6 @@ class DataConfig(Config):
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values is not None and len(values) != self.channels:
                 raise ValueError(f"{name} has {len(values)} values for channels={self.channels}")
-        if (self.mean is None) != (self.std is None):
-            raise ValueError("mean and std are given together or not at all")
         if self.mean is not None and not all(0 <= value <= 1 for value in self.mean):
             raise ValueError(f"mean={list(self.mean)} must be within [0, 1]: it is of pixels divided by 255")
         if self.std is not None and not all(0 < value <= 1 for value in self.std):

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from foveal.atomic import DISK_FULL_ERRNOS, format_bytes
 from foveal.data.image.decode import jpeg_decoder_and_version
 from foveal.doctor.report import RankReport, classify_error
-from foveal.engines.base import EngineConfig
+from foveal.engines.config import EngineConfig
 from foveal.errors import FovealError
 from foveal.forecast.forecast import ClusterSpec, Forecast
 from foveal.training.plan import Plan

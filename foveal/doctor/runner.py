@@ -16,7 +16,8 @@ from foveal.errors import BadNodeError, FovealError
 from foveal.forecast.cli import import_stage
 from foveal.slurm import slurm_nodes_by_rank
 from foveal.timeouts import call_with_timeout
-from foveal.training.cli import Stage, load_config
+from foveal.training.cli import load_config
+from foveal.training.stage import Stage
 
 AnyStage = Stage[Any, Any]
 
@@ -42,7 +43,9 @@ class PreflightOptions:
 
 def run_preflight_and_exit(options: PreflightOptions) -> None:
     """Run one rank of a preflight, and end this process with the verdict's exit code."""
-    stage = None if options.stage is None else import_stage(options.stage)  # imported before any clock runs
+    stage = None if options.stage is None else import_stage(options.stage)
+    if stage is not None:
+        stage.import_functions()  # torch and timm, before any clock runs
     with join_preflight(options.join_timeout, PREFLIGHT_TIMEOUT) as group:
         exit_preflight(group, _run_checks(group, stage, options))
 
@@ -82,7 +85,7 @@ def _check_rank(group: PreflightGroup, stage: AnyStage | None, options: Prefligh
     def plan_run(_report: RankReport) -> None:
         assert stage is not None
         cfg = load_config(stage.config_class, stage.name, options.config, options.overrides)
-        planned_runs.append(run_checks.PlannedRun(stage, stage.build_plan(cfg, group.launch_env.world_size)))
+        planned_runs.append(run_checks.PlannedRun(stage, stage.functions.build_plan(cfg, group.launch_env.world_size)))
 
     def run_check(activity: str, limit: float, check: Callable[[RankReport], None]) -> None:
         partial = RankReport(report.node, report.rank)  # merged only if the check ends: its thread may still write

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from foveal.checkpoint.chunks import TensorChunk
 from foveal.distributed.world import World
 from foveal.engines import fsdp
-from foveal.engines.base import EngineConfig, ReplicatedEngine, StepResult, autocast, buffer_chunks, pair_parameters
+from foveal.engines.base import (
+    ReplicatedEngine,
+    StepResult,
+    autocast,
+    buffer_chunks,
+    pair_parameters,
+)
+from foveal.engines.config import EngineConfig
 from foveal.engines.deepspeed import DeepSpeedEngine
 from foveal.errors import LaunchError
 from foveal.optim.config import OptimConfig

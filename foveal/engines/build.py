@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from foveal.distributed.world import World
-from foveal.engines.base import Engine, EngineConfig
+from foveal.engines.base import Engine
+from foveal.engines.config import EngineConfig
 from foveal.engines.plain import PlainEngine
 from foveal.errors import ConfigError
 from foveal.optim.config import OptimConfig
@@ -20,10 +21,6 @@ def check_engine_config(
     if cfg.kind == "plain" and world_size > 1:
         raise ConfigError(
             f"engine.kind=plain runs in one process, this run has {world_size}; use deepspeed or accelerate"
-        )
-    if cfg.sharding != "ddp" and cfg.kind != "accelerate":
-        raise ConfigError(
-            f"engine.sharding={cfg.sharding} is Accelerate's, and engine.kind is {cfg.kind}; remove one of them"
         )
     _check_optimizer_runs(cfg, optim)
     if "deepspeed" in (cfg.kind, cfg.sharding):

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from foveal.checkpoint.chunks import TensorChunk
 from foveal.distributed.world import World
 from foveal.engines.base import (
-    EngineConfig,
     StepResult,
     apply_lr,
     buffer_chunks,
@@ -24,10 +23,16 @@ from foveal.engines.base import (
     to_fp32_cpu_tensor,
     update_ema_replicated,
 )
+from foveal.engines.config import EngineConfig
 from foveal.engines.zero import copy_master_weights_to_model, sharded_parameter_chunks, update_ema_sharded
 from foveal.errors import ConfigError
 from foveal.optim.config import OptimConfig
-from foveal.optim.optimizers import build_optimizer, build_unguarded_optimizer, get_num_updates, set_num_updates
+from foveal.optim.optimizers import (
+    build_optimizer,
+    build_unguarded_optimizer,
+    get_num_updates,
+    set_num_updates,
+)
 
 _OFFLOAD_KEYS = ("offload_optimizer", "offload_param")
 _RESERVED_KEYS = {"amp", "bf16", "fp16", "optimizer", "scheduler"}

@@ -56,15 +56,16 @@ def plan_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Forecast memory, time and traffic of CONFIG on a cluster, without a GPU. Exit code 2 if it cannot run."""
-    from foveal.forecast.forecast import ClusterSpec, Forecast
-    from foveal.forecast.gpu_specs import find_gpu_spec
-    from foveal.forecast.problems import find_problems
-    from foveal.forecast.report import forecast_to_dict, format_forecast
     from foveal.training.cli import load_config
     from foveal.training.run_directory import preview_fork
 
     planned_stage = import_stage(resolve_stage_name(config, stage))
     cfg = load_config(planned_stage.config_class, planned_stage.name, config, overrides or [])
+    from foveal.forecast.forecast import ClusterSpec, Forecast  # with torch: after the settings
+    from foveal.forecast.gpu_specs import find_gpu_spec
+    from foveal.forecast.problems import find_problems
+    from foveal.forecast.report import forecast_to_dict, format_forecast
+
     gpu_spec = None if gpu is None else find_gpu_spec(gpu)
     tflops = peak_tflops or (gpu_spec.peak_tflops(cfg.engine) if gpu_spec else None)
     memory_gb = gpu_memory or (gpu_spec.memory_gb if gpu_spec else None)
@@ -76,7 +77,7 @@ def plan_command(
         gpu_flops_per_second=None if tflops is None else tflops * 1e12,
         gpu_memory_bytes=None if memory_gb is None else memory_gb * 1e9,
     )
-    plan = preview_fork(planned_stage.build_plan(cfg, cluster.world_size))
+    plan = preview_fork(planned_stage.functions.build_plan(cfg, cluster.world_size))
     forecast = Forecast(planned_stage, plan, cluster)
     slurm, request = find_slurm_partition(partition), read_job_script_times(planned_stage.name)
     limits = _job_limits(slurm, request, time)

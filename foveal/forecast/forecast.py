@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from foveal.engines.base import EngineConfig, Precision
+from foveal.engines.config import EngineConfig, Precision
 from foveal.forecast.memory import MemoryEstimate, deepspeed_zero_stage, estimate_memory
 from foveal.forecast.trace import (
     MemoryTrace,
@@ -17,9 +17,9 @@ from foveal.forecast.trace import (
     trace_microbatch_memory,
 )
 from foveal.optim.optimizers import OPTIMIZERS, count_moment_elements
-from foveal.training.cli import Stage
 from foveal.training.config import StageConfig
 from foveal.training.plan import Plan
+from foveal.training.stage import Stage
 
 _FP32, _BF16 = 4, 2
 _PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
@@ -193,7 +193,7 @@ class Forecast:
         return None if reader is None else reader.collate([reader.example_label(image_hw)], image_hw)
 
     def _build(self, device: Any) -> Any:
-        return self.stage.build(self.plan, device)
+        return self.stage.functions.build(self.plan, device)
 
     def _trace(self, precision: Precision, batch_size: int, *, recompute: bool) -> MemoryTrace:
         trace = self._traces.get((precision, batch_size, recompute))

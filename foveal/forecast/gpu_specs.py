@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from foveal.engines.base import EngineConfig
+from foveal.engines.config import EngineConfig
 from foveal.errors import ConfigError
 
 

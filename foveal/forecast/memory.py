@@ -7,7 +7,7 @@ Weights are fp32 under bf16 too: autocast's copies count as the microbatch. Deep
 from dataclasses import dataclass
 from typing import Any
 
-from foveal.engines.base import EngineConfig
+from foveal.engines.config import EngineConfig
 from foveal.forecast.trace import MemoryTrace, ParameterCounts
 from foveal.optim.config import OptimConfig
 from foveal.optim.optimizers import count_moment_elements, count_temporary_elements

@@ -20,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from foveal.data import Batch
-from foveal.engines.base import Precision, autocast
+from foveal.data.batch import Batch
+from foveal.engines.base import autocast
+from foveal.engines.config import Precision
 from foveal.errors import ConfigError
 from foveal.models.backbone import has_batch_norm
 from foveal.training.loop import TrainingSetup

@@ -1,14 +1,12 @@
 """A detector: an encoder or a model of timm, a feature pyramid, and FCOS's head on each of its maps. B images."""
 
-import itertools
-from typing import Any, Literal, Self
+from typing import Any
 
 import torch
-from pydantic import model_validator
 from torch import Tensor, nn
 from torchvision.models.detection.fcos import FCOSHead
 
-from foveal.config import Config, height_and_width, science
+from foveal.config import height_and_width
 from foveal.errors import ConfigError
 from foveal.models.backbone import (
     TIMM_ERRORS,
@@ -22,35 +20,12 @@ from foveal.models.backbone import (
     infer_pooled_map_shapes,
     parse_encoder_card,
 )
+from foveal.models.config import DetectionHeadCard
 from foveal.models.encoder_with_head import EncoderWithHead, set_noise_cast_images
 from foveal.models.fcos import FCOSOutput, compute_locations_with_strides
 from foveal.models.pyramid import SimpleFeaturePyramid
 from foveal.models.segment import find_unused_parameters
 from foveal.models.vit import EncoderCard, build_encoder, config_error_as_export
-
-
-class DetectorConfig(Config):
-    """The pyramid and head of a detector."""
-
-    width: int = science(256, "Channels of the pyramid's maps and of the head.", ge=32, multiple_of=32)
-    layers: int = science(4, "Convolutions in each of the head's two branches, without the output layers.", ge=1)
-    strides: tuple[int, ...] = science(
-        (8, 16, 32, 64), "Strides of the pyramid's maps in pixels: powers of two times the encoder's.", min_length=1
-    )
-
-    @model_validator(mode="after")
-    def _check_strides(self) -> Self:
-        for finer, coarser in itertools.pairwise(self.strides):
-            if coarser <= finer or coarser % finer or (coarser // finer).bit_count() != 1:
-                raise ValueError(f"strides={list(self.strides)}: each must be the previous one times 2, 4, 8, ...")
-        return self
-
-
-class DetectionHeadCard(DetectorConfig):
-    """The sizes from which a detector's pyramid and head are rebuilt, beside the encoder's card."""
-
-    kind: Literal["detection"] = science("detection", "Kind of head.")
-    classes: int = science(description="Number of classes.", ge=1)
 
 
 class Detector(EncoderWithHead):

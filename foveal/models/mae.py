@@ -4,16 +4,14 @@ B images, L patches, K visible, M masked, R registers, N = 1 + R + K tokens, D e
 """
 
 import copy
-import math
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import model_validator
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from foveal.config import Config, science
+from foveal.models.config import DecoderConfig
 from foveal.models.encode import encode, encode_cls_and_patches, find_external_parameters, run_blocks
 from foveal.models.patches import split_patches_by_noise
 from foveal.models.probes import encode_patch_mean
@@ -22,23 +20,6 @@ from foveal.models.timm_vit import Encoder
 from foveal.models.vit import TOKEN_INIT_STD, init_linear_layers
 
 LAYER_NORM_EPS = 1e-6  # as in timm's transformers and the reference implementation of MAE; torch's default is 1e-5
-
-
-class DecoderConfig(Config):
-    """The transformer that predicts masked patches; it is discarded after pretraining."""
-
-    width: int = science(512, "Token width (embedding dimension); a multiple of 4 and of heads.", ge=4)
-    depth: int = science(8, "Number of blocks.", ge=1)
-    heads: int = science(16, "Attention heads per block.", ge=1)
-    mlp_ratio: float = science(4.0, "Hidden width of a block's MLP over the token width.", gt=0)
-
-    @model_validator(mode="after")
-    def _check_width(self) -> Self:
-        if self.width % 4 or self.width % self.heads:
-            step = math.lcm(4, self.heads)
-            nearest = step * max(1, round(self.width / step))
-            raise ValueError(f"width={self.width} is not a multiple of 4 and of heads={self.heads}; width={nearest} is")
-        return self
 
 
 class Decoder(nn.Module):

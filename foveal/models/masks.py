@@ -8,15 +8,14 @@ B images, L = rows * columns patches, K visible.
 
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from foveal.errors import ConfigError
+from foveal.models.config import MaskStrategy
 from foveal.models.patches import count_visible
 
-MaskStrategy = Literal["random", "block", "grid"]
 NUM_OFFSET_DRAWS = 2  # further uniform numbers per image: vertical and horizontal offset of the blocks or the grid
 
 

@@ -8,8 +8,9 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 from torch.nn import functional as F
 
+from foveal.models.config import Positions
 from foveal.models.timm_vit import Encoder
-from foveal.models.vit import EncoderCard, Positions
+from foveal.models.vit import EncoderCard
 
 
 def resize_positions_from_card(

@@ -3,7 +3,7 @@
 B images, C channels, H x W pixels, D width of a map, K classes.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from timm.layers.norm import LayerNorm2d
@@ -11,7 +11,7 @@ from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foveal.config import Config, height_and_width, science
+from foveal.config import height_and_width
 from foveal.errors import ConfigError
 from foveal.models.backbone import (
     TIMM_ERRORS,
@@ -25,21 +25,11 @@ from foveal.models.backbone import (
     infer_pooled_map_shapes,
     parse_encoder_card,
 )
+from foveal.models.config import SegmentationHeadCard
 from foveal.models.encoder_with_head import EncoderWithHead, set_noise_cast_images
 from foveal.models.pyramid import DEFAULT_STRIDES, SimpleFeaturePyramid
 from foveal.models.resize import resize_maps
 from foveal.models.vit import HEAD_INIT_STD, EncoderCard, config_error_as_export
-
-SegmentationHeadKind = Literal["linear", "pyramid"]
-
-
-class SegmentationHeadCard(Config):
-    """The sizes from which a segmentation head is rebuilt, beside its encoder's card."""
-
-    kind: Literal["segmentation"] = science("segmentation", "Kind of head.")
-    head: SegmentationHeadKind = science(description="A linear map on the last feature map, or a pyramid of maps.")
-    width: int = science(description="Channels of the pyramid's maps.", ge=1)
-    classes: int = science(description="Number of classes.", ge=1)
 
 
 class Segmenter(EncoderWithHead):

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from foveal.models.backbone import FeatureFn, set_activation_checkpointing
 from foveal.models.classify import build_distillation_head
+from foveal.models.config import DecoderConfig
 from foveal.models.encode import drop_registers, encode, encode_cls_and_patches, encode_layers, find_external_parameters
-from foveal.models.mae import Decoder, DecoderConfig
+from foveal.models.mae import Decoder
 from foveal.models.probes import encode_patch_mean
 from foveal.models.timm_vit import Encoder
 from foveal.models.token_positions import find_cross_module_parameters

@@ -5,7 +5,7 @@ The module is timm's own, so its parameter names are the weight format between s
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import timm
 import torch
@@ -14,8 +14,9 @@ from timm.layers.weight_init import trunc_normal_  # torch's own draws differ be
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
-from foveal.config import Config, ImageSize, height_and_width, science
+from foveal.config import ImageSize, height_and_width, science
 from foveal.errors import ConfigError, ExportError
+from foveal.models.config import Pooling, Positions, ResolvedVitConfig, VitConfig
 from foveal.models.droppath import replace_drop_paths
 from foveal.models.sincos import check_sincos_width, sincos_positions
 from foveal.models.timm_vit import (
@@ -28,67 +29,8 @@ from foveal.models.timm_vit import (
 )
 from foveal.models.token_positions import replace_relative_biases
 
-Pooling = Literal["token", "avg"]
-Positions = Literal["sincos", "learned"]
 HEAD_INIT_STD = 2e-5  # a new head's logits start near 0, as in the reference fine-tuning of MAE
 TOKEN_INIT_STD = 0.02
-
-
-class VitConfig(Config):
-    """A vision transformer of timm, by name; the other settings override the named model's sizes."""
-
-    name: str = science(
-        "vit_base_patch16_224", "timm's name of a vision transformer with plain, rotary or relative positions."
-    )
-    patch: int | None = science(None, "Patch side in pixels; null: the named model's.", ge=1)
-    width: int | None = science(None, "Token width (embedding dimension); null: the named model's.", ge=1)
-    depth: int | None = science(None, "Number of blocks; null: the named model's.", ge=1)
-    heads: int | None = science(None, "Attention heads per block; null: the named model's.", ge=1)
-    mlp_ratio: float | None = science(
-        None, "Hidden width of a block's MLP over the token width; null: the named model's.", gt=0
-    )
-    registers: int | None = science(
-        None, "Register tokens, which attend to all patches and are discarded; null: the named model's.", ge=0
-    )
-    positions: Positions | None = science(
-        "sincos", "Positions added to the patches: fixed sine-cosine, or learned; null for names that add none."
-    )
-
-    def resolve(self) -> "ResolvedVitConfig":
-        """Return the same config with every size filled in.
-
-        Raises: ConfigError if timm has no such transformer, or if ``positions`` does not suit it.
-        """
-        encoder = build_meta_encoder(self.name)
-        _check_position_kind(self, encoder)
-        sizes = get_encoder_sizes(encoder)
-        sizes.update((name, value) for name, value in self if value is not None or name == "positions")
-        return ResolvedVitConfig.model_validate({name: sizes[name] for name in VitConfig.model_fields})
-
-    def resolve_for_image(self, image_size: int | tuple[int, int]) -> "ResolvedVitConfig":
-        """Return ``resolve()``, checked against an image of this side, or (height, width).
-
-        Raises: ConfigError, as ``resolve``, or if the sizes do not fit each other or the image.
-        """
-        sizes = self.resolve()
-        _check_sizes(sizes, image_size)
-        return sizes
-
-
-class ResolvedVitConfig(VitConfig):
-    """A ``VitConfig`` with every size filled in."""
-
-    patch: int = science(description="Patch side in pixels.", ge=1)
-    width: int = science(description="Token width (embedding dimension).", ge=1)
-    depth: int = science(description="Number of blocks.", ge=1)
-    heads: int = science(description="Attention heads per block.", ge=1)
-    mlp_ratio: float = science(description="Hidden width of a block's MLP over the token width.", gt=0)
-    registers: int = science(0, "Register tokens, which attend to all patches and are discarded.", ge=0)
-
-    def patch_grid(self, image_size: int | tuple[int, int]) -> tuple[int, int]:
-        """Return (rows, columns) of an image's patches."""
-        height, width = height_and_width(image_size)
-        return height // self.patch, width // self.patch
 
 
 class EncoderCard(ResolvedVitConfig):
@@ -104,8 +46,30 @@ class EncoderCard(ResolvedVitConfig):
 
         Raises: ConfigError if ``image_size`` is not a whole number of patches.
         """
-        self.resolve_for_image(image_size)
+        resolve_sizes_for_image(self, image_size)
         return None if self.image_size == image_size else self.image_size
+
+
+def resolve_sizes(cfg: VitConfig) -> ResolvedVitConfig:
+    """Return the same config with every size filled in.
+
+    Raises: ConfigError if timm has no such transformer, or if ``positions`` does not suit it.
+    """
+    encoder = build_meta_encoder(cfg.name)
+    _check_position_kind(cfg, encoder)
+    sizes = get_encoder_sizes(encoder)
+    sizes.update((name, value) for name, value in cfg if value is not None or name == "positions")
+    return ResolvedVitConfig.model_validate({name: sizes[name] for name in VitConfig.model_fields})
+
+
+def resolve_sizes_for_image(cfg: VitConfig, image_size: int | tuple[int, int]) -> ResolvedVitConfig:
+    """Return ``resolve_sizes``, checked against an image of this side, or (height, width).
+
+    Raises: ConfigError, as ``resolve_sizes``, or if the sizes do not fit each other or the image.
+    """
+    sizes = resolve_sizes(cfg)
+    _check_sizes(sizes, image_size)
+    return sizes
 
 
 def build_encoder(
@@ -126,7 +90,7 @@ def build_encoder(
 
     Raises: ConfigError if timm has no such vision transformer, or if the sizes do not fit each other.
     """
-    sizes = cfg.resolve_for_image(image_size)
+    sizes = resolve_sizes_for_image(cfg, image_size)
     # timm draws too, and its number of draws may change with its version: restore the generator before foveal draws.
     with torch.random.fork_rng(devices=[]):
         encoder: Any = timm.create_model(
@@ -162,7 +126,7 @@ def encoder_card(
 
     Raises: ConfigError, as ``build_encoder``.
     """
-    sizes = cfg.resolve_for_image(image_size).to_dict()
+    sizes = resolve_sizes_for_image(cfg, image_size).to_dict()
     card = EncoderCard(**sizes, image_size=image_size, channels=channels, pooling=pooling, classes=num_classes)
     return card.to_dict()
 

@@ -6,18 +6,9 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, NoReturn
 
-import torch
-
-from foveal.distributed.gpu_allocation import check_slurm_gpus
 from foveal.distributed.launcher import LaunchEnv, read_launch_env
-from foveal.distributed.peer_failure import describe_peer_failure
-from foveal.distributed.preemption import Preemption, handle_stop_signals, ignore_stop_signals
-from foveal.distributed.run_identity import RunIdentity
-from foveal.distributed.world import World, init_world
 from foveal.errors import (
     AttemptSupersededError,
     ConfigError,
@@ -27,36 +18,10 @@ from foveal.errors import (
     TrainingHungError,
 )
 from foveal.redact import RedactingFormatter, redact_tracebacks
-from foveal.training.config import StageConfig, resolve_config_path
-from foveal.training.loop import TrainingSetup
-from foveal.training.out_of_memory import diagnose_out_of_memory
-from foveal.training.plan import Plan
-from foveal.training.run import Run
-from foveal.training.run_directory import open_run, preview_fork
+from foveal.training.config import resolve_config_path
+from foveal.training.stage import ConfigT, Stage
 
-ConfigT = TypeVar("ConfigT", bound=StageConfig)
-PlanT = TypeVar("PlanT", bound=Plan)
 _log = logging.getLogger("foveal")
-
-
-@dataclass(frozen=True)
-class Stage(Generic[ConfigT, PlanT]):
-    """The functions of a stage.
-
-    ``build_plan``: (config, number of ranks) to a plan. ``train``: execute a plan in an open run. ``build``: the
-    training setup of a plan, with a frozen teacher on the device; ``foveal plan`` builds it on the meta device.
-    ``prepare_default_args``: return the command line of a start without CONFIG, after preparing its inputs.
-    ``dispatch_runs``: split a config into runs and pass each run's config to the callback, which returns whether the
-    run is finished; None: a config is one run.
-    """
-
-    name: str
-    config_class: type[ConfigT]
-    build_plan: Callable[[ConfigT, int], PlanT]
-    train: Callable[[PlanT, Run], None]
-    build: Callable[[PlanT, torch.device], TrainingSetup[Any]]
-    prepare_default_args: Callable[[], list[str]] | None = None
-    dispatch_runs: Callable[[ConfigT, World, Callable[[ConfigT], bool]], None] | None = None
 
 
 def load_config(
@@ -92,23 +57,20 @@ def main(stage: Stage[Any, Any], argv: Sequence[str] | None = None) -> NoReturn:
             options.config, options.overrides = _resolve_default_args(stage, options.overrides)
         old_names: list[str] = []
         cfg = load_config(stage.config_class, stage.name, options.config, options.overrides, old_names.append)
+        functions = stage.functions  # imports torch and timm: after the settings, and before ranks wait for each other
         if options.check:
+            from foveal.training.run_directory import preview_fork
+
             _warn_on_rank0(old_names, 0)
-            plan = preview_fork(stage.build_plan(cfg, options.ranks or read_launch_env().world_size))
+            plan = preview_fork(functions.build_plan(cfg, options.ranks or read_launch_env().world_size))
             sys.stdout.write("\n".join(plan.summary_lines()) + "\n")
             sys.exit(0)
+        from foveal.training.launch import join_and_run
+
         launch_env = read_launch_env()
         _warn_on_rank0(old_names, launch_env.rank)
-        if (idle_gpus := check_slurm_gpus(launch_env)) and launch_env.local_rank == 0:
-            _log.warning(idle_gpus)
-        identity = RunIdentity.from_launch_env(launch_env, stage.name, cfg, cfg.run.dir)
         skips_finalization = launch_env.world_size > 1
-        with init_world(cfg.engine.timeout_minutes * 60, identity) as world:
-            world.barrier()  # rank 0 may still prepare the inputs of a default config
-            if world.rank:
-                logging.getLogger().handlers[0].setLevel(logging.ERROR)  # other ranks log to their own files
-            run_stage(stage, cfg, world)
-            ignore_stop_signals()  # the run is complete: a late signal must not turn it into a failure
+        join_and_run(stage, cfg, launch_env)
     except Exception as error:
         known_error = error if isinstance(error, FovealError) else _diagnose(error, stage.name)
         if known_error is not None:
@@ -127,6 +89,9 @@ def main(stage: Stage[Any, Any], argv: Sequence[str] | None = None) -> NoReturn:
 
 def _diagnose(error: Exception, stage_name: str) -> FovealError | None:
     """Return OutOfMemoryError or TrainingHungError for a library's error that means it; None for any other."""
+    from foveal.distributed.peer_failure import describe_peer_failure
+    from foveal.training.out_of_memory import diagnose_out_of_memory
+
     if (out_of_memory := diagnose_out_of_memory(error, stage_name)) is not None:
         return out_of_memory
     peer_failure = describe_peer_failure(error)
@@ -151,31 +116,6 @@ def _resolve_default_args(stage: Stage[Any, Any], overrides: list[str]) -> tuple
         raise ConfigError(f"CONFIG is missing: give a YAML file, or the name of one in configs/{stage.name}/")
     config, *prepared = stage.prepare_default_args()
     return config, prepared + overrides
-
-
-def run_stage(stage: Stage[Any, Any], cfg: StageConfig, world: World) -> None:
-    """Run a stage on the ranks of a world."""
-    with handle_stop_signals(world) as preemption:
-        if stage.dispatch_runs is None:
-            _execute_run(stage, world, preemption, cfg)
-        else:
-            stage.dispatch_runs(cfg, world, partial(_execute_run, stage, world, preemption))
-
-
-def _execute_run(stage: Stage[Any, Any], world: World, preemption: Preemption, cfg: StageConfig) -> bool:
-    """Execute one run of a stage and return whether it is finished, by this attempt or an earlier one.
-
-    Raises: RankConflictError if science differs between ranks, for example the data that a node sees.
-    """
-    plan = world.run_all_or_raise(lambda: stage.build_plan(cfg, world.size))
-    world.check_equal_on_ranks({"run.dir": cfg.run.dir, **plan.science_settings()})
-    with open_run(stage.name, plan, world, preemption) as run:
-        if run is None:
-            return True
-        for line in run.plan.summary_lines():
-            _log.info(line)
-        stage.train(run.plan, run)
-    return run.is_finished
 
 
 def _print_error(error: FovealError) -> None:

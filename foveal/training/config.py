@@ -5,13 +5,13 @@ from typing import ClassVar, Self
 
 from pydantic import model_validator
 
-from foveal.checkpoint.store import CheckpointConfig
+from foveal.checkpoint.config import CheckpointConfig
 from foveal.config import Config, machine, science
-from foveal.data import DataConfig
-from foveal.engines.base import EngineConfig
+from foveal.data.config import DataConfig
+from foveal.engines.config import EngineConfig
 from foveal.optim.config import OptimConfig
+from foveal.rules import Rule, excludes, explain_first_broken, requires
 from foveal.tracking.tracker import TrackingConfig
-from foveal.training.rollback import RecoveryConfig
 
 
 class BatchConfig(Config):
@@ -44,6 +44,17 @@ class LogConfig(Config):
         return self
 
 
+class RecoveryConfig(Config):
+    """The limits at which a run rolls back to its newest checkpoint and at which it gives up."""
+
+    rollback_after_skips: int = science(
+        3,
+        "Refused updates in a row after which the run rolls back to its newest checkpoint and skips their batches.",
+        ge=1,
+    )
+    max_rollbacks: int = machine(5, "Maximal number of roll-backs before the run gives up.", ge=0)
+
+
 class RunConfig(Config):
     """The run directory, and the start and stop of a run."""
 
@@ -68,8 +79,15 @@ class RunConfig(Config):
     processes: int | None = machine(None, "Processes for --cluster local. null: one per GPU, or one in all.", ge=1)
 
 
+NO_PLATEAU_SCHEDULE = excludes(
+    "optim.schedule=plateau",
+    because="the schedule follows early_stopping.metric, which only fine-tuning has",
+    remedy="use cosine, step or constant here",
+)
+
+
 class StageConfig(Config):
-    """The settings that every stage has."""
+    """The settings that every stage has, and the ``rules`` of their combinations; a stage adds its own."""
 
     seed: int = science(0, "Seed of all random numbers.", ge=0)
     epochs: int = science(description="Number of passes over the training images.", ge=1)
@@ -86,7 +104,39 @@ class StageConfig(Config):
     run: RunConfig = RunConfig()
     tracking: TrackingConfig = TrackingConfig()
 
-    refused_data_settings: ClassVar[tuple[str, ...]] = ("val_size", "label_field")  # they are for tasks of fine-tuning
+    refused_data_settings: ClassVar[tuple[str, ...]] = ("eval_size", "label_field")  # they are for tasks of fine-tuning
+    rules: ClassVar[tuple[Rule, ...]] = (
+        requires(
+            "optim.schedule=step",
+            "optim.step_epochs",
+            because="the learning rate drops after these epochs",
+            remedy="set optim.step_epochs, or use another schedule",
+        ),
+        requires(
+            "optim.step_epochs",
+            "optim.schedule=step",
+            because="no other schedule drops the learning rate after given epochs",
+            remedy="remove optim.step_epochs, or set optim.schedule=step",
+        ),
+        requires(
+            "engine.sharding!=ddp",
+            "engine.kind=accelerate",
+            because="no other engine reads it (DeepSpeed shards by engine.zero)",
+            remedy="remove engine.sharding, or set engine.kind=accelerate",
+        ),
+        requires(
+            "data.mean", "data.std", because="they replace the manifest's as a pair", remedy="set both or neither"
+        ),
+        requires(
+            "data.std", "data.mean", because="they replace the manifest's as a pair", remedy="set both or neither"
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _check_rules(self) -> Self:
+        if refusal := explain_first_broken(self.rules, self):
+            raise ValueError(refusal)
+        return self
 
     @property
     def export_subfolders(self) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from foveal.atomic import AppendLog
-from foveal.data import Batch
+from foveal.data.batch import Batch
 from foveal.data.records.ledger import LedgerWriter, begin_attempt
 from foveal.data.records.quarantine import Quarantine, QuarantineEntry, make_entry
 from foveal.data.records.rewind import rewind_entries

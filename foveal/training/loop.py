@@ -10,7 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from foveal.data import Batch
+from foveal.data.batch import Batch
 from foveal.distributed.world import World
 from foveal.engines.base import Engine, StepResult
 from foveal.engines.build import build_engine

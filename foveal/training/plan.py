@@ -8,10 +8,11 @@ from typing import Any, Self, TypeVar
 
 from foveal.checkpoint.state import check_science_unchanged
 from foveal.config import height_and_width
-from foveal.data import Dataset, TrainingSet, build_training_set, collect_mix_digests
+from foveal.data.dataset import Dataset
 from foveal.data.image.decode import jpeg_decoder_and_version
 from foveal.data.image.targets import LabelReader
 from foveal.data.sampling.order import rank_slot_range
+from foveal.data.sampling.sources import TrainingSet, build_training_set, collect_mix_digests
 from foveal.data.sampling.subset import eval_split
 from foveal.engines.build import check_engine_config
 from foveal.errors import ConfigError, DataError, ExportError
@@ -258,19 +259,10 @@ def build_stage_plan(
 def _check_schedule(cfg: StageConfig) -> None:
     """Raise ConfigError for a schedule that does not fit into the run."""
     optim, epochs = cfg.optim, list(cfg.optim.step_epochs)
-    if bool(epochs) != (optim.schedule == "step"):
-        raise ConfigError(
-            f"optim.step_epochs={epochs} with optim.schedule={optim.schedule}: the schedule step has epochs, the "
-            f"others none"
-        )
     if epochs and not all(earlier < later for earlier, later in pairwise([optim.warmup_epochs, *epochs, cfg.epochs])):
         raise ConfigError(
             f"optim.step_epochs={epochs} must ascend between optim.warmup_epochs={optim.warmup_epochs:g} and "
             f"epochs={cfg.epochs}, neither included"
-        )
-    if optim.schedule == "plateau" and cfg.early_stopping_metric is None:
-        raise ConfigError(
-            "optim.schedule=plateau is of fine-tuning, whose evaluations it follows; use cosine, step or constant here"
         )
 
 

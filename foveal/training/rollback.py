@@ -12,22 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from foveal.atomic import AppendLog, parse_json_object, read_file_bytes
-from foveal.config import Config, machine, science
 from foveal.data.sampling.order import batch_index_for_step
 from foveal.errors import CheckpointError, TrainingDivergedError
+from foveal.training.config import RecoveryConfig
 
 _log = logging.getLogger(__name__)
-
-
-class RecoveryConfig(Config):
-    """The limits at which a run rolls back to its newest checkpoint and at which it gives up."""
-
-    rollback_after_skips: int = science(
-        3,
-        "Refused updates in a row after which the run rolls back to its newest checkpoint and skips their batches.",
-        ge=1,
-    )
-    max_rollbacks: int = machine(5, "Maximal number of roll-backs before the run gives up.", ge=0)
 
 
 class RollbackController:

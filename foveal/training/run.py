@@ -9,7 +9,8 @@ from typing import Any
 
 from foveal.atomic import AppendLog, best_effort, write_json
 from foveal.checkpoint.store import CheckpointStore
-from foveal.data import Batch, eval_batches
+from foveal.data.batch import Batch
+from foveal.data.loader import eval_batches
 from foveal.data.sampling.subset import SubsetName
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.watchdog import Watchdog

@@ -4,7 +4,8 @@ import logging
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, closing
 
-from foveal.data import Batch, train_batches
+from foveal.data.batch import Batch
+from foveal.data.loader import train_batches
 from foveal.engines.base import Engine
 from foveal.errors import CheckpointError
 from foveal.training.evaluations import collect_metric_values, filter_up_to_step

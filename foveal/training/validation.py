@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveal.data import Batch, normalise
+from foveal.data.batch import Batch
+from foveal.data.image.transforms import normalise
 from foveal.data.sampling.subset import eval_split, select_subset
 from foveal.engines.base import Engine
 from foveal.training.knn import IMAGE_BLOCK_SIZE, QUERY_BLOCK_SIZE, predict_knn_classes

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from foveal.config import height_and_width
-from foveal.data import DataConfig
+from foveal.data.config import DataConfig
 from foveal.errors import ConfigError, ExportError
 from foveal.models.backbone import (
     BackboneCard,
@@ -21,8 +21,9 @@ from foveal.models.backbone import (
     get_pretrained_info,
     parse_encoder_card,
 )
+from foveal.models.config import Pooling, VitConfig
 from foveal.models.timm_vit import build_meta_encoder, get_encoder_sizes, has_absolute_positions
-from foveal.models.vit import Pooling, VitConfig, encoder_card, encoder_from_card
+from foveal.models.vit import encoder_card, encoder_from_card
 from foveal.timeouts import DEFAULT_STALL_TIMEOUT, read_with_timeout
 from foveal.weights.export import Card, check_and_select_weights, read_card, read_export
 from foveal.weights.foreign import find_weights_file, read_hf_config, read_num_heads, read_weights_as_timm

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from foveal.data import Batch
+from foveal.data.batch import Batch
 from pretrain.objective import MaskedModelingLoss
 
 _POISONED = 3  # batches in a row: what recovery.rollback_after_skips takes for a reason to go back

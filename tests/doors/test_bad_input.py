@@ -63,7 +63,7 @@ def refused(own_environment, tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: 
         ("seed=-1", "seed: "),
         ("epochs", "'epochs' is not an override; write dotted.key=value"),
         ("seed.x=1", "'seed' is a value, not a section"),
-        ("data.mean=[0.5]", "mean and std are given together"),
+        ("data.mean=[0.5]", "data.mean requires data.std (given: data.std=null): "),
         ("decoder.width=18", "width=18 is not a multiple of 4"),
         ("model.name=vit_base_patch16_223", "'vit_base_patch16_223' is not a model of timm"),
         ("model.name=resnet18", "is not a plain vision transformer"),

@@ -11,6 +11,7 @@ from distill.config import DistillConfig
 from finetune.config import FinetuneConfig
 from foveal.data.sampling.order import SampleOrder, rank_slot_range
 from foveal.errors import ConfigError
+from foveal.models.vit import resolve_sizes_for_image
 from foveal.training.config import StageConfig
 from pretrain.config import PretrainConfig
 
@@ -75,6 +76,6 @@ def test_the_encoders_fit_their_images(name: str) -> None:
     found = re.search(r"_([bslh])(\d+)", Path(name).stem)
     assert found is not None
     assert cfg.model is not None
-    sizes = cfg.model.resolve_for_image(cfg.data.image_size)
+    sizes = resolve_sizes_for_image(cfg.model, cfg.data.image_size)
     assert sizes.patch == int(found[2])
     assert sizes.width == {"s": 384, "b": 768, "l": 1024, "h": 1280}[found[1]]

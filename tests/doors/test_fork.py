@@ -17,7 +17,8 @@ from foveal.distributed.world import World
 from foveal.errors import CheckpointError, ConfigError, TrainingDivergedError
 from foveal.tracking.jsonl import read_rows_without_time
 from foveal.training.checkpointing import CheckpointSaver
-from foveal.training.cli import load_config, run_stage
+from foveal.training.cli import load_config
+from foveal.training.launch import run_stage
 from foveal.weights.export import read_card
 
 PLAIN = ("engine.kind=plain", "checkpoint.keep=9")
@@ -119,7 +120,7 @@ def test_longer_and_slower_it_goes_on_at_the_source_s_step(
     log = log_of(one_rank, configs["pretrain"], run, f"run.fork={source}", *changes, "run.stop_at_step=8")
     rows = read_rows_without_time(run / "metrics.jsonl")
     assert not differing(gathered(checkpoint(run, 6)), gathered(checkpoint(source, 6)))
-    plan = stage.build_plan(stage.config_class.load(configs["pretrain"], changes), 1)
+    plan = stage.functions.build_plan(stage.config_class.load(configs["pretrain"], changes), 1)
     assert [row["lr"] for row in rows] == [plan.compute_lr(step) for step in (6, 7)]
     assert f"of {source}, step 6; goes on at that step" in log
     assert f"after step 6 of 44, learning rate {plan.compute_lr(6):.3g} there" in log
@@ -313,4 +314,4 @@ def test_nested_runs_refuse_it(section, configs, source, tmp_path) -> None:
     stage = stage_named("finetune")
     cfg = load_config(stage.config_class, "finetune", str(configs["finetune"]), [f"run.fork={source}", section])
     with pytest.raises(ConfigError, match=r"run\.fork and \w+ exclude each other"):
-        stage.build_plan(cfg, 1)
+        stage.functions.build_plan(cfg, 1)

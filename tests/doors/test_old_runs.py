@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from foveal import cli
 from foveal.distributed.world import World
 from foveal.tracking.jsonl import read_rows_without_time
-from foveal.training.cli import load_config, run_stage
+from foveal.training.cli import load_config
+from foveal.training.launch import run_stage
 from foveal.training.provenance import get_library_versions
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "v0_1_0"

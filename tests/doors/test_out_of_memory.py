@@ -10,7 +10,7 @@ import torch
 from ranks import stage_named
 
 from foveal.training.cli import main
-from pretrain import run as pretraining
+from pretrain import train as pretraining
 
 WORDS = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB"
 

@@ -22,6 +22,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("foveal.errors", "foveal.redact", "foveal.renames", "foveal.strict_yaml"),
         ("pydantic", "pydantic_core", "yaml"),
     ),
+    "foveal.rules": (("foveal.config",), ()),
     # Data: from bytes to batches.
     "foveal.data.config": (CONFIGURED, ("pydantic",)),
     "foveal.data.batch": ((), ("torch",)),
@@ -117,6 +118,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "foveal.distributed",
             "foveal.engines",
             "foveal.optim",
+            "foveal.rules",
             "foveal.slurm",
             "foveal.tracking",
             "foveal.training.lease",
@@ -158,7 +160,9 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (
             *CONFIGURED,
             "foveal.atomic",
+            "foveal.rules",
             "foveal.tracking",
+            "foveal.training.config",
             "foveal.training.lease",
             "foveal.training.lineage",
             *STAGE_CONFIGS,
@@ -194,7 +198,8 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "finetune.multirun": (("foveal", "finetune"), ()),
     "finetune.probe": (("foveal", "finetune"), ("numpy", "torch")),
     "finetune.fit": (("foveal", "finetune"), ("torch",)),
-    "finetune.run": (("foveal", "finetune"), ("torch",)),
+    "finetune.train": (("foveal", "finetune"), ("torch",)),
+    "finetune.run": (("foveal", "finetune"), ()),
     "slurm": (
         (*CONFIGURED, "foveal.distributed.launcher_process", "foveal.slurm", "foveal.training", *STAGE_CONFIGS),
         ("submitit", "torch", "yaml"),

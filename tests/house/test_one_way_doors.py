@@ -182,8 +182,27 @@ def test_scripts_shadow_nothing() -> None:
     assert PathFinder.find_spec("numpy", path) is not None
 
 
+HEAVY = {"torch", "timm", "numpy", "deepspeed", "accelerate", "mlflow", "submitit", "transformers"}
+
+
+def _words_printed(code: str) -> list[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+
+
 def test_settings_are_read_without_the_heavy_libraries() -> None:
-    """--check and --help answer before deepspeed, accelerate or mlflow, a second each, are needed."""
-    code = f"import sys, {', '.join(STAGE_CONFIGS)}; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert not {"deepspeed", "accelerate", "mlflow", "submitit", "transformers"} & set(loaded.split())
+    """They take seconds to import, which nobody should wait for to be told of a typo."""
+    loaded = _words_printed(f"import sys, {', '.join(STAGE_CONFIGS)}; print(*sys.modules)")
+    assert set(STAGE_CONFIGS) <= set(loaded)
+    assert not HEAVY & set(loaded)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_typo_is_answered_without_the_heavy_libraries(stage: str) -> None:
+    start = f"sys.argv = ['run', 'digits', 'optim.lrr=1']; runpy.run_module('{stage}.run', run_name='__main__')"
+    code, *loaded = _words_printed(
+        f"import runpy, sys\ntry: {start}\nexcept SystemExit as end: print(end.code, *sys.modules)"
+    )
+    assert code == "2"
+    assert not HEAVY & set(loaded)

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from foveal.distributed.world import World
-from foveal.engines.base import EngineConfig
 from foveal.engines.build import build_engine
+from foveal.engines.config import EngineConfig
 from foveal.models.backbone import backbone_card, backbone_from_card, build_backbone
 from foveal.optim.config import OptimConfig
 from foveal.optim.optimizers import parameter_groups

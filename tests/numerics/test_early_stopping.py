@@ -14,7 +14,8 @@ from finetune.tasks.classify import ClassificationLoss
 from foveal.data.records.ledger import ROW_DTYPE, ledger_rows_path
 from foveal.distributed.world import World
 from foveal.tracking.jsonl import read_rows_without_time
-from foveal.training.cli import load_config, run_stage
+from foveal.training.cli import load_config
+from foveal.training.launch import run_stage
 from foveal.training.run import Run
 
 # SGD at a rate that is too high at first: of 44 steps it takes 20, the best evaluation is after 12, and the rate drops.

@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from foveal.models.mae import DecoderConfig, MaskedAutoencoder
+from foveal.models.config import DecoderConfig, VitConfig
+from foveal.models.mae import MaskedAutoencoder
 from foveal.models.patches import build_reconstruction_targets, reconstruction_loss
-from foveal.models.vit import VitConfig, build_encoder
+from foveal.models.vit import build_encoder
 
 transformers = pytest.importorskip("transformers", reason="needs transformers, of the test extra")
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from encoders import KINDS, autoencoder_of
 
-from foveal.models.mae import DecoderConfig, MaskedAutoencoder
+from foveal.models.config import DecoderConfig, Positions, VitConfig
+from foveal.models.mae import MaskedAutoencoder
 from foveal.models.masks import MASK_NOISE_FUNCTIONS
 from foveal.models.patches import (
     build_reconstruction_targets,
@@ -16,7 +17,7 @@ from foveal.models.patches import (
     split_patches_by_noise,
     unpatchify,
 )
-from foveal.models.vit import Positions, VitConfig, build_encoder
+from foveal.models.vit import build_encoder
 
 PATCH = 4
 

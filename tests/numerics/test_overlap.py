@@ -8,7 +8,8 @@ import torch
 from engines import SHAPES, Shape, Trainer
 from ranks import Ranks
 
-from foveal.checkpoint.store import CheckpointConfig, CheckpointStore, TrainState
+from foveal.checkpoint.config import CheckpointConfig
+from foveal.checkpoint.store import CheckpointStore, TrainState
 from foveal.distributed.world import World
 
 STEPS = range(4, 9)

@@ -10,7 +10,8 @@ from foveal.cli import app
 from foveal.distributed.world import World
 from foveal.errors import CheckpointError
 from foveal.tracking.jsonl import read_rows_without_time
-from foveal.training.cli import load_config, run_stage
+from foveal.training.cli import load_config
+from foveal.training.launch import run_stage
 from foveal.training.run import Run
 
 

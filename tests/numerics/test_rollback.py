@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from finetune.tasks.classify import ClassificationLoss
-from foveal.data import Batch
+from foveal.data.batch import Batch
 from foveal.data.records.ledger import ROW_DTYPE, ledger_rows_path
 from foveal.distributed.world import World
 from foveal.errors import TrainingDivergedError
 from foveal.tracking.jsonl import read_rows_without_time
-from foveal.training.cli import load_config, run_stage
+from foveal.training.cli import load_config
+from foveal.training.launch import run_stage
 from pretrain.objective import MaskedModelingLoss
 
 # Where it goes back to depends on the cadence, and what is restored there on the engine.

@@ -13,7 +13,8 @@ from scenes import scene_tree, write_scenes
 from finetune.tasks.segment import segmenter_from_export
 from foveal.distributed.world import World
 from foveal.errors import DataError, ExportError
-from foveal.training.cli import load_config, run_stage
+from foveal.training.cli import load_config
+from foveal.training.launch import run_stage
 from foveal.training.run import Run
 from foveal.weights.export import read_card, read_head
 

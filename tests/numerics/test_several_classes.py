@@ -19,8 +19,10 @@ from sklearn.metrics import average_precision_score, f1_score
 from finetune.config import FinetuneConfig
 from finetune.model import classifier_from_plan
 from finetune.plan import plan_training
-from foveal.data import Dataset, eval_batches, normalise
+from foveal.data.dataset import Dataset
+from foveal.data.image.transforms import normalise
 from foveal.data.indexing.index import index_folder
+from foveal.data.loader import eval_batches
 from foveal.errors import DataError
 from foveal.forecast.forecast import ClusterSpec, Forecast
 

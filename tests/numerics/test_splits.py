@@ -15,7 +15,8 @@ from rectangles import pack_rectangles
 from scenes import scene_tree, write_scenes
 from teachers import DIGITS, LESSONS, MEAN, STD, STUDENT, encoder_export
 
-from foveal.data import Batch, train_batches
+from foveal.data.batch import Batch
+from foveal.data.loader import train_batches
 from foveal.training.loop import TrainingSetup
 
 WHOLE, PARTS = 64, (64, 16, 2)  # images of a step, and of a micro
@@ -122,8 +123,8 @@ def test_parts_add_up(
         cfg = stage.config_class.load(
             tmp_path / "it.yaml", [*words, f"batch.max_micro_size={at_once}", "run.dir=runs/x"]
         )
-        plan = stage.build_plan(cfg, 1)
-        parts = stage.build(plan, DEVICE)
+        plan = stage.functions.build_plan(cfg, 1)
+        parts = stage.functions.build(plan, DEVICE)
         parts.model.train()
         with train_batches(
             plan.training_set,

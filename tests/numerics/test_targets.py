@@ -10,9 +10,10 @@ import torch
 from ranks import Ranks, stage_named
 from safetensors.torch import load_file
 
+from foveal.models.config import DecoderConfig, VitConfig
 from foveal.models.encode import encode_cls_and_patches
-from foveal.models.mae import DecoderConfig, MaskedAutoencoder
-from foveal.models.vit import VitConfig, build_encoder
+from foveal.models.mae import MaskedAutoencoder
+from foveal.models.vit import build_encoder
 from foveal.optim.schedule import cosine_ema_decay
 
 PRETRAIN = stage_named("pretrain")

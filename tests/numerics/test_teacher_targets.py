@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from distill.objective import DistillationLoss
 from distill.target import TeacherTarget
-from foveal.data import Batch
+from foveal.data.batch import Batch
 from foveal.seeding import derive_key, draw_uniform_numpy
 
 B, SIZE, PATCH, HEADS, CLASSES = 3, 8, 2, 2, 5

@@ -9,9 +9,9 @@ from encoders import BOTH, KINDS, PLAIN, RELATIVE, ROTARY, autoencoder_of, encod
 from timm.layers.pos_embed_rel import RelPosMlp
 
 from foveal.config import height_and_width
+from foveal.models.config import Positions
 from foveal.models.resize import resize_position_embeddings
 from foveal.models.token_positions import VisibleRelPosMlp
-from foveal.models.vit import Positions
 
 
 @pytest.mark.parametrize("size", [24, (16, 36)])

@@ -144,6 +144,6 @@ def test_nothing_to_evaluate_on_is_a_sentence(configs: dict[str, Path]) -> None:
         with pytest.raises(
             ConfigError, match=r"evaluate_every=5 needs images to evaluate on: .* 'test' does not exist"
         ):
-            stage.build_plan(cfg, 1)
-        plan = stage.build_plan(cfg.model_copy(update={"evaluate_every": 0}), 1)
+            stage.functions.build_plan(cfg, 1)
+        plan = stage.functions.build_plan(cfg.model_copy(update={"evaluate_every": 0}), 1)
         assert not [line for line in plan.summary_lines() if line.startswith("evaluate")]

@@ -13,7 +13,8 @@ import pytest
 from moto.server import ThreadedMotoServer
 from proxy import Proxy
 
-from foveal.data import DataConfig, Dataset
+from foveal.data.config import DataConfig
+from foveal.data.dataset import Dataset
 
 Configure = Callable[..., DataConfig]
 

@@ -4,7 +4,8 @@ import hashlib
 import json
 import sys
 
-from foveal.data import DataConfig, Dataset
+from foveal.data.config import DataConfig
+from foveal.data.dataset import Dataset
 from foveal.data.storage import remote
 
 

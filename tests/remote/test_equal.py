@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 from proxy import Proxy
 
-from foveal.data import Batch, DataConfig, Dataset, build_training_set, eval_batches, train_batches
+from foveal.data.batch import Batch
+from foveal.data.config import DataConfig
+from foveal.data.dataset import Dataset
+from foveal.data.loader import eval_batches, train_batches
+from foveal.data.sampling.sources import build_training_set
 
 Configure = Callable[..., DataConfig]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from proxy import Proxy
 
-from foveal.data import DataConfig
+from foveal.data.config import DataConfig
 
 Configure = Callable[..., DataConfig]
 Start = Callable[[DataConfig], subprocess.Popen[str]]

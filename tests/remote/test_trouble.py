@@ -14,7 +14,10 @@ import pytest
 from proxy import Proxy
 from ranks import stage_named
 
-from foveal.data import DataConfig, Dataset, build_training_set, train_batches
+from foveal.data.config import DataConfig
+from foveal.data.dataset import Dataset
+from foveal.data.loader import train_batches
+from foveal.data.sampling.sources import build_training_set
 from foveal.data.storage.remote import PermanentRemoteError, RemoteFolder
 from foveal.errors import ConfigError, DataError
 from foveal.redact import redact

@@ -3,9 +3,10 @@
 import torch
 from torch import nn
 
-from foveal.models.mae import DecoderConfig, MaskedAutoencoder
+from foveal.models.config import DecoderConfig, Pooling, Positions, VitConfig
+from foveal.models.mae import MaskedAutoencoder
 from foveal.models.timm_vit import Encoder
-from foveal.models.vit import Pooling, Positions, VitConfig, build_encoder
+from foveal.models.vit import build_encoder
 
 # timm's names and what their patches get beside what attention sees.
 PLAIN = [

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from foveal.checkpoint.chunks import load_chunks, write_and_hash_chunks
 from foveal.distributed.world import World
-from foveal.engines.base import Engine, EngineConfig, StepResult
+from foveal.engines.base import Engine, StepResult
 from foveal.engines.build import build_engine
+from foveal.engines.config import EngineConfig
 from foveal.optim.config import OptimConfig
 from foveal.optim.optimizers import parameter_groups
 

@@ -21,7 +21,7 @@ from processes import PATIENCE, Ended, lone
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Not what is run itself: runpy runs a module that nobody has imported.
-_CONTEXT.set_forkserver_preload(["accelerate", "foveal.training.cli", "pretrain.config", "pretrain.objective"])
+_CONTEXT.set_forkserver_preload(["accelerate", "foveal.training.launch", "pretrain.train"])
 _numbers = itertools.count()
 
 

@@ -16,10 +16,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from foveal.checkpoint.store import CheckpointConfig, CheckpointStore, TrainState
+from foveal.checkpoint.config import CheckpointConfig
+from foveal.checkpoint.store import CheckpointStore, TrainState
 from foveal.distributed.world import World
-from foveal.engines.base import Engine, EngineConfig
+from foveal.engines.base import Engine
 from foveal.engines.build import build_engine
+from foveal.engines.config import EngineConfig
 from foveal.optim.config import OptimConfig
 from foveal.optim.optimizers import parameter_groups
 

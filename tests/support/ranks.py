@@ -17,7 +17,9 @@ import torch
 from foveal.distributed.world import World, init_world
 from foveal.errors import FovealError
 from foveal.tracking.jsonl import read_rows_without_time
-from foveal.training.cli import Stage, load_config, run_stage
+from foveal.training.cli import load_config
+from foveal.training.launch import run_stage
+from foveal.training.stage import Stage
 
 _PATIENCE = 240  # seconds for one call
 _COLLECTIVE = 120  # seconds for one collective: a rank that waits for another that failed gives up

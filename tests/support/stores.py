@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from foveal.checkpoint.chunks import TensorChunk
-from foveal.checkpoint.store import CheckpointConfig, CheckpointStore, TrainState
+from foveal.checkpoint.config import CheckpointConfig
+from foveal.checkpoint.store import CheckpointStore, TrainState
 from foveal.distributed.world import World
 
 ALONE = World(0, 1, 0, "none", torch.device("cpu"))

@@ -7,7 +7,8 @@ import torch
 
 from distill.config import DistillConfig
 from foveal.models.backbone import backbone_card, build_backbone
-from foveal.models.vit import Pooling, VitConfig, build_encoder, encoder_card
+from foveal.models.config import Pooling, VitConfig
+from foveal.models.vit import build_encoder, encoder_card
 from foveal.weights.export import Card, write_export
 
 MEAN, STD = (0.3,), (0.4,)

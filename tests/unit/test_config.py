@@ -15,7 +15,7 @@ from distill.config import DistillConfig
 from finetune.config import FinetuneConfig
 from foveal import config
 from foveal.config import Config, machine, science, set_by_dotted_key
-from foveal.data import DataConfig
+from foveal.data.config import DataConfig
 from foveal.errors import ConfigError
 from foveal.strict_yaml import parse_yaml, read_yaml
 from pretrain.config import PretrainConfig

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from foveal.data import DataConfig, Dataset
+from foveal.data.config import DataConfig
+from foveal.data.dataset import Dataset
 from foveal.data.pack import pack_digits
 
 ReadTar = Callable[[Path], list[dict[str, Any]]]

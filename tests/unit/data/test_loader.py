@@ -12,9 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from foveal.data import Batch, DataConfig, Dataset, build_training_set, eval_batches, normalise, train_batches
+from foveal.data.batch import Batch
+from foveal.data.config import DataConfig
+from foveal.data.dataset import Dataset
 from foveal.data.image.decode import decode_image
+from foveal.data.image.transforms import normalise
 from foveal.data.indexing.index import index_folder
+from foveal.data.loader import eval_batches, train_batches
+from foveal.data.sampling.sources import build_training_set
 from foveal.data.sampling.subset import SubsetName
 from foveal.errors import ConfigError, DataError
 

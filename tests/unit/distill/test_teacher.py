@@ -14,12 +14,13 @@ from distill.objective import DistillationLoss
 from distill.plan import plan_distillation
 from distill.target import TeacherTarget
 from distill.teacher import Teacher
-from foveal.data import Batch
-from foveal.engines.base import Precision
+from foveal.data.batch import Batch
+from foveal.engines.config import Precision
 from foveal.errors import ConfigError, ExportError
+from foveal.models.config import Pooling, VitConfig
 from foveal.models.encode import encode_cls_and_patches
 from foveal.models.students import FeatureStudent, Students
-from foveal.models.vit import Pooling, VitConfig, build_encoder, encoder_card
+from foveal.models.vit import build_encoder, encoder_card
 from foveal.weights.export import Card, read_export, write_export
 
 CPU = torch.device("cpu")

@@ -25,7 +25,8 @@ from foveal.distributed.preemption import (
 )
 from foveal.distributed.world import World
 from foveal.tracking.jsonl import read_rows_without_time
-from foveal.training.cli import load_config, run_stage
+from foveal.training.cli import load_config
+from foveal.training.launch import run_stage
 from foveal.training.plan import Plan
 from foveal.training.run import Run
 
@@ -316,14 +317,15 @@ def _signalled_while_training(world: World, config: Path, run: Path, scontrol: P
     def train(plan: Plan, opened: Run) -> None:
         if world.rank == signalled_rank:
             os.kill(os.getpid(), signal.SIGUSR1)
-        stage.train(plan, opened)
+        stage.functions.train(plan, opened)
         preempted.append(opened.is_preempted)
 
     before = dict(os.environ)
     os.environ |= STEP | {"PATH": f"{scontrol}{os.pathsep}{os.environ['PATH']}"}
     try:
         cfg = load_config(stage.config_class, "finetune", str(config), [f"run.dir={run}", "tracking.uri=null"])
-        run_stage(dataclasses.replace(stage, train=train), cfg, world)
+        functions = dataclasses.replace(stage.functions, train=train)
+        run_stage(dataclasses.replace(stage, import_functions=lambda: functions), cfg, world)
     finally:
         os.environ.clear()
         os.environ |= before

@@ -7,8 +7,8 @@ import torch
 
 from foveal.distributed.world import World
 from foveal.engines.accelerate import _create_accelerator
-from foveal.engines.base import EngineConfig
 from foveal.engines.build import check_engine_config
+from foveal.engines.config import EngineConfig
 from foveal.engines.deepspeed import build_deepspeed_config
 from foveal.errors import ConfigError, LaunchError
 from foveal.optim.config import OptimConfig
@@ -49,7 +49,6 @@ def zero(**keys: Any) -> dict[str, Any]:
 
 REFUSED = {
     "plain on many": ({"kind": "plain"}, r"engine\.kind=plain runs in one process, this run has 2"),
-    "sharding without accelerate": ({"sharding": "fsdp2"}, r"engine\.sharding=fsdp2 is Accelerate's, and .* deepspeed"),
     "offload to a drive": (zero(offload_optimizer={"device": "nvme"}), r"offload_optimizer\.device=nvme: .* use cpu"),
     "weights on a drive": (zero(offload_param={"device": "nvme"}), r"offload_param\.device=nvme: .* use cpu"),
     "a second optimizer": (zero(zenflow={"topk_ratio": 0.1}), r"zenflow keeps states .* remove it"),

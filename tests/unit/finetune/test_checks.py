@@ -9,12 +9,13 @@ from safetensors.torch import save_file
 
 from finetune.config import FinetuneConfig
 from finetune.plan import plan_training
-from finetune.run import build
+from finetune.train import build
 from foveal.errors import ConfigError, DataError, ExportError, FovealError
 from foveal.forecast.trace import count_sample_flops
 from foveal.models.backbone import build_backbone, head_parameter_names
 from foveal.models.classify import Classifier
-from foveal.models.vit import VitConfig, build_encoder, encoder_card
+from foveal.models.config import VitConfig
+from foveal.models.vit import build_encoder, encoder_card
 from foveal.weights.export import Card, write_export
 
 TINY = {"name": "vit_tiny_patch16_224", "patch": 4, "width": 16, "depth": 1, "heads": 2}

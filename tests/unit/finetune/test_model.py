@@ -12,7 +12,8 @@ from finetune.model import classifier_from_plan, param_groups_from_plan
 from finetune.plan import plan_training, trial_config
 from foveal.errors import ConfigError, ExportError
 from foveal.models.backbone import BackboneCard, backbone_card, build_backbone
-from foveal.models.vit import VitConfig, build_encoder, encoder_card
+from foveal.models.config import VitConfig
+from foveal.models.vit import build_encoder, encoder_card
 from foveal.strict_yaml import read_yaml
 from foveal.weights.export import Card, write_export
 

@@ -11,7 +11,7 @@ from plans import forecast
 from typer.testing import CliRunner
 
 from foveal.cli import app
-from foveal.engines.base import EngineConfig
+from foveal.engines.config import EngineConfig
 from foveal.errors import ConfigError
 from foveal.forecast import slurm_limits
 from foveal.forecast.cli import resolve_stage_name

@@ -79,7 +79,7 @@ def test_fake_tensors_take_what_real_ones_take(name: str, configs: dict[str, Pat
     """The same microbatch, traced on real tensors."""
     plan = forecast(name, configs[name], "engine.kind=plain")
     trace = trace_microbatch_memory(plan._build, 16, 1, (16, 16), precision="fp32", recompute=False)
-    setup = plan.stage.build(plan.plan, torch.device("cpu"))
+    setup = plan.stage.functions.build(plan.plan, torch.device("cpu"))
     modules = (setup.model, *setup.frozen_modules)
     tracer = _MemoryTracer([tensor for module in modules for tensor in (*module.parameters(), *module.buffers())])
     for parameter in setup.model.parameters():

@@ -29,8 +29,9 @@ from foveal.models.backbone import (
     set_activation_checkpointing,
 )
 from foveal.models.classify import Classifier
+from foveal.models.config import VitConfig
 from foveal.models.droppath import count_drop_paths
-from foveal.models.vit import EncoderCard, VitConfig, encoder_card
+from foveal.models.vit import EncoderCard, encoder_card
 
 SWIN = "swin_tiny_patch4_window7_224"
 VIT = "vit_tiny_patch16_224"

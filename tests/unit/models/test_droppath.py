@@ -8,8 +8,9 @@ from encoders import KINDS, encoder_of
 from timm.layers.drop import DropPath
 
 from foveal.models.classify import Classifier
+from foveal.models.config import Positions, VitConfig
 from foveal.models.droppath import DropPathFromNoise, count_drop_paths, set_drop_path_noise
-from foveal.models.vit import Positions, VitConfig, build_encoder
+from foveal.models.vit import build_encoder
 
 TINY = VitConfig(patch=4, width=32, depth=4, heads=2)
 

@@ -6,12 +6,13 @@ from encoders import KINDS, PLAIN, RELATIVE, autoencoder_of, encoder_of
 
 from foveal.errors import ConfigError
 from foveal.models.classify import Classifier
+from foveal.models.config import DecoderConfig, Positions, VitConfig
 from foveal.models.encode import encode_cls_and_patches
-from foveal.models.mae import DecoderConfig, MaskedAutoencoder
+from foveal.models.mae import MaskedAutoencoder
 from foveal.models.patches import build_reconstruction_targets, reconstruction_loss, split_patches_by_noise
 from foveal.models.students import FeatureStudent, LayerStudent, Students
 from foveal.models.timm_vit import Encoder
-from foveal.models.vit import Positions, VitConfig, build_encoder
+from foveal.models.vit import build_encoder
 
 TINY = VitConfig(patch=4, width=32, depth=2, heads=2)
 GRAPHS: list[tuple[str, Positions | None]] = [

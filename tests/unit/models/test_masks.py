@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foveal.errors import ConfigError
-from foveal.models.masks import MASK_NOISE_FUNCTIONS, NUM_OFFSET_DRAWS, MaskStrategy, resolve_mask_block_size
+from foveal.models.config import MaskStrategy
+from foveal.models.masks import MASK_NOISE_FUNCTIONS, NUM_OFFSET_DRAWS, resolve_mask_block_size
 from foveal.models.patches import count_visible, split_patches_by_noise
 
 

@@ -7,12 +7,13 @@ from encoders import KINDS, encoder_of, shaken
 from torch.nn import functional as F
 
 from foveal.models.backbone import BackboneCard, build_backbone
+from foveal.models.config import SegmentationHeadCard, SegmentationHeadKind, VitConfig
 from foveal.models.encode import encode_cls_and_patches
 from foveal.models.resize import resize_maps
-from foveal.models.segment import LateralConvs, SegmentationHeadCard, SegmentationHeadKind, Segmenter, build_segmenter
+from foveal.models.segment import LateralConvs, Segmenter, build_segmenter
 from foveal.models.sliding_window import iter_sliding_window_log_probs, window_top_lefts
 from foveal.models.timm_vit import Encoder
-from foveal.models.vit import VitConfig, encoder_card
+from foveal.models.vit import encoder_card
 
 SIZE = (16, 24)
 HEADS: list[SegmentationHeadKind] = ["linear", "pyramid"]

@@ -10,16 +10,15 @@ import torch
 from encoders import KINDS, encoder_of
 
 from foveal.errors import ConfigError, ExportError
+from foveal.models.config import Positions, ResolvedVitConfig, VitConfig
 from foveal.models.sincos import sincos_positions
 from foveal.models.timm_vit import build_meta_encoder
 from foveal.models.vit import (
     EncoderCard,
-    Positions,
-    ResolvedVitConfig,
-    VitConfig,
     build_encoder,
     encoder_card,
     encoder_from_card,
+    resolve_sizes,
 )
 
 TINY = VitConfig(patch=4, width=32, depth=2, heads=2)
@@ -37,11 +36,11 @@ def equal_weights(first: torch.nn.Module, second: torch.nn.Module) -> bool:
 
 
 def test_sizes_are_the_names_where_nothing_is_told() -> None:
-    resolved = VitConfig(name="vit_small_patch16_224", depth=3).resolve()
+    resolved = resolve_sizes(VitConfig(name="vit_small_patch16_224", depth=3))
     assert resolved == ResolvedVitConfig(
         name="vit_small_patch16_224", patch=16, width=384, depth=3, heads=6, mlp_ratio=4.0, positions="sincos"
     )
-    assert resolved.resolve() == resolved
+    assert resolve_sizes(resolved) == resolved
 
 
 @pytest.mark.parametrize(
@@ -50,7 +49,7 @@ def test_sizes_are_the_names_where_nothing_is_told() -> None:
 )
 def test_resolved_sizes_build_what_the_name_builds(name: str) -> None:
     with torch.device("meta"):
-        encoder = build_encoder(VitConfig(name=name).resolve(), image_size=224, channels=3)
+        encoder = build_encoder(resolve_sizes(VitConfig(name=name)), image_size=224, channels=3)
         timm_model = timm.create_model(name, img_size=224, num_classes=0)
     timm_shapes = {key: weight.shape for key, weight in timm_model.state_dict().items()}
     assert {key: weight.shape for key, weight in encoder.state_dict().items()} == timm_shapes

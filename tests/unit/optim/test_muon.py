@@ -10,8 +10,9 @@ import torch
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
-from foveal.models.mae import DecoderConfig, MaskedAutoencoder
-from foveal.models.vit import VitConfig, build_encoder
+from foveal.models.config import DecoderConfig, VitConfig
+from foveal.models.mae import MaskedAutoencoder
+from foveal.models.vit import build_encoder
 from foveal.optim.config import OptimConfig
 from foveal.optim.guard import GuardedOptimizer
 from foveal.optim.optimizers import (

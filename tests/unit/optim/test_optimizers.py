@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from finetune.model import _vit_layer_index
 from foveal.models.classify import Classifier
-from foveal.models.mae import DecoderConfig, MaskedAutoencoder
-from foveal.models.vit import VitConfig, build_encoder
+from foveal.models.config import DecoderConfig, VitConfig
+from foveal.models.mae import MaskedAutoencoder
+from foveal.models.vit import build_encoder
 from foveal.optim.config import OptimConfig
 from foveal.optim.optimizers import GuardedAdamW, build_unguarded_adamw, parameter_groups
 

@@ -8,8 +8,8 @@ import torch
 from engines import OPTIM, Shape, Tiny, Trainer, gathered
 
 from foveal.distributed.world import World
-from foveal.engines.base import EngineConfig
 from foveal.engines.build import check_engine_config
+from foveal.engines.config import EngineConfig
 from foveal.errors import ConfigError
 from foveal.forecast.memory import estimate_memory
 from foveal.forecast.trace import MemoryTrace, count_parameters

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from foveal.errors import ConfigError, ExportError
 from foveal.models.backbone import backbone_card, build_backbone
+from foveal.models.config import Positions, VitConfig
 from foveal.models.sincos import sincos_positions
-from foveal.models.vit import Positions, VitConfig, build_encoder, encoder_card
+from foveal.models.vit import build_encoder, encoder_card
 from foveal.weights.export import Card, write_export
-from pretrain.config import PretrainConfig, plan_pretraining
-from pretrain.run import build
+from pretrain.config import PretrainConfig
+from pretrain.plan import plan_pretraining
+from pretrain.train import build
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {"patch": 4, "width": 32, "depth": 2, "heads": 2}
@@ -247,14 +249,3 @@ def test_weights_that_change_after_the_plan_are_not_taken(digits: Path, tmp_path
     assert math.prod(planned.init_source.patch_grid) == 16
     with pytest.raises(ExportError, match="has changed since the run was planned"):
         build(replace(planned, init_source=replace(planned.init_source, sha256="0")), CPU)
-
-
-def test_trained_weights_are_warmed_up(digits: Path, tmp_path: Path) -> None:
-    timms(tmp_path / "timm")
-    with pytest.raises(ConfigError, match=r"init with optim.warmup_epochs=0: .* set optim.warmup_epochs"):
-        plan_pretraining(settings(digits, tmp_path / "timm", optim={}), 1)
-
-
-def test_one_run_has_one_kind_of_target(digits: Path) -> None:
-    with pytest.raises(ConfigError, match="image_target=online and target=features exclude each other"):
-        plan_pretraining(settings(digits, None, target="features", image_loss_weight=1.0, image_target="online"), 1)

@@ -16,12 +16,14 @@ from distill.losses import DISTANCES, cosine_distance, l1_distance, smooth_l1_di
 from distill.objective import DistillationLoss
 from finetune.tasks.classify import ClassificationLoss
 from finetune.tasks.classify_metrics import sum_batch_metrics
-from foveal.data import Batch
+from foveal.data.batch import Batch
+from foveal.models.config import MaskStrategy
 from foveal.models.mae import MAEOutput
-from foveal.models.masks import MASK_NOISE_FUNCTIONS, NUM_OFFSET_DRAWS, MaskStrategy
+from foveal.models.masks import MASK_NOISE_FUNCTIONS, NUM_OFFSET_DRAWS
 from foveal.models.students import Students
 from foveal.seeding import derive_key, draw_uniform_numpy
-from pretrain.objective import MaskedModelingLoss, PredictionTarget
+from pretrain.config import PredictionTarget
+from pretrain.objective import MaskedModelingLoss
 
 MEAN, STD = (0.4,), (0.2,)
 B, SIZE, PATCH = 3, 8, 4

@@ -13,7 +13,8 @@ from foveal.distributed.world import World
 from foveal.errors import LaunchError
 from foveal.tracking.jsonl import read_rows_without_time
 from foveal.training import checkpointing
-from foveal.training.cli import load_config, run_stage
+from foveal.training.cli import load_config
+from foveal.training.launch import run_stage
 
 
 def _run(

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from stores import ALONE, Tensors, name, names, saved, state
 
-from foveal.checkpoint.store import CheckpointConfig, CheckpointStore
+from foveal.checkpoint.config import CheckpointConfig
+from foveal.checkpoint.store import CheckpointStore
 from foveal.errors import AttemptSupersededError
 from foveal.training.lease import Lease, acquire_lease, read_relevant_start_steps
 from foveal.training.lease_holder import current_holder

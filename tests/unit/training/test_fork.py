@@ -46,7 +46,7 @@ def plan_of(configs: dict[str, Path], tmp_path: Path) -> Callable[[str], Any]:
 
     def plan(setting: str) -> Any:
         cfg = STAGE.config_class.load(configs["pretrain"], [f"run.dir={tmp_path / 'run'}", f"run.fork={setting}"])
-        return STAGE.build_plan(cfg, 1)
+        return STAGE.functions.build_plan(cfg, 1)
 
     (tmp_path / "run").mkdir()
     return plan
@@ -104,7 +104,7 @@ def test_the_settings_of_the_order_are_the_ones_that_change_it(configs: dict[str
     cfg = STAGE.config_class.load(configs["pretrain"], ["run.dir=none", "data.window=2"])
 
     def order_of(cfg: Any) -> np.ndarray:
-        training = STAGE.build_plan(cfg, 1).training_set
+        training = STAGE.functions.build_plan(cfg, 1).training_set
         return np.concatenate([training.sample_keys(training.order.assign_slots(at, 0, 32)) for at in range(12)])
 
     for name, value in CHANGED.items():

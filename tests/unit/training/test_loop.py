@@ -13,10 +13,10 @@ from ranks import Ranks
 from torch import Tensor, nn
 
 from finetune.tasks.classify import ClassificationLoss
-from foveal.data import Batch
+from foveal.data.batch import Batch
 from foveal.distributed.world import World
-from foveal.engines.base import EngineConfig
 from foveal.engines.build import build_engine
+from foveal.engines.config import EngineConfig
 from foveal.engines.plain import PlainEngine
 from foveal.optim.config import OptimConfig
 from foveal.optim.optimizers import parameter_groups

@@ -11,7 +11,7 @@ from foveal.errors import DataError, OutOfMemoryError
 from foveal.training.out_of_memory import diagnose_out_of_memory
 from foveal.training.plan import Plan
 from pretrain.config import PretrainConfig
-from pretrain.config import plan_pretraining as plan_of
+from pretrain.plan import plan_pretraining as plan_of
 
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB"
 ERRORS: list[tuple[Exception, str, str]] = [

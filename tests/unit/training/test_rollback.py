@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from foveal.errors import CheckpointError, TrainingDivergedError
-from foveal.training.rollback import RecoveryConfig, RollbackController, read_rollbacks
+from foveal.training.config import RecoveryConfig
+from foveal.training.rollback import RollbackController, read_rollbacks
 
 
 def refused(recovery: RollbackController, *steps: int) -> list[bool]:

@@ -87,7 +87,7 @@ def test_a_folder_that_is_not_to_be_looked_into_is_one_sentence(
     with pytest.raises(
         ConfigError, match=r"run cannot be a run directory \(Permission denied\); set run.dir to a place"
     ):
-        run_directory._inspect_run_dir(stage.build_plan(cfg, 1))
+        run_directory._inspect_run_dir(stage.functions.build_plan(cfg, 1))
 
 
 def test_a_run_that_another_attempt_finishes_meanwhile_is_let_alone(
@@ -102,7 +102,7 @@ def test_a_run_that_another_attempt_finishes_meanwhile_is_let_alone(
     (run / "finished.json").write_text("{}")
     monkeypatch.setattr(run_directory, "_inspect_run_dir", lambda _: (run, False))
     world = World(0, 1, 0, "none", torch.device("cpu"))
-    with run_directory.open_run("pretrain", stage.build_plan(cfg, 1), world, Preemption(world)) as opened:
+    with run_directory.open_run("pretrain", stage.functions.build_plan(cfg, 1), world, Preemption(world)) as opened:
         assert opened is None
     assert json.loads((run / "attempts/0001.end.json").read_text())["code"] == 0
     assert folders(run / "finished.json") == ["attempts", "finished.json"]

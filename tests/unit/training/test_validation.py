@@ -11,15 +11,21 @@ import torch
 from scipy.spatial.distance import cdist
 from torch import Tensor
 
-from foveal.data import Batch, DataConfig, Dataset, eval_batches, normalise
+from foveal.data.batch import Batch
+from foveal.data.config import DataConfig
+from foveal.data.dataset import Dataset
+from foveal.data.image.transforms import normalise
+from foveal.data.loader import eval_batches
 from foveal.data.sampling import subset as subsets
 from foveal.distributed.world import World
-from foveal.engines.base import EngineConfig
 from foveal.engines.build import build_engine
+from foveal.engines.config import EngineConfig
+from foveal.models.config import DecoderConfig, VitConfig
 from foveal.models.encode import encode
-from foveal.models.mae import DecoderConfig, MaskedAutoencoder
-from foveal.models.vit import VitConfig, build_encoder
-from foveal.optim.optimizers import OptimConfig, parameter_groups
+from foveal.models.mae import MaskedAutoencoder
+from foveal.models.vit import build_encoder
+from foveal.optim.config import OptimConfig
+from foveal.optim.optimizers import parameter_groups
 from foveal.seeding import derive_key, draw_uniform
 from foveal.training.meters.throughput import ThroughputMeter
 from foveal.training.validation import evaluate_encoders, evaluate_if_due

@@ -11,12 +11,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from foveal.atomic import sha256
-from foveal.data import DataConfig
+from foveal.data.config import DataConfig
 from foveal.errors import ConfigError, ExportError
 from foveal.models.backbone import BackboneCard, backbone_card, backbone_from_card, build_backbone, parse_encoder_card
+from foveal.models.config import VitConfig
 from foveal.models.encode import encode_cls_and_patches
 from foveal.models.resize import resize_positions_from_card
-from foveal.models.vit import EncoderCard, VitConfig, build_encoder, encoder_card, encoder_from_card
+from foveal.models.vit import (
+    EncoderCard,
+    build_encoder,
+    encoder_card,
+    encoder_from_card,
+)
 from foveal.weights.export import Card, load_weights_strict, write_export
 from foveal.weights.pretrained import inspect_pretrained
 

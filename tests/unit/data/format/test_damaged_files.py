@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from foveal.data import DataConfig, Dataset, build_training_set
+from foveal.data.config import DataConfig
+from foveal.data.dataset import Dataset
 from foveal.data.format.shard_index import mmap_index, write_index
+from foveal.data.sampling.sources import build_training_set
 from foveal.errors import DataError, StorageUnreachableError
 
 WRONG: list[Any] = ["a", None, -1, 0, 1e400, 10**15, 10**30, [], {}, True, ["a"], 1.5, "", "x" * 300, "a\0b"]

@@ -7,9 +7,11 @@ import pytest
 import timm.data.auto_augment as timm_augment
 from PIL import Image
 
-from foveal.data import DataConfig, Dataset, build_training_set, eval_batches, train_batches
-from foveal.data.config import RandAugmentConfig
+from foveal.data.config import DataConfig, RandAugmentConfig
+from foveal.data.dataset import Dataset
 from foveal.data.image.randaugment import _OPERATIONS, UNIFORMS_PER_OP, rand_augment
+from foveal.data.loader import eval_batches, train_batches
+from foveal.data.sampling.sources import build_training_set
 
 NAMES = (
     *("AutoContrast", "Equalize", "Invert", "Rotate", "PosterizeIncreasing", "SolarizeIncreasing", "SolarizeAdd"),

@@ -11,9 +11,12 @@ import pytest
 from PIL import Image
 
 from finetune.tasks.registry import find_task
-from foveal.data import DataConfig, Dataset, build_training_set, eval_batches, train_batches
+from foveal.data.config import DataConfig
+from foveal.data.dataset import Dataset
 from foveal.data.image.targets import NO_CLASS
 from foveal.data.indexing.index import index_folder
+from foveal.data.loader import eval_batches, train_batches
+from foveal.data.sampling.sources import build_training_set
 from foveal.errors import DataError
 
 Make = Callable[..., Dataset]

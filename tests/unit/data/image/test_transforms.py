@@ -5,9 +5,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torchvision.transforms.v2 import RandomResizedCrop
 
-from foveal.data import normalise
 from foveal.data.config import AugmentConfig
-from foveal.data.image.transforms import UNIFORMS_PER_CROP, compute_eval_crop, compute_train_crop
+from foveal.data.image.transforms import UNIFORMS_PER_CROP, compute_eval_crop, compute_train_crop, normalise
 from foveal.seeding import derive_key, draw_uniform_numpy
 
 

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from foveal.data import DataConfig, Dataset, build_training_set, eval_batches, train_batches
-from foveal.data.dataset import open_unchecked_dataset
+from foveal.data.config import DataConfig
+from foveal.data.dataset import Dataset, open_unchecked_dataset
 from foveal.data.indexing.index import index_folder
+from foveal.data.loader import eval_batches, train_batches
+from foveal.data.sampling.sources import build_training_set
 from foveal.data.tools.verify import verify_dataset
 from foveal.errors import DataError
 

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from foveal.data import DataConfig, Dataset, eval_batches
+from foveal.data.config import DataConfig
+from foveal.data.dataset import Dataset
 from foveal.data.format.manifest import read_manifest
 from foveal.data.format.shard_index import ShardIndex, mmap_index, open_index, verify_index, write_index
 from foveal.data.indexing.index import build_shard_index, index_folder
+from foveal.data.loader import eval_batches
 from foveal.errors import DataError
 
 WriteTar = Callable[..., Path]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from foveal.data import DataConfig, Dataset
+from foveal.data.config import DataConfig
+from foveal.data.dataset import Dataset
 from foveal.data.image.decode import decode_image
 from foveal.data.pack import pack_folder
 from foveal.data.pack.encode import EncodedSample, SkippedSample, compute_pixel_stats, encode_sample

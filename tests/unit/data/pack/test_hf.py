@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from foveal.data import DataConfig, Dataset
+from foveal.data.config import DataConfig
+from foveal.data.dataset import Dataset
 from foveal.data.pack import pack_hf
 from foveal.errors import DataError
 

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from foveal.data import DataConfig, Dataset
+from foveal.data.config import DataConfig
+from foveal.data.dataset import Dataset
 from foveal.data.format.manifest import read_manifest
 from foveal.data.pack import pack_table
 from foveal.data.pack.source import parse_labels

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from foveal.data import DataConfig, Dataset
+from foveal.data.config import DataConfig
+from foveal.data.dataset import Dataset
 from foveal.data.format.manifest import Manifest, read_manifest
 from foveal.data.pack import pack_digits, pack_folder
 from foveal.data.pack import writer as packing

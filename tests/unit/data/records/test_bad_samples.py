@@ -14,12 +14,17 @@ import pytest
 import torch
 from ranks import Ranks, stage_named
 
-from foveal.data import Batch, DataConfig, Dataset, build_training_set, eval_batches, train_batches
+from foveal.data.batch import Batch
+from foveal.data.config import DataConfig
+from foveal.data.dataset import Dataset
 from foveal.data.indexing.index import index_folder
+from foveal.data.loader import eval_batches, train_batches
+from foveal.data.sampling.sources import build_training_set
 from foveal.distributed.world import World
 from foveal.errors import DataError
 from foveal.tracking.jsonl import read_rows_without_time
-from foveal.training.cli import load_config, run_stage
+from foveal.training.cli import load_config
+from foveal.training.launch import run_stage
 
 BATCH = 64
 Configure = Callable[..., DataConfig]

@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from foveal.data import DataConfig, Dataset, build_training_set, train_batches
+from foveal.data.config import DataConfig
+from foveal.data.dataset import Dataset
+from foveal.data.loader import train_batches
+from foveal.data.sampling.sources import build_training_set
 from foveal.data.sampling.subset import select_subset
 from foveal.errors import DataError
 

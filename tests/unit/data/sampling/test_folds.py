@@ -9,7 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foveal.data import DataConfig, Dataset, build_training_set, eval_batches
+from foveal.data.config import DataConfig
+from foveal.data.dataset import Dataset
+from foveal.data.loader import eval_batches
+from foveal.data.sampling.sources import build_training_set
 from foveal.data.sampling.subset import SubsetName, select_subset
 from foveal.errors import ConfigError, DataError
 

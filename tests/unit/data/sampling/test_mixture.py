@@ -11,8 +11,12 @@ from ranks import Ranks, stage_named
 
 from finetune.config import FinetuneConfig
 from finetune.plan import plan_training
-from foveal.data import Batch, DataConfig, Dataset, build_training_set, train_batches
+from foveal.data.batch import Batch
+from foveal.data.config import DataConfig
+from foveal.data.dataset import Dataset
+from foveal.data.loader import train_batches
 from foveal.data.records.audit import audit_epochs, open_ledger
+from foveal.data.sampling.sources import build_training_set
 from foveal.errors import ConfigError, DataError
 
 BATCH, TRAIN, VAL = 64, 1437, 360

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from foveal.data import DataConfig, Dataset
+from foveal.data.config import DataConfig
+from foveal.data.dataset import Dataset
 from foveal.data.storage import reader
 from foveal.errors import DataError
 

@@ -15,8 +15,8 @@ from finetune.config import FinetuneConfig
 from finetune.fit import fit
 from finetune.multirun import cross_validation
 from finetune.multirun.cross_validation import cross_validate, dispatch_folds, fold_configs, summarize_folds
-from finetune.run import plan_finetuning, train
 from finetune.task import FinetunePlan
+from finetune.train import plan_finetuning, train
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.world import World
 from foveal.errors import ConfigError, FovealError, LaunchError, RunInUseError

@@ -19,7 +19,8 @@ from foveal.data.sampling.subset import select_subset
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.world import World
 from foveal.errors import ConfigError, DataError, ExportError
-from foveal.models.vit import VitConfig, build_encoder, encoder_card
+from foveal.models.config import VitConfig
+from foveal.models.vit import build_encoder, encoder_card
 from foveal.training.run import Run
 from foveal.training.run_directory import open_run
 from foveal.weights.export import Card, write_export

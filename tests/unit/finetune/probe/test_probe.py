@@ -17,14 +17,16 @@ from finetune.probe.config import ProbeKind
 from finetune.probe.features import build_probed_encoder, load_layer_features
 from finetune.probe.plan import ProbePlan, plan_probe_or_training
 from finetune.probe.run import ProbeResult, select_layer_metrics
-from foveal.data import eval_batches, normalise
+from foveal.data.image.transforms import normalise
+from foveal.data.loader import eval_batches
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.world import World
 from foveal.errors import CheckpointError, ConfigError, DataError, ExportError, FovealError
 from foveal.models import encode
 from foveal.models.backbone import backbone_card, build_backbone
+from foveal.models.config import VitConfig
 from foveal.models.probes import encode_probe_features
-from foveal.models.vit import VitConfig, build_encoder, encoder_card
+from foveal.models.vit import build_encoder, encoder_card
 from foveal.training.run import Run
 from foveal.training.run_directory import open_run
 from foveal.weights.export import Card, write_export
@@ -84,12 +86,8 @@ def complete_run(
 
 def test_every_kind_tells_its_number_layer_by_layer(complete_run: tuple[Path, dict[str, float]]) -> None:
     run, summary = complete_run
-    for kind, hyperparameter in (
-        ("linear", "lr_per_256"),
-        ("logistic", "c"),
-        ("attentive", "lr_per_256"),
-        ("knn", "k"),
-    ):
+    hyperparameters = {"linear": "lr_per_256", "logistic": "c", "attentive": "lr_per_256", "knn": "k"}
+    for kind, hyperparameter in hyperparameters.items():
         names = {name for name in summary if name.startswith(f"{kind}_")}
         metrics = {f"{kind}_{name}" for name in ("top1", hyperparameter, "holdout_top1")}
         assert names == metrics | {f"{kind}_layer"} | {

@@ -16,7 +16,7 @@ from finetune.regularizers.mixup import _sample_beta, apply_mixup_cutmix, apply_
 from finetune.regularizers.teacher import TeacherLoss
 from finetune.tasks.classify import ClassificationLoss
 from finetune.tasks.multilabel import MultiLabelLoss
-from foveal.data import Batch
+from foveal.data.batch import Batch
 from foveal.models.batch_norm import (
     add_auxiliary_batch_norms,
     find_batch_norms,

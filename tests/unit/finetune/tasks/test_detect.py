@@ -18,8 +18,9 @@ from finetune.plan import plan_training
 from finetune.task import FinetunePlan
 from finetune.tasks.detect import detector_from_export, detector_from_plan
 from foveal.errors import ConfigError, DataError, ExportError
+from foveal.models.config import VitConfig
 from foveal.models.fcos import fcos_losses_per_image
-from foveal.models.vit import VitConfig, build_encoder, encoder_card
+from foveal.models.vit import build_encoder, encoder_card
 from foveal.weights.export import Card, read_card, read_export, write_export
 
 TINY = {"name": "vit_tiny_patch16_224", "patch": 8, "width": 16, "depth": 2, "heads": 2}

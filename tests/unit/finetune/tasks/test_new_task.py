@@ -20,12 +20,16 @@ from typer.testing import CliRunner
 from finetune.config import FinetuneConfig
 from finetune.model import encoder_from_plan, model_from_export, param_groups_from_plan
 from finetune.plan import plan_training
-from finetune.run import STAGE, train
+from finetune.run import STAGE
 from finetune.task import FinetunePlan, Task
 from finetune.tasks.registry import TASKS
+from finetune.train import train
 from foveal.cli import app
-from foveal.data import Batch, DataConfig, Dataset, normalise
+from foveal.data.batch import Batch
+from foveal.data.config import DataConfig
+from foveal.data.dataset import Dataset
 from foveal.data.image.targets import AppliedCrop, LabelReader, resolve_label_field
+from foveal.data.image.transforms import normalise
 from foveal.data.indexing.index import index_folder
 from foveal.data.sampling.subset import SubsetName
 from foveal.distributed.preemption import Preemption

@@ -17,11 +17,12 @@ from finetune.run import STAGE
 from finetune.tasks.registry import TASKS
 from finetune.tasks.segment import SegmentationLoss, segmenter_from_plan
 from finetune.tasks.segment_metrics import ConfusionMatrixAndLoss
-from foveal.data import Batch
+from foveal.data.batch import Batch
 from foveal.errors import ConfigError, DataError, ExportError
 from foveal.forecast.forecast import ClusterSpec, Forecast
 from foveal.models.backbone import backbone_card, build_backbone
-from foveal.models.vit import VitConfig, build_encoder, encoder_card
+from foveal.models.config import VitConfig
+from foveal.models.vit import build_encoder, encoder_card
 from foveal.weights.export import Card, write_export
 
 TINY = VitConfig(name="vit_tiny_patch16_224", patch=4, width=32, depth=2, heads=2)

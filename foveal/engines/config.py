@@ -1,0 +1,32 @@
+"""Settings of the engine."""
+
+from typing import Any, Literal
+
+from foveal.config import Config, machine, science
+
+Precision = Literal["fp32", "bf16"]
+
+
+class EngineConfig(Config):
+    """Settings of the engine; except ``deepspeed`` they change the update by rounding at most."""
+
+    kind: Literal["deepspeed", "accelerate", "plain"] = machine(
+        "deepspeed", "The library that computes the update; plain: torch alone, one process."
+    )
+    sharding: Literal["ddp", "fsdp2", "deepspeed"] = machine(
+        "ddp",
+        "For engine.kind=accelerate: replicated weights (ddp), FSDP2 shards, or DeepSpeed at the stage engine.zero.",
+    )
+    zero: Literal[0, 1, 2, 3] = machine(
+        1, "DeepSpeed's ZeRO stage: over ranks, 1 partitions optimizer states, 2 also gradients, 3 also weights."
+    )
+    precision: Precision = machine("fp32", "bf16: autocast to bf16 products, with fp32 weights; fp32: no autocast.")
+    float32_matmul_precision: Literal["highest", "high", "medium"] = machine(
+        "highest", "torch's float32 matmul precision; 'medium' computes bf16 products on some processors."
+    )
+    compile: bool = machine(False, "Compile the model in place with torch.compile.")
+    activation_checkpointing: bool = machine(
+        False, "Recompute each block's activations in the backward pass: less memory, same result."
+    )
+    timeout_minutes: float = machine(30.0, "Time limit of a collective, in minutes.", gt=0)
+    deepspeed: dict[str, Any] = science({}, "Further DeepSpeed settings; keys that foveal derives are refused.")

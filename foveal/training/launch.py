@@ -1,0 +1,54 @@
+"""The start of a stage with valid settings: join the other ranks, plan, open the run directory, train."""
+
+import logging
+from functools import partial
+from typing import Any
+
+from foveal.distributed.gpu_allocation import check_slurm_gpus
+from foveal.distributed.launcher import LaunchEnv
+from foveal.distributed.preemption import Preemption, handle_stop_signals, ignore_stop_signals
+from foveal.distributed.run_identity import RunIdentity
+from foveal.distributed.world import World, init_world
+from foveal.training.config import StageConfig
+from foveal.training.run_directory import open_run
+from foveal.training.stage import Stage
+
+_log = logging.getLogger("foveal")
+
+
+def join_and_run(stage: Stage[Any, Any], cfg: StageConfig, launch_env: LaunchEnv) -> None:
+    """Run a stage in this process's place among the launched ranks."""
+    if (idle_gpus := check_slurm_gpus(launch_env)) and launch_env.local_rank == 0:
+        _log.warning(idle_gpus)
+    identity = RunIdentity.from_launch_env(launch_env, stage.name, cfg, cfg.run.dir)
+    with init_world(cfg.engine.timeout_minutes * 60, identity) as world:
+        world.barrier()  # rank 0 may still prepare the inputs of a default config
+        if world.rank:
+            logging.getLogger().handlers[0].setLevel(logging.ERROR)  # other ranks log to their own files
+        run_stage(stage, cfg, world)
+        ignore_stop_signals()  # the run is complete: a late signal must not turn it into a failure
+
+
+def run_stage(stage: Stage[Any, Any], cfg: StageConfig, world: World) -> None:
+    """Run a stage on the ranks of a world."""
+    with handle_stop_signals(world) as preemption:
+        if stage.functions.dispatch_runs is None:
+            _execute_run(stage, world, preemption, cfg)
+        else:
+            stage.functions.dispatch_runs(cfg, world, partial(_execute_run, stage, world, preemption))
+
+
+def _execute_run(stage: Stage[Any, Any], world: World, preemption: Preemption, cfg: StageConfig) -> bool:
+    """Execute one run of a stage and return whether it is finished, by this attempt or an earlier one.
+
+    Raises: RankConflictError if science differs between ranks, for example the data that a node sees.
+    """
+    plan = world.run_all_or_raise(lambda: stage.functions.build_plan(cfg, world.size))
+    world.check_equal_on_ranks({"run.dir": cfg.run.dir, **plan.science_settings()})
+    with open_run(stage.name, plan, world, preemption) as run:
+        if run is None:
+            return True
+        for line in run.plan.summary_lines():
+            _log.info(line)
+        stage.functions.train(run.plan, run)
+    return run.is_finished

@@ -1,0 +1,107 @@
+"""Pretraining: build the model, train it, export the encoder."""
+
+import torch
+
+from foveal.engines.base import Engine
+from foveal.inspect.reconstruction import draw_reconstruction_grid
+from foveal.models.mae import MaskedAutoencoder
+from foveal.models.vit import build_encoder, encoder_card, resolve_sizes
+from foveal.optim.optimizers import parameter_groups
+from foveal.seeding import derive_key
+from foveal.training.loop import Step, TrainingSetup, build_stage_engine, is_due
+from foveal.training.run import Run
+from foveal.training.stage import StageFunctions
+from foveal.training.steps import training_steps
+from foveal.training.validation import evaluate_encoders, evaluate_if_due
+from pretrain.init import load_init_weights
+from pretrain.objective import MaskedModelingLoss
+from pretrain.plan import PretrainPlan, plan_pretraining
+
+_MAX_GRID_IMAGES = 8  # images in a reconstruction grid
+
+
+def train(plan: PretrainPlan, run: Run) -> None:
+    """Train from the first step or the newest checkpoint, then export the encoder."""
+    cfg = plan.cfg
+    setup = build(plan, run.world.device)
+    engine = build_stage_engine(setup, plan, run.world)
+    start = run.resume(engine)
+
+    def evaluate(step: int) -> None:
+        evaluate_if_due(run, step, lambda: evaluate_encoders(engine, run, setup.objective, step))
+
+    evaluate(start)  # a preempted attempt may have saved this step without evaluating it
+    with training_steps(run, engine, setup.objective, start) as steps:
+        for step in steps:
+            if cfg.uses_ema and step.applied:
+                engine.update_ema("averaged.", "encoder.", 1 - plan.ema_decay_at(step.index))
+            if is_due(step.index, cfg.log.every, plan.stop_step):
+                run.log_metrics()
+            preempted = run.check_preemption()
+            if preempted or is_due(step.index, cfg.checkpoint.every, plan.stop_step):
+                run.save_checkpoint(engine, step.index)
+            if preempted:
+                return run.mark_preempted(step.index)
+            evaluate(step.index)
+            if cfg.target == "pixels" and is_due(step.index, cfg.log.images_every, plan.stop_step):
+                save_reconstructions(step, engine, setup.objective, run)
+    if plan.stop_step == plan.total_steps:
+        metrics = run.evaluations.get(plan.total_steps, {})
+        card = encoder_card(cfg.model, cfg.data.image_size, cfg.data.channels)
+        run.export_weights(engine, card, prefix="encoder.", metrics=metrics)
+        run.mark_finished(metrics)
+    return None
+
+
+def build(plan: PretrainPlan, _device: torch.device) -> TrainingSetup[MaskedModelingLoss]:
+    """Return the masked autoencoder, initialised from the seed and ``init``, and its loss."""
+    cfg = plan.cfg
+    sizes = resolve_sizes(cfg.model)
+    torch.manual_seed(derive_key(cfg.seed, "weights"))
+    encoder = build_encoder(cfg.model, image_size=cfg.data.image_size, channels=cfg.data.channels)
+    if plan.init_source is not None:
+        load_init_weights(encoder, plan.init_source, sizes)
+    model = MaskedAutoencoder(
+        encoder,
+        cfg.decoder,
+        predict_features=cfg.target == "features",
+        predict_image=cfg.image_loss_weight > 0,
+        with_ema=cfg.uses_ema,
+    )
+    objective = MaskedModelingLoss(
+        seed=cfg.seed,
+        mask_strategy=cfg.mask_strategy,
+        mask_ratio=cfg.mask_ratio,
+        mask_block_size=plan.mask_block_size,
+        norm_pix=cfg.norm_pix,
+        target=cfg.target,
+        image_loss_weight=cfg.image_loss_weight,
+        patch_size=sizes.patch,
+        patch_grid=sizes.patch_grid(cfg.data.image_size),
+        mean=plan.mean,
+        std=plan.std,
+    )
+    return TrainingSetup(model, parameter_groups(model, cfg.optim), objective)
+
+
+def save_reconstructions(step: Step, engine: Engine, objective: MaskedModelingLoss, run: Run) -> None:
+    """Save an image grid of originals, visible patches and reconstructions; every rank runs the forward."""
+    with run.throughput_meter.exclude_time(), engine.eval_mode():
+        batch = step.last_microbatch.to(engine.device)
+        pred, masked, *_ = objective.predict(engine.model, batch)[1]
+        shown = slice(_MAX_GRID_IMAGES)
+        run.save_image(
+            "reconstruction",
+            step.index,
+            lambda: draw_reconstruction_grid(
+                batch.images[shown],
+                pred[shown],
+                masked[shown],
+                mean=objective.mean,
+                std=objective.std,
+                norm_pix=objective.norm_pix,
+            ),
+        )
+
+
+FUNCTIONS = StageFunctions(plan_pretraining, train, build)
