@@ -90,8 +90,8 @@ class DistillConfig(StageConfig):
         requires(
             "layers",
             "method=layers|relations",
-            because="layers are pairs of blocks, and no other lesson compares blocks",
-            remedy="remove layers, or use one of these lessons",
+            because="layers are pairs of blocks, and no other method compares blocks",
+            remedy="remove layers, or use one of these methods",
         ),
         excludes(
             "method=features",
@@ -103,7 +103,7 @@ class DistillConfig(StageConfig):
         excludes(
             "method=token",
             "label_weight=0|1",
-            because="the lesson trains two heads, and such a weight leaves one without a loss",
+            because="the method trains two heads, and such a weight leaves one without a loss",
             remedy="set label_weight between 0 and 1, exclusive, or use method=logits",
         ),
     )

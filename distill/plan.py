@@ -32,7 +32,7 @@ class DistillPlan(Plan):
     def summary_lines(self) -> list[str]:
         """Return the plan as text, with a warning for students whose results depend on the cluster."""
         blocks = f", blocks {', '.join(map(str, self.target.blocks))}" if self.target.blocks else ""
-        lines = [*super().summary_lines(), f"lesson    {self.target.kind} of {self.cfg.teacher}{blocks}"]
+        lines = [*super().summary_lines(), f"method    {self.target.kind} of {self.cfg.teacher}{blocks}"]
         if self.teacher_spec.resized_from is not None:
             trained_size = format_image_size(self.teacher_spec.resized_from)
             size = format_image_size(self.cfg.data.image_size)

@@ -1,15 +1,19 @@
 """Names of 0.1: translated wherever 0.1 wrote them or a user gives them, with one warning; both names at once are an error."""
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic.fields import FieldInfo
 
 import foveal.renames
 from distill.config import DistillConfig
 from finetune.config import FinetuneConfig
 from foveal.checkpoint.state import check_science_unchanged
 from foveal.commands.reference import iter_setting_docs
-from foveal.config import Config, science
+from foveal.config import Config, get_section_class, get_setting_kind, science
 from foveal.errors import CheckpointError, ConfigError
 from foveal.renames import (
     DROPPED,
@@ -150,3 +154,44 @@ def test_a_setting_that_was_added_refuses_no_run_in_flight(tmp_path: Path) -> No
     check_science_unchanged(changed.science_settings(), changed.science_settings(), tmp_path, changed.neutral_values())
     with pytest.raises(CheckpointError, match=r"colour_weight \(was 0\.5, is 0\.0\)"):
         check_science_unchanged(changed.science_settings(), cfg.science_settings(), tmp_path, cfg.neutral_values())
+
+
+NAMES_01 = json.loads((Path(__file__).parents[1] / "fixtures/v0_1_0/names.json").read_text())
+
+
+def translated(name: str) -> str:
+    return translate_setting(name.replace(".N.", ".0."), None)[0].replace(".0.", ".N.")
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
+def test_every_setting_and_value_of_0_1_has_its_place(stage: type[Config]) -> None:
+    docs = {setting.name: setting for setting in iter_setting_docs(stage)}
+    for name, facts in NAMES_01["settings"][stage.__name__.removesuffix("Config").lower()].items():
+        new = translated(name)
+        if new in DROPPED and new not in docs:
+            continue
+        assert new in docs or any(other.startswith(f"{new}.") for other in docs), name
+        for value in facts.get("values", ()):
+            if isinstance(value, str) and new != "task":
+                assert f"`{translate_setting(name, value)[1]}`" in docs[new].type_text, (name, value)
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
+def test_science_that_is_newer_than_0_1_says_since_when(stage: type[Config]) -> None:
+    """Otherwise it would refuse every run in flight."""
+    old = {translated(name) for name in NAMES_01["settings"][stage.__name__.removesuffix("Config").lower()]}
+    assert not [name for name, field in science_fields(stage) if name not in old and "since" not in extra(field)]
+    assert [name for name, field in science_fields(_Grown) if "since" in extra(field)] == ["colour_weight"]
+
+
+def extra(field: FieldInfo) -> dict[str, Any]:
+    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+
+
+def science_fields(model: type[Config], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in model.model_fields.items():
+        section = get_section_class(field)
+        if section is None and get_setting_kind(field) == "science":
+            yield f"{prefix}{name}", field
+        elif section is not None and get_setting_kind(field) == "science":
+            yield from science_fields(section, f"{prefix}{name}.{'N.' if 'tuple' in str(field.annotation) else ''}")

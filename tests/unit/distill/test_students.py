@@ -170,7 +170,7 @@ def test_layers_that_are_not_named(
 ) -> None:
     distill_plan = plan_distillation(config(digits, teachers["plain"], method=lesson, model=model), 1)
     assert (distill_plan.target.blocks, distill_plan.student_specs[0].block_numbers) == pairs
-    assert f"lesson    {lesson} of {teachers['plain']}, blocks 3" in distill_plan.summary_lines()
+    assert f"method    {lesson} of {teachers['plain']}, blocks 3" in distill_plan.summary_lines()
 
 
 def test_labels_that_are_not_there(digits: Path, teachers: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
