@@ -218,7 +218,7 @@ def table(rows: list[tuple[Case, float, float]]) -> list[str]:
     for case, foreseen, peak in rows:
         engine = case.engine["kind"] + (f" ZeRO {case.engine['zero']}" if "zero" in case.engine else "")
         further = [str(case.engine[name]) for name in ("sharding", "precision") if name in case.engine]
-        further += ["recompute"] if case.engine.get("recompute") else []
+        further += ["recompute"] if case.engine.get("activation_checkpointing") else []
         lines.append(
             f"| {case.name} | {case.ranks} | {', '.join([engine, *further])} | {foreseen / 1e6:.1f} | {peak / 1e6:.1f} | "
             f"{foreseen / peak:.3f} |"

@@ -47,17 +47,19 @@ ON_A_CPU = [
         PLAIN | {"precision": "bf16"},
         change=WIDE | {"batch": {"global_size": 64, "max_micro_size": 4}},
     ),
-    Case("deep, 2 micros of 32", 1, PLAIN | {"recompute": True}, change=DEEP | LARGE),
-    Case("deep, 2 micros of 32", 1, PLAIN | {"recompute": True, "precision": "bf16"}, change=DEEP | LARGE),
+    Case("deep, 2 micros of 32", 1, PLAIN | {"activation_checkpointing": True}, change=DEEP | LARGE),
+    Case(
+        "deep, 2 micros of 32", 1, PLAIN | {"activation_checkpointing": True, "precision": "bf16"}, change=DEEP | LARGE
+    ),
     Case("wide, 2 micros of 4", 2, {"kind": "deepspeed", "zero": 0}, change=WIDE | FEW),
     Case("wide, 1 micro of 32", 2, DEEPSPEED | {"zero": 1}, change=WIDE | LARGE),
     Case("wide, 2 micros of 4", 2, TIGHT | {"zero": 1, "precision": "bf16"}, change=WIDE | FEW),
     Case("wide, 1 micro of 32", 2, TIGHT | {"zero": 2}, change=WIDE | LARGE),
     Case("deep, 2 micros of 4", 2, DEEPSPEED | {"zero": 2, "precision": "bf16"}, change=DEEP | FEW),
     Case("wide, 1 micro of 32", 2, DEEPSPEED | {"zero": 3}, change=WIDE | LARGE),
-    Case("deep, 2 micros of 4", 2, TIGHT | {"zero": 3, "recompute": True}, change=DEEP | FEW, seen=True),
+    Case("deep, 2 micros of 4", 2, TIGHT | {"zero": 3, "activation_checkpointing": True}, change=DEEP | FEW, seen=True),
     Case("wide, 2 micros of 4", 2, TIGHT | {"zero": 3, "precision": "bf16"}, change=WIDE | FEW, seen=True),
-    Case("wide, 2 micros of 8", 2, TIGHT | {"zero": 3, "recompute": True}, change=WIDE | EIGHT),
+    Case("wide, 2 micros of 8", 2, TIGHT | {"zero": 3, "activation_checkpointing": True}, change=WIDE | EIGHT),
     Case("deep, 2 micros of 8", 2, DEEPSPEED | {"zero": 3, "precision": "bf16"}, change=DEEP | EIGHT),
     Case(
         "small, 1 micro of 8",
@@ -95,7 +97,7 @@ ON_A_GPU = [
     Case(
         "ViT-L, 128 images",
         1,
-        {"kind": "deepspeed", "zero": 2, "precision": "bf16", "recompute": True},
+        {"kind": "deepspeed", "zero": 2, "precision": "bf16", "activation_checkpointing": True},
         change=LARGE_VIT | _whole(128),
         side=224,
     ),

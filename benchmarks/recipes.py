@@ -18,7 +18,7 @@ from machine import described
 from objectives import Arm, Labels, Study, best_of, comparison, make, minutes_of, probed, spread, summaries
 
 _ADAMW = (1e-2, 3e-2, 1e-1)
-_ATTACK = "adversarial={{kind: pgd, epsilon: 16, step: 4, iterations: 5, weight: {weight}}}"
+_ATTACK = "adversarial={{attack: pgd, epsilon: 16, step_size: 4, steps: 5, weight: {weight}}}"
 RECIPES: dict[str, tuple[tuple[float, ...], tuple[str, ...]]] = {
     "the config": (_ADAMW, ()),
     "no layer-wise decay": (_ADAMW, ("optim.layer_decay=1",)),

@@ -20,7 +20,7 @@ from pydantic_core import PydanticUndefined
 
 from foveal.errors import ConfigError
 from foveal.redact import describe_secrets_in_settings
-from foveal.renames import describe_renames, flatten, translate_settings
+from foveal.renames import describe_renames, translate_override, translate_settings
 from foveal.strict_yaml import dump_yaml, parse_yaml, read_yaml
 
 _log = logging.getLogger(__name__)
@@ -194,13 +194,11 @@ def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str], sections: C
     new_names: set[str] = set()
     for override in overrides:
         name, value = _parse_override(override)
-        values: dict[str, Any] = {}
-        set_by_dotted_key(values, name, value)
-        translated, found = translate_settings(values, sections)
+        assignments, found = translate_override(name, value, sections)
         renamed |= found
         new_names |= set() if found else {name}
-        for key, new_value in flatten(translated) if found else [(name, value)]:
-            set_by_dotted_key(tree, key, new_value)
+        for new_name, new_value in assignments:
+            set_by_dotted_key(tree, new_name, new_value)
     if twice := [old for old, new in renamed.items() if new in new_names]:
         raise ConfigError(
             f"{twice[0]} and {renamed[twice[0]]} are one setting: leave out {twice[0]}, its name before 0.2"

@@ -107,6 +107,26 @@ def translate_settings(tree: dict[str, Any], sections: Container[str]) -> tuple[
     return translated, found
 
 
+def translate_override(name: str, value: Any, sections: Container[str]) -> tuple[list[tuple[str, Any]], dict[str, str]]:
+    """Return the assignments (dotted name, value) that one means under new names, and what ``translate_settings`` found.
+
+    A section's inner settings are one assignment, like the section, but for those that are in another section now.
+    """
+    nested = value
+    for part in reversed(name.split(".")):
+        nested = {part: nested}
+    translated, found = translate_settings(nested, sections)
+    if not found:
+        return [(name, value)], {}
+    new_name = translate_setting(name, None)[0]
+    outside = [(key, inner) for key, inner in flatten(translated) if not f"{key}.".startswith(f"{new_name}.")]
+    moved = [(key, inner) for key, inner in outside if inner != {}]
+    kept: Any = translated
+    for part in new_name.split("."):
+        kept = kept.get(part) if isinstance(kept, dict) else None
+    return ([] if kept is None else [(new_name, kept)]) + moved, found
+
+
 def translate_setting(name: str, value: Any) -> tuple[str, Any]:
     """Return the new name and value of one setting, given by its dotted name; a section's inner names stay."""
     path = _rename_path(_split(name))

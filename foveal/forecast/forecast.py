@@ -85,7 +85,10 @@ class Forecast:
         """Memory of a rank by sharding of the state, then by precision and recomputation."""
         cfg = self.plan.cfg.engine
         variants = {
-            f"{precision}{', recompute' if recompute else ''}": {"precision": precision, "recompute": recompute}
+            f"{precision}{', recompute' if recompute else ''}": {
+                "precision": precision,
+                "activation_checkpointing": recompute,
+            }
             for precision in _PRECISIONS
             for recompute in ((False, True) if self.parameter_counts.can_recompute else (False,))
         }

@@ -100,7 +100,7 @@ def count_parameters(build_setup: SetupBuilder) -> ParameterCounts:
         hidden_matrices=sum(
             parameter.numel()
             for group in setup.param_groups
-            if group["hidden_matrices"]
+            if group.get("hidden_matrices")
             for parameter in group["params"]
         ),
     )

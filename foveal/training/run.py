@@ -88,8 +88,7 @@ class Run:
         """Load the newest complete checkpoint, open the tracker at its step and return that step, 0 for a new run.
 
         A fork without a checkpoint begins in its source's. The checkpoint may come from any number of ranks and any
-        engine. A new run saves one before its first step: to
-        prove that the disk has room, to time a save, and as the target of an early roll-back.
+        engine. A new run saves one first: to prove that there is room, to time a save, as target of a roll-back.
         Raises: CheckpointError if the checkpoint is of other science or the disk has no room, LaunchError if a save
         takes longer than Slurm's notice.
         """

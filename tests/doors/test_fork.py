@@ -124,7 +124,7 @@ def test_longer_and_slower_it_goes_on_at_the_source_s_step(
     assert [row["lr"] for row in rows] == [plan.compute_lr(step) for step in (6, 7)]
     assert f"of {source}, step 6; goes on at that step" in log
     assert f"after step 6 of 44, learning rate {plan.compute_lr(6):.3g} there" in log
-    assert "epochs (was 1, is 2), optim.max_grad_norm (was 1.0, is 0.5), optim.lr_per_256 (was 0.004, is 0.002)" in log
+    assert "epochs (was 1, is 2), optim.lr_per_256 (was 0.004, is 0.002), optim.max_grad_norm (was 1.0, is 0.5)" in log
     tags = json.loads((run / "tags.json").read_text())
     assert (tags["fork.run"], tags["fork.step"], tags["fork.mlflow_run_id"]) == (str(source), "6", "abc")
     assert "inherited.fork" in json.loads((run / "science.json").read_text())
@@ -232,7 +232,7 @@ def test_out_of_a_divergence_with_a_lower_rate(configs, one_rank, tmp_path) -> N
         one_rank.train(stage, configs["pretrain"], diverged, *PLAIN, *wild)
     rows = one_rank.train(stage, configs["pretrain"], run, *PLAIN, f"run.fork={diverged}", "run.stop_at_step=2")
     assert [row["step"] for row in rows] == [1, 2]
-    assert all(row["applied"] for row in rows)
+    assert all(row["step_applied"] for row in rows)
 
 
 def test_two_ranks_of_another_engine_begin_in_the_same_checkpoint(configs, two_ranks, source, tmp_path) -> None:

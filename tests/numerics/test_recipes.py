@@ -18,7 +18,7 @@ ALL = (
         "ema_decay=0.9",
         "data.augment.rand_augment.ops=2",
     ),
-    *("class_weights=[1, 2, 1, 1, 1, 1, 1, 1, 0.5, 1]", "adversarial={epsilon: 8, step: 3, iterations: 2}"),
+    *("class_weights=[1, 2, 1, 1, 1, 1, 1, 1, 0.5, 1]", "adversarial={epsilon: 8, step_size: 3, steps: 2}"),
     "teacher={init: TEACHER, weight: 0.3}",
 )
 PLAIN = ("engine.kind=plain", "batch.max_micro_size=64")
@@ -130,7 +130,7 @@ def test_networks_with_norms_of_their_own_for_attacked_images(
 ) -> None:
     """Stopped and continued on two ranks, bit for bit; the export has the names of the network and no twins."""
     words = ("backbone=test_resnet", "init=null", "data.samples_per_class=26", "engine.kind=accelerate", "drop_path=0")
-    words += (f"engine.sharding={sharding}", "adversarial={kind: fgsm, split_norms: true, epsilon: 8}")
+    words += (f"engine.sharding={sharding}", "adversarial={attack: fgsm, separate_batchnorm: true, epsilon: 8}")
     whole = two_ranks.train(STAGE, configs["finetune"], tmp_path / "whole", *words)
     two_ranks.train(STAGE, configs["finetune"], tmp_path / "parts", *words, "run.stop_at_step=2")
     parts = two_ranks.train(STAGE, configs["finetune"], tmp_path / "parts", *words)

@@ -33,7 +33,7 @@ FINETUNING = {
     "classes": (),
     "everything that draws": (
         *("mixup=0.8", "cutmix=1.0", "random_erasing=0.5", "dropout=0.2", "data.augment.rand_augment.ops=2"),
-        *("class_weights=[1, 2, 1, 1, 1, 1, 1, 1, 0.5, 1]", "adversarial={epsilon: 8, step: 3, iterations: 2}"),
+        *("class_weights=[1, 2, 1, 1, 1, 1, 1, 1, 0.5, 1]", "adversarial={epsilon: 8, step_size: 3, steps: 2}"),
         "teacher={init: CLASSIFIER, weight: 0.3}",
     ),
     "a token": (

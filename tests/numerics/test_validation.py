@@ -19,7 +19,7 @@ ZERO_3 = ("engine.zero=3", "engine.deepspeed={zero_optimization: {stage3_param_p
 
 
 def training_rows(rows: list[dict[str, float]]) -> list[dict[str, float]]:
-    names = ("step", "loss", "grad_norm", "lr", "applied")
+    names = ("step", "loss", "grad_norm", "lr", "step_applied")
     return [{name: row[name] for name in names} for row in rows if "loss" in row]
 
 

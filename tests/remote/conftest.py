@@ -109,7 +109,7 @@ def configure(tmp_path: Path) -> Configure:
     """A config of the digits behind a URL, with a cache of this test and a patience of seconds."""
 
     def make(path: str, **settings: Any) -> DataConfig:
-        tree = {"path": path, "image_size": 8, "channels": 1, "lanes": 8, "patience_seconds": 8.0} | settings
+        tree = {"path": path, "image_size": 8, "channels": 1, "lanes": 8, "stall_timeout_seconds": 8.0} | settings
         tree["cache"] = {"dir": str(tmp_path / "cache")} | tree.get("cache", {})
         return DataConfig.from_dict(tree, "the test")
 

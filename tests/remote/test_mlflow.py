@@ -95,7 +95,7 @@ def train(
 def configured(run: Path, uri: str, patience: float = _LONG) -> TrackingConfig:
     """The settings of a run's tracking, also in its config.yaml, as a stage leaves them."""
     run.mkdir(parents=True, exist_ok=True)
-    tracking = {"uri": uri, "experiment": "outages", "patience_seconds": patience}
+    tracking = {"uri": uri, "experiment": "outages", "flush_timeout_seconds": patience}
     (run / "config.yaml").write_text(json.dumps({"tracking": tracking, "run": {"dir": str(run), "pipeline": None}}))
     return TrackingConfig(**tracking)
 

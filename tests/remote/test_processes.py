@@ -53,7 +53,7 @@ def expected(digits: Path, configure: Configure, start: Start) -> str:
 @pytest.mark.thorough
 def test_two_processes_and_one_that_is_killed(expected: str, http: Proxy, configure: Configure, start: Start) -> None:
     url = f"http://127.0.0.1:{http.port}/digits"
-    cfg = configure(url, patience_seconds=60.0)
+    cfg = configure(url, stall_timeout_seconds=60.0)
 
     # One is killed when a shard has half come; another waits for that shard meanwhile, and takes over.
     killed, waiting = start(cfg), start(cfg)

@@ -43,7 +43,7 @@ def test_a_read_that_stalls(
         "s3://shards/digits" if server == "s3" else f"http://someone:${{SHARDS_PASSWORD}}@127.0.0.1:{proxy.port}/digits"
     )
     monkeypatch.setenv("SHARDS_PASSWORD", "planted")
-    dataset = Dataset.open(configure(url, patience_seconds=4.0))
+    dataset = Dataset.open(configure(url, stall_timeout_seconds=4.0))
     shard = dataset.manifest.splits["train"].shards[1].file
     proxy.inject("stall", about=f"{shard} HTTP", times=100)
     with within(12.0, at_least=2.5), pytest.raises(DataError) as caught:
@@ -59,7 +59,7 @@ def test_a_read_that_stalls(
 
 
 def test_a_run_whose_server_stalls_ends(s3: Proxy, configure: Configure) -> None:
-    cfg = configure("s3://shards/digits", patience_seconds=3.0)
+    cfg = configure("s3://shards/digits", stall_timeout_seconds=3.0)
     data = build_training_set(Dataset.open(cfg), cfg, seed=3, batch_size=64)
     s3.inject("stall", about=".tar HTTP", times=100)
     with (
@@ -136,7 +136,7 @@ def _fail(where: str) -> None:
 def test_a_start_that_stalls(s3: Proxy, configure: Configure, about: str) -> None:
     s3.inject("stall", about=about, times=100, after=0)
     with within(10.0), pytest.raises(DataError, match=r"^s3://shards/digits.* cannot be read, 5 attempts failed"):
-        Dataset.open(configure("s3://shards/digits", patience_seconds=2.0))
+        Dataset.open(configure("s3://shards/digits", stall_timeout_seconds=2.0))
 
 
 def test_nobody_there(configure: Configure, caplog: pytest.LogCaptureFixture) -> None:
@@ -156,7 +156,7 @@ def test_what_is_refused_is_not_asked_for_again(s3: Proxy, http: Proxy, configur
         within(5.0),
         pytest.raises(DataError, match=r"s3://shards/nowhere/manifest.json is not there or .*: run `foveal"),
     ):
-        Dataset.open(configure("s3://shards/nowhere", patience_seconds=60.0))
+        Dataset.open(configure("s3://shards/nowhere", stall_timeout_seconds=60.0))
     with (
         within(5.0),
         pytest.raises(PermanentRemoteError, match=r"s3://nobody/x/a.tar is not there or may not be read \("),

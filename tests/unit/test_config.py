@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from distill.config import DistillConfig
 from finetune.config import FinetuneConfig
-from foveal import config
+from foveal import strict_yaml
 from foveal.config import Config, machine, science, set_by_dotted_key
 from foveal.data.config import DataConfig
 from foveal.errors import ConfigError
@@ -342,7 +342,7 @@ def test_aliases_and_merges_stay(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["pipe.yaml", "/dev/zero"])
 def test_a_config_without_an_end(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "_READ_TIMEOUT", 0.2)
+    monkeypatch.setattr(strict_yaml, "_READ_TIMEOUT", 0.2)
     os.mkfifo(tmp_path / "pipe.yaml")
     with pytest.raises(ConfigError, match=rf"{place}: "):
         read_yaml(tmp_path / place)

@@ -85,8 +85,22 @@ def test_both_names_at_once_are_refused(text: str, overrides: tuple[str, ...], n
 
 def test_an_old_command_line_goes_on_beside_an_upgraded_file(tmp_path: Path) -> None:
     load(tmp_path, PRETRAIN_01).dump(tmp_path / "new.yaml")
-    cfg = PretrainConfig.load(tmp_path / "new.yaml", ["batch.images=64", "data.augment={flip: 0.75}"])
+    cfg = PretrainConfig.load(tmp_path / "new.yaml", ["batch.images=64", "data.augment.flip=0.75"])
     assert (cfg.batch.global_size, cfg.data.augment.hflip, cfg.data.augment.rand_augment.ops) == (64, 0.75, 2)
+
+
+def test_an_old_override_may_be_a_section_or_a_list(tmp_path: Path) -> None:
+    mix = "data.mix=[{path: more, share: 0.25}]"
+    cfg = load(tmp_path, PRETRAIN_01, mix, "data.labels=class", "batch={images: 16}")
+    assert cfg.data.mix[0].fraction == 0.25
+    assert cfg.batch.to_dict() == {"global_size": 16, "max_micro_size": 64}
+    finetune = PRETRAIN_01.partition("masking")[0] + "data: {path: x, image_size: 8}\nbatch: {images: 8}\noptim: {}\n"
+    (tmp_path / "old.yaml").write_text(finetune)
+    settings = ["data={path: y, image_size: 16, labels: mask}", "early_stopping={metric: val_pixels, patience: 1}"]
+    dense = FinetuneConfig.load(tmp_path / "old.yaml", settings, lambda _: None)
+    assert (dense.task, dense.data.path) == ("segmentation", "y")
+    assert dense.early_stopping is not None
+    assert dense.early_stopping.metric == "val_pixel_accuracy"
 
 
 def test_from_0_3_on_an_old_name_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

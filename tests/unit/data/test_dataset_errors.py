@@ -81,7 +81,7 @@ def test_a_url_without_a_manifest(folder: Path, tmp_path: Path) -> None:
         DataError,
         match=rf"^{url}/manifest.json is not there or may not be read .*: run `foveal data index {url} --index FOLD",
     ):
-        open_with(url, patience_seconds=1.0)
+        open_with(url, stall_timeout_seconds=1.0)
     with pytest.raises(DataError, match=rf"^{url}: no manifest.json in {tmp_path}; run `foveal data index {url} --ind"):
         open_with(url, index=str(tmp_path))
 
@@ -228,11 +228,11 @@ def test_what_is_science_and_what_is_not() -> None:
         "path",
         "index",
         "threads",
-        "ahead",
+        "prefetch_batches",
         "cache.dir",
-        "cache.gigabytes",
-        "patience_seconds",
-        "max_bad",
+        "cache.max_gigabytes",
+        "stall_timeout_seconds",
+        "max_bad_fraction",
         "ledger",
     }
 

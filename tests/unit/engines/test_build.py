@@ -22,7 +22,7 @@ def test_an_engine_takes_the_optimizers_that_it_can() -> None:
     def take(optimizer: str, **settings: Any) -> None:
         check_engine_config(
             EngineConfig(**settings),
-            OptimConfig.model_validate({"kind": optimizer}),
+            OptimConfig.model_validate({"name": optimizer}),
             2,
             microbatch_size=1,
             accumulation_steps=1,
@@ -30,16 +30,16 @@ def test_an_engine_takes_the_optimizers_that_it_can() -> None:
 
     for optimizer, sharding in (("sgd", "ddp or fsdp2"), ("lars", "ddp"), ("muon", "ddp")):
         sentence = (
-            rf"optim\.kind={optimizer} does not run on DeepSpeed, .* use engine\.kind=plain .*sharding={sharding}$"
+            rf"optim\.name={optimizer} does not run on DeepSpeed, .* use engine\.kind=plain .*sharding={sharding}$"
         )
         for settings in ({}, {"kind": "accelerate", "sharding": "deepspeed"}):
             with pytest.raises(ConfigError, match=sentence):
                 take(optimizer, **settings)
         take(optimizer, kind="accelerate")
     take("sgd", kind="accelerate", sharding="fsdp2")
-    with pytest.raises(ConfigError, match=r"optim\.kind=lars needs the norms of whole weights"):
+    with pytest.raises(ConfigError, match=r"optim\.name=lars needs the norms of whole weights"):
         take("lars", kind="accelerate", sharding="fsdp2")
-    with pytest.raises(ConfigError, match=r"optim\.kind=muon needs whole matrices, .*; use engine\.sharding=ddp, or"):
+    with pytest.raises(ConfigError, match=r"optim\.name=muon needs whole matrices, .*; use engine\.sharding=ddp, or"):
         take("muon", kind="accelerate", sharding="fsdp2")
 
 

@@ -49,7 +49,7 @@ def test_one_process_holds_weights_gradients_and_two_moments() -> None:
 
 def test_sgd_and_lars_keep_one_moment_and_none_without_momentum() -> None:
     for kind, momentum, moments in (("sgd", 0.9, 4e6), ("lars", 0.9, 4e6), ("sgd", 0.0, 0.0)):
-        optim = OptimConfig.model_validate({"kind": kind, "momentum": momentum})
+        optim = OptimConfig.model_validate({"name": kind, "momentum": momentum})
         assert estimate(1, optim=optim, kind="plain").moments == moments
     assert estimate(4, optim=OptimConfig(name="sgd"), kind="accelerate", sharding="fsdp2").moments == 1e6
 

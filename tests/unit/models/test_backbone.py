@@ -239,7 +239,9 @@ def test_recomputing_changes_neither_gradients_nor_running_statistics(name: str)
 def test_what_cannot_be_recomputed_is_one_sentence() -> None:
     with torch.device("meta"):
         backbone = build_backbone("vgg11", 32, 3)
-    with pytest.raises(ConfigError, match=r"cannot recompute the activations of 'vgg11': set engine\.recompute=false"):
+    with pytest.raises(
+        ConfigError, match=r"cannot recompute the activations of 'vgg11': set engine\.activation_checkpointing=false"
+    ):
         set_activation_checkpointing(backbone, enable=True)
 
 

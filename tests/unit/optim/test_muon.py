@@ -25,7 +25,7 @@ from foveal.optim.optimizers import (
 
 
 def config(**settings: object) -> OptimConfig:
-    return OptimConfig.model_validate({"kind": "muon", "lr_per_256": 0.1, "weight_decay": 0.2, **settings})
+    return OptimConfig.model_validate({"name": "muon", "lr_per_256": 0.1, "weight_decay": 0.2, **settings})
 
 
 class Layers(nn.Module):
@@ -127,7 +127,7 @@ def test_a_matrix_takes_the_papers_update(shape: tuple[int, int], momentum: floa
 def test_all_others_take_adamws_bit_for_bit(clip: float | None, fused: bool) -> None:
     """Clipped by the norm of all gradients, those of Muon's matrices too."""
     model, reference = Layers(), Layers()
-    guard = optimizer(model, config(clip=clip, fused=fused, betas=(0.8, 0.9), eps=1e-6))
+    guard = optimizer(model, config(max_grad_norm=clip, fused=fused, betas=(0.8, 0.9), eps=1e-6))
     vectors, head = [reference.hidden.bias, reference.head.bias], [reference.head.weight]
     adamw = torch.optim.AdamW(
         [{"params": vectors, "weight_decay": 0.0}, {"params": head, "weight_decay": 0.2}],
@@ -153,7 +153,7 @@ def test_all_others_take_adamws_bit_for_bit(clip: float | None, fused: bool) -> 
 def test_a_gradient_that_is_not_finite_changes_nothing(place: str, bad: float) -> None:
     """Neither the matrices of Muon nor the parameters of AdamW, wherever the gradient is bad."""
     model, reference = Layers(), Layers()
-    guard, untouched = (optimizer(layers, config(clip=1.0)) for layers in (model, reference))
+    guard, untouched = (optimizer(layers, config(max_grad_norm=1.0)) for layers in (model, reference))
     for step in range(3):
         before = copy_state(model, guard)
         set_gradients(model, 100 + step)
@@ -191,9 +191,9 @@ def test_a_group_has_its_own_rate() -> None:
 
 
 def test_the_momentum_of_muon_is_the_papers_unless_it_is_set() -> None:
-    assert OptimConfig.model_validate({"kind": "muon"}).momentum == 0.95
-    assert OptimConfig.model_validate({"kind": "muon", "momentum": 0.9}).momentum == 0.9
-    assert OptimConfig.model_validate({"kind": "sgd"}).momentum == OptimConfig().momentum == 0.9
+    assert OptimConfig.model_validate({"name": "muon"}).momentum == 0.95
+    assert OptimConfig.model_validate({"name": "muon", "momentum": 0.9}).momentum == 0.9
+    assert OptimConfig.model_validate({"name": "sgd"}).momentum == OptimConfig().momentum == 0.9
 
 
 def test_a_model_without_hidden_matrices_is_adamws(caplog: pytest.LogCaptureFixture) -> None:

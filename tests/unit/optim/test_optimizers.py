@@ -199,7 +199,14 @@ def test_plain_adamw_has_the_settings_and_the_groups() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("lr_per_256", 0.0), ("betas", (0.9, 1.0)), ("eps", 0.0), ("layer_decay", 1.1), ("clip", 0.0), ("floor_lr", -1.0)],
+    [
+        ("lr_per_256", 0.0),
+        ("betas", (0.9, 1.0)),
+        ("eps", 0.0),
+        ("layer_decay", 1.1),
+        ("max_grad_norm", 0.0),
+        ("min_lr", -1.0),
+    ],
 )
 def test_settings_have_limits(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=name):

@@ -53,7 +53,7 @@ SIGNS = OptimizerSpec(
 def signs(monkeypatch: pytest.MonkeyPatch) -> OptimConfig:
     """The settings of an optimizer that only a row of the table knows of."""
     monkeypatch.setitem(OPTIMIZERS, "signs", SIGNS)
-    return OPTIM.model_copy(update={"kind": "signs"})
+    return OPTIM.model_copy(update={"name": "signs"})
 
 
 def test_a_row_trains_and_continues_bit_for_bit(signs: OptimConfig, tmp_path: Path) -> None:
@@ -76,16 +76,16 @@ def test_a_row_is_refused_where_it_says(signs: OptimConfig) -> None:
 
     check(kind="accelerate")
     with pytest.raises(
-        ConfigError, match=r"optim\.kind=signs is a toy for whole weights; use engine\.sharding=ddp, or"
+        ConfigError, match=r"optim\.name=signs is a toy for whole weights; use engine\.sharding=ddp, or"
     ):
         check(kind="accelerate", sharding="fsdp2")
-    with pytest.raises(ConfigError, match=r"optim\.kind=signs is no optimizer of DeepSpeed's; use .*sharding=ddp$"):
+    with pytest.raises(ConfigError, match=r"optim\.name=signs is no optimizer of DeepSpeed's; use .*sharding=ddp$"):
         check()
 
 
 @pytest.mark.parametrize("kind", [*OPTIMIZERS, "signs"])
 def test_the_forecast_counts_what_an_optimizer_keeps(kind: str, signs: OptimConfig) -> None:
-    optim, trainer = signs.model_copy(update={"kind": kind}), Trainer(ALONE, Shape(1, "plain", optim=kind))
+    optim, trainer = signs.model_copy(update={"name": kind}), Trainer(ALONE, Shape(1, "plain", optim=kind))
     trainer.step(0)
     engine: Any = trainer.engine
     kept = sum(value.nbytes for state in engine._guard.state.values() for value in state.values() if value.ndim)
@@ -97,7 +97,7 @@ def test_the_forecast_counts_what_an_optimizer_keeps(kind: str, signs: OptimConf
 
 
 def test_rows_are_the_kinds_of_the_settings() -> None:
-    assert set(OPTIMIZERS) == set(get_args(OptimConfig.model_fields["kind"].annotation))
+    assert set(OPTIMIZERS) == set(get_args(OptimConfig.model_fields["name"].annotation))
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)

@@ -76,7 +76,7 @@ def test_a_mistake_is_one_sentence(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     nothing = tmp_path / "nothing"
     none, relative = left(tmp_path / "none", uri=None), left(tmp_path / "relative", uri="sqlite:///runs/mlflow.db")
-    away = left(tmp_path / "away", uri="http://127.0.0.1:9", patience_seconds=0.0)
+    away = left(tmp_path / "away", uri="http://127.0.0.1:9", flush_timeout_seconds=0.0)
     empty = left(tmp_path / "empty", uri="http://127.0.0.1:9")
     (empty / "metrics.jsonl").unlink()
     user = "me:secret"

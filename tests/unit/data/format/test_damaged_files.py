@@ -30,7 +30,7 @@ def folder(digits: Path, tmp_path: Path) -> Path:
 
 def read_for_plan(folder: Path) -> None:
     """Read the parts of a data set that a training plan reads."""
-    tree = {"path": str(folder), "image_size": 8, "channels": 1, "patience_seconds": 0.3}
+    tree = {"path": str(folder), "image_size": 8, "channels": 1, "stall_timeout_seconds": 0.3}
     cfg = DataConfig.from_dict(tree, "the test")
     dataset = Dataset.open(cfg)
     build_training_set(dataset, cfg, seed=0, batch_size=64)

@@ -71,7 +71,7 @@ def test_half_of_the_operations_are_done_and_a_draw_is_always_the_same() -> None
 
 
 def test_only_training_is_changed_and_on_any_ranks_alike(configure: Callable[..., DataConfig]) -> None:
-    still = {"scale": [1.0, 1.0], "ratio": [1.0, 1.0], "flip": 0.0}
+    still = {"scale": [1.0, 1.0], "ratio": [1.0, 1.0], "hflip": 0.0}
     plain, cfg = (configure(augment=still | {"rand_augment": {"ops": n}}) for n in (0, 2))
     assert plain.augment.is_deterministic
     assert not cfg.augment.is_deterministic

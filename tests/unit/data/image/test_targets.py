@@ -137,7 +137,7 @@ def test_boxes_follow_crop_flip_and_size(scenes: Callable[..., tuple[Dataset, Da
     dataset, cfg = scenes(image_size=48)
     batch = evaluated(dataset, cfg, "detection")[1]
     assert batch.targets.tolist() == [[[8, 16, 24, 40, n % 3]] for n in (3, 4, 5)], "scaled by 2, without crowds"
-    flip_only = {"scale": [1.0, 1.0], "ratio": [1.0, 1.0], "flip": 1.0}
+    flip_only = {"scale": [1.0, 1.0], "ratio": [1.0, 1.0], "hflip": 1.0}
     dataset, cfg = scenes(augment=flip_only)
     assert trained(dataset, cfg, "detection")[0].targets[0, 0, :4].tolist() == [12, 8, 20, 20]
     dataset, cfg = scenes(eval_crop_ratio=0.5)

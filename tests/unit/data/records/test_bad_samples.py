@@ -164,7 +164,7 @@ def test_training_never_leaves_a_row_empty(
 
 
 def test_an_index_that_hangs_is_named_by_its_shard(configure: Configure) -> None:
-    cfg, release = configure(patience_seconds=0.5), threading.Event()
+    cfg, release = configure(stall_timeout_seconds=0.5), threading.Event()
     dataset = Dataset.open(cfg)
     object.__setattr__(dataset, "shard_index", lambda _split, _number: release.wait(30))
     start = time.monotonic()

@@ -106,9 +106,9 @@ def test_mixtures_that_cannot_be_are_sentences(
 ) -> None:
     with pytest.raises(ConfigError, match=r"their sum must be below 1"):
         configure(
-            mix=[{"path": str(digits), "share": share} for share in (0.7, 0.2, 0.1)]
+            mix=[{"path": str(digits), "fraction": share} for share in (0.7, 0.2, 0.1)]
         )  # their float64 sum is below 1
-    with pytest.raises(ConfigError, match=r"mix.0.share"):
+    with pytest.raises(ConfigError, match=r"mix.0.fraction"):
         configure(mix=[{"path": str(digits), "fraction": 0.0}])
     with pytest.raises(DataError, match=r"data.path: no such folder: /nowhere"):
         build_training_set(

@@ -107,7 +107,7 @@ def test_a_copy_that_goes_while_it_is_read(cache: DownloadCache, remote_file: Fi
 def test_a_file_larger_than_the_cache(tmp_path: Path, remote_file: FileFactory) -> None:
     small = DownloadCache(tmp_path / "cache", SIZE - 1, other_process_timeout=1.0)
     with pytest.raises(
-        CacheFullError, match=r"0.tar has 0.0001 GB and the cache .* may hold 0.0001 GB: raise data.cache.giga"
+        CacheFullError, match=r"0.tar has 0.0001 GB and the cache .* may hold 0.0001 GB: raise data.cache.max_giga"
     ):
         small.open_file(remote_file(0))
     assert copy_names(small) == []

@@ -30,7 +30,7 @@ def opened(request: pytest.FixtureRequest, folder: Path, configure: Callable[...
     def make(**settings: object) -> Dataset:
         cache = {"dir": str(tmp_path / "cache")}
         url = f"{request.param}{folder}"
-        return Dataset.open(configure(path=url, cache=cache, patience_seconds=4.0, **settings))
+        return Dataset.open(configure(path=url, cache=cache, stall_timeout_seconds=4.0, **settings))
 
     return make
 
