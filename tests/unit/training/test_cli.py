@@ -11,7 +11,7 @@ from ranks import stage_named
 
 from foveal.distributed.world import World
 from foveal.errors import DataError, FovealError, TrainingDivergedError
-from foveal.training import cli
+from foveal.training import cli, launch
 
 
 class ProcessEnd(BaseException):
@@ -34,7 +34,7 @@ def exit_code_of(own_environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             if error is not None:
                 raise error
 
-        monkeypatch.setattr(cli, "run_stage", fail)
+        monkeypatch.setattr(launch, "run_stage", fail)
         with pytest.raises(ProcessEnd) as ended:
             cli.main(stage_named("pretrain"), ["digits", f"run.dir={tmp_path}", "engine.kind=plain"])
         return ended.value.args[0]
@@ -42,7 +42,7 @@ def exit_code_of(own_environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(World, "barrier", lambda _: None)
-    monkeypatch.setattr(cli, "init_world", two_ranks)
+    monkeypatch.setattr(launch, "init_world", two_ranks)
     monkeypatch.setattr(cli, "_exit_process", end)
     return run
 
