@@ -34,11 +34,6 @@ def check_settings(cfg: FinetuneConfig, task: Task) -> None:
             f"class_weights=balanced counts classes in the index, which has none of task={task.name}; give a list of "
             "weights"
         )
-    if cfg.freeze_encoder and cfg.drop_path:
-        raise ConfigError(
-            f"drop_path={cfg.drop_path:g} is for a trained encoder, and freeze_encoder=true freezes it; leave one out"
-        )
-    _check_adversarial(cfg)
     task.check_settings(cfg)
 
 
@@ -79,14 +74,6 @@ def find_selection_metric(cfg: FinetuneConfig, task: Task) -> Metric | None:
             f"evaluate_every to the steps between evaluations, each of which logs {names}"
         )
     return metric
-
-
-def check_no_fork(cfg: FinetuneConfig, section: str) -> None:
-    """Raise ConfigError for run.fork with a section (trials, folds, probe) whose runs have no checkpoint to begin from."""
-    if cfg.run.fork is not None:
-        raise ConfigError(
-            f"run.fork and {section} exclude each other: a fork is one run that goes on from another run's checkpoint"
-        )
 
 
 def check_stopping_uses_holdout(cfg: FinetuneConfig, nested_run_phrase: str) -> None:
@@ -177,26 +164,6 @@ def check_backbone_supports_settings(card: BackboneCard, cfg: FinetuneConfig) ->
         get_layer_ids(backbone)
     if cfg.engine.activation_checkpointing:
         set_activation_checkpointing(backbone, enable=True)
-
-
-def _check_adversarial(cfg: FinetuneConfig) -> None:
-    """Raise ConfigError if the engine or other settings exclude adversarial training."""
-    adversarial = cfg.adversarial
-    if adversarial is None:
-        return
-    if cfg.engine.kind == "accelerate" and cfg.engine.sharding == "deepspeed":
-        raise ConfigError(
-            "adversarial needs gradients of images, which engine.sharding=deepspeed does not give; use ddp or fsdp2"
-        )
-    if adversarial.separate_batchnorm and cfg.engine.activation_checkpointing:
-        raise ConfigError(
-            "adversarial.separate_batchnorm and engine.activation_checkpointing exclude each other: the recomputation in the backward pass "
-            "would use the clean images' norms; leave one of them out"
-        )
-    if adversarial.separate_batchnorm and not adversarial.weight:
-        raise ConfigError(
-            "adversarial.separate_batchnorm=true needs attacked images in the loss: set adversarial.weight above 0"
-        )
 
 
 def _is_set(cfg: FinetuneConfig, dotted_name: str) -> bool:

@@ -13,6 +13,7 @@ from foveal.models.config import (
     SegmentationHeadKind,
     VitConfig,
 )
+from foveal.rules import excludes, requires
 from foveal.training.config import StageConfig
 
 
@@ -116,6 +117,10 @@ class SegmentConfig(Config):
         return SegmentationHeadCard(head=self.head, width=self.width, classes=num_classes)
 
 
+_FORK_IS_ONE_RUN = "a fork is one run that goes on from another run's checkpoint"
+_WHOLE_RUNS = "its runs are whole ones"
+
+
 class FinetuneConfig(StageConfig):
     """Settings of supervised training, from an export or from scratch."""
 
@@ -172,6 +177,60 @@ class FinetuneConfig(StageConfig):
         None, "Cross-validation on data.train, without data.val; null: a single run."
     )
     probe: ProbeConfig | None = science(None, "Probe the frozen encoder's features; null: train the encoder.")
+
+    rules = (
+        *StageConfig.rules,
+        excludes(
+            "freeze_encoder=true",
+            "drop_path>0",
+            because="stochastic depth is for an encoder that is trained",
+            remedy="leave one of them out",
+        ),
+        excludes(
+            "adversarial",
+            "engine.sharding=deepspeed",
+            because="attacks need gradients of images, which Accelerate's DeepSpeed does not give",
+            remedy="use engine.sharding=ddp or fsdp2",
+        ),
+        excludes(
+            "adversarial.separate_batchnorm=true",
+            "engine.activation_checkpointing=true",
+            because="the recomputation in the backward pass would use the clean images' norms",
+            remedy="leave one of them out",
+        ),
+        requires(
+            "adversarial.separate_batchnorm=true",
+            "adversarial.weight>0",
+            because="the separate norms are of attacked images in the loss",
+            remedy="set adversarial.weight above 0",
+        ),
+        excludes(
+            "cross_validation",
+            "trials",
+            because="a cross-validation has one initialization",
+            remedy="cross-validate the arm that a comparison has chosen",
+        ),
+        excludes("cross_validation", "run.stop_at_step", because=_WHOLE_RUNS, remedy="shorten epochs"),
+        excludes(
+            "cross_validation", "data.fold", because="it trains on every fold in turn", remedy="leave one of them out"
+        ),
+        excludes("cross_validation", "run.fork", because=_FORK_IS_ONE_RUN, remedy="leave one of them out"),
+        excludes("trials", "run.stop_at_step", because=_WHOLE_RUNS, remedy="shorten epochs"),
+        excludes("trials", "init", because="trials.arms says what each arm starts from", remedy="leave init out"),
+        excludes("trials", "run.fork", because=_FORK_IS_ONE_RUN, remedy="leave one of them out"),
+        requires(
+            "trials.lr_per_256>1",
+            "data.holdout_per_class>0",
+            because="the best of several rates is chosen on the holdout",
+            remedy="set data.holdout_per_class, or give one rate",
+        ),
+        excludes("probe", "trials", because="a probe trains no encoder", remedy="leave one of them out"),
+        excludes("probe", "cross_validation", because="a probe trains no encoder", remedy="leave one of them out"),
+        excludes("probe", "run.fork", because=_FORK_IS_ONE_RUN, remedy="leave one of them out"),
+        excludes("probe", "data.fold", because="a probe is evaluated on data.val", remedy="leave data.fold out"),
+        excludes("probe", "run.stop_at_step", because="its heads are trained to the end", remedy="shorten epochs"),
+        excludes("probe", "data.mix", because="features are those of data.path alone", remedy="leave data.mix out"),
+    )
 
     @property
     def early_stopping_metric(self) -> str | None:

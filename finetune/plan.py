@@ -12,7 +12,6 @@ from finetune.checks import (
     check_distillation_token,
     check_export_fits,
     check_mixup_pairing,
-    check_no_fork,
     check_other_sections,
     check_settings,
     check_split_batch_norm,
@@ -47,17 +46,6 @@ def plan_training(cfg: FinetuneConfig, world_size: int) -> FinetunePlan:
     if cfg.trials is None:
         return _plan_run(cfg, world_size)
     check_trials_evaluation(cfg, find_task(cfg.task))
-    check_no_fork(cfg, "trials")
-    if cfg.run.stop_at_step is not None:
-        raise ConfigError(
-            "run.stop_at_step and trials exclude each other: a comparison is of whole runs; shorten epochs"
-        )
-    if cfg.init is not None:
-        raise ConfigError("init and trials exclude each other: trials.arms says what each arm starts from")
-    if len(cfg.trials.lr_per_256) > 1 and not cfg.data.holdout_per_class:
-        raise ConfigError(
-            "trials.lr_per_256 has several rates, but data.holdout_per_class=0 leaves nothing to choose by; set it"
-        )
     for arm in cfg.trials.arms:
         check_folder_name("trials.arms", arm)
     if len(set(cfg.trials.lr_per_256)) < len(cfg.trials.lr_per_256):

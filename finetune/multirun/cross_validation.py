@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from finetune.checks import check_no_fork, check_stopping_uses_holdout
+from finetune.checks import check_stopping_uses_holdout
 from finetune.config import FinetuneConfig
 from finetune.multirun.nested_runs import FitFn, RunSummary, get_run_dir, is_finished, run_or_reuse_nested
 from finetune.plan import nested_run_config, plan_training
@@ -134,20 +134,7 @@ def _fold_config(cfg: FinetuneConfig, seed: int, fold: int) -> FinetuneConfig:
 
 
 def _check_cross_validation(cfg: FinetuneConfig) -> None:
-    """Raise ConfigError for settings that ``cross_validation`` excludes, LaunchError for unsuitable task ids of a Slurm array."""
-    if cfg.trials is not None:
-        raise ConfigError(
-            "cross_validation and trials exclude each other: cross-validate the arm that a comparison has chosen"
-        )
-    check_no_fork(cfg, "cross_validation")
-    if cfg.run.stop_at_step is not None:
-        raise ConfigError(
-            "run.stop_at_step and cross_validation exclude each other: a cross-validation is of whole runs; shorten epochs"
-        )
-    if cfg.data.fold is not None:
-        raise ConfigError(
-            "data.fold and cross_validation exclude each other: it trains on every fold in turn; leave one out"
-        )
+    """Raise ConfigError for an unsuitable early stopping, LaunchError for unsuitable task ids of a Slurm array."""
     check_stopping_uses_holdout(cfg, "a fold")
     task = read_slurm_array_task()
     if task is None:

@@ -6,7 +6,6 @@ from functools import cached_property
 
 import numpy as np
 
-from finetune.checks import check_no_fork
 from finetune.config import FinetuneConfig
 from finetune.plan import plan_training
 from finetune.probe.config import HYPERPARAMETERS, ProbeConfig, ProbeKind
@@ -139,18 +138,6 @@ _TRAINING_ONLY_SETTINGS = (
 
 def _check_probe_settings(cfg: FinetuneConfig, probe: ProbeConfig) -> None:
     """Raise ConfigError if settings exclude a probe."""
-    for name in ("trials", "cross_validation"):
-        if getattr(cfg, name) is not None:
-            raise ConfigError(f"probe and {name} exclude each other: a probe trains no encoder; take one of them out")
-    check_no_fork(cfg, "probe")
-    if cfg.data.fold is not None:
-        raise ConfigError("probe is evaluated on data.val: leave out data.fold")
-    if cfg.run.stop_at_step is not None:
-        raise ConfigError(
-            "run.stop_at_step and probe exclude each other: its heads are trained to the end; shorten epochs"
-        )
-    if cfg.data.mix:
-        raise ConfigError("data.mix and probe exclude each other: features are those of data.path alone; leave mix out")
     default = FinetuneConfig.model_construct(optim=type(cfg.optim)())
     for name in _TRAINING_ONLY_SETTINGS:
         value = functools.reduce(getattr, name.split("."), cfg)

@@ -242,7 +242,10 @@ def test_a_student_that_does_not_fit_its_teacher(override: str, sentence: str, c
         ("init=nowhere", "nowhere is no export: it has no card.json"),
         ("init=null", "model is missing: without init"),
         ("engine.kind=deepspeed", "engine.kind: "),
-        ("trials={arms: {a: null}, lr_per_256: [0.1]}", "init and trials exclude each other"),
+        (
+            "trials={arms: {a: null}, lr_per_256: [0.1]}",
+            "exclude each other: trials.arms says what each arm starts from",
+        ),
     ],
 )
 def test_a_config_that_contradicts_the_export(override: str, sentence: str, configs, refused: Refused) -> None:

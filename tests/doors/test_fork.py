@@ -307,11 +307,3 @@ def test_check_says_what_it_forks_from(configs, source, tmp_path, capsys: pytest
     assert met.value.code == 0
     assert f"fork      of {source}, step 6; goes on at that step" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("section", ["cross_validation={count: 2}", "probe={}"])
-def test_nested_runs_refuse_it(section, configs, source, tmp_path) -> None:
-    stage = stage_named("finetune")
-    cfg = load_config(stage.config_class, "finetune", str(configs["finetune"]), [f"run.fork={source}", section])
-    with pytest.raises(ConfigError, match=r"run\.fork and \w+ exclude each other"):
-        stage.functions.build_plan(cfg, 1)

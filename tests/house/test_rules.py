@@ -30,11 +30,14 @@ def candidates(annotation: Any) -> Iterator[Any]:
         yield [next(candidates(part)) for part in inner]
     elif origin is tuple:
         yield from ([next(candidates(inner[0]))] * count for count in range(3))
+    elif origin is dict:
+        yield from ({"a": value} for value in candidates(inner[1]))
     elif origin is not None:  # Annotated
         yield from candidates(inner[0])
     elif isinstance(annotation, type) and issubclass(annotation, Config):
         fields = {name: field for name, field in annotation.model_fields.items() if field.is_required()}
-        yield {name: next(candidates(field.annotation)) for name, field in fields.items()}
+        values = itertools.product(*(candidates(field.annotation) for field in fields.values()))
+        yield from (dict(zip(fields, chosen, strict=True)) for chosen in values)
     else:
         yield from {bool: (False, True), int: (1, 0, 2), float: (0.5, 0.0, 1.0), str: ("a",)}.get(annotation, (None,))
 
@@ -56,6 +59,9 @@ def load(stage: str, rule: Rule, met: dict[Condition, bool]) -> StageConfig:
     for values in itertools.product(*(values_of(no_rule, condition.setting) for condition in met)):
         tree = read_yaml(ROOT / f"configs/{stage}/digits.yaml")
         for condition, value in zip(met, values, strict=True):
+            section, _, inner = condition.setting.partition(".")
+            if inner and tree.get(section) is None:  # a section that is null has settings that must be given
+                tree[section] = next(candidates(no_rule.model_fields[section].annotation))
             set_by_dotted_key(tree, condition.setting, value)
         with contextlib.suppress(ConfigError):  # values that no config may have, such as a mean of no channel
             cfg = no_rule.from_dict(tree, "the test")

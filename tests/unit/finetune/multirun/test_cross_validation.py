@@ -237,8 +237,6 @@ def test_of_two_that_finish_at_once_one_closes_and_the_other_waits_for_it(
     ("overrides", "sentence"),
     [
         ({"cross_validation": {"count": 1}}, r"cross_validation\.count: input should be greater than or equal to 2"),
-        ({"trials": {"arms": {"a": None}, "lr_per_256": [0.1]}}, "cross_validation and trials exclude each other"),
-        ({"run": {"dir": "x", "stop_at_step": 3}}, r"run\.stop_at_step and cross_validation exclude each other"),
         (
             {"early_stopping": {"metric": "fold_top1", "patience": 2}, "evaluate_every": 3},
             "would stop a fold by the data that it is evaluated on",
@@ -253,13 +251,6 @@ def test_what_cannot_be_cross_validated_is_refused(
     with pytest.raises(FovealError, match=sentence) as error:
         plan_finetuning(settings(digits, tmp_path / "run", **overrides), 1)
     assert "\n" not in str(error.value)
-
-
-def test_a_fold_of_its_own_excludes_folds(digits: Path, tmp_path: Path) -> None:
-    tree = settings(digits, tmp_path / "run").to_dict()
-    tree["data"]["fold"] = {"of": 2, "number": 0}
-    with pytest.raises(ConfigError, match=r"data\.fold and cross_validation exclude each other"):
-        plan_finetuning(FinetuneConfig.from_dict(tree, "here"), 1)
 
 
 def test_arrays_that_cannot_share_the_folds_are_refused(

@@ -1,6 +1,5 @@
 """Trials: the same labels for every arm, learning rates selected on the holdout only, no trial run twice."""
 
-import contextlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -197,17 +196,9 @@ def test_finished_trials_are_not_repeated(digits: Path, encoder: Path, tmp_path:
     assert third.trained == []
 
 
-def test_a_comparison_that_is_to_stop_early_does_not_fall(digits: Path, encoder: Path, tmp_path: Path) -> None:
-    """run.stop_at_step is for a single run: with trials it is refused or has no effect."""
-    cfg = settings(digits, encoder, tmp_path / "run", run={"dir": str(tmp_path / "run"), "stop_at_step": 1})
-    with contextlib.suppress(ConfigError):
-        run_attempt(cfg, Fit())
-
-
 @pytest.mark.parametrize(
     ("overrides", "kind", "sentence"),
     [
-        ({"init": "runs/x"}, ConfigError, "init and trials exclude each other"),
         ({"model": None}, ConfigError, "model is missing: without init, the encoder from scratch must be stated"),
         (
             {"trials": {"arms": {"a": "nowhere"}, "lr_per_256": [1e-2]}},
@@ -221,16 +212,6 @@ def test_a_comparison_that_cannot_be_is_refused_before_it_begins(
 ) -> None:
     with pytest.raises(kind, match=sentence):
         plan_training(settings(digits, encoder, tmp_path / "run", **overrides), 1)
-
-
-def test_several_rates_need_a_holdout_to_choose_by(digits: Path, encoder: Path, tmp_path: Path) -> None:
-    cfg = settings(digits, encoder, tmp_path / "run")
-    tree = cfg.to_dict()
-    tree["data"]["holdout_per_class"] = 0
-    with pytest.raises(ConfigError, match=r"data\.holdout_per_class=0 leaves nothing to choose by"):
-        plan_training(FinetuneConfig.from_dict(tree, "here"), 1)
-    tree["trials"]["lr_per_256"] = [1e-2]
-    assert plan_training(FinetuneConfig.from_dict(tree, "here"), 1).classes == tuple("0123456789")
 
 
 @pytest.mark.parametrize(

@@ -282,9 +282,6 @@ def test_random_features_and_any_model_of_timm_are_probed(digits: Path, tmp_path
 @pytest.mark.parametrize(
     ("overrides", "kind", "sentence"),
     [
-        ({"trials": {"arms": {"a": None}, "lr_per_256": [1.0]}}, ConfigError, "probe and trials exclude each other"),
-        ({"run": {"stop_at_step": 3}}, ConfigError, "run.stop_at_step and probe exclude each other"),
-        ({"data": {"mix": [{"path": "x", "fraction": 0.1}]}}, ConfigError, "data.mix and probe exclude each other"),
         ({"drop_path": 0.1}, ConfigError, "drop_path=0.1 is for training the encoder, which a probe leaves as it is"),
         ({"optim": {"lr_per_256": 1.0}}, ConfigError, r"the heads' rates are probe.linear_lr_per_256 and"),
         ({"probe": {"layers": [1, 3]}}, ConfigError, "probe.layers has 3, and the encoder has blocks 1 to 2"),
