@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,16 @@ from ranks import Ranks, stage_named
 from safetensors.torch import load_file
 
 from foveal import cli
+from foveal.config import science
 from foveal.distributed.world import World
+from foveal.errors import CheckpointError
 from foveal.renames import translate_metrics
 from foveal.tracking.jsonl import read_rows_without_time
 from foveal.training.cli import load_config
+from foveal.training.config import StageConfig
 from foveal.training.launch import run_stage
 from foveal.training.provenance import get_library_versions
+from pretrain.config import PretrainConfig
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "v0_1_0"
 RUNS = sorted(file.parent.name for file in FIXTURES.glob("*/expected.json"))
@@ -39,10 +44,17 @@ def copy_fixture(name: str, folder: Path) -> dict[str, Any]:
     return json.loads((folder / "expected.json").read_text())
 
 
-def start(world: World, folder: str, command: list[str]) -> None:
+class GrownConfig(PretrainConfig):
+    """Pretraining of a later version, with one more science setting."""
+
+    colour_weight: float = science(0.0, "Weight of a loss that 0.1 did not have.", since="0.2", neutral=0.0)
+
+
+def start(world: World, folder: str, command: list[str], config_class: type[StageConfig] | None = None) -> None:
     """Start a stage in a folder by the arguments of ``python -m``."""
     module, config, *overrides = command
     stage, before = stage_named(module.removesuffix(".run")), Path.cwd()
+    stage = stage if config_class is None else replace(stage, config_class=config_class)
     os.chdir(folder)
     try:
         run_stage(stage, load_config(stage.config_class, stage.name, config, overrides), world)
@@ -105,6 +117,17 @@ def test_an_interrupted_run_goes_on(name: str, one_rank: Ranks, tmp_path: Path) 
         assert digests == expected["digests"]
     else:
         check_weights(run, tmp_path / "expected")
+
+
+def test_a_setting_that_was_added_refuses_no_run_in_flight(one_rank: Ranks, tmp_path: Path) -> None:
+    expected = copy_fixture("pretrain", tmp_path)
+    run, command = tmp_path / expected["run"], expected["command"]
+    with pytest.raises(CheckpointError, match="a foveal version without colour_weight"):
+        one_rank.call(start, str(tmp_path), [*command, "colour_weight=0.5"], GrownConfig)
+    one_rank.call(start, str(tmp_path), command, GrownConfig)
+    rows = read_rows_without_time(run / "metrics.jsonl")
+    check_numbers(rows, expected["rows"], exactly=rounds_equally(expected))
+    assert json.loads((run / "science.json").read_text())["colour_weight"] == 0.0
 
 
 @pytest.mark.parametrize("name", FINISHED)

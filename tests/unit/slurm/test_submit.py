@@ -117,6 +117,16 @@ def test_settings_reach_the_stage_as_they_were_meant(tmp_path: Path) -> None:
     assert options == {"mem": "1=2"}
 
 
+def test_names_of_0_1_in_a_pipeline_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = TWO.replace("optim.lr_per_256: 1e-3", "batch.images: 64, optim.clip: 0.5")
+    jobs, _ = build_jobs_and_options(pipeline(tmp_path, text), ["two.batch.at_once=4"])
+    assert "batch.images=64" in jobs[0].overrides
+    for renamed in ("batch.images is now batch.global_size", "batch.at_once is now batch.max_micro_size"):
+        assert renamed in caplog.text
+    with pytest.raises(ConfigError, match=r"batch\.images and batch\.global_size are one setting"):
+        build_jobs_and_options(pipeline(tmp_path, text), ["one.batch.global_size=32"])
+
+
 def test_a_moved_run_is_found_by_the_next_stage(tmp_path: Path) -> None:
     _, two = build_jobs_and_options(pipeline(tmp_path, TWO), ["one.run.dir=elsewhere"])[0]
     assert "teacher=elsewhere/export" in two.overrides
