@@ -41,13 +41,11 @@ def train(plan: DistillPlan, run: Run) -> None:
     setup = build(plan, run.world.device)
     engine = build_stage_engine(setup, plan, run.world)
     start = run.resume(engine)
-    # ZeRO 3 does not gather the weights that a forward of the encoders alone reads outside their modules.
-    is_zero_3 = "deepspeed" in (cfg.engine.kind, cfg.engine.sharding) and cfg.engine.zero == 3
-    knn_names = () if is_zero_3 else [student.name for student in plan.student_specs]
+    names = [student.name for student in plan.student_specs]
     uncached_objective = replace(setup.objective, teacher_cache=None)  # the cache has rows of training images only
 
     def evaluate(step: int) -> None:
-        evaluate_if_due(run, step, lambda: evaluate_encoders(engine, run, uncached_objective, step, knn_names))
+        evaluate_if_due(run, step, lambda: evaluate_encoders(engine, run, uncached_objective, step, names))
 
     evaluate(start)  # a preempted attempt may have saved this step without evaluating it
     with training_steps(run, engine, setup.objective, start) as steps:

@@ -119,8 +119,9 @@ class DeepSpeedEngine:
         accumulation_steps: int,
     ) -> None:
         deepspeed = import_deepspeed()
-        if cfg.compile and cfg.zero == 3:
-            # ZeRO 3 gathers a parameter that a module reads from its child in a hook, which compiled code omits.
+        if cfg.zero == 3:
+            # ZeRO 3 gathers a parameter that a module reads from its child in a hook of the module that read it first;
+            # compiled code omits the hook, and in a forward for features alone another module reads it.
             for parameter in cast(Any, model).external_parameters():
                 deepspeed.zero.register_external_parameter(model, parameter)
         self.device = world.device

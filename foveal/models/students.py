@@ -64,8 +64,8 @@ class Students(nn.Module):
     def external_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that a forward reads outside their own module (see ``foveal.models.encode``)."""
         parameters: list[nn.Parameter] = []
-        for student in self._students():
-            bypasses = student.bypasses_encoder_forward
+        for student, pool in zip(self._students(), self._pool_features, strict=True):
+            bypasses = student.bypasses_encoder_forward or pool is encode_patch_mean
             parameters += (find_external_parameters if bypasses else find_cross_module_parameters)(student.encoder)
         return parameters
 
