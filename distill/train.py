@@ -110,10 +110,9 @@ def _open_teacher_cache(plan: DistillPlan, teacher: Teacher, device: torch.devic
     tensor_specs = [TensorSpec(tuple(output.shape[1:]), output.dtype) for output in teacher(images, visible_indices)]
     num_rows = plan.training_set.num_ids * (1 if cfg.has_epoch_invariant_targets else cfg.epochs)
     check_cache_size(num_rows, tensor_specs, cfg.teacher_cache.max_gigabytes, "teacher_cache.max_gigabytes")
-    # Under the names of 0.1, whose caches stay in use.
-    key_fields: dict[str, Any] = restore_names(
-        {name: value for name, value in cfg.science_settings().items() if name.startswith(_TARGET_SETTINGS)}
-    )
+    # Caches of earlier versions stay in use.
+    science = restore_names(cfg.without_neutral(cfg.science_settings()))
+    key_fields: dict[str, Any] = {name: value for name, value in science.items() if name.startswith(_TARGET_SETTINGS)}
     key_fields |= plan.inherited_science
     key_fields |= {
         "lesson": asdict(plan.target),

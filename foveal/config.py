@@ -9,7 +9,7 @@ import logging
 import re
 import types
 import typing
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -124,6 +124,11 @@ class Config(BaseModel):
             for suffix, section in sections.items():
                 values |= section.neutral_values(f"{prefix}{name}{suffix}.")
         return values
+
+    def without_neutral(self, science: Mapping[str, Any]) -> dict[str, Any]:
+        """Return science without the values that equal absence, as versions without those settings have it."""
+        neutral = self.neutral_values()
+        return {name: value for name, value in science.items() if name not in neutral or neutral[name] != value}
 
     def to_flat_dict(self) -> dict[str, Any]:
         """Return every setting, ``dotted.key`` to value."""

@@ -79,16 +79,19 @@ METRICS: dict[str, str] = {
 }
 _METRIC_SETTING = "early_stopping.metric"
 _METRIC = re.compile(
-    rf"(?P<prefix>(?:train|val|holdout|fold)_|.+/)?(?P<name>{'|'.join(METRICS)})(?P<suffix>_(?:mean|std|lowest|highest))?"
+    rf"(?P<prefix>(?:train|val|holdout|fold)_|.+/(?=agreement))?(?P<name>{'|'.join(METRICS)})(?P<suffix>_(?:mean|std|lowest|highest))?"
 )
 _LAST_VERSION_WITH_OLD_NAMES = (0, 2)
 Path = tuple[str | int, ...]
 
 
-def translate_settings(tree: dict[str, Any], sections: Container[str]) -> tuple[dict[str, Any], dict[str, str]]:
+def translate_settings(
+    tree: dict[str, Any], sections: Container[str] | None = None
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Return nested settings under their new names, and the new by the old names that were found.
 
-    ``sections``: the first parts of the names that the stage has. Raises: ConfigError for a setting under both names.
+    ``sections``: the first parts of the names that the stage has; None: of an unknown stage. Raises: ConfigError for a
+    setting under both names, or one that this stage never had a use for.
     """
     translated, found = copy.deepcopy(tree), {}
     for path, value in list(_iter_leaves(tree)):
@@ -101,9 +104,15 @@ def translate_settings(tree: dict[str, Any], sections: Container[str]) -> tuple[
             if _exists(tree, new_path):
                 raise ConfigError(f"{old} and {new} are one setting: leave out {old}, its name before 0.2")
             _remove(translated, path)
+        if sections is not None and new in DROPPED and new not in sections:
+            if new_value != DROPPED[new]:
+                raise ConfigError(
+                    f"{old}={value} is for fine-tuning; this stage learns from no such label: leave it out"
+                )
+            found[old] = "no setting of this stage"
+            continue
         found[old if new_path != path else f"{old}={value}"] = new if new_path != path else f"{new}={new_value}"
-        if str(new_path[0]) in sections or (new, new_value) not in DROPPED.items():
-            _set(translated, new_path, new_value)
+        _set(translated, new_path, new_value)
     return translated, found
 
 
@@ -123,8 +132,10 @@ def translate_override(name: str, value: Any, sections: Container[str]) -> tuple
     moved = [(key, inner) for key, inner in outside if inner != {}]
     kept: Any = translated
     for part in new_name.split("."):
-        kept = kept.get(part) if isinstance(kept, dict) else None
-    return ([] if kept is None else [(new_name, kept)]) + moved, found
+        if not isinstance(kept, dict) or part not in kept:
+            return moved, found
+        kept = kept[part]
+    return [(new_name, kept), *moved], found
 
 
 def translate_setting(name: str, value: Any) -> tuple[str, Any]:
@@ -224,18 +235,22 @@ def _exists(tree: Any, path: Path) -> bool:
 
 
 def _remove(tree: Any, path: Path) -> None:
-    """Remove a value, and a section that has become empty and has another name now."""
+    """Remove a value, and the sections that have become empty by it."""
     parents = [tree]
     for part in path[:-1]:
         parents.append(parents[-1][part])
     del parents[-1][path[-1]]
-    if not parents[-1] and len(path) > 1 and _rename_path(path[:-1]) != path[:-1]:
+    if not parents[-1] and len(path) > 1:
         _remove(tree, path[:-1])
 
 
 def _set(tree: Any, path: Path, value: Any) -> None:
+    section: Any = tree
     for part in path[:-1]:
-        if isinstance(part, str) and tree.get(part) is None:
-            tree[part] = {}
-        tree = tree[part]
-    tree[path[-1]] = value
+        if isinstance(part, str) and section.get(part) is None:
+            section[part] = {}
+        section = section[part]
+        if not isinstance(section, dict | list):
+            raise ConfigError(f"'{'.'.join(map(str, path))}': '{part}' is a value, not a section")
+    last: Any = path[-1]
+    section[last] = value

@@ -41,7 +41,7 @@ FeatureExtractor = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 FEATURES_DIR = "features"
 PROVENANCE_FILE = "facts.json"
 _FORMAT = 1
-_SCIENCE = ("data.", "task", "inherited.", "model", "backbone", "pooling", "probe.layers", "probe.features", "seed")
+_SCIENCE = ("data.", "inherited.", "model", "backbone", "pooling", "probe.layers", "probe.features", "seed")
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class LayerFeatures:
 
 def feature_provenance(plan: ProbePlan) -> dict[str, Any]:
     """Return everything that the features depend on, as JSON data, including the digests of export and data."""
-    science = restore_names(  # features that 0.1 has cached stay in use
-        {name: value for name, value in plan.science_settings().items() if name.startswith(_SCIENCE)}
-    )
+    # Features that earlier versions have cached stay in use.
+    science = restore_names(plan.cfg.without_neutral(plan.science_settings()))
+    science = {name: value for name, value in science.items() if name.startswith(_SCIENCE)}
     shapes = {name: [list(shape), np.dtype(dtype).name] for name, (shape, dtype) in plan.file_shapes.items()}
     precision = plan.cfg.engine.precision
     return json.loads(json.dumps({"format": _FORMAT, "files": shapes, "precision": precision, "science": science}))

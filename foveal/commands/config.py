@@ -1,5 +1,6 @@
 """``foveal config upgrade FILE``: the names of foveal 0.2 in a YAML file of 0.1, with its comments and its order."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from foveal.errors import ConfigError
 from foveal.renames import DROPPED, translate_setting, translate_settings
 from foveal.strict_yaml import parse_yaml, read_yaml
 
+_PIPELINE_SETTINGS = ("set", "from")  # keys of a pipeline's stage whose values are settings by dotted name
 app = typer.Typer(no_args_is_help=True, help="Rewrite config files.")
 
 
@@ -25,17 +27,29 @@ def _group() -> None:
 @app.command()
 def upgrade(file: Annotated[Path, typer.Argument(help="A stage's settings, or a pipeline.")]) -> None:
     """Rewrite a YAML file under the names of 0.2; comments, order and everything else stay."""
+    file = file.resolve()  # a link stays one
     tree = read_yaml(file)
-    text = file.read_text()
-    upgraded = upgrade_text(text)
-    if _translate_document(tree) != _nest_document(parse_yaml(upgraded)):
-        raise ConfigError(f"{file}: anchors or merges keep it from being rewritten; change the names by hand")
-    if upgraded == text:
+    text = file.read_bytes().decode()
+    line_end = "\r\n" if "\r\n" in text else "\n"
+    old_text = text.replace("\r\n", "\n")
+    try:
+        wanted, found = _translate_document(tree)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
+    if not found:
         typer.echo(f"{file}: no name of 0.1 is left")
         return
+    upgraded = upgrade_text(old_text)
+    if upgraded.count("#") < old_text.count("#") or _parse_or_none(upgraded) != wanted:
+        listed = ", ".join(f"{old} is now {new}" for old, new in found.items())
+        raise ConfigError(f"{file}: its layout cannot be kept; change it by hand: {listed}")
     draft = draft_path(file)
-    draft.write_text(upgraded)
-    draft.replace(file)
+    try:
+        draft.write_bytes(upgraded.replace("\n", line_end).encode())
+        shutil.copymode(file, draft)
+        draft.replace(file)
+    finally:
+        draft.unlink(missing_ok=True)
     typer.echo(f"{file}: rewritten")
 
 
@@ -47,7 +61,7 @@ def upgrade_text(text: str) -> str:
         upgrader.visit(root)
     for element in root.value if isinstance(root, yaml.SequenceNode) else ():
         for key, settings in element.value if isinstance(element, yaml.MappingNode) else ():
-            if key.value in ("set", "from") and isinstance(settings, yaml.MappingNode):
+            if key.value in _PIPELINE_SETTINGS and isinstance(settings, yaml.MappingNode):
                 upgrader.visit(settings)
     return upgrader.apply()
 
@@ -91,8 +105,12 @@ class _Upgrader:
                 self._upgrade_value(entry)
 
     def _rename_key(self, entry: _Entry) -> bool:
-        """Rename a key, or move the entry; return whether it was moved, with its value."""
-        new_name = translate_setting(".".join(entry.path), None)[0].split(".")
+        """Rename a key, or move or delete the entry; return whether its value went with it."""
+        name, value = translate_setting(".".join(entry.path), entry.value.value)
+        new_name = name.split(".")
+        if name in DROPPED and value == DROPPED[name] and tuple(new_name) != entry.path:
+            self._delete(entry)  # the default of fine-tuning, and no setting of the other stages
+            return True
         if tuple(new_name) == entry.path:
             return False
         if len(new_name) == len(entry.path):
@@ -128,15 +146,15 @@ class _Upgrader:
         """Delete an entry, and state it in a line before the top section that it was in."""
         value = translate_setting(".".join(entry.path), entry.value.value)[1]
         self._delete(entry)
-        if (name, value) not in DROPPED.items():
-            begin = self.text.find(f"\n{entry.path[0]}:") + 1
-            self.edits[begin, begin] = f"{name}: {value}\n"
+        begin = self.text.find(f"\n{entry.path[0]}:") + 1
+        self.edits[begin, begin] = f"{name}: {value}\n"
 
     def _delete(self, entry: _Entry) -> None:
         entries, begin, end = entry.mapping.value, entry.key.start_mark.index, entry.value.end_mark.index
         if not entry.mapping.flow_style:
-            begin = self.text.rfind("\n", 0, begin) + 1
-            end = self.text.find("\n", end) + 1 or len(self.text)
+            comment = self.text.find("#", end, self.text.find("\n", end) % (len(self.text) + 1))
+            begin = self.text.rfind("\n", 0, begin) + 1 if comment < 0 else begin
+            end = (self.text.find("\n", end) + 1 or len(self.text)) if comment < 0 else comment  # a comment stays
         elif entry.number:
             begin = entries[entry.number - 1][1].end_mark.index
         elif len(entries) > 1:
@@ -166,12 +184,28 @@ def _inner_mappings(value: yaml.Node) -> Iterator[tuple[tuple[str, ...], yaml.Ma
             yield (str(number),), element
 
 
-def _translate_document(document: Any) -> Any:
-    """Return a config or a pipeline with nested settings under their new names."""
+def _translate_document(document: Any) -> tuple[Any, dict[str, str]]:
+    """Return a config or a pipeline with nested settings under their new names, and what was found of 0.1."""
+    found: dict[str, str] = {}
+
+    def translate(tree: dict[str, Any]) -> dict[str, Any]:
+        translated, renamed = translate_settings(tree)
+        found.update(renamed)
+        for name, value in DROPPED.items():
+            if name in renamed.values() and translated.get(name) == value:
+                del translated[name]
+        return translated
+
     if isinstance(document, dict):
-        return translate_settings(document, ())[0]
-    nested = _nest_document(document)
-    return [_with_settings(element, lambda tree: translate_settings(tree, ())[0]) for element in nested]
+        return translate(document), found
+    return [_with_settings(element, translate) for element in _nest_document(document)], found
+
+
+def _parse_or_none(text: str) -> Any:
+    try:
+        return _nest_document(parse_yaml(text))
+    except (yaml.YAMLError, ConfigError):
+        return None
 
 
 def _nest_document(document: Any) -> Any:
@@ -182,7 +216,7 @@ def _nest_document(document: Any) -> Any:
 def _with_settings(element: Any, change: Any) -> Any:
     if not isinstance(element, dict):
         return element
-    return element | {key: change(element[key]) for key in ("set", "from") if isinstance(element.get(key), dict)}
+    return element | {key: change(element[key]) for key in _PIPELINE_SETTINGS if isinstance(element.get(key), dict)}
 
 
 def _nest(settings: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
 from foveal.redact import redact, redact_url_secrets
+from foveal.renames import translate_setting
 from foveal.tracking.sqlite_store import lock_store, parse_sqlite_path, prepare_store_and_artifacts
 from foveal.tracking.store_errors import StoreRefusedError
 from foveal.tracking.tracker import MetricPoint, TrackingConfig
@@ -95,7 +96,8 @@ class MLflowRun:
         changed = {
             tag: value
             for name, value in params.items()
-            if (tag := f"changed.{name}") in stored_tags or stored_params.get(name, value) != value
+            if (tag := f"changed.{name}") in stored_tags
+            or translate_setting(name, stored_params.get(name, value))[1] != value
         }
         new_tags = [
             RunTag(name, value) for name, value in {**changed, **tags}.items() if stored_tags.get(name) != value

@@ -55,20 +55,17 @@ def main(stage: Stage[Any, Any], argv: Sequence[str] | None = None) -> NoReturn:
             raise ConfigError(f"--ranks={options.ranks}: a run has one rank or more")
         if options.config is None:
             options.config, options.overrides = _resolve_default_args(stage, options.overrides)
-        old_names: list[str] = []
-        cfg = load_config(stage.config_class, stage.name, options.config, options.overrides, old_names.append)
+        cfg = load_config(stage.config_class, stage.name, options.config, options.overrides, _warn_on_rank0)
         functions = stage.functions  # imports torch and timm: after the settings, and before ranks wait for each other
         if options.check:
             from foveal.training.run_directory import preview_fork
 
-            _warn_on_rank0(old_names, 0)
             plan = preview_fork(functions.build_plan(cfg, options.ranks or read_launch_env().world_size))
             sys.stdout.write("\n".join(plan.summary_lines()) + "\n")
             sys.exit(0)
         from foveal.training.launch import join_and_run
 
         launch_env = read_launch_env()
-        _warn_on_rank0(old_names, launch_env.rank)
         skips_finalization = launch_env.world_size > 1
         join_and_run(stage, cfg, launch_env)
     except Exception as error:
@@ -98,8 +95,13 @@ def _diagnose(error: Exception, stage_name: str) -> FovealError | None:
     return TrainingHungError(peer_failure) if peer_failure is not None else None
 
 
-def _warn_on_rank0(texts: Sequence[str], rank: int) -> None:
-    for text in texts if rank == 0 else ():
+def _warn_on_rank0(text: str) -> None:
+    """Log a warning on one rank; on every rank whose launch environment is wrong, which is an error later."""
+    try:
+        rank = read_launch_env().rank
+    except LaunchError:
+        rank = 0
+    if rank == 0:
         _log.warning(text)
 
 

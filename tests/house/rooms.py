@@ -100,7 +100,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "foveal.inspect": (("foveal.data.image", "foveal.models"), ("numpy", "torch", "PIL")),
     # Tracking: MLflow's library stays behind one file.
     "foveal.tracking.tracker": (("foveal.config", "foveal.redact"), ("pydantic",)),
-    "foveal.tracking.mlflow": (("foveal.redact", "foveal.tracking"), ("mlflow",)),
+    "foveal.tracking.mlflow": (("foveal.redact", "foveal.renames", "foveal.tracking"), ("mlflow",)),
     "foveal.tracking.store_errors": (("foveal.tracking.tracker",), ()),
     "foveal.tracking.sqlite_store": (("foveal.atomic", "foveal.tracking.store_errors"), ()),
     "foveal.tracking": ((*CONFIGURED, "foveal.atomic", "foveal.tracking"), ()),

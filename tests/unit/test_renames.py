@@ -103,6 +103,26 @@ def test_an_old_override_may_be_a_section_or_a_list(tmp_path: Path) -> None:
     assert dense.early_stopping.metric == "val_pixel_accuracy"
 
 
+def test_null_under_an_old_name_is_a_value(tmp_path: Path) -> None:
+    assert load(tmp_path, PRETRAIN_01, "optim.clip=null", "run.stop_at=null").optim.max_grad_norm is None
+
+
+@pytest.mark.parametrize("place", ["data.labels=mask", "data={path: x, image_size: 8, labels: mask}"])
+def test_labels_that_pretraining_has_no_use_for(place: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"data\.labels=mask is for fine-tuning; this stage learns from no such label"
+    ):
+        load(tmp_path, PRETRAIN_01, place)
+    warnings: list[str] = []
+    load(tmp_path, PRETRAIN_01, "data.labels=class", warnings=warnings)
+    assert "data.labels is now no setting of this stage" in warnings[0]
+
+
+def test_a_value_where_a_section_is_wanted_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'rand_augment' is a value, not a section"):
+        load(tmp_path, PRETRAIN_01.replace("flip: 0.25", "rand_augment: 5"))
+
+
 def test_from_0_3_on_an_old_name_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(foveal.renames, "__version__", "0.3.0")
     with pytest.raises(ConfigError, match=r"batch\.images is now batch\.global_size"):
@@ -141,6 +161,7 @@ def test_stored_science_is_compared_under_the_new_names(tmp_path: Path) -> None:
         ("train_pixels", "train_pixel_accuracy"),
         ("small/agreement", "small/teacher_agreement"),
         ("val_ap_map", "val_ap_map"),
+        ("student/map", "student/map"),
         ("val_miou", "val_miou"),
         ("loss", "loss"),
     ],

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from foveal.cli import app
 from foveal.commands.config import upgrade_text
+from foveal.errors import ConfigError
 
 STAGE = """\
 # A comment with batch.images in it stays.
@@ -74,9 +76,44 @@ def test_a_pipeline(tmp_path: Path) -> None:
     assert text.count("\n") == PIPELINE.count("\n")
 
 
-def test_what_cannot_be_rewritten_is_left_as_it_is(tmp_path: Path) -> None:
-    text = "base: &a {operations: 2}\ndata: {path: x, augment: {<<: *a, flip: 0.5}}\n"
-    (tmp_path / "anchors.yaml").write_text(text)
-    result = CliRunner().invoke(app, ["config", "upgrade", str(tmp_path / "anchors.yaml")])
-    assert "by hand" in str(result.exception)
-    assert (tmp_path / "anchors.yaml").read_text() == text
+def test_labels_become_a_task(tmp_path: Path) -> None:
+    text, _ = upgrade(tmp_path / "a.yaml", "epochs: 1\ndata:\n  path: x\n  labels: mask  # kind\n  lanes: 4\n")
+    assert text == "epochs: 1\ntask: segmentation\ndata:\n  path: x\n  # kind\n  lanes: 4\n"
+    text, _ = upgrade(tmp_path / "b.yaml", "data: {path: x, labels: class, lanes: 4}\n")
+    assert text == "data: {path: x, lanes: 4}\n"
+    text, _ = upgrade(tmp_path / "c.yaml", PIPELINE.replace("batch.images: 8", "data.labels: boxes"))
+    assert "set: {task: detection, data.augment" in text
+
+
+def test_a_file_keeps_its_mode_its_line_ends_and_the_link_to_it(tmp_path: Path) -> None:
+    file, link = tmp_path / "a.yaml", tmp_path / "link.yaml"
+    file.write_bytes(b"epochs: 2\r\nbatch:\r\n  images: 8\r\n")
+    file.chmod(0o600)
+    link.symlink_to(file)
+    CliRunner().invoke(app, ["config", "upgrade", str(link)], catch_exceptions=False)
+    assert file.read_bytes() == b"epochs: 2\r\nbatch:\r\n  global_size: 8\r\n"
+    assert (file.stat().st_mode & 0o777, link.is_symlink()) == (0o600, True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.yaml", "link.yaml"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "base: &a {operations: 2}\ndata: {path: x, augment: {<<: *a, flip: 0.5}}\n",
+        "target: |-\n  latents\nepochs: 1\n",
+        "target: &t latents\ninit: *t\n",
+        "{epochs: 2, data: {labels: mask, path: x}}\n",
+        "data: {\n  path: x,  # the path\n  labels: mask,\n  image_size: 8\n}\n",
+        "- name: a\n  set: {data: {labels: mask, path: x}}\n",
+        "data:\n  labels: mask\n",
+        "batch: {images: 8, global_size: 8}\n",
+        "data: {augment: {magnitude: 7.0, rand_augment: {ops: 2}}}\n",
+    ],
+)
+def test_what_cannot_be_rewritten_is_left_as_it_is(tmp_path: Path, text: str) -> None:
+    (tmp_path / "file.yaml").write_text(text)
+    result = CliRunner().invoke(app, ["config", "upgrade", str(tmp_path / "file.yaml")])
+    assert isinstance(result.exception, ConfigError)
+    assert "change it by hand" in str(result.exception) or "are one setting" in str(result.exception)
+    assert (tmp_path / "file.yaml").read_text() == text
+    assert len(list(tmp_path.iterdir())) == 1
