@@ -250,7 +250,6 @@ def _set(tree: Any, path: Path, value: Any) -> None:
         if isinstance(part, str) and section.get(part) is None:
             section[part] = {}
         section = section[part]
-        if not isinstance(section, dict | list):
+        if type(section) not in (dict, list):
             raise ConfigError(f"'{'.'.join(map(str, path))}': '{part}' is a value, not a section")
-    last: Any = path[-1]
-    section[last] = value
+    section[path[-1]] = value
