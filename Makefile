@@ -1,4 +1,4 @@
-# make demo    the whole pipeline on real digits, from nothing: about five minutes on two cores after the install
+# make demo    the whole pipeline on real digits, from nothing: five to eight minutes on two cores after the install
 # make test    what a change can break: every promise once, at most 12 minutes on two idle cores
 #              make test PYTEST='-x tests/unit'
 # make test-rest       the tests that are marked thorough

@@ -118,7 +118,7 @@ class SegmentConfig(Config):
 
 
 _FORK_IS_ONE_RUN = "a fork is one run that goes on from another run's checkpoint"
-_WHOLE_RUNS = "its runs are whole ones"
+_WHOLE_RUNS = "each of its runs trains to the last step"
 
 
 class FinetuneConfig(StageConfig):
@@ -212,7 +212,10 @@ class FinetuneConfig(StageConfig):
         ),
         excludes("cross_validation", "run.stop_at_step", because=_WHOLE_RUNS, remedy="shorten epochs"),
         excludes(
-            "cross_validation", "data.fold", because="it trains on every fold in turn", remedy="leave one of them out"
+            "cross_validation",
+            "data.fold",
+            because="cross_validation sets data.fold for each of its runs",
+            remedy="leave one of them out",
         ),
         excludes("cross_validation", "run.fork", because=_FORK_IS_ONE_RUN, remedy="leave one of them out"),
         excludes("trials", "run.stop_at_step", because=_WHOLE_RUNS, remedy="shorten epochs"),

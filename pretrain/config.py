@@ -50,8 +50,8 @@ class PretrainConfig(StageConfig):
         excludes(
             "target=features",
             "log.images_every>0",
-            because="pictures show reconstructed pixels, and target=features reconstructs none",
-            remedy="remove log.images_every",
+            because="reconstructed pixels are drawn, and target=features reconstructs none",
+            remedy="set log.images_every=0",
         ),
         requires(
             "init",

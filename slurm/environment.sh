@@ -32,18 +32,17 @@ srun_options=()
 # --- 4. The network between nodes (not tested): only where NCCL or gloo choose the wrong interface.
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
-# --- 5. What happens after a failure. The job is requeued, after a pause that grows with every start that came to nothing;
-#     the last one stays. As many starts in a row as there are pauses may fail again before any attempt has begun (the
-#     environment is missing on a node, a library cannot be imported, ranks die in the preflight): then the job ends and
-#     names the node. An attempt that began and saved nothing new counts for run.max_attempts_without_progress of the settings. max_restarts
-#     bounds whatever else came to nothing, storage that does not answer above all; a start that gets further than any
-#     before sets all counts back, and being preempted counts for nothing. No node is excluded unless that is asked for,
-#     since a mistake that shows on every node would use them up one by one.
+# --- 5. Failures. A failed job is requeued after a pause; each failed start in a row takes the next pause, and the last one
+#     repeats. If more starts in a row fail before an attempt begins than there are pauses (no environment on a node, a
+#     failed import, ranks that die in the preflight), the job ends and names the node. An attempt that begins and makes
+#     no progress counts for the setting run.max_attempts_without_progress. max_restarts limits all other restarts
+#     without progress, such as storage that does not answer. Progress resets all counts; preemptions do not count.
+#     A node is excluded only with exclude_bad_node=1, because an error of all nodes would exclude one after the other.
 read -ra pauses <<<"${FOVEAL_PAUSES:-10 30 90}"  # seconds
 max_restarts=${FOVEAL_MAX_RESTARTS:-100}
 exclude_bad_node=${FOVEAL_EXCLUDE_BAD_NODE:-0}
 
-# --- 6. Before every start `foveal doctor` looks at the nodes, which takes half a minute. 0: it does not. A node is bad if
-#     its products are slower than this share of its peers' median; nodes that are shared with other jobs want a lower one.
+# --- 6. `foveal doctor` checks the nodes before every start, in about half a minute; 0 turns it off. A node is bad if its
+#     matrix products are slower than this fraction of the other ranks' median. Lower it for nodes shared with other jobs.
 preflight=${FOVEAL_PREFLIGHT:-1}
 slowest=${FOVEAL_SLOWEST:-0.8}

@@ -47,7 +47,7 @@ class ConfusionMatrixAndLoss:
     def compute(
         self, all_reduce_sum: Callable[[Tensor], Tensor], class_names: Sequence[str], split: str
     ) -> dict[str, float]:
-        """Return ``miou``, ``pixels``, ``loss`` and ``iou_<name>`` over all ranks. Every rank must call it.
+        """Return ``miou``, ``pixel_accuracy``, ``loss`` and ``iou_<name>`` over all ranks. Every rank must call it.
 
         Raises: DataError, on every rank, if no pixel on any rank has a label.
         """
@@ -72,7 +72,7 @@ class ConfusionMatrixAndLoss:
 def compute_segmentation_metrics(
     engine: Engine, run: Run, step: int, *, split: str, subset: SubsetName
 ) -> dict[str, float]:
-    """Return ``miou``, ``pixels`` (pixel accuracy) and ``iou_<class>`` in [0, 1], and ``loss``, after a step.
+    """Return ``miou``, ``pixel_accuracy`` (pixel accuracy) and ``iou_<class>`` in [0, 1], and ``loss``, after a step.
 
     All labelled pixels at data.eval_size count; each image counts once, padding is excluded. Classes that are neither in
     the masks nor predicted have no IoU and are not in the mean. Every rank must call it; rank 0 draws its first images

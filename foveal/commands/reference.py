@@ -32,8 +32,9 @@ is obtained, and may differ at every restart). A setting that is not listed here
 
 _HEADER = "| setting | type | default | range | kind | description |\n|---|---|---|---|---|---|"
 _RULES_INTRODUCTION = """\
-A name alone means that the setting is set: neither null nor empty. Refusals that depend on the data, the weights or the \
-number of ranks are not listed."""
+A name alone means that the setting is set: neither null nor empty; `>` compares the length of a list. \
+The plan (`--check`) refuses more: settings that a task or the engine of an optimizer does not support, and what depends \
+on the data, the weights or the number of ranks."""
 _RULES_HEADER = "| combination | stages | because | remedy |\n|---|---|---|---|"
 _WORDS = {types.NoneType: "null", Any: "anything", bool: "true or false", int: "integer", float: "number", str: "text"}
 _SIGNS = {
@@ -155,9 +156,14 @@ def _render_renames() -> str:
     """Return the chapter on the names of 0.1."""
     about = (
         "Settings, overrides and pipelines with a name of 0.1 are read with one warning up to 0.2 and are an error from "
-        "0.3 on. `foveal config upgrade FILE` rewrites a YAML file. Runs and checkpoints of 0.1 continue as they are."
+        "0.3 on. `foveal config upgrade FILE` rewrites a YAML file. Runs and checkpoints of 0.1 continue as they are. Prefixes of metrics (`val_`, `train_`, `NAME/`) and suffixes (`_mean`) stay."
     )
-    values = {f"{name}={old}": f"{name}={new}" for name, pairs in VALUES.items() for old, new in pairs.items()}
+    old_names = {new: old for old, new in SETTINGS.items()}
+    values = {
+        f"{old_names.get(name, name)}={old}": f"{name}={new}"
+        for name, pairs in VALUES.items()
+        for old, new in pairs.items()
+    }
     tables = [
         f"| {title} of 0.1 | since 0.2 |\n|---|---|\n"
         + "\n".join(f"| `{old}` | `{new}` |" for old, new in rows.items())

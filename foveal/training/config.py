@@ -32,7 +32,11 @@ class LogConfig(Config):
     """Intervals of logging, images and profiler traces."""
 
     every: int = machine(20, "Steps between two writes of metrics; each write has a row for every step.", ge=1)
-    images_every: int = machine(0, "Steps between saved images; 0: only at the end of the run.", ge=0)
+    images_every: int = machine(
+        0,
+        "Pretraining: steps between saved reconstructions; 0: only at the end of the run. Other stages ignore it.",
+        ge=0,
+    )
     profile_steps: tuple[int, int] | None = machine(
         None, "[first, last] step, counted from 1, that rank 0 profiles into RUN/profile/. null: no trace."
     )
@@ -97,7 +101,7 @@ class StageConfig(Config):
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate_every: int = machine(
-        0, "Steps between evaluations on data.val, of which the last step has one too; 0: no evaluation.", ge=0
+        0, "Steps between evaluations on data.val; the last step is evaluated too. 0: no evaluation.", ge=0
     )
     log: LogConfig = LogConfig()
     recovery: RecoveryConfig = RecoveryConfig()
