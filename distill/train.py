@@ -113,7 +113,7 @@ def _open_teacher_cache(plan: DistillPlan, teacher: Teacher, device: torch.devic
     # Caches of earlier versions stay in use.
     science = restore_names(cfg.without_neutral(cfg.science_settings()))
     key_fields: dict[str, Any] = {name: value for name, value in science.items() if name.startswith(_TARGET_SETTINGS)}
-    key_fields |= plan.inherited_science
+    key_fields |= {name: value for name, value in plan.inherited_science.items() if name != "inherited.fork"}
     key_fields |= {
         "lesson": asdict(plan.target),
         "precision": cfg.engine.precision,

@@ -178,6 +178,7 @@ class FinetuneConfig(StageConfig):
     )
     probe: ProbeConfig | None = science(None, "Probe the frozen encoder's features; null: train the encoder.")
 
+    evaluates_knn = False
     rules = (
         *StageConfig.rules,
         excludes(

@@ -104,7 +104,8 @@ def _should_stop_early(plan: FinetunePlan, run: Run) -> bool:
     early, metric = plan.cfg.early_stopping, plan.selection_metric
     if early is None or early.patience is None or metric is None or not run.rollback.last_update_applied:
         return False
-    return is_patience_exhausted(run.evaluations, metric, early.patience)
+    start = plan.fork.start_step if plan.fork is not None else 0  # the source's patience may be exhausted
+    return is_patience_exhausted(run.evaluations, metric, early.patience, start)
 
 
 def _finish_with_best(metric: Metric, run: Run) -> None:

@@ -20,7 +20,7 @@ def prepare_demo_args() -> list[str]:
     """Pack the digits data set if missing and return the demo's command line, with the demo's encoder if it exists."""
     root = Path(__file__).resolve().parents[1]
     digits, encoder = Path("data/digits"), Path("runs/demo/pretrain/export")
-    if read_launch_env().rank == 0:
+    if read_launch_env().rank == 0 and not (digits / "manifest.json").exists():  # packing imports torch
         from foveal.data.pack import pack_digits
 
         pack_digits(digits)

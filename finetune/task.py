@@ -5,7 +5,7 @@ No other module distinguishes tasks: a new one is a subclass of ``Task`` and a l
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -15,9 +15,11 @@ from foveal.data.dataset import Dataset
 from foveal.data.image.targets import LabelReader
 from foveal.data.sampling.subset import SubsetName
 from foveal.engines.base import Engine
+from foveal.errors import ConfigError
 from foveal.models.backbone import BackboneCard, build_meta_backbone, has_batch_norm, parse_encoder_card
 from foveal.models.config import Pooling
 from foveal.training.evaluations import Metric
+from foveal.training.lineage import Fork
 from foveal.training.loop import TrainingSetup
 from foveal.training.plan import Plan
 from foveal.training.run import Run
@@ -67,6 +69,19 @@ class FinetunePlan(Plan):
         if folds is not None:
             return folds.count * folds.repeats
         return 1 if trials is None else len(trials.arms) * len(trials.lr_per_256) * trials.repeats
+
+    def with_fork(self, fork: Fork) -> Self:
+        """Return the plan of a fork. Raises: ConfigError if its pixel statistics are not the teacher's."""
+        plan = super().with_fork(fork)
+        if self.teacher is not None and (self.teacher.card.mean, self.teacher.card.std) != (plan.mean, plan.std):
+            raise ConfigError(
+                f"run.fork={fork.setting} and teacher exclude each other: their pixel statistics differ; set data.mean "
+                f"and data.std to the teacher's"
+            )
+        return plan
+
+    def _validation_lines(self) -> list[str]:
+        return [] if self.cfg.cross_validation is not None else super()._validation_lines()
 
     @property
     def backbone(self) -> BackboneCard | None:

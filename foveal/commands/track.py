@@ -54,7 +54,7 @@ def _read_tracking_config(run: Path, uri: str | None) -> tuple[dict[str, Any], T
     file = run / "config.yaml"
     if not file.exists():
         raise CheckpointError(f"{run} is no run directory (it has no config.yaml)")
-    tree = translate_settings(read_yaml(file), TrackingConfig.model_fields)[0]
+    tree = translate_settings(read_yaml(file))[0]
     tracking = tree.get("tracking", {}) | ({} if uri is None else {"uri": uri})
     cfg = TrackingConfig.from_dict(tracking, "--uri" if uri else str(file))
     if cfg.uri is None:

@@ -122,7 +122,7 @@ class DeepSpeedEngine:
         if cfg.zero == 3:
             # ZeRO 3 gathers a parameter that a module reads from its child in a hook of the module that read it first;
             # compiled code omits the hook, and in a forward for features alone another module reads it.
-            for parameter in cast(Any, model).external_parameters():
+            for parameter in getattr(model, "external_parameters", list)():
                 deepspeed.zero.register_external_parameter(model, parameter)
         self.device = world.device
         self._cfg = cfg

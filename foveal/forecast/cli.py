@@ -57,7 +57,6 @@ def plan_command(
 ) -> None:
     """Forecast memory, time and traffic of CONFIG on a cluster, without a GPU. Exit code 2 if it cannot run."""
     from foveal.training.cli import load_config
-    from foveal.training.run_directory import preview_fork
 
     planned_stage = import_stage(resolve_stage_name(config, stage))
     cfg = load_config(planned_stage.config_class, planned_stage.name, config, overrides or [])
@@ -65,6 +64,7 @@ def plan_command(
     from foveal.forecast.gpu_specs import find_gpu_spec
     from foveal.forecast.problems import find_problems
     from foveal.forecast.report import forecast_to_dict, format_forecast
+    from foveal.training.run_directory import preview_fork
 
     gpu_spec = None if gpu is None else find_gpu_spec(gpu)
     tflops = peak_tflops or (gpu_spec.peak_tflops(cfg.engine) if gpu_spec else None)

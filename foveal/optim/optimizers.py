@@ -1,7 +1,7 @@
 """The table of optimizers, and what is built from it: parameter groups, optimizers, moments.
 
 Engines, checkpoints and the forecast know of an optimizer what its row in ``OPTIMIZERS`` says. A further optimizer is a
-class here (or in a module of its own), a row, and a value of ``OptimConfig.kind``.
+class here (or in a module of its own), a row, and a value of ``OptimConfig.name``.
 """
 
 from collections.abc import Callable, Collection, Mapping

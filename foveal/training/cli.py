@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from foveal.distributed.launcher import LaunchEnv, read_launch_env
@@ -108,8 +109,9 @@ def _warn_on_rank0(text: str) -> None:
 def _exit_process(code: int) -> NoReturn:
     """Exit without the interpreter's finalization, which sometimes aborts (code 134) after gloo's threads have run."""
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it
+            stream.flush()
     os._exit(code)
 
 

@@ -142,6 +142,8 @@ class StageConfig(Config):
             raise ValueError(refusal)
         return self
 
+    evaluates_knn: ClassVar[bool] = True  # evaluations compare features by the classes of the index
+
     @property
     def export_subfolders(self) -> tuple[str, ...]:
         """The names of the exports, subfolders of export/; the empty name is export/ itself."""

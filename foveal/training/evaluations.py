@@ -34,9 +34,12 @@ def find_best_step(evaluations: Evaluations, metric: Metric) -> int:
     return max(sort_keys, key=sort_keys.__getitem__)
 
 
-def is_patience_exhausted(evaluations: Evaluations, metric: Metric, patience: int) -> bool:
-    """Return whether at least ``patience`` evaluations follow the best one."""
-    return bool(evaluations) and sum(step > find_best_step(evaluations, metric) for step in evaluations) >= patience
+def is_patience_exhausted(evaluations: Evaluations, metric: Metric, patience: int, after_step: int = 0) -> bool:
+    """Return whether at least ``patience`` evaluations follow the best one and ``after_step``, the start of a fork."""
+    if not evaluations:
+        return False
+    since = max(find_best_step(evaluations, metric), after_step)
+    return sum(step > since for step in evaluations) >= patience
 
 
 def _sort_key(value: float, metric: Metric) -> float:

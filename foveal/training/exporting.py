@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from foveal.atomic import atomic_folder
+from foveal.atomic import atomic_folder, read_json, write_json
 from foveal.distributed.world import World
 from foveal.engines.base import Engine
 from foveal.errors import CheckpointError, ExportError
@@ -108,6 +108,9 @@ class Exporter:
             )
         with _as_export_error(folder), atomic_folder(folder) as draft:
             shutil.copytree(best, draft, dirs_exist_ok=True)
+            if self._plan.fork is not None:  # the best weights may be the source's
+                card = read_json(draft / "card.json")
+                write_json(draft / "card.json", card | {"science": card["science"] | self._plan.fork.card_facts()})
         return folder
 
 

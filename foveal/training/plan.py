@@ -13,7 +13,7 @@ from foveal.data.image.decode import jpeg_decoder_and_version
 from foveal.data.image.targets import LabelReader
 from foveal.data.sampling.order import rank_slot_range
 from foveal.data.sampling.sources import TrainingSet, build_training_set, collect_mix_digests
-from foveal.data.sampling.subset import eval_split
+from foveal.data.sampling.subset import eval_split, select_subset
 from foveal.engines.build import check_engine_config
 from foveal.errors import ConfigError, DataError, ExportError
 from foveal.optim.schedule import count_plateau_drops, step_decay_lr, warmup_constant_lr, warmup_cosine_lr
@@ -168,8 +168,11 @@ class Plan:
         """Return a line if the run is evaluated while it trains."""
         if not self.cfg.evaluate_every:
             return []
-        split = eval_split(self.cfg.data).split
-        images = f"{self.dataset.num_samples(split):,} images of {split}"
+        evaluated = eval_split(self.cfg.data)
+        subset = select_subset(
+            self.dataset, self.cfg.data, split=evaluated.split, subset=evaluated.subset, seed=self.cfg.seed
+        )
+        images = f"{len(subset):,} images of {evaluated.split}"
         return [f"evaluate  every {self.cfg.evaluate_every} steps and at the end: {images}"]
 
     def _resize_lines(self) -> list[str]:
@@ -275,7 +278,7 @@ def _check_evaluation_data(cfg: StageConfig, dataset: Dataset) -> None:
         dataset.num_samples(split)
     except DataError as error:
         raise ConfigError(f"evaluate_every={cfg.evaluate_every} needs images to evaluate on: {error}") from None
-    if dataset.classes:
+    if dataset.classes and cfg.evaluates_knn:
         for labelled_split in (cfg.data.train, split):
             dataset.labels(labelled_split)
 

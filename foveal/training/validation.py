@@ -49,8 +49,8 @@ def evaluate_encoders(
 
     Every image of the split counts once, on any number of ranks. Names have the prefix ``val_`` or ``fold_``, and k-NN
     of a named encoder is ``val_<name>/knn_top1``. There is no k-NN without ``encoder_names``, or if the images of the
-    bank or of the split have no labels. ``engine.model(images, features_only=True)`` returns the features [B, F] of every encoder. Every rank calls
-    it. Raises: DataError, on every rank, as ``Run.evaluation_batches``.
+    bank or of the split have no labels. ``engine.model(images, features_only=True)`` returns the features [B, F] of
+    every encoder. Every rank calls it. Raises: DataError, on every rank, as ``Run.evaluation_batches``.
     """
     evaluated = eval_split(run.plan.cfg.data)
     with engine.eval_mode():

@@ -259,6 +259,19 @@ def test_evaluations_cross_with_the_weights_of_the_best(configs, one_rank, tmp_p
             assert kept[-1] in [folder.name for folder in (fork / "kept").iterdir()]
 
 
+def test_a_fork_of_a_run_that_stopped_early_trains_and_its_card_names_both(configs, one_rank, tmp_path) -> None:
+    stage, run, fork = stage_named("finetune"), tmp_path / "run", tmp_path / "fork"
+    words = (*PLAIN, "evaluate_every=2", "data.holdout_per_class=4", "checkpoint.every=2", "epochs=3")
+    stop = "early_stopping={metric: holdout_top1, patience: 1}"
+    one_rank.train(stage, configs["finetune"], run, *words, stop, "optim.lr_per_256=1e-9")
+    stopped = json.loads((run / "export/card.json").read_text())["step"]
+    rows = one_rank.train(stage, configs["finetune"], fork, *words, stop, "optim.lr_per_256=1e-8", f"run.fork={run}")
+    assert [row["step"] for row in rows if "loss" in row], "patience begins anew"
+    card = json.loads((fork / "export/card.json").read_text())
+    assert card["step"] == stopped, "the source's best is the fork's"
+    assert card["science"]["inherited.fork.run"] == str(run)
+
+
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [

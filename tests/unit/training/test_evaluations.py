@@ -45,6 +45,11 @@ def test_it_is_over_when_the_best_is_so_many_evaluations_old() -> None:
     assert exhausted == [False, False, False, False, False, True]
     assert is_patience_exhausted(scores(0.5, 0.4), TOP1, 1)
     assert is_patience_exhausted(scores(math.nan, math.nan), TOP1, 1)
+    source, last = scores(0.5, 0.4, 0.3), max(scores(0.5, 0.4, 0.3))
+    assert is_patience_exhausted(source, TOP1, 2)
+    assert not is_patience_exhausted(source, TOP1, 2, last), "a fork counts its own evaluations"
+    assert not is_patience_exhausted(source | {last + 1: {TOP1.name: 0.2}}, TOP1, 2, last)
+    assert is_patience_exhausted(source | {last + n: {TOP1.name: 0.2} for n in (1, 2)}, TOP1, 2, last)
 
 
 def test_the_order_is_that_of_the_steps_and_later_ones_can_be_left_out() -> None:

@@ -253,6 +253,14 @@ def test_what_cannot_be_cross_validated_is_refused(
     assert "\n" not in str(error.value)
 
 
+def test_evaluations_of_folds_need_no_split_of_their_own(digits: Path, tmp_path: Path) -> None:
+    cfg = settings(digits, tmp_path / "run", evaluate_every=3)
+    tree = cfg.to_dict()
+    tree["data"]["val"] = "nowhere"
+    lines = plan_finetuning(FinetuneConfig.from_dict(tree, "here"), 1).summary_lines()
+    assert not [line for line in lines if line.startswith("evaluate")]
+
+
 def test_arrays_that_cannot_share_the_folds_are_refused(
     digits: Path, tmp_path: Path, become_task: Callable[..., None]
 ) -> None:
