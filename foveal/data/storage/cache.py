@@ -1,9 +1,8 @@
 """Node-local copies of remote files, shared by ranks and jobs; coordinated by the kernel's file locks alone.
 
 A download is written to `<name>.part` under a lock on that file, verified, and renamed: a file with its final name is
-complete. A part file is first extended to its final size, so that the sizes in the folder are the reserved disk space;
-its modification time shows waiting processes that the download progresses. A process that dies releases its locks, and
-the next process starts the download anew.
+complete. A part file is first extended to its final size: the sizes in the folder are the reserved disk space. Its
+modification time shows waiting processes the progress. The locks of a process that dies are free; the next one starts anew.
 """
 
 import contextlib
@@ -103,6 +102,11 @@ class DownloadCache:
     def download_counter(self) -> int:
         """Return a counter that grows while bytes arrive, in this process or in one that it waits for."""
         return self._progress
+
+    def mark_used(self, file: RemoteFile) -> None:
+        """Mark the copy of a file, if there is one, as just used, so that others are evicted first."""
+        if (existing := _open_existing(self.folder / file.cache_name, file.size)) is not None:
+            os.close(existing)
 
     def discard_copy(self, file: RemoteFile) -> None:
         """Remove a damaged copy; the next ``open_file`` downloads it again."""

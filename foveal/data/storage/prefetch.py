@@ -26,6 +26,8 @@ class Prefetcher:
         self._request_time = 0.0
         self._queue: collections.deque[RemoteFile] = collections.deque()
         self._in_progress: set[RemoteFile] = set()
+        self._unmarked: list[RemoteFile] = []
+        self._marking = threading.Lock()
         self._threads = 0
 
     def replace_requests(self, files: Sequence[RemoteFile]) -> None:
@@ -40,9 +42,18 @@ class Prefetcher:
                 return
             self._request, self._request_time = files, time.monotonic()
             self._queue = collections.deque(file for file in files if file not in self._in_progress)
+            self._unmarked = list(files)
             for _ in range(min(_MAX_THREADS, len(self._queue)) - self._threads):
                 self._threads += 1
                 threading.Thread(target=self._work, name="foveal-prefetch", daemon=True).start()
+
+    def _mark_existing_copies(self) -> None:
+        """Mark the copies of a new request, before a download of this request by any thread evicts one of them."""
+        with self._marking:
+            with self._lock:
+                files, self._unmarked = self._unmarked, []
+            for file in files:
+                self._cache.mark_used(file)
 
     def _limit_to_cache(self, files: Sequence[RemoteFile]) -> list[RemoteFile]:
         fitting, total = [], 0
@@ -55,6 +66,7 @@ class Prefetcher:
 
     def _work(self) -> None:
         while True:
+            self._mark_existing_copies()
             with self._lock:
                 if not self._queue:
                     self._threads -= 1
