@@ -2,7 +2,7 @@
 
 A download is written to `<name>.part` under a lock on that file, verified, and renamed: a file with its final name is
 complete. A part file is first extended to its final size: the sizes in the folder are the reserved disk space. Its
-modification time shows waiting processes the progress. The locks of a process that dies are free; the next one starts anew.
+modification time shows waiting processes the progress. A dead process holds no lock; the next one starts anew.
 """
 
 import contextlib
