@@ -90,7 +90,7 @@ class MLflowRun:
         params = {name: redact(str(value))[:_MAX_PARAM_LENGTH] for name, value in settings.items()}
         new_params = [Param(name, value) for name, value in params.items() if name not in stored_params]
         for at in range(0, len(new_params), _MAX_PARAMS):
-            self._client.log_batch(self.run_id, params=new_params[at : at + _MAX_PARAMS], synchronous=True)
+            self._log_params(new_params[at : at + _MAX_PARAMS])
         tags = {name: redact(value) for name, value in tags.items()}
         # A setting that differs from its param, or once did and was set back.
         changed = {
@@ -106,6 +106,15 @@ class MLflowRun:
             self._client.log_batch(self.run_id, tags=new_tags[at : at + _MAX_PARAMS], synchronous=True)
         for run_id in filter(None, (self._parent_id, self.run_id)):
             self._set_status(run_id, _STATUS.get(tags["state"], "FAILED"))
+
+    def _log_params(self, params: Sequence[Param]) -> None:
+        """Log params; a request that was believed lost may log them at the same time, and the server then refuses."""
+        try:
+            self._client.log_batch(self.run_id, params=params, synchronous=True)
+        except MlflowException:
+            stored = self._client.get_run(self.run_id).data.params
+            if any(stored.get(param.key) != param.value for param in params):
+                raise
 
     def _set_status(self, run_id: str, status: str) -> None:
         if self._client.get_run(run_id).info.status != status:

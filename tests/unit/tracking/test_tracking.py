@@ -6,9 +6,11 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow.entities import ViewType
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from points import Numbers, in_jsonl, in_mlflow, row, run_id
@@ -200,6 +202,27 @@ def test_a_resumed_attempt_is_the_same_run(uri: str, client: MlflowClient, tmp_p
     third = client.get_run(run_id(run))
     assert third.data.tags["changed.data.mean"] == "[0.5]"
     assert (third.info.status, third.data.tags["why_stopped"]) == ("FAILED", "a lost rank")
+
+
+def test_params_that_a_lost_request_logs_at_the_same_time(
+    uri: str, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, cfg = tmp_path / "run", TrackingConfig(uri=uri, experiment="twice")
+    use(open_tracker(run, cfg, None, 0)[0], 1, 2, "saved-and-left")
+    store, log_batch, arrives = MLflowRun(cfg, run, None, ""), MlflowClient.log_batch, True
+
+    def refuse(self: MlflowClient, run_id: str, **batch: Any) -> None:
+        if arrives:
+            log_batch(self, run_id, **batch)
+        if batch.get("params"):
+            raise MlflowException("UNIQUE constraint failed: params.key")
+
+    monkeypatch.setattr(MlflowClient, "log_batch", refuse)
+    store.set_params_tags_status({"epochs": 3}, {"state": "running"})
+    assert client.get_run(run_id(run)).data.params["epochs"] == "3"
+    arrives = False
+    with pytest.raises(MlflowException, match="UNIQUE"):
+        store.set_params_tags_status({"seed": 1}, {"state": "running"})
 
 
 def test_more_settings_and_rows_than_one_request_takes(uri: str, client: MlflowClient, tmp_path: Path) -> None:
