@@ -199,9 +199,9 @@ def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str], sections: C
     new_names: set[str] = set()
     for override in overrides:
         name, value = _parse_override(override)
-        assignments, found = translate_override(name, value, sections)
-        renamed |= found
-        new_names |= set() if found else {name}
+        assignments, override_renames = translate_override(name, value, sections)
+        renamed |= override_renames
+        new_names |= set() if override_renames else {name}
         for new_name, new_value in assignments:
             set_by_dotted_key(tree, new_name, new_value)
     if twice := [old for old, new in renamed.items() if new in new_names]:

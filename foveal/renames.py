@@ -88,12 +88,12 @@ Path = tuple[str | int, ...]
 def translate_settings(
     tree: dict[str, Any], sections: Container[str] | None = None
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return nested settings under their new names, and the new by the old names that were found.
+    """Return nested settings under their new names, and the new by the old names in use.
 
     ``sections``: the first parts of the names that the stage has; None: of an unknown stage. Raises: ConfigError for a
     setting under both names, or one that this stage never had a use for.
     """
-    translated, found = copy.deepcopy(tree), {}
+    translated, renamed = copy.deepcopy(tree), {}
     for path, value in list(_iter_leaves(tree)):
         new_path = _rename_path(path)
         new_value = _translate_value(new_path, value)
@@ -109,23 +109,23 @@ def translate_settings(
                 raise ConfigError(
                     f"{old}={value} is for fine-tuning; this stage learns from no such label: leave it out"
                 )
-            found[old] = "no setting of this stage"
+            renamed[old] = "no setting of this stage"
             continue
-        found[old if new_path != path else f"{old}={value}"] = new if new_path != path else f"{new}={new_value}"
+        renamed[old if new_path != path else f"{old}={value}"] = new if new_path != path else f"{new}={new_value}"
         _set(translated, new_path, new_value)
-    return translated, found
+    return translated, renamed
 
 
 def translate_override(name: str, value: Any, sections: Container[str]) -> tuple[list[tuple[str, Any]], dict[str, str]]:
-    """Return the assignments (dotted name, value) that one means under new names, and what ``translate_settings`` found.
+    """Return the assignments (dotted name, value) that one means under new names, and the renames in use.
 
     A section's inner settings are one assignment, like the section, but for those that are in another section now.
     """
     nested = value
     for part in reversed(name.split(".")):
         nested = {part: nested}
-    translated, found = translate_settings(nested, sections)
-    if not found:
+    translated, renamed = translate_settings(nested, sections)
+    if not renamed:
         return [(name, value)], {}
     new_name = translate_setting(name, None)[0]
     outside = [(key, inner) for key, inner in flatten(translated) if not f"{key}.".startswith(f"{new_name}.")]
@@ -133,9 +133,9 @@ def translate_override(name: str, value: Any, sections: Container[str]) -> tuple
     kept: Any = translated
     for part in new_name.split("."):
         if not isinstance(kept, dict) or part not in kept:
-            return moved, found
+            return moved, renamed
         kept = kept[part]
-    return [(new_name, kept), *moved], found
+    return [(new_name, kept), *moved], renamed
 
 
 def translate_setting(name: str, value: Any) -> tuple[str, Any]:
@@ -173,10 +173,16 @@ def translate_metrics(row: Mapping[str, Any]) -> dict[str, Any]:
     return {translate_metric(name): value for name, value in row.items()}
 
 
-def describe_renames(source: str, found: Mapping[str, str]) -> str:
+def list_renames(renamed: Mapping[str, str]) -> str:
+    """Return the new name of each old one, as words of a sentence."""
+    return ", ".join(f"{old} is now {new}" for old, new in renamed.items())
+
+
+def describe_renames(source: str, renamed: Mapping[str, str]) -> str:
     """Return the sentence for a user whose settings have old names. Raises: ConfigError with it, from 0.3 on."""
-    listed = ", ".join(f"{old} is now {new}" for old, new in found.items())
-    sentence = f"{source}: names of foveal 0.1: {listed}; `foveal config upgrade FILE` rewrites a YAML file"
+    sentence = (
+        f"{source}: names of foveal 0.1: {list_renames(renamed)}; `foveal config upgrade FILE` rewrites a YAML file"
+    )
     if tuple(map(int, __version__.split(".")[:2])) > _LAST_VERSION_WITH_OLD_NAMES:
         raise ConfigError(sentence)
     return sentence

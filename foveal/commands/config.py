@@ -12,7 +12,7 @@ import yaml
 from foveal.atomic import draft_path
 from foveal.config import set_by_dotted_key
 from foveal.errors import ConfigError
-from foveal.renames import DROPPED, translate_setting, translate_settings
+from foveal.renames import DROPPED, list_renames, translate_setting, translate_settings
 from foveal.strict_yaml import parse_yaml, read_yaml
 
 _PIPELINE_SETTINGS = ("set", "from")  # keys of a pipeline's stage whose values are settings by dotted name
@@ -33,16 +33,15 @@ def upgrade(file: Annotated[Path, typer.Argument(help="A stage's settings, or a 
     line_end = "\r\n" if "\r\n" in text else "\n"
     old_text = text.replace("\r\n", "\n")
     try:
-        wanted, found = _translate_document(tree)
+        wanted, all_renames = _translate_document(tree)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
-    if not found:
+    if not all_renames:
         typer.echo(f"{file}: no name of 0.1 is left")
         return
     upgraded = upgrade_text(old_text)
     if upgraded.count("#") < old_text.count("#") or _parse_or_none(upgraded) != wanted:
-        listed = ", ".join(f"{old} is now {new}" for old, new in found.items())
-        raise ConfigError(f"{file}: its layout cannot be kept; change it by hand: {listed}")
+        raise ConfigError(f"{file}: its layout cannot be kept; change it by hand: {list_renames(all_renames)}")
     draft = draft_path(file)
     try:
         draft.write_bytes(upgraded.replace("\n", line_end).encode())
@@ -185,20 +184,20 @@ def _inner_mappings(value: yaml.Node) -> Iterator[tuple[tuple[str, ...], yaml.Ma
 
 
 def _translate_document(document: Any) -> tuple[Any, dict[str, str]]:
-    """Return a config or a pipeline with nested settings under their new names, and what was found of 0.1."""
-    found: dict[str, str] = {}
+    """Return a config or a pipeline with nested settings under their new names, and its renames."""
+    all_renames: dict[str, str] = {}
 
     def translate(tree: dict[str, Any]) -> dict[str, Any]:
         translated, renamed = translate_settings(tree)
-        found.update(renamed)
+        all_renames.update(renamed)
         for name, value in DROPPED.items():
             if name in renamed.values() and translated.get(name) == value:
                 del translated[name]
         return translated
 
     if isinstance(document, dict):
-        return translate(document), found
-    return [_with_settings(element, translate) for element in _nest_document(document)], found
+        return translate(document), all_renames
+    return [_with_settings(element, translate) for element in _nest_document(document)], all_renames
 
 
 def _parse_or_none(text: str) -> Any:
