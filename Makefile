@@ -4,6 +4,9 @@
 # make test-rest       the tests that are marked thorough
 # make test-all        both, at most 30 minutes; make test-all PYTEST=tests/chaos
 # make test-durations  both, and what each file took into tests/durations.json
+# make gpu     what a machine with one, two or eight GPUs runs first, the most important first; what it skips, and why
+#              make gpu MINUTES=20          ten minutes otherwise
+#              make gpu PYTEST=--on-cpus    the tests themselves, without a GPU
 # make ui      MLflow's page on what was run  make ui PORT=5001
 # make check   lint, format, types, make test
 # make chaos   disturb a run on a real Slurm with every kind of fault, and compare it with one left alone: half an hour
@@ -18,7 +21,7 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-rest test-all test-durations ui check chaos docs clean interpreter
+.PHONY: help demo test test-rest test-all test-durations gpu ui check chaos docs clean interpreter
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,6 +29,8 @@ PORT := 5000
 PYTEST :=
 # Processes that share the tests: many of them wait for a Slurm, a server or a timeout.
 WORKERS := 2
+# After so many minutes make gpu ends, with what it has seen.
+MINUTES := 10
 CHAOS :=
 NEEDS := pyproject.toml constraints.txt $(VENV)/.made
 # ninja, accelerate and torchrun must be found as in an activated environment.
@@ -45,6 +50,12 @@ test-rest: TIER := -m thorough
 test-durations: TIER := --write-durations
 test test-rest test-all test-durations: $(VENV)/.installed-test
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q --durations=10 -n $(WORKERS) $(TIER) $(PYTEST)
+
+# Also the files of other folders with a test for a GPU. One process: two would share the GPUs.
+gpu: $(VENV)/.installed-test
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} timeout --foreground --signal=INT --kill-after=60s $(MINUTES)m \
+		$(BIN)/python -m pytest -v -rs --durations=10 -p no:xdist -m gpu tests/gpu \
+		$$(grep -rl --include='test_*.py' 'pytest\.mark\.gpu' tests | grep -v '^tests/gpu/' | sort || true) $(PYTEST)
 
 ui: $(VENV)/.installed
 	@[ -f runs/mlflow.db ] || { echo "make ui: nothing was run yet (no runs/mlflow.db); run make demo first" >&2; exit 2; }

@@ -88,6 +88,7 @@ class Bench:
             "microbatch_size": plan.microbatch_size,
             "start_step": 0,
             "stop_step": batches,
+            "mean": plan.mean,
         }
         with train_batches(plan.training_set, plan.cfg.data, **place) as made:
             next(made)

@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
-from foveal.checkpoint.chunks import load_chunks
+from foveal.checkpoint.chunk_index import load_chunks
 from foveal.data.batch import Batch
 from foveal.distributed.world import World
 from foveal.engines.plain import PlainEngine

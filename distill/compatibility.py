@@ -7,7 +7,13 @@ from typing import Any
 import torch
 
 from distill.config import DistillConfig
-from distill.target import BLOCK_METHODS, CLASS_METHODS, TeacherTarget
+from distill.target import (
+    BLOCK_METHODS,
+    CLASS_METHODS,
+    TeacherTarget,
+    default_student_block,
+    default_teacher_block,
+)
 from foveal.data.sampling.sources import SampleSource
 from foveal.errors import ConfigError, DataError, ExportError
 from foveal.models.backbone import (
@@ -15,7 +21,6 @@ from foveal.models.backbone import (
     backbone_card,
     build_backbone,
     build_meta_backbone,
-    check_resizable,
     has_batch_norm,
     has_distillation_token,
     infer_pooled_map_shapes,
@@ -25,11 +30,10 @@ from foveal.models.backbone import (
 )
 from foveal.models.config import ResolvedVitConfig, VitConfig
 from foveal.models.patches import count_visible
+from foveal.models.resizable import check_resizable
 from foveal.models.timm_vit import explain_no_fused_qkv
 from foveal.models.vit import EncoderCard, encoder_card, resolve_sizes, resolve_sizes_for_image
 from foveal.weights.export import Card
-
-_DEFAULT_DEPTH_FRACTION = 0.75  # of the depth: the best layer in DMAE and TinyMIM
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,11 @@ class StudentSpec:
         return f": {self.model.name} of width {self.model.width} and depth {self.model.depth}{blocks}"
 
 
-def build_teacher_spec(cfg: DistillConfig, card: Card) -> TeacherSpec:
-    """Return the teacher of this card with the target it computes. Raises: ConfigError, ExportError."""
+def build_teacher_spec(cfg: DistillConfig, card: Card, student_models: Sequence[VitConfig] = ()) -> TeacherSpec:
+    """Return the teacher of this card with the target it computes.
+
+    ``student_models`` are the students that are encoders. Raises: ConfigError, ExportError.
+    """
     path = cfg.teacher
     model_card = parse_encoder_card(card.encoder, f"{path}/card.json")
     if model_card.channels != cfg.data.channels:
@@ -109,7 +116,7 @@ def build_teacher_spec(cfg: DistillConfig, card: Card) -> TeacherSpec:
         )
     return TeacherSpec(
         path=path,
-        target=_build_target(cfg, encoder),
+        target=_build_target(cfg, encoder, student_models),
         feature_shape=_card_feature_shape(cfg, model_card) if cfg.method == "features" else None,
         encoder=encoder,
         # Foreign weights may have no class names.
@@ -149,11 +156,16 @@ def build_student_spec(
     return StudentSpec(name, sizes, None, shape, _resolve_student_blocks(cfg, teacher, sizes, prefix), card)
 
 
-def _build_target(cfg: DistillConfig, encoder: EncoderCard | None) -> TeacherTarget:
+def _build_target(
+    cfg: DistillConfig, encoder: EncoderCard | None, student_models: Sequence[VitConfig]
+) -> TeacherTarget:
     if cfg.method not in BLOCK_METHODS:
         return TeacherTarget(cfg.method, patches=cfg.patch_weight > 0)
     assert encoder is not None
-    blocks = tuple(pair[0] for pair in cfg.layers) or (max(1, round(_DEFAULT_DEPTH_FRACTION * encoder.depth)),)
+    blocks = tuple(pair[0] for pair in cfg.layers)
+    if not blocks:
+        depths = [resolve_sizes(model).depth for model in student_models]
+        blocks = (default_teacher_block(cfg.method, encoder.depth, depths, cfg.layers_version),)
     if cfg.method == "layers":
         rows, columns = encoder.patch_grid(cfg.data.image_size)
         count_visible(rows * columns, cfg.mask_ratio)  # raises for an unusable ratio
@@ -169,8 +181,7 @@ def _resolve_student_blocks(
     if cfg.method not in BLOCK_METHODS:
         return ()
     assert teacher.encoder is not None
-    default = student.depth if cfg.method == "relations" else max(1, round(_DEFAULT_DEPTH_FRACTION * student.depth))
-    blocks = tuple(pair[1] for pair in cfg.layers) or (default,)
+    blocks = tuple(pair[1] for pair in cfg.layers) or (default_student_block(cfg.method, student.depth),)
     for teacher_block, student_block in zip(teacher.target.blocks, blocks, strict=True):
         if not 1 <= teacher_block <= teacher.encoder.depth or not 1 <= student_block <= student.depth:
             raise ConfigError(
@@ -263,7 +274,7 @@ def _check_labels(cfg: DistillConfig, classes: tuple[str, ...], sources: Sequenc
     if all(source.dataset.classes is None for source in sources):
         alternative = "" if cfg.method == "token" else ", or set label_weight=0"
         raise ConfigError(
-            f"{weight}, but the samples of {folder} have no classes; index shards that hold .cls members{alternative}"
+            f"{weight}, but the samples of {folder} have no classes; pack or index them with labels{alternative}"
         )
     highest = [int(source.dataset.labels(source.split).max()) for source in sources]
     if max(highest) < 0:
@@ -284,7 +295,8 @@ def _check_same_classes(
     if mismatch is not None:
         raise ConfigError(
             f"class {mismatch} is '{teacher_classes[mismatch]}' for the teacher {teacher} and "
-            f"'{data_classes[mismatch]}' in {folder}; names and order must be equal"
+            f"'{data_classes[mismatch]}' in {folder}; names and order must be equal (weights of others name their classes "
+            f"in config.json: label_names, id2label)"
         )
     if len(teacher_classes) != len(data_classes):
         raise ConfigError(

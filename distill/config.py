@@ -1,5 +1,7 @@
 """Settings of distillation."""
 
+from typing import Any, Literal, Self
+
 from distill.target import Distance, DistillMethod
 from foveal.config import Config, machine, science
 from foveal.models.config import DecoderConfig, Pooling, VitConfig
@@ -46,14 +48,29 @@ class DistillConfig(StageConfig):
         "value-value relations, TinyMIM), logits (soft labels), token (hard labels for a distillation token, DeiT).",
     )
     distance: Distance = science(
-        "cosine", "Distance between student and teacher tokens, for features and layers (DMAE: l1)."
+        "cosine",
+        "Distance between student and teacher tokens, for features and layers; unit_l1: L1 of unit vectors (DMAE).",
     )
     cls_weight: float = science(1.0, "Weight of the class token's distance, for features.", ge=0)
     patch_weight: float = science(1.0, "Weight of the patches' mean distance, for features.", ge=0)
     layers: tuple[tuple[int, int], ...] = science(
         (),
-        "Pairs [teacher block, student block], counted from 1, for layers and relations; empty: at 3/4 of the depth, "
-        "for relations with the student's last block.",
+        "Pairs [teacher block, student block], counted from 1, for layers and relations; empty: at 3/4 of both depths; "
+        "for relations with the student's last block, and of a teacher as deep as the student the last block too.",
+    )
+    layers_version: Literal[1, 2] = science(
+        2,
+        "Version of the pair of empty layers; 1: that of runs before 0.2, in which relations of a teacher as deep as "
+        "the student were those of its block at 3/4 of the depth.",
+        since="0.2",
+        neutral=1,
+    )
+    layer_loss: Literal["mean", "dmae"] = science(
+        "mean",
+        "Loss of layers: mean of the pairs' distances; or as DMAE published it, their sum, with distance=unit_l1 and "
+        "norm_pix=false as defaults.",
+        since="0.2",
+        neutral="mean",
     )
     mask_ratio: float = science(0.75, "Fraction of patches masked for teacher and student, for layers.", gt=0, lt=1)
     pixel_weight: float = science(1.0, "Weight of the student's pixel reconstruction, for layers; 0: no decoder.", ge=0)
@@ -66,6 +83,8 @@ class DistillConfig(StageConfig):
     pooling: Pooling = science("avg", "Input of the encoder's head, for logits: mean of the patches, or class token.")
     teacher_cache: TeacherCacheConfig = TeacherCacheConfig()
 
+    alternatives = ("model", "backbone", "students")
+    main_settings = ("teacher", "method", "model", "backbone", "students", *StageConfig.main_settings)
     rules = (
         *StageConfig.rules,
         NO_PLATEAU_SCHEDULE,
@@ -88,6 +107,24 @@ class DistillConfig(StageConfig):
             remedy="set optim.max_grad_norm=null, or train the students one by one",
         ),
         requires(
+            "layer_loss=dmae",
+            "method=layers",
+            because="it is the published loss of this method",
+            remedy="set layer_loss=mean, or method=layers",
+        ),
+        requires(
+            "layer_loss=dmae",
+            "distance=unit_l1",
+            because="DMAE compares unit vectors by L1",
+            remedy="remove distance, or set layer_loss=mean",
+        ),
+        excludes(
+            "layer_loss=dmae",
+            "norm_pix=true",
+            because="DMAE reconstructs pixels that are not normalised",
+            remedy="remove norm_pix, or set layer_loss=mean",
+        ),
+        requires(
             "layers",
             "method=layers|relations",
             because="layers are pairs of blocks, and no other method compares blocks",
@@ -107,6 +144,12 @@ class DistillConfig(StageConfig):
             remedy="set label_weight between 0 and 1, exclusive, or use method=logits",
         ),
     )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str) -> Self:
+        """Validate nested plain data; layer_loss=dmae has other defaults. Raises: ConfigError that names ``source``."""
+        defaults = {"distance": "unit_l1", "norm_pix": False} if values.get("layer_loss") == "dmae" else {}
+        return super().from_dict(defaults | values, source)
 
     @property
     def export_subfolders(self) -> tuple[str, ...]:

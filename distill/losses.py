@@ -28,10 +28,16 @@ def l1_distance(pred: Tensor, target: Tensor) -> Tensor:
     return (pred - target).abs().mean(dim=-1)
 
 
+def unit_l1_distance(pred: Tensor, target: Tensor) -> Tensor:
+    """Absolute difference of two [..., T] divided by their norms, mean over T, as [...] (DMAE: Bai et al., 2023)."""
+    return l1_distance(F.normalize(pred, dim=-1), F.normalize(target, dim=-1))
+
+
 DISTANCES: dict[Distance, Callable[[Tensor, Tensor], Tensor]] = {
     "cosine": cosine_distance,
     "smooth_l1": smooth_l1_distance,
     "l1": l1_distance,
+    "unit_l1": unit_l1_distance,
 }
 
 
@@ -42,7 +48,7 @@ def relation_losses_per_image(
 
     ``student_qkv`` [B, N, 3 D] and ``teacher_qkv`` [B, N, 3 T] are concatenated queries, keys and values. Both are
     split into the teacher's ``num_heads``, whatever the student's own number, as in MiniLMv2 (Wang et al., 2021):
-    relations [B, heads, N, N] do not depend on the width.
+    relations [B, heads, N, N] do not depend on the width. TinyMIM gives the student's last block itself that many heads.
     """
     teacher, student = _split_qkv(teacher_qkv, teacher_num_heads), _split_qkv(student_qkv, teacher_num_heads)
     return (

@@ -100,10 +100,14 @@ def _feature_loss(
 def _layer_loss(
     objective: DistillationLoss, student_outputs: TensorTuple, teacher_outputs: TensorTuple, inputs: LossInputs
 ) -> LossAndMetrics:
-    """Mean over pairs of the tokens' mean distance, plus the mean error of the masked patches (Bai et al., 2023)."""
+    """Mean or sum over pairs of the tokens' mean distance, plus the mean error of the masked patches.
+
+    The sum is DMAE's, with its distance and pixels (``layer_loss=dmae``; Bai et al., 2023, and their code).
+    """
     distance = DISTANCES[objective.cfg.distance]
     pairs = zip(student_outputs[: len(teacher_outputs)], teacher_outputs, strict=True)
-    token_B = _mean_over_pairs([distance(student.float(), teacher).mean(dim=1) for student, teacher in pairs])
+    distances = [distance(student.float(), teacher).mean(dim=1) for student, teacher in pairs]
+    token_B = _sum_over_pairs(distances) if objective.cfg.layer_loss == "dmae" else _mean_over_pairs(distances)
     if not objective.cfg.pixel_weight:
         return token_B, {"token_distance": token_B}
     assert inputs.masked_indices is not None
@@ -162,6 +166,10 @@ def _token_loss(
 
 def _mean_over_pairs(losses: Sequence[Tensor]) -> Tensor:
     return torch.stack([*losses]).mean(dim=0)
+
+
+def _sum_over_pairs(losses: Sequence[Tensor]) -> Tensor:
+    return torch.stack([*losses]).sum(dim=0)
 
 
 _LOSSES: dict[DistillMethod, Callable[[DistillationLoss, TensorTuple, TensorTuple, LossInputs], LossAndMetrics]] = {

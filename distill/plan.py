@@ -54,7 +54,8 @@ def plan_distillation(cfg: DistillConfig, world_size: int) -> DistillPlan:
     students = resolve_students(cfg)
     _check_settings(cfg)
     source = inspect_pretrained(Path(cfg.teacher), cfg.teacher_name, cfg.data)
-    teacher_spec = build_teacher_spec(cfg, source.card)
+    student_models = [student.model for student in students if student.model is not None]
+    teacher_spec = build_teacher_spec(cfg, source.card, student_models)
     student_specs = tuple(
         build_student_spec(cfg, teacher_spec, student.name, student.model, student.backbone) for student in students
     )
@@ -63,6 +64,7 @@ def plan_distillation(cfg: DistillConfig, world_size: int) -> DistillPlan:
         cfg,
         world_size,
         source_card=source.card,
+        source_notes=source.notes,
         extra_science={"teacher": source.card.sha256}
         | ({"classes": ", ".join(source.card.classes)} if cfg.method in CLASS_METHODS else {}),
         teacher_spec=teacher_spec,

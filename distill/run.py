@@ -13,7 +13,15 @@ def _import_functions() -> StageFunctions[DistillConfig, Any]:
     return FUNCTIONS
 
 
-STAGE = Stage("distill", DistillConfig, _import_functions)
+STAGE = Stage(
+    "distill",
+    DistillConfig,
+    _import_functions,
+    examples=(
+        "foveal train distill digits teacher=runs/digits/export",
+        "torchrun --nproc-per-node=2 -m foveal.cli train distill cifar10_small teacher=runs/cifar10_small/export",
+    ),
+)
 
 if __name__ == "__main__":
     main(STAGE)

@@ -31,6 +31,8 @@ _TARGET_SETTINGS = (
     "data.channels",
     "data.augment",
     "data.jpeg_scaling",
+    "data.decode_version",
+    "data.weights_version",
 )
 _VERSIONED_LIBRARIES = ("torch", "timm")
 

@@ -1,6 +1,6 @@
 """Settings of fine-tuning."""
 
-from typing import Literal
+from typing import Any, Literal, Self
 
 from finetune.probe.config import ProbeConfig
 from foveal.config import Config, machine, science
@@ -15,6 +15,8 @@ from foveal.models.config import (
 )
 from foveal.rules import excludes, requires
 from foveal.training.config import StageConfig
+
+ErasedBoxes = Literal["inside", "clipped"]
 
 
 class FinetuneEngine(EngineConfig):
@@ -154,6 +156,13 @@ class FinetuneConfig(StageConfig):
     cutmix: float = science(0.0, "Parameter a of the Beta(a, a) area that cutmix keeps; 0: no cutmix.", ge=0, le=1)
     mixup_switch_prob: float = science(0.5, "Fraction of the images with cutmix where mixup is on too.", ge=0, le=1)
     random_erasing: float = science(0.0, "Probability of random erasing: a box of the image becomes noise.", ge=0, le=1)
+    random_erasing_boxes: ErasedBoxes = science(
+        "inside",
+        "Erased boxes. inside: a box that exceeds the image is drawn again, as in timm; clipped: it is cut at the "
+        "edges, as before 0.2.",
+        since="0.2",
+        neutral="clipped",
+    )
     class_weights: Literal["balanced"] | tuple[float, ...] | None = science(
         None,
         "Class weights in the loss, in label order; balanced: inverse class frequency, 1 on average; null: all 1.",
@@ -162,6 +171,13 @@ class FinetuneConfig(StageConfig):
         None, "EMA decay of the weights; the EMA is evaluated and exported. null: no EMA.", gt=0, lt=1
     )
     freeze_encoder: bool = science(False, "Freeze the encoder and train only the head.")
+    train_sincos_positions: bool = science(
+        True,
+        "Train sine-cosine positions like the other weights, as MAE's fine-tuning does; false: they stay fixed. Learned "
+        "positions are trained in either case.",
+        since="0.2",
+        neutral=False,
+    )
     adversarial: AdversarialConfig | None = science(None, "Adversarial training; null: none.")
     teacher: TeacherConfig | None = science(None, "Distillation from a teacher beside the labels; null: none.")
     evaluate_every: int = machine(0, "Steps between evaluations on data.val; 0: only at the end.", ge=0)
@@ -179,6 +195,8 @@ class FinetuneConfig(StageConfig):
     probe: ProbeConfig | None = science(None, "Probe the frozen encoder's features; null: train the encoder.")
 
     evaluates_knn = False
+    alternatives = ("model", "backbone")
+    main_settings = ("task", "init", "model", "backbone", "trials", *StageConfig.main_settings)
     rules = (
         *StageConfig.rules,
         excludes(
@@ -235,6 +253,16 @@ class FinetuneConfig(StageConfig):
         excludes("probe", "run.stop_at_step", because="its heads are trained to the end", remedy="shorten epochs"),
         excludes("probe", "data.mix", because="features are those of data.path alone", remedy="leave data.mix out"),
     )
+
+    def without_replaced_model(self) -> Self:
+        """Return the settings without model and backbone, if an ``init`` on the command line may replace the file's."""
+        stated = {name.partition(".")[0] for name in self._overridden}
+        is_replaceable = "init" in stated and stated.isdisjoint(self.alternatives)
+        return self.model_copy(update=dict.fromkeys(self.alternatives)) if is_replaceable else self
+
+    def from_nested(self, values: dict[str, Any], source: str) -> Self:
+        """Return the settings of a nested run, as ``from_dict``, by the rules of this run's command line."""
+        return self.from_dict(values, source).record_overrides(self._overridden)
 
     @property
     def early_stopping_metric(self) -> str | None:

@@ -1,5 +1,6 @@
 """Timetable of a fine-tuning run: training steps, evaluations, checkpoints, the best evaluation, the export."""
 
+import logging
 from typing import Any
 
 from finetune.model import exported_weight_prefix
@@ -12,7 +13,9 @@ from foveal.training.evaluations import Metric, filter_up_to_step, find_best_ste
 from foveal.training.loop import build_stage_engine, is_due
 from foveal.training.run import Run
 from foveal.training.steps import training_steps
-from foveal.training.validation import evaluate_if_due
+from foveal.training.validation import evaluate_if_due, timed_evaluation
+
+_log = logging.getLogger("foveal.finetune")
 
 
 def fit(plan: FinetunePlan, run: Run) -> None:
@@ -36,17 +39,19 @@ def fit(plan: FinetunePlan, run: Run) -> None:
             _evaluate_if_due(plan, engine, run, step.index)
     if _should_stop_early(plan, run):
         run.log_metrics()  # log.every need not divide the step that stopped early
+        _report_early_stop(plan, run)
     elif plan.stop_step < plan.total_steps:
         return None
     if plan.selection_metric is None:
         card = _export_card_fields(plan)
         try:
-            results = _evaluate_subsets(plan, engine, run, plan.total_steps)
+            with timed_evaluation(run):
+                results = _evaluate_subsets(plan, engine, run, plan.total_steps)
         except DataError:
             # The trained weights are exported even if the evaluation data is unusable.
-            run.export_weights(engine, plan.encoder, **card)
+            run.export_weights(engine, plan.exported_encoder, **card)
             raise
-        run.export_weights(engine, plan.encoder, **card, metrics=results)
+        run.export_weights(engine, plan.exported_encoder, **card, metrics=results)
         run.mark_finished(results)
     else:
         _finish_with_best(plan.selection_metric, run)
@@ -68,7 +73,8 @@ def _evaluate_if_due(plan: FinetunePlan, engine: Engine, run: Run, step: int) ->
     )
     if is_evaluated and metric and find_best_step(run.evaluations, metric) == step:
         card, metrics = _export_card_fields(plan), run.evaluations[step]
-        run.exporter.write_weights(engine, plan.encoder, **card, step=step, metrics=metrics, as_best=True)
+        with run.progress.activity("keeping the best weights"), run.throughput_meter.exclude_time():
+            run.exporter.write_weights(engine, plan.exported_encoder, **card, step=step, metrics=metrics, as_best=True)
         if run.world.rank == 0:
             # A resume from the oldest checkpoint knows the evaluations before it, and needs the best one's weights.
             earlier = filter_up_to_step(run.evaluations, run.checkpoint_store.oldest_resumable_step() - 1)
@@ -106,6 +112,20 @@ def _should_stop_early(plan: FinetunePlan, run: Run) -> bool:
         return False
     start = plan.fork.start_step if plan.fork is not None else 0  # the source's patience may be exhausted
     return is_patience_exhausted(run.evaluations, metric, early.patience, start)
+
+
+def _report_early_stop(plan: FinetunePlan, run: Run) -> None:
+    """Log, and record as the attempt's end, why the run stopped before its last step, if it did."""
+    metric, early = plan.selection_metric, plan.cfg.early_stopping
+    if metric is None or early is None or run.step >= plan.total_steps:
+        return
+    best = find_best_step(run.evaluations, metric)
+    run.end_reason = (
+        f"stopped early at step {run.step} of {plan.total_steps}: {early.patience} evaluations without a better "
+        f"{metric.name} than {run.evaluations[best][metric.name]:.4f} at step {best}"
+    )
+    if not run.is_nested:
+        _log.info("%s", run.end_reason)
 
 
 def _finish_with_best(metric: Metric, run: Run) -> None:

@@ -64,6 +64,8 @@ def _build_vit_encoder(plan: FinetunePlan) -> nn.Module:
         averaged = plan.encoder["pooling"] == "avg"
         new, unused = (("head.", "fc_norm."), ("head.", "norm.")) if averaged else (("head.",), ("head.", "fc_norm."))
         load_weights_strict(encoder, weights, path, new_module_prefixes=new, unused_prefixes=unused)
+    if plan.trains_sincos_positions:
+        encoder.get_parameter("pos_embed").requires_grad_(True)
     return encoder
 
 

@@ -19,21 +19,24 @@ from finetune.checks import (
     find_selection_metric,
 )
 from finetune.config import FinetuneConfig
+from finetune.label_checks import check_labels
 from finetune.task import FinetunePlan, Task
 from finetune.tasks.registry import TASKS, find_task
 from foveal.config import check_folder_name, set_by_dotted_key
 from foveal.data.dataset import Dataset
+from foveal.data.sampling.sources import find_image_member
 from foveal.data.sampling.subset import eval_split
 from foveal.errors import ConfigError, DataError, ExportError
 from foveal.models.backbone import (
     BackboneCard,
     backbone_card,
-    check_resizable,
     parse_encoder_card,
 )
+from foveal.models.resizable import check_resizable
 from foveal.models.vit import EncoderCard, encoder_card, resolve_sizes
 from foveal.timeouts import read_with_timeout
-from foveal.training.plan import add_inherited_prefix, build_stage_plan
+from foveal.training.plan import add_inherited_prefix, build_stage_plan, check_evaluation_data
+from foveal.training.run_directory import is_run_begun
 from foveal.weights.export import Card
 from foveal.weights.pretrained import PretrainedSource, inspect_pretrained
 
@@ -66,6 +69,7 @@ def plan_training(cfg: FinetuneConfig, world_size: int) -> FinetunePlan:
         encoder=first.encoder,
         classes=first.classes,
         class_weights=first.class_weights,
+        label_lines=first.label_lines,
     )
 
 
@@ -83,11 +87,13 @@ def nested_run_config(cfg: FinetuneConfig, subdirectory: str, overrides: dict[st
 
     ``overrides`` are settings by dotted name. Only the outer run is tracked in MLflow.
     """
-    tree = cfg.model_dump() | {"trials": None, "cross_validation": None}
+    tree: dict[str, Any] = cfg.model_dump() | {"trials": None, "cross_validation": None}
+    if "ignore_id" not in cfg.data.model_fields_set:
+        del tree["data"]["ignore_id"]  # a nested run is asked for it as the outer run is
     nested = {"run.dir": f"{cfg.run.dir}/{subdirectory}", "run.fresh": False, "tracking.uri": None}
     for name, value in (overrides | nested).items():
         set_by_dotted_key(tree, name, value)
-    return FinetuneConfig.from_dict(tree, subdirectory)
+    return cfg.from_nested(tree, subdirectory)
 
 
 def _plan_run(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
@@ -97,10 +103,18 @@ def _plan_run(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
     selection_metric = find_selection_metric(cfg, task)
     init_source = _inspect_init_source(cfg)
     card = None if init_source is None else init_source.card
+    cfg, replacement_note = _replace_model(cfg, card)
     check_export_fits(cfg, task, card)
     encoder, resized_from = _resolve_encoder_card(cfg, task, card)
     plan = build_stage_plan(
-        FinetunePlan, cfg, ranks, source_card=card, task=task, encoder=encoder, resized_from=resized_from
+        FinetunePlan,
+        cfg,
+        ranks,
+        source_card=card,
+        source_notes=(*_describe_init(cfg, init_source), *replacement_note),
+        task=task,
+        encoder=encoder,
+        resized_from=resized_from,
     )
     label_reader = task.make_label_reader(cfg.data, plan.dataset)
     classes = _resolve_classes(plan.dataset, cfg, task) if task.predicts_classes else ()
@@ -111,6 +125,9 @@ def _plan_run(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
                 f"same names in the same order, or without labels"
             )
         task.make_label_reader(cfg.data, source.dataset)
+    if label_reader is not None:
+        for source in plan.training_set.sources:
+            find_image_member(source.locate_sample(source.first_id), label_reader.field, cfg.data.decode_version)
     check_mixup_pairing(cfg, plan.microbatch_size)
     digests = _evaluation_science(plan.dataset, cfg, classes) | ({} if card is None else {"init": card.sha256})
     teacher = _inspect_teacher(cfg, classes, plan.mean, plan.std)
@@ -129,7 +146,11 @@ def _plan_run(cfg: FinetuneConfig, ranks: int) -> FinetunePlan:
         selection_metric=selection_metric,
     )
     _check_model(plan)
-    return plan
+    if is_run_begun(cfg):  # its labels and its split val are looked at before its first start only
+        return plan
+    check_evaluation_data(cfg, plan.dataset)
+    label_lines = check_labels(cfg, task, plan.training_set, label_reader, classes)
+    return replace(plan, label_lines=label_lines)
 
 
 def _check_model(plan: FinetunePlan) -> None:
@@ -160,6 +181,13 @@ def _inspect_init_source(cfg: FinetuneConfig) -> PretrainedSource | None:
     return inspect_pretrained(path, None if is_export else cfg.init_name, cfg.data)
 
 
+def _describe_init(cfg: FinetuneConfig, init_source: PretrainedSource | None) -> tuple[str, ...]:
+    """Return sentences about the weights to start from, and about what normalises the images."""
+    if init_source is None:
+        return ()
+    return init_source.notes or (f"those of {cfg.init}, whose mean and std normalise the images",)
+
+
 def _evaluation_science(dataset: Dataset, cfg: FinetuneConfig, classes: tuple[str, ...]) -> dict[str, str]:
     """Return the science of evaluation: digest of the split, classes, and the cadence with early stopping."""
     cadence = {} if cfg.early_stopping is None else {"evaluate_every": str(cfg.evaluate_every)}
@@ -177,7 +205,10 @@ def _resolve_encoder_card(
         if cfg.backbone is not None:
             return backbone_card(cfg.backbone, data.image_size, data.channels), None
         if cfg.model is None:
-            raise ConfigError("model is missing: without init, the encoder from scratch must be stated")
+            raise ConfigError(
+                "model is missing: without init, the encoder from scratch must be stated (model.name, such as "
+                "model.name=vit_small_patch16_224, or backbone)"
+            )
         return encoder_card(cfg.model, data.image_size, data.channels, pooling=task.resolve_pooling(cfg)), None
     exported = parse_encoder_card(card.encoder, f"{cfg.init}/card.json")
     _check_matches_export(cfg, exported)
@@ -189,6 +220,24 @@ def _resolve_encoder_card(
     return card.encoder | pooling | size, exported.trained_size_if_different(data.image_size)
 
 
+def _replace_model(cfg: FinetuneConfig, card: Card | None) -> tuple[FinetuneConfig, tuple[str, ...]]:
+    """Return the settings without the file's model if ``init``, on the command line, is of another, and a note on it.
+
+    A model that the export agrees with stays: it is science of runs that began with it.
+    """
+    if card is None or (cfg.model is None and cfg.backbone is None):
+        return cfg, ()
+    without_model = cfg.without_replaced_model()
+    if without_model is cfg:
+        return cfg, ()
+    try:
+        _check_matches_export(cfg, parse_encoder_card(card.encoder, f"{cfg.init}/card.json"))
+    except ExportError:
+        section = "backbone" if cfg.model is None else "model"
+        return without_model, (f"the encoder is that of {cfg.init}, in place of the config's {section}",)
+    return cfg, ()
+
+
 def _check_matches_export(cfg: FinetuneConfig, export_card: EncoderCard | BackboneCard) -> None:
     """Raise ExportError if the config states a model that differs from the export."""
     stated: dict[str, Any] = {"channels": cfg.data.channels}
@@ -196,7 +245,7 @@ def _check_matches_export(cfg: FinetuneConfig, export_card: EncoderCard | Backbo
     if getattr(cfg, wrong_setting) is not None:
         raise ExportError(
             f"the export {cfg.init} is a {getattr(export_card, name_field)}, which {wrong_setting} does not say; leave "
-            f"it out"
+            f"it out ({wrong_setting}=null)"
         )
     if cfg.backbone is not None:
         stated["timm"] = cfg.backbone
@@ -204,9 +253,14 @@ def _check_matches_export(cfg: FinetuneConfig, export_card: EncoderCard | Backbo
         stated |= {name: value for name, value in resolve_sizes(cfg.model).to_dict().items() if name != "name"}
     for name, value in stated.items():
         if getattr(export_card, name) != value:
+            section = "backbone" if name == "timm" else "model"
+            setting = f"{section}.{name}" if section == "model" else section
+            remedy = f"leave {setting} out, or set {section}=null"
+            if name == "channels":
+                remedy = f"set data.channels={export_card.channels}"
             raise ExportError(
                 f"the export {cfg.init} has {name} {getattr(export_card, name)}, the config says {value}; they must be "
-                "equal"
+                f"equal: {remedy}"
             )
 
 
@@ -242,7 +296,10 @@ def _resolve_class_weights(cfg: FinetuneConfig, plan: FinetunePlan, classes: tup
 def _resolve_classes(dataset: Dataset, cfg: FinetuneConfig, task: Task) -> tuple[str, ...]:
     """Return the names of the classes. Raises: DataError if there are none, or labels of the index are not theirs."""
     if dataset.classes is None:
-        raise DataError(f"{dataset.folder}: its samples have no classes to learn; index shards that hold .cls members")
+        raise DataError(
+            f"{dataset.folder}: its samples have no classes to learn, and task={task.name} needs them; pack class folders or "
+            f"a table with --label-column, or index shards that hold .cls members"
+        )
     for split in (cfg.data.train, eval_split(cfg.data).split) if task.has_index_labels else ():
         highest = int(dataset.labels(split).max())
         if highest < 0:

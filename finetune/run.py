@@ -11,6 +11,7 @@ from typing import Any
 from finetune.config import FinetuneConfig
 from foveal.distributed.launcher import read_launch_env
 from foveal.training.cli import main
+from foveal.training.config_files import SHIPPED_CONFIGS
 from foveal.training.stage import Stage, StageFunctions
 
 _log = logging.getLogger("foveal.finetune")
@@ -18,7 +19,6 @@ _log = logging.getLogger("foveal.finetune")
 
 def prepare_demo_args() -> list[str]:
     """Pack the digits data set if missing and return the demo's command line, with the demo's encoder if it exists."""
-    root = Path(__file__).resolve().parents[1]
     digits, encoder = Path("data/digits"), Path("runs/demo/pretrain/export")
     if read_launch_env().rank == 0 and not (digits / "manifest.json").exists():  # packing imports torch
         from foveal.data.pack import pack_digits
@@ -30,7 +30,7 @@ def prepare_demo_args() -> list[str]:
         f"from {encoder}" if pretrained else f"from scratch ({encoder} is not there)",
     )
     overrides = [f"init={encoder}", "model=null"] if pretrained else []
-    return [str(root / "configs" / "finetune" / "digits.yaml"), *overrides]
+    return [str(SHIPPED_CONFIGS / "finetune" / "digits.yaml"), *overrides]
 
 
 def _import_functions() -> StageFunctions[FinetuneConfig, Any]:
@@ -39,7 +39,16 @@ def _import_functions() -> StageFunctions[FinetuneConfig, Any]:
     return FUNCTIONS
 
 
-STAGE = Stage("finetune", FinetuneConfig, _import_functions, prepare_demo_args)
+STAGE = Stage(
+    "finetune",
+    FinetuneConfig,
+    _import_functions,
+    prepare_demo_args,
+    examples=(
+        "foveal train finetune cifar10_small init=runs/cifar10_small/export model=null",
+        "accelerate launch -m foveal.cli train finetune digits",
+    ),
+)
 
 if __name__ == "__main__":
     main(STAGE)

@@ -22,6 +22,7 @@ from foveal.training.evaluations import Metric
 from foveal.training.lineage import Fork
 from foveal.training.loop import TrainingSetup
 from foveal.training.plan import Plan
+from foveal.training.progress import format_count
 from foveal.training.run import Run
 from foveal.weights.pretrained import PretrainedSource
 
@@ -51,7 +52,7 @@ TASK_SETTINGS = {
 class FinetunePlan(Plan):
     """Plan with the task, the card of the encoder to build, the classes, and the sources of pretrained weights.
 
-    ``classes`` and ``class_weights`` are empty for a task without classes.
+    ``classes`` and ``class_weights`` are empty for a task without classes. ``label_lines`` say what the labels hold.
     """
 
     cfg: FinetuneConfig
@@ -61,6 +62,7 @@ class FinetunePlan(Plan):
     class_weights: tuple[float, ...] = ()
     init_source: PretrainedSource | None = None
     teacher: PretrainedSource | None = None
+    label_lines: tuple[str, ...] = ()
 
     @property
     def num_runs(self) -> int:
@@ -69,6 +71,11 @@ class FinetunePlan(Plan):
         if folds is not None:
             return folds.count * folds.repeats
         return 1 if trials is None else len(trials.arms) * len(trials.lr_per_256) * trials.repeats
+
+    @property
+    def has_checkpoints(self) -> bool:
+        cfg = self.cfg
+        return cfg.trials is None and cfg.cross_validation is None and cfg.probe is None
 
     def with_fork(self, fork: Fork) -> Self:
         """Return the plan of a fork. Raises: ConfigError if its pixel statistics are not the teacher's."""
@@ -90,6 +97,18 @@ class FinetunePlan(Plan):
         return card if isinstance(card, BackboneCard) else None
 
     @property
+    def trains_sincos_positions(self) -> bool:
+        """Whether the encoder's positions start as a sine-cosine table and are trained."""
+        cfg = self.cfg
+        is_trained = cfg.train_sincos_positions and not cfg.freeze_encoder and cfg.probe is None
+        return is_trained and self.encoder.get("positions") == "sincos"
+
+    @property
+    def exported_encoder(self) -> dict[str, Any]:
+        """The card of the trained encoder, for its export: positions that were trained are no formula any more."""
+        return self.encoder | ({"positions": "learned"} if self.trains_sincos_positions else {})
+
+    @property
     def has_batch_norm(self) -> bool:
         """Whether the backbone has BatchNorm, which couples the samples of a microbatch."""
         card = self.backbone
@@ -100,9 +119,21 @@ class FinetunePlan(Plan):
         fold_lines = (
             []
             if folds is None
-            else [f"folds     {folds.count} folds x {folds.repeats} repeats = {self.num_runs} runs like this"]
+            else [
+                f"folds     {folds.count} folds x {format_count(folds.repeats, 'repeat')} = {self.num_runs} runs like this"
+            ]
         )
-        return [*super().summary_lines(), *self._norm_lines(), *self.task.summary_lines(self.cfg), *fold_lines]
+        task_lines = self.task.summary_lines(self.cfg)
+        own_lines = [*self._norm_lines(), *self.label_lines, *task_lines, *fold_lines, *self._trial_lines()]
+        return [*super().summary_lines(), *own_lines]
+
+    def _trial_lines(self) -> list[str]:
+        trials = self.cfg.trials
+        if trials is None:
+            return []
+        counts = ((len(trials.arms), "arm"), (len(trials.lr_per_256), "rate"), (trials.repeats, "seed"))
+        product = " x ".join(format_count(*pair) for pair in counts)
+        return [f"trials    {product} = {format_count(self.num_runs, 'run')} like this; trials.lr_per_256 replaces lr"]
 
     def _norm_lines(self) -> list[str]:
         """Warn that BatchNorm makes the loss curve depend on microbatch size and number of ranks."""
@@ -118,6 +149,7 @@ class Task(ABC):
 
     name: value of the setting ``task``.
     predicts_classes: whether the outputs are the classes that the manifest names.
+    min_classes: classes that there must be, if the task predicts classes: 2 where it tells classes apart.
     has_index_labels: whether the label is the one class of an image that the index holds.
     supported_settings: those of ``TASK_SETTINGS`` that the task supports; it refuses the others.
     settings_section: section of ``FinetuneConfig`` that only this task reads, such as ``segment``.
@@ -125,6 +157,7 @@ class Task(ABC):
 
     name: ClassVar[str]
     predicts_classes: ClassVar[bool] = False
+    min_classes: ClassVar[int] = 1
     has_index_labels: ClassVar[bool] = False
     supported_settings: ClassVar[frozenset[str]] = frozenset()
     settings_section: ClassVar[str | None] = None

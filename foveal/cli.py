@@ -1,4 +1,4 @@
-"""The ``foveal`` command. Stages have commands of their own (``python -m pretrain.run``)."""
+"""The ``foveal`` command. A command is imported when it is run."""
 
 import sys
 from typing import Annotated, NoReturn
@@ -6,22 +6,44 @@ from typing import Annotated, NoReturn
 import typer
 
 from foveal import __version__
-from foveal.commands.attempts import attempts
-from foveal.commands.config import app as config
-from foveal.commands.track import app as track
-from foveal.data.tools.cli import app as data
-from foveal.doctor.cli import doctor_command
+from foveal.commands.lazy import Entry, lazy_group
 from foveal.errors import FovealError
-from foveal.forecast.cli import plan_command
+from foveal.interrupt import (
+    COMMAND_INTERRUPTED,
+    INTERRUPTED_EXIT_CODE,
+    exit_at_once_on_interrupt,
+    is_first_local_rank,
+    report_error,
+)
 from foveal.redact import redact_tracebacks
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-app.command()(attempts)
-app.add_typer(config, name="config", help="Rewrite config files under the names of this version.")
-app.add_typer(data, name="data", help="Build, index, verify and display shards.")
-app.add_typer(track, name="track", help="Upload to MLflow the part of a run that it lacks.")
-app.command("plan")(plan_command)
-app.command("doctor")(doctor_command)
+_HELP = """\
+Pretraining of vision transformers: masked autoencoders, distillation, fine-tuning.
+
+\b
+First, with images of yours:
+  foveal data pack folder IMAGES --out data/mine
+  foveal init pretrain --data data/mine --minutes 10 --out mine.yaml
+  foveal train pretrain mine.yaml
+
+\b
+Or with images that come along:
+  foveal data pack digits --out data/digits
+  foveal train pretrain digits
+"""
+_TRAIN, _RUNS, _CLUSTER = "Train", "Look at runs", "Before a large run"
+COMMANDS = {
+    "data": Entry("foveal.data.tools.cli:app", "Pack images into shards; index, verify and display shards.", _TRAIN),
+    "init": Entry("foveal.commands.init.cli:init_command", "Write a config that fits data, machine and time.", _TRAIN),
+    "config": Entry("foveal.commands.config:app", "List and print the configs that ship, rewrite old ones.", _TRAIN),
+    "train": Entry("foveal.commands.train:train_command", "Pretrain, distil or fine-tune by a config.", _TRAIN, True),
+    "attempts": Entry("foveal.commands.attempts:attempts", "List every start of a run and why it ended.", _RUNS),
+    "track": Entry("foveal.commands.track:app", "Upload to MLflow the part of a run that it lacks.", _RUNS),
+    "plan": Entry("foveal.forecast.cli:plan_command", "Forecast memory, time and traffic on a cluster.", _CLUSTER),
+    "doctor": Entry("foveal.doctor.cli:doctor_command", "Check that the nodes of a job are fit to train.", _CLUSTER),
+}
+
+app = typer.Typer(cls=lazy_group(COMMANDS), no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
 def _print_version(requested: bool) -> None:
@@ -30,23 +52,32 @@ def _print_version(requested: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(help=_HELP)
 def _root_options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Pretraining of vision transformers. To train: python -m pretrain.run, distill.run or finetune.run."""
+    """Print the version, or run a command."""
 
 
 def main() -> NoReturn:
-    """Run a command; a FovealError prints one sentence and sets the exit code."""
+    """Run a command; a FovealError and Ctrl-C print one sentence and set the exit code."""
     redact_tracebacks()
+    is_stage = sys.argv[1:2] == ["train"]
     try:
+        if is_stage:  # a stage has exit codes, signals and last sentences of its own: no library between
+            with exit_at_once_on_interrupt(on_stderr=is_first_local_rank()):
+                from foveal.commands.train import train
+            train(sys.argv[2:])
         app()
     except FovealError as error:
-        typer.echo(f"foveal: {error}", err=True)
+        report_error(str(error))
         sys.exit(error.exit_code)
+    except SystemExit as end:
+        if end.code == INTERRUPTED_EXIT_CODE and not is_stage:  # typer's answer to Ctrl-C
+            report_error(COMMAND_INTERRUPTED)
+        raise
     sys.exit(0)
 
 

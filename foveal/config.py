@@ -4,14 +4,12 @@ A setting is science (it can change a result) or, declared by ``machine(...)``, 
 A resume compares only science; see ``Config.science_settings``.
 """
 
-import difflib
 import logging
 import re
-import types
 import typing
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -21,6 +19,7 @@ from pydantic_core import PydanticUndefined
 from foveal.errors import ConfigError
 from foveal.redact import describe_secrets_in_settings
 from foveal.renames import describe_renames, translate_override, translate_settings
+from foveal.setting_names import explain_errors, get_section_class
 from foveal.strict_yaml import dump_yaml, parse_yaml, read_yaml
 
 _log = logging.getLogger(__name__)
@@ -37,7 +36,8 @@ def science(
     """Declare a setting whose value can change a result.
 
     ``since``: for a setting that is added, the version that adds it. Runs of earlier versions have no such setting and
-    continue if its value is ``neutral``, the value, as JSON, that does what those versions did.
+    continue at ``neutral``, the value, as JSON, that does what those versions did. The default may be another value: a
+    run that was made without the setting keeps ``neutral`` unless the setting is stated (``keep_neutral_values``).
     """
     extra: dict[str, Any] = {"half": "science"} | ({} if since is None else {"since": since, "neutral": neutral})
     return Field(default, description=description, json_schema_extra=extra, **constraints)
@@ -71,6 +71,9 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
+    # Settings that are stated one instead of the other: an override of one replaces the others of the file.
+    alternatives: ClassVar[tuple[str, ...]] = ()
+
     @classmethod
     def load(cls, file: Path, overrides: Sequence[str] = (), on_warning: Callable[[str], None] = _log.warning) -> Self:
         """Read a YAML file, apply ``dotted.key=value`` overrides, validate. ``on_warning`` gets one text about old names.
@@ -79,10 +82,12 @@ class Config(BaseModel):
         secret, because the run directory stores the settings.
         """
         tree = read_yaml(file)
+        if tree is None:
+            raise ConfigError(f"{file}: a mapping of settings is expected, and this file has none")
         if not isinstance(tree, dict):
             raise ConfigError(f"{file}: a mapping of settings is expected, this is {type(tree).__name__}")
         tree, renamed = translate_settings(tree, cls.model_fields)
-        renamed |= _apply_overrides(tree, overrides, cls.model_fields)
+        renamed |= _apply_overrides(tree, overrides, cls.model_fields, cls.alternatives)
         if renamed:
             on_warning(describe_renames(str(file), renamed))
         cfg = cls.from_dict(tree, str(file))
@@ -93,9 +98,9 @@ class Config(BaseModel):
     def from_dict(cls, values: dict[str, Any], source: str) -> Self:
         """Validate nested plain data. Raises: ConfigError that names ``source``."""
         try:
-            return cls.model_validate(_lists_to_tuples(values))
+            return cls.model_validate(_lists_to_tuples(_without_empty_sections(cls, values)))
         except ValidationError as error:
-            raise ConfigError(f"{source}: {_explain_errors(cls, error)}") from None
+            raise ConfigError(f"{source}: {explain_errors(cls, error)}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for YAML or JSON."""
@@ -124,6 +129,31 @@ class Config(BaseModel):
             for suffix, section in sections.items():
                 values |= section.neutral_values(f"{prefix}{name}{suffix}.")
         return values
+
+    def keep_neutral_values(self, saved_science: Mapping[str, Any], prefix: str = "") -> Self:
+        """Return the settings of a run that began before some of them existed.
+
+        An added science setting gets the value that equals its absence if ``saved_science`` (by dotted name) lacks it
+        or has that value, unless the YAML file or an override states it.
+        """
+        changed: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            value, dotted, extra = getattr(self, name), f"{prefix}{name}", field.json_schema_extra
+            if isinstance(extra, dict) and "since" in extra:
+                if (
+                    name not in self.model_fields_set
+                    and saved_science.get(dotted, extra["neutral"]) == extra["neutral"]
+                ):
+                    changed[name] = _lists_to_tuples(extra["neutral"])
+            elif isinstance(value, Config):
+                changed[name] = value.keep_neutral_values(saved_science, f"{dotted}.")
+            elif isinstance(value, tuple) and value and isinstance(value[0], Config):
+                changed[name] = tuple(
+                    section.keep_neutral_values(saved_science, f"{dotted}.{number}.")
+                    for number, section in enumerate(value)
+                )
+        changed = {name: value for name, value in changed.items() if value != getattr(self, name)}
+        return self.model_copy(update=changed) if changed else self
 
     def without_neutral(self, science: Mapping[str, Any]) -> dict[str, Any]:
         """Return science without the values that equal absence, as versions without those settings have it."""
@@ -155,16 +185,10 @@ def get_setting_kind(field: FieldInfo) -> str:
     return str(extra.get("half", "science")) if isinstance(extra, dict) else "science"
 
 
-def get_section_class(field: FieldInfo) -> type[Config] | None:
-    """Return the Config class of a section field (also of ``Section | None``), else None."""
-    for candidate in (field.annotation, *typing.get_args(field.annotation)):
-        if (
-            isinstance(candidate, type)
-            and not isinstance(candidate, types.GenericAlias)
-            and issubclass(candidate, Config)
-        ):
-            return candidate
-    return None
+def _is_section(field: FieldInfo) -> bool:
+    """Whether a field is a section, or a list of sections, that cannot be null."""
+    inner = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is tuple else (field.annotation,)
+    return any(isinstance(candidate, type) and issubclass(candidate, Config) for candidate in inner)
 
 
 def explain_literal_secret(secret_description: str, *, in_url: bool = True) -> str:
@@ -193,9 +217,15 @@ def _refuse_secrets(cfg: Config, source: str) -> None:
             raise ConfigError(f"{source}: {name}: {explain_literal_secret(secret, in_url=isinstance(value, str))}")
 
 
-def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str], sections: Container[str]) -> dict[str, str]:
-    """Set the values of ``dotted.key=value`` in order, under their new names; return the renamed ones, new by old."""
+def _apply_overrides(
+    tree: dict[str, Any], overrides: Sequence[str], sections: Container[str], alternatives: Sequence[str]
+) -> dict[str, str]:
+    """Set the values of ``dotted.key=value`` in order, under their new names; return the renamed ones, new by old.
+
+    An override of one of the ``alternatives`` removes the others, unless overrides state these too.
+    """
     renamed: dict[str, str] = {}
+    overridden = {override.partition("=")[0].partition(".")[0] for override in overrides}
     new_names: set[str] = set()
     for override in overrides:
         name, value = _parse_override(override)
@@ -204,6 +234,9 @@ def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str], sections: C
         new_names |= set() if override_renames else {name}
         for new_name, new_value in assignments:
             set_by_dotted_key(tree, new_name, new_value)
+    if any(tree.get(name) for name in overridden.intersection(alternatives)):
+        for replaced in set(alternatives) - overridden:
+            tree.pop(replaced, None)
     if twice := [old for old, new in renamed.items() if new in new_names]:
         raise ConfigError(
             f"{twice[0]} and {renamed[twice[0]]} are one setting: leave out {twice[0]}, its name before 0.2"
@@ -233,43 +266,23 @@ def set_by_dotted_key(values: dict[str, Any], dotted_key: str, value: Any) -> No
     values[last] = value
 
 
+def _without_empty_sections(model: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
+    """Return the tree without sections that are null (``engine:``): they count as left out.
+
+    A section that has settings without defaults becomes {}, so that the error names these settings.
+    """
+    stated: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        value, section = values.get(name), get_section_class(field)
+        if value is None and _is_section(field):
+            stated |= {name: {}} if field.is_required() else {}
+        elif name in values:
+            stated[name] = _without_empty_sections(section, value) if section and isinstance(value, dict) else value
+    return stated | {name: value for name, value in values.items() if name not in model.model_fields}
+
+
 def _lists_to_tuples(value: Any) -> Any:
     """Convert lists to tuples, at every depth: a frozen config has no mutable value."""
     if isinstance(value, dict):
         return {key: _lists_to_tuples(inner) for key, inner in value.items()}
     return tuple(_lists_to_tuples(inner) for inner in value) if isinstance(value, list) else value
-
-
-def _explain_errors(model: type[Config], error: ValidationError) -> str:
-    """Return every error as `key: message`, joined; a typo gets the nearest setting's name."""
-    return "; ".join(_explain_error(model, dict(problem)) for problem in error.errors())
-
-
-def _explain_error(model: type[Config], problem: dict[str, Any]) -> str:
-    path = [str(part) for part in problem["loc"]]
-    name = ".".join(path) or "the file"
-    if problem["type"] == "extra_forbidden":
-        siblings = _setting_names_at(model, path[:-1])
-        close = [name for name in siblings if name.startswith(path[-1])]
-        close += difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.5)
-        return f"{name} is not a setting. " + (
-            f"Did you mean '{close[0]}'?" if close else f"There are: {', '.join(siblings)}"
-        )
-    if problem["type"] == "missing":
-        return f"{name} is missing and has no default"
-    message = problem["msg"].removeprefix("Value error, ").replace("valid tuple", "valid list")
-    message = message[0].lower() + message[1:]
-    if problem["type"] == "value_error":  # foveal's own checks state the values, except secrets
-        return f"{name}: {message}" if path else message
-    return f"{name}: {message} (given: {problem['input']!r})"
-
-
-def _setting_names_at(model: type[Config], path: list[str]) -> list[str]:
-    for part in path:
-        if part.isdigit():  # an index into a list of sections
-            continue
-        section = get_section_class(model.model_fields[part]) if part in model.model_fields else None
-        if section is None:
-            return []
-        model = section
-    return list(model.model_fields)

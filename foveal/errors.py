@@ -9,7 +9,8 @@
     ├── ExportError                 an export that does not fit its use                      2  no
     ├── OutOfMemoryError            too little memory on a GPU or a host                     2  no
     ├── LaunchError                 ranks, launcher, devices                                 2  no
-    │   ├── RankConflictError       ranks of two runs, or one rank twice, at one address     2  no
+    │   ├── RankConflictError       ranks of two runs, one rank twice, or two on one GPU     2  no
+    │   ├── FileLimitError          more open files than a process may have                  2  no
     │   └── RequeueRefusedError     the run was saved; Slurm refused to requeue its job      1  by the job script
     ├── TrainingDivergedError       training non-finite in spite of roll-backs               3  no
     ├── AttemptSupersededError      another attempt at the same run has taken over           4  no
@@ -68,7 +69,11 @@ class LaunchError(FovealError):
 
 
 class RankConflictError(LaunchError):
-    """Ranks of different runs, or two ranks of the same number, at one address."""
+    """Ranks of different runs, or two ranks of the same number, at one address; or two ranks on one GPU."""
+
+
+class FileLimitError(LaunchError):
+    """More open files than the limit of a process; a restart would need as many."""
 
 
 class RequeueRefusedError(LaunchError):

@@ -1,4 +1,7 @@
-"""YAML as settings need it: no duplicate keys, 1e-3 is a number, bounded in size, depth and time to read."""
+"""YAML as settings need it: no duplicate keys, numbers as in YAML 1.2, bounded in size, depth and time to read.
+
+PyYAML reads YAML 1.1, in which 010 is 8, 1:30 is 90 and 1e-3 is a text.
+"""
 
 import difflib
 import re
@@ -11,6 +14,10 @@ import yaml
 from foveal.errors import ConfigError
 from foveal.timeouts import call_with_timeout
 
+_INT = re.compile(r"[-+]?(?:[0-9][0-9_]*|0x[0-9a-fA-F_]+|0o[0-7_]+|0b[01_]+)$")
+_FLOAT = re.compile(
+    r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?$|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
+)
 _MAX_CHARACTERS = 1 << 18  # of a config
 _MAX_VALUES = 100_000  # of a config
 _MAX_DIGITS = 100  # of an integer
@@ -18,7 +25,7 @@ _READ_TIMEOUT = 20.0  # seconds to read a config file
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML where a duplicate key is an error and 1e-3 is a number (YAML 1.1 requires 1.0e-3)."""
+    """YAML where a duplicate key is an error, with the numbers of YAML 1.2."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
@@ -26,9 +33,13 @@ class _StrictLoader(yaml.SafeLoader):
             raise ConfigError(f"line {node.start_mark.line + 1}: '{min(duplicates)}' is given twice")
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        text = self.construct_scalar(node).replace("_", "")
+        return int(text, 0 if text.lstrip("+-")[:2] in ("0x", "0o", "0b") else 10)
+
 
 class _StrictDumper(yaml.SafeDumper):
-    """YAML that quotes the text 1e3, which ``_StrictLoader`` would read as a number."""
+    """YAML that quotes every text that ``_StrictLoader`` would read as a number."""
 
 
 def _represent_str(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -39,12 +50,14 @@ def _represent_str(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 
 
 _StrictDumper.add_representer(str, _represent_str)
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
 for _yaml_class in (_StrictLoader, _StrictDumper):
-    _yaml_class.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-        list("-+0123456789"),
-    )
+    _yaml_class.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("int", "float")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    for _kind, _pattern in (("int", _INT), ("float", _FLOAT)):  # an int matches both, and the first pattern decides
+        _yaml_class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", _pattern, list("-+.0123456789"))
 
 
 def dump_yaml(tree: Any) -> str:
@@ -92,13 +105,16 @@ def read_yaml(file: Path) -> Any:
     try:
         return parse_yaml(call_with_timeout(_READ_TIMEOUT, lambda: _read_text(file)))
     except FileNotFoundError:
-        raise ConfigError(f"{file}: no such file{_suggest_file(file)}") from None
-    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: no such file{suggest_file(file)}") from None
+    except OSError as error:
         raise ConfigError(f"{file}: cannot be read ({error})") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file}: cannot be read: it is no text in UTF-8") from None
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
+        problem = " ".join(str(error).split()).replace(' in "<unicode string>"', "")
+        raise ConfigError(f"{file}: not valid YAML ({problem})") from None
 
 
 def _read_text(file: Path) -> str:
@@ -106,7 +122,8 @@ def _read_text(file: Path) -> str:
         return stream.read(_MAX_CHARACTERS + 1)  # a limit, because a device file has no end
 
 
-def _suggest_file(file: Path) -> str:
-    names = [candidate.name for candidate in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
-    close = difflib.get_close_matches(file.name, names, n=1)
-    return f". Did you mean '{file.parent / close[0]}'?" if close else ""
+def suggest_file(file: Path) -> str:
+    """Return `. Did you mean 'FILE'?` with the YAML file of the folder whose name is nearest; empty if none is near."""
+    files = {near.stem: near for near in sorted(file.parent.glob("*.yaml"))} if file.parent.is_dir() else {}
+    close = difflib.get_close_matches(file.stem, files, n=1)
+    return f". Did you mean '{files[close[0]]}'?" if close else ""

@@ -37,6 +37,7 @@ class PretrainConfig(StageConfig):
     )
     ema_decay: float = science(0.996, "EMA decay per step at the start; rises to 1 along half a cosine.", ge=0, lt=1)
 
+    main_settings = ("init", "model.name", "mask_ratio", "target", *StageConfig.main_settings)
     rules = (
         *StageConfig.rules,
         NO_PLATEAU_SCHEDULE,

@@ -13,25 +13,19 @@ from foveal.errors import ExportError
 from foveal.models.backbone import BackboneCard, parse_encoder_card
 from foveal.models.config import ResolvedVitConfig
 from foveal.models.resize import resize_position_embeddings
-from foveal.models.sincos import sincos_positions
 from foveal.models.timm_vit import Encoder
 from foveal.models.vit import build_encoder
 from foveal.timeouts import read_with_timeout
-from foveal.weights.export import Card, check_and_select_weights, load_weights_strict, read_export
-from foveal.weights.foreign import find_weights_file, read_num_heads, read_weights_as_timm
+from foveal.weights.export import Card, check_and_select_weights, check_finite, load_weights_strict, read_export
+from foveal.weights.foreign import find_weights_file, read_weights_as_timm
+from foveal.weights.foreign_card import check_hub_config, infer_foreign_grid
+from foveal.weights.hub_files import HubFiles, read_hub_files
+from foveal.weights.position_grid import is_sincos_table
+from foveal.weights.stated_architecture import check_stated_architecture
+from foveal.weights.timm_names import UNUSED_PREFIXES
 
 # Weights that a pretraining encoder does not have: heads, and decoders of an earlier pretraining.
-_IGNORED_PREFIXES = (
-    "head.",
-    "fc_norm.",
-    "head_drop.",
-    "classifier.",
-    "pooler.",
-    "decoder",
-    "mask_token",
-    "embeddings.mask_token",
-)
-_POSITION_TOLERANCE = 1e-4  # maximum distance of a stored sine-cosine table from the formula
+_IGNORED_PREFIXES = ("head.", "fc_norm.", "head_drop.", "classifier.", *UNUSED_PREFIXES)
 
 
 @dataclass(frozen=True)
@@ -39,6 +33,7 @@ class InitSource:
     """Initial weights of a run, and which of them an encoder uses.
 
     ``patch_grid`` is (rows, columns) in the source; ``card`` is None for foreign weights; keys are timm's names.
+    ``notes`` say in words what was renamed or left out.
     """
 
     path: Path
@@ -49,10 +44,12 @@ class InitSource:
     loaded_keys: tuple[str, ...]
     missing_keys: tuple[str, ...]
     unexpected_keys: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def summary_lines(self) -> list[str]:
         """Return the report: the number of weights used, and the names that are new or unused."""
         lines = [f"init      {self.path}, {len(self.loaded_keys)} weights used"]
+        lines += [f"          {note}" for note in self.notes]
         lines += [f"          new: {', '.join(self.missing_keys)}"] if self.missing_keys else []
         return lines + ([f"          unused: {', '.join(self.unexpected_keys)}"] if self.unexpected_keys else [])
 
@@ -63,21 +60,22 @@ def inspect_init_weights(path: Path, model: ResolvedVitConfig, data: DataConfig)
     Raises: ExportError if the weights do not fit.
     """
     timeout_seconds = data.stall_timeout_seconds
-    weights, digest, card = _read_init_weights(path, timeout_seconds)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        encoder = build_encoder(model, image_size=data.image_size, channels=data.channels)
+    weights, digest, card, notes = _read_init_weights(path, encoder, timeout_seconds)
     source_card = None if card is None else parse_encoder_card(card.encoder, f"{path}/card.json")
     if isinstance(source_card, BackboneCard):
         raise ExportError(f"{path} is the timm backbone {source_card.timm}; pretraining needs a foveal encoder")
     if source_card is None:
-        heads = read_num_heads(find_weights_file(path, timeout_seconds), timeout_seconds)
-        source_sizes = _infer_sizes(path, weights) | ({} if heads is None else {"heads": heads})
+        hub = read_hub_files(find_weights_file(path, timeout_seconds), timeout_seconds)
+        source_sizes = _infer_sizes(path, weights) | ({} if hub.num_heads is None else {"heads": hub.num_heads})
+        _check_equal(path, source_sizes, model.to_dict() | {"channels": data.channels})
+        notes += tuple(check_hub_config(hub, encoder, model.name, data))
+        if data.weights_version > 1:
+            notes += tuple(check_stated_architecture(hub, encoder, model.name))
+        patch_grid = _infer_patch_grid(path, weights, encoder, model, data, hub)
     else:
-        source_sizes = source_card.to_dict()
-    _check_equal(path, source_sizes, model.to_dict() | {"channels": data.channels})
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        encoder = build_encoder(model, image_size=data.image_size, channels=data.channels)
-    if source_card is None:
-        patch_grid = _infer_patch_grid(path, weights, encoder, model, data)
-    else:
+        _check_equal(path, source_card.to_dict(), model.to_dict() | {"channels": data.channels})
         patch_grid = source_card.patch_grid(source_card.image_size)
     _check_positions(path, weights, model, patch_grid)
     used = check_and_select_weights(
@@ -96,12 +94,13 @@ def inspect_init_weights(path: Path, model: ResolvedVitConfig, data: DataConfig)
         loaded_keys=tuple(used),
         missing_keys=tuple(name for name in encoder.state_dict() if name not in used),
         unexpected_keys=tuple(name for name in weights if name not in used),
+        notes=notes,
     )
 
 
 def load_init_weights(encoder: Encoder, source: InitSource, model: ResolvedVitConfig) -> None:
     """Load the weights into an encoder. Raises: ExportError if the file has changed since the plan."""
-    weights, digest, _ = _read_init_weights(source.path, source.read_timeout_seconds)
+    weights, digest, _, _ = _read_init_weights(source.path, encoder, source.read_timeout_seconds)
     if digest != source.sha256:
         raise ExportError(f"{source.path} has changed since the run was planned; start the run again")
     weights = resize_position_embeddings(weights, encoder, model.positions, source.patch_grid)
@@ -114,12 +113,18 @@ def load_init_weights(encoder: Encoder, source: InitSource, model: ResolvedVitCo
     )
 
 
-def _read_init_weights(path: Path, timeout_seconds: float) -> tuple[dict[str, Tensor], str, Card | None]:
-    """Return weights under timm's names, their file's sha256, and the card if the path is an export."""
+def _read_init_weights(
+    path: Path, encoder: Encoder, timeout_seconds: float
+) -> tuple[dict[str, Tensor], str, Card | None, tuple[str, ...]]:
+    """Return weights under timm's names, their file's sha256, the card if the path is an export, and notes if not."""
     if read_with_timeout(path, timeout_seconds, (path / "card.json").exists):
         weights, card = read_export(path, timeout_seconds)
-        return weights, card.sha256, card
-    return *read_weights_as_timm(find_weights_file(path, timeout_seconds), timeout_seconds), None
+        return weights, card.sha256, card, ()
+    file = find_weights_file(path, timeout_seconds)
+    foreign = read_weights_as_timm(file, encoder.state_dict(), timeout_seconds)
+    used = {name: value for name, value in foreign.tensors.items() if not name.startswith(_IGNORED_PREFIXES)}
+    check_finite(used, file)
+    return foreign.tensors, foreign.sha256, None, foreign.notes
 
 
 def _infer_sizes(path: Path, weights: dict[str, Tensor]) -> dict[str, Any]:
@@ -144,22 +149,20 @@ def _check_equal(path: Path, source_sizes: dict[str, Any], model_sizes: dict[str
 
 
 def _infer_patch_grid(
-    path: Path, weights: dict[str, Tensor], encoder: Encoder, model: ResolvedVitConfig, data: DataConfig
+    path: Path,
+    weights: dict[str, Tensor],
+    encoder: Encoder,
+    model: ResolvedVitConfig,
+    data: DataConfig,
+    hub: HubFiles,
 ) -> tuple[int, int]:
-    """Return (rows, columns) of foreign weights' position table: the model's grid if the length fits, else a square."""
+    """Return (rows, columns) of foreign weights' position table; the model's grid if there is no table."""
     model_grid, table = model.patch_grid(data.image_size), weights.get("pos_embed")
     if model.positions is None or table is None or table.ndim != 3:
         return model_grid
-    length = table.shape[1] - encoder.get_parameter("pos_embed").shape[1] + math.prod(model_grid)
-    if length == math.prod(model_grid):
-        return model_grid
-    side = math.isqrt(max(length, 0))
-    if side**2 != length or not side:
-        raise ExportError(
-            f"{path} has positions of {length} patches, which are neither {model_grid[0]} x {model_grid[1]} nor a "
-            f"square"
-        )
-    return side, side
+    num_prefix_rows = encoder.get_parameter("pos_embed").shape[1] - math.prod(model_grid)
+    version = data.weights_version
+    return infer_foreign_grid(table, num_prefix_rows, model.patch, model_grid, model.name, hub, version, path)
 
 
 def _check_positions(path: Path, weights: dict[str, Tensor], model: ResolvedVitConfig, grid: tuple[int, int]) -> None:
@@ -169,7 +172,7 @@ def _check_positions(path: Path, weights: dict[str, Tensor], model: ResolvedVitC
     # A table of another shape is refused when the weights are selected.
     if model.positions != "sincos" or table is None or table[:, -length:].shape != (1, length, model.width):
         return
-    if (table[0, -length:] - sincos_positions(*grid, model.width)).abs().max() > _POSITION_TOLERANCE:
+    if not is_sincos_table(table, grid):
         raise ExportError(f"{path} has learned positions: set model.positions=learned")
 
 

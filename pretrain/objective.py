@@ -74,8 +74,9 @@ def pixel_loss_sum(objective: MaskedModelingLoss, images: Tensor, output: MAEOut
 def feature_loss_sum(_objective: MaskedModelingLoss, _images: Tensor, output: MAEOutput) -> Tensor:
     """Huber loss with threshold 1, mean over D, summed over masked patches.
 
-    The target is the EMA encoder's features of the full image, each patch standardised to mean 0 and variance 1
-    (I-JEPA, Assran et al., 2023, sections 3 and A.1; data2vec, Baevski et al., 2022).
+    The target is the EMA encoder's features of the full image, each patch standardised to mean 0 and variance 1. Both
+    are those of I-JEPA's code (Assran et al., 2023), whose paper has a squared distance (section 3), after data2vec
+    (Baevski et al., 2022).
     """
     target_BMD = standardize_features(gather_patches(_full_image_features(output), output.masked_indices))
     return F.smooth_l1_loss(output.masked_patch_pred.float(), target_BMD, reduction="none").mean(dim=-1).sum()

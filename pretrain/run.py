@@ -13,7 +13,15 @@ def _import_functions() -> StageFunctions[PretrainConfig, Any]:
     return FUNCTIONS
 
 
-STAGE = Stage("pretrain", PretrainConfig, _import_functions)
+STAGE = Stage(
+    "pretrain",
+    PretrainConfig,
+    _import_functions,
+    examples=(
+        "foveal train pretrain cifar10_small epochs=3 run.dir=runs/first",
+        "torchrun --nproc-per-node=2 -m foveal.cli train pretrain digits",
+    ),
+)
 
 if __name__ == "__main__":
     main(STAGE)

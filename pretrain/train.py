@@ -2,13 +2,11 @@
 
 import torch
 
-from foveal.engines.base import Engine
-from foveal.inspect.reconstruction import draw_reconstruction_grid
 from foveal.models.mae import MaskedAutoencoder
 from foveal.models.vit import build_encoder, encoder_card, resolve_sizes
 from foveal.optim.optimizers import parameter_groups
 from foveal.seeding import derive_key
-from foveal.training.loop import Step, TrainingSetup, build_stage_engine, is_due
+from foveal.training.loop import TrainingSetup, build_stage_engine, is_due
 from foveal.training.run import Run
 from foveal.training.stage import StageFunctions
 from foveal.training.steps import training_steps
@@ -16,8 +14,7 @@ from foveal.training.validation import evaluate_encoders, evaluate_if_due
 from pretrain.init import load_init_weights
 from pretrain.objective import MaskedModelingLoss
 from pretrain.plan import PretrainPlan, plan_pretraining
-
-_MAX_GRID_IMAGES = 8  # images in a reconstruction grid
+from pretrain.reconstructions import save_reconstructions
 
 
 def train(plan: PretrainPlan, run: Run) -> None:
@@ -44,7 +41,7 @@ def train(plan: PretrainPlan, run: Run) -> None:
                 return run.mark_preempted(step.index)
             evaluate(step.index)
             if cfg.target == "pixels" and is_due(step.index, cfg.log.images_every, plan.stop_step):
-                save_reconstructions(step, engine, setup.objective, run)
+                save_reconstructions(step.index, engine, setup.objective, run)
     if plan.stop_step == plan.total_steps:
         metrics = run.evaluations.get(plan.total_steps, {})
         card = encoder_card(cfg.model, cfg.data.image_size, cfg.data.channels)
@@ -82,26 +79,6 @@ def build(plan: PretrainPlan, _device: torch.device) -> TrainingSetup[MaskedMode
         std=plan.std,
     )
     return TrainingSetup(model, parameter_groups(model, cfg.optim), objective)
-
-
-def save_reconstructions(step: Step, engine: Engine, objective: MaskedModelingLoss, run: Run) -> None:
-    """Save an image grid of originals, visible patches and reconstructions; every rank runs the forward."""
-    with run.throughput_meter.exclude_time(), engine.eval_mode():
-        batch = step.last_microbatch.to(engine.device)
-        pred, masked, *_ = objective.predict(engine.model, batch)[1]
-        shown = slice(_MAX_GRID_IMAGES)
-        run.save_image(
-            "reconstruction",
-            step.index,
-            lambda: draw_reconstruction_grid(
-                batch.images[shown],
-                pred[shown],
-                masked[shown],
-                mean=objective.mean,
-                std=objective.std,
-                norm_pix=objective.norm_pix,
-            ),
-        )
 
 
 FUNCTIONS = StageFunctions(plan_pretraining, train, build)

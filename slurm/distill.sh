@@ -7,7 +7,7 @@
 # Options of sbatch win over the lines below: --nodes=1 --ntasks-per-node=4 --gpus-per-node=4 on a smaller cluster,
 # --gpus-per-node=0 on one without GPUs (where sbatch says "Invalid generic resource (gres) specification").
 #SBATCH --job-name=distill
-#SBATCH --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=12
+#SBATCH --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=12 --distribution=block:block
 #SBATCH --time=24:00:00 --signal=USR1@180 --requeue --open-mode=append
 #SBATCH --output=%x-%j.log
 set -euo pipefail

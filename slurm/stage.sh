@@ -1,6 +1,10 @@
 # shellcheck shell=bash
 # The common part of the three job scripts, which source it in the folder where sbatch was called.
 
+# NCCL ends every rank by SIGABRT at a time-out: each would leave a core dump of its whole memory on the shared disk. The
+# hard limit stays, so that environment.sh may ask for dumps (ulimit -S -c unlimited).
+ulimit -S -c 0
+
 source slurm/environment.sh
 declare -p pauses >/dev/null 2>&1 || pauses=(10 30 90)
 

@@ -12,26 +12,26 @@ import difflib
 import io
 import json
 import logging
-import os
 import shlex
-import signal
-import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 import yaml
 
 from distill.config import DistillConfig
 from finetune.config import FinetuneConfig
-from foveal.distributed.launcher_process import LAUNCHER_ENV_VAR, Process
+from foveal.distributed.local_launch import run_local_ranks
 from foveal.errors import ConfigError, FovealError, LaunchError
+from foveal.interrupt import INTERRUPTED_EXIT_CODE
 from foveal.slurm import can_submit_jobs, cancel_jobs, parse_sbatch_options
 from foveal.strict_yaml import parse_yaml, read_yaml
-from foveal.training.config import StageConfig, resolve_config_path
+from foveal.training.config import StageConfig
+from foveal.training.config_files import find_config, is_path, list_configs
+from foveal.training.config_mistakes import locate_config
 from pretrain.config import PretrainConfig
 
 _STAGES: dict[str, tuple[type[StageConfig], str]] = {
@@ -40,7 +40,6 @@ _STAGES: dict[str, tuple[type[StageConfig], str]] = {
     "finetune": (FinetuneConfig, "slurm/finetune.sh"),
 }
 _KEYS = ("name", "stage", "config", "set", "from")
-_FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _log = logging.getLogger("foveal.submit")
 
 
@@ -75,6 +74,15 @@ class StageJob:
 
 
 # --- from a file to jobs ---
+
+
+def _find_pipeline(name_or_path: str) -> Path:
+    """Return the file of a pipeline, searched as configs are. Raises: ConfigError for an unknown name."""
+    file = find_config("pipelines", name_or_path)
+    if file is None and not is_path(name_or_path):
+        names = list(list_configs("pipelines"))
+        raise ConfigError(f"there is no pipeline '{name_or_path}'{_suggest_nearest(name_or_path, names)}")
+    return file or Path(name_or_path)
 
 
 def read_pipeline(file: Path) -> list[PipelineStage]:
@@ -144,8 +152,8 @@ def build_jobs_and_options(pipeline_file: Path, overrides: Sequence[str]) -> tup
             *(f"{key}={_format_override_value(value)}" for key, value in settings.items()),
             *overrides_by_stage[entry.name],
         )
-        config = resolve_config_path(entry.stage, entry.config)
         try:
+            config = locate_config(entry.stage, entry.config)
             cfg = _STAGES[entry.stage][0].load(config, texts)
             exports[entry.name] = cfg.export_subfolders
             if wrong := next((name for name, _, student in inputs.values() if student not in exports[name]), None):
@@ -274,28 +282,33 @@ def _submit_command(folder: Path, resources: Mapping[str, str], command: Sequenc
 
 
 def run_jobs_locally(jobs: Sequence[StageJob]) -> int:
-    """Run the jobs one after another on this machine; return 0, or the exit code of the first that did not finish.
-
-    A job with several processes is validated in one process first, because torchrun turns every exit code into 1.
-    """
+    """Run the jobs one after another on this machine; return 0, or the exit code of the first that did not finish."""
     for number, job in enumerate(jobs, 1):
         processes = job.num_processes or _count_devices()
         _log.info("[%d/%d] %s -> %s (processes: %d)", number, len(jobs), job.name, job.run_dir, processes)
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        single_process = [sys.executable, *job.python_args]
-        commands = [single_process]
-        if processes > 1:
-            commands = [[*single_process, "--check", f"--ranks={processes}"], [*launcher, *job.python_args]]
-        for command in commands:
-            if code := _run_command(command, _child_environment(processes)):
-                _log.error("%s stopped with exit code %d; nothing after it was started", job.name, code)
-                return code
-        if not (job.run_dir / "finished.json").exists():
+        started = time.time()
+        code = run_local_ranks(job.python_args, processes)
+        if code == INTERRUPTED_EXIT_CODE:
+            _log.error("foveal: stopped in stage '%s': start again to continue", job.name)
+        elif code:
+            after = "" if number == len(jobs) else "; nothing after it was started"
+            _log.error("foveal: stage '%s' ended with exit code %d%s%s", job.name, code, _name_log(job, started), after)
+        elif not (job.run_dir / "finished.json").exists():
+            code = LaunchError.exit_code
             _log.error(
-                "%s left before its end; the same command goes on from its checkpoint in %s", job.name, job.run_dir
+                "foveal: stage '%s' left before its end; the same command goes on from its checkpoint in %s",
+                job.name,
+                job.run_dir,
             )
-            return LaunchError.exit_code
+        if code:
+            return code
     return 0
+
+
+def _name_log(job: StageJob, started: float) -> str:
+    """Return the log of rank 0 in parentheses if the stage has written one since it was started."""
+    log = job.run_dir / "logs" / "rank-000.log"
+    return f" (log: {log})" if log.exists() and log.stat().st_mtime >= started else ""
 
 
 def _count_devices() -> int:
@@ -304,70 +317,27 @@ def _count_devices() -> int:
     return max(1, torch.cuda.device_count())
 
 
-def _child_environment(processes: int) -> dict[str, str]:
-    """Return the environment of a stage. The cores are shared out unless OMP_NUM_THREADS is set; torchrun would give one each."""
-    threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    launcher = {
-        LAUNCHER_ENV_VAR: str(Process.from_pid(os.getpid()) or "")
-    }  # the stages leave when this process is gone
-    return {"OMP_NUM_THREADS": str(threads), **os.environ, **launcher}
-
-
-def _run_command(command: list[str], environment: Mapping[str, str]) -> int:
-    """Run a command to its end; return its exit code like a shell, or 128 + the first signal received meanwhile.
-
-    The command has its own process group, and Ctrl-C is forwarded to each rank once; the ranks save and leave. torchrun
-    does not receive the signal: it would kill its ranks half a minute later, with a traceback. A second Ctrl-C kills all.
-    """
-    received: list[int] = []
-    children: list[subprocess.Popen[bytes]] = []
-
-    def forward(number: int, _frame: FrameType | None) -> None:
-        kill = number == signal.SIGINT in received
-        received.append(number)
-        for child in children:
-            ranks = _child_pids(child.pid) if "torch.distributed.run" in command else []
-            for pid in [*ranks, child.pid] if kill or not ranks else ranks:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL if kill else number)
-
-    previous_handlers = {number: signal.signal(number, forward) for number in _FORWARDED_SIGNALS}
-    try:
-        stdout = subprocess.DEVNULL if "--check" in command else None
-        children.append(subprocess.Popen(command, env=dict(environment), stdout=stdout, process_group=0))
-        code = children[0].wait()
-    finally:
-        for number, handler in previous_handlers.items():
-            signal.signal(number, handler)
-    if received:
-        return 128 + received[0]
-    return code if code >= 0 else 128 - code
-
-
-def _child_pids(pid: int) -> list[int]:
-    try:
-        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
-
-
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Validate, then submit or run; a mistake of the user is one sentence and exit code 2."""
     logging.basicConfig(format="%(message)s")
     _log.setLevel(logging.INFO)
     parser = argparse.ArgumentParser(prog="submit.py", description="Chain the stages of a pipeline.")
-    parser.add_argument("pipeline", type=Path, help="a YAML list of stages, such as configs/pipelines/demo.yaml")
+    parser.add_argument("pipeline", help="a YAML list of stages, or NAME for configs/pipelines/NAME.yaml")
     parser.add_argument("--cluster", choices=("slurm", "local"), default="slurm", help="where (default: slurm)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="<stage>.<key>=value, slurm.<option>=value")
     options = parser.parse_intermixed_args(argv)
     try:
-        jobs, sbatch = build_jobs_and_options(options.pipeline, options.overrides)
+        pipeline = _find_pipeline(options.pipeline)
+        jobs, sbatch = build_jobs_and_options(pipeline, options.overrides)
         if options.cluster == "slurm":
-            submit_jobs(jobs, Path("runs", options.pipeline.stem, "slurm"), sbatch)
+            submit_jobs(jobs, Path("runs", pipeline.stem, "slurm"), sbatch)
             sys.exit(0)
         if sbatch:
             _log.warning("--cluster local asks nothing of Slurm: slurm.%s is ignored", ", slurm.".join(sbatch))
         sys.exit(run_jobs_locally(jobs))
+    except KeyboardInterrupt:
+        sys.stderr.write("foveal: stopped: start again to continue\n")
+        sys.exit(INTERRUPTED_EXIT_CODE)
     except FovealError as error:
         sys.stderr.write(f"foveal: {error}\n")
         sys.exit(error.exit_code)

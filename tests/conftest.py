@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import yaml
 from ranks import Ranks, stage_named
-from tiers import Recording, Sharing
 
 from foveal.data.pack import pack_digits
 
@@ -17,11 +16,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--regolden", action="store_true", help="rewrite tests/numerics/golden/*.json; review the diff like code"
     )
     parser.addoption("--write-durations", action="store_true", help="write tests/durations.json from this run")
+    parser.addoption(
+        "--on-cpus", action="store_true", help="tests/gpu: processes on CPUs take the place of eight GPUs, under gloo"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.pluginmanager.hasplugin("xdist"):
-        config.pluginmanager.register(Sharing())
+    if not config.pluginmanager.hasplugin("xdist"):
+        return  # tests/gpu needs none
+    from tiers import Recording, Sharing
+
+    config.pluginmanager.register(Sharing())
     if config.getoption("--write-durations") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Recording())
 

@@ -16,7 +16,14 @@ from dataclasses import replace
 
 from finetune.checks import check_stopping_uses_holdout
 from finetune.config import FinetuneConfig
-from finetune.multirun.nested_runs import FitFn, RunSummary, get_run_dir, is_finished, run_or_reuse_nested
+from finetune.multirun.nested_runs import (
+    FitFn,
+    NestedRun,
+    RunSummary,
+    get_run_dir,
+    is_finished,
+    run_or_reuse_nested,
+)
 from finetune.plan import nested_run_config, plan_training
 from finetune.task import FinetunePlan
 from foveal.distributed.world import World
@@ -38,7 +45,10 @@ def plan_cross_validation(cfg: FinetuneConfig, world_size: int) -> FinetunePlan:
     assert cfg.cross_validation is not None
     _check_cross_validation(cfg)
     plans = [plan_training(fold_cfg, world_size) for fold_cfg in fold_configs(cfg)[: cfg.cross_validation.count]]
-    return replace(plans[0], cfg=cfg)
+    first = plans[0].cfg
+    data = cfg.data.model_copy(update={"lanes": first.data.lanes})
+    resolved = {"data": data, "model": first.model, "backbone": first.backbone}
+    return replace(plans[0], cfg=cfg.model_copy(update=resolved))
 
 
 def fold_configs(cfg: FinetuneConfig) -> list[FinetuneConfig]:
@@ -51,7 +61,8 @@ def fold_configs(cfg: FinetuneConfig) -> list[FinetuneConfig]:
 def cross_validate(plan: FinetunePlan, run: Run, fit: FitFn) -> None:
     """Run every unfinished fold, then record the aggregated results. The n-th fold's metrics are logged as step n."""
     summaries: list[RunSummary] = []
-    for number, summary in enumerate(run_or_reuse_nested(fold_configs(plan.cfg), run, fit), start=1):
+    folds = [NestedRun(cfg, _describe_fold(cfg)) for cfg in fold_configs(plan.cfg)]
+    for number, summary in enumerate(run_or_reuse_nested(folds, run, fit, "fold"), start=1):
         summaries.append({name: value for name, value in summary.items() if name.startswith(_METRIC_PREFIXES)})
         run.tracker.log_results_once(summaries[-1], number)
     if not run.is_preempted:
@@ -90,12 +101,14 @@ def dispatch_folds(cfg: FinetuneConfig, world: World, execute: Callable[[Finetun
         return
     _check_cross_validation(cfg)
     folds = fold_configs(cfg)
-    task_folds = folds[task.task_id :: task.task_count]
+    task_folds = list(enumerate(folds, start=1))[task.task_id :: task.task_count]
     if not task_folds:
         _log.info("task %d of the array has nothing to do: there are %d folds", task.task_id, len(folds))
         return
-    if not all(execute(fold_cfg) for fold_cfg in task_folds):  # preempted: the requeued task goes on
-        return
+    for number, fold_cfg in task_folds:
+        _log.info("fold %d of %d (%s): %s", number, len(folds), _describe_fold(fold_cfg), fold_cfg.run.dir)
+        if not execute(fold_cfg):  # preempted: the requeued task goes on
+            return
     unfinished = world.on_rank0(lambda: sum(not _is_finished_uncached(fold_cfg) for fold_cfg in folds))
     if unfinished:
         _log.info(
@@ -131,6 +144,11 @@ def _fold_config(cfg: FinetuneConfig, seed: int, fold: int) -> FinetuneConfig:
     assert cfg.cross_validation is not None
     changes = {"seed": seed, "data.fold": {"of": cfg.cross_validation.count, "number": fold}}
     return nested_run_config(cfg, f"folds/seed{seed}-fold{fold}", changes)
+
+
+def _describe_fold(cfg: FinetuneConfig) -> str:
+    """Return what tells a fold from the others; folds are numbered from 0, as in the names of their directories."""
+    return get_run_dir(cfg).name.replace("-", ", ")
 
 
 def _check_cross_validation(cfg: FinetuneConfig) -> None:

@@ -5,6 +5,7 @@ defines the nested runs and aggregates their summaries.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.config import FinetuneConfig
@@ -20,20 +21,34 @@ FitFn = Callable[[FinetunePlan, Run], None]
 RunSummary = dict[str, float]
 
 
-def run_or_reuse_nested(configs: Sequence[FinetuneConfig], outer_run: Run, fit: FitFn) -> Iterator[RunSummary]:
+@dataclass(frozen=True, slots=True)
+class NestedRun:
+    """Settings of a nested run, and what tells it from the others, such as "seed 1, lr 0.003"."""
+
+    cfg: FinetuneConfig
+    label: str
+
+
+def run_or_reuse_nested(runs: Sequence[NestedRun], outer_run: Run, fit: FitFn, noun: str) -> Iterator[RunSummary]:
     """Run every unfinished nested run and yield all summaries in order; stop early on preemption (``is_preempted``).
 
-    A step of the outer run is a finished nested run, so that an attempt makes progress by finishing one.
+    A step of the outer run is a finished nested run, so that an attempt makes progress by finishing one. ``noun``: what
+    progress calls a nested run.
     """
-    outer_run.start_attempt(sum(is_finished(cfg) for cfg in configs), total_steps=len(configs))
-    for number, cfg in enumerate(configs, start=1):
-        summary = _run_or_read_summary(plan_training(cfg, outer_run.world.size), outer_run, fit)
+    outer_run.start_attempt(sum(is_finished(nested.cfg) for nested in runs), num_parts=len(runs), noun=noun)
+    for number, nested in enumerate(runs, start=1):
+        outer_run.progress.begin_part(number, nested.label)
+        plan = plan_training(nested.cfg, outer_run.world.size)
+        summary, is_new = _run_or_read_summary(plan, outer_run, fit)
         if summary is None:
             outer_run.mark_preempted(number - 1)
             return
-        prefix = f"{eval_split(cfg.data).metric_prefix}_"
-        metric = next((f", {name} {value:.3f}" for name, value in summary.items() if name.startswith(prefix)), "")
-        outer_run.progress.update(number, f"{get_run_dir(cfg).name}{metric}")
+        if is_new:
+            prefix = f"{eval_split(nested.cfg.data).metric_prefix}_"
+            metrics = [f"{name} {value:.4f}" for name, value in summary.items() if name.startswith(prefix)]
+            outer_run.progress.finish_part(number, "".join(metrics[:1]))
+        else:
+            outer_run.progress.move_to(number)
         yield summary
 
 
@@ -48,14 +63,14 @@ def is_finished(cfg: FinetuneConfig) -> bool:
     return (get_run_dir(cfg) / "finished.json").exists()
 
 
-def _run_or_read_summary(plan: FinetunePlan, outer_run: Run, fit: FitFn) -> RunSummary | None:
-    """Return the summary of one run, from this or an earlier attempt; None if the run was preempted."""
+def _run_or_read_summary(plan: FinetunePlan, outer_run: Run, fit: FitFn) -> tuple[RunSummary | None, bool]:
+    """Return the summary of one run, and whether this attempt finished it; None if the run was preempted."""
     with open_run("finetune", plan, outer_run.world, outer_run.preemption, outer_run=outer_run) as inner:
+        is_new = inner is not None
         if inner is not None:
             fit(plan, inner)
             if inner.is_preempted:
-                return None
+                return None, True
     file = get_run_dir(plan.cfg) / "finished.json"
-    return outer_run.world.broadcast_object(
-        translate_metrics(read_json(file)["summary"]) if outer_run.world.rank == 0 else None
-    )
+    summary = translate_metrics(read_json(file)["summary"]) if outer_run.world.rank == 0 else None
+    return outer_run.world.broadcast_object(summary), is_new

@@ -6,7 +6,8 @@ on ``data.val`` is reported for that learning rate only.
 
 import statistics
 
-from finetune.multirun.nested_runs import FitFn, RunSummary, run_or_reuse_nested
+from finetune.list_edges import describe_list_edge
+from finetune.multirun.nested_runs import FitFn, NestedRun, RunSummary, run_or_reuse_nested
 from finetune.plan import trial_config
 from finetune.task import FinetunePlan
 from foveal.training.run import Run
@@ -23,11 +24,22 @@ def run_trials(plan: FinetunePlan, run: Run, fit: FitFn) -> None:
         for repeat in range(cfg.trials.repeats)
     ]
     results: dict[tuple[str, float], list[RunSummary]] = {}
-    summaries = run_or_reuse_nested([trial_config(cfg, *trial) for trial in trials], run, fit)
+    runs = [
+        NestedRun(trial_config(cfg, arm, repeat, lr), f"{arm}, lr {lr:g}, seed {cfg.seed + repeat}")
+        for arm, repeat, lr in trials
+    ]
+    summaries = run_or_reuse_nested(runs, run, fit, "trial")
     for (arm, _, lr), summary in zip(trials, summaries, strict=False):  # preemption ends the summaries early
         results.setdefault((arm, lr), []).append(summary)
     if not run.is_preempted:
-        run.mark_finished(_summarize_trials(results))
+        summary = _summarize_trials(results)
+        rates = cfg.trials.lr_per_256
+        run.notes = [
+            note
+            for arm in cfg.trials.arms
+            if (note := describe_list_edge(arm, "lr_per_256", summary[f"{arm}_lr_per_256"], rates))
+        ]
+        run.mark_finished(summary)
 
 
 def _summarize_trials(summaries: dict[tuple[str, float], list[dict[str, float]]]) -> dict[str, float]:

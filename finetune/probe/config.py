@@ -22,7 +22,7 @@ class ProbeConfig(Config):
 
     kinds: tuple[ProbeKind, ...] = science(
         ("linear",),
-        "Classifiers on the features: a linear head by LARS (MAE's protocol), scikit-learn's logistic regression, "
+        "Classifiers on the features: a linear head by LARS (MAE's, on fixed views), scikit-learn's logistic regression, "
         "attentive pooling with one query, or k nearest neighbours.",
         min_length=1,
     )

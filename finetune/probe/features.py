@@ -110,7 +110,10 @@ def extract_and_cache_features(plan: ProbePlan, run: Run) -> bool:
     _, extractor = build_feature_extractor(plan, run.world.device)
     for name, (split, subset) in plan.subsets.items():
         writer = _FeatureWriter(draft, name, plan.file_shapes)
-        with closing(writer), closing(run.evaluation_batches(0, split=split, subset=subset)) as batches:
+        with (
+            closing(writer),
+            closing(run.evaluation_batches(0, split=split, subset=subset, purpose="extracting features")) as batches,
+        ):
             for batch in batches:
                 first_row = (batch.microbatch_index * run.world.size + run.world.rank) * plan.cfg.batch.max_micro_size
                 run.world.run_all_or_raise(

@@ -34,7 +34,8 @@ _TRUST_COEFFICIENT, _EPSILON = 1e-3, 1e-8
 def fit_linear_probe(plan: ProbePlan, train: LayerFeatures) -> Resumable[Predictor]:
     """Train linear heads on batch-normalized features (no affine) by LARS without weight decay.
 
-    He et al., 2022, appendix A.2.
+    Head and optimizer are MAE's (He et al., 2022, appendix A.1, table 10); the features are of one fixed view of each
+    image, where MAE draws a new crop and flip in every epoch.
     """
     device, peak_lrs = train.labels.device, plan.probe.linear_lr_per_256
     schedule = _HeadSchedule(plan, len(train))

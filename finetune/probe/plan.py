@@ -91,7 +91,7 @@ class ProbePlan(FinetunePlan):
         return sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in self.file_shapes.values())
 
     def summary_lines(self) -> list[str]:
-        """Return the lines of training, without its learning rate and BatchNorm, plus the probe's candidate values."""
+        """Return the lines of training, without its learning rate, BatchNorm and checkpoints, plus the probe's candidate values."""
         probe, counts = self.probe, ", ".join(f"{count:,} {name}" for name, count in self.image_counts.items())
         features = "its pooled feature" if self.backbone else f"blocks {', '.join(map(str, self.layers))}"
         candidates = [
@@ -100,7 +100,7 @@ class ProbePlan(FinetunePlan):
             if kind in probe.kinds
         ]
         return [
-            *(line for line in super().summary_lines() if not line.startswith(("lr ", "norm "))),
+            *(line for line in super().summary_lines() if not line.startswith(("lr ", "norm ", "save "))),
             f"probe     {'; '.join(candidates)}",
             f"features  {features} of {counts} images: {format_bytes(self.feature_files_bytes)}, computed once",
         ]

@@ -7,7 +7,7 @@ on preemption. Each unit's result is saved; a resumed attempt reuses the cached 
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from finetune.list_edges import describe_list_edge
 from finetune.probe.config import HYPERPARAMETERS, ProbeKind
 from finetune.probe.features import (
     FeatureExtractor,
@@ -64,25 +65,42 @@ def run_probes(plan: ProbePlan, run: Run) -> None:
     cached = run.world.on_rank0(lambda: check_cached_features(plan, run.path))
     # Results are valid only with the features that they were computed from.
     results = run.world.on_rank0(lambda: _load_results(plan, run.path) if cached else {})
-    run.start_attempt(len(results) + cached, total_steps=len(plan.kind_layer_pairs) + 1)
+    run.start_attempt(len(results) + cached, num_parts=len(plan.kind_layer_pairs) + 1, noun="part")
     if not cached:
+        run.progress.begin_part(1, "features")
         run.open_data_log()
         if not extract_and_cache_features(plan, run):
             return run.mark_preempted(0)
-    run.progress.update(len(results) + 1, "features are cached")
+        run.progress.finish_part(1, "cached")
     remaining = [unit for unit in plan.kind_layer_pairs if unit not in results]
     for start in range(0, len(remaining), run.world.size):
-        new_results = _fit_units(plan, run, remaining[start : start + run.world.size])
+        units = remaining[start : start + run.world.size]
+        run.progress.begin_part(len(results) + 2, "; ".join(map(_describe_unit, units)))
+        new_results = _fit_units(plan, run, units)
         if new_results is None:
             return run.mark_preempted(len(results) + 1)
         results |= new_results
         if run.world.rank == 0:
             _save_results(run.path, new_results)
-        for (kind, layer), result in new_results.items():
-            unit_name = f"{kind}, block {layer}" if layer else kind
-            run.progress.update(len(results) + 1, f"{unit_name}: top-1 {result.top1:.3f}")
-    run.mark_finished(select_layer_metrics(plan, results))
+        tops = [f"{result.top1:.4f}" for result in new_results.values()]
+        run.progress.finish_part(len(results) + 1, f"top1 {', '.join(tops)}")
+    metrics = select_layer_metrics(plan, results)
+    run.notes = list(filter(None, _describe_list_edges(plan, metrics)))
+    run.mark_finished(metrics)
     return None
+
+
+def _describe_list_edges(plan: ProbePlan, metrics: dict[str, Any]) -> Iterator[str | None]:
+    """Yield a sentence for every probe kind whose hyperparameter is at an end of its list."""
+    for kind in dict.fromkeys(plan.probe.kinds):
+        name, values = HYPERPARAMETERS[kind]
+        chosen = metrics[f"{kind}_{name}"]
+        yield describe_list_edge(f"{kind} probe", name, chosen, values(plan.probe), is_count=kind == "knn")
+
+
+def _describe_unit(unit: tuple[ProbeKind, int]) -> str:
+    kind, layer = unit
+    return f"{kind}, block {layer}" if layer else kind
 
 
 def _fit_units(
@@ -91,11 +109,13 @@ def _fit_units(
     """Fit one unit on each of the first ranks; return the results on every rank, or None on preemption."""
     rank, result = run.world.rank, None
     task = _fit_and_evaluate(plan, run.path, run.world.device, *units[rank]) if rank < len(units) else None
-    while run.world.any_rank(task is not None):
-        run.watchdog.heartbeat(run.step, "probing")
-        if run.check_preemption():
-            return None
-        task, result = run.world.run_all_or_raise(lambda t=task, r=result: (None, r) if t is None else _advance(t))
+    with run.progress.activity("fitting") as activity:
+        while run.world.any_rank(task is not None):
+            run.watchdog.heartbeat(run.step, "probing")
+            activity.advance(0)
+            if run.check_preemption():
+                return None
+            task, result = run.world.run_all_or_raise(lambda t=task, r=result: (None, r) if t is None else _advance(t))
     gathered = zip(units, run.world.all_gather_objects(result), strict=False)
     return {unit: unit_result for unit, unit_result in gathered if unit_result is not None}
 

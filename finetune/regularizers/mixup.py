@@ -1,10 +1,8 @@
-"""Mixup, cutmix and random erasing. Randomness is keyed by sample: the same on any number of ranks and after a resume.
+"""Mixup and cutmix. Randomness is keyed by sample: the same on any number of ranks and after a resume.
 
 B images of C channels, H x W pixels. Samples are mixed in pairs, rows 2n and 2n + 1 of a microbatch: a pair is in the
 same microbatch of the same rank however a step is split, and each epoch's shuffle makes new pairs.
 """
-
-import math
 
 import torch
 from torch import Tensor
@@ -12,8 +10,6 @@ from torch import Tensor
 from foveal.seeding import derive_key, draw_uniform
 
 _MAX_REJECTIONS = 12  # candidate pairs per beta-distributed number; each is accepted with probability >= 1/2
-_AREA_RANGE = (0.02, 1 / 3)  # erased fraction of the image (Zhong et al.)
-_ASPECT_RANGE = (0.3, 1 / 0.3)  # aspect ratio of the erased box (Zhong et al.)
 
 
 def apply_mixup_cutmix(
@@ -32,7 +28,7 @@ def apply_mixup_cutmix(
     cut_B = choice_B < cutmix_prob
     own_B = torch.where(cut_B, _sample_beta(uniform[:, 3:], cutmix or 1.0), _sample_beta(uniform[:, 3:], mixup or 1.0))
     side_B = (1 - own_B).sqrt()
-    box = _box_masks(x_B * width, y_B * height, side_B * width, side_B * height, height, width)
+    box = make_box_masks(x_B * width, y_B * height, side_B * width, side_B * height, height, width)
     own = torch.where(cut_B.view(-1, 1, 1, 1), 1 - box.float(), own_B.view(-1, 1, 1, 1).expand_as(box))
     return mix_adjacent_pairs(images, own), own.mean(dim=(1, 2, 3))
 
@@ -42,23 +38,7 @@ def mix_adjacent_pairs(values: Tensor, own_fraction: Tensor) -> Tensor:
     return own_fraction * values + (1 - own_fraction) * values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
-def apply_random_erasing(images: Tensor, sample_keys_B: Tensor, seed: int, probability: float) -> Tensor:
-    """Replace a box of Gaussian noise in some of the images [B, C, H, W].
-
-    Zhong et al., "Random erasing", 2020, as in MAE's code.
-    """
-    height, width = images.shape[2:]
-    chance_B, area_B, aspect_B, x_B, y_B = draw_uniform(derive_key(seed, "erasing"), sample_keys_B, 5).T
-    area_B = (_AREA_RANGE[0] + area_B * (_AREA_RANGE[1] - _AREA_RANGE[0])) * height * width
-    low, high = (math.log(ratio) for ratio in _ASPECT_RANGE)
-    aspect_B = (low + aspect_B * (high - low)).exp()
-    box_width_B, box_height_B = (area_B * aspect_B).sqrt(), (area_B / aspect_B).sqrt()
-    box = _box_masks(x_B * width, y_B * height, box_width_B, box_height_B, height, width)
-    box = box & (chance_B < probability).view(-1, 1, 1, 1)
-    return torch.where(box, _sample_normal(sample_keys_B, seed, images.shape).to(images.dtype), images)
-
-
-def _box_masks(x_B: Tensor, y_B: Tensor, width_B: Tensor, height_B: Tensor, height: int, width: int) -> Tensor:
+def make_box_masks(x_B: Tensor, y_B: Tensor, width_B: Tensor, height_B: Tensor, height: int, width: int) -> Tensor:
     """Return the masks, bool [B, 1, height, width], of boxes around the centres (x, y), in pixels."""
     rows = torch.arange(height, device=x_B.device).view(1, 1, -1, 1) + 0.5
     columns = torch.arange(width, device=x_B.device).view(1, 1, 1, -1) + 0.5
@@ -77,10 +57,3 @@ def _sample_beta(uniform: Tensor, alpha: float) -> Tensor:
     index = accepted.int().argmax(dim=1, keepdim=True)
     first_B, second_B = first.gather(1, index).squeeze(1), second.gather(1, index).squeeze(1)
     return first_B / (first_B + second_B).clamp(min=torch.finfo(torch.float32).tiny)
-
-
-def _sample_normal(sample_keys_B: Tensor, seed: int, shape: torch.Size) -> Tensor:
-    """Return standard normal numbers of shape [B, ...] (Box and Muller, 1958)."""
-    count = math.prod(shape[1:])
-    first, second = draw_uniform(derive_key(seed, "erasing noise"), sample_keys_B, 2 * count).split(count, dim=1)
-    return ((-2 * torch.log1p(-first)).sqrt() * torch.cos(2 * math.pi * second)).view(shape)

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from finetune.config import FinetuneConfig
 from finetune.model import classifier_from_plan, param_groups_from_plan
 from finetune.regularizers.adversarial import Attack, build_attack
-from finetune.regularizers.mixup import apply_mixup_cutmix, apply_random_erasing, mix_adjacent_pairs
+from finetune.regularizers.mixup import apply_mixup_cutmix, mix_adjacent_pairs
+from finetune.regularizers.random_erasing import apply_random_erasing
 from finetune.regularizers.teacher import TeacherLoss, build_teacher_loss
 from finetune.task import TASK_SETTINGS, FinetunePlan, Task
 from finetune.tasks.classify_metrics import UNLABELLED, compute_classification_metrics
@@ -87,7 +88,9 @@ class ClassificationLoss:
         cfg, images = self.cfg, normalise(batch.images, self.mean, self.std)
         targets_BK = self.compute_targets(batch)
         if cfg.random_erasing:
-            images = apply_random_erasing(images, batch.sample_keys, cfg.seed, cfg.random_erasing)
+            images = apply_random_erasing(
+                images, batch.sample_keys, cfg.seed, cfg.random_erasing, cfg.random_erasing_boxes
+            )
         if cfg.mixup or cfg.cutmix:
             images, own_B = apply_mixup_cutmix(
                 images,
@@ -137,6 +140,7 @@ class Classification(Task):
 
     name = "classification"
     predicts_classes = True
+    min_classes = 2
     has_index_labels = True
     supported_settings = frozenset(TASK_SETTINGS) - {"data.eval_size", "data.label_field"}
     loss_class = ClassificationLoss

@@ -17,7 +17,8 @@ from finetune.tasks.segment import format_evaluated_area
 from foveal.data.batch import Batch
 from foveal.data.config import DataConfig
 from foveal.data.dataset import Dataset
-from foveal.data.image.targets import BoxReader, LabelReader, require_class_names, resolve_label_field
+from foveal.data.image.boxes import BoxReader
+from foveal.data.image.targets import LabelReader, require_class_names, resolve_label_field
 from foveal.data.image.transforms import normalise
 from foveal.data.sampling.subset import SubsetName
 from foveal.engines.base import Engine
@@ -86,7 +87,7 @@ class Detection(Task):
 
     def make_label_reader(self, cfg: DataConfig, dataset: Dataset) -> LabelReader:
         field = resolve_label_field(cfg, dataset, "json", self.name)
-        return BoxReader(field, require_class_names(dataset))
+        return BoxReader(field, require_class_names(dataset), cfg.decode_version)
 
     def resolve_pooling(self, cfg: FinetuneConfig) -> Pooling:
         return "token"

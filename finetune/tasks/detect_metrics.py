@@ -49,7 +49,11 @@ def compute_detection_metrics(
                 batch, decode_detections(output, plan.cfg.data.eval_image_hw, **_DETECTION_LIMITS)
             )
             if number == 0 and detections and (split, subset) == (plan.cfg.data.val, "all"):
-                run.save_image("boxes", step, partial(_draw_box_sheet, host_batch, detections, plan.classes))
+                title = (
+                    f"After step {step} of {plan.total_steps}: images of {split}; predicted boxes from a score of "
+                    f"{100 * _MIN_DRAWN_SCORE:.0f} % up"
+                )
+                run.save_image("boxes", step, partial(_draw_box_sheet, host_batch, detections, plan.classes, title))
             local_detections += detections
     loss, images = run.world.all_reduce_sum(sums).tolist()
     gathered = run.world.all_gather_objects(local_detections)
@@ -81,9 +85,10 @@ def _pair_with_targets(batch: Batch, detections: Sequence[Detections]) -> list[I
     return pairs
 
 
-def _draw_box_sheet(batch: Batch, detections: Sequence[ImageDetections], classes: Sequence[str]) -> Any:
+def _draw_box_sheet(batch: Batch, detections: Sequence[ImageDetections], classes: Sequence[str], title: str) -> Any:
     """Draw true boxes and confident predictions on the first images of a batch."""
     drawn = detections[:_SHEET_IMAGES]
     predicted = [image.predicted[image.predicted[:, 5] >= _MIN_DRAWN_SCORE] for image in drawn]
     true_boxes = [image.ground_truth for image in drawn]
-    return draw_box_grid(batch.images[batch.valid][:_SHEET_IMAGES], true_boxes, predicted, classes)
+    images = batch.images[batch.valid][:_SHEET_IMAGES]
+    return draw_box_grid(images, true_boxes, predicted, classes, title=title)

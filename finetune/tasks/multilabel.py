@@ -14,7 +14,8 @@ from finetune.tasks.classify import Classification, ClassificationLoss, is_large
 from foveal.data.batch import Batch
 from foveal.data.config import DataConfig
 from foveal.data.dataset import Dataset
-from foveal.data.image.targets import LabelReader, MultiLabelReader, require_class_names, resolve_label_field
+from foveal.data.image.class_lists import MultiLabelReader
+from foveal.data.image.targets import LabelReader, require_class_names, resolve_label_field
 from foveal.data.image.transforms import normalise
 from foveal.data.sampling.subset import SubsetName
 from foveal.engines.base import Engine
@@ -50,6 +51,7 @@ class MultiLabelClassification(Classification):
     """Several classes per image, as a list in a .json member."""
 
     name = "multilabel"
+    min_classes = 1
     has_index_labels = False
     supported_settings = (Classification.supported_settings | {"data.label_field"}) - {
         "teacher",
@@ -61,7 +63,7 @@ class MultiLabelClassification(Classification):
 
     def make_label_reader(self, cfg: DataConfig, dataset: Dataset) -> LabelReader:
         field = resolve_label_field(cfg, dataset, "json", self.name)
-        return MultiLabelReader(field, require_class_names(dataset))
+        return MultiLabelReader(field, require_class_names(dataset), allows_repeats=cfg.decode_version == 1)
 
     def metrics(self, cfg: FinetuneConfig) -> tuple[Metric, ...]:
         return (

@@ -19,7 +19,8 @@ from finetune.tasks.segment_metrics import compute_segmentation_metrics
 from foveal.data.batch import Batch
 from foveal.data.config import DataConfig
 from foveal.data.dataset import Dataset
-from foveal.data.image.targets import NO_CLASS, LabelReader, MaskReader, require_class_names, resolve_label_field
+from foveal.data.image.masks import MaskReader
+from foveal.data.image.targets import NO_CLASS, LabelReader, require_class_names, resolve_label_field
 from foveal.data.image.transforms import normalise
 from foveal.data.sampling.subset import SubsetName
 from foveal.engines.base import Engine
@@ -98,6 +99,7 @@ class Segmentation(Task):
 
     name = "segmentation"
     predicts_classes = True
+    min_classes = 2
     supported_settings = frozenset(
         {
             "label_smoothing",
@@ -112,7 +114,9 @@ class Segmentation(Task):
 
     def make_label_reader(self, cfg: DataConfig, dataset: Dataset) -> LabelReader:
         field = resolve_label_field(cfg, dataset, "mask.png", self.name)
-        return MaskReader(field, require_class_names(dataset), cfg.ignore_id)
+        classes = require_class_names(dataset)
+        _check_ignore_id(cfg, classes, dataset.folder)
+        return MaskReader(field, classes, cfg.ignore_id, cfg.decode_version)
 
     def resolve_pooling(self, cfg: FinetuneConfig) -> Pooling:
         return "token"
@@ -167,3 +171,13 @@ def format_evaluated_area(data: DataConfig) -> str:
         else f"the middle of images (data.eval_crop_ratio={data.eval_crop_ratio:g})"
     )
     return f"measured  on {crop}, as {format_image_size(data.eval_image_hw)} pixels"
+
+
+def _check_ignore_id(cfg: DataConfig, classes: tuple[str, ...], folder: str) -> None:
+    """Raise ConfigError if the default of ``data.ignore_id`` is the id of a class, whose pixels would be left out."""
+    number = cfg.ignore_id
+    if number is not None and number < len(classes) and "ignore_id" not in cfg.model_fields_set:
+        raise ConfigError(
+            f"data.ignore_id={number} is the default, and the id of class '{classes[number]}' of the {len(classes)} classes "
+            f"of {folder}: set data.ignore_id=null, the id of pixels without a class, or {number} to leave that class out"
+        )

@@ -94,7 +94,12 @@ def compute_segmentation_metrics(
                         drawn.append((batch.images[row], batch.targets[row], predictions_HW))
     if drawn and (split, subset) == (data.val, "all"):
         images, truth, predictions = (torch.stack(tensors) for tensors in zip(*drawn, strict=True))
-        run.save_image("segmentation", step, lambda: draw_segmentation_grid(images, truth, predictions, plan.classes))
+        title = f"After step {step} of {plan.total_steps}: images of {split}"
+        run.save_image(
+            "segmentation",
+            step,
+            lambda: draw_segmentation_grid(images, truth, predictions, plan.classes, title=title),
+        )
     return confusion.compute(run.world.all_reduce_sum, plan.classes, split)
 
 

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from foveal.atomic import list_tree
 from foveal.checkpoint.config import CheckpointConfig
 
 _NAME = re.compile(r"step-(\d{8,})-attempt-(\d{4,})")
@@ -27,6 +28,7 @@ class CheckpointDirectory:
         self.root, self._attempt = root, attempt_number
         self._starts = dict(start_steps_by_attempt)
         self._removal = threading.Thread()
+        self._num_bytes: dict[Path, int] = {}  # of checkpoints that were saved or measured
 
     def remember_first_start(self, step: int) -> None:
         """Record the first step of this attempt; a second call, as after a roll-back, has no effect."""
@@ -48,11 +50,13 @@ class CheckpointDirectory:
 
     def list_checkpoints(self) -> list[Path]:
         """Return the checkpoints by ascending step, then attempt; folders with other names are ignored."""
-        return sorted((folder for folder in self.root.iterdir() if _NAME.fullmatch(folder.name)), key=_parse_name)
+        folders = self.root.iterdir() if self.root.is_dir() else ()
+        return sorted((folder for folder in folders if _NAME.fullmatch(folder.name)), key=_parse_name)
 
     def list_format1_checkpoints(self) -> list[Path]:
         """Return the checkpoints of format 1, which had no attempt number."""
-        return sorted(folder for folder in self.root.iterdir() if _FORMAT_1.fullmatch(folder.name))
+        folders = self.root.iterdir() if self.root.is_dir() else ()
+        return sorted(folder for folder in folders if _FORMAT_1.fullmatch(folder.name))
 
     def is_invalidated_by_attempt(self, folder: Path) -> bool:
         """Return whether a later attempt began at an earlier step, and so repeats this checkpoint's step."""
@@ -78,6 +82,10 @@ class CheckpointDirectory:
             else:
                 obsolete.append(temporary)
         self.remove_in_background(obsolete)
+
+    def remember_size(self, folder: Path, num_bytes: int) -> None:
+        """Record the size of a checkpoint of this attempt, whose files are then not looked at."""
+        self._num_bytes[folder] = num_bytes
 
     def prune(self, newest: Path, corrupt: Collection[Path], cfg: CheckpointConfig) -> None:
         """Remove checkpoints that the settings do not keep; never ``newest``, and none of a later attempt.
@@ -105,7 +113,9 @@ class CheckpointDirectory:
             for folder in sorted(
                 kept_folders, key=unusable.__contains__
             ):  # unusable checkpoints get the remaining space
-                total += sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+                if folder not in self._num_bytes:  # of an earlier attempt: measured once
+                    self._num_bytes[folder] = sum(file.stat().st_size for file in list_tree(folder)[1])
+                total += self._num_bytes[folder]
                 if total > cfg.max_gigabytes * 1e9 and folder != newest:
                     _log.info("checkpoint.max_gigabytes=%g: %s is removed", cfg.max_gigabytes, folder)
                     removals.append(folder)

@@ -1,11 +1,13 @@
 """Records of a checkpoint save: the pending save, each rank's result, and the published result."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from foveal.atomic import DISK_FULL_ERRNOS, format_bytes, free_bytes_and_mount
+from foveal.checkpoint.chunks import TensorChunk, pack_write_ranges
 from foveal.checkpoint.state import TrainState
-from foveal.checkpoint.writer import WriteResult
+from foveal.checkpoint.writer import WriteResult, WrittenFiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +27,11 @@ class SaveResult:
 
 @dataclass
 class PendingSave:
-    """A save in progress; the times are this rank's."""
+    """A save in progress; chunks, bytes and times are this rank's."""
 
     folder: Path
     state: TrainState
+    chunks: Sequence[TensorChunk]
     rank_num_bytes: int
     copy_seconds: float
     wait_seconds: float = 0.0
@@ -36,9 +39,10 @@ class PendingSave:
 
 @dataclass(frozen=True, slots=True)
 class RankSaveResult:
-    """A rank's result of a save, for all ranks; ``is_bug``: the error is no OSError."""
+    """A rank's result of a save, for all ranks. ``write_ranges``: packed; ``is_bug``: the error is no OSError."""
 
-    checksums: dict[str, str]
+    files: WrittenFiles
+    write_ranges: bytes
     num_bytes: int
     copy_seconds: float
     wait_seconds: float
@@ -56,7 +60,8 @@ def rank_save_result(rank: int, pending: PendingSave, write_result: WriteResult)
     elif error is not None:
         message = f"rank {rank}: {error!r}"
     return RankSaveResult(
-        checksums=write_result.checksums,
+        files=write_result.files,
+        write_ranges=pack_write_ranges(pending.chunks),
         num_bytes=pending.rank_num_bytes,
         copy_seconds=pending.copy_seconds,
         wait_seconds=pending.wait_seconds,

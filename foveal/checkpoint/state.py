@@ -100,11 +100,23 @@ def check_science_unchanged(
         changes = ", ".join(
             f"{name} (was {saved_science.get(name)!r}, is {current_science.get(name)!r})" for name in names
         )
+        init_hint = _init_hint(run_or_checkpoint_dir) if "init" in current_science else ""
         raise CheckpointError(
-            f"{run_or_checkpoint_dir} was made with other science: {changes}; set it back, or start anew with another run.dir or "
-            f"run.fresh=true{_init_hint(run_or_checkpoint_dir) if 'init' in current_science else ''}"
+            f"{run_or_checkpoint_dir} was made with other science: {changes}; set it back"
+            f"{_own_config_hint(run_or_checkpoint_dir)}, or start anew with another run.dir or run.fresh=true{init_hint}"
             f"{_fork_hint(run_or_checkpoint_dir, names, current_science)}"
         )
+
+
+def _own_config_hint(run_or_checkpoint_dir: Path) -> str:
+    """Return where a run keeps its settings, which a shipped config may have changed since; empty without the file."""
+    config = _find_run_dir(run_or_checkpoint_dir) / "config.yaml"
+    return f" (as CONFIG, {config} has the run's own settings)" if config.exists() else ""
+
+
+def _find_run_dir(run_or_checkpoint_dir: Path) -> Path:
+    in_run = run_or_checkpoint_dir.parent.name == "checkpoints"
+    return run_or_checkpoint_dir.parents[1] if in_run else run_or_checkpoint_dir
 
 
 def _init_hint(run_folder: Path) -> str:
@@ -118,6 +130,5 @@ def _fork_hint(run_or_checkpoint_dir: Path, differing: list[str], science: dict[
     sections = {name.split(".")[0] for name in differing}
     if sections & _SHAPE_SECTIONS or any(name.split(".")[0] in _NESTED_SECTIONS for name in science if "." in name):
         return ""
-    in_run = run_or_checkpoint_dir.parent.name == "checkpoints"
-    run = run_or_checkpoint_dir.parents[1] if in_run else run_or_checkpoint_dir
+    run = _find_run_dir(run_or_checkpoint_dir)
     return f"; run.fork={run} with another run.dir goes on from its newest checkpoint under the new settings"

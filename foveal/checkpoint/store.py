@@ -1,12 +1,13 @@
 """The checkpoints of a run: written atomically in the background, verified before use.
 
-A checkpoint is a folder ``step-00000100-attempt-0003`` with a chunk file of each rank, ``state.json`` and
-``checksums.json``. Each rank copies its chunks to the host, and a thread writes them into a draft while training
-continues; between two later steps the ranks exchange their results, and one rename publishes the draft. The newest
+A checkpoint is a folder ``step-00000100-attempt-0003`` with a chunk file of each rank, ``index.json`` (which range of
+which tensor is in which file), ``state.json`` and ``checksums.json``. Each rank copies its chunks to the host, and a
+thread writes them into a draft while training continues; between two later steps the ranks exchange their results, and one rename publishes the draft. The newest
 complete checkpoint is found by listing the folder; no pointer file can be wrong. A checkpoint's name contains the
 attempt's number: a superseded attempt that still publishes does no harm, because readers ignore its checkpoints.
 """
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,15 +15,21 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from foveal.atomic import disk_shortage, draft_path, publish_draft, sha256, write_json
-from foveal.checkpoint.chunks import TensorChunk, chunk_file_name, load_chunks, write_and_hash_chunks
+from foveal.atomic import disk_shortage, draft_path, encode_json, publish_draft, sha256, write_atomic, write_json
+from foveal.checkpoint.chunk_index import INDEX_NAME, ChunkIndex, encode_index, load_chunks
+from foveal.checkpoint.chunks import TensorChunk, chunk_file_name, write_and_hash_chunks
 from foveal.checkpoint.config import CheckpointConfig
-from foveal.checkpoint.digests import verify_rank_checksums
+from foveal.checkpoint.digests import verify_checksums
 from foveal.checkpoint.protocols import CheckpointableEngine, Communicator
 from foveal.checkpoint.retention import CheckpointDirectory
 from foveal.checkpoint.save_result import PendingSave, RankSaveResult, SaveResult, format_os_error, rank_save_result
 from foveal.checkpoint.state import CHECKPOINT_FORMAT, TrainState, check_science_unchanged, read_train_state
-from foveal.checkpoint.writer import BackgroundWriter, count_bytes_to_write
+from foveal.checkpoint.writer import (
+    BackgroundWriter,
+    WrittenFiles,
+    count_bytes_of_all_ranks,
+    count_bytes_to_write,
+)
 from foveal.errors import AttemptSupersededError, CheckpointError, FovealError, StorageUnreachableError
 
 __all__ = ["CheckpointConfig", "CheckpointStore", "SaveResult", "TrainState", "check_science_unchanged"]
@@ -35,7 +42,7 @@ class CheckpointStore:
 
     start_steps_by_attempt: first step of each earlier attempt, by its number; first_step: where the run begins without
     a checkpoint; is_superseded: called on rank 0 before publishing; write_timeout_seconds: a rank's time limit for its
-    own thread, well below that of a collective.
+    own thread, well below that of a collective; read_only: nothing is created or removed, and nothing can be saved.
     """
 
     def __init__(
@@ -49,6 +56,7 @@ class CheckpointStore:
         first_step: int = 0,
         is_superseded: Callable[[], bool] = lambda: False,
         write_timeout_seconds: float = 600.0,
+        read_only: bool = False,
     ) -> None:
         self._root = root
         self._cfg = cfg
@@ -61,7 +69,8 @@ class CheckpointStore:
         self._pending: PendingSave | None = None
         self._corrupt: set[Path] = set()
         self.latest_step: int | None = None  # of the checkpoint that was saved or found last
-        self._run_on_rank0(self._prepare_folder)
+        if not read_only:
+            self._run_on_rank0(self._prepare_folder)
 
     def _run_on_rank0(self, task: Callable[[], Any]) -> Any:
         """Run a task on rank 0 and return its result, or raise its error, on every rank.
@@ -101,10 +110,7 @@ class CheckpointStore:
         """
         latest = None
         for folder in reversed(self._run_on_rank0(self._list_usable)):
-            is_valid = self._world.run_all_or_raise(
-                lambda folder=folder: verify_rank_checksums(folder, self._world.rank, self._world.size)
-            )
-            if not self._world.any_rank(not is_valid):
+            if verify_checksums(folder, self._world):
                 latest = folder, self._run_on_rank0(lambda folder=folder: read_train_state(folder))
                 break
             self._corrupt.add(folder)
@@ -121,7 +127,8 @@ class CheckpointStore:
         Raises: CheckpointError, on every rank, that names the parameter which does not fit.
         """
         chunks = engine.state_chunks()
-        self._world.run_all_or_raise(lambda: load_chunks(folder, chunks))
+        index = self._run_on_rank0(lambda: ChunkIndex.read(folder))
+        self._world.run_all_or_raise(lambda: load_chunks(folder, chunks, index))
         engine.on_state_loaded(state.updates)
 
     def _list_usable(self) -> list[Path]:
@@ -184,13 +191,13 @@ class CheckpointStore:
         folder = self._directory.own_checkpoint_path(state.step)
         chunks = engine.state_chunks()
         num_bytes = count_bytes_to_write(chunks)
-        if failure := self._run_on_rank0(lambda: self._create_draft(folder, num_bytes * self._world.size)):
+        if failure := self._run_on_rank0(lambda: self._create_draft(folder, count_bytes_of_all_ranks(chunks))):
             self._warn_no_checkpoint(state.step, failure)
             return committed
         state = replace(state, updates=engine.num_updates)
         copies = self._writer.copy_to_host_buffer(chunks)
         self._writer.start(lambda: self._write_files(draft_path(folder), copies, state))
-        self._pending = PendingSave(folder, state, num_bytes, time.monotonic() - started_at)
+        self._pending = PendingSave(folder, state, copies, num_bytes, time.monotonic() - started_at)
         return committed if self._cfg.async_save else self.wait_and_commit()
 
     def wait_and_commit(self) -> SaveResult | None:
@@ -246,14 +253,14 @@ class CheckpointStore:
             return format_os_error(error, self._root, required_bytes)
         return None
 
-    def _write_files(self, draft: Path, copies: Sequence[TensorChunk], state: TrainState) -> dict[str, str]:
-        """Write this rank's files and fsync, in the thread; return their sha256 by name."""
+    def _write_files(self, draft: Path, copies: Sequence[TensorChunk], state: TrainState) -> WrittenFiles:
+        """Write this rank's files and fsync, in the thread."""
         rank = self._world.rank
         checksums = {chunk_file_name(rank): write_and_hash_chunks(draft, rank, copies)}
         if rank == 0:
             write_json(draft / "state.json", asdict(state))
             checksums["state.json"] = sha256(draft / "state.json")
-        return checksums
+        return WrittenFiles(checksums, sum((draft / name).stat().st_size for name in checksums))
 
     def _publish_draft(
         self, pending: PendingSave, results: list[RankSaveResult], started_at: float
@@ -264,10 +271,10 @@ class CheckpointStore:
         draft = draft_path(folder)
         try:
             if not errors:
-                checksums = {name: digest for result in results for name, digest in result.checksums.items()}
-                write_json(draft / "checksums.json", checksums)
+                num_bytes = _write_index_and_checksums(draft, pending.chunks, results)
                 self._raise_if_superseded(draft, folder)
                 publish_draft(draft, folder)
+                self._directory.remember_size(folder, num_bytes)
         except OSError as error:
             errors = [f"rank 0: {format_os_error(error, self._root, pending.rank_num_bytes)}"]
         if errors:
@@ -297,3 +304,14 @@ class CheckpointStore:
     def _warn_no_checkpoint(self, step: int, reason: str) -> None:
         before = "there is none before it" if self.latest_step is None else f"the newest is of step {self.latest_step}"
         _log.warning("NO CHECKPOINT AT STEP %d: %s; training goes on, %s", step, reason, before)
+
+
+def _write_index_and_checksums(draft: Path, chunks: Sequence[TensorChunk], results: Sequence[RankSaveResult]) -> int:
+    """Write the two files that describe those of all ranks; return the bytes of the checkpoint. Raises: OSError."""
+    index = encode_index(chunks, [result.write_ranges for result in results])
+    checksums = {name: digest for result in results for name, digest in result.files.checksums.items()}
+    checksums[INDEX_NAME] = hashlib.sha256(index).hexdigest()
+    listed = encode_json(checksums)
+    write_atomic(draft / INDEX_NAME, index)
+    write_atomic(draft / "checksums.json", listed)
+    return sum(result.files.num_bytes for result in results) + len(index) + len(listed)

@@ -1,9 +1,10 @@
 """A rank's background writing of a checkpoint: host copies of its chunks, and a thread that writes them."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,11 +15,19 @@ _ALIGNMENT_BYTES = 64  # of a tensor's start in the host buffer, for any dtype
 
 
 @dataclass(frozen=True, slots=True)
-class WriteResult:
-    """The result of a writing thread: the sha256 of each file, or the error that ended the thread."""
+class WrittenFiles:
+    """The sha256 of each file that a rank wrote, and the bytes of all of them on disk."""
 
-    checksums: dict[str, str]
-    seconds: float
+    checksums: dict[str, str] = field(default_factory=dict)
+    num_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WriteResult:
+    """The result of a writing thread: its files, or the error that ended the thread."""
+
+    files: WrittenFiles = WrittenFiles()
+    seconds: float = 0.0
     error: Exception | None = None
 
 
@@ -28,7 +37,7 @@ class BackgroundWriter:
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._thread: threading.Thread | None = None
-        self._result = WriteResult({}, 0.0)
+        self._result = WriteResult()
 
     @property
     def is_writing(self) -> bool:
@@ -78,8 +87,8 @@ class BackgroundWriter:
             torch.cuda.synchronize(device)
         return copies
 
-    def start(self, write: Callable[[], dict[str, str]]) -> None:
-        """Run ``write`` in a thread; it returns the sha256 of each file that it wrote."""
+    def start(self, write: Callable[[], WrittenFiles]) -> None:
+        """Run ``write`` in a thread."""
         assert not self.is_writing, "the previous thread is running"
         # A daemon thread: a disk that hangs does not keep the process alive.
         self._thread = threading.Thread(target=self._run, args=(write,), name="checkpoint", daemon=True)
@@ -90,12 +99,12 @@ class BackgroundWriter:
         assert not self.is_writing, "the thread is running"
         return self._result
 
-    def _run(self, write: Callable[[], dict[str, str]]) -> None:
+    def _run(self, write: Callable[[], WrittenFiles]) -> None:
         started_at = time.monotonic()
         try:
             self._result = WriteResult(write(), time.monotonic() - started_at)
         except Exception as error:  # noqa: BLE001 - commit raises or logs it on all ranks between two steps
-            self._result = WriteResult({}, time.monotonic() - started_at, error)
+            self._result = WriteResult(WrittenFiles(), time.monotonic() - started_at, error)
 
     def _reserve_buffer(self, size: int, *, pinned: bool) -> None:
         if self._buffer.numel() < size or (pinned and not self._buffer.is_pinned()):
@@ -109,6 +118,14 @@ def count_bytes_to_write(chunks: Sequence[TensorChunk]) -> int:
         value.element_size() * (chunk.relative_write_range[1] - chunk.relative_write_range[0])
         for chunk in chunks
         for value in chunk.flat_views_by_part.values()
+    )
+
+
+def count_bytes_of_all_ranks(chunks: Sequence[TensorChunk]) -> int:
+    """Return the number of bytes that all ranks write together, from the chunks of any rank."""
+    return sum(
+        math.prod(chunk.shape) * sum(value.element_size() for value in chunk.flat_views_by_part.values())
+        for chunk in chunks
     )
 
 

@@ -1,5 +1,6 @@
-"""``foveal config upgrade FILE``: the names of foveal 0.2 in a YAML file of 0.1, with its comments and its order."""
+"""``foveal config``: list and print the configs that ship; rewrite a YAML file of 0.1 under the names of 0.2."""
 
+import difflib
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,15 +14,67 @@ from foveal.atomic import draft_path
 from foveal.config import set_by_dotted_key
 from foveal.errors import ConfigError
 from foveal.renames import DROPPED, list_renames, translate_setting, translate_settings
+from foveal.setting_names import format_alternatives
 from foveal.strict_yaml import parse_yaml, read_yaml
+from foveal.training.config_files import SHIPPED_CONFIGS, read_summary
+from foveal.training.stage import STAGE_NAMES
+from foveal.training.stage_help import format_rows
 
 _PIPELINE_SETTINGS = ("set", "from")  # keys of a pipeline's stage whose values are settings by dotted name
-app = typer.Typer(no_args_is_help=True, help="Rewrite config files.")
+app = typer.Typer(no_args_is_help=True, help="List and print the configs that ship; rewrite old ones.")
 
 
-@app.callback()
-def _group() -> None:
-    """Make ``upgrade`` a command of a group, although it is the only one."""
+@app.command("list")
+def list_command(
+    kind: Annotated[
+        str | None, typer.Argument(metavar="[KIND]", help="pretrain, distill, finetune, pipelines or accelerate.")
+    ] = None,
+) -> None:
+    """List the configs that ship with foveal, each with what it is for."""
+    kinds = _list_kinds()
+    if kind is not None and kind not in kinds:
+        raise ConfigError(f"there are no configs of '{kind}'; there are {', '.join(kinds)}")
+    names = [name for name in _list_shipped() if kind in (None, name.partition("/")[0])]
+    for line in format_rows([(name, read_summary(_find_shipped(name))) for name in names], most_lines=1):
+        typer.echo(line)
+    typer.echo(
+        "\nfoveal config show NAME prints one; foveal train STAGE NAME [key=value ...] trains by one of that stage"
+    )
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="KIND/NAME, as foveal config list has it; NAME if one kind has it.")],
+) -> None:
+    """Print a config that ships with foveal, to begin your own with: foveal config show pretrain/digits > mine.yaml."""
+    typer.echo(_find_shipped(name).read_text(), nl=False)
+
+
+def _list_kinds() -> list[str]:
+    return [*STAGE_NAMES, *sorted({folder.name for folder in SHIPPED_CONFIGS.iterdir()} - set(STAGE_NAMES))]
+
+
+def _list_shipped() -> dict[str, Path]:
+    """Return the shipped files by KIND/NAME."""
+    return {
+        f"{kind}/{file.stem}": file
+        for kind in _list_kinds()
+        for file in sorted((SHIPPED_CONFIGS / kind).glob("*.yaml"))
+    }
+
+
+def _find_shipped(text: str) -> Path:
+    """Return the shipped file of KIND/NAME, or of a NAME that one kind has. Raises: ConfigError."""
+    name = text.removeprefix("configs/").removesuffix(".yaml")
+    files = _list_shipped()
+    matches = [full for full in files if name in (full, full.partition("/")[2])]
+    if len(matches) == 1:
+        return files[matches[0]]
+    if matches:
+        raise ConfigError(f"several configs are named '{name}': give {' or '.join(matches)}")
+    near = difflib.get_close_matches(name, [*files, *(full.partition("/")[2] for full in files)], n=3)
+    hint = format_alternatives(near) if near else "foveal config list shows what does."
+    raise ConfigError(f"no config '{name}' ships with foveal. {hint}")
 
 
 @app.command()

@@ -10,7 +10,7 @@ from foveal.atomic import write_json
 from foveal.errors import AttemptSupersededError, CheckpointError, ConfigError, FovealError, TrainingDivergedError
 from foveal.renames import translate_settings
 from foveal.strict_yaml import read_yaml
-from foveal.tracking import build_uploader
+from foveal.tracking import build_uploader, keep_store_of_run
 from foveal.tracking.sqlite_store import parse_sqlite_path
 from foveal.tracking.tail import MetricsTail, read_json_or_empty
 from foveal.tracking.tracker import AttemptState, TrackingConfig
@@ -59,7 +59,8 @@ def _read_tracking_config(run: Path, uri: str | None) -> tuple[dict[str, Any], T
     cfg = TrackingConfig.from_dict(tracking, "--uri" if uri else str(file))
     if cfg.uri is None:
         raise ConfigError(f"{file}: tracking.uri is null, so the run has no MLflow; name one with --uri")
-    store = parse_sqlite_path(cfg.uri)
+    cfg = keep_store_of_run(run, cfg) if uri is None else cfg
+    store = parse_sqlite_path(cfg.uri or "")
     if uri is None and store is not None and not store.is_absolute() and not store.exists():
         raise ConfigError(
             f"{file}: there is no {store} here; give the command where the run was started, or name the store with --uri"

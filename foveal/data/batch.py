@@ -42,20 +42,19 @@ class Batch:
     # Labels that a ``LabelReader`` reads: uint8 [B, K], int16 [B, H, W] or float32 [B, n, 5].
     targets: Tensor | None = None
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of the batch by name."""
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        return tensors if self.targets is None else tensors | {"targets": self.targets}
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """Return the batch with its tensors on a device."""
-        tensors = {name: getattr(self, name) for name in _TENSORS}
-        if self.targets is not None:
-            tensors["targets"] = self.targets
-        moved = {name: value.to(device, non_blocking=non_blocking) for name, value in tensors.items()}
+        moved = {name: value.to(device, non_blocking=non_blocking) for name, value in self.tensors().items()}
         return dataclasses.replace(self, **moved)
 
     def select_rows(self, rows: Tensor) -> Self:
         """Return the batch of these rows, int64 [n]; ``bad_samples`` keep their row numbers in this batch."""
-        tensors = {name: getattr(self, name)[rows] for name in _TENSORS}
-        if self.targets is not None:
-            tensors["targets"] = self.targets[rows]
-        return dataclasses.replace(self, **tensors)
+        return dataclasses.replace(self, **{name: value[rows] for name, value in self.tensors().items()})
 
 
 _TENSORS = ("images", "labels", "ids", "sample_keys", "valid")

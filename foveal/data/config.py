@@ -13,7 +13,11 @@ from foveal.redact import describe_secret_in_urls
 
 
 class RandAugmentConfig(Config):
-    """RandAugment of training images (Cubuk et al., 2020), with timm's increasing ranges."""
+    """RandAugment of training images (Cubuk et al., 2020), with timm's increasing ranges.
+
+    Geometric operations have the interpolation of the crop and fill with the pixel mean, as in timm; with
+    ``decode_version=1`` they are bilinear and fill with grey.
+    """
 
     ops: int = science(0, "operations (color or shape) per training image; 0: none", ge=0)
     magnitude: float = science(9.0, "mean strength of an operation, of 10", ge=0, le=10)
@@ -91,12 +95,28 @@ class DataConfig(Config):
     image_size: ImageSize = science(description="model input size in pixels: side, or [height, width]")
     channels: Literal[1, 3] = science(3, "1: convert images to grayscale, 3: to RGB")
     eval_size: ImageSize | None = science(None, "input size in evaluation, in pixels; null: image_size")
+    decode_version: Literal[1, 2] = science(
+        2,
+        "version of the rules by which files become pixels and labels, and of RandAugment; 1: those of runs before 0.2",
+        since="0.2",
+        neutral=1,
+    )
+    weights_version: Literal[1, 2] = science(
+        2,
+        "version of the rules by which weights of others are read (pixel statistics, position grid, class names); 1: "
+        "those of runs before 0.2",
+        since="0.2",
+        neutral=1,
+    )
     label_field: str | None = science(
         None, "shard member that holds the label; null: the task's own, such as mask.png for segmentation"
     )
     ignore_id: int | None = science(255, "mask id of pixels without a label; null: none", ge=0)
-    lanes: int = science(
-        32, "streams that an epoch is split into; part of the sample order, independent of the cluster", ge=1
+    lanes: int | None = science(
+        None,
+        "streams that an epoch is split into; part of the sample order, independent of the cluster; null: 32, or where "
+        "32 does not divide the batch into 2 images or more in each, the largest smaller number that does",
+        ge=1,
     )
     window: int = science(
         4, "largest shuffle window of a lane, in shards; the windows of a lane have equal length", ge=1

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,10 +14,11 @@ from foveal.data.format.manifest import MANIFEST_NAME, Manifest, Split, parse_ma
 from foveal.data.format.shard_index import INDEX_SUFFIX, ShardIndex
 from foveal.data.storage.cache import DownloadCache, RemoteFile, open_cache
 from foveal.data.storage.folder import Folder
+from foveal.data.storage.listing import is_listing_rank, list_files, probe_file
 from foveal.data.storage.prefetch import Prefetcher
 from foveal.data.storage.reader import CachedShardReader, LocalShardReader, ShardReader
 from foveal.data.storage.remote import PermanentRemoteError, RemoteFolder
-from foveal.errors import DataError, StorageUnreachableError
+from foveal.errors import DataError
 from foveal.redact import redact_url_secrets
 from foveal.timeouts import STORAGE_AWAY_ERRNOS, read_with_timeout
 
@@ -37,7 +38,7 @@ class Dataset:
     folder: str
     index_folder: str
     manifest: Manifest
-    shard_index: Callable[[str, int], ShardIndex]
+    shard_index: "functools._lru_cache_wrapper[ShardIndex]"
     channels: int
     _shard_reader: ShardReader
     _index_reader: ShardReader
@@ -49,7 +50,7 @@ class Dataset:
 
     @classmethod
     def open(cls, cfg: DataConfig) -> "Dataset":
-        """Open the data set of ``cfg`` and check the shards of its training and evaluation splits.
+        """Open the data set of ``cfg`` and check the shards of its training and evaluation splits (``list_files_if``).
 
         Raises: DataError if folder, manifest, index, split or a shard is missing, empty or stale; ConfigError if an
         environment variable in a path is not set.
@@ -64,7 +65,8 @@ class Dataset:
         )
         # Pretraining needs no evaluation split; a missing split raises in evaluation.
         eval_splits = [cfg.val] if cfg.val in dataset.manifest.splits else []
-        dataset.check_shard_files(cfg.train, *eval_splits)
+        if is_listing_rank():
+            dataset.check_shard_files(cfg.train, *eval_splits)
         return dataset
 
     @property
@@ -128,11 +130,11 @@ class Dataset:
         """
         shards = [shard for split in splits for shard in self._get_split(split).shards]
         names = {shard.file for shard in shards}
-        shard_sizes = _list_files(self._shard_reader, names)
+        shard_sizes = list_files(self._shard_reader, names)
         index_sizes = (
             shard_sizes
             if self._index_reader is self._shard_reader
-            else _list_files(self._index_reader, {f"{name}{INDEX_SUFFIX}" for name in names})
+            else list_files(self._index_reader, {f"{name}{INDEX_SUFFIX}" for name in names})
         )
         remedy = f"run `foveal data index {self.folder}{_index_option(self.folder, self.index_folder)}`"
         for shard in shards:
@@ -142,7 +144,7 @@ class Dataset:
                     f"{path} has {shard.bytes / 1e9:.3g} GB, more than data.cache.max_gigabytes: raise that"
                 )
             if shard_sizes is not None and shard.file not in shard_sizes:
-                _probe_file(self._shard_reader, shard.file)
+                probe_file(self._shard_reader, shard.file)
                 raise DataError(
                     f"{path} is missing, and {MANIFEST_NAME} lists it: restore it, or index the folder again"
                 )
@@ -152,8 +154,13 @@ class Dataset:
                     f"{path} has {size} bytes and {MANIFEST_NAME} says {shard.bytes}: restore it, or {remedy} again"
                 )
             if index_sizes is not None and f"{shard.file}{INDEX_SUFFIX}" not in index_sizes:
-                _probe_file(self._index_reader, f"{shard.file}{INDEX_SUFFIX}")
+                probe_file(self._index_reader, f"{shard.file}{INDEX_SUFFIX}")
                 raise DataError(f"{path} has no index in {self.index_folder}: {remedy}")
+
+    @property
+    def num_index_reads(self) -> int:
+        """Number of index files that this process has opened so far; those of labels are opened by every rank."""
+        return self.shard_index.cache_info().misses
 
     def shard_display_path(self, split: str, shard_number: int) -> str:
         """Return the path or URL of the n-th shard of a split, for messages."""
@@ -162,6 +169,17 @@ class Dataset:
     def read_bytes(self, shard_file: str, offset: int, size: int) -> bytes:
         """Return ``size`` bytes at ``offset`` of a shard. Raises: DataError that names the shard."""
         return self._shard_reader.read_bytes(shard_file, offset, size)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the shards are behind a URL."""
+        return is_url(self.folder)
+
+    def read_range(self, shard_file: str, offset: int, size: int) -> bytes:
+        """Return bytes as ``read_bytes``, of a remote shard without a copy of it, for a look at a few samples."""
+        if not self.is_remote:
+            return self.read_bytes(shard_file, offset, size)
+        return self.shard_folder.read_up_to(shard_file, offset, offset + size)
 
     def verify_checksum_once(self, split: str, shard_number: int) -> None:
         """Verify the sha256 of the n-th shard of a split, once per shard, if the manifest has a sha256.
@@ -207,6 +225,11 @@ class Dataset:
             raise DataError(
                 f"{self.folder}: the {name} in {MANIFEST_NAME} has {len(values)} values for "
                 f"data.channels={self.channels}; set data.mean and data.std"
+            )
+        if min(values) < 0 or max(values) > 1:
+            raise DataError(
+                f"{self.folder}: the {name} in {MANIFEST_NAME} is {list(values)}, not of pixels in [0, 1]; set data.mean "
+                f"and data.std"
             )
         return values
 
@@ -266,28 +289,6 @@ def open_unchecked_dataset(
     )
 
 
-def _list_files(reader: ShardReader, expected_names: set[str]) -> dict[str, int | None] | None:
-    """Return the files of a folder and their sizes; None if the server gives no listing of this folder."""
-    try:
-        sizes = reader.folder.file_sizes()
-    except PermanentRemoteError:
-        return None
-    is_web_page = None in sizes.values()  # HTTP reports the links of any page, for example of a site's front page
-    return None if is_web_page and expected_names.isdisjoint(sizes) else sizes
-
-
-def _probe_file(reader: ShardReader, name: str) -> None:
-    """Read a local file that the listing lacks, for example a FIFO. Raises: StorageUnreachableError if it blocks."""
-    if is_url(reader.folder.display_path()):
-        return
-    try:
-        reader.folder.read_up_to(name, 0, 1)
-    except StorageUnreachableError:
-        raise
-    except DataError:
-        return
-
-
 def _read_remote_manifest(remote: RemoteFolder, folder: str) -> Manifest:
     try:
         text = remote.read_up_to(MANIFEST_NAME, 0, remote.file_size(MANIFEST_NAME))
@@ -306,7 +307,8 @@ def _index_option(folder: str, index: str) -> str:
 
 def _read_local_manifest(folder: str, index_folder: Path) -> Manifest:
     if not is_url(folder) and not Path(folder).is_dir():
-        raise DataError(f"data.path: no such folder: {folder}")
+        place = "" if Path(folder).is_absolute() else f" (in {Path.cwd()})"
+        raise DataError(f"data.path: no such folder: {folder}{place}")
     try:
         return read_manifest(index_folder)
     except OSError as error:

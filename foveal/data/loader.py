@@ -36,11 +36,12 @@ def train_batches(
     stop_step: int,
     skipped_batches: Sequence[int] = (),
     label_reader: LabelReader | None = None,
+    mean: Sequence[float] = (),
 ) -> Iterator[Iterator[Batch]]:
-    """Yield an iterator over one rank's microbatches for the steps start_step..stop_step-1.
+    """Yield an iterator over one rank's microbatches for the steps start_step..stop_step-1, from the first of start_step.
 
-    The first microbatch is number 0 of ``start_step``. skipped_batches: numbers of the batches that no step consumes,
-    ascending. label_reader: reads ``Batch.targets``, if any. Leaving the context stops the threads.
+    skipped_batches: numbers of the batches that no step consumes, ascending. label_reader: reads ``Batch.targets``, if
+    any. mean: of the pixels, per channel, for RandAugment. Leaving the context stops the threads.
     Raises: ConfigError if ranks, lanes or microbatch_size do not divide; ``next``: DataError with shard and sample.
     """
     order = training_set.order
@@ -48,7 +49,7 @@ def train_batches(
     num_microbatches = microbatches_per_step(order.batch_size, world_size, microbatch_size)
     assert stop_slot - first_slot == num_microbatches * microbatch_size
     augment_key = derive_key(training_set.seed, "augment")
-    augment_image = _make_rand_augment(cfg, derive_key(training_set.seed, "randaugment"))
+    augment_image = _make_rand_augment(cfg, derive_key(training_set.seed, "randaugment"), mean)
 
     def locate_sample(sample_key: int) -> SampleLocation:
         return training_set.locate_sample(sample_key % training_set.num_ids)
@@ -61,9 +62,8 @@ def train_batches(
             sample_keys = training_set.sample_keys(slots)
             for microbatch_index in range(num_microbatches):
                 rows = slice(microbatch_index * microbatch_size, (microbatch_index + 1) * microbatch_size)
-                columns = [
-                    values[rows] for values in (slots.source_numbers, slots.stream_positions, slots.source_epochs)
-                ]
+                origins = (slots.source_numbers, slots.stream_positions, slots.source_epochs)
+                columns = [values[rows] for values in origins]
 
                 def replacements(row: int, columns: list[np.ndarray] = columns) -> Iterator[int]:
                     return training_set.replacement_keys(*(int(values[row]) for values in columns))
@@ -146,15 +146,18 @@ def _make_train_crops(cfg: DataConfig, key: int, sample_keys: np.ndarray) -> Cal
     return crop_of
 
 
-def _make_rand_augment(cfg: DataConfig, key: int) -> Callable[[int, np.ndarray], np.ndarray] | None:
+def _make_rand_augment(
+    cfg: DataConfig, key: int, mean: Sequence[float]
+) -> Callable[[int, np.ndarray], np.ndarray] | None:
     """Return RandAugment of (sample key, image), or None where the settings have none."""
     num_operations = cfg.augment.rand_augment.ops
     if not num_operations:
         return None
+    assert len(mean) == cfg.channels, "RandAugment fills with the pixel mean"
 
     def augment_image(sample_key: int, image: np.ndarray) -> np.ndarray:
         uniforms = draw_uniform_numpy(key, np.array([sample_key]), num_operations * UNIFORMS_PER_OP)
-        return rand_augment(image, uniforms.reshape(num_operations, UNIFORMS_PER_OP), cfg.augment.rand_augment)
+        return rand_augment(image, uniforms.reshape(num_operations, UNIFORMS_PER_OP), cfg, mean)
 
     return augment_image
 

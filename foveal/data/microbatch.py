@@ -12,7 +12,7 @@ from foveal.data.config import DataConfig
 from foveal.data.image.decode import CropFunction, UndecodableError, decode_crop
 from foveal.data.image.targets import AppliedCrop, LabelReader
 from foveal.data.image.transforms import CropBox
-from foveal.data.sampling.sources import SampleLocation
+from foveal.data.sampling.sources import SampleLocation, find_image_member
 from foveal.data.workers import WorkerPool, WorkerState
 from foveal.errors import DataError, StorageUnreachableError
 
@@ -119,7 +119,7 @@ class FillRowsJob:
             if self.plan.replacement_keys is None:
                 replacement_key = self._leave_empty(row)
             else:
-                replacement_key = self._load_replacement(row, self.plan.replacement_keys(row), worker)
+                replacement_key = self._load_replacement(row, self.plan.replacement_keys(row), worker, error)
             location = self.plan.locate_by_key(sample_key)
             index = location.shard_index
             bad_sample = BadSample(
@@ -129,7 +129,7 @@ class FillRowsJob:
                 split=location.split,
                 shard=location.dataset.shard_display_path(location.split, location.shard_number),
                 webdataset_key=index.key(location.index_row),
-                byte_offset=index.find_image_offset_size(location.index_row)[0],
+                byte_offset=self._find_image(location)[0],
                 reason=str(error),
             )
             self.pending.bad_samples.append(bad_sample)
@@ -154,9 +154,18 @@ class FillRowsJob:
             return box, flipped
 
         def decode(data: bytes) -> np.ndarray:
-            return decode_crop(data, cfg.channels, choose_crop, output_hw, cfg.augment.interpolation, cfg.jpeg_scaling)
+            return decode_crop(
+                data,
+                cfg.channels,
+                choose_crop,
+                output_hw,
+                cfg.augment.interpolation,
+                cfg.jpeg_scaling,
+                cfg.decode_version,
+                location.dataset.manifest.bit_depth,
+            )
 
-        image = _read_and_decode(location, index.find_image_offset_size(location.index_row), decode)
+        image = _read_and_decode(location, self._find_image(location), decode)
         augment_image = self.plan.augment_image
         self.batch.images.numpy()[row] = image if augment_image is None else augment_image(sample_key, image)
         reader = self.plan.label_reader
@@ -171,8 +180,18 @@ class FillRowsJob:
             )
         self.batch.labels.numpy()[row] = index.labels[location.index_row]
 
-    def _load_replacement(self, row: int, replacement_keys: Iterator[int], worker: WorkerState) -> int:
-        """Load the first of these samples that decodes and return its key. Raises: DataError if none decodes."""
+    def _find_image(self, location: SampleLocation) -> tuple[int, int]:
+        """Return offset and size, in bytes, of a sample's image. Raises: DataError as ``find_image_member``."""
+        reader = self.plan.label_reader
+        return find_image_member(location, None if reader is None else reader.field, self.cfg.decode_version)
+
+    def _load_replacement(
+        self, row: int, replacement_keys: Iterator[int], worker: WorkerState, reason: UndecodableError
+    ) -> int:
+        """Load the first of these samples that decodes and return its key.
+
+        reason: why the row's own sample does not. Raises: DataError if none decodes.
+        """
         num_undecodable = 0
         for replacement_key in replacement_keys:
             try:
@@ -187,7 +206,7 @@ class FillRowsJob:
         location = self.plan.locate_by_key(int(self.plan.sample_keys[row]))
         raise DataError(
             f"{location.description} does not decode, nor does any of the {num_undecodable} samples that could replace "
-            f"it: run `foveal data verify {location.dataset.folder} --full`"
+            f"it ({reason}): run `foveal data verify {location.dataset.folder} --full`"
         )
 
     def _leave_empty(self, row: int) -> int:

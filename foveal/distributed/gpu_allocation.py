@@ -44,6 +44,30 @@ def check_slurm_gpus(launch_env: LaunchEnv) -> str | None:
     return None
 
 
+def find_hidden_gpus(launch_env: LaunchEnv) -> str | None:
+    """Return a sentence if the ranks of this node see fewer GPUs than the Slurm step has there; None otherwise."""
+    allocated, ranks = count_allocated_gpus(), _count_local_ranks(launch_env)
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if ranks < 2 or not 0 < visible < allocated:
+        return None
+    return (
+        f"each rank sees {visible} of the {_format_gpu_count(allocated)} of {current_node_name()} (--gpus-per-task, or a "
+        f"binding of its own): NCCL may copy through host memory instead of NVLink; ask for --gpus-per-node={allocated}"
+    )
+
+
+def read_gpu_uuid(device: torch.device) -> str:
+    """Return what tells a GPU, or a MIG slice of one, from all others of its node. Empty if nothing does, and on a CPU.
+
+    Empty too where NCCL is told that ranks share a GPU (NCCL_MULTI_RANK_GPU_ENABLE=1).
+    """
+    if device.type != "cuda" or os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1":
+        return ""
+    visible = read_gpu_list("CUDA_VISIBLE_DEVICES") or []
+    name = visible[device.index] if device.index < len(visible) else ""
+    return name if name.startswith("MIG-") else str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
+
+
 def _count_local_ranks(launch_env: LaunchEnv) -> int:
     """Return the number of ranks on this node; 0 if the launcher does not state it."""
     local_size = os.environ.get("LOCAL_WORLD_SIZE", "")  # set by torchrun

@@ -9,11 +9,13 @@ from dataclasses import asdict, dataclass
 import torch.distributed as dist
 
 from foveal.distributed.rendezvous import format_ranks
-from foveal.distributed.tcp_store import StoreServerProbe, open_extra_store_connection
+from foveal.distributed.tcp_store import StoreServerProbe, open_extra_store_connection, read_published
 from foveal.distributed.world import World
 
 LOST_PEER = "lost a peer"  # the exit reason of a rank that ended because another rank failed
-_MAX_COMPARING_RANKS = 64  # only ranks below this read all heartbeats; a thousand readers would overload the store
+_MAX_COMPARING_RANKS = (
+    64  # only ranks below this read all heartbeats; a thousand readers of a thousand values overload the store
+)
 _MAX_LOCATIONS_SHOWN = 6  # groups of ranks in a sentence
 _CONNECT_TIMEOUT_SECONDS = 30.0
 _SILENT_AFTER_POLLS = 3  # a rank without a new heartbeat for this many polls is silent
@@ -117,9 +119,9 @@ class HeartbeatExchange:
         self._comparison_finished.set()
 
     def _read_all_heartbeats(self, store: dist.Store) -> dict[int, Heartbeat]:
-        keys = {rank: f"beat/{rank}" for rank in range(self._size)}
-        published = [rank for rank, key in keys.items() if store.check([key])]
-        return {rank: Heartbeat(**json.loads(store.get(keys[rank]))) for rank in published}
+        rank_by_key = {f"beat/{rank}": rank for rank in range(self._size)}
+        published = read_published(store, list(rank_by_key))
+        return {rank_by_key[key]: Heartbeat(**json.loads(text)) for key, text in published.items()}
 
 
 def diagnose_heartbeats(

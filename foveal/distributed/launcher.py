@@ -6,6 +6,7 @@ accelerate     as torchrun, which it starts                   as torchrun
 srun           SLURM_PROCID, SLURM_STEP_NUM_TASKS             rank 0, on a free port of its node
 mpirun         OMPI_COMM_WORLD_RANK, PMI_RANK and the like    rank 0; at MASTER_ADDR if the job has several nodes
 deepspeed      RANK, WORLD_SIZE and CROSS_RANK                rank 0 at MASTER_ADDR:MASTER_PORT
+foveal         RANK, WORLD_SIZE and FOVEAL_LAUNCHER           rank 0, on a free port of this machine
 environment    RANK, WORLD_SIZE, set by hand                  rank 0 at MASTER_ADDR:MASTER_PORT
 """
 
@@ -13,11 +14,16 @@ import hashlib
 import os
 from dataclasses import dataclass
 
+from foveal.distributed.launcher_process import LAUNCHER_ENV_VAR
 from foveal.errors import LaunchError
 from foveal.slurm import is_child_of_srun, rank0_slurm_node, read_env_int, read_slurm_launch_id, read_slurm_task
 
 _TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"  # set by torchrun only
-_DEEPSPEED_VARIABLE = "CROSS_RANK"  # set by deepspeed only
+_LAUNCHER_BY_VARIABLE = {
+    _TORCHRUN_VARIABLE: "torchrun",
+    "CROSS_RANK": "deepspeed",  # set by deepspeed only
+    LAUNCHER_ENV_VAR: "foveal",  # by foveal/distributed/local_launch.py
+}
 # Of each MPI launcher the variables for rank, size, local rank and ranks on this node.
 _MPI_VARIABLES = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
@@ -41,7 +47,7 @@ class LaunchEnv:
 
 
 def read_launch_env() -> LaunchEnv:
-    """Return the rank and world size stated by torchrun, accelerate or deepspeed, else by a Slurm step, mpirun or RANK.
+    """Return the rank and world size stated by torchrun, accelerate, deepspeed or foveal, else by a Slurm step, mpirun or RANK.
 
     Without any of them the world size is 1. A batch script outside ``srun`` has SLURM_PROCID and SLURM_NTASKS but no
     SLURM_STEP_ID: its world size is 1 too.
@@ -62,13 +68,10 @@ def read_launch_env() -> LaunchEnv:
 
 
 def _read_torch_env() -> LaunchEnv | None:
-    """Read RANK and WORLD_SIZE, and tell torchrun, deepspeed and a user's shell apart."""
+    """Read RANK and WORLD_SIZE, and tell torchrun, deepspeed, foveal and a user's shell apart."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return None
-    if _TORCHRUN_VARIABLE in os.environ:
-        launcher = "torchrun"
-    else:
-        launcher = "deepspeed" if _DEEPSPEED_VARIABLE in os.environ else "environment"
+    launcher = next((name for variable, name in _LAUNCHER_BY_VARIABLE.items() if variable in os.environ), "environment")
     return LaunchEnv(read_env_int("RANK"), read_env_int("WORLD_SIZE"), read_env_int("LOCAL_RANK", "0"), launcher)
 
 
@@ -111,6 +114,8 @@ def read_launch_id(launch_env: LaunchEnv) -> dict[str, str]:
             "torchrun": os.environ[_TORCHRUN_VARIABLE],
             "restart": os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
         }
+    if launch_env.launcher == "foveal":
+        return {"foveal": os.environ[LAUNCHER_ENV_VAR]}
     if launch_env.launcher == "mpirun":
         job = next((os.environ[name] for name in _MPI_JOB_VARIABLES if name in os.environ), "")
         return {"mpirun": job or (str(os.getppid()) if _is_single_node(launch_env) else "")}
@@ -153,7 +158,8 @@ def _rank0_node(launch_env: LaunchEnv) -> str | None:
     """Return the node of rank 0; None if the launcher does not state it."""
     if launch_env.launcher == "srun":
         return rank0_slurm_node()
-    return "127.0.0.1" if launch_env.launcher == "mpirun" and _is_single_node(launch_env) else None
+    is_here = launch_env.launcher == "foveal" or (launch_env.launcher == "mpirun" and _is_single_node(launch_env))
+    return "127.0.0.1" if is_here else None
 
 
 def _is_single_node(launch_env: LaunchEnv) -> bool:

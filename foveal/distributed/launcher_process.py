@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-LAUNCHER_ENV_VAR = "FOVEAL_LAUNCHER"  # set by a local pipeline (slurm/submit.py): its process as pid:start_time
+LAUNCHER_ENV_VAR = "FOVEAL_LAUNCHER"  # set by local_launch.py: its process as pid:start_time
 _SHELL = re.compile(r"-?(?:ba|da|z|k|tc|c|fi)?sh|tmux.*|screen|login|sudo|su")
 
 

@@ -1,6 +1,6 @@
 """Preemption: a signal sets a flag, the ranks agree on it between two steps, and Slurm is asked to requeue the job.
 
-Signal handlers do nothing else.
+Signal handlers do nothing else, but that a first Ctrl-C is answered: the step in progress may take a while.
 """
 
 import logging
@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
@@ -39,6 +39,7 @@ NOTICE_ENV_VAR = "FOVEAL_NOTICE"  # states sbatch's --signal lead, which Slurm d
 _WARNING_SIGNALS = ("SIGUSR1", "SIGUSR2")  # signals that are never sent because a rank failed
 # slurm/stage.sh searches for the beginning of this message.
 _LEFT_TO_SCRIPT_MESSAGE = "foveal: saved and left on SIGTERM, which is left to the job script"
+_CTRL_C_ANSWER = b"foveal: Ctrl-C: the run saves after this step and leaves; again ends it unsaved\n"
 _log = logging.getLogger(__name__)
 
 
@@ -60,6 +61,11 @@ class Preemption:
             self._requested_at = now
         if signum == signal.SIGINT:
             signal.signal(signum, signal.SIG_DFL)  # a Python handler would have to wait for a collective to return
+            if self._world.rank == 0:
+                with suppress(OSError):  # nobody reads it
+                    # Not through Python's stream, which a handler may have interrupted; a terminal has "^C" on its line.
+                    # On a terminal the bar redraws its two lines.
+                    os.write(2, b"\n" + _CTRL_C_ANSWER + b"\n" if os.isatty(2) else _CTRL_C_ANSWER)
 
     def any_rank_urgent(self, needed_seconds: float) -> bool:
         """Whether the run must leave at once: the request was repeated, or Slurm leaves less than ``needed_seconds``.

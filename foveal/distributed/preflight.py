@@ -1,34 +1,75 @@
-"""Communication of a preflight's ranks through a store: a rank that hangs or never joins does not block the others."""
+"""Communication of a preflight's ranks: through a store, where a rank that hangs or never joins blocks no other rank.
+
+NCCL runs without its own error handling: at a time-out or an error its thread would end the process by SIGABRT (code
+134), which is requeued, before the verdict names a node. The time limits are this module's.
+"""
 
 import faulthandler
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from foveal.distributed.host_collectives import HostCollectives
 from foveal.distributed.launcher import LaunchEnv, read_launch_env
-from foveal.distributed.peer_failure import abort_process_group
+from foveal.distributed.open_files import raise_open_file_limit
+from foveal.distributed.peer_failure import diagnose_launch_mistake, summarize_collective_error
 from foveal.distributed.run_identity import RunIdentity
 from foveal.distributed.tcp_store import open_store, summarize_error
-from foveal.distributed.world import select_device, set_rank_env_vars
+from foveal.distributed.world import hung_if_restarted, select_device, set_rank_env_vars
 from foveal.errors import LaunchError
 from foveal.slurm import current_node_name
 from foveal.timeouts import call_with_timeout
 
+T = TypeVar("T")
 _POLL_SECONDS = 0.1  # between two reads of the store
+_MAX_POLLS_PER_SECOND = 10_000  # of all ranks together that wait for rank 0, which serves the store
 _BEGIN_KEY = "begun"
 _GRACE_SECONDS = 5.0  # beyond the time that rank 0 waits for the others
 _RANK0_EXIT_SECONDS = 3.0  # rank 0 waits this long for the others to leave
 _LATENCY_BYTES, _LATENCY_ROUNDS = 8, 20
 _BANDWIDTH_BYTES, _BANDWIDTH_ROUNDS = {"cuda": 1 << 28, "cpu": 1 << 22}, 5
+# A waiting call gets the error itself, and NCCL has no thread that ends the process.
+_NCCL_VARIABLES = {
+    "TORCH_NCCL_BLOCKING_WAIT": "1",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PreflightTimeouts:
+    """Time limits in seconds: for the checks of each rank, for NCCL's start, and for the all-reduces.
+
+    The start takes longer with more ranks, and so does a ring: healthy large jobs must not fail for their size.
+    """
+
+    rank_checks: float
+    connection: float
+    all_reduces: float
+
+    @classmethod
+    def for_world_size(cls, world_size: int) -> Self:
+        """Return the limits of a preflight: together about a minute for 8 ranks, and about 200 s for 1,024."""
+        return cls(28.0, 20.0 + world_size / 8, 8.0 + world_size / 64)
+
+    @property
+    def collectives(self) -> float:
+        """Seconds for all that ranks do together."""
+        return self.connection + self.all_reduces
+
+    @property
+    def end(self) -> float:
+        """Seconds after which a rank that still hangs is ended, beyond every wait for another rank."""
+        return self.rank_checks + self.collectives + 2 * _GRACE_SECONDS
 
 
 @dataclass(frozen=True)
@@ -38,6 +79,7 @@ class PreflightGroup:
     launch_env: LaunchEnv
     device: torch.device
     node: str
+    timeouts: PreflightTimeouts
     _store: dist.Store
     _began: float
 
@@ -81,37 +123,80 @@ class PreflightGroup:
         while not self._store.check([key]):
             if self.elapsed_seconds > max_elapsed_seconds:
                 return None
-            time.sleep(_POLL_SECONDS / 10)
+            time.sleep(max(_POLL_SECONDS / 10, self.launch_env.world_size / _MAX_POLLS_PER_SECOND))
         return json.loads(self._store.get(key))
 
-    def check_all_reduce_rates(self, timeout_seconds: float) -> dict[str, float]:
-        """Check and time all-reduces of all ranks. Return ``latency`` in seconds and ``bandwidth`` in bytes per second.
+    def connect_ranks(self) -> None:
+        """Connect this rank with all others, over NCCL on GPUs and gloo on CPUs.
+
+        Raises: LaunchError if that fails or does not end in time; TrainingHungError in its place if Slurm restarted the
+        job, unless NCCL refuses the launch.
+        """
+        if self.launch_env.world_size > 1:
+            self._run_with_others("connecting", self.timeouts.connection, self._connect)
+
+    def check_all_reduce_rates(self) -> dict[str, float]:
+        """Check and time all-reduces of connected ranks. Return ``latency`` in seconds and ``bandwidth`` in bytes/s.
 
         Bandwidth is that of a ring, as in nccl-tests.
-        Raises: LaunchError if an all-reduce fails, is wrong or does not end in time.
+        Raises: as ``connect_ranks``, also if a sum is wrong.
         """
         if self.launch_env.world_size == 1:
             return {}
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        return self._run_with_others("an all-reduce", self.timeouts.all_reduces, self._run_all_reduces)
+
+    def _run_with_others(self, activity: str, timeout_seconds: float, call: Callable[[], T]) -> T:
+        """Run a call that waits for other ranks. One that hangs keeps its thread until the process ends."""
         try:
-            return call_with_timeout(timeout_seconds, lambda: self._run_all_reduces(backend, timeout_seconds))
+            return call_with_timeout(timeout_seconds, call)
         except LaunchError:
             raise
         except Exception as error:
-            abort_process_group()
-            raise LaunchError(
-                f"rank {self.launch_env.rank} on {self.node}: an all-reduce over {backend} failed "
-                f"({str(error).splitlines()[0]}); choose the network interface (slurm/environment.sh: "
-                f"NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME) or leave out the node that cannot be reached"
-            ) from error
+            if (mistake := diagnose_launch_mistake(error)) is not None:
+                raise mistake from error
+            with hung_if_restarted():
+                raise LaunchError(
+                    f"rank {self.launch_env.rank} on {self.node}: {activity} over {self._backend} failed "
+                    f"({summarize_collective_error(error)}); choose the network interface (slurm/environment.sh: "
+                    f"NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME) or leave out the node that cannot be reached"
+                ) from error
 
-    def _run_all_reduces(self, backend: str, seconds: float) -> dict[str, float]:
+    @property
+    def _backend(self) -> str:
+        return "nccl" if self.device.type == "cuda" else "gloo"
+
+    def _connect(self) -> None:
+        """Connect devices, and processors, whose agreements a run needs beside NCCL: a network may carry only one."""
+        self._init_process_group()
+        store, rank, size = (
+            dist.PrefixStore("agreements", self._store),
+            self.launch_env.rank,
+            self.launch_env.world_size,
+        )
+        with hung_if_restarted():
+            connected = HostCollectives.connect(store, rank, size, self.timeouts.connection)
+        with closing(connected):
+            connected.all_reduce([1], sum)  # all ranks are connected before one leaves
+
+    def _init_process_group(self) -> None:
+        device_id = None
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            os.environ |= _NCCL_VARIABLES
+            device_id = self.device  # connects now, so that the all-reduces are timed without it
+        dist.init_process_group(
+            self._backend,
+            store=self._store,
+            rank=self.launch_env.rank,
+            world_size=self.launch_env.world_size,
+            timeout=timedelta(seconds=2 * self.timeouts.end),  # never reached: the limits here come first
+            device_id=device_id,
+        )
+
+    def _run_all_reduces(self) -> dict[str, float]:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         rank, size = self.launch_env.rank, self.launch_env.world_size
-        dist.init_process_group(
-            backend, store=self._store, rank=rank, world_size=size, timeout=timedelta(seconds=seconds)
-        )
         small = torch.zeros(_LATENCY_BYTES // 4, device=self.device)
         large = torch.full((_BANDWIDTH_BYTES[self.device.type] // 4,), rank + 1.0, device=self.device)
         dist.all_reduce(large)
@@ -122,33 +207,34 @@ class PreflightGroup:
                 f"rank {rank} on {self.node}: {wrong} of {large.numel()} sums of an all-reduce are wrong; "
                 f"a link or a memory on the way corrupts data"
             )
-        rates = {
+        return {
             "latency": _time_all_reduce(small, _LATENCY_ROUNDS),
             "bandwidth": 2 * (size - 1) / size * large.nbytes / _time_all_reduce(large, _BANDWIDTH_ROUNDS),
         }
-        dist.destroy_process_group()
-        return rates
 
 
 @contextmanager
-def join_preflight(join_timeout: float, exit_after_seconds: float) -> Iterator[PreflightGroup]:
+def join_preflight(join_timeout: float) -> Iterator[PreflightGroup]:
     """Join the ranks of a preflight, and begin once all have joined or ``join_timeout`` seconds are over.
 
     The time before a rank joins, such as imports from a cold disk, does not count against it. This process ends
-    ``exit_after_seconds`` seconds after the beginning, whatever hangs.
-    Raises: LaunchError if rank 0, which serves the store, does not join within ``join_timeout`` seconds.
+    ``timeouts.end`` seconds after the beginning, whatever hangs.
+    Raises: LaunchError if rank 0, which serves the store, does not join within ``join_timeout`` seconds, FileLimitError
+    if it may not hold the connections of all ranks.
     """
-    faulthandler.dump_traceback_later(2 * join_timeout + exit_after_seconds, exit=True)
+    launch_env = read_launch_env()
+    timeouts = PreflightTimeouts.for_world_size(launch_env.world_size)
+    faulthandler.dump_traceback_later(2 * join_timeout + timeouts.end, exit=True)
     try:
-        launch_env = read_launch_env()
+        raise_open_file_limit()
         device = select_device(launch_env)
         node = current_node_name()
         store = _open_preflight_store(launch_env, join_timeout)
         set_rank_env_vars(launch_env, device)
         store.set(f"here/{launch_env.rank}", node)
         _wait_for_ranks(store, launch_env, node, join_timeout)
-        faulthandler.dump_traceback_later(exit_after_seconds, exit=True)
-        yield PreflightGroup(launch_env, device, node, store, time.monotonic())
+        faulthandler.dump_traceback_later(timeouts.end, exit=True)
+        yield PreflightGroup(launch_env, device, node, timeouts, store, time.monotonic())
     finally:
         faulthandler.cancel_dump_traceback_later()
 
@@ -168,6 +254,11 @@ def _wait_for_ranks(store: dist.Store, launch_env: LaunchEnv, node: str, join_ti
                 f"rank 0 did not come within {join_timeout:.0f} s, as rank {launch_env.rank} on {node} sees it"
             )
         time.sleep(_POLL_SECONDS)
+
+
+def is_infiniband_disabled() -> bool:
+    """Whether the environment tells NCCL to leave InfiniBand alone."""
+    return os.environ.get("NCCL_IB_DISABLE") == "1"
 
 
 def exit_preflight(group: PreflightGroup, exit_code: int) -> NoReturn:
@@ -201,8 +292,11 @@ def _time_all_reduce(tensor: torch.Tensor, rounds: int) -> float:
         if tensor.is_cuda:
             torch.cuda.synchronize()
         start = time.perf_counter()
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, async_op=True)
         if tensor.is_cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # a blocking wait would look at the collective every few milliseconds only
+        else:
+            assert work is not None
+            work.wait()
         durations.append(time.perf_counter() - start)
     return sorted(durations)[rounds // 2]

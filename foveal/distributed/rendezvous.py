@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Iterable
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -22,18 +23,20 @@ _FAILURE_KEY = "ended"  # holds the reason for which the rendezvous failed
 _log = logging.getLogger(__name__)
 
 
-def join_rendezvous(launch_env: LaunchEnv, identity: RunIdentity, timeout_seconds: float) -> dist.Store:
+def join_rendezvous(
+    launch_env: LaunchEnv, identity: RunIdentity, timeout_seconds: float, gpu_uuid: str = ""
+) -> dist.Store:
     """Join the ranks of a run. Return their store once every rank has joined it exactly once.
 
-    Sets MASTER_ADDR and MASTER_PORT to the store's address.
+    Sets MASTER_ADDR and MASTER_PORT to the store's address. ``gpu_uuid``: this rank's GPU; empty on a CPU.
     Raises, on every rank that joined: LaunchError if ranks are missing after ``timeout_seconds``; RankConflictError if
-    ranks of different runs, or one rank twice, came to one address; AttemptSupersededError on a rank of an earlier
-    attempt.
+    ranks of different runs, or one rank twice, came to one address, or if two ranks have one GPU;
+    AttemptSupersededError on a rank of an earlier attempt.
     """
     deadline = time.monotonic() + timeout_seconds
     store = open_store(launch_env, identity, timeout_seconds)
     try:
-        _register_rank(store, launch_env)
+        _register_rank(store, launch_env, gpu_uuid)
         _wait_for_all_ranks(store, launch_env, timeout_seconds, deadline)
     except (dist.DistNetworkError, dist.DistStoreError, TimeoutError) as error:
         raise LaunchError(
@@ -59,11 +62,16 @@ def format_ranks(ranks: Iterable[int]) -> str:
     return f"rank {text}" if text.isdigit() else f"ranks {text}"
 
 
-def _register_rank(store: dist.Store, launch_env: LaunchEnv) -> None:
-    """Write this rank into the store. Raises: RankConflictError if another process has joined as this rank."""
+def _register_rank(store: dist.Store, launch_env: LaunchEnv, gpu_uuid: str) -> None:
+    """Write this rank and its GPU into the store.
+
+    Raises: RankConflictError if another process has joined as this rank, or another rank on this GPU.
+    """
     process = f"process {os.getpid()} on {socket.gethostname()}"
     if store.add(f"times/{launch_env.rank}", 1) == 1:
         store.set(f"here/{launch_env.rank}", json.dumps({"host": socket.gethostname(), "process": process}))
+        if gpu_uuid:
+            _claim_gpu(store, launch_env.rank, gpu_uuid)
         store.add("came", 1)
         return
     first_process = json.loads(store.get(f"here/{launch_env.rank}"))["process"]
@@ -71,6 +79,23 @@ def _register_rank(store: dist.Store, launch_env: LaunchEnv) -> None:
         f"two processes came as rank {launch_env.rank} of {launch_env.world_size}, {first_process} and {process}: "
         f"start every rank once, and end what an earlier start has left"
     )
+    _refuse_conflict(store, sentence)
+
+
+def _claim_gpu(store: dist.Store, rank: int, gpu_uuid: str) -> None:
+    """Write the rank of a GPU into the store, by one request. Raises: RankConflictError if it has another rank."""
+    host = socket.gethostname()
+    owner = store.compare_set(f"gpu/{host}/{gpu_uuid}", "", str(rank)).decode()
+    if owner != str(rank):
+        _refuse_conflict(
+            store,
+            f"{format_ranks((int(owner), rank))} are on one GPU, {gpu_uuid} of {host}: start as many tasks per node as "
+            f"GPUs, and let each task see all GPUs of the node or one that no other task sees (CUDA_VISIBLE_DEVICES)",
+        )
+
+
+def _refuse_conflict(store: dist.Store, sentence: str) -> NoReturn:
+    """Raise a RankConflictError on every rank of the rendezvous."""
     store.set(_FAILURE_KEY, json.dumps({"conflict": True, "sentence": sentence}))
     raise RankConflictError(sentence)
 

@@ -15,12 +15,14 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
 from foveal.distributed.launcher import LaunchEnv, candidate_store_addresses, torchrun_agent_serves_store
+from foveal.distributed.open_files import check_store_connections, diagnose_file_limit
 from foveal.distributed.run_identity import RunIdentity
 from foveal.errors import AttemptSupersededError, LaunchError, RankConflictError, TrainingHungError
 from foveal.timeouts import call_with_timeout
@@ -40,6 +42,7 @@ def open_store(launch_env: LaunchEnv, identity: RunIdentity, timeout_seconds: fl
     """
     addresses, deadline = candidate_store_addresses(launch_env), time.monotonic() + timeout_seconds
     if is_store_host(launch_env):
+        check_store_connections(launch_env.world_size)
         store, (host, port) = _serve_store(addresses, identity, timeout_seconds)
     else:
         store, (host, port) = _find_store(addresses, launch_env, identity, deadline, timeout_seconds)
@@ -179,6 +182,8 @@ def _find_store(
             try:
                 socket.create_connection((host, port), timeout=timeout).close()
             except OSError as error:
+                if (file_limit := diagnose_file_limit(error)) is not None:
+                    raise file_limit from error
                 reason = summarize_error(error)
                 if isinstance(error, TimeoutError | socket.gaierror):
                     silent_hosts.add(host)  # for this round: its other ports would time out too
@@ -254,6 +259,19 @@ def open_extra_store_connection(timeout_seconds: float, store_key: str) -> dist.
     Raises: TimeoutError or torch's DistNetworkError.
     """
     return dist.PrefixStore(f"foveal/{store_key}", _connect_client(*_store_address(), timeout_seconds))
+
+
+def read_published(store: dist.Store, keys: Sequence[str]) -> dict[str, bytes]:
+    """Return the values of the keys that exist: two requests if all do, and a few more for each that does not.
+
+    torch's ``multi_get`` waits for keys that do not exist, so the halves of a list with such a key are asked in turn.
+    """
+    if not keys:
+        return {}
+    if store.check(list(keys)):
+        return dict(zip(keys, store.multi_get(list(keys)), strict=True))
+    middle = len(keys) // 2
+    return read_published(store, keys[:middle]) | read_published(store, keys[middle:]) if middle else {}
 
 
 class StoreServerProbe:

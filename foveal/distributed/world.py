@@ -5,8 +5,8 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -15,16 +15,21 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+from foveal.distributed.gpu_allocation import read_gpu_uuid
+from foveal.distributed.host_collectives import HostCollectives
 from foveal.distributed.launcher import LaunchEnv, read_launch_env
+from foveal.distributed.open_files import raise_open_file_limit
 from foveal.distributed.peer_failure import (
     abort_process_group,
     describe_peer_failure,
+    diagnose_launch_mistake,
     dump_cpu_flight_recorder,
     enable_flight_recorder,
+    summarize_collective_error,
 )
 from foveal.distributed.rendezvous import join_rendezvous
 from foveal.distributed.run_identity import RunIdentity
-from foveal.errors import FovealError, LaunchError, RankConflictError, TrainingHungError
+from foveal.errors import FileLimitError, FovealError, LaunchError, RankConflictError, TrainingHungError
 from foveal.slurm import describe_slurm_task, slurm_restart_count
 
 T = TypeVar("T")
@@ -35,7 +40,9 @@ _JOIN_TIMEOUT_SECONDS = 600.0  # for all ranks to join: imports from a cold disk
 class World:
     """A rank of a process group of ``size`` ranks: its rank, its rank on its node, and its device.
 
-    ``store_key``: the prefix of the run's keys in the ranks' store.
+    ``store_key``: the prefix of the run's keys in the ranks' store. ``host_collectives``: None for a single rank.
+    Tensors are reduced and broadcast on the device. Numbers and objects pass between processors, without waiting for
+    the device: an all-reduce of integers under NCCL would drain its queue.
     """
 
     rank: int
@@ -44,6 +51,7 @@ class World:
     launcher: str
     device: torch.device
     store_key: str = ""
+    host_collectives: HostCollectives | None = None
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -55,15 +63,10 @@ class World:
         return bool(self.all_reduce_max([int(flag)])[0])
 
     def all_reduce_max(self, values: Sequence[int]) -> list[int]:
-        """Return the maximum over ranks of each number, on every rank: one collective of a few bytes.
-
-        The loop runs two of these per step: one for the batch (``run_all_and_any``), one after the update.
-        """
+        """Return the maximum over ranks of each number, on every rank."""
         if self.size == 1:
             return list(values)
-        maxima = torch.tensor(list(values), device=self.device)
-        dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
-        return maxima.tolist()
+        return [int(value) for value in self._host.all_reduce(values, max)]
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Return the sum over ranks of a tensor of any shape, on every rank. The argument is not changed."""
@@ -77,9 +80,7 @@ class World:
         """Return rank 0's value on every rank. The value must pickle."""
         if self.size == 1:
             return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
+        return self._host.broadcast(value)
 
     def broadcast_tensors_(self, tensors: Sequence[Tensor]) -> None:
         """Copy rank 0's values into the tensors of every rank, in place."""
@@ -92,9 +93,7 @@ class World:
         """Return the values of all ranks in rank order, on every rank. The values must pickle."""
         if self.size == 1:
             return [value]
-        values: list[T] = [value] * self.size
-        dist.all_gather_object(values, value)
-        return values
+        return self._host.all_gather(value)
 
     def on_rank0(self, function: Callable[[], T]) -> T:
         """Call a function on rank 0. Return its result, or raise its FovealError, on every rank."""
@@ -105,25 +104,32 @@ class World:
 
         Without this the other ranks would wait for the failed rank in their next collective.
         """
-        return self.run_all_and_any(function, lambda _: False)[0]
+        return self.run_all_and_sum(function, lambda _: 0.0)[0]
 
-    def run_all_and_any(self, function: Callable[[], T], predicate: Callable[[T], bool]) -> tuple[T, bool]:
-        """Do as ``run_all_or_raise``; also return whether the predicate holds for any rank's result.
+    def run_all_and_sum(self, function: Callable[[], T], measure: Callable[[T], float]) -> tuple[T, float]:
+        """Do as ``run_all_or_raise``; also return the sum over ranks of ``measure`` of each rank's result.
 
-        One collective, the same as without a predicate.
+        One collective, as without the sum. The sum is in rank order, the same bits on every rank.
         """
         result: T | None = None
         failure: FovealError | None = None
-        holds = False
+        number = 0.0
         try:
             result = function()
-            holds = predicate(result)
+            number = measure(result)
         except FovealError as error:
             failure = error
-        any_failed, any_holds = self.all_reduce_max([int(failure is not None), int(holds)])
-        if not any_failed:
-            return result, bool(any_holds)  # pyright: ignore[reportReturnType]
+        num_failed, total = float(failure is not None), number
+        if self.size > 1:
+            num_failed, total = self._host.all_reduce([num_failed, total], sum)
+        if not num_failed:
+            return result, total  # pyright: ignore[reportReturnType]
         raise next(error for error in self.all_gather_objects(failure) if error is not None)
+
+    @property
+    def _host(self) -> HostCollectives:
+        assert self.host_collectives is not None, "init_world connects several ranks"
+        return self.host_collectives
 
     def check_equal_on_ranks(self, facts: Mapping[str, Any]) -> None:
         """Compare named facts of all ranks. Raises: RankConflictError on every rank if they differ."""
@@ -153,9 +159,11 @@ def init_world(
     missing ranks. Sets the variables that libraries read (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), so
     that a Slurm step looks to DeepSpeed and Accelerate like torchrun. With a world size of 1 the group is this process,
     with a store in memory.
-    Raises: LaunchError if ranks are missing; TrainingHungError in its place if Slurm restarted the job;
-    RankConflictError if ranks of another run came; AttemptSupersededError if this rank is of an earlier attempt.
+    Raises: LaunchError if ranks are missing or cannot be reached; TrainingHungError in its place if Slurm restarted the
+    job; LaunchError in any case if NCCL refuses the launch or files are too few; RankConflictError if ranks of another
+    run, or two on one GPU, came; AttemptSupersededError if this rank is of an earlier attempt.
     """
+    raise_open_file_limit()
     launch_env = read_launch_env()
     device = select_device(launch_env)
     identity = identity or RunIdentity.from_launch_env(launch_env)
@@ -171,13 +179,14 @@ def init_world(
     if launch_env.world_size == 1:
         store: dist.Store = dist.HashStore()
     else:
-        with _hung_if_restarted():
-            store = join_rendezvous(launch_env, identity, join_timeout_seconds)
+        with hung_if_restarted():
+            store = join_rendezvous(launch_env, identity, join_timeout_seconds, read_gpu_uuid(device))
     set_rank_env_vars(launch_env, device)
     with _default_timeout(timedelta(seconds=collective_timeout_seconds)):
-        _init_process_group("nccl" if device.type == "cuda" else "gloo", launch_env, store)
+        _init_process_group(launch_env, device, store)
         try:
-            yield world
+            with _connect_hosts(launch_env, store, collective_timeout_seconds) as host_collectives:
+                yield replace(world, host_collectives=host_collectives)
         except BaseException as error:
             if describe_peer_failure(error):
                 dump_cpu_flight_recorder(launch_env.rank)
@@ -187,11 +196,25 @@ def init_world(
 
 
 @contextmanager
-def _hung_if_restarted() -> Iterator[None]:
+def _connect_hosts(
+    launch_env: LaunchEnv, store: dist.Store, timeout_seconds: float
+) -> Iterator[HostCollectives | None]:
+    """Connect the ranks' processors, and close the connections on every way out."""
+    if launch_env.world_size == 1:
+        yield None
+        return
+    with hung_if_restarted():
+        connected = HostCollectives.connect(store, launch_env.rank, launch_env.world_size, timeout_seconds)
+    with closing(connected):
+        yield connected
+
+
+@contextmanager
+def hung_if_restarted() -> Iterator[None]:
     """Turn a LaunchError into a TrainingHungError in a restarted Slurm job: a node is at fault, a requeue may help."""
     try:
         yield
-    except RankConflictError:
+    except (RankConflictError, FileLimitError):
         raise
     except LaunchError as error:
         if slurm_restart_count():
@@ -232,18 +255,30 @@ def _default_timeout(timeout: timedelta) -> Iterator[None]:
             setattr(distributed_c10d, name, value)
 
 
-def _init_process_group(backend: str, launch_env: LaunchEnv, store: dist.Store) -> None:
+def _init_process_group(launch_env: LaunchEnv, device: torch.device, store: dist.Store) -> None:
+    """Connect the ranks. Under NCCL the first collective belongs to it, as some connections are made there only."""
+    rank, size = launch_env.rank, launch_env.world_size
+    if device.type != "cuda" or size == 1:  # NCCL connects a single rank only if a library asks for it
+        backend, device_id = "nccl" if device.type == "cuda" else "gloo", None
+    else:
+        backend, device_id = "nccl", device
     try:
-        dist.init_process_group(backend, store=store, rank=launch_env.rank, world_size=launch_env.world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, device_id=device_id)
+        if device_id is not None:
+            dist.barrier()
     except RuntimeError as error:
-        if launch_env.world_size == 1:
+        if size == 1:
             raise
-        raise LaunchError(
-            f"rank {launch_env.rank} of {launch_env.world_size} could not connect to the others over {backend} "
-            f"({str(error).splitlines()[0]}); "
-            f"if another rank stopped, its log says why, else choose the network interface "
-            f"(slurm/environment.sh: NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
-        ) from error
+        abort_process_group()
+        if (mistake := diagnose_launch_mistake(error)) is not None:
+            raise mistake from error
+        with hung_if_restarted():
+            raise LaunchError(
+                f"rank {rank} of {size} could not connect to the others over {backend} "
+                f"({summarize_collective_error(error)}); "
+                f"if another rank stopped, its log says why, else choose the network interface "
+                f"(slurm/environment.sh: NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
+            ) from error
 
 
 def select_device(launch_env: LaunchEnv) -> torch.device:

@@ -26,7 +26,7 @@ def doctor_command(
     ] = 0.8,
     joining: Annotated[float, typer.Option(min=1.0, help="Seconds within which every rank must join.")] = 180.0,
 ) -> None:
-    """Check that the nodes of this job are fit to train. Takes a minute at most once all ranks have joined.
+    """Check that the nodes of this job are fit to train. Takes half a minute once all ranks have joined.
 
     Exit code 6 and `bad nodes: ...` if a node is not fit, 2 if CONFIG is wrong, 5 if storage or network do not answer.
     """

@@ -1,22 +1,30 @@
 """Checks of a single node: device, matrix product rate, shared memory, limits. Each error becomes a reported fault."""
 
+import os
 import resource
 import shutil
 import statistics
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from foveal.distributed.gpu_allocation import check_slurm_gpus
+from foveal.distributed.gpu_allocation import check_slurm_gpus, find_hidden_gpus, read_gpu_uuid
 from foveal.distributed.launcher import LaunchEnv
+from foveal.distributed.open_files import OPEN_FILES_REMEDY, count_files_needed, read_open_file_limit
+from foveal.distributed.preflight import is_infiniband_disabled
 from foveal.doctor.report import RankReport
+from foveal.slurm import slurm_nodes_by_rank
 
 SHM_FOLDER = Path("/dev/shm")  # noqa: S108 - shared memory, no temporary file
 _SHM_MIN_BYTES = 64e6  # Docker's default, with which NCCL fails at once
 _SHM_GOOD_BYTES = 1e9  # always enough
-_MIN_OPEN_FILES = 1024
+INFINIBAND_FOLDER = Path("/sys/class/infiniband")
+_LOCKED_MIN_BYTES = 64 << 20  # the default of many systems, 8 MiB, fails at the first registration
+_LOCKED_GOOD_BYTES = 1 << 30
+PCI_FOLDER = Path("/sys/bus/pci/devices")
 _MIN_FREE_FRACTION = 0.9  # of a GPU's memory, before training starts
 _MATMUL_SIZES = {"cuda": 8192, "cpu": 512}  # side of the square matrices
 _SECONDS_PER_DTYPE = 0.6
@@ -47,13 +55,19 @@ def check_device(report: RankReport, device: torch.device) -> None:
             f"{(total - free) / 1e9:.1f} of {total / 1e9:.0f} GB of GPU {device.index} are in use before training "
             f"starts: another process holds them",
         )
+    report.facts["gpu_uuid"] = read_gpu_uuid(device)
     check_gpu_health(report, str(getattr(properties, "uuid", "")), device.index or 0)
+    check_cpu_affinity(report, _format_pci_address(properties))
 
 
 def check_gpu_allocation(report: RankReport, launch_env: LaunchEnv) -> None:
-    """Report GPUs without a rank. Raises: BadNodeError, LaunchError, as ``check_slurm_gpus``."""
-    if idle := check_slurm_gpus(launch_env):
-        report.add_fault("note", idle)
+    """Report GPUs without a rank, and GPUs that ranks hide from one another.
+
+    Raises: BadNodeError, LaunchError, as ``check_slurm_gpus``.
+    """
+    for sentence in (check_slurm_gpus(launch_env), find_hidden_gpus(launch_env)):
+        if sentence:
+            report.add_fault("note", sentence)
 
 
 def check_gpu_health(report: RankReport, uuid: str, index: int) -> None:
@@ -125,11 +139,61 @@ def check_shared_memory(report: RankReport) -> None:
         report.add_fault("note", f"{SHM_FOLDER} has {usage.free / 1e6:.0f} MB free, which may be little for NCCL")
 
 
-def check_open_file_limit(report: RankReport) -> None:
-    """Check the number of files that a process may open."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    report.facts["files"] = soft
-    if soft != resource.RLIM_INFINITY and soft < _MIN_OPEN_FILES:
+def check_limits(report: RankReport, world_size: int) -> None:
+    """Check the limits of a process that ``ulimit`` shows."""
+    check_open_file_limit(report, world_size)
+    check_locked_memory_limit(report, world_size)
+
+
+def check_open_file_limit(report: RankReport, world_size: int) -> None:
+    """Check the number of files that a process may open: any node may be that of rank 0 at the next start."""
+    limit, needed = read_open_file_limit(), count_files_needed(world_size)
+    report.facts["files"] = limit
+    if 0 <= limit < needed:
         report.add_fault(
-            "config", f"a process may open {soft} files: set `ulimit -n {4 * _MIN_OPEN_FILES}` in the job script"
+            "config", f"a process may open {limit} files, and {world_size} ranks need {needed}: {OPEN_FILES_REMEDY}"
         )
+
+
+def check_locked_memory_limit(report: RankReport, world_size: int) -> None:
+    """Check that InfiniBand may register memory, where several nodes use it. NCCL's error would blame the network."""
+    nodes = set(slurm_nodes_by_rank(world_size))
+    is_used = len(nodes) > 1 and not is_infiniband_disabled()
+    if not is_used or not INFINIBAND_FOLDER.is_dir() or not any(INFINIBAND_FOLDER.iterdir()):
+        return
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if limit != resource.RLIM_INFINITY and limit < _LOCKED_GOOD_BYTES:
+        report.add_fault(
+            "config" if limit < _LOCKED_MIN_BYTES else "note",
+            f"a process may lock {limit >> 20} MiB of memory (`ulimit -l`), and InfiniBand registers more: submit with "
+            f"--propagate=NOFILE,CORE if the login node set this, or LimitMEMLOCK=infinity of slurmd",
+        )
+
+
+def check_cpu_affinity(report: RankReport, pci_address: str) -> None:
+    """Compare the CPUs of this rank with those next to its GPU, which share memory and PCI lanes with it."""
+    file = PCI_FOLDER / pci_address / "local_cpulist"
+    if not file.exists():
+        return
+    local, own = _parse_cpu_list(file.read_text()), os.sched_getaffinity(0)
+    if local and not local & own:
+        report.add_fault(
+            "note",
+            f"rank {report.rank} has no CPU next to its GPU {pci_address} ({file.read_text().strip()}): copies cross "
+            f"sockets; start with --distribution=block:block, and bind ranks in the order of the GPUs",
+        )
+
+
+def _parse_cpu_list(text: str) -> set[int]:
+    """Return the CPUs of a list such as ``0-3,8``."""
+    spans = [span.partition("-") for span in text.strip().split(",") if span]
+    return {cpu for first, _, last in spans for cpu in range(int(first), int(last or first) + 1)}
+
+
+def _format_pci_address(properties: Any) -> str:
+    """Return the address of a GPU under /sys as ``0000:17:00.0``; empty if torch does not state it."""
+    names = ("pci_domain_id", "pci_bus_id", "pci_device_id")
+    if not all(hasattr(properties, name) for name in names):
+        return ""
+    domain, bus, slot = (getattr(properties, name) for name in names)
+    return f"{domain:04x}:{bus:02x}:{slot:02x}.0"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from foveal.errors import BadNodeError, FovealError, StorageUnreachableError
+from foveal.errors import BadNodeError, FovealError, StorageUnreachableError, TrainingHungError
 from foveal.redact import redact
 
 # node: this node should not train; config: an error of this node, or of the settings if all nodes have it; reach: ranks
@@ -12,10 +12,10 @@ FaultKind = Literal["node", "config", "reach", "note"]
 
 
 def classify_error(error: FovealError) -> FaultKind:
-    """Return the fault kind of an error on a node. Unreachable storage may answer at the next start."""
+    """Return the fault kind of an error on a node. Unreachable storage or ranks may answer at the next start."""
     if isinstance(error, BadNodeError):
         return "node"
-    return "reach" if isinstance(error, StorageUnreachableError) else "config"
+    return "reach" if isinstance(error, StorageUnreachableError | TrainingHungError) else "config"
 
 
 @dataclass

@@ -66,7 +66,9 @@ def check_checkpoint_disk(report: RankReport, planned_run: PlannedRun) -> None:
     """Check the free space for ``checkpoint.keep`` checkpoints and the next one, and measure the speed of a write."""
     plan, folder = planned_run.plan, planned_run.nearest_existing_folder
     size = Forecast(planned_run.stage, plan, ClusterSpec(1, plan.world_size, 1.0, 1.0)).checkpoint_bytes
-    existing = sum(file.stat().st_size for file in Path(str(plan.cfg.run.dir)).glob("checkpoints/step-*/*"))
+    # One rank for all: a checkpoint has a file of each.
+    checkpoints = Path(str(plan.cfg.run.dir)).glob("checkpoints/step-*/*") if report.rank == 0 else ()
+    existing = sum(file.stat().st_size for file in checkpoints)
     free = shutil.disk_usage(folder).free
     report.facts |= {"disk_free": free, "checkpoint_bytes": size}
     if free < size:
@@ -75,7 +77,7 @@ def check_checkpoint_disk(report: RankReport, planned_run: PlannedRun) -> None:
             f"{folder} has {format_bytes(free)} free and a checkpoint needs {format_bytes(size)}; "
             f"make room, or set run.dir to another disk",
         )
-    elif free + existing < (needed := size * (plan.cfg.checkpoint.keep + 1)):
+    elif report.rank == 0 and free + existing < (needed := size * (plan.cfg.checkpoint.keep + 1)):
         report.add_fault(
             "note",
             f"{folder} has {format_bytes(free)} free, and checkpoint.keep={plan.cfg.checkpoint.keep} checkpoints and "

@@ -13,17 +13,14 @@ from foveal.doctor.report import RankReport, classify_error
 from foveal.doctor.table import format_node_table
 from foveal.doctor.verdict import judge_reports
 from foveal.errors import BadNodeError, FovealError
-from foveal.forecast.cli import import_stage
 from foveal.slurm import slurm_nodes_by_rank
 from foveal.timeouts import call_with_timeout
 from foveal.training.cli import load_config
-from foveal.training.stage import Stage
+from foveal.training.run_directory import keep_rules_of_run
+from foveal.training.stage import Stage, import_stage
 
 AnyStage = Stage[Any, Any]
 
-RANK_CHECKS_TIMEOUT = 28.0  # seconds for the checks of each rank
-COLLECTIVES_TIMEOUT = 7.0  # seconds for the collectives
-PREFLIGHT_TIMEOUT = 60.0  # seconds after which a rank that hangs is ended
 _TIMEOUT_MARGIN = 2.0  # seconds that other ranks wait longer than rank 0
 
 
@@ -46,25 +43,26 @@ def run_preflight_and_exit(options: PreflightOptions) -> None:
     stage = None if options.stage is None else import_stage(options.stage)
     if stage is not None:
         stage.import_functions()  # torch and timm, before any clock runs
-    with join_preflight(options.join_timeout, PREFLIGHT_TIMEOUT) as group:
+    with join_preflight(options.join_timeout) as group:
         exit_preflight(group, _run_checks(group, stage, options))
 
 
 def _run_checks(group: PreflightGroup, stage: AnyStage | None, options: PreflightOptions) -> int:
     """Return the verdict's exit code, equal on every rank that reads the verdict."""
+    timeouts = group.timeouts
     report = _check_rank(group, stage, options)
     group.post_report("alone", report.to_dict())
     if group.launch_env.rank == 0:
-        reports = group.gather_reports_until("alone", RANK_CHECKS_TIMEOUT)
+        reports = group.gather_reports_until("alone", timeouts.rank_checks)
         group.announce("go", {"time": time.time(), "all": len(reports) == group.launch_env.world_size})
-    go = group.wait_for_announcement("go", RANK_CHECKS_TIMEOUT + _TIMEOUT_MARGIN)
+    go = group.wait_for_announcement("go", timeouts.rank_checks + _TIMEOUT_MARGIN)
     if go is None:
         return _report_lost_rank0(group)
     report.facts["skew"] = time.time() - go["time"]
     if go["all"]:
         _check_collectives(group, report)
     group.post_report("together", report.to_dict())
-    deadline = RANK_CHECKS_TIMEOUT + _TIMEOUT_MARGIN + COLLECTIVES_TIMEOUT
+    deadline = timeouts.rank_checks + timeouts.collectives + 2 * _TIMEOUT_MARGIN
     if group.launch_env.rank == 0:
         all_reports = {
             rank: RankReport.from_dict(data)
@@ -80,21 +78,26 @@ def _check_rank(group: PreflightGroup, stage: AnyStage | None, options: Prefligh
     """Run the checks that need no other rank, each with a time limit of its own."""
     report = RankReport(group.node, group.launch_env.rank)
     planned_runs: list[run_checks.PlannedRun] = []
-    first_on_node = group.launch_env.local_rank == 0
+    first_on_node, timeout = group.launch_env.local_rank == 0, group.timeouts.rank_checks
+    world_size = group.launch_env.world_size
 
     def plan_run(_report: RankReport) -> None:
         assert stage is not None
-        cfg = load_config(stage.config_class, stage.name, options.config, options.overrides)
-        planned_runs.append(run_checks.PlannedRun(stage, stage.functions.build_plan(cfg, group.launch_env.world_size)))
+        cfg = keep_rules_of_run(load_config(stage.config_class, stage.name, options.config, options.overrides))
+        planned_runs.append(run_checks.PlannedRun(stage, stage.functions.build_plan(cfg, world_size)))
 
     def run_check(activity: str, limit: float, check: Callable[[RankReport], None]) -> None:
         partial = RankReport(report.node, report.rank)  # merged only if the check ends: its thread may still write
-        limit = max(0.1, min(limit, RANK_CHECKS_TIMEOUT - _TIMEOUT_MARGIN - group.elapsed_seconds))
+        seconds_left = timeout - _TIMEOUT_MARGIN - group.elapsed_seconds
+        limit = max(0.1, min(limit, seconds_left))
         group.post_status(activity)
         try:
             call_with_timeout(limit, lambda: check(partial))
         except TimeoutError:
-            report.add_fault("reach", f"rank {report.rank}: {activity} did not end within {limit:.0f} s")
+            end = (
+                f"did not end within {limit:.0f} s" if seconds_left >= 1 else "had no time: the checks before were slow"
+            )
+            report.add_fault("reach", f"rank {report.rank}: {activity} {end}")
             return
         except FovealError as error:
             partial.add_fault(classify_error(error), str(error))
@@ -108,16 +111,16 @@ def _check_rank(group: PreflightGroup, stage: AnyStage | None, options: Prefligh
     run_check("multiplying matrices", 15, lambda partial: node_checks.measure_matmul_rates(partial, group.device))
     if first_on_node:
         run_check("looking at /dev/shm", 5, node_checks.check_shared_memory)
-    run_check("looking at its limits", 5, node_checks.check_open_file_limit)
+    run_check("looking at its limits", 5, lambda partial: node_checks.check_limits(partial, world_size))
     run_check("looking at its software", 10, run_checks.record_software_versions)
     if stage is None:
         return report
-    run_check("reading settings and manifest", RANK_CHECKS_TIMEOUT, plan_run)
+    run_check("reading settings and manifest", timeout, plan_run)
     for run in planned_runs:
         engine, uri = run.plan.cfg.engine, run.plan.cfg.tracking.uri
         run_check(
             "importing the engine",
-            RANK_CHECKS_TIMEOUT,
+            timeout,
             lambda partial, engine=engine: run_checks.check_engine_import(partial, engine),
         )
         run_check("reading shards", 15, lambda partial, run=run: run_checks.check_some_shard_heads(partial, run))
@@ -131,11 +134,13 @@ def _check_rank(group: PreflightGroup, stage: AnyStage | None, options: Prefligh
 
 
 def _check_collectives(group: PreflightGroup, report: RankReport) -> None:
-    group.post_status("all-reduce")
     try:
-        report.facts |= group.check_all_reduce_rates(COLLECTIVES_TIMEOUT - _TIMEOUT_MARGIN)
+        group.post_status("connecting to the other ranks")
+        group.connect_ranks()
+        group.post_status("all-reduce")
+        report.facts |= group.check_all_reduce_rates()
     except FovealError as error:
-        report.add_fault("reach", str(error))
+        report.add_fault(classify_error(error), str(error))
 
 
 def _print_verdict(

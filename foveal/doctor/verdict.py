@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from foveal.distributed.rendezvous import format_ranks
 from foveal.doctor.report import RankReport
 from foveal.errors import BadNodeError, ConfigError, StorageUnreachableError
 
@@ -31,15 +32,14 @@ def judge_reports(
 ) -> Verdict:
     """Compare the ranks' reports.
 
-    ``silent_ranks``: node and sentence of each rank without a report. ``min_relative_rate``: lowest accepted rate of
-    matrix products, as a fraction of the other ranks' median.
+    ``silent_ranks``: node and sentence of each rank without a report. ``min_relative_matmul_rate``: lowest accepted
+    rate of matrix products, as a fraction of the other ranks' median.
     """
     faults: list[tuple[str, str, str]] = [(node, "node", sentence) for node, sentence in silent_ranks.values()]
     for report in reports:
         faults += [(report.node, kind, f"{report.node}: {sentence}") for kind, sentence in report.faults]
-    faults += (
-        _find_slow_ranks(reports, min_relative_matmul_rate) + _find_differing_ranks(reports) + _find_clock_skew(reports)
-    )
+    faults += _find_slow_ranks(reports, min_relative_matmul_rate) + _find_differing_ranks(reports)
+    faults += _find_shared_gpus(reports) + _find_clock_skew(reports)
     nodes = {report.node for report in reports}
     faulty_nodes: dict[str, set[str]] = {"node": set(), "config": set(), "reach": set()}
     for node, kind, _ in faults:
@@ -97,6 +97,23 @@ def _find_differing_ranks(reports: list[RankReport]) -> list[tuple[str, str, str
             if report.facts.get(name) != common
         ]
     return faults
+
+
+def _find_shared_gpus(reports: list[RankReport]) -> list[tuple[str, str, str]]:
+    """Return a fault for each GPU that several ranks of a node have."""
+    ranks: dict[tuple[str, str], list[int]] = {}
+    for report in reports:
+        if uuid := report.facts.get("gpu_uuid"):
+            ranks.setdefault((report.node, uuid), []).append(report.rank)
+    return [
+        (
+            node,
+            "config",
+            f"{node}: {format_ranks(sharing)} are on one GPU, {uuid}: start as many tasks per node as GPUs",
+        )
+        for (node, uuid), sharing in ranks.items()
+        if len(sharing) > 1
+    ]
 
 
 def _find_clock_skew(reports: list[RankReport]) -> list[tuple[str, str, str]]:

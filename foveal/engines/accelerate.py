@@ -111,7 +111,7 @@ class AccelerateFSDP2Engine(AccelerateDDPEngine):
         return fsdp.sharded_parameter_chunks(self._module, self._guard) + buffer_chunks(self._module, self._world)
 
     def gather_full_state_dict(self) -> dict[str, Tensor]:
-        return fsdp.gather_full_state_dict(self._module)
+        return fsdp.gather_full_state_dict(self._module, self._world.rank)
 
 
 class AccelerateDeepSpeedEngine(DeepSpeedEngine):

@@ -1,6 +1,6 @@
 """The engine protocol, the engine settings, and the base of engines with replicated weights."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -75,9 +75,10 @@ class Engine(Protocol):
         ...
 
     def gather_full_state_dict(self) -> dict[str, Tensor]:
-        """Return all weights under the module's names: fp32 (counters int64), on the CPU, complete on rank 0.
+        """Return all weights under the module's names on rank 0: fp32 (counters int64), on the CPU.
 
-        Every rank calls it. The tensors may share memory with the live weights: write them before the next step.
+        Every rank calls it; the others return nothing, so that a node's memory takes one copy and not one per GPU. The
+        tensors may share memory with the live weights: write them before the next step.
         """
         ...
 
@@ -118,11 +119,16 @@ def pair_parameters(module: nn.Module, ema_prefix: str, source_prefix: str) -> l
     ]
 
 
+def lerp_all_(pairs: Sequence[tuple[Tensor, Tensor]], weight: float) -> None:
+    """Interpolate each first tensor of ``pairs`` in place to the second: bit for bit ``Tensor.lerp_``, in few kernels."""
+    averages, sources = zip(*pairs, strict=True)
+    torch._foreach_lerp_(averages, sources, weight)  # its public wrapper takes 1 - weight, which rounds
+
+
 @torch.no_grad()
 def update_ema_replicated(module: nn.Module, ema_prefix: str, source_prefix: str, lerp_weight: float) -> None:
     """Update the EMA where every rank holds all weights; without communication."""
-    for average, parameter in pair_parameters(module, ema_prefix, source_prefix):
-        average.lerp_(parameter, lerp_weight)
+    lerp_all_(pair_parameters(module, ema_prefix, source_prefix), lerp_weight)
 
 
 def replicated_parameter_chunks(module: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> list[TensorChunk]:
@@ -213,4 +219,6 @@ class ReplicatedEngine:
         set_num_updates(self._guard, num_updates)
 
     def gather_full_state_dict(self) -> dict[str, Tensor]:
+        if self._world.rank:
+            return {}
         return {name: to_fp32_cpu_tensor(value) for name, value in self._module.state_dict().items()}

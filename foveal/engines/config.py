@@ -8,7 +8,7 @@ Precision = Literal["fp32", "bf16"]
 
 
 class EngineConfig(Config):
-    """Settings of the engine; except ``deepspeed`` they change the update by rounding at most."""
+    """Settings of the engine; except ``deepspeed`` and ``reduce_dtype`` they change the update by rounding at most."""
 
     kind: Literal["deepspeed", "accelerate", "plain"] = machine(
         "deepspeed", "The library that computes the update; plain: torch alone, one process."
@@ -20,7 +20,15 @@ class EngineConfig(Config):
     zero: Literal[0, 1, 2, 3] = machine(
         1, "DeepSpeed's ZeRO stage: over ranks, 1 partitions optimizer states, 2 also gradients, 3 also weights."
     )
-    precision: Precision = machine("fp32", "bf16: autocast to bf16 products, with fp32 weights; fp32: no autocast.")
+    precision: Precision = machine("fp32", "Precision of products: fp32, or bf16 by autocast, with fp32 weights.")
+    reduce_dtype: Literal["fp32", "autocast"] = science(
+        "fp32",
+        "Type in which gradients are summed over ranks. autocast: that of runs before 0.2, where ZeRO 1 to 3 under "
+        "precision=bf16 sum gradients of linear and convolution layers in bf16: half the traffic, and a curve that "
+        "depends on the number of ranks. Other engines sum in fp32.",
+        since="0.2",
+        neutral="autocast",
+    )
     float32_matmul_precision: Literal["highest", "high", "medium"] = machine(
         "highest", "torch's float32 matmul precision; 'medium' computes bf16 products on some processors."
     )

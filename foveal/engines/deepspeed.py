@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
 from typing import Any, cast
@@ -23,6 +23,7 @@ from foveal.engines.base import (
     to_fp32_cpu_tensor,
     update_ema_replicated,
 )
+from foveal.engines.buckets import derive_zero_options
 from foveal.engines.config import EngineConfig
 from foveal.engines.zero import copy_master_weights_to_model, sharded_parameter_chunks, update_ema_sharded
 from foveal.errors import ConfigError
@@ -55,12 +56,22 @@ def import_deepspeed() -> ModuleType:
 
 
 def build_deepspeed_config(
-    optim: OptimConfig, cfg: EngineConfig, world_size: int, microbatch_size: int, accumulation_steps: int
+    optim: OptimConfig,
+    cfg: EngineConfig,
+    world_size: int,
+    microbatch_size: int,
+    accumulation_steps: int,
+    trainable_numels: Collection[int] = (),
 ) -> dict[str, Any]:
     """Derive DeepSpeed's settings and add those of ``engine.deepspeed``.
 
+    ``trainable_numels``: elements per trained parameter, from which ZeRO's buckets are derived; none for a check of the
+    settings before a model is built.
+
     Raises: ConfigError for a key that foveal derives, or that would change the precision or the optimizer.
     """
+    # Gradients of these modules are summed in autocast's type, and under ZeRO 3 their weights are gathered in it.
+    safe_modules = {"lower_precision_safe_modules": []} if cfg.reduce_dtype == "fp32" else {}
     derived: dict[str, Any] = {
         "train_batch_size": microbatch_size * accumulation_steps * world_size,
         "train_micro_batch_size_per_gpu": microbatch_size,
@@ -69,7 +80,7 @@ def build_deepspeed_config(
         "zero_optimization": {"stage": cfg.zero},
         # fp32 weights under autocast, as in the other engines. DeepSpeed's bf16 section trains bf16 weights: an update
         # below half a unit in the last place does not reach the forward, and the loss deviates (17 % measured).
-        "torch_autocast": {"enabled": cfg.precision == "bf16", "dtype": "bfloat16"},
+        "torch_autocast": {"enabled": cfg.precision == "bf16", "dtype": "bfloat16"} | safe_modules,
         "zero_force_ds_cpu_optimizer": False,  # foveal's AdamW, also for updates offloaded to the host
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
@@ -84,7 +95,8 @@ def build_deepspeed_config(
     if "stage" in zero:
         raise ConfigError("engine.deepspeed.zero_optimization.stage is engine.zero; set that")
     _check_zero_options(zero)
-    return derived | extra | {"zero_optimization": {"stage": cfg.zero, **zero}}
+    options = derive_zero_options(cfg.zero, trainable_numels, world_size, zero)
+    return derived | extra | {"zero_optimization": {"stage": cfg.zero, **options}}
 
 
 def _check_zero_options(zero: dict[str, Any]) -> None:
@@ -130,9 +142,9 @@ class DeepSpeedEngine:
         self._world = world
         self._guard = build_optimizer(param_groups, optim) if cfg.zero == 0 else None
         optimizer = self._guard or build_unguarded_optimizer(param_groups, optim)
-        self._engine, self._optimizer = self._initialize(
-            model, optimizer, build_deepspeed_config(optim, cfg, world.size, microbatch_size, accumulation_steps)
-        )
+        numels = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+        config = build_deepspeed_config(optim, cfg, world.size, microbatch_size, accumulation_steps, numels)
+        self._engine, self._optimizer = self._initialize(model, optimizer, config)
         self.model: nn.Module = self._engine
         self._gathered = deepspeed.zero.GatheredParameters
         self._full_fp32 = deepspeed.utils.safe_get_full_fp32_param
@@ -204,7 +216,11 @@ class DeepSpeedEngine:
             with self._gathered([parameter]):
                 # The fp32 master if it exists: under bf16 the module's own copy is rounded.
                 master = self._full_fp32(parameter) if self._zero_stage and parameter.requires_grad else None
-                weights[name] = (parameter if master is None else master).detach().float().cpu().clone()
+                if self._world.rank == 0:  # a copy, because the gathered parameter is freed
+                    value = parameter if master is None else master
+                    weights[name] = value.detach().to("cpu", torch.float32, copy=True)
+        if self._world.rank:
+            return {}
         return weights | {
             name: to_fp32_cpu_tensor(value) for name, value in persistent_buffers(self._engine.module).items()
         }

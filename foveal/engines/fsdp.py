@@ -6,14 +6,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.utils import get_total_norm
 
 from foveal.checkpoint.chunks import TensorChunk
 from foveal.distributed.world import World
-from foveal.engines.base import to_fp32_cpu_tensor
+from foveal.engines.base import lerp_all_, to_fp32_cpu_tensor
 from foveal.optim.config import OptimConfig
 from foveal.optim.guard import GuardedOptimizer
 from foveal.optim.optimizers import build_optimizer, get_or_create_moments
@@ -37,10 +37,12 @@ def apply_fsdp(model: nn.Module, param_groups: list[dict[str, Any]], world: Worl
     forward, so that a module may read its child's parameters.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    # One dimension: over several nodes a second one would keep gathers inside a node, and nobody has measured it.
     mesh = init_device_mesh(world.device.type, (world.size,))
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for block in reversed(_find_blocks(model)):
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
     sharded = dict(model.named_parameters())
     return [group | {"params": [sharded[names[id(old)]] for old in group["params"]]} for group in param_groups]
 
@@ -77,9 +79,11 @@ def sharded_parameter_chunks(module: nn.Module, optimizer: torch.optim.Optimizer
 def update_ema_sharded(module: nn.Module, pairs: list[tuple[nn.Parameter, nn.Parameter]], lerp_weight: float) -> None:
     """Interpolate this rank's rows of each EMA parameter to its source, which is sharded alike."""
     _reshard_modules(module)
-    for average, parameter in pairs:
-        average_rows = cast(DTensor, average.detach()).to_local()
-        average_rows.lerp_(cast(DTensor, parameter.detach()).to_local(), lerp_weight)
+    lerp_all_([(_local_rows(average), _local_rows(source)) for average, source in pairs], lerp_weight)
+
+
+def _local_rows(parameter: nn.Parameter) -> Tensor:
+    return cast(DTensor, parameter.detach()).to_local()
 
 
 def _reshard_modules(module: nn.Module) -> None:
@@ -89,10 +93,11 @@ def _reshard_modules(module: nn.Module) -> None:
             submodule.reshard()
 
 
-def gather_full_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """Return all unsharded weights in the form of exports; every rank calls it."""
+def gather_full_state_dict(module: nn.Module, rank: int) -> dict[str, Tensor]:
+    """Return all unsharded weights in the form of exports on rank 0, none on the others; every rank calls it."""
     weights = {}
     for name, value in module.state_dict().items():
         tensor = value.full_tensor() if isinstance(value, DTensor) else value
-        weights[name] = to_fp32_cpu_tensor(tensor)
+        if rank == 0:
+            weights[name] = to_fp32_cpu_tensor(tensor)
     return weights

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from foveal.checkpoint.chunks import TensorChunk, replicated_chunk
 from foveal.distributed.world import World
+from foveal.engines.base import lerp_all_
 from foveal.optim.optimizers import get_or_create_moments
 
 
@@ -63,8 +64,7 @@ def update_ema_sharded(optimizer: Any, pairs: list[tuple[nn.Parameter, nn.Parame
     Parameters of equal shape have equal partitions.
     """
     optimizer.checkpoint_event_prologue()  # frees gathered parameters, which hold the old weights
-    for average, parameter in pairs:
-        cast(Any, average).ds_tensor.lerp_(cast(Any, parameter).ds_tensor, lerp_weight)
+    lerp_all_([(cast(Any, average).ds_tensor, cast(Any, source).ds_tensor) for average, source in pairs], lerp_weight)
     optimizer.checkpoint_event_epilogue()  # gathers persistent parameters again
 
 

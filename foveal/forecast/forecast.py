@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from foveal.engines.config import EngineConfig, Precision
-from foveal.forecast.memory import MemoryEstimate, deepspeed_zero_stage, estimate_memory
+from foveal.forecast.memory import MemoryEstimate, deepspeed_zero_stage, estimate_memory, sums_in_bf16
+from foveal.forecast.stated_data import StatedData
 from foveal.forecast.trace import (
     MemoryTrace,
     ParameterCounts,
@@ -16,7 +17,7 @@ from foveal.forecast.trace import (
     count_sample_flops,
     trace_microbatch_memory,
 )
-from foveal.optim.optimizers import OPTIMIZERS, count_moment_elements
+from foveal.optim.optimizers import OPTIMIZERS
 from foveal.training.config import StageConfig
 from foveal.training.plan import Plan
 from foveal.training.stage import Stage
@@ -29,6 +30,7 @@ _PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 class ClusterSpec:
     """The GPUs of a plan: number, peak FLOP/s and memory of a GPU, and model FLOPs utilisation (``mfu``).
 
+    ``hoped_mfu``: the other end of its range, None if it is stated; ``mfu_notes``: sentences about both numbers.
     ``write_bytes_per_second`` is the bandwidth of all ranks to the run directory's disk.
     """
 
@@ -38,6 +40,8 @@ class ClusterSpec:
     write_bytes_per_second: float
     gpu_flops_per_second: float | None = None
     gpu_memory_bytes: float | None = None
+    hoped_mfu: float | None = None
+    mfu_notes: tuple[str, ...] = ()
 
     @property
     def world_size(self) -> int:
@@ -47,15 +51,16 @@ class ClusterSpec:
 
 @dataclass(frozen=True)
 class Forecast:
-    """A stage's plan on a cluster."""
+    """A stage's plan on a cluster; ``stated_data``: of data that were not read."""
 
     stage: Stage[Any, Any]
     plan: Plan
     cluster: ClusterSpec
+    stated_data: StatedData | None = None
 
     @cached_property
     def parameter_counts(self) -> ParameterCounts:
-        return count_parameters(self._build)
+        return count_parameters(self._build, self.plan.cfg.optim)
 
     @cached_property
     def flops_per_sample(self) -> SampleFlops:
@@ -136,11 +141,15 @@ class Forecast:
         return None if step is None else step * self.plan.total_steps * self.plan.num_runs
 
     @property
+    def hoped_speedup(self) -> float | None:
+        """How much faster training is at the hoped utilisation; None without a range."""
+        hoped = self.cluster.hoped_mfu
+        return None if hoped is None else hoped / self.cluster.mfu
+
+    @property
     def checkpoint_bytes(self) -> int:
         """fp32 weights and moments of trained parameters, and frozen tensors of the model's state."""
-        counts = self.parameter_counts
-        moments = count_moment_elements(self.plan.cfg.optim, counts.trainable, counts.hidden_matrices)
-        return (counts.trainable + moments) * _FP32 + counts.frozen_checkpoint_bytes
+        return self.parameter_counts.checkpoint_bytes
 
     @property
     def seconds_per_save(self) -> float:
@@ -148,8 +157,10 @@ class Forecast:
         return self.checkpoint_bytes / self.cluster.write_bytes_per_second
 
     @property
-    def mean_stored_sample_bytes(self) -> float:
-        """Mean size of a sample of the first data set, in bytes."""
+    def mean_stored_sample_bytes(self) -> float | None:
+        """Mean size of a sample of the first data set, in bytes; None if nobody knows."""
+        if self.stated_data is not None and self.stated_data.bytes_per_image is None:
+            return None
         source = self.plan.training_set.sources[0]
         shards = source.dataset.manifest.splits[source.split].shards
         return sum(shard.bytes for shard in shards) / max(1, sum(shard.samples for shard in shards))
@@ -165,9 +176,8 @@ class Forecast:
         ranks, microbatches = self.plan.world_size, self.plan.accumulation_steps
         ring = (ranks - 1) / ranks
         fp32_bytes = self.parameter_counts.trainable * _FP32
-        # DeepSpeed communicates gradients of linear layers in autocast's dtype.
         autocast_bytes = fp32_bytes - (
-            self.parameter_counts.linear_trainable * (_FP32 - _BF16) if engine_cfg.precision == "bf16" else 0
+            self.parameter_counts.linear_trainable * (_FP32 - _BF16) if sums_in_bf16(engine_cfg) else 0
         )
         stage = deepspeed_zero_stage(engine_cfg)
         if stage == 3:

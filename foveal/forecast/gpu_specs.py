@@ -32,11 +32,9 @@ GPU_SPECS = {
 }
 
 
-def find_gpu_spec(name: str) -> GpuSpec:
-    """Return the GPU of a name. Raises: ConfigError with the known names."""
+def find_gpu_spec(name: str, alternative: str = "") -> GpuSpec:
+    """Return the GPU of a name. Raises: ConfigError with the known names, and the ``alternative`` to a name."""
     spec = GPU_SPECS.get(name.lower())
     if spec is None:
-        raise ConfigError(
-            f"--gpu {name} is not known; there are {', '.join(GPU_SPECS)}, or give --gpu-memory and --peak-tflops"
-        )
+        raise ConfigError(f"--gpu {name} is not known; there are {', '.join(GPU_SPECS)}{alternative}")
     return spec

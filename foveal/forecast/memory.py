@@ -7,6 +7,7 @@ Weights are fp32 under bf16 too: autocast's copies count as the microbatch. Deep
 from dataclasses import dataclass
 from typing import Any
 
+from foveal.engines.buckets import derive_zero_options
 from foveal.engines.config import EngineConfig
 from foveal.forecast.trace import MemoryTrace, ParameterCounts
 from foveal.optim.config import OptimConfig
@@ -14,7 +15,7 @@ from foveal.optim.optimizers import count_moment_elements, count_temporary_eleme
 
 _FP32, _BF16 = 4, 2
 # DeepSpeed's defaults, in elements.
-_BUCKET_ELEMENTS = 5e8
+_BUCKET_ELEMENTS = 5e8  # under ZeRO 0; otherwise foveal.engines.buckets decides
 _PERSISTENCE_THRESHOLD = 1e5  # ZeRO 3 does not partition smaller parameters
 _REUSE_ELEMENTS = 1e9  # ZeRO 3 keeps weights gathered that are reused within this distance
 _PREFETCH_ELEMENTS = 5e7
@@ -133,36 +134,37 @@ def _zero12_bytes(
     parameters: ParameterCounts, cfg: EngineConfig, moments: float, ranks: int, microbatches: int, stage: int
 ) -> _EngineBytes:
     """Flat weights, and partitions of fp32 master weights and moments; in stage 2 also of gradients."""
-    zero = _zero_options(cfg)
+    zero = _zero_options(cfg, parameters, ranks)
     weights = parameters.trainable * _FP32
     partition = weights / ranks
-    bucket = zero.get("reduce_bucket_size", _BUCKET_ELEMENTS) * _FP32
+    bucket, overlaps = zero["reduce_bucket_size"] * _FP32, bool(zero.get("overlap_comm"))
     # One bucket per communicated dtype, all in fp32, and two if the reduction overlaps the backward pass.
-    buckets = bucket * (2 if cfg.precision == "bf16" else 1) * (2 if zero.get("overlap_comm") else 1)
+    buckets = bucket * (2 if sums_in_bf16(cfg) else 1) * (2 if overlaps else 1)
     reduced = min(weights, bucket)
-    permanent_buffers, late_buffers = 0.0, buckets
-    if stage == 2:
-        gradients = partition if microbatches > 1 else 0.0
-    else:
-        gradients = weights
-        if microbatches > 1:
-            permanent_buffers, late_buffers = buckets, 0.0
+    accumulates = microbatches > 1
+    # ZeRO 2 and an overlapping reduction move a gradient into a bucket, and then into the partition, once it is done.
+    moves_gradients = stage == 2 or overlaps
+    gradients = partition if stage == 2 else weights
+    if moves_gradients and not accumulates:
+        gradients = 0.0
+    keeps_buckets = stage == 1 and accumulates
     return _EngineBytes(
         weights + partition,
         moments / ranks,
         gradients,
-        permanent_buffers=permanent_buffers,
-        late_buffers=late_buffers,
-        gradients_accumulate=stage == 1 and microbatches == 1,
-        flatten_bytes=bucket if stage == 2 and weights > bucket else 0.0,
+        permanent_buffers=buckets if keeps_buckets else 0.0,
+        late_buffers=0.0 if keeps_buckets else buckets,
+        gradients_accumulate=not moves_gradients and not accumulates,
+        # ZeRO 1 accumulates whole gradients, whose memory the reduction of the last microbatch releases bit by bit.
+        flatten_bytes=bucket if moves_gradients and not keeps_buckets and weights > bucket else 0.0,
         init_bytes=2 * weights + partition,
-        update_bytes=gradients + buckets + reduced + partition,
+        update_bytes=(0.0 if stage == 1 and overlaps else gradients) + buckets + reduced + partition,
     )
 
 
 def _zero3_bytes(parameters: ParameterCounts, cfg: EngineConfig, moments: float, ranks: int) -> _EngineBytes:
     """Partitions of weights, master weights, moments and gradients; gathered weights, and unpartitioned small ones."""
-    zero = _zero_options(cfg)
+    zero = _zero_options(cfg, parameters, ranks)
     partition = parameters.trainable * _FP32 / ranks
     threshold = _zero3_option(zero, "param_persistence_threshold", _PERSISTENCE_THRESHOLD)
     small = sum(size for size in parameters.trainable_tensor_numels if size <= threshold)
@@ -175,8 +177,8 @@ def _zero3_bytes(parameters: ParameterCounts, cfg: EngineConfig, moments: float,
     gathered = min(large, reuse + prefetch) * _FP32
     # An all-gather's flat output, copied into weights: at the start of a forward, or throughout if not all are kept.
     gather_buffer = min(large, prefetch) * _FP32
-    bucket = zero.get("reduce_bucket_size", _BUCKET_ELEMENTS)
-    buckets = bucket * (_FP32 + _BF16 if cfg.precision == "bf16" else _FP32)
+    bucket = zero["reduce_bucket_size"]
+    buckets = bucket * (_FP32 + _BF16 if sums_in_bf16(cfg) else _FP32)
     reduced = min(parameters.trainable, bucket) * _FP32
     return _EngineBytes(
         2 * partition + small * _FP32 + gathered,
@@ -204,8 +206,14 @@ def _fsdp2_bytes(parameters: ParameterCounts, moments: float, ranks: int) -> _En
     )
 
 
-def _zero_options(cfg: EngineConfig) -> dict[str, Any]:
-    return dict(cfg.deepspeed.get("zero_optimization", {}))
+def sums_in_bf16(cfg: EngineConfig) -> bool:
+    """Whether ZeRO 1 to 3 sum gradients of linear and convolution layers, and gather their weights, in bf16."""
+    return cfg.precision == "bf16" and cfg.reduce_dtype == "autocast"
+
+
+def _zero_options(cfg: EngineConfig, parameters: ParameterCounts, ranks: int) -> dict[str, Any]:
+    user_options = cfg.deepspeed.get("zero_optimization", {})
+    return derive_zero_options(deepspeed_zero_stage(cfg), parameters.trainable_tensor_numels, ranks, user_options)
 
 
 def _zero3_option(zero: dict[str, Any], name: str, default: float) -> float:

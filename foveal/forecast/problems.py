@@ -9,6 +9,7 @@ from foveal.slurm import SlurmPartition
 
 # From the start of a job to its first step: containers, imports, index, checkpoint; assumed.
 STARTUP_SECONDS = 180.0
+_MAX_INDEX_OPENS = 1_000_000  # of all ranks at a start: minutes for a metadata server of 10,000 opens per second
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ def find_problems(
         *_disk_problems(forecast),
         *_timeout_problems(forecast),
         *_save_interval_problems(forecast),
+        *_file_problems(forecast),
     ]
     return sorted(problems, key=lambda problem: not problem.fatal)
 
@@ -200,3 +202,18 @@ def _format_hours(seconds: float) -> str:
     minutes, seconds_left = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds_left:02d}"
+
+
+def _file_problems(forecast: Forecast) -> list[Problem]:
+    """Say if the ranks together open very many index files at a start, as planning here has done once."""
+    plan = forecast.plan
+    opens = sum(source.dataset.num_index_reads for source in plan.training_set.sources)
+    if opens * plan.world_size <= _MAX_INDEX_OPENS:
+        return []
+    return [
+        Problem(
+            False,
+            f"files: each of {plan.world_size} ranks reads {opens:,} indices of shards for their labels at every start, "
+            f"{opens * plan.world_size:,} together; pack the data into fewer, larger shards",
+        )
+    ]

@@ -3,16 +3,18 @@
 from dataclasses import asdict
 from typing import Any
 
-from foveal.forecast.forecast import Forecast
+from foveal.forecast.forecast import ClusterSpec, Forecast
 from foveal.forecast.memory import CUDA_CONTEXT_BYTES, FRAGMENTATION_FACTOR
 from foveal.forecast.problems import STARTUP_SECONDS, JobLimits, Problem, count_attempts
 from foveal.slurm import SlurmPartition
+
+_LAUNCH_BOUND_MS = 20.0  # of a forward and backward in some hundred kernels, each launched from Python; assumed
 
 
 def format_forecast(forecast: Forecast, limits: JobLimits, partition: SlurmPartition | None) -> list[str]:
     """Return the lines of the plan and of the forecast."""
     return [
-        *forecast.plan.summary_lines(),
+        *_plan_lines(forecast),
         *_model_lines(forecast),
         *_memory_lines(forecast),
         *_disk_and_network_lines(forecast),
@@ -55,6 +57,8 @@ def forecast_to_dict(
         "network_bytes_per_step": forecast.network_bytes_by_sharding,
         "step_seconds": forecast.step_seconds,
         "seconds": forecast.all_runs_training_seconds,
+        "mfu": forecast.cluster.mfu,
+        "hoped_mfu": forecast.cluster.hoped_mfu,
         "images_per_second_per_rank": forecast.images_per_second_per_rank,
         "partition": None if partition is None else asdict(partition),
         "limits": asdict(limits),
@@ -63,12 +67,22 @@ def forecast_to_dict(
     }
 
 
+def _plan_lines(forecast: Forecast) -> list[str]:
+    """Return the lines of the plan, without what only data can tell."""
+    lines, stated = forecast.plan.summary_lines(), forecast.stated_data
+    if stated is None:
+        return lines
+    classes = "" if stated.classes is None else f" in {stated.classes:,} classes"
+    return [
+        f"data      not read: {stated.images:,} images{classes} in {forecast.plan.cfg.data.train}, as --images says",
+        *(line for line in lines if not line.startswith(("data ", "decoder ", "labels ", "evaluate "))),
+    ]
+
+
 def _model_lines(forecast: Forecast) -> list[str]:
     flops, parameters = forecast.flops_per_sample, forecast.parameter_counts
     frozen = f", {parameters.frozen_bytes / 1e6:.1f} MB frozen" if parameters.frozen_bytes else ""
-    data = forecast.plan.cfg.data
     return [
-        f"order     {data.lanes} lanes, each shuffled within {data.window} shards, for any number of ranks",
         f"model     {parameters.trainable:,} trained parameters{frozen}",
         (
             f"work      {flops.forward_backward / 1e9:.4g} GFLOP per image ({flops.forward / 1e9:.4g} forward), "
@@ -117,6 +131,23 @@ def _disk_and_network_lines(forecast: Forecast) -> list[str]:
     ]
 
 
+def _time_line(head: str, hours: float, steps: str, utilisation: str, cluster: ClusterSpec) -> str:
+    return f"{head:10}{hours:.3g} hours ({steps}) at {utilisation}: {hours * cluster.world_size:.3g} GPU-hours"
+
+
+def _loading_line(forecast: Forecast, images_per_second: float) -> str:
+    """Return the line about the images that a rank must decode: at the range's fast end, which asks for most."""
+    cluster, threads = forecast.cluster, forecast.plan.cfg.data.threads
+    rate = images_per_second * (forecast.hoped_speedup or 1)
+    node_rate, size = rate * cluster.gpus_per_node, forecast.mean_stored_sample_bytes
+    read = "bytes unknown without --bytes-per-image" if size is None else f"{node_rate * size / 1e6:,.0f} MB/s"
+    span = f"{images_per_second:,.0f} to " if forecast.hoped_speedup else ""
+    return (
+        f"loading   {span}{rate:,.0f} images/s per rank to decode, {rate / threads:,.0f} per thread with data.threads="
+        f"{threads}, {node_rate:,.0f} per node ({read})"
+    )
+
+
 def _time_lines(forecast: Forecast, limits: JobLimits, partition: SlurmPartition | None) -> list[str]:
     seconds, step, rate = forecast.all_runs_training_seconds, forecast.step_seconds, forecast.images_per_second_per_rank
     if seconds is None or step is None or rate is None:
@@ -124,17 +155,17 @@ def _time_lines(forecast: Forecast, limits: JobLimits, partition: SlurmPartition
     cluster, plan = forecast.cluster, forecast.plan
     runs = f"{plan.num_runs} runs, " if plan.num_runs > 1 else ""
     assert cluster.gpu_flops_per_second is not None
-    hours, threads, node_rate = seconds / 3600, plan.cfg.data.threads, rate * cluster.gpus_per_node
-    lines = [
-        (
-            f"time      {hours:.3g} hours ({runs}{step:.3g} s per step) at {cluster.mfu:.0%} of "
-            f"{cluster.gpu_flops_per_second / 1e12:.0f} TFLOP/s: {hours * cluster.world_size:.3g} GPU-hours"
-        ),
-        (
-            f"loading   {rate:,.0f} images/s per rank to decode, {rate / threads:,.0f} per thread with data.threads="
-            f"{threads}, {node_rate:,.0f} per node ({node_rate * forecast.mean_stored_sample_bytes / 1e6:,.0f} MB/s)"
-        ),
-    ]
+    hours, peak = seconds / 3600, f"{cluster.gpu_flops_per_second / 1e12:.0f} TFLOP/s"
+    lines = [_time_line("time", hours, f"{runs}{step:.3g} s per step", f"{100 * cluster.mfu:.2g} % of {peak}", cluster)]
+    if (speedup := forecast.hoped_speedup) is not None:
+        hoped = f"{100 * cluster.mfu * speedup:.2g} %, hoped for"
+        lines.append(_time_line("", hours / speedup, f"{step / speedup:.3g} s per step", hoped, cluster))
+    lines += [f"{'':10}{note}" for note in cluster.mfu_notes]
+    if (microbatch_ms := 1e3 * step / plan.accumulation_steps) < _LAUNCH_BOUND_MS:
+        lines.append(
+            f"{'':10}beware: {microbatch_ms:.2g} ms per microbatch is less than its kernels take to launch: expect more"
+        )
+    lines.append(_loading_line(forecast, rate))
     attempts = count_attempts(forecast, limits)
     if attempts is not None and limits.time is not None:
         lines.append(

@@ -25,11 +25,12 @@ from foveal.engines.base import autocast
 from foveal.engines.config import Precision
 from foveal.errors import ConfigError
 from foveal.models.backbone import has_batch_norm
+from foveal.optim.config import OptimConfig
 from foveal.training.loop import TrainingSetup
+from foveal.training.meta_build import build_on_meta, checkpoint_bytes, count_hidden_matrices, count_trainable
 
 # Fused attention on a CPU saves the same tensors as on a GPU: queries, keys, values, output and log-sum-exp.
 _DEVICE = torch.device("cpu")
-_META = torch.device("meta")
 
 SetupBuilder = Callable[[torch.device], TrainingSetup]
 
@@ -40,7 +41,7 @@ class ParameterCounts:
 
     ``linear_trainable`` counts linear and convolution layers, ``hidden_matrices`` the matrices that the optimizer
     updates by a rule of their own; ``trainable_tensor_numels`` and ``block_numels`` are elements per
-    trained parameter and per repeated block. ``frozen_checkpoint_bytes`` are the frozen tensors in a checkpoint;
+    trained parameter and per repeated block. ``checkpoint_bytes`` is the size of a checkpoint;
     ``min_microbatch_size`` is 2 with BatchNorm.
     """
 
@@ -49,7 +50,7 @@ class ParameterCounts:
     trainable_tensor_numels: tuple[int, ...]
     block_numels: tuple[int, ...]
     frozen_bytes: int
-    frozen_checkpoint_bytes: int
+    checkpoint_bytes: int
     can_recompute: bool = True
     min_microbatch_size: int = 1
     hidden_matrices: int = 0
@@ -77,32 +78,25 @@ class SampleFlops:
     forward_backward: float
 
 
-def count_parameters(build_setup: SetupBuilder) -> ParameterCounts:
+def count_parameters(build_setup: SetupBuilder, optim: OptimConfig) -> ParameterCounts:
     """Count the parameters of a stage's model, and of its frozen modules."""
-    setup = _build_on_meta(build_setup)
+    setup = build_on_meta(build_setup)
     trained = [parameter for parameter in setup.model.parameters() if parameter.requires_grad]
     frozen = [parameter for parameter in setup.model.parameters() if not parameter.requires_grad]
     linear = [module for module in setup.model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     linear_parameters = [parameter for module in linear for parameter in module.parameters(recurse=False)]
-    buffers = dict(setup.model.named_buffers())
-    saved_buffers = [buffers[name] for name in setup.model.state_dict() if name in buffers]
     return ParameterCounts(
-        trainable=sum(parameter.numel() for parameter in trained),
+        trainable=count_trainable(setup.model),
         linear_trainable=sum(parameter.numel() for parameter in linear_parameters if parameter.requires_grad),
         trainable_tensor_numels=tuple(parameter.numel() for parameter in trained),
         block_numels=tuple(
             sum(parameter.numel() for parameter in block.parameters()) for block in _find_blocks(setup.model)
         ),
-        frozen_bytes=sum(tensor.nbytes for tensor in (*frozen, *buffers.values(), *_frozen_tensors(setup))),
-        frozen_checkpoint_bytes=sum(tensor.nbytes for tensor in (*frozen, *saved_buffers)),
+        frozen_bytes=sum(tensor.nbytes for tensor in (*frozen, *setup.model.buffers(), *_frozen_tensors(setup))),
+        checkpoint_bytes=checkpoint_bytes(setup, optim),
         can_recompute=_can_recompute(setup.model),
         min_microbatch_size=2 if has_batch_norm(setup.model) else 1,
-        hidden_matrices=sum(
-            parameter.numel()
-            for group in setup.param_groups
-            if group.get("hidden_matrices")
-            for parameter in group["params"]
-        ),
+        hidden_matrices=count_hidden_matrices(setup),
     )
 
 
@@ -129,7 +123,7 @@ def count_sample_flops(
 
     Attention is counted as plain matrix products, without the recomputation in a fused kernel's backward.
     """
-    setup = _build_on_meta(build_setup)
+    setup = build_on_meta(build_setup)
     with _on_fake_tensors(setup) as model, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         batch = _fake_batch(2, channels, image_hw, example_targets)  # BatchNorm cannot train on one sample
         total, _ = setup.objective(model, batch)
@@ -149,7 +143,7 @@ def trace_microbatch_memory(
     recompute: bool,
 ) -> MemoryTrace:
     """Trace the memory of one microbatch."""
-    setup = _build_on_meta(build_setup)
+    setup = build_on_meta(build_setup)
     with _on_fake_tensors(setup) as model:
         if recompute:
             cast(Any, model).set_grad_checkpointing(enable=True)
@@ -210,13 +204,6 @@ class _MemoryTracer(TorchDispatchMode):
 def _storage_key(tensor: Tensor) -> int:
     """Return the identity of a living storage."""
     return tensor.untyped_storage()._cdata  # noqa: SLF001 - a fake storage has no address
-
-
-def _build_on_meta(build: SetupBuilder) -> TrainingSetup:
-    """Build a stage on the meta device, where weights take no memory and loading them does nothing."""
-    with torch.random.fork_rng(devices=[]), _META, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return build(_META)
 
 
 @contextmanager

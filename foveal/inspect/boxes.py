@@ -9,22 +9,28 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from foveal.data.image.label_drawing import make_class_palette
-from foveal.inspect.image_grid import make_image_grid
+from foveal.inspect.image_grid import draw_image_grid
 
 MIN_IMAGE_SIDE = 320  # pixels; smaller images are enlarged by an integer factor, so that labels cover little
 _LINE_HEIGHT = 11  # pixels of a line of text
 
 
 def draw_box_grid(
-    images: Tensor, ground_truth: Sequence[np.ndarray], predicted: Sequence[np.ndarray], class_names: Sequence[str]
+    images: Tensor,
+    ground_truth: Sequence[np.ndarray],
+    predicted: Sequence[np.ndarray],
+    class_names: Sequence[str],
+    *,
+    title: str = "",
 ) -> Image.Image:
     """Draw one row per image: the ground truth boxes, then the predicted boxes.
 
     ``images`` uint8 [B, C, H, W]. Rows of ``ground_truth`` [M, 5] are (left, top, right, bottom, class) in pixels;
     rows of ``predicted`` [N, 6] have a score as well, which is drawn in percent.
     """
-    columns = [_draw_boxes(images.detach().cpu(), boxes, class_names) for boxes in (ground_truth, predicted)]
-    return make_image_grid(columns)
+    boxes_by_column = {"ground truth": ground_truth, "predicted": predicted}
+    columns = {name: _draw_boxes(images.detach().cpu(), boxes, class_names) for name, boxes in boxes_by_column.items()}
+    return draw_image_grid(columns, title=title, min_side=1)
 
 
 def _draw_boxes(images: Tensor, boxes: Sequence[np.ndarray], names: Sequence[str]) -> Tensor:
@@ -45,6 +51,11 @@ def _draw_boxes(images: Tensor, boxes: Sequence[np.ndarray], names: Sequence[str
             pen.rectangle((top_left, bottom_right), outline=colour)
             text_corner = top_left[0], max(0, top_left[1] - _LINE_HEIGHT)
             pen.rectangle(pen.textbbox(text_corner, text, font=font), fill=colour)
-            pen.text(text_corner, text, fill=(0, 0, 0), font=font)
+            pen.text(text_corner, text, fill="black" if _is_light(colour) else "white", font=font)
         annotated.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
     return torch.stack(annotated)
+
+
+def _is_light(colour: tuple[int, ...]) -> bool:
+    red, green, blue = colour
+    return 0.3 * red + 0.6 * green + 0.1 * blue > 128  # the middle of the range

@@ -20,7 +20,7 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
 from foveal.config import Config, ImageSize, height_and_width, science
-from foveal.errors import ConfigError, ExportError
+from foveal.errors import ConfigError
 from foveal.models.batch_norm import find_batch_norms, preserve_batch_norm_stats
 from foveal.models.droppath import replace_drop_paths
 from foveal.models.vit import EncoderCard, config_error_as_export
@@ -79,6 +79,15 @@ def build_meta_backbone(name: str, image_size: int | tuple[int, int], channels: 
     """Return ``build_backbone``'s model on the meta device; it is cached, do not modify it. Raises: ConfigError."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return build_backbone(name, image_size=image_size, channels=channels, num_classes=num_classes)
+
+
+def build_meta_model_as_stated(name: str, args: dict[str, Any]) -> nn.Module:
+    """Return timm's own model of a name and arguments on the meta device. Raises: ConfigError."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            return timm.create_model(name, pretrained=False, **args)
+    except TIMM_ERRORS as error:
+        raise ConfigError(f"timm cannot build '{name}' with {args}: {format_error_one_line(error)}") from None
 
 
 def backbone_card(name: str, image_size: int | tuple[int, int], channels: int, num_classes: int = 0) -> dict[str, Any]:
@@ -218,19 +227,6 @@ def count_head_classes(weights: dict[str, Tensor], name: str, image_size: int | 
     head_names = head_parameter_names(name, image_size, channels)
     sizes = [weights[key].shape[0] for key in head_names if key in weights and headed[key].shape[0] == 2]
     return max(sizes, default=0)
-
-
-def check_resizable(card: BackboneCard, image_size: int | tuple[int, int], source: str) -> None:
-    """Raise ExportError if a timm model's weights do not fit another image size, ConfigError if timm cannot build it."""
-    new, trained = (
-        build_meta_backbone(card.timm, size, card.channels).state_dict() for size in (image_size, card.image_size)
-    )
-    changed = [name for name in trained if name not in new or new[name].shape != trained[name].shape]
-    if changed:
-        raise ExportError(
-            f"{source} is a {card.timm} of images of {format_image_size(card.image_size)} pixels and has weights of "
-            f"that size alone ({', '.join(changed[:3])}); data.image_size is {format_image_size(image_size)}"
-        )
 
 
 def get_layer_ids(backbone: Any) -> dict[str, int]:

@@ -31,7 +31,9 @@ class VitConfig(Config):
         None, "Register tokens, which attend to all patches and are discarded; null: the named model's.", ge=0
     )
     positions: Positions | None = science(
-        "sincos", "Positions added to the patches: fixed sine-cosine, or learned; null for names that add none."
+        "sincos",
+        "Positions added to the patches: sine-cosine, fixed except in fine-tuning, or learned; null for names that add "
+        "none.",
     )
 
 

@@ -25,10 +25,11 @@ def random_mask_noise(uniforms: Tensor, rows: int, columns: int, _block_size: in
 
 
 def block_mask_noise(uniforms: Tensor, rows: int, columns: int, block_size: int) -> Tensor:
-    """Return noise, float64 [B, L], that masks square blocks of patches (figure 6 of He et al., 2022; BEiT, 2022).
+    """Return noise, float64 [B, L], that masks square blocks of patches.
 
-    Blocks have ``block_size`` patches on a side, tile the image from an offset drawn per image and are cut off at the
-    border. Each block is masked or visible as a unit, except one, which shows as many patches as are missing from K.
+    Figure 6 of He et al., 2022, has the masks of BEiT (2022): rectangles of random size. Here blocks have
+    ``block_size`` patches on a side, tile the image from an offset drawn per image and are cut off at the border. Each
+    block is masked or visible as a unit, except one, which shows as many patches as are missing from K.
     """
     noise_BL = uniforms[:, : rows * columns]
     offset_B2 = (uniforms[:, -NUM_OFFSET_DRAWS:] * block_size).long()

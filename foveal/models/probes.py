@@ -15,7 +15,7 @@ from foveal.models.encode import encode_layers
 from foveal.models.timm_vit import Encoder
 from foveal.models.vit import TOKEN_INIT_STD, init_linear_layers
 
-_HEAD_INIT_STD = 0.01  # He et al., 2022, appendix A.2
+_HEAD_INIT_STD = 0.01  # of MAE's code (main_linprobe.py), after MoCo v3; the paper does not say
 
 
 def encode_probe_features(
@@ -46,7 +46,8 @@ def encode_patch_mean(encoder: Encoder, images: Tensor) -> Tensor:
 class AttentiveHead(nn.Module):
     """A learned query that attends to the patches, then a linear layer.
 
-    As in CAE (Chen et al., 2022) and AIM (El-Nouby et al., 2024).
+    The idea is that of CAE (Chen et al., 2022) and AIM (El-Nouby et al., 2024); the attention is timm's, which also
+    projects the query and has biases, and there is no BatchNorm.
     """
 
     def __init__(self, width: int, heads: int, num_classes: int) -> None:
@@ -64,6 +65,6 @@ class AttentiveHead(nn.Module):
 
 
 def init_equal_linear_heads(in_features: int, num_classes: int, num_heads: int) -> tuple[Tensor, Tensor]:
-    """Return weights [num_heads, K, F] and biases [num_heads, K] of equal heads, initialised as MAE's linear probe."""
+    """Return weights [num_heads, K, F] and biases [num_heads, K] of equal heads, initialised as in MAE's code."""
     weight = trunc_normal_(torch.empty(num_classes, in_features), std=_HEAD_INIT_STD)
     return weight.repeat(num_heads, 1, 1), torch.zeros(num_heads, num_classes)

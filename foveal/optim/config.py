@@ -32,7 +32,9 @@ class OptimConfig(Config):
         3, "For plateau: evaluations in a row without improvement before the learning rate drops.", ge=1
     )
     weight_decay: float = science(
-        0.05, "Decoupled for AdamW and Muon, L2 for SGD and LARS; vectors, tokens and positions are excluded.", ge=0
+        0.05,
+        "Weight decay, decoupled for AdamW and Muon, L2 for SGD and LARS; vectors, tokens and positions are excluded.",
+        ge=0,
     )
     momentum: float = science(0.9, "For sgd, lars and muon: momentum coefficient; muon's default is 0.95.", ge=0, lt=1)
     betas: Betas = science((0.9, 0.95), "For adamw and muon's AdamW: decay rates of the two moments.")

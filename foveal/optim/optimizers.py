@@ -38,7 +38,7 @@ class GuardedLARS(GuardedOptimizer, timm.optim.Lars):
 
     A matrix's decayed gradient is scaled by 0.001 |w| / (|g| + decay |w|); MAE's code has |g + decay w| as denominator.
     timm omits that ratio in all groups without weight decay. Here vectors, tokens and positions omit it and take SGD's
-    step without decay; matrices have it also at decay 0, as in MAE's linear probing (He et al., 2022, A.2).
+    step without decay; matrices have it also at decay 0, as in MAE's code (the linear probe of appendix A.1, table 10).
     """
 
     def __init__(self, param_groups: list[dict[str, Any]], cfg: OptimConfig) -> None:

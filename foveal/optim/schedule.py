@@ -55,8 +55,10 @@ def cosine_ema_decay(step: int, *, start_decay: float, total_steps: int) -> floa
 
 
 def warmup_ema_decay(step: int, decay: float) -> float:
-    """Return the EMA decay after ``step`` steps: min(decay, (1 + step) / (10 + step)), as in timm and TensorFlow.
+    """Return the EMA decay after ``step`` steps: min(decay, (1 + step) / (10 + step)).
 
-    Without the warm-up the initial weights would dominate the average for 1 / (1 - decay) steps.
+    It is that of TensorFlow's ``tf.train.ExponentialMovingAverage`` with ``num_updates``. timm's ``ModelEmaV3`` has no
+    warm-up by default, and min(decay, 1 - (1 + step)^(-2/3)) on request. Without a warm-up the initial weights would
+    dominate the average for 1 / (1 - decay) steps.
     """
     return min(decay, (1 + step) / (10 + step))

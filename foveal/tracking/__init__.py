@@ -1,5 +1,6 @@
 """Tracking: metrics are written to the run directory first and uploaded to MLflow in the background."""
 
+import logging
 import os
 import uuid
 from collections.abc import Callable
@@ -9,10 +10,13 @@ from pathlib import Path
 from foveal.atomic import write_json
 from foveal.redact import redact
 from foveal.tracking.jsonl import JsonlTracker
+from foveal.tracking.sqlite_store import parse_sqlite_path, resolve_store_of_run
 from foveal.tracking.sync import RemoteRun, RunSync
 from foveal.tracking.tail import MetricsTail, read_json_or_empty
 from foveal.tracking.tracker import AttemptState, MetricRow, Tracker, TrackingConfig
 from foveal.tracking.uploader import Uploader, UploadingTracker
+
+_log = logging.getLogger(__name__)
 
 
 def open_tracker(
@@ -31,8 +35,19 @@ def open_tracker(
     jsonl_tracker = JsonlTracker(run_dir, start_step, attempt_number, check_lease)
     if cfg.uri is None:
         return jsonl_tracker, jsonl_tracker.last_training_row
+    cfg = keep_store_of_run(run_dir, cfg)
     uploader = build_uploader(run_dir, cfg, pipeline_dir, jsonl_tracker.open_tail())
     return UploadingTracker(jsonl_tracker, uploader), jsonl_tracker.last_training_row
+
+
+def keep_store_of_run(run_dir: Path, cfg: TrackingConfig) -> TrackingConfig:
+    """Return the settings with the SQLite store that the run has already, although it is started in another folder."""
+    assert cfg.uri is not None
+    uri = resolve_store_of_run(cfg.uri, read_json_or_empty(run_dir / "mlflow.json").get("file"))
+    if uri == cfg.uri:
+        return cfg
+    _log.info("tracking: %s goes on in %s, its store since its first attempt", run_dir, parse_sqlite_path(uri))
+    return cfg.model_copy(update={"uri": uri})
 
 
 def build_uploader(run_dir: Path, cfg: TrackingConfig, pipeline_dir: str | None, tail: MetricsTail) -> Uploader:
@@ -55,6 +70,7 @@ def report_end_without_tracker(
         return
     write_json(tags_file, read_json_or_empty(tags_file) | {"state": state, "why_stopped": redact(reason)})
     if cfg.uri is not None:
+        cfg = keep_store_of_run(run_dir, cfg)
         build_uploader(run_dir, cfg, pipeline_dir, MetricsTail(os.open(rows_file, os.O_RDONLY), rows_file)).close()
 
 

@@ -60,7 +60,7 @@ class MLflowRun:
         with _lock_or_create_sqlite(uri, artifacts):
             self._client = MlflowClient(tracking_uri=uri)
             experiment = _get_or_create_experiment(self._client, cfg.experiment, artifacts)
-        runs = _ExperimentRuns(self._client, cfg.uri, experiment)
+        runs = _ExperimentRuns(self._client, cfg.uri, parse_sqlite_path(uri), experiment)
         self._parent_id = (
             None
             if pipeline_dir is None
@@ -169,10 +169,11 @@ def _get_or_create_experiment(client: MlflowClient, name: str, artifacts: str | 
 
 @dataclass(frozen=True)
 class _ExperimentRuns:
-    """The runs of an experiment that belong to run directories."""
+    """The runs of an experiment that belong to run directories. ``file``: the absolute path of an SQLite store."""
 
     client: MlflowClient
     store: str
+    file: Path | None
     experiment: str
 
     def resume_or_create_run(self, folder: Path, tags: dict[str, str]) -> str:
@@ -193,15 +194,17 @@ class _ExperimentRuns:
                 file, reason = folder / f".mlflow.json.after-{note['run_id']}", rejection
                 continue
             new_run_id = new_run_id or self._create_run(folder, tags)
-            draft = _write_draft_note(note_file, {"run_id": new_run_id, "store": self.store, "folder": str(folder)})
+            new_note = {"run_id": new_run_id, "store": self.store, "folder": str(folder), **self._file_fact()}
+            draft = _write_draft_note(note_file, new_note)
             with contextlib.suppress(FileExistsError):
                 file.hardlink_to(draft)
             draft.unlink()
         if note.get("folder") != str(folder):  # a note of foveal 0.1 has no folder
             note |= {"folder": str(folder)}
             self.client.set_tag(note["run_id"], _FOLDER_TAG, str(folder))
-            _write_draft_note(note_file, note).replace(note_file)
-        elif file is not note_file:
+            _write_draft_note(note_file, note | self._file_fact()).replace(note_file)
+        elif file is not note_file or not self._file_fact().items() <= note.items():
+            note |= self._file_fact()
             _write_draft_note(note_file, note).replace(note_file)
         if new_run_id == note["run_id"] and reason:
             _log.info("tracking: %s has a new run in MLflow, since that of its mlflow.json %s", folder, reason)
@@ -209,9 +212,14 @@ class _ExperimentRuns:
             self.client.delete_run(new_run_id)
         return note["run_id"]
 
+    def _file_fact(self) -> dict[str, str]:
+        """Return the SQLite store's file for a note: the store of a later attempt that starts in another folder."""
+        return {} if self.file is None else {"file": str(self.file)}
+
     def _explain_rejection(self, note: dict[str, str], folder: Path) -> str | None:
         """Return why the folder cannot continue the run of a note; None if it can."""
-        if _normalize_store_uri(note["store"]) != _normalize_store_uri(self.store):
+        is_same_file = self.file is not None and note.get("file") == str(self.file)
+        if not is_same_file and _normalize_store_uri(note["store"]) != _normalize_store_uri(self.store):
             return "is another store's"
         try:
             run = self.client.get_run(note["run_id"])

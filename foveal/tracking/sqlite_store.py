@@ -64,6 +64,23 @@ def prepare_store_and_artifacts(uri: str) -> tuple[str, str | None]:
     return f"{prefix}{file}{query}", (file.parent / "mlartifacts").as_uri()
 
 
+def resolve_store_of_run(uri: str, recorded_file: str | None) -> str:
+    """Return the URI of the store in which a run goes on, wherever its next attempt is started.
+
+    A relative SQLite path starts in the working directory of the attempt that created the run in MLflow:
+    ``recorded_file`` is the absolute path of then, None if there is none. It is kept while it ends with the path of the
+    URI and exists; another path or a server is another store.
+    """
+    match = _URI.fullmatch(uri)
+    if not match or not match[2] or recorded_file is None:
+        return uri
+    prefix, name, query = match.groups()
+    stated, recorded = Path(name), Path(recorded_file)
+    is_elsewhere = not stated.is_absolute() and stated.absolute() != recorded
+    is_same = recorded.parts[-len(stated.parts) :] == stated.parts
+    return f"{prefix}{recorded}{query}" if is_elsewhere and is_same and recorded.exists() else uri
+
+
 @contextmanager
 def lock_store(file: Path, create_if_missing: Callable[[Path], object]) -> Iterator[None]:
     """Hold the lock of a store, created with ``create(path)`` if it does not exist.

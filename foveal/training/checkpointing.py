@@ -75,7 +75,7 @@ class CheckpointSaver:
         ``save_seconds``: duration of the slowest save in earlier attempts. Raises: LaunchError, on every rank.
         """
         self.slowest_save_seconds = max(self.slowest_save_seconds, slowest_earlier_save_seconds)
-        self._notice_seconds = self._world.on_rank0(self._compare_notice)
+        self._notice_seconds = self._world.on_rank0(lambda: read_notice_or_refuse(self.slowest_save_seconds))
 
     def start_checkpoint(
         self,
@@ -143,16 +143,20 @@ class CheckpointSaver:
             )
         self.slowest_save_seconds = max(self.slowest_save_seconds, result.seconds_without_overlap)
 
-    def _compare_notice(self) -> float | None:
-        notice = read_shutdown_notice()
-        if notice is None:
-            return None
-        if notice.seconds < self.slowest_save_seconds:
-            enough = 3 * math.ceil(self.slowest_save_seconds)
-            raise LaunchError(
-                f"a checkpoint takes {self.slowest_save_seconds:.0f} s here, and Slurm ends a job "
-                f"{notice.seconds:.0f} s after its warning ({notice.source}): ask for more there, as with "
-                f"--signal=USR1@{enough} in the job script; if sbatch got another --signal=USR1@N, which a job cannot "
-                f"see, set {NOTICE_ENV_VAR}=N as well"
-            )
-        return notice.seconds
+
+def read_notice_or_refuse(slowest_save_seconds: float) -> float | None:
+    """Return the seconds between Slurm's warning and the end of this job; None if nothing ends it.
+
+    Raises: LaunchError if a save takes longer.
+    """
+    notice = read_shutdown_notice()
+    if notice is None:
+        return None
+    if notice.seconds < slowest_save_seconds:
+        raise LaunchError(
+            f"a checkpoint takes {slowest_save_seconds:.0f} s here, and Slurm ends a job {notice.seconds:.0f} s after "
+            f"its warning ({notice.source}): ask for more there, as with --signal=USR1@"
+            f"{3 * math.ceil(slowest_save_seconds)} in the job script; if sbatch got another --signal=USR1@N, which a "
+            f"job cannot see, set {NOTICE_ENV_VAR}=N as well"
+        )
+    return notice.seconds

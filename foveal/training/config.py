@@ -1,17 +1,22 @@
 """The config sections that all three stages share."""
 
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar, Self
 
-from pydantic import model_validator
+from pydantic import PrivateAttr, model_validator
 
 from foveal.checkpoint.config import CheckpointConfig
 from foveal.config import Config, machine, science
 from foveal.data.config import DataConfig
+from foveal.data.sampling.lanes import fitting_lanes
 from foveal.engines.config import EngineConfig
 from foveal.optim.config import OptimConfig
 from foveal.rules import Rule, excludes, explain_first_broken, requires
 from foveal.tracking.tracker import TrackingConfig
+
+_log = logging.getLogger(__name__)
 
 
 class BatchConfig(Config):
@@ -97,7 +102,7 @@ class StageConfig(Config):
     epochs: int = science(description="Number of passes over the training images.", ge=1)
     data: DataConfig
     batch: BatchConfig
-    optim: OptimConfig
+    optim: OptimConfig = OptimConfig()
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate_every: int = machine(
@@ -108,6 +113,23 @@ class StageConfig(Config):
     run: RunConfig = RunConfig()
     tracking: TrackingConfig = TrackingConfig()
 
+    main_settings: ClassVar[tuple[str, ...]] = (  # those that --help shows; a stage puts its own before them
+        "data.path",
+        "data.image_size",
+        "epochs",
+        "batch.global_size",
+        "batch.max_micro_size",
+        "optim.lr_per_256",
+        "optim.warmup_epochs",
+        "optim.weight_decay",
+        "engine.kind",
+        "engine.precision",
+        "data.threads",
+        "evaluate_every",
+        "checkpoint.every",
+        "run.dir",
+        "seed",
+    )
     refused_data_settings: ClassVar[tuple[str, ...]] = ("eval_size", "label_field")  # they are for tasks of fine-tuning
     rules: ClassVar[tuple[Rule, ...]] = (
         requires(
@@ -136,6 +158,24 @@ class StageConfig(Config):
         ),
     )
 
+    _overridden: frozenset[str] = PrivateAttr(frozenset())  # names of the settings that the command line states
+
+    @classmethod
+    def load(cls, file: Path, overrides: Sequence[str] = (), on_warning: Callable[[str], None] = _log.warning) -> Self:
+        """Read the settings, as ``Config.load``; the file's lanes are left out if an override's batch does not fit them."""
+        cfg = super().load(file, overrides, on_warning)
+        names = frozenset(override.partition("=")[0] for override in overrides)
+        has_new_batch = any(name.partition(".")[0] == "batch" for name in names)
+        lanes = None if names & {"data", "data.lanes"} else cfg.data.lanes
+        if has_new_batch and lanes is not None and lanes not in fitting_lanes(cfg.batch.global_size):
+            cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"lanes": None})})
+        return cfg.record_overrides(names)
+
+    def record_overrides(self, names: frozenset[str]) -> Self:
+        """Remember the settings that the command line states, and return these settings."""
+        self._overridden = names
+        return self
+
     @model_validator(mode="after")
     def _check_rules(self) -> Self:
         if refusal := explain_first_broken(self.rules, self):
@@ -153,10 +193,3 @@ class StageConfig(Config):
     def early_stopping_metric(self) -> str | None:
         """The evaluation metric that the plateau schedule follows; None in a stage without evaluations."""
         return None
-
-
-def resolve_config_path(stage_name: str, name_or_path: str) -> Path:
-    """Return the YAML file of a config given by path, or by NAME for configs/<stage>/NAME.yaml."""
-    if name_or_path.endswith(".yaml") or "/" in name_or_path:
-        return Path(name_or_path)
-    return Path("configs", stage_name, f"{name_or_path}.yaml")

@@ -14,9 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from foveal.atomic import atomic_folder, read_json, sha256
-from foveal.checkpoint.chunks import load_chunks, stored_parts
-from foveal.checkpoint.digests import verify_rank_checksums
+from foveal.checkpoint.chunk_index import ChunkIndex, check_weights_fit, load_chunks
+from foveal.checkpoint.digests import verify_checksums
 from foveal.checkpoint.state import TrainState, read_train_state
 from foveal.distributed.world import World
 from foveal.engines.base import Engine
@@ -104,17 +106,17 @@ def load_fork(
     """
     folder = fork.checkpoint
     assert folder is not None, "a fork with its own checkpoint resumes"
-    is_valid = world.run_all_or_raise(lambda: verify_rank_checksums(folder, world.rank, world.size))
-    if world.any_rank(not is_valid):
+    if not verify_checksums(folder, world):
         raise CheckpointError(world.on_rank0(lambda: _explain_unreadable(fork)))
     state = world.on_rank0(lambda: read_train_state(folder))
     chunks = engine.state_chunks()
-    parts = world.run_all_or_raise(lambda: stored_parts(folder))
+    index = world.on_rank0(lambda: ChunkIndex.read(folder))
+    parts = index.parts_by_name()
     same_moments = not fork.differs_in(["optim.name"]) and all(
         parts.get(chunk.name, chunk.flat_views_by_part.keys()) == chunk.flat_views_by_part.keys() for chunk in chunks
     )
     world.run_all_or_raise(
-        lambda: _as_fork_error(fork, lambda: load_chunks(folder, chunks, weights_only=not same_moments))
+        lambda: _as_fork_error(fork, lambda: load_chunks(folder, chunks, index, weights_only=not same_moments))
     )
     engine.on_state_loaded(state.updates if same_moments else 0)
     _log.info("forked from step %d of %s, which %s wrote", fork.step, fork.run, state.saved_by)
@@ -126,6 +128,13 @@ def load_fork(
         state.scores if world.on_rank0(lambda: _do_evaluations_apply(fork, state, selection_metric, adopt_best)) else {}
     )
     return replace(state, scores=scores, save_seconds=0.0)
+
+
+def check_fork_fits(fork: Fork, model: nn.Module) -> None:
+    """Raise CheckpointError if the source's checkpoint has other parameters than a model, perhaps on the meta device."""
+    if fork.checkpoint is not None:
+        checkpoint = fork.checkpoint
+        _as_fork_error(fork, lambda: check_weights_fit(checkpoint, model.state_dict()))
 
 
 def release_checkpoint(run_dir: Path) -> None:

@@ -28,8 +28,7 @@ def parse_fork(setting: str) -> tuple[Path, int | None]:
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Return the checkpoints in a run directory by ascending step, whether a resume may use them or not."""
-    root = run_dir / "checkpoints"
-    return CheckpointDirectory(root, 0, {}).list_checkpoints() if root.is_dir() else []
+    return CheckpointDirectory(run_dir / "checkpoints", 0, {}).list_checkpoints()
 
 
 def find_source(setting: str, run_dir: Path, cfg: StageConfig) -> tuple[Fork, dict[str, Any]]:

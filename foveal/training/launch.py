@@ -1,16 +1,19 @@
 """The start of a stage with valid settings: join the other ranks, plan, open the run directory, train."""
 
 import logging
+import sys
 from functools import partial
 from typing import Any
 
+from foveal.data.storage.listing import list_files_if
 from foveal.distributed.gpu_allocation import check_slurm_gpus
 from foveal.distributed.launcher import LaunchEnv
 from foveal.distributed.preemption import Preemption, handle_stop_signals, ignore_stop_signals
 from foveal.distributed.run_identity import RunIdentity
 from foveal.distributed.world import World, init_world
 from foveal.training.config import StageConfig
-from foveal.training.run_directory import open_run
+from foveal.training.report import wrap_lines
+from foveal.training.run_directory import keep_rules_of_run, open_run
 from foveal.training.stage import Stage
 
 _log = logging.getLogger("foveal")
@@ -31,6 +34,7 @@ def join_and_run(stage: Stage[Any, Any], cfg: StageConfig, launch_env: LaunchEnv
 
 def run_stage(stage: Stage[Any, Any], cfg: StageConfig, world: World) -> None:
     """Run a stage on the ranks of a world."""
+    cfg = keep_rules_of_run(cfg, world)
     with handle_stop_signals(world) as preemption:
         if stage.functions.dispatch_runs is None:
             _execute_run(stage, world, preemption, cfg)
@@ -43,12 +47,14 @@ def _execute_run(stage: Stage[Any, Any], world: World, preemption: Preemption, c
 
     Raises: RankConflictError if science differs between ranks, for example the data that a node sees.
     """
-    plan = world.run_all_or_raise(lambda: stage.functions.build_plan(cfg, world.size))
+    with list_files_if(world.local_rank == 0):
+        plan = world.run_all_or_raise(lambda: stage.functions.build_plan(cfg, world.size))
     world.check_equal_on_ranks({"run.dir": cfg.run.dir, **plan.science_settings()})
     with open_run(stage.name, plan, world, preemption) as run:
         if run is None:
             return True
-        for line in run.plan.summary_lines():
+        lines = run.plan.summary_lines()
+        for line in wrap_lines(lines) if sys.stderr.isatty() else lines:  # whole lines where a reader searches them
             _log.info(line)
         stage.functions.train(run.plan, run)
     return run.is_finished

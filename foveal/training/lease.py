@@ -123,26 +123,10 @@ class Lease(Attempt):
         A step at which an earlier attempt started is no progress, even if the run was rolled back in between.
         Raises: RestartLoopError.
         """
-        limit = self._max_attempts_without_progress
-        failures = list(itertools.islice(self._failed_attempts(step), limit))
-        furthest_step = max([step, *(start for start, _ in failures)])
-        if len(failures) == limit and furthest_step <= (step if step < 0 else failures[-1][0]):
-            progress = "before its first step" if step < 0 else f"without a checkpoint newer than step {furthest_step}"
-            message = (
-                f"{self._run_dir}: each of the last {limit} attempts ended {progress}, the last because: "
-                f"{failures[0][1]}; remove the cause and start again, which is counted anew"
-            )
+        message = explain_restart_loop(self._run_dir, self.number, self._max_attempts_without_progress, step)
+        if message is not None:
             self.record_end_and_release(message, RestartLoopError.exit_code, None if step < 0 else step)
             raise RestartLoopError(message)
-
-    def _failed_attempts(self, unknown_step: int) -> Iterator[tuple[int, str]]:
-        """Yield (start step, reason of the end) of the attempts since the last manual restart, newest first."""
-        for number in range(self.number - 1, 0, -1):
-            end = _read_json_or_empty(self._folder / f"{number:04d}.end.json")
-            start = _read_json_or_empty(self._folder / f"{number:04d}.start.json")
-            if end.get("code") in _MANUAL_RESTART_CODES:
-                return
-            yield start.get("step", unknown_step), end.get("why") or _NO_END_RECORDED
 
     def _write_heartbeats(self, interval_seconds: float) -> None:
         count, exists = 0, False
@@ -180,9 +164,9 @@ def acquire_lease(
         folder.mkdir(parents=True, exist_ok=True)
         for _ in range(_MAX_CLAIM_TRIES):  # a retry after a lost race, or after NFS returned a stale listing
             names = _list_file_names(folder)
-            number = max(_parse_numbers(names, _ATTEMPT), default=0) + 1
-            if number > 1:
-                _refuse_if_held(run_dir, number - 1, holder, heartbeat_timeout_seconds)
+            number = _next_number(names)
+            if number > 1 and (death := _refuse_if_held(run_dir, number - 1, holder, heartbeat_timeout_seconds)):
+                _log.info("taking over from %s", death)
             if _claim_number(folder, number, holder):
                 break
             time.sleep(0.1)
@@ -198,6 +182,35 @@ def acquire_lease(
     )
     lease.check_no_restart_loop()
     return lease
+
+
+def find_next_attempt(run_dir: Path, holder: LeaseHolder, heartbeat_timeout_seconds: float = 60.0) -> Attempt:
+    """Return the attempt that ``acquire_lease`` would start, without starting it.
+
+    Raises: RunInUseError if another attempt writes the directory.
+    """
+    folder = run_dir / "attempts"
+    names = _list_file_names(folder)
+    number = _next_number(names)
+    if number > 1:
+        _refuse_if_held(run_dir, number - 1, holder, heartbeat_timeout_seconds)
+    return Attempt(number, _parse_start_steps(folder, names))
+
+
+def explain_restart_loop(run_dir: Path, number: int, max_attempts: int, step: int = -1) -> str | None:
+    """Return why attempt ``number`` may not start at a step (-1: not known yet); None if it may.
+
+    It may not if the ``max_attempts`` attempts before it made no progress, as ``Lease.check_no_restart_loop`` says.
+    """
+    failures = list(itertools.islice(_failed_attempts(run_dir / "attempts", number, step), max_attempts))
+    furthest_step = max([step, *(start for start, _ in failures)])
+    if len(failures) < max_attempts or furthest_step > (step if step < 0 else failures[-1][0]):
+        return None
+    progress = "before its first step" if step < 0 else f"without a checkpoint newer than step {furthest_step}"
+    return (
+        f"{run_dir}: each of the last {max_attempts} attempts ended {progress}, the last because: {failures[0][1]}; "
+        f"remove the cause and start again, which is counted anew"
+    )
 
 
 def list_attempts(run_dir: Path) -> list[AttemptRecord]:
@@ -227,10 +240,24 @@ def read_relevant_start_steps(run_dir: Path) -> dict[int, int]:
     return _parse_start_steps(run_dir / "attempts", _list_file_names(run_dir / "attempts"))
 
 
+def _failed_attempts(folder: Path, before: int, unknown_step: int) -> Iterator[tuple[int, str]]:
+    """Yield (start step, reason of the end) of the attempts since the last manual restart, newest first."""
+    for number in range(before - 1, 0, -1):
+        end = _read_json_or_empty(folder / f"{number:04d}.end.json")
+        start = _read_json_or_empty(folder / f"{number:04d}.start.json")
+        if end.get("code") in _MANUAL_RESTART_CODES:
+            return
+        yield start.get("step", unknown_step), end.get("why") or _NO_END_RECORDED
+
+
 def _parse_start_steps(folder: Path, names: list[str]) -> dict[int, int]:
     newest = max(_parse_numbers(names, _START), default=0)  # one file to read, for any number of attempts
     starts = _read_json_or_empty(folder / f"{newest:04d}.start.json").get("starts", {})
     return {int(number): step for number, step in starts.items()}
+
+
+def _next_number(names: list[str]) -> int:
+    return max(_parse_numbers(names, _ATTEMPT), default=0) + 1
 
 
 def _claim_number(folder: Path, number: int, holder: LeaseHolder) -> bool:
@@ -250,11 +277,11 @@ def _claim_number(folder: Path, number: int, holder: LeaseHolder) -> bool:
     return won
 
 
-def _refuse_if_held(run_dir: Path, number: int, holder: LeaseHolder, timeout_seconds: float) -> None:
-    """Raise RunInUseError if the last attempt, ``number``, is alive."""
+def _refuse_if_held(run_dir: Path, number: int, holder: LeaseHolder, timeout_seconds: float) -> str | None:
+    """Raise RunInUseError if the last attempt, ``number``, is alive; return how it died, None if it recorded its end."""
     folder = run_dir / "attempts"
     if (folder / f"{number:04d}.end.json").exists():
-        return
+        return None
     previous = parse_holder(_read_json_or_empty(folder / f"{number:04d}.json"))
     is_alive, reason = get_liveness_and_reason(previous, holder) if previous else (None, "")
     if is_alive is None:
@@ -267,7 +294,7 @@ def _refuse_if_held(run_dir: Path, number: int, holder: LeaseHolder, timeout_sec
         raise RunInUseError(
             f"{run_dir} is being written by attempt {number} ({previous}); stop it first or use another run.dir"
         )
-    _log.info("taking over from attempt %d (%s): %s", number, previous, reason)
+    return f"attempt {number} ({previous}): {reason}"
 
 
 def _wait_for_heartbeat(folder: Path, number: int, timeout_seconds: float) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from foveal.data.batch import Batch
+from foveal.data.device_copy import CopyStream, DeviceBatches, open_copy_stream
 from foveal.distributed.world import World
 from foveal.engines.base import Engine, StepResult
 from foveal.engines.build import build_engine
@@ -33,7 +34,7 @@ class Objective(Protocol):
     def batch_weight(self, batch: Batch) -> float | Tensor:
         """Return the weight of a batch on the host, at least 0.
 
-        A float is the weight of every batch of this size and costs no collective.
+        A float is the weight of every batch of this size.
         """
         ...
 
@@ -73,14 +74,13 @@ def build_stage_engine(setup: TrainingSetup[Any], plan: Plan, world: World) -> E
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A finished optimizer step: ``index`` counts from 1; ``last_microbatch`` is this rank's, on the host.
+    """A finished optimizer step: ``index`` counts from 1.
 
     ``applied``: the weights were updated. ``refused``: the update was refused, because loss or gradients are not
     finite. A step without weight is neither.
     """
 
     index: int
-    last_microbatch: Batch
     applied: bool
     refused: bool
 
@@ -109,19 +109,25 @@ def run_steps(engine: Engine, batches: Iterator[Batch], objective: Objective, co
     """Run optimizer steps and yield after each of them.
 
     ``batches`` starts at step ``context.after_step``. The loop copies no value from the device to the host; only an
-    engine's gradient clipping does. The engine does not see a step without weight: weights, moments, gradients and
-    running statistics stay as they are. Its row has loss, gradient norm and ``step_applied`` 0 and no other metric.
+    engine's gradient clipping does. Ranks agree on a step's microbatches and weight in one collective of their
+    processors: on the device the engine reduces gradients, and nothing else is reduced. The engine does not see a step
+    without weight: weights, moments, gradients and running statistics stay as they are. Its row has loss, gradient norm
+    and ``step_applied`` 0 and no other metric.
     """
+    copy_stream = open_copy_stream(engine.device)
     for index in range(context.after_step, context.last_step):
         lr = context.lr_schedule(index)
         engine.set_lr(lr)
         context.heartbeat(index + 1, "data")
         with context.throughput_meter.time_data_wait():
-            (microbatches, weights), has_weight = context.world.run_all_and_any(
-                partial(_fetch_microbatches, batches, objective, context), lambda fetched: any(fetched[1])
+            (microbatches, weights, device_batches), total_weight = context.world.run_all_and_sum(
+                partial(_fetch_microbatches, batches, objective, context, engine.device, copy_stream),
+                lambda fetched: _sum_weights(fetched[1]),
             )
+        has_weight = total_weight != 0
         if has_weight:
-            rank_sums, result = _update(engine, objective, microbatches, weights, context, index + 1)
+            denominator = _mean_batch_weight(weights, total_weight, engine.device, context.world)
+            rank_sums, result = _update(engine, objective, device_batches, denominator, context, index + 1)
         else:
             rank_sums, result = {}, StepResult(applied=False, grad_norm=0.0)
         host_values = {
@@ -133,24 +139,22 @@ def run_steps(engine: Engine, batches: Iterator[Batch], objective: Objective, co
         context.metric_accumulator.add_step(rank_sums, host_values if has_weight else {"loss": 0.0} | host_values)
         context.on_batches_consumed(index + 1, microbatches)
         context.throughput_meter.add_images(sum(len(batch.ids) for batch in microbatches) * context.world.size)
-        yield Step(index + 1, microbatches[-1], result.applied, refused=has_weight and not result.applied)
+        yield Step(index + 1, result.applied, refused=has_weight and not result.applied)
 
 
 def _update(
     engine: Engine,
     objective: Objective,
-    microbatches: Sequence[Batch],
-    weights: Sequence[float | Tensor],
+    device_batches: DeviceBatches,
+    denominator: float | Tensor,
     context: LoopContext,
     step: int,
 ) -> tuple[dict[str, Tensor], StepResult]:
     """Run forward and backward of a step's microbatches and the update; return this rank's summand of each metric."""
     context.heartbeat(step, "training")
     accumulation_steps = context.accumulation_steps
-    denominator = _mean_batch_weight(weights, context.world)
     rank_sums: dict[str, Tensor] = {}
-    for number, host_batch in enumerate(microbatches):
-        batch = host_batch.to(engine.device, non_blocking=True)
+    for number, batch in enumerate(device_batches):
         with engine.microbatch(last=number == accumulation_steps - 1):
             with context.straggler_meter.time_forward():
                 loss_sum, metric_sums = objective(engine.model, batch)
@@ -171,25 +175,39 @@ def _poison_nonfinite(loss_sum: Tensor) -> Tensor:
 
 
 def _fetch_microbatches(
-    batches: Iterator[Batch], objective: Objective, context: LoopContext
-) -> tuple[list[Batch], list[float | Tensor]]:
-    """Return this rank's microbatches of a step, and their weights."""
+    batches: Iterator[Batch],
+    objective: Objective,
+    context: LoopContext,
+    device: torch.device,
+    copy_stream: CopyStream | None,
+) -> tuple[list[Batch], list[float | Tensor], DeviceBatches]:
+    """Return this rank's microbatches of a step, their weights, and their copies on the device.
+
+    On a GPU the first copy begins here, beside the update of the step before and the ranks' agreement.
+    """
     with context.straggler_meter.time_data_fetch():
         microbatches = list(itertools.islice(batches, context.accumulation_steps))
-    return microbatches, [objective.batch_weight(batch) for batch in microbatches]
+    device_batches = DeviceBatches(microbatches, device, copy_stream)
+    return microbatches, [objective.batch_weight(batch) for batch in microbatches], device_batches
 
 
-def _mean_batch_weight(weights: Sequence[float | Tensor], world: World) -> float | Tensor:
-    """Return the mean weight of a microbatch over all ranks.
+def _sum_weights(weights: Sequence[float | Tensor]) -> float:
+    """Return the sum of weights, which are on the host."""
+    return float(torch.stack([torch.as_tensor(weight) for weight in weights]).sum().double())
 
-    The engine averages over microbatches and ranks; a loss sum divided by this mean becomes sum over weight.
+
+def _mean_batch_weight(
+    weights: Sequence[float | Tensor], total_weight: float, device: torch.device, world: World
+) -> float | Tensor:
+    """Return the mean weight of a microbatch over all ranks; ``total_weight``: over ranks and microbatches.
+
+    The engine averages over microbatches and ranks; a loss sum divided by this mean becomes sum over weight. A weight
+    that differs between batches is a fp64 scalar on the device, filled there: a copy from the host would wait for it.
     """
     if not isinstance(weights[0], Tensor):
         return weights[0]
-    total_weight = world.all_reduce_sum(
-        torch.stack([torch.as_tensor(weight) for weight in weights]).sum().double().to(world.device)
-    )
-    return total_weight / (len(weights) * world.size)
+    mean_weight = total_weight / (len(weights) * world.size)
+    return torch.full((), mean_weight, dtype=torch.float64, device=device)
 
 
 def is_due(step: int, interval: int, last_step: int) -> bool:

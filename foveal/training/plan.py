@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from foveal.checkpoint.state import check_science_unchanged
-from foveal.config import height_and_width
 from foveal.data.dataset import Dataset
 from foveal.data.image.decode import jpeg_decoder_and_version
 from foveal.data.image.targets import LabelReader
 from foveal.data.sampling.order import rank_slot_range
-from foveal.data.sampling.sources import TrainingSet, build_training_set, collect_mix_digests
+from foveal.data.sampling.sources import TrainingSet, build_training_set, collect_mix_facts
 from foveal.data.sampling.subset import eval_split, select_subset
 from foveal.engines.build import check_engine_config
 from foveal.errors import ConfigError, DataError, ExportError
@@ -20,6 +19,8 @@ from foveal.optim.schedule import count_plateau_drops, step_decay_lr, warmup_con
 from foveal.training.config import StageConfig
 from foveal.training.evaluations import Metric
 from foveal.training.lineage import Fork
+from foveal.training.plan_lines import checkpoint_line, order_line, resize_lines, warning_lines
+from foveal.training.progress import format_count
 from foveal.weights.export import Card
 
 
@@ -29,7 +30,8 @@ class Plan:
 
     ``inherited_science`` is science that no setting states: the digests of the data and of the export that the stage
     starts from, and the values that the export's card determines. ``resized_from``: image size of that export, None if
-    it equals this stage's. ``has_source_card``: mean and std are of an export's card. ``fork``: the run's beginning in
+    it equals this stage's. ``has_source_card``: mean and std are of an export's card. ``source_notes``: sentences about
+    weights of others: what was renamed, and where their pixel statistics are from. ``fork``: the run's beginning in
     another run, known once its directory is. ``label_reader`` reads labels that are not in the index.
     ``selection_metric``: the metric, by its logged name, that early stopping and the plateau schedule follow.
     """
@@ -45,6 +47,7 @@ class Plan:
     inherited_science: dict[str, Any] = field(default_factory=dict)
     resized_from: int | tuple[int, int] | None = None
     has_source_card: bool = False
+    source_notes: tuple[str, ...] = ()
     fork: Fork | None = None
     label_reader: LabelReader | None = None
     selection_metric: Metric | None = None
@@ -63,6 +66,11 @@ class Plan:
     def num_runs(self) -> int:
         """The number of runs of ``total_steps`` each; more than 1 for a comparison."""
         return 1
+
+    @property
+    def has_checkpoints(self) -> bool:
+        """Whether the run itself resumes from checkpoints; otherwise it consists of parts that are not repeated."""
+        return True
 
     @property
     def stop_step(self) -> int:
@@ -139,19 +147,29 @@ class Plan:
     def summary_lines(self) -> list[str]:
         """Return the plan as lines of text."""
         cfg, optim, engine, images = self.cfg, self.cfg.optim, self.cfg.engine, self.cfg.batch.global_size
-        microbatches = f"{self.accumulation_steps} microbatches x {self.microbatch_size} images"
-        dropped = f"each epoch drops {self.training_set.order.dropped_per_epoch} images, different ones each time"
-        peak = f"{optim.peak_lr(images):.3g} at its peak, after {optim.warmup_epochs:g} epochs"
+        ranks, microbatches = format_count(self.world_size, "rank"), format_count(self.accumulation_steps, "microbatch")
+        num_dropped = self.training_set.order.dropped_per_epoch
+        dropped = (
+            f" (each epoch drops {format_count(num_dropped, 'image')}, different ones each time)" if num_dropped else ""
+        )
+        warm_up = (
+            f"after {format_count(optim.warmup_epochs, 'epoch')}" if optim.warmup_epochs else "from the first step"
+        )
+        peak = f"{optim.peak_lr(images):.3g} at its peak, {warm_up}"
         zero = f" ZeRO {engine.zero}" if engine.kind == "deepspeed" else ""
         return [
             *self._data_lines(),
-            *self._resize_lines(),
-            f"batch     {images} images = {self.world_size} ranks x {microbatches}",
-            f"steps     {self.total_steps} = {cfg.epochs} epochs x {self.steps_per_epoch} ({dropped})",
+            *resize_lines(self.resized_from, cfg.data.image_size),
+            *(f"weights   {note}" for note in self.source_notes),
+            f"batch     {images} images = {ranks} x {microbatches} x {format_count(self.microbatch_size, 'image')}",
+            order_line(self.training_set.order, cfg.data.window),
+            f"steps     {self.total_steps} = {format_count(cfg.epochs, 'epoch')} x {self.steps_per_epoch}{dropped}",
             f"lr        {peak}; {optim.schedule}, {optim.name}",
+            *warning_lines(cfg, self.world_size, self.microbatch_size),
             *self._validation_lines(),
             f"engine    {engine.kind}{zero}, {engine.precision}",
-            f"run       {cfg.run.dir}",
+            checkpoint_line(cfg.checkpoint),
+            f"run       {cfg.run.dir} (logs/, metrics.jsonl)",
             *self._fork_lines(),
         ]
 
@@ -173,24 +191,24 @@ class Plan:
             self.dataset, self.cfg.data, split=evaluated.split, subset=evaluated.subset, seed=self.cfg.seed
         )
         images = f"{len(subset):,} images of {evaluated.split}"
-        return [f"evaluate  every {self.cfg.evaluate_every} steps and at the end: {images}"]
+        without_knn = "" if self._can_evaluate_knn(evaluated.split) else "; the loss only, because k-NN needs labels"
+        return [f"evaluate  every {self.cfg.evaluate_every} steps and at the end: {images}{without_knn}"]
 
-    def _resize_lines(self) -> list[str]:
-        """Return a line if the initial weights were trained at another image size."""
-        if self.resized_from is None:
-            return []
-        old, new = (
-            " x ".join(map(str, height_and_width(size))) for size in (self.resized_from, self.cfg.data.image_size)
-        )
-        return [f"resized   from images of {old} to {new} pixels"]
+    def _can_evaluate_knn(self, split: str) -> bool:
+        """Return whether evaluations compare labelled images of training and of a split, or are no business of k-NN."""
+        if not self.cfg.evaluates_knn:
+            return True
+        splits = (self.cfg.data.train, split)
+        return self.dataset.classes is not None and all((self.dataset.labels(name) >= 0).any() for name in splits)
 
     def _data_lines(self) -> list[str]:
         """Return lines about the data sets, their fractions of an epoch, the JPEG decoder and the shard cache."""
         data = self.cfg.data
-        lines = [
-            f"data      {source.dataset.folder}, {source.dataset.num_samples(source.split):,} images in {source.split}"
-            for source in self.training_set.sources
-        ]
+        lines = []
+        for source, used in zip(self.training_set.sources, self.training_set.order.source_sizes, strict=True):
+            images = source.dataset.num_samples(source.split)
+            share = f", {used:,} of them used" if used < images else ""
+            lines.append(f"data      {source.dataset.folder}, {images:,} images in {source.split}{share}")
         for number, mix_entry in enumerate(data.mix, start=1):
             lines[number] += f", {mix_entry.fraction:.4g} of every epoch"
         lines.append(f"decoder   {jpeg_decoder_and_version()} for JPEG")
@@ -228,22 +246,28 @@ def build_stage_plan(
     """
     _check_data_settings(cfg)
     dataset = Dataset.open(cfg.data)
-    rank_slot_range(cfg.batch.global_size, cfg.data.lanes, 0, world_size)
+    rank_slot_range(cfg.batch.global_size, cfg.data.lanes or 1, 0, world_size)
     if world_size > 1 and cfg.data.stall_timeout_seconds >= 60 * cfg.engine.timeout_minutes:
         raise ConfigError(
             f"data.stall_timeout_seconds={cfg.data.stall_timeout_seconds:g} must be below engine.timeout_minutes="
             f"{cfg.engine.timeout_minutes:g}: the other ranks would give up before a loader that hangs is named"
         )
     _check_schedule(cfg)
-    _check_evaluation_data(cfg, dataset)
-    training = build_training_set(dataset, cfg.data, seed=cfg.seed, batch_size=cfg.batch.global_size)
+    if cfg.evaluate_every:
+        check_evaluation_data(cfg, dataset)
+    training = build_training_set(
+        dataset, cfg.data, seed=cfg.seed, batch_size=cfg.batch.global_size, num_ranks=world_size
+    )
+    cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"lanes": training.order.num_lanes})})
     microbatch_size, accumulation_steps = cfg.batch.microbatch_size_and_count(world_size)
     check_engine_config(
         cfg.engine, cfg.optim, world_size, microbatch_size=microbatch_size, accumulation_steps=accumulation_steps
     )
     mean, std = _pixel_statistics(cfg, dataset, source_card)
     facts = {"data": dataset.samples_digest(cfg.data.train), "mean": list(mean), "std": list(std)}
-    facts |= collect_mix_digests(training.sources) | (extra_science or {})
+    facts |= collect_mix_facts(training.sources) | (extra_science or {})
+    if dataset.manifest.bit_depth is not None:
+        facts["bit_depth"] = dataset.manifest.bit_depth
     return plan_class(
         cfg=cfg,
         world_size=world_size,
@@ -269,15 +293,17 @@ def _check_schedule(cfg: StageConfig) -> None:
         )
 
 
-def _check_evaluation_data(cfg: StageConfig, dataset: Dataset) -> None:
-    """Raise ConfigError if there are evaluations and nothing to evaluate on, DataError if a label is no class."""
-    if not cfg.evaluate_every:
-        return
+def check_evaluation_data(cfg: StageConfig, dataset: Dataset) -> None:
+    """Raise ConfigError if there is nothing to evaluate on, DataError if a label is no class."""
     split = eval_split(cfg.data).split
     try:
         dataset.num_samples(split)
     except DataError as error:
-        raise ConfigError(f"evaluate_every={cfg.evaluate_every} needs images to evaluate on: {error}") from None
+        subject = f"evaluate_every={cfg.evaluate_every}" if cfg.evaluate_every else "the evaluation at the end"
+        remedy = "set evaluate_every=0" if cfg.evaluates_knn else "cross-validate (cross_validation.count=3)"
+        raise ConfigError(
+            f"{subject} needs images to evaluate on: {error}; pack the images with a split for it (data.val), or {remedy}"
+        ) from None
     if dataset.classes and cfg.evaluates_knn:
         for labelled_split in (cfg.data.train, split):
             dataset.labels(labelled_split)

@@ -20,7 +20,15 @@ _log = logging.getLogger(__name__)
 def get_library_versions() -> dict[str, str]:
     """Return the versions of foveal and of the libraries that can change a result."""
     names = ("torch", "timm", "deepspeed", "accelerate", "Pillow", "numpy")
-    return {"foveal": __version__, **{name: importlib.metadata.version(name) for name in names}}
+    return {"foveal": __version__, **{name: _find_version(name) for name in names}}
+
+
+def _find_version(library: str) -> str:
+    """Return the version of a library. The plain engine runs without DeepSpeed and Accelerate."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def get_rounding_settings(cfg: Config) -> dict[str, Any]:

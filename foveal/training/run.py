@@ -1,26 +1,27 @@
 """One attempt at a run, as a stage uses it: metrics, checkpoints, exports and the end. Its steps: ``steps``."""
 
 import logging
+import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from foveal.atomic import AppendLog, best_effort, write_json
+from foveal.atomic import AppendLog, best_effort
 from foveal.checkpoint.store import CheckpointStore
 from foveal.data.batch import Batch
-from foveal.data.loader import eval_batches
 from foveal.data.sampling.subset import SubsetName
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.watchdog import Watchdog
 from foveal.distributed.world import World
 from foveal.engines.base import Engine
-from foveal.errors import AttemptSupersededError
-from foveal.tracking import open_tracker
 from foveal.tracking.tracker import NullTracker, Tracker
+from foveal.training.attempt_end import describe_leave
+from foveal.training.attempt_start import begin_attempt, superseded_error
 from foveal.training.checkpointing import CheckpointSaver
 from foveal.training.data_log import DataLog
+from foveal.training.evaluation_data import open_evaluation_data
 from foveal.training.evaluations import Evaluations
 from foveal.training.exporting import Exporter
 from foveal.training.fork import load_fork, release_checkpoint
@@ -29,8 +30,9 @@ from foveal.training.meters.metric_accumulator import MetricAccumulator, MetricR
 from foveal.training.meters.stragglers import StragglerMeter
 from foveal.training.meters.throughput import ThroughputMeter, measure_peak_memory
 from foveal.training.plan import Plan
-from foveal.training.progress import ProgressReporter
-from foveal.training.provenance import collect_attempt_tags, warn_if_rounding_changed
+from foveal.training.progress import ProgressReporter, format_count
+from foveal.training.provenance import warn_if_rounding_changed
+from foveal.training.report import log_report, write_finished
 from foveal.training.rollback import RollbackController, read_rollbacks
 
 _log = logging.getLogger(__name__)
@@ -50,7 +52,7 @@ class Run:
     watchdog: Watchdog
     checkpoint_saver: CheckpointSaver
     straggler_meter: StragglerMeter
-    is_nested: bool = False
+    outer_progress: ProgressReporter | None = None  # of the run that contains this one
     metric_accumulator: MetricAccumulator = field(default_factory=MetricAccumulator)
     throughput_meter: ThroughputMeter = field(default_factory=ThroughputMeter)
     tracker: Tracker = field(default_factory=NullTracker)
@@ -60,15 +62,24 @@ class Run:
     step: int = 0
     evaluations: Evaluations = field(default_factory=dict)  # all so far, the same on every rank and after any resume
     end_reason: str = ""
+    notes: Sequence[str] = ()  # sentences about the results, for finished.json
+    evaluation_seconds: float = 0.0  # of this attempt
     is_checkpoint_owed: bool = False  # a due checkpoint was postponed because of a refused update
     _data_log: DataLog | None = None
     _rollback: RollbackController | None = None
+    _all_parts: str = ""  # "8 trials": of a run that consists of other runs or of probes
     _is_urgent: bool = False  # preempted with little time left
     _last_row: MetricRow = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._started_at = time.monotonic()
         self._straggler_log = AppendLog(self.path / "stragglers.jsonl")
         self.exporter = Exporter(self.path, self.stage_name, self.plan, self.world)
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether another run contains this one."""
+        return self.outer_progress is not None
 
     @property
     def data_log(self) -> DataLog:
@@ -113,9 +124,10 @@ class Run:
         if save_seconds:
             self.checkpoint_saver.check_notice_covers_save(save_seconds)
         else:  # no attempt has timed a save yet
-            self.checkpoint_saver.save_initial(
-                engine, self.step, self.rollback.skipped_batches, self.evaluations, self.throughput_meter
-            )
+            with self.progress.activity("saving the first checkpoint"):
+                self.checkpoint_saver.save_initial(
+                    engine, self.step, self.rollback.skipped_batches, self.evaluations, self.throughput_meter
+                )
             self.world.on_rank0(lambda: release_checkpoint(self.path))
         return self.step
 
@@ -128,60 +140,47 @@ class Run:
             self._data_log.close()
         self._data_log = DataLog(self.path, self.plan, self.world, step, skipped_batches)
 
-    def start_attempt(self, step: int = 0, total_steps: int | None = None) -> None:
-        """Record the start step and open the tracker, on rank 0; progress counts to ``total_steps`` (None: the plan's).
+    def start_attempt(self, step: int = 0, *, num_parts: int | None = None, noun: str = "step") -> None:
+        """Record the start step and open the tracker, on rank 0.
 
+        Progress counts the plan's steps, or ``num_parts`` trials, folds or probes, named by ``noun``.
         Raises: RestartLoopError if the maximal number of attempts in a row started at this step without progress.
         """
-        self.world.on_rank0(lambda: self._start_attempt(step, total_steps))
+        if num_parts is not None:
+            self._all_parts = format_count(num_parts, noun)
+        self.world.on_rank0(lambda: self._start_attempt(step, num_parts, noun))
 
-    def _start_attempt(self, step: int, total_steps: int | None) -> None:
-        cfg, lease = self.plan.cfg, self.attempt
+    def _start_attempt(self, step: int, num_parts: int | None, noun: str) -> None:
+        plan, lease = self.plan, self.attempt
         assert isinstance(lease, Lease), "rank 0 holds the lease"
-        self._raise_if_superseded(lease)  # loading may have taken minutes
-        lease.record_start(step)
-        # slurm/stage.sh counts the starts of a job without this line, or with the line of an earlier start.
-        level = logging.DEBUG if self.is_nested else logging.INFO
-        _log.log(level, "attempt %d begins at step %d: %s", lease.number, step, self.path)
-        self.tracker, self._last_row = open_tracker(
-            self.path, cfg.tracking, cfg.run.pipeline, step, lease.number, lambda: self._raise_if_superseded(lease)
-        )
-        tags = collect_attempt_tags(self.world) | (self.plan.fork.tags() if self.plan.fork else {})
-        self.tracker.log_settings(cfg.to_flat_dict() | self.plan.inherited_science, tags)
-        for name in ("config.yaml", *(["fork.json"] if self.plan.fork else [])):
-            self.tracker.log_file(self.path / name)
+        self.tracker, self._last_row = begin_attempt(self.path, plan, self.world, lease, step, is_nested=self.is_nested)
         self.progress = ProgressReporter(
-            "" if self.is_nested else self.path.name, total_steps or self.plan.total_steps, step
+            self.path.name,
+            num_parts or plan.total_steps,
+            step,
+            noun=noun,
+            stop=num_parts or plan.stop_step,
+            steps_per_epoch=plan.steps_per_epoch,
+            get_meter=lambda: self.throughput_meter,
+            outer=self.outer_progress,
         )
-
-    def _raise_if_superseded(self, lease: Lease) -> None:
-        if lease.poll_superseded():
-            raise AttemptSupersededError(f"another attempt has taken over {self.path}; this one writes nothing more")
 
     # --- data and metrics ---
 
-    def evaluation_batches(self, step: int, *, split: str, subset: SubsetName) -> Generator[Batch, None, None]:
+    def evaluation_batches(
+        self, step: int, *, split: str, subset: SubsetName, purpose: str = "evaluating"
+    ) -> Generator[Batch, None, None]:
         """Yield this rank's batches of a subset of a split: every sample exactly once over all ranks. A collective.
 
-        Raises: DataError, on every rank, if a rank cannot read its data or too many samples fail to decode.
+        Progress shows the purpose. Raises: DataError, on every rank, if a rank cannot read its data or too many samples fail to decode.
         """
-        plan, world = self.plan, self.world
-        batches = eval_batches(
-            plan.dataset,
-            plan.cfg.data,
-            split=split,
-            subset=subset,
-            training_seed=plan.cfg.seed,
-            rank=world.rank,
-            world_size=world.size,
-            microbatch_size=plan.cfg.batch.max_micro_size,
-            label_reader=plan.label_reader,
-        )
-        with closing(batches):
-            while (batch := world.run_all_or_raise(lambda: next(batches, None))) is not None:
+        batches, num_images = open_evaluation_data(self.plan, self.world, split=split, subset=subset)
+        with closing(batches), self.progress.activity(f"{purpose} on {split}", num_images) as activity:
+            while (batch := self.world.run_all_or_raise(lambda: next(batches, None))) is not None:
                 self.watchdog.heartbeat(step, "evaluating")
                 self.data_log.log_bad_samples(step, batch)
                 yield batch
+                activity.advance(len(batch.ids) * self.world.size)
         self.data_log.flush_and_count_bad()
         self.data_log.check_bad_limit()
 
@@ -208,7 +207,7 @@ class Run:
                 self.tracker.log_rows(rows)
                 if self.world.rank == 0:
                     self._straggler_log.append_json_lines(straggler_table)
-                self.progress.show_metrics(rows[-1])
+                self.progress.show_row(rows[-1])
             self._last_row = rows[-1]
             self.data_log.check_bad_limit()
         return self._last_row
@@ -243,15 +242,16 @@ class Run:
         elif self._is_urgent and self.checkpoint_saver.is_pending:
             _log.warning("no checkpoint at step %d: the time only suffices to finish the checkpoint in progress", step)
         else:
-            self.checkpoint_saver.start_checkpoint(
-                engine, step, self.rollback.skipped_batches, self.evaluations, self.throughput_meter
-            )
+            with self.progress.activity("saving a checkpoint"):
+                self.checkpoint_saver.start_checkpoint(
+                    engine, step, self.rollback.skipped_batches, self.evaluations, self.throughput_meter
+                )
 
     def check_preemption(self) -> bool:
         """Return whether any rank was asked to stop, the same on every rank; commit a checkpoint once it is written.
 
-        Three integers over all ranks every step: with long steps, less frequent checks would exceed Slurm's notice, and
-        an engine reads the gradient norm from the device in every step anyway.
+        Three integers between the ranks' processors every step: with long steps, less frequent checks would exceed
+        Slurm's notice.
         Raises: AttemptSupersededError, on every rank, if another attempt has taken over the run.
         """
         flags = (
@@ -261,7 +261,7 @@ class Run:
         )
         is_preempted, is_writing, is_superseded = self.world.all_reduce_max([int(flag) for flag in flags])
         if is_superseded:
-            raise AttemptSupersededError(f"another attempt has taken over {self.path}; this one writes nothing more")
+            raise superseded_error(self.path)
         if not is_writing:
             self.finish_checkpoint()
         self._is_urgent = bool(is_preempted) and self.preemption.any_rank_urgent(
@@ -278,11 +278,11 @@ class Run:
         """
         self.finish_checkpoint()
         self.is_preempted = True
-        newest = self.checkpoint_saver.latest_step
-        progress = f"saved at step {step} of {self.plan.total_steps}" if newest == step else f"at {step}"
-        lag = "" if newest in (None, step) else f", the newest checkpoint is of step {newest}"
-        self.end_reason = f"asked to leave ({self.preemption.stop_reason or 'another rank'}): {progress}{lag}"
-        _log.info("%s", self.end_reason)
+        self.end_reason = describe_leave(
+            self.preemption.stop_reason, step, self.plan.total_steps, self.checkpoint_saver.latest_step, self._all_parts
+        )
+        self.progress.close()  # the sentence is below the bar: the last that is read
+        _log.info("%s%s", self.end_reason, "" if self.is_nested else "; the same command continues")
         if not self.is_nested:
             self.preemption.requeue_unless_stopped_manually()
         if self._is_urgent or self.preemption.requested_again:
@@ -292,20 +292,22 @@ class Run:
         """Mark the run finished with new ``results`` and the metrics of the best checkpoint, on every rank."""
         self.finish_checkpoint()
         if self.world.rank == 0:
-            final_metrics = (best_metrics or {}) | (results or {})
-            step = self.step or self.plan.total_steps  # a comparison runs no steps itself
-            self.progress.log_results(step, final_metrics)
-            facts = {
-                "seconds": round(self.throughput_meter.training_seconds, 3),
-                "science": self.plan.science_settings(),
-                "summary": self._last_row | final_metrics,
-            }
-            if results:
-                self.tracker.log_results_once(results, step)
-            write_json(
-                self.path / "finished.json", facts
-            )  # after the results: later attempts do nothing once it exists
-            self.tracker.log_file(self.path / "finished.json")
+            if results:  # before the file, with which later attempts do nothing; a comparison runs no steps itself
+                self.tracker.log_results_once(results, self.step or self.plan.total_steps)
+            file = write_finished(
+                self.path,
+                (best_metrics or {}) | (results or {}),
+                self._last_row,
+                self.plan.science_settings(),
+                self.notes,
+                training_seconds=self.throughput_meter.training_seconds,
+                evaluation_seconds=self.evaluation_seconds,
+                attempt_seconds=time.monotonic() - self._started_at,
+            )
+            self.tracker.log_file(file)
+            self.progress.close()
+            if not self.is_nested:
+                log_report(self.stage_name, self.path, self.plan.cfg)
         self.is_finished = True
         self.world.barrier()
 
@@ -326,21 +328,23 @@ class Run:
         weights' names begin with ``head.``; None: no head. ``metrics`` go into the card with those of the last step.
         """
         self.watchdog.heartbeat(self.step, "exporting")
-        folder = self.exporter.write_weights(
-            engine,
-            encoder_card,
-            prefix=prefix,
-            classes=classes,
-            step=self.step,
-            metrics=self._last_row | (metrics or {}),
-            head=head,
-            name=name,
-        )
+        with self.progress.activity("exporting the weights"), self.throughput_meter.exclude_time():
+            folder = self.exporter.write_weights(
+                engine,
+                encoder_card,
+                prefix=prefix,
+                classes=classes,
+                step=self.step,
+                metrics=self._last_row | (metrics or {}),
+                head=head,
+                name=name,
+            )
         self.tracker.log_file(folder / "card.json")
 
     def finish_checkpoint(self) -> None:
         """Wait for the pending checkpoint, if any, and commit it. Every rank calls it."""
-        self.checkpoint_saver.finish_checkpoint(self.step, self.throughput_meter)
+        with self.progress.activity("writing the checkpoint"):
+            self.checkpoint_saver.finish_checkpoint(self.step, self.throughput_meter)
 
     def close(self) -> None:
         """Close this rank's open files and progress bar; no collective."""

@@ -3,17 +3,17 @@
 import errno
 import logging
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from foveal import __version__
 from foveal.atomic import read_json, write_json
 from foveal.checkpoint.store import CheckpointStore
-from foveal.distributed.peer_failure import describe_peer_failure
+from foveal.distributed.peer_failure import describe_peer_failure, diagnose_launch_mistake
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.watchdog import Watchdog, run_watchdog
 from foveal.distributed.world import World, describe_rank
@@ -25,20 +25,26 @@ from foveal.errors import (
     TrainingDivergedError,
     TrainingHungError,
 )
-from foveal.redact import RedactingFormatter, redact
+from foveal.redact import redact
+from foveal.renames import translate_science
 from foveal.slurm import read_slurm_job, slurm_job_tags
 from foveal.tracking import report_end_without_tracker
 from foveal.tracking.tracker import AttemptState, NullTracker
 from foveal.training.checkpointing import CheckpointSaver
 from foveal.training.config import StageConfig
+from foveal.training.config_mistakes import refuse_run_of_other_stage
 from foveal.training.fork import begin_fork, plan_fork
+from foveal.training.fork_source import parse_fork
 from foveal.training.lease import Attempt, Lease, acquire_lease
 from foveal.training.lease_holder import current_holder
 from foveal.training.lineage import Fork
 from foveal.training.meters.stragglers import StragglerMeter
 from foveal.training.out_of_memory import diagnose_out_of_memory
 from foveal.training.plan import Plan, PlanT
+from foveal.training.rank_log import log_to_file
+from foveal.training.report import log_report
 from foveal.training.run import Run
+from foveal.training.stage import ConfigT
 
 _PERMANENT_ERRNOS = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}  # a retry fails in the same way
 _log = logging.getLogger(__name__)
@@ -50,16 +56,18 @@ def open_run(
 ) -> Iterator[Run | None]:
     """Open the run directory and yield the run; yield None if the run is finished already.
 
-    ``outer_run``: the run that contains this one, which then shows no progress and shares the outer run's watchdog.
+    ``outer_run``: the run that contains this one, whose watchdog and progress bar this one then shares.
     Raises: ConfigError if the directory cannot exist, CheckpointError if it holds a run of other science,
     RunInUseError if another process writes it, RestartLoopError if the previous attempts made no progress,
-    TrainingHungError if a rank is lost, OutOfMemoryError if memory does not suffice.
+    TrainingHungError if a rank is lost, OutOfMemoryError if memory does not suffice, LaunchError if NCCL refuses a group.
     """
     is_nested = outer_run is not None
-    path, is_finished = world.on_rank0(lambda: _inspect_run_dir(plan))  # rank 0 only: file systems show changes late
+    # Rank 0 only: file systems show changes late.
+    path, is_finished = world.on_rank0(lambda: inspect_run_dir(plan)[:2])
     if is_finished:
         if world.rank == 0 and not is_nested:
             _log.info("%s is finished already; run.fresh=true starts another beside it", path)
+            log_report(stage_name, path, plan.cfg)
         yield None
         return
     # The resolved directory goes into config.yaml, and trials derive their folders from it.
@@ -74,7 +82,7 @@ def open_run(
     open_runs: list[Run] = []
     logs, timeout = path / "logs", plan.cfg.engine.timeout_minutes * 60
     with ExitStack() as stack:
-        stack.enter_context(_log_to_file(logs / f"rank-{world.rank:03d}.log"))
+        stack.enter_context(log_to_file(logs / f"rank-{world.rank:03d}.log"))
         _log.log(logging.DEBUG if is_nested else logging.INFO, "foveal %s, %s", __version__, describe_rank(world))
         if isinstance(attempt, Lease):
             stack.callback(lambda: attempt.record_end_and_release(end.reason, end.exit_code, end.step))
@@ -84,10 +92,11 @@ def open_run(
             on_hang = partial(_record_hang, attempt, open_runs)
             watchdog = stack.enter_context(run_watchdog(world, logs, timeout, on_hang))
         try:
-            store = _build_store(path, plan, world, attempt, timeout / 2)
+            store = open_checkpoints(path, plan, world, attempt, timeout / 2)
             saver = CheckpointSaver(path, plan, store, world, watchdog)
             meter = StragglerMeter(world.device, socket.gethostname())
-            run = Run(stage_name, path, plan, world, preemption, attempt, store, watchdog, saver, meter, is_nested)
+            progress = outer_run.progress if outer_run is not None else None
+            run = Run(stage_name, path, plan, world, preemption, attempt, store, watchdog, saver, meter, progress)
             open_runs.append(run)
             stack.callback(lambda: _close_tracker(run, end.state, end.reason))
             stack.callback(run.close)
@@ -104,11 +113,15 @@ def open_run(
 
 
 def _translate_error(error: BaseException, stage_name: str, plan: Plan, watchdog: Watchdog) -> BaseException:
-    """Return OutOfMemoryError or TrainingHungError in place of a library's error; any other error as it is."""
+    """Return OutOfMemoryError, LaunchError or TrainingHungError in place of a library's error, else the error itself."""
     out_of_memory = diagnose_out_of_memory(error, stage_name, plan)
     if out_of_memory is not None:  # first, because NCCL's out-of-memory error looks like a lost peer
         return out_of_memory
-    if (peer_failure := describe_peer_failure(error)) and not isinstance(error, FovealError):
+    if isinstance(error, FovealError):
+        return error
+    if (mistake := diagnose_launch_mistake(error)) is not None:
+        return mistake
+    if peer_failure := describe_peer_failure(error):
         return TrainingHungError(f"{peer_failure}; {watchdog.log_diagnosis_once()}")
     return error
 
@@ -139,35 +152,92 @@ class _AttemptEnd:
 
     def set_success(self, run: Run) -> None:
         """Set state, reason and exit code of an attempt that ended without an error."""
-        self.exit_code, self.reason = 0, run.end_reason
+        self.exit_code, self.reason = 0, run.end_reason or _describe_end(run)
         self.state = "finished" if run.is_finished else "saved-and-left"
 
 
-def _inspect_run_dir(plan: Plan) -> tuple[Path, bool]:
-    """Return the run directory and whether its run is finished. Raises: ConfigError, CheckpointError."""
+def _describe_end(run: Run) -> str:
+    """Return why an attempt that nothing interrupted ended: finished, perhaps early, or at run.stop_at_step."""
+    total = run.plan.total_steps
+    if run.is_finished:
+        return f"finished early, at step {run.step} of {total}" if 0 < run.step < total else "finished"
+    return f"reached step {run.step} of {total} (run.stop_at_step)" if run.step else "left before its end"
+
+
+def inspect_run_dir(plan: PlanT) -> tuple[Path, bool, PlanT]:
+    """Return the run directory, whether its run is finished, and the plan with what it forks from, if it does.
+
+    Nothing is written. Raises: ConfigError, CheckpointError.
+    """
     try:
         path = _resolve_run_dir(plan.cfg)
         plan = plan_fork(plan, path)
         if plan.fork is not None and plan.fork.checkpoint is not None:
-            return path, False  # nothing has been trained here
+            return path, False, plan  # nothing has been trained here
         for name in ("science.json", "finished.json"):
             file = path / name
             if file.exists():
                 tree = read_json(file)
                 plan.check_continues(tree.get("science", tree), path)
-        return path, (path / "finished.json").exists()
+        return path, (path / "finished.json").exists(), plan
     except OSError as error:
         if error.errno not in _PERMANENT_ERRNOS:
             raise
-        raise _unusable_dir_error(plan.cfg.run.dir, error) from None
+        raise unusable_dir_error(plan.cfg.run.dir, error) from None
 
 
-def preview_fork(plan: PlanT) -> PlanT:
-    """Return the plan with what it forks from, if it does, without writing anything. Raises: as ``plan_fork``."""
-    return plan if plan.cfg.run.fork is None else plan_fork(plan, _resolve_run_dir(plan.cfg))
+def is_run_begun(cfg: StageConfig) -> bool:
+    """Return whether the directory of these settings, or of the run that contains it, holds a run.
+
+    A directory that cannot be read holds none.
+    """
+    if cfg.run.dir is None:
+        return False
+    with suppress(OSError):
+        path = _resolve_run_dir(cfg)
+        outer = [path.parents[1]] if path.parent.name in ("trials", "folds") else []
+        return any((folder / "science.json").exists() for folder in (path, *outer))
+    return False
 
 
-def _unusable_dir_error(path: Path | str | None, error: OSError) -> ConfigError:
+def keep_rules_of_run(cfg: ConfigT, world: World | None = None) -> ConfigT:
+    """Return the settings with which an existing run continues: without change for a new run.
+
+    A run that was made without a setting keeps what its version did (``Config.keep_neutral_values``). Folds of a Slurm
+    array exist before the run that they belong to, so they speak for it; a fork that has not begun goes on by the rules
+    of its source. With ``world`` rank 0 reads the run, and every rank keeps its own paths.
+    Raises: ConfigError, CheckpointError.
+    """
+    # Rank 0 only: file systems show changes late.
+    found = _read_begun_science(cfg) if world is None else world.on_rank0(lambda: _read_begun_science(cfg))
+    if found is None:
+        return cfg
+    source, saved = found
+    if cfg.run.fork is None or source != parse_fork(cfg.run.fork)[0]:  # a fork's source has a sentence of its own
+        refuse_run_of_other_stage(cfg, source, saved)
+    current = cfg.science_settings()
+    kept = cfg.keep_neutral_values(translate_science(saved, current))
+    if kept is not cfg:
+        names = [f"{name}={value}" for name, value in kept.science_settings().items() if value != current.get(name)]
+        _log.info("%s was begun before these settings and keeps: %s", source, ", ".join(names))
+    return kept
+
+
+def _read_begun_science(cfg: StageConfig) -> tuple[Path, dict[str, Any]] | None:
+    """Return the run whose rules a run goes on by, and its science; None for a new run."""
+    try:
+        path = _resolve_run_dir(cfg)
+        files = [path / "science.json", *path.glob("folds/*/science.json")]
+        if cfg.run.fork is not None:
+            files.append(parse_fork(cfg.run.fork)[0] / "science.json")
+        file = next((file for file in files if file.exists()), None)
+        saved = None if file is None else read_json(file)
+    except OSError as error:
+        raise unusable_dir_error(cfg.run.dir, error) from None
+    return None if file is None or not isinstance(saved, dict) else (file.parent, saved)
+
+
+def unusable_dir_error(path: Path | str | None, error: OSError) -> ConfigError:
     return ConfigError(
         f"run.dir={path} cannot be a run directory ({error.strerror}); set run.dir to a place that can be written"
     )
@@ -177,7 +247,7 @@ def _acquire_attempt(path: Path, plan: Plan, world: World) -> tuple[Attempt | No
     """Start the next attempt at the run: return the lease on rank 0, its number and start steps on the other ranks.
 
     With it the run's beginning in another run, if it is a fork. The attempt is None if the previous attempt finished
-    the run after ``_inspect_run_dir``.
+    the run after ``inspect_run_dir``.
     """
     leases: list[Lease] = []
 
@@ -185,7 +255,7 @@ def _acquire_attempt(path: Path, plan: Plan, world: World) -> tuple[Attempt | No
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _unusable_dir_error(path, error) from None
+            raise unusable_dir_error(path, error) from None
         cfg = plan.cfg
         holder = current_holder(world.size, read_slurm_job())
         try:
@@ -211,7 +281,10 @@ def _acquire_attempt(path: Path, plan: Plan, world: World) -> tuple[Attempt | No
     return leases[0] if leases else attempt, fork
 
 
-def _build_store(path: Path, plan: Plan, world: World, attempt: Attempt, timeout_seconds: float) -> CheckpointStore:
+def open_checkpoints(
+    path: Path, plan: Plan, world: World, attempt: Attempt, timeout_seconds: float, *, read_only: bool = False
+) -> CheckpointStore:
+    """Open the checkpoints of a run for an attempt. Every rank calls it."""
     return CheckpointStore(
         path / "checkpoints",
         plan.cfg.checkpoint,
@@ -221,6 +294,7 @@ def _build_store(path: Path, plan: Plan, world: World, attempt: Attempt, timeout
         first_step=plan.fork.highest_start_step if plan.fork else 0,
         is_superseded=attempt.poll_superseded if isinstance(attempt, Lease) else lambda: False,
         write_timeout_seconds=timeout_seconds,
+        read_only=read_only,
     )
 
 
@@ -257,30 +331,3 @@ def _resolve_run_dir(cfg: StageConfig) -> Path:
         number += 1
         path = Path(f"{cfg.run.dir}-{number}")
     return path
-
-
-@contextmanager
-def _log_to_file(file: Path) -> Iterator[None]:
-    """Copy the log of this rank to a file, with the error that ends the attempt."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(file)
-    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger()
-    root.addHandler(handler)
-    try:
-        yield
-    except BaseException as error:  # to this handler only: the caller prints the error on stderr
-        record = {
-            "name": __name__,
-            "levelno": logging.ERROR,
-            "levelname": "ERROR",
-            "msg": f"stopped by {type(error).__name__}: {error}",
-        }
-        if not isinstance(error, FovealError) or error.__cause__:
-            record["exc_info"] = sys.exc_info()
-        handler.handle(logging.makeLogRecord(record))
-        raise
-    finally:
-        root.removeHandler(handler)
-        with suppress(OSError):  # a full disk, already reported
-            handler.close()

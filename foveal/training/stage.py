@@ -1,5 +1,6 @@
 """A stage as its command line knows it; its functions, which need torch and timm, are imported at their first use."""
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ if TYPE_CHECKING:  # a command line with a wrong setting is answered without wai
     from foveal.training.plan import Plan
     from foveal.training.run import Run
 
+STAGE_NAMES = ("pretrain", "distill", "finetune")
 ConfigT = TypeVar("ConfigT", bound=StageConfig)
 PlanT = TypeVar("PlanT", bound="Plan")
 
@@ -40,14 +42,21 @@ class Stage(Generic[ConfigT, PlanT]):
     """A stage's name and settings, and the import of its functions.
 
     ``prepare_default_args``: return the command line of a start without CONFIG, after preparing its inputs.
+    ``examples``: commands that --help shows.
     """
 
     name: str
     config_class: type[ConfigT]
     import_functions: Callable[[], StageFunctions[ConfigT, PlanT]]
     prepare_default_args: Callable[[], list[str]] | None = None
+    examples: tuple[str, ...] = ()
 
     @cached_property
     def functions(self) -> StageFunctions[ConfigT, PlanT]:
         """The functions; the first access imports torch and timm."""
         return self.import_functions()
+
+
+def import_stage(name: str) -> Stage[Any, Any]:
+    """Return a stage by name. The import is dynamic, because stages import foveal and never the reverse."""
+    return importlib.import_module(f"{name}.run").STAGE

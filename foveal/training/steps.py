@@ -31,6 +31,7 @@ def _iterate_steps(run: Run, engine: Engine, objective: Objective, start_step: i
             steps = run_steps(engine, batches, objective, _loop_context(run, start_step))
             for step in profile_steps(steps, start_step, profiled_range, run.path / "profile"):
                 run.step = step.index
+                run.progress.advance(step.index)
                 must_roll_back = _observe_update(run, step)
                 yield step
                 if must_roll_back:
@@ -38,8 +39,8 @@ def _iterate_steps(run: Run, engine: Engine, objective: Objective, start_step: i
                 if run.is_checkpoint_owed and step.applied:
                     run.save_checkpoint(engine, step.index)
             else:
-                if run.is_checkpoint_owed and run.step < run.plan.total_steps:
-                    _report_stop_without_checkpoint(run)
+                if run.step < run.plan.total_steps:
+                    _report_stop(run)
                 return
         start_step = _roll_back(run, engine)
 
@@ -68,6 +69,7 @@ def _training_batches(run: Run, start_step: int) -> AbstractContextManager[Itera
         stop_step=plan.stop_step,
         skipped_batches=run.rollback.skipped_batches,
         label_reader=plan.label_reader,
+        mean=plan.mean,
     )
 
 
@@ -108,14 +110,20 @@ def _roll_back(run: Run, engine: Engine) -> int:
     run.throughput_meter = ThroughputMeter(state.seconds)
     run.open_data_log(state.step, run.rollback.skipped_batches)
     run.tracker.rewind(state.step)
+    run.progress.move_to(state.step)
     return state.step
 
 
-def _report_stop_without_checkpoint(run: Run) -> None:
-    """Log, and record as the attempt's end, from which checkpoint the next attempt repeats steps."""
+def _report_stop(run: Run) -> None:
+    """Log, and record as the attempt's end, that the run stopped at run.stop_at_step, and where the next one begins."""
     run.finish_checkpoint()
-    run.end_reason = (
-        f"stopped at step {run.step}, whose update was refused: no checkpoint of it; the next attempt repeats the "
-        f"steps after {run.checkpoint_saver.latest_step}"
-    )
-    _log.warning("%s", run.end_reason)
+    saved_step = run.checkpoint_saver.latest_step
+    if run.is_checkpoint_owed:
+        run.end_reason = (
+            f"stopped at step {run.step}, whose update was refused: no checkpoint of it; the next attempt repeats the "
+            f"steps after {saved_step}"
+        )
+        _log.warning("%s", run.end_reason)
+        return
+    run.end_reason = f"stopped at step {run.step} of {run.plan.total_steps}, as run.stop_at_step says"
+    _log.info("%s; without that setting the same command goes on from step %s", run.end_reason, saved_step)

@@ -4,7 +4,9 @@ An evaluation changes nothing that training uses: it draws no random numbers, an
 id), so that every evaluation has the same ones. B images, Q queries, N images of the bank, F feature width.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -36,10 +38,19 @@ def evaluate_if_due(
     is_due = every > 0 and (step % every == 0 or step == total_steps)
     if not is_due or not 0 < step <= (total_steps if last_step is None else last_step):
         return False
-    with run.throughput_meter.exclude_time():
+    with timed_evaluation(run):
         metrics = compute_metrics()
     run.record_evaluation(step, metrics)
     return True
+
+
+@contextmanager
+def timed_evaluation(run: Run) -> Iterator[None]:
+    """Show that the run evaluates, and count the time of the block as evaluation, not as training."""
+    start = time.perf_counter()
+    with run.progress.activity("evaluating"), run.throughput_meter.exclude_time():
+        yield
+    run.evaluation_seconds += time.perf_counter() - start
 
 
 def evaluate_encoders(
@@ -129,7 +140,7 @@ def _encode_bank(engine: Engine, run: Run, step: int) -> _Bank | None:
     ids = torch.from_numpy(subset.split_positions).to(engine.device)
     counts = torch.zeros_like(ids)  # label + 1; 0: not encoded by this rank
     features: list[Tensor] = []
-    for host_batch in run.evaluation_batches(step, split=data.train, subset="bank"):
+    for host_batch in run.evaluation_batches(step, split=data.train, subset="bank", purpose="k-NN features"):
         batch = _select_valid_rows(host_batch).to(engine.device, non_blocking=True)
         batch_features = _encode(engine, run, batch)
         features = features or [values.new_zeros(len(ids), values.shape[1]) for values in batch_features]
@@ -161,20 +172,22 @@ def _compute_knn_top1(
     queries, labels = queries[labels >= 0], labels[labels >= 0]
     k = min(_KNN_K, len(bank_labels))
     num_correct = torch.zeros((), dtype=torch.float64, device=labels.device)
-    for start in range(0, len(queries) if k else 0, QUERY_BLOCK_SIZE):
-        run.watchdog.heartbeat(step, "evaluating")
-        rows = slice(start, start + QUERY_BLOCK_SIZE)
-        predictions = predict_knn_classes(
-            queries[rows].double(),
-            _iter_blocks(bank_features),
-            bank_labels,
-            (k,),
-            len(run.plan.dataset.classes or ()),
-            metric="cosine",
-            vote="softmax",
-            temperature=_KNN_TEMPERATURE,
-        )
-        num_correct += (predictions[0] == labels[rows]).sum()
+    with run.progress.activity("k-NN on this rank", len(queries)) as activity:
+        for start in range(0, len(queries) if k else 0, QUERY_BLOCK_SIZE):
+            run.watchdog.heartbeat(step, "evaluating")
+            rows = slice(start, start + QUERY_BLOCK_SIZE)
+            predictions = predict_knn_classes(
+                queries[rows].double(),
+                _iter_blocks(bank_features),
+                bank_labels,
+                (k,),
+                len(run.plan.dataset.classes or ()),
+                metric="cosine",
+                vote="softmax",
+                temperature=_KNN_TEMPERATURE,
+            )
+            num_correct += (predictions[0] == labels[rows]).sum()
+            activity.advance(QUERY_BLOCK_SIZE)
     totals = torch.stack([num_correct, torch.full_like(num_correct, len(labels))])
     correct, total = run.world.all_reduce_sum(totals).tolist()
     return correct / total if k and total else None

@@ -11,6 +11,7 @@ from dataclasses import asdict, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError
@@ -133,7 +134,10 @@ def _write_weights(file: Path, weights: dict[str, Tensor]) -> str:
         storage = contiguous.untyped_storage().data_ptr()
         unshared[name] = contiguous.clone() if storage in storages else contiguous
         storages.add(storage)
+    file.touch()
+    mode = file.stat().st_mode  # as the umask says
     save_file(unshared, file)
+    file.chmod(mode)  # safetensors replaces the file by one that only its owner can read
     return sha256(file)
 
 
@@ -144,11 +148,24 @@ def _read_weights(file: Path, digest: str, timeout_seconds: float) -> dict[str, 
         return load_file(file)
 
     try:
-        return read_with_timeout(file, timeout_seconds, read)
+        weights = read_with_timeout(file, timeout_seconds, read)
     except FileNotFoundError:
         raise ExportError(f"{file.parent} is no whole export: {file.name} is missing") from None
     except (OSError, SafetensorError) as error:
         raise ExportError(f"{file} cannot be read ({error})") from None
+    check_finite(weights, file)
+    return weights
+
+
+def check_finite(weights: dict[str, Tensor], file: Path) -> None:
+    """Check that no weight is NaN or infinite. Raises: ExportError with the first one."""
+    # The sum of a finite tensor is finite unless it overflows, and takes no memory: most tensors need no second look.
+    for name, value in weights.items():
+        if not value.sum(dtype=torch.float64).isfinite() and not value.isfinite().all():
+            raise ExportError(
+                f"{file} has {name} with {int((~value.isfinite()).sum())} of {value.numel()} values that are NaN or "
+                f"infinite; give the weights of a step before the training diverged"
+            )
 
 
 def load_weights_strict(

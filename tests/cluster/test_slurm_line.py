@@ -1,4 +1,4 @@
-"""The three job scripts and submit.py on a real two-node Slurm, two ranks a node, under gloo."""
+"""The three job scripts and submit.py on a real two-node Slurm, one or two ranks a node, under gloo."""
 
 import json
 import re
@@ -13,7 +13,8 @@ from foveal.data.pack import pack_digits
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parents[2]
-FOUR_RANKS = {"nodes": "2", "ntasks-per-node": "2", "cpus-per-task": "1", "gpus-per-node": "0"}
+TWO_RANKS = {"nodes": "2", "ntasks-per-node": "1", "cpus-per-task": "1", "gpus-per-node": "0"}
+FOUR_RANKS = TWO_RANKS | {"ntasks-per-node": "2"}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "FOVEAL_PREFLIGHT": "0"}
 # Four ranks on the cores of a small machine do not multiply at like speeds.
 EXAMINED = ONE_THREAD | {"FOVEAL_PREFLIGHT": "1", "FOVEAL_SLOWEST": "0.05"}
@@ -79,12 +80,13 @@ def assert_same_curve(run: Path, reference: Path) -> None:
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 
-def assert_four_ranks_on_two_nodes(run: Path, cluster: Cluster) -> None:
+def assert_ranks_on_two_nodes(run: Path, cluster: Cluster, ranks_per_node: int) -> None:
     """Each rank's log begins by naming its rank, host and Slurm's number of the task."""
     heads = [file.read_text().splitlines()[0] for file in sorted((run / "logs").glob("rank-*.log"))]
-    found = [re.search(r"rank (\d) of 4 on (\S+), .*launcher srun.*SLURM_PROCID=(\d)", head) for head in heads]
+    head_of_rank = rf"rank (\d) of {2 * ranks_per_node} on (\S+), .*launcher srun.*SLURM_PROCID=(\d)"
+    found = [re.search(head_of_rank, head) for head in heads]
     seats = [match.groups() if match else head for match, head in zip(found, heads, strict=True)]
-    hosts = [node if cluster.named else seats[0][1] for node in cluster.nodes for _ in range(2)]
+    hosts = [node if cluster.named else seats[0][1] for node in cluster.nodes for _ in range(ranks_per_node)]
     assert seats == [(str(rank), host, str(rank)) for rank, host in enumerate(hosts)]
 
 
@@ -112,7 +114,7 @@ def test_an_interrupted_sbatch_goes_on_and_ends_like_one_process(
     assert cluster.output(job).count("all-reduce among 4 ranks: correct") == 2, (
         "the nodes are examined before each start"
     )
-    assert_four_ranks_on_two_nodes(run, cluster)
+    assert_ranks_on_two_nodes(run, cluster, 2)
     assert_same_curve(run, first_alone)
 
 
@@ -130,17 +132,17 @@ def test_a_cancelled_job_stays_cancelled(cluster: Cluster, checkout: Path) -> No
 
 @pytest.mark.thorough
 def test_submit_chains_three_jobs_like_one_process(cluster: Cluster, checkout: Path, alone: Path) -> None:
-    (checkout / "four.yaml").write_text(PIPELINE)
-    resources = [f"slurm.{name}={value}" for name, value in FOUR_RANKS.items()]
-    submit = (sys.executable, "slurm/submit.py", "four.yaml", *resources)
+    (checkout / "chain.yaml").write_text(PIPELINE)
+    resources = [f"slurm.{name}={value}" for name, value in TWO_RANKS.items()]
+    submit = (sys.executable, "slurm/submit.py", "chain.yaml", *resources)
     jobs = jobs_of(cluster.run(*submit, cwd=checkout, env=ONE_THREAD).stdout)
     assert list(jobs) == ["first", "second", "third"]
     for name, job in jobs.items():
         ended = cluster.wait(job, timeout=600)
         assert ended["JobState"] == "COMPLETED", cluster.output(job)
         assert (ended["Requeue"], ended["NumNodes"]) == ("1", "2")
-        assert_four_ranks_on_two_nodes(checkout / "runs/four" / name, cluster)
-        assert_same_curve(checkout / "runs/four" / name, alone / name)
+        assert_ranks_on_two_nodes(checkout / "runs/chain" / name, cluster, 1)
+        assert_same_curve(checkout / "runs/chain" / name, alone / name)
     started = {name: cluster.job(job)["StartTime"] for name, job in jobs.items()}
     assert min(started["second"], started["third"]) >= cluster.job(jobs["first"])["EndTime"]
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from processes import PYTHON, ROOT, Ended, Started, ended
+from forked import Forked, all_alive, free_port, ranks_of
+from processes import PYTHON, ROOT, Ended, Started, ended, wait_for_row
 
 # Enough steps for several attempts: 88 of 64 images.
 _LONG = ("epochs=4", "checkpoint.every=20", "tracking.uri=null")
@@ -16,38 +17,65 @@ _PATIENCE = 150  # seconds until two ranks are done, on a busy machine
 _LOOKS = 0.01  # seconds between two looks at a file
 
 
-class Held(Started):
-    """Two ranks that wait after a step until they are asked to leave, and before they end if they are to (holding.py)."""
+class Hold:
+    """The files by which two ranks wait after a step until they are asked to leave, and before they end (holding.py)."""
 
-    def __init__(
-        self, command: Sequence[str | Path], folder: Path, *, after: int | None = None, stay: bool = False
-    ) -> None:
+    def __init__(self, folder: Path, *, after: int | None, stay: bool) -> None:
         self._hold, self._stay = folder / "hold", folder / "stay"
         if after is not None:
             self._hold.write_text(str(after))
         if stay:
             self._stay.touch()
-        super().__init__(command, folder, PYTHON_EXEC=str(_HOLDING))
 
     def release(self) -> None:
         """Let those go on that were not asked to leave."""
         self._hold.unlink(missing_ok=True)
 
-    def done(self) -> dict[int, int]:
-        """Wait until both ranks have nothing left to do but to end; their process ids, by rank."""
+    def wait_until_done(self) -> None:
+        """Wait until both ranks have nothing left to do but to end."""
         patience = time.monotonic() + _PATIENCE
         signs = [self._stay.with_name(f"done-{rank}") for rank in range(2)]
         while not all(each.exists() for each in signs):
-            if self.process.poll() is not None or time.monotonic() > patience:
-                pytest.fail(f"the ranks are not done:\n{self._killed()}")
+            assert time.monotonic() < patience, "the ranks are not done"
             time.sleep(_LOOKS)
         for each in signs:
             each.unlink()
-        return self.ranks()
 
     def let_end(self) -> None:
         """Let the ranks that are done end."""
         self._stay.unlink()
+
+
+class Held(Started):
+    """Two ranks under a launcher that wait after a step."""
+
+    def __init__(self, command: Sequence[str | Path], folder: Path, *, after: int) -> None:
+        self.hold = Hold(folder, after=after, stay=False)
+        super().__init__(command, folder, PYTHON_EXEC=str(_HOLDING))
+
+
+class HeldRanks:
+    """Two ranks without a launcher that wait after a step, and before they end if they are to."""
+
+    def __init__(
+        self, settings: Sequence[str | Path], folder: Path, *, after: int | None = None, stay: bool = False
+    ) -> None:
+        self.hold = Hold(folder, after=after, stay=stay)
+        places = ranks_of(2, free_port())
+        self._ranks = [Forked(_HOLDING, ["-m", "pretrain.run", *settings], folder, **place) for place in places]
+
+    def reach(self, run: Path, step: int) -> None:
+        """Wait until the run directory has a row of that step."""
+        if not wait_for_row(run, step, lambda: all_alive(self._ranks)):
+            pytest.fail(f"{run} has not reached step {step}: {self.ended()}")
+
+    def send(self, rank: int, number: signal.Signals) -> None:
+        """Send a signal to a rank."""
+        self._ranks[rank].send_signal(number)
+
+    def ended(self) -> list[Ended]:
+        """Wait for both; how they ended, by rank."""
+        return [rank.ended() for rank in self._ranks]
 
 
 @dataclass(frozen=True)
@@ -67,9 +95,13 @@ class LongRun:
         """Its command in two processes."""
         return ["torchrun", "--standalone", "--nproc-per-node=2", "-m", "pretrain.run", *self.settings]
 
-    def held(self, *, after: int | None = None, stay: bool = False) -> Held:
-        """Start it, to wait after a step and before its end."""
-        return Held(self.torchrun, self.path.parent, after=after, stay=stay)
+    def held(self, *, after: int) -> Held:
+        """Start it under torchrun, to wait after a step."""
+        return Held(self.torchrun, self.path.parent, after=after)
+
+    def held_ranks(self, *, after: int | None = None, stay: bool = False) -> HeldRanks:
+        """Start its ranks alone, to wait after a step and before their end."""
+        return HeldRanks(self.settings, self.path.parent, after=after, stay=stay)
 
 
 @pytest.fixture
@@ -140,7 +172,7 @@ def pipeline(configs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     first.reaches(folder / "runs" / "tiny" / "pretrain", 5)
     first.process.send_signal(signal.SIGINT)
     interrupted = first.ended()
-    first.release()
+    first.hold.release()
     begun = sorted(run.parent.name for run in (folder / "runs" / "tiny").glob("*/science.json"))
     finished = ended(command, folder)
     before = _moments(folder)

@@ -46,8 +46,8 @@ def refused(own_environment, tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: 
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("optim.lr=1", "optim.lr is not a setting. Did you mean 'lr_per_256'?"),
-        ("optim.weight_deca=1", "optim.weight_deca is not a setting. Did you mean 'weight_decay'?"),
+        ("optim.lr=1", "optim.lr is not a setting. Did you mean 'optim.lr_per_256'?"),
+        ("optim.weight_deca=1", "optim.weight_deca is not a setting. Did you mean 'optim.weight_decay'?"),
         ("decodr.width=64", "decodr is not a setting. Did you mean 'decoder'?"),
         ("epochs=many", "epochs: "),
         ("epochs=1.5", "epochs: "),
@@ -103,7 +103,7 @@ def test_a_yaml_that_is_none(configs, refused: Refused, tmp_path) -> None:
         ("- 1", "a mapping of settings is expected"),
         ("seed: 1\nseed: 2\n", "'seed' is given twice"),
         ("", "a mapping of settings is expected"),
-        ("epochs: 1\n", "data is missing and has no default"),
+        ("epochs: 1\n", "data.path is missing and has no default"),
     ):
         (tmp_path / "mine.yaml").write_text(text)
         said = refused("pretrain", "mine.yaml")
@@ -114,8 +114,9 @@ def test_a_config_that_is_not_there(refused: Refused, tmp_path) -> None:
     (tmp_path / "configs" / "pretrain").mkdir(parents=True)
     (tmp_path / "configs" / "pretrain" / "digits.yaml").touch()
     assert "configs/pretrain/digit.yaml: no such file. Did you mean 'configs/pretrain/digits.yaml'?" in refused(
-        "pretrain", "digit"
+        "pretrain", "configs/pretrain/digit.yaml"
     )
+    assert "pretrain has no config 'digit'. Did you mean 'digits'" in refused("pretrain", "digit")
     assert "elsewhere/mine.yaml: no such file" in refused("pretrain", "elsewhere/mine.yaml")
 
 
@@ -123,7 +124,8 @@ def test_a_config_that_is_not_there(refused: Refused, tmp_path) -> None:
 @pytest.mark.parametrize("overrides", [(), ("epochs=1",)])
 def test_no_config(stage: str, overrides: tuple[str, ...], refused: Refused) -> None:
     said = refused(stage, *overrides)
-    assert f"CONFIG is missing: give a YAML file, or the name of one in configs/{stage}/" in said
+    assert "CONFIG is missing: give a YAML file, or one of " in said
+    assert "digits" in said
 
 
 # --- batches ---
@@ -132,7 +134,7 @@ def test_no_config(stage: str, overrides: tuple[str, ...], refused: Refused) -> 
 def test_a_batch_that_the_ranks_do_not_divide(configs, refused: Refused) -> None:
     said = refused("pretrain", configs["pretrain"], "--ranks=3", ways=["--check"])
     assert "a batch of 64 images cannot be dealt to 3 ranks equally: the nearest batch that fits is 72" in said
-    assert "the nearest numbers of ranks are 2 or 4" in said
+    assert "the nearest number of ranks is 2 or 4" in said
 
 
 def test_lanes_that_do_not_divide_the_batch(configs, refused: Refused) -> None:
@@ -153,7 +155,9 @@ def shards(digits: Path, tmp_path) -> Path:
 
 
 def test_a_folder_that_is_not_there(configs, refused: Refused) -> None:
-    assert "data.path: no such folder: nowhere" in refused("pretrain", configs["pretrain"], "data.path=nowhere")
+    assert f"data.path: no such folder: nowhere (in {Path.cwd()})" in refused(
+        "pretrain", configs["pretrain"], "data.path=nowhere"
+    )
 
 
 def test_a_folder_without_shards(configs, refused: Refused, tmp_path) -> None:
@@ -210,6 +214,7 @@ def test_a_checkpoint_from_other_science(configs, refused: Refused, one_rank: Ra
         "pretrain", configs["pretrain"], "engine.kind=plain", f"run.dir={run}", "seed=4", "epochs=2", ways=["--run"]
     )
     assert "was made with other science: epochs (was 1, is 2), seed (was 3, is 4)" in said
+    assert "/config.yaml has the run's own settings" in said
     assert {file: file.stat().st_mtime_ns for file in run.rglob("*")} == before
 
 
@@ -275,6 +280,7 @@ def test_two_ranks_say_it_once(configs, tmp_path) -> None:
     settings = [configs["pretrain"], "batch.global_size=63", "data.lanes=7"]
     done = ended(["torchrun", "--standalone", "--nproc-per-node=2", "-m", "pretrain.run", *settings], tmp_path)
     assert done.code != 0
-    assert done.err.count("foveal: ") == 1
-    assert "foveal: a batch of 63 images cannot be dealt to 2 ranks equally" in done.err
+    sentence = "foveal: a batch of 63 images cannot be dealt to 2 ranks equally"
+    assert [line.startswith(sentence) for line in done.err.splitlines() if line.startswith("foveal: ")] == [True]
+    assert sentence in done.err.splitlines()[-2]  # the root cause in torchrun's report
     assert not (tmp_path / "runs").exists()

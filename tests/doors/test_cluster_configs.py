@@ -48,6 +48,7 @@ def clusters(name: str) -> list[int]:
 @pytest.mark.parametrize("name", FILES)
 def test_every_cluster_of_the_header_divides_the_batch(name: str) -> None:
     cfg = loaded(name)
+    assert cfg.data.lanes is not None
     order = SampleOrder(COUNTS, cfg.batch.global_size, cfg.data.lanes, cfg.data.window, cfg.seed)
     for ranks in clusters(name):
         rank_slot_range(cfg.batch.global_size, cfg.data.lanes, ranks - 1, ranks)
@@ -65,6 +66,7 @@ def test_every_cluster_of_the_header_divides_the_batch(name: str) -> None:
 @pytest.mark.parametrize("ranks", ODD)
 def test_a_batch_of_4096_refuses_what_5760_is_for(ranks: int) -> None:
     cfg = loaded("pretrain/mae_vit_b16.yaml")
+    assert cfg.data.lanes is not None
     with pytest.raises(ConfigError, match="the nearest batch that fits is"):
         rank_slot_range(cfg.batch.global_size, cfg.data.lanes, 0, ranks)
 

@@ -1,6 +1,5 @@
 """Every launcher's line starts the ranks it says, and the ranks make one curve."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 from processes import PYTHON, ROOT, Ended, column, ended, rows_of
 from ranks import Ranks, stage_named
 
-from foveal.training.cli import main
+from foveal.training.progress import format_count
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # of real processes, each several seconds
 
@@ -29,7 +28,7 @@ def is_world_of(size: int, run: Path) -> None:
     for rank, log in enumerate(logs):
         text = log.read_text()
         assert f"rank {rank} of {size} on " in text
-        assert f"batch     64 images = {size} ranks x " in text
+        assert f"batch     64 images = {format_count(size, 'rank')} x " in text
 
 
 # --- pretraining ---
@@ -49,6 +48,16 @@ def test_one_process_needs_nothing_on_path(alone) -> None:
     is_world_of(1, run)
     assert "deepspeed ZeRO 1" in done.err
     assert "Traceback" not in done.err
+
+
+@pytest.mark.thorough
+def test_foveal_train_under_torchrun_makes_the_curve_of_one_process(configs, alone, tmp_path) -> None:
+    settings = [configs["pretrain"], "epochs=4", f"run.stop_at_step={_STEPS}", "tracking.uri=null", "run.dir=run"]
+    launcher = ["torchrun", "--standalone", "--nproc-per-node=2", "-m", "foveal.cli", "train", "pretrain"]
+    done = ended([*launcher, *settings, "engine.kind=accelerate"], tmp_path)
+    assert done.code == 0, done.err
+    is_world_of(2, tmp_path / "run")
+    same_curve(rows_of(tmp_path / "run"), rows_of(alone[1]))
 
 
 def test_torchrun_makes_the_curve_of_one_process(long_run, alone) -> None:
@@ -109,30 +118,3 @@ def test_a_bare_launch_packs_the_digits_and_trains_from_scratch(elsewhere) -> No
     assert "rank 0 of 1 on " in (run / "logs" / "rank-000.log").read_text()
     assert column(rows_of(run), "step") == [1, 2]
     assert (folder / "runs" / "mlflow.db").exists()
-
-
-@pytest.mark.thorough
-def test_a_bare_start_takes_the_demos_encoder(
-    elsewhere,
-    own_environment,
-    one_rank: Ranks,
-    tmp_path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    folder, _ = elsewhere
-    scratch_run = run_of(folder)
-    packed = (folder / "data" / "digits" / "manifest.json").stat().st_mtime_ns
-    settings = (f"data.path={folder / 'data' / 'digits'}", "engine.kind=plain", "epochs=1", "optim.warmup_epochs=0")
-    one_rank.train(stage_named("pretrain"), ROOT / "configs" / "pretrain" / "digits.yaml", tmp_path / "run", *settings)
-    shutil.copytree(tmp_path / "run" / "export", folder / "runs" / "demo" / "pretrain" / "export")
-    monkeypatch.chdir(folder)
-    with caplog.at_level("INFO", "foveal"), pytest.raises(SystemExit) as done:
-        main(stage_named("finetune"), ["epochs=2", "run.dir=runs/again", "tracking.uri=null"])
-    assert done.value.code == 0
-    assert "no CONFIG: fine-tuning the digits from runs/demo/pretrain/export" in caplog.text
-    assert (folder / "data" / "digits" / "manifest.json").stat().st_mtime_ns == packed
-    assert "init: runs/demo/pretrain/export" in (folder / "runs" / "again" / "config.yaml").read_text()
-    scratch, pretrained = rows_of(scratch_run), rows_of(folder / "runs" / "again")
-    assert column(pretrained, "step") == [1, 2]
-    assert pretrained[1]["grad_norm"] != scratch[1]["grad_norm"]

@@ -54,9 +54,9 @@ def copy_fixture(name: str, folder: Path) -> dict[str, Any]:
 
 
 class GrownConfig(PretrainConfig):
-    """Pretraining of a later version, with one more science setting."""
+    """Pretraining of a later version, with one more science setting, whose default is not what 0.1 did."""
 
-    colour_weight: float = science(0.0, "Weight of a loss that 0.1 did not have.", since="0.2", neutral=0.0)
+    colour_weight: float = science(0.5, "Weight of a loss that 0.1 did not have.", since="0.2", neutral=0.0)
 
 
 def start(world: World, folder: str, command: list[str], config_class: type[StageConfig] | None = None) -> None:
@@ -160,10 +160,10 @@ def call_foveal(monkeypatch: pytest.MonkeyPatch, capsys, *words: str) -> str:
 def test_attempts_lists_an_old_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     run = copy_fixture("pretrain", tmp_path)["run"]
     monkeypatch.chdir(tmp_path)
-    line = call_foveal(monkeypatch, capsys, "attempts", run).splitlines()[-1]
-    assert "node" in line
-    assert "0 to 5" in line
-    assert "asked to leave (SIGTERM): saved at step 5 of 9" in line
+    _, row, _, end = call_foveal(monkeypatch, capsys, "attempts", run).splitlines()
+    assert "node" in row
+    assert "0 to 5" in row
+    assert end == "1: asked to leave (SIGTERM): saved at step 5 of 9"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

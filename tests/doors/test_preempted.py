@@ -9,15 +9,17 @@ import pytest
 from processes import Ended, column, rows_of
 from safetensors.torch import load_file
 
+from foveal.errors import TrainingHungError
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # of real processes, each several seconds
 _ASK = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of the same command, and the run's state when it had ended. ``late``: signals to ranks that were done."""
+    """One start of the same ranks, and the run's state when they had ended. ``late``: signals to ranks that were done."""
 
-    ended: Ended
+    ended: list[Ended]
     steps: list[float]
     checkpoints: list[str]
     finished: bool
@@ -31,18 +33,18 @@ def attempts(long_run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     found: list[Attempt] = []
 
     def attempt(*signals: tuple[int, signal.Signals], after: int | None, stays: bool) -> None:
-        started = run.held(after=after, stay=stays)
+        started = run.held_ranks(after=after, stay=stays)
         if after is not None:
-            started.reaches(run.path, after)
-            ranks = started.ranks()
+            started.reach(run.path, after)
             for rank, number in signals:
-                os.kill(ranks[rank], number)
-            started.release()  # after the last signal: who sees it has its own signal already
-        late = [(process, number) for process in started.done().values() for number in _ASK] if stays else []
-        for process, number in late:
-            os.kill(process, number)
+                started.send(rank, number)
+            started.hold.release()  # after the last signal: who sees it has its own signal already
+        late = [(rank, number) for rank in range(2) for number in _ASK] if stays else []
         if stays:
-            started.let_end()
+            started.hold.wait_until_done()
+            for rank, number in late:
+                started.send(rank, number)
+            started.hold.let_end()
         done = started.ended()
         steps = column(rows_of(run.path), "step")
         names = sorted(each.name for each in (run.path / "checkpoints").iterdir())
@@ -56,9 +58,9 @@ def attempts(long_run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 
 def test_a_signal_saves_and_exits_0(attempts, long_run) -> None:
     run, (attempt, _, _) = attempts
-    assert attempt.ended.code == 0, attempt.ended.err
+    assert [rank.code for rank in attempt.ended] == [0, 0], attempt.ended
     assert not attempt.finished
-    assert "Traceback" not in attempt.ended.err
+    assert not any("Traceback" in rank.err for rank in attempt.ended)
     assert attempt.steps == [1, 2, 3, 4, 5]
     assert attempt.checkpoints == ["step-00000000-attempt-0001", "step-00000005-attempt-0001"]
     for rank, name in enumerate(("SIGTERM", "SIGUSR1")):
@@ -68,15 +70,15 @@ def test_a_signal_saves_and_exits_0(attempts, long_run) -> None:
 
 def test_a_lost_rank_ends_the_others(attempts) -> None:
     _, (_, lost, last) = attempts
-    assert lost.ended.code != 0
+    assert [rank.code for rank in lost.ended] == [TrainingHungError.exit_code, -signal.SIGKILL]
     assert not lost.finished
     assert not [name for name in last.checkpoints if not name.startswith("step-")]
 
 
 def test_the_same_command_goes_on_to_the_same_curve(attempts, long_run) -> None:
     run, (_, _, last) = attempts
-    assert last.ended.code == 0, last.ended.err
-    assert "resumed from" in last.ended.err
+    assert [rank.code for rank in last.ended] == [0, 0], last.ended
+    assert "resumed from" in last.ended[0].err
     ours, theirs = rows_of(run), rows_of(long_run.path)
     assert column(ours, "step") == list(range(1, long_run.steps + 1))
     for name in ("loss", "grad_norm", "lr"):
@@ -94,7 +96,7 @@ def test_a_signal_after_the_end_changes_nothing(attempts) -> None:
     _, (left, _, finished) = attempts
     for attempt in (left, finished):
         assert attempt.late == 2 * len(_ASK)
-        assert attempt.ended.code == 0, attempt.ended.err
+        assert [rank.code for rank in attempt.ended] == [0, 0], attempt.ended
 
 
 @pytest.mark.thorough
@@ -104,7 +106,7 @@ def test_ctrl_c_on_one_rank_ends_both(long_run, tmp_path: Path) -> None:
     started = run.held(after=5)
     started.reaches(run.path, 5)
     os.kill(started.ranks()[1], signal.SIGINT)
-    started.release()
+    started.hold.release()
     done = started.ended()
     assert done.code == 0, done.err
     for rank, who in enumerate(("another rank", "SIGINT")):
@@ -118,7 +120,7 @@ def test_ctrl_c_of_a_local_pipeline(pipeline) -> None:
     """Its stage of two processes saves and leaves, nothing after it starts, and the same command goes on."""
     assert pipeline.interrupted.code == 128 + signal.SIGINT
     assert pipeline.begun == ["pretrain"]
-    assert "pretrain stopped with exit code 130; nothing after it was started" in pipeline.interrupted.err
+    assert pipeline.interrupted.err.splitlines()[-1] == "foveal: stopped in stage 'pretrain': start again to continue"
     log = (pipeline.runs / "pretrain" / "logs" / "rank-001.log").read_text()
     assert "asked to leave (SIGINT): saved at step " in log
     assert "resumed from " in log

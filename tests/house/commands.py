@@ -11,7 +11,9 @@ import typer
 from house import ROOT, STAGES, is_first_party_module
 
 from foveal.cli import app
-from foveal.commands.reference import get_stage_configs, iter_setting_docs
+from foveal.commands.lazy import LazyCommand
+from foveal.commands.reference import get_stage_configs
+from foveal.setting_docs import iter_setting_docs
 
 # Programs that a document may show without their arguments being looked at.
 FOREIGN = {
@@ -28,6 +30,7 @@ FOREIGN = {
     "squeue",
     "ssh",
     "sudo",
+    "tar",
 }
 OURS = ("accelerate", "foveal", "make", "python", "sbatch", "torchrun", ".ci/run", "tests/cluster/install_slurm.sh")
 FILE = re.compile(r"[\w./-]+\.(py|sh|yaml|toml|txt|md)")
@@ -65,6 +68,9 @@ def _of_one(words: list[str]) -> list[str]:
             return [f"no target {word}" for word in arguments if "=" not in word and word not in _TARGETS]
         case "foveal":
             return _foveal(arguments)
+        case "accelerate" | "python" | "torchrun" if "foveal.cli" in arguments:
+            place = arguments.index("foveal.cli")
+            return _files(arguments[:place]) + _foveal(arguments[place + 1 :])
         case "accelerate" | "python" | "sbatch" | "torchrun":
             return _files(arguments) + _modules(arguments) + _stage(arguments)
         case file if "/" in file:
@@ -97,7 +103,11 @@ def _stage(arguments: list[str]) -> list[str]:
     place = next((place for place, word in enumerate(arguments) if word in doors), None)
     if place is None:
         return []
-    stage, rest = doors[arguments[place]], arguments[place + 1 :]
+    return _settings(doors[arguments[place]], arguments[place + 1 :])
+
+
+def _settings(stage: str, rest: list[str]) -> list[str]:
+    """The config and the overrides of a stage."""
     overrides = [match[1] for word in rest if (match := OVERRIDE.fullmatch(word))]
     unknown = [
         name
@@ -113,6 +123,8 @@ def _stage(arguments: list[str]) -> list[str]:
 
 def _foveal(arguments: list[str]) -> list[str]:
     """A path of subcommands and their options; other words are the last command's own business."""
+    if arguments[:1] == ["train"]:
+        return _train(arguments[1:])
     command: Any = typer.main.get_command(app)
     wrong = []
     for word in arguments:
@@ -123,8 +135,16 @@ def _foveal(arguments: list[str]) -> list[str]:
         elif inner is not None:
             if word not in inner:
                 return [*wrong, f"foveal: no command {word}"]
-            command = inner[word]
+            command = inner[word].load() if isinstance(inner[word], LazyCommand) else inner[word]
     return wrong
+
+
+def _train(arguments: list[str]) -> list[str]:
+    """A stage, its config and its overrides."""
+    stage, *rest = arguments or ["--help"]
+    if stage == "--help" or stage.split("|") == list(STAGES):
+        return []
+    return _files(rest) + _settings(stage, rest) if stage in STAGES else [f"foveal train: no stage {stage}"]
 
 
 def documents() -> list[Path]:

@@ -93,5 +93,5 @@ def test_clean_keeps_the_runs_of_others(checkout: Path) -> None:
 
 def test_help_lists_every_target(checkout: Path) -> None:
     said = make(checkout).stdout
-    for target in ("demo", "test", "test-rest", "test-all", "test-durations", "ui", "check", "docs", "clean"):
+    for target in ("demo", "test", "test-rest", "test-all", "test-durations", "gpu", "ui", "check", "docs", "clean"):
         assert f"make {target} " in said

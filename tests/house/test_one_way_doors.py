@@ -128,7 +128,7 @@ def test_the_environment_is_read_by_few() -> None:
     }
     assert not {
         module
-        for module in readers - {"foveal.tracking", "foveal.redact", "foveal.slurm"}
+        for module in readers - {"foveal.interrupt", "foveal.tracking", "foveal.redact", "foveal.slurm"}
         if not module.startswith(("foveal.distributed.", "foveal.engines."))
     }
 
@@ -198,11 +198,21 @@ def test_settings_are_read_without_the_heavy_libraries() -> None:
     assert not HEAVY & set(loaded)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_typo_is_answered_without_the_heavy_libraries(stage: str) -> None:
-    start = f"sys.argv = ['run', 'digits', 'optim.lrr=1']; runpy.run_module('{stage}.run', run_name='__main__')"
-    code, *loaded = _words_printed(
-        f"import runpy, sys\ntry: {start}\nexcept SystemExit as end: print(end.code, *sys.modules)"
-    )
-    assert code == "2"
-    assert not HEAVY & set(loaded)
+_ANSWERS = """
+import contextlib, os, runpy, sys
+sys.stdout = open(os.devnull, "w")
+codes = []
+for module, *words in {starts}:
+    sys.argv = [module, *words]
+    try: runpy.run_module(module, run_name="__main__")
+    except SystemExit as end: codes.append(end.code)
+print(*codes, *sys.modules, file=sys.__stdout__)
+"""
+
+
+def test_typos_and_help_are_answered_without_the_heavy_libraries() -> None:
+    starts = [(f"{stage}.run", *words) for stage in STAGES for words in (("digits", "optim.lrr=1"), ("--help",))]
+    starts += [("foveal.cli", *words) for words in (["--help"], ["train", "distill", "--help"], ["config", "list"])]
+    printed = _words_printed(_ANSWERS.format(starts=starts))
+    assert printed[: len(starts)] == ["2", "0", "2", "0", "2", "0", "0", "0", "0"]
+    assert not HEAVY & set(printed)

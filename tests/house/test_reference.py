@@ -8,8 +8,9 @@ from house import ROOT
 from pydantic import Field
 from pydantic_core import PydanticUndefined
 
-from foveal.commands.reference import SettingDoc, get_stage_configs, iter_setting_docs, main, render_reference
+from foveal.commands.reference import get_stage_configs, main, render_reference
 from foveal.config import Config, machine, science
+from foveal.setting_docs import SettingDoc, iter_setting_docs
 
 
 class Kettle(Config):

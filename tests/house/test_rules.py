@@ -8,11 +8,13 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import pytest
 from house import ROOT, STAGES
+from pydantic import BaseModel
 
 from foveal.commands.reference import get_stage_configs, render_rules
-from foveal.config import Config, get_section_class, machine, read_yaml, set_by_dotted_key
+from foveal.config import Config, machine, read_yaml, set_by_dotted_key
 from foveal.errors import ConfigError
 from foveal.rules import Condition, Rule
+from foveal.setting_names import get_section_class
 from foveal.training.config import StageConfig
 
 CONFIGS = get_stage_configs()
@@ -42,7 +44,7 @@ def candidates(annotation: Any) -> Iterator[Any]:
         yield from {bool: (False, True), int: (1, 0, 2), float: (0.5, 0.0, 1.0), str: ("a",)}.get(annotation, (None,))
 
 
-def values_of(model: type[Config], setting: str) -> Iterator[Any]:
+def values_of(model: type[BaseModel], setting: str) -> Iterator[Any]:
     section, _, rest = setting.partition(".")
     field = model.model_fields[section]
     if not rest:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import SHAPES, Shape, Trainer
+from engines import SHAPES, Shape, Tiny, Trainer
 from ranks import Ranks
 
 from foveal.checkpoint.config import CheckpointConfig
@@ -52,6 +52,8 @@ def _gone_back(world: World, shape: Shape, root: Path) -> tuple[list[float], Any
 def test_steps_that_are_taken_meanwhile_are_not_in_it(name: str, two_ranks: Ranks, tmp_path: Path) -> None:
     saved = two_ranks.call(_saved_in_passing, SHAPES[name], tmp_path)
     restored = two_ranks.call(_gone_back, SHAPES[name], tmp_path)
+    assert saved[0][1].keys() == Tiny().state_dict().keys(), "rank 0 writes exports"
+    assert not saved[1][1], "the host of a node holds one copy, not one for each GPU"
     for (losses, weights), (again, loaded) in zip(saved, restored, strict=True):
         assert again == losses
         assert weights.keys() == loaded.keys()

@@ -135,6 +135,7 @@ def test_parts_add_up(
             start_step=0,
             stop_step=1,
             label_reader=plan.label_reader,
+            mean=plan.mean,
         ) as batches:
             micros = list(batches)
         assert len(micros) == WHOLE // at_once

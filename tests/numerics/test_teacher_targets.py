@@ -9,6 +9,7 @@ import pytest
 import torch
 from teachers import config
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from distill.objective import DistillationLoss
 from distill.target import TeacherTarget
@@ -83,6 +84,10 @@ def distance(name: str, a: Vector, b: Vector) -> tuple[float, Vector]:
     if name == "cosine":
         dot, of_a, of_b = a @ b, math.sqrt(a @ a), math.sqrt(b @ b)
         return float(1 - dot / (of_a * of_b)), dot * a / (of_a**3 * of_b) - b / (of_a * of_b)
+    if name == "unit_l1":
+        of_a = math.sqrt(a @ a)
+        sign = np.sign(a / of_a - b / math.sqrt(b @ b)) / len(a)
+        return float(abs(a / of_a - b / math.sqrt(b @ b)).mean()), sign / of_a - (sign @ a) * a / of_a**3
     apart = a - b
     if name == "l1":
         return float(abs(apart).mean()), np.sign(apart) / len(a)
@@ -105,7 +110,7 @@ def close(found: Any, wanted: Any) -> None:
     np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["cosine", "smooth_l1", "l1"])
+@pytest.mark.parametrize("name", ["cosine", "smooth_l1", "l1", "unit_l1"])
 def test_features(name: str) -> None:
     shapes = (B, WIDTH), (B, L, WIDTH)
     lesson, answer = drawn(*shapes, seed=1), drawn(*shapes, seed=2)
@@ -161,6 +166,22 @@ def test_layers_and_pixels(name: str, norm_pix: bool) -> None:
     close(slopes[1], pairs[1][1] / 2)
     close(slopes[2], 0.7 * of_pixel)
     close([numbers["token_distance"], numbers["pixel_loss"]], [token, pixel])
+
+
+def test_dmae() -> None:
+    """As DMAE's code: the L1 loss of normalised tokens, summed over pairs, and the error of pixels as they are."""
+    shape = (B, 5, WIDTH)
+    lesson, answer = drawn(shape, shape, seed=1), drawn(shape, shape, (B, L - 4, P), seed=2)
+    loss, slopes, numbers, _ = learned(lesson, answer, TeacherTarget("layers", (1, 2), 2, PATCH), layer_loss="dmae")
+    pairs = [tokens_apart("unit_l1", answer[pair], lesson[pair]) for pair in range(2)]
+    close(numbers["token_distance"], pairs[0][0] + pairs[1][0])
+    close(slopes[0], pairs[0][1])
+    close(slopes[1], pairs[1][1])
+    close(loss, numbers["token_distance"] + numbers["pixel_loss"])
+    units = [(F.normalize(a.detach(), dim=-1), F.normalize(b, dim=-1)) for a, b in zip(answer, lesson, strict=False)]
+    close(numbers["token_distance"], sum(F.l1_loss(*unit).item() for unit in units))
+    raw = learned(lesson, answer, TeacherTarget("layers", (1, 2), 2, PATCH), norm_pix=False)[2]
+    assert numbers["pixel_loss"] == raw["pixel_loss"]
 
 
 def relation(a: Vector, b: Vector, other_a: Vector, other_b: Vector) -> tuple[float, Vector, Vector]:

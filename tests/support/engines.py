@@ -11,7 +11,8 @@ from ranks import devices
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from foveal.checkpoint.chunks import load_chunks, write_and_hash_chunks
+from foveal.checkpoint.chunk_index import load_chunks
+from foveal.checkpoint.chunks import write_and_hash_chunks
 from foveal.distributed.world import World
 from foveal.engines.base import Engine, StepResult
 from foveal.engines.build import build_engine
@@ -34,12 +35,13 @@ class Shape:
     zero: int = 1
     sharding: str = "ddp"
     precision: str = "fp32"
+    reduce_dtype: str = "fp32"
     optim: str = "adamw"
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
     @property
     def config(self) -> EngineConfig:
-        more: dict[str, Any] = {"sharding": self.sharding} if self.sharding != "ddp" else {}
+        more: dict[str, Any] = {"sharding": self.sharding, "reduce_dtype": self.reduce_dtype}
         if self.zero == 3:
             zero = _STAGE_3 | self.deepspeed.get("zero_optimization", {})
             more["deepspeed"] = self.deepspeed | {"zero_optimization": zero}

@@ -19,9 +19,12 @@ from pathlib import Path
 import pytest
 from processes import PATIENCE, Ended, lone
 
-_CONTEXT = multiprocessing.get_context("forkserver")
+# For all tests: one server forks for a test process, and only the list that was set last counts.
+CONTEXT = multiprocessing.get_context("forkserver")
 # Not what is run itself: runpy runs a module that nobody has imported.
-_CONTEXT.set_forkserver_preload(["accelerate", "foveal.training.launch", "pretrain.train"])
+CONTEXT.set_forkserver_preload(
+    ["accelerate", "foveal.training.launch", "pretrain.train", "distill.train", "finetune.train"]
+)
 _numbers = itertools.count()
 
 
@@ -33,7 +36,7 @@ class Forked:
         self._outputs = [cwd / f".forked-{os.getpid()}-{number}-{name}" for name in ("out", "err")]
         words = [str(word) for word in arguments]
         told = (script, words, cwd, lone(cwd) | environment, self._outputs)
-        self.process: BaseProcess = _CONTEXT.Process(target=_become, args=told)
+        self.process: BaseProcess = CONTEXT.Process(target=_become, args=told)
         self.process.start()
 
     def send_signal(self, number: signal.Signals) -> None:
@@ -52,6 +55,11 @@ class Forked:
 
     def _said(self) -> list[str]:
         return [file.read_text() if file.exists() else "" for file in self._outputs]
+
+
+def all_alive(processes: Sequence[Forked]) -> bool:
+    """Whether none of them has ended."""
+    return all(each.process.is_alive() for each in processes)
 
 
 def ranks_of(size: int, port: int) -> list[dict[str, str]]:

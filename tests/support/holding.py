@@ -52,7 +52,8 @@ def stay_when_done(code: int) -> NoReturn:
 
 if __name__ == "__main__":
     os._exit = stay_when_done
-    sys.path.pop(0)  # the files beside this one are none of the stage's modules
+    if sys.path[0] == str(Path(__file__).parent):
+        sys.path.pop(0)  # the files beside this one are none of the stage's modules
     hold_after_steps()
     sys.argv = sys.argv[sys.argv.index("-m") + 1 :]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

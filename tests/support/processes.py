@@ -6,11 +6,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
 
 from foveal.tracking.jsonl import read_rows_without_time
@@ -54,24 +53,23 @@ class Started:
             start_new_session=True,
         )
 
-    def ended(self) -> Ended:
-        """Wait for the end."""
+    def ended(self, patience: float = PATIENCE) -> Ended:
+        """Wait for the end, so many seconds."""
         try:
-            out, err = self.process.communicate(timeout=PATIENCE)
+            out, err = self.process.communicate(timeout=patience)
         except subprocess.TimeoutExpired:
-            pytest.fail(f"still running after {PATIENCE} s:\n{self._killed()}")
+            pytest.fail(f"still running after {patience} s:\n{self._killed()}")
         return Ended(self.process.returncode, out, err)
 
     def reaches(self, run: Path, step: int) -> None:
         """Wait until the run directory has a row of that step."""
-        file, patience = run / "metrics.jsonl", time.monotonic() + PATIENCE
-        while not (file.exists() and any(row["step"] >= step for row in read_rows_without_time(file))):
-            if self.process.poll() is not None or time.monotonic() > patience:
-                pytest.fail(f"{run} has not reached step {step}:\n{self._killed()}")
-            time.sleep(_LOOKS)
+        if not wait_for_row(run, step, lambda: self.process.poll() is None):
+            pytest.fail(f"{run} has not reached step {step}:\n{self._killed()}")
 
     def ranks(self) -> dict[int, int]:
         """Process ids of the ranks that torchrun started, by rank."""
+        import psutil  # here and below, because tests/gpu runs where it is not installed
+
         found = {}
         for child in psutil.Process(self.process.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):
@@ -80,6 +78,8 @@ class Started:
 
     def _killed(self) -> str:
         """End the whole session, torchrun's ranks (which have sessions of their own) first; what it said."""
+        import psutil
+
         family = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
         for each in family:
             with contextlib.suppress(psutil.Error):
@@ -93,6 +93,16 @@ class Started:
 def ended(command: Sequence[str | Path], cwd: Path, **environment: str) -> Ended:
     """Run a command to its end."""
     return Started(command, cwd, **environment).ended()
+
+
+def wait_for_row(run: Path, step: int, is_running: Callable[[], bool]) -> bool:
+    """Wait until the run directory has a row of that step; whether it has before the end of whoever writes it."""
+    file, patience = run / "metrics.jsonl", time.monotonic() + PATIENCE
+    while not (file.exists() and any(row["step"] >= step for row in read_rows_without_time(file))):
+        if not is_running() or time.monotonic() > patience:
+            return False
+        time.sleep(_LOOKS)
+    return True
 
 
 def rows_of(run: Path) -> list[dict[str, float]]:

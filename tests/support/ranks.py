@@ -1,11 +1,10 @@
 """Processes that are ranks of one world and live as long as the test session: starting DeepSpeed takes seconds, once."""
 
 import contextlib
-import multiprocessing
 import os
 import socket
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import CONTEXT
 
 from foveal.distributed.world import World, init_world
 from foveal.errors import FovealError
@@ -22,6 +22,7 @@ from foveal.training.launch import run_stage
 from foveal.training.stage import Stage
 
 _PATIENCE = 240  # seconds for one call
+_LINEAR = torch.nn.functional.linear  # ZeRO 3 replaces it for the rest of a process, and rounds otherwise in bf16
 _COLLECTIVE = 120  # seconds for one collective: a rank that waits for another that failed gives up
 
 
@@ -36,13 +37,13 @@ class Ranks:
     def _start(self) -> None:
         if (room := devices()) is not None and self._size > room:
             pytest.skip(f"{self._size} ranks want as many GPUs, and here is {room}")
-        context = multiprocessing.get_context("spawn")
         with contextlib.closing(socket.socket()) as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         for rank in range(self._size):
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, rank, self._size, port), daemon=True)
+            here, there = CONTEXT.Pipe()
+            told = (there, rank, self._size, port, dict(os.environ))
+            process = CONTEXT.Process(target=_serve, args=told, daemon=True)
             process.start()
             self._pipes.append(here)
             self._processes.append(process)
@@ -83,7 +84,9 @@ def devices() -> int | None:
     return torch.cuda.device_count() if torch.cuda.is_available() else None
 
 
-def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
+def _serve(pipe: Connection, rank: int, size: int, port: int, environment: Mapping[str, str]) -> None:
+    os.environ.clear()  # that of the server of forks, as old as its first fork
+    os.environ.update(environment)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -107,5 +110,6 @@ def stage_named(name: str) -> Stage[Any, Any]:
 
 
 def _enter(world: World, stage: str, config: str, overrides: Sequence[str]) -> None:
+    torch.nn.functional.linear = _LINEAR
     found = stage_named(stage)
     run_stage(found, load_config(found.config_class, stage, config, overrides), world)

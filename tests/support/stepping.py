@@ -55,7 +55,7 @@ def steps(world: World, folder: Path, timeout: float, how: str, who: int) -> Non
                 lambda now=step: fail(how) if (now, world.rank) == (_FAILS_AT, who) else time.sleep(0.005)
             )
             watch.heartbeat(step, "training")
-            world.all_reduce_sum(torch.ones(3))
+            world.all_reduce_sum(torch.ones(3, device=world.device))
             (folder / f"{name}.step").write_text(str(step))
             enough = world.any_rank((folder / "enough").exists() or (how == "late" and step == 2 * _FAILS_AT))
 

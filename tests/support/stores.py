@@ -10,6 +10,7 @@ from torch import Tensor
 
 from foveal.checkpoint.chunks import TensorChunk
 from foveal.checkpoint.config import CheckpointConfig
+from foveal.checkpoint.protocols import Communicator
 from foveal.checkpoint.store import CheckpointStore, TrainState
 from foveal.distributed.world import World
 
@@ -63,7 +64,7 @@ def state(step: int) -> TrainState:
 
 
 def store(
-    root: Path, attempt: int = 1, starts: Mapping[int, int] | None = None, world: World = ALONE, **settings: Any
+    root: Path, attempt: int = 1, starts: Mapping[int, int] | None = None, world: Communicator = ALONE, **settings: Any
 ) -> CheckpointStore:
     """A store that keeps everything, unless the settings say otherwise."""
     return CheckpointStore(root, CheckpointConfig.model_validate({"keep": 99} | settings), world, attempt, starts or {})

@@ -16,6 +16,8 @@ from xdist.scheduler import LoadScopeScheduling
 DURATIONS = Path(__file__).parents[1] / "durations.json"
 _SHORTEST = 1.0  # seconds: a file that takes less is not written down
 _SLURM = ("tests/cluster/", "tests/chaos/")  # two clusters at once would be in each other's way
+# They look at the same runs, which each process would make for itself (tests/doors/conftest.py: long_run, pipeline).
+_SHARING = ("tests/doors/test_launchers.py", "tests/doors/test_pipeline.py", "tests/doors/test_preempted.py")
 
 
 def file_of(nodeid: str) -> str:
@@ -28,11 +30,16 @@ def tier(keywords: Iterable[str]) -> str:
 
 
 class ByFile(LoadScopeScheduling):
-    """With ``-n``: the tests of a file stay together and share its fixtures; all that need a Slurm share a process."""
+    """With ``-n``: the tests of a file stay together and share its fixtures; all that need a Slurm share a process.
+
+    So do files that share long runs.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
         file = file_of(nodeid)
-        return "slurm" if file.startswith(_SLURM) else file
+        if file.startswith(_SLURM):
+            return "slurm"
+        return "long runs" if file in _SHARING else file
 
 
 def longest_first(items: list[pytest.Item], seconds: dict[str, dict[str, float]]) -> list[pytest.Item]:

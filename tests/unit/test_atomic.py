@@ -1,13 +1,16 @@
 """Atomic files, append logs, and free disk space."""
 
+import ctypes
 import errno
 import os
 from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from foveal import atomic
 from foveal.atomic import (
     AppendLog,
     best_effort,
@@ -16,6 +19,7 @@ from foveal.atomic import (
     free_bytes_and_mount,
     fsync,
     read_json,
+    reserve_space,
     write_atomic,
     write_json,
 )
@@ -164,3 +168,30 @@ def test_a_folder_has_the_name_of_a_file(tmp_path: Path) -> None:
     for use in (read_json, lambda file: write_atomic(file, b"{}")):
         with pytest.raises(CheckpointError, match=r"job\.json is a folder, and a file is to be there"):
             use(tmp_path / "job.json")
+
+
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_that_reserves_no_space_is_written_to_all_the_same(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS before 4.2. The C library's posix_fallocate would write a byte into every 4 KiB of the file."""
+
+    def refuse(*_: object) -> int:
+        ctypes.set_errno(code)
+        return -1
+
+    monkeypatch.setattr(atomic, "_C_LIBRARY", SimpleNamespace(fallocate=refuse))
+    with (tmp_path / "file").open("wb") as stream:
+        reserve_space(stream.fileno(), 1 << 30)
+        assert os.fstat(stream.fileno()).st_size == 0
+
+
+def test_space_is_reserved_before_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (tmp_path / "file").open("wb") as stream:
+        reserve_space(stream.fileno(), 1 << 20)
+        assert os.fstat(stream.fileno()).st_blocks * 512 >= 1 << 20
+        with pytest.raises(OSError, match=r"No space left|File too large"):
+            reserve_space(stream.fileno(), 1 << 60)
+    monkeypatch.setattr(atomic, "_C_LIBRARY", SimpleNamespace())  # as on macOS
+    with (tmp_path / "other").open("wb") as stream:
+        reserve_space(stream.fileno(), 1 << 20)

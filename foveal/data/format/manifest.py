@@ -49,7 +49,10 @@ class Split(Config):
 
 
 class Manifest(Config):
-    """Content of manifest.json; mean and std are per channel, of training pixels in [0, 1]."""
+    """Content of manifest.json; mean and std are per channel, of training pixels in [0, 1].
+
+    bit_depth: bits that the pixels of images stored in 16 bits use (None: 16; images that leave the upper 2 unused are refused).
+    """
 
     format: int = Field(default=FORMAT_VERSION, ge=FORMAT_VERSION, le=FORMAT_VERSION)
     name: str
@@ -57,6 +60,7 @@ class Manifest(Config):
     classes: tuple[str, ...] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    bit_depth: int | None = Field(default=None, ge=9, le=16)
     splits: dict[str, Split]
 
     @field_validator("splits")
@@ -102,4 +106,7 @@ def _format_error(location: str, error: ValidationError) -> DataError:
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
     """Write ``manifest`` to ``folder`` atomically."""
-    write_json(folder / MANIFEST_NAME, manifest.to_dict())
+    tree = manifest.to_dict()
+    if manifest.bit_depth is None:
+        del tree["bit_depth"]  # foveal 0.1 refuses names that it does not know
+    write_json(folder / MANIFEST_NAME, tree)

@@ -1,17 +1,15 @@
-"""Labels of samples that are members of a shard: several classes, a mask of classes, or boxes with classes.
+"""Labels of samples that are members of a shard: what a reader of labels does, and what a survey counts.
 
 One class per image is in the index and needs no reader. Any other label is a member of the sample, which is read with
-the image and cropped, flipped and resized like the image. K is the number of classes, H x W the size of the model's
-input in pixels.
+the image and cropped, flipped and resized like the image: ``class_lists``, ``masks`` and ``boxes`` have the readers.
 """
 
 import json
+import threading
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import isfinite
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,15 +18,13 @@ from torch import Tensor
 
 from foveal.data.config import DataConfig
 from foveal.data.dataset import Dataset
-from foveal.data.image.decode import UndecodableError, decode_mask_crop
-from foveal.data.image.label_drawing import draw_box_outlines, draw_mask
+from foveal.data.image.decode import UndecodableError
 from foveal.data.image.transforms import CropBox
 from foveal.errors import DataError
 
 NO_CLASS = -1  # class of ignored pixels and of padding boxes
-_OUTSIDE_TOLERANCE = 1.0  # pixels that a box may extend outside its image: annotators round
-_MIN_BOX_SIDE = 1.0  # shortest side in pixels of a cropped box; smaller boxes are dropped
-_EXAMPLE_BOXES = 16  # boxes of the image that `foveal plan` traces
+_MAX_LISTED = 5  # names in a sentence
+_MAX_QUOTED = 60  # characters of a value in a sentence
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,11 @@ class LabelReader(ABC):
     def collate(self, labels: Sequence[np.ndarray | None], output_hw: tuple[int, int]) -> Tensor:
         """Return the labels of a microbatch of B rows (None: a row without a sample) as one tensor [B, ...]."""
         empty = self.empty_label(output_hw)
-        return _to_pinned_tensor(np.stack([empty if row is None else row for row in labels]))
+        return to_pinned_tensor(np.stack([empty if row is None else row for row in labels]))
+
+    def make_survey(self) -> "LabelSurvey":
+        """Return an empty survey of such labels."""
+        return LabelSurvey(self)
 
     def describe_label(self, label: np.ndarray) -> str:
         """Return a label in few words, as a caption of its image."""
@@ -83,124 +83,98 @@ class LabelReader(ABC):
 
 
 @dataclass(frozen=True)
-class MultiLabelReader(LabelReader):
-    """Reader of lists of class numbers: uint8 [K], multi-hot."""
+class Finding:
+    """What labels show as a whole. ``sentence`` continues the name of their data set.
 
-    field: str
-    classes: tuple[str, ...]
-
-    def read_label(self, data: bytes, crop: AppliedCrop, location: str) -> np.ndarray:
-        targets = self.empty_label((0, 0))
-        for label in _parse_list(data, self.field, "labels", location):
-            targets[_check_class(label, len(self.classes), location)] = 1
-        return targets
-
-    def empty_label(self, output_hw: tuple[int, int]) -> np.ndarray:
-        return np.zeros(len(self.classes), np.uint8)
-
-    def describe_label(self, label: np.ndarray) -> str:
-        return ", ".join(self.classes[number] for number in np.flatnonzero(label)) or "no class"
-
-
-@dataclass(frozen=True)
-class MaskReader(LabelReader):
-    """Reader of masks of class numbers: int16 [H, W], the class of each pixel or ``NO_CLASS``."""
-
-    field: str
-    classes: tuple[str, ...]
-    ignore_id: int | None
-
-    def read_label(self, data: bytes, crop: AppliedCrop, location: str) -> np.ndarray:
-        try:
-            size, mask = decode_mask_crop(data, crop.box, crop.flipped, crop.output_hw)
-        except UndecodableError as error:
-            raise UndecodableError(f"its mask: {error}") from None
-        if size != (crop.image_width, crop.image_height):
-            raise DataError(
-                f"{location} has a mask of {size[0]} x {size[1]} pixels and an image of {crop.image_width} x "
-                f"{crop.image_height}: write its shard again"
-            )
-        if self.ignore_id is not None:
-            mask = np.where(mask == self.ignore_id, NO_CLASS, mask)
-        if mask.max(initial=0) >= len(self.classes):
-            raise DataError(
-                f"{location} has id {mask.max()} in its mask, and there are {len(self.classes)} classes; "
-                f"data.ignore_id is the id of ignored pixels"
-            )
-        return mask.astype(np.int16)
-
-    def empty_label(self, output_hw: tuple[int, int]) -> np.ndarray:
-        return np.full(output_hw, NO_CLASS, np.int16)
-
-    def describe_label(self, label: np.ndarray) -> str:
-        shares = np.bincount(label[label != NO_CLASS].ravel(), minlength=len(self.classes)) / max(1, label.size)
-        largest = [number for number in np.argsort(-shares, kind="stable") if shares[number]]
-        return ", ".join(f"{self.classes[number]} {100 * shares[number]:.0f}%" for number in largest) or "no class"
-
-    def draw_label(self, image: Image.Image, label: np.ndarray) -> Image.Image:
-        return draw_mask(image, label, len(self.classes))
-
-
-@dataclass(frozen=True)
-class BoxReader(LabelReader):
-    """Reader of COCO annotations: float32 [n, 5], left, top, right, bottom in pixels of the input, and the class.
-
-    ``bbox`` is left, top, width, height in pixels of the image; boxes with ``iscrowd`` are dropped.
+    severity: "fault" if they cannot be meant as they are read, "untrainable" if nothing can be learned from them,
+    "note" if they may be right.
     """
 
-    field: str
-    classes: tuple[str, ...]
+    severity: Literal["fault", "untrainable", "note"]
+    sentence: str
 
-    def read_label(self, data: bytes, crop: AppliedCrop, location: str) -> np.ndarray:
-        boxes = []
-        for annotation in _parse_list(data, self.field, "annotations", location):
-            try:
-                left, top, width, height = (float(number) for number in annotation["bbox"])
-                label, crowd = annotation["category_id"], annotation.get("iscrowd", 0)
-            except (TypeError, KeyError, ValueError, OverflowError):
-                raise DataError(
-                    f"{location}: {str(annotation)[:60]} is no box with bbox and category_id as in COCO"
-                ) from None
-            if crowd not in (0, 1):
-                raise DataError(f"{location}: {str(annotation)[:60]} has iscrowd {crowd!r:.20}, which is 0 or 1")
-            if crowd:
-                continue
-            right, bottom = left + width, top + height
-            outside = (
-                min(left, top) < -_OUTSIDE_TOLERANCE
-                or right > crop.image_width + _OUTSIDE_TOLERANCE
-                or bottom > crop.image_height + _OUTSIDE_TOLERANCE
+
+class LabelSurvey:
+    """Counts over the labels of a data set, or over some of them. Thread-safe."""
+
+    noun = "labels"
+
+    def __init__(self, reader: LabelReader) -> None:
+        self.field = reader.field
+        self.num_labels = 0
+        self.num_missing = 0
+        self.num_undecodable = 0
+        self._first_undecodable = ""
+        self._reader = reader
+        self._lock = threading.Lock()
+
+    def add(self, data: bytes, image_size: tuple[int, int], location: str) -> None:
+        """Read the label of a sample whose image has this (width, height), and count it.
+
+        Raises: UndecodableError, DataError, as ``LabelReader.read_label``.
+        """
+        try:
+            facts = self.read_facts(data, AppliedCrop.whole_image(*image_size), location)
+        except UndecodableError as error:
+            with self._lock:
+                self.num_undecodable += 1
+                self._first_undecodable = self._first_undecodable or f"{location}: {error}"
+            raise
+        with self._lock:
+            self.num_labels += 1
+            self.count(facts)
+
+    def add_missing(self) -> None:
+        """Count a sample that has no such label."""
+        with self._lock:
+            self.num_missing += 1
+
+    def read_facts(self, data: bytes, crop: AppliedCrop, location: str) -> Any:
+        """Read a label completely and return what ``count`` needs of it. Raises: as ``LabelReader.read_label``."""
+        return self._reader.read_label(data, crop, location)
+
+    def count(self, facts: Any) -> None:
+        """Count a label. One thread at a time calls it."""
+
+    def needs_more(self) -> bool:
+        """Return whether more labels may change the findings: nothing that can be learned has been met so far."""
+        return False
+
+    def summary(self) -> str:
+        """Return what the labels hold, as a line."""
+        return f"{self.num_labels} {self.noun}"
+
+    def findings(self, *, is_complete: bool) -> list[Finding]:
+        """Return what the labels show; is_complete: they are all labels of a split, not some of them."""
+        findings = []
+        if self.num_undecodable:
+            most = self.num_undecodable > self.num_labels
+            sentence = (
+                f"{self.num_undecodable} of {self.num_undecodable + self.num_labels} {self.noun} do not decode, the "
+                f"first: {self._first_undecodable}"
             )
-            if outside or not (width > 0 and height > 0 and isfinite(left + top)):
-                raise DataError(
-                    f"{location}: the box {[left, top, width, height]} (left, top, width, height) is not inside its "
-                    f"image of {crop.image_width} x {crop.image_height} pixels"
-                )
-            boxes.append((left, top, right, bottom, _check_class(label, len(self.classes), location)))
-        return _crop_boxes(np.array(boxes, np.float64).reshape(-1, 5), crop)
+            findings.append(Finding("fault" if most else "note", sentence))
+        return findings + (self.content_findings(is_complete=is_complete) if self.num_labels else [])
 
-    def empty_label(self, output_hw: tuple[int, int]) -> np.ndarray:
-        return np.zeros((0, 5), np.float32)
+    def content_findings(self, *, is_complete: bool) -> list[Finding]:
+        """Return what the labels that decode show; there is at least one."""
+        return []
 
-    def example_label(self, output_hw: tuple[int, int]) -> np.ndarray:
-        return np.zeros((_EXAMPLE_BOXES, 5), np.float32)
 
-    def collate(self, labels: Sequence[np.ndarray | None], output_hw: tuple[int, int]) -> Tensor:
-        """Return float32 [B, largest number of boxes, 5]; padding boxes have the class ``NO_CLASS``."""
-        max_boxes = max((len(row) for row in labels if row is not None), default=0)
-        boxes = np.zeros((len(labels), max_boxes, 5), np.float32)
-        boxes[..., 4] = NO_CLASS
-        for number, row in enumerate(labels):
-            if row is not None:
-                boxes[number, : len(row)] = row
-        return _to_pinned_tensor(boxes)
+def describe_missing_classes(missing: Sequence[int], classes: Sequence[str], scope: str, *, of: str) -> list[Finding]:
+    """Return a note of the classes that ``scope`` (labels) lacks; ``of``: what numbers them, such as "mask ids"."""
+    if not missing:
+        return []
+    hint = f"; {of} count from 0, in the order of the class names" if 0 in missing else ""
+    word = "class" if len(missing) == 1 else "classes"
+    return [Finding("note", f"{word} {list_names(classes[number] for number in missing)}: in none of {scope}{hint}")]
 
-    def describe_label(self, label: np.ndarray) -> str:
-        counts = Counter(self.classes[int(number)] for number in label[:, 4])
-        return ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "no box"
 
-    def draw_label(self, image: Image.Image, label: np.ndarray) -> Image.Image:
-        return draw_box_outlines(image, label, len(self.classes))
+def list_names(names: Iterable[str]) -> str:
+    """Return quoted names, the first few of many."""
+    quoted = [f"'{name}'" for name in names]
+    rest = len(quoted) - _MAX_LISTED
+    return ", ".join(quoted[:_MAX_LISTED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def resolve_label_field(cfg: DataConfig, dataset: Dataset, default: str, task: str) -> str:
@@ -227,37 +201,63 @@ def require_class_names(dataset: Dataset) -> tuple[str, ...]:
     return dataset.classes
 
 
-def _crop_boxes(boxes: np.ndarray, crop: AppliedCrop) -> np.ndarray:
-    """Convert boxes from image pixels to input pixels, clip them, and drop boxes without visible area."""
-    left, top, right, bottom = (round(edge) for edge in crop.box)
-    height, width = crop.output_hw
-    x_scale, y_scale = width / max(1, right - left), height / max(1, bottom - top)
-    boxes[:, [0, 2]] = ((boxes[:, [0, 2]] - left) * x_scale).clip(0, width)
-    boxes[:, [1, 3]] = ((boxes[:, [1, 3]] - top) * y_scale).clip(0, height)
-    if crop.flipped:
-        boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
-    visible = (boxes[:, 2] - boxes[:, 0] >= _MIN_BOX_SIDE) & (boxes[:, 3] - boxes[:, 1] >= _MIN_BOX_SIDE)
-    return boxes[visible].astype(np.float32)
+def parse_json_list(data: bytes, field: str, entry: str, location: str) -> tuple[list[Any], dict[str, Any]]:
+    """Return the list in a .json member, which is the whole value or its ``entry``, and the object that holds it.
 
-
-def _parse_list(data: bytes, field: str, entry: str, location: str) -> list[Any]:
-    """Return the list in a .json member: the whole value, or its ``entry``."""
+    The object is empty if the list is the whole value. Raises: DataError that says what the member holds instead.
+    """
     try:
         value = json.loads(data)
-        labels = value if isinstance(value, list) else value[entry]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        labels = None
-    if not isinstance(labels, list):
-        raise DataError(f"{location}: its .{field} is no JSON list, nor an object with a list '{entry}'")
-    return labels
+    except (ValueError, RecursionError):
+        value, held = None, "it is no JSON"
+    else:
+        if isinstance(value, list):
+            return value, {}
+        if isinstance(value, dict) and isinstance(value.get(entry), list):
+            return value[entry], value
+        held = _describe_json(value, entry)
+    raise DataError(f"{location}: its .{field} is no JSON list, nor an object with a list '{entry}': {held}")
 
 
-def _check_class(label: Any, num_classes: int, location: str) -> int:
-    if type(label) is not int or not 0 <= label < num_classes:
-        raise DataError(f"{location} has label {label!r}, and labels are 0 to {num_classes - 1}")
+def _describe_json(value: Any, entry: str) -> str:
+    """Return what a JSON value holds in place of a list, for the end of a sentence."""
+    if not isinstance(value, dict):
+        return f"it is {shorten(value)}"
+    if entry in value:
+        return f"its '{entry}' is {shorten(value[entry])}"
+    return f"its entries are {list_names(value)}" if value else "it is empty"
+
+
+def shorten(value: Any) -> str:
+    """Return a value as text of at most 60 characters and an ellipsis."""
+    text = repr(value)
+    return text if len(text) <= _MAX_QUOTED else f"{text[:_MAX_QUOTED]}..."
+
+
+def explain_turned_size(stated: tuple[float, float], crop: AppliedCrop) -> str:
+    """Return the end of a sentence about a (width, height) that is not the image's: a turned image, or nothing."""
+    if stated != (crop.image_height, crop.image_width):
+        return ""
+    return (
+        "; these are its sides exchanged: the label was made for the stored pixels, and the image is turned upright by its "
+        "EXIF orientation: turn the label too, or store the image upright and without that tag"
+    )
+
+
+def resolve_class(label: Any, classes: Sequence[str], location: str, hint: str = "") -> int:
+    """Return the number of a class, given by number or by name. Without ``classes``, their number is not known.
+
+    Raises: DataError, whose sentence ends with ``hint``.
+    """
+    if isinstance(label, str) and label in classes:
+        return classes.index(label)
+    limit = len(classes) or np.iinfo(np.int32).max
+    if type(label) is not int or not 0 <= label < limit:
+        raise DataError(f"{location} has label {shorten(label)}, and labels are 0 to {limit - 1}{hint}")
     return label
 
 
-def _to_pinned_tensor(array: np.ndarray) -> Tensor:
+def to_pinned_tensor(array: np.ndarray) -> Tensor:
+    """Return an array as a tensor, pinned if CUDA is available."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory() if torch.cuda.is_available() else tensor

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from foveal.data.pack.options import PackOptions
+from foveal.data.pack.record import PackSource
 from foveal.data.pack.source import PackDataset, PackSample, PackSplit, split_train_val
 from foveal.data.pack.writer import write_dataset_if_absent
 
@@ -19,9 +20,10 @@ def pack_digits(output_folder: Path) -> bool:
     """Pack scikit-learn's digits as PNG: 1,437 for training, 360 (36 per class) for validation.
 
     Return whether the shards were written now; an existing data set is left unchanged.
-    Raises: DataError if the folder holds other files.
+    Raises: DataError if the folder holds other files or another data set.
     """
-    return write_dataset_if_absent(output_folder, _load_dataset, PackOptions(samples_per_shard=_SAMPLES_PER_SHARD))
+    options = PackOptions(samples_per_shard=_SAMPLES_PER_SHARD)
+    return write_dataset_if_absent(output_folder, PackSource("digits"), _load_dataset, options)
 
 
 def _load_dataset() -> PackDataset:
@@ -39,7 +41,10 @@ def _load_dataset() -> PackDataset:
     return PackDataset(
         name="digits",
         classes=tuple(str(digit) for digit in range(10)),
-        splits={"train": PackSplit(train, get_sample), "val": PackSplit(val, get_sample)},
+        splits={
+            name: PackSplit(numbers, digits.target[numbers], get_sample)
+            for name, numbers in (("train", train), ("val", val))
+        },
         pixel_stats=((float(pixels.mean()),), (float(pixels.std()),)),
     )
 

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from foveal.data.image.decode import UndecodableError, decode_image
+from foveal.data.image.decode import BIT_DEPTH_OPTION, UndecodableError, decode_image, read_image_size
+from foveal.data.image.targets import LabelSurvey
+from foveal.data.pack.label_member import ImageSize, LabelMember
 from foveal.data.pack.options import PackOptions
-from foveal.data.pack.source import PackSample, PixelStats
+from foveal.data.pack.source import PackSample, PixelStats, SampleLabel
 from foveal.errors import DataError
 
 _FIELDS = {
@@ -30,47 +32,84 @@ PixelMoments = tuple[np.ndarray, np.ndarray]  # mean and mean square of RGB pixe
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """A sample as stored in the shard. moments: of its pixels, if requested."""
+    """A sample as stored in the shard. label_data: bytes of its label member.
+
+    moments: of its pixels, and size: width and height, if requested.
+    """
 
     key: str
     field: str
-    label: int
+    label: SampleLabel
     data: bytes
     moments: PixelMoments | None = None
+    label_data: bytes | None = None
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class SkippedSample:
-    """An image that is skipped because it does not decode."""
+    """An image that is skipped because it, or its label, does not decode."""
 
     location: str
     reason: str
 
 
-def encode_sample(sample: PackSample, options: PackOptions, with_moments: bool) -> EncodedSample | SkippedSample:
+def encode_sample(
+    sample: PackSample,
+    options: PackOptions,
+    with_moments: bool,
+    label_member: LabelMember | None = None,
+    label_survey: LabelSurvey | None = None,
+) -> EncodedSample | SkippedSample:
     """Read a sample, decode it if options or moments need its pixels, and re-encode it if the options change it.
 
-    Raises: DataError with the image's location if it cannot be read, or does not decode and ``skip_bad`` is off.
+    A label member is read, checked and counted in ``label_survey``, and resized with its image.
+    Raises: DataError with the image's location if it cannot be read, or does not decode and ``skip_bad`` is off, and
+    if a label is wrong.
     """
+    label_data = None
     try:
         data = sample.read_bytes()
-    except OSError as error:
-        raise DataError(f"{sample.location} cannot be read ({error})") from None
-    try:
+        if label_member is not None and label_survey is not None:
+            size = read_image_size(data)
+            label_data = read_label_data(sample, size, label_member, label_survey)
         if not (with_moments or options.may_reencode or options.skip_bad):
-            return EncodedSample(sample.key, sample.field or _detect_field(data), sample.label, data)
-        image = decode_image(data, 3)
+            return EncodedSample(
+                sample.key, sample.field or _detect_field(data), sample.label, data, label_data=label_data
+            )
+        image = decode_image(data, 3, bit_depth=options.bit_depth)
         if options.may_reencode:
+            before = image.size
             field, data, image = _encode_image(data, image, options)
+            if label_data is not None and label_member is not None and image.size != before:
+                label_data = label_member.resize(label_data, before, image.size)
         else:
             field = sample.field or _detect_field(data)
+    except OSError as error:
+        raise DataError(f"{sample.location} cannot be read ({error})") from None
     except UndecodableError as error:
+        reason = str(error).replace(BIT_DEPTH_OPTION, "--bit-depth BITS")  # there is nothing yet to index
         if options.skip_bad:
-            return SkippedSample(sample.location, str(error))
+            return SkippedSample(sample.location, reason)
         raise DataError(
-            f"{sample.location} does not decode ({error}): repair or remove it, or leave out all such with --skip-bad"
+            f"{sample.location} does not decode ({reason}): repair or remove it, or leave out all such with --skip-bad"
         ) from None
-    return EncodedSample(sample.key, field, sample.label, data, _compute_moments(image) if with_moments else None)
+    moments, size = (_compute_moments(image), image.size) if with_moments else (None, None)
+    return EncodedSample(sample.key, field, sample.label, data, moments, label_data, size)
+
+
+def read_label_data(sample: PackSample, size: ImageSize, label_member: LabelMember, survey: LabelSurvey) -> bytes:
+    """Return the bytes of a sample's label, which was read as training does and counted in ``survey``.
+
+    Raises: OSError; UndecodableError; DataError if it is no valid label of an image of this size.
+    """
+    assert sample.read_label is not None
+    data = sample.read_label(size)
+    try:
+        survey.add(data, size, sample.location)
+    except DataError as error:
+        raise DataError(label_member.explain(str(error))) from None
+    return data
 
 
 def compute_pixel_stats(moments: list[PixelMoments]) -> PixelStats:

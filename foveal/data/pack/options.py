@@ -19,7 +19,10 @@ class PackOptions(Config):
         description="Largest number of samples per shard, in place of --shard-mb; shards get equal counts.",
     )
     val_fraction: float = Field(
-        default=0.1, ge=0, le=0.9, description="Fraction of every class for validation, if the source has no splits."
+        default=0.1,
+        ge=0,
+        le=0.9,
+        description="Fraction of every class, or of images without labels, for validation, if the source has no splits.",
     )
     workers: int = Field(
         default_factory=lambda: len(os.sched_getaffinity(0)),
@@ -37,6 +40,12 @@ class PackOptions(Config):
         ge=1,
         le=100,
         description="Re-encode all JPEG and WebP at this quality; default: 90, and only images that change.",
+    )
+    bit_depth: int | None = Field(
+        default=None,
+        ge=9,
+        le=16,
+        description="Bits that images stored in 16 bits per pixel use, such as 12 of a sensor.",
     )
     skip_bad: bool = Field(default=False, description="Decode all images; skip and list images that do not decode.")
 

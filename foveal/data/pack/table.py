@@ -1,24 +1,29 @@
-"""Packing of images from a CSV or Parquet table of paths, and optionally of labels and splits."""
+"""Packing of images from a CSV or Parquet table of paths or images, and optionally of labels and splits."""
 
-import csv
-import difflib
-import itertools
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
+from foveal.data.format.class_counts import list_some
+from foveal.data.pack.file_parts import describe_other_parts
 from foveal.data.pack.folder import make_file_sample
+from foveal.data.pack.image_cells import make_cell_sample, require_image_type
+from foveal.data.pack.image_paths import find_image_files, find_repeated_files
+from foveal.data.pack.label_cells import MISSING_TEXTS, ColumnRules, is_text
+from foveal.data.pack.labels import ColumnLabels, parse_labels
 from foveal.data.pack.options import PackOptions
-from foveal.data.pack.source import PackDataset, PackSample, build_splits, parse_labels
-from foveal.data.pack.writer import map_in_order, write_dataset_if_absent
+from foveal.data.pack.record import PackSource
+from foveal.data.pack.source import PackDataset, PackSample, build_splits
+from foveal.data.pack.split_names import normalize_split_names
+from foveal.data.pack.table_file import TableColumns, read_table
+from foveal.data.pack.writer import write_dataset_if_absent
 from foveal.errors import DataError
-
-_CHUNK = 256  # files per job that checks for missing files
-
-Columns = dict[str, list[Any]]
 
 
 def pack_table(
@@ -29,97 +34,91 @@ def pack_table(
     label_column: str | None = None,
     split_column: str | None = None,
     image_root: Path | None = None,
+    label_separator: str | None = None,
+    label_lists: str | None = None,
     **options: Any,
 ) -> bool:
     """Pack the images that a CSV or Parquet table lists, as shards in hashed order.
 
-    image_column: paths, relative to ``image_root`` (default: the table's folder). label_column: labels or class names;
-    an empty cell means no label. split_column: split names; without it ``val_fraction`` of every class is for
-    validation. options: fields of PackOptions. Return whether the shards were written now.
-    Raises: DataError with the row if the table or an image cannot be read; ConfigError for invalid options.
+    image_column: paths, relative to ``image_root`` (default: the table's folder); in Parquet also bytes of images, or
+    structs of bytes and path. label_column: class numbers, class names, or lists of them; an empty cell means no label.
+    label_separator, label_lists: ``separator`` and ``lists`` of ``ColumnRules``. split_column: split names; without it
+    ``val_fraction`` of every class is for validation. options: fields of PackOptions. Return whether the shards were
+    written now.
+    Raises: DataError with the row if the table or an image cannot be read, or a label's meaning is not certain;
+    ConfigError for invalid options.
     """
     pack_options = PackOptions.from_dict(options, "pack")
+    root = image_root or table_file.parent
 
     def load_dataset() -> PackDataset:
         names = [name for name in (image_column, label_column, split_column) if name is not None]
-        columns = _read_columns(table_file, names)
-        files = _find_files(
-            table_file, image_column, columns[image_column], image_root or table_file.parent, pack_options.workers
+        table = read_table(table_file, names, output_folder.resolve().parent)
+        images = table.columns[image_column]
+        image_kind = require_image_type(images.type, f"{table_file}, column '{image_column}'")
+        labels = _read_labels(
+            table_file, table, label_column, ColumnRules(None, table.is_csv, label_separator, label_lists)
         )
-        values = columns[label_column] if label_column else [None] * len(files)
-        labels, classes = parse_labels(values, f"{table_file}, column '{label_column}'")
-        split_names = _read_texts(table_file, split_column, columns[split_column]) if split_column else None
-        get_sample = partial(_make_sample, table_file, files, labels)
-        pack_splits = build_splits(split_names, labels, pack_options.val_fraction, get_sample)
-        return PackDataset(table_file.stem, classes, pack_splits)
+        split_names = _read_split_names(table_file, split_column, table) if split_column else None
+        notes = [*describe_other_parts(table_file), *table.notes]
+        if image_kind == "paths":
+            texts = _read_texts(table_file, image_column, table)
+            files, path_notes = find_image_files(table_file, texts, root, pack_options.workers)
+            notes += path_notes + find_repeated_files(table_file, files, labels, split_names)
+            get_sample = partial(_make_file_sample, table_file, files, labels)
+        else:
+            get_sample = partial(_make_cell_sample, table_file, images, labels, root)
+        if label_column is None and (others := sorted(set(table.all_names) - set(names))):
+            notes.append(f"packed without labels: --label-column names their column ({list_some(others)})")
+        pack_splits = build_splits(split_names, labels.labels, pack_options.val_fraction, get_sample)
+        return labels.make_dataset(table_file.stem, pack_splits, notes)
 
-    return write_dataset_if_absent(output_folder, load_dataset, pack_options)
+    settings = {"image_column": image_column, "label_column": label_column, "split_column": split_column}
+    settings |= {"label_separator": label_separator, "label_lists": label_lists}
+    return write_dataset_if_absent(output_folder, PackSource("table", table_file, settings), load_dataset, pack_options)
 
 
-def _make_sample(table: Path, files: Sequence[Path], labels: np.ndarray, number: int) -> PackSample:
-    return make_file_sample(files, labels, number, f"{files[number]} (row {number + 1} of {table})")
+def _make_file_sample(table: Path, files: Sequence[Path], labels: ColumnLabels, number: int) -> PackSample:
+    location = f"{files[number]} (row {number + 1} of {table})"
+    return replace(make_file_sample(files, labels.labels, number, location), label=labels[number])
 
 
-def _read_columns(table: Path, names: Sequence[str]) -> Columns:
-    """Return the named columns, one entry per row.
+def _make_cell_sample(
+    table: Path, images: pa.ChunkedArray, labels: ColumnLabels, root: Path, number: int
+) -> PackSample:
+    return make_cell_sample(images[number].as_py(), number, labels[number], root, f"{table}: row {number + 1}")
 
-    Raises: DataError if the table cannot be read, is empty, or lacks a column.
+
+def _read_labels(table: Path, columns: TableColumns, name: str | None, rules: ColumnRules) -> ColumnLabels:
+    if name is None:
+        return ColumnLabels(np.full(len(next(iter(columns.columns.values()))), -1, dtype=np.int64))
+    labels = parse_labels(columns.columns[name], f"{table}, column '{name}'", rules)
+    return replace(labels, notes=tuple(f"column '{name}': {note}" for note in labels.notes))
+
+
+def _read_split_names(table: Path, name: str, columns: TableColumns) -> list[str]:
+    """Return a column of splits: texts, flags or whole numbers; 1.0, as a float or as a text in CSV, is 1.
+
+    Raises: DataError for a row without a split, and for a name that no split can have.
     """
-    readers = {".csv": _read_csv, ".parquet": _read_parquet}
-    if table.suffix.lower() not in readers:
-        raise DataError(f"{table}: a table is expected whose name ends in {' or '.join(readers)}")
+    values = columns.columns[name].to_pylist()
+    texts = [None if value is None or value != value else str(value).strip() for value in values]  # noqa: PLR0124 - NaN
+    if columns.is_csv or not is_text(columns.columns[name].type):
+        texts = [text and re.sub(r"^(\d+)\.0+$", r"\1", text) for text in texts]
+    as_texts = replace(columns, columns=columns.columns | {name: pa.array(texts, pa.large_string())})
+    names = _read_texts(table, name, as_texts)
     try:
-        columns = readers[table.suffix.lower()](table, names)
-    except FileNotFoundError:
-        raise DataError(f"{table}: no such table") from None
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{table} cannot be read ({' '.join(str(error).split())})") from None
-    if not next(iter(columns.values())):
-        raise DataError(f"{table} has no rows")
-    return columns
+        normalize_split_names(names)
+    except DataError as error:
+        raise DataError(f"{table}, column '{name}': {error}") from None
+    return names
 
 
-def _read_csv(table: Path, names: Sequence[str]) -> Columns:
-    with table.open(newline="", encoding="utf-8-sig") as stream:
-        rows = csv.DictReader(stream)
-        _require_columns(table, names, rows.fieldnames or ())
-        columns: Columns = {name: [] for name in names}
-        for row in rows:
-            for name in names:
-                columns[name].append(row[name])
-    return columns
-
-
-def _read_parquet(table: Path, names: Sequence[str]) -> Columns:
-    from pyarrow import parquet  # imported here: a fifth of a second that only Parquet needs
-
-    with parquet.ParquetFile(table) as file:
-        _require_columns(table, names, file.schema_arrow.names)
-        return file.read(columns=list(names)).to_pydict()
-
-
-def _require_columns(table: Path, names: Sequence[str], columns: Sequence[str]) -> None:
-    for name in names:
-        if name not in columns:
-            close = difflib.get_close_matches(name, columns, n=1)
-            hint = f"did you mean '{close[0]}'?" if close else f"there are: {', '.join(columns)}"
-            raise DataError(f"{table} has no column '{name}'; {hint}")
-
-
-def _read_texts(table: Path, column: str, values: Sequence[Any]) -> list[str]:
+def _read_texts(table: Path, name: str, columns: TableColumns) -> list[str]:
     """Return a column of texts. Raises: DataError for a row without a text."""
+    values = columns.columns[name].to_pylist()
+    missing = MISSING_TEXTS if columns.is_csv else ()
     for row, value in enumerate(values, 1):
-        if not isinstance(value, str) or not value.strip():
-            raise DataError(f"{table}: row {row} has no text in column '{column}'")
+        if not isinstance(value, str) or not value.strip() or value.strip() in missing:
+            raise DataError(f"{table}: row {row} has no text in column '{name}'")
     return [value.strip() for value in values]
-
-
-def _find_files(table: Path, column: str, values: Sequence[Any], root: Path, workers: int) -> list[Path]:
-    """Return the image files. Raises: DataError for a missing file, before hours of packing and not after."""
-    files = [root / name for name in _read_texts(table, column, values)]
-    chunks = (files[start : start + _CHUNK] for start in range(0, len(files), _CHUNK))
-    exist = map_in_order(lambda chunk: [file.is_file() for file in chunk], chunks, workers)
-    for row, exists in enumerate(itertools.chain.from_iterable(exist), 1):
-        if not exists:
-            raise DataError(f"{table}: row {row} names {files[row - 1]}, and there is no such file; see --root")
-    return files

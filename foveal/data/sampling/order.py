@@ -14,6 +14,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from foveal.data.sampling.lanes import check_lanes, divisors
 from foveal.errors import ConfigError, DataError
 from foveal.seeding import derive_key, draw_integer, draw_permutation
 
@@ -279,20 +280,6 @@ def _compute_quotas(
     return steps, (steps * batch - sum(mixed_quotas), *mixed_quotas)
 
 
-def check_lanes(batch_size: int, num_lanes: int) -> None:
-    """Raise ConfigError, with the nearest valid number, unless the lanes divide the batch into 2 or more images each.
-
-    Mixup takes the partner of an image from the same lane, hence the minimum of 2; a batch of 1 image has 1 lane.
-    """
-    fitting = [number for number in divisors(batch_size) if batch_size // number >= 2 or batch_size == 1]
-    if num_lanes not in fitting:
-        nearest = min(fitting, key=lambda number: (abs(number - num_lanes), number))
-        raise ConfigError(
-            f"data.lanes={num_lanes} does not fit a batch of {batch_size} images: lanes divide the batch, with 2 "
-            f"images or more in each; the nearest that fits is data.lanes={nearest}"
-        )
-
-
 def rank_slot_range(batch_size: int, num_lanes: int, rank: int, world_size: int) -> tuple[int, int]:
     """Return the slots [start, stop) of a step that a rank takes.
 
@@ -305,7 +292,7 @@ def rank_slot_range(batch_size: int, num_lanes: int, rank: int, world_size: int)
         fit = fit if fit >= 2 * num_lanes else 2 * num_lanes * world_size // math.gcd(2 * num_lanes, world_size)
         raise ConfigError(
             f"a batch of {batch_size} images cannot be dealt to {world_size} ranks equally: the nearest batch that "
-            f"fits is {fit} (batch.global_size), the nearest numbers of ranks are "
+            f"fits is {fit} (batch.global_size), the nearest number of ranks is "
             f"{_nearest_divisors(batch_size, world_size)}"
         )
     rank_batch = batch_size // world_size
@@ -325,12 +312,6 @@ def microbatches_per_step(batch_size: int, world_size: int, microbatch_size: int
             f"it does not change the result"
         )
     return rank_batch // microbatch_size
-
-
-def divisors(number: int) -> list[int]:
-    """Return all divisors in ascending order."""
-    low = [small for small in range(1, math.isqrt(number) + 1) if number % small == 0]
-    return sorted({*low, *(number // small for small in low)})
 
 
 def _nearest_divisors(number: int, target: int) -> str:

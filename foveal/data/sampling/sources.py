@@ -2,16 +2,19 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from foveal.data.config import DataConfig, is_url
 from foveal.data.dataset import Dataset
 from foveal.data.format.shard_index import ShardIndex
+from foveal.data.sampling.lanes import check_set_fills_batch, derive_lanes
 from foveal.data.sampling.order import SampleOrder, SampleSlots
 from foveal.data.sampling.subset import SplitSubset, select_subset
-from foveal.errors import ConfigError
+from foveal.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,22 @@ class SampleLocation:
         """Path of the shard and key of the sample, for messages."""
         path = self.dataset.shard_display_path(self.split, self.shard_number)
         return f"{path}: sample '{self.shard_index.key(self.index_row)}'"
+
+
+def find_image_member(location: SampleLocation, label_field: str | None, decode_version: int) -> tuple[int, int]:
+    """Return offset and size, in bytes, of a sample's image, which is never its label.
+
+    Raises: DataError if the sample has no image beside its label, or if the run is one of decode_version 1 that took the
+    label for the image.
+    """
+    index, row = location.shard_index, location.index_row
+    member = index.find_image_offset_size(row, label_field)
+    if decode_version == 1 and label_field is not None and member != index.find_image_offset_size(row):
+        raise DataError(
+            f"{location.description}: data.decode_version=1, the rules of runs before 0.2, takes its label "
+            f".{label_field} for its image: start a new run (run.fresh=true) without this setting"
+        )
+    return member
 
 
 @dataclass(frozen=True)
@@ -124,10 +143,13 @@ class TrainingSet:
         return sum(source.dataset.download_counter() for source in self.sources)
 
 
-def build_training_set(dataset: Dataset, cfg: DataConfig, *, seed: int, batch_size: int) -> TrainingSet:
+def build_training_set(
+    dataset: Dataset, cfg: DataConfig, *, seed: int, batch_size: int, num_ranks: int = 1
+) -> TrainingSet:
     """Return the training subset of ``dataset`` and the data sets of data.mix, in batches of ``batch_size`` images.
 
-    Raises: as ``Dataset.open``, ``select_subset`` and ``SampleOrder``.
+    ``num_ranks``: for the batch that a refusal suggests; the order does not depend on it.
+    Raises: DataError, with a batch that fits, if the subset is smaller than a batch; as ``Dataset.open``, ``select_subset`` and ``SampleOrder``.
     """
     subset = select_subset(dataset, cfg, split=cfg.train, subset="train", seed=seed)
     sources = [SampleSource(dataset, cfg.train, subset)]
@@ -144,7 +166,11 @@ def build_training_set(dataset: Dataset, cfg: DataConfig, *, seed: int, batch_si
     mix = [
         (source.subset.samples_per_shard, entry.fraction) for source, entry in zip(sources[1:], cfg.mix, strict=True)
     ]
-    order = SampleOrder(sources[0].subset.samples_per_shard, batch_size, cfg.lanes, cfg.window, seed, mix)
+    sizes = [len(source.subset) for source in sources]
+    first_fraction = 1 - sum(Fraction(repr(entry.fraction)) for entry in cfg.mix)
+    check_set_fills_batch(sizes[0], batch_size, Fraction(first_fraction), cfg.lanes, num_ranks)
+    num_lanes = derive_lanes(batch_size, sizes) if cfg.lanes is None else cfg.lanes
+    order = SampleOrder(sources[0].subset.samples_per_shard, batch_size, num_lanes, cfg.window, seed, mix)
     return TrainingSet(tuple(sources), order, seed)
 
 
@@ -153,8 +179,11 @@ def _mix_settings(cfg: DataConfig, path: str, index: str | None, split: str) -> 
     return cfg.model_dump() | {"path": path, "index": index, "train": split, "val": split, "mix": ()}
 
 
-def collect_mix_digests(sources: Sequence[SampleSource]) -> dict[str, str]:
-    """Return the digests of all sources but the first, by name, for a run's science settings."""
-    return {
-        f"data.mix.{number}": source.dataset.samples_digest(source.split) for number, source in enumerate(sources[1:])
-    }
+def collect_mix_facts(sources: Sequence[SampleSource]) -> dict[str, Any]:
+    """Return digest and, if stated, bit depth of all sources but the first, by name, for a run's science settings."""
+    facts: dict[str, Any] = {}
+    for number, source in enumerate(sources[1:]):
+        facts[f"data.mix.{number}"] = source.dataset.samples_digest(source.split)
+        if source.dataset.manifest.bit_depth is not None:
+            facts[f"data.mix.{number}.bit_depth"] = source.dataset.manifest.bit_depth
+    return facts

@@ -175,9 +175,11 @@ def _sample_per_class(
         needed = num_train + cfg.holdout_per_class
         if len(members) < needed or (cfg.samples_per_class is None and len(members) == needed):
             outside = "" if cfg.fold is None else f" outside fold {cfg.fold.number} of {cfg.fold.of}"
+            smallest = int(np.unique(candidate_labels, return_counts=True)[1].min())
             raise DataError(
                 f"{dataset.folder}: class {int(label)} has {len(members)} samples{outside}, too few for "
-                f"data.samples_per_class={num_train} and data.holdout_per_class={cfg.holdout_per_class}"
+                f"data.samples_per_class={num_train} and data.holdout_per_class={cfg.holdout_per_class}: "
+                f"{smallest - (cfg.samples_per_class is None)} together are what every class has"
             )
         members = members[np.argsort(hash_ids(key, members), kind="stable")]
         if subset == "holdout":

@@ -1,8 +1,10 @@
 """Folder behind a URL. Every call has a time limit and a number of attempts, and then raises DataError."""
 
 import asyncio
+import contextlib
 import datetime as dt
 import email.utils
+import functools
 import io
 import logging
 import threading
@@ -25,6 +27,8 @@ _GRACE = 1.0  # seconds that a call may exceed its own limit before the waiting 
 _DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
 _REFUSALS = (401, 403, 404, 410)  # HTTP: unauthorized, forbidden, not found, gone
 _MODIFIED = ("LastModified", "Last-Modified", "mtime", "updated")  # the drivers' keys for it
+_MAX_SUB_FOLDERS = 10  # looked at, each with a request
+_ETAG = ("ETag", "etag")
 
 
 class PermanentRemoteError(DataError):
@@ -59,8 +63,9 @@ class RemoteFolder:
         self._root, mark, query = root.partition("?") if protocol in ("http", "https") else (root, "", "")
         self._root = self._root.rstrip("/")
         self._query = mark + query  # the signature of a signed URL holds for every file of the folder
-        self._ignores_range = False
+        self.ignores_range = False
         self._modified: dict[str, float | None] = {}  # from the last listing
+        self._sub_folders: list[str] = []  # likewise
 
     def display_path(self, name: str = "") -> str:
         """Return the URL of a file without credentials, for messages."""
@@ -77,13 +82,28 @@ class RemoteFolder:
             finally:
                 self._filesystem.invalidate_cache()  # `file_size` must not answer from the cache
 
-        entries = {
-            entry["name"].rsplit("/", 1)[-1]: entry for entry in self._retry("", list_folder) if entry["type"] == "file"
-        }
+        listing = self._retry("", list_folder)
+        entries = {entry["name"].rsplit("/", 1)[-1]: entry for entry in listing if entry["type"] == "file"}
+        folders = [entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in listing if entry["type"] == "directory"]
+        self._sub_folders = [folder for folder in folders if not folder.startswith(".")]
         if not entries and self.folder.startswith("http"):
             raise PermanentRemoteError(f"{self.display_path()}: the server does not list what is there")
         self._modified = {name: _parse_modified_time(entry) for name, entry in entries.items()}
         return {name: entry.get("size") for name, entry in entries.items()}
+
+    def sub_folder_files(self) -> dict[str, list[str]]:
+        """Return some of the files in the sub-folders of the last listing, as far as they can be listed.
+
+        None over HTTP, whose links lead anywhere.
+        """
+        files: dict[str, list[str]] = {}
+        for folder in [] if self.folder.startswith("http") else self._sub_folders[:_MAX_SUB_FOLDERS]:
+            with contextlib.suppress(DataError):
+                files[folder] = self._retry(folder, functools.partial(self._list_names, folder))
+        return files
+
+    def _list_names(self, folder: str) -> list[str]:
+        return [path.rsplit("/", 1)[-1] for path in self._call_driver("ls", self._path(folder), detail=False)]
 
     def file_size(self, name: str) -> int:
         """Return the size of a file in bytes."""
@@ -98,6 +118,11 @@ class RemoteFolder:
             self._retry(name, lambda: self._call_driver("info", self._path(name)))
         )
 
+    def etag(self, name: str) -> str | None:
+        """Return the server's ETag of a file, which changes with its bytes; None if the server does not report it."""
+        entry = self._retry(name, lambda: self._call_driver("info", self._path(name)))
+        return next((str(entry[key]) for key in _ETAG if entry.get(key)), None)
+
     def read_up_to(self, name: str, start: int, stop: int) -> bytes:
         """Return bytes [start, stop) of a file."""
         return self._read_from(name, start, stop)[: stop - start]
@@ -106,7 +131,7 @@ class RemoteFolder:
         """Yield a file of ``size`` bytes in chunks."""
         offset = 0
         while offset < size:
-            stop = size if self._ignores_range else min(offset + CHUNK_BYTES, size)
+            stop = size if self.ignores_range else min(offset + CHUNK_BYTES, size)
             data = self._read_from(name, offset, stop)[: size - offset]
             yield data
             offset += len(data)
@@ -123,7 +148,7 @@ class RemoteFolder:
         def fetch() -> bytes:
             data = self._call_driver("cat_file", self._path(name), start=start, end=stop)
             if len(data) > stop - start:
-                self._ignores_range = True
+                self.ignores_range = True
                 data = data[start:]
             if len(data) < stop - start:
                 raise EOFError(f"{stop - start} bytes from {start} were asked for, {len(data)} came")

@@ -26,8 +26,12 @@ _PAPER, _INK, _MISSING = (255, 255, 255), (40, 40, 40), (200, 60, 60)
 def format_class_histogram(class_counts: dict[str, np.ndarray], class_names: tuple[str, ...]) -> Iterator[str]:
     """Yield the lines of a table: samples per class and split, with a bar for the first split.
 
-    Of more than 100 classes, only the ten largest and the ten smallest in the first split are listed.
+    Of more than 100 classes, only the ten largest and the ten smallest in the first split are listed. Without samples
+    of any class, whose labels may be in masks or lists, one line says so.
     """
+    if not any(counts.any() for counts in class_counts.values()):
+        yield "no sample has a class of the index; `foveal data verify --full` reads and counts labels in other members"
+        return
     first = next(iter(class_counts.values()))
     rows = list(range(len(class_names)))
     gap = None
@@ -72,7 +76,9 @@ def _draw_sample(
     """Return the thumbnail and the caption of a sample."""
     key = index.key(row).rsplit("/", 1)[-1]
     try:
-        image = decode_image(_read_member(dataset, index, index.find_image_offset_size(row)), 3)
+        label_field = None if label_reader is None else label_reader.field
+        data = _read_member(dataset, index, index.find_image_offset_size(row, label_field))
+        image = decode_image(data, 3, bit_depth=dataset.manifest.bit_depth)
     except UndecodableError as error:
         return _make_error_square(str(error)), key
     if label_reader is not None:

@@ -3,11 +3,12 @@
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO
 
 import numpy as np
@@ -17,8 +18,8 @@ from foveal.data.dataset import Dataset
 from foveal.data.format.manifest import MANIFEST_NAME, Shard, write_manifest
 from foveal.data.format.shard_index import IndexRules, ShardIndex
 from foveal.data.image.decode import UndecodableError, decode_image
-from foveal.data.image.targets import AppliedCrop, LabelReader
-from foveal.data.indexing.index import scan_shard_stream
+from foveal.data.image.targets import LabelSurvey
+from foveal.data.indexing.shards import scan_shard_stream
 from foveal.data.storage.folder import Folder
 from foveal.errors import DataError
 
@@ -33,17 +34,18 @@ def verify_dataset(
     *,
     full: bool,
     workers: int,
-    label_reader: LabelReader | None = None,
+    label_surveys: Mapping[str, Sequence[LabelSurvey]] = MappingProxyType({}),
+    require_labels: bool = True,
     record_missing_checksums: bool = False,
     on_progress: Callable[[int, int], None] = lambda _finished, _total: None,
 ) -> list[str]:
     """Return the faults of a data set, one sentence each, in the order of its splits and shards.
 
     Always: every shard has the size, and its index the digest and count, in the manifest. full: also check sha256 and
-    tar headers against the index, decode every image in ``workers`` threads, and read every label with
-    ``label_reader`` if there is one; a remote shard is downloaded to a temporary file while it is checked.
-    record_missing_checksums: if there are no faults, write missing sha256 into the
-    manifest. on_progress: called with the numbers of finished and of all shards.
+    tar headers against the index, decode every image in ``workers`` threads, and read every label with each of
+    ``label_surveys``, by split, which count them; a remote shard is downloaded to a temporary file while it is checked.
+    require_labels: a sample without such a label is a fault; else it is counted. record_missing_checksums: if there are no faults, write
+    missing sha256 into the manifest. on_progress: called with the numbers of finished and of all shards.
     Raises: DataError if the folder cannot be listed or the manifest cannot be written.
     """
     if record_missing_checksums and is_url(dataset.index_folder):
@@ -57,13 +59,25 @@ def verify_dataset(
     parallel_shards = _PARALLEL_SHARDS if full else workers
     with ThreadPoolExecutor(workers) as decoders, ThreadPoolExecutor(parallel_shards) as pool:
         verifier = _ShardVerifier(
-            dataset, dataset.shard_folder, sizes, decoders, full, record_missing_checksums, label_reader
+            dataset,
+            dataset.shard_folder,
+            sizes,
+            decoders,
+            full,
+            record_missing_checksums,
+            label_surveys,
+            require_labels,
         )
         findings = pool.map(verifier.verify_shard, shards)
         for (split, number), (shard_faults, sha256) in zip(shards, findings, strict=True):
             faults += shard_faults
             sha256_of_shards[split, number] = sha256
             on_progress(len(sha256_of_shards), len(shards))
+    for split, surveys in label_surveys.items():
+        for survey in surveys:
+            findings = survey.content_findings(is_complete=True) if survey.num_labels else ()
+            sentences = [found.sentence for found in findings if found.severity == "fault"]
+            faults += [f"{dataset.folder}: split '{split}', .{survey.field}: {sentence}" for sentence in sentences]
     if record_missing_checksums and not faults:
         _record_checksums(dataset, sha256_of_shards)
     return faults
@@ -77,7 +91,8 @@ class _ShardVerifier:
     decoders: ThreadPoolExecutor
     full: bool
     record_missing_checksums: bool
-    label_reader: LabelReader | None
+    label_surveys: Mapping[str, Sequence[LabelSurvey]]
+    require_labels: bool
 
     def verify_shard(self, split_and_number: tuple[str, int]) -> ShardFindings:
         split, number = split_and_number
@@ -87,7 +102,7 @@ class _ShardVerifier:
             size_faults = self._check_size(shard, path)
             index, index_faults = self._check_index(split, number, shard, path)
             # If the size is wrong, these are not the bytes that the index describes.
-            byte_faults, sha256 = ([], None) if size_faults else self._check_bytes(shard, path, index)
+            byte_faults, sha256 = ([], None) if size_faults else self._check_bytes(split, shard, path, index)
         except DataError as error:
             return [str(error)], None
         except OSError as error:
@@ -123,7 +138,7 @@ class _ShardVerifier:
             )
         return index, faults
 
-    def _check_bytes(self, shard: Shard, path: str, index: ShardIndex | None) -> ShardFindings:
+    def _check_bytes(self, split: str, shard: Shard, path: str, index: ShardIndex | None) -> ShardFindings:
         """Compute a shard's sha256 if it is needed; in full mode also check headers and images."""
         if not self.full and (not self.record_missing_checksums or shard.sha256):
             return [], None
@@ -134,7 +149,7 @@ class _ShardVerifier:
                 faults.append(f"{path} is damaged, its sha256 is {sha256} and {MANIFEST_NAME} says {shard.sha256}")
             if self.full and index is not None:
                 headers = self._check_headers(stream, path, index, damaged=bool(faults))
-                faults += [*headers, *self._check_samples(stream, path, index)]
+                faults += [*headers, *self._check_samples(split, stream, path, index)]
         return faults, sha256
 
     @contextmanager
@@ -157,7 +172,15 @@ class _ShardVerifier:
     def _check_headers(self, stream: IO[bytes], path: str, index: ShardIndex, *, damaged: bool) -> list[str]:
         """Scan the tar by the rules of its index and compare the result with the index."""
         label_key, classes = index.rules["label_key"], index.rules["classes"] and self.dataset.classes
-        rules = IndexRules(classes or None, str(label_key) if label_key else None, bool(index.rules["dotted_keys"]))
+        numeric_labels = index.rules.get("numeric_labels")
+        rules = IndexRules(
+            classes or None,
+            str(label_key) if label_key else None,
+            bool(index.rules["dotted_keys"]),
+            index.image_field,
+            index.image_order,
+            str(numeric_labels) if numeric_labels else None,
+        )
         try:
             fresh = scan_shard_stream(stream, path, index.shard, rules)
         except DataError as error:
@@ -169,12 +192,12 @@ class _ShardVerifier:
             f"{path}: its members or labels are not those that its index was made from: `foveal data index --again`"
         ]
 
-    def _check_samples(self, stream: IO[bytes], path: str, index: ShardIndex) -> Iterator[str]:
+    def _check_samples(self, split: str, stream: IO[bytes], path: str, index: ShardIndex) -> Iterator[str]:
         """Decode every image of a shard, and read every label, in parallel; yield the faults."""
+        surveys = self.label_surveys.get(split, ())
 
         def check_samples(rows: range) -> list[str]:
-            faults = (_check_sample(stream.fileno(), path, index, row, self.label_reader) for row in rows)
-            return [fault for fault in faults if fault]
+            return [fault for row in rows for fault in self._check_sample(surveys, stream.fileno(), path, index, row)]
 
         jobs = [
             range(start, min(start + _IMAGES_PER_JOB, len(index))) for start in range(0, len(index), _IMAGES_PER_JOB)
@@ -182,28 +205,37 @@ class _ShardVerifier:
         for faults in self.decoders.map(check_samples, jobs):
             yield from faults
 
-
-def _check_sample(descriptor: int, path: str, index: ShardIndex, row: int, label_reader: LabelReader | None) -> str:
-    """Return the fault of a sample's image or label, or an empty text."""
-    offset, size = index.find_image_offset_size(row)
-    try:
-        image = decode_image(os.pread(descriptor, size, offset), 3)
-    except UndecodableError as error:
-        return f"{path}: the image of '{index.key(row)}' does not decode ({error})"
-    if label_reader is None:
-        return ""
-    location = f"{path}: sample '{index.key(row)}'"
-    member = index.find_member_offset_size(row, label_reader.field)
-    if member is None:
-        return f"{location} has no member .{label_reader.field}, which is its label"
-    offset, size = member
-    try:
-        label_reader.read_label(os.pread(descriptor, size, offset), AppliedCrop.whole_image(*image.size), location)
-    except UndecodableError as error:
-        return f"{location} does not decode ({error})"
-    except DataError as error:
-        return str(error)
-    return ""
+    def _check_sample(
+        self, surveys: Sequence[LabelSurvey], descriptor: int, path: str, index: ShardIndex, row: int
+    ) -> Iterator[str]:
+        """Yield the faults of a sample's image and labels."""
+        stated = surveys[0].field if self.require_labels and surveys else None
+        try:
+            offset, size = index.find_image_offset_size(row, stated)
+        except DataError as error:  # the label is the only picture
+            yield str(error)
+            return
+        try:
+            image = decode_image(os.pread(descriptor, size, offset), 3, bit_depth=self.dataset.manifest.bit_depth)
+        except UndecodableError as error:
+            yield f"{path}: the image of '{index.key(row)}' does not decode ({error})"
+            return
+        location = f"{path}: sample '{index.key(row)}'"
+        for survey in surveys:
+            member = index.find_member_offset_size(row, survey.field)
+            if member is None:
+                if self.require_labels:
+                    yield f"{location} has no member .{survey.field}, which is its label"
+                else:
+                    survey.add_missing()
+                continue
+            offset, size = member
+            try:
+                survey.add(os.pread(descriptor, size, offset), image.size, location)
+            except UndecodableError as error:
+                yield f"{location} does not decode ({error})"
+            except DataError as error:
+                yield str(error)
 
 
 def _record_checksums(dataset: Dataset, sha256_of_shards: dict[tuple[str, int], str | None]) -> None:

@@ -22,6 +22,9 @@ import torch
 
 from foveal.training.meters.metric_accumulator import MetricRow
 
+# Rows of a report: with a row for each of a thousand ranks the file grew by 100 KB a report.
+_MAX_TABLE_ROWS = 16
+
 
 class StragglerMeter:
     """A rank's own seconds since the last report. ``host``: name of the node in the table."""
@@ -59,9 +62,9 @@ class StragglerMeter:
     def pop_metrics_and_table(
         self, step: int, gather: Callable[[Any], list[Any]]
     ) -> tuple[MetricRow, list[dict[str, Any]]]:
-        """Return the metrics of the row of ``step`` and a table of all ranks, on every rank, and reset the meter.
+        """Return the metrics of the row of ``step`` and a table of the slowest ranks, on every rank, and reset the meter.
 
-        One small gather. Call it after a synchronisation with the device, such as reading the losses.
+        The table has at most 16 rows, by rank. One small gather. Call it after a synchronisation with the device, such as reading the losses.
         The metrics: ``slowest_rank``, ``slowest_step_seconds`` and ``median_step_seconds`` over the ranks, and
         ``slowest_data_wait``, the largest fraction of its own time that a rank spent on fetching, in [0, 1]. Both are
         empty for a single rank and before the first step.
@@ -86,4 +89,5 @@ class StragglerMeter:
             "median_step_seconds": statistics.median(step_seconds),
             "slowest_data_wait": max(row["data_wait"] for row in table),
         }
-        return metrics, table
+        slowest = sorted(table, key=lambda row: -row["step_seconds"])[:_MAX_TABLE_ROWS]
+        return metrics, sorted(slowest, key=lambda row: row["rank"])

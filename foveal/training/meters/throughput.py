@@ -48,15 +48,23 @@ class ThroughputMeter:
         """Count the images of a step, over all ranks."""
         self._images += num_images
 
-    def pop_rates(self) -> dict[str, float]:
-        """Return the rates since the last read: ``images_per_second`` over all ranks, ``data_wait`` in [0, 1]."""
-        now = self._clock()
-        elapsed = max(now - self._last_read, 1e-9)
-        rates = {
+    @property
+    def window_seconds(self) -> float:
+        """Seconds of training since ``pop_rates``, over which ``read_rates`` averages."""
+        return self._clock() - self._last_read
+
+    def read_rates(self) -> dict[str, float]:
+        """Return the rates since ``pop_rates``: ``images_per_second`` over all ranks, ``data_wait`` in [0, 1]."""
+        elapsed = max(self.window_seconds, 1e-9)
+        return {
             "images_per_second": self._images / elapsed,
             "data_wait": min(1.0, self._wait_seconds / elapsed),
         }
-        self._last_read, self._wait_seconds, self._images = now, 0.0, 0
+
+    def pop_rates(self) -> dict[str, float]:
+        """Return the rates since the last call and begin anew."""
+        rates = self.read_rates()
+        self._last_read, self._wait_seconds, self._images = self._clock(), 0.0, 0
         return rates
 
 

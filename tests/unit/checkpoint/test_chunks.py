@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -14,14 +15,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
-from foveal.checkpoint.chunks import (
-    _DTYPES,
-    TensorChunk,
-    load_chunks,
-    replicated_chunk,
-    stored_parts,
-    write_and_hash_chunks,
-)
+from foveal.checkpoint.chunk_index import ChunkIndex, load_chunks
+from foveal.checkpoint.chunks import DTYPE_NAMES, TensorChunk, replicated_chunk, write_and_hash_chunks
 from foveal.errors import CheckpointError
 
 PARTS = {"weight": 0, "exp_avg": 1000, "exp_avg_sq": 2000}
@@ -80,7 +75,10 @@ def test_weights_without_moments(tmp_path: Path) -> None:
     load_chunks(tmp_path, chunks, weights_only=True)
     assert parts["weight"].equal(torch.arange(12.0))
     assert parts["momentum_buffer"].equal(torch.full((12,), 7.0))
-    assert stored_parts(tmp_path) == {"layer": {"weight", "exp_avg", "exp_avg_sq"}, "scale": {"weight"}}
+    assert ChunkIndex.read(tmp_path).parts_by_name() == {
+        "layer": {"weight", "exp_avg", "exp_avg_sq"},
+        "scale": {"weight"},
+    }
 
 
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
@@ -138,6 +136,17 @@ def test_ranks_that_hold_all_write_a_share_each(ranks: int, tmp_path: Path) -> N
     check(read(tmp_path, [replicated_chunk("x", values, 0, 1)]), [replicated_chunk("x", values, 0, 1)])
 
 
+@pytest.mark.parametrize("ranks", [17, 64, 1000])
+def test_of_many_ranks_that_hold_all_few_write_and_far_apart(ranks: int) -> None:
+    """Every rank reads the files of all writers at a resume."""
+    values = {"weight": torch.empty(1000)}
+    ranges = [replicated_chunk("x", values, rank, ranks).relative_write_range for rank in range(ranks)]
+    writers = [rank for rank, (first, last) in enumerate(ranges) if first < last]
+    assert [element for first, last in ranges for element in range(first, last)] == list(range(1000))
+    assert len(writers) == 16
+    assert min(later - earlier for earlier, later in pairwise(writers)) >= ranks // 16
+
+
 def test_views_are_live(tmp_path: Path) -> None:
     """Filling a chunk fills the parameter that it is a view of."""
     layer = torch.nn.Linear(3, 2)
@@ -146,7 +155,7 @@ def test_views_are_live(tmp_path: Path) -> None:
     assert layer.weight.equal(torch.full((2, 3), 7.0))
 
 
-@pytest.mark.parametrize("dtype", list(_DTYPES), ids=str)
+@pytest.mark.parametrize("dtype", list(DTYPE_NAMES), ids=str)
 def test_every_type_keeps_its_bits(dtype: torch.dtype, tmp_path: Path) -> None:
     value = torch.tensor([[0, 1, 1], [1, 0, 1]]).to(dtype)
     odd = frozen("odd", torch.zeros(3, dtype=torch.uint8))  # must not misalign later tensors

@@ -36,7 +36,7 @@ def test_what_was_saved_is_found_and_fills_an_engine(two: Path) -> None:
     assert checkpoints.find_latest_valid() == (two / name(20), state(20))
     checkpoints.load(two / name(20), engine, state(20))
     assert (engine.values(), engine.num_updates) == ({20.0}, 20)
-    assert sorted(json.loads((two / name(20) / "checksums.json").read_text())) == [CHUNKS, "state.json"]
+    assert sorted(json.loads((two / name(20) / "checksums.json").read_text())) == ["index.json", CHUNKS, "state.json"]
     assert checkpoints.latest_step == 20
 
 
@@ -46,6 +46,17 @@ def test_a_state_of_an_older_version_lacks_fields(two: Path) -> None:
     write_json(file, {key: value for key, value in tree.items() if key not in ("rounding", "scores")})
     assert "rounding" in tree
     assert read_train_state(two / name(20)) == state(20)
+
+
+def test_a_folder_that_cannot_be_listed_tears_no_checkpoint(two: Path, monkeypatch) -> None:
+    checkpoints = store(two)
+    usable = checkpoints._list_usable()
+    monkeypatch.setattr(checkpoints, "_list_usable", lambda: usable)
+    refusal = OSError(errno.ESTALE, "Stale file handle")
+    monkeypatch.setattr(os, "scandir", lambda _: (_ for _ in ()).throw(refusal))
+    monkeypatch.setattr(digests, "_PAUSES", (0.0, 0.0, 0.0))
+    with pytest.raises(StorageUnreachableError, match=f"{name(20)} cannot be read"):
+        checkpoints.find_latest_valid()
 
 
 def test_nothing_is_found_in_nothing(tmp_path: Path) -> None:
@@ -85,9 +96,11 @@ HARM = {
     "empty": empty,
     "one bit of the weights": flip(CHUNKS),
     "one bit of the state": flip("state.json"),
+    "one bit of the index": flip("index.json"),
     "one bit of the list": flip("checksums.json"),
     "the weights lost": lose(CHUNKS),
     "the state lost": lose("state.json"),
+    "the index lost": lose("index.json"),
     "the list lost": lose("checksums.json"),
     "all but the list deleted": lose_all_but_the_list,
     "everything deleted": lambda folder: [shutil.rmtree(folder), folder.mkdir()],
@@ -298,6 +311,7 @@ def test_two_ranks_agree_on_what_is_whole(two_ranks: Ranks, tmp_path: Path) -> N
         assert first == second  # times of the slowest rank, so that all ranks decide alike
     last = tmp_path / name(30)
     assert sorted(json.loads((last / "checksums.json").read_text())) == [
+        "index.json",
         CHUNKS,
         "pieces-00001.safetensors",
         "state.json",

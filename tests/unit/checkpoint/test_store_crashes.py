@@ -1,7 +1,6 @@
 """Kills during a save, at every file operation and at random moments: a published checkpoint is never lost or torn."""
 
 import itertools
-import multiprocessing
 import os
 import random
 import signal
@@ -10,11 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from forked import CONTEXT
 from stores import Tensors, name, saved, state, store
 
-# Children of a clean process that has imported torch once; a fork of the test process would inherit its threads' locks.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "foveal.checkpoint.store", "stores"])
 WAIT = 120  # seconds for a child
 # Events of Python's audit hooks: every call that can change a folder, or that opens a file.
 _CALLS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.truncate", "os.link"}
@@ -65,7 +62,7 @@ def test_killed_before_any_file_operation_of_a_save(tmp_path: Path) -> None:
     for moment in itertools.count():
         last = tmp_path / str(moment)
         saved(store(last), 10)
-        child = _CONTEXT.Process(target=_die_at, args=(moment, last))
+        child = CONTEXT.Process(target=_die_at, args=(moment, last))
         child.start()
         child.join(WAIT)
         step, values = _content(last, attempt=2)
@@ -86,7 +83,7 @@ def test_killed_at_random_moments_of_a_loop_of_saves(tmp_path: Path) -> None:
     root, notes, moments = tmp_path / "checkpoints", tmp_path / "published", random.Random(7)
     furthest = 0
     for attempt in range(1, MOMENTS + 1):
-        child = _CONTEXT.Process(target=_save_for_ever, args=(root, notes, attempt))
+        child = CONTEXT.Process(target=_save_for_ever, args=(root, notes, attempt))
         before = notes.stat().st_size if notes.exists() else 0
         child.start()
         deadline = time.monotonic() + WAIT

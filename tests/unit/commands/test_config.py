@@ -1,4 +1,4 @@
-"""``foveal config upgrade``: the same settings under the new names, with every comment, in place."""
+"""``foveal config``: what ships is listed and printed; ``upgrade``: the same settings under the new names, in place."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 from foveal.cli import app
 from foveal.commands.config import upgrade_text
 from foveal.errors import ConfigError
+from foveal.training.config_files import SHIPPED_CONFIGS
 
 STAGE = """\
 # A comment with batch.images in it stays.
@@ -117,3 +118,33 @@ def test_what_cannot_be_rewritten_is_left_as_it_is(tmp_path: Path, text: str) ->
     assert "change it by hand" in str(result.exception) or "are one setting" in str(result.exception)
     assert (tmp_path / "file.yaml").read_text() == text
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_ships_is_listed_and_printed_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    listed = CliRunner().invoke(app, ["config", "list", "pretrain"]).output
+    assert "  pretrain/digits  " in listed
+    assert "finetune/digits" not in listed
+    text = (SHIPPED_CONFIGS / "pretrain" / "digits.yaml").read_text()
+    for name in ("pretrain/digits", "configs/pretrain/digits.yaml"):
+        assert CliRunner().invoke(app, ["config", "show", name]).output == text
+    assert CliRunner().invoke(app, ["config", "show", "cpu2"]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ["list", "pipeline"],
+            r"there are no configs of 'pipeline'; there are pretrain, distill, finetune, accelerate",
+        ),
+        (
+            ["show", "digits"],
+            r"several configs are named 'digits': give pretrain/digits or distill/digits or finetune/",
+        ),
+        (["show", "imagenete"], r"no config 'imagenete' ships with foveal. Did you mean '(pretrain/)?imagenet"),
+    ],
+)
+def test_a_config_that_does_not_ship_is_a_sentence(words: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        CliRunner().invoke(app, ["config", *words], catch_exceptions=False)

@@ -183,6 +183,12 @@ def test_statistics_that_are_not_known_or_do_not_fit(folder: Path) -> None:
     with pytest.raises(DataError, match=r"the std in manifest.json is \[0.1, 0.0, 0.3\], not above 0; set data.mean"):
         _ = open_with(folder, channels=3).std
     assert open_with(folder, channels=3).mean == (0.1, 0.2, 0.3)
+    edit(folder, lambda tree: tree.update(mean=[123.675], std=[58.395]))
+    for name in ("mean", "std"):
+        with pytest.raises(
+            DataError, match=rf"the {name} in manifest.json is \[.*\], not of pixels in \[0, 1\]; set data"
+        ):
+            _ = getattr(open_with(folder), name)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from foveal.data.batch import Batch
 from foveal.data.config import DataConfig
 from foveal.data.dataset import Dataset
 from foveal.data.image.decode import decode_image
-from foveal.data.image.transforms import normalise
 from foveal.data.indexing.index import index_folder
 from foveal.data.loader import eval_batches, train_batches
 from foveal.data.sampling.sources import build_training_set
@@ -279,14 +278,3 @@ def test_moving_a_batch_keeps_everything(configure: Configure) -> None:
     assert same([batch], [moved])
     assert (moved.step, moved.epoch, moved.microbatch_index) == (5, 0, 1)
     assert batch.to("meta").images.device.type == "meta"
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_batches_come_pinned_and_normalise_on_the_device(configure: Configure, dataset: Dataset) -> None:
-    batch = train(configure(), 5, 6)[1]
-    assert all(getattr(batch, name).is_pinned() for name in ("images", "labels", "ids", "sample_keys", "valid"))
-    moved = batch.to("cuda", non_blocking=True)
-    assert same([moved.to("cpu")], [batch])
-    on_device = normalise(moved.images, dataset.mean, dataset.std).cpu()
-    torch.testing.assert_close(on_device, normalise(batch.images, dataset.mean, dataset.std), rtol=0, atol=1e-6)

@@ -75,6 +75,11 @@ SENTENCES: list[tuple[str, dict[str, Any], str]] = [
         {"method": "layers", "model": None, "students": [{"name": "deep.1", "model": TINY}], "layers": [[4, 4]]},
         "the teacher has blocks 1 to 4 and students.deep.1.model has 1 to 3",
     ),
+    (
+        "plain",
+        {"method": "relations", "model": None, "students": [Y, {"name": "deep", "model": TINY | {"depth": 4}}]},
+        "layers is empty, and students of depths 3, 4 would need two blocks of the teacher: its last, 4, for those",
+    ),
     ("plain", {"method": "layers", "mask_ratio": 0.99}, "mask ratio 0.99 leaves none of 16 patches visible"),
     ("plain", {"method": "relations", "model": TINY | {"patch": 8}}, "has patch 4, the student's model.patch is 8"),
     (
@@ -163,14 +168,37 @@ def test_what_cannot_be_is_one_sentence(
 
 
 @pytest.mark.parametrize(
-    ("lesson", "model", "pairs"), [("layers", TINY, ((3,), (2,))), ("relations", TINY, ((3,), (3,)))]
+    ("lesson", "model", "pairs"),
+    [
+        ("layers", TINY, ((3,), (2,))),
+        ("relations", TINY, ((3,), (3,))),
+        ("relations", TINY | {"depth": 4}, ((4,), (4,))),
+    ],
 )
 def test_layers_that_are_not_named(
     lesson: str, model: dict[str, Any], pairs: Any, digits: Path, teachers: dict[str, Path]
 ) -> None:
     distill_plan = plan_distillation(config(digits, teachers["plain"], method=lesson, model=model), 1)
     assert (distill_plan.target.blocks, distill_plan.student_specs[0].block_numbers) == pairs
-    assert f"method    {lesson} of {teachers['plain']}, blocks 3" in distill_plan.summary_lines()
+    assert f"method    {lesson} of {teachers['plain']}, blocks {pairs[0][0]}" in distill_plan.summary_lines()
+
+
+def test_a_run_in_flight_keeps_the_layers_of_its_version(digits: Path, teachers: dict[str, Path]) -> None:
+    """Relations of a teacher as deep as the student were those of its block at 3/4 of the depth."""
+    cfg = config(digits, teachers["plain"], method="relations", model=TINY | {"depth": 4})
+    saved = {"method": "relations", "layers": [], "distance": "cosine"}
+    distill_plan = plan_distillation(cfg.keep_neutral_values(saved), 1)
+    assert (distill_plan.target.blocks, distill_plan.student_specs[0].block_numbers) == ((3,), (4,))
+
+
+def test_one_setting_is_the_published_loss_of_layers(digits: Path, teachers: dict[str, Path]) -> None:
+    dmae = config(digits, teachers["plain"], method="layers", layer_loss="dmae")
+    assert (dmae.distance, dmae.norm_pix, dmae.pixel_weight) == ("unit_l1", False, 1.0)
+    assert type(dmae).from_dict(dmae.to_dict(), "config.yaml") == dmae
+    default = config(digits, teachers["plain"], method="layers")
+    assert (default.distance, default.norm_pix, default.layer_loss) == ("cosine", True, "mean")
+    with pytest.raises(ConfigError, match=r"layer_loss=dmae requires distance=unit_l1 \(given: distance=cosine\)"):
+        config(digits, teachers["plain"], method="layers", layer_loss="dmae", distance="cosine")
 
 
 def test_labels_that_are_not_there(digits: Path, teachers: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +212,7 @@ def test_labels_that_are_not_there(digits: Path, teachers: dict[str, Path], monk
     monkeypatch.setattr(Dataset, "classes", None)
     token = {"method": "token", "backbone": DISTILLED}
     for settings, alternative in (({"method": "logits", "model": TINY}, ", or set label_weight=0"), (token, "")):
-        with pytest.raises(ConfigError, match=rf"have no classes; index shards that hold .cls members{alternative}$"):
+        with pytest.raises(ConfigError, match=rf"have no classes; pack or index them with labels{alternative}$"):
             plan_distillation(config(digits, teachers["head"], **settings), 1)
     assert (
         plan_distillation(config(digits, teachers["head"], method="logits", label_weight=0.0, model=TINY), 1).classes
@@ -297,10 +325,9 @@ def test_a_step_can_be_forecast(
     teacher: str, settings: dict[str, Any], digits: Path, teachers: dict[str, Path]
 ) -> None:
     """On fake tensors, in bf16 and with recomputation, every trained parameter gets its gradient too."""
-    build_setup = partial(
-        build, plan_distillation(config(digits, teachers[teacher], **({"model": TINY} | settings)), 1)
-    )
-    trained = count_parameters(build_setup).trainable
+    plan = plan_distillation(config(digits, teachers[teacher], **({"model": TINY} | settings)), 1)
+    build_setup = partial(build, plan)
+    trained = count_parameters(build_setup, plan.cfg.optim).trainable
     trace = trace_microbatch_memory(build_setup, 4, 1, (16, 16), precision="bf16", recompute=True)
     assert max(trace.peak_by_gradient_bytes) == 4 * trained
     assert count_sample_flops(build_setup, 1, (16, 16)).forward_backward > 0

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from submit import _child_environment
 
 from foveal.distributed import launcher_process, preemption
 from foveal.distributed.launcher_process import LAUNCHER_ENV_VAR, Process, find_own_launchers
+from foveal.distributed.local_launch import rank_environments
 from foveal.distributed.preemption import LAUNCHER_GONE, handle_stop_signals
 from foveal.distributed.world import World
 
@@ -54,7 +54,7 @@ def test_shells(name: str) -> None:
 
 
 def test_a_local_pipeline_names_itself_to_its_stages(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = _child_environment(2)[LAUNCHER_ENV_VAR]
+    name = rank_environments(1)[0][LAUNCHER_ENV_VAR]
     monkeypatch.setenv(LAUNCHER_ENV_VAR, name)
     assert find_own_launchers() == [Process.from_pid(os.getpid())]
     for value in (name + "1", "x:1", "", "999999999:1", "²:1"):  # invalid, or of another machine

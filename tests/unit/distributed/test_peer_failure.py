@@ -1,5 +1,6 @@
-"""Recognition of a lost peer, and the settings of torch's flight recorder."""
+"""Recognition of a lost peer and of a launch that cannot work, and the settings of torch's flight recorder."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -9,12 +10,15 @@ import torch.distributed as dist
 
 from foveal.distributed import peer_failure
 from foveal.distributed.peer_failure import (
+    abort_process_group,
     describe_peer_failure,
+    diagnose_launch_mistake,
     dump_cpu_flight_recorder,
     enable_flight_recorder,
     set_flight_recorder_folder,
 )
 from foveal.distributed.world import init_world
+from foveal.errors import FileLimitError, LaunchError
 
 GLOO = "[/src/third_party/gloo/gloo/transport/tcp/"
 NAMES = (
@@ -41,7 +45,8 @@ def no_recorder_variables(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (RuntimeError(f"{GLOO}unbound_buffer.cc:78] Timed out waiting 4000ms for recv operation to complete"), None),
         (RuntimeError("[Rank 0]: Rank 1 failed to pass monitoredBarrier in 4000 ms\n Original exception:"), None),
-        (dist.DistBackendError("NCCL error in: x.cpp:1, remote process exited"), None),
+        (dist.DistBackendError("NCCL error in: /src/x.cpp:1, remote process exited"), "remote process exited"),
+        (RuntimeError("NCCL Async Error: remote process exited \nNCCL Last Error: socket 7 is closed"), "socket 7 is"),
         (dist.DistNetworkError("Broken pipe"), "Broken pipe"),
         (dist.DistStoreError(""), "DistStoreError"),
     ],
@@ -59,6 +64,41 @@ def test_a_lost_peer_is_a_sentence(error: BaseException, reason: str | None) -> 
 )
 def test_other_errors_are_not(error: BaseException) -> None:
     assert describe_peer_failure(error) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "sentence"),
+    [
+        (
+            dist.DistBackendError("NCCL error in: /src/x.cpp:1, invalid usage\nncclInvalidUsage: This\nLast error:\n"),
+            LaunchError,
+            "NCCL refuses what rank 0 asks for: invalid usage; every rank needs a GPU of its own",
+        ),
+        (
+            RuntimeError("NCCL allreduce failed: invalid argument (run with NCCL_DEBUG=WARN for details) \n"),
+            LaunchError,
+            "NCCL refuses what rank 0 asks for: NCCL allreduce failed: invalid argument",
+        ),
+        (OSError(errno.EMFILE, "Too many open files"), FileLimitError, " files that a process may open are in use: "),
+        (RuntimeError(f"{GLOO}device.cc:9] socket: Too many open files"), FileLimitError, "raise the hard limit"),
+    ],
+)
+def test_what_another_start_would_do_again_is_no_lost_peer(
+    error: Exception, kind: type[LaunchError], sentence: str
+) -> None:
+    for link in (error, _raised_from(error)):
+        mistake = diagnose_launch_mistake(link)
+        assert mistake is not None and type(mistake) is kind and mistake.exit_code == 2
+        assert sentence in str(mistake) and "\n" not in str(mistake)
+        assert describe_peer_failure(link) is None
+    for other in (OSError(errno.ENFILE, "Too many open files in system"), OSError("Too many open files"), KeyError()):
+        assert diagnose_launch_mistake(other) is None
+
+
+def test_without_a_group_there_is_nothing_to_leave() -> None:
+    """Else "Default process group has not been initialized" would take the place of the error that ended the run."""
+    assert not dist.is_initialized()
+    abort_process_group()
 
 
 def test_causes_of_an_error_count(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
 import pytest
 import torch
@@ -257,6 +257,23 @@ def test_of_many_ranks_the_first_compare(store) -> None:
     late = exchange_of(heartbeat._MAX_COMPARING_RANKS, 1000, 0.05, lambda: HERE)
     assert late.diagnose() == "the logs of ranks 0-63 name the ranks that are behind"
     late.close("left")
+
+
+def test_the_heartbeats_of_many_ranks_are_few_requests(store) -> None:
+    requests: list[str] = []
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *arguments: requests.append(name) or getattr(store, name)(*arguments)
+
+    exchange = exchange_of(0, 1000, 60.0, lambda: HERE)
+    store.multi_set([f"beat/{rank}" for rank in range(1000)], [json.dumps(asdict(HERE))] * 1000)
+    assert exchange._read_all_heartbeats(Counting()) == dict.fromkeys(range(1000), HERE)  # pyright: ignore[reportArgumentType]
+    assert requests == ["check", "multi_get"]
+    store.delete_key("beat/7")
+    assert exchange._read_all_heartbeats(Counting()).keys() == set(range(1000)) - {7}  # pyright: ignore[reportArgumentType]
+    assert len(requests) < 40
+    exchange.close("left")
 
 
 def test_a_store_that_is_gone_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,15 @@
 """The process group and its collectives."""
 
 import os
+import resource
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from foveal.distributed import world
+from foveal.distributed.host_collectives import HostCollectives
 from foveal.distributed.launcher import LaunchEnv
 from foveal.distributed.world import (
     World,
@@ -13,7 +17,7 @@ from foveal.distributed.world import (
     init_world,
     select_device,
 )
-from foveal.errors import FovealError, LaunchError, RankConflictError, TrainingHungError
+from foveal.errors import FileLimitError, FovealError, LaunchError, RankConflictError, TrainingHungError
 
 STEP = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
 STEP |= {"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "16"}
@@ -54,11 +58,12 @@ def test_a_step_of_slurm_looks_like_torchrun(monkeypatch: pytest.MonkeyPatch) ->
         recorded.update(os.environ)
         recorded["backend"] = backend
 
-    def join_rendezvous(launch_env: LaunchEnv, run: object, seconds: float) -> None:
-        recorded["joined"] = f"{launch_env.rank} of {launch_env.world_size}, {seconds:g} s"
+    def join_rendezvous(launch_env: LaunchEnv, run: object, seconds: float, gpu_uuid: str) -> None:
+        recorded["joined"] = f"{launch_env.rank} of {launch_env.world_size}, {seconds:g} s{gpu_uuid}"
         os.environ |= {"MASTER_ADDR": "gpu4", "MASTER_PORT": "23456"}
 
     monkeypatch.setattr(world, "join_rendezvous", join_rendezvous)
+    monkeypatch.setattr(world.HostCollectives, "connect", lambda *_: HostCollectives([]))
     monkeypatch.setattr(torch.distributed, "init_process_group", init_process_group)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -77,6 +82,93 @@ def test_a_step_of_slurm_looks_like_torchrun(monkeypatch: pytest.MonkeyPatch) ->
     assert recorded["backend"] == "gloo"
 
 
+NCCL_MISUSE = (
+    "NCCL error in: /src/NCCLUtils.cpp:94, invalid usage (run with NCCL_DEBUG=WARN for details), NCCL version 2.28.9\n"
+    "ncclInvalidUsage: This usually reflects invalid usage of NCCL library.\nLast error:\n"
+    "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 19000"
+)
+NCCL_NETWORK = (
+    "Failed to initialize NCCL communicator: unhandled system error (run with NCCL_DEBUG=INFO for details) \n"
+    "NCCL Last Error: Bootstrap : no socket interface found"
+)
+
+
+@pytest.fixture
+def join_on_gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Join as rank 1 of 2 on GPUs that are not there. ``failing`` raises ``error``; return what init_process_group got."""
+
+    def join(failing: str = "", error: Exception | None = None) -> dict[str, Any]:
+        connected: dict[str, Any] = {}
+
+        def init_process_group(backend: str, **options: Any) -> None:
+            connected.update(options, backend=backend)
+            if failing == "init_process_group" and error:
+                raise error
+
+        def barrier() -> None:
+            connected["barrier"] = True
+            if failing == "barrier" and error:
+                raise error
+
+        monkeypatch.setattr(world, "join_rendezvous", lambda *_: None)
+        monkeypatch.setattr(world, "read_launch_env", lambda: LaunchEnv(1, 2, 1, "environment"))
+        monkeypatch.setattr(world, "select_device", lambda _: torch.device("cuda", 1))
+        monkeypatch.setattr(world, "read_gpu_uuid", lambda _: "")
+        monkeypatch.setattr(world.HostCollectives, "connect", lambda *_: HostCollectives([]))
+        monkeypatch.setattr(torch.distributed, "init_process_group", init_process_group)
+        monkeypatch.setattr(torch.distributed, "barrier", barrier)
+        monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+        with init_world(5.0):
+            return connected
+
+    return join
+
+
+def test_nccl_connects_and_runs_its_first_collective_at_the_start(join_on_gpus) -> None:
+    connected = join_on_gpus()
+    assert (connected["backend"], connected["device_id"]) == ("nccl", torch.device("cuda", 1))
+    assert connected["barrier"], "connections that are made in the first collective fail as a launch, too"
+
+
+@pytest.mark.parametrize("failing", ["init_process_group", "barrier"])
+@pytest.mark.parametrize(
+    ("text", "restarts", "kind", "sentence"),
+    [
+        (NCCL_MISUSE, 0, LaunchError, "NCCL refuses what rank 1 asks for: Duplicate GPU detected : rank 1 and rank 0"),
+        (NCCL_MISUSE, 2, LaunchError, "NCCL refuses what rank 1 asks for: Duplicate GPU detected : rank 1 and rank 0"),
+        (NCCL_NETWORK, 0, LaunchError, "rank 1 of 2 could not connect to the others over nccl (Bootstrap : no socket"),
+        (
+            NCCL_NETWORK,
+            2,
+            TrainingHungError,
+            "rank 1 of 2 could not connect to the others over nccl (Bootstrap : no so",
+        ),
+        ("socket: Too many open files", 2, FileLimitError, "files that a process may open are in use: raise the hard"),
+    ],
+)
+def test_nccl_that_does_not_start_is_an_error_of_the_launch(
+    failing: str, text: str, restarts: int, kind: type[FovealError], sentence: str, join_on_gpus, monkeypatch
+) -> None:
+    """Not a lost peer, which is requeued: another start would do the same, unless one of this job has worked before."""
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+    for error in (torch.distributed.DistBackendError(text), RuntimeError(text)):
+        with pytest.raises(FovealError) as caught:
+            join_on_gpus(failing, error)
+        assert type(caught.value) is kind
+        assert sentence in str(caught.value) and "\n" not in str(caught.value)
+        assert caught.value.exit_code == (5 if kind is TrainingHungError else 2)
+
+
+def test_every_rank_may_open_as_many_files_as_its_node_allows() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard // 2, hard))
+    try:
+        with init_world(5.0):
+            assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def _collectives(world: World) -> dict[str, object]:
     values = torch.arange(3.0) * (world.rank + 1)
     return {
@@ -86,6 +178,7 @@ def _collectives(world: World) -> dict[str, object]:
         "argument": values.tolist(),
         "broadcast": world.broadcast_object({"from": world.rank}),
         "gather": world.all_gather_objects(f"rank {world.rank}"),
+        "sum of all": world.run_all_and_sum(lambda: world.rank, lambda rank: 0.5 + rank),
     }
 
 
@@ -96,6 +189,7 @@ def test_collectives_of_two_ranks(two_ranks) -> None:
     assert first["sum"] == second["sum"] == [0.0, 3.0, 6.0]
     assert (first["argument"], second["argument"]) == ([0.0, 1.0, 2.0], [0.0, 2.0, 4.0]), "the argument is not changed"
     assert first["broadcast"] == second["broadcast"] == {"from": 0}
+    assert (first["sum of all"], second["sum of all"]) == ((0, 2.0), (1, 2.0)), "this rank's result, and the sum"
     assert first["gather"] == second["gather"] == ["rank 0", "rank 1"]
 
 
@@ -152,6 +246,6 @@ def test_ranks_that_do_not_come_are_worth_another_start_only_in_a_job_that_was_s
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
     if restarts is not None:
         monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
-    with pytest.raises(FovealError) as caught, world._hung_if_restarted():
+    with pytest.raises(FovealError) as caught, world.hung_if_restarted():
         raise LaunchError("1 of 2 ranks came")
     assert (type(caught.value), str(caught.value)) == (kind, "1 of 2 ranks came")

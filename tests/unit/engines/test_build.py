@@ -87,12 +87,14 @@ def test_further_keys_reach_deepspeed() -> None:
         "gradient_clipping": 0.5,
         "zero_optimization": {},
         "zero_force_ds_cpu_optimizer": False,
-        "torch_autocast": {"enabled": False, "dtype": "bfloat16"},
+        "torch_autocast": {"enabled": False, "dtype": "bfloat16", "lower_precision_safe_modules": []},
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
-    assert build_deepspeed_config(OptimConfig(), cfg, 2, 4, 3)["zero_optimization"] == {
+    assert build_deepspeed_config(OptimConfig(), cfg, 2, 4, 3, [6_000_000])["zero_optimization"] == {
         "stage": 3,
+        "reduce_bucket_size": 6_000_000,
+        "overlap_comm": True,
         "sub_group_size": 10,
     }
 

@@ -1,32 +1,39 @@
 """`foveal plan`: memory of the engines, Slurm's limits, problems, and the command line."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from plans import forecast
+from ranks import stage_named
 from typer.testing import CliRunner
 
 from foveal.cli import app
 from foveal.engines.config import EngineConfig
 from foveal.errors import ConfigError
-from foveal.forecast import slurm_limits
+from foveal.forecast import cli as forecast_cli
+from foveal.forecast import problems, slurm_limits
 from foveal.forecast.cli import resolve_stage_name
 from foveal.forecast.forecast import ClusterSpec, Forecast
 from foveal.forecast.gpu_specs import find_gpu_spec
 from foveal.forecast.memory import estimate_memory
+from foveal.forecast.mfu import mfu_range
 from foveal.forecast.problems import JobLimits, count_attempts, find_problems
+from foveal.forecast.report import _time_lines
 from foveal.forecast.slurm_limits import JobScriptTimes, find_slurm_partition, read_job_script_times
 from foveal.forecast.trace import MemoryTrace, ParameterCounts
 from foveal.optim.config import OptimConfig
 from foveal.slurm import SlurmPartition
+from foveal.training.config_files import SHIPPED_CONFIGS
 
 MILLION = 10**6
 WEIGHTS = ParameterCounts(
-    MILLION, 900_000, (100_000,) * 9 + (50_000,) * 2, (400_000,) * 2, frozen_bytes=7, frozen_checkpoint_bytes=0
+    MILLION, 900_000, (100_000,) * 9 + (50_000,) * 2, (400_000,) * 2, frozen_bytes=7, checkpoint_bytes=0
 )
 TRACE = MemoryTrace({0: 3 * MILLION, 2 * MILLION: 2 * MILLION, 4 * MILLION: MILLION})
 ADAMW = OptimConfig()
@@ -61,13 +68,33 @@ def test_ddp_keeps_copies_to_reduce() -> None:
 def test_zero_1_and_2_deal_out_masters_moments_and_then_gradients() -> None:
     bucket = {"zero_optimization": {"reduce_bucket_size": MILLION}}
     first = estimate(kind="deepspeed", zero=1, deepspeed=bucket)
-    assert (first.weights - 7, first.moments, first.gradients, first.buffers) == (5e6, 2e6, 4e6, 4e6)
-    assert first.peak == 7 + 7e6 + max(4e6 + 4e6 + 3e6, 4e6 + 4e6 + 4e6 + 1e6)  # a microbatch; its reduction
+    assert (first.weights - 7, first.moments, first.gradients, first.buffers) == (5e6, 2e6, 4e6, 8e6)
+    assert first.peak == 7 + 7e6 + max(4e6 + 8e6 + 3e6, 8e6 + 4e6 + 1e6)  # a microbatch; its reduction
     second = estimate(kind="deepspeed", zero=2, deepspeed=bucket)
     assert second.gradients == 1e6
-    assert second.peak == 7 + 7e6 + max(1e6 + 3e6, 1e6 + 4e6 + 2e6, 1e6 + 4e6 + 4e6 + 1e6)  # the reduction is the peak
-    assert estimate(kind="deepspeed", zero=1).buffers == 2e9  # DeepSpeed's own buckets
-    assert estimate(kind="deepspeed", zero=1, precision="bf16").buffers == 4e9  # one per communicated dtype
+    assert second.peak == 7 + 7e6 + max(1e6 + 3e6, 1e6 + 8e6 + 2e6, 1e6 + 8e6 + 4e6 + 1e6)  # the reduction is the peak
+
+
+def test_buckets_are_those_of_the_engine() -> None:
+    """Two, because a reduction overlaps the backward pass; again two where linear layers are summed in another type."""
+    for zero in (1, 2):
+        assert estimate(kind="deepspeed", zero=zero).buffers == 8e6
+        assert estimate(1, kind="deepspeed", zero=zero).buffers == 4e6  # one rank overlaps nothing
+        assert estimate(kind="deepspeed", zero=zero, precision="bf16").buffers == 8e6
+        assert estimate(kind="deepspeed", zero=zero, precision="bf16", reduce_dtype="autocast").buffers == 16e6
+    assert estimate(kind="deepspeed", zero=3).buffers == 4e6
+    assert estimate(kind="deepspeed", zero=3, precision="bf16", reduce_dtype="autocast").buffers == 6e6
+
+
+def test_an_overlapping_reduction_takes_gradients_away_as_they_appear() -> None:
+    bucket: dict[str, Any] = {"reduce_bucket_size": 250_000}
+
+    def peak(**keys: Any) -> float:
+        return estimate(4, 1, kind="deepspeed", zero=1, deepspeed={"zero_optimization": bucket | keys}).peak - 7 - 7e6
+
+    # Two buckets, and the copy of one that is sent; all gradients, and at the update a bucket, its copy and a partition.
+    assert peak() == max(3e6, 2e6 + 2e6 + 1e6, 1e6 + 2e6 + 1e6, 2e6 + 1e6 + 1e6)
+    assert peak(overlap_comm=False) == max(4e6 + 1e6 + 1e6, 4e6 + 1e6 + 1e6 + 1e6)
 
 
 @pytest.mark.parametrize(
@@ -143,8 +170,8 @@ def tiny(configs: dict[str, Path]) -> Make:
 
 
 def messages(made_forecast: Forecast, limits: JobLimits = NO_LIMITS, *slurm: Any) -> list[tuple[bool, str]]:
-    problems = find_problems(made_forecast, limits, *(slurm or (None, None)))
-    return [(problem.fatal, problem.sentence) for problem in problems]
+    found = find_problems(made_forecast, limits, *(slurm or (None, None)))
+    return [(problem.fatal, problem.sentence) for problem in found]
 
 
 def test_a_small_run_has_no_problems(tiny: Make) -> None:
@@ -152,22 +179,16 @@ def test_a_small_run_has_no_problems(tiny: Make) -> None:
 
 
 def test_a_memory_that_is_too_small_is_said_with_a_way_out(tiny: Make) -> None:
-    size = 2.0e9  # little more than the 1.5 GB of CUDA's context
-    small_forecast = tiny("engine.zero=1", ranks=2, gpu_memory_bytes=size)
-    ((fatal, message),) = messages(small_forecast)
+    context = tiny("engine.zero=1", ranks=2, gpu_memory_bytes=1.5e9)  # no room beside CUDA's context
+    ((fatal, message),) = messages(context)
     assert fatal and message.startswith("memory: a GPU needs ")
-    assert message.endswith(
-        "no sharding, recomputation or smaller batch.max_micro_size makes it fit"
-    )  # DeepSpeed's buckets
+    assert message.endswith("no sharding, recomputation or smaller batch.max_micro_size makes it fit")
     small = "engine.deepspeed={zero_optimization: {reduce_bucket_size: 1000}}"
-    large = tiny(
-        "batch.global_size=1024", "batch.max_micro_size=1024", "data.image_size=64", small, gpu_memory_bytes=size
-    )
-    ((fatal, message),) = messages(large)
+    large = ("batch.global_size=1024", "batch.max_micro_size=1024", "data.image_size=64", small)
+    ((fatal, message),) = messages(tiny(*large, gpu_memory_bytes=2.0e9))
     remedy = message.rpartition("; set ")[2].split()
     assert fatal and remedy
-    overrides = ("batch.global_size=1024", "batch.max_micro_size=1024", "data.image_size=64", small)
-    assert messages(tiny(*overrides, *remedy, gpu_memory_bytes=size)) == []
+    assert messages(tiny(*large, *remedy, gpu_memory_bytes=2.0e9)) == []
 
 
 def test_times_that_do_not_fit(tiny: Make) -> None:
@@ -212,6 +233,13 @@ def test_timeouts_and_disks_that_do_not_fit(tiny: Make) -> None:
     assert [message.partition(":")[0] for _, message in messages(quick)] == ["checkpoints", "checkpoints"]
 
 
+def test_labels_that_many_ranks_read_from_many_shards(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(problems, "_MAX_INDEX_OPENS", 3)
+    assert messages(tiny(ranks=4)) == [], "masked images have no use for labels"
+    ((fatal, said),) = messages(tiny("data.balance=1", ranks=4))
+    assert not fatal and re.match(r"files: each of 4 ranks reads \d+ indices of shards .* at every start, \d+ to", said)
+
+
 def test_traffic_by_hand(tiny: Make) -> None:
     two_ranks = tiny(ranks=2)
     weights = 4 * two_ranks.parameter_counts.trainable
@@ -236,6 +264,23 @@ def test_the_command_prints_a_plan(configs: dict[str, Path]) -> None:
     assert "ZeRO 3" in result.output
 
 
+def test_the_plan_of_a_run_has_the_rules_that_it_began_with(
+    configs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "science.json").write_text('{"seed": 0}')
+    versions: list[int] = []
+
+    def build_plan(cfg: Any, world_size: int) -> None:
+        versions.append(cfg.data.decode_version)
+        raise ConfigError("seen")
+
+    stage = replace(stage_named("pretrain"), import_functions=lambda: SimpleNamespace(build_plan=build_plan))
+    monkeypatch.setattr(forecast_cli, "import_stage", lambda _: stage)
+    for run_dir in (tmp_path, tmp_path / "new"):
+        run(str(configs["pretrain"]), f"run.dir={run_dir}", "--stage", "pretrain")
+    assert versions == [1, 2]
+
+
 def test_the_command_speaks_json(configs: dict[str, Path]) -> None:
     result = run(str(configs["finetune"]), "--stage", "finetune", "--json")
     tree = json.loads(result.output)
@@ -253,6 +298,32 @@ def test_a_plan_that_cannot_be_is_exit_code_2(configs: dict[str, Path]) -> None:
     assert "64" in str(result.exception)
 
 
+def test_a_time_is_a_range_from_the_measured_rate_to_the_hoped_one(tiny: Make) -> None:
+    measured, stated = (tiny(gpu_flops_per_second=1e9, **mfu_range(mfu, "bf16")) for mfu in (None, 0.4))
+    assert measured.step_seconds is not None and measured.hoped_speedup is not None
+    assert measured.step_seconds / measured.hoped_speedup == pytest.approx(stated.step_seconds)
+    first, second, *notes = _time_lines(measured, NO_LIMITS, None)
+    assert "at 6.5 % of 0 TFLOP/s" in first and "at 40 %, hoped for" in second
+    assert "was measured: ViT-B/16" in notes[0]
+    assert len(_time_lines(stated, NO_LIMITS, None)) == 2
+    assert "in fp32 nothing was measured" in mfu_range(None, "fp32")["mfu_notes"][-1]
+
+
+def test_a_plan_without_data_at_hand(configs: dict[str, Path], tmp_path: Path) -> None:
+    away = ("data.path=/nowhere", f"run.dir={tmp_path / 'run'}", "init=null")
+    model = "model={name: vit_tiny_patch16_224, patch: 4, width: 32, depth: 2, heads: 2}"
+    words = (str(configs["finetune"]), *away, model, "--stage", "finetune", "--peak-tflops", "1")
+    result = run(*words, "--images", "25001", "--classes", "3")
+    assert result.exit_code == 0, result.output
+    assert "data      not read: 25,001 images in 3 classes in train, as --images says" in result.output
+    assert f"steps     {25001 // 64} = 1 epoch x" in result.output
+    assert "bytes unknown without --bytes-per-image" in result.output and "foveal-stated" not in result.output
+    assert "at 6.5 % of 1 TFLOP/s" in result.output
+    assert "do not suffice" in (said := str(run(*words, "--images", "25001").exception))
+    assert "/nowhere: its samples have no classes to learn" in said
+    assert "give --images as well" in str(run(*words, "--classes", "3").exception)
+
+
 def test_the_stage_is_seen_from_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[3])
     assert resolve_stage_name("configs/distill/mae_vit_s16.yaml", None) == "distill"
@@ -261,6 +332,13 @@ def test_the_stage_is_seen_from_the_place(monkeypatch: pytest.MonkeyPatch) -> No
         resolve_stage_name("digits", None)  # three stages have one
     with pytest.raises(ConfigError, match="--stage train does not exist"):
         resolve_stage_name("digits", "train")
+    with pytest.raises(ConfigError, match=r"Did you mean .imagenette."):
+        resolve_stage_name("imagenete", None)
+
+
+def test_the_stage_is_seen_from_the_settings(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text((SHIPPED_CONFIGS / "pretrain" / "digits_image.yaml").read_text())
+    assert resolve_stage_name(str(tmp_path / "mine.yaml"), None) == "pretrain"
 
 
 def test_gpus_have_names() -> None:

@@ -5,7 +5,7 @@ import torch
 
 from foveal.data.image.label_drawing import make_class_palette
 from foveal.inspect.boxes import draw_box_grid
-from foveal.inspect.image_grid import GAP
+from foveal.inspect.image_grid import GAP, MARGIN
 
 SIDE = 320
 
@@ -14,9 +14,10 @@ def test_frames_are_where_the_boxes_are() -> None:
     images, palette = torch.full((3, 1, SIDE, SIDE), 90, dtype=torch.uint8), make_class_palette(2).tolist()
     ground_truth = [np.array([[20, 60, 120, 160, 1.0]]), np.empty((0, 5)), np.array([[0, 0, SIDE, SIDE, 0.0]])]
     predicted = [np.empty((0, 6)), np.empty((0, 6)), np.array([[50, 80, 50, 80, 1, 0.5]])]
-    pixels = np.asarray(draw_box_grid(images, ground_truth, predicted, ("car", "tree")))
+    sheet = np.asarray(draw_box_grid(images, ground_truth, predicted, ("car", "tree"), title="After step 7 of 9"))
     step = SIDE + GAP
-    assert pixels.shape == (3 * step - GAP, 2 * step - GAP, 3)
+    assert sheet.shape[1] == 2 * step - GAP + 2 * MARGIN
+    pixels = sheet[-3 * step - MARGIN : -MARGIN, MARGIN:-MARGIN]
     first, second, third = (pixels[row * step : row * step + SIDE] for row in range(3))
     for pixel in ((159, 70), (100, 20), (100, 119)):
         assert first[pixel].tolist() == palette[1]

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from foveal.data.image.label_drawing import GREY, make_class_palette
-from foveal.inspect.image_grid import GAP
+from foveal.inspect.image_grid import GAP, MARGIN
 from foveal.inspect.segmentation import draw_segmentation_grid
 
 
@@ -16,18 +16,19 @@ def test_classes_have_colours_of_their_own() -> None:
 
 
 def test_a_row_is_the_image_its_mask_and_the_guess() -> None:
-    images = torch.full((2, 1, 64, 80), 100, dtype=torch.uint8)
-    truth, predicted = torch.zeros(2, 64, 80, dtype=torch.int16), torch.ones(2, 64, 80, dtype=torch.int64)
-    truth[:, :, 40:] = -1
+    images = torch.full((2, 1, 128, 160), 100, dtype=torch.uint8)
+    truth, predicted = torch.zeros(2, 128, 160, dtype=torch.int16), torch.ones(2, 128, 160, dtype=torch.int64)
+    truth[:, :, 80:] = -1
     grid = draw_segmentation_grid(images, truth, predicted, ("sky", "道路"))
-    pixels = np.asarray(grid)
-    assert grid.width == 3 * 80 + 2 * GAP
-    assert grid.height > 2 * 64 + GAP
+    pixels = np.asarray(grid)[:, MARGIN:]
+    assert grid.width == 3 * 160 + 2 * GAP + 2 * MARGIN
     colours = [*make_class_palette(2).tolist(), [GREY] * 3]
     blended = [np.round(0.6 * np.array(colour) + 40) for colour in colours]
-    for row in (10, 64 + GAP + 10):
+    top = int(np.flatnonzero((pixels[:, 20] == 100).all(axis=1))[0])
+    for row in (top + 10, top + 128 + GAP + 10):
         assert (pixels[row, 20] == 100).all()
-        assert (pixels[row, 80 + GAP + 20] == blended[0]).all()
-        assert (pixels[row, 80 + GAP + 60] == blended[2]).all()
-        assert (pixels[row, 2 * (80 + GAP) + 20] == blended[1]).all()
-    assert (pixels[-7, 3] == make_class_palette(2)[0].numpy()).all(), "the legend shows the colours"
+        assert (pixels[row, 160 + GAP + 20] == blended[0]).all()
+        assert (pixels[row, 160 + GAP + 120] == blended[2]).all()
+        assert (pixels[row, 2 * (160 + GAP) + 20] == blended[1]).all()
+    legend = pixels[-MARGIN - 8].tolist()
+    assert all(colour in legend for colour in colours), "the legend shows the colours, and grey for no class"

@@ -16,7 +16,6 @@ from foveal.models.backbone import (
     build_backbone,
     build_meta_backbone,
     check_classifier_training,
-    check_resizable,
     count_head_classes,
     forward_pooled_and_map,
     get_layer_ids,
@@ -31,6 +30,7 @@ from foveal.models.backbone import (
 from foveal.models.classify import Classifier
 from foveal.models.config import VitConfig
 from foveal.models.droppath import count_drop_paths
+from foveal.models.resizable import check_resizable
 from foveal.models.vit import EncoderCard, encoder_card
 
 SWIN = "swin_tiny_patch4_window7_224"
@@ -193,6 +193,17 @@ def test_images_of_another_size_where_weights_do_not_depend_on_it() -> None:
         with pytest.raises(ExportError, match=f"it is a {name} of images of 224 x 224 pixels and .*{weight}") as caught:
             check_resizable(BackboneCard(timm=name, image_size=224, channels=3), 64, "it")
         assert str(caught.value).endswith("data.image_size is 64 x 64")
+
+
+@pytest.mark.parametrize("name", ["mixer_s32_224", VIT])
+def test_a_grid_of_as_many_patches_is_another_size(name: str) -> None:
+    """4 x 4 and 2 x 8 patches: weights of one shape, in another order."""
+    patch = 32 if name.startswith("mixer") else 16
+    card = BackboneCard(timm=name, image_size=4 * patch, channels=3)
+    check_resizable(card, 4 * patch, "it")
+    with pytest.raises(ExportError, match="has weights of that size alone"):
+        check_resizable(card, (2 * patch, 8 * patch), "it")
+    check_resizable(BackboneCard(timm="resnet18", image_size=64, channels=3), (32, 128), "it")
 
 
 def test_layers_are_timms() -> None:

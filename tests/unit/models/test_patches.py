@@ -55,6 +55,14 @@ def test_how_many_stay_is_what_real_numbers_say(length: int, thousandths: int) -
         assert count_visible(length, thousandths / 1000) == exact
 
 
+def test_how_many_stay_is_maes_number_for_ratios_of_three_decimals() -> None:
+    """Of 196 patches. MAE's code computes int(L * (1 - ratio)) in floating point; fractions k / 196 may differ by one."""
+    decimals = [thousandths / 1000 for thousandths in range(1, 995)]
+    assert [ratio for ratio in decimals if count_visible(196, ratio) != int(196 * (1 - ratio))] == []
+    differences = [count_visible(196, k / 196) - int(196 * (1 - k / 196)) for k in range(1, 196)]
+    assert (differences.count(1), differences.count(0), differences[-1]) == (34, 161, 1)
+
+
 def test_a_ratio_that_hides_everything_is_one_sentence() -> None:
     with pytest.raises(ConfigError, match=r"mask ratio 0.99 leaves none of 16 patches visible; at most 0.9375"):
         split_patches_by_noise(torch.rand(1, 16), 0.99)

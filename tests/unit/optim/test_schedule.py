@@ -8,7 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foveal.optim.schedule import count_plateau_drops, step_decay_lr, warmup_constant_lr, warmup_cosine_lr
+from foveal.optim.schedule import (
+    cosine_ema_decay,
+    count_plateau_drops,
+    step_decay_lr,
+    warmup_constant_lr,
+    warmup_cosine_lr,
+    warmup_ema_decay,
+)
 
 
 def test_the_corners() -> None:
@@ -94,3 +101,15 @@ def test_what_is_no_number_is_no_better() -> None:
     values = [math.nan, 2.0, math.nan, 1.0, math.nan, math.nan]
     drops = [count_plateau_drops(values[:count], patience=2, higher_is_better=False) for count in range(7)]
     assert drops == [0, 0, 0, 0, 0, 0, 1]
+
+
+def test_the_decay_of_an_average_warms_up_as_tensorflows() -> None:
+    """timm's warm-up reaches 0.9 later: at step 31 instead of 80."""
+    assert [warmup_ema_decay(step, 0.999) for step in (1, 8, 80)] == [2 / 11, 0.5, 0.9]
+    assert [warmup_ema_decay(step, 0.999) for step in (8980, 8990, 10**6)] == [8981 / 8990, 0.999, 0.999]
+
+
+def test_the_decay_of_a_target_encoder_is_byols() -> None:
+    """1 - (1 - start) (cos(pi k / K) + 1) / 2; I-JEPA's code rises linearly between the same ends."""
+    decays = [cosine_ema_decay(step, start_decay=0.996, total_steps=100) for step in (0, 25, 50, 100, 200)]
+    assert decays == pytest.approx([0.996, 1 - 0.004 * (math.sqrt(0.5) + 1) / 2, 0.998, 1.0, 1.0], abs=1e-12)

@@ -90,7 +90,7 @@ def test_the_forecast_counts_what_an_optimizer_keeps(kind: str, signs: OptimConf
     engine: Any = trainer.engine
     kept = sum(value.nbytes for state in engine._guard.state.values() for value in state.values() if value.ndim)
     counts = count_parameters(
-        lambda _device: TrainingSetup(model := Tiny(), parameter_groups(model, optim), cast(Any, None))
+        lambda _device: TrainingSetup(model := Tiny(), parameter_groups(model, optim), cast(Any, None)), optim
     )
     cfg, trace = EngineConfig(kind="plain"), MemoryTrace({0: 0})
     assert estimate_memory(counts, trace, cfg, optim, world_size=1, accumulation_steps=1).moments == kept > 0

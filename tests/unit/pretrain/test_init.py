@@ -1,5 +1,6 @@
 """Pretraining from initial weights: accepted sources, the report, and refused weights."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from foveal.errors import ConfigError, ExportError
@@ -249,3 +251,60 @@ def test_weights_that_change_after_the_plan_are_not_taken(digits: Path, tmp_path
     assert math.prod(planned.init_source.patch_grid) == 16
     with pytest.raises(ExportError, match="has changed since the run was planned"):
         build(replace(planned, init_source=replace(planned.init_source, sha256="0")), CPU)
+
+
+@pytest.mark.parametrize("positions", ["learned", "sincos"])
+def test_positions_of_as_many_patches_are_resized(positions: Positions, digits: Path, tmp_path: Path) -> None:
+    """A table of 4 x 4 patches for images of 2 x 8."""
+    model = timms(tmp_path / "w")
+    expected = sincos_positions(2, 8, 32)
+    if positions == "sincos":
+        mae_weights(tmp_path / "mae")
+    else:
+        expected = resample_abs_pos_embed(model.pos_embed, [2, 8], [4, 4])[0, 1:]
+    folder = tmp_path / ("mae" if positions == "sincos" else "w")
+    cfg = settings(digits, folder, positions, data={"image_size": [8, 32]})
+    if positions == "learned":
+        with pytest.raises(ExportError, match="positions that fit images of 16 x 16 and of 8 x 32 pixels"):
+            plan_pretraining(cfg, 1)
+        (folder / "config.json").write_text(json.dumps({"image_size": 16}))
+    assert encoder_of(cfg).get_parameter("pos_embed")[0, 1:].equal(expected)
+    assert plan_pretraining(cfg, 1).resized_from == 16
+
+
+def test_a_run_of_before_0_2_takes_the_rows_of_as_many_patches_as_they_are(digits: Path, tmp_path: Path) -> None:
+    model = timms(tmp_path / "w")
+    cfg = settings(digits, tmp_path / "w", "learned", data={"image_size": [8, 32], "weights_version": 1})
+    assert encoder_of(cfg).get_parameter("pos_embed").equal(model.pos_embed)
+    assert plan_pretraining(cfg, 1).resized_from is None
+
+
+def test_the_plan_says_what_was_taken_off(digits: Path, tmp_path: Path) -> None:
+    model = timms(tmp_path / "timm")
+    weights = {f"module.encoder.{name}": value for name, value in model.state_dict().items()}
+    save_file(weights | {"module.loss.weight": torch.ones(1)}, tmp_path / "timm" / "model.safetensors")
+    plan = plan_pretraining(settings(digits, tmp_path / "timm"), 1)
+    lines = [line.strip() for line in plan.summary_lines()]
+    assert lines[-4:] == [
+        "prefix module. taken off",
+        "names under encoder. are the encoder's",
+        "1 other weights left out (loss.weight)",
+        "unused: head.bias, head.weight",
+    ]
+    assert encoder_of(settings(digits, tmp_path / "timm")).get_parameter("cls_token").equal(model.cls_token)
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"hidden_act": "quick_gelu"}, r"has the activation quick_gelu \(hidden_act in config.json\)"),
+        ({"num_attention_heads": 4}, r"has heads 4, model.heads is 2; they must be equal"),
+    ],
+)
+def test_what_weights_do_not_show_is_compared(
+    config: dict[str, Any], sentence: str, digits: Path, tmp_path: Path
+) -> None:
+    timms(tmp_path / "timm")
+    (tmp_path / "timm" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ExportError, match=sentence):
+        plan_pretraining(settings(digits, tmp_path / "timm"), 1)

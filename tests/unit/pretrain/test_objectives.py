@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.config import DistillConfig
-from distill.losses import DISTANCES, cosine_distance, l1_distance, smooth_l1_distance
+from distill.losses import DISTANCES, cosine_distance, l1_distance, smooth_l1_distance, unit_l1_distance
 from distill.objective import DistillationLoss
 from finetune.tasks.classify import ClassificationLoss
 from finetune.tasks.classify_metrics import sum_batch_metrics
@@ -174,8 +174,10 @@ def by_loop(name: str, student: np.ndarray, teacher: np.ndarray) -> float:
     if name == "cosine":
         dot = sum(a * b for a, b in zip(student, teacher, strict=True))
         return 1 - dot / (math.sqrt(sum(a * a for a in student)) * math.sqrt(sum(b * b for b in teacher)))
+    if name == "unit_l1":
+        student, teacher = (vector / math.sqrt(sum(each * each for each in vector)) for vector in (student, teacher))
     errors = [abs(a - b) for a, b in zip(student, teacher, strict=True)]
-    if name == "l1":
+    if name in {"l1", "unit_l1"}:
         return sum(errors) / len(errors)
     return sum(0.5 * d * d if d < 1 else d - 0.5 for d in errors) / len(errors)
 
@@ -207,6 +209,7 @@ def test_a_perfect_answer_is_at_no_distance() -> None:
     assert cosine_distance(target * 7, target).abs().max() < 1e-6
     assert smooth_l1_distance(target, target).abs().max() == 0
     assert l1_distance(target, target).abs().max() == 0
+    assert unit_l1_distance(target * 7, target).abs().max() < 1e-6
     assert cosine_distance(-target, target).sub(2).abs().max() < 1e-6
 
 

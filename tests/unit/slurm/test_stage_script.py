@@ -1,11 +1,15 @@
 """What slurm/stage.sh makes of start after start. Slurm's commands are stand-ins that say what the real ones were seen to say."""
 
 import os
+import resource
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from foveal.slurm import parse_sbatch_options
 
 ROOT = Path(__file__).resolve().parents[3]
 SRUN = '#!/bin/sh\ncat "$0.says" >&2\nexit $(cat "$0.code")\n'
@@ -157,6 +161,29 @@ def test_another_run_of_the_job_is_progress_too(job: Job) -> None:
 def test_where_nothing_can_be_written_every_restart_counts(job: Job) -> None:
     (job.folder / "runs").write_text("")
     assert [job.start(1, begun(step), FOVEAL_MAX_RESTARTS="2")[1] for step in range(3)] == [REQUEUED, REQUEUED, []]
+
+
+@pytest.mark.parametrize("script", ["pretrain_mae", "distill", "finetune"])
+def test_ranks_fill_one_socket_after_the_other_as_gpus_are_numbered(script: str) -> None:
+    options = parse_sbatch_options((ROOT / f"slurm/{script}.sh").read_text())
+    assert options.values["distribution"] == "block:block", "Slurm's default deals ranks to sockets in turn"
+
+
+@pytest.mark.parametrize("wish", ["", "ulimit -S -c 1000\n"])
+def test_ranks_leave_no_core_dumps_unless_environment_sh_asks_for_them(wish: str, job: Job) -> None:
+    """NCCL's time-out aborts every rank of a job at once."""
+    (job.folder / "slurm").unlink()
+    shutil.copytree(ROOT / "slurm", job.folder / "slurm")
+    with (job.folder / "slurm/environment.sh").open("a") as settings:
+        settings.write(wish)
+    (job.folder / "bin/srun").write_text(f'#!/bin/bash\nulimit -S -c > "{job.folder}/limit"\n')
+    soft, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
+    try:
+        job.start(0, "")
+    finally:
+        resource.setrlimit(resource.RLIMIT_CORE, (soft, hard))
+    assert (job.folder / "limit").read_text().strip() == ("1000" if wish else "0")
 
 
 def test_storage_that_is_away_for_a_night_is_waited_for(job: Job) -> None:

@@ -2,9 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -158,16 +155,17 @@ def test_the_first_failure_stops_the_chain_with_its_code(here: Path) -> None:
     assert (here / "started").read_text() == "- 7 run.dir=runs/7\n"
 
 
-def test_several_processes_are_checked_then_launched(here: Path) -> None:
-    assert run_jobs_locally([job("finish", processes=2)]) == 0
-    check, *ranks = (here / "started").read_text().splitlines()
-    assert check == "- finish run.dir=runs/finish --check --ranks=2"
-    assert sorted(ranks) == ["0 finish run.dir=runs/finish", "1 finish run.dir=runs/finish"]
+def test_several_processes_are_ranks_and_the_first_failure_is_the_chains(here: Path, caplog) -> None:
+    assert run_jobs_locally([job("finish", processes=2), job("7", processes=2), job("finish")]) == 7
+    started = (here / "started").read_text().splitlines()
+    assert sorted(started) == [f"{rank} {what} run.dir=runs/{what}" for rank in (0, 1) for what in ("7", "finish")]
+    assert caplog.messages[-1] == "foveal: stage 'to-7' ended with exit code 7; nothing after it was started"
 
 
-def test_ctrl_c_reaches_the_stage_and_ends_the_chain(here: Path) -> None:
+def test_ctrl_c_reaches_the_stage_and_ends_the_chain(here: Path, caplog) -> None:
     before = signal.getsignal(signal.SIGINT)
     assert run_jobs_locally([job("interrupt"), job("finish")]) == 130
+    assert caplog.messages[-1] == "foveal: stopped in stage 'to-interrupt': start again to continue"
     assert (here / "heard").exists()
     assert len((here / "started").read_text().splitlines()) == 1
     assert signal.getsignal(signal.SIGINT) is before
@@ -238,36 +236,3 @@ def test_without_slurm_submitting_is_one_sentence(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(LaunchError, match="no sbatch and srun here"):
         submit.submit_jobs([job("finish")], tmp_path, {})
-
-
-# Stands in for torchrun: its rank says what it hears and saves; torchrun itself would end with a traceback. It writes
-# without a buffer: a signal that comes while one is being flushed finds it locked.
-LAUNCHER = """\
-import subprocess, sys
-rank = r'''
-import os, signal, sys, time
-def save(*_):
-    time.sleep(0.3)
-    os.write(1, b"saved\\n")
-    sys.exit(0)
-signal.signal(signal.SIGINT, save)
-os.write(1, b"trains\\n")
-time.sleep(60)
-'''
-sys.exit(subprocess.run([sys.executable, "-c", rank]).returncode)
-"""
-
-
-@pytest.mark.parametrize(("times", "said"), [(1, "trains\nsaved\n"), (2, "trains\n")])
-def test_ctrl_c_reaches_the_ranks_and_not_their_launcher_and_twice_ends_all(times: int, said: str) -> None:
-    words = ["-c", LAUNCHER, "torch.distributed.run"]
-    code = f"import os, sys; from slurm import submit; sys.exit(submit._run_command([sys.executable, *{words!r}], os.environ))"
-    line = [sys.executable, "-c", code]
-    with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as chain:
-        assert chain.stdout is not None
-        first = chain.stdout.readline()
-        for _ in range(times):
-            chain.send_signal(signal.SIGINT)
-            time.sleep(0.05)  # two signals that are both pending arrive as one
-        out, err = chain.communicate(timeout=30)
-    assert (chain.returncode, first + out, err) == (130, said, "")

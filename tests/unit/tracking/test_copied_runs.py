@@ -14,8 +14,10 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from points import in_jsonl, in_mlflow, row, run_id
 
+from foveal.commands.track import app as track_commands
 from foveal.tracking import mlflow, open_tracker
 from foveal.tracking.mlflow import MLflowRun
+from foveal.tracking.sqlite_store import resolve_store_of_run
 from foveal.tracking.store_errors import explain_refusal
 from foveal.tracking.tracker import TrackingConfig
 
@@ -83,6 +85,39 @@ def test_a_moved_folder_goes_on_in_its_run(tmp_path: Path, uri: str) -> None:
     run.rename(moved)
     assert goes_on(run, uri, 1, 5) != mine
     assert goes_on(moved, uri, 21, 25) == mine
+
+
+def test_a_run_that_is_started_elsewhere_goes_on_in_its_store(
+    tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A relative path is that of the first attempt's working directory, also for `foveal track sync` and for a copy."""
+    first, second, run = tmp_path / "first", tmp_path / "second", tmp_path / "first" / "run"
+    stated, store = "sqlite:///runs/mlflow.db", first / "runs" / "mlflow.db"
+    for folder in (first, second):
+        folder.mkdir()
+    monkeypatch.chdir(first)
+    store.parent.mkdir()
+    shutil.copy(uri.removeprefix("sqlite:///"), store)  # a store takes seconds to make
+    mine = goes_on(run, stated, 1, 5)
+    note = json.loads((run / "mlflow.json").read_text())
+    assert (note["store"], note["file"]) == (stated, str(store))
+    monkeypatch.chdir(second)
+    with caplog.at_level(logging.INFO, "foveal"):
+        assert goes_on(run, stated, 6, 10) == mine
+    assert f"{run} goes on in {store}, its store since its first attempt" in caplog.text
+    (run / "config.yaml").write_text(f"tracking: {{uri: '{stated}'}}\n")
+    track_commands(["sync", str(run)], standalone_mode=False)
+    copy = shutil.copytree(run, second / "copy")
+    theirs = goes_on(copy, stated, 11, 15)
+    assert theirs != mine
+    assert goes_on(copy, stated, 16, 20) == theirs
+    assert goes_on(run, f"sqlite:///{store}", 11, 15) == mine  # the same file
+    client = MlflowClient(f"sqlite:///{store}")
+    assert [in_mlflow(client, each) == in_jsonl(each) for each in (run, copy)] == [True, True]
+    assert not (second / "runs").exists()
+    store.unlink()  # moved away, or of another host: the path starts here
+    resolved = resolve_store_of_run(stated, str(store))
+    assert (resolved, resolve_store_of_run("sqlite:///other.db", str(store))) == (stated, "sqlite:///other.db")
 
 
 def test_other_names_of_one_folder(tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,9 @@ class ProcessEnd(BaseException):
 
 
 @pytest.fixture
-def exit_code_of(own_environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception | None], int]:
+def exit_code_of(
+    own_environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[BaseException | None], int]:
     """Run a stage as rank 0 of two that raises an error, and return the code with which its process ends."""
 
     @contextmanager
@@ -29,7 +31,7 @@ def exit_code_of(own_environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def end(code: int) -> None:
         raise ProcessEnd(code)
 
-    def run(error: Exception | None) -> int:
+    def run(error: BaseException | None) -> int:
         def fail(*_: Any) -> None:
             if error is not None:
                 raise error
@@ -48,15 +50,24 @@ def exit_code_of(own_environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_several_ranks_end_with_the_code_of_their_error(
-    exit_code_of: Callable[[Exception | None], int], capsys: pytest.CaptureFixture[str]
+    exit_code_of: Callable[[BaseException | None], int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     errors: list[FovealError] = [DataError("no shards"), TrainingDivergedError("not finite")]
     assert [exit_code_of(error) for error in (None, *errors)] == [0, 2, 3]
     assert capsys.readouterr().err.splitlines()[-2:] == ["foveal: no shards", "foveal: not finite"]
 
 
+def test_ctrl_c_before_the_run_is_one_line(
+    exit_code_of: Callable[[BaseException | None], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code_of(KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err == (
+        "foveal: stopped by Ctrl-C before anything was trained; the same command starts again\n"
+    )
+
+
 def test_several_ranks_end_with_1_and_a_traceback_on_any_other_error(
-    exit_code_of: Callable[[Exception | None], int], capsys: pytest.CaptureFixture[str]
+    exit_code_of: Callable[[BaseException | None], int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert exit_code_of(ValueError("a bug")) == 1
     error_output = capsys.readouterr().err

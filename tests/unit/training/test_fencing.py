@@ -1,6 +1,5 @@
 """Two live attempts at one run: readers follow the newer one, whatever the older one still writes."""
 
-import multiprocessing
 import os
 import signal
 import time
@@ -11,6 +10,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+from forked import CONTEXT
 from stores import ALONE, Tensors, name, names, saved, state
 
 from foveal.checkpoint.config import CheckpointConfig
@@ -19,8 +19,6 @@ from foveal.errors import AttemptSupersededError
 from foveal.training.lease import Lease, acquire_lease, read_relevant_start_steps
 from foveal.training.lease_holder import current_holder
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "foveal.training.lease", "foveal.checkpoint.store", "stores"])
 WAIT = 60  # seconds until a process answers on a busy machine
 BEAT, PATIENCE = 0.05, 3.0
 
@@ -72,8 +70,8 @@ def _run_older_attempt(pipe: Connection, run: Path, checks_lease: bool) -> None:
 @pytest.fixture(params=[True, False], ids=["checks", "checked too early"])
 def frozen(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[BaseProcess, Connection, bool]]:
     """Start an attempt on another node that saves step 10 and is then stopped, as by a network cut."""
-    pipe, child_pipe = _CONTEXT.Pipe()
-    process = _CONTEXT.Process(target=_run_older_attempt, args=(child_pipe, tmp_path, request.param))
+    pipe, child_pipe = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=_run_older_attempt, args=(child_pipe, tmp_path, request.param))
     process.start()
     assert pipe.poll(WAIT)
     assert pipe.recv() == "saved 10"

@@ -96,7 +96,7 @@ CHANGED = {
 # Science of the data that changes pixels or evaluations; another setting of the data must be put on one of the lists.
 SAME_ORDER = {
     *("val", "image_size", "channels", "eval_size", "labels", "label_field", "ignore_id", "augment", "eval_crop_ratio"),
-    *("mean", "std", "jpeg_scaling"),
+    *("mean", "std", "jpeg_scaling", "decode_version", "weights_version"),
 }
 
 
@@ -182,7 +182,7 @@ def test_a_run_in_progress_may_remove_what_is_read(plan_of: Callable[[str], Any]
     with training_on(copy):
         for _ in range(40):
             fork = begin_fork(plan, run).fork
-            assert len(list(fork.checkpoint.iterdir())) == 3
+            assert len(list(fork.checkpoint.iterdir())) == 4
             assert read_json(fork.checkpoint / "state.json")["step"] == fork.step
             found.add(fork.step)
             release_checkpoint(run)

@@ -1,7 +1,6 @@
 """The lease on a run directory: real processes race for it and are killed, stopped and superseded."""
 
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import CONTEXT
 
 from foveal import slurm
 from foveal.errors import CheckpointError, RestartLoopError
@@ -22,8 +22,6 @@ from foveal.training import lease_holder
 from foveal.training.lease import Lease, acquire_lease, list_attempts, read_relevant_start_steps
 from foveal.training.lease_holder import LeaseHolder, current_holder
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["foveal.training.lease"])
 WAIT = 60  # seconds until a process answers on a busy machine
 BEAT, PATIENCE, ROUNDS = 0.05, 3.0, 20
 
@@ -164,8 +162,8 @@ class HolderProcess:
     def __init__(
         self, run: Path, job: SlurmJob | None = None, host: str | None = None, start_time: float = 0.0
     ) -> None:
-        self.pipe, child_pipe = _CONTEXT.Pipe()
-        self.process = _CONTEXT.Process(target=_hold, args=(child_pipe, run, job, host, start_time))
+        self.pipe, child_pipe = CONTEXT.Pipe()
+        self.process = CONTEXT.Process(target=_hold, args=(child_pipe, run, job, host, start_time))
         self.process.start()
 
     def receive(self) -> Any:

@@ -1,103 +1,42 @@
 """Steps cut into microbatches and ranks of unequal weights give the result of one large batch."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from engines import SHAPES, Shape
+from loop_steps import ALONE, IMAGES, LABELS, OPTIM, STEPS, Tiny, batches, build_tiny_engine, classify, loop_context
 from ranks import Ranks
 from torch import Tensor, nn
 
-from finetune.tasks.classify import ClassificationLoss
 from foveal.data.batch import Batch
+from foveal.distributed.host_collectives import HostCollectives
 from foveal.distributed.world import World
 from foveal.engines.build import build_engine
 from foveal.engines.config import EngineConfig
 from foveal.engines.plain import PlainEngine
 from foveal.optim.config import OptimConfig
 from foveal.optim.optimizers import parameter_groups
-from foveal.training.loop import LoopContext, is_due, run_steps
-from foveal.training.meters.metric_accumulator import MetricAccumulator, MetricRow
-from foveal.training.meters.stragglers import StragglerMeter
+from foveal.training.loop import is_due, run_steps
+from foveal.training.meters.metric_accumulator import MetricRow
 from foveal.training.meters.throughput import ThroughputMeter
 
-ALONE = World(0, 1, 0, "none", torch.device("cpu"))
-STEPS, IMAGES, CLASSES = 3, 8, 3
-# Labels per step; -1: no label. Cut into two ranks with two microbatches each, the first step's weights are 2, 1, 0, 2.
-LABELS = [[0, 1, 2, -1, -1, -1, 1, 1], [-1, -1, -1, -1, -1, -1, -1, 2], [0, 0, 0, 0, 1, 2, 2, 2]]
-OPTIM = OptimConfig(lr_per_256=1e-2, max_grad_norm=0.05)
 Result = tuple[list[MetricRow], dict[str, Tensor]]  # metric rows and weights by name
-
-
-def ignore(_step: int, _argument: object) -> None:
-    """Callback that does nothing."""
-
-
-def loop_context(
-    start: int, stop: int, micros: int, lr: Callable[[int], float], world: World, meter: ThroughputMeter | None = None
-) -> LoopContext:
-    """Build a context with fresh meters and callbacks that do nothing."""
-    return LoopContext(
-        after_step=start,
-        last_step=stop,
-        accumulation_steps=micros,
-        lr_schedule=lr,
-        world=world,
-        metric_accumulator=MetricAccumulator(),
-        throughput_meter=meter or ThroughputMeter(),
-        straggler_meter=StragglerMeter(world.device, "here"),
-        heartbeat=ignore,
-        on_batches_consumed=ignore,
-    )
-
-
-class Tiny(nn.Module):
-    """A linear layer on flat images, with a classifier's argument for drop path."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.head = nn.Linear(16, CLASSES)
-
-    def forward(self, images: Tensor, _drops: Tensor) -> Tensor:
-        return self.head(images.flatten(1))
-
-
-def batches(rank: int, ranks: int, micros: int, labels_by_step: list[list[int]] = LABELS) -> Iterator[Batch]:
-    """Yield this rank's part of the same steps, cut into microbatches."""
-    generator = torch.Generator().manual_seed(1)
-    for step in range(STEPS):
-        images = torch.randint(0, 256, (IMAGES, 1, 4, 4), generator=generator, dtype=torch.uint8)
-        labels, ids = torch.tensor(labels_by_step[step]), torch.arange(IMAGES)
-        size = IMAGES // ranks // micros
-        for micro in range(micros):
-            part = slice(start := (rank * micros + micro) * size, start + size)
-            valid = torch.ones(size, dtype=torch.bool)
-            yield Batch(images[part], labels[part], ids[part], ids[part], valid, step, 0, micro)
-
-
-def classify() -> ClassificationLoss:
-    off = {"random_erasing": 0.0, "mixup": 0.0, "cutmix": 0.0}
-    cfg: Any = SimpleNamespace(seed=0, label_smoothing=0.1, **off)
-    return ClassificationLoss(cfg, (0.5,), (0.25,), 0, torch.ones(CLASSES))
 
 
 def trained(world: World, kind: str, micros: int) -> Result:
     """Return metric rows and weights after a few steps of a tiny classifier."""
     model = Tiny()
     cfg = EngineConfig(kind=kind)  # pyright: ignore[reportArgumentType]
-    at_once = IMAGES // world.size // micros
-    groups = parameter_groups(model, OPTIM)
-    engine = build_engine(model, groups, OPTIM, cfg, world, microbatch_size=at_once, accumulation_steps=micros)
+    engine = build_tiny_engine(model, cfg, world, micros)
     objective = classify()
     context = loop_context(0, STEPS, micros, lambda step: 1e-2 / (step + 1), world)
     for _ in run_steps(engine, batches(world.rank, world.size, micros), objective, context):
         pass
-    return context.metric_accumulator.pop_rows(world.all_reduce_sum), engine.gather_full_state_dict()
+    return context.metric_accumulator.pop_rows(world.all_reduce_sum), model.state_dict()
 
 
 @pytest.fixture(scope="module")
@@ -158,15 +97,7 @@ _SHAPES = [
 def run_unlabelled_step(world: World, shape: Shape) -> tuple[list[tuple[bool, bool, bool, int]], list[MetricRow]]:
     """Train three steps, the second without a label: per step applied, refused, state kept, updates; and the rows."""
     model, micros = Tiny(), 2
-    engine = build_engine(
-        model,
-        parameter_groups(model, OPTIM),
-        OPTIM,
-        shape.config,
-        world,
-        microbatch_size=IMAGES // world.size // micros,
-        accumulation_steps=micros,
-    )
+    engine = build_tiny_engine(model, shape.config, world, micros)
     context, results = loop_context(0, STEPS, micros, lambda _: 1e-2, world), []
     stream = batches(world.rank, world.size, micros, [LABELS[0], [-1] * IMAGES, LABELS[2]])
 
@@ -219,7 +150,6 @@ def test_a_course_begins_where_it_is_told_and_takes_no_batch_too_many() -> None:
         next(stream)  # the loader begins at step 1 too
     steps = list(run_steps(engine, stream, objective, context))
     assert [step.index for step in steps] == [2, 3]
-    assert [step.last_microbatch.microbatch_index for step in steps] == [1, 1]
     assert objective.calls == [(1, 0), (1, 1), (2, 0), (2, 1)]
     assert next(stream, None) is None
     rows = context.metric_accumulator.pop_rows(world.all_reduce_sum)
@@ -247,29 +177,41 @@ def test_the_learning_rate_is_set_before_the_update_and_scaled_by_group() -> Non
     assert [group["lr"] for group in engine._optimizer.param_groups] == [0.2, 0.1]
 
 
-def test_a_weight_that_never_changes_costs_no_collective(monkeypatch: pytest.MonkeyPatch) -> None:
+class HostCollectivesOfOne(HostCollectives):
+    """The only rank that answers; it counts what it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+        self.num_calls = 0
+
+    def all_reduce(self, values: Sequence[float], combine: Callable[[Sequence[float]], float]) -> list[float]:
+        self.num_calls += 1
+        return super().all_reduce(values, combine)
+
+
+@pytest.mark.parametrize("weight", [8.0, torch.tensor(8.0)])
+def test_ranks_agree_on_microbatches_and_weight_in_one_collective(
+    weight: float | Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def never(*_: Any) -> Any:
-        raise AssertionError("a collective for a weight that is known")
+        raise AssertionError("a collective of the device")
 
     monkeypatch.setattr(World, "all_reduce_sum", never)
-    monkeypatch.setattr(World, "all_reduce_max", lambda _world, values: list(values))
-    world = World(0, 2, 0, "none", torch.device("cpu"))
-    context = loop_context(0, 1, 1, lambda _: 0.0, world)
-    next(run_steps(plain(1), batches(0, 1, 1), Recorder(8.0), context))
-    with pytest.raises(AssertionError, match="a collective"):
-        next(run_steps(plain(1), batches(0, 1, 1), Recorder(torch.tensor(8.0)), context))
+    host = HostCollectivesOfOne()
+    context = loop_context(0, 1, 2, lambda _: 0.0, World(0, 2, 0, "none", torch.device("cpu"), "", host))
+    next(run_steps(plain(2), batches(0, 1, 2), Recorder(weight), context))
+    assert host.num_calls == 1
 
 
-def test_pace_counts_the_images_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pace_counts_the_images_of_all_ranks() -> None:
     class ImageCounter(ThroughputMeter):
         images = 0
 
         def add_images(self, images: int) -> None:
             self.images += images
 
-    monkeypatch.setattr(World, "all_reduce_max", lambda _world, values: list(values))
-    meter = ImageCounter()
-    context = loop_context(0, STEPS, 2, lambda _: 0.0, World(0, 4, 0, "none", torch.device("cpu")), meter)
+    meter, world = ImageCounter(), World(0, 4, 0, "none", torch.device("cpu"), "", HostCollectivesOfOne())
+    context = loop_context(0, STEPS, 2, lambda _: 0.0, world, meter)
     for _ in run_steps(plain(2), batches(0, 1, 2), Recorder(), context):
         pass
     assert meter.images == STEPS * IMAGES * 4

@@ -16,6 +16,7 @@ from foveal.slurm import SlurmJob
 from foveal.training.cli import load_config
 from foveal.training.lease import acquire_lease
 from foveal.training.lease_holder import current_holder
+from foveal.training.run_directory import keep_rules_of_run
 
 
 def folders(run: Path) -> list[str]:
@@ -87,7 +88,7 @@ def test_a_folder_that_is_not_to_be_looked_into_is_one_sentence(
     with pytest.raises(
         ConfigError, match=r"run cannot be a run directory \(Permission denied\); set run.dir to a place"
     ):
-        run_directory._inspect_run_dir(stage.functions.build_plan(cfg, 1))
+        run_directory.inspect_run_dir(stage.functions.build_plan(cfg, 1))
 
 
 def test_a_run_that_another_attempt_finishes_meanwhile_is_let_alone(
@@ -100,7 +101,7 @@ def test_a_run_that_another_attempt_finishes_meanwhile_is_let_alone(
     cfg = load_config(stage.config_class, "pretrain", str(configs["pretrain"]), [f"run.dir={run}"])
     run.mkdir()
     (run / "finished.json").write_text("{}")
-    monkeypatch.setattr(run_directory, "_inspect_run_dir", lambda _: (run, False))
+    monkeypatch.setattr(run_directory, "inspect_run_dir", lambda plan: (run, False, plan))
     world = World(0, 1, 0, "none", torch.device("cpu"))
     with run_directory.open_run("pretrain", stage.functions.build_plan(cfg, 1), world, Preemption(world)) as opened:
         assert opened is None
@@ -137,3 +138,36 @@ def test_a_run_that_is_set_back_and_comes_again_goes_in_circles(tmp_path: Path) 
         RestartLoopError, match="each of the last 4 attempts ended without a checkpoint newer than step 100"
     ):
         lease.record_start(100)
+
+
+def keep_rules(world: World, config: str, run: str, *overrides: str) -> tuple[str, int]:
+    """Return the data path and the decode version of a rank, whose path is its own."""
+    settings = [f"run.dir={run}", f"data.path=/node{world.rank}", *overrides]
+    data = keep_rules_of_run(
+        load_config(stage_named("pretrain").config_class, "pretrain", config, settings), world
+    ).data
+    return data.path, data.decode_version
+
+
+def test_a_run_without_a_setting_keeps_its_rule_and_every_rank_its_paths(
+    configs, two_ranks: Ranks, tmp_path: Path
+) -> None:
+    (tmp_path / "science.json").write_text('{"seed": 0}')
+    assert two_ranks.call(keep_rules, str(configs["pretrain"]), str(tmp_path)) == [("/node0", 1), ("/node1", 1)]
+
+
+def test_a_fork_goes_on_by_the_rules_of_its_source(configs, one_rank: Ranks, tmp_path: Path) -> None:
+    source, fork = tmp_path / "source", tmp_path / "fork"
+    for folder in (source, fork):
+        folder.mkdir()
+    (source / "science.json").write_text('{"seed": 0}')
+
+    def version(*overrides: str) -> int:
+        return one_rank.call(keep_rules, str(configs["pretrain"]), str(fork), *overrides)[0][1]
+
+    assert version() == 2
+    assert [version(f"run.fork={source}{step}") for step in ("", "@3")] == [1, 1]
+    assert version(f"run.fork={source}", "data.decode_version=2") == 2
+    assert version(f"run.fork={tmp_path / 'nowhere'}") == 2
+    (fork / "science.json").write_text('{"seed": 0, "data.decode_version": 2}')
+    assert version(f"run.fork={source}") == 2

@@ -28,6 +28,7 @@ from foveal.optim.config import OptimConfig
 from foveal.optim.optimizers import parameter_groups
 from foveal.seeding import derive_key, draw_uniform
 from foveal.training.meters.throughput import ThroughputMeter
+from foveal.training.progress import ProgressReporter
 from foveal.training.validation import evaluate_encoders, evaluate_if_due
 from pretrain.objective import MaskedModelingLoss
 
@@ -46,9 +47,12 @@ class Rehearsal:
         self.plan: Any = SimpleNamespace(cfg=cfg, dataset=dataset, mean=MEAN, std=STD, total_steps=25)
         self.watchdog = SimpleNamespace(heartbeat=lambda *_: None)
         self.throughput_meter = ThroughputMeter()
+        self.progress, self.evaluation_seconds = ProgressReporter(), 0.0
         self.recorded: dict[int, dict[str, float]] = {}
 
-    def evaluation_batches(self, _step: int, *, split: str, subset: Any, size: int = 64) -> Iterator[Batch]:
+    def evaluation_batches(
+        self, _step: int, *, split: str, subset: Any, size: int = 64, purpose: str = ""
+    ) -> Iterator[Batch]:
         plan = self.plan
         parts: dict[str, Any] = {"rank": 0, "world_size": 1, "microbatch_size": size, "training_seed": SEED}
         return eval_batches(plan.dataset, plan.cfg.data, split=split, subset=subset, **parts)

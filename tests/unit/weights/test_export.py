@@ -81,6 +81,18 @@ def test_a_card_from_before_there_was_resizing(folder: Path) -> None:
 HEAD = {"kind": "segmentation", "classes": 2}
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_files_of_an_export_are_readable_as_the_umask_says(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        write_export(tmp_path / "export", weights(), replace(CARD, head=HEAD), {"classify.weight": torch.zeros(1)})
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "export").iterdir()}
+    assert modes == dict.fromkeys(("card.json", "head.safetensors", "model.safetensors"), 0o666 & ~umask)
+    assert (tmp_path / "export").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
 def test_tied_weights_are_written_under_each_name(tmp_path: Path) -> None:
     """Fully or partly tied weights; the export loads strictly into the model that ties them."""
     torch.manual_seed(0)
@@ -164,10 +176,15 @@ def no_safetensors(folder: Path) -> None:
     edit_card(sha256=sha256(folder / "model.safetensors"))(folder)
 
 
+def not_finite(folder: Path) -> None:
+    write_export(folder, weights() | {name: value / 0 for name, value in list(weights().items())[:1]}, CARD)
+
+
 HARM: list[tuple[Callable[[Path], Any], str]] = [
     (flip, r"model\.safetensors is not the file that its card describes \(sha256 differs\)"),
     (swap, r"model\.safetensors is not the file that its card describes \(sha256 differs\)"),
     (lambda folder: (folder / "model.safetensors").unlink(), "no whole export: model.safetensors is missing"),
+    (not_finite, r"values that are NaN or infinite; give the weights of a step before"),
     (no_safetensors, r"model\.safetensors cannot be read"),
     (lambda folder: (folder / "card.json").unlink(), "is no export: it has no card.json"),
     (lambda folder: (folder / "card.json").write_text("{"), r"card\.json cannot be read"),

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import encoded, photo
+from pictures import encoded, full_image, photo
 from PIL import Image, features
 
 from foveal.data.image import decode as module
 from foveal.data.image.decode import UndecodableError, decode_crop, decode_image
-from foveal.data.image.transforms import CropBox
 
 PHOTO = photo(180, 120)
 FILES = {
@@ -34,10 +33,6 @@ JPEGS = ("JPEG", "progressive", "restarts", "grey")
 pytestmark = pytest.mark.filterwarnings(
     "ignore"
 )  # Pillow's warnings of damaged files; a warning is no reason to refuse a file
-
-
-def full_image(width: int, height: int) -> tuple[CropBox, bool]:
-    return (0, 0, width, height), False
 
 
 def outcomes(data: bytes, channels: int = 3, scaling: bool = False) -> list[np.ndarray | str]:

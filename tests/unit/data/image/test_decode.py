@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import encoded, photo
+from pictures import encoded, full_image, photo
 from PIL import Image, ImageOps
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize
 
@@ -25,10 +25,6 @@ LARGE = photo(640, 480)
 
 def fixed_crop(box: CropBox, flipped: bool = False) -> CropFunction:
     return lambda _width, _height: (box, flipped)
-
-
-def full_image(width: int, height: int) -> tuple[CropBox, bool]:
-    return (0, 0, width, height), False
 
 
 def boxes(count: int) -> list[CropBox]:

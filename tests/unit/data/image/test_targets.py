@@ -44,7 +44,7 @@ def members(number: int) -> dict[str, bytes]:
         {"bbox": [0, 0, 24, 24], "category_id": 1, "iscrowd": 1},
         {"bbox": [0, 0, 20, 24], "category_id": 1, "iscrowd": True},
     ]
-    labels = {"annotations": boxes, "labels": [number % 3, 2]}
+    labels = {"annotations": boxes, "labels": sorted({number % 3, 2})}
     return {"png": png(ids * 20), "mask.png": png(ids), "json": json.dumps(labels).encode()}
 
 
@@ -162,6 +162,14 @@ def test_a_mask_that_does_not_decode_is_a_bad_sample(scenes: Callable[..., tuple
     assert all("its mask" in sample.reason and sample.replacement_key >= 0 for sample in bad)
 
 
+def test_masks_of_colours_end_a_run_with_their_reason(scenes: Callable[..., tuple[Dataset, DataConfig]]) -> None:
+    dataset, cfg = scenes({f"{n:03d}.mask.png": png(np.zeros((SIDE, SIDE, 3), np.uint8)) for n in range(SAMPLES)})
+    with pytest.raises(
+        DataError, match=r"does not decode, nor does any of .* replace it \(its mask: pixels of mode RGB are"
+    ):
+        trained(dataset, cfg, "segmentation")
+
+
 @pytest.mark.parametrize(
     ("task", "member", "data", "sentence"),
     [
@@ -178,8 +186,7 @@ def test_a_mask_that_does_not_decode_is_a_bad_sample(scenes: Callable[..., tuple
             "a mask of 5 x 24 pixels and an image of 24 x 24",
         ),
         ("segmentation", "001.mask.png", b"", "has no member .mask.png"),
-        ("detection", "001.json", b'[{"bbox": [20, 0, 9, 5], "category_id": 0}]', "not inside its image of 24 x 24"),
-        ("detection", "001.json", b'[{"bbox": [2, 0, 0, 5], "category_id": 0}]', "not inside its image"),
+        ("detection", "001.json", b'[{"bbox": [9, 0, -2, 5], "category_id": 0}]', "has a negative side"),
         ("detection", "001.json", b'[{"bbox": [2, 0, 3, 5], "category_id": 3}]', "label 3, and labels are 0 to 2"),
         ("detection", "001.json", b'[{"bbox": [2, 0], "category_id": 1}]', "no box with bbox and category_id"),
         ("detection", "001.json", b'[{"bbox": [2, NaN, 3, 5], "category_id": 1}]', "[2.0, nan, 3.0, 5.0]"),

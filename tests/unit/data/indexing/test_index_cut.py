@@ -1,6 +1,7 @@
 """Truncated tars and damaged headers: complete samples are indexed, and nothing else."""
 
 import io
+import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,7 @@ def tar_of(members: list[tuple[str, bytes]], kind: int) -> bytes:
 
 
 def scan(data: bytes) -> tuple[list[TarSample], str]:
-    return scan_tar(io.BytesIO(data), len(data), "s.tar", IndexRules())
+    return scan_tar(io.BytesIO(data), len(data), "s.tar", IndexRules())[:2]
 
 
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -74,7 +75,7 @@ def test_a_last_sample_that_may_miss_members_is_left_out() -> None:
 def test_a_cut_shard_is_reported_each_time_and_an_empty_one_left_out(
     tmp_path: Path, write_tar: WriteTar, png: bytes
 ) -> None:
-    members = [(f"{key}.{name}", png if name == "png" else b"1") for key in "abc" for name in ("png", "cls")]
+    members = [(f"{key}.{name}", png if name == "png" else b"0") for key in "abc" for name in ("png", "cls")]
     write_tar(tmp_path / "train-0.tar", members)
     cut = write_tar(tmp_path / "train-1.tar", members).read_bytes()[: 5 * 1024]
     (tmp_path / "train-1.tar").write_bytes(cut)
@@ -135,6 +136,33 @@ def test_a_header_with_a_wrong_sum_is_damage_and_not_the_end() -> None:
     tar[1024 + 100] ^= 1
     with pytest.raises(DataError, match=r"s.tar is damaged after byte 1024: copy it again, or write it again"):
         scan(bytes(tar))
+
+
+@pytest.mark.parametrize("gap", [0, 1 << 20, (3 << 20) + 100])
+@pytest.mark.parametrize("behind", ["archive", "rest"])
+def test_what_is_behind_the_end_of_an_archive_is_refused(gap: int, behind: str) -> None:
+    """`cat a.tar b.tar`, and a download with a hole: samples behind zeros are not lost without a word."""
+    first, second = (tar_of([(f"{key}.png", b"1")], tarfile.GNU_FORMAT) for key in "ab")
+    place = len(first) + gap
+    joined = first + bytes(gap) + (second if behind == "archive" else second[512:])
+    sentence = (
+        rf"several archives, the second from byte {place}," if behind == "archive" else "is damaged after byte 1024"
+    )
+    with pytest.raises(DataError, match=sentence):
+        scan(joined)
+    assert [sample.key for sample in scan(first + bytes(gap))[0]] == ["a"]
+
+
+def test_a_sparse_member_is_refused_with_the_option_of_tar(tmp_path: Path, png: bytes) -> None:
+    """Its header states the size of the file with its holes, so the tar would seem truncated."""
+    with (tmp_path / "a.png").open("wb") as stream:
+        stream.write(png)
+        stream.seek(1 << 20)
+        stream.write(b"x")
+    command = ["tar", "--sparse", "--hole-detection=raw", "-C", tmp_path, "-cf", tmp_path / "train-0.tar", "a.png"]
+    subprocess.run(command, check=True)
+    with pytest.raises(DataError, match=r"'a.png' is stored as a sparse file: write .* without --sparse \(-S\)"):
+        build_shard_index(str(tmp_path), "train-0.tar")
 
 
 def test_an_index_of_a_cut_shard_opens(tmp_path: Path, write_tar: WriteTar, png: bytes) -> None:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from foveal.cli import app
 from foveal.data.format.shard_index import ShardIndex, mmap_index
-from foveal.data.indexing import index as indexing
+from foveal.data.indexing import shards as indexing
 from foveal.data.indexing.index import index_folder
 from foveal.errors import DataError
 
@@ -127,15 +127,15 @@ def test_sha256_stays_while_the_shard_does(folder: Path) -> None:
 
 
 def test_labels_from_json(tmp_path: Path, write_tar: WriteTar, png: bytes) -> None:
-    entries = {"a": {"label": 2}, "b": {"label": "dog"}, "c": {"label": None}, "d": {}, "e": None}
+    entries = {"a": {"label": 2}, "f": {"label": "0"}, "b": {"label": "dog"}, "c": {"label": None}, "d": {}, "e": None}
     members = [(f"{key}.png", png) for key in entries]
     members += [(f"{key}.json", json.dumps(entry).encode()) for key, entry in entries.items() if entry is not None]
     write_tar(tmp_path / "train-0.tar", sorted(members, key=lambda member: member[0]))
     warnings: list[str] = []
     manifest = index_folder(str(tmp_path), label_key="label", classes=["cat", "dog", "cow"], on_warning=warnings.append)
     index, _ = mmap_index(tmp_path / "train-0.tar.index")
-    assert index.labels.tolist() == [2, 1, -1, -1, -1]
-    assert warnings == ["train: 3 of 5 samples have no class"]
+    assert index.labels.tolist() == [2, 1, -1, -1, -1, 0]
+    assert warnings == ["train: 3 of 6 samples have no class"]
     assert manifest.fields == ("json", "png")
     with pytest.raises(DataError, match=r"no sample has a label 'lable' in its .json: correct --label-key"):
         index_folder(str(tmp_path), label_key="lable")
@@ -146,9 +146,12 @@ def test_labels_from_json(tmp_path: Path, write_tar: WriteTar, png: bytes) -> No
     [
         (b"{", r"train-0.tar: the .json of 'a' is no JSON object"),
         (b"[1]", r"train-0.tar: the .json of 'a' is no JSON object"),
-        (b'{"label": [1]}', r"train-0.tar: the label of 'a' is '\[1\]', not a number"),
+        (
+            b'{"label": [1]}',
+            r"train-0.tar: the label of 'a' is the list \[1\], not one number: .* task=multilabel reads lists",
+        ),
         (b'{"label": true}', r"train-0.tar: the label of 'a' is 'true', not a number"),
-        (b'{"label": 1.5}', r"train-0.tar: the label of 'a' is '1.5', not a number"),
+        (b'{"label": 1.5}', r"train-0.tar: the label of 'a' is '1.5', not a whole number: it is not one of --classes"),
         (b'{"label": 3}', r"train-0.tar: the label of 'a' is 3, and labels are 0 to 1"),
         (b"[" * 100_000, r"train-0.tar: the .json of 'a' is no JSON object"),
     ],
@@ -171,6 +174,25 @@ def test_dotted_keys(tmp_path: Path, write_tar: WriteTar, png: bytes) -> None:
     assert index.labels.tolist() == [3, -1]
 
 
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (["mask.png"], "no sample has a class of its whole image; .mask.png may hold labels"),
+        (["json", "seg.png"], "no sample has a class of its whole image; .json, .seg.png may hold labels"),
+        (["md5"], "no sample has a label, which pretraining and distillation of features do not need"),
+        (["mask.png", "cls"], "1 of 2 samples have no class"),
+    ],
+)
+def test_labels_in_other_members_need_no_class(
+    tmp_path: Path, write_tar: WriteTar, png: bytes, names: list[str], sentence: str
+) -> None:
+    members = [(f"{key}.{name}", png) for key in "ab" for name in ["jpg", *names] if (key, name) != ("b", "cls")]
+    write_tar(tmp_path / "val-0.tar", [(name, b"0" if name.endswith("cls") else data) for name, data in members])
+    warnings: list[str] = []
+    index_folder(str(tmp_path), on_warning=warnings.append)
+    assert f"val: {sentence}" in warnings, warnings
+
+
 def test_the_command_says_what_it_found(folder: Path, write_tar: WriteTar, png: bytes) -> None:
     write_tar(folder / "val-0.tar", [("a.png", png)])
     write_tar(folder / "val-1.tar", [])
@@ -179,7 +201,10 @@ def test_the_command_says_what_it_found(folder: Path, write_tar: WriteTar, png: 
     lines = result.output.splitlines()
     assert lines[0] == "set: members png, cls; 3 classes"
     assert lines[1].split()[:5] == ["train", "6", "samples", "3", "shards"]
-    assert lines[-2:] == [f"{folder}/val-1.tar holds no samples: it is left out", "val: 1 of 1 samples have no class"]
+    assert lines[-2:] == [
+        f"{folder}/val-1.tar holds no samples: it is left out",
+        "val: no sample has a label, which pretraining and distillation of features do not need",
+    ]
 
 
 class _Quiet(SimpleHTTPRequestHandler):
@@ -210,4 +235,6 @@ def test_shards_behind_http_are_indexed_as_those_in_a_folder(folder: Path, tmp_p
         assert scanned_numbers(scans) == "", "Last-Modified says that nothing changed"
     assert remote == local
     for file in (tmp_path / "local").glob("*.index"):
-        assert file.read_bytes() == (tmp_path / "remote" / file.name).read_bytes()
+        index = mmap_index(file)[0]
+        assert index.checksum == mmap_index(tmp_path / "remote" / file.name)[0].checksum
+        assert index.shard_version == f"modified {(folder / index.shard).stat().st_mtime}"

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from foveal.data.format.manifest import read_manifest
 from foveal.data.pack.cli import app
 from foveal.data.pack.options import PackOptions
-from foveal.errors import ConfigError
+from foveal.errors import ConfigError, DataError
 
 
 def invoke(*arguments: object) -> str:
@@ -37,7 +37,7 @@ def images(tmp_path: Path) -> Path:
 
 def test_every_option_of_a_recipe_can_be_invoke(tmp_path: Path, images: Path) -> None:
     out = tmp_path / "out"
-    options = "--shard-mb 1 --samples-per-shard 2 --workers 2 --resize 20 --format webp --quality 70 --skip-bad"
+    options = "--shard-mb 1 --samples-per-shard 2 --workers 2 --resize 20 --format webp --quality 70 --bit-depth 12 --skip-bad"
     options += " --val-fraction 0 --name mine --image-column file --label-column kind"
     output = invoke("table", images / "table.csv", "--out", out, *options.split())
     assert f"{out}: written" in output
@@ -49,15 +49,31 @@ def test_every_option_of_a_recipe_can_be_invoke(tmp_path: Path, images: Path) ->
         "image_column",
         "label_column",
     }
-    assert "already there, nothing to do" in invoke("table", images / "table.csv", "--out", out)
+    assert "already there, nothing to do" in invoke("table", images / "table.csv", "--out", out, *options.split())
 
 
 def test_a_command_without_options_has_those_of_the_recipe(tmp_path: Path, images: Path) -> None:
     Image.new("L", (40, 30)).save(images / "2.jpg")
     for options, counts in ((), {"train": 5, "val": 1}), (("--val-fraction", 0), {"train": 6}):
         out = tmp_path / "outs" / str(len(options))
-        assert invoke("folder", images.parent, "--out", out, *options) == f"{out}: written, 6 samples of 'in'\n"
+        summary = invoke("folder", images.parent, "--out", out, *options).splitlines()[0]
+        splits = ", ".join(f"{name} {count}" for name, count in counts.items())
+        assert summary == f"{out}: written, 6 samples of 'in': {splits}; 1 class: images"
         assert {name: split.samples for name, split in read_manifest(out).splits.items()} == counts
+
+
+def test_what_was_understood_is_printed(tmp_path: Path, images: Path) -> None:
+    Image.new("L", (40, 30)).save(images / "2.jpg")
+    rows = [f"{number}.jpg;{'1|3' if number else '3'};[{number % 2}, 2]" for number in range(6)]
+    (images / "table.csv").write_text("\n".join(["image;joined;listed", *rows]))
+    for options in (("joined", "--label-separator", "|"), ("listed", "--label-lists", "classes")):
+        command = ["table", images / "table.csv", "--out", tmp_path / options[0], "--label-column", *options]
+        first, again = invoke(*command).splitlines(), invoke(*command).splitlines()
+        assert first[1:] == again[1:]
+        assert "  a semicolon separates the columns" in first
+        assert (
+            f"  column '{options[0]}': labels are lists, stored in .json members, which task=multilabel reads" in first
+        )
 
 
 @pytest.mark.parametrize("command", ["folder", "table", "hf"])
@@ -65,3 +81,11 @@ def test_a_wrong_option_is_a_sentence(command: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"quality: input should be less than or equal to 100 \(given: 101\)"):
         invoke(command, tmp_path, "--out", tmp_path / "out", "--quality", 101)
     assert "one per core" in invoke(command, "--help")
+
+
+def test_what_is_a_split_can_be_stated(tmp_path: Path, images: Path) -> None:
+    Image.new("L", (40, 30)).save(images / "2.jpg")
+    source = images.rename(images.with_name("test")).parent
+    with pytest.raises(DataError, match=r"'test' names a split, and there is no 'train'; state --splits none"):
+        invoke("folder", source, "--out", tmp_path / "out")
+    assert "train 5, val 1; 1 class: test" in invoke("folder", source, "--out", tmp_path / "out", "--splits", "none")

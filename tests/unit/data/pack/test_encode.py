@@ -154,6 +154,15 @@ def test_an_image_that_must_be_decoded_and_cannot_be_is_named(options: dict[str,
     assert isinstance(bad, SkippedSample) and bad.location == "there" and "truncated" in bad.reason
 
 
+def test_an_unstated_bit_depth_is_asked_with_the_option_of_the_packer() -> None:
+    stream = io.BytesIO()
+    Image.fromarray(np.full((4, 4), 4000, dtype=np.uint16)).save(stream, "PNG")
+    with pytest.raises(DataError, match=r"in 16 bits and use about 12: .* with --bit-depth BITS\)") as caught:
+        pack(stream.getvalue(), "png", with_moments=True)
+    assert "foveal data index" not in str(caught.value), "nothing is packed yet"
+    assert pack(stream.getvalue(), "png", with_moments=True, bit_depth=12).moments is not None
+
+
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
     """A folder with five good and two truncated images of one class."""

@@ -104,7 +104,7 @@ def test_the_folder_in_which_one_stands_can_be_the_target(
 def test_a_shard_is_closed_before_it_is_larger_than_asked(sizes: list[tuple[int, int]], megabytes: float) -> None:
     """Every shard is within the limit or holds one sample, and no shard has room for the next sample."""
     samples = [EncodedSample(f"{at:08d}_x", "jpg", label, bytes(size)) for at, (size, label) in enumerate(sizes)]
-    pairs = list(packing._assign_shards(iter(enumerate(samples)), None, PackOptions(shard_mb=megabytes)))  # pyright: ignore[reportArgumentType]
+    pairs = list(packing._assign_shards(iter(enumerate(samples)), None, PackOptions(shard_mb=megabytes), None))  # pyright: ignore[reportArgumentType]
     assert [sample for _, sample in pairs] == samples
     groups = [[sample for number, sample in pairs if number == shard] for shard in range(pairs[-1][0] + 1)]
     assert all(groups)
@@ -116,7 +116,7 @@ def test_a_shard_is_closed_before_it_is_larger_than_asked(sizes: list[tuple[int,
 def _tar_bytes(samples: Iterable[EncodedSample]) -> int:
     """Size of a tar: per member a header of 512 bytes and full blocks, then two empty blocks; full records."""
     members = [
-        data for sample in samples for data in (sample.data, *([str(sample.label)] if sample.label >= 0 else []))
+        data for sample in samples for data in (sample.data, *([str(sample.label)] if sample.label != -1 else []))
     ]
     return -(-(sum(512 + -(-len(data) // 512) * 512 for data in members) + 1024) // 10240) * 10240
 
@@ -128,7 +128,7 @@ def test_the_files_are_as_large_as_reckoned(tmp_path: Path) -> None:
             EncodedSample(make_webdataset_key(at, "ä" * 255), "webp", at, bytes(900 * at + 1)) for at in range(count)
         ]
         file = tmp_path / f"{count}.tar"
-        packing._write_shard(file, samples)
+        packing._write_shard(file, (packing._tar_members(sample, None) for sample in samples))
         assert file.stat().st_size == _tar_bytes(samples)
 
 
@@ -176,7 +176,10 @@ def test_equal_counts_count_what_is_left_out(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(good[0])
     good[1].write_bytes(b"no image")
     files = [good[0], good[0], good[1], good[1], good[0]]
-    pack_split = PackSplit(np.arange(5), lambda at: PackSample(f"{at}", "png", 0, files[at].read_bytes, f"number {at}"))
+    labels = np.zeros(5, dtype=np.int64)
+    pack_split = PackSplit(
+        np.arange(5), labels, lambda at: PackSample(f"{at}", "png", 0, files[at].read_bytes, f"number {at}")
+    )
     options = PackOptions(samples_per_shard=2, skip_bad=True, workers=2)
     report = packing._PackReport()
     split = packing._write_split(tmp_path, "train", pack_split, options, 0, report)

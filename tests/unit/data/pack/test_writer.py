@@ -5,6 +5,7 @@ import io
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,7 +154,8 @@ def pictures(tmp_path: Path) -> dict[str, bytes]:
 
 
 def test_a_folder_of_images_is_packed_as_it_is(tmp_path: Path, pictures: dict[str, bytes]) -> None:
-    assert pack_folder(tmp_path / "source", tmp_path / "out", val_fraction=0.2, samples_per_shard=5)
+    options: dict[str, Any] = {"labels": "folders", "val_fraction": 0.2, "samples_per_shard": 5}
+    assert pack_folder(tmp_path / "source", tmp_path / "out", **options)
     dataset = opened(tmp_path / "out", channels=3)
     assert dataset.classes == ("cat", "dog")
     assert dataset.manifest.name == "source"
@@ -171,7 +173,7 @@ def test_a_folder_of_images_is_packed_as_it_is(tmp_path: Path, pictures: dict[st
     assert packed == pictures
     assert dataset.mean[2] == pytest.approx((200 + 10) / 2 / 255, abs=0.01)
     assert dataset.std[2] == pytest.approx((200 - 10) / 2 / 255, abs=0.01)
-    assert not pack_folder(tmp_path / "source", tmp_path / "out")
+    assert not pack_folder(tmp_path / "source", tmp_path / "out", **options)
 
 
 def test_train_and_val_folders_are_the_splits(tmp_path: Path) -> None:
@@ -194,8 +196,8 @@ def test_sources_that_cannot_be_packed_are_sentences(tmp_path: Path, pictures: d
         pack_folder(tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "source" / "empty").mkdir()
     with pytest.raises(DataError, match=r"source/empty holds no images .* one folder per class is expected"):
-        pack_folder(tmp_path / "source", tmp_path / "out")
+        pack_folder(tmp_path / "source", tmp_path / "out", labels="folders")
     (tmp_path / "source" / "empty" / "bad.jpg").write_bytes(b"\xff\xd8 not a JPEG")
     with pytest.raises(DataError, match=r"bad.jpg does not decode \(.*\): repair or remove it"):
-        pack_folder(tmp_path / "source", tmp_path / "out", val_fraction=0)
+        pack_folder(tmp_path / "source", tmp_path / "out", labels="folders", val_fraction=0)
     assert not (tmp_path / "out").exists()

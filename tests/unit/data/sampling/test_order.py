@@ -178,7 +178,7 @@ def test_a_batch_too_small_for_its_shares_names_one_that_is_not(batch: int, shar
 
 
 def test_ranks_that_do_not_divide_the_batch_name_what_would() -> None:
-    with pytest.raises(ConfigError, match=r"4096 images .* 24 ranks .* is 4128 .* numbers of ranks are 16 or 32$"):
+    with pytest.raises(ConfigError, match=r"4096 images .* 24 ranks .* is 4128 .* number of ranks is 16 or 32$"):
         rank_slot_range(4096, 32, 0, 24)
 
 

@@ -50,6 +50,12 @@ def test_every_class_has_a_line_and_a_bar() -> None:
     ]
 
 
+def test_classes_of_masks_and_lists_are_no_table_of_zeros() -> None:
+    counts = {"train": np.zeros(3, dtype=np.int64), "val": np.zeros(3, dtype=np.int64)}
+    (line,) = format_class_histogram(counts, ("road", "car", "sky"))
+    assert line.startswith("no sample has a class of the index;")
+
+
 def test_of_many_classes_the_ends_are_listed() -> None:
     counts = np.arange(1000)
     lines = list(format_class_histogram({"train": counts}, tuple(f"class {number}" for number in counts)))

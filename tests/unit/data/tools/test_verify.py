@@ -194,10 +194,10 @@ def test_images_of_one_shard_are_decoded_in_parallel(folder: Path, monkeypatch: 
     calls = itertools.count()
     original = verifying.decode_image
 
-    def decode(data: bytes, channels: int) -> Any:
+    def decode(data: bytes, channels: int, bit_depth: int | None) -> Any:
         if next(calls) < 2:
             barrier.wait()
-        return original(data, channels)
+        return original(data, channels, bit_depth=bit_depth)
 
     monkeypatch.setattr(verifying, "decode_image", decode)
     assert verify(folder, full=True) == []

@@ -20,6 +20,7 @@ from foveal.distributed.world import World
 from foveal.errors import ConfigError, DataError, ExportError
 from foveal.models.config import VitConfig
 from foveal.models.vit import build_encoder, encoder_card
+from foveal.training.lease import list_attempts
 from foveal.training.run import Run
 from foveal.training.run_directory import open_run
 from foveal.weights.export import Card, write_export
@@ -187,6 +188,7 @@ def test_finished_trials_are_not_repeated(digits: Path, encoder: Path, tmp_path:
     first, second, third = Fit(leave_after=3), Fit(), Fit()
     assert run_attempt(cfg, first)
     assert first.trained == trials[:3]
+    assert (list_attempts(tmp_path / "run")[0].reason or "").endswith(f": 3 of {len(trials)} trials finished")
     assert not (tmp_path / "run" / "finished.json").exists()
     assert not run_attempt(cfg, second)
     assert second.trained == trials[3:]

@@ -200,6 +200,11 @@ def test_a_classifier_of_timm_gives_its_weights_and_not_its_head(scenes: Path, t
         ({"data": {"samples_per_class": 2}}, DataError, "data.balance and data.fold need one for each"),
         ({"data": {"holdout_per_class": 2}}, DataError, "data.balance and data.fold need one for each"),
         ({"data": {"label_field": "ids.png"}}, DataError, r"reads members \.ids\.png, and its samples have"),
+        (
+            {"data": {"label_field": "png"}},
+            DataError,
+            r"sample '000' has no image beside its label \.png .*: correct data",
+        ),
         ({"task": "classification", "segment": {"width": 8}}, ConfigError, "segment is for task=segmentation"),
         (
             {"trials": {"arms": {"scratch": None}, "lr_per_256": [1e-3]}},

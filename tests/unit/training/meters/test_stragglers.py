@@ -62,6 +62,18 @@ def test_the_slowest_is_named_and_everybody_is_in_the_table() -> None:
     assert table[2]["data_wait"] == pytest.approx(2.5 / 3.0)
 
 
+def test_of_a_thousand_ranks_the_slowest_are_in_the_table() -> None:
+    clock = Clock()
+    meter = StragglerMeter(CPU, "a", clock)
+    with meter.time_data_fetch():
+        clock.pass_(1.0)
+    slow = range(5, 1000, 62)
+    others = [{"host": "b", "step_seconds": 9.0 if rank in slow else 1.0, "data_wait": 0.5} for rank in range(1, 1000)]
+    numbers, table = meter.pop_metrics_and_table(40, lambda record: [record, *others])
+    assert [row["rank"] for row in table] == list(slow)[:16]
+    assert (numbers["slowest_rank"], numbers["median_step_seconds"]) == (5.0, 1.0)
+
+
 def test_each_report_is_of_the_time_since_the_last() -> None:
     clock = Clock()
     meter = StragglerMeter(CPU, "a", clock)

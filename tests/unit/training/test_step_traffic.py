@@ -1,0 +1,169 @@
+"""What a step costs between ranks and between host and device, counted under a spy for every engine."""
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from engines import SHAPES, Shape
+from loop_steps import IMAGES, OPTIM, STEPS, Tiny, batches, build_tiny_engine, classify, loop_context
+from ranks import Ranks
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from foveal.distributed.host_collectives import HostCollectives
+from foveal.distributed.world import World
+from foveal.engines.build import build_engine
+from foveal.optim.optimizers import parameter_groups
+from foveal.training.loop import run_steps
+from foveal.training.run import Run
+
+MICROS = 2
+OWN_PACKAGES = ("foveal", "pretrain", "distill", "finetune")
+READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__")
+ENGINES = ("foveal.engines.", "foveal.optim.")
+HOST_MESSAGES = "foveal.distributed.host_collectives."  # its tensors are messages
+HOST_CALLS = ("all_reduce", "all_gather", "broadcast")
+
+
+def find_caller() -> str:
+    """Return "module.function" of the innermost frame in the product."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__", ""))
+        if module.startswith(OWN_PACKAGES) and "<locals>" not in frame.f_code.co_qualname:
+            return f"{module}.{frame.f_code.co_name}"
+        frame = frame.f_back
+    return "elsewhere"
+
+
+@dataclass
+class Traffic:
+    """Calls by (operation, device, caller): of tensors' groups, of processors' groups; and reads of tensors."""
+
+    device: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    host: Counter[tuple[str, str]] = field(default_factory=Counter)
+    reads: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+
+class CollectiveSpy(TorchDispatchMode):
+    """Counts the collectives that reach torch's dispatcher, those that C++ starts included."""
+
+    def __init__(self, traffic: Traffic) -> None:
+        super().__init__()
+        self._traffic = traffic
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "c10d" in func.namespace and "wait_tensor" not in func.name():
+            first: Any = args[0]
+            while not isinstance(first, Tensor):
+                first = first[0]
+            self._traffic.device[func.name().split("::")[1], first.device.type, find_caller()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def spied(traffic: Traffic) -> Iterator[None]:
+    """Count the traffic of this rank."""
+
+    def count(owner: type, name: str, counter: Counter[tuple[str, str]], patch: pytest.MonkeyPatch) -> None:
+        original = getattr(owner, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            counter[name, find_caller()] += 1
+            return original(*args, **kwargs)
+
+        patch.setattr(owner, name, counted)
+
+    with pytest.MonkeyPatch.context() as patch, CollectiveSpy(traffic):
+        for name in READS:
+            count(Tensor, name, traffic.reads, patch)
+        for name in HOST_CALLS:
+            count(HostCollectives, name, traffic.host, patch)
+        yield
+
+
+def run_spied_step(world: World, shape: Shape) -> Traffic:
+    """Return the traffic of a step, with the stage's question whether to stop. In the second DDP orders its buckets."""
+    model, traffic = Tiny(), Traffic()
+    engine = build_tiny_engine(model, shape.config, world, MICROS)
+    run: Any = SimpleNamespace(
+        world=world,
+        preemption=SimpleNamespace(stop_reason=None),
+        checkpoint_saver=SimpleNamespace(is_rank_writing=True),
+        attempt=SimpleNamespace(is_superseded=False),
+    )
+    context = loop_context(0, STEPS, MICROS, lambda _: 1e-2, world)
+    steps = run_steps(engine, batches(world.rank, world.size, MICROS), classify(), context)
+    for _ in range(STEPS - 1):
+        next(steps)
+    with spied(traffic):
+        next(steps)
+        assert Run.check_preemption(run) is False
+    return traffic
+
+
+_SHAPES = [
+    pytest.param(name, marks=() if name in ("plain", "zero 1, 2 ranks", "ddp, 2 ranks") else pytest.mark.thorough)
+    for name in SHAPES
+    if name == "plain" or "1 ranks" not in name
+]
+
+
+@pytest.mark.parametrize("name", _SHAPES)
+def test_a_step_reduces_gradients_on_the_device_and_agrees_between_processors(
+    name: str, one_rank: Ranks, two_ranks: Ranks
+) -> None:
+    shape = SHAPES[name]
+    for traffic in {1: one_rank, 2: two_ranks}[shape.ranks].call(run_spied_step, shape):
+        agreements = ("run_all_and_sum", "all_reduce_max") if shape.ranks > 1 else ()
+        assert traffic.host == {("all_reduce", f"foveal.distributed.world.{caller}"): 1 for caller in agreements}
+        foreign = {key[:3:2] for key in traffic.device if not key[2].startswith(ENGINES)}
+        gathers = (
+            {("_allgather_base_", "finetune.tasks.classify.__call__")} if "fsdp2" in name or "zero 3" in name else set()
+        )
+        assert foreign <= gathers, "besides its engine, a step asks nothing of the device's group"
+        if name == "plain":
+            assert not traffic.device
+        if name == "ddp, 2 ranks":
+            assert [(key[0], count) for key, count in traffic.device.items()] == [("allreduce_", 1)], "one bucket"
+        of_loop = {
+            key: count for key, count in traffic.reads.items() if not key[1].startswith((*ENGINES, HOST_MESSAGES))
+        }
+        assert of_loop == {("__float__", "foveal.training.loop._sum_weights"): 1}, "a number on the host"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_loop_does_not_wait_for_a_gpu() -> None:
+    """torch raises at every read of the device and every blocking copy; the engine's update may read its norm."""
+    world = World(0, 1, 0, "none", torch.device("cuda", 0))
+    model = Tiny()
+    cfg = SHAPES["plain"].config
+    engine = build_engine(
+        model, parameter_groups(model, OPTIM), OPTIM, cfg, world, microbatch_size=IMAGES, accumulation_steps=1
+    )
+    update = engine.step
+
+    def step() -> Any:
+        torch.cuda.set_sync_debug_mode("default")
+        result = update()
+        torch.cuda.set_sync_debug_mode("error")
+        return result
+
+    engine.step = step  # pyright: ignore[reportAttributeAccessIssue]
+    pinned = [
+        replace(batch, **{name: value.pin_memory() for name, value in batch.tensors().items()})
+        for batch in batches(0, 1, 1)
+    ]
+    context = loop_context(0, 3, 1, lambda _: 1e-2, world)
+    try:
+        applied = [step.applied for step in run_steps(engine, iter(pinned), classify(), context)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert applied == [True] * 3
