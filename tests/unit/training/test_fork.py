@@ -149,44 +149,52 @@ def test_without_links_the_source_is_read_in_its_place(
     assert "removed its checkpoint of step 3 meanwhile; start again" in forks._explain_unreadable(fork)
 
 
-@contextmanager
-def training_on(run: Path) -> Iterator[None]:
-    """A run in progress, as far as its folder shows: a checkpoint after another, and none but the newest is kept."""
-    over, root = threading.Event(), run / "checkpoints"
-    model = next(root.glob("step-00000003-*"))
+class RunInProgress:
+    """A run in progress, as far as its folder shows: a checkpoint after another, and none but the newest is kept.
 
-    def train() -> None:
-        newest = model
-        for step in range(4, 22):  # the fork's schedule has 22 steps
-            if over.wait(0.002):
-                return
-            draft = Path(shutil.copytree(newest, root / ".draft"))
-            (draft / "state.json").write_text(json.dumps(read_json(newest / "state.json") | {"step": step}))
-            draft.rename(root / f"step-{step:08d}-attempt-0001")
-            newest.rename(root / ".gone-x")
-            shutil.rmtree(root / ".gone-x")
-            newest = root / f"step-{step:08d}-attempt-0001"
+    It trains on while a fork looks at it, and at most as many steps as it is allowed.
+    """
 
-    thread = threading.Thread(target=train)
-    thread.start()
-    yield
-    over.set()
-    thread.join()
+    def __init__(self, run: Path) -> None:
+        self._root, self._step = run / "checkpoints", 3
+        self._newest = next(self._root.glob("step-00000003-*"))
+
+    @contextmanager
+    def training(self, num_steps: int) -> Iterator[None]:
+        """Train steps beside the body, and end when both have ended."""
+        thread = threading.Thread(target=lambda: [self._train_step() for _ in range(num_steps)])
+        thread.start()
+        try:
+            yield
+        finally:
+            thread.join()
+
+    def _train_step(self) -> None:
+        self._step += 1
+        draft = Path(shutil.copytree(self._newest, self._root / ".draft"))
+        (draft / "state.json").write_text(json.dumps(read_json(self._newest / "state.json") | {"step": self._step}))
+        name = f"step-{self._step:08d}-attempt-0001"
+        draft.rename(self._root / name)
+        self._newest.rename(self._root / ".gone-x")
+        shutil.rmtree(self._root / ".gone-x")
+        self._newest = self._root / name
 
 
 def test_a_run_in_progress_may_remove_what_is_read(plan_of: Callable[[str], Any], copy: Path) -> None:
-    """Each fork holds a complete checkpoint, or says in a sentence that the run is too fast."""
+    """Each fork holds a complete checkpoint, whenever its source removes one: fewer removals than tries fail none."""
     run, plan, found = copy.parent / "run", plan_of(str(copy)), set()
     for old in ("00000000", "00000002"):
         shutil.rmtree(next((copy / "checkpoints").glob(f"step-{old}-*")))
-    with training_on(copy):
-        for _ in range(40):
-            fork = begin_fork(plan, run).fork
-            assert len(list(fork.checkpoint.iterdir())) == 4
-            assert read_json(fork.checkpoint / "state.json")["step"] == fork.step
-            found.add(fork.step)
-            release_checkpoint(run)
-    assert len(found) > 1
+    source = RunInProgress(copy)
+    for num_steps in (1, 2, 3, 4, 4, 3):  # the fork's schedule has 22 steps
+        with source.training(num_steps):
+            for _ in range(3):
+                fork = begin_fork(plan, run).fork
+                assert len(list(fork.checkpoint.iterdir())) == 4
+                assert read_json(fork.checkpoint / "state.json")["step"] == fork.step
+                found.add(fork.step)
+                release_checkpoint(run)
+    assert len(found) > 2  # at least one of two rounds moved on while nobody looked
 
 
 @pytest.mark.parametrize("moment", ["read", "linked"])
