@@ -23,7 +23,7 @@ from foveal.distributed.launcher import LaunchEnv, read_launch_env
 from foveal.distributed.open_files import raise_open_file_limit
 from foveal.distributed.peer_failure import diagnose_launch_mistake, summarize_collective_error
 from foveal.distributed.run_identity import RunIdentity
-from foveal.distributed.tcp_store import open_store, summarize_error
+from foveal.distributed.tcp_store import open_store, read_published, summarize_error
 from foveal.distributed.world import hung_if_restarted, select_device, set_rank_env_vars
 from foveal.errors import LaunchError
 from foveal.slurm import current_node_name
@@ -93,18 +93,20 @@ class PreflightGroup:
         self._store.set(f"doing/{self.launch_env.rank}", status)
 
     def post_report(self, topic: str, findings: dict[str, Any]) -> None:
-        """Publish this rank's findings on a topic."""
+        """Publish this rank's findings on a topic, and count them."""
         self._store.set(f"{topic}/{self.launch_env.rank}", json.dumps(findings))
+        self._store.add(f"{topic}/count", 1)
 
     def gather_reports_until(self, topic: str, max_elapsed_seconds: float) -> dict[int, dict[str, Any]]:
         """Wait for all ranks' findings on a topic. Return them by rank; after ``max_elapsed_seconds`` seconds those that exist."""
-        reports: dict[int, dict[str, Any]] = {}
+        size = self.launch_env.world_size
         while True:
-            for rank in set(range(self.launch_env.world_size)) - set(reports):
-                if self._store.check([f"{topic}/{rank}"]):
-                    reports[rank] = json.loads(self._store.get(f"{topic}/{rank}"))
-            if len(reports) == self.launch_env.world_size or self.elapsed_seconds > max_elapsed_seconds:
-                return reports
+            is_over = self.elapsed_seconds > max_elapsed_seconds
+            # The count is one request for any number of ranks; the reports are read once.
+            if is_over or self._store.add(f"{topic}/count", 0) >= size:
+                reports = read_published(self._store, [f"{topic}/{rank}" for rank in range(size)])
+                if is_over or len(reports) == size:
+                    return {int(key.rpartition("/")[2]): json.loads(value) for key, value in reports.items()}
             time.sleep(_POLL_SECONDS)
 
     def last_node_and_status(self, rank: int) -> tuple[str, str] | None:
@@ -243,10 +245,9 @@ def _wait_for_ranks(store: dist.Store, launch_env: LaunchEnv, node: str, join_ti
     """Wait for rank 0 to begin the preflight. torchrun's agent may serve the store before rank 0 has joined."""
     started = time.monotonic()
     if launch_env.rank == 0:
-        absent = set(range(launch_env.world_size))
-        while absent and time.monotonic() < started + join_timeout:
-            absent = {rank for rank in absent if not store.check([f"here/{rank}"])}
-            time.sleep(_POLL_SECONDS / 10)
+        keys = [f"here/{rank}" for rank in range(launch_env.world_size)]
+        while not store.check(keys) and time.monotonic() < started + join_timeout:
+            time.sleep(max(_POLL_SECONDS / 10, len(keys) / _MAX_POLLS_PER_SECOND))
         store.set(_BEGIN_KEY, "")
     while not store.check([_BEGIN_KEY]):
         if time.monotonic() > started + join_timeout + _GRACE_SECONDS:

@@ -7,6 +7,8 @@ from typing import Any
 
 import typer
 
+from foveal.data.storage.listing import list_files_if
+from foveal.distributed.launcher import LaunchEnv
 from foveal.distributed.preflight import PreflightGroup, exit_preflight, join_preflight
 from foveal.doctor import node_checks, run_checks
 from foveal.doctor.report import RankReport, classify_error
@@ -81,11 +83,6 @@ def _check_rank(group: PreflightGroup, stage: AnyStage | None, options: Prefligh
     first_on_node, timeout = group.launch_env.local_rank == 0, group.timeouts.rank_checks
     world_size = group.launch_env.world_size
 
-    def plan_run(_report: RankReport) -> None:
-        assert stage is not None
-        cfg = keep_rules_of_run(load_config(stage.config_class, stage.name, options.config, options.overrides))
-        planned_runs.append(run_checks.PlannedRun(stage, stage.functions.build_plan(cfg, world_size)))
-
     def run_check(activity: str, limit: float, check: Callable[[RankReport], None]) -> None:
         partial = RankReport(report.node, report.rank)  # merged only if the check ends: its thread may still write
         seconds_left = timeout - _TIMEOUT_MARGIN - group.elapsed_seconds
@@ -115,6 +112,10 @@ def _check_rank(group: PreflightGroup, stage: AnyStage | None, options: Prefligh
     run_check("looking at its software", 10, run_checks.record_software_versions)
     if stage is None:
         return report
+
+    def plan_run(_report: RankReport) -> None:
+        planned_runs.append(_plan_run(stage, options, group.launch_env))
+
     run_check("reading settings and manifest", timeout, plan_run)
     for run in planned_runs:
         engine, uri = run.plan.cfg.engine, run.plan.cfg.tracking.uri
@@ -131,6 +132,13 @@ def _check_rank(group: PreflightGroup, stage: AnyStage | None, options: Prefligh
         if group.launch_env.rank == 0:
             run_check("reaching MLflow", 8, lambda partial, uri=uri: run_checks.check_tracking_server(partial, uri))
     return report
+
+
+def _plan_run(stage: AnyStage, options: PreflightOptions, launch_env: LaunchEnv) -> run_checks.PlannedRun:
+    """Return the plan of the run; as in the run, the first rank of each node looks at the files of the data set."""
+    cfg = keep_rules_of_run(load_config(stage.config_class, stage.name, options.config, options.overrides))
+    with list_files_if(launch_env.local_rank == 0):
+        return run_checks.PlannedRun(stage, stage.functions.build_plan(cfg, launch_env.world_size))
 
 
 def _check_collectives(group: PreflightGroup, report: RankReport) -> None:

@@ -152,3 +152,49 @@ def test_a_store_with_many_ranks_is_asked_less_often(monkeypatch: pytest.MonkeyP
         group = group_of(0, size)
         assert group.wait_for_announcement("go", 60.0) == 3
     assert pauses == [0.01, 0.2048]
+
+
+class CountingStore:
+    """A store that counts the requests and the keys in them."""
+
+    def __init__(self, store: dist.Store) -> None:
+        self._store = store
+        self.num_requests = self.num_keys = 0
+
+    def __getattr__(self, name: str) -> Any:
+        def request(keys: Any, *more: Any) -> Any:
+            self.num_requests += 1
+            self.num_keys += len(keys) if isinstance(keys, list) else 1
+            return getattr(self._store, name)(keys, *more)
+
+        return request
+
+
+def rank_of_64(rank: int, store: Any, elapsed: float = 0.0) -> PreflightGroup:
+    launch_env, timeouts = LaunchEnv(rank, 64, rank, "srun"), PreflightTimeouts(1.0, 1.0, 1.0)
+    return PreflightGroup(launch_env, torch.device("cpu"), "node1", timeouts, store, time.monotonic() - elapsed)
+
+
+def test_reports_are_read_once_however_long_the_last_rank_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 ranks that were asked for one by one took a request each in every poll."""
+    store, polls = CountingStore(dist.HashStore()), iter(range(10))
+
+    def sleep(_: float) -> None:
+        if next(polls) == 9:
+            rank_of_64(63, store._store).post_report("alone", {"rank": 63})
+
+    monkeypatch.setattr(preflight.time, "sleep", sleep)
+    for rank in range(63):
+        rank_of_64(rank, store._store).post_report("alone", {"rank": rank})
+    assert rank_of_64(0, store).gather_reports_until("alone", 600.0) == {rank: {"rank": rank} for rank in range(64)}
+    assert (store.num_requests, store.num_keys) == (11 + 2, 11 + 2 * 64)
+
+
+@pytest.mark.parametrize("lost", [{3}, {0, 17, 63}, set(range(64))], ids=["one", "three", "all"])
+def test_reports_that_exist_at_the_end_are_found_without_the_others(lost: set[int]) -> None:
+    store = CountingStore(dist.HashStore())
+    for rank in set(range(64)) - lost:
+        rank_of_64(rank, store._store).post_report("alone", {"rank": rank})
+    reports = rank_of_64(0, store, elapsed=2.0).gather_reports_until("alone", 1.0)
+    assert reports == {rank: {"rank": rank} for rank in set(range(64)) - lost}
+    assert store.num_requests <= 1 + min(2 * 64, 3 * 6 * len(lost)), "three for each of six halvings around a lost rank"
