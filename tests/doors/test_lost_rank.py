@@ -10,7 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from forked import Forked, free_port, ranks_of
+from forked import Forked, ranks_of
+from ports import free_port
 from processes import Ended, Started
 
 from foveal.errors import LaunchError, TrainingHungError

@@ -2,7 +2,6 @@
 
 import logging
 import shutil
-import socket
 import sys
 import time
 import traceback
@@ -11,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from ports import free_port
 from proxy import Proxy
 from ranks import stage_named
 
@@ -143,8 +143,7 @@ def test_a_start_that_stalls(s3: Proxy, configure: Configure, about: str) -> Non
 
 
 def test_nobody_there(configure: Configure, caplog: pytest.LogCaptureFixture) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    port = free_port()
     secret, name = "planted", "a.tar"
     url = f"http://someone:{secret}@127.0.0.1:{port}/digits"
     with caplog.at_level(logging.DEBUG, "foveal"), within(6.0), pytest.raises(DataError) as caught:

@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import runpy
 import signal
-import socket
 import sys
 from collections.abc import Mapping, Sequence
 from multiprocessing.process import BaseProcess
@@ -66,12 +65,6 @@ def ranks_of(size: int, port: int) -> list[dict[str, str]]:
     """What each of so many ranks on this machine has in its environment."""
     shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
-
-
-def free_port() -> int:
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _become(

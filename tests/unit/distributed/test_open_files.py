@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from forked import free_port
+from ports import free_port
 
 from foveal.distributed import tcp_store
 from foveal.distributed.launcher import LaunchEnv

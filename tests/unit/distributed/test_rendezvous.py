@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from ports import free_port
 
 from foveal.distributed import rendezvous, tcp_store
 from foveal.distributed.launcher import LaunchEnv, candidate_store_addresses
@@ -30,9 +31,7 @@ STEP = {"SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost", "SLURM_PROCID"
 @pytest.fixture
 def address(monkeypatch: pytest.MonkeyPatch) -> str:
     """An address at which no server listens yet."""
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     for name in [name for name in os.environ if name.startswith(("SLURM_", "TORCHELASTIC_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")

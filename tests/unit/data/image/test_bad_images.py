@@ -114,7 +114,7 @@ def test_a_cut_file_is_never_padded_with_grey(name: str) -> None:
             assert np.array_equal(results[0], accepted(data))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     name=st.sampled_from(JPEGS),
     scaling=st.booleans(),
