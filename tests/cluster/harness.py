@@ -270,4 +270,3 @@ def _parent(pid: int) -> int:
 
 def _user() -> str:
     return pwd.getpwuid(os.getuid()).pw_name
-

@@ -11,6 +11,7 @@ import os
 import runpy
 import signal
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -54,6 +55,21 @@ class Forked:
 
     def _said(self) -> list[str]:
         return [file.read_text() if file.exists() else "" for file in self._outputs]
+
+
+def stop(pid: int) -> None:
+    """Stop a process, and wait until every thread of it stands still: one may be about to write."""
+    os.kill(pid, signal.SIGSTOP)
+    patience = time.monotonic() + PATIENCE
+    while any(_runs(thread) for thread in Path(f"/proc/{pid}/task").iterdir()):
+        assert time.monotonic() < patience, f"process {pid} does not stop"
+
+
+def _runs(thread: Path) -> bool:
+    try:
+        return (thread / "stat").read_text().rpartition(")")[2].split()[0] != "T"
+    except (FileNotFoundError, ProcessLookupError):
+        return False  # it has ended
 
 
 def all_alive(processes: Sequence[Forked]) -> bool:

@@ -99,8 +99,9 @@ def test_a_collective_that_hangs_ends_at_its_own_limit(
 ) -> None:
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(dist, hanging, lambda *_, **__: over.wait())
+    limits: Any = {limit: 0.2}
     report, started = RankReport("node1", 1), time.monotonic()
-    runner._check_collectives(group_of(1, 2, **{limit: 0.2}), report)
+    runner._check_collectives(group_of(1, 2, **limits), report)
     assert time.monotonic() - started < 30  # and not the limit of the other
     ((kind, sentence),) = report.faults
     assert kind == "config"
