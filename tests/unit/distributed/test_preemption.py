@@ -258,16 +258,11 @@ def test_outside_a_step_slurm_is_not_asked(
         ("echo 'only a warning' >&2", None),
     ],
 )
-def test_slurm_is_asked_once_and_its_refusal_is_passed_on(
-    command: str, answer: str | None, scontrol: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with (scontrol / "scontrol").open("a") as script:
+def test_slurm_is_asked_once_and_its_refusal_is_passed_on(command: str, answer: str | None, in_step: Path) -> None:
+    with (in_step / "scontrol").open("a") as script:
         script.write(f"{command}\n")
-    monkeypatch.setenv("PATH", str(scontrol), prepend=os.pathsep)
-    for name, value in STEP.items():
-        monkeypatch.setenv(name, value)
     assert requeue_slurm_job_if_due() == answer
-    assert calls(scontrol) == ["requeue 77"]
+    assert calls(in_step) == ["requeue 77"]
 
 
 @pytest.mark.parametrize(
