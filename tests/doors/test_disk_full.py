@@ -8,17 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from processes import PYTHON, ROOT, Ended, column, ended, rows_of
+from processes import PYTHON, ROOT, Ended, Started, column, ended, rows_of
 
 from foveal.data.records.audit import open_ledger
 
+pytestmark = pytest.mark.timeout(600)
 SCRIPT = ROOT / "tests" / "support" / "full_disk.py"
 
 
 def on_a_disk_of(size: str, folder: Path, commands: Sequence[str]) -> Ended:
     """Run shell commands with a file system of so many bytes mounted on a folder; nobody else sees it."""
     shell = ["set -e", f"mount -t tmpfs -o size={size} tmpfs '{folder}'", *commands]
-    return ended(["unshare", "--mount", "bash", "-c", "\n".join(shell)], ROOT)
+    return Started(["unshare", "--mount", "bash", "-c", "\n".join(shell)], ROOT).ended(450)
 
 
 @pytest.fixture
@@ -115,7 +116,7 @@ def test_a_run_of_two_ranks_loses_nothing_to_a_full_disk(disk: Path, configs: di
         f"until [ $({rows}) -gt 30 ]; do sleep 0.02; done",
         f"cat /dev/zero > '{disk}/filler' 2>/dev/null || true",
         # What fits into the last page of a file that is there is still written.
-        f"until grep -q 'metrics.jsonl: no room' '{said}'; do sleep 0.02; done; {rows}",
+        f"until grep -q 'metrics.jsonl: no room' '{said}'; do kill -0 $!; sleep 0.02; done; {rows}",
         f"rm '{disk}/filler'; wait $!; cp -r '{run}' '{kept}'",
     ]
     done = on_a_disk_of("8m", disk, commands)
