@@ -1,5 +1,6 @@
 """What tests share: tiny settings on real digits, and worlds of one and two ranks that live for the session."""
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.pluginmanager.hasplugin("hypothesispytest"):
+        from hypothesis import HealthCheck, settings
+
+        # Both count seconds, of which a busy machine may take any number.
+        settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+        settings.load_profile("patient")
     if not config.pluginmanager.hasplugin("xdist"):
         return  # tests/gpu needs none
     from tiers import Recording, Sharing
@@ -37,6 +44,15 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "digits"
     pack_digits(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def own_log_level() -> Iterator[None]:
+    """The command line and some tests make foveal's log say more; the next test finds it as it was."""
+    log = logging.getLogger("foveal")
+    before = log.level
+    yield
+    log.setLevel(before)
 
 
 @pytest.fixture

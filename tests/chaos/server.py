@@ -1,6 +1,5 @@
 """MLflow's server beside the cluster's controller, and what it holds of a run in the end."""
 
-import socket
 import sqlite3
 import sys
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from harness import Cluster
 from machines import controller_address
+from ports import free_port
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,4 @@ class Server:
 def server(cluster: Cluster, folder: Path) -> Server:
     """A server that is not started yet."""
     folder.mkdir(parents=True)
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    return Server(folder, controller_address(cluster.kind), port)
+    return Server(folder, controller_address(cluster.kind), free_port())

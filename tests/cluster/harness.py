@@ -37,6 +37,7 @@ from machines import (
     succeeds,
     wait,
 )
+from ports import free_port
 from slurm_files import Place, write_files
 
 PATH = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin"  # jobs run this Python
@@ -206,7 +207,7 @@ class Cluster:
 
     def _configure(self, addresses: Sequence[str], grace: int, more: str) -> None:
         host = socket.gethostname().split(".")[0]
-        accounting, controller, *ports = _free_ports(2 + len(self.nodes))
+        accounting, controller, *ports = (free_port() for _ in range(2 + len(self.nodes)))
         places = {
             node: Place(node, node if self.named else host, address, port)
             for node, address, port in zip(self.nodes, addresses, ports, strict=True)
@@ -269,13 +270,3 @@ def _parent(pid: int) -> int:
 
 def _user() -> str:
     return pwd.getpwuid(os.getuid()).pw_name
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports

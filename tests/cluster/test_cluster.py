@@ -29,10 +29,10 @@ def test_four_tasks_run_on_two_nodes(cluster: Cluster) -> None:
 
 def test_accounting_tells_how_a_job_and_its_step_ended(cluster: Cluster) -> None:
     job = cluster.submit("--wrap=srun sh -c 'exit 3'", options=["--nodes=2", "--output=/dev/null"])
-    assert cluster.wait(job, timeout=30)["ExitCode"] == "3:0"
+    assert cluster.wait(job, timeout=120)["ExitCode"] == "3:0"
     sacct = f"sacct --jobs={job} --noheader --parsable2 --format=JobID,State,ExitCode"
     ended = f"grep -x '{job}|FAILED|3:0' && {sacct} | grep -x '{job}.0|FAILED|3:0'"
-    cluster.run("sh", "-c", f"until {sacct} | {ended}; do sleep 0.2; done", timeout=20)  # it lags by a second
+    cluster.run("sh", "-c", f"until {sacct} | {ended}; do sleep 0.2; done", timeout=120)  # it lags by a second
 
 
 @pytest.fixture

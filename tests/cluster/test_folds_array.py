@@ -17,7 +17,7 @@ RUN = [
     "cross_validation.count=2",
     "data.samples_per_class=20",
     "data.threads=1",
-    "epochs=12",
+    "epochs=40",  # a fold is not over before it is asked to leave, on a busy machine too
     "run.dir=runs/folds",
     *TINY,
 ]

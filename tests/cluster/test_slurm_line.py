@@ -166,5 +166,5 @@ def test_missing_shards_are_one_sentence_and_cancel_what_waits(cluster: Cluster,
 def test_a_wrong_folder_is_one_sentence(cluster: Cluster, tmp_path: Path) -> None:
     script = str(ROOT / "slurm/pretrain_mae.sh")
     job = cluster.submit(script, options=[f"--{name}={value}" for name, value in FOUR_RANKS.items()], cwd=tmp_path)
-    assert cluster.wait(job, timeout=60)["ExitCode"] == "2:0"
+    assert cluster.wait(job)["ExitCode"] == "2:0"
     assert cluster.output(job) == f"{tmp_path} is not the root of the repository: call sbatch there\n"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from forked import Forked, all_alive, free_port, ranks_of
+from forked import Forked, all_alive, ranks_of
+from ports import free_port
 from processes import PYTHON, ROOT, Ended, Started, ended, wait_for_row
 
 # Enough steps for several attempts: 88 of 64 images.

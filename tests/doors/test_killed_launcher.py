@@ -6,7 +6,7 @@ import psutil
 import pytest
 
 pytestmark = [pytest.mark.thorough, pytest.mark.slow, pytest.mark.timeout(600)]
-_PATIENCE = 60  # seconds, on a busy machine
+_PATIENCE = 150  # seconds, on a busy machine
 
 
 def test_ranks_without_their_torchrun_save_and_leave(new_run) -> None:

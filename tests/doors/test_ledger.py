@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from forked import Forked, all_alive, free_port, ranks_of
+from forked import Forked, all_alive, ranks_of
+from ports import free_port
 from processes import PYTHON, ended, wait_for_row
 
 from foveal.data.records.audit import audit_epochs, open_ledger

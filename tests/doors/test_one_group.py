@@ -1,12 +1,11 @@
 """Ranks of different runs never train together, whoever starts them; a launcher's stale words are one sentence."""
 
-import contextlib
 import json
-import socket
 from base64 import urlsafe_b64encode
 from pathlib import Path
 
 import pytest
+from ports import free_port
 from processes import PYTHON, ROOT, Started, ended, rows_of
 
 from foveal.training.cli import main
@@ -19,9 +18,7 @@ SHORT = ("tracking.uri=null", "engine.kind=plain")
 
 @pytest.fixture
 def port() -> str:
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    return str(free_port())
 
 
 def test_ranks_of_two_runs_at_one_address_both_end(configs: dict[str, Path], port: str, tmp_path: Path) -> None:

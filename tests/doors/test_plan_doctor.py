@@ -14,14 +14,15 @@ from pathlib import Path
 
 import psutil
 import pytest
-from forked import Forked, free_port, ranks_of
+from forked import Forked, ranks_of
+from ports import free_port
 from processes import PYTHON, Ended, ended
 
 from foveal.distributed.preflight import PreflightTimeouts
 from foveal.distributed.run_identity import RunIdentity
 from foveal.distributed.tcp_store import open_extra_store_connection
 
-_PATIENCE = 60  # seconds until a rank has come
+_PATIENCE = 150  # seconds until a rank has come
 _JOINING = 15  # seconds that ranks wait for one that is never started
 _STOPPED, _RUNNING = 0.3, 0.02  # seconds: a rank that gets little of its time, whatever else the machine does
 

@@ -10,6 +10,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+from ports import free_port
 from processes import PYTHON
 from proxy import Proxy
 
@@ -23,8 +24,7 @@ class Server:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
     @property

@@ -13,6 +13,7 @@ from foveal.data.loader import eval_batches, train_batches
 from foveal.data.sampling.sources import build_training_set
 
 Configure = Callable[..., DataConfig]
+PATIENT = {"stall_timeout_seconds": 240.0}  # where requests are counted, none is repeated on a busy machine
 
 
 def trained(cfg: DataConfig, steps: int = 6) -> list[Batch]:
@@ -35,7 +36,7 @@ def here(digits: Path, configure: Configure) -> list[Batch]:
 
 
 def test_s3(digits: Path, here: list[Batch], s3: Proxy, configure: Configure) -> None:
-    cfg = configure("s3://shards/digits")
+    cfg = configure("s3://shards/digits", **PATIENT)
     assert same(here, trained(cfg))
     asked = len(s3.requests)
     assert same(here, trained(cfg))
@@ -43,7 +44,7 @@ def test_s3(digits: Path, here: list[Batch], s3: Proxy, configure: Configure) ->
     assert asked - s3.gets("train-") < len(s3.requests) - s3.gets("train-") <= 2 * asked
 
     def evaluated(path: str) -> list[Batch]:
-        cfg = configure(path)
+        cfg = configure(path, **PATIENT)
         return list(
             eval_batches(
                 Dataset.open(cfg),
@@ -94,7 +95,7 @@ def test_a_large_file_comes_in_pieces(
     here: list[Batch], http: Proxy, configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("foveal.data.storage.remote.CHUNK_BYTES", 100_000)
-    assert same(here, trained(configure(f"http://127.0.0.1:{http.port}/digits")))
+    assert same(here, trained(configure(f"http://127.0.0.1:{http.port}/digits", **PATIENT)))
     assert http.gets("train-000001.tar HTTP") == 6  # of 501,760 bytes
 
 
@@ -102,5 +103,5 @@ def test_a_server_that_ignores_ranges_sends_a_file_once(
     here: list[Batch], http: Proxy, configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("foveal.data.storage.remote.CHUNK_BYTES", 100_000)
-    assert same(here, trained(configure(f"http://127.0.0.1:{http.port}/plain/digits")))
+    assert same(here, trained(configure(f"http://127.0.0.1:{http.port}/plain/digits", **PATIENT)))
     assert http.gets("train-000001.tar HTTP") == 1

@@ -58,12 +58,12 @@ def spoiler(healthy: Server) -> Iterator[Spoiler]:
 
 
 @pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def _impatient(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Shorter waits between attempts, so that a test meets many; and as in the command line, the log says what happens."""
     monkeypatch.setattr(sync, "_MAX_VALUES", 60)  # in a request
     for name, seconds in {"_ROUND_SECONDS": 0.05, "_MIN_WAIT": 0.2, "_MAX_WAIT": 1.0}.items():
         monkeypatch.setattr(uploader, name, seconds)
-    logging.getLogger("foveal").setLevel(logging.INFO)
+    caplog.set_level(logging.INFO, "foveal")
 
 
 def rows_of(first: int, last: int, salt: float = 0.0) -> list[MetricRow]:
@@ -236,7 +236,7 @@ def test_hanging_from_the_start_and_synced_by_hand(
 def test_a_wrong_address_from_the_start_and_synced_to_the_right_one(healthy: Server, tmp_path: Path, caplog) -> None:
     run = tmp_path / "run"
     tracker, _ = open_tracker(run, configured(run, "http://127.0.0.1:9", patience=2.0), None, 0)
-    train(tracker, 1, _STEPS)
+    train(tracker, 1, _STEPS, {150: lambda: until(lambda: said(caplog, logging.WARNING))})
     tracker.close("finished")
     first, last = said(caplog, logging.WARNING)
     assert first.startswith("tracking: MLflow at http://127.0.0.1:9 does not answer (")
@@ -280,7 +280,8 @@ def test_a_server_that_says_no(healthy: Server, spoiler: Spoiler, tmp_path: Path
 def test_killed_for_good_and_synced_by_hand(healthy: Server, tmp_path: Path, caplog) -> None:
     run = tmp_path / "run"
     tracker, _ = open_tracker(run, configured(run, healthy.uri, patience=2.0), None, 0)
-    train(tracker, 1, _STEPS, {52: lambda: has(healthy, run, 50), 120: healthy.kill})
+    noticed = {150: lambda: until(lambda: said(caplog, logging.WARNING))}
+    train(tracker, 1, _STEPS, {52: lambda: has(healthy, run, 50), 120: healthy.kill, **noticed})
     tracker.close("finished")
     assert len(said(caplog, logging.WARNING)) == 2
     done = synced(run)

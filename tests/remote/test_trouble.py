@@ -2,7 +2,6 @@
 
 import logging
 import shutil
-import socket
 import sys
 import time
 import traceback
@@ -11,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from ports import free_port
 from proxy import Proxy
 from ranks import stage_named
 
@@ -34,6 +34,7 @@ def within(seconds: float, at_least: float = 0.0) -> Iterator[None]:
     assert at_least <= time.monotonic() - start < seconds
 
 
+@pytest.mark.usefixtures("remote_digits")  # the client of S3 has read its own files before a read is timed
 @pytest.mark.parametrize("server", ["s3", pytest.param("http", marks=pytest.mark.thorough)])
 def test_a_read_that_stalls(
     server: str, request: pytest.FixtureRequest, configure: Configure, monkeypatch: pytest.MonkeyPatch
@@ -46,7 +47,7 @@ def test_a_read_that_stalls(
     dataset = Dataset.open(configure(url, stall_timeout_seconds=4.0))
     shard = dataset.manifest.splits["train"].shards[1].file
     proxy.inject("stall", about=f"{shard} HTTP", times=100)
-    with within(12.0, at_least=2.5), pytest.raises(DataError) as caught:
+    with within(20.0, at_least=2.5), pytest.raises(DataError) as caught:
         dataset.read_bytes(shard, 0, 100)
     shown = url.replace("someone:${SHARDS_PASSWORD}@", "")
     assert str(caught.value).startswith(
@@ -54,17 +55,18 @@ def test_a_read_that_stalls(
     )
     proxy.heal()
     proxy.inject("stall", about=f"{shard} HTTP", times=2)
-    with within(8.0):
+    with within(20.0):
         assert len(dataset.read_bytes(shard, 0, 100)) == 100
 
 
+@pytest.mark.usefixtures("remote_digits")
 def test_a_run_whose_server_stalls_ends(s3: Proxy, configure: Configure) -> None:
     cfg = configure("s3://shards/digits", stall_timeout_seconds=3.0)
     data = build_training_set(Dataset.open(cfg), cfg, seed=3, batch_size=64)
     s3.inject("stall", about=".tar HTTP", times=100)
     with (
         train_batches(data, cfg, rank=0, world_size=1, microbatch_size=64, start_step=0, stop_step=2) as batches,
-        within(30.0),  # the patience begins with the last that has come, and a prefetch may fail before
+        within(60.0),  # the patience begins with the last that has come, and a prefetch may fail before
         pytest.raises(DataError, match=r"s3://shards/digits/train-00000\d.tar"),
     ):
         next(batches)
@@ -135,44 +137,38 @@ def _fail(where: str) -> None:
 
 
 @pytest.mark.thorough
+@pytest.mark.usefixtures("remote_digits")
 @pytest.mark.parametrize("about", ["manifest.json", "GET /shards?"])
 def test_a_start_that_stalls(s3: Proxy, configure: Configure, about: str) -> None:
     s3.inject("stall", about=about, times=100, after=0)
-    with within(10.0), pytest.raises(DataError, match=r"^s3://shards/digits.* cannot be read, 5 attempts failed"):
+    with within(20.0), pytest.raises(DataError, match=r"^s3://shards/digits.* cannot be read, 5 attempts failed"):
         Dataset.open(configure("s3://shards/digits", stall_timeout_seconds=2.0))
 
 
 def test_nobody_there(configure: Configure, caplog: pytest.LogCaptureFixture) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    port = free_port()
     secret, name = "planted", "a.tar"
     url = f"http://someone:{secret}@127.0.0.1:{port}/digits"
-    with caplog.at_level(logging.DEBUG, "foveal"), within(6.0), pytest.raises(DataError) as caught:
+    with caplog.at_level(logging.DEBUG, "foveal"), within(20.0), pytest.raises(DataError) as caught:
         RemoteFolder(url, all_attempts_timeout=2.0).read_up_to(name, 0, 1)
     assert str(caught.value).startswith(f"http://127.0.0.1:{port}/digits/{name} cannot be read, 5 attempts failed")
     assert [record.message.count(f"attempt {n} of 5") for n, record in enumerate(caplog.records, 1)] == [1, 1, 1, 1]
     assert secret not in caplog.text + str(caught.value)
 
 
-def test_what_is_refused_is_not_asked_for_again(s3: Proxy, http: Proxy, configure: Configure) -> None:
-    with (
-        within(5.0),
-        pytest.raises(DataError, match=r"s3://shards/nowhere/manifest.json is not there or .*: run `foveal"),
-    ):
-        Dataset.open(configure("s3://shards/nowhere", stall_timeout_seconds=60.0))
-    with (
-        within(5.0),
-        pytest.raises(PermanentRemoteError, match=r"s3://nobody/x/a.tar is not there or may not be read \("),
-    ):
-        RemoteFolder("s3://nobody/x", 60.0).file_size("a.tar")
-    with (
-        within(5.0),
-        pytest.raises(PermanentRemoteError, match=r"/digits/a.tar is not there or may not be read \(FileNotFoundErro"),
-    ):
-        RemoteFolder(f"http://127.0.0.1:{http.port}/digits", 60.0).read_up_to("a.tar", 0, 10)
+def test_what_is_refused_is_not_asked_for_again(
+    s3: Proxy, http: Proxy, configure: Configure, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(DataError, match=r"s3://shards/nowhere/manifest.json is not there or .*: run `foveal"):
+        Dataset.open(configure("s3://shards/nowhere", stall_timeout_seconds=240.0))
+    with pytest.raises(PermanentRemoteError, match=r"s3://nobody/x/a.tar is not there or may not be read \("):
+        RemoteFolder("s3://nobody/x", 240.0).file_size("a.tar")
+    with pytest.raises(PermanentRemoteError, match=r"/digits/a.tar is not there or may not be read \(FileNotFoundErro"):
+        RemoteFolder(f"http://127.0.0.1:{http.port}/digits", 240.0).read_up_to("a.tar", 0, 10)
     http.inject("401")
-    with within(5.0), pytest.raises(PermanentRemoteError, match="may not be read"):
-        RemoteFolder(f"http://127.0.0.1:{http.port}/digits", 60.0).read_up_to("manifest.json", 0, 10)
+    with pytest.raises(PermanentRemoteError, match="may not be read"):
+        RemoteFolder(f"http://127.0.0.1:{http.port}/digits", 240.0).read_up_to("manifest.json", 0, 10)
+    assert "attempt" not in caplog.text  # of a failed one a line would tell
 
 
 def test_an_outage_is_no_refusal(digits: Path, http: Proxy) -> None:
@@ -239,7 +235,7 @@ def test_a_driver_that_is_not_installed(url: str, package: str, monkeypatch: pyt
 
 
 def test_a_file_to_walk_through(digits: Path, s3: Proxy) -> None:
-    remote = RemoteFolder("s3://shards/digits", 8.0)
+    remote = RemoteFolder("s3://shards/digits", 240.0)
     file = digits / "train-000000.tar"
     assert remote.file_sizes() == {each.name: each.stat().st_size for each in digits.iterdir()}
     modified = remote.modified_time(file.name)

@@ -10,8 +10,8 @@ import multiprocessing
 import os
 import runpy
 import signal
-import socket
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -57,6 +57,21 @@ class Forked:
         return [file.read_text() if file.exists() else "" for file in self._outputs]
 
 
+def stop(pid: int) -> None:
+    """Stop a process, and wait until every thread of it stands still: one may be about to write."""
+    os.kill(pid, signal.SIGSTOP)
+    patience = time.monotonic() + PATIENCE
+    while any(_runs(thread) for thread in Path(f"/proc/{pid}/task").iterdir()):
+        assert time.monotonic() < patience, f"process {pid} does not stop"
+
+
+def _runs(thread: Path) -> bool:
+    try:
+        return (thread / "stat").read_text().rpartition(")")[2].split()[0] != "T"
+    except (FileNotFoundError, ProcessLookupError):
+        return False  # it has ended
+
+
 def all_alive(processes: Sequence[Forked]) -> bool:
     """Whether none of them has ended."""
     return all(each.process.is_alive() for each in processes)
@@ -66,12 +81,6 @@ def ranks_of(size: int, port: int) -> list[dict[str, str]]:
     """What each of so many ranks on this machine has in its environment."""
     shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
-
-
-def free_port() -> int:
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _become(

@@ -1,8 +1,6 @@
 """Processes that are ranks of one world and live as long as the test session: starting DeepSpeed takes seconds, once."""
 
-import contextlib
 import os
-import socket
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from forked import CONTEXT
+from ports import free_port
 
 from foveal.distributed.world import World, init_world
 from foveal.errors import FovealError
@@ -37,9 +36,7 @@ class Ranks:
     def _start(self) -> None:
         if (room := devices()) is not None and self._size > room:
             pytest.skip(f"{self._size} ranks want as many GPUs, and here is {room}")
-        with contextlib.closing(socket.socket()) as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         for rank in range(self._size):
             here, there = CONTEXT.Pipe()
             told = (there, rank, self._size, port, dict(os.environ))

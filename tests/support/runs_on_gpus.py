@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
-from forked import free_port, ranks_of
+from forked import ranks_of
+from ports import free_port
 from processes import PYTHON, ROOT, Started
 from ranks import Ranks, stage_named
 

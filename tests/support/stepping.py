@@ -20,7 +20,7 @@ from foveal.errors import FovealError, TrainingHungError
 _FAILS_AT = 200
 _JOINING = 100.0
 _IMPATIENT = Timeouts(
-    poll_interval=0.1, min_stall_seconds=1.0, hang_margin=4.0, store_timeout=2.0, first_step_factor=3.0
+    poll_interval=0.5, min_stall_seconds=1.0, hang_margin=6.0, store_timeout=2.0, first_step_factor=3.0
 )
 
 

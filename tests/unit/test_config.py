@@ -289,7 +289,7 @@ def test_where_a_run_lies_and_how_fast_it_goes_is_no_science(kind: type[Config],
         }
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     text=st.text(max_size=12) | st.sampled_from(["1e3", "0x1", "null", "yes", "~", "2024-01-01", "1:30", "- a", "1_0"]),
     number=st.floats(allow_nan=False, allow_infinity=False, min_value=1e-300),

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
@@ -107,7 +107,6 @@ def split(model: Sequence[TensorChunk], cuts: Sequence[float], skew: int) -> lis
     return ranks
 
 
-@settings(deadline=None)  # a busy disk is slow
 @given(specs=MODELS, write_cuts=CUTS, read_cuts=CUTS, skews=st.tuples(st.integers(0, 3), st.integers(0, 3)))
 def test_any_split_is_read_by_any_other(
     tmp_path_factory: pytest.TempPathFactory,

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from forked import free_port
+from ports import free_port
 
 from foveal.distributed import rendezvous
 from foveal.distributed.gpu_allocation import read_gpu_uuid

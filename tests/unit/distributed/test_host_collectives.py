@@ -113,7 +113,8 @@ def test_all_ranks_learn_at_once_that_one_is_gone() -> None:
 
     results = run_ranks(10, 3, lose_rank_7)
     assert results.pop(7) == "closed"
-    lost = re.compile(r"lost a peer in a collective: .*Connection (closed|reset) by peer")  # reset: data was on its way
+    # Closed, unless data was on its way: then reset, or a broken pipe for the next write.
+    lost = re.compile(r"lost a peer in a collective: .*(Connection (closed|reset) by peer|Broken pipe)")
     assert all(result and lost.search(result) for result in results)
 
 
@@ -132,8 +133,8 @@ def test_a_rank_that_does_not_come_is_an_error_after_the_timeout() -> None:
             is_over.set()
         return "no error"
 
-    first, second = run_ranks(2, GROUP_SIZE, wait_for_rank_1, timeout=2.0)
-    assert "lost a peer in a collective: Timed out waiting 2000ms" in str(first)
+    first, second = run_ranks(2, GROUP_SIZE, wait_for_rank_1, timeout=6.0)
+    assert "lost a peer in a collective: Timed out waiting 6000ms" in str(first)
     assert second == "True"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from forked import free_port
+from ports import free_port
 
 from foveal.distributed import tcp_store
 from foveal.distributed.launcher import LaunchEnv
@@ -59,7 +59,7 @@ def test_too_few_files_are_a_sentence_before_ranks_wait_for_one_another() -> Non
     started = time.monotonic()
     with pytest.raises(FileLimitError) as caught:
         join(0)
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 30  # of the 60 s that it waits for the others
     assert caught.value.exit_code == 2, "another start would need as many: no requeue"
     sentence = r"rank 0 on \S+ may open \d+ files, and 30 ranks have 90 connections to it: raise the .* to 1114"
     assert re.fullmatch(sentence, str(caught.value))

@@ -51,8 +51,10 @@ def over() -> Iterator[threading.Event]:
     event.set()
 
 
-def group_of(rank: int, size: int, device: str = "cpu", limit: float = 0.2) -> PreflightGroup:
-    timeouts = PreflightTimeouts(1.0, limit, limit)
+def group_of(
+    rank: int, size: int, device: str = "cpu", connection: float = 60.0, all_reduces: float = 60.0
+) -> PreflightGroup:
+    timeouts = PreflightTimeouts(1.0, connection, all_reduces)
     launch_env = LaunchEnv(rank, size, rank, "srun")
     return PreflightGroup(launch_env, torch.device(device), "node1", timeouts, dist.HashStore(), time.monotonic())
 
@@ -86,16 +88,21 @@ def test_nccl_ends_no_process_before_the_verdict(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("hanging", "activity"), [("init_process_group", "connecting over gloo"), ("all_reduce", "an all-reduce over gloo")]
+    ("hanging", "limit", "activity"),
+    [
+        ("init_process_group", "connection", "connecting over gloo"),
+        ("all_reduce", "all_reduces", "an all-reduce over gloo"),
+    ],
 )
 def test_a_collective_that_hangs_ends_at_its_own_limit(
-    hanging: str, activity: str, over: threading.Event, monkeypatch: pytest.MonkeyPatch
+    hanging: str, limit: str, activity: str, over: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
-    monkeypatch.setattr(dist, hanging, lambda *_, **__: over.wait(60))
+    monkeypatch.setattr(dist, hanging, lambda *_, **__: over.wait())
+    limits: Any = {limit: 0.2}
     report, started = RankReport("node1", 1), time.monotonic()
-    runner._check_collectives(group_of(1, 2), report)
-    assert time.monotonic() - started < 20
+    runner._check_collectives(group_of(1, 2, **limits), report)
+    assert time.monotonic() - started < 30  # and not the limit of the other
     ((kind, sentence),) = report.faults
     assert kind == "config"
     assert f"rank 1 on node1: {activity} failed (no answer within 0.2 s); choose the network interface" in sentence

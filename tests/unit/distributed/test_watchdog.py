@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -20,6 +21,7 @@ from foveal.distributed.heartbeat import Heartbeat, HeartbeatExchange, diagnose_
 from foveal.distributed.watchdog import Timeouts, Watchdog, locate_and_check_waiting, run_watchdog
 from foveal.distributed.world import World
 
+WAIT = 60  # seconds until a thread runs on a busy machine
 SINGLE = World(0, 1, 0, "none", torch.device("cpu"))
 # Ten idle polls, or ten medians, are a stall; thirty are a hang, in the first step 120.
 QUICK = Timeouts(poll_interval=1.0, min_stall_seconds=10.0, stall_factor=10.0, hang_margin=5.0, first_step_factor=4.0)
@@ -28,6 +30,13 @@ HERE = Heartbeat(step=12, activity="data", idle_seconds=70.0, poll_count=900, ho
 
 class ProcessEnded(BaseException):
     """Raised in place of the end of the process."""
+
+
+@pytest.fixture(autouse=True)
+def no_dump_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variable that a watchdog sets is gone after the test."""
+    monkeypatch.setenv("TORCH_FR_DUMP_TEMP_FILE", "")
+    monkeypatch.delenv("TORCH_FR_DUMP_TEMP_FILE")
 
 
 @pytest.fixture
@@ -145,8 +154,7 @@ def test_faulthandler_ends_the_process_only_if_there_are_several_ranks(
     assert alarms == [(135.0, False), (135.0, False), (135.0, True)]
 
 
-def test_a_world_of_size_1_needs_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TORCH_FR_DUMP_TEMP_FILE", raising=False)
+def test_a_world_of_size_1_needs_no_store(tmp_path: Path) -> None:
     with run_watchdog(SINGLE, tmp_path / "logs", 5.0, print) as watcher:
         watcher.heartbeat(1, "data")
     assert not watcher._thread.is_alive()
@@ -241,13 +249,20 @@ def exchange_of(rank: int, size: int, interval: float, read: Callable[[], Heartb
     return HeartbeatExchange(World(rank, size, 0, "none", torch.device("cpu")), interval, read)
 
 
+def leave(exchange: HeartbeatExchange, reason: str) -> None:
+    """Close an exchange, which waits for its last heartbeat for two polls only."""
+    exchange.close(reason)
+    exchange._thread.join(WAIT)
+    assert not exchange._thread.is_alive()
+
+
 def test_a_silent_rank_is_named(store) -> None:
     poll_counts = iter(range(10**6))
     first = exchange_of(0, 2, 0.05, lambda: replace(HERE, poll_count=next(poll_counts), is_waiting=True))
     second = exchange_of(1, 2, 0.05, lambda: replace(HERE, step=9, activity="decoding"))  # its poll count stands still
     store.wait(["foveal//beat/1"])
     assert first.diagnose().startswith("rank 1 on a in step 9: decoding, then silent")
-    second.close("ended by ValueError")
+    leave(second, "ended by ValueError")
     assert first.diagnose() == "rank 1 on a in step 9: ended by ValueError"
     first.close("left")
     assert json.loads(store.get("foveal//beat/1"))["poll_count"] == -1
@@ -279,7 +294,7 @@ def test_the_heartbeats_of_many_ranks_are_few_requests(store) -> None:
 def test_a_store_that_is_gone_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeat, "StoreServerProbe", _refuse)
     exchange = exchange_of(1, 2, 0.01, lambda: HERE)
-    exchange._thread.join()
+    exchange._thread.join(WAIT)
     assert exchange.diagnose() == "the store of the ranks, on the node of rank 0, is gone: the log of rank 0 says more"
     exchange.close("left")
 
@@ -299,7 +314,9 @@ def test_a_rank_that_lost_a_peer_names_it_once(store, tmp_path: Path, caplog: py
         _loses_a_peer(tmp_path)
     errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert [error.partition(" on ")[0] for error in errors] == ["step 7: rank 1"]
-    assert json.loads(store.get("foveal//beat/0"))["activity"] == heartbeat.LOST_PEER
+    deadline = time.monotonic() + WAIT
+    while json.loads(store.get("foveal//beat/0"))["activity"] != heartbeat.LOST_PEER:
+        assert time.monotonic() < deadline
     peer.close("left")
 
 

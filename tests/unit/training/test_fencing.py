@@ -10,7 +10,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from forked import CONTEXT
+from forked import CONTEXT, stop
 from stores import ALONE, Tensors, name, names, saved, state
 
 from foveal.checkpoint.config import CheckpointConfig
@@ -76,7 +76,7 @@ def frozen(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Bas
     assert pipe.poll(WAIT)
     assert pipe.recv() == "saved 10"
     assert process.pid is not None
-    os.kill(process.pid, signal.SIGSTOP)
+    stop(process.pid)
     yield process, pipe, request.param
     process.kill()
     process.join(WAIT)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import CONTEXT
+from forked import CONTEXT, stop
 
 from foveal import slurm
 from foveal.errors import CheckpointError, RestartLoopError
@@ -255,8 +255,7 @@ def test_a_frozen_holder_elsewhere_is_followed_when_it_gives_no_sign_of_life(tmp
     assert holder.receive() == 1
     with pytest.raises(CheckpointError, match=r"attempt 1 \(on node2, rank 0 pid \d+\); stop it first"):
         acquire(tmp_path)
-    holder.send_signal(signal.SIGSTOP)  # takes effect later; a heartbeat may still be in flight
-    wait_until(lambda: Path(f"/proc/{holder.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+    stop(holder.process.pid)
     lease = acquire(tmp_path)
     assert lease.number == 2
     holder.send_signal(signal.SIGCONT)

@@ -72,7 +72,7 @@ def test_a_scaled_decode_shows_what_a_full_one_shows() -> None:
             assert np.quantile(differences, 0.99) <= 40
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.data())
 def test_scaling_leaves_every_crop_enough_pixels(data: st.DataObject) -> None:
     """The factor is the largest suitable of 8, 4, 2, and 1 if none is suitable or scaling is off."""

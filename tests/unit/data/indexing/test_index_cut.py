@@ -99,7 +99,7 @@ def test_a_cut_shard_is_reported_each_time_and_an_empty_one_left_out(
     assert not (tmp_path / "train-2.tar.index").exists()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_rubbish_is_refused_or_is_a_sample_that_tarfile_sees(data: st.DataObject) -> None:
     """Random changed bytes raise DataError or give members inside the file; no hang and no other exception."""

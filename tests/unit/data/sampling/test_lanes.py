@@ -28,7 +28,7 @@ def fits(lanes: int, batch: int, sizes: list[int]) -> bool:
     return len(sizes) == 1 or lanes <= min(sizes)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(batch=st.integers(1, 4096), sizes=SIZES)
 def test_lanes_are_32_wherever_32_fits_and_else_the_largest_smaller_number(batch: int, sizes: list[int]) -> None:
     lanes = derive_lanes(batch, sizes)
@@ -44,7 +44,7 @@ def test_other_lanes_than_32_have_a_reason() -> None:
     assert explain_lanes(8, 256, [1437]) == " (data.lanes)"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(samples=st.integers(1, 500), ranks=st.integers(1, 64), lanes=st.none() | st.sampled_from([3, 8, 10, 32]))
 def test_the_batch_that_is_named_fits_set_ranks_and_lanes(samples: int, ranks: int, lanes: int | None) -> None:
     batch = suggest_batch_size(samples, ranks, lanes)

@@ -69,7 +69,7 @@ def mixtures(draw: st.DrawFn) -> Case:
 
 
 either = st.one_of(one_source(), mixtures())
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=60)
 
 
 def steps_of(order: SampleOrder, first: int, stop: int) -> tuple[np.ndarray, ...]:
@@ -123,7 +123,7 @@ def test_the_order_is_the_one_written_out(case: Case, first: int) -> None:
 
 
 @given(one_source())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_an_epoch_has_no_sample_twice_and_drops_exactly_the_remainder(case: Case) -> None:
     order = case.order()
     for epoch in (0, 3):
@@ -138,7 +138,7 @@ def test_an_epoch_has_no_sample_twice_and_drops_exactly_the_remainder(case: Case
 
 
 @given(one_source())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_other_samples_are_dropped_in_other_epochs(case: Case) -> None:
     order = case.order()
     assume(order.first_source_size >= 50 and order.dropped_per_epoch)
@@ -188,7 +188,7 @@ def test_batches_that_are_skipped_are_passed_over_and_no_others(skipped: list[in
 
 
 @given(mixtures(), st.integers(0, 3))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_an_epoch_of_a_mixture_has_exactly_the_quotas(case: Case, epoch: int) -> None:
     order = case.order()
     shares = [share for _, share in case.mix]
@@ -205,7 +205,7 @@ def test_an_epoch_of_a_mixture_has_exactly_the_quotas(case: Case, epoch: int) ->
 
 
 @given(mixtures())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_each_source_of_a_mixture_gives_each_sample_at_most_once_in_its_own_epoch(case: Case) -> None:
     order = case.order()
     sources, positions, epochs, samples = steps_of(order, 0, min(2 * order.steps_per_epoch, 60))

@@ -23,7 +23,7 @@ def server(tmp_path: Path) -> Path:
 @pytest.fixture
 def remote_file(server: Path) -> FileFactory:
     """Factory of the n-th file as a ``RemoteFile``."""
-    remote = RemoteFolder(f"file://{server}", all_attempts_timeout=4.0)
+    remote = RemoteFolder(f"file://{server}", all_attempts_timeout=480.0)  # an eighth for each attempt
 
     def make(number: int) -> RemoteFile:
         data = (server / f"{number}.tar").read_bytes()
@@ -34,4 +34,4 @@ def remote_file(server: Path) -> FileFactory:
 
 @pytest.fixture
 def cache(tmp_path: Path) -> DownloadCache:
-    return DownloadCache(tmp_path / "cache", 3 * SIZE, other_process_timeout=1.0)
+    return DownloadCache(tmp_path / "cache", 3 * SIZE, other_process_timeout=60.0)

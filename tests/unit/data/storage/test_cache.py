@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import itertools
 import logging
 import os
 import random
@@ -12,9 +13,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cached_copies import SIZE, FileFactory, age, copy_names, read_copy
+from clock import Clock
 
 from foveal.data.config import CacheConfig
 from foveal.data.storage import cache as cache_module
@@ -23,34 +26,24 @@ from foveal.data.storage.remote import RemoteFolder
 from foveal.errors import DataError
 
 
-@contextmanager
-def record_folder_bytes(cache: DownloadCache) -> Iterator[list[int]]:
-    """Yield a list that grows with repeated samples of the folder's total size in bytes."""
-    sums, ended = [], threading.Event()
+@pytest.fixture
+def folder_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows by the total size of a cache's folder, in bytes, whenever names or reserved sizes have changed."""
+    sums: list[int] = []
+    lock = DownloadCache._eviction_lock
 
-    def sample() -> None:
-        lock = os.open(
-            cache.folder / ".lock", os.O_RDWR | os.O_CREAT
-        )  # excludes a change of the folder during the scan
-        while not ended.is_set():
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            sizes = {}
+    @contextmanager
+    def measure(cache: DownloadCache) -> Iterator[None]:
+        with lock(cache):
+            yield
+            sizes = []
             for entry in os.scandir(cache.folder):
-                with contextlib.suppress(FileNotFoundError):
-                    sizes[entry.name] = Path(entry).stat().st_size
-            fcntl.flock(lock, fcntl.LOCK_UN)
-            sums.append(sum(sizes.values()))
-            time.sleep(0.0005)
-        os.close(lock)
+                with contextlib.suppress(FileNotFoundError):  # the part of a file that does not fit
+                    sizes.append(Path(entry).stat().st_size)
+            sums.append(sum(sizes))
 
-    cache.folder.mkdir(exist_ok=True)
-    thread = threading.Thread(target=sample)
-    thread.start()
-    try:
-        yield sums
-    finally:
-        ended.set()
-        thread.join()
+    monkeypatch.setattr(DownloadCache, "_eviction_lock", measure)
+    return sums
 
 
 def test_what_is_unused_for_the_longest_goes_first(cache: DownloadCache, remote_file: FileFactory) -> None:
@@ -64,7 +57,7 @@ def test_what_is_unused_for_the_longest_goes_first(cache: DownloadCache, remote_
     )
 
 
-def test_many_readers_in_little_room(tmp_path: Path, remote_file: FileFactory) -> None:
+def test_many_readers_in_little_room(tmp_path: Path, remote_file: FileFactory, folder_bytes: list[int]) -> None:
     """All reads are correct, the folder stays within its limit, and no part file remains."""
     files = [remote_file(number) for number in range(8)]
     faults: list[object] = []
@@ -72,7 +65,7 @@ def test_many_readers_in_little_room(tmp_path: Path, remote_file: FileFactory) -
     def read(seed: int) -> None:
         rng, own_cache = (
             random.Random(seed),
-            DownloadCache(tmp_path / "cache", 3 * SIZE + 10, other_process_timeout=30.0),
+            DownloadCache(tmp_path / "cache", 3 * SIZE + 10, other_process_timeout=60.0),
         )
         for _ in range(25):
             file = rng.choice(files)
@@ -83,16 +76,14 @@ def test_many_readers_in_little_room(tmp_path: Path, remote_file: FileFactory) -
                 faults.append(error)
                 raise
 
-    cache = DownloadCache(tmp_path / "cache", 3 * SIZE + 10, other_process_timeout=30.0)
-    with record_folder_bytes(cache) as sums:
-        threads = [threading.Thread(target=read, args=(seed,)) for seed in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert not faults
-    assert len(sums) > 20 and 2 * SIZE < max(sums) <= cache.max_bytes
-    assert not list(cache.folder.glob("*.part"))
+    assert 2 * SIZE < max(folder_bytes) <= 3 * SIZE + 10
+    assert not list((tmp_path / "cache").glob("*.part"))
 
 
 def test_a_copy_that_goes_while_it_is_read(cache: DownloadCache, remote_file: FileFactory, server: Path) -> None:
@@ -164,31 +155,35 @@ def test_two_sets_with_the_same_names_do_not_collide(
 
 
 @pytest.mark.parametrize("moves", [False, True])
-def test_another_process_that_copies(cache: DownloadCache, remote_file: FileFactory, moves: bool) -> None:
+def test_another_process_that_copies(
+    cache: DownloadCache, remote_file: FileFactory, moves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A stalled process raises; a writing process is waited for, and its part is taken over if it dies."""
     cache.folder.mkdir()
-    part = cache.folder / f"{remote_file(0).cache_name}.part"
-    descriptor = os.open(part, os.O_RDWR | os.O_CREAT)
+    descriptor = os.open(cache.folder / f"{remote_file(0).cache_name}.part", os.O_RDWR | os.O_CREAT)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    if not moves:
-        start = time.monotonic()
-        with pytest.raises(DataError, match=r"0.tar is being copied by another process .* not moved for 1 s: end that"):
-            cache.open_file(remote_file(0))
-        assert 1 < time.monotonic() - start < 10
-        os.close(descriptor)
+    clock, waits = Clock(), itertools.count(1)
+
+    def wait(_seconds: float) -> None:
+        """Let 25 s pass, of which the cache waits for 60 without a write; the other process dies in the tenth wait."""
+        clock.pass_(25.0)
+        if moves and (number := next(waits)) < 10:
+            os.pwrite(descriptor, b"not a valid file", 0)
+            os.utime(descriptor, ns=(number, number))  # as a clock of the kernel's that ticks in between
+        elif moves:
+            assert cache.download_counter() == 9
+            os.close(descriptor)  # as the kernel does
+
+    monkeypatch.setattr(cache_module, "time", SimpleNamespace(monotonic=clock, sleep=wait, time=time.time))
+    start = clock.now
+    if moves:
+        assert hashlib.sha256(read_copy(cache, remote_file(0))).hexdigest() == remote_file(0).sha256
+        assert clock.now - start == 250
         return
-    before = cache.download_counter()
-    reads: list[bytes] = []
-    reader = threading.Thread(target=lambda: reads.append(read_copy(cache, remote_file(0))))
-    reader.start()
-    for _ in range(15):
-        time.sleep(0.1)
-        os.pwrite(descriptor, b"not a valid file", 0)
-    assert reader.is_alive()
-    assert cache.download_counter() >= before + 10
-    os.close(descriptor)  # as the kernel does when a process dies
-    reader.join()
-    assert hashlib.sha256(reads[0]).hexdigest() == remote_file(0).sha256
+    with pytest.raises(DataError, match=r"0.tar is being copied by another process .* not moved for 60 s: end that"):
+        cache.open_file(remote_file(0))
+    assert clock.now - start == 75
+    os.close(descriptor)
 
 
 def test_a_part_that_goes_between_opening_and_locking_it(

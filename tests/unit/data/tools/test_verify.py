@@ -190,7 +190,7 @@ def test_images_of_one_shard_are_decoded_in_parallel(folder: Path, monkeypatch: 
     edit(folder, lambda tree: tree["splits"]["train"]["shards"].pop())
     edit(folder, lambda tree: tree["splits"]["train"].update(samples=5))
     edit(folder, lambda tree: tree["splits"].pop("val"))
-    barrier = threading.Barrier(2, timeout=10)
+    barrier = threading.Barrier(2, timeout=60)
     calls = itertools.count()
     original = verifying.decode_image
 

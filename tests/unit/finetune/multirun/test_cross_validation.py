@@ -191,7 +191,7 @@ class Pair:
     def run(self, cfg: FinetuneConfig) -> bool:
         if cfg.cross_validation is not None and not hasattr(self._here, "looked"):
             self._here.looked = True
-            self._looked.wait(20)
+            self._looked.wait(120)
         try:
             return execute(cfg, self._close if cfg.cross_validation else Stand(), aggregate=True)
         except RunInUseError:
@@ -199,7 +199,7 @@ class Pair:
             raise
 
     def _close(self, plan: FinetunePlan, run: Run) -> None:
-        assert self._refused.wait(20)
+        assert self._refused.wait(120)
         self.closed.append(threading.get_ident())
         if self.dies and len(self.closed) == 1:
             raise RuntimeError
