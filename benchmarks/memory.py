@@ -157,6 +157,8 @@ def train(forecast: Forecast, world: World) -> int:
                 engine.backward(total / plan.microbatch_size)
         del total
         engine.step()
+        if getattr(cfg, "uses_ema", False):
+            engine.update_ema("averaged.", "encoder.", 0.004)
     return meter.peak()
 
 
