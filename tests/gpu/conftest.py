@@ -20,6 +20,14 @@ from runs_on_gpus import Row, Training
 from foveal.data.indexing.index import index_folder
 
 IMAGES, SIDE = 256, 32  # an epoch of 8 steps of 32 images
+_SECONDS_ON_CPUS = 1500.0  # of a test
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Eight ranks on two cores take minutes to start, and bf16 on most CPUs is ten times as slow as fp32."""
+    if config.getoption("--on-cpus"):
+        for item in (item for item in items if item.path.parent == Path(__file__).parent):
+            item.add_marker(pytest.mark.timeout(_SECONDS_ON_CPUS))
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +50,7 @@ def ranks_on(num_gpus: int) -> Iterator[Callable[[int], Ranks]]:
             if size > num_gpus:
                 pytest.skip(f"needs {size} {'GPU' if size == 1 else 'GPUs'}, and here is {num_gpus}")
             if size not in pools:
-                pools[size] = Ranks(size)
+                pools[size] = Ranks(size, _SECONDS_ON_CPUS)
                 stack.callback(pools[size].close)
             return pools[size]
 
@@ -84,7 +92,7 @@ def one_cpu() -> Iterator[Ranks]:
                 patch.setenv("CUDA_VISIBLE_DEVICES", "")
                 super()._start()
 
-    ranks = CpuRanks(1)
+    ranks = CpuRanks(1, _SECONDS_ON_CPUS)
     yield ranks
     ranks.close()
 
@@ -113,7 +121,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "batch": {"global_size": 32, "max_micro_size": 32},
         "optim": {"lr_per_256": 4.0e-3, "warmup_epochs": 1, "max_grad_norm": 1.0},
         "model": {"name": "vit_tiny_patch16_224", "patch": 4, "width": 96, "depth": 4, "heads": 3},
-        "decoder": {"width": 96, "depth": 2, "heads": 3},
+        "decoder": {"width": 48, "depth": 2, "heads": 3},
         "engine": {"kind": "plain"},
         "log": {"every": 4, "images_every": 0},
         "checkpoint": {"every": 0},
