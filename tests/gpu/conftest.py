@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from pictures import encoded, photo
-from ranks import Ranks
+from ranks import PATIENCE, Ranks
 from runs_on_gpus import Row, Training
 
 from foveal.data.indexing.index import index_folder
@@ -41,7 +41,13 @@ def num_gpus(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture(scope="session")
-def ranks_on(num_gpus: int) -> Iterator[Callable[[int], Ranks]]:
+def patience(request: pytest.FixtureRequest) -> float:
+    """Seconds for one call of ranks."""
+    return _SECONDS_ON_CPUS if request.config.getoption("--on-cpus") else PATIENCE
+
+
+@pytest.fixture(scope="session")
+def ranks_on(num_gpus: int, patience: float) -> Iterator[Callable[[int], Ranks]]:
     """Return ranks on so many GPUs, one each; skip where there are fewer."""
     pools: dict[int, Ranks] = {}
     with ExitStack() as stack:
@@ -50,7 +56,7 @@ def ranks_on(num_gpus: int) -> Iterator[Callable[[int], Ranks]]:
             if size > num_gpus:
                 pytest.skip(f"needs {size} {'GPU' if size == 1 else 'GPUs'}, and here is {num_gpus}")
             if size not in pools:
-                pools[size] = Ranks(size, _SECONDS_ON_CPUS)
+                pools[size] = Ranks(size, patience)
                 stack.callback(pools[size].close)
             return pools[size]
 
@@ -83,7 +89,7 @@ def cuda(num_gpus: int, request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def one_cpu() -> Iterator[Ranks]:
+def one_cpu(patience: float) -> Iterator[Ranks]:
     """A rank on the CPU, whatever GPUs there are."""
 
     class CpuRanks(Ranks):
@@ -92,7 +98,7 @@ def one_cpu() -> Iterator[Ranks]:
                 patch.setenv("CUDA_VISIBLE_DEVICES", "")
                 super()._start()
 
-    ranks = CpuRanks(1, _SECONDS_ON_CPUS)
+    ranks = CpuRanks(1, patience)
     yield ranks
     ranks.close()
 

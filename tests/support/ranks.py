@@ -21,7 +21,7 @@ from foveal.training.cli import load_config
 from foveal.training.launch import run_stage
 from foveal.training.stage import Stage
 
-_PATIENCE = 240.0
+PATIENCE = 240.0  # seconds for one call
 _LINEAR = torch.nn.functional.linear  # ZeRO 3 replaces it for the rest of a process, and rounds otherwise in bf16
 _COLLECTIVE = 120  # seconds for one collective: a rank that waits for another that failed gives up
 
@@ -32,7 +32,7 @@ class Ranks:
     ``patience``: seconds for one call.
     """
 
-    def __init__(self, size: int, patience: float = _PATIENCE) -> None:
+    def __init__(self, size: int, patience: float = PATIENCE) -> None:
         self._size, self._patience = size, patience
         self._pipes: list[Connection] = []
         self._processes: list[BaseProcess] = []
