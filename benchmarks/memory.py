@@ -38,7 +38,7 @@ STEPS = 3
 _SMALLEST = "16384"  # bytes from which glibc gives an allocation a mapping of its own
 _PATIENCE = 600  # seconds for one case
 _SIDE = 64  # pixels, of the cases on a CPU
-_AT_ONCE = 3  # cases that share a GPU while they are measured: torch counts the bytes of its own process
+_AT_ONCE = 3  # cases beside each other: a meter counts the bytes of its own process
 CASES = ON_A_GPU if torch.cuda.is_available() else ON_A_CPU
 # Ranks are forks of a process that has imported everything; a GPU's library that an import begins does not survive a fork.
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -286,7 +286,7 @@ def main() -> None:
         folder = Path(place)
         prepare(folder)
         cases = [case for case in CASES if options.only in f"{case.name} {case.engine}"]
-        with ThreadPoolExecutor(_AT_ONCE if torch.cuda.is_available() else 1) as pool:
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
             rows = []
             for case, peak in zip(cases, pool.map(lambda case: measured(case, folder), cases), strict=True):
                 rows.append((case, forecast_of(case, folder).memory_estimate.peak, peak))
