@@ -11,13 +11,12 @@ import argparse
 import ctypes
 import gc
 import importlib
-import json
+import multiprocessing
 import os
 import socket
-import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +36,17 @@ from foveal.weights.export import Card, write_export
 
 STEPS = 3
 _SMALLEST = "16384"  # bytes from which glibc gives an allocation a mapping of its own
-_PATIENCE = 300  # seconds for one case
+_PATIENCE = 600  # seconds for one case
 _SIDE = 64  # pixels, of the cases on a CPU
-_AT_ONCE = 3  # cases that share a GPU while they are measured: torch counts the bytes of its own process
+_AT_ONCE = 3  # cases beside each other: a meter counts the bytes of its own process
 CASES = ON_A_GPU if torch.cuda.is_available() else ON_A_CPU
+# Ranks are forks of a process that has imported everything; a GPU's library that an import begins does not survive a fork.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    []
+    if torch.cuda.is_available()
+    else ["deepspeed", "accelerate", "pretrain.train", "distill.train", "finetune.train"]
+)
 
 
 def tree_of(case: Case, folder: Path) -> dict[str, Any]:
@@ -157,6 +163,8 @@ def train(forecast: Forecast, world: World) -> int:
                 engine.backward(total / plan.microbatch_size)
         del total
         engine.step()
+        if getattr(cfg, "uses_ema", False):
+            engine.update_ema("averaged.", "encoder.", 0.004)
     return meter.peak()
 
 
@@ -184,22 +192,31 @@ def measured(case: Case, folder: Path) -> int:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"WORLD_SIZE": str(case.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared |= {"MALLOC_MMAP_THRESHOLD_": _SMALLEST, "MALLOC_MMAP_MAX_": "1000000", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, "--rank-of", str(CASES.index(case)), "--folder", str(folder)]
-    ranks = [
-        subprocess.Popen(
-            command,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(case.ranks)
-    ]
-    said = [rank.communicate(timeout=_PATIENCE) for rank in ranks]
-    for rank, (_, complaint) in zip(ranks, said, strict=True):
-        assert rank.returncode == 0, f"{case}:\n{complaint[-3000:]}"
-    return max(json.loads(out.splitlines()[-1])["peak"] for out, _ in said)
+    answers, ranks = [], []
+    for rank in range(case.ranks):
+        here, there = _CONTEXT.Pipe(duplex=False)
+        place = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        ranks.append(_CONTEXT.Process(target=be_a_rank, args=(CASES.index(case), folder, place, there), daemon=True))
+        ranks[-1].start()
+        there.close()
+        answers.append(here)
+    peaks = []
+    for answer in answers:
+        assert answer.poll(_PATIENCE), f"{case}: no answer within {_PATIENCE} s"
+        peaks.append(answer.recv())  # EOFError: the rank has ended, and said why
+    for rank in ranks:
+        rank.join()
+    return max(peaks)
+
+
+def be_a_rank(number: int, folder: Path, place: dict[str, str], answer: Connection) -> None:
+    """Train a case as one of its ranks, and send the peak."""
+    os.environ |= place
+    torch.set_num_threads(1)
+    with init_world(_PATIENCE / 2) as world:
+        answer.send(train(forecast_of(CASES[number], folder), world))
+        answer.close()
+        os._exit(0)  # gloo's threads sometimes abort an interpreter that ends in order
 
 
 def prepare(folder: Path) -> None:
@@ -261,19 +278,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", default="", help="cases whose engine and name contain this; nothing is written")
-    parser.add_argument("--rank-of", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.rank_of is not None:
-        torch.set_num_threads(1)
-        with init_world(_PATIENCE / 2) as world:
-            print(json.dumps({"peak": train(forecast_of(CASES[options.rank_of], options.folder), world)}), flush=True)
-            os._exit(0)  # gloo's threads sometimes abort an interpreter that ends in order
+    # Of the server of forks, before its first allocation; the main process keeps what it has.
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": _SMALLEST, "MALLOC_MMAP_MAX_": "1000000", "OMP_NUM_THREADS": "1"}
+    os.environ["DS_IGNORE_CUDA_DETECTION"] = "1"
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         prepare(folder)
         cases = [case for case in CASES if options.only in f"{case.name} {case.engine}"]
-        with ThreadPoolExecutor(_AT_ONCE if torch.cuda.is_available() else 1) as pool:
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
             rows = []
             for case, peak in zip(cases, pool.map(lambda case: measured(case, folder), cases), strict=True):
                 rows.append((case, forecast_of(case, folder).memory_estimate.peak, peak))

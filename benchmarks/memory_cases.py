@@ -31,6 +31,8 @@ FEW = {"batch": {"global_size": 16, "max_micro_size": 4}}
 PLAIN = {"kind": "plain"}
 DEEPSPEED = {"kind": "deepspeed", "deepspeed": _BUCKET}
 TIGHT = {"kind": "deepspeed", "deepspeed": _SMALL_BUCKET}
+DERIVED = {"kind": "deepspeed"}  # of the model's size, as runs have them: foveal/engines/buckets.py
+EMA = {"target": "features", "log": {"images_every": 0}}
 
 ON_A_CPU = [
     Case("small, 4 micros", 1, PLAIN, seen=True),
@@ -67,7 +69,18 @@ ON_A_CPU = [
         TIGHT | {"zero": 3, "precision": "bf16"},
         change={"batch": {"global_size": 16, "max_micro_size": 8}},
     ),
-    Case("small, DeepSpeed's own buckets", 2, {"kind": "deepspeed", "zero": 1}, change=LARGE),
+    Case("small, derived buckets", 2, DERIVED | {"zero": 1}, change=LARGE),
+    Case("wide, derived buckets", 2, DERIVED | {"zero": 2, "precision": "bf16"}, change=WIDE | LARGE),
+    Case("deep, derived buckets", 2, DERIVED | {"zero": 3}, change=DEEP | EIGHT),
+    Case(
+        "wide, derived buckets, sums in bf16",
+        2,
+        DERIVED | {"zero": 1, "precision": "bf16", "reduce_dtype": "autocast"},
+        change=WIDE | FEW,
+    ),
+    Case("wide, EMA encoder", 2, DERIVED | {"zero": 1}, change=WIDE | LARGE | EMA),
+    Case("wide, EMA encoder", 2, DERIVED | {"zero": 3}, change=WIDE | LARGE | EMA),
+    Case("wide, EMA encoder", 2, {"kind": "accelerate", "sharding": "fsdp2"}, change=WIDE | LARGE | EMA),
     Case("distillation, wide", 2, DEEPSPEED | {"zero": 2}, "distill", WIDE | LARGE),
     Case("fine-tuning, wide", 1, PLAIN | {"precision": "bf16"}, "finetune", WIDE | LARGE),
     Case("fine-tuning, wide, DDP", 2, {"kind": "accelerate"}, "finetune", WIDE | LARGE),

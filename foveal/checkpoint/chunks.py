@@ -60,9 +60,14 @@ def replicated_chunk(name: str, tensors_by_part: dict[str, Tensor], rank: int, w
     shape = tuple(tensors_by_part["weight"].shape)
     size = math.prod(shape)
     flat = {part: value.detach().view(-1) for part, value in tensors_by_part.items()}
-    writers = min(world_size, _MAX_REPLICA_WRITERS)
+    writers = count_replica_writers(world_size)
     first, last = (-(-number * writers // world_size) for number in (rank, rank + 1))
     return TensorChunk(name, shape, 0, flat, (size * first // writers, size * last // writers))
+
+
+def count_replica_writers(world_size: int) -> int:
+    """Return the number of ranks that write a tensor that all ranks hold."""
+    return min(world_size, _MAX_REPLICA_WRITERS)
 
 
 def chunk_file_name(rank: int) -> str:

@@ -1,4 +1,4 @@
-"""The number of files that a process may open. Rank 0 holds the connections of all ranks to their store."""
+"""The number of files that a process may open. Rank 0, or torchrun's agent, holds the connections of all ranks."""
 
 import contextlib
 import errno
@@ -7,10 +7,12 @@ import resource
 import socket
 from pathlib import Path
 
+from foveal.distributed.launcher_process import find_own_launchers
 from foveal.errors import FileLimitError
 
 _STORE_CONNECTIONS_PER_RANK = 3  # of the rank, of its heartbeats, and of the probe that notices a lost server
-_OTHER_FILES = 1024  # shards, logs, libraries, and the collectives' own connections
+_FILES_OF_ANY_RANK = 512  # shards (256 of a reader), logs, libraries
+_FILES_PER_PEER, _MAX_PEER_FILES = 32, 512  # the collectives' own connections, which lead to a few peers of many
 # Libraries put the text of EMFILE into errors of their own. That of ENFILE, which is about the whole node, is longer.
 _EMFILE_TEXT = os.strerror(errno.EMFILE)
 _ENFILE_TEXT = os.strerror(errno.ENFILE)
@@ -32,8 +34,9 @@ def read_open_file_limit() -> int:
 
 
 def count_files_needed(world_size: int) -> int:
-    """Return the number of files that a process of a run may have open: as rank 0, of a large job."""
-    return _STORE_CONNECTIONS_PER_RANK * world_size + _OTHER_FILES
+    """Return the number of files that a process of a run may have open, rank 0 included."""
+    peers = min(_FILES_PER_PEER * (world_size - 1), _MAX_PEER_FILES)
+    return _STORE_CONNECTIONS_PER_RANK * world_size + _FILES_OF_ANY_RANK + peers
 
 
 def check_store_connections(world_size: int) -> None:
@@ -42,10 +45,33 @@ def check_store_connections(world_size: int) -> None:
     Without this the ranks beyond the limit would wait for an answer that never comes.
     Raises: FileLimitError.
     """
-    limit, connections = read_open_file_limit(), _STORE_CONNECTIONS_PER_RANK * world_size
-    if limit >= 0 and len(list(Path("/dev/fd").iterdir())) + connections > limit:
+    _check_connections("rank 0", len(list(Path("/dev/fd").iterdir())), read_open_file_limit(), world_size)
+
+
+def check_agent_connections(world_size: int) -> None:
+    """Raise the soft limit of torchrun's agent, which started this process and serves the ranks' store.
+
+    Linux allows that to a process of the same user; elsewhere nothing is done.
+    Raises: FileLimitError if the agent's hard limit is too low for the connections of all ranks.
+    """
+    agent = os.getppid()
+    if agent not in [launcher.pid for launcher in find_own_launchers()]:  # a shell between the agent and this rank
+        return
+    try:
+        _, hard = resource.prlimit(agent, resource.RLIMIT_NOFILE)
+        resource.prlimit(agent, resource.RLIMIT_NOFILE, (hard, hard))
+        num_opened = len(list(Path(f"/proc/{agent}/fd").iterdir()))
+    except (AttributeError, OSError):
+        return
+    _check_connections("torchrun", num_opened, -1 if hard == resource.RLIM_INFINITY else hard, world_size)
+
+
+def _check_connections(server: str, num_opened: int, limit: int, world_size: int) -> None:
+    """Check that a server of the ranks' store with so many open files may hold the connections; -1: no limit."""
+    connections = _STORE_CONNECTIONS_PER_RANK * world_size
+    if limit >= 0 and num_opened + connections > limit:
         raise FileLimitError(
-            f"rank 0 on {socket.gethostname()} may open {limit} files, and {world_size} ranks have {connections} "
+            f"{server} on {socket.gethostname()} may open {limit} files, and {world_size} ranks have {connections} "
             f"connections to it: {OPEN_FILES_REMEDY} to {count_files_needed(world_size)}"
         )
 

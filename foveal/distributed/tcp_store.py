@@ -22,7 +22,7 @@ from typing import Any
 import torch.distributed as dist
 
 from foveal.distributed.launcher import LaunchEnv, candidate_store_addresses, torchrun_agent_serves_store
-from foveal.distributed.open_files import check_store_connections, diagnose_file_limit
+from foveal.distributed.open_files import check_agent_connections, check_store_connections, diagnose_file_limit
 from foveal.distributed.run_identity import RunIdentity
 from foveal.errors import AttemptSupersededError, LaunchError, RankConflictError, TrainingHungError
 from foveal.timeouts import call_with_timeout
@@ -45,6 +45,8 @@ def open_store(launch_env: LaunchEnv, identity: RunIdentity, timeout_seconds: fl
         check_store_connections(launch_env.world_size)
         store, (host, port) = _serve_store(addresses, identity, timeout_seconds)
     else:
+        if launch_env.rank == 0:  # torchrun's agent, which started it, serves the store
+            check_agent_connections(launch_env.world_size)
         store, (host, port) = _find_store(addresses, launch_env, identity, deadline, timeout_seconds)
     os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
     return dist.PrefixStore(f"foveal/{identity.store_key}", store)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from foveal.engines.config import EngineConfig, Precision
+from foveal.forecast.host_memory import estimate_pinned_bytes
 from foveal.forecast.memory import MemoryEstimate, deepspeed_zero_stage, estimate_memory, sums_in_bf16
 from foveal.forecast.stated_data import StatedData
 from foveal.forecast.trace import (
@@ -150,6 +151,14 @@ class Forecast:
     def checkpoint_bytes(self) -> int:
         """fp32 weights and moments of trained parameters, and frozen tensors of the model's state."""
         return self.parameter_counts.checkpoint_bytes
+
+    @property
+    def pinned_checkpoint_bytes(self) -> int:
+        """Host memory that the ranks of a node pin for the copy of a checkpoint, where they have GPUs."""
+        cfg, cluster = self.plan.cfg, self.cluster
+        return estimate_pinned_bytes(
+            self.parameter_counts, cfg.engine, cfg.optim, nodes=cluster.nodes, gpus_per_node=cluster.gpus_per_node
+        )
 
     @property
     def seconds_per_save(self) -> float:

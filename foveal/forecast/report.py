@@ -54,6 +54,7 @@ def forecast_to_dict(
         "gpu_bytes": forecast.cluster.gpu_memory_bytes,
         "checkpoint_bytes": forecast.checkpoint_bytes,
         "save_seconds": forecast.seconds_per_save,
+        "pinned_checkpoint_bytes": forecast.pinned_checkpoint_bytes,
         "network_bytes_per_step": forecast.network_bytes_by_sharding,
         "step_seconds": forecast.step_seconds,
         "seconds": forecast.all_runs_training_seconds,
@@ -127,6 +128,7 @@ def _disk_and_network_lines(forecast: Forecast) -> list[str]:
             f"{f' and one per {cfg.keep_every} steps' if cfg.keep_every else ''}; {forecast.seconds_per_save:.0f} s at "
             f"{forecast.cluster.write_bytes_per_second / 1e9:.3g} GB/s"
         ),
+        f"host      {forecast.pinned_checkpoint_bytes / 1e9:.3g} GB of a node's memory pinned for the copy of a checkpoint",
         f"network   GB sent per GPU and step: {traffic}",
     ]
 

@@ -14,12 +14,20 @@ import pytest
 import torch
 import yaml
 from pictures import encoded, photo
-from ranks import Ranks
+from ranks import PATIENCE, Ranks
 from runs_on_gpus import Row, Training
 
 from foveal.data.indexing.index import index_folder
 
 IMAGES, SIDE = 256, 32  # an epoch of 8 steps of 32 images
+_SECONDS_ON_CPUS = 1500.0  # of a test
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Eight ranks on two cores take minutes to start, and bf16 on most CPUs is ten times as slow as fp32."""
+    if config.getoption("--on-cpus"):
+        for item in (item for item in items if item.path.parent == Path(__file__).parent):
+            item.add_marker(pytest.mark.timeout(_SECONDS_ON_CPUS))
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +41,13 @@ def num_gpus(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture(scope="session")
-def ranks_on(num_gpus: int) -> Iterator[Callable[[int], Ranks]]:
+def patience(request: pytest.FixtureRequest) -> float:
+    """Seconds for one call of ranks."""
+    return _SECONDS_ON_CPUS if request.config.getoption("--on-cpus") else PATIENCE
+
+
+@pytest.fixture(scope="session")
+def ranks_on(num_gpus: int, patience: float) -> Iterator[Callable[[int], Ranks]]:
     """Return ranks on so many GPUs, one each; skip where there are fewer."""
     pools: dict[int, Ranks] = {}
     with ExitStack() as stack:
@@ -42,7 +56,7 @@ def ranks_on(num_gpus: int) -> Iterator[Callable[[int], Ranks]]:
             if size > num_gpus:
                 pytest.skip(f"needs {size} {'GPU' if size == 1 else 'GPUs'}, and here is {num_gpus}")
             if size not in pools:
-                pools[size] = Ranks(size)
+                pools[size] = Ranks(size, patience)
                 stack.callback(pools[size].close)
             return pools[size]
 
@@ -75,7 +89,7 @@ def cuda(num_gpus: int, request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def one_cpu() -> Iterator[Ranks]:
+def one_cpu(patience: float) -> Iterator[Ranks]:
     """A rank on the CPU, whatever GPUs there are."""
 
     class CpuRanks(Ranks):
@@ -84,7 +98,7 @@ def one_cpu() -> Iterator[Ranks]:
                 patch.setenv("CUDA_VISIBLE_DEVICES", "")
                 super()._start()
 
-    ranks = CpuRanks(1)
+    ranks = CpuRanks(1, patience)
     yield ranks
     ranks.close()
 
@@ -113,7 +127,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "batch": {"global_size": 32, "max_micro_size": 32},
         "optim": {"lr_per_256": 4.0e-3, "warmup_epochs": 1, "max_grad_norm": 1.0},
         "model": {"name": "vit_tiny_patch16_224", "patch": 4, "width": 96, "depth": 4, "heads": 3},
-        "decoder": {"width": 96, "depth": 2, "heads": 3},
+        "decoder": {"width": 48, "depth": 2, "heads": 3},
         "engine": {"kind": "plain"},
         "log": {"every": 4, "images_every": 0},
         "checkpoint": {"every": 0},

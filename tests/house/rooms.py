@@ -140,6 +140,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # The commands, which look at plans, nodes and runs.
     "foveal.forecast": (
         (
+            "foveal.checkpoint",
             "foveal.data",
             "foveal.engines",
             "foveal.errors",

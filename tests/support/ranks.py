@@ -20,16 +20,19 @@ from foveal.training.cli import load_config
 from foveal.training.launch import run_stage
 from foveal.training.stage import Stage
 
-_PATIENCE = 240  # seconds for one call
+PATIENCE = 240.0  # seconds for one call
 _LINEAR = torch.nn.functional.linear  # ZeRO 3 replaces it for the rest of a process, and rounds otherwise in bf16
 _COLLECTIVE = 120  # seconds for one collective: a rank that waits for another that failed gives up
 
 
 class Ranks:
-    """``size`` joined processes, started at the first call; ``call`` runs a function of (world, ...) in all of them."""
+    """``size`` joined processes, started at the first call; ``call`` runs a function of (world, ...) in all of them.
 
-    def __init__(self, size: int) -> None:
-        self._size = size
+    ``patience``: seconds for one call.
+    """
+
+    def __init__(self, size: int, patience: float = PATIENCE) -> None:
+        self._size, self._patience = size, patience
         self._pipes: list[Connection] = []
         self._processes: list[BaseProcess] = []
 
@@ -53,7 +56,7 @@ class Ranks:
             pipe.send((function, arguments))
         answers = []
         for rank, pipe in enumerate(self._pipes):
-            assert pipe.poll(_PATIENCE), f"rank {rank} did not answer within {_PATIENCE} s"
+            assert pipe.poll(self._patience), f"rank {rank} did not answer within {self._patience} s"
             answers.append(pipe.recv())
         for rank, (failed, answer) in enumerate(answers):
             if isinstance(failed, FovealError):

@@ -6,6 +6,8 @@ import os
 import re
 import resource
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -63,6 +65,28 @@ def test_too_few_files_are_a_sentence_before_ranks_wait_for_one_another() -> Non
     assert caught.value.exit_code == 2, "another start would need as many: no requeue"
     sentence = r"rank 0 on \S+ may open \d+ files, and 30 ranks have 90 connections to it: raise the .* to 1114"
     assert re.fullmatch(sentence, str(caught.value))
+
+
+_AGENT = """
+import resource, subprocess, sys
+soft, hard = int(sys.argv[1]), int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+rank = "from foveal.distributed.open_files import check_agent_connections; check_agent_connections(30)"
+ended = subprocess.run([sys.executable, "-c", rank], stderr=subprocess.PIPE, text=True)
+print(resource.getrlimit(resource.RLIMIT_NOFILE)[0], ended.stderr.strip().rpartition(chr(10))[2])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux sets the limits of another process")
+def test_a_rank_raises_the_soft_limit_of_torchruns_agent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    said = [
+        subprocess.run([sys.executable, "-c", _AGENT, "40", hard], capture_output=True, text=True, check=True).stdout
+        for hard in ("120", "80")
+    ]
+    assert said[0].strip() == "120", "the connections of 30 ranks fit"
+    sentence = r"80 .*FileLimitError: torchrun on \S+ may open 80 files, and 30 ranks have 90 connections to it: .*\n"
+    assert re.fullmatch(sentence, said[1])
 
 
 def test_a_rank_without_a_free_descriptor_does_not_call_rank_0_absent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -312,9 +312,12 @@ def test_under_torchrun_rank_0_is_a_client(address, pool, monkeypatch: pytest.Mo
     agent = dist.TCPStore("127.0.0.1", port, None, True, wait_for_workers=False)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    checked: list[int] = []
+    monkeypatch.setattr(tcp_store, "check_agent_connections", checked.append)
     ranks = list(pool.map(come, (1, 0), [a_run(2)] * 2, [60.0] * 2, ["torchrun"] * 2))
     assert all(isinstance(rank, dist.Store) for rank in ranks), ranks
     assert agent.get(f"foveal/{a_run(2).store_key}/came") == b"2"
+    assert checked == [2], "by rank 0, which is on the agent's node"
 
 
 def test_a_server_probe_ends_with_its_server(address) -> None:

@@ -11,18 +11,16 @@ from foveal.doctor import node_checks
 from foveal.doctor.report import RankReport
 
 
-@pytest.mark.parametrize(("limit", "ranks"), [(1024, 1), (4095, 1024)])
-def test_few_files(limit: int, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three connections of every rank to rank 0, and 1,024 files more."""
+@pytest.mark.parametrize(("needed", "ranks"), [(515, 1), (760, 8), (4096, 1024)])
+def test_few_files(needed: int, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three connections of every rank to rank 0, and 512 to 1,024 files more: a node of 8 ranks starts with 1,024."""
     rank_report = RankReport("node1", 0)
-    for allowed in (limit, limit + 3, resource.RLIM_INFINITY):
+    for allowed in (needed - 1, needed, resource.RLIM_INFINITY):
         monkeypatch.setattr(resource, "getrlimit", lambda _, allowed=allowed: (allowed, allowed))
         node_checks.check_open_file_limit(rank_report, ranks)
     ((kind, sentence),) = rank_report.faults
     assert kind == "config"
-    assert sentence.startswith(
-        f"a process may open {limit} files, and {ranks} ranks need {3 * ranks + 1024}: raise the"
-    )
+    assert sentence.startswith(f"a process may open {needed - 1} files, and {ranks} ranks need {needed}: raise the")
 
 
 @pytest.mark.parametrize(
