@@ -1,0 +1,92 @@
+"""Operations of a step: how many, which read the device, and a step whose arithmetic is next to nothing."""
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from loop_steps import loop_context
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from foveal.data.batch import Batch
+from foveal.distributed.world import World
+from foveal.engines.build import build_engine
+from foveal.engines.config import EngineConfig
+from foveal.models.config import DecoderConfig, VitConfig
+from foveal.models.mae import MaskedAutoencoder
+from foveal.models.vit import build_encoder
+from foveal.optim.config import OptimConfig
+from foveal.optim.optimizers import parameter_groups
+from foveal.training.loop import Step, run_steps
+from pretrain.objective import MaskedModelingLoss
+
+# Operations that copy values from the device to the host, or whose shape the host has to wait for.
+_READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "is_nonzero")
+_HERE = Path(__file__)
+
+
+class OperationCounter(TorchDispatchMode):
+    """Counts the operations inside its context, below autograd and autocast.
+
+    ``operations`` and ``views`` by name: a view starts no kernel. ``reads``: device reads by the code they came from.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: Counter[str] = Counter()
+        self.views: Counter[str] = Counter()
+        self.reads: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace != "profiler":
+            is_view = func.is_view or func._opname == "_unsafe_view"  # a view that autograd does not track
+            (self.views if is_view else self.operations)[func._opname] += 1
+        if func._opname in _READS:
+            self.reads[_code_outside_torch()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _code_outside_torch() -> str:
+    """Return "file.py:function" of the innermost frame that is neither torch's nor this file's."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        file = Path(frame.f_code.co_filename)
+        if file != _HERE and "torch" not in file.parts:
+            return f"{file.name}:{frame.f_code.co_name}"
+        frame = frame.f_back
+    return "torch"
+
+
+def vit_b_steps(
+    world: World, cfg: EngineConfig, *, width: int = 24, decoder_width: int = 16, images: int = 2
+) -> Iterator[Step]:
+    """Yield the loop's own steps of pretraining a ViT-B: its depths and tokens, at widths that compute in no time."""
+    torch.manual_seed(0)
+    encoder = build_encoder(VitConfig(width=width, heads=2), image_size=224, channels=3)
+    model = MaskedAutoencoder(encoder, DecoderConfig(width=decoder_width, heads=2))
+    optim = OptimConfig(lr_per_256=1.5e-4)
+    groups = parameter_groups(model, optim)
+    engine = build_engine(model, groups, optim, cfg, world, microbatch_size=images, accumulation_steps=1)
+    objective = MaskedModelingLoss(0, "random", 0.75, 1, True, 16, (14, 14), (0.5,) * 3, (0.25,) * 3)
+    context = loop_context(0, 10**9, 1, lambda _step: 1.5e-4, world)
+    return run_steps(engine, _same_images(images), objective, context)
+
+
+def _same_images(images: int) -> Iterator[Batch]:
+    pixels = torch.randint(0, 256, (images, 3, 224, 224), dtype=torch.uint8)
+    ids, valid = torch.arange(images), torch.ones(images, dtype=torch.bool)
+    step = 0
+    while True:
+        yield Batch(pixels, torch.zeros(images, dtype=torch.int64), ids, ids + step * images, valid, step, 0, 0)
+        step += 1
+
+
+def count_operations(steps: Iterator[Step]) -> OperationCounter:
+    """Return the counts of one step, after two that create moments and caches."""
+    for _ in range(2):
+        next(steps)
+    with OperationCounter() as counter:
+        next(steps)
+    return counter
