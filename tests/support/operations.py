@@ -24,13 +24,15 @@ from pretrain.objective import MaskedModelingLoss
 
 # Operations that copy values from the device to the host, or whose shape the host has to wait for.
 _READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "is_nonzero")
+# Views that autograd does not track, and allocations.
+_NO_KERNEL = ("_unsafe_view", "empty", "empty_like", "new_empty", "detach_")
 _HERE = Path(__file__)
 
 
 class OperationCounter(TorchDispatchMode):
     """Counts the operations inside its context, below autograd and autocast.
 
-    ``operations`` and ``views`` by name: a view starts no kernel. ``reads``: device reads by the code they came from.
+    ``operations`` and ``views`` by name: a view starts no kernel, and neither does an allocation, counted with them. ``reads``: device reads by the code they came from.
     """
 
     def __init__(self) -> None:
@@ -41,8 +43,7 @@ class OperationCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace != "profiler":
-            is_view = func.is_view or func._opname == "_unsafe_view"  # a view that autograd does not track
-            (self.views if is_view else self.operations)[func._opname] += 1
+            (self.views if func.is_view or func._opname in _NO_KERNEL else self.operations)[func._opname] += 1
         if func._opname in _READS:
             self.reads[_code_outside_torch()] += 1
         return func(*args, **(kwargs or {}))
