@@ -6,10 +6,10 @@ B images, L patches, M masked, C the other tokens, N = C + M tokens, E decoder w
 from typing import NamedTuple
 
 import torch
-from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor
-from torch.nn import functional as F
+
+from foveal.models.attention import SelfAttention
 
 
 class MaskedTokens(NamedTuple):
@@ -32,7 +32,7 @@ class DecoderBlock(Block):
     masked tokens are read, has no other queries, and no other rows in its projection and MLP.
     """
 
-    attn: Attention
+    attn: SelfAttention
 
     def forward(self, tokens: Tensor, masked: MaskedTokens | None = None, num_queries: int | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride] - timm's further arguments are of masks of attention
         """Return the block's output [B, N, E] of ``tokens`` [B, N, E], or its last ``num_queries`` rows.
@@ -47,7 +47,7 @@ class DecoderBlock(Block):
             qkv = self._project_once_per_position(tokens, masked)
             tokens = torch.cat([tokens, masked.tokens], dim=1)
         start = 0 if num_queries is None else tokens.shape[1] - num_queries
-        tokens = tokens[:, start:] + self.attn.proj(self._attend(qkv, start))
+        tokens = tokens[:, start:] + self.attn.attend(qkv, start)
         return tokens + self.mlp(self.norm2(tokens))
 
     def _project_once_per_position(self, tokens: Tensor, masked: MaskedTokens) -> Tensor:
@@ -59,14 +59,3 @@ class DecoderBlock(Block):
         exact = max(rows.dtype, torch.float32, key=lambda dtype: dtype.itemsize)
         of_masked = rows[:num_positions].to(exact)[masked.indices].to(rows.dtype)
         return torch.cat([rows[num_positions:].unflatten(0, tokens.shape[:2]), of_masked], dim=1)
-
-    def _attend(self, qkv: Tensor, start: int) -> Tensor:
-        """Return the values [B, N - start, E] that the queries from token ``start`` on attend to; qkv is [B, N, 3 E]."""
-        attn = self.attn
-        queries, keys, values = qkv.unflatten(2, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
-        queries = queries[:, :, start:]
-        if attn.fused_attn:
-            attended = F.scaled_dot_product_attention(queries, keys, values)
-        else:
-            attended = ((queries * attn.scale) @ keys.transpose(-2, -1)).softmax(dim=-1) @ values
-        return attended.transpose(1, 2).flatten(2)

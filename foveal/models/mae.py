@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from foveal.models.attention import SelfAttention
 from foveal.models.config import DecoderConfig
 from foveal.models.decoder_block import DecoderBlock, MaskedTokens
 from foveal.models.encode import encode, encode_cls_and_patches, find_external_parameters, run_blocks
@@ -52,8 +54,7 @@ class Decoder(nn.Module):
         tokens = self.embed(features)
         num_prefix = tokens.shape[1] - visible_indices.shape[1]
         positions = self.positions.to(self.mask_token.dtype)  # an engine may lower weights but not buffers
-        visible = tokens[:, num_prefix:] + positions[visible_indices]
-        tokens = torch.cat([tokens[:, :num_prefix], visible], dim=1)
+        tokens = tokens + F.pad(positions[visible_indices], (0, 0, num_prefix, 0))  # a prefix has no position
         masked = MaskedTokens(
             self.mask_token[0] + positions, masked_indices, self.mask_token + positions[masked_indices]
         )
@@ -153,8 +154,15 @@ class MaskedAutoencoder(nn.Module):
 
 def _build_decoder_block(cfg: DecoderConfig) -> DecoderBlock:
     norm = partial(nn.LayerNorm, eps=LAYER_NORM_EPS)
-    # timm's annotation asks for a class, but any callable from width to norm works.
-    return DecoderBlock(cfg.width, cfg.heads, mlp_ratio=cfg.mlp_ratio, qkv_bias=True, norm_layer=norm)  # pyright: ignore[reportArgumentType]
+    return DecoderBlock(
+        cfg.width,
+        cfg.heads,
+        mlp_ratio=cfg.mlp_ratio,
+        qkv_bias=True,
+        # timm's annotation asks for a class, but any callable from width to norm works.
+        norm_layer=norm,  # pyright: ignore[reportArgumentType]
+        attn_layer=SelfAttention,
+    )
 
 
 def _build_predictor(width: int) -> nn.Sequential:

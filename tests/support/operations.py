@@ -3,6 +3,7 @@
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from foveal.engines.build import build_engine
 from foveal.engines.config import EngineConfig
 from foveal.models.config import DecoderConfig, VitConfig
 from foveal.models.mae import MaskedAutoencoder
-from foveal.models.vit import build_encoder
+from foveal.models.vit import build_encoder, resolve_sizes
 from foveal.optim.config import OptimConfig
 from foveal.optim.optimizers import parameter_groups
 from foveal.training.loop import Step, run_steps
@@ -60,23 +61,38 @@ def _code_outside_torch() -> str:
     return "torch"
 
 
-def vit_b_steps(
-    world: World, cfg: EngineConfig, *, width: int = 24, decoder_width: int = 16, images: int = 2
-) -> Iterator[Step]:
-    """Yield the loop's own steps of pretraining a ViT-B: its depths and tokens, at widths that compute in no time."""
+@dataclass(frozen=True)
+class Autoencoder:
+    """Sizes of a masked autoencoder, and images per step."""
+
+    vit: VitConfig
+    decoder: DecoderConfig
+    image_size: int
+    images: int
+
+
+# The blocks and tokens of a ViT-B, at widths that compute in no time.
+THIN_VIT_B = Autoencoder(VitConfig(width=24, heads=2), DecoderConfig(width=16, heads=2), 224, 2)
+
+
+def pretraining_steps(world: World, cfg: EngineConfig, sizes: Autoencoder = THIN_VIT_B) -> Iterator[Step]:
+    """Yield the loop's own steps of pretraining, on the same images again and again."""
     torch.manual_seed(0)
-    encoder = build_encoder(VitConfig(width=width, heads=2), image_size=224, channels=3)
-    model = MaskedAutoencoder(encoder, DecoderConfig(width=decoder_width, heads=2))
+    side, images = sizes.image_size, sizes.images
+    encoder = build_encoder(sizes.vit, image_size=side, channels=3)
+    model = MaskedAutoencoder(encoder, sizes.decoder)
     optim = OptimConfig(lr_per_256=1.5e-4)
     groups = parameter_groups(model, optim)
     engine = build_engine(model, groups, optim, cfg, world, microbatch_size=images, accumulation_steps=1)
-    objective = MaskedModelingLoss(0, "random", 0.75, 1, True, 16, (14, 14), (0.5,) * 3, (0.25,) * 3)
+    patch = resolve_sizes(sizes.vit).patch
+    grid = (side // patch, side // patch)
+    objective = MaskedModelingLoss(0, "random", 0.75, 1, True, patch, grid, (0.5,) * 3, (0.25,) * 3)
     context = loop_context(0, 10**9, 1, lambda _step: 1.5e-4, world)
-    return run_steps(engine, _same_images(images), objective, context)
+    return run_steps(engine, _same_images(images, side), objective, context)
 
 
-def _same_images(images: int) -> Iterator[Batch]:
-    pixels = torch.randint(0, 256, (images, 3, 224, 224), dtype=torch.uint8)
+def _same_images(images: int, side: int) -> Iterator[Batch]:
+    pixels = torch.randint(0, 256, (images, 3, side, side), dtype=torch.uint8)
     ids, valid = torch.arange(images), torch.ones(images, dtype=torch.bool)
     step = 0
     while True:
