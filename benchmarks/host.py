@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from machine import described
-from operations import OperationCounter, count_operations, vit_b_steps
+from operations import OperationCounter, count_operations, pretraining_steps
 
 from foveal.distributed.world import World, init_world
 from foveal.engines.config import EngineConfig
@@ -48,7 +48,7 @@ def measure(engines: dict[str, Iterator[Step]]) -> dict[str, list[float]]:
 def build_engines(world: World, extra: dict[str, Any]) -> dict[str, Iterator[Step]]:
     """Return the steps of every engine in fp32 and bf16."""
     return {
-        f"{name}, {precision}": vit_b_steps(
+        f"{name}, {precision}": pretraining_steps(
             world, EngineConfig.model_validate(engine | extra | {"precision": precision})
         )
         for name, engine in ENGINES.items()
