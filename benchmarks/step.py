@@ -14,11 +14,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from decoding import decode_all_tokens
 from loop_steps import ALONE
 from machine import described
 from operations import Autoencoder, pretraining_steps
 from timm.layers.attention import Attention
-from timm.models.vision_transformer import Block
 from torch import Tensor
 
 from foveal.engines import plain
@@ -35,17 +35,6 @@ SIZES = {
     ),
     "ViT-S on 224 pixels, 2 images": Autoencoder(VitConfig(name="vit_small_patch16_224"), DecoderConfig(), 224, 2),
 }
-
-
-def decode_all_tokens(decoder: Decoder, features: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
-    """The decoder without its short cuts: every block on every token."""
-    tokens: Tensor = decoder.embed(features)
-    prefix = tokens.shape[1] - visible.shape[1]
-    shown, hidden = tokens[:, prefix:] + decoder.positions[visible], decoder.mask_token + decoder.positions[masked]
-    tokens = torch.cat([tokens[:, :prefix], shown, hidden], dim=1)
-    for block in decoder.blocks:
-        tokens = Block.forward(block, tokens)  # type: ignore[arg-type]
-    return decoder.predict(decoder.norm(tokens[:, -masked.shape[1] :]))
 
 
 def call_attention_of_timm(

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from timm.models.vision_transformer import Block
+from decoding import decode_all_tokens
 from torch import Tensor
 
 from foveal.models.config import DecoderConfig, VitConfig
@@ -27,17 +27,6 @@ def decoder_of(depth: int) -> Decoder:
     return decoder
 
 
-def without_short_cuts(decoder: Decoder, features: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
-    """The decoder as the MAE paper has it: every block on every token."""
-    tokens = decoder.embed(features)
-    places = decoder.positions.double()
-    shown, hidden = tokens[:, PREFIX:] + places[visible], decoder.mask_token + places[masked]
-    tokens = torch.cat([tokens[:, :PREFIX], shown, hidden], dim=1)
-    for block in decoder.blocks:
-        tokens = Block.forward(block, tokens)  # type: ignore[arg-type]
-    return decoder.predict(decoder.norm(tokens[:, -masked.shape[1] :]))
-
-
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "recomputed"])
 @pytest.mark.parametrize("fused", [True, False], ids=["sdpa", "explicit"])
 @pytest.mark.parametrize("depth", [1, 2, 3])
@@ -50,7 +39,7 @@ def test_output_and_gradients_are_those_of_all_tokens(depth: int, fused: bool, r
     features = torch.randn(IMAGES, PREFIX + visible.shape[1], 32, dtype=torch.float64, requires_grad=True)
     inputs = [features, *decoder.parameters()]
     outputs = []
-    for forward in (decoder, lambda *given: without_short_cuts(decoder, *given)):
+    for forward in (decoder, lambda *given: decode_all_tokens(decoder, *given)):
         prediction = forward(features, visible, masked)
         weights = torch.linspace(-1, 1, prediction.numel(), dtype=torch.float64).view_as(prediction)
         outputs.append([prediction, *torch.autograd.grad((prediction * weights).sum(), inputs)])
