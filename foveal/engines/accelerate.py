@@ -23,6 +23,7 @@ from foveal.engines.base import (
 )
 from foveal.engines.config import EngineConfig
 from foveal.engines.deepspeed import DeepSpeedEngine
+from foveal.engines.linear_casts import make_linear_casts
 from foveal.errors import LaunchError
 from foveal.optim.config import OptimConfig
 from foveal.optim.guard import GuardedOptimizer
@@ -73,13 +74,14 @@ class AccelerateDDPEngine(ReplicatedEngine):
     ) -> tuple[nn.Module, GuardedOptimizer, torch.optim.Optimizer]:
         self._accelerator = _create_accelerator(self._cfg, self._world, self._accumulation_steps)
         guard = build_optimizer(param_groups, optim)
+        self._linear_casts = make_linear_casts(model, self._cfg)
         return self._accelerator.prepare_model(model), guard, self._accelerator.prepare_optimizer(guard)
 
     @contextmanager
     def microbatch(self, *, last: bool) -> Iterator[None]:
         with self._accelerator.accumulate(self.model):
             assert self._accelerator.sync_gradients == last, "Accelerate counts microbatches as the loop does"
-            with autocast(self.device, self._precision):
+            with autocast(self.device, self._precision), self._linear_casts():
                 yield
 
     def backward(self, loss: Tensor) -> None:

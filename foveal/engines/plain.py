@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from foveal.engines.base import ReplicatedEngine, autocast
+from foveal.engines.linear_casts import make_linear_casts
 from foveal.optim.config import OptimConfig
 from foveal.optim.guard import GuardedOptimizer
 from foveal.optim.optimizers import build_optimizer
@@ -22,11 +23,12 @@ class PlainEngine(ReplicatedEngine):
         assert self._world.size == 1, "check_engine_config refuses more ranks"
         model.to(self.device)
         guard = build_optimizer(param_groups, optim)
+        self._linear_casts = make_linear_casts(model, self._cfg)
         return model, guard, guard
 
     @contextmanager
     def microbatch(self, *, last: bool) -> Iterator[None]:
-        with autocast(self.device, self._precision):
+        with autocast(self.device, self._precision), self._linear_casts():
             yield
 
     def backward(self, loss: Tensor) -> None:

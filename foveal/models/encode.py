@@ -84,7 +84,7 @@ def run_blocks(
     blocks: Iterable[nn.Module],
     tokens: Tensor,
     recompute_activations: bool,
-    block_args: Sequence[tuple[Tensor, ...]] = (),
+    block_args: Sequence[tuple[Any, ...]] = (),
 ) -> Tensor:
     """Return tokens [B, N, D] after the blocks.
 

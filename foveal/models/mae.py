@@ -8,10 +8,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from foveal.models.attention import SelfAttention
 from foveal.models.config import DecoderConfig
+from foveal.models.decoder_block import DecoderBlock, MaskedTokens
 from foveal.models.encode import encode, encode_cls_and_patches, find_external_parameters, run_blocks
 from foveal.models.patches import split_patches_by_noise
 from foveal.models.probes import encode_patch_mean
@@ -52,11 +54,14 @@ class Decoder(nn.Module):
         tokens = self.embed(features)
         num_prefix = tokens.shape[1] - visible_indices.shape[1]
         positions = self.positions.to(self.mask_token.dtype)  # an engine may lower weights but not buffers
-        visible = tokens[:, num_prefix:] + positions[visible_indices]
-        masked = self.mask_token + positions[masked_indices]
-        tokens = torch.cat([tokens[:, :num_prefix], visible, masked], dim=1)
-        tokens = run_blocks(self.blocks, tokens, self.grad_checkpointing)
-        return self.predict(self.norm(tokens[:, num_prefix + visible_indices.shape[1] :]))
+        tokens = tokens + F.pad(positions[visible_indices], (0, 0, num_prefix, 0))  # a prefix has no position
+        masked = MaskedTokens(
+            self.mask_token[0] + positions, masked_indices, self.mask_token + positions[masked_indices]
+        )
+        block_args: list[tuple[MaskedTokens | None, int | None]] = [(None, None)] * len(self.blocks)
+        block_args[0] = (masked, None)
+        block_args[-1] = (block_args[-1][0], masked_indices.shape[1])
+        return self.predict(self.norm(run_blocks(self.blocks, tokens, self.grad_checkpointing, block_args)))
 
 
 class MAEOutput(NamedTuple):
@@ -147,10 +152,17 @@ class MaskedAutoencoder(nn.Module):
         self.decoder.grad_checkpointing = enable
 
 
-def _build_decoder_block(cfg: DecoderConfig) -> Block:
+def _build_decoder_block(cfg: DecoderConfig) -> DecoderBlock:
     norm = partial(nn.LayerNorm, eps=LAYER_NORM_EPS)
-    # timm's annotation asks for a class, but any callable from width to norm works.
-    return Block(cfg.width, cfg.heads, mlp_ratio=cfg.mlp_ratio, qkv_bias=True, norm_layer=norm)  # pyright: ignore[reportArgumentType]
+    return DecoderBlock(
+        cfg.width,
+        cfg.heads,
+        mlp_ratio=cfg.mlp_ratio,
+        qkv_bias=True,
+        # timm's annotation asks for a class, but any callable from width to norm works.
+        norm_layer=norm,  # pyright: ignore[reportArgumentType]
+        attn_layer=SelfAttention,
+    )
 
 
 def _build_predictor(width: int) -> nn.Sequential:

@@ -18,6 +18,7 @@ from timm.models.vision_transformer_relpos import RelPosAttention, RelPosBlock, 
 from torch import nn
 
 from foveal.errors import ConfigError
+from foveal.models.attention import SelfAttention
 
 Encoder = VisionTransformer | VisionTransformerRelPos | Eva
 
@@ -86,7 +87,7 @@ def get_class_specific_kwargs(encoder: Any, pooling: str, registers: int) -> dic
     if isinstance(encoder, Eva):
         norms = {"use_fc_norm": norm_after_pooling, "use_post_transformer_norm": not norm_after_pooling}
         return norms | {"dynamic_img_size": False, "num_reg_tokens": registers}
-    return {"reg_tokens": registers}
+    return {"reg_tokens": registers, "attn_layer": SelfAttention}
 
 
 def explain_no_fused_qkv(name: str) -> str | None:
