@@ -1,6 +1,6 @@
 """What each change to the arithmetic of a step is worth: the product's step against itself without the change.
 
-    PYTHONPATH=.:tests/support python benchmarks/step.py
+    PYTHONPATH=.:tests/support python benchmarks/step_changes.py
 
 Both take turns in one process with one thread, and the ratio of neighbours is taken, in seconds of the processor, so
 that other work on the machine touches both. Below 1: the change is faster.
