@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import Ranks, stage_named
+from ranks import Ranks, enter_stage, stage_named
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -15,8 +15,6 @@ from foveal.data.records.ledger import ROW_DTYPE, ledger_rows_path
 from foveal.distributed.world import World
 from foveal.errors import TrainingDivergedError
 from foveal.tracking.jsonl import read_rows_without_time
-from foveal.training.cli import load_config
-from foveal.training.launch import run_stage
 from foveal.training.rollback import RollbackController
 from pretrain.objective import MaskedModelingLoss
 
@@ -41,11 +39,10 @@ def _train_poisoned(world: World, config: str, overrides: list[str], draws: list
         hit = torch.is_grad_enabled() and torch.isin(batch.sample_keys.cpu(), torch.tensor(draws)).any()
         return (total * float("nan") if hit else total), numbers
 
-    stage = stage_named("pretrain")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MaskedModelingLoss, "__call__", poisoned)
         patch.setattr(RollbackController, "steps_in_flight", steps_in_flight)
-        run_stage(stage, load_config(stage.config_class, "pretrain", config, overrides), world)
+        enter_stage(world, "pretrain", config, overrides)
 
 
 @pytest.fixture(scope="module")
@@ -196,14 +193,14 @@ def test_a_refused_update_is_listed_once(configs, first_draws, one_rank, tmp_pat
 
 def _finetune_without_labels(world: World, config: str, overrides: list[str], unlabelled_steps: list[int]) -> None:
     """Fine-tune with all labels ignored in some steps."""
-    stage, labelled = stage_named("finetune"), ClassificationLoss.batch_weight
+    labelled = ClassificationLoss.batch_weight
 
     def batch_weight(self: ClassificationLoss, batch: Batch) -> Tensor:
         return labelled(self, batch) * (batch.step + 1 not in unlabelled_steps)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ClassificationLoss, "batch_weight", batch_weight)
-        run_stage(stage, load_config(stage.config_class, "finetune", config, overrides), world)
+        enter_stage(world, "finetune", config, overrides)
 
 
 def test_steps_without_a_label_are_no_refusals(configs, one_rank, tmp_path) -> None:
