@@ -27,7 +27,7 @@ def fit(plan: FinetunePlan, run: Run) -> None:
     _evaluate_if_due(plan, engine, run, start)  # a preempted attempt may have saved this step without evaluating it
     with training_steps(run, engine, setup.objective, start) as steps:
         while not _should_stop_early(plan, run) and (step := next(steps, None)) is not None:
-            if cfg.ema_decay is not None and step.applied:
+            if cfg.ema_decay is not None and step.result is not None:
                 engine.update_ema("averaged.", "encoder.", 1 - warmup_ema_decay(step.index, cfg.ema_decay))
             if is_due(step.index, cfg.log.every, plan.stop_step):
                 run.log_metrics()
@@ -108,10 +108,11 @@ def _export_card_fields(plan: FinetunePlan) -> dict[str, Any]:
 def _should_stop_early(plan: FinetunePlan, run: Run) -> bool:
     """Return whether patience is exhausted; False after a skipped update, which a rollback may follow."""
     early, metric = plan.cfg.early_stopping, plan.selection_metric
-    if early is None or early.patience is None or metric is None or not run.rollback.last_update_applied:
+    if early is None or early.patience is None or metric is None:
         return False
     start = plan.fork.start_step if plan.fork is not None else 0  # the source's patience may be exhausted
-    return is_patience_exhausted(run.evaluations, metric, early.patience, start)
+    is_exhausted = is_patience_exhausted(run.evaluations, metric, early.patience, start)
+    return is_exhausted and run.read_updates() and run.rollback.last_update_applied
 
 
 def _report_early_stop(plan: FinetunePlan, run: Run) -> None:

@@ -30,7 +30,7 @@ def train(plan: PretrainPlan, run: Run) -> None:
     evaluate(start)  # a preempted attempt may have saved this step without evaluating it
     with training_steps(run, engine, setup.objective, start) as steps:
         for step in steps:
-            if cfg.uses_ema and step.applied:
+            if cfg.uses_ema and step.result is not None:
                 engine.update_ema("averaged.", "encoder.", 1 - plan.ema_decay_at(step.index))
             if is_due(step.index, cfg.log.every, plan.stop_step):
                 run.log_metrics()
@@ -40,7 +40,8 @@ def train(plan: PretrainPlan, run: Run) -> None:
             if preempted:
                 return run.mark_preempted(step.index)
             evaluate(step.index)
-            if cfg.target == "pixels" and is_due(step.index, cfg.log.images_every, plan.stop_step):
+            has_image = cfg.target == "pixels" and is_due(step.index, cfg.log.images_every, plan.stop_step)
+            if has_image and run.read_updates():
                 save_reconstructions(step.index, engine, setup.objective, run)
     if plan.stop_step == plan.total_steps:
         metrics = run.evaluations.get(plan.total_steps, {})

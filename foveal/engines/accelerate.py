@@ -107,7 +107,8 @@ class AccelerateFSDP2Engine(AccelerateDDPEngine):
             yield
 
     def update_ema(self, ema_prefix: str, source_prefix: str, lerp_weight: float) -> None:
-        fsdp.update_ema_sharded(self._module, pair_parameters(self._module, ema_prefix, source_prefix), lerp_weight)
+        pairs = pair_parameters(self._module, ema_prefix, source_prefix)
+        fsdp.update_ema_sharded(self._module, pairs, lerp_weight * self._guard.step_applied)
 
     def state_chunks(self) -> list[TensorChunk]:
         return fsdp.sharded_parameter_chunks(self._module, self._guard) + buffer_chunks(self._module, self._world)

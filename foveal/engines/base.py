@@ -13,15 +13,19 @@ from foveal.distributed.world import World
 from foveal.engines.config import EngineConfig, Precision
 from foveal.optim.config import OptimConfig
 from foveal.optim.guard import GuardedOptimizer
-from foveal.optim.optimizers import get_num_updates, get_or_create_moments, set_num_updates
+from foveal.optim.moments import get_or_create_moments
+from foveal.optim.optimizers import get_num_updates, set_num_updates
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """The result of an optimizer step: whether it was applied, and the global gradient norm before clipping."""
+    """The result of an optimizer step: whether it was applied, and the global gradient norm before clipping.
 
-    applied: bool
-    grad_norm: float
+    Scalars on the device, equal on every rank: whoever reads them waits for the step.
+    """
+
+    applied: Tensor
+    grad_norm: Tensor
 
 
 class Engine(Protocol):
@@ -55,7 +59,10 @@ class Engine(Protocol):
         ...
 
     def update_ema(self, ema_prefix: str, source_prefix: str, lerp_weight: float) -> None:
-        """Interpolate the parameters under ``ema_prefix`` to those under ``source_prefix``; every rank calls it."""
+        """Interpolate the parameters under ``ema_prefix`` to those under ``source_prefix``; every rank calls it.
+
+        If the last update was refused, nothing changes: the weight is multiplied by ``StepResult.applied``.
+        """
         ...
 
     def state_chunks(self) -> list[TensorChunk]:
@@ -64,7 +71,7 @@ class Engine(Protocol):
 
     @property
     def num_updates(self) -> int:
-        """Number of applied updates, without skipped steps."""
+        """Number of applied updates, without skipped steps; reading it waits for the device."""
         ...
 
     def on_state_loaded(self, num_updates: int) -> None:
@@ -119,14 +126,17 @@ def pair_parameters(module: nn.Module, ema_prefix: str, source_prefix: str) -> l
     ]
 
 
-def lerp_all_(pairs: Sequence[tuple[Tensor, Tensor]], weight: float) -> None:
-    """Interpolate each first tensor of ``pairs`` in place to the second: bit for bit ``Tensor.lerp_``, in few kernels."""
+def lerp_all_(pairs: Sequence[tuple[Tensor, Tensor]], weight: Tensor) -> None:
+    """Interpolate each first tensor of ``pairs`` in place to the second, by a scalar on the device.
+
+    Bit for bit ``Tensor.lerp_`` with a number, in one operation.
+    """
     averages, sources = zip(*pairs, strict=True)
-    torch._foreach_lerp_(averages, sources, weight)  # its public wrapper takes 1 - weight, which rounds
+    torch._foreach_lerp_(averages, sources, [weight] * len(averages))
 
 
 @torch.no_grad()
-def update_ema_replicated(module: nn.Module, ema_prefix: str, source_prefix: str, lerp_weight: float) -> None:
+def update_ema_replicated(module: nn.Module, ema_prefix: str, source_prefix: str, lerp_weight: Tensor) -> None:
     """Update the EMA where every rank holds all weights; without communication."""
     lerp_all_(pair_parameters(module, ema_prefix, source_prefix), lerp_weight)
 
@@ -204,7 +214,7 @@ class ReplicatedEngine:
         return StepResult(self._guard.step_applied, self._guard.grad_norm)
 
     def update_ema(self, ema_prefix: str, source_prefix: str, lerp_weight: float) -> None:
-        update_ema_replicated(self._module, ema_prefix, source_prefix, lerp_weight)
+        update_ema_replicated(self._module, ema_prefix, source_prefix, lerp_weight * self._guard.step_applied)
 
     def state_chunks(self) -> list[TensorChunk]:
         return replicated_parameter_chunks(self._module, self._guard, self._world) + buffer_chunks(

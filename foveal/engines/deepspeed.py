@@ -26,8 +26,10 @@ from foveal.engines.base import (
 from foveal.engines.buckets import derive_zero_options
 from foveal.engines.config import EngineConfig
 from foveal.engines.zero import copy_master_weights_to_model, sharded_parameter_chunks, update_ema_sharded
+from foveal.engines.zero_guard import ZeroGuard, is_decided_on_device
 from foveal.errors import ConfigError
 from foveal.optim.config import OptimConfig
+from foveal.optim.guard import GuardedOptimizer
 from foveal.optim.optimizers import (
     build_optimizer,
     build_unguarded_optimizer,
@@ -96,6 +98,9 @@ def build_deepspeed_config(
         raise ConfigError("engine.deepspeed.zero_optimization.stage is engine.zero; set that")
     _check_zero_options(zero)
     options = derive_zero_options(cfg.zero, trainable_numels, world_size, zero)
+    if cfg.zero < 3 and is_decided_on_device(optim, cfg.zero, zero):
+        derived["gradient_clipping"] = 0.0  # the guard clips
+        options["compute_grad_norm"] = False
     return derived | extra | {"zero_optimization": {"stage": cfg.zero, **options}}
 
 
@@ -113,7 +118,7 @@ def _check_zero_options(zero: dict[str, Any]) -> None:
             raise ConfigError(f"{section}: {name} keeps states that foveal's checkpoints do not reach; remove it")
     if zero.get("compute_grad_norm", True) is not True:
         raise ConfigError(
-            f"{section}.compute_grad_norm=false: DeepSpeed needs the norm to skip a non-finite step; remove it"
+            f"{section}.compute_grad_norm is derived by foveal, which needs a norm to skip a non-finite step; remove it"
         )
 
 
@@ -140,11 +145,14 @@ class DeepSpeedEngine:
         self._cfg = cfg
         self._zero_stage = cfg.zero
         self._world = world
-        self._guard = build_optimizer(param_groups, optim) if cfg.zero == 0 else None
-        optimizer = self._guard or build_unguarded_optimizer(param_groups, optim)
+        self._guarded_optimizer = build_optimizer(param_groups, optim) if cfg.zero == 0 else None
+        optimizer = self._guarded_optimizer or build_unguarded_optimizer(param_groups, optim)
         numels = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
         config = build_deepspeed_config(optim, cfg, world.size, microbatch_size, accumulation_steps, numels)
         self._engine, self._optimizer = self._initialize(model, optimizer, config)
+        self._guard: GuardedOptimizer | ZeroGuard | None = self._guarded_optimizer
+        if is_decided_on_device(optim, cfg.zero, config["zero_optimization"]):
+            self._guard = ZeroGuard(self._optimizer, optimizer, cfg.zero, optim.max_grad_norm, world)
         self.model: nn.Module = self._engine
         self._gathered = deepspeed.zero.GatheredParameters
         self._full_fp32 = deepspeed.utils.safe_get_full_fp32_param
@@ -179,25 +187,29 @@ class DeepSpeedEngine:
     def _step_result(self) -> StepResult:
         if self._guard is not None:
             return StepResult(self._guard.step_applied, self._guard.grad_norm)
-        return StepResult(self._engine.was_step_applied(), float(self._engine.get_global_grad_norm()))
+        applied, grad_norm = self._engine.was_step_applied(), float(self._engine.get_global_grad_norm())
+        return StepResult(
+            torch.tensor(applied, device=self.device),
+            torch.tensor(grad_norm, dtype=torch.float64, device=self.device),
+        )
 
     def update_ema(self, ema_prefix: str, source_prefix: str, lerp_weight: float) -> None:
+        weight = lerp_weight * self._step_result().applied
         if self._zero_stage == 3:
-            update_ema_sharded(
-                self._optimizer, pair_parameters(self._engine.module, ema_prefix, source_prefix), lerp_weight
-            )
+            update_ema_sharded(self._optimizer, pair_parameters(self._engine.module, ema_prefix, source_prefix), weight)
         else:
-            update_ema_replicated(self._engine.module, ema_prefix, source_prefix, lerp_weight)
+            update_ema_replicated(self._engine.module, ema_prefix, source_prefix, weight)
 
     @property
     def _base_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer without DeepSpeed's wrapper; under ZeRO 1 to 3 its parameters are flat partitions."""
-        return self._guard or cast(Any, self._optimizer).optimizer
+        return self._guarded_optimizer or cast(Any, self._optimizer).optimizer
 
     def state_chunks(self) -> list[TensorChunk]:
         module = self._engine.module
-        if self._guard is not None:
-            return replicated_parameter_chunks(module, self._guard, self._world) + buffer_chunks(module, self._world)
+        if self._guarded_optimizer is not None:
+            chunks = replicated_parameter_chunks(module, self._guarded_optimizer, self._world)
+            return chunks + buffer_chunks(module, self._world)
         chunks = sharded_parameter_chunks(module, self._optimizer, self._zero_stage, self._world)
         return chunks + buffer_chunks(module, self._world)
 

@@ -16,7 +16,8 @@ from foveal.distributed.world import World
 from foveal.engines.base import lerp_all_, to_fp32_cpu_tensor
 from foveal.optim.config import OptimConfig
 from foveal.optim.guard import GuardedOptimizer
-from foveal.optim.optimizers import build_optimizer, get_or_create_moments
+from foveal.optim.moments import get_or_create_moments
+from foveal.optim.optimizers import build_optimizer
 
 
 def build_sharded_optimizer(param_groups: list[dict[str, Any]], cfg: OptimConfig) -> GuardedOptimizer:
@@ -76,7 +77,7 @@ def sharded_parameter_chunks(module: nn.Module, optimizer: torch.optim.Optimizer
 
 
 @torch.no_grad()
-def update_ema_sharded(module: nn.Module, pairs: list[tuple[nn.Parameter, nn.Parameter]], lerp_weight: float) -> None:
+def update_ema_sharded(module: nn.Module, pairs: list[tuple[nn.Parameter, nn.Parameter]], lerp_weight: Tensor) -> None:
     """Interpolate this rank's rows of each EMA parameter to its source, which is sharded alike."""
     _reshard_modules(module)
     lerp_all_([(_local_rows(average), _local_rows(source)) for average, source in pairs], lerp_weight)

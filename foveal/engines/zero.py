@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from foveal.checkpoint.chunks import TensorChunk, replicated_chunk
 from foveal.distributed.world import World
 from foveal.engines.base import lerp_all_
-from foveal.optim.optimizers import get_or_create_moments
+from foveal.optim.moments import get_or_create_moments
 
 
 def sharded_parameter_chunks(module: nn.Module, optimizer: Any, zero_stage: int, world: World) -> list[TensorChunk]:
@@ -58,7 +58,7 @@ def _partition_chunk(
 
 
 @torch.no_grad()
-def update_ema_sharded(optimizer: Any, pairs: list[tuple[nn.Parameter, nn.Parameter]], lerp_weight: float) -> None:
+def update_ema_sharded(optimizer: Any, pairs: list[tuple[nn.Parameter, nn.Parameter]], lerp_weight: Tensor) -> None:
     """Interpolate this rank's partition of each EMA parameter to its source, under ZeRO 3; every rank calls it.
 
     Parameters of equal shape have equal partitions.

@@ -4,15 +4,18 @@ import logging
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from foveal.optim.config import OptimConfig
-from foveal.optim.guard import GuardedOptimizer
+from foveal.optim.guard import GuardedOptimizer, update_unless
 
 _log = logging.getLogger(__name__)
 
 
-class MuonAndAdamW(torch.optim.Optimizer):
-    """torch's Muon for groups with ``hidden_matrices``, torch's AdamW for the other groups.
+class GuardedMuon(GuardedOptimizer):
+    """torch's Muon for groups with ``hidden_matrices``, torch's AdamW for the other groups, with one guard.
+
+    One gradient norm and one decision to skip hold for all parameters.
 
     Muon (Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024) orthogonalizes the Nesterov
     momentum of a matrix. Its update is scaled by 0.2 sqrt(max(rows, columns)), so that it has the RMS of an AdamW
@@ -27,6 +30,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
     def __init__(self, param_groups: list[dict[str, Any]], cfg: OptimConfig) -> None:
         super().__init__(param_groups, {"lr": cfg.lr_per_256})
+        self.max_grad_norm = cfg.max_grad_norm
         self._optimizers: dict[bool, torch.optim.Optimizer] = {}  # by ``hidden_matrices`` of their groups
         if matrices := self._groups(hidden_matrices=True):
             self._optimizers[True] = torch.optim.Muon(
@@ -42,18 +46,9 @@ class MuonAndAdamW(torch.optim.Optimizer):
     def _groups(self, *, hidden_matrices: bool) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group["hidden_matrices"] is hidden_matrices]
 
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update all parameters."""
+    def _update_unless(self, refused: Tensor) -> None:
         for hidden_matrices, optimizer in self._optimizers.items():
             # At every step, because Accelerate replaces groups and state of the optimizer that it wraps.
             optimizer.param_groups = self._groups(hidden_matrices=hidden_matrices)
             optimizer.state = self.state
-            optimizer.step(closure)
-
-
-class GuardedMuon(GuardedOptimizer, MuonAndAdamW):
-    """Muon and AdamW with one guard: one gradient norm and one decision to skip for all parameters."""
-
-    def __init__(self, param_groups: list[dict[str, Any]], cfg: OptimConfig) -> None:
-        super().__init__(param_groups, cfg)
-        self.max_grad_norm = cfg.max_grad_norm
+            update_unless(refused, optimizer, optimizer.step)

@@ -1,4 +1,4 @@
-"""The table of optimizers, and what is built from it: parameter groups, optimizers, moments.
+"""The table of optimizers, and what is built from it: parameter groups and optimizers.
 
 Engines, checkpoints and the forecast know of an optimizer what its row in ``OPTIMIZERS`` says. A further optimizer is a
 class here (or in a module of its own), a row, and a value of ``OptimConfig.name``.
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from foveal.optim.config import OptimConfig
 from foveal.optim.guard import GuardedOptimizer
+from foveal.optim.moments import UpdateRule
 from foveal.optim.muon import GuardedMuon
 
 
@@ -52,20 +53,6 @@ def build_unguarded_adamw(param_groups: list[dict[str, Any]], cfg: OptimConfig) 
 
 
 @dataclass(frozen=True)
-class UpdateRule:
-    """What an update keeps and allocates for a parameter.
-
-    ``moments``: names of the tensors of the parameter's shape and dtype in the optimizer's state; a checkpoint stores
-    them under these names. ``counts_steps``: the state also has a counter ``step``. ``temporary_copies``: copies of all
-    parameters of this rule that exist during an update; temporaries of one parameter at a time do not count.
-    """
-
-    moments: tuple[str, ...]
-    counts_steps: bool = False
-    temporary_copies: int = 0
-
-
-@dataclass(frozen=True)
 class OptimizerSpec:
     """A row of the table.
 
@@ -87,7 +74,7 @@ def _adamw_rule(cfg: OptimConfig) -> UpdateRule:
 
 
 def _momentum_rule(cfg: OptimConfig) -> UpdateRule:
-    return UpdateRule(("momentum_buffer",) if cfg.momentum > 0 else (), temporary_copies=1)
+    return UpdateRule(("momentum_buffer",) if cfg.momentum > 0 else ())
 
 
 def _muon_matrix_rule(_cfg: OptimConfig) -> UpdateRule:
@@ -181,26 +168,6 @@ def build_unguarded_optimizer(param_groups: list[dict[str, Any]], cfg: OptimConf
     build = OPTIMIZERS[cfg.name].build_unguarded
     assert build is not None, "check_engine_config refuses an optimizer that DeepSpeed cannot run"
     return build(param_groups, cfg)
-
-
-def get_or_create_moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """Return a parameter's moments by name; before its first update they are created as zeros.
-
-    Zeros are exact for SGD and LARS too: without dampening, the first update of a zero buffer is the gradient itself.
-    """
-    group = next(
-        (group for group in optimizer.param_groups if any(member is parameter for member in group["params"])),
-        optimizer.param_groups[0],  # ZeRO 3 lends its partitions to the groups during a step; all have the same rule
-    )
-    rule: UpdateRule = group["rule"]
-    state = optimizer.state[parameter]
-    if rule.counts_steps and "step" not in state:
-        # The counter of a fused kernel is on the device, else on the CPU.
-        state["step"] = torch.zeros((), device=parameter.device if group.get("fused") else "cpu")
-    for name in rule.moments:
-        if name not in state:
-            state[name] = torch.zeros_like(parameter, requires_grad=False)
-    return {name: state[name] for name in rule.moments}
 
 
 def get_num_updates(optimizer: torch.optim.Optimizer) -> int:

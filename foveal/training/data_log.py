@@ -1,9 +1,12 @@
 """The audit files of a run: the ledger of samples consumed per step, the quarantine of samples that fail to decode."""
 
+import collections
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from foveal.atomic import AppendLog
 from foveal.data.batch import Batch
@@ -13,6 +16,7 @@ from foveal.data.records.rewind import rewind_entries
 from foveal.data.sampling.order import batch_index_for_step
 from foveal.distributed.world import World
 from foveal.training.plan import Plan
+from foveal.training.rollback import RollbackController
 
 
 class DataLog:
@@ -27,7 +31,10 @@ class DataLog:
     ) -> None:
         self._world = world
         self._pending_entries: list[QuarantineEntry] = []
-        self._latest_batches: Sequence[Batch] = ()
+        # Ids by step, as long as the step's update may turn out to be refused.
+        self._recent_ids: collections.deque[tuple[int, list[Tensor]]] = collections.deque(
+            maxlen=RollbackController.steps_in_flight + 1
+        )
         self._skipped_batches = skipped_batches
         self._refused_log = AppendLog(run_dir / "refused.jsonl")
         file = run_dir / "quarantine.jsonl"
@@ -45,7 +52,7 @@ class DataLog:
 
     def log_consumed(self, step: int, microbatches: Sequence[Batch]) -> None:
         """Record this rank's microbatches of a finished step."""
-        self._latest_batches = microbatches
+        self._recent_ids.append((step, [batch.ids for batch in microbatches]))
         for batch in microbatches:
             if self._ledger is not None:
                 self._ledger.add_batch(step, batch)
@@ -56,8 +63,8 @@ class DataLog:
         self._pending_entries += [make_entry(bad, step) for bad in batch.bad_samples]
 
     def log_refused_update(self, step: int) -> None:
-        """Record batch and sample ids of the latest step, whose update was refused. A collective."""
-        rank_ids = [sample_id for batch in self._latest_batches for sample_id in batch.ids.tolist()]
+        """Record batch and sample ids of a recent step, whose update was refused. A collective."""
+        rank_ids = [sample_id for ids in dict(self._recent_ids)[step] for sample_id in ids.tolist()]
         ids = [sample_id for gathered_ids in self._world.all_gather_objects(rank_ids) for sample_id in gathered_ids]
         if self._world.rank == 0:
             batch = batch_index_for_step(step - 1, self._skipped_batches)

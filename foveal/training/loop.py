@@ -15,7 +15,7 @@ from foveal.data.device_copy import CopyStream, DeviceBatches, open_copy_stream
 from foveal.distributed.world import World
 from foveal.engines.base import Engine, StepResult
 from foveal.engines.build import build_engine
-from foveal.training.meters.metric_accumulator import MetricAccumulator
+from foveal.training.meters.metric_accumulator import MetricAccumulator, MetricRow
 from foveal.training.meters.stragglers import StragglerMeter
 from foveal.training.meters.throughput import ThroughputMeter
 from foveal.training.plan import Plan
@@ -74,15 +74,13 @@ def build_stage_engine(setup: TrainingSetup[Any], plan: Plan, world: World) -> E
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A finished optimizer step: ``index`` counts from 1.
+    """An optimizer step that the device has been given; ``index`` counts from 1.
 
-    ``applied``: the weights were updated. ``refused``: the update was refused, because loss or gradients are not
-    finite. A step without weight is neither.
+    ``result``: of its update, on the device; None for a step without weight, which has no update.
     """
 
     index: int
-    applied: bool
-    refused: bool
+    result: StepResult | None
 
 
 @dataclass(frozen=True)
@@ -108,8 +106,8 @@ class LoopContext:
 def run_steps(engine: Engine, batches: Iterator[Batch], objective: Objective, context: LoopContext) -> Iterator[Step]:
     """Run optimizer steps and yield after each of them.
 
-    ``batches`` starts at step ``context.after_step``. The loop copies no value from the device to the host; only an
-    engine's gradient clipping does. Ranks agree on a step's microbatches and weight in one collective of their
+    ``batches`` starts at step ``context.after_step``. Neither the loop nor an engine waits for the device (except
+    DeepSpeed where it offloads): what a step yields has been queued. Ranks agree on a step's microbatches and weight in one collective of their
     processors: on the device the engine reduces gradients, and nothing else is reduced. The engine does not see a step
     without weight: weights, moments, gradients and running statistics stay as they are. Its row has loss, gradient norm
     and ``step_applied`` 0 and no other metric.
@@ -124,22 +122,19 @@ def run_steps(engine: Engine, batches: Iterator[Batch], objective: Objective, co
                 partial(_fetch_microbatches, batches, objective, context, engine.device, copy_stream),
                 lambda fetched: _sum_weights(fetched[1]),
             )
-        has_weight = total_weight != 0
-        if has_weight:
+            host_values: MetricRow = {"step": index + 1, "lr": lr}
+        result: StepResult | None = None
+        if total_weight != 0:
             denominator = _mean_batch_weight(weights, total_weight, engine.device, context.world)
             rank_sums, result = _update(engine, objective, device_batches, denominator, context, index + 1)
+            replicated = {"grad_norm": result.grad_norm, "step_applied": result.applied}
+            context.metric_accumulator.add_step(rank_sums, replicated, host_values)
         else:
-            rank_sums, result = {}, StepResult(applied=False, grad_norm=0.0)
-        host_values = {
-            "step": index + 1,
-            "lr": lr,
-            "grad_norm": result.grad_norm,
-            "step_applied": float(result.applied),
-        }
-        context.metric_accumulator.add_step(rank_sums, host_values if has_weight else {"loss": 0.0} | host_values)
+            no_update = {"loss": 0.0} | host_values | {"grad_norm": 0.0, "step_applied": 0.0}
+            context.metric_accumulator.add_step({}, {}, no_update)
         context.on_batches_consumed(index + 1, microbatches)
         context.throughput_meter.add_images(sum(len(batch.ids) for batch in microbatches) * context.world.size)
-        yield Step(index + 1, result.applied, refused=has_weight and not result.applied)
+        yield Step(index + 1, result)
 
 
 def _update(

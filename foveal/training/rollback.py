@@ -4,17 +4,25 @@ A refused update (loss or gradient not finite) leaves weights and moments unchan
 row predict that the next update fares no better: the run rolls back to its newest checkpoint and repeats the steps
 since then without the refused batches. The interval of checkpoints has no influence on the result: the steps between
 the checkpoint and the first refusal repeat on the same batches with the same result.
+
+Whether an update was refused is known on the device. The host learns of it a fixed number of steps later, and without
+delay before it saves, evaluates or shows the weights. The delay has no influence either: the steps that follow a streak
+of ``recovery.rollback_after_skips`` refusals before the host learns of it are void, and their batches are not skipped.
 """
 
+import collections
 import logging
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from torch import Tensor
 
 from foveal.atomic import AppendLog, parse_json_object, read_file_bytes
 from foveal.data.sampling.order import batch_index_for_step
 from foveal.errors import CheckpointError, TrainingDivergedError
 from foveal.training.config import RecoveryConfig
+from foveal.training.meters.host_copy import HostCopy
 
 _log = logging.getLogger(__name__)
 
@@ -26,22 +34,44 @@ class RollbackController:
     skips the same batches.
     """
 
+    steps_in_flight: ClassVar = 2  # steps that the host may run ahead of the device
+
     def __init__(
         self, run_dir: Path, cfg: RecoveryConfig, skipped_batches: list[int], rollbacks: list[dict[str, Any]]
     ) -> None:
         self._run_dir, self._file, self._cfg = run_dir, AppendLog(run_dir / "rollbacks.jsonl"), cfg
+        self._unread_updates: collections.deque[tuple[int, HostCopy]] = collections.deque()
         self._rollbacks = rollbacks
         self.skipped_batches = sorted({*skipped_batches, *(batch for entry in rollbacks for batch in entry["batches"])})
         self._refused_steps: list[int] = []
 
-    def observe_and_check_rollback(self, step: int, *, applied: bool) -> bool:
-        """Record whether a step's update was applied or refused; return True if the run has to roll back."""
-        self._refused_steps = [] if applied else [*self._refused_steps, step]
+    def add_update(self, step: int, applied: Tensor) -> None:
+        """Add the update of a step: ``applied``, a scalar on the device, says whether it is applied or refused."""
+        self._unread_updates.append((step, HostCopy(applied)))
+
+    def read_updates(self, up_to_step: int) -> list[int]:
+        """Wait for the updates up to a step and count refusals in a row; return the steps that were refused.
+
+        Once a roll-back is due, the updates after it are not read: their steps are void.
+        """
+        refused_steps = []
+        while self._unread_updates and self._unread_updates[0][0] <= up_to_step and not self.is_due:
+            step, applied = self._unread_updates.popleft()
+            if applied.read():
+                self._refused_steps = []
+            else:
+                self._refused_steps.append(step)
+                refused_steps.append(step)
+        return refused_steps
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the run has to roll back, as far as updates were read."""
         return len(self._refused_steps) >= self._cfg.rollback_after_skips
 
     @property
     def last_update_applied(self) -> bool:
-        """Whether the last update was applied; no checkpoint is saved after a refused update."""
+        """Whether the last update that was read was applied; no checkpoint is saved after a refused update."""
         return not self._refused_steps
 
     def record_rollback_or_raise(self, to_step: int, *, is_writer: bool) -> None:
@@ -70,6 +100,7 @@ class RollbackController:
         self._rollbacks.append(entry)
         self.skipped_batches = sorted({*self.skipped_batches, *batches})
         self._refused_steps = []
+        self._unread_updates.clear()
 
 
 def read_rollbacks(run_dir: Path) -> list[dict[str, Any]]:

@@ -167,6 +167,15 @@ class Run:
 
     # --- data and metrics ---
 
+    def read_updates(self, steps_in_flight: int = 0) -> bool:
+        """Wait for the updates of all steps but the newest ones; return whether no roll-back is due.
+
+        Called without steps in flight before the weights are saved, evaluated, shown or exported. Every rank calls it.
+        """
+        for step in self.rollback.read_updates(self.step - steps_in_flight):
+            self.data_log.log_refused_update(step)
+        return not self.rollback.is_due
+
     def evaluation_batches(
         self, step: int, *, split: str, subset: SubsetName, purpose: str = "evaluating"
     ) -> Generator[Batch, None, None]:
@@ -187,9 +196,11 @@ class Run:
     def log_metrics(self) -> MetricRow:
         """Reduce and log the rows of the steps since the last call; return the last row, which also has rates.
 
-        Raises: DataError, on every rank, if too many samples fail to decode.
+        Rows that a roll-back is about to void are not logged. Raises: DataError, on every rank, if too many samples fail to decode.
         """
         self.watchdog.heartbeat(self.step, "reporting")
+        if not self.read_updates():
+            return self._last_row
         rows = self.metric_accumulator.pop_rows(self.world.all_reduce_sum)
         if rows:
             straggler_metrics, straggler_table = self.straggler_meter.pop_metrics_and_table(

@@ -32,28 +32,19 @@ def _iterate_steps(run: Run, engine: Engine, objective: Objective, start_step: i
             for step in profile_steps(steps, start_step, profiled_range, run.path / "profile"):
                 run.step = step.index
                 run.progress.advance(step.index)
-                must_roll_back = _observe_update(run, step)
+                if step.result is not None:
+                    run.rollback.add_update(step.index, step.result.applied)
+                run.read_updates(run.rollback.steps_in_flight)
                 yield step
-                if must_roll_back:
-                    break
-                if run.is_checkpoint_owed and step.applied:
+                if run.is_checkpoint_owed and run.read_updates() and run.rollback.last_update_applied:
                     run.save_checkpoint(engine, step.index)
-            else:
+                if run.rollback.is_due:
+                    break
+            if run.read_updates():
                 if run.step < run.plan.total_steps:
                     _report_stop(run)
                 return
         start_step = _roll_back(run, engine)
-
-
-def _observe_update(run: Run, step: Step) -> bool:
-    """Record a refused update, and return whether the run has to roll back.
-
-    A step without weight has no update: refusals before and after it are in a row.
-    """
-    if step.refused:
-        run.data_log.log_refused_update(step.index)
-    has_update = step.applied or step.refused
-    return has_update and run.rollback.observe_and_check_rollback(step.index, applied=step.applied)
 
 
 def _training_batches(run: Run, start_step: int) -> AbstractContextManager[Iterator[Batch]]:
@@ -104,6 +95,7 @@ def _roll_back(run: Run, engine: Engine) -> int:
         raise CheckpointError(f"{run.path} has no complete checkpoint to roll back to")
     folder, state = latest
     run.rollback.record_rollback_or_raise(state.step, is_writer=run.world.rank == 0)
+    run.is_checkpoint_owed = False  # the step that it is due after is repeated
     run.metric_accumulator.pop_rows(run.world.all_reduce_sum)  # discards the rows
     run.checkpoint_store.load(folder, engine, state)
     run.evaluations = filter_up_to_step(run.evaluations, state.step)

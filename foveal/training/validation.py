@@ -36,7 +36,7 @@ def evaluate_if_due(
     """
     every, total_steps = run.plan.cfg.evaluate_every, run.plan.total_steps
     is_due = every > 0 and (step % every == 0 or step == total_steps)
-    if not is_due or not 0 < step <= (total_steps if last_step is None else last_step):
+    if not is_due or not 0 < step <= (total_steps if last_step is None else last_step) or not run.read_updates():
         return False
     with timed_evaluation(run):
         metrics = compute_metrics()

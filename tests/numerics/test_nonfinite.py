@@ -50,9 +50,9 @@ def same(one: Held, other: Held) -> bool:
 def seen(trainer: Trainer, step: Callable[[], Told], parts: str = "") -> Seen:
     before = held(trainer, parts)
     told = step()
-    norm, loss = (torch.tensor(value).isfinite().item() for value in (told.outcome.grad_norm, told.loss))
+    norm, loss = (torch.tensor(value).isfinite().item() for value in (told.grad_norm, told.loss))
     kept = same(before, held(trainer, parts))
-    return Seen(told.outcome.applied, bool(norm), bool(loss), kept, trainer.engine.num_updates)
+    return Seen(told.applied, bool(norm), bool(loss), kept, trainer.engine.num_updates)
 
 
 def bad_batch(trainer: Trainer, number: int, micro: int) -> Told:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import Ranks, stage_named
+from ranks import Ranks, enter_stage, stage_named
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -15,23 +15,22 @@ from foveal.data.records.ledger import ROW_DTYPE, ledger_rows_path
 from foveal.distributed.world import World
 from foveal.errors import TrainingDivergedError
 from foveal.tracking.jsonl import read_rows_without_time
-from foveal.training.cli import load_config
-from foveal.training.launch import run_stage
+from foveal.training.rollback import RollbackController
 from pretrain.objective import MaskedModelingLoss
 
 # Where it goes back to depends on the cadence, and what is restored there on the engine.
 CASES = [
-    pytest.param("one", "engine.kind=plain", 4),
     pytest.param("one", "engine.kind=plain", 100, marks=pytest.mark.thorough),
     pytest.param("two", "engine.zero=0", 100, marks=pytest.mark.thorough),
     pytest.param("two", "engine.zero=2", 4, marks=pytest.mark.thorough),
     pytest.param("two", "engine.zero=3", 4),
 ]
+PIXELS, FEATURES = "target=pixels", "target=features"  # without and with an EMA
 
 EVALUATED = ("evaluate_every=6",)
 
 
-def _train_poisoned(world: World, config: str, overrides: list[str], draws: list[int]) -> None:
+def _train_poisoned(world: World, config: str, overrides: list[str], draws: list[int], steps_in_flight: int) -> None:
     """Train with an objective that is NaN on the rank whose training batch has one of ``draws``."""
     clean = MaskedModelingLoss.__call__
 
@@ -40,12 +39,10 @@ def _train_poisoned(world: World, config: str, overrides: list[str], draws: list
         hit = torch.is_grad_enabled() and torch.isin(batch.sample_keys.cpu(), torch.tensor(draws)).any()
         return (total * float("nan") if hit else total), numbers
 
-    stage = stage_named("pretrain")
-    MaskedModelingLoss.__call__ = poisoned
-    try:
-        run_stage(stage, load_config(stage.config_class, "pretrain", config, overrides), world)
-    finally:
-        MaskedModelingLoss.__call__ = clean
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MaskedModelingLoss, "__call__", poisoned)
+        patch.setattr(RollbackController, "steps_in_flight", steps_in_flight)
+        enter_stage(world, "pretrain", config, overrides)
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +56,16 @@ def first_draws(configs, one_rank: Ranks, tmp_path_factory: pytest.TempPathFacto
     return {int(step): int(rows["draw"][rows["step"] == step][0]) for step in set(rows["step"].tolist())}
 
 
-def poison(ranks: Ranks, config: Path, run: Path, draws: list[int], *overrides: str) -> list[dict[str, float]]:
-    ranks.call(_train_poisoned, str(config), [f"run.dir={run}", "tracking.uri=null", *overrides], draws)
+def poison(
+    ranks: Ranks,
+    config: Path,
+    run: Path,
+    draws: list[int],
+    *overrides: str,
+    steps_in_flight: int = RollbackController.steps_in_flight,
+) -> list[dict[str, float]]:
+    overrides = (f"run.dir={run}", "tracking.uri=null", *overrides)
+    ranks.call(_train_poisoned, str(config), list(overrides), draws, steps_in_flight)
     return read_rows_without_time(run / "metrics.jsonl")
 
 
@@ -100,6 +105,29 @@ def test_going_back_is_never_having_met_the_batches(
     refused = [json.loads(line) for line in (tmp_path / "ours" / "refused.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in refused] == [10, 11, 12]
     assert [len(set(entry["samples"])) for entry in refused] == [64, 64, 64]
+
+
+@pytest.mark.parametrize(
+    ("target", "steps_in_flight"),
+    [
+        pytest.param(target, steps, marks=() if (target, steps) == (FEATURES, 8) else pytest.mark.thorough)
+        for target in (PIXELS, FEATURES)
+        for steps in (0, 1, 8)
+    ],
+)
+def test_however_late_a_refusal_is_read(target, steps_in_flight, configs, first_draws, one_rank, tmp_path) -> None:
+    """Checkpoints and evaluations are due at 7, 14 and 21; 14 is in the lag of 8 behind the streak from 10 to 12."""
+    bad, batches = [first_draws[step] for step in (10, 11, 12)], [9, 10, 11]
+    overrides = ("engine.kind=plain", "evaluate_every=7", "log.every=7", target)
+    run, late = tmp_path / "ours", steps_in_flight
+    ours = poison(one_rank, configs["pretrain"], run, bad, "checkpoint.every=7", *overrides, steps_in_flight=late)
+    same(ours, spared(one_rank, configs["pretrain"], tmp_path / "theirs", batches, *overrides))
+    weights = [load_file(tmp_path / each / "export" / "model.safetensors") for each in ("ours", "theirs")]
+    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+    (entry,) = (json.loads(line) for line in (run / "rollbacks.jsonl").read_text().splitlines())
+    assert (entry["to"], entry["refused"], entry["batches"]) == (7, [10, 11, 12], batches)
+    refused = [json.loads(line) for line in (run / "refused.jsonl").read_text().splitlines()]
+    assert [(entry["step"], len(set(entry["samples"]))) for entry in refused] == [(10, 64), (11, 64), (12, 64)]
 
 
 def test_a_lone_bad_step_is_passed_over(configs, first_draws, one_rank, tmp_path) -> None:
@@ -165,14 +193,14 @@ def test_a_refused_update_is_listed_once(configs, first_draws, one_rank, tmp_pat
 
 def _finetune_without_labels(world: World, config: str, overrides: list[str], unlabelled_steps: list[int]) -> None:
     """Fine-tune with all labels ignored in some steps."""
-    stage, labelled = stage_named("finetune"), ClassificationLoss.batch_weight
+    labelled = ClassificationLoss.batch_weight
 
     def batch_weight(self: ClassificationLoss, batch: Batch) -> Tensor:
         return labelled(self, batch) * (batch.step + 1 not in unlabelled_steps)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ClassificationLoss, "batch_weight", batch_weight)
-        run_stage(stage, load_config(stage.config_class, "finetune", config, overrides), world)
+        enter_stage(world, "finetune", config, overrides)
 
 
 def test_steps_without_a_label_are_no_refusals(configs, one_rank, tmp_path) -> None:

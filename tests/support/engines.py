@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from foveal.checkpoint.chunk_index import load_chunks
 from foveal.checkpoint.chunks import write_and_hash_chunks
 from foveal.distributed.world import World
-from foveal.engines.base import Engine, StepResult
+from foveal.engines.base import Engine
 from foveal.engines.build import build_engine
 from foveal.engines.config import EngineConfig
 from foveal.optim.config import OptimConfig
@@ -105,10 +105,11 @@ def batch(step: int, rank: int, ranks: int, micro: int) -> tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Told:
-    """What a step said: the loss over all ranks, and the engine's outcome."""
+    """What a step said: the loss over all ranks, and the engine's result, read from the device."""
 
     loss: float
-    outcome: StepResult
+    applied: bool
+    grad_norm: float
 
 
 class Trainer:
@@ -135,8 +136,8 @@ class Trainer:
                 loss = (engine.model(spoil(micro, rows)).float() - wanted).pow(2).mean()
                 engine.backward(loss)
             total += loss.detach().double() / MICROS / world.size
-        outcome = engine.step()
-        return Told(world.all_reduce_sum(total).item(), outcome)
+        result = engine.step()
+        return Told(world.all_reduce_sum(total).item(), bool(result.applied), float(result.grad_norm))
 
     def look(self, number: int) -> Tensor:
         """A forward without a backward, as of an evaluation: it leaves gathered what a backward would put away."""

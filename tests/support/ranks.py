@@ -66,7 +66,7 @@ class Ranks:
 
     def train(self, stage: Stage[Any, Any], config: Path, run: Path, *overrides: str) -> list[dict[str, float]]:
         """Run a stage in all ranks; the rows of its metrics.jsonl."""
-        self.call(_enter, stage.name, str(config), [f"run.dir={run}", "tracking.uri=null", *overrides])
+        self.call(enter_stage, stage.name, str(config), [f"run.dir={run}", "tracking.uri=null", *overrides])
         return read_rows_without_time(run / "metrics.jsonl")
 
     def close(self) -> None:
@@ -109,7 +109,8 @@ def stage_named(name: str) -> Stage[Any, Any]:
     return importlib.import_module(f"{name}.run").STAGE
 
 
-def _enter(world: World, stage: str, config: str, overrides: Sequence[str]) -> None:
+def enter_stage(world: World, stage: str, config: str, overrides: Sequence[str]) -> None:
+    """Run a stage in this rank, whatever ran here before."""
     torch.nn.functional.linear = _LINEAR
     found = stage_named(stage)
     run_stage(found, load_config(found.config_class, stage, config, overrides), world)

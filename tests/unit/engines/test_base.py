@@ -20,8 +20,13 @@ def test_all_at_once_is_each_alone_bit_for_bit(weight: float) -> None:
         return [(torch.randn(rows, 1000, generator=generator) * scale).to(device) for rows in (1, 3, 7, 0, 1)]
 
     averages, sources = draw(), draw()
+    before = [average.clone() for average in averages]
+    lerp_all_(
+        list(zip(averages, sources, strict=True)), torch.tensor(weight, device=device) * torch.zeros((), device=device)
+    )
+    assert all(average.equal(left) for average, left in zip(averages, before, strict=True)), "weight 0"
     expected = [average.clone().lerp_(source, weight) for average, source in zip(averages, sources, strict=True)]
-    lerp_all_(list(zip(averages, sources, strict=True)), weight)
+    lerp_all_(list(zip(averages, sources, strict=True)), torch.tensor(weight, device=device))
     assert all(average.equal(right) for average, right in zip(averages, expected, strict=True))
 
 
@@ -34,9 +39,10 @@ def test_an_ema_is_one_operation_for_all_parameters() -> None:
             return func(*args, **(kwargs or {}))
 
     module = nn.ModuleDict({name: nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)) for name in ("averaged", "encoder")})
+    weight = torch.ones(())
     with Count() as count:
-        update_ema_replicated(module, "averaged.", "encoder.", 1.0)
-    assert count.operators == ("aten::_foreach_lerp_.Scalar",)
+        update_ema_replicated(module, "averaged.", "encoder.", weight)
+    assert count.operators == ("aten::_foreach_lerp_.List",)
     assert all(
         average.equal(source)
         for average, source in zip(module["averaged"].parameters(), module["encoder"].parameters(), strict=True)

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from foveal.optim.config import OptimConfig
 from foveal.optim.guard import GuardedOptimizer
+from foveal.optim.moments import get_or_create_moments
 from foveal.optim.optimizers import (
     build_optimizer,
     count_moment_elements,
     get_num_updates,
-    get_or_create_moments,
     parameter_groups,
     set_num_updates,
 )

@@ -15,10 +15,10 @@ from foveal.models.mae import MaskedAutoencoder
 from foveal.models.vit import build_encoder
 from foveal.optim.config import OptimConfig
 from foveal.optim.guard import GuardedOptimizer
+from foveal.optim.moments import get_or_create_moments
 from foveal.optim.optimizers import (
     build_optimizer,
     get_num_updates,
-    get_or_create_moments,
     is_hidden_matrix,
     parameter_groups,
 )
@@ -50,6 +50,8 @@ def set_gradients(model: nn.Module, step: int) -> None:
 
 def copy_state(model: nn.Module, guard: GuardedOptimizer) -> list[Tensor]:
     """Copies of the weights and of everything that the optimizer keeps, AdamW's counters too."""
+    for parameter in model.parameters():
+        get_or_create_moments(guard, parameter)
     states = [value for parameter in model.parameters() for _, value in sorted(guard.state[parameter].items())]
     return [copy.deepcopy(value.detach()) for value in (*model.parameters(), *states)]
 

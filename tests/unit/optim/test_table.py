@@ -15,7 +15,8 @@ from foveal.forecast.memory import estimate_memory
 from foveal.forecast.trace import MemoryTrace, count_parameters
 from foveal.optim.config import OptimConfig
 from foveal.optim.guard import GuardedOptimizer
-from foveal.optim.optimizers import OPTIMIZERS, OptimizerSpec, UpdateRule, parameter_groups
+from foveal.optim.moments import UpdateRule
+from foveal.optim.optimizers import OPTIMIZERS, OptimizerSpec, parameter_groups
 from foveal.training.loop import TrainingSetup
 
 ALONE = World(0, 1, 0, "none", torch.device("cpu"))

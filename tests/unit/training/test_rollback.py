@@ -4,23 +4,47 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from foveal.errors import CheckpointError, TrainingDivergedError
 from foveal.training.config import RecoveryConfig
 from foveal.training.rollback import RollbackController, read_rollbacks
 
 
+def observe(recovery: RollbackController, step: int, *, applied: bool) -> bool:
+    """Add the update of a step, read it, and return whether the run has to roll back."""
+    recovery.add_update(step, torch.tensor(applied))
+    assert recovery.read_updates(step) == ([] if applied else [step])
+    return recovery.is_due
+
+
 def refused(recovery: RollbackController, *steps: int) -> list[bool]:
-    return [recovery.observe_and_check_rollback(step, applied=False) for step in steps]
+    return [observe(recovery, step, applied=False) for step in steps]
 
 
 def test_only_refusals_in_a_row_count(tmp_path: Path) -> None:
     recovery = RollbackController(tmp_path, RecoveryConfig(rollback_after_skips=3), [], [])
     assert refused(recovery, 5, 6) == [False, False]
     assert not recovery.last_update_applied
-    assert not recovery.observe_and_check_rollback(7, applied=True)
+    assert not observe(recovery, 7, applied=True)
     assert recovery.last_update_applied
     assert refused(recovery, 8, 9, 10) == [False, False, True]
+
+
+@pytest.mark.parametrize("steps_in_flight", [0, 1, 8])
+def test_a_streak_ends_where_it_does_however_late_it_is_read(steps_in_flight: int, tmp_path: Path) -> None:
+    """The steps after it, applied or refused, are void: nobody reads them, and their batches are not skipped."""
+    recovery = RollbackController(tmp_path, RecoveryConfig(rollback_after_skips=2), [], [])
+    refused_steps = []
+    for step in range(1, 12):
+        recovery.add_update(step, torch.tensor(step not in (2, 4, 5, 6, 8)))
+        refused_steps += recovery.read_updates(step - steps_in_flight)
+        assert recovery.is_due == (step - steps_in_flight >= 5)
+    refused_steps += recovery.read_updates(11)
+    assert refused_steps == [2, 4, 5]
+    recovery.record_rollback_or_raise(3, is_writer=True)
+    assert recovery.skipped_batches == [3, 4]
+    assert recovery.read_updates(11) == [] and not recovery.is_due
 
 
 def test_going_back_passes_over_the_refused_batches(tmp_path: Path) -> None:

@@ -1,17 +1,18 @@
 """What a step costs between ranks and between host and device, counted under a spy for every engine."""
 
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from engines import SHAPES, Shape
-from loop_steps import IMAGES, OPTIM, STEPS, Tiny, batches, build_tiny_engine, classify, loop_context
+from loop_steps import IMAGES, OPTIM, Tiny, batches, build_tiny_engine, classify, loop_context
 from ranks import Ranks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,11 +22,14 @@ from foveal.distributed.world import World
 from foveal.engines.build import build_engine
 from foveal.optim.optimizers import parameter_groups
 from foveal.training.loop import run_steps
+from foveal.training.meters.host_copy import HostCopy
+from foveal.training.rollback import RollbackController
 from foveal.training.run import Run
 
-MICROS = 2
+MICROS, WARMUP, STEADY = 2, 2, 10  # after the warm-up DDP has ordered its buckets, and moments exist
 OWN_PACKAGES = ("foveal", "pretrain", "distill", "finetune")
 READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__")
+READING_OPERATORS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")  # wait for a GPU, from C++ too
 ENGINES = ("foveal.engines.", "foveal.optim.")
 HOST_MESSAGES = "foveal.distributed.host_collectives."  # its tensors are messages
 HOST_CALLS = ("all_reduce", "all_gather", "broadcast")
@@ -51,8 +55,8 @@ class Traffic:
     reads: Counter[tuple[str, str]] = field(default_factory=Counter)
 
 
-class CollectiveSpy(TorchDispatchMode):
-    """Counts the collectives that reach torch's dispatcher, those that C++ starts included."""
+class OperatorSpy(TorchDispatchMode):
+    """Counts collectives and reads that reach torch's dispatcher, those that C++ starts included."""
 
     def __init__(self, traffic: Traffic) -> None:
         super().__init__()
@@ -64,6 +68,8 @@ class CollectiveSpy(TorchDispatchMode):
             while not isinstance(first, Tensor):
                 first = first[0]
             self._traffic.device[func.name().split("::")[1], first.device.type, find_caller()] += 1
+        if func.name() in READING_OPERATORS:
+            self._traffic.reads[func.name(), find_caller()] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -80,7 +86,7 @@ def spied(traffic: Traffic) -> Iterator[None]:
 
         patch.setattr(owner, name, counted)
 
-    with pytest.MonkeyPatch.context() as patch, CollectiveSpy(traffic):
+    with pytest.MonkeyPatch.context() as patch, OperatorSpy(traffic):
         for name in READS:
             count(Tensor, name, traffic.reads, patch)
         for name in HOST_CALLS:
@@ -88,8 +94,8 @@ def spied(traffic: Traffic) -> Iterator[None]:
         yield
 
 
-def run_spied_step(world: World, shape: Shape) -> Traffic:
-    """Return the traffic of a step, with the stage's question whether to stop. In the second DDP orders its buckets."""
+def run_spied_steps(world: World, shape: Shape) -> Traffic:
+    """Return the traffic of steady steps, with the stage's question whether to stop."""
     model, traffic = Tiny(), Traffic()
     engine = build_tiny_engine(model, shape.config, world, MICROS)
     run: Any = SimpleNamespace(
@@ -98,13 +104,17 @@ def run_spied_step(world: World, shape: Shape) -> Traffic:
         checkpoint_saver=SimpleNamespace(is_rank_writing=True),
         attempt=SimpleNamespace(is_superseded=False),
     )
-    context = loop_context(0, STEPS, MICROS, lambda _: 1e-2, world)
-    steps = run_steps(engine, batches(world.rank, world.size, MICROS), classify(), context)
-    for _ in range(STEPS - 1):
+    context = loop_context(0, WARMUP + STEADY, MICROS, lambda _: 1e-2, world)
+    stream = chain.from_iterable(batches(world.rank, world.size, MICROS) for _ in range(WARMUP + STEADY))
+    steps = run_steps(engine, stream, classify(), context)
+    for _ in range(WARMUP):
         next(steps)
     with spied(traffic):
-        next(steps)
-        assert Run.check_preemption(run) is False
+        for step in steps:
+            assert Run.check_preemption(run) is False
+            assert step.result is not None
+            if step.index == WARMUP + STEADY:
+                break
     return traffic
 
 
@@ -116,13 +126,13 @@ _SHAPES = [
 
 
 @pytest.mark.parametrize("name", _SHAPES)
-def test_a_step_reduces_gradients_on_the_device_and_agrees_between_processors(
+def test_a_step_reduces_gradients_on_the_device_agrees_between_processors_and_reads_nothing(
     name: str, one_rank: Ranks, two_ranks: Ranks
 ) -> None:
     shape = SHAPES[name]
-    for traffic in {1: one_rank, 2: two_ranks}[shape.ranks].call(run_spied_step, shape):
+    for traffic in {1: one_rank, 2: two_ranks}[shape.ranks].call(run_spied_steps, shape):
         agreements = ("run_all_and_sum", "all_reduce_max") if shape.ranks > 1 else ()
-        assert traffic.host == {("all_reduce", f"foveal.distributed.world.{caller}"): 1 for caller in agreements}
+        assert traffic.host == {("all_reduce", f"foveal.distributed.world.{caller}"): STEADY for caller in agreements}
         foreign = {key[:3:2] for key in traffic.device if not key[2].startswith(ENGINES)}
         gathers = (
             {("_allgather_base_", "finetune.tasks.classify.__call__")} if "fsdp2" in name or "zero 3" in name else set()
@@ -131,39 +141,43 @@ def test_a_step_reduces_gradients_on_the_device_and_agrees_between_processors(
         if name == "plain":
             assert not traffic.device
         if name == "ddp, 2 ranks":
-            assert [(key[0], count) for key, count in traffic.device.items()] == [("allreduce_", 1)], "one bucket"
-        of_loop = {
-            key: count for key, count in traffic.reads.items() if not key[1].startswith((*ENGINES, HOST_MESSAGES))
+            assert [(key[0], count) for key, count in traffic.device.items()] == [("allreduce_", STEADY)], "one bucket"
+        reads = {key: count for key, count in traffic.reads.items() if not key[1].startswith(HOST_MESSAGES)}
+        weight = "foveal.training.loop._sum_weights"  # a number on the host
+        one_hot = "finetune.tasks.classify.compute_targets"  # torch's checks its range, on CPUs only
+        assert reads == {
+            ("__float__", weight): STEADY,
+            ("aten::_local_scalar_dense", weight): STEADY,
+            ("aten::_local_scalar_dense", one_hot): 2 * MICROS * STEADY,
         }
-        assert of_loop == {("__float__", "foveal.training.loop._sum_weights"): 1}, "a number on the host"
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_loop_does_not_wait_for_a_gpu() -> None:
-    """torch raises at every read of the device and every blocking copy; the engine's update may read its norm."""
+    """torch raises at every read of the device and every blocking copy, in ten steady steps."""
     world = World(0, 1, 0, "none", torch.device("cuda", 0))
     model = Tiny()
     cfg = SHAPES["plain"].config
     engine = build_engine(
         model, parameter_groups(model, OPTIM), OPTIM, cfg, world, microbatch_size=IMAGES, accumulation_steps=1
     )
-    update = engine.step
-
-    def step() -> Any:
-        torch.cuda.set_sync_debug_mode("default")
-        result = update()
-        torch.cuda.set_sync_debug_mode("error")
-        return result
-
-    engine.step = step  # pyright: ignore[reportAttributeAccessIssue]
     pinned = [
         replace(batch, **{name: value.pin_memory() for name, value in batch.tensors().items()})
+        for _ in range(4)
         for batch in batches(0, 1, 1)
     ]
-    context = loop_context(0, 3, 1, lambda _: 1e-2, world)
+    context = loop_context(0, len(pinned), 1, lambda _: 1e-2, world)
+    steps, unread, applied = run_steps(engine, iter(pinned), classify(), context), deque[HostCopy](), []
+    for _ in range(WARMUP):
+        next(steps)
+    torch.cuda.set_sync_debug_mode("error")
     try:
-        applied = [step.applied for step in run_steps(engine, iter(pinned), classify(), context)]
+        for step in steps:
+            assert step.result is not None
+            unread.append(HostCopy(step.result.applied))
+            if len(unread) > RollbackController.steps_in_flight:
+                applied.append(unread.popleft().read())
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert applied == [True] * 3
+    assert applied == [True] * (len(pinned) - WARMUP - RollbackController.steps_in_flight)

@@ -49,6 +49,10 @@ class Rehearsal:
         self.throughput_meter = ThroughputMeter()
         self.progress, self.evaluation_seconds = ProgressReporter(), 0.0
         self.recorded: dict[int, dict[str, float]] = {}
+        self.is_rollback_due = False
+
+    def read_updates(self) -> bool:
+        return not self.is_rollback_due
 
     def evaluation_batches(
         self, _step: int, *, split: str, subset: Any, size: int = 64, purpose: str = ""
@@ -184,6 +188,13 @@ def test_when_it_is_due(run: Any, last_step: int | None) -> None:
     due = [step for step in range(26) if evaluate_if_due(run, step, lambda: {"val_loss": 1.0}, last_step=last_step)]
     assert due == ([10, 20, 25] if last_step is None else [10, 20])
     assert set(run.recorded) >= set(due)
+
+
+def test_a_step_before_a_roll_back_is_not_evaluated(digits: Path) -> None:
+    run: Any = Rehearsal(digits)
+    run.is_rollback_due = True
+    assert not evaluate_if_due(run, 10, lambda: pytest.fail("an evaluation of a void step"))
+    assert not run.recorded
 
 
 def test_its_time_is_not_training(digits: Path) -> None:

@@ -8,15 +8,17 @@ from torch import Tensor
 from foveal.training.meters.metric_accumulator import MetricAccumulator, MetricRow
 from foveal.training.meters.throughput import ThroughputMeter
 
+APPLIED = {"step_applied": torch.tensor(True)}  # the same on every rank
+
 
 def host(step: int) -> MetricRow:
-    return {"step": step, "lr": step / 10, "step_applied": 1.0}
+    return {"step": step, "lr": step / 10}
 
 
-def test_rows_are_reduced_once_and_host_numbers_never() -> None:
+def test_rows_are_reduced_once_and_what_is_equal_on_ranks_never() -> None:
     accumulator = MetricAccumulator()
     for step in (1, 2, 3):
-        accumulator.add_step({"loss": torch.tensor(step / 2), "top1": torch.tensor(0.25)}, host(step))
+        accumulator.add_step({"loss": torch.tensor(step / 2), "top1": torch.tensor(0.25)}, APPLIED, host(step))
     calls: list[Tensor] = []
 
     def two_equal_ranks(shares: Tensor) -> Tensor:
@@ -39,40 +41,44 @@ def test_what_was_read_is_gone_and_nothing_costs_no_collective() -> None:
 
     accumulator = MetricAccumulator()
     assert accumulator.pop_rows(never) == []
-    accumulator.add_step({"loss": torch.tensor(1.0)}, host(1))
+    accumulator.add_step({"loss": torch.tensor(1.0)}, APPLIED, host(1))
     assert len(accumulator.pop_rows(lambda shares: shares)) == 1
     assert accumulator.pop_rows(never) == []
-    accumulator.add_step({"other": torch.tensor(2.0)}, host(2))  # the names may change after a read
-    assert accumulator.pop_rows(lambda shares: shares) == [{"step": 2, "other": 2.0, "lr": 0.2, "step_applied": 1.0}]
+    accumulator.add_step({"other": torch.tensor(2.0)}, APPLIED, host(2))  # the names may change after a read
+    assert accumulator.pop_rows(lambda shares: shares) == [host(2) | {"other": 2.0, "step_applied": 1.0}]
 
 
 def test_a_row_without_sums_keeps_its_place() -> None:
     accumulator = MetricAccumulator()
-    accumulator.add_step({}, host(1))
+    accumulator.add_step({}, {}, host(1))
     assert accumulator.pop_rows(lambda _: pytest.fail("a collective for no sums")) == [host(1)]
-    accumulator.add_step({"loss": torch.tensor(1.0)}, host(2))
-    accumulator.add_step({}, host(3))
-    accumulator.add_step({"loss": torch.tensor(4.0)}, host(4))
+    accumulator.add_step({"loss": torch.tensor(1.0)}, APPLIED, host(2))
+    accumulator.add_step({}, {}, host(3))
+    accumulator.add_step({"loss": torch.tensor(4.0)}, APPLIED, host(4))
     rows = accumulator.pop_rows(lambda shares: shares)
-    assert rows == [host(2) | {"loss": 1.0}, host(3), host(4) | {"loss": 4.0}]
+    assert rows == [
+        host(2) | {"loss": 1.0, "step_applied": 1.0},
+        host(3),
+        host(4) | {"loss": 4.0, "step_applied": 1.0},
+    ]
 
 
 def test_numbers_keep_double_precision() -> None:
     accumulator = MetricAccumulator()
-    accumulator.add_step({"loss": torch.tensor(1.0 + 2**-40, dtype=torch.float64)}, host(1))
+    accumulator.add_step({"loss": torch.tensor(1.0 + 2**-40, dtype=torch.float64)}, APPLIED, host(1))
     assert accumulator.pop_rows(lambda shares: shares)[0]["loss"] == 1.0 + 2**-40
 
 
 def test_other_numbers_from_one_step_to_the_next_are_a_programmers_mistake() -> None:
     accumulator = MetricAccumulator()
-    accumulator.add_step({"loss": torch.tensor(1.0)}, host(1))
+    accumulator.add_step({"loss": torch.tensor(1.0)}, APPLIED, host(1))
     with pytest.raises(AssertionError, match="same numbers every step"):
-        accumulator.add_step({"loss": torch.tensor(1.0), "more": torch.tensor(1.0)}, host(2))
+        accumulator.add_step({"loss": torch.tensor(1.0), "more": torch.tensor(1.0)}, APPLIED, host(2))
 
 
 def test_a_graph_is_not_kept_alive() -> None:
     accumulator = MetricAccumulator()
-    accumulator.add_step({"loss": torch.ones(1, requires_grad=True).sum()}, host(1))
+    accumulator.add_step({"loss": torch.ones(1, requires_grad=True).sum()}, APPLIED, host(1))
     graphs: list[bool] = []
     accumulator.pop_rows(lambda shares: graphs.append(shares.requires_grad) or shares)
     assert graphs == [False]
