@@ -107,10 +107,10 @@ def run_steps(engine: Engine, batches: Iterator[Batch], objective: Objective, co
     """Run optimizer steps and yield after each of them.
 
     ``batches`` starts at step ``context.after_step``. Neither the loop nor an engine waits for the device (except
-    DeepSpeed where it offloads): what a step yields has been queued. Ranks agree on a step's microbatches and weight in one collective of their
-    processors: on the device the engine reduces gradients, and nothing else is reduced. The engine does not see a step
-    without weight: weights, moments, gradients and running statistics stay as they are. Its row has loss, gradient norm
-    and ``step_applied`` 0 and no other metric.
+    DeepSpeed where it offloads): what a step yields has been queued. Ranks agree on a step's microbatches and weight in
+    one collective of their processors: on the device the engine reduces gradients, and nothing else is reduced. The
+    engine does not see a step without weight: weights, moments, gradients and running statistics stay as they are. Its
+    row has loss, gradient norm and ``step_applied`` 0 and no other metric.
     """
     copy_stream = open_copy_stream(engine.device)
     for index in range(context.after_step, context.last_step):

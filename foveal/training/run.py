@@ -196,7 +196,8 @@ class Run:
     def log_metrics(self) -> MetricRow:
         """Reduce and log the rows of the steps since the last call; return the last row, which also has rates.
 
-        Rows that a roll-back is about to void are not logged. Raises: DataError, on every rank, if too many samples fail to decode.
+        Rows that a roll-back is about to void are not logged.
+        Raises: DataError, on every rank, if too many samples fail to decode.
         """
         self.watchdog.heartbeat(self.step, "reporting")
         if not self.read_updates():
