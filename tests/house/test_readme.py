@@ -20,7 +20,7 @@ def test_commands_exist(document: Path) -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("document", documents(), ids=name_of)
+@pytest.mark.parametrize("document", [*documents(), ROOT / "benchmarks" / "README.md"], ids=name_of)
 def test_links_lead_somewhere(document: Path) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text())
     local = [target for target in targets if not target.startswith(("http://", "https://", "mailto:"))]
