@@ -3,9 +3,11 @@
 import functools
 import hashlib
 import threading
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,11 +27,14 @@ from foveal.timeouts import STORAGE_AWAY_ERRNOS, read_with_timeout
 PixelStatsOverride = tuple[tuple[float, ...] | None, tuple[float, ...] | None]  # mean and std
 
 _OPEN_INDICES = 256  # indices that stay mapped
+_MOST_REOPENED = 8  # data sets; those of a run and of its latest trials
 
 
 @dataclass(frozen=True)
 class Dataset:
     """Shards with their manifest and indices. Thread-safe. Sample ids are positions in a split, in shard order.
+
+    A pickled data set is opened again where it is unpickled, with its manifest and without a look at its files.
 
     folder, index_folder: paths or URLs of shards and indices, for messages. shard_index: returns the mapped index of
     the n-th shard of a split. channels: of the decoded images.
@@ -45,6 +50,8 @@ class Dataset:
     _cache: DownloadCache | None
     _prefetcher: Prefetcher | None
     _pixel_stats: PixelStatsOverride
+    _open_again: "functools.partial[Dataset]"
+    _identity: str = field(default_factory=lambda: uuid.uuid4().hex)
     _verified_shards: set[str] = field(default_factory=set)
     _verify_lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -68,6 +75,9 @@ class Dataset:
         if is_listing_rank():
             dataset.check_shard_files(cfg.train, *eval_splits)
         return dataset
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self._identity, self._open_again, self.manifest)
 
     @property
     def shard_folder(self) -> Folder:
@@ -210,6 +220,11 @@ class Dataset:
         """Return a counter that grows while remote bytes arrive; 0 for local folders."""
         return self._cache.download_counter() if self._cache else 0
 
+    def watch_downloads(self, on_progress: Callable[[], None]) -> None:
+        """Have a function called, from any thread, whenever remote bytes have arrived."""
+        if self._cache:
+            self._cache.on_progress = on_progress
+
     def _get_split(self, split: str) -> Split:
         entry = self.manifest.splits.get(split)
         if entry is None or not entry.samples:
@@ -242,11 +257,13 @@ def open_unchecked_dataset(
     pixel_stats: PixelStatsOverride = (None, None),
     cache_config: CacheConfig | None = None,
     stall_timeout: float = 600.0,
+    manifest: Manifest | None = None,
 ) -> Dataset:
     """Open the data set in a folder or behind a URL without checking its shards.
 
     index_path: folder or URL of manifest and indices (None: ``path``). pixel_stats: replaces the manifest's mean and
-    std. cache_config: of the copies of remote files. stall_timeout: seconds that a read may make no progress.
+    std. cache_config: of the copies of remote files. stall_timeout: seconds that a read may make no progress. manifest:
+    the one of this data set, if it has been read before.
     Raises: as ``Dataset.open``.
     """
     folder = expand_path(path, "data.path").rstrip("/") or "/"
@@ -254,7 +271,9 @@ def open_unchecked_dataset(
     remotes = {
         location: RemoteFolder(location, stall_timeout) for location in {folder, index_folder} if is_url(location)
     }
-    if index_folder in remotes:
+    if manifest is not None:
+        pass
+    elif index_folder in remotes:
         manifest = _read_remote_manifest(remotes[index_folder], folder)
     else:
         manifest = read_with_timeout(
@@ -286,7 +305,25 @@ def open_unchecked_dataset(
         _cache=cache,
         _prefetcher=Prefetcher(cache) if cache else None,
         _pixel_stats=pixel_stats,
+        _open_again=functools.partial(
+            open_unchecked_dataset,
+            path,
+            index_path,
+            channels=channels,
+            pixel_stats=pixel_stats,
+            cache_config=cache_config,
+            stall_timeout=stall_timeout,
+        ),
     )
+
+
+def _reopen(identity: str, open_again: "functools.partial[Dataset]", manifest: Manifest) -> Dataset:
+    """Return a data set that was opened in another process; the same one for all that was pickled of it."""
+    if identity not in _reopened:
+        if len(_reopened) == _MOST_REOPENED:
+            del _reopened[next(iter(_reopened))]
+        _reopened[identity] = open_again(manifest=manifest)
+    return _reopened[identity]
 
 
 def _read_remote_manifest(remote: RemoteFolder, folder: str) -> Manifest:
@@ -329,3 +366,6 @@ def _read_local_manifest(folder: str, index_folder: Path) -> Manifest:
     raise DataError(
         f"{folder}: no {MANIFEST_NAME} and no shards (*.tar) here; run `foveal data pack` or correct data.path"
     )
+
+
+_reopened: dict[str, Dataset] = {}

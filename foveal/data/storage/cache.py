@@ -75,6 +75,7 @@ class DownloadCache:
         self.folder, self.max_bytes, self.other_process_timeout = folder, max_bytes, other_process_timeout
         self._progress = 0
         self._progress_lock = threading.Lock()
+        self.on_progress: Callable[[], None] = lambda: None  # called with every growth of ``download_counter``
         self._has_warned = False
 
     def open_file(self, file: RemoteFile, *, is_prefetch: bool = False) -> int:
@@ -257,6 +258,7 @@ class DownloadCache:
     def _add_progress(self, amount: int) -> None:
         with self._progress_lock:
             self._progress += amount
+            self.on_progress()
 
 
 def open_cache(cfg: CacheConfig, other_process_timeout: float) -> DownloadCache:
