@@ -53,7 +53,9 @@ class Batch:
         moved = {name: value.to(device, non_blocking=non_blocking) for name, value in self.tensors().items()}
         if non_blocking and moved["images"].is_cuda:
             # A loader writes its next microbatch into this memory as soon as nothing holds it.
-            _copies_under_way.append((torch.cuda.current_stream(moved["images"].device).record_event(), self))
+            copied = torch.cuda.Event()
+            copied.record(torch.cuda.current_stream(moved["images"].device))
+            _copies_under_way.append((copied, self))
             release_finished_copies()
         return dataclasses.replace(self, **moved)
 

@@ -38,12 +38,14 @@ class PlannedRows:
 class BatchPlan(Protocol):
     """The microbatches of one rank, by number from 0.
 
-    num_rows: rows of every microbatch. output_hw: of the decoded images. label_reader: reads labels that are not in the
+    num_batches: number of the microbatches. num_rows: rows of each. output_hw: of the decoded images. label_reader: reads labels that are not in the
     index. num_ids: an id is the sample key modulo this number. num_held: microbatches that the consumer holds at a time.
     """
 
     @property
     def cfg(self) -> DataConfig: ...
+    @property
+    def num_batches(self) -> int: ...
     @property
     def num_rows(self) -> int: ...
     @property
@@ -56,10 +58,6 @@ class BatchPlan(Protocol):
     def num_held(self) -> int: ...
     @property
     def datasets(self) -> Sequence[Dataset]: ...
-
-    def __len__(self) -> int:
-        """Return the number of microbatches."""
-        ...
 
     def position(self, number: int) -> tuple[int, int, int]:
         """Return step, epoch and number within the step of a microbatch."""
@@ -139,7 +137,8 @@ class TrainingBatchPlan:
     def datasets(self) -> list[Dataset]:
         return [source.dataset for source in self.training_set.sources]
 
-    def __len__(self) -> int:
+    @property
+    def num_batches(self) -> int:
         return (self.stop_step - self.start_step) * self._microbatches_per_step
 
     def position(self, number: int) -> tuple[int, int, int]:
@@ -169,9 +168,7 @@ class TrainingBatchPlan:
         num_operations = self.cfg.augment.rand_augment.ops
         if not num_operations:
             return image
-        uniforms = draw_uniform_numpy(
-            self._rand_augment_key, np.array([sample_key]), num_operations * UNIFORMS_PER_OP
-        )
+        uniforms = draw_uniform_numpy(self._rand_augment_key, np.array([sample_key]), num_operations * UNIFORMS_PER_OP)
         return rand_augment(image, uniforms.reshape(num_operations, UNIFORMS_PER_OP), self.cfg, self.mean)
 
     def prefetch(self, number: int) -> None:
@@ -189,7 +186,9 @@ class TrainingBatchPlan:
                 uniforms = all_uniforms[position]
             else:
                 uniforms = draw_uniform_numpy(self._crop_key, np.array([sample_key]), UNIFORMS_PER_CROP)[0]
-            return lambda width, height: compute_train_crop(width, height, uniforms, self.cfg.augment, self.cfg.image_hw)
+            return lambda width, height: compute_train_crop(
+                width, height, uniforms, self.cfg.augment, self.cfg.image_hw
+            )
 
         return crop_of
 
@@ -224,7 +223,8 @@ class EvaluationBatchPlan:
     def datasets(self) -> list[Dataset]:
         return [self.source.dataset]
 
-    def __len__(self) -> int:
+    @property
+    def num_batches(self) -> int:
         return -(-len(self.source.subset) // (self.world_size * self.num_rows))
 
     def position(self, number: int) -> tuple[int, int, int]:

@@ -27,14 +27,14 @@ class Loader:
         self._plan = plan
         self._workers = workers
 
-    def __iter__(self) -> Generator[Batch, None, None]:
+    def batches(self) -> Generator[Batch, None, None]:
         """Yield the microbatches, from the first. Raises: DataError with shard and sample; as ``WorkerPool``."""
         return self._read_here() if self._workers is None else self._read_ahead(self._workers)
 
     def _read_here(self) -> Generator[Batch, None, None]:
         plan = self._plan
         layout, reader = RowLayout.from_plan(plan), SampleReader(plan, ReadMonitor())
-        for number in range(len(plan)):
+        for number in range(plan.num_batches):
             plan.prefetch(number)
             tensors = layout.allocate()
             arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
@@ -42,7 +42,7 @@ class Loader:
             yield make_batch(plan, number, tensors, [result])
 
     def _read_ahead(self, workers: WorkerPool) -> Generator[Batch, None, None]:
-        num_ahead, num_batches = self._plan.cfg.prefetch_batches, len(self._plan)
+        num_ahead, num_batches = self._plan.cfg.prefetch_batches, self._plan.num_batches
         with closing(BatchStream(workers, self._plan, num_ahead)) as stream:
             submitted = 0
             for number in range(num_batches):
@@ -86,7 +86,7 @@ def train_batches(
         label_reader,
         tuple(mean),
     )
-    with closing(iter(Loader(plan, workers))) as batches:
+    with closing(Loader(plan, workers).batches()) as batches:
         yield batches
 
 
@@ -110,4 +110,5 @@ def eval_batches(
     ``workers`` as in ``train_batches``; closing the generator is leaving the context.
     """
     source = SampleSource(dataset, split, select_subset(dataset, cfg, split=split, subset=subset, seed=training_seed))
-    return iter(Loader(EvaluationBatchPlan(source, cfg, rank, world_size, microbatch_size, label_reader), workers))
+    plan = EvaluationBatchPlan(source, cfg, rank, world_size, microbatch_size, label_reader)
+    return Loader(plan, workers).batches()

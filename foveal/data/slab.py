@@ -8,6 +8,7 @@ import os
 import weakref
 from collections import deque
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -109,7 +110,7 @@ class Slab:
         os.close(self.descriptor)
         if self._is_pinned:
             release_finished_copies(wait=True)
-            torch.cuda.cudart().cudaHostUnregister(_address(self.map))
+            _cuda_runtime().cudaHostUnregister(_address(self.map))
 
 
 def _copy(arrays: Mapping[str, np.ndarray], names: "tuple[str, ...] | Mapping[str, np.ndarray]") -> dict[str, Tensor]:
@@ -134,7 +135,11 @@ def _place_tensors(layout: RowLayout) -> tuple[dict[str, int], int]:
 
 def _page_lock(slab_map: SlabMap) -> bool:
     """Lock a slab's pages, so that copies from them to a GPU are asynchronous; return whether CUDA has done it."""
-    return int(torch.cuda.cudart().cudaHostRegister(_address(slab_map), slab_map.num_bytes, _PORTABLE)) == 0
+    return int(_cuda_runtime().cudaHostRegister(_address(slab_map), slab_map.num_bytes, _PORTABLE)) == 0
+
+
+def _cuda_runtime() -> Any:
+    return torch.cuda.cudart()  # PyTorch's stubs say that there may be none
 
 
 def _address(slab_map: SlabMap) -> int:

@@ -71,7 +71,7 @@ def _do_job(job: Job, streams: "_Streams", states: WorkerStates, worker: int) ->
     """Read the rows of a job; those of a stream that has ended are not wanted."""
     stream = streams.find(job.stream)
     if stream is None:
-        return JobResult(job.stream, job.number)
+        return JobResult(job.stream, job.number, ReadResult())
     try:
         monitor = _SharedMonitor(states, worker, stream.slab, job.stream)
         if worker == 0:
@@ -91,7 +91,7 @@ def _make_portable(error: Exception) -> Exception:
     if not isinstance(error, FovealError):
         error.add_note(f"in a process of the loader:\n{traceback.format_exc()}")
     try:
-        return pickle.loads(pickle.dumps(error))
+        return pickle.loads(pickle.dumps(error))  # noqa: S301 - of this process
     except Exception:  # noqa: BLE001 - whatever cannot be pickled is told by its text
         return RuntimeError("".join(traceback.format_exception(error)))
 
@@ -142,10 +142,8 @@ class _Streams:
             self._streams.pop(notice.stream, None)
             return True
         spec_descriptor, slab_descriptor = descriptors
-        spec: StreamSpec = pickle.loads(os.pread(spec_descriptor, notice.num_spec_bytes, 0))
-        self._streams[notice.stream] = _Stream(
-            spec.plan, SlabMap(slab_descriptor, spec.layout, spec.num_slots)
-        )
+        spec: StreamSpec = pickle.loads(os.pread(spec_descriptor, notice.num_spec_bytes, 0))  # noqa: S301 - of the trainer
+        self._streams[notice.stream] = _Stream(spec.plan, SlabMap(slab_descriptor, spec.layout, spec.num_slots))
         os.close(spec_descriptor)
         os.close(slab_descriptor)
         for dataset in spec.plan.datasets:
@@ -162,9 +160,8 @@ class _Sender:
 
     def send(self, message: JobResult | LogMessage) -> None:
         """Send a message. Raises: BrokenPipeError if the trainer is gone."""
-        data = pickle.dumps(message)
         with self._lock:
-            self._connection.send_bytes(data)
+            self._connection.send(message)
 
     def take_over_log(self) -> None:
         """Send all log records and warnings of this process to the trainer's log."""

@@ -61,7 +61,7 @@ class JobResult:
 
     stream: int
     number: int
-    result: ReadResult = ReadResult()
+    result: ReadResult
     error: Exception | None = None
 
 

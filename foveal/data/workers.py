@@ -167,7 +167,7 @@ class WorkerPool:
     def _receive(self, worker: int) -> None:
         """Take one message of a worker."""
         try:
-            message: JobResult | LogMessage = pickle.loads(self._connections[worker].recv_bytes())
+            message: JobResult | LogMessage = self._connections[worker].recv()
         except (EOFError, ConnectionResetError):
             raise self._loss_error(worker) from None
         if isinstance(message, LogMessage):

@@ -12,6 +12,7 @@ from foveal.atomic import AppendLog, best_effort
 from foveal.checkpoint.store import CheckpointStore
 from foveal.data.batch import Batch
 from foveal.data.sampling.subset import SubsetName
+from foveal.data.workers import WorkerPool
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.watchdog import Watchdog
 from foveal.distributed.world import World
@@ -52,6 +53,7 @@ class Run:
     watchdog: Watchdog
     checkpoint_saver: CheckpointSaver
     straggler_meter: StragglerMeter
+    workers: WorkerPool | None = None  # processes that read the data; None: this process does
     outer_progress: ProgressReporter | None = None  # of the run that contains this one
     metric_accumulator: MetricAccumulator = field(default_factory=MetricAccumulator)
     throughput_meter: ThroughputMeter = field(default_factory=ThroughputMeter)
@@ -174,7 +176,7 @@ class Run:
 
         Progress shows the purpose. Raises: DataError, on every rank, if a rank cannot read its data or too many samples fail to decode.
         """
-        batches, num_images = open_evaluation_data(self.plan, self.world, split=split, subset=subset)
+        batches, num_images = open_evaluation_data(self.plan, self.world, self.workers, split=split, subset=subset)
         with closing(batches), self.progress.activity(f"{purpose} on {split}", num_images) as activity:
             while (batch := self.world.run_all_or_raise(lambda: next(batches, None))) is not None:
                 self.watchdog.heartbeat(step, "evaluating")

@@ -33,6 +33,7 @@ from foveal.tracking.tracker import AttemptState, NullTracker
 from foveal.training.checkpointing import CheckpointSaver
 from foveal.training.config import StageConfig
 from foveal.training.config_mistakes import refuse_run_of_other_stage
+from foveal.training.data_workers import open_workers
 from foveal.training.fork import begin_fork, plan_fork
 from foveal.training.fork_source import parse_fork
 from foveal.training.lease import Attempt, Lease, acquire_lease
@@ -92,11 +93,14 @@ def open_run(
             on_hang = partial(_record_hang, attempt, open_runs)
             watchdog = stack.enter_context(run_watchdog(world, logs, timeout, on_hang))
         try:
+            workers = outer_run.workers if outer_run is not None else stack.enter_context(open_workers(plan, world))
             store = open_checkpoints(path, plan, world, attempt, timeout / 2)
             saver = CheckpointSaver(path, plan, store, world, watchdog)
             meter = StragglerMeter(world.device, socket.gethostname())
             progress = outer_run.progress if outer_run is not None else None
-            run = Run(stage_name, path, plan, world, preemption, attempt, store, watchdog, saver, meter, progress)
+            run = Run(
+                stage_name, path, plan, world, preemption, attempt, store, watchdog, saver, meter, workers, progress
+            )
             open_runs.append(run)
             stack.callback(lambda: _close_tracker(run, end.state, end.reason))
             stack.callback(run.close)

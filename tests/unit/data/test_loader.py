@@ -82,7 +82,7 @@ def test_ranks_micros_and_threads_do_not_change_a_step(
     configure: Configure, world_size: int, microbatch_size: int, threads: int, ahead: int
 ) -> None:
     reference = train(configure(), 20, 24)  # over the end of epoch 0, which has 22 steps
-    cfg = configure(threads=threads, prefetch_batches=ahead)
+    cfg = configure(prefetch_batches=ahead)
     ranks = [train(cfg, 20, 24, rank, world_size, microbatch_size) for rank in range(world_size)]
     count = BATCH // world_size // microbatch_size
     in_slot_order = [

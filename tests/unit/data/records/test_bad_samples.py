@@ -104,7 +104,7 @@ def test_ranks_and_resumes_choose_the_same_stand_in(
     path = str(spoilt("train-000001.tar", slice(0, 12)))
     reference = train(configure(path=path, **STATISTICS), 0, 30)
     assert sum(len(batch.bad_samples) for batch in reference) >= 12
-    cfg = configure(path=path, threads=threads, **STATISTICS)
+    cfg = configure(path=path, **STATISTICS)
     ranks = [
         train(cfg, 0, 11, rank, world_size, microbatch_size) + train(cfg, 11, 30, rank, world_size, microbatch_size)
         for rank in range(world_size)

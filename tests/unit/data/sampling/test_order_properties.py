@@ -1,7 +1,5 @@
 """Properties of the order for any shards, batch size, lanes, window, seed, world size and accumulation."""
 
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from typing import Any
 
