@@ -13,11 +13,13 @@ own pipe.
 import contextlib
 import ctypes
 import gc
+import importlib
 import os
 import signal
 import socket
 import sys
 import traceback
+from collections.abc import Sequence
 
 from foveal.data.worker_process import WorkerDescriptors, run_worker
 
@@ -25,8 +27,13 @@ _PR_SET_PDEATHSIG = 1
 _MESSAGE_BYTES = 64
 
 
-def serve(descriptor: int) -> None:
-    """Fork a worker for every message with descriptors; answer one without them by the worker's exit status."""
+def serve(descriptor: int, modules: Sequence[str]) -> None:
+    """Fork a worker for every message with descriptors; answer one without them by the worker's exit status.
+
+    ``modules``: imported before the first fork.
+    """
+    for module in modules:
+        importlib.import_module(module)
     server = socket.socket(fileno=descriptor)
     libc = ctypes.CDLL(None)  # loaded before the forks
     gc.collect()

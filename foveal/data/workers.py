@@ -52,10 +52,11 @@ class WorkerPool:
     """Worker processes that read the microbatches of any number of streams, one after the other or interleaved.
 
     They outlive the streams: a stream is a training loop from a step on, or an evaluation. The constructor returns at
-    once; the first wait lasts until the server has imported torch. ``stall_timeout``: seconds.
+    once; the first wait lasts until the server has imported torch. ``stall_timeout``: seconds. ``modules``: imported
+    once for all workers, beside what every run needs.
     """
 
-    def __init__(self, num_workers: int, stall_timeout: float) -> None:
+    def __init__(self, num_workers: int, stall_timeout: float, modules: Sequence[str] = ()) -> None:
         self.num_workers = num_workers
         self._stall_timeout = stall_timeout
         self._streams: dict[int, _Stream] = {}
@@ -67,7 +68,7 @@ class WorkerPool:
         self._stacks = os.memfd_create("foveal-stacks", os.MFD_CLOEXEC)
         jobs, self._jobs = os.pipe()
         socket_of_server, self._server = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._process = _start_server(socket_of_server)
+        self._process = _start_server(socket_of_server, modules)
         self._selector = selectors.DefaultSelector()
         self._sockets: list[socket.socket] = []
         self._connections: list[Connection] = []
@@ -138,6 +139,10 @@ class WorkerPool:
                 progress, last_change = new_progress, time.monotonic()
             elif time.monotonic() - last_change > self._allowed_seconds():
                 raise self._stall_error()
+
+    def process_id(self, worker: int) -> int:
+        """Return the process id of a worker; 0 before it is ready."""
+        return self._states.process_id(worker)
 
     def close(self) -> None:
         """Kill the workers, whatever they do, and free their memory."""
@@ -242,11 +247,11 @@ class WorkerPool:
         return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with code {status}"
 
 
-def _start_server(server_socket: socket.socket) -> "subprocess.Popen[bytes]":
+def _start_server(server_socket: socket.socket, modules: Sequence[str]) -> "subprocess.Popen[bytes]":
     """Start ``worker_server`` as a process that finds the modules which this one finds, and close its socket here."""
     code = (
         f"import sys; sys.path[:] = {sys.path!r}; from foveal.data.worker_server import serve; "
-        f"serve({server_socket.fileno()})"
+        f"serve({server_socket.fileno()}, {list(modules)!r})"
     )
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED_SIGNALS)  # the child inherits it, from its first moment
     try:

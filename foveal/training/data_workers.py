@@ -38,7 +38,8 @@ def open_workers(plan: Plan, world: World) -> Iterator[WorkerPool | None]:
     if not num_workers:
         yield None
         return
-    with closing(WorkerPool(num_workers, plan.cfg.data.stall_timeout_seconds)) as workers:
+    modules = ("torchvision.transforms.v2",) if plan.cfg.data.augment.rand_augment.ops else ()
+    with closing(WorkerPool(num_workers, plan.cfg.data.stall_timeout_seconds, modules)) as workers:
         yield workers
 
 
