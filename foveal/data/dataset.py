@@ -6,23 +6,21 @@ import threading
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from foveal.data.config import CacheConfig, DataConfig, expand_path, is_url
-from foveal.data.format.manifest import MANIFEST_NAME, Manifest, Split, parse_manifest, read_manifest
+from foveal.data.format.manifest import MANIFEST_NAME, Manifest, Split
 from foveal.data.format.shard_index import INDEX_SUFFIX, ShardIndex
 from foveal.data.storage.cache import DownloadCache, RemoteFile, open_cache
 from foveal.data.storage.folder import Folder
 from foveal.data.storage.listing import is_listing_rank, list_files, probe_file
+from foveal.data.storage.manifest import find_manifest, format_index_option
 from foveal.data.storage.prefetch import Prefetcher
 from foveal.data.storage.reader import CachedShardReader, LocalShardReader, ShardReader
-from foveal.data.storage.remote import PermanentRemoteError, RemoteFolder
+from foveal.data.storage.remote import RemoteFolder
 from foveal.errors import DataError
-from foveal.redact import redact_url_secrets
-from foveal.timeouts import STORAGE_AWAY_ERRNOS, read_with_timeout
 
 PixelStatsOverride = tuple[tuple[float, ...] | None, tuple[float, ...] | None]  # mean and std
 
@@ -146,7 +144,7 @@ class Dataset:
             if self._index_reader is self._shard_reader
             else list_files(self._index_reader, {f"{name}{INDEX_SUFFIX}" for name in names})
         )
-        remedy = f"run `foveal data index {self.folder}{_index_option(self.folder, self.index_folder)}`"
+        remedy = f"run `foveal data index {self.folder}{format_index_option(self.folder, self.index_folder)}`"
         for shard in shards:
             path = self._shard_reader.folder.display_path(shard.file)
             if self._cache and self._cache.max_bytes < shard.bytes:
@@ -271,14 +269,8 @@ def open_unchecked_dataset(
     remotes = {
         location: RemoteFolder(location, stall_timeout) for location in {folder, index_folder} if is_url(location)
     }
-    if manifest is not None:
-        pass
-    elif index_folder in remotes:
-        manifest = _read_remote_manifest(remotes[index_folder], folder)
-    else:
-        manifest = read_with_timeout(
-            Path(index_folder) / MANIFEST_NAME, stall_timeout, lambda: _read_local_manifest(folder, Path(index_folder))
-        )
+    if manifest is None:
+        manifest = find_manifest(folder, index_folder, remotes.get(index_folder), stall_timeout)
     cache = open_cache(cache_config or CacheConfig(), stall_timeout) if remotes else None
     shards = {shard.file: shard for split in manifest.splits.values() for shard in split.shards}
     readers: dict[str, ShardReader] = {
@@ -324,48 +316,6 @@ def _reopen(identity: str, open_again: "functools.partial[Dataset]", manifest: M
             del _reopened[next(iter(_reopened))]
         _reopened[identity] = open_again(manifest=manifest)
     return _reopened[identity]
-
-
-def _read_remote_manifest(remote: RemoteFolder, folder: str) -> Manifest:
-    try:
-        text = remote.read_up_to(MANIFEST_NAME, 0, remote.file_size(MANIFEST_NAME))
-        return parse_manifest(text, remote.display_path(MANIFEST_NAME))
-    except PermanentRemoteError as error:
-        raise DataError(
-            f"{error}: run `foveal data index {redact_url_secrets(folder)} --index FOLDER` and set data.index "
-            f"to that folder, or correct data.path"
-        ) from None
-
-
-def _index_option(folder: str, index: str) -> str:
-    """Return the --index option of `foveal data index`; empty if the index is in the shards' folder."""
-    return "" if folder == index else f" --index {index}"
-
-
-def _read_local_manifest(folder: str, index_folder: Path) -> Manifest:
-    if not is_url(folder) and not Path(folder).is_dir():
-        place = "" if Path(folder).is_absolute() else f" (in {Path.cwd()})"
-        raise DataError(f"data.path: no such folder: {folder}{place}")
-    try:
-        return read_manifest(index_folder)
-    except OSError as error:
-        if error.errno in STORAGE_AWAY_ERRNOS:
-            raise
-        if not isinstance(error, FileNotFoundError | NotADirectoryError):
-            raise DataError(f"{index_folder / MANIFEST_NAME} cannot be read ({error})") from None
-    if is_url(folder):
-        url = redact_url_secrets(folder)
-        raise DataError(
-            f"{url}: no {MANIFEST_NAME} in {index_folder}; run `foveal data index {url} --index {index_folder}`"
-        )
-    index_option = _index_option(folder, str(index_folder))
-    if any(Path(folder).glob("*.tar")):
-        raise DataError(f"{folder}: these shards have no index; run `foveal data index {folder}{index_option}`")
-    if any(Path(folder).glob("*.tar.*")):
-        raise DataError(f"{folder}: these shards are compressed, which has no random access; unpack and index them")
-    raise DataError(
-        f"{folder}: no {MANIFEST_NAME} and no shards (*.tar) here; run `foveal data pack` or correct data.path"
-    )
 
 
 _reopened: dict[str, Dataset] = {}

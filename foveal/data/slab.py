@@ -16,6 +16,7 @@ from torch import Tensor
 
 from foveal.data.batch import release_finished_copies
 from foveal.data.row_arrays import RowLayout
+from foveal.errors import OutOfMemoryError
 
 _PAGE = mmap.PAGESIZE
 _PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every context of the process
@@ -63,7 +64,9 @@ class Slab:
         self.num_unfinished = 0  # jobs of workers that may still write
         self._free = deque(range(num_slots))
         self._reserved: set[int] = set()
-        self._is_pinned = torch.cuda.is_available() and _page_lock(self.map)
+        self._is_page_locked = torch.cuda.is_available()
+        if self._is_page_locked:
+            _page_lock(self.map)
 
     @property
     def num_free(self) -> int:
@@ -108,7 +111,7 @@ class Slab:
     def close(self) -> None:
         """Let the memory go as soon as no tensor uses it."""
         os.close(self.descriptor)
-        if self._is_pinned:
+        if self._is_page_locked:
             release_finished_copies(wait=True)
             _cuda_runtime().cudaHostUnregister(_address(self.map))
 
@@ -133,9 +136,14 @@ def _place_tensors(layout: RowLayout) -> tuple[dict[str, int], int]:
     return offsets, end
 
 
-def _page_lock(slab_map: SlabMap) -> bool:
-    """Lock a slab's pages, so that copies from them to a GPU are asynchronous; return whether CUDA has done it."""
-    return int(_cuda_runtime().cudaHostRegister(_address(slab_map), slab_map.num_bytes, _PORTABLE)) == 0
+def _page_lock(slab_map: SlabMap) -> None:
+    """Lock a slab's pages, so that copies from them to a GPU are asynchronous. Raises: OutOfMemoryError."""
+    status = int(_cuda_runtime().cudaHostRegister(_address(slab_map), slab_map.num_bytes, _PORTABLE))
+    if status:
+        raise OutOfMemoryError(
+            f"{slab_map.num_bytes / 1e9:.3g} GB for microbatches cannot be page-locked (CUDA error {status}): lower "
+            f"data.prefetch_batches or batch.max_micro_size"
+        )
 
 
 def _cuda_runtime() -> Any:

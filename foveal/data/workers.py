@@ -107,7 +107,9 @@ class WorkerPool:
 
     def end_stream(self, stream: int) -> None:
         """End a stream. Its slab serves another one when the workers have left their last jobs on it."""
-        ended = self._streams[stream]
+        ended = self._streams.get(stream)
+        if ended is None:  # the pool was closed before
+            return
         ended.on_result, ended.slab.map.user = None, 0
         self._notify(StreamNotice(stream, 0), [])
         self._keep_slab_if_unused(stream)
@@ -250,7 +252,8 @@ class WorkerPool:
 def _start_server(server_socket: socket.socket, modules: Sequence[str]) -> "subprocess.Popen[bytes]":
     """Start ``worker_server`` as a process that finds the modules which this one finds, and close its socket here."""
     code = (
-        f"import sys; sys.path[:] = {sys.path!r}; from foveal.data.worker_server import serve; "
+        f"import os, sys; os.environ.update({_SERVER_ENVIRONMENT!r}); sys.path[:] = {sys.path!r}; "
+        f"from foveal.data.worker_server import serve; "
         f"serve({server_socket.fileno()}, {list(modules)!r})"
     )
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED_SIGNALS)  # the child inherits it, from its first moment
@@ -259,7 +262,6 @@ def _start_server(server_socket: socket.socket, modules: Sequence[str]) -> "subp
             [sys.executable, "-c", code],
             stdin=subprocess.DEVNULL,
             pass_fds=[server_socket.fileno()],
-            env={**os.environ, **_SERVER_ENVIRONMENT},
         )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -15,6 +15,7 @@ from foveal.distributed.world import World
 from foveal.errors import FovealError
 from foveal.timeouts import read_with_timeout
 from foveal.training.plan import Plan
+from foveal.training.run import Run
 
 _TINY_SECONDS = 5.0  # of one core for an epoch: less than what processes save
 _WARM_UP_ROWS, _MEASURED_ROWS = 2, 16
@@ -23,11 +24,15 @@ _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def open_workers(plan: Plan, world: World) -> Iterator[WorkerPool | None]:
+def open_workers(plan: Plan, world: World, outer_run: Run | None) -> Iterator[WorkerPool | None]:
     """Start the processes that data.workers asks for, and end them on every way out; None: this process reads itself.
 
-    They import while the model is built. A collective. Nothing that is read depends on their number.
+    They import while the model is built. A run within ``outer_run`` has those of that run. A collective. Nothing that is
+    read depends on their number.
     """
+    if outer_run is not None:
+        yield outer_run.workers
+        return
     num_cores = _count_own_cores(world)
     num_workers = plan.cfg.data.workers
     if num_workers == "auto":

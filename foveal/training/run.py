@@ -53,7 +53,6 @@ class Run:
     watchdog: Watchdog
     checkpoint_saver: CheckpointSaver
     straggler_meter: StragglerMeter
-    workers: WorkerPool | None = None  # processes that read the data; None: this process does
     outer_progress: ProgressReporter | None = None  # of the run that contains this one
     metric_accumulator: MetricAccumulator = field(default_factory=MetricAccumulator)
     throughput_meter: ThroughputMeter = field(default_factory=ThroughputMeter)
@@ -66,6 +65,7 @@ class Run:
     end_reason: str = ""
     notes: Sequence[str] = ()  # sentences about the results, for finished.json
     evaluation_seconds: float = 0.0  # of this attempt
+    workers: WorkerPool | None = None  # processes that read the data; None: this process does
     is_checkpoint_owed: bool = False  # a due checkpoint was postponed because of a refused update
     _data_log: DataLog | None = None
     _rollback: RollbackController | None = None
