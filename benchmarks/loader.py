@@ -120,6 +120,13 @@ def report(folder: Path, rounds: int) -> Iterator[str]:
             pipe.send(True)
         return sum(pipe.recv() for pipe, _ in pairs)
 
+    def beside_a_decoder_apart() -> float:
+        """Like beside a worker, as far as cores and memory are concerned, without anything in common."""
+        pairs[0][0].send(True)
+        seconds = step_seconds(folder, None)
+        pairs[0][0].recv()
+        return seconds
+
     with closing(WorkerPool(1, 600.0)) as one, closing(WorkerPool(2, 600.0)) as two:
         ways: dict[str, Callable[[], float]] = {
             "here": lambda: rate(folder, None),
@@ -137,12 +144,18 @@ def report(folder: Path, rounds: int) -> Iterator[str]:
         yield f"2 workers over 1: {ratio(rates, '2 workers', '1 worker')}. "
         yield f"2 workers over 2 independent decoders: {ratio(rates, '2 workers', '2 independent decoders')}."
         steps = interleaved(
-            {"alone": lambda: step_seconds(folder, None), "beside": lambda: step_seconds(folder, one)}, rounds
+            {
+                "alone": lambda: step_seconds(folder, None),
+                "beside": lambda: step_seconds(folder, one),
+                "beside a decoder apart": beside_a_decoder_apart,
+            },
+            rounds,
         )
         alone = statistics.median(steps["alone"])
         yield ""
         yield f"A step of {2 * SMALL_OPERATIONS:,} small operations, alone: {1000 * alone:.1f} ms. "
-        yield f"Beside 1 worker, with what the loader takes of the thread, over alone: {ratio(steps, 'beside', 'alone')}."
+        yield f"Beside 1 worker, with what the loader takes of the thread, over alone: {ratio(steps, 'beside', 'alone')}; over "
+        yield f"the same beside a decoder that is no part of this run: {ratio(steps, 'beside', 'beside a decoder apart')}."
     for pipe, _ in pairs:
         pipe.send(False)
 
