@@ -10,6 +10,7 @@ Every pass starts anew and ends when its last batch is there, so that nothing is
 # The peers have Pythons of their own, and webdataset does not list what it exports.
 
 import contextlib
+import importlib
 import importlib.metadata
 import itertools
 import json
@@ -17,7 +18,7 @@ import os
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,20 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Pass = Callable[[], int]  # how many items it gave
 
 
-def ours(folder: Path, output: str, cores: int, **settings: Any) -> Pass:
-    """foveal's training loader; ``float``: normalised on the CPU, where a GPU would do it in a run."""
+def ours(folder: Path, output: str, cores: int, modules: Sequence[str] = (), **settings: Any) -> Pass:
+    """foveal's training loader; ``float``: normalised on the CPU, where a GPU would do it in a run.
+
+    ``modules``: that its workers import first.
+    """
     from foveal.data.config import DataConfig
     from foveal.data.dataset import Dataset
     from foveal.data.image.transforms import normalise
     from foveal.data.loader import train_batches
     from foveal.data.sampling.sources import build_training_set
+    from foveal.data.workers import WorkerPool
 
-    tree = {"path": str(folder / "shards"), "image_size": SIDE, "lanes": 8, "threads": cores, **settings}
+    pool = WorkerPool(cores, 600.0, modules) if cores > 1 else None
+    tree = {"path": str(folder / "shards"), "image_size": SIDE, "lanes": 8, **settings}
     cfg = DataConfig.from_dict({**tree, "mean": MEAN, "std": STD}, "the benchmark")
     training = build_training_set(Dataset.open(cfg), cfg, seed=0, batch_size=BATCH)
     epochs = itertools.count()
@@ -46,7 +52,14 @@ def ours(folder: Path, output: str, cores: int, **settings: Any) -> Pass:
         stop = start + training.order.steps_per_epoch
         count = 0
         with train_batches(
-            training, cfg, rank=0, world_size=1, microbatch_size=BATCH, start_step=start, stop_step=stop
+            training,
+            cfg,
+            rank=0,
+            world_size=1,
+            microbatch_size=BATCH,
+            start_step=start,
+            stop_step=stop,
+            workers=pool,
         ) as batches:
             for batch in batches:
                 images = normalise(batch.images, MEAN, STD) if output == "float" else batch.images
@@ -63,10 +76,8 @@ def ours_full(folder: Path, output: str, cores: int) -> Pass:
 
 def ours_pillow(folder: Path, output: str, cores: int) -> Pass:
     """Where simplejpeg is not installed."""
-    from foveal.data.image import decode
-
-    decode.simplejpeg = None
-    return ours(folder, output, cores)
+    importlib.import_module("pillow_only")
+    return ours(folder, output, cores, ["pillow_only"])
 
 
 def transform(output: str) -> Any:

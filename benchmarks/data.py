@@ -218,8 +218,8 @@ def main() -> None:
         f"`python benchmarks/data.py`, {given.rounds} rounds in which all take turns, each a process of its own, batches of "
         f"{BATCH}. Images: random crop of 20 to 100 % of the area to 224 x 224 (bicubic, antialiased), flip; JPEGs of "
         f"quality {QUALITY} from the page cache; `float` is normalised on the CPU. Medians (lowest-highest); a ratio is the "
-        "median over the rounds. On 1 core everything is bound to that core; on more, foveal and DALI have that many "
-        "threads, the others that many worker processes."
+        "median over the rounds. On 1 core everything is bound to that core; on more, DALI has that many threads "
+        "and the others that many worker processes."
     )
     machine = f"Machine: {described(['torch', 'Pillow', 'simplejpeg'])}. Measured: {', '.join(sorted(packages))}."
     text = "\n".join(["# From tars to batches", "", about, "", machine, *parts, ""])

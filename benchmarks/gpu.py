@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from machine import described
 from safetensors.torch import load_file
 
 from foveal.data.loader import train_batches
+from foveal.data.workers import WorkerPool
 from foveal.doctor.node_checks import measure_matmul_rates
 from foveal.doctor.report import RankReport
 from foveal.forecast.forecast import ClusterSpec, Forecast
@@ -33,7 +35,7 @@ EVERY = 20  # steps between checkpoints
 _PATIENCE = 300  # seconds for one start
 _WARM = 30  # steps that no rate counts: the compiler, the first data
 SETTINGS = (
-    "batch.global_size=256", "epochs=40", "optim.warmup_epochs=4", "data.lanes=16", "data.threads=12", "log.every=10",
+    "batch.global_size=256", "epochs=40", "optim.warmup_epochs=4", "data.lanes=16", "data.workers=12", "log.every=10",
     "log.images_every=0", f"checkpoint.every={EVERY}", "checkpoint.keep=1", "tracking.uri=null",
 )  # fmt: skip
 
@@ -41,7 +43,7 @@ SETTINGS = (
 WAYS = {
     "ViT-B/16": ("mae_vit_b16", ()),
     "ViT-B/16, compiled": ("mae_vit_b16", ("engine.compile=true",)),
-    "ViT-B/16, 2 threads": ("mae_vit_b16", ("data.threads=2",)),
+    "ViT-B/16, 2 workers": ("mae_vit_b16", ("data.workers=2",)),
     "ViT-L/16": ("mae_vit_l16", ("batch.max_micro_size=256",)),
 }
 
@@ -79,9 +81,9 @@ class Bench:
         cfg = load_config(STAGE.config_class, STAGE.name, config, [*self._settings, *overrides])
         return Forecast(STAGE, STAGE.functions.build_plan(cfg, 1), ClusterSpec(1, 1, 1.0, 1e9))
 
-    def loader(self, threads: int, batches: int = 12) -> str:
+    def loader(self, workers: int, batches: int = 12) -> str:
         """Images that the loader makes in a second when nobody trains."""
-        plan = self.plan("mae_vit_b16", (f"data.threads={threads}",)).plan
+        plan = self.plan("mae_vit_b16", ()).plan
         place = {
             "rank": 0,
             "world_size": 1,
@@ -90,10 +92,13 @@ class Bench:
             "stop_step": batches,
             "mean": plan.mean,
         }
-        with train_batches(plan.training_set, plan.cfg.data, **place) as made:
+        with (
+            closing(WorkerPool(workers, _PATIENCE)) as pool,
+            train_batches(plan.training_set, plan.cfg.data, **place, workers=pool) as made,
+        ):
             next(made)
             began, images = time.perf_counter(), sum(len(batch.ids) for batch in made)
-        return f"{threads}: {images / (time.perf_counter() - began):,.0f} images/s"
+        return f"{workers}: {images / (time.perf_counter() - began):,.0f} images/s"
 
     def train(self, name: str, config: str, overrides: Sequence[str], stops: Sequence[tuple[int, int]] = ()) -> Trained:
         """Start a run; at each of ``stops``, a step and a signal, it is hit and started again, under ZeRO 2 instead of 1."""
@@ -140,7 +145,7 @@ def report(bench: Bench) -> Iterator[str]:
     measure_matmul_rates(peak, torch.device("cuda", 0))
     gemm = peak.facts["bf16_rate"]
     yield f"Products of 8192 x 8192 matrices in bf16 run at {gemm / 1e12:.0f} TFLOP/s here (`foveal doctor`)."
-    yield f"The loader alone, with so many threads: {'; '.join(bench.loader(number) for number in (1, 2, 4, 8, 12, 16))}."
+    yield f"The loader alone, with so many workers: {'; '.join(bench.loader(number) for number in (1, 2, 4, 8, 12, 16))}."
     names = "| run | images/s, median (lowest-highest) | MFU of the measured rate | waits for data | peak memory, GiB | foreseen | "
     yield f"\n{names}a save stops training, ms | a checkpoint, GB |\n|---|--:|--:|--:|--:|--:|--:|--:|"
     runs = {}

@@ -15,6 +15,7 @@
     ├── TrainingDivergedError       training non-finite in spite of roll-backs               3  no
     ├── AttemptSupersededError      another attempt at the same run has taken over           4  no
     ├── TrainingHungError           a lost rank, or no progress                              5  yes
+    ├── WorkerLostError             a process of the loader that was killed or ended         5  yes
     ├── BadNodeError                a node that failed the preflight                         6  if excludable
     └── RestartLoopError            restarts without a new checkpoint                        7  no
 
@@ -96,6 +97,12 @@ class AttemptSupersededError(FovealError):
 
 class TrainingHungError(FovealError):
     """A rank was lost, or training made no progress within the time limit."""
+
+    exit_code = 5
+
+
+class WorkerLostError(FovealError):
+    """A process of the loader was killed, for example for memory, or ended."""
 
     exit_code = 5
 

@@ -19,6 +19,7 @@ SETTINGS: dict[str, str] = {
     "data.ahead": "data.prefetch_batches",
     "data.labels": "task",
     "data.max_bad": "data.max_bad_fraction",
+    "data.threads": "data.workers",
     "data.patience_seconds": "data.stall_timeout_seconds",
     "data.per_class": "data.samples_per_class",
     "data.crop_ratio": "data.eval_crop_ratio",

@@ -96,11 +96,13 @@ def _iter_ranges(annotation: Any, limits: Sequence[Any]) -> Iterator[str]:
     bounds = ((getattr(limit, name, None), sign) for limit in limits for name, sign in _SIGNS.items())
     if texts := [sign.format(bound) for bound, sign in bounds if bound is not None]:
         yield ", ".join(texts)
-    inner = [part for part in typing.get_args(annotation) if typing.get_origin(part) is Annotated]
-    for part in inner:
-        value, field = typing.get_args(part)
-        ranges = _iter_ranges(value, field.metadata if isinstance(field, FieldInfo) else ())
-        yield from (text if text.startswith("each") else f"each {text}" for text in ranges)
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    each = "each " if any(tuple in (origin, typing.get_origin(part)) for part in parts) else ""
+    for part in parts:
+        if typing.get_origin(part) is Annotated:
+            value, field = typing.get_args(part)
+            ranges = _iter_ranges(value, field.metadata if isinstance(field, FieldInfo) else ())
+            yield from (text if text.startswith("each") else f"{each}{text}" for text in ranges)
 
 
 def format_value(value: Any) -> str:

@@ -1,6 +1,7 @@
 """The microbatch that the loader yields and an objective consumes."""
 
 import dataclasses
+from collections import deque
 from dataclasses import dataclass
 from typing import Self
 
@@ -50,6 +51,12 @@ class Batch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """Return the batch with its tensors on a device."""
         moved = {name: value.to(device, non_blocking=non_blocking) for name, value in self.tensors().items()}
+        if non_blocking and moved["images"].is_cuda:
+            # A loader writes its next microbatch into this memory as soon as nothing holds it.
+            copied = torch.cuda.Event()
+            copied.record(torch.cuda.current_stream(moved["images"].device))
+            _copies_under_way.append((copied, self))
+            release_finished_copies()
         return dataclasses.replace(self, **moved)
 
     def select_rows(self, rows: Tensor) -> Self:
@@ -57,4 +64,25 @@ class Batch:
         return dataclasses.replace(self, **{name: value[rows] for name, value in self.tensors().items()})
 
 
+def release_finished_copies(*, wait: bool = False) -> None:
+    """Let go of batches whose copies to a GPU are done; ``wait``: for the device to finish all of them."""
+    while _copies_under_way:
+        event, _ = _copies_under_way[0]
+        if wait:
+            event.synchronize()
+        elif not event.query():
+            return
+        _copies_under_way.popleft()
+
+
+def wait_for_oldest_copy() -> bool:
+    """Wait until the device has finished the oldest copy under way; return whether there was one."""
+    if not _copies_under_way:
+        return False
+    _copies_under_way.popleft()[0].synchronize()
+    return True
+
+
+# Batches on the host that a GPU may still read, and the end of their copies, in the order of their begin.
+_copies_under_way: deque[tuple[torch.cuda.Event, Batch]] = deque()
 _TENSORS = ("images", "labels", "ids", "sample_keys", "valid")

@@ -3,9 +3,9 @@
 import os
 import re
 from fractions import Fraction
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from foveal.config import Config, ImageSize, explain_literal_secret, height_and_width, machine, science
 from foveal.errors import ConfigError
@@ -144,8 +144,12 @@ class DataConfig(Config):
         True, "decode a JPEG at 1/2, 1/4 or 1/8 if the crop still has at least image_size pixels"
     )
     mix: tuple[MixConfig, ...] = science((), "additional data sets, each with its fraction of the training images")
-    threads: int = machine(2, "reader and decoder threads per rank", ge=1)
-    prefetch_batches: int = machine(4, "microbatches prepared ahead of the training loop", ge=1)
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = machine(
+        "auto",
+        "processes per rank that read and decode; 0: none, the training process does it; auto: one for each core of the "
+        "rank but one, or 0 for a set that is read within seconds",
+    )
+    prefetch_batches: int = machine(4, "microbatches that the workers prepare ahead of the training loop", ge=1)
     cache: CacheConfig = CacheConfig()
     stall_timeout_seconds: float = machine(
         600.0, "seconds that reading data may make no progress before the run stops", gt=0

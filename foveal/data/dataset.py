@@ -3,33 +3,36 @@
 import functools
 import hashlib
 import threading
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from foveal.data.config import CacheConfig, DataConfig, expand_path, is_url
-from foveal.data.format.manifest import MANIFEST_NAME, Manifest, Split, parse_manifest, read_manifest
+from foveal.data.format.manifest import MANIFEST_NAME, Manifest, Split
 from foveal.data.format.shard_index import INDEX_SUFFIX, ShardIndex
 from foveal.data.storage.cache import DownloadCache, RemoteFile, open_cache
 from foveal.data.storage.folder import Folder
 from foveal.data.storage.listing import is_listing_rank, list_files, probe_file
+from foveal.data.storage.manifest import find_manifest, format_index_option
 from foveal.data.storage.prefetch import Prefetcher
 from foveal.data.storage.reader import CachedShardReader, LocalShardReader, ShardReader
-from foveal.data.storage.remote import PermanentRemoteError, RemoteFolder
+from foveal.data.storage.remote import RemoteFolder
 from foveal.errors import DataError
-from foveal.redact import redact_url_secrets
-from foveal.timeouts import STORAGE_AWAY_ERRNOS, read_with_timeout
 
 PixelStatsOverride = tuple[tuple[float, ...] | None, tuple[float, ...] | None]  # mean and std
 
 _OPEN_INDICES = 256  # indices that stay mapped
+_MOST_REOPENED = 8  # data sets; those of a run and of its latest trials
 
 
 @dataclass(frozen=True)
 class Dataset:
     """Shards with their manifest and indices. Thread-safe. Sample ids are positions in a split, in shard order.
+
+    A pickled data set is opened again where it is unpickled, with its manifest and without a look at its files.
 
     folder, index_folder: paths or URLs of shards and indices, for messages. shard_index: returns the mapped index of
     the n-th shard of a split. channels: of the decoded images.
@@ -45,6 +48,8 @@ class Dataset:
     _cache: DownloadCache | None
     _prefetcher: Prefetcher | None
     _pixel_stats: PixelStatsOverride
+    _open_again: "functools.partial[Dataset]"
+    _identity: str = field(default_factory=lambda: uuid.uuid4().hex)
     _verified_shards: set[str] = field(default_factory=set)
     _verify_lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -68,6 +73,9 @@ class Dataset:
         if is_listing_rank():
             dataset.check_shard_files(cfg.train, *eval_splits)
         return dataset
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self._identity, self._open_again, self.manifest)
 
     @property
     def shard_folder(self) -> Folder:
@@ -136,7 +144,7 @@ class Dataset:
             if self._index_reader is self._shard_reader
             else list_files(self._index_reader, {f"{name}{INDEX_SUFFIX}" for name in names})
         )
-        remedy = f"run `foveal data index {self.folder}{_index_option(self.folder, self.index_folder)}`"
+        remedy = f"run `foveal data index {self.folder}{format_index_option(self.folder, self.index_folder)}`"
         for shard in shards:
             path = self._shard_reader.folder.display_path(shard.file)
             if self._cache and self._cache.max_bytes < shard.bytes:
@@ -210,6 +218,11 @@ class Dataset:
         """Return a counter that grows while remote bytes arrive; 0 for local folders."""
         return self._cache.download_counter() if self._cache else 0
 
+    def watch_downloads(self, on_progress: Callable[[], None]) -> None:
+        """Have a function called, from any thread, whenever remote bytes have arrived."""
+        if self._cache:
+            self._cache.on_progress = on_progress
+
     def _get_split(self, split: str) -> Split:
         entry = self.manifest.splits.get(split)
         if entry is None or not entry.samples:
@@ -242,11 +255,13 @@ def open_unchecked_dataset(
     pixel_stats: PixelStatsOverride = (None, None),
     cache_config: CacheConfig | None = None,
     stall_timeout: float = 600.0,
+    manifest: Manifest | None = None,
 ) -> Dataset:
     """Open the data set in a folder or behind a URL without checking its shards.
 
     index_path: folder or URL of manifest and indices (None: ``path``). pixel_stats: replaces the manifest's mean and
-    std. cache_config: of the copies of remote files. stall_timeout: seconds that a read may make no progress.
+    std. cache_config: of the copies of remote files. stall_timeout: seconds that a read may make no progress. manifest:
+    the one of this data set, if it has been read before.
     Raises: as ``Dataset.open``.
     """
     folder = expand_path(path, "data.path").rstrip("/") or "/"
@@ -254,12 +269,8 @@ def open_unchecked_dataset(
     remotes = {
         location: RemoteFolder(location, stall_timeout) for location in {folder, index_folder} if is_url(location)
     }
-    if index_folder in remotes:
-        manifest = _read_remote_manifest(remotes[index_folder], folder)
-    else:
-        manifest = read_with_timeout(
-            Path(index_folder) / MANIFEST_NAME, stall_timeout, lambda: _read_local_manifest(folder, Path(index_folder))
-        )
+    if manifest is None:
+        manifest = find_manifest(folder, index_folder, remotes.get(index_folder), stall_timeout)
     cache = open_cache(cache_config or CacheConfig(), stall_timeout) if remotes else None
     shards = {shard.file: shard for split in manifest.splits.values() for shard in split.shards}
     readers: dict[str, ShardReader] = {
@@ -286,46 +297,25 @@ def open_unchecked_dataset(
         _cache=cache,
         _prefetcher=Prefetcher(cache) if cache else None,
         _pixel_stats=pixel_stats,
+        _open_again=functools.partial(
+            open_unchecked_dataset,
+            path,
+            index_path,
+            channels=channels,
+            pixel_stats=pixel_stats,
+            cache_config=cache_config,
+            stall_timeout=stall_timeout,
+        ),
     )
 
 
-def _read_remote_manifest(remote: RemoteFolder, folder: str) -> Manifest:
-    try:
-        text = remote.read_up_to(MANIFEST_NAME, 0, remote.file_size(MANIFEST_NAME))
-        return parse_manifest(text, remote.display_path(MANIFEST_NAME))
-    except PermanentRemoteError as error:
-        raise DataError(
-            f"{error}: run `foveal data index {redact_url_secrets(folder)} --index FOLDER` and set data.index "
-            f"to that folder, or correct data.path"
-        ) from None
+def _reopen(identity: str, open_again: "functools.partial[Dataset]", manifest: Manifest) -> Dataset:
+    """Return a data set that was opened in another process; the same one for all that was pickled of it."""
+    if identity not in _reopened:
+        if len(_reopened) == _MOST_REOPENED:
+            del _reopened[next(iter(_reopened))]
+        _reopened[identity] = open_again(manifest=manifest)
+    return _reopened[identity]
 
 
-def _index_option(folder: str, index: str) -> str:
-    """Return the --index option of `foveal data index`; empty if the index is in the shards' folder."""
-    return "" if folder == index else f" --index {index}"
-
-
-def _read_local_manifest(folder: str, index_folder: Path) -> Manifest:
-    if not is_url(folder) and not Path(folder).is_dir():
-        place = "" if Path(folder).is_absolute() else f" (in {Path.cwd()})"
-        raise DataError(f"data.path: no such folder: {folder}{place}")
-    try:
-        return read_manifest(index_folder)
-    except OSError as error:
-        if error.errno in STORAGE_AWAY_ERRNOS:
-            raise
-        if not isinstance(error, FileNotFoundError | NotADirectoryError):
-            raise DataError(f"{index_folder / MANIFEST_NAME} cannot be read ({error})") from None
-    if is_url(folder):
-        url = redact_url_secrets(folder)
-        raise DataError(
-            f"{url}: no {MANIFEST_NAME} in {index_folder}; run `foveal data index {url} --index {index_folder}`"
-        )
-    index_option = _index_option(folder, str(index_folder))
-    if any(Path(folder).glob("*.tar")):
-        raise DataError(f"{folder}: these shards have no index; run `foveal data index {folder}{index_option}`")
-    if any(Path(folder).glob("*.tar.*")):
-        raise DataError(f"{folder}: these shards are compressed, which has no random access; unpack and index them")
-    raise DataError(
-        f"{folder}: no {MANIFEST_NAME} and no shards (*.tar) here; run `foveal data pack` or correct data.path"
-    )
+_reopened: dict[str, Dataset] = {}

@@ -1,119 +1,277 @@
-"""Worker threads of the loader. A stall names the samples in work, and a hanging thread does not block process exit."""
+"""The worker processes of a run, as the trainer sees them: their start, their jobs, their messages, and their end."""
 
 import logging
-import queue
+import os
+import pickle
+import selectors
+import signal
+import socket
+import subprocess
 import sys
-import threading
 import time
-import traceback
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future
-from concurrent.futures import wait as wait_for
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 
-from foveal.errors import StorageUnreachableError
+from foveal.data.row_arrays import RowLayout
+from foveal.data.slab import Slab
+from foveal.data.worker_process import STACK_SIGNAL, WorkerDescriptors
+from foveal.data.worker_protocol import Job, JobResult, LogMessage, StreamNotice, StreamSpec, WorkerStates
+from foveal.errors import FovealError, StorageUnreachableError, WorkerLostError
 
 _POLL_SECONDS = 1.0  # seconds between two checks of unfinished jobs
-_JOIN_TIMEOUT = 2.0  # seconds for all threads together to finish their current samples
+_START_SECONDS = 300.0  # for the imports of the server, from a file system that may be slow
+_STACK_SECONDS = 1.0  # for workers that hang to write their stacks
+_END_SECONDS = 5.0  # for the server to kill its workers and end
+_PIPE_BYTES = 1 << 20  # of jobs: tens of thousands
+_ATOMIC_JOBS = 4096 // Job.FORM.size  # written at once, PIPE_BUF bytes arrive in one piece
+_MAX_IDLE_SLABS = 4
+# Signals that a scheduler or a terminal sends to all processes of a run. The trainer saves and leaves, and needs batches
+# until then; the workers end with it.
+_BLOCKED_SIGNALS = set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD, signal.SIGPIPE}
+_BLOCKED_SIGNALS -= {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT, signal.SIGTRAP}
+# One thread: what runs beside a fork is lost in the child. No GPU: memory on it is the trainer's.
+_SERVER_ENVIRONMENT = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "MKL_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
 _log = logging.getLogger(__name__)
 
-Job = Callable[["WorkerState"], None]
 
+@dataclass
+class _Stream:
+    """Microbatches under way: the slab they are written into, and who waits for them (None: nobody any more)."""
 
-class WorkerState:
-    """State of a worker thread: a description of its current sample, and the number of finished samples."""
-
-    def __init__(self) -> None:
-        self.describe_current_sample: Callable[[], str] | None = None
-        self.num_finished_samples = 0
+    slab: Slab
+    on_result: Callable[[JobResult], None] | None
 
 
 class WorkerPool:
-    """``num_threads`` daemon threads that take jobs in order.
+    """Worker processes that read the microbatches of any number of streams, one after the other or interleaved.
 
-    Not a ThreadPoolExecutor: Python joins an executor's threads at exit, and a thread that hangs in a read from a dead
-    file server would keep a rank, its GPU and its node for ever. ``progress`` returns a number that grows while bytes
-    arrive from remote storage; ``stall_timeout`` is in seconds.
+    They outlive the streams: a stream is a training loop from a step on, or an evaluation. The constructor returns at
+    once; the first wait lasts until the server has imported torch. ``stall_timeout``: seconds. ``modules``: imported
+    once for all workers, beside what every run needs.
     """
 
-    def __init__(self, num_threads: int, stall_timeout: float, download_counter: Callable[[], int]) -> None:
-        self.stop_event = threading.Event()
-        self._stall_timeout, self._progress = stall_timeout, download_counter
-        self._jobs: queue.SimpleQueue[tuple[Future[None], Job] | None] = queue.SimpleQueue()
-        self._workers = [WorkerState() for _ in range(num_threads)]
-        self._threads = [
-            threading.Thread(target=self._work, args=(worker,), name=f"foveal-decode-{number}", daemon=True)
-            for number, worker in enumerate(self._workers)
-        ]
-        for thread in self._threads:
-            thread.start()
+    def __init__(self, num_workers: int, stall_timeout: float, modules: Sequence[str] = ()) -> None:
+        self.num_workers = num_workers
+        self._stall_timeout = stall_timeout
+        self._streams: dict[int, _Stream] = {}
+        self._num_streams = 0
+        self._idle_slabs: list[Slab] = []
+        self._known_warnings: set[str] = set()
+        states = WorkerStates.create(num_workers)
+        self._states = WorkerStates(states, num_workers)
+        self._stacks = os.memfd_create("foveal-stacks", os.MFD_CLOEXEC)
+        jobs, self._jobs = os.pipe()
+        socket_of_server, self._server = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._process = _start_server(socket_of_server, modules)
+        self._selector = selectors.DefaultSelector()
+        self._sockets: list[socket.socket] = []
+        self._connections: list[Connection] = []
+        for number in range(num_workers):
+            own, other = socket.socketpair()
+            descriptors = WorkerDescriptors(other.fileno(), jobs, states, self._stacks)
+            socket.send_fds(self._server, [str(number).encode()], list(descriptors))
+            other.close()
+            self._sockets.append(own)
+            self._connections.append(Connection(os.dup(own.fileno()), writable=False))
+            self._selector.register(self._connections[-1], selectors.EVENT_READ, number)
+        os.close(jobs)
+        os.close(states)
+        _enlarge_pipe(self._jobs)
 
-    def submit(self, job: Job) -> Future[None]:
-        """Queue a job, which is called with the worker of its thread."""
-        future: Future[None] = Future()
-        self._jobs.put((future, job))
-        return future
+    def take_slab(self, layout: RowLayout, num_slots: int) -> Slab:
+        """Return a slab of this layout that nothing uses, one of an earlier stream if there is one."""
+        for slab in self._idle_slabs:
+            if (slab.layout, slab.num_slots, slab.num_free) == (layout, num_slots, num_slots):
+                self._idle_slabs.remove(slab)
+                return slab
+        return Slab(layout, num_slots)
 
-    def wait_for_jobs(self, futures: Iterable[Future[None]]) -> None:
-        """Wait until all jobs are done.
+    def begin_stream(self, spec: StreamSpec, slab: Slab, on_result: Callable[[JobResult], None]) -> int:
+        """Tell the workers of a stream and return its number; ``on_result`` is called while the pool waits."""
+        self._num_streams += 1
+        stream = slab.map.user = self._num_streams
+        self._streams[stream] = _Stream(slab, on_result)
+        data = pickle.dumps(spec)
+        descriptor = os.memfd_create("foveal-plan", os.MFD_CLOEXEC)
+        with open(descriptor, "wb") as file:  # noqa: PTH123 - a descriptor has no path
+            file.write(data)
+            file.flush()
+            self._notify(StreamNotice(stream, len(data)), [descriptor, slab.descriptor])
+        return stream
 
-        Raises: a job's exception; StorageUnreachableError after ``stall_timeout`` seconds without progress.
+    def end_stream(self, stream: int) -> None:
+        """End a stream. Its slab serves another one when the workers have left their last jobs on it."""
+        ended = self._streams.get(stream)
+        if ended is None:  # the pool was closed before
+            return
+        ended.on_result, ended.slab.map.user = None, 0
+        self._notify(StreamNotice(stream, 0), [])
+        self._keep_slab_if_unused(stream)
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Queue jobs, which are begun in this order."""
+        for job in jobs:
+            self._streams[job.stream].slab.num_unfinished += 1
+        for start in range(0, len(jobs), _ATOMIC_JOBS):
+            data = b"".join(job.to_bytes() for job in jobs[start : start + _ATOMIC_JOBS])
+            try:
+                os.write(self._jobs, data)
+            except BrokenPipeError:  # no worker is left, which the next wait reports
+                return
+
+    def wait_until(self, is_done: Callable[[], bool]) -> None:
+        """Take the workers' messages until ``is_done``.
+
+        Raises: StorageUnreachableError after ``stall_timeout`` seconds without progress of any worker, WorkerLostError
+        if one has ended; both with shard and sample.
         """
-        pending = list(futures)
-        state, last_change = self._progress_state(), time.monotonic()
+        progress, last_change = self._states.progress(), time.monotonic()
         poll_seconds = min(_POLL_SECONDS, self._stall_timeout / 4)
-        while pending:
-            finished, unfinished = wait_for(pending, timeout=poll_seconds, return_when="FIRST_EXCEPTION")
-            for future in finished:
-                future.result()
-            pending = list(unfinished)
-            new_state = self._progress_state()
-            if new_state != state:
-                state, last_change = new_state, time.monotonic()
-            elif pending and time.monotonic() - last_change > self._stall_timeout:
-                self.stop_event.set()
-                raise StorageUnreachableError(self._stall_message())
+        while not is_done():
+            for key, _ in self._selector.select(poll_seconds):
+                self._receive(key.data)
+            new_progress = self._states.progress()
+            if new_progress != progress:
+                progress, last_change = new_progress, time.monotonic()
+            elif time.monotonic() - last_change > self._allowed_seconds():
+                raise self._stall_error()
+
+    def process_id(self, worker: int) -> int:
+        """Return the process id of a worker; 0 before it is ready."""
+        return self._states.process_id(worker)
 
     def close(self) -> None:
-        """Stop the threads; a thread that hangs is abandoned."""
-        self.stop_event.set()
-        for _ in self._threads:
-            self._jobs.put(None)
-        deadline = time.monotonic() + _JOIN_TIMEOUT
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+        """Kill the workers, whatever they do, and free their memory."""
+        self._selector.close()
+        for closing in (self._server, *self._sockets, *self._connections):
+            closing.close()
+        os.close(self._jobs)
+        os.close(self._stacks)
+        slabs = [*self._idle_slabs, *(stream.slab for stream in self._streams.values())]
+        self._streams.clear()
+        self._idle_slabs.clear()
+        for slab in slabs:
+            slab.close()
+        try:
+            self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:  # it waits for a worker in a read that cannot be killed
+            self._process.kill()
+            self._process.wait()
 
-    def _work(self, worker: WorkerState) -> None:
-        while (queued := self._jobs.get()) is not None:
-            future, job = queued
-            if self.stop_event.is_set():
-                future.cancel()
-                continue
+    def _notify(self, notice: StreamNotice, descriptors: list[int]) -> None:
+        for worker in self._sockets:
             try:
-                job(worker)
-                future.set_result(None)
-            except BaseException as error:  # noqa: BLE001 - the thread that waits for the job handles it
-                future.set_exception(error)
-            finally:
-                worker.describe_current_sample = None
+                socket.send_fds(worker, [notice.to_bytes()], descriptors)
+            except (BrokenPipeError, ConnectionResetError):  # the next wait reports it
+                continue
 
-    def _progress_state(self) -> tuple[int, int]:
-        return sum(worker.num_finished_samples for worker in self._workers), self._progress()
+    def _receive(self, worker: int) -> None:
+        """Take one message of a worker."""
+        try:
+            message: JobResult | LogMessage = self._connections[worker].recv()
+        except (EOFError, ConnectionResetError):
+            raise self._loss_error(worker) from None
+        if isinstance(message, LogMessage):
+            self._log_once(message)
+            return
+        stream = self._streams[message.stream]
+        stream.slab.num_unfinished -= 1
+        if stream.on_result is not None:
+            stream.on_result(message)
+        else:
+            self._keep_slab_if_unused(message.stream)
 
-    def _stall_message(self) -> str:
-        _log.error("the loader hangs; every thread of this process:\n%s", format_thread_stacks())
-        describers = [worker.describe_current_sample for worker in self._workers]
-        samples = "; ".join(describe() for describe in describers if describe is not None) or "no sample"
-        return (
-            f"no data for {self._stall_timeout:g} s (data.stall_timeout_seconds), the loader is stuck at {samples}; "
-            f"the stacks of all threads are in the log: check that the storage answers, and start again"
+    def _keep_slab_if_unused(self, stream: int) -> None:
+        """Keep the slab of a stream that has ended for another one, if no worker may still write into it."""
+        slab = self._streams[stream].slab
+        if slab.num_unfinished:
+            return
+        del self._streams[stream]
+        slab.free_reserved_slots()
+        self._idle_slabs.append(slab)
+        if len(self._idle_slabs) > _MAX_IDLE_SLABS:
+            self._idle_slabs.pop(0).close()
+
+    def _log_once(self, message: LogMessage) -> None:
+        """Log a worker's record; a warning of Python's, which every worker gives once, once."""
+        if message.logger == "py.warnings":
+            if message.text in self._known_warnings:
+                return
+            self._known_warnings.add(message.text)
+        logging.getLogger(message.logger).log(message.level, "%s", message.text)
+
+    def _allowed_seconds(self) -> float:
+        """Return the seconds that may pass without progress; more before the workers have begun."""
+        is_ready = all(self._states.process_id(worker) for worker in range(self.num_workers))
+        return self._stall_timeout if is_ready else max(self._stall_timeout, _START_SECONDS)
+
+    def _stall_error(self) -> FovealError:
+        """Return the error of workers that make no progress, after logging their stacks."""
+        _log.error("the loader hangs; the stacks of its workers:\n%s", self._read_stacks())
+        samples = [self._states.sample(worker) for worker in range(self.num_workers)]
+        stuck_at = "; ".join(sample for sample in samples if sample) or "no sample"
+        return StorageUnreachableError(
+            f"no data for {self._stall_timeout:g} s (data.stall_timeout_seconds), the loader is stuck at {stuck_at}; the "
+            f"stacks of its workers are in the log: check that the storage answers, and start again"
         )
 
+    def _read_stacks(self) -> str:
+        for worker in range(self.num_workers):
+            if process_id := self._states.process_id(worker):
+                os.kill(process_id, STACK_SIGNAL)  # a worker that has ended is not reaped before the pool is closed
+        time.sleep(_STACK_SECONDS)
+        return os.pread(self._stacks, os.fstat(self._stacks).st_size, 0).decode(errors="replace")
 
-def format_thread_stacks() -> str:
-    """Return the stack of every thread of this process as text."""
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    parts = [
-        f"thread {names.get(number, number)}:\n{''.join(traceback.format_stack(frame))}"
-        for number, frame in sys._current_frames().items()  # noqa: SLF001 - documented access to other threads' frames
-    ]
-    return "\n".join(parts)
+    def _loss_error(self, worker: int) -> FovealError:
+        """Return the error of a worker that has ended."""
+        process_id, sample = self._states.process_id(worker), self._states.sample(worker)
+        if not process_id:
+            return WorkerLostError("the processes of the loader did not start: their error is on stderr, above")
+        doing = f"reading {sample}" if sample else "waiting for work"
+        return WorkerLostError(
+            f"a process of the loader (worker {worker}, pid {process_id}) {self._describe_end(worker)} while it was "
+            f"{doing}: if it was killed for memory, lower data.workers or data.prefetch_batches; start again"
+        )
+
+    def _describe_end(self, worker: int) -> str:
+        try:
+            self._server.settimeout(_END_SECONDS)
+            self._server.send(str(worker).encode())
+            status = int(self._server.recv(64))
+        except (OSError, ValueError):
+            return "ended with the server that had started it"
+        return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with code {status}"
+
+
+def _start_server(server_socket: socket.socket, modules: Sequence[str]) -> "subprocess.Popen[bytes]":
+    """Start ``worker_server`` as a process that finds the modules which this one finds, and close its socket here."""
+    code = (
+        f"import os, sys; os.environ.update({_SERVER_ENVIRONMENT!r}); sys.path[:] = {sys.path!r}; "
+        f"from foveal.data.worker_server import serve; "
+        f"serve({server_socket.fileno()}, {list(modules)!r})"
+    )
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED_SIGNALS)  # the child inherits it, from its first moment
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.DEVNULL,
+            pass_fds=[server_socket.fileno()],
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        server_socket.close()
+
+
+def _enlarge_pipe(descriptor: int) -> None:
+    import fcntl
+
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+    except PermissionError:  # a user's pipes may have little in all
+        return

@@ -139,15 +139,17 @@ def _time_line(head: str, hours: float, steps: str, utilisation: str, cluster: C
 
 def _loading_line(forecast: Forecast, images_per_second: float) -> str:
     """Return the line about the images that a rank must decode: at the range's fast end, which asks for most."""
-    cluster, threads = forecast.cluster, forecast.plan.cfg.data.threads
+    cluster, workers = forecast.cluster, forecast.plan.cfg.data.workers
     rate = images_per_second * (forecast.hoped_speedup or 1)
     node_rate, size = rate * cluster.gpus_per_node, forecast.mean_stored_sample_bytes
     read = "bytes unknown without --bytes-per-image" if size is None else f"{node_rate * size / 1e6:,.0f} MB/s"
     span = f"{images_per_second:,.0f} to " if forecast.hoped_speedup else ""
-    return (
-        f"loading   {span}{rate:,.0f} images/s per rank to decode, {rate / threads:,.0f} per thread with data.threads="
-        f"{threads}, {node_rate:,.0f} per node ({read})"
-    )
+    if workers == "auto":
+        share = "by a process for each core of the rank but one (data.workers=auto)"
+    else:
+        processes = max(1, workers)  # without workers the rank itself decodes
+        share = f"{rate / processes:,.0f} per process with data.workers={workers}"
+    return f"loading   {span}{rate:,.0f} images/s per rank to decode, {share}, {node_rate:,.0f} per node ({read})"
 
 
 def _time_lines(forecast: Forecast, limits: JobLimits, partition: SlurmPartition | None) -> list[str]:

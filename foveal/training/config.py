@@ -124,7 +124,7 @@ class StageConfig(Config):
         "optim.weight_decay",
         "engine.kind",
         "engine.precision",
-        "data.threads",
+        "data.workers",
         "evaluate_every",
         "checkpoint.every",
         "run.dir",

@@ -12,6 +12,7 @@ from foveal.atomic import AppendLog, best_effort
 from foveal.checkpoint.store import CheckpointStore
 from foveal.data.batch import Batch
 from foveal.data.sampling.subset import SubsetName
+from foveal.data.workers import WorkerPool
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.watchdog import Watchdog
 from foveal.distributed.world import World
@@ -64,6 +65,7 @@ class Run:
     end_reason: str = ""
     notes: Sequence[str] = ()  # sentences about the results, for finished.json
     evaluation_seconds: float = 0.0  # of this attempt
+    workers: WorkerPool | None = None  # processes that read the data; None: this process does
     is_checkpoint_owed: bool = False  # a due checkpoint was postponed because of a refused update
     _data_log: DataLog | None = None
     _rollback: RollbackController | None = None
@@ -183,7 +185,7 @@ class Run:
 
         Progress shows the purpose. Raises: DataError, on every rank, if a rank cannot read its data or too many samples fail to decode.
         """
-        batches, num_images = open_evaluation_data(self.plan, self.world, split=split, subset=subset)
+        batches, num_images = open_evaluation_data(self.plan, self.world, self.workers, split=split, subset=subset)
         with closing(batches), self.progress.activity(f"{purpose} on {split}", num_images) as activity:
             while (batch := self.world.run_all_or_raise(lambda: next(batches, None))) is not None:
                 self.watchdog.heartbeat(step, "evaluating")

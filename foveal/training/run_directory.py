@@ -33,6 +33,7 @@ from foveal.tracking.tracker import AttemptState, NullTracker
 from foveal.training.checkpointing import CheckpointSaver
 from foveal.training.config import StageConfig
 from foveal.training.config_mistakes import refuse_run_of_other_stage
+from foveal.training.data_workers import open_workers
 from foveal.training.fork import begin_fork, plan_fork
 from foveal.training.fork_source import parse_fork
 from foveal.training.lease import Attempt, Lease, acquire_lease
@@ -61,11 +62,10 @@ def open_run(
     RunInUseError if another process writes it, RestartLoopError if the previous attempts made no progress,
     TrainingHungError if a rank is lost, OutOfMemoryError if memory does not suffice, LaunchError if NCCL refuses a group.
     """
-    is_nested = outer_run is not None
     # Rank 0 only: file systems show changes late.
     path, is_finished = world.on_rank0(lambda: inspect_run_dir(plan)[:2])
     if is_finished:
-        if world.rank == 0 and not is_nested:
+        if world.rank == 0 and outer_run is None:
             _log.info("%s is finished already; run.fresh=true starts another beside it", path)
             log_report(stage_name, path, plan.cfg)
         yield None
@@ -78,12 +78,13 @@ def open_run(
         yield None
         return
     plan = plan.with_fork(fork) if fork else plan
-    end = _AttemptEnd()
-    open_runs: list[Run] = []
+    end, open_runs = _AttemptEnd(), list[Run]()
     logs, timeout = path / "logs", plan.cfg.engine.timeout_minutes * 60
     with ExitStack() as stack:
         stack.enter_context(log_to_file(logs / f"rank-{world.rank:03d}.log"))
-        _log.log(logging.DEBUG if is_nested else logging.INFO, "foveal %s, %s", __version__, describe_rank(world))
+        _log.log(
+            logging.INFO if outer_run is None else logging.DEBUG, "foveal %s, %s", __version__, describe_rank(world)
+        )
         if isinstance(attempt, Lease):
             stack.callback(lambda: attempt.record_end_and_release(end.reason, end.exit_code, end.step))
         if outer_run is not None:
@@ -97,6 +98,7 @@ def open_run(
             meter = StragglerMeter(world.device, socket.gethostname())
             progress = outer_run.progress if outer_run is not None else None
             run = Run(stage_name, path, plan, world, preemption, attempt, store, watchdog, saver, meter, progress)
+            run.workers = stack.enter_context(open_workers(plan, world, outer_run))
             open_runs.append(run)
             stack.callback(lambda: _close_tracker(run, end.state, end.reason))
             stack.callback(run.close)

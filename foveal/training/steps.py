@@ -61,6 +61,7 @@ def _training_batches(run: Run, start_step: int) -> AbstractContextManager[Itera
         skipped_batches=run.rollback.skipped_batches,
         label_reader=plan.label_reader,
         mean=plan.mean,
+        workers=run.workers,
     )
 
 

@@ -16,7 +16,7 @@ TINY = ["model.width=16", "model.depth=1", "model.heads=2", "log.every=1", "trac
 RUN = [
     "cross_validation.count=2",
     "data.samples_per_class=20",
-    "data.threads=1",
+    "data.workers=0",
     "epochs=40",  # a fold is not over before it is asked to leave, on a busy machine too
     "run.dir=runs/folds",
     *TINY,

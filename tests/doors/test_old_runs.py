@@ -66,7 +66,7 @@ def start(world: World, folder: str, command: list[str], config_class: type[Stag
     stage = stage if config_class is None else replace(stage, config_class=config_class)
     os.chdir(folder)
     try:
-        run_stage(stage, load_config(stage.config_class, stage.name, config, overrides), world)
+        run_stage(stage, load_config(stage.config_class, stage.name, config, [*overrides, "data.workers=0"]), world)
     finally:
         os.chdir(before)
 

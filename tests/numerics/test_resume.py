@@ -29,7 +29,7 @@ def test_rows_after_the_checkpoint_are_void(configs, one_rank, two_ranks, tmp_pa
     assert [row["step"] for row in rows] == list(range(1, 21))
     whole = one_rank.train(stage, configs["pretrain"], tmp_path / "whole", "engine.kind=plain", "run.stop_at_step=20")
     assert [row["loss"] for row in rows] == [row["loss"] for row in whole]
-    settings = ("engine.zero=1", "batch.max_micro_size=8", "data.threads=3", "data.ledger=true", "run.stop_at_step=20")
+    settings = ("engine.zero=1", "batch.max_micro_size=8", "data.workers=3", "data.ledger=true", "run.stop_at_step=20")
     two_ranks.train(stage, configs["pretrain"], tmp_path / "two", *settings)
     app(["data", "audit", str(run), "--against", str(tmp_path / "two")], standalone_mode=False)
     assert "slot by slot, in the steps 1 to 20 that both have" in capfd.readouterr().out

@@ -270,7 +270,7 @@ def test_where_a_run_lies_and_how_fast_it_goes_is_no_science(kind: type[Config],
         "run.dir=c",
         "log.every=3",
         "checkpoint.every=7",
-        "data.threads=9",
+        "data.workers=9",
     ]
     moved += ["engine.kind=plain", "engine.precision=bf16", "optim.fused=false", "tracking.uri=null"]
     original = kind.load(file)

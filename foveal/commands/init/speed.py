@@ -20,6 +20,7 @@ from foveal.engines.plain import PlainEngine
 from foveal.forecast.forecast import ClusterSpec, Forecast
 from foveal.forecast.gpu_specs import find_gpu_spec
 from foveal.forecast.mfu import MEASURED_MFU
+from foveal.training.data_workers import choose_num_workers
 from foveal.training.loop import TrainingSetup
 from foveal.training.plan import Plan
 from foveal.training.stage import Stage
@@ -59,7 +60,7 @@ def measure_speed(stage: Stage[Any, Any], plan: Plan, facts: DataFacts) -> Speed
     """Run the plan's model on this machine for a few seconds, on random pixels, and decode a few images.
 
     On CPUs the ranks have the cores to themselves: one rank has a thread for each core, several have one thread each,
-    as torchrun starts them. Decoding threads take cores from them.
+    as torchrun starts them. Processes that decode take cores from them.
     """
     on_gpu = has_gpu()
     device, ranks = torch.device("cuda" if on_gpu else "cpu"), plan.world_size
@@ -72,12 +73,17 @@ def measure_speed(stage: Stage[Any, Any], plan: Plan, facts: DataFacts) -> Speed
     finally:
         torch.set_num_threads(threads_before)
     batch_size, cores = plan.cfg.batch.global_size, len(os.sched_getaffinity(0))
+    workers = plan.cfg.data.workers
+    if workers == "auto":
+        workers = choose_num_workers(cores // ranks, decode_seconds * plan.steps_per_epoch * batch_size / ranks)
     busy_cores = 0 if on_gpu else min(cores, ranks * threads)
 
     def with_decoding(seconds: float, images: int) -> float:
-        """Add the decoding of these images, which takes cores from the model and has ``data.threads`` per rank at most."""
+        """Add the decoding of these images: by workers, which take cores from the model, or by the ranks themselves."""
         work = decode_seconds * images
-        return max(seconds, (seconds * busy_cores + work) / cores, work / (ranks * plan.cfg.data.threads))
+        if not workers:
+            return seconds + work / ranks
+        return max(seconds, (seconds * busy_cores + work) / cores, work / (ranks * workers))
 
     source = f"measured on this machine with {ranks} rank{'s' if ranks > 1 else ''}"
     source += " on its GPU" if on_gpu else f" of {threads} thread{'s' if threads > 1 else ''}"

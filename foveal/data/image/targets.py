@@ -64,6 +64,11 @@ class LabelReader(ABC):
         """Return a label of typical size, for the sample that `foveal plan` traces."""
         return self.empty_label(output_hw)
 
+    @property
+    def has_fixed_shape(self) -> bool:
+        """Whether every label has the shape and type of ``empty_label``, and a microbatch is their stack."""
+        return type(self).collate is LabelReader.collate
+
     def collate(self, labels: Sequence[np.ndarray | None], output_hw: tuple[int, int]) -> Tensor:
         """Return the labels of a microbatch of B rows (None: a row without a sample) as one tensor [B, ...]."""
         empty = self.empty_label(output_hw)

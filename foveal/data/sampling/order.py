@@ -7,7 +7,6 @@ same global batch. Several sources are mixed by quotas, with the number of sampl
 """
 
 import math
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -35,7 +34,7 @@ class SampleSlots:
 
 
 class SampleOrder:
-    """Order of all epochs of one source or of a mixture of sources. Thread-safe.
+    """Order of all epochs of one source or of a mixture of sources. It pickles; threads do not share it.
 
     samples_per_shard: of source 0, int64 [S]. batch_size: images per step over all ranks. num_lanes: streams per epoch.
     window_shards: shards that a lane shuffles over. mix: samples per shard and share of the batch of every further
@@ -71,7 +70,6 @@ class SampleOrder:
             lane_length = self.source_sizes[number] // num_lanes
             source_seed = derive_key(seed, "source", number)
             self._streams.append(_SourceStream(counts, num_lanes, lane_length, window_shards, source_seed))
-        self._lock = threading.Lock()
 
     def epoch_of_batch(self, batch_index: int) -> int:
         """Return the epoch of a global step, from 0; for several sources, the epoch of the mixture."""
@@ -86,18 +84,16 @@ class SampleOrder:
         slots = SampleSlots(sources, positions, np.empty_like(positions), np.empty_like(positions))
         lanes = positions % self.num_lanes
         edges = np.flatnonzero((np.diff(lanes) != 0) | (np.diff(sources) != 0)) + 1
-        with self._lock:
-            for run in np.split(np.arange(stop_slot - start_slot), edges) if stop_slot > start_slot else ():
-                stream = self._streams[sources[run[0]]]
-                slots.source_epochs[run], slots.subset_positions[run] = stream.samples_at(
-                    int(lanes[run[0]]), positions[run]
-                )
+        for run in np.split(np.arange(stop_slot - start_slot), edges) if stop_slot > start_slot else ():
+            stream = self._streams[sources[run[0]]]
+            slots.source_epochs[run], slots.subset_positions[run] = stream.samples_at(
+                int(lanes[run[0]]), positions[run]
+            )
         return slots
 
     def replacement_subset_positions(self, source_number: int, stream_position: int) -> Iterator[int]:
         """Yield replacements of a bad sample: the samples that follow in its lane's window, wrapping around."""
-        with self._lock:
-            samples, offset = self._streams[source_number].window_at(stream_position)
+        samples, offset = self._streams[source_number].window_at(stream_position)
         for distance in range(1, len(samples)):
             yield int(samples[(offset + distance) % len(samples)])
 
@@ -110,15 +106,14 @@ class SampleOrder:
         current: list[tuple[int, int]] = []
         upcoming: list[tuple[float, list[tuple[int, int]]]] = []  # steps until the window begins, its shards
         before, after = self._samples_before(batch_index), self._samples_before(batch_index + 1)
-        with self._lock:
-            for lane in np.unique(positions % self.num_lanes):
-                for source, stream in enumerate(self._streams):
-                    position = before[source] + (int(lane) - before[source]) % self.num_lanes
-                    while position < max(after[source], before[source] + self.num_lanes):
-                        current += [(source, shard) for shard in stream.shards_at(position)]
-                        position = stream.next_window(position)
-                    steps = (position - before[source]) / max(1, after[source] - before[source])
-                    upcoming.append((steps, [(source, shard) for shard in stream.shards_at(position)]))
+        for lane in np.unique(positions % self.num_lanes):
+            for source, stream in enumerate(self._streams):
+                position = before[source] + (int(lane) - before[source]) % self.num_lanes
+                while position < max(after[source], before[source] + self.num_lanes):
+                    current += [(source, shard) for shard in stream.shards_at(position)]
+                    position = stream.next_window(position)
+                steps = (position - before[source]) / max(1, after[source] - before[source])
+                upcoming.append((steps, [(source, shard) for shard in stream.shards_at(position)]))
         upcoming.sort(key=lambda item: item[0])
         return list(dict.fromkeys(current + [shard for _, shards in upcoming for shard in shards]))
 

@@ -73,9 +73,8 @@ class DownloadCache:
 
     def __init__(self, folder: Path, max_bytes: int, other_process_timeout: float) -> None:
         self.folder, self.max_bytes, self.other_process_timeout = folder, max_bytes, other_process_timeout
-        self._progress = 0
-        self._progress_lock = threading.Lock()
-        self._has_warned = False
+        self._progress, self._progress_lock, self._has_warned = 0, threading.Lock(), False
+        self.on_progress: Callable[[], None] = lambda: None  # called with every growth of ``download_counter``
 
     def open_file(self, file: RemoteFile, *, is_prefetch: bool = False) -> int:
         """Return a read descriptor of a file's copy, downloaded if necessary; the caller closes it.
@@ -257,6 +256,7 @@ class DownloadCache:
     def _add_progress(self, amount: int) -> None:
         with self._progress_lock:
             self._progress += amount
+            self.on_progress()
 
 
 def open_cache(cfg: CacheConfig, other_process_timeout: float) -> DownloadCache:

@@ -233,7 +233,7 @@ def test_what_is_science_and_what_is_not() -> None:
     assert set(cfg.to_flat_dict()) - set(cfg.science_settings()) == {
         "path",
         "index",
-        "threads",
+        "workers",
         "prefetch_batches",
         "cache.dir",
         "cache.max_gigabytes",

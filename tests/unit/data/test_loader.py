@@ -1,8 +1,7 @@
-"""Batches do not depend on ranks, microbatch size, threads or start step; evaluation covers every sample once."""
+"""Batches do not depend on ranks, microbatch size or start step; evaluation covers every sample once."""
 
 import io
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,15 +74,10 @@ def test_a_batch_is_what_its_ids_say(configure: Configure, dataset: Dataset) -> 
         assert batch.labels[row] == labels[sample]
 
 
-@pytest.mark.parametrize(
-    ("world_size", "microbatch_size", "threads", "ahead"), [(2, 16, 1, 1), (4, 8, 3, 7), (1, 64, 2, 1), (8, 1, 2, 4)]
-)
-def test_ranks_micros_and_threads_do_not_change_a_step(
-    configure: Configure, world_size: int, microbatch_size: int, threads: int, ahead: int
-) -> None:
+@pytest.mark.parametrize(("world_size", "microbatch_size"), [(2, 16), (4, 8), (1, 64), (8, 1)])
+def test_ranks_and_micros_do_not_change_a_step(configure: Configure, world_size: int, microbatch_size: int) -> None:
     reference = train(configure(), 20, 24)  # over the end of epoch 0, which has 22 steps
-    cfg = configure(threads=threads, prefetch_batches=ahead)
-    ranks = [train(cfg, 20, 24, rank, world_size, microbatch_size) for rank in range(world_size)]
+    ranks = [train(configure(), 20, 24, rank, world_size, microbatch_size) for rank in range(world_size)]
     count = BATCH // world_size // microbatch_size
     in_slot_order = [
         batch for step in range(4) for batches in ranks for batch in batches[step * count : (step + 1) * count]
@@ -211,27 +205,6 @@ def test_training_on_few_labels_takes_each_once_per_epoch(configure: Configure) 
         steps = [sorted(batch.ids.tolist()) for batch in batches]
     assert steps[0] == steps[1] == steps[2]
     assert len(set(steps[0])) == 20
-
-
-def decoders() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("foveal-decode")]
-
-
-def test_leaving_stops_the_threads(configure: Configure, dataset: Dataset) -> None:
-    cfg = configure()
-    training = build_training_set(dataset, cfg, seed=0, batch_size=BATCH)
-    with train_batches(
-        training, cfg, rank=0, world_size=1, microbatch_size=16, start_step=0, stop_step=10**9
-    ) as batches:
-        next(batches)
-        assert decoders()
-    assert not decoders()
-    rows = eval_batches(
-        dataset, cfg, split="val", subset="all", training_seed=0, rank=0, world_size=1, microbatch_size=16
-    )
-    next(rows)
-    rows.close()
-    assert not decoders()
 
 
 def test_a_shard_that_is_cut_while_training_is_named(configure: Configure, digits: Path, tmp_path: Path) -> None:

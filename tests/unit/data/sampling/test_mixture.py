@@ -75,7 +75,7 @@ def test_what_comes_again_looks_different(mixed: Configure) -> None:
 @pytest.mark.parametrize(("size", "at_once"), [(2, 8), (4, 16), (8, 1)])
 def test_ranks_see_the_same_mixture(mixed: Configure, size: int, at_once: int) -> None:
     reference = train(mixed(0.3), 20, 26)
-    ranks = [train(mixed(0.3, threads=3), 20, 26, rank, size, at_once) for rank in range(size)]
+    ranks = [train(mixed(0.3), 20, 26, rank, size, at_once) for rank in range(size)]
     count = BATCH // size // at_once  # microbatches per rank and step
     dealt = [batch for step in range(6) for batches in ranks for batch in batches[step * count : (step + 1) * count]]
     for name in ("images", "labels", "ids", "sample_keys"):

@@ -1,7 +1,5 @@
 """Properties of the order for any shards, batch size, lanes, window, seed, world size and accumulation."""
 
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -285,24 +283,3 @@ def of_lane(case: Case, counts: np.ndarray, seed: int, usable: int, epoch: int, 
 
 def shards_of(counts: np.ndarray, samples: np.ndarray) -> set[int]:
     return set(np.searchsorted(np.cumsum(counts), samples, side="right").tolist())
-
-
-class SlowDict(dict):
-    """Dictionary that lets another thread run after every assignment."""
-
-    def __setitem__(self, name: object, value: object) -> None:
-        super().__setitem__(name, value)
-        time.sleep(1e-4)
-
-
-def test_threads_that_share_an_order_do_not_disturb_it() -> None:
-    case = Case(np.full(40, 3), 24, 4, 1, 3, mix=((np.full(30, 2), 0.3),))
-    shared, steps = case.order(), range(0, 200, 2)
-    for stream in shared._streams:
-        stream._windows, stream._lines = SlowDict(), SlowDict()
-    expected = [(all_slots(case.order(), step), case.order().upcoming_shards(step, 0, 24)) for step in steps]
-    with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(lambda step: (all_slots(shared, step), shared.upcoming_shards(step, 0, 24)), steps))
-    for (slots, shards), (expected_slots, expected_shards) in zip(results, expected, strict=True):
-        assert same(slots, expected_slots)
-        assert shards == expected_shards
