@@ -54,7 +54,7 @@ def train(plan: DistillPlan, run: Run) -> None:
         for step in steps:
             if is_due(step.index, cfg.log.every, plan.stop_step):
                 run.log_metrics()
-            preempted = run.check_preemption()
+            preempted = run.check_preemption(step.flags)
             if preempted or is_due(step.index, cfg.checkpoint.every, plan.stop_step):
                 run.save_checkpoint(engine, step.index)
             if preempted:

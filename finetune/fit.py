@@ -31,7 +31,7 @@ def fit(plan: FinetunePlan, run: Run) -> None:
                 engine.update_ema("averaged.", "encoder.", 1 - warmup_ema_decay(step.index, cfg.ema_decay))
             if is_due(step.index, cfg.log.every, plan.stop_step):
                 run.log_metrics()
-            preempted = run.check_preemption()
+            preempted = run.check_preemption(step.flags)
             if preempted or is_due(step.index, cfg.checkpoint.every, plan.stop_step):
                 run.save_checkpoint(engine, step.index)
             if preempted:

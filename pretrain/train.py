@@ -34,7 +34,7 @@ def train(plan: PretrainPlan, run: Run) -> None:
                 engine.update_ema("averaged.", "encoder.", 1 - plan.ema_decay_at(step.index))
             if is_due(step.index, cfg.log.every, plan.stop_step):
                 run.log_metrics()
-            preempted = run.check_preemption()
+            preempted = run.check_preemption(step.flags)
             if preempted or is_due(step.index, cfg.checkpoint.every, plan.stop_step):
                 run.save_checkpoint(engine, step.index)
             if preempted:

@@ -6,9 +6,9 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,28 @@ from foveal.slurm import describe_slurm_task, slurm_restart_count
 
 T = TypeVar("T")
 _JOIN_TIMEOUT_SECONDS = 600.0  # for all ranks to join: imports from a cold disk take minutes
+
+
+@dataclass(frozen=True, slots=True)
+class RankOutcome(Generic[T]):
+    """What a function returned on this rank, and what all ranks know of it.
+
+    ``total``: sum over ranks of what they measured, in rank order, the same bits on every rank. ``flags``: each is set
+    if any rank set it.
+    """
+
+    total: float
+    flags: tuple[bool, ...]
+    any_failed: bool
+    _result: T | None
+    _failure: FovealError | None
+    _gather: Callable[[FovealError | None], list[FovealError | None]] = field(repr=False)
+
+    def result_or_raise(self) -> T:
+        """Return this rank's result; raise the FovealError of the first rank that failed. A collective."""
+        if not self.any_failed:
+            return self._result  # pyright: ignore[reportReturnType]
+        raise next(error for error in self._gather(self._failure) if error is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +126,18 @@ class World:
 
         Without this the other ranks would wait for the failed rank in their next collective.
         """
-        return self.run_all_and_sum(function, lambda _: 0.0)[0]
+        return self.run_all(function).result_or_raise()
 
-    def run_all_and_sum(self, function: Callable[[], T], measure: Callable[[T], float]) -> tuple[T, float]:
-        """Do as ``run_all_or_raise``; also return the sum over ranks of ``measure`` of each rank's result.
+    def run_all(
+        self,
+        function: Callable[[], T],
+        measure: Callable[[T], float] = lambda _: 0.0,
+        read_flags: Callable[[], Sequence[bool]] = tuple,
+    ) -> RankOutcome[T]:
+        """Call a function on every rank. The outcome has its result, or raises a FovealError of any rank on all ranks.
 
-        One collective, as without the sum. The sum is in rank order, the same bits on every rank.
+        One collective also sums ``measure`` of each rank's result and unites the flags, which are read when the
+        function has returned.
         """
         result: T | None = None
         failure: FovealError | None = None
@@ -119,12 +147,11 @@ class World:
             number = measure(result)
         except FovealError as error:
             failure = error
-        num_failed, total = float(failure is not None), number
+        sums = [number, float(failure is not None), *map(float, read_flags())]
         if self.size > 1:
-            num_failed, total = self._host.all_reduce([num_failed, total], sum)
-        if not num_failed:
-            return result, total  # pyright: ignore[reportReturnType]
-        raise next(error for error in self.all_gather_objects(failure) if error is not None)
+            sums = self._host.all_reduce(sums, sum)
+        total, num_failed, *num_set = sums
+        return RankOutcome(total, tuple(map(bool, num_set)), bool(num_failed), result, failure, self.all_gather_objects)
 
     @property
     def _host(self) -> HostCollectives:

@@ -5,14 +5,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from foveal.data.batch import Batch
 from foveal.data.device_copy import CopyStream, DeviceBatches, open_copy_stream
-from foveal.distributed.world import World
+from foveal.distributed.world import RankOutcome, World
 from foveal.engines.base import Engine, StepResult
 from foveal.engines.build import build_engine
 from foveal.training.meters.metric_accumulator import MetricAccumulator, MetricRow
@@ -72,15 +72,29 @@ def build_stage_engine(setup: TrainingSetup[Any], plan: Plan, world: World) -> E
     )
 
 
+class RankFlags(NamedTuple):
+    """Questions of every step: of one rank, or the answer of any rank.
+
+    is_asked_to_leave: by a signal, or because its launcher is gone. is_writing: a checkpoint. is_superseded: by another
+    attempt at the run.
+    """
+
+    is_asked_to_leave: bool = False
+    is_writing: bool = False
+    is_superseded: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """An optimizer step that the device has been given; ``index`` counts from 1.
 
-    ``result``: of its update, on the device; None for a step without weight, which has no update.
+    ``result``: of its update, on the device; None for a step without weight, which has no update. ``flags``: of any
+    rank, the same on every rank.
     """
 
     index: int
     result: StepResult | None
+    flags: RankFlags
 
 
 @dataclass(frozen=True)
@@ -88,7 +102,7 @@ class LoopContext:
     """The range of steps of one attempt (``after_step`` excluded, ``last_step`` included), its meters and callbacks.
 
     ``heartbeat`` receives the step and its current activity, ``on_batches_consumed`` the microbatches of a finished
-    step.
+    step. ``read_flags`` returns those of this rank.
     """
 
     after_step: int
@@ -101,40 +115,79 @@ class LoopContext:
     straggler_meter: StragglerMeter
     heartbeat: Callable[[int, str], None]
     on_batches_consumed: Callable[[int, Sequence[Batch]], None]
+    read_flags: Callable[[], RankFlags] = RankFlags
 
 
 def run_steps(engine: Engine, batches: Iterator[Batch], objective: Objective, context: LoopContext) -> Iterator[Step]:
     """Run optimizer steps and yield after each of them.
 
     ``batches`` starts at step ``context.after_step``. Neither the loop nor an engine waits for the device (except
-    DeepSpeed where it offloads): what a step yields has been queued. Ranks agree on a step's microbatches and weight in
-    one collective of their processors: on the device the engine reduces gradients, and nothing else is reduced. The
-    engine does not see a step without weight: weights, moments, gradients and running statistics stay as they are. Its
-    row has loss, gradient norm and ``step_applied`` 0 and no other metric.
+    DeepSpeed where it offloads): what a step yields has been queued. The next step's data is fetched while the device
+    computes. Then the ranks agree, in one collective of their processors, on that data, on its weight and on their
+    flags: on the device the engine reduces gradients, and nothing else is reduced. A rank that lacks the data fails the
+    next step on every rank before its forward, and not the evaluations and saves of this one.
+    The engine does not see a step without weight: weights, moments, gradients and running statistics stay as they are.
+    Its row has loss, gradient norm and ``step_applied`` 0 and no other metric.
     """
-    copy_stream = open_copy_stream(engine.device)
-    for index in range(context.after_step, context.last_step):
-        lr = context.lr_schedule(index)
+    fetch = partial(_fetch_step, batches, objective, context, engine.device, open_copy_stream(engine.device))
+    first_step = context.after_step + 1
+    upcoming = _agree_on_step(fetch, context, first_step, heartbeat_step=first_step)
+    for step in range(first_step, context.last_step + 1):
+        lr = context.lr_schedule(step - 1)
         engine.set_lr(lr)
-        context.heartbeat(index + 1, "data")
-        with context.throughput_meter.time_data_wait():
-            (microbatches, weights, device_batches), total_weight = context.world.run_all_and_sum(
-                partial(_fetch_microbatches, batches, objective, context, engine.device, copy_stream),
-                lambda fetched: _sum_weights(fetched[1]),
-            )
-            host_values: MetricRow = {"step": index + 1, "lr": lr}
+        fetched, total_weight = upcoming.result_or_raise(), upcoming.total
+        host_values: MetricRow = {"step": step, "lr": lr}
         result: StepResult | None = None
         if total_weight != 0:
-            denominator = _mean_batch_weight(weights, total_weight, engine.device, context.world)
-            rank_sums, result = _update(engine, objective, device_batches, denominator, context, index + 1)
+            denominator = _mean_batch_weight(fetched.weights, total_weight, engine.device, context.world)
+            rank_sums, result = _update(engine, objective, fetched.device_batches, denominator, context, step)
             replicated = {"grad_norm": result.grad_norm, "step_applied": result.applied}
             context.metric_accumulator.add_step(rank_sums, replicated, host_values)
         else:
             no_update = {"loss": 0.0} | host_values | {"grad_norm": 0.0, "step_applied": 0.0}
             context.metric_accumulator.add_step({}, {}, no_update)
-        context.on_batches_consumed(index + 1, microbatches)
-        context.throughput_meter.add_images(sum(len(batch.ids) for batch in microbatches) * context.world.size)
-        yield Step(index + 1, result)
+        context.straggler_meter.add_step()
+        context.on_batches_consumed(step, fetched.microbatches)
+        context.throughput_meter.add_images(sum(len(batch.ids) for batch in fetched.microbatches) * context.world.size)
+        upcoming = _agree_on_step(fetch, context, step + 1, heartbeat_step=step)
+        yield Step(step, result, RankFlags(*upcoming.flags))
+
+
+@dataclass(frozen=True, slots=True)
+class _StepData:
+    """This rank's microbatches of a step, their weights, and their copies on the device; of no step: empty."""
+
+    microbatches: list[Batch]
+    weights: list[float | Tensor]
+    device_batches: DeviceBatches
+
+
+def _fetch_step(
+    batches: Iterator[Batch],
+    objective: Objective,
+    context: LoopContext,
+    device: torch.device,
+    copy_stream: CopyStream | None,
+    step: int,
+) -> _StepData:
+    """Fetch the data of a step; of one beyond the last, nothing.
+
+    On a GPU the first copy begins here, beside the update of the step before and the ranks' agreement.
+    """
+    num_microbatches = context.accumulation_steps if step <= context.last_step else 0
+    with context.straggler_meter.time_data_fetch():
+        microbatches = list(itertools.islice(batches, num_microbatches))
+    weights = [objective.batch_weight(batch) for batch in microbatches]
+    return _StepData(microbatches, weights, DeviceBatches(microbatches, device, copy_stream))
+
+
+def _agree_on_step(
+    fetch: Callable[[int], _StepData], context: LoopContext, step: int, *, heartbeat_step: int
+) -> RankOutcome[_StepData]:
+    """Fetch the data of a step on every rank, and agree on its weight and on the ranks' flags."""
+    context.heartbeat(heartbeat_step, f"data for step {step}")
+    with context.throughput_meter.time_data_wait():
+        return context.world.run_all(partial(fetch, step), lambda data: _sum_weights(data.weights), context.read_flags)
 
 
 def _update(
@@ -169,25 +222,10 @@ def _poison_nonfinite(loss_sum: Tensor) -> Tensor:
     return loss_sum * torch.where(loss_sum.detach().isfinite(), 1.0, math.nan)
 
 
-def _fetch_microbatches(
-    batches: Iterator[Batch],
-    objective: Objective,
-    context: LoopContext,
-    device: torch.device,
-    copy_stream: CopyStream | None,
-) -> tuple[list[Batch], list[float | Tensor], DeviceBatches]:
-    """Return this rank's microbatches of a step, their weights, and their copies on the device.
-
-    On a GPU the first copy begins here, beside the update of the step before and the ranks' agreement.
-    """
-    with context.straggler_meter.time_data_fetch():
-        microbatches = list(itertools.islice(batches, context.accumulation_steps))
-    device_batches = DeviceBatches(microbatches, device, copy_stream)
-    return microbatches, [objective.batch_weight(batch) for batch in microbatches], device_batches
-
-
 def _sum_weights(weights: Sequence[float | Tensor]) -> float:
-    """Return the sum of weights, which are on the host."""
+    """Return the sum of weights, which are on the host; 0 without any."""
+    if not weights:
+        return 0.0
     return float(torch.stack([torch.as_tensor(weight) for weight in weights]).sum().double())
 
 

@@ -27,6 +27,7 @@ from foveal.training.evaluations import Evaluations
 from foveal.training.exporting import Exporter
 from foveal.training.fork import load_fork, release_checkpoint
 from foveal.training.lease import Attempt, Lease
+from foveal.training.loop import RankFlags
 from foveal.training.meters.metric_accumulator import MetricAccumulator, MetricRow
 from foveal.training.meters.stragglers import StragglerMeter
 from foveal.training.meters.throughput import ThroughputMeter, measure_peak_memory
@@ -261,27 +262,31 @@ class Run:
                     engine, step, self.rollback.skipped_batches, self.evaluations, self.throughput_meter
                 )
 
-    def check_preemption(self) -> bool:
-        """Return whether any rank was asked to stop, the same on every rank; commit a checkpoint once it is written.
-
-        Three integers between the ranks' processors every step: with long steps, less frequent checks would exceed
-        Slurm's notice.
-        Raises: AttemptSupersededError, on every rank, if another attempt has taken over the run.
-        """
-        flags = (
+    def read_flags(self) -> RankFlags:
+        """Return this rank's flags."""
+        return RankFlags(
             self.preemption.stop_reason is not None,
             self.checkpoint_saver.is_rank_writing,
             self.attempt.is_superseded,
         )
-        is_preempted, is_writing, is_superseded = self.world.all_reduce_max([int(flag) for flag in flags])
-        if is_superseded:
+
+    def check_preemption(self, flags: RankFlags | None = None) -> bool:
+        """Return whether any rank was asked to leave, the same on every rank; commit a checkpoint once it is written.
+
+        ``flags``: those of the newest step, on which the loop's ranks have agreed; None: the ranks agree here. They do
+        in every step: with long steps, less frequent checks would exceed Slurm's notice.
+        Raises: AttemptSupersededError, on every rank, if another attempt has taken over the run.
+        """
+        if flags is None:
+            flags = RankFlags(*map(bool, self.world.all_reduce_max([int(flag) for flag in self.read_flags()])))
+        if flags.is_superseded:
             raise superseded_error(self.path)
-        if not is_writing:
+        if not flags.is_writing:
             self.finish_checkpoint()
-        self._is_urgent = bool(is_preempted) and self.preemption.any_rank_urgent(
+        self._is_urgent = flags.is_asked_to_leave and self.preemption.any_rank_urgent(
             self.checkpoint_saver.slowest_save_seconds
         )
-        return bool(is_preempted)
+        return flags.is_asked_to_leave
 
     def mark_preempted(self, step: int) -> None:
         """End an attempt that was asked to stop; the outermost run asks Slurm to requeue the job.

@@ -78,6 +78,7 @@ def _loop_context(run: Run, start_step: int) -> LoopContext:
         straggler_meter=run.straggler_meter,
         heartbeat=run.watchdog.heartbeat,
         on_batches_consumed=run.data_log.log_consumed,
+        read_flags=run.read_flags,
     )
 
 

@@ -38,7 +38,7 @@ def left_at(world: World, config: str, run: str, step: int) -> None:
     """Fine-tune until a step, and be asked to leave there, before its evaluation."""
     stage = stage_named("finetune")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "check_preemption", lambda run: run.step == step)
+        patch.setattr(Run, "check_preemption", lambda run, _flags: run.step == step)
         run_stage(
             stage,
             load_config(stage.config_class, "finetune", config, [f"run.dir={run}", "tracking.uri=null", *STEERED]),

@@ -67,7 +67,7 @@ def _leave_at(world: World, config: str, overrides: list[str], step: int) -> Non
     """Fine-tune until a step, and be asked to leave there."""
     stage = stage_named("finetune")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "check_preemption", lambda run: run.step == step)
+        patch.setattr(Run, "check_preemption", lambda run, _flags: run.step == step)
         run_stage(stage, load_config(stage.config_class, "finetune", config, overrides), world)
 
 

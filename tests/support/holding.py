@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+from foveal.training.loop import RankFlags
 from foveal.training.run import Run
 
 _end = os._exit
@@ -21,16 +22,16 @@ _LONGEST = 120.0  # seconds: whoever holds it may have failed
 
 
 def hold_after_steps() -> None:
-    """Wait before the ranks ask one another whether to leave."""
-    asked_to_leave = Run.check_preemption
+    """Wait before the ranks ask one another whether to leave, which they do at the end of the step after ``Run.step``."""
+    read_flags = Run.read_flags
 
-    def held(self: Run) -> bool:
+    def held(self: Run) -> RankFlags:
         end = time.monotonic() + _LONGEST
-        while self.preemption.stop_reason is None and self.step >= _last_step() and time.monotonic() < end:
+        while self.preemption.stop_reason is None and self.step + 1 >= _last_step() and time.monotonic() < end:
             time.sleep(_LOOKS)
-        return asked_to_leave(self)
+        return read_flags(self)
 
-    Run.check_preemption = held
+    Run.read_flags = held
 
 
 def _last_step() -> float:

@@ -39,11 +39,10 @@ class StragglerMeter:
 
     @contextmanager
     def time_data_fetch(self) -> Iterator[None]:
-        """Time this rank's own data fetch, the beginning of a step."""
+        """Time this rank's own fetch of a step's data."""
         start = self._clock()
         yield
         self._fetch_seconds += self._clock() - start
-        self._num_steps += 1
 
     @contextmanager
     def time_forward(self) -> Iterator[None]:
@@ -58,6 +57,10 @@ class StragglerMeter:
             start = self._clock()
             yield
             self._forward_seconds += self._clock() - start
+
+    def add_step(self) -> None:
+        """Count a step."""
+        self._num_steps += 1
 
     def pop_metrics_and_table(
         self, step: int, gather: Callable[[Any], list[Any]]

@@ -12,12 +12,13 @@ from foveal.distributed import world
 from foveal.distributed.host_collectives import HostCollectives
 from foveal.distributed.launcher import LaunchEnv
 from foveal.distributed.world import (
+    RankOutcome,
     World,
     describe_rank,
     init_world,
     select_device,
 )
-from foveal.errors import FileLimitError, FovealError, LaunchError, RankConflictError, TrainingHungError
+from foveal.errors import DataError, FileLimitError, FovealError, LaunchError, RankConflictError, TrainingHungError
 
 STEP = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
 STEP |= {"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "16"}
@@ -169,6 +170,19 @@ def test_every_rank_may_open_as_many_files_as_its_node_allows() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+def fail_on_rank_1(world: World) -> None:
+    if world.rank == 1:
+        raise DataError("rank 1 has no data")
+
+
+def outcome(outcome: RankOutcome[Any]) -> tuple[Any, float, tuple[bool, ...]]:
+    try:
+        found = outcome.result_or_raise()
+    except DataError as error:
+        found = str(error)
+    return found, outcome.total, outcome.flags
+
+
 def _collectives(world: World) -> dict[str, object]:
     values = torch.arange(3.0) * (world.rank + 1)
     return {
@@ -178,7 +192,10 @@ def _collectives(world: World) -> dict[str, object]:
         "argument": values.tolist(),
         "broadcast": world.broadcast_object({"from": world.rank}),
         "gather": world.all_gather_objects(f"rank {world.rank}"),
-        "sum of all": world.run_all_and_sum(lambda: world.rank, lambda rank: 0.5 + rank),
+        "run on all": outcome(
+            world.run_all(lambda: world.rank, lambda rank: 0.5 + rank, lambda: (world.rank == 1, False))
+        ),
+        "fails on one": outcome(world.run_all(lambda: fail_on_rank_1(world), lambda _: 1.0, lambda: (True,))),
     }
 
 
@@ -189,7 +206,9 @@ def test_collectives_of_two_ranks(two_ranks) -> None:
     assert first["sum"] == second["sum"] == [0.0, 3.0, 6.0]
     assert (first["argument"], second["argument"]) == ([0.0, 1.0, 2.0], [0.0, 2.0, 4.0]), "the argument is not changed"
     assert first["broadcast"] == second["broadcast"] == {"from": 0}
-    assert (first["sum of all"], second["sum of all"]) == ((0, 2.0), (1, 2.0)), "this rank's result, and the sum"
+    assert first["run on all"] == (0, 2.0, (True, False)), "this rank's result, the sum, and any rank's flags"
+    assert second["run on all"] == (1, 2.0, (True, False))
+    assert first["fails on one"] == second["fails on one"] == ("rank 1 has no data", 1.0, (True,))
     assert first["gather"] == second["gather"] == ["rank 0", "rank 1"]
 
 

@@ -18,6 +18,7 @@ from foveal.distributed.world import World
 from foveal.engines.build import build_engine
 from foveal.engines.config import EngineConfig
 from foveal.engines.plain import PlainEngine
+from foveal.errors import DataError
 from foveal.optim.config import OptimConfig
 from foveal.optim.optimizers import parameter_groups
 from foveal.training.loop import Step, is_due, run_steps
@@ -195,7 +196,7 @@ class HostCollectivesOfOne(HostCollectives):
 
 
 @pytest.mark.parametrize("weight", [8.0, torch.tensor(8.0)])
-def test_ranks_agree_on_microbatches_and_weight_in_one_collective(
+def test_ranks_agree_on_microbatches_weight_and_flags_in_one_collective_a_step(
     weight: float | Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*_: Any) -> Any:
@@ -203,9 +204,35 @@ def test_ranks_agree_on_microbatches_and_weight_in_one_collective(
 
     monkeypatch.setattr(World, "all_reduce_sum", never)
     host = HostCollectivesOfOne()
-    context = loop_context(0, 1, 2, lambda _: 0.0, World(0, 2, 0, "none", torch.device("cpu"), "", host))
-    next(run_steps(plain(2), batches(0, 1, 2), Recorder(weight), context))
-    assert host.num_calls == 1
+    context = loop_context(0, STEPS, 2, lambda _: 0.0, World(0, 2, 0, "none", torch.device("cpu"), "", host))
+    steps = run_steps(plain(2), batches(0, 1, 2), Recorder(weight), context)
+    assert [host.num_calls for _ in steps] == [2, 3, 4], "one before the first step, and one at the end of each"
+
+
+def run_until_data_fails(world: World) -> tuple[list[int], list[tuple[int, int]], str]:
+    """Train while rank 1 finds no data for the third step: steps that were yielded, forwards, and the error."""
+
+    def stream() -> Iterator[Batch]:
+        for batch in batches(world.rank, world.size, 1):
+            if (batch.step, world.rank) == (2, 1):
+                raise DataError("no data")
+            yield batch
+
+    objective, steps = Recorder(4.0), []
+    engine = build_tiny_engine(Tiny(), EngineConfig(kind="accelerate"), world, 1)
+    try:
+        for step in run_steps(engine, stream(), objective, loop_context(0, STEPS, 1, float, world)):
+            steps.append(step.index)
+            world.barrier()  # a save or an evaluation after the step
+    except DataError as error:
+        return steps, objective.calls, str(error)
+    raise AssertionError("the data did not fail")
+
+
+def test_no_rank_enters_a_forward_for_which_another_lacks_data(two_ranks: Ranks) -> None:
+    """The step before is complete on every rank, with what is due after it."""
+    for result in two_ranks.call(run_until_data_fails):
+        assert result == ([1, 2], [(0, 0), (1, 0)], "no data")
 
 
 def test_pace_counts_the_images_of_all_ranks() -> None:
