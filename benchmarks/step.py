@@ -30,10 +30,10 @@ from foveal.engines.config import Precision
 
 DECODER = (512, 8, 16)
 SHAPES = {
-    "CIFAR, ViT-Ti/2": Shape("vit_tiny_patch16_224", 32, 2, (192, 4, 3), 64),
-    "ViT-S/16": Shape("vit_small_patch16_224", 224, 16, DECODER, 16),
-    "ViT-B/16": Shape("vit_base_patch16_224", 224, 16, DECODER, 16),
-    "ViT-L/16": Shape("vit_large_patch16_224", 224, 16, DECODER, 16),
+    "CIFAR, ViT-Ti/2": Shape("vit_tiny_patch16_224", 32, 2, (192, 4, 3), 32),
+    "ViT-S/16": Shape("vit_small_patch16_224", 224, 16, DECODER, 8),
+    "ViT-B/16": Shape("vit_base_patch16_224", 224, 16, DECODER, 8),
+    "ViT-L/16": Shape("vit_large_patch16_224", 224, 16, DECODER, 8),
 }
 GPU_BATCH = 256
 PUBLISHED = Switches()

@@ -16,11 +16,11 @@ from foveal.models.backbone import get_no_weight_decay_names
 from foveal.models.patches import count_visible
 from foveal.optim.optimizers import parameter_groups
 from foveal.renames import restore_names
-from foveal.training.loop import TrainingSetup, build_stage_engine, is_due
+from foveal.training.loop import TrainingSetup, build_stage_engine
 from foveal.training.provenance import get_library_versions
 from foveal.training.run import Run
 from foveal.training.stage import StageFunctions
-from foveal.training.steps import training_steps
+from foveal.training.steps import finish_step, training_steps
 from foveal.training.validation import evaluate_encoders, evaluate_if_due
 
 # Settings on which the teacher's outputs depend, besides inherited science; the seed only if views differ by epoch.
@@ -39,7 +39,6 @@ _VERSIONED_LIBRARIES = ("torch", "timm")
 
 def train(plan: DistillPlan, run: Run) -> None:
     """Train from the first step or the newest checkpoint, then export every student."""
-    cfg = plan.cfg
     setup = build(plan, run.world.device)
     engine = build_stage_engine(setup, plan, run.world)
     start = run.resume(engine)
@@ -52,13 +51,8 @@ def train(plan: DistillPlan, run: Run) -> None:
     evaluate(start)  # a preempted attempt may have saved this step without evaluating it
     with training_steps(run, engine, setup.objective, start) as steps:
         for step in steps:
-            if is_due(step.index, cfg.log.every, plan.stop_step):
-                run.log_metrics()
-            preempted = run.check_preemption(step.flags)
-            if preempted or is_due(step.index, cfg.checkpoint.every, plan.stop_step):
-                run.save_checkpoint(engine, step.index)
-            if preempted:
-                return run.mark_preempted(step.index)
+            if finish_step(run, engine, step):
+                return
             evaluate(step.index)
     if plan.stop_step == plan.total_steps:
         metrics = run.evaluations.get(plan.total_steps, {})
@@ -68,7 +62,6 @@ def train(plan: DistillPlan, run: Run) -> None:
                 engine, student.card, prefix=prefix, classes=plan.classes, name=student.name, metrics=metrics
             )
         run.mark_finished(metrics)
-    return None
 
 
 def build(plan: DistillPlan, device: torch.device) -> TrainingSetup[DistillationLoss]:

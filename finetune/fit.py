@@ -10,9 +10,9 @@ from foveal.engines.base import Engine
 from foveal.errors import DataError
 from foveal.optim.schedule import warmup_ema_decay
 from foveal.training.evaluations import Metric, filter_up_to_step, find_best_step, is_patience_exhausted
-from foveal.training.loop import build_stage_engine, is_due
+from foveal.training.loop import build_stage_engine
 from foveal.training.run import Run
-from foveal.training.steps import training_steps
+from foveal.training.steps import finish_step, training_steps
 from foveal.training.validation import evaluate_if_due, timed_evaluation
 
 _log = logging.getLogger("foveal.finetune")
@@ -29,19 +29,14 @@ def fit(plan: FinetunePlan, run: Run) -> None:
         while not _should_stop_early(plan, run) and (step := next(steps, None)) is not None:
             if cfg.ema_decay is not None and step.result is not None:
                 engine.update_ema("averaged.", "encoder.", 1 - warmup_ema_decay(step.index, cfg.ema_decay))
-            if is_due(step.index, cfg.log.every, plan.stop_step):
-                run.log_metrics()
-            preempted = run.check_preemption(step.flags)
-            if preempted or is_due(step.index, cfg.checkpoint.every, plan.stop_step):
-                run.save_checkpoint(engine, step.index)
-            if preempted:
-                return run.mark_preempted(step.index)
+            if finish_step(run, engine, step):
+                return
             _evaluate_if_due(plan, engine, run, step.index)
     if _should_stop_early(plan, run):
         run.log_metrics()  # log.every need not divide the step that stopped early
         _report_early_stop(plan, run)
     elif plan.stop_step < plan.total_steps:
-        return None
+        return
     if plan.selection_metric is None:
         card = _export_card_fields(plan)
         try:
@@ -55,7 +50,6 @@ def fit(plan: FinetunePlan, run: Run) -> None:
         run.mark_finished(results)
     else:
         _finish_with_best(plan.selection_metric, run)
-    return None
 
 
 def _evaluate_if_due(plan: FinetunePlan, engine: Engine, run: Run, step: int) -> None:

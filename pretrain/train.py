@@ -9,7 +9,7 @@ from foveal.seeding import derive_key
 from foveal.training.loop import TrainingSetup, build_stage_engine, is_due
 from foveal.training.run import Run
 from foveal.training.stage import StageFunctions
-from foveal.training.steps import training_steps
+from foveal.training.steps import finish_step, training_steps
 from foveal.training.validation import evaluate_encoders, evaluate_if_due
 from pretrain.init import load_init_weights
 from pretrain.objective import MaskedModelingLoss
@@ -32,13 +32,8 @@ def train(plan: PretrainPlan, run: Run) -> None:
         for step in steps:
             if cfg.uses_ema and step.result is not None:
                 engine.update_ema("averaged.", "encoder.", 1 - plan.ema_decay_at(step.index))
-            if is_due(step.index, cfg.log.every, plan.stop_step):
-                run.log_metrics()
-            preempted = run.check_preemption(step.flags)
-            if preempted or is_due(step.index, cfg.checkpoint.every, plan.stop_step):
-                run.save_checkpoint(engine, step.index)
-            if preempted:
-                return run.mark_preempted(step.index)
+            if finish_step(run, engine, step):
+                return
             evaluate(step.index)
             has_image = cfg.target == "pixels" and is_due(step.index, cfg.log.images_every, plan.stop_step)
             if has_image and run.read_updates():
@@ -48,7 +43,6 @@ def train(plan: PretrainPlan, run: Run) -> None:
         card = encoder_card(cfg.model, cfg.data.image_size, cfg.data.channels)
         run.export_weights(engine, card, prefix="encoder.", metrics=metrics)
         run.mark_finished(metrics)
-    return None
 
 
 def build(plan: PretrainPlan, _device: torch.device) -> TrainingSetup[MaskedModelingLoss]:

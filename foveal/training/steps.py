@@ -9,7 +9,7 @@ from foveal.data.loader import train_batches
 from foveal.engines.base import Engine
 from foveal.errors import CheckpointError
 from foveal.training.evaluations import collect_metric_values, filter_up_to_step
-from foveal.training.loop import LoopContext, Objective, Step, run_steps
+from foveal.training.loop import LoopContext, Objective, Step, is_due, run_steps
 from foveal.training.meters.profiler import profile_steps
 from foveal.training.meters.throughput import ThroughputMeter
 from foveal.training.run import Run
@@ -22,6 +22,22 @@ def training_steps(
 ) -> AbstractContextManager[Iterator[Step]]:
     """Iterate over the remaining steps of an attempt; a roll-back repeats the steps since the checkpoint."""
     return closing(_iterate_steps(run, engine, objective, start_step))
+
+
+def finish_step(run: Run, engine: Engine, step: Step) -> bool:
+    """Log and save what is due after a step; return whether the attempt has to leave, which is then marked.
+
+    An attempt that leaves saves at any step, and neither evaluates nor draws: the next attempt does it first.
+    """
+    cfg, stop_step = run.plan.cfg, run.plan.stop_step
+    if is_due(step.index, cfg.log.every, stop_step):
+        run.log_metrics()
+    has_to_leave = run.check_preemption(step.flags)
+    if has_to_leave or is_due(step.index, cfg.checkpoint.every, stop_step):
+        run.save_checkpoint(engine, step.index)
+    if has_to_leave:
+        run.mark_preempted(step.index)
+    return has_to_leave
 
 
 def _iterate_steps(run: Run, engine: Engine, objective: Objective, start_step: int) -> Generator[Step, None, None]:
