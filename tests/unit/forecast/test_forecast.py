@@ -262,11 +262,6 @@ def test_the_command_prints_a_plan(configs: dict[str, Path]) -> None:
     heads = [line[:10].strip() for line in result.output.splitlines() if line[:1] != " "]
     assert {"steps", "lr", "batch", "model", "work", "memory", "disk", "network", "time", "loading"} <= set(heads)
     assert "ZeRO 3" in result.output
-    assert "          faster: engine.kind=accelerate, because everything fits without sharding (" in result.output
-    assert re.search(r" GB pinned for images .*; up to 1\.02 GB of 2 x up to 16 processes", result.output)
-    one_gpu = run(str(configs["pretrain"]), "data.workers=0", "--stage", "pretrain", "--gpu", "h100").output
-    assert "faster: engine.kind=plain, because one GPU shards nothing" in one_gpu
-    assert "pinned for images" not in one_gpu
 
 
 def test_the_plan_of_a_run_has_the_rules_that_it_began_with(

@@ -1,4 +1,4 @@
-"""`foveal plan` names the engine that is faster because everything fits on every GPU."""
+"""`foveal plan` names the engine that is faster because everything fits on every GPU, and prints it beside the network."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ from plans import forecast
 
 from foveal.forecast.forecast import Forecast
 from foveal.forecast.replication import find_replication
+from foveal.forecast.report import _disk_and_network_lines
 
 LARGE = 80e9  # bytes of a GPU
 
@@ -47,3 +48,12 @@ def test_memory_decides(configs: dict[str, Path]) -> None:
     assert find_replication(zero1(configs, memory=fits.required_bytes / 0.95)) is None
     assert find_replication(zero1(configs, memory=fits.required_bytes / 0.85)) is not None
     assert find_replication(zero1(configs, memory=None)) is None
+
+
+def test_the_lines_of_the_plan(configs: dict[str, Path]) -> None:
+    two_gpus = "\n".join(_disk_and_network_lines(zero1(configs)))
+    assert "          faster: engine.kind=accelerate, because everything fits without sharding (" in two_gpus
+    assert " GB pinned for images that are read ahead; up to 1.02 GB of 2 x up to 16 processes" in two_gpus
+    one_gpu = "\n".join(_disk_and_network_lines(zero1(configs, "data.workers=0", ranks=1)))
+    assert "faster: engine.kind=plain, because one GPU shards nothing" in one_gpu
+    assert "pinned for images" not in one_gpu
