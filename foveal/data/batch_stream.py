@@ -31,7 +31,7 @@ class BatchStream:
     def __init__(self, workers: WorkerPool, plan: BatchPlan, num_ahead: int) -> None:
         self._workers, self._plan, self._num_ahead = workers, plan, num_ahead
         layout = RowLayout.from_plan(plan)
-        self._slab = workers.take_slab(layout, num_ahead + 2 + plan.num_held)
+        self._slab = workers.take_slab(layout, count_slots(plan, num_ahead))
         spec = StreamSpec(plan, layout, self._slab.num_slots)
         self._stream = workers.begin_stream(spec, self._slab, self._receive)
         self._rows_per_job = max(1, min(_ROWS_PER_JOB, -(-plan.num_rows // workers.num_workers)))
@@ -74,3 +74,8 @@ class BatchStream:
         pending.num_unfinished -= 1
         pending.results.append(message.result)
         pending.error = pending.error or message.error
+
+
+def count_slots(plan: BatchPlan, num_ahead: int) -> int:
+    """Return the slots of a stream: of microbatches ahead, of those that its consumer holds, and two in between."""
+    return num_ahead + 2 + plan.num_held

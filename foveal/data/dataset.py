@@ -50,6 +50,7 @@ class Dataset:
     _pixel_stats: PixelStatsOverride
     _open_again: "functools.partial[Dataset]"
     _identity: str = field(default_factory=lambda: uuid.uuid4().hex)
+    _kept_labels: dict[str, np.ndarray] = field(default_factory=dict)  # by split, in few bytes each
     _verified_shards: set[str] = field(default_factory=set)
     _verify_lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -115,9 +116,16 @@ class Dataset:
         return hashlib.sha256("".join(shard.index for shard in self._get_split(split).shards).encode()).hexdigest()
 
     def labels(self, split: str) -> np.ndarray:
-        """Return the labels of a split, int64 [N], -1 for none. Raises: DataError if a label exceeds the classes."""
-        shard_numbers = range(len(self._get_split(split).shards))
-        labels = np.concatenate([self.shard_index(split, number).labels for number in shard_numbers])
+        """Return the labels of a split, int64 [N], -1 for none. Raises: DataError if a label exceeds the classes.
+
+        The first call reads the index of every shard; its labels are kept.
+        """
+        if split not in self._kept_labels:
+            shard_numbers = range(len(self._get_split(split).shards))
+            labels = np.concatenate([self.shard_index(split, number).labels for number in shard_numbers])
+            narrow_type = np.result_type(*map(np.min_scalar_type, (labels.min(), labels.max())))
+            self._kept_labels[split] = labels.astype(narrow_type)
+        labels = self._kept_labels[split].astype(np.int64)
         if self.classes and labels.max() >= len(self.classes):
             raise DataError(
                 f"{self.index_folder}: split '{split}' has label {labels.max()}, and {MANIFEST_NAME} has "

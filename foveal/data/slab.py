@@ -27,9 +27,8 @@ class SlabMap:
     """A process's view of a slab: slots of one layout each, behind a page whose first number is the slab's user."""
 
     def __init__(self, descriptor: int, layout: RowLayout, num_slots: int) -> None:
-        self._offsets, slot_bytes = _place_tensors(layout)
-        self._slot_bytes = slot_bytes
-        self.num_bytes = _PAGE + num_slots * slot_bytes
+        self._offsets, self._slot_bytes = _place_tensors(layout)
+        self.num_bytes = count_slab_bytes(layout, num_slots)
         self.memory = mmap.mmap(descriptor, self.num_bytes)
         self._user = np.ndarray((1,), np.int64, self.memory)
         self._layout = layout
@@ -58,8 +57,7 @@ class Slab:
     def __init__(self, layout: RowLayout, num_slots: int) -> None:
         self.layout, self.num_slots = layout, num_slots
         self.descriptor = os.memfd_create("foveal-batches", os.MFD_CLOEXEC)
-        _, slot_bytes = _place_tensors(layout)
-        os.ftruncate(self.descriptor, _PAGE + num_slots * slot_bytes)
+        os.ftruncate(self.descriptor, count_slab_bytes(layout, num_slots))
         self.map = SlabMap(self.descriptor, layout, num_slots)
         self.num_unfinished = 0  # jobs of workers that may still write
         self._free = deque(range(num_slots))
@@ -114,6 +112,11 @@ class Slab:
         if self._is_page_locked:
             release_finished_copies(wait=True)
             _cuda_runtime().cudaHostUnregister(_address(self.map))
+
+
+def count_slab_bytes(layout: RowLayout, num_slots: int) -> int:
+    """Return the size of a slab in bytes."""
+    return _PAGE + num_slots * _place_tensors(layout)[1]
 
 
 def _copy(arrays: Mapping[str, np.ndarray], names: "tuple[str, ...] | Mapping[str, np.ndarray]") -> dict[str, Tensor]:

@@ -2,8 +2,11 @@
 
 import logging
 import os
+import sys
+import threading
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from importlib.abc import MetaPathFinder
 from types import ModuleType
 from typing import Any, cast
 
@@ -46,7 +49,8 @@ def import_deepspeed() -> ModuleType:
     os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
     disabled_level = logging.root.manager.disable
     logging.disable(logging.WARNING)  # DeepSpeed warns about a machine without a GPU
-    import deepspeed
+    with _hidden_module("mlflow"):  # its autotuner, which nothing here uses, imports it: two seconds of every rank
+        import deepspeed
 
     logging.disable(disabled_level)
     deepspeed.utils.logger.setLevel(logging.WARNING)
@@ -55,6 +59,27 @@ def import_deepspeed() -> ModuleType:
         # c++ on PATH). gloo is sufficient on a CPU.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+@contextmanager
+def _hidden_module(name: str) -> Iterator[None]:
+    """Let an import of a module that is not imported yet fail in this thread, as if it were not installed.
+
+    Other threads import it as ever.
+    """
+    thread = threading.get_ident()
+
+    class Hide(MetaPathFinder):
+        def find_spec(self, fullname: str, _path: Any, _target: Any = None) -> None:
+            if fullname == name and threading.get_ident() == thread:
+                raise ModuleNotFoundError(f"{name} is hidden", name=name)
+
+    finder = Hide()
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
 
 
 def build_deepspeed_config(

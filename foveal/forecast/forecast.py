@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from foveal.engines.config import EngineConfig, Precision
-from foveal.forecast.host_memory import estimate_pinned_bytes
+from foveal.forecast.host_memory import LoaderMemory, estimate_loader_memory, estimate_pinned_bytes
 from foveal.forecast.memory import MemoryEstimate, deepspeed_zero_stage, estimate_memory, sums_in_bf16
 from foveal.forecast.stated_data import StatedData
 from foveal.forecast.trace import (
@@ -159,6 +159,11 @@ class Forecast:
         return estimate_pinned_bytes(
             self.parameter_counts, cfg.engine, cfg.optim, nodes=cluster.nodes, gpus_per_node=cluster.gpus_per_node
         )
+
+    @property
+    def loader_memory(self) -> LoaderMemory | None:
+        """Memory of a node's loaders; None if ranks read the data themselves."""
+        return estimate_loader_memory(self.plan, self.cluster.gpus_per_node)
 
     @property
     def seconds_per_save(self) -> float:

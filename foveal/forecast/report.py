@@ -6,6 +6,7 @@ from typing import Any
 from foveal.forecast.forecast import ClusterSpec, Forecast
 from foveal.forecast.memory import CUDA_CONTEXT_BYTES, FRAGMENTATION_FACTOR
 from foveal.forecast.problems import STARTUP_SECONDS, JobLimits, Problem, count_attempts
+from foveal.forecast.replication import find_replication
 from foveal.slurm import SlurmPartition
 
 _LAUNCH_BOUND_MS = 20.0  # of a forward and backward in some hundred kernels, each launched from Python; assumed
@@ -27,6 +28,7 @@ def forecast_to_dict(
 ) -> dict[str, Any]:
     """Return every number, in seconds, bytes and FLOPs."""
     plan = forecast.plan
+    loader, replication = forecast.loader_memory, find_replication(forecast)
     memory = {
         sharding: {variant: asdict(estimate) | {"needed": estimate.required_bytes} for variant, estimate in row.items()}
         for sharding, row in forecast.memory_by_sharding.items()
@@ -55,7 +57,9 @@ def forecast_to_dict(
         "checkpoint_bytes": forecast.checkpoint_bytes,
         "save_seconds": forecast.seconds_per_save,
         "pinned_checkpoint_bytes": forecast.pinned_checkpoint_bytes,
+        "loader_memory": None if loader is None else asdict(loader),
         "network_bytes_per_step": forecast.network_bytes_by_sharding,
+        "replication": None if replication is None else asdict(replication),
         "step_seconds": forecast.step_seconds,
         "seconds": forecast.all_runs_training_seconds,
         "mfu": forecast.cluster.mfu,
@@ -129,8 +133,39 @@ def _disk_and_network_lines(forecast: Forecast) -> list[str]:
             f"{forecast.cluster.write_bytes_per_second / 1e9:.3g} GB/s"
         ),
         f"host      {forecast.pinned_checkpoint_bytes / 1e9:.3g} GB of a node's memory pinned for the copy of a checkpoint",
+        *_loader_memory_lines(forecast),
         f"network   GB sent per GPU and step: {traffic}",
+        *_replication_lines(forecast),
     ]
+
+
+def _loader_memory_lines(forecast: Forecast) -> list[str]:
+    """Return a line about the processes that decode, if there are any."""
+    memory, setting = forecast.loader_memory, forecast.plan.cfg.data.workers
+    if memory is None:
+        return []
+    at_most = "up to " if setting == "auto" else ""
+    shared, private = memory.slab_bytes / 1e9, memory.process_bytes / 1e9
+    workers = f"{forecast.cluster.gpus_per_node} x {at_most}{memory.workers_per_rank}"
+    line = (
+        f"{shared:.3g} GB pinned for images that are read ahead; {at_most}{private:.3g} GB of {workers} processes that"
+    )
+    return [f"{'':10}{line} decode (data.workers={setting})"]
+
+
+def _replication_lines(forecast: Forecast) -> list[str]:
+    """Return a line about the engine that is faster because everything fits on every GPU, if there is one."""
+    faster, limit = find_replication(forecast), forecast.cluster.gpu_memory_bytes
+    if faster is None or limit is None:
+        return []
+    reason, gain = (
+        "everything fits without sharding",
+        f"{faster.sent_bytes / 1e9:.3g} GB sent in place of {faster.configured_sent_bytes / 1e9:.3g}",
+    )
+    if forecast.plan.world_size == 1:
+        reason, gain = "one GPU shards nothing", "fewer operations per step (benchmarks/results/host.md)"
+    room = f"{faster.required_bytes / 1e9:.1f} of {limit / 1e9:.0f} GB"
+    return [f"{'':10}faster: {faster.settings}, because {reason} ({room}): {gain}"]
 
 
 def _time_line(head: str, hours: float, steps: str, utilisation: str, cluster: ClusterSpec) -> str:

@@ -19,7 +19,7 @@ from foveal.training.run import Run
 
 _TINY_SECONDS = 5.0  # of one core for an epoch: less than what processes save
 _WARM_UP_ROWS, _MEASURED_ROWS = 2, 16
-_MOST_WORKERS = 16  # that data.workers=auto takes
+MAX_AUTO_WORKERS = 16  # that data.workers=auto takes
 _log = logging.getLogger(__name__)
 
 
@@ -48,6 +48,21 @@ def open_workers(plan: Plan, world: World, outer_run: Run | None) -> Iterator[Wo
         yield workers
 
 
+def plan_first_step(plan: Plan, rank: int) -> TrainingBatchPlan:
+    """Return the microbatches of a rank in the first step."""
+    return TrainingBatchPlan(
+        plan.training_set,
+        plan.cfg.data,
+        rank,
+        plan.world_size,
+        plan.microbatch_size,
+        start_step=0,
+        stop_step=1,
+        label_reader=plan.label_reader,
+        mean=plan.mean,
+    )
+
+
 def _count_own_cores(world: World) -> int:
     """Return the cores that this process has to itself, if those that it shares with other ranks are dealt out."""
     own = (socket.gethostname(), os.sched_getaffinity(0))
@@ -61,30 +76,20 @@ def choose_num_workers(num_cores: int, epoch_seconds: float | None) -> int:
     num_cores: of the rank. epoch_seconds: in which one of them reads the rank's samples of an epoch; None: unknown.
     """
     is_tiny = epoch_seconds is not None and epoch_seconds < _TINY_SECONDS
-    return 0 if is_tiny else max(1, min(num_cores - 1, _MOST_WORKERS))
+    return 0 if is_tiny else max(1, min(num_cores - 1, MAX_AUTO_WORKERS))
 
 
 def _measure_epoch_seconds(plan: Plan, world: World) -> float | None:
     """Return the seconds in which a core reads this rank's samples of an epoch; None if it has to wait for a network."""
     if any(source.dataset.is_remote for source in plan.training_set.sources):
         return None
-    seconds = _measure_seconds_per_image(plan, world)
+    seconds = _measure_seconds_per_image(plan, world.rank)
     return None if seconds is None else seconds * plan.steps_per_epoch * plan.cfg.batch.global_size / world.size
 
 
-def _measure_seconds_per_image(plan: Plan, world: World) -> float | None:
+def _measure_seconds_per_image(plan: Plan, rank: int) -> float | None:
     """Return the processor's seconds for one image, from a few of the first microbatch; None if they cannot be read."""
-    batches = TrainingBatchPlan(
-        plan.training_set,
-        plan.cfg.data,
-        world.rank,
-        world.size,
-        plan.microbatch_size,
-        start_step=0,
-        stop_step=1,
-        label_reader=plan.label_reader,
-        mean=plan.mean,
-    )
+    batches = plan_first_step(plan, rank)
     reader = SampleReader(batches, ReadMonitor())
     arrays = {name: tensor.numpy() for name, tensor in RowLayout.from_plan(batches).allocate().items()}
 

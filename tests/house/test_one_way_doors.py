@@ -216,3 +216,17 @@ def test_typos_and_help_are_answered_without_the_heavy_libraries() -> None:
     printed = _words_printed(_ANSWERS.format(starts=starts))
     assert printed[: len(starts)] == ["2", "0", "2", "0", "2", "0", "0", "0", "0"]
     assert not HEAVY & set(printed)
+
+
+UNUSED_BY_A_START = {"mlflow", "pandas", "pyarrow", "scipy", "sklearn", "submitit", "transformers", "webdataset"}
+
+
+def test_a_start_imports_no_library_that_its_first_step_does_not_need() -> None:
+    """MLflow alone, which DeepSpeed's autotuner imports, takes every rank two seconds; its uploader imports it later."""
+    stages = ", ".join(f"{stage}.train" for stage in STAGES)
+    loaded = _words_printed(
+        f"import sys, {stages}, foveal.training.launch, foveal.engines.accelerate, foveal.engines.deepspeed as engine; "
+        "engine.import_deepspeed(); print(*sys.modules)"
+    )
+    assert {"deepspeed", "accelerate", "timm"} <= set(loaded)
+    assert not UNUSED_BY_A_START & set(loaded)

@@ -14,6 +14,7 @@ from pictures import mask_png as mask
 
 from finetune.config import FinetuneConfig
 from finetune.plan import nested_run_config, plan_training
+from foveal.data import dataset
 from foveal.data.indexing.index import index_folder
 from foveal.errors import ConfigError, DataError
 
@@ -54,6 +55,15 @@ def lines_of(
         tree["detect"] = {"width": 32, "layers": 1, "strides": [4, 8]}
     lines = plan_training(FinetuneConfig.from_dict(tree, "the test"), 1).summary_lines()
     return [line.removeprefix("labels    ") for line in lines if line.startswith("labels")]
+
+
+def test_a_start_reads_the_index_of_a_shard_once(configs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the labels that subsets, class weights and checks ask for, also of a set with more shards than stay open."""
+    monkeypatch.setattr(dataset, "_OPEN_INDICES", 1)
+    overrides = ["init=null", "class_weights=balanced", "data.holdout_per_class=2", "run.dir=runs/none"]
+    model = "model={name: vit_tiny_patch16_224, patch: 4, width: 32, depth: 2, heads: 2}"
+    opened = plan_training(FinetuneConfig.load(configs["finetune"], [*overrides, model]), 1).dataset
+    assert opened.num_index_reads == sum(len(split.shards) for split in opened.manifest.splits.values())
 
 
 def as_json(*values: Any) -> list[bytes]:

@@ -1,14 +1,24 @@
-"""Host memory that `foveal plan` counts for the copy of a checkpoint, against the ranges that ranks write."""
+"""Host memory that `foveal plan` counts, against the ranges that ranks write and the slabs that loaders allocate."""
+
+import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from plans import forecast
 
 from foveal.checkpoint.chunks import replicated_chunk
 from foveal.checkpoint.writer import count_bytes_to_write
+from foveal.data.batch_plan import BatchPlan, EvaluationBatchPlan
+from foveal.data.batch_stream import BatchStream
+from foveal.data.row_arrays import RowLayout
+from foveal.data.slab import Slab
 from foveal.engines.config import EngineConfig
 from foveal.forecast.host_memory import estimate_pinned_bytes
 from foveal.forecast.trace import ParameterCounts
 from foveal.optim.config import OptimConfig
+from foveal.training.data_workers import plan_first_step
 
 ELEMENTS = 3 << 20
 FROZEN_BYTES = 16 << 20  # in the checkpoint, as an EMA encoder is
@@ -39,3 +49,58 @@ def test_shards_are_copied_by_every_rank() -> None:
     assert pinned(4, 8, EngineConfig(kind="deepspeed", zero=1)) == 4 * (2 << 20) + 4 * (4 << 20)
     assert pinned(4, 8, EngineConfig(kind="deepspeed", zero=3)) == 8 * (2 << 20)
     assert pinned(1, 4, EngineConfig(kind="accelerate", sharding="fsdp2")) == 4 * (16 << 20)
+
+
+# --- loaders ---
+
+
+class SlabsOnly:
+    """The part of a pool of workers that allocates slabs; it starts no process and keeps what it allocated."""
+
+    num_workers = 1
+
+    def __init__(self) -> None:
+        self.slabs: list[Slab] = []
+
+    def take_slab(self, layout: RowLayout, num_slots: int) -> Slab:
+        self.slabs.append(Slab(layout, num_slots))
+        return self.slabs[-1]
+
+    def begin_stream(self, *_arguments: Any) -> int:
+        return 1
+
+
+def test_slabs_are_those_that_streams_allocate(configs: dict[str, Path]) -> None:
+    pool: Any = SlabsOnly()
+    made = forecast("finetune", configs["finetune"], "data.workers=2")
+    plan = made.plan
+    source = plan.training_set.sources[0]
+    rows = plan.cfg.batch.max_micro_size
+    streams: list[BatchPlan] = [plan_first_step(plan, 0), EvaluationBatchPlan(source, plan.cfg.data, 0, 1, rows)]
+    for stream in streams:
+        BatchStream(pool, stream, plan.cfg.data.prefetch_batches)
+    allocated = sum(os.fstat(slab.descriptor).st_size for slab in pool.slabs)
+    for slab in pool.slabs:
+        slab.close()
+    assert made.loader_memory is not None
+    assert (made.loader_memory.workers_per_rank, made.loader_memory.slab_bytes) == (2, allocated)
+
+
+def test_only_runs_that_evaluate_have_a_second_slab(configs: dict[str, Path]) -> None:
+    one, two = (
+        forecast("pretrain", configs["pretrain"], "data.workers=1", f"evaluate_every={steps}").loader_memory
+        for steps in (0, 5)
+    )
+    assert one is not None and two is not None
+    assert one.slab_bytes < two.slab_bytes
+
+
+def test_processes_count_by_rank_and_worker(configs: dict[str, Path]) -> None:
+    def loader(workers: int | str, ranks: int = 1) -> Any:
+        return forecast("pretrain", configs["pretrain"], f"data.workers={workers}", ranks=ranks).loader_memory
+
+    assert loader(0) is None, "a rank that decodes has no slab"
+    assert loader("auto").workers_per_rank == 16
+    assert loader(3).process_bytes - loader(2).process_bytes == loader(2).process_bytes - loader(1).process_bytes > 0
+    assert loader(1).process_bytes > loader(2).process_bytes - loader(1).process_bytes, "they share a server"
+    assert loader(2, ranks=2).process_bytes == 2 * loader(2).process_bytes
