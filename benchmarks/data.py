@@ -1,41 +1,41 @@
-"""How fast do JPEGs in tars become batches, per core, and how fast do samples' bytes come out of tars?
+"""JPEGs in tars to batches, and samples' bytes out of tars, per core: foveal and its peers; and foveal's workers.
 
     FOVEAL_TEST_DATA=... python benchmarks/data.py --out benchmarks/results/data.md \
         --python litdata=VENV/bin/python --python streaming=VENV/bin/python --python "DALI (CPU)=VENV/bin/python"
 
 Every contender of contenders.py has a process of its own, in the Python that is named for it (default: this one), and
 they take turns, one pass over the data each, in an order that changes from round to round. What is not installed is
-left out with a line. The pictures are street scenes of CamVid; they lie in the page cache.
+left out with a line. loader.py measures the workers, and what they cost the thread that trains. The pictures are street
+scenes of CamVid; they lie in the page cache.
 """
 
 import argparse
-import io
 import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from contenders import BATCH, CONTENDERS
+from loader import IndependentDecoders, data_config, launch_table, worker_table
 from machine import described
-from PIL import Image
-from webdataset.writer import TarWriter
+from photographs import QUALITY, write_photographs, write_shards
 
-from foveal.data.indexing.index import index_folder
-
-SHARDS = 4
-QUALITY = 90
 SMALL, SMALL_BYTES = 20_000, 3_000  # samples of the table of bytes, and their size
 IMAGES = {(400, 300): 512, (1024, 768): 128}
 OUTPUTS = ("uint8", "float")
+TABLES = ("bytes", "images", "workers", "launches")
 REFERENCE, BYTES_REFERENCE = "webdataset + PIL", "webdataset: bytes"
+_FEWEST_ROUNDS = 3
 
 
 @dataclass
@@ -97,12 +97,13 @@ def started(names: list[str], pythons: dict[str, str], folder: Path, output: str
     return ready
 
 
-def raced(
-    names: list[str], pythons: dict[str, str], folder: Path, output: str, cores: int, rounds: int
-) -> list[Contender]:
-    """``rounds`` rounds in which all take turns."""
-    runners = started(names, pythons, folder, output, cores)
-    for number in range(rounds):
+def raced(names: list[str], folder: Path, output: str, cores: int, given: argparse.Namespace) -> list[Contender]:
+    """Rounds in which all take turns: as many as are asked for, or as fit into the seconds."""
+    runners = started(names, given.pythons, folder, output, cores)
+    start = time.monotonic()
+    for number in range(given.rounds):
+        if number >= _FEWEST_ROUNDS and time.monotonic() - start > given.seconds:
+            break
         for turn in range(len(runners)):
             runners[(number + turn) % len(runners)].go()
     for runner in runners:
@@ -131,52 +132,14 @@ def table(runners: list[Contender], reference: str, unit: str, cores: int) -> li
     return lines
 
 
-def photographs() -> list[Image.Image]:
-    """The street scenes of CamVid's training shard, 480 x 360."""
-    if "FOVEAL_TEST_DATA" not in os.environ:
-        sys.exit("set FOVEAL_TEST_DATA to the folder that holds camvid/train-000000.tar")
-    with tarfile.open(Path(os.environ["FOVEAL_TEST_DATA"]) / "camvid" / "train-000000.tar") as tar:
-        members = [member for member in tar if member.name.endswith(".jpg")]
-        return [Image.open(io.BytesIO(tar.extractfile(member).read())).convert("RGB") for member in members]  # pyright: ignore[reportOptionalMemberAccess]
-
-
-def write_photographs(folder: Path, width: int, height: int, count: int) -> float:
-    """Shards and a class folder of JPEGs, indexed; their mean size in bytes. Large ones show four scenes."""
-    scenes = itertools.cycle(photographs())
-    (folder / "files" / "street").mkdir(parents=True)
-    samples, across = [], 2 if width > 480 else 1
-    for number in range(count):
-        sheet = Image.new("RGB", (480 * across, 360 * across))
-        for place in range(across**2):
-            sheet.paste(next(scenes), (480 * (place % across), 360 * (place // across)))
-        stream = io.BytesIO()
-        sheet.resize((width, height), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=QUALITY)
-        samples.append(stream.getvalue())
-        (folder / "files" / "street" / f"{number:06d}.jpg").write_bytes(samples[-1])
-    write_shards(folder / "shards", "jpg", samples)
-    return statistics.mean(map(len, samples))
-
-
-def write_shards(folder: Path, kind: str, samples: list[bytes]) -> None:
-    """Tars of equal length with manifest and index."""
-    folder.mkdir(parents=True)
-    for number, rows in enumerate(np.array_split(np.arange(len(samples)), SHARDS)):
-        with (folder / f"train-{number:06d}.tar").open("wb") as stream, TarWriter(stream, encoder=False) as tar:
-            for row in rows:
-                tar.write({"__key__": f"{row:08d}", kind: samples[row], "cls": b"0"})
-    index_folder(str(folder), classes=("street",))
-
-
-def byte_table(place: Path, given: argparse.Namespace) -> list[str]:
+def byte_table(place: Path, given: argparse.Namespace) -> Iterator[str]:
     """The table of samples' bytes."""
     names = [name for name in given.only if "bytes" in name]
-    if not names:
-        return []
     noise = np.random.default_rng(0)
     write_shards(place / "small" / "shards", "png", [noise.bytes(SMALL_BYTES) for _ in range(SMALL)])
-    runners = raced(names, given.pythons, place / "small", "bytes", 1, given.rounds)
-    heading = f"## Bytes of samples ({SMALL:,} of {SMALL_BYTES:,} bytes) out of tars, on 1 core"
-    return ["", heading, "", *table(runners, BYTES_REFERENCE, "samples", 1)]
+    runners = raced(names, place / "small", "bytes", 1, given)
+    yield f"## Bytes of samples ({SMALL:,} of {SMALL_BYTES:,} bytes) out of tars, on 1 core, {_rounds(runners)}"
+    yield from ("", *table(runners, BYTES_REFERENCE, "samples", 1))
 
 
 def image_tables(place: Path, given: argparse.Namespace, packages: set[str]) -> Iterator[list[str]]:
@@ -186,17 +149,47 @@ def image_tables(place: Path, given: argparse.Namespace, packages: set[str]) -> 
         folder = place / f"{width}x{height}"
         size = write_photographs(folder, width, height, count)
         for cores, output in itertools.product(given.cores, given.outputs):
-            runners = raced(names, given.pythons, folder, output, cores, given.rounds)
+            runners = raced(names, folder, output, cores, given)
             packages.update(runner.package for runner in runners)
-            heading = f"## JPEGs of {width} x {height} ({size / 1000:.0f} kB) to {output}, on {cores} core"
-            yield ["", heading + "s" * (cores > 1), "", *table(runners, REFERENCE, "images", cores)]
+            where = f"{cores} core{'s' * (cores > 1)}, {_rounds(runners)}"
+            heading = f"## JPEGs of {width} x {height} ({size / 1000:.0f} kB) to {output}, on {where}"
+            yield [heading, "", *table(runners, REFERENCE, "images", cores)]
+
+
+def _rounds(runners: list[Contender]) -> str:
+    return f"{max((len(runner.rates) for runner in runners), default=0)} rounds"
+
+
+def tables(place: Path, given: argparse.Namespace, packages: set[str]) -> Iterator[list[str]]:
+    """The tables that are asked for, one after the other."""
+    if "bytes" in given.tables:
+        yield list(byte_table(place, given))
+    if "images" in given.tables:
+        yield from image_tables(place, given, packages)
+    if not {"workers", "launches"} & set(given.tables):
+        return
+    (width, height), count = next(iter(IMAGES.items()))
+    if not (folder := place / f"{width}x{height}").exists():
+        write_photographs(folder, width, height, count)
+    cfg, limits = data_config(folder / "shards"), (given.rounds, given.seconds)
+    about = f"JPEGs of {width} x {height} to uint8"
+    torch.set_num_threads(1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with closing(IndependentDecoders(cfg)) as decoders:
+        if "workers" in given.tables:
+            yield [f"## Workers of foveal's loader, {about}", "", *worker_table(cfg, decoders, *limits)]
+        if "launches" in given.tables:
+            lines = launch_table(cfg, decoders, *limits, device)
+            yield [f"## What the loader costs the thread that trains, {about}", "", *lines]
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="where the tables are written, as markdown")
+    parser.add_argument("--out", type=Path, help="where the tables are written, as markdown, each when it is there")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--cores", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--seconds", type=float, default=120.0, help="a table's rounds end then, after 3 at least")
+    parser.add_argument("--cores", type=int, nargs="+", default=[1, 2], help="of the tables of images")
     parser.add_argument("--outputs", nargs="+", choices=OUTPUTS, default=OUTPUTS)
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="these contenders")
     parser.add_argument("--python", action="append", default=[], metavar="NAME=PYTHON", help="of a contender")
@@ -205,27 +198,30 @@ def arguments() -> argparse.Namespace:
     return given
 
 
+def described_run(given: argparse.Namespace, packages: set[str]) -> list[str]:
+    """The lines above the tables: how they came about."""
+    about = (
+        f"`python benchmarks/data.py`, up to {given.rounds} rounds in which all take turns, batches of {BATCH}; the load "
+        f"average was {os.getloadavg()[1]:.0f} at the end. Images: random crop of 20 to 100 % of the area to 224 x 224 "
+        f"(bicubic, antialiased), flip; JPEGs of quality {QUALITY} from the page cache; `float` is normalised on the CPU. "
+        "Medians (lowest-highest); a ratio is the median over the rounds. A contender is a process of its own: on 1 core "
+        "everything is bound to that core; on more, DALI has that many threads and the others that many worker processes."
+    )
+    machine = f"Machine: {described(['torch', 'Pillow', 'simplejpeg'])}."
+    return ["# From tars to batches", "", about, "", f"{machine} Measured: {', '.join(sorted(packages)) or 'foveal'}."]
+
+
 def main() -> None:
     given = arguments()
     packages: set[str] = set()
     parts: list[str] = []
     with tempfile.TemporaryDirectory(prefix="foveal-benchmark-") as name:
-        tables = image_tables(Path(name), given, packages)
-        for lines in itertools.chain([byte_table(Path(name), given)], tables):
-            print("\n".join(lines), flush=True)
-            parts += lines
-    about = (
-        f"`python benchmarks/data.py`, {given.rounds} rounds in which all take turns, each a process of its own, batches of "
-        f"{BATCH}. Images: random crop of 20 to 100 % of the area to 224 x 224 (bicubic, antialiased), flip; JPEGs of "
-        f"quality {QUALITY} from the page cache; `float` is normalised on the CPU. Medians (lowest-highest); a ratio is the "
-        "median over the rounds. On 1 core everything is bound to that core; on more, DALI has that many threads "
-        "and the others that many worker processes."
-    )
-    machine = f"Machine: {described(['torch', 'Pillow', 'simplejpeg'])}. Measured: {', '.join(sorted(packages))}."
-    text = "\n".join(["# From tars to batches", "", about, "", machine, *parts, ""])
-    if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(text)
+        for lines in tables(Path(name), given, packages):
+            print("\n".join(["", *lines]), flush=True)
+            parts += ["", *lines]
+            if given.out:
+                given.out.parent.mkdir(parents=True, exist_ok=True)
+                given.out.write_text("\n".join([*described_run(given, packages), *parts, ""]))
 
 
 if __name__ == "__main__":

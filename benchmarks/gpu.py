@@ -1,193 +1,238 @@
-"""The paper's models on real photographs and one GPU: how fast, in how much memory, and whether an interruption shows.
+"""MAE of the paper's models on one GPU, in at most nine minutes on a fresh machine, the most important first.
 
-    python benchmarks/gpu.py --data $FOVEAL_TEST_DATA/imagenette224 --out benchmarks/results/gpu.md
+    PYTHONPATH=.:tests/support python benchmarks/gpu.py --data FOLDER --out FILE
 
-Every run is started as a user starts it. The interrupted ones are killed after a checkpoint, asked to leave later, and
-go on under another ZeRO stage.
+FOLDER has tar shards of photographs. Every line is written when it is measured, so that a machine that is taken back
+leaves what it has measured; what fails, is refused or lacks time leaves a line that says so. Without a GPU tiny models
+rehearse all of it on the CPU, which proves that the script runs and measures nothing.
 """
 
 import argparse
-import json
+import os
 import signal
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+import traceback
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from gpu_interrupted import interrupted_lines
+from gpu_profile import profile_lines
+from gpu_switches import SWITCH_HEADING, SWITCHES, TINY, SwitchedSteps
+from gpu_training import CASE_HEADING, CONFIGS, Bench, case_row, first_cases, free_memory, other_cases
+from loader import IndependentDecoders, data_config, launch_table, worker_table
 from machine import described
-from safetensors.torch import load_file
+from step import GPU_BATCH, PEER_HEADING, SHAPES, compare
 
-from foveal.data.loader import train_batches
 from foveal.data.workers import WorkerPool
+from foveal.distributed.world import World, init_world
 from foveal.doctor.node_checks import measure_matmul_rates
 from foveal.doctor.report import RankReport
-from foveal.forecast.forecast import ClusterSpec, Forecast
-from foveal.training.cli import load_config
-from pretrain.run import STAGE
+from foveal.training.data_workers import choose_num_workers
 
-EVERY = 20  # steps between checkpoints
-_PATIENCE = 300  # seconds for one start
-_WARM = 30  # steps that no rate counts: the compiler, the first data
-SETTINGS = (
-    "batch.global_size=256", "epochs=40", "optim.warmup_epochs=4", "data.lanes=16", "data.workers=12", "log.every=10",
-    "log.images_every=0", f"checkpoint.every={EVERY}", "checkpoint.keep=1", "tracking.uri=null",
-)  # fmt: skip
+_RESULTS = Path(__file__).parent / "results"
+_REHEARSAL_MINUTES = 45.0
 
 
-WAYS = {
-    "ViT-B/16": ("mae_vit_b16", ()),
-    "ViT-B/16, compiled": ("mae_vit_b16", ("engine.compile=true",)),
-    "ViT-B/16, 2 workers": ("mae_vit_b16", ("data.workers=2",)),
-    "ViT-L/16": ("mae_vit_l16", ("batch.max_micro_size=256",)),
-}
+class OutOfTime(BaseException):
+    """A measurement has had its seconds; no Exception, which a library may take for its own."""
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A run that was started in some way, and its rows."""
+class Measurement:
+    """Lines of a section. It is not begun with less than ``least`` seconds left, and ends after ``most``."""
 
-    folder: Path
-    rows: list[dict[str, float]]
-
-    def median(self, name: str) -> tuple[float, float, float]:
-        """Median, lowest and highest of what was reported after the first steps."""
-        found = [row[name] for row in self.rows if name in row and row["step"] > _WARM]
-        return statistics.median(found), min(found), max(found)
-
-    @property
-    def pieces(self) -> dict[str, torch.Tensor]:
-        """What its newest checkpoint holds."""
-        newest = max((self.folder / "checkpoints").glob("step-*"))
-        return {key: value for file in newest.glob("*.safetensors") for key, value in load_file(file).items()}
+    name: str
+    least: float
+    most: float
+    lines: Callable[[], Iterator[str]]
 
 
-class Bench:
-    """Runs in one folder, on one set of photographs."""
+@dataclass(frozen=True)
+class Section:
+    """Measurements under a title, for ``seconds`` at most; ``heading``: of their common table."""
 
-    def __init__(self, folder: Path, data: Path, steps: int) -> None:
-        self.folder, self.steps = folder, steps
-        index = folder / "index"
-        subprocess.run([sys.executable, "-m", "foveal.cli", "data", "index", data, "--index", index], check=True)
-        self._settings = (*SETTINGS, f"data.path={data}", f"data.index={index}", f"run.stop_at_step={steps}")
-
-    def plan(self, config: str, overrides: Sequence[str]) -> Forecast:
-        """What foveal plan foresees of a run on this GPU."""
-        cfg = load_config(STAGE.config_class, STAGE.name, config, [*self._settings, *overrides])
-        return Forecast(STAGE, STAGE.functions.build_plan(cfg, 1), ClusterSpec(1, 1, 1.0, 1e9))
-
-    def loader(self, workers: int, batches: int = 12) -> str:
-        """Images that the loader makes in a second when nobody trains."""
-        plan = self.plan("mae_vit_b16", ()).plan
-        place = {
-            "rank": 0,
-            "world_size": 1,
-            "microbatch_size": plan.microbatch_size,
-            "start_step": 0,
-            "stop_step": batches,
-            "mean": plan.mean,
-        }
-        with (
-            closing(WorkerPool(workers, _PATIENCE)) as pool,
-            train_batches(plan.training_set, plan.cfg.data, **place, workers=pool) as made,
-        ):
-            next(made)
-            began, images = time.perf_counter(), sum(len(batch.ids) for batch in made)
-        return f"{workers}: {images / (time.perf_counter() - began):,.0f} images/s"
-
-    def train(self, name: str, config: str, overrides: Sequence[str], stops: Sequence[tuple[int, int]] = ()) -> Trained:
-        """Start a run; at each of ``stops``, a step and a signal, it is hit and started again, under ZeRO 2 instead of 1."""
-        folder = self.folder / name
-        command = [sys.executable, "-m", "pretrain.run", config, *self._settings, *overrides, f"run.dir={folder}"]
-        for number, (step, what) in enumerate([*stops, (0, 0)]):
-            zero = [f"engine.zero={1 + number % 2}"] if stops else []
-            with (self.folder / f"{name}.out").open("a") as out:
-                started = subprocess.Popen([*command, *zero], stdout=out, stderr=out)
-                if what:
-                    _reaches(folder, step, started)
-                    started.send_signal(what)
-                code = started.wait(_PATIENCE)
-            expected = -what if what == signal.SIGKILL else 0
-            assert code == expected, f"{name}: {code}\n{(self.folder / f'{name}.out').read_text()[-3000:]}"
-        return Trained(folder, _rows(folder))
+    title: str
+    seconds: float
+    measurements: list[Measurement]
+    heading: tuple[str, ...] = ()
 
 
-def _rows(folder: Path) -> list[dict[str, float]]:
-    file = folder / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
+class Report:
+    """A file, and the terminal, that get each line at once."""
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        if file is not None:
+            file.write_text("")
+
+    def add(self, *lines: str) -> None:
+        for line in lines:
+            print(line, flush=True)
+            if self._file is not None:
+                with self._file.open("a") as stream:
+                    stream.write(f"{line}\n")
 
 
-def _reaches(folder: Path, step: int, started: subprocess.Popen[bytes]) -> None:
-    until = time.monotonic() + _PATIENCE
-    while not any(row["step"] >= step for row in _rows(folder)):
-        assert started.poll() is None and time.monotonic() < until, f"{folder} has not reached step {step}"
-        time.sleep(0.1)
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise OutOfTime after so many seconds, and again every 5: a callback may have swallowed it."""
+
+    def expire(*_: object) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 5.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
-def apart(one: Trained, other: Trained) -> str:
-    """How far two runs are from each other, in words."""
-    assert [row["step"] for row in one.rows] == [row["step"] for row in other.rows]
-    loss = max(abs(mine["loss"] / theirs["loss"] - 1) for mine, theirs in zip(one.rows, other.rows, strict=True))
-    ours, theirs = one.pieces, other.pieces
-    assert ours.keys() == theirs.keys()
-    same = all(ours[key].equal(theirs[key]) for key in ours)
-    return f"largest difference of a loss {loss:.1e}; weights and moments at the end {'equal bit for bit' if same else 'differ'}"
+def run_section(section: Section, report: Report, end: float, *, is_limited: bool) -> None:
+    """Add the lines of a section; ``end``: of everything, by the monotonic clock."""
+    report.add("", f"## {section.title}", "", *section.heading)
+    deadline = min(end, time.monotonic() + section.seconds) if is_limited else end
+    for measurement in section.measurements:
+        left = deadline - time.monotonic()
+        reason = f"left out, {max(0.0, left):.0f} s are left"
+        if left >= measurement.least:
+            reason = _measure(measurement, report, min(left, measurement.most) if is_limited else left)
+            free_memory()
+        if reason:
+            report.add(f"| {measurement.name} | {reason} |" if section.heading else f"{measurement.name}: {reason}.")
 
 
-def report(bench: Bench) -> Iterator[str]:
-    """All runs, and what they show, line by line: a lease that ends leaves what was measured until then."""
-    peak = RankReport("here", 0)
-    measure_matmul_rates(peak, torch.device("cuda", 0))
-    gemm = peak.facts["bf16_rate"]
-    yield f"Products of 8192 x 8192 matrices in bf16 run at {gemm / 1e12:.0f} TFLOP/s here (`foveal doctor`)."
-    yield f"The loader alone, with so many workers: {'; '.join(bench.loader(number) for number in (1, 2, 4, 8, 12, 16))}."
-    names = "| run | images/s, median (lowest-highest) | MFU of the measured rate | waits for data | peak memory, GiB | foreseen | "
-    yield f"\n{names}a save stops training, ms | a checkpoint, GB |\n|---|--:|--:|--:|--:|--:|--:|--:|"
-    runs = {}
-    for name, (config, overrides) in WAYS.items():
-        run = runs[name] = bench.train(name.replace("/", "").replace(", ", "-"), config, overrides)
-        plan = bench.plan(config, overrides)
-        pace, slowest, fastest = run.median("images_per_second")
-        stalls, sizes, waits = (run.median(name)[0] for name in ("save_stall_ms", "save_gigabytes", "data_wait"))
-        memory = max(row.get("peak_memory_gib", 0.0) for row in run.rows)
-        yield (
-            f"| {name} | {pace:,.0f} ({slowest:,.0f}-{fastest:,.0f}) | {pace * plan.flops_per_sample.forward_backward / gemm:.1%} | {waits:.0%} | "
-            f"{memory:.2f} | {plan.memory_estimate.peak / 2**30:.2f} | {stalls:.0f} | {sizes:.2f} |"
-        )
-    third = bench.steps // 3 // EVERY * EVERY
-    stops = [(third + EVERY // 2, signal.SIGKILL), (2 * third + EVERY // 2, signal.SIGTERM)]
-    alone, cut = runs["ViT-B/16"], bench.train("interrupted", "mae_vit_b16", (), stops)
-    yield (
-        f"\nThe loss of ViT-B/16 falls from {alone.rows[0]['loss']:.4f} to {alone.rows[-1]['loss']:.4f} in {bench.steps} steps. "
-        f"Killed at step {stops[0][0]}, asked to leave at step {stops[1][0]}, and gone on with under ZeRO 2 and then under ZeRO "
-        f"1 again, against the run that was left alone: {apart(cut, alone)}."
-    )
+def _measure(measurement: Measurement, report: Report, seconds: float) -> str:
+    """Add the lines of a measurement; return why it did not come to its end, in words."""
+    try:
+        with time_limit(seconds):
+            for line in measurement.lines():
+                report.add(line)
+    except OutOfTime:
+        return f"cut off after {seconds:.0f} s"
+    except Exception as error:  # noqa: BLE001 - whatever it was, the measurements after it are wanted
+        traceback.print_exc()
+        text = (str(error) or type(error).__name__).splitlines()[0]
+        return f"{type(error).__name__}: {text.replace('|', '/')[:300]}"
+    return ""
+
+
+def measure_peak(device: torch.device) -> tuple[float, str]:
+    """Return the rate of large products in bf16, in operations per second, and a sentence."""
+    report = RankReport("here", 0)
+    measure_matmul_rates(report, device)
+    rates = report.facts
+    sentence = f"Large products run at {rates['bf16_rate'] / 1e12:,.4g} TFLOP/s in bf16 and {rates['fp32_rate'] / 1e12:,.4g} in fp32."
+    return rates["bf16_rate"], sentence
+
+
+def sections(bench: Bench, folder: Path, trace: Path | None) -> Iterator[Section]:
+    """Everything after the peak, the most important first; seconds are of a GPU."""
+    device = bench.world.device
+    profiled = Measurement("profile", 20, 60, lambda: profile_lines(bench, trace, folder))
+    yield Section("Twenty steps of ViT-B/16 under the plain engine, from JPEGs", 60, [profiled])
+    first = [
+        Measurement(case.name, 10, 45 if case.compilation == "eager" else 90, partial(case_row, bench, case))
+        for case in first_cases()
+    ]
+    yield Section("The default engine and the plain one, from JPEGs", 170, first, CASE_HEADING)
+    yield Section("Peers, from images on the device", 100, list(peers(bench)), PEER_HEADING)
+    steps = SwitchedSteps(device, is_rehearsal=bench.is_rehearsal)
+    switched = [Measurement(name, 5, 20, partial(steps.row, name)) for name in SWITCHES]
+    yield Section("Parts of ViT-B/16's step, plain engine, images on the device", 50, switched, SWITCH_HEADING)
+    loader = Measurement("loader", 25, 70, lambda: loader_lines(bench))
+    yield Section("The loader beside a step of launches, and alone", 70, [loader])
+    others = [
+        Measurement(case.name, 10, 45 if case.compilation == "eager" else 90, partial(case_row, bench, case))
+        for case in other_cases(["ViT-B/16"] if bench.is_rehearsal else CONFIGS)
+    ]
+    yield Section("The other engines, from JPEGs", 80, others, CASE_HEADING)
+    interrupted = Measurement("interrupted run", 60, 200, lambda: interrupted_lines(bench, folder))
+    yield Section("An interrupted run", 200, [interrupted])
+
+
+def loader_lines(bench: Bench) -> Iterator[str]:
+    """What the loader costs the thread that trains, and images per second by workers."""
+    cfg, rounds, seconds = data_config(bench.data, bench.index), 3, 15.0
+    with closing(IndependentDecoders(cfg)) as decoders:
+        yield from launch_table(cfg, decoders, rounds, seconds, bench.world.device)
+        yield ""
+        yield from worker_table(cfg, decoders, rounds, seconds)
+
+
+def peers(bench: Bench) -> Iterator[Measurement]:
+    """Whole steps of foveal, of Hugging Face's ViTMAE and of a textbook's MAE, at 256 images or a rehearsal's few."""
+    for least, most, name, compiled in (
+        (25, 70, "ViT-L/16", False),
+        (15, 40, "ViT-B/16", False),
+        (45, 90, "ViT-B/16", True),
+    ):
+        if bench.is_rehearsal and compiled:
+            continue  # compilers take minutes on a CPU; the engines' table rehearses them
+        shape = TINY if bench.is_rehearsal else replace(SHAPES[name], batch=GPU_BATCH)
+        options = Namespace(data=bench.data, compile=compiled, rounds=1 if bench.is_rehearsal else 5, steps=2)
+        label = f"{name}{', compiled' if compiled else ''}"
+        yield Measurement(label, least, most, partial(compare, name, shape, "bf16", options, bench.world.device))
+
+
+def header(minutes: float, *, is_rehearsal: bool) -> list[str]:
+    """The lines above the sections."""
+    machine = f"{described(['torch', 'deepspeed', 'accelerate', 'timm', 'transformers', 'simplejpeg'])}."
+    if is_rehearsal:
+        return [
+            "# CPU rehearsal of benchmarks/gpu.py: these are no results",
+            "",
+            f"Tiny models on a CPU, a few steps each: the script runs, and its numbers say nothing. {machine}",
+        ]
+    return [
+        "# On a GPU",
+        "",
+        f"`PYTHONPATH=.:tests/support python benchmarks/gpu.py --data FOLDER --minutes {minutes:g}`; {machine}",
+        "",
+        "MAE in bf16, 256 images of 224 px a step. From JPEGs: a run's loader, engine and loop, without checkpoints and logs.",
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="shards of photographs")
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--data", type=Path, required=True, help="tar shards of photographs, train-*.tar")
+    parser.add_argument("--out", type=Path, help="where the lines are written, as markdown")
+    parser.add_argument("--trace", type=Path, help="where the profiler's trace is kept, *.json.gz")
+    parser.add_argument("--minutes", type=float, default=8.5, help="all of it on a GPU, after the imports")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        bench = Bench(Path(place), options.data, options.steps)
-        about = (
-            f"`python benchmarks/gpu.py --data FOLDER --steps {options.steps}`: masked-autoencoder pretraining in bf16 under DeepSpeed's ZeRO 1, 256 "
-            f"photographs of 224 px a step, decoded from JPEG on the way; {described(['torch', 'deepspeed', 'timm'])}."
-        )
-        text = f"# On a GPU\n\n{about}\n"
-        for line in report(bench):
-            print(line, flush=True)
-            text += f"\n{line}" if line.startswith("|") else f"\n{line}\n"
-            if options.out:
-                options.out.write_text(f"{text.rstrip()}\n")
+    start = time.monotonic()
+    is_rehearsal = not torch.cuda.is_available()
+    if is_rehearsal and options.out and options.out.resolve().is_relative_to(_RESULTS):
+        parser.error("no GPU here: a rehearsal is no result, name another file for --out")
+    seconds = 60.0 * (_REHEARSAL_MINUTES if is_rehearsal else options.minutes)
+    report = Report(options.out)
+    report.add(*header(options.minutes, is_rehearsal=is_rehearsal))
+    num_workers = 1 if is_rehearsal else choose_num_workers(len(os.sched_getaffinity(0)), None)
+    with (
+        tempfile.TemporaryDirectory() as name,
+        closing(WorkerPool(num_workers, 120.0)) as workers,
+        init_world(300) as world,
+    ):
+        run(world, workers, options, Path(name), report, start + seconds)
+    report.add("", f"{time.monotonic() - start:.0f} s in all; {num_workers} workers of the loader.")
+
+
+def run(world: World, workers: WorkerPool, options: Namespace, folder: Path, report: Report, end: float) -> None:
+    """Measure everything until the end, by the monotonic clock."""
+    rate, sentence = measure_peak(world.device)
+    report.add("", sentence)
+    bench = Bench.open(options.data, folder, world, workers, rate)
+    for section in sections(bench, folder, options.trace):
+        run_section(section, report, end, is_limited=not bench.is_rehearsal)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,7 +3,8 @@
     PYTHONPATH=.:tests/support python benchmarks/host.py --out benchmarks/results/host.md
 
 The step is the product's: its loop, objective and engines, with a ViT-B's 12 and 8 blocks and 197 tokens at widths of 24
-and 16, so that what remains is the host's work, which a GPU waits for or hides. One process, one thread, no GPU.
+and 16, so that what remains is the host's work, which a GPU waits for or hides. One process, one thread, no GPU: with
+one rank nothing is reduced over ranks. --seconds ends the rounds early.
 """
 
 import argparse
@@ -11,8 +12,9 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,39 +30,66 @@ ENGINES: dict[str, dict[str, Any]] = {
     "plain": {"kind": "plain"},
     "DDP": {"kind": "accelerate"},
     "FSDP2": {"kind": "accelerate", "sharding": "fsdp2"},
-    "ZeRO 1": {"kind": "deepspeed", "zero": 1},
-}
-_WARM_UP, _STEPS = 4, 30
+} | {f"ZeRO {stage}": {"kind": "deepspeed", "zero": stage} for stage in range(4)}
+_WARM_UP, _STEPS, _FEWEST_STEPS = 4, 30, 5
 
 
-def measure(engines: dict[str, Iterator[Step]]) -> dict[str, list[float]]:
-    """Return milliseconds per step, by engine; the engines take turns, so that a busy machine slows all alike."""
-    times: dict[str, list[float]] = {name: [] for name in engines}
-    for number in range(_WARM_UP + _STEPS):
-        for name, steps in engines.items():
-            start = time.perf_counter()
-            next(steps)
-            if number >= _WARM_UP:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return times
+@dataclass
+class Racer:
+    """An engine's steps and their milliseconds.
+
+    ``linear``: torch's function of that name as the engine left it; ZeRO 3 exchanges it for the whole process.
+    """
+
+    steps: Iterator[Step]
+    linear: Callable[..., Any]
+    milliseconds: list[float] = field(default_factory=list)
+
+    def step(self) -> float:
+        """Take a step and return its milliseconds."""
+        torch.nn.functional.linear = self.linear
+        start = time.perf_counter()
+        next(self.steps)
+        return 1e3 * (time.perf_counter() - start)
+
+    def count(self) -> OperationCounter:
+        """Return the counts of a step."""
+        torch.nn.functional.linear = self.linear
+        return count_operations(self.steps)
 
 
-def build_engines(world: World, extra: dict[str, Any]) -> dict[str, Iterator[Step]]:
-    """Return the steps of every engine in fp32 and bf16."""
-    return {
-        f"{name}, {precision}": pretraining_steps(
-            world, EngineConfig.model_validate(engine | extra | {"precision": precision})
-        )
-        for name, engine in ENGINES.items()
-        for precision in ("fp32", "bf16")
-    }
+def build_racers(world: World, names: Sequence[str], extra: dict[str, Any]) -> dict[str, Racer]:
+    """Return engines in fp32 and bf16."""
+    original = torch.nn.functional.linear
+    racers = {}
+    for name in names:
+        for precision in ("fp32", "bf16"):
+            cfg = EngineConfig.model_validate(ENGINES[name] | extra | {"precision": precision})
+            steps = pretraining_steps(world, cfg)
+            racers[f"{name}, {precision}"] = Racer(steps, torch.nn.functional.linear)
+            torch.nn.functional.linear = original
+    return racers
 
 
-def table(counters: dict[str, OperationCounter], times: dict[str, list[float]]) -> list[str]:
+def race(racers: dict[str, Racer], seconds: float) -> int:
+    """Time steps of all racers in turns, so that a busy machine slows all alike; return how many of each."""
+    for _ in range(_WARM_UP):
+        for racer in racers.values():
+            racer.step()
+    start = time.monotonic()
+    for number in range(_STEPS):
+        if number >= _FEWEST_STEPS and time.monotonic() - start > seconds:
+            return number
+        for racer in racers.values():
+            racer.milliseconds.append(racer.step())
+    return _STEPS
+
+
+def table(counters: dict[str, OperationCounter], racers: dict[str, Racer]) -> list[str]:
     """Return the lines of the table of engines."""
     lines = ["| engine | operations | with views | device reads | ms a step | quartiles |", "|---|---|---|---|---|---|"]
     for name, counter in counters.items():
-        low, middle, high = statistics.quantiles(times[name], n=4)
+        low, middle, high = statistics.quantiles(racers[name].milliseconds, n=4)
         operations, views = counter.operations.total(), counter.views.total()
         reads = ", ".join(f"{count} x {code}" for code, count in sorted(counter.reads.items())) or "0"
         lines.append(
@@ -80,6 +109,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="further settings of engine")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--seconds", type=float, default=180.0, help="of the timed steps")
     given = parser.parse_args()
     extra = dict(pair.split("=") for pair in given.set)
     torch.set_num_threads(1)
@@ -89,9 +120,9 @@ def main() -> None:
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(port)
     with init_world(300) as world:
-        engines = build_engines(world, extra)
-        times = measure(engines)
-        counters = {name: count_operations(steps) for name, steps in engines.items()}
+        racers = build_racers(world, given.engines, extra)
+        num_steps = race(racers, given.seconds)
+        counters = {name: racer.count() for name, racer in racers.items()}
     packages = ("torch", "timm", "deepspeed", "accelerate")
     lines = [
         "# What a step costs the host",
@@ -100,17 +131,17 @@ def main() -> None:
         "",
         f"    PYTHONPATH=.:tests/support python benchmarks/host.py{' --set ' + ' '.join(given.set) if given.set else ''}",
         "",
-        f"{described(packages)}. Median of {_STEPS} steps; the engines took turns.",
+        f"{described(packages)}. Median of {num_steps} steps; the engines took turns.",
         f"The load average was {os.getloadavg()[1]:.0f}: beyond the number of cores, milliseconds compare within the table only.",
         "",
         "Operations are those that torch dispatches below autograd and autocast; a view starts no kernel.",
         "Device reads include those of values that are on the host on every machine: here, nothing is on a GPU.",
         "",
-        *table(counters, times),
+        *table(counters, racers),
         "",
-        "## Operations of the plain engine in bf16",
+        f"## Operations of {given.engines[0]}, bf16",
         "",
-        *operations_by_name(counters["plain, bf16"]),
+        *operations_by_name(counters[f"{given.engines[0]}, bf16"]),
         "",
     ]
     text = "\n".join(lines)

@@ -42,6 +42,10 @@ MODES: dict[str, tuple[Precision, str]] = {
     "fp32, medium products": ("fp32", "medium"),
     "bf16": ("bf16", "highest"),
 }
+PEER_HEADING = (
+    "| shape | mode | contender | ms a step | time over foveal's | loss |",
+    "|---|---|---|--:|--:|--:|",
+)
 MAX_LOSS_DIFFERENCE, MAX_SIZE_DIFFERENCE = (
     0.02,
     0.005,
@@ -75,9 +79,11 @@ def contenders(shape: Shape, images: Tensor, mode: str, *, compiled: bool) -> It
         yield f"{name}, same switches", matmul, CONTENDERS[name](shape, images, precision, ours)
 
 
-def compare(name: str, mode: str, options: argparse.Namespace, device: torch.device) -> Iterator[str]:
-    """Yield the table rows of a shape and a mode: seconds a step, and the ratios of paired rounds."""
-    shape = SHAPES[name] if device.type == "cpu" else replace(SHAPES[name], batch=GPU_BATCH)
+def compare(name: str, shape: Shape, mode: str, options: argparse.Namespace, device: torch.device) -> Iterator[str]:
+    """Yield the table rows of a shape and a mode: milliseconds a step, and the ratios of paired rounds.
+
+    options: data, compile, rounds and steps, as on the command line.
+    """
     images = read_photographs(options.data, shape.batch, shape.image, device)
     racers = list(contenders(shape, images, mode, compiled=options.compile))
     losses = {racer: run(matmul, contender, 1, device)[1] for racer, matmul, contender in racers}
@@ -128,11 +134,12 @@ def main() -> None:
         "default products, default AdamW, fused attention, the loss read every step. Same switches: foveal's products, "
         "fused AdamW, the last loss read. The loss is the first one, from predictions of zero.\n\n"
         f"Machine: {described(['torch', 'timm', 'transformers', 'lightly'])}. Products of large matrices: {rates}.\n\n"
-        "| shape | mode | contender | ms a step | time over foveal's | loss |\n|---|---|---|--:|--:|--:|\n"
+        + "".join(f"{line}\n" for line in PEER_HEADING)
     )
     for name in options.shapes:
+        shape = SHAPES[name] if device.type == "cpu" else replace(SHAPES[name], batch=GPU_BATCH)
         for mode in options.modes:
-            for row in compare(name, mode, options, device):
+            for row in compare(name, shape, mode, options, device):
                 print(row, flush=True)
                 text += f"{row}\n"
                 if options.out:
