@@ -277,10 +277,11 @@ def succeeds(command: Sequence[str], environment: Mapping[str, str]) -> bool:
 
 
 def wait(holds: Callable[[], bool], seconds: float) -> bool:
-    """Whether something holds within so many seconds."""
-    end = time.monotonic() + seconds
+    """Whether something holds within so many seconds. To ask Slurm costs the time of the ranks: less often later on."""
+    began = time.monotonic()
     while not holds():
-        if time.monotonic() > end:
+        waited = time.monotonic() - began
+        if waited > seconds:
             return False
-        time.sleep(0.1)
+        time.sleep(min(0.5, 0.1 + waited / 50))
     return True

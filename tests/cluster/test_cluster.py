@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import pytest
 from harness import Cluster
-from machines import Kind
 
 
 def test_two_nodes_are_idle(cluster: Cluster) -> None:
@@ -69,14 +68,3 @@ def test_a_killed_slurmd_leaves_its_ranks_to_go_on(cluster: Cluster, lasting: st
     cluster.until(lambda: cluster.job(lasting)["Restarts"] == "1", "the job is requeued")
     assert [rank.node for rank in cluster.ranks(lasting)] == [node]
     assert {each.environment["SLURMD_NODENAME"] for each in cluster.orphans()} == {node}
-
-
-@pytest.mark.thorough
-def test_a_cut_node_goes_on_alone_until_it_is_healed(cluster: Cluster, lasting: str) -> None:
-    if cluster.kind is not Kind.WIRED:
-        pytest.skip("no network namespaces here: nodes share the machine's network")
-    node = cluster.nodes[1]
-    cluster.machines.cut(node)
-    is_down(cluster, node)
-    assert [rank.node for rank in cluster.ranks(lasting) if rank.node == node] == [node]
-    cluster.machines.heal(node)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from harness import Cluster
+from ranks import Ranks, stage_named
 
 from foveal.data.pack import pack_digits
 
@@ -18,21 +19,28 @@ FOUR_RANKS = TWO_RANKS | {"ntasks-per-node": "2"}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "FOVEAL_PREFLIGHT": "0"}
 # Four ranks on the cores of a small machine do not multiply at like speeds.
 EXAMINED = ONE_THREAD | {"FOVEAL_PREFLIGHT": "1", "FOVEAL_SLOWEST": "0.05"}
-SHORT = "epochs: 4, batch.global_size: 128, batch.max_micro_size: 16, tracking.uri: null, checkpoint.every: 0"
+SHORT = ("epochs=4", "batch.global_size=128", "batch.max_micro_size=16", "tracking.uri=null", "checkpoint.every=0")
+LABELLED = ("epochs=8", "batch.global_size=20", "tracking.uri=null")
+
+
+def as_yaml(settings: tuple[str, ...]) -> str:
+    return ", ".join(each.replace("=", ": ") for each in settings)
+
+
 PIPELINE = f"""\
 - name: first
   stage: pretrain
   config: digits
-  set: {{{SHORT}}}
+  set: {{{as_yaml(SHORT)}}}
 - name: second
   stage: distill
   config: configs/distill/digits.yaml
-  set: {{{SHORT}}}
+  set: {{{as_yaml(SHORT)}}}
   from: {{teacher: first}}
 - name: third
   stage: finetune
   config: digits
-  set: {{epochs: 8, batch.global_size: 20, tracking.uri: null}}
+  set: {{{as_yaml(LABELLED)}}}
   from: {{init: first}}
 """
 
@@ -47,25 +55,29 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def in_one_process(cluster: Cluster, checkout: Path, text: str, *stages: str) -> Path:
-    """A pipeline in one process a stage, on this machine; the folder of its runs."""
-    (checkout / "alone.yaml").write_text(text)
-    processes = [f"{name}.run.processes=1" for name in stages]
-    submit = (sys.executable, "slurm/submit.py", "alone.yaml", "--cluster=local", *processes)
-    cluster.run(*submit, cwd=checkout, env=ONE_THREAD, timeout=600)
-    return checkout / "runs/alone"
+def in_one_process(one_rank: Ranks, checkout: Path, name: str, stage: str, *settings: str) -> Path:
+    """A stage of the pipeline in one process on this machine; its run directory."""
+    run = checkout / "runs/alone" / name
+    config = ROOT / "configs" / stage / "digits.yaml"
+    one_rank.train(stage_named(stage), config, run, f"data.path={checkout / 'data/digits'}", *settings)
+    return run
 
 
 @pytest.fixture(scope="module")
-def first_alone(cluster: Cluster, checkout: Path) -> Path:
+def first_alone(one_rank: Ranks, checkout: Path) -> Path:
     """The pipeline's first stage."""
-    return in_one_process(cluster, checkout, PIPELINE.partition("- name: second")[0], "first") / "first"
+    return in_one_process(one_rank, checkout, "first", "pretrain", *SHORT)
 
 
 @pytest.fixture(scope="module")
-def alone(cluster: Cluster, checkout: Path, first_alone: Path) -> Path:
-    """The whole pipeline, whose first stage is finished already."""
-    return in_one_process(cluster, checkout, PIPELINE, "first", "second", "third")
+def alone(one_rank: Ranks, checkout: Path, first_alone: Path) -> dict[str, Path]:
+    """The stages of the whole pipeline."""
+    encoder = first_alone / "export"
+    return {
+        "first": first_alone,
+        "second": in_one_process(one_rank, checkout, "second", "distill", *SHORT, f"teacher={encoder}"),
+        "third": in_one_process(one_rank, checkout, "third", "finetune", *LABELLED, f"init={encoder}"),
+    }
 
 
 def curve(run: Path) -> list[list[float]]:
@@ -98,40 +110,37 @@ def jobs_of(said: str) -> dict[str, str]:
 def test_an_interrupted_sbatch_goes_on_and_ends_like_one_process(
     cluster: Cluster, checkout: Path, first_alone: Path
 ) -> None:
-    """The nodes are examined, then trained on. USR1 is what Slurm sends before the time limit: every rank saves, and the
-    job requeues itself and resumes.
-    """
-    settings = [setting.replace(": ", "=") for setting in SHORT.split(", ")]
+    """USR1 is what Slurm sends before the time limit: every rank saves, and the job requeues itself and resumes."""
     options = [f"--{name}={value}" for name, value in FOUR_RANKS.items()]
-    line = ("slurm/pretrain_mae.sh", "digits", *settings, "log.every=1")
-    job = cluster.submit(*line, options=options, cwd=checkout, env=EXAMINED)
+    line = ("slurm/pretrain_mae.sh", "digits", *SHORT, "log.every=1")
+    job = cluster.submit(*line, options=options, cwd=checkout, env=ONE_THREAD)
     run = checkout / "runs/digits"
     cluster.until(lambda: len(curve(run)) > 3, f"job {job} reports steps", timeout=240)
     cluster.run("scancel", "--signal=USR1", job)
     ended = cluster.wait(job, timeout=600)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), cluster.output(job)
     assert re.search(r"resumed from \S+step-\d+", cluster.output(job))
-    assert cluster.output(job).count("all-reduce among 4 ranks: correct") == 2, (
-        "the nodes are examined before each start"
-    )
     assert_ranks_on_two_nodes(run, cluster, 2)
     assert_same_curve(run, first_alone)
 
 
 @pytest.mark.thorough
 def test_a_cancelled_job_stays_cancelled(cluster: Cluster, checkout: Path) -> None:
-    """scancel sends the SIGTERM that preemption sends too; Slurm would requeue a cancelled job that asks for it."""
-    resources = [f"--{name}={value}" for name, value in (FOUR_RANKS | {"nodes": "1"}).items()]
+    """The nodes are examined, then trained on. scancel sends the SIGTERM that preemption sends too; Slurm would requeue a
+    cancelled job that asks for it.
+    """
+    resources = [f"--{name}={value}" for name, value in FOUR_RANKS.items()]
     line = ("slurm/pretrain_mae.sh", "digits", "tracking.uri=null", "log.every=1", "run.dir=runs/cancelled")
-    job = cluster.submit(*line, options=resources, cwd=checkout, env=ONE_THREAD)
+    job = cluster.submit(*line, options=resources, cwd=checkout, env=EXAMINED)
     cluster.until(lambda: len(curve(checkout / "runs/cancelled")) > 3, f"job {job} reports steps", timeout=240)
+    assert "all-reduce among 4 ranks: correct" in cluster.output(job)
     cluster.run("scancel", job)
     ended = cluster.wait(job, timeout=120)
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0"), cluster.output(job)
 
 
 @pytest.mark.thorough
-def test_submit_chains_three_jobs_like_one_process(cluster: Cluster, checkout: Path, alone: Path) -> None:
+def test_submit_chains_three_jobs_like_one_process(cluster: Cluster, checkout: Path, alone: dict[str, Path]) -> None:
     (checkout / "chain.yaml").write_text(PIPELINE)
     resources = [f"slurm.{name}={value}" for name, value in TWO_RANKS.items()]
     submit = (sys.executable, "slurm/submit.py", "chain.yaml", *resources)
@@ -142,7 +151,7 @@ def test_submit_chains_three_jobs_like_one_process(cluster: Cluster, checkout: P
         assert ended["JobState"] == "COMPLETED", cluster.output(job)
         assert (ended["Requeue"], ended["NumNodes"]) == ("1", "2")
         assert_ranks_on_two_nodes(checkout / "runs/chain" / name, cluster, 1)
-        assert_same_curve(checkout / "runs/chain" / name, alone / name)
+        assert_same_curve(checkout / "runs/chain" / name, alone[name])
     started = {name: cluster.job(job)["StartTime"] for name, job in jobs.items()}
     assert min(started["second"], started["third"]) >= cluster.job(jobs["first"])["EndTime"]
 

@@ -23,9 +23,9 @@ from foveal.tracking.jsonl import read_rows_without_time
 
 pytestmark = [pytest.mark.thorough, pytest.mark.slow, pytest.mark.timeout(900)]
 
-_SHARDS, _SAMPLES = 2, 10_000  # of CIFAR-10's ten shards for training: images are most of the work, and prove no more
-_STEPS, _BATCH = 120, 128  # an epoch has 78 steps: the last kill finds some runs in the second
-_KILLS = ((12, 40), (45, 65), (70, 90))  # steps between which a run is killed
+_SHARDS, _SAMPLES = 1, 5_000  # of CIFAR-10's ten shards for training: images are most of the work, and prove no more
+_STEPS, _BATCH = 60, 128  # an epoch has 39 steps: the last kill finds some runs in the second
+_KILLS = ((7, 20), (23, 32), (35, 45))  # steps between which a run is killed
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "decoder": {"width": 16, "depth": 1, "heads": 2},
         "optim": {"lr_per_256": 1.0e-3, "warmup_epochs": 0.1},
         "log": {"every": 1},
-        "checkpoint": {"every": 10},
+        "checkpoint": {"every": 5},
         "run": {"stop_at_step": _STEPS},
         "tracking": {"uri": None},
     }

@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import multiprocessing
 import os
+import pkgutil
 import runpy
 import signal
 import sys
@@ -15,27 +16,41 @@ import time
 from collections.abc import Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from processes import PATIENCE, Ended, lone
 
 # For all tests: one server forks for a test process, and only the list that was set last counts.
 CONTEXT = multiprocessing.get_context("forkserver")
-# Not what is run itself: runpy runs a module that nobody has imported.
-CONTEXT.set_forkserver_preload(
-    ["accelerate", "foveal.training.launch", "pretrain.train", "distill.train", "finetune.train"]
-)
+# Not what is run itself: runpy runs a module that nobody has imported. A child imports the test module of its function,
+# and with it pytest. DeepSpeed asks for GPUs, after which no fork may use one.
+_PRELOADED = ["pytest", "accelerate", "foveal.training.launch", "pretrain.train", "distill.train", "finetune.train"]
+CONTEXT.set_forkserver_preload(_PRELOADED if torch.cuda.is_available() else [*_PRELOADED, "deepspeed"])
 _numbers = itertools.count()
 
 
 class Forked:
-    """``python SCRIPT ARGUMENTS``, or ``python -m MODULE ARGUMENTS`` where ``script`` is no path."""
+    """``python SCRIPT ARGUMENTS``, or ``python -m MODULE ARGUMENTS`` where ``script`` is no path.
 
-    def __init__(self, script: str | Path, arguments: Sequence[object], cwd: Path, **environment: str) -> None:
+    ``replaced``: what takes the place of a module's or a class's attribute, by its whole name: limits that a test need not
+    wait for.
+    """
+
+    def __init__(
+        self,
+        script: str | Path,
+        arguments: Sequence[object],
+        cwd: Path,
+        *,
+        replaced: Mapping[str, Any] | None = None,
+        **environment: str,
+    ) -> None:
         number = next(_numbers)
         self._outputs = [cwd / f".forked-{os.getpid()}-{number}-{name}" for name in ("out", "err")]
         words = [str(word) for word in arguments]
-        told = (script, words, cwd, lone(cwd) | environment, self._outputs)
+        told = (script, words, cwd, lone(cwd) | environment, replaced or {}, self._outputs)
         self.process: BaseProcess = CONTEXT.Process(target=_become, args=told)
         self.process.start()
 
@@ -84,7 +99,12 @@ def ranks_of(size: int, port: int) -> list[dict[str, str]]:
 
 
 def _become(
-    script: str | Path, arguments: Sequence[str], cwd: Path, environment: Mapping[str, str], outputs: Sequence[Path]
+    script: str | Path,
+    arguments: Sequence[str],
+    cwd: Path,
+    environment: Mapping[str, str],
+    replaced: Mapping[str, Any],
+    outputs: Sequence[Path],
 ) -> None:
     os.setsid()
     for file, descriptor in zip(outputs, (1, 2), strict=True):
@@ -93,6 +113,10 @@ def _become(
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = [str(script), *arguments]
+    for whole_name, value in replaced.items():
+        owner, _, name = whole_name.rpartition(".")
+        pkgutil.resolve_name(whole_name)  # a name that is not there is a mistake of the test
+        setattr(pkgutil.resolve_name(owner), name, value)
     if isinstance(script, Path):
         runpy.run_path(str(script), run_name="__main__")
     else:

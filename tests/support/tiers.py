@@ -15,6 +15,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 DURATIONS = Path(__file__).parents[1] / "durations.json"
 _SHORTEST = 1.0  # seconds: a file that takes less is not written down
+_UNTIMED = 60.0  # seconds that a test which is marked slow is taken for where its file is not written down
 _SLURM = ("tests/cluster/", "tests/chaos/")  # two clusters at once would be in each other's way
 # They look at the same runs, which each process would make for itself (tests/doors/conftest.py: long_run, pipeline).
 _SHARING = ("tests/doors/test_launchers.py", "tests/doors/test_pipeline.py", "tests/doors/test_preempted.py")
@@ -47,6 +48,9 @@ def longest_first(items: list[pytest.Item], seconds: dict[str, dict[str, float]]
     takes: dict[str, float] = defaultdict(float)
     for name, which in {(file_of(item.nodeid), tier(item.keywords)) for item in items}:
         takes[name] += seconds[which].get(name, 0.0)
+    for item in items:
+        if "slow" in item.keywords and file_of(item.nodeid) not in seconds[tier(item.keywords)]:
+            takes[file_of(item.nodeid)] += _UNTIMED
 
     def place(item: pytest.Item) -> tuple[bool, float, str]:
         file = file_of(item.nodeid)

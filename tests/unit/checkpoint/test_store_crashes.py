@@ -3,6 +3,7 @@
 import itertools
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -58,10 +59,10 @@ def _content(root: Path, attempt: int) -> tuple[int, set[float]]:
 
 @pytest.mark.slow
 def test_killed_before_any_file_operation_of_a_save(tmp_path: Path) -> None:
-    survived, last = set(), tmp_path
+    survived, last, before = set(), tmp_path, tmp_path / "before"
+    saved(store(before), 10)
     for moment in itertools.count():
-        last = tmp_path / str(moment)
-        saved(store(last), 10)
+        last = shutil.copytree(before, tmp_path / str(moment))
         child = CONTEXT.Process(target=_die_at, args=(moment, last))
         child.start()
         child.join(WAIT)
