@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from foveal.data.batch import release_finished_copies
+from foveal.data.memory_file import allocate_memory_file
 from foveal.data.row_arrays import RowLayout
 from foveal.errors import OutOfMemoryError
 
 _PAGE = mmap.PAGESIZE
 _PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every context of the process
+_REMEDY = "lower data.prefetch_batches or batch.max_micro_size"
 _COPIED = ("labels", "ids", "sample_keys", "valid")  # some bytes per row, which a consumer may keep
 
 
@@ -56,8 +58,9 @@ class Slab:
 
     def __init__(self, layout: RowLayout, num_slots: int) -> None:
         self.layout, self.num_slots = layout, num_slots
-        self.descriptor = os.memfd_create("foveal-batches", os.MFD_CLOEXEC)
-        os.ftruncate(self.descriptor, count_slab_bytes(layout, num_slots))
+        self.descriptor = allocate_memory_file(
+            "foveal-batches", count_slab_bytes(layout, num_slots), f"{num_slots} microbatches", _REMEDY
+        )
         self.map = SlabMap(self.descriptor, layout, num_slots)
         self.num_unfinished = 0  # jobs of workers that may still write
         self._free = deque(range(num_slots))
@@ -144,8 +147,7 @@ def _page_lock(slab_map: SlabMap) -> None:
     status = int(_cuda_runtime().cudaHostRegister(_address(slab_map), slab_map.num_bytes, _PORTABLE))
     if status:
         raise OutOfMemoryError(
-            f"{slab_map.num_bytes / 1e9:.3g} GB for microbatches cannot be page-locked (CUDA error {status}): lower "
-            f"data.prefetch_batches or batch.max_micro_size"
+            f"{slab_map.num_bytes / 1e9:.3g} GB for microbatches cannot be page-locked (CUDA error {status}): {_REMEDY}"
         )
 
 

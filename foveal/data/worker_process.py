@@ -1,5 +1,6 @@
 """A worker process of the loader: it takes jobs until its pipe ends, and writes rows into the trainer's memory."""
 
+import contextlib
 import faulthandler
 import logging
 import os
@@ -25,39 +26,38 @@ from foveal.errors import FovealError
 STACK_SIGNAL = signal.SIGRTMIN  # makes a worker write its stacks; Slurm and users send the others
 
 
-class WorkerDescriptors(NamedTuple):
-    """The descriptors that a worker gets: its socket, the pipe of jobs, the states of all workers, a file for stacks."""
+class SharedDescriptors(NamedTuple):
+    """The descriptors that all workers have: the pipe of jobs, the states of all workers, a file for stacks."""
 
-    messages: int
     jobs: int
     states: int
     stacks: int
 
 
-def run_worker(worker: int, descriptors: WorkerDescriptors) -> None:
+def run_worker(worker: int, socket_descriptor: int, shared: SharedDescriptors) -> None:
     """Work until the trainer is gone or closes the pipes. Only worker 0 fetches remote shards ahead of their use."""
     torch.set_num_threads(1)
-    faulthandler.register(STACK_SIGNAL, file=descriptors.stacks, all_threads=True)
+    faulthandler.enable(file=shared.stacks)
+    faulthandler.register(STACK_SIGNAL, file=shared.stacks, all_threads=True)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [STACK_SIGNAL])
-    os.set_blocking(descriptors.jobs, False)
-    num_workers = os.fstat(descriptors.states).st_size // os.sysconf("SC_PAGE_SIZE")
-    states = WorkerStates(descriptors.states, num_workers)
-    messages = socket.socket(fileno=descriptors.messages)
-    sender = _Sender(Connection(os.dup(descriptors.messages), readable=False))
+    os.set_blocking(shared.jobs, False)
+    states = WorkerStates(shared.states)
+    messages = socket.socket(fileno=socket_descriptor)
+    sender = _Sender(Connection(os.dup(socket_descriptor), readable=False))
     sender.take_over_log()
     streams = _Streams(messages, lambda: states.add_progress(worker))
     poll = select.poll()
     poll.register(messages, select.POLLIN)
-    poll.register(descriptors.jobs, select.POLLIN)
+    poll.register(shared.jobs, select.POLLIN)
     states.set_ready(worker)
     try:
         while True:
             ready = {descriptor for descriptor, _ in poll.poll()}
             if messages.fileno() in ready and not streams.receive_notice():
                 return
-            if descriptors.jobs in ready:
+            if shared.jobs in ready:
                 try:
-                    data = os.read(descriptors.jobs, Job.FORM.size)
+                    data = os.read(shared.jobs, Job.FORM.size)
                 except BlockingIOError:  # another worker has taken it
                     continue
                 if not data:
@@ -72,6 +72,8 @@ def _do_job(job: Job, streams: "_Streams", states: WorkerStates, worker: int) ->
     stream = streams.find(job.stream)
     if stream is None:
         return JobResult(job.stream, job.number, ReadResult())
+    if isinstance(stream, Exception):
+        return JobResult(job.stream, job.number, ReadResult(), stream)
     try:
         monitor = _SharedMonitor(states, worker, stream.slab, job.stream)
         if worker == 0:
@@ -123,10 +125,13 @@ class _Streams:
     def __init__(self, messages: socket.socket, on_download: Callable[[], None]) -> None:
         self._messages = messages
         self._on_download = on_download
-        self._streams: dict[int, _Stream] = {}
+        self._streams: dict[int, _Stream | Exception] = {}
 
-    def find(self, stream: int) -> _Stream | None:
-        """Return a stream; None if it has ended. Its notice was sent before its jobs, and may be unread."""
+    def find(self, stream: int) -> _Stream | Exception | None:
+        """Return a stream, or the error of its begin; None if it has ended.
+
+        Its notice was sent before its jobs, and may be unread.
+        """
         while stream not in self._streams and select.select([self._messages], [], [], 0)[0]:
             if not self.receive_notice():
                 break
@@ -134,7 +139,7 @@ class _Streams:
 
     def receive_notice(self) -> bool:
         """Receive one notice of the trainer; return whether there was one, and not the end of the pipe."""
-        data, descriptors, _, _ = socket.recv_fds(self._messages, StreamNotice.FORM.size, 2)
+        data, descriptors, _, _ = socket.recv_fds(self._messages, StreamNotice.FORM.size, 2, socket.MSG_CMSG_CLOEXEC)
         if not data:
             return False
         notice = StreamNotice(*StreamNotice.FORM.unpack(data))
@@ -142,13 +147,22 @@ class _Streams:
             self._streams.pop(notice.stream, None)
             return True
         spec_descriptor, slab_descriptor = descriptors
-        spec: StreamSpec = pickle.loads(os.pread(spec_descriptor, notice.num_spec_bytes, 0))  # noqa: S301 - of the trainer
-        self._streams[notice.stream] = _Stream(spec.plan, SlabMap(slab_descriptor, spec.layout, spec.num_slots))
+        try:
+            self._streams[notice.stream] = self._begin(
+                os.pread(spec_descriptor, notice.num_spec_bytes, 0), slab_descriptor
+            )
+        except Exception as error:  # noqa: BLE001 - raised again in the trainer, which waits for the first job
+            self._streams[notice.stream] = _make_portable(error)
         os.close(spec_descriptor)
         os.close(slab_descriptor)
+        return True
+
+    def _begin(self, pickled_spec: bytes, slab_descriptor: int) -> _Stream:
+        """Open a stream's data sets and map its slab."""
+        spec: StreamSpec = pickle.loads(pickled_spec)  # noqa: S301 - of the trainer
         for dataset in spec.plan.datasets:
             dataset.watch_downloads(self._on_download)
-        return True
+        return _Stream(spec.plan, SlabMap(slab_descriptor, spec.layout, spec.num_slots))
 
 
 class _Sender:
@@ -176,4 +190,5 @@ class _LogSender(logging.Handler):
         self._sender = sender
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._sender.send(LogMessage(record.name, record.levelno, self.format(record)))
+        with contextlib.suppress(OSError):  # the trainer is gone
+            self._sender.send(LogMessage(record.name, record.levelno, self.format(record)))

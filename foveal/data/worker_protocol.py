@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from foveal.data.batch_plan import BatchPlan
+from foveal.data.memory_file import allocate_memory_file
 from foveal.data.row_arrays import ReadResult, RowLayout
 
 _PAGE = mmap.PAGESIZE
@@ -77,16 +78,16 @@ class LogMessage:
 class WorkerStates:
     """A page of shared memory for each worker: its process id, how far it is, and the sample that it reads."""
 
-    def __init__(self, descriptor: int, num_workers: int) -> None:
-        self._memory = mmap.mmap(descriptor, num_workers * _PAGE)
-        self._numbers = np.ndarray((num_workers, _PAGE // 8), np.int64, self._memory)
+    def __init__(self, descriptor: int) -> None:
+        self._memory = mmap.mmap(descriptor, 0)
+        self._numbers = np.ndarray((len(self._memory) // _PAGE, _PAGE // 8), np.int64, self._memory)
 
     @staticmethod
     def create(num_workers: int) -> int:
         """Return the descriptor of new memory for so many workers."""
-        descriptor = os.memfd_create("foveal-workers", os.MFD_CLOEXEC)
-        os.ftruncate(descriptor, num_workers * _PAGE)
-        return descriptor
+        return allocate_memory_file(
+            "foveal-workers", num_workers * _PAGE, "the states of workers", "lower data.workers"
+        )
 
     def set_ready(self, worker: int) -> None:
         """State that this process is a worker and waits for jobs."""

@@ -21,39 +21,29 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from foveal.data.worker_process import WorkerDescriptors, run_worker
+from foveal.data.worker_process import SharedDescriptors, run_worker
+from foveal.redact import redact, redact_tracebacks
 
+MESSAGE_BYTES = 512
 _PR_SET_PDEATHSIG = 1
-_MESSAGE_BYTES = 64
 
 
-def serve(descriptor: int, modules: Sequence[str]) -> None:
-    """Fork a worker for every message with descriptors; answer one without them by the worker's exit status.
+def serve(descriptor: int, sockets: Sequence[int], shared: tuple[int, int, int], modules: Sequence[str]) -> None:
+    """Fork a worker for every socket; answer the number of one that has ended by its exit status.
 
-    ``modules``: imported before the first fork.
+    ``shared``: ``SharedDescriptors``. ``modules``: imported before the first fork.
     """
-    for module in modules:
-        importlib.import_module(module)
+    redact_tracebacks()
     server = socket.socket(fileno=descriptor)
-    libc = ctypes.CDLL(None)  # loaded before the forks
-    gc.collect()
-    gc.freeze()  # a collection in a worker writes to no page that it shares
-    processes: dict[int, int] = {}
-    while True:
-        message, descriptors, _, _ = socket.recv_fds(server, _MESSAGE_BYTES, len(WorkerDescriptors._fields))
-        if not message:
-            break
-        worker = int(message)
-        if not descriptors:
-            server.send(str(_wait_for_exit(processes.pop(worker))).encode())
-            continue
-        process_id = os.fork()
-        if not process_id:
-            server.close()
-            _become_worker(libc, worker, WorkerDescriptors(*descriptors))
-        for passed in descriptors:
-            os.close(passed)
-        processes[worker] = process_id
+    try:
+        for module in modules:
+            importlib.import_module(module)
+        processes = _fork_workers(server, sockets, SharedDescriptors(*shared))
+    except Exception as error:
+        server.send(redact(f"{type(error).__name__}: {error}").encode()[:MESSAGE_BYTES])
+        raise
+    while message := server.recv(MESSAGE_BYTES):
+        server.send(str(_wait_for_exit(processes.pop(int(message)))).encode())
     for process_id in processes.values():
         with contextlib.suppress(ProcessLookupError):
             os.kill(process_id, signal.SIGKILL)
@@ -61,17 +51,37 @@ def serve(descriptor: int, modules: Sequence[str]) -> None:
         _wait_for_exit(process_id)
 
 
-def _become_worker(libc: ctypes.CDLL, worker: int, descriptors: WorkerDescriptors) -> None:
+def _fork_workers(server: socket.socket, sockets: Sequence[int], shared: SharedDescriptors) -> dict[int, int]:
+    """Return the process id of the worker for each socket."""
+    libc = ctypes.CDLL(None)  # loaded before the forks
+    gc.collect()
+    gc.freeze()  # a collection in a worker writes to no page that it shares
+    processes: dict[int, int] = {}
+    for worker, messages in enumerate(sockets):
+        process_id = os.fork()
+        if not process_id:
+            server.close()
+            for other in sockets[worker + 1 :]:  # whoever holds it keeps the trainer from reading that worker's end
+                os.close(other)
+            _become_worker(libc, worker, messages, shared)
+        os.close(messages)
+        processes[worker] = process_id
+    for descriptor in shared:
+        os.close(descriptor)
+    return processes
+
+
+def _become_worker(libc: ctypes.CDLL, worker: int, messages: int, shared: SharedDescriptors) -> None:
     """Run a worker in this fork, and end the process."""
     server_id = os.getppid()
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     status = 1
     try:
         if os.getppid() == server_id:  # it has not ended between the fork and here
-            run_worker(worker, descriptors)
+            run_worker(worker, messages, shared)
         status = 0
     except BaseException:  # noqa: BLE001 - the trainer reads the end of the pipe and says what this worker was reading
-        traceback.print_exc()
+        sys.stderr.write(redact(traceback.format_exc()))
         sys.stderr.flush()
     finally:
         os._exit(status)

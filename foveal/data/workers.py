@@ -4,39 +4,27 @@ import logging
 import os
 import pickle
 import selectors
-import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 
+from foveal.data.memory_file import create_memory_file
 from foveal.data.row_arrays import RowLayout
+from foveal.data.server_process import ServerProcess
 from foveal.data.slab import Slab
-from foveal.data.worker_process import STACK_SIGNAL, WorkerDescriptors
+from foveal.data.worker_process import STACK_SIGNAL, SharedDescriptors
 from foveal.data.worker_protocol import Job, JobResult, LogMessage, StreamNotice, StreamSpec, WorkerStates
 from foveal.errors import FovealError, StorageUnreachableError, WorkerLostError
 
 _POLL_SECONDS = 1.0  # seconds between two checks of unfinished jobs
 _START_SECONDS = 300.0  # for the imports of the server, from a file system that may be slow
 _STACK_SECONDS = 1.0  # for workers that hang to write their stacks
-_END_SECONDS = 5.0  # for the server to kill its workers and end
 _PIPE_BYTES = 1 << 20  # of jobs: tens of thousands
 _ATOMIC_JOBS = 4096 // Job.FORM.size  # written at once, PIPE_BUF bytes arrive in one piece
 _MAX_IDLE_SLABS = 4
-# Signals that a scheduler or a terminal sends to all processes of a run. The trainer saves and leaves, and needs batches
-# until then; the workers end with it.
-_BLOCKED_SIGNALS = set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD, signal.SIGPIPE}
-_BLOCKED_SIGNALS -= {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT, signal.SIGTRAP}
-# One thread: what runs beside a fork is lost in the child. No GPU: memory on it is the trainer's.
-_SERVER_ENVIRONMENT = {
-    "CUDA_VISIBLE_DEVICES": "",
-    "MKL_NUM_THREADS": "1",
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-}
 _log = logging.getLogger(__name__)
 
 
@@ -64,25 +52,23 @@ class WorkerPool:
         self._idle_slabs: list[Slab] = []
         self._known_warnings: set[str] = set()
         states = WorkerStates.create(num_workers)
-        self._states = WorkerStates(states, num_workers)
-        self._stacks = os.memfd_create("foveal-stacks", os.MFD_CLOEXEC)
+        self._states = WorkerStates(states)
+        self._stacks = create_memory_file("foveal-stacks")
         jobs, self._jobs = os.pipe()
-        socket_of_server, self._server = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._process = _start_server(socket_of_server, modules)
+        os.set_blocking(self._jobs, False)
+        _enlarge_pipe(self._jobs)
+        pairs = [socket.socketpair() for _ in range(num_workers)]
+        self._sockets = [own for own, _ in pairs]
+        self._connections = [Connection(os.dup(own.fileno()), writable=False) for own in self._sockets]
         self._selector = selectors.DefaultSelector()
-        self._sockets: list[socket.socket] = []
-        self._connections: list[Connection] = []
-        for number in range(num_workers):
-            own, other = socket.socketpair()
-            descriptors = WorkerDescriptors(other.fileno(), jobs, states, self._stacks)
-            socket.send_fds(self._server, [str(number).encode()], list(descriptors))
+        for number, connection in enumerate(self._connections):
+            self._selector.register(connection, selectors.EVENT_READ, number)
+        descriptors = SharedDescriptors(jobs, states, self._stacks)
+        self._server = ServerProcess([other.fileno() for _, other in pairs], descriptors, modules)
+        for _, other in pairs:
             other.close()
-            self._sockets.append(own)
-            self._connections.append(Connection(os.dup(own.fileno()), writable=False))
-            self._selector.register(self._connections[-1], selectors.EVENT_READ, number)
         os.close(jobs)
         os.close(states)
-        _enlarge_pipe(self._jobs)
 
     def take_slab(self, layout: RowLayout, num_slots: int) -> Slab:
         """Return a slab of this layout that nothing uses, one of an earlier stream if there is one."""
@@ -98,7 +84,7 @@ class WorkerPool:
         stream = slab.map.user = self._num_streams
         self._streams[stream] = _Stream(slab, on_result)
         data = pickle.dumps(spec)
-        descriptor = os.memfd_create("foveal-plan", os.MFD_CLOEXEC)
+        descriptor = create_memory_file("foveal-plan")
         with open(descriptor, "wb") as file:  # noqa: PTH123 - a descriptor has no path
             file.write(data)
             file.flush()
@@ -115,15 +101,13 @@ class WorkerPool:
         self._keep_slab_if_unused(stream)
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Queue jobs, which are begun in this order."""
+        """Queue jobs, which are begun in this order. Raises: as ``wait_until``, if the queue is full."""
         for job in jobs:
             self._streams[job.stream].slab.num_unfinished += 1
         for start in range(0, len(jobs), _ATOMIC_JOBS):
             data = b"".join(job.to_bytes() for job in jobs[start : start + _ATOMIC_JOBS])
-            try:
-                os.write(self._jobs, data)
-            except BrokenPipeError:  # no worker is left, which the next wait reports
-                return
+            # Messages are taken while the pipe is full: the workers may wait for that before they read another job.
+            self.wait_until(partial(self._write_jobs, data))
 
     def wait_until(self, is_done: Callable[[], bool]) -> None:
         """Take the workers' messages until ``is_done``.
@@ -131,15 +115,19 @@ class WorkerPool:
         Raises: StorageUnreachableError after ``stall_timeout`` seconds without progress of any worker, WorkerLostError
         if one has ended; both with shard and sample.
         """
-        progress, last_change = self._states.progress(), time.monotonic()
+        progress, idle_seconds = self._states.progress(), 0.0
         poll_seconds = min(_POLL_SECONDS, self._stall_timeout / 4)
         while not is_done():
+            start = time.monotonic()
             for key, _ in self._selector.select(poll_seconds):
                 self._receive(key.data)
             new_progress = self._states.progress()
             if new_progress != progress:
-                progress, last_change = new_progress, time.monotonic()
-            elif time.monotonic() - last_change > self._allowed_seconds():
+                progress, idle_seconds = new_progress, 0.0
+                continue
+            # A job that was suspended, or a machine that slept, has been idle for one poll and not for all that time.
+            idle_seconds += min(time.monotonic() - start, poll_seconds)
+            if idle_seconds > self._allowed_seconds():
                 raise self._stall_error()
 
     def process_id(self, worker: int) -> int:
@@ -149,20 +137,16 @@ class WorkerPool:
     def close(self) -> None:
         """Kill the workers, whatever they do, and free their memory."""
         self._selector.close()
-        for closing in (self._server, *self._sockets, *self._connections):
+        for closing in (*self._sockets, *self._connections):
             closing.close()
         os.close(self._jobs)
         os.close(self._stacks)
+        self._server.close()
         slabs = [*self._idle_slabs, *(stream.slab for stream in self._streams.values())]
         self._streams.clear()
         self._idle_slabs.clear()
         for slab in slabs:
             slab.close()
-        try:
-            self._process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:  # it waits for a worker in a read that cannot be killed
-            self._process.kill()
-            self._process.wait()
 
     def _notify(self, notice: StreamNotice, descriptors: list[int]) -> None:
         for worker in self._sockets:
@@ -171,11 +155,21 @@ class WorkerPool:
             except (BrokenPipeError, ConnectionResetError):  # the next wait reports it
                 continue
 
+    def _write_jobs(self, data: bytes) -> bool:
+        """Write jobs into the pipe, all of them or none; return whether that is done."""
+        try:
+            os.write(self._jobs, data)
+        except BlockingIOError:
+            return False
+        except BrokenPipeError:  # no worker is left, which the next wait reports
+            return True
+        return True
+
     def _receive(self, worker: int) -> None:
         """Take one message of a worker."""
         try:
             message: JobResult | LogMessage = self._connections[worker].recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # it ended before a message, or within one
             raise self._loss_error(worker) from None
         if isinstance(message, LogMessage):
             self._log_once(message)
@@ -226,46 +220,24 @@ class WorkerPool:
             if process_id := self._states.process_id(worker):
                 os.kill(process_id, STACK_SIGNAL)  # a worker that has ended is not reaped before the pool is closed
         time.sleep(_STACK_SECONDS)
+        return self._read_written_stacks()
+
+    def _read_written_stacks(self) -> str:
         return os.pread(self._stacks, os.fstat(self._stacks).st_size, 0).decode(errors="replace")
 
     def _loss_error(self, worker: int) -> FovealError:
-        """Return the error of a worker that has ended."""
+        """Return the error of a worker that has ended, after logging the stack that a crash has left."""
         process_id, sample = self._states.process_id(worker), self._states.sample(worker)
+        end = self._server.describe_end(worker)
+        if stacks := self._read_written_stacks():
+            _log.error("a process of the loader %s; its stack:\n%s", end, stacks)
         if not process_id:
-            return WorkerLostError("the processes of the loader did not start: their error is on stderr, above")
+            return WorkerLostError(f"worker {worker} of the loader {end}: what it says of it is on stderr, above")
         doing = f"reading {sample}" if sample else "waiting for work"
         return WorkerLostError(
-            f"a process of the loader (worker {worker}, pid {process_id}) {self._describe_end(worker)} while it was "
-            f"{doing}: if it was killed for memory, lower data.workers or data.prefetch_batches; start again"
+            f"a process of the loader (worker {worker}, pid {process_id}) {end} while it was {doing}: if it was killed "
+            f"for memory, lower data.workers or data.prefetch_batches; start again"
         )
-
-    def _describe_end(self, worker: int) -> str:
-        try:
-            self._server.settimeout(_END_SECONDS)
-            self._server.send(str(worker).encode())
-            status = int(self._server.recv(64))
-        except (OSError, ValueError):
-            return "ended with the server that had started it"
-        return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with code {status}"
-
-
-def _start_server(server_socket: socket.socket, modules: Sequence[str]) -> "subprocess.Popen[bytes]":
-    """Start ``worker_server`` as a process that finds the modules which this one finds, and close its socket here."""
-    code = (
-        f"import os, sys; os.environ.update({_SERVER_ENVIRONMENT!r}); sys.path[:] = {sys.path!r}; "
-        f"from foveal.data.worker_server import serve; "
-        f"serve({server_socket.fileno()}, {list(modules)!r})"
-    )
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED_SIGNALS)  # the child inherits it, from its first moment
-    try:
-        return subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdin=subprocess.DEVNULL,
-            pass_fds=[server_socket.fileno()],
-        )
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        server_socket.close()
 
 
 def _enlarge_pipe(descriptor: int) -> None:

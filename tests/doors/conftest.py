@@ -1,5 +1,6 @@
 """The runs that several tests look at: each is started once."""
 
+import os
 import signal
 import time
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from forked import Forked, all_alive, ranks_of
 from ports import free_port
-from processes import PYTHON, ROOT, Ended, Started, ended, wait_for_row
+from processes import PYTHON, ROOT, Ended, Started, children, ended, wait_for_end_of, wait_for_row
 
 # Enough steps for several attempts: 88 of 64 images.
 _LONG = ("epochs=4", "checkpoint.every=20", "tracking.uri=null")
@@ -62,7 +63,8 @@ class HeldRanks:
         self, settings: Sequence[str | Path], folder: Path, *, after: int | None = None, stay: bool = False
     ) -> None:
         self.hold = Hold(folder, after=after, stay=stay)
-        places = ranks_of(2, free_port())
+        self._port = free_port()
+        places = ranks_of(2, self._port)
         self._ranks = [Forked(_HOLDING, ["-m", "pretrain.run", *settings], folder, **place) for place in places]
 
     def reach(self, run: Path, step: int) -> None:
@@ -71,12 +73,27 @@ class HeldRanks:
             pytest.fail(f"{run} has not reached step {step}: {self.ended()}")
 
     def send(self, rank: int, number: signal.Signals) -> None:
-        """Send a signal to a rank."""
-        self._ranks[rank].send_signal(number)
+        """Send a signal to a rank and to the processes that read for it."""
+        self._ranks[rank].send_signal_to_all(number)
+
+    def kill(self, rank: int) -> None:
+        """Kill a rank."""
+        self._ranks[rank].send_signal(signal.SIGKILL)
+
+    def kill_worker(self, rank: int) -> int:
+        """Kill one of the processes that read for a rank; return its process id."""
+        parent = self._ranks[rank].process.pid
+        assert parent is not None
+        (server,) = children(parent)
+        worker = children(server)[-1]
+        os.kill(worker, signal.SIGKILL)
+        return worker
 
     def ended(self) -> list[Ended]:
-        """Wait for both; how they ended, by rank."""
-        return [rank.ended() for rank in self._ranks]
+        """Wait for both, and for all that they started; how they ended, by rank."""
+        found = [rank.ended() for rank in self._ranks]
+        wait_for_end_of("MASTER_PORT", str(self._port))
+        return found
 
 
 @dataclass(frozen=True)
@@ -86,10 +103,11 @@ class LongRun:
     config: Path
     path: Path
     steps: int = 88
+    more: tuple[str, ...] = ()  # settings
 
     @property
     def settings(self) -> Sequence[str | Path]:
-        return [self.config, f"run.dir={self.path}", *_LONG]
+        return [self.config, f"run.dir={self.path}", *_LONG, *self.more]
 
     @property
     def torchrun(self) -> Sequence[str | Path]:

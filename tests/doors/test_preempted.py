@@ -1,15 +1,21 @@
-"""A run that was told to leave, and then lost a rank, is bit for bit the run that was left alone."""
+"""A run that was told to leave, and then lost a worker and a rank, is bit for bit the run that was left alone.
+
+It reads in worker processes, and the run that was left alone does not.
+"""
 
 import os
+import re
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from processes import Ended, column, rows_of
 from safetensors.torch import load_file
 
-from foveal.errors import TrainingHungError
+from foveal.errors import TrainingHungError, WorkerLostError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # of real processes, each several seconds
 _ASK = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
@@ -28,16 +34,15 @@ class Attempt:
 
 @pytest.fixture(scope="module")
 def attempts(long_run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Attempt]]:
-    """TERM to one of two ranks and USR1 to the other; KILL to one; and then nothing more."""
-    run = replace(long_run, path=tmp_path_factory.mktemp("preempted") / "run")
+    """TERM to one of two ranks and USR1 to the other; KILL to a worker; KILL to a rank; and then nothing more."""
+    run = replace(long_run, path=tmp_path_factory.mktemp("preempted") / "run", more=("data.workers=2",))
     found: list[Attempt] = []
 
-    def attempt(*signals: tuple[int, signal.Signals], after: int | None, stays: bool) -> None:
+    def attempt(strike: Callable[[Any], object], after: int | None, *, stays: bool) -> None:
         started = run.held_ranks(after=after, stay=stays)
         if after is not None:
             started.reach(run.path, after)
-            for rank, number in signals:
-                started.send(rank, number)
+            strike(started)
             started.hold.release()  # after the last signal: who sees it has its own signal already
         late = [(rank, number) for rank in range(2) for number in _ASK] if stays else []
         if stays:
@@ -50,14 +55,19 @@ def attempts(long_run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
         names = sorted(each.name for each in (run.path / "checkpoints").iterdir())
         found.append(Attempt(done, steps, names, (run.path / "finished.json").exists(), len(late)))
 
-    attempt((0, signal.SIGTERM), (1, signal.SIGUSR1), after=5, stays=True)
-    attempt((1, signal.SIGKILL), after=15, stays=False)
-    attempt(after=None, stays=True)
+    def ask(ranks: Any) -> None:
+        ranks.send(0, signal.SIGTERM)
+        ranks.send(1, signal.SIGUSR1)
+
+    attempt(ask, 5, stays=True)
+    attempt(lambda ranks: ranks.kill_worker(1), 10, stays=False)
+    attempt(lambda ranks: ranks.kill(1), 25, stays=False)
+    attempt(lambda _: None, None, stays=True)
     return run.path, found
 
 
 def test_a_signal_saves_and_exits_0(attempts, long_run) -> None:
-    run, (attempt, _, _) = attempts
+    run, (attempt, *_) = attempts
     assert [rank.code for rank in attempt.ended] == [0, 0], attempt.ended
     assert not attempt.finished
     assert not any("Traceback" in rank.err for rank in attempt.ended)
@@ -68,15 +78,25 @@ def test_a_signal_saves_and_exits_0(attempts, long_run) -> None:
         assert f"asked to leave ({name}): saved at step 5 of {long_run.steps}" in log
 
 
+def test_a_lost_worker_ends_all_ranks(attempts) -> None:
+    run, (_, lost, *_) = attempts
+    assert [rank.code for rank in lost.ended] == [WorkerLostError.exit_code] * 2, lost.ended
+    sentence = (
+        r"stopped by WorkerLostError: a process of the loader \(worker 1, pid \d+\) was killed by SIGKILL while it"
+    )
+    for rank in range(2):
+        assert re.search(sentence, (run / "logs" / f"rank-{rank:03d}.log").read_text())
+
+
 def test_a_lost_rank_ends_the_others(attempts) -> None:
-    _, (_, lost, last) = attempts
+    _, (_, _, lost, last) = attempts
     assert [rank.code for rank in lost.ended] == [TrainingHungError.exit_code, -signal.SIGKILL]
     assert not lost.finished
     assert not [name for name in last.checkpoints if not name.startswith("step-")]
 
 
 def test_the_same_command_goes_on_to_the_same_curve(attempts, long_run) -> None:
-    run, (_, _, last) = attempts
+    run, (*_, last) = attempts
     assert [rank.code for rank in last.ended] == [0, 0], last.ended
     assert "resumed from" in last.ended[0].err
     ours, theirs = rows_of(run), rows_of(long_run.path)
@@ -93,7 +113,7 @@ def test_the_same_command_leaves_the_same_weights(attempts, long_run) -> None:
 
 def test_a_signal_after_the_end_changes_nothing(attempts) -> None:
     """Of a run that has left as of one that is finished: a job that has asked for its next start must not fail."""
-    _, (left, _, finished) = attempts
+    _, (left, _, _, finished) = attempts
     for attempt in (left, finished):
         assert attempt.late == 2 * len(_ASK)
         assert [rank.code for rank in attempt.ended] == [0, 0], attempt.ended

@@ -90,12 +90,13 @@ def test_going_back_is_never_having_met_the_batches(
 ) -> None:
     """Three bad steps in a row, wherever the newest checkpoint is: the rows are those of the replay, bit for bit.
 
-    The evaluations after steps 6 and 12 too, of which the second is made twice: the first time after a bad step.
+    The evaluations after steps 6 and 12 too, of which the second is made twice: the first time after a bad step. The
+    replay reads without worker processes.
     """
     world: Ranks = {"one": one_rank, "two": two_ranks}[ranks]
     bad = [first_draws[step] for step in (10, 11, 12)]
     every = f"checkpoint.every={cadence}"
-    ours = poison(world, configs["pretrain"], tmp_path / "ours", bad, engine, every, *EVALUATED)
+    ours = poison(world, configs["pretrain"], tmp_path / "ours", bad, engine, every, "data.workers=2", *EVALUATED)
     theirs = spared(world, configs["pretrain"], tmp_path / "theirs", [9, 10, 11], engine, *EVALUATED)
     same(ours, theirs)
     assert all(row["step_applied"] for row in ours if "loss" in row)

@@ -59,6 +59,12 @@ class Forked:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, number)
 
+    def send_signal_to_all(self, number: signal.Signals) -> None:
+        """Send it to the process and to those that it started, as a terminal and Slurm do."""
+        assert self.process.pid is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
     def ended(self) -> Ended:
         """Wait for the end."""
         self.process.join(PATIENCE)

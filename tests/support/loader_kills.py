@@ -13,6 +13,8 @@ import time
 import uuid
 from pathlib import Path
 
+from processes import children, wait_for_end_of
+
 _MARK = "FOVEAL_TEST_LOADER"  # in the environment of a trainer and of all that it starts
 _END_SECONDS = 20.0
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - only listed
@@ -35,8 +37,8 @@ def kill_one(digits: Path, kind: str, choice: random.Random) -> None:
     )
     assert trainer.stdout and trainer.stderr
     assert trainer.stdout.readline() == "batch\n"
-    victims = {"trainer": [trainer.pid], "server": _children(trainer.pid)}
-    victims["worker"] = _children(victims["server"][0])
+    victims = {"trainer": [trainer.pid], "server": children(trainer.pid)}
+    victims["worker"] = children(victims["server"][0])
     assert (len(victims["server"]), len(victims["worker"])) == (1, 2)
     time.sleep(choice.random() * 0.3)
     os.kill(choice.choice(victims[kind]), signal.SIGKILL)
@@ -46,28 +48,8 @@ def kill_one(digits: Path, kind: str, choice: random.Random) -> None:
     else:
         assert "WorkerLostError: a process of the loader (worker " in errors, errors
         assert "was killed by SIGKILL while it was" in errors or kind == "server", errors
-    until = time.monotonic() + _END_SECONDS
-    while left := _marked(mark):
-        assert time.monotonic() < until, f"{kind} was killed, and these live on: {left}"
-        time.sleep(0.05)
+    wait_for_end_of(_MARK, mark, _END_SECONDS)
     assert set(_SHARED_MEMORY.iterdir()) <= files
-
-
-def _children(parent: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
-
-
-def _marked(mark: str) -> list[int]:
-    """The live processes with this mark in their environment."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                if f"{_MARK}={mark}".encode() in (folder / "environ").read_bytes():
-                    found.append(int(folder.name))
-            except OSError:
-                continue
-    return found
 
 
 if __name__ == "__main__":

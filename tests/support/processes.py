@@ -73,7 +73,8 @@ class Started:
         found = {}
         for child in psutil.Process(self.process.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):
-                found[int(child.environ()["RANK"])] = child.pid
+                if child.ppid() not in found.values():  # a rank's own children have its number, too
+                    found.setdefault(int(child.environ()["RANK"]), child.pid)
         return found
 
     def _killed(self) -> str:
@@ -108,6 +109,26 @@ def wait_for_row(run: Path, step: int, is_running: Callable[[], bool]) -> bool:
 def rows_of(run: Path) -> list[dict[str, float]]:
     """The rows of a run's steps; those of evaluations and results are left out."""
     return [row for row in read_rows_without_time(run / "metrics.jsonl") if "loss" in row]
+
+
+def children(parent: int) -> list[int]:
+    """The process ids of a process's children."""
+    return [int(child) for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+
+
+def wait_for_end_of(variable: str, value: str, patience: float = PATIENCE) -> None:
+    """Wait until no process was started with this in its environment."""
+    until, words = time.monotonic() + patience, f"{variable}={value}".encode()
+    while left := [folder.name for folder in Path("/proc").glob("[0-9]*") if words in _environment(folder)]:
+        assert time.monotonic() < until, f"these live on: {left}"
+        time.sleep(_LOOKS)
+
+
+def _environment(process: Path) -> list[bytes]:
+    try:
+        return (process / "environ").read_bytes().split(b"\0")
+    except OSError:  # it has ended, or is another user's
+        return []
 
 
 def column(rows: list[dict[str, float]], name: str) -> list[float]:

@@ -202,15 +202,14 @@ def test_a_run_goes_on_and_says_what_was_bad(
     two_ranks: Ranks, configs: dict[str, Path], spoilt: Spoil, tmp_path: Path
 ) -> None:
     folder, stage = spoilt("train-000003.tar", slice(9, 10)), stage_named("pretrain")
-    overrides = settings(folder, "epochs=2", "checkpoint.every=5")
+    overrides = settings(folder, "epochs=2", "checkpoint.every=5", "batch.max_micro_size=16")
     reference = two_ranks.train(stage, configs["pretrain"], tmp_path / "reference", *overrides)
     assert reference[-1]["bad_samples"] == 1.0
     (entry,) = quarantined(tmp_path / "reference")
     assert entry["shard"].endswith("train-000003.tar")
-    for stop in (25, 44):  # resumed in the second epoch, which meets the sample again
-        resumed = two_ranks.train(
-            stage, configs["pretrain"], tmp_path / "resumed", *overrides, f"run.stop_at_step={stop}"
-        )
+    for stop, workers in ((25, 2), (44, 0)):  # resumed in the second epoch, which meets the sample again
+        more = (f"run.stop_at_step={stop}", f"data.workers={workers}")
+        resumed = two_ranks.train(stage, configs["pretrain"], tmp_path / "resumed", *overrides, *more)
     assert [row["loss"] for row in resumed] == [row["loss"] for row in reference]
     assert quarantined(tmp_path / "resumed") == [entry]
 
@@ -230,7 +229,7 @@ def test_too_many_stop_every_rank(two_ranks: Ranks, configs: dict[str, Path], sp
 def test_accuracy_leaves_out_what_does_not_decode(
     two_ranks: Ranks, configs: dict[str, Path], spoilt: Spoil, tmp_path: Path
 ) -> None:
-    overrides = [f"data.path={spoilt('val-000001.tar', slice(3, 4))}", "data.max_bad_fraction=0.01"]
+    overrides = [f"data.path={spoilt('val-000001.tar', slice(3, 4))}", "data.max_bad_fraction=0.01", "data.workers=2"]
     two_ranks.train(stage_named("finetune"), configs["finetune"], tmp_path / "run", *overrides)
     results = json.loads((tmp_path / "run" / "finished.json").read_text())["summary"]
     assert round(results["val_top1"] * 359, 6).is_integer()
