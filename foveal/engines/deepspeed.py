@@ -27,7 +27,12 @@ from foveal.engines.buckets import derive_zero_options
 from foveal.engines.compiling import eager_forwards
 from foveal.engines.config import EngineConfig
 from foveal.engines.linear_casts import make_linear_casts
-from foveal.engines.zero import copy_master_weights_to_model, sharded_parameter_chunks, update_ema_sharded
+from foveal.engines.zero import (
+    copy_master_weights_to_model,
+    keep_weights_as_views,
+    sharded_parameter_chunks,
+    update_ema_sharded,
+)
 from foveal.engines.zero_guard import ZeroGuard, is_decided_on_device
 from foveal.errors import ConfigError
 from foveal.optim.config import OptimConfig
@@ -159,6 +164,8 @@ class DeepSpeedEngine:
         numels = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
         config = build_deepspeed_config(optim, cfg, world.size, microbatch_size, accumulation_steps, numels)
         self._engine, self._optimizer = self._initialize(model, optimizer, config)
+        if cfg.zero in (1, 2):
+            keep_weights_as_views(self._optimizer)
         self._guard: GuardedOptimizer | ZeroGuard | None = self._guarded_optimizer
         if is_decided_on_device(optim, cfg.zero, config["zero_optimization"]):
             self._guard = ZeroGuard(self._optimizer, optimizer, cfg.zero, optim.max_grad_norm, world)
