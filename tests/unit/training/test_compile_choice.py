@@ -1,6 +1,7 @@
 """What ``engine.compile=auto`` becomes: of the newest checkpoint, of a fork's source, or of the device."""
 
 import json
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +17,14 @@ from foveal.training.compile_choice import decide_compile
 
 
 def _train(world: World, config: str, run: str, words: list[str]) -> None:
-    with torch.compiler.set_stance("default", force_backend="eager"):
-        enter_stage(world, "pretrain", config, [f"run.dir={run}", "tracking.uri=null", "engine.kind=plain", *words])
+    log = logging.getLogger("foveal")
+    level = log.level
+    log.setLevel(logging.INFO)
+    try:
+        with torch.compiler.set_stance("default", force_backend="eager"):
+            enter_stage(world, "pretrain", config, [f"run.dir={run}", "tracking.uri=null", "engine.kind=plain", *words])
+    finally:
+        log.setLevel(level)
 
 
 def _compiled_by_step(run: Path) -> list[Any]:
