@@ -81,8 +81,7 @@ def test_buckets_are_those_of_the_engine() -> None:
         assert estimate(kind="deepspeed", zero=zero).buffers == 8e6
         assert estimate(kind="deepspeed", zero=zero, precision="bf16").buffers == 8e6
         assert estimate(kind="deepspeed", zero=zero, precision="bf16", reduce_dtype="autocast").buffers == 16e6
-    assert estimate(1, kind="deepspeed", zero=1).buffers == 0  # one rank overlaps nothing, and reduces in place
-    assert estimate(kind="deepspeed", zero=3).buffers == 4e6
+    assert (estimate(1, kind="deepspeed").buffers, estimate(kind="deepspeed", zero=3).buffers) == (0, 4e6)
     assert estimate(kind="deepspeed", zero=3, precision="bf16", reduce_dtype="autocast").buffers == 6e6
 
 
@@ -123,7 +122,7 @@ def test_zero_3_deals_out_all_but_what_is_small() -> None:
 
 def test_more_ranks_need_less_each() -> None:
     for zero in (1, 2, 3):
-        peaks = [estimate(ranks, kind="deepspeed", zero=zero).peak for ranks in (1, 2, 8, 64)]
+        peaks = [estimate(ranks, kind="deepspeed", zero=zero).peak for ranks in (2, 8, 64)]  # one has no buckets
         assert peaks == sorted(peaks, reverse=True)
 
 
