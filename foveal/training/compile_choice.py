@@ -8,7 +8,7 @@ from foveal.checkpoint.state import read_rounding
 from foveal.checkpoint.store import CheckpointStore
 from foveal.distributed.world import World
 from foveal.engines.compiling import CompiledParts, choose_compiled_parts, explain_no_compiler
-from foveal.training.plan import PlanT
+from foveal.training.plan import Plan, PlanT
 
 _SETTING = "engine.compile"
 _NAMES: dict[CompiledParts, str] = {"blocks": "each transformer block", True: "the whole model"}
@@ -39,7 +39,7 @@ def decide_compile(plan: PlanT, store: CheckpointStore, world: World) -> PlanT:
     return replace(plan, cfg=plan.cfg.model_copy(update={"engine": engine}))
 
 
-def _read_rounding(plan: PlanT, store: CheckpointStore, world: World) -> dict[str, Any] | None:
+def _read_rounding(plan: Plan, store: CheckpointStore, world: World) -> dict[str, Any] | None:
     """Return the rounding settings of the checkpoint that a run begins in, perhaps its source's; None for a new run."""
     rounding = store.read_newest_rounding()
     source = plan.fork.checkpoint if plan.fork is not None else None
