@@ -7,6 +7,7 @@ defines the nested runs and aggregates their summaries.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from finetune.config import FinetuneConfig
 from finetune.plan import plan_training
@@ -68,7 +69,7 @@ def _run_or_read_summary(plan: FinetunePlan, outer_run: Run, fit: FitFn) -> tupl
     with open_run("finetune", plan, outer_run.world, outer_run.preemption, outer_run=outer_run) as inner:
         is_new = inner is not None
         if inner is not None:
-            fit(plan, inner)
+            fit(cast(FinetunePlan, inner.plan), inner)
             if inner.is_preempted:
                 return None, True
     file = get_run_dir(plan.cfg) / "finished.json"

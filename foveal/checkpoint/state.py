@@ -66,6 +66,14 @@ def read_train_state(folder: Path) -> TrainState:
         ) from None
 
 
+def read_rounding(folder: Path) -> dict[str, Any] | None:
+    """Return the rounding settings under which a checkpoint was written; None if its state cannot be read."""
+    try:
+        return read_train_state(folder).rounding
+    except (CheckpointError, OSError):
+        return None
+
+
 def check_science_unchanged(
     saved_science: dict[str, Any],
     current_science: dict[str, Any],

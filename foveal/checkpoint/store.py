@@ -23,7 +23,13 @@ from foveal.checkpoint.digests import verify_checksums
 from foveal.checkpoint.protocols import CheckpointableEngine, Communicator
 from foveal.checkpoint.retention import CheckpointDirectory
 from foveal.checkpoint.save_result import PendingSave, RankSaveResult, SaveResult, format_os_error, rank_save_result
-from foveal.checkpoint.state import CHECKPOINT_FORMAT, TrainState, check_science_unchanged, read_train_state
+from foveal.checkpoint.state import (
+    CHECKPOINT_FORMAT,
+    TrainState,
+    check_science_unchanged,
+    read_rounding,
+    read_train_state,
+)
 from foveal.checkpoint.writer import (
     BackgroundWriter,
     WrittenFiles,
@@ -120,6 +126,18 @@ class CheckpointStore:
         self.latest_step = latest[1].step if latest else None
         self._directory.remember_first_start(self._first_step if latest is None else latest[1].step)
         return latest
+
+    def read_newest_rounding(self) -> dict[str, Any] | None:
+        """Return the rounding settings of the newest checkpoint whose state can be read; None without any.
+
+        Only ``state.json`` is read: whether the other files are whole, ``find_latest_valid`` says later.
+        """
+        return self._run_on_rank0(self._read_newest_rounding)
+
+    def _read_newest_rounding(self) -> dict[str, Any] | None:
+        folders = reversed(self._directory.list_checkpoints())
+        usable = (folder for folder in folders if not self._directory.is_invalidated_by_attempt(folder))
+        return next((found for folder in usable if (found := read_rounding(folder)) is not None), None)
 
     def load(self, folder: Path, engine: CheckpointableEngine, state: TrainState) -> None:
         """Load a checkpoint into an engine, independent of the engine and world size that wrote it.

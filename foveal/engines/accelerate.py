@@ -132,7 +132,8 @@ class AccelerateDeepSpeedEngine(DeepSpeedEngine):
     def microbatch(self, *, last: bool) -> Iterator[None]:
         with self._accelerator.accumulate(self.model):
             assert self._accelerator.sync_gradients == last, "Accelerate counts microbatches as the loop does"
-            yield
+            with self._linear_casts():
+                yield
 
     def backward(self, loss: Tensor) -> None:
         self._accelerator.backward(loss)

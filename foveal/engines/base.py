@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from foveal.checkpoint.chunks import TensorChunk, replicated_chunk
 from foveal.distributed.world import World
+from foveal.engines.compiling import eager_forwards
 from foveal.engines.config import EngineConfig, Precision
 from foveal.optim.config import OptimConfig
 from foveal.optim.guard import GuardedOptimizer
@@ -43,7 +44,7 @@ class Engine(Protocol):
         ...
 
     def eval_mode(self) -> AbstractContextManager[None]:
-        """Context of forwards without a backward: evaluation mode, no gradients, the engine's precision.
+        """Context of forwards without a backward: evaluation mode, no gradients, the engine's precision, not compiled.
 
         A collective that gives every rank rank 0's buffers: running statistics differ between ranks, and an evaluation
         must use the same model on all of them.
@@ -205,7 +206,11 @@ class ReplicatedEngine:
 
     @contextmanager
     def eval_mode(self) -> Iterator[None]:
-        with eval_with_rank0_buffers(self.model, self._world), autocast(self.device, self._precision):
+        with (
+            eager_forwards(self._cfg),
+            eval_with_rank0_buffers(self.model, self._world),
+            autocast(self.device, self._precision),
+        ):
             yield
 
     def step(self) -> StepResult:

@@ -18,6 +18,9 @@ def derive_zero_options(
     A bucket has a quarter of the trained elements (``trainable_numels``, per parameter), from 1 to 50 million, and at
     least the largest parameter. A reduction overlaps the backward pass where there are several ranks; where the user
     offloads, DeepSpeed's default decides, because gradients are copied to the host meanwhile.
+
+    Where nothing overlaps, ZeRO 1 and 2 reduce gradients where they are: two copies of each less, the same sums. An
+    overlapping reduction needs the buckets: without them DeepSpeed waits for the GPU before each.
     """
     if zero_stage == 0:  # reduces after the backward pass, without these options
         return dict(user_options)
@@ -26,4 +29,6 @@ def derive_zero_options(
     derived: dict[str, Any] = {"reduce_bucket_size": size}
     if not user_options.get("offload_optimizer"):
         derived["overlap_comm"] = world_size > 1
+        if zero_stage < 3 and not user_options.get("overlap_comm", world_size > 1):
+            derived["contiguous_gradients"] = False
     return derived | dict(user_options)

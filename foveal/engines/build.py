@@ -7,6 +7,7 @@ from torch import nn
 
 from foveal.distributed.world import World
 from foveal.engines.base import Engine
+from foveal.engines.compiling import compile_model
 from foveal.engines.config import EngineConfig
 from foveal.engines.plain import PlainEngine
 from foveal.errors import ConfigError
@@ -23,7 +24,7 @@ def check_engine_config(
             f"engine.kind=plain runs in one process, this run has {world_size}; use deepspeed or accelerate"
         )
     _check_optimizer_runs(cfg, optim)
-    if "deepspeed" in (cfg.kind, cfg.sharding):
+    if cfg.uses_deepspeed:
         from foveal.engines.deepspeed import build_deepspeed_config
 
         config = build_deepspeed_config(optim, cfg, world_size, microbatch_size, accumulation_steps)
@@ -37,7 +38,7 @@ def check_engine_config(
 def _check_optimizer_runs(cfg: EngineConfig, optim: OptimConfig) -> None:
     """Refuse an optimizer that the engine cannot run, by the table of optimizers. Raises: ConfigError."""
     unsupported = OPTIMIZERS[optim.name].unsupported
-    if "deepspeed" in (cfg.kind, cfg.sharding) and "deepspeed" in unsupported:
+    if cfg.uses_deepspeed and "deepspeed" in unsupported:
         raise ConfigError(
             f"optim.name={optim.name} {unsupported['deepspeed']}; use engine.kind=plain for one process, or "
             f"engine.kind=accelerate with engine.sharding=ddp{'' if 'fsdp2' in unsupported else ' or fsdp2'}"
@@ -76,8 +77,7 @@ def build_engine(
     set_matmul_and_determinism(cfg)
     if cfg.activation_checkpointing:
         cast(Any, model).set_grad_checkpointing(enable=True)
-    if cfg.compile:
-        model.compile()  # in place, so that no `_orig_mod.` prefix reaches a file
+    compile_model(model, cfg)
     if cfg.kind == "deepspeed":
         from foveal.engines.deepspeed import DeepSpeedEngine
 

@@ -32,9 +32,24 @@ class EngineConfig(Config):
     float32_matmul_precision: Literal["highest", "high", "medium"] = machine(
         "highest", "torch's float32 matmul precision; 'medium' computes bf16 products on some processors."
     )
-    compile: bool = machine(False, "Compile the model in place with torch.compile.")
+    compile: bool | Literal["blocks", "auto"] = machine(
+        "auto",
+        "torch.compile of the training forward and backward: of each transformer block, of the whole model (true), or of "
+        "nothing. auto: a run goes on as its newest checkpoint was trained; a new one compiles blocks on a GPU, except "
+        "under ZeRO 3, FSDP2 or offloading.",
+    )
     activation_checkpointing: bool = machine(
         False, "Recompute each block's activations in the backward pass: less memory, same result."
     )
     timeout_minutes: float = machine(30.0, "Time limit of a collective, in minutes.", gt=0)
     deepspeed: dict[str, Any] = science({}, "Further DeepSpeed settings; keys that foveal derives are refused.")
+
+    @property
+    def uses_deepspeed(self) -> bool:
+        """Whether DeepSpeed computes the update, by itself or as Accelerate's plugin."""
+        return "deepspeed" in (self.kind, self.sharding)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether anything is compiled; an ``auto`` that nobody has decided compiles nothing."""
+        return self.compile in (True, "blocks")

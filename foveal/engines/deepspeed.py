@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.abc import MetaPathFinder
 from types import ModuleType
 from typing import Any, cast
@@ -27,8 +27,15 @@ from foveal.engines.base import (
     update_ema_replicated,
 )
 from foveal.engines.buckets import derive_zero_options
+from foveal.engines.compiling import eager_forwards
 from foveal.engines.config import EngineConfig
-from foveal.engines.zero import copy_master_weights_to_model, sharded_parameter_chunks, update_ema_sharded
+from foveal.engines.linear_casts import make_linear_casts
+from foveal.engines.zero import (
+    copy_master_weights_to_model,
+    keep_weights_as_views,
+    sharded_parameter_chunks,
+    update_ema_sharded,
+)
 from foveal.engines.zero_guard import ZeroGuard, is_decided_on_device
 from foveal.errors import ConfigError
 from foveal.optim.config import OptimConfig
@@ -116,6 +123,12 @@ def build_deepspeed_config(
     if clash:
         raise ConfigError(f"engine.deepspeed.{clash[0]} is derived by foveal from its own settings; remove it")
     extra = dict(cfg.deepspeed)
+    graphs = extra.get("compile")
+    if any(graphs.values()) if isinstance(graphs, dict) else graphs:
+        raise ConfigError(
+            "engine.deepspeed.compile compiles nothing: DeepCompile reduces gradients in its own graphs, past the step "
+            "that foveal guards; set engine.compile=blocks"
+        )
     zero = extra.pop("zero_optimization", {})
     if not isinstance(zero, dict):
         raise ConfigError(f"engine.deepspeed.zero_optimization: a mapping of settings is expected (given: {zero!r})")
@@ -170,11 +183,14 @@ class DeepSpeedEngine:
         self._cfg = cfg
         self._zero_stage = cfg.zero
         self._world = world
+        self._linear_casts = make_linear_casts(model, cfg) if cfg.zero < 3 else nullcontext  # 3 shards the weights
         self._guarded_optimizer = build_optimizer(param_groups, optim) if cfg.zero == 0 else None
         optimizer = self._guarded_optimizer or build_unguarded_optimizer(param_groups, optim)
         numels = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
         config = build_deepspeed_config(optim, cfg, world.size, microbatch_size, accumulation_steps, numels)
         self._engine, self._optimizer = self._initialize(model, optimizer, config)
+        if cfg.zero in (1, 2):
+            keep_weights_as_views(self._optimizer)
         self._guard: GuardedOptimizer | ZeroGuard | None = self._guarded_optimizer
         if is_decided_on_device(optim, cfg.zero, config["zero_optimization"]):
             self._guard = ZeroGuard(self._optimizer, optimizer, cfg.zero, optim.max_grad_norm, world)
@@ -197,10 +213,13 @@ class DeepSpeedEngine:
     @contextmanager
     def microbatch(self, *, last: bool) -> Iterator[None]:
         self._engine.set_gradient_accumulation_boundary(last)
-        yield
+        with self._linear_casts():
+            yield
 
-    def eval_mode(self) -> AbstractContextManager[None]:
-        return eval_with_rank0_buffers(self.model, self._world)
+    @contextmanager
+    def eval_mode(self) -> Iterator[None]:
+        with eager_forwards(self._cfg), eval_with_rank0_buffers(self.model, self._world):
+            yield
 
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss)

@@ -24,7 +24,7 @@ def make_linear_casts(model: nn.Module, cfg: EngineConfig) -> Callable[[], Abstr
 
     Nor does it where torch.compile fuses the casts by itself.
     """
-    if cfg.precision == "fp32" or cfg.compile:
+    if cfg.precision == "fp32" or cfg.is_compiled:
         return nullcontext
     return _LinearCasts(model).use
 

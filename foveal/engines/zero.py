@@ -57,6 +57,19 @@ def _partition_chunk(
     return TensorChunk(name, shape, start, tensors, (0, size))
 
 
+def keep_weights_as_views(optimizer: Any) -> None:
+    """Let ZeRO 1 and 2 leave the model's weights as they are after a step: views of the flat tensors that it updates.
+
+    DeepSpeed makes the views anew in every step, five operations of the host per parameter ("we probably don't need
+    this", says its source).
+    """
+    optimizer._update_model_bit16_weights = _make_no_views  # noqa: SLF001
+
+
+def _make_no_views(_group: int) -> None:
+    """Take the place of DeepSpeed's method."""
+
+
 @torch.no_grad()
 def update_ema_sharded(optimizer: Any, pairs: list[tuple[nn.Parameter, nn.Parameter]], lerp_weight: Tensor) -> None:
     """Interpolate this rank's partition of each EMA parameter to its source, under ZeRO 3; every rank calls it.

@@ -24,9 +24,13 @@ def is_decided_on_device(optim: OptimConfig, zero_stage: int, zero_options: Mapp
     DeepSpeed keeps the decision, and its read, where it offloads (its norm is then computed on the host) and without
     torch's fused kernel.
     """
+    return zero_stage > 0 and optim.fused and not is_offloaded(zero_options)
+
+
+def is_offloaded(zero_options: Mapping[str, Any]) -> bool:
+    """Whether options of ``zero_optimization`` keep the optimizer's states or the weights on the host."""
     offloads = [zero_options.get(name) for name in ("offload_optimizer", "offload_param")]
-    is_offloaded = any(isinstance(offload, dict) and offload.get("device", "none") != "none" for offload in offloads)
-    return zero_stage > 0 and optim.fused and not is_offloaded
+    return any(isinstance(offload, dict) and offload.get("device", "none") != "none" for offload in offloads)
 
 
 class ZeroGuard:

@@ -142,6 +142,16 @@ def _zero12_bytes(
     buckets = bucket * (2 if sums_in_bf16(cfg) else 1) * (2 if overlaps else 1)
     reduced = min(weights, bucket)
     accumulates = microbatches > 1
+    if stage == 1 and not zero.get("contiguous_gradients", True):
+        # Gradients stay where they are: a reduction copies a bucket of them, and then the update a group's partition.
+        return _EngineBytes(
+            weights + partition,
+            moments / ranks,
+            weights,
+            gradients_accumulate=not accumulates,
+            init_bytes=2 * weights + partition,
+            update_bytes=weights + max(reduced, partition),
+        )
     # ZeRO 2 and an overlapping reduction move a gradient into a bucket, and then into the partition, once it is done.
     moves_gradients = stage == 2 or overlaps
     gradients = partition if stage == 2 else weights

@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
+from foveal.engines.compiling import choose_compiled_parts
 from foveal.forecast.forecast import ClusterSpec, Forecast
 from foveal.forecast.memory import CUDA_CONTEXT_BYTES, FRAGMENTATION_FACTOR
 from foveal.forecast.problems import STARTUP_SECONDS, JobLimits, Problem, count_attempts
@@ -116,7 +117,7 @@ def _memory_lines(forecast: Forecast) -> list[str]:
         f"{'':10}a GPU needs {estimate.required_bytes / 1e9:.1f} GB: {FRAGMENTATION_FACTOR:g} times the peak for "
         f"fragmentation, and {CUDA_CONTEXT_BYTES / 1e9:g} GB for CUDA and NCCL (both assumed)"
     )
-    if forecast.plan.cfg.engine.compile:
+    if choose_compiled_parts(forecast.plan.cfg.engine, "cuda"):
         lines.append(f"{'':10}engine.compile is not modelled and usually needs less")
     if "offload_optimizer" in forecast.plan.cfg.engine.deepspeed.get("zero_optimization", {}):
         lines.append(f"{'':10}offloading is not modelled: master weights and moments are counted on the GPU")

@@ -7,21 +7,26 @@ from torch import Tensor, nn
 class DropPathFromNoise(nn.Module):
     """Stochastic depth: zero a residual branch where a sample's noise is below the rate, else scale by 1 / (1 - rate).
 
-    ``set_drop_path_noise`` sets the noise, which stays until the next call: recomputed activations need the same noise.
+    ``set_noise`` holds until the next call: recomputed activations need the same noise. The rate, which differs between
+    blocks, is not read in the forward: blocks that differ in a number alone share compiled code.
     """
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
-        self.noise: Tensor | None = None
+        self._scale_B: Tensor | None = None
+
+    def set_noise(self, noise_B: Tensor | None) -> None:
+        """Set the noise of the next forward, uniform [B]."""
+        self._scale_B = None if noise_B is None else (noise_B >= self.rate) / (1 - self.rate)
 
     def forward(self, branch: Tensor) -> Tensor:
         """Return a branch [B, ...] with dropped samples at zero; in evaluation, the branch unchanged."""
         if not self.training:
             return branch
-        assert self.noise is not None and len(self.noise) == len(branch), "a training forward needs set_drop_path_noise"
-        scale_B = (self.noise >= self.rate).to(branch.dtype) / (1 - self.rate)
-        return branch * scale_B.view(-1, *[1] * (branch.ndim - 1))
+        scale_B = self._scale_B
+        assert scale_B is not None and len(scale_B) == len(branch), "a training forward needs set_drop_path_noise"
+        return branch * scale_B.to(branch.dtype).view(-1, *[1] * (branch.ndim - 1))
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"
@@ -46,7 +51,7 @@ def set_drop_path_noise(encoder: nn.Module, noise: Tensor | None) -> None:
     if noise is not None:
         assert noise.shape[1] == len(drop_paths), f"{len(drop_paths)} drop paths, noise of shape {tuple(noise.shape)}"
     for column, drop_path in enumerate(drop_paths):
-        drop_path.noise = None if noise is None else noise[:, column]
+        drop_path.set_noise(None if noise is None else noise[:, column])
 
 
 def _find_drop_paths(encoder: nn.Module) -> list[DropPathFromNoise]:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from foveal.models.backbone import set_activation_checkpointing
 from foveal.models.droppath import set_drop_path_noise
+from foveal.models.timm_vit import find_transformer_blocks
 from foveal.models.token_positions import find_cross_module_parameters, set_relative_bias_indices
 
 
@@ -27,6 +28,10 @@ class EncoderWithHead(nn.Module):
     def external_parameters(self) -> list[nn.Parameter]:
         """Return the encoder's ``find_cross_module_parameters``."""
         return find_cross_module_parameters(self.encoder)
+
+    def transformer_blocks(self) -> list[nn.Module]:
+        """Return the blocks that an engine may compile one by one."""
+        return find_transformer_blocks(self)
 
 
 def set_noise_cast_images(encoder: Any, images: Tensor, drop_noise: Tensor | None) -> Tensor:

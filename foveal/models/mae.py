@@ -18,7 +18,7 @@ from foveal.models.encode import encode, encode_cls_and_patches, find_external_p
 from foveal.models.patches import split_patches_by_noise
 from foveal.models.probes import encode_patch_mean
 from foveal.models.sincos import sincos_positions
-from foveal.models.timm_vit import Encoder
+from foveal.models.timm_vit import Encoder, find_transformer_blocks
 from foveal.models.vit import TOKEN_INIT_STD, init_linear_layers
 
 LAYER_NORM_EPS = 1e-6  # as in timm's transformers and the reference implementation of MAE; torch's default is 1e-5
@@ -145,6 +145,10 @@ class MaskedAutoencoder(nn.Module):
         """Return the parameters that a forward reads outside their own module (see ``foveal.models.encode``)."""
         encoders = [self.encoder] if self.averaged is None else [self.encoder, self.averaged]
         return [parameter for encoder in encoders for parameter in find_external_parameters(encoder)]
+
+    def transformer_blocks(self) -> list[nn.Module]:
+        """Return the blocks that an engine may compile one by one."""
+        return find_transformer_blocks(self)
 
     def set_grad_checkpointing(self, enable: bool) -> None:
         """Recompute the blocks' activations in the backward pass: less memory, the same loss."""

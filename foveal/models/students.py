@@ -18,7 +18,7 @@ from foveal.models.config import DecoderConfig
 from foveal.models.encode import drop_registers, encode, encode_cls_and_patches, encode_layers, find_external_parameters
 from foveal.models.mae import Decoder
 from foveal.models.probes import encode_patch_mean
-from foveal.models.timm_vit import Encoder
+from foveal.models.timm_vit import Encoder, find_transformer_blocks
 from foveal.models.token_positions import find_cross_module_parameters
 from foveal.models.vit import init_linear_layers
 
@@ -68,6 +68,10 @@ class Students(nn.Module):
             bypasses = student.bypasses_encoder_forward or pool is encode_patch_mean
             parameters += (find_external_parameters if bypasses else find_cross_module_parameters)(student.encoder)
         return parameters
+
+    def transformer_blocks(self) -> list[nn.Module]:
+        """Return the blocks that an engine may compile one by one, of every student."""
+        return find_transformer_blocks(self)
 
     def _students(self) -> list[Any]:
         return list(self.each.values())

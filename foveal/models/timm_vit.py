@@ -52,6 +52,11 @@ def build_meta_encoder(name: str) -> Any:
     return encoder
 
 
+def find_transformer_blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the transformer blocks inside a model, of encoders, decoders and models of timm; a CNN has none."""
+    return [module for module in model.modules() if isinstance(module, tuple(block for block, *_ in _BLOCKS.values()))]
+
+
 def has_absolute_positions(encoder: Any) -> bool:
     """Return whether positions, fixed or learned, are added to the patches."""
     return getattr(encoder, "pos_embed", None) is not None

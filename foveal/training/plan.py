@@ -23,6 +23,9 @@ from foveal.training.plan_lines import checkpoint_line, order_line, resize_lines
 from foveal.training.progress import format_count
 from foveal.weights.export import Card
 
+# In words; what auto means, a start decides.
+_COMPILED = {False: "", True: ", compiled", "blocks": ", blocks compiled", "auto": ""}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -167,7 +170,7 @@ class Plan:
             f"lr        {peak}; {optim.schedule}, {optim.name}",
             *warning_lines(cfg, self.world_size, self.microbatch_size),
             *self._validation_lines(),
-            f"engine    {engine.kind}{zero}, {engine.precision}",
+            f"engine    {engine.kind}{zero}, {engine.precision}{_COMPILED[engine.compile]}",
             checkpoint_line(cfg.checkpoint),
             f"run       {cfg.run.dir} (logs/, metrics.jsonl)",
             *self._fork_lines(),

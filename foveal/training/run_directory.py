@@ -31,6 +31,7 @@ from foveal.slurm import read_slurm_job, slurm_job_tags
 from foveal.tracking import report_end_without_tracker
 from foveal.tracking.tracker import AttemptState, NullTracker
 from foveal.training.checkpointing import CheckpointSaver
+from foveal.training.compile_choice import decide_compile
 from foveal.training.config import StageConfig
 from foveal.training.config_mistakes import refuse_run_of_other_stage
 from foveal.training.data_workers import open_workers
@@ -82,9 +83,8 @@ def open_run(
     logs, timeout = path / "logs", plan.cfg.engine.timeout_minutes * 60
     with ExitStack() as stack:
         stack.enter_context(log_to_file(logs / f"rank-{world.rank:03d}.log"))
-        _log.log(
-            logging.INFO if outer_run is None else logging.DEBUG, "foveal %s, %s", __version__, describe_rank(world)
-        )
+        level = logging.INFO if outer_run is None else logging.DEBUG
+        _log.log(level, "foveal %s, %s", __version__, describe_rank(world))
         if isinstance(attempt, Lease):
             stack.callback(lambda: attempt.record_end_and_release(end.reason, end.exit_code, end.step))
         if outer_run is not None:
@@ -94,6 +94,7 @@ def open_run(
             watchdog = stack.enter_context(run_watchdog(world, logs, timeout, on_hang))
         try:
             store = open_checkpoints(path, plan, world, attempt, timeout / 2)
+            plan = decide_compile(plan, store, world)  # before anything reads the engine's settings
             saver = CheckpointSaver(path, plan, store, world, watchdog)
             meter = StragglerMeter(world.device, socket.gethostname())
             progress = outer_run.progress if outer_run is not None else None

@@ -27,10 +27,22 @@ def test_the_curve_is_the_cpus(precision: str, one_gpu: Ranks, reference: Refere
     assert curve(on_gpu)[-1] < 0.9 * curve(on_gpu)[0], "it learns, so that a curve says something"
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_blocks_give_the_curve_of_eager_ones(
+    precision: str, one_gpu: Ranks, reference: Reference, train: Training
+) -> None:
+    settings = f"engine.precision={precision}"
+    eager = reference("gpu", settings, "engine.compile=false")
+    compiled = train(one_gpu, "compiled", settings, "engine.compile=blocks")
+    assert curve(compiled)[0] == pytest.approx(curve(eager)[0], rel=_FIRST[precision])
+    assert curve(compiled) == pytest.approx(curve(eager), rel=_CURVE[precision])
+
+
 LONG = ("model.patch=2", "batch.max_micro_size=8")  # 257 tokens in the decoder: several blocks of keys in a kernel
 RESUMED = {
     "plain": ("engine.kind=plain",),
-    "plain, bf16": ("engine.kind=plain", BF16),
+    "plain, bf16": ("engine.kind=plain", BF16, "engine.compile=false"),
+    "plain, bf16, compiled": ("engine.kind=plain", BF16, "engine.compile=blocks"),
     "zero 1, bf16": ("engine.kind=deepspeed", BF16),
     "zero 3": ("engine.kind=deepspeed", "engine.zero=3"),
 }

@@ -37,11 +37,12 @@ class Shape:
     precision: str = "fp32"
     reduce_dtype: str = "fp32"
     optim: str = "adamw"
+    compile: bool | str = False
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
     @property
     def config(self) -> EngineConfig:
-        more: dict[str, Any] = {"sharding": self.sharding, "reduce_dtype": self.reduce_dtype}
+        more: dict[str, Any] = {"sharding": self.sharding, "reduce_dtype": self.reduce_dtype, "compile": self.compile}
         if self.zero == 3:
             zero = _STAGE_3 | self.deepspeed.get("zero_optimization", {})
             more["deepspeed"] = self.deepspeed | {"zero_optimization": zero}
@@ -88,6 +89,9 @@ class Tiny(nn.Module):
         for block in self.blocks:
             rows = block(rows)
         return self.head(rows).sum(-1)
+
+    def transformer_blocks(self) -> list[nn.Module]:
+        return list(self.blocks)
 
 
 def depth(name: str) -> int:

@@ -57,6 +57,10 @@ REFUSED = {
     "a stage": (zero(stage=2), r"zero_optimization\.stage is engine\.zero; set that"),
     "no section": ({"deepspeed": {"zero_optimization": 5}}, r"zero_optimization: a mapping .* \(given: 5\)"),
     "nothing": ({"deepspeed": {"zero_optimization": None}}, r"zero_optimization: a mapping .* \(given: None\)"),
+    "deepcompile": (
+        {"deepspeed": {"compile": {"deepcompile": True}}},
+        r"compile compiles nothing: .* engine\.compile=b",
+    ),
     "another optimizer": ({"deepspeed": {"zero_force_ds_cpu_optimizer": True}}, r"is derived by foveal"),
 }
 

@@ -26,9 +26,10 @@ def classifier() -> Classifier:
 def test_one_branch_against_a_loop() -> None:
     drop_path = DropPathFromNoise(0.25).train()
     branch = torch.rand(4, 3, 2)
-    drop_path.noise = torch.tensor([0.0, 0.2499, 0.25, 0.9])
+    noises = torch.tensor([0.0, 0.2499, 0.25, 0.9])
+    drop_path.set_noise(noises)
     out = drop_path(branch)
-    for sample, noise in enumerate(drop_path.noise.tolist()):
+    for sample, noise in enumerate(noises.tolist()):
         torch.testing.assert_close(out[sample], branch[sample] * (0 if noise < 0.25 else 1 / 0.75), rtol=1e-6, atol=0)
 
 
