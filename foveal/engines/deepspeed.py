@@ -50,6 +50,8 @@ from foveal.optim.optimizers import (
 _OFFLOAD_KEYS = ("offload_optimizer", "offload_param")
 _RESERVED_KEYS = {"amp", "bf16", "fp16", "optimizer", "scheduler"}
 
+_log = logging.getLogger(__name__)
+
 
 def import_deepspeed() -> ModuleType:
     """Import DeepSpeed without its warnings, and without its shared-memory all-reduce on machines without a GPU."""
@@ -123,12 +125,6 @@ def build_deepspeed_config(
     if clash:
         raise ConfigError(f"engine.deepspeed.{clash[0]} is derived by foveal from its own settings; remove it")
     extra = dict(cfg.deepspeed)
-    graphs = extra.get("compile")
-    if any(graphs.values()) if isinstance(graphs, dict) else graphs:
-        raise ConfigError(
-            "engine.deepspeed.compile compiles nothing: DeepCompile reduces gradients in its own graphs, past the step "
-            "that foveal guards; set engine.compile=blocks"
-        )
     zero = extra.pop("zero_optimization", {})
     if not isinstance(zero, dict):
         raise ConfigError(f"engine.deepspeed.zero_optimization: a mapping of settings is expected (given: {zero!r})")
@@ -174,6 +170,11 @@ class DeepSpeedEngine:
         accumulation_steps: int,
     ) -> None:
         deepspeed = import_deepspeed()
+        if cfg.deepspeed.get("compile"):  # no error: runs that state it go on
+            _log.warning(
+                "engine.deepspeed.compile compiles nothing: DeepCompile reduces gradients in its own graphs, past the "
+                "step that foveal guards; set engine.compile=blocks"
+            )
         if cfg.zero == 3:
             # ZeRO 3 gathers a parameter that a module reads from its child in a hook of the module that read it first;
             # compiled code omits the hook, and in a forward for features alone another module reads it.

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from forked import Forked, all_alive, ranks_of
+from forked import Forked, ranks_of
 from ports import free_port
-from processes import PYTHON, ROOT, Ended, Started, children, ended, wait_for_end_of, wait_for_row
+from processes import PYTHON, ROOT, Ended, Started, children, ended, wait_for_end_of
 
 # Enough steps for several attempts: 88 of 64 images.
 _LONG = ("epochs=4", "checkpoint.every=20", "tracking.uri=null")
@@ -20,7 +20,10 @@ _LOOKS = 0.01  # seconds between two looks at a file
 
 
 class Hold:
-    """The files by which two ranks wait after a step until they are asked to leave, and before they end (holding.py)."""
+    """The files by which two ranks wait until they are asked to leave, and before they end (holding.py).
+
+    They wait at the end of step ``after``, before its row.
+    """
 
     def __init__(self, folder: Path, *, after: int | None, stay: bool) -> None:
         self._hold, self._stay = folder / "hold", folder / "stay"
@@ -29,16 +32,23 @@ class Hold:
         if stay:
             self._stay.touch()
 
+    def wait_until_held(self) -> None:
+        """Wait until both ranks wait at the end of the step."""
+        self._wait_for_signs("held")
+
     def release(self) -> None:
         """Let those go on that were not asked to leave."""
         self._hold.unlink(missing_ok=True)
 
     def wait_until_done(self) -> None:
         """Wait until both ranks have nothing left to do but to end."""
+        self._wait_for_signs("done")
+
+    def _wait_for_signs(self, name: str) -> None:
         patience = time.monotonic() + _PATIENCE
-        signs = [self._stay.with_name(f"done-{rank}") for rank in range(2)]
+        signs = [self._stay.with_name(f"{name}-{rank}") for rank in range(2)]
         while not all(each.exists() for each in signs):
-            assert time.monotonic() < patience, "the ranks are not done"
+            assert time.monotonic() < patience, f"the ranks are not {name}"
             time.sleep(_LOOKS)
         for each in signs:
             each.unlink()
@@ -49,7 +59,7 @@ class Hold:
 
 
 class Held(Started):
-    """Two ranks under a launcher that wait after a step."""
+    """Two ranks under a launcher that wait at the end of a step."""
 
     def __init__(self, command: Sequence[str | Path], folder: Path, *, after: int) -> None:
         self.hold = Hold(folder, after=after, stay=False)
@@ -57,7 +67,7 @@ class Held(Started):
 
 
 class HeldRanks:
-    """Two ranks without a launcher that wait after a step, and before they end if they are to."""
+    """Two ranks without a launcher that wait at the end of a step, and before they end if they are to."""
 
     def __init__(
         self, settings: Sequence[str | Path], folder: Path, *, after: int | None = None, stay: bool = False
@@ -66,11 +76,6 @@ class HeldRanks:
         self._port = free_port()
         places = ranks_of(2, self._port)
         self._ranks = [Forked(_HOLDING, ["-m", "pretrain.run", *settings], folder, **place) for place in places]
-
-    def reach(self, run: Path, step: int) -> None:
-        """Wait until the run directory has a row of that step."""
-        if not wait_for_row(run, step, lambda: all_alive(self._ranks)):
-            pytest.fail(f"{run} has not reached step {step}: {self.ended()}")
 
     def send(self, rank: int, number: signal.Signals) -> None:
         """Send a signal to a rank and to the processes that read for it."""
@@ -188,7 +193,7 @@ def pipeline(configs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     (folder / "tiny.yaml").write_text(_PIPELINE.format(**configs))
     command = [PYTHON, ROOT / "slurm" / "submit.py", "tiny.yaml", "--cluster", "local"]
     first = Held(command, folder, after=5)
-    first.reaches(folder / "runs" / "tiny" / "pretrain", 5)
+    first.hold.wait_until_held()
     first.process.send_signal(signal.SIGINT)
     interrupted = first.ended()
     first.hold.release()

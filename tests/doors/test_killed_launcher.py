@@ -12,7 +12,7 @@ _PATIENCE = 150  # seconds, on a busy machine
 def test_ranks_without_their_torchrun_save_and_leave(new_run) -> None:
     run = new_run
     started = run.held(after=5)
-    started.reaches(run.path, 5)
+    started.hold.wait_until_held()
     ranks = [psutil.Process(pid) for pid in started.ranks().values()]
     started.process.send_signal(signal.SIGKILL)
     try:

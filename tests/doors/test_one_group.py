@@ -30,7 +30,7 @@ def test_ranks_of_two_runs_at_one_address_both_end(configs: dict[str, Path], por
             "pretrain.run",
             [configs["pretrain"], *SHORT, f"seed={rank}", f"run.dir={tmp_path / name}"],
             tmp_path,
-            replaced={"foveal.distributed.rendezvous._GRACE": 2.0},  # seconds that rank 0 waits for its own rank 1
+            {"foveal.distributed.rendezvous._GRACE": 2.0},  # seconds that rank 0 waits for its own rank 1
             **address,
             RANK=str(rank),
             LOCAL_RANK=str(rank),

@@ -44,7 +44,7 @@ class Job:
     def start(self, rank: int, *words: str | Path, **replaced: Any) -> psutil.Process:
         """Start a rank; its process. ``replaced``: as of Forked."""
         place = self._places[rank] | {"LOCAL_RANK": "0", "SLURMD_NODENAME": f"node{rank}"}
-        self.ranks[rank] = Forked("foveal.cli", words, self._folder, replaced=replaced, **place)
+        self.ranks[rank] = Forked("foveal.cli", words, self._folder, replaced, **place)
         return psutil.Process(self.ranks[rank].process.pid)
 
     def has_come(self, rank: int) -> int:

@@ -41,7 +41,7 @@ def attempts(long_run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     def attempt(strike: Callable[[Any], object], after: int | None, *, stays: bool) -> None:
         started = run.held_ranks(after=after, stay=stays)
         if after is not None:
-            started.reach(run.path, after)
+            started.hold.wait_until_held()
             strike(started)
             started.hold.release()  # after the last signal: who sees it has its own signal already
         late = [(rank, number) for rank in range(2) for number in _ASK] if stays else []
@@ -124,7 +124,7 @@ def test_ctrl_c_on_one_rank_ends_both(long_run, tmp_path: Path) -> None:
     """A person asks, of whichever rank: both save, neither asks Slurm for another start, and nobody waits for that."""
     run = replace(long_run, path=tmp_path / "run")
     started = run.held(after=5)
-    started.reaches(run.path, 5)
+    started.hold.wait_until_held()
     os.kill(started.ranks()[1], signal.SIGINT)
     started.hold.release()
     done = started.ended()

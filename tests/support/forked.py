@@ -43,8 +43,8 @@ class Forked:
         script: str | Path,
         arguments: Sequence[object],
         cwd: Path,
-        *,
         replaced: Mapping[str, Any] | None = None,
+        /,
         **environment: str,
     ) -> None:
         number = next(_numbers)

@@ -2,8 +2,8 @@
 """``PYTHON_EXEC=.../holding.py torchrun ... -m MODULE ARGUMENTS``: ranks that wait, so that no signal comes too late.
 
 A tiny run is over in a moment. What holds it are two files in the folder of the command: ``hold`` with the number of a
-step, beyond which no rank goes before it is asked to leave; and ``stay``, without which a process that is done ends.
-One that stays says so with a file ``done-RANK``.
+step, at whose end every rank waits until it is asked to leave; and ``stay``, without which a process that is done ends.
+One that waits says so with a file ``held-RANK``, one that stays with ``done-RANK``.
 """
 
 import os
@@ -26,8 +26,13 @@ def hold_after_steps() -> None:
     read_flags = Run.read_flags
 
     def held(self: Run) -> RankFlags:
+        def is_held() -> bool:
+            return self.preemption.stop_reason is None and self.step + 1 >= _last_step()
+
         end = time.monotonic() + _LONGEST
-        while self.preemption.stop_reason is None and self.step + 1 >= _last_step() and time.monotonic() < end:
+        if is_held():
+            Path(f"held-{self.world.rank}").touch()
+        while is_held() and time.monotonic() < end:
             time.sleep(_LOOKS)
         return read_flags(self)
 

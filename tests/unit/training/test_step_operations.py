@@ -14,8 +14,8 @@ from foveal.engines.config import EngineConfig
 _CEILINGS = {
     ("plain", "fp32"): (720, 2170),
     ("plain", "bf16"): (900, 2680),
-    ("deepspeed", "fp32"): (1240, 6490),
-    ("deepspeed", "bf16"): (1705, 6950),
+    ("deepspeed", "fp32"): (990, 3450),
+    ("deepspeed", "bf16"): (1165, 3955),
 }
 _DEVICE_READS = 1  # of a weight that is on the host
 
