@@ -19,6 +19,7 @@ from foveal.engines.compiling import choose_compiled_parts, compile_model, expla
 from foveal.engines.config import EngineConfig
 from foveal.training.cli import load_config
 from foveal.training.launch import run_stage
+from foveal.training.loop import RankFlags
 from foveal.training.run import Run
 
 
@@ -73,9 +74,9 @@ def graphs_of_a_run(world: World, name: str, config: str, overrides: list[str]) 
     check, record = Run.check_preemption, Run.record_evaluation
     with counted("eager") as graphs, pytest.MonkeyPatch.context() as patch:
 
-        def check_preemption(run: Run) -> bool:
+        def check_preemption(run: Run, flags: RankFlags) -> bool:
             graphs.append(count_graphs())
-            return check(run)
+            return check(run, flags)
 
         def record_evaluation(run: Run, step: int, metrics: dict[str, float]) -> None:
             graphs.append(count_graphs())
