@@ -9,13 +9,14 @@ from torch import nn
 
 from finetune.config import FinetuneConfig
 from finetune.task import FinetunePlan
+from foveal.inference.exported_model import build_exported_encoder
 from foveal.models.backbone import backbone_from_card, get_layer_ids, get_no_weight_decay_names, head_parameter_names
 from foveal.models.classify import Classifier
 from foveal.models.resize import resize_positions_from_card
 from foveal.models.vit import encoder_from_card
 from foveal.optim.optimizers import parameter_groups
 from foveal.seeding import derive_key
-from foveal.weights.export import load_weights_strict, read_export, read_head
+from foveal.weights.export import load_weights_strict, read_card, read_head
 from foveal.weights.teacher import freeze_in_eval_mode
 
 
@@ -92,12 +93,9 @@ def model_from_export(
     ``build_model`` takes the encoder, the encoder's card, the head's card and the path of the card file.
     Raises: ExportError.
     """
-    weights, card = read_export(export_dir)
     head_weights, head = read_head(export_dir, head_kind)
-    card_file = f"{export_dir}/card.json"
-    encoder = (backbone_from_card if "timm" in card.encoder else encoder_from_card)(card.encoder, card_file)
-    load_weights_strict(encoder, weights, export_dir)
-    model = build_model(encoder, card.encoder, head, card_file)
+    encoder, card = build_exported_encoder(export_dir), read_card(export_dir)
+    model = build_model(encoder, card.encoder, head, f"{export_dir}/card.json")
     load_weights_strict(model.head, head_weights, export_dir / "head.safetensors")
     return model.eval()
 

@@ -5,9 +5,11 @@ No other module distinguishes tasks: a new one is a subclass of ``Task`` and a l
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
+from torch import nn
 
 from finetune.config import FinetuneConfig
 from foveal.data.config import DataConfig
@@ -16,6 +18,7 @@ from foveal.data.image.targets import LabelReader
 from foveal.data.sampling.subset import SubsetName
 from foveal.engines.base import Engine
 from foveal.errors import ConfigError
+from foveal.inference.exported_model import build_exported_encoder
 from foveal.models.backbone import BackboneCard, build_meta_backbone, has_batch_norm, parse_encoder_card
 from foveal.models.config import Pooling
 from foveal.training.evaluations import Metric
@@ -204,6 +207,13 @@ class Task(ABC):
 
         An export holds a head that has a card: the weights of the model's module ``head``.
         """
+
+    def model_from_export(self, export_dir: Path) -> nn.Module:
+        """Return the exported model, in evaluation mode on the CPU; tasks with a head card build its head.
+
+        Raises: ExportError.
+        """
+        return build_exported_encoder(export_dir).eval()
 
     # --- evaluation ---
 

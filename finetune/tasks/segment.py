@@ -150,6 +150,9 @@ class Segmentation(Task):
     def head_card(self, plan: FinetunePlan) -> dict[str, Any]:
         return _head_card(plan)
 
+    def model_from_export(self, export_dir: Path) -> nn.Module:
+        return segmenter_from_export(export_dir)
+
     def metrics(self, cfg: FinetuneConfig) -> tuple[Metric, ...]:
         return (
             Metric("miou", higher_is_better=True),

@@ -37,7 +37,7 @@ from foveal.distributed.world import World
 from foveal.errors import OutOfMemoryError, TrainingHungError
 from foveal.slurm import current_node_name
 
-_MEDIAN_WINDOW = 64  # step durations in the running median
+_MEDIAN_WINDOW = 64  # step durations in the running median, the lower one: a first step connects and compiles
 _REARM_POLLS = 10  # polls between two settings of faulthandler's alarm
 _REPORT_TIMEOUT_SECONDS = 20.0  # for the report of a hang, before the process ends
 # Modules in which a rank waits for other ranks.
@@ -156,7 +156,7 @@ class Watchdog:
         if idle_seconds >= hang_timeout:
             self._end_process(idle_seconds)
         stalled = self._step_seconds and idle_seconds >= max(
-            timeouts.min_stall_seconds, timeouts.stall_factor * statistics.median(self._step_seconds)
+            timeouts.min_stall_seconds, timeouts.stall_factor * statistics.median_low(self._step_seconds)
         )
         if stalled and self._stall is None:
             step, activity, _ = self._position

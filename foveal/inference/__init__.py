@@ -1,0 +1,1 @@
+"""Exported models in use: predictions, features, and their files."""
