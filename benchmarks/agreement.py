@@ -1,9 +1,9 @@
-"""What it costs the ranks of one machine to agree on two numbers, before and after agreements left the device's group.
+"""What the agreement of a step costs the ranks of one machine, before and after agreements left the device's group.
 
     python benchmarks/agreement.py --out benchmarks/results/agreement.md
 
-Before: integers on the device, reduced by the default process group, and read. After: ``World.all_reduce_max``, a tree
-of gloo groups. Both alternate in the same processes. On a CPU the default group is gloo's too: what the first costs
+Before: integers on the device, reduced by the default process group, and read, twice a step. After: ``World.run_all``
+with a batch's weight and three flags, a tree of gloo groups, once a step. Both alternate in the same processes. On a CPU the default group is gloo's too: what the first costs
 there is its own time; under NCCL it also waits for all that the device has queued, which a CPU cannot show.
 """
 
@@ -31,10 +31,16 @@ DEEP_GROUP = 3  # ranks per group of the tree with several levels, which a real 
 
 
 def reduce_on_device(world: World) -> None:
-    """Agree as foveal 0.1 did."""
-    maxima = torch.tensor([world.rank, 1], device=world.device)
-    dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
-    maxima.tolist()
+    """Agree as foveal 0.1 did: on the weight of the microbatches, then on the flags."""
+    for _ in range(2):
+        maxima = torch.tensor([world.rank, 1], device=world.device)
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+        maxima.tolist()
+
+
+def agree_on_step(world: World) -> None:
+    """Agree as the loop does."""
+    world.run_all(lambda: world.rank, float, lambda: (False, True, False))
 
 
 def measure_rank(world: World) -> dict[str, list[float]]:
@@ -43,8 +49,8 @@ def measure_rank(world: World) -> dict[str, list[float]]:
     deep_tree = HostCollectives.connect(store, world.rank, world.size, 60.0, DEEP_GROUP)
     kinds: dict[str, Callable[[], object]] = {
         "default group": lambda: reduce_on_device(world),
-        "tree": lambda: world.all_reduce_max([world.rank, 1]),
-        f"tree of groups of {DEEP_GROUP}": lambda: deep_tree.all_reduce([world.rank, 1], max),
+        "tree": lambda: agree_on_step(world),
+        f"tree of groups of {DEEP_GROUP}": lambda: deep_tree.all_reduce([float(world.rank), 0.0, 0.0, 1.0, 0.0], sum),
     }
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for number in range(WARM_UP + ROUNDS):

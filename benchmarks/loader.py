@@ -23,8 +23,11 @@ from foveal.data.loader import train_batches
 from foveal.data.sampling.sources import build_training_set
 from foveal.data.workers import WorkerPool
 
-_BATCHES_PER_WORKER = 8  # of one measurement: about half a second
-_SMALL_OPERATIONS = 1500  # pairs in a step whose time is that of launching
+_BATCHES_PER_WORKER = 32  # of one measurement: two seconds
+# A step whose time is that of launching takes longer than a worker reads its images, as in training that is not bound by
+# data: after a wait of tenths of a second the same operations run on cold caches, with a loader and without one.
+_SMALL_OPERATIONS = 8000  # pairs
+_LAUNCH_BATCH = 16
 _STEPS = 40
 _STALL_SECONDS = 600.0
 _UNTIL_TOLD = 0  # in place of a number of batches
@@ -41,11 +44,11 @@ def worker_counts(cores: int) -> list[int]:
     return [0, *(2**power for power in range(cores.bit_length()) if 2**power < cores), cores]
 
 
-def read_batches(cfg: DataConfig, workers: WorkerPool | None, stop: int) -> Iterator[Batch]:
-    """Yield the batches of the first ``stop`` steps; None: read by this thread."""
-    training = build_training_set(Dataset.open(cfg), cfg, seed=0, batch_size=BATCH)
+def read_batches(cfg: DataConfig, workers: WorkerPool | None, stop: int, size: int = BATCH) -> Iterator[Batch]:
+    """Yield the batches of ``size`` images of the first ``stop`` steps; None: read by this thread."""
+    training = build_training_set(Dataset.open(cfg), cfg, seed=0, batch_size=size)
     with train_batches(
-        training, cfg, rank=0, world_size=1, microbatch_size=BATCH, start_step=0, stop_step=stop, workers=workers
+        training, cfg, rank=0, world_size=1, microbatch_size=size, start_step=0, stop_step=stop, workers=workers
     ) as batches:
         yield from batches
 
@@ -124,7 +127,7 @@ def step_seconds(cfg: DataConfig, workers: WorkerPool | None, device: torch.devi
 
     Waiting for a batch is no cost of a step here: how fast batches come is measured apart.
     """
-    batches = None if workers is None else read_batches(cfg, workers, _STEPS)
+    batches = None if workers is None else read_batches(cfg, workers, _STEPS, _LAUNCH_BATCH)
     seconds = []
     for _ in range(_STEPS):
         start_cpu = time.thread_time()

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from machine import described
@@ -26,7 +27,8 @@ from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 from foveal.doctor.node_checks import measure_matmul_rates
 from foveal.doctor.report import RankReport
-from foveal.engines.config import Precision
+from foveal.engines.attention import choose_max_explicit_tokens
+from foveal.engines.config import EngineConfig, Precision
 
 DECODER = (512, 8, 16)
 SHAPES = {
@@ -37,7 +39,7 @@ SHAPES = {
 }
 GPU_BATCH = 256
 PUBLISHED = Switches()
-MODES: dict[str, tuple[Precision, str]] = {
+MODES: dict[str, tuple[Precision, Literal["highest", "medium"]]] = {
     "fp32": ("fp32", "highest"),
     "fp32, medium products": ("fp32", "medium"),
     "bf16": ("bf16", "highest"),
@@ -70,8 +72,10 @@ def read_photographs(folder: Path, count: int, size: int, device: torch.device) 
 def contenders(shape: Shape, images: Tensor, mode: str, *, compiled: bool) -> Iterator[tuple[str, str, Contender]]:
     """Yield (name, matmul precision, contender) of foveal, and of each peer as published and with foveal's switches."""
     precision, matmul = MODES[mode]
-    ours = replace(PUBLISHED, fused_adamw=True, reads_every_loss=False, compiled=compiled)
+    ours = replace(PUBLISHED, matmul=matmul, fused_adamw=True, reads_every_loss=False, compiled=compiled)
     yield "foveal", matmul, CONTENDERS["foveal"](shape, images, precision, ours)
+    cfg = EngineConfig(precision=precision, float32_matmul_precision=matmul)
+    ours = replace(ours, explicit_attention=choose_max_explicit_tokens(cfg, images.device.type) > 0)
     for name in ("textbook", "transformers", "lightly"):
         if name != "textbook" and importlib.util.find_spec(name) is None:
             continue
@@ -132,7 +136,7 @@ def main() -> None:
         "# Training steps of foveal and its peers\n\n`python benchmarks/step.py --data FOLDER`: median milliseconds of a "
         f"step, and a peer's time over foveal's in {options.rounds} paired rounds, median (lowest-highest). As published: "
         "default products, default AdamW, fused attention, the loss read every step. Same switches: foveal's products, "
-        "fused AdamW, the last loss read. The loss is the first one, from predictions of zero.\n\n"
+        "explicit attention where foveal has it, fused AdamW, the last loss read. The loss is the first one, from predictions of zero.\n\n"
         f"Machine: {described(['torch', 'timm', 'transformers', 'lightly'])}. Products of large matrices: {rates}.\n\n"
         + "".join(f"{line}\n" for line in PEER_HEADING)
     )

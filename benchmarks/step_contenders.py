@@ -8,8 +8,10 @@ foveal's step also normalises uint8 images, which the peers get normalised.
 # The peers are no dependencies, and their modules have no types.
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import timm
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from foveal.data.batch import Batch
 from foveal.data.image.transforms import normalise
 from foveal.distributed.world import World
+from foveal.engines.attention import choose_max_explicit_tokens
 from foveal.engines.build import build_engine
 from foveal.engines.config import EngineConfig, Precision
 from foveal.models.config import DecoderConfig, VitConfig
@@ -65,7 +68,8 @@ class Shape:
 class Switches:
     """How a peer is run: as its documentation has it, or with what foveal's settings switch on."""
 
-    explicit_attention: bool = False
+    explicit_attention: bool | None = None  # None: a peer's as published, foveal's as its rule has it
+    matmul: Literal["highest", "medium"] = "highest"
     fused_adamw: bool = False
     compiled: bool = False
     reads_every_loss: bool = True
@@ -78,10 +82,16 @@ def foveal_step(shape: Shape, images: Tensor, precision: Precision, switches: Sw
     encoder = build_encoder(VitConfig(name=shape.model, patch=shape.patch), image_size=shape.image, channels=3)
     width, depth, heads = shape.decoder
     model = MaskedAutoencoder(encoder, DecoderConfig(width=width, depth=depth, heads=heads))
-    _prepare(model, model.decoder.predict, switches)
+    _start_from_zero(model.decoder.predict)
     optim = OptimConfig(lr_per_256=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, max_grad_norm=None)
     world = World(0, 1, 0, "none", device)
-    engine_cfg = EngineConfig(kind="plain", precision=precision, compile=switches.compiled)
+    engine_cfg = EngineConfig(
+        kind="plain", precision=precision, float32_matmul_precision=switches.matmul, compile=switches.compiled
+    )
+    tokens = sys.maxsize if switches.explicit_attention else 0
+    if switches.explicit_attention is None:
+        tokens = choose_max_explicit_tokens(engine_cfg, device.type)
+    engine_cfg = engine_cfg.model_copy(update={"max_explicit_attention_tokens": tokens})
     engine = build_engine(
         model,
         parameter_groups(model, optim),
@@ -171,7 +181,11 @@ def _peer_step(
 ) -> Contender:
     device, pixels = images.device, normalise(images, MEAN, STD)
     model.to(device).train()
-    _prepare(model, predictor, switches)
+    _start_from_zero(predictor)
+    if switches.explicit_attention:
+        for module in model.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = False
     decayed = [value for value in model.parameters() if value.requires_grad and value.ndim > 1]
     others = [value for value in model.parameters() if value.requires_grad and value.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
@@ -195,11 +209,8 @@ def _peer_step(
     return Contender(train, _count_trainable(model))
 
 
-def _prepare(model: nn.Module, predictor: nn.Linear, switches: Switches) -> None:
-    """Choose timm's attention, and begin with the same loss whatever the other weights are: predictions of zero."""
-    for module in model.modules():
-        if switches.explicit_attention and hasattr(module, "fused_attn"):
-            module.fused_attn = False
+def _start_from_zero(predictor: nn.Linear) -> None:
+    """Begin with the same loss whatever the other weights are: predictions of zero."""
     nn.init.zeros_(predictor.weight)
     nn.init.zeros_(predictor.bias)
 

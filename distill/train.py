@@ -12,6 +12,7 @@ from distill.students import build_students
 from distill.teacher import Teacher
 from distill.teacher_cache import TeacherCache, TensorSpec, check_cache_size
 from foveal.config import height_and_width
+from foveal.engines.attention import apply_attention
 from foveal.models.backbone import get_no_weight_decay_names
 from foveal.models.patches import count_visible
 from foveal.optim.optimizers import parameter_groups
@@ -77,6 +78,7 @@ def build(plan: DistillPlan, device: torch.device) -> TrainingSetup[Distillation
         cfg.data.image_size,
         source.path,
     )
+    apply_attention(teacher.model, cfg.engine)
     uses_cache = cfg.teacher_cache.dir is not None and device.type != "meta"
     teacher_cache = _open_teacher_cache(plan, teacher, device) if uses_cache else None
     student_names = [student.name for student in plan.student_specs]
@@ -115,6 +117,8 @@ def _open_teacher_cache(plan: DistillPlan, teacher: Teacher, device: torch.devic
         "matmul": cfg.engine.float32_matmul_precision,
         "device": device.type,
     }
+    if cfg.engine.max_explicit_attention_tokens not in (0, "auto"):  # earlier caches stay in use
+        key_fields["attention"] = cfg.engine.max_explicit_attention_tokens
     if not cfg.has_epoch_invariant_targets:
         key_fields["seed"] = cfg.seed
     key_fields |= {name: get_library_versions()[name] for name in _VERSIONED_LIBRARIES}

@@ -25,6 +25,7 @@ from finetune.probe.plan import FileShapes, ProbePlan
 from foveal.atomic import publish_draft, write_json
 from foveal.data.batch import Batch
 from foveal.data.image.transforms import normalise
+from foveal.engines.attention import apply_attention
 from foveal.engines.base import autocast
 from foveal.errors import CheckpointError, DataError, ExportError
 from foveal.models.backbone import forward_pooled
@@ -158,6 +159,7 @@ def build_feature_extractor(plan: ProbePlan, device: torch.device) -> tuple[nn.M
         backbone = classifier_from_plan(plan).encoder.to(device).eval()
         return backbone, lambda images: (forward_pooled(backbone, images)[0][None], None)
     encoder = build_probed_encoder(plan).to(device).eval()
+    apply_attention(encoder, cfg.engine)
     features = probe.features or cfg.pooling
     return encoder, lambda images: encode_probe_features(encoder, images, plan.layers, features)
 

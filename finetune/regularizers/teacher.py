@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune.config import FinetuneConfig, TeacherConfig
+from foveal.engines.attention import apply_attention
 from foveal.engines.base import autocast
 from foveal.engines.config import Precision
 from foveal.weights.pretrained import PretrainedSource
@@ -46,4 +47,5 @@ def build_teacher_loss(
         return None
     assert source is not None
     model = build_unfrozen_teacher(source.load_weights(), source.card, cfg.data.image_size, source.path)
+    apply_attention(model, cfg.engine)
     return TeacherLoss(cfg.teacher, freeze_in_eval_mode(model.to(device)), cfg.engine.precision)

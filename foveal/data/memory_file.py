@@ -2,13 +2,10 @@
 
 import errno
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
+from foveal.cgroups import read_memory_left
 from foveal.errors import ConfigError, OutOfMemoryError
-
-_CGROUPS = Path("/sys/fs/cgroup")
-_FILE_CACHE = ("inactive_file", "active_file", "total_inactive_file", "total_active_file")  # given back when needed
 
 
 def create_memory_file(name: str) -> int:
@@ -49,27 +46,5 @@ def read_available_memory() -> int:
     """Return the bytes that this process may still allocate, by the host's memory and the limits of its cgroups."""
     words = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     host = sum(int(words[name].split()[0]) * 1024 for name in ("MemAvailable", "SwapFree"))
-    return min([host, *_read_cgroup_headrooms()])
-
-
-def _read_cgroup_headrooms() -> Iterator[int]:
-    """Yield what each cgroup above this process has left; nothing for one without a limit or that cannot be read."""
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "memory":
-            root, limit, usage = _CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-        elif not controllers:
-            root, limit, usage = _CGROUPS, "memory.max", "memory.current"
-        else:
-            continue
-        folder = root / path.strip("/")
-        for group in (folder, *(parent for parent in folder.parents if parent.is_relative_to(root))):
-            try:
-                left = int((group / limit).read_text()) - int((group / usage).read_text())
-                counts = dict(entry.split() for entry in (group / "memory.stat").read_text().splitlines())
-            except (OSError, ValueError):  # "max", or a path outside this container
-                continue
-            own, hierarchical = (
-                [int(counts.get(name, 0)) for name in names] for names in (_FILE_CACHE[:2], _FILE_CACHE[2:])
-            )
-            yield left + max(sum(own), sum(hierarchical))
+    left = read_memory_left()
+    return host if left is None else min(host, left)

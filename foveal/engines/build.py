@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from foveal.distributed.world import World
+from foveal.engines.attention import apply_attention
 from foveal.engines.base import Engine
 from foveal.engines.compiling import compile_model
 from foveal.engines.config import EngineConfig
@@ -77,6 +78,7 @@ def build_engine(
     set_matmul_and_determinism(cfg)
     if cfg.activation_checkpointing:
         cast(Any, model).set_grad_checkpointing(enable=True)
+    apply_attention(model, cfg)
     compile_model(model, cfg)
     if cfg.kind == "deepspeed":
         from foveal.engines.deepspeed import DeepSpeedEngine

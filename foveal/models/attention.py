@@ -4,7 +4,7 @@ B images, N tokens, H heads, D width.
 """
 
 from timm.layers.attention import Attention
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
@@ -13,7 +13,11 @@ class SelfAttention(Attention):
 
     timm moves the axis of queries, keys and values to the front, and the backward pass copies their gradients there and
     back. Here the axis stays where the projection writes it, and the gradients are copied once.
+    Sequences of at most ``max_explicit_tokens`` keys multiply queries, keys and values themselves, without torch's
+    fused kernel.
     """
+
+    max_explicit_tokens = 0
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Return the output [B, N, D] of tokens [B, N, D]; masks are timm's, and nothing here has one."""
@@ -26,8 +30,15 @@ class SelfAttention(Attention):
         heads = qkv.unflatten(2, (3, self.num_heads, self.head_dim)).unbind(2)
         queries, keys, values = (part.transpose(1, 2) for part in heads)
         queries, keys = self.q_norm(queries[:, :, first_query:]), self.k_norm(keys)
-        if self.fused_attn:
+        if self.fused_attn and qkv.shape[1] > self.max_explicit_tokens:
             attended = F.scaled_dot_product_attention(queries, keys, values)
         else:
             attended = ((queries * self.scale) @ keys.transpose(-2, -1)).softmax(dim=-1) @ values
         return self.proj(self.norm(attended.transpose(1, 2).flatten(2)))
+
+
+def set_max_explicit_tokens(model: nn.Module, max_tokens: int) -> None:
+    """Set up to how many tokens the plain blocks of a model do without the fused kernel; other attention stays."""
+    for module in model.modules():
+        if isinstance(module, SelfAttention):
+            module.max_explicit_tokens = max_tokens

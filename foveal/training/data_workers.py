@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
+from foveal.cgroups import read_cpu_limit
 from foveal.data.batch_plan import TrainingBatchPlan
 from foveal.data.row_arrays import RowLayout
 from foveal.data.sample_reader import ReadMonitor, SampleReader
@@ -64,10 +65,16 @@ def plan_first_step(plan: Plan, rank: int) -> TrainingBatchPlan:
 
 
 def _count_own_cores(world: World) -> int:
-    """Return the cores that this process has to itself, if those that it shares with other ranks are dealt out."""
-    own = (socket.gethostname(), os.sched_getaffinity(0))
-    sharing = [cores for host, cores in world.all_gather_objects(own) if host == own[0] and cores & own[1]]
-    return max(1, len(own[1]) // len(sharing))
+    """Return the cores that this process has to itself, if those that it shares with other ranks are dealt out.
+
+    The quota of a container is shared by its ranks, which may all run on all cores of the host.
+    """
+    own = (socket.gethostname(), os.sched_getaffinity(0), read_cpu_limit())
+    neighbours = [rank for rank in world.all_gather_objects(own) if rank[0] == own[0]]
+    num_cores = len(own[1]) // sum(bool(cores & own[1]) for _, cores, _ in neighbours)
+    if own[2] is not None:
+        num_cores = min(num_cores, int(own[2] / sum(limit == own[2] for _, _, limit in neighbours)))
+    return max(1, num_cores)
 
 
 def choose_num_workers(num_cores: int, epoch_seconds: float | None) -> int:

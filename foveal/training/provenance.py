@@ -13,6 +13,12 @@ from foveal.config import Config
 from foveal.distributed.world import World
 from foveal.slurm import slurm_job_tags
 
+_ROUNDING_SETTINGS = (
+    "engine.precision",
+    "engine.float32_matmul_precision",
+    "engine.compile",
+    "engine.max_explicit_attention_tokens",
+)
 _CONSEQUENCE = "numbers may move in their last digits"
 _log = logging.getLogger(__name__)
 
@@ -34,7 +40,7 @@ def _find_version(library: str) -> str:
 def get_rounding_settings(cfg: Config) -> dict[str, Any]:
     """Return the machine settings that change rounding noticeably, by name."""
     settings = cfg.to_flat_dict()
-    return {name: settings[name] for name in ("engine.precision", "engine.float32_matmul_precision", "engine.compile")}
+    return {name: settings[name] for name in _ROUNDING_SETTINGS}
 
 
 def warn_if_rounding_changed(state: TrainState, cfg: Config) -> None:

@@ -30,8 +30,8 @@ from foveal.renames import translate_science
 from foveal.slurm import read_slurm_job, slurm_job_tags
 from foveal.tracking import report_end_without_tracker
 from foveal.tracking.tracker import AttemptState, NullTracker
+from foveal.training.auto_settings import decide_auto_settings
 from foveal.training.checkpointing import CheckpointSaver
-from foveal.training.compile_choice import decide_compile
 from foveal.training.config import StageConfig
 from foveal.training.config_mistakes import refuse_run_of_other_stage
 from foveal.training.data_workers import open_workers
@@ -94,7 +94,7 @@ def open_run(
             watchdog = stack.enter_context(run_watchdog(world, logs, timeout, on_hang))
         try:
             store = open_checkpoints(path, plan, world, attempt, timeout / 2)
-            plan = decide_compile(plan, store, world)  # before anything reads the engine's settings
+            plan = decide_auto_settings(plan, store, world)  # before anything reads the engine's settings
             saver = CheckpointSaver(path, plan, store, world, watchdog)
             meter = StragglerMeter(world.device, socket.gethostname())
             progress = outer_run.progress if outer_run is not None else None

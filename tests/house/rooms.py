@@ -16,6 +16,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "foveal.atomic": (("foveal.errors",), ()),
     "foveal.interrupt": ((), ()),
     "foveal.timeouts": (("foveal.errors",), ()),
+    "foveal.cgroups": ((), ()),
     "foveal.slurm": (("foveal.errors",), ()),
     "foveal.seeding": ((), ("numpy", "torch")),
     "foveal.strict_yaml": (("foveal.errors", "foveal.timeouts"), ("yaml",)),
@@ -57,6 +58,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "foveal.data": (
         (
             *CONFIGURED,
+            "foveal.cgroups",
             "foveal.data.batch",
             "foveal.data.config",
             "foveal.data.dataset",
@@ -122,6 +124,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (
             *CONFIGURED,
             "foveal.atomic",
+            "foveal.cgroups",
             "foveal.checkpoint",
             "foveal.data",
             "foveal.distributed",

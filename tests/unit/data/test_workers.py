@@ -22,7 +22,6 @@ from foveal.data.config import DataConfig
 from foveal.data.dataset import Dataset
 from foveal.data.image.targets import LabelReader
 from foveal.data.loader import eval_batches, train_batches
-from foveal.data.memory_file import read_available_memory
 from foveal.data.row_arrays import RowLayout
 from foveal.data.sampling.sources import TrainingSet, build_training_set
 from foveal.data.slab import Slab
@@ -260,19 +259,6 @@ def test_memory_is_there_before_it_is_written_or_missed_in_a_sentence(monkeypatc
     monkeypatch.delattr(os, "memfd_create")
     with pytest.raises(ConfigError, match=r"files in memory, which this system does not allow .*: set data.workers=0$"):
         Slab(layout(1), 2)
-
-
-def test_the_limits_of_cgroups_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for folder, limit, usage, cache in (
-        (tmp_path, "memory.max", "memory.current", "inactive_file"),
-        (tmp_path / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        folder.mkdir(exist_ok=True)
-        (folder / limit).write_text("1000000\n")
-        (folder / usage).write_text("900000\n")
-        (folder / "memory.stat").write_text(f"anon 5\n{cache} 50000\n")
-    monkeypatch.setattr("foveal.data.memory_file._CGROUPS", tmp_path)
-    assert read_available_memory() == 150_000
 
 
 @pytest.mark.parametrize("kind", ["trainer", "server", "worker"])

@@ -1,4 +1,4 @@
-"""What ``engine.compile=auto`` becomes: of the newest checkpoint, of a fork's source, or of the device."""
+"""What ``auto`` becomes in settings of the engine: of the newest checkpoint, of a fork's source, or of the device."""
 
 import json
 import logging
@@ -11,9 +11,11 @@ import torch
 from ranks import Ranks, enter_stage, stage_named
 
 from foveal.distributed.world import World
-from foveal.training import compile_choice
+from foveal.engines import attention
+from foveal.engines.config import EngineConfig
+from foveal.training import auto_settings
+from foveal.training.auto_settings import decide_auto_settings
 from foveal.training.cli import load_config
-from foveal.training.compile_choice import decide_compile
 
 
 def _train(world: World, config: str, run: str, words: list[str]) -> None:
@@ -63,13 +65,13 @@ CASES: dict[str, tuple[dict[str, Any] | None, str, str | None, bool | str]] = {
 }
 
 
-def decide(configs: dict[str, Path], rounding: dict[str, Any] | None, device: str, *overrides: str) -> bool | str:
-    """Return what a plan compiles where the newest checkpoint has these settings; None: there is none."""
+def decide(configs: dict[str, Path], rounding: dict[str, Any] | None, device: str, *overrides: str) -> EngineConfig:
+    """Return a plan's engine where the newest checkpoint has these settings; None: there is none."""
     stage = stage_named("pretrain")
     words = ["run.dir=runs/none", "engine.kind=plain", *overrides]
     plan = stage.functions.build_plan(load_config(stage.config_class, "pretrain", str(configs["pretrain"]), words), 1)
     store: Any = SimpleNamespace(read_newest_rounding=lambda: rounding)
-    return decide_compile(plan, store, World(0, 1, 0, "none", torch.device(device))).cfg.engine.compile
+    return decide_auto_settings(plan, store, World(0, 1, 0, "none", torch.device(device))).cfg.engine
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -77,11 +79,34 @@ def test_auto_is_decided_by_the_checkpoint_or_the_machine(
     case: str, configs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     rounding, device, obstacle, expected = CASES[case]
-    monkeypatch.setattr(compile_choice, "explain_no_compiler", lambda _: obstacle)
-    assert decide(configs, rounding, device) == expected
+    monkeypatch.setattr(auto_settings, "explain_no_compiler", lambda _: obstacle)
+    assert decide(configs, rounding, device).compile == expected
     warning = "engine.compile=auto compiles nothing, because torch.compile does not work here (no compiler)"
     assert (warning in caplog.text) == (obstacle is not None)
 
 
 def test_a_stated_value_stays(configs: dict[str, Path]) -> None:
-    assert decide(configs, KEPT[False], "cpu", "engine.compile=blocks") == "blocks"
+    assert decide(configs, KEPT[False], "cpu", "engine.compile=blocks").compile == "blocks"
+
+
+ATTENTION = "engine.max_explicit_attention_tokens"
+
+
+@pytest.mark.parametrize(
+    ("rounding", "amx", "expected"),
+    [
+        pytest.param(None, True, 512, id="a new run"),
+        pytest.param({"engine.compile": False}, True, 0, id="of a version that had the fused kernel"),
+        pytest.param({ATTENTION: 512}, True, 512, id="on the same hardware"),
+        pytest.param({ATTENTION: 512}, False, 0, id="on other hardware"),
+    ],
+)
+def test_attention_goes_on_unless_the_hardware_changes(
+    rounding: dict[str, Any] | None,
+    amx: bool,
+    expected: int,
+    configs: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention, "has_amx", lambda: amx)
+    assert decide(configs, rounding, "cpu", "engine.precision=bf16").max_explicit_attention_tokens == expected

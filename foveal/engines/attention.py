@@ -1,0 +1,33 @@
+"""Up to how many tokens self-attention multiplies and normalises by itself, without torch's fused kernel."""
+
+import torch
+from torch import nn
+
+from foveal.engines.config import EngineConfig
+from foveal.models.attention import set_max_explicit_tokens
+
+# On a CPU with AMX explicit products took 0.13 to 0.67 of the fused kernel's time at 50 to 257 tokens, 0.5 to 0.95 at
+# 577, and 1.5 to 2.6 times of it from 1,025 on (benchmarks/results/step-notes.md).
+_MAX_TOKENS_ON_AMX = 512
+
+
+def choose_max_explicit_tokens(cfg: EngineConfig, device_type: str) -> int:
+    """Return ``engine.max_explicit_attention_tokens``, or for ``auto`` what a new run on this machine has.
+
+    A rule of the hardware, not of a stopwatch: every attempt on one kind of machine has the same bits.
+    """
+    if cfg.max_explicit_attention_tokens != "auto":
+        return cfg.max_explicit_attention_tokens
+    multiplies_bf16 = cfg.precision == "bf16" or cfg.float32_matmul_precision == "medium"
+    return _MAX_TOKENS_ON_AMX if device_type == "cpu" and multiplies_bf16 and has_amx() else 0
+
+
+def apply_attention(model: nn.Module, cfg: EngineConfig) -> None:
+    """Set it in a model's plain blocks; an ``auto`` that nobody has decided is the fused kernel for every length."""
+    tokens = cfg.max_explicit_attention_tokens
+    set_max_explicit_tokens(model, 0 if tokens == "auto" else tokens)
+
+
+def has_amx() -> bool:
+    """Return whether this processor has matrix instructions for bf16."""
+    return torch.cpu._is_amx_tile_supported()  # noqa: SLF001 - public from torch 2.15 on only
