@@ -4,7 +4,6 @@ import torch
 from torch import nn
 
 from foveal.engines.config import EngineConfig
-from foveal.models.attention import set_max_explicit_tokens
 
 # On a CPU with AMX explicit products took 0.13 to 0.67 of the fused kernel's time at 50 to 257 tokens, 0.5 to 0.95 at
 # 577, and 1.5 to 2.6 times of it from 1,025 on (benchmarks/results/step-notes.md).
@@ -25,7 +24,9 @@ def choose_max_explicit_tokens(cfg: EngineConfig, device_type: str) -> int:
 def apply_attention(model: nn.Module, cfg: EngineConfig) -> None:
     """Set it in a model's plain blocks; an ``auto`` that nobody has decided is the fused kernel for every length."""
     tokens = cfg.max_explicit_attention_tokens
-    set_max_explicit_tokens(model, 0 if tokens == "auto" else tokens)
+    for module in model.modules():
+        if hasattr(module, "max_explicit_tokens"):  # foveal.models.attention.SelfAttention
+            setattr(module, "max_explicit_tokens", 0 if tokens == "auto" else tokens)  # noqa: B010 - no attribute of any module
 
 
 def has_amx() -> bool:

@@ -4,7 +4,7 @@ B images, N tokens, H heads, D width.
 """
 
 from timm.layers.attention import Attention
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 
@@ -13,8 +13,8 @@ class SelfAttention(Attention):
 
     timm moves the axis of queries, keys and values to the front, and the backward pass copies their gradients there and
     back. Here the axis stays where the projection writes it, and the gradients are copied once.
-    Sequences of at most ``max_explicit_tokens`` keys multiply queries, keys and values themselves, without torch's
-    fused kernel.
+    Sequences of at most ``max_explicit_tokens`` keys are multiplied and normalised here, without torch's fused kernel;
+    an engine sets the number.
     """
 
     max_explicit_tokens = 0
@@ -35,10 +35,3 @@ class SelfAttention(Attention):
         else:
             attended = ((queries * self.scale) @ keys.transpose(-2, -1)).softmax(dim=-1) @ values
         return self.proj(self.norm(attended.transpose(1, 2).flatten(2)))
-
-
-def set_max_explicit_tokens(model: nn.Module, max_tokens: int) -> None:
-    """Set up to how many tokens the plain blocks of a model do without the fused kernel; other attention stays."""
-    for module in model.modules():
-        if isinstance(module, SelfAttention):
-            module.max_explicit_tokens = max_tokens
