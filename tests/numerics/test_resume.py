@@ -52,6 +52,7 @@ def test_settings_that_change_rounding_are_warned_of(configs, one_rank, tmp_path
         "engine.activation_checkpointing=true",
         "engine.precision=bf16",
         "engine.float32_matmul_precision=medium",
+        "engine.max_explicit_attention_tokens=16",
     )
     for stop in (2, 3):
         one_rank.train(stage, configs["pretrain"], run, *settings, f"run.stop_at_step={stop}")
@@ -59,7 +60,7 @@ def test_settings_that_change_rounding_are_warned_of(configs, one_rank, tmp_path
     assert len(warnings) == 1
     assert warnings[0].endswith(
         "the checkpoint was written under other settings (engine.precision fp32 -> bf16, engine.float32_matmul_precision highest -> "
-        "medium); numbers may move in their last digits"
+        "medium, engine.max_explicit_attention_tokens 0 -> 16); numbers may move in their last digits"
     )
 
 
