@@ -25,7 +25,9 @@ import torch
 from machine import described
 
 from foveal.checkpoint.config import CheckpointConfig
-from foveal.checkpoint.store import CheckpointStore, TrainState
+from foveal.checkpoint.saver import CheckpointSaver
+from foveal.checkpoint.state import TrainState
+from foveal.checkpoint.store import CheckpointStore
 from foveal.distributed.world import World, init_world
 from foveal.engines.build import build_engine
 from foveal.engines.config import EngineConfig
@@ -51,7 +53,7 @@ class Saving:
         self.engine: Any = build_engine(
             model, parameter_groups(model, optim), optim, cfg, world, microbatch_size=IMAGES, accumulation_steps=1
         )
-        self.store = CheckpointStore(folder / "foveal", CheckpointConfig(keep=1), world, 1, {})
+        self.saver = CheckpointSaver(CheckpointStore(folder / "foveal", CheckpointConfig(keep=1), world, 1, {}))
         images = torch.randn(IMAGES, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(world.rank))
         self.images = images.to(world.device)
 
@@ -84,13 +86,13 @@ class Saving:
         """foveal's, and the steps of training while its threads wrote."""
         self.world.barrier()
         state = TrainState(number, 0.0, RANKS, f"deepspeed ZeRO {ZERO}", {})
-        self.store.save(self.engine, state)
+        self.saver.save(self.engine, state)
         steps = []
-        while self.world.any_rank(self.store.is_rank_writing):
+        while self.world.any_rank(self.saver.is_rank_writing):
             steps.append(self.train())
-        saved = self.store.commit()
+        saved = self.saver.commit()
         assert saved is not None, "the disk is full"
-        self.store.wait_and_commit()
+        self.saver.wait_and_commit()
         found = {
             "who": "foveal",
             "stall": saved.stall_seconds,

@@ -32,7 +32,9 @@ from scale_ranks import COMPARING, GPUS_PER_NODE, TIMEOUT, rehearse_store, serve
 
 from foveal.checkpoint.chunks import TensorChunk, replicated_chunk
 from foveal.checkpoint.config import CheckpointConfig
-from foveal.checkpoint.store import CheckpointStore, TrainState
+from foveal.checkpoint.saver import CheckpointSaver
+from foveal.checkpoint.state import TrainState
+from foveal.checkpoint.store import CheckpointStore
 from foveal.data.config import DataConfig
 from foveal.data.dataset import Dataset
 from foveal.data.format.manifest import Manifest, Shard, Split, write_manifest
@@ -102,10 +104,10 @@ def rehearse_checkpoint(size: int, root: Path) -> dict[str, dict[str, float]]:
             world.__dict__ |= {"all_gather_objects": gather_and_count, "broadcast_object": broadcast_and_count}
         return world
 
-    def save(world: ThreadWorld, stores: list[CheckpointStore], step: int) -> None:
+    def save(world: ThreadWorld, savers: list[CheckpointSaver], step: int) -> None:
         engine = ShardedState(world.rank, size, 7.0)
-        stores[world.rank].save(engine, TrainState(step, 0.0, size, "deepspeed ZeRO 3", {}))
-        stores[world.rank].wait_and_commit()
+        savers[world.rank].save(engine, TrainState(step, 0.0, size, "deepspeed ZeRO 3", {}))
+        savers[world.rank].wait_and_commit()
 
     def resume(world: ThreadWorld) -> None:
         store = CheckpointStore(root, CheckpointConfig(), world, 2, {1: 0})
@@ -114,11 +116,12 @@ def rehearse_checkpoint(size: int, root: Path) -> dict[str, dict[str, float]]:
         store.load(latest[0], ShardedState(world.rank, size, 0.0), latest[1])
 
     stores = run_ranks(size, lambda world: CheckpointStore(root, CheckpointConfig(), world, 1, {}))
-    run_ranks(size, lambda world: save(world, stores, 1))
+    savers = [CheckpointSaver(store) for store in stores]
+    run_ranks(size, lambda world: save(world, savers, 1))
     for world_store in stores:
-        measured(world_store._world)  # noqa: SLF001 - the ranks of the first save go on
+        measured(world_store.world)  # the ranks of the first save go on
     with counted(root, found, "save"):
-        run_ranks(size, lambda world: save(world, stores, 2))
+        run_ranks(size, lambda world: save(world, savers, 2))
     found["save"]["received"] = sum(received)
     received.clear()
     with counted(root, found, "resume"):

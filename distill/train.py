@@ -17,6 +17,7 @@ from foveal.models.backbone import get_no_weight_decay_names
 from foveal.models.patches import count_visible
 from foveal.optim.optimizers import parameter_groups
 from foveal.renames import restore_names
+from foveal.training.checkpointing import resume
 from foveal.training.loop import TrainingSetup, build_stage_engine
 from foveal.training.provenance import get_library_versions
 from foveal.training.run import Run
@@ -42,7 +43,7 @@ def train(plan: DistillPlan, run: Run) -> None:
     """Train from the first step or the newest checkpoint, then export every student."""
     setup = build(plan, run.world.device)
     engine = build_stage_engine(setup, plan, run.world)
-    start = run.resume(engine)
+    start = resume(run, engine)
     names = [student.name for student in plan.student_specs]
     uncached_objective = replace(setup.objective, teacher_cache=None)  # the cache has rows of training images only
 

@@ -9,6 +9,7 @@ from foveal.data.sampling.subset import SubsetName, eval_split
 from foveal.engines.base import Engine
 from foveal.errors import DataError
 from foveal.optim.schedule import warmup_ema_decay
+from foveal.training.checkpointing import resume
 from foveal.training.evaluations import Metric, filter_up_to_step, find_best_step, is_patience_exhausted
 from foveal.training.loop import build_stage_engine
 from foveal.training.run import Run
@@ -23,7 +24,7 @@ def fit(plan: FinetunePlan, run: Run) -> None:
     cfg = plan.cfg
     setup = plan.task.build(plan, run.world.device)
     engine = build_stage_engine(setup, plan, run.world)
-    start = run.resume(engine)
+    start = resume(run, engine)
     _evaluate_if_due(plan, engine, run, start)  # a preempted attempt may have saved this step without evaluating it
     with training_steps(run, engine, setup.objective, start) as steps:
         while not _should_stop_early(plan, run) and (step := next(steps, None)) is not None:

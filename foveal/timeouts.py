@@ -13,26 +13,47 @@ T = TypeVar("T")
 DEFAULT_STALL_TIMEOUT = 600.0  # seconds; the default of data.stall_timeout_seconds
 STORAGE_AWAY_ERRNOS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EREMOTEIO, errno.ENOTCONN}
 _POLLS_PER_TIMEOUT = 10
+_reading_thread = threading.local()  # in a thread of ``read_with_timeout``: what it reads, the innermost last
 
 
 def read_with_timeout(source: Path | str, stall_timeout: float, read: Callable[[], T]) -> T:
     """Return the result of reading a file or folder; ``stall_timeout``: seconds without progress before an error.
 
+    Calls inside of ``read`` share its thread and its limit: files that are read in a row start one thread, and an error
+    names the one that does not answer.
     Raises: StorageUnreachableError that names the source if storage does not answer or is offline; errors of ``read``.
     """
+    outer_sources: list[Path | str] | None = getattr(_reading_thread, "sources", None)
+    if outer_sources is not None:
+        return _read_named(source, read, outer_sources)
+    sources: list[Path | str] = []
+
+    def read_in_thread() -> T:
+        _reading_thread.sources = sources
+        return _read_named(source, read, sources)
+
     try:
-        return call_with_timeout(stall_timeout, read, extend_while_busy=True)
+        return call_with_timeout(stall_timeout, read_in_thread, extend_while_busy=True)
     except TimeoutError as error:
         raise StorageUnreachableError(
-            f"{source} cannot be read ({error}): check that its storage answers (data.stall_timeout_seconds sets the time "
-            f"limit)"
+            f"{sources[-1] if sources else source} cannot be read ({error}): check that its storage answers "
+            f"(data.stall_timeout_seconds sets the time limit)"
         ) from None
+
+
+def _read_named(source: Path | str, read: Callable[[], T], sources: list[Path | str]) -> T:
+    """Read a source, which is the last of ``sources`` meanwhile."""
+    sources.append(source)
+    try:
+        return read()
     except OSError as error:
         if error.errno not in STORAGE_AWAY_ERRNOS:
             raise
         raise StorageUnreachableError(
             f"{source} cannot be read ({error.strerror}): check that its storage answers"
         ) from None
+    finally:
+        sources.pop()
 
 
 def call_with_timeout(timeout: float, call: Callable[[], T], *, extend_while_busy: bool = False) -> T:

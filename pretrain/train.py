@@ -6,6 +6,7 @@ from foveal.models.mae import MaskedAutoencoder
 from foveal.models.vit import build_encoder, encoder_card, resolve_sizes
 from foveal.optim.optimizers import parameter_groups
 from foveal.seeding import derive_key
+from foveal.training.checkpointing import resume
 from foveal.training.loop import TrainingSetup, build_stage_engine, is_due
 from foveal.training.run import Run
 from foveal.training.stage import StageFunctions
@@ -22,7 +23,7 @@ def train(plan: PretrainPlan, run: Run) -> None:
     cfg = plan.cfg
     setup = build(plan, run.world.device)
     engine = build_stage_engine(setup, plan, run.world)
-    start = run.resume(engine)
+    start = resume(run, engine)
 
     def evaluate(step: int) -> None:
         evaluate_if_due(run, step, lambda: evaluate_encoders(engine, run, setup.objective, step))

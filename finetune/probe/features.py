@@ -25,6 +25,7 @@ from finetune.probe.plan import FileShapes, ProbePlan
 from foveal.atomic import publish_draft, write_json
 from foveal.data.batch import Batch
 from foveal.data.image.transforms import normalise
+from foveal.distributed.preemption import LeaveRequest
 from foveal.engines.attention import apply_attention
 from foveal.engines.base import autocast
 from foveal.errors import CheckpointError, DataError, ExportError
@@ -100,8 +101,8 @@ def _differing_keys(cached: Any, expected: Any) -> list[str]:
     return sorted(name for name in cached | expected if cached.get(name) != expected.get(name))
 
 
-def extract_and_cache_features(plan: ProbePlan, run: Run) -> bool:
-    """Compute and cache the features of all subsets; return False on preemption. Every rank must call it.
+def extract_and_cache_features(plan: ProbePlan, run: Run) -> LeaveRequest | None:
+    """Compute and cache the features of all subsets; return the request to leave that stopped it. Every rank calls it.
 
     Raises: DataError, CheckpointError if the disk is full.
     """
@@ -120,11 +121,11 @@ def extract_and_cache_features(plan: ProbePlan, run: Run) -> bool:
                 run.world.run_all_or_raise(
                     partial(_extract_batch, plan, extractor, writer, first_row, batch.to(run.world.device))
                 )
-                if run.check_preemption():
-                    return False
+                if leave := run.check_preemption():
+                    return leave
             run.world.run_all_or_raise(writer.fsync)
     run.world.on_rank0(lambda: publish_draft(draft, run.path / FEATURES_DIR))
-    return True
+    return None
 
 
 def _extract_batch(

@@ -33,6 +33,7 @@ from finetune.probe.plan import ProbePlan
 from foveal.atomic import write_json
 from foveal.data.batch import Batch
 from foveal.data.image.transforms import normalise
+from foveal.distributed.preemption import LeaveRequest
 from foveal.engines.build import set_matmul_and_determinism
 from foveal.optim.optimizers import parameter_groups
 from foveal.training.loop import TrainingSetup
@@ -69,16 +70,16 @@ def run_probes(plan: ProbePlan, run: Run) -> None:
     if not cached:
         run.progress.begin_part(1, "features")
         run.open_data_log()
-        if not extract_and_cache_features(plan, run):
-            return run.mark_preempted(0)
+        if leave := extract_and_cache_features(plan, run):
+            return run.mark_preempted(0, leave)
         run.progress.finish_part(1, "cached")
     remaining = [unit for unit in plan.kind_layer_pairs if unit not in results]
     for start in range(0, len(remaining), run.world.size):
         units = remaining[start : start + run.world.size]
         run.progress.begin_part(len(results) + 2, "; ".join(map(_describe_unit, units)))
         new_results = _fit_units(plan, run, units)
-        if new_results is None:
-            return run.mark_preempted(len(results) + 1)
+        if isinstance(new_results, LeaveRequest):
+            return run.mark_preempted(len(results) + 1, new_results)
         results |= new_results
         if run.world.rank == 0:
             _save_results(run.path, new_results)
@@ -105,16 +106,16 @@ def _describe_unit(unit: tuple[ProbeKind, int]) -> str:
 
 def _fit_units(
     plan: ProbePlan, run: Run, units: list[tuple[ProbeKind, int]]
-) -> dict[tuple[ProbeKind, int], ProbeResult] | None:
-    """Fit one unit on each of the first ranks; return the results on every rank, or None on preemption."""
+) -> dict[tuple[ProbeKind, int], ProbeResult] | LeaveRequest:
+    """Fit one unit on each of the first ranks; return the results on every rank, or the request to leave that came first."""
     rank, result = run.world.rank, None
     task = _fit_and_evaluate(plan, run.path, run.world.device, *units[rank]) if rank < len(units) else None
     with run.progress.activity("fitting") as activity:
         while run.world.any_rank(task is not None):
             run.watchdog.heartbeat(run.step, "probing")
             activity.advance(0)
-            if run.check_preemption():
-                return None
+            if leave := run.check_preemption():
+                return leave
             task, result = run.world.run_all_or_raise(lambda t=task, r=result: (None, r) if t is None else _advance(t))
     gathered = zip(units, run.world.all_gather_objects(result), strict=False)
     return {unit: unit_result for unit, unit_result in gathered if unit_result is not None}

@@ -122,6 +122,23 @@ def pack_write_ranges(chunks: Sequence[TensorChunk]) -> bytes:
     return ranges.tobytes()
 
 
+def count_bytes_to_write(chunks: Sequence[TensorChunk]) -> int:
+    """Return the number of bytes that this rank writes of its chunks."""
+    return sum(
+        value.element_size() * (chunk.relative_write_range[1] - chunk.relative_write_range[0])
+        for chunk in chunks
+        for value in chunk.flat_views_by_part.values()
+    )
+
+
+def count_bytes_of_all_ranks(chunks: Sequence[TensorChunk]) -> int:
+    """Return the number of bytes that all ranks write together, from the chunks of any rank."""
+    return sum(
+        math.prod(chunk.shape) * sum(value.element_size() for value in chunk.flat_views_by_part.values())
+        for chunk in chunks
+    )
+
+
 def _tensor_bytes(values: Tensor) -> memoryview:
     """Return a tensor's bytes, without a copy if the tensor is on the CPU."""
     return values.cpu().view(torch.uint8).numpy().data

@@ -122,7 +122,9 @@ class Dataset:
         """
         if split not in self._kept_labels:
             shard_numbers = range(len(self._get_split(split).shards))
-            labels = np.concatenate([self.shard_index(split, number).labels for number in shard_numbers])
+            labels = self._index_reader.read_in_a_row(
+                lambda: np.concatenate([self.shard_index(split, number).labels for number in shard_numbers])
+            )
             narrow_type = np.result_type(*map(np.min_scalar_type, (labels.min(), labels.max())))
             self._kept_labels[split] = labels.astype(narrow_type)
         labels = self._kept_labels[split].astype(np.int64)

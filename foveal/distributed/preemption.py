@@ -43,6 +43,13 @@ _CTRL_C_ANSWER = b"foveal: Ctrl-C: the run saves after this step and leaves; aga
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class LeaveRequest:
+    """A request to leave, on which the ranks have agreed. is_urgent: the time may not suffice for one more save."""
+
+    is_urgent: bool = False
+
+
 class Preemption:
     """The request to stop this run: its reason, None without a request, and whether it was repeated."""
 

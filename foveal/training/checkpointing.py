@@ -1,147 +1,71 @@
-"""The checkpoints of one attempt: a background thread writes a checkpoint, a later step commits it under its name."""
+"""The checkpoints of a run: an attempt begins in the newest one, and saves the state after a step."""
 
 import logging
 import math
-from collections.abc import Sequence
-from pathlib import Path
 
-from foveal.checkpoint.store import CheckpointStore, SaveResult, TrainState
-from foveal.distributed.preemption import NOTICE_ENV_VAR, read_shutdown_notice
-from foveal.distributed.watchdog import Watchdog
-from foveal.distributed.world import World
+from foveal.checkpoint.state import TrainState
+from foveal.distributed.preemption import NOTICE_ENV_VAR, LeaveRequest, read_shutdown_notice
 from foveal.engines.base import Engine
 from foveal.errors import CheckpointError, LaunchError
-from foveal.training.evaluations import Evaluations
-from foveal.training.meters.metric_accumulator import MetricRow
+from foveal.training.fork import load_fork, release_checkpoint
 from foveal.training.meters.throughput import ThroughputMeter
-from foveal.training.plan import Plan
-from foveal.training.provenance import get_library_versions, get_rounding_settings
+from foveal.training.provenance import get_library_versions, get_rounding_settings, warn_if_rounding_changed
+from foveal.training.rollback import RollbackController, read_rollbacks
+from foveal.training.run import Run
 
 _log = logging.getLogger(__name__)
 
 
-class CheckpointSaver:
-    """Saves checkpoints and compares their duration with Slurm's shutdown notice. Every rank calls every method."""
+def resume(run: Run, engine: Engine) -> int:
+    """Load the newest complete checkpoint, begin the attempt at its step and return that step, 0 for a new run.
 
-    def __init__(self, run_dir: Path, plan: Plan, store: CheckpointStore, world: World, watchdog: Watchdog) -> None:
-        self._run_dir = run_dir
-        self._plan = plan
-        self._store = store
-        self._world = world
-        self._watchdog = watchdog
-        self._notice_seconds: float | None = None
-        self._save_metrics: MetricRow = {}
-        self.slowest_save_seconds = 0.0  # duration of the slowest save, earlier attempts included
+    A fork without a checkpoint begins in its source's. The checkpoint may come from any number of ranks and any engine.
+    A new run saves one first: to prove that there is room, to time a save, as target of a roll-back.
+    Raises: CheckpointError if the checkpoint is of other science or the disk has no room, LaunchError if a save takes
+    longer than Slurm's notice.
+    """
+    latest = run.checkpoint_store.find_latest_valid()
+    state, skipped_batches, save_seconds = None, [], 0.0
+    if latest is not None:
+        folder, state = latest
+        run.plan.check_continues(state.science, folder)
+        run.checkpoint_store.load(folder, engine, state)
+        _log.info("resumed from %s, which %s wrote", folder, state.saved_by)
+    elif run.plan.fork is not None:
+        state = load_fork(run.plan.fork, run.plan.selection_metric, engine, run.world, run.exporter.adopt_best)
+    if state is not None:
+        run.step, skipped_batches, save_seconds = state.step, state.skipped, state.save_seconds
+        run.evaluations = dict(state.scores)
+        run.throughput_meter = ThroughputMeter(state.seconds)
+        warn_if_rounding_changed(state, run.plan.cfg)
+    rollbacks = run.world.on_rank0(lambda: read_rollbacks(run.path))
+    run.rollback = RollbackController(run.path, run.plan.cfg.recovery, skipped_batches, rollbacks)
+    run.start_attempt(run.step)
+    run.open_data_log(run.step, run.rollback.skipped_batches)
+    saver = run.checkpoint_saver
+    saver.slowest_save_seconds = save_seconds
+    if not save_seconds:  # no attempt has timed a save yet
+        _save_first_checkpoint(run, engine)
+    saver.notice_seconds = run.world.on_rank0(lambda: read_notice_or_refuse(saver.slowest_save_seconds))
+    if not save_seconds:
+        run.world.on_rank0(lambda: release_checkpoint(run.path))
+    return run.step
 
-    @property
-    def latest_step(self) -> int | None:
-        """The step of the newest complete checkpoint."""
-        return self._store.latest_step
 
-    @property
-    def is_rank_writing(self) -> bool:
-        """Whether the background thread of this rank is still writing."""
-        return self._store.is_rank_writing
+def save_checkpoint(run: Run, engine: Engine, leave: LeaveRequest | None = None) -> None:
+    """Start a checkpoint of the newest step, after writing all metrics up to it. Every rank calls it.
 
-    @property
-    def is_pending(self) -> bool:
-        """Whether a started checkpoint is not committed yet; the same on every rank."""
-        return self._store.is_save_pending
-
-    def save_initial(
-        self,
-        engine: Engine,
-        step: int,
-        skipped_batches: Sequence[int],
-        evaluations: Evaluations,
-        throughput_meter: ThroughputMeter,
-    ) -> None:
-        """Save a checkpoint before the first step, to prove that the disk has room and to time a save.
-
-        Raises: CheckpointError if the disk has no room, LaunchError if Slurm's notice is shorter than a save.
-        """
-        self.start_checkpoint(engine, step, skipped_batches, evaluations, throughput_meter)
-        self.finish_checkpoint(step, throughput_meter)
-        if self.latest_step is None:
-            raise CheckpointError(
-                f"{self._run_dir} takes no checkpoint (the line above says why): free some space, or set run.dir to "
-                f"another disk"
-            )
-        self.check_notice_covers_save()
-
-    def check_notice_covers_save(self, slowest_earlier_save_seconds: float = 0.0) -> None:
-        """Refuse a job that Slurm would end before a save completes.
-
-        ``save_seconds``: duration of the slowest save in earlier attempts. Raises: LaunchError, on every rank.
-        """
-        self.slowest_save_seconds = max(self.slowest_save_seconds, slowest_earlier_save_seconds)
-        self._notice_seconds = self._world.on_rank0(lambda: read_notice_or_refuse(self.slowest_save_seconds))
-
-    def start_checkpoint(
-        self,
-        engine: Engine,
-        step: int,
-        skipped_batches: Sequence[int],
-        evaluations: Evaluations,
-        throughput_meter: ThroughputMeter,
-    ) -> None:
-        """Start a checkpoint, after committing the previous one if it is still being written."""
-        self._watchdog.heartbeat(step, "saving")
-        with throughput_meter.exclude_time():
-            self._record_saved(
-                self._store.save(engine, self._train_state(step, skipped_batches, evaluations, throughput_meter))
-            )
-
-    def finish_checkpoint(self, step: int, throughput_meter: ThroughputMeter) -> None:
-        """Wait for the pending checkpoint, if any, and commit it."""
-        if self._store.is_save_pending:
-            self._watchdog.heartbeat(step, "saving")
-            with throughput_meter.exclude_time():
-                self._record_saved(self._store.wait_and_commit())
-
-    def pop_save_metrics(self) -> MetricRow:
-        """Return and clear the metrics of the newest save: stall in milliseconds, duration in seconds, size in GB."""
-        metrics = self._save_metrics
-        self._save_metrics = {}
-        return metrics
-
-    def _train_state(
-        self, step: int, skipped_batches: Sequence[int], evaluations: Evaluations, throughput_meter: ThroughputMeter
-    ) -> TrainState:
-        cfg = self._plan.cfg.engine
-        kind = f"deepspeed ZeRO {cfg.zero}" if cfg.kind == "deepspeed" else cfg.kind
-        return TrainState(
-            step=step,
-            seconds=throughput_meter.training_seconds,
-            ranks=self._world.size,
-            engine=f"{kind}, {cfg.precision}",
-            science=self._plan.science_settings(),
-            versions=get_library_versions(),
-            skipped=list(skipped_batches),
-            scores=dict(evaluations),
-            save_seconds=self.slowest_save_seconds,
-            rounding=get_rounding_settings(self._plan.cfg),
-        )
-
-    def _record_saved(self, result: SaveResult | None) -> None:
-        if result is None:
-            return
-        self._save_metrics = {
-            "save_stall_ms": 1e3 * result.stall_seconds,
-            "save_seconds": result.seconds_without_overlap,
-            "save_gigabytes": result.num_bytes_all_ranks / 1e9,
-        }
-        if (
-            self._notice_seconds is not None
-            and self.slowest_save_seconds <= self._notice_seconds < result.seconds_without_overlap
-        ):
-            _log.warning(
-                "a checkpoint took %.0f s, and Slurm ends this job %.0f s after its warning: progress since the last "
-                "checkpoint would be lost, and the next start is refused",
-                result.seconds_without_overlap,
-                self._notice_seconds,
-            )
-        self.slowest_save_seconds = max(self.slowest_save_seconds, result.seconds_without_overlap)
+    After a refused update nothing is saved: weights that give NaN are useless. ``leave``: the request because of which
+    the attempt saves; if it is urgent, a checkpoint in progress is finished instead.
+    """
+    run.log_metrics()
+    if not run.rollback.last_update_applied:
+        _log.warning("no checkpoint at step %d, whose update was refused", run.step)
+    elif leave is not None and leave.is_urgent and run.checkpoint_saver.is_pending:
+        _log.warning("no checkpoint at step %d: the time only suffices to finish the checkpoint in progress", run.step)
+    else:
+        with run.progress.activity("saving a checkpoint"):
+            _start_checkpoint(run, engine)
 
 
 def read_notice_or_refuse(slowest_save_seconds: float) -> float | None:
@@ -160,3 +84,35 @@ def read_notice_or_refuse(slowest_save_seconds: float) -> float | None:
             f"job cannot see, set {NOTICE_ENV_VAR}=N as well"
         )
     return notice.seconds
+
+
+def _save_first_checkpoint(run: Run, engine: Engine) -> None:
+    """Save a checkpoint before the first step. Raises: CheckpointError if the disk has no room."""
+    with run.progress.activity("saving the first checkpoint"):
+        _start_checkpoint(run, engine)
+        run.finish_checkpoint()
+    if run.checkpoint_store.latest_step is None:
+        raise CheckpointError(
+            f"{run.path} takes no checkpoint (the line above says why): free some space, or set run.dir to another disk"
+        )
+
+
+def _start_checkpoint(run: Run, engine: Engine) -> None:
+    """Copy the state after the newest step; the saver writes it while training continues."""
+    run.watchdog.heartbeat(run.step, "saving")
+    cfg = run.plan.cfg
+    kind = f"deepspeed ZeRO {cfg.engine.zero}" if cfg.engine.kind == "deepspeed" else cfg.engine.kind
+    with run.throughput_meter.exclude_time():
+        state = TrainState(
+            step=run.step,
+            seconds=run.throughput_meter.training_seconds,
+            ranks=run.world.size,
+            engine=f"{kind}, {cfg.engine.precision}",
+            science=run.plan.science_settings(),
+            versions=get_library_versions(),
+            skipped=list(run.rollback.skipped_batches),
+            scores=dict(run.evaluations),
+            save_seconds=run.checkpoint_saver.slowest_save_seconds,
+            rounding=get_rounding_settings(cfg),
+        )
+        run.checkpoint_saver.save(engine, state)

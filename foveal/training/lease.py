@@ -42,6 +42,10 @@ class Attempt:
     start_steps_by_attempt: dict[int, int] = field(default_factory=dict)
     is_superseded: bool = False
 
+    def poll_superseded(self) -> bool:
+        """Return whether a later attempt is known; a Lease looks for one."""
+        return self.is_superseded
+
 
 @dataclass(frozen=True, slots=True)
 class AttemptRecord:

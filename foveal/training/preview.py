@@ -43,7 +43,7 @@ def preview_start(plan: PlanT, build: Callable[[PlanT, torch.device], TrainingSe
     if plan.fork is not None:
         check_fork_fits(plan.fork, setup.model)
     world = World(0, 1, 0, "none", torch.device("cpu"))
-    latest = open_checkpoints(path, plan, world, attempt, 0.0, read_only=True).find_latest_valid()
+    latest = open_checkpoints(path, plan, world, attempt, read_only=True).find_latest_valid()
     if latest is None:
         if shortage := disk_shortage(path, checkpoint_bytes(setup, plan.cfg.optim)):
             raise CheckpointError(shortage)

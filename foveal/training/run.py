@@ -1,4 +1,4 @@
-"""One attempt at a run, as a stage uses it: metrics, checkpoints, exports and the end. Its steps: ``steps``."""
+"""One attempt at a run, as a stage uses it: metrics, exports and the end. Its steps: ``steps``."""
 
 import logging
 import time
@@ -9,23 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from foveal.atomic import AppendLog, best_effort
+from foveal.checkpoint.saver import CheckpointSaver
 from foveal.checkpoint.store import CheckpointStore
 from foveal.data.batch import Batch
 from foveal.data.sampling.subset import SubsetName
 from foveal.data.workers import WorkerPool
-from foveal.distributed.preemption import Preemption
+from foveal.distributed.preemption import LeaveRequest, Preemption
 from foveal.distributed.watchdog import Watchdog
 from foveal.distributed.world import World
 from foveal.engines.base import Engine
 from foveal.tracking.tracker import NullTracker, Tracker
 from foveal.training.attempt_end import describe_leave
 from foveal.training.attempt_start import begin_attempt, superseded_error
-from foveal.training.checkpointing import CheckpointSaver
 from foveal.training.data_log import DataLog
 from foveal.training.evaluation_data import open_evaluation_data
 from foveal.training.evaluations import Evaluations
 from foveal.training.exporting import Exporter
-from foveal.training.fork import load_fork, release_checkpoint
 from foveal.training.lease import Attempt, Lease
 from foveal.training.loop import RankFlags
 from foveal.training.meters.metric_accumulator import MetricAccumulator, MetricRow
@@ -33,9 +32,8 @@ from foveal.training.meters.stragglers import StragglerMeter
 from foveal.training.meters.throughput import ThroughputMeter, measure_peak_memory
 from foveal.training.plan import Plan
 from foveal.training.progress import ProgressReporter, format_count
-from foveal.training.provenance import warn_if_rounding_changed
 from foveal.training.report import log_report, write_finished
-from foveal.training.rollback import RollbackController, read_rollbacks
+from foveal.training.rollback import RollbackController
 
 _log = logging.getLogger(__name__)
 
@@ -67,11 +65,9 @@ class Run:
     notes: Sequence[str] = ()  # sentences about the results, for finished.json
     evaluation_seconds: float = 0.0  # of this attempt
     workers: WorkerPool | None = None  # processes that read the data; None: this process does
-    is_checkpoint_owed: bool = False  # a due checkpoint was postponed because of a refused update
+    rollback: RollbackController = field(init=False, repr=False)  # of refused updates; ``checkpointing.resume`` sets it
     _data_log: DataLog | None = None
-    _rollback: RollbackController | None = None
     _all_parts: str = ""  # "8 trials": of a run that consists of other runs or of probes
-    _is_urgent: bool = False  # preempted with little time left
     _last_row: MetricRow = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -86,58 +82,16 @@ class Run:
 
     @property
     def data_log(self) -> DataLog:
-        """The ledger and the quarantine, opened by ``resume`` or ``open_data_log``."""
-        assert self._data_log is not None, "resume or open_data_log opens it"
+        """The ledger and the quarantine, which ``open_data_log`` opens."""
+        assert self._data_log is not None, "open_data_log opens it"
         return self._data_log
 
-    @property
-    def rollback(self) -> RollbackController:
-        """The controller of refused updates, created by ``resume``."""
-        assert self._rollback is not None, "resume creates it"
-        return self._rollback
-
     # --- start ---
-
-    def resume(self, engine: Engine) -> int:
-        """Load the newest complete checkpoint, open the tracker at its step and return that step, 0 for a new run.
-
-        A fork without a checkpoint begins in its source's. The checkpoint may come from any number of ranks and any
-        engine. A new run saves one first: to prove that there is room, to time a save, as target of a roll-back.
-        Raises: CheckpointError if the checkpoint is of other science or the disk has no room, LaunchError if a save
-        takes longer than Slurm's notice.
-        """
-        latest = self.checkpoint_store.find_latest_valid()
-        state, skipped_batches, save_seconds = None, [], 0.0
-        if latest is not None:
-            folder, state = latest
-            self.plan.check_continues(state.science, folder)
-            self.checkpoint_store.load(folder, engine, state)
-            _log.info("resumed from %s, which %s wrote", folder, state.saved_by)
-        elif self.plan.fork is not None:
-            state = load_fork(self.plan.fork, self.plan.selection_metric, engine, self.world, self.exporter.adopt_best)
-        if state is not None:
-            self.step, skipped_batches, save_seconds = state.step, state.skipped, state.save_seconds
-            self.evaluations = dict(state.scores)
-            self.throughput_meter = ThroughputMeter(state.seconds)
-            warn_if_rounding_changed(state, self.plan.cfg)
-        rollbacks = self.world.on_rank0(lambda: read_rollbacks(self.path))
-        self._rollback = RollbackController(self.path, self.plan.cfg.recovery, skipped_batches, rollbacks)
-        self.start_attempt(self.step)
-        self.open_data_log(self.step, self.rollback.skipped_batches)
-        if save_seconds:
-            self.checkpoint_saver.check_notice_covers_save(save_seconds)
-        else:  # no attempt has timed a save yet
-            with self.progress.activity("saving the first checkpoint"):
-                self.checkpoint_saver.save_initial(
-                    engine, self.step, self.rollback.skipped_batches, self.evaluations, self.throughput_meter
-                )
-            self.world.on_rank0(lambda: release_checkpoint(self.path))
-        return self.step
 
     def open_data_log(self, step: int = 0, skipped_batches: Sequence[int] = ()) -> None:
         """Open the ledger and the quarantine at a step, in place of those that are open. A collective.
 
-        ``resume`` does it; a run that evaluates without training has to.
+        ``checkpointing.resume`` calls it; a run that evaluates without training has to.
         """
         if self._data_log is not None:
             self._data_log.close()
@@ -216,7 +170,7 @@ class Run:
                 | measure_peak_memory(self.world.device)
                 | {"bad_samples": bad_samples}
                 | straggler_metrics
-                | self.checkpoint_saver.pop_save_metrics()
+                | self.checkpoint_saver.pop_metrics()
             )
             with self.throughput_meter.exclude_time():
                 self.tracker.log_rows(rows)
@@ -245,22 +199,13 @@ class Run:
 
     # --- checkpoints and the end ---
 
-    def save_checkpoint(self, engine: Engine, step: int) -> None:
-        """Start a checkpoint, after writing all metrics up to its step.
-
-        After a refused update, the checkpoint waits for the next applied update: weights that give NaN are useless.
-        """
-        self.log_metrics()
-        self.is_checkpoint_owed = not self.rollback.last_update_applied
-        if self.is_checkpoint_owed:
-            _log.warning("no checkpoint at step %d, whose update was refused", step)
-        elif self._is_urgent and self.checkpoint_saver.is_pending:
-            _log.warning("no checkpoint at step %d: the time only suffices to finish the checkpoint in progress", step)
-        else:
-            with self.progress.activity("saving a checkpoint"):
-                self.checkpoint_saver.start_checkpoint(
-                    engine, step, self.rollback.skipped_batches, self.evaluations, self.throughput_meter
-                )
+    def finish_checkpoint(self) -> None:
+        """Wait for the pending checkpoint, if any, and commit it. Every rank calls it."""
+        with self.progress.activity("writing the checkpoint"):
+            if self.checkpoint_saver.is_pending:
+                self.watchdog.heartbeat(self.step, "saving")
+                with self.throughput_meter.exclude_time():
+                    self.checkpoint_saver.wait_and_commit()
 
     def read_flags(self) -> RankFlags:
         """Return this rank's flags."""
@@ -270,8 +215,8 @@ class Run:
             self.attempt.is_superseded,
         )
 
-    def check_preemption(self, flags: RankFlags | None = None) -> bool:
-        """Return whether any rank was asked to leave, the same on every rank; commit a checkpoint once it is written.
+    def check_preemption(self, flags: RankFlags | None = None) -> LeaveRequest | None:
+        """Return the request to leave, the same on every rank, if any rank got one; commit a checkpoint once written.
 
         ``flags``: those of the newest step, on which the loop's ranks have agreed; None: the ranks agree here. They do
         in every step: with long steps, less frequent checks would exceed Slurm's notice.
@@ -283,28 +228,27 @@ class Run:
             raise superseded_error(self.path)
         if not flags.is_writing:
             self.finish_checkpoint()
-        self._is_urgent = flags.is_asked_to_leave and self.preemption.any_rank_urgent(
-            self.checkpoint_saver.slowest_save_seconds
-        )
-        return flags.is_asked_to_leave
+        if not flags.is_asked_to_leave:
+            return None
+        return LeaveRequest(self.preemption.any_rank_urgent(self.checkpoint_saver.slowest_save_seconds))
 
-    def mark_preempted(self, step: int) -> None:
+    def mark_preempted(self, step: int, leave: LeaveRequest | None = None) -> None:
         """End an attempt that was asked to stop; the outermost run asks Slurm to requeue the job.
 
         The requeue comes before the tracker's flush, because the notice may be short. The tracker skips its flush if
-        less time is left than a save took, or after a second request.
+        ``leave`` is urgent, or after a second request.
         Raises: RequeueRefusedError if Slurm refuses.
         """
         self.finish_checkpoint()
         self.is_preempted = True
         self.end_reason = describe_leave(
-            self.preemption.stop_reason, step, self.plan.total_steps, self.checkpoint_saver.latest_step, self._all_parts
+            self.preemption.stop_reason, step, self.plan.total_steps, self.checkpoint_store.latest_step, self._all_parts
         )
         self.progress.close()  # the sentence is below the bar: the last that is read
         _log.info("%s%s", self.end_reason, "" if self.is_nested else "; the same command continues")
         if not self.is_nested:
             self.preemption.requeue_unless_stopped_manually()
-        if self._is_urgent or self.preemption.requested_again:
+        if (leave is not None and leave.is_urgent) or self.preemption.requested_again:
             self.tracker.skip_flush()
 
     def mark_finished(self, results: dict[str, Any] | None = None, best_metrics: dict[str, Any] | None = None) -> None:
@@ -359,11 +303,6 @@ class Run:
                 name=name,
             )
         self.tracker.log_file(folder / "card.json")
-
-    def finish_checkpoint(self) -> None:
-        """Wait for the pending checkpoint, if any, and commit it. Every rank calls it."""
-        with self.progress.activity("writing the checkpoint"):
-            self.checkpoint_saver.finish_checkpoint(self.step, self.throughput_meter)
 
     def close(self) -> None:
         """Close this rank's open files and progress bar; no collective."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from foveal import __version__
 from foveal.atomic import read_json, write_json
+from foveal.checkpoint.saver import CheckpointSaver
 from foveal.checkpoint.store import CheckpointStore
 from foveal.distributed.peer_failure import describe_peer_failure, diagnose_launch_mistake
 from foveal.distributed.preemption import Preemption
@@ -31,7 +32,6 @@ from foveal.slurm import read_slurm_job, slurm_job_tags
 from foveal.tracking import report_end_without_tracker
 from foveal.tracking.tracker import AttemptState, NullTracker
 from foveal.training.auto_settings import decide_auto_settings
-from foveal.training.checkpointing import CheckpointSaver
 from foveal.training.config import StageConfig
 from foveal.training.config_mistakes import refuse_run_of_other_stage
 from foveal.training.data_workers import open_workers
@@ -93,9 +93,9 @@ def open_run(
             on_hang = partial(_record_hang, attempt, open_runs)
             watchdog = stack.enter_context(run_watchdog(world, logs, timeout, on_hang))
         try:
-            store = open_checkpoints(path, plan, world, attempt, timeout / 2)
+            store = open_checkpoints(path, plan, world, attempt)
             plan = decide_auto_settings(plan, store, world)  # before anything reads the engine's settings
-            saver = CheckpointSaver(path, plan, store, world, watchdog)
+            saver = CheckpointSaver(store, is_superseded=attempt.poll_superseded, write_timeout_seconds=timeout / 2)
             meter = StragglerMeter(world.device, socket.gethostname())
             progress = outer_run.progress if outer_run is not None else None
             run = Run(stage_name, path, plan, world, preemption, attempt, store, watchdog, saver, meter, progress)
@@ -285,7 +285,7 @@ def _acquire_attempt(path: Path, plan: Plan, world: World) -> tuple[Attempt | No
 
 
 def open_checkpoints(
-    path: Path, plan: Plan, world: World, attempt: Attempt, timeout_seconds: float, *, read_only: bool = False
+    path: Path, plan: Plan, world: World, attempt: Attempt, *, read_only: bool = False
 ) -> CheckpointStore:
     """Open the checkpoints of a run for an attempt. Every rank calls it."""
     return CheckpointStore(
@@ -295,8 +295,6 @@ def open_checkpoints(
         attempt.number,
         attempt.start_steps_by_attempt,
         first_step=plan.fork.highest_start_step if plan.fork else 0,
-        is_superseded=attempt.poll_superseded if isinstance(attempt, Lease) else lambda: False,
-        write_timeout_seconds=timeout_seconds,
         read_only=read_only,
     )
 

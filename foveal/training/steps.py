@@ -8,6 +8,7 @@ from foveal.data.batch import Batch
 from foveal.data.loader import train_batches
 from foveal.engines.base import Engine
 from foveal.errors import CheckpointError
+from foveal.training.checkpointing import save_checkpoint
 from foveal.training.evaluations import collect_metric_values, filter_up_to_step
 from foveal.training.loop import LoopContext, Objective, Step, is_due, run_steps
 from foveal.training.meters.profiler import profile_steps
@@ -32,17 +33,19 @@ def finish_step(run: Run, engine: Engine, step: Step) -> bool:
     cfg, stop_step = run.plan.cfg, run.plan.stop_step
     if is_due(step.index, cfg.log.every, stop_step):
         run.log_metrics()
-    has_to_leave = run.check_preemption(step.flags)
-    if has_to_leave or is_due(step.index, cfg.checkpoint.every, stop_step):
-        run.save_checkpoint(engine, step.index)
-    if has_to_leave:
-        run.mark_preempted(step.index)
-    return has_to_leave
+    leave = run.check_preemption(step.flags)
+    if leave is not None or is_due(step.index, cfg.checkpoint.every, stop_step):
+        save_checkpoint(run, engine, leave)
+    if leave is not None:
+        run.mark_preempted(step.index, leave)
+    return leave is not None
 
 
 def _iterate_steps(run: Run, engine: Engine, objective: Objective, start_step: int) -> Generator[Step, None, None]:
-    profiled_range = run.plan.cfg.log.profile_steps if run.world.rank == 0 else None
+    cfg, stop_step = run.plan.cfg, run.plan.stop_step
+    profiled_range = cfg.log.profile_steps if run.world.rank == 0 else None
     while True:
+        is_checkpoint_owed = False  # one was due after a refused update, and waits for the next applied one
         with _training_batches(run, start_step) as batches:
             steps = run_steps(engine, batches, objective, _loop_context(run, start_step))
             for step in profile_steps(steps, start_step, profiled_range, run.path / "profile"):
@@ -52,13 +55,16 @@ def _iterate_steps(run: Run, engine: Engine, objective: Objective, start_step: i
                     run.rollback.add_update(step.index, step.result.applied)
                 run.read_updates(run.rollback.steps_in_flight)
                 yield step
-                if run.is_checkpoint_owed and run.read_updates() and run.rollback.last_update_applied:
-                    run.save_checkpoint(engine, step.index)
+                if is_due(step.index, cfg.checkpoint.every, stop_step):  # finish_step saves after an applied update
+                    is_checkpoint_owed = not run.rollback.last_update_applied
+                elif is_checkpoint_owed and run.read_updates() and run.rollback.last_update_applied:
+                    save_checkpoint(run, engine)
+                    is_checkpoint_owed = False
                 if run.rollback.is_due:
                     break
             if run.read_updates():
                 if run.step < run.plan.total_steps:
-                    _report_stop(run)
+                    _report_stop(run, is_checkpoint_owed=is_checkpoint_owed)
                 return
         start_step = _roll_back(run, engine)
 
@@ -113,7 +119,6 @@ def _roll_back(run: Run, engine: Engine) -> int:
         raise CheckpointError(f"{run.path} has no complete checkpoint to roll back to")
     folder, state = latest
     run.rollback.record_rollback_or_raise(state.step, is_writer=run.world.rank == 0)
-    run.is_checkpoint_owed = False  # the step that it is due after is repeated
     run.metric_accumulator.pop_rows(run.world.all_reduce_sum)  # discards the rows
     run.checkpoint_store.load(folder, engine, state)
     run.evaluations = filter_up_to_step(run.evaluations, state.step)
@@ -124,11 +129,11 @@ def _roll_back(run: Run, engine: Engine) -> int:
     return state.step
 
 
-def _report_stop(run: Run) -> None:
+def _report_stop(run: Run, *, is_checkpoint_owed: bool) -> None:
     """Log, and record as the attempt's end, that the run stopped at run.stop_at_step, and where the next one begins."""
     run.finish_checkpoint()
-    saved_step = run.checkpoint_saver.latest_step
-    if run.is_checkpoint_owed:
+    saved_step = run.checkpoint_store.latest_step
+    if is_checkpoint_owed:
         run.end_reason = (
             f"stopped at step {run.step}, whose update was refused: no checkpoint of it; the next attempt repeats the "
             f"steps after {saved_step}"

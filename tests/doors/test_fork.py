@@ -12,11 +12,11 @@ from ranks import Ranks, stage_named
 from torch import Tensor
 
 from foveal.atomic import read_json, sha256, write_json
+from foveal.checkpoint.saver import CheckpointSaver
 from foveal.cli import app
 from foveal.distributed.world import World
 from foveal.errors import CheckpointError, ConfigError, TrainingDivergedError
 from foveal.tracking.jsonl import read_rows_without_time
-from foveal.training.checkpointing import CheckpointSaver
 from foveal.training.cli import load_config
 from foveal.training.launch import run_stage
 from foveal.weights.export import read_card
@@ -55,7 +55,7 @@ def _train_and_die(world: World, config: str, overrides: list[str]) -> None:
 
     cfg = load_config(stage.config_class, "pretrain", config, overrides)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CheckpointSaver, "save_initial", die)
+        patch.setattr(CheckpointSaver, "save", die)
         with pytest.raises(KeyboardInterrupt):
             run_stage(stage, cfg, world)
 

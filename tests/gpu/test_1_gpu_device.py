@@ -15,7 +15,7 @@ from ranks import Ranks, stage_named
 from runs_on_gpus import require_libraries, start_ranks
 
 from foveal.checkpoint.chunks import TensorChunk
-from foveal.checkpoint.writer import BackgroundWriter
+from foveal.checkpoint.host_copy import copy_to_host
 from foveal.data.batch import Batch
 from foveal.data.image.transforms import normalise
 from foveal.data.loader import train_batches
@@ -114,11 +114,11 @@ def test_a_gpu_is_copied_to_pinned_memory_in_order(cuda: torch.device) -> None:
     """The snapshot contains the operations queued before it, and none queued after it."""
     values = torch.zeros(1 << 22, device=cuda)
     chunks = [TensorChunk("a", (len(values),), 0, {"weight": values}, (0, len(values)))]
-    writer = BackgroundWriter()
+    buffer: torch.Tensor | None = None
     for number in range(1, 4):
         for _ in range(100):
             values += 0.01
-        (copy,) = writer.copy_to_host_buffer(chunks)
+        (copy,), buffer = copy_to_host(chunks, buffer)
         values += 7
         values -= 7
         assert copy.flat_views_by_part["weight"].is_pinned()

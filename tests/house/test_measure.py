@@ -12,7 +12,6 @@ LONGEST_FUNCTION = 60
 # "path" or "path:function", and the reason.
 LARGER: dict[str, str] = {
     "foveal/slurm.py": "Slurm's variables, formats and commands stand in one file, so that no second reader of them is written",
-    "foveal/training/run.py": "one attempt as a timetable sees it; a second file would share its state",
     "slurm/submit.py": "one script, which a shell calls by its path: a pipeline file, its submission, its run on one machine",
     "tests/unit/training/test_lease.py": "processes that race for one directory; two files would share every helper",
     "tests/remote/test_mlflow.py": "what one real server, started once, goes through",

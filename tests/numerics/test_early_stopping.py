@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from finetune.tasks.classify import ClassificationLoss
 from foveal.data.records.ledger import ROW_DTYPE, ledger_rows_path
+from foveal.distributed.preemption import LeaveRequest
 from foveal.distributed.world import World
 from foveal.tracking.jsonl import read_rows_without_time
 from foveal.training.cli import load_config
@@ -38,7 +39,7 @@ def left_at(world: World, config: str, run: str, step: int) -> None:
     """Fine-tune until a step, and be asked to leave there, before its evaluation."""
     stage = stage_named("finetune")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "check_preemption", lambda run, _flags: run.step == step)
+        patch.setattr(Run, "check_preemption", lambda run, _: LeaveRequest() if run.step == step else None)
         run_stage(
             stage,
             load_config(stage.config_class, "finetune", config, [f"run.dir={run}", "tracking.uri=null", *STEERED]),

@@ -9,7 +9,9 @@ from engines import SHAPES, Shape, Tiny, Trainer
 from ranks import Ranks
 
 from foveal.checkpoint.config import CheckpointConfig
-from foveal.checkpoint.store import CheckpointStore, TrainState
+from foveal.checkpoint.saver import CheckpointSaver
+from foveal.checkpoint.state import TrainState
+from foveal.checkpoint.store import CheckpointStore
 from foveal.distributed.world import World
 
 STEPS = range(4, 9)
@@ -20,10 +22,10 @@ def _saved_in_passing(world: World, shape: Shape, root: Path) -> tuple[list[floa
     trainer = Trainer(world, shape)
     trainer.steps(1, 4)
     weights = {name: value.clone() for name, value in trainer.engine.gather_full_state_dict().items()}
-    store = CheckpointStore(root, CheckpointConfig(), world, 1, {})
-    store.save(trainer.engine, TrainState(3, 0.0, world.size, "", {}))
+    saver = CheckpointSaver(CheckpointStore(root, CheckpointConfig(), world, 1, {}))
+    saver.save(trainer.engine, TrainState(3, 0.0, world.size, "", {}))
     losses = [trainer.step(STEPS[0]).loss]
-    store.wait_and_commit()
+    saver.wait_and_commit()
     return losses + [trainer.step(number).loss for number in STEPS[1:]], weights
 
 

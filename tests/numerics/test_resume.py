@@ -7,6 +7,7 @@ import pytest
 from ranks import stage_named
 
 from foveal.cli import app
+from foveal.distributed.preemption import LeaveRequest
 from foveal.distributed.world import World
 from foveal.errors import CheckpointError
 from foveal.tracking.jsonl import read_rows_without_time
@@ -68,7 +69,7 @@ def _leave_at(world: World, config: str, overrides: list[str], step: int) -> Non
     """Fine-tune until a step, and be asked to leave there."""
     stage = stage_named("finetune")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "check_preemption", lambda run, _flags: run.step == step)
+        patch.setattr(Run, "check_preemption", lambda run, _: LeaveRequest() if run.step == step else None)
         run_stage(stage, load_config(stage.config_class, "finetune", config, overrides), world)
 
 

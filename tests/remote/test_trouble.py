@@ -14,6 +14,7 @@ from ports import free_port
 from proxy import Proxy
 from ranks import stage_named
 
+from foveal.checkpoint.saver import CheckpointSaver
 from foveal.data.config import DataConfig
 from foveal.data.dataset import Dataset
 from foveal.data.loader import train_batches
@@ -21,7 +22,6 @@ from foveal.data.sampling.sources import build_training_set
 from foveal.data.storage.remote import PermanentRemoteError, RemoteFolder
 from foveal.errors import ConfigError, DataError
 from foveal.redact import redact
-from foveal.training.checkpointing import CheckpointSaver
 from foveal.training.cli import main
 
 Configure = Callable[..., DataConfig]
@@ -116,7 +116,7 @@ def test_secrets_of_a_run_stand_nowhere(
     if end == "refused":
         http.inject("403", about="train-000003.tar HTTP", times=10**6)
     elif end == "failed":
-        monkeypatch.setattr(CheckpointSaver, "start_checkpoint", lambda *_: _fail(f"https://me:{password}@{place}"))
+        monkeypatch.setattr(CheckpointSaver, "save", lambda *_: _fail(f"https://me:{password}@{place}"))
     with pytest.raises(SystemExit if end != "failed" else RuntimeError) as done:
         main(stage_named("pretrain"), words)
     said = capfd.readouterr()

@@ -17,7 +17,9 @@ import torch
 from torch import nn
 
 from foveal.checkpoint.config import CheckpointConfig
-from foveal.checkpoint.store import CheckpointStore, TrainState
+from foveal.checkpoint.saver import CheckpointSaver
+from foveal.checkpoint.state import TrainState
+from foveal.checkpoint.store import CheckpointStore
 from foveal.distributed.world import World
 from foveal.engines.base import Engine
 from foveal.engines.build import build_engine
@@ -79,7 +81,7 @@ def readable(folder: Path, weights: dict[int, torch.Tensor]) -> int:
 
 
 def main(folder: Path, how: str) -> None:
-    training, saving = engine(), store(folder)
+    training, saving = engine(), CheckpointSaver(store(folder))
     weights: dict[int, torch.Tensor] = {}
     for step in STEPS:
         fill(folder, how, full=step in FULL)

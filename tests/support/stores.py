@@ -11,7 +11,9 @@ from torch import Tensor
 from foveal.checkpoint.chunks import TensorChunk
 from foveal.checkpoint.config import CheckpointConfig
 from foveal.checkpoint.protocols import Communicator
-from foveal.checkpoint.store import CheckpointStore, TrainState
+from foveal.checkpoint.saver import CheckpointSaver
+from foveal.checkpoint.state import TrainState
+from foveal.checkpoint.store import CheckpointStore
 from foveal.distributed.world import World
 
 ALONE = World(0, 1, 0, "none", torch.device("cpu"))
@@ -70,10 +72,11 @@ def store(
     return CheckpointStore(root, CheckpointConfig.model_validate({"keep": 99} | settings), world, attempt, starts or {})
 
 
-def saved(made: CheckpointStore, step: int) -> None:
+def saved(made: CheckpointStore, step: int, **settings: Any) -> None:
     """Save a step whose every element is its number, and wait for it."""
-    made.save(Tensors(step, num_updates=step), state(step))
-    made.wait_and_commit()
+    saver = CheckpointSaver(made, **settings)
+    saver.save(Tensors(step, num_updates=step), state(step))
+    saver.wait_and_commit()
 
 
 def name(step: int, attempt: int = 1) -> str:

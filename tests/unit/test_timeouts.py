@@ -5,6 +5,8 @@ import itertools
 import os
 import threading
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,38 @@ def test_what_never_answers_is_named(tmp_path: Path) -> None:
         read_with_timeout(pipe, 0.2, pipe.read_bytes)
     assert time.monotonic() - began < 30
     assert all(thread.daemon for thread in threading.enumerate() if thread.name == "foveal-within")
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+def test_files_in_a_row_share_a_thread_and_the_one_that_hangs_is_named(hangs: bool, tmp_path: Path) -> None:
+    files, threads = [tmp_path / f"{number}.index" for number in range(5)], set[int]()
+    for file in files:
+        os.mkfifo(file) if hangs and file is files[3] else file.write_bytes(b"x")
+
+    def read(file: Path) -> bytes:
+        threads.add(threading.get_ident())
+        return file.read_bytes()
+
+    def read_all() -> list[bytes]:
+        return [read_with_timeout(file, 60, partial(read, file)) for file in files]
+
+    if hangs:
+        with pytest.raises(StorageUnreachableError, match=rf"{files[3]} cannot be read \(no answer within 0.2 s\)"):
+            read_with_timeout(tmp_path, 0.2, read_all)
+    else:
+        assert read_with_timeout(tmp_path, 60, read_all) == [b"x"] * 5
+    assert len(threads) == 1
+    assert threads.isdisjoint({threading.get_ident()})
+
+
+def test_who_hangs_after_the_files_of_a_row_is_named_itself(tmp_path: Path) -> None:
+    def read_and_hang() -> None:
+        with suppress(FileNotFoundError):
+            read_with_timeout(tmp_path / "gone", 60, (tmp_path / "gone").read_bytes)
+        threading.Event().wait()
+
+    with pytest.raises(StorageUnreachableError, match=rf"{tmp_path} cannot be read"):
+        read_with_timeout(tmp_path, 0.2, read_and_hang)
 
 
 def test_slow_storage_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,9 +4,9 @@ import collections
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from foveal.atomic import sha256
 from foveal.data.format.manifest import MANIFEST_NAME, Shard
@@ -17,6 +17,7 @@ from foveal.data.storage.remote import RemoteFolder
 from foveal.errors import DataError, StorageUnreachableError
 from foveal.timeouts import read_with_timeout
 
+T = TypeVar("T")
 _OPEN_SHARDS = 256  # file descriptors that a reader keeps open
 _READ = os.O_RDONLY | os.O_CLOEXEC
 _WAITS = (0.1, 0.4, 1.5, 3.0)  # seconds between attempts: a file server may be unreachable for a moment
@@ -42,6 +43,10 @@ class ShardReader(Protocol):
 
     def load_index(self, shard: Shard) -> ShardIndex:
         """Return the memory-mapped index of a shard."""
+        ...
+
+    def read_in_a_row(self, read: Callable[[], T]) -> T:
+        """Return the result of ``read``, which loads many indices; local ones share a thread and its time limit."""
         ...
 
     def remote_shard(self, shard: Shard) -> RemoteFile | None:
@@ -100,6 +105,9 @@ class LocalShardReader:
 
         return read_with_timeout(file, self._stall_timeout, load)
 
+    def read_in_a_row(self, read: Callable[[], T]) -> T:
+        return read_with_timeout(self._path, self._stall_timeout, read)
+
     def remote_shard(self, shard: Shard) -> None:
         return None
 
@@ -155,6 +163,9 @@ class CachedShardReader:
             finally:
                 os.close(descriptor)
         raise AssertionError
+
+    def read_in_a_row(self, read: Callable[[], T]) -> T:
+        return read()
 
     def remote_shard(self, shard: Shard) -> RemoteFile:
         return RemoteFile(self._remote, shard.file, shard.index, shard.bytes, shard.sha256)

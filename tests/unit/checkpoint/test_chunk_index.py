@@ -10,15 +10,15 @@ from thread_ranks import FileOperations, ThreadWorld, run_ranks
 
 from foveal.atomic import write_json
 from foveal.checkpoint.chunk_index import ChunkIndex
-from foveal.checkpoint.store import CheckpointStore
+from foveal.checkpoint.saver import CheckpointSaver
 
 
-def save(world: ThreadWorld, root: Path, *steps: int) -> CheckpointStore:
-    checkpoints = store(root, world=world)
+def save(world: ThreadWorld, root: Path, *steps: int) -> CheckpointSaver:
+    saver = CheckpointSaver(store(root, world=world))
     for step in steps:
-        checkpoints.save(Tensors(step, world.rank, world.size), state(step))
-        checkpoints.wait_and_commit()
-    return checkpoints
+        saver.save(Tensors(step, world.rank, world.size), state(step))
+        saver.wait_and_commit()
+    return saver
 
 
 def resume(world: ThreadWorld, root: Path) -> set[float]:
@@ -53,10 +53,10 @@ def test_a_checkpoint_of_a_version_without_an_index_is_loaded(ranks: int, tmp_pa
 def count_operations(ranks: int, root: Path) -> dict[str, Counter[str]]:
     with pytest.MonkeyPatch.context() as patch:
         operations = FileOperations(root, patch)
-        stores = run_ranks(ranks, lambda world: save(world, root, 10))
+        savers = run_ranks(ranks, lambda world: save(world, root, 10))
         operations.pop()
-        run_ranks(ranks, lambda world: stores[world.rank].save(Tensors(20, world.rank, ranks), state(20)))
-        run_ranks(ranks, lambda world: stores[world.rank].wait_and_commit())
+        run_ranks(ranks, lambda world: savers[world.rank].save(Tensors(20, world.rank, ranks), state(20)))
+        run_ranks(ranks, lambda world: savers[world.rank].wait_and_commit())
         counts = {"save": operations.pop()}
         run_ranks(ranks, lambda world: resume(world, root))
         return counts | {"resume": operations.pop()}

@@ -7,6 +7,8 @@ from stores import name, names, saved, state, store
 
 from foveal.checkpoint import retention
 
+WAIT = 60  # seconds for the thread that removes folders
+
 
 def test_only_so_many_are_kept(tmp_path: Path) -> None:
     checkpoints = store(tmp_path, keep=2, keep_every=40)
@@ -93,8 +95,7 @@ def test_who_was_superseded_removes_nothing(tmp_path: Path) -> None:
     checkpoints = store(tmp_path, keep=1)
     saved(checkpoints, 10)
     answers = iter([False, True])  # superseded between publishing and pruning
-    checkpoints._is_superseded = lambda: next(answers)
-    saved(checkpoints, 20)
+    saved(checkpoints, 20, is_superseded=lambda: next(answers))
     assert names(tmp_path) == [name(10), name(20)]
 
 
@@ -104,7 +105,7 @@ def test_what_killed_attempts_left_is_removed_at_the_next_start(tmp_path: Path) 
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "file").write_text("")
     checkpoints = store(tmp_path, attempt=2)
-    checkpoints.wait_and_commit()
+    checkpoints.directory.wait_for_removal(WAIT)
     assert names(tmp_path) == [".draft-notes", name(10)]
 
 
@@ -128,7 +129,7 @@ def test_killed_while_a_checkpoint_is_replaced_one_of_them_survives(
     monkeypatch.undo()
     restarted = store(tmp_path, attempt=2)
     assert restarted.find_latest_valid() == (tmp_path / name(10), state(10))
-    restarted.wait_and_commit()
+    restarted.directory.wait_for_removal(WAIT)
     assert names(tmp_path) == [name(10)]
 
 

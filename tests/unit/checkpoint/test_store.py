@@ -14,8 +14,8 @@ from stores import SCIENCE, Tensors, name, names, saved, state, store
 
 from foveal.atomic import atomic_folder, sha256, write_json
 from foveal.checkpoint import digests
-from foveal.checkpoint.state import read_train_state
-from foveal.checkpoint.store import SaveResult, TrainState, check_science_unchanged
+from foveal.checkpoint.saver import CheckpointSaver, SaveResult
+from foveal.checkpoint.state import TrainState, check_science_unchanged, read_train_state
 from foveal.distributed.world import World
 from foveal.errors import CheckpointError, StorageUnreachableError
 
@@ -287,9 +287,9 @@ def test_of_two_at_the_same_step_the_later_attempt_counts(two: Path) -> None:
 
 
 def _save(world: World, root: Path, step: int) -> SaveResult | None:
-    checkpoints = store(root, world=world)
-    checkpoints.save(Tensors(step, world.rank, world.size, num_updates=step), state(step))
-    return checkpoints.wait_and_commit()
+    saver = CheckpointSaver(store(root, world=world))
+    saver.save(Tensors(step, world.rank, world.size, num_updates=step), state(step))
+    return saver.wait_and_commit()
 
 
 def _newest(world: World, root: Path) -> tuple[Path, TrainState] | None:

@@ -13,6 +13,8 @@ import pytest
 from forked import CONTEXT
 from stores import Tensors, name, saved, state, store
 
+from foveal.checkpoint.saver import CheckpointSaver
+
 WAIT = 120  # seconds for a child
 # Events of Python's audit hooks: every call that can change a folder, or that opens a file.
 _CALLS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.truncate", "os.link"}
@@ -37,12 +39,12 @@ def _save_for_ever(root: Path, notes: Path, attempt: int) -> None:
     """Save at every step and append published steps to ``notes``."""
     checkpoints = store(root, attempt)
     latest = checkpoints.find_latest_valid()
-    engine = Tensors(0)
+    engine, saver = Tensors(0), CheckpointSaver(checkpoints)
     if latest is not None:
         checkpoints.load(latest[0], engine, latest[1])
     for step in itertools.count(latest[1].step + 1 if latest else 1):
         engine.fill(step)
-        if published := checkpoints.save(engine, state(step)):
+        if published := saver.save(engine, state(step)):
             with notes.open("a") as stream:
                 stream.write(f"{published.step}\n")
 
@@ -53,7 +55,7 @@ def _content(root: Path, attempt: int) -> tuple[int, set[float]]:
     latest = checkpoints.find_latest_valid()
     assert latest is not None
     checkpoints.load(latest[0], engine, latest[1])
-    checkpoints.wait_and_commit()
+    checkpoints.directory.wait_for_removal(WAIT)
     return latest[1].step, engine.values()
 
 

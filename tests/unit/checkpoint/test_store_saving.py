@@ -12,9 +12,10 @@ import torch
 from ranks import Ranks
 from stores import PARTS, SHAPES, Tensors, name, names, saved, state, store
 
-from foveal.checkpoint import store as module
-from foveal.checkpoint.chunks import TensorChunk
-from foveal.checkpoint.writer import BackgroundWriter, count_bytes_to_write
+from foveal.checkpoint import saver as module
+from foveal.checkpoint.chunks import TensorChunk, count_bytes_to_write
+from foveal.checkpoint.host_copy import copy_to_host
+from foveal.checkpoint.saver import CheckpointSaver
 from foveal.distributed.world import World
 from foveal.errors import AttemptSupersededError
 
@@ -58,18 +59,19 @@ def values_at(root: Path, step: int) -> set[float]:
 
 def test_what_changes_after_the_save_began_is_not_in_it(blocked_disk: BlockedDisk, tmp_path: Path) -> None:
     checkpoints, engine = store(tmp_path), Tensors(10)
-    checkpoints.save(engine, state(10))
-    assert (checkpoints.is_save_pending, checkpoints.is_rank_writing) == (True, True)
+    saver = CheckpointSaver(checkpoints)
+    saver.save(engine, state(10))
+    assert (saver.is_pending, saver.is_rank_writing) == (True, True)
     assert names(tmp_path) == [f".draft-{name(10)}"]
     engine.fill(11)
     blocked_disk.release.set()
-    saved_result = checkpoints.wait_and_commit()
+    saved_result = saver.wait_and_commit()
     assert saved_result is not None
     assert (
         saved_result.step,
         saved_result.num_bytes_all_ranks,
-        checkpoints.is_save_pending,
-        checkpoints.is_rank_writing,
+        saver.is_pending,
+        saver.is_rank_writing,
         checkpoints.latest_step,
     ) == (
         10,
@@ -85,8 +87,9 @@ def test_what_changes_after_the_save_began_is_not_in_it(blocked_disk: BlockedDis
 
 def test_the_updates_come_from_the_engine(tmp_path: Path) -> None:
     checkpoints = store(tmp_path)
-    checkpoints.save(Tensors(10, num_updates=7), state(10))
-    checkpoints.wait_and_commit()
+    saver = CheckpointSaver(checkpoints)
+    saver.save(Tensors(10, num_updates=7), state(10))
+    saver.wait_and_commit()
     latest = checkpoints.find_latest_valid()
     assert latest is not None
     assert latest[1].updates == 7
@@ -95,47 +98,49 @@ def test_the_updates_come_from_the_engine(tmp_path: Path) -> None:
 def test_a_second_save_waits_for_the_first(
     blocked_disk: BlockedDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoints = store(tmp_path)
-    checkpoints.save(Tensors(10), state(10))
-    wait = checkpoints._writer.wait
+    saver = CheckpointSaver(store(tmp_path))
+    saver.save(Tensors(10), state(10))
+    pending, buffer = saver._pending, saver._buffer
+    assert pending is not None
 
     def let_go_while_it_waits(seconds: float) -> None:
         threading.Timer(0.05, blocked_disk.release.set).start()
-        wait(seconds)
+        threading.Thread.join(pending, seconds)
 
-    monkeypatch.setattr(checkpoints._writer, "wait", let_go_while_it_waits)
-    saved_result = checkpoints.save(Tensors(20), state(20))
+    monkeypatch.setattr(pending, "join", let_go_while_it_waits)
+    saved_result = saver.save(Tensors(20), state(20))
     assert saved_result is not None
     assert saved_result.step == 10
     assert saved_result.stall_seconds >= 0.04  # the wait counts as stall
-    checkpoints.wait_and_commit()
+    saver.wait_and_commit()
     assert [values_at(tmp_path, step) for step in (10, 20)] == [{10.0}, {20.0}]
+    assert buffer is not None and saver._buffer is buffer, "the copies need no new memory"
 
 
 def test_without_overlap_a_save_is_done_when_it_returns(tmp_path: Path) -> None:
-    checkpoints = store(tmp_path, async_save=False)
-    saved_result = checkpoints.save(Tensors(10), state(10))
+    saver = CheckpointSaver(store(tmp_path, async_save=False))
+    saved_result = saver.save(Tensors(10), state(10))
     assert saved_result is not None
-    assert (saved_result.step, checkpoints.is_save_pending, names(tmp_path)) == (10, False, [name(10)])
+    assert (saved_result.step, saver.is_pending, names(tmp_path)) == (10, False, [name(10)])
 
 
 def test_a_disk_that_does_not_answer_is_not_waited_for_without_end(
     blocked_disk: BlockedDisk, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    checkpoints = store(tmp_path)
-    checkpoints._write_timeout = 0.01
-    checkpoints.save(Tensors(10), state(10))
-    assert checkpoints.wait_and_commit() is None
-    assert checkpoints.save(Tensors(20), state(20)) is None
-    assert checkpoints.is_save_pending
+    saver = CheckpointSaver(store(tmp_path))
+    saver._write_timeout = 0.01
+    saver.save(Tensors(10), state(10))
+    assert saver.wait_and_commit() is None
+    assert saver.save(Tensors(20), state(20)) is None
+    assert saver.is_pending
     assert [record.getMessage() for record in caplog.records] == [
         "the checkpoint of step 10 is still being written after 0 s",
         "the checkpoint of step 10 is still being written after 0 s",
         "NO CHECKPOINT AT STEP 20: the one before is still being written; training goes on, there is none before it",
     ]
     blocked_disk.release.set()
-    checkpoints._write_timeout = WAIT
-    saved_result = checkpoints.wait_and_commit()
+    saver._write_timeout = WAIT
+    saved_result = saver.wait_and_commit()
     assert saved_result is not None
     assert names(tmp_path) == [name(10)]
 
@@ -149,9 +154,7 @@ def test_the_copies_need_no_new_memory() -> None:
         TensorChunk("count", (1,), 0, {"weight": torch.tensor([1 << 40])}, (0, 1)),
         TensorChunk("half", (2,), 0, {"weight": torch.tensor([1.5, 2.5], dtype=torch.bfloat16)}, (0, 2)),
     ]
-    writer = BackgroundWriter()
-    first = writer.copy_to_host_buffer(chunks)
-    place = writer._buffer.data_ptr()
+    first, buffer = copy_to_host(chunks)
     assert (first[0].flat_start, first[0].relative_write_range, first[0].shape) == (3, (0, 2), (5,))
     for chunk, copy in zip(chunks, first, strict=True):
         for part, value in chunk.flat_views_by_part.items():
@@ -159,8 +162,8 @@ def test_the_copies_need_no_new_memory() -> None:
             assert copy.flat_views_by_part[part].dtype == value.dtype
     chunks[0].flat_views_by_part["weight"].fill_(9)
     assert torch.equal(first[0].flat_views_by_part["weight"], torch.tensor([1.0, 2.0]))
-    second = writer.copy_to_host_buffer(chunks)
-    assert writer._buffer.data_ptr() == place
+    second, again = copy_to_host(chunks, buffer)
+    assert again is buffer
     assert torch.equal(second[0].flat_views_by_part["weight"], torch.tensor([9.0, 9.0]))
     assert count_bytes_to_write(chunks) == sum(
         value.nbytes for copy in second for value in copy.flat_views_by_part.values()
@@ -174,11 +177,12 @@ def test_a_full_disk_stops_no_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoints = store(tmp_path)
+    saver = CheckpointSaver(checkpoints)
     saved(checkpoints, 10)
     monkeypatch.setattr(module, "write_and_hash_chunks", failing(OSError(28, "No space left on device")))
-    checkpoints.save(Tensors(20), state(20))
-    assert checkpoints.wait_and_commit() is None
-    assert (checkpoints.is_save_pending, checkpoints.latest_step, names(tmp_path)) == (False, 10, [name(10)])
+    saver.save(Tensors(20), state(20))
+    assert saver.wait_and_commit() is None
+    assert (saver.is_pending, checkpoints.latest_step, names(tmp_path)) == (False, 10, [name(10)])
     (warning,) = [record.getMessage() for record in caplog.records]
     assert warning.startswith("NO CHECKPOINT AT STEP 20: rank 0: No space left on device (/")
     assert f"{BYTES / 1e6:.1f} MB were to be written); training goes on, the newest is of step 10" in warning
@@ -188,19 +192,19 @@ def test_a_full_disk_stops_no_training(
 
 
 def test_a_draft_that_cannot_be_begun_stops_no_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    checkpoints = store(tmp_path / "checkpoints")
+    saver = CheckpointSaver(store(tmp_path / "checkpoints"))
     shutil.rmtree(tmp_path / "checkpoints")
-    assert checkpoints.save(Tensors(10), state(10)) is None
-    assert not checkpoints.is_save_pending
+    assert saver.save(Tensors(10), state(10)) is None
+    assert not saver.is_pending
     assert "NO CHECKPOINT AT STEP 10: [Errno 2] No such file or directory" in caplog.text
 
 
 def test_a_mistake_of_the_program_is_no_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "write_and_hash_chunks", failing(ValueError("broken")))
-    checkpoints = store(tmp_path)
-    checkpoints.save(Tensors(10), state(10))
+    saver = CheckpointSaver(store(tmp_path))
+    saver.save(Tensors(10), state(10))
     with pytest.raises(ValueError, match="broken"):
-        checkpoints.wait_and_commit()
+        saver.wait_and_commit()
 
 
 def test_too_little_room_is_said_before_the_save(
@@ -216,19 +220,19 @@ def test_too_little_room_is_said_before_the_save(
 
 def test_who_was_superseded_publishes_nothing(tmp_path: Path) -> None:
     checkpoints = store(tmp_path)
+    saver = CheckpointSaver(checkpoints, is_superseded=lambda: True)
     saved(checkpoints, 10)
-    checkpoints._is_superseded = lambda: True
-    checkpoints.save(Tensors(20), state(20))
+    saver.save(Tensors(20), state(20))
     with pytest.raises(AttemptSupersededError, match=f"{name(20)} was not published: another attempt"):
-        checkpoints.wait_and_commit()
+        saver.wait_and_commit()
     assert checkpoints.find_latest_valid() == (tmp_path / name(10), state(10))
 
 
 def _save_failing(world: World, root: Path, error: Exception, rank: int) -> tuple[str, bool, list[str]]:
     """Save with a failing disk on one rank; return this rank's result, whether a save is pending, and the log."""
-    checkpoints, messages = store(root, world=world), []
-    checkpoints.save(Tensors(10, world.rank, world.size), state(10))
-    checkpoints.wait_and_commit()
+    saver, messages = CheckpointSaver(store(root, world=world)), []
+    saver.save(Tensors(10, world.rank, world.size), state(10))
+    saver.wait_and_commit()
     write = module.write_and_hash_chunks
     if world.rank == rank:
         module.write_and_hash_chunks = failing(error)
@@ -236,14 +240,14 @@ def _save_failing(world: World, root: Path, error: Exception, rank: int) -> tupl
     handler.emit = lambda record: messages.append(record.getMessage())
     logging.getLogger("foveal.checkpoint").addHandler(handler)
     try:
-        checkpoints.save(Tensors(20, world.rank, world.size), state(20))
-        outcome = str(checkpoints.wait_and_commit())
+        saver.save(Tensors(20, world.rank, world.size), state(20))
+        outcome = str(saver.wait_and_commit())
     except (RuntimeError, ValueError) as caught:
         outcome = repr(caught)
     finally:
         module.write_and_hash_chunks = write
         logging.getLogger("foveal.checkpoint").removeHandler(handler)
-    return outcome, checkpoints.is_save_pending, messages
+    return outcome, saver.is_pending, messages
 
 
 @pytest.mark.parametrize("rank", [0, 1])

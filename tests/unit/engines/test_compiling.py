@@ -13,6 +13,7 @@ from ranks import Ranks, stage_named
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from foveal.distributed.preemption import LeaveRequest
 from foveal.distributed.world import World
 from foveal.engines import compiling
 from foveal.engines.compiling import choose_compiled_parts, compile_model, explain_no_compiler
@@ -74,7 +75,7 @@ def graphs_of_a_run(world: World, name: str, config: str, overrides: list[str]) 
     check, record = Run.check_preemption, Run.record_evaluation
     with counted("eager") as graphs, pytest.MonkeyPatch.context() as patch:
 
-        def check_preemption(run: Run, flags: RankFlags) -> bool:
+        def check_preemption(run: Run, flags: RankFlags) -> LeaveRequest | None:
             graphs.append(count_graphs())
             return check(run, flags)
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 from plans import forecast
 
-from foveal.checkpoint.chunks import replicated_chunk
-from foveal.checkpoint.writer import count_bytes_to_write
+from foveal.checkpoint.chunks import count_bytes_to_write, replicated_chunk
 from foveal.data.batch_plan import BatchPlan, EvaluationBatchPlan
 from foveal.data.batch_stream import BatchStream
 from foveal.data.row_arrays import RowLayout

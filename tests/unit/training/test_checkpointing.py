@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from ranks import Ranks, stage_named
 
+from foveal.checkpoint.saver import CheckpointSaver, SaveResult
 from foveal.distributed.preemption import ShutdownNotice
 from foveal.distributed.world import World
 from foveal.errors import LaunchError
@@ -28,17 +29,18 @@ def _run(
             warnings.append(record.getMessage())
 
     stage, handler = stage_named("pretrain"), WarningCollector(logging.WARNING)
-    record_saved = checkpointing.CheckpointSaver._record_saved
+    publish = CheckpointSaver._publish_draft
     notice = None if notice_seconds is None else ShutdownNotice(notice_seconds, "--signal in the script")
 
-    def slow(self: checkpointing.CheckpointSaver, result: Any) -> None:
-        if result is not None:
+    def slow(*arguments: Any) -> SaveResult | str:
+        result = publish(*arguments)
+        if isinstance(result, SaveResult):
             result = replace(result, write_seconds=save_seconds, seconds_without_overlap=save_seconds)
-        record_saved(self, result)
+        return result
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpointing, "read_shutdown_notice", lambda: notice)
-        patch.setattr(checkpointing.CheckpointSaver, "_record_saved", slow)
+        patch.setattr(CheckpointSaver, "_publish_draft", slow)
         logging.getLogger("foveal").addHandler(handler)
         try:
             settings = [f"run.dir={run}", "tracking.uri=null", "engine.kind=plain", *overrides]

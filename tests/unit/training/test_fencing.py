@@ -23,8 +23,8 @@ WAIT = 60  # seconds until a process answers on a busy machine
 BEAT, PATIENCE = 0.05, 3.0
 
 
-def start_attempt(run: Path, host: str, *, checks_lease: bool = True) -> tuple[Lease, CheckpointStore]:
-    """Start an attempt as rank 0 does; ``checks_lease``: whether it looks for later attempts before it publishes."""
+def start_attempt(run: Path, host: str) -> tuple[Lease, CheckpointStore]:
+    """Start an attempt as rank 0 does."""
     holder = replace(current_holder(1), host=host)
     lease = acquire_lease(
         run,
@@ -33,14 +33,12 @@ def start_attempt(run: Path, host: str, *, checks_lease: bool = True) -> tuple[L
         heartbeat_interval_seconds=BEAT,
         heartbeat_timeout_seconds=PATIENCE,
     )
-    superseded = lease.poll_superseded if checks_lease else lambda: False
     store = CheckpointStore(
         run / "checkpoints",
         CheckpointConfig(keep=9),
         ALONE,
         lease.number,
         lease.start_steps_by_attempt,
-        is_superseded=superseded,
     )
     latest = store.find_latest_valid()
     lease.record_start(latest[1].step if latest else 0)
@@ -48,15 +46,18 @@ def start_attempt(run: Path, host: str, *, checks_lease: bool = True) -> tuple[L
 
 
 def _run_older_attempt(pipe: Connection, run: Path, checks_lease: bool) -> None:
-    """Save step 10, wait for a message, and save steps 20 and 30."""
-    lease, store = start_attempt(run, "node1", checks_lease=checks_lease)
+    """Save step 10, wait for a message, and save steps 20 and 30.
+
+    ``checks_lease``: whether it looks for later attempts before it publishes.
+    """
+    lease, store = start_attempt(run, "node1")
     saved(store, 10)
     pipe.send("saved 10")
     assert pipe.poll(WAIT)
     pipe.recv()
     try:
         for step in (20, 30):
-            saved(store, step)
+            saved(store, step, is_superseded=lease.poll_superseded if checks_lease else lambda: False)
         pipe.send("saved 30")
     except AttemptSupersededError as error:
         pipe.send(str(error))

@@ -64,7 +64,9 @@ def assert_refused_or_read(folder: Path, case: object) -> None:
     assert "\n" not in message, case
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "train-000000.tar", "train-000000.tar.index"])
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "train-000000.tar", "train-000000.tar.index", "train-000003.tar.index"]
+)
 def test_what_never_answers_is_named_within_the_patience(name: str, folder: Path) -> None:
     (folder / name).unlink()
     os.mkfifo(folder / name)

@@ -19,7 +19,7 @@ from finetune.probe.plan import ProbePlan, plan_probe_or_training
 from finetune.probe.run import ProbeResult, select_layer_metrics
 from foveal.data.image.transforms import normalise
 from foveal.data.loader import eval_batches
-from foveal.distributed.preemption import Preemption
+from foveal.distributed.preemption import LeaveRequest, Preemption
 from foveal.distributed.world import World
 from foveal.errors import CheckpointError, ConfigError, DataError, ExportError, FovealError
 from foveal.models import encode
@@ -231,7 +231,7 @@ def test_asked_to_leave_it_leaves_and_goes_on_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cfg = settings(digits, encoder, tmp_path / "run", probe=ALL)
-    answers: Iterator[bool] = iter([*[False] * calls, True])
+    answers: Iterator[LeaveRequest | None] = iter([*[None] * calls, LeaveRequest()])
     with monkeypatch.context() as patched:
         patched.setattr(Run, "check_preemption", lambda _run: next(answers))
         run, summary = run_probe(cfg)
