@@ -17,7 +17,8 @@ from foveal.weights.position_grid import is_sincos_table
 DECODER_PREFIXES = ("decoder", "mask_token")
 _POSITIONS = "decoder_pos_embed"
 _MODULES = {"decoder_embed": "embed", "decoder_norm": "norm", "decoder_pred": "predict"}
-_HF_LAYER = re.compile(r"decoder_layers\.(\d+)\.(.+)")
+# In files that transformers 5 writes the name is decoder_encoder.layer, by a rule that is meant for encoders.
+_HF_LAYER = re.compile(r"decoder_(?:layers|encoder\.layer)\.(\d+)\.(.+)")
 _POSITION_TOLERANCE = 1e-4  # of the class token's row, which is 0 in published weights
 
 
@@ -30,9 +31,7 @@ def rename_decoder(
     columns of the patches of the images that the weights were trained on.
     Raises: ExportError without a decoder, for names of decoders that are not translated, and for learned positions.
     """
-    own = {
-        name.removeprefix("decoder."): value for name, value in weights.items() if name.startswith(DECODER_PREFIXES)
-    }
+    own = {name.removeprefix("decoder."): value for name, value in weights.items() if name.startswith(DECODER_PREFIXES)}
     if "decoder_embed.weight" not in own:
         raise ExportError(
             f"{source} holds no decoder under the names of MAE's code or of Hugging Face's ViTMAE; leave init_decoder out"

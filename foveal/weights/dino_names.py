@@ -105,7 +105,11 @@ def _rename_attention_and_mlp(
     Raises: ExportError, as ``rename_hugging_face_dinov3``.
     """
     is_gated = any(".mlp.w1." in name for name in weights)
-    layers = {".mlp.w1.": ".mlp.fc1_g.", ".mlp.w2.": ".mlp.fc1_x." if is_gated else ".mlp.fc1.", ".mlp.w3.": ".mlp.fc2."}
+    layers = {
+        ".mlp.w1.": ".mlp.fc1_g.",
+        ".mlp.w2.": ".mlp.fc1_x." if is_gated else ".mlp.fc1.",
+        ".mlp.w3.": ".mlp.fc2.",
+    }
     renamed: dict[str, Tensor] = {}
     for name, value in weights.items():
         match = re.search(r"\.mlp\.w[123]\.", name)

@@ -60,7 +60,9 @@ def find_weights_file(path: Path, stall_timeout: float = DEFAULT_STALL_TIMEOUT) 
 
 def _find_weights_file(path: Path) -> Path:
     if path.is_dir():
-        found = next((path / name for name in (_WEIGHTS, _INDEX, _TORCH_WEIGHTS, _TORCH_INDEX) if (path / name).exists()), None)
+        found = next(
+            (path / name for name in (_WEIGHTS, _INDEX, _TORCH_WEIGHTS, _TORCH_INDEX) if (path / name).exists()), None
+        )
         if found is None:
             raise ExportError(_explain_folder_without_weights(path))
         return found

@@ -73,4 +73,6 @@ def inspect_pretrained(path: Path, timm_name: str | None, data: DataConfig) -> P
 
 
 def _is_foreign_weights(path: Path) -> bool:
-    return not (path / "card.json").exists() and (path.is_file() or any(is_weights_file(file) for file in path.glob("*.*")))
+    return not (path / "card.json").exists() and (
+        path.is_file() or any(is_weights_file(file) for file in path.glob("*.*"))
+    )

@@ -95,7 +95,9 @@ def _rename_by_origin(weights: dict[str, Tensor], source: Path, model_names: Col
 
 def holds_encoder(weights: dict[str, Tensor], model_names: Collection[str]) -> bool:
     """Return whether an encoder stands in the weights, at any prefix: a patch embedding, or half of the model's names."""
-    return bool(_find_encoder_prefixes({_WRAPPERS.sub("", name): value for name, value in weights.items()}, model_names))
+    return bool(
+        _find_encoder_prefixes({_WRAPPERS.sub("", name): value for name, value in weights.items()}, model_names)
+    )
 
 
 def _strip_wrappers(weights: dict[str, Tensor], source: Path) -> tuple[dict[str, Tensor], list[str]]:

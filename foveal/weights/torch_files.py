@@ -1,8 +1,10 @@
 """Files of torch.save as tensors, without running code that they name (``torch.load`` with ``weights_only``)."""
 
 import argparse
+import contextlib
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ def load_torch_file(file: Path) -> Any:
     with file.open("rb") as opened:
         is_zip = opened.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
     # Typed storages and TorchScript make torch warn.
-    with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS_CLASSES):
+    with warnings.catch_warnings(), _allow_only(_HARMLESS_CLASSES):
         warnings.simplefilter("ignore")
         try:
             return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
@@ -38,6 +40,19 @@ def load_torch_file(file: Path) -> Any:
             raise
         except Exception as error:  # noqa: BLE001 - a damaged pickle can make the unpickler raise anything
             raise ExportError(_explain(file, str(error) or type(error).__name__)) from None
+
+
+@contextlib.contextmanager
+def _allow_only(classes: list[Any]) -> Iterator[None]:
+    """Allow these classes beside torch's own list, and none that an imported library has added."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(classes)
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 def _explain(file: Path, message: str) -> str:

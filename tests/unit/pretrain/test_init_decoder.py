@@ -120,7 +120,9 @@ def test_sources_without_a_decoder_are_one_sentence(digits: Path, tmp_path: Path
     encoder = build_encoder(model, image_size=16, channels=3)
     card = Card("pretrain", encoder_card(model, 16, 3), (0.3,) * 3, (0.4,) * 3)
     write_export(tmp_path / "export", encoder.state_dict(), card)
-    with pytest.raises(ExportError, match="is an export, which holds no decoder: leave init_decoder out, or go on with"):
+    with pytest.raises(
+        ExportError, match="is an export, which holds no decoder: leave init_decoder out, or go on with"
+    ):
         plan_pretraining(settings(digits, tmp_path / "export"), 1)
     torch.save(encoder.state_dict(), tmp_path / "encoder.pth")
     with pytest.raises(ExportError, match=r"encoder\.pth holds no decoder under the names of MAE's code"):

@@ -39,14 +39,24 @@ def test_pixels_are_ordered_by_channel(prefix: str) -> None:
     ("change", "grid", "sentence"),
     [
         ({"decoder_embed.weight": None}, (2, 3), "holds no decoder under the names of MAE's code or of Hugging Face's"),
-        ({"decoder_mlp.weight": torch.ones(1)}, (2, 3), "a decoder with names that are not translated: decoder_mlp.weig"),
+        (
+            {"decoder_mlp.weight": torch.ones(1)},
+            (2, 3),
+            "a decoder with names that are not translated: decoder_mlp.weig",
+        ),
         ({"decoder.decoder_layers.0.x": torch.ones(1)}, (2, 3), "not translated: decoder_layers.0.x"),
         ({}, (3, 2), "has decoder_pos_embed [1, 7, 8], which are not the sine-cosine positions of 3 x 2 patches"),
         ({}, (2, 2), "which are not the sine-cosine positions of 2 x 2 patches"),
-        ({"decoder_pos_embed": decoder()["decoder_pos_embed"] + 0.1}, (2, 3), "which are not the sine-cosine positions"),
+        (
+            {"decoder_pos_embed": decoder()["decoder_pos_embed"] + 0.1},
+            (2, 3),
+            "which are not the sine-cosine positions",
+        ),
     ],
 )
-def test_other_decoders_are_one_sentence(change: dict[str, Tensor | None], grid: tuple[int, int], sentence: str) -> None:
+def test_other_decoders_are_one_sentence(
+    change: dict[str, Tensor | None], grid: tuple[int, int], sentence: str
+) -> None:
     weights = {name: value for name, value in (decoder() | change).items() if value is not None}
     with pytest.raises(ExportError) as caught:
         rename_decoder(weights, 2, 3, grid, HERE)

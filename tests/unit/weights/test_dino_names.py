@@ -53,13 +53,15 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 def join_qkv(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Join the queries, keys and values of layers; keys without a bias have one of 1, which DINOv3's mask takes off."""
-    joined = {name: value for name, value in weights.items() if not re.search(r"\.([qkv]_proj|query|key|value)\.", name)}
-    for name in weights:
+    joined = {
+        name: value for name, value in weights.items() if not re.search(r"\.([qkv]_proj|query|key|value)\.", name)
+    }
+    for name, value in weights.items():
         match = re.fullmatch(r"(.+\.)(q_proj|query)\.(weight|bias)", name)
         if match is not None:
             parts = ("q_proj", "k_proj", "v_proj") if match[2] == "q_proj" else ("query", "key", "value")
             names = [f"{match[1]}{part}.{match[3]}" for part in parts]
-            filled = [weights.get(part, torch.ones_like(weights[name])) for part in names]
+            filled = [weights.get(part, torch.ones_like(value)) for part in names]
             joined[f"{match[1].rpartition('attention.')[0]}attn.qkv.{match[3]}"] = torch.cat(filled)
     return joined
 
@@ -85,7 +87,9 @@ def dinov3s_own(model: nn.Module) -> dict[str, Tensor]:
         r"layer_scale(\d)\.lambda1": r"ls\1.gamma",
     }
     is_gated = any("gate_proj" in name for name in model.state_dict())
-    pairs |= {"gate_proj": "w1", "up_proj": "w2", "down_proj": "w3"} if is_gated else {"up_proj": "fc1", "down_proj": "fc2"}
+    pairs |= (
+        {"gate_proj": "w1", "up_proj": "w2", "down_proj": "w3"} if is_gated else {"up_proj": "fc1", "down_proj": "fc2"}
+    )
     weights = rename(join_qkv(weights_of(model)), pairs)
     mask = torch.cat([torch.ones(16), torch.zeros(16), torch.ones(16)])
     masks = {f"{name}_mask": mask for name in weights if name.endswith("qkv.bias")}
@@ -152,7 +156,9 @@ def test_biases_of_0_fit_a_model_without_them() -> None:
     renamed = rename_to_timm(weights, HERE, own.state_dict())
     assert renamed.tensors.keys() - {"mask_token"} == own.state_dict().keys()
     learned = rename_to_timm(weights_of(theirs), HERE, own.state_dict()).tensors
-    with pytest.raises(ExportError, match=r"weights\.pth has names that are not the model's: blocks\.0\.attn\.q_bias \[16\]"):
+    with pytest.raises(
+        ExportError, match=r"weights\.pth has names that are not the model's: blocks\.0\.attn\.[qv]_bias \[16\]"
+    ):
         check_and_select_weights(own, learned, HERE, unused_prefixes=UNUSED_PREFIXES)
     with_keys = weights | {"model.layer.0.attention.k_proj.bias": torch.ones(16)}
     names = timm.create_model(QKVB, **TIMM).state_dict()
@@ -199,5 +205,7 @@ def test_a_dinov3_of_hugging_face_is_a_teacher(tmp_path: Path) -> None:
     torch.testing.assert_close(model.forward_features(images), theirs(images).last_hidden_state, rtol=1e-4, atol=1e-4)
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace('"rope_theta": 100.0', '"rope_theta": 10000.0'))
-    with pytest.raises(ExportError, match=r"has rotary positions of base 10000 \(rope_theta in config.json\), timm's vit"):
+    with pytest.raises(
+        ExportError, match=r"has rotary positions of base 10000 \(rope_theta in config.json\), timm's vit"
+    ):
         inspect_pretrained(tmp_path, "vit_tiny_patch16_dinov3_qkvb", data)

@@ -64,7 +64,9 @@ def test_parts_of_torch_save_are_read_through_their_index(tmp_path: Path) -> Non
     files = {name: parts[number % 2] for number, name in enumerate(weights)}
     for part in parts:
         torch.save({name: weights[name] for name in files if files[name] == part}, tmp_path / part)
-    with pytest.raises(ExportError, match=r"its parts are read through pytorch_model\.bin\.index\.json, which is missing"):
+    with pytest.raises(
+        ExportError, match=r"its parts are read through pytorch_model\.bin\.index\.json, which is missing"
+    ):
         find_weights_file(tmp_path)
     with pytest.raises(ExportError, match=r"give its folder, where pytorch_model\.bin\.index\.json names all parts"):
         find_weights_file(tmp_path / parts[0])
@@ -130,7 +132,9 @@ def test_files_that_are_not_the_weights_are_one_sentence(tmp_path: Path) -> None
         (tmp_path / part).unlink()
     with pytest.raises(ExportError, match=r"give the file that is meant, such as .+mae\.pth"):
         find_weights_file(tmp_path)
-    with pytest.raises(ExportError, match=r"readme\.md is no file of weights: foveal reads safetensors and files of torch"):
+    with pytest.raises(
+        ExportError, match=r"readme\.md is no file of weights: foveal reads safetensors and files of torch"
+    ):
         find_weights_file(tmp_path / "readme.md")
 
 

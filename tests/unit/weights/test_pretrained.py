@@ -204,5 +204,7 @@ def test_no_weights_are_one_sentence(tmp_path: Path) -> None:
     torch.save({}, tmp_path / "model.pth")
     with pytest.raises(ExportError, match="holds no weights: it has no entries"):
         inspect_pretrained(tmp_path / "model.pth", "resnet18", data())
-    with pytest.raises(ExportError, match="has no card.json, so it is no export of foveal's; for weights of others say"):
+    with pytest.raises(
+        ExportError, match=r"has no card\.json, so it is no export of foveal's; for weights of others say"
+    ):
         inspect_pretrained(tmp_path, None, data())
