@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from mae_checkpoints import hugging_face_mae, name_as_reference
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from foveal.errors import ConfigError, ExportError
@@ -43,10 +44,21 @@ def autoencoder(plan: PretrainPlan) -> Any:
 
 
 def write(kind: str, folder: Path, model: Any) -> Path:
-    """Write a checkpoint as Hugging Face does, or as MAE's reference code does, with optimizer and options."""
-    if kind == "Hugging Face":
-        model.save_pretrained(folder)
-        return folder
+    """Write a checkpoint as Hugging Face's library does, under the names of several versions, or MAE's reference code."""
+    if kind == "reference":
+        return write_reference(folder, model)
+    model.save_pretrained(folder)
+    file = folder / "model.safetensors"
+    if kind == "Hugging Face, published":  # as the files of 2022, which transformers 5 reads and no longer writes
+        weights = load_file(file)
+        save_file({name.replace("decoder_encoder.layer", "decoder_layers"): weights[name] for name in weights}, file)
+    elif kind == "Hugging Face, of the module":
+        save_file(model.state_dict(), file)
+    return folder
+
+
+def write_reference(folder: Path, model: Any) -> Path:
+    """Write a checkpoint of MAE's reference code, with optimizer and options."""
     options = argparse.Namespace(model="mae_vit_base_patch16", norm_pix_loss=True)
     file = folder / "checkpoint-799.pth"
     torch.save({"model": name_as_reference(model), "optimizer": {"state": {}}, "epoch": 799, "args": options}, file)
@@ -60,7 +72,9 @@ def their_predictions(model: Any, images: Tensor, noise: Tensor, indices: Tensor
     return reordered.gather(1, indices[:, :, None].expand(-1, -1, reordered.shape[2]))
 
 
-@pytest.mark.parametrize("kind", ["Hugging Face", "reference"])
+@pytest.mark.parametrize(
+    "kind", ["Hugging Face", "Hugging Face, published", "Hugging Face, of the module", "reference"]
+)
 def test_predictions_are_hugging_faces(kind: str, digits: Path, tmp_path: Path) -> None:
     theirs = hugging_face_mae()
     plan = plan_pretraining(settings(digits, write(kind, tmp_path, theirs)), 1)
