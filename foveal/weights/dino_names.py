@@ -76,7 +76,7 @@ def rename_hugging_face_dinov3(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Return the weights of Hugging Face's DINOv3 under timm's names, and the names that are not translated.
 
-    Raises: ExportError for queries, keys or values that are missing.
+    Those outside of layers keep theirs. Raises: ExportError for queries, keys or values that are missing.
     """
     renamed: dict[str, Tensor] = {}
     unknown: list[str] = []
@@ -94,7 +94,7 @@ def rename_hugging_face_dinov3(
             renamed[f"blocks.{layer[1]}.{_HF_LAYER_NAMES[stem]}.{kind}"] = value
         else:
             unknown.append(name)
-    return ({}, unknown) if unknown else (_rename_attention_and_mlp(renamed, source, model_names), [])
+    return _rename_attention_and_mlp(renamed, source, model_names), unknown
 
 
 def _rename_attention_and_mlp(

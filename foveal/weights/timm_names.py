@@ -77,8 +77,7 @@ def _rename_by_origin(weights: dict[str, Tensor], source: Path, model_names: Col
     unknown: list[str] = []
     renamed = weights
     if HF_EMBEDDING in weights:
-        renamed, untranslated = rename_hugging_face(weights, source)
-        unknown = [n for n in untranslated if not _HEADS.fullmatch(n) and not n.startswith(UNUSED_PREFIXES)]
+        renamed, unknown = rename_hugging_face(weights, source)
     elif HF_DINOV3_EMBEDDING in weights:
         renamed, unknown = rename_hugging_face_dinov3(weights, source, model_names)
     elif DINOV3_REGISTERS in weights and _TIMM_EMBEDDING in weights:
@@ -88,6 +87,7 @@ def _rename_by_origin(weights: dict[str, Tensor], source: Path, model_names: Col
         others = [name for name in weights if name not in model_names]
         if not unknown and _TIMM_EMBEDDING in model_names and 2 * len(others) > len(weights):
             unknown = others
+    unknown = [name for name in unknown if not (_HEADS.fullmatch(name) or name.startswith(UNUSED_PREFIXES))]
     if unknown:
         raise _unknown_names_error(source, {name: weights[name] for name in unknown})
     return rename_dinov2(renamed)

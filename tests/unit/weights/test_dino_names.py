@@ -209,3 +209,9 @@ def test_a_dinov3_of_hugging_face_is_a_teacher(tmp_path: Path) -> None:
         ExportError, match=r"has rotary positions of base 10000 \(rope_theta in config.json\), timm's vit"
     ):
         inspect_pretrained(tmp_path, "vit_tiny_patch16_dinov3_qkvb", data)
+
+
+def test_a_head_beside_dinov3_is_read() -> None:
+    weights, names = weights_of(hugging_face("DINOv3ViT")), timm.create_model(QKVB, **TIMM).state_dict()
+    theirs = {f"backbone.{name}": value for name, value in weights.items()} | {"classifier.weight": torch.ones(2, 16)}
+    assert rename_to_timm(theirs, HERE, names).tensors.keys() == names.keys() | {"mask_token", "classifier.weight"}
