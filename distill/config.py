@@ -37,7 +37,7 @@ class DistillConfig(StageConfig):
 
     teacher: str = machine(description="The teacher's export folder. Its content is science, its path is not.")
     teacher_name: str | None = science(
-        None, "timm name of a teacher without a card; teacher is then a safetensors file or a folder with one."
+        None, "timm name of a teacher without a card; teacher is then weights of others (safetensors or of torch.save)."
     )
     model: StudentVitConfig | None = science(None, "The student encoder; null: vit_small_patch16_224.")
     backbone: str | None = science(None, "timm name of any model, instead of model.")

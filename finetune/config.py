@@ -134,7 +134,7 @@ class FinetuneConfig(StageConfig):
         None, "Export folder to start from; null: from scratch. The digest of its weights is science."
     )
     init_name: str | None = science(
-        None, "timm model name of init where init is a safetensors file (or a folder with one), not an export."
+        None, "timm model name of init where init is weights of others (safetensors or of torch.save), not an export."
     )
     model: VitConfig | None = science(
         None, "The encoder to train from scratch; with init it must equal the export's card, or be null."

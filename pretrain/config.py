@@ -15,8 +15,14 @@ class PretrainConfig(StageConfig):
 
     init: str | None = machine(
         None,
-        "Initial encoder weights: an export, or a safetensors file (or its folder) under timm's or Hugging Face's "
-        "names; null: random. Their content is science, their path is not.",
+        "Initial encoder weights: an export, or weights of others (safetensors or of torch.save, a file or its folder) "
+        "under timm's, Hugging Face's or DINO's names; null: random. Their content is science, their path is not.",
+    )
+    init_decoder: bool = science(
+        False,
+        "Take the decoder from init too, as from MAE's full checkpoints and Hugging Face's ViTMAEForPreTraining.",
+        since="0.2",
+        neutral=False,
     )
     model: VitConfig = VitConfig()
     decoder: DecoderConfig = DecoderConfig()
@@ -53,6 +59,18 @@ class PretrainConfig(StageConfig):
             "log.images_every>0",
             because="reconstructed pixels are drawn, and target=features reconstructs none",
             remedy="set log.images_every=0",
+        ),
+        requires(
+            "init_decoder=true",
+            "init",
+            because="the decoder comes from the file of init",
+            remedy="set init, or leave init_decoder out",
+        ),
+        excludes(
+            "init_decoder=true",
+            "target=features",
+            because="decoders of others predict pixels",
+            remedy="set target=pixels, or leave init_decoder out",
         ),
         requires(
             "init",

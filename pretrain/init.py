@@ -1,4 +1,4 @@
-"""Initial encoder weights: a foveal export, or foreign weights under timm's or Hugging Face's names."""
+"""Initial weights: a foveal export, or foreign weights under timm's, Hugging Face's or DINO's names."""
 
 import math
 from dataclasses import dataclass
@@ -11,11 +11,12 @@ from torch import Tensor
 from foveal.data.config import DataConfig
 from foveal.errors import ExportError
 from foveal.models.backbone import BackboneCard, parse_encoder_card
-from foveal.models.config import ResolvedVitConfig
+from foveal.models.config import DecoderConfig, ResolvedVitConfig
 from foveal.models.resize import resize_position_embeddings
 from foveal.models.timm_vit import Encoder
 from foveal.models.vit import build_encoder
 from foveal.timeouts import read_with_timeout
+from foveal.weights.decoder_names import DECODER_PREFIXES
 from foveal.weights.export import Card, check_and_select_weights, check_finite, load_weights_strict, read_export
 from foveal.weights.foreign import find_weights_file, read_weights_as_timm
 from foveal.weights.foreign_card import check_hub_config, infer_foreign_grid
@@ -23,6 +24,7 @@ from foveal.weights.hub_files import HubFiles, read_hub_files
 from foveal.weights.position_grid import is_sincos_table
 from foveal.weights.stated_architecture import check_stated_architecture
 from foveal.weights.timm_names import UNUSED_PREFIXES
+from pretrain.init_decoder import inspect_init_decoder
 
 # Weights that a pretraining encoder does not have: heads, and decoders of an earlier pretraining.
 _IGNORED_PREFIXES = ("head.", "fc_norm.", "head_drop.", "classifier.", *UNUSED_PREFIXES)
@@ -54,9 +56,12 @@ class InitSource:
         return lines + ([f"          unused: {', '.join(self.unexpected_keys)}"] if self.unexpected_keys else [])
 
 
-def inspect_init_weights(path: Path, model: ResolvedVitConfig, data: DataConfig) -> InitSource:
+def inspect_init_weights(
+    path: Path, model: ResolvedVitConfig, data: DataConfig, decoder: DecoderConfig | None = None
+) -> InitSource:
     """Check weights against an encoder, on the meta device, and return which are used.
 
+    ``decoder``: the settings of a decoder that starts from the weights too; None: it is drawn.
     Raises: ExportError if the weights do not fit.
     """
     timeout_seconds = data.stall_timeout_seconds
@@ -66,6 +71,10 @@ def inspect_init_weights(path: Path, model: ResolvedVitConfig, data: DataConfig)
     source_card = None if card is None else parse_encoder_card(card.encoder, f"{path}/card.json")
     if isinstance(source_card, BackboneCard):
         raise ExportError(f"{path} is the timm backbone {source_card.timm}; pretraining needs a foveal encoder")
+    if source_card is not None and decoder is not None:
+        raise ExportError(
+            f"{path} is an export, which holds no decoder: leave init_decoder out, or go on with the run itself (run.fork)"
+        )
     if source_card is None:
         hub = read_hub_files(find_weights_file(path, timeout_seconds), timeout_seconds)
         source_sizes = _infer_sizes(path, weights) | ({} if hub.num_heads is None else {"heads": hub.num_heads})
@@ -74,6 +83,9 @@ def inspect_init_weights(path: Path, model: ResolvedVitConfig, data: DataConfig)
         if data.weights_version > 1:
             notes += tuple(check_stated_architecture(hub, encoder, model.name))
         patch_grid = _infer_patch_grid(path, weights, encoder, model, data, hub)
+        if decoder is not None:
+            arguments = (model, data.channels, patch_grid, hub)
+            notes += (inspect_init_decoder(path, weights, encoder, decoder, *arguments),)
     else:
         _check_equal(path, source_card.to_dict(), model.to_dict() | {"channels": data.channels})
         patch_grid = source_card.patch_grid(source_card.image_size)
@@ -93,24 +105,30 @@ def inspect_init_weights(path: Path, model: ResolvedVitConfig, data: DataConfig)
         patch_grid,
         loaded_keys=tuple(used),
         missing_keys=tuple(name for name in encoder.state_dict() if name not in used),
-        unexpected_keys=tuple(name for name in weights if name not in used),
+        unexpected_keys=tuple(
+            name for name in weights if name not in used and not (decoder and name.startswith(DECODER_PREFIXES))
+        ),
         notes=notes,
     )
 
 
-def load_init_weights(encoder: Encoder, source: InitSource, model: ResolvedVitConfig) -> None:
-    """Load the weights into an encoder. Raises: ExportError if the file has changed since the plan."""
+def load_init_weights(encoder: Encoder, source: InitSource, model: ResolvedVitConfig) -> dict[str, Tensor]:
+    """Load the weights into an encoder, and return all weights of the source (``load_init_decoder``).
+
+    Raises: ExportError if the file has changed since the plan.
+    """
     weights, digest, _, _ = _read_init_weights(source.path, encoder, source.read_timeout_seconds)
     if digest != source.sha256:
         raise ExportError(f"{source.path} has changed since the run was planned; start the run again")
-    weights = resize_position_embeddings(weights, encoder, model.positions, source.patch_grid)
+    resized = resize_position_embeddings(weights, encoder, model.positions, source.patch_grid)
     load_weights_strict(
         encoder,
-        weights,
+        resized,
         source.path,
-        new_module_prefixes=_allowed_missing_prefixes(weights, model),
+        new_module_prefixes=_allowed_missing_prefixes(resized, model),
         unused_prefixes=_IGNORED_PREFIXES,
     )
+    return weights
 
 
 def _read_init_weights(

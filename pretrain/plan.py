@@ -35,7 +35,7 @@ def plan_pretraining(cfg: PretrainConfig, world_size: int) -> PretrainPlan:
     )
     if cfg.init is None:
         return build_stage_plan(PretrainPlan, cfg, world_size, mask_block_size=mask_block_size)
-    init_source = inspect_init_weights(Path(cfg.init), model, cfg.data)
+    init_source = inspect_init_weights(Path(cfg.init), model, cfg.data, cfg.decoder if cfg.init_decoder else None)
     height, width = (patches * model.patch for patches in init_source.patch_grid)
     trained_size = height if height == width else (height, width)
     return build_stage_plan(

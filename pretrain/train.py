@@ -13,6 +13,7 @@ from foveal.training.stage import StageFunctions
 from foveal.training.steps import finish_step, training_steps
 from foveal.training.validation import evaluate_encoders, evaluate_if_due
 from pretrain.init import load_init_weights
+from pretrain.init_decoder import load_init_decoder
 from pretrain.objective import MaskedModelingLoss
 from pretrain.plan import PretrainPlan, plan_pretraining
 from pretrain.reconstructions import save_reconstructions
@@ -52,8 +53,8 @@ def build(plan: PretrainPlan, _device: torch.device) -> TrainingSetup[MaskedMode
     sizes = resolve_sizes(cfg.model)
     torch.manual_seed(derive_key(cfg.seed, "weights"))
     encoder = build_encoder(cfg.model, image_size=cfg.data.image_size, channels=cfg.data.channels)
-    if plan.init_source is not None:
-        load_init_weights(encoder, plan.init_source, sizes)
+    source = plan.init_source
+    weights = None if source is None else load_init_weights(encoder, source, sizes)
     model = MaskedAutoencoder(
         encoder,
         cfg.decoder,
@@ -61,6 +62,8 @@ def build(plan: PretrainPlan, _device: torch.device) -> TrainingSetup[MaskedMode
         predict_image=cfg.image_loss_weight > 0,
         with_ema=cfg.uses_ema,
     )
+    if cfg.init_decoder and source is not None and weights is not None:
+        load_init_decoder(model.decoder, weights, sizes, cfg.data.channels, source.patch_grid, source.path)
     objective = MaskedModelingLoss(
         seed=cfg.seed,
         mask_strategy=cfg.mask_strategy,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from foveal.atomic import atomic_folder, sha256
 from foveal.errors import ExportError
 from foveal.timeouts import DEFAULT_STALL_TIMEOUT, read_with_timeout
+from foveal.weights.weight_lists import list_first, list_weights
 
 EXPORT_FORMAT = 1
 _TUPLE_FIELDS = ("mean", "std", "classes", "resized_from")  # lists in JSON
@@ -199,8 +200,8 @@ def check_and_select_weights(
     Raises: ExportError that lists the mismatches.
     """
     own = module.state_dict()
-    missing = [name for name in own if name not in weights and not name.startswith(tuple(new_module_prefixes))]
-    extra = [name for name in weights if name not in own and not name.startswith(tuple(unused_prefixes))]
+    missing = {n: v for n, v in own.items() if n not in weights and not n.startswith(tuple(new_module_prefixes))}
+    extra = {n: v for n, v in weights.items() if n not in own and not n.startswith(tuple(unused_prefixes))}
     shapes = [
         f"{name} {list(weights[name].shape)} for {list(own[name].shape)}"
         for name in own
@@ -208,15 +209,14 @@ def check_and_select_weights(
         and weights[name].shape != own[name].shape
         and not name.startswith(tuple(new_module_prefixes))
     ]
-    for problem, names in (
-        ("lacks", missing),
-        ("has names that are not the model's:", extra),
-        ("has other shapes:", shapes),
-    ):
-        if names:
-            raise ExportError(
-                f"{source} {problem} {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
-            )
+    problems = (
+        ("lacks", list_weights(missing)),
+        ("has names that are not the model's:", list_weights(extra)),
+        ("has other shapes:", list_first(shapes)),
+    )
+    if missing or extra or shapes:
+        listed = "; ".join(f"{problem} {weights_listed}" for problem, weights_listed in problems if weights_listed)
+        raise ExportError(f"{source} {listed}")
     return {
         name: value
         for name, value in weights.items()

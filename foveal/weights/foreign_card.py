@@ -103,7 +103,8 @@ def _rename_head(name: str) -> str:
 def check_hub_config(hub: HubFiles, model: Any, name: str, data: DataConfig) -> list[str]:
     """Check what Hugging Face's config.json says of a model, and weights do not show; return sentences for the plan.
 
-    Raises: ExportError for another number of heads, another activation, or a much larger epsilon than timm's model has.
+    Raises: ExportError for another number of heads, another activation, other periods of rotary positions, or a much larger
+    epsilon than timm's model has.
     """
     block = model.blocks[0] if hasattr(model, "blocks") else None
     num_heads = getattr(getattr(block, "attn", None), "num_heads", None)
@@ -115,6 +116,12 @@ def check_hub_config(hub: HubFiles, model: Any, name: str, data: DataConfig) -> 
         raise ExportError(
             f"{hub.weights} has the activation {hub.activation} (hidden_act in config.json), timm's {name} has the exact "
             f"GELU; the same weights would give other features"
+        )
+    temperature = getattr(getattr(model, "rope", None), "temperature", None)
+    if None not in (hub.rope_temperature, temperature) and hub.rope_temperature != temperature:
+        raise ExportError(
+            f"{hub.weights} has rotary positions of base {hub.rope_temperature:g} (rope_theta in config.json), timm's "
+            f"{name} of base {temperature:g}; the same weights would give other features"
         )
     epsilon = getattr(getattr(block, "norm1", None), "eps", None)
     if hub.norm_epsilon is None or epsilon is None or hub.norm_epsilon == epsilon:

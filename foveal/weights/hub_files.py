@@ -42,6 +42,24 @@ class HubFiles:
         stated = self.config.get("layer_norm_eps")
         return float(stated) if isinstance(stated, int | float) else None
 
+    @property
+    def rope_temperature(self) -> float | None:
+        """Hugging Face's base of the rotary positions' periods."""
+        stated = self.config.get("rope_theta")
+        return float(stated) if isinstance(stated, int | float) else None
+
+    @property
+    def num_decoder_heads(self) -> int | None:
+        """Number of attention heads of Hugging Face's ViTMAE decoder."""
+        stated = self.config.get("decoder_num_attention_heads")
+        return stated if isinstance(stated, int) else None
+
+    @property
+    def norm_pix(self) -> bool | None:
+        """Whether Hugging Face's ViTMAE was trained on normalised pixels."""
+        stated = self.config.get("norm_pix_loss")
+        return stated if isinstance(stated, bool) else None
+
     def image_sizes(self) -> list[tuple[int, int]]:
         """Return the (height, width) that config.json states, by Hugging Face's and by timm's names, then OpenCLIP's.
 

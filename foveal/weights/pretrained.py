@@ -11,7 +11,7 @@ from foveal.models.backbone import BackboneCard, parse_encoder_card
 from foveal.models.resizable import check_resizable
 from foveal.timeouts import DEFAULT_STALL_TIMEOUT, read_with_timeout
 from foveal.weights.export import Card, read_card, read_export
-from foveal.weights.foreign import find_weights_file
+from foveal.weights.foreign import find_weights_file, is_weights_file
 from foveal.weights.foreign_card import FOREIGN_STAGE, build_foreign_card, read_foreign_model
 
 
@@ -46,7 +46,7 @@ class PretrainedSource:
 
 
 def inspect_pretrained(path: Path, timm_name: str | None, data: DataConfig) -> PretrainedSource:
-    """Inspect a model: a foveal export, or with ``timm_name`` a safetensors file or a folder with one or several.
+    """Inspect a model: a foveal export, or with ``timm_name`` weights of others (``foveal.weights.foreign``).
 
     Nothing is downloaded, and no memory is allocated for the model. Foreign weights get a new card: an encoder card if
     foveal can train the named model and the weights have its sizes, so that its layers can be distillation targets,
@@ -73,4 +73,6 @@ def inspect_pretrained(path: Path, timm_name: str | None, data: DataConfig) -> P
 
 
 def _is_foreign_weights(path: Path) -> bool:
-    return not (path / "card.json").exists() and (path.is_file() or any(path.glob("*.safetensors")))
+    return not (path / "card.json").exists() and (
+        path.is_file() or any(is_weights_file(file) for file in path.glob("*.*"))
+    )

@@ -49,7 +49,8 @@ CONFIGS = get_stage_configs()
 # Weights of others that were read wrongly brought one: the version of the rules of reading them, for the same.
 # Gradients that were summed in bf16 brought one: the type of the sum, so that runs begun before keep theirs, and half the
 # traffic for whose network is slow.
-MOST_SETTINGS = {"pretrain": 114, "distill": 137, "finetune": 161}
+# Published decoders to go on with brought one to pretraining.
+MOST_SETTINGS = {"pretrain": 115, "distill": 137, "finetune": 161}
 
 
 def shipped(folder: str) -> list[Path]:

@@ -168,7 +168,7 @@ def test_a_classifier_of_the_mean_has_no_last_norm(digits: Path, tmp_path: Path)
         ({"positions": "sincos"}, "has learned positions: set model.positions=learned"),
         (
             {"model": {"name": "vit_base_patch16_rope_224", "positions": None}},
-            "lacks blocks.0.gamma_1, blocks.0.gamma_2, ",
+            "lacks blocks.0.gamma_1 [32], blocks.0.gamma_2 [32], ",
         ),
     ],
 )
@@ -229,13 +229,13 @@ def test_an_export_of_a_network_is_one_sentence(digits: Path, tmp_path: Path) ->
         plan_pretraining(settings(digits, tmp_path / "export"), 1)
 
 
-def test_what_is_no_safetensors_file_is_one_sentence(digits: Path, tmp_path: Path) -> None:
+def test_what_holds_no_encoder_is_one_sentence(digits: Path, tmp_path: Path) -> None:
     pickled, empty, torn = tmp_path / "model.pth", tmp_path / "empty", tmp_path / "torn.safetensors"
     torch.save({"cls_token": torch.ones(1)}, pickled)
     empty.mkdir()
     torn.write_bytes(b"\x08\x00")
     for path, sentence in (
-        (pickled, "is no safetensors file; a pickle is not read"),
+        (pickled, r"has no patch embedding under timm's or Hugging Face's ViT names \(its first names are cls_token"),
         (empty, r"has no model.safetensors \(it has no files\)"),
         (tmp_path / "nowhere", "is not there: give an export, or a file or folder"),
         (torn, "cannot be read"),

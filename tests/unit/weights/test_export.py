@@ -260,11 +260,18 @@ def test_a_new_head_keeps_its_start_and_an_old_one_is_left_over() -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"0.weight": None}, "export lacks 0.weight"),
-        ({"more": torch.ones(1)}, "export has names that are not the model's: more"),
+        ({"0.weight": None}, "export lacks 0.weight [3, 2]"),
+        ({"more": torch.ones(1)}, "export has names that are not the model's: more [1]"),
         ({"0.weight": torch.ones(2, 3)}, "export has other shapes: 0.weight [2, 3] for [3, 2]"),
-        ({f"x{n}": torch.ones(1) for n in range(7)}, "not the model's: x0, x1, x2, x3, x4 and 2 more"),
-        ({f"x{n}": torch.ones(1) for n in range(5)}, "not the model's: x0, x1, x2, x3, x4"),
+        (
+            {f"x{n}": torch.ones(1) for n in range(7)},
+            "not the model's: x0 [1], x1 [1], x2 [1], x3 [1], x4 [1] and 2 more",
+        ),
+        (
+            {"more": torch.ones(1), "0.weight": torch.ones(2, 3)},
+            "export has names that are not the model's: more [1]; has other shapes: 0.weight [2, 3] for [3, 2]",
+        ),
+        ({f"x{n}": torch.ones(1) for n in range(5)}, "not the model's: x0 [1], x1 [1], x2 [1], x3 [1], x4 [1]"),
     ],
 )
 def test_what_does_not_fit_is_listed_and_nothing_is_loaded(change: dict[str, Tensor | None], sentence: str) -> None:

@@ -1,4 +1,4 @@
-"""Files of foreign weights: one, parts with an index, pickles with the command that converts them."""
+"""Files of foreign weights: one, or parts with an index; of several precisions."""
 
 import json
 from collections.abc import Callable
@@ -25,10 +25,10 @@ def tiny() -> dict[str, Tensor]:
     return timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=8, depth=2, num_heads=2).state_dict()
 
 
-def write_parts(folder: Path, prefix: str = "") -> dict[str, Tensor]:
+def write_parts(folder: Path, prefix: str = "", dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Write a model in two parts with an index, as Hugging Face's libraries do."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = tiny()
+    weights = {name: value.to(dtype) for name, value in tiny().items()}
     files = {prefix + name: PARTS[number % 2] for number, name in enumerate(weights)}
     for part in PARTS:
         save_file({name: weights[name.removeprefix(prefix)] for name in files if files[name] == part}, folder / part)
@@ -49,6 +49,36 @@ def test_parts_are_read_through_their_index(prefix: str, of_the_index: bool, tmp
     assert read_weights_as_timm(file, weights).sha256 != found.sha256
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parts_of_half_precision_are_the_same_numbers(dtype: torch.dtype, tmp_path: Path) -> None:
+    weights = write_parts(tmp_path, "module.", dtype)
+    found = read_weights_as_timm(find_weights_file(tmp_path), weights)
+    assert found.tensors.keys() == weights.keys()
+    assert all(found.tensors[name].equal(value.float()) for name, value in weights.items())
+
+
+def test_parts_of_torch_save_are_read_through_their_index(tmp_path: Path) -> None:
+    """As transformers wrote large models before safetensors: pytorch_model-00001-of-00002.bin."""
+    weights = {name: value.half() for name, value in tiny().items()}
+    parts = ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")
+    files = {name: parts[number % 2] for number, name in enumerate(weights)}
+    for part in parts:
+        torch.save({name: weights[name] for name in files if files[name] == part}, tmp_path / part)
+    with pytest.raises(
+        ExportError, match=r"its parts are read through pytorch_model\.bin\.index\.json, which is missing"
+    ):
+        find_weights_file(tmp_path)
+    with pytest.raises(ExportError, match=r"give its folder, where pytorch_model\.bin\.index\.json names all parts"):
+        find_weights_file(tmp_path / parts[0])
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    found = read_weights_as_timm(find_weights_file(tmp_path), weights)
+    assert found.tensors.keys() == weights.keys()
+    assert all(found.tensors[name].equal(value.float()) for name, value in weights.items())
+    torch.save([1], tmp_path / parts[0])
+    with pytest.raises(ExportError, match="is no part of weights: it is a list"):
+        read_weights_as_timm(find_weights_file(tmp_path), weights)
+
+
 def test_one_file_is_read_before_parts_and_keeps_its_digest(tmp_path: Path) -> None:
     weights = write_parts(tmp_path)
     save_file(weights, tmp_path / "model.safetensors")
@@ -66,7 +96,7 @@ def test_one_file_is_read_before_parts_and_keeps_its_digest(tmp_path: Path) -> N
         ),
         ({"a": "../model.safetensors"}, "a part is a file in the same folder"),
         ({"a": 3}, "a part is a file in the same folder"),
-        ({"a": "pytorch_model-00001-of-00002.bin"}, "is no safetensors file; no pickle is read"),
+        ({"a": "flax_model.msgpack"}, "which is neither safetensors nor a file of torch.save"),
         ({"a": PARTS[0]}, f"says that {PARTS[0]} holds a, which it does not"),
         ({}, "has no weight_map"),
         (None, "has no weight_map"),
@@ -96,21 +126,16 @@ def test_files_that_are_not_the_weights_are_one_sentence(tmp_path: Path) -> None
     save_file(tiny(), other / "open_clip_model.safetensors")
     with pytest.raises(ExportError, match=r"give the file that is meant, such as .+open_clip_model\.safetensors"):
         find_weights_file(other)
-
-
-@pytest.mark.parametrize("key", [None, "model", "state_dict"])
-def test_the_command_for_a_pickle_converts_it(key: str | None, tmp_path: Path) -> None:
-    weights = tiny()
-    weights["tied"] = weights["cls_token"]
-    torch.save({key: weights, "epoch": 3} if key else weights, tmp_path / "weights.pth")
-    for path in (tmp_path, tmp_path / "weights.pth"):
-        with pytest.raises(ExportError, match="a pickle is not read") as caught:
-            find_weights_file(path)
-    command = str(caught.value).partition(" python -c ")[2].strip('"')
-    exec(command, {})  # noqa: S102 - what a user would run; a process of its own would import torch again
-    converted = load_file(tmp_path / "weights.safetensors")
-    assert converted.keys() == weights.keys()
-    assert converted["pos_embed"].equal(weights["pos_embed"])
+    torch.save(tiny(), tmp_path / "mae.pth")
+    (tmp_path / "readme.md").touch()
+    for part in PARTS:
+        (tmp_path / part).unlink()
+    with pytest.raises(ExportError, match=r"give the file that is meant, such as .+mae\.pth"):
+        find_weights_file(tmp_path)
+    with pytest.raises(
+        ExportError, match=r"readme\.md is no file of weights: foveal reads safetensors and files of torch"
+    ):
+        find_weights_file(tmp_path / "readme.md")
 
 
 @pytest.mark.parametrize(

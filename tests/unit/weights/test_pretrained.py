@@ -168,9 +168,9 @@ def test_weights_that_change_after_the_plan_are_not_taken(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "settings", "kind", "sentence"),
     [
-        ("resnet34", {}, ExportError, "timm lacks layer1.2.conv1.weight, layer1.2.bn1.weight, "),
-        ("resnet50", {}, ExportError, "timm lacks layer1.0.conv3.weight, "),
-        ("resnet18d", {}, ExportError, "timm lacks conv1.0.weight, "),
+        ("resnet34", {}, ExportError, "timm lacks layer1.2.conv1.weight [64, 64, 3, 3], layer1.2.bn1.weight [64], "),
+        ("resnet50", {}, ExportError, "timm lacks layer1.0.conv3.weight [256, 64, 1, 1], "),
+        ("resnet18d", {}, ExportError, "timm lacks conv1.0.weight [32, 3, 3, 3], "),
         (VIT, {}, ExportError, "has names that are neither timm's of this model nor translated ("),
         ("resnet18", {"channels": 1}, ExportError, "timm has channels 3, data.channels is 1"),
         ("resnet19", {}, ConfigError, "'resnet19' is not a model of timm"),
@@ -202,5 +202,9 @@ def test_no_weights_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="is no export"):
         inspect_pretrained(tmp_path, None, data())
     torch.save({}, tmp_path / "model.pth")
-    with pytest.raises(ExportError, match="a pickle is not read"):
+    with pytest.raises(ExportError, match="holds no weights: it has no entries"):
         inspect_pretrained(tmp_path / "model.pth", "resnet18", data())
+    with pytest.raises(
+        ExportError, match=r"has no card\.json, so it is no export of foveal's; for weights of others say"
+    ):
+        inspect_pretrained(tmp_path, None, data())
