@@ -13,6 +13,7 @@ from torch import Tensor
 from foveal.errors import ExportError
 from foveal.weights.hugging_face_names import rename_hugging_face_layers
 from foveal.weights.position_grid import is_sincos_table
+from foveal.weights.weight_lists import list_weights
 
 DECODER_PREFIXES = ("decoder", "mask_token")
 _POSITIONS = "decoder_pos_embed"
@@ -49,7 +50,8 @@ def rename_decoder(
         elif _HF_LAYER.fullmatch(name) is None:
             unknown.append(name)
     if unknown:
-        raise ExportError(f"{source} has a decoder with names that are not translated: {', '.join(unknown[:5])}")
+        listed = list_weights({name: own[name] for name in unknown})
+        raise ExportError(f"{source} has a decoder with names that are not translated: {listed}")
     for name in {"predict.weight", "predict.bias"} & renamed.keys():
         renamed[name] = _reorder_pixels(renamed[name], patch, channels)
     return {f"decoder.{name}": value for name, value in renamed.items()}

@@ -14,9 +14,9 @@ from foveal.errors import ExportError
 
 TORCH_SUFFIXES = {".pth", ".pt", ".bin", ".ckpt", ".th", ".tar", ".pkl"}  # .tar: model.pth.tar of many training scripts
 
-# torch's allow list has tensors, their storages and plain containers. Training scripts also store their options as a
-# Namespace. It is harmless: a bag of attributes that has neither a constructor nor a __setstate__ with an effect, and
-# whose values pass the same allow list. Nothing here reads them.
+# torch's allow list has tensors, their storages and plain containers. Training scripts (MAE, DINO, DeiT) store their options
+# as a Namespace beside them. It is harmless: a bag of attributes. Its constructor only sets them, it has no __setstate__,
+# __getattr__ or __del__, and what it holds passes the same allow list. Nothing here reads it.
 _HARMLESS_CLASSES: list[Any] = [argparse.Namespace]
 _ZIP_MAGIC = b"PK\x03\x04"
 _REFUSED_GLOBAL = re.compile(r"GLOBAL (\S+) (?:was not an allowed global|whose module)")
@@ -68,7 +68,9 @@ def _explain(file: Path, message: str) -> str:
     if "TorchScript" in message:
         return f"{file} is a TorchScript archive, which holds code beside weights; give its state dict"
     if ".tar format" in message:
-        return f"{file} has the tar format of torch before 0.1.10, which cannot be read as weights alone; save it again"
+        return (
+            f"{file} has the tar format of torch's first releases, which cannot be read as weights alone; save it again"
+        )
     detail = " ".join(message.rpartition("WeightsUnpickler error:")[2].partition("Check the documentation")[0].split())
     return f"{file} cannot be read as a file of torch.save ({detail[:_MAX_DETAIL]})"
 

@@ -44,7 +44,7 @@ def test_pixels_are_ordered_by_channel(prefix: str) -> None:
             (2, 3),
             "a decoder with names that are not translated: decoder_mlp.weig",
         ),
-        ({"decoder.decoder_layers.0.x": torch.ones(1)}, (2, 3), "not translated: decoder_layers.0.x"),
+        ({"decoder.decoder_layers.0.x": torch.ones(1)}, (2, 3), "not translated: decoder_layers.0.x [1]"),
         ({}, (3, 2), "has decoder_pos_embed [1, 7, 8], which are not the sine-cosine positions of 3 x 2 patches"),
         ({}, (2, 2), "which are not the sine-cosine positions of 2 x 2 patches"),
         (

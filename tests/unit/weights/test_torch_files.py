@@ -143,7 +143,7 @@ def write_script(file: Path) -> None:
 @pytest.mark.parametrize(
     ("write", "sentence"),
     [
-        (write_tar, "has the tar format of torch before 0.1.10, which cannot be read as weights alone"),
+        (write_tar, "has the tar format of torch's first releases, which cannot be read as weights alone"),
         (write_script, "is a TorchScript archive, which holds code beside weights; give its state dict"),
         (lambda file: file.write_bytes(b""), "cannot be read as a file of torch.save ("),
         (lambda file: file.write_bytes(b"version https://git-lfs"), "cannot be read as a file of torch.save ("),
