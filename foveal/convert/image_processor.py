@@ -1,0 +1,91 @@
+"""Hugging Face's image processor with the steps of foveal's evaluation: shorter side, centre crop, normalisation.
+
+Both crop the centre and resize with antialiasing. foveal crops a box of whole pixels and resizes that, a processor
+resizes to a whole number of pixels and crops that, so that pixels differ by rounding; a JPEG that foveal decodes at
+half its size or less differs by the decoder's filter too.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from foveal.convert.files import import_extra, write_config
+from foveal.convert.images import ComparisonImages
+from foveal.errors import ExportError
+from foveal.inference.image_transform import ImageTransform
+
+_RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
+_MAX_MEAN_LEVELS = 8.0  # of 255; another crop, size or statistic moves the pixels of photographs by 20 and more
+
+
+@dataclass(frozen=True)
+class PixelDifference:
+    """The difference of a processor's pixels and foveal's, in levels of 255."""
+
+    largest: float
+    mean: float
+
+
+def write_image_processor(transform: ImageTransform, draft: Path, images: ComparisonImages) -> str:
+    """Write ``preprocessor_config.json``, compare its pixels with foveal's; return a sentence about it.
+
+    Raises: ExportError if the pixels differ by more than rounding.
+    """
+    height, width = transform.image_hw
+    if height != width:
+        return (
+            "no image processor: transformers crops no largest centre of another shape than a square; foveal.load gives "
+            "the transform"
+        )
+    write_config(draft / "preprocessor_config.json", build_processor_config(transform))
+    difference = _measure(transform, draft, images)
+    if difference.mean > _MAX_MEAN_LEVELS:
+        raise ExportError(
+            f"transformers' image processor makes other pixels than foveal: they differ by {difference.mean:.1f} of 255 "
+            f"levels on average; nothing was written"
+        )
+    gray = " (give it images of mode L)" if transform.channels == 1 else ""
+    return (
+        f"image processor{gray}: pixels differ from foveal's by {difference.mean:.2f} of 255 levels on average, by "
+        f"{difference.largest:.0f} at most, for the sizes are rounded elsewhere"
+    )
+
+
+def build_processor_config(transform: ImageTransform) -> dict[str, Any]:
+    """Return the settings of transformers' ``BitImageProcessor`` for a square image."""
+    side = transform.image_hw[0]
+    return {
+        "image_processor_type": "BitImageProcessor",
+        "do_convert_rgb": transform.channels == 3,
+        "do_resize": True,
+        "size": {"shortest_edge": round(side / transform.crop_ratio)},
+        "resample": _RESAMPLE[transform.interpolation],
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(transform.mean),
+        "image_std": list(transform.std),
+    }
+
+
+def _measure(transform: ImageTransform, draft: Path, images: ComparisonImages) -> PixelDifference:
+    processor = import_extra("transformers").AutoImageProcessor.from_pretrained(draft, local_files_only=True)
+    std = 255 * torch.tensor(transform.std).view(-1, 1, 1)
+    differences = []
+    for file in images.files:
+        with Image.open(file) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGB" if transform.channels == 3 else "L")
+        array = np.asarray(image) if transform.channels == 3 else np.asarray(image)[:, :, None]
+        pixels = processor(array, return_tensors="pt", input_data_format="channels_last")["pixel_values"][0]
+        own = transform(file)
+        if pixels.shape != own.shape:
+            raise ExportError(f"transformers' image processor makes {list(pixels.shape)} of an image, foveal {list(own.shape)}")
+        differences.append((pixels - own).abs() * std)
+    levels = torch.stack(differences)
+    return PixelDifference(levels.max().item(), levels.mean().item())

@@ -1,0 +1,55 @@
+"""A folder of timm's: ``config.json`` and ``model.safetensors``, opened by ``timm.create_model("local-dir:FOLDER")``."""
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+from foveal.convert.compare import Reopened
+from foveal.convert.files import describe_library, write_config, write_weights
+from foveal.convert.images import ComparisonImages
+from foveal.convert.outputs import NamedOutputs, Options
+from foveal.convert.source import Source
+from foveal.errors import ExportError
+from foveal.inference.exported_model import ExportedModel
+
+_LOADING = """\
+import timm
+model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)"""
+
+
+def write(
+    source: Source, model: ExportedModel, draft: Path, options: Options, images: ComparisonImages
+) -> Reopened:
+    """Write the folder and open it in timm. Raises: ExportError if timm has no such model."""
+    reason = explain_refusal(model)
+    if reason is not None:
+        raise ExportError(f"timm cannot hold {source.export}: {reason}")
+    write_folder(model, draft)
+    opened: Any = timm.create_model(f"local-dir:{draft}", pretrained=True).eval()
+    outputs = NamedOutputs(model)
+
+    @torch.no_grad()
+    def run(pixels: Tensor) -> dict[str, Tensor]:
+        return outputs.name([opened(outputs.to_input(pixels))])
+
+    classes = opened.pretrained_cfg.get("label_names") or () if model.classes else ()
+    return Reopened(describe_library("timm"), outputs.from_pixels, run, tuple(classes), _LOADING)
+
+
+def explain_refusal(model: ExportedModel) -> str | None:
+    """Return why timm cannot build a model; None if it can."""
+    from foveal.weights.timm_folder import explain_not_timm
+
+    return explain_not_timm(model.card)
+
+
+def write_folder(model: ExportedModel, draft: Path) -> None:
+    """Write ``config.json`` and ``model.safetensors``. Raises: OSError."""
+    from foveal.weights.timm_folder import build_timm_config
+
+    write_config(draft / "config.json", build_timm_config(model.card))
+    write_weights(draft / "model.safetensors", model.module.state_dict())
