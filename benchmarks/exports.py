@@ -20,7 +20,7 @@ from tiny_pretraining import finished_run
 
 from foveal.convert.compare import TOLERANCE
 from foveal.convert.formats import FORMATS, convert
-from foveal.convert.outputs import Options
+from foveal.convert.request import Options
 from foveal.errors import ExportError
 from foveal.models.backbone import backbone_card
 

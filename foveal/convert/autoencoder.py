@@ -50,7 +50,9 @@ def _load_config(run: Path) -> Any:
     config_class: Any = importlib.import_module("pretrain.config").PretrainConfig
     file = run / "config.yaml"
     if not file.exists():
-        raise ExportError(f"{run} has no config.yaml, which has the decoder's sizes; restore it, or give the export alone")
+        raise ExportError(
+            f"{run} has no config.yaml, which has the decoder's sizes; restore it, or give the export alone"
+        )
     return config_class.load(file, on_warning=lambda _text: None)
 
 

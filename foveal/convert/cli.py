@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from foveal.convert.formats import Conversion, convert
-from foveal.convert.outputs import Options
+from foveal.convert.request import Options
 
 
 def export_command(

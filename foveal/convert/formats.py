@@ -7,14 +7,14 @@ from pathlib import Path
 
 from foveal.atomic import atomic_folder
 from foveal.convert.compare import Difference, Reopened, check_reopened
-from foveal.convert.images import ComparisonImages, read_comparison_images
-from foveal.convert.outputs import Options
+from foveal.convert.images import read_comparison_images
+from foveal.convert.request import DEFAULTS, Options, Request
 from foveal.convert.source import Source, find_source
 from foveal.errors import ConfigError, ExportError
-from foveal.inference.exported_model import ExportedModel, load_exported_model
+from foveal.inference.exported_model import load_exported_model
 
-# (source, its model, the folder to fill, options, images for what has no other check) -> the folder, opened again.
-Writer = Callable[[Source, ExportedModel, Path, Options, ComparisonImages], Reopened]
+# (what to write, the folder to fill) -> the folder, opened again.
+Writer = Callable[[Request, Path], Reopened]
 _DTYPES = ("fp32", "bf16", "fp16")
 
 
@@ -54,7 +54,7 @@ def convert(
     images that do not; ExportError, and nothing is left, if the format cannot hold the model, if the folder exists or
     cannot be written, or if the model gives other outputs when it is opened again.
     """
-    options = options or Options()
+    options = options or DEFAULTS
     _check_options(to, options)
     source = find_source(path)
     folder = _choose_folder(source, to) if out is None else out
@@ -65,7 +65,7 @@ def convert(
     write: Writer = importlib.import_module(FORMATS[to].module).write
     try:
         with atomic_folder(folder) as draft:
-            reopened = write(source, model, draft, options, comparison)
+            reopened = write(Request(source, model, options, comparison), draft)
             differences = check_reopened(reopened, comparison.pixels, model.classes)
     except OSError as error:
         raise ExportError(f"{folder} cannot be written ({error}); make room, or name another place by --out") from None

@@ -85,7 +85,9 @@ def _measure(transform: ImageTransform, draft: Path, images: ComparisonImages) -
         pixels = processor(array, return_tensors="pt", input_data_format="channels_last")["pixel_values"][0]
         own = transform(file)
         if pixels.shape != own.shape:
-            raise ExportError(f"transformers' image processor makes {list(pixels.shape)} of an image, foveal {list(own.shape)}")
+            raise ExportError(
+                f"transformers' image processor makes {list(pixels.shape)} of an image, foveal {list(own.shape)}"
+            )
         differences.append((pixels - own).abs() * std)
     levels = torch.stack(differences)
     return PixelDifference(levels.max().item(), levels.mean().item())

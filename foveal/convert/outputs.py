@@ -1,35 +1,22 @@
 """An exported model as a function with named tensors, which a graph can hold. B images, C channels, H x W pixels."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from foveal.convert.request import DEFAULTS, Options
 from foveal.data.image.transforms import normalise
 from foveal.errors import ExportError
 from foveal.inference.exported_model import ENCODER, ExportedModel
 from foveal.models.backbone import TIMM_ERRORS, forward_pooled_and_patches
 
 
-@dataclass(frozen=True)
-class Options:
-    """Choices of ``foveal export`` beside the format.
-
-    patches: an encoder's patch features are outputs too. preprocess: the graph's input are pixels, uint8. dtype: the
-    weights' type in the file, "fp32", "bf16" or "fp16".
-    """
-
-    patches: bool = False
-    preprocess: bool = False
-    dtype: str = "fp32"
-
-
 class NamedOutputs(nn.Module):
     """A model whose outputs are a tuple; ``names`` has their names."""
 
-    def __init__(self, model: ExportedModel, options: Options = Options()) -> None:  # noqa: B008 - it is frozen
+    def __init__(self, model: ExportedModel, options: Options = DEFAULTS) -> None:
         """Raises: ExportError for patches of a model that has none."""
         super().__init__()
         self.module: Any = model.module

@@ -21,12 +21,12 @@ from foveal.convert.compare import Reopened
 from foveal.convert.files import describe_library, import_extra, write_config, write_weights
 from foveal.convert.image_processor import write_image_processor
 from foveal.convert.images import ComparisonImages
-from foveal.convert.outputs import NamedOutputs, Options
-from foveal.convert.source import Source
+from foveal.convert.outputs import NamedOutputs
+from foveal.convert.request import Request
 from foveal.convert.to_vit_mae import write_autoencoder
 from foveal.convert.vit_names import build_vit_settings, explain_not_vit, to_vit_weights
 from foveal.errors import ExportError
-from foveal.inference.exported_model import ExportedModel
+from foveal.inference.exported_model import ENCODER, ExportedModel
 
 _MULTILABEL = "multilabel"  # the task whose classes exclude no other class
 _LOADING = """\
@@ -35,10 +35,9 @@ model = {auto}.from_pretrained("{{folder}}").eval()
 processor = AutoImageProcessor.from_pretrained("{{folder}}")"""
 
 
-def write(
-    source: Source, model: ExportedModel, draft: Path, options: Options, images: ComparisonImages
-) -> Reopened:
+def write(request: Request, draft: Path) -> Reopened:
     """Write the folder and open it in transformers. Raises: ExportError if no class of transformers holds the model."""
+    source, model, images = request.source, request.model, request.images
     with quiet_transformers():
         if source.run is not None and model.card.stage == "pretrain":
             return write_autoencoder(source.run, model, draft, images)
@@ -52,14 +51,16 @@ def write(
             return _write_vit(model, draft, images)
         why_not_timm = to_timm.explain_refusal(model)
         if why_not_timm is not None:
-            raise ExportError(f"transformers cannot hold {source.export}: {why_not_vit}; as a model of timm: {why_not_timm}")
+            raise ExportError(
+                f"transformers cannot hold {source.export}: {why_not_vit}; as a model of timm: {why_not_timm}"
+            )
         return _write_timm_wrapper(model, draft, why_not_vit)
 
 
 def _write_vit(model: ExportedModel, draft: Path, images: ComparisonImages) -> Reopened:
     encoder: Any = model.module
     weights, settings = to_vit_weights(encoder), build_vit_settings(encoder)
-    if model.classes:
+    if _has_head(model):
         name = "ViTForImageClassification"
         weights = {f"vit.{key}": value for key, value in weights.items()}
         weights |= {f"classifier.{kind}": value for kind, value in encoder.head.state_dict().items()}
@@ -76,8 +77,15 @@ def _write_vit(model: ExportedModel, draft: Path, images: ComparisonImages) -> R
     return _reopen(model, draft, name, (note,))
 
 
+def _has_head(model: ExportedModel) -> bool:
+    return model.task != ENCODER  # foreign heads may have no class names
+
+
 def _label_settings(model: ExportedModel) -> dict[str, Any]:
     problem = "multi_label_classification" if model.task == _MULTILABEL else "single_label_classification"
+    if not model.classes:
+        own: Any = model.module
+        return {"num_labels": own.num_classes, "problem_type": problem}
     return {
         "id2label": {str(number): name for number, name in enumerate(model.classes)},
         "label2id": {name: number for number, name in enumerate(model.classes)},
@@ -87,14 +95,14 @@ def _label_settings(model: ExportedModel) -> dict[str, Any]:
 
 def _write_timm_wrapper(model: ExportedModel, draft: Path, why_not_vit: str) -> Reopened:
     to_timm.write_folder(model, draft)
-    name = "TimmWrapperForImageClassification" if model.classes else "TimmWrapperModel"
+    name = "TimmWrapperForImageClassification" if _has_head(model) else "TimmWrapperModel"
     note = f"as a model of timm, which must be installed to open it: {why_not_vit}"
     return _reopen(model, draft, name, (note,))
 
 
 def _reopen(model: ExportedModel, draft: Path, name: str, notes: tuple[str, ...]) -> Reopened:
     transformers = import_extra("transformers")
-    auto = "AutoModelForImageClassification" if model.classes else "AutoModel"
+    auto = "AutoModelForImageClassification" if _has_head(model) else "AutoModel"
     opened, report = getattr(transformers, auto).from_pretrained(
         draft, local_files_only=True, output_loading_info=True, dtype=torch.float32
     )
@@ -107,7 +115,7 @@ def _reopen(model: ExportedModel, draft: Path, name: str, notes: tuple[str, ...]
     @torch.no_grad()
     def run(pixels: Tensor) -> dict[str, Tensor]:
         answer = opened(outputs.to_input(pixels))
-        return outputs.name([answer.logits if model.classes else answer.pooler_output])
+        return outputs.name([answer.logits if _has_head(model) else answer.pooler_output])
 
     labels = opened.config.id2label if model.classes else {}
     return Reopened(

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from foveal.convert.compare import Reopened
 from foveal.convert.files import describe_library, import_extra
-from foveal.convert.images import ComparisonImages
-from foveal.convert.outputs import NamedOutputs, Options
+from foveal.convert.outputs import NamedOutputs
+from foveal.convert.request import Request
 from foveal.convert.source import Source
 from foveal.convert.trace import build_facts, trace
 from foveal.errors import ExportError
-from foveal.inference.exported_model import ExportedModel
 from foveal.models.backbone import format_error_one_line
 
 _INPUT = "images"
@@ -31,10 +30,9 @@ session = onnxruntime.InferenceSession("{folder}/model.onnx")
 outputs = session.run(None, {{"images": batch}})  # batch: NumPy, {dtype} [B, C, H, W]"""
 
 
-def write(
-    source: Source, model: ExportedModel, draft: Path, options: Options, images: ComparisonImages
-) -> Reopened:
+def write(request: Request, draft: Path) -> Reopened:
     """Write model.onnx, check it, open it in onnxruntime. Raises: ExportError if ONNX cannot hold the graph."""
+    source, model, options, images = request.source, request.model, request.options, request.images
     onnx, runtime = import_extra("onnx"), import_extra("onnxruntime")
     import_extra("onnxscript")
     outputs = NamedOutputs(model, options)
@@ -50,7 +48,9 @@ def write(
     try:
         onnx.checker.check_model(str(file), full_check=True)
     except onnx.checker.ValidationError as error:
-        raise ExportError(f"onnx.checker refuses the graph of {source.export}: {format_error_one_line(error)}") from None
+        raise ExportError(
+            f"onnx.checker refuses the graph of {source.export}: {format_error_one_line(error)}"
+        ) from None
     session = _open_session(runtime, file)
 
     def run(pixels: Tensor) -> dict[str, Tensor]:
@@ -59,16 +59,14 @@ def write(
 
     metadata = session.get_modelmeta().custom_metadata_map
     pixels = "pixels of" if options.preprocess else "normalised"
+    shape = f"[B, {model.transform.channels}, {', '.join(map(str, model.transform.image_hw))}]"
     return Reopened(
         f"{describe_library('onnxruntime')} on the CPU",
         outputs.from_pixels,
         run,
         tuple(json.loads(metadata["classes"])),
         _LOADING.replace("{dtype}", "uint8" if options.preprocess else "float32"),
-        notes=(
-            f"input {_INPUT}: {pixels} images [B, {model.transform.channels}, "
-            f"{', '.join(map(str, model.transform.image_hw))}]; outputs: {', '.join(outputs.names)}",
-        ),
+        notes=(f"input {_INPUT}: {pixels} images {shape}; outputs: {', '.join(outputs.names)}",),
     )
 
 

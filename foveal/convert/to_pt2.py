@@ -7,11 +7,9 @@ import torch
 
 from foveal.convert.compare import Reopened
 from foveal.convert.files import translate_write_errors
-from foveal.convert.images import ComparisonImages
-from foveal.convert.outputs import NamedOutputs, Options
-from foveal.convert.source import Source
+from foveal.convert.outputs import NamedOutputs
+from foveal.convert.request import Request
 from foveal.convert.trace import build_facts, trace
-from foveal.inference.exported_model import ExportedModel
 
 _LOADING = """\
 import torch
@@ -19,10 +17,9 @@ model = torch.export.load("{folder}/model.pt2").module()"""
 _FACTS = "foveal.json"
 
 
-def write(
-    source: Source, model: ExportedModel, draft: Path, options: Options, images: ComparisonImages
-) -> Reopened:
+def write(request: Request, draft: Path) -> Reopened:
     """Trace the model with any batch size, save it, load it again. Raises: ExportError if it cannot be traced."""
+    source, model, options, images = request.source, request.model, request.options, request.images
     outputs = NamedOutputs(model, options)
     program = trace(outputs, images.pixels, source)
     file = draft / "model.pt2"
@@ -42,5 +39,7 @@ def write(
         run,
         tuple(json.loads(extra_files[_FACTS])["classes"]),
         _LOADING,
-        notes=(f"outputs in this order: {', '.join(outputs.names)}; classes and pixel statistics: {_FACTS} in the file",),
+        notes=(
+            f"outputs in this order: {', '.join(outputs.names)}; classes and pixel statistics: {_FACTS} in the file",
+        ),
     )

@@ -9,9 +9,8 @@ from safetensors import safe_open
 
 from foveal.convert.compare import TOLERANCE, Reopened
 from foveal.convert.files import describe_library, write_weights
-from foveal.convert.images import ComparisonImages
-from foveal.convert.outputs import NamedOutputs, Options
-from foveal.convert.source import Source
+from foveal.convert.outputs import NamedOutputs
+from foveal.convert.request import Request
 from foveal.errors import ExportError
 from foveal.inference.exported_model import ExportedModel
 
@@ -23,10 +22,9 @@ with safe_open("{folder}/model.safetensors", "pt") as file:
     weights, facts = {{name: file.get_tensor(name) for name in file.keys()}}, file.metadata()"""
 
 
-def write(
-    source: Source, model: ExportedModel, draft: Path, options: Options, images: ComparisonImages
-) -> Reopened:
+def write(request: Request, draft: Path) -> Reopened:
     """Write the weights under the module's names, read them back into a copy of the module. Raises: ExportError."""
+    source, model, options = request.source, request.model, request.options
     dtype, rounding = _DTYPES[options.dtype]
     weights = {
         name: value.to(dtype) if value.is_floating_point() else value
@@ -34,7 +32,9 @@ def write(
     }
     overflowing = [name for name, value in weights.items() if not value.isfinite().all()]
     if overflowing:
-        raise ExportError(f"{options.dtype} cannot hold {overflowing[0]} of {source.export}: it has values beyond its range")
+        raise ExportError(
+            f"{options.dtype} cannot hold {overflowing[0]} of {source.export}: it has values beyond its range"
+        )
     card = model.card
     facts = {
         "classes": list(model.classes),

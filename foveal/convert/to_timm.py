@@ -9,9 +9,8 @@ from torch import Tensor
 
 from foveal.convert.compare import Reopened
 from foveal.convert.files import describe_library, write_config, write_weights
-from foveal.convert.images import ComparisonImages
-from foveal.convert.outputs import NamedOutputs, Options
-from foveal.convert.source import Source
+from foveal.convert.outputs import NamedOutputs
+from foveal.convert.request import Request
 from foveal.errors import ExportError
 from foveal.inference.exported_model import ExportedModel
 
@@ -21,10 +20,9 @@ model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)"""
 
 
-def write(
-    source: Source, model: ExportedModel, draft: Path, options: Options, images: ComparisonImages
-) -> Reopened:
+def write(request: Request, draft: Path) -> Reopened:
     """Write the folder and open it in timm. Raises: ExportError if timm has no such model."""
+    source, model = request.source, request.model
     reason = explain_refusal(model)
     if reason is not None:
         raise ExportError(f"timm cannot hold {source.export}: {reason}")

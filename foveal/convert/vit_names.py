@@ -58,8 +58,9 @@ def _list_foreign_parts(encoder: Any) -> Iterator[tuple[str, bool]]:
     yield "norm before its blocks", not isinstance(encoder.norm_pre, nn.Identity)
     yield "norm after the pooling", not isinstance(encoder.fc_norm, nn.Identity)
     yield "pooling by attention", getattr(encoder, "attn_pool", None) is not None
-    yield "patch embedding of this kind", type(encoder.patch_embed) is not PatchEmbed or not isinstance(
-        encoder.patch_embed.norm, nn.Identity
+    yield (
+        "patch embedding of this kind",
+        type(encoder.patch_embed) is not PatchEmbed or not isinstance(encoder.patch_embed.norm, nn.Identity),
     )
     yield "blocks of this kind", any(type(block) is not Block for block in blocks)
     yield "layer scale", any(not isinstance(scale, nn.Identity) for block in blocks for scale in (block.ls1, block.ls2))
@@ -137,7 +138,11 @@ def to_layer_weights(layer: str, inner: str, value: Tensor) -> dict[str, Tensor]
 
 def to_decoder_weights(decoder: Any, channels: int, patch: int) -> dict[str, Tensor]:
     """Return a decoder's weights under the names of ``ViTMAEForPreTraining``, its formula of positions included."""
-    named = {"decoder.decoder_pos_embed": torch.cat([decoder.positions.new_zeros(1, decoder.positions.shape[1]), decoder.positions])[None]}
+    named = {
+        "decoder.decoder_pos_embed": torch.cat(
+            [decoder.positions.new_zeros(1, decoder.positions.shape[1]), decoder.positions]
+        )[None]
+    }
     for name, value in decoder.state_dict().items():
         stem, _, kind = name.partition(".")
         if stem == "blocks":

@@ -53,7 +53,7 @@ def written(
     else:
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter += std * torch.randn_like(parameter)
+                parameter.add_(torch.randn_like(parameter), alpha=std)
     has_classes = bool(card["classes"]) or head is not None
     names = CLASSES if has_classes else ()
     facts = Card("finetune", card, MEAN, STD, names, head=head, step=3, science={"data.channels": 3})

@@ -122,4 +122,3 @@ def test_a_disk_that_fills_is_a_sentence_and_leaves_nothing(
     with pytest.raises(ExportError, match=rf"export-{to} cannot be written \(.*; make room, or name another place"):
         formats.convert(export, to)
     assert [each.name for each in export.parent.iterdir()] == ["export"]
-

@@ -6,7 +6,7 @@ import pytest
 from tiny_exports import CLASSES, KINDS, stand_in_for_timm_folder, written
 
 from foveal.convert.formats import FORMATS, Conversion, convert
-from foveal.convert.outputs import Options
+from foveal.convert.request import Options
 from foveal.errors import ExportError
 
 for library in ("transformers", "onnxruntime"):

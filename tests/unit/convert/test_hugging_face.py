@@ -61,7 +61,16 @@ def test_the_export_of_a_pretraining_run_is_its_encoder(tmp_path: Path) -> None:
         ({"target": "features"}, "it predicts pixels, and target=features predicts features"),
         ({"data": {"path": "data/none", "image_size": (16, 24), "channels": 3}}, "it takes square images"),
         (
-            {"model": {"name": "vit_tiny_patch16_224", "patch": 4, "width": 24, "depth": 1, "heads": 2, "registers": 1}},
+            {
+                "model": {
+                    "name": "vit_tiny_patch16_224",
+                    "patch": 4,
+                    "width": 24,
+                    "depth": 1,
+                    "heads": 2,
+                    "registers": 1,
+                }
+            },
             "ViT has no register tokens",
         ),
     ],
