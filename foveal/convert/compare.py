@@ -78,7 +78,9 @@ def measure_differences(expected: dict[str, Tensor], actual: dict[str, Tensor]) 
         raise ExportError(f"the exported model has outputs {other}, and foveal's has {shapes}; nothing was written")
     differences = []
     for name, value in expected.items():
-        absolute = (actual[name].double() - value.double()).abs().max().nan_to_num(nan=torch.inf, posinf=torch.inf).item()
+        absolute = (
+            (actual[name].double() - value.double()).abs().max().nan_to_num(nan=torch.inf, posinf=torch.inf).item()
+        )
         scale = value.double().abs().max().item()
         differences.append(Difference(name, absolute, absolute / scale if scale else (torch.inf if absolute else 0.0)))
     return differences

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from foveal.convert.files import describe_library, import_extra
 from foveal.convert.outputs import NamedOutputs
 from foveal.convert.request import Request
 from foveal.convert.source import Source
-from foveal.convert.trace import build_facts, trace
+from foveal.convert.trace import build_facts, explain_failure, trace, tracing
 from foveal.errors import ExportError
 from foveal.models.backbone import format_error_one_line
 
@@ -81,8 +80,7 @@ def _to_onnx(program: Any, outputs: NamedOutputs, source: Source) -> Any:
                 verbose=False,
             )
         except Exception as error:  # noqa: BLE001 - the exporter raises exceptions of many kinds, private ones too
-            reason = format_error_one_line(error)[:300]
-            raise ExportError(f"ONNX cannot hold the model of {source.export}: {reason}") from None
+            raise ExportError(f"ONNX cannot hold the model of {source.export}: {explain_failure(error)}") from None
 
 
 def _open_session(runtime: Any, file: Path) -> Any:
@@ -93,11 +91,10 @@ def _open_session(runtime: Any, file: Path) -> Any:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Keep the exporter's warnings and progress off the terminal: they speak of its own internals."""
+    """Keep the exporter's log and progress off the terminal: they speak of its own internals."""
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
+        with tracing(), contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         logging.disable(logging.NOTSET)

@@ -1,10 +1,13 @@
 """The graph of an exported model, of any number of images, by torch.export."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from foveal.convert.outputs import NamedOutputs
 from foveal.convert.source import Source
@@ -19,15 +22,26 @@ def trace(outputs: NamedOutputs, pixels: Tensor, source: Source) -> Any:
     ``pixels`` uint8 [N, C, H, W], at least two: torch.export takes a single image for a constant.
     """
     example = outputs.to_input(pixels[:2])
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's about its own internals
+    with tracing():
         try:
             return torch.export.export(
                 outputs.eval(), (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}
             )
         except Exception as error:  # noqa: BLE001 - torch.export raises exceptions of many kinds, private ones too
-            reason = format_error_one_line(error)[:300]
+            reason = explain_failure(error)
             raise ExportError(f"torch.export cannot trace the model of {source.export}: {reason}") from None
+
+
+@contextmanager
+def tracing() -> Iterator[None]:
+    """Trace without gradients and without torch's warnings about its own internals.
+
+    Attention is that of torch's formula: the layouts in memory that a fused kernel of this processor promises would be
+    part of the graph, and ONNX cannot keep them.
+    """
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def build_facts(model: ExportedModel, names: tuple[str, ...]) -> dict[str, Any]:
@@ -42,3 +56,10 @@ def build_facts(model: ExportedModel, names: tuple[str, ...]) -> dict[str, Any]:
         "interpolation": model.transform.interpolation,
         "outputs": list(names),
     }
+
+
+def explain_failure(error: BaseException) -> str:
+    """Return the message of the first error of a chain, in a line: torch's own advice stands around it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return format_error_one_line(error)[:300] if isinstance(error, Exception) else type(error).__name__
