@@ -3,8 +3,6 @@
 import importlib
 import importlib.metadata
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,24 +33,13 @@ def write_weights(file: Path, weights: dict[str, Tensor], metadata: dict[str, st
     contiguous = {name: value.detach().clone().contiguous() for name, value in weights.items()}
     file.touch()
     mode = file.stat().st_mode  # as the umask says
-    with translate_write_errors(file):
+    try:
         save_file(contiguous, file, {"format": "pt"} | (metadata or {}))
+    except SafetensorError as error:
+        raise OSError(f"{file.name}: {error}") from None
     file.chmod(mode)  # safetensors replaces the file by one that only its owner can read
 
 
 def write_config(file: Path, config: dict[str, Any]) -> None:
     """Write JSON in UTF-8, as timm and transformers read it. Raises: OSError."""
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def translate_write_errors(file: Path) -> Iterator[None]:
-    """Raise an error of a library's writer, in Rust or C++, as the OSError that it stands for."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise OSError(f"{file.name}: {error}") from None
-    except RuntimeError as error:
-        if "PytorchStreamWriter" not in str(error):
-            raise
-        raise OSError(f"{file.name}: {' '.join(str(error).split())[:200]}") from None

@@ -1,12 +1,12 @@
 """A program of torch.export: the model's graph and weights in one file that PyTorch runs without foveal and timm."""
 
+import io
 import json
 from pathlib import Path
 
 import torch
 
 from foveal.convert.compare import Reopened
-from foveal.convert.files import translate_write_errors
 from foveal.convert.outputs import NamedOutputs
 from foveal.convert.request import Request
 from foveal.convert.trace import build_facts, trace
@@ -23,9 +23,10 @@ def write(request: Request, draft: Path) -> Reopened:
     outputs = NamedOutputs(model, options)
     program = trace(outputs, images.pixels, source)
     file = draft / "model.pt2"
-    with translate_write_errors(file):
-        facts = json.dumps(build_facts(model, outputs.names), ensure_ascii=False)
-        torch.export.save(program, file, extra_files={_FACTS: facts})
+    facts = json.dumps(build_facts(model, outputs.names), ensure_ascii=False)
+    archive = io.BytesIO()  # on a disk that is full, torch's own writer of files ends the process
+    torch.export.save(program, archive, extra_files={_FACTS: facts})
+    file.write_bytes(archive.getbuffer())
     extra_files = {_FACTS: ""}
     loaded = torch.export.load(file, extra_files=extra_files).module()
 
