@@ -5,19 +5,21 @@ resizes to a whole number of pixels and crops that, so that pixels differ by rou
 half its size or less differs by the decoder's filter too.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from foveal.convert.files import import_extra, write_config
 from foveal.convert.images import ComparisonImages
 from foveal.errors import ExportError
 from foveal.inference.image_transform import ImageTransform
 
+ProcessFn = Callable[[Image.Image], Tensor]  # an upright image -> the model's input [C, H, W]
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 
 
@@ -46,16 +48,21 @@ def write_image_processor(transform: ImageTransform, draft: Path, images: Compar
             "the transform"
         )
     write_config(draft / "preprocessor_config.json", build_processor_config(transform))
-    difference = _measure(transform, draft, images)
+    difference = measure_pixels(open_processor(draft), transform, images)
     if not difference.mean <= difference.one_pixel:
         raise ExportError(
             f"transformers' image processor makes other pixels than foveal: they differ by {difference.mean:.1f} of 255 "
             f"levels on average, and a shift by one pixel by {difference.one_pixel:.1f}; nothing was written"
         )
-    gray = " (give it images of mode L)" if transform.channels == 1 else ""
+    return describe_pixels("image processor", transform, difference)
+
+
+def describe_pixels(name: str, transform: ImageTransform, difference: PixelDifference) -> str:
+    """Return a sentence about the pixels of another library's transform."""
+    gray = " of grayscale images (mode L)" if transform.channels == 1 else ""
     return (
-        f"image processor{gray}: pixels differ from foveal's by {difference.mean:.2f} of 255 levels on average, by "
-        f"{difference.largest:.0f} at most, for the sizes are rounded elsewhere"
+        f"{name}: pixels{gray} differ from foveal's by {difference.mean:.2f} of 255 levels on average, by "
+        f"{difference.largest:.0f} at most, because sizes are rounded elsewhere"
     )
 
 
@@ -80,20 +87,23 @@ def build_processor_config(transform: ImageTransform) -> dict[str, Any]:
     }
 
 
-def _measure(transform: ImageTransform, draft: Path, images: ComparisonImages) -> PixelDifference:
-    processor = import_extra("transformers").AutoImageProcessor.from_pretrained(draft, local_files_only=True)
+def open_processor(folder: Path) -> ProcessFn:
+    """Return the image processor of a folder of transformers'."""
+    processor = import_extra("transformers").AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    return lambda image: processor(image, return_tensors="pt")["pixel_values"][0]
+
+
+def measure_pixels(process: ProcessFn, transform: ImageTransform, images: ComparisonImages) -> PixelDifference:
+    """Return the difference of the pixels that ``process`` makes of image files. Raises: ExportError for another size."""
     std = 255 * torch.tensor(transform.std).view(-1, 1, 1)
     differences, shifted = [], []
     for file in images.files:
         with Image.open(file) as opened:
             image = ImageOps.exif_transpose(opened).convert("RGB" if transform.channels == 3 else "L")
-        array = np.asarray(image) if transform.channels == 3 else np.asarray(image)[:, :, None]
-        pixels = processor(array, return_tensors="pt", input_data_format="channels_last")["pixel_values"][0]
-        own = transform(file)
+        pixels, own = process(image), transform(file)
         if pixels.shape != own.shape:
-            raise ExportError(
-                f"transformers' image processor makes {list(pixels.shape)} of an image, foveal {list(own.shape)}"
-            )
+            shapes = f"{list(pixels.shape)} of an image, foveal {list(own.shape)}"
+            raise ExportError(f"the other library's image transform makes {shapes}; nothing was written")
         differences.append((pixels - own).abs() * std)
         shifted.append((own[:, 1:, 1:] - own[:, :-1, :-1]).abs() * std)
     levels = torch.stack(differences)

@@ -19,7 +19,7 @@ from torch import Tensor
 from foveal.convert import to_timm
 from foveal.convert.compare import Reopened
 from foveal.convert.files import describe_library, import_extra, write_config, write_weights
-from foveal.convert.image_processor import write_image_processor
+from foveal.convert.image_processor import describe_pixels, measure_pixels, open_processor, write_image_processor
 from foveal.convert.images import ComparisonImages
 from foveal.convert.outputs import NamedOutputs
 from foveal.convert.request import Request
@@ -54,7 +54,7 @@ def write(request: Request, draft: Path) -> Reopened:
             raise ExportError(
                 f"transformers cannot hold {source.export}: {why_not_vit}; as a model of timm: {why_not_timm}"
             )
-        return _write_timm_wrapper(model, draft, why_not_vit)
+        return _write_timm_wrapper(model, draft, why_not_vit, images)
 
 
 def _write_vit(model: ExportedModel, draft: Path, images: ComparisonImages) -> Reopened:
@@ -93,11 +93,12 @@ def _label_settings(model: ExportedModel) -> dict[str, Any]:
     }
 
 
-def _write_timm_wrapper(model: ExportedModel, draft: Path, why_not_vit: str) -> Reopened:
+def _write_timm_wrapper(model: ExportedModel, draft: Path, why_not_vit: str, images: ComparisonImages) -> Reopened:
     to_timm.write_folder(model, draft)
     name = "TimmWrapperForImageClassification" if _has_head(model) else "TimmWrapperModel"
     note = f"as a model of timm, which must be installed to open it: {why_not_vit}"
-    return _reopen(model, draft, name, (note,))
+    difference = measure_pixels(open_processor(draft), model.transform, images)
+    return _reopen(model, draft, name, (note, describe_pixels("image processor", model.transform, difference)))
 
 
 def _reopen(model: ExportedModel, draft: Path, name: str, notes: tuple[str, ...]) -> Reopened:

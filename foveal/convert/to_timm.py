@@ -9,6 +9,7 @@ from torch import Tensor
 
 from foveal.convert.compare import Reopened
 from foveal.convert.files import describe_library, write_config, write_weights
+from foveal.convert.image_processor import describe_pixels, measure_pixels
 from foveal.convert.outputs import NamedOutputs
 from foveal.convert.request import Request
 from foveal.errors import ExportError
@@ -34,8 +35,11 @@ def write(request: Request, draft: Path) -> Reopened:
     def run(pixels: Tensor) -> dict[str, Tensor]:
         return outputs.name([opened(outputs.to_input(pixels))])
 
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(opened), is_training=False)
+    difference = measure_pixels(transform, model.transform, request.images)
+    note = describe_pixels("transform", model.transform, difference)
     classes = opened.pretrained_cfg.get("label_names") or () if model.classes else ()
-    return Reopened(describe_library("timm"), outputs.from_pixels, run, tuple(classes), _LOADING)
+    return Reopened(describe_library("timm"), outputs.from_pixels, run, tuple(classes), _LOADING, notes=(note,))
 
 
 def explain_refusal(model: ExportedModel) -> str | None:
