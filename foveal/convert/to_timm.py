@@ -53,5 +53,8 @@ def write_folder(model: ExportedModel, draft: Path) -> None:
     """Write ``config.json`` and ``model.safetensors``. Raises: OSError."""
     from foveal.weights.timm_folder import build_timm_config
 
-    write_config(draft / "config.json", build_timm_config(model.card))
+    config = build_timm_config(model.card)
+    # transformers passes the number of classes itself; timm reads it from the settings around these.
+    config["model_args"] = {name: value for name, value in config["model_args"].items() if name != "num_classes"}
+    write_config(draft / "config.json", config)
     write_weights(draft / "model.safetensors", model.module.state_dict())
