@@ -37,11 +37,17 @@ def vit_card(
 
 
 def written(
-    folder: Path, card: dict[str, Any], head: dict[str, Any] | None = None, *, std: float | None = None
+    folder: Path,
+    card: dict[str, Any],
+    head: dict[str, Any] | None = None,
+    *,
+    std: float | None = None,
+    named: bool = True,
 ) -> Path:
     """The export of a model with this encoder and, if there is a card of one, this head.
 
     std: of what is added to initial weights; None: they are drawn anew and large, by ``shaken``.
+    named: whether the classes have names, as those of foreign heads have not.
     """
     torch.manual_seed(0)
     build: Callable[..., nn.Module] = backbone_from_card if "timm" in card else encoder_from_card
@@ -55,7 +61,7 @@ def written(
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=std)
     has_classes = bool(card["classes"]) or head is not None
-    names = CLASSES if has_classes else ()
+    names = CLASSES if has_classes and named else ()
     facts = Card("finetune", card, MEAN, STD, names, head=head, step=3, science={"data.channels": 3})
     own: Any = model
     write_export(folder, encoder.state_dict(), facts, None if head is None else own.head.state_dict())

@@ -91,6 +91,14 @@ def test_labels_survive_and_auto_classes_open_the_folder(tmp_path: Path) -> None
     assert model.config.problem_type == "single_label_classification"
 
 
+@pytest.mark.parametrize("kind", ["classifier", "classifier of the mean"])
+def test_a_head_without_class_names_keeps_its_outputs(kind: str, tmp_path: Path) -> None:
+    conversion = convert(written(tmp_path / "export", *KINDS[kind](), named=False), "hf")
+    assert [difference.output for difference in conversion.differences] == ["logits"]
+    model = transformers.AutoModelForImageClassification.from_pretrained(conversion.folder, local_files_only=True)
+    assert model.config.num_labels == 3
+
+
 def test_the_pooled_output_is_the_class_token(tmp_path: Path) -> None:
     export = written(tmp_path / "export", *KINDS["plain"]())
     model = transformers.AutoModel.from_pretrained(convert(export, "hf").folder, local_files_only=True).eval()
