@@ -31,7 +31,7 @@ Or with images that come along:
   foveal data pack digits --out data/digits
   foveal train pretrain digits
 """
-_TRAIN, _RUNS, _CLUSTER = "Train", "Look at runs", "Before a large run"
+_TRAIN, _RUNS, _USE, _CLUSTER = "Train", "Look at runs", "Use a model", "Before a large run"
 COMMANDS = {
     "data": Entry("foveal.data.tools.cli:app", "Pack images into shards; index, verify and display shards.", _TRAIN),
     "init": Entry("foveal.commands.init.cli:init_command", "Write a config that fits data, machine and time.", _TRAIN),
@@ -39,6 +39,7 @@ COMMANDS = {
     "train": Entry("foveal.commands.train:train_command", "Pretrain, distil or fine-tune by a config.", _TRAIN, True),
     "attempts": Entry("foveal.commands.attempts:attempts", "List every start of a run and why it ended.", _RUNS),
     "track": Entry("foveal.commands.track:app", "Upload to MLflow the part of a run that it lacks.", _RUNS),
+    "export": Entry("foveal.convert.cli:export_command", "Hand a model over to timm, transformers or ONNX.", _USE),
     "plan": Entry("foveal.forecast.cli:plan_command", "Forecast memory, time and traffic on a cluster.", _CLUSTER),
     "doctor": Entry("foveal.doctor.cli:doctor_command", "Check that the nodes of a job are fit to train.", _CLUSTER),
 }

@@ -108,6 +108,21 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (*CONFIGURED, "foveal.data", "foveal.models", "foveal.timeouts", "foveal.weights"),
         ("numpy", "PIL", "pyarrow", "torch", "typer"),
     ),
+    # transformers, onnx and onnxruntime come by their names, when a format needs them.
+    "foveal.convert": (
+        (
+            *CONFIGURED,
+            "foveal.atomic",
+            "foveal.checkpoint",
+            "foveal.data",
+            "foveal.distributed",
+            "foveal.inference",
+            "foveal.models",
+            "foveal.training.lease",
+            "foveal.weights",
+        ),
+        ("numpy", "PIL", "safetensors", "timm", "torch", "typer"),
+    ),
     "foveal.inspect": (("foveal.data.image", "foveal.models"), ("numpy", "torch", "PIL")),
     # Tracking: MLflow's library stays behind one file.
     "foveal.tracking.tracker": (("foveal.config", "foveal.redact"), ("pydantic",)),

@@ -1,0 +1,60 @@
+"""A folder of timm's: ``config.json`` and ``model.safetensors``, opened by ``timm.create_model("local-dir:FOLDER")``."""
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+from foveal.convert.compare import Reopened
+from foveal.convert.files import describe_library, write_config, write_weights
+from foveal.convert.image_processor import describe_pixels, measure_pixels
+from foveal.convert.outputs import NamedOutputs
+from foveal.convert.request import Request
+from foveal.errors import ExportError
+from foveal.inference.exported_model import ExportedModel
+
+_LOADING = """\
+import timm
+model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)"""
+
+
+def write(request: Request, draft: Path) -> Reopened:
+    """Write the folder and open it in timm. Raises: ExportError if timm has no such model."""
+    source, model = request.source, request.model
+    reason = explain_refusal(model)
+    if reason is not None:
+        raise ExportError(f"timm cannot hold {source.export}: {reason}")
+    write_folder(model, draft)
+    opened: Any = timm.create_model(f"local-dir:{draft}", pretrained=True).eval()
+    outputs = NamedOutputs(model)
+
+    @torch.no_grad()
+    def run(pixels: Tensor) -> dict[str, Tensor]:
+        return outputs.name([opened(outputs.to_input(pixels))])
+
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(opened), is_training=False)
+    difference = measure_pixels(transform, model.transform, request.images)
+    note = describe_pixels("transform", model.transform, difference)
+    classes = opened.pretrained_cfg.get("label_names") or () if model.classes else ()
+    return Reopened(describe_library("timm"), outputs.from_pixels, run, tuple(classes), _LOADING, notes=(note,))
+
+
+def explain_refusal(model: ExportedModel) -> str | None:
+    """Return why timm cannot build a model; None if it can."""
+    from foveal.weights.timm_folder import explain_not_timm
+
+    return explain_not_timm(model.card)
+
+
+def write_folder(model: ExportedModel, draft: Path) -> None:
+    """Write ``config.json`` and ``model.safetensors``. Raises: OSError."""
+    from foveal.weights.timm_folder import build_timm_config
+
+    config = build_timm_config(model.card)
+    # transformers passes the number of classes itself; timm reads it from the settings around these.
+    config["model_args"] = {name: value for name, value in config["model_args"].items() if name != "num_classes"}
+    write_config(draft / "config.json", config)
+    write_weights(draft / "model.safetensors", model.module.state_dict())
