@@ -28,9 +28,7 @@ def constructor_parameters(name: str) -> frozenset[str]:
     return frozenset(name for base in model_class.__mro__ for name in inspect.signature(base.__init__).parameters)
 
 
-def timm_backbone_args(
-    name: str, image_size: int | tuple[int, int], channels: int, num_classes: int
-) -> dict[str, Any]:
+def timm_backbone_args(name: str, image_size: int | tuple[int, int], channels: int, num_classes: int) -> dict[str, Any]:
     """Return the arguments of ``timm.create_model``, beside the name, for a model of timm as it is; JSON holds them.
 
     Raises: ConfigError if timm has no such name.

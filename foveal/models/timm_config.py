@@ -41,9 +41,7 @@ def describe_timm_model(card: EncoderCard | BackboneCard) -> TimmModel:
     else:
         sizes = resolve_sizes_for_image(card, card.image_size)
         name, is_encoder, num_features = sizes.name, True, sizes.width
-        args = timm_encoder_args(
-            sizes, card.image_size, card.channels, pooling=card.pooling, num_classes=card.classes
-        )
+        args = timm_encoder_args(sizes, card.image_size, card.channels, pooling=card.pooling, num_classes=card.classes)
     timms: Any = timm.get_pretrained_cfg(name)
     return TimmModel(
         architecture=name.partition(".")[0],  # the tag names weights of others

@@ -7,8 +7,8 @@ from foveal.redact import redact
 
 # Line ends, other control characters, and marks that turn the direction of a text around.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]+")
-_SPECIAL = re.compile(r"[\\`*_{}\[\]#|~$!=+-]")
-_LIST_NUMBER = re.compile(r"^(\d+)([.)])")
+_SPECIAL = re.compile(r"[\\`*_{}\[\]|~$!]")
+_BLOCK_START = re.compile(r"^(\d*)([.)](?= |$)|[#=+-])")  # of a heading, a rule, an item of a list
 _ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 
 
@@ -20,7 +20,7 @@ def one_line(text: str) -> str:
 def escape(text: str) -> str:
     """Return Markdown, in one line, that shows a text as it is: no markup, no HTML."""
     escaped = _SPECIAL.sub(lambda match: f"\\{match[0]}", one_line(text))
-    return _LIST_NUMBER.sub(r"\1\\\2", escaped.translate(_ENTITIES))
+    return _BLOCK_START.sub(r"\1\\\2", escaped.translate(_ENTITIES))
 
 
 def code(text: str) -> str:

