@@ -32,9 +32,9 @@ MEAN, STD = (0.3, 0.4, 1 / 3), (0.2, 0.25, 0.7)
 MOST_DIFFERENT = 1e-6  # relative to the largest output; the measured difference is 0
 
 
-def card_of(encoder: dict[str, Any], classes: tuple[str, ...] = (), **science: Any) -> Card:
+def card_of(encoder: dict[str, Any], classes: tuple[str, ...] = (), science: dict[str, Any] | None = None) -> Card:
     channels = encoder["channels"]
-    return Card("finetune", encoder, MEAN[:channels], STD[:channels], classes, science=science)
+    return Card("finetune", encoder, MEAN[:channels], STD[:channels], classes, science=science or {})
 
 
 def vit_export(
@@ -175,10 +175,10 @@ def test_it_loads_where_there_is_no_foveal(tmp_path: Path) -> None:
 def test_the_evaluation_of_the_run_is_timms_transform(tmp_path: Path) -> None:
     encoder = encoder_card(VitConfig(name=VIT, patch=4, width=48, depth=1, heads=3), 16, 3)
     settings = {"data.eval_crop_ratio": 0.75, "data.augment.interpolation": "bilinear", "data.eval_size": 32}
-    pixels = build_timm_config(replace(card_of(encoder, **settings), mean=(0.5,)))["pretrained_cfg"]
+    pixels = build_timm_config(replace(card_of(encoder, science=settings), mean=(0.5,)))["pretrained_cfg"]
     assert (pixels["crop_pct"], pixels["interpolation"], pixels["mean"]) == (0.75, "bilinear", [0.5] * 3)
     assert pixels["input_size"] == [3, 16, 16], "the encoder's, not that of windows over larger images"
-    old = build_timm_config(card_of(encoder, **{"data.crop_ratio": 1.0}))["pretrained_cfg"]
+    old = build_timm_config(card_of(encoder, science={"data.crop_ratio": 1.0}))["pretrained_cfg"]
     assert old["crop_pct"] == 1.0, "a name of foveal 0.1"
 
 
