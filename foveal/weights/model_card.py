@@ -36,7 +36,7 @@ _RECIPE = (
     *("optim.schedule", "optim.weight_decay", "optim.layer_decay", "optim.max_grad_norm", "data.image_size"),
     *("data.augment.scale", "data.augment.hflip", "data.augment.rand_augment.ops", "data.samples_per_class"),
     *("mask_ratio", "mask_strategy", "target", "norm_pix", "image_loss_weight", "method", "distance", "temperature"),
-    *("label_weight", "teacher_name", "task", "init_name", "pooling", "freeze_encoder", "drop_path", "dropout"),
+    *("label_weight", "teacher_name", "init_name", "pooling", "freeze_encoder", "drop_path", "dropout"),
     *("label_smoothing", "mixup", "cutmix", "random_erasing", "ema_decay", "early_stopping.metric", "seed"),
 )
 

@@ -78,5 +78,10 @@ def _timm_limits(card: Card) -> list[str]:
     reason = explain_not_timm(card)
     if reason is not None:
         return [f"timm alone does not compute the outputs of this model: {escape(reason)}."]
-    difference = "timm's transform resizes before it crops and decodes a JPEG at full size, foveal's crops first"
-    return [f"timm computes the same outputs of the same pixels. {difference}: pixels of a file differ a little."]
+    return [
+        "timm computes the same outputs of the same pixels.",
+        (
+            "timm makes other pixels of an image file, shifted by about half a pixel: its transform resizes, rounds and then "
+            "crops; foveal's crops first, and may decode a JPEG at a fraction of its size."
+        ),
+    ]

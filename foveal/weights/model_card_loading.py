@@ -24,7 +24,10 @@ def loading_section(card: Card) -> str:
     if reason is not None:
         return f"{text}timm alone cannot load this model: {escape(reason)}.\n"
     subject = "With timm alone" if card.head is None else "With timm alone, the encoder without its head"
-    return f"{text}{subject}:\n\n```python\n{_timm_lines(card, None if card.head else task)}```\n"
+    auto = "AutoModelForImageClassification" if card.encoder.get("classes") else "AutoModel"
+    wrapped = f'transformers reads the folder through timm: `{auto}.from_pretrained("{EXPORT}")`.\n'
+    timm_lines = _timm_lines(card, None if card.head else task)
+    return f"{text}{subject}:\n\n```python\n{timm_lines}```\n\n{wrapped}"
 
 
 def _foveal_lines(task: str | None) -> str:

@@ -28,7 +28,8 @@ def build_timm_config(card: Card) -> dict[str, Any]:
     }
     if spec.classes and len(card.classes) == spec.classes:
         config["label_names"] = list(card.classes)
-    config["model_args"] = model.model_args
+    # num_classes is in pretrained_cfg, where timm reads it too: transformers passes its own beside model_args.
+    config["model_args"] = {name: value for name, value in model.model_args.items() if name != "num_classes"}
     config["pretrained_cfg"] = {
         "custom_load": False,
         "input_size": [pixels.channels, *pixels.image_hw],

@@ -229,13 +229,10 @@ def test_exports_from_before_are_read(tmp_path: Path) -> None:
     assert all(value.equal(weights[name]) for name, value in old_weights.items())
 
 
-@pytest.mark.parametrize("pooling", ["token", "avg"])
 @pytest.mark.parametrize(("name", "positions"), KINDS)
-def test_foveal_states_no_other_function(
-    name: str, positions: Positions | None, pooling: Pooling, tmp_path: Path
-) -> None:
+def test_foveal_states_no_other_function(name: str, positions: Positions | None, tmp_path: Path) -> None:
     """An export that is read as weights of others, by its name: config.json is no reason to refuse it."""
-    card = card_of(encoder_card(VitConfig(name=name, positions=positions), 224, 3, pooling=pooling, num_classes=4))
+    card = card_of(encoder_card(VitConfig(name=name, positions=positions), 224, 3, pooling="avg", num_classes=4))
     (tmp_path / "config.json").write_text(json.dumps(build_timm_config(card)))
     hub = read_hub_files(tmp_path / "model.safetensors")
     own_size = tuple(timm.get_pretrained_cfg(name).input_size[1:])  # type: ignore[union-attr]
@@ -255,3 +252,20 @@ def test_an_export_taken_for_weights_of_others_is_read_alike(tmp_path: Path) -> 
     vit_export(tmp_path / "small", small, 32, channels=1)
     with pytest.raises(ExportError, match=f"has heads 2, timm's {VIT} has 3; they must be equal"):
         inspect_pretrained(tmp_path / "small", VIT, data)
+
+
+@pytest.mark.parametrize("name", [VIT, "vit_small_patch16_rope_224", "vit_relpos_medium_patch16_cls_224"])
+def test_transformers_reads_it_through_timm(name: str, tmp_path: Path) -> None:
+    """Hugging Face's TimmWrapper gives ``num_classes`` itself, so that it may not be among the arguments."""
+    transformers: Any = pytest.importorskip("transformers", reason="needs transformers, of the test extra")
+    cfg = VitConfig(name=name, patch=4, width=48, depth=2, heads=3, positions="sincos" if name == VIT else None)
+    images = random_images((8, 16))
+    classifier = vit_export(tmp_path / "classifier", cfg, (8, 16), pooling="avg", classes=CLASSES)
+    theirs = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "classifier").eval()
+    assert tuple(theirs.config.id2label.values()) == CLASSES
+    encoder = vit_export(tmp_path / "encoder", cfg, (8, 16))
+    wrapper = transformers.AutoModel.from_pretrained(tmp_path / "encoder").eval()
+    with torch.no_grad():
+        outputs, features = theirs(pixel_values=images).logits, wrapper(pixel_values=images).pooler_output
+        assert (outputs - classifier(images)).abs().max() <= MOST_DIFFERENT * outputs.abs().max()
+        assert (features - encoder(images)).abs().max() <= MOST_DIFFERENT * features.abs().max()
