@@ -23,7 +23,7 @@ class TimmModel:
 
     architecture: str
     model_args: dict[str, Any]
-    num_features: int
+    num_features: int | None
     first_conv: str | tuple[str, ...] | None
     classifier: str | tuple[str, ...] | None
     fixed_input_size: bool
@@ -37,7 +37,7 @@ def describe_timm_model(card: EncoderCard | BackboneCard) -> TimmModel:
     if isinstance(card, BackboneCard):
         name, is_encoder = card.timm, False
         args = timm_backbone_args(*card.build_args, card.classes)
-        num_features = build_meta_backbone(*card.build_args, card.classes).num_features
+        num_features = getattr(build_meta_backbone(*card.build_args, card.classes), "num_features", None)
     else:
         sizes = resolve_sizes_for_image(card, card.image_size)
         name, is_encoder, num_features = sizes.name, True, sizes.width

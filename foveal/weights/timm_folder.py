@@ -21,11 +21,9 @@ def build_timm_config(card: Card) -> dict[str, Any]:
         raise ExportError(f"timm cannot load this model: {reason}")
     spec = parse_encoder_card(card.encoder, "card.json")
     model, pixels = describe_timm_model(spec), eval_pixels_from_card(card)
-    config: dict[str, Any] = {
-        "architecture": model.architecture,
-        "num_classes": spec.classes,
-        "num_features": model.num_features,
-    }
+    config: dict[str, Any] = {"architecture": model.architecture, "num_classes": spec.classes}
+    if model.num_features is not None:  # timm reads it from the model, others from here
+        config["num_features"] = model.num_features
     if spec.classes and len(card.classes) == spec.classes:
         config["label_names"] = list(card.classes)
     # num_classes is in pretrained_cfg, where timm reads it too: transformers passes its own beside model_args.

@@ -126,7 +126,7 @@ def test_a_classifier_of_other_shapes(
     [
         ("test_resnet", (32, 48), 3, CLASSES),
         ("test_convnext", 32, 1, CLASSES),
-        ("test_efficientnet", 32, 3, ()),
+        ("test_efficientnet.r160_in1k", 32, 3, ()),
         ("test_vit", (32, 64), 1, CLASSES),
         ("deit_tiny_distilled_patch16_224", 32, 3, CLASSES),
         ("swin_tiny_patch4_window7_224", (32, 64), 3, ()),
