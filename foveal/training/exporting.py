@@ -62,7 +62,9 @@ class Exporter:
         )
         encoder_weights = filter_and_strip_prefix(weights, prefix)
         head_weights = filter_and_strip_prefix(weights, "head.") if head else None
-        self._world.on_rank0(lambda: _write_folder(folder, encoder_weights, card, head_weights, self._collect_facts()))
+        self._world.on_rank0(
+            lambda: _write_folder(folder, encoder_weights, card, head_weights, self._collect_facts(name or None))
+        )
         return folder
 
     def publish_best(self, step: int) -> Path:
@@ -101,7 +103,7 @@ class Exporter:
         for folder in obsolete:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _collect_facts(self) -> ModelCardFacts:
+    def _collect_facts(self, student: str | None = None) -> ModelCardFacts:
         """Return what the model cards say of the run's data and settings."""
         plan, data = self._plan, self._plan.cfg.data
         sources = zip(plan.training_set.sources, plan.training_set.order.source_sizes, strict=True)
@@ -112,7 +114,7 @@ class Exporter:
                 plan.dataset, data, split=evaluated.split, subset=evaluated.subset, seed=plan.cfg.seed
             )
             evaluation = _data_facts(plan.dataset, evaluated.split, len(subset))
-        return ModelCardFacts(tuple(training), evaluation, **plan.cfg.card.to_dict())
+        return ModelCardFacts(tuple(training), evaluation, **plan.cfg.card.to_dict(), student=student)
 
     def _best_folder(self, step: int) -> Path:
         return self._run_dir / "kept" / f"{step:08d}"

@@ -56,9 +56,16 @@ def task_of(card: Card) -> str | None:
     return str(settings_of(card).get("task", "classification")) if card.encoder.get("classes") else None
 
 
-def evaluated_metrics(card: Card) -> dict[str, Any]:
-    """Return the metrics of a card that were measured on images that no step has seen."""
-    return {name: value for name, value in card.metrics.items() if name.startswith(_EVALUATED)}
+def evaluated_metrics(card: Card, student: str | None = None) -> dict[str, Any]:
+    """Return the metrics of a card that were measured on images that no step has seen.
+
+    student: name of one of several students, whose metrics are wanted without those of the others.
+    """
+    metrics = {name: value for name, value in card.metrics.items() if name.startswith(_EVALUATED)}
+    if student is None:
+        return metrics
+    own = f"{student}/"
+    return {name: value for name, value in metrics.items() if "/" not in name or name.partition("_")[2].startswith(own)}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

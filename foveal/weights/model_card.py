@@ -60,7 +60,7 @@ def build_model_card(card: Card, facts: ModelCardFacts = NO_FACTS) -> str:
 def _front_matter(card: Card, facts: ModelCardFacts) -> str:
     tag = _PIPELINE_TAGS.get(task_of(card))
     library = "timm" if explain_not_timm(card) is None else "foveal"
-    metrics = {name.partition("_")[2] for name in evaluated_metrics(card)}
+    metrics = {name.partition("_")[2] for name in evaluated_metrics(card, facts.student)}
     fields: dict[str, Any] = {
         "license": facts.license or (facts.license_name and "other"),
         "license_name": facts.license_name,
@@ -169,7 +169,7 @@ def _recipe_section(card: Card) -> str:
 
 
 def _results_section(card: Card, facts: ModelCardFacts) -> str:
-    metrics = evaluated_metrics(card)
+    metrics = evaluated_metrics(card, facts.student)
     if not metrics:
         return "No evaluation of these weights was recorded.\n"
     rows = [(code_cell(name), escape(_format_value(value))) for name, value in metrics.items()]

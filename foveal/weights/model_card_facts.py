@@ -18,6 +18,7 @@ class ModelCardFacts:
     """What README.md of an export says and ``card.json`` does not hold.
 
     The texts are the settings ``card``, under the names of Hugging Face's ``ModelCardData`` and of its template.
+    ``student``: its name, if it is one of several students.
     """
 
     training_data: tuple[DataFacts, ...] = ()
@@ -27,6 +28,7 @@ class ModelCardFacts:
     license_link: str | None = None
     developers: str | None = None
     model_description: str | None = None
+    student: str | None = None
 
 
 NO_FACTS = ModelCardFacts()

@@ -20,7 +20,7 @@ def describe_limits(card: Card, facts: ModelCardFacts) -> list[str]:
 
 
 def _evaluation_limits(card: Card, facts: ModelCardFacts) -> list[str]:
-    if not evaluated_metrics(card):
+    if not evaluated_metrics(card, facts.student):
         return ["These weights were not evaluated on images apart from those that they were trained on."]
     data = facts.evaluation_data
     where = "one data set" if data is None else f"the split {code(data.split)} of {escape(data.name)}"

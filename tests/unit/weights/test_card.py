@@ -53,3 +53,10 @@ def test_the_task_is_the_heads(card: Card, task: str | None) -> None:
 def test_metrics_of_training_images_are_no_evaluation() -> None:
     metrics = {"loss": 1.0, "train_top1": 0.9, "val_top1": 0.8, "holdout_loss": 0.7, "fold_top1": 0.6, "lr": 0.1}
     assert list(evaluated_metrics(card_of({}, metrics=metrics))) == ["val_top1", "holdout_loss", "fold_top1"]
+
+
+def test_one_of_several_students_has_its_own_metrics() -> None:
+    metrics = {"val_loss": 1.0, "val_small/knn_top1": 0.5, "val_small.2/knn_top1": 0.7, "small/loss": 0.1}
+    card = card_of({}, metrics=metrics)
+    assert list(evaluated_metrics(card, "small")) == ["val_loss", "val_small/knn_top1"]
+    assert len(evaluated_metrics(card)) == 3
