@@ -12,7 +12,7 @@ from foveal.models.backbone import format_image_size
 from foveal.training.plan import Plan, build_stage_plan
 from foveal.weights.pretrained import PretrainedSource, inspect_pretrained
 
-_EXPORT_FILES = {"card.json", "model.safetensors"}
+_EXPORT_FILES = {"card.json", "config.json", "model.safetensors", "README.md"}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from torch import nn
 from foveal.inference.image_transform import ImageTransform, transform_from_card
 from foveal.models.backbone import backbone_from_card
 from foveal.models.vit import encoder_from_card
-from foveal.weights.export import Card, load_weights_strict, read_card, read_export
+from foveal.weights.card import Card, task_of
+from foveal.weights.export import load_weights_strict, read_card, read_export
 
 ENCODER = "encoder"  # in place of a task: an export without a head
 
@@ -43,12 +44,8 @@ def load_exported_model(path: str | Path) -> ExportedModel:
 
 
 def task_of_export(card: Card) -> str:
-    """Return the name of a card's task: its head's kind, or for a head of the encoder's own what its run states."""
-    if card.head is not None:
-        return str(card.head["kind"])
-    if not card.encoder.get("classes", 0):
-        return ENCODER
-    return str(card.science.get("task", "classification"))  # DINOv2's heads, for example, are of no run
+    """Return the task of a card's head, ``ENCODER`` without a head."""
+    return task_of(card) or ENCODER
 
 
 def import_task(name: str) -> Any:

@@ -8,11 +8,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from foveal.config import height_and_width
-from foveal.data.config import AugmentConfig, DataConfig
 from foveal.data.image.decode import DECODE_VERSION, decode_crop
 from foveal.data.image.transforms import CropBox, compute_eval_crop, normalise
-from foveal.weights.export import Card
+from foveal.weights.card import Card, eval_pixels_from_card
 
 
 @dataclass(frozen=True)
@@ -61,18 +59,17 @@ class ImageTransform:
 
 def transform_from_card(card: Card) -> ImageTransform:
     """Return the transform of a model's evaluation; what its run did not state is as in a run without settings."""
-    science, defaults = card.science, DataConfig.model_fields
-    size = science.get("data.eval_size") or card.encoder["image_size"]
-    interpolation = AugmentConfig.model_fields["interpolation"].default
+    pixels = eval_pixels_from_card(card)
     return ImageTransform(
-        image_hw=height_and_width(tuple(size) if isinstance(size, list) else size),
-        channels=card.encoder["channels"],
-        mean=card.mean,
-        std=card.std,
-        crop_ratio=science.get("data.eval_crop_ratio", defaults["eval_crop_ratio"].default),
-        interpolation=science.get("data.augment.interpolation", interpolation),
-        jpeg_scaling=science.get("data.jpeg_scaling", defaults["jpeg_scaling"].default),
-        decode_version=science.get("data.decode_version", 1),  # runs before it had a name read by the first rules
+        image_hw=pixels.eval_hw,
+        channels=pixels.channels,
+        mean=pixels.mean,
+        std=pixels.std,
+        crop_ratio=pixels.crop_ratio,
+        interpolation=pixels.interpolation,
+        jpeg_scaling=pixels.jpeg_scaling,
+        decode_version=pixels.decode_version,
+        bit_depth=pixels.bit_depth,
     )
 
 

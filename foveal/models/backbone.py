@@ -3,10 +3,8 @@
 B images, D feature width, L = rows * columns locations of the last feature map.
 """
 
-import difflib
 import fnmatch
 import functools
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -23,6 +21,7 @@ from foveal.config import Config, ImageSize, height_and_width, science
 from foveal.errors import ConfigError
 from foveal.models.batch_norm import find_batch_norms, preserve_batch_norm_stats
 from foveal.models.droppath import replace_drop_paths
+from foveal.models.timm_args import check_timm_name, constructor_parameters, timm_backbone_args
 from foveal.models.vit import EncoderCard, config_error_as_export
 
 FeatureFn = Callable[[Any, Tensor], tuple[Tensor, ...]]  # (model, normalised images [B, C, H, W]) -> features
@@ -55,14 +54,13 @@ def build_backbone(
     ``torch.manual_seed`` before this call makes them a function of the seed and of timm's version.
     Raises: ConfigError if timm has no such name, or if the model does not support the sizes or the drop path.
     """
-    _check_timm_name(name)
-    accepted = _constructor_parameters(name)
-    kwargs: dict[str, Any] = {"in_chans": channels, "num_classes": num_classes, "drop_path_rate": drop_path}
-    kwargs |= {"img_size": height_and_width(image_size)}
-    if drop_path and "drop_path_rate" not in accepted:
+    args = timm_backbone_args(name, image_size, channels, num_classes)
+    if "drop_path_rate" in constructor_parameters(name):
+        args["drop_path_rate"] = drop_path
+    elif drop_path:
         raise ConfigError(f"'{name}' has no drop path; set drop_path=0 instead of {drop_path:g}")
     try:
-        backbone = timm.create_model(name, pretrained=False, **{k: v for k, v in kwargs.items() if k in accepted})
+        backbone = timm.create_model(name, pretrained=False, **args)
     except TIMM_ERRORS as error:
         raise ConfigError(
             f"timm cannot build '{name}' for images of {format_image_size(image_size)} pixels with {channels} "
@@ -264,7 +262,7 @@ class PretrainedInfo:
 
 def get_pretrained_info(name: str) -> PretrainedInfo:
     """Return timm's description of a name's pretrained weights. Raises: ConfigError if timm has no such name."""
-    _check_timm_name(name)
+    check_timm_name(name)
     cfg: Any = timm.get_pretrained_cfg(name)
     first_layer = cfg.first_conv if isinstance(cfg.first_conv, str) else (cfg.first_conv or ("",))[0]
     return PretrainedInfo(tuple(cfg.mean), tuple(cfg.std), tuple(cfg.input_size[1:]), first_layer)
@@ -281,13 +279,6 @@ def _forward_updating_stats_once(module: Any, forward: Callable[[Tensor], Tensor
         return forward(inputs)
     with preserve_batch_norm_stats(module):
         return forward(inputs)
-
-
-def _check_timm_name(name: str) -> None:
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else "See timm.list_models()."
-        raise ConfigError(f"'{name}' is not a model of timm {timm.__version__}. {hint}")
 
 
 def _check_patch_multiple(backbone: Any, name: str, image_size: int | tuple[int, int]) -> None:
@@ -319,14 +310,6 @@ def _remove_dropout(backbone: nn.Module, drop_path: float) -> None:
 def has_distillation_token(model: nn.Module) -> bool:
     """Return whether a model has a distillation token and a head on it (Touvron et al., "DeiT", 2021)."""
     return isinstance(model, VisionTransformerDistilled)
-
-
-@functools.cache
-def _constructor_parameters(name: str) -> frozenset[str]:
-    """Return the parameters of the constructors of a model's class and its bases."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model_class = type(timm.create_model(name, pretrained=False))
-    return frozenset(name for base in model_class.__mro__ for name in inspect.signature(base.__init__).parameters)
 
 
 def format_image_size(image_size: int | tuple[int, int]) -> str:

@@ -18,7 +18,6 @@ from timm.models.vision_transformer_relpos import RelPosAttention, RelPosBlock, 
 from torch import nn
 
 from foveal.errors import ConfigError
-from foveal.models.attention import SelfAttention
 
 Encoder = VisionTransformer | VisionTransformerRelPos | Eva
 
@@ -67,6 +66,11 @@ def has_rotary_positions(encoder: Any) -> bool:
     return getattr(encoder, "rope", None) is not None
 
 
+def has_plain_attention(encoder: Any) -> bool:
+    """Return whether ``foveal.models.attention.SelfAttention`` can replace the attention of an encoder's blocks."""
+    return isinstance(encoder, VisionTransformer)
+
+
 def get_encoder_sizes(encoder: Any) -> dict[str, Any]:
     """Return an encoder's sizes by the names of their settings."""
     block = encoder.blocks[0]
@@ -92,7 +96,7 @@ def get_class_specific_kwargs(encoder: Any, pooling: str, registers: int) -> dic
     if isinstance(encoder, Eva):
         norms = {"use_fc_norm": norm_after_pooling, "use_post_transformer_norm": not norm_after_pooling}
         return norms | {"dynamic_img_size": False, "num_reg_tokens": registers}
-    return {"reg_tokens": registers, "attn_layer": SelfAttention}
+    return {"reg_tokens": registers}
 
 
 def explain_no_fused_qkv(name: str) -> str | None:

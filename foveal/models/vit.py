@@ -16,6 +16,7 @@ from torch import nn
 
 from foveal.config import ImageSize, height_and_width, science
 from foveal.errors import ConfigError, ExportError
+from foveal.models.attention import SelfAttention
 from foveal.models.config import Pooling, Positions, ResolvedVitConfig, VitConfig
 from foveal.models.droppath import replace_drop_paths
 from foveal.models.sincos import check_sincos_width, sincos_positions
@@ -25,6 +26,7 @@ from foveal.models.timm_vit import (
     get_class_specific_kwargs,
     get_encoder_sizes,
     has_absolute_positions,
+    has_plain_attention,
     has_rotary_positions,
 )
 from foveal.models.token_positions import replace_relative_biases
@@ -91,27 +93,39 @@ def build_encoder(
     Raises: ConfigError if timm has no such vision transformer, or if the sizes do not fit each other.
     """
     sizes = resolve_sizes_for_image(cfg, image_size)
+    args = timm_encoder_args(sizes, image_size, channels, pooling=pooling, num_classes=num_classes)
+    if has_plain_attention(build_meta_encoder(sizes.name)):
+        args["attn_layer"] = SelfAttention
     # timm draws too, and its number of draws may change with its version: restore the generator before foveal draws.
     with torch.random.fork_rng(devices=[]):
-        encoder: Any = timm.create_model(
-            sizes.name,
-            pretrained=False,
-            img_size=height_and_width(image_size),
-            in_chans=channels,
-            num_classes=num_classes,
-            global_pool=pooling,
-            drop_path_rate=drop_path,
-            patch_size=sizes.patch,
-            embed_dim=sizes.width,
-            depth=sizes.depth,
-            num_heads=sizes.heads,
-            mlp_ratio=sizes.mlp_ratio,
-            **get_class_specific_kwargs(build_meta_encoder(sizes.name), pooling, sizes.registers),
-        )
+        encoder: Any = timm.create_model(sizes.name, pretrained=False, drop_path_rate=drop_path, **args)
         replace_relative_biases(encoder)
     _init_encoder(encoder, sizes.positions)
     replace_drop_paths(encoder)
     return encoder
+
+
+def timm_encoder_args(
+    sizes: ResolvedVitConfig,
+    image_size: int | tuple[int, int],
+    channels: int,
+    *,
+    pooling: Pooling,
+    num_classes: int,
+) -> dict[str, Any]:
+    """Return the arguments of ``timm.create_model``, beside the name, for the encoder of these sizes; JSON holds them."""
+    return {
+        "img_size": height_and_width(image_size),
+        "in_chans": channels,
+        "num_classes": num_classes,
+        "global_pool": pooling,
+        "patch_size": sizes.patch,
+        "embed_dim": sizes.width,
+        "depth": sizes.depth,
+        "num_heads": sizes.heads,
+        "mlp_ratio": sizes.mlp_ratio,
+        **get_class_specific_kwargs(build_meta_encoder(sizes.name), pooling, sizes.registers),
+    }
 
 
 def encoder_card(

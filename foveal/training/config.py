@@ -64,6 +64,16 @@ class RecoveryConfig(Config):
     max_rollbacks: int = machine(5, "Maximal number of roll-backs before the run gives up.", ge=0)
 
 
+class CardConfig(Config):
+    """Texts for the model card (README.md) of the exports, under Hugging Face's names; null: not stated."""
+
+    license: str | None = machine(None, "Licence of the weights: Hugging Face's identifier, such as apache-2.0.")
+    license_name: str | None = machine(None, "Name of a licence that Hugging Face has no identifier of.")
+    license_link: str | None = machine(None, "Where the text of that licence is: a link, or a file in the folder.")
+    developers: str | None = machine(None, "Who made the model.")
+    model_description: str | None = machine(None, "What the model is for, as plain text.")
+
+
 class RunConfig(Config):
     """The run directory, and the start and stop of a run."""
 
@@ -112,6 +122,7 @@ class StageConfig(Config):
     recovery: RecoveryConfig = RecoveryConfig()
     run: RunConfig = RunConfig()
     tracking: TrackingConfig = TrackingConfig()
+    card: CardConfig = CardConfig()
 
     main_settings: ClassVar[tuple[str, ...]] = (  # those that --help shows; a stage puts its own before them
         "data.path",
@@ -149,6 +160,18 @@ class StageConfig(Config):
             "engine.kind=accelerate",
             because="no other engine reads it (DeepSpeed shards by engine.zero)",
             remedy="remove engine.sharding, or set engine.kind=accelerate",
+        ),
+        excludes(
+            "card.license",
+            "card.license_name",
+            because="license_name is for a licence that Hugging Face has no identifier of",
+            remedy="set one of them",
+        ),
+        requires(
+            "card.license_link",
+            "card.license_name",
+            because="an identifier says where the text of its licence is",
+            remedy="set card.license_name, or remove card.license_link",
         ),
         requires(
             "data.mean", "data.std", because="they replace the manifest's as a pair", remedy="set both or neither"

@@ -9,17 +9,21 @@ from typing import Any
 from torch import Tensor
 
 from foveal.atomic import atomic_folder, read_json, write_json
+from foveal.data.dataset import Dataset
+from foveal.data.sampling.subset import eval_split, select_subset
 from foveal.distributed.world import World
 from foveal.engines.base import Engine
 from foveal.errors import CheckpointError, ExportError
 from foveal.training.plan import Plan
 from foveal.training.provenance import get_library_versions
-from foveal.weights.export import Card, filter_and_strip_prefix, read_card, write_export
+from foveal.weights.export import Card, describe_export, filter_and_strip_prefix, read_card, write_export
+from foveal.weights.model_card_facts import DataFacts, ModelCardFacts
 
 
 class Exporter:
     """Writes the folders export/ and kept/<step>/ of a run. Every rank calls every method.
 
+    Each is also a folder of timm's and has a model card (``foveal.weights.export.describe_export``).
     The weights of a better evaluation never overwrite the export directly: a run that is killed or rolled back repeats
     later evaluations, perhaps on another number of ranks, and the repetition may score lower.
     """
@@ -58,7 +62,9 @@ class Exporter:
         )
         encoder_weights = filter_and_strip_prefix(weights, prefix)
         head_weights = filter_and_strip_prefix(weights, "head.") if head else None
-        self._world.on_rank0(lambda: _write_folder(folder, encoder_weights, card, head_weights))
+        self._world.on_rank0(
+            lambda: _write_folder(folder, encoder_weights, card, head_weights, self._collect_facts(name or None))
+        )
         return folder
 
     def publish_best(self, step: int) -> Path:
@@ -97,6 +103,19 @@ class Exporter:
         for folder in obsolete:
             shutil.rmtree(folder, ignore_errors=True)
 
+    def _collect_facts(self, student: str | None = None) -> ModelCardFacts:
+        """Return what the model cards say of the run's data and settings."""
+        plan, data = self._plan, self._plan.cfg.data
+        sources = zip(plan.training_set.sources, plan.training_set.order.source_sizes, strict=True)
+        training = [_data_facts(source.dataset, source.split, num_used) for source, num_used in sources]
+        evaluated, evaluation = eval_split(data), None
+        if evaluated.split in plan.dataset.manifest.splits:
+            subset = select_subset(
+                plan.dataset, data, split=evaluated.split, subset=evaluated.subset, seed=plan.cfg.seed
+            )
+            evaluation = _data_facts(plan.dataset, evaluated.split, len(subset))
+        return ModelCardFacts(tuple(training), evaluation, **plan.cfg.card.to_dict(), student=student)
+
     def _best_folder(self, step: int) -> Path:
         return self._run_dir / "kept" / f"{step:08d}"
 
@@ -111,12 +130,19 @@ class Exporter:
             if self._plan.fork is not None:  # the best weights may be the source's
                 card = read_json(draft / "card.json")
                 write_json(draft / "card.json", card | {"science": card["science"] | self._plan.fork.card_facts()})
+            describe_export(draft, read_card(draft), self._collect_facts())  # the best may be of an older version
         return folder
 
 
-def _write_folder(folder: Path, weights: dict[str, Tensor], card: Card, head: dict[str, Tensor] | None) -> None:
+def _data_facts(dataset: Dataset, split: str, num_used: int) -> DataFacts:
+    return DataFacts(dataset.manifest.name, split, dataset.num_samples(split), num_used)
+
+
+def _write_folder(
+    folder: Path, weights: dict[str, Tensor], card: Card, head: dict[str, Tensor] | None, facts: ModelCardFacts
+) -> None:
     with _as_export_error(folder):
-        write_export(folder, weights, card, head)
+        write_export(folder, weights, card, head, facts)
 
 
 @contextmanager

@@ -2,62 +2,47 @@
 
 The card holds what the weights do not: architecture, grid and position type, mean and standard deviation of pixels,
 pooling, class names and provenance. A head that is not timm's is stored in ``head.safetensors``, so that every export
-is an encoder for the next stage. No pickle is read from an export.
+is an encoder for the next stage. ``config.json`` and ``README.md`` are for others; foveal reads neither of an export.
+No pickle is read from an export.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import ConfigDict, Field, ValidationError
-from pydantic.dataclasses import dataclass
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from foveal.atomic import atomic_folder, sha256
+from foveal.atomic import atomic_folder, encode_json, sha256
 from foveal.errors import ExportError
 from foveal.timeouts import DEFAULT_STALL_TIMEOUT, read_with_timeout
+from foveal.weights.card import EXPORT_FORMAT, Card
+from foveal.weights.hub_files import CONFIG
+from foveal.weights.model_card import README, build_model_card
+from foveal.weights.model_card_facts import NO_FACTS, ModelCardFacts
+from foveal.weights.timm_folder import build_timm_config, explain_encoder_not_timm
 from foveal.weights.weight_lists import list_first, list_weights
 
-EXPORT_FORMAT = 1
 _TUPLE_FIELDS = ("mean", "std", "classes", "resized_from")  # lists in JSON
 _MODEL, _HEAD = "model.safetensors", "head.safetensors"
 
 
-@dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid", strict=True))
-class Card:
-    """The metadata of an export.
-
-    ``encoder`` rebuilds the module (sizes, grid, position type, pooling, channels); ``mean`` and ``std`` are of pixels
-    in [0, 1]; ``classes`` are the class names in the order of the head's outputs, empty for an encoder;
-    ``resized_from`` is the image size of the initial export, if this stage used a different one; ``head`` rebuilds the
-    head in ``head.safetensors`` (its ``kind`` first), None without that file.
-    """
-
-    stage: str
-    encoder: dict[str, Any]
-    mean: tuple[Annotated[float, Field(allow_inf_nan=False)], ...]
-    std: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...]
-    classes: tuple[str, ...] = ()
-    resized_from: int | tuple[int, ...] | None = None
-    step: int = 0
-    metrics: dict[str, Any] = field(default_factory=dict)
-    science: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-    sha256: str = ""
-    format: int = EXPORT_FORMAT
-    head: dict[str, Any] | None = None
-    head_sha256: str = ""
-
-
 def write_export(
-    folder: Path, weights: dict[str, Tensor], card: Card, head_weights: dict[str, Tensor] | None = None
+    folder: Path,
+    weights: dict[str, Tensor],
+    card: Card,
+    head_weights: dict[str, Tensor] | None = None,
+    facts: ModelCardFacts = NO_FACTS,
 ) -> None:
-    """Write an export atomically; ``head_weights`` belong to the head that ``card.head`` describes."""
+    """Write an export atomically.
+
+    ``head_weights`` belong to the head that ``card.head`` describes; ``facts`` are for README.md (``describe_export``).
+    """
     assert (head_weights is None) == (card.head is None)
     with atomic_folder(folder) as draft:
         fields = asdict(card) | {"sha256": _write_weights(draft / _MODEL, weights)}
@@ -65,7 +50,18 @@ def write_export(
             del fields["head"], fields["head_sha256"]
         else:
             fields["head_sha256"] = _write_weights(draft / _HEAD, head_weights)
-        (draft / "card.json").write_text(json.dumps(fields, indent=1, ensure_ascii=False) + "\n")
+        (draft / "card.json").write_bytes(encode_json(fields))
+        describe_export(draft, card, facts)
+
+
+def describe_export(folder: Path, card: Card, facts: ModelCardFacts) -> None:
+    """Write what others read of an export into its draft: timm's config.json, and README.md for people.
+
+    There is no config.json if timm cannot build the encoder (``explain_encoder_not_timm``); README.md says why.
+    """
+    if explain_encoder_not_timm(card) is None:
+        (folder / CONFIG).write_bytes(encode_json(build_timm_config(card)))
+    (folder / README).write_bytes(build_model_card(card, facts).encode())
 
 
 def filter_and_strip_prefix(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

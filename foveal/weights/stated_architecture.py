@@ -23,8 +23,10 @@ def check_stated_architecture(hub: HubFiles, model: nn.Module, name: str) -> lis
     stated, args = hub.architecture, {k: v for k, v in hub.model_args.items() if not _IGNORED_ARGS.fullmatch(k)}
     if stated is None or (stated == name and not args):
         return []
+    channels = getattr(model, "in_chans", None)
     try:
-        expected = _describe_modules(build_meta_model_as_stated(stated, args))
+        with_channels = args if channels is None else args | {"in_chans": channels}
+        expected = _describe_modules(build_meta_model_as_stated(stated, with_channels))
     except ConfigError:
         return [f"config.json states timm's {stated}, which this timm cannot build; taken for {name}"]
     found = _describe_modules(model)

@@ -50,7 +50,9 @@ CONFIGS = get_stage_configs()
 # Gradients that were summed in bf16 brought one: the type of the sum, so that runs begun before keep theirs, and half the
 # traffic for whose network is slow.
 # Published decoders to go on with brought one to pretraining.
-MOST_SETTINGS = {"pretrain": 115, "distill": 137, "finetune": 161}
+# Model cards brought five: the licence (three), who made the model, and what it is for, for whoever hands an export on.
+# Attention that suits a processor brought one.
+MOST_SETTINGS = {"pretrain": 120, "distill": 141, "finetune": 165}
 
 
 def shipped(folder: str) -> list[Path]:

@@ -68,7 +68,7 @@ def test_what_goes_in_comes_out(folder: Path) -> None:
     ):
         assert getattr(card, name) == getattr(CARD, name), name
     assert card_json["format"] == 1
-    assert sorted(file.name for file in folder.iterdir()) == ["card.json", "model.safetensors"]
+    assert sorted(file.name for file in folder.iterdir()) == ["README.md", "card.json", "model.safetensors"]
 
 
 def test_a_card_from_before_there_was_resizing(folder: Path) -> None:
@@ -89,7 +89,7 @@ def test_files_of_an_export_are_readable_as_the_umask_says(umask: int, tmp_path:
     finally:
         os.umask(before)
     modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "export").iterdir()}
-    assert modes == dict.fromkeys(("card.json", "head.safetensors", "model.safetensors"), 0o666 & ~umask)
+    assert modes == dict.fromkeys(("README.md", "card.json", "head.safetensors", "model.safetensors"), 0o666 & ~umask)
     assert (tmp_path / "export").stat().st_mode & 0o777 == 0o777 & ~umask
 
 
@@ -116,7 +116,8 @@ def test_a_head_lies_beside_the_encoder(tmp_path: Path) -> None:
     """The encoder is read as without a head; the head is read by its kind."""
     head, folder = {"classify.weight": torch.ones(2, 3)}, tmp_path / "export"
     write_export(folder, weights(), replace(CARD, head=HEAD), head)
-    assert sorted(file.name for file in folder.iterdir()) == ["card.json", "head.safetensors", "model.safetensors"]
+    files = ["README.md", "card.json", "head.safetensors", "model.safetensors"]
+    assert sorted(file.name for file in folder.iterdir()) == files
     assert read_export(folder)[0].keys() == weights().keys()
     loaded, card_json = read_head(folder, "segmentation")
     assert card_json == HEAD

@@ -1,0 +1,67 @@
+"""What a run leaves in kept/ and export/: folders of timm's with a model card, whoever wrote the best weights."""
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from finetune.config import FinetuneConfig
+from finetune.plan import plan_training
+from finetune.train import train
+from foveal.distributed.preemption import Preemption
+from foveal.distributed.world import World
+from foveal.training.run_directory import open_run
+
+ALONE = World(0, 1, 0, "none", torch.device("cpu"))
+FILES = ["README.md", "card.json", "config.json", "model.safetensors"]
+
+
+def fine_tune(digits: Path, run_dir: Path, **run_settings: Any) -> Path:
+    """Fine-tune for three steps that change nothing: the first evaluation is the best."""
+    settings = {
+        "epochs": 1,
+        "data": {"path": str(digits), "image_size": 8, "channels": 1, "lanes": 4, "samples_per_class": 30},
+        "model": {"name": "vit_tiny_patch16_224", "patch": 4, "width": 16, "depth": 1, "heads": 2},
+        "batch": {"global_size": 100, "max_micro_size": 100},
+        "optim": {"lr_per_256": 1e-30, "warmup_epochs": 0},
+        "engine": {"kind": "plain"},
+        "tracking": {"uri": None},
+        "evaluate_every": 1,
+        "early_stopping": {"metric": "val_loss", "patience": None},
+        "card": {"license": "cc-by-4.0", "developers": "A | B"},
+        "run": {"dir": str(run_dir)} | run_settings,
+    }
+    plan = plan_training(FinetuneConfig.from_dict(settings, "here"), 1)
+    with open_run("finetune", plan, ALONE, Preemption(ALONE)) as run:
+        assert run is not None
+        train(plan, run)
+    return run_dir
+
+
+def test_kept_and_published_weights_are_folders_of_timm(digits: Path, tmp_path: Path) -> None:
+    run_dir = fine_tune(digits, tmp_path / "run", stop_at_step=2)
+    (kept,) = (run_dir / "kept").iterdir()
+    assert sorted(file.name for file in kept.iterdir()) == FILES
+    for name in ("README.md", "config.json"):
+        (kept / name).unlink()  # a version that did not write them kept these weights
+    fine_tune(digits, run_dir)
+    export = run_dir / "export"
+    assert sorted(file.name for file in export.iterdir()) == FILES
+    model: Any = timm.create_model(f"local-dir:{export}", pretrained=True)
+    assert model.pretrained_cfg["label_names"] == [str(digit) for digit in range(10)]
+    text = (export / "README.md").read_text()
+    for line in (
+        "license: cc-by-4.0\n",
+        "| Developed by | A \\| B |",
+        "| training | digits | `train` | 1,437 (300 used) |",
+        "| evaluation | digits | `val` | 360 |",
+        "The step was chosen by `val_loss`",
+    ):
+        assert line in text
+    assert str(tmp_path) not in text
+
+
+def test_the_same_run_has_the_same_card(digits: Path, tmp_path: Path) -> None:
+    texts = [(fine_tune(digits, tmp_path / name) / "export" / "README.md").read_bytes() for name in ("a", "b")]
+    assert texts[0] == texts[1]
