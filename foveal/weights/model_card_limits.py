@@ -66,9 +66,9 @@ def _class_limits(card: Card) -> list[str]:
 
 def _origin_limits(card: Card, facts: ModelCardFacts) -> list[str]:
     limits = []
-    for source, begins in (("init", "Training began from other weights"), ("teacher", "A teacher was imitated")):
+    for source, begins in (("init", "Training began from weights"), ("teacher", "The targets are those of a teacher")):
         if digest := card.science.get(f"inherited.{source}"):
-            limits.append(f"{begins} (sha256 {code(str(digest))}); their data and licence are not in this card.")
+            limits.append(f"{begins} (sha256 {code(str(digest))}) whose data and licence are not in this card.")
     if facts.license is None and facts.license_name is None:
         limits.append("No licence was stated (settings `card`).")
     return limits

@@ -97,7 +97,7 @@ def test_it_says_what_is_known_and_no_more() -> None:
         "normalised with mean 0.3 and std 0.4;",
         "Images are of 16 x 16 pixels",
         "The metrics are of the split `val` of my: data;",
-        "Training began from other weights (sha256 `d2`); their data and licence are not in this card.",
+        "Training began from weights (sha256 `d2`) whose data and licence are not in this card.",
     ):
         assert line in text
     for absent in ("images_per_second", "0.5 ", "/secret", "No licence", "chosen by"):
