@@ -36,7 +36,7 @@ def write(request: Request, draft: Path) -> Reopened:
     def run(pixels: Tensor) -> dict[str, Tensor]:
         return outputs.name([opened(outputs.to_input(pixels))])
 
-    transform = create_transform(**resolve_model_data_config(opened), is_training=False)
+    transform: Any = create_transform(**resolve_model_data_config(opened), is_training=False)
     difference = measure_pixels(transform, model.transform, request.images)
     note = describe_pixels("transform", model.transform, difference)
     classes = opened.pretrained_cfg.get("label_names") or () if model.classes else ()
