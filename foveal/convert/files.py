@@ -30,11 +30,17 @@ def describe_library(name: str) -> str:
 
 def write_weights(file: Path, weights: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write weights as safetensors; tied weights are written under each of their names. Raises: OSError."""
-    contiguous = {name: value.detach().clone().contiguous() for name, value in weights.items()}
+    unshared: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, value in weights.items():
+        contiguous = value.detach().contiguous()
+        storage = contiguous.untyped_storage().data_ptr()
+        unshared[name] = contiguous.clone() if storage in storages else contiguous
+        storages.add(storage)
     file.touch()
     mode = file.stat().st_mode  # as the umask says
     try:
-        save_file(contiguous, file, {"format": "pt"} | (metadata or {}))
+        save_file(unshared, file, {"format": "pt"} | (metadata or {}))
     except SafetensorError as error:
         raise OSError(f"{file.name}: {error}") from None
     file.chmod(mode)  # safetensors replaces the file by one that only its owner can read

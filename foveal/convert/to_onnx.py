@@ -92,9 +92,10 @@ def _open_session(runtime: Any, file: Path) -> Any:
 @contextmanager
 def _silence() -> Iterator[None]:
     """Keep the exporter's log and progress off the terminal: they speak of its own internals."""
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with tracing(), contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)

@@ -5,6 +5,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 
 from foveal.convert.compare import Reopened
@@ -35,7 +36,7 @@ def write(request: Request, draft: Path) -> Reopened:
     def run(pixels: Tensor) -> dict[str, Tensor]:
         return outputs.name([opened(outputs.to_input(pixels))])
 
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(opened), is_training=False)
+    transform: Any = create_transform(**resolve_model_data_config(opened), is_training=False)
     difference = measure_pixels(transform, model.transform, request.images)
     note = describe_pixels("transform", model.transform, difference)
     classes = opened.pretrained_cfg.get("label_names") or () if model.classes else ()

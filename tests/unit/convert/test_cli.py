@@ -74,6 +74,15 @@ def test_wrong_options_are_a_sentence_and_code_2(
     assert [each.name for each in export.parent.iterdir()] == ["export"]
 
 
+def test_an_unfinished_run_is_a_sentence_and_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run" / "attempts").mkdir(parents=True)
+    code, text = said(capsys, monkeypatch, tmp_path / "run", "--to", "hf")
+    assert (code, text.splitlines()) == (2, [text])
+    assert text.endswith("run is the directory of an unfinished run; start the run again, it goes on to its end")
+
+
 def test_an_existing_folder_stays_as_it_is(
     export: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from tiny_exports import CLASSES, KINDS, stand_in_for_timm_folder, written
 
+from foveal.convert import to_onnx
 from foveal.convert.formats import FORMATS, Conversion, convert
 from foveal.convert.request import Options
 from foveal.errors import ExportError
@@ -64,6 +65,12 @@ def test_patches_and_preprocessing_are_part_of_the_graph(kind: str, to: str, tmp
     conversion = converted(kind, to, tmp_path, Options(patches=True, preprocess=True))
     assert [difference.output for difference in conversion.differences] == ["features", "patches"]
     assert all(difference.relative < TIGHT for difference in conversion.differences)
+
+
+def test_weights_too_large_for_a_file_of_onnx_lie_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(to_onnx, "_LARGEST_FILE", 0)
+    conversion = converted("plain", "onnx", tmp_path)
+    assert sorted(file.name for file in conversion.folder.iterdir()) == ["model.onnx", "model.onnx.data"]
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [("bf16", 2**-8), ("fp16", 2**-11)])
