@@ -29,12 +29,15 @@ def draw_box_grid(
     rows of ``predicted`` [N, 6] have a score as well, which is drawn in percent.
     """
     boxes_by_column = {"ground truth": ground_truth, "predicted": predicted}
-    columns = {name: _draw_boxes(images.detach().cpu(), boxes, class_names) for name, boxes in boxes_by_column.items()}
+    columns = {name: draw_boxes(images.detach().cpu(), boxes, class_names) for name, boxes in boxes_by_column.items()}
     return draw_image_grid(columns, title=title, min_side=1)
 
 
-def _draw_boxes(images: Tensor, boxes: Sequence[np.ndarray], names: Sequence[str]) -> Tensor:
-    """Return the images uint8 [B, 3, H, W], enlarged if they are small, with boxes drawn on them."""
+def draw_boxes(images: Tensor, boxes: Sequence[np.ndarray], names: Sequence[str]) -> Tensor:
+    """Return images uint8 [B, C, H, W] as [B, 3, H, W], enlarged if they are small, with boxes drawn on them.
+
+    Rows of boxes are (left, top, right, bottom, class) in pixels, and may have a score, which is drawn in percent.
+    """
     palette = [tuple(colour) for colour in make_class_palette(len(names)).tolist()]
     font = ImageFont.load_default()
     scale = max(1, math.ceil(MIN_IMAGE_SIDE / max(images.shape[2:])))

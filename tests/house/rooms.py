@@ -103,7 +103,16 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("pydantic", "torch", "safetensors"),
     ),
     "foveal.inference": (
-        (*CONFIGURED, "foveal.data", "foveal.models", "foveal.timeouts", "foveal.weights"),
+        (
+            *CONFIGURED,
+            "foveal.atomic",
+            "foveal.data",
+            "foveal.distributed.launcher",
+            "foveal.inspect",
+            "foveal.models",
+            "foveal.timeouts",
+            "foveal.weights",
+        ),
         ("numpy", "PIL", "pyarrow", "torch", "typer"),
     ),
     "foveal.inspect": (("foveal.data.image", "foveal.models"), ("numpy", "torch", "PIL")),
