@@ -5,7 +5,7 @@ Images without a label have weight 0.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from foveal.data.sampling.subset import SubsetName
 from foveal.engines.base import Engine
 from foveal.inference.exported_model import ExportedModel
 from foveal.inference.image_transform import ImageFrame
-from foveal.inference.predictions import Prediction, round_score
+from foveal.inference.predictions import Columns, Prediction, round_score
 from foveal.models.backbone import check_classifier_training
 from foveal.models.batch_norm import preserve_batch_norm_stats, use_auxiliary_batch_norms
 from foveal.seeding import derive_key, draw_uniform
@@ -149,7 +149,7 @@ class Classification(Task):
     min_classes = 2
     has_index_labels = True
     supported_settings = frozenset(TASK_SETTINGS) - {"data.eval_size", "data.label_field"}
-    prediction_columns = {"class": str, "score": float}
+    prediction_columns: ClassVar[Columns] = {"class": str, "score": float}
     loss_class = ClassificationLoss
 
     def make_label_reader(self, cfg: DataConfig, dataset: Dataset) -> LabelReader | None:

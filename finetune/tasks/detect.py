@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from foveal.data.sampling.subset import SubsetName
 from foveal.engines.base import Engine
 from foveal.inference.exported_model import ExportedModel
 from foveal.inference.image_transform import ImageFrame
-from foveal.inference.predictions import Prediction, Row, round_score
+from foveal.inference.predictions import Columns, Prediction, Row, round_score
 from foveal.inspect.boxes import draw_boxes
 from foveal.inspect.image_grid import draw_image_grid
 from foveal.models.backbone import parse_encoder_card
@@ -91,7 +91,7 @@ class Detection(Task):
     predicts_classes = True
     supported_settings = frozenset({"data.eval_size", "data.label_field"})
     settings_section = "detect"
-    prediction_columns = {"class": str, "score": float} | dict.fromkeys(_BOX_COLUMNS, float)
+    prediction_columns: ClassVar[Columns] = {"class": str, "score": float} | dict.fromkeys(_BOX_COLUMNS, float)
 
     def make_label_reader(self, cfg: DataConfig, dataset: Dataset) -> LabelReader:
         field = resolve_label_field(cfg, dataset, "json", self.name)

@@ -6,7 +6,7 @@ Pixels without a label are ignored. B images of H x W pixels, K classes.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from foveal.engines.base import Engine
 from foveal.errors import ConfigError
 from foveal.inference.exported_model import ExportedModel
 from foveal.inference.image_transform import ImageFrame
-from foveal.inference.predictions import Prediction, round_score
+from foveal.inference.predictions import Columns, Prediction, round_score
 from foveal.inspect.segmentation import draw_predicted_mask, encode_mask, outside_id
 from foveal.models.backbone import format_image_size
 from foveal.models.config import Pooling
@@ -115,7 +115,7 @@ class Segmentation(Task):
         }
     )
     settings_section = "segment"
-    prediction_columns = {"class": str, "fraction": float}
+    prediction_columns: ClassVar[Columns] = {"class": str, "fraction": float}
     prediction_files = ("mask",)
 
     def make_label_reader(self, cfg: DataConfig, dataset: Dataset) -> LabelReader:

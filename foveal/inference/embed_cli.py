@@ -34,7 +34,7 @@ def embed_command(
     from foveal.distributed.launcher import read_launch_env
     from foveal.inference.embed import embed_images, plan_embeddings, wait_for_all_shards  # with torch
     from foveal.inference.embedder import load_embedder
-    from foveal.inference.image_inputs import resolve_images
+    from foveal.inference.image_sources import resolve_images
     from foveal.inference.predict import choose_device
 
     env = read_launch_env()
@@ -71,7 +71,7 @@ def neighbours_command(
     device: DeviceOption = "auto",
 ) -> None:
     """Print the nearest images of IMAGE among EMBEDDINGS, by cosine similarity, and draw them."""
-    from foveal.inference.image_inputs import resolve_images
+    from foveal.inference.image_sources import resolve_images
     from foveal.inference.neighbours import draw_neighbours, encode_png, find_neighbours, load_embedder_of
     from foveal.inference.new_outputs import check_new, writing
     from foveal.inference.predict import choose_device

@@ -1,31 +1,17 @@
-"""The images that a command names: files, folders, globs, shards, packed data sets, and URLs."""
+"""Lists of images to read: files, files behind URLs, and samples of shards."""
 
 import bisect
-import fnmatch
-import functools
-import glob
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from foveal.data.config import is_url
-from foveal.data.dataset import Dataset, open_unchecked_dataset
-from foveal.data.format.manifest import MANIFEST_NAME
-from foveal.data.format.shard_index import INDEX_SUFFIX, IndexRules, ShardIndex, mmap_index
-from foveal.data.indexing.shards import scan_shard
-from foveal.data.pack.image_tree import IMAGE_SUFFIXES, PassedOver, scan_folder
-from foveal.data.storage.folder import Folder
-from foveal.data.storage.reader import LocalShardReader
+from foveal.data.format.shard_index import ShardIndex
 from foveal.data.storage.remote import RemoteFolder
 from foveal.errors import DataError
-from foveal.redact import redact_url_secrets
 
-_STALL_TIMEOUT = 120.0  # seconds: of a read without progress, and of a request with all its attempts
-_SHARD_SUFFIX = ".tar"
-_KEY_MARK = "#"  # between the path of a shard and the key of one of its samples
-_GLOB_CHARACTERS = frozenset("*?[")
+KEY_MARK = "#"  # between the path of a shard and the key of one of its samples
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +120,7 @@ class ShardImages:
         def read() -> bytes:
             return self._read_bytes(index.shard, *index.find_image_offset_size(position))
 
-        return ImageInput(f"{self._path}{_KEY_MARK}{_printable(index.key(position))}", read, self._bit_depth)
+        return ImageInput(f"{self._path}{KEY_MARK}{_printable(index.key(position))}", read, self._bit_depth)
 
     def digest(self) -> str:
         return _digest_names([self._path, self._load_index().compute_samples_digest()])
@@ -164,143 +150,6 @@ class OneImage:
         return _digest_names([self.image.name])
 
 
-def resolve_images(sources: Sequence[str]) -> ImageList:
-    """Return the images of files, folders (with all folders below), globs, shards, data sets and URLs, in this order.
-
-    A folder of shards is its shards' images; of a packed data set they are those of all splits. Two sources may name
-    the same image, which then comes twice.
-    Raises: DataError for a source that does not exist, or if there is no image in all of them.
-    """
-    groups = [group for source in sources for group in _resolve(source)]
-    images = ImageList(groups)
-    if not len(images):
-        raise DataError(f"no image in {', '.join(map(redact_url_secrets, sources))}: give files, folders or shards")
-    return images
-
-
-def _resolve(source: str) -> list[ImageGroup]:
-    if is_url(source):
-        return _resolve_url(source)
-    path = Path(source)
-    if path.is_dir():
-        return _resolve_folder(path)
-    if path.exists():
-        return [_open_local_shard(path) if path.suffix == _SHARD_SUFFIX else LocalImages([path])]
-    shard, mark, key = source.rpartition(_KEY_MARK)
-    if mark and shard.endswith(_SHARD_SUFFIX) and Path(shard).is_file():
-        return [_open_local_shard(Path(shard)).select(key)]
-    if not _GLOB_CHARACTERS.isdisjoint(source):
-        matches = sorted(glob.glob(source, recursive=True))  # noqa: PTH207 - of an absolute or a relative pattern
-        if matches:
-            return [group for match in matches for group in _resolve(match)]
-        raise DataError(f"no file matches {source}")
-    raise DataError(f"no such file or folder: {source}")
-
-
-def _resolve_folder(folder: Path) -> list[ImageGroup]:
-    shards = sorted(folder.glob(f"*{_SHARD_SUFFIX}"))
-    if shards and (folder / MANIFEST_NAME).is_file():
-        return list(_open_dataset(str(folder)))
-    images = [image.path for image in scan_folder(folder, PassedOver()).walk()]
-    return [*map(_open_local_shard, shards), LocalImages(images)]
-
-
-def _resolve_url(url: str) -> list[ImageGroup]:
-    is_http = url.startswith("http")
-    path, mark, query = url.partition("?") if is_http else (url, "", "")
-    parent, _, name = path.rstrip("/").rpartition("/")
-    shard_name, key_mark, key = name.rpartition(_KEY_MARK)
-    if key_mark and shard_name.endswith(_SHARD_SUFFIX):
-        return [_open_remote_shard(RemoteFolder(f"{parent}{mark}{query}", _STALL_TIMEOUT), shard_name).select(key)]
-    if name.endswith(_SHARD_SUFFIX):
-        return [_open_remote_shard(RemoteFolder(f"{parent}{mark}{query}", _STALL_TIMEOUT), name)]
-    if not is_http and not _GLOB_CHARACTERS.isdisjoint(path):
-        return _resolve_url_glob(path)
-    if name.lower().rpartition(".")[2] in IMAGE_SUFFIXES:
-        return [RemoteImages(RemoteFolder(f"{parent}{mark}{query}", _STALL_TIMEOUT), [name])]
-    folder = RemoteFolder(url, _STALL_TIMEOUT)
-    names = folder.file_sizes().keys()
-    if MANIFEST_NAME in names and any(name.endswith(_SHARD_SUFFIX) for name in names):
-        return list(_open_dataset(url))
-    return _remote_groups(folder, sorted(folder.walk_files()))
-
-
-def _resolve_url_glob(url: str) -> list[ImageGroup]:
-    """Return the files that match, part by part: ``*`` matches within the name of a file or folder."""
-    parts = url.split("/")
-    first = next(number for number, part in enumerate(parts) if not _GLOB_CHARACTERS.isdisjoint(part))
-    folder, patterns = RemoteFolder("/".join(parts[:first]), _STALL_TIMEOUT), parts[first:]
-
-    def matches(name: str) -> bool:
-        names = name.split("/")
-        return len(names) == len(patterns) and all(map(fnmatch.fnmatchcase, names, patterns))
-
-    groups = _remote_groups(folder, [name for name in sorted(folder.walk_files()) if matches(name)])
-    if not any(map(len, groups)):
-        raise DataError(f"no image or shard matches {redact_url_secrets(url)}")
-    return groups
-
-
-def _remote_groups(folder: RemoteFolder, names: Sequence[str]) -> list[ImageGroup]:
-    shards = [name for name in names if name.endswith(_SHARD_SUFFIX)]
-    images = [name for name in names if name.lower().rpartition(".")[2] in IMAGE_SUFFIXES]
-    return [*(_open_remote_shard(folder, name) for name in shards), RemoteImages(folder, images)]
-
-
-def _open_dataset(path_or_url: str, only_shard: str | None = None) -> list[ShardImages]:
-    """Return the shards of a packed data set, split by split; ``only_shard``: this file of it, if it is one."""
-    dataset = open_unchecked_dataset(path_or_url, None, stall_timeout=_STALL_TIMEOUT)
-    return [
-        _shard_of_dataset(dataset, split, number)
-        for split, entry in dataset.manifest.splits.items()
-        for number, shard in enumerate(entry.shards)
-        if only_shard in (None, shard.file)
-    ]
-
-
-def _shard_of_dataset(dataset: Dataset, split: str, number: int) -> ShardImages:
-    shard = dataset.manifest.splits[split].shards[number]
-    return ShardImages(
-        dataset.shard_display_path(split, number),
-        shard.samples,
-        functools.partial(dataset.shard_index, split, number),
-        dataset.read_bytes,
-        dataset.manifest.bit_depth,
-    )
-
-
-def _open_local_shard(path: Path) -> ShardImages:
-    """Return a shard's images: by the manifest beside it that lists it, its own index, or a scan of its headers."""
-    if (path.parent / MANIFEST_NAME).is_file():
-        for shard in _open_dataset(str(path.parent), only_shard=path.name):
-            return shard
-    index = _read_own_index(path)
-    reader = LocalShardReader(str(path.parent), _STALL_TIMEOUT)
-    return _scanned_shard(reader.folder, path.name, str(path), reader.read_bytes, index)
-
-
-def _read_own_index(path: Path) -> ShardIndex | None:
-    """Return the index beside a shard; None if there is none, or one of another file."""
-    file = path.with_name(f"{path.name}{INDEX_SUFFIX}")
-    index = mmap_index(file)[0] if file.is_file() else None
-    is_its_own = index is not None and (index.shard, index.bytes) == (path.name, path.stat().st_size)
-    return index if is_its_own else None
-
-
-def _open_remote_shard(folder: RemoteFolder, name: str) -> ShardImages:
-    def read_bytes(shard: str, offset: int, size: int) -> bytes:
-        return folder.read_up_to(shard, offset, offset + size)
-
-    return _scanned_shard(folder, name, folder.display_path(name), read_bytes, None)
-
-
-def _scanned_shard(
-    folder: Folder, name: str, path: str, read_bytes: Callable[[str, int, int], bytes], index: ShardIndex | None
-) -> ShardImages:
-    index = scan_shard(folder, name, IndexRules()) if index is None else index
-    return ShardImages(path, len(index), lambda: index, read_bytes)
-
-
 def _digest_names(names: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for name in names:
@@ -309,5 +158,5 @@ def _digest_names(names: Iterable[str]) -> str:
 
 
 def _printable(name: str) -> str:
-    """Return a name that every encoding of tables can hold: bytes that are no UTF-8 as \\xNN."""
+    """Return a name that every table can hold: bytes that are no UTF-8 are written as escapes."""
     return name.encode(errors="surrogateescape").decode(errors="backslashreplace")

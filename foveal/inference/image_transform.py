@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from foveal.config import height_and_width
@@ -152,8 +152,7 @@ def _read_bytes(image: bytes | str | Path | Image.Image) -> bytes:
         return image
     if isinstance(image, str | Path):
         return Path(image).read_bytes()
-    upright = ImageOps.exif_transpose(image)  # a PNG would lose the orientation that a camera has noted
-    file = io.BytesIO()
-    upright = upright if upright.mode in _PNG_MODES else upright.convert("RGB")
-    upright.save(file, "PNG")  # without loss, and read by the same rules
+    file, exif = io.BytesIO(), image.getexif()  # which has the orientation that a camera has noted
+    stored = image if image.mode in _PNG_MODES else image.convert("RGB")
+    stored.save(file, "PNG", exif=exif)  # without loss, and read by the same rules
     return file.getvalue()

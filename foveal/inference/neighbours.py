@@ -14,7 +14,8 @@ from foveal.data.image.decode import UndecodableError
 from foveal.errors import ConfigError, DataError, ExportError
 from foveal.inference.embedder import Embedder, load_embedder
 from foveal.inference.embedding_files import EmbeddingManifest, iter_shards, read_manifest
-from foveal.inference.image_inputs import ImageInput, resolve_images
+from foveal.inference.image_inputs import ImageInput
+from foveal.inference.image_sources import resolve_images
 from foveal.inference.image_transform import ImageTransform
 from foveal.inspect.image_grid import draw_image_grid
 
@@ -37,7 +38,9 @@ def load_embedder_of(export: str | Path, embeddings: Path, device: torch.device)
     """
     manifest = read_manifest(embeddings)
     if len(manifest.feature_shape) != 1:
-        raise ConfigError(f"{embeddings} holds {manifest.feature}; neighbours need one vector per image: --feature mean")
+        raise ConfigError(
+            f"{embeddings} holds {manifest.feature}; neighbours need one vector per image: --feature mean"
+        )
     is_backbone = manifest.layer == 0
     embedder = load_embedder(export, manifest.feature, None if is_backbone else manifest.layer, device)
     if embedder.card.sha256 != manifest.export or embedder.transform.to_dict() != manifest.transform:

@@ -15,7 +15,7 @@ from foveal.inference.file_names import make_file_names
 from foveal.inference.image_inputs import ImageList
 from foveal.inference.new_outputs import check_new, new_outputs, writing
 from foveal.inference.prediction_table import PredictionTable, TextTable, check_table_format, open_table
-from foveal.inference.predictions import Columns, Prediction, PredictingTask
+from foveal.inference.predictions import Columns, PredictingTask, Prediction
 
 Progress = Callable[[int, int], None]  # finished and all images
 

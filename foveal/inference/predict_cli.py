@@ -31,7 +31,8 @@ def predict_command(
         typer.Option(metavar="FILE", help="Table to write, in .csv, .parquet or .jsonl; default: text on the screen."),
     ] = None,
     top: Annotated[
-        int | None, typer.Option(min=1, help="Most rows per image; default: 5 classes, or all classes and boxes within it.")
+        int | None,
+        typer.Option(min=1, help="Most rows per image; default: 5 classes, or all classes and boxes within it."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward.")] = 32,
     device: DeviceOption = "auto",
@@ -44,7 +45,7 @@ def predict_command(
     Images that cannot be read are listed at the end, and the exit code is then 1.
     """
     from foveal.inference.exported_model import load_exported_model  # with torch: after the arguments
-    from foveal.inference.image_inputs import resolve_images
+    from foveal.inference.image_sources import resolve_images
     from foveal.inference.predict import PredictionOutputs, choose_device, find_predicting_task, predict_images
 
     outputs, chosen_device = PredictionOutputs(out, overlays), choose_device(device)

@@ -20,8 +20,8 @@ from finetune.config import FinetuneConfig
 from finetune.probe.features import build_feature_extractor
 from finetune.probe.plan import ProbePlan, plan_probe_or_training
 from foveal.cli import app
-from foveal.data.loader import eval_batches
 from foveal.data.image.transforms import normalise
+from foveal.data.loader import eval_batches
 from foveal.errors import ConfigError, DataError, ExportError, FovealError
 from foveal.inference import embed
 from foveal.inference.embedding_files import EmbeddingShard, iter_shards, read_manifest
@@ -64,9 +64,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("feature", ["token", "mean", "patches"])
 @pytest.mark.parametrize("pooling", ["token", "avg"])
 @pytest.mark.parametrize("layer", [1, 2])
-def test_features_are_those_of_a_probe(
-    feature: str, pooling: Any, layer: int, digits: Path, tmp_path: Path
-) -> None:
+def test_features_are_those_of_a_probe(feature: str, pooling: Any, layer: int, digits: Path, tmp_path: Path) -> None:
     """Of a packed data set, bit for bit, behind each block, of encoders with their norm before and after the pooling."""
     export, out = export_encoder(tmp_path / "export", pooling=pooling), tmp_path / "out"
     shard = digits / "val-000000.tar"
@@ -191,7 +189,7 @@ def test_other_models_images_and_settings_are_refused(encoder: Path, photos: Pat
         with pytest.raises(ConfigError, match=rf"made otherwise \(differing: {differing}\): choose another --out"):
             run("embed", *arguments, "--out", out)
     assert files_of(out) == before
-    with pytest.raises(ConfigError, match="holds other files and no embeddings.json"):
+    with pytest.raises(ConfigError, match=r"holds other files and no embeddings\.json"):
         run("embed", encoder, photos, "--out", photos)
     for options, sentence in (
         (("--format", "csv"), "--format csv does not exist; there are parquet, npz"),
@@ -286,7 +284,7 @@ def test_neighbours_are_the_most_similar(encoder: Path, photos: Path, tmp_path: 
     assert [float(line[1]) for line in lines] == pytest.approx((1 - similarities[order]).tolist(), abs=1e-4)
     with Image.open(sheet) as image:
         assert image.width > image.height
-    with pytest.raises(ConfigError, match="sheet.png exists"):
+    with pytest.raises(ConfigError, match=r"sheet\.png exists"):
         run("neighbours", out, photos / "3.jpg", "--export", encoder, "--out", sheet)
 
 
@@ -303,17 +301,17 @@ def test_neighbours_that_have_gone_are_grey(encoder: Path, photos: Path, tmp_pat
 
 def test_neighbours_are_refused_in_a_sentence(encoder: Path, photos: Path, tmp_path: Path) -> None:
     out, image = tmp_path / "out", photos / "0.png"
-    with pytest.raises(DataError, match="holds no embeddings: it has no embeddings.json"):
+    with pytest.raises(DataError, match=r"holds no embeddings: it has no embeddings\.json"):
         run("neighbours", tmp_path, image, "--export", encoder)
     run("embed", encoder, photos, "--out", out)
     other = export_encoder(tmp_path / "other", pooling="avg")
-    with pytest.raises(ExportError, match="is of another model than .*other: give the export that made it"):
+    with pytest.raises(ExportError, match=r"is of another model than .*other: give the export that made it"):
         run("neighbours", out, image, "--export", other)
     with pytest.raises(ConfigError, match="holds 7 images, and neighbours are those of one"):
         run("neighbours", out, photos, "--export", encoder)
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
-    with pytest.raises(DataError, match="broken.png is no image that can be read"):
+    with pytest.raises(DataError, match=r"broken\.png is no image that can be read"):
         run("neighbours", out, broken, "--export", encoder)
     manifest = json.loads((out / "embeddings.json").read_text())
     (out / "embeddings.json").write_text(json.dumps(manifest | {"format": 2}))
@@ -327,7 +325,10 @@ def test_neighbours_are_refused_in_a_sentence(encoder: Path, photos: Path, tmp_p
 def test_features_that_are_not_finite_are_refused(photos: Path, tmp_path: Path) -> None:
     export = export_encoder(tmp_path / "export")
     model = foveal.load(export)
-    weights = {name: value * 1e30 if name.endswith("fc2.weight") else value for name, value in model.module.state_dict().items()}
+    weights = {
+        name: value * 1e30 if name.endswith("fc2.weight") else value
+        for name, value in model.module.state_dict().items()
+    }
     write_export(tmp_path / "huge", weights, Card("pretrain", model.card.encoder, (0.5,) * 3, STD))
     with pytest.raises(ExportError, match="features that are not finite"):
         run("embed", tmp_path / "huge", photos, "--out", tmp_path / "out")

@@ -20,7 +20,8 @@ from foveal.data.indexing.index import index_folder
 from foveal.errors import DataError
 from foveal.inference.decoding import iter_decoded_batches
 from foveal.inference.file_names import make_file_names
-from foveal.inference.image_inputs import ImageInput, ImageList, LocalImages, resolve_images
+from foveal.inference.image_inputs import ImageInput, ImageList, LocalImages
+from foveal.inference.image_sources import resolve_images
 from foveal.inference.image_transform import ImageTransform
 
 TRANSFORM = ImageTransform((8, 8), 3, (0.5,) * 3, (0.5,) * 3, 1.0, "bicubic", jpeg_scaling=True)
@@ -49,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def names_of(images: ImageList, root: Path) -> list[str]:
+def names_of(images: ImageList, root: Path | str) -> list[str]:
     return [images[position].name.removeprefix(f"{root}/") for position in range(len(images))]
 
 
@@ -89,7 +90,7 @@ def test_urls_are_read_as_paths_are(folder: Path) -> None:
     url = f"file://{folder}"
     for path in ("photos", "photos/1.jpg", "photos/*.png", "packed", "packed/val-*.tar", "shards/val-000000.tar"):
         local, remote = resolve_images([str(folder / path)]), resolve_images([f"{url}/{path}"])
-        assert sorted(names_of(remote, Path(url))) == sorted(names_of(local, folder)), path
+        assert sorted(names_of(remote, url)) == sorted(names_of(local, folder)), path
         data = {images[n].read() for images in (local, remote) for n in range(len(images))}
         assert len(data) == len(local), "the same bytes"
     key = resolve_images([f"{url}/shards/val-000000.tar#a/4"])
@@ -112,7 +113,9 @@ def server(folder: Path) -> Iterator[str]:
 
 def test_images_of_a_web_server(server: str, folder: Path) -> None:
     """An address that is not there is an unreadable image; what a signed address says is no part of the name."""
-    images = resolve_images([f"{server}/photos/0.png", f"{server}/photos/1.jpg?Signature=planted", f"{server}/none.png"])
+    images = resolve_images(
+        [f"{server}/photos/0.png", f"{server}/photos/1.jpg?Signature=planted", f"{server}/none.png"]
+    )
     assert [images[n].name for n in range(3)] == [
         f"{server}/photos/0.png",
         f"{server}/photos/1.jpg",
@@ -158,7 +161,16 @@ def test_names_of_any_bytes_are_text(tmp_path: Path) -> None:
 
 
 def test_files_of_images_have_names_of_their_own() -> None:
-    names = ["a/x.jpg", "b/X.png", "c/y.tar.jpg", "s/t-0.tar#k/0012", "/d/tüv:*?.gif", "x-000000.png", "a/.jpg", "é" * 90]
+    names = [
+        "a/x.jpg",
+        "b/X.png",
+        "c/y.tar.jpg",
+        "s/t-0.tar#k/0012",
+        "/d/tüv:*?.gif",
+        "x-000000.png",
+        "a/.jpg",
+        "é" * 90,
+    ]
     images = ImageList([_Named(names)])
     made = make_file_names(images)
     assert made[:6] == ["x-000000_.png", "X-000001.png", "y.tar.png", "0012.png", "tüv_.png", "x-000000.png"]

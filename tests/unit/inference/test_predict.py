@@ -241,9 +241,7 @@ def test_a_full_disk_leaves_no_masks(photos: Path, tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["export"]
 
 
-def test_ctrl_c_leaves_nothing(
-    classifier: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_leaves_nothing(classifier: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def interrupted(self: Any, *arguments: Any) -> Any:

@@ -10,7 +10,7 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ from foveal.errors import ConfigError, DataError
 from foveal.forecast.forecast import ClusterSpec, Forecast
 from foveal.inference.exported_model import ExportedModel
 from foveal.inference.image_transform import ImageFrame
-from foveal.inference.predictions import Prediction
+from foveal.inference.predictions import Columns, Prediction
 from foveal.models.encoder_with_head import EncoderWithHead, set_noise_cast_images
 from foveal.training.evaluations import Metric
 from foveal.training.loop import TrainingSetup
@@ -104,7 +104,7 @@ class Brightness(Task):
     """The mean brightness of an image."""
 
     name = "brightness"
-    prediction_columns = {"brightness": float}
+    prediction_columns: ClassVar[Columns] = {"brightness": float}
     supported_settings = frozenset({"pooling", "data.label_field"})
 
     def make_label_reader(self, cfg: DataConfig, dataset: Dataset) -> LabelReader:
