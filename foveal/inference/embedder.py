@@ -1,7 +1,7 @@
 """Features of an exported encoder, as probes read them. B images, L patches, D width."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from foveal.errors import ConfigError, ExportError
 from foveal.inference.exported_model import build_exported_encoder, find_export
-from foveal.inference.image_transform import ImageTransform, transform_from_card
+from foveal.inference.image_transform import ImageTransform, as_height_and_width, transform_from_card
 from foveal.models.backbone import (
     BackboneCard,
     forward_pooled,
@@ -67,8 +67,9 @@ def load_embedder(path: str | Path, feature: str | None, layer: int | None, devi
     module, feature, layer, extract = (_load_backbone if "timm" in card.encoder else _load_encoder)(
         folder, card, feature, layer
     )
-    module = module.to(device).eval()
-    return Embedder(folder, card, module, transform_from_card(card), feature, layer, extract, device)
+    # A task may evaluate larger images than the encoder takes, in windows.
+    transform = replace(transform_from_card(card), image_hw=as_height_and_width(card.encoder["image_size"]))
+    return Embedder(folder, card, module.to(device).eval(), transform, feature, layer, extract, device)
 
 
 _Loaded = tuple[nn.Module, str, int, Callable[[Tensor], Tensor]]
