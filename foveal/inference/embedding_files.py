@@ -170,8 +170,8 @@ def _encode_parquet(shard: EmbeddingShard) -> bytes:
     rows = [[image.name, image.reason] for image in shard.unreadable]
     metadata = {_UNREADABLE: json.dumps(rows, ensure_ascii=False).encode()}
     stream = io.BytesIO()
-    # Features of floats gain nothing from a dictionary, and little from compression.
-    pq.write_table(table.replace_schema_metadata(metadata), stream, compression="none", use_dictionary=["image"])
+    # Floats gain nothing from a dictionary, and little from compression.
+    pq.write_table(table.replace_schema_metadata(metadata), stream, compression="none", use_dictionary=False)
     return stream.getvalue()
 
 

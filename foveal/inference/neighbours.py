@@ -61,7 +61,7 @@ def find_neighbours(
     for shard in iter_shards(embeddings, manifest):
         similarities = _normalise_rows(shard.features.astype(np.float64)) @ feature_D
         order = np.argsort(-similarities, kind="stable")[:count].tolist()
-        best += [Neighbour(shard.images[row], float(similarities[row])) for row in order]
+        best += [Neighbour(shard.images[int(row)], float(similarities[row])) for row in order]
         best = sorted(best, key=lambda neighbour: -neighbour.similarity)[:count]
     return best
 

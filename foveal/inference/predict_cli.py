@@ -17,7 +17,7 @@ ImagesArgument = Annotated[
     list[str],
     typer.Argument(
         help="Image files, folders with all below, globs, shards (.tar), packed data sets, or URLs of these.",
-        metavar="IMAGES...",
+        metavar="IMAGES",
     ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu or cuda.")]
