@@ -60,8 +60,9 @@ def iter_decoded_batches(
     def decode(position: int) -> _Decoded | UnreadableImage:
         return _decode(images[position], position, transform)
 
-    upcoming = iter(positions)
-    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1), "foveal-decode") as pool:
+    upcoming, num_threads = iter(positions), min(_MAX_THREADS, os.cpu_count() or 1)
+    # Each decodes on one core: torch would start as many threads again for every one of them.
+    with ThreadPoolExecutor(num_threads, "foveal-decode", torch.set_num_threads, (1,)) as pool:
         pending = deque(pool.submit(decode, position) for position in islice(upcoming, 2 * batch_size))
         try:
             while pending:

@@ -1,7 +1,9 @@
 """``foveal.load``: an export, or a run directory, as module, transform and classes."""
 
 import json
+import re
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ from foveal.models.config import VitConfig
 from foveal.models.vit import encoder_card
 from foveal.weights.export import Card, write_export
 
-FIXTURES = Path(__file__).parents[2] / "fixtures" / "v0_1_0"
+ROOT = Path(__file__).parents[3]
+FIXTURES = ROOT / "tests" / "fixtures" / "v0_1_0"
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +36,25 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_classifier(tmp_path_factory.mktemp("run") / "export")
 
 
-def test_three_lines_give_a_class(classifier: Path, tmp_path: Path) -> None:
-    """The lines of README.md and docs/predictions.md."""
+def test_the_three_lines_of_the_documents_print_a_class(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every Python block of the README and docs/ that loads an export, on an export and a photograph of the test's."""
     photo(50, 40).save(tmp_path / "photo.jpg")
+    places = {"foveal.load": str(classifier), "model.transform": str(tmp_path / "photo.jpg")}
+    texts = [file.read_text() for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
+    blocks = [block for text in texts for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
+    shown = [block for block in blocks if "foveal.load(" in block]
+    assert shown
+    for block in shown:
+        exec(re.sub(r"(foveal\.load|model\.transform)\(\"[^\"]*\"\)", lambda m: f"{m[1]}({places[m[1]]!r})", block), {})  # noqa: S102
+        assert capsys.readouterr().out.rstrip("\n").strip() in {name.strip() for name in ODD_CLASSES}
+
+
+def test_a_model_is_ready_to_evaluate(classifier: Path) -> None:
     model = foveal.load(classifier)
-    logits = model.module(model.transform(tmp_path / "photo.jpg")[None])
-    name = model.classes[logits.argmax()]
-    assert logits.shape == (1, len(ODD_CLASSES))
-    assert name in ODD_CLASSES
+    assert model.module(torch.zeros(2, 3, 16, 16)).shape == (2, len(ODD_CLASSES))
+    assert (model.classes, model.task) == (ODD_CLASSES, "classification")
     assert not model.module.training
 
 
@@ -97,8 +111,6 @@ def test_old_names_of_settings_are_read() -> None:
 
 def test_the_pixels_are_those_of_an_evaluation(tmp_path: Path, classifier: Path) -> None:
     """Of the loader, with a crop, and of files of any shape."""
-    import tarfile
-
     images = [photo(50, 40), photo(21, 64), photo(16, 16).convert("L")]
     with tarfile.open(tmp_path / "val-000000.tar", "w") as tar:
         for number, image in enumerate(images):
