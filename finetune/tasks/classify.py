@@ -28,7 +28,7 @@ from foveal.data.sampling.subset import SubsetName
 from foveal.engines.base import Engine
 from foveal.inference.exported_model import ExportedModel
 from foveal.inference.image_transform import ImageFrame
-from foveal.inference.predictions import Columns, Prediction, round_score
+from foveal.inference.predictions import Columns, Prediction, round_float32
 from foveal.models.backbone import check_classifier_training
 from foveal.models.batch_norm import preserve_batch_norm_stats, use_auxiliary_batch_norms
 from foveal.seeding import derive_key, draw_uniform
@@ -206,7 +206,7 @@ class Classification(Task):
         return [
             Prediction(
                 tuple(
-                    {"class": names[label], "score": round_score(score)}
+                    {"class": names[label], "score": round_float32(score)}
                     for label, score in zip(labels, scores, strict=True)
                 )
             )

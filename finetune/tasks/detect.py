@@ -24,7 +24,7 @@ from foveal.data.sampling.subset import SubsetName
 from foveal.engines.base import Engine
 from foveal.inference.exported_model import ExportedModel
 from foveal.inference.image_transform import ImageFrame
-from foveal.inference.predictions import Columns, Prediction, Row, round_score
+from foveal.inference.predictions import Columns, Prediction, Row, round_float32
 from foveal.inspect.boxes import draw_boxes
 from foveal.inspect.image_grid import draw_image_grid
 from foveal.models.backbone import parse_encoder_card
@@ -163,8 +163,10 @@ def _describe_boxes(
         frame.boxes_to_image(boxes, image_hw).tolist(), scores.tolist(), labels.tolist(), strict=True
     ):
         left, top_side, right, bottom = box
-        bbox = [round(side, 2) for side in (left, top_side, right - left, bottom - top_side)]
-        rows.append({"class": classes[label], "score": round_score(score)} | dict(zip(_BOX_COLUMNS, bbox, strict=True)))
-        json_rows.append({"category_id": label, "class": classes[label], "bbox": bbox, "score": round_score(score)})
+        bbox = [round_float32(side) for side in (left, top_side, right - left, bottom - top_side)]
+        rows.append(
+            {"class": classes[label], "score": round_float32(score)} | dict(zip(_BOX_COLUMNS, bbox, strict=True))
+        )
+        json_rows.append({"category_id": label, "class": classes[label], "bbox": bbox, "score": round_float32(score)})
     drawn = torch.cat([boxes, labels[:, None].float(), scores[:, None]], dim=1).numpy()
     return Prediction(tuple(rows), tuple(json_rows), drawn=drawn)

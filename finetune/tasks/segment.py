@@ -27,7 +27,7 @@ from foveal.engines.base import Engine
 from foveal.errors import ConfigError
 from foveal.inference.exported_model import ExportedModel
 from foveal.inference.image_transform import ImageFrame
-from foveal.inference.predictions import Columns, Prediction, round_score
+from foveal.inference.predictions import Columns, Prediction, round_float32
 from foveal.inspect.segmentation import draw_predicted_mask, encode_mask, outside_id
 from foveal.models.backbone import format_image_size
 from foveal.models.config import Pooling
@@ -189,7 +189,7 @@ def _describe_mask(ids_HW: Tensor, classes: tuple[str, ...], frame: ImageFrame, 
     """Return the classes of an image by their share of the input, and the mask of the whole image."""
     shares = torch.bincount(ids_HW.flatten(), minlength=len(classes)) / ids_HW.numel()
     order = shares.argsort(descending=True, stable=True)[: int((shares > 0).sum())][:top].tolist()
-    rows = tuple({"class": classes[label], "fraction": round_score(float(shares[label]))} for label in order)
+    rows = tuple({"class": classes[label], "fraction": round_float32(float(shares[label]))} for label in order)
     ids = frame.ids_to_image(ids_HW.numpy(), outside_id(len(classes)))
     return Prediction(rows, files={"mask": encode_mask(ids, len(classes))}, drawn=ids_HW)
 

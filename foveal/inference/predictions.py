@@ -53,6 +53,6 @@ class PredictingTask(Protocol):
         ...
 
 
-def round_score(score: float) -> float:
-    """Return a score in the digits that float32 has."""
-    return float(f"{score:.6g}")
+def round_float32(value: float) -> float:
+    """Return a value in the six digits that float32 surely has, so that tables show no others."""
+    return float(f"{value:.6g}")
