@@ -50,7 +50,7 @@ def draw_boxes(images: Tensor, boxes: Sequence[np.ndarray], names: Sequence[str]
             top_left = left * scale, top * scale
             bottom_right = max(top_left[0], right * scale - 1), max(top_left[1], bottom * scale - 1)
             colour, name = palette[int(label)], names[int(label)].encode("ascii", "replace").decode()
-            text = " ".join([name, *(f"{100 * value:.0f}" for value in score)])
+            text = " ".join([*name.split(), *(f"{100 * value:.0f}" for value in score)])
             pen.rectangle((top_left, bottom_right), outline=colour)
             text_corner = top_left[0], max(0, top_left[1] - _LINE_HEIGHT)
             pen.rectangle(pen.textbbox(text_corner, text, font=font), fill=colour)
