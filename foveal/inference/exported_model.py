@@ -21,6 +21,7 @@ from foveal.weights.export import Card, load_weights_strict, read_card, read_exp
 
 ENCODER = "encoder"  # in place of a task: an export without a head
 _CARD, _EXPORT_DIR = "card.json", "export"
+_MAX_LISTED = 5  # exports in a message
 _RUN_FILES = ("config.yaml", "science.json")  # of a run directory, from its first attempt on
 
 
@@ -72,9 +73,13 @@ def find_export(path: str | Path) -> Path:
         return folder
     if (inner / _CARD).exists():
         return inner
-    exports = sorted(str(file.parent) for file in inner.glob(f"*/{_CARD}"))
+    cards = [*inner.glob(f"*/{_CARD}"), *folder.glob(f"*/*/{_EXPORT_DIR}/{_CARD}")]  # students, folds and trials
+    exports = sorted(str(file.parent) for file in cards)
     if exports:
-        raise ExportError(f"{folder} is a run with several exports: give one of {', '.join(exports)}")
+        more = f" and {len(exports) - _MAX_LISTED} more" if len(exports) > _MAX_LISTED else ""
+        raise ExportError(
+            f"{folder} is a run with several exports: give one of {', '.join(exports[:_MAX_LISTED])}{more}"
+        )
     if any((folder / name).exists() for name in _RUN_FILES):
         raise ExportError(f"{folder} is a run without an export: let it finish, by the command that began it")
     return folder  # ``read_card`` says what is missing

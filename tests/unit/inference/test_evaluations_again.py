@@ -74,8 +74,8 @@ def test_the_average_precision_of_a_detector(tmp_path: Path) -> None:
     images = []
     for number, (key, data) in enumerate(read_members("rectangles", "json").items()):
         truth = [[*to_corners(box["bbox"]), box["category_id"]] for box in json.loads(data)]
-        found = [[*to_corners(row["bbox"]), row["category_id"], row["score"]] for row in rows[key]]
-        images.append(ImageDetections(number, np.array(found).reshape(-1, 6), np.array(truth).reshape(-1, 5)))
+        predicted = [[*to_corners(row["bbox"]), row["category_id"], row["score"]] for row in rows[key]]
+        images.append(ImageDetections(number, np.array(predicted).reshape(-1, 6), np.array(truth).reshape(-1, 5)))
     precision = np.nanmean(ap_by_threshold_and_class(images, 2))
     # Boxes are written with six digits, which move no overlap across a threshold here.
     assert precision == pytest.approx(read_card(export).metrics["val_map"], rel=1e-9)

@@ -72,6 +72,8 @@ def test_what_is_no_export_is_said_in_a_sentence(classifier: Path, tmp_path: Pat
         shutil.copytree(classifier, tmp_path / "export" / name)
     with pytest.raises(ExportError, match=r"several exports: give one of .*/export/narrow, .*/export/wide"):
         foveal.load(tmp_path)
+    with pytest.raises(ExportError, match=r"several exports: give one of .*/folds/seed3-fold0/export"):
+        foveal.load(FIXTURES / "finetune_folds/runs/finetune_folds")
     (tmp_path / "export" / "wide" / "model.safetensors").write_bytes(b"altered")
     with pytest.raises(ExportError, match="sha256 differs"):
         foveal.load(tmp_path / "export" / "wide")
