@@ -4,12 +4,13 @@ No other module distinguishes tasks: a new one is a subclass of ``Task`` and a l
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from finetune.config import FinetuneConfig
 from foveal.data.config import DataConfig
@@ -18,7 +19,10 @@ from foveal.data.image.targets import LabelReader
 from foveal.data.sampling.subset import SubsetName
 from foveal.engines.base import Engine
 from foveal.errors import ConfigError
-from foveal.inference.exported_model import build_exported_encoder
+from foveal.inference.exported_model import ExportedModel, build_exported_encoder
+from foveal.inference.image_transform import ImageFrame
+from foveal.inference.predictions import Columns, Prediction
+from foveal.inspect.image_grid import draw_image_grid
 from foveal.models.backbone import BackboneCard, build_meta_backbone, has_batch_norm, parse_encoder_card
 from foveal.models.config import Pooling
 from foveal.training.evaluations import Metric
@@ -156,6 +160,8 @@ class Task(ABC):
     has_index_labels: whether the label is the one class of an image that the index holds.
     supported_settings: those of ``TASK_SETTINGS`` that the task supports; it refuses the others.
     settings_section: section of ``FinetuneConfig`` that only this task reads, such as ``segment``.
+    prediction_columns: of the table that `foveal predict` writes; without any the command refuses the task.
+    prediction_files: kinds of PNG files that a prediction has beside the table, such as "mask".
     """
 
     name: ClassVar[str]
@@ -164,6 +170,8 @@ class Task(ABC):
     has_index_labels: ClassVar[bool] = False
     supported_settings: ClassVar[frozenset[str]] = frozenset()
     settings_section: ClassVar[str | None] = None
+    prediction_columns: ClassVar[Columns] = {}
+    prediction_files: ClassVar[tuple[str, ...]] = ()
 
     # --- labels ---
 
@@ -229,3 +237,22 @@ class Task(ABC):
 
         Every rank must call it.
         """
+
+    # --- predictions ---
+
+    def predict(
+        self, model: ExportedModel, images: Tensor, frames: Sequence[ImageFrame], top: int | None
+    ) -> list[Prediction]:
+        """Return the predictions of normalised images [B, C, H, W] on the model's device, by evaluation's own code.
+
+        ``frames``: the place of each input in its image. ``top``: the most rows of an image; None: as the task sees fit.
+        """
+        raise ConfigError(f"task={self.name} predicts nothing for a table")
+
+    def draw_prediction(self, model: ExportedModel, pixels: Tensor, prediction: Prediction) -> Any:
+        """Return a Pillow image of an input, uint8 [C, H, W], with its prediction; here with its rows as title."""
+        rows = (
+            " ".join(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values())
+            for row in prediction.rows
+        )
+        return draw_image_grid({"": pixels[None]}, title=", ".join(rows))

@@ -31,15 +31,18 @@ Or with images that come along:
   foveal data pack digits --out data/digits
   foveal train pretrain digits
 """
-_TRAIN, _RUNS, _USE, _CLUSTER = "Train", "Look at runs", "Use a model", "Before a large run"
+_TRAIN, _USE, _RUNS, _CLUSTER = "Train", "Use a trained model", "Look at runs", "Before a large run"
 COMMANDS = {
     "data": Entry("foveal.data.tools.cli:app", "Pack images into shards; index, verify and display shards.", _TRAIN),
     "init": Entry("foveal.commands.init.cli:init_command", "Write a config that fits data, machine and time.", _TRAIN),
     "config": Entry("foveal.commands.config:app", "List and print the configs that ship, rewrite old ones.", _TRAIN),
     "train": Entry("foveal.commands.train:train_command", "Pretrain, distil or fine-tune by a config.", _TRAIN, True),
+    "predict": Entry("foveal.inference.predict_cli:predict_command", "Classes, masks or boxes of images.", _USE),
+    "embed": Entry("foveal.inference.embed_cli:embed_command", "Features of images, in files.", _USE),
+    "neighbours": Entry("foveal.inference.embed_cli:neighbours_command", "The nearest images of an image.", _USE),
+    "export": Entry("foveal.convert.cli:export_command", "Hand a model over to timm, transformers or ONNX.", _USE),
     "attempts": Entry("foveal.commands.attempts:attempts", "List every start of a run and why it ended.", _RUNS),
     "track": Entry("foveal.commands.track:app", "Upload to MLflow the part of a run that it lacks.", _RUNS),
-    "export": Entry("foveal.convert.cli:export_command", "Hand a model over to timm, transformers or ONNX.", _USE),
     "plan": Entry("foveal.forecast.cli:plan_command", "Forecast memory, time and traffic on a cluster.", _CLUSTER),
     "doctor": Entry("foveal.doctor.cli:doctor_command", "Check that the nodes of a job are fit to train.", _CLUSTER),
 }

@@ -3,8 +3,9 @@
 Images without a label have weight 0.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +26,17 @@ from foveal.data.image.targets import LabelReader
 from foveal.data.image.transforms import normalise
 from foveal.data.sampling.subset import SubsetName
 from foveal.engines.base import Engine
+from foveal.inference.exported_model import ExportedModel
+from foveal.inference.image_transform import ImageFrame
+from foveal.inference.predictions import Columns, Prediction, round_float32
 from foveal.models.backbone import check_classifier_training
 from foveal.models.batch_norm import preserve_batch_norm_stats, use_auxiliary_batch_norms
 from foveal.seeding import derive_key, draw_uniform
 from foveal.training.evaluations import Metric
 from foveal.training.loop import TrainingSetup
 from foveal.training.run import Run
+
+_PREDICTED_CLASSES = 5  # rows of an image, unless --top says how many
 
 
 @dataclass(frozen=True)
@@ -143,6 +149,7 @@ class Classification(Task):
     min_classes = 2
     has_index_labels = True
     supported_settings = frozenset(TASK_SETTINGS) - {"data.eval_size", "data.label_field"}
+    prediction_columns: ClassVar[Columns] = {"class": str, "score": float}
     loss_class = ClassificationLoss
 
     def make_label_reader(self, cfg: DataConfig, dataset: Dataset) -> LabelReader | None:
@@ -184,3 +191,24 @@ class Classification(Task):
         self, engine: Engine, run: Run, step: int, *, split: str, subset: SubsetName
     ) -> dict[str, float]:
         return compute_classification_metrics(engine, run, step, split=split, subset=subset)
+
+    def compute_scores(self, logits_BK: Tensor) -> Tensor:
+        """Return the probability of each class, [B, K]: softmax."""
+        return logits_BK.float().softmax(dim=1)
+
+    def predict(
+        self, model: ExportedModel, images: Tensor, frames: Sequence[ImageFrame], top: int | None
+    ) -> list[Prediction]:
+        scores_BK = self.compute_scores(model.module(images))
+        num_classes = scores_BK.shape[1]
+        names = model.classes or tuple(map(str, range(num_classes)))  # a foreign head states no names
+        best = scores_BK.topk(min(_PREDICTED_CLASSES if top is None else top, num_classes), dim=1)
+        return [
+            Prediction(
+                tuple(
+                    {"class": names[label], "score": round_float32(score)}
+                    for label, score in zip(labels, scores, strict=True)
+                )
+            )
+            for labels, scores in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]

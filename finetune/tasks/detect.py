@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from finetune.config import FinetuneConfig
 from finetune.model import encoder_for_dense_head, model_from_export, param_groups_from_plan
 from finetune.task import FinetunePlan, Task
 from finetune.tasks.average_precision import check_pycocotools
-from finetune.tasks.detect_metrics import compute_detection_metrics
+from finetune.tasks.detect_metrics import DETECTION_LIMITS, MIN_DRAWN_SCORE, compute_detection_metrics
 from finetune.tasks.segment import format_evaluated_area
 from foveal.data.batch import Batch
 from foveal.data.config import DataConfig
@@ -22,15 +22,22 @@ from foveal.data.image.targets import LabelReader, require_class_names, resolve_
 from foveal.data.image.transforms import normalise
 from foveal.data.sampling.subset import SubsetName
 from foveal.engines.base import Engine
+from foveal.inference.exported_model import ExportedModel
+from foveal.inference.image_transform import ImageFrame
+from foveal.inference.predictions import Columns, Prediction, Row, round_float32
+from foveal.inspect.boxes import draw_boxes
+from foveal.inspect.image_grid import draw_image_grid
 from foveal.models.backbone import parse_encoder_card
 from foveal.models.config import Pooling
 from foveal.models.detect import Detector, build_detector, check_detector_meta_forward
 from foveal.models.droppath import count_drop_paths
-from foveal.models.fcos import fcos_losses_per_image
+from foveal.models.fcos import Detections, decode_detections, fcos_losses_per_image
 from foveal.seeding import derive_key, draw_uniform
 from foveal.training.evaluations import Metric
 from foveal.training.loop import TrainingSetup
 from foveal.training.run import Run
+
+_BOX_COLUMNS = ("left", "top", "width", "height")  # pixels
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,7 @@ class Detection(Task):
     predicts_classes = True
     supported_settings = frozenset({"data.eval_size", "data.label_field"})
     settings_section = "detect"
+    prediction_columns: ClassVar[Columns] = {"class": str, "score": float} | dict.fromkeys(_BOX_COLUMNS, float)
 
     def make_label_reader(self, cfg: DataConfig, dataset: Dataset) -> LabelReader:
         field = resolve_label_field(cfg, dataset, "json", self.name)
@@ -128,3 +136,37 @@ class Detection(Task):
         self, engine: Engine, run: Run, step: int, *, split: str, subset: SubsetName
     ) -> dict[str, float]:
         return compute_detection_metrics(engine, run, step, split=split, subset=subset)
+
+    def predict(
+        self, model: ExportedModel, images: Tensor, frames: Sequence[ImageFrame], top: int | None
+    ) -> list[Prediction]:
+        image_hw = (images.shape[2], images.shape[3])
+        detections = decode_detections(model.module(images), image_hw, **DETECTION_LIMITS)
+        return [
+            _describe_boxes(of_image, model.classes, frame, image_hw, top)
+            for of_image, frame in zip(detections, frames, strict=True)
+        ]
+
+    def draw_prediction(self, model: ExportedModel, pixels: Tensor, prediction: Prediction) -> Any:
+        """Return an input with the boxes that evaluation draws, too."""
+        boxes = prediction.drawn[prediction.drawn[:, 5] >= MIN_DRAWN_SCORE]
+        return draw_image_grid({"predicted": draw_boxes(pixels[None], [boxes], model.classes)}, min_side=1)
+
+
+def _describe_boxes(
+    detections: Detections, classes: tuple[str, ...], frame: ImageFrame, image_hw: tuple[int, int], top: int | None
+) -> Prediction:
+    """Return the boxes of an image, best first, in pixels of the whole image; JSON has the keys of COCO's results."""
+    boxes, scores, labels = (values.cpu()[:top] for values in (detections.boxes, detections.scores, detections.classes))
+    rows, json_rows = list[Row](), list[dict[str, Any]]()
+    for box, score, label in zip(
+        frame.boxes_to_image(boxes, image_hw).tolist(), scores.tolist(), labels.tolist(), strict=True
+    ):
+        left, top_side, right, bottom = box
+        bbox = [round_float32(side) for side in (left, top_side, right - left, bottom - top_side)]
+        rows.append(
+            {"class": classes[label], "score": round_float32(score)} | dict(zip(_BOX_COLUMNS, bbox, strict=True))
+        )
+        json_rows.append({"category_id": label, "class": classes[label], "bbox": bbox, "score": round_float32(score)})
+    drawn = torch.cat([boxes, labels[:, None].float(), scores[:, None]], dim=1).numpy()
+    return Prediction(tuple(rows), tuple(json_rows), drawn=drawn)

@@ -19,9 +19,9 @@ from foveal.models.fcos import Detections, decode_detections, fcos_losses_per_im
 from foveal.training.run import Run
 
 # Per image. Detections with lower scores do not change a useful average precision, and COCO counts at most 100.
-_DETECTION_LIMITS = {"score_threshold": 0.05, "iou_threshold": 0.6, "max_candidates": 1000, "max_detections": 100}
+DETECTION_LIMITS = {"score_threshold": 0.05, "iou_threshold": 0.6, "max_candidates": 1000, "max_detections": 100}
 _SHEET_IMAGES = 8
-_MIN_DRAWN_SCORE = 0.3
+MIN_DRAWN_SCORE = 0.3
 
 
 def compute_detection_metrics(
@@ -46,12 +46,12 @@ def compute_detection_metrics(
             losses_B = torch.stack(fcos_losses_per_image(output, batch.targets)).sum(dim=0)
             sums += torch.stack([(losses_B * batch.valid).sum(), batch.valid.sum()]).double()
             detections = _pair_with_targets(
-                batch, decode_detections(output, plan.cfg.data.eval_image_hw, **_DETECTION_LIMITS)
+                batch, decode_detections(output, plan.cfg.data.eval_image_hw, **DETECTION_LIMITS)
             )
             if number == 0 and detections and (split, subset) == (plan.cfg.data.val, "all"):
                 title = (
                     f"After step {step} of {plan.total_steps}: images of {split}; predicted boxes from a score of "
-                    f"{100 * _MIN_DRAWN_SCORE:.0f} % up"
+                    f"{100 * MIN_DRAWN_SCORE:.0f} % up"
                 )
                 run.save_image("boxes", step, partial(_draw_box_sheet, host_batch, detections, plan.classes, title))
             local_detections += detections
@@ -88,7 +88,7 @@ def _pair_with_targets(batch: Batch, detections: Sequence[Detections]) -> list[I
 def _draw_box_sheet(batch: Batch, detections: Sequence[ImageDetections], classes: Sequence[str], title: str) -> Any:
     """Draw true boxes and confident predictions on the first images of a batch."""
     drawn = detections[:_SHEET_IMAGES]
-    predicted = [image.predicted[image.predicted[:, 5] >= _MIN_DRAWN_SCORE] for image in drawn]
+    predicted = [image.predicted[image.predicted[:, 5] >= MIN_DRAWN_SCORE] for image in drawn]
     true_boxes = [image.ground_truth for image in drawn]
     images = batch.images[batch.valid][:_SHEET_IMAGES]
     return draw_box_grid(images, true_boxes, predicted, classes, title=title)

@@ -65,6 +65,10 @@ class MultiLabelClassification(Classification):
         field = resolve_label_field(cfg, dataset, "json", self.name)
         return MultiLabelReader(field, require_class_names(dataset), allows_repeats=cfg.decode_version == 1)
 
+    def compute_scores(self, logits_BK: Tensor) -> Tensor:
+        """Return the probability of each class by itself, [B, K]: sigmoid."""
+        return logits_BK.float().sigmoid()
+
     def metrics(self, cfg: FinetuneConfig) -> tuple[Metric, ...]:
         return (
             Metric("mAP", higher_is_better=True),

@@ -6,13 +6,13 @@ Pixels without a label are ignored. B images of H x W pixels, K classes.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from finetune.config import FinetuneConfig
+from finetune.config import FinetuneConfig, SegmentConfig
 from finetune.model import encoder_for_dense_head, model_from_export, param_groups_from_plan
 from finetune.task import FinetunePlan, Task
 from finetune.tasks.segment_metrics import compute_segmentation_metrics
@@ -25,11 +25,15 @@ from foveal.data.image.transforms import normalise
 from foveal.data.sampling.subset import SubsetName
 from foveal.engines.base import Engine
 from foveal.errors import ConfigError
+from foveal.inference.exported_model import ExportedModel
+from foveal.inference.image_transform import ImageFrame
+from foveal.inference.predictions import Columns, Prediction, round_float32
+from foveal.inspect.segmentation import draw_predicted_mask, encode_mask, outside_id
 from foveal.models.backbone import format_image_size
 from foveal.models.config import Pooling
 from foveal.models.droppath import count_drop_paths
 from foveal.models.segment import Segmenter, build_segmenter, check_segmenter_training
-from foveal.models.sliding_window import window_top_lefts
+from foveal.models.sliding_window import iter_sliding_window_log_probs, window_top_lefts
 from foveal.seeding import derive_key, draw_uniform
 from foveal.training.evaluations import Metric
 from foveal.training.loop import TrainingSetup
@@ -111,6 +115,8 @@ class Segmentation(Task):
         }
     )
     settings_section = "segment"
+    prediction_columns: ClassVar[Columns] = {"class": str, "fraction": float}
+    prediction_files = ("mask",)
 
     def make_label_reader(self, cfg: DataConfig, dataset: Dataset) -> LabelReader:
         field = resolve_label_field(cfg, dataset, "mask.png", self.name)
@@ -164,6 +170,28 @@ class Segmentation(Task):
         self, engine: Engine, run: Run, step: int, *, split: str, subset: SubsetName
     ) -> dict[str, float]:
         return compute_segmentation_metrics(engine, run, step, split=split, subset=subset)
+
+    def predict(
+        self, model: ExportedModel, images: Tensor, frames: Sequence[ImageFrame], top: int | None
+    ) -> list[Prediction]:
+        stride = model.settings.get("segment.stride", SegmentConfig().stride)
+        log_probs = iter_sliding_window_log_probs(model.module, images, model.trained_hw, stride)
+        return [
+            _describe_mask(log_probs_KHW.argmax(dim=0).cpu(), model.classes, frame, top)
+            for log_probs_KHW, frame in zip(log_probs, frames, strict=True)
+        ]
+
+    def draw_prediction(self, model: ExportedModel, pixels: Tensor, prediction: Prediction) -> Any:
+        return draw_predicted_mask(pixels, prediction.drawn, model.classes)
+
+
+def _describe_mask(ids_HW: Tensor, classes: tuple[str, ...], frame: ImageFrame, top: int | None) -> Prediction:
+    """Return the classes of an image by their share of the input, and the mask of the whole image."""
+    shares = torch.bincount(ids_HW.flatten(), minlength=len(classes)) / ids_HW.numel()
+    order = shares.argsort(descending=True, stable=True)[: int((shares > 0).sum())][:top].tolist()
+    rows = tuple({"class": classes[label], "fraction": round_float32(float(shares[label]))} for label in order)
+    ids = frame.ids_to_image(ids_HW.numpy(), outside_id(len(classes)))
+    return Prediction(rows, files={"mask": encode_mask(ids, len(classes))}, drawn=ids_HW)
 
 
 def format_evaluated_area(data: DataConfig) -> str:

@@ -2,18 +2,23 @@
 
 import importlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from foveal.errors import ExportError
 from foveal.inference.image_transform import ImageTransform, transform_from_card
 from foveal.models.backbone import backbone_from_card
 from foveal.models.vit import encoder_from_card
-from foveal.weights.card import Card, task_of
+from foveal.weights.card import Card, eval_pixels_from_card, settings_of, task_of
 from foveal.weights.export import load_weights_strict, read_card, read_export
 
 ENCODER = "encoder"  # in place of a task: an export without a head
+_CARD, _EXPORT_DIR = "card.json", "export"
+_MAX_LISTED = 5  # exports in a message
+_RUN_FILES = ("config.yaml", "science.json")  # of a run directory, from its first attempt on
 
 
 @dataclass(frozen=True)
@@ -33,14 +38,47 @@ class ExportedModel:
     transform: ImageTransform
     classes: tuple[str, ...]
 
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The settings of its run that can change a result, by dotted name; empty for weights of no run."""
+        return settings_of(self.card)
+
+    @property
+    def trained_hw(self) -> tuple[int, int]:
+        """Height and width, in pixels, of the images that it was trained on: its window where it sees larger ones."""
+        return eval_pixels_from_card(self.card).image_hw
+
 
 def load_exported_model(path: str | Path) -> ExportedModel:
-    """Return the model of an export. Raises: ExportError, StorageUnreachableError."""
-    path = Path(path)
-    card = read_card(path)
+    """Return the model of an export, or of the export in a run directory. Raises: ExportError, StorageUnreachableError."""
+    folder = find_export(path)
+    card = read_card(folder)
     task = task_of_export(card)
-    module = build_exported_encoder(path) if task == ENCODER else import_task(task).model_from_export(path)
-    return ExportedModel(path, card, task, module.eval(), transform_from_card(card), card.classes)
+    module = build_exported_encoder(folder) if task == ENCODER else import_task(task).model_from_export(folder)
+    return ExportedModel(folder, card, task, module.eval(), transform_from_card(card), card.classes)
+
+
+def find_export(path: str | Path) -> Path:
+    """Return the folder of an export: the path itself, or of a run directory its export/.
+
+    Raises: ExportError for a run that has written no export, or several.
+    """
+    folder = Path(path).expanduser()
+    inner = folder / _EXPORT_DIR
+    if (folder / _CARD).exists():
+        return folder
+    if (inner / _CARD).exists():
+        return inner
+    cards = [*inner.glob(f"*/{_CARD}"), *folder.glob(f"*/*/{_EXPORT_DIR}/{_CARD}")]  # students, folds and trials
+    exports = sorted(str(file.parent) for file in cards)
+    if exports:
+        more = f" and {len(exports) - _MAX_LISTED} more" if len(exports) > _MAX_LISTED else ""
+        raise ExportError(
+            f"{folder} is a run with several exports: give one of {', '.join(exports[:_MAX_LISTED])}{more}"
+        )
+    if any((folder / name).exists() for name in _RUN_FILES):
+        raise ExportError(f"{folder} is a run without an export: let it finish, by the command that began it")
+    return folder  # ``read_card`` says what is missing
 
 
 def task_of_export(card: Card) -> str:

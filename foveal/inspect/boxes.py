@@ -29,12 +29,15 @@ def draw_box_grid(
     rows of ``predicted`` [N, 6] have a score as well, which is drawn in percent.
     """
     boxes_by_column = {"ground truth": ground_truth, "predicted": predicted}
-    columns = {name: _draw_boxes(images.detach().cpu(), boxes, class_names) for name, boxes in boxes_by_column.items()}
+    columns = {name: draw_boxes(images.detach().cpu(), boxes, class_names) for name, boxes in boxes_by_column.items()}
     return draw_image_grid(columns, title=title, min_side=1)
 
 
-def _draw_boxes(images: Tensor, boxes: Sequence[np.ndarray], names: Sequence[str]) -> Tensor:
-    """Return the images uint8 [B, 3, H, W], enlarged if they are small, with boxes drawn on them."""
+def draw_boxes(images: Tensor, boxes: Sequence[np.ndarray], names: Sequence[str]) -> Tensor:
+    """Return images uint8 [B, C, H, W] as [B, 3, H, W], enlarged if they are small, with boxes drawn on them.
+
+    Rows of boxes are (left, top, right, bottom, class) in pixels, and may have a score, which is drawn in percent.
+    """
     palette = [tuple(colour) for colour in make_class_palette(len(names)).tolist()]
     font = ImageFont.load_default()
     scale = max(1, math.ceil(MIN_IMAGE_SIDE / max(images.shape[2:])))
@@ -47,7 +50,7 @@ def _draw_boxes(images: Tensor, boxes: Sequence[np.ndarray], names: Sequence[str
             top_left = left * scale, top * scale
             bottom_right = max(top_left[0], right * scale - 1), max(top_left[1], bottom * scale - 1)
             colour, name = palette[int(label)], names[int(label)].encode("ascii", "replace").decode()
-            text = " ".join([name, *(f"{100 * value:.0f}" for value in score)])
+            text = " ".join([*name.split(), *(f"{100 * value:.0f}" for value in score)])
             pen.rectangle((top_left, bottom_right), outline=colour)
             text_corner = top_left[0], max(0, top_left[1] - _LINE_HEIGHT)
             pen.rectangle(pen.textbbox(text_corner, text, font=font), fill=colour)

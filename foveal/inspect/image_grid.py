@@ -89,7 +89,7 @@ def _layout_legend(legend: Sequence[tuple[str, Color]], width: int) -> tuple[lis
     entries: list[tuple[str, int, int]] = []
     x, line = 0, 0
     for name, _ in legend:
-        ascii_name = name.encode("ascii", "replace").decode()
+        ascii_name = " ".join(name.encode("ascii", "replace").decode().split())  # a line break would need a line
         entry_width = _SWATCH + 4 + int(_font().getlength(ascii_name)) + 12
         if x and x + entry_width > width:
             x, line = 0, line + 1

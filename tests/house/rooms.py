@@ -105,7 +105,16 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("pydantic", "torch", "safetensors"),
     ),
     "foveal.inference": (
-        (*CONFIGURED, "foveal.data", "foveal.models", "foveal.timeouts", "foveal.weights"),
+        (
+            *CONFIGURED,
+            "foveal.atomic",
+            "foveal.data",
+            "foveal.distributed.launcher",
+            "foveal.inspect",
+            "foveal.models",
+            "foveal.timeouts",
+            "foveal.weights",
+        ),
         ("numpy", "PIL", "pyarrow", "torch", "typer"),
     ),
     # transformers, onnx and onnxruntime come by their names, when a format needs them.

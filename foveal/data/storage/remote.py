@@ -91,6 +91,17 @@ class RemoteFolder:
         self._modified = {name: _parse_modified_time(entry) for name, entry in entries.items()}
         return {name: entry.get("size") for name, entry in entries.items()}
 
+    def walk_files(self) -> list[str]:
+        """Return the files in the folder and in all folders below it, by their paths from here, without hidden ones.
+
+        Over HTTP, whose links lead anywhere, those of the folder alone.
+        """
+        if self.folder.startswith("http"):
+            return list(self.file_sizes())
+        paths = self._retry("", lambda: self._call_driver("find", self._root))
+        names = [path.removeprefix(self._root).lstrip("/") for path in paths]
+        return [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
+
     def sub_folder_files(self) -> dict[str, list[str]]:
         """Return some of the files in the sub-folders of the last listing, as far as they can be listed.
 

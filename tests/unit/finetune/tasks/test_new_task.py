@@ -1,14 +1,16 @@
 """A task without classes in one file: the mean brightness of an image, read from a .txt member.
 
-Its class and one line of the registry are all that planning, training, evaluation, export and the data tools need.
+Its class and one line of the registry are all that planning, training, evaluation, export, predictions and the data
+tools need.
 """
 
 import io
 import json
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -37,6 +39,9 @@ from foveal.distributed.world import World
 from foveal.engines.base import Engine
 from foveal.errors import ConfigError, DataError
 from foveal.forecast.forecast import ClusterSpec, Forecast
+from foveal.inference.exported_model import ExportedModel
+from foveal.inference.image_transform import ImageFrame
+from foveal.inference.predictions import Columns, Prediction
 from foveal.models.encoder_with_head import EncoderWithHead, set_noise_cast_images
 from foveal.training.evaluations import Metric
 from foveal.training.loop import TrainingSetup
@@ -99,6 +104,7 @@ class Brightness(Task):
     """The mean brightness of an image."""
 
     name = "brightness"
+    prediction_columns: ClassVar[Columns] = {"brightness": float}
     supported_settings = frozenset({"pooling", "data.label_field"})
 
     def make_label_reader(self, cfg: DataConfig, dataset: Dataset) -> LabelReader:
@@ -125,6 +131,14 @@ class Brightness(Task):
                 sums += torch.stack([errors[batch.valid].sum(), batch.valid.sum()]).double()
         error, images = run.world.all_reduce_sum(sums).tolist()
         return {"error": error / images}
+
+    def model_from_export(self, export_dir: Path) -> nn.Module:
+        return model_from_export(export_dir, self.name, lambda encoder, *_: BrightnessModel(encoder))
+
+    def predict(
+        self, model: ExportedModel, images: Tensor, frames: Sequence[ImageFrame], top: int | None
+    ) -> list[Prediction]:
+        return [Prediction(({"brightness": value},)) for value in model.module(images).tolist()]
 
 
 # --- the proof ---
@@ -176,12 +190,19 @@ def test_it_trains_and_the_lowest_error_is_exported(settings: dict[str, Any], tm
     summary = json.loads((tmp_path / "run/finished.json").read_text())["summary"]
     assert (summary["best_step"], summary["val_error"]) == (best, errors[best])
 
-    model = model_from_export(tmp_path / "run/export", "brightness", lambda encoder, *_: BrightnessModel(encoder))
+    model = TASKS["brightness"].model_from_export(tmp_path / "run/export")
     card = json.loads((tmp_path / "run/export/card.json").read_text())
     assert (card["step"], card["classes"], card["head"]) == (best, [], {"kind": "brightness"})
     images = GREYS[TRAIN:, None, None, None].expand(-1, 1, SIDE, SIDE)
     error = (model(normalise(images, plan.mean, plan.std)) - GREYS[TRAIN:] / 255).abs().mean().item()
     assert error == pytest.approx(errors[best], abs=1e-4), "these are the weights of the best evaluation"
+
+    val, out = f"{settings['data']['path']}/val-000000.tar", tmp_path / "greys.jsonl"
+    predict = ["predict", str(tmp_path / "run"), val, "--out", str(out), "--overlays", str(tmp_path / "drawn")]
+    assert CliRunner().invoke(app, predict).exit_code == 0
+    predicted = torch.tensor([json.loads(line)["brightness"] for line in out.read_text().splitlines()])
+    assert (predicted - GREYS[TRAIN:] / 255).abs().mean().item() == pytest.approx(errors[best], abs=1e-4)
+    assert len(list((tmp_path / "drawn").iterdir())) == len(GREYS) - TRAIN
 
 
 def test_the_commands_know_it(settings: dict[str, Any], tmp_path: Path) -> None:
