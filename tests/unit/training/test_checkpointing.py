@@ -3,19 +3,22 @@
 import logging
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ranks import Ranks, stage_named
 
 from foveal.checkpoint.saver import CheckpointSaver, SaveResult
-from foveal.distributed.preemption import ShutdownNotice
+from foveal.distributed.preemption import LeaveRequest, ShutdownNotice
 from foveal.distributed.world import World
 from foveal.errors import LaunchError
 from foveal.tracking.jsonl import read_rows_without_time
 from foveal.training import checkpointing
 from foveal.training.cli import load_config
 from foveal.training.launch import run_stage
+from foveal.training.progress import ProgressReporter
+from foveal.training.run import Run
 
 
 def _run(
@@ -72,3 +75,57 @@ def test_a_save_that_gets_slower_than_the_notice_is_warned_of(configs, one_rank:
     assert [warning.partition(":")[0] for warning in warnings] == [
         "a checkpoint took 90 s, and Slurm ends this job 60 s after its warning"
     ]
+
+
+@pytest.mark.parametrize(
+    ("applied", "leave", "is_pending", "warning"),
+    [
+        (True, None, True, None),
+        (True, LeaveRequest(), True, None),
+        (True, LeaveRequest(is_urgent=True), False, None),
+        (True, LeaveRequest(is_urgent=True), True, "the time only suffices to finish the checkpoint in progress"),
+        (False, LeaveRequest(), False, "whose update was refused"),
+    ],
+)
+def test_what_is_saved_depends_on_update_request_and_the_save_in_progress(
+    applied: bool,
+    leave: LeaveRequest | None,
+    is_pending: bool,
+    warning: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    started: list[int] = []
+    monkeypatch.setattr(checkpointing, "_start_checkpoint", lambda run, _engine: started.append(run.step))
+    run: Any = SimpleNamespace(
+        step=7,
+        log_metrics=lambda: None,
+        rollback=SimpleNamespace(last_update_applied=applied),
+        checkpoint_saver=SimpleNamespace(is_pending=is_pending),
+        progress=ProgressReporter(),
+    )
+    engine: Any = None
+    checkpointing.save_checkpoint(run, engine, leave)
+    assert started == ([7] if warning is None else [])
+    assert [message.partition("no checkpoint at step 7")[2].strip(",: ") for message in caplog.messages] == (
+        [] if warning is None else [warning]
+    )
+
+
+@pytest.mark.parametrize("leave", [None, LeaveRequest(), LeaveRequest(is_urgent=True)])
+def test_who_leaves_in_haste_does_not_wait_for_the_tracker(leave: LeaveRequest | None) -> None:
+    skipped: list[bool] = []
+    run: Any = SimpleNamespace(
+        finish_checkpoint=lambda: None,
+        preemption=SimpleNamespace(stop_reason="SIGUSR1", requested_again=False),
+        plan=SimpleNamespace(total_steps=9),
+        checkpoint_store=SimpleNamespace(latest_step=7),
+        progress=ProgressReporter(),
+        tracker=SimpleNamespace(skip_flush=lambda: skipped.append(True)),
+        is_nested=True,
+        _all_parts="",
+    )
+    Run.mark_preempted(run, 7, leave)
+    assert run.is_preempted
+    assert run.end_reason == "asked to leave (SIGUSR1): saved at step 7 of 9"
+    assert bool(skipped) == (leave is not None and leave.is_urgent)
