@@ -7,7 +7,9 @@ import torch
 from encoders import shaken
 
 from foveal.checkpoint.config import CheckpointConfig
-from foveal.checkpoint.store import CheckpointStore, TrainState
+from foveal.checkpoint.saver import CheckpointSaver
+from foveal.checkpoint.state import TrainState
+from foveal.checkpoint.store import CheckpointStore
 from foveal.distributed.world import World
 from foveal.engines.build import build_engine
 from foveal.engines.config import EngineConfig
@@ -62,6 +64,5 @@ def _save(run: Path, model: MaskedAutoencoder, cfg: PretrainConfig) -> None:
         microbatch_size=8,
         accumulation_steps=1,
     )
-    store = CheckpointStore(run / "checkpoints", CheckpointConfig(), alone, 1, {})
-    store.save(engine, TrainState(STEP, 0.0, 1, "plain", {}))
-    assert store.wait_and_commit() is not None
+    saver = CheckpointSaver(CheckpointStore(run / "checkpoints", CheckpointConfig(async_save=False), alone, 1, {}))
+    assert saver.save(engine, TrainState(STEP, 0.0, 1, "plain", {})) is not None
