@@ -10,9 +10,9 @@ from foveal.errors import ExportError
 
 # Outputs by name, of pixels uint8 [N, C, H, W].
 OutputsFn = Callable[[Tensor], dict[str, Tensor]]
-# Of an output's largest value. Libraries sum in another order, which moves fp32 by about 1e-6 in a network of twelve
-# blocks; a weight under a wrong name, another activation or another norm moves outputs by 1e-3 and more.
-TOLERANCE = 1e-4
+# Of an output's largest value: ten times the largest difference in benchmarks/results/exports.md, which comes from sums
+# in another order. Another approximation of GELU, the smallest fault of a converter, moves outputs by 1e-4 and more.
+TOLERANCE = 2e-5
 BATCH_SIZES = (1, 3, 4)
 
 

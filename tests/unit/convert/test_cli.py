@@ -36,7 +36,7 @@ def test_it_prints_differences_loading_lines_and_the_folder(export: Path) -> Non
     lines = result.output.splitlines()
     assert lines[0].startswith("opened by safetensors ")
     assert lines[0].endswith(", compared on 4 images:")
-    assert lines[1] == "  features: largest difference 0.0e+00, 0.0e+00 of the largest value (limit 1e-04)"
+    assert lines[1] == "  features: largest difference 0.0e+00, 0.0e+00 of the largest value (limit 2e-05)"
     assert lines[-1] == f"done: {export}-safetensors"
     assert f'  with safe_open("{export}-safetensors/model.safetensors", "pt") as file:' in lines
 

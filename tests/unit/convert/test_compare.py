@@ -33,9 +33,9 @@ def reopened(shift: float, tolerance: float | None = TOLERANCE) -> Reopened:
 def test_the_largest_difference_of_any_batch_is_reported() -> None:
     # Means are 5.5 + 1 to 41.5 + 1; the largest value of a batch of three is 30.5.
     assert check_reopened(reopened(0.0), PIXELS, ()) == [Difference("logits", 0.0, 0.0)]
-    (difference,) = check_reopened(reopened(2.0**-10), PIXELS, ())
-    assert difference.absolute == 2.0**-10
-    assert difference.relative == pytest.approx(2.0**-10 / 30.5)
+    (difference,) = check_reopened(reopened(2.0**-12), PIXELS, ())
+    assert difference.absolute == 2.0**-12
+    assert difference.relative == pytest.approx(2.0**-12 / 30.5)
 
 
 def test_more_than_the_tolerance_is_an_error_unless_weights_were_rounded() -> None:

@@ -132,6 +132,13 @@ def test_a_wrong_name_is_seen_and_leaves_nothing(tmp_path: Path, monkeypatch: py
     assert [each.name for each in tmp_path.iterdir()] == ["export"]
 
 
+def test_another_approximation_of_an_activation_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export = written(tmp_path / "export", vit_card(depth=2), std=0.02)
+    monkeypatch.setattr(vit_names, "get_activation_name", lambda _encoder: "gelu_pytorch_tanh")
+    with pytest.raises(ExportError, match="gives other features than foveal"):
+        convert(export, "hf")
+
+
 def test_a_weight_that_is_not_written_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export = written(tmp_path / "export", *KINDS["plain"]())
     monkeypatch.delitem(vit_names._TOP_LEVEL, "norm.bias")
