@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from machine import described
-from tiny_exports import DETECTOR, KINDS, SEGMENTER, stand_in_for_timm_folder, vit_card, written
+from tiny_exports import DETECTOR, KINDS, SEGMENTER, vit_card, written
 from tiny_pretraining import finished_run
 
 from foveal.convert.compare import TOLERANCE
@@ -72,7 +72,6 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="the tiny models only")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    stand_in_for_timm_folder()
     cases: dict[str, Case] = {f"tiny: {name}": make() for name, make in KINDS.items()}
     cases |= {} if arguments.tiny else LARGER
     reasons: list[str] = []

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from foveal.errors import ExportError
-
-_EXPORT_PLACES = ("export", "export/*", "*/*/export")  # of a run, of a run with several, of folds and trials
+from foveal.inference.exported_model import format_folders, list_exports
 
 
 @dataclass(frozen=True)
@@ -26,10 +25,10 @@ def find_source(path: Path) -> Source:
     if not path.is_dir():
         problem = "is a file" if path.exists() else "does not exist"
         raise ExportError(f"{path} {problem}; give the directory of a finished run, or an export in it")
-    exports = _list_exports(path)
+    exports = list_exports(path)
     if not _is_run(path):
         if nested := sorted(file.parent for file in path.glob("*/card.json")):
-            raise ExportError(f"{path} holds several exports; give one of {_join(nested)}")
+            raise ExportError(f"{path} holds several exports; give one of {format_folders(nested)}")
         raise ExportError(
             f"{path} is neither a run of foveal's (it has no science.json) nor an export (it has no card.json)"
         )
@@ -38,17 +37,9 @@ def find_source(path: Path) -> Source:
     if not exports:
         raise ExportError(f"{path} is a finished run without an export; a run of probes, for example, writes none")
     if len(exports) > 1:
-        raise ExportError(f"{path} has several exports; give one of {_join(exports)}")
+        raise ExportError(f"{path} has several exports; give one of {format_folders(exports)}")
     return Source(exports[0], path)
 
 
 def _is_run(path: Path) -> bool:
     return (path / "science.json").exists() or (path / "attempts").is_dir()
-
-
-def _list_exports(run: Path) -> list[Path]:
-    return sorted({file.parent for place in _EXPORT_PLACES for file in run.glob(f"{place}/card.json")})
-
-
-def _join(folders: list[Path]) -> str:
-    return ", ".join(map(str, folders[:5])) + (f" and {len(folders) - 5} more" if len(folders) > 5 else "")

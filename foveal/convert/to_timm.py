@@ -15,6 +15,7 @@ from foveal.convert.outputs import NamedOutputs
 from foveal.convert.request import Request
 from foveal.errors import ExportError
 from foveal.inference.exported_model import ExportedModel
+from foveal.weights.timm_folder import build_timm_config, explain_not_timm
 
 _LOADING = """\
 import timm
@@ -45,17 +46,10 @@ def write(request: Request, draft: Path) -> Reopened:
 
 def explain_refusal(model: ExportedModel) -> str | None:
     """Return why timm cannot build a model; None if it can."""
-    from foveal.weights.timm_folder import explain_not_timm
-
     return explain_not_timm(model.card)
 
 
 def write_folder(model: ExportedModel, draft: Path) -> None:
     """Write ``config.json`` and ``model.safetensors``. Raises: OSError."""
-    from foveal.weights.timm_folder import build_timm_config
-
-    config = build_timm_config(model.card)
-    # transformers passes the number of classes itself; timm reads it from the settings around these.
-    config["model_args"] = {name: value for name, value in config["model_args"].items() if name != "num_classes"}
-    write_config(draft / "config.json", config)
+    write_config(draft / "config.json", build_timm_config(model.card))
     write_weights(draft / "model.safetensors", model.module.state_dict())

@@ -1,6 +1,7 @@
 """An export as a model that predicts: ``foveal.load``."""
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -69,16 +70,23 @@ def find_export(path: str | Path) -> Path:
         return folder
     if (inner / _CARD).exists():
         return inner
-    cards = [*inner.glob(f"*/{_CARD}"), *folder.glob(f"*/*/{_EXPORT_DIR}/{_CARD}")]  # students, folds and trials
-    exports = sorted(str(file.parent) for file in cards)
-    if exports:
-        more = f" and {len(exports) - _MAX_LISTED} more" if len(exports) > _MAX_LISTED else ""
-        raise ExportError(
-            f"{folder} is a run with several exports: give one of {', '.join(exports[:_MAX_LISTED])}{more}"
-        )
+    if exports := list_exports(folder):
+        raise ExportError(f"{folder} is a run with several exports: give one of {format_folders(exports)}")
     if any((folder / name).exists() for name in _RUN_FILES):
         raise ExportError(f"{folder} is a run without an export: let it finish, by the command that began it")
     return folder  # ``read_card`` says what is missing
+
+
+def list_exports(run: Path) -> list[Path]:
+    """Return the exports of a run: its own, those of several students, and those of folds and trials."""
+    places = (_EXPORT_DIR, f"{_EXPORT_DIR}/*", f"*/*/{_EXPORT_DIR}")
+    return sorted({file.parent for place in places for file in run.glob(f"{place}/{_CARD}")})
+
+
+def format_folders(folders: Sequence[Path]) -> str:
+    """Return the first folders as words of a sentence, and how many more there are."""
+    more = f" and {len(folders) - _MAX_LISTED} more" if len(folders) > _MAX_LISTED else ""
+    return ", ".join(map(str, folders[:_MAX_LISTED])) + more
 
 
 def task_of_export(card: Card) -> str:

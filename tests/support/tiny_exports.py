@@ -1,10 +1,7 @@
 """Tiny exports of every kind of model, written as a run writes them; the weights leave no part of a model silent."""
 
-import importlib
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -89,16 +86,6 @@ KINDS: dict[str, Callable[[], tuple[dict[str, Any], dict[str, Any] | None]]] = {
     "CNN segmenter": lambda: (backbone_card("test_resnet", 64, 3), SEGMENTER),
     "detector": lambda: (vit_card(), DETECTOR),
 }
-
-
-def stand_in_for_timm_folder() -> None:
-    """Until the branch with foveal/weights/timm_folder.py is merged, put a module in its place."""
-    try:
-        importlib.import_module("foveal.weights.timm_folder")
-    except ImportError:
-        module: Any = ModuleType("foveal.weights.timm_folder")
-        module.build_timm_config, module.explain_not_timm = _build_timm_config, _explain_not_timm
-        sys.modules[module.__name__] = module
 
 
 def _explain_not_timm(card: Card) -> str | None:

@@ -6,13 +6,12 @@ from pathlib import Path
 import pytest
 from house import ROOT
 from PIL import Image
-from tiny_exports import CLASSES, KINDS, stand_in_for_timm_folder, written
+from tiny_exports import CLASSES, KINDS, written
 
 from foveal.convert.formats import FORMATS, convert
 
 for library in ("transformers", "onnxruntime"):
     pytest.importorskip(library, reason="needs the extra foveal[export]")
-stand_in_for_timm_folder()
 
 BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "exports.md").read_text(), re.MULTILINE | re.DOTALL)
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from tiny_exports import CLASSES, KINDS, stand_in_for_timm_folder, written
+from tiny_exports import CLASSES, KINDS, written
 
 from foveal.convert import to_onnx
 from foveal.convert.formats import FORMATS, Conversion, convert
@@ -12,7 +12,6 @@ from foveal.errors import ExportError
 
 for library in ("transformers", "onnxruntime"):
     pytest.importorskip(library, reason="needs the extra foveal[export]")
-stand_in_for_timm_folder()
 
 # Of fp32 outputs: largest value about 1 to 10, sums of at most 100 products. A weight that is missing moves them by 0.1.
 TIGHT = 1e-5

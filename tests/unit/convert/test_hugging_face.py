@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tiny_exports import CLASSES, KINDS, stand_in_for_timm_folder, vit_card, written
+from tiny_exports import CLASSES, KINDS, vit_card, written
 from tiny_pretraining import STEP, finished_run
 
 import foveal
@@ -17,7 +17,6 @@ from foveal.errors import ExportError
 from foveal.inference.exported_model import load_exported_model
 
 transformers = pytest.importorskip("transformers", reason="needs the extra foveal[export]")
-stand_in_for_timm_folder()
 
 
 @pytest.mark.parametrize(
