@@ -12,7 +12,6 @@ from foveal.models.backbone import backbone_card, backbone_from_card
 from foveal.models.config import DetectionHeadCard, SegmentationHeadCard, VitConfig
 from foveal.models.detect import build_detector
 from foveal.models.segment import build_segmenter
-from foveal.models.timm_vit import build_meta_encoder, get_class_specific_kwargs
 from foveal.models.vit import encoder_card, encoder_from_card
 from foveal.weights.export import Card, write_export
 
@@ -86,40 +85,3 @@ KINDS: dict[str, Callable[[], tuple[dict[str, Any], dict[str, Any] | None]]] = {
     "CNN segmenter": lambda: (backbone_card("test_resnet", 64, 3), SEGMENTER),
     "detector": lambda: (vit_card(), DETECTOR),
 }
-
-
-def _explain_not_timm(card: Card) -> str | None:
-    return None if card.head is None else f"timm has no head for {card.head['kind']}"
-
-
-def _build_timm_config(card: Card) -> dict[str, Any]:
-    encoder = card.encoder
-    size = encoder["image_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    kwargs: dict[str, Any] = {}
-    if "timm" not in encoder:
-        kwargs = {
-            "img_size": [height, width],
-            "global_pool": encoder["pooling"],
-            "patch_size": encoder["patch"],
-            "embed_dim": encoder["width"],
-            "depth": encoder["depth"],
-            "num_heads": encoder["heads"],
-            "mlp_ratio": encoder["mlp_ratio"],
-        }
-        own = get_class_specific_kwargs(build_meta_encoder(encoder["name"]), encoder["pooling"], encoder["registers"])
-        kwargs |= {name: value for name, value in own.items() if name != "attn_layer"}
-    config: dict[str, Any] = {
-        "architecture": encoder.get("timm") or encoder["name"],
-        "num_classes": encoder["classes"],
-        "model_args": kwargs,
-        "pretrained_cfg": {
-            "input_size": [encoder["channels"], height, width],
-            "mean": list(card.mean),
-            "std": list(card.std),
-            "num_classes": encoder["classes"],
-            "first_conv": None,
-            "classifier": None,
-        },
-    }
-    return config | ({"label_names": list(card.classes)} if card.classes else {})
