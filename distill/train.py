@@ -12,7 +12,7 @@ from distill.students import build_students
 from distill.teacher import Teacher
 from distill.teacher_cache import TeacherCache, TensorSpec, check_cache_size
 from foveal.config import height_and_width
-from foveal.engines.attention import apply_attention
+from foveal.engines.attention import apply_attention, has_explicit_attention
 from foveal.models.backbone import get_no_weight_decay_names
 from foveal.models.patches import count_visible
 from foveal.optim.optimizers import parameter_groups
@@ -118,7 +118,7 @@ def _open_teacher_cache(plan: DistillPlan, teacher: Teacher, device: torch.devic
         "matmul": cfg.engine.float32_matmul_precision,
         "device": device.type,
     }
-    if cfg.engine.max_explicit_attention_tokens not in (0, "auto"):  # earlier caches stay in use
+    if has_explicit_attention(teacher.model):  # earlier caches stay in use
         key_fields["attention"] = cfg.engine.max_explicit_attention_tokens
     if not cfg.has_epoch_invariant_targets:
         key_fields["seed"] = cfg.seed

@@ -1,5 +1,6 @@
 """What the cgroups above this process allow it, as containers and Slurm's steps have them: memory and processors."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,9 +42,19 @@ def read_cpu_limit() -> float | None:
     return min((limit for limit in limits if limit > 0), default=None)  # -1: no quota of version 1
 
 
+def count_usable_cores() -> int:
+    """Return the cores that this process may use at once: those it may run on, within the quota of its group."""
+    num_cores, limit = len(os.sched_getaffinity(0)), read_cpu_limit()
+    return num_cores if limit is None else max(1, min(num_cores, int(limit)))
+
+
 def _groups(controller: str) -> Iterator[tuple[Path, bool]]:
     """Yield the folders of the groups above this process that may limit it, and whether they are of version 2."""
-    for line in _OWN.read_text().splitlines():
+    try:
+        lines = _OWN.read_text().splitlines()
+    except OSError:  # a kernel without cgroups
+        return
+    for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue

@@ -69,7 +69,9 @@ def feature_provenance(plan: ProbePlan) -> dict[str, Any]:
     science = restore_names(plan.cfg.without_neutral(plan.science_settings()))
     science = {name: value for name, value in science.items() if name.startswith(_SCIENCE)}
     shapes = {name: [list(shape), np.dtype(dtype).name] for name, (shape, dtype) in plan.file_shapes.items()}
-    precision = plan.cfg.engine.precision
+    precision, tokens = str(plan.cfg.engine.precision), plan.cfg.engine.max_explicit_attention_tokens
+    if tokens not in (0, "auto"):  # probes decide nothing for auto, so features that were cached before stay in use
+        precision += f", explicit attention up to {tokens} tokens"
     return json.loads(json.dumps({"format": _FORMAT, "files": shapes, "precision": precision, "science": science}))
 
 

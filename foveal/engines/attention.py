@@ -29,6 +29,11 @@ def apply_attention(model: nn.Module, cfg: EngineConfig) -> None:
             setattr(module, "max_explicit_tokens", 0 if tokens == "auto" else tokens)  # noqa: B010 - no attribute of any module
 
 
+def has_explicit_attention(model: nn.Module) -> bool:
+    """Return whether a model has blocks that do without the fused kernel, for sequences of some length at least."""
+    return any(getattr(module, "max_explicit_tokens", 0) > 0 for module in model.modules())
+
+
 def has_amx() -> bool:
     """Return whether this processor has matrix instructions for bf16."""
     return torch.cpu._is_amx_tile_supported()  # noqa: SLF001 - public from torch 2.15 on only

@@ -25,7 +25,7 @@ def decide_auto_settings(plan: PlanT, store: CheckpointStore, world: World) -> P
     """
     engine = plan.cfg.engine
     is_auto = "auto" in (engine.compile, engine.max_explicit_attention_tokens)
-    if not is_auto or not plan.has_checkpoints:  # a run that consists of runs decides in each of them
+    if not is_auto or not plan.has_checkpoints:  # a run of runs decides in each of them; probes compute as auto stands
         return plan
     rounding = _read_rounding(plan, store, world)
     decided = {
@@ -53,13 +53,21 @@ def _decide_compile(engine: EngineConfig, rounding: dict[str, Any] | None, world
 
 
 def _decide_attention(engine: EngineConfig, rounding: dict[str, Any] | None, world: World) -> int:
-    """Return up to how many tokens attention is explicit: on other hardware than before anew, with a warning later.
+    """Return up to how many tokens attention is explicit. A run that began with the fused kernel keeps it.
 
-    Versions that stored no such setting had the fused kernel.
+    Versions that stored no such setting had the fused kernel. A run that goes on where explicit products are slow gives
+    them up, and a warning says so (``warn_if_rounding_changed``).
     """
-    if rounding is not None and _ATTENTION not in rounding:
+    if engine.max_explicit_attention_tokens != "auto":
+        return engine.max_explicit_attention_tokens
+    trained = None if rounding is None else rounding.get(_ATTENTION, 0)
+    if trained == 0:
         return 0
-    return world.on_rank0(lambda: choose_max_explicit_tokens(engine, world.device.type))
+    chosen = world.on_rank0(lambda: choose_max_explicit_tokens(engine, world.device.type))
+    tokens = chosen if trained is None else min(trained, chosen)
+    if tokens:
+        _log.info("%s=auto: %d, %s", _ATTENTION, tokens, "for a new run" if trained is None else "as trained before")
+    return tokens
 
 
 def _read_rounding(plan: Plan, store: CheckpointStore, world: World) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ _ROUNDING_SETTINGS = (
     "engine.compile",
     "engine.max_explicit_attention_tokens",
 )
+_BEFORE_STORED = {"engine.max_explicit_attention_tokens": 0}  # of checkpoints without it
 _CONSEQUENCE = "numbers may move in their last digits"
 _log = logging.getLogger(__name__)
 
@@ -46,12 +47,13 @@ def get_rounding_settings(cfg: Config) -> dict[str, Any]:
 def warn_if_rounding_changed(state: TrainState, cfg: Config) -> None:
     """Log the library versions and rounding settings that differ from those under which a checkpoint was written.
 
-    Checkpoints of versions that did not store the settings cause no warning about them.
+    Checkpoints of versions that did not store a setting cause no warning about it, except where its value is known.
     """
     if versions := _list_changes(state.versions, get_library_versions()):
         _log.warning("the checkpoint was written by other versions (%s); %s", versions, _CONSEQUENCE)
-    settings = {name: value for name, value in get_rounding_settings(cfg).items() if name in state.rounding}
-    if changes := _list_changes(state.rounding, settings):
+    saved = _BEFORE_STORED | state.rounding if state.rounding else {}
+    settings = {name: value for name, value in get_rounding_settings(cfg).items() if name in saved}
+    if changes := _list_changes(saved, settings):
         _log.warning("the checkpoint was written under other settings (%s); %s", changes, _CONSEQUENCE)
 
 

@@ -224,6 +224,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (
             *CONFIGURED,
             "foveal.atomic",
+            "foveal.cgroups",
             "foveal.data",
             "foveal.distributed",
             "foveal.engines",

@@ -1,6 +1,5 @@
 """Seconds of a step: measured with the model itself on this machine, or from the forecast for a stated GPU."""
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from foveal.cgroups import count_usable_cores
 from foveal.commands.init.data_facts import DataFacts
 from foveal.data.batch import Batch
 from foveal.data.config import DataConfig
@@ -72,7 +72,7 @@ def measure_speed(stage: Stage[Any, Any], plan: Plan, facts: DataFacts) -> Speed
         update_seconds, forward_seconds, lost_share = _measure_model(stage, plan, device)
     finally:
         torch.set_num_threads(threads_before)
-    batch_size, cores = plan.cfg.batch.global_size, len(os.sched_getaffinity(0))
+    batch_size, cores = plan.cfg.batch.global_size, count_usable_cores()
     workers = plan.cfg.data.workers
     if workers == "auto":
         workers = choose_num_workers(cores // ranks, decode_seconds * plan.steps_per_epoch * batch_size / ranks)

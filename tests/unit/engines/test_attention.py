@@ -2,14 +2,18 @@
 
 import pytest
 import torch
+from loop_steps import ALONE
 from timm.models.vision_transformer import VisionTransformer
 
 from foveal.engines import attention
-from foveal.engines.attention import apply_attention, choose_max_explicit_tokens
+from foveal.engines.attention import apply_attention, choose_max_explicit_tokens, has_explicit_attention
+from foveal.engines.build import build_engine
 from foveal.engines.config import EngineConfig
 from foveal.models.attention import SelfAttention
 from foveal.models.config import VitConfig
 from foveal.models.vit import build_encoder
+from foveal.optim.config import OptimConfig
+from foveal.optim.optimizers import parameter_groups
 
 SIZES = VitConfig(name="vit_tiny_patch16_224", patch=4, width=24, depth=2, heads=3)
 CASES = {
@@ -62,3 +66,11 @@ def test_both_are_the_same_mathematics() -> None:
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-6)  # fp32, rounded in another order
     blocks = [module for module in encoder_with(512).modules() if isinstance(module, SelfAttention)]
     assert {block.max_explicit_tokens for block in blocks} == {512}
+
+
+def test_an_engine_sets_it() -> None:
+    model, optim = build_encoder(SIZES, image_size=16, channels=3), OptimConfig()
+    cfg = EngineConfig.model_validate({"kind": "plain", "max_explicit_attention_tokens": 16})
+    assert not has_explicit_attention(model)
+    build_engine(model, parameter_groups(model, optim), optim, cfg, ALONE, microbatch_size=2, accumulation_steps=1)
+    assert has_explicit_attention(model)

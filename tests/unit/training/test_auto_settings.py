@@ -53,6 +53,7 @@ def test_a_run_and_its_fork_go_on_as_they_were_trained(
         assert "last digits" not in log
 
 
+ATTENTION = "engine.max_explicit_attention_tokens"
 KEPT = {True: {"engine.compile": True}, False: {"engine.compile": False}, "blocks": {"engine.compile": "blocks"}}
 CASES: dict[str, tuple[dict[str, Any] | None, str, str | None, bool | str]] = {
     "a new run on a GPU": (None, "cuda", None, "blocks"),
@@ -87,9 +88,7 @@ def test_auto_is_decided_by_the_checkpoint_or_the_machine(
 
 def test_a_stated_value_stays(configs: dict[str, Path]) -> None:
     assert decide(configs, KEPT[False], "cpu", "engine.compile=blocks").compile == "blocks"
-
-
-ATTENTION = "engine.max_explicit_attention_tokens"
+    assert decide(configs, KEPT[False], "cpu", f"{ATTENTION}=64").max_explicit_attention_tokens == 64
 
 
 @pytest.mark.parametrize(
@@ -97,6 +96,7 @@ ATTENTION = "engine.max_explicit_attention_tokens"
     [
         pytest.param(None, True, 512, id="a new run"),
         pytest.param({"engine.compile": False}, True, 0, id="of a version that had the fused kernel"),
+        pytest.param({ATTENTION: 0}, True, 0, id="of such a run, one attempt later"),
         pytest.param({ATTENTION: 512}, True, 512, id="on the same hardware"),
         pytest.param({ATTENTION: 512}, False, 0, id="on other hardware"),
     ],
