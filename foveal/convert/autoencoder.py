@@ -62,10 +62,11 @@ def _find_checkpoint(run: Path) -> tuple[Path, int]:
     store = CheckpointStore(run / "checkpoints", CheckpointConfig(), alone, 0, starts, read_only=True)
     try:
         latest = store.find_latest_valid()
+        reason = "has no checkpoint"
     except CheckpointError:  # its advice is for a run that is to go on
-        latest = None
+        latest, reason = None, "has no checkpoint that is whole"
     if latest is None:
         raise ExportError(
-            f"{run} has no checkpoint, and only a checkpoint has the decoder; give its export for the encoder alone"
+            f"{run} {reason}, and only a checkpoint has the decoder; give its export for the encoder alone"
         )
     return latest[0], latest[1].step

@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from foveal.errors import ExportError
+from foveal.weights import weights_file
 
 
 def import_extra(library: str) -> Any:
@@ -29,21 +28,8 @@ def describe_library(name: str) -> str:
 
 
 def write_weights(file: Path, weights: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write weights as safetensors; tied weights are written under each of their names. Raises: OSError."""
-    unshared: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name, value in weights.items():
-        contiguous = value.detach().contiguous()
-        storage = contiguous.untyped_storage().data_ptr()
-        unshared[name] = contiguous.clone() if storage in storages else contiguous
-        storages.add(storage)
-    file.touch()
-    mode = file.stat().st_mode  # as the umask says
-    try:
-        save_file(unshared, file, {"format": "pt"} | (metadata or {}))
-    except SafetensorError as error:
-        raise OSError(f"{file.name}: {error}") from None
-    file.chmod(mode)  # safetensors replaces the file by one that only its owner can read
+    """Write safetensors with the mark of PyTorch's weights, which transformers asks for. Raises: OSError."""
+    weights_file.write_weights(file, weights, {"format": "pt"} | (metadata or {}))
 
 
 def write_config(file: Path, config: dict[str, Any]) -> None:

@@ -58,8 +58,7 @@ def convert(
     _check_options(to, options)
     source = find_source(path)
     folder = _choose_folder(source, to) if out is None else out
-    if folder.exists():
-        raise ExportError(f"{folder} exists already; name another folder by --out, or remove it")
+    _check_absent(folder)
     model = load_exported_model(source.export)
     comparison = read_comparison_images(model.transform, images)
     write: Writer = importlib.import_module(FORMATS[to].module).write
@@ -67,9 +66,15 @@ def convert(
         with atomic_folder(folder) as draft:
             reopened = write(Request(source, model, options, comparison), draft)
             differences = check_reopened(reopened, comparison.pixels, model.classes)
+            _check_absent(folder)  # minutes later
     except OSError as error:
         raise ExportError(f"{folder} cannot be written ({error}); make room, or name another place by --out") from None
     return Conversion(folder, reopened, tuple(differences), len(comparison.pixels))
+
+
+def _check_absent(folder: Path) -> None:
+    if folder.exists():
+        raise ExportError(f"{folder} exists already; name another folder by --out, or remove it")
 
 
 def _check_options(to: str, options: Options) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from foveal.data.image.decode import UndecodableError
+from foveal.data.pack.image_tree import IMAGE_SUFFIXES
 from foveal.errors import DataError
 from foveal.inference.image_transform import ImageTransform
 
@@ -51,7 +52,7 @@ def read_comparison_images(transform: ImageTransform, folder: Path | None) -> Co
 def _list_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(f"--images {folder} is no folder")
-    return sorted(file for file in folder.rglob("*") if file.is_file())
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower()[1:] in IMAGE_SUFFIXES and file.is_file())
 
 
 def _list_samples() -> list[Path]:

@@ -46,11 +46,9 @@ def write(request: Request, draft: Path) -> Reopened:
     graph.save(file, external_data=num_bytes > _LARGEST_FILE)
     try:
         onnx.checker.check_model(str(file), full_check=True)
-    except onnx.checker.ValidationError as error:
-        raise ExportError(
-            f"onnx.checker refuses the graph of {source.export}: {format_error_one_line(error)}"
-        ) from None
-    session = _open_session(runtime, file)
+        session = _open_session(runtime, file)
+    except Exception as error:  # noqa: BLE001 - checker, inference of shapes and runtime have exceptions of their own
+        raise ExportError(f"ONNX refuses the graph of {source.export}: {format_error_one_line(error)}") from None
 
     def run(pixels: Tensor) -> dict[str, Tensor]:
         values = session.run(list(outputs.names), {_INPUT: outputs.to_input(pixels).numpy()})

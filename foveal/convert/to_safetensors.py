@@ -14,8 +14,12 @@ from foveal.convert.request import Request
 from foveal.errors import ExportError
 from foveal.inference.exported_model import ExportedModel
 
-# By name: the type, and the largest relative error of a weight that is rounded to it.
-_DTYPES = {"fp32": (torch.float32, 0.0), "bf16": (torch.bfloat16, 2**-8), "fp16": (torch.float16, 2**-11)}
+# By name: the type, the largest relative error of a weight that is rounded to it, and the largest error near 0.
+_DTYPES = {
+    "fp32": (torch.float32, 0.0, 0.0),
+    "bf16": (torch.bfloat16, 2**-8, 2**-134),
+    "fp16": (torch.float16, 2**-11, 2**-25),
+}
 _LOADING = """\
 from safetensors import safe_open
 with safe_open("{folder}/model.safetensors", "pt") as file:
@@ -25,7 +29,7 @@ with safe_open("{folder}/model.safetensors", "pt") as file:
 def write(request: Request, draft: Path) -> Reopened:
     """Write the weights under the module's names, read them back into a copy of the module. Raises: ExportError."""
     source, model, options = request.source, request.model, request.options
-    dtype, rounding = _DTYPES[options.dtype]
+    dtype, rounding, smallest = _DTYPES[options.dtype]
     weights = {
         name: value.to(dtype) if value.is_floating_point() else value
         for name, value in model.module.state_dict().items()
@@ -57,7 +61,7 @@ def write(request: Request, draft: Path) -> Reopened:
         torch.nn.init.zeros_(parameter.requires_grad_(False))
     copied.load_state_dict(stored)
     reopened = NamedOutputs(ExportedModel(model.path, card, model.task, copied, model.transform, model.classes))
-    note = f"weights are rounded to {options.dtype}: each by at most {rounding:.1e} of its value"
+    note = f"weights are rounded to {options.dtype}: each by at most {rounding:.1e} of its value, or by {smallest:.1e}"
     return Reopened(
         describe_library("safetensors"),
         NamedOutputs(model).from_pixels,

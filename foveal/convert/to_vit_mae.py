@@ -33,6 +33,11 @@ processor = AutoImageProcessor.from_pretrained("{folder}")"""
 def write_autoencoder(run: Path, model: ExportedModel, draft: Path, images: ComparisonImages) -> Reopened:
     """Write the folder and open it in transformers. Raises: ExportError if ``ViTMAEForPreTraining`` cannot hold it."""
     autoencoder = load_autoencoder(run)
+    if autoencoder.step != model.card.step:
+        raise ExportError(
+            f"{run} has an export of step {model.card.step}, and its newest whole checkpoint, which has the decoder, is of "
+            f"step {autoencoder.step}; give {model.path} for the encoder alone"
+        )
     reason = _explain_refusal(autoencoder)
     if reason is not None:
         raise ExportError(

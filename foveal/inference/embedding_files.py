@@ -9,6 +9,8 @@ npz: arrays ``image`` [n] and ``feature`` [n, D] or [n, L, D]. Both hold the unr
 
 import io
 import json
+import math
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ MANIFEST = "embeddings.json"
 FILE_FORMATS = ("parquet", "npz")
 _FORMAT = 1
 _UNREADABLE = b"unreadable"
+_DAMAGES = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, pa.ArrowException)  # of files that are cut
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def read_shard(file: Path, feature_shape: Sequence[int]) -> EmbeddingShard:
     """Return a shard. Raises: DataError if it is missing or damaged."""
     try:
         return _read_parquet(file, feature_shape) if file.suffix == ".parquet" else _read_npz(file)
-    except (OSError, ValueError, KeyError, EOFError, pa.ArrowException) as error:
+    except _DAMAGES as error:
         raise DataError(f"{file} cannot be read ({error}): remove it, and run the same command again") from None
 
 
@@ -134,9 +137,9 @@ def read_unreadable(file: Path) -> list[UnreadableImage]:
     try:
         if file.suffix == ".parquet":
             return _parse_unreadable(pq.read_metadata(file).metadata)
-        with np.load(file) as arrays:
+        with file.open("rb") as stream, np.load(stream) as arrays:  # numpy leaves a file that it cannot read open
             return _pair_unreadable(arrays)
-    except (OSError, ValueError, KeyError, EOFError, pa.ArrowException) as error:
+    except _DAMAGES as error:
         raise DataError(f"{file} cannot be read ({error}): remove it, and run the same command again") from None
 
 
@@ -159,7 +162,7 @@ def cannot_write_error(path: Path, error: OSError) -> DataError:
 
 
 def _encode_parquet(shard: EmbeddingShard) -> bytes:
-    features = shard.features.reshape(len(shard.images), -1)
+    features = shard.features.reshape(len(shard.images), math.prod(shard.features.shape[1:]))
     values = pa.array(np.ascontiguousarray(features).reshape(-1))
     table = pa.table(
         {
@@ -201,7 +204,7 @@ def _encode_npz(shard: EmbeddingShard) -> bytes:
 
 
 def _read_npz(file: Path) -> EmbeddingShard:
-    with np.load(file) as arrays:  # nothing is unpickled
+    with file.open("rb") as stream, np.load(stream) as arrays:  # nothing is unpickled
         return EmbeddingShard(arrays["image"].tolist(), arrays["feature"], _pair_unreadable(arrays))
 
 

@@ -107,8 +107,10 @@ class ShardImages:
         load_index: Callable[[], ShardIndex],
         read_bytes: Callable[[str, int, int], bytes],
         bit_depth: int | None = None,
+        label_field: str | None = None,
     ) -> None:
         self._path, self._num_samples, self._bit_depth = path, num_samples, bit_depth
+        self._label_field = label_field
         self._load_index, self._read_bytes = load_index, read_bytes
 
     def __len__(self) -> int:
@@ -118,7 +120,7 @@ class ShardImages:
         index = self._load_index()
 
         def read() -> bytes:
-            return self._read_bytes(index.shard, *index.find_image_offset_size(position))
+            return self._read_bytes(index.shard, *index.find_image_offset_size(position, self._label_field))
 
         return ImageInput(f"{self._path}{KEY_MARK}{_printable(index.key(position))}", read, self._bit_depth)
 

@@ -4,7 +4,7 @@ import fnmatch
 import functools
 import glob
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from foveal.data.config import is_url
 from foveal.data.dataset import Dataset, open_unchecked_dataset
@@ -24,14 +24,14 @@ _SHARD_SUFFIX = ".tar"
 _GLOB_CHARACTERS = frozenset("*?[")
 
 
-def resolve_images(sources: Sequence[str]) -> ImageList:
+def resolve_images(sources: Sequence[str], label_field: str | None = None) -> ImageList:
     """Return the images of files, folders (with all folders below), globs, shards, data sets and URLs, in this order.
 
     A folder of shards is its shards' images; of a packed data set they are those of all splits. Two sources may name
-    the same image, which then comes twice.
+    the same image, which then comes twice. ``label_field``: member of a shard's samples that is never their image.
     Raises: DataError for a source that does not exist, or if there is no image in all of them.
     """
-    resolver = _Resolver()
+    resolver = _Resolver(label_field)
     images = ImageList([group for source in sources for group in resolver.resolve(source)])
     if not len(images):
         raise DataError(f"no image in {', '.join(map(redact_url_secrets, sources))}: give files, folders or shards")
@@ -41,7 +41,8 @@ def resolve_images(sources: Sequence[str]) -> ImageList:
 class _Resolver:
     """Turns sources into images. The manifest of a folder is read once."""
 
-    def __init__(self) -> None:
+    def __init__(self, label_field: str | None) -> None:
+        self._label_field = label_field
         self._datasets: dict[str, Dataset | None] = {}
 
     def resolve(self, source: str) -> list[ImageGroup]:
@@ -60,13 +61,13 @@ class _Resolver:
         matches = sorted(glob.glob(source, recursive=True))  # noqa: PTH207 - of an absolute or a relative pattern
         if not matches:
             raise DataError(f"no file matches {source}")
-        return [group for match in matches for group in self.resolve(match)]
+        return [group for match in _select_matches(matches) for group in self.resolve(match)]
 
     def _resolve_folder(self, folder: Path) -> list[ImageGroup]:
         shards = sorted(folder.glob(f"*{_SHARD_SUFFIX}"))
         dataset = self._local_dataset(folder) if shards else None
         if dataset is not None:
-            return _all_shards(dataset)
+            return _all_shards(dataset, self._label_field)
         images = [image.path for image in scan_folder(folder, PassedOver()).walk()]
         return [*map(self._open_local_shard, shards), LocalImages(images)]
 
@@ -81,11 +82,11 @@ class _Resolver:
         if name.endswith(_SHARD_SUFFIX):
             shard = self._open_remote_shard(_open_remote(parent_url), name)
             return [shard.select(key) if key else shard]
-        if name.lower().rpartition(".")[2] in IMAGE_SUFFIXES:
+        if _has_image_suffix(name):
             return [RemoteImages(_open_remote(parent_url), [name])]
         dataset = self._remote_dataset(url)
         if dataset is not None:
-            return _all_shards(dataset)
+            return _all_shards(dataset, self._label_field)
         folder = _open_remote(url)
         return self._remote_groups(folder, sorted(folder.walk_files()))
 
@@ -106,28 +107,30 @@ class _Resolver:
 
     def _remote_groups(self, folder: RemoteFolder, names: Sequence[str]) -> list[ImageGroup]:
         shards = [name for name in names if name.endswith(_SHARD_SUFFIX)]
-        images = [name for name in names if name.lower().rpartition(".")[2] in IMAGE_SUFFIXES]
+        images = [name for name in names if _has_image_suffix(name)]
         return [*(self._open_remote_shard(folder, name) for name in shards), RemoteImages(folder, images)]
 
     def _open_local_shard(self, path: Path) -> ShardImages:
         """Return a shard's images: by the manifest beside it that lists it, its own index, or a scan of its headers."""
-        listed = _find_shard(self._local_dataset(path.parent), path.name)
+        listed = _find_shard(self._local_dataset(path.parent), path.name, self._label_field)
         if listed is not None:
             return listed
         reader = LocalShardReader(str(path.parent), _STALL_TIMEOUT)
-        return _scan_images(reader.folder, path.name, str(path), reader.read_bytes, _read_own_index(path))
+        return _scan_images(
+            reader.folder, path.name, str(path), reader.read_bytes, _read_own_index(path), self._label_field
+        )
 
     def _open_remote_shard(self, folder: RemoteFolder, name: str) -> ShardImages:
         """Return a shard's images, as of a local one: one by one, or if a manifest lists it from a copy of the shard."""
         inner, _, file = f"/{name}".rpartition("/")
-        listed = _find_shard(self._remote_dataset(f"{folder.folder}{inner}"), file)
+        listed = _find_shard(self._remote_dataset(f"{folder.folder}{inner}"), file, self._label_field)
         if listed is not None:
             return listed
 
         def read_bytes(_file: str, offset: int, size: int) -> bytes:
             return folder.read_up_to(name, offset, offset + size)
 
-        return _scan_images(folder, name, folder.display_path(name), read_bytes, None)
+        return _scan_images(folder, name, folder.display_path(name), read_bytes, None, self._label_field)
 
     def _local_dataset(self, folder: Path) -> Dataset | None:
         """Return the packed data set in a folder; None if there is no manifest."""
@@ -149,6 +152,24 @@ class _Resolver:
         return self._datasets[path_or_url]
 
 
+def _select_matches(matches: Sequence[str]) -> list[str]:
+    """Return what a glob means: images and shards, and folders, with all below them, of which it matches nothing else."""
+    inside = {str(parent) for match in matches for parent in Path(match).parents}
+    return [
+        match
+        for match in matches
+        if (
+            str(Path(match)) not in inside
+            if Path(match).is_dir()
+            else _has_image_suffix(match) or match.endswith(_SHARD_SUFFIX)
+        )
+    ]
+
+
+def _has_image_suffix(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower()[1:] in IMAGE_SUFFIXES
+
+
 def _split_key(source: str) -> tuple[str, str]:
     """Return the path or URL of a shard, and the key of one of its samples; '' if the source names no sample."""
     shard, mark, key = source.partition(f"{_SHARD_SUFFIX}{KEY_MARK}")
@@ -159,21 +180,23 @@ def _open_remote(url: str) -> RemoteFolder:
     return RemoteFolder(url, _STALL_TIMEOUT)
 
 
-def _all_shards(dataset: Dataset) -> list[ImageGroup]:
-    splits = dataset.manifest.splits.items()
-    return [_shard_of_dataset(dataset, split, number) for split, entry in splits for number in range(len(entry.shards))]
+def _all_shards(dataset: Dataset, label_field: str | None) -> list[ImageGroup]:
+    numbers = [
+        (split, number) for split, entry in dataset.manifest.splits.items() for number in range(len(entry.shards))
+    ]
+    return [_shard_of_dataset(dataset, split, number, label_field) for split, number in numbers]
 
 
-def _find_shard(dataset: Dataset | None, file: str) -> ShardImages | None:
+def _find_shard(dataset: Dataset | None, file: str, label_field: str | None) -> ShardImages | None:
     """Return the shard of a data set with this file name; None if it lists none."""
     for split, entry in dataset.manifest.splits.items() if dataset is not None else ():
         for number, shard in enumerate(entry.shards):
             if dataset is not None and shard.file == file:
-                return _shard_of_dataset(dataset, split, number)
+                return _shard_of_dataset(dataset, split, number, label_field)
     return None
 
 
-def _shard_of_dataset(dataset: Dataset, split: str, number: int) -> ShardImages:
+def _shard_of_dataset(dataset: Dataset, split: str, number: int, label_field: str | None) -> ShardImages:
     shard = dataset.manifest.splits[split].shards[number]
     return ShardImages(
         dataset.shard_display_path(split, number),
@@ -181,6 +204,7 @@ def _shard_of_dataset(dataset: Dataset, split: str, number: int) -> ShardImages:
         functools.partial(dataset.shard_index, split, number),
         dataset.read_bytes,
         dataset.manifest.bit_depth,
+        label_field,
     )
 
 
@@ -193,8 +217,13 @@ def _read_own_index(path: Path) -> ShardIndex | None:
 
 
 def _scan_images(
-    folder: Folder, name: str, path: str, read_bytes: Callable[[str, int, int], bytes], index: ShardIndex | None
+    folder: Folder,
+    name: str,
+    path: str,
+    read_bytes: Callable[[str, int, int], bytes],
+    index: ShardIndex | None,
+    label_field: str | None,
 ) -> ShardImages:
     """Return a shard's images by its index; None: by a scan of its headers."""
     known_index = scan_shard(folder, name, IndexRules()) if index is None else index
-    return ShardImages(path, len(known_index), lambda: known_index, read_bytes)
+    return ShardImages(path, len(known_index), lambda: known_index, read_bytes, label_field=label_field)

@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from foveal.data.image.decode import DECODE_VERSION, decode_crop, pixel_slice
+from foveal.data.image.decode import DECODE_VERSION, UndecodableError, decode_crop, pixel_slice
 from foveal.data.image.transforms import CropBox, compute_eval_crop, normalise
 from foveal.weights.card import Card, eval_pixels_from_card
 
+_OTHER_INTEGERS, _MAX_UINT16 = ("I", "I;16B", "I;16L", "I;16N"), 0xFFFF
 _PNG_MODES = ("1", "L", "P", "RGB", "I;16")  # an alpha channel is dropped in any case
 
 
@@ -139,6 +140,13 @@ def _read_bytes(image: bytes | str | Path | Image.Image) -> bytes:
     if isinstance(image, str | Path):
         return Path(image).read_bytes()
     file, exif = io.BytesIO(), image.getexif()  # which has the orientation that a camera has noted
+    if image.mode == "F":
+        raise UndecodableError("pixels of floating point are not supported")
+    if image.mode in _OTHER_INTEGERS:  # a PNG has 16 bits at most
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > _MAX_UINT16:
+            raise UndecodableError("pixels of more than 16 bits, or below 0, are not supported")
+        image = Image.fromarray(values.astype(np.uint16))
     stored = image if image.mode in _PNG_MODES else image.convert("RGB")
     stored.save(file, "PNG", exif=exif)  # without loss, and read by the same rules
     return file.getvalue()

@@ -14,10 +14,12 @@ from foveal.data.image.decode import UndecodableError
 from foveal.errors import ConfigError, DataError, ExportError
 from foveal.inference.embedder import Embedder, load_embedder
 from foveal.inference.embedding_files import EmbeddingManifest, iter_shards, read_manifest
+from foveal.inference.exported_model import find_export
 from foveal.inference.image_inputs import ImageInput
 from foveal.inference.image_sources import resolve_images
 from foveal.inference.image_transform import ImageTransform
 from foveal.inspect.image_grid import draw_image_grid
+from foveal.weights.export import read_card
 
 _MISSING = 128  # grey of an image that is no longer at its path
 
@@ -41,10 +43,14 @@ def load_embedder_of(export: str | Path, embeddings: Path, device: torch.device)
         raise ConfigError(
             f"{embeddings} holds {manifest.feature}; neighbours need one vector per image: --feature mean"
         )
+    folder = find_export(export)
+    other_model = ExportError(f"{embeddings} is of another model than {folder}: give the export that made it")
+    if read_card(folder).sha256 != manifest.export:
+        raise other_model
     is_backbone = manifest.layer == 0
-    embedder = load_embedder(export, manifest.feature, None if is_backbone else manifest.layer, device)
-    if embedder.card.sha256 != manifest.export or embedder.transform.to_dict() != manifest.transform:
-        raise ExportError(f"{embeddings} is of another model than {embedder.path}: give the export that made it")
+    embedder = load_embedder(folder, manifest.feature, None if is_backbone else manifest.layer, device)
+    if embedder.transform.to_dict() != manifest.transform:
+        raise other_model
     return embedder, manifest
 
 

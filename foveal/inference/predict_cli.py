@@ -52,7 +52,7 @@ def predict_command(
     outputs.check()
     model = load_exported_model(export)
     find_predicting_task(model)
-    image_list = resolve_images(images)
+    image_list = resolve_images(images, model.settings.get("data.label_field"))
     with progress_bar("predicting") as on_progress:
         counts = predict_images(
             model, image_list, outputs, batch_size=batch_size, device=chosen_device, top=top, on_progress=on_progress

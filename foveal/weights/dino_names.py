@@ -36,10 +36,15 @@ _HF_LAYER_NAMES = {
 _DINOV3_UNUSED = ("rope_embed.", "local_cls_norm.")
 
 
-def rename_dinov2(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename what DINOv2 names otherwise than timm: chunks of blocks, the SwiGLU, and registers without positions."""
+def rename_dinov2(weights: dict[str, Tensor], model_names: Collection[str]) -> dict[str, Tensor]:
+    """Rename what DINOv2 names otherwise than timm: chunks of blocks, the SwiGLU, and registers without positions.
+
+    ``model_names`` are the names of the model that is wanted; some of timm's have blocks in stages, like chunks.
+    """
     renamed = {
-        re.sub(r"\.mlp\.w12\.", ".mlp.fc1.", re.sub(r"\.mlp\.w3\.", ".mlp.fc2.", _flatten_chunk(name))): value
+        name
+        if name in model_names
+        else re.sub(r"\.mlp\.w12\.", ".mlp.fc1.", re.sub(r"\.mlp\.w3\.", ".mlp.fc2.", _flatten_chunk(name))): value
         for name, value in weights.items()
     }
     registers = renamed.pop("register_tokens", None)

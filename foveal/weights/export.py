@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from foveal.atomic import atomic_folder, encode_json, sha256
@@ -27,6 +27,7 @@ from foveal.weights.model_card import README, build_model_card
 from foveal.weights.model_card_facts import NO_FACTS, ModelCardFacts
 from foveal.weights.timm_folder import build_timm_config, explain_encoder_not_timm
 from foveal.weights.weight_lists import list_first, list_weights
+from foveal.weights.weights_file import write_weights
 
 _TUPLE_FIELDS = ("mean", "std", "classes", "resized_from")  # lists in JSON
 _MODEL, _HEAD = "model.safetensors", "head.safetensors"
@@ -45,11 +46,11 @@ def write_export(
     """
     assert (head_weights is None) == (card.head is None)
     with atomic_folder(folder) as draft:
-        fields = asdict(card) | {"sha256": _write_weights(draft / _MODEL, weights)}
+        fields = asdict(card) | {"sha256": _write_and_hash(draft / _MODEL, weights)}
         if head_weights is None:
             del fields["head"], fields["head_sha256"]
         else:
-            fields["head_sha256"] = _write_weights(draft / _HEAD, head_weights)
+            fields["head_sha256"] = _write_and_hash(draft / _HEAD, head_weights)
         (draft / "card.json").write_bytes(encode_json(fields))
         describe_export(draft, card, facts)
 
@@ -70,7 +71,7 @@ def filter_and_strip_prefix(weights: dict[str, Tensor], prefix: str) -> dict[str
 
 
 def read_card(folder: Path, stall_timeout: float = DEFAULT_STALL_TIMEOUT) -> Card:
-    """Read the card of an export; ``timeout_seconds``: limit for storage without progress.
+    """Read the card of an export; ``stall_timeout``: limit for storage without progress.
 
     Raises: ExportError for a missing or invalid card or another format; StorageUnreachableError.
     """
@@ -102,7 +103,7 @@ def read_card(folder: Path, stall_timeout: float = DEFAULT_STALL_TIMEOUT) -> Car
 def read_export(folder: Path, stall_timeout: float = DEFAULT_STALL_TIMEOUT) -> tuple[dict[str, Tensor], Card]:
     """Read the weights (fp32, CPU) and the card of an export, and verify the digest.
 
-    ``timeout_seconds`` as in ``read_card``. Raises: ExportError for an incomplete or altered export;
+    ``stall_timeout`` as in ``read_card``. Raises: ExportError for an incomplete or altered export;
     StorageUnreachableError.
     """
     card = read_card(folder, stall_timeout)
@@ -122,19 +123,8 @@ def read_head(folder: Path, expected_kind: str) -> tuple[dict[str, Tensor], dict
     return _read_weights(folder / _HEAD, card.head_sha256, DEFAULT_STALL_TIMEOUT), card.head
 
 
-def _write_weights(file: Path, weights: dict[str, Tensor]) -> str:
-    """Write weights and return the file's sha256; tied weights are written under each of their names."""
-    unshared = {}
-    storages = set()
-    for name, value in weights.items():
-        contiguous = value.contiguous()
-        storage = contiguous.untyped_storage().data_ptr()
-        unshared[name] = contiguous.clone() if storage in storages else contiguous
-        storages.add(storage)
-    file.touch()
-    mode = file.stat().st_mode  # as the umask says
-    save_file(unshared, file)
-    file.chmod(mode)  # safetensors replaces the file by one that only its owner can read
+def _write_and_hash(file: Path, weights: dict[str, Tensor]) -> str:
+    write_weights(file, weights)
     return sha256(file)
 
 

@@ -1,5 +1,6 @@
 """The state dict that is meant among the objects of a training checkpoint."""
 
+import shlex
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -85,10 +86,13 @@ def _several_encoders_error(file: Path, paths: list[tuple[str, ...]]) -> ExportE
     names = ", ".join(map(_name, paths))
     keys = "".join(f"[{key!r}]" for key in paths[-1])
     target = file.with_name(f"{file.stem}.{'.'.join(paths[-1])}.pth")
+    program = (
+        f"import argparse, torch; torch.serialization.add_safe_globals([argparse.Namespace]); "
+        f"torch.save(torch.load({str(file)!r}, 'cpu', weights_only=True){keys}, {str(target)!r})"
+    )
     return ExportError(
         f"{file} holds {len(paths)} encoders ({names}); save the one that is meant into a file of its own, for example by "
-        f'python -c "import argparse, torch; torch.serialization.add_safe_globals([argparse.Namespace]); '
-        f"torch.save(torch.load('{file}', 'cpu', weights_only=True){keys}, '{target}')\""
+        f"python -c {shlex.quote(program)}"
     )
 
 

@@ -90,7 +90,7 @@ def _rename_by_origin(weights: dict[str, Tensor], source: Path, model_names: Col
     unknown = [name for name in unknown if not (_HEADS.fullmatch(name) or name.startswith(UNUSED_PREFIXES))]
     if unknown:
         raise _unknown_names_error(source, {name: weights[name] for name in unknown})
-    return rename_dinov2(renamed)
+    return rename_dinov2(renamed, model_names)
 
 
 def holds_encoder(weights: dict[str, Tensor], model_names: Collection[str]) -> bool:

@@ -156,3 +156,14 @@ def test_another_crop_and_other_statistics_are_seen(
     monkeypatch.setattr(image_processor, "build_processor_config", lambda transform: right(transform) | changed)
     with pytest.raises(ExportError, match="image processor makes other pixels than foveal"):
         convert(export, "hf")
+
+
+def test_a_decoder_of_another_step_than_the_export_is_refused(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    card = run / "export/card.json"
+    card.write_text(card.read_text().replace(f'"step": {STEP}', f'"step": {STEP + 1}'))
+    with pytest.raises(
+        ExportError, match=f"export of step {STEP + 1}, and its newest whole checkpoint.*of step {STEP}"
+    ):
+        convert(run, "hf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

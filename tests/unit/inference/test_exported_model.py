@@ -7,6 +7,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from encoders import KINDS, encoder_of
@@ -23,6 +24,7 @@ from foveal.data.indexing.index import index_folder
 from foveal.data.loader import eval_batches
 from foveal.errors import ConfigError, ExportError
 from foveal.inference.exported_model import import_task
+from foveal.inference.image_transform import ImageTransform
 from foveal.models.config import VitConfig
 from foveal.models.vit import encoder_card
 from foveal.weights.export import Card, write_export
@@ -172,3 +174,15 @@ def test_a_model_of_timm_is_loaded(tmp_path: Path) -> None:
     model = foveal.load(export_backbone(tmp_path / "export"))
     assert model.module(model.transform(photo(40, 40))[None]).ndim == 2
     assert foveal.load(export_encoder(tmp_path / "encoder")).trained_hw == (16, 16)
+
+
+@pytest.mark.parametrize("mode", ["I", "I;16"])
+def test_pillow_images_of_16_bits_are_those_of_their_files(mode: str, tmp_path: Path) -> None:
+    pixels = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(pixels).save(tmp_path / "deep.png")
+    image = Image.fromarray(pixels.astype(np.int32) if mode == "I" else pixels)
+    transform = ImageTransform((16, 16), 1, (0.5,), (0.5,), 1.0, "bicubic", jpeg_scaling=True)
+    assert image.mode == mode
+    assert transform.to_pixels(image).equal(transform.to_pixels(tmp_path / "deep.png"))
+    with pytest.raises(UndecodableError, match="floating point"):
+        transform.to_pixels(image.convert("F"))

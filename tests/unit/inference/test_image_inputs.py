@@ -214,3 +214,28 @@ def test_batches_keep_the_order_and_read_no_further_than_two_ahead(folder: Path)
         rest = list(batches)
     assert [position for batch in rest for position in batch.positions] == [n for n in range(6, 40) if n % 5 != 3]
     assert [batch.num_images for batch in rest] == [4] * 8 + [2]
+
+
+def test_a_glob_names_every_image_once_and_no_other_file(folder: Path) -> None:
+    everything = names_of(resolve_images([str(folder / "photos/**")]), folder)
+    assert (
+        sorted(everything)
+        == sorted(set(everything))
+        == sorted(names_of(resolve_images([str(folder / "photos")]), folder))
+    )
+    assert names_of(resolve_images([str(folder / "photos/d*")]), folder) == [
+        "photos/deep/er/0.png",
+        "photos/deep/er/1.jpg",
+    ]
+    assert len(resolve_images([str(folder / "packed/*")])) == 5, "not its manifest and its indices"
+
+
+def test_the_label_of_a_segmenter_is_no_image(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "val-000000.tar", "w") as tar:
+        for member, grey, kind in (("a.png", 90, "PNG"), ("a.tif", 1, "TIFF")):
+            data = encoded(Image.new("L", (8, 8), grey), kind)
+            header = tarfile.TarInfo(member)
+            header.size = len(data)
+            tar.addfile(header, io.BytesIO(data))
+    for field, grey in (("tif", 90), ("png", 1)):
+        assert greys_of(resolve_images([str(tmp_path / "val-000000.tar")], field)) == [grey]

@@ -1,8 +1,10 @@
 """What a run leaves in kept/ and export/: folders of timm's with a model card, whoever wrote the best weights."""
 
+import resource
 from pathlib import Path
 from typing import Any
 
+import pytest
 import timm
 import torch
 
@@ -11,9 +13,14 @@ from finetune.plan import plan_training
 from finetune.train import train
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.world import World
+from foveal.errors import ExportError
+from foveal.models.backbone import backbone_card
+from foveal.training.exporting import _as_export_error
 from foveal.training.run_directory import open_run
+from foveal.weights.export import Card, write_export
 
 ALONE = World(0, 1, 0, "none", torch.device("cpu"))
+CARD = Card("finetune", backbone_card("test_resnet", 32, 3), (0.5,) * 3, (0.25,) * 3)
 FILES = ["README.md", "card.json", "config.json", "model.safetensors"]
 
 
@@ -65,3 +72,18 @@ def test_kept_and_published_weights_are_folders_of_timm(digits: Path, tmp_path: 
 def test_the_same_run_has_the_same_card(digits: Path, tmp_path: Path) -> None:
     texts = [(fine_tune(digits, tmp_path / name) / "export" / "README.md").read_bytes() for name in ("a", "b")]
     assert texts[0] == texts[1]
+
+
+def test_a_disk_that_fills_is_a_sentence(tmp_path: Path) -> None:
+    """safetensors has an exception of its own for it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with (
+            pytest.raises(ExportError, match=r"export cannot be written \(model\.safetensors: .*make room"),
+            _as_export_error(tmp_path / "export"),
+        ):
+            write_export(tmp_path / "export", {"weight": torch.zeros(50_000)}, CARD)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())

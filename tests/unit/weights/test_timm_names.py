@@ -220,3 +220,8 @@ def test_incomplete_attention_is_one_sentence(tmp_path: Path) -> None:
     weights = {key: value for key, value in model.state_dict().items() if "layers.1.attention.k_proj" not in key}
     with pytest.raises(ExportError, match=r"has 2 of the 3 parts of blocks\.1\.attn\.qkv\.weight"):
         rename_to_timm(weights, tmp_path, timm_weights())
+
+
+def test_stages_of_a_model_of_timm_are_no_chunks() -> None:
+    weights = timm.create_model("test_efficientnet").state_dict()
+    assert rename_to_timm(weights, HERE, weights).tensors.keys() == weights.keys()
