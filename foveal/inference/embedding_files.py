@@ -10,6 +10,7 @@ npz: arrays ``image`` [n] and ``feature`` [n, D] or [n, L, D]. Both hold the unr
 import io
 import json
 import math
+import secrets
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from foveal.atomic import encode_json, write_atomic
+from foveal.atomic import encode_json, fsync, write_atomic
 from foveal.errors import ConfigError, DataError
 from foveal.inference.decoding import UnreadableImage
 
@@ -89,7 +90,11 @@ def join_embeddings(folder: Path, manifest: EmbeddingManifest) -> None:
         if not file.exists():
             if others:
                 raise ConfigError(f"{folder} holds other files and no {MANIFEST}: choose another --out")
-            write_atomic(file, encode_json(asdict(manifest)))
+            # Ranks in containers of several nodes may have one process id, and so one name of a draft.
+            draft = folder / f".{MANIFEST}.{secrets.token_hex(8)}.draft"
+            draft.write_bytes(encode_json(asdict(manifest)))
+            fsync(draft)
+            draft.replace(file)
     except OSError as error:
         raise cannot_write_error(folder, error) from None
     saved = read_manifest(folder)
