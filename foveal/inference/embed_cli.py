@@ -54,7 +54,9 @@ def embed_command(
         )
     if env.rank == 0:
         shape = " x ".join(map(str, manifest.feature_shape))
-        typer.echo(f"{out}: {manifest.feature} {shape} of {len(image_list):,} images in {manifest.num_shards:,} shards of {manifest.shard_size:,}")
+        typer.echo(
+            f"{out}: {manifest.feature} {shape} of {len(image_list):,} images in {manifest.num_shards:,} shards of {manifest.shard_size:,}"
+        )
     if unreadable and env.world_size > 1:
         wait_for_all_shards(out, manifest)
     report_unreadable(unreadable, len(image_list))
