@@ -24,15 +24,7 @@ from foveal.data.image.transforms import normalise
 from foveal.data.loader import eval_batches
 from foveal.errors import ConfigError, DataError, ExportError, FovealError
 from foveal.inference import embed
-from foveal.inference.decoding import UnreadableImage
-from foveal.inference.embedding_files import (
-    EmbeddingShard,
-    iter_shards,
-    read_manifest,
-    read_shard,
-    read_unreadable,
-    write_shard,
-)
+from foveal.inference.embedding_files import EmbeddingShard, iter_shards, read_manifest
 from foveal.models.backbone import forward_pooled
 from foveal.weights.export import Card, write_export
 
@@ -340,14 +332,3 @@ def test_features_that_are_not_finite_are_refused(photos: Path, tmp_path: Path) 
     write_export(tmp_path / "huge", weights, Card("pretrain", model.card.encoder, (0.5,) * 3, STD))
     with pytest.raises(ExportError, match="features that are not finite"):
         run("embed", tmp_path / "huge", photos, "--out", tmp_path / "out")
-
-
-@pytest.mark.parametrize("suffix", ["parquet", "npz"])
-def test_a_shard_without_a_readable_image_is_one(suffix: str, tmp_path: Path) -> None:
-    file, unreadable = tmp_path / f"features.{suffix}", [UnreadableImage("broken.png", "zero bytes")]
-    write_shard(file, EmbeddingShard([], np.zeros((0, 5), np.float32), unreadable))
-    assert read_shard(file, [5]).features.shape == (0, 5)
-    assert read_unreadable(file) == unreadable
-    file.write_bytes(file.read_bytes()[:-30])
-    with pytest.raises(DataError, match="cannot be read"):
-        read_shard(file, [5])

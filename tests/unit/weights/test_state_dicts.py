@@ -1,8 +1,9 @@
 """The state dict that is meant among the objects of a checkpoint."""
 
-from pathlib import Path
+from pathlib import shlex
 from typing import Any
 
+import Path
 import pytest
 import timm
 import torch
@@ -67,17 +68,19 @@ def test_tensors_beside_other_values_are_a_state_dict() -> None:
 def test_several_encoders_are_refused_with_the_command_that_keeps_one(
     keys: tuple[str, str], name: str, tmp_path: Path
 ) -> None:
-    weights, file = tiny(name), tmp_path / "checkpoint.pth"
+    weights, file = tiny(name), tmp_path / "check'point $HOME.pth"
     other = {key: value + 1 for key, value in weights.items()}
     torch.save({keys[0]: weights, keys[1]: other, "epoch": 3}, file)
     with pytest.raises(ExportError) as caught:
         read_weights_as_timm(file, weights)
     assert str(caught.value).startswith(f"{file} holds 2 encoders ({keys[0]}, {keys[1]}); ")
     allowed = torch.serialization.get_safe_globals()
-    exec(str(caught.value).partition(" python -c ")[2].strip('"'), {})  # noqa: S102 - what a user would run
+    python, option, program = shlex.split(str(caught.value).partition("for example by ")[2])
+    assert (python, option) == ("python", "-c")
+    exec(program, {})  # noqa: S102 - what a user would run
     torch.serialization.clear_safe_globals()  # a user's command is a process of its own
     torch.serialization.add_safe_globals(allowed)
-    kept = read_weights_as_timm(tmp_path / f"checkpoint.{keys[1]}.pth", weights).tensors
+    kept = read_weights_as_timm(tmp_path / f"check'point $HOME.{keys[1]}.pth", weights).tensors
     assert all(kept[key].equal(value) for key, value in other.items())
 
 
