@@ -1,9 +1,9 @@
 """The state dict that is meant among the objects of a checkpoint."""
 
-from pathlib import shlex
+import shlex
+from pathlib import Path
 from typing import Any
 
-import Path
 import pytest
 import timm
 import torch
