@@ -2,7 +2,6 @@
 
 import torch
 
-from foveal.models.mae import MaskedAutoencoder
 from foveal.models.vit import build_encoder, encoder_card, resolve_sizes
 from foveal.optim.optimizers import parameter_groups
 from foveal.seeding import derive_key
@@ -14,6 +13,7 @@ from foveal.training.steps import finish_step, training_steps
 from foveal.training.validation import evaluate_encoders, evaluate_if_due
 from pretrain.init import load_init_weights
 from pretrain.init_decoder import load_init_decoder
+from pretrain.model import autoencoder_from_config
 from pretrain.objective import MaskedModelingLoss
 from pretrain.plan import PretrainPlan, plan_pretraining
 from pretrain.reconstructions import save_reconstructions
@@ -55,13 +55,7 @@ def build(plan: PretrainPlan, _device: torch.device) -> TrainingSetup[MaskedMode
     encoder = build_encoder(cfg.model, image_size=cfg.data.image_size, channels=cfg.data.channels)
     source = plan.init_source
     weights = None if source is None else load_init_weights(encoder, source, sizes)
-    model = MaskedAutoencoder(
-        encoder,
-        cfg.decoder,
-        predict_features=cfg.target == "features",
-        predict_image=cfg.image_loss_weight > 0,
-        with_ema=cfg.uses_ema,
-    )
+    model = autoencoder_from_config(encoder, cfg)
     if cfg.init_decoder and source is not None and weights is not None:
         load_init_decoder(model.decoder, weights, sizes, cfg.data.channels, source.patch_grid, source.path)
     objective = MaskedModelingLoss(

@@ -32,13 +32,8 @@ class Autoencoder:
 def load_autoencoder(run: Path) -> Autoencoder:
     """Return the autoencoder of a pretraining run. Raises: ExportError without a checkpoint; CheckpointError; ConfigError."""
     cfg = _load_config(run)
-    model = MaskedAutoencoder(
-        build_encoder(cfg.model, image_size=cfg.data.image_size, channels=cfg.data.channels),
-        cfg.decoder,
-        predict_features=cfg.target == "features",
-        predict_image=cfg.image_loss_weight > 0,
-        with_ema=cfg.uses_ema,
-    )
+    encoder = build_encoder(cfg.model, image_size=cfg.data.image_size, channels=cfg.data.channels)
+    model: MaskedAutoencoder = importlib.import_module("pretrain.model").autoencoder_from_config(encoder, cfg)
     folder, step = _find_checkpoint(run)
     chunks = [replicated_chunk(name, {"weight": value}, 0, 1) for name, value in model.state_dict().items()]
     load_chunks(folder, chunks, weights_only=True)

@@ -36,4 +36,4 @@ def has_explicit_attention(model: nn.Module) -> bool:
 
 def has_amx() -> bool:
     """Return whether this processor has matrix instructions for bf16."""
-    return torch.cpu._is_amx_tile_supported()  # noqa: SLF001 - public from torch 2.15 on only
+    return torch.cpu._is_amx_tile_supported()  # noqa: SLF001 - get_capabilities, which torch 2.15 has, is not known of the oldest that is supported

@@ -18,6 +18,7 @@ from foveal.models.vit import build_encoder, encoder_card
 from foveal.optim.optimizers import parameter_groups
 from foveal.weights.export import Card, write_export
 from pretrain.config import PretrainConfig
+from pretrain.model import autoencoder_from_config
 
 STEP = 7
 
@@ -38,13 +39,7 @@ def finished_run(run: Path, *, with_checkpoint: bool = True, **settings: Any) ->
         (run / name).write_text("{}")
     torch.manual_seed(0)
     encoder = build_encoder(cfg.model, image_size=cfg.data.image_size, channels=cfg.data.channels)
-    model = MaskedAutoencoder(
-        encoder,
-        cfg.decoder,
-        predict_features=cfg.target == "features",
-        predict_image=cfg.image_loss_weight > 0,
-        with_ema=cfg.uses_ema,
-    )
+    model = autoencoder_from_config(encoder, cfg)
     shaken(model)
     if with_checkpoint:
         _save(run, model, cfg)
