@@ -10,7 +10,7 @@ from foveal.config import check_folder_name
 from foveal.errors import ConfigError
 from foveal.models.backbone import format_image_size
 from foveal.training.plan import Plan, build_stage_plan
-from foveal.weights.pretrained import PretrainedSource, inspect_pretrained
+from foveal.weights.pretrained import PretrainedSource, SourceModel, inspect_pretrained
 
 _EXPORT_FILES = {"card.json", "config.json", "model.safetensors", "README.md"}
 
@@ -28,6 +28,11 @@ class DistillPlan(Plan):
     @property
     def target(self) -> TeacherTarget:
         return self.teacher_spec.target
+
+    @property
+    def source_models(self) -> dict[str, SourceModel]:
+        source = self.teacher_source
+        return {"teacher": SourceModel(source.path, source.card.sha256, source.card)}
 
     def summary_lines(self) -> list[str]:
         """Return the plan as text, with a warning for students whose results depend on the cluster."""

@@ -64,6 +64,7 @@ def plan_training(cfg: FinetuneConfig, world_size: int) -> FinetunePlan:
         cfg,
         world_size,
         extra_science=digests | _evaluation_science(first.dataset, cfg, first.classes),
+        arms={f"arm.{name}": arm.init_source for name, arm in arms.items() if arm.init_source is not None},
         task=first.task,
         label_reader=first.label_reader,
         encoder=first.encoder,

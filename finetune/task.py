@@ -4,8 +4,8 @@ No other module distinguishes tasks: a new one is a subclass of ``Task`` and a l
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -31,7 +31,7 @@ from foveal.training.loop import TrainingSetup
 from foveal.training.plan import Plan
 from foveal.training.progress import format_count
 from foveal.training.run import Run
-from foveal.weights.pretrained import PretrainedSource
+from foveal.weights.pretrained import PretrainedSource, SourceModel
 
 # Settings that not every task supports, by dotted name, and what they are for. ``Task.supported_settings`` selects.
 TASK_SETTINGS = {
@@ -59,6 +59,8 @@ TASK_SETTINGS = {
 class FinetunePlan(Plan):
     """Plan with the task, the card of the encoder to build, the classes, and the sources of pretrained weights.
 
+    ``arms``: of a comparison, the sources of the arms that start from weights, by ``arm.<name>``.
+
     ``classes`` and ``class_weights`` are empty for a task without classes. ``label_lines`` say what the labels hold.
     """
 
@@ -69,7 +71,17 @@ class FinetunePlan(Plan):
     class_weights: tuple[float, ...] = ()
     init_source: PretrainedSource | None = None
     teacher: PretrainedSource | None = None
+    arms: Mapping[str, PretrainedSource] = field(default_factory=dict)
     label_lines: tuple[str, ...] = ()
+
+    @property
+    def source_models(self) -> dict[str, SourceModel]:
+        sources = {**self.arms, "init": self.init_source, "teacher": self.teacher}
+        return {
+            role: SourceModel(source.path, source.card.sha256, source.card)
+            for role, source in sources.items()
+            if source is not None
+        }
 
     @property
     def num_runs(self) -> int:

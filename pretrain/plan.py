@@ -7,6 +7,7 @@ from foveal.models.masks import resolve_mask_block_size
 from foveal.models.vit import resolve_sizes_for_image
 from foveal.optim.schedule import cosine_ema_decay
 from foveal.training.plan import Plan, build_stage_plan
+from foveal.weights.pretrained import SourceModel
 from pretrain.config import PretrainConfig
 from pretrain.init import InitSource, inspect_init_weights
 
@@ -18,6 +19,11 @@ class PretrainPlan(Plan):
     cfg: PretrainConfig
     mask_block_size: int = 1
     init_source: InitSource | None = None
+
+    @property
+    def source_models(self) -> dict[str, SourceModel]:
+        source = self.init_source
+        return {} if source is None else {"init": SourceModel(source.path, source.sha256, source.card)}
 
     def ema_decay_at(self, step: int) -> float:
         """Return the EMA decay after a step."""

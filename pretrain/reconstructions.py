@@ -6,6 +6,7 @@ from foveal.data.batch import Batch
 from foveal.data.sample_images import read_sample_images
 from foveal.engines.base import Engine
 from foveal.errors import DataError
+from foveal.inspect.picture import Picture
 from foveal.inspect.reconstruction import draw_reconstruction_grid
 from foveal.training.run import Run
 from pretrain.objective import MaskedModelingLoss
@@ -31,17 +32,21 @@ def save_reconstructions(step: int, engine: Engine, objective: MaskedModelingLos
             f"After step {step} of {plan.total_steps}: images of {split}, {100 * objective.mask_ratio:.3g} % of their "
             f"patches masked, the same in every picture of this run"
         )
-        run.save_image(
+        run.save_picture(
             "reconstruction",
             step,
-            lambda: draw_reconstruction_grid(
-                batch.images,
-                output.masked_patch_pred,
-                output.masked_indices,
-                mean=objective.mean,
-                std=objective.std,
-                norm_pix=objective.norm_pix,
-                title=title,
+            lambda: Picture(
+                draw_reconstruction_grid(
+                    batch.images,
+                    output.masked_patch_pred,
+                    output.masked_indices,
+                    mean=objective.mean,
+                    std=objective.std,
+                    norm_pix=objective.norm_pix,
+                    title=title,
+                ),
+                "Reconstructions",
+                f"{title}. Rows: images. Columns: original, visible patches, prediction.",
             ),
         )
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -15,6 +14,7 @@ from foveal.data.sampling.subset import SubsetName
 from foveal.engines.base import Engine
 from foveal.errors import DataError
 from foveal.inspect.boxes import draw_box_grid
+from foveal.inspect.picture import Picture
 from foveal.models.fcos import Detections, decode_detections, fcos_losses_per_image
 from foveal.training.run import Run
 
@@ -53,7 +53,7 @@ def compute_detection_metrics(
                     f"After step {step} of {plan.total_steps}: images of {split}; predicted boxes from a score of "
                     f"{100 * MIN_DRAWN_SCORE:.0f} % up"
                 )
-                run.save_image("boxes", step, partial(_draw_box_sheet, host_batch, detections, plan.classes, title))
+                run.save_picture("boxes", step, partial(_draw_box_sheet, host_batch, detections, plan.classes, title))
             local_detections += detections
     loss, images = run.world.all_reduce_sum(sums).tolist()
     gathered = run.world.all_gather_objects(local_detections)
@@ -85,10 +85,11 @@ def _pair_with_targets(batch: Batch, detections: Sequence[Detections]) -> list[I
     return pairs
 
 
-def _draw_box_sheet(batch: Batch, detections: Sequence[ImageDetections], classes: Sequence[str], title: str) -> Any:
+def _draw_box_sheet(batch: Batch, detections: Sequence[ImageDetections], classes: Sequence[str], title: str) -> Picture:
     """Draw true boxes and confident predictions on the first images of a batch."""
     drawn = detections[:_SHEET_IMAGES]
     predicted = [image.predicted[image.predicted[:, 5] >= MIN_DRAWN_SCORE] for image in drawn]
     true_boxes = [image.ground_truth for image in drawn]
     images = batch.images[batch.valid][:_SHEET_IMAGES]
-    return draw_box_grid(images, true_boxes, predicted, classes, title=title)
+    sheet = draw_box_grid(images, true_boxes, predicted, classes, title=title)
+    return Picture(sheet, "Detections", f"{title}. Rows: images. Columns: ground truth, predicted boxes.")

@@ -16,6 +16,7 @@ from foveal.data.image.transforms import normalise
 from foveal.data.sampling.subset import SubsetName
 from foveal.engines.base import Engine
 from foveal.errors import DataError
+from foveal.inspect.picture import Picture
 from foveal.inspect.segmentation import draw_segmentation_grid
 from foveal.models.sliding_window import iter_sliding_window_log_probs
 from foveal.training.run import Run
@@ -95,10 +96,14 @@ def compute_segmentation_metrics(
     if drawn and (split, subset) == (data.val, "all"):
         images, truth, predictions = (torch.stack(tensors) for tensors in zip(*drawn, strict=True))
         title = f"After step {step} of {plan.total_steps}: images of {split}"
-        run.save_image(
+        run.save_picture(
             "segmentation",
             step,
-            lambda: draw_segmentation_grid(images, truth, predictions, plan.classes, title=title),
+            lambda: Picture(
+                draw_segmentation_grid(images, truth, predictions, plan.classes, title=title),
+                "Segmentations",
+                f"{title}. Rows: images. Columns: image, ground truth, prediction.",
+            ),
         )
     return confusion.compute(run.world.all_reduce_sum, plan.classes, split)
 

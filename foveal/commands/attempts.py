@@ -18,6 +18,7 @@ from foveal.errors import (
     TrainingDivergedError,
     TrainingHungError,
 )
+from foveal.runs.record import is_result
 from foveal.training.lease import AttemptRecord, list_attempts
 from foveal.training.lease_holder import current_holder, get_liveness_and_reason
 from foveal.training.lineage import read_fork
@@ -33,9 +34,6 @@ _KIND_BY_CODE = {
     RestartLoopError.exit_code: "no progress: ",
 }
 _MAX_RESULTS = 4
-# Numbers of the last training step that are no results.
-_STEP_METRICS = ("step", "lr", "grad_norm", "data_wait", "bad_samples", "slowest_rank", "slowest_data_wait")
-_STEP_METRIC_SUFFIXES = ("_per_second", "_ms", "_seconds", "_gigabytes", "_applied")
 
 
 def attempts(run: Annotated[Path, typer.Argument(help="The run directory.")]) -> None:
@@ -111,11 +109,7 @@ def _format_results(run: Path) -> str:
         return ""
     facts = read_json(file)
     metrics: dict[str, Any] = facts.get("results") or facts.get("summary") or {}
-    results = {
-        name: value
-        for name, value in metrics.items()
-        if isinstance(value, float) and name not in _STEP_METRICS and not name.endswith(_STEP_METRIC_SUFFIXES)
-    }
+    results = {name: value for name, value in metrics.items() if is_result(name, value)}
     # A summary begins with what was evaluated; those of versions before 0.2 began with the last step's own numbers.
     is_evaluated_last = next(iter(metrics), "") == "step"
     shown = list(results.items())[-_MAX_RESULTS:] if is_evaluated_last else list(results.items())[:_MAX_RESULTS]

@@ -5,12 +5,15 @@ from pathlib import Path
 
 from foveal.distributed.world import World
 from foveal.errors import AttemptSupersededError
+from foveal.runs.inputs import write_inputs
+from foveal.runs.record import write_plan
 from foveal.tracking import open_tracker
 from foveal.tracking.tracker import Tracker
 from foveal.training.lease import Lease
 from foveal.training.meters.metric_accumulator import MetricRow
 from foveal.training.plan import Plan
 from foveal.training.provenance import collect_attempt_tags
+from foveal.training.run_inputs import collect_inputs, describe_plan
 
 _log = logging.getLogger(__name__)
 
@@ -21,7 +24,7 @@ def superseded_error(run_dir: Path) -> AttemptSupersededError:
 
 
 def begin_attempt(
-    run_dir: Path, plan: Plan, world: World, lease: Lease, step: int, *, is_nested: bool
+    stage_name: str, run_dir: Path, plan: Plan, world: World, lease: Lease, step: int, *, is_nested: bool
 ) -> tuple[Tracker, MetricRow]:
     """Record the start step, open the tracker, and return it with the last row up to the step (empty: there is none).
 
@@ -44,6 +47,8 @@ def begin_attempt(
     )
     tags = collect_attempt_tags(world) | (plan.fork.tags() if plan.fork else {})
     tracker.log_settings(cfg.to_flat_dict() | plan.inherited_science, tags)
+    write_inputs(run_dir, collect_inputs(stage_name, run_dir, plan))
+    write_plan(run_dir, describe_plan(stage_name, plan))
     for name in ("config.yaml", *(["fork.json"] if plan.fork else [])):
         tracker.log_file(run_dir / name)
     return tracker, last_row

@@ -3,19 +3,20 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from foveal.atomic import atomic_folder, read_json, write_json
-from foveal.data.dataset import Dataset
-from foveal.data.sampling.subset import eval_split, select_subset
 from foveal.distributed.world import World
 from foveal.engines.base import Engine
 from foveal.errors import CheckpointError, ExportError
+from foveal.runs.inputs import DatasetInput, RunInputs
 from foveal.training.plan import Plan
 from foveal.training.provenance import get_library_versions
+from foveal.training.run_inputs import collect_inputs
 from foveal.weights.export import Card, describe_export, filter_and_strip_prefix, read_card, write_export
 from foveal.weights.model_card_facts import DataFacts, ModelCardFacts
 
@@ -62,9 +63,13 @@ class Exporter:
         )
         encoder_weights = filter_and_strip_prefix(weights, prefix)
         head_weights = filter_and_strip_prefix(weights, "head.") if head else None
-        self._world.on_rank0(
-            lambda: _write_folder(folder, encoder_weights, card, head_weights, self._collect_facts(name or None))
-        )
+
+        def write() -> None:
+            inputs = self._collect_inputs()
+            described = replace(card, inputs=inputs.to_dict())
+            _write_folder(folder, encoder_weights, described, head_weights, self._card_facts(inputs, name or None))
+
+        self._world.on_rank0(write)
         return folder
 
     def publish_best(self, step: int) -> Path:
@@ -103,18 +108,14 @@ class Exporter:
         for folder in obsolete:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _collect_facts(self, student: str | None = None) -> ModelCardFacts:
+    def _collect_inputs(self) -> RunInputs:
+        return collect_inputs(self._stage_name, self._run_dir, self._plan)
+
+    def _card_facts(self, inputs: RunInputs, student: str | None = None) -> ModelCardFacts:
         """Return what the model cards say of the run's data and settings."""
-        plan, data = self._plan, self._plan.cfg.data
-        sources = zip(plan.training_set.sources, plan.training_set.order.source_sizes, strict=True)
-        training = [_data_facts(source.dataset, source.split, num_used) for source, num_used in sources]
-        evaluated, evaluation = eval_split(data), None
-        if evaluated.split in plan.dataset.manifest.splits:
-            subset = select_subset(
-                plan.dataset, data, split=evaluated.split, subset=evaluated.subset, seed=plan.cfg.seed
-            )
-            evaluation = _data_facts(plan.dataset, evaluated.split, len(subset))
-        return ModelCardFacts(tuple(training), evaluation, **plan.cfg.card.to_dict(), student=student)
+        training = tuple(_data_facts(data) for data in inputs.datasets if data.role == "training")
+        evaluation = next((_data_facts(data) for data in inputs.datasets if data.role == "evaluation"), None)
+        return ModelCardFacts(training, evaluation, **self._plan.cfg.card.to_dict(), student=student)
 
     def _best_folder(self, step: int) -> Path:
         return self._run_dir / "kept" / f"{step:08d}"
@@ -130,12 +131,14 @@ class Exporter:
             if self._plan.fork is not None:  # the best weights may be the source's
                 card = read_json(draft / "card.json")
                 write_json(draft / "card.json", card | {"science": card["science"] | self._plan.fork.card_facts()})
-            describe_export(draft, read_card(draft), self._collect_facts())  # the best may be of an older version
+            describe_export(
+                draft, read_card(draft), self._card_facts(self._collect_inputs())
+            )  # the best may be of an older version
         return folder
 
 
-def _data_facts(dataset: Dataset, split: str, num_used: int) -> DataFacts:
-    return DataFacts(dataset.manifest.name, split, dataset.num_samples(split), num_used)
+def _data_facts(data: DatasetInput) -> DataFacts:
+    return DataFacts(data.name, data.split, data.num_images, data.num_used)
 
 
 def _write_folder(

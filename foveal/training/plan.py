@@ -22,6 +22,7 @@ from foveal.training.lineage import Fork
 from foveal.training.plan_lines import checkpoint_line, order_line, resize_lines, warning_lines
 from foveal.training.progress import format_count
 from foveal.weights.export import Card
+from foveal.weights.pretrained import SourceModel
 
 # In words; what auto means, a start decides.
 _COMPILED = {False: "", True: ", compiled", "blocks": ", blocks compiled", "auto": ""}
@@ -74,6 +75,11 @@ class Plan:
     def has_checkpoints(self) -> bool:
         """Whether the run itself resumes from checkpoints; otherwise it consists of parts that are not repeated."""
         return True
+
+    @property
+    def source_models(self) -> dict[str, SourceModel]:
+        """The models that the run starts or learns from, by role: ``init``, ``teacher``, ``arm.<name>``."""
+        return {}
 
     @property
     def stop_step(self) -> int:

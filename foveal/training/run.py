@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from foveal.distributed.preemption import LeaveRequest, Preemption
 from foveal.distributed.watchdog import Watchdog
 from foveal.distributed.world import World
 from foveal.engines.base import Engine
+from foveal.inspect.picture import Picture, save_picture
 from foveal.tracking.tracker import NullTracker, Tracker
 from foveal.training.attempt_end import describe_leave
 from foveal.training.attempt_start import begin_attempt, superseded_error
@@ -110,7 +111,9 @@ class Run:
     def _start_attempt(self, step: int, num_parts: int | None, noun: str) -> None:
         plan, lease = self.plan, self.attempt
         assert isinstance(lease, Lease), "rank 0 holds the lease"
-        self.tracker, self._last_row = begin_attempt(self.path, plan, self.world, lease, step, is_nested=self.is_nested)
+        self.tracker, self._last_row = begin_attempt(
+            self.stage_name, self.path, plan, self.world, lease, step, is_nested=self.is_nested
+        )
         self.progress = ProgressReporter(
             self.path.name,
             num_parts or plan.total_steps,
@@ -187,14 +190,14 @@ class Run:
         self.progress.log_results(step, metrics)
         self.tracker.log_results_once(metrics, step)
 
-    def save_image(self, name: str, step: int, render: Any) -> None:
-        """Save the PIL image that ``render()`` returns under pictures/, on rank 0."""
+    def save_picture(self, name: str, step: int, render: Callable[[], Picture]) -> None:
+        """Save the picture that ``render()`` returns as pictures/<name>-<step>.png, on rank 0."""
         self.watchdog.heartbeat(step, "showing")
         if self.world.rank == 0:
             file = self.path / "pictures" / f"{name}-{step:08d}.png"
             with best_effort(file):
                 file.parent.mkdir(exist_ok=True)
-                render().save(file)
+                save_picture(file, render())
                 self.tracker.log_file(file)
 
     # --- checkpoints and the end ---

@@ -22,7 +22,8 @@ class Card:
     ``encoder`` rebuilds the module (sizes, grid, position type, pooling, channels); ``mean`` and ``std`` are of pixels
     in [0, 1]; ``classes`` are the class names in the order of the head's outputs, empty for an encoder;
     ``resized_from`` is the image size of the initial export, if this stage used a different one; ``head`` rebuilds the
-    head in ``head.safetensors`` (its ``kind`` first), None without that file.
+    head in ``head.safetensors`` (its ``kind`` first), None without that file; ``inputs`` are what the run was made from
+    (``foveal.runs.inputs``), empty in cards of versions that recorded none.
     """
 
     stage: str
@@ -39,6 +40,7 @@ class Card:
     format: int = EXPORT_FORMAT
     head: dict[str, Any] | None = None
     head_sha256: str = ""
+    inputs: dict[str, Any] = field(default_factory=dict)
 
 
 def settings_of(card: Card) -> dict[str, Any]:

@@ -16,6 +16,15 @@ from foveal.weights.foreign_card import FOREIGN_STAGE, build_foreign_card, read_
 
 
 @dataclass(frozen=True)
+class SourceModel:
+    """A model that a run starts or learns from. ``card``: None for weights that are read name by name."""
+
+    path: Path
+    sha256: str
+    card: Card | None
+
+
+@dataclass(frozen=True)
 class PretrainedSource:
     """An inspected model; ``card`` rebuilds it and holds its file's digest.
 
