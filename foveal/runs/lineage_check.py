@@ -56,28 +56,26 @@ def _check_model(node: LineageNode) -> tuple[Verdict, str]:
     path = Path(node.path)
     if obstacle := _find_obstacle(node.path):
         return obstacle
+    if node.role == "fork":
+        is_there = has_checkpoint(path, node.step or 0, node.sha256)
+        return ("agrees", "") if is_there else ("gone", f"the run has its checkpoint of step {node.step} no more")
     try:
-        if node.role == "fork":
-            is_there = has_checkpoint(path, node.step or 0, node.sha256)
-            return ("agrees", "") if is_there else ("gone", f"the run has its checkpoint of step {node.step} no more")
-        if node.stage == FOREIGN_STAGE:
-            return _check_foreign(path, node.sha256)
-        is_same = sha256(path / _WEIGHTS) == node.sha256
-        return ("agrees", "") if is_same else ("differs", "the weights are others")
+        files = _list_foreign(path) if node.stage == FOREIGN_STAGE else [path / _WEIGHTS]
+        is_same = any(sha256(file) == node.sha256 for file in files)
     except FileNotFoundError:
         return "gone", f"it has no {_WEIGHTS} any more"
     except OSError as error:
         return "not checked", f"cannot be read ({error.strerror})"
-
-
-def _check_foreign(path: Path, digest: str) -> tuple[Verdict, str]:
-    """Check weights of others: a file, or a folder with one."""
-    files = [path] if path.is_file() else [file for file in path.iterdir() if file.suffix in _WEIGHT_SUFFIXES]
-    if any(sha256(file) == digest for file in files):
-        return "agrees", ""
-    if len(files) == 1:
-        return "differs", "the weights are others"
+    if is_same or len(files) == 1:
+        return ("agrees", "") if is_same else ("differs", "the weights are others")
     return "not checked", f"{len(files)} files of weights, none of which has the digest alone"
+
+
+def _list_foreign(path: Path) -> list[Path]:
+    """Return the files of weights of others: the path itself, or those in the folder."""
+    if not path.is_dir():
+        return [path]
+    return sorted(file for file in path.iterdir() if file.suffix in _WEIGHT_SUFFIXES)
 
 
 def _check_dataset(dataset: DatasetInput) -> tuple[Verdict, str]:

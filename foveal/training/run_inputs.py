@@ -46,8 +46,9 @@ def describe_plan(stage_name: str, plan: Plan) -> PlannedRun:
 
 def _dataset_inputs(plan: Plan) -> Iterator[DatasetInput]:
     data, manifest = plan.cfg.data, plan.dataset.manifest
-    sources = zip(plan.training_set.sources, plan.training_set.order.source_sizes, strict=True)
-    for source, num_used in sources:
+    order = plan.training_set.order
+    used = (order.first_source_size, *order.epoch_quotas[1:])  # an epoch is a pass over the first
+    for source, num_used in zip(plan.training_set.sources, used, strict=True):
         yield _dataset_input("training", source.dataset, source.split, num_used)
     evaluated = plan.evaluated
     if evaluated is not None and evaluated.split in manifest.splits and manifest.splits[evaluated.split].samples:
