@@ -91,10 +91,11 @@ def _describe_node(node: LineageNode, use: str = "") -> Group:
     facts = [
         f"{stage} {node.name}".rstrip(),
         "" if node.step is None else f"step {node.step}",
-        node.sha256[:_SHORT],
+        f"{'checkpoint ' * (node.role == 'fork')}{node.sha256[:_SHORT]}",
         "as above" if node.is_repeated else "",
     ]
-    head = Text.assemble((f"{_plain(role)}: " if role else "", "bold"), _plain(", ".join(filter(None, facts))))
+    words = {"fork": "fork of", "": ""}.get(role, f"{role}:")
+    head = Text.assemble((f"{_plain(words)} " if words else "", "bold"), _plain(", ".join(filter(None, facts))))
     lines = [head]
     if node.is_repeated:
         return Group(*lines)
@@ -156,4 +157,4 @@ def _plain(text: str) -> str:
 
 
 def _print_json(value: object) -> None:
-    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
+    typer.echo(redact(json.dumps(value, indent=1, ensure_ascii=False)))

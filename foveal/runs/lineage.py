@@ -15,6 +15,7 @@ from foveal.runs.record import RunRecord, is_run, read_run
 
 FOREIGN_STAGE = "foreign"  # of weights of others, whose origin nobody records
 _SHORT = 12  # characters of a digest in a sentence
+_MOST_DEEP = 100  # models between the root and its farthest ancestor; a tree is built and drawn by recursion
 
 
 def build_lineage(path: Path) -> LineageNode:
@@ -48,26 +49,26 @@ class _Builder:
 
     def __init__(self, *, reads_files: bool = True) -> None:
         self._reads_files = reads_files
-        self._built: set[tuple[str, str]] = set()
+        self._built: dict[tuple[str, str], LineageNode] = {}  # by digest; without those whose sources are missing
+        self._depth = 0
 
-    def build_export(self, card: CardRecord, role: str = "") -> LineageNode:
-        """Return the node of an export that is there."""
-        node = _node_of_card(card, role)
-        if not self._begin(node):
-            return replace(node, is_repeated=True)
+    def build_export(self, card: CardRecord) -> LineageNode:
+        """Return the node of the export whose lineage it is."""
+        node = _node_of_card(card, "")
+        self._built[_key_of(node)] = node
         recorded = card.read_inputs()
         if recorded is not None:
             return self.build_recorded(node, recorded)
-        run = find_run_of_export(card.folder)
-        return self._build_older(node, OlderSources(card.science, run))
+        return self._build_older(node, OlderSources(card.science, find_run_of_export(card.folder)))
 
     def build_run(self, record: RunRecord, exports: list[CardRecord]) -> LineageNode:
         """Return the node of a run with no export, or several."""
         nodes = tuple(_node_of_card(card, "") for card in exports)
-        stage = next((node.stage for node in nodes), record.stage)
+        recorded = record.inputs
+        stage = next((node.stage for node in nodes), record.stage if recorded is None else recorded.stage)
         node = LineageNode(stage=stage, run=str(record.path.resolve()), results=_results_of(record), exports=nodes)
-        if record.inputs is not None:
-            return self.build_recorded(node, record.inputs)
+        if recorded is not None:
+            return self.build_recorded(node, recorded)
         return self._build_older(node, _older_sources_of(record.path))
 
     def build_recorded(self, node: LineageNode, inputs: RunInputs) -> LineageNode:
@@ -104,8 +105,21 @@ class _Builder:
         )
         if model.stage == FOREIGN_STAGE:
             return node
-        if not self._begin(node):
-            return replace(node, is_repeated=True)
+        key = _key_of(node)
+        if (first := self._built.get(key)) is not None:
+            return replace(first, role=node.role, datasets=(), models=(), gaps=(), is_repeated=True)
+        self._built[key] = node  # for a circle of paths
+        self._depth += 1
+        built = self._build_sources_of(node, model)
+        self._depth -= 1
+        self._built[key] = built
+        if not built.datasets and not built.models:
+            del self._built[key]  # another run may know more of it
+        return built
+
+    def _build_sources_of(self, node: LineageNode, model: ModelInput) -> LineageNode:
+        if self._depth > _MOST_DEEP:
+            return _with_gap(node, f"not shown: more than {_MOST_DEEP} models lie between")
         if model.inputs is not None:
             return self.build_recorded(node, model.inputs)
         if not model.path:
@@ -149,12 +163,9 @@ class _Builder:
             return _with_gap(node, f"damaged: {error}")
         return self._build_older(node, sources) if recorded is None else self.build_recorded(node, recorded)
 
-    def _begin(self, node: LineageNode) -> bool:
-        """Return whether a model has no node with its sources yet."""
-        key = (node.sha256, node.path if node.role == "fork" else "")
-        is_new = key not in self._built
-        self._built.add(key)
-        return is_new
+
+def _key_of(node: LineageNode) -> tuple[str, str]:
+    return node.sha256, node.path if node.role == "fork" else ""
 
 
 def _read_same_card(folder: Path, digest: str) -> CardRecord | str:

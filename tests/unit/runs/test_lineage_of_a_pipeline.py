@@ -1,16 +1,16 @@
 """The lineage of a classifier whose encoder was forked and distilled: whole from the card alone."""
 
-import json
+import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from ranks import Ranks, stage_named
 from typer.testing import CliRunner
 
 from foveal.cli import app
-from foveal.runs.lineage import build_lineage
+from foveal.runs.inputs import read_inputs
+from foveal.runs.lineage import build_lineage, lineage_of_record
 from foveal.weights.export import read_card
 
 OLD = Path(__file__).parents[2] / "fixtures" / "v0_1_0" / "exports"
@@ -50,5 +50,42 @@ def test_the_chain_is_whole_from_the_card_alone(pipeline: Path) -> None:
     for node in chain:
         assert [(data.name, data.split) for data in node.datasets if data.role == "training"] == [("digits", "train")]
         assert len(node.sha256) == 64
-    text = shown(str(export))
-    print(text)
+    lines = [line.strip("\u2502\u251c\u2514\u2500 ") for line in shown(str(export)).splitlines()]
+    heads = [line for line in lines if ", step " in line]
+    assert heads == [
+        f"finetune classifier, step 22, {chain[0].sha256[:12]}",
+        f"init: distill student, step 22, {chain[1].sha256[:12]}",
+        f"teacher: pretrain fork, step 44, {chain[2].sha256[:12]}",
+        f"fork of pretrain encoder, step 22, checkpoint {chain[3].sha256[:12]}",
+    ]
+    assert lines.count(f"trained on: digits, train, 1,437 images, {chain[0].datasets[0].digest[:12]}") == 4
+
+
+def test_the_run_and_its_model_card_say_the_same(pipeline: Path) -> None:
+    run = pipeline / "classifier"
+    inputs = read_inputs(run)
+    assert inputs is not None
+    assert read_card(run / "export").inputs == inputs.to_dict()
+    assert [node.name for node in lineage_of_record(inputs).walk()] == ["classifier", "student", "fork", "encoder"]
+    text = (run / "export" / "README.md").read_text()
+    assert str(pipeline) not in text
+    rows = [line for line in text.splitlines() if re.search(r"`[0-9a-f]{64}` \|$", line)]
+    assert [row.rpartition(" | ")[0] for row in rows] == [
+        "| init | distill | 22 | digits",
+        "| teacher of the init | pretrain | 44 | digits",
+        "| fork of the teacher of the init | pretrain | 22 | digits",
+    ]
+
+
+def test_a_card_of_an_older_version_in_the_chain(configs: dict[str, Path], one_rank: Ranks, tmp_path: Path) -> None:
+    """A classifier of an encoder of 0.1.0, whose own origin is known as long as its export is there."""
+    old = shutil.copytree(OLD / "encoder", tmp_path / "encoder")
+    settings = (*PLAIN, f"init={old}", "data.image_size=8", "run.stop_at_step=null")
+    one_rank.train(stage_named("finetune"), configs["finetune"], tmp_path / "run", *settings)
+    assert "links" not in shown(str(tmp_path / "run"))
+    assert "its version recorded no inputs: from its settings" in shown(str(tmp_path / "run"))
+    shutil.rmtree(old)
+    text = " ".join(shown(str(tmp_path / "run")).replace("\u2502", " ").split())
+    assert "init: pretrain encoder, step 9, da6ef2092ed6" in text
+    assert "! missing: what it was made from is not recorded, and" in text
+    assert text.endswith("1 link is not whole: see ! above.")
