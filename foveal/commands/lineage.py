@@ -4,23 +4,25 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console, Group
+from rich.padding import Padding
 from rich.text import Text
 from rich.tree import Tree
 
 from foveal.errors import ConfigError, ExportError
 from foveal.redact import redact
-from foveal.runs.descendants import Descendant, find_descendants
-from foveal.runs.inputs import DatasetInput
+from foveal.runs.descendants import Ancestor, Descendant, find_descendants
+from foveal.runs.inputs import DatasetInput, describe_roles
 from foveal.runs.lineage import FOREIGN_STAGE, build_lineage
 from foveal.runs.lineage_check import DigestCheck, check_lineage
 from foveal.runs.lineage_node import LineageNode
 from foveal.runs.record import is_run
 
 _SHORT = 12  # characters of a digest
+_INDENT = (0, 0, 0, 2)
 
 
 def lineage(
@@ -124,10 +126,11 @@ def _show_descendants(path: Path, root: LineageNode, folder: Path, *, as_json: b
     if not folder.is_dir():
         raise ConfigError(f"--descendants {folder} is no folder; give one that holds runs")
     digests = frozenset(node.sha256 for node in (root, *root.exports) if node.sha256)
-    run = str(path.resolve()) if is_run(path) else ""
-    found = find_descendants(digests, run, folder)
+    is_whole_run = is_run(path)
+    ancestor = Ancestor(digests, *((str(path.resolve()), None) if is_whole_run else (root.run, root.step)))
+    found = find_descendants(ancestor, folder)
     if as_json:
-        _print_json({"digests": sorted(digests), "run": run, "descendants": list(map(asdict, found))})
+        _print_json({"digests": sorted(digests), "descendants": list(map(asdict, found))})
         return
     console = Console(highlight=False)
     for item in found:
@@ -142,9 +145,13 @@ def _describe_descendant(item: Descendant, folder: Path) -> Group:
     facts = [item.stage or "run", "" if item.step is None else f"step {item.step}", item.sha256[:_SHORT]]
     lines = [
         Text(_plain(place), style="bold", overflow="fold"),
-        Text(_plain(f"  {', '.join(filter(None, facts))}; the model is the {' of the '.join(reversed(item.roles))}")),
+        Padding(
+            Text(_plain(f"{', '.join(filter(None, facts))}; the model is its {describe_roles(item.roles)}")), _INDENT
+        ),
     ]
-    return Group(*lines, *([Text(_plain(f"  {_format_results(item.results)}"))] if item.results else []))
+    return Group(
+        *lines, *([Padding(Text(_plain(_format_results(item.results))), _INDENT, expand=False)] if item.results else [])
+    )
 
 
 def _format_results(results: Mapping[str, float]) -> str:
@@ -156,5 +163,13 @@ def _plain(text: str) -> str:
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in redact(text))
 
 
-def _print_json(value: object) -> None:
-    typer.echo(redact(json.dumps(value, indent=1, ensure_ascii=False)))
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(_redact_all(value), indent=1, ensure_ascii=False))
+
+
+def _redact_all(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_redact_all(name): _redact_all(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_redact_all(inner) for inner in value]
+    return redact(value) if isinstance(value, str) else value

@@ -48,15 +48,34 @@ class _Candidate:
             return
         for role, digest in iter_science_models(self.science):
             path = str(self.science.get("inherited.fork.run", "")) if role == "fork" else ""
-            yield ModelInput(role, path, digest, "", 0), (role,)
+            step = self.science.get("inherited.fork.step", 0) if role == "fork" else 0
+            yield ModelInput(role, path, digest, "", step), (role,)
 
 
-def find_descendants(digests: frozenset[str], run: str, folder: Path) -> list[Descendant]:
+@dataclass(frozen=True)
+class Ancestor:
+    """Models whose descendants are wanted.
+
+    digests: of their weights. run: absolute path of their run, whose forks are descendants; "" for none. fork_step: only
+    forks of this step's checkpoint are; None: all.
+    """
+
+    digests: frozenset[str]
+    run: str = ""
+    fork_step: int | None = None
+
+    def is_forked_by(self, model: ModelInput) -> bool:
+        """Return whether a source of a fork is the run, at the step."""
+        is_run = model.role == "fork" and bool(self.run) and model.path == self.run
+        return is_run and self.fork_step in (None, model.step)
+
+
+def find_descendants(ancestor: Ancestor, folder: Path) -> list[Descendant]:
     """Return what was made from models in a folder, at any depth, nearest first.
 
-    digests: of the models' weights. run: absolute path of a run, whose forks count too; "" for none. Records that
-    cannot be read are left out, like folders of others.
+    Records that cannot be read are left out, like folders of others.
     """
+    digests = ancestor.digests
     candidates = list(_iter_candidates(folder))
     roles_by_digest: dict[str, tuple[str, ...]] = dict.fromkeys(digests, ())
     found: dict[str, Descendant] = {}
@@ -64,7 +83,7 @@ def find_descendants(digests: frozenset[str], run: str, folder: Path) -> list[De
     while is_growing:  # a record of an older version names its nearest ancestors only
         is_growing = False
         for item in candidates:
-            roles = None if item.path in found or item.sha256 in digests else _match(item, roles_by_digest, run)
+            roles = None if item.path in found or item.sha256 in digests else _match(item, roles_by_digest, ancestor)
             if roles is None:
                 continue
             found[item.path] = Descendant(item.path, item.stage, item.step, item.sha256, item.results, roles)
@@ -74,11 +93,13 @@ def find_descendants(digests: frozenset[str], run: str, folder: Path) -> list[De
     return sorted(found.values(), key=lambda item: (len(item.roles), item.path))
 
 
-def _match(item: _Candidate, roles_by_digest: Mapping[str, tuple[str, ...]], run: str) -> tuple[str, ...] | None:
+def _match(
+    item: _Candidate, roles_by_digest: Mapping[str, tuple[str, ...]], ancestor: Ancestor
+) -> tuple[str, ...] | None:
     """Return the shortest way from an item to one of the models, as roles; None without one."""
     ways = []
     for model, roles in item.iter_sources():
-        if model.role == "fork" and run and model.path == run:
+        if ancestor.is_forked_by(model):
             ways.append(roles)
         elif model.sha256 in roles_by_digest:
             ways.append((*roles, *roles_by_digest[model.sha256]))

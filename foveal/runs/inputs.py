@@ -20,13 +20,17 @@ _FILE = "inputs.json"
 
 @dataclass(frozen=True)
 class DatasetInput:
-    """A split of a data set. path: as in the settings, without secrets. num_used: images in an epoch or an evaluation."""
+    """A split of a data set.
+
+    path: absolute, or a URL, without secrets. digest: ``Dataset.samples_digest``. num_used: images in an epoch or an
+    evaluation, repeated ones counted.
+    """
 
     role: Literal["training", "evaluation"]
     name: str
     path: str
     split: str
-    digest: str  # ``Dataset.samples_digest``
+    digest: str
     num_images: int
     num_used: int
     num_classes: int = 0
@@ -79,6 +83,12 @@ class RunInputs:
                 yield model, roles
                 above = () if model.inputs is None else model.inputs.models
                 pending += [(source, (*roles, source.role)) for source in above]
+
+
+def describe_roles(roles: Sequence[str]) -> str:
+    """Return in words what a model is, by the roles that lead to it, the nearest first: "teacher of the init"."""
+    words = {"fork": "forked run"}
+    return " of the ".join(words.get(role, role.replace("arm.", "arm ", 1)) for role in reversed(roles))
 
 
 class _AncestorTable:

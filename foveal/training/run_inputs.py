@@ -60,7 +60,7 @@ def _dataset_input(role: str, dataset: Dataset, split: str, num_used: int) -> Da
     return DatasetInput(
         role,  # type: ignore[arg-type]
         dataset.manifest.name,
-        redact(dataset.folder),
+        redact(dataset.folder if dataset.is_remote else str(Path(dataset.folder).resolve())),
         split,
         dataset.samples_digest(split),
         dataset.num_samples(split),

@@ -1,7 +1,7 @@
 """The models that an export was made from, in its model card: names and digests, and no paths."""
 
 from foveal.errors import CheckpointError
-from foveal.runs.inputs import ModelInput, RunInputs, inputs_from_dict
+from foveal.runs.inputs import ModelInput, RunInputs, describe_roles, inputs_from_dict
 from foveal.weights.card import Card
 from foveal.weights.markdown import code_cell, escape, table
 
@@ -16,7 +16,7 @@ def lineage_section(card: Card) -> str:
     if not ancestors:
         return ""
     rows = [
-        (escape(" of the ".join(reversed(roles))), *_describe(model), code_cell(model.sha256))
+        (escape(describe_roles(roles)), *_describe(model), code_cell(model.sha256))
         for model, roles in ancestors[:_MOST_MODELS]
     ]
     rest = len(ancestors) - len(rows)

@@ -63,7 +63,7 @@ def test_descendants(export: Path, tmp_path: Path) -> None:
     lines = call(encoder, "--descendants", tmp_path).output.splitlines()
     assert lines[0] == "classifier/export"
     assert lines[1].startswith("  finetune, step 7, ")
-    assert lines[1].endswith("; the model is the init")
+    assert lines[1].endswith("; the model is its init")
     found = json.loads(call(encoder, "--descendants", tmp_path, "--json").output)
     assert [(item["path"], item["roles"]) for item in found["descendants"]] == [(str(export), ["init"])]
     assert call(export, "--descendants", tmp_path).output.endswith(" was made from it\n")

@@ -15,7 +15,7 @@ from lineage_cards import DIGITS, use_export, write_card, write_run
 from foveal.atomic import read_json, sha256, write_json
 from foveal.data.format.manifest import read_manifest
 from foveal.errors import CheckpointError, ExportError
-from foveal.runs.descendants import find_descendants
+from foveal.runs.descendants import Ancestor, find_descendants
 from foveal.runs.inputs import ModelInput, RunInputs
 from foveal.runs.lineage import build_lineage, lineage_of_record
 from foveal.runs.lineage_check import check_lineage
@@ -242,14 +242,15 @@ def test_what_was_made_from_a_model(encoder: Path, tmp_path: Path) -> None:
     write_card(runs / "begun" / "checkpoints" / "step" / "export", student_inputs)  # nobody looks there
     digests = frozenset({use_export(encoder, "").sha256})
     assert [
-        (Path(item.path).relative_to(runs).parts[0], item.roles) for item in find_descendants(digests, "", runs)
+        (Path(item.path).relative_to(runs).parts[0], item.roles) for item in find_descendants(Ancestor(digests), runs)
     ] == [
         ("student", ("teacher",)),
         ("begun", ("init", "teacher")),
         ("older", ("init", "teacher")),
     ]
-    forks = find_descendants(frozenset(), str(encoder.parent), runs)
-    assert [(Path(item.path).name, item.roles) for item in forks] == [("fork", ("fork",))]
+    for step, names in ((None, ["fork"]), (3, ["fork"]), (4, [])):
+        forks = find_descendants(Ancestor(frozenset(), str(encoder.parent), step), runs)
+        assert [Path(item.path).name for item in forks] == names
 
 
 def test_a_very_long_chain_ends_in_a_sentence() -> None:

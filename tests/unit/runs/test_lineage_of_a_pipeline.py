@@ -73,7 +73,7 @@ def test_the_run_and_its_model_card_say_the_same(pipeline: Path) -> None:
     assert [row.rpartition(" | ")[0] for row in rows] == [
         "| init | distill | 22 | digits",
         "| teacher of the init | pretrain | 44 | digits",
-        "| fork of the teacher of the init | pretrain | 22 | digits",
+        "| forked run of the teacher of the init | pretrain | 22 | digits",
     ]
 
 
