@@ -1,14 +1,14 @@
 """``foveal lineage MODEL``: what a model was made from, and what was made from it."""
 
 import json
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console, Group
-from rich.padding import Padding
 from rich.text import Text
 from rich.tree import Tree
 
@@ -22,7 +22,7 @@ from foveal.runs.lineage_node import LineageNode
 from foveal.runs.record import is_run
 
 _SHORT = 12  # characters of a digest
-_INDENT = (0, 0, 0, 2)
+_INDENT = "  "
 
 
 def lineage(
@@ -134,24 +134,22 @@ def _show_descendants(path: Path, root: LineageNode, folder: Path, *, as_json: b
         return
     console = Console(highlight=False)
     for item in found:
-        console.print(_describe_descendant(item, folder))
+        for line in _describe_descendant(item, folder, console.width):
+            console.print(line, soft_wrap=True)
     if not found:
         console.print(Text(_plain(f"nothing in {folder} was made from it")), soft_wrap=True)
 
 
-def _describe_descendant(item: Descendant, folder: Path) -> Group:
+def _describe_descendant(item: Descendant, folder: Path, width: int) -> Iterator[Text]:
     path, root = Path(item.path), folder.resolve()
-    place = str(path.relative_to(root)) if path.is_relative_to(root) else item.path
+    yield Text(_plain(str(path.relative_to(root)) if path.is_relative_to(root) else item.path), style="bold")
     facts = [item.stage or "run", "" if item.step is None else f"step {item.step}", item.sha256[:_SHORT]]
-    lines = [
-        Text(_plain(place), style="bold", overflow="fold"),
-        Padding(
-            Text(_plain(f"{', '.join(filter(None, facts))}; the model is its {describe_roles(item.roles)}")), _INDENT
-        ),
-    ]
-    return Group(
-        *lines, *([Padding(Text(_plain(_format_results(item.results))), _INDENT, expand=False)] if item.results else [])
-    )
+    for line in (
+        f"{', '.join(filter(None, facts))}; the model is its {describe_roles(item.roles)}",
+        _format_results(item.results),
+    ):
+        for part in textwrap.wrap(_plain(line), width - len(_INDENT)):
+            yield Text(f"{_INDENT}{part}")
 
 
 def _format_results(results: Mapping[str, float]) -> str:

@@ -12,6 +12,7 @@ from foveal.cli import app
 from foveal.errors import ConfigError, ExportError
 from foveal.runs.inputs import DatasetInput, ModelInput, RunInputs
 
+USER = "user:password"
 HOSTILE = '[red]<script>alert("ü")</script>\x1b[2J\r\n\u202eevil[/red]'
 
 
@@ -92,7 +93,7 @@ def test_text_of_users_is_shown_as_it_is(tmp_path: Path) -> None:
 
 def test_secrets_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STORE_TOKEN", "hunter2hunter2")
-    data = DatasetInput("training", "d", "s3://user:password@bucket/hunter2hunter2", "train", "d", 3, 2)
+    data = DatasetInput("training", "d", f"s3://{USER}@bucket/hunter2hunter2", "train", "d", 3, 2)
     export = write_card(tmp_path / "export", RunInputs("/run", "pretrain", (data,)))
     for arguments in ((export,), (export, "--check"), (export, "--json")):
         output = call(*arguments).output
