@@ -23,6 +23,13 @@ def build_lineage(path: Path) -> LineageNode:
 
     Only cards and records are read. Raises: ExportError, CheckpointError for a path that is neither, or a damaged one.
     """
+    try:
+        return _build_lineage(path)
+    except OSError as error:
+        raise ExportError(f"{path} cannot be read ({error.strerror})") from None
+
+
+def _build_lineage(path: Path) -> LineageNode:
     builder = _Builder()
     if path.name == "model.safetensors" and (path.parent / CARD).is_file():
         path = path.parent
@@ -131,9 +138,12 @@ class _Builder:
     def _read_source(self, node: LineageNode) -> LineageNode:
         """Return the node of an export that recorded no inputs, or that only its user's settings name."""
         folder = Path(node.path)
-        if folder.exists() and not (folder / CARD).exists() and not node.stage:
-            return replace(node, stage=FOREIGN_STAGE)  # an older run's digest of weights of others
-        card = _read_same_card(folder, node.sha256)
+        try:
+            if not node.stage and folder.exists() and not (folder / CARD).exists():
+                return replace(node, stage=FOREIGN_STAGE)  # an older run's digest of weights of others
+            card = _read_same_card(folder, node.sha256)
+        except OSError as error:  # a folder of somebody else
+            card = f"what it was made from is not recorded, and {folder} cannot be read ({error.strerror})"
         if isinstance(card, str):
             return _with_gap(node, f"missing: {card}")
         found = _node_of_card(card, node.role)
@@ -147,18 +157,15 @@ class _Builder:
 
     def _read_fork_source(self, node: LineageNode) -> LineageNode:
         """Return the node of a fork's source run, which recorded no inputs when it was forked."""
-        run = Path(node.path)
-        if not is_run(run):
-            return _with_gap(
-                node, f"missing: what it was made from is not recorded, and there is no run at {run} any more"
-            )
-        if not has_checkpoint(run, node.step or 0, node.sha256):
-            node = _with_gap(
-                node, f"unproven: {run} has its checkpoint of step {node.step} no more, and may be another run by now"
-            )
+        run, step = Path(node.path), node.step or 0
         try:
-            recorded = read_inputs(run)
-            sources = _older_sources_of(run)
+            if not is_run(run):
+                nothing = f"there is no run at {run} any more"
+                return _with_gap(node, f"missing: what it was made from is not recorded, and {nothing}")
+            if not has_checkpoint(run, step, node.sha256):
+                doubt = f"{run} has its checkpoint of step {step} no more, and may be another run by now"
+                node = _with_gap(node, f"unproven: {doubt}")
+            recorded, sources = read_inputs(run), _older_sources_of(run)
         except (FovealError, OSError) as error:
             return _with_gap(node, f"damaged: {error}")
         return self._build_older(node, sources) if recorded is None else self.build_recorded(node, recorded)

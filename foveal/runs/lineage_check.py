@@ -49,7 +49,11 @@ def _find_obstacle(path: str) -> tuple[Verdict, str] | None:
         return "not checked", "where it was is not recorded"
     if "://" in path:
         return "not checked", "behind a URL"
-    return None if Path(path).exists() else ("gone", "not there any more")
+    try:
+        is_there = Path(path).exists()
+    except OSError as error:  # a folder of somebody else
+        return "not checked", f"cannot be read ({error.strerror})"
+    return None if is_there else ("gone", "not there any more")
 
 
 def _check_model(node: LineageNode) -> tuple[Verdict, str]:
