@@ -47,7 +47,7 @@ def test_markup_is_text() -> None:
     data = DatasetInput("training", HOSTILE, "/", "train", "d", 1, 1)
     model = ModelInput(HOSTILE, "/", HOSTILE, HOSTILE, 1, RunInputs("/", "pretrain", (data,)))
     shown = HOSTILE.replace("\n", " ")
-    assert cells(lineage_section(card_of(model))) == [shown, shown, "1", shown, shown.replace("`c`", "`c`")]
+    assert cells(lineage_section(card_of(model))) == [shown, shown, "1", shown, shown]
 
 
 def test_without_ancestors_there_is_no_section() -> None:
