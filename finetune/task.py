@@ -16,7 +16,7 @@ from finetune.config import FinetuneConfig
 from foveal.data.config import DataConfig
 from foveal.data.dataset import Dataset
 from foveal.data.image.targets import LabelReader
-from foveal.data.sampling.subset import SubsetName
+from foveal.data.sampling.subset import EvalSplit, SubsetName
 from foveal.engines.base import Engine
 from foveal.errors import ConfigError
 from foveal.inference.exported_model import ExportedModel, build_exported_encoder
@@ -60,7 +60,6 @@ class FinetunePlan(Plan):
     """Plan with the task, the card of the encoder to build, the classes, and the sources of pretrained weights.
 
     ``arms``: of a comparison, the sources of the arms that start from weights, by ``arm.<name>``.
-
     ``classes`` and ``class_weights`` are empty for a task without classes. ``label_lines`` say what the labels hold.
     """
 
@@ -82,6 +81,12 @@ class FinetunePlan(Plan):
             for role, source in sources.items()
             if source is not None
         }
+
+    @property
+    def evaluated(self) -> EvalSplit | None:
+        """The images of evaluations; of a cross-validation all folds together."""
+        has_folds = self.cfg.cross_validation is not None
+        return EvalSplit("fold", self.cfg.data.train, "all") if has_folds else super().evaluated
 
     @property
     def num_runs(self) -> int:

@@ -42,6 +42,7 @@ COMMANDS = {
     "neighbours": Entry("foveal.inference.embed_cli:neighbours_command", "The nearest images of an image.", _USE),
     "export": Entry("foveal.convert.cli:export_command", "Hand a model over to timm, transformers or ONNX.", _USE),
     "attempts": Entry("foveal.commands.attempts:attempts", "List every start of a run and why it ended.", _RUNS),
+    "lineage": Entry("foveal.commands.lineage:lineage", "Show what a model was made from, back to the data.", _RUNS),
     "track": Entry("foveal.commands.track:app", "Upload to MLflow the part of a run that it lacks.", _RUNS),
     "plan": Entry("foveal.forecast.cli:plan_command", "Forecast memory, time and traffic on a cluster.", _CLUSTER),
     "doctor": Entry("foveal.doctor.cli:doctor_command", "Check that the nodes of a job are fit to train.", _CLUSTER),

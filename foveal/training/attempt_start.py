@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+from foveal.atomic import best_effort
 from foveal.distributed.world import World
 from foveal.errors import AttemptSupersededError
 from foveal.runs.inputs import write_inputs
@@ -47,8 +48,9 @@ def begin_attempt(
     )
     tags = collect_attempt_tags(world) | (plan.fork.tags() if plan.fork else {})
     tracker.log_settings(cfg.to_flat_dict() | plan.inherited_science, tags)
-    write_inputs(run_dir, collect_inputs(stage_name, run_dir, plan))
-    write_plan(run_dir, describe_plan(stage_name, plan))
+    with best_effort("inputs.json or plan.json"):
+        write_inputs(run_dir, collect_inputs(stage_name, run_dir, plan))
+        write_plan(run_dir, describe_plan(stage_name, plan))
     for name in ("config.yaml", *(["fork.json"] if plan.fork else [])):
         tracker.log_file(run_dir / name)
     return tracker, last_row

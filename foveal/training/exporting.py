@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,8 @@ class Exporter:
         head_weights = filter_and_strip_prefix(weights, "head.") if head else None
 
         def write() -> None:
-            inputs = self._collect_inputs()
-            described = replace(card, inputs=inputs.to_dict())
-            _write_folder(folder, encoder_weights, described, head_weights, self._card_facts(inputs, name or None))
+            described = replace(card, inputs=self._inputs.to_dict())
+            _write_folder(folder, encoder_weights, described, head_weights, self._card_facts(name or None))
 
         self._world.on_rank0(write)
         return folder
@@ -108,13 +108,16 @@ class Exporter:
         for folder in obsolete:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _collect_inputs(self) -> RunInputs:
+    @cached_property
+    def _inputs(self) -> RunInputs:
+        """What the run was made from, on rank 0; one attempt does not change it."""
         return collect_inputs(self._stage_name, self._run_dir, self._plan)
 
-    def _card_facts(self, inputs: RunInputs, student: str | None = None) -> ModelCardFacts:
+    def _card_facts(self, student: str | None = None) -> ModelCardFacts:
         """Return what the model cards say of the run's data and settings."""
-        training = tuple(_data_facts(data) for data in inputs.datasets if data.role == "training")
-        evaluation = next((_data_facts(data) for data in inputs.datasets if data.role == "evaluation"), None)
+        datasets = self._inputs.datasets
+        training = tuple(_data_facts(data) for data in datasets if data.role == "training")
+        evaluation = next((_data_facts(data) for data in datasets if data.role == "evaluation"), None)
         return ModelCardFacts(training, evaluation, **self._plan.cfg.card.to_dict(), student=student)
 
     def _best_folder(self, step: int) -> Path:
@@ -128,12 +131,11 @@ class Exporter:
             )
         with _as_export_error(folder), atomic_folder(folder) as draft:
             shutil.copytree(best, draft, dirs_exist_ok=True)
-            if self._plan.fork is not None:  # the best weights may be the source's
-                card = read_json(draft / "card.json")
-                write_json(draft / "card.json", card | {"science": card["science"] | self._plan.fork.card_facts()})
-            describe_export(
-                draft, read_card(draft), self._card_facts(self._collect_inputs())
-            )  # the best may be of an older version
+            # The best weights may be of an older version, or those of a fork's source, which had the same data.
+            fork, card = self._plan.fork, read_json(draft / "card.json")
+            science = card["science"] | ({} if fork is None else fork.card_facts())
+            write_json(draft / "card.json", card | {"science": science, "inputs": self._inputs.to_dict()})
+            describe_export(draft, read_card(draft), self._card_facts())
         return folder
 
 

@@ -12,7 +12,7 @@ from foveal.data.image.decode import jpeg_decoder_and_version
 from foveal.data.image.targets import LabelReader
 from foveal.data.sampling.order import rank_slot_range
 from foveal.data.sampling.sources import TrainingSet, build_training_set, collect_mix_facts
-from foveal.data.sampling.subset import eval_split, select_subset
+from foveal.data.sampling.subset import EvalSplit, eval_split, select_subset
 from foveal.engines.build import check_engine_config
 from foveal.errors import ConfigError, DataError, ExportError
 from foveal.optim.schedule import count_plateau_drops, step_decay_lr, warmup_constant_lr, warmup_cosine_lr
@@ -80,6 +80,12 @@ class Plan:
     def source_models(self) -> dict[str, SourceModel]:
         """The models that the run starts or learns from, by role: ``init``, ``teacher``, ``arm.<name>``."""
         return {}
+
+    @property
+    def evaluated(self) -> EvalSplit | None:
+        """The images that the run is evaluated on; None if there is no evaluation."""
+        is_evaluated = self.cfg.evaluate_every or not self.cfg.evaluates_knn  # fine-tuning evaluates at its end
+        return eval_split(self.cfg.data) if is_evaluated else None
 
     @property
     def stop_step(self) -> int:

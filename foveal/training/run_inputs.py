@@ -1,25 +1,34 @@
 """The inputs of a planned run, and its plan, as its directory records them."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from foveal.data.dataset import Dataset
-from foveal.data.sampling.subset import eval_split, select_subset
-from foveal.errors import CheckpointError, ExportError
+from foveal.data.sampling.subset import select_subset
+from foveal.errors import FovealError
 from foveal.redact import redact
 from foveal.runs.inputs import DatasetInput, ModelInput, RunInputs, inputs_from_dict, read_inputs
 from foveal.runs.record import PlannedRun
+from foveal.timeouts import read_with_timeout
 from foveal.training.lineage import Fork
 from foveal.training.plan import Plan
+from foveal.weights.card import brief_results
 from foveal.weights.foreign_card import FOREIGN_STAGE
 from foveal.weights.pretrained import SourceModel
 
+_SOURCE_TIMEOUT = 60.0  # seconds for a fork's source, whose record is of use and not needed
+_log = logging.getLogger(__name__)
+
 
 def collect_inputs(stage_name: str, run_dir: Path, plan: Plan) -> RunInputs:
-    """Return the inputs of a run, as ``inputs.json`` and the cards of its exports record them."""
+    """Return the inputs of a run, as ``inputs.json`` and the cards of its exports record them.
+
+    What cannot be read of an ancestor is a warning, and recorded as not recorded: no training ends for it.
+    """
     models = [_model_input(role, model) for role, model in plan.source_models.items()]
-    models += [] if plan.fork is None else [_fork_input(stage_name, plan.fork)]
-    return RunInputs(str(run_dir.resolve()), stage_name, tuple(_dataset_inputs(plan)), tuple(models))
+    models += [] if plan.fork is None else [_fork_input(stage_name, run_dir, plan.fork)]
+    return RunInputs(redact(str(run_dir.resolve())), stage_name, tuple(_dataset_inputs(plan)), tuple(models))
 
 
 def describe_plan(stage_name: str, plan: Plan) -> PlannedRun:
@@ -36,12 +45,13 @@ def describe_plan(stage_name: str, plan: Plan) -> PlannedRun:
 
 
 def _dataset_inputs(plan: Plan) -> Iterator[DatasetInput]:
-    data = plan.cfg.data
-    sources = zip(plan.training_set.sources, plan.training_set.order.source_sizes, strict=True)
-    for source, num_used in sources:
+    data, manifest = plan.cfg.data, plan.dataset.manifest
+    order = plan.training_set.order
+    used = (order.first_source_size, *order.epoch_quotas[1:])  # an epoch is a pass over the first
+    for source, num_used in zip(plan.training_set.sources, used, strict=True):
         yield _dataset_input("training", source.dataset, source.split, num_used)
-    evaluated = eval_split(data)
-    if evaluated.split in plan.dataset.manifest.splits and (evaluated.subset != "fold" or data.fold is not None):
+    evaluated = plan.evaluated
+    if evaluated is not None and evaluated.split in manifest.splits and manifest.splits[evaluated.split].samples:
         subset = select_subset(plan.dataset, data, split=evaluated.split, subset=evaluated.subset, seed=plan.cfg.seed)
         yield _dataset_input("evaluation", plan.dataset, evaluated.split, len(subset))
 
@@ -50,7 +60,7 @@ def _dataset_input(role: str, dataset: Dataset, split: str, num_used: int) -> Da
     return DatasetInput(
         role,  # type: ignore[arg-type]
         dataset.manifest.name,
-        redact(dataset.folder),
+        redact(dataset.folder if dataset.is_remote else str(Path(dataset.folder).resolve())),
         split,
         dataset.samples_digest(split),
         dataset.num_samples(split),
@@ -60,16 +70,28 @@ def _dataset_input(role: str, dataset: Dataset, split: str, num_used: int) -> Da
 
 
 def _model_input(role: str, model: SourceModel) -> ModelInput:
-    path, card = str(model.path.expanduser().resolve()), model.card
+    path, card = redact(str(model.path.expanduser().resolve())), model.card
     if card is None:
         return ModelInput(role, path, model.sha256, FOREIGN_STAGE, 0)
+    inputs = _or_none(lambda: inputs_from_dict(card.inputs, f"{path}/card.json"))
+    return ModelInput(role, path, model.sha256, card.stage, card.step, inputs, brief_results(card.metrics))
+
+
+def _fork_input(stage_name: str, run_dir: Path, fork: Fork) -> ModelInput:
+    """Return the source of a fork, which is read at the fork's first start: afterwards a fork never looks at it."""
+    own = _or_none(lambda: read_inputs(run_dir))
+    for model in () if own is None else own.models:
+        if model.role == "fork" and model.sha256 == fork.digest:
+            return model
+    source = Path(fork.run)
+    inputs = _or_none(lambda: read_with_timeout(source, _SOURCE_TIMEOUT, lambda: read_inputs(source)))
+    return ModelInput("fork", redact(fork.run), fork.digest, stage_name, fork.step, inputs)
+
+
+def _or_none(read: Callable[[], RunInputs | None]) -> RunInputs | None:
+    """Return the recorded inputs of a model or run; None, after a warning, if they cannot be read."""
     try:
-        inputs = inputs_from_dict(card.inputs, f"{path}/card.json")
-    except CheckpointError as error:
-        raise ExportError(str(error)) from None
-    return ModelInput(role, path, model.sha256, card.stage, card.step, inputs)
-
-
-def _fork_input(stage_name: str, fork: Fork) -> ModelInput:
-    """Return the source of a fork; a source that is gone by now has no inputs."""
-    return ModelInput("fork", fork.run, fork.digest, stage_name, fork.step, read_inputs(Path(fork.run)))
+        return read()
+    except (FovealError, OSError) as error:
+        _log.warning("the lineage has a gap here: %s", error)
+        return None

@@ -1,6 +1,8 @@
 """The card of an export: what the weights do not hold, and how images become the model's input."""
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, Any
 
@@ -9,10 +11,11 @@ from pydantic.dataclasses import dataclass
 
 from foveal.config import height_and_width
 from foveal.data.config import AugmentConfig, DataConfig
-from foveal.renames import translate_setting
+from foveal.renames import translate_metrics, translate_setting
 
 EXPORT_FORMAT = 1
 _EVALUATED = ("val_", "fold_", "holdout_")  # prefixes of metrics of images that no step has seen
+_MOST_RESULTS = 4  # in a line
 
 
 @dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid", strict=True))
@@ -23,7 +26,7 @@ class Card:
     in [0, 1]; ``classes`` are the class names in the order of the head's outputs, empty for an encoder;
     ``resized_from`` is the image size of the initial export, if this stage used a different one; ``head`` rebuilds the
     head in ``head.safetensors`` (its ``kind`` first), None without that file; ``inputs`` are what the run was made from
-    (``foveal.runs.inputs``), empty in cards of versions that recorded none.
+    (``foveal.runs.inputs``), with absolute paths, for ``foveal lineage``; empty in cards of versions that recorded none.
     """
 
     stage: str
@@ -56,6 +59,14 @@ def task_of(card: Card) -> str | None:
     if card.head is not None:
         return str(card.head["kind"])
     return str(settings_of(card).get("task", "classification")) if card.encoder.get("classes") else None
+
+
+def brief_results(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the first finite metrics of images that no step has seen, by their names of today."""
+    named = translate_metrics(dict(metrics)).items()
+    finite = {name: float(value) for name, value in named if isinstance(value, int | float) and math.isfinite(value)}
+    evaluated = [(name, value) for name, value in finite.items() if name.startswith(_EVALUATED)]
+    return dict(evaluated[:_MOST_RESULTS])
 
 
 def evaluated_metrics(card: Card, student: str | None = None) -> dict[str, Any]:

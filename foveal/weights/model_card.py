@@ -12,6 +12,7 @@ from foveal.weights.card import Card, evaluated_metrics, settings_of, task_of
 from foveal.weights.markdown import code, code_cell, escape, one_line, table
 from foveal.weights.model_card_facts import NO_FACTS, DataFacts, ModelCardFacts
 from foveal.weights.model_card_limits import describe_limits
+from foveal.weights.model_card_lineage import lineage_section
 from foveal.weights.model_card_loading import loading_section
 from foveal.weights.timm_folder import explain_not_timm
 
@@ -50,11 +51,12 @@ def build_model_card(card: Card, facts: ModelCardFacts = NO_FACTS) -> str:
         f"## Model\n\n{_model_table(card, facts)}{_class_table(card)}",
         loading_section(card),
         f"## Data\n\n{_data_section(card, facts)}",
+        lineage_section(card),
         f"## Training\n\n{_recipe_section(card)}",
         f"## Results\n\n{_results_section(card, facts)}",
         f"## Limits\n\n{limits}",
     ]
-    return "\n".join(sections)
+    return "\n".join(filter(None, sections))
 
 
 def _front_matter(card: Card, facts: ModelCardFacts) -> str:

@@ -100,8 +100,17 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (*CONFIGURED, "foveal.checkpoint", "foveal.distributed", "foveal.optim"),
         ("torch", "torch.distributed", "deepspeed", "accelerate", "pydantic"),
     ),
+    "foveal.weights.card": ((*CONFIGURED, "foveal.data.config"), ("pydantic",)),
     "foveal.weights": (
-        (*CONFIGURED, "foveal.atomic", "foveal.data", "foveal.models", "foveal.timeouts"),
+        (
+            *CONFIGURED,
+            "foveal.atomic",
+            "foveal.data",
+            "foveal.models",
+            "foveal.runs.inputs",
+            "foveal.timeouts",
+            "foveal.weights.card",
+        ),
         ("pydantic", "torch", "safetensors"),
     ),
     "foveal.inference": (
@@ -146,11 +155,13 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (
             *CONFIGURED,
             "foveal.atomic",
+            "foveal.data.format",
             "foveal.runs.inputs",
             "foveal.tracking",
             "foveal.training.lease",
             "foveal.training.lease_holder",
             "foveal.training.lineage",
+            "foveal.weights.card",
         ),
         (),
     ),

@@ -1,5 +1,6 @@
 """manifest.json of a data set: shards with sample counts and sizes, class names, pixel statistics."""
 
+import hashlib
 from pathlib import Path
 from tarfile import BLOCKSIZE
 
@@ -46,6 +47,11 @@ class Split(Config):
 
     samples: int = Field(ge=0)
     shards: tuple[Shard, ...]
+
+    @property
+    def samples_digest(self) -> str:
+        """The sha256 over keys, sizes and labels of the samples; independent of the folder."""
+        return hashlib.sha256("".join(shard.index for shard in self.shards).encode()).hexdigest()
 
 
 class Manifest(Config):

@@ -1,6 +1,7 @@
 """What a run leaves in kept/ and export/: folders of timm's with a model card, whoever wrote the best weights."""
 
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ import torch
 from finetune.config import FinetuneConfig
 from finetune.plan import plan_training
 from finetune.train import train
+from foveal.atomic import read_json, write_json
 from foveal.distributed.preemption import Preemption
 from foveal.distributed.world import World
 from foveal.errors import ExportError
 from foveal.models.backbone import backbone_card
+from foveal.runs.inputs import inputs_from_dict, read_inputs
 from foveal.training.exporting import _as_export_error
 from foveal.training.run_directory import open_run
-from foveal.weights.export import Card, write_export
+from foveal.weights.export import Card, read_card, write_export
 
 ALONE = World(0, 1, 0, "none", torch.device("cpu"))
 CARD = Card("finetune", backbone_card("test_resnet", 32, 3), (0.5,) * 3, (0.25,) * 3)
@@ -87,3 +90,27 @@ def test_a_disk_that_fills_is_a_sentence(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_an_older_version_kept_have_todays_inputs(digits: Path, tmp_path: Path) -> None:
+    run_dir = fine_tune(digits, tmp_path / "run", stop_at_step=2)
+    (kept,) = (run_dir / "kept").iterdir()
+    card = read_json(kept / "card.json")
+    recorded = card.pop("inputs")
+    write_json(kept / "card.json", card)
+    fine_tune(digits, run_dir)
+    assert read_card(run_dir / "export").inputs == recorded == read_json(run_dir / "inputs.json")
+
+
+def test_best_weights_of_a_forks_source_name_the_fork(digits: Path, tmp_path: Path) -> None:
+    source = fine_tune(digits, tmp_path / "source", stop_at_step=1)
+    fork = fine_tune(digits, tmp_path / "fork", fork=str(source), stop_at_step=2)
+    recorded = read_inputs(source)
+    shutil.rmtree(source)
+    fine_tune(digits, fork)  # a fork that has begun does without its source
+    card = read_card(fork / "export")
+    inputs = inputs_from_dict(card.inputs, "card.json")
+    assert (card.step, inputs) == (1, read_inputs(fork))  # the source's weights
+    assert inputs is not None
+    assert [(model.role, model.path, model.step) for model in inputs.models] == [("fork", str(source), 1)]
+    assert inputs.models[0].inputs == recorded is not None
