@@ -52,9 +52,14 @@ class ActivationMeter:
         cumulated = np.cumsum(self.counts)
         return float(bin_values()[np.searchsorted(cumulated, fraction * cumulated[-1])])
 
+    def extent(self) -> tuple[float, float]:
+        """Return the smallest and the largest value, within the width of a bin."""
+        values = bin_values()[self.counts > 0]
+        return float(values[0]), float(values[-1])
+
     def largest(self) -> float:
         """Return the largest absolute value, within the width of a bin."""
-        return float(np.abs(bin_values()[self.counts > 0]).max(initial=0.0))
+        return max(map(abs, self.extent()))
 
 
 def bin_values() -> np.ndarray:

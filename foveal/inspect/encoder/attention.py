@@ -3,6 +3,7 @@
 One image; H heads, N tokens, L patches; the prefix are class token and registers.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ _SOFTMAX = (F.softmax, torch.softmax, torch.Tensor.softmax)
 class _AttentionRecorder(TorchFunctionMode):
     """Sees the attention weights of the block that runs: those of torch's fused kernel are computed beside it."""
 
-    def __init__(self, on_attention: Callable[[int, Sequence[Tensor] | Iterator[Tensor]], None]) -> None:
+    def __init__(self, on_attention: Callable[[int, Iterator[Tensor]], None]) -> None:
         super().__init__()
         self._on_attention = on_attention
         self.block: int | None = None
@@ -67,16 +68,16 @@ def recorded_attention(
     """
     recorder = _AttentionRecorder(on_attention)
 
-    def enter(number: int) -> None:
+    def enter(number: int, _module: nn.Module, _args: Any) -> None:
         recorder.block = number
 
-    def leave() -> None:
+    def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
         recorder.block = None
 
     handles = []
     for number, block in enumerate(blocks):
-        handles.append(block.register_forward_pre_hook(lambda _module, _args, number=number: enter(number)))
-        handles.append(block.register_forward_hook(lambda _module, _args, _output: leave()))
+        handles.append(block.register_forward_pre_hook(functools.partial(enter, number)))
+        handles.append(block.register_forward_hook(leave))
     try:
         with recorder:
             yield
@@ -118,11 +119,10 @@ class AttentionMeter:
         """Add a block's weights [N, N] per head of the image that is being encoded."""
         distances, entropies, maps = [], [], []
         mean: Tensor | None = None
-        for weights_NN in heads:
+        for weights_NN in map(Tensor.float, heads):
             if weights_NN.shape != (self.num_tokens, self.num_tokens):
                 self.problem = "its blocks attend to other tokens than the patches of the whole image"
                 return
-            weights_NN = weights_NN.float()
             distances.append(float(self._mean_distance(weights_NN)))
             entropies.append(float(torch.special.entr(weights_NN[self.num_prefix :]).sum(1).mean()))
             maps.append(self._of_query(weights_NN))

@@ -1,6 +1,5 @@
 """Charts of attention and activations by layer, on transparent paper: they read on light and on dark pages."""
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -45,7 +44,7 @@ def draw_attention_chart(
         _style(axes)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=3, frameon=False, labelcolor=_INK, fontsize=_SMALL)
-    figure.tight_layout(rect=(0, 0.07, 1, 1), w_pad=2.5)
+    figure.tight_layout(pad=0.4, rect=(0, 0.07, 1, 1), w_pad=2.5)
     return _to_image(figure)
 
 
@@ -54,8 +53,10 @@ def draw_activation_chart(meters: Sequence[ActivationMeter]) -> Image.Image:
     variations = [meter.variation for meter in meters]
     has_variation = all(variation is not None for variation in variations)
     figure = Figure((_WIDTH, 7.2 if has_variation else 5.8), dpi=_DPI)
+    has_long_names = not _are_blocks(meters)
     heights = [3.2, 1.4, 1.4] if has_variation else [3.2, 1.4]
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights, width_ratios=[40, 1], hspace=0.32, wspace=0.04)
+    grid.update(left=0.075, right=0.9, top=0.96, bottom=0.16 if has_long_names else 0.08)
     positions = np.arange(1, len(meters) + 1)
     histogram = figure.add_subplot(grid[0, 0])
     _draw_histograms(figure, histogram, figure.add_subplot(grid[0, 1]), meters)
@@ -80,15 +81,19 @@ def draw_activation_chart(meters: Sequence[ActivationMeter]) -> Image.Image:
     for axes in panels:
         _style(axes)
         axes.tick_params(labelbottom=axes is panels[-1])
-    _label_layers(panels[-1], [meter.name for meter in meters])
+    _label_layers(panels[-1], meters)
     return _to_image(figure)
 
 
 def _draw_histograms(figure: Figure, axes: Axes, key: Axes, meters: Sequence[ActivationMeter]) -> None:
     """Draw one column per layer: shares of its values as shades of blue, on a logarithmic scale, and quantiles."""
     typical = float(np.median([meter.rms for meter in meters])) or 1.0
-    top = max(1e-6, *(meter.largest() for meter in meters))
-    edges = typical * np.sinh(np.linspace(-np.arcsinh(top / typical), np.arcsinh(top / typical), _NUM_BINS + 1))
+    extents = [meter.extent() for meter in meters]
+    low, high = min(low for low, _ in extents), max(high for _, high in extents)
+    margin = 1e-2 * max(high - low, 1e-6)  # the extents are the middles of bins, 1 % wide
+    edges = typical * np.sinh(
+        np.linspace(np.arcsinh((low - margin) / typical), np.arcsinh((high + margin) / typical), _NUM_BINS + 1)
+    )
     shares = np.stack([np.histogram(bin_values(), edges, weights=meter.counts)[0] for meter in meters], axis=1)
     shares = shares / shares.sum(0)
     lowest = max(1e-7, float(shares[shares > 0].min()))
@@ -101,14 +106,16 @@ def _draw_histograms(figure: Figure, axes: Axes, key: Axes, meters: Sequence[Act
         levels = [meter.quantile(fraction) for meter in meters]
         axes.stairs(levels, columns, color=_ORANGE, linewidth=1.8, linestyle=style, baseline=None)
     axes.set_yscale("asinh", linear_width=typical)
-    axes.yaxis.set_major_locator(FixedLocator(_choose_ticks(typical, top)))
+    axes.yaxis.set_major_locator(FixedLocator(_choose_ticks(typical, max(-low, high))))
     axes.yaxis.set_major_formatter(lambda value, _position: f"{value:g}")
     axes.minorticks_off()
+    axes.set_ylim(edges[0], edges[-1])
     title = "values of the outputs; orange: median, 1 % and 99 %"
     axes.set_title(title, color=_INK, fontsize=_FONT, loc="left")
     bar = figure.colorbar(mesh, cax=key)
     bar.set_label("share of values", color=_INK, fontsize=_SMALL)
     bar.ax.tick_params(colors=_INK, labelsize=_SMALL, which="both")
+    bar.ax.patch.set_alpha(0)
     bar.outline.set_visible(False)  # type: ignore[operator]
 
 
@@ -121,15 +128,18 @@ def _choose_ticks(linear_width: float, top: float) -> list[float]:
     return [*(-power for power in reversed(powers)), 0.0, *powers]
 
 
-def _label_layers(axes: Axes, names: Sequence[str]) -> None:
+def _are_blocks(meters: Sequence[ActivationMeter]) -> bool:
+    return all(meter.name.startswith("block ") for meter in meters)
+
+
+def _label_layers(axes: Axes, meters: Sequence[ActivationMeter]) -> None:
     """Label the layers: all of a few, of blocks by their numbers, of many every n-th."""
-    step = -(-len(names) // (2 * _FEWEST_TICKS))
-    are_blocks = all(name.startswith("block ") for name in names)
-    labels = [name.removeprefix("block ") if are_blocks else name for name in names]
-    axes.xaxis.set_major_locator(FixedLocator(list(range(1, len(names) + 1, step))))
-    axes.set_xticklabels(labels[::step], rotation=0 if are_blocks or len(names) <= 6 else 30)
-    axes.set_xlabel("block" if are_blocks else "layer", color=_INK, fontsize=_FONT)
-    axes.set_xlim(0.5, len(names) + 0.5)
+    step = -(-len(meters) // (2 * _FEWEST_TICKS))
+    labels = [meter.name.removeprefix("block ") for meter in meters]
+    axes.xaxis.set_major_locator(FixedLocator(list(range(1, len(meters) + 1, step))))
+    axes.set_xticklabels(labels[::step], rotation=0 if _are_blocks(meters) else 20)
+    axes.set_xlabel("block" if _are_blocks(meters) else "layer", color=_INK, fontsize=_FONT)
+    axes.set_xlim(0.5, len(meters) + 0.5)
 
 
 def _style(axes: Axes) -> None:
@@ -142,7 +152,6 @@ def _style(axes: Axes) -> None:
 def _to_image(figure: Figure) -> Image.Image:
     """Return the figure as an RGBA image. No state of matplotlib's is touched: a notebook may use it at the same time."""
     figure.patch.set_alpha(0)
-    FigureCanvasAgg(figure)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", transparent=True, bbox_inches="tight", pad_inches=0.08)
-    return Image.open(stream).copy()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.array(canvas.buffer_rgba()))

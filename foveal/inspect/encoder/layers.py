@@ -12,7 +12,11 @@ _MAX_LAYERS = 64  # deeper models of unknown structure have outputs of too many 
 def has_patch_tokens(encoder: Any) -> bool:
     """Return whether an encoder's blocks all have the tokens of one grid of patches, as those of a plain ViT."""
     grid = getattr(getattr(encoder, "patch_embed", None), "grid_size", None)
-    return grid is not None and hasattr(encoder, "num_prefix_tokens") and isinstance(getattr(encoder, "blocks", None), nn.Module)
+    return (
+        grid is not None
+        and hasattr(encoder, "num_prefix_tokens")
+        and isinstance(getattr(encoder, "blocks", None), nn.Module)
+    )
 
 
 def find_layers(encoder: Any) -> dict[str, nn.Module]:

@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,7 +15,7 @@ from foveal.inspect.encoder.attention import AttentionMeter
 from foveal.inspect.encoder.charts import draw_activation_chart, draw_attention_chart
 from foveal.inspect.encoder.measure import EncoderMeasurements, measure_encoder
 from foveal.inspect.encoder.principal_components import compute_position_share, project_to_colors
-from foveal.inspect.image_grid import draw_image_grid
+from foveal.inspect.image_grid import GAP, MAX_SHEET_SIDE, MIN_IMAGE_SIDE, draw_image_grid
 from foveal.inspect.picture import Picture
 
 MAX_IMAGES = 8
@@ -63,7 +64,7 @@ def _draw_features(shown: Tensor, features: dict[str, Tensor], notes: Sequence[s
         sentences.append(f"{sentence}.")
     how = "First three principal components of the features, of all these images together, as red, green and blue."
     reading = "Within a column, like colours are like features."
-    picture = draw_image_grid(columns, title="Features of the patches as colours", notes=(how, reading, *notes))
+    picture = _draw_grid(columns, "Features of the patches as colours", (how, reading, *notes))
     return Picture(picture, "Features of the patches", _describe([how, *sentences, reading], columns, notes))
 
 
@@ -88,19 +89,19 @@ def _draw_attention(shown: Tensor, attention: AttentionMeter, notes: Sequence[st
     even = _percent(_count_tenth(num_patches) / num_patches)
     reading = f"Percentages: attention to the tenth of the patches that gets most; {even} if all patches got the same."
     highest, lowest = int(np.argmax(peaks)), int(np.argmin(peaks))
-    sentences = [
-        how,
+    course = (
         f"Head {highest + 1} gives {_percent(peaks[highest])} of its attention to a tenth of the patches, "
         f"head {lowest + 1} gives {_percent(peaks[lowest])}, rollout, which multiplies the attention of all blocks, "
-        f"{_percent(rollout_peak)}; even attention would give {even}.",
-    ]
+        f"{_percent(rollout_peak)}; even attention would give {even}."
+    )
+    sentences = [how, course]
     if prefix:
         tokens = "the class token itself" if prefix == 1 else "class token and registers"
         stays = float(maps_BHN[:, :, :prefix].sum(2).mean())
         sentences.append(f"{_percent(stays)} of the attention, over all heads, is on {tokens}.")
     if len(heads) < num_heads:
         notes = [f"{len(heads)} of {num_heads} heads are shown.", *notes]
-    picture = draw_image_grid(columns, title="Attention of the last block, by head", notes=(how, reading, *notes))
+    picture = _draw_grid(columns, "Attention of the last block, by head", (how, reading, *notes))
     return Picture(picture, "Attention of the last block", _describe(sentences, columns, notes))
 
 
@@ -146,15 +147,40 @@ def _draw_activations(measured: EncoderMeasurements, num_images: int) -> Picture
 
 
 def _to_shown(images: Tensor) -> Tensor:
-    """Return images that can be drawn, uint8 [B, 1 or 3, H, W], of images of any number of channels."""
-    return images[:, :3] if images.shape[1] >= 3 else images[:, :1]
+    """Return images that can be drawn, uint8 [B, 1 or 3, H, W], of images of any number of channels.
+
+    Large images are reduced, so that a sheet has room for all of them.
+    """
+    shown = images[:, :3] if images.shape[1] >= 3 else images[:, :1]
+    height, width = shown.shape[2:]
+    reduction = _row_height(len(shown)) / height
+    if reduction >= 1:
+        return shown
+    size = max(1, int(height * reduction)), max(1, int(width * reduction))
+    return (
+        F.interpolate(shown.float(), size=size, mode="bilinear", antialias=True).round().clamp(0, 255).to(torch.uint8)
+    )
+
+
+def _row_height(num_images: int) -> int:
+    """Return the pixels of an image's height for which all images fit on a sheet."""
+    return (MAX_SHEET_SIDE + GAP) // num_images - GAP
+
+
+def _draw_grid(columns: dict[str, Tensor], title: str, notes: Sequence[str]) -> Image.Image:
+    """Draw all images on a sheet; small ones are enlarged unless some would be left out."""
+    num_images, _, height, width = columns["image"].shape
+    enlarged = height * -(-MIN_IMAGE_SIDE // max(height, width))
+    min_side = MIN_IMAGE_SIDE if enlarged <= _row_height(num_images) else 1
+    return draw_image_grid(columns, title=title, notes=notes, min_side=min_side)
 
 
 def _describe_images(images: Tensor, captions: Sequence[str]) -> list[str]:
     """Return sentences on what the rows of a picture are."""
     sentences = []
     if captions:
-        sentences.append(f"Rows, from the top: {'; '.join(' '.join(caption.split()) for caption in captions)}.")
+        rows = "Rows, from the top" if len(captions) > 1 else "Image"
+        sentences.append(f"{rows}: {'; '.join(' '.join(caption.split()) for caption in captions)}.")
     num_channels = images.shape[1]
     if num_channels == 2 or num_channels > 3:
         which = "the first" if num_channels == 2 else "the first three"
