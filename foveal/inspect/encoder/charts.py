@@ -37,7 +37,7 @@ def draw_attention_chart(
         heads = np.broadcast_to(blocks[:, None], values.shape)
         axes.plot(heads.ravel(), values.ravel(), "o", color=_BLUE, markersize=4.5, alpha=0.7, mew=0, label="a head")
         axes.plot(blocks, values.mean(1), color=_ORANGE, linewidth=2, label="mean of the heads")
-        axes.set_ylim(0, 1.08 * max(uniform, float(values.max())))
+        axes.set_ylim(0, 1.08 * max(uniform, float(values.max())) or 1)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("block", color=_INK, fontsize=_FONT)
         axes.set_title(label, color=_INK, fontsize=_FONT, loc="left")
