@@ -61,7 +61,7 @@ def describe_training_images(dataset: Dataset, split: str) -> str:
     named = ", ".join(classes[:_MAX_NAMED_CLASSES])
     more = f" and {len(classes) - _MAX_NAMED_CLASSES:,} more" if len(classes) > _MAX_NAMED_CLASSES else ""
     text += f", of {len(classes):,} class{'es' * (len(classes) > 1)}: {named}{more}."
-    if dataset.is_remote or len(counts) > _MAX_COUNTED_SHARDS:
+    if len(classes) == 1 or dataset.is_remote or len(counts) > _MAX_COUNTED_SHARDS:
         return text
     per_class = dataset.class_counts(split)
     if not per_class.any():  # labels are masks, boxes or lists

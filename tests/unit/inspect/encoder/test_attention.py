@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -50,9 +51,9 @@ def record(encoder: Any, pixels: Tensor) -> tuple[list[Tensor], Tensor]:
 
 def encoders() -> Iterator[Any]:
     for name, positions in KINDS:
-        yield pytest.param(lambda name=name, positions=positions: encoder_of(name, positions), id=f"{name}-{positions}")
+        yield pytest.param(partial(encoder_of, name, positions), id=f"{name}-{positions}")
     for name in ("test_vit", "beit_base_patch16_224", "deit_tiny_distilled_patch16_224"):
-        yield pytest.param(lambda name=name: build_backbone(name, 64, 3), id=name)
+        yield pytest.param(partial(build_backbone, name, 64, 3), id=name)
 
 
 @pytest.mark.parametrize("build", list(encoders()))
@@ -70,9 +71,11 @@ def test_recorded_weights_times_values_is_what_the_blocks_compute(build: Any) ->
         torch.testing.assert_close(weights_HNN.sum(-1), torch.ones(weights_HNN.shape[:2]))
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_relpos_medium_patch16_cls_224", "eva02_tiny_patch14_224"])
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "vit_relpos_medium_patch16_cls_224", "eva02_tiny_patch14_224"]
+)
 def test_attention_without_the_fused_kernel_is_recorded_too(name: str) -> None:
-    encoder: Any = encoder_of(name, None if "relpos" in name else "sincos").eval()
+    encoder: Any = encoder_of(name, dict(KINDS)[name]).eval()
     fused, _ = record(encoder, images())
     for block in encoder.blocks:
         block.attn.fused_attn = False
