@@ -40,6 +40,7 @@ COMMANDS = {
     "predict": Entry("foveal.inference.predict_cli:predict_command", "Classes, masks or boxes of images.", _USE),
     "embed": Entry("foveal.inference.embed_cli:embed_command", "Features of images, in files.", _USE),
     "neighbours": Entry("foveal.inference.embed_cli:neighbours_command", "The nearest images of an image.", _USE),
+    "inspect": Entry("foveal.inspect.encoder.cli:inspect_command", "Pictures of an encoder's inside.", _USE),
     "export": Entry("foveal.convert.cli:export_command", "Hand a model over to timm, transformers or ONNX.", _USE),
     "attempts": Entry("foveal.commands.attempts:attempts", "List every start of a run and why it ended.", _RUNS),
     "lineage": Entry("foveal.commands.lineage:lineage", "Show what a model was made from, back to the data.", _RUNS),

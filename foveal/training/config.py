@@ -42,6 +42,11 @@ class LogConfig(Config):
         "Pretraining: steps between saved reconstructions; 0: only at the end of the run. Other stages ignore it.",
         ge=0,
     )
+    final_pictures: bool = machine(
+        True,
+        "At the end of the run, save pictures of the training images and of the exported encoder: features, attention, "
+        "activations.",
+    )
     profile_steps: tuple[int, int] | None = machine(
         None, "[first, last] step, counted from 1, that rank 0 profiles into RUN/profile/. null: no trace."
     )

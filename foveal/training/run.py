@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from foveal.atomic import AppendLog, best_effort
+from foveal.atomic import AppendLog
 from foveal.checkpoint.saver import CheckpointSaver
 from foveal.checkpoint.store import CheckpointStore
 from foveal.data.batch import Batch
@@ -191,14 +191,16 @@ class Run:
         self.tracker.log_results_once(metrics, step)
 
     def save_picture(self, name: str, step: int, render: Callable[[], Picture]) -> None:
-        """Save the picture that ``render()`` returns as pictures/<name>-<step>.png, on rank 0."""
+        """Save the picture that ``render()`` returns as pictures/<name>-<step>.png, on rank 0; an error is a warning."""
         self.watchdog.heartbeat(step, "showing")
         if self.world.rank == 0:
             file = self.path / "pictures" / f"{name}-{step:08d}.png"
-            with best_effort(file):
+            try:
                 file.parent.mkdir(exist_ok=True)
                 save_picture(file, render())
                 self.tracker.log_file(file)
+            except Exception as error:  # noqa: BLE001 - no picture is a reason to end a training
+                _log.warning("%s is not written: %s", file, error)
 
     # --- checkpoints and the end ---
 
@@ -255,9 +257,14 @@ class Run:
             self.tracker.skip_flush()
 
     def mark_finished(self, results: dict[str, Any] | None = None, best_metrics: dict[str, Any] | None = None) -> None:
-        """Mark the run finished with new ``results`` and the metrics of the best checkpoint, on every rank."""
+        """Mark the run finished with new ``results`` and the metrics of the best checkpoint, on every rank.
+
+        Pictures come first, so that the tracker uploads them; the other ranks wait.
+        """
         self.finish_checkpoint()
         if self.world.rank == 0:
+            if self.plan.cfg.log.final_pictures and not self.is_nested:
+                self._save_final_pictures()
             if results:  # before the file, with which later attempts do nothing; a comparison runs no steps itself
                 self.tracker.log_results_once(results, self.step or self.plan.total_steps)
             file = write_finished(
@@ -276,6 +283,21 @@ class Run:
                 log_report(self.stage_name, self.path, self.plan.cfg)
         self.is_finished = True
         self.world.barrier()
+
+    def _save_final_pictures(self) -> None:
+        """Save pictures of the data and of the encoder that the run exported, the first of several students'."""
+        from foveal.training.final_pictures import save_final_pictures  # with matplotlib: when the training is over
+
+        step, plan = self.step or self.plan.total_steps, self.plan
+        with self.progress.activity("drawing pictures"):
+            save_final_pictures(
+                self.path,
+                plan.cfg.export_subfolders[0],
+                plan.dataset,
+                plan.cfg.data,
+                self.world.device,
+                lambda name, render: self.save_picture(name, step, render),
+            )
 
     def export_weights(
         self,

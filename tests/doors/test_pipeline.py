@@ -107,9 +107,11 @@ def test_mlflow_has_what_came_of_the_trials(store) -> None:
     assert {f"{arm}_top1" for arm in ARMS} <= metrics.keys()
 
 
-def test_mlflow_has_a_reconstruction_and_the_card(store) -> None:
+def test_mlflow_has_the_pictures_and_the_card(store) -> None:
     client, run = store["client"], store["runs"]["pretrain"].info.run_id
-    assert [file.path for file in client.list_artifacts(run, "pictures")] == ["pictures/reconstruction-00000088.png"]
+    names = ("activations", "attention", "attention-distance", "data", "features", "reconstruction")
+    paths = sorted(file.path for file in client.list_artifacts(run, "pictures"))
+    assert paths == [f"pictures/{name}-00000088.png" for name in names]
     assert {"card.json", "config.yaml", "finished.json"} <= {file.path for file in client.list_artifacts(run)}
 
 

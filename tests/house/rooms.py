@@ -143,6 +143,10 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "foveal.inspect.picture": (("foveal.atomic",), ("PIL",)),
     "foveal.inspect": (("foveal.atomic", "foveal.data.image", "foveal.models"), ("numpy", "torch", "PIL")),
+    "foveal.inspect.encoder": (
+        ("foveal.data.image", "foveal.errors", "foveal.inference", "foveal.inspect", "foveal.models", "foveal.weights"),
+        ("matplotlib", "numpy", "PIL", "torch", "typer"),
+    ),
     # Tracking: MLflow's library stays behind one file.
     "foveal.tracking.tracker": (("foveal.config", "foveal.redact"), ("pydantic",)),
     "foveal.tracking.mlflow": (("foveal.redact", "foveal.renames", "foveal.tracking"), ("mlflow",)),
@@ -170,6 +174,10 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "foveal.training.lease": (("foveal.atomic", "foveal.errors", "foveal.training.lease_holder"), ()),
     "foveal.training.lineage": (("foveal.atomic", "foveal.errors"), ()),
     "foveal.training.meters": (("foveal.atomic",), ("torch",)),
+    "foveal.training.final_pictures": (
+        ("foveal.data", "foveal.errors", "foveal.inspect.encoder", "foveal.inspect.picture"),
+        ("numpy", "torch"),
+    ),
     "foveal.training": (
         (
             *CONFIGURED,
@@ -189,6 +197,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "foveal.slurm",
             "foveal.timeouts",
             "foveal.tracking",
+            "foveal.training.final_pictures",
             "foveal.training.lease",
             "foveal.training.lease_holder",
             "foveal.training.lineage",

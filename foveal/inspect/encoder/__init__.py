@@ -1,0 +1,1 @@
+"""Pictures of an encoder's inside: features, attention, activations."""
