@@ -133,7 +133,10 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("numpy", "PIL", "safetensors", "timm", "torch", "typer"),
     ),
     "foveal.inspect.picture": (("foveal.atomic",), ("PIL",)),
-    "foveal.inspect": (("foveal.atomic", "foveal.data.image", "foveal.models"), ("numpy", "torch", "PIL")),
+    "foveal.inspect": (
+        ("foveal.atomic", "foveal.data.image", "foveal.models"),
+        ("numpy", "torch", "PIL", "matplotlib"),
+    ),
     # Tracking: MLflow's library stays behind one file.
     "foveal.tracking.tracker": (("foveal.config", "foveal.redact"), ("pydantic",)),
     "foveal.tracking.mlflow": (("foveal.redact", "foveal.renames", "foveal.tracking"), ("mlflow",)),
