@@ -71,6 +71,16 @@ def set_ticks(axes: Axes, axis: str, positions: Sequence[float], names: Sequence
     setter(positions, labels=labels, minor=False, **{"family": _FONT} | style)
 
 
+def hide_tick_marks(axes: Axes) -> None:
+    """Leave the names at the ticks of both axes without marks."""
+    axes.tick_params(length=0)
+
+
+def font_file(*, bold: bool = False) -> str:
+    """Return the file of the charts' font, for Pillow."""
+    return font_manager.findfont(font_manager.FontProperties(family=_FONT, weight="bold" if bold else "normal"))
+
+
 def plain_text(text: str) -> str:
     """Return a text as matplotlib draws it literally: no mathematics between dollars, one line per line."""
     lines = ("".join(c if c.isprintable() else " " for c in line) for line in str(text).split("\n"))
