@@ -4,8 +4,10 @@ The facts are JSON: a picture is drawn from them at the end of a run, also of an
 K classes.
 """
 
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +22,7 @@ MAX_WRITTEN_CLASSES = 200  # of a confusion matrix in evaluation.json
 MAX_EXCERPT_CLASSES = 40  # of the part of a larger matrix that is drawn
 NUM_MISTAKES = 12
 _NUM_PAIRS = 20
+_log = logging.getLogger("foveal.finetune")
 
 
 class EvaluationDetails(Protocol):
@@ -105,6 +108,15 @@ def replace_nonfinite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [replace_nonfinite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def warn_of_failure(what: str) -> Iterator[None]:
+    """Turn any failure of the block, which has no collective, into a warning: no picture is worth a run."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - whatever it is, the run has its weights and its results
+        _log.warning("%s is not written: %s", what, " ".join(str(error).split()) or type(error).__name__)
 
 
 class WorstRows:

@@ -3,13 +3,11 @@
 Rank 0 writes and draws. What fails there is one warning: no picture is worth a run.
 """
 
-import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from finetune.evaluation_details import EvaluationDetails, Facts, replace_nonfinite
+from finetune.evaluation_details import EvaluationDetails, Facts, replace_nonfinite, warn_of_failure
 from finetune.task import FinetunePlan
 from foveal.atomic import read_json, write_json
 from foveal.data.sample_images import read_images_by_id
@@ -23,7 +21,6 @@ from foveal.inspect.picture import Picture
 from foveal.training.run import Run
 
 FILE_NAME = "evaluation.json"
-_log = logging.getLogger("foveal.finetune")
 
 
 def save_evaluation(run: Run, details: EvaluationDetails | None, step: int, metrics: Mapping[str, float]) -> None:
@@ -32,7 +29,7 @@ def save_evaluation(run: Run, details: EvaluationDetails | None, step: int, metr
         return
     describe = details.collect(run, step)
     if run.world.rank == 0:
-        with _warn_of_failure("evaluation.json of the final evaluation"):
+        with warn_of_failure("evaluation.json of the final evaluation"):
             _publish(run, _complete_facts(run, describe(), step, metrics))
 
 
@@ -47,7 +44,7 @@ def keep_evaluation(
         return
     describe = details.collect(run, step)
     if run.world.rank == 0:
-        with _warn_of_failure(f"evaluation.json of step {step}"):
+        with warn_of_failure(f"evaluation.json of step {step}"):
             write_json(folder / FILE_NAME, _complete_facts(run, describe(), step, metrics))
 
 
@@ -55,7 +52,7 @@ def publish_kept_evaluation(run: Run, export_folder: Path) -> None:
     """Move evaluation.json, which came with the best weights, out of the export, and draw its pictures."""
     if run.world.rank != 0 or not (kept := export_folder / FILE_NAME).exists():
         return  # the best evaluation may be one of an older version, or of the run that this one is forked from
-    with _warn_of_failure("evaluation.json of the best evaluation"):
+    with warn_of_failure("evaluation.json of the best evaluation"):
         facts = read_json(kept)
         kept.unlink()
         _publish(run, facts)
@@ -84,7 +81,7 @@ def _publish(run: Run, facts: Facts) -> None:
     }
     with run.progress.activity("drawing the evaluation"), run.throughput_meter.exclude_time():
         for name, draw in drawings.items():
-            with _warn_of_failure(f"the picture '{name}'"):
+            with warn_of_failure(f"the picture '{name}'"):
                 picture = draw(facts)
                 if picture is not None:
                     run.save_picture(name, facts["step"], lambda picture=picture: picture)
@@ -92,21 +89,12 @@ def _publish(run: Run, facts: Facts) -> None:
 
 def _add_sample_keys(plan: FinetunePlan, facts: Facts) -> None:
     """Give every mistake the key of its sample, by which people find it."""
-    with _warn_of_failure("the keys of the worst mistakes"):
+    with warn_of_failure("the keys of the worst mistakes"):
         counts = plan.dataset.samples_per_shard(facts["split"])
         source = SampleSource(plan.dataset, facts["split"], SplitSubset(counts, None))
         for row in facts.get("mistakes") or ():
             location = source.locate_sample(row["id"])
             row["key"] = location.shard_index.key(location.index_row)
-
-
-@contextmanager
-def _warn_of_failure(what: str) -> Iterator[None]:
-    """Turn any failure of the block, which has no collective, into a warning."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001 - whatever it is, the run has its weights and its results
-        _log.warning("%s is not written: %s", what, " ".join(str(error).split()) or type(error).__name__)
 
 
 # --- pictures ---

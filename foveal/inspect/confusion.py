@@ -15,6 +15,7 @@ from foveal.inspect.picture import Picture
 _CORRECT = LinearSegmentedColormap.from_list("correct", ["#DCEAF5", "#56A5D8", "#0072B2", "#00436B"])
 _MISTAKES = LinearSegmentedColormap.from_list("mistakes", ["#FBE9D9", "#F2B27A", "#D55E00", "#8A3A00"])
 _MAX_NUMBERED = 16  # classes of a matrix whose cells hold their counts
+_MAX_COUNT = 9_999  # that fits into a cell; larger ones are given in percent
 _LABELLED_PAIRS = 5  # in the alternative text
 _DARK = 0.45  # of the scale, from where on white is read better than black
 
@@ -38,10 +39,13 @@ def draw_confusion(
     with np.errstate(divide="ignore", invalid="ignore"):
         fractions = np.where(matrix > 0, matrix / np.array(support)[:, None], np.nan)
     figure = new_figure(*_figure_size(classes))
-    axes = add_axes(figure, x="predicted", y="true")
+    in_percent = bool((matrix > _MAX_COUNT).any())
+    is_numbered = len(classes) <= _MAX_NUMBERED
+    note = " (numbers: % of the true class)" if in_percent and is_numbered else ""
+    axes = add_axes(figure, x=f"predicted{note}", y="true")
     _fill_cells(figure, axes, fractions)
-    if len(classes) <= _MAX_NUMBERED:
-        _write_counts(axes, matrix, fractions)
+    if is_numbered:
+        _write_numbers(axes, 100 * fractions if in_percent else matrix, fractions)
     excerpt = (
         f": the {len(classes)} of {num_classes:,} classes that are confused most" if len(classes) < num_classes else ""
     )
@@ -89,15 +93,16 @@ def _fill_cells(figure: Figure, axes: Axes, fractions: np.ndarray) -> None:
         spine.set_visible(False)
 
 
-def _write_counts(axes: Axes, matrix: np.ndarray, fractions: np.ndarray) -> None:
-    off_diagonal = np.where(np.eye(len(matrix), dtype=bool), 0.0, np.nan_to_num(fractions))
+def _write_numbers(axes: Axes, numbers: np.ndarray, fractions: np.ndarray) -> None:
+    """Write a number into every cell that is not empty, in black or white, whatever is read better."""
+    off_diagonal = np.where(np.eye(len(fractions), dtype=bool), 0.0, np.nan_to_num(fractions))
     largest = float(off_diagonal.max()) or 1.0
-    for row, column in zip(*np.nonzero(matrix), strict=True):
+    for row, column in np.argwhere(~np.isnan(fractions)).tolist():
         level = fractions[row, column] / (1.0 if row == column else largest)
         axes.text(
             column,
             row,
-            f"{matrix[row, column]:,}" if matrix[row, column] < 1e5 else f"{matrix[row, column]:.0e}",
+            f"{numbers[row, column]:,.0f}",
             ha="center",
             va="center",
             fontsize=SMALL_SIZE,
