@@ -14,7 +14,7 @@ from foveal.inspect.picture import Picture
 from foveal.training.run import Run
 
 MIN_DRAWN_SCORE = 0.3
-_NUM_WORST = 6
+_NUM_WORST = 4
 _MIN_IOU = 0.5  # of a detection that counts as right
 
 

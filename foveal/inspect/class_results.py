@@ -50,14 +50,16 @@ def draw_class_results(per_class: Sequence[Mapping[str, Any]], *, unit: str, sub
     name = _NAMES.get(metrics[0], metrics[0])
     worst = ", ".join(f"{row['class']} {_percent(row[metrics[0]])}" for row in rows[:_NUM_DESCRIBED])
     mean = float(np.mean([row[metrics[0]] for row in rows]))
-    which = f"the {len(shown)} worst of {len(rows):,} classes" if len(rows) > len(shown) else f"{len(rows)} classes"
+    which = "1 class" if len(rows) == 1 else f"{len(rows)} classes, the worst first"
+    if len(rows) > len(shown):
+        which = f"the {len(shown)} worst of {len(rows):,} classes"
     missing = len(per_class) - len(rows)
     absent = f" {missing:,} classes without {unit} are left out." if missing else ""
     others = "".join(f", {_NAMES.get(metric, metric)}" for metric in metrics[1:])
     return Picture(
         to_image(figure),
         "Results by class",
-        f"{name[0].upper()}{name[1:]}{others} of {which}, the worst first, of {subject}. "
+        f"{name[0].upper()}{name[1:]}{others} of {which}; {subject}. "
         f"Mean {name} {_percent(mean)}; worst: {worst}.{absent}",
     )
 
@@ -98,7 +100,16 @@ def _draw_rows(
         write_text(axes, 1.13, position, f"{row['support']:,}", **beside)
     write_text(axes, 1.13, -0.9, unit, **beside | {"va": "bottom"})
     if len(metrics) > 1:
-        add_legend(axes, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=len(metrics), borderaxespad=0.2)
+        handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+        ordered = [_NAMES.get(metric, metric) for metric in metrics]
+        add_legend(
+            axes,
+            handles=[handles[name] for name in ordered],
+            loc="lower left",
+            bbox_to_anchor=(0.0, 1.0),
+            ncols=len(metrics),
+            borderaxespad=0.2,
+        )
     else:
         axes.set_xlabel(first, color=INK)
 

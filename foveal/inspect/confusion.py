@@ -102,7 +102,7 @@ def _write_numbers(axes: Axes, numbers: np.ndarray, fractions: np.ndarray) -> No
         axes.text(
             column,
             row,
-            f"{numbers[row, column]:,.0f}",
+            "<1" if numbers[row, column] < 0.5 else f"{numbers[row, column]:,.0f}",
             ha="center",
             va="center",
             fontsize=SMALL_SIZE,
