@@ -54,7 +54,7 @@ def draw_class_results(per_class: Sequence[Mapping[str, Any]], *, unit: str, sub
     if len(rows) > len(shown):
         which = f"the {len(shown)} worst of {len(rows):,} classes"
     missing = len(per_class) - len(rows)
-    absent = f" {missing:,} classes without {unit} are left out." if missing else ""
+    absent = f" Classes left out, for want of {unit}: {missing:,}." if missing else ""
     others = "".join(f", {_NAMES.get(metric, metric)}" for metric in metrics[1:])
     return Picture(
         to_image(figure),
