@@ -29,7 +29,10 @@ IMAGES, SIZE = 90, 8  # images, and of a batch
 
 
 def make_batches() -> list[tuple[Tensor, Batch]]:
-    """Logits and batches: some images without a label, and a last batch with padding. Logits are coarse, so that losses tie."""
+    """Logits and batches: some images without a label, and a last batch with padding.
+
+    Images of an even id have the same logits, which are wrong of two classes by the same loss, and of a third they are right.
+    """
     random = np.random.default_rng(0)
     batches = []
     for first in range(0, IMAGES, SIZE):
@@ -38,6 +41,7 @@ def make_batches() -> list[tuple[Tensor, Batch]]:
         labels = torch.from_numpy(random.integers(-1, 3, SIZE)).masked_fill(~valid, -1)
         logits = torch.from_numpy(random.integers(-2, 3, (SIZE, 4))).float()
         logits[:, 3] = -9
+        logits[::2] = torch.tensor([3.0, 0.0, 0.0, -9.0])
         blank = torch.zeros(SIZE, 1, 2, 2, dtype=torch.uint8)
         batch = Batch(blank, labels, ids.masked_fill(~valid, -1), ids, valid, step=0, epoch=0, microbatch_index=0)
         batches.append((logits, batch))
@@ -101,11 +105,20 @@ def test_the_worst_mistakes_are_those_of_highest_loss_and_then_of_lowest_id() ->
         (-loss, sample) for loss, sample, is_wrong in zip(losses, ids.tolist(), wrong, strict=True) if is_wrong
     )
     assert len(rows) > NUM_MISTAKES
-    assert len({loss for loss, _ in rows[:NUM_MISTAKES]}) < NUM_MISTAKES, "no losses tie"
+    assert rows[NUM_MISTAKES - 1][0] == rows[NUM_MISTAKES][0], "losses tie where the worst end"
     assert [row["id"] for row in facts["mistakes"]] == [sample for _, sample in rows[:NUM_MISTAKES]]
     first = facts["mistakes"][0]
     assert first["loss"] == pytest.approx(-math.log(first["class_probability"]), rel=1e-5)
     assert first["caption"][:2] == [first["class"], f"taken for {first['predicted']}"]
+
+
+def test_what_is_right_is_no_mistake() -> None:
+    batches = make_batches()[:1]
+    logits, batch = batches[0]
+    batch.labels.copy_(logits.topk(4, dim=1).indices[:, 0])
+    assert describe_on(1, batches)[0]["mistakes"] == []
+    batch.labels[5] = 3
+    assert [row["id"] for row in describe_on(1, batches)[0]["mistakes"]] == [5]
 
 
 def test_calibration_is_that_of_a_loop() -> None:
