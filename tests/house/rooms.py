@@ -134,7 +134,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "foveal.inspect.picture": (("foveal.atomic",), ("PIL",)),
     "foveal.inspect": (
-        ("foveal.atomic", "foveal.data.image", "foveal.models"),
+        ("foveal.atomic", "foveal.data.image", "foveal.inspect.picture", "foveal.models"),
         ("numpy", "torch", "PIL", "matplotlib"),
     ),
     # Tracking: MLflow's library stays behind one file.
