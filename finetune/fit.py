@@ -3,9 +3,11 @@
 import logging
 from typing import Any
 
+from finetune.evaluation_details import EvaluationDetails
+from finetune.evaluation_record import keep_evaluation, publish_kept_evaluation, save_evaluation
 from finetune.model import exported_weight_prefix
 from finetune.task import FinetunePlan
-from foveal.data.sampling.subset import SubsetName, eval_split
+from foveal.data.sampling.subset import eval_split
 from foveal.engines.base import Engine
 from foveal.errors import DataError
 from foveal.optim.schedule import warmup_ema_decay
@@ -42,12 +44,13 @@ def fit(plan: FinetunePlan, run: Run) -> None:
         card = _export_card_fields(plan)
         try:
             with timed_evaluation(run):
-                results = _evaluate_subsets(plan, engine, run, plan.total_steps)
+                results, details = _evaluate_subsets(plan, engine, run, plan.total_steps, with_details=True)
         except DataError:
             # The trained weights are exported even if the evaluation data is unusable.
             run.export_weights(engine, plan.exported_encoder, **card)
             raise
         run.export_weights(engine, plan.exported_encoder, **card, metrics=results)
+        save_evaluation(run, details, plan.total_steps, results)
         run.mark_finished(results)
     else:
         _finish_with_best(plan.selection_metric, run)
@@ -60,16 +63,24 @@ def _evaluate_if_due(plan: FinetunePlan, engine: Engine, run: Run, step: int) ->
     """
     metric = plan.selection_metric
     last = plan.total_steps if metric else plan.total_steps - 1
-    is_evaluated = evaluate_if_due(
-        run,
-        step,
-        lambda: _evaluate_subsets(plan, engine, run, step, with_holdout=metric is not None),
-        last_step=last,
-    )
+    details: list[EvaluationDetails | None] = []
+
+    def compute_metrics() -> dict[str, float]:
+        is_candidate = metric is not None
+        metrics, found = _evaluate_subsets(
+            plan, engine, run, step, with_holdout=is_candidate, with_details=is_candidate
+        )
+        details.append(found)
+        return metrics
+
+    is_evaluated = evaluate_if_due(run, step, compute_metrics, last_step=last)
     if is_evaluated and metric and find_best_step(run.evaluations, metric) == step:
         card, metrics = _export_card_fields(plan), run.evaluations[step]
         with run.progress.activity("keeping the best weights"), run.throughput_meter.exclude_time():
-            run.exporter.write_weights(engine, plan.exported_encoder, **card, step=step, metrics=metrics, as_best=True)
+            folder = run.exporter.write_weights(
+                engine, plan.exported_encoder, **card, step=step, metrics=metrics, as_best=True
+            )
+            keep_evaluation(run, details[-1], step, metrics, folder)
         if run.world.rank == 0:
             # A resume from the oldest checkpoint knows the evaluations before it, and needs the best one's weights.
             earlier = filter_up_to_step(run.evaluations, run.checkpoint_store.oldest_resumable_step() - 1)
@@ -77,18 +88,23 @@ def _evaluate_if_due(plan: FinetunePlan, engine: Engine, run: Run, step: int) ->
 
 
 def _evaluate_subsets(
-    plan: FinetunePlan, engine: Engine, run: Run, step: int, *, with_holdout: bool = True
-) -> dict[str, float]:
-    """Return the metrics on data.val or the fold, and on the holdout if there is one, by their logged names."""
-    data, evaluated = plan.cfg.data, eval_split(plan.cfg.data)
-    subsets: dict[str, tuple[str, SubsetName]] = {evaluated.metric_prefix: (evaluated.split, evaluated.subset)}
+    plan: FinetunePlan, engine: Engine, run: Run, step: int, *, with_holdout: bool = True, with_details: bool = False
+) -> tuple[dict[str, float], EvaluationDetails | None]:
+    """Return the metrics on data.val or the fold, and on the holdout if there is one, by their logged names.
+
+    ``with_details``: also what the run's end shows of the evaluation on data.val or the fold.
+    """
+    data, evaluated, details = plan.cfg.data, eval_split(plan.cfg.data), None
+    split, subset = evaluated.split, evaluated.subset
+    if with_details:
+        metrics, details = plan.task.compute_metrics_and_details(engine, run, step, split=split, subset=subset)
+    else:
+        metrics = plan.task.compute_metrics(engine, run, step, split=split, subset=subset)
+    named = {f"{evaluated.metric_prefix}_{metric}": value for metric, value in metrics.items()}
     if with_holdout and data.holdout_per_class:
-        subsets["holdout"] = data.train, "holdout"
-    return {
-        f"{prefix}_{metric}": value
-        for prefix, (split, subset) in subsets.items()
-        for metric, value in plan.task.compute_metrics(engine, run, step, split=split, subset=subset).items()
-    }
+        on_holdout = plan.task.compute_metrics(engine, run, step, split=data.train, subset="holdout")
+        named |= {f"holdout_{metric}": value for metric, value in on_holdout.items()}
+    return named, details
 
 
 def _export_card_fields(plan: FinetunePlan) -> dict[str, Any]:
@@ -127,6 +143,8 @@ def _report_early_stop(plan: FinetunePlan, run: Run) -> None:
 def _finish_with_best(metric: Metric, run: Run) -> None:
     """Publish the best evaluation's weights and metrics as the run's export and summary."""
     best = find_best_step(run.evaluations, metric)
-    run.tracker.log_file(run.exporter.publish_best(best) / "card.json")
+    export_folder = run.exporter.publish_best(best)
+    run.tracker.log_file(export_folder / "card.json")
+    publish_kept_evaluation(run, export_folder)
     run.mark_finished({"best_step": best}, best_metrics=run.evaluations[best])
     run.exporter.remove_best()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.config import FinetuneConfig
+from finetune.evaluation_details import EvaluationDetails
 from foveal.data.config import DataConfig
 from foveal.data.dataset import Dataset
 from foveal.data.image.targets import LabelReader
@@ -254,6 +255,16 @@ class Task(ABC):
 
         Every rank must call it.
         """
+
+    def compute_metrics_and_details(
+        self, engine: Engine, run: Run, step: int, *, split: str, subset: SubsetName
+    ) -> tuple[dict[str, float], EvaluationDetails | None]:
+        """Return ``compute_metrics``, and what the run's end shows of this evaluation; None: nothing.
+
+        Every rank must call it. With early stopping every evaluation comes from here: details must cost next to nothing
+        until they are collected.
+        """
+        return self.compute_metrics(engine, run, step, split=split, subset=subset), None
 
     # --- predictions ---
 

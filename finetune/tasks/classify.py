@@ -5,19 +5,21 @@ Images without a label have weight 0.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune.config import FinetuneConfig
+from finetune.evaluation_details import EvaluationDetails
 from finetune.model import classifier_from_plan, param_groups_from_plan
 from finetune.regularizers.adversarial import Attack, build_attack
 from finetune.regularizers.mixup import apply_mixup_cutmix, mix_adjacent_pairs
 from finetune.regularizers.random_erasing import apply_random_erasing
 from finetune.regularizers.teacher import TeacherLoss, build_teacher_loss
 from finetune.task import TASK_SETTINGS, FinetunePlan, Task
+from finetune.tasks.classify_details import ClassificationDetails
 from finetune.tasks.classify_metrics import UNLABELLED, compute_classification_metrics
 from foveal.data.batch import Batch
 from foveal.data.config import DataConfig
@@ -191,6 +193,14 @@ class Classification(Task):
         self, engine: Engine, run: Run, step: int, *, split: str, subset: SubsetName
     ) -> dict[str, float]:
         return compute_classification_metrics(engine, run, step, split=split, subset=subset)
+
+    def compute_metrics_and_details(
+        self, engine: Engine, run: Run, step: int, *, split: str, subset: SubsetName
+    ) -> tuple[dict[str, float], EvaluationDetails | None]:
+        plan = cast(FinetunePlan, run.plan)
+        details = ClassificationDetails(plan.classes, engine.device)
+        metrics = compute_classification_metrics(engine, run, step, split=split, subset=subset, observe=details.update)
+        return metrics, details
 
     def compute_scores(self, logits_BK: Tensor) -> Tensor:
         """Return the probability of each class, [B, K]: softmax."""

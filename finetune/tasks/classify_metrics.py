@@ -1,5 +1,6 @@
 """Metrics of classifiers on a data subset, exact on any number of ranks. B images, K classes."""
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -18,11 +19,18 @@ UNLABELLED = -1
 
 
 def compute_classification_metrics(
-    engine: Engine, run: Run, step: int, *, split: str, subset: SubsetName
+    engine: Engine,
+    run: Run,
+    step: int,
+    *,
+    split: str,
+    subset: SubsetName,
+    observe: Callable[[Tensor, Batch], None] | None = None,
 ) -> dict[str, float]:
     """Return ``top1`` and ``top5`` in [0, 1] and ``loss`` after a step; each image counts once, padding is excluded.
 
-    With ``adversarial`` also ``robust_top1``, the top-1 on attacked images. Every rank must call it.
+    With ``adversarial`` also ``robust_top1``, the top-1 on attacked images. ``observe`` gets the logits [B, K] of every
+    batch, and the batch on the device. Every rank must call it.
     """
     plan = cast(FinetunePlan, run.plan)
     attack = build_attack(plan)
@@ -31,7 +39,10 @@ def compute_classification_metrics(
         for host_batch in run.evaluation_batches(step, split=split, subset=subset):
             batch = host_batch.to(engine.device)
             images = normalise(batch.images, plan.mean, plan.std)
-            counts[:4] += sum_batch_metrics(engine.model(images), batch.labels, batch.valid)
+            logits_BK = engine.model(images)
+            counts[:4] += sum_batch_metrics(logits_BK, batch.labels, batch.valid)
+            if observe is not None:
+                observe(logits_BK, batch)
             if attack is not None:
                 counts[4] += _count_robust(engine, attack, images, batch)
     top1, top5, loss, images, robust = run.world.all_reduce_sum(counts).tolist()
@@ -44,10 +55,15 @@ def compute_classification_metrics(
 def sum_batch_metrics(logits_BK: Tensor, labels_B: Tensor, valid_B: Tensor) -> Tensor:
     """Return sums over labelled images, float64 [4]: top-1 correct, top-5 correct, cross-entropy, images."""
     labelled_B = valid_B & (labels_B != UNLABELLED)
-    predictions_B5 = logits_BK.topk(min(5, logits_BK.shape[1]), dim=1).indices
+    predictions_B5 = predict_classes(logits_BK)
     correct_B5 = (predictions_B5 == labels_B[:, None]) & labelled_B[:, None]
     losses_B = F.cross_entropy(logits_BK.float(), labels_B, reduction="none", ignore_index=UNLABELLED) * labelled_B
     return torch.stack([correct_B5[:, 0].sum(), correct_B5.sum(), losses_B.double().sum(), labelled_B.sum()]).double()
+
+
+def predict_classes(logits_BK: Tensor) -> Tensor:
+    """Return the most probable classes, at most 5, most probable first, int64 [B, 5]."""
+    return logits_BK.topk(min(5, logits_BK.shape[1]), dim=1).indices
 
 
 def _count_robust(engine: Engine, attack: Attack, images: Tensor, batch: Batch) -> Tensor:

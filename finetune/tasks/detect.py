@@ -9,10 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from finetune.config import FinetuneConfig
+from finetune.evaluation_details import EvaluationDetails
 from finetune.model import encoder_for_dense_head, model_from_export, param_groups_from_plan
 from finetune.task import FinetunePlan, Task
 from finetune.tasks.average_precision import check_pycocotools
-from finetune.tasks.detect_metrics import DETECTION_LIMITS, MIN_DRAWN_SCORE, compute_detection_metrics
+from finetune.tasks.detect_details import MIN_DRAWN_SCORE
+from finetune.tasks.detect_metrics import (
+    DETECTION_LIMITS,
+    compute_detection_metrics,
+    compute_detection_metrics_and_details,
+)
 from finetune.tasks.segment import format_evaluated_area
 from foveal.data.batch import Batch
 from foveal.data.config import DataConfig
@@ -136,6 +142,11 @@ class Detection(Task):
         self, engine: Engine, run: Run, step: int, *, split: str, subset: SubsetName
     ) -> dict[str, float]:
         return compute_detection_metrics(engine, run, step, split=split, subset=subset)
+
+    def compute_metrics_and_details(
+        self, engine: Engine, run: Run, step: int, *, split: str, subset: SubsetName
+    ) -> tuple[dict[str, float], EvaluationDetails | None]:
+        return compute_detection_metrics_and_details(engine, run, step, split=split, subset=subset)
 
     def predict(
         self, model: ExportedModel, images: Tensor, frames: Sequence[ImageFrame], top: int | None

@@ -7,6 +7,7 @@ import torch
 
 from finetune.task import FinetunePlan
 from finetune.tasks.average_precision import IOU_THRESHOLDS, ImageDetections, ap_by_threshold_and_class
+from finetune.tasks.detect_details import MIN_DRAWN_SCORE, DetectionDetails
 from finetune.tasks.segment_metrics import sanitize_metric_names
 from foveal.data.batch import Batch
 from foveal.data.image.transforms import normalise
@@ -21,12 +22,18 @@ from foveal.training.run import Run
 # Per image. Detections with lower scores do not change a useful average precision, and COCO counts at most 100.
 DETECTION_LIMITS = {"score_threshold": 0.05, "iou_threshold": 0.6, "max_candidates": 1000, "max_detections": 100}
 _SHEET_IMAGES = 8
-MIN_DRAWN_SCORE = 0.3
 
 
 def compute_detection_metrics(
     engine: Engine, run: Run, step: int, *, split: str, subset: SubsetName
 ) -> dict[str, float]:
+    """Return the metrics of ``compute_detection_metrics_and_details``."""
+    return compute_detection_metrics_and_details(engine, run, step, split=split, subset=subset)[0]
+
+
+def compute_detection_metrics_and_details(
+    engine: Engine, run: Run, step: int, *, split: str, subset: SubsetName
+) -> tuple[dict[str, float], DetectionDetails]:
     """Return ``mAP`` (mean over IoU 0.5 to 0.95), ``mAP_50``, ``mAP_75``, in [0, 1], and ``loss`` after a step.
 
     With ``detect.each_class`` also ``ap_<name>``, the average precision of each class over the same IoU thresholds.
@@ -69,7 +76,8 @@ def compute_detection_metrics(
     if ap_TK.isnan().all():
         raise DataError(f"split '{split}' has no box to measure by: set data.val to a split that has some")
     metrics = {name: ap.nanmean().item() for name, ap in precisions.items() if not ap.isnan().all()}
-    return metrics | {"loss": loss / max(images, 1.0)}  # data.max_bad_fraction may allow that no sample decodes
+    metrics |= {"loss": loss / max(images, 1.0)}  # data.max_bad_fraction may allow that no sample decodes
+    return metrics, DetectionDetails(split, plan.classes, all_detections, ap_TK.numpy())
 
 
 def _pair_with_targets(batch: Batch, detections: Sequence[Detections]) -> list[ImageDetections]:

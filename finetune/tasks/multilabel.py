@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetune.config import FinetuneConfig
+from finetune.evaluation_details import EvaluationDetails
 from finetune.task import FinetunePlan
 from finetune.tasks.classify import Classification, ClassificationLoss, is_largest_target
+from finetune.tasks.multilabel_details import MultiLabelDetails
 from foveal.data.batch import Batch
 from foveal.data.config import DataConfig
 from foveal.data.dataset import Dataset
@@ -79,12 +81,17 @@ class MultiLabelClassification(Classification):
     def compute_metrics(
         self, engine: Engine, run: Run, step: int, *, split: str, subset: SubsetName
     ) -> dict[str, float]:
-        return compute_multilabel_metrics(engine, run, step, split=split, subset=subset)
+        return compute_multilabel_metrics_and_details(engine, run, step, split=split, subset=subset)[0]
+
+    def compute_metrics_and_details(
+        self, engine: Engine, run: Run, step: int, *, split: str, subset: SubsetName
+    ) -> tuple[dict[str, float], EvaluationDetails | None]:
+        return compute_multilabel_metrics_and_details(engine, run, step, split=split, subset=subset)
 
 
-def compute_multilabel_metrics(
+def compute_multilabel_metrics_and_details(
     engine: Engine, run: Run, step: int, *, split: str, subset: SubsetName
-) -> dict[str, float]:
+) -> tuple[dict[str, float], MultiLabelDetails]:
     """Return ``mAP``, ``f1`` and ``loss`` of multi-label classification after a step. Every rank must call it.
 
     ``mAP``: mean average precision over the classes that occur. ``f1``: micro-averaged F1 at probability 1/2.
@@ -93,7 +100,7 @@ def compute_multilabel_metrics(
     from sklearn.metrics import average_precision_score  # the import takes a second
 
     plan = cast(FinetunePlan, run.plan)
-    scores, truths, losses = [], [], torch.zeros(2, dtype=torch.float64, device=engine.device)
+    ids, scores, truths, losses = [], [], [], torch.zeros(2, dtype=torch.float64, device=engine.device)
     with engine.eval_mode():
         for host_batch in run.evaluation_batches(step, split=split, subset=subset):
             batch = host_batch.to(engine.device)
@@ -102,11 +109,18 @@ def compute_multilabel_metrics(
             targets_BK = batch.targets[batch.valid]
             loss_BK = F.binary_cross_entropy_with_logits(logits_BK, targets_BK.float(), reduction="none")
             losses += torch.stack([loss_BK.mean(dim=1).double().sum(), batch.valid.double().sum()])
+            ids.append(host_batch.ids[host_batch.valid].numpy())
             scores.append(logits_BK.cpu().numpy())
             truths.append(targets_BK.cpu().numpy())
     empty = np.zeros((0, len(plan.classes)), np.float32)  # a rank may have no batch
-    gathered = run.world.all_gather_objects((np.concatenate([empty, *scores]), np.concatenate([empty, *truths])))
-    score, truth = (np.concatenate(arrays) for arrays in zip(*gathered, strict=True))
+    gathered = run.world.all_gather_objects(
+        (
+            np.concatenate([np.zeros(0, np.int64), *ids]),
+            np.concatenate([empty, *scores]),
+            np.concatenate([empty, *truths]),
+        )
+    )
+    sample_ids, score, truth = (np.concatenate(arrays) for arrays in zip(*gathered, strict=True))
     occurring = truth.any(axis=0)
     if not occurring.any():
         raise DataError(
@@ -116,4 +130,5 @@ def compute_multilabel_metrics(
     true_positives = float(((score > 0) * truth).sum())
     loss, images = run.world.all_reduce_sum(losses).tolist()
     f1 = 2 * true_positives / max(1.0, float((score > 0).sum() + truth.sum()))
-    return {"mAP": mean_precision, "f1": f1, "loss": loss / max(images, 1.0)}
+    metrics = {"mAP": mean_precision, "f1": f1, "loss": loss / max(images, 1.0)}
+    return metrics, MultiLabelDetails(plan.classes, sample_ids, score, truth)

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune.config import FinetuneConfig, SegmentConfig
+from finetune.evaluation_details import EvaluationDetails
 from finetune.model import encoder_for_dense_head, model_from_export, param_groups_from_plan
 from finetune.task import FinetunePlan, Task
+from finetune.tasks.segment_details import SegmentationDetails
 from finetune.tasks.segment_metrics import compute_segmentation_metrics
 from foveal.data.batch import Batch
 from foveal.data.config import DataConfig
@@ -170,6 +172,14 @@ class Segmentation(Task):
         self, engine: Engine, run: Run, step: int, *, split: str, subset: SubsetName
     ) -> dict[str, float]:
         return compute_segmentation_metrics(engine, run, step, split=split, subset=subset)
+
+    def compute_metrics_and_details(
+        self, engine: Engine, run: Run, step: int, *, split: str, subset: SubsetName
+    ) -> tuple[dict[str, float], EvaluationDetails | None]:
+        assert isinstance(run.plan, FinetunePlan)
+        details = SegmentationDetails(run.plan.classes)
+        metrics = compute_segmentation_metrics(engine, run, step, split=split, subset=subset, details=details)
+        return metrics, details
 
     def predict(
         self, model: ExportedModel, images: Tensor, frames: Sequence[ImageFrame], top: int | None

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetune.task import FinetunePlan
+from finetune.tasks.segment_details import SegmentationDetails
 from foveal.data.image.targets import NO_CLASS
 from foveal.data.image.transforms import normalise
 from foveal.data.sampling.subset import SubsetName
@@ -34,6 +35,7 @@ class ConfusionMatrixAndLoss:
     def __init__(self, num_classes: int, device: torch.device) -> None:
         self.num_classes = num_classes
         self.sums = torch.zeros(num_classes * num_classes + 1, dtype=torch.float64, device=device)
+        self.total_KK = torch.zeros(num_classes, num_classes, dtype=torch.int64)  # of all ranks, which compute sets
 
     def update(self, log_probs_KHW: Tensor, targets_HW: Tensor) -> Tensor:
         """Add the labelled pixels of an image with these log-probabilities; return its predictions [H, W]."""
@@ -54,6 +56,7 @@ class ConfusionMatrixAndLoss:
         """
         *counts, loss = all_reduce_sum(self.sums).tolist()
         matrix = torch.tensor(counts, dtype=torch.float64).view(self.num_classes, self.num_classes)  # [true, predicted]
+        self.total_KK = matrix.long()
         correct = matrix.diag()
         union = matrix.sum(dim=0) + matrix.sum(dim=1) - correct
         total = matrix.sum()
@@ -71,13 +74,19 @@ class ConfusionMatrixAndLoss:
 
 
 def compute_segmentation_metrics(
-    engine: Engine, run: Run, step: int, *, split: str, subset: SubsetName
+    engine: Engine,
+    run: Run,
+    step: int,
+    *,
+    split: str,
+    subset: SubsetName,
+    details: SegmentationDetails | None = None,
 ) -> dict[str, float]:
     """Return ``miou``, ``pixel_accuracy`` (pixel accuracy) and ``iou_<class>`` in [0, 1], and ``loss``, after a step.
 
     All labelled pixels at data.eval_size count; each image counts once, padding is excluded. Classes that are neither in
     the masks nor predicted have no IoU and are not in the mean. Every rank must call it; rank 0 draws its first images
-    of data.val. Raises: DataError if no pixel has a label.
+    of data.val. ``details`` gets all images. Raises: DataError if no pixel has a label.
     """
     plan, drawn = run.plan, []
     assert isinstance(plan, FinetunePlan)
@@ -91,6 +100,10 @@ def compute_segmentation_metrics(
             for row, log_probs_KHW in enumerate(log_probs):
                 if host_batch.valid[row]:
                     predictions_HW = confusion.update(log_probs_KHW, batch.targets[row])
+                    if details is not None:
+                        details.update(
+                            int(host_batch.ids[row]), host_batch.images[row], batch.targets[row], predictions_HW
+                        )
                     if len(drawn) < _SHEET_IMAGES:
                         drawn.append((batch.images[row], batch.targets[row], predictions_HW))
     if drawn and (split, subset) == (data.val, "all"):
@@ -105,7 +118,10 @@ def compute_segmentation_metrics(
                 f"{title}. Rows: images. Columns: image, ground truth, prediction.",
             ),
         )
-    return confusion.compute(run.world.all_reduce_sum, plan.classes, split)
+    metrics = confusion.compute(run.world.all_reduce_sum, plan.classes, split)
+    if details is not None:
+        details.matrix_KK = confusion.total_KK
+    return metrics
 
 
 def sanitize_metric_names(names: Sequence[str]) -> list[str]:

@@ -1,5 +1,7 @@
 """A few images of a split, always the same ones, for pictures."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -18,14 +20,23 @@ def read_sample_images(dataset: Dataset, cfg: DataConfig, split: str, max_images
     They are the images of epoch 0 with their ids, so that masks keyed by the sample are always the same too.
     Of a remote shard only the images are read. Raises: DataError if shard or index is unreadable.
     """
-    counts = dataset.samples_per_shard(split)
-    source = SampleSource(dataset, split, SplitSubset(counts, None))
+    first_shard = dataset.samples_per_shard(split)[0]
+    ids = np.unique(np.linspace(0, first_shard - 1, max_images).round().astype(int))
+    return read_images_by_id(dataset, cfg, split, ids.tolist())
+
+
+def read_images_by_id(dataset: Dataset, cfg: DataConfig, split: str, sample_ids: Sequence[int]) -> Batch:
+    """Return centre crops of samples of a split, as evaluation sees them; those that do not decode are left out.
+
+    Raises: DataError if shard or index is unreadable.
+    """
+    source = SampleSource(dataset, split, SplitSubset(dataset.samples_per_shard(split), None))
     images, ids = [], []
 
     def choose_crop(width: int, height: int) -> tuple[CropBox, bool]:
         return compute_eval_crop(width, height, cfg.eval_crop_ratio, cfg.eval_image_hw), False
 
-    for sample_id in np.unique(np.linspace(0, counts[0] - 1, max_images).round().astype(int)).tolist():
+    for sample_id in sample_ids:
         location = source.locate_sample(sample_id)
         member = find_image_member(location, None, cfg.decode_version)
         data = dataset.read_range(location.shard_index.shard, *member)

@@ -142,7 +142,10 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("numpy", "PIL", "safetensors", "timm", "torch", "typer"),
     ),
     "foveal.inspect.picture": (("foveal.atomic",), ("PIL",)),
-    "foveal.inspect": (("foveal.atomic", "foveal.data.image", "foveal.models"), ("numpy", "torch", "PIL")),
+    "foveal.inspect": (
+        ("foveal.atomic", "foveal.data.image", "foveal.inspect.picture", "foveal.models"),
+        ("numpy", "torch", "PIL", "matplotlib"),
+    ),
     "foveal.inspect.encoder": (
         ("foveal.data.image", "foveal.errors", "foveal.inference", "foveal.inspect", "foveal.models", "foveal.weights"),
         ("matplotlib", "numpy", "PIL", "torch", "typer"),

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from foveal.errors import FovealError
 
@@ -18,7 +20,7 @@ _WAIT = 60  # seconds for all ranks to reach a collective
 
 
 class ThreadWorld:
-    """What a checkpoint store uses of ``World``, over memory that threads share."""
+    """What a checkpoint store and an evaluation use of ``World``, over memory that threads share."""
 
     def __init__(self, rank: int, size: int, barrier: threading.Barrier, slots: list[Any]) -> None:
         self.rank, self.size = rank, size
@@ -30,6 +32,9 @@ class ThreadWorld:
         values = list(self._slots)
         self._barrier.wait(_WAIT)
         return values
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        return torch.stack(self.all_gather_objects(tensor)).sum(dim=0)
 
     def broadcast_object(self, value: Any) -> Any:
         return self.all_gather_objects(value)[0]
