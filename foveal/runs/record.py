@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from foveal.atomic import read_json, write_json
-from foveal.errors import CheckpointError
+from foveal.errors import AttemptSupersededError, CheckpointError, TrainingDivergedError
 from foveal.renames import translate_metrics, translate_settings
 from foveal.runs.inputs import RunInputs, read_inputs
 from foveal.strict_yaml import read_yaml
@@ -19,6 +19,8 @@ from foveal.training.lineage import Fork, read_fork
 RunState = Literal["running", "unknown", "killed", "finished", "saved-and-left", "failed", "diverged", "superseded"]
 NESTED_FOLDERS = ("trials", "folds")  # of a run that consists of runs
 _PLAN, _FINISHED, _CONFIG = "plan.json", "finished.json", "config.yaml"
+# Settings that one stage alone has: for a run without plan.json, one of 0.1 or one that has just begun.
+_STAGE_BY_SETTING = {"method": "distill", "freeze_encoder": "finetune", "mask_ratio": "pretrain"}
 # Numbers of a training step that are no results.
 _STEP_METRICS = ("step", "lr", "grad_norm", "data_wait", "bad_samples", "slowest_rank", "slowest_data_wait")
 _STEP_METRIC_SUFFIXES = ("_per_second", "_ms", "_seconds", "_gigabytes", "_applied")
@@ -60,8 +62,10 @@ class RunRecord:
 
     @property
     def stage(self) -> str:
-        """The stage; "" for a run of a version that did not record it."""
-        return self.plan.stage if self.plan is not None else ""
+        """The stage; "" for a run of a version that did not record it and settings that tell none."""
+        if self.plan is not None:
+            return self.plan.stage
+        return next((stage for setting, stage in _STAGE_BY_SETTING.items() if setting in self.settings), "")
 
     @property
     def pipeline(self) -> Path | None:
@@ -75,8 +79,10 @@ class RunRecord:
         if self.finished:
             return "finished"
         last = self.attempts[-1] if self.attempts else None
-        if last is None or last.exit_code is not None:
-            return self.tags.get("state", "failed") if last is not None else "unknown"  # type: ignore[return-value]
+        if last is None:
+            return "unknown"
+        if last.exit_code is not None:
+            return state_after_end(last.exit_code)
         is_alive = None if last.holder is None else get_liveness_and_reason(last.holder, current_holder(1))[0]
         return {True: "running", False: "killed", None: "unknown"}[is_alive]  # type: ignore[return-value]
 
@@ -124,6 +130,19 @@ class RunRecord:
         return tuple(sorted((self.path / "pictures").glob("*.png")))
 
 
+def state_after_end(exit_code: int) -> RunState:
+    """Return the state of an attempt that recorded its end and has not finished the run.
+
+    The tags may be those of an earlier attempt: one that is refused, or hangs, does not write them.
+    """
+    states: dict[int, RunState] = {
+        0: "saved-and-left",
+        TrainingDivergedError.exit_code: "diverged",
+        AttemptSupersededError.exit_code: "superseded",
+    }
+    return states.get(exit_code, "failed")
+
+
 def is_result(name: str, value: Any) -> bool:
     """Whether a logged number says how good a model is, and not how a step went."""
     return isinstance(value, float) and name not in _STEP_METRICS and not name.endswith(_STEP_METRIC_SUFFIXES)
@@ -137,7 +156,7 @@ def is_run(folder: Path) -> bool:
 def read_run(folder: Path) -> RunRecord:
     """Read a run directory. Raises: CheckpointError for another folder, a damaged file, or one that cannot be read."""
     if not is_run(folder):
-        raise CheckpointError(_explain_no_run(folder))
+        raise CheckpointError(explain_no_run(folder))
     try:
         tree, _ = translate_settings(read_yaml(folder / _CONFIG))
         plan = read_json_or_empty(folder / _PLAN)
@@ -196,7 +215,8 @@ def _parse_plan(record: dict[str, Any], file: Path) -> PlannedRun | None:
         raise CheckpointError(f"{file} is not as foveal wrote it: start the run again, which writes it anew") from None
 
 
-def _explain_no_run(folder: Path) -> str:
+def explain_no_run(folder: Path) -> str:
+    """Return why a path is no run, with what is there instead."""
     if not folder.exists():
         return f"{folder}: no such folder; a run begins with its first start, in run.dir"
     if not folder.is_dir():

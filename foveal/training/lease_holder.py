@@ -52,9 +52,7 @@ def get_liveness_and_reason(previous: LeaseHolder, current: LeaseHolder) -> tupl
         and previous.restart < current.restart
     ):
         return False, f"Slurm has started {job} again"
-    # The same boot of the same host and the same pid namespace: pids are comparable.
-    if previous.host == current.host and previous.born.split()[:-1] == current.born.split()[:-1]:
-        is_alive = _process_identity(previous.pid) == previous.born
+    if (is_alive := is_alive_here(previous, current)) is not None:
         return is_alive, "" if is_alive else f"process {previous.pid} is gone"
     if (
         previous.job is not None
@@ -63,6 +61,14 @@ def get_liveness_and_reason(previous: LeaseHolder, current: LeaseHolder) -> tupl
     ):
         return False, f"{job} is {state}"
     return None, ""
+
+
+def is_alive_here(previous: LeaseHolder, current: LeaseHolder) -> bool | None:
+    """Return whether the process of ``previous`` is alive on this host; None if it was on another. Slurm is not asked."""
+    # The same boot of the same host and the same pid namespace: pids are comparable.
+    if previous.host != current.host or previous.born.split()[:-1] != current.born.split()[:-1]:
+        return None
+    return _process_identity(previous.pid) == previous.born
 
 
 def _process_identity(pid: int) -> str | None:
