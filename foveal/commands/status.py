@@ -20,7 +20,7 @@ from foveal.commands.status_lines import (
     describe_position,
     describe_state,
     describe_status,
-    format_age,
+    format_age_coarsely,
     format_path,
     printable,
 )
@@ -34,7 +34,7 @@ from foveal.runs.record import is_run
 _DEFAULT_INTERVAL = 2.0  # seconds
 _DEFAULT_FOLDER = Path("runs")
 _BAR_WIDTH = 24
-_STYLES = {
+STYLES = {
     "running": "green",
     "waiting": "yellow",
     "saved-and-left": "yellow",
@@ -78,7 +78,7 @@ def _parse_words(words: Sequence[str], *, is_watching: bool) -> tuple[Path, floa
     interval = float(numbers[0]) if numbers else _DEFAULT_INTERVAL
     if not 0.1 <= interval <= 86400:
         raise ConfigError(f"--watch {numbers[0]}: seconds from 0.1 to 86400 are expected")
-    return (Path(paths[0]) if paths else _find_default()), interval
+    return (Path(paths[0]) if paths else find_default_folder()), interval
 
 
 def _is_number(word: str) -> bool:
@@ -89,7 +89,7 @@ def _is_number(word: str) -> bool:
     return True
 
 
-def _find_default() -> Path:
+def find_default_folder() -> Path:
     """Return the working directory if it is a run, else ./runs. Raises: CheckpointError."""
     here = Path()
     if is_run(here):
@@ -162,24 +162,27 @@ def _render_run(status: RunStatus, now: float) -> RenderableType:
     lines.add_column(no_wrap=True)
     lines.add_column(overflow="fold")
     for label, text in describe_status(status, now):
-        style = _STYLES.get(status.state, "") if label == "state" else ""
+        style = STYLES.get(status.state, "") if label == "state" else ""
         lines.add_row(Text(label, style="dim"), Text(text, style=style))
     return Group(head, lines)
 
 
 def _render_table(overview: Overview, now: float) -> RenderableType:
-    table = Table(box=None, pad_edge=False)
-    for column in ("run", "stage", "state", "step", "best or loss", "left", "last sign"):
-        table.add_column(
-            column, justify="right" if column in ("step", "left", "last sign") else "left", overflow="fold"
-        )
-    for run in overview.runs:
-        table.add_row(*_format_row(run, overview.folder, now))
+    rows = [_format_row(run, overview.folder, now) for run in overview.runs]
     for stage in overview.not_begun:
-        name = _name_in(stage.planned.run_dir, overview.folder)
-        table.add_row(name, Text(printable(stage.planned.stage)), Text(describe_not_begun(stage), style="dim"))
+        name, words = name_in(stage.planned.run_dir, overview.folder), Text(describe_not_begun(stage), style="dim")
+        rows.append({"run": name, "stage": Text(printable(stage.planned.stage)), "state": words})
+    has_stages_of_other_names = any(row["run"].plain != row["stage"].plain for row in rows)
+    columns = [name for name in rows[0] if any(row.get(name) for row in rows)] if rows else []
+    table = Table(box=None, pad_edge=False)
+    shown = [name for name in columns if name != "stage" or has_stages_of_other_names]
+    for name in shown:
+        is_number = name in ("step", "left", "seen")
+        table.add_column(name, justify="right" if is_number else "left", overflow="fold", no_wrap=is_number)
+    for row in rows:
+        table.add_row(*(row.get(name, Text()) for name in shown))
     reasons = [
-        Text(f"{_name_in(run.path, overview.folder)}: {printable(run.reason)}")
+        Text(f"{name_in(run.path, overview.folder)}: {printable(run.reason)}")
         for run in overview.runs
         if run.state in ("failed", "diverged", "killed") and run.reason
     ]
@@ -187,20 +190,19 @@ def _render_table(overview: Overview, now: float) -> RenderableType:
     return Group(table, *([Text(""), *reasons] if reasons else []))
 
 
-def _format_row(run: RunStatus, folder: Path, now: float) -> list[Text]:
+def _format_row(run: RunStatus, folder: Path, now: float) -> dict[str, Text]:
     loss = f"loss {run.rows.loss:.4f}" if run.rows.loss is not None else ""
-    left = format_duration(run.seconds_left) if run.seconds_left is not None else ""
-    age = format_age(run.last_sign_at, now)
-    return [
-        _name_in(run.path, folder),
-        Text(printable(run.stage)),
-        Text(describe_state(run), style=_STYLES.get(run.state, "")),
-        Text(describe_position(run)),
-        Text(describe_best(run.best) or loss),
-        Text(left),
-        Text(age),
-    ]
+    return {
+        "run": name_in(run.path, folder),
+        "stage": Text(printable(run.stage)),
+        "state": Text(describe_state(run), style=STYLES.get(run.state, "")),
+        "step": Text(describe_position(run)),
+        "best or loss": Text(describe_best(run.best) or loss),
+        "left": Text(format_duration(run.seconds_left) if run.seconds_left is not None else ""),
+        "seen": Text(format_age_coarsely(run.last_sign_at, now)),
+    }
 
 
-def _name_in(path: Path, folder: Path) -> Text:
+def name_in(path: Path, folder: Path) -> Text:
+    """Return the path of a run inside of a folder."""
     return Text(format_path(path.relative_to(folder) if path.is_relative_to(folder) else path))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from foveal.quantities import format_count, format_duration
 from foveal.redact import redact
-from foveal.runs.best_result import BestResult
+from foveal.runs.best_result import SPREAD_SUFFIXES, BestResult
 from foveal.runs.live_status import NestedProgress, RunStatus
 from foveal.runs.overview import StageNotBegun
 from foveal.slurm import SlurmJobStatus
@@ -69,6 +69,11 @@ def describe_not_begun(stage: StageNotBegun) -> str:
 def format_age(then: float | None, now: float) -> str:
     """Return how long ago a time was; a time of a clock that is ahead is now."""
     return "" if then is None else f"{format_duration(max(now - then, 0.0))} ago"
+
+
+def format_age_coarsely(then: float | None, now: float) -> str:
+    """Return how long ago a time was, in its largest unit."""
+    return "" if then is None else f"{' '.join(format_duration(max(now - then, 0.0)).split()[:2])} ago"
 
 
 def format_metric(value: float) -> str:
@@ -151,6 +156,7 @@ def _result_lines(status: RunStatus) -> Lines:
 
 
 def _format_results(results: Mapping[str, float]) -> str:
+    results = {name: value for name, value in results.items() if not name.endswith(SPREAD_SUFFIXES)}
     shown = [f"{name} {format_metric(value)}" for name, value in list(results.items())[:_MAX_RESULTS]]
     more = len(results) - len(shown)
     return ", ".join([*shown, *([f"{more} more in metrics.jsonl"] if more > 0 else [])])

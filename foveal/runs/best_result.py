@@ -1,7 +1,7 @@
 """The best evaluation of a run, by the metric that its settings select by, or the first that it logs."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from foveal.training.evaluations import Metric, find_best_step
 _SELECTION_SETTING = "early_stopping.metric"
 _ARM_SETTINGS = "trials.arms."
 # Of a comparison's results: the spread of a metric and the chosen rate say nothing without the metric.
-_NO_METRIC_SUFFIXES = ("_lowest", "_highest", "_std", "_lr_per_256")
+SPREAD_SUFFIXES = ("_lowest", "_highest", "_std", "_lr_per_256")
 _LOWER_IS_BETTER_ENDINGS = ("loss", "distance", "error", "mse")
 _USUAL_METRICS = ("mAP", "miou", "top1")  # by which models of a task are usually compared
 
@@ -28,11 +28,18 @@ class BestResult:
 
 
 def find_best_result(
-    evaluations: Mapping[int, Mapping[str, float]], settings: Mapping[str, Any], finished: Mapping[str, Any]
+    evaluations: Mapping[int, Mapping[str, float]],
+    settings: Mapping[str, Any],
+    finished: Mapping[str, Any],
+    training_names: Container[str] = (),
 ) -> BestResult | None:
-    """Return the best of a run's evaluations by step and of the results in its finished.json; None without a result."""
+    """Return the best of a run's evaluations by step and of the results in its finished.json; None without a result.
+
+    ``training_names``: what steps log, which is no result. The last loss of a finished run without any other counts.
+    """
     summary = translate_metrics(finished.get("summary", {}))
     results = {name: value for name, value in summary.items() if is_result(name, value)}
+    results = {name: value for name, value in results.items() if name == "loss" or name not in training_names}
     if (best_arm := _find_best_arm(settings, results)) is not None:
         return best_arm
     metric = choose_metric(settings, [*evaluations.values(), results])
@@ -75,7 +82,7 @@ def choose_metric(settings: Mapping[str, Any], results: Iterable[Mapping[str, An
             name
             for each in results
             for name, value in each.items()
-            if _is_number(value) and name not in ("step", "best_step") and not name.endswith(_NO_METRIC_SUFFIXES)
+            if _is_number(value) and name not in ("step", "best_step") and not name.endswith(SPREAD_SUFFIXES)
         )
     )
     selected = settings.get(_SELECTION_SETTING)

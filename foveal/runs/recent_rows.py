@@ -27,7 +27,7 @@ class RecentRows:
     """What the newest rows say; None where they do not. Times are unix seconds, ``data_wait`` is in [0, 1].
 
     ``evaluations``: the logged results by step, of the evaluations among the rows. ``longest_gap_seconds``: between two
-    writes of rows.
+    writes of rows. ``training_names``: what the newest step logged.
     """
 
     step: int | None = None
@@ -40,6 +40,7 @@ class RecentRows:
     seconds_per_step: float | None = None
     longest_gap_seconds: float | None = None
     evaluations: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    training_names: frozenset[str] = frozenset()
 
 
 def summarize_rows(newest_first: Iterable[Mapping[str, Any]], attempt_started_at: float = 0.0) -> RecentRows:
@@ -61,6 +62,7 @@ def summarize_rows(newest_first: Iterable[Mapping[str, Any]], attempt_started_at
             (after - before for (after, _), (before, _) in itertools.pairwise(writes)), default=None
         ),
         evaluations=_collect_evaluations(rows),
+        training_names=frozenset(newest),
     )
 
 

@@ -21,6 +21,7 @@ NESTED_FOLDERS = ("trials", "folds")  # of a run that consists of runs
 _PLAN, _FINISHED, _CONFIG = "plan.json", "finished.json", "config.yaml"
 # Settings that one stage alone has: for a run without plan.json, one of 0.1 or one that has just begun.
 _STAGE_BY_SETTING = {"method": "distill", "freeze_encoder": "finetune", "mask_ratio": "pretrain"}
+STAGES = ("pretrain", "distill", "finetune")
 # Numbers of a training step that are no results.
 _STEP_METRICS = ("step", "lr", "grad_norm", "data_wait", "bad_samples", "slowest_rank", "slowest_data_wait")
 _STEP_METRIC_SUFFIXES = ("_per_second", "_ms", "_seconds", "_gigabytes", "_applied")

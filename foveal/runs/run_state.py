@@ -47,20 +47,21 @@ def _find_state_without_end(run_dir: Path, last: AttemptRecord, job: SlurmJobSta
     if holder is None:
         return StateReport("unknown", "the record of its process is damaged", heartbeat_at)
     is_alive = is_alive_here(holder, current_holder(1))
-    if is_alive:
-        return StateReport("running", "", heartbeat_at)
-    if job is not None and (job.is_pending or job.restart_count > holder.restart):
-        return StateReport("waiting", f"Slurm starts job {holder.job} again", heartbeat_at)
-    if is_alive is False:
-        return StateReport(
-            "killed", f"killed by a signal, or its node was lost: process {holder.pid} is gone", heartbeat_at
-        )
-    if job is not None and not job.has_processes:
-        return StateReport("killed", f"its job {holder.job} is {job.state}", heartbeat_at)
     # Clocks differ between hosts: a heartbeat from the future is one of now.
-    if heartbeat_at is not None and now - heartbeat_at < _HEARTBEAT_TIMEOUT_SECONDS:
-        return StateReport("running", "", heartbeat_at)
-    return StateReport("unknown", f"no record of its end: it runs on {holder.host}, or was killed there", heartbeat_at)
+    has_heartbeat = heartbeat_at is not None and now - heartbeat_at < _HEARTBEAT_TIMEOUT_SECONDS
+    state: StatusState = "unknown"
+    evidence = f"no record of its end: it runs on {holder.host}, or was killed there"
+    if is_alive:
+        state, evidence = "running", ""
+    elif job is not None and (job.is_pending or job.restart_count > holder.restart):
+        state, evidence = "waiting", f"Slurm starts job {holder.job} again"
+    elif is_alive is False:
+        state, evidence = "killed", f"killed by a signal, or its node was lost: process {holder.pid} is gone"
+    elif job is not None and not job.has_processes:
+        state, evidence = "killed", f"its job {holder.job} is {job.state}"
+    elif has_heartbeat:
+        state, evidence = "running", ""
+    return StateReport(state, evidence, heartbeat_at)
 
 
 def read_heartbeat_time(run_dir: Path, attempt: int) -> float | None:
