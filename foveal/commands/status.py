@@ -33,7 +33,7 @@ from foveal.runs.record import is_run
 
 _DEFAULT_INTERVAL = 2.0  # seconds
 _DEFAULT_FOLDER = Path("runs")
-_BAR_WIDTH = 24
+_BAR_WIDTH = 40
 STYLES = {
     "running": "green",
     "waiting": "yellow",
@@ -151,20 +151,18 @@ def render_overview(overview: Overview, now: float) -> RenderableType:
 
 
 def _render_run(status: RunStatus, now: float) -> RenderableType:
-    head = Table.grid(padding=(0, 1))
     stage = f" ({status.stage})" if status.stage else ""
-    title = Text(f"{format_path(status.path)}{printable(stage)}", style="bold", overflow="fold")
-    if status.fraction is not None:
-        head.add_row(title, ProgressBar(total=1.0, completed=status.fraction, width=_BAR_WIDTH))
-    else:
-        head.add_row(title)
+    path = status.path if status.path != Path() else Path(status.name)
+    title = Text(f"{format_path(path)}{printable(stage)}", style="bold", overflow="fold")
     lines = Table.grid(padding=(0, 1))
     lines.add_column(no_wrap=True)
     lines.add_column(overflow="fold")
+    if status.fraction is not None:
+        lines.add_row("", ProgressBar(total=1.0, completed=status.fraction, width=_BAR_WIDTH))
     for label, text in describe_status(status, now):
         style = STYLES.get(status.state, "") if label == "state" else ""
         lines.add_row(Text(label, style="dim"), Text(text, style=style))
-    return Group(head, lines)
+    return Group(title, lines)
 
 
 def _render_table(overview: Overview, now: float) -> RenderableType:

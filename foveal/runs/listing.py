@@ -10,7 +10,7 @@ from foveal.atomic import list_tree
 from foveal.errors import CheckpointError
 from foveal.redact import redact
 from foveal.runs.job_lookup import JobLookup
-from foveal.runs.live_status import RunStatus, read_status
+from foveal.runs.live_status import TABLE_BYTES, RunStatus, read_status
 from foveal.runs.record import RunRecord, list_runs, read_run
 
 SortKey = Literal["date", "metric", "name"]
@@ -52,7 +52,7 @@ def list_with_status(
             record = read_run(path)
             if stage is None or record.stage == stage:
                 size = _measure_size(path) if with_size else None
-                status = read_status(record, now, jobs)
+                status = read_status(record, now, jobs, TABLE_BYTES)
                 runs.append(ListedRun(status, describe_data(record), describe_model(record), outer, size))
         except (CheckpointError, OSError) as error:
             unreadable.append((path, str(error)))

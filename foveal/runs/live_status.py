@@ -22,11 +22,12 @@ from foveal.runs.recent_rows import LossTrend, RecentRows, summarize_rows
 from foveal.runs.record import NESTED_FOLDERS, RunRecord, read_run
 from foveal.runs.run_state import StateReport, StatusState, find_state
 from foveal.slurm import SlurmJobStatus
-from foveal.tracking.tail import read_last_rows
+from foveal.tracking.tail import MAX_TAIL_BYTES, read_last_rows
 from foveal.training.lease import read_relevant_start_steps
 
 _MIN_STALL_SECONDS, _STALL_FACTOR = 120.0, 5.0  # no row for five times the longest gap between rows
 _CHUNK_BYTES = 1 << 20
+TABLE_BYTES = 1 << 16  # of the rows of each of many runs
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,18 @@ class RunStatus:
         return self.rows.trend
 
 
-def read_status(record: RunRecord, now: float, jobs: JobLookup | None = None) -> RunStatus:
-    """Return the status of a run at ``now``, unix seconds; ``jobs``: asks Slurm, None: Slurm is not asked."""
+def read_status(
+    record: RunRecord, now: float, jobs: JobLookup | None = None, max_bytes: int = MAX_TAIL_BYTES
+) -> RunStatus:
+    """Return the status of a run at ``now``, unix seconds; ``jobs``: asks Slurm, None: Slurm is not asked.
+
+    Of metrics.jsonl the last ``max_bytes`` are read: less for one of many runs.
+    """
     last, plan = record.attempts[-1] if record.attempts else None, record.plan
     job = jobs.find(last.holder) if jobs is not None and last is not None and not record.finished else None
     report = find_state(record, job, now)
     started_at = last.started_at if last is not None else None
-    rows = _read_rows(record.path, started_at or 0.0)
+    rows = _read_rows(record.path, started_at or 0.0, max_bytes)
     nested = _read_nested(record, report.state, now)
     step = _find_step(record, rows)
     ends = [attempt.reason for attempt in record.attempts if attempt.reason]
@@ -163,9 +169,9 @@ def read_status(record: RunRecord, now: float, jobs: JobLookup | None = None) ->
     )
 
 
-def _read_rows(run_dir: Path, since: float) -> RecentRows:
+def _read_rows(run_dir: Path, since: float, max_bytes: int) -> RecentRows:
     try:
-        return summarize_rows(read_last_rows(run_dir / "metrics.jsonl"), since)
+        return summarize_rows(read_last_rows(run_dir / "metrics.jsonl", max_bytes), since)
     except OSError:  # a network file system that does not answer now
         return RecentRows()
 
@@ -278,7 +284,7 @@ def _read_current(folders: tuple[Path, ...], now: float) -> Iterator[RunStatus]:
     for folder in folders:
         with contextlib.suppress(CheckpointError):
             if not (folder / "finished.json").exists():
-                status = read_status(read_run(folder), now)
+                status = read_status(read_run(folder), now, max_bytes=TABLE_BYTES)
                 if status.state == "running":
                     yield status
 

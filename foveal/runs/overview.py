@@ -6,7 +6,7 @@ from pathlib import Path
 
 from foveal.errors import CheckpointError
 from foveal.runs.job_lookup import JobLookup
-from foveal.runs.live_status import RunStatus, read_status
+from foveal.runs.live_status import TABLE_BYTES, RunStatus, read_status
 from foveal.runs.pipeline import PlannedStage, read_pipeline_stages
 from foveal.runs.record import explain_no_run, is_run, list_runs, read_run
 from foveal.slurm import SlurmJobStatus
@@ -72,7 +72,7 @@ def read_overview(folder: Path, now: float, jobs: JobLookup | None = None) -> Ov
     unreadable: list[UnreadableRun] = []
     for run in found | begun:
         try:
-            runs.append(read_status(read_run(_shorten(run, folder)), now, jobs))
+            runs.append(read_status(read_run(_shorten(run, folder)), now, jobs, TABLE_BYTES))
         except (CheckpointError, OSError) as error:
             unreadable.append(UnreadableRun(run, str(error)))
     runs.sort(key=lambda status: status.first_started_at or 0.0)

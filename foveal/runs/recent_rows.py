@@ -102,9 +102,9 @@ def _finite_mean(values: Sequence[float]) -> float | None:
 def _collect_evaluations(rows: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
     """Return the results of evaluations by step, oldest first; several rows of a step are one evaluation."""
     evaluations: dict[int, dict[str, float]] = {}
-    for row in reversed(rows):
+    for row in reversed([row for row in rows if "loss" not in row]):
         results = {name: value for name, value in row.items() if name != "time" and is_result(name, value)}
-        if "loss" not in row and results:
+        if results:
             evaluations.setdefault(int(row["step"]), {}).update(results)
     return evaluations
 

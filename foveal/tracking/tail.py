@@ -16,7 +16,7 @@ from foveal.renames import translate_metrics
 from foveal.tracking.tracker import MetricRow
 
 _CHUNK_BYTES = 1 << 18
-MAX_TAIL_BYTES = 1 << 18  # about a thousand rows
+MAX_TAIL_BYTES = 1 << 20  # some thousand rows
 _BACKWARD_CHUNK_BYTES = 1 << 16
 
 

@@ -52,7 +52,7 @@ def steps(first: int, last: int, *, begin: float, seconds: float = 1.0, every: i
 
 def begin_attempt(run: Path, start_step: int = 0, **facts: Any) -> Lease:
     """An attempt of this process, or of another one that ``facts`` describe (host, pid, job, ...). The caller ends it."""
-    lease = acquire_lease(run, current_holder(2), max_attempts_without_progress=99)
+    lease = acquire_lease(run, current_holder(2), max_attempts_without_progress=99, heartbeat_timeout_seconds=0.05)
     lease.record_start(start_step)
     if facts:
         change_holder(run, lease.number, **facts)
@@ -82,7 +82,9 @@ def leave_without_word(run: Path, *, host: str = "elsewhere", beat_age: float = 
     return LeaseHolder(host, 1, "", 2)
 
 
-def save_checkpoint(run: Path, step: int, attempt: int = 1, scores: Mapping[int, Mapping[str, float]] | None = None) -> None:
+def save_checkpoint(
+    run: Path, step: int, attempt: int = 1, scores: Mapping[int, Mapping[str, float]] | None = None
+) -> None:
     """A checkpoint without weights."""
     folder = run / "checkpoints" / f"step-{step:08d}-attempt-{attempt:04d}"
     folder.mkdir(parents=True)

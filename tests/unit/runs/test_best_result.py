@@ -31,7 +31,9 @@ def test_directions(name: str, higher: bool) -> None:
 
 
 def test_not_a_number_is_never_best() -> None:
-    assert find_best_result({1: {"val_loss": math.nan}, 2: {"val_loss": 3.0}}, {}, {}) == BestResult("val_loss", 3.0, 2, False)
+    assert find_best_result({1: {"val_loss": math.nan}, 2: {"val_loss": 3.0}}, {}, {}) == BestResult(
+        "val_loss", 3.0, 2, False
+    )
     assert find_best_result({1: {"val_loss": math.nan}}, {}, {}) is None
     assert find_best_result({}, {}, {}) is None
 
@@ -50,6 +52,11 @@ def test_what_steps_log_is_no_result_but_a_loss_is_better_than_nothing() -> None
 
 def test_of_a_comparison_the_best_arm() -> None:
     settings = {"trials.arms.scratch": None, "trials.arms.pre": "export"}
-    summary = {"scratch_lr_per_256": 9.0, "scratch_top1": 0.4, "scratch_top1_highest": 0.99, "scratch_holdout_top1": 0.999}
+    summary = {
+        "scratch_lr_per_256": 9.0,
+        "scratch_top1": 0.4,
+        "scratch_top1_highest": 0.99,
+        "scratch_holdout_top1": 0.999,
+    }
     summary |= {"pre_lr_per_256": 0.1, "pre_top1": 0.7, "pre_top1_highest": 0.8, "pre_holdout_top1": 0.1}
     assert find_best_result({}, settings, {"summary": summary}) == BestResult("pre_top1", 0.7, None, True)

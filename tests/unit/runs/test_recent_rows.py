@@ -11,7 +11,11 @@ from foveal.runs.recent_rows import RecentRows, summarize_rows
 def test_no_rows_say_nothing() -> None:
     assert summarize_rows([]) == RecentRows()
     only_evaluated = summarize_rows([{"step": 3, "val_loss": 0.5, "time": 7.0}])
-    assert (only_evaluated.step, only_evaluated.written_at, only_evaluated.evaluations) == (None, 7.0, {3: {"val_loss": 0.5}})
+    assert (only_evaluated.step, only_evaluated.written_at, only_evaluated.evaluations) == (
+        None,
+        7.0,
+        {3: {"val_loss": 0.5}},
+    )
 
 
 def test_the_newest_row_and_its_rates() -> None:

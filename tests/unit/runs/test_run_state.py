@@ -21,7 +21,15 @@ def state_of(run: Path, job: SlurmJobStatus | None = None, later: float = 0.0) -
 
 @pytest.mark.parametrize(
     ("code", "state"),
-    [(0, "saved-and-left"), (1, "failed"), (2, "failed"), (3, "diverged"), (4, "superseded"), (5, "failed"), (7, "failed")],
+    [
+        (0, "saved-and-left"),
+        (1, "failed"),
+        (2, "failed"),
+        (3, "diverged"),
+        (4, "superseded"),
+        (5, "failed"),
+        (7, "failed"),
+    ],
 )
 def test_an_end_is_its_exit_code_whatever_the_tags_say(tmp_path: Path, code: int, state: str) -> None:
     run = make_run(tmp_path / "run")
