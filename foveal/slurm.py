@@ -404,12 +404,16 @@ def show_job(job_id: str, timeout_seconds: float | None = None) -> SlurmJobStatu
 def show_job_or_end(job_id: str, timeout_seconds: float) -> SlurmJobStatus | None:
     """Return a job as the controller describes it, or of one that it has forgotten the state in the accounting.
 
-    None if Slurm does not say. ``timeout_seconds``: of each of two commands. Raises: SlurmUnavailableError.
+    None if Slurm does not say. ``timeout_seconds``: of each of two commands. Raises: SlurmUnavailableError without an
+    answer of the controller.
     """
     if (job := show_job(job_id, timeout_seconds)) is not None:
         return job
     options = ["--allocations", "--noheader", "--parsable2", "--format=State,NodeList"]
-    answer = _run("sacct", f"--jobs={job_id}", *options, timeout_seconds=timeout_seconds)
+    try:
+        answer = _run("sacct", f"--jobs={job_id}", *options, timeout_seconds=timeout_seconds)
+    except SlurmUnavailableError:  # a cluster without accounting
+        return None
     # One line of each start: "CANCELLED by 0|node[1-2]".
     state, _, nodes = (answer.stdout.splitlines() or [""])[-1].partition("|")
     state = state.partition(" ")[0]

@@ -25,7 +25,7 @@ _LOWER, _HIGHER = "↓", "↑"
 
 
 def runs_command(
-    folder: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="A folder of runs; else ./runs.")] = None,
+    folder: Annotated[Path | None, typer.Argument(metavar="DIR", help="A folder of runs; else ./runs.")] = None,
     sort: Annotated[Literal["date", "metric", "name"], typer.Option("--sort", help="Order of the rows.")] = "date",
     stage: Annotated[str | None, typer.Option("--stage", help="Only runs of this stage.")] = None,
     all_runs: Annotated[bool, typer.Option("--all", help="Also the trials and folds inside runs.")] = False,

@@ -47,7 +47,7 @@ STYLES = {
 
 def status_command(
     words: Annotated[
-        list[str] | None, typer.Argument(metavar="[RUN|PIPELINE|DIR]", help="A run, or a folder of runs; else ./runs.")
+        list[str] | None, typer.Argument(metavar="RUN|PIPELINE|DIR", help="A run, or a folder of runs; else ./runs.")
     ] = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="Refresh until all has ended, every 2 seconds; --watch 5: every 5.")
@@ -109,7 +109,10 @@ def _watch(target: Path, interval: float, console: Console, *, as_json: bool) ->
         return
     with Live(console=console, auto_refresh=False) as live:
         _repeat(
-            target, interval, jobs, lambda overview: live.update(render_overview(overview, time.time()), refresh=True)
+            target,
+            interval,
+            jobs,
+            lambda overview: live.update(render_overview(overview, time.time(), with_bar=True), refresh=True),
         )
 
 
@@ -140,24 +143,24 @@ def _print_overview(overview: Overview, console: Console, *, as_json: bool, inde
     if as_json:
         typer.echo(json.dumps(encode_overview(overview, now), indent=indent, ensure_ascii=False, allow_nan=False))
     else:
-        console.print(render_overview(overview, now))
+        console.print(render_overview(overview, now, with_bar=console.is_terminal))
         if indent is None:
             console.print()
 
 
-def render_overview(overview: Overview, now: float) -> RenderableType:
-    """Return a run as labelled lines, or a folder as a table."""
-    return _render_run(overview.runs[0], now) if overview.is_run else _render_table(overview, now)
+def render_overview(overview: Overview, now: float, *, with_bar: bool = False) -> RenderableType:
+    """Return a run as labelled lines, after a bar of its progress, or a folder as a table."""
+    return _render_run(overview.runs[0], now, with_bar=with_bar) if overview.is_run else _render_table(overview, now)
 
 
-def _render_run(status: RunStatus, now: float) -> RenderableType:
+def _render_run(status: RunStatus, now: float, *, with_bar: bool) -> RenderableType:
     stage = f" ({status.stage})" if status.stage else ""
     path = status.path if status.path != Path() else Path(status.name)
     title = Text(f"{format_path(path)}{printable(stage)}", style="bold", overflow="fold")
     lines = Table.grid(padding=(0, 1))
     lines.add_column(no_wrap=True)
     lines.add_column(overflow="fold")
-    if status.fraction is not None:
+    if with_bar and status.fraction is not None:
         lines.add_row("", ProgressBar(total=1.0, completed=status.fraction, width=_BAR_WIDTH))
     for label, text in describe_status(status, now):
         style = STYLES.get(status.state, "") if label == "state" else ""
@@ -170,7 +173,7 @@ def _render_table(overview: Overview, now: float) -> RenderableType:
     for stage in overview.not_begun:
         name, words = name_in(stage.planned.run_dir, overview.folder), Text(describe_not_begun(stage), style="dim")
         rows.append({"run": name, "stage": Text(printable(stage.planned.stage)), "state": words})
-    has_stages_of_other_names = any(row["run"].plain != row["stage"].plain for row in rows)
+    has_stages_of_other_names = any(row["run"].plain.rpartition("/")[2] != row["stage"].plain for row in rows)
     columns = [name for name in rows[0] if any(row.get(name) for row in rows)] if rows else []
     table = Table(box=None, pad_edge=False)
     shown = [name for name in columns if name != "stage" or has_stages_of_other_names]

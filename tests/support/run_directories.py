@@ -78,7 +78,8 @@ def leave_without_word(run: Path, *, host: str = "elsewhere", beat_age: float = 
     change_holder(run, lease.number, host=host, **facts)
     beat = run / "attempts" / f"{lease.number:04d}.beat"
     beat.write_text("1\n")
-    os.utime(beat, (time.time() - beat_age,) * 2)
+    beaten_at = time.time() - beat_age
+    os.utime(beat, (beaten_at, beaten_at))
     return LeaseHolder(host, 1, "", 2)
 
 

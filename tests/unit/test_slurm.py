@@ -263,6 +263,8 @@ def test_a_job_that_the_controller_forgot_is_in_the_accounting(scontrol: Callabl
         sacct.chmod(0o755)
         job = show_job_or_end("77", 5.0)
         assert (job and job.state, job and job.nodes) == (state, nodes)
-    sacct.unlink()
+    sacct.write_text("#!/bin/sh\nexec sleep 60\n")
+    assert show_job_or_end("77", 0.2) is None
+    scontrol("exec sleep 60")
     with pytest.raises(SlurmUnavailableError):
-        show_job_or_end("77", 5.0)
+        show_job_or_end("77", 0.2)

@@ -66,11 +66,12 @@ def test_models_in_short(tmp_path: Path, settings: dict[str, object], model: str
 def test_data_in_short(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", settings={"data": {"path": "s3://user:secret@bucket/sets/flowers/"}})
     assert describe_data(read_run(run)) == "flowers"
-    sets = [
-        DatasetInput(role, name, "x", "train", "", 1, 1)
-        for role, name in (("training", "digits"), ("training", "more"), ("evaluation", "val"))
-    ]  # type: ignore[arg-type]
-    write_inputs(run, RunInputs(str(run), "pretrain", tuple(sets)))
+    sets = (
+        DatasetInput("training", "digits", "x", "train", "", 1, 1),
+        DatasetInput("training", "more", "x", "train", "", 1, 1),
+        DatasetInput("evaluation", "other", "x", "val", "", 1, 1),
+    )
+    write_inputs(run, RunInputs(str(run), "pretrain", sets))
     assert describe_data(read_run(run)) == "digits + more"
     (run / "inputs.json").write_text("{")
     assert describe_data(read_run(run)) == "flowers"
