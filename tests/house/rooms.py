@@ -236,6 +236,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "foveal.runs",
             "foveal.setting_docs",
             "foveal.setting_names",
+            "foveal.slurm",
             "foveal.tracking",
             "foveal.training.cli",
             "foveal.training.config",

