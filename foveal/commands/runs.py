@@ -13,7 +13,7 @@ from rich.text import Text
 from foveal.atomic import format_bytes
 from foveal.commands.status import STYLES, find_default_folder, name_in
 from foveal.commands.status_json import encode_best, replace_nonfinite
-from foveal.commands.status_lines import describe_best, describe_position, describe_state, format_path, printable
+from foveal.commands.status_lines import describe_best, describe_position, describe_state, printable
 from foveal.errors import CheckpointError, ConfigError
 from foveal.quantities import format_duration
 from foveal.runs.job_lookup import JobLookup
@@ -47,8 +47,8 @@ def runs_command(
         return
     console = Console(highlight=False)
     console.print(_build_table(runs, folder, is_wide=console.width >= _WIDE, with_size=size))
-    for path, reason in listing.unreadable:
-        console.print(Text(f"{format_path(path)}: {printable(reason)}"))
+    for _, reason in listing.unreadable:
+        console.print(Text(printable(reason), style="red"))
 
 
 def encode_listing(folder: Path, runs: list[ListedRun], listing: RunListing) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from foveal.runs.record import is_run
 _DEFAULT_INTERVAL = 2.0  # seconds
 _DEFAULT_FOLDER = Path("runs")
 _BAR_WIDTH = 40
+_MAX_FAILED_LOOKS = 10  # in a row, of --watch
 STYLES = {
     "running": "green",
     "waiting": "yellow",
@@ -57,8 +58,7 @@ def status_command(
     """Say what a run is doing: state, step, time left, loss, rates, checkpoint; of a folder: all of its runs."""
     target, interval = _parse_words(words or [], is_watching=watch)
     if not watch:
-        overview = read_overview(target, time.time(), JobLookup())
-        _print_overview(overview, Console(highlight=False), as_json=as_json, indent=1)
+        _print_overview(_look(target, JobLookup()), Console(highlight=False), as_json=as_json, indent=1)
         return
     try:
         _watch(target, interval, Console(highlight=False), as_json=as_json)
@@ -117,12 +117,29 @@ def _watch(target: Path, interval: float, console: Console, *, as_json: bool) ->
 
 
 def _repeat(target: Path, interval: float, jobs: "_RenewedLookup", show: Callable[[Overview], None]) -> None:
+    """Show the folder until nothing in it is live. Storage that does not answer for some looks is looked at again."""
+    num_failures = _MAX_FAILED_LOOKS  # the first look must succeed
     while True:
-        overview = read_overview(target, time.time(), jobs.get())
-        show(overview)
-        if not overview.is_live(time.time()):
-            return
+        try:
+            overview = _look(target, jobs.get())
+        except CheckpointError:
+            if num_failures >= _MAX_FAILED_LOOKS:
+                raise
+            num_failures += 1
+        else:
+            num_failures = 0
+            show(overview)
+            if not overview.is_live(time.time()):
+                return
         time.sleep(interval)
+
+
+def _look(target: Path, jobs: JobLookup) -> Overview:
+    """Return what a folder holds now. Raises: CheckpointError."""
+    try:
+        return read_overview(target, time.time(), jobs)
+    except OSError as error:
+        raise CheckpointError(f"{target} cannot be read ({error})") from None
 
 
 class _RenewedLookup:
@@ -187,7 +204,7 @@ def _render_table(overview: Overview, now: float) -> RenderableType:
         for run in overview.runs
         if run.state in ("failed", "diverged", "killed") and run.reason
     ]
-    reasons += [Text(f"{format_path(run.path)}: {printable(run.reason)}", style="red") for run in overview.unreadable]
+    reasons += [Text(printable(run.reason), style="red") for run in overview.unreadable]
     return Group(table, *([Text(""), *reasons] if reasons else []))
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from foveal.atomic import list_tree
-from foveal.errors import CheckpointError
+from foveal.errors import CheckpointError, FovealError
 from foveal.redact import redact
 from foveal.runs.job_lookup import JobLookup
 from foveal.runs.live_status import TABLE_BYTES, RunStatus, read_status
-from foveal.runs.record import RunRecord, list_runs, read_run
+from foveal.runs.record import RunRecord, list_runs, name_path, read_run
 
 SortKey = Literal["date", "metric", "name"]
 
@@ -54,8 +54,8 @@ def list_with_status(
                 size = _measure_size(path) if with_size else None
                 status = read_status(record, now, jobs, TABLE_BYTES)
                 runs.append(ListedRun(status, describe_data(record), describe_model(record), outer, size))
-        except (CheckpointError, OSError) as error:
-            unreadable.append((path, str(error)))
+        except (FovealError, OSError, ValueError) as error:
+            unreadable.append((path, name_path(path, error)))
     return RunListing(tuple(runs), tuple(unreadable))
 
 

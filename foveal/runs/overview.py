@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from foveal.errors import CheckpointError
+from foveal.errors import CheckpointError, FovealError
 from foveal.runs.job_lookup import JobLookup
 from foveal.runs.live_status import TABLE_BYTES, RunStatus, read_status
 from foveal.runs.pipeline import PlannedStage, read_pipeline_stages
-from foveal.runs.record import explain_no_run, is_run, list_runs, read_run
+from foveal.runs.record import explain_no_run, is_run, list_runs, name_path, read_run
 from foveal.slurm import SlurmJobStatus
 
 _LIVE_STATES = ("running", "waiting")
@@ -73,8 +73,8 @@ def read_overview(folder: Path, now: float, jobs: JobLookup | None = None) -> Ov
     for run in found | begun:
         try:
             runs.append(read_status(read_run(_shorten(run, folder)), now, jobs, TABLE_BYTES))
-        except (CheckpointError, OSError) as error:
-            unreadable.append(UnreadableRun(run, str(error)))
+        except (FovealError, OSError, ValueError) as error:
+            unreadable.append(UnreadableRun(run, name_path(run, error)))
     runs.sort(key=lambda status: status.first_started_at or 0.0)
     waiting = [
         StageNotBegun(stage, jobs.find_by_id(stage.job) if jobs is not None and stage.job else None)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from foveal.atomic import read_json, write_json
-from foveal.errors import AttemptSupersededError, CheckpointError, TrainingDivergedError
+from foveal.errors import AttemptSupersededError, CheckpointError, ConfigError, TrainingDivergedError
 from foveal.renames import translate_metrics, translate_settings
 from foveal.runs.inputs import RunInputs, read_inputs
 from foveal.strict_yaml import read_yaml
@@ -150,8 +150,11 @@ def is_result(name: str, value: Any) -> bool:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run directory in which an attempt has begun."""
-    return (folder / _CONFIG).exists() and (folder / "science.json").exists()
+    """Whether a folder is a run directory in which an attempt has begun; one that may not be entered is none."""
+    try:
+        return (folder / _CONFIG).exists() and (folder / "science.json").exists()
+    except OSError:
+        return False
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -159,15 +162,15 @@ def read_run(folder: Path) -> RunRecord:
     if not is_run(folder):
         raise CheckpointError(explain_no_run(folder))
     try:
-        tree, _ = translate_settings(read_yaml(folder / _CONFIG))
+        settings = _read_settings(folder / _CONFIG)
         plan = read_json_or_empty(folder / _PLAN)
         return RunRecord(
             folder,
             _parse_plan(plan, folder / _PLAN),
-            flatten_settings(tree),
+            settings,
             read_json_or_empty(folder / "tags.json"),
             tuple(list_attempts(folder)),
-            read_json(folder / _FINISHED) if (folder / _FINISHED).exists() else {},
+            _read_finished(folder / _FINISHED),
         )
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read ({error})") from None
@@ -207,13 +210,40 @@ def _started_at(run: Path) -> tuple[float, str]:
     return attempts[0].started_at if attempts else 0.0, str(run)
 
 
+def _read_settings(file: Path) -> dict[str, Any]:
+    try:
+        tree = read_yaml(file)
+        if isinstance(tree, dict):
+            return flatten_settings(translate_settings(tree)[0])
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    raise CheckpointError(f"{file} is damaged (it holds no settings): restore it")
+
+
 def _parse_plan(record: dict[str, Any], file: Path) -> PlannedRun | None:
     if not record:
         return None
     try:
-        return PlannedRun(**{**record, "lines": tuple(record.get("lines", ()))})
+        plan = PlannedRun(**{**record, "lines": tuple(record.get("lines", ()))})
     except TypeError:
-        raise CheckpointError(f"{file} is not as foveal wrote it: start the run again, which writes it anew") from None
+        plan = None
+    numbers = () if plan is None else (plan.total_steps, plan.stop_step, plan.steps_per_epoch, plan.num_runs)
+    if plan is None or not isinstance(plan.stage, str) or not all(type(number) is int for number in numbers):
+        raise CheckpointError(f"{file} is not as foveal wrote it: start the run again, which writes it anew")
+    return plan
+
+
+def _read_finished(file: Path) -> dict[str, Any]:
+    record = read_json(file) if file.exists() else {}
+    if not isinstance(record.get("summary", {}), dict):
+        raise CheckpointError(f"{file} is not as foveal wrote it: restore it")
+    return record
+
+
+def name_path(path: Path, error: Exception) -> str:
+    """Return an error's sentence with the path that it is about."""
+    sentence = str(error)
+    return sentence if str(path) in sentence else f"{path}: {sentence}"
 
 
 def explain_no_run(folder: Path) -> str:

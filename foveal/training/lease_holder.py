@@ -38,9 +38,17 @@ def current_holder(world_size: int, job: SlurmJob | None = None) -> LeaseHolder:
 def parse_holder(facts: dict[str, Any]) -> LeaseHolder | None:
     """Return the holder in the content of an attempt's file; None if the file holds something else."""
     try:
-        return LeaseHolder(**{name: value for name, value in facts.items() if name != "time"})
+        holder = LeaseHolder(**{name: value for name, value in facts.items() if name != "time"})
     except TypeError:
         return None
+    numbers, texts = (holder.pid, holder.ranks, holder.restart), (holder.host, holder.born)
+    is_whole = all(type(number) is int for number in numbers) and all(isinstance(text, str) for text in texts)
+    return holder if is_whole else None
+
+
+def number_or_none(value: Any) -> Any:
+    """Return a number of a record of an attempt; None for anything else."""
+    return value if type(value) in (int, float) else None
 
 
 def get_liveness_and_reason(previous: LeaseHolder, current: LeaseHolder) -> tuple[bool | None, str]:

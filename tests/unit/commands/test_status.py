@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from processes import PATIENCE, ROOT, Started, lone
@@ -21,6 +22,7 @@ from foveal.commands import status as command
 from foveal.commands.status import status_command
 from foveal.errors import CheckpointError, ConfigError
 from foveal.runs.job_lookup import JobLookup
+from foveal.runs.overview import Overview
 from foveal.runs.pipeline import PlannedStage, write_pipeline
 from foveal.slurm import SlurmJobStatus
 
@@ -187,6 +189,28 @@ def test_watching_ends_with_the_run(
     assert [line.split()[1] for line in lines if line.startswith("state")] == ["running", "running", "saved"]
     status_command([str(run)], watch=True, as_json=True)
     assert json.loads(capsys.readouterr().out)["runs"][0]["state"] == "saved-and-left"
+
+
+def test_watching_bears_storage_that_is_away_for_a_moment(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run")
+    lease, looks, read = begin_attempt(run), [], command.read_overview
+
+    def look(*arguments: Any) -> Overview:
+        looks.append(1)
+        if len(looks) == 2 or len(looks) > 4:
+            raise OSError(116, "Stale file handle")
+        return read(*arguments)
+
+    monkeypatch.setattr(command, "read_overview", look)
+    monkeypatch.setattr(command.time, "sleep", lambda _: None)
+    with pytest.raises(CheckpointError, match="Stale file handle"):
+        said(capsys, run, watch=True)
+    assert len(looks) == 4 + 11
+    lease.record_end_and_release("", 0)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        said(capsys, run)
 
 
 def test_on_a_terminal_it_refreshes_in_place_and_ctrl_c_is_its_end(tmp_path: Path) -> None:

@@ -39,15 +39,44 @@ def test_a_folder_without_runs_is_a_sentence(tmp_path: Path) -> None:
             look(folder)
 
 
-def test_a_damaged_run_is_named_and_the_others_are_shown(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "content", "sentence"),
+    [
+        ("plan.json", "{", "plan.json is damaged"),
+        ("plan.json", '{"stage": 3}', "plan.json is not as foveal wrote it"),
+        ("config.yaml", ": : {", "not valid YAML"),
+        ("config.yaml", "- 1", "config.yaml is damaged"),
+        ("finished.json", '{"summary": [1]}', "finished.json is not as foveal wrote it"),
+        ("tags.json", "\0", "tags.json is damaged"),
+    ],
+)
+def test_a_damaged_run_is_named_and_the_others_are_shown(
+    tmp_path: Path, file: str, content: str, sentence: str
+) -> None:
     end_attempt(make_run(tmp_path / "good"))
     end_attempt(make_run(tmp_path / "bad"))
-    (tmp_path / "bad" / "plan.json").write_text("{")
+    (tmp_path / "bad" / file).write_text(content)
     overview = look(tmp_path)
     assert [run.name for run in overview.runs] == ["good"]
-    assert [(run.path.name, "plan.json is damaged" in run.reason) for run in overview.unreadable] == [("bad", True)]
-    with pytest.raises(CheckpointError, match=r"plan\.json is damaged"):
+    assert [(run.path.name, sentence in run.reason) for run in overview.unreadable] == [("bad", True)]
+    assert str(tmp_path / "bad") in overview.unreadable[0].reason
+    with pytest.raises(CheckpointError, match=sentence.replace(".", r"\.")):
         look(tmp_path / "bad")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("attempts/0001.json", '{"time": "noon", "host": 3, "pid": "x", "born": null, "ranks": 1}'),
+        ("attempts/0001.end.json", '{"why": 3, "code": "x", "seconds": "long"}'),
+        ("attempts/0001.start.json", "[]"),
+        ("inputs.json", "{}"),
+    ],
+)
+def test_damaged_details_cost_only_themselves(tmp_path: Path, file: str, content: str) -> None:
+    end_attempt(make_run(tmp_path / "run"))
+    (tmp_path / "run" / file).write_text(content)
+    assert [run.name for run in look(tmp_path).runs] == ["run"]
 
 
 def test_a_pipeline_shows_what_has_not_begun_and_is_live_until_a_stage_fails(tmp_path: Path) -> None:
