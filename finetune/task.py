@@ -30,7 +30,7 @@ from foveal.training.evaluations import Metric
 from foveal.training.lineage import Fork
 from foveal.training.loop import TrainingSetup
 from foveal.training.plan import Plan
-from foveal.training.progress import format_count
+from foveal.quantities import format_count
 from foveal.training.run import Run
 from foveal.weights.pretrained import PretrainedSource, SourceModel
 

@@ -42,6 +42,8 @@ COMMANDS = {
     "neighbours": Entry("foveal.inference.embed_cli:neighbours_command", "The nearest images of an image.", _USE),
     "inspect": Entry("foveal.inspect.encoder.cli:inspect_command", "Pictures of an encoder's inside.", _USE),
     "export": Entry("foveal.convert.cli:export_command", "Hand a model over to timm, transformers or ONNX.", _USE),
+    "status": Entry("foveal.commands.status:status_command", "What runs are doing: step, time left, rates.", _RUNS),
+    "runs": Entry("foveal.commands.runs:runs_command", "List runs with their best number.", _RUNS),
     "attempts": Entry("foveal.commands.attempts:attempts", "List every start of a run and why it ended.", _RUNS),
     "lineage": Entry("foveal.commands.lineage:lineage", "Show what a model was made from, back to the data.", _RUNS),
     "track": Entry("foveal.commands.track:app", "Upload to MLflow the part of a run that it lacks.", _RUNS),

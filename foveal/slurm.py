@@ -307,11 +307,28 @@ class SlurmJobStatus:
     time_limit: float | None
     run_time: float | None
     planned_time: float | None
+    nodes: str = ""
+    restart_count: int = 0
 
     @property
     def is_running(self) -> bool:
         """Whether Slurm has not begun to end the job."""
         return self.state == "RUNNING"
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether the job waits in the queue."""
+        return self.state == "PENDING"
+
+    @property
+    def has_processes(self) -> bool:
+        """Whether the job may have a process."""
+        return self.state in _LIVE_JOB_STATES
+
+    @property
+    def time_left(self) -> float | None:
+        """Seconds until the job's time limit; None without a limit."""
+        return None if self.time_limit is None or self.run_time is None else max(self.time_limit - self.run_time, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,10 +350,15 @@ class SlurmConfig:
 
     kill_wait: float | None
     preempt_type: str
+    cluster: str = ""
 
 
 def _run_scontrol(*arguments: str, timeout_seconds: float | None = None) -> subprocess.CompletedProcess[str]:
-    command, timeout = ["scontrol", *arguments], timeout_seconds or _SCONTROL_TIMEOUT_SECONDS
+    return _run("scontrol", *arguments, timeout_seconds=timeout_seconds)
+
+
+def _run(*command: str, timeout_seconds: float | None = None) -> subprocess.CompletedProcess[str]:
+    timeout = timeout_seconds or _SCONTROL_TIMEOUT_SECONDS
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
     except (OSError, subprocess.TimeoutExpired) as error:  # a container without scontrol, a controller without answer
@@ -358,9 +380,9 @@ def step_job_id() -> str | None:
     return job.job_id if job else None
 
 
-def show_job(job_id: str) -> SlurmJobStatus | None:
+def show_job(job_id: str, timeout_seconds: float | None = None) -> SlurmJobStatus | None:
     """Ask the controller for a job; None if it does not know. Raises: SlurmUnavailableError."""
-    answer = _run_scontrol("show", "job", "--oneliner", job_id)
+    answer = _run_scontrol("show", "job", "--oneliner", job_id, timeout_seconds=timeout_seconds)
     row = _parse_key_values(answer.stdout) if answer.returncode == 0 else {}
     if not row.get("JobState"):
         return None
@@ -374,7 +396,30 @@ def show_job(job_id: str) -> SlurmJobStatus | None:
         parse_scontrol_time(row.get("TimeLimit", "")),
         parse_scontrol_time(row.get("RunTime", "")),
         _planned_time(row),
+        row.get("NodeList", "").replace("(null)", ""),
+        int(row.get("Restarts", "")) if row.get("Restarts", "").isdecimal() else 0,
     )
+
+
+def show_job_or_end(job_id: str, timeout_seconds: float) -> SlurmJobStatus | None:
+    """Return a job as the controller describes it, or of one that it has forgotten the state in the accounting.
+
+    None if Slurm does not say. ``timeout_seconds``: of each of two commands. Raises: SlurmUnavailableError without an
+    answer of the controller.
+    """
+    if (job := show_job(job_id, timeout_seconds)) is not None:
+        return job
+    options = ["--allocations", "--noheader", "--parsable2", "--format=State,NodeList"]
+    try:
+        answer = _run("sacct", f"--jobs={job_id}", *options, timeout_seconds=timeout_seconds)
+    except SlurmUnavailableError:  # a cluster without accounting
+        return None
+    # One line of each start: "CANCELLED by 0|node[1-2]".
+    state, _, nodes = (answer.stdout.splitlines() or [""])[-1].partition("|")
+    state = state.partition(" ")[0]
+    if answer.returncode or not state or state in _LIVE_JOB_STATES:
+        return None
+    return SlurmJobStatus(job_id, state, "", "", "", False, None, None, None, nodes)
 
 
 def _planned_time(row: Mapping[str, str]) -> float | None:
@@ -416,11 +461,12 @@ def requeue_job(job_id: str) -> str | None:
     return answer.stderr.strip() or f"scontrol ended with {answer.returncode}" if answer.returncode else None
 
 
-def read_slurm_config() -> SlurmConfig:
+def read_slurm_config(timeout_seconds: float | None = None) -> SlurmConfig:
     """Ask for the controller's settings; empty without an answer."""
-    lines = (line.partition("=") for line in _scontrol_output("show", "config").splitlines())
-    values = {name.strip(): value.strip() for name, _, value in lines}
-    return SlurmConfig(parse_scontrol_time(values.get("KillWait", "")), values.get("PreemptType", ""))
+    output = _scontrol_output("show", "config", timeout_seconds=timeout_seconds)
+    values = {name.strip(): value.strip() for name, _, value in (line.partition("=") for line in output.splitlines())}
+    kill_wait = parse_scontrol_time(values.get("KillWait", ""))
+    return SlurmConfig(kill_wait, values.get("PreemptType", ""), values.get("ClusterName", ""))
 
 
 def list_slurm_partitions(timeout_seconds: float | None = None) -> list[SlurmPartition]:

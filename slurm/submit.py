@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import yaml
@@ -27,6 +28,7 @@ from finetune.config import FinetuneConfig
 from foveal.distributed.local_launch import run_local_ranks
 from foveal.errors import ConfigError, FovealError, LaunchError
 from foveal.interrupt import INTERRUPTED_EXIT_CODE
+from foveal.runs.pipeline import PlannedStage, write_pipeline
 from foveal.slurm import can_submit_jobs, cancel_jobs, parse_sbatch_options
 from foveal.strict_yaml import parse_yaml, read_yaml
 from foveal.training.config import StageConfig
@@ -211,6 +213,14 @@ def _suggest_nearest(word: str, words: Sequence[str]) -> str:
     return f". Did you mean '{close[0]}'?" if close else f"; there are {', '.join(words)}"
 
 
+def _record_stages(folder: Path, jobs: Sequence[StageJob], ids: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Record the stages for ``foveal status``, which can then show those that have not begun."""
+    try:
+        write_pipeline(folder, [PlannedStage(job.name, job.stage, job.run_dir, ids.get(job.name)) for job in jobs])
+    except (OSError, FovealError) as error:
+        _log.warning("%s: the list of stages is not written (%s)", folder, error)
+
+
 # --- on Slurm ---
 
 
@@ -329,11 +339,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         pipeline = _find_pipeline(options.pipeline)
         jobs, sbatch = build_jobs_and_options(pipeline, options.overrides)
+        folder = Path("runs", pipeline.stem)
         if options.cluster == "slurm":
-            submit_jobs(jobs, Path("runs", pipeline.stem, "slurm"), sbatch)
+            _record_stages(folder, jobs, submit_jobs(jobs, folder / "slurm", sbatch))
             sys.exit(0)
         if sbatch:
             _log.warning("--cluster local asks nothing of Slurm: slurm.%s is ignored", ", slurm.".join(sbatch))
+        _record_stages(folder, jobs)
         sys.exit(run_jobs_locally(jobs))
     except KeyboardInterrupt:
         sys.stderr.write("foveal: stopped: start again to continue\n")

@@ -18,6 +18,7 @@ from foveal.errors import (
     TrainingDivergedError,
     TrainingHungError,
 )
+from foveal.quantities import format_duration
 from foveal.runs.record import is_result
 from foveal.training.lease import AttemptRecord, list_attempts
 from foveal.training.lease_holder import current_holder, get_liveness_and_reason
@@ -81,7 +82,7 @@ def _format_cells(record: AttemptRecord) -> list[str]:
         time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.started_at)),
         str(holder.ranks) if holder else "?",
         f"{_format_number(record.start_step)} to {_format_number(record.end_step)}",
-        _format_duration(record.duration_seconds),
+        "?" if record.duration_seconds is None else format_duration(record.duration_seconds),
         _format_number(record.exit_code),
         f"{job}{holder.nodes or holder.host}" if holder else "?",
     ]
@@ -114,14 +115,6 @@ def _format_results(run: Path) -> str:
     is_evaluated_last = next(iter(metrics), "") == "step"
     shown = list(results.items())[-_MAX_RESULTS:] if is_evaluated_last else list(results.items())[:_MAX_RESULTS]
     return ", ".join(f"{name} {value:.4g}" for name, value in shown)
-
-
-def _format_duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "?"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def _format_number(value: float | None) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from foveal.atomic import read_json, write_json
-from foveal.errors import CheckpointError
+from foveal.errors import AttemptSupersededError, CheckpointError, ConfigError, TrainingDivergedError
 from foveal.renames import translate_metrics, translate_settings
 from foveal.runs.inputs import RunInputs, read_inputs
 from foveal.strict_yaml import read_yaml
@@ -19,6 +19,9 @@ from foveal.training.lineage import Fork, read_fork
 RunState = Literal["running", "unknown", "killed", "finished", "saved-and-left", "failed", "diverged", "superseded"]
 NESTED_FOLDERS = ("trials", "folds")  # of a run that consists of runs
 _PLAN, _FINISHED, _CONFIG = "plan.json", "finished.json", "config.yaml"
+# Settings that one stage alone has: for a run without plan.json, one of 0.1 or one that has just begun.
+_STAGE_BY_SETTING = {"method": "distill", "freeze_encoder": "finetune", "mask_ratio": "pretrain"}
+STAGES = ("pretrain", "distill", "finetune")
 # Numbers of a training step that are no results.
 _STEP_METRICS = ("step", "lr", "grad_norm", "data_wait", "bad_samples", "slowest_rank", "slowest_data_wait")
 _STEP_METRIC_SUFFIXES = ("_per_second", "_ms", "_seconds", "_gigabytes", "_applied")
@@ -60,8 +63,10 @@ class RunRecord:
 
     @property
     def stage(self) -> str:
-        """The stage; "" for a run of a version that did not record it."""
-        return self.plan.stage if self.plan is not None else ""
+        """The stage; "" for a run of a version that did not record it and settings that tell none."""
+        if self.plan is not None:
+            return self.plan.stage
+        return next((stage for setting, stage in _STAGE_BY_SETTING.items() if setting in self.settings), "")
 
     @property
     def pipeline(self) -> Path | None:
@@ -75,8 +80,10 @@ class RunRecord:
         if self.finished:
             return "finished"
         last = self.attempts[-1] if self.attempts else None
-        if last is None or last.exit_code is not None:
-            return self.tags.get("state", "failed") if last is not None else "unknown"  # type: ignore[return-value]
+        if last is None:
+            return "unknown"
+        if last.exit_code is not None:
+            return state_after_end(last.exit_code)
         is_alive = None if last.holder is None else get_liveness_and_reason(last.holder, current_holder(1))[0]
         return {True: "running", False: "killed", None: "unknown"}[is_alive]  # type: ignore[return-value]
 
@@ -124,30 +131,46 @@ class RunRecord:
         return tuple(sorted((self.path / "pictures").glob("*.png")))
 
 
+def state_after_end(exit_code: int) -> RunState:
+    """Return the state of an attempt that recorded its end and has not finished the run.
+
+    The tags may be those of an earlier attempt: one that is refused, or hangs, does not write them.
+    """
+    states: dict[int, RunState] = {
+        0: "saved-and-left",
+        TrainingDivergedError.exit_code: "diverged",
+        AttemptSupersededError.exit_code: "superseded",
+    }
+    return states.get(exit_code, "failed")
+
+
 def is_result(name: str, value: Any) -> bool:
     """Whether a logged number says how good a model is, and not how a step went."""
     return isinstance(value, float) and name not in _STEP_METRICS and not name.endswith(_STEP_METRIC_SUFFIXES)
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run directory in which an attempt has begun."""
-    return (folder / _CONFIG).exists() and (folder / "science.json").exists()
+    """Whether a folder is a run directory in which an attempt has begun; one that may not be entered is none."""
+    try:
+        return (folder / _CONFIG).exists() and (folder / "science.json").exists()
+    except OSError:
+        return False
 
 
 def read_run(folder: Path) -> RunRecord:
     """Read a run directory. Raises: CheckpointError for another folder, a damaged file, or one that cannot be read."""
     if not is_run(folder):
-        raise CheckpointError(_explain_no_run(folder))
+        raise CheckpointError(explain_no_run(folder))
     try:
-        tree, _ = translate_settings(read_yaml(folder / _CONFIG))
+        settings = _read_settings(folder / _CONFIG)
         plan = read_json_or_empty(folder / _PLAN)
         return RunRecord(
             folder,
             _parse_plan(plan, folder / _PLAN),
-            flatten_settings(tree),
+            settings,
             read_json_or_empty(folder / "tags.json"),
             tuple(list_attempts(folder)),
-            read_json(folder / _FINISHED) if (folder / _FINISHED).exists() else {},
+            _read_finished(folder / _FINISHED),
         )
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read ({error})") from None
@@ -187,16 +210,44 @@ def _started_at(run: Path) -> tuple[float, str]:
     return attempts[0].started_at if attempts else 0.0, str(run)
 
 
+def _read_settings(file: Path) -> dict[str, Any]:
+    try:
+        tree = read_yaml(file)
+        if isinstance(tree, dict):
+            return flatten_settings(translate_settings(tree)[0])
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    raise CheckpointError(f"{file} is damaged (it holds no settings): restore it")
+
+
 def _parse_plan(record: dict[str, Any], file: Path) -> PlannedRun | None:
     if not record:
         return None
     try:
-        return PlannedRun(**{**record, "lines": tuple(record.get("lines", ()))})
+        plan = PlannedRun(**{**record, "lines": tuple(record.get("lines", ()))})
     except TypeError:
-        raise CheckpointError(f"{file} is not as foveal wrote it: start the run again, which writes it anew") from None
+        plan = None
+    numbers = () if plan is None else (plan.total_steps, plan.stop_step, plan.steps_per_epoch, plan.num_runs)
+    if plan is None or not isinstance(plan.stage, str) or not all(type(number) is int for number in numbers):
+        raise CheckpointError(f"{file} is not as foveal wrote it: start the run again, which writes it anew")
+    return plan
 
 
-def _explain_no_run(folder: Path) -> str:
+def _read_finished(file: Path) -> dict[str, Any]:
+    record = read_json(file) if file.exists() else {}
+    if not isinstance(record.get("summary", {}), dict):
+        raise CheckpointError(f"{file} is not as foveal wrote it: restore it")
+    return record
+
+
+def name_path(path: Path, error: Exception) -> str:
+    """Return an error's sentence with the path that it is about."""
+    sentence = str(error)
+    return sentence if str(path) in sentence else f"{path}: {sentence}"
+
+
+def explain_no_run(folder: Path) -> str:
+    """Return why a path is no run, with what is there instead."""
     if not folder.exists():
         return f"{folder}: no such folder; a run begins with its first start, in run.dir"
     if not folder.is_dir():

@@ -1,6 +1,7 @@
 """Reading a metrics.jsonl while it is written: complete lines only, from the offset up to which rows are delivered."""
 
 import json
+import math
 import os
 import threading
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from foveal.renames import translate_metrics
 from foveal.tracking.tracker import MetricRow
 
 _CHUNK_BYTES = 1 << 18
+MAX_TAIL_BYTES = 1 << 20  # some thousand rows
+_BACKWARD_CHUNK_BYTES = 1 << 16
 
 
 def read_step_rows(file_or_descriptor: Path | int) -> Iterator[dict[str, Any]]:
@@ -33,6 +36,44 @@ def read_step_rows(file_or_descriptor: Path | int) -> Iterator[dict[str, Any]]:
             if line.endswith(b"\n"):
                 name = _file_name(file_or_descriptor)
                 yield translate_metrics(_check_row(parse_json_object(line, name), name))
+
+
+def read_last_rows(file: Path, max_bytes: int = MAX_TAIL_BYTES) -> Iterator[dict[str, Any]]:
+    """Yield the newest rows of a file of JSON lines, the newest first, from at most its last ``max_bytes``.
+
+    The file is read backwards from its end, in chunks, as far as rows are taken: its length costs nothing. What is no row
+    is passed over: another host may still see zeros where the newest row will be. A missing file has no rows.
+    Raises: OSError.
+    """
+    try:
+        stream = file.open("rb", buffering=0)
+    except FileNotFoundError:
+        return
+    with stream:
+        end = stream.seek(0, os.SEEK_END)
+        first = max(0, end - max_bytes)
+        rest = b""  # the beginning of a line whose end was read
+        while end > first:
+            start = max(first, end - _BACKWARD_CHUNK_BYTES)
+            stream.seek(start)
+            lines = (stream.read(end - start) + rest).splitlines(keepends=True)
+            end = start
+            rest = lines.pop(0) if lines and start else b""
+            for line in reversed(lines):
+                if (row := _parse_row_or_none(line)) is not None:
+                    yield row
+
+
+def _parse_row_or_none(line: bytes) -> dict[str, Any] | None:
+    """Return the row of a line; None for an incomplete or damaged one."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_row = isinstance(row, dict) and type(row.get("step")) in (int, float) and math.isfinite(row["step"])
+    return translate_metrics(row) if is_row else None
 
 
 def read_json_or_empty(file: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from typing import Any
 
 from foveal.atomic import encode_json, fsync, write_json
 from foveal.errors import CheckpointError, RestartLoopError, RunInUseError
-from foveal.training.lease_holder import LeaseHolder, get_liveness_and_reason, parse_holder
+from foveal.training.lease_holder import LeaseHolder, get_liveness_and_reason, number_or_none, parse_holder
 
 _ATTEMPT = re.compile(r"(\d{4,})\.json")
 _START = re.compile(r"(\d{4,})\.start\.json")
@@ -228,12 +228,12 @@ def list_attempts(run_dir: Path) -> list[AttemptRecord]:
         record = AttemptRecord(
             number=number,
             holder=parse_holder(facts),
-            started_at=facts.get("time", 0.0),
-            start_step=start.get("step"),
-            end_step=end.get("step"),
-            exit_code=end.get("code"),
-            reason=end.get("why"),
-            duration_seconds=end.get("seconds"),
+            started_at=number_or_none(facts.get("time")) or 0.0,
+            start_step=number_or_none(start.get("step")),
+            end_step=number_or_none(end.get("step")),
+            exit_code=number_or_none(end.get("code")),
+            reason=None if end.get("why") is None else str(end["why"]),
+            duration_seconds=number_or_none(end.get("seconds")),
         )
         records.append(record)
     return records

@@ -38,9 +38,17 @@ def current_holder(world_size: int, job: SlurmJob | None = None) -> LeaseHolder:
 def parse_holder(facts: dict[str, Any]) -> LeaseHolder | None:
     """Return the holder in the content of an attempt's file; None if the file holds something else."""
     try:
-        return LeaseHolder(**{name: value for name, value in facts.items() if name != "time"})
+        holder = LeaseHolder(**{name: value for name, value in facts.items() if name != "time"})
     except TypeError:
         return None
+    numbers, texts = (holder.pid, holder.ranks, holder.restart), (holder.host, holder.born)
+    is_whole = all(type(number) is int for number in numbers) and all(isinstance(text, str) for text in texts)
+    return holder if is_whole else None
+
+
+def number_or_none(value: Any) -> Any:
+    """Return a number of a record of an attempt; None for anything else."""
+    return value if type(value) in (int, float) else None
 
 
 def get_liveness_and_reason(previous: LeaseHolder, current: LeaseHolder) -> tuple[bool | None, str]:
@@ -52,9 +60,7 @@ def get_liveness_and_reason(previous: LeaseHolder, current: LeaseHolder) -> tupl
         and previous.restart < current.restart
     ):
         return False, f"Slurm has started {job} again"
-    # The same boot of the same host and the same pid namespace: pids are comparable.
-    if previous.host == current.host and previous.born.split()[:-1] == current.born.split()[:-1]:
-        is_alive = _process_identity(previous.pid) == previous.born
+    if (is_alive := is_alive_here(previous, current)) is not None:
         return is_alive, "" if is_alive else f"process {previous.pid} is gone"
     if (
         previous.job is not None
@@ -63,6 +69,14 @@ def get_liveness_and_reason(previous: LeaseHolder, current: LeaseHolder) -> tupl
     ):
         return False, f"{job} is {state}"
     return None, ""
+
+
+def is_alive_here(previous: LeaseHolder, current: LeaseHolder) -> bool | None:
+    """Return whether the process of ``previous`` is alive on this host; None if it was on another. Slurm is not asked."""
+    # The same boot of the same host and the same pid namespace: pids are comparable.
+    if previous.host != current.host or previous.born.split()[:-1] != current.born.split()[:-1]:
+        return None
+    return _process_identity(previous.pid) == previous.born
 
 
 def _process_identity(pid: int) -> str | None:

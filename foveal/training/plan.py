@@ -16,11 +16,11 @@ from foveal.data.sampling.subset import EvalSplit, eval_split, select_subset
 from foveal.engines.build import check_engine_config
 from foveal.errors import ConfigError, DataError, ExportError
 from foveal.optim.schedule import count_plateau_drops, step_decay_lr, warmup_constant_lr, warmup_cosine_lr
+from foveal.quantities import format_count
 from foveal.training.config import StageConfig
 from foveal.training.evaluations import Metric
 from foveal.training.lineage import Fork
 from foveal.training.plan_lines import checkpoint_line, order_line, resize_lines, warning_lines
-from foveal.training.progress import format_count
 from foveal.weights.export import Card
 from foveal.weights.pretrained import SourceModel
 

@@ -15,13 +15,13 @@ from foveal.atomic import read_json, write_json
 from foveal.data.config import DataConfig, expand_path
 from foveal.data.format.manifest import read_manifest
 from foveal.errors import CheckpointError, FovealError
+from foveal.quantities import format_count, format_duration
 from foveal.redact import redact
 from foveal.renames import translate_metrics
 from foveal.tracking.tail import read_step_rows
 from foveal.training.config import StageConfig
 from foveal.training.fork_source import list_checkpoints
 from foveal.training.lease import list_attempts
-from foveal.training.progress import format_count, format_duration
 
 _WIDTH, _LABEL_WIDTH = 80, 10
 _MAX_AVERAGED_STEPS = 100

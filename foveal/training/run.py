@@ -19,6 +19,7 @@ from foveal.distributed.watchdog import Watchdog
 from foveal.distributed.world import World
 from foveal.engines.base import Engine
 from foveal.inspect.picture import Picture, save_picture
+from foveal.quantities import format_count
 from foveal.tracking.tracker import NullTracker, Tracker
 from foveal.training.attempt_end import describe_leave
 from foveal.training.attempt_start import begin_attempt, superseded_error
@@ -32,7 +33,7 @@ from foveal.training.meters.metric_accumulator import MetricAccumulator, MetricR
 from foveal.training.meters.stragglers import StragglerMeter
 from foveal.training.meters.throughput import ThroughputMeter, measure_peak_memory
 from foveal.training.plan import Plan
-from foveal.training.progress import ProgressReporter, format_count
+from foveal.training.progress import ProgressReporter
 from foveal.training.report import log_report, write_finished
 from foveal.training.rollback import RollbackController
 

@@ -7,7 +7,7 @@ import pytest
 from processes import PYTHON, ROOT, Ended, column, ended, rows_of
 from ranks import Ranks, stage_named
 
-from foveal.training.progress import format_count
+from foveal.quantities import format_count
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # of real processes, each several seconds
 

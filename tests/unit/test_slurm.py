@@ -26,6 +26,7 @@ from foveal.slurm import (
     read_slurm_job,
     requeue_job,
     show_job,
+    show_job_or_end,
     show_step_job,
     slurm_job_tags,
     slurm_nodes_by_rank,
@@ -233,3 +234,37 @@ def test_without_an_answer_only_a_requeue_says_so(
     for ask in (show_job, requeue_job):
         with pytest.raises(SlurmUnavailableError, match="scontrol"):
             ask("77")
+
+
+def test_a_job_that_the_controller_forgot_is_in_the_accounting(scontrol: Callable[[str], None], tmp_path: Path) -> None:
+    scontrol(
+        "echo 'JobId=77 JobState=PENDING Reason=Priority NodeList=(null) Restarts=2 TimeLimit=01:00:00 RunTime=00:10:00'"
+    )
+    job = show_job_or_end("77", 5.0)
+    assert job is not None
+    assert (job.is_pending, job.has_processes, job.reason, job.nodes, job.restart_count) == (
+        True,
+        False,
+        "Priority",
+        "",
+        2,
+    )
+    assert job.time_left == 3000.0
+    scontrol("echo slurm_load_jobs error: Invalid job id specified >&2; exit 1")
+    sacct = tmp_path / "sacct"
+    for script, state, nodes in (
+        ("echo 'CANCELLED by 0|node[1-2]'", "CANCELLED", "node[1-2]"),
+        ("echo 'TIMEOUT|node1'", "TIMEOUT", "node1"),
+        ("exit 1", None, None),
+        ("true", None, None),
+        ("echo 'RUNNING|node1'", None, None),  # the accounting is late
+    ):
+        sacct.write_text(f"#!/bin/sh\n{script}\n")
+        sacct.chmod(0o755)
+        job = show_job_or_end("77", 5.0)
+        assert (job and job.state, job and job.nodes) == (state, nodes)
+    sacct.write_text("#!/bin/sh\nexec sleep 60\n")
+    assert show_job_or_end("77", 0.2) is None
+    scontrol("exec sleep 60")
+    with pytest.raises(SlurmUnavailableError):
+        show_job_or_end("77", 0.2)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from foveal.errors import ConfigError, LaunchError
+from foveal.runs.pipeline import read_pipeline_stages
 from slurm import submit
 from slurm.submit import StageJob, build_jobs_and_options, read_sbatch_options, run_jobs_locally
 
@@ -236,3 +237,22 @@ def test_without_slurm_submitting_is_one_sentence(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(LaunchError, match="no sbatch and srun here"):
         submit.submit_jobs([job("finish")], tmp_path, {})
+
+
+def test_the_stages_are_recorded_before_they_run(here: Path) -> None:
+    with pytest.raises(SystemExit) as end:
+        submit.main([str(pipeline(here, TWO)), "--cluster", "local"])
+    assert end.value.code  # the stand-in leaves before its end
+    stages = read_pipeline_stages(Path("runs/pair"))
+    assert [(stage.name, stage.stage, stage.run_dir, stage.job) for stage in stages] == [
+        ("one", "pretrain", Path("runs/pair/one"), None),
+        ("two", "distill", Path("runs/pair/two"), None),
+    ]
+
+
+def test_a_list_of_stages_that_cannot_be_written_stops_nothing(here: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Path("runs").write_text("a file where a folder is to be")
+    with pytest.raises(SystemExit):
+        submit.main([str(pipeline(here, TWO)), "--cluster", "local"])
+    assert "the list of stages is not written" in caplog.text
+    assert Path("started").exists()

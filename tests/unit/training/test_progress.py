@@ -16,9 +16,10 @@ from clock import Clock
 from rich.console import Console
 from screen import read_screen
 
+from foveal.quantities import format_count, format_duration
 from foveal.training import live_bar
 from foveal.training.meters.throughput import ThroughputMeter
-from foveal.training.progress import ProgressReporter, format_count, format_duration
+from foveal.training.progress import ProgressReporter
 
 _DEFAULTS: dict[str, Any] = {"name": "run", "total": 1200, "steps_per_epoch": 60}
 
