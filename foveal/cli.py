@@ -41,6 +41,8 @@ COMMANDS = {
     "embed": Entry("foveal.inference.embed_cli:embed_command", "Features of images, in files.", _USE),
     "neighbours": Entry("foveal.inference.embed_cli:neighbours_command", "The nearest images of an image.", _USE),
     "export": Entry("foveal.convert.cli:export_command", "Hand a model over to timm, transformers or ONNX.", _USE),
+    "report": Entry("foveal.report.cli:report_command", "Write what a run or pipeline did as an HTML page.", _RUNS),
+    "compare": Entry("foveal.report.cli:compare_command", "Differing settings and results of several runs.", _RUNS),
     "attempts": Entry("foveal.commands.attempts:attempts", "List every start of a run and why it ended.", _RUNS),
     "track": Entry("foveal.commands.track:app", "Upload to MLflow the part of a run that it lacks.", _RUNS),
     "plan": Entry("foveal.forecast.cli:plan_command", "Forecast memory, time and traffic on a cluster.", _CLUSTER),
