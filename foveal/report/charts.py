@@ -55,11 +55,12 @@ class Curve:
 
 @dataclass
 class Axes:
-    """Titles and scales of the axes. tickformat: of y, in d3's words."""
+    """Titles and scales of the axes. has_log_scale: whether y can be logarithmic. tickformat: of y, in d3's words."""
 
     y: str
     x: str = "step"
     is_log: bool = False
+    has_log_scale: bool = False
     tickformat: str = ""
     from_zero: bool = False
 
@@ -110,7 +111,7 @@ def draw_curves(
         layout,
         columns,
         rows,
-        has_log_scale=axes.is_log or all(_is_positive(curve.series) for curve in drawn),
+        has_log_scale=axes.has_log_scale and all(_is_positive(curve.series) for curve in drawn),
         height=height,
     )
 
@@ -207,7 +208,7 @@ def _curve_traces(curve: Curve, color: str) -> list[dict[str, Any]]:
                 "name": f"best {name}",
                 "x": [best[0]],
                 "y": [best[1]],
-                        "showlegend": False,
+                "showlegend": False,
                 "marker": {"color": color, "size": 13, "symbol": "star"},
                 "hovertemplate": f"best, step %{{x:,}}: %{{y:.5~g}}<extra>{name}</extra>",
             }
@@ -267,7 +268,7 @@ def _layout(axes: Axes, num_names: int) -> dict[str, Any]:
         "dragmode": "zoom",
     }
     if axes.is_log:
-        layout["yaxis"] |= {"type": "log", "exponentformat": "power", "nticks": 6}
+        layout["yaxis"] |= {"type": "log", "exponentformat": "none", "nticks": 8}
     if axes.tickformat:
         layout["yaxis"]["tickformat"] = axes.tickformat
     if axes.from_zero:
@@ -280,7 +281,9 @@ def _is_positive(series: Series) -> bool:
 
 
 def _nearest(series: Series, steps: Sequence[int]) -> list[tuple[int, str]]:
-    points = [(at, value) for at, value in (series.means() if series.is_thinned else series.points()) if value is not None]
+    points = [
+        (at, value) for at, value in (series.means() if series.is_thinned else series.points()) if value is not None
+    ]
     cells, at = [], 0
     for step in steps:
         while at + 1 < len(points) and abs(points[at + 1][0] - step) <= abs(points[at][0] - step):

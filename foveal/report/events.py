@@ -66,7 +66,9 @@ def read_events(record: RunRecord) -> Events:
     found["bad images"] = [
         Event(step, "bad images", f"{_count(number, 'image')} did not decode") for step, number in sorted(bad.items())
     ]
-    counts = {kind: len(events) for kind, events in found.items() if events} | ({"bad images": sum(bad.values())} if bad else {})
+    counts: dict[EventKind, int] = {kind: len(events) for kind, events in found.items() if events}
+    if bad:
+        counts["bad images"] = sum(bad.values())
     return Events({kind: _select(events) for kind, events in found.items() if events}, counts)
 
 
@@ -91,7 +93,7 @@ def _rollback_step(entry: Mapping[str, Any]) -> int:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and value == value and abs(value) < 1e15
+    return type(value) in (int, float) and abs(value) < 1e15  # false for NaN
 
 
 def _select(events: list[Event]) -> tuple[Event, ...]:

@@ -24,7 +24,9 @@ def describe_lineage(inputs: RunInputs, page: Path, depth: int = 0) -> tuple[Lin
     if depth >= _MAX_DEPTH:
         return (LineageNode("...", "", ()),)
     models = tuple(_describe_model(model, page, depth) for model in inputs.models)
-    return models + tuple(_describe_dataset(dataset) for dataset in inputs.datasets)
+    # What a teacher was evaluated on is not what it was made from.
+    datasets = [dataset for dataset in inputs.datasets if dataset.role == "training" or depth == 0]
+    return models + tuple(_describe_dataset(dataset) for dataset in datasets)
 
 
 def shorten_path(path: str, page: Path) -> str:

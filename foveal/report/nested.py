@@ -1,5 +1,6 @@
 """The runs inside a run: trials of a comparison, folds of a cross-validation."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,7 +39,9 @@ def read_nested(record: RunRecord) -> NestedRuns | None:
     facts = {folder: _read_facts(folder) for folder in folders[:_MAX_RUNS]}
     names = list(dict.fromkeys(name for _, results, _ in facts.values() for name in results))
     # What a trial was chosen by, then the evaluation; a loss is the last.
-    names = sorted(names, key=lambda name: (not is_higher_better(name), not name.startswith(("val", "fold"))))[:_MAX_COLUMNS]
+    names = sorted(names, key=lambda name: (not is_higher_better(name), not name.startswith(("val", "fold"))))[
+        :_MAX_COLUMNS
+    ]
     rows = tuple(
         (folder.name, state, *(format_number(results[name]) if name in results else "" for name in names), duration)
         for folder, (state, results, duration) in facts.items()
@@ -59,7 +62,11 @@ def _read_facts(folder: Path) -> tuple[str, dict[str, float], str]:
     try:
         finished = read_json(folder / "finished.json") if (folder / "finished.json").exists() else {}
         if finished:
-            return "finished", _pick_results(finished.get("summary") or {}), format_duration(finished.get("total_seconds"))
+            return (
+                "finished",
+                _pick_results(finished.get("summary") or {}),
+                format_duration(finished.get("total_seconds")),
+            )
         attempts = list_attempts(folder)
         tags = read_json_or_empty(folder / "tags.json")
         state = str(tags.get("state", "failed")) if attempts and attempts[-1].exit_code is not None else "not finished"
@@ -69,7 +76,7 @@ def _read_facts(folder: Path) -> tuple[str, dict[str, float], str]:
 
 
 def _pick_results(summary: Mapping[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in summary.items() if is_result(name, value) and value == value}
+    return {name: value for name, value in summary.items() if is_result(name, value) and math.isfinite(value)}
 
 
 def _group_of(name: str) -> str:

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -10,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from foveal import __version__
 from foveal.atomic import write_atomic
 from foveal.errors import CheckpointError
 from foveal.report.charts import Chart
-from foveal.report.text import format_number, humanize
+from foveal.report.text import format_number
 
 _ASSETS = Path(__file__).parent / "assets"
 
@@ -38,24 +38,28 @@ def render_page(template: str, title: str, charts: Mapping[str, Chart], facts: M
         ]
     )
     data = {key: {"data": chart.traces, "layout": chart.layout} for key, chart in charts.items()}
-    return _environment().get_template(template).render(
-        title=title,
-        policy=policy,
-        style=Markup(_read_asset("page.css")),  # noqa: S704 - a file of ours
-        scripts=[Markup(script) for script in scripts],  # noqa: S704 - their hashes are in the policy
-        chart_data=encode_for_script(data),
-        written=time.strftime("%Y-%m-%d %H:%M"),
-        version=__version__,
-        **facts,
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            title=title,
+            policy=policy,
+            style=_read_asset("page.css"),
+            scripts=scripts,
+            chart_data=encode_for_script(data),
+            written=time.strftime("%Y-%m-%d %H:%M"),
+            version=__version__,
+            **facts,
+        )
     )
 
 
-def encode_for_script(value: Any) -> Markup:
+def encode_for_script(value: Any) -> str:
     """Return a value as JSON for a ``<script type="application/json">``: no character in it can end the script."""
     text = json.dumps(_without_nonfinite(value), ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)  # noqa: S704 - nothing in it has a meaning in HTML
+    return text
 
 
 def write_page(file: Path, page: str) -> None:
@@ -95,7 +99,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": format_number, "words": humanize}
+    environment.filters["number"] = format_number
     return environment
 
 
@@ -105,4 +109,4 @@ def _without_nonfinite(value: Any) -> Any:
         return {name: _without_nonfinite(inner) for name, inner in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_without_nonfinite(inner) for inner in value]
-    return None if isinstance(value, float) and not value - value == 0 else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

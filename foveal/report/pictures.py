@@ -59,7 +59,15 @@ class PictureBudget:
             content, kind = _read_or_reduce(file, width, height)
         except (OSError, ValueError, Image.DecompressionBombError, SyntaxError) as error:
             return PagePicture(name, name, "", step, file, note=f"cannot be read ({type(error).__name__})")
-        words = (name, title or name, description or f"{title or name}, without a description", step, file, width, height)
+        words = (
+            name,
+            title or name,
+            description or f"{title or name}, without a description",
+            step,
+            file,
+            width,
+            height,
+        )
         if len(content) > self._left:
             return PagePicture(*words, note="left out, because the page would be too large")
         self._left -= len(content)

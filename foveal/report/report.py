@@ -44,13 +44,27 @@ def write_report(path: Path, out: Path | None = None) -> Path:
     return file
 
 
-def find_stages(folder: Path) -> list[RunRecord]:
-    """Return the runs of a pipeline: those in its folder, and those beside it whose ``run.pipeline`` names it.
+def write_report_of_pipeline(folder: Path, run_dir: Path) -> Path:
+    """Write the report of the pipeline of a run that has finished, wherever its directory is, and return the file.
+
+    Raises: CheckpointError, OSError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / REPORT_FILE
+    write_page(file, render_pipeline(folder, find_stages(folder, run_dir), file))
+    return file
+
+
+def find_stages(folder: Path, known: Path | None = None) -> list[RunRecord]:
+    """Return the runs of a pipeline: those in its folder, those beside it whose ``run.pipeline`` names it, and a known one.
 
     Raises: CheckpointError if there is none, or if there are more than a page can have.
     """
     runs = list_runs(folder) if folder.is_dir() else []
-    runs += [run for run in _find_neighbours(folder) if run not in runs]
+    found = {run.resolve(): run for run in runs}
+    for run in [*_find_neighbours(folder), *([] if known is None else [known])]:
+        found.setdefault(run.resolve(), run)
+    runs = list(found.values())
     if not runs:
         read_run(folder)  # raises, and says what the folder is
     if len(runs) > _MAX_RUNS:
@@ -97,11 +111,12 @@ def _find_sources(record: RunRecord, records: Sequence[RunRecord]) -> tuple[str,
         models = record.inputs.models if record.inputs is not None else ()
     except CheckpointError:
         return ()
-    found = []
-    for model in models:
-        for other in records:
-            if other is not record and Path(model.path).is_relative_to(other.path.resolve()):
-                found.append(f"{other.name} as {model.role}")
+    found = [
+        f"{other.name} as {model.role}"
+        for model in models
+        for other in records
+        if other is not record and Path(model.path).is_relative_to(other.path.resolve())
+    ]
     return tuple(dict.fromkeys(found))
 
 

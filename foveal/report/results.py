@@ -1,5 +1,6 @@
 """The results of a run: numbers with their spread, classes, confusions."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -167,7 +168,7 @@ def _tabulate_classes(entries: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, 
 
 
 def _sort_key(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) and value == value else float("inf")
+    return float(value) if isinstance(value, int | float) and not math.isnan(value) else math.inf
 
 
 def _describe_confusions(classes: Sequence[str], matrix: Sequence[Sequence[int]]) -> list[str]:

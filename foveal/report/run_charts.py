@@ -22,7 +22,7 @@ def draw_training(curves: Curves, events: Events) -> list[Chart]:
     losses = [Curve(name, steps[name]) for name in _sorted(steps, is_loss=True)]
     losses += [Curve(name, evaluations[name], is_evaluation=True) for name in _sorted(evaluations, is_loss=True)]
     charts = [
-        draw_curves("loss", "Loss", losses, Axes("loss", is_log=_spans_decades(losses)), events, has_lane=True),
+        draw_curves("loss", "Loss", losses, _log_axes("loss", losses, ratio=4), events, has_lane=True),
         *_evaluation_charts(evaluations, events),
         *_step_metric_charts(steps, events),
         draw_curves("lr", "Learning rate", _pick(steps, "lr"), Axes("learning rate"), events),
@@ -40,8 +40,16 @@ def draw_throughput(record: RunRecord, curves: Curves, events: Events) -> list[C
         draw_curves(
             "speed", "Images per second", _pick(steps, "images_per_second"), Axes("images/s", from_zero=True), events
         ),
-        draw_curves("wait", "Share of time spent waiting for data", waits, Axes("share", tickformat=".0%", from_zero=True), events),
-        draw_curves("ranks", "Seconds of a step before it meets the other ranks", ranks, Axes("seconds", from_zero=True), events),
+        draw_curves(
+            "wait",
+            "Share of time spent waiting for data",
+            waits,
+            Axes("share", tickformat=".0%", from_zero=True),
+            events,
+        ),
+        draw_curves(
+            "ranks", "Seconds of a step before it meets the other ranks", ranks, Axes("seconds", from_zero=True), events
+        ),
         *_node_charts(record),
     ]
     return [chart for chart in charts if chart is not None]
@@ -81,7 +89,7 @@ def _evaluation_charts(evaluations: dict[str, Series], events: Events) -> list[C
             f"evaluation-{number}",
             "Evaluation" if number == 0 else f"Evaluation, more metrics ({number + 1})",
             [Curve(name, evaluations[name], is_evaluation=True) for name in group],
-            Axes("share of 1", tickformat=".0%"),
+            Axes("share", tickformat=".0%"),
             events,
         )
         for number, group in enumerate(_in_groups(shares)[:3])
@@ -102,14 +110,16 @@ def _step_metric_charts(steps: dict[str, Series], events: Events) -> list[Chart 
     ]
     groups = _in_groups([name for name in names if _is_share(steps[name])])[:2]
     return [
-        draw_curves(f"steps-{number}", "In training", [Curve(name, steps[name]) for name in group], Axes("value"), events)
+        draw_curves(
+            f"steps-{number}", "In training", [Curve(name, steps[name]) for name in group], Axes("value"), events
+        )
         for number, group in enumerate(groups)
     ]
 
 
 def _draw_norm(steps: dict[str, Series], events: Events) -> Chart | None:
     norms = _pick(steps, "grad_norm")
-    return draw_curves("norm", "Gradient norm", norms, Axes("norm", is_log=_spans_decades(norms)), events)
+    return draw_curves("norm", "Gradient norm", norms, _log_axes("norm", norms, ratio=20), events)
 
 
 def _node_charts(record: RunRecord) -> list[Chart | None]:
@@ -152,8 +162,8 @@ def _is_share(series: Series) -> bool:
     return series.lowest is not None and series.highest is not None and series.lowest[1] >= 0 and series.highest[1] <= 1
 
 
-def _spans_decades(curves: Sequence[Curve]) -> bool:
-    """Whether curves are positive and need a logarithmic scale to be read."""
+def _log_axes(title: str, curves: Sequence[Curve], ratio: float) -> Axes:
+    """Return axes that can be logarithmic, and are where the highest value is ``ratio`` times the lowest."""
     lows = [curve.series.lowest[1] for curve in curves if curve.series.lowest is not None]
     highs = [curve.series.highest[1] for curve in curves if curve.series.highest is not None]
-    return bool(lows) and min(lows) > 0 and max(highs) / min(lows) > 50
+    return Axes(title, is_log=bool(lows) and min(lows) > 0 and max(highs) / min(lows) > ratio, has_log_scale=True)

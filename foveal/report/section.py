@@ -21,6 +21,7 @@ from foveal.report.summary import Summary, describe_attempts, read_inputs_or_pro
 from foveal.runs.inputs import DatasetInput
 from foveal.runs.record import RunRecord
 
+_STAGE_TITLES = {"pretrain": "Pretraining", "distill": "Distillation", "finetune": "Fine-tuning"}
 _DATA_PICTURES = "data-"
 _MAX_LINKS = 12  # of a kind
 
@@ -59,6 +60,16 @@ class RunSection:
     lineage: tuple[LineageNode, ...]
     links: tuple[Link, ...]
     problems: tuple[str, ...] = field(default_factory=tuple)
+
+    @property
+    def has_more_results(self) -> bool:
+        """Whether there are results that the headline does not show."""
+        return len(self.summary.results) > len(self.tiles) or bool(self.evaluation or self.notes)
+
+    @property
+    def stage_title(self) -> str:
+        """The stage as a noun."""
+        return _STAGE_TITLES.get(self.summary.stage, "Run")
 
     @property
     def charts(self) -> tuple[Chart, ...]:

@@ -87,7 +87,10 @@ class Series:
     def means(self) -> list[Point]:
         """Return the mean of each bucket's finite values, at its middle step."""
         return [
-            ((bucket.first_step + bucket.last_step) // 2, bucket.total / bucket.num_finite if bucket.num_finite else None)
+            (
+                (bucket.first_step + bucket.last_step) // 2,
+                bucket.total / bucket.num_finite if bucket.num_finite else None,
+            )
             for bucket in self._final_buckets()
         ]
 

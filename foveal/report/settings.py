@@ -64,8 +64,17 @@ def list_kinds(stage: str) -> dict[str, str]:
 
 def format_setting(value: Any) -> str:
     """Return a value as YAML writes it on one line, without secrets, cut where it is very long."""
-    text = redact(format_value(value))
+    text = redact(format_value(_round(value)))
     return text if len(text) <= _MAX_VALUE_LENGTH else f"{text[:_MAX_VALUE_LENGTH]} ..."
+
+
+def _round(value: Any) -> Any:
+    """Return plain data with floats of at most six digits: 4/3 is 1.33333."""
+    if isinstance(value, list | tuple):
+        return [_round(inner) for inner in value]
+    if isinstance(value, dict):
+        return {name: _round(inner) for name, inner in value.items()}
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def infer_stage(settings: Mapping[str, Any]) -> str:

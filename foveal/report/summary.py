@@ -38,6 +38,7 @@ class Summary:
     reason: str
     step: int
     total_steps: int | None
+    num_runs: int
     seconds: float | None
     images_per_second: float | None
     num_attempts: int
@@ -45,7 +46,9 @@ class Summary:
 
     @property
     def steps_text(self) -> str:
-        """The steps, of all where they are known and not reached."""
+        """The steps, of all where they are known and not reached; of a run that consists of runs, their number."""
+        if self.num_runs > 1:
+            return format_count(self.num_runs, "run")
         if not self.step:
             return ""
         total = self.total_steps
@@ -77,7 +80,8 @@ def summarize(record: RunRecord, curves: Curves) -> Summary:
         "good" if state in _GOOD else "bad" if state in _BAD else "open",
         redact(record.reason) if state not in ("finished", "running") else "",
         curves.last_step,
-        record.plan.total_steps if record.plan is not None and record.plan.num_runs == 1 else None,
+        record.plan.total_steps if record.plan is not None else None,
+        record.plan.num_runs if record.plan is not None else max(1, len(record.nested)),
         sum_seconds(record),
         mean_speed(record, curves),
         len(record.attempts),
@@ -115,7 +119,9 @@ def mean_speed(record: RunRecord, curves: Curves) -> float | None:
 
 def describe_attempts(record: RunRecord) -> tuple[tuple[str, ...], ...]:
     """Return a row for each attempt: number, start, where, ranks, steps, duration, code, end."""
-    return tuple(_describe_attempt(attempt, record, is_last=attempt is record.attempts[-1]) for attempt in record.attempts)
+    return tuple(
+        _describe_attempt(attempt, record, is_last=attempt is record.attempts[-1]) for attempt in record.attempts
+    )
 
 
 def read_inputs_or_problem(record: RunRecord) -> tuple[RunInputs | None, str]:

@@ -6,18 +6,14 @@ from typing import Any
 
 def format_number(value: Any) -> str:
     """Return a number with four digits, thousands separated; anything else as text."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if type(value) not in (int, float):
         return str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
+    if isinstance(value, int) or (value.is_integer() and 0 < abs(value) < 1e9):
+        return f"{value:,.0f}"
     if not math.isfinite(value):
         return "not finite"
-    if value == 0:
-        return "0"
-    if value.is_integer() and abs(value) < 1e9:
-        return f"{value:,.0f}"
     magnitude = abs(value)
-    if magnitude >= 1e9 or magnitude < 1e-3:
+    if magnitude >= 1e9 or 0 < magnitude < 1e-3:
         return f"{value:.3g}"
     return f"{value:,.0f}" if magnitude >= 1e4 else f"{value:,.1f}" if magnitude >= 100 else f"{value:.4g}"
 
@@ -42,10 +38,5 @@ def format_count(number: int, noun: str) -> str:
 
 
 def is_higher_better(name: str) -> bool:
-    """Return the direction of a logged metric: lower is better for a loss, higher for the rest."""
-    return "loss" not in name.lower()
-
-
-def humanize(name: str) -> str:
-    """Return a logged name as words: ``val_knn_top1`` is ``val knn top1``."""
-    return name.replace("_", " ").replace("/", " / ")
+    """Return the direction of a logged metric: lower is better for losses, distances and errors, higher for the rest."""
+    return not any(word in name.lower() for word in ("loss", "distance", "error"))

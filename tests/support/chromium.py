@@ -158,9 +158,7 @@ class Page:
 
     def set_size(self, width: int, height: int) -> None:
         """Set the size of the window in CSS pixels."""
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
-        )
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
     def screenshot(self, file: Path, *, max_height: int = 16000) -> None:
         """Write the whole page as PNG."""

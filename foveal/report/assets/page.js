@@ -15,7 +15,7 @@
     responsive: true,
     showTips: false,
     scrollZoom: false,
-    modeBarButtonsToRemove: ["toImage", "select2d", "lasso2d", "autoScale2d"],
+    displayModeBar: false,
   };
   const font = { family: "system-ui, sans-serif", size: 12 };
 
