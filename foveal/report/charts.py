@@ -46,11 +46,21 @@ class Chart:
 
 @dataclass(frozen=True)
 class Curve:
-    """A series with its name in a legend. is_evaluation: drawn with a mark at each value, and one at the best."""
+    """A series with its name in a legend. is_evaluation: drawn with a mark at each value, and one at the best.
+
+    metric: the logged name that says what is better; "": the name. color: "" for the next of the palette.
+    """
 
     name: str
     series: Series
     is_evaluation: bool = False
+    metric: str = ""
+    color: str = ""
+
+    @property
+    def is_higher_better(self) -> bool:
+        """The direction of the metric."""
+        return is_higher_better(self.metric or self.name)
 
 
 @dataclass
@@ -83,7 +93,11 @@ def draw_curves(
     drawn = [curve for curve in curves if curve.series.last is not None][:MAX_TRACES]
     if not drawn:
         return None
-    traces = [trace for number, curve in enumerate(drawn) for trace in _curve_traces(curve, PALETTE[number])]
+    traces = [
+        trace
+        for number, curve in enumerate(drawn)
+        for trace in _curve_traces(curve, curve.color or PALETTE[number], axes.x)
+    ]
     layout = _layout(axes, num_names=len(drawn))
     height = 300
     if events is not None:
@@ -102,11 +116,11 @@ def draw_curves(
                 "showticklabels": False,
                 "zeroline": False,
             }
-    columns, rows = tabulate_curves(drawn)
+    columns, rows = tabulate_curves(drawn, axes.x)
     return Chart(
         key,
         title,
-        " ".join(describe_curve(curve.name, curve.series) for curve in drawn),
+        " ".join(describe_curve(curve, axes.x) for curve in drawn),
         tuple(traces),
         layout,
         columns,
@@ -116,24 +130,25 @@ def draw_curves(
     )
 
 
-def describe_curve(name: str, series: Series) -> str:
-    """Return a sentence with the first, the last and the best value of a curve."""
+def describe_curve(curve: Curve, axis: str) -> str:
+    """Return a sentence with the first, the last and the best value of a curve; ``axis``: what its steps count."""
+    name, series, at = curve.name, curve.series, axis if axis == "step" else f"{axis}:"
     if series.first is None or series.last is None or series.lowest is None or series.highest is None:
         return f"{name}: no finite value."
-    best = series.highest if is_higher_better(name) else series.lowest
-    word = "highest" if is_higher_better(name) else "lowest"
+    best = series.highest if curve.is_higher_better else series.lowest
+    word = "highest" if curve.is_higher_better else "lowest"
     gaps = f", {format_count(series.num_nonfinite, 'value')} not finite" if series.num_nonfinite else ""
     if series.num_values == 1:
-        return f"{name}: {format_number(series.last[1])} at step {series.last[0]:,}."
+        return f"{name}: {format_number(series.last[1])} at {at} {series.last[0]:,}."
     return (
-        f"{name}: {format_number(series.first[1])} at step {series.first[0]:,}, {format_number(series.last[1])} at step "
-        f"{series.last[0]:,}, {word} {format_number(best[1])} at step {best[0]:,}{gaps}."
+        f"{name}: {format_number(series.first[1])} at {at} {series.first[0]:,}, {format_number(series.last[1])} at {at} "
+        f"{series.last[0]:,}, {word} {format_number(best[1])} at {at} {best[0]:,}{gaps}."
     )
 
 
-def tabulate_curves(curves: Sequence[Curve]) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+def tabulate_curves(curves: Sequence[Curve], axis: str) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
     """Return the columns and a few rows of curves: the nearest value of each at the steps of the first one."""
-    columns = ("step", *(curve.name for curve in curves))
+    columns = (axis, *(curve.name for curve in curves))
     steps = [step for step, _ in curves[0].series.table(_TABLE_ROWS)]
     tables = [dict(_nearest(curve.series, steps)) for curve in curves]
     return columns, tuple((f"{step:,}", *(table.get(step, "") for table in tables)) for step in steps)
@@ -173,7 +188,7 @@ def thin_trace(series: Series) -> tuple[list[int], list[float | None]]:
     return [step for step, _ in points], [value for _, value in points]
 
 
-def _curve_traces(curve: Curve, color: str) -> list[dict[str, Any]]:
+def _curve_traces(curve: Curve, color: str, unit: str) -> list[dict[str, Any]]:
     steps, values = thin_trace(curve.series)
     name, series = escape_text(curve.name), curve.series
     # A line has no point where its neighbours are gaps.
@@ -186,7 +201,7 @@ def _curve_traces(curve: Curve, color: str) -> list[dict[str, Any]]:
         "y": values,
         "line": {"color": color, "width": 2 if curve.is_evaluation else 1.5},
         "marker": {"color": color, "size": 6 if curve.is_evaluation else 4},
-        "hovertemplate": f"step %{{x:,}}: %{{y:.5~g}}<extra>{name}</extra>",
+        "hovertemplate": f"{unit} %{{x:,}}: %{{y:.5~g}}<extra>{name}</extra>",
     }
     traces = [line]
     if series.is_thinned:
@@ -197,9 +212,9 @@ def _curve_traces(curve: Curve, color: str) -> list[dict[str, Any]]:
             line
             | {"opacity": 1, "showlegend": True, "line": {"color": color, "width": 2}}
             | {"x": [step for step, _ in means], "y": [value for _, value in means]}
-            | {"hoverinfo": "all", "hovertemplate": f"step %{{x:,}}, mean: %{{y:.5~g}}<extra>{name}</extra>"}
+            | {"hoverinfo": "all", "hovertemplate": f"{unit} %{{x:,}}, mean: %{{y:.5~g}}<extra>{name}</extra>"}
         )
-    best = series.highest if is_higher_better(curve.name) else series.lowest
+    best = series.highest if curve.is_higher_better else series.lowest
     if curve.is_evaluation and best is not None and series.num_values > 1:
         traces.append(
             {
@@ -210,7 +225,7 @@ def _curve_traces(curve: Curve, color: str) -> list[dict[str, Any]]:
                 "y": [best[1]],
                 "showlegend": False,
                 "marker": {"color": color, "size": 13, "symbol": "star"},
-                "hovertemplate": f"best, step %{{x:,}}: %{{y:.5~g}}<extra>{name}</extra>",
+                "hovertemplate": f"best, {unit} %{{x:,}}: %{{y:.5~g}}<extra>{name}</extra>",
             }
         )
     return traces

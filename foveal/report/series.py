@@ -1,7 +1,7 @@
 """A curve of any length in bounded memory: buckets of neighbouring rows with minimum, maximum and mean."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 MAX_BUCKETS = 1000  # a minimum and a maximum of each make at most 2,000 points
 Point = tuple[int, float | None]  # (step, value); None: a gap, where a value was not finite
@@ -66,6 +66,32 @@ class Series:
             self._buckets.append(bucket)
         if len(self._buckets) > 2 * MAX_BUCKETS:
             self._halve()
+
+    def scale_steps(self, factor: int) -> "Series":
+        """Return the curve with its steps multiplied, such as by the images of a step."""
+        if factor == 1:
+            return self
+
+        def scale(pair: tuple[int, float] | None) -> tuple[int, float] | None:
+            return None if pair is None else (pair[0] * factor, pair[1])
+
+        return replace(
+            self,
+            first=scale(self.first),
+            last=scale(self.last),
+            lowest=scale(self.lowest),
+            highest=scale(self.highest),
+            _buckets=[
+                replace(
+                    bucket,
+                    low=scale(bucket.low),
+                    high=scale(bucket.high),
+                    first_step=bucket.first_step * factor,
+                    last_step=bucket.last_step * factor,
+                )
+                for bucket in self._buckets
+            ],
+        )
 
     @property
     def is_thinned(self) -> bool:

@@ -35,23 +35,16 @@ class Chromium:
         """Start the browser with its profile in a new folder."""
         program = find_chromium()
         assert program is not None, "find_chromium says whether there is one"
-        from_browser, browser_writes = os.pipe()
-        browser_reads, to_browser = os.pipe()
-        self._in, self._out = from_browser, to_browser
-
-        def connect() -> None:  # the numbers 3 and 4 may be those of the pipes themselves
-            reads, writes = os.dup(browser_reads), os.dup(browser_writes)
-            os.dup2(reads, 13)
-            os.dup2(writes, 14)
-            os.dup2(13, 3)
-            os.dup2(14, 4)
-
+        self._in, browser_writes = os.pipe()
+        browser_reads, self._out = os.pipe()
+        # The shell gives the pipes their numbers; a function in the child would have to fork a process with threads.
+        line = f'exec "$@" 3<&{browser_reads} 4>&{browser_writes}'
         self._process = subprocess.Popen(
-            [program, *_OPTIONS, f"--user-data-dir={profile}", "about:blank"],
+            ["bash", "-c", line, "chromium", program, *_OPTIONS, f"--user-data-dir={profile}", "about:blank"],
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            close_fds=False,
-            preexec_fn=connect,  # noqa: PLW1509 - the test has no threads
+            pass_fds=(browser_reads, browser_writes),
         )
         os.close(browser_writes)
         os.close(browser_reads)
