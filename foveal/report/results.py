@@ -73,7 +73,12 @@ def choose_tiles(results: Sequence[Result]) -> tuple[Result, ...]:
     candidates = [result for result in results if not result.is_chosen and "holdout" not in result.name]
     ranked = sorted(
         candidates,
-        key=lambda result: (not result.spread, not is_higher_better(result.name), not result.name.startswith("val")),
+        key=lambda result: (
+            not result.spread,
+            result.name.startswith("train_"),
+            not is_higher_better(result.name),
+            not result.name.startswith("val"),
+        ),
     )
     return tuple(ranked[:_MAX_TILES])
 

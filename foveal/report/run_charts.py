@@ -111,7 +111,11 @@ def _step_metric_charts(steps: dict[str, Series], events: Events) -> list[Chart 
     groups = _in_groups([name for name in names if _is_share(steps[name])])[:2]
     return [
         draw_curves(
-            f"steps-{number}", "In training", [Curve(name, steps[name]) for name in group], Axes("value"), events
+            f"steps-{number}",
+            group[0] if len(group) == 1 else "In training",
+            [Curve(name, steps[name]) for name in group],
+            Axes("value"),
+            events,
         )
         for number, group in enumerate(groups)
     ]

@@ -67,6 +67,11 @@ class RunSection:
         return len(self.summary.results) > len(self.tiles) or bool(self.evaluation or self.notes)
 
     @property
+    def has_spread(self) -> bool:
+        """Whether a result has a spread over seeds or folds."""
+        return any(result.spread for result in self.summary.results)
+
+    @property
     def stage_title(self) -> str:
         """The stage as a noun."""
         return _STAGE_TITLES.get(self.summary.stage, "Run")
