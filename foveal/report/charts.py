@@ -4,6 +4,7 @@ Names of metrics, classes and runs are texts of users. Plotly reads a small HTML
 plain. Colours of axes and texts are not stated here: the page's style sheet has them, for light, dark and print.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from foveal.report.text import format_count, format_number, is_higher_better
 PALETTE = ("#2f7fd1", "#c8641b", "#2b9168", "#a05cc4", "#c4487c", "#8a7a1f", "#1d8c9c", "#7d7d86")
 MAX_TRACES = 8
 _TABLE_ROWS = 12
+_MAX_MARKERS = 80  # points of a curve with a mark each
+_LEGEND_WIDTH, _CHARACTER_WIDTH, _LEGEND_ROW = 420, 6.5, 20  # pixels: of a chart in two columns, of a letter, of a row
 _LANES: tuple[tuple[EventKind, str, str, str], ...] = (  # kind, symbol, colour, name in the legend
     ("bad images", "diamond", PALETTE[5], "image that did not decode"),
     ("refused", "x", PALETTE[4], "update refused"),
@@ -65,12 +68,15 @@ class Curve:
 
 @dataclass
 class Axes:
-    """Titles and scales of the axes. has_log_scale: whether y can be logarithmic. tickformat: of y, in d3's words."""
+    """Titles and scales of the axes. has_log_scale: whether y can be logarithmic. has_decades_only: whether only powers
+    of ten are labelled then. tickformat: of y, in d3's words.
+    """
 
     y: str
     x: str = "step"
     is_log: bool = False
     has_log_scale: bool = False
+    has_decades_only: bool = False
     tickformat: str = ""
     from_zero: bool = False
 
@@ -98,8 +104,9 @@ def draw_curves(
         for number, curve in enumerate(drawn)
         for trace in _curve_traces(curve, curve.color or PALETTE[number], axes.x)
     ]
-    layout = _layout(axes, num_names=len(drawn))
-    height = 300
+    legend_rows = _count_legend_rows([curve.name for curve in drawn])
+    layout = _layout(axes, legend_rows)
+    height = 280 + _LEGEND_ROW * max(1, legend_rows)
     if events is not None:
         layout["shapes"] = _event_lines(events)
         if has_lane and (lane := _lane_traces(events)):
@@ -172,7 +179,7 @@ def draw_dots(key: str, title: str, groups: Mapping[str, Sequence[tuple[str, flo
         }
         for number, (group, values) in enumerate(named.items())
     ]
-    layout = _layout(Axes(y_title, x=""), num_names=1)
+    layout = _layout(Axes(y_title, x=""), legend_rows=0)
     layout["xaxis"] |= {"type": "category"}
     sentence = " ".join(
         f"{group}: {format_count(len(values), 'run')}, {format_number(min(value for _, value in values))} to "
@@ -195,7 +202,7 @@ def _curve_traces(curve: Curve, color: str, unit: str) -> list[dict[str, Any]]:
     is_sparse = curve.is_evaluation or series.num_values <= 30 or series.num_nonfinite > 0
     line: dict[str, Any] = {
         "type": "scatter",
-        "mode": "lines+markers" if is_sparse else "lines",
+        "mode": "lines+markers" if is_sparse and series.num_values <= _MAX_MARKERS else "lines",
         "name": name,
         "x": steps,
         "y": values,
@@ -270,25 +277,31 @@ def _event_lines(events: Events) -> list[dict[str, Any]]:
     ]
 
 
-def _layout(axes: Axes, num_names: int) -> dict[str, Any]:
+def _layout(axes: Axes, legend_rows: int) -> dict[str, Any]:
     layout: dict[str, Any] = {
-        "margin": {"l": 64, "r": 16, "t": 34 if num_names > 1 else 12, "b": 44},
+        "margin": {"l": 64, "r": 16, "t": 12 + 22 * legend_rows, "b": 44},
         "xaxis": {"title": {"text": axes.x}, "zeroline": False, "hoverformat": ",d"},
         "yaxis": {"title": {"text": escape_text(axes.y)}, "zeroline": False, "automargin": True},
-        "showlegend": num_names > 1,
+        "showlegend": legend_rows > 0,
         "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-        "hovermode": "x" if num_names > 1 else "closest",
+        "hovermode": "x" if legend_rows else "closest",
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "dragmode": "zoom",
     }
     if axes.is_log:
-        layout["yaxis"] |= {"type": "log", "exponentformat": "none", "nticks": 8}
+        layout["yaxis"] |= {"type": "log", "exponentformat": "none", "dtick": 1 if axes.has_decades_only else "D2"}
     if axes.tickformat:
         layout["yaxis"]["tickformat"] = axes.tickformat
     if axes.from_zero:
         layout["yaxis"]["rangemode"] = "tozero"
     return layout
+
+
+def _count_legend_rows(names: Sequence[str]) -> int:
+    """Return the rows of a legend whose entries are as wide as the widest; 0 for one name, which the title has."""
+    widest = max(map(len, names)) * _CHARACTER_WIDTH + 60
+    return math.ceil(len(names) / max(1, int(_LEGEND_WIDTH / widest))) if len(names) > 1 else 0
 
 
 def _is_positive(series: Series) -> bool:

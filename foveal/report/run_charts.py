@@ -25,7 +25,9 @@ def draw_training(curves: Curves, events: Events) -> list[Chart]:
         draw_curves("loss", "Loss", losses, _log_axes("loss", losses, ratio=4), events, has_lane=True),
         *_evaluation_charts(evaluations, events),
         *_step_metric_charts(steps, events),
-        draw_curves("lr", "Learning rate", _pick(steps, "lr"), Axes("learning rate"), events),
+        draw_curves(
+            "lr", "Learning rate", _pick(steps, "lr"), Axes("learning rate", tickformat=".3~g", from_zero=True), events
+        ),
         _draw_norm(steps, events),
     ]
     return [chart for chart in charts if chart is not None]
@@ -170,4 +172,5 @@ def _log_axes(title: str, curves: Sequence[Curve], ratio: float) -> Axes:
     """Return axes that can be logarithmic, and are where the highest value is ``ratio`` times the lowest."""
     lows = [curve.series.lowest[1] for curve in curves if curve.series.lowest is not None]
     highs = [curve.series.highest[1] for curve in curves if curve.series.highest is not None]
-    return Axes(title, is_log=bool(lows) and min(lows) > 0 and max(highs) / min(lows) > ratio, has_log_scale=True)
+    span = max(highs) / min(lows) if lows and min(lows) > 0 else 1.0
+    return Axes(title, is_log=span > ratio, has_log_scale=True, has_decades_only=span > 30)

@@ -7,7 +7,7 @@ MAX_BUCKETS = 1000  # a minimum and a maximum of each make at most 2,000 points
 Point = tuple[int, float | None]  # (step, value); None: a gap, where a value was not finite
 
 
-@dataclass
+@dataclass(slots=True)
 class _Bucket:
     low: tuple[int, float] | None  # (step, value); None: no value was finite
     high: tuple[int, float] | None
@@ -16,6 +16,26 @@ class _Bucket:
     first_step: int
     last_step: int
     num_rows: int = 1
+
+    def add(self, step: int, pair: tuple[int, float] | None) -> None:
+        """Take up a row; None: its value is not finite."""
+        self.last_step = step
+        self.num_rows += 1
+        if pair is None:
+            return
+        value = pair[1]
+        if self.low is None or value < self.low[1]:
+            self.low = pair
+        if self.high is None or value > self.high[1]:
+            self.high = pair
+        self.total += value
+        self.num_finite += 1
+
+    def mean(self) -> float | None:
+        """Return the mean of the finite values, within their range: that of equal values is the value."""
+        if self.low is None or self.high is None:
+            return None
+        return min(max(self.total / self.num_finite, self.low[1]), self.high[1])
 
     def merge(self, other: "_Bucket") -> None:
         """Take up the rows of a later bucket."""
@@ -45,25 +65,26 @@ class Series:
 
     def add(self, step: int, value: float) -> None:
         """Add the value of a step; steps ascend, and a step that is given again replaces those from it on."""
-        if self._buckets and step < self._buckets[-1].last_step:
+        last = self._buckets[-1] if self._buckets else None
+        if last is not None and step < last.last_step:
             self._drop_after(step)
+            last = self._buckets[-1] if self._buckets else None
         self.num_values += 1
-        pair = (step, value)
-        if math.isfinite(value):
+        is_finite = math.isfinite(value)
+        pair = (step, value) if is_finite else None
+        if pair is not None:
             self.first, self.last = self.first or pair, pair
             if self.lowest is None or value < self.lowest[1]:
                 self.lowest = pair
             if self.highest is None or value > self.highest[1]:
                 self.highest = pair
-            bucket = _Bucket(pair, pair, value, 1, step, step)
         else:
             self.num_nonfinite += 1
             self.first_nonfinite_step = step if self.first_nonfinite_step is None else self.first_nonfinite_step
-            bucket = _Bucket(None, None, 0.0, 0, step, step)
-        if self._buckets and self._buckets[-1].num_rows < self._stride:
-            self._buckets[-1].merge(bucket)
-        else:
-            self._buckets.append(bucket)
+        if last is not None and last.num_rows < self._stride:
+            last.add(step, pair)
+            return
+        self._buckets.append(_Bucket(pair, pair, value if is_finite else 0.0, int(is_finite), step, step))
         if len(self._buckets) > 2 * MAX_BUCKETS:
             self._halve()
 
@@ -112,13 +133,7 @@ class Series:
 
     def means(self) -> list[Point]:
         """Return the mean of each bucket's finite values, at its middle step."""
-        return [
-            (
-                (bucket.first_step + bucket.last_step) // 2,
-                bucket.total / bucket.num_finite if bucket.num_finite else None,
-            )
-            for bucket in self._final_buckets()
-        ]
+        return [((bucket.first_step + bucket.last_step) // 2, bucket.mean()) for bucket in self._final_buckets()]
 
     def table(self, max_rows: int) -> list[Point]:
         """Return some rows of the curve, evenly spaced, the first and the last among them."""
