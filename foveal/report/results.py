@@ -35,11 +35,15 @@ class Result:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What evaluation.json says. columns, rows: the table of classes, the worst first. confusions: in sentences."""
+    """What evaluation.json says. columns, rows: the table of classes, the worst first. confusions: in sentences.
+
+    unit: what the confusion matrix counts: images, boxes or pixels.
+    """
 
     step: int
     split: str
     num_images: int
+    unit: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     num_left_out: int
@@ -91,29 +95,31 @@ def read_evaluation(record: RunRecord) -> Evaluation | None:
     try:
         facts = read_json(file)
         classes = [str(name) for name in facts.get("classes") or ()]
+        unit = str(facts.get("unit") or "images")
         columns, rows = _tabulate_classes(facts.get("per_class") or [])
         matrix = facts.get("confusion") or []
         return Evaluation(
             int(facts.get("step") or 0),
             str(facts.get("split") or ""),
             int(facts.get("num_images") or 0),
+            unit,
             columns,
             tuple(rows[:_MAX_CLASS_ROWS]),
             max(0, len(rows) - _MAX_CLASS_ROWS),
-            draw_confusion(classes, matrix),
-            tuple(_describe_confusions(classes, matrix)),
+            draw_confusion(classes, matrix, unit),
+            tuple(_list_confusions(facts.get("most_confused")) or _describe_confusions(classes, matrix)),
         )
     except (AttributeError, IndexError, KeyError, OSError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read ({type(error).__name__}: {error})") from None
 
 
-def draw_confusion(classes: Sequence[str], matrix: Sequence[Sequence[int]]) -> Chart | None:
+def draw_confusion(classes: Sequence[str], matrix: Sequence[Sequence[int]], unit: str = "images") -> Chart | None:
     """Return the confusion matrix, a row for each true class, as shares of the row; None for none or too many classes."""
     if not matrix or len(matrix) > _MAX_MATRIX_CLASSES or len(matrix) != len(classes):
         return None
     shares = [[value / max(1, sum(row)) for value in row] for row in matrix]
     names = [escape_text(name) for name in classes]
-    has_counts = len(classes) <= 20
+    has_counts = len(classes) <= 20 and max(map(max, matrix)) < 100_000
     trace: dict[str, Any] = {
         "type": "heatmap",
         "z": shares,
@@ -129,7 +135,9 @@ def draw_confusion(classes: Sequence[str], matrix: Sequence[Sequence[int]]) -> C
         "ygap": 1,
         "text": [[f"{value:,}" if value else "" for value in row] for row in matrix] if has_counts else None,
         "texttemplate": "%{text}" if has_counts else None,
-        "hovertemplate": "true %{y}, predicted %{x}: %{customdata} images, %{z:.1%} of the class<extra></extra>",
+        "hovertemplate": "true %{y}, predicted %{x}: %{customdata} "
+        + escape_text(unit)
+        + ", %{z:.1%} of the class<extra></extra>",
     }
     ticks = {"tickmode": "array", "tickvals": list(range(len(names))), "ticktext": [_shorten(name) for name in names]}
     is_crowded = len(names) > 40
@@ -188,6 +196,14 @@ def _describe_confusions(classes: Sequence[str], matrix: Sequence[Sequence[int]]
     return [
         f"{classes[true]} taken for {classes[predicted]}: {count:,} of {sum(matrix[true]):,}."
         for count, true, predicted in top
+    ]
+
+
+def _list_confusions(pairs: Any) -> list[str]:
+    """Return the first five pairs of ``most_confused`` as sentences."""
+    return [
+        f"{pair['class']} taken for {pair['predicted']}: {pair['count']:,} of {pair['support']:,}."
+        for pair in (pairs or [])[:5]
     ]
 
 

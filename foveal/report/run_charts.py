@@ -1,6 +1,7 @@
 """The charts of a run: loss, learning rate, evaluations, gradient norm, throughput, waits, ranks, nodes."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from foveal.report.charts import MAX_TRACES, Axes, Chart, Curve, draw_curves
 from foveal.report.curves import Curves
@@ -13,7 +14,15 @@ _TIMES = ("_ms", "_seconds", "_gigabytes", "_gib")
 # Of a training step, and in a chart of their own or in none.
 _NO_CURVES = ("lr", "grad_norm", "data_wait", "bad_samples", "slowest_rank", "slowest_data_wait", "images_per_second")
 _NO_NODE_METRICS = ("step", "time", "node")
-_MAX_NODE_METRICS = 6
+_NODE_METRICS = (  # those that say most of a training, in this order
+    "gpu_utilization_percentage",
+    "cpu_utilization_percentage",
+    "gpu_memory_usage_percentage",
+    "system_memory_usage_percentage",
+    "disk_read_megabytes_per_second",
+    "network_receive_megabytes_per_second",
+)
+_MAX_NODE_METRICS, _MAX_READ_NODE_METRICS = 6, 32
 
 
 def draw_training(curves: Curves, events: Events) -> list[Chart]:
@@ -129,25 +138,38 @@ def _draw_norm(steps: dict[str, Series], events: Events) -> Chart | None:
 
 
 def _node_charts(record: RunRecord) -> list[Chart | None]:
-    """Return a chart for each metric of nodes.jsonl with a curve for each node."""
+    """Return a chart for each of the most telling metrics of nodes.jsonl, with a curve for each node."""
     metrics: dict[str, dict[str, Series]] = {}
     for entry in read_lines(record.path / "nodes.jsonl"):
         if type(entry.get("step")) is not int:
             continue
+        node = str(entry.get("node", ""))
         for name, value in entry.items():
-            if name in _NO_NODE_METRICS or type(value) not in (int, float):
+            number = None if name in _NO_NODE_METRICS else _mean_of(value)
+            if number is None or (name not in metrics and len(metrics) >= _MAX_READ_NODE_METRICS):
                 continue
-            if name in metrics or len(metrics) < _MAX_NODE_METRICS:
-                nodes = metrics.setdefault(name, {})
-                node = str(entry.get("node", ""))
-                if node in nodes or len(nodes) < MAX_TRACES:
-                    nodes.setdefault(node, Series()).add(entry["step"], float(value))
+            nodes = metrics.setdefault(name, {})
+            if node in nodes or len(nodes) < MAX_TRACES:
+                nodes.setdefault(node, Series()).add(entry["step"], number)
+    telling = sorted(
+        metrics, key=lambda name: _NODE_METRICS.index(name) if name in _NODE_METRICS else len(_NODE_METRICS)
+    )
     return [
         draw_curves(
-            f"node-{number}", f"Nodes: {name}", [Curve(node, series) for node, series in nodes.items()], Axes(name)
+            f"node-{number}",
+            f"Nodes: {name}",
+            [Curve(node, series) for node, series in metrics[name].items()],
+            Axes(name, from_zero=True),
         )
-        for number, (name, nodes) in enumerate(metrics.items())
+        for number, name in enumerate(telling[:_MAX_NODE_METRICS])
     ]
+
+
+def _mean_of(value: Any) -> float | None:
+    """Return a number, or the mean of a list with one for each GPU; None for anything else."""
+    values = value if isinstance(value, list) else [value]
+    numbers = [float(item) for item in values if type(item) in (int, float)]
+    return sum(numbers) / len(numbers) if numbers else None
 
 
 def _pick(steps: dict[str, Series], name: str) -> list[Curve]:

@@ -22,7 +22,7 @@ from foveal.runs.inputs import DatasetInput
 from foveal.runs.record import RunRecord
 
 _STAGE_TITLES = {"pretrain": "Pretraining", "distill": "Distillation", "finetune": "Fine-tuning"}
-_DATA_PICTURES = "data-"
+_DATA_PICTURES, _CONFUSION_PICTURES = "data-", "confusion-"  # prefixes of file names
 _MAX_LINKS = 12  # of a kind
 
 
@@ -105,7 +105,12 @@ def describe_run(record: RunRecord, anchor: str, page: Path, budget: PictureBudg
         problems.append(str(error))
     summary = summarize(record, curves)
     is_data = [file for file in record.pictures if file.name.startswith(_DATA_PICTURES)]
-    others = [file for file in record.pictures if file not in is_data]
+    is_drawn = evaluation is not None and evaluation.confusion is not None
+    others = [
+        file
+        for file in record.pictures
+        if file not in is_data and not (is_drawn and file.name.startswith(_CONFUSION_PICTURES))
+    ]
     notes = record.finished.get("notes") or ()
     return RunSection(
         anchor,
