@@ -43,7 +43,8 @@ demo: $(VENV)/.installed
 	@since=$$(date +%s); export OMP_NUM_THREADS=1; \
 	$(BIN)/foveal data pack digits --out data/digits; \
 	$(BIN)/python slurm/submit.py configs/pipelines/demo.yaml --cluster local; \
-	$(BIN)/python -m foveal.commands.summary runs/demo --since $$since
+	$(BIN)/python -m foveal.commands.summary runs/demo --since $$since; \
+	printf 'report    '; $(BIN)/foveal report runs/demo
 
 test: TIER := -m 'not thorough'
 test-rest: TIER := -m thorough

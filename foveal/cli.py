@@ -44,6 +44,8 @@ COMMANDS = {
     "export": Entry("foveal.convert.cli:export_command", "Hand a model over to timm, transformers or ONNX.", _USE),
     "status": Entry("foveal.commands.status:status_command", "What runs are doing: step, time left, rates.", _RUNS),
     "runs": Entry("foveal.commands.runs:runs_command", "List runs with their best number.", _RUNS),
+    "report": Entry("foveal.report.cli:report_command", "Write what a run or pipeline did as an HTML page.", _RUNS),
+    "compare": Entry("foveal.report.cli:compare_command", "Differing settings and results of several runs.", _RUNS),
     "attempts": Entry("foveal.commands.attempts:attempts", "List every start of a run and why it ended.", _RUNS),
     "lineage": Entry("foveal.commands.lineage:lineage", "Show what a model was made from, back to the data.", _RUNS),
     "track": Entry("foveal.commands.track:app", "Upload to MLflow the part of a run that it lacks.", _RUNS),

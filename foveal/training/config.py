@@ -34,7 +34,7 @@ class BatchConfig(Config):
 
 
 class LogConfig(Config):
-    """Intervals of logging, images and profiler traces."""
+    """Intervals of logging, images and profiler traces, and the report."""
 
     every: int = machine(20, "Steps between two writes of metrics; each write has a row for every step.", ge=1)
     images_every: int = machine(
@@ -50,6 +50,7 @@ class LogConfig(Config):
     profile_steps: tuple[int, int] | None = machine(
         None, "[first, last] step, counted from 1, that rank 0 profiles into RUN/profile/. null: no trace."
     )
+    report: bool = machine(True, "Write RUN/report.html, and that of run.pipeline, when the run is finished.")
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:

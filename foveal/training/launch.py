@@ -3,6 +3,7 @@
 import logging
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from foveal.data.storage.listing import list_files_if
@@ -11,6 +12,7 @@ from foveal.distributed.launcher import LaunchEnv
 from foveal.distributed.preemption import Preemption, handle_stop_signals, ignore_stop_signals
 from foveal.distributed.run_identity import RunIdentity
 from foveal.distributed.world import World, init_world
+from foveal.redact import redact
 from foveal.training.config import StageConfig
 from foveal.training.report import wrap_lines
 from foveal.training.run_directory import keep_rules_of_run, open_run
@@ -57,4 +59,27 @@ def _execute_run(stage: Stage[Any, Any], world: World, preemption: Preemption, c
         for line in wrap_lines(lines) if sys.stderr.isatty() else lines:  # whole lines where a reader searches them
             _log.info(line)
         stage.functions.train(run.plan, run)
+    if run.is_finished and world.rank == 0 and plan.cfg.log.report:
+        _write_reports(run.path, plan.cfg.run.pipeline)
     return run.is_finished
+
+
+def _write_reports(run_dir: Path, pipeline_dir: str | None) -> None:
+    """Write the report of a finished run, and that of its pipeline, which the stage that finishes last completes.
+
+    The run is closed and lacks nothing: whatever goes wrong here is one warning.
+    """
+    try:
+        from foveal.report.report import write_report, write_report_of_pipeline  # jinja2, at the end of a run
+
+        _log.info("report    %s", write_report(run_dir))
+        if pipeline_dir is not None:
+            _log.info("report    %s", write_report_of_pipeline(Path(pipeline_dir), run_dir))
+    except Exception as error:  # noqa: BLE001 - a page must not end a run that is finished
+        _log.warning(
+            "%s is finished, and its report is not written (%s: %s); foveal report %s writes it later",
+            run_dir,
+            type(error).__name__,
+            redact(str(error)),
+            run_dir,
+        )

@@ -179,6 +179,21 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
         (),
     ),
+    # Pages about runs: above the reader of run directories, below the training that writes one at its end.
+    "foveal.report": (
+        (
+            *CONFIGURED,
+            "foveal.atomic",
+            "foveal.inspect.picture",
+            "foveal.runs",
+            "foveal.setting_docs",
+            "foveal.tracking",
+            "foveal.training.lease",
+            "foveal.training.lease_holder",
+            "foveal.training.lineage",
+        ),
+        ("PIL", "jinja2", "plotly", "pydantic_core", "typer"),
+    ),
     # One attempt at a run.
     "foveal.training.evaluations": ((), ()),
     "foveal.training.lease_holder": (("foveal.slurm",), ()),
@@ -202,6 +217,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "foveal.interrupt",
             "foveal.optim",
             "foveal.quantities",
+            "foveal.report",
             "foveal.rules",
             "foveal.runs",
             "foveal.setting_docs",

@@ -53,6 +53,7 @@ CONFIGS = get_stage_configs()
 # Model cards brought five: the licence (three), who made the model, and what it is for, for whoever hands an export on.
 # Attention that suits a processor brought one.
 # Pictures at a run's end brought one, for who does without them.
+# Reports at the end of a run brought one, for whose run directories are counted in megabytes.
 MOST_SETTINGS = {"pretrain": 121, "distill": 142, "finetune": 166}
 
 

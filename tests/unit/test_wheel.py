@@ -1,4 +1,4 @@
-"""An installed foveal has the configs that a checkout has."""
+"""An installed foveal has the configs and the templates of pages that a checkout has."""
 
 import shutil
 import subprocess
@@ -11,7 +11,7 @@ from processes import ROOT
 
 
 @pytest.mark.thorough
-def test_the_wheel_has_every_config(tmp_path: Path) -> None:
+def test_the_wheel_has_every_config_and_template(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -21,5 +21,8 @@ def test_the_wheel_has_every_config(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source]
     subprocess.run(build, check=True, capture_output=True, text=True)
     (wheel,) = tmp_path.glob("*.whl")
-    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".yaml")}
+    names = set(zipfile.ZipFile(wheel).namelist())
+    packed = {name for name in names if name.endswith(".yaml")}
+    assets = {str(file.relative_to(ROOT)) for file in (ROOT / "foveal" / "report" / "assets").iterdir()}
+    assert assets and assets <= names
     assert packed == {f"foveal/{file.relative_to(ROOT)}" for file in (ROOT / "configs").rglob("*.yaml")}

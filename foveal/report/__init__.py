@@ -1,0 +1,1 @@
+"""Reports of runs and pipelines as self-contained HTML pages, and comparisons of runs."""

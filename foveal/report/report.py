@@ -1,0 +1,150 @@
+"""The report of a run or of a pipeline: which runs it has, and its page."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from foveal.errors import CheckpointError
+from foveal.report.charts import Chart
+from foveal.report.page import render_page, write_page
+from foveal.report.pictures import PictureBudget
+from foveal.report.section import RunSection, describe_run, link_to
+from foveal.report.text import format_duration
+from foveal.runs.record import RunRecord, is_run, list_runs, read_run
+
+REPORT_FILE = "report.html"
+_PICTURE_BYTES = 1_900_000  # of a run, before base64 makes a third more of them
+_PIPELINE_PICTURE_BYTES = 4_500_000
+_MAX_RUNS = 30
+_MAX_NEIGHBOURS = 200  # folders beside a pipeline that may hold a stage of it
+
+
+@dataclass(frozen=True)
+class ChainLink:
+    """A stage in the chain of a pipeline. inputs: names of the stages whose exports it was made from."""
+
+    section: RunSection
+    inputs: tuple[str, ...]
+
+
+def write_report(path: Path, out: Path | None = None) -> Path:
+    """Write the report of a run or pipeline, by default into its folder, and return the file.
+
+    Raises: CheckpointError for a folder without runs, or a place that cannot be written.
+    """
+    if is_run(path):
+        file = out or path / REPORT_FILE
+        page = render_run(read_run(path), file)
+    else:
+        runs = find_stages(path)
+        file = out or path / REPORT_FILE
+        page = render_pipeline(path, runs, file)
+    write_page(file, page)
+    return file
+
+
+def write_report_of_pipeline(folder: Path, run_dir: Path) -> Path:
+    """Write the report of the pipeline of a run that has finished, wherever its directory is, and return the file.
+
+    Raises: CheckpointError, OSError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / REPORT_FILE
+    write_page(file, render_pipeline(folder, find_stages(folder, run_dir), file))
+    return file
+
+
+def find_stages(folder: Path, known: Path | None = None) -> list[RunRecord]:
+    """Return the runs of a pipeline: those in its folder, those beside it whose ``run.pipeline`` names it, and a known one.
+
+    Raises: CheckpointError if there is none, or if there are more than a page can have.
+    """
+    runs = list_runs(folder) if folder.is_dir() else []
+    found = {run.resolve(): run for run in runs}
+    for run in [*_find_neighbours(folder), *([] if known is None else [known])]:
+        found.setdefault(run.resolve(), run)
+    runs = list(found.values())
+    if not runs:
+        read_run(folder)  # raises, and says what the folder is
+    if len(runs) > _MAX_RUNS:
+        raise CheckpointError(
+            f"{folder} holds {len(runs)} runs, and a page has at most {_MAX_RUNS}: give a run, or a pipeline's folder"
+        )
+    records = [read_run(run) for run in runs]
+    return sorted(records, key=lambda record: record.attempts[0].started_at if record.attempts else 0.0)
+
+
+def render_run(record: RunRecord, file: Path) -> str:
+    """Return the page of a run. file: where it is going to be."""
+    section = describe_run(record, "run", file, PictureBudget(_PICTURE_BYTES))
+    pipeline = _find_pipeline_page(record)
+    facts = {"section": section, "pipeline_href": link_to(pipeline, file) if pipeline is not None else ""}
+    return render_page("run.html.j2", f"{record.name} · {section.summary.stage or 'run'}", chart_ids([section]), facts)
+
+
+def render_pipeline(folder: Path, records: Sequence[RunRecord], file: Path) -> str:
+    """Return the page of a pipeline: the chain, then each stage."""
+    budget = PictureBudget(_PIPELINE_PICTURE_BYTES)
+    sections = [describe_run(record, f"stage-{number}", file, budget) for number, record in enumerate(records, 1)]
+    chain = [
+        ChainLink(section, _find_sources(record, records)) for section, record in zip(sections, records, strict=True)
+    ]
+    seconds = [section.summary.seconds for section in sections if section.summary.seconds is not None]
+    facts = {
+        "name": folder.resolve().name,
+        "chain": chain,
+        "duration": format_duration(sum(seconds)) if seconds else "",
+        "open_stages": [section.summary.name for section in sections if section.summary.tone != "good"],
+    }
+    return render_page("pipeline.html.j2", f"{folder.resolve().name} · pipeline", chart_ids(sections), facts)
+
+
+def chart_ids(sections: Sequence[RunSection]) -> dict[str, Chart]:
+    """Return the charts of a page by the id of their element."""
+    return {f"{section.anchor}-{chart.key}": chart for section in sections for chart in section.charts}
+
+
+def _find_sources(record: RunRecord, records: Sequence[RunRecord]) -> tuple[str, ...]:
+    """Return the stages of the pipeline that a run was made from, with the role of each."""
+    try:
+        models = record.inputs.models if record.inputs is not None else ()
+    except CheckpointError:
+        return ()
+    found = [
+        f"{other.name} as {model.role}"
+        for model in models
+        for other in records
+        if other is not record and Path(model.path).is_relative_to(other.path.resolve())
+    ]
+    return tuple(dict.fromkeys(found))
+
+
+def _find_pipeline_page(record: RunRecord) -> Path | None:
+    """Return the report of the pipeline that a run belongs to, if there is one beside it."""
+    if record.pipeline is None:
+        return None
+    candidates = [record.path.resolve().parent, record.pipeline.resolve()]
+    for folder in candidates:
+        if folder.name == record.pipeline.name and (folder / REPORT_FILE).exists():
+            return folder / REPORT_FILE
+    return None
+
+
+def _find_neighbours(folder: Path) -> list[Path]:
+    """Return the runs beside a pipeline's folder whose settings name it."""
+    folder = folder.resolve()
+    if not folder.parent.is_dir():
+        return []
+    setting = re.compile(rf"^\s+pipeline:.*{re.escape(folder.name)}['\"]?\s*$", re.MULTILINE)
+    found = []
+    for config in sorted(folder.parent.glob("*/config.yaml"))[:_MAX_NEIGHBOURS]:
+        try:
+            is_named = setting.search(config.read_text("utf-8", "replace")) is not None
+        except OSError:
+            continue
+        if is_named and is_run(config.parent):
+            pipeline = read_run(config.parent).pipeline
+            if pipeline is not None and pipeline.resolve() == folder:
+                found.append(config.parent)
+    return found
