@@ -42,6 +42,11 @@ class LogConfig(Config):
         "Pretraining: steps between saved reconstructions; 0: only at the end of the run. Other stages ignore it.",
         ge=0,
     )
+    node_metrics: bool = machine(
+        True,
+        "Record the use of every node (processors, memory, disks, network, GPUs) in RUN/nodes.jsonl and MLflow's system "
+        "metrics.",
+    )
     profile_steps: tuple[int, int] | None = machine(
         None, "[first, last] step, counted from 1, that rank 0 profiles into RUN/profile/. null: no trace."
     )

@@ -41,6 +41,7 @@ from foveal.training.lease import Attempt, Lease, acquire_lease
 from foveal.training.lease_holder import current_holder
 from foveal.training.lineage import Fork
 from foveal.training.meters.stragglers import StragglerMeter
+from foveal.training.node_log import open_node_log
 from foveal.training.out_of_memory import diagnose_out_of_memory
 from foveal.training.plan import Plan, PlanT
 from foveal.training.rank_log import log_to_file
@@ -97,13 +98,15 @@ def open_run(
             plan = decide_auto_settings(plan, store, world)  # before anything reads the engine's settings
             saver = CheckpointSaver(store, is_superseded=attempt.poll_superseded, write_timeout_seconds=timeout / 2)
             meter = StragglerMeter(world.device, socket.gethostname())
-            progress = outer_run.progress if outer_run is not None else None
-            run = Run(stage_name, path, plan, world, preemption, attempt, store, watchdog, saver, meter, progress)
+            run = Run(stage_name, path, plan, world, preemption, attempt, store, watchdog, saver, meter)
+            if outer_run is not None:
+                run.outer_progress, run.outer_tracker = outer_run.progress, outer_run.tracker
             run.workers = stack.enter_context(open_workers(plan, world, outer_run))
             open_runs.append(run)
             stack.callback(lambda: _close_tracker(run, end.state, end.reason))
             stack.callback(run.close)
             stack.callback(lambda: end.set_step(run.step))
+            run.node_log = open_node_log(path, world, plan.cfg.log)  # run.close ends it
             yield run
             run.finish_checkpoint()
         except BaseException as error:

@@ -1,0 +1,301 @@
+"""Delivery of nested runs (trials, folds) by the uploader of the run that contains them.
+
+A nested run has no connection of its own: the outer run's uploader finds it in the run directory and delivers it as a run
+whose parent is the outer run. Training waits for none of it; the end of the outer run waits for all of it together.
+"""
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from foveal.atomic import write_json
+from foveal.errors import FovealError
+from foveal.tracking.jsonl import JsonlTracker
+from foveal.tracking.sync import MetricsFileReplaced, RemoteRun, RunSync
+from foveal.tracking.tail import MetricsTail, read_json_or_empty, read_step_rows
+from foveal.tracking.tracker import AttemptState, MetricRow, Tracker
+from foveal.tracking.uploader import Uploader, UploadingTracker
+
+NESTED_FOLDERS = ("trials", "folds")
+_DELIVERED = "nested-delivered.json"
+_MAX_OPEN = 32  # ended runs whose files wait: each holds an open file
+_log = logging.getLogger(__name__)
+
+
+class SyncWithNested(RunSync):
+    """Uploads a run directory and, after each part of it, the same part of its nested runs.
+
+    ``connect_nested(folder)`` returns how to connect to a nested run's store. A run that a store has completely is noted
+    in RUN/nested-delivered.json and left alone by later attempts; without ``trusts_notes`` it is compared again.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        tail: MetricsTail,
+        connect: Callable[[], RemoteRun],
+        connect_nested: Callable[[Path], Callable[[], RemoteRun]],
+        *,
+        trusts_notes: bool = True,
+    ) -> None:
+        super().__init__(run_dir, tail, connect)
+        self._run_dir, self._connect_nested, self._trusts_notes = run_dir, connect_nested, trusts_notes
+        self._lock = threading.Lock()  # of the four below: a training adds runs while the uploader's thread works
+        self._open: dict[Path, RunSync] = {}
+        self._live: set[Path] = set()  # of this process, under way
+        self._retired: list[RunSync] = []  # for the uploader's thread to close
+        self._retired_live: list[RunSync] = []  # for the end
+        self._done: set[Path] = set()  # delivered, or given up
+        self._rows_done: set[Path] = set()  # ended, and only files are left
+        self._noted_run_id: str | None = None  # the store's id of the outer run
+
+    def add_live(self, folder: Path, tail: MetricsTail) -> RunSync:
+        """Add a nested run that begins in this process, in place of its former attempt."""
+        folder = self._find_own(folder)
+        sync = RunSync(folder, tail, self._connect_nested(folder))
+        sync.counts = self.counts
+        with self._lock:
+            if folder in self._open:
+                self._retired.append(self._open[folder])
+            self._open[folder] = sync
+            self._live.add(folder)
+            self._done.discard(folder)
+            self._rows_done.discard(folder)
+        return sync
+
+    def end_live(self, folder: Path) -> None:
+        """Note that a nested run's attempt has ended."""
+        with self._lock:
+            self._live.discard(self._find_own(folder))
+
+    def upload_rows_and_tags(self) -> None:
+        """Upload settings, tags and rows. Raises: as ``RunSync``, after which ``reset_connection`` is due."""
+        super().upload_rows_and_tags()
+        self._close_retired()
+        self._learn_delivered()
+        for folder in self._list_pending():
+            is_live = folder in self._live  # before its rows are read: more may come until it has ended
+            if folder in self._rows_done or not self._run_safely(folder, RunSync.upload_rows_and_tags):
+                continue
+            if not is_live and folder not in self._live:
+                self._rows_done.add(folder)
+                self._close_idle()
+
+    def upload_files(self, *, final: bool) -> None:
+        """Upload files. Raises: as ``upload_rows_and_tags``."""
+        super().upload_files(final=final)
+        for folder in self._list_pending():
+            has_ended = folder in self._rows_done
+            if not has_ended and folder not in self._live:
+                continue  # its rows come first
+            done = self._run_safely(folder, lambda sync: sync.upload_files(final=has_ended or final))  # noqa: B023
+            if done and has_ended:
+                self._forget(folder)
+                self._note_delivered(folder)
+
+    def reset_connection(self) -> None:
+        """Reconnect at the next upload."""
+        super().reset_connection()
+        for sync in self._list_open():
+            sync.reset_connection()
+
+    def count_pending_rows(self) -> int:
+        """Count the rows of all runs that are looked at and not delivered yet."""
+        count = super().count_pending_rows()
+        for sync in self._list_open():
+            try:
+                count += sync.count_pending_rows()
+            except OSError:  # delivered and closed in this moment
+                continue
+        return count
+
+    def close(self) -> None:
+        """Close all files of rows."""
+        super().close()
+        for sync in (*self._list_open(), *self._retired, *self._retired_live):
+            sync.close()
+        self._open, self._retired, self._retired_live = {}, [], []
+
+    def _find_own(self, folder: Path) -> Path:
+        """Return a nested run's folder as this run directory lists it: relative where that is."""
+        return self._run_dir / folder.parent.name / folder.name
+
+    def _list_open(self) -> list[RunSync]:
+        with self._lock:
+            return list(self._open.values())
+
+    def _learn_delivered(self) -> None:
+        """Learn at the first connection, and when the store has lost the run, which runs it has already."""
+        run_id = read_json_or_empty(self._run_dir / "mlflow.json").get("run_id", "")
+        if run_id != self._noted_run_id:
+            delivered = self._read_delivered() if self._trusts_notes else set()
+            with self._lock:
+                self._noted_run_id, self._done = run_id, delivered - self._live
+                self._rows_done.clear()
+
+    def _list_pending(self) -> list[Path]:
+        """Return the runs with something to deliver: those under way first, then the newest ones."""
+        folders = list_nested(self._run_dir)
+        with self._lock:
+            done, live = set(self._done), set(self._live)
+        pending = [(folder not in live, -_modified_at(folder), folder) for folder in folders if folder not in done]
+        return [folder for _, _, folder in sorted(pending)]
+
+    def _run_safely(self, folder: Path, upload: Callable[[RunSync], object]) -> bool:
+        """Upload a part of a nested run; return whether it is delivered. A folder that cannot be read is given up."""
+        try:
+            upload(self._open_sync(folder))
+        except MetricsFileReplaced:  # by another attempt, which is opened in the next round
+            self._forget(folder, for_good=False)
+            return False
+        except FovealError as error:
+            _log.warning("tracking: %s is not delivered: %s", folder, error)
+            self._forget(folder)
+            return False
+        return True
+
+    def _open_sync(self, folder: Path) -> RunSync:
+        """Return the upload of a nested run. Raises: FovealError if its rows cannot be opened."""
+        with self._lock:
+            if folder in self._open:
+                return self._open[folder]
+        file = folder / "metrics.jsonl"
+        try:
+            for _ in read_step_rows(file):  # a damaged line is this run's, and no failure of the store
+                pass
+            tail = MetricsTail(os.open(file, os.O_RDONLY), file)
+        except OSError as error:
+            raise FovealError(f"{file} cannot be read ({error.strerror})") from None
+        sync = RunSync(folder, tail, self._connect_nested(folder))
+        sync.counts = self.counts
+        with self._lock:
+            return self._open.setdefault(folder, sync)
+
+    def _forget(self, folder: Path, *, for_good: bool = True) -> None:
+        with self._lock:
+            sync = self._open.pop(folder, None)
+            if for_good and folder not in self._live:
+                self._done.add(folder)
+                self._rows_done.discard(folder)
+            if sync is not None and folder in self._live:
+                self._retired_live.append(sync)  # its training still writes through it
+                return
+        if sync is not None:
+            sync.close()
+
+    def _close_retired(self) -> None:
+        with self._lock:
+            retired, self._retired = self._retired, []
+        for sync in retired:
+            sync.close()
+
+    def _close_idle(self) -> None:
+        """Close ended runs above a number; their files are uploaded through a new connection."""
+        with self._lock:
+            idle = [folder for folder in self._open if folder in self._rows_done]
+        for folder in idle[: max(len(idle) - _MAX_OPEN, 0)]:
+            self._forget(folder, for_good=False)
+
+    # --- the note of what is delivered ---
+
+    def _read_delivered(self) -> set[Path]:
+        """Return the nested runs that the store has as they are now."""
+        noted = self._read_note()["runs"]
+        return {self._run_dir / name for name, facts in noted.items() if facts == _describe(self._run_dir / name)}
+
+    def _note_delivered(self, folder: Path) -> None:
+        note = self._read_note()
+        note["runs"][str(folder.relative_to(self._run_dir))] = _describe(folder)
+        try:
+            write_json(self._run_dir / _DELIVERED, note)
+        except OSError as error:  # the next attempt compares it again
+            _log.debug("%s is not written: %s", _DELIVERED, error)
+
+    def _read_note(self) -> dict[str, Any]:
+        """Return the note of this store's run; an empty one if the store has lost the run or is another."""
+        run_id = read_json_or_empty(self._run_dir / "mlflow.json").get("run_id")
+        try:
+            note = read_json_or_empty(self._run_dir / _DELIVERED)
+        except FovealError:
+            note = {}
+        return note if note.get("run_id") == run_id and "runs" in note else {"run_id": run_id, "runs": {}}
+
+
+class OuterTracker(UploadingTracker):
+    """The tracker of a run whose uploader also delivers its nested runs."""
+
+    def __init__(self, jsonl_tracker: JsonlTracker, uploader: Uploader, sync: SyncWithNested) -> None:
+        super().__init__(jsonl_tracker, uploader)
+        self.uploader, self.sync = uploader, sync
+
+    def add_nested(self, folder: Path, jsonl_tracker: JsonlTracker) -> Tracker:
+        """Return the tracker of a nested run that begins."""
+        return NestedTracker(folder, jsonl_tracker, self)
+
+
+class NestedTracker:
+    """Writes to a nested run's directory and wakes the outer run's uploader; it waits for nothing."""
+
+    def __init__(self, folder: Path, jsonl_tracker: JsonlTracker, outer: OuterTracker) -> None:
+        self._folder, self._jsonl_tracker, self._outer = folder, jsonl_tracker, outer
+        self._sync = outer.sync.add_live(folder, jsonl_tracker.open_tail())
+
+    def log_settings(self, settings: dict[str, Any], tags: dict[str, str]) -> None:
+        self._jsonl_tracker.log_settings(settings, tags)
+        self._outer.uploader.notify()
+
+    def log_rows(self, rows: Sequence[MetricRow]) -> None:
+        self._jsonl_tracker.log_rows(rows)
+        self._outer.uploader.notify()
+
+    def log_results_once(self, results: MetricRow, step: int) -> None:
+        self._jsonl_tracker.log_results_once(results, step)
+        self._outer.uploader.notify()
+
+    def log_file(self, path: Path) -> None:
+        self._sync.queue_file(path)
+        self._outer.uploader.notify()
+
+    def rewind(self, to_step: int) -> None:
+        self._jsonl_tracker.rewind(to_step)
+        self._sync.on_rewind()
+        self._outer.uploader.notify()
+
+    def skip_flush(self) -> None:
+        """Let the outer run's end not wait either: both leave for the same reason."""
+        self._outer.skip_flush()
+
+    def close(self, state: AttemptState, reason: str = "") -> None:
+        try:
+            self._jsonl_tracker.close(state, reason)
+        finally:
+            self._outer.sync.end_live(self._folder)
+            self._outer.uploader.notify()
+
+
+def list_nested(run_dir: Path) -> list[Path]:
+    """Return the folders of a run's nested runs that have begun."""
+    folders: list[Path] = []
+    for name in NESTED_FOLDERS:
+        with contextlib.suppress(OSError):  # most runs have no nested runs
+            folders += [folder for folder in (run_dir / name).iterdir() if (folder / "metrics.jsonl").exists()]
+    return folders
+
+
+def _modified_at(folder: Path) -> float:
+    try:
+        return (folder / "metrics.jsonl").stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _describe(folder: Path) -> list[Any]:
+    """Return what changes with every later attempt: the size of the rows, and the tags with the state."""
+    try:
+        return [(folder / "metrics.jsonl").stat().st_size, read_json_or_empty(folder / "tags.json")]
+    except (OSError, FovealError):
+        return []
