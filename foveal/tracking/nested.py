@@ -294,8 +294,9 @@ def _modified_at(folder: Path) -> float:
 
 
 def _describe(folder: Path) -> list[Any]:
-    """Return what changes with every later attempt: the size of the rows, and the tags with the state."""
+    """Return what changes with every later attempt: the size of the rows, the attempt's start and its state."""
     try:
-        return [(folder / "metrics.jsonl").stat().st_size, read_json_or_empty(folder / "tags.json")]
+        tags = read_json_or_empty(folder / "tags.json")
+        return [(folder / "metrics.jsonl").stat().st_size, tags.get("attempt.started"), tags.get("state")]
     except (OSError, FovealError):
         return []

@@ -65,12 +65,13 @@ class NodeRows:
         return points if node in self._nodes else []
 
     def _read_lines(self) -> list[bytes]:
-        """Return the next whole lines; none while there is no file."""
-        if not self._file.is_file():
+        """Return the next whole lines; none while there is no file, or none that can be read."""
+        try:
+            with self._file.open("rb") as stream:
+                stream.seek(self._offset)
+                chunk = stream.read(_CHUNK_BYTES)
+        except OSError:
             return []
-        with self._file.open("rb") as stream:
-            stream.seek(self._offset)
-            chunk = stream.read(_CHUNK_BYTES)
         return chunk[: chunk.rfind(b"\n") + 1].splitlines(keepends=True)
 
 
