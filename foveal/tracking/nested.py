@@ -78,23 +78,27 @@ class SyncWithNested(RunSync):
         self._close_retired()
         self._learn_delivered()
         for folder in self._list_pending():
-            is_live = folder in self._live  # before its rows are read: more may come until it has ended
-            if folder in self._rows_done or not self._run_safely(folder, RunSync.upload_rows_and_tags):
+            if folder in self._rows_done:
                 continue
-            if not is_live and folder not in self._live:
-                self._rows_done.add(folder)
-                self._close_idle()
+            sync, has_ended = self._upload_safely(folder, RunSync.upload_rows_and_tags)
+            with self._lock:
+                if sync is not None and has_ended and self._open.get(folder) is sync:  # no new attempt has begun
+                    self._rows_done.add(folder)
+            self._close_idle()
 
     def upload_files(self, *, final: bool) -> None:
         """Upload files. Raises: as ``upload_rows_and_tags``."""
         super().upload_files(final=final)
         for folder in self._list_pending():
-            has_ended = folder in self._rows_done
-            if not has_ended and folder not in self._live:
+            if folder not in self._rows_done and folder not in self._live:
                 continue  # its rows come first
-            done = self._run_safely(folder, lambda sync: sync.upload_files(final=has_ended or final))  # noqa: B023
-            if done and has_ended:
-                self._forget(folder)
+            is_last = final or folder in self._rows_done
+            sync, _ = self._upload_safely(folder, lambda sync: sync.upload_files(final=is_last))  # noqa: B023 - called here
+            if (
+                sync is not None
+                and folder in self._rows_done
+                and self._forget(folder, sync, for_good=True, if_ended=True)
+            ):
                 self._note_delivered(folder)
 
     def reset_connection(self) -> None:
@@ -145,24 +149,30 @@ class SyncWithNested(RunSync):
         pending = [(folder not in live, -_modified_at(folder), folder) for folder in folders if folder not in done]
         return [folder for _, _, folder in sorted(pending)]
 
-    def _run_safely(self, folder: Path, upload: Callable[[RunSync], object]) -> bool:
-        """Upload a part of a nested run; return whether it is delivered. A folder that cannot be read is given up."""
+    def _upload_safely(self, folder: Path, upload: Callable[[RunSync], object]) -> tuple[RunSync | None, bool]:
+        """Upload a part of a nested run; return its upload, and whether the run had ended before.
+
+        None: not delivered. A folder that cannot be read is given up.
+        """
+        sync = None
         try:
-            upload(self._open_sync(folder))
+            sync, has_ended = self._open_sync(folder)
+            upload(sync)
         except MetricsFileReplaced:  # by another attempt, which is opened in the next round
-            self._forget(folder, for_good=False)
-            return False
+            if sync is not None:
+                self._forget(folder, sync, for_good=False)
         except FovealError as error:
             _log.warning("tracking: %s is not delivered: %s", folder, error)
-            self._forget(folder)
-            return False
-        return True
+            self._forget(folder, sync, for_good=True)
+        else:
+            return sync, has_ended
+        return None, False
 
-    def _open_sync(self, folder: Path) -> RunSync:
-        """Return the upload of a nested run. Raises: FovealError if its rows cannot be opened."""
+    def _open_sync(self, folder: Path) -> tuple[RunSync, bool]:
+        """Return the upload of a nested run, and whether the run has ended. Raises: FovealError if its rows cannot be read."""
         with self._lock:
             if folder in self._open:
-                return self._open[folder]
+                return self._open[folder], folder not in self._live
         file = folder / "metrics.jsonl"
         try:
             for _ in read_step_rows(file):  # a damaged line is this run's, and no failure of the store
@@ -173,19 +183,26 @@ class SyncWithNested(RunSync):
         sync = RunSync(folder, tail, self._connect_nested(folder))
         sync.counts = self.counts
         with self._lock:
-            return self._open.setdefault(folder, sync)
+            if folder not in self._open:
+                self._open[folder] = sync
+            else:  # the run has begun in the meantime
+                self._retired.append(sync)
+            return self._open[folder], folder not in self._live
 
-    def _forget(self, folder: Path, *, for_good: bool = True) -> None:
+    def _forget(self, folder: Path, sync: RunSync | None, *, for_good: bool, if_ended: bool = False) -> bool:
+        """Close the upload of a nested run; return False if the run has begun again in the meantime."""
         with self._lock:
-            sync = self._open.pop(folder, None)
-            if for_good and folder not in self._live:
-                self._done.add(folder)
-                self._rows_done.discard(folder)
-            if sync is not None and folder in self._live:
-                self._retired_live.append(sync)  # its training still writes through it
-                return
+            if self._open.get(folder) is not sync or (if_ended and folder in self._live):
+                return False
+            self._open.pop(folder, None)
+            self._rows_done -= {folder} if for_good else set()
+            if folder in self._live:  # its training still writes through it
+                self._retired_live += [sync] if sync is not None else []
+                return False
+            self._done |= {folder} if for_good else set()
         if sync is not None:
             sync.close()
+        return True
 
     def _close_retired(self) -> None:
         with self._lock:
@@ -196,9 +213,9 @@ class SyncWithNested(RunSync):
     def _close_idle(self) -> None:
         """Close ended runs above a number; their files are uploaded through a new connection."""
         with self._lock:
-            idle = [folder for folder in self._open if folder in self._rows_done]
-        for folder in idle[: max(len(idle) - _MAX_OPEN, 0)]:
-            self._forget(folder, for_good=False)
+            idle = [(folder, sync) for folder, sync in self._open.items() if folder in self._rows_done]
+        for folder, sync in idle[: max(len(idle) - _MAX_OPEN, 0)]:
+            self._forget(folder, sync, for_good=False, if_ended=True)
 
     # --- the note of what is delivered ---
 
