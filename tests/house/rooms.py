@@ -158,7 +158,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "foveal.training.lease_holder": (("foveal.slurm",), ()),
     "foveal.training.lease": (("foveal.atomic", "foveal.errors", "foveal.training.lease_holder"), ()),
     "foveal.training.lineage": (("foveal.atomic", "foveal.errors"), ()),
-    "foveal.training.meters": (("foveal.atomic",), ("torch",)),
+    "foveal.training.meters": (("foveal.atomic",), ("psutil", "torch")),
     "foveal.training": (
         (
             *CONFIGURED,

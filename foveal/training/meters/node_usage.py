@@ -12,8 +12,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import psutil
-
 from foveal.training.meters.nvml import open_nvml
 
 NodeSample = Mapping[str, float | list[float | None] | None]  # a list has one number for each GPU; None: not told
@@ -30,17 +28,19 @@ class NodeSampler:
     """Samples this node. Rates are those since the sample before."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+        import psutil  # here, in the thread: a run goes on without it
+
+        self._psutil, self._clock = psutil, clock
         self._nvml = open_nvml()
-        psutil.cpu_percent()  # the first call has nothing to compare with
-        self._bytes_before, self._sampled_at = _count_bytes(), clock()
+        self._psutil.cpu_percent()  # the first call has nothing to compare with
+        self._bytes_before, self._sampled_at = self._count_bytes(), clock()
 
     def __call__(self) -> NodeSample:
         """Return a sample: megabytes are 10**6 bytes, rates are per second."""
-        memory, num_bytes, now = psutil.virtual_memory(), _count_bytes(), self._clock()
+        memory, num_bytes, now = self._psutil.virtual_memory(), self._count_bytes(), self._clock()
         seconds = max(now - self._sampled_at, 1e-3)
         sample: dict[str, float | list[float | None] | None] = {
-            "cpu_utilization_percentage": psutil.cpu_percent(),
+            "cpu_utilization_percentage": self._psutil.cpu_percent(),
             "system_memory_usage_megabytes": memory.used / 1e6,
             "system_memory_usage_percentage": 100 * memory.used / memory.total,
         }
@@ -52,6 +52,17 @@ class NodeSampler:
         for name, values in ({} if self._nvml is None else self._nvml.sample()).items():
             sample[f"gpu_{name}"] = values
         return sample
+
+    def _count_bytes(self) -> dict[str, int]:
+        """Return the bytes that the node has moved since its start; the loopback interface is not counted."""
+        counts: dict[str, int] = {}
+        interfaces = [counters for name, counters in self._psutil.net_io_counters(pernic=True).items() if name != "lo"]
+        if interfaces:
+            counts["network_receive"] = sum(counters.bytes_recv for counters in interfaces)
+            counts["network_transmit"] = sum(counters.bytes_sent for counters in interfaces)
+        if (disks := self._psutil.disk_io_counters()) is not None:  # a container may see none
+            counts |= {"disk_read": disks.read_bytes, "disk_write": disks.write_bytes}
+        return counts
 
 
 class NodeMeter:
@@ -118,15 +129,3 @@ def average_samples(samples: list[NodeSample]) -> NodeSample:
 def _mean(values: Iterable[float | None]) -> float | None:
     told = [value for value in values if value is not None]
     return round(statistics.fmean(told), 1) if told else None
-
-
-def _count_bytes() -> dict[str, int]:
-    """Return the bytes that the node has moved since its start; the loopback interface is not counted."""
-    counts: dict[str, int] = {}
-    interfaces = [counters for name, counters in psutil.net_io_counters(pernic=True).items() if name != "lo"]
-    if interfaces:
-        counts["network_receive"] = sum(counters.bytes_recv for counters in interfaces)
-        counts["network_transmit"] = sum(counters.bytes_sent for counters in interfaces)
-    if (disks := psutil.disk_io_counters()) is not None:  # a container may see none
-        counts |= {"disk_read": disks.read_bytes, "disk_write": disks.write_bytes}
-    return counts

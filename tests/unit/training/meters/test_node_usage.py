@@ -3,6 +3,7 @@
 import time
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from clock import Clock
 
@@ -30,8 +31,8 @@ def test_rates_are_those_since_the_sample_before(monkeypatch: pytest.MonkeyPatch
         "eth0": SimpleNamespace(bytes_recv=7 * 10**6, bytes_sent=0),
         "eth1": SimpleNamespace(bytes_recv=10**6, bytes_sent=0),
     }
-    monkeypatch.setattr(node_usage.psutil, "disk_io_counters", lambda: disk)
-    monkeypatch.setattr(node_usage.psutil, "net_io_counters", lambda **_: links)
+    monkeypatch.setattr(psutil, "disk_io_counters", lambda: disk)
+    monkeypatch.setattr(psutil, "net_io_counters", lambda **_: links)
     sampler = NodeSampler(clock)
     clock.now += 4.0
     disk.read_bytes += 8 * 10**6
