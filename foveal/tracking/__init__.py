@@ -12,7 +12,7 @@ from foveal.redact import redact
 from foveal.tracking.jsonl import JsonlTracker
 from foveal.tracking.nested import OuterTracker, SyncWithNested
 from foveal.tracking.sqlite_store import parse_sqlite_path, resolve_store_of_run
-from foveal.tracking.sync import RemoteRun
+from foveal.tracking.sync import RemoteRun, RunSync
 from foveal.tracking.tail import MetricsTail, read_json_or_empty
 from foveal.tracking.tracker import AttemptState, MetricRow, Tracker, TrackingConfig
 from foveal.tracking.uploader import Uploader
@@ -84,7 +84,7 @@ def _build_sync(
         run_dir,
         tail,
         connect,
-        lambda folder: partial(_connect_nested, cfg, folder, run_dir, uuid.uuid4().hex),
+        lambda folder, rows: RunSync(folder, rows, partial(_connect_nested, cfg, folder, run_dir, uuid.uuid4().hex)),
         trusts_notes=not compares_nested,
     )
 

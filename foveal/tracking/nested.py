@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 class SyncWithNested(RunSync):
     """Uploads a run directory and, after each part of it, the same part of its nested runs.
 
-    ``connect_nested(folder)`` returns how to connect to a nested run's store. A run that a store has completely is noted
+    ``make_nested(folder, tail)`` makes the upload of a nested run as a child of this one. A run that a store has completely is noted
     in RUN/nested-delivered.json and left alone by later attempts; without ``trusts_notes`` it is compared again.
     """
 
@@ -38,12 +38,12 @@ class SyncWithNested(RunSync):
         run_dir: Path,
         tail: MetricsTail,
         connect: Callable[[], RemoteRun],
-        connect_nested: Callable[[Path], Callable[[], RemoteRun]],
+        make_nested: Callable[[Path, MetricsTail], RunSync],
         *,
         trusts_notes: bool = True,
     ) -> None:
         super().__init__(run_dir, tail, connect)
-        self._run_dir, self._connect_nested, self._trusts_notes = run_dir, connect_nested, trusts_notes
+        self._run_dir, self._make_nested, self._trusts_notes = run_dir, make_nested, trusts_notes
         self._lock = threading.Lock()  # of the four below: a training adds runs while the uploader's thread works
         self._open: dict[Path, RunSync] = {}
         self._live: set[Path] = set()  # of this process, under way
@@ -56,7 +56,7 @@ class SyncWithNested(RunSync):
     def add_live(self, folder: Path, tail: MetricsTail) -> RunSync:
         """Add a nested run that begins in this process, in place of its former attempt."""
         folder = self._find_own(folder)
-        sync = RunSync(folder, tail, self._connect_nested(folder))
+        sync = self._make_nested(folder, tail)
         sync.counts = self.counts
         with self._lock:
             if folder in self._open:
@@ -180,7 +180,7 @@ class SyncWithNested(RunSync):
             tail = MetricsTail(os.open(file, os.O_RDONLY), file)
         except OSError as error:
             raise FovealError(f"{file} cannot be read ({error.strerror})") from None
-        sync = RunSync(folder, tail, self._connect_nested(folder))
+        sync = self._make_nested(folder, tail)
         sync.counts = self.counts
         with self._lock:
             if folder not in self._open:

@@ -84,8 +84,7 @@ def open_run(
     logs, timeout = path / "logs", plan.cfg.engine.timeout_minutes * 60
     with ExitStack() as stack:
         stack.enter_context(log_to_file(logs / f"rank-{world.rank:03d}.log"))
-        level = logging.INFO if outer_run is None else logging.DEBUG
-        _log.log(level, "foveal %s, %s", __version__, describe_rank(world))
+        _log.log(logging.DEBUG if outer_run else logging.INFO, "foveal %s, %s", __version__, describe_rank(world))
         if isinstance(attempt, Lease):
             stack.callback(lambda: attempt.record_end_and_release(end.reason, end.exit_code, end.step))
         if outer_run is not None:
@@ -98,15 +97,14 @@ def open_run(
             plan = decide_auto_settings(plan, store, world)  # before anything reads the engine's settings
             saver = CheckpointSaver(store, is_superseded=attempt.poll_superseded, write_timeout_seconds=timeout / 2)
             meter = StragglerMeter(world.device, socket.gethostname())
-            run = Run(stage_name, path, plan, world, preemption, attempt, store, watchdog, saver, meter)
-            if outer_run is not None:
-                run.outer_progress, run.outer_tracker = outer_run.progress, outer_run.tracker
+            outer = () if outer_run is None else (outer_run.progress, outer_run.tracker)
+            run = Run(stage_name, path, plan, world, preemption, attempt, store, watchdog, saver, meter, *outer)
             run.workers = stack.enter_context(open_workers(plan, world, outer_run))
             open_runs.append(run)
             stack.callback(lambda: _close_tracker(run, end.state, end.reason))
             stack.callback(run.close)
-            stack.callback(lambda: end.set_step(run.step))
             run.node_log = open_node_log(path, world, plan.cfg.log)  # run.close ends it
+            stack.callback(lambda: end.set_step(run.step))
             yield run
             run.finish_checkpoint()
         except BaseException as error:

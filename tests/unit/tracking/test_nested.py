@@ -17,7 +17,7 @@ from foveal.atomic import write_json
 from foveal.tracking import nested, open_tracker, uploader
 from foveal.tracking.jsonl import JsonlTracker
 from foveal.tracking.nested import NestedTracker, OuterTracker, SyncWithNested, list_nested
-from foveal.tracking.sync import MetricsFileReplaced, RemoteRun
+from foveal.tracking.sync import MetricsFileReplaced, RemoteRun, RunSync
 from foveal.tracking.tail import MetricsTail
 from foveal.tracking.tracker import TrackingConfig
 from foveal.tracking.uploader import Uploader
@@ -56,16 +56,19 @@ class Stores:
 
         return connected
 
+    def make_nested(self, folder: Path, tail: MetricsTail) -> RunSync:
+        return RunSync(folder, tail, self.connect(folder))
+
     def begin(self, patience: float = WAIT) -> OuterTracker:
         jsonl = JsonlTracker(self.run, 0)
         self.opened.append(jsonl)
-        sync = SyncWithNested(self.run, jsonl.open_tail(), self.connect(self.run), self.connect)
+        sync = SyncWithNested(self.run, jsonl.open_tail(), self.connect(self.run), self.make_nested)
         return OuterTracker(jsonl, Uploader(sync, self.run, "here", patience), sync)
 
     def sync_by_hand(self) -> SyncWithNested:
         file = self.run / "metrics.jsonl"
         tail = MetricsTail(os.open(file, os.O_RDONLY), file)
-        return SyncWithNested(self.run, tail, self.connect(self.run), self.connect, trusts_notes=False)
+        return SyncWithNested(self.run, tail, self.connect(self.run), self.make_nested, trusts_notes=False)
 
 
 @pytest.fixture
